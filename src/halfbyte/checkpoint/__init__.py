@@ -1,0 +1,1 @@
+"""Codes <-> files on disk, in the standard GPTQ layout: layout -> write -> read -> check."""

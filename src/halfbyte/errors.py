@@ -1,0 +1,72 @@
+"""Every exception that halfbyte raises on purpose.
+
+::
+
+    HalfbyteError
+    ├── ConfigError            a setting is wrong                     (also ValueError)
+    ├── ModelError             the model is one that cannot be streamed or quantized
+    ├── CheckpointError        a file is missing, damaged, or of another dialect
+    ├── CalibrationError       the data cannot support the maths
+    ├── JournalError           the work to resume belongs to another run
+    ├── VerificationError      what was written does not compute what was measured
+    ├── KernelUnavailable      no kernel fits, or the forced one does not
+    └── MissingExtraError      an optional part of halfbyte is not installed (also ImportError)
+
+A message says what was being done to which named thing, what was found against what is allowed,
+and what to do. A fallback is never an exception: it is recorded and reported.
+"""
+
+from __future__ import annotations
+
+
+class HalfbyteError(Exception):
+    """Base of all errors that halfbyte raises on purpose."""
+
+
+class ConfigError(HalfbyteError, ValueError):
+    """A setting is wrong; the message names it, its value and what is allowed."""
+
+
+class ModelError(HalfbyteError):
+    """The model's structure or files do not allow what was asked."""
+
+
+class CheckpointError(HalfbyteError):
+    """A checkpoint file is missing, damaged, or of a dialect that is not read; names the tensor."""
+
+
+class CalibrationError(HalfbyteError):
+    """The calibration data cannot support the maths; names the module or the text."""
+
+
+class JournalError(HalfbyteError):
+    """An unfinished run does not belong to these inputs or options; names the difference."""
+
+
+class VerificationError(HalfbyteError):
+    """The saved checkpoint does not compute what the run computed in memory; names the module."""
+
+
+class KernelUnavailable(HalfbyteError):
+    """No kernel can run this layer, or the one that was forced cannot; one reason per kernel."""
+
+
+class MissingExtraError(HalfbyteError, ImportError):
+    """An optional dependency is missing; the message holds the exact install command."""
+
+
+def require_extra(module: str, extra: str, purpose: str) -> MissingExtraError:
+    """Build the error for a missing optional dependency.
+
+    Args:
+        module: The Python package that could not be imported.
+        extra: The extra of halfbyte that brings it.
+        purpose: What was being done, for the start of the message.
+
+    Returns:
+        The error to raise, with the install command in its message.
+    """
+    return MissingExtraError(
+        f"{purpose} needs the Python package '{module}', which is not installed. "
+        f'Install it with: pip install "halfbyte[{extra}]"'
+    )

@@ -1,0 +1,1 @@
+"""Other people's entry points: transformers, auto_gptq."""

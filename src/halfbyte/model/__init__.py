@@ -1,0 +1,1 @@
+"""A Hugging Face model, one block at a time: blocks -> weights -> stream."""

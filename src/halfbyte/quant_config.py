@@ -1,0 +1,231 @@
+"""What a quantization run is asked to do: two frozen dataclasses that the CLI and Python share.
+
+Each option lives once: its name, type, default, range and help text are the dataclass field, and
+the command line is made from the fields (see :mod:`halfbyte.cli.options`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Self
+
+from halfbyte.errors import ConfigError
+from halfbyte.packing import SUPPORTED_BITS
+
+PER_CHANNEL = -1
+"""``group_size`` that means one scale per output row."""
+
+OVERRIDE_KEYS = ("bits", "group_size", "symmetric")
+
+
+def _option(default: Any, help: str, **extra: Any) -> Any:
+    return field(default=default, metadata={"help": help, **extra})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheme:
+    """How one linear is rounded: its bits, its groups, its kind of grid."""
+
+    bits: int
+    group_size: int
+    symmetric: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Override:
+    """Other bits, group size or symmetry for the modules whose name matches a pattern."""
+
+    pattern: str
+    bits: int | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+
+    def __post_init__(self) -> None:
+        _check_pattern("override", self.pattern)
+        if self.bits is not None:
+            _check_bits(self.bits)
+        if self.group_size is not None:
+            _check_group_size(self.group_size)
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``PATTERN=KEY:VALUE,KEY:VALUE``, for example ``mlp.down_proj=bits:8,group_size:32``.
+
+        Args:
+            text: The command line's form.
+
+        Returns:
+            The override.
+
+        Raises:
+            ConfigError: The text is not of that form; says which part.
+        """
+        pattern, equals, rest = text.rpartition("=")
+        if not equals or not pattern or not rest:
+            raise ConfigError(
+                f"Cannot read override '{text}': it has no 'PATTERN=KEY:VALUE'. "
+                "Example: --override mlp.down_proj=bits:8,group_size:32"
+            )
+        values: dict[str, Any] = {}
+        for item in rest.split(","):
+            key, colon, value = item.partition(":")
+            if key not in OVERRIDE_KEYS or not colon:
+                raise ConfigError(
+                    f"Cannot read '{item}' in override '{text}'. "
+                    f"Allowed keys: {', '.join(OVERRIDE_KEYS)}, each as KEY:VALUE."
+                )
+            values[key] = _parse_override_value(key, value, text)
+        return cls(pattern=pattern, **values)
+
+
+def _parse_override_value(key: str, value: str, text: str) -> int | bool:
+    if key == "symmetric":
+        if value.lower() not in ("true", "false"):
+            raise ConfigError(f"symmetric in override '{text}' is '{value}'. Use true or false.")
+        return value.lower() == "true"
+    try:
+        return int(value)
+    except ValueError as error:
+        raise ConfigError(f"{key} in override '{text}' is '{value}', not an integer.") from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantConfig:
+    """How weights are rounded. Every combination that passes the checks can be written and read."""
+
+    bits: int = _option(4, "bits per weight", choices=SUPPORTED_BITS)
+    group_size: int = _option(
+        128, "input columns that share a scale; -1: one scale per output row", metavar="N"
+    )
+    symmetric: bool = _option(
+        True, "one zero point per group instead of the fixed middle code", flag="--asymmetric"
+    )
+    desc_act: bool = _option(
+        False, "form groups in order of falling activation (slower to run; writes g_idx)"
+    )
+    act_order: bool = _option(
+        True, "round columns in their stored order, not by falling activation", flag="--no-act-order"
+    )
+    damping: float = _option(
+        0.01, "added to the Hessian's diagonal, as a fraction of its mean", metavar="X"
+    )
+    ragged_groups: bool = _option(
+        False, "where the group size does not divide a layer's width, write a shorter last group"
+    )
+    skip: tuple[str, ...] = _option((), "leave matching modules in 16 bits", metavar="PATTERN")
+    overrides: tuple[Override, ...] = _option(
+        (), "other settings for matching modules", metavar="PATTERN=KEY:VALUE,...", flag="--override"
+    )
+    lm_head: bool = _option(False, "quantize the output head too (unties it from the embeddings)")
+
+    def __post_init__(self) -> None:
+        _check_bits(self.bits)
+        _check_group_size(self.group_size)
+        if not 0 < self.damping < 1:
+            raise ConfigError(
+                f"damping is {self.damping}; allowed is 0 < damping < 1. Use 0.01 for 4 bits."
+            )
+        for pattern in self.skip:
+            _check_pattern("skip", pattern)
+
+    def scheme_for(self, module_name: str) -> Scheme | None:
+        """Say how a module is to be rounded.
+
+        Args:
+            module_name: Full dotted name. A pattern matches anywhere in it, as ``re.search`` does.
+
+        Returns:
+            The scheme, or None where a skip pattern matches. The last matching override wins.
+        """
+        if any(re.search(pattern, module_name) for pattern in self.skip):
+            return None
+        bits, group_size, symmetric = self.bits, self.group_size, self.symmetric
+        for override in self.overrides:
+            if re.search(override.pattern, module_name):
+                bits = bits if override.bits is None else override.bits
+                group_size = group_size if override.group_size is None else override.group_size
+                symmetric = symmetric if override.symmetric is None else override.symmetric
+        return Scheme(bits=bits, group_size=group_size, symmetric=symmetric)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain values for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Undo :meth:`to_dict`; an unknown key is a ConfigError with a suggestion."""
+        _check_keys(cls, values)
+        values = dict(values)
+        if "overrides" in values:
+            values["overrides"] = tuple(
+                o if isinstance(o, Override) else Override(**o) for o in values["overrides"]
+            )
+        if "skip" in values:
+            values["skip"] = tuple(values["skip"])
+        return cls(**values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationConfig:
+    """Which text the Hessians are measured on, and in what portions."""
+
+    samples: int = _option(128, "calibration sequences", metavar="N")
+    length: int = _option(2048, "tokens per sequence", metavar="N")
+    batch_size: int | None = _option(
+        None, "sequences per forward pass (default: by the memory plan)", metavar="N"
+    )
+    seed: int = _option(0, "chooses the sequences where the text has more than needed", metavar="N")
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "length"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ConfigError(f"batch_size is {self.batch_size}; it must be 1 or more.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain values for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Undo :meth:`to_dict`; an unknown key is a ConfigError with a suggestion."""
+        _check_keys(cls, values)
+        return cls(**values)
+
+
+def _check_keys(cls: Any, values: dict[str, Any]) -> None:
+    allowed = [f.name for f in fields(cls)]
+    for key in values:
+        if key not in allowed:
+            close = difflib.get_close_matches(key, allowed, n=1)
+            hint = f"Did you mean '{close[0]}'? " if close else ""
+            raise ConfigError(
+                f"Unknown setting '{key}' for {cls.__name__}. {hint}Allowed: {', '.join(allowed)}."
+            )
+
+
+def _check_bits(bits: int) -> None:
+    if bits not in SUPPORTED_BITS:
+        allowed = ", ".join(map(str, SUPPORTED_BITS))
+        raise ConfigError(f"bits is {bits}; allowed are {allowed}. Use 4 if unsure.")
+
+
+def _check_group_size(group_size: int) -> None:
+    if group_size != PER_CHANNEL and group_size < 1:
+        raise ConfigError(
+            f"group_size is {group_size}; allowed are -1 (one group per row) or a positive number. "
+            "Use 128 or 64."
+        )
+
+
+def _check_pattern(kind: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(
+            f"The {kind} pattern '{pattern}' is not a regular expression: {error}. "
+            "Escape special characters, or use a plain part of the module name."
+        ) from error

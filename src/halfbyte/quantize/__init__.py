@@ -1,0 +1,1 @@
+"""Text and weights to a checkpoint: calibration -> hessian -> grid -> gptq -> journal -> pipeline."""
