@@ -135,9 +135,7 @@ def infer_linear_layout(
     )
 
 
-def _infer_group_size(
-    module: str, in_features: int, num_groups: int, declared: int | None
-) -> int:
+def _infer_group_size(module: str, in_features: int, num_groups: int, declared: int | None) -> int:
     """Even division first; else the declared size where it gives this many groups (ragged)."""
     if declared and declared > 0 and -(-in_features // declared) == num_groups:
         return declared

@@ -1,0 +1,230 @@
+"""The header of a safetensors file, checked before a single byte of data is believed.
+
+::
+
+    8 bytes   length of the header, little-endian
+    n bytes   JSON: {"__metadata__": {str: str}, name: {"dtype", "shape", "data_offsets"}, ...}
+    the rest  data; the tensors tile it without gap or overlap
+
+Source:
+    The safetensors format description, https://github.com/huggingface/safetensors (README,
+    "Format"); the 100 MB limit on the header is that library's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halfbyte.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000
+LENGTH_BYTES = 8
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+"""safetensors' names for the element types that torch has as whole bytes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorInfo:
+    """One tensor of a safetensors file, as its header describes it."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    """First byte, from the start of the file."""
+    num_bytes: int
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """Read and check the header of one safetensors file; the data is not touched.
+
+    Args:
+        file: An existing file.
+
+    Returns:
+        Its tensors by name, in the order of their data.
+
+    Raises:
+        CheckpointError: The file cannot be read, is cut short, or its header is not one that a
+            safetensors writer makes; names the file and the tensor.
+    """
+    try:
+        with file.open("rb") as handle:
+            file_bytes = handle.seek(0, 2)
+            handle.seek(0)
+            header_bytes = int.from_bytes(handle.read(LENGTH_BYTES), "little")
+            _check_header_length(file, file_bytes, header_bytes)
+            text = handle.read(header_bytes)
+    except OSError as error:
+        raise CheckpointError(
+            f"Cannot read {file}: {error.strerror or error}. Check the path and its permissions."
+        ) from error
+    entries = parse_json_object(text, f"the header of {file}")
+    _check_metadata(file, entries.pop("__metadata__", None))
+    data_start = LENGTH_BYTES + header_bytes
+    infos = [_read_entry(file, name, entry, data_start) for name, entry in entries.items()]
+    infos.sort(key=lambda info: (info.offset, info.num_bytes))
+    _check_tiling(file, infos, data_start, file_bytes)
+    return {info.name: info for info in infos}
+
+
+def parse_json_object(text: bytes | str, what: str) -> dict[str, Any]:
+    """Parse JSON that must be one object without repeated keys.
+
+    Args:
+        text: The JSON.
+        what: What it is, for messages: "the header of x.safetensors".
+
+    Returns:
+        The object.
+
+    Raises:
+        CheckpointError: It is not JSON, not an object, or names a key twice.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"Cannot read {what}: it is not valid JSON ({str(error) or 'nested too deeply'}). "
+            "The file is damaged; download or write it again."
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"Cannot read {what}: it is a JSON {type(value).__name__}; an object is needed. "
+            "The file is damaged; download or write it again."
+        )
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"'{key}' stands there twice")
+        values[key] = value
+    return values
+
+
+def _check_header_length(file: Path, file_bytes: int, header_bytes: int) -> None:
+    if file_bytes < LENGTH_BYTES + 2:
+        raise CheckpointError(
+            f"Cannot read {file}: it has {file_bytes} bytes, too few for a safetensors file. "
+            "The download is incomplete, or it is a Git LFS pointer; download it again."
+        )
+    if header_bytes > min(MAX_HEADER_BYTES, file_bytes - LENGTH_BYTES):
+        raise CheckpointError(
+            f"Cannot read {file}: it declares a header of {header_bytes} bytes in a file of "
+            f"{file_bytes}. It is cut short or not a safetensors file (a Git LFS pointer, an error "
+            "page); download it again."
+        )
+
+
+def _check_metadata(file: Path, metadata: object) -> None:
+    if metadata is None:
+        return
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(
+            f"Cannot read {file}: its __metadata__ is not a map of strings. "
+            "The file is damaged; download or write it again."
+        )
+
+
+def _read_entry(file: Path, name: str, entry: object, data_start: int) -> TensorInfo:
+    """Check one tensor's entry by itself: its keys, dtype, shape and size."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise _damaged(file, name, "has not exactly the entries dtype, shape and data_offsets")
+    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if dtype is None:
+        raise CheckpointError(
+            f"Cannot read {file}: tensor {name} has the element type {entry['dtype']!r}; "
+            f"allowed are {', '.join(DTYPES)}. Convert the checkpoint, or download it again."
+        )
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not _is_sizes(shape):
+        raise _damaged(file, name, f"has the shape {_short(shape)}, not a list of sizes")
+    if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise _damaged(file, name, f"has the data offsets {_short(offsets)}, not [begin, end]")
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if offsets[1] - offsets[0] != num_bytes:
+        raise _damaged(
+            file,
+            name,
+            f"has shape {_short(shape)} of {entry['dtype']}, which is {num_bytes} bytes, "
+            f"but {offsets[1] - offsets[0]} bytes of data",
+        )
+    return TensorInfo(
+        name=name,
+        dtype=dtype,
+        shape=tuple(shape),
+        file=file,
+        offset=data_start + offsets[0],
+        num_bytes=num_bytes,
+    )
+
+
+def _check_tiling(file: Path, infos: list[TensorInfo], data_start: int, file_bytes: int) -> None:
+    """Let the tensors cover the data exactly: a gap, an overlap or a cut tail is damage."""
+    position = data_start
+    for info in infos:
+        if info.offset != position:
+            kind = "overlaps the tensor before it" if info.offset < position else "follows a gap"
+            raise _damaged(
+                file, info.name, f"starts at byte {info.offset}, {kind}; {position} was expected"
+            )
+        position += info.num_bytes
+        if position > file_bytes:
+            raise CheckpointError(
+                f"Cannot read {file}: tensor {info.name} ends at byte {position}, but the file has "
+                f"{file_bytes} bytes. The download is incomplete; download it again."
+            )
+    if position != file_bytes:
+        raise CheckpointError(
+            f"Cannot read {file}: its tensors end at byte {position}, but the file has "
+            f"{file_bytes} bytes. The file is damaged; download or write it again."
+        )
+
+
+def _is_sizes(value: object) -> bool:
+    # type() and not isinstance(): JSON's true is an int to Python.
+    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
+
+
+def _damaged(file: Path, name: str, finding: str) -> CheckpointError:
+    return CheckpointError(
+        f"Cannot read {file}: tensor {name} {finding}. "
+        "The header is damaged; download or write the file again."
+    )
+
+
+def _short(value: object) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # an integer too long for Python to print
+        return "of absurd size"
+    return text if len(text) <= 80 else text[:77] + "..."

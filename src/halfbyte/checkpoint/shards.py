@@ -1,0 +1,272 @@
+"""A lazy index over the safetensors files of a model folder: headers first, data on request.
+
+::
+
+    folder -> which files belong to the model -> checked headers -> TensorInfo by name
+                                                                 -> load(names): copies in memory
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from halfbyte.checkpoint.header import TensorInfo, parse_json_object, read_header
+from halfbyte.errors import CheckpointError
+
+__all__ = ["TensorFiles", "TensorInfo"]
+
+SINGLE_FILE = "model.safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+NOT_WEIGHTS = ("adapter_model.safetensors", "optimizer.safetensors", "consolidated.safetensors")
+"""Files that stand beside a model's own weights under a fixed name."""
+
+_SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorFiles:
+    """The tensors of a model folder, known by their headers and read only when asked for."""
+
+    folder: Path
+    infos: Mapping[str, TensorInfo]
+    files: tuple[Path, ...]
+    """Every file that holds a tensor, in the order of their names."""
+
+    @classmethod
+    def open(cls, folder: Path) -> TensorFiles:
+        """Find and check the safetensors files of a model folder; no tensor is read.
+
+        Takes ``model.safetensors``, an index with its shards, AutoGPTQ's
+        ``gptq_model-4bit-128g.safetensors``, or a single file of any other name. Where
+        ``model.safetensors`` and an index stand together, the former wins, as in Transformers.
+
+        Args:
+            folder: A base model or a quantized one.
+
+        Returns:
+            The index over its tensors.
+
+        Raises:
+            CheckpointError: There is no such folder, no usable file, or a header or the index is
+                damaged; names the file and the tensor.
+        """
+        if not folder.is_dir():
+            found = (
+                "it is a file; give the folder it is in" if folder.exists() else "no such folder"
+            )
+            raise CheckpointError(f"Cannot open checkpoint {folder}: {found}.")
+        names = sorted(path.name for path in folder.iterdir())
+        index_name = None if SINGLE_FILE in names else _find_index(folder, names)
+        weight_map = {} if index_name is None else _read_weight_map(folder / index_name)
+        file_names = sorted(set(weight_map.values())) if index_name else _find_files(folder, names)
+        files = tuple(_check_file(folder, name) for name in file_names)
+        infos = _merge_headers(files)
+        if index_name is not None:
+            _check_index_agrees(folder / index_name, weight_map, infos)
+        return cls(folder=folder, infos=MappingProxyType(infos), files=files)
+
+    def load(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Read tensors into memory of their own.
+
+        Nothing stays mapped or open afterwards, so resident memory does not grow with what was
+        read earlier.
+
+        Args:
+            names: Tensors of :attr:`infos`.
+
+        Returns:
+            The tensors on the CPU in their stored dtype, in the order asked for.
+
+        Raises:
+            CheckpointError: There is no such tensor, or its file changed or cannot be read.
+        """
+        wanted = list(dict.fromkeys(names))
+        for name in wanted:
+            if name not in self.infos:
+                raise CheckpointError(
+                    f"Checkpoint {self.folder} has no tensor {name}; it has {len(self.infos)} "
+                    "others. The files are incomplete or belong to another model."
+                )
+        tensors: dict[str, Tensor] = {}
+        by_file: dict[Path, list[TensorInfo]] = {}
+        for name in wanted:
+            by_file.setdefault(self.infos[name].file, []).append(self.infos[name])
+        for file, infos in by_file.items():
+            tensors.update(_read_tensors(file, sorted(infos, key=lambda info: info.offset)))
+        return {name: tensors[name] for name in wanted}
+
+
+def _read_tensors(file: Path, infos: list[TensorInfo]) -> dict[str, Tensor]:
+    """Read straight into each tensor's own memory: no mapping, no second copy."""
+    tensors: dict[str, Tensor] = {}
+    try:
+        with file.open("rb", buffering=0) as handle:
+            for info in infos:
+                data = torch.empty(info.num_bytes, dtype=torch.uint8)
+                view = memoryview(data.numpy())
+                handle.seek(info.offset)
+                position = 0
+                # One read call gives 2 GB at most on Linux.
+                while position < info.num_bytes:
+                    count = handle.readinto(view[position:])
+                    if not count:
+                        raise CheckpointError(
+                            f"Cannot read tensor {info.name} of {file}: it ends after {position} "
+                            f"of {info.num_bytes} bytes. The file changed while it was open."
+                        )
+                    position += count
+                tensors[info.name] = data.view(info.dtype).reshape(info.shape)
+    except OSError as error:
+        raise CheckpointError(
+            f"Cannot read {file}: {error.strerror or error}. Check the disk and the permissions."
+        ) from error
+    return tensors
+
+
+def _find_index(folder: Path, names: list[str]) -> str | None:
+    found = [name for name in names if name.endswith(INDEX_SUFFIX)]
+    standard = f"model{INDEX_SUFFIX}"
+    if standard in found:
+        return standard
+    if len(found) > 1:
+        raise CheckpointError(
+            f"Cannot open checkpoint {folder}: it has {len(found)} indexes ({', '.join(found)}) "
+            f"and none is {standard}. Keep the one that belongs to the model."
+        )
+    return found[0] if found else None
+
+
+def _find_files(folder: Path, names: list[str]) -> list[str]:
+    """Choose the weight files of a folder without an index."""
+    if SINGLE_FILE in names:
+        return [SINGLE_FILE]
+    found = [n for n in names if n.endswith(".safetensors") and n not in NOT_WEIGHTS]
+    if not found and "consolidated.safetensors" in names:
+        found = ["consolidated.safetensors"]
+    if not found:
+        raise _nothing_to_read(folder, names)
+    shards = [match for name in found if (match := _SHARD_NAME.fullmatch(name))]
+    if shards and len(shards) == len(found):
+        stems = {match["stem"] for match in shards}
+        count = int(shards[0]["count"])
+        if len(stems) > 1 or [int(m["number"]) for m in shards] != list(range(1, count + 1)):
+            raise CheckpointError(
+                f"Cannot open checkpoint {folder}: it has {len(found)} shards and no index, and "
+                f"they are not the parts 1..{count} of one model ({', '.join(found[:4])}). "
+                "Download the missing files again."
+            )
+        return found
+    for pattern in (r"gptq_model.*", r"model\..*"):
+        preferred = [name for name in found if re.fullmatch(pattern, name)]
+        if len(preferred) == 1:
+            return preferred
+    if len(found) > 1:
+        raise CheckpointError(
+            f"Cannot open checkpoint {folder}: it has {len(found)} safetensors files "
+            f"({', '.join(found[:4])}), no index, and none is {SINGLE_FILE}. "
+            "Keep only the model's own, or add its index."
+        )
+    return found
+
+
+def _nothing_to_read(folder: Path, names: list[str]) -> CheckpointError:
+    pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
+    if not pickles:
+        return CheckpointError(
+            f"Cannot open checkpoint {folder}: it has no .safetensors file among its {len(names)} "
+            "files. Give the folder of a downloaded model."
+        )
+    return CheckpointError(
+        f"Cannot open checkpoint {folder}: its weights are pickles only ({', '.join(pickles[:3])}), "
+        "and reading a pickle can run any program hidden in it. If you trust where they come from, "
+        'convert them once, in a container without network: python -c "import torch; '
+        "from safetensors.torch import save_file; "
+        f"save_file({{k: v.clone().contiguous() for k, v in torch.load('{pickles[0]}', "
+        "weights_only=True).items()}, 'model.safetensors', metadata={'format': 'pt'})\""
+    )
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    try:
+        text = index.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"Cannot read {index}: {error.strerror or error}. Check the path and its permissions."
+        ) from error
+    weight_map = parse_json_object(text, str(index)).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"Cannot read {index}: it has no weight_map of tensors to files. "
+            "The file is damaged; download or write it again."
+        )
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[^/\\:\0]+\.safetensors", name):
+            raise CheckpointError(
+                f"Refusing {index}: it says that tensor {tensor} is in {str(name)[:80]!r}; only "
+                "the plain name of a .safetensors file in the same folder is allowed. "
+                "Do not use this checkpoint unless you know who made it."
+            )
+    return weight_map
+
+
+def _check_file(folder: Path, name: str) -> Path:
+    """Refuse a missing file, and a link that leaves the folder for other than the hub's blobs."""
+    file = folder / name
+    if not file.is_file():
+        raise CheckpointError(
+            f"Checkpoint {folder} is missing the file {name}. "
+            "The download is incomplete; download it again."
+        )
+    target, home = file.resolve(), folder.resolve()
+    # The hub's cache is <repo>/snapshots/<revision>/<file> -> ../../blobs/<hash>.
+    blobs = [up.parent / "blobs" for up in (home, *home.parents) if up.name == "snapshots"]
+    if not any(target.is_relative_to(allowed) for allowed in (home, *blobs)):
+        raise CheckpointError(
+            f"Refusing {file}: it is a link to {target}, outside its folder. "
+            "Copy the file into the folder if you mean it."
+        )
+    return file
+
+
+def _merge_headers(files: Iterable[Path]) -> dict[str, TensorInfo]:
+    infos: dict[str, TensorInfo] = {}
+    for file in files:
+        for name, info in read_header(file).items():
+            if name in infos:
+                raise CheckpointError(
+                    f"Tensor {name} stands in two files, {infos[name].file.name} and {file.name}, "
+                    f"of {file.parent}. Remove the file that does not belong to the model."
+                )
+            infos[name] = info
+    return infos
+
+
+def _check_index_agrees(
+    index: Path, weight_map: Mapping[str, str], infos: Mapping[str, TensorInfo]
+) -> None:
+    for name, file_name in weight_map.items():
+        if name not in infos:
+            raise CheckpointError(
+                f"{index} says that tensor {name} is in {file_name}, which does not have it. "
+                "The index and the shards are of different versions; download both again."
+            )
+        if infos[name].file.name != file_name:
+            raise CheckpointError(
+                f"{index} says that tensor {name} is in {file_name}, but it is in "
+                f"{infos[name].file.name}. Download the index and the shards again."
+            )
+    if len(infos) != len(weight_map):
+        extra = next(name for name in infos if name not in weight_map)
+        raise CheckpointError(
+            f"{infos[extra].file} has tensor {extra}, which {index.name} does not name "
+            f"({len(infos)} tensors in the files, {len(weight_map)} in the index). "
+            "The index and the shards are of different versions; download both again."
+        )
