@@ -21,8 +21,6 @@ from halfbyte.errors import CheckpointError
 CODES_PER_RUN = 32
 """Codes that fill a whole number of words at every bit width."""
 
-SUPPORTED_BITS = (2, 3, 4, 8)
-
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Pack codes along the first axis, 32 codes into ``bits`` words.

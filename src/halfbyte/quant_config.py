@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
 from halfbyte.errors import ConfigError
-from halfbyte.packing import SUPPORTED_BITS
+
+SUPPORTED_BITS = (2, 3, 4, 8)
+"""Bit widths that have one agreed layout on disk."""
 
 PER_CHANNEL = -1
 """``group_size`` that means one scale per output row."""
@@ -106,7 +108,9 @@ class QuantConfig:
         False, "form groups in order of falling activation (slower to run; writes g_idx)"
     )
     act_order: bool = _option(
-        True, "round columns in their stored order, not by falling activation", flag="--no-act-order"
+        True,
+        "round columns in their stored order, not by falling activation",
+        flag="--no-act-order",
     )
     damping: float = _option(
         0.01, "added to the Hessian's diagonal, as a fraction of its mean", metavar="X"
@@ -116,7 +120,10 @@ class QuantConfig:
     )
     skip: tuple[str, ...] = _option((), "leave matching modules in 16 bits", metavar="PATTERN")
     overrides: tuple[Override, ...] = _option(
-        (), "other settings for matching modules", metavar="PATTERN=KEY:VALUE,...", flag="--override"
+        (),
+        "other settings for matching modules",
+        metavar="PATTERN=KEY:VALUE,...",
+        flag="--override",
     )
     lm_head: bool = _option(False, "quantize the output head too (unties it from the embeddings)")
 

@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from halfbyte.errors import CheckpointError
-from halfbyte.packing import SUPPORTED_BITS
+from halfbyte.quant_config import SUPPORTED_BITS
 
 QUANTIZED_SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 """Tensors of one quantized linear; ``bias`` may stand beside them."""

@@ -1,0 +1,63 @@
+# Every target makes its own environment in .venv when there is none, so that a fresh machine with
+# Python and pip needs one command. Another interpreter: make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+PYTEST_ARGS ?=
+# Two test processes would fight over two cores; one keeps timing and memory readable.
+export OMP_NUM_THREADS ?= 2
+export TOKENIZERS_PARALLELISM ?= false
+export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format bench fuzz interop docs clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+
+demo: $(STAMP) ## quantize a real 135M chat model, show what it cost, let it talk
+	$(BIN)/halfbyte demo
+
+test: $(STAMP) ## the unit tests
+	$(BIN)/python -m pytest -m "not slow and not gpu and not interop" $(PYTEST_ARGS)
+
+check: $(STAMP) ## everything that CI runs: format, lint, types, layers, docstrings, docs, tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pydoclint --quiet src
+	$(BIN)/python docs/generate.py --check
+	$(BIN)/python -m pytest -m "not slow and not gpu and not interop" $(PYTEST_ARGS)
+
+format: $(STAMP) ## put the code in the one format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP) ## run the measurements, then fill the README's tables with them
+	$(BIN)/python bench/run_all.py
+	$(BIN)/python bench/tables.py
+
+fuzz: $(STAMP) ## 10,000 damaged checkpoints: every one must be refused or read right
+	$(BIN)/python -m pytest -m slow tests/checkpoint $(PYTEST_ARGS)
+
+interop: $(STAMP) ## our checkpoints in other tools and theirs in ours, each in a venv of its own
+	$(BIN)/python -m pytest -m interop $(PYTEST_ARGS)
+
+docs: $(STAMP) ## write the generated parts of docs/
+	$(BIN)/python docs/generate.py
+	$(BIN)/python bench/tables.py
+
+clean: ## remove the environment and everything built
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; \
+	sys.exit(0 if (3, 11) <= v < (3, 14) else \
+	f"halfbyte needs Python 3.11 to 3.13; $(PYTHON) is {v[0]}.{v[1]}. Use: make PYTHON=python3.12 ...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing halfbyte and its tools into $(VENV) (a few minutes the first time)"
+	$(BIN)/python -m pip install --quiet --progress-bar on -c constraints.txt -e ".[dev,convert]"
+	@touch $@

@@ -1,0 +1,135 @@
+"""The `halfbyte` command: finds the verb's module, parses its options, turns errors into exit codes.
+
+A verb is a module with ``HELP``, ``add_arguments(parser)`` and ``run(args) -> int``. It is imported
+only when it is asked for, and imports torch only inside ``run``: help is there at once.
+
+Exit codes: 0 done; 1 failed; 2 a wrong option or setting; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Protocol, cast
+
+from halfbyte.cli.output import err_console
+from halfbyte.errors import ConfigError, HalfbyteError
+from halfbyte.version import __version__
+
+VERBS = {
+    "quantize": "halfbyte.cli.quantize",
+    "check": "halfbyte.cli.check",
+    "perplexity": "halfbyte.cli.perplexity",
+    "divergence": "halfbyte.cli.divergence",
+    "doctor": "halfbyte.cli.doctor",
+    "sample-model": "halfbyte.cli.sample_model",
+    "demo": "halfbyte.cli.demo",
+}
+"""Verb -> module, in the order in which help lists them."""
+
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+
+class Verb(Protocol):
+    """What the module of a verb has to offer."""
+
+    HELP: str
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Add the verb's options and positionals."""
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Do it, and give the exit code."""
+
+
+def load_verb(name: str) -> Verb:
+    """Import the module of a verb."""
+    return cast(Verb, importlib.import_module(VERBS[name]))
+
+
+def build_parser(verbs: Sequence[str] = tuple(VERBS)) -> argparse.ArgumentParser:
+    """Build the parser with the verbs that are needed.
+
+    Args:
+        verbs: Names from VERBS; only their modules are imported.
+
+    Returns:
+        The parser. Its namespace holds ``verb`` and ``debug`` beside the verb's own options.
+    """
+    parser = argparse.ArgumentParser(
+        prog="halfbyte",
+        description="Make language models small: 2, 3, 4 or 8 bits per weight, measured.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"halfbyte {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    subparsers = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
+    for name in verbs:
+        verb = load_verb(name)
+        subparser = subparsers.add_parser(
+            name, help=verb.HELP, description=verb.HELP, allow_abbrev=False
+        )
+        verb.add_arguments(subparser)
+        # SUPPRESS: or the verb's default would overwrite a --debug given before the verb.
+        subparser.add_argument(
+            "--debug",
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="show the traceback of an error",
+        )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: Arguments without the program's name; by default those of the process.
+
+    Returns:
+        The exit code.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = next((word for word in arguments if not word.startswith("-")), None)
+    if name is not None and name not in VERBS:
+        return _report_unknown_verb(name)
+    parser = build_parser(tuple(VERBS) if name is None else (name,))
+    args = parser.parse_args(arguments)
+    if args.verb is None:
+        parser.print_help(sys.stderr)
+        return EXIT_USAGE
+    return _run(load_verb(args.verb), args)
+
+
+def _report_unknown_verb(name: str) -> int:
+    close = difflib.get_close_matches(name, VERBS, n=1)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    _print_error(f"Unknown verb '{name}'.{hint} Available: {', '.join(VERBS)}.")
+    return EXIT_USAGE
+
+
+def _run(verb: Verb, args: argparse.Namespace) -> int:
+    try:
+        return verb.run(args)
+    except KeyboardInterrupt:
+        _print_error("Interrupted.")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader (head, less) left. Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILURE
+    except HalfbyteError as error:
+        if args.debug:
+            err_console.print_exception()
+        _print_error(str(error))
+        return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILURE
+
+
+def _print_error(message: str) -> None:
+    err_console.print(f"halfbyte: {message}", soft_wrap=True)

@@ -1,0 +1,93 @@
+"""Command-line options made from a config dataclass, so that each option lives once.
+
+A field with ``help`` in its metadata becomes an option. Further metadata: ``flag`` (where the
+option's name is not the field's), ``choices``, ``metavar``. A bool becomes a switch that turns the
+default over; a tuple becomes an option that may be given again and again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import Field, fields
+from typing import Any, TypeVar
+
+from halfbyte.errors import ConfigError
+
+Config = TypeVar("Config")
+
+
+def add_dataclass_options(parser: argparse.ArgumentParser, cls: type[Any]) -> None:
+    """Add one option per documented field of a config dataclass.
+
+    Args:
+        parser: Gets the options, as a group of their own.
+        cls: A dataclass whose fields carry ``help`` in their metadata.
+    """
+    group = parser.add_argument_group(_group_title(cls))
+    hints = typing.get_type_hints(cls)
+    for option in _option_fields(cls):
+        flag = option.metadata.get("flag", "--" + option.name.replace("_", "-"))
+        group.add_argument(flag, dest=option.name, **_argument(option, hints[option.name]))
+
+
+def dataclass_from_args(cls: type[Config], args: argparse.Namespace) -> Config:
+    """Make the config that the command line describes.
+
+    Args:
+        cls: The dataclass given to :func:`add_dataclass_options`.
+        args: What the parser returned.
+
+    Returns:
+        The config, which has checked itself: a value out of range is its ConfigError.
+    """
+    values = {option.name: getattr(args, option.name) for option in _option_fields(cls)}
+    # An option that may repeat comes as a list; the config is frozen all the way down.
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _group_title(cls: type[Any]) -> str:
+    words = "".join(" " + c.lower() if c.isupper() else c for c in cls.__name__).split()
+    return " ".join(word for word in words if word != "config")
+
+
+def _option_fields(cls: type[Any]) -> list[Field[Any]]:
+    return [option for option in fields(cls) if "help" in option.metadata]
+
+
+def _argument(option: Field[Any], hint: Any) -> dict[str, Any]:
+    """Give the keywords for ``add_argument``."""
+    help_text = option.metadata["help"].replace("%", "%%")
+    if hint is bool:
+        action = "store_false" if option.default else "store_true"
+        return {"action": action, "default": option.default, "help": help_text}
+    keywords: dict[str, Any] = {"help": help_text, "default": option.default}
+    if typing.get_origin(hint) is tuple:
+        hint = typing.get_args(hint)[0]
+        keywords |= {"action": "append", "default": list(option.default)}
+    elif option.default is not None:
+        keywords["help"] += " (default: %(default)s)"
+    for key in ("choices", "metavar"):
+        if key in option.metadata:
+            keywords[key] = option.metadata[key]
+    return keywords | {"type": _converter(hint)}
+
+
+def _converter(hint: Any) -> Callable[[str], Any]:
+    """Give the function that reads one value from the command line."""
+    if isinstance(hint, types.UnionType):
+        hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
+    parse: Callable[[str], Any] = getattr(hint, "parse", hint)
+
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except ConfigError as error:
+            # argparse replaces the text of any other ValueError by "invalid value".
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    # argparse names the type in its message: "invalid int value: 'x'".
+    convert.__name__ = getattr(hint, "__name__", "value")
+    return convert
