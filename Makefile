@@ -59,5 +59,5 @@ $(STAMP): pyproject.toml constraints.txt
 	f"halfbyte needs Python 3.11 to 3.13; $(PYTHON) is {v[0]}.{v[1]}. Use: make PYTHON=python3.12 ...")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing halfbyte and its tools into $(VENV) (a few minutes the first time)"
-	$(BIN)/python -m pip install --quiet --progress-bar on -c constraints.txt -e ".[dev,convert]"
+	$(BIN)/python -m pip install $(if $(CI),--quiet) -c constraints.txt -e ".[dev,convert]"
 	@touch $@

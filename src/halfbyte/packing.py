@@ -41,7 +41,9 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
             f"Cannot pack {rows} codes of {bits} bits: a multiple of {CODES_PER_RUN} is needed."
         )
     runs = codes.reshape(rows // CODES_PER_RUN, CODES_PER_RUN, columns)
-    words = torch.zeros(rows // CODES_PER_RUN, bits, columns, dtype=torch.int32, device=codes.device)
+    words = torch.zeros(
+        rows // CODES_PER_RUN, bits, columns, dtype=torch.int32, device=codes.device
+    )
     for j in range(CODES_PER_RUN):
         word, shift = divmod(bits * j, 32)
         code = runs[:, j].to(torch.int32)
@@ -70,7 +72,9 @@ def unpack_codes(words: Tensor, bits: int) -> Tensor:
             f"Cannot unpack {rows} words of {bits}-bit codes: a multiple of {bits} is needed."
         )
     runs = words.reshape(rows // bits, bits, columns)
-    codes = torch.empty(rows // bits, CODES_PER_RUN, columns, dtype=torch.uint8, device=words.device)
+    codes = torch.empty(
+        rows // bits, CODES_PER_RUN, columns, dtype=torch.uint8, device=words.device
+    )
     mask = 2**bits - 1
     for j in range(CODES_PER_RUN):
         word, shift = divmod(bits * j, 32)

@@ -1,4 +1,4 @@
-"""The `halfbyte` command: finds the verb's module, parses its options, turns errors into exit codes.
+"""The `halfbyte` command: finds the verb, parses its options, turns errors into exit codes.
 
 A verb is a module with ``HELP``, ``add_arguments(parser)`` and ``run(args) -> int``. It is imported
 only when it is asked for, and imports torch only inside ``run``: help is there at once.

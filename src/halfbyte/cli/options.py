@@ -63,10 +63,11 @@ def _argument(option: Field[Any], hint: Any) -> dict[str, Any]:
     if hint is bool:
         action = "store_false" if option.default else "store_true"
         return {"action": action, "default": option.default, "help": help_text}
-    keywords: dict[str, Any] = {"help": help_text, "default": option.default}
+    default: Any = option.default
+    keywords: dict[str, Any] = {"help": help_text, "default": default}
     if typing.get_origin(hint) is tuple:
         hint = typing.get_args(hint)[0]
-        keywords |= {"action": "append", "default": list(option.default)}
+        keywords |= {"action": "append", "default": [*default]}
     elif option.default is not None:
         keywords["help"] += " (default: %(default)s)"
     for key in ("choices", "metavar"):
