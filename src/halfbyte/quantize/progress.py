@@ -1,0 +1,239 @@
+"""How a run tells how far it is: one small interface, three ways to show it.
+
+The pipeline calls a :class:`Progress`; :func:`make_progress` picks the live display on a terminal
+and plain lines elsewhere. :class:`SilentProgress` says nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from halfbyte.quantize.provenance import resident_memory_bytes
+from halfbyte.quantize.report import ModuleReport
+
+
+class Progress(Protocol):
+    """What the pipeline reports, in this order; ``finished`` comes last even after an error."""
+
+    def started(self, plan: tuple[str, ...]) -> None:
+        """Show the plan (memory, disk, time), one fact per line."""
+
+    def phase(self, name: str) -> None:
+        """Name what is done now, in words: "reading text", "saving", "comparing with the base"."""
+
+    def block_started(self, index: int, count: int) -> None:
+        """Start on block ``index`` (from 0) of ``count``; a resumed run starts in the middle."""
+
+    def module_done(self, module: ModuleReport) -> None:
+        """Tell that one linear is quantized."""
+
+    def finished(self) -> None:
+        """End the display."""
+
+
+class SilentProgress:
+    """Says nothing."""
+
+    def started(self, plan: tuple[str, ...]) -> None:
+        """Say nothing."""
+
+    def phase(self, name: str) -> None:
+        """Say nothing."""
+
+    def block_started(self, index: int, count: int) -> None:
+        """Say nothing."""
+
+    def module_done(self, module: ModuleReport) -> None:
+        """Say nothing."""
+
+    def finished(self) -> None:
+        """Say nothing."""
+
+
+@dataclass(slots=True)
+class _Position:
+    """Where the run is; both displays are drawn from it."""
+
+    start: float = field(default_factory=time.monotonic)
+    phase: str = "starting"
+    block: int | None = None
+    num_blocks: int = 0
+    first_block: int | None = None
+    first_block_start: float = 0.0
+    module: ModuleReport | None = None
+
+    def enter_block(self, index: int, count: int) -> None:
+        if self.first_block is None:
+            self.first_block, self.first_block_start = index, time.monotonic()
+        self.block, self.num_blocks = index, count
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self.start
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Time for the blocks that are left at the pace of those done in this run."""
+        if self.block is None or self.first_block is None or self.block == self.first_block:
+            return None
+        done = self.block - self.first_block
+        return (time.monotonic() - self.first_block_start) / done * (self.num_blocks - self.block)
+
+
+class PlainProgress:
+    """One line per block and phase, for logs and pipes."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._position = _Position()
+        self._modules: list[ModuleReport] = []
+        self._block_start = 0.0
+
+    def started(self, plan: tuple[str, ...]) -> None:
+        """Print the plan."""
+        for line in plan:
+            self._print(line)
+
+    def phase(self, name: str) -> None:
+        """Print the phase, after the block that it ends."""
+        self._end_block()
+        self._print(f"{name} ({format_seconds(self._position.elapsed)})")
+
+    def block_started(self, index: int, count: int) -> None:
+        """Print the block before this one."""
+        self._end_block()
+        self._position.enter_block(index, count)
+        self._block_start = time.monotonic()
+
+    def module_done(self, module: ModuleReport) -> None:
+        """Keep the module for its block's line; a fallback gets a line at once."""
+        self._modules.append(module)
+        for note in module.notes:
+            self._print(f"{module.name}: {note}")
+
+    def finished(self) -> None:
+        """Print the last block."""
+        self._end_block()
+
+    def _end_block(self) -> None:
+        if not self._modules:
+            return
+        position = self._position
+        worst = max(self._modules, key=lambda module: module.relative_error or 0.0)
+        where = f"block {(position.block or 0) + 1} of {position.num_blocks}"
+        parts = [
+            f"{where if worst.block is not None else 'head'}: {len(self._modules)} modules",
+            f"worst {worst.kind} {format_error(worst.relative_error)}",
+            format_seconds(time.monotonic() - self._block_start),
+        ]
+        memory = resident_memory_bytes()
+        if memory is not None:
+            parts.append(format_bytes(memory))
+        if position.seconds_left is not None:
+            parts.append(f"{format_seconds(position.seconds_left)} left")
+        self._print(", ".join(parts))
+        self._modules = []
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, soft_wrap=True)
+
+
+class LiveProgress:
+    """A display that stays in place: bar, block, module, loss, elapsed, time left, memory."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._position = _Position()
+        self._live = Live(
+            console=console, get_renderable=self.render, refresh_per_second=4, transient=True
+        )
+
+    def started(self, plan: tuple[str, ...]) -> None:
+        """Print the plan above the display, which starts now."""
+        for line in plan:
+            self._console.print(line, style="dim")
+        self._live.start()
+
+    def phase(self, name: str) -> None:
+        """Show the phase."""
+        self._position.phase = name
+
+    def block_started(self, index: int, count: int) -> None:
+        """Move the bar."""
+        self._position.enter_block(index, count)
+
+    def module_done(self, module: ModuleReport) -> None:
+        """Show the module; a fallback is printed above the display and stays."""
+        self._position.module = module
+        for note in module.notes:
+            self._console.print(f"{module.name}: {note}", style="yellow")
+
+    def finished(self) -> None:
+        """Take the display away."""
+        self._live.stop()
+
+    def render(self) -> Table:
+        """Draw the display; rich calls it four times a second."""
+        position = self._position
+        grid = Table.grid(padding=(0, 2))
+        done = position.block or 0
+        where = "" if position.block is None else f"block {done + 1} of {position.num_blocks}"
+        facts = [f"{format_seconds(position.elapsed)} elapsed"]
+        if position.seconds_left is not None:
+            facts.append(f"{format_seconds(position.seconds_left)} left")
+        memory = resident_memory_bytes()
+        if memory is not None:
+            facts.append(format_bytes(memory))
+        bar = ProgressBar(total=max(position.num_blocks, 1), completed=done, width=30)
+        grid.add_row(bar, Text(where), Text(", ".join(facts)))
+        module = position.module
+        if module is not None:
+            loss = f"relative error {format_error(module.relative_error)}"
+            grid.add_row(Text(position.phase), Text(module.kind), Text(loss))
+        else:
+            grid.add_row(Text(position.phase))
+        return grid
+
+
+def make_progress(console: Console) -> Progress:
+    """Pick how progress is shown.
+
+    Args:
+        console: Where it goes, stderr as a rule.
+
+    Returns:
+        The live display on a terminal, plain lines elsewhere.
+    """
+    return LiveProgress(console) if console.is_terminal else PlainProgress(console)
+
+
+def format_seconds(seconds: float) -> str:
+    """Write a duration in the units that a reader thinks in: "8.2 s", "3 min 20 s", "2 h 5 min"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def format_bytes(size: float) -> str:
+    """Write a size in decimal units: "112.7 MB", "6.0 GB"."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
+def format_error(relative_error: float | None) -> str:
+    """Write a relative error with three digits."""
+    return "none" if relative_error is None else f"{relative_error:.3g}"

@@ -1,0 +1,74 @@
+"""What a run ran on: versions of the packages and facts of the machine, for its report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import resource
+import sys
+from pathlib import Path
+
+from halfbyte.version import __version__
+
+PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "numpy", "huggingface_hub")
+"""Packages that can change the numbers."""
+
+
+def installed_versions() -> dict[str, str]:
+    """Give the versions of halfbyte, Python and the packages that can change the numbers."""
+    versions = {"halfbyte": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def machine_facts() -> dict[str, str]:
+    """Give the system, processor, cores that may be used, torch's threads, memory and GPU."""
+    # Imported here: versions alone must not cost an import of torch.
+    import torch
+
+    facts = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor_name(),
+        "cores": str(_usable_cores()),
+        "torch_threads": str(torch.get_num_threads()),
+        "memory_bytes": str(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
+    }
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts
+
+
+def peak_memory_bytes() -> int:
+    """Give the largest resident size that this process has had. Unit: bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts in KiB, macOS in bytes.
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_memory_bytes() -> int | None:
+    """Give the present resident size of this process; None where the system does not tell."""
+    try:
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    except OSError:
+        return None
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
