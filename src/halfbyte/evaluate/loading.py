@@ -1,0 +1,276 @@
+"""What to measure: a loaded model or the folder of one, with its tokenizer and its limits.
+
+GPTQ folders open like any other, because ``import halfbyte`` has taught Transformers to read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.data import evaluation_text
+from halfbyte.errors import ConfigError, ModelError
+from halfbyte.evaluate.windows import DEFAULT_WINDOW, Windows, split_windows, tokenize_text
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+"""A folder with one of these has a tokenizer."""
+
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """A model to be measured."""
+
+    name: str
+    """For messages."""
+    model: Any
+    tokenizer: Any
+    """None where neither the caller nor the folder has one."""
+
+    @property
+    def dtype_name(self) -> str:
+        """What the model computes in, for example "float32"."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def input_device(self) -> torch.device:
+        """Where token ids must be."""
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
+
+    @property
+    def vocabulary(self) -> int | None:
+        """How many token ids the model knows; None where its config does not say."""
+        size = getattr(_text_config(self.model), "vocab_size", None)
+        return size if isinstance(size, int) else None
+
+    @property
+    def longest(self) -> int | None:
+        """The most tokens that the model's positions allow; None where they have no limit."""
+        limit = getattr(_text_config(self.model), "max_position_embeddings", None)
+        return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def open_subject(
+    model: Any | str | Path,
+    *,
+    tokenizer: Any = None,
+    dtype: str | torch.dtype = "auto",
+    device: str = "auto",
+) -> Subject:
+    """Take a loaded model as it is, or load one from a folder.
+
+    Args:
+        model: A Hugging Face model, or a folder.
+        tokenizer: Used instead of the folder's.
+        dtype: For a folder: what to compute in; "auto": float32 on a CPU, as stored elsewhere.
+        device: For a folder: "auto": the first GPU, or the CPU.
+
+    Returns:
+        The model, in evaluation mode, with its tokenizer.
+
+    Raises:
+        ConfigError: dtype or device is none that torch knows.
+        ModelError: The folder is none, or Transformers cannot load it; says why.
+    """
+    if not isinstance(model, str | Path):
+        model.eval()
+        return Subject(name=type(model).__name__, model=model, tokenizer=tokenizer)
+    folder = Path(model)
+    if not (folder / "config.json").is_file():
+        found = "no config.json in it" if folder.is_dir() else "no such folder"
+        raise ModelError(
+            f"Cannot load the model '{folder}': {found}. Give a folder that save_pretrained or "
+            "halfbyte wrote, or a downloaded Hugging Face repository."
+        )
+    place = _resolve_device(device)
+    return Subject(
+        name=str(folder),
+        model=_load_model(folder, _resolve_dtype(dtype, place), place),
+        tokenizer=tokenizer if tokenizer is not None else load_tokenizer(folder),
+    )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load a folder's tokenizer.
+
+    Args:
+        folder: A Hugging Face folder.
+
+    Returns:
+        The tokenizer, or None where the folder has none.
+
+    Raises:
+        ModelError: Its files are damaged.
+    """
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"Cannot load the tokenizer of '{folder}': {first_line(error)} Copy the tokenizer "
+            "files of the original model into the folder."
+        ) from error
+
+
+def resolve_windows(
+    subject: Subject,
+    text: str | Tensor | Sequence[int] | None,
+    *,
+    window: int | None,
+    limit: int | None,
+    add_bos: bool,
+    also: Subject | None = None,
+) -> Windows:
+    """Turn what the caller gave into windows of token ids that the models can take.
+
+    Args:
+        subject: Its tokenizer turns text into ids.
+        text: A text, token ids, or None for the text that ships with halfbyte.
+        window: Tokens per window; None: 2048, or the longest that the models take.
+        limit: At most this many windows; None: all.
+        add_bos: Put a BOS token before a text.
+        also: A second model that is to take the same windows.
+
+    Returns:
+        The windows.
+
+    Raises:
+        ConfigError: No tokenizer, a window beyond a model's positions, an id that a model does
+            not know, or a text too short.
+    """
+    subjects = [subject] if also is None else [subject, also]
+    limits = [s.longest for s in subjects if s.longest is not None]
+    if window is None:
+        window = min([DEFAULT_WINDOW, *limits])
+    for one in subjects:
+        if one.longest is not None and window > one.longest:
+            raise ConfigError(
+                f"Cannot measure '{one.name}' on windows of {window} tokens: it takes at most "
+                f"{one.longest}. Use window {one.longest} or less."
+            )
+    cut = split_windows(_token_ids(subject, text, add_bos), window, limit=limit)
+    for one in subjects:
+        _check_ids(one, cut.ids)
+    return cut
+
+
+def check_same_tokenizer(
+    base: Subject, quantized: Subject, text: str | Tensor | Sequence[int] | None
+) -> None:
+    """Refuse two models whose tokenizers read the text differently.
+
+    Args:
+        base: The base.
+        quantized: The quantized model; one without a tokenizer of its own passes.
+        text: What is measured on; token ids pass, as no tokenizer is asked.
+
+    Raises:
+        ConfigError: The token ids differ; says where first.
+    """
+    if text is None:
+        text = evaluation_text()
+    if not isinstance(text, str) or base.tokenizer is None or quantized.tokenizer is None:
+        return
+    ours = tokenize_text(base.tokenizer, text)
+    theirs = tokenize_text(quantized.tokenizer, text)
+    if torch.equal(ours, theirs):
+        return
+    common = min(len(ours), len(theirs))
+    differing = (ours[:common] != theirs[:common]).nonzero()
+    where = int(differing[0]) if len(differing) else common
+    raise ConfigError(
+        f"Cannot compare '{base.name}' with '{quantized.name}': their tokenizers give {len(ours)} "
+        f"and {len(theirs)} tokens for the same text, and differ from token {where} on. "
+        "Compare a model with its own quantized version."
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """Give the first line of an error's message, ended by a full stop."""
+    lines = str(error).strip().splitlines()
+    line = lines[0].strip() if lines else type(error).__name__
+    return line if line.endswith((".", "!", "?")) else line + "."
+
+
+def _load_model(folder: Path, dtype: torch.dtype | str, device: torch.device) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    # Without a map Transformers needs no accelerate, and the CPU is where it loads anyway.
+    placement = {} if device.type == "cpu" else {"device_map": {"": device}}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, **placement
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise ModelError(
+            f"Cannot load the model '{folder}' through Transformers: {first_line(error)} "
+            "Check that the folder is complete and holds a causal language model."
+        ) from error
+    return model.eval()
+
+
+def _resolve_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"device is '{device}', which torch does not know. Use auto, cpu or cuda:0."
+        ) from error
+
+
+def _resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype | str:
+    """Auto is fp32 on a CPU: as fast there as 16 bits, or faster, and free of their rounding."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    if dtype not in COMPUTE_DTYPES:
+        raise ConfigError(
+            f"dtype is '{dtype}'; allowed are auto, {', '.join(COMPUTE_DTYPES)}. "
+            "Use auto if unsure."
+        )
+    resolved: torch.dtype = getattr(torch, dtype)
+    return resolved
+
+
+def _token_ids(
+    subject: Subject, text: str | Tensor | Sequence[int] | None, add_bos: bool
+) -> Tensor | Sequence[int]:
+    if text is None:
+        text = evaluation_text()
+    if not isinstance(text, str):
+        return text
+    if subject.tokenizer is None:
+        raise ConfigError(
+            f"Cannot tokenise the text for '{subject.name}': it comes without a tokenizer. "
+            "Pass tokenizer=..., or token ids instead of the text."
+        )
+    return tokenize_text(subject.tokenizer, text, add_bos=add_bos)
+
+
+def _check_ids(subject: Subject, ids: Tensor) -> None:
+    vocabulary = subject.vocabulary
+    if vocabulary is None:
+        return
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocabulary:
+        raise ConfigError(
+            f"Cannot measure '{subject.name}': the text has token id {low if low < 0 else high}, "
+            f"and the model knows 0..{vocabulary - 1}. The tokenizer belongs to another model."
+        )
+
+
+def _text_config(model: Any) -> Any:
+    return model.config.get_text_config()
