@@ -1,8 +1,8 @@
 """Codes <-> int32 words. The only file that knows bit order.
 
 A word stream is plain little-endian: code ``j`` of a run occupies bits ``[bits*j, bits*j + bits)``
-counted from the lowest bit of the first word, so 32 codes fill exactly ``bits`` words. For 2, 4
-and 8 bits a word holds whole codes; for 3 bits two codes of every 32 straddle a word boundary.
+counted from the lowest bit of the first word. For 2, 4 and 8 bits a word holds whole codes; for 3
+bits 32 codes fill 3 words, and two of them straddle a word boundary.
 
 On disk weights run along ``in`` (:func:`pack_weight`), zeros along ``out`` (:func:`pack_zeros`).
 
@@ -13,44 +13,62 @@ Source:
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from halfbyte.errors import CheckpointError
 
-CODES_PER_RUN = 32
-"""Codes that fill a whole number of words at every bit width."""
+SUPPORTED_BITS = (2, 3, 4, 8)
+
+WORD_BITS = 32
+
+
+def codes_per_run(bits: int) -> int:
+    """Give the fewest codes that fill whole words: 16, 32, 8 and 4 for 2, 3, 4 and 8 bits."""
+    return WORD_BITS // math.gcd(WORD_BITS, bits)
+
+
+def words_per_run(bits: int) -> int:
+    """Give the words that :func:`codes_per_run` codes fill: 3 for 3 bits, else 1."""
+    return bits // math.gcd(WORD_BITS, bits)
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Pack codes along the first axis, 32 codes into ``bits`` words.
+    """Pack codes along the first axis into words.
 
     Args:
-        codes: Integers 0..2**bits-1, shape [n, columns], n a multiple of 32; any integer dtype.
+        codes: Integers 0..2**bits-1, shape [n, columns], of any integer dtype.
         bits: 2, 3, 4 or 8.
 
     Returns:
         int32 words, shape [n * bits / 32, columns].
 
     Raises:
-        CheckpointError: The number of codes does not fill whole words.
+        CheckpointError: The number of codes does not fill whole words, or a code has more bits.
     """
+    run, words_in_run = codes_per_run(bits), words_per_run(bits)
     rows, columns = codes.shape
-    if rows % CODES_PER_RUN:
+    if rows % run:
         raise CheckpointError(
-            f"Cannot pack {rows} codes of {bits} bits: a multiple of {CODES_PER_RUN} is needed."
+            f"Cannot pack {rows} codes of {bits} bits: a multiple of {run} is needed."
         )
-    runs = codes.reshape(rows // CODES_PER_RUN, CODES_PER_RUN, columns)
-    words = torch.zeros(
-        rows // CODES_PER_RUN, bits, columns, dtype=torch.int32, device=codes.device
-    )
-    for j in range(CODES_PER_RUN):
-        word, shift = divmod(bits * j, 32)
+    if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 2**bits):
+        raise CheckpointError(
+            f"Cannot pack codes {int(codes.min())}..{int(codes.max())} in {bits} bits: allowed are "
+            f"0..{2**bits - 1}; more would spill into the neighbours."
+        )
+    runs = codes.reshape(rows // run, run, columns)
+    shape = (rows // run, words_in_run, columns)
+    words = torch.zeros(shape, dtype=torch.int32, device=codes.device)
+    for j in range(run):
+        word, shift = divmod(bits * j, WORD_BITS)
         code = runs[:, j].to(torch.int32)
         words[:, word] |= code << shift
-        if shift + bits > 32:
-            words[:, word + 1] |= code >> (32 - shift)
-    return words.reshape(rows * bits // 32, columns)
+        if shift + bits > WORD_BITS:
+            words[:, word + 1] |= code >> (WORD_BITS - shift)
+    return words.reshape(rows // run * words_in_run, columns)
 
 
 def unpack_codes(words: Tensor, bits: int) -> Tensor:
@@ -64,28 +82,30 @@ def unpack_codes(words: Tensor, bits: int) -> Tensor:
         uint8 codes, shape [n, columns].
 
     Raises:
-        CheckpointError: The number of words is not a multiple of ``bits``.
+        CheckpointError: The number of words is no whole number of runs.
     """
+    run, words_in_run = codes_per_run(bits), words_per_run(bits)
     rows, columns = words.shape
-    if rows % bits:
+    if rows % words_in_run:
         raise CheckpointError(
-            f"Cannot unpack {rows} words of {bits}-bit codes: a multiple of {bits} is needed."
+            f"Cannot unpack {rows} words of {bits}-bit codes: a multiple of {words_in_run} is "
+            "needed."
         )
-    runs = words.reshape(rows // bits, bits, columns)
-    codes = torch.empty(
-        rows // bits, CODES_PER_RUN, columns, dtype=torch.uint8, device=words.device
-    )
+    runs = words.reshape(rows // words_in_run, words_in_run, columns)
+    shape = (rows // words_in_run, run, columns)
+    codes = torch.empty(shape, dtype=torch.uint8, device=words.device)
     mask = 2**bits - 1
-    for j in range(CODES_PER_RUN):
-        word, shift = divmod(bits * j, 32)
-        if shift + bits <= 32:
+    for j in range(run):
+        word, shift = divmod(bits * j, WORD_BITS)
+        # The shift is arithmetic; the mask removes the copies of the sign bit that it brings in.
+        if shift + bits <= WORD_BITS:
             code = (runs[:, word] >> shift) & mask
         else:
-            low_bits = 32 - shift
+            low_bits = WORD_BITS - shift
             low = (runs[:, word] >> shift) & (2**low_bits - 1)
             code = low | ((runs[:, word + 1] << low_bits) & mask)
         codes[:, j] = code.to(torch.uint8)
-    return codes.reshape(rows // bits * CODES_PER_RUN, columns)
+    return codes.reshape(rows // words_in_run * run, columns)
 
 
 def pack_weight(codes: Tensor, bits: int) -> Tensor:
@@ -102,7 +122,7 @@ def pack_zeros(zeros: Tensor, bits: int, zero_offset: int) -> Tensor:
     """Pack zero points [out, groups] into the disk layout int32 [groups, out * bits / 32].
 
     Args:
-        zeros: Integer zero points, each in zero_offset..2**bits-1+zero_offset.
+        zeros: Integer zero points, each in zero_offset..2**bits-1.
         bits: 2, 3, 4 or 8.
         zero_offset: What the dialect subtracts before storing: 1 in v1, 0 in v2.
 
@@ -110,17 +130,39 @@ def pack_zeros(zeros: Tensor, bits: int, zero_offset: int) -> Tensor:
         int32 words.
 
     Raises:
-        CheckpointError: A zero does not fit the dialect; it would borrow from its neighbours.
+        CheckpointError: A zero does not fit the dialect; readers would not agree on it.
     """
-    stored = zeros.to(torch.int32) - zero_offset
-    if stored.numel() and (int(stored.min()) < 0 or int(stored.max()) >= 2**bits):
+    if zeros.numel() and (int(zeros.min()) < zero_offset or int(zeros.max()) >= 2**bits):
         raise CheckpointError(
             f"Cannot pack zeros {int(zeros.min())}..{int(zeros.max())} in {bits} bits with offset "
-            f"{zero_offset}: allowed are {zero_offset}..{2**bits - 1 + zero_offset}."
+            f"{zero_offset}: allowed are {zero_offset}..{2**bits - 1}."
         )
+    stored = zeros.to(torch.int32) - zero_offset
     return pack_codes(stored, bits).t().contiguous()
 
 
 def unpack_zeros(qzeros: Tensor, bits: int, zero_offset: int) -> Tensor:
-    """Unpack int32 [groups, out * bits / 32] from disk into int16 zero points [out, groups]."""
-    return unpack_codes(qzeros.t().contiguous(), bits).to(torch.int16) + zero_offset
+    """Unpack int32 [groups, out * bits / 32] from disk into int16 zero points [out, groups].
+
+    A zero of 0 does not fit v1, yet GPTQModel writes it by subtracting 0x1111... from whole words,
+    which borrows from the neighbours; adding the same to whole words gives all of them back, and
+    changes nothing where no zero was 0. At 3 bits it subtracts from each zero by itself.
+
+    Args:
+        qzeros: As on disk.
+        bits: 2, 3, 4 or 8.
+        zero_offset: 1 in v1, 0 in v2.
+
+    Returns:
+        Zero points 0..2**bits-1.
+
+    Source:
+        GPTQModel ``utils/model.py``, ``convert_gptq_v2_to_v1_format_module``.
+    """
+    words = qzeros
+    if zero_offset and words_per_run(bits) == 1:
+        words = words + sum(zero_offset << shift for shift in range(0, WORD_BITS, bits))
+    zeros = unpack_codes(words.t().contiguous(), bits)
+    if zero_offset and words_per_run(bits) > 1:
+        zeros = (zeros + zero_offset) & (2**bits - 1)
+    return zeros.to(torch.int16)

@@ -29,6 +29,8 @@ from halfbyte.quant_config import SUPPORTED_BITS
 QUANTIZED_SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 """Tensors of one quantized linear; ``bias`` may stand beside them."""
 
+LINEAR_SUFFIXES = (*QUANTIZED_SUFFIXES, "bias")
+
 CONFIG_FILES = ("quantize_config.json", "quant_config.json")
 """Separate files that may hold the quantization config, newest name first."""
 
@@ -45,7 +47,7 @@ CONFIG_ALIASES = {
 """Older or other tools' names for the same keys."""
 
 PACK_MULTIPLE = 32
-"""Both dimensions of a linear must be a multiple of this to be packed."""
+"""Both dimensions of a linear must be a multiple of this to be packed for every reader."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +62,11 @@ class LinearLayout:
     """Nominal: the last group is shorter where this does not divide ``in_features``."""
     has_g_idx: bool
     has_bias: bool
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether the last group is shorter than the others."""
+        return self.in_features % self.group_size != 0
 
 
 def quantized_module_names(tensor_names: Mapping[str, object] | list[str]) -> list[str]:
@@ -90,7 +97,7 @@ def infer_linear_layout(
         if suffix not in shapes:
             raise CheckpointError(
                 f"Checkpoint has no {module}.{suffix} beside the layer's other tensors "
-                f"({', '.join(sorted(shapes))}). The file is incomplete; download or quantize again."
+                f"({', '.join(sorted(shapes))}). It is incomplete; download or quantize it again."
             )
         if len(shapes[suffix]) != 2 or 0 in shapes[suffix]:
             raise CheckpointError(

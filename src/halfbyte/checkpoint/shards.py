@@ -111,7 +111,7 @@ def _read_tensors(file: Path, infos: list[TensorInfo]) -> dict[str, Tensor]:
         with file.open("rb", buffering=0) as handle:
             for info in infos:
                 data = torch.empty(info.num_bytes, dtype=torch.uint8)
-                view = memoryview(data.numpy())
+                view = data.numpy().data
                 handle.seek(info.offset)
                 position = 0
                 # One read call gives 2 GB at most on Linux.
@@ -185,12 +185,12 @@ def _nothing_to_read(folder: Path, names: list[str]) -> CheckpointError:
             "files. Give the folder of a downloaded model."
         )
     return CheckpointError(
-        f"Cannot open checkpoint {folder}: its weights are pickles only ({', '.join(pickles[:3])}), "
-        "and reading a pickle can run any program hidden in it. If you trust where they come from, "
-        'convert them once, in a container without network: python -c "import torch; '
-        "from safetensors.torch import save_file; "
-        f"save_file({{k: v.clone().contiguous() for k, v in torch.load('{pickles[0]}', "
-        "weights_only=True).items()}, 'model.safetensors', metadata={'format': 'pt'})\""
+        f"Cannot open checkpoint {folder}: its weights are pickles only ({', '.join(pickles[:2])})"
+        ", and a pickle can run any program when it is read. If you trust where they come from, "
+        "convert each once, where it can do no harm (a container without network): "
+        'python -c "import torch; from safetensors.torch import save_file; save_file({k: '
+        f"v.clone().contiguous() for k, v in torch.load('{pickles[0]}', weights_only=True).items()"
+        "}, 'model.safetensors', metadata={'format': 'pt'})\""
     )
 
 

@@ -1,0 +1,118 @@
+"""What the tensors themselves say: the zeros' dialect, whether the grid is symmetric, the groups.
+
+Labels are wrong often enough that data comes first: symmetric zeros are all the same number, so
+the stored words tell v1 from v2; ``g_idx`` tells the group size and the order.
+
+Source:
+    Mislabelled symmetric files (declared v1, stored v2): vLLM issue 38966.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halfbyte.checkpoint.layout import FORMAT_V1, FORMAT_V2, LinearLayout
+from halfbyte.errors import CheckpointError
+from halfbyte.packing import pack_codes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ZeroDialect:
+    """How the stored zeros of one linear are to be read."""
+
+    zero_offset: int
+    """What was subtracted before storing: 1 in v1, 0 in v2."""
+    is_symmetric: bool
+    """Whether every zero is the middle code."""
+    note: str | None = None
+    """Why the label was not followed, where it was not."""
+
+
+def detect_zero_dialect(
+    module: str,
+    qzeros: Tensor,
+    bits: int,
+    *,
+    declared_offset: int,
+    declared_symmetric: bool | None,
+) -> ZeroDialect:
+    """Tell v1 from v2 by the stored zeros where they can tell, else by the label.
+
+    Args:
+        module: Full dotted name; used in messages.
+        qzeros: int32 as on disk, shape [groups, out * bits / 32].
+        bits: 2, 3, 4 or 8.
+        declared_offset: 1 where the config says v1 or nothing, 0 where it says v2.
+        declared_symmetric: The config's ``sym``; None where it says nothing.
+
+    Returns:
+        The dialect. Only an asymmetric label keeps uniform zeros from deciding it.
+
+    Raises:
+        CheckpointError: The config says symmetric, but the zeros are not all the middle code.
+    """
+    num_columns = qzeros.shape[1] * 32 // bits
+    for offset in (1, 0):
+        stored = 2 ** (bits - 1) - offset
+        row = pack_codes(torch.full((num_columns, 1), stored, device=qzeros.device), bits)
+        if not torch.equal(qzeros, row.t().expand_as(qzeros)):
+            continue
+        if declared_symmetric is False:
+            middle = declared_offset == offset
+            return ZeroDialect(zero_offset=declared_offset, is_symmetric=middle)
+        note = None
+        if offset != declared_offset:
+            names = {1: FORMAT_V1, 0: FORMAT_V2}
+            note = (
+                f"{module}.qzeros stores {stored} everywhere, which is {names[offset]}; the config "
+                f"says {names[declared_offset]}. The tensor is believed."
+            )
+        return ZeroDialect(zero_offset=offset, is_symmetric=True, note=note)
+    if declared_symmetric:
+        middle_code = 2 ** (bits - 1)
+        raise CheckpointError(
+            f"{module}.qzeros does not store {middle_code - 1} (v1) or {middle_code} (v2) "
+            f"everywhere, as the config's sym: true demands of {bits} bits. The file is damaged, "
+            "or the label is wrong: if the model is asymmetric, set sym to false in its config."
+        )
+    return ZeroDialect(zero_offset=declared_offset, is_symmetric=False)
+
+
+def measure_groups(module: str, g_idx: Tensor, num_groups: int) -> int:
+    """Find the group size that ``g_idx`` implies, and check that it is a possible one.
+
+    Args:
+        module: Full dotted name; used in messages.
+        g_idx: Group of each input column, shape [in].
+        num_groups: Rows of ``scales``.
+
+    Returns:
+        The group size: all groups have it but the last, which may be smaller.
+
+    Raises:
+        CheckpointError: A group is out of range, or the groups are of different sizes.
+    """
+    low, high = int(g_idx.min()), int(g_idx.max())
+    if low < 0 or high >= num_groups:
+        raise CheckpointError(
+            f"{module}.g_idx has values {low}..{high}; allowed are 0..{num_groups - 1}, the rows "
+            "of its scales. The file is damaged; download or quantize it again."
+        )
+    counts = torch.bincount(g_idx.long(), minlength=num_groups)
+    group_size = int(counts[0])
+    if bool((counts[:-1] != group_size).any()) or not 0 < int(counts[-1]) <= group_size:
+        raise CheckpointError(
+            f"{module}.g_idx gives its {num_groups} groups {int(counts.min())} to "
+            f"{int(counts.max())} columns each; all but the last must be of one size. The file is "
+            "damaged; download or quantize it again."
+        )
+    return group_size
+
+
+def make_trivial_g_idx(layout: LinearLayout) -> Tensor:
+    """Make the ``g_idx`` of groups that lie one after another, int32 [in]."""
+    columns = torch.arange(layout.in_features, dtype=torch.int32)
+    return columns // layout.group_size

@@ -1,0 +1,292 @@
+"""Read a GPTQ checkpoint of any dialect: one linear at a time, every value checked that can be.
+
+::
+
+    folder -> TensorFiles (headers) + QuantizationLabels -> LinearLayout per module
+           -> load_linear(name): tensors + zero_offset -> dequantize(name): float32 [out, in]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.checkpoint.checksums import verify_checksums
+from halfbyte.checkpoint.dialect import (
+    ZeroDialect,
+    detect_zero_dialect,
+    make_trivial_g_idx,
+    measure_groups,
+)
+from halfbyte.checkpoint.dynamic import resolve_dynamic
+from halfbyte.checkpoint.labels import QuantizationLabels, read_labels
+from halfbyte.checkpoint.layout import LINEAR_SUFFIXES, LinearLayout, infer_linear_layout
+from halfbyte.checkpoint.shards import TensorFiles
+from halfbyte.errors import CheckpointError
+from halfbyte.packing import unpack_weight, unpack_zeros
+
+FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+ALLOWED_DTYPES: Mapping[str, tuple[torch.dtype, ...]] = {
+    "qweight": (torch.int32,),
+    "qzeros": (torch.int32,),
+    "scales": FLOAT_TYPES,
+    "g_idx": (torch.int32, torch.int64),
+    "bias": FLOAT_TYPES,
+}
+
+_LABEL_TYPES: Mapping[str, type] = {"bits": int, "group_size": int, "sym": bool}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearFacts:
+    """What the small tensors of one quantized linear say, without its weights."""
+
+    layout: LinearLayout
+    """Its group size is the one that ``g_idx`` shows, where there is one."""
+    zeros: ZeroDialect
+    has_trivial_groups: bool
+    """Whether the groups lie one after another, so that ``g_idx`` says nothing new."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedLinear:
+    """The tensors of one quantized linear as on disk, and how to read them."""
+
+    qweight: Tensor
+    qzeros: Tensor
+    scales: Tensor
+    g_idx: Tensor
+    """int32 [in]; made where the file has none."""
+    bias: Tensor | None
+    layout: LinearLayout
+    zero_offset: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """An open checkpoint: headers and labels are checked, no weight is in memory."""
+
+    folder: Path
+    files: TensorFiles
+    labels: QuantizationLabels
+    linears: Mapping[str, LinearLayout]
+    """Every quantized module, in the order of the files."""
+    notes: tuple[str, ...]
+    """What the labels and the tensors disagreed on, and which was believed."""
+
+    def load_facts(self, name: str) -> LinearFacts:
+        """Read and check a linear's zeros and groups, not its weights.
+
+        Args:
+            name: A module of :attr:`linears`.
+
+        Returns:
+            The facts.
+
+        Raises:
+            CheckpointError: There is no such module, or a value is out of range; names the tensor.
+        """
+        layout = self._layout_of(name)
+        wanted = ["qzeros", *(["g_idx"] if layout.has_g_idx else [])]
+        return self._check_facts(name, self._load(name, wanted))
+
+    def load_linear(self, name: str) -> PackedLinear:
+        """Read and check one quantized linear.
+
+        Args:
+            name: A module of :attr:`linears`.
+
+        Returns:
+            Its tensors, in memory of their own.
+
+        Raises:
+            CheckpointError: There is no such module, or a value is out of range; names the tensor.
+        """
+        layout = self._layout_of(name)
+        optional = {"g_idx": layout.has_g_idx, "bias": layout.has_bias}
+        tensors = self._load(name, [s for s in LINEAR_SUFFIXES if optional.get(s, True)])
+        facts = self._check_facts(name, tensors)
+        for suffix in ("scales", "bias"):
+            if suffix in tensors and not bool(torch.isfinite(tensors[suffix]).all()):
+                bad = int((~torch.isfinite(tensors[suffix])).sum())
+                raise CheckpointError(
+                    f"{name}.{suffix} has {bad} of {tensors[suffix].numel()} values that are "
+                    "infinite or not a number. The file is damaged; download or quantize it again."
+                )
+        g_idx = tensors.get("g_idx")
+        return PackedLinear(
+            qweight=tensors["qweight"],
+            qzeros=tensors["qzeros"],
+            scales=tensors["scales"],
+            g_idx=make_trivial_g_idx(facts.layout) if g_idx is None else g_idx.to(torch.int32),
+            bias=tensors.get("bias"),
+            layout=facts.layout,
+            zero_offset=facts.zeros.zero_offset,
+        )
+
+    def dequantize(self, name: str) -> Tensor:
+        """Read one linear and give the weight that its codes stand for.
+
+        Args:
+            name: A module of :attr:`linears`.
+
+        Returns:
+            float32 [out, in].
+
+        Raises:
+            CheckpointError: There is no such module, or a value is out of range; names the tensor.
+        """
+        linear = self.load_linear(name)
+        bits = linear.layout.bits
+        codes = unpack_weight(linear.qweight, bits)
+        zeros = unpack_zeros(linear.qzeros, bits, linear.zero_offset)
+        groups = linear.g_idx.long()
+        scales = linear.scales.t().float()
+        return scales[:, groups] * (codes.float() - zeros[:, groups].float())
+
+    def verify(self) -> int:
+        """Compare every byte with the digests written beside the checkpoint.
+
+        Returns:
+            How many tensors were compared.
+
+        Raises:
+            CheckpointError: There are no digests, or something differs; names file and tensor.
+        """
+        return verify_checksums(self.files, self.labels.raw)
+
+    def _layout_of(self, name: str) -> LinearLayout:
+        if name not in self.linears:
+            raise CheckpointError(
+                f"Checkpoint {self.folder} has no quantized module {name}; it has "
+                f"{len(self.linears)} others, such as {next(iter(self.linears))}."
+            )
+        return self.linears[name]
+
+    def _load(self, name: str, suffixes: list[str]) -> dict[str, Tensor]:
+        tensors = self.files.load([f"{name}.{suffix}" for suffix in suffixes])
+        return {suffix: tensors[f"{name}.{suffix}"] for suffix in suffixes}
+
+    def _check_facts(self, name: str, tensors: Mapping[str, Tensor]) -> LinearFacts:
+        layout = self.linears[name]
+        trivial = True
+        if "g_idx" in tensors:
+            size = measure_groups(name, tensors["g_idx"], layout.num_groups)
+            layout = replace(layout, group_size=size)
+            trivial = torch.equal(tensors["g_idx"].to(torch.int32), make_trivial_g_idx(layout))
+        zeros = detect_zero_dialect(
+            name,
+            tensors["qzeros"],
+            layout.bits,
+            declared_offset=self.labels.zero_offset,
+            declared_symmetric=_declared(self.labels, name, "sym", self.labels.symmetric),
+        )
+        if not zeros.is_symmetric and "checkpoint_format" in self.labels.disagreements:
+            raise CheckpointError(
+                f"Cannot tell how {name}.qzeros is stored: "
+                f"{self.labels.disagreements['checkpoint_format']}, and asymmetric zeros fit both. "
+                "Correct the file that is wrong."
+            )
+        return LinearFacts(layout=layout, zeros=zeros, has_trivial_groups=trivial)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Open a GPTQ checkpoint: find its files, read headers and labels, check every shape.
+
+    Args:
+        folder: Holds the safetensors files and, as a rule, ``config.json``.
+
+    Returns:
+        The checkpoint; tensors are read when asked for.
+
+    Raises:
+        CheckpointError: It is no GPTQ checkpoint, of a dialect that is not read, or a file is
+            missing or damaged; names the tensor.
+    """
+    files = TensorFiles.open(folder)
+    labels = read_labels(folder)
+    shapes = _collect_shapes(files)
+    if not shapes:
+        raise CheckpointError(
+            f"{folder} has no quantized linear among its {len(files.infos)} tensors (no .qweight). "
+            f"It is a model in full precision: quantize it with: halfbyte quantize {folder} -o OUT"
+        )
+    linears = {
+        module: infer_linear_layout(
+            module, found, _declared(labels, module, "group_size", labels.group_size)
+        )
+        for module, found in shapes.items()
+    }
+    notes = (*labels.notes, *_compare_bits(labels, linears))
+    return Checkpoint(
+        folder=folder,
+        files=files,
+        labels=labels,
+        linears=MappingProxyType(linears),
+        notes=notes,
+    )
+
+
+def _collect_shapes(files: TensorFiles) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Gather each quantized module's shapes; refuse odd element types and orphans."""
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, info in files.infos.items():
+        module, _, suffix = name.rpartition(".")
+        if suffix not in LINEAR_SUFFIXES or (suffix == "bias" and not _is_packed(files, module)):
+            continue
+        if info.dtype not in ALLOWED_DTYPES[suffix]:
+            allowed = ", ".join(str(d).removeprefix("torch.") for d in ALLOWED_DTYPES[suffix])
+            raise CheckpointError(
+                f"{name} has the element type {str(info.dtype).removeprefix('torch.')}; allowed "
+                f"are {allowed}. The file is damaged or of another format than GPTQ."
+            )
+        shapes.setdefault(module, {})[suffix] = info.shape
+    for module in shapes:
+        if f"{module}.weight" in files.infos:
+            raise CheckpointError(
+                f"Checkpoint {files.folder} has both {module}.weight and packed tensors of "
+                f"{module} ({', '.join(sorted(shapes[module]))}): it cannot be told which counts. "
+                "Remove one of them."
+            )
+    return shapes
+
+
+def _is_packed(files: TensorFiles, module: str) -> bool:
+    return f"{module}.qweight" in files.infos
+
+
+def _declared(labels: QuantizationLabels, module: str, key: str, default: Any) -> Any:
+    """Give the label that counts for one module; an override of the wrong type is ignored."""
+    value = (resolve_dynamic(labels.dynamic, module) or {}).get(key, default)
+    return value if type(value) is _LABEL_TYPES[key] else default
+
+
+def _compare_bits(labels: QuantizationLabels, linears: Mapping[str, LinearLayout]) -> list[str]:
+    """Take mixed bits as the shapes show them, but refuse a label that fits no linear at all."""
+    if labels.bits is None:
+        return []
+    differing = [
+        module
+        for module, layout in linears.items()
+        if _declared(labels, module, "bits", labels.bits) != layout.bits
+    ]
+    if not differing:
+        return []
+    first = differing[0]
+    if len(differing) == len(linears):
+        raise CheckpointError(
+            f"{labels.source} says {labels.bits} bits, but {first}.qzeros and all other linears "
+            f"have another width ({first}: {linears[first].bits} bits). The config or the "
+            "tensors belong to another model; download both again."
+        )
+    return [
+        f"{len(differing)} of {len(linears)} linears have other bits than {labels.source} says "
+        f"({first}: {linears[first].bits}). The shapes are believed."
+    ]

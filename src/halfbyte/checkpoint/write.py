@@ -1,0 +1,282 @@
+"""Write a GPTQ checkpoint that every reader takes: v1, both config files from one dict, digests.
+
+::
+
+    pack_linear(codes, zeros, scales) -> tensors -> write_shard -> ShardDigest
+    build_quantization_config         -> one dict -> write_configs
+    ShardDigests                      -> write_index, write_checksums
+
+Every file appears whole or not at all; the same content gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.checkpoint.atomic import write_atomically
+from halfbyte.checkpoint.checksums import TENSOR_DIGITS, ShardDigest
+from halfbyte.checkpoint.dynamic import Rule, build_dynamic
+from halfbyte.checkpoint.header import DTYPES
+from halfbyte.checkpoint.labels import CONFIG_SECTION, MODEL_CONFIG
+from halfbyte.checkpoint.layout import FORMAT_V1, ZERO_OFFSETS
+from halfbyte.errors import CheckpointError
+from halfbyte.packing import pack_weight, pack_zeros
+from halfbyte.quant_config import QuantConfig, Scheme
+
+INDEX_FILE = "model.safetensors.index.json"
+LABEL_FILE = "quantize_config.json"
+
+_HEADER_ALIGNMENT = 8
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def shard_name(number: int, count: int) -> str:
+    """Name shard ``number`` (from 1) of ``count`` as Transformers does."""
+    return f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def pack_linear(
+    codes: Tensor,
+    zeros: Tensor,
+    scales: Tensor,
+    *,
+    bits: int,
+    g_idx: Tensor,
+    bias: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Make the tensors on disk of one linear, in the v1 dialect.
+
+    Args:
+        codes: 0..2**bits-1, shape [out, in], in the order of the weight's columns.
+        zeros: 1..2**bits-1, shape [out, groups].
+        scales: float [out, groups]; what fp16 holds of them is what is written.
+        bits: 2, 3, 4 or 8.
+        g_idx: Group of each input column, shape [in]; written even where it is trivial.
+        bias: float [out], or None.
+
+    Returns:
+        qweight, qzeros, scales, g_idx and maybe bias, contiguous on the CPU.
+
+    Raises:
+        CheckpointError: Codes or zeros are out of range, a scale is not finite in fp16, or the
+            shapes do not fit each other.
+    """
+    out_features, in_features = codes.shape
+    if (
+        zeros.shape != scales.shape
+        or zeros.shape[0] != out_features
+        or g_idx.shape != (in_features,)
+    ):
+        raise CheckpointError(
+            f"Cannot pack a linear: codes {list(codes.shape)}, zeros {list(zeros.shape)}, scales "
+            f"{list(scales.shape)} and g_idx {list(g_idx.shape)} do not fit each other."
+        )
+    half = scales.to(torch.float16)
+    if not bool(torch.isfinite(half).all()):
+        raise CheckpointError(
+            f"Cannot pack a linear: {int((~torch.isfinite(half)).sum())} of {half.numel()} scales "
+            f"are not finite in fp16 (largest {float(scales.abs().max()):g}; the limit is 65504)."
+        )
+    tensors = {
+        "qweight": pack_weight(codes, bits),
+        "qzeros": pack_zeros(zeros, bits, ZERO_OFFSETS[FORMAT_V1]),
+        "scales": half.t(),
+        "g_idx": g_idx.to(torch.int32),
+    }
+    if bias is not None:
+        tensors["bias"] = bias
+    return {suffix: tensor.detach().cpu().contiguous() for suffix, tensor in tensors.items()}
+
+
+def write_shard(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> ShardDigest:
+    """Write one safetensors file, whole or not at all.
+
+    Args:
+        path: The file; its folder must exist.
+        tensors: By full name, on any device. The order does not count.
+        metadata: More strings for the header beside ``format: pt``, which Transformers asks for.
+
+    Returns:
+        The digests for :func:`halfbyte.checkpoint.checksums.write_checksums`.
+
+    Raises:
+        CheckpointError: A tensor has an element type that safetensors has no name for.
+    """
+    # Widest elements first, as safetensors does it: every tensor then starts aligned.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header = _make_header(order, tensors, {"format": "pt", **(metadata or {})})
+    whole = hashlib.sha256()
+    digests: dict[str, str] = {}
+    num_bytes = 0
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        nonlocal num_bytes
+        whole.update(header)
+        num_bytes += len(header)
+        yield header
+        for name in order:
+            data = _bytes_of(tensors[name])
+            whole.update(data)
+            digests[name] = hashlib.sha256(data).hexdigest()[:TENSOR_DIGITS]
+            num_bytes += len(data)
+            yield data
+
+    write_atomically(path, chunks())
+    return ShardDigest(
+        file_name=path.name,
+        sha256=whole.hexdigest(),
+        num_bytes=num_bytes,
+        tensor_bytes=num_bytes - len(header),
+        tensors=digests,
+    )
+
+
+def write_index(folder: Path, weight_map: Mapping[str, str], total_bytes: int) -> None:
+    """Write ``model.safetensors.index.json``.
+
+    Args:
+        folder: The checkpoint.
+        weight_map: File name by tensor name.
+        total_bytes: Of all tensors, without headers.
+    """
+    content = {
+        "metadata": {"total_size": total_bytes},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    _write_json(folder / INDEX_FILE, content)
+
+
+def write_configs(
+    folder: Path, model_config: Mapping[str, Any], quantization_config: Mapping[str, Any]
+) -> None:
+    """Write ``config.json`` and ``quantize_config.json``, which say the same.
+
+    Args:
+        folder: The checkpoint.
+        model_config: The base model's config; a quantization config in it is replaced.
+        quantization_config: From :func:`build_quantization_config`.
+    """
+    section = dict(quantization_config)
+    _write_json(folder / MODEL_CONFIG, {**model_config, CONFIG_SECTION: section})
+    _write_json(folder / LABEL_FILE, section)
+
+
+def build_quantization_config(
+    config: QuantConfig,
+    *,
+    quantized: Mapping[str, Scheme],
+    skipped: Mapping[str, str],
+    module_groups: Sequence[Sequence[str]],
+    version: str,
+    meta: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Describe what was done so that vLLM, GPTQModel and Transformers build the right modules.
+
+    Args:
+        config: What was asked for.
+        quantized: What each linear got, by full name on disk: actual bits and group size.
+        skipped: Linears that stay in 16 bits, by full name, with the reason.
+        module_groups: Names inside a block ("self_attn.q_proj"), those that share an input
+            together, in execution order.
+        version: Of halfbyte.
+        meta: More entries for ``meta``, which no reader looks at.
+
+    Returns:
+        The dict for :func:`write_configs`.
+
+    Raises:
+        CheckpointError: Nothing is quantized, or a linear is both quantized and skipped.
+    """
+    both = sorted(set(quantized) & set(skipped))
+    if both or not quantized:
+        found = f"{both[0]} is both quantized and skipped" if both else "no linear is quantized"
+        raise CheckpointError(f"Cannot write the quantization config: {found}.")
+    base = _choose_base(config, quantized)
+    rules: dict[str, Rule] = {name: _rule_of(scheme) for name, scheme in quantized.items()}
+    rules |= dict.fromkeys(skipped)
+    names = [name for group in module_groups for name in group]
+    # vLLM looks for an output head in the same list.
+    heads = [n for n in quantized if not any(n == name or n.endswith("." + name) for name in names)]
+    groups = [
+        kept
+        for group in module_groups
+        if (kept := [n for n in group if any(q.endswith("." + n) or q == n for q in quantized)])
+    ]
+    return {
+        "bits": base.bits,
+        "group_size": base.group_size,
+        "desc_act": config.desc_act,
+        "sym": base.symmetric,
+        "quant_method": "gptq",
+        "checkpoint_format": FORMAT_V1,
+        "lm_head": bool(heads),
+        "pack_dtype": "int32",
+        "dynamic": build_dynamic(rules, dict(_settings_of(base))),
+        "modules_in_block_to_quantize": [*groups, *([head] for head in heads)],
+        "damp_percent": config.damping,
+        "static_groups": not config.desc_act,
+        "true_sequential": True,
+        "meta": {"quantizer": [f"halfbyte:{version}"], **(meta or {})},
+    }
+
+
+def _choose_base(config: QuantConfig, quantized: Mapping[str, Scheme]) -> Scheme:
+    """Keep what was asked for where any linear got it; else say what most of them got."""
+    asked = Scheme(bits=config.bits, group_size=config.group_size, symmetric=config.symmetric)
+    counts = Counter(quantized.values())
+    return asked if asked in counts else counts.most_common(1)[0][0]
+
+
+def _rule_of(scheme: Scheme) -> Rule:
+    return tuple(sorted(_settings_of(scheme)))
+
+
+def _settings_of(scheme: Scheme) -> tuple[tuple[str, Any], ...]:
+    return (
+        ("bits", scheme.bits),
+        ("group_size", scheme.group_size),
+        ("sym", scheme.symmetric),
+    )
+
+
+def _make_header(
+    order: Sequence[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    offset = 0
+    for name in order:
+        tensor = tensors[name]
+        if tensor.dtype not in _DTYPE_NAMES:
+            raise CheckpointError(
+                f"Cannot write tensor {name}: safetensors has no name for {tensor.dtype}."
+            )
+        end = offset + tensor.numel() * tensor.element_size()
+        entries[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _HEADER_ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path, [text.encode()])
