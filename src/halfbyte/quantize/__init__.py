@@ -1,1 +1,1 @@
-"""Text and weights to a checkpoint: calibration -> hessian -> grid -> gptq -> journal -> pipeline."""
+"""Text, weights -> checkpoint: calibration -> hessian -> grid -> gptq -> journal -> pipeline."""

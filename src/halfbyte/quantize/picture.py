@@ -139,7 +139,8 @@ def _draw_lines(axes: Any, modules: Iterable[ModuleReport], grid: ErrorGrid) -> 
         (rounded, "rounded to nearest", "0.6"),
         (solved, "GPTQ", "#1f4e8c"),
     ):
-        places = [i for i, column in enumerate(grid.columns) if values.get(column)]
+        # A logarithmic axis has no place for a block without any error.
+        places = [i for i, column in enumerate(grid.columns) if any(values.get(column, ()))]
         means = [fmean(values[grid.columns[i]]) for i in places]
         axes.plot(places, means, color=color, marker=".", markersize=4, lw=1.2, label=label)
     axes.set_yscale("log")

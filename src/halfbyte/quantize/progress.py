@@ -18,6 +18,7 @@ from rich.text import Text
 
 from halfbyte.quantize.provenance import resident_memory_bytes
 from halfbyte.quantize.report import ModuleReport
+from halfbyte.quantize.units import format_bytes, format_error, format_seconds
 
 
 class Progress(Protocol):
@@ -62,7 +63,7 @@ class SilentProgress:
 class _Position:
     """Where the run is; both displays are drawn from it."""
 
-    start: float = field(default_factory=time.monotonic)
+    start: float = field(default_factory=lambda: time.monotonic())
     phase: str = "starting"
     block: int | None = None
     num_blocks: int = 0
@@ -213,27 +214,3 @@ def make_progress(console: Console) -> Progress:
         The live display on a terminal, plain lines elsewhere.
     """
     return LiveProgress(console) if console.is_terminal else PlainProgress(console)
-
-
-def format_seconds(seconds: float) -> str:
-    """Write a duration in the units that a reader thinks in: "8.2 s", "3 min 20 s", "2 h 5 min"."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
-
-
-def format_bytes(size: float) -> str:
-    """Write a size in decimal units: "112.7 MB", "6.0 GB"."""
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
-
-
-def format_error(relative_error: float | None) -> str:
-    """Write a relative error with three digits."""
-    return "none" if relative_error is None else f"{relative_error:.3g}"

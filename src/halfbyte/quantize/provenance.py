@@ -9,6 +9,7 @@ import resource
 import sys
 from pathlib import Path
 
+from halfbyte.quantize.units import format_bytes
 from halfbyte.version import __version__
 
 PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "numpy", "huggingface_hub")
@@ -35,8 +36,8 @@ def machine_facts() -> dict[str, str]:
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor_name(),
         "cores": str(_usable_cores()),
-        "torch_threads": str(torch.get_num_threads()),
-        "memory_bytes": str(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
+        "threads": str(torch.get_num_threads()),
+        "memory": format_bytes(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
     }
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()

@@ -1,0 +1,248 @@
+"""The README of a quantized checkpoint: recipe, measured quality, errors, versions, how to load it.
+
+Its front matter is what the Hugging Face Hub reads: base model, relation, licence, tags.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from halfbyte.quantize.picture import PICTURE_FILE
+from halfbyte.quantize.report import ModuleReport, QuantizationReport, kind_of
+from halfbyte.quantize.units import format_bytes, format_error, format_seconds
+
+CARD_FILE = "README.md"
+
+CARRIED_KEYS = ("license", "license_name", "license_link", "language")
+"""Of the base's front matter: they hold for its quantized form too."""
+
+WORST_SHOWN = 10
+
+
+def save_model_card(report: QuantizationReport, base_folder: Path | None, folder: Path) -> Path:
+    """Write the model card into a checkpoint's folder.
+
+    Args:
+        report: The run.
+        base_folder: Where the base model's files are; its README gives the licence. None where
+            it is not on this machine.
+        folder: The checkpoint's folder, which exists.
+
+    Returns:
+        The file.
+    """
+    # Imported here: it costs half a second, and most commands write no card.
+    from huggingface_hub import ModelCardData
+
+    name = base_model_name(report.model)
+    carried = read_base_card(base_folder)
+    data = ModelCardData(
+        base_model=name,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["gptq", f"{report.config['bits']}-bit", "halfbyte"],
+        base_model_relation="quantized",
+        **{key: carried[key] for key in CARRIED_KEYS if key in carried},
+    )
+    text = f"---\n{data.to_yaml()}\n---\n\n{write_card_body(report, name)}"
+    path = folder / CARD_FILE
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def base_model_name(model: str) -> str:
+    """Give the name by which others know a model.
+
+    Args:
+        model: As it was named to the run: a Hub name, a folder, or a folder of the Hub's cache.
+
+    Returns:
+        ``owner/name`` where that can be told, else the folder's name. Never a path.
+    """
+    parts = Path(model).parts
+    for part in parts:
+        # A folder of the Hub's cache: models--owner--name/snapshots/<commit>
+        if part.startswith("models--") and "snapshots" in parts:
+            return part.removeprefix("models--").replace("--", "/")
+    if len(parts) == 2 and not Path(model).exists():
+        return model
+    return Path(model).resolve().name
+
+
+def read_base_card(base_folder: Path | None) -> dict[str, Any]:
+    """Read the front matter of a model's README; empty where it has none that can be read."""
+    if base_folder is None or not (base_folder / CARD_FILE).is_file():
+        return {}
+    from huggingface_hub.repocard import metadata_load
+
+    return metadata_load(base_folder / CARD_FILE) or {}
+
+
+def write_card_body(report: QuantizationReport, name: str) -> str:
+    """Write the card below its front matter.
+
+    Args:
+        report: The run.
+        name: The base model's name.
+
+    Returns:
+        Markdown.
+    """
+    sections = [
+        f"# {name.rpartition('/')[2]} in {report.config['bits']} bits",
+        f"{name}, quantized with GPTQ by halfbyte {report.versions['halfbyte']}: "
+        f"{report.bits_per_weight:.2f} bits per quantized weight, "
+        f"{format_bytes(report.checkpoint_bytes)} of weight files.",
+        _USAGE,
+        "## Measured quality\n\n" + _quality(report),
+        "## Recipe\n\n" + _recipe(report),
+        "## Error by module\n\n" + _errors(report),
+    ]
+    if report.skipped:
+        sections.append("## Left in 16 bits\n\n" + _skipped(report))
+    notes = _notes(report)
+    if notes:
+        sections.append("## Fallbacks and notes\n\n" + notes)
+    sections.append("## Made with\n\n" + _made_with(report))
+    return "\n\n".join(sections) + "\n"
+
+
+_USAGE = """\
+## Use it
+
+```python
+import halfbyte  # lets Transformers load GPTQ checkpoints without further packages
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder
+model = AutoModelForCausalLM.from_pretrained(folder, device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained(folder)
+inputs = tokenizer("The capital of France is", return_tensors="pt").to(model.device)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))
+```
+
+The files are in the standard GPTQ layout. `halfbyte check` tells which other programs load them."""
+
+
+def _quality(report: QuantizationReport) -> str:
+    quality = report.quality
+    if quality is None:
+        return "Not measured. `halfbyte divergence BASE THIS_FOLDER` measures it."
+    error = quality.kl_standard_error
+    spread = "" if error is None else f" (standard error {error:.4f})"
+    rows = [
+        ("perplexity, base", f"{quality.base_perplexity:.3f}"),
+        ("perplexity, this", f"{quality.quantized_perplexity:.3f}"),
+        ("KL to the base", f"{quality.kl_nats_mean:.4f} nats per token{spread}"),
+        ("same first choice as the base", f"{quality.top1_agreement:.1%} of tokens"),
+    ]
+    return (
+        f"On {quality.windows} windows of {quality.window} tokens of {quality.text} "
+        f"(sha256 `{quality.text_digest[:16]}`).\n\n" + _table(("measure", "value"), rows)
+    )
+
+
+def _recipe(report: QuantizationReport) -> str:
+    calibration = report.calibration
+    rows = [(key, _value(value)) for key, value in report.config.items()]
+    rows += [
+        ("calibration text", calibration.source),
+        (
+            "calibration tokens",
+            f"{calibration.tokens} in {calibration.samples} samples of {calibration.length}",
+        ),
+        ("calibration sha256 (token ids)", f"`{calibration.digest}`"),
+    ]
+    return _table(("setting", "value"), rows)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(_value(item) for item in value) or "none"
+    if isinstance(value, dict):
+        return " ".join(f"{k} {_value(v)}" for k, v in value.items() if v is not None)
+    return f"`{value}`" if isinstance(value, str) else str(value)
+
+
+def _errors(report: QuantizationReport) -> str:
+    """Summarise by kind, then name the worst modules one by one."""
+    by_kind: dict[str, list[ModuleReport]] = defaultdict(list)
+    for module in report.modules:
+        by_kind[module.kind].append(module)
+    parts = [
+        "Relative error: squared error of a module's outputs over their squared size, on the "
+        "calibration text. RTN: the same for plain rounding to nearest on the same grid.",
+        _table(
+            ("modules", "number", "bits", "group", "median", "worst", "mean RTN"),
+            [_kind_row(kind, modules) for kind, modules in by_kind.items()],
+        ),
+    ]
+    measured = [module for module in report.modules if module.relative_error is not None]
+    worst = heapq.nlargest(WORST_SHOWN, measured, key=lambda m: m.relative_error or 0.0)
+    if worst:
+        rows = [
+            (f"`{m.name}`", format_error(m.relative_error), format_error(m.round_to_nearest_error))
+            for m in worst
+        ]
+        parts += [f"The worst {len(worst)}:", _table(("module", "relative error", "RTN"), rows)]
+        parts.append(f"![Relative error by block and module]({PICTURE_FILE})")
+    return "\n\n".join(parts)
+
+
+def _kind_row(kind: str, modules: Sequence[ModuleReport]) -> tuple[str, ...]:
+    errors = [m.relative_error for m in modules if m.relative_error is not None]
+    rounded = [m.round_to_nearest_error for m in modules if m.round_to_nearest_error is not None]
+    return (
+        f"`{kind}`",
+        str(len(modules)),
+        ", ".join(str(bits) for bits in sorted({m.bits for m in modules})),
+        ", ".join(str(size) for size in sorted({m.group_size for m in modules})),
+        format_error(median(errors) if errors else None),
+        format_error(max(errors, default=None)),
+        format_error(fmean(rounded) if rounded else None),
+    )
+
+
+def _skipped(report: QuantizationReport) -> str:
+    """One row per kind and reason; blocks rarely differ."""
+    groups: dict[tuple[str, str], int] = defaultdict(int)
+    for module in report.skipped:
+        groups[kind_of(module.name), module.reason] += 1
+    rows = [(f"`{kind}`", str(number), reason) for (kind, reason), number in groups.items()]
+    return _table(("modules", "number", "reason"), rows)
+
+
+def _notes(report: QuantizationReport) -> str:
+    """One line per note, with the number of modules that it holds for."""
+    holders: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for module in report.modules:
+        for note in module.notes:
+            holders[module.kind, note].append(module.name)
+    lines = [f"- {note}" for note in report.notes]
+    for (kind, note), names in holders.items():
+        where = f"`{names[0]}`" if len(names) == 1 else f"{len(names)} of `{kind}`"
+        lines.append(f"- {where}: {note}")
+    return "\n".join(lines)
+
+
+def _made_with(report: QuantizationReport) -> str:
+    machine = ", ".join(f"{key} {value}" for key, value in report.machine.items())
+    versions = ", ".join(f"{package} {version}" for package, version in report.versions.items())
+    return (
+        f"{versions}.\n\nIn {format_seconds(report.seconds)}, with "
+        f"{format_bytes(report.peak_memory_bytes)} of memory at the most, on: {machine}."
+    )
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    # A bar inside a cell would end it; regular expressions in --skip have them.
+    lines += ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows]
+    return "\n".join(lines)

@@ -1,0 +1,27 @@
+"""Numbers as people read them: durations, sizes, errors."""
+
+from __future__ import annotations
+
+
+def format_seconds(seconds: float) -> str:
+    """Write a duration in the units that a reader thinks in: "8.2 s", "3 min 20 s", "2 h 5 min"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def format_bytes(size: float) -> str:
+    """Write a size in decimal units: "112.7 MB", "6.0 GB"."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
+def format_error(relative_error: float | None) -> str:
+    """Write a relative error with three digits."""
+    return "none" if relative_error is None else f"{relative_error:.3g}"

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from halfbyte.quantize import progress as progress_module
+from halfbyte.quantize.progress import (
+    LiveProgress,
+    PlainProgress,
+    SilentProgress,
+    make_progress,
+)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that stands still until the test moves it."""
+    now = [100.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress_module, "resident_memory_bytes", lambda: 2_100_000_000)
+    return now
+
+
+def plain() -> tuple[PlainProgress, io.StringIO]:
+    out = io.StringIO()
+    return PlainProgress(Console(file=out, width=200)), out
+
+
+def run_two_of_three_blocks(progress, clock, make_module) -> None:
+    progress.started(("memory 1.2 GB", "disk 0.1 GB"))
+    for block in (0, 1):
+        progress.block_started(block, 3)
+        clock[0] += 10
+        progress.module_done(make_module(f"l.{block}.q", 0.01))
+        progress.module_done(make_module(f"l.{block}.down", 0.03))
+
+
+def test_plain_lines_tell_plan_block_worst_module_time_left_and_memory(clock, make_module):
+    progress, out = plain()
+    run_two_of_three_blocks(progress, clock, make_module)
+    progress.phase("saving")
+    assert out.getvalue().splitlines() == [
+        "memory 1.2 GB",
+        "disk 0.1 GB",
+        "block 1 of 3: 2 modules, worst down 0.03, 10.0 s, 2.1 GB",
+        "block 2 of 3: 2 modules, worst down 0.03, 10.0 s, 2.1 GB, 40.0 s left",
+        "saving (20.0 s)",
+    ]
+
+
+def test_last_block_and_head_are_printed_by_finished(clock, make_module):
+    progress, out = plain()
+    progress.block_started(2, 3)
+    progress.module_done(make_module("l.2.q"))
+    progress.phase("head")
+    progress.module_done(make_module("lm_head"))
+    progress.finished()
+    lines = out.getvalue().splitlines()
+    assert lines[0].startswith("block 3 of 3: 1 modules")
+    assert lines[-1].startswith("head: 1 modules, worst lm_head 0.01")
+
+
+def test_fallback_is_told_at_once_by_module(clock, make_module):
+    progress, out = plain()
+    progress.module_done(make_module("l.0.q", notes=("damping raised to 0.1",)))
+    assert out.getvalue() == "l.0.q: damping raised to 0.1\n"
+
+
+def test_time_left_of_a_resumed_run_counts_its_own_blocks_only(clock, make_module):
+    progress, out = plain()
+    progress.block_started(20, 30)
+    clock[0] += 4
+    progress.module_done(make_module("l.20.q"))
+    progress.block_started(21, 30)
+    clock[0] += 4
+    progress.module_done(make_module("l.21.q"))
+    progress.finished()
+    # One block took 4 s when block 21 began; by its end, 8 s for one: 9 are left at that pace.
+    assert "1 min 12 s left" in out.getvalue()
+
+
+def test_live_display_shows_block_module_error_times_and_memory(clock, make_module):
+    out = io.StringIO()
+    console = Console(file=out, width=120, force_terminal=True)
+    progress = LiveProgress(console)
+    run_two_of_three_blocks(progress, clock, make_module)
+    progress.phase("quantizing")
+    console.print(progress.render())
+    progress.finished()
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
+    for words in (
+        *("memory 1.2 GB", "block 2 of 3", "quantizing", "down", "relative error 0.03"),
+        *("20.0 s elapsed", "40.0 s left", "2.1 GB"),
+    ):
+        assert words in text
+
+
+def test_live_display_keeps_fallbacks(clock, make_module):
+    out = io.StringIO()
+    progress = LiveProgress(Console(file=out, width=120, force_terminal=True, highlight=False))
+    progress.started(())
+    progress.module_done(make_module("l.0.q", notes=("float64 retry",)))
+    progress.finished()
+    assert "l.0.q: float64 retry" in out.getvalue()
+
+
+@pytest.mark.parametrize(("terminal", "kind"), [(True, LiveProgress), (False, PlainProgress)])
+def test_display_follows_the_console(terminal, kind):
+    console = Console(file=io.StringIO(), force_terminal=terminal)
+    assert isinstance(make_progress(console), kind)
+
+
+def test_silence(capsys, make_module):
+    progress = SilentProgress()
+    progress.started(("plan",))
+    progress.phase("p")
+    progress.block_started(0, 1)
+    progress.module_done(make_module("l.0.q", notes=("n",)))
+    progress.finished()
+    assert capsys.readouterr() == ("", "")

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from halfbyte.quantize import provenance
+from halfbyte.version import __version__
+
+
+def test_versions_name_us_python_and_what_can_change_the_numbers(monkeypatch):
+    monkeypatch.setattr(provenance, "PACKAGES", ("torch", "no-such-package"))
+    versions = provenance.installed_versions()
+    assert versions["halfbyte"] == __version__
+    assert versions["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert versions["no-such-package"] == "not installed"
+
+
+def test_machine_facts_are_text_and_name_cores_and_threads():
+    facts = provenance.machine_facts()
+    assert all(isinstance(value, str) for value in facts.values())
+    assert int(facts["cores"]) >= 1
+    assert facts["threads"] == str(torch.get_num_threads())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_grows_with_what_is_held():
+    before = provenance.resident_memory_bytes()
+    held = torch.ones(50_000_000, dtype=torch.uint8)
+    after = provenance.resident_memory_bytes()
+    assert 45e6 < after - before < 80e6
+    assert provenance.peak_memory_bytes() >= 0.95 * after
+    assert held[0] == 1
