@@ -8,7 +8,7 @@ models on the same token ids.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from halfbyte.errors import ConfigError, ModelError
 from halfbyte.evaluate.loading import (
-    Subject,
     check_same_tokenizer,
     open_subject,
     resolve_windows,
@@ -224,22 +223,13 @@ def divergence(
     """
     first = open_subject(base, tokenizer=tokenizer, dtype=dtype, device=device)
     second = open_subject(quantized, dtype=dtype, device=device)
-    cut = resolve_windows(
-        first, text, window=window, limit=windows, add_bos=add_bos, also=second
-    )
+    cut = resolve_windows(first, text, window=window, limit=windows, add_bos=add_bos, also=second)
     check_same_tokenizer(first, second, text)
     accumulator = DivergenceAccumulator()
-    for base_logits, quantized_logits, ids in _run_both(first, second, cut.ids, batch_size):
-        accumulator.update(base_logits, quantized_logits, ids[:, 1:])
+    for ids in cut.batches(batch_size):
+        accumulator.update(run_windows(first, ids), run_windows(second, ids), ids[:, 1:])
         if progress is not None:
             progress(accumulator.num_windows, len(cut.ids))
     return accumulator.result(
         base_dtype=first.dtype_name, quantized_dtype=second.dtype_name, note=cut.note
     )
-
-
-def _run_both(
-    base: Subject, quantized: Subject, ids: Tensor, batch_size: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    for batch in ids.split(batch_size):
-        yield run_windows(base, batch), run_windows(quantized, batch), batch

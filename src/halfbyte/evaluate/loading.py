@@ -203,6 +203,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _load_model(folder: Path, dtype: torch.dtype | str, device: torch.device) -> Any:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     # Without a map Transformers needs no accelerate, and the CPU is where it loads anyway.
@@ -211,7 +212,7 @@ def _load_model(folder: Path, dtype: torch.dtype | str, device: torch.device) ->
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=False, **placement
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"Cannot load the model '{folder}' through Transformers: {first_line(error)} "
             "Check that the folder is complete and holds a causal language model."

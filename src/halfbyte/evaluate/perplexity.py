@@ -154,7 +154,7 @@ def perplexity(
     subject = open_subject(model, tokenizer=tokenizer, dtype=dtype, device=device)
     cut = resolve_windows(subject, text, window=window, limit=windows, add_bos=add_bos)
     accumulator = PerplexityAccumulator()
-    for ids in cut.ids.split(batch_size):
+    for ids in cut.batches(batch_size):
         accumulator.update(run_windows(subject, ids), ids[:, 1:])
         if progress is not None:
             progress(accumulator.result().num_windows, len(cut.ids))
@@ -180,8 +180,8 @@ def each_window(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
     """Split tensors of one or several windows into windows, side by side.
 
     Args:
-        tensors: Logits first, then whatever has one row per window less dimensions. Logits of
-            three dimensions hold several windows, of two dimensions one.
+        *tensors: Logits first, then whatever goes with them. Logits of three dimensions hold
+            several windows, one per row of every tensor; of two dimensions, one window.
 
     Returns:
         One tuple per window.

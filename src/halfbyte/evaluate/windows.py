@@ -34,6 +34,22 @@ class Windows:
         """Tokens per window, the first included, which is not predicted."""
         return self.ids.shape[1]
 
+    def batches(self, size: int) -> tuple[Tensor, ...]:
+        """Split the windows into batches for the model.
+
+        Args:
+            size: Windows per batch.
+
+        Returns:
+            int64 [up to size, tokens] each.
+
+        Raises:
+            ConfigError: A size below 1.
+        """
+        if size < 1:
+            raise ConfigError(f"batch_size is {size}; it must be 1 or more.")
+        return torch.split(self.ids, size)
+
 
 def tokenize_text(tokenizer: Any, text: str, *, add_bos: bool = False) -> Tensor:
     """Turn a whole text into token ids, in one piece.

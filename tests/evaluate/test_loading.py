@@ -1,0 +1,73 @@
+import pytest
+import torch
+
+from halfbyte.errors import ConfigError, ModelError
+from halfbyte.evaluate.loading import first_line, load_tokenizer, open_subject, resolve_windows
+
+
+def test_loaded_model_is_put_in_evaluation_mode(model):
+    model.train()
+    subject = open_subject(model)
+    assert not subject.model.training
+    assert (subject.vocabulary, subject.longest, subject.name) == (64, 128, "LlamaForCausalLM")
+
+
+def test_folder_brings_its_tokenizer(folder):
+    subject = open_subject(folder, device="cpu")
+    assert subject.tokenizer("w1")["input_ids"] == [5]
+    assert subject.dtype_name == "float32"
+    assert not subject.model.training
+
+
+def test_missing_folder_is_named(tmp_path):
+    with pytest.raises(ModelError, match="nowhere': no such folder"):
+        open_subject(tmp_path / "nowhere")
+    with pytest.raises(ModelError, match=r"no config.json in it"):
+        open_subject(str(tmp_path))
+
+
+def test_folder_without_weights_is_refused_with_the_reason(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"Cannot load the model .*model.safetensors"):
+        open_subject(folder)
+
+
+def test_truncated_weights_are_refused(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=r"Cannot load the model .*holds a causal language model"):
+        open_subject(folder)
+
+
+def test_damaged_tokenizer_is_refused(folder):
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match=r"Cannot load the tokenizer of .*base"):
+        load_tokenizer(folder)
+
+
+def test_unknown_dtype_and_device_are_refused(folder):
+    with pytest.raises(ConfigError, match="dtype is 'int4'; allowed are auto, float32, bfloat16"):
+        open_subject(folder, dtype="int4")
+    with pytest.raises(ConfigError, match="device is 'gpu0', which torch does not know"):
+        open_subject(folder, device="gpu0")
+
+
+def test_dtype_can_be_torchs(folder):
+    assert open_subject(folder, dtype=torch.bfloat16).dtype_name == "bfloat16"
+
+
+def test_text_without_a_tokenizer_is_refused(model):
+    with pytest.raises(ConfigError, match="'LlamaForCausalLM': it comes without a tokenizer"):
+        resolve_windows(open_subject(model), "w1", window=4, limit=None, add_bos=False)
+
+
+def test_default_text_is_the_shipped_one(model, tokenizer):
+    subject = open_subject(model, tokenizer=tokenizer)
+    windows = resolve_windows(subject, None, window=128, limit=3, add_bos=False)
+    assert windows.ids.shape == (3, 128)
+
+
+def test_first_line_ends_in_a_full_stop():
+    assert first_line(ValueError("a\nb")) == "a."
+    assert first_line(ValueError("a!\nb")) == "a!"
+    assert first_line(ValueError()) == "ValueError."
