@@ -49,8 +49,9 @@ def dataclass_from_args(cls: type[Config], args: argparse.Namespace) -> Config:
 
 
 def _group_title(cls: type[Any]) -> str:
-    words = "".join(" " + c.lower() if c.isupper() else c for c in cls.__name__).split()
-    return " ".join(word for word in words if word != "config")
+    """Give the first part of the class's docstring: "how weights are rounded"."""
+    title = (cls.__doc__ or cls.__name__).partition(".")[0].partition(",")[0]
+    return title[:1].lower() + title[1:]
 
 
 def _option_fields(cls: type[Any]) -> list[Field[Any]]:
