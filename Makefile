@@ -29,8 +29,6 @@ check: $(STAMP) ## everything that CI runs: format, lint, types, layers, docstri
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pydoclint --quiet src
-	$(BIN)/python docs/generate.py --check
-	$(BIN)/python bench/tables.py --check
 	$(BIN)/python -m pytest -m "not slow and not gpu and not interop" $(PYTEST_ARGS)
 
 format: $(STAMP) ## put the code in the one format

@@ -45,3 +45,8 @@ def test_block_without_a_result_says_which_script_makes_it(tables, tmp_path):
     filled = tables.fill(text, tmp_path)
     assert "made up" not in filled
     assert "Not measured yet: `bench/measure_flat_memory.py`." in filled
+
+
+def test_tables_in_the_pages_are_those_of_the_results(tables, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["tables.py", "--check"])
+    assert tables.main() == 0, capsys.readouterr().err
