@@ -1,7 +1,9 @@
 # Every target makes its own environment in .venv when there is none, so that a fresh machine with
 # Python and pip needs one command. Another interpreter: make test PYTHON=python3.12
 
-PYTHON ?= python3
+PYTHON ?= $(or $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>&- \
+	&& echo $$python && break; done),python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
@@ -55,8 +57,9 @@ clean: ## remove the environment and everything built
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; \
 	sys.exit(0 if (3, 11) <= v < (3, 14) else \
-	f"halfbyte needs Python 3.11 to 3.13; $(PYTHON) is {v[0]}.{v[1]}. Use: make PYTHON=python3.12 ...")'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	f"halfbyte needs Python 3.11 to 3.13; $(PYTHON) is {v[0]}.{v[1]}. " \
+	"Install one of them, then: make $(MAKECMDGOALS) PYTHON=python3.12")'
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@echo "Installing halfbyte and its tools into $(VENV) (a few minutes the first time)"
 	$(BIN)/python -m pip install $(if $(CI),--quiet) -c constraints.txt -e ".[dev,convert]"
 	@touch $@
