@@ -1,1 +1,1 @@
-"""What quantization cost: perplexity, divergence."""
+"""What quantization cost: loading, windows -> logits -> window_mean -> perplexity, divergence."""

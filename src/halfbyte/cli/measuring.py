@@ -1,0 +1,136 @@
+"""Options and output that the measuring verbs share: perplexity and divergence."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from halfbyte.cli.output import err_console
+from halfbyte.errors import ConfigError
+
+SHIPPED_TEXT = "the evaluation text of halfbyte (WikiText-2 test, first eight articles)"
+
+
+def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say on which text and how to measure.
+
+    Args:
+        parser: The verb's parser.
+    """
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help=f"UTF-8 text (default: {SHIPPED_TEXT})"
+    )
+    parser.add_argument(
+        "--window",
+        type=int,
+        metavar="N",
+        help="tokens per window (default: 2048, or the model's longest where that is less)",
+    )
+    parser.add_argument(
+        "--windows", type=int, metavar="N", help="use the first N windows only (default: all)"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="windows per forward pass (default: %(default)s)",
+    )
+    parser.add_argument("--add-bos", action="store_true", help="put a BOS token before the text")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="what to compute in (default: auto: float32 on a CPU, as stored elsewhere)",
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu or cuda:N (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON for programs")
+
+
+def measuring_keywords(args: argparse.Namespace) -> dict[str, Any]:
+    """Give the keywords of the measuring functions that the command line asks for.
+
+    Args:
+        args: What the parser returned.
+
+    Returns:
+        Keywords of ``perplexity`` and ``divergence``, with the text read.
+
+    Raises:
+        ConfigError: The text cannot be read.
+    """
+    return {
+        "text": None if args.text is None else read_text(args.text),
+        "window": args.window,
+        "windows": args.windows,
+        "batch_size": args.batch_size,
+        "add_bos": args.add_bos,
+        "dtype": args.dtype,
+        "device": args.device,
+    }
+
+
+def read_text(path: Path) -> str:
+    """Read a text file; line ends come out as LF whatever the file has.
+
+    Args:
+        path: A UTF-8 file.
+
+    Returns:
+        Its text.
+
+    Raises:
+        ConfigError: There is no such file, or it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"Cannot read the text '{path}': {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"Cannot read the text '{path}': byte {error.start} is not UTF-8. "
+            "Convert the file to UTF-8."
+        ) from error
+
+
+@contextmanager
+def window_progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Show windows done on a terminal; give the function to call with (done, in all)."""
+    from transformers.utils import logging
+
+    # Its bar for reading a file would come in between.
+    logging.disable_progress_bar()
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=err_console,
+        disable=not err_console.is_terminal,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def describe_text(path: Path | None) -> str:
+    """Name the text in a table's caption."""
+    return SHIPPED_TEXT if path is None else str(path)
+
+
+def nats(value: float) -> str:
+    """Write a divergence with 4 decimals, or in powers of ten where these would show nothing."""
+    return f"{value:.4f}" if value == 0 or abs(value) >= 0.001 else f"{value:.2e}"
+
+
+def plus_minus(error: float | None, digits: int) -> str:
+    """Write a standard error, or a dash where one window leaves it unknown."""
+    return "–" if error is None else f"± {error:.{digits}f}"
