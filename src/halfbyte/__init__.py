@@ -1,0 +1,52 @@
+"""Make language models small and run them: GPTQ quantization for Hugging Face models.
+
+::
+
+    import halfbyte                                 # Transformers can now load GPTQ folders
+    halfbyte.quantize("model", "model-4bit")        # text + weights -> a standard checkpoint
+    halfbyte.divergence("model", "model-4bit")      # what it cost
+
+Names are imported when they are first used, so that ``import halfbyte`` takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from halfbyte.integrations.autoload import install as install_transformers
+from halfbyte.integrations.autoload import install_by_policy as _install_by_policy
+from halfbyte.integrations.autoload import uninstall as uninstall_transformers
+from halfbyte.version import __version__
+
+if TYPE_CHECKING:
+    from halfbyte.errors import HalfbyteError
+    from halfbyte.quant_config import CalibrationConfig, QuantConfig
+
+__all__ = [
+    "CalibrationConfig",
+    "HalfbyteError",
+    "QuantConfig",
+    "__version__",
+    "install_transformers",
+    "uninstall_transformers",
+]
+
+_LAZY = {
+    "CalibrationConfig": "halfbyte.quant_config",
+    "HalfbyteError": "halfbyte.errors",
+    "QuantConfig": "halfbyte.quant_config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'halfbyte' has no attribute '{name}'")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
+
+
+_install_by_policy()

@@ -1,0 +1,64 @@
+"""Every environment variable that halfbyte reads, declared and checked in one place.
+
+| variable | values | meaning |
+|---|---|---|
+| `HALFBYTE_KERNEL` | a kernel's name | run every quantized layer on this kernel, or fail |
+| `HALFBYTE_TRANSFORMERS` | `auto`, `on`, `off` | whether Transformers loads GPTQ through halfbyte |
+
+`auto` is the default of the second: on where the packages that Transformers itself would need
+(optimum and gptqmodel) are not both installed.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from halfbyte.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variable:
+    """One environment variable."""
+
+    name: str
+    meaning: str
+    allowed: tuple[str, ...] = ()
+    """Empty: checked where it is used, because the values are not known here."""
+    default: str | None = None
+
+
+KERNEL = Variable(
+    name="HALFBYTE_KERNEL",
+    meaning="run every quantized layer on this kernel, or fail",
+)
+TRANSFORMERS = Variable(
+    name="HALFBYTE_TRANSFORMERS",
+    meaning="whether Transformers loads GPTQ checkpoints through halfbyte",
+    allowed=("auto", "on", "off"),
+    default="auto",
+)
+VARIABLES = (KERNEL, TRANSFORMERS)
+
+
+def read_variable(variable: Variable) -> str | None:
+    """Read a variable from the environment.
+
+    Args:
+        variable: One of VARIABLES.
+
+    Returns:
+        Its value; the default where it is unset or empty.
+
+    Raises:
+        ConfigError: The value is not among the allowed ones.
+    """
+    value = os.environ.get(variable.name, "").strip()
+    if not value:
+        return variable.default
+    if variable.allowed and value not in variable.allowed:
+        raise ConfigError(
+            f"The environment variable {variable.name} is '{value}'; allowed are "
+            f"{', '.join(variable.allowed)}. Unset it for the default ({variable.default})."
+        )
+    return value

@@ -1,0 +1,200 @@
+"""The loader that Transformers calls for ``quant_method: "gptq"``, without gptqmodel or optimum.
+
+::
+
+    config.json ──> GPTQConfig (every key kept) ──> GptqQuantizer
+    headers of the files ──> which linears are packed, and how ──> QuantLinear in their place
+    Transformers loads the tensors as they are ──> values checked, kernels chosen
+
+What is quantized is read from the files, not from the labels: skipped layers, mixed bits, a
+quantized head and experts need no pattern lists.
+
+Only light modules are imported at the top: this one is imported while Transformers itself is.
+
+Source:
+    Transformers 5.24, ``quantizers/auto.py``, ``quantizers/base.py``, ``modeling_utils.py``.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType, ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import quantization_config as stock
+
+from halfbyte.checkpoint.layout import CONFIG_ALIASES
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+METHOD = "gptq"
+
+
+class GPTQConfig(stock.GPTQConfig):
+    """The quantization config of a checkpoint, with every key that its file has.
+
+    Transformers compares classes by name, so this one must be called as its own is.
+    """
+
+    replaced: ClassVar[type | None] = None
+    """What stood in Transformers' table before."""
+
+    def __init__(self, bits: int | None = None, **settings: Any) -> None:
+        """Take the keys of ``quantization_config`` as they are.
+
+        Args:
+            bits: Bits per weight; older files call it ``w_bit``.
+            **settings: All other keys; those that Transformers does not know are kept too.
+        """
+        if bits is not None:
+            settings = {"bits": bits, **settings}
+        self.stored = {key: value for key, value in settings.items() if key != "quant_method"}
+        known = inspect.signature(stock.GPTQConfig.__init__).parameters
+        named = {CONFIG_ALIASES.get(key, key): value for key, value in settings.items()}
+        named.setdefault("bits", 4)
+        dialect = named.get("checkpoint_format")
+        if dialect is not None:
+            named["format"] = str(dialect)
+        super().__init__(**{k: v for k, v in named.items() if k in known and v is not None})
+
+    def post_init(self) -> None:
+        """Check nothing: the checkpoint's reader does, and the stock check asks for optimum."""
+        if getattr(self, "backend", None) is None:
+            self.backend = "auto"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the keys as they were read."""
+        return {"quant_method": METHOD, **copy.deepcopy(self.stored)}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Give the keys as they were read."""
+        return self.to_dict()
+
+
+class GptqQuantizer(HfQuantizer):
+    """Replaces a model's linears before its weights are loaded, and prepares them after."""
+
+    replaced: ClassVar[type | None] = None
+    """What stood in Transformers' table before."""
+
+    requires_calibration = False
+    disk_names: Mapping[str, str] = MappingProxyType({})
+    """Module in the model -> module on disk, of the packed linears."""
+    disk_keys: tuple[str, ...] = ()
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters can be trained on top."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """``torch.compile`` sees one op per linear."""
+        return True
+
+    def is_serializable(self) -> bool:
+        """``save_pretrained`` writes the standard format."""
+        return True
+
+    def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
+        """Tell Transformers of weights under an older file name.
+
+        This is the one call that has the model's config before its files are looked for.
+
+        Args:
+            config: Of the model.
+
+        Returns:
+            The same config, with ``transformers_weights`` set where that is needed.
+        """
+        from halfbyte.integrations.model_loading import find_unusual_file
+
+        folder = Path(getattr(config, "name_or_path", None) or "")
+        if getattr(config, "transformers_weights", None) is None and folder.name:
+            name = find_unusual_file(folder)
+            if name is not None:
+                config.transformers_weights = name
+        return config
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> PreTrainedModel:
+        """Read the headers of the files and put quantized linears in the model."""
+        from halfbyte.integrations import model_loading
+        from halfbyte.nn.replace import replace_linears
+
+        files = [Path(file) for file in kwargs.get("checkpoint_files") or []]
+        found = model_loading.collect_linears(model, files)
+        self.pre_quantized = True
+        self.disk_names, self.disk_keys = found.disk_names, found.disk_keys
+        model_loading.untie(model, found.stored)
+        replace_linears(model, found.stored, dtype=kwargs.get("dtype") or model.dtype)
+        return model
+
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> PreTrainedModel:
+        """Check the values that were loaded and choose the kernels."""
+        from halfbyte.integrations.model_loading import prepare_linears
+
+        prepare_linears(model)
+        return model
+
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: PreTrainedModel
+    ) -> list[Any]:
+        """Make sure that Transformers' renamings bring every packed tensor to its place.
+
+        Args:
+            weight_conversions: Transformers' own, for this model.
+            model: With its linears replaced.
+
+        Returns:
+            The rules to load by.
+        """
+        from halfbyte.integrations.renaming import align_renamings
+
+        return align_renamings(model, weight_conversions, self.disk_names, self.disk_keys)
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:
+        """Turn the model back into one of ordinary linears."""
+        from halfbyte.nn.replace import dequantize_linears
+
+        dequantize_linears(model, dtype or model.dtype)
+        return model
+
+
+def fill_table(table: ModuleType) -> None:
+    """Put the GPTQ entries into Transformers' table; a second time does nothing.
+
+    Args:
+        table: The module ``transformers.quantizers.auto``.
+    """
+    if is_in_table(table):
+        return
+    GptqQuantizer.replaced = table.AUTO_QUANTIZER_MAPPING.get(METHOD)
+    GPTQConfig.replaced = table.AUTO_QUANTIZATION_CONFIG_MAPPING.get(METHOD)
+    table.AUTO_QUANTIZER_MAPPING[METHOD] = GptqQuantizer
+    table.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = GPTQConfig
+
+
+def restore_table(table: ModuleType) -> None:
+    """Undo :func:`fill_table`.
+
+    Args:
+        table: The module ``transformers.quantizers.auto``.
+    """
+    if is_in_table(table):
+        table.AUTO_QUANTIZER_MAPPING[METHOD] = GptqQuantizer.replaced
+        table.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = GPTQConfig.replaced
+
+
+def is_in_table(table: ModuleType) -> bool:
+    """Whether the table's GPTQ entries are halfbyte's."""
+    return table.AUTO_QUANTIZER_MAPPING.get(METHOD) is GptqQuantizer

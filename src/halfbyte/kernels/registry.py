@@ -1,0 +1,153 @@
+"""Who runs a layer, and why: the kernels in order of preference, and the choice among them.
+
+A new kernel is a module with a class that fits :class:`~halfbyte.kernels.contract.Kernel` and one
+line in KERNELS. It is imported when it is first considered.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from halfbyte.environment import KERNEL, read_variable
+from halfbyte.errors import KernelUnavailable
+from halfbyte.kernels.contract import Kernel, LinearSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelEntry:
+    """A kernel by name, before its module is imported."""
+
+    name: str
+    module: str
+    class_name: str
+    summary: str
+    """Shown by ``halfbyte doctor``."""
+
+
+KERNELS = (
+    KernelEntry(
+        name="torch_int4",
+        module="halfbyte.kernels.torch_int4",
+        class_name="TorchInt4",
+        summary="torch's int4 matrix product on a CPU (bfloat16)",
+    ),
+    KernelEntry(
+        name="torch_reference",
+        module="halfbyte.kernels.torch_reference",
+        class_name="TorchReference",
+        summary="dequantize and multiply in plain torch; runs everything",
+    ),
+)
+"""Fastest first: the first that can run a layer does."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """The kernel for a layer, why it, and why none before it."""
+
+    kernel: Kernel
+    reason: str
+    rejected: Mapping[str, str]
+    """Name -> reason, of the kernels that come before it."""
+
+
+@functools.cache
+def load_kernel(entry: KernelEntry) -> Kernel:
+    """Import a kernel's module and make the kernel; once per process."""
+    return cast(Kernel, getattr(importlib.import_module(entry.module), entry.class_name)())
+
+
+def find_kernel(name: str, kernels: Sequence[KernelEntry] = KERNELS) -> Kernel:
+    """Give a kernel by name.
+
+    Args:
+        name: As in KERNELS.
+        kernels: Where to look.
+
+    Returns:
+        The kernel; it may still be unable to run here.
+
+    Raises:
+        KernelUnavailable: There is none of that name; lists those that there are.
+    """
+    for entry in kernels:
+        if entry.name == name:
+            return load_kernel(entry)
+    close = difflib.get_close_matches(name, [entry.name for entry in kernels], n=1)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    known = ", ".join(entry.name for entry in kernels)
+    raise KernelUnavailable(f"There is no kernel '{name}'.{hint} Available: {known}.")
+
+
+def why_not(kernel: Kernel, spec: LinearSpec, *, stored_layout: bool = False) -> str | None:
+    """Say why a kernel cannot run a layer, on this machine or at all; None where it can."""
+    reason = kernel.find_obstacle() or kernel.find_mismatch(spec)
+    if reason is None and stored_layout and kernel.repacks:
+        return "repacks the weights, and this layer's are not in memory to be repacked"
+    return reason
+
+
+def select(
+    spec: LinearSpec,
+    *,
+    stored_layout: bool = False,
+    forced: str | None = None,
+    kernels: Sequence[KernelEntry] = KERNELS,
+) -> Selection:
+    """Choose the kernel for a layer.
+
+    Args:
+        spec: The layer.
+        stored_layout: Only kernels that read the weights as stored (for offloaded layers).
+        forced: A kernel's name; None: what ``HALFBYTE_KERNEL`` says, if anything.
+        kernels: To choose from, in order of preference.
+
+    Returns:
+        The choice, with its reason.
+
+    Raises:
+        KernelUnavailable: None can run it, or the forced one is unknown or cannot; one reason for
+            each kernel.
+    """
+    source = "forced by the caller"
+    if forced is None:
+        forced, source = read_variable(KERNEL), f"forced by {KERNEL.name}"
+    if forced is not None:
+        kernel = find_kernel(forced, kernels)
+        reason = why_not(kernel, spec, stored_layout=stored_layout)
+        if reason is not None:
+            others = {k.name: why_not(k, spec, stored_layout=stored_layout) for k in _load(kernels)}
+            raise KernelUnavailable(_explain(f"{source}: {forced}", spec, others))
+        return Selection(kernel=kernel, reason=source, rejected={})
+    rejected: dict[str, str] = {}
+    for kernel in _load(kernels):
+        reason = why_not(kernel, spec, stored_layout=stored_layout)
+        if reason is None:
+            return Selection(kernel=kernel, reason="the fastest one that fits", rejected=rejected)
+        rejected[kernel.name] = reason
+    raise KernelUnavailable(_explain("no kernel fits", spec, rejected))
+
+
+def describe_spec(spec: LinearSpec) -> str:
+    """Name what decides about kernels: ``bits=4, group_size=128, bfloat16 on cpu``."""
+    extras = [
+        *(["asymmetric"] if not spec.symmetric else []),
+        *(["act-order"] if spec.act_order else []),
+    ]
+    where = f"{str(spec.dtype).removeprefix('torch.')} on {spec.device_type}"
+    sizes = f"{spec.in_features} -> {spec.out_features}"
+    return ", ".join([f"bits={spec.bits}", f"group_size={spec.group_size}", *extras, sizes, where])
+
+
+def _load(kernels: Sequence[KernelEntry]) -> list[Kernel]:
+    return [load_kernel(entry) for entry in kernels]
+
+
+def _explain(cause: str, spec: LinearSpec, reasons: Mapping[str, str | None]) -> str:
+    lines = [f"  {name}: {reason or 'can run it'}" for name, reason in reasons.items()]
+    return "\n".join([f"Cannot run {describe_spec(spec)} ({cause}).", *lines])

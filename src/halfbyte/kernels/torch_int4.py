@@ -1,0 +1,203 @@
+"""torch's own int4 matrix product on a CPU, for the rows of a decode step.
+
+Layout: [out / B, in, B / 2] bytes, two output channels in a byte; B is 64, 32 or 16 and the order
+within a block is one of two, by the instruction set that torch runs on. Both are found by packing
+a probe, and a round trip on random codes decides whether the kernel may run at all.
+Arithmetic: x in bf16, (code - 8) * scale + zero in fp32 from scales and zeros rounded to bf16, fp32
+sums. Error: one bf16 rounding each of scale, zero * scale and the result.
+From ROWS_LIMIT rows on the weight is dequantized (rounded once, as in torch_reference) and
+multiplied by torch's bf16 product instead: the int4 op costs the same again for each row.
+Measured: AMD EPYC with AVX-512, 2 cores (bench/int4_rows.py). In fp16 and fp32 torch's op is a
+plain loop, 10 to 100 times slower than dequantizing, so those are refused.
+
+Source:
+    PyTorch ``aten/src/ATen/native/cpu/int4mm_kernel.cpp``: group sizes, layout, dtypes.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from halfbyte.kernels.contract import LinearSpec, Operands
+from halfbyte.packing import pack_codes, unpack_codes, unpack_zeros
+
+GROUP_SIZES = (32, 64, 128, 256)
+"""The op takes no others."""
+
+MIDDLE_CODE = 8
+"""The op subtracts it from every code."""
+
+ROWS_LIMIT = 64
+"""Rows of x from which dequantizing first is at least as fast (bench/int4_rows.py)."""
+
+TILE_WEIGHTS = 2**19
+"""Weights dequantized at a time, for many rows."""
+
+PROBE_COLUMNS = 4
+
+
+class TorchInt4:
+    """``torch.ops.aten._weight_int4pack_mm_for_cpu`` behind the common contract."""
+
+    name = "torch_int4"
+    repacks = True
+
+    def find_obstacle(self) -> str | None:
+        """Say why this torch cannot, or None."""
+        return _find_layout()[1]
+
+    def find_mismatch(self, spec: LinearSpec) -> str | None:
+        """Say why the op cannot run such a layer, or None."""
+        if spec.device_type != "cpu":
+            return f"runs on cpu, not on {spec.device_type}"
+        if spec.bits != 4:
+            return f"supports 4 bits, not {spec.bits}"
+        if spec.dtype != torch.bfloat16:
+            return f"fast in bfloat16 only; torch runs {_short(spec.dtype)} in a plain loop"
+        if spec.group_size not in GROUP_SIZES:
+            allowed = ", ".join(map(str, GROUP_SIZES))
+            return f"supports group_size {allowed}, not {spec.group_size}"
+        if spec.is_ragged:
+            return f"group_size {spec.group_size} does not divide {spec.in_features} inputs"
+        block = _block_rows()
+        if spec.out_features % block:
+            return f"needs out_features a multiple of {block}, not {spec.out_features}"
+        return None
+
+    def prepare(self, stored: Operands, spec: LinearSpec) -> tuple[Tensor, ...]:
+        """Repack the codes; act-order columns are sorted by group, which is exact."""
+        codes = unpack_codes(stored.weight[0], spec.bits)
+        zeros = unpack_zeros(stored.qzeros, spec.bits, spec.zero_offset).t().float()
+        scales = stored.scales.float()
+        offsets = (MIDDLE_CODE - zeros) * scales
+        scales_and_zeros = torch.stack([scales, offsets], dim=-1).to(spec.dtype).contiguous()
+        if stored.g_idx is None:
+            return _pack(codes.t()), scales_and_zeros
+        order = torch.argsort(stored.g_idx, stable=True)
+        return _pack(codes[order].t()), scales_and_zeros, order
+
+    def restore(self, operands: Operands, spec: LinearSpec) -> Tensor:
+        """Give back ``qweight``."""
+        codes = _unpack(operands.weight[0])
+        return pack_codes(self._stored_order(codes, operands, dim=0), spec.bits)
+
+    def apply(self, x: Tensor, operands: Operands, bias: Tensor | None, spec: LinearSpec) -> Tensor:
+        """Multiply by the op, or by the dequantized weight where x has many rows."""
+        rows = x.reshape(-1, spec.in_features)
+        if len(operands.weight) > 2:
+            rows = rows[:, operands.weight[2]]
+        if rows.shape[0] >= ROWS_LIMIT:
+            result = self._apply_dense(rows, operands, spec)
+        else:
+            result = torch.ops.aten._weight_int4pack_mm_for_cpu(
+                rows.contiguous(), operands.weight[0], spec.group_size, operands.weight[1]
+            )
+        if bias is not None:
+            result += bias
+        return result.view(*x.shape[:-1], spec.out_features)
+
+    def dequantize(self, operands: Operands, spec: LinearSpec, dtype: torch.dtype) -> Tensor:
+        """Give the weight [out, in] as numbers."""
+        weight = self._dequantize_sorted(operands, spec, dtype, 0, spec.out_features)
+        return self._stored_order(weight, operands, dim=0).t()
+
+    def error_bound(self, spec: LinearSpec) -> float:
+        """Scale and zero are rounded to bf16, and their difference can be smaller than both."""
+        unit = torch.finfo(spec.dtype).eps / 2
+        cancellation = 1 if spec.symmetric else 2 * MIDDLE_CODE
+        sums = torch.finfo(torch.float32).eps * spec.in_features
+        return (2 + 2 * cancellation) * unit + sums
+
+    def _apply_dense(self, rows: Tensor, operands: Operands, spec: LinearSpec) -> Tensor:
+        """Dequantize a tile of output channels at a time and multiply by it."""
+        block = _block_rows()
+        width = max(TILE_WEIGHTS // spec.in_features // block, 1) * block
+        result = rows.new_empty(rows.shape[0], spec.out_features)
+        for start in range(0, spec.out_features, width):
+            stop = min(start + width, spec.out_features)
+            weight = self._dequantize_sorted(operands, spec, rows.dtype, start, stop)
+            result[:, start:stop] = functional.linear(rows, weight.t())
+        return result
+
+    def _dequantize_sorted(
+        self, operands: Operands, spec: LinearSpec, dtype: torch.dtype, start: int, stop: int
+    ) -> Tensor:
+        """Output channels start..stop as [in, stop - start], columns in the packed order."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        codes = _unpack(operands.weight[0][start:stop])
+        grouped = codes.view(-1, spec.group_size, stop - start).to(wide)
+        if spec.symmetric:
+            grouped.sub_(MIDDLE_CODE)
+        else:
+            zeros = unpack_zeros(operands.qzeros, spec.bits, spec.zero_offset)[start:stop]
+            grouped.sub_(zeros.t().to(wide)[:, None])
+        grouped.mul_(operands.scales[:, None, start:stop].to(wide))
+        return grouped.view(-1, stop - start).to(dtype)
+
+    def _stored_order(self, columns: Tensor, operands: Operands, *, dim: int) -> Tensor:
+        """Undo the sorting of act-order columns."""
+        if len(operands.weight) < 3:
+            return columns
+        return columns.index_select(dim, torch.argsort(operands.weight[2]))
+
+
+def _pack(codes: Tensor) -> Tensor:
+    """Codes [out, in] -> torch's layout; its second argument matters on GPUs only."""
+    packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
+        codes.to(torch.int32).contiguous(), 1
+    )
+    return packed
+
+
+def _unpack(packed: Tensor) -> Tensor:
+    """Codes uint8 [in, out] from torch's layout."""
+    block, halves = _find_layout()[0]
+    return _unpack_as(packed, block, halves)
+
+
+def _unpack_as(packed: Tensor, block: int, halves: bool) -> Tensor:
+    out_features, row_bytes = packed.shape
+    in_features = 2 * row_bytes
+    low_high = packed.view(out_features // block, in_features, block // 2)
+    # Transposed while it is narrow: the result's rows are then written in order.
+    low_high = low_high.transpose(0, 1)
+    codes = packed.new_empty(in_features, out_features // block, block)
+    if halves:
+        codes[..., : block // 2] = low_high & 15
+        codes[..., block // 2 :] = low_high >> 4
+    else:
+        codes[..., 0::2] = low_high & 15
+        codes[..., 1::2] = low_high >> 4
+    return codes.view(in_features, out_features)
+
+
+def _block_rows() -> int:
+    return _find_layout()[0][0]
+
+
+@functools.cache
+def _find_layout() -> tuple[tuple[int, bool], str | None]:
+    """Find (rows of a block, halves or pairs in a byte) by a round trip, or why it fails."""
+    unknown = (64, True)
+    if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
+        return unknown, f"torch {torch.__version__} has no _weight_int4pack_mm_for_cpu"
+    generator = torch.Generator("cpu").manual_seed(0)
+    shape = (128, 2 * PROBE_COLUMNS)
+    codes = torch.randint(0, 16, shape, generator=generator, device="cpu")
+    try:
+        packed = _pack(codes)
+    except RuntimeError as error:
+        return unknown, f"torch cannot pack: {str(error).splitlines()[0]}"
+    for block in (64, 32, 16):
+        for halves in (True, False):
+            if torch.equal(_unpack_as(packed, block, halves).t(), codes.to(torch.uint8)):
+                return (block, halves), None
+    return unknown, f"torch {torch.__version__} packs int4 in a layout that is not known here"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

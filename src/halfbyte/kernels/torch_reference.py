@@ -1,0 +1,138 @@
+"""The definition of correct: unpack, subtract the zero, scale, round once, multiply.
+
+Layout: as stored, nothing is repacked. Arithmetic: code - zero is exact; its product with the
+scale is formed in fp32 (exact for fp16 and bf16 scales), then rounded once to the dtype of x; the
+matrix product is torch's. Error: that one rounding and the matrix product's own. Runs on every
+device, for every bit width, group size, order of groups and dtype.
+
+Source:
+    The formula is the format's own: :mod:`halfbyte.checkpoint.layout`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from halfbyte.kernels.contract import LinearSpec, Operands
+from halfbyte.packing import unpack_codes, unpack_zeros
+
+TILE_WEIGHTS = 2**19
+"""Weights dequantized at a time in ``apply``, so that a layer is never dense in memory as a whole.
+
+Between 2**17 and 2**20 the speed is the same within noise (bench/int4_rows.py).
+"""
+
+TILE_COLUMNS = 32
+"""Tiles begin at multiples of this, where the words of the zeros begin at every bit width."""
+
+
+def dequantize_weight(
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    g_idx: Tensor | None,
+    *,
+    bits: int,
+    zero_offset: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Turn stored codes into numbers.
+
+    Args:
+        qweight: int32 [in * bits / 32, out].
+        qzeros: int32 [groups, out * bits / 32].
+        scales: Float [groups, out].
+        g_idx: Group of each input column, [in]; None: groups of ``group_size`` in order.
+        bits: 2, 3, 4 or 8.
+        zero_offset: What was subtracted from the zeros before storing: 1 in v1, 0 in v2.
+        group_size: Used where ``g_idx`` is None.
+        dtype: Of the result; each weight is rounded to it once.
+
+    Returns:
+        The weight [out, in]; not contiguous.
+    """
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    codes = unpack_codes(qweight, bits)
+    zeros = unpack_zeros(qzeros, bits, zero_offset).t().to(wide)
+    scales = scales.to(wide)
+    in_features, out_features = codes.shape
+    if g_idx is None and in_features % group_size == 0:
+        grouped = codes.view(-1, group_size, out_features).to(wide)
+        weight = grouped.sub_(zeros[:, None]).mul_(scales[:, None]).view(in_features, out_features)
+    else:
+        if g_idx is None:
+            g_idx = torch.arange(in_features, device=codes.device) // group_size
+        rows = g_idx.long()
+        weight = codes.to(wide).sub_(zeros[rows]).mul_(scales[rows])
+    return weight.to(dtype).t()
+
+
+class TorchReference:
+    """Dequantizes a tile of output channels at a time and multiplies by it."""
+
+    name = "torch_reference"
+    repacks = False
+
+    def find_obstacle(self) -> str | None:
+        """None: it runs wherever torch does."""
+        return None
+
+    def find_mismatch(self, spec: LinearSpec) -> str | None:
+        """None: it runs every layer."""
+        return None
+
+    def prepare(self, stored: Operands, spec: LinearSpec) -> tuple[Tensor, ...]:
+        """Give back the stored weight."""
+        return stored.weight
+
+    def restore(self, operands: Operands, spec: LinearSpec) -> Tensor:
+        """Give back the stored weight."""
+        return operands.weight[0]
+
+    def apply(self, x: Tensor, operands: Operands, bias: Tensor | None, spec: LinearSpec) -> Tensor:
+        """Multiply by the dequantized weight, tile by tile."""
+        width = max(TILE_WEIGHTS // spec.in_features // TILE_COLUMNS, 1) * TILE_COLUMNS
+        if spec.out_features <= width:
+            return functional.linear(x, self.dequantize(operands, spec, x.dtype), bias)
+        result = x.new_empty(*x.shape[:-1], spec.out_features)
+        for start in range(0, spec.out_features, width):
+            stop = min(start + width, spec.out_features)
+            weight = self.dequantize(
+                _slice_columns(operands, spec.bits, start, stop), spec, x.dtype
+            )
+            part = None if bias is None else bias[start:stop]
+            result[..., start:stop] = functional.linear(x, weight, part)
+        return result
+
+    def dequantize(self, operands: Operands, spec: LinearSpec, dtype: torch.dtype) -> Tensor:
+        """Give the weight [out, in] as numbers."""
+        return dequantize_weight(
+            operands.weight[0],
+            operands.qzeros,
+            operands.scales,
+            operands.g_idx,
+            bits=spec.bits,
+            zero_offset=spec.zero_offset,
+            group_size=spec.group_size,
+            dtype=dtype,
+        )
+
+    def error_bound(self, spec: LinearSpec) -> float:
+        """One rounding of each weight, one of the result, and fp32 sums in any order."""
+        unit = torch.finfo(spec.dtype).eps / 2
+        sums = torch.finfo(torch.float32).eps * spec.in_features
+        return 3 * unit + sums
+
+
+def _slice_columns(operands: Operands, bits: int, start: int, stop: int) -> Operands:
+    """Output channels start..stop of a layer; both multiples of TILE_COLUMNS, or the end."""
+    words = slice(start * bits // 32, -(-stop * bits // 32))
+    return Operands(
+        weight=(operands.weight[0][:, start:stop],),
+        qzeros=operands.qzeros[:, words],
+        scales=operands.scales[:, start:stop],
+        g_idx=operands.g_idx,
+    )

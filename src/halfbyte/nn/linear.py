@@ -1,0 +1,258 @@
+"""A linear layer whose weight is packed codes, and which other code takes for an ``nn.Linear``.
+
+::
+
+    tensors as stored ──prepare──> kernel chosen, weight repacked where it asks for that
+                      <──restore── state_dict, another device or dtype: the stored bits again
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.errors import CheckpointError, ModelError
+from halfbyte.kernels.contract import LinearSpec, Operands
+from halfbyte.kernels.op import dequantize, quantized_linear
+from halfbyte.kernels.registry import Selection, select
+from halfbyte.nn.weight import QuantizedWeight
+
+STORED = ("qweight",)
+
+PACKED = "packed_{}"
+"""Buffers of a repacked weight; they replace ``qweight`` and are never saved."""
+
+
+class QuantLinear(nn.Linear):
+    """``y = x @ dequantize(weight).T + bias`` with the tensors of the GPTQ format as buffers.
+
+    Integer codes, scales and bias keep the dtypes that they have on disk, whatever the model is
+    cast to; ``spec.dtype`` is what the layer computes in. An input of another dtype is cast, and
+    the output cast back.
+    """
+
+    def __init__(
+        self,
+        spec: LinearSpec,
+        stored_dtypes: Mapping[str, torch.dtype],
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Make the layer with uninitialised tensors, to be loaded.
+
+        Args:
+            spec: Sizes, grid and dtype.
+            stored_dtypes: By tensor ("scales", maybe "g_idx", "bias"): its dtype on disk; a
+                tensor that is not named does not exist.
+            device: Where to make them.
+        """
+        # Not nn.Linear's own: it would make a dense weight.
+        nn.Module.__init__(self)
+        self.spec = replace(spec, device_type=torch.device(device or "cpu").type)
+        self.in_features = spec.in_features
+        self.out_features = spec.out_features
+        self.selection: Selection | None = None
+        self.weight_names: tuple[str, ...] = STORED
+        words = (spec.in_features * spec.bits // 32, spec.out_features)
+        zero_words = (spec.num_groups, spec.out_features * spec.bits // 32)
+        optional = {"g_idx": (spec.in_features,), "bias": (spec.out_features,)}
+
+        def make(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        self.register_buffer("qweight", make(words, torch.int32))
+        self.register_buffer("qzeros", make(zero_words, torch.int32))
+        scales = make((spec.num_groups, spec.out_features), stored_dtypes["scales"])
+        self.register_buffer("scales", scales)
+        for name, shape in optional.items():
+            dtype = stored_dtypes.get(name)
+            self.register_buffer(name, None if dtype is None else make(shape, dtype))
+
+    qweight: Tensor
+    qzeros: Tensor
+    scales: Tensor
+    g_idx: Tensor | None
+    bias: Tensor | None  # type: ignore[assignment]
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight [out, in] for code that asks for one; see :class:`QuantizedWeight`."""
+        if torch.compiler.is_compiling():
+            return self.dequantize()
+        shape = (self.out_features, self.in_features)
+        return QuantizedWeight.of(self, shape, self.spec.dtype, self.scales.device)
+
+    @weight.setter
+    def weight(self, value: Tensor) -> NoReturn:
+        self._refuse_weight()
+
+    @property
+    def is_repacked(self) -> bool:
+        """Whether a kernel's own layout stands in the place of ``qweight``."""
+        return self.weight_names != STORED
+
+    @property
+    def operands(self) -> Operands:
+        """The tensors as the chosen kernel reads them."""
+        # Straight from the dict: nn.Module's look-up costs as much as a small product.
+        buffers = self._buffers
+        return Operands(
+            weight=tuple(buffers[name] for name in self.weight_names),  # type: ignore[misc]
+            qzeros=buffers["qzeros"],  # type: ignore[arg-type]
+            scales=buffers["scales"],  # type: ignore[arg-type]
+            g_idx=buffers["g_idx"] if self.spec.act_order else None,
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Compute the layer; [..., in] -> [..., out]."""
+        selection = self.selection or self._select(stored_layout=True)
+        spec = self._spec_on(input.device.type)
+        bias = self.bias
+        if bias is not None and bias.dtype != spec.dtype:
+            bias = bias.to(spec.dtype)
+        dtype = input.dtype
+        if torch.is_autocast_enabled(input.device.type):
+            dtype = torch.get_autocast_dtype(input.device.type)
+        result = quantized_linear(input.to(spec.dtype), self.operands, bias, spec, selection.kernel)
+        return result.to(dtype)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Give the weight as numbers.
+
+        Args:
+            dtype: Of the result; None: what the layer computes in.
+
+        Returns:
+            [out, in], in memory of its own.
+        """
+        selection = self.selection or self._select(stored_layout=True)
+        spec = self._spec_on(self.scales.device.type)
+        return dequantize(self.operands, spec, selection.kernel, dtype)
+
+    def prepare(self, *, stored_layout: bool = False, kernel: str | None = None) -> Selection:
+        """Choose the kernel, and repack the weight where it wants that.
+
+        Args:
+            stored_layout: Only kernels that read the weight as stored.
+            kernel: A kernel's name, instead of the fastest that fits.
+
+        Returns:
+            The choice.
+        """
+        self.restore()
+        # Loaders put tensors on their device without telling the module.
+        self.spec = replace(self.spec, device_type=self.scales.device.type)
+        selection = self._select(stored_layout=stored_layout, kernel=kernel)
+        if selection.kernel.repacks:
+            packed = selection.kernel.prepare(self.operands, self.spec)
+            names = tuple(PACKED.format(index) for index in range(len(packed)))
+            for name, tensor in zip(names, packed, strict=True):
+                self.register_buffer(name, tensor, persistent=False)
+            self.weight_names = names
+            # Gone rather than None: PEFT takes its device from ``qweight`` where there is one.
+            del self.qweight
+        self.selection = selection
+        return selection
+
+    def restore(self) -> None:
+        """Undo :meth:`prepare`: the weight is as stored again, and no kernel is chosen."""
+        if self.is_repacked:
+            qweight = self._stored_qweight()
+            for name in self.weight_names:
+                delattr(self, name)
+            self.weight_names = STORED
+            self.register_buffer("qweight", qweight)
+        self.selection = None
+
+    def check_finite(self, name: str) -> None:
+        """Refuse scales or a bias that are not numbers.
+
+        Args:
+            name: The module's, for the message.
+
+        Raises:
+            CheckpointError: Some are infinite or not-a-number; names the tensor and counts them.
+        """
+        for suffix in ("scales", "bias"):
+            tensor = getattr(self, suffix)
+            if tensor is None or tensor.is_meta or bool(torch.isfinite(tensor).all()):
+                continue
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise CheckpointError(
+                f"{name}.{suffix} has {bad} of {tensor.numel()} values that are infinite or not a "
+                "number. The file is damaged; download or quantize it again."
+            )
+
+    def extra_repr(self) -> str:
+        """Sizes, grid and kernel, for ``print(model)``."""
+        kernel = self.selection.kernel.name if self.selection else "not prepared"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, bits={self.spec.bits}, "
+            f"group_size={self.spec.group_size}, kernel={kernel}"
+        )
+
+    def reset_parameters(self) -> None:
+        """Nothing: there is no random start for packed codes."""
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in ``nn.Module``, but refuse a weight."""
+        if name == "weight":
+            self._refuse_weight()
+        super().register_parameter(name, param)
+
+    def _select(self, *, stored_layout: bool, kernel: str | None = None) -> Selection:
+        return select(self.spec, stored_layout=stored_layout, forced=kernel)
+
+    def _spec_on(self, device_type: str) -> LinearSpec:
+        """The spec where the tensors are now: offloading moves them behind the module's back."""
+        if device_type == self.spec.device_type or self.is_repacked:
+            return self.spec
+        return replace(self.spec, device_type=device_type)
+
+    def _stored_qweight(self) -> Tensor:
+        assert self.selection is not None
+        return self.selection.kernel.restore(self.operands, self.spec)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        """Move the tensors but never cast them; repack where the device or dtype changed."""
+        probe = fn(torch.empty(0, dtype=self.spec.dtype, device=self.scales.device))
+        spec = replace(self.spec, dtype=probe.dtype, device_type=probe.device.type)
+        again = self.selection is not None and spec != self.spec
+        if again:
+            self.restore()
+        super()._apply(lambda tensor: _move(fn, tensor), recurse)  # type: ignore[no-untyped-call]
+        self.spec = spec
+        if again and probe.device.type != "meta":
+            self.prepare()
+        return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        if self.is_repacked:
+            destination[prefix + "qweight"] = self._stored_qweight()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        was_prepared = self.selection is not None
+        self.restore()
+        super()._load_from_state_dict(*args, **kwargs)
+        if was_prepared:
+            self.prepare()
+
+    def _refuse_weight(self) -> NoReturn:
+        raise ModelError(
+            f"Cannot assign a weight to a quantized linear {self.in_features} -> "
+            f"{self.out_features}: its weight is packed codes. Replace the module, or turn the "
+            "model back into ordinary linears with model.dequantize()."
+        )
+
+
+def _move(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """Apply ``fn`` as far as it moves; a cast of what is stored would lose bits."""
+    moved = fn(tensor)
+    return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)

@@ -1,0 +1,165 @@
+"""The contract that every registered kernel is held to; a new one is tested by being registered."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from tests.helpers.packed import RandomLinear, make_linear
+
+from halfbyte.errors import ConfigError
+from halfbyte.kernels.op import dequantize, quantized_linear
+from halfbyte.kernels.registry import KERNELS, find_kernel, why_not
+
+NAMES = [entry.name for entry in KERNELS]
+SHAPES = [
+    (64, 64, 32),
+    (128, 192, 64),
+    (256, 64, 128),
+    (96, 64, 64),
+    (160, 96, 80),
+    (512, 128, 256),
+]
+"""in, out, group size; the fourth has a ragged last group."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def fitting_cases():
+    """Every kernel with every layer that it says it can run."""
+    for name, bits, dtype, shape in itertools.product(NAMES, (2, 3, 4, 8), DTYPES, SHAPES):
+        sizes = dict(zip(("in_features", "out_features", "group_size"), shape, strict=True))
+        layer = {"bits": bits, "dtype": dtype, **sizes}
+        if why_not(find_kernel(name), make_linear(**layer).spec) is None:
+            kind = str(dtype).removeprefix("torch.")
+            yield pytest.param(name, layer, id=f"{name}-{bits}-{kind}-{'x'.join(map(str, shape))}")
+
+
+def prepared(name: str, linear: RandomLinear):
+    """The kernel and its operands, or skip."""
+    kernel = find_kernel(name)
+    reason = why_not(kernel, linear.spec)
+    if reason is not None:
+        pytest.skip(reason)
+    operands = replace(linear.stored, weight=kernel.prepare(linear.stored, linear.spec))
+    return kernel, operands
+
+
+@pytest.mark.parametrize(("name", "layer"), list(fitting_cases()))
+def test_kernel_computes_the_product_within_its_bound(name, layer):
+    in_features, out_features, dtype = (
+        layer["in_features"],
+        layer["out_features"],
+        layer["dtype"],
+    )
+    for symmetric, act_order in ((True, False), (False, False), (False, True)):
+        linear = make_linear(symmetric=symmetric, act_order=act_order, **layer)
+        kernel, operands = prepared(name, linear)
+        bound = kernel.error_bound(linear.spec)
+        for batch in ((1,), (3, 7), (70,), (0,)):
+            x = torch.randn(*batch, in_features).to(dtype)
+            bias = torch.randn(out_features).to(dtype)
+            found = quantized_linear(x, operands, bias, linear.spec, kernel)
+            exact = x.double() @ linear.weight.t() + bias.double()
+            size = x.double().abs() @ linear.weight.abs().t() + bias.double().abs()
+            assert found.dtype == dtype
+            assert found.shape == exact.shape
+            assert ((found.double() - exact).abs() <= bound * size).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("zero_offset", [0, 1])
+def test_kernel_gives_back_the_stored_bits_and_exact_numbers(name, act_order, zero_offset):
+    linear = make_linear(
+        symmetric=False, act_order=act_order, zero_offset=zero_offset, dtype=torch.bfloat16
+    )
+    kernel, operands = prepared(name, linear)
+    restored = kernel.restore(operands, linear.spec)
+    assert restored.dtype == torch.int32
+    assert torch.equal(restored, linear.stored.weight[0])
+    assert torch.equal(kernel.dequantize(operands, linear.spec, torch.float64), linear.weight)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_torch_accepts_the_op(name, act_order, with_bias):
+    linear = make_linear(act_order=act_order, dtype=torch.bfloat16)
+    kernel, operands = prepared(name, linear)
+    x = torch.randn(3, 128).bfloat16().requires_grad_()
+    bias = torch.randn(64).bfloat16().requires_grad_() if with_bias else None
+    shared = (list(operands.weight), operands.qzeros, operands.scales, operands.g_idx)
+    numbers = (4, 32, 128, 64, True, 1)
+    torch.library.opcheck(torch.ops.halfbyte.linear.default, (x, *shared, bias, name, *numbers))
+    torch.library.opcheck(
+        torch.ops.halfbyte.dequantize.default, (*shared, name, *numbers, torch.float32)
+    )
+    assert kernel.name == name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_is_that_of_the_dense_layer(name):
+    linear = make_linear(dtype=torch.bfloat16, symmetric=False)
+    kernel, operands = prepared(name, linear)
+    x = torch.randn(5, 128).bfloat16().requires_grad_()
+    bias = torch.randn(64).bfloat16().requires_grad_()
+    gradient = torch.randn(5, 64).bfloat16()
+    quantized_linear(x, operands, bias, linear.spec, kernel).backward(gradient)
+    exact = gradient.double() @ linear.weight
+    size = gradient.double().abs() @ linear.weight.abs()
+    assert ((x.grad.double() - exact).abs() <= 0.02 * size).all()
+    torch.testing.assert_close(bias.grad, gradient.sum(0))
+
+
+def test_backward_keeps_no_dense_copy():
+    linear = make_linear()
+    kernel, operands = prepared("torch_reference", linear)
+    x = torch.randn(5, 128, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append(t.numel()) or t, lambda t: t
+    ):
+        quantized_linear(x, operands, None, linear.spec, kernel)
+    stored = [operands.weight[0], operands.qzeros, operands.scales]
+    assert sorted(saved) == sorted(tensor.numel() for tensor in stored)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_and_eager_agree(name):
+    linear = make_linear(dtype=torch.bfloat16)
+    kernel, operands = prepared(name, linear)
+
+    def run(x):
+        return quantized_linear(x, operands, None, linear.spec, kernel)
+
+    x = torch.randn(2, 128).bfloat16()
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), run(x))
+
+
+def test_dequantize_runs_inside_a_compiled_graph():
+    linear = make_linear()
+    kernel, operands = prepared("torch_reference", linear)
+
+    def run():
+        return dequantize(operands, linear.spec, kernel, torch.float32)
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(), linear.weight.float())
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(2, 64), r"128 -> 64 in torch.float32: the input is torch.float32 with 64 col"),
+        (torch.zeros(2, 128).half(), r"the input is torch.float16 with 128 columns"),
+        (torch.zeros(2, 128, device="meta"), r"that is on cpu: the input is on meta"),
+    ],
+)
+def test_wrong_input_is_refused_by_its_numbers(x, message):
+    linear = make_linear()
+    kernel, operands = prepared("torch_reference", linear)
+    with pytest.raises(ConfigError, match=message):
+        quantized_linear(x, operands, None, linear.spec, kernel)

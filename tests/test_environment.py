@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import pytest
+
+from halfbyte import environment
+from halfbyte.environment import KERNEL, TRANSFORMERS, VARIABLES, read_variable
+from halfbyte.errors import ConfigError
+
+
+def test_unset_and_empty_give_the_default(monkeypatch):
+    for variable in VARIABLES:
+        monkeypatch.delenv(variable.name, raising=False)
+        assert read_variable(variable) == variable.default
+        monkeypatch.setenv(variable.name, "  ")
+        assert read_variable(variable) == variable.default
+
+
+def test_value_is_read_without_its_blanks(monkeypatch):
+    monkeypatch.setenv("HALFBYTE_KERNEL", " torch_reference ")
+    assert read_variable(KERNEL) == "torch_reference"
+
+
+def test_value_that_is_not_allowed_is_an_error_with_the_allowed_ones(monkeypatch):
+    monkeypatch.setenv("HALFBYTE_TRANSFORMERS", "yes")
+    with pytest.raises(
+        ConfigError, match=r"HALFBYTE_TRANSFORMERS is 'yes'; allowed are auto, on, off"
+    ):
+        read_variable(TRANSFORMERS)
+
+
+def test_module_docstring_lists_every_variable():
+    for variable in VARIABLES:
+        assert f"`{variable.name}`" in (environment.__doc__ or "")
