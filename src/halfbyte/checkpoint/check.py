@@ -1,0 +1,322 @@
+"""Who can load a checkpoint, and for each no, why: module names and numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from halfbyte.checkpoint.consumers import (
+    CONSUMERS,
+    PER_CHANNEL,
+    TENSOR_PARALLEL_SIZES,
+    VLLM_REQUIRED_KEYS,
+    Consumer,
+)
+from halfbyte.checkpoint.dynamic import resolve_dynamic
+from halfbyte.checkpoint.labels import read_model_config
+from halfbyte.checkpoint.read import Checkpoint, LinearFacts
+from halfbyte.checkpoint.vllm_view import (
+    ModelSizes,
+    VllmView,
+    fused_siblings,
+    split_linear,
+    view_linear,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """Whether one consumer can load the checkpoint at one tensor-parallel size."""
+
+    consumer: str
+    label: str
+    tensor_parallel: int | None
+    """Number of devices that share each linear; None where the consumer does not split."""
+    loads: bool
+    reasons: tuple[str, ...]
+    evidence: str
+    """How the rules behind it are known: "ran" or "read" (in the consumer's source)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckReport:
+    """What `halfbyte check` prints."""
+
+    folder: str
+    num_linears: int
+    schemes: Mapping[str, int]
+    """How many linears have which bits, group size and symmetry."""
+    verdicts: tuple[Verdict, ...]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain values for JSON."""
+        return {
+            "folder": self.folder,
+            "num_linears": self.num_linears,
+            "schemes": dict(self.schemes),
+            "notes": list(self.notes),
+            "verdicts": [
+                {name: getattr(verdict, name) for name in Verdict.__slots__}
+                for verdict in self.verdicts
+            ],
+        }
+
+
+@dataclass(slots=True)
+class _Reasons:
+    """Collects reasons, with the modules each is true of."""
+
+    modules: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, reason: str, module: str | None = None) -> None:
+        self.modules.setdefault(reason, []).extend([] if module is None else [module])
+
+    def summarize(self) -> tuple[str, ...]:
+        return tuple(
+            reason + (f": {found[0]}" if found else "") + _and_more(len(found))
+            for reason, found in self.modules.items()
+        )
+
+
+def _and_more(count: int) -> str:
+    return f" and {count - 1} more" if count > 1 else ""
+
+
+def check_consumers(checkpoint: Checkpoint) -> CheckReport:
+    """Hold a checkpoint against the rules of every consumer.
+
+    Reads the zeros and group indices of every linear, not the weights.
+
+    Args:
+        checkpoint: An open checkpoint.
+
+    Returns:
+        One verdict for each consumer and tensor-parallel size.
+
+    Raises:
+        CheckpointError: A value is out of range: nobody should load it. Names the tensor.
+    """
+    facts = {name: checkpoint.load_facts(name) for name in checkpoint.linears}
+    verdicts: list[Verdict] = []
+    for consumer in CONSUMERS:
+        for size in TENSOR_PARALLEL_SIZES if consumer.is_vllm else (None,):
+            reasons = _Reasons()
+            if consumer.is_vllm:
+                _check_vllm(checkpoint, facts, consumer, size or 1, reasons)
+            else:
+                _check_plain(checkpoint, facts, consumer, reasons)
+            found = reasons.summarize()
+            verdicts.append(
+                Verdict(
+                    consumer=consumer.name,
+                    label=consumer.label,
+                    tensor_parallel=size,
+                    loads=not found,
+                    reasons=found,
+                    evidence=consumer.evidence,
+                )
+            )
+    notes = [fact.zeros.note for fact in facts.values() if fact.zeros.note]
+    shown = (*notes[:1], *([f"The same of {len(notes) - 1} more linears."] if notes[1:] else []))
+    return CheckReport(
+        folder=str(checkpoint.folder),
+        num_linears=len(facts),
+        schemes=_count_schemes(facts),
+        verdicts=tuple(verdicts),
+        notes=(*checkpoint.notes, *shown),
+    )
+
+
+def _count_schemes(facts: Mapping[str, LinearFacts]) -> dict[str, int]:
+    schemes: dict[str, int] = {}
+    for fact in facts.values():
+        group = "per row" if fact.layout.num_groups == 1 else str(fact.layout.group_size)
+        kind = "symmetric" if fact.zeros.is_symmetric else "asymmetric"
+        ragged = ", ragged" if fact.layout.is_ragged else ""
+        order = "" if fact.has_trivial_groups else ", act-order"
+        name = f"{fact.layout.bits} bits, group {group}{ragged}, {kind}{order}"
+        schemes[name] = schemes.get(name, 0) + 1
+    return schemes
+
+
+def _check_plain(
+    checkpoint: Checkpoint, facts: Mapping[str, LinearFacts], consumer: Consumer, reasons: _Reasons
+) -> None:
+    """Consumers that load one module at a time, under its own name."""
+    for name, fact in facts.items():
+        in_features, out_features = fact.layout.in_features, fact.layout.out_features
+        for reason in _explain_limits(consumer, fact, in_features, out_features):
+            reasons.add(reason, name)
+        if consumer.follows_labels:
+            _check_label(checkpoint, name, fact, reasons)
+
+
+def _explain_limits(
+    consumer: Consumer, fact: LinearFacts, in_features: float, out_features: float
+) -> Iterator[str]:
+    """Give each limit of a consumer that a linear of these sizes per device does not keep."""
+    layout = fact.layout
+    if layout.bits not in consumer.bits:
+        allowed = " or ".join(map(str, consumer.bits))
+        yield f"it takes {allowed} bits, not {layout.bits}"
+    if consumer.needs_symmetric and not fact.zeros.is_symmetric:
+        yield "it takes symmetric grids only"
+    if in_features % consumer.in_multiple:
+        yield f"in_features {in_features:g} per device is no multiple of {consumer.in_multiple}"
+    if out_features % consumer.out_multiple:
+        yield f"out_features {out_features:g} per device is no multiple of {consumer.out_multiple}"
+    group_size = PER_CHANNEL if layout.num_groups == 1 else layout.group_size
+    if consumer.group_sizes is not None and group_size not in consumer.group_sizes:
+        yield f"group size {group_size} is not one of {', '.join(map(str, consumer.group_sizes))}"
+    if group_size % consumer.group_multiple and group_size != PER_CHANNEL:
+        yield f"group size {group_size} is no multiple of {consumer.group_multiple}"
+    if not consumer.takes_g_idx and not fact.has_trivial_groups:
+        yield "it takes no act-order (g_idx is not in order)"
+
+
+def _check_label(checkpoint: Checkpoint, name: str, fact: LinearFacts, reasons: _Reasons) -> None:
+    """What a reader that believes the config gets wrong."""
+    labels = checkpoint.labels
+    overrides = resolve_dynamic(labels.dynamic, name)
+    if overrides is None:
+        reasons.add("the config's dynamic says that it is not quantized", name)
+        return
+    found = VllmView(
+        bits=overrides.get("bits", labels.bits),
+        group_size=overrides.get("group_size", labels.group_size),
+        symmetric=overrides.get("sym", labels.symmetric),
+        desc_act=overrides.get("desc_act", labels.desc_act),
+    )
+    _compare_view(found, fact, name, reasons)
+    if fact.zeros.zero_offset != labels.zero_offset:
+        reasons.add(
+            "it believes checkpoint_format, which is "
+            f"'{labels.checkpoint_format or 'gptq'}' but not true of qzeros",
+            name,
+        )
+
+
+def _compare_view(view: VllmView, fact: LinearFacts, name: str, reasons: _Reasons) -> None:
+    layout = fact.layout
+    if view.bits != layout.bits:
+        reasons.add(f"the config says {view.bits} bits, the tensors have {layout.bits}", name)
+    declared = layout.in_features if view.group_size == PER_CHANNEL else view.group_size
+    # A group as wide as the layer or wider is one group per row, whatever it is called.
+    if declared != layout.group_size and not (
+        declared and layout.num_groups == 1 and declared >= layout.in_features
+    ):
+        reasons.add(
+            f"the config says group size {view.group_size}, the tensors have {layout.group_size}",
+            name,
+        )
+
+
+def _check_vllm(
+    checkpoint: Checkpoint,
+    facts: Mapping[str, LinearFacts],
+    consumer: Consumer,
+    tensor_parallel: int,
+    reasons: _Reasons,
+) -> None:
+    labels = checkpoint.labels
+    missing = [key for key in VLLM_REQUIRED_KEYS if labels.raw.get(key) is None]
+    if missing:
+        reasons.add(f"the quantization config has no {', '.join(missing)}")
+        return
+    if labels.bits not in (4, 8) or not labels.symmetric:
+        kind = "symmetric" if labels.symmetric else "asymmetric"
+        reasons.add(f"it takes a config of 4 or 8 bits, symmetric; this says {labels.bits}, {kind}")
+        return
+    sizes = ModelSizes.from_config(read_model_config(checkpoint.folder))
+    heads = sizes.explain_heads(tensor_parallel)
+    if heads:
+        reasons.add(heads)
+    linears = _all_linears(checkpoint)
+    for name in linears:
+        view = view_linear(labels, name, linears, checkpoint.linears)
+        if name in facts:
+            _check_vllm_linear(name, facts, view, linears, reasons)
+            _check_split(consumer, name, facts, linears, sizes, tensor_parallel, reasons)
+        elif view is not None:
+            reasons.add("it would look for packed weights of a linear in 16 bits", name)
+    heads_listed = [n for n in facts if n.rpartition(".")[2] == "lm_head"]
+    if heads_listed and not labels.lm_head:
+        reasons.add("the output head is quantized, but the config's lm_head is false")
+
+
+def _all_linears(checkpoint: Checkpoint) -> dict[str, None]:
+    """List every module with packed weights or with a matrix as its weight."""
+    names = dict.fromkeys(checkpoint.linears)
+    for name, info in checkpoint.files.infos.items():
+        if name.endswith(".weight") and len(info.shape) == 2:
+            names[name.removesuffix(".weight")] = None
+    return names
+
+
+def _check_vllm_linear(
+    name: str,
+    facts: Mapping[str, LinearFacts],
+    view: VllmView | None,
+    linears: Mapping[str, None],
+    reasons: _Reasons,
+) -> None:
+    fact = facts[name]
+    _, siblings = fused_siblings(name, linears)
+    in_full = [sibling for sibling in siblings if sibling not in facts]
+    if in_full:
+        reasons.add(
+            f"it runs {', '.join(s.rpartition('.')[2] for s in siblings)} as one linear, of which "
+            f"{in_full[0].rpartition('.')[2]} is in 16 bits",
+            name,
+        )
+        return
+    kinds = {_kind_of(facts[sibling]) for sibling in siblings}
+    if len(kinds) > 1:
+        reasons.add(
+            f"it runs {', '.join(s.rpartition('.')[2] for s in siblings)} as one linear, which "
+            f"have different grids ({'; '.join(sorted(kinds))})",
+            name,
+        )
+        return
+    if view is None:
+        reasons.add("by its config it would load the linear in 16 bits", name)
+        return
+    _compare_view(view, fact, name, reasons)
+    if not view.desc_act and not fact.has_trivial_groups:
+        reasons.add("g_idx is not in order, but the config's desc_act is false", name)
+
+
+def _kind_of(fact: LinearFacts) -> str:
+    kind = "symmetric" if fact.zeros.is_symmetric else "asymmetric"
+    return f"{fact.layout.bits} bits, group {fact.layout.group_size}, {kind}"
+
+
+def _check_split(
+    consumer: Consumer,
+    name: str,
+    facts: Mapping[str, LinearFacts],
+    linears: Mapping[str, None],
+    sizes: ModelSizes,
+    tensor_parallel: int,
+    reasons: _Reasons,
+) -> None:
+    """Check the sizes of one device; of fused linears together, once."""
+    _, siblings = fused_siblings(name, linears)
+    if name != siblings[0] or any(sibling not in facts for sibling in siblings):
+        return
+    fact, layout = facts[name], facts[name].layout
+    parts = [split_linear(s, facts[s].layout, sizes, tensor_parallel) for s in siblings]
+    in_features, out_features = parts[0][0], sum(out for _, out in parts)
+    for reason in _explain_limits(consumer, fact, in_features, out_features):
+        reasons.add(reason, name)
+    if layout.num_groups > 1 and in_features % layout.group_size:
+        reasons.add(
+            f"in_features {in_features:g} per device is no multiple of group size "
+            f"{layout.group_size}",
+            name,
+        )
+    is_split = in_features != layout.in_features
+    if is_split and not consumer.takes_split_g_idx and not fact.has_trivial_groups:
+        reasons.add("it takes no act-order where in_features is split", name)

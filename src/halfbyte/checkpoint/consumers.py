@@ -1,0 +1,120 @@
+"""Who reads GPTQ checkpoints, and what each asks of a linear: facts as data.
+
+Evidence: "ran" was executed on a small model, "read" was read in the consumer's source. A limit
+may fall in a later version: vLLM's Marlin has begun to pad shapes that it refused before.
+
+Source:
+    vLLM 0.32/0.33: ``quantization/utils/marlin_utils.py``, ``kernels/linear/mixed_precision``;
+    GPTQModel 7: ``nn_modules/qlinear/torch.py``; llama.cpp's Q4_0 and Q8_0 blocks of 32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PER_CHANNEL = -1
+
+TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Consumer:
+    """One reader and its limits; every number is per device, after tensor-parallel splitting."""
+
+    name: str
+    label: str
+    evidence: str
+    bits: tuple[int, ...] = (2, 3, 4, 8)
+    needs_symmetric: bool = False
+    in_multiple: int = 1
+    out_multiple: int = 1
+    group_sizes: tuple[int, ...] | None = None
+    """Allowed values, -1 for one group per row; None: any."""
+    group_multiple: int = 1
+    takes_g_idx: bool = True
+    takes_split_g_idx: bool = True
+    """Whether ``g_idx`` may be out of order where ``in`` is split over devices."""
+    is_vllm: bool = False
+    follows_labels: bool = True
+    """Whether it believes the config where the tensors say otherwise."""
+
+
+CONSUMERS = (
+    Consumer(
+        name="transformers",
+        label="Transformers, with halfbyte imported",
+        evidence="ran",
+        follows_labels=False,
+    ),
+    Consumer(
+        name="gptqmodel",
+        label="GPTQModel",
+        evidence="read",
+        group_sizes=(PER_CHANNEL, 16, 32, 64, 128, 256, 512, 1024),
+    ),
+    Consumer(
+        name="vllm-cpu",
+        label="vLLM, CPU with AVX-512",
+        evidence="read",
+        bits=(4,),
+        needs_symmetric=True,
+        in_multiple=32,
+        out_multiple=32,
+        group_multiple=2,
+        is_vllm=True,
+    ),
+    Consumer(
+        name="vllm-marlin",
+        label="vLLM, Marlin (sm75+)",
+        evidence="read",
+        bits=(4, 8),
+        needs_symmetric=True,
+        in_multiple=128,
+        out_multiple=64,
+        group_sizes=(PER_CHANNEL, 32, 64, 128),
+        is_vllm=True,
+    ),
+    Consumer(
+        name="vllm-machete",
+        label="vLLM, Machete (sm90)",
+        evidence="read",
+        bits=(4, 8),
+        needs_symmetric=True,
+        in_multiple=64,
+        out_multiple=128,
+        group_sizes=(PER_CHANNEL, 64, 128),
+        takes_split_g_idx=False,
+        is_vllm=True,
+    ),
+    Consumer(
+        name="gguf",
+        label="GGUF, bit-exact (Q4_0, Q8_0)",
+        evidence="ran",
+        bits=(4, 8),
+        needs_symmetric=True,
+        in_multiple=32,
+        group_multiple=32,
+        takes_g_idx=False,
+        follows_labels=False,
+    ),
+)
+
+VLLM_REQUIRED_KEYS = ("bits", "group_size", "desc_act", "sym")
+
+ROW_PARALLEL_NAMES = (
+    "o_proj",
+    "out_proj",
+    "down_proj",
+    "c_proj",
+    "dense",
+    "dense_4h_to_h",
+    "fc2",
+    "fc_out",
+    "wo",
+    "w2",
+)
+"""Last parts of names of linears that vLLM splits along ``in``; asked only of square ones, whose
+shape does not tell."""
+
+REPLICATED_NAMES = ("q_a_proj", "kv_a_proj_with_mqa", "fused_qkv_a_proj")
+"""Linears that vLLM keeps whole on every device."""

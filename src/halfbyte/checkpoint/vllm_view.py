@@ -1,0 +1,157 @@
+"""What vLLM will make of a checkpoint: which linears it takes as quantized, and how it splits them.
+
+vLLM decides from the config, never from the tensors; what it decides wrongly fails at loading, or
+worse, does not.
+
+Source:
+    vLLM ``quantization/auto_gptq.py`` and ``quantization/utils/gptq_utils.py``
+    (``is_layer_gptq_quantized``, ``get_dynamic_override``, ``override_config``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from halfbyte.checkpoint.consumers import REPLICATED_NAMES, ROW_PARALLEL_NAMES
+from halfbyte.checkpoint.dynamic import FUSED_LINEARS, resolve_dynamic
+from halfbyte.checkpoint.labels import QuantizationLabels
+from halfbyte.checkpoint.layout import LinearLayout
+
+_EXPERT = re.compile(r"(?P<container>.+\.experts)\.\d+\..+")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSizes:
+    """The few sizes of ``config.json`` that decide how a model is split."""
+
+    hidden_size: int | None
+    num_heads: int | None
+    num_kv_heads: int | None
+
+    @classmethod
+    def from_config(cls, model_config: Mapping[str, Any]) -> ModelSizes:
+        """Find the sizes under their usual names, at the top or in ``text_config``."""
+        text_config = model_config.get("text_config")
+        places = [model_config, text_config if isinstance(text_config, dict) else {}]
+
+        def find(*names: str) -> int | None:
+            found = (place.get(name) for place in places for name in names)
+            return next((value for value in found if type(value) is int and value > 0), None)
+
+        heads = find("num_attention_heads", "n_head", "num_heads")
+        return cls(
+            hidden_size=find("hidden_size", "n_embd", "d_model"),
+            num_heads=heads,
+            num_kv_heads=find("num_key_value_heads") or heads,
+        )
+
+    def explain_heads(self, tensor_parallel: int) -> str | None:
+        """Say why the attention heads cannot be split over this many devices, if they cannot."""
+        if self.num_heads and self.num_heads % tensor_parallel:
+            return (
+                f"{self.num_heads} attention heads cannot be split over {tensor_parallel} devices"
+            )
+        kv_heads = self.num_kv_heads
+        if kv_heads and kv_heads % tensor_parallel and tensor_parallel % kv_heads:
+            return f"{kv_heads} key-value heads cannot be split over {tensor_parallel} devices"
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VllmView:
+    """The settings that vLLM will use for one linear."""
+
+    bits: int | None
+    group_size: int | None
+    symmetric: bool | None
+    desc_act: bool | None
+
+
+def fused_siblings(module: str, existing: Mapping[str, object]) -> tuple[str, tuple[str, ...]]:
+    """Find the linears that vLLM runs together with one, and the name it gives them.
+
+    Args:
+        module: Full dotted name.
+        existing: Every linear of the model by name, quantized or not.
+
+    Returns:
+        vLLM's name, and the names on disk of all its parts; the module alone where it is not fused.
+    """
+    parent, dot, leaf = module.rpartition(".")
+    for fused, parts in FUSED_LINEARS.items():
+        siblings = tuple(f"{parent}{dot}{part}" for part in parts)
+        if leaf in parts and all(sibling in existing for sibling in siblings):
+            return f"{parent}{dot}{fused}", siblings
+    return module, (module,)
+
+
+def view_linear(
+    labels: QuantizationLabels,
+    module: str,
+    existing: Mapping[str, object],
+    packed: Mapping[str, object],
+) -> VllmView | None:
+    """Say which settings vLLM will use for a linear.
+
+    Args:
+        labels: The config.
+        module: Full dotted name.
+        existing: Every linear of the model by name, quantized or not.
+        packed: Those that are quantized on disk; vLLM looks at them where the config lists none.
+
+    Returns:
+        The settings, or None where vLLM will load it in 16 bits.
+    """
+    listed = labels.modules_in_block or tuple(packed)
+    prefix, siblings = fused_siblings(module, existing)
+    expert = _EXPERT.fullmatch(module)
+    if expert:
+        prefix = expert["container"]
+    elif not all(any(name in sibling for name in listed) for sibling in siblings):
+        return None
+    overrides = resolve_dynamic(labels.dynamic, prefix)
+    if overrides is None:
+        return None
+    return VllmView(
+        bits=overrides.get("bits", labels.bits),
+        group_size=overrides.get("group_size", labels.group_size),
+        symmetric=overrides.get("sym", labels.symmetric),
+        desc_act=overrides.get("desc_act", labels.desc_act),
+    )
+
+
+def split_linear(
+    module: str, layout: LinearLayout, sizes: ModelSizes, tensor_parallel: int
+) -> tuple[float, float]:
+    """Give a linear's sizes on one device.
+
+    Args:
+        module: Full dotted name.
+        layout: Its whole sizes.
+        sizes: Of the model; key-value heads are not split below one.
+        tensor_parallel: Number of devices.
+
+    Returns:
+        in and out features on one device; a fraction where they cannot be split evenly.
+    """
+    in_features, out_features = float(layout.in_features), float(layout.out_features)
+    leaf = module.rpartition(".")[2]
+    if tensor_parallel == 1 or leaf in REPLICATED_NAMES:
+        return in_features, out_features
+    if _is_row_parallel(leaf, layout, sizes):
+        return in_features / tensor_parallel, out_features
+    parts = tensor_parallel
+    if leaf in ("k_proj", "v_proj") and sizes.num_kv_heads:
+        parts = min(tensor_parallel, sizes.num_kv_heads)
+    return in_features, out_features / parts
+
+
+def _is_row_parallel(leaf: str, layout: LinearLayout, sizes: ModelSizes) -> bool:
+    """Tell by shape: what ends in the residual stream without starting there is split along in."""
+    starts, ends = (size == sizes.hidden_size for size in (layout.in_features, layout.out_features))
+    if sizes.hidden_size is None or starts == ends:
+        return leaf in ROW_PARALLEL_NAMES
+    return ends

@@ -1,0 +1,85 @@
+"""`halfbyte check`: who can load a checkpoint, and for each no, why."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from halfbyte.checkpoint.check import CheckReport
+
+HELP = "say who can load a quantized checkpoint, and why not"
+
+CONSUMER_NAMES = ("transformers", "gptqmodel", "vllm-cpu", "vllm-marlin", "vllm-machete", "gguf")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options and positionals."""
+    parser.add_argument("folder", type=Path, metavar="OUT", help="folder of the checkpoint")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read every byte and compare it with checksums.json",
+    )
+    parser.add_argument(
+        "--require",
+        action="append",
+        default=[],
+        choices=CONSUMER_NAMES,
+        metavar="NAME",
+        help="fail unless NAME can load it on one device; may be given again. "
+        f"One of: {', '.join(CONSUMER_NAMES)}",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check, print, and give the exit code.
+
+    Args:
+        args: From the parser.
+
+    Returns:
+        0, or 1 where a consumer that was required cannot load it.
+    """
+    from halfbyte.checkpoint.check import check_consumers
+    from halfbyte.checkpoint.read import open_checkpoint
+    from halfbyte.cli.output import print_json
+
+    checkpoint = open_checkpoint(args.folder)
+    verified = checkpoint.verify() if args.verify else None
+    report = check_consumers(checkpoint)
+    if args.json:
+        print_json({**report.to_dict(), "verified_tensors": verified})
+    else:
+        _print_report(report, verified)
+    refused = {
+        v.consumer for v in report.verdicts if not v.loads and v.tensor_parallel in (None, 1)
+    }
+    return 1 if refused & set(args.require) else 0
+
+
+def _print_report(report: CheckReport, verified: int | None) -> None:
+    from rich.table import Table
+
+    from halfbyte.cli.output import console
+
+    schemes = "; ".join(f"{count} x {name}" for name, count in report.schemes.items())
+    console.print(f"{report.folder}: {report.num_linears} quantized linears ({schemes})")
+    if verified is not None:
+        console.print(f"{verified} tensors are as they were written, byte for byte")
+    table = Table(title="Who can load it")
+    for heading in ("reader", "devices", "loads", "why not"):
+        table.add_column(heading)
+    told: set[tuple[str, str]] = set()
+    for verdict in report.verdicts:
+        devices = "" if verdict.tensor_parallel is None else str(verdict.tensor_parallel)
+        # More devices add reasons; those of one device need not stand there four times.
+        fresh = [why for why in verdict.reasons if (verdict.consumer, why) not in told]
+        told |= {(verdict.consumer, why) for why in fresh}
+        lines = fresh if len(fresh) == len(verdict.reasons) else ["as above", *fresh]
+        table.add_row(verdict.label, devices, "yes" if verdict.loads else "no", "\n".join(lines))
+    console.print(table)
+    for note in report.notes:
+        console.print(f"Note: {note}")
