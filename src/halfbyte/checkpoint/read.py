@@ -26,10 +26,15 @@ from halfbyte.checkpoint.dialect import (
 )
 from halfbyte.checkpoint.dynamic import resolve_dynamic
 from halfbyte.checkpoint.labels import QuantizationLabels, read_labels
-from halfbyte.checkpoint.layout import LINEAR_SUFFIXES, LinearLayout, infer_linear_layout
+from halfbyte.checkpoint.layout import (
+    LINEAR_SUFFIXES,
+    QUANTIZED_SUFFIXES,
+    LinearLayout,
+    infer_linear_layout,
+)
 from halfbyte.checkpoint.shards import TensorFiles
 from halfbyte.errors import CheckpointError
-from halfbyte.packing import unpack_weight, unpack_zeros
+from halfbyte.kernels.torch_reference import dequantize_weight
 
 FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -144,12 +149,16 @@ class Checkpoint:
             CheckpointError: There is no such module, or a value is out of range; names the tensor.
         """
         linear = self.load_linear(name)
-        bits = linear.layout.bits
-        codes = unpack_weight(linear.qweight, bits)
-        zeros = unpack_zeros(linear.qzeros, bits, linear.zero_offset)
-        groups = linear.g_idx.long()
-        scales = linear.scales.t().float()
-        return scales[:, groups] * (codes.float() - zeros[:, groups].float())
+        return dequantize_weight(
+            linear.qweight,
+            linear.qzeros,
+            linear.scales,
+            linear.g_idx,
+            bits=linear.layout.bits,
+            zero_offset=linear.zero_offset,
+            group_size=linear.layout.group_size,
+            dtype=torch.float32,
+        ).contiguous()
 
     def verify(self) -> int:
         """Compare every byte with the digests written beside the checkpoint.
@@ -239,7 +248,10 @@ def _collect_shapes(files: TensorFiles) -> dict[str, dict[str, tuple[int, ...]]]
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, info in files.infos.items():
         module, _, suffix = name.rpartition(".")
-        if suffix not in LINEAR_SUFFIXES or (suffix == "bias" and not _is_packed(files, module)):
+        is_packed = f"{module}.qweight" in files.infos
+        if suffix not in (LINEAR_SUFFIXES if is_packed else QUANTIZED_SUFFIXES):
+            if is_packed:
+                raise _unknown_tensor(files, module, suffix)
             continue
         if info.dtype not in ALLOWED_DTYPES[suffix]:
             allowed = ", ".join(str(d).removeprefix("torch.") for d in ALLOWED_DTYPES[suffix])
@@ -248,18 +260,19 @@ def _collect_shapes(files: TensorFiles) -> dict[str, dict[str, tuple[int, ...]]]
                 f"are {allowed}. The file is damaged or of another format than GPTQ."
             )
         shapes.setdefault(module, {})[suffix] = info.shape
-    for module in shapes:
-        if f"{module}.weight" in files.infos:
-            raise CheckpointError(
-                f"Checkpoint {files.folder} has both {module}.weight and packed tensors of "
-                f"{module} ({', '.join(sorted(shapes[module]))}): it cannot be told which counts. "
-                "Remove one of them."
-            )
     return shapes
 
 
-def _is_packed(files: TensorFiles, module: str) -> bool:
-    return f"{module}.qweight" in files.infos
+def _unknown_tensor(files: TensorFiles, module: str, suffix: str) -> CheckpointError:
+    what = (
+        f"it stands beside {module}.qweight, and it cannot be told which of the two counts"
+        if suffix == "weight"
+        else f"a GPTQ linear has {', '.join(LINEAR_SUFFIXES)} and no '{suffix}'"
+    )
+    return CheckpointError(
+        f"Cannot read {module}.{suffix} of {files.folder}: {what}. The file is damaged, or of a "
+        "format that is not read; download it again, or remove the tensor."
+    )
 
 
 def _declared(labels: QuantizationLabels, module: str, key: str, default: Any) -> Any:
