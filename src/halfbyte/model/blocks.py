@@ -1,0 +1,210 @@
+"""Find the repeated decoder blocks of a model, and which linears of a block share an input.
+
+Nothing here knows a model family: blocks are the longest-lived repeated part of the module tree,
+and sharing is found by running the block once and comparing the tensors that reach its linears.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
+
+from halfbyte.errors import ModelError
+from halfbyte.model.experts import UnfusedExperts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blocks:
+    """The decoder blocks of a model, in the order in which it runs them."""
+
+    prefix: str
+    """Dotted name of the list, such as ``model.layers``."""
+    modules: tuple[nn.Module, ...]
+
+    def name(self, index: int) -> str:
+        """Give the dotted name of one block."""
+        return f"{self.prefix}.{index}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputGroup:
+    """Linears that read the very same input tensor; they share one Hessian."""
+
+    linears: tuple[str, ...]
+    """Names within the block."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """Input groups whose inputs are known at the same moment, before any of their linears runs.
+
+    A dense layer's stage has one group; a stage of experts has one per expert.
+    """
+
+    groups: tuple[InputGroup, ...]
+    experts: str | None = None
+    """Name of the experts module within the block that announces this stage, if one does."""
+    experts_stage: str = ""
+    input_features: int = 0
+    """Input numbers per token that a forward pass holds while it waits at this stage."""
+
+
+def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Build a causal LM whose parameters hold no memory; buffers (rotary tables, …) are real.
+
+    Args:
+        config: The model's configuration.
+        dtype: Parameter type.
+
+    Returns:
+        The model in eval mode, parameters on the meta device.
+
+    Raises:
+        ModelError: Transformers cannot build a causal LM from this configuration.
+    """
+    try:
+        with no_init_weights(), init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=False
+            )
+    except ValueError as error:
+        raise ModelError(
+            f"Transformers cannot build a causal language model of type '{config.model_type}': "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    for name, parameter in model.named_parameters():
+        # What Transformers keeps in fp32 whatever the model's type (routers' biases, …).
+        if any(pattern in name for pattern in model._get_dtype_plan(dtype)):
+            parameter.data = parameter.data.float()
+    model.eval()
+    model.requires_grad_(False)
+    return model
+
+
+def find_blocks(model: nn.Module) -> Blocks:
+    """Find the list of decoder blocks: the module list that holds most of the parameters.
+
+    Args:
+        model: A causal LM, possibly on the meta device.
+
+    Returns:
+        The blocks.
+
+    Raises:
+        ModelError: No module list holds parameters.
+    """
+    best_name, best_list, best_count = "", None, 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module):
+            count = sum(p.numel() for p in module.parameters())
+            if count > best_count:
+                best_name, best_list, best_count = name, module, count
+    if best_list is None:
+        raise ModelError(
+            f"Cannot find the decoder blocks of {type(model).__name__}: it has no list of modules "
+            "with parameters. Only models built of repeated blocks can be quantized."
+        )
+    return Blocks(prefix=best_name, modules=tuple(best_list))
+
+
+def quantizable_linears(block: nn.Module) -> dict[str, nn.Module]:
+    """List the linears of a block by name, in module order."""
+    return {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+
+
+def linear_weight(linear: nn.Module) -> Tensor:
+    """Give a linear's weight as [out, in], whichever way round the module stores it."""
+    weight: Tensor = linear.weight.data  # type: ignore[union-attr,assignment]
+    return weight.t() if isinstance(linear, Conv1D) else weight
+
+
+def set_linear_weight(linear: nn.Module, weight: Tensor) -> None:
+    """Replace a linear's weight, given as [out, in], in the module's own type and layout."""
+    stored = weight.t() if isinstance(linear, Conv1D) else weight
+    current: Tensor = linear.weight  # type: ignore[assignment]
+    linear.weight = nn.Parameter(
+        stored.to(dtype=current.dtype, device=current.device).contiguous(), requires_grad=False
+    )
+
+
+def find_stages(block: nn.Module, run_block: Callable[[], Any]) -> list[Stage]:
+    """Run a block once and find, in execution order, which linears share an input.
+
+    Args:
+        block: A block with real weights, its experts already split.
+        run_block: Runs the block's forward on a few tokens.
+
+    Returns:
+        Stages in execution order; linears that did not run follow, each on its own.
+    """
+    linears = quantizable_linears(block)
+    experts = {n: m for n, m in block.named_modules() if isinstance(m, UnfusedExperts)}
+    staged: set[str] = set()
+    stages: list[Stage] = []
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    kept: list[Tensor] = []  # so that no address is used twice
+    order: list[tuple[Any, ...] | Stage] = []
+
+    def on_linear(name: str, inputs: tuple[Tensor, ...]) -> None:
+        if name in staged:
+            return
+        tensor = inputs[0]
+        kept.append(tensor)
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype, tensor._version)
+        if key not in groups:
+            groups[key] = []
+            order.append(key)
+        if name not in (n for names in groups.values() for n in names):
+            groups[key].append(name)
+
+    def on_experts(name: str, module: UnfusedExperts, stage: str, inputs: Any) -> None:
+        members = [tuple(f"{name}.{n}" for n in names) for names in module.stages()[stage]]
+        order.append(
+            Stage(
+                groups=tuple(InputGroup(linears=names) for names in members),
+                experts=name,
+                experts_stage=stage,
+                input_features=sum(get().numel() for get in inputs),
+            )
+        )
+
+    with ExitStack() as stack:
+        for name, module in experts.items():
+            staged.update(f"{name}.{n}" for s in module.stages().values() for g in s for n in g)
+            module.observer = _bind(on_experts, name, module)
+            stack.callback(setattr, module, "observer", None)
+        for name, linear in linears.items():
+            hook = linear.register_forward_pre_hook(lambda _, x, n=name: on_linear(n, x))
+            stack.callback(hook.remove)
+        tokens = run_block()
+    for item in order:
+        if isinstance(item, Stage):
+            stages.append(_per_token(item, tokens))
+        elif groups[item]:
+            group = InputGroup(linears=tuple(groups[item]))
+            stages.append(Stage(groups=(group,), input_features=item[1][-1]))
+    seen = staged.union(*(set(g.linears) for s in stages for g in s.groups))
+    stages += [Stage(groups=(InputGroup(linears=(n,)),)) for n in linears if n not in seen]
+    return stages
+
+
+def _per_token(stage: Stage, tokens: int) -> Stage:
+    return Stage(
+        groups=stage.groups,
+        experts=stage.experts,
+        experts_stage=stage.experts_stage,
+        input_features=-(-stage.input_features // max(tokens, 1)),
+    )
+
+
+def _bind(function: Callable[..., None], *first: Any) -> Callable[..., None]:
+    return lambda *rest: function(*first, *rest)

@@ -1,0 +1,233 @@
+"""Fused 3-D experts -> one linear per expert and projection, so that each can be quantized.
+
+Transformers 5 keeps all experts of a layer in two 3-D parameters and describes their layout by
+flags (``has_gate``, ``has_bias``, ``is_transposed``, ``is_concatenated``) on the class. One module
+here covers all of them; the names of the per-expert linears are those of the files on disk.
+
+Source:
+    Transformers 5, ``integrations/moe.py`` (``use_experts_implementation``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.errors import ModelError
+from halfbyte.model.naming import Renaming
+
+_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+
+
+class StageObserver(Protocol):
+    """Told of the inputs of a stage of linears before any of them runs."""
+
+    def __call__(self, stage: str, inputs: Sequence[Callable[[], Tensor]]) -> None:
+        """Take one lazily gathered input [tokens, in] per expert."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProjectionNames:
+    """What the three projections of one expert are called on disk."""
+
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+class UnfusedExperts(nn.Module):
+    """The experts of one layer as separate linears: ``<experts>.<n>.<projection>``.
+
+    All experts run their first stage (gate and up) before any runs its second (down), and every
+    expert is called even where no token was routed to it: so a quantizer sees the inputs of a
+    whole stage at once.
+    """
+
+    def __init__(self, fused: nn.Module, names: ProjectionNames) -> None:
+        """Split a fused experts module; its parameters become views, on whatever device they are.
+
+        Args:
+            fused: A module with Transformers' experts flags.
+            names: What to call the projections.
+        """
+        super().__init__()
+        self.num_experts = int(fused.num_experts)  # type: ignore[arg-type]
+        self.names = names
+        self.has_gate = bool(fused.has_gate)
+        self.observer: StageObserver | None = None
+        for expert in range(self.num_experts):
+            self.add_module(str(expert), _split_expert(fused, expert, names))
+        # The gate's formula stays the model's own; only its activation's settings are kept.
+        for name in [name for name, _ in fused.named_parameters(recurse=False)]:
+            delattr(fused, name)
+        self._gate = [fused]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Route tokens [tokens, hidden] through their experts and sum, weighted."""
+        routes = [torch.where(top_k_index == expert) for expert in range(self.num_experts)]
+        first = [lambda t=tokens: hidden_states[t] for tokens, _ in routes]  # type: ignore[misc]
+        self._observe("first", first)
+        middle = [self._first(expert, first[expert]()) for expert in range(self.num_experts)]
+        self._observe("second", [lambda m=m: m for m in middle])  # type: ignore[misc]
+        output = torch.zeros(
+            hidden_states.shape, dtype=top_k_weights.dtype, device=hidden_states.device
+        )
+        for expert, (tokens, slot) in enumerate(routes):
+            result = self.projection(expert, self.names.down)(middle[expert])
+            output.index_add_(0, tokens, result * top_k_weights[tokens, slot, None])
+        return output.to(hidden_states.dtype)
+
+    def projection(self, expert: int, name: str) -> nn.Module:
+        """Give one expert's linear by its name on disk."""
+        return self.get_submodule(f"{expert}.{name}")
+
+    def stages(self) -> dict[str, list[list[str]]]:
+        """Name the linears of each stage, one list per expert; those of a list share an input."""
+        first = [self.names.gate, self.names.up] if self.has_gate else [self.names.up]
+        experts = range(self.num_experts)
+        return {
+            "first": [[f"{e}.{name}" for name in first] for e in experts],
+            "second": [[f"{e}.{self.names.down}"] for e in experts],
+        }
+
+    def _first(self, expert: int, states: Tensor) -> Tensor:
+        fused = self._gate[0]
+        up = self.projection(expert, self.names.up)(states)
+        if not self.has_gate:
+            return fused.act_fn(up)  # type: ignore[operator,no-any-return]
+        gate = self.projection(expert, self.names.gate)(states)
+        if fused.is_concatenated:
+            both = torch.cat([gate, up], dim=-1)
+        else:
+            both = torch.stack([gate, up], dim=-1).flatten(-2)
+        return fused._apply_gate(both)  # type: ignore[operator,no-any-return]
+
+    def _observe(self, stage: str, inputs: Sequence[Callable[[], Tensor]]) -> None:
+        if self.observer is not None:
+            self.observer(stage, inputs)
+
+
+def find_fused_experts(module: nn.Module) -> dict[str, nn.Module]:
+    """Find the modules that hold all experts of a layer in 3-D parameters.
+
+    Args:
+        module: A model or a part of one.
+
+    Returns:
+        Name -> module, for those whose layout Transformers declares.
+    """
+    return {
+        name: child
+        for name, child in module.named_modules()
+        if all(hasattr(child, flag) for flag in _FLAGS) and hasattr(child, "down_proj")
+    }
+
+
+def why_not_unfused(fused: nn.Module) -> str | None:
+    """Say why an experts module cannot be split, or None where it can."""
+    if getattr(fused, "has_post_expert_norm", False):
+        return "its experts are followed by a norm that the split form has no place for"
+    return None
+
+
+def unfuse_experts(model: nn.Module, wanted: Callable[[str], bool] | None = None) -> list[str]:
+    """Replace fused experts by per-expert linears, in place.
+
+    Args:
+        model: A Transformers model, on any device (meta too).
+        wanted: Called with each experts module's name; None: all that can be split.
+
+    Returns:
+        The names of the modules that were replaced.
+
+    Raises:
+        ModelError: One that was asked for by name cannot be split.
+    """
+    replaced = []
+    found = find_fused_experts(model)
+    if not found:
+        return replaced
+    rules = Renaming(model)
+    for name, fused in found.items():
+        if wanted is not None and not wanted(name):
+            continue
+        reason = why_not_unfused(fused)
+        if reason is not None:
+            if wanted is None:
+                continue
+            raise ModelError(f"Cannot split {name} into one linear per expert: {reason}.")
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, UnfusedExperts(fused, projection_names(rules)))
+        replaced.append(name)
+    return replaced
+
+
+def projection_names(rules: Renaming) -> ProjectionNames:
+    """Take the per-expert names from the rules by which Transformers fuses them."""
+    names: dict[str, str] = {}
+    for converter in rules.converters:
+        target = converter.target_patterns[0]
+        sources = [_leaf(source) for source in converter.source_patterns]
+        if len(converter.target_patterns) != 1 or "experts" not in target:
+            continue
+        if target.endswith("gate_up_proj") and len(sources) == 2:
+            names.setdefault("gate", sources[0])
+            names.setdefault("up", sources[1])
+        elif target.endswith("up_proj") and len(sources) == 1:
+            names.setdefault("up", sources[0])
+        elif target.endswith("down_proj") and len(sources) == 1:
+            names.setdefault("down", sources[0])
+    return ProjectionNames(**names)
+
+
+def _leaf(source_pattern: str) -> str:
+    return source_pattern.removesuffix("$").removesuffix(".weight").rpartition(".")[2]
+
+
+def _split_expert(fused: nn.Module, expert: int, names: ProjectionNames) -> nn.Module:
+    holder = nn.Module()
+    first = _matrix(fused, "gate_up_proj" if fused.has_gate else "up_proj", expert)
+    bias = _bias(fused, "gate_up_proj" if fused.has_gate else "up_proj", expert)
+    if fused.has_gate:
+        gate, up = _halves(first, fused)
+        gate_bias, up_bias = (None, None) if bias is None else _halves(bias, fused)
+        holder.add_module(names.gate, _linear(gate, gate_bias))
+        holder.add_module(names.up, _linear(up, up_bias))
+    else:
+        holder.add_module(names.up, _linear(first, bias))
+    down = _matrix(fused, "down_proj", expert)
+    holder.add_module(names.down, _linear(down, _bias(fused, "down_proj", expert)))
+    return holder
+
+
+def _matrix(fused: nn.Module, name: str, expert: int) -> Tensor:
+    """One expert's weight as [out, in]."""
+    weight: Tensor = getattr(fused, name).data[expert]
+    return weight.t() if fused.is_transposed else weight
+
+
+def _bias(fused: nn.Module, name: str, expert: int) -> Tensor | None:
+    if not fused.has_bias:
+        return None
+    bias: Tensor = getattr(fused, f"{name}_bias").data[expert]
+    return bias
+
+
+def _halves(fused_rows: Tensor, fused: nn.Module) -> tuple[Tensor, Tensor]:
+    if fused.is_concatenated:
+        gate, up = fused_rows.chunk(2, dim=0)
+        return gate, up
+    return fused_rows[::2], fused_rows[1::2]
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    out_features, in_features = weight.shape
+    linear = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear

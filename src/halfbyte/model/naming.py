@@ -1,0 +1,94 @@
+"""Names on disk <-> names in the model, by Transformers' own renaming rules.
+
+Transformers renames keys while it loads (``block_sparse_moe`` -> ``mlp``, a missing or superfluous
+base prefix) and merges some tensors (one per expert -> one fused). Both tables come from the
+library, so no model family is named here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from halfbyte.checkpoint.layout import QUANTIZED_SUFFIXES
+
+
+class Renaming:
+    """Transformers' renaming rules for one model class, applied to names only."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Read the rules that Transformers has for this model.
+
+        Args:
+            model: A Transformers model; its parameters may be on the meta device.
+        """
+        self._transforms = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+        self._renamings = [t for t in self._transforms if isinstance(t, WeightRenaming)]
+        self._converters = [t for t in self._transforms if isinstance(t, WeightConverter)]
+        self._prefix = str(getattr(model, "base_model_prefix", ""))
+        self._state: Mapping[str, object] = dict(model.state_dict())
+
+    @property
+    def transforms(self) -> list[WeightTransform]:
+        """All rules, in Transformers' order."""
+        return self._transforms
+
+    @property
+    def converters(self) -> list[WeightConverter]:
+        """Rules that merge or split tensors, in Transformers' order."""
+        return self._converters
+
+    def model_key(self, disk_key: str, *, convert: bool) -> str:
+        """Give the model's name for a tensor on disk.
+
+        Args:
+            disk_key: Name in a safetensors file.
+            convert: True: the name of the (first) parameter that the tensor ends up in, after
+                merging or splitting. False: renamed only, as a packed tensor is.
+
+        Returns:
+            The name in the model; it need not exist there.
+        """
+        converters = self._converters if convert else []
+        renamed, _ = rename_source_key(
+            disk_key, self._renamings, converters, self._prefix, self._state
+        )
+        if renamed not in self._state and disk_key in self._state:
+            return disk_key
+        return str(renamed)
+
+
+def module_key_map(model: nn.Module, disk_keys: Iterable[str]) -> dict[str, str]:
+    """Map every tensor name on disk to the name that it has in the model.
+
+    Packed tensors (``.qweight`` …) follow the renaming of the ``.weight`` they replace and are
+    never merged or split.
+
+    Args:
+        model: A Transformers model, possibly on the meta device, before or after linears were
+            replaced.
+        disk_keys: Tensor names in safetensors files.
+
+    Returns:
+        Disk name -> model name, for every name given.
+    """
+    rules = Renaming(model)
+    keys = {}
+    # Natural order, because some of Transformers' rules look at earlier keys.
+    for key in sorted(disk_keys, key=dot_natural_key):
+        module, _, suffix = key.rpartition(".")
+        if suffix in QUANTIZED_SUFFIXES:
+            renamed = rules.model_key(f"{module}.weight", convert=False)
+            keys[key] = f"{renamed.removesuffix('.weight')}.{suffix}"
+        else:
+            keys[key] = rules.model_key(key, convert=False)
+    return keys

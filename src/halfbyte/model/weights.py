@@ -1,0 +1,240 @@
+"""Read one block's weights from the shards on disk; of the other blocks nothing is in memory.
+
+Embeddings, head and norms outside the blocks are mapped, not read: only the rows that the
+calibration text touches become resident.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
+
+from halfbyte.checkpoint.shards import TensorFiles, TensorInfo
+from halfbyte.errors import CheckpointError, ModelError
+from halfbyte.model.blocks import Blocks, build_skeleton, find_blocks
+from halfbyte.model.naming import Renaming
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def load_model_config(folder: Path) -> PretrainedConfig:
+    """Read ``config.json`` of a model folder; code that a repository brings along is never run.
+
+    Args:
+        folder: A Hugging Face model folder.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ModelError: There is no usable configuration, or it needs the repository's own code.
+    """
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"Cannot read a model from {folder}: it has no config.json. "
+            "Give a Hugging Face model folder (config.json, tokenizer files, *.safetensors)."
+        )
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise ModelError(
+            f"Cannot read the configuration in {folder}: {str(error).splitlines()[0]} "
+            "Only models that Transformers knows are supported; a repository's code is never run."
+        ) from error
+
+
+class ModelWeights:
+    """A model folder and an empty model to put its weights into, block by block."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        """Read names and shapes; no weight is read yet.
+
+        Args:
+            folder: A Hugging Face model folder with safetensors files.
+            device: Where blocks are put.
+
+        Raises:
+            ModelError: The model is quantized already or is not one that can be streamed.
+            CheckpointError: The files are damaged or incomplete.
+        """
+        self.folder = folder
+        self.device = device
+        self.config = load_model_config(folder)
+        quantized = getattr(self.config, "quantization_config", None)
+        if quantized is not None:
+            method = dict(quantized).get("quant_method", "an unknown method")
+            raise ModelError(
+                f"The model in {folder} is already quantized ({method}). Quantize the original "
+                "16-bit model instead."
+            )
+        self.files = TensorFiles.open(folder)
+        self.dtype = _main_dtype(folder, self.files.infos.values())
+        self.model: PreTrainedModel = build_skeleton(self.config, self.dtype)
+        self.blocks: Blocks = find_blocks(self.model)
+        rules = Renaming(self.model)
+        self._renamed: dict[str, str] = {}
+        self._block_keys: list[list[str]] = [[] for _ in self.blocks.modules]
+        self._outside_keys: list[str] = []
+        for key in self.files.infos:
+            self._renamed[rules.model_key(key, convert=False)] = key
+            block = self._block_of(rules.model_key(key, convert=True))
+            (self._outside_keys if block is None else self._block_keys[block]).append(key)
+
+    def block_keys(self, index: int) -> list[str]:
+        """List the disk names of one block's tensors."""
+        return self._block_keys[index]
+
+    @property
+    def outside_keys(self) -> list[str]:
+        """Disk names of the tensors that belong to no block."""
+        return self._outside_keys
+
+    def disk_name(self, module: str) -> str:
+        """Give the name under which a linear's packed tensors are to be written.
+
+        Args:
+            module: Dotted name in the model.
+
+        Returns:
+            The name that the source files use for it, or the model's own where they hold it fused.
+        """
+        key = self._renamed.get(f"{module}.weight")
+        return module if key is None else key.removesuffix(".weight")
+
+    def load_outside(self) -> None:
+        """Map everything outside the blocks and tie what the model ties.
+
+        Raises:
+            CheckpointError: A tensor is missing; names it.
+        """
+        mapped = self.device.type == "cpu"
+        infos = [self.files.infos[key] for key in self._outside_keys]
+        tensors = {i.name: map_tensor(i) for i in infos} if mapped else {}
+        if not mapped:
+            tensors = self.files.load(self._outside_keys)
+        self._put(tensors)
+        self.model.tie_weights()
+        inside = f"{self.blocks.prefix}."
+        for name, parameter in self.model.named_parameters():
+            if parameter.is_meta and not name.startswith(inside):
+                raise self._missing(name)
+
+    def load_block(self, index: int) -> nn.Module:
+        """Read one block's weights into memory of their own.
+
+        Args:
+            index: Which block.
+
+        Returns:
+            The block, on the device, in the stored dtype.
+
+        Raises:
+            CheckpointError: A tensor of the block is missing; names it.
+        """
+        self._put(self.files.load(self._block_keys[index]))
+        block = self.model.get_submodule(self.blocks.name(index))
+        for name, parameter in block.named_parameters():
+            if parameter.is_meta:
+                raise self._missing(f"{self.blocks.name(index)}.{name}")
+        return block.to(self.device)
+
+    def drop_block(self, index: int) -> None:
+        """Give one block's memory back."""
+        block = self.model.get_submodule(self.blocks.name(index))
+        for module in block.modules():
+            for name, parameter in list(module._parameters.items()):
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(
+                        parameter.data.to("meta"), requires_grad=False
+                    )
+
+    def _block_of(self, model_key: str) -> int | None:
+        inside = f"{self.blocks.prefix}."
+        if not model_key.startswith(inside):
+            return None
+        number = model_key.removeprefix(inside).partition(".")[0]
+        return int(number) if number.isdigit() and int(number) < len(self._block_keys) else None
+
+    def _put(self, tensors: dict[str, Tensor]) -> None:
+        """Let Transformers rename, merge and set them, as it does in ``from_pretrained``."""
+        rules = Renaming(self.model)
+        config = LoadStateDictConfig(
+            weight_mapping=rules.transforms,
+            device_map={"": self.device},
+            dtype=self.dtype,
+        )
+        with _quiet():
+            info, _ = convert_and_load_state_dict_in_model(self.model, tensors, config, None)
+        if info.mismatched_keys:
+            name, found, expected = sorted(info.mismatched_keys, key=str)[0]
+            raise CheckpointError(
+                f"Tensor {name} in {self.folder} has shape {list(found)}; config.json asks for "
+                f"{list(expected)}. The weights and the configuration are of different models."
+            )
+        if info.conversion_errors:
+            name, text = next(iter(info.conversion_errors.items()))
+            raise CheckpointError(
+                f"Cannot put {name} of {self.folder} together from its files: {text}"
+            )
+        self.model.requires_grad_(False)
+
+    def _missing(self, name: str) -> CheckpointError:
+        return CheckpointError(
+            f"Checkpoint {self.folder} is missing {name}; it has {len(self.files.infos)} tensors. "
+            "The download is incomplete; download it again."
+        )
+
+
+def map_tensor(info: TensorInfo) -> Tensor:
+    """Map one tensor's bytes: pages become resident as they are read, and the file stays as it is.
+
+    Args:
+        info: The tensor, from a checked header.
+
+    Returns:
+        The tensor; writing to it would change a private copy only.
+    """
+    raw = np.memmap(info.file, mode="c", offset=info.offset, shape=(max(info.num_bytes, 1),))
+    flat = torch.from_numpy(raw)[: info.num_bytes]
+    if info.offset % info.dtype.itemsize:
+        flat = flat.clone()
+    return flat.view(info.dtype).reshape(info.shape)
+
+
+def _main_dtype(folder: Path, infos: Iterable[TensorInfo]) -> torch.dtype:
+    count: Counter[torch.dtype] = Counter()
+    for info in infos:
+        count[info.dtype] += info.num_bytes
+    dtype = count.most_common(1)[0][0]
+    if dtype not in FLOAT_DTYPES:
+        raise ModelError(
+            f"The weights in {folder} are stored as {dtype}; float32, bfloat16 or float16 is "
+            "needed. Quantize the original 16-bit model instead."
+        )
+    return dtype
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Transformers' bar and its load report, which it would show once per block."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level, bars = logger.level, transformers_logging.is_progress_bar_enabled()
+    logger.setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,248 @@
+"""Weight and curvature -> scale and zero per group, frozen before the sweep.
+
+For every group the scale (and zero) is searched that minimises the curvature-weighted squared
+rounding error. Scales are judged as they will be stored, rounded to fp16.
+
+Symmetric scales may be negative: the middle code is fixed, codes reach one step further down than
+up, and the sign chooses which end of the group gets that step.
+
+Source:
+    Weighted scale search: Lin et al. 2025, "NeUQI"; negative scales: AutoRound's full-range
+    symmetric grid (``auto_round/data_type/int.py``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halfbyte.quant_config import PER_CHANNEL
+
+SMALLEST_SCALE = 1e-5
+COARSE_STEPS = 16
+FINE_STEPS = 8
+LOW, HIGH = 0.25, 1.05
+"""Scales tried, as fractions of the one that just spans the group."""
+CHUNK_NUMBERS = 1 << 16
+"""Weights searched at a time: the search's temporaries then stay in the core's cache."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """Where a weight may be rounded to: ``scale * (code - zero)``, codes 0..2**bits-1."""
+
+    bits: int
+    scales: Tensor
+    """fp32 [out, groups]; every value is exact in fp16."""
+    zeros: Tensor
+    """fp32 [out, groups], whole numbers."""
+    g_idx: Tensor
+    """int64 [in]: the group of each column."""
+
+    def column_scales(self) -> Tensor:
+        """Spread the scales over the columns: [out, in]."""
+        return self.scales[:, self.g_idx]
+
+    def column_zeros(self) -> Tensor:
+        """Spread the zeros over the columns: [out, in]."""
+        return self.zeros[:, self.g_idx]
+
+    def round_to_nearest(self, weight: Tensor) -> Tensor:
+        """Give the nearest code of every weight: uint8 [out, in]."""
+        codes = torch.round(weight / self.column_scales()).add_(self.column_zeros())
+        return codes.clamp_(0, 2**self.bits - 1).to(torch.uint8)
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """Give the weights that codes stand for: fp32 [out, in]."""
+        return (codes.float() - self.column_zeros()).mul_(self.column_scales())
+
+
+def assign_groups(in_features: int, group_size: int, order: Tensor | None = None) -> Tensor:
+    """Give every column its group.
+
+    Args:
+        in_features: Columns.
+        group_size: Columns per group, -1 for one group; the last group may be shorter.
+        order: Where given, groups are formed along this order of the columns (``desc_act``).
+
+    Returns:
+        int64 [in].
+    """
+    size = in_features if group_size == PER_CHANNEL else group_size
+    device = None if order is None else order.device
+    groups = torch.arange(in_features, device=device) // size
+    if order is None:
+        return groups
+    g_idx = torch.empty_like(groups)
+    g_idx[order] = groups
+    return g_idx
+
+
+def min_max_grid(weight: Tensor, g_idx: Tensor, *, bits: int, symmetric: bool) -> Grid:
+    """Span each group from its smallest to its largest weight: the plain round-to-nearest grid.
+
+    Args:
+        weight: [out, in].
+        g_idx: Group of each column.
+        bits: Bits per code.
+        symmetric: Fix the zero at the middle code.
+
+    Returns:
+        The grid.
+    """
+    grouped, _, _ = _into_groups(weight, torch.ones_like(weight[0]), g_idx)
+    top = 2**bits - 1
+    if symmetric:
+        scales = _stored(grouped.abs().amax(-1) / (top // 2))
+        zeros = torch.full_like(scales, 2 ** (bits - 1))
+    else:
+        low, high = _range(grouped)
+        scales = _stored((high - low) / top)
+        zeros = torch.round(-low / scales).clamp_(1, top)
+    return Grid(bits=bits, scales=scales, zeros=zeros, g_idx=g_idx)
+
+
+def search_grid(
+    weight: Tensor, curvature: Tensor, g_idx: Tensor, *, bits: int, symmetric: bool
+) -> Grid:
+    """Search the scale and zero of every group.
+
+    Args:
+        weight: What is to be rounded, fp32 [out, in].
+        curvature: Loss of a unit rounding error per column, [in].
+        g_idx: Group of each column, int64 [in].
+        bits: Bits per code.
+        symmetric: Fix the zero at the middle code (and allow negative scales). Otherwise zeros are
+            1..2**bits-1: the v1 dialect stores zero - 1.
+
+    Returns:
+        The grid.
+    """
+    grouped, weights, present = _into_groups(weight, curvature, g_idx)
+    rows, groups, size = grouped.shape
+    step = max(1, CHUNK_NUMBERS // (groups * size))
+    scales = torch.empty(rows, groups, device=weight.device)
+    zeros = torch.full_like(scales, 2 ** (bits - 1))
+    for start in range(0, rows, step):
+        part = grouped[start : start + step]
+        if symmetric:
+            scales[start : start + step] = _search_symmetric(part, weights, bits)
+        else:
+            found = _search_asymmetric(part, weights, present, bits)
+            scales[start : start + step], zeros[start : start + step] = found
+    return Grid(bits=bits, scales=scales, zeros=zeros, g_idx=g_idx)
+
+
+def _search_symmetric(grouped: Tensor, weights: Tensor, bits: int) -> Tensor:
+    half = 2 ** (bits - 1)
+    span = grouped.abs().amax(-1) / half
+    search = _Search(grouped, weights, -half, half - 1)
+    # The plain grid, which reaches the largest weight from either side, is always a candidate.
+    plain = half / (half - 1)
+    for sign in (1.0, -1.0):
+        for share in (*_coarse_shares(), plain):
+            search.try_scales(span * (sign * share), None, sign * share)
+    centre = search.best_share.clone()
+    for offset in _fine_offsets():
+        search.try_scales(span * (centre + offset), None, centre + offset)
+    return search.best_scales
+
+
+def _search_asymmetric(
+    grouped: Tensor, weights: Tensor, present: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
+    top = 2**bits - 1
+    low, high = _range(grouped)
+    span = (high - low) / top
+    exact = (-low / span.clamp(min=SMALLEST_SCALE)).clamp(0, top)
+    zeros = [z.clamp(1, top) for z in (exact.floor(), exact.ceil())]
+    search = _Search(grouped, weights, 0, top)
+    for share in _coarse_shares():
+        for zero in zeros:
+            search.try_scales(span * share, zero, share)
+    centre = search.best_share.clone()
+    for offset in _fine_offsets():
+        for zero in zeros:
+            search.try_scales(span * (centre + offset), zero, centre + offset)
+    return search.best_scales, search.best_zeros
+
+
+class _Search:
+    """Keeps, per group, the best grid tried so far."""
+
+    def __init__(self, grouped: Tensor, weights: Tensor, lowest: int, highest: int) -> None:
+        self.grouped, self.weights = grouped, weights
+        self.lowest, self.highest = lowest, highest
+        shape = grouped.shape[:2]
+        self.best_loss = grouped.new_full(shape, float("inf"))
+        self.best_scales = grouped.new_ones(shape)
+        self.best_zeros = grouped.new_zeros(shape)
+        self.best_share = grouped.new_zeros(shape)
+
+    def try_scales(self, scales: Tensor, zeros: Tensor | None, share: Tensor | float) -> None:
+        scales = _stored(scales)
+        column = scales.unsqueeze(-1)
+        rounded = torch.div(self.grouped, column).round_()
+        if zeros is None:
+            rounded.clamp_(self.lowest, self.highest)
+        else:
+            # code = nearest + zero must stay in range, so nearest is clamped around the zero
+            shift = zeros.unsqueeze(-1)
+            rounded.add_(shift).clamp_(self.lowest, self.highest).sub_(shift)
+        error = torch.addcmul(self.grouped, rounded, column, value=-1)
+        loss = error.square_().mul_(self.weights).sum(-1)
+        better = loss < self.best_loss
+        self.best_loss = torch.where(better, loss, self.best_loss)
+        self.best_scales = torch.where(better, scales, self.best_scales)
+        if zeros is not None:
+            self.best_zeros = torch.where(better, zeros, self.best_zeros)
+        shares = torch.as_tensor(share, device=loss.device, dtype=loss.dtype)
+        self.best_share = torch.where(better, shares, self.best_share)
+
+
+def _into_groups(
+    weight: Tensor, curvature: Tensor, g_idx: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gather columns by group: weights [out, groups, size], curvature [groups, size], present."""
+    order = torch.argsort(g_idx, stable=True)
+    sizes = torch.bincount(g_idx)
+    groups, size = sizes.numel(), int(sizes.max())
+    place = g_idx[order] * size + _rank_in_group(g_idx[order], sizes)
+    grouped = weight.new_zeros(weight.shape[0], groups * size, dtype=torch.float32)
+    grouped[:, place] = weight[:, order].float()
+    weights = torch.zeros(groups * size, device=weight.device)
+    weights[place] = curvature[order].float()
+    present = torch.zeros(groups * size, dtype=torch.bool, device=weight.device)
+    present[place] = True
+    shape = (groups, size)
+    return grouped.reshape(-1, *shape), weights.reshape(shape), present.reshape(shape)
+
+
+def _rank_in_group(sorted_groups: Tensor, sizes: Tensor) -> Tensor:
+    starts = torch.cumsum(sizes, 0) - sizes
+    return torch.arange(sorted_groups.numel(), device=sizes.device) - starts[sorted_groups]
+
+
+def _range(grouped: Tensor) -> tuple[Tensor, Tensor]:
+    return grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+
+
+def _stored(scales: Tensor) -> Tensor:
+    """Round scales to fp16, away from zero where they would vanish; all-zero groups get 1."""
+    sign = torch.where(scales < 0, -1.0, 1.0)
+    size = scales.abs().clamp(min=SMALLEST_SCALE, max=torch.finfo(torch.float16).max)
+    size = torch.where(scales == 0, torch.ones_like(size), size)
+    return (sign * size).half().float()
+
+
+def _coarse_shares() -> list[float]:
+    step = (HIGH - LOW) / (COARSE_STEPS - 1)
+    return [LOW + i * step for i in range(COARSE_STEPS)]
+
+
+def _fine_offsets() -> list[float]:
+    step = (HIGH - LOW) / (COARSE_STEPS - 1)
+    half = FINE_STEPS // 2
+    return [step * i / (half + 1) for i in range(-half, half + 1) if i]

@@ -1,0 +1,199 @@
+"""Layer inputs -> Hessian -> its triangular factor.
+
+For one linear with weight W and inputs x, the squared output error of a rounded weight W - E is
+tr(E H Eᵀ) with H the mean of x xᵀ. The solver needs H only through its upper factor R, H = R Rᵀ:
+R[k, k]² is the loss of rounding column k by one unit when all later columns may still answer.
+
+Source:
+    Frantar et al. 2023, "GPTQ", https://arxiv.org/abs/2210.17323. The factor form, which needs no
+    inverse: R⁻¹ is the Cholesky factor that the paper computes from H⁻¹.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DEAD_RATIO = 1e-10
+"""A column whose mean square is below this fraction of the largest never carried a signal."""
+GRAM_TILE = 512
+"""Columns per tile of XᵀX; only tiles on and left of the diagonal are computed."""
+MAX_DAMPING = 1.0
+EIGENVALUE_FLOOR = 1e-6
+
+
+class HessianAccumulator:
+    """Sums x xᵀ over calibration tokens, tile by tile, in fp32."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        """Start at zero."""
+        self.num_tokens = 0
+        self.dropped_tokens = 0
+        """Tokens of batches that held a NaN or an infinity."""
+        self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+
+    def update(self, inputs: Tensor) -> None:
+        """Add a batch of inputs [..., in]; one with a non-finite number is counted, not added."""
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        if rows.shape[0] == 0:
+            return
+        if not bool(torch.isfinite(rows).all()):
+            self.dropped_tokens += rows.shape[0]
+            return
+        add_gram(self._sum, rows)
+        self.num_tokens += rows.shape[0]
+
+    def total(self) -> Tensor:
+        """Give the sum over tokens, both halves filled in: [in, in]."""
+        lower = self._sum.tril()
+        return lower + lower.tril(-1).t()
+
+
+def add_gram(total: Tensor, rows: Tensor) -> None:
+    """Add rowsᵀ rows to the lower tiles of a matrix.
+
+    Args:
+        total: fp32 [in, in]; entries right of the diagonal tiles are left as they are.
+        rows: [tokens, in]. bf16 products are exact in fp32, so such inputs may run on bf16 matrix
+            units with fp32 sums.
+    """
+    in_features = rows.shape[1]
+    with exact_bf16_products(rows):
+        x = rows.float()
+        tiles = -(-in_features // GRAM_TILE)
+        size = -(-in_features // tiles)
+        for start in range(0, in_features, size):
+            end = min(start + size, in_features)
+            total[start:end, :end] += x[:, start:end].t() @ x[:, :end]
+
+
+@contextmanager
+def exact_bf16_products(rows: Tensor) -> Iterator[None]:
+    """Let the CPU's matrix multiply take bf16 values in bf16, where they are bf16 anyway."""
+    backend = getattr(torch.backends.mkldnn, "matmul", None)
+    usable = rows.dtype == torch.bfloat16 and rows.device.type == "cpu"
+    if not usable or not hasattr(backend, "fp32_precision"):
+        yield
+        return
+    before = backend.fp32_precision
+    backend.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        backend.fp32_precision = before
+
+
+def shrink_to_pool(
+    total: Tensor, num_tokens: int, pooled: Tensor, pooled_tokens: int
+) -> tuple[Tensor, float]:
+    """Mix the Hessian of a rarely routed expert with that of all experts of its stage.
+
+    Args:
+        total: Sum over the expert's own tokens, [in, in].
+        num_tokens: How many those are.
+        pooled: Sum over the tokens of all experts.
+        pooled_tokens: How many those are.
+
+    Returns:
+        The mean Hessian, and the share of the pool in it, 0 to 1.
+    """
+    prior = 4 * total.shape[0]
+    mixed = total + pooled * (prior / max(pooled_tokens, 1))
+    return mixed / (num_tokens + prior), prior / (num_tokens + prior)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Factor:
+    """A Hessian ready for the solver."""
+
+    order: Tensor
+    """int64 [in]: the column that is rounded k-th."""
+    upper: Tensor
+    """fp32 [in, in], upper triangular, in rounding order: H + damping = upper @ upperᵀ."""
+    damping: float
+    """Fraction of the mean diagonal that was added in the end."""
+    notes: tuple[str, ...]
+    """Every departure from the plain computation."""
+
+    @property
+    def curvature(self) -> Tensor:
+        """Loss of a unit rounding error per column, after feedback: [in], in stored order."""
+        curvature = torch.empty_like(self.upper[0])
+        curvature[self.order] = self.upper.diagonal().square()
+        return curvature
+
+
+def factorize(hessian: Tensor, *, damping: float, act_order: bool) -> Factor:
+    """Order, damp and factor a Hessian; whatever it takes is noted.
+
+    Args:
+        hessian: Mean of x xᵀ, [in, in], fp32.
+        damping: Added to the diagonal, as a fraction of its mean.
+        act_order: Round columns by falling diagonal instead of in stored order.
+
+    Returns:
+        The factor.
+    """
+    notes: list[str] = []
+    hessian = hessian.clone()
+    diagonal = hessian.diagonal()
+    largest = float(diagonal.max())
+    dead = diagonal <= DEAD_RATIO * largest
+    if largest <= 0:
+        hessian.fill_diagonal_(1.0)
+        notes.append("no input signal at all: every column rounded to nearest")
+    elif bool(dead.any()):
+        # The weights stay and are rounded normally: other inputs may well use these columns.
+        hessian[dead] = 0
+        hessian[:, dead] = 0
+        diagonal[dead] = diagonal[~dead].mean()
+        notes.append(f"{int(dead.sum())} input columns carried no signal")
+    order = torch.arange(hessian.shape[0], device=hessian.device)
+    if act_order:
+        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+        hessian = hessian[order][:, order]
+    upper, used, how = _factor(hessian, damping)
+    return Factor(order=order, upper=upper, damping=used, notes=(*notes, *how))
+
+
+def _factor(hessian: Tensor, damping: float) -> tuple[Tensor, float, list[str]]:
+    """Cholesky; else more damping; else fp64; else lifted eigenvalues; else the diagonal alone."""
+    mean = float(hessian.diagonal().mean())
+    level = damping
+    while level <= MAX_DAMPING:
+        upper = _upper_cholesky(_damped(hessian, level * mean))
+        if upper is not None:
+            notes = [f"damping raised from {damping:g} to {level:g}"] if level > damping else []
+            return upper, level, notes
+        level *= 10
+    double = hessian.double()
+    upper = _upper_cholesky(_damped(double, damping * mean))
+    if upper is not None:
+        return upper.float(), damping, ["factored in double precision"]
+    if bool(torch.isfinite(double).all()):
+        values, vectors = torch.linalg.eigh((double + double.t()) / 2)
+        floor = EIGENVALUE_FLOOR * float(values.max()) + damping * mean
+        lifted = (vectors * values.clamp(min=floor)) @ vectors.t()
+        upper = _upper_cholesky(lifted)
+        if upper is not None:
+            return upper.float(), damping, ["negative eigenvalues lifted"]
+    roots = hessian.diagonal().nan_to_num(mean).clamp(min=mean * DEAD_RATIO).sqrt()
+    return torch.diag(roots), damping, ["could not be factored: weighted round to nearest"]
+
+
+def _damped(hessian: Tensor, amount: float) -> Tensor:
+    damped = hessian.clone()
+    damped.diagonal().add_(amount)
+    return damped
+
+
+def _upper_cholesky(matrix: Tensor) -> Tensor | None:
+    """R with R Rᵀ = matrix, R upper triangular; None where the matrix is not positive definite."""
+    lower, info = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+    if int(info) != 0 or not bool(torch.isfinite(lower.diagonal()).all()):
+        return None
+    return lower.flip(0, 1)
