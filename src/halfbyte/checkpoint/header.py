@@ -25,6 +25,8 @@ import torch
 from halfbyte.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
+MAX_SIZE = 2**48
+MAX_DIMENSIONS = 32
 LENGTH_BYTES = 8
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -162,7 +164,7 @@ def _read_entry(file: Path, name: str, entry: object, data_start: int) -> Tensor
     dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
         raise CheckpointError(
-            f"Cannot read {file}: tensor {name} has the element type {entry['dtype']!r}; "
+            f"Cannot read {file}: tensor {name} has the element type {_short(entry['dtype'])}; "
             f"allowed are {', '.join(DTYPES)}. Convert the checkpoint, or download it again."
         )
     shape, offsets = entry["shape"], entry["data_offsets"]
@@ -211,8 +213,13 @@ def _check_tiling(file: Path, infos: list[TensorInfo], data_start: int, file_byt
 
 
 def _is_sizes(value: object) -> bool:
-    # type() and not isinstance(): JSON's true is an int to Python.
-    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
+    # type() and not isinstance(): JSON's true is an int to Python. The upper bounds keep the
+    # product of a forged shape small enough to compute and to print.
+    return (
+        isinstance(value, list)
+        and len(value) <= MAX_DIMENSIONS
+        and all(type(size) is int and 0 <= size <= MAX_SIZE for size in value)
+    )
 
 
 def _damaged(file: Path, name: str, finding: str) -> CheckpointError:
