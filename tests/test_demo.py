@@ -1,5 +1,7 @@
 import json
 import os
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from halfbyte.demo import CALIBRATION, QUANT_CONFIG, Step, answer, earlier_bits_
 from halfbyte.errors import ConfigError, ModelError
 from halfbyte.evaluate.divergence import DivergenceAccumulator
 from halfbyte.quant_config import CalibrationConfig, QuantConfig
+from halfbyte.quantize.progress import SilentProgress
 from halfbyte.quantize.report import CalibrationReport, QuantizationReport
 from halfbyte.version import __version__
 
@@ -146,3 +149,23 @@ def test_checkpoint_made_in_another_way_is_not_used(tmp_path, other):
 def test_missing_and_unfinished_checkpoints_are_not_used(tmp_path):
     assert earlier_bits_per_weight(tmp_path / "no", QUANT_CONFIG, CALIBRATION) is None
     assert earlier_bits_per_weight(tmp_path, QUANT_CONFIG, CalibrationConfig()) is None
+
+
+@pytest.mark.parametrize(("exists", "note"), [(False, "done"), (True, "resumed")])
+def test_unfinished_quantization_is_resumed(tmp_path, monkeypatch, exists, note):
+    calls = []
+
+    def quantize(*folders, **options):
+        calls.append((folders, options))
+        return SimpleNamespace(bits_per_weight=4.25)
+
+    fake = SimpleNamespace(quantize=quantize)
+    monkeypatch.setitem(sys.modules, "halfbyte.quantize.pipeline", fake)
+    folders = tmp_path / "base", tmp_path / "q"
+    if exists:
+        folders[1].mkdir()
+    assert demo._quantize(*folders, SilentProgress) == (4.25, note)
+    (given, options) = calls[0]
+    assert given == folders
+    assert isinstance(options.pop("progress"), SilentProgress)
+    assert options == {"config": QUANT_CONFIG, "calibration": CALIBRATION, "resume": exists}

@@ -21,21 +21,31 @@ from halfbyte.version import __version__
 
 if TYPE_CHECKING:
     from halfbyte.errors import HalfbyteError
+    from halfbyte.evaluate.divergence import DivergenceResult, divergence
+    from halfbyte.evaluate.perplexity import PerplexityResult, perplexity
     from halfbyte.quant_config import CalibrationConfig, QuantConfig
 
 __all__ = [
     "CalibrationConfig",
+    "DivergenceResult",
     "HalfbyteError",
+    "PerplexityResult",
     "QuantConfig",
     "__version__",
+    "divergence",
     "install_transformers",
+    "perplexity",
     "uninstall_transformers",
 ]
 
 _LAZY = {
     "CalibrationConfig": "halfbyte.quant_config",
+    "DivergenceResult": "halfbyte.evaluate.divergence",
     "HalfbyteError": "halfbyte.errors",
+    "PerplexityResult": "halfbyte.evaluate.perplexity",
     "QuantConfig": "halfbyte.quant_config",
+    "divergence": "halfbyte.evaluate.divergence",
+    "perplexity": "halfbyte.evaluate.perplexity",
 }
 
 

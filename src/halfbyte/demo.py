@@ -29,7 +29,7 @@ QUANTIZED_NAME = "SmolLM2-135M-Instruct-4bit"
 QUANT_CONFIG = QuantConfig(bits=4, group_size=64)
 """64, because 128 does not divide this model's width of 576."""
 CALIBRATION = CalibrationConfig(samples=64, length=512)
-WINDOW = 1024
+WINDOW = 512
 WINDOWS = 10
 PROMPT = "What is gravity, in one sentence?"
 MAX_NEW_TOKENS = 48
