@@ -77,7 +77,7 @@ def test_damaged_headers_are_refused(tmp_path, header, message):
 
 def test_shapes_beyond_all_memory_are_refused_at_once(tmp_path):
     huge = ENTRY | {"shape": [10**4000, 10**4000]}
-    with pytest.raises(CheckpointError, match="x.safetensors"):
+    with pytest.raises(CheckpointError, match=r"x\.safetensors"):
         read_header(write(tmp_path, {"t": huge}))
 
 
@@ -99,5 +99,5 @@ def test_files_that_are_no_safetensors_are_refused(tmp_path, content, message):
 
 
 def test_missing_file_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="Cannot read .*x.safetensors: No such file"):
+    with pytest.raises(CheckpointError, match=r"Cannot read .*x\.safetensors: No such file"):
         read_header(tmp_path / "x.safetensors")

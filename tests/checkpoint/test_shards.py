@@ -115,7 +115,7 @@ def test_file_cut_after_opening_is_refused(tmp_path):
     save_file({"a": A}, tmp_path / "model.safetensors")
     files = TensorFiles.open(tmp_path)
     os.truncate(tmp_path / "model.safetensors", files.infos["a"].offset + 5)
-    with pytest.raises(CheckpointError, match="tensor a of .* ends after 5 of 24 bytes"):
+    with pytest.raises(CheckpointError, match=r"tensor a of .* ends after 5 of 24 bytes"):
         files.load(["a"])
 
 
@@ -191,7 +191,7 @@ def test_two_indexes_without_a_standard_one_are_refused(tmp_path):
 )
 def test_index_that_leaves_the_folder_is_refused(tmp_path, name):
     write_sharded(tmp_path, {"a": name, "b": SHARDS[1]})
-    with pytest.raises(CheckpointError, match="Refusing .*tensor a is in .*only the plain name"):
+    with pytest.raises(CheckpointError, match=r"Refusing .*tensor a is in .*only the plain name"):
         TensorFiles.open(tmp_path)
 
 
@@ -219,7 +219,7 @@ def test_tensor_that_the_index_does_not_name_is_refused(tmp_path):
     write_sharded(tmp_path)
     save_file({"b": B, "extra": A}, tmp_path / SHARDS[1])
     with pytest.raises(
-        CheckpointError, match="has tensor extra, which .* does not name .3 tensors"
+        CheckpointError, match=r"has tensor extra, which .* does not name .3 tensors"
     ):
         TensorFiles.open(tmp_path)
 

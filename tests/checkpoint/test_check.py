@@ -1,0 +1,398 @@
+"""Each rule of each consumer, by one checkpoint that just keeps it and one that just does not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from halfbyte.checkpoint.check import CheckReport, Verdict, check_consumers
+from halfbyte.checkpoint.read import open_checkpoint
+from halfbyte.errors import CheckpointError
+from halfbyte.packing import pack_zeros
+
+BLOCK = "model.layers.0."
+HIDDEN = 1024
+
+
+class Linear:
+    """Tensors of the right shapes; what the codes are is of no matter here."""
+
+    def __init__(self, in_features: int, out_features: int, **changes: Any) -> None:
+        self.sizes = {"in_features": in_features, "out_features": out_features}
+        self.bits: int = changes.pop("bits", 4)
+        self.group_size: int = changes.pop("group_size", 128)
+        self.symmetric: bool = changes.pop("symmetric", True)
+        self.act_order: bool = changes.pop("act_order", False)
+        self.zero_offset: int = changes.pop("zero_offset", 1)
+        assert not changes
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        in_features, out_features = self.sizes["in_features"], self.sizes["out_features"]
+        size = in_features if self.group_size == -1 else self.group_size
+        groups = -(-in_features // size)
+        zeros = torch.full((out_features, groups), 2 ** (self.bits - 1))
+        if not self.symmetric:
+            zeros[0, 0] = 1
+        g_idx = torch.arange(in_features, dtype=torch.int32) // size
+        return {
+            "qweight": torch.zeros(in_features * self.bits // 32, out_features, dtype=torch.int32),
+            "qzeros": pack_zeros(zeros, self.bits, self.zero_offset),
+            "scales": torch.ones(groups, out_features, dtype=torch.float16),
+            "g_idx": g_idx.flip(0) if self.act_order else g_idx,
+        }
+
+
+def llama(**changes: Any) -> dict[str, Linear]:
+    """One block whose every size each consumer takes on up to 8 devices."""
+    return {
+        "self_attn.q_proj": Linear(HIDDEN, HIDDEN, **changes),
+        "self_attn.k_proj": Linear(HIDDEN, HIDDEN, **changes),
+        "self_attn.v_proj": Linear(HIDDEN, HIDDEN, **changes),
+        "self_attn.o_proj": Linear(HIDDEN, HIDDEN, **changes),
+        "mlp.gate_proj": Linear(HIDDEN, 2 * HIDDEN, **changes),
+        "mlp.up_proj": Linear(HIDDEN, 2 * HIDDEN, **changes),
+        "mlp.down_proj": Linear(2 * HIDDEN, HIDDEN, **changes),
+    }
+
+
+def check(
+    folder: Path,
+    linears: Mapping[str, Linear],
+    *,
+    labels: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
+    dense: Mapping[str, tuple[int, ...]] | None = None,
+) -> CheckReport:
+    tensors = {
+        f"{name if name == 'lm_head' else BLOCK + name}.{suffix}": tensor
+        for name, linear in linears.items()
+        for suffix, tensor in linear.tensors().items()
+    }
+    tensors |= {f"{name}.weight": torch.zeros(shape) for name, shape in (dense or {}).items()}
+    save_file(tensors, folder / "model.safetensors")
+    first = next(iter(linears.values()))
+    section = {
+        "bits": first.bits,
+        "group_size": first.group_size,
+        "sym": first.symmetric,
+        "desc_act": first.act_order,
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "modules_in_block_to_quantize": [[name] for name in linears],
+        **(labels or {}),
+    }
+    model_config = {
+        "hidden_size": HIDDEN,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        **(config or {}),
+        "quantization_config": section,
+    }
+    (folder / "config.json").write_text(json.dumps(model_config))
+    return check_consumers(open_checkpoint(folder))
+
+
+def verdict(report: CheckReport, consumer: str, devices: int = 1) -> Verdict:
+    size = devices if consumer.startswith("vllm") else None
+    (found,) = (v for v in report.verdicts if v.consumer == consumer and v.tensor_parallel == size)
+    return found
+
+
+def why(report: CheckReport, consumer: str, devices: int = 1) -> str:
+    found = verdict(report, consumer, devices)
+    assert found.loads == (not found.reasons)
+    return " | ".join(found.reasons)
+
+
+ALL = {"transformers", "gptqmodel", "vllm-cpu", "vllm-marlin", "vllm-machete", "gguf"}
+
+
+def test_default_of_halfbyte_loads_everywhere_on_any_number_of_devices(tmp_path):
+    report = check(tmp_path, llama())
+    assert {v.consumer for v in report.verdicts} == ALL
+    assert {v.tensor_parallel for v in report.verdicts} == {None, 1, 2, 4, 8}
+    assert [v for v in report.verdicts if not v.loads] == []
+    assert report.notes == ()
+    assert report.schemes == {"4 bits, group 128, symmetric": 7}
+    json.dumps(report.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("changes", "refusals"),
+    [
+        (
+            {"bits": 8},
+            {"vllm-cpu": f"it takes 4 bits, not 8: {BLOCK}"},
+        ),
+        (
+            {"bits": 3},
+            {
+                "vllm-cpu": "4 or 8 bits, symmetric; this says 3, symmetric",
+                "vllm-marlin": "this says 3",
+                "vllm-machete": "this says 3",
+                "gguf": "it takes 4 or 8 bits, not 3",
+            },
+        ),
+        (
+            {"symmetric": False},
+            {
+                "vllm-cpu": "this says 4, asymmetric",
+                "vllm-marlin": "asymmetric",
+                "vllm-machete": "asymmetric",
+                "gguf": "symmetric grids only: model.layers.0.mlp.down_proj and 6 more",
+            },
+        ),
+        ({"group_size": 64}, {}),
+        ({"group_size": 32}, {"vllm-machete": "group size 32 is not one of -1, 64, 128"}),
+        (
+            {"group_size": 16},
+            {
+                "vllm-marlin": "group size 16 is not one of -1, 32, 64, 128",
+                "vllm-machete": "group size 16",
+                "gguf": "group size 16 is no multiple of 32",
+            },
+        ),
+        ({"group_size": -1}, {}),
+        ({"act_order": True}, {"gguf": r"no act-order (g_idx is not in order)"}),
+    ],
+)
+def test_settings_that_one_device_refuses(tmp_path, changes, refusals):
+    report = check(tmp_path, llama(**changes))
+    assert {
+        v.consumer for v in report.verdicts if not v.loads and v.tensor_parallel in (None, 1)
+    } == (set(refusals))
+    for consumer, reason in refusals.items():
+        assert reason in why(report, consumer)
+
+
+@pytest.mark.parametrize(
+    ("in_features", "out_features", "consumer", "reason"),
+    [
+        (HIDDEN + 32, 2 * HIDDEN, "vllm-cpu", ""),
+        (HIDDEN + 16, 2 * HIDDEN, "vllm-cpu", "in_features 1040 per device is no multiple of 32"),
+        (HIDDEN, 2 * HIDDEN + 16, "vllm-cpu", "out_features 2064 per device is no multiple of 32"),
+        (
+            HIDDEN + 64,
+            2 * HIDDEN,
+            "vllm-marlin",
+            "in_features 1088 per device is no multiple of 128",
+        ),
+        (
+            HIDDEN,
+            2 * HIDDEN + 32,
+            "vllm-marlin",
+            "out_features 2080 per device is no multiple of 64",
+        ),
+        (HIDDEN + 64, 2 * HIDDEN, "vllm-machete", ""),
+        (
+            HIDDEN + 32,
+            2 * HIDDEN,
+            "vllm-machete",
+            "in_features 1056 per device is no multiple of 64",
+        ),
+        (
+            HIDDEN,
+            2 * HIDDEN + 64,
+            "vllm-machete",
+            "out_features 2112 per device is no multiple of 128",
+        ),
+        (HIDDEN + 16, 2 * HIDDEN, "gguf", "in_features 1040 per device is no multiple of 32"),
+        (HIDDEN, 2 * HIDDEN + 16, "gguf", ""),
+    ],
+)
+def test_widths_that_each_kernel_takes(tmp_path, in_features, out_features, consumer, reason):
+    linear = Linear(in_features, out_features, group_size=-1)
+    found = why(check(tmp_path, {"mlp.fc1": linear}), consumer)
+    assert found == (f"{reason}: {BLOCK}mlp.fc1" if reason else "")
+
+
+def test_ragged_groups_are_refused_by_vllm_alone(tmp_path):
+    report = check(tmp_path, {"mlp.fc1": Linear(HIDDEN + 64, HIDDEN)})
+    assert why(report, "gptqmodel") == why(report, "gguf") == ""
+    assert "in_features 1088 per device is no multiple of group size 128" in why(report, "vllm-cpu")
+    assert report.schemes == {"4 bits, group 128, ragged, symmetric": 1}
+
+
+def test_down_projection_is_split_along_in_and_gate_along_out(tmp_path):
+    """2048 inputs in groups of 512 on 8 devices: a device's 256 would cut a group in two."""
+    linears = llama() | {"mlp.down_proj": Linear(2 * HIDDEN, HIDDEN, group_size=512)}
+    rules = {r"+:.*down_proj": {"group_size": 512}}
+    report = check(tmp_path, linears, labels={"dynamic": rules})
+    assert why(report, "vllm-cpu", 4) == ""
+    assert why(report, "vllm-cpu", 8) == (
+        f"in_features 256 per device is no multiple of group size 512: {BLOCK}mlp.down_proj"
+    )
+
+
+def test_square_output_projection_is_split_along_in(tmp_path):
+    rules = {r"+:.*self_attn": {"group_size": 512}}
+    attention = {n: Linear(HIDDEN, HIDDEN, group_size=512) for n in llama() if "self_attn" in n}
+    report = check(tmp_path, llama() | attention, labels={"group_size": 128, "dynamic": rules})
+    assert why(report, "vllm-cpu", 4) == (
+        f"in_features 256 per device is no multiple of group size 512: {BLOCK}self_attn.o_proj"
+    )
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "devices", "reason"),
+    [
+        (8, 2, 8, ""),  # key-value heads are repeated
+        (9, 3, 2, "9 attention heads cannot be split over 2 devices"),
+        (12, 3, 2, "3 key-value heads cannot be split over 2 devices"),
+    ],
+)
+def test_heads_must_split_evenly(tmp_path, heads, kv_heads, devices, reason):
+    config = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    assert why(check(tmp_path, llama(), config=config), "vllm-cpu", devices) == reason
+
+
+def test_fused_linears_are_split_as_one(tmp_path):
+    """Each of q, k and v is too narrow for Machete on 8 devices; together they are not."""
+    linears = {n: lin for n, lin in llama().items() if n[-6:] in ("q_proj", "k_proj", "v_proj")}
+    report = check(tmp_path, linears | {"self_attn.k_proj": Linear(HIDDEN, 2 * HIDDEN)})
+    assert why(report, "vllm-machete", 8) == ""
+    report = check(tmp_path, {"self_attn.q_proj": Linear(HIDDEN, HIDDEN // 2)})
+    assert "out_features 64 per device is no multiple of 128" in why(report, "vllm-machete", 8)
+
+
+def test_act_order_that_is_split_is_refused_by_machete(tmp_path):
+    report = check(tmp_path, llama(act_order=True))
+    assert why(report, "vllm-machete", 1) == ""
+    assert "it takes no act-order where in_features is split" in why(report, "vllm-machete", 2)
+    assert why(report, "vllm-marlin", 2) == ""
+
+
+def test_fused_linears_with_different_grids_are_refused(tmp_path):
+    linears = llama() | {"self_attn.k_proj": Linear(HIDDEN, HIDDEN, bits=8)}
+    report = check(tmp_path, linears, labels={"dynamic": {"+:.*k_proj": {"bits": 8}}})
+    assert why(report, "gptqmodel") == ""
+    assert (
+        "it runs q_proj, k_proj, v_proj as one linear, which have different grids (4 bits"
+        in why(report, "vllm-marlin")
+    )
+
+
+def test_fused_linears_of_which_one_is_dense_are_refused(tmp_path):
+    linears = llama()
+    del linears["self_attn.v_proj"]
+    report = check(
+        tmp_path,
+        linears,
+        labels={"dynamic": {"-:.*v_proj": {}}},
+        dense={f"{BLOCK}self_attn.v_proj": (HIDDEN, HIDDEN)},
+    )
+    assert why(report, "gptqmodel") == ""
+    assert "as one linear, of which v_proj is in 16 bits" in why(report, "vllm-marlin")
+
+
+def test_mixed_bits_without_rules_load_where_the_tensors_are_believed(tmp_path):
+    linears = llama() | {"mlp.down_proj": Linear(2 * HIDDEN, HIDDEN, bits=8)}
+    report = check(tmp_path, linears)
+    assert why(report, "transformers") == why(report, "gguf") == ""
+    reason = f"the config says 4 bits, the tensors have 8: {BLOCK}mlp.down_proj"
+    assert why(report, "gptqmodel") == reason
+    assert reason in why(report, "vllm-marlin")
+    rules = {f"+:^{BLOCK}mlp.down_proj$": {"bits": 8}}
+    assert why(check(tmp_path, linears, labels={"dynamic": rules}), "vllm-marlin") == ""
+
+
+def test_other_group_size_without_rule_is_named(tmp_path):
+    linears = llama() | {"mlp.down_proj": Linear(2 * HIDDEN, HIDDEN, group_size=64)}
+    report = check(tmp_path, linears)
+    for consumer in ("gptqmodel", "vllm-marlin"):
+        assert "the config says group size 128, the tensors have 64" in why(report, consumer)
+
+
+def test_zeros_of_the_other_dialect_matter_to_gptqmodel_alone(tmp_path):
+    report = check(tmp_path, llama(zero_offset=0))
+    assert "it believes checkpoint_format, which is 'gptq' but not true of qzeros" in why(
+        report, "gptqmodel"
+    )
+    assert [v.consumer for v in report.verdicts if not v.loads] == ["gptqmodel"]
+    assert "stores 8 everywhere" in report.notes[0]
+    assert report.notes[1] == "The same of 6 more linears."
+
+
+def test_skip_rule_on_a_quantized_linear_is_named(tmp_path):
+    report = check(tmp_path, llama(), labels={"dynamic": {"-:.*down_proj": {}}})
+    assert "dynamic says that it is not quantized" in why(report, "gptqmodel")
+    assert "by its config it would load the linear in 16 bits" in why(report, "vllm-marlin")
+
+
+def test_dense_linear_that_the_list_covers_is_named(tmp_path):
+    dense = {"visual.blocks.0.mlp.down_proj": (64, 64), "model.embed_tokens": (10, 64)}
+    report = check(tmp_path, llama(), dense=dense)
+    assert why(report, "vllm-marlin") == (
+        "it would look for packed weights of a linear in 16 bits: visual.blocks.0.mlp.down_proj"
+    )
+    labels = {"dynamic": {"-:visual.*": {}}}
+    assert why(check(tmp_path, llama(), dense=dense, labels=labels), "vllm-marlin") == ""
+
+
+def test_order_that_the_config_denies_is_named(tmp_path):
+    report = check(tmp_path, llama(act_order=True), labels={"desc_act": False})
+    assert "g_idx is not in order, but the config's desc_act is false" in why(report, "vllm-cpu")
+
+
+@pytest.mark.parametrize("key", ["bits", "group_size", "desc_act", "sym"])
+def test_keys_that_vllm_demands(tmp_path, key):
+    report = check(tmp_path, llama(), labels={key: None})
+    assert why(report, "vllm-cpu") == f"the quantization config has no {key}"
+    assert why(report, "transformers") == ""
+
+
+def test_quantized_head_must_be_declared(tmp_path):
+    linears = llama() | {"lm_head": Linear(HIDDEN, 4 * HIDDEN)}
+    report = check(tmp_path, linears)
+    assert "output head is quantized, but the config's lm_head is false" in why(report, "vllm-cpu")
+    assert why(check(tmp_path, linears, labels={"lm_head": True}), "vllm-cpu", 8) == ""
+
+
+def expert_block() -> dict[str, Linear]:
+    return {
+        f"mlp.experts.{i}.{name}": linear
+        for i in range(2)
+        for name, linear in (
+            ("gate_proj", Linear(HIDDEN, 512)),
+            ("up_proj", Linear(HIDDEN, 512)),
+            ("down_proj", Linear(512, HIDDEN)),
+        )
+    }
+
+
+def test_experts_follow_the_rule_of_their_container(tmp_path):
+    report = check(tmp_path, expert_block())
+    assert why(report, "vllm-marlin") == ""
+    rules = {rf"-:^{BLOCK}mlp.experts$": {}}
+    report = check(tmp_path, expert_block(), labels={"dynamic": rules})
+    assert "it would load the linear in 16 bits" in why(report, "vllm-marlin")
+
+
+def test_dense_expert_beside_quantized_ones_is_named(tmp_path):
+    linears = expert_block()
+    del linears["mlp.experts.1.down_proj"]
+    report = check(tmp_path, linears, dense={f"{BLOCK}mlp.experts.1.down_proj": (HIDDEN, 512)})
+    assert (
+        f"it would look for packed weights of a linear in 16 bits: {BLOCK}mlp.experts.1.down_proj"
+        in why(report, "vllm-marlin")
+    )
+
+
+def test_damaged_values_are_raised_not_reported(tmp_path):
+    check(tmp_path, llama())
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[f"{BLOCK}mlp.up_proj.g_idx"][3] = 99
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"mlp.up_proj.g_idx has values 0\.\.99"):
+        check_consumers(open_checkpoint(tmp_path))
+
+
+def test_verdict_says_how_its_rules_are_known(tmp_path):
+    report = check(tmp_path, llama())
+    assert {v.evidence for v in report.verdicts} == {"ran", "read"}
