@@ -45,6 +45,7 @@ class Override:
     symmetric: bool | None = None
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _check_pattern("override", self.pattern)
         if self.bits is not None:
             _check_bits(self.bits)
@@ -80,6 +81,17 @@ class Override:
                 )
             values[key] = _parse_override_value(key, value, text)
         return cls(pattern=pattern, **values)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Self:
+        """Read plain values; an unknown or missing key is a ConfigError."""
+        if not isinstance(values, dict) or "pattern" not in values:
+            raise ConfigError(
+                f"Cannot read override {values!r}: it has no pattern. "
+                'Example: {"pattern": "mlp.down_proj", "bits": 8}'
+            )
+        _check_keys(cls, values)
+        return cls(**values)
 
 
 def _parse_override_value(key: str, value: str, text: str) -> int | bool:
@@ -128,6 +140,7 @@ class QuantConfig:
     lm_head: bool = _option(False, "quantize the output head too (unties it from the embeddings)")
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _check_bits(self.bits)
         _check_group_size(self.group_size)
         if not 0 < self.damping < 1:
@@ -167,10 +180,11 @@ class QuantConfig:
         values = dict(values)
         if "overrides" in values:
             values["overrides"] = tuple(
-                o if isinstance(o, Override) else Override(**o) for o in values["overrides"]
+                o if isinstance(o, Override) else Override.from_dict(o)
+                for o in _as_sequence("overrides", values["overrides"])
             )
         if "skip" in values:
-            values["skip"] = tuple(values["skip"])
+            values["skip"] = tuple(_as_sequence("skip", values["skip"]))
         return cls(**values)
 
 
@@ -186,6 +200,7 @@ class CalibrationConfig:
     seed: int = _option(0, "chooses the sequences where the text has more than needed", metavar="N")
 
     def __post_init__(self) -> None:
+        _check_types(self)
         for name in ("samples", "length"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
@@ -203,6 +218,29 @@ class CalibrationConfig:
         return cls(**values)
 
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResourceConfig:
+    """What a run may use of the machine."""
+
+    memory: str | None = _option(
+        None, "memory that the run may take, such as 8GB (default: 60% of what is free)",
+        metavar="SIZE",
+    )
+    device: str = _option("cpu", "where to compute: cpu or cuda", metavar="NAME")
+    dtype: str = _option("auto", "type in which the model computes", choices=DTYPES)
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype is '{self.dtype}'; allowed are {', '.join(DTYPES)}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain values for JSON."""
+        return asdict(self)
+
+
 def _check_keys(cls: Any, values: dict[str, Any]) -> None:
     allowed = [f.name for f in fields(cls)]
     for key in values:
@@ -211,6 +249,35 @@ def _check_keys(cls: Any, values: dict[str, Any]) -> None:
             hint = f"Did you mean '{close[0]}'? " if close else ""
             raise ConfigError(
                 f"Unknown setting '{key}' for {cls.__name__}. {hint}Allowed: {', '.join(allowed)}."
+            )
+
+
+def _as_sequence(name: str, value: Any) -> list[Any] | tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"{name} is {value!r}; a list is needed. Put it in square brackets.")
+    return value
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (float, int),
+    "bool": (bool,),
+    "str": (str,),
+    "tuple[str, ...]": (tuple,),
+    "tuple[Override, ...]": (tuple,),
+}
+"""What a field's annotation allows; True is no int here."""
+
+
+def _check_types(config: Any) -> None:
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        annotation = str(entry.type)
+        allowed = _TYPES[annotation.removesuffix(" | None")]
+        if type(value) not in allowed and not (value is None and annotation.endswith(" | None")):
+            wanted = " or ".join(kind.__name__ for kind in allowed)
+            raise ConfigError(
+                f"{entry.name} is {value!r}, a {type(value).__name__}; {wanted} is needed."
             )
 
 

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import inspect
+import re
+
+import pytest
+
+from halfbyte import errors
+from halfbyte.errors import HalfbyteError, MissingExtraError, require_extra
+
+CLASSES = [
+    cls
+    for _, cls in inspect.getmembers(errors, inspect.isclass)
+    if issubclass(cls, HalfbyteError) and cls is not HalfbyteError
+]
+
+
+def test_drawing_in_the_docstring_names_every_error():
+    drawn = re.findall(r"[├└]── (\w+)", errors.__doc__ or "")
+    assert sorted(drawn) == sorted(cls.__name__ for cls in CLASSES)
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_every_error_is_one_step_below_the_base(cls):
+    """Whoever catches HalfbyteError catches all of them, and nothing is nested deeper."""
+    assert HalfbyteError in cls.__bases__
+    assert str(cls("a message")) == "a message"
+
+
+def test_errors_that_are_also_standard_ones():
+    assert issubclass(errors.ConfigError, ValueError)
+    assert issubclass(errors.MissingExtraError, ImportError)
+
+
+def test_missing_extra_says_how_to_install_it():
+    error = require_extra("gguf", "convert", "Writing model.gguf")
+    assert isinstance(error, MissingExtraError)
+    assert str(error) == (
+        "Writing model.gguf needs the Python package 'gguf', which is not installed. "
+        'Install it with: pip install "halfbyte[convert]"'
+    )
