@@ -7,8 +7,8 @@ Arithmetic: x in bf16, (code - 8) * scale + zero in fp32 from scales and zeros r
 sums. Error: one bf16 rounding each of scale, zero * scale and the result.
 From ROWS_LIMIT rows on the weight is dequantized (rounded once, as in torch_reference) and
 multiplied by torch's bf16 product instead: the int4 op costs the same again for each row.
-Measured: AMD EPYC with AVX-512, 2 cores (bench/int4_rows.py). In fp16 and fp32 torch's op is a
-plain loop, 10 to 100 times slower than dequantizing, so those are refused.
+Measured: AMD EPYC with AVX-512, 2 cores (bench/measure_int4_rows.py). In fp16 and fp32 torch's op
+is a plain loop, slower from the second row on than dequantizing, so those are refused.
 
 Source:
     PyTorch ``aten/src/ATen/native/cpu/int4mm_kernel.cpp``: group sizes, layout, dtypes.
@@ -32,9 +32,9 @@ MIDDLE_CODE = 8
 """The op subtracts it from every code."""
 
 ROWS_LIMIT = 64
-"""Rows of x from which dequantizing first is at least as fast (bench/int4_rows.py)."""
+"""Rows of x from which dequantizing first is at least as fast (bench/measure_int4_rows.py)."""
 
-TILE_WEIGHTS = 2**19
+TILE_WEIGHTS = 2**20
 """Weights dequantized at a time, for many rows."""
 
 PROBE_COLUMNS = 4
@@ -134,7 +134,7 @@ class TorchInt4:
             grouped.sub_(MIDDLE_CODE)
         else:
             zeros = unpack_zeros(operands.qzeros, spec.bits, spec.zero_offset)[start:stop]
-            grouped.sub_(zeros.t().to(wide)[:, None])
+            grouped.sub_(zeros.t().to(wide).contiguous()[:, None])
         grouped.mul_(operands.scales[:, None, start:stop].to(wide))
         return grouped.view(-1, stop - start).to(dtype)
 

@@ -18,10 +18,10 @@ from torch.nn import functional
 from halfbyte.kernels.contract import LinearSpec, Operands
 from halfbyte.packing import unpack_codes, unpack_zeros
 
-TILE_WEIGHTS = 2**19
+TILE_WEIGHTS = 2**20
 """Weights dequantized at a time in ``apply``, so that a layer is never dense in memory as a whole.
 
-Between 2**17 and 2**20 the speed is the same within noise (bench/int4_rows.py).
+A quarter of it is up to twice as slow, four times as much a fifth slower (AMD EPYC, 1 thread).
 """
 
 TILE_COLUMNS = 32
@@ -56,7 +56,8 @@ def dequantize_weight(
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     codes = unpack_codes(qweight, bits)
-    zeros = unpack_zeros(qzeros, bits, zero_offset).t().to(wide)
+    # Contiguous, or the subtraction below takes ten times as long.
+    zeros = unpack_zeros(qzeros, bits, zero_offset).t().to(wide).contiguous()
     scales = scales.to(wide)
     in_features, out_features = codes.shape
     if g_idx is None and in_features % group_size == 0:
