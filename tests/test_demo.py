@@ -1,7 +1,7 @@
 import json
 import os
-import sys
 from types import SimpleNamespace
+from unittest.mock import create_autospec
 
 import pytest
 import torch
@@ -151,21 +151,37 @@ def test_missing_and_unfinished_checkpoints_are_not_used(tmp_path):
     assert earlier_bits_per_weight(tmp_path, QUANT_CONFIG, CalibrationConfig()) is None
 
 
-@pytest.mark.parametrize(("exists", "note"), [(False, "done"), (True, "resumed")])
-def test_unfinished_quantization_is_resumed(tmp_path, monkeypatch, exists, note):
-    calls = []
+@pytest.fixture
+def quantize_calls(monkeypatch):
+    """What the demo asks of the quantizer, which does nothing here."""
+    from halfbyte.quantize import pipeline
 
     def quantize(*folders, **options):
         calls.append((folders, options))
         return SimpleNamespace(bits_per_weight=4.25)
 
-    fake = SimpleNamespace(quantize=quantize)
-    monkeypatch.setitem(sys.modules, "halfbyte.quantize.pipeline", fake)
+    calls = []
+    monkeypatch.setattr(
+        pipeline, "quantize", create_autospec(pipeline.quantize, side_effect=quantize)
+    )
+    return calls
+
+
+@pytest.mark.parametrize(("exists", "note"), [(False, "done"), (True, "resumed")])
+def test_unfinished_quantization_is_resumed(tmp_path, quantize_calls, exists, note):
     folders = tmp_path / "base", tmp_path / "q"
     if exists:
         folders[1].mkdir()
     assert demo._quantize(*folders, SilentProgress) == (4.25, note)
-    (given, options) = calls[0]
+    given, options = quantize_calls[0]
     assert given == folders
     assert isinstance(options.pop("progress"), SilentProgress)
     assert options == {"config": QUANT_CONFIG, "calibration": CALIBRATION, "resume": exists}
+
+
+def test_checkpoint_with_other_settings_is_made_again(tmp_path, quantize_calls):
+    write_report(tmp_path / "q", config=QuantConfig(bits=3, group_size=64))
+    _, note = demo._quantize(tmp_path / "base", tmp_path / "q", None)
+    assert note.startswith("redone: the earlier one had other settings")
+    assert not (tmp_path / "q").exists()
+    assert quantize_calls[0][1]["resume"] is False

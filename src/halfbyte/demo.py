@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -87,7 +88,7 @@ def run_demo(
     """Get the sample model, quantize it to 4 bits, compare both and ask both one question.
 
     What an earlier call left in the folder, complete and made with the same settings, is used
-    again; an unfinished quantization is resumed.
+    again; an unfinished quantization is resumed, one made with other settings is made again.
 
     Args:
         folder: Gets one folder for each of the two models.
@@ -237,17 +238,21 @@ def _quantize(base: Path, quantized: Path, make_progress: MakeProgress | None) -
         return earlier, "there already, used again"
     from halfbyte.quantize.pipeline import quantize
     from halfbyte.quantize.progress import SilentProgress
+    from halfbyte.quantize.report import REPORT_FILE
 
-    resumed = quantized.exists()
+    note = "resumed" if quantized.exists() else "done"
+    if (quantized / REPORT_FILE).is_file():
+        shutil.rmtree(quantized)
+        note = "redone: the earlier one had other settings or was made by another version"
     report = quantize(
         base,
         quantized,
         config=QUANT_CONFIG,
         calibration=CALIBRATION,
-        resume=resumed,
+        resume=quantized.exists(),
         progress=SilentProgress() if make_progress is None else make_progress(),
     )
-    return report.bits_per_weight, "resumed" if resumed else "done"
+    return report.bits_per_weight, note
 
 
 def _compare(base: Path, quantized: Path) -> tuple[DivergenceResult, str]:
