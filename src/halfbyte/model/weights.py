@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.core_model_loading import (
+    convert_and_load_state_dict_in_model,
+    dot_natural_key,
+)
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
@@ -57,12 +60,22 @@ def load_model_config(folder: Path) -> PretrainedConfig:
 class ModelWeights:
     """A model folder and an empty model to put its weights into, block by block."""
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        device: torch.device,
+        *,
+        dtype: torch.dtype | None = None,
+        prepare: Callable[[PreTrainedModel, TensorFiles], None] | None = None,
+    ) -> None:
         """Read names and shapes; no weight is read yet.
 
         Args:
             folder: A Hugging Face model folder with safetensors files.
             device: Where blocks are put.
+            dtype: In which parameters are loaded; None: the one they are stored in.
+            prepare: Changes the empty model before anything is loaded. Given for a quantized
+                model, whose linears it replaces; without it a quantized model is refused.
 
         Raises:
             ModelError: The model is quantized already or is not one that can be streamed.
@@ -72,28 +85,46 @@ class ModelWeights:
         self.device = device
         self.config = load_model_config(folder)
         quantized = getattr(self.config, "quantization_config", None)
-        if quantized is not None:
+        if quantized is not None and prepare is None:
             method = dict(quantized).get("quant_method", "an unknown method")
             raise ModelError(
                 f"The model in {folder} is already quantized ({method}). Quantize the original "
                 "16-bit model instead."
             )
         self.files = TensorFiles.open(folder)
-        self.dtype = _main_dtype(folder, self.files.infos.values())
+        self.dtype = dtype or _main_dtype(folder, self.files.infos.values())
         self.model: PreTrainedModel = build_skeleton(self.config, self.dtype)
+        if prepare is not None:
+            prepare(self.model, self.files)
         self.blocks: Blocks = find_blocks(self.model)
         rules = Renaming(self.model)
         self._renamed: dict[str, str] = {}
         self._block_keys: list[list[str]] = [[] for _ in self.blocks.modules]
         self._outside_keys: list[str] = []
-        for key in self.files.infos:
+        self._model_keys: dict[str, str] = {}
+        # Natural order, because some of Transformers' rules look at earlier keys.
+        for key in sorted(self.files.infos, key=dot_natural_key):
             self._renamed[rules.model_key(key, convert=False)] = key
-            block = self._block_of(rules.model_key(key, convert=True))
+            self._model_keys[key] = rules.model_key(key, convert=True)
+            block = self._block_of(self._model_keys[key])
             (self._outside_keys if block is None else self._block_keys[block]).append(key)
 
-    def block_keys(self, index: int) -> list[str]:
-        """List the disk names of one block's tensors."""
-        return self._block_keys[index]
+    def block_keys(self, index: int, without: Collection[str] = ()) -> list[str]:
+        """List the disk names of one block's tensors.
+
+        Args:
+            index: Which block.
+            without: Modules, by name in the model, whose tensors are left out, with everything
+                in them.
+
+        Returns:
+            The names, in natural order.
+        """
+        return [
+            key
+            for key in self._block_keys[index]
+            if not any(self._model_keys[key].startswith(f"{module}.") for module in without)
+        ]
 
     @property
     def outside_keys(self) -> list[str]:
@@ -144,8 +175,8 @@ class ModelWeights:
         """
         self._put(self.files.load(self._block_keys[index]))
         block = self.model.get_submodule(self.blocks.name(index))
-        for name, parameter in block.named_parameters():
-            if parameter.is_meta:
+        for name, tensor in (*block.named_parameters(), *block.named_buffers()):
+            if tensor.is_meta:
                 raise self._missing(f"{self.blocks.name(index)}.{name}")
         return block.to(self.device)
 
@@ -158,6 +189,9 @@ class ModelWeights:
                     module._parameters[name] = nn.Parameter(
                         parameter.data.to("meta"), requires_grad=False
                     )
+            for name, buffer in list(module._buffers.items()):
+                if buffer is not None and name not in module._non_persistent_buffers_set:
+                    module._buffers[name] = buffer.to("meta")
 
     def _block_of(self, model_key: str) -> int | None:
         inside = f"{self.blocks.prefix}."

@@ -33,8 +33,8 @@ class Solution:
     """Squared output error per output row, mean over tokens: tr(E H Eᵀ) by rows. [out]"""
     round_to_nearest_loss: Tensor
     """The same for plain round to nearest on the min-max grid. [out]"""
-    rows_left_to_nearest: int
-    """Rows where rounding to nearest was better and was kept."""
+    kept_nearest: Tensor
+    """bool [out]: rows where rounding to nearest was better and was kept."""
 
 
 def sweep(
@@ -117,7 +117,7 @@ def solve(weight: Tensor, hessian: Tensor, factor: Factor, grid: Grid, symmetric
         codes=torch.where(plainer[:, None], plain_codes, codes),
         loss=torch.minimum(loss, plain_loss),
         round_to_nearest_loss=plain_loss,
-        rows_left_to_nearest=int((better | plainer).sum()),
+        kept_nearest=better | plainer,
     )
 
 

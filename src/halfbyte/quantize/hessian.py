@@ -31,6 +31,7 @@ class HessianAccumulator:
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         """Start at zero."""
+        self.in_features = in_features
         self.num_tokens = 0
         self.dropped_tokens = 0
         """Tokens of batches that held a NaN or an infinity."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -164,6 +164,8 @@ class QuantizationReport:
     machine: dict[str, str]
     notes: tuple[str, ...] = ()
     """What concerns the whole run."""
+    flops: dict[str, float] = field(default_factory=dict)
+    """Floating-point operations that the run could not do without, by kind of work."""
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain values for JSON."""
@@ -237,7 +239,7 @@ def _build(cls: type[Part], values: Mapping[str, Any]) -> Part:
     """Make a part of the report; lists from JSON become the tuples that the fields are."""
     allowed = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - set(allowed))
-    missing = [name for name, f in allowed.items() if name not in values and f.default is MISSING]
+    missing = [name for name, f in allowed.items() if name not in values and f.default is MISSING and f.default_factory is MISSING]
     if unknown or missing:
         raise CheckpointError(
             f"Cannot read {cls.__name__} of a quantization report: unknown {unknown}, missing "

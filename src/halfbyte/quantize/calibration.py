@@ -1,0 +1,252 @@
+"""Text -> token sequences -> batches of one length each. Nothing is padded.
+
+A text is tokenised whole, without special tokens, and cut into sequences of equal length; several
+texts are joined by the end-of-text token first. Sequences of token ids are taken as they are.
+Batches hold sequences of one length only, so no padding can enter a Hessian.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.data import calibration_text
+from halfbyte.errors import CalibrationError
+from halfbyte.quant_config import CalibrationConfig
+
+BUILT_IN = "built-in (WikiText-2 validation split)"
+FEWEST_TOKENS = 2
+
+CalibrationSource = str | Path | Sequence[Any] | None
+"""None: the built-in text. A path: a text file, or JSON lines. A sequence: texts, chat message
+lists, token id lists, or what a tokenizer returns."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationTokens:
+    """Token sequences to calibrate on."""
+
+    sequences: tuple[Tensor, ...]
+    """int64 [tokens] each."""
+    source: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in all sequences."""
+        return sum(len(sequence) for sequence in self.sequences)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over lengths and ids: the same digest is the same calibration."""
+        digest = hashlib.sha256()
+        for sequence in self.sequences:
+            digest.update(len(sequence).to_bytes(8, "little"))
+            digest.update(sequence.numpy().astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def batches(self, batch_size: int) -> list[Tensor]:
+        """Stack sequences of equal length.
+
+        Args:
+            batch_size: Sequences per batch, at most.
+
+        Returns:
+            int64 [sequences, tokens] each; lengths in order of first appearance.
+        """
+        by_length: dict[int, list[Tensor]] = {}
+        for sequence in self.sequences:
+            by_length.setdefault(len(sequence), []).append(sequence)
+        return [
+            torch.stack(same[start : start + batch_size])
+            for same in by_length.values()
+            for start in range(0, len(same), batch_size)
+        ]
+
+
+def load_calibration(
+    source: CalibrationSource, config: CalibrationConfig, tokenizer: Any | None, longest: int | None
+) -> CalibrationTokens:
+    """Read, tokenise and cut the calibration data.
+
+    Args:
+        source: See :data:`CalibrationSource`.
+        config: How many sequences of what length.
+        tokenizer: The model's; None where it has none, which token ids do not need.
+        longest: Longest sequence that the model takes, or None.
+
+    Returns:
+        At most ``config.samples`` sequences.
+
+    Raises:
+        CalibrationError: The source cannot be read, holds too little, or needs a tokenizer.
+    """
+    notes: list[str] = []
+    length = config.length
+    if longest is not None and length > longest:
+        notes.append(f"sequences of {longest} tokens instead of {length}: the model takes no more")
+        length = longest
+    name, items = _read_source(source)
+    sequences = [ids for item in items if (ids := _as_ids(item)) is not None]
+    if sequences and len(sequences) != len(items):
+        raise CalibrationError(
+            f"Calibration data {name} mixes {len(sequences)} token id lists with "
+            f"{len(items) - len(sequences)} texts. Give one kind."
+        )
+    if not sequences:
+        sequences = _cut(_tokenize(name, items, tokenizer), length)
+        sequences, note = _choose(sequences, config)
+        notes += note
+    else:
+        sequences = [ids[:length] for ids in sequences if len(ids) >= FEWEST_TOKENS]
+        sequences = sequences[: config.samples]
+    if not sequences:
+        raise CalibrationError(
+            f"Calibration data {name} holds no sequence of {FEWEST_TOKENS} tokens or more. "
+            "Give a longer text; 128 sequences of 512 to 2048 tokens are usual."
+        )
+    return CalibrationTokens(sequences=tuple(sequences), source=name, notes=tuple(notes))
+
+
+def check_ids(tokens: CalibrationTokens, vocabulary: int) -> None:
+    """Refuse ids that the model has no embedding for.
+
+    Args:
+        tokens: The calibration.
+        vocabulary: Rows of the embedding.
+
+    Raises:
+        CalibrationError: An id is negative or too large.
+    """
+    largest = max(int(sequence.max()) for sequence in tokens.sequences)
+    smallest = min(int(sequence.min()) for sequence in tokens.sequences)
+    if smallest < 0 or largest >= vocabulary:
+        raise CalibrationError(
+            f"Calibration data {tokens.source} holds token ids {smallest}..{largest}; the model's "
+            f"embedding has {vocabulary} rows. Tokenise it with the model's own tokenizer."
+        )
+
+
+def _read_source(source: CalibrationSource) -> tuple[str, list[Any]]:
+    if source is None:
+        return BUILT_IN, [calibration_text()]
+    if not isinstance(source, str | Path):
+        items = list(source)
+        if not items:
+            raise CalibrationError("The calibration list is empty. Give at least one text.")
+        return "a list given in Python", items
+    path = Path(source)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(
+            f"Cannot read calibration file {path}: {error}. Give a UTF-8 text file, or JSON lines "
+            "with 'text', 'messages' or 'input_ids'."
+        ) from error
+    if path.suffix == ".jsonl":
+        return path.name, _read_json_lines(path, text)
+    if not text.strip():
+        raise CalibrationError(f"Calibration file {path} is empty. Give a text of some pages.")
+    return path.name, [text]
+
+
+def _read_json_lines(path: Path, text: str) -> list[Any]:
+    items = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise CalibrationError(
+                f"{path} line {number} is not JSON: {error}. Every line must be one object."
+            ) from error
+        if not isinstance(value, Mapping) or not {"text", "messages", "input_ids"} & set(value):
+            raise CalibrationError(
+                f"{path} line {number} has none of 'text', 'messages' and 'input_ids'. "
+                'Example: {"text": "..."}'
+            )
+        items.append(value)
+    if not items:
+        raise CalibrationError(f"Calibration file {path} is empty. Give one object per line.")
+    return items
+
+
+def _as_ids(item: Any) -> Tensor | None:
+    """Token ids of an item that holds some: a list of ints, a tensor, a tokenizer's output."""
+    if isinstance(item, Mapping) or hasattr(item, "input_ids"):
+        if "input_ids" not in item:
+            return None
+        ids, mask = item["input_ids"], item.get("attention_mask")
+        flat = torch.as_tensor(ids, dtype=torch.int64).reshape(-1).cpu()
+        if mask is not None:
+            flat = flat[torch.as_tensor(mask).reshape(-1).cpu() != 0]
+        return flat
+    if isinstance(item, Tensor):
+        return item.reshape(-1).to(dtype=torch.int64, device="cpu")
+    if isinstance(item, Sequence) and item and all(isinstance(i, int) for i in item):
+        return torch.tensor(item, dtype=torch.int64)
+    return None
+
+
+def _tokenize(name: str, items: Iterable[Any], tokenizer: Any | None) -> Tensor:
+    if tokenizer is None:
+        raise CalibrationError(
+            f"Calibration data {name} is text, and the model folder has no tokenizer. "
+            "Add the tokenizer's files, or give lists of token ids."
+        )
+    joined: list[int] = []
+    for item in items:
+        text = _as_text(name, item, tokenizer)
+        if joined and tokenizer.eos_token_id is not None:
+            joined.append(tokenizer.eos_token_id)
+        joined += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(joined, dtype=torch.int64)
+
+
+def _as_text(name: str, item: Any, tokenizer: Any) -> str:
+    messages = item.get("messages") if isinstance(item, Mapping) else item
+    if isinstance(item, Mapping) and "text" in item:
+        messages = item["text"]
+    if isinstance(messages, str):
+        return messages
+    is_chat = isinstance(messages, Sequence) and all(isinstance(m, Mapping) for m in messages)
+    if not is_chat or not messages:
+        raise CalibrationError(
+            f"Calibration data {name} holds a {type(item).__name__} that is neither text, nor "
+            "chat messages, nor token ids."
+        )
+    if not getattr(tokenizer, "chat_template", None):
+        raise CalibrationError(
+            f"Calibration data {name} holds chat messages, and the tokenizer has no chat template. "
+            "Give plain text."
+        )
+    return str(tokenizer.apply_chat_template(messages, tokenize=False))
+
+
+def _cut(ids: Tensor, length: int) -> list[Tensor]:
+    if len(ids) < length:
+        return [ids] if len(ids) >= FEWEST_TOKENS else []
+    return list(ids[: len(ids) // length * length].split(length))
+
+
+def _choose(
+    sequences: list[Tensor], config: CalibrationConfig
+) -> tuple[list[Tensor], list[str]]:
+    """Take the first ones, or with a seed other than 0 a random choice, in the text's order."""
+    if len(sequences) < config.samples:
+        return sequences, [
+            f"{len(sequences)} sequences instead of {config.samples}: the text holds no more"
+        ]
+    if config.seed == 0:
+        return sequences[: config.samples], []
+    generator = torch.Generator().manual_seed(config.seed)
+    chosen = torch.randperm(len(sequences), generator=generator)[: config.samples]
+    return [sequences[i] for i in sorted(chosen.tolist())], []

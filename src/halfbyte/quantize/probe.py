@@ -1,0 +1,125 @@
+"""Held-out text through the base and the quantized model, beside the calibration text.
+
+While a block's original weights are in memory, its base form runs on the probe; when they are
+rounded, its quantized form does. So the run measures what it cost without a second pass over
+either model, and knows what the saved checkpoint must compute.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.data import EVALUATION_FILE, evaluation_text
+from halfbyte.evaluate.divergence import DivergenceAccumulator
+from halfbyte.evaluate.windows import split_windows, tokenize_text
+from halfbyte.model.hidden import HiddenStates
+from halfbyte.model.stream import BlockStream
+from halfbyte.quantize.report import QualityReport
+
+WINDOWS = 8
+WINDOW = 512
+KEPT_LOGITS = 32
+"""Positions whose logits are kept to compare a reload with; all of them would be large."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """Token windows that are not calibrated on, or calibration text where there is no other."""
+
+    ids: Tensor
+    """int64 [windows, tokens]."""
+    is_held_out: bool
+    text: str = ""
+    text_digest: str = ""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Windows and tokens per window."""
+        windows, tokens = self.ids.shape
+        return windows, tokens
+
+
+def make_probe(tokenizer: Any | None, fallback: Tensor, longest: int | None) -> Probe:
+    """Take the shipped evaluation text, or a calibration sequence where there is no tokenizer.
+
+    Args:
+        tokenizer: The model's, or None.
+        fallback: A calibration sequence [tokens]; never used to measure quality.
+        longest: Longest sequence that the model takes, or None.
+
+    Returns:
+        The probe.
+    """
+    if tokenizer is None:
+        return Probe(ids=fallback[: min(len(fallback), WINDOW)][None], is_held_out=False)
+    text = evaluation_text()
+    window = min(WINDOW, longest or WINDOW)
+    ids = split_windows(tokenize_text(tokenizer, text), window, limit=WINDOWS).ids
+    return Probe(
+        ids=ids,
+        is_held_out=True,
+        text=f"shipped evaluation text ({EVALUATION_FILE})",
+        text_digest=hashlib.sha256(text.encode()).hexdigest(),
+    )
+
+
+class Trail:
+    """The first probe window's hidden states behind every block of the quantized model."""
+
+    def __init__(self, path: Path, num_blocks: int, tokens: int, width: int, dtype: torch.dtype):
+        """Open or make the file."""
+        self._states = HiddenStates(path, [(1, tokens)] * num_blocks, width, dtype)
+
+    def write(self, block: int, states: Tensor) -> None:
+        """Keep the states of the first window behind a block."""
+        self._states.write(block, states[:1])
+
+    def read(self, block: int) -> Tensor:
+        """Give the states behind a block: [1, tokens, hidden]."""
+        return self._states.read(block)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._states.close()
+
+
+def run_tail(stream: BlockStream, ids: Tensor, states: Tensor) -> Tensor:
+    """Run what is behind the last block; the stream must stand there.
+
+    Args:
+        stream: The stream.
+        ids: [windows, tokens].
+        states: [windows, tokens, hidden], behind the last block.
+
+    Returns:
+        Logits [windows, tokens, vocabulary].
+    """
+    logits: Tensor = stream.run(ids, states).logits
+    return logits
+
+
+def measure_quality(
+    probe: Probe, base_logits: list[Tensor], quantized_logits: list[Tensor]
+) -> QualityReport:
+    """Compare both models' logits window by window.
+
+    Args:
+        probe: Held-out windows.
+        base_logits: [tokens, vocabulary] per window.
+        quantized_logits: The same.
+
+    Returns:
+        Perplexities, divergence, agreement.
+    """
+    accumulator = DivergenceAccumulator()
+    for ids, base, quantized in zip(probe.ids, base_logits, quantized_logits, strict=True):
+        accumulator.update(base[:-1], quantized[:-1], ids[1:])
+    return QualityReport.from_divergence(
+        accumulator.result(), text=probe.text, text_digest=probe.text_digest
+    )

@@ -1,0 +1,299 @@
+"""What a run may use and what it will need: memory, disk, time; planned before it starts.
+
+Everything that would otherwise be decided along the way is decided here once, with its reason, and
+kept in the journal: a resumed run takes the same decisions whatever the machine's state.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import psutil
+import torch
+from torch import Tensor
+
+from halfbyte.errors import ConfigError
+from halfbyte.model.blocks import quantizable_linears
+from halfbyte.model.experts import find_fused_experts
+from halfbyte.model.weights import ModelWeights
+from halfbyte.quant_config import CalibrationConfig, ResourceConfig
+from halfbyte.quantize.rounding import ROWS_AT_A_TIME
+from halfbyte.quantize.units import format_bytes, format_seconds
+
+TOKENS_PER_BATCH = 8192
+"""Enough for matrix products at full rate; more only costs memory."""
+SHARE_OF_FREE_MEMORY = 0.6
+PROGRAM_BYTES = 600_000_000
+"""Python, torch and Transformers themselves, as measured."""
+SOLVER_COPIES = 8
+"""Matrices of a weight's size in fp32 that the solver holds at its peak, as measured."""
+HESSIAN_COPIES = 5
+"""Matrices of a Hessian's size in fp32 that factoring holds at its peak."""
+HESSIAN_SHARE = 0.5
+"""Of the memory that is left, for the Hessians of one stage; more experts go in portions."""
+SMALLEST_HESSIAN_BYTES = 1 << 28
+
+_UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSettings:
+    """Decisions that the numbers may depend on, in the last bit at least."""
+
+    dtype: str
+    """In which the model computes."""
+    device: str
+    threads: int
+    batch_size: int
+    keep_paused: bool
+    """Whether batches wait in memory in the middle of a block, or start it again per stage."""
+    hessian_bytes: int
+    """For the Hessians that are collected at the same time."""
+    reasons: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain values for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Undo :meth:`to_dict`."""
+        return cls(**{**values, "reasons": tuple(values["reasons"])})
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch's."""
+        dtype = getattr(torch, self.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPlan:
+    """What the run will need."""
+
+    settings: RunSettings
+    memory_bytes: int
+    budget_bytes: int
+    work_bytes: int
+    """Disk for hidden states, given back at the end."""
+    output_bytes: int
+    flops: float
+    seconds: float
+
+    def lines(self) -> tuple[str, ...]:
+        """Put the plan into words, one fact per line."""
+        settings = self.settings
+        return (
+            f"memory  {format_bytes(self.memory_bytes)} of {format_bytes(self.budget_bytes)}; "
+            + "; ".join(settings.reasons),
+            f"disk    {format_bytes(self.output_bytes)} for the checkpoint, "
+            f"{format_bytes(self.work_bytes)} while it runs",
+            f"time    about {format_seconds(self.seconds)} "
+            f"({self.flops / 1e12:.1f} TFLOP on {settings.threads} threads)",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sizes:
+    """Sizes of the widest block, which is what memory depends on."""
+
+    hidden: int
+    block_bytes: int
+    block_numbers: int
+    widest_input: int
+    solver_bytes: int
+    routed: int
+    """Experts that a token goes through; 1 without experts."""
+    numbers: int
+    """Weights of all linears in all blocks that a token goes through."""
+    hessian_macs: int
+    """in² over all inputs: multiply-adds per token for the Hessians."""
+    solve_macs: int
+
+
+def resolve_resources(
+    weights: ModelWeights,
+    resources: ResourceConfig,
+    calibration: CalibrationConfig,
+    lengths: Sequence[int],
+) -> RunPlan:
+    """Decide type, batch size and way of running, and plan what they need.
+
+    Args:
+        weights: The model, nothing of it loaded.
+        resources: What was asked for.
+        calibration: For the batch size that was asked for.
+        lengths: Tokens of every calibration sequence.
+
+    Returns:
+        The plan.
+    """
+    dtype, why_dtype = resolve_dtype(resources.dtype, weights.dtype, weights.device)
+    sizes = _measure_sizes(weights)
+    budget, why_budget = _budget(resources.memory)
+    longest, tokens = max(lengths), sum(lengths)
+    copies = 1 if dtype == weights.dtype else 1 + dtype.itemsize / weights.dtype.itemsize
+    fixed = PROGRAM_BYTES + int(sizes.block_bytes * copies) + sizes.solver_bytes
+    per_token = dtype.itemsize * (4 * sizes.hidden + 4 * sizes.widest_input * sizes.routed)
+    batch_size = calibration.batch_size or max(1, TOKENS_PER_BATCH // longest)
+    if calibration.batch_size is None:
+        room = max(budget - fixed, 0) // 2
+        batch_size = max(1, min(batch_size, room // (per_token * longest)))
+    batch = per_token * longest * batch_size
+    waiting = tokens * dtype.itemsize * (3 * sizes.hidden + sizes.widest_input * sizes.routed)
+    keep = fixed + batch + waiting <= budget
+    left = budget - fixed - batch - (waiting if keep else 0)
+    how = "each block runs once" if keep else "each block runs once per stage, to save memory"
+    settings = RunSettings(
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(weights.device),
+        threads=torch.get_num_threads(),
+        batch_size=int(batch_size),
+        keep_paused=keep,
+        hessian_bytes=max(int(left * HESSIAN_SHARE), SMALLEST_HESSIAN_BYTES),
+        reasons=(why_budget, f"computes in {why_dtype}", f"{batch_size} sequences a batch", how),
+    )
+    passes = 1.0 if keep else 2.2
+    flops = 2.0 * tokens * (sizes.numbers * passes + sizes.hessian_macs / 2) + sizes.solve_macs * 4
+    return RunPlan(
+        settings=settings,
+        memory_bytes=fixed + batch + (waiting if keep else 0),
+        budget_bytes=budget,
+        work_bytes=2 * tokens * sizes.hidden * dtype.itemsize,
+        output_bytes=_output_bytes(weights, sizes),
+        flops=flops,
+        seconds=flops / measure_gemm_rate(dtype, weights.device),
+    )
+
+
+def resolve_dtype(
+    asked: str, stored: torch.dtype, device: torch.device
+) -> tuple[torch.dtype, str]:
+    """Choose the type in which the model computes.
+
+    Args:
+        asked: "auto" or a type's name.
+        stored: What the weights are stored in.
+        device: Where it computes.
+
+    Returns:
+        The type, and why in words.
+    """
+    if asked != "auto":
+        dtype = getattr(torch, asked)
+        assert isinstance(dtype, torch.dtype)
+        return dtype, f"{asked}, as asked for"
+    if stored == torch.float32:
+        return stored, "float32, as the model is stored"
+    if device.type != "cpu":
+        return stored, f"{str(stored).removeprefix('torch.')}, as the model is stored"
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported() and _has_bf16_units():
+        return torch.bfloat16, "bfloat16, which this processor multiplies fast"
+    return torch.float32, "float32: this processor has no fast 16-bit arithmetic"
+
+
+def measure_gemm_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Measure the rate of matrix products in FLOP/s, on sizes like a model's, in a moment."""
+    left = torch.ones(1024, 1024, dtype=dtype, device=device)
+    right = torch.ones(1024, 1024, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        (left @ right)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best
+
+
+def parse_size(text: str) -> int:
+    """Read a size such as ``4GB`` or ``800 MB``.
+
+    Args:
+        text: Number and unit.
+
+    Returns:
+        Bytes.
+
+    Raises:
+        ConfigError: It is not of that form.
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kKmMgGtT][bB])\s*", text)
+    if match is None:
+        raise ConfigError(f"memory is '{text}'; write a number and a unit, such as 4GB or 800MB.")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def _has_bf16_units() -> bool:
+    capability = torch.backends.cpu.get_cpu_capability()
+    if not capability.startswith("AVX512"):
+        return capability in ("SVE256", "SVE", "NEON", "DEFAULT") and _flag("bf16")
+    return _flag("avx512_bf16") or _flag("amx_bf16")
+
+
+def _flag(name: str) -> bool:
+    try:
+        return name in Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    except OSError:
+        return False
+
+
+def _budget(asked: str | None) -> tuple[int, str]:
+    if asked is not None:
+        return parse_size(asked), "the limit is yours"
+    free = psutil.virtual_memory().available
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text(encoding="ascii").strip()).isdigit():
+        free = min(free, int(text))
+    return int(free * SHARE_OF_FREE_MEMORY), f"{SHARE_OF_FREE_MEMORY:.0%} of what is free"
+
+
+def _measure_sizes(weights: ModelWeights) -> _Sizes:
+    config = weights.config.get_text_config()
+    widest = routed = 1
+    solver = numbers = hessian = solve = block_numbers = 0
+    for block in weights.blocks.modules:
+        block_numbers = max(block_numbers, sum(p.numel() for p in block.parameters()))
+        shapes = [_shape(m.weight) for m in quantizable_linears(block).values()]
+        active = float(sum(o * i for o, i in shapes))
+        for fused in find_fused_experts(block).values():
+            routed = int(getattr(config, "num_experts_per_tok", None) or 1)
+            share = routed / int(fused.num_experts)  # type: ignore[arg-type]
+            for parameter in fused.parameters():
+                if parameter.dim() == 3:
+                    shapes.append(_shape(parameter[0]))
+                    active += parameter.numel() * share
+        numbers += int(active)
+        inputs = {(o, i) for o, i in shapes}
+        hessian += sum(i * i for _, i in inputs)
+        solve += sum(o * i * i for o, i in shapes)
+        widest = max([widest, *(i for _, i in shapes)])
+        for o, i in shapes:
+            rows = min(3 * o, ROWS_AT_A_TIME)
+            solver = max(solver, 4 * (SOLVER_COPIES * rows * i + HESSIAN_COPIES * i * i))
+    return _Sizes(
+        hidden=int(config.hidden_size),
+        block_bytes=block_numbers * weights.dtype.itemsize,
+        block_numbers=block_numbers,
+        widest_input=widest,
+        solver_bytes=solver,
+        routed=routed,
+        numbers=numbers,
+        hessian_macs=hessian,
+        solve_macs=solve,
+    )
+
+
+def _shape(weight: Tensor) -> tuple[int, int]:
+    rows, columns = weight.shape
+    return rows, columns
+
+
+def _output_bytes(weights: ModelWeights, sizes: _Sizes) -> int:
+    """Near enough to see whether the disk will do: half a byte and a bit per weight."""
+    outside = sum(weights.files.infos[key].num_bytes for key in weights.outside_keys)
+    return outside + int(0.53 * sizes.block_numbers * len(weights.blocks.modules))

@@ -1,0 +1,232 @@
+"""One group of linears that share an input: their Hessian -> codes, tensors to write, reports."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halfbyte.checkpoint.layout import PACK_MULTIPLE
+from halfbyte.checkpoint.write import pack_linear
+from halfbyte.quant_config import PER_CHANNEL, QuantConfig, Scheme
+from halfbyte.quantize.gptq import Solution, solve
+from halfbyte.quantize.grid import Grid, assign_groups, search_grid
+from halfbyte.quantize.hessian import Factor, factorize
+from halfbyte.quantize.report import ModuleReport
+
+ROWS_AT_A_TIME = 4096
+"""Output rows solved together: rows do not depend on each other, and a head has very many."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearTask:
+    """One linear to be rounded."""
+
+    module: str
+    """Name within its block."""
+    name: str
+    """Full name on disk."""
+    weight: Tensor
+    """[out, in], in the stored type."""
+    bias: Tensor | None
+    scheme: Scheme
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundedLinear:
+    """A rounded linear."""
+
+    module: str
+    """Name within its block."""
+    name: str
+    """Full name on disk."""
+    weight: Tensor
+    """What the codes stand for: fp32 [out, in]."""
+    weight_crc: int
+    """CRC-32 of it, by which a reload is checked."""
+    tensors: Mapping[str, Tensor]
+    """As they go to disk, by suffix."""
+    report: ModuleReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputStatistics:
+    """What calibration says of one input."""
+
+    hessian: Tensor
+    """Mean of x xᵀ: fp32 [in, in]."""
+    num_tokens: int
+    notes: tuple[str, ...] = ()
+
+
+def fit_scheme(
+    scheme: Scheme, in_features: int, out_features: int, *, ragged_groups: bool
+) -> tuple[Scheme | None, str]:
+    """Fit what was asked for to the sizes of a linear.
+
+    Args:
+        scheme: What was asked for.
+        in_features: Width of the linear.
+        out_features: Its outputs.
+        ragged_groups: Whether the last group may be shorter.
+
+    Returns:
+        The scheme and what was changed ("" if nothing); or None and why the linear cannot be
+        packed.
+    """
+    for size, what in ((in_features, "inputs"), (out_features, "outputs")):
+        if size % PACK_MULTIPLE:
+            return None, f"{size} {what} are not a multiple of {PACK_MULTIPLE}"
+    size = scheme.group_size
+    if size == PER_CHANNEL or in_features % size == 0 or (ragged_groups and size < in_features):
+        return scheme, ""
+    smaller = 1 << (size.bit_length() - 1)
+    while smaller > 1 and (in_features % smaller or smaller >= size):
+        smaller //= 2
+    if smaller < PACK_MULTIPLE // 2:
+        return None, f"no group size of 16 or more below {size} divides {in_features} inputs"
+    fitted = Scheme(bits=scheme.bits, group_size=smaller, symmetric=scheme.symmetric)
+    return fitted, f"group size {smaller}: {size} does not divide {in_features} inputs"
+
+
+def round_group(
+    tasks: Sequence[LinearTask], statistics: InputStatistics, config: QuantConfig
+) -> list[RoundedLinear]:
+    """Round linears that share an input; those of one scheme are solved as one matrix.
+
+    Args:
+        tasks: The linears.
+        statistics: Of their input.
+        config: Damping and order.
+
+    Returns:
+        One result per task, in their order.
+    """
+    start = time.monotonic()
+    factor = factorize(
+        statistics.hessian,
+        damping=config.damping,
+        act_order=config.act_order or config.desc_act,
+    )
+    by_scheme: dict[Scheme, list[LinearTask]] = {}
+    for task in tasks:
+        by_scheme.setdefault(task.scheme, []).append(task)
+    rounded: dict[str, RoundedLinear] = {}
+    for scheme, same in by_scheme.items():
+        weight = torch.cat([task.weight for task in same]).to(factor.upper.device)
+        solution = _solve_rows(weight, statistics.hessian, factor, scheme, config.desc_act)
+        size = _output_size(weight, statistics.hessian)
+        seconds = (time.monotonic() - start) / len(tasks)
+        first = 0
+        for task in same:
+            rows = slice(first, first + task.weight.shape[0])
+            first = rows.stop
+            part = _take_rows(solution, rows)
+            rounded[task.name] = _finish(
+                task, part, float(size[rows].sum()), statistics, factor, seconds
+            )
+    return [rounded[task.name] for task in tasks]
+
+
+def _solve_rows(
+    weight: Tensor, hessian: Tensor, factor: Factor, scheme: Scheme, desc_act: bool
+) -> Solution:
+    order = factor.order if desc_act else None
+    g_idx = assign_groups(weight.shape[1], scheme.group_size, order).to(weight.device)
+    parts = []
+    for rows in weight.split(ROWS_AT_A_TIME):
+        exact = rows.float()
+        grid = search_grid(
+            exact, factor.curvature, g_idx, bits=scheme.bits, symmetric=scheme.symmetric
+        )
+        parts.append(solve(exact, hessian, factor, grid, scheme.symmetric))
+    if len(parts) == 1:
+        return parts[0]
+    return Solution(
+        grid=Grid(
+            bits=scheme.bits,
+            scales=torch.cat([p.grid.scales for p in parts]),
+            zeros=torch.cat([p.grid.zeros for p in parts]),
+            g_idx=g_idx,
+        ),
+        codes=torch.cat([p.codes for p in parts]),
+        loss=torch.cat([p.loss for p in parts]),
+        round_to_nearest_loss=torch.cat([p.round_to_nearest_loss for p in parts]),
+        kept_nearest=torch.cat([p.kept_nearest for p in parts]),
+    )
+
+
+def _take_rows(solution: Solution, rows: slice) -> Solution:
+    grid = solution.grid
+    return Solution(
+        grid=Grid(
+            bits=grid.bits, scales=grid.scales[rows], zeros=grid.zeros[rows], g_idx=grid.g_idx
+        ),
+        codes=solution.codes[rows],
+        loss=solution.loss[rows],
+        round_to_nearest_loss=solution.round_to_nearest_loss[rows],
+        kept_nearest=solution.kept_nearest[rows],
+    )
+
+
+def _output_size(weight: Tensor, hessian: Tensor) -> Tensor:
+    """Mean squared output per row; the denominator of relative errors. [out]"""
+    parts = weight.split(ROWS_AT_A_TIME)
+    return torch.cat([((p := rows.float()) @ hessian).mul_(p).sum(1) for rows in parts])
+
+
+def _finish(
+    task: LinearTask,
+    solution: Solution,
+    size: float,
+    statistics: InputStatistics,
+    factor: Factor,
+    seconds: float,
+) -> RoundedLinear:
+    grid = solution.grid
+    weight = grid.dequantize(solution.codes)
+    tensors = pack_linear(
+        solution.codes,
+        grid.zeros,
+        grid.scales,
+        bits=grid.bits,
+        g_idx=grid.g_idx,
+        bias=task.bias,
+    )
+    kept = int(solution.kept_nearest.sum())
+    notes = [*task.notes, *statistics.notes, *factor.notes]
+    if kept:
+        notes.append(f"{kept} of {len(solution.kept_nearest)} rows kept at round to nearest")
+    return RoundedLinear(
+        module=task.module,
+        name=task.name,
+        weight=weight,
+        weight_crc=weight_crc(weight),
+        tensors=tensors,
+        report=ModuleReport(
+            name=task.name,
+            bits=task.scheme.bits,
+            group_size=task.scheme.group_size,
+            symmetric=task.scheme.symmetric,
+            num_tokens=statistics.num_tokens,
+            relative_error=float(solution.loss.sum()) / size if size > 0 else None,
+            round_to_nearest_error=(
+                float(solution.round_to_nearest_loss.sum()) / size if size > 0 else None
+            ),
+            damping_used=factor.damping,
+            notes=tuple(notes),
+            seconds=seconds,
+        ),
+    )
+
+
+def weight_crc(weight: Tensor) -> int:
+    """Compute a CRC-32 over a weight's fp32 numbers [out, in]."""
+    numbers = weight.detach().to(device="cpu", dtype=torch.float32).contiguous()
+    # -0.0 and 0.0 are the same weight.
+    return zlib.crc32((numbers + 0.0).numpy().tobytes())

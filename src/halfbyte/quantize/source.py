@@ -1,0 +1,129 @@
+"""Which folder a run reads and which it may write into."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from halfbyte.errors import CheckpointError, ConfigError, JournalError, ModelError
+from halfbyte.quantize.journal import JOURNAL_FILE, WORK_FOLDER
+from halfbyte.quantize.report import REPORT_FILE, QuantizationReport, load_report
+
+COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
+NOT_COPIED = ("config.json", "quantize_config.json", "quant_config.json", "checksums.json")
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken", "README.md"]
+
+
+def find_model(model: str | Path) -> Path:
+    """Give the folder of a model: a local one, or a snapshot fetched from the Hugging Face Hub.
+
+    Args:
+        model: A folder, or a name such as ``org/model``.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ModelError: There is no such folder, and it cannot be fetched.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    name = str(model)
+    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ModelError(
+            f"There is no model folder {model}. Give a Hugging Face model folder, or a name on the "
+            "Hub such as org/model."
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"There is no folder {model}, and it cannot be fetched from the Hugging Face Hub: "
+            f"{str(error).splitlines()[0]} Check the name, the network and your access."
+        ) from error
+
+
+def check_output(output: Path, *, resume: bool) -> QuantizationReport | None:
+    """Make sure that a run may write into a folder.
+
+    Args:
+        output: The folder.
+        resume: Whether an unfinished run is to go on.
+
+    Returns:
+        The report of a run that is already complete, where it was to be resumed; else None.
+
+    Raises:
+        ConfigError: The folder holds something else.
+        JournalError: It holds an unfinished run, and it was not said to go on with it.
+    """
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"The output {output} is a file. Name a folder.")
+    names = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    if (output / WORK_FOLDER / JOURNAL_FILE).is_file():
+        if not resume:
+            raise JournalError(
+                f"{output} holds an unfinished run. Add --resume to go on with it, or remove the "
+                "folder to start again."
+            )
+        return None
+    if not names - {WORK_FOLDER}:
+        return None
+    if resume and REPORT_FILE in names:
+        return load_report(output)
+    raise ConfigError(
+        f"The output folder {output} is not empty ({len(names)} files, such as "
+        f"{min(names)}). Choose a new folder, or remove this one."
+    )
+
+
+def check_device(name: str) -> torch.device:
+    """Give a device that is there.
+
+    Args:
+        name: Such as "cpu", "cuda" or "cuda:1".
+
+    Returns:
+        The device.
+
+    Raises:
+        ConfigError: There is no such device.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"device is '{name}', which this machine or this torch does not have: "
+            f"{str(error).splitlines()[0]} Use cpu."
+        ) from error
+    return device
+
+
+def copy_companions(source: Path, output: Path) -> None:
+    """Copy tokenizer, chat template, generation settings and licence; never code, never weights.
+
+    Args:
+        source: The base model's folder.
+        output: The checkpoint's.
+
+    Raises:
+        CheckpointError: A file cannot be copied.
+    """
+    for path in sorted(source.iterdir()):
+        named = path.name.endswith(COPIED_SUFFIXES) or path.name.upper().startswith("LICENSE")
+        left = path.name in NOT_COPIED or path.name.endswith(".index.json")
+        if not path.is_file() or not named or left or path.name == REPORT_FILE:
+            continue
+        try:
+            shutil.copyfile(path, output / path.name)
+        except OSError as error:
+            raise CheckpointError(
+                f"Cannot copy {path} to {output}: {error.strerror}. Free some space."
+            ) from error
