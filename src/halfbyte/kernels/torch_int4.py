@@ -8,7 +8,7 @@ sums. Error: one bf16 rounding each of scale, zero * scale and the result.
 From ROWS_LIMIT rows on the weight is dequantized (rounded once, as in torch_reference) and
 multiplied by torch's bf16 product instead: the int4 op costs the same again for each row.
 Measured: AMD EPYC with AVX-512, 2 cores (bench/measure_int4_rows.py). In fp16 and fp32 torch's op
-is a plain loop, slower from the second row on than dequantizing, so those are refused.
+is a plain loop, as slow as dequantizing at one row and slower at more, so those are refused.
 
 Source:
     PyTorch ``aten/src/ATen/native/cpu/int4mm_kernel.cpp``: group sizes, layout, dtypes.

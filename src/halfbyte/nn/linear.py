@@ -146,15 +146,7 @@ class QuantLinear(nn.Linear):
         # Loaders put tensors on their device without telling the module.
         self.spec = replace(self.spec, device_type=self.scales.device.type)
         selection = self._select(stored_layout=stored_layout, kernel=kernel)
-        if selection.kernel.repacks:
-            packed = selection.kernel.prepare(self.operands, self.spec)
-            names = tuple(PACKED.format(index) for index in range(len(packed)))
-            for name, tensor in zip(names, packed, strict=True):
-                self.register_buffer(name, tensor, persistent=False)
-            self.weight_names = names
-            # Gone rather than None: PEFT takes its device from ``qweight`` where there is one.
-            del self.qweight
-        self.selection = selection
+        self._repack(selection)
         return selection
 
     def restore(self) -> None:
@@ -204,6 +196,18 @@ class QuantLinear(nn.Linear):
             self._refuse_weight()
         super().register_parameter(name, param)
 
+    def _repack(self, selection: Selection) -> None:
+        """Bring the stored weight into the layout of a kernel."""
+        if selection.kernel.repacks:
+            packed = selection.kernel.prepare(self.operands, self.spec)
+            names = tuple(PACKED.format(index) for index in range(len(packed)))
+            for name, tensor in zip(names, packed, strict=True):
+                self.register_buffer(name, tensor, persistent=False)
+            self.weight_names = names
+            # Gone rather than None: PEFT takes its device from ``qweight`` where there is one.
+            del self.qweight
+        self.selection = selection
+
     def _select(self, *, stored_layout: bool, kernel: str | None = None) -> Selection:
         return select(self.spec, stored_layout=stored_layout, forced=kernel)
 
@@ -238,11 +242,11 @@ class QuantLinear(nn.Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        was_prepared = self.selection is not None
+        selection = self.selection
         self.restore()
         super()._load_from_state_dict(*args, **kwargs)
-        if was_prepared:
-            self.prepare()
+        if selection is not None:
+            self._repack(selection)
 
     def _refuse_weight(self) -> NoReturn:
         raise ModelError(

@@ -1,0 +1,181 @@
+"""The steps of loading a quantized model, each on a Transformers model that is being built.
+
+::
+
+    files ──> collect_linears (headers, zeros, groups) ──> untie ──> replace (nn) ──> [weights]
+          ──> prepare_linears (values checked, kernels chosen)
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from halfbyte.checkpoint.layout import LINEAR_SUFFIXES
+from halfbyte.checkpoint.read import Checkpoint, open_checkpoint
+from halfbyte.checkpoint.shards import INDEX_SUFFIX, SINGLE_FILE, TensorFiles
+from halfbyte.errors import CheckpointError
+from halfbyte.model.experts import find_fused_experts, unfuse_experts
+from halfbyte.model.naming import module_key_map
+from halfbyte.nn.linear import QuantLinear
+from halfbyte.nn.replace import StoredLinear, quantized_linears
+
+logger = logging.getLogger("halfbyte")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundLinears:
+    """The packed linears of a checkpoint that a model has a place for, by name in the model."""
+
+    stored: Mapping[str, StoredLinear]
+    disk_names: Mapping[str, str]
+    disk_keys: tuple[str, ...]
+    """Every tensor of the files."""
+
+
+def find_unusual_file(folder: Path) -> str | None:
+    """Find the weights of a folder that Transformers would not find by itself.
+
+    Args:
+        folder: A local model folder, or anything else.
+
+    Returns:
+        The name of the one file or index, where it is not one that Transformers looks for; None
+        where it is, or where there is no such folder.
+    """
+    usual = (SINGLE_FILE, f"model{INDEX_SUFFIX}")
+    if not folder.is_dir() or any((folder / name).is_file() for name in usual):
+        return None
+    indexes = [path.name for path in folder.glob(f"*{INDEX_SUFFIX}")]
+    if len(indexes) == 1:
+        return indexes[0]
+    if not any(folder.glob("*.safetensors")):
+        return None
+    files = TensorFiles.open(folder).files
+    return files[0].name if len(files) == 1 else None
+
+
+def collect_linears(model: PreTrainedModel, files: Sequence[Path]) -> FoundLinears:
+    """Find which linears of a model the files hold packed, and how.
+
+    Args:
+        model: On the meta device; fused experts of which some are packed are split in place.
+        files: The safetensors files that will be loaded.
+
+    Returns:
+        The linears. One that the model has no place for (the head, where the model has none) is
+        left out, and stays for Transformers to report.
+
+    Raises:
+        CheckpointError: The files are no safetensors, nothing in them is packed or belongs to
+            this model, or a tensor is missing or damaged.
+    """
+    checkpoint = _open(files)
+    names = _model_names(model, checkpoint)
+    fused = find_fused_experts(model)
+    inside = {name for name in fused if any(_is_inside(m, name) for m in names.values())}
+    if inside:
+        unfuse_experts(model, inside.__contains__)
+        # With the new modules in place Transformers' prefix rule finds them.
+        names = _model_names(model, checkpoint)
+    modules = {name for name, _ in model.named_modules()}
+    disk_names = {name: disk_name for disk_name, name in names.items() if name in modules}
+    infos = checkpoint.files.infos
+    stored = {}
+    for name, disk_name in disk_names.items():
+        keys = {suffix: f"{disk_name}.{suffix}" for suffix in LINEAR_SUFFIXES}
+        dtypes = {suffix: infos[key].dtype for suffix, key in keys.items() if key in infos}
+        # Transformers builds models under torch.device("meta"); these tensors are to be read.
+        with torch.device("cpu"):
+            facts = checkpoint.load_facts(disk_name)
+        stored[name] = StoredLinear(facts=facts, dtypes=dtypes)
+    if not stored:
+        raise CheckpointError(
+            f"None of the {len(names)} packed linears of {checkpoint.folder} (such as "
+            f"{next(iter(names))}) is in a {type(model).__name__}. config.json and the tensors "
+            "belong to different models."
+        )
+    for note in checkpoint.notes:
+        logger.warning("%s: %s", checkpoint.folder, note)
+    _log_dialects(checkpoint, stored)
+    return FoundLinears(stored=stored, disk_names=disk_names, disk_keys=tuple(infos))
+
+
+def untie(model: PreTrainedModel, stored: Mapping[str, StoredLinear]) -> None:
+    """Stop Transformers from tying a packed head to the embeddings.
+
+    Args:
+        model: Its config is changed where the head is packed.
+        stored: The packed linears.
+    """
+    tied = [f"{name}.weight" for name in stored if f"{name}.weight" in model.all_tied_weights_keys]
+    for key in tied:
+        del model.all_tied_weights_keys[key]
+    if tied:
+        logger.info("%s is packed, so it is not tied to the embeddings.", tied[0])
+        for config in (model.config, model.config.get_text_config(decoder=True)):
+            config.tie_word_embeddings = False
+
+
+def prepare_linears(model: PreTrainedModel) -> None:
+    """Check the loaded values, choose each linear's kernel, and say once which were chosen.
+
+    Args:
+        model: With its weights loaded; linears that are offloaded are left as stored.
+    """
+    chosen: Counter[str] = Counter()
+    for name, linear in quantized_linears(model):
+        linear.check_finite(name)
+        selection = linear.prepare(stored_layout=_is_offloaded(linear))
+        rejected = [f"{other}: {reason}" for other, reason in selection.rejected.items()]
+        chosen[f"{selection.kernel.name}: {'; '.join([selection.reason, *rejected])}"] += 1
+    for text, count in chosen.items():
+        logger.info("%d quantized linears run on %s", count, text)
+
+
+def _open(files: Sequence[Path]) -> Checkpoint:
+    if not files:
+        raise CheckpointError(
+            "Cannot load a GPTQ checkpoint from a state dict: its packed linears are found in the "
+            "headers of the files. Give from_pretrained the folder."
+        )
+    checkpoint = open_checkpoint(files[0].parent)
+    ours = {file.name for file in checkpoint.files.files}
+    theirs = {file.name for file in files}
+    if ours != theirs:
+        raise CheckpointError(
+            f"Cannot load {checkpoint.folder}: Transformers is about to read "
+            f"{', '.join(sorted(theirs))}, but the folder's checkpoint is "
+            f"{', '.join(sorted(ours))}. Keep one checkpoint in the folder."
+        )
+    return checkpoint
+
+
+def _model_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
+    """Module on disk -> module in the model, for every packed linear."""
+    keys = module_key_map(model, [f"{name}.qweight" for name in checkpoint.linears])
+    return {
+        key.removesuffix(".qweight"): name.removesuffix(".qweight") for key, name in keys.items()
+    }
+
+
+def _is_inside(module: str, experts: str) -> bool:
+    """Whether ``<experts>.<n>.<projection>``; one of the two may lack the base model's prefix."""
+    container = ".".join(module.split(".")[:-2])
+    return f".{experts}".endswith(f".{container}") or f".{container}".endswith(f".{experts}")
+
+
+def _is_offloaded(linear: QuantLinear) -> bool:
+    return any(tensor.is_meta for tensor in linear.buffers())
+
+
+def _log_dialects(checkpoint: Checkpoint, stored: Mapping[str, StoredLinear]) -> None:
+    notes = [linear.facts.zeros.note for linear in stored.values() if linear.facts.zeros.note]
+    if notes:
+        logger.warning("%s: %s (%d linears)", checkpoint.folder, notes[0], len(notes))
