@@ -113,7 +113,7 @@ class GptqQuantizer(HfQuantizer):
         Returns:
             The same config, with ``transformers_weights`` set where that is needed.
         """
-        from halfbyte.integrations.model_loading import find_unusual_file
+        from halfbyte.nn.model_loading import find_unusual_file
 
         folder = Path(getattr(config, "name_or_path", None) or "")
         if getattr(config, "transformers_weights", None) is None and folder.name:
@@ -126,7 +126,7 @@ class GptqQuantizer(HfQuantizer):
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
         """Read the headers of the files and put quantized linears in the model."""
-        from halfbyte.integrations import model_loading
+        from halfbyte.nn import model_loading
         from halfbyte.nn.replace import replace_linears
 
         files = [Path(file) for file in kwargs.get("checkpoint_files") or []]
@@ -141,7 +141,7 @@ class GptqQuantizer(HfQuantizer):
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
         """Check the values that were loaded and choose the kernels."""
-        from halfbyte.integrations.model_loading import prepare_linears
+        from halfbyte.nn.model_loading import prepare_linears
 
         prepare_linears(model)
         return model
