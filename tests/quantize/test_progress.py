@@ -69,6 +69,13 @@ def test_fallback_is_told_at_once_by_module(clock, make_module):
     assert out.getvalue() == "l.0.q: damping raised to 0.1\n"
 
 
+def test_same_fallback_of_the_next_block_is_not_told_again(clock, make_module):
+    progress, out = plain()
+    for name, note in (("l.0.q", "raised"), ("l.1.q", "raised"), ("l.1.q", "other")):
+        progress.module_done(make_module(name, notes=(note,)))
+    assert out.getvalue().splitlines() == ["l.0.q: raised", "l.1.q: other"]
+
+
 def test_time_left_of_a_resumed_run_counts_its_own_blocks_only(clock, make_module):
     progress, out = plain()
     progress.block_started(20, 30)

@@ -178,7 +178,7 @@ def _errors(report: QuantizationReport) -> str:
         by_kind[module.kind].append(module)
     parts = [
         "Relative error: squared error of a module's outputs over their squared size, on the "
-        "calibration text. RTN: the same for plain rounding to nearest on the same grid.",
+        "calibration text. RTN: the same for plain rounding to nearest on the min-max grid.",
         _table(
             ("modules", "number", "bits", "group", "median", "worst", "mean RTN"),
             [_kind_row(kind, modules) for kind, modules in by_kind.items()],

@@ -40,6 +40,18 @@ class Progress(Protocol):
         """End the display."""
 
 
+class _Notes:
+    """Fallbacks to tell: each once per kind of module, or thirty blocks would say the same."""
+
+    def __init__(self) -> None:
+        self._told: set[tuple[str, str]] = set()
+
+    def take(self, module: ModuleReport) -> list[str]:
+        new = [note for note in module.notes if (module.kind, note) not in self._told]
+        self._told.update((module.kind, note) for note in new)
+        return [f"{module.name}: {note}" for note in new]
+
+
 class SilentProgress:
     """Says nothing."""
 
@@ -95,6 +107,7 @@ class PlainProgress:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._position = _Position()
+        self._notes = _Notes()
         self._modules: list[ModuleReport] = []
         self._block_start = 0.0
 
@@ -115,10 +128,10 @@ class PlainProgress:
         self._block_start = time.monotonic()
 
     def module_done(self, module: ModuleReport) -> None:
-        """Keep the module for its block's line; a fallback gets a line at once."""
+        """Keep the module for its block's line; a new fallback gets a line at once."""
         self._modules.append(module)
-        for note in module.notes:
-            self._print(f"{module.name}: {note}")
+        for line in self._notes.take(module):
+            self._print(line)
 
     def finished(self) -> None:
         """Print the last block."""
@@ -153,6 +166,7 @@ class LiveProgress:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._position = _Position()
+        self._notes = _Notes()
         self._live = Live(
             console=console, get_renderable=self.render, refresh_per_second=4, transient=True
         )
@@ -172,10 +186,10 @@ class LiveProgress:
         self._position.enter_block(index, count)
 
     def module_done(self, module: ModuleReport) -> None:
-        """Show the module; a fallback is printed above the display and stays."""
+        """Show the module; a new fallback is printed above the display and stays."""
         self._position.module = module
-        for note in module.notes:
-            self._console.print(f"{module.name}: {note}", style="yellow")
+        for line in self._notes.take(module):
+            self._console.print(line, style="yellow")
 
     def finished(self) -> None:
         """Take the display away."""

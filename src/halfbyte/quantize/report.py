@@ -50,7 +50,7 @@ class ModuleReport:
     """Squared error of its outputs over their squared size, on the calibration Hessian, 0 at best.
     None where all its outputs are zero."""
     round_to_nearest_error: float | None
-    """The same measure for plain rounding on the same grid: what the solver had to beat."""
+    """The same measure for plain rounding on the min-max grid: what the solver had to beat."""
     damping_used: float
     """As a fraction of the mean diagonal; more than what was asked for after an escalation."""
     notes: tuple[str, ...] = ()
@@ -239,7 +239,11 @@ def _build(cls: type[Part], values: Mapping[str, Any]) -> Part:
     """Make a part of the report; lists from JSON become the tuples that the fields are."""
     allowed = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - set(allowed))
-    missing = [name for name, f in allowed.items() if name not in values and f.default is MISSING and f.default_factory is MISSING]
+    missing = [
+        name
+        for name, f in allowed.items()
+        if name not in values and f.default is MISSING and f.default_factory is MISSING
+    ]
     if unknown or missing:
         raise CheckpointError(
             f"Cannot read {cls.__name__} of a quantization report: unknown {unknown}, missing "
