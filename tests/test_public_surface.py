@@ -54,3 +54,11 @@ def test_types_and_texts_are_shipped():
     package = resources.files("halfbyte")
     assert (package / "py.typed").is_file()
     assert (package / "data" / "NOTICE").is_file()
+
+
+def test_quantize_is_a_function_and_a_package(monkeypatch):
+    from halfbyte.quantize import pipeline
+
+    monkeypatch.setattr(pipeline, "quantize", lambda *args, **kwargs: (args, kwargs))
+    assert halfbyte.quantize("model", "out", resume=True) == (("model", "out"), {"resume": True})
+    assert importlib.import_module("halfbyte.quantize") is halfbyte.quantize

@@ -20,43 +20,63 @@ from halfbyte.integrations.autoload import uninstall as uninstall_transformers
 from halfbyte.version import __version__
 
 if TYPE_CHECKING:
+    from halfbyte.checkpoint.read import Checkpoint, open_checkpoint
     from halfbyte.errors import HalfbyteError
     from halfbyte.evaluate.divergence import DivergenceResult, divergence
     from halfbyte.evaluate.perplexity import PerplexityResult, perplexity
-    from halfbyte.quant_config import CalibrationConfig, QuantConfig
+    from halfbyte.integrations.load import load
+    from halfbyte.quant_config import CalibrationConfig, Override, QuantConfig, ResourceConfig
+    from halfbyte.quantize.pipeline import quantize
+    from halfbyte.quantize.report import QuantizationReport
 
 __all__ = [
     "CalibrationConfig",
+    "Checkpoint",
     "DivergenceResult",
     "HalfbyteError",
+    "Override",
     "PerplexityResult",
     "QuantConfig",
+    "QuantizationReport",
+    "ResourceConfig",
     "__version__",
     "divergence",
     "install_transformers",
+    "load",
+    "open_checkpoint",
     "perplexity",
+    "quantize",
     "uninstall_transformers",
 ]
 
 _LAZY = {
     "CalibrationConfig": "halfbyte.quant_config",
+    "Checkpoint": "halfbyte.checkpoint.read",
     "DivergenceResult": "halfbyte.evaluate.divergence",
     "HalfbyteError": "halfbyte.errors",
+    "Override": "halfbyte.quant_config",
     "PerplexityResult": "halfbyte.evaluate.perplexity",
     "QuantConfig": "halfbyte.quant_config",
+    "QuantizationReport": "halfbyte.quantize.report",
+    "ResourceConfig": "halfbyte.quant_config",
     "divergence": "halfbyte.evaluate.divergence",
+    "load": "halfbyte.integrations.load",
+    "open_checkpoint": "halfbyte.checkpoint.read",
     "perplexity": "halfbyte.evaluate.perplexity",
 }
+"""Name -> its module. ``quantize`` is missing: the package of that name can itself be called."""
 
 
 def __getattr__(name: str) -> Any:
+    if name == "quantize":
+        return importlib.import_module("halfbyte.quantize")
     if name not in _LAZY:
         raise AttributeError(f"module 'halfbyte' has no attribute '{name}'")
     return getattr(importlib.import_module(_LAZY[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *__all__})
 
 
 _install_by_policy()

@@ -74,6 +74,9 @@ def write_checkpoint(
     """Write a checkpoint; give the float32 model that it stands for (experts split)."""
     model = build_model(config)
     unfuse_experts(model, lambda _: True)
+    head = model.get_output_embeddings()
+    if config.get_text_config().tie_word_embeddings and not re.search(recipe.skip, "lm_head"):
+        head.weight = nn.Parameter(head.weight.data.clone())
     packed: dict[str, Tensor] = {}
     for name, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear | Conv1D) or re.search(recipe.skip, name):

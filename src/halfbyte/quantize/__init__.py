@@ -1,1 +1,23 @@
-"""Text, weights -> checkpoint: calibration -> hessian -> grid -> gptq -> journal -> pipeline."""
+"""Text, weights -> checkpoint: calibration -> hessian -> grid -> gptq -> journal -> pipeline.
+
+The package can be called: ``halfbyte.quantize(model, output, ...)`` is
+:func:`halfbyte.quantize.pipeline.quantize`.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+
+class _CallablePackage(ModuleType):
+    """Both names are wanted: the function is what users call, the package is where it lives."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from halfbyte.quantize.pipeline import quantize
+
+        return quantize(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallablePackage
