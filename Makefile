@@ -42,7 +42,7 @@ bench: $(STAMP) ## run the measurements, then fill the README's tables with them
 	$(BIN)/python bench/tables.py
 
 fuzz: $(STAMP) ## 10,000 damaged checkpoints: every one must be refused or read right
-	$(BIN)/python -m pytest -m slow tests/checkpoint $(PYTEST_ARGS)
+	$(BIN)/python -m tests.fuzz.fuzz_checkpoint --mutations 10000
 
 interop: $(STAMP) ## our checkpoints in other tools and theirs in ours, each in a venv of its own
 	$(BIN)/python -m pytest -m interop $(PYTEST_ARGS)

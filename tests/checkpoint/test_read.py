@@ -202,11 +202,27 @@ def test_group_out_of_range_is_refused(tmp_path):
         open_checkpoint(tmp_path).load_facts(Q)
 
 
+def test_group_that_took_a_column_of_the_next_is_refused(tmp_path):
+    write_model(tmp_path, {Q: TinyLinear()})
+    change_tensors(tmp_path, lambda t: t[f"{Q}.g_idx"][32:33].fill_(0))
+    with pytest.raises(CheckpointError, match=rf"{Q}.g_idx makes groups of 33 columns .* say 32"):
+        open_checkpoint(tmp_path).load_facts(Q)
+
+
 def test_odd_zero_of_a_symmetric_linear_is_refused(tmp_path):
     write_model(tmp_path, {Q: TinyLinear()})
     change_tensors(tmp_path, lambda t: t[f"{Q}.qzeros"][0, 0:1].bitwise_xor_(1))
     with pytest.raises(CheckpointError, match=rf"{Q}.qzeros does not store 7"):
         open_checkpoint(tmp_path).dequantize(Q)
+
+
+def test_act_order_without_its_tensor_is_refused(tmp_path):
+    linear = TinyLinear(act_order=True, with_g_idx=False)
+    write_model(tmp_path, {Q: linear})
+    with pytest.raises(CheckpointError, match=rf"no {Q}.g_idx, .*desc_act: true: .* its 2 groups"):
+        open_checkpoint(tmp_path)
+    write_model(tmp_path, {Q: TinyLinear(act_order=True, with_g_idx=False, group_size=64)})
+    assert open_checkpoint(tmp_path).load_facts(Q).has_trivial_groups
 
 
 def test_unknown_module_is_named(tmp_path):

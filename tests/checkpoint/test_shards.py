@@ -63,10 +63,17 @@ def test_whole_set_of_shards_without_index_is_read(tmp_path):
     assert_loads(tmp_path, {"a": A, "b": B})
 
 
-def test_single_model_file_wins_over_an_index(tmp_path):
+def test_single_model_file_beside_an_index_of_the_same_tensors_is_read(tmp_path):
+    write_sharded(tmp_path)
+    save_file({"a": A + 1, "b": B}, tmp_path / "model.safetensors")
+    assert_loads(tmp_path, {"a": A + 1, "b": B})
+
+
+def test_single_model_file_beside_the_index_of_another_model_is_refused(tmp_path):
     write_sharded(tmp_path)
     save_file({"c": A}, tmp_path / "model.safetensors")
-    assert_loads(tmp_path, {"c": A})
+    with pytest.raises(CheckpointError, match=r"has 1 tensors and model.*index.json names 2, not"):
+        TensorFiles.open(tmp_path)
 
 
 @pytest.mark.parametrize("other", ["adapter_model.safetensors", "consolidated.safetensors"])

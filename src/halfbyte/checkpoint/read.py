@@ -188,6 +188,13 @@ class Checkpoint:
         trivial = True
         if "g_idx" in tensors:
             size = measure_groups(name, tensors["g_idx"], layout.num_groups)
+            # Shapes and label may be wrong about a ragged layer, but not for just any size.
+            if size != layout.group_size and layout.in_features % size and size.bit_count() != 1:
+                raise CheckpointError(
+                    f"{name}.g_idx makes groups of {size} columns out of {layout.in_features}, "
+                    f"where the config and the shapes say {layout.group_size}. The file is "
+                    "damaged; download or quantize it again."
+                )
             layout = replace(layout, group_size=size)
             trivial = torch.equal(tensors["g_idx"].to(torch.int32), make_trivial_g_idx(layout))
         zeros = detect_zero_dialect(
@@ -233,6 +240,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         )
         for module, found in shapes.items()
     }
+    _check_order(labels, linears)
     notes = (*labels.notes, *_compare_bits(labels, linears))
     return Checkpoint(
         folder=folder,
@@ -279,6 +287,17 @@ def _declared(labels: QuantizationLabels, module: str, key: str, default: Any) -
     """Give the label that counts for one module; an override of the wrong type is ignored."""
     value = (resolve_dynamic(labels.dynamic, module) or {}).get(key, default)
     return value if type(value) is _LABEL_TYPES[key] else default
+
+
+def _check_order(labels: QuantizationLabels, linears: Mapping[str, LinearLayout]) -> None:
+    """Refuse act-order without the tensor that holds the order."""
+    for module, layout in linears.items():
+        if labels.desc_act and not layout.has_g_idx and layout.num_groups > 1:
+            raise CheckpointError(
+                f"Checkpoint has no {module}.g_idx, but {labels.source} says desc_act: true: the "
+                f"order of its {layout.num_groups} groups is not known. The file is incomplete; "
+                "download it again, or correct desc_act."
+            )
 
 
 def _compare_bits(labels: QuantizationLabels, linears: Mapping[str, LinearLayout]) -> list[str]:

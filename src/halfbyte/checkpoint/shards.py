@@ -46,7 +46,8 @@ class TensorFiles:
 
         Takes ``model.safetensors``, an index with its shards, AutoGPTQ's
         ``gptq_model-4bit-128g.safetensors``, or a single file of any other name. Where
-        ``model.safetensors`` and an index stand together, the former wins, as in Transformers.
+        ``model.safetensors`` and an index stand together, the former is read, as in Transformers;
+        both must have the same tensors.
 
         Args:
             folder: A base model or a quantized one.
@@ -64,13 +65,20 @@ class TensorFiles:
             )
             raise CheckpointError(f"Cannot open checkpoint {folder}: {found}.")
         names = sorted(path.name for path in folder.iterdir())
-        index_name = None if SINGLE_FILE in names else _find_index(folder, names)
+        index_name = _find_index(folder, names)
         weight_map = {} if index_name is None else _read_weight_map(folder / index_name)
-        file_names = sorted(set(weight_map.values())) if index_name else _find_files(folder, names)
+        is_sharded = index_name is not None and SINGLE_FILE not in names
+        file_names = sorted(set(weight_map.values())) if is_sharded else _find_files(folder, names)
         files = tuple(_check_file(folder, name) for name in file_names)
         infos = _merge_headers(files)
-        if index_name is not None:
+        if index_name is not None and is_sharded:
             _check_index_agrees(folder / index_name, weight_map, infos)
+        elif index_name is not None and set(infos) != set(weight_map):
+            raise CheckpointError(
+                f"Cannot open checkpoint {folder}: {SINGLE_FILE} has {len(infos)} tensors and "
+                f"{index_name} names {len(weight_map)}, not the same ones. One of them is left "
+                "over from another model; remove it."
+            )
         return cls(folder=folder, infos=MappingProxyType(infos), files=files)
 
     def load(self, names: Iterable[str]) -> dict[str, Tensor]:
