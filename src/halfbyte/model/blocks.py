@@ -123,7 +123,7 @@ def quantizable_linears(block: nn.Module) -> dict[str, nn.Module]:
 
 def linear_weight(linear: nn.Module) -> Tensor:
     """Give a linear's weight as [out, in], whichever way round the module stores it."""
-    weight: Tensor = linear.weight.data  # type: ignore[union-attr,assignment]
+    weight: Tensor = linear.weight.data  # type: ignore[assignment]
     return weight.t() if isinstance(linear, Conv1D) else weight
 
 

@@ -69,7 +69,7 @@ class UnfusedExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Route tokens [tokens, hidden] through their experts and sum, weighted."""
         routes = [torch.where(top_k_index == expert) for expert in range(self.num_experts)]
-        first = [lambda t=tokens: hidden_states[t] for tokens, _ in routes]  # type: ignore[misc]
+        first = [lambda t=tokens: hidden_states[t] for tokens, _ in routes]
         self._observe("first", first)
         middle = [self._first(expert, first[expert]()) for expert in range(self.num_experts)]
         self._observe("second", [lambda m=m: m for m in middle])  # type: ignore[misc]
@@ -147,7 +147,7 @@ def unfuse_experts(model: nn.Module, wanted: Callable[[str], bool] | None = None
     Raises:
         ModelError: One that was asked for by name cannot be split.
     """
-    replaced = []
+    replaced: list[str] = []
     found = find_fused_experts(model)
     if not found:
         return replaced

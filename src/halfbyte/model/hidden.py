@@ -57,7 +57,7 @@ class HiddenStates:
         if tuple(data.shape) != self._shapes[batch]:
             raise AssertionError(f"batch {batch}: {tuple(data.shape)} != {self._shapes[batch]}")
         self._file.seek(self._offsets[batch])
-        view = memoryview(data.reshape(-1).view(torch.uint8).numpy())
+        view = data.reshape(-1).view(torch.uint8).numpy().data
         while view:
             view = view[self._file.write(view) :]
 
@@ -65,10 +65,10 @@ class HiddenStates:
         """Load one batch into memory of its own."""
         shape = self._shapes[batch]
         data = torch.empty(shape, dtype=self.dtype)
-        view = memoryview(data.reshape(-1).view(torch.uint8).numpy())
+        view = data.reshape(-1).view(torch.uint8).numpy().data
         self._file.seek(self._offsets[batch])
         while view:
-            count = self._file.readinto(view)  # type: ignore[attr-defined]
+            count = self._file.readinto(view)
             if not count:
                 raise OSError(f"{self.path} ends early")
             view = view[count:]
@@ -79,7 +79,7 @@ class HiddenStates:
         crc = 0
         for batch in range(len(self)):
             data = self.read(batch)
-            crc = zlib.crc32(data.reshape(-1).view(torch.uint8).numpy(), crc)
+            crc = zlib.crc32(data.reshape(-1).view(torch.uint8).numpy().data, crc)
         return crc
 
     def close(self) -> None:

@@ -31,7 +31,7 @@ class Renaming:
         Args:
             model: A Transformers model; its parameters may be on the meta device.
         """
-        self._transforms = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+        self._transforms: list[WeightTransform] = get_model_conversion_mapping(model)
         self._renamings = [t for t in self._transforms if isinstance(t, WeightRenaming)]
         self._converters = [t for t in self._transforms if isinstance(t, WeightConverter)]
         self._prefix = str(getattr(model, "base_model_prefix", ""))

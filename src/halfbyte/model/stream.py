@@ -30,7 +30,7 @@ InputGetter = Callable[[], Tensor]
 
 
 @dataclass(slots=True)
-class _BlockDone(Exception):  # noqa: N818 - it ends a forward, it reports no error
+class _BlockDone(Exception):  # ends a forward, reports no error
     output: Any
 
 
@@ -232,8 +232,7 @@ class Passages:
         passage = self._passage(batch)
         if passage.stage < stage and not passage.dead:
             passage.go_on(stage)
-        inputs = passage.inputs if passage.stage == stage and not passage.dead else None
-        return inputs
+        return passage.inputs if passage.stage == stage and not passage.dead else None
 
     def release(self, batch: int) -> None:
         """Say that the inputs of :meth:`reach` are used; forget the passage unless it is kept."""

@@ -174,7 +174,7 @@ class ModelWeights:
             CheckpointError: A tensor of the block is missing; names it.
         """
         self._put(self.files.load(self._block_keys[index]))
-        block = self.model.get_submodule(self.blocks.name(index))
+        block: nn.Module = self.model.get_submodule(self.blocks.name(index))
         for name, tensor in (*block.named_parameters(), *block.named_buffers()):
             if tensor.is_meta:
                 raise self._missing(f"{self.blocks.name(index)}.{name}")

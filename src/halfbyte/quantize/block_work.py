@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from halfbyte.errors import CalibrationError
@@ -118,8 +117,10 @@ class BlockWork:
         prefix = self.weights.blocks.name(index)
         split = unfuse_experts(
             self.weights.model,
-            lambda name: name.startswith(f"{prefix}.")
-            and why_not_unfused(self.weights.model.get_submodule(name)) is None,
+            lambda name: (
+                name.startswith(f"{prefix}.")
+                and why_not_unfused(self.weights.model.get_submodule(name)) is None
+            ),
         )
         self.split_experts = [name.removeprefix(f"{prefix}.") for name in split]
         exact = {n: linear_weight(m) for n, m in quantizable_linears(block).items()}
@@ -246,7 +247,10 @@ class BlockWork:
                     accumulator.update(inputs[index]())
             del inputs
             passages.release(batch)
-        self.meter.flops["Hessians"] += sum(a.num_tokens * w**2.0 for a, w in zip(found, widths))
+        self.meter.flops["Hessians"] += sum(
+            accumulator.num_tokens * width**2.0
+            for accumulator, width in zip(found, widths, strict=True)
+        )
         return found
 
     def _pool(
@@ -286,14 +290,14 @@ def _statistics(
 ) -> InputStatistics:
     notes = []
     if own.dropped_tokens:
-        total = own.num_tokens + own.dropped_tokens
+        seen = own.num_tokens + own.dropped_tokens
         if own.num_tokens == 0:
             raise CalibrationError(
-                f"Cannot quantize {name}: its inputs are not finite in any of {total} calibration "
+                f"Cannot quantize {name}: its inputs are not finite in any of {seen} calibration "
                 "tokens. Compute in float32 (--dtype float32), or look for damaged weights in the "
                 "blocks before it."
             )
-        notes.append(f"{own.dropped_tokens} of {total} tokens dropped: their inputs are not finite")
+        notes.append(f"{own.dropped_tokens} of {seen} tokens dropped: their inputs are not finite")
     total, num_tokens = own.total(), own.num_tokens
     if pool is not None and _is_starved(own) and pool.num_tokens:
         hessian, share = shrink_to_pool(total, num_tokens, pool.total(), pool.num_tokens)

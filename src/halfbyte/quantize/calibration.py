@@ -234,12 +234,10 @@ def _as_text(name: str, item: Any, tokenizer: Any) -> str:
 def _cut(ids: Tensor, length: int) -> list[Tensor]:
     if len(ids) < length:
         return [ids] if len(ids) >= FEWEST_TOKENS else []
-    return list(ids[: len(ids) // length * length].split(length))
+    return list(torch.split(ids[: len(ids) // length * length], length))
 
 
-def _choose(
-    sequences: list[Tensor], config: CalibrationConfig
-) -> tuple[list[Tensor], list[str]]:
+def _choose(sequences: list[Tensor], config: CalibrationConfig) -> tuple[list[Tensor], list[str]]:
     """Take the first ones, or with a seed other than 0 a random choice, in the text's order."""
     if len(sequences) < config.samples:
         return sequences, [

@@ -72,8 +72,7 @@ def write_descriptions(
     modules = [ModuleReport(**m) for entry in blocks for m in entry["modules"]]
     modules += [r.report for r in head]
     quantized = {
-        m.name: Scheme(bits=m.bits, group_size=m.group_size, symmetric=m.symmetric)
-        for m in modules
+        m.name: Scheme(bits=m.bits, group_size=m.group_size, symmetric=m.symmetric) for m in modules
     }
     skipped = {name: reason for entry in blocks for name, reason in entry["skipped"]}
     labels = build_quantization_config(
@@ -140,4 +139,3 @@ def _module_groups(blocks: Sequence[Mapping[str, Any]]) -> list[list[str]]:
                     groups.append(new)
                     seen.update(new)
     return groups
-

@@ -122,5 +122,5 @@ def solve(weight: Tensor, hessian: Tensor, factor: Factor, grid: Grid, symmetric
 
 
 def output_loss(error: Tensor, hessian: Tensor) -> Tensor:
-    """Compute e H eᵀ for every row e: the mean squared output error per output. [out]"""
+    """Compute e H eᵀ for every row e: the mean squared output error per output [out]."""
     return (error @ hessian).mul_(error).sum(1)

@@ -202,9 +202,7 @@ class _Search:
         self.best_share = torch.where(better, shares, self.best_share)
 
 
-def _into_groups(
-    weight: Tensor, curvature: Tensor, g_idx: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _into_groups(weight: Tensor, curvature: Tensor, g_idx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gather columns by group: weights [out, groups, size], curvature [groups, size], present."""
     order = torch.argsort(g_idx, stable=True)
     sizes = torch.bincount(g_idx)

@@ -77,7 +77,7 @@ def exact_bf16_products(rows: Tensor) -> Iterator[None]:
     """Let the CPU's matrix multiply take bf16 values in bf16, where they are bf16 anyway."""
     backend = getattr(torch.backends.mkldnn, "matmul", None)
     usable = rows.dtype == torch.bfloat16 and rows.device.type == "cpu"
-    if not usable or not hasattr(backend, "fp32_precision"):
+    if backend is None or not usable or not hasattr(backend, "fp32_precision"):
         yield
         return
     before = backend.fp32_precision
@@ -197,4 +197,5 @@ def _upper_cholesky(matrix: Tensor) -> Tensor | None:
     lower, info = torch.linalg.cholesky_ex(matrix.flip(0, 1))
     if int(info) != 0 or not bool(torch.isfinite(lower.diagonal()).all()):
         return None
-    return lower.flip(0, 1)
+    upper: Tensor = lower.flip(0, 1)
+    return upper

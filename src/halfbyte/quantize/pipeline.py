@@ -103,7 +103,7 @@ def quantize(
         CalibrationError: The text cannot support the maths.
         JournalError: The unfinished run belongs to other inputs or options.
         VerificationError: What was saved does not compute what was measured.
-    """  # noqa: DOC502 - most are raised further down
+    """
     source, target = find_model(model), Path(output)
     finished = check_output(target, resume=resume)
     if finished is not None:
@@ -193,9 +193,7 @@ class _Run:
         longest = getattr(text_config, "max_position_embeddings", None)
         self.tokens = load_calibration(text, self.calibration, tokenizer, longest)
         check_ids(self.tokens, int(text_config.vocab_size))
-        self.probe = make_probe(
-            tokenizer if quality else None, self.tokens.sequences[0], longest
-        )
+        self.probe = make_probe(tokenizer if quality else None, self.tokens.sequences[0], longest)
 
     def _begin(self, resume: bool) -> None:
         """Take the settings of the journal, or plan and start one."""
@@ -349,7 +347,7 @@ class _Run:
                 dense[f"{disk_name}.weight"] = weight
                 bias = block.get_submodule(name).bias
                 if bias is not None:
-                    dense[f"{disk_name}.bias"] = bias.data  # type: ignore[union-attr]
+                    dense[f"{disk_name}.bias"] = bias.data  # type: ignore[assignment]
         return dense
 
     # ── after ─────────────────────────────────────────────────────────────────

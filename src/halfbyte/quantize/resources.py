@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import ConfigError
-from halfbyte.model.blocks import quantizable_linears
+from halfbyte.model.blocks import linear_weight, quantizable_linears
 from halfbyte.model.experts import find_fused_experts
 from halfbyte.model.weights import ModelWeights
 from halfbyte.quant_config import CalibrationConfig, ResourceConfig
@@ -172,9 +172,7 @@ def resolve_resources(
     )
 
 
-def resolve_dtype(
-    asked: str, stored: torch.dtype, device: torch.device
-) -> tuple[torch.dtype, str]:
+def resolve_dtype(asked: str, stored: torch.dtype, device: torch.device) -> tuple[torch.dtype, str]:
     """Choose the type in which the model computes.
 
     Args:
@@ -258,7 +256,7 @@ def _measure_sizes(weights: ModelWeights) -> _Sizes:
     solver = numbers = hessian = solve = block_numbers = 0
     for block in weights.blocks.modules:
         block_numbers = max(block_numbers, sum(p.numel() for p in block.parameters()))
-        shapes = [_shape(m.weight) for m in quantizable_linears(block).values()]
+        shapes = [_shape(linear_weight(m)) for m in quantizable_linears(block).values()]
         active = float(sum(o * i for o, i in shapes))
         for fused in find_fused_experts(block).values():
             routed = int(getattr(config, "num_experts_per_tok", None) or 1)

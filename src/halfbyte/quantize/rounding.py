@@ -139,7 +139,7 @@ def _solve_rows(
     order = factor.order if desc_act else None
     g_idx = assign_groups(weight.shape[1], scheme.group_size, order).to(weight.device)
     parts = []
-    for rows in weight.split(ROWS_AT_A_TIME):
+    for rows in torch.split(weight, ROWS_AT_A_TIME):
         exact = rows.float()
         grid = search_grid(
             exact, factor.curvature, g_idx, bits=scheme.bits, symmetric=scheme.symmetric
@@ -175,8 +175,8 @@ def _take_rows(solution: Solution, rows: slice) -> Solution:
 
 
 def _output_size(weight: Tensor, hessian: Tensor) -> Tensor:
-    """Mean squared output per row; the denominator of relative errors. [out]"""
-    parts = weight.split(ROWS_AT_A_TIME)
+    """Mean squared output per row [out]; the denominator of relative errors."""
+    parts = torch.split(weight, ROWS_AT_A_TIME)
     return torch.cat([((p := rows.float()) @ hessian).mul_(p).sum(1) for rows in parts])
 
 
