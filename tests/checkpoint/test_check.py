@@ -261,6 +261,15 @@ def test_fused_linears_are_split_as_one(tmp_path):
     assert "out_features 64 per device is no multiple of 128" in why(report, "vllm-machete", 8)
 
 
+def test_key_value_heads_are_repeated_rather_than_split(tmp_path):
+    config = {"num_attention_heads": 8, "num_key_value_heads": 2}
+    report = check(tmp_path, {"self_attn.k_proj": Linear(HIDDEN, 128)}, config=config)
+    for devices in (2, 8):
+        assert f"out_features 64 per device is no multiple of 128: {BLOCK}" in why(
+            report, "vllm-machete", devices
+        )
+
+
 def test_act_order_that_is_split_is_refused_by_machete(tmp_path):
     report = check(tmp_path, llama(act_order=True))
     assert why(report, "vllm-machete", 1) == ""

@@ -5,7 +5,8 @@ may fall in a later version: vLLM's Marlin has begun to pad shapes that it refus
 
 Source:
     vLLM 0.32/0.33: ``quantization/utils/marlin_utils.py``, ``kernels/linear/mixed_precision``;
-    GPTQModel 7: ``nn_modules/qlinear/torch.py``; llama.cpp's Q4_0 and Q8_0 blocks of 32.
+    GPTQModel 7: ``nn_modules/qlinear/torch.py``; llama.cpp's Q4_0 and Q8_0 blocks of 32. The same
+    table stands in docs/concepts/checkpoint.md.
 """
 
 from __future__ import annotations

@@ -81,5 +81,9 @@ def _print_report(report: CheckReport, verified: int | None) -> None:
         lines = fresh if len(fresh) == len(verdict.reasons) else ["as above", *fresh]
         table.add_row(verdict.label, devices, "yes" if verdict.loads else "no", "\n".join(lines))
     console.print(table)
+    known = sorted(
+        {verdict.label.split(",")[0] for verdict in report.verdicts if verdict.evidence == "read"}
+    )
+    console.print(f"The limits of {' and '.join(known)} are as read in their sources.")
     for note in report.notes:
         console.print(f"Note: {note}")
