@@ -1,0 +1,382 @@
+"""The two classes that scripts written for AutoGPTQ import, on top of halfbyte.
+
+::
+
+    from_pretrained(folder, config) ──quantize(examples)──> temporary folder
+                                    ──save_quantized(dir)─> moved there
+    from_quantized(dir) ──> a loaded model; generate, call and everything else go to it
+
+Nothing is loaded to be quantized: halfbyte streams the weights block by block.
+
+Source:
+    AutoGPTQ 0.7 ``modeling/_base.py``, for names, order and defaults of the arguments.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+from halfbyte.checkpoint.layout import CONFIG_FILES
+from halfbyte.errors import ConfigError
+from halfbyte.integrations.auto_gptq_config import BaseQuantizeConfig, tell_ignored
+from halfbyte.quant_config import CalibrationConfig, ResourceConfig
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from halfbyte.quantize.report import QuantizationReport
+
+__all__ = ["AutoGPTQForCausalLM", "BaseQuantizeConfig"]
+
+COMMIT_MESSAGE = "Upload of a model quantized with halfbyte"
+
+
+class AutoGPTQForCausalLM:
+    """A model to be quantized, or a quantized one; what it lacks it asks the loaded model for."""
+
+    def __init__(
+        self,
+        source: str | Path,
+        quantize_config: BaseQuantizeConfig,
+        *,
+        model: PreTrainedModel | None = None,
+        quantized: bool = False,
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        """Keep what is needed to load or quantize the model later.
+
+        Args:
+            source: Its folder, or its name on the Hub.
+            quantize_config: How it is, or is to be, quantized.
+            model: The loaded model, where it is loaded.
+            quantized: Whether ``source`` is quantized.
+            settings: For loading it.
+        """
+        self.source: str | Path = source
+        self.quantize_config = quantize_config
+        self.quantized = quantized
+        self.report: QuantizationReport | None = None
+        self._model = model
+        self._settings = settings or {}
+        self._scratch: weakref.finalize[..., Any] | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        quantize_config: BaseQuantizeConfig,
+        max_memory: dict[Any, Any] | None = None,
+        trust_remote_code: bool = False,
+        **settings: Any,
+    ) -> Self:
+        """Name a model to be quantized; its weights are not loaded.
+
+        Args:
+            pretrained_model_name_or_path: A folder, or a name on the Hub.
+            quantize_config: How to quantize it.
+            max_memory: Not needed: one block is in memory at a time.
+            trust_remote_code: Run the model code that the folder brings.
+            **settings: For loading the model before it is quantized, should that be asked for.
+
+        Returns:
+            The model.
+        """
+        if max_memory is not None:
+            tell_ignored("from_pretrained", ["max_memory"])
+        settings = {**_rename_dtype(settings), "trust_remote_code": trust_remote_code}
+        return cls(pretrained_model_name_or_path, quantize_config, settings=settings)
+
+    @classmethod
+    def from_quantized(
+        cls,
+        model_name_or_path: str | Path,
+        device_map: Any = None,
+        max_memory: dict[Any, Any] | None = None,
+        device: str | int | torch.device | None = None,
+        *,
+        torch_dtype: torch.dtype | None = None,
+        trust_remote_code: bool = False,
+        trainable: bool = False,
+        **flags: Any,
+    ) -> Self:
+        """Load a quantized model.
+
+        Args:
+            model_name_or_path: Its folder, or its name on the Hub.
+            device_map: As Transformers takes it.
+            max_memory: As Transformers takes it; used with a device map.
+            device: Everything on this one device; by default the first GPU, or the CPU.
+            torch_dtype: To compute in; None: as the model's config says.
+            trust_remote_code: Run the model code that the folder brings.
+            trainable: Leave the model in training mode.
+            **flags: AutoGPTQ's switches for its own kernels and files; taken, and of no effect.
+
+        Returns:
+            The loaded model.
+        """
+        from halfbyte.integrations.load import load
+
+        if flags:
+            tell_ignored("from_quantized", flags)
+        placement: dict[str, Any] = {"device": None if device_map else _resolve_device(device)}
+        if device_map:
+            placement = {"device_map": device_map, "max_memory": max_memory}
+        model = load(
+            model_name_or_path,
+            dtype=torch_dtype or "auto",
+            trust_remote_code=trust_remote_code,
+            **placement,
+        )
+        model.train(trainable)
+        folder = Path(model_name_or_path)
+        config = BaseQuantizeConfig.from_pretrained(folder) if folder.is_dir() else None
+        return cls(model_name_or_path, config or BaseQuantizeConfig(), model=model, quantized=True)
+
+    def quantize(
+        self,
+        examples: Sequence[Any],
+        batch_size: int = 1,
+        use_triton: bool | None = None,
+        use_cuda_fp16: bool | None = None,
+        autotune_warmup_after_quantized: bool | None = None,
+        cache_examples_on_gpu: bool | None = None,
+        **flags: Any,
+    ) -> QuantizationReport:
+        """Quantize the model into a temporary folder; ``save_quantized`` moves it.
+
+        Args:
+            examples: What the tokenizer returned for each text, or lists of token ids.
+            batch_size: Examples per forward pass, where their lengths allow it.
+            use_triton: Of no effect, as the next three.
+            use_cuda_fp16: Of no effect.
+            autotune_warmup_after_quantized: Of no effect.
+            cache_examples_on_gpu: Of no effect.
+            **flags: Other switches; of no effect.
+
+        Returns:
+            What the run did and measured.
+
+        Raises:
+            ConfigError: The model is quantized already.
+        """
+        from halfbyte.quantize.pipeline import quantize
+
+        if self.quantized:
+            raise ConfigError(
+                f"Cannot quantize {self.source}: it is quantized already. "
+                "Load the base model with from_pretrained."
+            )
+        given = {
+            "use_triton": use_triton,
+            "use_cuda_fp16": use_cuda_fp16,
+            "autotune_warmup_after_quantized": autotune_warmup_after_quantized,
+            "cache_examples_on_gpu": cache_examples_on_gpu,
+            **flags,
+        }
+        ignored = [name for name, value in given.items() if value is not None]
+        if ignored:
+            tell_ignored("quantize", ignored)
+        scratch = tempfile.mkdtemp(prefix="halfbyte-")
+        # The folder lives as long as this object does, or until it is saved elsewhere.
+        self._scratch = weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)
+        output = Path(scratch) / "model"
+        self.report = quantize(
+            self.source,
+            output,
+            config=self.quantize_config.to_quant_config(),
+            calibration=CalibrationConfig(
+                samples=max(len(examples), 1),
+                length=max(map(_num_tokens, examples), default=1),
+                batch_size=None if batch_size == 1 else batch_size,
+            ),
+            resources=ResourceConfig(device="cuda" if torch.cuda.is_available() else "cpu"),
+            text=examples,
+        )
+        self.source, self.quantized, self._model = output, True, None
+        return self.report
+
+    def save_quantized(
+        self,
+        save_dir: str | Path,
+        use_safetensors: bool = True,
+        safetensors_metadata: dict[str, str] | None = None,
+        **options: Any,
+    ) -> None:
+        """Write the quantized model into a folder, in the standard GPTQ format.
+
+        Args:
+            save_dir: The folder; made where there is none.
+            use_safetensors: Always done, whatever this says.
+            safetensors_metadata: Of no effect.
+            **options: Of no effect.
+
+        Raises:
+            ConfigError: The model is not quantized yet.
+        """
+        if not self.quantized:
+            raise ConfigError(
+                f"Cannot save {self.source}: it is not quantized yet. Call quantize(...) first."
+            )
+        ignored = [*options, *(["safetensors_metadata"] if safetensors_metadata else [])]
+        if not use_safetensors:
+            ignored.append("use_safetensors=False")
+        if ignored:
+            tell_ignored("save_quantized", ignored)
+        target = Path(save_dir)
+        target.mkdir(parents=True, exist_ok=True)
+        if self._scratch is not None:
+            _move_files(Path(self.source), target)
+            self._scratch()
+            self._scratch, self.source = None, target
+        elif self._model is None:
+            shutil.copytree(self.source, target, dirs_exist_ok=True)
+        else:
+            self._model.save_pretrained(target)
+            labels = self._model.config.quantization_config.to_dict()
+            text = json.dumps(labels, indent=2) + "\n"
+            (target / CONFIG_FILES[0]).write_text(text, encoding="utf-8")
+
+    save_pretrained = save_quantized
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        save_dir: str | Path | None = None,
+        use_safetensors: bool = True,
+        safetensors_metadata: dict[str, str] | None = None,
+        commit_message: str = COMMIT_MESSAGE,
+        token: str | bool | None = None,
+        private: bool | None = None,
+        create_pr: bool = False,
+        **options: Any,
+    ) -> str:
+        """Save the quantized model and upload it to the Hugging Face Hub.
+
+        Args:
+            repo_id: ``user/name``; the repository is made where there is none.
+            save_dir: Where to save it; None: a temporary folder.
+            use_safetensors: As in save_quantized.
+            safetensors_metadata: As in save_quantized.
+            commit_message: Of the upload.
+            token: Of the Hub; None: the one that is logged in.
+            private: Whether a new repository is private.
+            create_pr: Open a pull request instead of committing.
+            **options: As in save_quantized.
+
+        Returns:
+            The address of the commit or the pull request.
+        """
+        from huggingface_hub import HfApi
+
+        with tempfile.TemporaryDirectory(prefix="halfbyte-") as scratch:
+            folder = Path(save_dir or scratch)
+            if save_dir is not None or self._scratch is None:
+                self.save_quantized(folder, use_safetensors, safetensors_metadata, **options)
+            else:
+                # Saving would move the only copy into a folder that is about to go.
+                folder = Path(self.source)
+            api = HfApi(token=token)
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                create_pr=create_pr,
+            )
+        return str(commit)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The Transformers model; loaded when it is first asked for."""
+        if self._model is None:
+            self._model = self._load()
+        return self._model
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The model's config; the model itself is not loaded for it."""
+        if self._model is not None:
+            return self._model.config
+        from transformers import AutoConfig
+
+        trust = bool(self._settings.get("trust_remote_code"))
+        return AutoConfig.from_pretrained(self.source, trust_remote_code=trust)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's inputs go."""
+        device: torch.device = self.model.device
+        return device
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate as the Transformers model does, without gradients."""
+        with torch.inference_mode():
+            return self.model.generate(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the Transformers model."""
+        return self.model(*args, **kwargs)
+
+    __call__ = forward
+
+    def to(self, device: str | int | torch.device) -> Self:
+        """Move the model to a device.
+
+        Args:
+            device: The device.
+
+        Returns:
+            Itself.
+        """
+        self.model.to(device)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(f"AutoGPTQForCausalLM has no attribute '{name}'")
+        return getattr(self.model, name)
+
+    def _load(self) -> PreTrainedModel:
+        from transformers import AutoModelForCausalLM
+
+        from halfbyte.integrations.load import load
+
+        if self.quantized:
+            return load(self.source, device=_resolve_device(None))
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.source, **self._settings)
+        return model
+
+
+def _rename_dtype(settings: dict[str, Any]) -> dict[str, Any]:
+    """Transformers 5 says ``dtype`` where AutoGPTQ's time said ``torch_dtype``."""
+    return {("dtype" if key == "torch_dtype" else key): value for key, value in settings.items()}
+
+
+def _resolve_device(device: str | int | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    wanted = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if wanted.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"Cannot load the model on {wanted}: torch {torch.__version__} sees no GPU here. "
+            "Use device='cpu'."
+        )
+    return wanted
+
+
+def _num_tokens(example: Any) -> int:
+    ids = example["input_ids"] if hasattr(example, "keys") else example
+    return int(torch.as_tensor(ids).numel())
+
+
+def _move_files(source: Path, target: Path) -> None:
+    for path in source.iterdir():
+        shutil.move(path, target / path.name)

@@ -1,0 +1,112 @@
+"""AutoGPTQ's quantization config, and the one line about options that mean nothing here.
+
+Source:
+    AutoGPTQ 0.7 ``quantization/config.py``, for names, order and defaults.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from halfbyte.checkpoint.labels import read_labels
+from halfbyte.checkpoint.layout import CONFIG_FILES, FORMAT_V1
+from halfbyte.errors import ConfigError
+from halfbyte.quant_config import QuantConfig
+
+logger = logging.getLogger("halfbyte")
+
+
+@dataclass
+class BaseQuantizeConfig:
+    """How to quantize, in AutoGPTQ's words and order, with its defaults."""
+
+    bits: int = 4
+    group_size: int = -1
+    damp_percent: float = 0.01
+    desc_act: bool = True
+    static_groups: bool = False
+    sym: bool = True
+    true_sequential: bool = True
+    quant_method: str = "gptq"
+    checkpoint_format: str = FORMAT_V1
+    model_name_or_path: str | None = None
+    model_file_base_name: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.quant_method, self.checkpoint_format) != ("gptq", FORMAT_V1):
+            raise ConfigError(
+                f"BaseQuantizeConfig has quant_method '{self.quant_method}' and checkpoint_format "
+                f"'{self.checkpoint_format}'; only 'gptq' and '{FORMAT_V1}' are written."
+            )
+        if not self.true_sequential:
+            tell_ignored("BaseQuantizeConfig", ["true_sequential"])
+        self.to_quant_config()
+
+    def to_quant_config(self) -> QuantConfig:
+        """Say the same in halfbyte's words."""
+        return QuantConfig(
+            bits=self.bits,
+            group_size=self.group_size,
+            symmetric=self.sym,
+            # With static groups the order changes the rounding only, and g_idx stays trivial.
+            desc_act=self.desc_act and not self.static_groups,
+            damping=self.damp_percent,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain values for JSON."""
+        return asdict(self)
+
+    def save_pretrained(self, save_dir: str | Path, **options: Any) -> None:
+        """Write ``quantize_config.json``.
+
+        Args:
+            save_dir: Folder for it.
+            **options: Those of other saves; unused.
+        """
+        folder = Path(save_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.to_dict(), indent=2) + "\n"
+        (folder / CONFIG_FILES[0]).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, save_dir: str | Path, **options: Any) -> Self:
+        """Read the quantization config of a folder.
+
+        Args:
+            save_dir: The folder of a checkpoint.
+            **options: Those of other loads; unused.
+
+        Returns:
+            The config; what the folder does not say has AutoGPTQ's default.
+        """
+        labels = read_labels(Path(save_dir))
+        known: dict[str, Any] = {
+            "bits": labels.bits,
+            "group_size": labels.group_size,
+            "sym": labels.symmetric,
+            "desc_act": labels.desc_act,
+            "damp_percent": labels.raw.get("damp_percent"),
+            "static_groups": labels.raw.get("static_groups"),
+        }
+        return cls(**{key: value for key, value in known.items() if value is not None})
+
+
+def tell_ignored(where: str, names: Iterable[str]) -> None:
+    """Say in one line which of AutoGPTQ's options were taken without effect.
+
+    Args:
+        where: The call that they were given to.
+        names: The options.
+    """
+    logger.warning(
+        "%s: of AutoGPTQ's options, %s have no effect; halfbyte chooses files and kernels itself "
+        "(see: halfbyte doctor).",
+        where,
+        ", ".join(names),
+    )

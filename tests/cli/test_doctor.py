@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import halfbyte
+from halfbyte.cli.main import main
+from halfbyte.kernels.registry import KERNELS
+
+
+@pytest.fixture
+def examined(capsys):
+    def run() -> dict:
+        assert main(["doctor", "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+def test_json_has_every_section(examined):
+    found = examined()
+    assert found["versions"]["halfbyte"] == halfbyte.__version__
+    assert found["versions"]["torch"]
+    assert found["machine"]["instructions"]
+    assert found["kernels"].keys() == {entry.name for entry in KERNELS}
+    assert found["kernels"]["torch_reference"] is None
+    assert found["environment"]["HALFBYTE_TRANSFORMERS"] in ("auto", "on", "off")
+
+
+def test_each_case_has_a_kernel_and_says_why_none_before_it(examined):
+    cases = {case["layer"]: case for case in examined()["cases"] if case["device"] == "cpu"}
+    assert cases["3 bits"]["kernel"] == "torch_reference"
+    assert cases["3 bits"]["rejected"]["torch_int4"] == "supports 4 bits, not 3"
+    assert (
+        "does not divide 576"
+        in (cases["4 bits, group size 128 that does not divide"]["rejected"]["torch_int4"])
+    )
+    assert all(case["kernel"] for case in cases.values())
+
+
+def test_forced_kernel_that_cannot_is_shown_and_not_raised(examined, monkeypatch):
+    monkeypatch.setenv("HALFBYTE_KERNEL", "torch_int4")
+    found = examined()
+    assert found["environment"]["HALFBYTE_KERNEL"] == "torch_int4"
+    (case,) = (c for c in found["cases"] if c["layer"] == "3 bits" and c["device"] == "cpu")
+    assert case["kernel"] is None
+    assert "forced by HALFBYTE_KERNEL: torch_int4" in case["reason"]
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_says_whether_transformers_loads_through_halfbyte(examined, installed):
+    try:
+        (halfbyte.install_transformers if installed else halfbyte.uninstall_transformers)()
+        assert examined()["transformers"]["loads_gptq_through_halfbyte"] is installed
+    finally:
+        halfbyte.install_transformers()
+
+
+def test_table_shows_versions_kernels_and_the_loader(capsys):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for part in (halfbyte.__version__, "torch_reference", "HALFBYTE_KERNEL", "not set", "3 bits"):
+        assert part in out
+    assert "Transformers loads GPTQ through halfbyte: yes" in out
