@@ -134,6 +134,20 @@ def test_missing_folder_and_file_in_its_place_are_refused(tmp_path):
         TensorFiles.open(tmp_path / "file")
 
 
+def test_folder_that_may_not_be_listed_is_refused(tmp_path, monkeypatch):
+    def refuse(_: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(CheckpointError, match=r"Cannot open checkpoint .*: Permission denied"):
+        TensorFiles.open(tmp_path)
+
+
+def test_path_may_be_a_string(tmp_path):
+    save_file({"a": A}, tmp_path / "model.safetensors")
+    assert list(TensorFiles.open(str(tmp_path)).infos) == ["a"]
+
+
 def test_folder_without_weights_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"no .safetensors file among its 1 files"):

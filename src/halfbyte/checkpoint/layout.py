@@ -93,16 +93,7 @@ def infer_linear_layout(
     Raises:
         CheckpointError: A tensor is missing, or the shapes do not fit each other; names the tensor.
     """
-    for suffix in ("qweight", "qzeros", "scales"):
-        if suffix not in shapes:
-            raise CheckpointError(
-                f"Checkpoint has no {module}.{suffix} beside the layer's other tensors "
-                f"({', '.join(sorted(shapes))}). It is incomplete; download or quantize it again."
-            )
-        if len(shapes[suffix]) != 2 or 0 in shapes[suffix]:
-            raise CheckpointError(
-                f"{module}.{suffix} has shape {list(shapes[suffix])}; a matrix is needed."
-            )
+    _check_matrices(module, shapes)
     word_rows, out_features = shapes["qweight"]
     num_groups, scale_columns = shapes["scales"]
     zero_rows, zero_columns = shapes["qzeros"]
@@ -140,6 +131,19 @@ def infer_linear_layout(
         has_g_idx="g_idx" in shapes,
         has_bias="bias" in shapes,
     )
+
+
+def _check_matrices(module: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    for suffix in ("qweight", "qzeros", "scales"):
+        if suffix not in shapes:
+            raise CheckpointError(
+                f"Checkpoint has no {module}.{suffix} beside the layer's other tensors "
+                f"({', '.join(sorted(shapes))}). It is incomplete; download or quantize it again."
+            )
+        if len(shapes[suffix]) != 2 or 0 in shapes[suffix]:
+            raise CheckpointError(
+                f"{module}.{suffix} has shape {list(shapes[suffix])}; a matrix is needed."
+            )
 
 
 def _infer_group_size(module: str, in_features: int, num_groups: int, declared: int | None) -> int:

@@ -213,7 +213,7 @@ class Checkpoint:
         return LinearFacts(layout=layout, zeros=zeros, has_trivial_groups=trivial)
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: str | Path) -> Checkpoint:
     """Open a GPTQ checkpoint: find its files, read headers and labels, check every shape.
 
     Args:
@@ -226,6 +226,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         CheckpointError: It is no GPTQ checkpoint, of a dialect that is not read, or a file is
             missing or damaged; names the tensor.
     """
+    folder = Path(folder)
     files = TensorFiles.open(folder)
     labels = read_labels(folder)
     shapes = _collect_shapes(files)

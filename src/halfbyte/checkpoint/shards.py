@@ -41,7 +41,7 @@ class TensorFiles:
     """Every file that holds a tensor, in the order of their names."""
 
     @classmethod
-    def open(cls, folder: Path) -> TensorFiles:
+    def open(cls, folder: str | Path) -> TensorFiles:
         """Find and check the safetensors files of a model folder; no tensor is read.
 
         Takes ``model.safetensors``, an index with its shards, AutoGPTQ's
@@ -59,12 +59,19 @@ class TensorFiles:
             CheckpointError: There is no such folder, no usable file, or a header or the index is
                 damaged; names the file and the tensor.
         """
+        folder = Path(folder)
         if not folder.is_dir():
             found = (
                 "it is a file; give the folder it is in" if folder.exists() else "no such folder"
             )
             raise CheckpointError(f"Cannot open checkpoint {folder}: {found}.")
-        names = sorted(path.name for path in folder.iterdir())
+        try:
+            names = sorted(path.name for path in folder.iterdir())
+        except OSError as error:
+            raise CheckpointError(
+                f"Cannot open checkpoint {folder}: {error.strerror or error}. "
+                "Check its permissions."
+            ) from error
         index_name = _find_index(folder, names)
         weight_map = {} if index_name is None else _read_weight_map(folder / index_name)
         is_sharded = index_name is not None and SINGLE_FILE not in names

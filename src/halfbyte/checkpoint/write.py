@@ -69,16 +69,7 @@ def pack_linear(
         CheckpointError: Codes or zeros are out of range, a scale is not finite in fp16, or the
             shapes do not fit each other.
     """
-    out_features, in_features = codes.shape
-    if (
-        zeros.shape != scales.shape
-        or zeros.shape[0] != out_features
-        or g_idx.shape != (in_features,)
-    ):
-        raise CheckpointError(
-            f"Cannot pack a linear: codes {list(codes.shape)}, zeros {list(zeros.shape)}, scales "
-            f"{list(scales.shape)} and g_idx {list(g_idx.shape)} do not fit each other."
-        )
+    _check_parts(codes, zeros, scales, g_idx)
     half = scales.to(torch.float16)
     if not bool(torch.isfinite(half).all()):
         raise CheckpointError(
@@ -94,6 +85,19 @@ def pack_linear(
     if bias is not None:
         tensors["bias"] = bias
     return {suffix: tensor.detach().cpu().contiguous() for suffix, tensor in tensors.items()}
+
+
+def _check_parts(codes: Tensor, zeros: Tensor, scales: Tensor, g_idx: Tensor) -> None:
+    out_features, in_features = codes.shape
+    if (
+        zeros.shape != scales.shape
+        or zeros.shape[0] != out_features
+        or g_idx.shape != (in_features,)
+    ):
+        raise CheckpointError(
+            f"Cannot pack a linear: codes {list(codes.shape)}, zeros {list(zeros.shape)}, scales "
+            f"{list(scales.shape)} and g_idx {list(g_idx.shape)} do not fit each other."
+        )
 
 
 def write_shard(
@@ -197,21 +201,11 @@ def build_quantization_config(
     Raises:
         CheckpointError: Nothing is quantized, or a linear is both quantized and skipped.
     """
-    both = sorted(set(quantized) & set(skipped))
-    if both or not quantized:
-        found = f"{both[0]} is both quantized and skipped" if both else "no linear is quantized"
-        raise CheckpointError(f"Cannot write the quantization config: {found}.")
+    _check_assignment(quantized, skipped)
     base = _choose_base(config, quantized)
     rules: dict[str, Rule] = {name: _rule_of(scheme) for name, scheme in quantized.items()}
     rules |= dict.fromkeys(skipped)
-    names = [name for group in module_groups for name in group]
-    # vLLM looks for an output head in the same list.
-    heads = [n for n in quantized if not any(n == name or n.endswith("." + name) for name in names)]
-    groups = [
-        kept
-        for group in module_groups
-        if (kept := [n for n in group if any(q.endswith("." + n) or q == n for q in quantized)])
-    ]
+    groups, heads = _list_modules(quantized, module_groups)
     return {
         "bits": base.bits,
         "group_size": base.group_size,
@@ -228,6 +222,34 @@ def build_quantization_config(
         "true_sequential": True,
         "meta": {"quantizer": [f"halfbyte:{version}"], **(meta or {})},
     }
+
+
+def _check_assignment(quantized: Mapping[str, Scheme], skipped: Mapping[str, str]) -> None:
+    both = sorted(set(quantized) & set(skipped))
+    if both or not quantized:
+        found = f"{both[0]} is both quantized and skipped" if both else "no linear is quantized"
+        raise CheckpointError(f"Cannot write the quantization config: {found}.")
+
+
+def _list_modules(
+    quantized: Mapping[str, Scheme], module_groups: Sequence[Sequence[str]]
+) -> tuple[list[list[str]], list[str]]:
+    """Split what is quantized into the groups inside blocks, and output heads.
+
+    vLLM looks for the head in the same list, so it is given there too.
+    """
+    groups = [
+        kept
+        for group in module_groups
+        if (kept := [name for name in group if any(_is_named(q, name) for q in quantized)])
+    ]
+    names = [name for group in groups for name in group]
+    heads = [q for q in quantized if not any(_is_named(q, name) for name in names)]
+    return groups, heads
+
+
+def _is_named(module: str, name: str) -> bool:
+    return module == name or module.endswith("." + name)
 
 
 def _choose_base(config: QuantConfig, quantized: Mapping[str, Scheme]) -> Scheme:
