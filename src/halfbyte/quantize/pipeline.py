@@ -231,7 +231,7 @@ class _Run:
         width = int(self.weights.config.get_text_config().hidden_size)
         dtype = self.settings.torch_dtype
         shapes = {"calibration": [(b.shape[0], b.shape[1]) for b in self.batches]}
-        shapes["probe"] = [(1, self.probe.shape[1])] * self.probe.shape[0]
+        shapes["probe"] = [self.probe.shape]
         if self.probe.is_held_out:
             shapes["base"] = shapes["probe"]
         states = {
@@ -296,13 +296,11 @@ class _Run:
         self.weights.drop_block(index)
 
     def _run_probe(self, index: int, files: list[HiddenStates], trail: Trail | None = None) -> None:
-        for window in range(self.probe.shape[0]):
-            ids = self._to_device(self.probe.ids[window : window + 1])
-            hidden = None if index == 0 else self._to_device(files[index % 2].read(window))
-            output = self.stream.run(ids, hidden)
-            files[(index + 1) % 2].write(window, output)
-            if trail is not None and window == 0:
-                trail.write(index, output)
+        hidden = None if index == 0 else self._to_device(files[index % 2].read(0))
+        output = self.stream.run(self._to_device(self.probe.ids), hidden)
+        files[(index + 1) % 2].write(0, output)
+        if trail is not None:
+            trail.write(index, output)
 
     def _commit(
         self,
@@ -409,12 +407,12 @@ class _Run:
 
     def _logits(self, states: HiddenStates) -> list[Tensor]:
         """Run the tail on every probe window; logits [tokens, vocabulary] on the CPU."""
+        hidden = self._to_device(states.read(0))
         found = []
         with self.meter.timed("quality"), self.stream.at(self.num_blocks):
-            for window in range(self.probe.shape[0]):
-                ids = self._to_device(self.probe.ids[window : window + 1])
-                hidden = self._to_device(states.read(window))
-                found.append(run_tail(self.stream, ids, hidden)[0].cpu())
+            # One window at a time: logits are as wide as the vocabulary.
+            for ids, window in zip(self.probe.ids.split(1), hidden.split(1), strict=True):
+                found.append(run_tail(self.stream, self._to_device(ids), window)[0].cpu())
         return found
 
     def _make_report(

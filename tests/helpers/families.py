@@ -1,0 +1,100 @@
+"""Tiny random models of many families, as folders on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+VOCABULARY = 128
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_GROUPED = {**_COMMON, "num_key_value_heads": 2}
+_LATENT = {
+    **_COMMON,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+}
+_BLOOM = {**_COMMON, "n_layer": 3, "n_head": 4}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": _GROUPED,
+    "mistral": {**_GROUPED, "sliding_window": 16},
+    "qwen2": _GROUPED,
+    "qwen3": {**_GROUPED, "head_dim": 16},
+    "gemma2": {**_GROUPED, "head_dim": 16, "sliding_window": 16},
+    "gemma3_text": {**_GROUPED, "head_dim": 16, "sliding_window": 16},
+    "phi3": _GROUPED,
+    "gpt2": {
+        "vocab_size": VOCABULARY,
+        "n_embd": 64,
+        "n_layer": 3,
+        "n_head": 4,
+        "n_positions": 128,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "gpt_neox": _COMMON,
+    "opt": {**_COMMON, "ffn_dim": 96, "word_embed_proj_dim": 64},
+    "bloom": _BLOOM,
+    "falcon": _COMMON,
+    "olmo2": _GROUPED,
+    "starcoder2": {**_GROUPED, "sliding_window": 16},
+    "granite": _GROUPED,
+    "mixtral": {**_GROUPED, "num_local_experts": 4},
+    "qwen3_moe": {
+        **_GROUPED,
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+    },
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+}
+
+
+def build_family(family: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, **{**FAMILIES[family], **changes})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        # Routers and other parameters that a fresh model leaves unset.
+        if not bool(torch.isfinite(parameter).all()) or not bool(parameter.any()):
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def write_family(folder: Path, family: str, **changes: Any) -> PreTrainedModel:
+    """Write a tiny model; give the model in memory."""
+    model = build_family(family, **changes)
+    model.save_pretrained(folder, max_shard_size="200KB")
+    return model
+
+
+def token_lists(samples: int = 8, length: int = 48, seed: int = 1) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCABULARY, (samples, length), generator=generator)
+    return ids.tolist()

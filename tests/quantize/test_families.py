@@ -1,0 +1,75 @@
+"""Any causal LM: quantized, saved, loaded, and equal to the model with dequantized weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.helpers.families import FAMILIES, token_lists, write_family
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+import halfbyte
+from halfbyte.checkpoint.read import open_checkpoint
+from halfbyte.model.blocks import find_blocks, quantizable_linears, set_linear_weight
+from halfbyte.model.experts import unfuse_experts
+from halfbyte.model.naming import module_key_map
+from halfbyte.quant_config import CalibrationConfig, QuantConfig
+
+CALIBRATION = CalibrationConfig(samples=8, length=48, batch_size=4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_quantized_model_computes_with_the_dequantized_weights(family: str, tmp_path: Path) -> None:
+    base = write_family(tmp_path / "base", family)
+    report = halfbyte.quantize(
+        tmp_path / "base",
+        tmp_path / "out",
+        config=QuantConfig(group_size=32),
+        calibration=CALIBRATION,
+        text=token_lists(),
+    )
+    ids = torch.tensor(token_lists(2, 24, seed=2))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    unfuse_experts(base)
+    checkpoint = open_checkpoint(tmp_path / "out")
+    names = module_key_map(base, [f"{name}.qweight" for name in checkpoint.linears])
+    for key, name in names.items():
+        linear = base.get_submodule(name.removesuffix(".qweight"))
+        set_linear_weight(linear, checkpoint.dequantize(key.removesuffix(".qweight")))
+    with torch.no_grad():
+        expected, found = base(ids).logits, loaded(ids).logits
+    assert torch.isfinite(expected).all()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    _assert_every_linear_is_accounted_for(base, report, names)
+
+
+def _assert_every_linear_is_accounted_for(
+    base: nn.Module, report: halfbyte.QuantizationReport, names: dict[str, str]
+) -> None:
+    blocks = find_blocks(base)
+    linears = {
+        f"{blocks.name(i)}.{name}"
+        for i, block in enumerate(blocks.modules)
+        for name in quantizable_linears(block)
+    }
+    model_name = {k.removesuffix(".qweight"): n.removesuffix(".qweight") for k, n in names.items()}
+    quantized = {model_name[module.name] for module in report.modules}
+    skipped = {module.name for module in report.skipped}
+    assert all(module.reason for module in report.skipped)
+    assert linears == quantized | {name for name in linears if name in skipped}
+    assert quantized, "nothing was quantized"
+    for module in report.modules:
+        assert module.relative_error is None or module.relative_error < 0.2, module
+
+
+def test_conv1d_and_linear_of_the_same_weight_give_the_same_codes() -> None:
+    linear, conv = nn.Linear(64, 32), Conv1D(32, 64)
+    weight = torch.randn(32, 64)
+    set_linear_weight(linear, weight)
+    set_linear_weight(conv, weight)
+    x = torch.randn(3, 64)
+    linear.bias = conv.bias = None
+    torch.testing.assert_close(linear(x), x @ conv.weight)
