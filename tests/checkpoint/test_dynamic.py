@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import re
 
 import pytest
@@ -128,3 +132,23 @@ def test_first_pattern_that_matches_counts():
 def test_pattern_that_is_no_expression_is_refused():
     with pytest.raises(CheckpointError, match=r"'-:\(a' is not a regular expression"):
         resolve_dynamic({"-:(a": {}}, "x")
+
+
+def test_patterns_do_not_depend_on_the_hash_seed() -> None:
+    """Sets of strings are walked in another order in every process; the config must not be."""
+    program = (
+        "from halfbyte.checkpoint.dynamic import build_dynamic; import json;"
+        "names = ['m.%d.%s' % (i, n) for i in range(2) for n in ('a.q', 'a.o', 'b.u', 'b.d')];"
+        "print(json.dumps(build_dynamic(dict.fromkeys(names), {'bits': 4})))"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            check=True,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},
+        ).stdout
+        for seed in range(4)
+    }
+    assert len(found) == 1, found

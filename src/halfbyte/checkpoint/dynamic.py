@@ -94,20 +94,23 @@ def build_dynamic(rules: Mapping[str, Rule], base: Mapping[str, Any]) -> dict[st
         differing[module] = rule and tuple((k, v) for k, v in rule if base.get(k) != v)
     dynamic: dict[str, dict[str, Any]] = {}
     for rule in sorted(set(differing.values()) - {()}, key=lambda rule: (rule is not None, rule)):
-        members = {module for module, other in differing.items() if other == rule}
+        members = [module for module, other in differing.items() if other == rule]
         sign = SKIP if rule is None else OVERRIDE
         for pattern in _patterns_for(members, differing):
             dynamic[sign + pattern] = dict(rule or ())
     return dynamic
 
 
-def _patterns_for(members: set[str], everything: Iterable[str]) -> list[str]:
-    """Give anchored patterns that match exactly the members among everything."""
+def _patterns_for(members: list[str], everything: Iterable[str]) -> list[str]:
+    """Give anchored patterns that match exactly the members among everything.
+
+    In the members' order, never a set's: the same checkpoint must give the same bytes.
+    """
     templates = _group_by_template(everything)
     chosen = _group_by_template(members)
     # parent with its index pattern -> the names of its children
     children: dict[tuple[str, str], list[str]] = {}
-    containers = _whole_containers(members, everything)
+    containers = _whole_containers(set(members), everything)
     for template, indices in chosen.items():
         experts = _EXPERTS.fullmatch(template)
         whole = {i for i in indices if experts and _fill(experts["container"], i) in containers}

@@ -25,8 +25,8 @@ COARSE_STEPS = 16
 FINE_STEPS = 8
 LOW, HIGH = 0.25, 1.05
 """Scales tried, as fractions of the one that just spans the group."""
-CHUNK_NUMBERS = 1 << 16
-"""Weights searched at a time: the search's temporaries then stay in the core's cache."""
+CHUNK_NUMBERS = 1 << 18
+"""Weights searched at a time: few enough for the cache, enough to outweigh the cost of a call."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +142,7 @@ def _search_symmetric(grouped: Tensor, weights: Tensor, bits: int) -> Tensor:
     # The plain grid, which reaches the largest weight from either side, is always a candidate.
     plain = half / (half - 1)
     for sign in (1.0, -1.0):
-        for share in (*_coarse_shares(), plain):
+        for share in (*_coarse_shares(), 1.0, plain):
             search.try_scales(span * (sign * share), None, sign * share)
     centre = search.best_share.clone()
     for offset in _fine_offsets():
@@ -159,7 +159,7 @@ def _search_asymmetric(
     exact = (-low / span.clamp(min=SMALLEST_SCALE)).clamp(0, top)
     zeros = [z.clamp(1, top) for z in (exact.floor(), exact.ceil())]
     search = _Search(grouped, weights, 0, top)
-    for share in _coarse_shares():
+    for share in (*_coarse_shares(), 1.0):
         for zero in zeros:
             search.try_scales(span * share, zero, share)
     centre = search.best_share.clone()

@@ -1,0 +1,252 @@
+"""A run killed anywhere goes on and writes the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tests.helpers.families import token_lists, write_family
+
+import halfbyte
+from halfbyte.errors import ConfigError, JournalError
+from halfbyte.quant_config import CalibrationConfig, Override, QuantConfig, ResourceConfig
+from halfbyte.quantize.journal import Journal
+
+CALIBRATION = CalibrationConfig(samples=6, length=40, batch_size=2)
+CONFIG = QuantConfig(group_size=32)
+
+WORKER = """
+import json, sys
+import torch
+import halfbyte.quantize.pipeline
+from halfbyte.quant_config import CalibrationConfig, QuantConfig
+torch.set_num_threads(1)
+job = json.loads(sys.argv[1])
+print("ready", flush=True)
+halfbyte.quantize(
+    job["model"], job["output"], config=QuantConfig.from_dict(job["config"]),
+    calibration=CalibrationConfig.from_dict(job["calibration"]), text=job["text"], resume=True,
+)
+print("done", flush=True)
+"""
+
+
+def weight_digests(folder: Path) -> dict[str, str]:
+    """Digest everything but the report's files, which hold times."""
+    told = ("quantization_report.json", "README.md", "quantization_error.png")
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+        if path.name not in told
+    }
+
+
+def run_worker(job: dict[str, object], kill_after: float | None = None) -> float | None:
+    """Run in a process of its own; kill it after so many seconds of work.
+
+    Returns:
+        The seconds that it worked, or None where it was killed.
+    """
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}"}
+    with subprocess.Popen(
+        [sys.executable, "-c", WORKER, json.dumps(job)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as worker:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == "ready\n"
+        start = time.monotonic()
+        try:
+            worker.wait(kill_after)
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            return None
+        assert worker.returncode == 0
+        return time.monotonic() - start
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("llama", QuantConfig(group_size=32)),
+        ("qwen3_moe", QuantConfig(group_size=32, symmetric=False, desc_act=True)),
+        (
+            "gpt2",
+            QuantConfig(
+                bits=3,
+                group_size=16,
+                lm_head=True,
+                skip=(r"\.0\.attn",),
+                overrides=(Override(pattern="mlp", bits=8),),
+            ),
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_killed_at_random_points_the_run_ends_with_the_same_bytes(
+    family: str, config: QuantConfig, tmp_path: Path
+) -> None:
+    changes = {"n_layer": 6} if family == "gpt2" else {"num_hidden_layers": 6}
+    write_family(tmp_path / "base", family, **changes)
+    job = {
+        "model": str(tmp_path / "base"),
+        "config": config.to_dict(),
+        "calibration": CALIBRATION.to_dict(),
+        "text": token_lists(6, 40),
+    }
+    seconds = run_worker({**job, "output": str(tmp_path / "whole")})
+    assert seconds is not None
+    dice = random.Random(family)
+    kills = 0
+    while kills < 4:
+        pause = dice.uniform(0.1, 0.7) * seconds
+        if run_worker({**job, "output": str(tmp_path / "killed")}, pause) is not None:
+            break
+        kills += 1
+    run_worker({**job, "output": str(tmp_path / "killed")})
+    assert kills >= 1
+    assert weight_digests(tmp_path / "killed") == weight_digests(tmp_path / "whole")
+
+
+def quantize(base: Path, output: Path, **changes: object) -> halfbyte.QuantizationReport:
+    keywords: dict[str, object] = {
+        "config": CONFIG,
+        "calibration": CALIBRATION,
+        "text": token_lists(6, 40),
+        **changes,
+    }
+    return halfbyte.quantize(base, output, **keywords)
+
+
+class StopAfter:
+    """A progress that ends the run when a block starts, as an error would."""
+
+    def __init__(self, block: int) -> None:
+        self.block = block
+
+    def started(self, plan: tuple[str, ...]) -> None: ...
+
+    def phase(self, name: str) -> None: ...
+
+    def block_started(self, index: int, count: int) -> None:
+        if index == self.block:
+            raise InterruptedError(index)
+
+    def module_done(self, module: object) -> None: ...
+
+    def finished(self) -> None: ...
+
+
+@pytest.fixture
+def unfinished(tmp_path: Path) -> tuple[Path, Path]:
+    base, output = tmp_path / "base", tmp_path / "out"
+    write_family(base, "llama")
+    with pytest.raises(InterruptedError):
+        quantize(base, output, progress=StopAfter(2))
+    return base, output
+
+
+def test_unfinished_run_is_not_overwritten_unasked(unfinished: tuple[Path, Path]) -> None:
+    base, output = unfinished
+    with pytest.raises(JournalError, match="holds an unfinished run. Add --resume"):
+        quantize(base, output)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": QuantConfig(group_size=32, bits=8)}, r"config.bits: 4 then, 8 now"),
+        ({"config": QuantConfig(group_size=32, damping=0.1)}, r"config.damping: 0.01 then, 0.1"),
+        ({"calibration": CalibrationConfig(samples=5, length=40, batch_size=2)}, "samples: 6 then"),
+        ({"text": token_lists(6, 40, seed=9)}, "calibration.digest"),
+        ({"resources": ResourceConfig(dtype="bfloat16")}, 'dtype: "auto" then, "bfloat16" now'),
+    ],
+)
+def test_other_inputs_or_options_are_refused_by_name(
+    unfinished: tuple[Path, Path], change: dict[str, object], message: str
+) -> None:
+    base, output = unfinished
+    with pytest.raises(JournalError, match=message):
+        quantize(base, output, resume=True, **change)
+    assert quantize(base, output, resume=True).modules, "the refusal must lose nothing"
+
+
+def test_other_weights_are_refused(unfinished: tuple[Path, Path]) -> None:
+    base, output = unfinished
+    write_family(base, "llama", seed=5)
+    with pytest.raises(JournalError, match="model: "):
+        quantize(base, output, resume=True)
+
+
+def test_damaged_hidden_states_are_recognised(unfinished: tuple[Path, Path]) -> None:
+    base, output = unfinished
+    for path in (output / ".halfbyte").glob("calibration-*.bin"):
+        data = bytearray(path.read_bytes())
+        data[100] ^= 1
+        path.write_bytes(data)
+    with pytest.raises(JournalError, match=r"are damaged \(calibration-0.bin\)"):
+        quantize(base, output, resume=True)
+
+
+def test_torn_last_line_is_as_if_it_had_never_been_written(unfinished: tuple[Path, Path]) -> None:
+    base, output = unfinished
+    journal = output / ".halfbyte" / "journal.jsonl"
+    whole = journal.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    assert len(lines) == 3
+    # The last finished block's line cut short; its states were overwritten by nobody since.
+    journal.write_bytes(b"".join(lines) + lines[-1][: len(lines[-1]) // 2])
+    resumed = quantize(base, output, resume=True)
+    assert [m.block for m in resumed.modules][-1] == 2
+
+
+def test_journal_damaged_in_its_middle_is_refused(unfinished: tuple[Path, Path]) -> None:
+    base, output = unfinished
+    journal = output / ".halfbyte" / "journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(lines[0] + b"garbage\n" + lines[2])
+    with pytest.raises(JournalError, match="damaged in line 2"):
+        quantize(base, output, resume=True)
+
+
+def test_finished_run_is_given_back_and_not_overwritten(tmp_path: Path) -> None:
+    write_family(tmp_path / "base", "llama")
+    report = quantize(tmp_path / "base", tmp_path / "out")
+    digests = weight_digests(tmp_path / "out")
+    assert not (tmp_path / "out" / ".halfbyte").exists()
+    assert quantize(tmp_path / "base", tmp_path / "out", resume=True).modules == report.modules
+    with pytest.raises(ConfigError, match="is not empty"):
+        quantize(tmp_path / "base", tmp_path / "out")
+    assert weight_digests(tmp_path / "out") == digests
+
+
+def test_second_process_on_the_same_output_is_refused(tmp_path: Path) -> None:
+    with (
+        Journal(tmp_path / "out"),
+        pytest.raises(JournalError, match="Another process"),
+        Journal(tmp_path / "out"),
+    ):
+        raise AssertionError("both hold the lock")
+
+
+def test_both_ways_of_running_write_the_same_bytes(tmp_path: Path) -> None:
+    """Passages that wait and passages that start again: the fast way against the plain one."""
+    for family in ("llama", "qwen3_moe", "gpt_neox"):
+        write_family(tmp_path / family, family)
+        for name, memory in (("fast", "64GB"), ("plain", "1MB")):
+            quantize(
+                tmp_path / family,
+                tmp_path / f"{family}-{name}",
+                resources=ResourceConfig(memory=memory),
+            )
+        fast, plain = (weight_digests(tmp_path / f"{family}-{n}") for n in ("fast", "plain"))
+        assert fast == plain
