@@ -1,5 +1,10 @@
+import fcntl
 import json
 import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import create_autospec
 
@@ -103,6 +108,47 @@ def test_step_runs_in_a_process_of_its_own():
 def test_killed_step_is_reported_by_name():
     with pytest.raises(ModelError, match=r"The step 'Quantize' of the demo .* was killed"):
         demo._run_apart("Quantize", os._exit, 9)
+
+
+STEP_THAT_HOLDS_A_LOCK = """
+import fcntl, sys, time
+from pathlib import Path
+from halfbyte import demo
+
+def hold(path):
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        Path(path + ".held").touch()
+        time.sleep(60)
+
+if __name__ == "__main__":
+    demo._run_apart("Hold", hold, sys.argv[1])
+"""
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 50
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_step_ends_when_the_demo_is_killed(tmp_path):
+    script, lock = tmp_path / "script.py", tmp_path / "lock"
+    script.write_text(STEP_THAT_HOLDS_A_LOCK)
+    with subprocess.Popen([sys.executable, script, lock], stderr=subprocess.DEVNULL) as process:
+        wait_for(Path(f"{lock}.held").exists)
+        process.kill()
+
+    def is_free():
+        with lock.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return False
+        return True
+
+    wait_for(is_free)
 
 
 def test_error_of_a_step_comes_through(tmp_path):
