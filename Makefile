@@ -8,8 +8,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 PYTEST_ARGS ?=
-# Two test processes would fight over two cores; one keeps timing and memory readable.
-export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
@@ -23,7 +21,7 @@ demo: $(STAMP) ## quantize a real 135M chat model, show what it cost, let it tal
 	$(BIN)/halfbyte demo
 
 test: $(STAMP) ## the unit tests
-	$(BIN)/python -m pytest -m "not slow and not gpu and not interop" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: $(STAMP) ## everything that CI runs: format, lint, types, layers, docstrings, docs, tests
 	$(BIN)/ruff format --check .
@@ -31,7 +29,7 @@ check: $(STAMP) ## everything that CI runs: format, lint, types, layers, docstri
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pydoclint --quiet src
-	$(BIN)/python -m pytest -m "not slow and not gpu and not interop" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 format: $(STAMP) ## put the code in the one format
 	$(BIN)/ruff format .

@@ -226,7 +226,8 @@ class ResourceConfig:
     """What a run may use of the machine."""
 
     memory: str | None = _option(
-        None, "memory that the run may take, such as 8GB (default: 60% of what is free)",
+        None,
+        "memory that the run may take, such as 8GB (default: 60% of what is free)",
         metavar="SIZE",
     )
     device: str = _option("cpu", "where to compute: cpu or cuda", metavar="NAME")

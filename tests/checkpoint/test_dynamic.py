@@ -1,10 +1,9 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
-
-import re
 
 import pytest
 from hypothesis import given, settings

@@ -157,7 +157,7 @@ def unfinished(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_unfinished_run_is_not_overwritten_unasked(unfinished: tuple[Path, Path]) -> None:
     base, output = unfinished
-    with pytest.raises(JournalError, match="holds an unfinished run. Add --resume"):
+    with pytest.raises(JournalError, match=r"holds an unfinished run\. Add --resume"):
         quantize(base, output)
 
 

@@ -411,7 +411,8 @@ class _Run:
         found = []
         with self.meter.timed("quality"), self.stream.at(self.num_blocks):
             # One window at a time: logits are as wide as the vocabulary.
-            for ids, window in zip(self.probe.ids.split(1), hidden.split(1), strict=True):
+            windows = zip(torch.split(self.probe.ids, 1), torch.split(hidden, 1), strict=True)
+            for ids, window in windows:
                 found.append(run_tail(self.stream, self._to_device(ids), window)[0].cpu())
         return found
 
