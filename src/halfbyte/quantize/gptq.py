@@ -17,9 +17,12 @@ import torch
 from torch import Tensor
 
 from halfbyte.quantize.grid import Grid, min_max_grid
+from halfbyte.quantize.hardware import fast_copy
 from halfbyte.quantize.hessian import Factor
 
 BLOCK_COLUMNS = 128
+CLOSE = 1.1
+"""Rows whose two losses are nearer than this are compared exactly; bf16 products are within 1%."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,13 +36,27 @@ class Solution:
     """Squared output error per output row, mean over tokens: tr(E H Eᵀ) by rows. [out]"""
     round_to_nearest_loss: Tensor
     """The same for plain round to nearest on the min-max grid. [out]"""
+    size: Tensor
+    """Mean squared output per row, to which a loss is relative. [out]"""
     kept_nearest: Tensor
     """bool [out]: rows where rounding to nearest was better and was kept."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sweep:
+    """What a sweep over the columns gives."""
+
+    codes: Tensor
+    """uint8 [out, in], columns in stored order."""
+    damped_loss: Tensor
+    """e (H + damping) eᵀ of every row's error e; it falls out of the sweep. [out]"""
+    squared_error: Tensor
+    """e eᵀ of every row. [out]"""
+
+
 def sweep(
     weight: Tensor, factor: Factor, grid: Grid, *, block_columns: int = BLOCK_COLUMNS
-) -> Tensor:
+) -> Sweep:
     """Round a weight matrix to its grid, moving each column's error onto the columns after it.
 
     Args:
@@ -49,7 +66,7 @@ def sweep(
         block_columns: Columns settled together. Changes speed, not the result.
 
     Returns:
-        Codes, uint8 [out, in], in the same column order as `weight`.
+        The codes, and what they cost.
     """
     order, upper = factor.order, factor.upper
     in_features = upper.shape[0]
@@ -58,10 +75,12 @@ def sweep(
     scales = grid.scales.t().contiguous()
     zeros = grid.zeros.t().contiguous()
     groups = grid.g_idx[order].tolist()
-    feedback = upper / upper.diagonal()
+    roots = upper.diagonal()
+    feedback = upper / roots
     errors = torch.empty_like(wanted)
     codes = torch.empty(wanted.shape, dtype=torch.uint8, device=weight.device)
     top = float(2**grid.bits - 1)
+    loss = torch.zeros_like(wanted[0])
     for start in range(0, in_features, block_columns):
         end = min(start + block_columns, in_features)
         block = wanted[start:end].clone()
@@ -72,18 +91,23 @@ def sweep(
         for k in range(end - start):
             column, group = block[k], groups[start + k]
             if k:
-                column = torch.addmv(column, own[:k].t(), inner[:k, k])
+                column = torch.addmv(column, own[:k].t(), inner[:k, k], out=column)
             scale, zero = scales[group], zeros[group]
             code = torch.div(column, scale).round_().add_(zero).clamp_(0.0, top)
             codes[start + k] = code
-            torch.addcmul(wanted[start + k], code.sub_(zero), scale, value=-1, out=own[k])
+            code.sub_(zero).mul_(scale)
+            torch.sub(wanted[start + k], code, out=own[k])
+            column.sub_(code)
+        loss += block.mul_(roots[start:end, None]).square_().sum(0)
     result = torch.empty_like(codes)
     result[order] = codes
-    return result.t().contiguous()
+    return Sweep(
+        codes=result.t().contiguous(), damped_loss=loss, squared_error=errors.square_().sum(0)
+    )
 
 
 def solve(weight: Tensor, hessian: Tensor, factor: Factor, grid: Grid, symmetric: bool) -> Solution:
-    """Sweep, then keep round to nearest for the rows where it is better after all.
+    """Sweep, then keep plain round to nearest for the rows where it is better after all.
 
     Args:
         weight: fp32 [out, in].
@@ -95,32 +119,47 @@ def solve(weight: Tensor, hessian: Tensor, factor: Factor, grid: Grid, symmetric
     Returns:
         The better of both, row by row: never above round to nearest's loss.
     """
+    swept = sweep(weight, factor, grid)
+    loss = (swept.damped_loss - factor.added * swept.squared_error).clamp_(min=0)
     plain = min_max_grid(weight, grid.g_idx, bits=grid.bits, symmetric=symmetric)
     plain_codes = plain.round_to_nearest(weight)
-    plain_loss = output_loss(weight - plain.dequantize(plain_codes), hessian)
-    codes = sweep(weight, factor, grid)
-    loss = output_loss(weight - grid.dequantize(codes), hessian)
-    nearest = grid.round_to_nearest(weight)
-    nearest_loss = output_loss(weight - grid.dequantize(nearest), hessian)
-    better = nearest_loss < loss
-    codes = torch.where(better[:, None], nearest, codes)
-    loss = torch.minimum(loss, nearest_loss)
-    plainer = plain_loss < loss
-    grid = Grid(
-        bits=grid.bits,
-        scales=torch.where(plainer[:, None], plain.scales, grid.scales),
-        zeros=torch.where(plainer[:, None], plain.zeros, grid.zeros),
-        g_idx=grid.g_idx,
-    )
+    rough = fast_copy(hessian)
+    plain_loss = output_loss(weight - plain.dequantize(plain_codes), rough)
+    close = torch.nonzero(plain_loss < CLOSE * loss).flatten()
+    better = torch.zeros_like(loss, dtype=torch.bool)
+    if close.numel():
+        # The rough product, and the damping taken off again, cannot decide these rows.
+        wanted = weight[close]
+        for codes, found, into in (
+            (plain_codes, plain, plain_loss),
+            (swept.codes, grid, loss),
+        ):
+            into[close] = output_loss(wanted - found.rows(close).dequantize(codes[close]), hessian)
+        better[close] = plain_loss[close] < loss[close]
     return Solution(
-        grid=grid,
-        codes=torch.where(plainer[:, None], plain_codes, codes),
-        loss=torch.minimum(loss, plain_loss),
+        grid=Grid(
+            bits=grid.bits,
+            scales=torch.where(better[:, None], plain.scales, grid.scales),
+            zeros=torch.where(better[:, None], plain.zeros, grid.zeros),
+            g_idx=grid.g_idx,
+        ),
+        codes=torch.where(better[:, None], plain_codes, swept.codes),
+        loss=torch.where(better, plain_loss, loss),
+        size=output_loss(weight, rough),
         round_to_nearest_loss=plain_loss,
-        kept_nearest=better | plainer,
+        kept_nearest=better,
     )
 
 
 def output_loss(error: Tensor, hessian: Tensor) -> Tensor:
-    """Compute e H eᵀ for every row e: the mean squared output error per output [out]."""
-    return (error @ hessian).mul_(error).sum(1)
+    """Compute e H eᵀ for every row e: the mean squared output error per output. [out]
+
+    Args:
+        error: fp32 [out, in].
+        hessian: [in, in]; the product is taken in its type.
+
+    Returns:
+        fp32 [out].
+    """
+    product = error.to(hessian.dtype) @ hessian
+    return product.float().mul_(error).sum(1).clamp_(min=0)

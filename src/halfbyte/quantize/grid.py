@@ -41,6 +41,15 @@ class Grid:
     g_idx: Tensor
     """int64 [in]: the group of each column."""
 
+    def rows(self, chosen: Tensor | slice) -> Grid:
+        """Give the grid of some output rows."""
+        return Grid(
+            bits=self.bits,
+            scales=self.scales[chosen],
+            zeros=self.zeros[chosen],
+            g_idx=self.g_idx,
+        )
+
     def column_scales(self) -> Tensor:
         """Spread the scales over the columns: [out, in]."""
         return self.scales[:, self.g_idx]

@@ -119,6 +119,8 @@ class Factor:
     """fp32 [in, in], upper triangular, in rounding order: H + damping = upper @ upperᵀ."""
     damping: float
     """Fraction of the mean diagonal that was added in the end."""
+    added: float
+    """What that came to: ``upper @ upper.T`` exceeds the Hessian by this on its diagonal."""
     notes: tuple[str, ...]
     """Every departure from the plain computation."""
 
@@ -160,7 +162,13 @@ def factorize(hessian: Tensor, *, damping: float, act_order: bool) -> Factor:
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
         hessian = hessian[order][:, order]
     upper, used, how = _factor(hessian, damping)
-    return Factor(order=order, upper=upper, damping=used, notes=(*notes, *how))
+    return Factor(
+        order=order,
+        upper=upper,
+        damping=used,
+        added=used * float(hessian.diagonal().mean()),
+        notes=(*notes, *how),
+    )
 
 
 def _factor(hessian: Tensor, damping: float) -> tuple[Tensor, float, list[str]]:

@@ -22,6 +22,7 @@ from halfbyte.model.blocks import linear_weight, quantizable_linears
 from halfbyte.model.experts import find_fused_experts
 from halfbyte.model.weights import ModelWeights
 from halfbyte.quant_config import CalibrationConfig, ResourceConfig
+from halfbyte.quantize.hardware import has_fast_bf16
 from halfbyte.quantize.rounding import ROWS_AT_A_TIME
 from halfbyte.quantize.units import format_bytes, format_seconds
 
@@ -191,7 +192,7 @@ def resolve_dtype(asked: str, stored: torch.dtype, device: torch.device) -> tupl
         return stored, "float32, as the model is stored"
     if device.type != "cpu":
         return stored, f"{str(stored).removeprefix('torch.')}, as the model is stored"
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported() and _has_bf16_units():
+    if has_fast_bf16():
         return torch.bfloat16, "bfloat16, which this processor multiplies fast"
     return torch.float32, "float32: this processor has no fast 16-bit arithmetic"
 
@@ -224,20 +225,6 @@ def parse_size(text: str) -> int:
     if match is None:
         raise ConfigError(f"memory is '{text}'; write a number and a unit, such as 4GB or 800MB.")
     return int(float(match[1]) * _UNITS[match[2].lower()])
-
-
-def _has_bf16_units() -> bool:
-    capability = torch.backends.cpu.get_cpu_capability()
-    if not capability.startswith("AVX512"):
-        return capability in ("SVE256", "SVE", "NEON", "DEFAULT") and _flag("bf16")
-    return _flag("avx512_bf16") or _flag("amx_bf16")
-
-
-def _flag(name: str) -> bool:
-    try:
-        return name in Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
-    except OSError:
-        return False
 
 
 def _budget(asked: str | None) -> tuple[int, str]:

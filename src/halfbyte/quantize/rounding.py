@@ -120,16 +120,13 @@ def round_group(
     for scheme, same in by_scheme.items():
         weight = torch.cat([task.weight for task in same]).to(factor.upper.device)
         solution = _solve_rows(weight, statistics.hessian, factor, scheme, config.desc_act)
-        size = _output_size(weight, statistics.hessian)
         seconds = (time.monotonic() - start) / len(tasks)
         first = 0
         for task in same:
             rows = slice(first, first + task.weight.shape[0])
             first = rows.stop
             part = _take_rows(solution, rows)
-            rounded[task.name] = _finish(
-                task, part, float(size[rows].sum()), statistics, factor, seconds
-            )
+            rounded[task.name] = _finish(task, part, statistics, factor, seconds)
     return [rounded[task.name] for task in tasks]
 
 
@@ -156,40 +153,33 @@ def _solve_rows(
         ),
         codes=torch.cat([p.codes for p in parts]),
         loss=torch.cat([p.loss for p in parts]),
+        size=torch.cat([p.size for p in parts]),
         round_to_nearest_loss=torch.cat([p.round_to_nearest_loss for p in parts]),
         kept_nearest=torch.cat([p.kept_nearest for p in parts]),
     )
 
 
 def _take_rows(solution: Solution, rows: slice) -> Solution:
-    grid = solution.grid
     return Solution(
-        grid=Grid(
-            bits=grid.bits, scales=grid.scales[rows], zeros=grid.zeros[rows], g_idx=grid.g_idx
-        ),
+        grid=solution.grid.rows(rows),
         codes=solution.codes[rows],
         loss=solution.loss[rows],
+        size=solution.size[rows],
         round_to_nearest_loss=solution.round_to_nearest_loss[rows],
         kept_nearest=solution.kept_nearest[rows],
     )
 
 
-def _output_size(weight: Tensor, hessian: Tensor) -> Tensor:
-    """Mean squared output per row [out]; the denominator of relative errors."""
-    parts = torch.split(weight, ROWS_AT_A_TIME)
-    return torch.cat([((p := rows.float()) @ hessian).mul_(p).sum(1) for rows in parts])
-
-
 def _finish(
     task: LinearTask,
     solution: Solution,
-    size: float,
     statistics: InputStatistics,
     factor: Factor,
     seconds: float,
 ) -> RoundedLinear:
     grid = solution.grid
     weight = grid.dequantize(solution.codes)
+    size = float(solution.size.sum())
     tensors = pack_linear(
         solution.codes,
         grid.zeros,
