@@ -1,0 +1,25 @@
+"""What this processor is fast at."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+
+@cache
+def has_fast_bf16() -> bool:
+    """Say whether the CPU multiplies bf16 matrices in hardware (AVX512_BF16, AMX, or Arm's)."""
+    try:
+        words = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    except OSError:
+        return False
+    native = bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+    return native and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def fast_copy(matrix: torch.Tensor) -> torch.Tensor:
+    """Give a matrix in the type in which this machine multiplies fastest, for rough products."""
+    fast = matrix.device.type != "cpu" or has_fast_bf16()
+    return matrix.bfloat16() if fast else matrix
