@@ -8,7 +8,6 @@ from tests.helpers.tiny_gptq import pack_stream
 
 from halfbyte.errors import CheckpointError
 from halfbyte.packing import (
-    SUPPORTED_BITS,
     codes_per_run,
     pack_codes,
     pack_weight,
@@ -18,6 +17,7 @@ from halfbyte.packing import (
     unpack_zeros,
     words_per_run,
 )
+from halfbyte.quant_config import SUPPORTED_BITS
 
 # Written out by hand from the format's description; 3 bits: 32 codes 0..7 over and over in 3 words.
 KNOWN_WORDS = {

@@ -20,8 +20,6 @@ from torch import Tensor
 
 from halfbyte.errors import CheckpointError
 
-SUPPORTED_BITS = (2, 3, 4, 8)
-
 WORD_BITS = 32
 
 CACHED_CODES = 2**19

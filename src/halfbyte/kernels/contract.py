@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import ConfigError
-from halfbyte.packing import SUPPORTED_BITS
+from halfbyte.quant_config import SUPPORTED_BITS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

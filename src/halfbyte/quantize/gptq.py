@@ -152,7 +152,7 @@ def solve(weight: Tensor, hessian: Tensor, factor: Factor, grid: Grid, symmetric
 
 
 def output_loss(error: Tensor, hessian: Tensor) -> Tensor:
-    """Compute e H eᵀ for every row e: the mean squared output error per output. [out]
+    """Compute e H eᵀ for every row e: the mean squared output error per output [out].
 
     Args:
         error: fp32 [out, in].
