@@ -61,10 +61,11 @@ def _print_table(args: argparse.Namespace, result: DivergenceResult) -> None:
     console.print(
         f"{result.num_windows} windows of {result.window} tokens ({result.num_tokens} predicted) "
         f"of {describe_text(args.text)}; base {result.base.dtype}, quantized "
-        f"{result.quantized.dtype}. Standard errors over windows."
+        f"{result.quantized.dtype}. Standard errors over windows.",
+        soft_wrap=True,
     )
     if result.note:
-        console.print(f"Note: {result.note}")
+        console.print(f"Note: {result.note}", soft_wrap=True)
 
 
 def divergence_rows(result: DivergenceResult) -> list[tuple[str, str, str]]:

@@ -58,7 +58,8 @@ def _print_table(args: argparse.Namespace, result: PerplexityResult) -> None:
     console.print(table)
     console.print(
         f"{result.num_windows} windows of {result.window} tokens ({result.num_tokens} predicted) "
-        f"of {describe_text(args.text)}; {result.dtype}. Standard error over windows."
+        f"of {describe_text(args.text)}; {result.dtype}. Standard error over windows.",
+        soft_wrap=True,
     )
     if result.note:
-        console.print(f"Note: {result.note}")
+        console.print(f"Note: {result.note}", soft_wrap=True)
