@@ -41,6 +41,7 @@ from halfbyte.quantize.finish import (
     write_descriptions,
     write_outside,
 )
+from halfbyte.quantize.hardware import release_memory
 from halfbyte.quantize.journal import Journal
 from halfbyte.quantize.probe import (
     KEPT_LOGITS,
@@ -294,6 +295,7 @@ class _Run:
         with self.meter.timed("write"):
             self._commit(index, work, exact, skipped, states)
         self.weights.drop_block(index)
+        release_memory()
 
     def _run_probe(self, index: int, files: list[HiddenStates], trail: Trail | None = None) -> None:
         hidden = None if index == 0 else self._to_device(files[index % 2].read(0))

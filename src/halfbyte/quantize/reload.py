@@ -22,6 +22,7 @@ from halfbyte.model.stream import BlockStream
 from halfbyte.model.weights import ModelWeights
 from halfbyte.nn.model_loading import collect_linears, untie
 from halfbyte.nn.replace import quantized_linears, replace_linears
+from halfbyte.quantize.hardware import release_memory
 from halfbyte.quantize.probe import KEPT_LOGITS, Probe, Trail, run_tail
 from halfbyte.quantize.rounding import weight_crc
 
@@ -101,6 +102,7 @@ def check_outputs(
                 f"{HIDDEN_TOLERANCE:g}. Please report this with the model's name."
             )
         weights.drop_block(index)
+        release_memory()
         hidden = expected
     for _, linear in quantized_linears(weights.model):
         if not linear.scales.is_meta:
