@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from halfbyte.model.hidden import HiddenStates
+
+SHAPES = [(2, 5), (1, 3), (2, 5)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_batches_come_back_bit_by_bit(dtype: torch.dtype, tmp_path: Path) -> None:
+    batches = [torch.randn(*shape, 4).to(dtype) for shape in SHAPES]
+    with HiddenStates(tmp_path / "h.bin", SHAPES, 4, dtype) as states:
+        for index in (2, 0, 1):
+            states.write(index, batches[index])
+        for index, batch in enumerate(batches):
+            found = states.read(index)
+            assert found.dtype == dtype
+            assert torch.equal(found, batch)
+        assert len(states) == 3
+    assert (tmp_path / "h.bin").stat().st_size == (10 + 3 + 10) * 4 * dtype.itemsize
+
+
+def test_file_is_found_again(tmp_path: Path) -> None:
+    with HiddenStates(tmp_path / "h.bin", SHAPES, 4, torch.float32) as states:
+        states.write(1, torch.full((1, 3, 4), 7.0))
+        digest = states.digest()
+    with HiddenStates(tmp_path / "h.bin", SHAPES, 4, torch.float32) as states:
+        assert states.digest() == digest
+        assert bool((states.read(1) == 7).all())
+
+
+def test_what_is_read_is_a_copy(tmp_path: Path) -> None:
+    with HiddenStates(tmp_path / "h.bin", [(1, 2)], 4, torch.float32) as states:
+        states.write(0, torch.ones(1, 2, 4))
+        states.read(0).zero_()
+        assert bool((states.read(0) == 1).all())
+
+
+def test_digest_sees_every_bit(tmp_path: Path) -> None:
+    with HiddenStates(tmp_path / "h.bin", SHAPES, 4, torch.float32) as states:
+        for index, shape in enumerate(SHAPES):
+            states.write(index, torch.randn(*shape, 4))
+        before = states.digest()
+        data = bytearray((tmp_path / "h.bin").read_bytes())
+        data[-1] ^= 1
+        (tmp_path / "h.bin").write_bytes(data)
+        assert states.digest() != before
+
+
+def test_other_type_is_cast_and_other_shape_refused(tmp_path: Path) -> None:
+    with HiddenStates(tmp_path / "h.bin", [(1, 2)], 4, torch.bfloat16) as states:
+        states.write(0, torch.full((1, 2, 4), 1.5, dtype=torch.float32))
+        assert bool((states.read(0) == 1.5).all())
+        with pytest.raises(AssertionError, match=r"batch 0: \(2, 2, 4\) != \(1, 2, 4\)"):
+            states.write(0, torch.zeros(2, 2, 4))
+
+
+def test_file_cut_short_by_another_program_is_no_endless_loop(tmp_path: Path) -> None:
+    with HiddenStates(tmp_path / "h.bin", [(1, 2)], 4, torch.float32) as states:
+        states.write(0, torch.ones(1, 2, 4))
+        (tmp_path / "h.bin").write_bytes(b"1234")
+        with pytest.raises(OSError, match=r"h\.bin ends early"):
+            states.read(0)
