@@ -35,8 +35,8 @@ CALIBRATION = CalibrationConfig(samples=32, length=512)
 """A quarter of the usual, so that the whole demo takes minutes on two cores."""
 WINDOW = 512
 WINDOWS = 10
-PROMPT = "What is gravity, in one sentence?"
-MAX_NEW_TOKENS = 48
+PROMPT = "How do plants make food?"
+MAX_NEW_TOKENS = 60
 
 Report = Callable[[str], None]
 """Told each step of the demo as it starts, in one line."""
