@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
@@ -168,6 +169,23 @@ class QuantConfig:
                 group_size = group_size if override.group_size is None else override.group_size
                 symmetric = symmetric if override.symmetric is None else override.symmetric
         return Scheme(bits=bits, group_size=group_size, symmetric=symmetric)
+
+    def unmatched_patterns(self, module_names: Collection[str]) -> list[str]:
+        """Say which patterns were given in vain.
+
+        Args:
+            module_names: Every linear of the model.
+
+        Returns:
+            One sentence per skip or override pattern that matches none of them.
+        """
+        given = [("skip", pattern) for pattern in self.skip]
+        given += [("override", override.pattern) for override in self.overrides]
+        return [
+            f"the {kind} pattern '{pattern}' matches no module"
+            for kind, pattern in given
+            if not any(re.search(pattern, name) for name in module_names)
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain values for JSON."""

@@ -228,7 +228,10 @@ def _check_assignment(quantized: Mapping[str, Scheme], skipped: Mapping[str, str
     both = sorted(set(quantized) & set(skipped))
     if both or not quantized:
         found = f"{both[0]} is both quantized and skipped" if both else "no linear is quantized"
-        raise CheckpointError(f"Cannot write the quantization config: {found}.")
+        raise CheckpointError(
+            f"Cannot write the quantization config: {found}. Loosen the skip patterns, or choose a "
+            "model whose layers are multiples of 32 wide."
+        )
 
 
 def _list_modules(

@@ -158,7 +158,7 @@ class GptqQuantizer(HfQuantizer):
         Returns:
             The rules to load by.
         """
-        from halfbyte.integrations.renaming import align_renamings
+        from halfbyte.model.renaming import align_renamings
 
         return align_renamings(model, weight_conversions, self.disk_names, self.disk_keys)
 

@@ -27,6 +27,7 @@ from halfbyte.checkpoint.shards import TensorFiles, TensorInfo
 from halfbyte.errors import CheckpointError, ModelError
 from halfbyte.model.blocks import Blocks, build_skeleton, find_blocks
 from halfbyte.model.naming import Renaming
+from halfbyte.model.renaming import align_renamings
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -204,7 +205,8 @@ class ModelWeights:
         """Let Transformers rename, merge and set them, as it does in ``from_pretrained``."""
         rules = Renaming(self.model)
         config = LoadStateDictConfig(
-            weight_mapping=rules.transforms,
+            # Packed experts are linears of their own, and so is a dense one beside them.
+            weight_mapping=align_renamings(self.model, rules.transforms, {}, tensors),
             device_map={"": self.device},
             dtype=self.dtype,
         )

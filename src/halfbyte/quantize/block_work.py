@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
-from halfbyte.errors import CalibrationError
+from halfbyte.errors import CalibrationError, CheckpointError
 from halfbyte.model.blocks import (
     InputGroup,
     Stage,
@@ -163,6 +164,9 @@ class BlockWork:
 
         Returns:
             The tasks, and what is skipped.
+
+        Raises:
+            CheckpointError: A weight to be rounded is not finite; names the module.
         """
         tasks = []
         skipped = []
@@ -181,6 +185,7 @@ class BlockWork:
             if scheme is None or reason:
                 skipped.append(SkippedModule(name=disk_name, reason=reason))
                 continue
+            _check_finite(disk_name, weight)
             bias = getattr(root.get_submodule(name), "bias", None)
             tasks.append(
                 LinearTask(
@@ -305,6 +310,16 @@ def _statistics(
     else:
         hessian = total / max(num_tokens, 1)
     return InputStatistics(hessian=hessian, num_tokens=num_tokens, notes=tuple(notes))
+
+
+def _check_finite(name: str, weight: Tensor) -> None:
+    finite = torch.isfinite(weight)
+    if not bool(finite.all()):
+        raise CheckpointError(
+            f"Cannot quantize {name}: {int((~finite).sum())} of its {weight.numel()} weights are "
+            "not finite. The model's files are damaged; download them again, or leave the module "
+            "as it is with --skip."
+        )
 
 
 def _is_starved(accumulator: HessianAccumulator) -> bool:

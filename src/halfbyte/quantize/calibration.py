@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,10 +24,12 @@ from halfbyte.quant_config import CalibrationConfig
 
 BUILT_IN = "built-in (WikiText-2 validation split)"
 FEWEST_TOKENS = 2
+_WHOLE_NUMBERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 CalibrationSource = str | Path | Sequence[Any] | None
 """None: the built-in text. A path: a text file, or JSON lines. A sequence: texts, chat message
-lists, token id lists, or what a tokenizer returns."""
+lists, token id lists, or what a tokenizer returns; of a padded table of ids the padding is left
+out by its attention mask."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,19 +97,19 @@ def load_calibration(
         notes.append(f"sequences of {longest} tokens instead of {length}: the model takes no more")
         length = longest
     name, items = _read_source(source)
-    sequences = [ids for item in items if (ids := _as_ids(item)) is not None]
-    if sequences and len(sequences) != len(items):
+    given = [rows for item in items if (rows := _as_ids(name, item)) is not None]
+    if given and len(given) != len(items):
         raise CalibrationError(
-            f"Calibration data {name} mixes {len(sequences)} token id lists with "
-            f"{len(items) - len(sequences)} texts. Give one kind."
+            f"Calibration data {name} mixes {len(given)} token id lists with "
+            f"{len(items) - len(given)} texts. Give one kind."
         )
-    if not sequences:
-        sequences = _cut(_tokenize(name, items, tokenizer), length)
-        sequences, note = _choose(sequences, config)
-        notes += note
+    if given:
+        sequences, cut = _trim([row for rows in given for row in rows], length)
+        notes += cut
     else:
-        sequences = [ids[:length] for ids in sequences if len(ids) >= FEWEST_TOKENS]
-        sequences = sequences[: config.samples]
+        sequences = _cut(_tokenize(name, items, tokenizer), length)
+    sequences, chosen = _choose(sequences, config)
+    notes += chosen
     if not sequences:
         raise CalibrationError(
             f"Calibration data {name} holds no sequence of {FEWEST_TOKENS} tokens or more. "
@@ -138,7 +141,9 @@ def _read_source(source: CalibrationSource) -> tuple[str, list[Any]]:
     if source is None:
         return BUILT_IN, [calibration_text()]
     if not isinstance(source, str | Path):
-        items = list(source)
+        # What a tokenizer returns is one item, not a list of its keys.
+        whole = isinstance(source, Mapping | Tensor) or not isinstance(source, Iterable)
+        items = [source] if whole else list(source)
         if not items:
             raise CalibrationError("The calibration list is empty. Give at least one text.")
         return "a list given in Python", items
@@ -179,21 +184,51 @@ def _read_json_lines(path: Path, text: str) -> list[Any]:
     return items
 
 
-def _as_ids(item: Any) -> Tensor | None:
-    """Token ids of an item that holds some: a list of ints, a tensor, a tokenizer's output."""
-    if isinstance(item, Mapping) or hasattr(item, "input_ids"):
+def _as_ids(name: str, item: Any) -> list[Tensor] | None:
+    """Token ids of an item that holds some, row by row, without padding; None: it is text."""
+    mask = None
+    if isinstance(item, Mapping):
         if "input_ids" not in item:
             return None
-        ids, mask = item["input_ids"], item.get("attention_mask")
-        flat = torch.as_tensor(ids, dtype=torch.int64).reshape(-1).cpu()
-        if mask is not None:
-            flat = flat[torch.as_tensor(mask).reshape(-1).cpu() != 0]
-        return flat
-    if isinstance(item, Tensor):
-        return item.reshape(-1).to(dtype=torch.int64, device="cpu")
-    if isinstance(item, Sequence) and item and all(isinstance(i, int) for i in item):
-        return torch.tensor(item, dtype=torch.int64)
-    return None
+        item, mask = item["input_ids"], item.get("attention_mask")
+    elif not _is_numbers(item):
+        return None
+    rows = _as_rows(name, item)
+    if mask is None:
+        return rows
+    masks = _as_rows(name, mask)
+    if [len(row) for row in rows] != [len(row) for row in masks]:
+        raise CalibrationError(
+            f"Calibration data {name} holds {sum(map(len, rows))} token ids with an attention mask "
+            f"of {sum(map(len, masks))}. Give one mask entry per id."
+        )
+    return [row[kept != 0] for row, kept in zip(rows, masks, strict=True)]
+
+
+def _is_numbers(item: Any) -> bool:
+    if isinstance(item, list | tuple):
+        return bool(item) and (isinstance(item[0], int | float) or _is_numbers(item[0]))
+    return isinstance(item, Tensor | np.ndarray)
+
+
+def _as_rows(name: str, ids: Any) -> list[Tensor]:
+    """Whole numbers as int64 rows, from one row or a (ragged) table of them."""
+    is_table = (
+        not isinstance(ids[0], int | float)
+        if isinstance(ids, list | tuple) and ids
+        else (getattr(ids, "ndim", 1) == 2)
+    )
+    try:
+        rows = [torch.as_tensor(row).cpu() for row in (ids if is_table else [ids])]
+    except (TypeError, ValueError, RuntimeError):
+        rows = []
+    whole = all(row.dim() == 1 and (not len(row) or row.dtype in _WHOLE_NUMBERS) for row in rows)
+    if not rows or not whole:
+        raise CalibrationError(
+            f"Calibration data {name} holds {str(ids)[:40]!r}, which are no token ids. Give lists "
+            "of whole numbers, such as [1, 42, 7]."
+        )
+    return [row.to(torch.int64) for row in rows]
 
 
 def _tokenize(name: str, items: Iterable[Any], tokenizer: Any | None) -> Tensor:
@@ -220,8 +255,8 @@ def _as_text(name: str, item: Any, tokenizer: Any) -> str:
     is_chat = isinstance(messages, Sequence) and all(isinstance(m, Mapping) for m in messages)
     if not is_chat or not messages:
         raise CalibrationError(
-            f"Calibration data {name} holds a {type(item).__name__} that is neither text, nor "
-            "chat messages, nor token ids."
+            f"Calibration data {name} holds an item of type {type(item).__name__} that is "
+            "neither text, nor chat messages, nor token ids."
         )
     if not getattr(tokenizer, "chat_template", None):
         raise CalibrationError(
@@ -237,12 +272,25 @@ def _cut(ids: Tensor, length: int) -> list[Tensor]:
     return list(torch.split(ids[: len(ids) // length * length], length))
 
 
+def _trim(sequences: list[Tensor], length: int) -> tuple[list[Tensor], list[str]]:
+    """Shorten what is too long and leave out what is too short; both are noted."""
+    notes = []
+    longer = sum(len(ids) > length for ids in sequences)
+    if longer:
+        notes.append(f"{longer} of {len(sequences)} sequences cut to {length} tokens")
+    shorter = sum(len(ids) < FEWEST_TOKENS for ids in sequences)
+    if shorter:
+        notes.append(
+            f"{shorter} of {len(sequences)} sequences left out: fewer than {FEWEST_TOKENS} tokens"
+        )
+    return [ids[:length] for ids in sequences if len(ids) >= FEWEST_TOKENS], notes
+
+
 def _choose(sequences: list[Tensor], config: CalibrationConfig) -> tuple[list[Tensor], list[str]]:
     """Take the first ones, or with a seed other than 0 a random choice, in the text's order."""
     if len(sequences) < config.samples:
-        return sequences, [
-            f"{len(sequences)} sequences instead of {config.samples}: the text holds no more"
-        ]
+        found = f"{len(sequences)} sequence{'' if len(sequences) == 1 else 's'}"
+        return sequences, [f"{found} instead of {config.samples}: the text holds no more"]
     if config.seed == 0:
         return sequences[: config.samples], []
     generator = torch.Generator().manual_seed(config.seed)

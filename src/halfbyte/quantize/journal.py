@@ -120,13 +120,8 @@ class Journal:
         Raises:
             JournalError: Something differs; names each difference with both values.
         """
-        before = _flatten(self.header.get("inputs", {}))
-        now = _flatten(json.loads(json.dumps(inputs)))
-        names = sorted(n for n in before.keys() | now.keys() if before.get(n) != now.get(n))
-        if names:
-            differences = "; ".join(
-                f"{n}: {_short(before.get(n))} then, {_short(now.get(n))} now" for n in names[:5]
-            )
+        differences = describe_differences(self.header.get("inputs", {}), inputs)
+        if differences:
             raise JournalError(
                 f"The unfinished run in {self.output} was started with other inputs or options "
                 f"({differences}). Give the same ones to go on, or choose another output folder."
@@ -143,6 +138,23 @@ class Journal:
             file.write(json.dumps(entry, sort_keys=True).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def describe_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Name the settings that differ, with both values.
+
+    Args:
+        then: As read from JSON.
+        now: Plain values.
+
+    Returns:
+        One clause per setting, five at most; "" where all are the same.
+    """
+    before, after = _flatten(then), _flatten(json.loads(json.dumps(now)))
+    names = sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n))
+    return "; ".join(
+        f"{n}: {_short(before.get(n))} then, {_short(after.get(n))} now" for n in names[:5]
+    )
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -63,7 +63,12 @@ from halfbyte.quantize.report import (
 )
 from halfbyte.quantize.resources import RunSettings, resolve_resources
 from halfbyte.quantize.rounding import RoundedLinear
-from halfbyte.quantize.source import check_device, check_output, find_model
+from halfbyte.quantize.source import (
+    check_device,
+    check_output,
+    check_same_options,
+    find_model,
+)
 from halfbyte.version import __version__
 
 JOURNAL_VERSION = 1
@@ -108,6 +113,7 @@ def quantize(
     source, target = find_model(model), Path(output)
     finished = check_output(target, resume=resume)
     if finished is not None:
+        check_same_options(finished, config or QuantConfig())
         return finished
     device = check_device((resources or ResourceConfig()).device)
     target.mkdir(parents=True, exist_ok=True)
@@ -161,6 +167,7 @@ class _Run:
         self.settings: RunSettings
         self.stream: BlockStream
         self.batches: list[Tensor] = []
+        self.notes: list[str] = []
         self._rounded: list[RoundedLinear] = []
 
     def execute(
@@ -193,8 +200,13 @@ class _Run:
         text_config = self.weights.config.get_text_config()
         longest = getattr(text_config, "max_position_embeddings", None)
         self.tokens = load_calibration(text, self.calibration, tokenizer, longest)
-        check_ids(self.tokens, int(text_config.vocab_size))
-        self.probe = make_probe(tokenizer if quality else None, self.tokens.sequences[0], longest)
+        vocabulary = int(text_config.vocab_size)
+        check_ids(self.tokens, vocabulary)
+        self.probe = make_probe(
+            tokenizer if quality else None, self.tokens.sequences[0], longest, vocabulary
+        )
+        if quality and self.probe.note:
+            self.notes.append(self.probe.note)
 
     def _begin(self, resume: bool) -> None:
         """Take the settings of the journal, or plan and start one."""
@@ -217,7 +229,7 @@ class _Run:
             lengths = [len(sequence) for sequence in self.tokens.sequences]
             plan = resolve_resources(self.weights, self.resources, self.calibration, lengths)
             self.settings = plan.settings
-            self.progress.started((*plan.lines(), *self.tokens.notes))
+            self.progress.started((*plan.lines(), *self.tokens.notes, *self.notes))
             header = {"version": JOURNAL_VERSION, "inputs": inputs}
             self.journal.start({**header, "settings": self.settings.to_dict()})
         torch.set_num_threads(self.settings.threads)
@@ -358,6 +370,7 @@ class _Run:
         position = self.num_blocks % 2
         base_logits = self._logits(states["base"][position]) if "base" in states else []
         head, notes = self._round_head(work, states["calibration"][position])
+        notes += self.config.unmatched_patterns(self._linear_names())
         self.progress.phase("measuring quality")
         logits = self._logits(states["probe"][position])
         quality = measure_quality(self.probe, base_logits, logits) if base_logits else None
@@ -451,9 +464,18 @@ class _Run:
             bits_per_weight=sum(b for b, _ in counts) / max(sum(n for _, n in counts), 1),
             versions=installed_versions(),
             machine=machine_facts(),
-            notes=(*self.settings.reasons, *self.tokens.notes, *notes),
+            notes=(*self.settings.reasons, *self.tokens.notes, *self.notes, *notes),
             flops=dict(self.meter.flops),
         )
+
+    def _linear_names(self) -> set[str]:
+        """Every linear of the blocks, and the head, by its name on disk."""
+        model = self.weights.model
+        names = {n for n, m in model.named_modules() if m is model.get_output_embeddings()}
+        for entry in self.journal.blocks:
+            names.update(module["name"] for module in entry["modules"])
+            names.update(name for name, _ in entry["skipped"])
+        return names
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.weights.device)

@@ -37,6 +37,8 @@ class Probe:
     is_held_out: bool
     text: str = ""
     text_digest: str = ""
+    note: str = ""
+    """Why it is not held-out text, where that is so."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -45,22 +47,33 @@ class Probe:
         return windows, tokens
 
 
-def make_probe(tokenizer: Any | None, fallback: Tensor, longest: int | None) -> Probe:
-    """Take the shipped evaluation text, or a calibration sequence where there is no tokenizer.
+def make_probe(
+    tokenizer: Any | None, fallback: Tensor, longest: int | None, vocabulary: int
+) -> Probe:
+    """Take the shipped evaluation text, or a calibration sequence where no tokenizer fits.
 
     Args:
         tokenizer: The model's, or None.
         fallback: A calibration sequence [tokens]; never used to measure quality.
         longest: Longest sequence that the model takes, or None.
+        vocabulary: Rows of the embedding.
 
     Returns:
         The probe.
     """
+    instead = fallback[: min(len(fallback), WINDOW)][None]
     if tokenizer is None:
-        return Probe(ids=fallback[: min(len(fallback), WINDOW)][None], is_held_out=False)
+        note = "quality was not measured: the model folder has no tokenizer"
+        return Probe(ids=instead, is_held_out=False, note=note)
     text = evaluation_text()
     window = min(WINDOW, longest or WINDOW)
     ids = split_windows(tokenize_text(tokenizer, text), window, limit=WINDOWS).ids
+    if int(ids.max()) >= vocabulary:
+        note = (
+            f"quality was not measured: the tokenizer gives ids up to {int(ids.max())}, the "
+            f"embedding has {vocabulary} rows"
+        )
+        return Probe(ids=instead, is_held_out=False, note=note)
     return Probe(
         ids=ids,
         is_held_out=True,

@@ -7,6 +7,7 @@ every block and the logits with the run's own (block). One block is in memory at
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -130,5 +131,9 @@ def _make_prepare(dtype: torch.dtype) -> Callable[[PreTrainedModel, TensorFiles]
 
 def _relative(found: Tensor, expected: Tensor) -> float:
     found, expected = found.double(), expected.double()
+    finite = torch.isfinite(expected)
+    if not torch.equal(finite, torch.isfinite(found)):
+        return math.inf
+    found, expected = found[finite], expected[finite]
     scale = float(expected.norm())
     return float((found - expected).norm()) / scale if scale else float(found.norm())

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from halfbyte.errors import CheckpointError, ConfigError, JournalError, ModelError
-from halfbyte.quantize.journal import JOURNAL_FILE, WORK_FOLDER
+from halfbyte.quant_config import QuantConfig
+from halfbyte.quantize.journal import JOURNAL_FILE, WORK_FOLDER, describe_differences
 from halfbyte.quantize.report import REPORT_FILE, QuantizationReport, load_report
 
 COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
@@ -83,6 +84,24 @@ def check_output(output: Path, *, resume: bool) -> QuantizationReport | None:
     )
 
 
+def check_same_options(report: QuantizationReport, config: QuantConfig) -> None:
+    """Refuse to give a complete run back for one with other options.
+
+    Args:
+        report: Of the run that is complete.
+        config: What is asked for now.
+
+    Raises:
+        JournalError: An option differs; names each with both values.
+    """
+    differences = describe_differences(report.config, config.to_dict())
+    if differences:
+        raise JournalError(
+            f"The run in {report.output} is complete and was made with other options "
+            f"({differences}). Choose another output folder."
+        )
+
+
 def check_device(name: str) -> torch.device:
     """Give a device that is there.
 
@@ -97,7 +116,7 @@ def check_device(name: str) -> torch.device:
     """
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
             f"device is '{name}', which this machine or this torch does not have: "

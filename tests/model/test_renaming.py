@@ -6,7 +6,7 @@ from torch import nn
 from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
 
 from halfbyte.errors import CheckpointError
-from halfbyte.integrations.renaming import SparingConverter, align_renamings
+from halfbyte.model.renaming import SparingConverter, align_renamings
 
 
 class Model(nn.Module):
