@@ -207,7 +207,7 @@ def _as_ids(name: str, item: Any) -> list[Tensor] | None:
 
 def _is_numbers(item: Any) -> bool:
     if isinstance(item, list | tuple):
-        return bool(item) and (isinstance(item[0], int | float) or _is_numbers(item[0]))
+        return not item or isinstance(item[0], int | float) or _is_numbers(item[0])
     return isinstance(item, Tensor | np.ndarray)
 
 
