@@ -40,6 +40,9 @@ class LetterTokenizer:
         return "".join(f"<{m['role']}>{m['content']}" for m in messages)
 
 
+TOKENIZER = LetterTokenizer()
+
+
 def ids_of(text: str) -> list[int]:
     return [ord(letter) % 90 for letter in text]
 
@@ -47,7 +50,7 @@ def ids_of(text: str) -> list[int]:
 def load(
     source: Any,
     *,
-    tokenizer: Any = LetterTokenizer(),
+    tokenizer: Any = TOKENIZER,
     longest: int | None = None,
     **settings: Any,
 ) -> CalibrationTokens:
