@@ -96,7 +96,9 @@ def run_tools(args: argparse.Namespace, ids: list[list[int]], work: Path) -> dic
     runs: dict[str, Any] = {}
     for number, (name, config) in enumerate(HALFBYTE_CASES.items()):
         job = {"model": str(args.model), "ids": ids, "config": config}
-        runs[name] = run_tool(work, f"halfbyte-{number}", job, [sys.executable, __file__, "--child"])
+        runs[name] = run_tool(
+            work, f"halfbyte-{number}", job, [sys.executable, __file__, "--child"]
+        )
     if args.gptqmodel:
         program = work / "gptqmodel_program.py"
         program.write_text(GPTQMODEL_PROGRAM)
@@ -124,9 +126,7 @@ def run_tool(work: Path, folder: str, job: dict[str, Any], command: list[str]) -
     return run
 
 
-def run_halfbyte(
-    model: str, output: str, ids: list[list[int]], config: dict[str, Any]
-) -> None:
+def run_halfbyte(model: str, output: str, ids: list[list[int]], config: dict[str, Any]) -> None:
     """Quantize in this process."""
     halfbyte.quantize(
         model,
@@ -176,8 +176,8 @@ def report(
         "quality",
         columns=columns,
         rows=rows,
-        note=f"4 bits, symmetric, {args.samples} x {args.length} calibration tokens of WikiText-2's "
-        f"validation split; {args.windows} windows of {WINDOW} tokens of its test split (same "
+        note=f"4 bits, symmetric, {args.samples} x {args.length} calibration tokens of WikiText-2 "
+        f"(validation split); {args.windows} windows of {WINDOW} tokens of its test split (same "
         f"kind of text, which flatters all of them); base {base:.3f}; {args.threads} threads; "
         "± is the standard error over windows",
         data={
