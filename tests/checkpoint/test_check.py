@@ -142,6 +142,7 @@ def test_default_of_halfbyte_loads_everywhere_on_any_number_of_devices(tmp_path)
         (
             {"symmetric": False},
             {
+                "gptqmodel": "in the dialect 'gptq' from gptqmodel only",
                 "vllm-cpu": "this says 4, asymmetric",
                 "vllm-marlin": "asymmetric",
                 "vllm-machete": "asymmetric",
@@ -217,6 +218,28 @@ def test_ragged_groups_are_refused_by_vllm_alone(tmp_path):
     assert why(report, "gptqmodel") == why(report, "gguf") == ""
     assert "in_features 1088 per device is no multiple of group size 128" in why(report, "vllm-cpu")
     assert report.schemes == {"4 bits, group 128, ragged, symmetric": 1}
+
+
+@pytest.mark.parametrize(
+    ("labels", "refused"),
+    [
+        ({"sym": False}, True),
+        ({"sym": False, "meta": {"quantizer": ["halfbyte:0.1.0"]}}, True),
+        ({"sym": False, "meta": {"quantizer": "someone"}}, True),
+        ({"sym": False, "meta": {"quantizer": ["GPTQModel:7.7.0"]}}, False),
+        ({"sym": False, "meta": {"quantizer": "gptqmodel:5.0.0"}}, False),
+        ({"sym": False, "checkpoint_format": "gptq_v2"}, False),
+        ({"sym": True}, False),
+    ],
+)
+def test_asymmetric_zeros_in_v1_are_refused_by_gptqmodel_unless_it_wrote_them(
+    tmp_path, labels, refused
+):
+    v2 = "checkpoint_format" in labels
+    linear = Linear(HIDDEN, HIDDEN, symmetric=labels["sym"], zero_offset=0 if v2 else 1)
+    found = why(check(tmp_path, {"mlp.fc1": linear}, labels=labels), "gptqmodel")
+    reason = "it takes asymmetric zeros in the dialect 'gptq' from gptqmodel only"
+    assert found == (f"{reason}, which meta.quantizer does not name" if refused else "")
 
 
 def test_down_projection_is_split_along_in_and_gate_along_out(tmp_path):

@@ -151,6 +151,20 @@ def _check_plain(
             reasons.add(reason, name)
         if consumer.follows_labels:
             _check_label(checkpoint, name, fact, reasons)
+    labels, maker = checkpoint.labels, consumer.v1_zeros_from
+    if maker and not labels.symmetric and labels.zero_offset and maker not in _makers(labels.raw):
+        reasons.add(
+            f"it takes asymmetric zeros in the dialect 'gptq' from {maker} only, which "
+            "meta.quantizer does not name"
+        )
+
+
+def _makers(raw: Mapping[str, Any]) -> set[str]:
+    """Give the tools that a config names as its makers, in lower case."""
+    meta = raw.get("meta")
+    named = meta.get("quantizer") if isinstance(meta, dict) else None
+    listed = named if isinstance(named, list) else [named]
+    return {entry.partition(":")[0].lower() for entry in listed if isinstance(entry, str)}
 
 
 def _explain_limits(

@@ -5,8 +5,8 @@ may fall in a later version: vLLM's Marlin has begun to pad shapes that it refus
 
 Source:
     vLLM 0.32/0.33: ``quantization/utils/marlin_utils.py``, ``kernels/linear/mixed_precision``;
-    GPTQModel 7: ``nn_modules/qlinear/torch.py``; llama.cpp's Q4_0 and Q8_0 blocks of 32. The same
-    table stands in docs/concepts/checkpoint.md.
+    GPTQModel 7: ``nn_modules/qlinear/torch.py``, ``models/loader.py``; llama.cpp's Q4_0 and Q8_0
+    blocks of 32. The same table stands in docs/concepts/checkpoint.md.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ class Consumer:
     is_vllm: bool = False
     follows_labels: bool = True
     """Whether it believes the config where the tensors say otherwise."""
+    v1_zeros_from: str | None = None
+    """The one maker whose asymmetric v1 checkpoints it takes, as ``meta.quantizer`` names it."""
 
 
 CONSUMERS = (
@@ -50,8 +52,9 @@ CONSUMERS = (
     Consumer(
         name="gptqmodel",
         label="GPTQModel",
-        evidence="read",
+        evidence="ran",
         group_sizes=(PER_CHANNEL, 16, 32, 64, 128, 256, 512, 1024),
+        v1_zeros_from="gptqmodel",
     ),
     Consumer(
         name="vllm-cpu",
