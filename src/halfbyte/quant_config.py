@@ -189,7 +189,7 @@ class QuantConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain values for JSON."""
-        return asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

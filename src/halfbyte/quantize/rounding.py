@@ -20,6 +20,7 @@ from halfbyte.quantize.report import ModuleReport
 
 ROWS_AT_A_TIME = 4096
 """Output rows solved together: rows do not depend on each other, and a head has very many."""
+LARGEST_SCALE = torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,6 +191,12 @@ def _finish(
     )
     kept = int(solution.kept_nearest.sum())
     notes = [*task.notes, *statistics.notes, *factor.notes]
+    limited = int((grid.scales.abs() >= LARGEST_SCALE).sum())
+    if limited:
+        notes.append(
+            f"{limited} groups need a scale above {LARGEST_SCALE:g}, fp16's largest: their largest "
+            "weights are cut"
+        )
     if kept:
         notes.append(f"{kept} of {len(solution.kept_nearest)} rows kept at round to nearest")
     return RoundedLinear(

@@ -46,7 +46,8 @@ def find_model(model: str | Path) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"There is no folder {model}, and it cannot be fetched from the Hugging Face Hub: "
-            f"{str(error).splitlines()[0]} Check the name, the network and your access."
+            f"{str(error).splitlines()[0].rstrip('.')}. Check the name, the network and your "
+            "access."
         ) from error
 
 
@@ -120,7 +121,7 @@ def check_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
             f"device is '{name}', which this machine or this torch does not have: "
-            f"{str(error).splitlines()[0]} Use cpu."
+            f"{str(error).splitlines()[0].rstrip('.')}. Use cpu."
         ) from error
     return device
 
