@@ -154,13 +154,22 @@ def test_default_of_halfbyte_loads_everywhere_on_any_number_of_devices(tmp_path)
         (
             {"group_size": 16},
             {
+                "vllm-cpu": "group size 16 is not one of -1, 32, 64, 128",
                 "vllm-marlin": "group size 16 is not one of -1, 32, 64, 128",
                 "vllm-machete": "group size 16",
                 "gguf": "group size 16 is no multiple of 32",
             },
         ),
         ({"group_size": -1}, {}),
-        ({"act_order": True}, {"gguf": r"no act-order (g_idx is not in order)"}),
+        (
+            {"act_order": True},
+            {
+                "gguf": "no act-order (g_idx is not in order)",
+                "vllm-cpu": "it takes no desc_act: true in the config",
+                "vllm-marlin": "no act-order (g_idx is not in order)",
+                "vllm-machete": "no act-order (g_idx is not in order)",
+            },
+        ),
     ],
 )
 def test_settings_that_one_device_refuses(tmp_path, changes, refusals):
@@ -243,22 +252,21 @@ def test_asymmetric_zeros_in_v1_are_refused_by_gptqmodel_unless_it_wrote_them(
 
 
 def test_down_projection_is_split_along_in_and_gate_along_out(tmp_path):
-    """2048 inputs in groups of 512 on 8 devices: a device's 256 would cut a group in two."""
-    linears = llama() | {"mlp.down_proj": Linear(2 * HIDDEN, HIDDEN, group_size=512)}
-    rules = {r"+:.*down_proj": {"group_size": 512}}
-    report = check(tmp_path, linears, labels={"dynamic": rules})
+    """1536 inputs in groups of 128 on 8 devices: a device's 192 would cut a group in two."""
+    linears = llama() | {"mlp.down_proj": Linear(1536, HIDDEN)}
+    report = check(tmp_path, linears)
     assert why(report, "vllm-cpu", 4) == ""
     assert why(report, "vllm-cpu", 8) == (
-        f"in_features 256 per device is no multiple of group size 512: {BLOCK}mlp.down_proj"
+        f"in_features 192 per device is no multiple of group size 128: {BLOCK}mlp.down_proj"
     )
 
 
 def test_square_output_projection_is_split_along_in(tmp_path):
-    rules = {r"+:.*self_attn": {"group_size": 512}}
-    attention = {n: Linear(HIDDEN, HIDDEN, group_size=512) for n in llama() if "self_attn" in n}
-    report = check(tmp_path, llama() | attention, labels={"group_size": 128, "dynamic": rules})
-    assert why(report, "vllm-cpu", 4) == (
-        f"in_features 256 per device is no multiple of group size 512: {BLOCK}self_attn.o_proj"
+    attention = {n: Linear(512, 512) for n in llama() if "self_attn" in n}
+    report = check(tmp_path, attention, config={"hidden_size": 512})
+    assert why(report, "vllm-cpu", 4) == ""
+    assert why(report, "vllm-cpu", 8) == (
+        f"in_features 64 per device is no multiple of group size 128: {BLOCK}self_attn.o_proj"
     )
 
 
@@ -293,11 +301,31 @@ def test_key_value_heads_are_repeated_rather_than_split(tmp_path):
         )
 
 
-def test_act_order_that_is_split_is_refused_by_machete(tmp_path):
-    report = check(tmp_path, llama(act_order=True))
-    assert why(report, "vllm-machete", 1) == ""
-    assert "it takes no act-order where in_features is split" in why(report, "vllm-machete", 2)
-    assert why(report, "vllm-marlin", 2) == ""
+DESC_ACT = "it takes no desc_act: true in the config, unless group_size is -1"
+
+
+@pytest.mark.parametrize(
+    ("labels", "refused"),
+    [
+        ({"desc_act": True}, True),
+        ({"desc_act": False, "dynamic": {"+:.*q_proj": {"desc_act": True}}}, True),
+        ({"desc_act": False, "dynamic": {"-:.*nothing": {"desc_act": True}}}, False),
+        ({"desc_act": True, "dynamic": {".*": {"desc_act": False}}}, True),
+    ],
+)
+@pytest.mark.parametrize("consumer", ["vllm-cpu", "vllm-marlin", "vllm-machete"])
+def test_a_config_that_says_desc_act_is_refused_by_vllm(tmp_path, consumer, labels, refused):
+    report = check(tmp_path, llama(), labels=labels)
+    assert why(report, consumer) == (DESC_ACT if refused else "")
+    assert why(report, "gptqmodel") == ""
+
+
+def test_desc_act_means_nothing_to_vllm_where_a_row_is_one_group(tmp_path):
+    report = check(tmp_path, llama(group_size=-1), labels={"desc_act": True})
+    assert why(report, "vllm-cpu") == ""
+    labels = {"desc_act": True, "dynamic": {r"+:.*mlp": {"group_size": 128}}}
+    blocks = llama(group_size=-1) | {n: lin for n, lin in llama().items() if "mlp" in n}
+    assert why(check(tmp_path, blocks, labels=labels), "vllm-cpu") == DESC_ACT
 
 
 def test_fused_linears_with_different_grids_are_refused(tmp_path):
@@ -369,7 +397,8 @@ def test_dense_linear_that_the_list_covers_is_named(tmp_path):
 
 def test_order_that_the_config_denies_is_named(tmp_path):
     report = check(tmp_path, llama(act_order=True), labels={"desc_act": False})
-    assert "g_idx is not in order, but the config's desc_act is false" in why(report, "vllm-cpu")
+    assert "it takes no act-order (g_idx is not in order)" in why(report, "vllm-cpu")
+    assert why(report, "gptqmodel") == ""
 
 
 @pytest.mark.parametrize("key", ["bits", "group_size", "desc_act", "sym"])

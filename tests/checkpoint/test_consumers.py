@@ -14,7 +14,6 @@ def row_of(consumer: Consumer) -> str:
         groups = ", ".join(map(str, consumer.group_sizes))
     else:
         groups = f"multiples of {consumer.group_multiple}" if consumer.group_multiple > 1 else "any"
-    order = "yes" if consumer.takes_split_g_idx else "yes, unless split"
     widths = [
         str(multiple) if multiple > 1 else "any"
         for multiple in (consumer.in_multiple, consumer.out_multiple)
@@ -25,7 +24,7 @@ def row_of(consumer: Consumer) -> str:
         "yes" if consumer.needs_symmetric else "no",
         *widths,
         groups,
-        order if consumer.takes_g_idx else "no",
+        "yes" if consumer.takes_g_idx else "no",
         consumer.evidence,
     ]
     return f"| {' | '.join(cells)} |"

@@ -1,4 +1,4 @@
-"""The sample model, quantized once for all tests here."""
+"""The sample model and a tiny one, quantized once for all tests here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from bench.peers.environments import FOLDER
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import halfbyte
 from halfbyte.data import calibration_text, evaluation_text
@@ -27,6 +27,30 @@ PROMPTS = (
     "Once upon a time there was a small",
     "In 1969, the first people",
 )
+
+
+OURS = {
+    "group 64": QuantConfig(group_size=64),
+    "group 128, ragged": QuantConfig(group_size=128, ragged_groups=True),
+    "group 32": QuantConfig(group_size=32),
+    "group 16": QuantConfig(group_size=16),
+    "asymmetric": QuantConfig(group_size=64, symmetric=False),
+    "desc_act": QuantConfig(group_size=64, desc_act=True),
+    "desc_act, ragged, asymmetric": QuantConfig(
+        group_size=128, ragged_groups=True, desc_act=True, symmetric=False
+    ),
+    "one group per row": QuantConfig(group_size=-1),
+    "8 bits": QuantConfig(group_size=64, bits=8),
+    "3 bits": QuantConfig(group_size=64, bits=3),
+    "2 bits, asymmetric": QuantConfig(group_size=32, bits=2, symmetric=False),
+    "two layers of 8 bits": QuantConfig(
+        group_size=64, overrides=(halfbyte.Override(pattern="v_proj", bits=8),)
+    ),
+    "one layer left in 16 bits": QuantConfig(group_size=64, skip=(r"layers\.1\.mlp\.down_proj",)),
+}
+"""For the tiny model, whose widths 128 does not divide: 192 = 128 + 64."""
+
+IDS = torch.randint(3, 512, (8, 128), generator=torch.Generator().manual_seed(0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,3 +109,44 @@ def ours(sample_model, tmp_path_factory):
         quality=False,
     )
     return Subject(folder=folder)
+
+
+@pytest.fixture(scope="session")
+def tiny(sample_model, tmp_path_factory):
+    """Two blocks of random weights, whose widths 128 does not divide."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=192,
+        intermediate_size=320,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        vocab_size=512,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+    )
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    # GPTQModel loads nothing without a tokenizer; it is not used.
+    AutoTokenizer.from_pretrained(sample_model).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ours_tiny(tiny, tmp_path_factory):
+    """The tiny model, quantized by us in every way; folders by the names of OURS."""
+    halfbyte.install_transformers()
+    folder = tmp_path_factory.mktemp("ours-tiny")
+    checkpoints = {name: folder / f"{i}" for i, name in enumerate(OURS)}
+    calibration = CalibrationConfig(samples=len(IDS), length=IDS.shape[1])
+    for name, config in OURS.items():
+        halfbyte.quantize(
+            tiny,
+            checkpoints[name],
+            config=config,
+            calibration=calibration,
+            text=IDS.tolist(),
+            quality=False,
+        )
+    return checkpoints

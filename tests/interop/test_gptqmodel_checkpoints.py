@@ -8,13 +8,12 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.interop.conftest import IDS, OURS
 from tests.interop.peers import need, run_program
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
-import halfbyte
 from halfbyte import open_checkpoint
 from halfbyte.checkpoint.check import check_consumers
-from halfbyte.quant_config import CalibrationConfig, QuantConfig
 
 pytestmark = pytest.mark.interop
 
@@ -36,48 +35,6 @@ THEIRS = {
     "2 bits, asymmetric": {"group_size": 32, "bits": 2, "sym": False},
 }
 """Settings of GPTQModel's QuantizeConfig; 4 bits where nothing is said. 192 = 128 + 64 columns."""
-
-OURS = {
-    "group 64": QuantConfig(group_size=64),
-    "group 128, ragged": QuantConfig(group_size=128, ragged_groups=True),
-    "asymmetric": QuantConfig(group_size=64, symmetric=False),
-    "desc_act": QuantConfig(group_size=64, desc_act=True),
-    "desc_act, ragged, asymmetric": QuantConfig(
-        group_size=128, ragged_groups=True, desc_act=True, symmetric=False
-    ),
-    "one group per row": QuantConfig(group_size=-1),
-    "8 bits": QuantConfig(group_size=64, bits=8),
-    "3 bits": QuantConfig(group_size=64, bits=3),
-    "2 bits, asymmetric": QuantConfig(group_size=32, bits=2, symmetric=False),
-    "two layers of 8 bits": QuantConfig(
-        group_size=64, overrides=(halfbyte.Override(pattern="v_proj", bits=8),)
-    ),
-    "one layer left in 16 bits": QuantConfig(group_size=64, skip=(r"layers\.1\.mlp\.down_proj",)),
-}
-
-IDS = torch.randint(3, 512, (8, 128), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module")
-def tiny(sample_model, tmp_path_factory):
-    """Two blocks of random weights, whose widths 128 does not divide."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=192,
-        intermediate_size=320,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        vocab_size=512,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-        tie_word_embeddings=False,
-    )
-    folder = tmp_path_factory.mktemp("tiny") / "model"
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    # GPTQModel loads nothing without a tokenizer; it is not used.
-    AutoTokenizer.from_pretrained(sample_model).save_pretrained(folder)
-    return folder
 
 
 def decode(peer, checkpoints, folder):
@@ -109,24 +66,10 @@ def theirs(tiny, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ours_tiny(tiny, tmp_path_factory):
+def ours_decoded(ours_tiny, tmp_path_factory):
     """Our checkpoints, each with what GPTQModel decodes from it."""
-    peer = need("gptqmodel")
-    halfbyte.install_transformers()
-    folder = tmp_path_factory.mktemp("ours-tiny")
-    checkpoints = {name: folder / f"{i}" for i, name in enumerate(OURS)}
-    for name, config in OURS.items():
-        calibration = CalibrationConfig(samples=len(IDS), length=IDS.shape[1])
-        halfbyte.quantize(
-            tiny,
-            checkpoints[name],
-            config=config,
-            calibration=calibration,
-            text=IDS.tolist(),
-            quality=False,
-        )
-    decoded = decode(peer, checkpoints, folder)
-    return {name: (checkpoints[name], decoded[name]) for name in OURS}
+    decoded = decode(need("gptqmodel"), ours_tiny, tmp_path_factory.mktemp("ours-decoded"))
+    return {name: (ours_tiny[name], decoded[name]) for name in OURS}
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +79,7 @@ def relabelled(ours_tiny, tmp_path_factory):
     copies = {}
     for name in (name for name, config in OURS.items() if not config.symmetric):
         copies[name] = folder / f"{len(copies)}"
-        shutil.copytree(ours_tiny[name][0], copies[name])
+        shutil.copytree(ours_tiny[name], copies[name])
         file = copies[name] / "config.json"
         config = json.loads(file.read_text())
         config["quantization_config"]["meta"]["quantizer"] = ["gptqmodel:7.7.0"]
@@ -166,22 +109,22 @@ def test_a_checkpoint_of_gptqmodel_means_here_what_it_means_there(tiny, theirs, 
 
 
 @pytest.mark.parametrize("name", [name for name, config in OURS.items() if config.symmetric])
-def test_our_checkpoint_means_in_gptqmodel_what_it_means_here(tiny, ours_tiny, name):
-    check_same_weights_and_logits(tiny, *ours_tiny[name])
+def test_our_checkpoint_means_in_gptqmodel_what_it_means_here(tiny, ours_decoded, name):
+    check_same_weights_and_logits(tiny, *ours_decoded[name])
 
 
 @pytest.mark.parametrize("name", [name for name, config in OURS.items() if not config.symmetric])
 def test_only_the_name_of_its_maker_keeps_gptqmodel_from_our_asymmetric_checkpoint(
-    tiny, ours_tiny, relabelled, name
+    tiny, ours_decoded, relabelled, name
 ):
-    folder, refusal = ours_tiny[name]
+    folder, refusal = ours_decoded[name]
     assert "only supported if produced by gptqmodel" in refusal
     check_same_weights_and_logits(tiny, folder, relabelled[name])
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_check_says_whether_gptqmodel_takes_our_checkpoint(ours_tiny, name):
-    folder, decoded = ours_tiny[name]
+def test_check_says_whether_gptqmodel_takes_our_checkpoint(ours_decoded, name):
+    folder, decoded = ours_decoded[name]
     verdicts = {v.consumer: v for v in check_consumers(open_checkpoint(folder)).verdicts}
     assert verdicts["gptqmodel"].loads == isinstance(decoded, dict), verdicts["gptqmodel"].reasons
 

@@ -19,6 +19,7 @@ from halfbyte.checkpoint.read import Checkpoint, LinearFacts
 from halfbyte.checkpoint.vllm_view import (
     ModelSizes,
     VllmView,
+    asks_act_order,
     fused_siblings,
     split_linear,
     view_linear,
@@ -201,7 +202,6 @@ def _check_label(checkpoint: Checkpoint, name: str, fact: LinearFacts, reasons: 
         bits=overrides.get("bits", labels.bits),
         group_size=overrides.get("group_size", labels.group_size),
         symmetric=overrides.get("sym", labels.symmetric),
-        desc_act=overrides.get("desc_act", labels.desc_act),
     )
     _compare_view(found, fact, name, reasons)
     if fact.zeros.zero_offset != labels.zero_offset:
@@ -243,6 +243,8 @@ def _check_vllm(
         kind = "symmetric" if labels.symmetric else "asymmetric"
         reasons.add(f"it takes a config of 4 or 8 bits, symmetric; this says {labels.bits}, {kind}")
         return
+    if asks_act_order(labels):
+        reasons.add("it takes no desc_act: true in the config, unless group_size is -1")
     sizes = ModelSizes.from_config(read_model_config(checkpoint.folder))
     heads = sizes.explain_heads(tensor_parallel)
     if heads:
@@ -298,8 +300,6 @@ def _check_vllm_linear(
         reasons.add("by its config it would load the linear in 16 bits", name)
         return
     _compare_view(view, fact, name, reasons)
-    if not view.desc_act and not fact.has_trivial_groups:
-        reasons.add("g_idx is not in order, but the config's desc_act is false", name)
 
 
 def _kind_of(fact: LinearFacts) -> str:
@@ -331,6 +331,3 @@ def _check_split(
             f"{layout.group_size}",
             name,
         )
-    is_split = in_features != layout.in_features
-    if is_split and not consumer.takes_split_g_idx and not fact.has_trivial_groups:
-        reasons.add("it takes no act-order where in_features is split", name)

@@ -33,8 +33,7 @@ class Consumer:
     """Allowed values, -1 for one group per row; None: any."""
     group_multiple: int = 1
     takes_g_idx: bool = True
-    takes_split_g_idx: bool = True
-    """Whether ``g_idx`` may be out of order where ``in`` is split over devices."""
+    """Whether ``g_idx`` may be out of order."""
     is_vllm: bool = False
     follows_labels: bool = True
     """Whether it believes the config where the tensors say otherwise."""
@@ -59,12 +58,14 @@ CONSUMERS = (
     Consumer(
         name="vllm-cpu",
         label="vLLM, CPU with AVX-512",
-        evidence="read",
+        evidence="ran",
         bits=(4,),
         needs_symmetric=True,
         in_multiple=32,
         out_multiple=32,
-        group_multiple=2,
+        # Its kernel takes more, but every linear is first held against Marlin's, CPU or not.
+        group_sizes=(PER_CHANNEL, 32, 64, 128),
+        takes_g_idx=False,
         is_vllm=True,
     ),
     Consumer(
@@ -76,6 +77,7 @@ CONSUMERS = (
         in_multiple=128,
         out_multiple=64,
         group_sizes=(PER_CHANNEL, 32, 64, 128),
+        takes_g_idx=False,
         is_vllm=True,
     ),
     Consumer(
@@ -87,7 +89,7 @@ CONSUMERS = (
         in_multiple=64,
         out_multiple=128,
         group_sizes=(PER_CHANNEL, 64, 128),
-        takes_split_g_idx=False,
+        takes_g_idx=False,
         is_vllm=True,
     ),
     Consumer(

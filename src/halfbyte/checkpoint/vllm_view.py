@@ -5,7 +5,8 @@ worse, does not.
 
 Source:
     vLLM ``quantization/auto_gptq.py`` and ``quantization/utils/gptq_utils.py``
-    (``is_layer_gptq_quantized``, ``get_dynamic_override``, ``override_config``).
+    (``is_layer_gptq_quantized``, ``get_dynamic_override``, ``override_config``,
+    ``normalize_and_validate_gptq_desc_act``).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from halfbyte.checkpoint.consumers import REPLICATED_NAMES, ROW_PARALLEL_NAMES
+from halfbyte.checkpoint.consumers import PER_CHANNEL, REPLICATED_NAMES, ROW_PARALLEL_NAMES
 from halfbyte.checkpoint.dynamic import FUSED_LINEARS, resolve_dynamic
 from halfbyte.checkpoint.labels import QuantizationLabels
 from halfbyte.checkpoint.layout import LinearLayout
@@ -67,7 +68,6 @@ class VllmView:
     bits: int | None
     group_size: int | None
     symmetric: bool | None
-    desc_act: bool | None
 
 
 def fused_siblings(module: str, existing: Mapping[str, object]) -> tuple[str, tuple[str, ...]]:
@@ -119,7 +119,20 @@ def view_linear(
         bits=overrides.get("bits", labels.bits),
         group_size=overrides.get("group_size", labels.group_size),
         symmetric=overrides.get("sym", labels.symmetric),
-        desc_act=overrides.get("desc_act", labels.desc_act),
+    )
+
+
+def asks_act_order(labels: QuantizationLabels) -> bool:
+    """Whether a config says desc_act, for all or by a rule, so that vLLM 0.32 refuses it whole."""
+    rules = [
+        rule
+        for pattern, rule in labels.dynamic.items()
+        if not pattern.startswith("-:") and isinstance(rule, Mapping)
+    ]
+    return any(
+        rule.get("desc_act", labels.desc_act)
+        and rule.get("group_size", labels.group_size) != PER_CHANNEL
+        for rule in [{}, *rules]
     )
 
 
