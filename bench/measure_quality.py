@@ -1,13 +1,14 @@
-"""Halfbyte beside GPTQModel on SmolLM2-135M: quality in the same measure, and processor time.
+"""Halfbyte beside other tools on SmolLM2-135M at 4 bits: quality in one measure, processor time.
 
-    python bench/measure_quality.py MODEL [--calibration FILE] [--text FILE]
-        [--gptqmodel PYTHON] [--samples 128] [--length 512] [--windows 10] [--threads 2]
+    python bench/measure_quality.py [MODEL] [--text FILE] [--test FILE]
+        [--peers gptqmodel,llmcompressor] [--samples 128] [--length 512] [--windows 10]
+        [--threads 2]
 
-Both tools get the same token ids: the calibration text tokenised whole, without BOS, cut in order.
+All tools get the same token ids: the calibration text tokenised whole, without BOS, cut in order.
 Each runs in a process of its own, whose user time and peak memory count, imports included. KL and
 perplexity are measured on windows of 2048 tokens of the other text, in fp32, with the weights
-decoded from the files. GPTQModel runs where ``--gptqmodel`` names a Python that has it
-(``make interop`` makes one).
+decoded from the files. Peers run in their environments of ``make interop``; left out, those that
+are installed (python -m bench.peers.environments gptqmodel llmcompressor).
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import halfbyte
@@ -30,6 +33,8 @@ from halfbyte.data import calibration_text, evaluation_text
 from halfbyte.evaluate.divergence import DivergenceAccumulator, DivergenceResult
 from halfbyte.evaluate.windows import split_windows, tokenize_text
 from halfbyte.quant_config import CalibrationConfig, QuantConfig
+from halfbyte.sample_model import write_sample_model
+from peers.environments import FOLDER, PEERS, PROGRAMS
 from record import save_result
 
 WINDOW = 2048
@@ -37,58 +42,50 @@ HALFBYTE_CASES = {
     "halfbyte, group 128 (last group ragged)": {"group_size": 128, "ragged_groups": True},
     "halfbyte, group 64": {"group_size": 64},
 }
-GPTQMODEL_CASE = "GPTQModel, default, group 128 (last group ragged)"
-
-GPTQMODEL_PROGRAM = """
-import json, os, sys
-os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
-
-def main():
-    import torch
-    from gptqmodel import GPTQModel, QuantizeConfig
-    job = json.loads(open(sys.argv[1]).read())
-    model = GPTQModel.load(job["model"], QuantizeConfig(bits=4, group_size=128), device="cpu")
-    ids = [torch.tensor([row]) for row in job["ids"]]
-    model.quantize(
-        [{"input_ids": i, "attention_mask": torch.ones_like(i)} for i in ids], batch_size=1
-    )
-    model.save(job["output"])
-
-if __name__ == "__main__":
-    main()
-"""
+PEER_CASES = {
+    "GPTQModel, default, group 128 (last group ragged)": ("gptqmodel", 128),
+    "GPTQModel, default, group 64": ("gptqmodel", 64),
+    # It refuses groups that do not divide a width.
+    "llm-compressor, group 64": ("llmcompressor", 64),
+}
 
 
 def main() -> None:
     """Quantize with every tool, measure all of them, save one table."""
+    known = dict.fromkeys(peer for peer, _ in PEER_CASES.values())
+    installed = ",".join(name for name in known if PEERS[name].is_installed())
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path, nargs="?")
-    parser.add_argument("--calibration", type=Path, help="text (default: the built-in one)")
-    parser.add_argument("--text", type=Path, help="held-out text (default: the built-in one)")
-    parser.add_argument("--gptqmodel", help="Python of an environment that has gptqmodel")
+    parser.add_argument("model", type=Path, nargs="?", help="default: the sample model")
+    parser.add_argument("--text", type=Path, help="calibration text (default: the built-in one)")
+    parser.add_argument("--test", type=Path, help="held-out text (default: the built-in one)")
+    parser.add_argument("--peers", default=installed, help="default: those installed")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=10)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--name", default="quality", help="of the file in bench/results")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         run_halfbyte(**json.loads(args.child.read_text()))
         return
+    for name in filter(None, args.peers.split(",")):
+        if name not in known or not PEERS[name].is_installed():
+            raise SystemExit(f"No environment of {name}: python -m bench.peers.environments {name}")
+    args.model = args.model or write_sample_model(FOLDER / "sample-model").folder
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    text = args.calibration.read_text() if args.calibration else calibration_text()
-    held_out = args.text.read_text() if args.text else evaluation_text()
+    text = args.text.read_text() if args.text else calibration_text()
+    held_out = args.test.read_text() if args.test else evaluation_text()
     rows = list(tokenize_text(tokenizer, text).split(args.length))[: args.samples]
     ids = [row.tolist() for row in rows if len(row) == args.length]
     windows = split_windows(tokenize_text(tokenizer, held_out), WINDOW, limit=args.windows).ids
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as work:
         runs = run_tools(args, ids, Path(work))
-        results = {
-            name: compare(args.model, Path(work) / run["folder"], windows)
-            for name, run in runs.items()
-        }
-    report(args, runs, results)
+        folders = {name: Path(work) / run["folder"] for name, run in runs.items()}
+        results = compare(args.model, folders, windows)
+    report(args, len(ids), len(windows), runs, results)
 
 
 def run_tools(args: argparse.Namespace, ids: list[list[int]], work: Path) -> dict[str, Any]:
@@ -99,11 +96,16 @@ def run_tools(args: argparse.Namespace, ids: list[list[int]], work: Path) -> dic
         runs[name] = run_tool(
             work, f"halfbyte-{number}", job, [sys.executable, __file__, "--child"]
         )
-    if args.gptqmodel:
-        program = work / "gptqmodel_program.py"
-        program.write_text(GPTQMODEL_PROGRAM)
-        job = {"model": str(args.model), "ids": ids}
-        runs[GPTQMODEL_CASE] = run_tool(work, "gptqmodel", job, [args.gptqmodel, str(program)])
+    for number, (name, (peer, group_size)) in enumerate(PEER_CASES.items()):
+        if peer not in args.peers.split(","):
+            continue
+        folder = f"{peer}-{number}"
+        job = {"model": str(args.model), "ids": ids, "group_size": group_size}
+        job["batch_size"] = 8 if peer == "llmcompressor" else 1
+        settings = {"bits": 4, "group_size": group_size}
+        job["runs"] = [{"output": str(work / folder), "settings": settings}]
+        program = PROGRAMS / f"{peer}_quantize.py"
+        runs[name] = run_tool(work, folder, job, [str(PEERS[peer].python), str(program)])
     return runs
 
 
@@ -111,11 +113,16 @@ def run_tool(work: Path, folder: str, job: dict[str, Any], command: list[str]) -
     """Run one tool in a process of its own and account for it."""
     path = work / f"{folder}.json"
     path.write_text(json.dumps({**job, "output": str(work / folder)}))
+    log = work / f"{folder}.log"
     start = time.monotonic()
-    process = subprocess.Popen([*command, str(path)], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, str(path)], stdout=output, stderr=subprocess.STDOUT, cwd=work
+        )
+        _, status, usage = os.wait4(process.pid, 0)
     if status:
-        raise SystemExit(f"{folder} ended with status {status}")
+        said = log.read_text(errors="replace")[-4000:]
+        raise SystemExit(f"{folder} ended with status {status}:\n{said}")
     run = {
         "folder": folder,
         "user_seconds": usage.ru_utime,
@@ -139,18 +146,54 @@ def run_halfbyte(model: str, output: str, ids: list[list[int]], config: dict[str
 
 
 @torch.no_grad()
-def compare(base: Path, quantized: Path, windows: torch.Tensor) -> DivergenceResult:
-    """Run both models window by window in fp32, weights decoded from the files."""
+def compare(base: Path, folders: dict[str, Path], windows: Tensor) -> dict[str, DivergenceResult]:
+    """Run all models window by window in fp32, weights decoded from the files."""
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    decoded = halfbyte.load(quantized, dtype=torch.float32).dequantize(torch.float32)
-    accumulator = DivergenceAccumulator()
+    models = {name: decode(base, folder) for name, folder in folders.items()}
+    accumulators = {name: DivergenceAccumulator() for name in folders}
     for ids in windows.split(1):
-        accumulator.update(plain(ids).logits[0, :-1], decoded(ids).logits[0, :-1], ids[0, 1:])
-    return accumulator.result()
+        expected = plain(ids).logits[0, :-1]
+        for name, model in models.items():
+            accumulators[name].update(expected, model(ids).logits[0, :-1], ids[0, 1:])
+    return {name: accumulator.result() for name, accumulator in accumulators.items()}
+
+
+def decode(base: Path, folder: Path) -> Any:
+    """Load a quantized model as an ordinary fp32 one, whichever tool wrote it."""
+    if (folder / "quantize_config.json").is_file():
+        return halfbyte.load(folder, dtype=torch.float32).dequantize(torch.float32)
+    packed, suffix = load_file(folder / "model.safetensors"), ".weight_packed"
+    weights = {
+        f"{name.removesuffix(suffix)}.weight": unpack_compressed(packed, name.removesuffix(suffix))
+        for name in packed
+        if name.endswith(suffix)
+    }
+    if not weights:
+        raise SystemExit(f"{folder} holds no packed weights")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if model.load_state_dict(weights, strict=False).unexpected_keys:
+        raise SystemExit(f"{folder} holds weights that {base} has not")
+    return model
+
+
+def unpack_compressed(tensors: dict[str, Tensor], name: str) -> Tensor:
+    """Decode one linear of llm-compressor's: codes of 4 bits plus 8, packed along in, low first."""
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+    codes = (tensors[f"{name}.weight_packed"][..., None] >> shifts) & 15
+    scale = tensors[f"{name}.weight_scale"].float()
+    grouped = codes.view(*scale.shape, -1).float() - 8
+    weight = (grouped * scale[..., None]).flatten(1)
+    if list(weight.shape) != tensors[f"{name}.weight_shape"].tolist():
+        raise SystemExit(f"{name} decodes to {list(weight.shape)}")
+    return weight
 
 
 def report(
-    args: argparse.Namespace, runs: dict[str, Any], results: dict[str, DivergenceResult]
+    args: argparse.Namespace,
+    samples: int,
+    windows: int,
+    runs: dict[str, Any],
+    results: dict[str, DivergenceResult],
 ) -> None:
     """Print and save the table."""
     columns = ["tool", "KL, nats", "±", "perplexity", "same first choice", "user CPU, s"]
@@ -173,15 +216,17 @@ def report(
         print(rows[-1], flush=True)
     base = next(iter(results.values())).base.perplexity
     save_result(
-        "quality",
+        args.name,
         columns=columns,
         rows=rows,
-        note=f"4 bits, symmetric, {args.samples} x {args.length} calibration tokens of WikiText-2 "
-        f"(validation split); {args.windows} windows of {WINDOW} tokens of its test split (same "
+        note=f"4 bits, symmetric, {samples} x {args.length} calibration tokens of WikiText-2 "
+        f"(validation split); {windows} windows of {WINDOW} tokens of its test split (same "
         f"kind of text, which flatters all of them); base {base:.3f}; {args.threads} threads; "
-        "± is the standard error over windows",
+        "± is the standard error over windows; user CPU seconds include each tool's imports; "
+        "GPTQModel and llm-compressor compute in bf16, as halfbyte does by itself",
         data={
             "runs": runs,
+            "peers": {name: PEERS[name].package for name in args.peers.split(",") if name},
             "base_perplexity": base,
             "results": {name: result.to_dict() for name, result in results.items()},
         },
