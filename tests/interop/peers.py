@@ -12,12 +12,13 @@ import pytest
 from bench.peers.environments import PEERS, PROGRAMS, Peer
 
 
-def need(name: str) -> Peer:
-    """Give a peer, or skip the test where its environment is not there."""
+def needs(name: str) -> pytest.MarkDecorator:
+    """Skip a module's tests, before anything is made for them, where a peer is not there."""
     peer = PEERS[name]
-    if not peer.is_installed():
-        pytest.skip(f"no environment of {peer.package} in {peer.folder.parent.name}/: make interop")
-    return peer
+    place = f"{peer.folder.parent.name}/{name}"
+    return pytest.mark.skipif(
+        not peer.is_installed(), reason=f"no environment of {peer.package} in {place}: make interop"
+    )
 
 
 def peer_environ(**settings: str) -> dict[str, str]:

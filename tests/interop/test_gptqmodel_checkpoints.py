@@ -7,15 +7,18 @@ import shutil
 
 import pytest
 import torch
+from bench.peers.environments import PEERS
 from safetensors.torch import load_file
 from tests.interop.conftest import IDS, OURS
-from tests.interop.peers import need, run_program
+from tests.interop.peers import needs, run_program
 from transformers import AutoModelForCausalLM
 
 from halfbyte import open_checkpoint
 from halfbyte.checkpoint.check import check_consumers
 
-pytestmark = pytest.mark.interop
+PEER = PEERS["gptqmodel"]
+
+pytestmark = [pytest.mark.interop, needs("gptqmodel")]
 
 THEIRS = {
     "group 64": {"group_size": 64},
@@ -37,11 +40,11 @@ THEIRS = {
 """Settings of GPTQModel's QuantizeConfig; 4 bits where nothing is said. 192 = 128 + 64 columns."""
 
 
-def decode(peer, checkpoints, folder):
+def decode(checkpoints, folder):
     """Give what GPTQModel sees in each checkpoint: weights by module name, or why it refuses."""
     files = {name: folder / f"decoded-{i}.safetensors" for i, name in enumerate(checkpoints)}
     runs = [{"checkpoint": checkpoints[name], "output": file} for name, file in files.items()]
-    run_program(peer, "gptqmodel_decode", {"runs": runs}, folder)
+    run_program(PEER, "gptqmodel_decode", {"runs": runs}, folder)
     refused = {name: file.with_name(f"{file.name}.refused") for name, file in files.items()}
     return {
         name: refused[name].read_text() if refused[name].exists() else load_file(file)
@@ -52,7 +55,6 @@ def decode(peer, checkpoints, folder):
 @pytest.fixture(scope="module")
 def theirs(tiny, tmp_path_factory):
     """GPTQModel's checkpoints, each with what GPTQModel decodes from it."""
-    peer = need("gptqmodel")
     folder = tmp_path_factory.mktemp("theirs")
     checkpoints = {name: folder / f"{i}" for i, name in enumerate(THEIRS)}
     runs = [
@@ -60,15 +62,15 @@ def theirs(tiny, tmp_path_factory):
         for name, settings in THEIRS.items()
     ]
     job = {"model": tiny, "ids": IDS.tolist(), "runs": runs}
-    run_program(peer, "gptqmodel_quantize", job, folder)
-    decoded = decode(peer, checkpoints, folder)
+    run_program(PEER, "gptqmodel_quantize", job, folder)
+    decoded = decode(checkpoints, folder)
     return {name: (checkpoints[name], decoded[name]) for name in THEIRS}
 
 
 @pytest.fixture(scope="module")
 def ours_decoded(ours_tiny, tmp_path_factory):
     """Our checkpoints, each with what GPTQModel decodes from it."""
-    decoded = decode(need("gptqmodel"), ours_tiny, tmp_path_factory.mktemp("ours-decoded"))
+    decoded = decode(ours_tiny, tmp_path_factory.mktemp("ours-decoded"))
     return {name: (ours_tiny[name], decoded[name]) for name in OURS}
 
 
@@ -85,7 +87,7 @@ def relabelled(ours_tiny, tmp_path_factory):
         config["quantization_config"]["meta"]["quantizer"] = ["gptqmodel:7.7.0"]
         file.write_text(json.dumps(config))
         (copies[name] / "quantize_config.json").unlink()
-    return decode(need("gptqmodel"), copies, folder)
+    return decode(copies, folder)
 
 
 @torch.no_grad()

@@ -6,12 +6,15 @@ import json
 
 import pytest
 import torch
+from bench.peers.environments import PEERS
 from tests.interop.greedy import answer, check_is_greedy
-from tests.interop.peers import need, run_program
+from tests.interop.peers import needs, run_program
 
 from halfbyte import open_checkpoint
 
-pytestmark = pytest.mark.interop
+PEER = PEERS["gptqmodel"]
+
+pytestmark = [pytest.mark.interop, needs("gptqmodel")]
 
 NEW_TOKENS = 48
 RUNS = {
@@ -23,7 +26,6 @@ RUNS = {
 @pytest.fixture(scope="module")
 def readings(ours, tmp_path_factory):
     """What GPTQModel makes of our checkpoint, by kind of run."""
-    peer = need("gptqmodel")
     folder = tmp_path_factory.mktemp("gptqmodel")
     files = {name: folder / f"{i}.json" for i, name in enumerate(RUNS)}
     job = {
@@ -33,7 +35,7 @@ def readings(ours, tmp_path_factory):
         "windows": ours.windows.tolist(),
         "runs": [{**RUNS[name], "output": file} for name, file in files.items()],
     }
-    run_program(peer, "gptqmodel_run", job, folder)
+    run_program(PEER, "gptqmodel_run", job, folder)
     return {name: json.loads(file.read_text()) for name, file in files.items()}
 
 

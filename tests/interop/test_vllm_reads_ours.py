@@ -6,14 +6,17 @@ import json
 
 import pytest
 import torch
+from bench.peers.environments import PEERS
 from tests.interop.conftest import IDS, OURS
-from tests.interop.peers import need, run_program
+from tests.interop.peers import needs, run_program
 from transformers import AutoModelForCausalLM
 
 from halfbyte import open_checkpoint
 from halfbyte.checkpoint.check import check_consumers
 
-pytestmark = pytest.mark.interop
+PEER = PEERS["vllm"]
+
+pytestmark = [pytest.mark.interop, needs("vllm")]
 
 WINDOWS = IDS[:2]
 
@@ -21,14 +24,13 @@ WINDOWS = IDS[:2]
 @pytest.fixture(scope="module")
 def readings(ours_tiny, tmp_path_factory):
     """What vLLM reads with each of our checkpoints, or why it refuses it."""
-    peer = need("vllm")
     folder = tmp_path_factory.mktemp("vllm")
     files = {name: folder / f"{i}.json" for i, name in enumerate(OURS)}
     runs = [
         {"checkpoint": ours_tiny[name], "dtype": "float16", "output": file}
         for name, file in files.items()
     ]
-    run_program(peer, "vllm_read", {"windows": WINDOWS.tolist(), "runs": runs}, folder)
+    run_program(PEER, "vllm_read", {"windows": WINDOWS.tolist(), "runs": runs}, folder)
     refused = {name: file.with_name(f"{file.name}.refused") for name, file in files.items()}
     return {
         name: refused[name].read_text() if refused[name].exists() else json.loads(file.read_text())

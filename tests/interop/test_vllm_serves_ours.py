@@ -12,11 +12,14 @@ from contextlib import suppress
 
 import pytest
 import torch
+from bench.peers.environments import PEERS
 from tests.interop.conftest import PROMPTS
 from tests.interop.greedy import check_is_greedy
-from tests.interop.peers import need, peer_environ
+from tests.interop.peers import needs, peer_environ
 
-pytestmark = pytest.mark.interop
+PEER = PEERS["vllm"]
+
+pytestmark = [pytest.mark.interop, needs("vllm")]
 
 NEW_TOKENS = 48
 STARTS_WITHIN = 600
@@ -55,10 +58,9 @@ def _free_port():
 
 @pytest.fixture(scope="module")
 def server(ours, tmp_path_factory):
-    peer = need("vllm")
     log = tmp_path_factory.mktemp("vllm") / "log.txt"
     port = _free_port()
-    command = [peer.folder / "bin" / "vllm", "serve", ours.folder, "--served-model-name", "ours"]
+    command = [PEER.folder / "bin" / "vllm", "serve", ours.folder, "--served-model-name", "ours"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
     command += ["--max-model-len", "1024", "--generation-config", "vllm"]
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
