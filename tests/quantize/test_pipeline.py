@@ -1,0 +1,672 @@
+"""From a model folder to a checkpoint: every option, on tiny models, down to the logits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.helpers.families import VOCABULARY, build_family, token_lists, write_family
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+import halfbyte
+from halfbyte.checkpoint.read import Checkpoint, open_checkpoint
+from halfbyte.checkpoint.shards import TensorFiles
+from halfbyte.errors import CalibrationError, CheckpointError, ConfigError, ModelError
+from halfbyte.model.blocks import linear_weight, set_linear_weight
+from halfbyte.model.experts import unfuse_experts
+from halfbyte.model.naming import module_key_map
+from halfbyte.quant_config import CalibrationConfig, Override, QuantConfig, ResourceConfig
+from halfbyte.quantize.report import QuantizationReport, load_report
+
+CALIBRATION = CalibrationConfig(samples=6, length=32, batch_size=3)
+SMALL = {"num_hidden_layers": 2}
+
+
+def quantize(base: Path, output: Path, config: QuantConfig, **changes: Any) -> QuantizationReport:
+    keywords = {"calibration": CALIBRATION, "text": token_lists(6, 32), **changes}
+    return halfbyte.quantize(base, output, config=config, **keywords)
+
+
+def run(
+    tmp_path: Path,
+    config: QuantConfig,
+    *,
+    family: str = "llama",
+    prepare: Callable[[PreTrainedModel], object] | None = None,
+    changes: dict[str, Any] = SMALL,
+    **keywords: Any,
+) -> tuple[PreTrainedModel, QuantizationReport, Checkpoint]:
+    """Write a tiny model, quantize it, and open what was written."""
+    model = build_family(family, **changes)
+    if prepare is not None:
+        prepare(model)
+    model.save_pretrained(tmp_path / "base")
+    report = quantize(tmp_path / "base", tmp_path / "out", config, **keywords)
+    return model, report, open_checkpoint(tmp_path / "out")
+
+
+@torch.no_grad()
+def assert_loads_and_computes(base: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Loaded through Transformers, the logits are those of the dequantized weights."""
+    loaded = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32)
+    base = base.float()
+    unfuse_experts(base)
+    names = module_key_map(base, [f"{name}.qweight" for name in checkpoint.linears])
+    head = base.get_output_embeddings()
+    if any(base.get_submodule(n.removesuffix(".qweight")) is head for n in names.values()):
+        head.weight = nn.Parameter(head.weight.data.clone())
+    for key, name in names.items():
+        weight = checkpoint.dequantize(key.removesuffix(".qweight"))
+        set_linear_weight(base.get_submodule(name.removesuffix(".qweight")), weight)
+    ids = torch.tensor(token_lists(2, 24, seed=2))
+    torch.testing.assert_close(loaded(ids).logits, base(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+# ── bits, groups, grids, order ────────────────────────────────────────────────
+
+GRID = [
+    # A Latin square: every bit width and every group size meets all four kinds of grid and order.
+    (bits, group_size, *[(True, False), (False, False), (True, True), (False, True)][(i + j) % 4])
+    for i, bits in enumerate((2, 3, 4, 8))
+    for j, group_size in enumerate((-1, 16, 32, 64))
+]
+
+
+@pytest.mark.parametrize(("bits", "group_size", "symmetric", "desc_act"), GRID)
+def test_every_kind_of_grid_loads_and_computes(
+    bits: int, group_size: int, symmetric: bool, desc_act: bool, tmp_path: Path
+) -> None:
+    config = QuantConfig(bits=bits, group_size=group_size, symmetric=symmetric, desc_act=desc_act)
+    # 128 is divided by every group size.
+    changes = {"num_hidden_layers": 1, "intermediate_size": 128}
+    model, report, checkpoint = run(tmp_path, config, changes=changes)
+    assert len(report.modules) == len(checkpoint.linears) == 7
+    assert {(m.bits, m.group_size, m.symmetric) for m in report.modules} == {
+        (bits, group_size, symmetric)
+    }
+    assert {layout.bits for layout in checkpoint.linears.values()} == {bits}
+    for name, layout in checkpoint.linears.items():
+        facts = checkpoint.load_facts(name)
+        groups = 1 if group_size == -1 else layout.in_features // group_size
+        assert layout.num_groups == groups
+        assert facts.has_trivial_groups == (not desc_act or groups == 1), name
+        if symmetric:
+            assert facts.zeros.is_symmetric
+    labels = json.loads((tmp_path / "out" / "quantize_config.json").read_text())
+    assert (labels["bits"], labels["group_size"]) == (bits, group_size)
+    assert (labels["sym"], labels["desc_act"]) == (symmetric, desc_act)
+    assert_loads_and_computes(model, checkpoint)
+
+
+def test_more_bits_and_smaller_groups_lose_less(tmp_path: Path) -> None:
+    write_family(tmp_path / "base", "llama", **SMALL)
+
+    def error(**options: Any) -> float:
+        output = tmp_path / "-".join(map(str, options.values()))
+        report = quantize(tmp_path / "base", output, QuantConfig(**options))
+        return sum(m.relative_error or 0 for m in report.modules)
+
+    errors = [error(bits=bits, group_size=32) for bits in (2, 3, 4, 8)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] > 100 * errors[-1]
+    assert error(bits=4, group_size=16) < error(bits=4, group_size=64)
+
+
+def test_calibration_is_used(tmp_path: Path) -> None:
+    """The solver must do better than rounding to nearest on what it was calibrated on."""
+    _, report, _ = run(tmp_path, QuantConfig(bits=3, group_size=32))
+    for module in report.modules:
+        assert module.relative_error is not None
+        assert module.round_to_nearest_error is not None
+        assert module.relative_error <= module.round_to_nearest_error
+    total = sum(m.relative_error for m in report.modules)
+    assert total < 0.8 * sum(m.round_to_nearest_error for m in report.modules)
+
+
+# ── the head ──────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_head_is_quantized_and_untied(tied: bool, family: str, tmp_path: Path) -> None:
+    changes = {**({} if family == "gpt2" else SMALL), "tie_word_embeddings": tied}
+    config = QuantConfig(group_size=32, lm_head=True)
+    model, report, checkpoint = run(tmp_path, config, family=family, changes=changes)
+    assert "lm_head" in checkpoint.linears
+    assert report.modules[-1].name == "lm_head"
+    assert report.modules[-1].num_tokens == 6 * 32
+    note = "the head was untied from the embeddings, which stay as they are"
+    assert (note in report.notes) == tied
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["tie_word_embeddings"] is False
+    assert written["quantization_config"]["lm_head"] is True
+    files = checkpoint.files
+    embedding = next(
+        name for name in files.infos if name.endswith(("embed_tokens.weight", "wte.weight"))
+    )
+    assert torch.equal(files.load([embedding])[embedding], model.get_input_embeddings().weight)
+    assert "lm_head.weight" not in files.infos
+    assert_loads_and_computes(model, checkpoint)
+
+
+def test_head_that_was_not_asked_for_stays_tied(tmp_path: Path) -> None:
+    changes = {**SMALL, "tie_word_embeddings": True}
+    model, _, checkpoint = run(tmp_path, QuantConfig(group_size=32), changes=changes)
+    assert "lm_head" not in checkpoint.linears
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is True
+    assert_loads_and_computes(model, checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("changes", "config", "reason"),
+    [
+        ({"vocab_size": 120}, {}, "120 outputs are not a multiple of 32"),
+        ({}, {"skip": ("lm_head",)}, "a skip pattern matches its name"),
+    ],
+)
+def test_head_that_cannot_be_quantized_says_why(
+    changes: dict[str, Any], config: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    model, report, checkpoint = run(
+        tmp_path,
+        QuantConfig(group_size=32, lm_head=True, **config),
+        changes={**SMALL, **changes},
+        text=[[5, 6, 7, 8] * 8, [9, 8, 7, 6] * 8],
+    )
+    assert f"the head stays as it is: {reason}" in report.notes
+    assert not any("matches no module" in note for note in report.notes)
+    assert "lm_head" not in checkpoint.linears
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+# ── skips and overrides ───────────────────────────────────────────────────────
+
+
+def test_skipped_modules_stay_as_they_are(tmp_path: Path) -> None:
+    model, report, checkpoint = run(
+        tmp_path, QuantConfig(group_size=32, skip=(r"layers\.0\.", "v_proj"))
+    )
+    left = {m.name: m.reason for m in report.skipped}
+    assert len(left) == 8
+    assert set(left.values()) == {"a skip pattern matches its name"}
+    assert not left.keys() & checkpoint.linears.keys()
+    for name in left:
+        found = checkpoint.files.load([f"{name}.weight"])[f"{name}.weight"]
+        assert torch.equal(found, model.get_submodule(name).weight)
+    assert_loads_and_computes(model, checkpoint)
+
+
+def test_overrides_change_single_modules_and_are_written_down(tmp_path: Path) -> None:
+    config = QuantConfig(
+        group_size=32,
+        overrides=(
+            Override(pattern="down_proj", bits=8),
+            Override(pattern=r"1\.self_attn", group_size=16, symmetric=False),
+            Override(pattern=r"1\.self_attn\.o_proj", bits=2),
+        ),
+    )
+    model, report, checkpoint = run(tmp_path, config)
+    schemes = {m.name: (m.bits, m.group_size, m.symmetric) for m in report.modules}
+    assert schemes["model.layers.0.mlp.down_proj"] == (8, 32, True)
+    assert schemes["model.layers.1.self_attn.q_proj"] == (4, 16, False)
+    assert schemes["model.layers.1.self_attn.o_proj"] == (2, 16, False)
+    assert schemes["model.layers.0.self_attn.q_proj"] == (4, 32, True)
+    for name, (bits, group_size, _) in schemes.items():
+        layout = checkpoint.linears[name]
+        assert layout.bits == bits
+        assert layout.num_groups == layout.in_features // group_size
+    labels = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert labels["bits"] == 4
+    assert {"bits": 8} in [
+        {k: v for k, v in rule.items() if k == "bits"} for rule in labels["dynamic"].values()
+    ]
+    assert_loads_and_computes(model, checkpoint)
+
+
+def test_override_of_one_among_linears_that_share_an_input(tmp_path: Path) -> None:
+    """They share the Hessian, not the grid."""
+    config = QuantConfig(group_size=32, overrides=(Override(pattern="k_proj", bits=8),))
+    model, report, checkpoint = run(tmp_path, config)
+    tokens = {m.num_tokens for m in report.modules}
+    assert tokens == {6 * 32}
+    errors = {m.name.rpartition(".")[2]: m.relative_error or 0 for m in report.modules}
+    assert errors["k_proj"] < 0.05 * errors["q_proj"]
+    assert_loads_and_computes(model, checkpoint)
+
+
+def test_patterns_that_match_nothing_are_told(tmp_path: Path) -> None:
+    config = QuantConfig(
+        group_size=32,
+        skip=("o_proj", "wo_proj"),
+        overrides=(Override(pattern="experts", bits=8),),
+    )
+    _, report, _ = run(tmp_path, config)
+    assert [note for note in report.notes if "matches no module" in note] == [
+        "the skip pattern 'wo_proj' matches no module",
+        "the override pattern 'experts' matches no module",
+    ]
+
+
+def test_everything_skipped_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no linear is quantized\. Loosen the skip patterns"):
+        run(tmp_path, QuantConfig(skip=(".",)))
+
+
+# ── experts ───────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "skip", [r"experts\.1\.", r"experts\.\d+\.(w2|down_proj)", r"layers\.0\..*experts\.", "experts"]
+)
+def test_experts_left_in_16_bits(family: str, skip: str, tmp_path: Path) -> None:
+    config = QuantConfig(group_size=32, skip=(skip,))
+    model, report, checkpoint = run(tmp_path, config, family=family)
+    left = [m.name for m in report.skipped if "skip pattern" in m.reason]
+    assert left
+    assert not any("matches no module" in note for note in report.notes)
+    assert_loads_and_computes(model, checkpoint)
+
+
+def test_routers_stay_in_16_bits_with_a_reason(tmp_path: Path) -> None:
+    _, report, _ = run(tmp_path, QuantConfig(group_size=32), family="qwen3_moe")
+    gates = [m for m in report.skipped if m.name.endswith("mlp.gate")]
+    assert not [m for m in report.modules if m.name.endswith("mlp.gate")]
+    assert all(m.reason == "it routes tokens to experts" for m in gates)
+
+
+def test_starved_experts_are_helped_and_say_so(tmp_path: Path) -> None:
+    # About 192 tokens for each expert: too few for a width of 64, enough for one of 32.
+    _, report, _ = run(
+        tmp_path,
+        QuantConfig(group_size=32),
+        family="qwen3_moe",
+        calibration=CalibrationConfig(samples=12, length=32),
+        text=token_lists(12, 32),
+    )
+    experts = [m for m in report.modules if ".experts." in m.name]
+    helped = [m for m in experts if any("all experts'" in note for note in m.notes)]
+    assert 0 < len(helped) < len(experts)
+    for module in experts:
+        width = 64 if "down_proj" not in module.name else 32
+        assert (module in helped) == (module.num_tokens < 4 * width), module
+    for module in helped:
+        width = 64 if "down_proj" not in module.name else 32
+        share = 4 * width / (4 * width + module.num_tokens)
+        assert f"{module.num_tokens} tokens only: {share:.0%} of its Hessian" in module.notes[0]
+
+
+def test_every_token_goes_to_its_experts_and_no_other(tmp_path: Path) -> None:
+    _, report, _ = run(tmp_path, QuantConfig(group_size=32), family="qwen3_moe")
+    for block in range(2):
+        for leaf in ("gate_proj", "down_proj"):
+            routed = sum(
+                m.num_tokens
+                for m in report.modules
+                if m.name.startswith(f"model.layers.{block}.mlp.experts") and m.name.endswith(leaf)
+            )
+            assert routed == 2 * 6 * 32
+
+
+# ── widths that do not fit ────────────────────────────────────────────────────
+
+
+def test_width_that_the_group_size_does_not_divide_gets_a_smaller_one(tmp_path: Path) -> None:
+    model, report, checkpoint = run(tmp_path, QuantConfig(group_size=64))
+    for module in report.modules:
+        if module.name.endswith("down_proj"):
+            assert module.group_size == 32
+            assert "group size 32: 64 does not divide 96 inputs" in module.notes
+        else:
+            assert module.group_size == 64
+    labels = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert labels["group_size"] == 64
+    assert [rule["group_size"] for rule in labels["dynamic"].values()] == [32]
+    assert_loads_and_computes(model, checkpoint)
+
+
+@pytest.mark.parametrize("desc_act", [False, True])
+def test_ragged_last_group(desc_act: bool, tmp_path: Path) -> None:
+    config = QuantConfig(group_size=64, ragged_groups=True, desc_act=desc_act)
+    model, report, checkpoint = run(tmp_path, config)
+    assert {m.group_size for m in report.modules} == {64}
+    for name, layout in checkpoint.linears.items():
+        assert layout.num_groups == (2 if "down_proj" in name else 1)
+    facts = checkpoint.load_linear("model.layers.0.mlp.down_proj")
+    assert facts.g_idx.bincount().tolist() == [64, 32]
+    assert_loads_and_computes(model, checkpoint)
+
+
+def test_linear_that_cannot_be_packed_is_left_with_its_reason(tmp_path: Path) -> None:
+    changes = {**SMALL, "intermediate_size": 80}
+    model, report, checkpoint = run(tmp_path, QuantConfig(group_size=32), changes=changes)
+    assert {m.name.rpartition(".")[2]: m.reason for m in report.skipped} == {
+        "gate_proj": "80 outputs are not a multiple of 32",
+        "up_proj": "80 outputs are not a multiple of 32",
+        "down_proj": "80 inputs are not a multiple of 32",
+    }
+    assert len(checkpoint.linears) == 2 * 4
+    assert_loads_and_computes(model, checkpoint)
+
+
+# ── tokens and numerics ───────────────────────────────────────────────────────
+
+
+def test_only_real_tokens_enter_a_hessian(tmp_path: Path) -> None:
+    lengths = [32, 5, 17, 32, 9, 5]
+    rows = token_lists(6, 32)
+    padded = {
+        "input_ids": [row[:n] + [0] * (32 - n) for row, n in zip(rows, lengths, strict=True)],
+        "attention_mask": [[1] * n + [0] * (32 - n) for n in lengths],
+    }
+    plain = [row[:n] for row, n in zip(rows, lengths, strict=True)]
+    write_family(tmp_path / "base", "llama", **SMALL)
+    config = QuantConfig(group_size=32)
+    reports = [
+        quantize(tmp_path / "base", tmp_path / name, config, text=text)
+        for name, text in (("padded", [padded]), ("plain", plain))
+    ]
+    for report in reports:
+        assert {m.num_tokens for m in report.modules} == {sum(lengths)}
+        assert report.calibration.tokens == sum(lengths)
+        assert report.calibration.samples == 6
+        assert report.calibration.length == 32
+    assert bytes_of(tmp_path / "padded") == bytes_of(tmp_path / "plain")
+
+
+def test_dead_columns_are_noted_and_keep_their_weights(tmp_path: Path) -> None:
+    def kill(model: PreTrainedModel) -> None:
+        model.model.layers[1].input_layernorm.weight.data[[3, 40]] = 0
+
+    model, report, checkpoint = run(tmp_path, QuantConfig(bits=8, group_size=32), prepare=kill)
+    noted = {m.name for m in report.modules if "2 input columns carried no signal" in m.notes}
+    assert noted == {f"model.layers.1.self_attn.{n}_proj" for n in "qkv"}
+    weight = model.model.layers[1].self_attn.q_proj.weight
+    found = checkpoint.dequantize("model.layers.1.self_attn.q_proj")
+    torch.testing.assert_close(found[:, [3, 40]], weight[:, [3, 40]], atol=1e-3, rtol=0)
+    assert_loads_and_computes(model, checkpoint)
+
+
+def test_no_signal_at_all_is_round_to_nearest(tmp_path: Path) -> None:
+    def kill(model: PreTrainedModel) -> None:
+        model.model.layers[1].post_attention_layernorm.weight.data.zero_()
+
+    model, report, checkpoint = run(tmp_path, QuantConfig(group_size=32), prepare=kill)
+    silent = [m for m in report.modules if any("no input signal" in note for note in m.notes)]
+    assert {m.name for m in silent} == {
+        f"model.layers.1.mlp.{n}_proj" for n in ("gate", "up", "down")
+    }
+    assert_loads_and_computes(model, checkpoint)
+
+
+def set_weight(name: str, value: float) -> Callable[[PreTrainedModel], object]:
+    def prepare(model: PreTrainedModel) -> None:
+        model.get_submodule(name).weight.data.view(-1)[5] = value
+
+    return prepare
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_weight_that_is_not_finite_is_named(value: float, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.up_proj"
+    with pytest.raises(
+        CheckpointError,
+        match=rf"Cannot quantize {name}: 1 of its 6144 weights are not finite.* --skip",
+    ):
+        run(tmp_path, QuantConfig(group_size=32), prepare=set_weight(name, value))
+
+
+def test_inputs_that_are_not_finite_name_the_module_behind_them(tmp_path: Path) -> None:
+    prepare = set_weight("model.layers.1.post_attention_layernorm", float("inf"))
+    with pytest.raises(
+        CalibrationError,
+        match=r"Cannot quantize model\.layers\.1\.mlp\.gate_proj: its inputs are not finite in any "
+        r"of 192 calibration tokens",
+    ):
+        run(tmp_path, QuantConfig(group_size=32), prepare=prepare)
+
+
+def test_batches_dropped_in_part_are_noted_by_module(tmp_path: Path) -> None:
+    def spoil(model: PreTrainedModel) -> None:
+        model.model.embed_tokens.weight.data[7] = float("inf")
+
+    rows = [[9, 10, 11, 12] * 8 for _ in range(5)]
+    _, report, _ = run(
+        tmp_path,
+        QuantConfig(group_size=32),
+        prepare=spoil,
+        text=[*rows, [7, *rows[0][1:]]],
+        calibration=CalibrationConfig(samples=6, length=32, batch_size=2),
+    )
+    assert {m.num_tokens for m in report.modules} == {4 * 32}
+    for module in report.modules:
+        assert "64 of 192 tokens dropped: their inputs are not finite" in module.notes
+
+
+def test_weights_too_large_for_fp16_scales_are_noted(tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.up_proj"
+    _, report, _ = run(tmp_path, QuantConfig(group_size=32), prepare=set_weight(name, 1e9))
+    noted = {m.name: [n for n in m.notes if "fp16" in n] for m in report.modules}
+    assert noted.pop(name) == [
+        "1 groups need a scale above 65504, fp16's largest: their largest weights are cut"
+    ]
+    assert not any(noted.values())
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("computing", ["float32", "bfloat16"])
+def test_solver_gets_the_exact_weights_whatever_the_model_computes_in(
+    stored: torch.dtype, computing: str, tmp_path: Path
+) -> None:
+    """At 8 bits a weight cast to bfloat16 first would be off by more than the grid's half step."""
+    config = QuantConfig(bits=8, group_size=16)
+    model, report, checkpoint = run(
+        tmp_path,
+        config,
+        prepare=lambda model: model.to(stored),
+        changes={"num_hidden_layers": 1},
+        resources=ResourceConfig(dtype=computing),
+    )
+    assert f"computes in {computing}, as asked for" in report.notes
+    name = "model.layers.0.self_attn.q_proj"
+    exact = model.get_submodule(name).weight.detach().float()
+    # The first column in rounding order is plainly rounded: find it as the one that fits best.
+    difference = (checkpoint.dequantize(name) - exact).abs()
+    step = checkpoint.load_linear(name).scales.t().float().repeat_interleave(16, dim=1)
+    worst = (difference / step).amax(dim=0)
+    assert float(worst.min()) <= 0.5 + 1e-3
+    norm = checkpoint.files.load(["model.norm.weight"])["model.norm.weight"]
+    assert norm.dtype == stored
+    assert_loads_and_computes(model, checkpoint)
+
+
+# ── what is written beside the weights ────────────────────────────────────────
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    told = ("quantization_report.json", "README.md", "quantization_error.png")
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name not in told}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_two_runs_write_the_same_bytes(family: str, tmp_path: Path) -> None:
+    write_family(tmp_path / "base", family, **SMALL)
+    config = QuantConfig(group_size=32, lm_head=True, symmetric=False)
+    for name in ("one", "two"):
+        quantize(tmp_path / "base", tmp_path / name, config)
+    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
+
+
+def write_tokenizer(folder: Path, vocabulary: int = VOCABULARY) -> None:
+    words = {f"w{i}": i for i in range(vocabulary - 1)} | {"[UNK]": vocabulary - 1}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
+
+
+def test_folder_has_all_that_a_checkpoint_needs(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    write_family(base, "llama", **SMALL)
+    write_tokenizer(base)
+    (base / "LICENSE").write_text("do what you want")
+    (base / "modeling_own.py").write_text("raise SystemExit")
+    report = quantize(base, tmp_path / "out", QuantConfig(group_size=32))
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {
+        "LICENSE",
+        "README.md",
+        "checksums.json",
+        "config.json",
+        "generation_config.json",
+        "model-00001-of-00003.safetensors",
+        "model-00002-of-00003.safetensors",
+        "model-00003-of-00003.safetensors",
+        "model.safetensors.index.json",
+        "quantization_error.png",
+        "quantization_report.json",
+        "quantize_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert load_report(tmp_path / "out") == report
+    assert QuantizationReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "base_model_relation: quantized" in card
+    assert report.calibration.digest[:12] in card
+    png = (tmp_path / "out" / "quantization_error.png").read_bytes()
+    assert png.startswith(b"\x89PNG")
+    configs = [
+        json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"],
+        json.loads((tmp_path / "out" / "quantize_config.json").read_text()),
+    ]
+    assert configs[0] == configs[1]
+    assert report.checkpoint_bytes == sum(
+        path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")
+    )
+    assert set(report.seconds_by_phase) >= {"load", "forward and Hessians", "solve", "write"}
+
+
+def test_quality_is_measured_on_held_out_text(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    write_family(base, "llama", **SMALL)
+    write_tokenizer(base)
+    report = quantize(base, tmp_path / "out", QuantConfig(bits=2, group_size=32))
+    quality = report.quality
+    assert quality is not None
+    assert (quality.windows, quality.window) == (8, 128)
+    assert quality.kl_nats_mean > 0
+    assert "evaluation" in quality.text
+    less = quantize(base, tmp_path / "less", QuantConfig(bits=8, group_size=32))
+    assert less.quality is not None
+    assert less.quality.base_perplexity == quality.base_perplexity
+    assert less.quality.kl_nats_mean < 0.1 * quality.kl_nats_mean
+    without = quantize(base, tmp_path / "without", QuantConfig(group_size=32), quality=False)
+    assert without.quality is None
+    assert not any("quality" in note for note in without.notes)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "reason"),
+    [
+        (None, "the model folder has no tokenizer"),
+        (VOCABULARY + 5, "the tokenizer gives ids up to 132, the embedding has 128 rows"),
+    ],
+)
+def test_quality_that_cannot_be_measured_says_why(
+    vocabulary: int | None, reason: str, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    write_family(base, "llama", **SMALL)
+    if vocabulary is not None:
+        write_tokenizer(base, vocabulary)
+    report = quantize(base, tmp_path / "out", QuantConfig(group_size=32))
+    assert report.quality is None
+    assert f"quality was not measured: {reason}" in report.notes
+
+
+# ── refusals ──────────────────────────────────────────────────────────────────
+
+
+def test_output_that_is_in_use_is_refused(tmp_path: Path) -> None:
+    write_family(tmp_path / "base", "llama", **SMALL)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("irreplaceable")
+    with pytest.raises(ConfigError, match=r"out is not empty \(1 files, such as thesis\.tex\)"):
+        quantize(tmp_path / "base", tmp_path / "out", QuantConfig())
+    with pytest.raises(ConfigError, match=r"thesis\.tex is a file. Name a folder"):
+        quantize(tmp_path / "base", tmp_path / "out" / "thesis.tex", QuantConfig())
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "irreplaceable"
+
+
+@pytest.mark.parametrize("name", ["no-such-folder-here", "./no/where", "a/b/c", "~/no-such-folder"])
+def test_model_that_is_not_there_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="There is no model folder"):
+        halfbyte.quantize(name, tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99", "meta"])
+def test_device_that_is_not_there_is_refused(device: str, tmp_path: Path) -> None:
+    write_family(tmp_path / "base", "llama", **SMALL)
+    with pytest.raises(ConfigError, match=f"device is '{device}', which this machine"):
+        quantize(
+            tmp_path / "base",
+            tmp_path / "out",
+            QuantConfig(),
+            resources=ResourceConfig(device=device),
+        )
+
+
+def test_ids_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match=r"token ids 5\.\.500; .* embedding has 128 rows"):
+        run(tmp_path, QuantConfig(), text=[[5, 500]])
+
+
+def test_a_failed_run_can_be_started_again_in_the_same_folder(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError):
+        run(tmp_path, QuantConfig(group_size=32), text=[[5, 500]])
+    assert quantize(tmp_path / "base", tmp_path / "out", QuantConfig(group_size=32)).modules
+
+
+def test_complete_run_with_other_options_is_not_given_back(tmp_path: Path) -> None:
+    run(tmp_path, QuantConfig(group_size=32))
+    again = quantize(tmp_path / "base", tmp_path / "out", QuantConfig(group_size=32), resume=True)
+    assert again.modules
+    with pytest.raises(
+        halfbyte.errors.JournalError,
+        match=r"is complete and was made with other options \(bits: 4 then, 3 now\)",
+    ):
+        quantize(
+            tmp_path / "base", tmp_path / "out", QuantConfig(bits=3, group_size=32), resume=True
+        )
+
+
+def test_quantized_model_is_not_quantized_again(tmp_path: Path) -> None:
+    run(tmp_path, QuantConfig(group_size=32))
+    with pytest.raises(ModelError, match=r"is already quantized \(gptq\)"):
+        quantize(tmp_path / "out", tmp_path / "again", QuantConfig())
+
+
+def test_source_is_left_as_it_was(tmp_path: Path) -> None:
+    write_family(tmp_path / "base", "llama", **SMALL)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()}
+    quantize(tmp_path / "base", tmp_path / "out", QuantConfig(group_size=32, lm_head=True))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()} == before
+    assert TensorFiles.open(tmp_path / "base").infos
+
+
+def test_weights_and_embedding_dtype_survive(tmp_path: Path) -> None:
+    model, _, checkpoint = run(
+        tmp_path, QuantConfig(group_size=32), prepare=lambda m: m.to(torch.bfloat16)
+    )
+    infos = checkpoint.files.infos
+    assert infos["model.embed_tokens.weight"].dtype == torch.bfloat16
+    assert infos["model.layers.0.self_attn.q_proj.scales"].dtype == torch.float16
+    assert linear_weight(model.lm_head).dtype == torch.bfloat16
