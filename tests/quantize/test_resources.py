@@ -1,0 +1,191 @@
+"""What a run may use is decided once, with its reasons."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.helpers.families import write_family
+
+from halfbyte.errors import ConfigError
+from halfbyte.model.weights import ModelWeights
+from halfbyte.quant_config import CalibrationConfig, ResourceConfig
+from halfbyte.quantize import resources
+from halfbyte.quantize.resources import (
+    PROGRAM_BYTES,
+    SMALLEST_HESSIAN_BYTES,
+    RunPlan,
+    RunSettings,
+    parse_size,
+    resolve_dtype,
+    resolve_resources,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "measure_gemm_rate", lambda dtype, device: 1e9)
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> ModelWeights:
+    write_family(tmp_path, "llama")
+    return ModelWeights(tmp_path, CPU)
+
+
+def plan(weights: ModelWeights, *, lengths: list[int] | None = None, **asked: Any) -> RunPlan:
+    calibration = CalibrationConfig(batch_size=asked.pop("batch_size", None))
+    return resolve_resources(weights, ResourceConfig(**asked), calibration, lengths or [2048] * 128)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("4GB", 4 * 10**9),
+        ("800MB", 8 * 10**8),
+        ("1.5 gb", 15 * 10**8),
+        (" 12 kB ", 12_000),
+        ("2TB", 2 * 10**12),
+    ],
+)
+def test_size_is_read(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "lots", "4", "4G", "-1GB", "1,5GB", "4GiB", "GB", "4GB 2MB"])
+def test_other_sizes_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=rf"memory is '{text}'; write a number and a unit"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("asked", "stored", "device", "fast", "dtype", "reason"),
+    [
+        ("float16", torch.float32, "cpu", True, torch.float16, "float16, as asked for"),
+        ("auto", torch.float32, "cpu", True, torch.float32, "float32, as the model is stored"),
+        ("auto", torch.bfloat16, "cpu", True, torch.bfloat16, "bfloat16, which this processor"),
+        ("auto", torch.float16, "cpu", True, torch.bfloat16, "bfloat16, which this processor"),
+        ("auto", torch.float16, "cpu", False, torch.float32, "this processor has no fast 16-bit"),
+        ("auto", torch.float16, "cuda", False, torch.float16, "float16, as the model is stored"),
+    ],
+)
+def test_computing_type_is_chosen_with_a_reason(
+    asked: str,
+    stored: torch.dtype,
+    device: str,
+    fast: bool,
+    dtype: torch.dtype,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(resources, "has_fast_bf16", lambda: fast)
+    found, why = resolve_dtype(asked, stored, torch.device(device))
+    assert found == dtype
+    assert reason in why
+
+
+def test_much_memory_lets_batches_wait(weights: ModelWeights) -> None:
+    found = plan(weights, memory="64GB")
+    assert found.settings.keep_paused
+    assert found.settings.batch_size == 4, "8192 tokens"
+    assert found.settings.reasons == (
+        "the limit is yours",
+        "computes in float32, as the model is stored",
+        "4 sequences a batch",
+        "each block runs once",
+    )
+    assert found.memory_bytes < found.budget_bytes == 64 * 10**9
+
+
+def test_less_memory_makes_each_block_run_once_per_stage(weights: ModelWeights) -> None:
+    much = plan(weights, memory="64GB")
+    waiting = much.memory_bytes - 1
+    less = plan(weights, memory=f"{waiting / 1e6:.6f}MB")
+    assert not less.settings.keep_paused
+    assert less.settings.reasons[-1] == "each block runs once per stage, to save memory"
+    assert less.memory_bytes < much.memory_bytes
+    assert less.flops > much.flops
+
+
+def test_little_memory_makes_batches_small_but_never_empty(weights: ModelWeights) -> None:
+    fixed = plan(weights, memory="1MB", batch_size=1)
+    room = fixed.memory_bytes
+    sizes = [
+        plan(weights, memory=f"{room / 1e6 + extra:.3f}MB").settings.batch_size
+        for extra in (0, 20, 60, 1000)
+    ]
+    assert sizes == sorted(sizes)
+    assert sizes[0] == 1
+    assert sizes[-1] == 4
+
+
+def test_batch_size_that_was_asked_for_is_taken(weights: ModelWeights) -> None:
+    assert plan(weights, memory="1MB", batch_size=9).settings.batch_size == 9
+
+
+def test_plan_counts_what_there_is(weights: ModelWeights) -> None:
+    found = plan(weights, memory="64GB", lengths=[100] * 10)
+    tokens, hidden = 1000, 64
+    assert found.work_bytes == 2 * tokens * hidden * 4
+    outside = 2 * 128 * 64 * 4 + 64 * 4
+    linears = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96
+    assert found.output_bytes == outside + int(0.53 * 3 * (linears + 2 * 64))
+    assert found.flops > 2 * tokens * 3 * linears
+    assert found.seconds == pytest.approx(found.flops / 1e9)
+    assert found.memory_bytes > PROGRAM_BYTES
+    assert found.settings.hessian_bytes > SMALLEST_HESSIAN_BYTES
+    assert plan(weights, memory="1MB").settings.hessian_bytes == SMALLEST_HESSIAN_BYTES
+
+
+def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path) -> None:
+    needs = []
+    for blocks in (2, 8):
+        write_family(tmp_path / str(blocks), "llama", num_hidden_layers=blocks)
+        needs.append(plan(ModelWeights(tmp_path / str(blocks), CPU), memory="64GB"))
+    assert needs[0].memory_bytes == needs[1].memory_bytes
+    assert needs[1].flops == pytest.approx(4 * needs[0].flops)
+
+
+def test_tokens_go_through_their_experts_only(tmp_path: Path) -> None:
+    flops = []
+    for experts in (4, 8):
+        folder = tmp_path / str(experts)
+        write_family(folder, "mixtral", num_local_experts=experts)
+        flops.append(plan(ModelWeights(folder, CPU), memory="64GB").flops)
+    assert flops[1] < 1.3 * flops[0]
+
+
+def test_plan_in_words(weights: ModelWeights) -> None:
+    memory, disk, time = plan(weights, memory="64GB").lines()
+    assert memory.startswith("memory  ")
+    assert "of 64.0 GB; the limit is yours; computes in float32" in memory
+    assert "for the checkpoint, 134.2 MB while it runs" in disk
+    assert time.startswith("time    about ")
+    assert f"on {torch.get_num_threads()} threads" in time
+
+
+def test_default_budget_is_a_share_of_what_is_free(
+    weights: ModelWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Memory:
+        available = 10 * 10**9
+
+    monkeypatch.setattr(resources.psutil, "virtual_memory", lambda: Memory)
+    found = plan(weights)
+    assert 0 < found.budget_bytes <= 6 * 10**9
+    assert found.settings.reasons[0] == "60% of what is free"
+
+
+def test_settings_survive_the_journal(weights: ModelWeights) -> None:
+    settings = plan(weights, memory="64GB").settings
+    assert RunSettings.from_dict(settings.to_dict()) == settings
+    assert settings.torch_dtype == torch.float32
+
+
+def test_gemm_rate_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert resources.measure_gemm_rate(torch.float32, CPU) > 1e6
