@@ -12,7 +12,7 @@ import torch
 from tests.helpers.families import VOCABULARY, build_family, token_lists, write_family
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import halfbyte
 from halfbyte.checkpoint.read import Checkpoint, open_checkpoint
@@ -301,6 +301,34 @@ def test_starved_experts_are_helped_and_say_so(tmp_path: Path) -> None:
         width = 64 if "down_proj" not in module.name else 32
         share = 4 * width / (4 * width + module.num_tokens)
         assert f"{module.num_tokens} tokens only: {share:.0%} of its Hessian" in module.notes[0]
+
+
+def test_experts_of_a_layout_that_is_not_declared_are_listed(tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "llama4_text",
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        intermediate_size_mlp=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=4,
+        interleave_moe_layer_step=1,
+        pad_token_id=0,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    model.save_pretrained(tmp_path / "base")
+    report = quantize(tmp_path / "base", tmp_path / "out", QuantConfig(group_size=32))
+    assert {m.name: m.reason for m in report.skipped} == {
+        "model.layers.0.feed_forward.experts": "its experts cannot be split into linears",
+        "model.layers.0.feed_forward.router": "4 outputs are not a multiple of 32",
+    }
+    assert len(report.modules) == 4 + 3, "attention and the shared expert"
+    assert_loads_and_computes(model, open_checkpoint(tmp_path / "out"))
 
 
 def test_every_token_goes_to_its_experts_and_no_other(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from halfbyte.errors import CalibrationError, CheckpointError
 from halfbyte.model.blocks import (
@@ -197,7 +198,7 @@ class BlockWork:
                     notes=(note,) if note else (),
                 )
             )
-        for name in find_fused_experts(root):
+        for name in _fused_matrices(root):
             reason = "its experts cannot be split into linears"
             skipped.append(SkippedModule(name=prefix + name, reason=reason))
         return tasks, skipped
@@ -328,6 +329,16 @@ def _is_starved(accumulator: HessianAccumulator) -> bool:
 
 def _width(group: InputGroup, tasks: dict[str, LinearTask]) -> int:
     return next(int(tasks[n].weight.shape[1]) for n in group.linears if n in tasks)
+
+
+def _fused_matrices(root: nn.Module) -> list[str]:
+    """Name the modules that still hold matrices in 3-D parameters, declared as experts or not."""
+    found = set(find_fused_experts(root))
+    for name, module in root.named_modules():
+        parameters = module.parameters(recurse=False)
+        if not isinstance(module, _ConvNd) and any(p.dim() == 3 for p in parameters):
+            found.add(name)
+    return sorted(found)
 
 
 def _routers(block: nn.Module) -> dict[str, str]:
