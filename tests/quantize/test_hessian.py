@@ -5,12 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from halfbyte.quantize.hessian import (
-    HessianAccumulator,
-    add_gram,
-    factorize,
-    shrink_to_pool,
-)
+from halfbyte.quantize.hardware import sums_bf16_in_fp32
+from halfbyte.quantize.hessian import HessianAccumulator, factorize, shrink_to_pool
 
 
 def spd(size: int, seed: int = 0, tokens: int | None = None) -> torch.Tensor:
@@ -20,24 +16,68 @@ def spd(size: int, seed: int = 0, tokens: int | None = None) -> torch.Tensor:
     return x.t() @ x / len(x)
 
 
-@pytest.mark.parametrize("width", [1, 33, 512, 700, 1100])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_accumulated_sum_is_the_float64_sum(width: int, dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(width)
-    batches = [torch.randn(2, 20, width, generator=generator).to(dtype) for _ in range(3)]
-    accumulator = HessianAccumulator(width, torch.device("cpu"))
+def accumulate(batches: list[torch.Tensor]) -> torch.Tensor:
+    accumulator = HessianAccumulator(batches[0].shape[-1], torch.device("cpu"))
     for batch in batches:
         accumulator.update(batch)
-    rows = torch.cat([b.reshape(-1, width) for b in batches]).double()
-    assert accumulator.num_tokens == 120
-    # bf16 products are exact in fp32, so both types meet the bound of an fp32 sum of 120 terms.
-    torch.testing.assert_close(accumulator.total().double(), rows.t() @ rows, rtol=1e-5, atol=2e-4)
+    assert accumulator.num_tokens == sum(batch.numel() // batch.shape[-1] for batch in batches)
+    return accumulator.total().double()
 
 
-def test_tiles_leave_the_setting_for_matrix_products_as_it_was() -> None:
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    add_gram(torch.zeros(8, 8), torch.ones(4, 8, dtype=torch.bfloat16))
-    assert torch.backends.mkldnn.matmul.fp32_precision == before
+def exact_sum(batches: list[torch.Tensor]) -> torch.Tensor:
+    rows = torch.cat([b.reshape(-1, b.shape[-1]) for b in batches]).double()
+    return rows.t() @ rows
+
+
+@pytest.mark.parametrize("width", [1, 33, 256, 700])
+def test_accumulated_sum_is_the_float64_sum(width: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    batches = [torch.randn(2, 20, width, generator=generator) for _ in range(3)]
+    expected = exact_sum(batches)
+    torch.testing.assert_close(accumulate(batches), expected, rtol=1e-5, atol=2e-4)
+
+
+@pytest.mark.parametrize("width", [1, 33, 256, 700])
+def test_bf16_sum_rounds_only_what_a_batch_adds_to_expectation(width: int) -> None:
+    """Entry by entry: the first batch to 2⁻¹⁷, every later one to 2⁻⁸ of its surprise."""
+    generator = torch.Generator().manual_seed(width)
+    tilt = torch.logspace(-2, 2, width)
+    batches = [(torch.randn(2, 20, width, generator=generator) * tilt).bfloat16() for _ in range(5)]
+    expected = exact_sum(batches)
+    sizes = expected.diagonal().sqrt()
+    # The last term is that of any sum in fp32.
+    allowed = 2**-17 * exact_sum(batches[:1]).abs() + 1e-6 * torch.outer(sizes, sizes)
+    for number in range(1, len(batches)):
+        before = exact_sum(batches[:number]) / number
+        surprise = (exact_sum(batches[number : number + 1]) - before).abs()
+        # The expectation itself is rounded to bf16 before it is subtracted.
+        allowed += 2**-8 * (surprise + 2**-8 * before.abs())
+    assert bool(((accumulate(batches) - expected).abs() <= allowed).all())
+
+
+def test_a_batch_larger_than_all_before_it_is_not_measured_against_them() -> None:
+    generator = torch.Generator().manual_seed(0)
+    small, large = torch.randn(1, 48), torch.randn(64, 48, generator=generator)
+    batches = [(small * 100).bfloat16(), large.bfloat16()]
+    expected = exact_sum(batches)
+    torch.testing.assert_close(accumulate(batches), expected, rtol=2**-16, atol=2**-10)
+
+
+def test_machines_without_such_units_get_the_plain_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = [torch.randn(40, 33).bfloat16() for _ in range(3)]
+    monkeypatch.setattr("halfbyte.quantize.hessian.sums_bf16_in_fp32", lambda: False)
+    torch.testing.assert_close(accumulate(batches), exact_sum(batches), rtol=1e-5, atol=2e-4)
+
+
+def test_units_that_round_before_they_add_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def round_first(
+        addend: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, beta: float
+    ) -> torch.Tensor:
+        return beta * addend + left @ right
+
+    monkeypatch.setattr("halfbyte.quantize.hardware.has_fast_bf16", lambda: True)
+    monkeypatch.setattr("halfbyte.quantize.hardware.torch.addmm", round_first)
+    assert not sums_bf16_in_fp32.__wrapped__()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -91,11 +91,11 @@ def test_computing_type_is_chosen_with_a_reason(
 def test_much_memory_lets_batches_wait(weights: ModelWeights) -> None:
     found = plan(weights, memory="64GB")
     assert found.settings.keep_paused
-    assert found.settings.batch_size == 4, "8192 tokens"
+    assert found.settings.batch_size == 2, "4096 tokens"
     assert found.settings.reasons == (
         "the limit is yours",
         "computes in float32, as the model is stored",
-        "4 sequences a batch",
+        "2 sequences a batch",
         "each block runs once",
     )
     assert found.memory_bytes < found.budget_bytes == 64 * 10**9
@@ -120,7 +120,7 @@ def test_little_memory_makes_batches_small_but_never_empty(weights: ModelWeights
     ]
     assert sizes == sorted(sizes)
     assert sizes[0] == 1
-    assert sizes[-1] == 4
+    assert sizes[-1] == 2
 
 
 def test_batch_size_that_was_asked_for_is_taken(weights: ModelWeights) -> None:

@@ -1,4 +1,4 @@
-"""Text, weights -> checkpoint: calibration -> hessian -> grid -> gptq -> journal -> pipeline.
+"""Text, weights -> checkpoint: calibration -> hessian -> grid -> gptq -> journal -> run.
 
 The package can be called: ``halfbyte.quantize(model, output, ...)`` is
 :func:`halfbyte.quantize.pipeline.quantize`.

@@ -72,33 +72,36 @@ def sweep(
     in_features = upper.shape[0]
     # Columns become rows, so that every step below works on contiguous memory.
     wanted = weight.t()[order].contiguous()
-    scales = grid.scales.t().contiguous()
-    zeros = grid.zeros.t().contiguous()
     groups = grid.g_idx[order].tolist()
+    # Codes count from the zero while they are rounded: q = code - zero, in [-zero, top - zero].
+    scales = grid.scales.t().contiguous().unbind(0)
+    lowest = (-grid.zeros.t()).contiguous().unbind(0)
+    highest = (2**grid.bits - 1 - grid.zeros.t()).contiguous().unbind(0)
     roots = upper.diagonal()
     feedback = upper / roots
     errors = torch.empty_like(wanted)
     codes = torch.empty(wanted.shape, dtype=torch.uint8, device=weight.device)
-    top = float(2**grid.bits - 1)
     loss = torch.zeros_like(wanted[0])
     for start in range(0, in_features, block_columns):
         end = min(start + block_columns, in_features)
-        block = wanted[start:end].clone()
+        target = wanted[start:end].clone()
         if start:
-            block.addmm_(feedback[:start, start:end].t(), errors[:start])
-        own = errors[start:end]
-        inner = feedback[start:end, start:end].contiguous()
-        for k in range(end - start):
-            column, group = block[k], groups[start + k]
+            target.addmm_(feedback[:start, start:end].t(), errors[:start])
+        own, rounded = errors[start:end], torch.empty_like(target)
+        columns = zip(target, wanted[start:end], own, rounded, groups[start:end], strict=True)
+        inner = feedback[start:end, start:end].t().contiguous()
+        earlier = own.t()
+        for k, (column, plain, error, q, group) in enumerate(columns):
             if k:
-                column = torch.addmv(column, own[:k].t(), inner[:k, k], out=column)
-            scale, zero = scales[group], zeros[group]
-            code = torch.div(column, scale).round_().add_(zero).clamp_(0.0, top)
-            codes[start + k] = code
-            code.sub_(zero).mul_(scale)
-            torch.sub(wanted[start + k], code, out=own[k])
-            column.sub_(code)
-        loss += block.mul_(roots[start:end, None]).square_().sum(0)
+                torch.addmv(column, earlier[:, :k], inner[k, :k], out=column)
+            torch.div(column, scales[group], out=q).round_()
+            q.clamp_(lowest[group], highest[group])
+            torch.addcmul(plain, q, scales[group], value=-1, out=error)
+        zeros = grid.zeros.t()[grid.g_idx[order[start:end]]]
+        codes[start:end] = rounded.add_(zeros)
+        # What is left of each column's target: its error, less what earlier columns made it take.
+        left = target.sub_(wanted[start:end]).add_(own)
+        loss += left.mul_(roots[start:end, None]).square_().sum(0)
     result = torch.empty_like(codes)
     result[order] = codes
     return Sweep(

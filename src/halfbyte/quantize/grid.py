@@ -25,7 +25,7 @@ COARSE_STEPS = 16
 FINE_STEPS = 8
 LOW, HIGH = 0.25, 1.05
 """Scales tried, as fractions of the one that just spans the group."""
-CHUNK_NUMBERS = 1 << 18
+CHUNK_NUMBERS = 1 << 20
 """Weights searched at a time: few enough for the cache, enough to outweigh the cost of a call."""
 
 

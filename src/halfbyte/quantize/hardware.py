@@ -20,6 +20,23 @@ def has_fast_bf16() -> bool:
     return native and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+@cache
+def sums_bf16_in_fp32() -> bool:
+    """Say whether bf16 matrix products are fast here and add their addend before they round.
+
+    Tried, not looked up: a library may round the product first, and the difference of two nearly
+    equal numbers would be noise.
+    """
+    if not has_fast_bf16():
+        return False
+    x = torch.arange(64.0 * 64).square().sin().reshape(64, 64).bfloat16()
+    exact = x.double().t() @ x.double()
+    rounded = exact.bfloat16()
+    error = torch.addmm(rounded, x.t(), x, beta=-1).double() - (exact - rounded.double())
+    # Rounded first, the error would be as large as the difference itself.
+    return float(error.norm()) < 2**-6 * float((exact - rounded.double()).norm())
+
+
 def fast_copy(matrix: torch.Tensor) -> torch.Tensor:
     """Give a matrix in the type in which this machine multiplies fastest, for rough products."""
     fast = matrix.device.type != "cpu" or has_fast_bf16()

@@ -13,22 +13,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from halfbyte.quantize.hardware import sums_bf16_in_fp32
+
 DEAD_RATIO = 1e-10
 """A column whose mean square is below this fraction of the largest never carried a signal."""
-GRAM_TILE = 512
+GRAM_TILE = 256
 """Columns per tile of XᵀX; only tiles on and left of the diagonal are computed."""
 MAX_DAMPING = 1.0
 EIGENVALUE_FLOOR = 1e-6
 
 
 class HessianAccumulator:
-    """Sums x xᵀ over calibration tokens, tile by tile, in fp32."""
+    """Sums x xᵀ over calibration tokens, tile by tile, into fp32."""
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         """Start at zero."""
@@ -47,7 +48,12 @@ class HessianAccumulator:
         if not math.isfinite(float(rows.sum(dtype=torch.float32))):
             self.dropped_tokens += rows.shape[0]
             return
-        add_gram(self._sum, rows)
+        if rows.dtype == torch.bfloat16 and rows.device.type == "cpu" and sums_bf16_in_fp32():
+            known = self.num_tokens >= rows.shape[0]
+            ratio = rows.shape[0] / self.num_tokens if known else None
+            add_bf16_gram(self._sum, rows, ratio)
+        else:
+            add_gram(self._sum, rows)
         self.num_tokens += rows.shape[0]
 
     def total(self) -> Tensor:
@@ -57,37 +63,44 @@ class HessianAccumulator:
 
 
 def add_gram(total: Tensor, rows: Tensor) -> None:
-    """Add rowsᵀ rows to the lower tiles of a matrix.
+    """Add rowsᵀ rows to the lower tiles of a matrix, computed in fp32.
 
     Args:
         total: fp32 [in, in]; entries right of the diagonal tiles are left as they are.
-        rows: [tokens, in]. bf16 products are exact in fp32, so such inputs may run on bf16 matrix
-            units with fp32 sums.
+        rows: [tokens, in].
     """
-    in_features = rows.shape[1]
-    with exact_bf16_products(rows):
-        x = rows.float()
-        tiles = -(-in_features // GRAM_TILE)
-        size = -(-in_features // tiles)
-        for start in range(0, in_features, size):
-            end = min(start + size, in_features)
-            total[start:end, :end] += x[:, start:end].t() @ x[:, :end]
+    x = rows.float()
+    for start, end in _tiles(rows.shape[1]):
+        total[start:end, :end] += x[:, start:end].t() @ x[:, :end]
 
 
-@contextmanager
-def exact_bf16_products(rows: Tensor) -> Iterator[None]:
-    """Let the CPU's matrix multiply take bf16 values in bf16, where they are bf16 anyway."""
-    backend = getattr(torch.backends.mkldnn, "matmul", None)
-    usable = rows.dtype == torch.bfloat16 and rows.device.type == "cpu"
-    if backend is None or not usable or not hasattr(backend, "fp32_precision"):
-        yield
-        return
-    before = backend.fp32_precision
-    backend.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        backend.fp32_precision = before
+def add_bf16_gram(total: Tensor, rows: Tensor, ratio: float | None) -> None:
+    """Add rowsᵀ rows to the lower tiles of a matrix, on units that multiply in bf16.
+
+    Such units sum in fp32 but give the sum back in bf16. So they are made to subtract what is
+    expected before they round: the error is then a bf16 rounding of the *surprise*. Where the sum
+    so far is the expectation, that is 1/500 of the amount by which batches of text differ from each
+    other, and so 1/500 of the noise that is in any Hessian of sampled text. Where nothing is known
+    yet, a first product is the expectation, and the error is a rounding of a rounding, 2⁻¹⁸.
+
+    Args:
+        total: fp32 [in, in]; entries right of the diagonal tiles are left as they are.
+        rows: bf16 [tokens, in].
+        ratio: Tokens of this batch over tokens of the sum so far; None: expect nothing.
+    """
+    for start, end in _tiles(rows.shape[1]):
+        left, right, tile = rows[:, start:end].t(), rows[:, :end], total[start:end, :end]
+        expected = left @ right if ratio is None else (tile * ratio).bfloat16()
+        surprise = torch.addmm(expected, left, right, beta=-1)
+        tile += expected
+        tile += surprise
+
+
+def _tiles(width: int) -> Iterator[tuple[int, int]]:
+    """Cut columns into equal tiles."""
+    size = -(-width // -(-width // GRAM_TILE))
+    for start in range(0, width, size):
+        yield start, min(start + size, width)
 
 
 def shrink_to_pool(

@@ -26,7 +26,7 @@ from halfbyte.quantize.hardware import has_fast_bf16
 from halfbyte.quantize.rounding import ROWS_AT_A_TIME
 from halfbyte.quantize.units import format_bytes, format_seconds
 
-TOKENS_PER_BATCH = 8192
+TOKENS_PER_BATCH = 4096
 """Enough for matrix products at full rate; more only costs memory."""
 SHARE_OF_FREE_MEMORY = 0.6
 PROGRAM_BYTES = 600_000_000

@@ -1,0 +1,399 @@
+"""One run: walks a model block by block and calls the other files in their order.
+
+::
+
+    text -> tokens -> plan -> [block: load, round, write shard, pass hidden states on, journal] x n
+         -> head, embeddings, norms -> index, configs, tokenizer -> reload and compare -> report
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.checkpoint.checksums import ShardDigest
+from halfbyte.checkpoint.write import shard_name, write_shard
+from halfbyte.evaluate.loading import load_tokenizer
+from halfbyte.model.blocks import InputGroup, Stage, linear_weight
+from halfbyte.model.hidden import HiddenStates
+from halfbyte.model.stream import BlockStream, Passages
+from halfbyte.model.weights import ModelWeights
+from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
+from halfbyte.quantize.block_work import BlockWork, Meter
+from halfbyte.quantize.calibration import (
+    CalibrationSource,
+    CalibrationTokens,
+    check_ids,
+    load_calibration,
+)
+from halfbyte.quantize.fingerprint import fingerprint_model
+from halfbyte.quantize.finish import (
+    count_packed_bits,
+    save_report,
+    write_descriptions,
+    write_outside,
+)
+from halfbyte.quantize.hardware import release_memory
+from halfbyte.quantize.journal import Journal
+from halfbyte.quantize.probe import (
+    KEPT_LOGITS,
+    Probe,
+    make_probe,
+    measure_quality,
+    run_tail,
+)
+from halfbyte.quantize.progress import Progress
+from halfbyte.quantize.provenance import installed_versions, machine_facts, peak_memory_bytes
+from halfbyte.quantize.reload import check_bytes, check_outputs
+from halfbyte.quantize.report import (
+    CalibrationReport,
+    ModuleReport,
+    QualityReport,
+    QuantizationReport,
+    SkippedModule,
+)
+from halfbyte.quantize.resources import RunSettings, resolve_resources
+from halfbyte.quantize.rounding import RoundedLinear
+from halfbyte.quantize.states import BASE, CALIBRATION, PROBE, RunStates
+from halfbyte.version import __version__
+
+JOURNAL_VERSION = 1
+
+
+class Run:
+    """One run: what it was given, and where it stands."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        source: Path,
+        journal: Journal,
+        config: QuantConfig,
+        calibration: CalibrationConfig,
+        resources: ResourceConfig,
+        device: torch.device,
+        progress: Progress,
+    ) -> None:
+        """Read names and shapes of the model; nothing is loaded or written yet.
+
+        Args:
+            name: What the user called the model.
+            source: Its folder.
+            journal: Of the output folder, locked.
+            config: How weights are rounded.
+            calibration: How much text.
+            resources: What the run may use.
+            device: Where to compute.
+            progress: Told how far the run is.
+        """
+        self.name = name
+        self.journal = journal
+        self.config = config
+        self.calibration = calibration
+        self.resources = resources
+        self.progress = progress
+        self.start = time.monotonic()
+        self.meter = Meter()
+        self.weights = ModelWeights(source, device)
+        self.num_blocks = len(self.weights.blocks.modules)
+        self.tokens: CalibrationTokens
+        self.probe: Probe
+        self.settings: RunSettings
+        self.stream: BlockStream
+        self.batches: list[Tensor] = []
+        self.notes: list[str] = []
+        self._rounded: list[RoundedLinear] = []
+
+    def execute(
+        self, text: CalibrationSource, *, resume: bool, quality: bool
+    ) -> QuantizationReport:
+        """Do everything that is not done yet.
+
+        Args:
+            text: Calibration data.
+            resume: Go on with an unfinished run, where there is one.
+            quality: Measure what quantizing costs, on held-out text.
+
+        Returns:
+            The report, which also stands in the output folder.
+        """
+        self._read_text(text, quality)
+        self._begin(resume)
+        self.weights.load_outside()
+        with self._open_states() as states:
+            if self.journal.blocks:
+                states.check(len(self.journal.blocks), self.journal.blocks[-1]["states"])
+            work = BlockWork(
+                self.weights,
+                self.stream,
+                self.config,
+                keep_paused=self.settings.keep_paused,
+                hessian_bytes=self.settings.hessian_bytes,
+                on_linear=self._on_linear,
+                meter=self.meter,
+            )
+            for index in range(len(self.journal.blocks), self.num_blocks):
+                self.progress.block_started(index, self.num_blocks)
+                self._do_block(index, work, states)
+            return self._finish(work, states)
+
+    def _read_text(self, text: CalibrationSource, quality: bool) -> None:
+        self.progress.phase("reading the text")
+        tokenizer = load_tokenizer(self.weights.folder)
+        text_config = self.weights.config.get_text_config()
+        longest = getattr(text_config, "max_position_embeddings", None)
+        self.tokens = load_calibration(text, self.calibration, tokenizer, longest)
+        vocabulary = int(text_config.vocab_size)
+        check_ids(self.tokens, vocabulary)
+        self.probe = make_probe(
+            tokenizer if quality else None, self.tokens.sequences[0], longest, vocabulary
+        )
+        if quality and self.probe.note:
+            self.notes.append(self.probe.note)
+
+    def _begin(self, resume: bool) -> None:
+        """Take the settings of the journal, or plan and start one."""
+        inputs = {
+            "model": fingerprint_model(self.weights.files),
+            "config": self.config.to_dict(),
+            "calibration": {**self.calibration.to_dict(), "digest": self.tokens.digest},
+            "resources": {"device": self.resources.device, "dtype": self.resources.dtype},
+            "probe": {"held_out": self.probe.is_held_out, "windows": list(self.probe.shape)},
+            "versions": {"halfbyte": __version__, "torch": torch.__version__},
+        }
+        if resume and self.journal.exists:
+            self.journal.load()
+        if self.journal.header:
+            self.journal.check_same(inputs)
+            self.settings = RunSettings.from_dict(self.journal.header["settings"])
+            done = len(self.journal.blocks)
+            self.progress.started((f"resuming behind block {done} of {self.num_blocks}",))
+        else:
+            lengths = [len(sequence) for sequence in self.tokens.sequences]
+            plan = resolve_resources(self.weights, self.resources, self.calibration, lengths)
+            self.settings = plan.settings
+            self.progress.started((*plan.lines(), *self.tokens.notes, *self.notes))
+            header = {"version": JOURNAL_VERSION, "inputs": inputs}
+            self.journal.start({**header, "settings": self.settings.to_dict()})
+        torch.set_num_threads(self.settings.threads)
+        self.batches = self.tokens.batches(self.settings.batch_size)
+        model, blocks = self.weights.model, self.weights.blocks
+        self.stream = BlockStream(model, blocks, self.settings.torch_dtype)
+        for index, entry in enumerate(self.journal.blocks):
+            self.stream.output_sizes[index] = entry["output_size"]
+
+    def _open_states(self) -> RunStates:
+        return RunStates(
+            self.journal.folder,
+            self.batches,
+            self.probe,
+            num_blocks=self.num_blocks,
+            width=int(self.weights.config.get_text_config().hidden_size),
+            dtype=self.settings.torch_dtype,
+        )
+
+    def _do_block(self, index: int, work: BlockWork, states: RunStates) -> None:
+        before, behind = states.at(CALIBRATION, index), states.at(CALIBRATION, index + 1)
+        probe_ids = self._to_device(self.probe.ids)
+
+        def load(batch: int) -> tuple[Tensor, Tensor | None]:
+            ids = self._to_device(self.batches[batch])
+            return ids, None if index == 0 else self._to_device(before.read(batch))
+
+        with self.meter.timed("load"):
+            block, exact = work.load(index)
+        work.find_stages(index, block, load)
+        if states.has_base:
+            with self.meter.timed("quality"), self.stream.at(index):
+                states.run_probe(BASE, index, self.stream, probe_ids)
+        tasks, skipped = work.plan_tasks(f"{self.weights.blocks.name(index)}.", block, exact)
+        self._rounded = []
+        with self.stream.at(index, work.stages):
+            passages = Passages(
+                self.stream, len(self.batches), load, keep_paused=self.settings.keep_paused
+            )
+            work.round_block(block, tasks, passages)
+            with self.meter.timed("forward and Hessians"):
+                for batch in range(len(self.batches)):
+                    behind.write(batch, passages.finish(batch))
+        with self.meter.timed("quality"), self.stream.at(index):
+            states.run_probe(PROBE, index, self.stream, probe_ids)
+        with self.meter.timed("write"):
+            self._commit(index, work, exact, skipped, states)
+        self.weights.drop_block(index)
+        release_memory()
+
+    def _commit(
+        self,
+        index: int,
+        work: BlockWork,
+        exact: Mapping[str, Tensor],
+        skipped: list[SkippedModule],
+        states: RunStates,
+    ) -> None:
+        """Write the block's shard, then its line in the journal."""
+        packed = {f"{r.name}.{s}": t for r in self._rounded for s, t in r.tensors.items()}
+        tensors = {**self._dense_tensors(index, work, exact), **packed}
+        path = self.journal.output / shard_name(index + 1, self.num_blocks + 1)
+        digest = write_shard(path, tensors)
+        bits = [count_packed_bits(r.tensors) for r in self._rounded]
+        self.journal.add_block(
+            {
+                "shard": asdict(digest),
+                "modules": [asdict(r.report) for r in self._rounded],
+                "weight_crcs": {r.name: r.weight_crc for r in self._rounded},
+                "packed_bits": [sum(b for b, _ in bits), sum(n for _, n in bits)],
+                "skipped": [[s.name, s.reason] for s in skipped],
+                "stages": [[list(g.linears) for g in stage.groups] for stage in work.stages],
+                "output_size": self.stream.output_sizes[index],
+                "states": states.digests(index + 1),
+            }
+        )
+
+    def _dense_tensors(
+        self, index: int, work: BlockWork, exact: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Take a block's other tensors as they are; an expert left dense goes out on its own."""
+        prefix = self.weights.blocks.name(index)
+        rounded = {r.module for r in self._rounded}
+        split = [s for s in work.split_experts if any(m.startswith(f"{s}.") for m in rounded)]
+        without = [f"{prefix}.{name}" for name in (*rounded, *split)]
+        dense = self.weights.files.load(self.weights.block_keys(index, without))
+        block = self.weights.blocks.modules[index]
+        for name, weight in exact.items():
+            if name not in rounded and any(name.startswith(f"{s}.") for s in split):
+                disk_name = self.weights.disk_name(f"{prefix}.{name}")
+                dense[f"{disk_name}.weight"] = weight
+                bias = block.get_submodule(name).bias
+                if bias is not None:
+                    dense[f"{disk_name}.bias"] = bias.data  # type: ignore[assignment]
+        return dense
+
+    def _finish(self, work: BlockWork, states: RunStates) -> QuantizationReport:
+        end = self.num_blocks
+        base_logits = self._logits(states.at(BASE, end)) if states.has_base else []
+        head, notes = self._round_head(work, states.at(CALIBRATION, end))
+        notes += self.config.unmatched_patterns(self._linear_names())
+        self.progress.phase("measuring quality")
+        logits = self._logits(states.at(PROBE, end))
+        quality = measure_quality(self.probe, base_logits, logits) if base_logits else None
+        kept_logits = logits[0][-KEPT_LOGITS:].clone()
+        del base_logits, logits
+        self.progress.phase("writing what is outside the blocks")
+        blocks, output = self.journal.blocks, self.journal.output
+        shards = [ShardDigest(**entry["shard"]) for entry in blocks]
+        with self.meter.timed("write"):
+            shards.append(write_outside(self.weights, output, head))
+            write_descriptions(self.weights, output, self.config, shards, blocks, head)
+        self.progress.phase("reloading and comparing")
+        with self.meter.timed("reload"):
+            crcs = {name: crc for entry in blocks for name, crc in entry["weight_crcs"].items()}
+            check_bytes(output, crcs | {r.name: r.weight_crc for r in head})
+            check_outputs(output, self.probe, states.trail, kept_logits, self.settings.torch_dtype)
+        report = self._make_report(head, quality, sum(s.num_bytes for s in shards), notes)
+        save_report(report, self.weights.folder, output)
+        self.journal.remove()
+        return report
+
+    def _round_head(
+        self, work: BlockWork, states: HiddenStates
+    ) -> tuple[list[RoundedLinear], list[str]]:
+        """Round the output head on what reaches it, where that was asked for."""
+        if not self.config.lm_head:
+            return [], []
+        self.progress.phase("quantizing the head")
+        model = self.weights.model
+        head = model.get_output_embeddings()
+        name = next((n for n, m in model.named_modules() if m is head and n), None)
+        if name is None:
+            return [], ["the head stays as it is: the model has none of its own"]
+        tied = head.weight is model.get_input_embeddings().weight
+        work.stages = [Stage(groups=(InputGroup(linears=(name,)),))]
+        tasks, skipped = work.plan_tasks("", model, {name: linear_weight(head)})
+        if not tasks:
+            return [], [f"the head stays as it is: {skipped[0].reason}"]
+
+        def load(batch: int) -> tuple[Tensor, Tensor | None]:
+            return self._to_device(self.batches[batch]), self._to_device(states.read(batch))
+
+        self._rounded = []
+        with self.stream.at(self.num_blocks, work.stages):
+            passages = Passages(self.stream, len(self.batches), load, keep_paused=False)
+            work.round_block(model, tasks, passages)
+        note = "the head was untied from the embeddings, which stay as they are"
+        return self._rounded, [note] if tied else []
+
+    def _logits(self, states: HiddenStates) -> list[Tensor]:
+        """Run the tail on every probe window; logits [tokens, vocabulary] on the CPU."""
+        hidden = self._to_device(states.read(0))
+        found = []
+        with self.meter.timed("quality"), self.stream.at(self.num_blocks):
+            # One window at a time: logits are as wide as the vocabulary.
+            windows = zip(torch.split(self.probe.ids, 1), torch.split(hidden, 1), strict=True)
+            for ids, window in windows:
+                found.append(run_tail(self.stream, self._to_device(ids), window)[0].cpu())
+        return found
+
+    def _make_report(
+        self,
+        head: list[RoundedLinear],
+        quality: QualityReport | None,
+        checkpoint_bytes: int,
+        notes: list[str],
+    ) -> QuantizationReport:
+        blocks = self.journal.blocks
+        modules = [_build_module(m) for entry in blocks for m in entry["modules"]]
+        counts = [tuple(entry["packed_bits"]) for entry in blocks]
+        counts += [count_packed_bits(r.tensors) for r in head]
+        skipped = [SkippedModule(name=n, reason=r) for e in blocks for n, r in e["skipped"]]
+        return QuantizationReport(
+            model=self.name,
+            output=str(self.journal.output),
+            config=self.config.to_dict(),
+            calibration=CalibrationReport(
+                source=self.tokens.source,
+                digest=self.tokens.digest,
+                samples=len(self.tokens.sequences),
+                length=max(len(s) for s in self.tokens.sequences),
+                tokens=self.tokens.num_tokens,
+            ),
+            modules=(*modules, *(r.report for r in head)),
+            skipped=tuple(skipped),
+            quality=quality,
+            seconds=time.monotonic() - self.start,
+            seconds_by_phase=dict(self.meter.seconds),
+            peak_memory_bytes=peak_memory_bytes(),
+            checkpoint_bytes=checkpoint_bytes,
+            bits_per_weight=sum(b for b, _ in counts) / max(sum(n for _, n in counts), 1),
+            versions=installed_versions(),
+            machine=machine_facts(),
+            notes=(*self.settings.reasons, *self.tokens.notes, *self.notes, *notes),
+            flops=dict(self.meter.flops),
+        )
+
+    def _linear_names(self) -> set[str]:
+        """Every linear of the blocks, and the head, by its name on disk."""
+        model = self.weights.model
+        names = {n for n, m in model.named_modules() if m is model.get_output_embeddings()}
+        for entry in self.journal.blocks:
+            names.update(module["name"] for module in entry["modules"])
+            names.update(name for name, _ in entry["skipped"])
+        return names
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.weights.device)
+
+    def _on_linear(self, result: RoundedLinear) -> None:
+        self._rounded.append(result)
+        self.progress.module_done(result.report)
+
+
+def _build_module(values: Mapping[str, Any]) -> ModuleReport:
+    return ModuleReport(**{**values, "notes": tuple(values["notes"])})

@@ -1,0 +1,121 @@
+"""The hidden states of a run: of the calibration text and of the probe, in front of each block.
+
+Two files per stream: a block reads one and writes the other, so that what a finished block left is
+whole until the next one is finished too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from halfbyte.errors import JournalError
+from halfbyte.model.hidden import HiddenStates
+from halfbyte.model.stream import BlockStream
+from halfbyte.quantize.probe import Probe, Trail
+
+CALIBRATION, BASE, PROBE = "calibration", "base", "probe"
+
+
+class RunStates:
+    """Hidden states in front of block ``position``, for every stream of a run.
+
+    Streams: the calibration text, the probe through the quantized model and, where the probe is
+    held out, the probe through the base.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        batches: Sequence[Tensor],
+        probe: Probe,
+        *,
+        num_blocks: int,
+        width: int,
+        dtype: torch.dtype,
+    ) -> None:
+        """Open the files, making them where needed.
+
+        Args:
+            folder: The run's work folder.
+            batches: Calibration ids, [sequences, tokens] each.
+            probe: The probe.
+            num_blocks: Blocks of the model.
+            width: Hidden size.
+            dtype: In which the model computes.
+        """
+        shapes = {CALIBRATION: [(b.shape[0], b.shape[1]) for b in batches], PROBE: [probe.shape]}
+        if probe.is_held_out:
+            shapes[BASE] = [probe.shape]
+        self._folder = folder
+        self._stack = ExitStack()
+        self._files = {
+            name: [
+                self._stack.enter_context(
+                    HiddenStates(folder / f"{name}-{k}.bin", shape, width, dtype)
+                )
+                for k in range(2)
+            ]
+            for name, shape in shapes.items()
+        }
+        self.trail = Trail(folder / "trail.bin", num_blocks, probe.shape[1], width, dtype)
+        self._stack.callback(self.trail.close)
+
+    def __enter__(self) -> Self:
+        """Do nothing; the files are open."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the files."""
+        self._stack.close()
+
+    @property
+    def has_base(self) -> bool:
+        """Whether the probe also goes through the base."""
+        return BASE in self._files
+
+    def at(self, stream: str, position: int) -> HiddenStates:
+        """Give a stream's states in front of a block; behind the last one at ``num_blocks``."""
+        return self._files[stream][position % 2]
+
+    def digests(self, position: int) -> dict[str, int]:
+        """Digest all streams in front of a block, for the journal."""
+        return {name: self.at(name, position).digest() for name in self._files}
+
+    def check(self, position: int, expected: Mapping[str, int]) -> None:
+        """Make sure that the states in front of a block are those that an earlier process left.
+
+        Args:
+            position: The block that comes next.
+            expected: Digests out of the journal.
+
+        Raises:
+            JournalError: A file is damaged; names it.
+        """
+        for name in self._files:
+            states = self.at(name, position)
+            if states.digest() != expected[name]:
+                raise JournalError(
+                    f"The hidden states that the unfinished run left in {self._folder} are damaged "
+                    f"({states.path.name}). Remove {self._folder.parent} and quantize again."
+                )
+
+    def run_probe(self, name: str, index: int, stream: BlockStream, ids: Tensor) -> None:
+        """Take the probe through the current block.
+
+        Args:
+            name: ``BASE`` or ``PROBE``.
+            index: The block.
+            stream: Stands at it.
+            ids: The probe's windows, on the device.
+        """
+        hidden = None if index == 0 else self.at(name, index).read(0).to(ids.device)
+        output = stream.run(ids, hidden)
+        self.at(name, index + 1).write(0, output)
+        if name == PROBE:
+            self.trail.write(index, output)
