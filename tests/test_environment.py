@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from halfbyte import environment
@@ -31,3 +35,22 @@ def test_value_that_is_not_allowed_is_an_error_with_the_allowed_ones(monkeypatch
 def test_module_docstring_lists_every_variable():
     for variable in VARIABLES:
         assert f"`{variable.name}`" in (environment.__doc__ or "")
+
+
+def test_import_survives_a_wrong_setting_and_the_commands_refuse_it() -> None:
+    environment = {**os.environ, "HALFBYTE_TRANSFORMERS": "maybe"}
+    code = "import halfbyte; print(halfbyte.__version__)"
+    imported = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert "'maybe'; allowed are auto, on, off" in imported.stderr
+    command = subprocess.run(
+        [sys.executable, "-m", "halfbyte", "doctor"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert command.returncode == 2
+    assert "halfbyte: The environment variable HALFBYTE_TRANSFORMERS is 'maybe'" in command.stderr
+    assert "Traceback" not in command.stderr

@@ -12,8 +12,10 @@ Names are imported when they are first used, so that ``import halfbyte`` takes m
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
+from halfbyte.errors import ConfigError as _ConfigError
 from halfbyte.integrations.autoload import install as install_transformers
 from halfbyte.integrations.autoload import install_by_policy as _install_by_policy
 from halfbyte.integrations.autoload import uninstall as uninstall_transformers
@@ -79,4 +81,8 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-_install_by_policy()
+try:
+    _install_by_policy()
+except _ConfigError as error:
+    # The commands refuse such a setting; an import should not fail over it.
+    warnings.warn(f"{error} Transformers is left as it is.", stacklevel=2)

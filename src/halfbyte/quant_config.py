@@ -20,6 +20,15 @@ SUPPORTED_BITS = (2, 3, 4, 8)
 PER_CHANNEL = -1
 """``group_size`` that means one scale per output row."""
 
+MOST_POLISH = 20
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {},
+    "balanced": {"match_base": True, "polish": 1},
+    "best": {"match_base": True, "polish": 1, "tune_steps": 200},
+}
+"""Settings of :class:`QuantConfig` by what they are for: little time, or more quality."""
+
 OVERRIDE_KEYS = ("bits", "group_size", "symmetric")
 
 
@@ -128,6 +137,19 @@ class QuantConfig:
     damping: float = _option(
         0.01, "added to the Hessian's diagonal, as a fraction of its mean", metavar="X"
     )
+    match_base: bool = _option(
+        False,
+        "aim at the outputs of the unquantized model, which runs beside (twice the forward passes)",
+        both=True,
+    )
+    polish: int = _option(
+        0, "rounds of moving codes and scales once more after the sweep", metavar="ROUNDS"
+    )
+    tune_steps: int = _option(
+        0,
+        "steps of training the codes of each block on its outputs; needs --match-base",
+        metavar="STEPS",
+    )
     ragged_groups: bool = _option(
         False, "where the group size does not divide a layer's width, write a shorter last group"
     )
@@ -148,8 +170,41 @@ class QuantConfig:
             raise ConfigError(
                 f"damping is {self.damping}; allowed is 0 < damping < 1. Use 0.01 for 4 bits."
             )
+        if not 0 <= self.polish <= MOST_POLISH:
+            raise ConfigError(
+                f"polish is {self.polish}; allowed is 0 to {MOST_POLISH}. Use 1, or 0 to leave it."
+            )
+        if self.tune_steps < 0 or (self.tune_steps and not self.match_base):
+            raise ConfigError(
+                f"tune_steps is {self.tune_steps} and match_base {self.match_base}: blocks are "
+                "trained, 1 step or more, on what the unquantized model computes. Add match_base, "
+                "or use 0 steps."
+            )
         for pattern in self.skip:
             _check_pattern("skip", pattern)
+
+    @classmethod
+    def from_preset(cls, name: str, **settings: Any) -> Self:
+        """Take the settings of a preset where no others are given.
+
+        Args:
+            name: One of ``PRESETS``.
+            **settings: Fields of this class.
+
+        Returns:
+            The config.
+
+        Raises:
+            ConfigError: There is no such preset.
+        """
+        if name not in PRESETS:
+            raise ConfigError(f"There is no preset '{name}'. Allowed: {', '.join(PRESETS)}.")
+        return cls(**{**PRESETS[name], **settings})
+
+    @property
+    def needs_check(self) -> bool:
+        """Whether part of the text must be kept apart to confirm what the rest proposes."""
+        return self.match_base or self.polish > 0
 
     def scheme_for(self, module_name: str) -> Scheme | None:
         """Say how a module is to be rounded.

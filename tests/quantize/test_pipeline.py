@@ -255,8 +255,10 @@ def test_patterns_that_match_nothing_are_told(tmp_path: Path) -> None:
 
 
 def test_everything_skipped_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no linear is quantized\. Loosen the skip patterns"):
+    with pytest.raises(ConfigError, match=r"match all 14 linears of .*nothing is left to quantize"):
         run(tmp_path, QuantConfig(skip=(".",)))
+    with pytest.raises(CheckpointError, match=r"no linear is quantized\. Loosen the skip patterns"):
+        run(tmp_path, QuantConfig(skip=(".",)), family="mixtral")
 
 
 # ── experts ───────────────────────────────────────────────────────────────────

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Protocol, cast
 
 from halfbyte.cli.output import err_console
+from halfbyte.environment import VARIABLES, read_variable
 from halfbyte.errors import ConfigError, HalfbyteError
 from halfbyte.version import __version__
 
@@ -116,6 +117,8 @@ def _report_unknown_verb(name: str) -> int:
 
 def _run(verb: Verb, args: argparse.Namespace) -> int:
     try:
+        for variable in VARIABLES:
+            read_variable(variable)
         return verb.run(args)
     except KeyboardInterrupt:
         _print_error("Interrupted.")

@@ -1,8 +1,10 @@
 """Command-line options made from a config dataclass, so that each option lives once.
 
 A field with ``help`` in its metadata becomes an option. Further metadata: ``flag`` (where the
-option's name is not the field's), ``choices``, ``metavar``. A bool becomes a switch that turns the
-default over; a tuple becomes an option that may be given again and again.
+option's name is not the field's), ``choices``, ``metavar``, ``both`` (a switch with its opposite).
+Any other bool becomes a switch that turns the default over; a tuple becomes an option that may be
+given again and again. What is not given on the command line stands in no namespace, so that
+something else, such as a preset, may decide it.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import argparse
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import Field, fields
 from typing import Any, TypeVar
 
@@ -33,17 +35,22 @@ def add_dataclass_options(parser: argparse.ArgumentParser, cls: type[Any]) -> No
         group.add_argument(flag, dest=option.name, **_argument(option, hints[option.name]))
 
 
-def dataclass_from_args(cls: type[Config], args: argparse.Namespace) -> Config:
+def dataclass_from_args(
+    cls: type[Config], args: argparse.Namespace, preset: Mapping[str, Any] | None = None
+) -> Config:
     """Make the config that the command line describes.
 
     Args:
         cls: The dataclass given to :func:`add_dataclass_options`.
         args: What the parser returned.
+        preset: Settings that hold where the command line gives no others.
 
     Returns:
         The config, which has checked itself: a value out of range is its ConfigError.
     """
-    values = {option.name: getattr(args, option.name) for option in _option_fields(cls)}
+    names = [option.name for option in _option_fields(cls)]
+    given = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    values = {**(preset or {}), **given}
     # An option that may repeat comes as a list; the config is frozen all the way down.
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
@@ -61,16 +68,17 @@ def _option_fields(cls: type[Any]) -> list[Field[Any]]:
 def _argument(option: Field[Any], hint: Any) -> dict[str, Any]:
     """Give the keywords for ``add_argument``."""
     help_text = option.metadata["help"].replace("%", "%%")
+    keywords: dict[str, Any] = {"help": help_text, "default": argparse.SUPPRESS}
     if hint is bool:
-        action = "store_false" if option.default else "store_true"
-        return {"action": action, "default": option.default, "help": help_text}
-    default: Any = option.default
-    keywords: dict[str, Any] = {"help": help_text, "default": default}
+        action: Any = "store_false" if option.default else "store_true"
+        if option.metadata.get("both"):
+            action = argparse.BooleanOptionalAction
+        return keywords | {"action": action}
     if typing.get_origin(hint) is tuple:
         hint = typing.get_args(hint)[0]
-        keywords |= {"action": "append", "default": [*default]}
+        keywords["action"] = "append"
     elif option.default is not None:
-        keywords["help"] += " (default: %(default)s)"
+        keywords["help"] += f" (default: {option.default})"
     for key in ("choices", "metavar"):
         if key in option.metadata:
             keywords[key] = option.metadata[key]

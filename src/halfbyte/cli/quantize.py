@@ -10,7 +10,7 @@ from rich.table import Table
 
 from halfbyte.cli.options import add_dataclass_options, dataclass_from_args
 from halfbyte.cli.output import console, err_console, print_json
-from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
+from halfbyte.quant_config import PRESETS, CalibrationConfig, QuantConfig, ResourceConfig
 
 if TYPE_CHECKING:
     from halfbyte.quantize.report import QuantizationReport
@@ -32,6 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="text file, or JSON lines with 'text', 'messages' or 'input_ids' (default: built-in)",
     )
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default="fast",
+        help="settings for little time or for more quality; single options go before it "
+        "(default: %(default)s)",
+    )
     add_dataclass_options(parser, QuantConfig)
     add_dataclass_options(parser, CalibrationConfig)
     add_dataclass_options(parser, ResourceConfig)
@@ -49,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Quantize and print what it cost."""
-    config = dataclass_from_args(QuantConfig, args)
+    config = dataclass_from_args(QuantConfig, args, PRESETS[args.preset])
     calibration = dataclass_from_args(CalibrationConfig, args)
     resources = dataclass_from_args(ResourceConfig, args)
     from halfbyte.quantize.pipeline import quantize

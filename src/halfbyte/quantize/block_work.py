@@ -45,12 +45,14 @@ from halfbyte.quantize.rounding import (
     fit_scheme,
     round_group,
 )
+from halfbyte.quantize.target import MomentAccumulator
 
 DISCOVERY_TOKENS = 64
 FEW_TOKENS_PER_INPUT = 4
 """An expert that saw fewer than this times its width is helped by its siblings' statistics."""
 
 LoadBatch = Callable[[int], tuple[Tensor, Tensor | None]]
+Accumulator = HessianAccumulator | MomentAccumulator
 
 
 @dataclass(slots=True)
@@ -105,6 +107,8 @@ class BlockWork:
         self.stages: list[Stage] = []
         self.split_experts: list[str] = []
         """Names of the current block's experts modules that were split."""
+        self._base_weights: dict[str, nn.Parameter] = {}
+        """Of the linears that are rounded already, where the base model runs beside."""
 
     def load(self, index: int) -> tuple[nn.Module, dict[str, Tensor]]:
         """Load a block, split its experts, and bring it into the computing type.
@@ -203,14 +207,22 @@ class BlockWork:
             skipped.append(SkippedModule(name=prefix + name, reason=reason))
         return tasks, skipped
 
-    def round_block(self, root: nn.Module, tasks: Sequence[LinearTask], passages: Passages) -> None:
+    def round_block(
+        self,
+        root: nn.Module,
+        tasks: Sequence[LinearTask],
+        passages: Passages,
+        base_passages: Passages | None = None,
+    ) -> None:
         """Round all linears of a block, stage by stage, and put the results in place.
 
         Args:
             root: The block.
             tasks: What to round.
             passages: The batches, on their way through the block.
+            base_passages: The same batches as the base model sees them.
         """
+        self._base_weights = {}
         waiting = {task.module: task for task in tasks}
         for number, stage in enumerate(self.stages):
             groups = [(i, g) for i, g in enumerate(stage.groups) if waiting.keys() & {*g.linears}]
@@ -219,7 +231,8 @@ class BlockWork:
                 indices = [i for i, _ in portion]
                 widths = [_width(g, waiting) for _, g in portion]
                 with self.meter.timed("forward and Hessians"):
-                    found = self._collect(passages, number, indices, widths)
+                    base = None if stage.experts is not None else base_passages
+                    found = self._collect(root, passages, base, number, indices, widths)
                     if pool is None and len(stage.groups) > 1 and any(map(_is_starved, found)):
                         pool = self._pool(passages, number, len(stage.groups), widths[0])
                 for (_, group), accumulator in zip(portion, found, strict=True):
@@ -233,7 +246,7 @@ class BlockWork:
         portion: list[tuple[int, InputGroup]] = []
         used = 0
         for index, group in groups:
-            size = 4 * _width(group, tasks) ** 2
+            size = 4 * _width(group, tasks) ** 2 * self._matrices
             if portion and used + size > self.hessian_bytes:
                 yield portion
                 portion, used = [], 0
@@ -242,17 +255,59 @@ class BlockWork:
         if portion:
             yield portion
 
+    @property
+    def _matrices(self) -> int:
+        """Square matrices that are summed per input: Hessians and drifts, in two parts."""
+        return (4 if self.config.match_base else 2) if self.config.needs_check else 1
+
+    @contextmanager
+    def base_weights(self, root: nn.Module) -> Iterator[None]:
+        """Put the base model's weights in the place of the rounded ones for a while."""
+        self._swap(root)
+        try:
+            yield
+        finally:
+            self._swap(root)
+
+    def _swap(self, root: nn.Module) -> None:
+        for name, weight in self._base_weights.items():
+            linear = root.get_submodule(name)
+            self._base_weights[name] = linear.weight  # type: ignore[assignment]
+            linear.weight = weight
+
     def _collect(
-        self, passages: Passages, stage: int, groups: Sequence[int], widths: Sequence[int]
-    ) -> list[HessianAccumulator]:
-        found = [HessianAccumulator(width, self.weights.device) for width in widths]
+        self,
+        root: nn.Module,
+        passages: Passages,
+        base_passages: Passages | None,
+        stage: int,
+        groups: Sequence[int],
+        widths: Sequence[int],
+    ) -> Sequence[Accumulator]:
+        found: list[Accumulator] = []
+        for width in widths:
+            if self.config.needs_check:
+                drift = base_passages is not None
+                found.append(MomentAccumulator(width, self.weights.device, drift=drift))
+            else:
+                found.append(HessianAccumulator(width, self.weights.device))
         for batch in range(passages.num_batches):
+            base_inputs = None
+            if base_passages is not None:
+                with self.base_weights(root):
+                    base_inputs = base_passages.reach(batch, stage)
             inputs = passages.reach(batch, stage)
             if inputs is not None:
                 for index, accumulator in zip(groups, found, strict=True):
-                    accumulator.update(inputs[index]())
-            del inputs
+                    if isinstance(accumulator, MomentAccumulator):
+                        base = None if base_inputs is None else base_inputs[index]()
+                        accumulator.update(batch, inputs[index](), base)
+                    else:
+                        accumulator.update(inputs[index]())
+            del inputs, base_inputs
             passages.release(batch)
+            if base_passages is not None:
+                base_passages.release(batch)
         self.meter.flops["Hessians"] += sum(
             accumulator.num_tokens * width**2.0
             for accumulator, width in zip(found, widths, strict=True)
@@ -276,7 +331,7 @@ class BlockWork:
         self,
         root: nn.Module,
         tasks: list[LinearTask],
-        accumulator: HessianAccumulator,
+        accumulator: Accumulator,
         pool: HessianAccumulator | None,
     ) -> None:
         statistics = _statistics(tasks[0].name, accumulator, pool)
@@ -287,13 +342,14 @@ class BlockWork:
         self.meter.flops["solve"] += float(width) * numbers + width**3 / 3
         self.meter.flops["forward"] += 2.0 * numbers * accumulator.num_tokens
         for task, result in zip(tasks, results, strict=True):
-            set_linear_weight(root.get_submodule(task.module), result.weight)
+            linear = root.get_submodule(task.module)
+            if self.config.match_base:
+                self._base_weights[task.module] = linear.weight  # type: ignore[assignment]
+            set_linear_weight(linear, result.weight)
             self.on_linear(result)
 
 
-def _statistics(
-    name: str, own: HessianAccumulator, pool: HessianAccumulator | None
-) -> InputStatistics:
+def _statistics(name: str, own: Accumulator, pool: HessianAccumulator | None) -> InputStatistics:
     notes = []
     if own.dropped_tokens:
         seen = own.num_tokens + own.dropped_tokens
@@ -305,12 +361,16 @@ def _statistics(
             )
         notes.append(f"{own.dropped_tokens} of {seen} tokens dropped: their inputs are not finite")
     total, num_tokens = own.total(), own.num_tokens
+    halves = own.moments() if isinstance(own, MomentAccumulator) else None
     if pool is not None and _is_starved(own) and pool.num_tokens:
+        halves = None
         hessian, share = shrink_to_pool(total, num_tokens, pool.total(), pool.num_tokens)
         notes.append(f"{num_tokens} tokens only: {share:.0%} of its Hessian is all experts'")
     else:
         hessian = total / max(num_tokens, 1)
-    return InputStatistics(hessian=hessian, num_tokens=num_tokens, notes=tuple(notes))
+    return InputStatistics(
+        hessian=hessian, num_tokens=num_tokens, halves=halves, notes=tuple(notes)
+    )
 
 
 def _check_finite(name: str, weight: Tensor) -> None:
@@ -323,7 +383,7 @@ def _check_finite(name: str, weight: Tensor) -> None:
         )
 
 
-def _is_starved(accumulator: HessianAccumulator) -> bool:
+def _is_starved(accumulator: Accumulator) -> bool:
     return accumulator.num_tokens < FEW_TOKENS_PER_INPUT * accumulator.in_features
 
 

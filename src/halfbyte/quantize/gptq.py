@@ -40,6 +40,8 @@ class Solution:
     """Mean squared output per row, to which a loss is relative. [out]"""
     kept_nearest: Tensor
     """bool [out]: rows where rounding to nearest was better and was kept."""
+    polished: Tensor
+    """bool [out]: rows that were improved after the sweep."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +153,7 @@ def solve(weight: Tensor, hessian: Tensor, factor: Factor, grid: Grid, symmetric
         size=output_loss(weight, rough),
         round_to_nearest_loss=plain_loss,
         kept_nearest=better,
+        polished=torch.zeros_like(better),
     )
 
 

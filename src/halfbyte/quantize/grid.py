@@ -104,11 +104,11 @@ def min_max_grid(weight: Tensor, g_idx: Tensor, *, bits: int, symmetric: bool) -
     grouped, _, _ = _into_groups(weight, torch.ones_like(weight[0]), g_idx)
     top = 2**bits - 1
     if symmetric:
-        scales = _stored(grouped.abs().amax(-1) / (top // 2))
+        scales = round_to_stored(grouped.abs().amax(-1) / (top // 2))
         zeros = torch.full_like(scales, 2 ** (bits - 1))
     else:
         low, high = _range(grouped)
-        scales = _stored((high - low) / top)
+        scales = round_to_stored((high - low) / top)
         zeros = torch.round(-low / scales).clamp_(1, top)
     return Grid(bits=bits, scales=scales, zeros=zeros, g_idx=g_idx)
 
@@ -191,7 +191,7 @@ class _Search:
         self.best_share = grouped.new_zeros(shape)
 
     def try_scales(self, scales: Tensor, zeros: Tensor | None, share: Tensor | float) -> None:
-        scales = _stored(scales)
+        scales = round_to_stored(scales)
         column = scales.unsqueeze(-1)
         rounded = torch.div(self.grouped, column).round_()
         if zeros is None:
@@ -236,7 +236,7 @@ def _range(grouped: Tensor) -> tuple[Tensor, Tensor]:
     return grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
 
 
-def _stored(scales: Tensor) -> Tensor:
+def round_to_stored(scales: Tensor) -> Tensor:
     """Round scales to fp16, away from zero where they would vanish; all-zero groups get 1."""
     sign = torch.where(scales < 0, -1.0, 1.0)
     size = scales.abs().clamp(min=SMALLEST_SCALE, max=torch.finfo(torch.float16).max)

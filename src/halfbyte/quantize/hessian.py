@@ -39,15 +39,22 @@ class HessianAccumulator:
         """Tokens of batches that held a NaN or an infinity."""
         self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
 
-    def update(self, inputs: Tensor) -> None:
-        """Add a batch of inputs [..., in]; one with a non-finite number is counted, not added."""
+    def update(self, inputs: Tensor) -> bool:
+        """Add a batch of inputs [..., in]; one with a non-finite number is counted, not added.
+
+        Args:
+            inputs: The batch.
+
+        Returns:
+            Whether it was added.
+        """
         rows = inputs.reshape(-1, inputs.shape[-1])
         if rows.shape[0] == 0:
-            return
+            return False
         # A sum is one pass without a copy, and no NaN or infinity in it can cancel.
         if not math.isfinite(float(rows.sum(dtype=torch.float32))):
             self.dropped_tokens += rows.shape[0]
-            return
+            return False
         if rows.dtype == torch.bfloat16 and rows.device.type == "cpu" and sums_bf16_in_fp32():
             known = self.num_tokens >= rows.shape[0]
             ratio = rows.shape[0] / self.num_tokens if known else None
@@ -55,6 +62,7 @@ class HessianAccumulator:
         else:
             add_gram(self._sum, rows)
         self.num_tokens += rows.shape[0]
+        return True
 
     def total(self) -> Tensor:
         """Give the sum over tokens, both halves filled in: [in, in]."""

@@ -21,13 +21,16 @@ from halfbyte.errors import ConfigError
 from halfbyte.model.blocks import linear_weight, quantizable_linears
 from halfbyte.model.experts import find_fused_experts
 from halfbyte.model.weights import ModelWeights
-from halfbyte.quant_config import CalibrationConfig, ResourceConfig
+from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
 from halfbyte.quantize.hardware import has_fast_bf16
 from halfbyte.quantize.rounding import ROWS_AT_A_TIME
+from halfbyte.quantize.target import CHECK_EVERY
 from halfbyte.quantize.units import format_bytes, format_seconds
 
 TOKENS_PER_BATCH = 4096
 """Enough for matrix products at full rate; more only costs memory."""
+REACHED_RATE = 0.45
+"""Share of the rate of large matrix products that whole runs reached (docs/log.md, floor)."""
 SHARE_OF_FREE_MEMORY = 0.6
 PROGRAM_BYTES = 600_000_000
 """Python, torch and Transformers themselves, as measured."""
@@ -35,6 +38,9 @@ SOLVER_COPIES = 8
 """Matrices of a weight's size in fp32 that the solver holds at its peak, as measured."""
 HESSIAN_COPIES = 5
 """Matrices of a Hessian's size in fp32 that factoring holds at its peak."""
+TUNING_COPIES = 6
+TUNING_ACTIVATIONS = 4
+"""Activations that training a block holds, in those of a forward pass."""
 HESSIAN_SHARE = 0.5
 """Of the memory that is left, for the Hessians of one stage; more experts go in portions."""
 SMALLEST_HESSIAN_BYTES = 1 << 28
@@ -122,6 +128,7 @@ def resolve_resources(
     weights: ModelWeights,
     resources: ResourceConfig,
     calibration: CalibrationConfig,
+    config: QuantConfig,
     lengths: Sequence[int],
 ) -> RunPlan:
     """Decide type, batch size and way of running, and plan what they need.
@@ -130,24 +137,36 @@ def resolve_resources(
         weights: The model, nothing of it loaded.
         resources: What was asked for.
         calibration: For the batch size that was asked for.
+        config: For what runs beside.
         lengths: Tokens of every calibration sequence.
 
     Returns:
         The plan.
     """
     dtype, why_dtype = resolve_dtype(resources.dtype, weights.dtype, weights.device)
-    sizes = _measure_sizes(weights)
+    streams = 2 if config.match_base else 1
+    sizes = _measure_sizes(weights, matrices=(3 * streams if config.needs_check else 0))
     budget, why_budget = _budget(resources.memory)
     longest, tokens = max(lengths), sum(lengths)
     copies = 1 if dtype == weights.dtype else 1 + dtype.itemsize / weights.dtype.itemsize
+    copies += streams - 1
     fixed = PROGRAM_BYTES + int(sizes.block_bytes * copies) + sizes.solver_bytes
     per_token = dtype.itemsize * (4 * sizes.hidden + 4 * sizes.widest_input * sizes.routed)
     batch_size = calibration.batch_size or max(1, TOKENS_PER_BATCH // longest)
     if calibration.batch_size is None:
+        if config.needs_check:
+            # Whole batches are kept apart to confirm: there must be some.
+            batch_size = max(1, min(batch_size, len(lengths) // (2 * CHECK_EVERY)))
         room = max(budget - fixed, 0) // 2
         batch_size = max(1, min(batch_size, room // (per_token * longest)))
     batch = per_token * longest * batch_size
+    tuning = 0
+    if config.tune_steps:
+        # Latents, their gradients and bounds in fp32, and what a backward pass remembers.
+        tuning = TUNING_COPIES * 4 * sizes.block_numbers + TUNING_ACTIVATIONS * batch
+    batch = max(batch, tuning)
     waiting = tokens * dtype.itemsize * (3 * sizes.hidden + sizes.widest_input * sizes.routed)
+    waiting *= streams
     keep = fixed + batch + waiting <= budget
     left = budget - fixed - batch - (waiting if keep else 0)
     how = "each block runs once" if keep else "each block runs once per stage, to save memory"
@@ -160,16 +179,20 @@ def resolve_resources(
         hessian_bytes=max(int(left * HESSIAN_SHARE), SMALLEST_HESSIAN_BYTES),
         reasons=(why_budget, f"computes in {why_dtype}", f"{batch_size} sequences a batch", how),
     )
-    passes = 1.0 if keep else 2.2
-    flops = 2.0 * tokens * (sizes.numbers * passes + sizes.hessian_macs / 2) + sizes.solve_macs * 4
+    passes = streams * (1.0 if keep else 2.2)
+    # Hessians cost half a product each, drifts a whole one.
+    products = 1.5 if config.match_base else 0.5
+    solve = sizes.solve_macs * (4 + 4 * config.polish)
+    tune = 6.0 * config.tune_steps * batch_size * longest * sizes.numbers
+    flops = 2.0 * tokens * (sizes.numbers * passes + sizes.hessian_macs * products) + solve + tune
     return RunPlan(
         settings=settings,
         memory_bytes=fixed + batch + (waiting if keep else 0),
         budget_bytes=budget,
-        work_bytes=2 * tokens * sizes.hidden * dtype.itemsize,
+        work_bytes=2 * streams * tokens * sizes.hidden * dtype.itemsize,
         output_bytes=_output_bytes(weights, sizes),
         flops=flops,
-        seconds=flops / measure_gemm_rate(dtype, weights.device),
+        seconds=flops / (REACHED_RATE * measure_gemm_rate(dtype, weights.device)),
     )
 
 
@@ -237,7 +260,8 @@ def _budget(asked: str | None) -> tuple[int, str]:
     return int(free * SHARE_OF_FREE_MEMORY), f"{SHARE_OF_FREE_MEMORY:.0%} of what is free"
 
 
-def _measure_sizes(weights: ModelWeights) -> _Sizes:
+def _measure_sizes(weights: ModelWeights, *, matrices: int) -> _Sizes:
+    """Measure shapes; ``matrices`` of a Hessian's size are held beside those of factoring."""
     config = weights.config.get_text_config()
     widest = routed = 1
     solver = numbers = hessian = solve = block_numbers = 0
@@ -259,7 +283,8 @@ def _measure_sizes(weights: ModelWeights) -> _Sizes:
         widest = max([widest, *(i for _, i in shapes)])
         for o, i in shapes:
             rows = min(3 * o, ROWS_AT_A_TIME)
-            solver = max(solver, 4 * (SOLVER_COPIES * rows * i + HESSIAN_COPIES * i * i))
+            squares = (HESSIAN_COPIES + matrices) * i * i
+            solver = max(solver, 4 * (SOLVER_COPIES * rows * i + squares))
     return _Sizes(
         hidden=int(config.hidden_size),
         block_bytes=block_numbers * weights.dtype.itemsize,

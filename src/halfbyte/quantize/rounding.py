@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,10 +13,12 @@ from torch import Tensor
 from halfbyte.checkpoint.layout import PACK_MULTIPLE
 from halfbyte.checkpoint.write import pack_linear
 from halfbyte.quant_config import PER_CHANNEL, QuantConfig, Scheme
-from halfbyte.quantize.gptq import Solution, solve
+from halfbyte.quantize.gptq import Solution, output_loss, solve
 from halfbyte.quantize.grid import Grid, assign_groups, search_grid
 from halfbyte.quantize.hessian import Factor, factorize
+from halfbyte.quantize.polish import polish
 from halfbyte.quantize.report import ModuleReport
+from halfbyte.quantize.target import Moments, aim
 
 ROWS_AT_A_TIME = 4096
 """Output rows solved together: rows do not depend on each other, and a head has very many."""
@@ -53,6 +55,9 @@ class RoundedLinear:
     tensors: Mapping[str, Tensor]
     """As they go to disk, by suffix."""
     report: ModuleReport
+    grid: Grid
+    codes: Tensor
+    """uint8 [out, in]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +67,8 @@ class InputStatistics:
     hessian: Tensor
     """Mean of x xᵀ: fp32 [in, in]."""
     num_tokens: int
+    halves: tuple[Moments, Moments] | None = None
+    """The text that proposes and the text that confirms; None where only the whole is known."""
     notes: tuple[str, ...] = ()
 
 
@@ -120,21 +127,47 @@ def round_group(
     rounded: dict[str, RoundedLinear] = {}
     for scheme, same in by_scheme.items():
         weight = torch.cat([task.weight for task in same]).to(factor.upper.device)
-        solution = _solve_rows(weight, statistics.hessian, factor, scheme, config.desc_act)
+        target, notes = _aim(weight, statistics, config)
+        solution = _solve_rows(target, statistics, factor, scheme, config)
         seconds = (time.monotonic() - start) / len(tasks)
         first = 0
         for task in same:
             rows = slice(first, first + task.weight.shape[0])
             first = rows.stop
             part = _take_rows(solution, rows)
-            rounded[task.name] = _finish(task, part, statistics, factor, seconds)
+            rounded[task.name] = _finish(
+                task, part, statistics, factor, seconds, notes, config.polish
+            )
     return [rounded[task.name] for task in tasks]
 
 
+def _aim(
+    weight: Tensor, statistics: InputStatistics, config: QuantConfig
+) -> tuple[Tensor, tuple[str, ...]]:
+    """Shift the weight towards the base model's outputs, where that was asked for and helps."""
+    if not config.match_base:
+        return weight, ()
+    halves = statistics.halves
+    if halves is None:
+        return weight, ("aimed at its own outputs: too little text to confirm anything else",)
+    if any(half.drift is None for half in halves):
+        return weight, ("aimed at its own outputs: experts see other tokens in the base model",)
+    if not any(bool(half.drift.any()) for half in halves if half.drift is not None):
+        return weight, ()  # nothing before it was rounded
+    target = aim(weight.float(), *halves, damping=config.damping)
+    if target.share == 0:
+        return weight, ("aimed at its own outputs: the base model's did not help on other text",)
+    return target.weight, (f"aimed at the base model's outputs, {target.share:.0%} of the way",)
+
+
 def _solve_rows(
-    weight: Tensor, hessian: Tensor, factor: Factor, scheme: Scheme, desc_act: bool
+    weight: Tensor,
+    statistics: InputStatistics,
+    factor: Factor,
+    scheme: Scheme,
+    config: QuantConfig,
 ) -> Solution:
-    order = factor.order if desc_act else None
+    order = factor.order if config.desc_act else None
     g_idx = assign_groups(weight.shape[1], scheme.group_size, order).to(weight.device)
     parts = []
     for rows in torch.split(weight, ROWS_AT_A_TIME):
@@ -142,7 +175,8 @@ def _solve_rows(
         grid = search_grid(
             exact, factor.curvature, g_idx, bits=scheme.bits, symmetric=scheme.symmetric
         )
-        parts.append(solve(exact, hessian, factor, grid, scheme.symmetric))
+        found = solve(exact, statistics.hessian, factor, grid, scheme.symmetric)
+        parts.append(_polish(exact, found, statistics, config))
     if len(parts) == 1:
         return parts[0]
     return Solution(
@@ -157,6 +191,24 @@ def _solve_rows(
         size=torch.cat([p.size for p in parts]),
         round_to_nearest_loss=torch.cat([p.round_to_nearest_loss for p in parts]),
         kept_nearest=torch.cat([p.kept_nearest for p in parts]),
+        polished=torch.cat([p.polished for p in parts]),
+    )
+
+
+def _polish(
+    target: Tensor, found: Solution, statistics: InputStatistics, config: QuantConfig
+) -> Solution:
+    if not config.polish or statistics.halves is None:
+        return found
+    fit, check = (half.hessian for half in statistics.halves)
+    better = polish(target, found.codes, found.grid, fit, check, rounds=config.polish)
+    error = target - better.grid.dequantize(better.codes)
+    return replace(
+        found,
+        grid=better.grid,
+        codes=better.codes,
+        loss=torch.where(better.changed, output_loss(error, statistics.hessian), found.loss),
+        polished=better.changed,
     )
 
 
@@ -168,6 +220,7 @@ def _take_rows(solution: Solution, rows: slice) -> Solution:
         size=solution.size[rows],
         round_to_nearest_loss=solution.round_to_nearest_loss[rows],
         kept_nearest=solution.kept_nearest[rows],
+        polished=solution.polished[rows],
     )
 
 
@@ -177,34 +230,29 @@ def _finish(
     statistics: InputStatistics,
     factor: Factor,
     seconds: float,
+    target_notes: tuple[str, ...],
+    rounds: int,
 ) -> RoundedLinear:
     grid = solution.grid
-    weight = grid.dequantize(solution.codes)
     size = float(solution.size.sum())
-    tensors = pack_linear(
-        solution.codes,
-        grid.zeros,
-        grid.scales,
-        bits=grid.bits,
-        g_idx=grid.g_idx,
-        bias=task.bias,
-    )
     kept = int(solution.kept_nearest.sum())
-    notes = [*task.notes, *statistics.notes, *factor.notes]
+    notes = [*task.notes, *statistics.notes, *factor.notes, *target_notes]
     limited = int((grid.scales.abs() >= LARGEST_SCALE).sum())
     if limited:
         notes.append(
             f"{limited} groups need a scale above {LARGEST_SCALE:g}, fp16's largest: their largest "
             "weights are cut"
         )
+    if rounds:
+        polished = int(solution.polished.sum())
+        notes.append(f"{polished} of {len(solution.polished)} rows polished")
     if kept:
         notes.append(f"{kept} of {len(solution.kept_nearest)} rows kept at round to nearest")
-    return RoundedLinear(
-        module=task.module,
-        name=task.name,
-        weight=weight,
-        weight_crc=weight_crc(weight),
-        tensors=tensors,
+    return pack_rounded(
+        task.module,
+        grid,
+        solution.codes,
+        bias=task.bias,
         report=ModuleReport(
             name=task.name,
             bits=task.scheme.bits,
@@ -219,6 +267,37 @@ def _finish(
             notes=tuple(notes),
             seconds=seconds,
         ),
+    )
+
+
+def pack_rounded(
+    module: str, grid: Grid, codes: Tensor, *, bias: Tensor | None, report: ModuleReport
+) -> RoundedLinear:
+    """Make a result out of final codes.
+
+    Args:
+        module: Name within its block.
+        grid: Scales and zeros.
+        codes: uint8 [out, in].
+        bias: The linear's.
+        report: Has its full name.
+
+    Returns:
+        Weight, checksum and tensors for the disk.
+    """
+    weight = grid.dequantize(codes)
+    tensors = pack_linear(
+        codes, grid.zeros, grid.scales, bits=grid.bits, g_idx=grid.g_idx, bias=bias
+    )
+    return RoundedLinear(
+        module=module,
+        name=report.name,
+        weight=weight,
+        weight_crc=weight_crc(weight),
+        tensors=tensors,
+        report=report,
+        grid=grid,
+        codes=codes,
     )
 
 

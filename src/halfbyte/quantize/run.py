@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,18 @@ import torch
 from torch import Tensor
 
 from halfbyte.checkpoint.checksums import ShardDigest
-from halfbyte.checkpoint.write import shard_name, write_shard
 from halfbyte.evaluate.loading import load_tokenizer
-from halfbyte.model.blocks import InputGroup, Stage, linear_weight
+from halfbyte.model.blocks import (
+    InputGroup,
+    Stage,
+    linear_weight,
+)
 from halfbyte.model.hidden import HiddenStates
 from halfbyte.model.stream import BlockStream, Passages
 from halfbyte.model.weights import ModelWeights
 from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
+from halfbyte.quantize.block_shard import write_block
+from halfbyte.quantize.block_tuning import TuningData, tune_rounded
 from halfbyte.quantize.block_work import BlockWork, Meter
 from halfbyte.quantize.calibration import (
     CalibrationSource,
@@ -60,7 +65,8 @@ from halfbyte.quantize.report import (
 )
 from halfbyte.quantize.resources import RunSettings, resolve_resources
 from halfbyte.quantize.rounding import RoundedLinear
-from halfbyte.quantize.states import BASE, CALIBRATION, PROBE, RunStates
+from halfbyte.quantize.source import check_something_to_do
+from halfbyte.quantize.states import BASE, CALIBRATION, FULL, PROBE, RunStates
 from halfbyte.version import __version__
 
 JOURNAL_VERSION = 1
@@ -124,6 +130,7 @@ class Run:
         Returns:
             The report, which also stands in the output folder.
         """
+        check_something_to_do(self.weights, self.config)
         self._read_text(text, quality)
         self._begin(resume)
         self.weights.load_outside()
@@ -177,7 +184,9 @@ class Run:
             self.progress.started((f"resuming behind block {done} of {self.num_blocks}",))
         else:
             lengths = [len(sequence) for sequence in self.tokens.sequences]
-            plan = resolve_resources(self.weights, self.resources, self.calibration, lengths)
+            plan = resolve_resources(
+                self.weights, self.resources, self.calibration, self.config, lengths
+            )
             self.settings = plan.settings
             self.progress.started((*plan.lines(), *self.tokens.notes, *self.notes))
             header = {"version": JOURNAL_VERSION, "inputs": inputs}
@@ -197,15 +206,16 @@ class Run:
             num_blocks=self.num_blocks,
             width=int(self.weights.config.get_text_config().hidden_size),
             dtype=self.settings.torch_dtype,
+            match_base=self.config.match_base,
         )
 
     def _do_block(self, index: int, work: BlockWork, states: RunStates) -> None:
         before, behind = states.at(CALIBRATION, index), states.at(CALIBRATION, index + 1)
         probe_ids = self._to_device(self.probe.ids)
 
-        def load(batch: int) -> tuple[Tensor, Tensor | None]:
+        def load(batch: int, states: HiddenStates = before) -> tuple[Tensor, Tensor | None]:
             ids = self._to_device(self.batches[batch])
-            return ids, None if index == 0 else self._to_device(before.read(batch))
+            return ids, None if index == 0 else self._to_device(states.read(batch))
 
         with self.meter.timed("load"):
             block, exact = work.load(index)
@@ -216,70 +226,65 @@ class Run:
         tasks, skipped = work.plan_tasks(f"{self.weights.blocks.name(index)}.", block, exact)
         self._rounded = []
         with self.stream.at(index, work.stages):
-            passages = Passages(
-                self.stream, len(self.batches), load, keep_paused=self.settings.keep_paused
-            )
-            work.round_block(block, tasks, passages)
+            keep = self.settings.keep_paused
+            passages = Passages(self.stream, len(self.batches), load, keep_paused=keep)
+            base_passages = None
+            if self.config.match_base:
+                full = partial(load, states=states.at(FULL, index))
+                base_passages = Passages(self.stream, len(self.batches), full, keep_paused=keep)
+            work.round_block(block, tasks, passages, base_passages)
+            with self.meter.timed("forward and Hessians"), work.base_weights(block):
+                if base_passages is not None:
+                    for batch in range(len(self.batches)):
+                        states.at(FULL, index + 1).write(batch, base_passages.finish(batch))
+            if self.config.tune_steps and self._rounded:
+                passages.close()
+                wanted = states.at(FULL, index + 1)
+                data = TuningData(
+                    run=lambda batch: self.stream.run(*load(batch)),
+                    wanted=lambda batch: self._to_device(wanted.read(batch)),
+                    num_batches=len(self.batches),
+                )
+                with self.meter.timed("tune"):
+                    self._rounded = tune_rounded(
+                        block,
+                        self._rounded,
+                        exact,
+                        data,
+                        steps=self.config.tune_steps,
+                        seed=self.calibration.seed + index,
+                    )
             with self.meter.timed("forward and Hessians"):
                 for batch in range(len(self.batches)):
                     behind.write(batch, passages.finish(batch))
         with self.meter.timed("quality"), self.stream.at(index):
             states.run_probe(PROBE, index, self.stream, probe_ids)
         with self.meter.timed("write"):
-            self._commit(index, work, exact, skipped, states)
+            entry = write_block(
+                self.weights,
+                self.journal.output,
+                index,
+                rounded=self._rounded,
+                exact=exact,
+                split_experts=work.split_experts,
+            )
+            stages = [[list(g.linears) for g in stage.groups] for stage in work.stages]
+            self.journal.add_block(
+                {
+                    **entry,
+                    "skipped": [[s.name, s.reason] for s in skipped],
+                    "stages": stages,
+                    "output_size": self.stream.output_sizes[index],
+                    "states": states.digests(index + 1),
+                }
+            )
         self.weights.drop_block(index)
         release_memory()
-
-    def _commit(
-        self,
-        index: int,
-        work: BlockWork,
-        exact: Mapping[str, Tensor],
-        skipped: list[SkippedModule],
-        states: RunStates,
-    ) -> None:
-        """Write the block's shard, then its line in the journal."""
-        packed = {f"{r.name}.{s}": t for r in self._rounded for s, t in r.tensors.items()}
-        tensors = {**self._dense_tensors(index, work, exact), **packed}
-        path = self.journal.output / shard_name(index + 1, self.num_blocks + 1)
-        digest = write_shard(path, tensors)
-        bits = [count_packed_bits(r.tensors) for r in self._rounded]
-        self.journal.add_block(
-            {
-                "shard": asdict(digest),
-                "modules": [asdict(r.report) for r in self._rounded],
-                "weight_crcs": {r.name: r.weight_crc for r in self._rounded},
-                "packed_bits": [sum(b for b, _ in bits), sum(n for _, n in bits)],
-                "skipped": [[s.name, s.reason] for s in skipped],
-                "stages": [[list(g.linears) for g in stage.groups] for stage in work.stages],
-                "output_size": self.stream.output_sizes[index],
-                "states": states.digests(index + 1),
-            }
-        )
-
-    def _dense_tensors(
-        self, index: int, work: BlockWork, exact: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Take a block's other tensors as they are; an expert left dense goes out on its own."""
-        prefix = self.weights.blocks.name(index)
-        rounded = {r.module for r in self._rounded}
-        split = [s for s in work.split_experts if any(m.startswith(f"{s}.") for m in rounded)]
-        without = [f"{prefix}.{name}" for name in (*rounded, *split)]
-        dense = self.weights.files.load(self.weights.block_keys(index, without))
-        block = self.weights.blocks.modules[index]
-        for name, weight in exact.items():
-            if name not in rounded and any(name.startswith(f"{s}.") for s in split):
-                disk_name = self.weights.disk_name(f"{prefix}.{name}")
-                dense[f"{disk_name}.weight"] = weight
-                bias = block.get_submodule(name).bias
-                if bias is not None:
-                    dense[f"{disk_name}.bias"] = bias.data  # type: ignore[assignment]
-        return dense
 
     def _finish(self, work: BlockWork, states: RunStates) -> QuantizationReport:
         end = self.num_blocks
         base_logits = self._logits(states.at(BASE, end)) if states.has_base else []
-        head, notes = self._round_head(work, states.at(CALIBRATION, end))
+        head, notes = self._round_head(work, states)
         notes += self.config.unmatched_patterns(self._linear_names())
         self.progress.phase("measuring quality")
         logits = self._logits(states.at(PROBE, end))
@@ -303,7 +308,7 @@ class Run:
         return report
 
     def _round_head(
-        self, work: BlockWork, states: HiddenStates
+        self, work: BlockWork, states: RunStates
     ) -> tuple[list[RoundedLinear], list[str]]:
         """Round the output head on what reaches it, where that was asked for."""
         if not self.config.lm_head:
@@ -320,13 +325,19 @@ class Run:
         if not tasks:
             return [], [f"the head stays as it is: {skipped[0].reason}"]
 
-        def load(batch: int) -> tuple[Tensor, Tensor | None]:
-            return self._to_device(self.batches[batch]), self._to_device(states.read(batch))
+        def load(batch: int, name: str = CALIBRATION) -> tuple[Tensor, Tensor | None]:
+            hidden = states.at(name, self.num_blocks).read(batch)
+            return self._to_device(self.batches[batch]), self._to_device(hidden)
 
         self._rounded = []
         with self.stream.at(self.num_blocks, work.stages):
-            passages = Passages(self.stream, len(self.batches), load, keep_paused=False)
-            work.round_block(model, tasks, passages)
+            count = len(self.batches)
+            passages = Passages(self.stream, count, load, keep_paused=False)
+            base_passages = None
+            if self.config.match_base:
+                full = partial(load, name=FULL)
+                base_passages = Passages(self.stream, count, full, keep_paused=False)
+            work.round_block(model, tasks, passages, base_passages)
         note = "the head was untied from the embeddings, which stay as they are"
         return self._rounded, [note] if tied else []
 

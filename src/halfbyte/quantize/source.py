@@ -1,4 +1,4 @@
-"""Which folder a run reads and which it may write into."""
+"""Which folder a run reads, which it may write into, and whether there is work at all."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from pathlib import Path
 import torch
 
 from halfbyte.errors import CheckpointError, ConfigError, JournalError, ModelError
+from halfbyte.model.blocks import quantizable_linears
+from halfbyte.model.experts import find_fused_experts
+from halfbyte.model.weights import ModelWeights
 from halfbyte.quant_config import QuantConfig
 from halfbyte.quantize.journal import JOURNAL_FILE, WORK_FOLDER, describe_differences
 from halfbyte.quantize.report import REPORT_FILE, QuantizationReport, load_report
@@ -147,3 +150,27 @@ def copy_companions(source: Path, output: Path) -> None:
             raise CheckpointError(
                 f"Cannot copy {path} to {output}: {error.strerror}. Free some space."
             ) from error
+
+
+def check_something_to_do(weights: ModelWeights, config: QuantConfig) -> None:
+    """Refuse to stream a whole model of which nothing is to be rounded.
+
+    Args:
+        weights: The model, nothing of it loaded.
+        config: With the skip patterns.
+
+    Raises:
+        ConfigError: They match every linear; says how many.
+    """
+    if find_fused_experts(weights.model) or config.lm_head:
+        return  # names of experts are known when they are split
+    names = [
+        weights.disk_name(f"{weights.blocks.name(index)}.{name}")
+        for index, block in enumerate(weights.blocks.modules)
+        for name in quantizable_linears(block)
+    ]
+    if all(config.scheme_for(name) is None for name in names):
+        raise ConfigError(
+            f"The skip patterns match all {len(names)} linears of {weights.folder.name}: nothing "
+            "is left to quantize. Loosen them."
+        )

@@ -19,14 +19,15 @@ from halfbyte.model.hidden import HiddenStates
 from halfbyte.model.stream import BlockStream
 from halfbyte.quantize.probe import Probe, Trail
 
-CALIBRATION, BASE, PROBE = "calibration", "base", "probe"
+CALIBRATION, FULL, BASE, PROBE = "calibration", "full", "base", "probe"
 
 
 class RunStates:
     """Hidden states in front of block ``position``, for every stream of a run.
 
-    Streams: the calibration text, the probe through the quantized model and, where the probe is
-    held out, the probe through the base.
+    Streams: the calibration text and the probe through the quantized model; where the weights are
+    to match the base model, the calibration text through that too; and where the probe is held out,
+    the probe through the base.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class RunStates:
         num_blocks: int,
         width: int,
         dtype: torch.dtype,
+        match_base: bool,
     ) -> None:
         """Open the files, making them where needed.
 
@@ -48,8 +50,11 @@ class RunStates:
             num_blocks: Blocks of the model.
             width: Hidden size.
             dtype: In which the model computes.
+            match_base: Whether the calibration text also goes through the base.
         """
         shapes = {CALIBRATION: [(b.shape[0], b.shape[1]) for b in batches], PROBE: [probe.shape]}
+        if match_base:
+            shapes[FULL] = shapes[CALIBRATION]
         if probe.is_held_out:
             shapes[BASE] = [probe.shape]
         self._folder = folder

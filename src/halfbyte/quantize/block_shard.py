@@ -1,0 +1,74 @@
+"""What a finished block leaves behind: its shard on disk, and what the journal says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from halfbyte.checkpoint.write import shard_name, write_shard
+from halfbyte.model.weights import ModelWeights
+from halfbyte.quantize.finish import count_packed_bits
+from halfbyte.quantize.rounding import RoundedLinear
+
+
+def write_block(
+    weights: ModelWeights,
+    output: Path,
+    index: int,
+    *,
+    rounded: Sequence[RoundedLinear],
+    exact: Mapping[str, Tensor],
+    split_experts: Sequence[str],
+) -> dict[str, Any]:
+    """Write one block's shard.
+
+    Args:
+        weights: The base model, with the block loaded.
+        output: The checkpoint's folder.
+        index: Which block.
+        rounded: Its rounded linears.
+        exact: The weights of all its linears before rounding, by name within the block.
+        split_experts: Names of its experts modules that were split.
+
+    Returns:
+        The journal's entry about it.
+    """
+    packed = {f"{r.name}.{suffix}": t for r in rounded for suffix, t in r.tensors.items()}
+    dense = _dense_tensors(weights, index, rounded, exact, split_experts)
+    path = output / shard_name(index + 1, len(weights.blocks.modules) + 1)
+    digest = write_shard(path, {**dense, **packed})
+    bits = [count_packed_bits(r.tensors) for r in rounded]
+    return {
+        "shard": asdict(digest),
+        "modules": [asdict(r.report) for r in rounded],
+        "weight_crcs": {r.name: r.weight_crc for r in rounded},
+        "packed_bits": [sum(b for b, _ in bits), sum(n for _, n in bits)],
+    }
+
+
+def _dense_tensors(
+    weights: ModelWeights,
+    index: int,
+    rounded: Sequence[RoundedLinear],
+    exact: Mapping[str, Tensor],
+    split_experts: Sequence[str],
+) -> dict[str, Tensor]:
+    """Take a block's other tensors as they are; an expert left dense goes out on its own."""
+    prefix = weights.blocks.name(index)
+    names = {r.module for r in rounded}
+    split = [s for s in split_experts if any(m.startswith(f"{s}.") for m in names)]
+    without = [f"{prefix}.{name}" for name in (*names, *split)]
+    dense = weights.files.load(weights.block_keys(index, without))
+    block = weights.blocks.modules[index]
+    for name, weight in exact.items():
+        if name not in names and any(name.startswith(f"{s}.") for s in split):
+            disk_name = weights.disk_name(f"{prefix}.{name}")
+            dense[f"{disk_name}.weight"] = weight
+            bias = block.get_submodule(name).bias
+            if bias is not None:
+                dense[f"{disk_name}.bias"] = bias.data  # type: ignore[assignment]
+    return dense

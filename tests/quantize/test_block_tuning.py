@@ -1,0 +1,156 @@
+"""Training a block's codes: gradients by definition, judged on other text, nothing left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.helpers.families import build_family, token_lists
+from torch import nn
+
+import halfbyte
+from halfbyte.errors import ConfigError
+from halfbyte.quant_config import CalibrationConfig, QuantConfig
+from halfbyte.quantize.block_tuning import TuningData, _RoundedWeight, _sum_groups, tune_block
+from halfbyte.quantize.grid import Grid, assign_groups, search_grid
+
+WIDTH, HIDDEN = 32, 48
+
+
+class Block(nn.Module):
+    """Two linears with something between them that no Hessian of one of them sees."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.up = nn.Linear(WIDTH, HIDDEN, bias=False)
+        self.down = nn.Linear(HIDDEN, WIDTH, bias=False)
+        self.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.nn.functional.silu(self.up(x)))
+
+
+def rounded_block(bits: int) -> tuple[Block, dict[str, tuple[Grid, torch.Tensor, torch.Tensor]]]:
+    block = Block(0)
+    linears = {}
+    for name in ("up", "down"):
+        linear = block.get_submodule(name)
+        weight = linear.weight.data
+        g_idx = assign_groups(weight.shape[1], 16)
+        ones = torch.ones(weight.shape[1])
+        grid = search_grid(weight, ones, g_idx, bits=bits, symmetric=True)
+        codes = grid.round_to_nearest(weight)
+        linears[name] = (grid, codes, weight)
+        linear.weight = nn.Parameter(grid.dequantize(codes), requires_grad=False)
+    return block, linears
+
+
+def data(block: Block, num_batches: int = 8) -> TuningData:
+    generator = torch.Generator().manual_seed(3)
+    x = [torch.randn(64, WIDTH, generator=generator) for _ in range(num_batches)]
+    exact = Block(0)
+    return TuningData(
+        run=lambda batch: block(x[batch]),
+        wanted=lambda batch: exact(x[batch]),
+        num_batches=num_batches,
+    )
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_held_out_error_falls_and_is_what_the_result_gives(bits: int) -> None:
+    block, linears = rounded_block(bits)
+    before = {name: block.get_submodule(name).weight for name in linears}
+    text = data(block)
+    found = tune_block(block, linears, text, steps=80, seed=0)
+    assert found.after < 0.9 * found.before
+    for name, weight in before.items():
+        assert block.get_submodule(name).weight is weight
+        assert "weight" not in block.get_submodule(name).__dict__
+    for name, tuned in found.linears.items():
+        assert int(tuned.codes.max()) < 2**bits
+        assert torch.equal(tuned.grid.scales, tuned.grid.scales.half().float())
+        assert bool((tuned.codes != linears[name][1]).any())
+        weight = tuned.grid.dequantize(tuned.codes)
+        block.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
+    assert text.held_out() == pytest.approx(found.after, rel=1e-4)
+
+
+def test_codes_move_by_one_at_most() -> None:
+    block, linears = rounded_block(4)
+    found = tune_block(block, linears, data(block), steps=30, seed=0)
+    for name, tuned in found.linears.items():
+        move = tuned.codes.int() - linears[name][1].int()
+        assert int(move.abs().max()) == 1
+
+
+def test_same_seed_same_result() -> None:
+    results = []
+    for _ in range(2):
+        block, linears = rounded_block(3)
+        results.append(tune_block(block, linears, data(block), steps=20, seed=7))
+    for name in ("up", "down"):
+        first, second = (result.linears[name] for result in results)
+        assert torch.equal(first.codes, second.codes)
+        assert torch.equal(first.grid.scales, second.grid.scales)
+
+
+def test_nothing_better_on_other_text_changes_nothing() -> None:
+    block, linears = rounded_block(8)
+    text = data(block)
+    wanted = text.wanted
+    # The text to judge by wants what the block gives already.
+    start = {batch: text.run(batch).clone() for batch in text.check}
+    text.wanted = lambda batch: start.get(batch, wanted(batch))
+    found = tune_block(block, linears, text, steps=10, seed=0)
+    assert not found.linears
+    assert found.after == found.before
+
+
+def test_gradients_pass_the_rounding_and_stop_at_the_range() -> None:
+    latent = torch.tensor([[0.4, -2.2, 9.0, -9.0]], requires_grad=True)
+    scales = torch.tensor([[0.5, -2.0]], requires_grad=True)
+    lowest, highest = torch.full((1, 4), -8.0), torch.full((1, 4), 7.0)
+    g_idx = torch.tensor([0, 0, 1, 1])
+    weight = _RoundedWeight.apply(latent, scales, lowest, highest, g_idx, torch.float32)
+    assert weight.tolist() == [[0.0, -1.0, -14.0, 16.0]]
+    weight.backward(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+    assert latent.grad is not None
+    assert scales.grad is not None
+    assert latent.grad.tolist() == [[0.5, 1.0, 0.0, 0.0]]
+    assert scales.grad.tolist() == [[2.0 * -2, 3.0 * 7 + 4.0 * -8]]
+
+
+@pytest.mark.parametrize("width", [32, 24])
+def test_group_sums_in_any_order(width: int) -> None:
+    values = torch.randn(3, width)
+    order = torch.randperm(width, generator=torch.Generator().manual_seed(0))
+    for g_idx in (assign_groups(width, 16), assign_groups(width, 16, order)):
+        expected = torch.stack([values[:, g_idx == g].sum(1) for g in range(2)], 1)
+        torch.testing.assert_close(_sum_groups(values, g_idx, 2), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+def test_a_run_tunes_every_block_and_its_reload_agrees(family: str, tmp_path: Path) -> None:
+    build_family(family).save_pretrained(tmp_path / "base")
+    errors = {}
+    for steps in (0, 40):
+        report = halfbyte.quantize(
+            tmp_path / "base",
+            tmp_path / f"out{steps}",
+            config=QuantConfig(bits=2, group_size=32, match_base=True, tune_steps=steps),
+            calibration=CalibrationConfig(samples=16, length=32, batch_size=2),
+            text=token_lists(16, 32),
+        )
+        errors[steps] = report
+    notes = [" ".join(module.notes) for module in errors[40].modules]
+    assert all("tuned" in note for note in notes)
+    assert any("held-out error became" in note for note in notes)
+    assert errors[40].seconds_by_phase["tune"] > 0
+    assert "tune" not in errors[0].seconds_by_phase
+
+
+def test_tuning_needs_the_base_beside() -> None:
+    with pytest.raises(ConfigError, match="Add match_base"):
+        QuantConfig(tune_steps=10)

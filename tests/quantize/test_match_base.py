@@ -1,0 +1,100 @@
+"""The base model beside the quantized one: its states are the base's, and what comes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.helpers.families import build_family, token_lists
+from transformers import AutoModelForCausalLM
+
+import halfbyte
+from halfbyte.model.blocks import find_blocks
+from halfbyte.quant_config import PRESETS, CalibrationConfig, QuantConfig, ResourceConfig
+from halfbyte.quantize import run as running
+from halfbyte.quantize.report import QuantizationReport
+from halfbyte.quantize.states import CALIBRATION, FULL, RunStates
+
+IDS = token_lists(16, 32)
+CONFIG = QuantConfig(group_size=32, bits=3, **PRESETS["balanced"])
+
+
+def quantize(base: Path, output: Path, config: QuantConfig, **more: object) -> QuantizationReport:
+    calibration = CalibrationConfig(samples=16, length=32, batch_size=2)
+    return halfbyte.quantize(base, output, config=config, calibration=calibration, text=IDS, **more)
+
+
+@pytest.fixture
+def base(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    build_family(getattr(request, "param", "llama")).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.mark.parametrize("base", ["llama", "gpt2", "gpt_neox", "mixtral"], indirect=True)
+@pytest.mark.parametrize("memory", ["64GB", "1MB"], ids=["paused", "again"])
+def test_the_base_stream_is_the_base_model(
+    base: Path, memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, torch.Tensor] = {}
+    finish = running.Run._finish
+
+    def look(self: running.Run, work: object, states: RunStates) -> QuantizationReport:
+        for name in (FULL, CALIBRATION):
+            files = states.at(name, self.num_blocks)
+            seen[name] = torch.cat([files.read(i) for i in range(len(files))])
+        return finish(self, work, states)
+
+    monkeypatch.setattr(running.Run, "_finish", look)
+    quantize(base, tmp_path / "out", CONFIG, resources=ResourceConfig(memory=memory))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    expected = []
+    blocks = find_blocks(model).modules
+    blocks[-1].register_forward_hook(
+        lambda _m, _x, y: expected.append(y[0] if isinstance(y, tuple) else y)
+    )
+    with torch.no_grad():
+        model(torch.tensor(IDS))
+    torch.testing.assert_close(seen[FULL], expected[0], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(seen[CALIBRATION], expected[0], rtol=1e-3, atol=1e-3)
+
+
+def test_the_quantized_stream_comes_nearer_to_the_base(base: Path, tmp_path: Path) -> None:
+    """Wide enough noise: two bits, so that the drift is large."""
+    distances = {}
+    for name, settings in PRESETS.items():
+        config = QuantConfig(bits=2, group_size=32, **settings)
+        quantize(base, tmp_path / name, config)
+        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        rounded = halfbyte.load(tmp_path / name, dtype=torch.float32)
+        with torch.no_grad():
+            ids = torch.tensor(IDS)
+            distances[name] = float((plain(ids).logits - rounded(ids).logits).square().mean())
+    assert distances["balanced"] < 0.9 * distances["fast"]
+
+
+def test_each_module_says_what_was_done(base: Path, tmp_path: Path) -> None:
+    report = quantize(base, tmp_path / "out", CONFIG)
+    notes = {m.name: " ".join(m.notes) for m in report.modules}
+    assert "base model's outputs" not in notes["model.layers.0.self_attn.q_proj"]
+    assert all("rows polished" in text for text in notes.values())
+    assert "aimed at" in notes["model.layers.2.mlp.down_proj"]
+
+
+def test_experts_are_left_out_with_the_reason(tmp_path: Path) -> None:
+    build_family("mixtral").save_pretrained(tmp_path / "base")
+    report = quantize(tmp_path / "base", tmp_path / "out", CONFIG)
+    experts = [m for m in report.modules if "experts" in m.name]
+    assert experts
+    assert all("aimed at its own outputs" in " ".join(m.notes) for m in experts)
+
+
+def test_too_little_text_is_said(base: Path, tmp_path: Path) -> None:
+    report = halfbyte.quantize(
+        base,
+        tmp_path / "out",
+        config=CONFIG,
+        calibration=CalibrationConfig(samples=2, length=32),
+        text=IDS[:2],
+    )
+    assert all("too little text" in " ".join(m.notes) for m in report.modules)
