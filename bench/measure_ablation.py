@@ -13,6 +13,7 @@ import argparse
 import os
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=10)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work", type=Path, help="keep the checkpoints in this folder")
     parser.add_argument("--only", help="names of cases, with commas")
     parser.add_argument("--name", default="ablation", help="of the file in bench/results")
     args = parser.parse_args()
@@ -60,7 +62,8 @@ def main() -> None:
         chosen = {name: chosen[name] for name in args.only.split(",")}
     program = str(Path(__file__).with_name("measure_quality.py"))
     runs: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as work:
+    with ExitStack() as stack:
+        work = args.work or stack.enter_context(tempfile.TemporaryDirectory())
         for number, (name, steps) in enumerate(chosen.items()):
             config = {
                 "bits": args.bits,
@@ -94,7 +97,8 @@ def main() -> None:
         args.name,
         columns=["steps", "KL, nats", "±", "perplexity", "same first choice", *COST],
         rows=rows_out,
-        note=f"{args.bits} bits, group {args.group_size}, {len(ids)} x {args.length} calibration "
+        note=f"{args.bits} bits, group {args.group_size}, {args.tune_steps} tuning steps where there "
+        f"is tuning, {len(ids)} x {args.length} calibration "
         f"tokens; {len(windows)} windows of {WINDOW} held-out tokens; base {base:.3f}; "
         f"{args.threads} threads; ± is the standard error over windows",
         data={"runs": runs, "results": {n: r.to_dict() for n, r in results.items()}},
@@ -109,9 +113,9 @@ def cases(tune_steps: int) -> dict[str, dict[str, Any]]:
         "fast": {},
         "fast + polish": {"polish": 1},
         "fast + base": base,
-        "balanced (base, polish)": {**base, "polish": 1},
-        f"base + tuning ({tune_steps} steps)": {**base, "tune_steps": tune_steps},
-        f"best (base, polish, {tune_steps} steps)": {
+        "balanced: base and polish": {**base, "polish": 1},
+        "fast + base + tuning": {**base, "tune_steps": tune_steps},
+        "best: base and polish and tuning": {
             **base,
             "polish": 1,
             "tune_steps": tune_steps,

@@ -52,7 +52,8 @@ class BlockTuning:
     linears: Mapping[str, TunedLinear]
     """By name within the block; empty where nothing was better."""
     before: float
-    """Squared distance to the base model's hidden states over their squared size, held out."""
+    """Squared distance to the base model's hidden states over their squared size, mean over
+    held-out tokens."""
     after: float
 
 
@@ -78,9 +79,14 @@ class TuningData:
         self.fit = [batch for batch in range(num_batches) if batch not in self.check]
 
     def distance(self, batch: int) -> Tensor:
-        """Give the squared distance on a batch over the squared size of what is wanted."""
+        """Give the squared distance over the squared size of what is wanted, mean over tokens.
+
+        Token by token, because the next block normalises each, and because a first token may be
+        hundreds of times as large as all others.
+        """
         wanted = self.wanted(batch).float()
-        return (self.run(batch).float() - wanted).square().sum() / wanted.square().sum()
+        error = (self.run(batch).float() - wanted).square().sum(-1)
+        return (error / wanted.square().sum(-1)).mean()
 
     @torch.no_grad()
     def held_out(self) -> float:
