@@ -97,9 +97,9 @@ def main() -> None:
         args.name,
         columns=["steps", "KL, nats", "±", "perplexity", "same first choice", *COST],
         rows=rows_out,
-        note=f"{args.bits} bits, group {args.group_size}, {args.tune_steps} tuning steps where there "
-        f"is tuning, {len(ids)} x {args.length} calibration "
-        f"tokens; {len(windows)} windows of {WINDOW} held-out tokens; base {base:.3f}; "
+        note=f"{args.bits} bits, group {args.group_size}, {args.tune_steps} tuning steps where "
+        f"there is tuning; {len(ids)} x {args.length} calibration tokens; {len(windows)} windows "
+        f"of {WINDOW} held-out tokens; base {base:.3f}; "
         f"{args.threads} threads; ± is the standard error over windows",
         data={"runs": runs, "results": {n: r.to_dict() for n, r in results.items()}},
     )

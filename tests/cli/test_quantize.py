@@ -151,7 +151,7 @@ def test_resume_of_a_complete_run_gives_its_report(
         (("--memory", "much"), 2, "halfbyte: memory is 'much'; write a number and a unit"),
         (("--device", "abacus"), 2, "halfbyte: device is 'abacus', which this machine"),
         (("--calibration", "no.txt"), 1, "halfbyte: Cannot read calibration file no.txt"),
-        (("--skip", "."), 1, "halfbyte: Cannot write the quantization config: no linear is"),
+        (("--skip", "."), 2, "halfbyte: The skip patterns match all 14 linears of model"),
     ],
 )
 def test_wrong_value_is_one_message_and_a_code(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ import pytest
 import torch
 from transformers import BatchEncoding
 
+from halfbyte.data import CALIBRATION_FILES, calibration_documents
 from halfbyte.errors import CalibrationError
 from halfbyte.quant_config import CalibrationConfig
 from halfbyte.quantize.calibration import (
     BUILT_IN,
     CalibrationTokens,
+    _shares,
     check_ids,
     load_calibration,
 )
@@ -320,3 +323,56 @@ def test_ids_without_an_embedding_are_refused(ids: list[int], found: str) -> Non
 
 def test_the_last_id_is_allowed() -> None:
     check_ids(CalibrationTokens(sequences=(torch.tensor([0, 49]),), source=""), 50)
+
+
+class Letters:
+    """A tokenizer of one token per character."""
+
+    eos_token_id = 0
+
+    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) for letter in text]}
+
+
+def test_built_in_text_is_a_mix_in_any_stretch_of_it() -> None:
+    def kind_of(sequence: torch.Tensor) -> str:
+        text = "".join(map(chr, sequence.tolist())).split("\0")[0]
+        return next(
+            kind
+            for kind in CALIBRATION_FILES
+            if any(text in document for document in calibration_documents(kind))
+        )
+
+    config = CalibrationConfig(samples=40, length=256)
+    found = load_calibration(None, config, Letters(), None)
+    kinds = [kind_of(sequence) for sequence in found.sequences]
+    assert {kind: kinds.count(kind) for kind in set(kinds)} == {
+        "prose": 16,
+        "code": 6,
+        "dialogue": 6,
+        "languages": 6,
+        "technical": 6,
+    }
+    for start in range(0, 40, 10):
+        assert len(set(kinds[start : start + 10])) == 5
+    other = load_calibration(
+        None, CalibrationConfig(samples=40, length=256, seed=1), Letters(), None
+    )
+    assert other.digest != found.digest
+    assert load_calibration(None, config, Letters(), None).digest == found.digest
+
+
+def test_kinds_that_run_out_are_made_up_for_by_the_others() -> None:
+    assert _shares({"prose": 100, "code": 2, "dialogue": 50}, 60) == {
+        "prose": 33,
+        "code": 2,
+        "dialogue": 25,
+    }
+    assert _shares({"prose": 3, "code": 2}, 60) == {"prose": 3, "code": 2}
+
+
+def test_built_in_text_that_holds_less_is_noted() -> None:
+    found = load_calibration(None, CalibrationConfig(samples=10_000), Letters(), None)
+    assert re.fullmatch(
+        r"\d+ sequences instead of 10000: the text holds no more", " ".join(found.notes)
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from tests.helpers.families import write_family
 
 from halfbyte.errors import ConfigError
 from halfbyte.model.weights import ModelWeights
-from halfbyte.quant_config import CalibrationConfig, ResourceConfig
+from halfbyte.quant_config import PRESETS, CalibrationConfig, QuantConfig, ResourceConfig
 from halfbyte.quantize import resources
 from halfbyte.quantize.resources import (
     PROGRAM_BYTES,
@@ -39,7 +40,10 @@ def weights(tmp_path: Path) -> ModelWeights:
 
 def plan(weights: ModelWeights, *, lengths: list[int] | None = None, **asked: Any) -> RunPlan:
     calibration = CalibrationConfig(batch_size=asked.pop("batch_size", None))
-    return resolve_resources(weights, ResourceConfig(**asked), calibration, lengths or [2048] * 128)
+    config = QuantConfig(**asked.pop("config", {}))
+    return resolve_resources(
+        weights, ResourceConfig(**asked), calibration, config, lengths or [2048] * 128
+    )
 
 
 @pytest.mark.parametrize(
@@ -189,3 +193,20 @@ def test_settings_survive_the_journal(weights: ModelWeights) -> None:
 def test_gemm_rate_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     assert resources.measure_gemm_rate(torch.float32, CPU) > 1e6
+
+
+def test_each_preset_needs_more_than_the_one_before(weights: ModelWeights) -> None:
+    plans = [
+        plan(weights, memory="64GB", lengths=[512] * 128, config=settings)
+        for settings in PRESETS.values()
+    ]
+    for smaller, larger in pairwise(plans):
+        assert smaller.flops < larger.flops
+        assert smaller.memory_bytes <= larger.memory_bytes
+        assert smaller.work_bytes <= larger.work_bytes
+    assert plans[1].work_bytes == 2 * plans[0].work_bytes, "two streams"
+
+
+def test_text_that_confirms_is_whole_batches(weights: ModelWeights) -> None:
+    found = plan(weights, memory="64GB", lengths=[32] * 16, config=PRESETS["balanced"])
+    assert found.settings.batch_size == 2, "of 16 sequences 8 batches, 2 of which confirm"

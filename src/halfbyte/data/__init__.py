@@ -1,27 +1,67 @@
-"""Text that ships with halfbyte: one to calibrate on, another to measure on. They share nothing.
+"""Text that ships with halfbyte: some to calibrate on, other text to measure on.
 
-Both come from WikiText-2 (see ``NOTICE`` beside this file for authors and licence). Calibration
-uses the validation split and evaluation the test split, so the two never overlap; but both are
-Wikipedia articles, so a model calibrated here looks a little better on the evaluation text than it
-would on text of another kind. Say so beside such numbers.
+Five kinds: prose (WikiText-2, see ``NOTICE`` beside this file for authors and licence), source
+code, dialogue, thirteen other languages, technical prose (written for halfbyte). Calibration and
+evaluation share no document; for prose they are the validation and the test split. They are of the
+same kinds all the same, so a model calibrated here looks a little better on the evaluation text
+than on text of a kind that is not here. Say so beside such numbers.
 """
 
 from __future__ import annotations
 
 from importlib import resources
 
-CALIBRATION_FILE = "wikitext2_valid.txt"
-EVALUATION_FILE = "wikitext2_test_head.txt"
+PROSE = "prose"
+CALIBRATION_FILES = {
+    PROSE: "wikitext2_valid.txt",
+    "code": "calibration_code.txt",
+    "dialogue": "calibration_dialogue.txt",
+    "languages": "calibration_languages.txt",
+    "technical": "calibration_technical.txt",
+}
+EVALUATION_FILES = {
+    PROSE: "wikitext2_test_head.txt",
+    "code": "evaluation_code.txt",
+    "dialogue": "evaluation_dialogue.txt",
+    "languages": "evaluation_languages.txt",
+    "technical": "evaluation_technical.txt",
+}
+SEPARATOR = "\n\n%%\n\n"
+"""Between the documents of a file; the prose is one document."""
+
+
+def calibration_documents(kind: str) -> list[str]:
+    """Give the documents to calibrate on, of one kind.
+
+    Args:
+        kind: A key of ``CALIBRATION_FILES``.
+
+    Returns:
+        The documents.
+    """
+    return _read(CALIBRATION_FILES[kind]).split(SEPARATOR)
+
+
+def evaluation_documents(kind: str) -> list[str]:
+    """Give the documents to measure on, of one kind.
+
+    Args:
+        kind: A key of ``EVALUATION_FILES``.
+
+    Returns:
+        The documents.
+    """
+    return _read(EVALUATION_FILES[kind]).split(SEPARATOR)
 
 
 def calibration_text() -> str:
-    """Give the built-in calibration text: about 60,000 words of WikiText-2's validation split."""
-    return _read(CALIBRATION_FILE)
+    """Give the prose to calibrate on: about 60,000 words of WikiText-2's validation split."""
+    return _read(CALIBRATION_FILES[PROSE])
 
 
 def evaluation_text() -> str:
-    """Give the built-in evaluation text: the first eight articles of WikiText-2's test split."""
-    return _read(EVALUATION_FILE)
+    """Give the prose to measure on: the first eight articles of WikiText-2's test split."""
+    return _read(EVALUATION_FILES[PROSE])
 
 
 def _read(name: str) -> str:

@@ -3,13 +3,14 @@
 The sweep settles one linear at a time on a quadratic model of its own error. Here all linears of a
 block are trained together, through the block's own forward, to give the base model's hidden states
 behind it. Each weight is a latent number that is rounded to its code; the gradient passes the
-rounding as if it were not there, and only its sign is followed, so that every latent moves by at
-most half a code in all. What comes of it is kept where it is better on text that was not trained
-on.
+rounding as if it were not there. A latent starts inside its code, on the side of the exact weight,
+and moves by half a code at most, far only where its gradients agree. What comes of it is kept
+where it is better on text that was not trained on.
 
 Source:
-    Cheng et al. 2023, "Optimize Weight Rounding via Signed Gradient Descent", the method of
-    AutoRound, https://arxiv.org/abs/2309.05516; here it starts from GPTQ's codes.
+    Learned rounding: Cheng et al. 2023 (AutoRound), https://arxiv.org/abs/2309.05516, which starts
+    from plain rounding and follows the gradient's sign. From GPTQ's codes that undoes more than it
+    gains (docs/log.md): Adam's mean gradient over its size, and a start away from the edge, do not.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ from halfbyte.quantize.target import CHECK_EVERY
 
 CHECKS = 4
 """How often the held-out error is looked at."""
-NEAR_EDGE = 0.49
-"""How near to the edge of its code a latent may start."""
+FURTHEST = 0.3
+"""How far from the middle of its code a latent may start; the edge is at 0.5."""
+MEAN_DECAY, SQUARE_DECAY = 0.9, 0.99
+"""Adam's."""
 SCALE_RATE = 0.1
 """Relative step of a scale per step of a latent."""
 
@@ -224,8 +227,10 @@ class _Latent:
         self.dtype = dtype
         rounded = codes.float() - grid.column_zeros()
         wanted = exact.float() / grid.column_scales()
-        start = torch.clamp(wanted, rounded - NEAR_EDGE, rounded + NEAR_EDGE)
+        start = torch.clamp(wanted, rounded - FURTHEST, rounded + FURTHEST)
         self.values = start.requires_grad_()
+        self.mean, self.square = torch.zeros_like(wanted), torch.zeros_like(wanted)
+        self.steps = 0
         self.scales = grid.scales.clone().requires_grad_()
         self.lowest = -grid.column_zeros()
         self.highest = self.lowest + float(2**grid.bits - 1)
@@ -237,10 +242,15 @@ class _Latent:
 
     @torch.no_grad()
     def follow(self, rate: float) -> None:
-        """Step against the sign of the gradient."""
-        assert self.values.grad is not None
+        """Step against the gradient; a scale against its sign, for it has hundreds of weights."""
+        gradient = self.values.grad
+        assert gradient is not None
         assert self.scales.grad is not None
-        self.values.sub_(self.values.grad.sign_(), alpha=rate)
+        self.steps += 1
+        self.mean.lerp_(gradient, 1 - MEAN_DECAY)
+        self.square.mul_(SQUARE_DECAY).addcmul_(gradient, gradient, value=1 - SQUARE_DECAY)
+        size = (self.square / (1 - SQUARE_DECAY**self.steps)).sqrt_().add_(1e-20)
+        self.values.addcdiv_(self.mean, size, value=-rate / (1 - MEAN_DECAY**self.steps))
         self.scales.mul_(1 - SCALE_RATE * rate * (self.scales.grad * self.scales).sign())
         self.values.grad = self.scales.grad = None
 

@@ -1,7 +1,8 @@
 """Text -> token sequences -> batches of one length each. Nothing is padded.
 
 A text is tokenised whole, without special tokens, and cut into sequences of equal length; several
-texts are joined by the end-of-text token first. Sequences of token ids are taken as they are.
+texts are joined by the end-of-text token first. Sequences of token ids are taken as they are. The
+built-in text is of five kinds, of which each sequence holds one and any stretch of them a mix.
 Batches hold sequences of one length only, so no padding can enter a Hessian.
 """
 
@@ -18,11 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from halfbyte.data import calibration_text
+from halfbyte.data import CALIBRATION_FILES, PROSE, calibration_documents
 from halfbyte.errors import CalibrationError
 from halfbyte.quant_config import CalibrationConfig
 
-BUILT_IN = "built-in (WikiText-2 validation split)"
+BUILT_IN = "built-in (prose, code, dialogue, languages, technical)"
+SHARE_OF_PROSE = 0.4
+"""Of the built-in sequences, where there are enough; the other kinds share the rest evenly."""
 FEWEST_TOKENS = 2
 _WHOLE_NUMBERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -96,6 +99,11 @@ def load_calibration(
     if longest is not None and length > longest:
         notes.append(f"sequences of {longest} tokens instead of {length}: the model takes no more")
         length = longest
+    if source is None:
+        mixed, notes_of_mix = _mix(config, length, tokenizer)
+        return CalibrationTokens(
+            sequences=tuple(mixed), source=BUILT_IN, notes=(*notes, *notes_of_mix)
+        )
     name, items = _read_source(source)
     given = [rows for item in items if (rows := _as_ids(name, item)) is not None]
     if given and len(given) != len(items):
@@ -137,9 +145,44 @@ def check_ids(tokens: CalibrationTokens, vocabulary: int) -> None:
         )
 
 
-def _read_source(source: CalibrationSource) -> tuple[str, list[Any]]:
-    if source is None:
-        return BUILT_IN, [calibration_text()]
+def _mix(
+    config: CalibrationConfig, length: int, tokenizer: Any | None
+) -> tuple[list[Tensor], list[str]]:
+    """Take sequences of every built-in kind, as many as its share, evenly spread."""
+    kinds = {
+        kind: _cut(_tokenize(BUILT_IN, calibration_documents(kind), tokenizer), length)
+        for kind in CALIBRATION_FILES
+    }
+    dice = torch.Generator().manual_seed(config.seed)
+    placed: list[tuple[float, Tensor]] = []
+    for kind, count in _shares({k: len(s) for k, s in kinds.items()}, config.samples).items():
+        sequences = kinds[kind]
+        chosen = range(count)
+        if config.seed:
+            order = torch.randperm(len(sequences), generator=dice)[:count]
+            chosen = sorted(order.tolist())  # type: ignore[assignment]
+        placed += [((place + 0.5) / count, sequences[i]) for place, i in enumerate(chosen)]
+    mixed = [sequence for _, sequence in sorted(placed, key=lambda pair: pair[0])]
+    if len(mixed) < config.samples:
+        note = f"{len(mixed)} sequences instead of {config.samples}: the text holds no more"
+        return mixed, [note]
+    return mixed, []
+
+
+def _shares(available: Mapping[str, int], wanted: int) -> dict[str, int]:
+    """Divide sequences among kinds by their shares; what one lacks the others give."""
+    other = (1 - SHARE_OF_PROSE) / (len(available) - 1)
+    shares = {kind: SHARE_OF_PROSE if kind == PROSE else other for kind in available}
+    counts = dict.fromkeys(available, 0)
+    for _ in range(min(wanted, sum(available.values()))):
+        open_kinds = [kind for kind in available if counts[kind] < available[kind]]
+        # The one that is furthest behind its share.
+        behind = min(open_kinds, key=lambda kind: (counts[kind] + 1) / shares[kind])
+        counts[behind] += 1
+    return counts
+
+
+def _read_source(source: str | Path | Sequence[Any]) -> tuple[str, list[Any]]:
     if not isinstance(source, str | Path):
         # What a tokenizer returns is one item, not a list of its keys.
         whole = isinstance(source, Mapping | Tensor) or not isinstance(source, Iterable)

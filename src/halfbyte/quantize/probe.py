@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.data import EVALUATION_FILE, evaluation_text
+from halfbyte.data import EVALUATION_FILES, PROSE, evaluation_text
 from halfbyte.evaluate.divergence import DivergenceAccumulator
 from halfbyte.evaluate.windows import split_windows, tokenize_text
 from halfbyte.model.hidden import HiddenStates
@@ -77,7 +77,7 @@ def make_probe(
     return Probe(
         ids=ids,
         is_held_out=True,
-        text=f"shipped evaluation text ({EVALUATION_FILE})",
+        text=f"shipped evaluation text ({EVALUATION_FILES[PROSE]})",
         text_digest=hashlib.sha256(text.encode()).hexdigest(),
     )
 

@@ -38,7 +38,7 @@ SOLVER_COPIES = 8
 """Matrices of a weight's size in fp32 that the solver holds at its peak, as measured."""
 HESSIAN_COPIES = 5
 """Matrices of a Hessian's size in fp32 that factoring holds at its peak."""
-TUNING_COPIES = 6
+TUNING_COPIES = 8
 TUNING_ACTIVATIONS = 4
 """Activations that training a block holds, in those of a forward pass."""
 HESSIAN_SHARE = 0.5
