@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from halfbyte.data import calibration_text, evaluation_text
+from halfbyte.data import PROSE, calibration_text, evaluation_text
 from halfbyte.evaluate.windows import split_windows, tokenize_text
 from halfbyte.sample_model import write_sample_model
 from measure_quality import WINDOW, compare, run_tool
@@ -76,7 +76,8 @@ def main() -> None:
             command = [sys.executable, program, "--child"]
             runs[name] = run_tool(Path(work), f"case-{number}", job, command)
         folders = {name: Path(work) / run["folder"] for name, run in runs.items()}
-        results = compare(args.model, folders, windows)
+        compared = compare(args.model, folders, {PROSE: windows})
+        results = {name: by_kind[PROSE] for name, by_kind in compared.items()}
     rows_out = [
         [
             name,

@@ -1,12 +1,13 @@
 """Halfbyte beside other tools on SmolLM2-135M at 4 bits: quality in one measure, processor time.
 
     python bench/measure_quality.py [MODEL] [--text FILE] [--test FILE]
-        [--peers gptqmodel,llmcompressor] [--samples 128] [--length 512] [--windows 10]
+        [--peers gptqmodel,llmcompressor] [--only NAME;NAME] [--samples 128] [--length 512] [--windows 10]
         [--threads 2]
 
-All tools get the same token ids: the calibration text tokenised whole, without BOS, cut in order.
-Each runs in a process of its own, whose user time and peak memory count, imports included. KL and
-perplexity are measured on windows of 2048 tokens of the other text, in fp32, with the weights
+All tools get the same token ids: the calibration text tokenised whole, without BOS, cut in order;
+one run of halfbyte gets its built-in mix instead. Each runs in a process of its own, whose user
+time and peak memory count, imports included. KL and perplexity are measured on windows of 2048
+tokens of the other text, KL also on the shipped texts of other kinds, in fp32, with the weights
 decoded from the files. Peers run in their environments of ``make interop``; left out, those that
 are installed (python -m bench.peers.environments gptqmodel llmcompressor).
 """
@@ -29,22 +30,37 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import halfbyte
-from halfbyte.data import calibration_text, evaluation_text
+from halfbyte.data import (
+    EVALUATION_FILES,
+    PROSE,
+    calibration_text,
+    evaluation_documents,
+    evaluation_text,
+)
 from halfbyte.evaluate.divergence import DivergenceAccumulator, DivergenceResult
 from halfbyte.evaluate.windows import split_windows, tokenize_text
-from halfbyte.quant_config import CalibrationConfig, QuantConfig
+from halfbyte.quant_config import PRESETS, CalibrationConfig, QuantConfig
+from halfbyte.quantize.calibration import load_calibration
 from halfbyte.sample_model import write_sample_model
 from peers.environments import FOLDER, PEERS, PROGRAMS
 from record import save_result
 
 WINDOW = 2048
-HALFBYTE_CASES = {
-    "halfbyte, group 128 (last group ragged)": {"group_size": 128, "ragged_groups": True},
-    "halfbyte, group 64": {"group_size": 64},
+OTHER_WINDOW = 512
+MIX = ", built-in mix"
+"""Ends the name of a case that calibrates on it."""
+_128 = {"group_size": 128, "ragged_groups": True}
+_64 = {"group_size": 64}
+HALFBYTE_CASES: dict[str, dict[str, Any]] = {
+    "halfbyte fast, group 128": _128,
+    "halfbyte balanced, group 128": {**PRESETS["balanced"], **_128},
+    f"halfbyte balanced, group 128{MIX}": {**PRESETS["balanced"], **_128},
+    "halfbyte fast, group 64": _64,
+    "halfbyte balanced, group 64": {**PRESETS["balanced"], **_64},
 }
 PEER_CASES = {
-    "GPTQModel, default, group 128 (last group ragged)": ("gptqmodel", 128),
-    "GPTQModel, default, group 64": ("gptqmodel", 64),
+    "GPTQModel, group 128": ("gptqmodel", 128),
+    "GPTQModel, group 64": ("gptqmodel", 64),
     # It refuses groups that do not divide a width.
     "llm-compressor, group 64": ("llmcompressor", 64),
 }
@@ -59,6 +75,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="calibration text (default: the built-in one)")
     parser.add_argument("--test", type=Path, help="held-out text (default: the built-in one)")
     parser.add_argument("--peers", default=installed, help="default: those installed")
+    parser.add_argument("--only", help="names of cases, with semicolons (default: all)")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=10)
@@ -78,26 +95,39 @@ def main() -> None:
     held_out = args.test.read_text() if args.test else evaluation_text()
     rows = list(tokenize_text(tokenizer, text).split(args.length))[: args.samples]
     ids = [row.tolist() for row in rows if len(row) == args.length]
-    windows = split_windows(tokenize_text(tokenizer, held_out), WINDOW, limit=args.windows).ids
+    mix = load_calibration(
+        None, CalibrationConfig(samples=args.samples, length=args.length), tokenizer, None
+    )
+    windows = {PROSE: split_windows(tokenize_text(tokenizer, held_out), WINDOW, limit=args.windows)}
+    for kind in EVALUATION_FILES:
+        if kind != PROSE:
+            other = tokenize_text(tokenizer, "\n\n".join(evaluation_documents(kind)))
+            windows[kind] = split_windows(other, OTHER_WINDOW)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as work:
-        runs = run_tools(args, ids, Path(work))
+        runs = run_tools(args, ids, [row.tolist() for row in mix.sequences], Path(work))
         folders = {name: Path(work) / run["folder"] for name, run in runs.items()}
-        results = compare(args.model, folders, windows)
-    report(args, len(ids), len(windows), runs, results)
+        results = compare(args.model, folders, {k: found.ids for k, found in windows.items()})
+    report(args, len(ids), len(windows[PROSE].ids), runs, results)
 
 
-def run_tools(args: argparse.Namespace, ids: list[list[int]], work: Path) -> dict[str, Any]:
+def run_tools(
+    args: argparse.Namespace, ids: list[list[int]], mix: list[list[int]], work: Path
+) -> dict[str, Any]:
     """Run every tool on the same ids, one after the other."""
     runs: dict[str, Any] = {}
+    chosen = set(args.only.split(";")) if args.only else {*HALFBYTE_CASES, *PEER_CASES}
     for number, (name, config) in enumerate(HALFBYTE_CASES.items()):
-        job = {"model": str(args.model), "ids": ids, "config": config}
+        if name not in chosen:
+            continue
+        own = mix if name.endswith(MIX) else ids
+        job = {"model": str(args.model), "ids": own, "config": config}
         runs[name] = run_tool(
             work, f"halfbyte-{number}", job, [sys.executable, __file__, "--child"]
         )
     for number, (name, (peer, group_size)) in enumerate(PEER_CASES.items()):
-        if peer not in args.peers.split(","):
+        if peer not in args.peers.split(",") or name not in chosen:
             continue
         folder = f"{peer}-{number}"
         job = {"model": str(args.model), "ids": ids, "group_size": group_size}
@@ -146,16 +176,22 @@ def run_halfbyte(model: str, output: str, ids: list[list[int]], config: dict[str
 
 
 @torch.no_grad()
-def compare(base: Path, folders: dict[str, Path], windows: Tensor) -> dict[str, DivergenceResult]:
-    """Run all models window by window in fp32, weights decoded from the files."""
+def compare(
+    base: Path, folders: dict[str, Path], windows: dict[str, Tensor]
+) -> dict[str, dict[str, DivergenceResult]]:
+    """Run all models window by window in fp32, weights decoded from the files; by tool and kind."""
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     models = {name: decode(base, folder) for name, folder in folders.items()}
-    accumulators = {name: DivergenceAccumulator() for name in folders}
-    for ids in windows.split(1):
-        expected = plain(ids).logits[0, :-1]
-        for name, model in models.items():
-            accumulators[name].update(expected, model(ids).logits[0, :-1], ids[0, 1:])
-    return {name: accumulator.result() for name, accumulator in accumulators.items()}
+    accumulators = {name: {kind: DivergenceAccumulator() for kind in windows} for name in folders}
+    for kind, all_ids in windows.items():
+        for ids in all_ids.split(1):
+            expected = plain(ids).logits[0, :-1]
+            for name, model in models.items():
+                accumulators[name][kind].update(expected, model(ids).logits[0, :-1], ids[0, 1:])
+    return {
+        name: {kind: accumulator.result() for kind, accumulator in by_kind.items()}
+        for name, by_kind in accumulators.items()
+    }
 
 
 def decode(base: Path, folder: Path) -> Any:
@@ -193,19 +229,21 @@ def report(
     samples: int,
     windows: int,
     runs: dict[str, Any],
-    results: dict[str, DivergenceResult],
+    results: dict[str, dict[str, DivergenceResult]],
 ) -> None:
     """Print and save the table."""
-    columns = ["tool", "KL, nats", "±", "perplexity", "same first choice", "user CPU, s"]
-    columns += ["wall, s", "peak, GB"]
+    others = [kind for kind in EVALUATION_FILES if kind != PROSE]
+    columns = ["tool", "KL, nats", "±", *(f"KL, {kind}" for kind in others)]
+    columns += ["perplexity", "same first choice", "user CPU, s", "wall, s", "peak, GB"]
     rows = []
-    for name, result in results.items():
-        run = runs[name]
+    for name, by_kind in results.items():
+        run, result = runs[name], by_kind[PROSE]
         rows.append(
             [
                 name,
                 round(result.kl_nats, 4),
                 round(result.kl_standard_error or 0.0, 4),
+                *(round(by_kind[kind].kl_nats, 4) for kind in others),
                 round(result.quantized.perplexity, 3),
                 round(result.top1_agreement, 4),
                 round(run["user_seconds"], 1),
@@ -214,21 +252,25 @@ def report(
             ]
         )
         print(rows[-1], flush=True)
-    base = next(iter(results.values())).base.perplexity
+    base = next(iter(results.values()))[PROSE].base.perplexity
     save_result(
         args.name,
         columns=columns,
         rows=rows,
         note=f"4 bits, symmetric, {samples} x {args.length} calibration tokens of WikiText-2 "
-        f"(validation split); {windows} windows of {WINDOW} tokens of its test split (same "
-        f"kind of text, which flatters all of them); base {base:.3f}; {args.threads} threads; "
+        f"(validation split) or of the built-in mix; {windows} windows of {WINDOW} tokens of its "
+        "test split (the same kind as the calibration, which flatters all but the mix), the other "
+        f"kinds in windows of {OTHER_WINDOW}; group 128 with a ragged last group; base {base:.3f}; {args.threads} threads; "
         "± is the standard error over windows; user CPU seconds include each tool's imports; "
         "GPTQModel and llm-compressor compute in bf16, as halfbyte does by itself",
         data={
             "runs": runs,
             "peers": {name: PEERS[name].package for name in args.peers.split(",") if name},
             "base_perplexity": base,
-            "results": {name: result.to_dict() for name, result in results.items()},
+            "results": {
+                name: {kind: result.to_dict() for kind, result in by_kind.items()}
+                for name, by_kind in results.items()
+            },
         },
     )
 

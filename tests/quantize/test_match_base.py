@@ -98,3 +98,12 @@ def test_too_little_text_is_said(base: Path, tmp_path: Path) -> None:
         text=IDS[:2],
     )
     assert all("too little text" in " ".join(m.notes) for m in report.modules)
+
+
+@pytest.mark.parametrize("base", ["llama", "mixtral"], indirect=True)
+def test_both_ways_of_running_write_the_same_bytes(base: Path, tmp_path: Path) -> None:
+    config = QuantConfig(group_size=32, **{**PRESETS["best"], "tune_steps": 4})
+    for name, memory in (("paused", "64GB"), ("again", "1MB")):
+        quantize(base, tmp_path / name, config, resources=ResourceConfig(memory=memory))
+    for path in (tmp_path / "paused").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()

@@ -19,7 +19,7 @@ from halfbyte.errors import ConfigError, JournalError
 from halfbyte.quant_config import CalibrationConfig, Override, QuantConfig, ResourceConfig
 from halfbyte.quantize.journal import Journal
 
-CALIBRATION = CalibrationConfig(samples=6, length=40, batch_size=2)
+CALIBRATION = CalibrationConfig(samples=8, length=40, batch_size=2)
 CONFIG = QuantConfig(group_size=32)
 
 WORKER = """
@@ -78,6 +78,7 @@ def run_worker(job: dict[str, object], kill_after: float | None = None) -> float
     ("family", "config"),
     [
         ("llama", QuantConfig(group_size=32)),
+        ("llama", QuantConfig(group_size=32, match_base=True, polish=1, tune_steps=3)),
         ("qwen3_moe", QuantConfig(group_size=32, symmetric=False, desc_act=True)),
         (
             "gpt2",
@@ -101,7 +102,7 @@ def test_killed_at_random_points_the_run_ends_with_the_same_bytes(
         "model": str(tmp_path / "base"),
         "config": config.to_dict(),
         "calibration": CALIBRATION.to_dict(),
-        "text": token_lists(6, 40),
+        "text": token_lists(8, 40),
     }
     seconds = run_worker({**job, "output": str(tmp_path / "whole")})
     assert seconds is not None
@@ -121,7 +122,7 @@ def quantize(base: Path, output: Path, **changes: object) -> halfbyte.Quantizati
     keywords: dict[str, object] = {
         "config": CONFIG,
         "calibration": CALIBRATION,
-        "text": token_lists(6, 40),
+        "text": token_lists(8, 40),
         **changes,
     }
     return halfbyte.quantize(base, output, **keywords)
@@ -166,7 +167,7 @@ def test_unfinished_run_is_not_overwritten_unasked(unfinished: tuple[Path, Path]
     [
         ({"config": QuantConfig(group_size=32, bits=8)}, r"config.bits: 4 then, 8 now"),
         ({"config": QuantConfig(group_size=32, damping=0.1)}, r"config.damping: 0.01 then, 0.1"),
-        ({"calibration": CalibrationConfig(samples=5, length=40, batch_size=2)}, "samples: 6 then"),
+        ({"calibration": CalibrationConfig(samples=5, length=40, batch_size=2)}, "samples: 8 then"),
         ({"text": token_lists(6, 40, seed=9)}, "calibration.digest"),
         ({"resources": ResourceConfig(dtype="bfloat16")}, 'dtype: "auto" then, "bfloat16" now'),
     ],
