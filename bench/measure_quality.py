@@ -1,8 +1,8 @@
 """Halfbyte beside other tools on SmolLM2-135M at 4 bits: quality in one measure, processor time.
 
     python bench/measure_quality.py [MODEL] [--text FILE] [--test FILE]
-        [--peers gptqmodel,llmcompressor] [--only NAME;NAME] [--samples 128] [--length 512] [--windows 10]
-        [--threads 2]
+        [--peers gptqmodel,llmcompressor] [--only NAME;NAME] [--samples 128]
+        [--length 512] [--windows 10] [--threads 2]
 
 All tools get the same token ids: the calibration text tokenised whole, without BOS, cut in order;
 one run of halfbyte gets its built-in mix instead. Each runs in a process of its own, whose user
@@ -260,7 +260,8 @@ def report(
         note=f"4 bits, symmetric, {samples} x {args.length} calibration tokens of WikiText-2 "
         f"(validation split) or of the built-in mix; {windows} windows of {WINDOW} tokens of its "
         "test split (the same kind as the calibration, which flatters all but the mix), the other "
-        f"kinds in windows of {OTHER_WINDOW}; group 128 with a ragged last group; base {base:.3f}; {args.threads} threads; "
+        f"kinds in windows of {OTHER_WINDOW}; group 128 with a ragged last group; "
+        f"base {base:.3f}; {args.threads} threads; "
         "± is the standard error over windows; user CPU seconds include each tool's imports; "
         "GPTQModel and llm-compressor compute in bf16, as halfbyte does by itself",
         data={
