@@ -23,6 +23,7 @@ from halfbyte.version import __version__
 
 VERBS = {
     "quantize": "halfbyte.cli.quantize",
+    "calibration": "halfbyte.cli.calibration",
     "check": "halfbyte.cli.check",
     "perplexity": "halfbyte.cli.perplexity",
     "divergence": "halfbyte.cli.divergence",
