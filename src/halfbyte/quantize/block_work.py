@@ -36,6 +36,7 @@ from halfbyte.model.experts import (
 from halfbyte.model.stream import BlockStream, Passages
 from halfbyte.model.weights import ModelWeights
 from halfbyte.quant_config import QuantConfig
+from halfbyte.quantize.hardware import release_memory
 from halfbyte.quantize.hessian import HessianAccumulator, shrink_to_pool
 from halfbyte.quantize.report import SkippedModule
 from halfbyte.quantize.rounding import (
@@ -235,6 +236,8 @@ class BlockWork:
                     found = self._collect(root, passages, base, number, indices, widths)
                     if pool is None and len(stage.groups) > 1 and any(map(_is_starved, found)):
                         pool = self._pool(passages, number, len(stage.groups), widths[0])
+                # The solver's large matrices come on top of whatever the forward left in pieces.
+                release_memory()
                 for (_, group), accumulator in zip(portion, found, strict=True):
                     here = [waiting.pop(name) for name in group.linears if name in waiting]
                     self._round(root, here, accumulator, pool)
