@@ -28,9 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--calibration",
-        type=Path,
         metavar="FILE",
-        help="text file, or JSON lines with 'text', 'messages' or 'input_ids' (default: built-in)",
+        help="text file, or JSON lines with 'text', 'messages' or 'input_ids'; 'self': text that "
+        "the model writes (default: built-in)",
     )
     parser.add_argument(
         "--preset",

@@ -30,9 +30,9 @@ FEWEST_TOKENS = 2
 _WHOLE_NUMBERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 CalibrationSource = str | Path | Sequence[Any] | None
-"""None: the built-in text. A path: a text file, or JSON lines. A sequence: texts, chat message
-lists, token id lists, or what a tokenizer returns; of a padded table of ids the padding is left
-out by its attention mask."""
+"""None: the built-in text. "self": text that the model writes. A path: a text file, or JSON lines.
+A sequence: texts, chat message lists, token id lists, or what a tokenizer returns; of a padded
+table of ids the padding is left out by its attention mask."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,6 +21,8 @@ from halfbyte.errors import JournalError
 WORK_FOLDER = ".halfbyte"
 JOURNAL_FILE = "journal.jsonl"
 LOCK_FILE = "lock"
+KEPT_PREFIX = "input-"
+"""Begins the names of files that a new run in the same folder may use again."""
 
 
 class Journal:
@@ -101,7 +103,7 @@ class Journal:
     def start(self, header: Mapping[str, Any]) -> None:
         """Begin a new journal; what an earlier run left in the work folder is removed."""
         for path in self.folder.iterdir():
-            if path.name != LOCK_FILE:
+            if path.name != LOCK_FILE and not path.name.startswith(KEPT_PREFIX):
                 path.unlink()
         self.header, self.blocks = dict(header), []
         self._append(self.header)

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -45,7 +46,7 @@ from halfbyte.quantize.finish import (
     write_outside,
 )
 from halfbyte.quantize.hardware import release_memory
-from halfbyte.quantize.journal import Journal
+from halfbyte.quantize.journal import KEPT_PREFIX, Journal
 from halfbyte.quantize.probe import (
     KEPT_LOGITS,
     Probe,
@@ -63,8 +64,9 @@ from halfbyte.quantize.report import (
     QuantizationReport,
     SkippedModule,
 )
-from halfbyte.quantize.resources import RunSettings, resolve_resources
+from halfbyte.quantize.resources import RunSettings, resolve_dtype, resolve_resources
 from halfbyte.quantize.rounding import RoundedLinear
+from halfbyte.quantize.self_text import SELF, generate_text, save_text
 from halfbyte.quantize.source import check_something_to_do
 from halfbyte.quantize.states import BASE, CALIBRATION, FULL, PROBE, RunStates
 from halfbyte.version import __version__
@@ -152,6 +154,8 @@ class Run:
             return self._finish(work, states)
 
     def _read_text(self, text: CalibrationSource, quality: bool) -> None:
+        if text == SELF:
+            text = self._own_text()
         self.progress.phase("reading the text")
         tokenizer = load_tokenizer(self.weights.folder)
         text_config = self.weights.config.get_text_config()
@@ -164,6 +168,24 @@ class Run:
         )
         if quality and self.probe.note:
             self.notes.append(self.probe.note)
+
+    def _own_text(self) -> Path:
+        """Let the model write its calibration text, once for a folder: a resumed run reads it."""
+        asked = f"{fingerprint_model(self.weights.files)}{self.calibration.to_dict()}"
+        name = f"{KEPT_PREFIX}{SELF}-{hashlib.sha256(asked.encode()).hexdigest()[:16]}.jsonl"
+        path = self.journal.folder / name
+        if not path.exists():
+            self.progress.phase("letting the model write its calibration text")
+            with self.meter.timed("text"):
+                dtype, _ = resolve_dtype(
+                    self.resources.dtype, self.weights.dtype, self.weights.device
+                )
+                name = str(dtype).removeprefix("torch.")
+                sequences = generate_text(self.weights.folder, self.calibration, dtype=name)
+            save_text(sequences, path)
+            del sequences
+            release_memory()
+        return path
 
     def _begin(self, resume: bool) -> None:
         """Take the settings of the journal, or plan and start one."""

@@ -1,0 +1,103 @@
+"""Text that the model writes: of its own distribution, the same for a seed, kept for a resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.helpers.families import VOCABULARY, build_family
+
+import halfbyte
+from halfbyte.errors import ModelError
+from halfbyte.quant_config import CalibrationConfig, QuantConfig
+from halfbyte.quantize import run as running
+from halfbyte.quantize.report import QuantizationReport
+from halfbyte.quantize.self_text import generate_text, save_text
+
+CONFIG = CalibrationConfig(samples=5, length=24, batch_size=2)
+
+
+def test_sequences_have_the_length_and_begin_a_text() -> None:
+    seen: list[tuple[int, int]] = []
+    found = generate_text(
+        build_family("llama"), CONFIG, batch_size=2, progress=lambda *done: seen.append(done)
+    )
+    assert [len(ids) for ids in found] == [24] * 5
+    assert {ids[0] for ids in found} == {1}, "BOS"
+    assert all(0 <= token < VOCABULARY for ids in found for token in ids)
+    assert seen == [(2, 5), (4, 5), (5, 5)]
+
+
+def test_an_end_of_text_does_not_end_a_sequence() -> None:
+    """Whatever the model's own settings say; it would stop at once."""
+    model = build_family("llama")
+    model.generation_config.eos_token_id = list(range(VOCABULARY))
+    assert [len(ids) for ids in generate_text(model, CONFIG)] == [24] * 5
+
+
+def test_the_seed_chooses_the_text() -> None:
+    model = build_family("llama")
+    first, again = (generate_text(model, CONFIG) for _ in range(2))
+    other = generate_text(model, CalibrationConfig(samples=5, length=24, seed=1))
+    assert first == again
+    assert first != other
+
+
+@torch.no_grad()
+def test_tokens_follow_the_models_own_distribution() -> None:
+    """The second token over many sequences, against the softmax that it is drawn from."""
+    model = build_family("llama", initializer_range=0.5)
+    count = 4000
+    found = generate_text(model, CalibrationConfig(samples=count, length=2), batch_size=count)
+    drawn = torch.bincount(torch.tensor([ids[1] for ids in found]), minlength=VOCABULARY)
+    chances = model(torch.tensor([[1]])).logits[0, -1].double().softmax(-1)
+    spread = (chances * (1 - chances) / count).sqrt()
+    assert bool(((drawn / count - chances).abs() < 5 * spread + 1e-3).all())
+    assert float(chances.max()) > 3 / VOCABULARY, "far enough from uniform to tell"
+
+
+def test_broken_model_is_refused() -> None:
+    model = build_family("llama")
+    model.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(ModelError, match=r"cannot write text in float32: .*Look for damaged"):
+        generate_text(model, CONFIG)
+
+
+def test_what_is_saved_is_read_again(tmp_path: Path) -> None:
+    save_text([[1, 2, 3], [4, 5]], tmp_path / "own.jsonl")
+    lines = (tmp_path / "own.jsonl").read_text().splitlines()
+    assert lines == ['{"input_ids": [1, 2, 3]}', '{"input_ids": [4, 5]}']
+
+
+def test_a_resumed_run_uses_the_text_that_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_family("llama").save_pretrained(tmp_path / "base")
+    calls = []
+
+    def count(*args: object, **keywords: object) -> list[list[int]]:
+        calls.append(args)
+        return generate_text(*args, **keywords)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(running, "generate_text", count)
+
+    def quantize(resume: bool) -> QuantizationReport:
+        return halfbyte.quantize(
+            tmp_path / "base",
+            tmp_path / "out",
+            config=QuantConfig(group_size=32),
+            calibration=CONFIG,
+            text="self",
+            resume=resume,
+        )
+
+    finish = running.Run._finish
+    monkeypatch.setattr(running.Run, "_finish", lambda *_: pytest.fail("stopped"))
+    with pytest.raises(BaseException, match="stopped"):
+        quantize(False)
+    monkeypatch.setattr(running.Run, "_finish", finish)
+    report = quantize(True)
+    assert len(calls) == 1
+    assert report.calibration.samples == 5
+    assert report.calibration.source.startswith("input-self-")
