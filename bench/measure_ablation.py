@@ -10,21 +10,14 @@ the files.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoTokenizer
-
-from halfbyte.data import PROSE, calibration_text, evaluation_text
-from halfbyte.evaluate.windows import split_windows, tokenize_text
-from halfbyte.sample_model import write_sample_model
-from measure_quality import WINDOW, compare, run_tool
-from peers.environments import FOLDER
+from halfbyte.data import PROSE
+from measure_quality import WINDOW, add_common_arguments, compare, prepare, run_tool
 from record import save_result
 
 COST = ("wall, s", "user CPU, s", "peak, GB")
@@ -33,30 +26,16 @@ COST = ("wall, s", "user CPU, s", "peak, GB")
 def main() -> None:
     """Quantize with every set of steps, measure all, save one table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path, nargs="?", help="default: the sample model")
-    parser.add_argument("--text", type=Path, help="calibration text (default: the built-in one)")
-    parser.add_argument("--test", type=Path, help="held-out text (default: the built-in one)")
+    add_common_arguments(parser)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--asymmetric", action="store_true")
     parser.add_argument("--tune-steps", type=int, default=200)
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, help="keep the checkpoints in this folder")
     parser.add_argument("--only", help="names of cases, with commas")
     parser.add_argument("--name", default="ablation", help="of the file in bench/results")
     args = parser.parse_args()
-    args.model = args.model or write_sample_model(FOLDER / "sample-model").folder
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    text = args.text.read_text() if args.text else calibration_text()
-    held_out = args.test.read_text() if args.test else evaluation_text()
-    rows = list(tokenize_text(tokenizer, text).split(args.length))[: args.samples]
-    ids = [row.tolist() for row in rows if len(row) == args.length]
-    windows = split_windows(tokenize_text(tokenizer, held_out), WINDOW, limit=args.windows).ids
-    os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    torch.set_num_threads(args.threads)
+    _, ids, windows = prepare(args)
     chosen = cases(args.tune_steps)
     if args.only:
         chosen = {name: chosen[name] for name in args.only.split(",")}

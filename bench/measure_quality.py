@@ -71,15 +71,9 @@ def main() -> None:
     known = dict.fromkeys(peer for peer, _ in PEER_CASES.values())
     installed = ",".join(name for name in known if PEERS[name].is_installed())
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path, nargs="?", help="default: the sample model")
-    parser.add_argument("--text", type=Path, help="calibration text (default: the built-in one)")
-    parser.add_argument("--test", type=Path, help="held-out text (default: the built-in one)")
+    add_common_arguments(parser)
     parser.add_argument("--peers", default=installed, help="default: those installed")
     parser.add_argument("--only", help="names of cases, with semicolons (default: all)")
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--name", default="quality", help="of the file in bench/results")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -89,27 +83,45 @@ def main() -> None:
     for name in filter(None, args.peers.split(",")):
         if name not in known or not PEERS[name].is_installed():
             raise SystemExit(f"No environment of {name}: python -m bench.peers.environments {name}")
+    tokenizer, ids, prose = prepare(args)
+    mix = load_calibration(
+        None, CalibrationConfig(samples=args.samples, length=args.length), tokenizer, None
+    )
+    windows = {PROSE: prose}
+    for kind in EVALUATION_FILES:
+        if kind != PROSE:
+            other = tokenize_text(tokenizer, "\n\n".join(evaluation_documents(kind)))
+            windows[kind] = split_windows(other, OTHER_WINDOW).ids
+    with tempfile.TemporaryDirectory() as work:
+        runs = run_tools(args, ids, [row.tolist() for row in mix.sequences], Path(work))
+        folders = {name: Path(work) / run["folder"] for name, run in runs.items()}
+        results = compare(args.model, folders, windows)
+    report(args, len(ids), len(prose), runs, results)
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what every comparison of quantized models needs to know."""
+    parser.add_argument("model", type=Path, nargs="?", help="default: the sample model")
+    parser.add_argument("--text", type=Path, help="calibration text (default: built-in prose)")
+    parser.add_argument("--test", type=Path, help="held-out text (default: built-in prose)")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=2)
+
+
+def prepare(args: argparse.Namespace) -> tuple[Any, list[list[int]], Tensor]:
+    """Set the threads, and give tokenizer, calibration ids and held-out windows."""
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    torch.set_num_threads(args.threads)
     args.model = args.model or write_sample_model(FOLDER / "sample-model").folder
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     text = args.text.read_text() if args.text else calibration_text()
     held_out = args.test.read_text() if args.test else evaluation_text()
     rows = list(tokenize_text(tokenizer, text).split(args.length))[: args.samples]
     ids = [row.tolist() for row in rows if len(row) == args.length]
-    mix = load_calibration(
-        None, CalibrationConfig(samples=args.samples, length=args.length), tokenizer, None
-    )
-    windows = {PROSE: split_windows(tokenize_text(tokenizer, held_out), WINDOW, limit=args.windows)}
-    for kind in EVALUATION_FILES:
-        if kind != PROSE:
-            other = tokenize_text(tokenizer, "\n\n".join(evaluation_documents(kind)))
-            windows[kind] = split_windows(other, OTHER_WINDOW)
-    os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    torch.set_num_threads(args.threads)
-    with tempfile.TemporaryDirectory() as work:
-        runs = run_tools(args, ids, [row.tolist() for row in mix.sequences], Path(work))
-        folders = {name: Path(work) / run["folder"] for name, run in runs.items()}
-        results = compare(args.model, folders, {k: found.ids for k, found in windows.items()})
-    report(args, len(ids), len(windows[PROSE].ids), runs, results)
+    windows = split_windows(tokenize_text(tokenizer, held_out), WINDOW, limit=args.windows).ids
+    return tokenizer, ids, windows
 
 
 def run_tools(

@@ -7,6 +7,7 @@ call of :func:`save_result`. ``tables.py`` writes the results into the README an
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -58,7 +59,9 @@ def save_result(
 
 
 def _own_name(argv: Sequence[str]) -> list[str]:
-    return [f"bench/{Path(argv[0]).name}", *argv[1:]]
+    """Give the command without the folders of this machine."""
+    names = [Path(word).name if os.sep in word else word for word in argv[1:]]
+    return [f"bench/{Path(argv[0]).name}", *names]
 
 
 def _commit() -> str:

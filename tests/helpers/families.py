@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 VOCABULARY = 128
 
@@ -84,6 +84,15 @@ def build_family(family: str, *, seed: int = 0, **changes: Any) -> PreTrainedMod
         # Routers and other parameters that a fresh model leaves unset.
         if not bool(torch.isfinite(parameter).all()) or not bool(parameter.any()):
             torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def build_random(config: PretrainedConfig, *, std: float, seed: int = 0) -> PreTrainedModel:
+    """A model of any configuration, every parameter drawn anew."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=std)
     return model
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.helpers.families import build_family
+from tests.helpers.families import build_family, build_random
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from halfbyte.errors import ModelError
 from halfbyte.model.experts import (
@@ -199,7 +199,6 @@ def test_experts_with_a_norm_of_their_own_are_not_split() -> None:
 
 @torch.no_grad()
 def test_gpt_oss_with_biases_transposed_and_interleaved() -> None:
-    torch.manual_seed(0)
     config = AutoConfig.for_model(
         "gpt_oss",
         vocab_size=128,
@@ -215,9 +214,7 @@ def test_gpt_oss_with_biases_transposed_and_interleaved() -> None:
         max_position_embeddings=128,
         pad_token_id=0,
     )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.1)
+    model = build_random(config, std=0.1)
     fused = find_fused_experts(model)["model.layers.0.mlp.experts"]
     assert fused.is_transposed
     assert fused.has_bias

@@ -71,6 +71,11 @@ def test_workload_too_short_to_be_split_is_refused(model: torch.nn.Module) -> No
         inspect_calibration(model, text(0), text(1, count=3), config=CONFIG)
 
 
+def test_workload_that_repeats_itself_is_refused(model: torch.nn.Module) -> None:
+    with pytest.raises(CalibrationError, match=r"halves of the workload .* are the same"):
+        inspect_calibration(model, text(0), text(1, count=4) * 2, config=CONFIG)
+
+
 def test_the_command_prints_and_draws(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], model: torch.nn.Module
 ) -> None:

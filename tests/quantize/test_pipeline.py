@@ -3,70 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.helpers.families import VOCABULARY, build_family, token_lists, write_family
+from tests.helpers.families import VOCABULARY, write_family
+from tests.helpers.runs import SMALL, assert_loads_and_computes, bytes_of, quantize, run
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import halfbyte
-from halfbyte.checkpoint.read import Checkpoint, open_checkpoint
 from halfbyte.checkpoint.shards import TensorFiles
 from halfbyte.errors import CalibrationError, CheckpointError, ConfigError, ModelError
-from halfbyte.model.blocks import linear_weight, set_linear_weight
-from halfbyte.model.experts import unfuse_experts
-from halfbyte.model.naming import module_key_map
-from halfbyte.quant_config import CalibrationConfig, Override, QuantConfig, ResourceConfig
+from halfbyte.model.blocks import linear_weight
+from halfbyte.quant_config import Override, QuantConfig, ResourceConfig
 from halfbyte.quantize.report import QuantizationReport, load_report
-
-CALIBRATION = CalibrationConfig(samples=6, length=32, batch_size=3)
-SMALL = {"num_hidden_layers": 2}
-
-
-def quantize(base: Path, output: Path, config: QuantConfig, **changes: Any) -> QuantizationReport:
-    keywords = {"calibration": CALIBRATION, "text": token_lists(6, 32), **changes}
-    return halfbyte.quantize(base, output, config=config, **keywords)
-
-
-def run(
-    tmp_path: Path,
-    config: QuantConfig,
-    *,
-    family: str = "llama",
-    prepare: Callable[[PreTrainedModel], object] | None = None,
-    changes: dict[str, Any] = SMALL,
-    **keywords: Any,
-) -> tuple[PreTrainedModel, QuantizationReport, Checkpoint]:
-    """Write a tiny model, quantize it, and open what was written."""
-    model = build_family(family, **changes)
-    if prepare is not None:
-        prepare(model)
-    model.save_pretrained(tmp_path / "base")
-    report = quantize(tmp_path / "base", tmp_path / "out", config, **keywords)
-    return model, report, open_checkpoint(tmp_path / "out")
-
-
-@torch.no_grad()
-def assert_loads_and_computes(base: PreTrainedModel, checkpoint: Checkpoint) -> None:
-    """Loaded through Transformers, the logits are those of the dequantized weights."""
-    loaded = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32)
-    base = base.float()
-    unfuse_experts(base)
-    names = module_key_map(base, [f"{name}.qweight" for name in checkpoint.linears])
-    head = base.get_output_embeddings()
-    if any(base.get_submodule(n.removesuffix(".qweight")) is head for n in names.values()):
-        head.weight = nn.Parameter(head.weight.data.clone())
-    for key, name in names.items():
-        weight = checkpoint.dequantize(key.removesuffix(".qweight"))
-        set_linear_weight(base.get_submodule(name.removesuffix(".qweight")), weight)
-    ids = torch.tensor(token_lists(2, 24, seed=2))
-    torch.testing.assert_close(loaded(ids).logits, base(ids).logits, rtol=1e-4, atol=1e-5)
-
 
 # ── bits, groups, grids, order ────────────────────────────────────────────────
 
@@ -261,90 +213,6 @@ def test_everything_skipped_is_refused(tmp_path: Path) -> None:
         run(tmp_path, QuantConfig(skip=(".",)), family="mixtral")
 
 
-# ── experts ───────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-@pytest.mark.parametrize(
-    "skip", [r"experts\.1\.", r"experts\.\d+\.(w2|down_proj)", r"layers\.0\..*experts\.", "experts"]
-)
-def test_experts_left_in_16_bits(family: str, skip: str, tmp_path: Path) -> None:
-    config = QuantConfig(group_size=32, skip=(skip,))
-    model, report, checkpoint = run(tmp_path, config, family=family)
-    left = [m.name for m in report.skipped if "skip pattern" in m.reason]
-    assert left
-    assert not any("matches no module" in note for note in report.notes)
-    assert_loads_and_computes(model, checkpoint)
-
-
-def test_routers_stay_in_16_bits_with_a_reason(tmp_path: Path) -> None:
-    _, report, _ = run(tmp_path, QuantConfig(group_size=32), family="qwen3_moe")
-    gates = [m for m in report.skipped if m.name.endswith("mlp.gate")]
-    assert not [m for m in report.modules if m.name.endswith("mlp.gate")]
-    assert all(m.reason == "it routes tokens to experts" for m in gates)
-
-
-def test_starved_experts_are_helped_and_say_so(tmp_path: Path) -> None:
-    # About 192 tokens for each expert: too few for a width of 64, enough for one of 32.
-    _, report, _ = run(
-        tmp_path,
-        QuantConfig(group_size=32),
-        family="qwen3_moe",
-        calibration=CalibrationConfig(samples=12, length=32),
-        text=token_lists(12, 32),
-    )
-    experts = [m for m in report.modules if ".experts." in m.name]
-    helped = [m for m in experts if any("all experts'" in note for note in m.notes)]
-    assert 0 < len(helped) < len(experts)
-    for module in experts:
-        width = 64 if "down_proj" not in module.name else 32
-        assert (module in helped) == (module.num_tokens < 4 * width), module
-    for module in helped:
-        width = 64 if "down_proj" not in module.name else 32
-        share = 4 * width / (4 * width + module.num_tokens)
-        assert f"{module.num_tokens} tokens only: {share:.0%} of its Hessian" in module.notes[0]
-
-
-def test_experts_of_a_layout_that_is_not_declared_are_listed(tmp_path: Path) -> None:
-    config = AutoConfig.for_model(
-        "llama4_text",
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=96,
-        intermediate_size_mlp=96,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        num_local_experts=4,
-        interleave_moe_layer_step=1,
-        pad_token_id=0,
-    )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.05)
-    model.save_pretrained(tmp_path / "base")
-    report = quantize(tmp_path / "base", tmp_path / "out", QuantConfig(group_size=32))
-    assert {m.name: m.reason for m in report.skipped} == {
-        "model.layers.0.feed_forward.experts": "its experts cannot be split into linears",
-        "model.layers.0.feed_forward.router": "4 outputs are not a multiple of 32",
-    }
-    assert len(report.modules) == 4 + 3, "attention and the shared expert"
-    assert_loads_and_computes(model, open_checkpoint(tmp_path / "out"))
-
-
-def test_every_token_goes_to_its_experts_and_no_other(tmp_path: Path) -> None:
-    _, report, _ = run(tmp_path, QuantConfig(group_size=32), family="qwen3_moe")
-    for block in range(2):
-        for leaf in ("gate_proj", "down_proj"):
-            routed = sum(
-                m.num_tokens
-                for m in report.modules
-                if m.name.startswith(f"model.layers.{block}.mlp.experts") and m.name.endswith(leaf)
-            )
-            assert routed == 2 * 6 * 32
-
-
 # ── widths that do not fit ────────────────────────────────────────────────────
 
 
@@ -386,147 +254,7 @@ def test_linear_that_cannot_be_packed_is_left_with_its_reason(tmp_path: Path) ->
     assert_loads_and_computes(model, checkpoint)
 
 
-# ── tokens and numerics ───────────────────────────────────────────────────────
-
-
-def test_only_real_tokens_enter_a_hessian(tmp_path: Path) -> None:
-    lengths = [32, 5, 17, 32, 9, 5]
-    rows = token_lists(6, 32)
-    padded = {
-        "input_ids": [row[:n] + [0] * (32 - n) for row, n in zip(rows, lengths, strict=True)],
-        "attention_mask": [[1] * n + [0] * (32 - n) for n in lengths],
-    }
-    plain = [row[:n] for row, n in zip(rows, lengths, strict=True)]
-    write_family(tmp_path / "base", "llama", **SMALL)
-    config = QuantConfig(group_size=32)
-    reports = [
-        quantize(tmp_path / "base", tmp_path / name, config, text=text)
-        for name, text in (("padded", [padded]), ("plain", plain))
-    ]
-    for report in reports:
-        assert {m.num_tokens for m in report.modules} == {sum(lengths)}
-        assert report.calibration.tokens == sum(lengths)
-        assert report.calibration.samples == 6
-        assert report.calibration.length == 32
-    assert bytes_of(tmp_path / "padded") == bytes_of(tmp_path / "plain")
-
-
-def test_dead_columns_are_noted_and_keep_their_weights(tmp_path: Path) -> None:
-    def kill(model: PreTrainedModel) -> None:
-        model.model.layers[1].input_layernorm.weight.data[[3, 40]] = 0
-
-    model, report, checkpoint = run(tmp_path, QuantConfig(bits=8, group_size=32), prepare=kill)
-    noted = {m.name for m in report.modules if "2 input columns carried no signal" in m.notes}
-    assert noted == {f"model.layers.1.self_attn.{n}_proj" for n in "qkv"}
-    weight = model.model.layers[1].self_attn.q_proj.weight
-    found = checkpoint.dequantize("model.layers.1.self_attn.q_proj")
-    torch.testing.assert_close(found[:, [3, 40]], weight[:, [3, 40]], atol=1e-3, rtol=0)
-    assert_loads_and_computes(model, checkpoint)
-
-
-def test_no_signal_at_all_is_round_to_nearest(tmp_path: Path) -> None:
-    def kill(model: PreTrainedModel) -> None:
-        model.model.layers[1].post_attention_layernorm.weight.data.zero_()
-
-    model, report, checkpoint = run(tmp_path, QuantConfig(group_size=32), prepare=kill)
-    silent = [m for m in report.modules if any("no input signal" in note for note in m.notes)]
-    assert {m.name for m in silent} == {
-        f"model.layers.1.mlp.{n}_proj" for n in ("gate", "up", "down")
-    }
-    assert_loads_and_computes(model, checkpoint)
-
-
-def set_weight(name: str, value: float) -> Callable[[PreTrainedModel], object]:
-    def prepare(model: PreTrainedModel) -> None:
-        model.get_submodule(name).weight.data.view(-1)[5] = value
-
-    return prepare
-
-
-@pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_weight_that_is_not_finite_is_named(value: float, tmp_path: Path) -> None:
-    name = "model.layers.1.mlp.up_proj"
-    with pytest.raises(
-        CheckpointError,
-        match=rf"Cannot quantize {name}: 1 of its 6144 weights are not finite.* --skip",
-    ):
-        run(tmp_path, QuantConfig(group_size=32), prepare=set_weight(name, value))
-
-
-def test_inputs_that_are_not_finite_name_the_module_behind_them(tmp_path: Path) -> None:
-    prepare = set_weight("model.layers.1.post_attention_layernorm", float("inf"))
-    with pytest.raises(
-        CalibrationError,
-        match=r"Cannot quantize model\.layers\.1\.mlp\.gate_proj: its inputs are not finite in any "
-        r"of 192 calibration tokens",
-    ):
-        run(tmp_path, QuantConfig(group_size=32), prepare=prepare)
-
-
-def test_batches_dropped_in_part_are_noted_by_module(tmp_path: Path) -> None:
-    def spoil(model: PreTrainedModel) -> None:
-        model.model.embed_tokens.weight.data[7] = float("inf")
-
-    rows = [[9, 10, 11, 12] * 8 for _ in range(5)]
-    _, report, _ = run(
-        tmp_path,
-        QuantConfig(group_size=32),
-        prepare=spoil,
-        text=[*rows, [7, *rows[0][1:]]],
-        calibration=CalibrationConfig(samples=6, length=32, batch_size=2),
-    )
-    assert {m.num_tokens for m in report.modules} == {4 * 32}
-    for module in report.modules:
-        assert "64 of 192 tokens dropped: their inputs are not finite" in module.notes
-
-
-def test_weights_too_large_for_fp16_scales_are_noted(tmp_path: Path) -> None:
-    name = "model.layers.1.mlp.up_proj"
-    _, report, _ = run(tmp_path, QuantConfig(group_size=32), prepare=set_weight(name, 1e9))
-    noted = {m.name: [n for n in m.notes if "fp16" in n] for m in report.modules}
-    assert noted.pop(name) == [
-        "1 groups need a scale above 65504, fp16's largest: their largest weights are cut"
-    ]
-    assert not any(noted.values())
-
-
-@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("computing", ["float32", "bfloat16"])
-def test_solver_gets_the_exact_weights_whatever_the_model_computes_in(
-    stored: torch.dtype, computing: str, tmp_path: Path
-) -> None:
-    """At 8 bits a weight cast to bfloat16 first would be off by a quarter of the grid's step."""
-
-    def spread(model: PreTrainedModel) -> None:
-        weight = model.get_submodule(name).weight.data
-        weight.copy_(weight.sign() * torch.empty_like(weight).uniform_(0.02, 0.04))
-        model.to(stored)
-
-    name = "model.layers.0.self_attn.q_proj"
-    model, report, checkpoint = run(
-        tmp_path,
-        QuantConfig(bits=8, group_size=16, act_order=False),
-        prepare=spread,
-        changes={"num_hidden_layers": 1},
-        resources=ResourceConfig(dtype=computing),
-    )
-    assert f"computes in {computing}, as asked for" in report.notes
-    # The first column is rounded before any error has reached it.
-    exact = model.get_submodule(name).weight.detach().float()[:, 0]
-    scale = checkpoint.load_linear(name).scales[0].float()
-    found = torch.round(checkpoint.dequantize(name)[:, 0] / scale)
-    assert torch.equal(found, torch.round(exact / scale).clamp(-128, 127))
-    norm = checkpoint.files.load(["model.norm.weight"])["model.norm.weight"]
-    assert norm.dtype == stored
-    assert_loads_and_computes(model, checkpoint)
-
-
 # ── what is written beside the weights ────────────────────────────────────────
-
-
-def bytes_of(folder: Path) -> dict[str, bytes]:
-    told = ("quantization_report.json", "README.md", "quantization_error.png")
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name not in told}
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])

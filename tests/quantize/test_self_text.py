@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from tests.helpers.families import VOCABULARY, build_family
+from tests.helpers.families import VOCABULARY, build_family, token_lists
 
 import halfbyte
 from halfbyte.errors import ModelError
@@ -62,6 +63,18 @@ def test_broken_model_is_refused() -> None:
     model.lm_head.weight.data.fill_(float("nan"))
     with pytest.raises(ModelError, match=r"cannot write text in float32: .*Look for damaged"):
         generate_text(model, CONFIG)
+
+
+def test_a_table_of_ids_is_not_taken_for_the_word(tmp_path: Path) -> None:
+    build_family("llama").save_pretrained(tmp_path / "base")
+    report = halfbyte.quantize(
+        tmp_path / "base",
+        tmp_path / "out",
+        config=QuantConfig(group_size=32),
+        calibration=CONFIG,
+        text=np.array(token_lists(5, 24)),
+    )
+    assert report.calibration.tokens == 5 * 24
 
 
 def test_what_is_saved_is_read_again(tmp_path: Path) -> None:

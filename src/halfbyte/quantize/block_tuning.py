@@ -136,12 +136,11 @@ def tune_rounded(
     for linear in rounded:
         tuned = found.linears[linear.module]
         module = block.get_submodule(linear.module)
-        bias = getattr(module, "bias", None)
         result = pack_rounded(
             linear.module,
             tuned.grid,
             tuned.codes,
-            bias=None if bias is None else bias.data,
+            bias=linear.tensors.get("bias"),
             report=linear.report,
         )
         set_linear_weight(module, result.weight)

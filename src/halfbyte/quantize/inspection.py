@@ -72,7 +72,7 @@ class Inspection:
     @property
     def ratio(self) -> float:
         """Median over layers of distance over floor; 1 is another text of the same kind."""
-        return median(layer.distance / layer.floor for layer in self.layers)
+        return _ratio(self.layers)
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain values for JSON."""
@@ -100,7 +100,8 @@ def inspect_calibration(
         Distances and a verdict.
 
     Raises:
-        CalibrationError: A text cannot be read, or the workload is too short to be split.
+        CalibrationError: A text cannot be read, or the workload is too short to be split, or its
+            halves are the same.
         ModelError: The model cannot be loaded, or has no linears to look at.
     """
     config = config or CalibrationConfig(samples=32, length=512)
@@ -131,6 +132,11 @@ def inspect_calibration(
     )
     if not layers:
         raise ModelError(f"Cannot inspect with {subject.name}: none of its linears was run.")
+    if not all(layer.floor > 0 for layer in layers):
+        raise CalibrationError(
+            f"The two halves of the workload {texts[1].source} are the same to the model, so there "
+            "is nothing to hold a distance against. Give text that does not repeat itself."
+        )
     return _judge(texts, halves, parts, layers)
 
 
@@ -193,7 +199,7 @@ def _judge(
 ) -> Inspection:
     coverage = _coverage(texts[0].sequences, texts[1].sequences)
     coverage_floor = _coverage(halves[0], halves[1])
-    ratio = median(layer.distance / layer.floor for layer in layers)
+    ratio = _ratio(layers)
     reasons = [
         f"layers see inputs {ratio:.1f} times as far from the workload's as two halves of the "
         "workload are from each other"
@@ -220,6 +226,10 @@ def _judge(
         verdict=verdict,
         reasons=tuple(reasons),
     )
+
+
+def _ratio(layers: Sequence[LayerDistance]) -> float:
+    return median(layer.distance / layer.floor for layer in layers)
 
 
 def _coverage(known: Sequence[Tensor], seen: Sequence[Tensor]) -> float:

@@ -80,13 +80,13 @@ class _State:
         self.members = [
             torch.nonzero(grid.g_idx == group).flatten() for group in range(grid.scales.shape[1])
         ]
-        self.scales = grid.scales.t().clone()
-        self.group_zeros = grid.zeros.t()
+        self.scales = grid.scales.t().clone(memory_format=torch.contiguous_format)
+        self.group_zeros = grid.zeros.t().contiguous()
         self.zeros = self.group_zeros[grid.g_idx]
         self.top = float(2**grid.bits - 1)
-        self.steps = codes.t().float() - self.zeros
+        self.steps = codes.t().contiguous().float() - self.zeros
         """Codes counted from the zero."""
-        self.error = target.t() - self.scales[grid.g_idx] * self.steps
+        self.error = target.t().contiguous() - self.scales[grid.g_idx] * self.steps
         self.gradient = hessian @ self.error
 
     def loss(self) -> Tensor:

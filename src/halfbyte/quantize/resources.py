@@ -148,8 +148,9 @@ def resolve_resources(
     sizes = _measure_sizes(weights, matrices=(3 * streams if config.needs_check else 0))
     budget, why_budget = _budget(resources.memory)
     longest, tokens = max(lengths), sum(lengths)
-    copies = 1 if dtype == weights.dtype else 1 + dtype.itemsize / weights.dtype.itemsize
-    copies += streams - 1
+    computed = dtype.itemsize / weights.dtype.itemsize
+    copies = 1 if dtype == weights.dtype else 1 + computed
+    copies += (streams - 1) * computed
     fixed = PROGRAM_BYTES + int(sizes.block_bytes * copies) + sizes.solver_bytes
     per_token = dtype.itemsize * (4 * sizes.hidden + 4 * sizes.widest_input * sizes.routed)
     batch_size = calibration.batch_size or max(1, TOKENS_PER_BATCH // longest)

@@ -154,7 +154,8 @@ class Run:
             return self._finish(work, states)
 
     def _read_text(self, text: CalibrationSource, quality: bool) -> None:
-        if text == SELF:
+        # A table of ids compared with a word would be a table.
+        if isinstance(text, str) and text == SELF:
             text = self._own_text()
         self.progress.phase("reading the text")
         tokenizer = load_tokenizer(self.weights.folder)
@@ -180,10 +181,9 @@ class Run:
                 dtype, _ = resolve_dtype(
                     self.resources.dtype, self.weights.dtype, self.weights.device
                 )
-                name = str(dtype).removeprefix("torch.")
-                sequences = generate_text(self.weights.folder, self.calibration, dtype=name)
-            save_text(sequences, path)
-            del sequences
+                computing = str(dtype).removeprefix("torch.")
+                text = generate_text(self.weights.folder, self.calibration, dtype=computing)
+            save_text(text, path)
             release_memory()
         return path
 

@@ -1,0 +1,92 @@
+"""From a model folder to a checkpoint: layers of experts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.helpers.families import VOCABULARY, build_random, token_lists
+from tests.helpers.runs import assert_loads_and_computes, quantize, run
+from transformers import AutoConfig
+
+from halfbyte.checkpoint.read import open_checkpoint
+from halfbyte.quant_config import CalibrationConfig, QuantConfig
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "skip", [r"experts\.1\.", r"experts\.\d+\.(w2|down_proj)", r"layers\.0\..*experts\.", "experts"]
+)
+def test_experts_left_in_16_bits(family: str, skip: str, tmp_path: Path) -> None:
+    config = QuantConfig(group_size=32, skip=(skip,))
+    model, report, checkpoint = run(tmp_path, config, family=family)
+    left = [m.name for m in report.skipped if "skip pattern" in m.reason]
+    assert left
+    assert not any("matches no module" in note for note in report.notes)
+    assert_loads_and_computes(model, checkpoint)
+
+
+def test_routers_stay_in_16_bits_with_a_reason(tmp_path: Path) -> None:
+    _, report, _ = run(tmp_path, QuantConfig(group_size=32), family="qwen3_moe")
+    gates = [m for m in report.skipped if m.name.endswith("mlp.gate")]
+    assert not [m for m in report.modules if m.name.endswith("mlp.gate")]
+    assert all(m.reason == "it routes tokens to experts" for m in gates)
+
+
+def test_starved_experts_are_helped_and_say_so(tmp_path: Path) -> None:
+    # About 192 tokens for each expert: too few for a width of 64, enough for one of 32.
+    _, report, _ = run(
+        tmp_path,
+        QuantConfig(group_size=32),
+        family="qwen3_moe",
+        calibration=CalibrationConfig(samples=12, length=32),
+        text=token_lists(12, 32),
+    )
+    experts = [m for m in report.modules if ".experts." in m.name]
+    helped = [m for m in experts if any("all experts'" in note for note in m.notes)]
+    assert 0 < len(helped) < len(experts)
+    for module in experts:
+        width = 64 if "down_proj" not in module.name else 32
+        assert (module in helped) == (module.num_tokens < 4 * width), module
+    for module in helped:
+        width = 64 if "down_proj" not in module.name else 32
+        share = 4 * width / (4 * width + module.num_tokens)
+        assert f"{module.num_tokens} tokens only: {share:.0%} of its Hessian" in module.notes[0]
+
+
+def test_experts_of_a_layout_that_is_not_declared_are_listed(tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "llama4_text",
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        intermediate_size_mlp=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=4,
+        interleave_moe_layer_step=1,
+        pad_token_id=0,
+    )
+    model = build_random(config, std=0.05)
+    model.save_pretrained(tmp_path / "base")
+    report = quantize(tmp_path / "base", tmp_path / "out", QuantConfig(group_size=32))
+    assert {m.name: m.reason for m in report.skipped} == {
+        "model.layers.0.feed_forward.experts": "its experts cannot be split into linears",
+        "model.layers.0.feed_forward.router": "4 outputs are not a multiple of 32",
+    }
+    assert len(report.modules) == 4 + 3, "attention and the shared expert"
+    assert_loads_and_computes(model, open_checkpoint(tmp_path / "out"))
+
+
+def test_every_token_goes_to_its_experts_and_no_other(tmp_path: Path) -> None:
+    _, report, _ = run(tmp_path, QuantConfig(group_size=32), family="qwen3_moe")
+    for block in range(2):
+        for leaf in ("gate_proj", "down_proj"):
+            routed = sum(
+                m.num_tokens
+                for m in report.modules
+                if m.name.startswith(f"model.layers.{block}.mlp.experts") and m.name.endswith(leaf)
+            )
+            assert routed == 2 * 6 * 32
