@@ -31,6 +31,18 @@ class KernelEntry:
 
 KERNELS = (
     KernelEntry(
+        name="cuda",
+        module="halfbyte.kernels.cuda_linear",
+        class_name="CudaLinear",
+        summary="CUDA C++ compiled at first use by torch's own NVRTC (NVIDIA GPUs)",
+    ),
+    KernelEntry(
+        name="triton",
+        module="halfbyte.kernels.triton_linear",
+        class_name="TritonLinear",
+        summary="Triton programs (GPUs of every maker that Triton compiles for)",
+    ),
+    KernelEntry(
         name="torch_int4",
         module="halfbyte.kernels.torch_int4",
         class_name="TorchInt4",

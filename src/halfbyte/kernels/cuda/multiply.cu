@@ -1,0 +1,521 @@
+// result [rows, out] = x [rows, in] @ weight.T + bias, from packed codes, for few rows of x.
+//
+// Weight: the fragments of halfbyte/kernels/fragments.py. It is the A operand of mma.m16n8k16, so
+// the few rows of x are the narrow side. code - zero is exact, sums are fp32 and scaled in fp32.
+//
+// Work: the (channel block, chunk of inputs) units, chunks within a block first, are cut into as
+// many equal runs as there are thread blocks. In a thread block, WARPS_IN warps take 64 inputs of a
+// chunk each and WARPS_OUT warps TILES * 16 channels each; their loads run STAGES ahead through
+// shared memory. Where a run ends within a channel block, its sums go to `partials`, and the thread
+// block that arrives last adds all runs' sums in order: the result does not depend on who that is.
+//
+// Compiled by halfbyte/kernels/cuda_compiler.py for one layer kind and row count at a time:
+//   BF16         1: x is bf16; 0: fp16
+//   BITS         2, 3, 4 or 8
+//   SCALE_KIND   0: scales are fp16; 1: bf16; 2: fp32
+//   HAS_ZEROS    1: zeros are stored; 0: all are the middle code
+//   HALF_GROUPS  1: groups of 32 inputs; 0: of a multiple of 64
+//   ROW_TILES    rows of x that fit, in eights
+//   TILES, WARPS_OUT, WARPS_IN, STAGES   as above
+//   BLOCKS       thread blocks that a multiprocessor must have room for
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+struct Arguments {
+  const u8* codes;       // [in / 64, out / 16, 128 * BITS] bytes
+  const u8* scales;      // [groups, out]
+  const u8* zeros;       // [groups, out]
+  const u16* x;          // [rows, in]
+  const u16* bias;       // [out] or null
+  u16* result;           // [rows, out]
+  float4* partials;      // [2 * thread blocks, FRAGMENTS, 32]
+  u32* arrivals;         // [channel blocks], all 0 between launches
+  int rows;
+  int in_features;
+  int out_features;
+  int group_steps;       // 64-input steps of a group; unused with HALF_GROUPS
+};
+
+constexpr int WARPS = WARPS_OUT * WARPS_IN;
+constexpr int THREADS = 32 * WARPS;
+constexpr int GROUPS_IN_STEP = HALF_GROUPS ? 2 : 1;
+constexpr int SCALE_SIZE = SCALE_KIND == 2 ? 4 : 2;
+constexpr int TILE_BYTES = 128 * BITS;
+constexpr int CODE_BYTES = TILES * TILE_BYTES;
+constexpr int SCALE_ROW = TILES * 16 * SCALE_SIZE;
+constexpr int ZERO_ROW = HAS_ZEROS ? TILES * 16 : 0;
+constexpr int WARP_BYTES = CODE_BYTES + GROUPS_IN_STEP * (SCALE_ROW + ZERO_ROW);
+constexpr int X_BYTES = ROW_TILES * 8 * 128;
+constexpr int STAGE_BYTES = WARPS * WARP_BYTES + WARPS_IN * X_BYTES;
+constexpr int FRAGMENTS = WARPS_OUT * TILES * ROW_TILES;
+
+#ifndef EMULATED
+// ---------------------------------------------------------------- instructions of the device
+
+#define DEVICE __device__ __forceinline__
+
+DEVICE u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
+
+DEVICE void copy_ahead(u8* to, const u8* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
+               : "memory");
+}
+
+DEVICE void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int OPEN>
+DEVICE void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(OPEN) : "memory");
+}
+
+DEVICE void load_matrices(u32 (&found)[4], const u8* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(found[0]), "=r"(found[1]), "=r"(found[2]), "=r"(found[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+DEVICE void multiply_add(float (&sums)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+#if BF16
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+#else
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+#endif
+               "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// (word & mask) | bits, in one instruction.
+template <u32 MASK, u32 SET>
+DEVICE u32 mask_and_set(u32 word) {
+  u32 found;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(found) : "r"(word), "n"(MASK), "n"(SET));
+  return found;
+}
+
+// Adds two numbers to two, in the type of x.
+DEVICE u32 add_pair(u32 left, u32 right) {
+  u32 found;
+#if BF16
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(found) : "r"(left), "r"(0x3F803F80), "r"(right));
+#else
+  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(found) : "r"(left), "r"(right));
+#endif
+  return found;
+}
+
+// Two floats to a pair in the type of x; `low` in the low half.
+DEVICE u32 narrow_pair(float low, float high) {
+  u32 found;
+#if BF16
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(found) : "f"(high), "f"(low));
+#else
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(found) : "f"(high), "f"(low));
+#endif
+  return found;
+}
+
+DEVICE float widen_half(u16 value) {
+  float found;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(found) : "h"(value));
+  return found;
+}
+
+DEVICE float bits_to_float(u32 bits) { return __uint_as_float(bits); }
+
+DEVICE float4 read_beyond_l1(const float4* from) {
+  float4 found;
+  asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(found.x), "=f"(found.y), "=f"(found.z), "=f"(found.w)
+               : "l"(from)
+               : "memory");
+  return found;
+}
+
+// What the launches before this one wrote may be read from here on.
+DEVICE void wait_for_inputs() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The next launch may begin to load its weights.
+DEVICE void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+extern __shared__ uint4 shared_memory[];
+#endif
+
+// ---------------------------------------------------------------- codes to numbers
+
+DEVICE float read_scale(const u8* scales, int index) {
+#if SCALE_KIND == 0
+  return widen_half(((const u16*)scales)[index]);
+#elif SCALE_KIND == 1
+  return bits_to_float((u32)((const u16*)scales)[index] << 16);
+#else
+  return ((const float*)scales)[index];
+#endif
+}
+
+// The pair of -(offset + zero), where offset + code is what the bits of take_apart read as.
+DEVICE u32 negate_zero(u32 zero) {
+#if BF16
+  return zero * 0x00010001u | 0xC300C300u;  // 128 + zero
+#else
+  return zero * 0x00010001u | 0xE400E400u;  // 1024 + zero
+#endif
+}
+
+#if BF16
+constexpr u32 MAGIC = 0x43004300;
+#else
+constexpr u32 MAGIC = 0x64006400;
+#endif
+
+// The registers of the A operand of one channel over 32 inputs: pairs (s, u) of code - zero.
+DEVICE void take_apart(u32 (&pairs)[4], const u32* words, int h, int half, u32 zero) {
+#if BITS == 4
+  // words [s / 2, h]
+  u32 word = words[2 * half + h];
+  u32 negated = negate_zero(zero);
+  pairs[0] = add_pair(mask_and_set<0x000F000F, MAGIC>(word), negated);
+  pairs[1] = add_pair(mask_and_set<0x000F000F, MAGIC>(word >> 4), negated);
+  pairs[2] = add_pair(mask_and_set<0x000F000F, MAGIC>(word >> 8), negated);
+  pairs[3] = add_pair(mask_and_set<0x000F000F, MAGIC>(word >> 12), negated);
+#elif BITS == 2
+  u32 word = words[h] >> 8 * half;
+  u32 negated = negate_zero(zero);
+  pairs[0] = add_pair(mask_and_set<0x00030003, MAGIC>(word), negated);
+  pairs[1] = add_pair(mask_and_set<0x00030003, MAGIC>(word >> 2), negated);
+  pairs[2] = add_pair(mask_and_set<0x00030003, MAGIC>(word >> 4), negated);
+  pairs[3] = add_pair(mask_and_set<0x00030003, MAGIC>(word >> 6), negated);
+#elif BITS == 3
+  // words [h] of the low two bits, then one of the high bits
+  u32 negated = negate_zero(zero);
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    u32 low = mask_and_set<0x00030003, MAGIC>(words[h] >> (8 * half + 2 * i));
+    int place = 8 * h + 4 * half + i;
+    u32 high = place >= 2 ? words[2] >> (place - 2) : words[2] << (2 - place);
+    pairs[i] = add_pair(low | (high & 0x00040004), negated);
+  }
+#else
+  // words [s, h]
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    u32 word = words[4 * half + 2 * (i / 2) + h] >> 8 * (i % 2);
+#if BF16
+    // 2^23 + code is exact in fp32; 128 + code would not be in bf16.
+    float offset = 8388608.0f + (float)zero;
+    float low = bits_to_float((word & 0xFF) | 0x4B000000) - offset;
+    float high = bits_to_float((word >> 16 & 0xFF) | 0x4B000000) - offset;
+    pairs[i] = narrow_pair(low, high);
+#else
+    pairs[i] = add_pair(mask_and_set<0x00FF00FF, MAGIC>(word), negate_zero(zero));
+#endif
+  }
+#endif
+}
+
+// The words of a lane of one tile, in the order that take_apart reads.
+DEVICE void read_words(u32 (&words)[BITS], const u8* tile, int lane) {
+#if BITS == 4
+  *(uint4*)words = ((const uint4*)tile)[lane];
+#elif BITS == 8
+  ((uint4*)words)[0] = ((const uint4*)tile)[lane];
+  ((uint4*)words)[1] = ((const uint4*)tile)[32 + lane];
+#else
+  uint2 low = ((const uint2*)tile)[lane];
+  words[0] = low.x;
+  words[1] = low.y;
+#if BITS == 3
+  words[2] = ((const u32*)tile)[64 + lane];
+#endif
+#endif
+}
+
+// ---------------------------------------------------------------- the walk over the units
+
+struct Position {
+  int block;  // of channels
+  int chunk;  // of WARPS_IN * 64 inputs
+};
+
+struct Walk {
+  int chunks;
+  u32 units;
+  u32 runs;
+
+  // units * runs fits 32 bits: whoever launches sees to it.
+  DEVICE u32 begin(u32 run) const { return units * run / runs; }
+  DEVICE u32 run_of(u32 unit) const { return ((unit + 1) * runs - 1) / units; }
+};
+
+// Starts the copies of a warp's codes, scales and zeros.
+DEVICE void copy_weight(u8* to, const Arguments& a, int step, int first_tile, int lane) {
+  int tiles = a.out_features / 16;
+  const u8* codes = a.codes + ((u64)step * tiles + first_tile) * TILE_BYTES;
+#pragma unroll
+  for (int i = 0; i < (CODE_BYTES + 511) / 512; i++) {
+    int place = (i * 32 + lane) * 16;
+    if (place < CODE_BYTES && first_tile + place / TILE_BYTES < tiles)
+      copy_ahead(to + place, codes + place);
+  }
+#pragma unroll
+  for (int half = 0; half < GROUPS_IN_STEP; half++) {
+    int group = HALF_GROUPS ? 2 * step + half : step / a.group_steps;
+    u64 row = (u64)group * a.out_features + first_tile * 16;
+    u8* scales_to = to + CODE_BYTES + half * SCALE_ROW;
+#pragma unroll
+    for (int i = 0; i < (SCALE_ROW + 511) / 512; i++) {
+      int place = (i * 32 + lane) * 16;
+      if (place < SCALE_ROW && first_tile + place / (16 * SCALE_SIZE) < tiles)
+        copy_ahead(scales_to + place, a.scales + row * SCALE_SIZE + place);
+    }
+#if HAS_ZEROS
+    u8* zeros_to = to + CODE_BYTES + GROUPS_IN_STEP * SCALE_ROW + half * ZERO_ROW;
+    if (lane < TILES && first_tile + lane < tiles)
+      copy_ahead(zeros_to + lane * 16, a.zeros + row + lane * 16);
+#endif
+  }
+}
+
+// Row m's 16-byte pieces are swapped about by m, or reading a column of pieces would meet in a bank.
+DEVICE int x_place(int m, int piece) { return m * 128 + ((piece ^ (m & 7)) << 4); }
+
+// Copies the inputs of a step; the warps of the same inputs share the work.
+template <bool AHEAD>
+DEVICE void copy_x(u8* to, const Arguments& a, int step, int warp_out, int lane) {
+#pragma unroll
+  for (int i = 0; i < (ROW_TILES * 64 + 32 * WARPS_OUT - 1) / (32 * WARPS_OUT); i++) {
+    int index = (i * WARPS_OUT + warp_out) * 32 + lane;
+    int m = index / 8, piece = index % 8;
+    if (m < a.rows && m < ROW_TILES * 8) {
+      const u16* from = a.x + (u64)m * a.in_features + step * 64 + piece * 8;
+      if (AHEAD)
+        copy_ahead(to + x_place(m, piece), (const u8*)from);
+      else
+        *(uint4*)(to + x_place(m, piece)) = *(const uint4*)from;
+    }
+  }
+}
+
+DEVICE void meet() {
+#if WARPS_OUT == 1
+  __syncwarp();
+#else
+  __syncthreads();
+#endif
+}
+
+DEVICE void add_step(float (&sums)[TILES][ROW_TILES][4], const u8* weight, const u8* x, int lane) {
+  const u8* scales = weight + CODE_BYTES;
+  alignas(16) u32 words[TILES][BITS];
+#pragma unroll
+  for (int tile = 0; tile < TILES; tile++)
+    read_words(words[tile], weight + tile * TILE_BYTES, lane);
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    u32 b[ROW_TILES][4];
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++)
+      load_matrices(b[r], x + x_place(r * 8 + lane % 8, half * 4 + lane / 8));
+    int scale_row = HALF_GROUPS ? half * TILES * 16 : 0;
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++) {
+      int channel = scale_row + tile * 16 + lane / 4;
+      u32 zero0 = 1 << (BITS - 1), zero1 = zero0;
+#if HAS_ZEROS
+      const u8* zeros = scales + GROUPS_IN_STEP * SCALE_ROW;
+      zero0 = zeros[channel];
+      zero1 = zeros[channel + 8];
+#endif
+      u32 first[4], second[4];
+      take_apart(first, words[tile], 0, half, zero0);
+      take_apart(second, words[tile], 1, half, zero1);
+      float scale0 = read_scale(scales, channel), scale1 = read_scale(scales, channel + 8);
+#pragma unroll
+      for (int r = 0; r < ROW_TILES; r++) {
+        float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        multiply_add(part, first[0], second[0], first[1], second[1], b[r][0], b[r][1]);
+        multiply_add(part, first[2], second[2], first[3], second[3], b[r][2], b[r][3]);
+        sums[tile][r][0] += part[0] * scale0;
+        sums[tile][r][1] += part[1] * scale0;
+        sums[tile][r][2] += part[2] * scale1;
+        sums[tile][r][3] += part[3] * scale1;
+      }
+    }
+  }
+}
+
+DEVICE void store_one(const Arguments& a, int m, int n, float value) {
+  if (m < a.rows) {
+#if BF16
+    if (a.bias) value += bits_to_float((u32)a.bias[n] << 16);
+#else
+    if (a.bias) value += widen_half(a.bias[n]);
+#endif
+    a.result[(u64)m * a.out_features + n] = (u16)narrow_pair(value, 0.0f);
+  }
+}
+
+// Stores a lane's four sums of a fragment of a block of channels.
+DEVICE void store_sums(const Arguments& a, int block, int index, float4 sum) {
+  int lane = index % 32, fragment = index / 32;
+  int tile = block * WARPS_OUT * TILES + fragment / ROW_TILES;
+  if (tile * 16 >= a.out_features) return;
+  int n = tile * 16 + lane / 4, m = fragment % ROW_TILES * 8 + lane % 4 * 2;
+  store_one(a, m, n, sum.x);
+  store_one(a, m + 1, n, sum.y);
+  store_one(a, m, n + 8, sum.z);
+  store_one(a, m + 1, n + 8, sum.w);
+}
+
+// Adds the sums of the warps, and of the other runs where this one has not all inputs of the block.
+DEVICE void finish_block(const Arguments& a, const Walk& walk, int block, u32 run, int thread,
+                         float (&sums)[TILES][ROW_TILES][4], float4* exchange, u32* last) {
+  int lane = thread % 32, warp = thread / 32;
+  int warp_in = warp / WARPS_OUT, warp_out = warp % WARPS_OUT;
+#pragma unroll
+  for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++) {
+      int fragment = (warp_out * TILES + tile) * ROW_TILES + r;
+      float(&s)[4] = sums[tile][r];
+      exchange[(warp_in * FRAGMENTS + fragment) * 32 + lane] = make_float4(s[0], s[1], s[2], s[3]);
+      s[0] = s[1] = s[2] = s[3] = 0.0f;
+    }
+  __syncthreads();
+  u32 first_unit = (u32)block * walk.chunks, end_unit = first_unit + walk.chunks;
+  u32 first_run = walk.run_of(first_unit), last_run = walk.run_of(end_unit - 1);
+  bool whole = first_run == last_run;
+  // A run has at most two blocks that are not whole: its first and its last.
+  u32 slot = 2 * run + (walk.begin(run) < first_unit);
+  for (int index = thread; index < FRAGMENTS * 32; index += THREADS) {
+    float4 sum = exchange[index];
+#pragma unroll
+    for (int other = 1; other < WARPS_IN; other++) {
+      float4 more = exchange[other * FRAGMENTS * 32 + index];
+      sum.x += more.x;
+      sum.y += more.y;
+      sum.z += more.z;
+      sum.w += more.w;
+    }
+    if (whole)
+      store_sums(a, block, index, sum);
+    else
+      a.partials[(u64)slot * FRAGMENTS * 32 + index] = sum;
+  }
+  if (whole) {
+    __syncthreads();  // before `exchange` is written again
+    return;
+  }
+  __threadfence();
+  __syncthreads();
+  if (thread == 0) {
+    *last = atomicAdd(a.arrivals + block, 1u) == last_run - first_run;
+    __threadfence();
+  }
+  __syncthreads();
+  if (*last) {
+    for (int index = thread; index < FRAGMENTS * 32; index += THREADS) {
+      float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      for (u32 other = first_run; other <= last_run; other++) {
+        u32 place = 2 * other + (walk.begin(other) < first_unit);
+        float4 more = read_beyond_l1(a.partials + (u64)place * FRAGMENTS * 32 + index);
+        sum.x += more.x;
+        sum.y += more.y;
+        sum.z += more.z;
+        sum.w += more.w;
+      }
+      store_sums(a, block, index, sum);
+    }
+    if (thread == 0) a.arrivals[block] = 0;
+  }
+  __syncthreads();
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) multiply(Arguments a) {
+  u8* ring = (u8*)shared_memory;
+  float4* exchange = (float4*)(ring + STAGES * STAGE_BYTES);
+  u32* last = (u32*)(exchange + WARPS_IN * FRAGMENTS * 32);
+  int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  int warp_in = warp / WARPS_OUT, warp_out = warp % WARPS_OUT;
+  int steps = a.in_features / 64;
+  Walk walk;
+  walk.chunks = (steps + WARPS_IN - 1) / WARPS_IN;
+  walk.units = (u32)walk.chunks *
+               ((a.out_features + 16 * TILES * WARPS_OUT - 1) / (16 * TILES * WARPS_OUT));
+  walk.runs = gridDim.x;
+  u32 run = blockIdx.x;
+  u32 begin = walk.begin(run);
+  int count = (int)(walk.begin(run + 1) - begin);
+  u8* weight_part = ring + warp * WARP_BYTES;
+  u8* x_part = ring + WARPS * WARP_BYTES + warp_in * X_BYTES;
+
+  Position ahead = {(int)(begin / walk.chunks), (int)(begin % walk.chunks)};
+  Position here = ahead;
+  auto advance = [&](Position& position) {
+    if (++position.chunk == walk.chunks) {
+      position.chunk = 0;
+      position.block++;
+    }
+  };
+  let_next_begin();
+#pragma unroll
+  for (int stage = 0; stage < STAGES - 1; stage++) {
+    int step = ahead.chunk * WARPS_IN + warp_in;
+    if (stage < count && step < steps)
+      copy_weight(weight_part + stage * STAGE_BYTES, a, step,
+                  (ahead.block * WARPS_OUT + warp_out) * TILES, lane);
+    close_copies();
+    advance(ahead);
+  }
+  // Weights never change: they were asked for before the launches that make x were over.
+  wait_for_inputs();
+  Position early = here;
+#pragma unroll
+  for (int stage = 0; stage < STAGES - 1; stage++) {
+    int step = early.chunk * WARPS_IN + warp_in;
+    if (stage < count && step < steps)
+      copy_x<false>(x_part + stage * STAGE_BYTES, a, step, warp_out, lane);
+    advance(early);
+  }
+
+  float sums[TILES][ROW_TILES][4];
+#pragma unroll
+  for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) sums[tile][r][i] = 0.0f;
+
+  int slot = 0, slot_ahead = STAGES - 1;
+  for (int unit = 0; unit < count; unit++) {
+    wait_for_copies<STAGES - 2>();
+    meet();  // the copies are there for all, and all have read the slot that is filled next
+    int step = ahead.chunk * WARPS_IN + warp_in;
+    if (unit + STAGES - 1 < count && step < steps) {
+      copy_weight(weight_part + slot_ahead * STAGE_BYTES, a, step,
+                  (ahead.block * WARPS_OUT + warp_out) * TILES, lane);
+      copy_x<true>(x_part + slot_ahead * STAGE_BYTES, a, step, warp_out, lane);
+    }
+    close_copies();
+    advance(ahead);
+    if (here.chunk * WARPS_IN + warp_in < steps)
+      add_step(sums, weight_part + slot * STAGE_BYTES, x_part + slot * STAGE_BYTES, lane);
+    if (here.chunk == walk.chunks - 1 || unit == count - 1)
+      finish_block(a, walk, here.block, run, thread, sums, exchange, last);
+    advance(here);
+    slot = slot + 1 == STAGES ? 0 : slot + 1;
+    slot_ahead = slot_ahead + 1 == STAGES ? 0 : slot_ahead + 1;
+  }
+}

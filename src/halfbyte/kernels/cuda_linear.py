@@ -1,0 +1,315 @@
+"""Products on NVIDIA GPUs by CUDA C++ that is compiled when it is first needed.
+
+Layout: :mod:`halfbyte.kernels.fragments`, as :mod:`halfbyte.kernels.triton_linear`, whose way with
+many rows is used from ROWS_LIMIT on. Kernel: ``cuda/multiply.cu``.
+Arithmetic: code - zero is exact, its products with x are summed in fp32 and scaled in fp32 for each
+32 inputs; one rounding of the result. Deterministic.
+Needs compute capability 8.0 (bf16, ``cp.async``); from 9.0 on a launch loads its first weights
+while the one before it still runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import Tensor
+
+from halfbyte.errors import KernelUnavailable
+from halfbyte.kernels.contract import LinearSpec, Operands
+from halfbyte.kernels.cuda_driver import (
+    Function,
+    compile_source,
+    load_driver,
+    load_nvrtc,
+    read_source,
+)
+from halfbyte.kernels.fragments import find_layout_mismatch, find_order, find_zeros
+from halfbyte.kernels.gpu_device import (
+    count_processors,
+    find_arrivals,
+    is_nvidia,
+    name_architecture,
+)
+from halfbyte.kernels.triton_linear import TritonLinear
+
+ROWS_LIMIT = 64
+OLDEST = (8, 0)
+SCALE_KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024}
+"""Bytes of shared memory that a thread block may have, by architecture.
+
+Source:
+    NVIDIA, "CUDA C++ Programming Guide", technical specifications per compute capability.
+"""
+SMALLEST_LIMIT = 99 * 1024
+"""Of any architecture from 8.0 on."""
+
+
+class Arguments(ctypes.Structure):
+    """The kernel's parameter; as ``Arguments`` in multiply.cu."""
+
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("x", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("result", ctypes.c_void_p),
+        ("partials", ctypes.c_void_p),
+        ("arrivals", ctypes.c_void_p),
+        ("rows", ctypes.c_int),
+        ("in_features", ctypes.c_int),
+        ("out_features", ctypes.c_int),
+        ("group_steps", ctypes.c_int),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CudaConfig:
+    """How a thread block is made; the names in multiply.cu, in lower case."""
+
+    row_tiles: int
+    tiles: int
+    warps_out: int
+    warps_in: int
+    stages: int
+    blocks: int = 1
+
+    @property
+    def channels(self) -> int:
+        """Output channels of a thread block."""
+        return 16 * self.tiles * self.warps_out
+
+    @property
+    def threads(self) -> int:
+        """Threads of a thread block."""
+        return 32 * self.warps_out * self.warps_in
+
+    @property
+    def partial_floats(self) -> int:
+        """Floats of the sums of a block of channels."""
+        return self.channels * self.row_tiles * 8
+
+    def count_shared_bytes(self, bits: int, scale_size: int, has_zeros: bool, halves: int) -> int:
+        """Bytes of shared memory of a thread block; as in multiply.cu."""
+        grid_bytes = halves * self.tiles * 16 * (scale_size + has_zeros)
+        warp_bytes = self.tiles * 128 * bits + grid_bytes
+        warps = self.warps_out * self.warps_in
+        stage = warps * warp_bytes + self.warps_in * self.row_tiles * 1024
+        return self.stages * stage + self.warps_in * self.partial_floats * 4 + 16
+
+
+PREFERRED = (
+    CudaConfig(row_tiles=1, tiles=4, warps_out=1, warps_in=8, stages=4),
+    CudaConfig(row_tiles=2, tiles=4, warps_out=2, warps_in=4, stages=4),
+    CudaConfig(row_tiles=4, tiles=4, warps_out=4, warps_in=2, stages=4),
+    CudaConfig(row_tiles=8, tiles=2, warps_out=4, warps_in=2, stages=4),
+)
+"""By rows of x."""
+
+
+def choose_config(
+    rows: int, spec: LinearSpec, scale_dtype: torch.dtype, shared_limit: int
+) -> CudaConfig:
+    """Choose a thread block for a number of rows of x.
+
+    Args:
+        rows: 1..ROWS_LIMIT.
+        spec: The layer.
+        scale_dtype: Of its scales.
+        shared_limit: Bytes of shared memory that a thread block may have.
+
+    Returns:
+        The preferred one, with fewer stages and then fewer warps where its memory asks for that.
+    """
+    best = next(config for config in PREFERRED if rows <= 8 * config.row_tiles)
+    config = best
+    while count_shared_bytes(config, spec, scale_dtype) > shared_limit:
+        if config.stages > 2:
+            config = replace(config, stages=config.stages - 1)
+        else:
+            config = replace(best, warps_in=config.warps_in // 2)
+    return config
+
+
+def define_macros(config: CudaConfig, spec: LinearSpec, scale_dtype: torch.dtype) -> dict[str, int]:
+    """Give the macros of multiply.cu for a layer."""
+    return {
+        **{name.upper(): value for name, value in asdict(config).items()},
+        "BF16": int(spec.dtype == torch.bfloat16),
+        "BITS": spec.bits,
+        "SCALE_KIND": SCALE_KINDS[scale_dtype],
+        "HAS_ZEROS": int(not spec.symmetric),
+        "HALF_GROUPS": int(spec.group_size < 64),
+    }
+
+
+def count_shared_bytes(config: CudaConfig, spec: LinearSpec, scale_dtype: torch.dtype) -> int:
+    """Give the bytes of shared memory of a thread block for a layer."""
+    halves = 2 if spec.group_size < 64 else 1
+    return config.count_shared_bytes(spec.bits, scale_dtype.itemsize, not spec.symmetric, halves)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """How many thread blocks share what."""
+
+    channel_blocks: int
+    runs: int
+
+
+def plan_work(config: CudaConfig, spec: LinearSpec, resident: int) -> _Work:
+    """Cut a layer into as many runs as thread blocks fit on the device, or fewer.
+
+    Args:
+        config: The thread block.
+        spec: The layer.
+        resident: Thread blocks that run at a time.
+
+    Returns:
+        Blocks of channels, and runs.
+    """
+    channel_blocks = -(-spec.out_features // config.channels)
+    chunks = -(-spec.in_features // (64 * config.warps_in))
+    units = channel_blocks * chunks
+    each = -(-units // resident)
+    # No more runs than give each a whole number of units where they can be equal.
+    return _Work(channel_blocks, min(-(-units // each), units))
+
+
+class CudaLinear(TritonLinear):
+    """``cuda/multiply.cu`` for few rows; what TritonLinear does for many."""
+
+    name = "cuda"
+
+    def find_obstacle(self) -> str | None:
+        """Say why nothing can be compiled here, or None."""
+        return super().find_obstacle() or _find_obstacle()
+
+    def find_mismatch(self, spec: LinearSpec) -> str | None:
+        """Say why the kernel cannot run such a layer, or None."""
+        if spec.device_type != "cuda":
+            return f"runs on cuda, not on {spec.device_type}"
+        return find_layout_mismatch(spec)
+
+    def apply(self, x: Tensor, operands: Operands, bias: Tensor | None, spec: LinearSpec) -> Tensor:
+        """Multiply by the packed codes, or by the dequantized weight where x has many rows."""
+        rows = x.reshape(-1, spec.in_features)
+        if not 1 <= rows.shape[0] <= ROWS_LIMIT or rows.data_ptr() % 16:
+            return super().apply(x, operands, bias, spec)
+        order = find_order(operands, spec)
+        rows = rows.contiguous() if order is None else rows.index_select(1, order)
+        limit = find_shared_limit(x.device)
+        config = choose_config(rows.shape[0], spec, operands.scales.dtype, limit)
+        result = multiply(rows, operands, bias, spec, config)
+        return result.view(*x.shape[:-1], spec.out_features)
+
+
+def multiply(
+    rows: Tensor,
+    operands: Operands,
+    bias: Tensor | None,
+    spec: LinearSpec,
+    config: CudaConfig,
+    *,
+    early_start: bool = True,
+) -> Tensor:
+    """Multiply by packed codes.
+
+    Args:
+        rows: [rows, in], contiguous, the inputs in the packed order.
+        operands: As ``prepare`` left them.
+        bias: [out] or None.
+        spec: The layer.
+        config: The thread block.
+        early_start: Launch before what is ahead in the stream is over.
+
+    Returns:
+        [rows, out].
+    """
+    device = rows.device
+    function, resident = load_function(config, spec, operands.scales.dtype, device, early_start)
+    work = plan_work(config, spec, resident * count_processors(device))
+    result = rows.new_empty(rows.shape[0], spec.out_features)
+    partials = torch.empty(
+        2 * work.runs * config.partial_floats, dtype=torch.float32, device=device
+    )
+    arrivals = find_arrivals(device)
+    arguments = fill_arguments(rows, operands, bias, spec, result, partials, arrivals)
+    function.launch(work.runs, arguments, torch.cuda.current_stream(device).cuda_stream)
+    return result
+
+
+def fill_arguments(
+    rows: Tensor,
+    operands: Operands,
+    bias: Tensor | None,
+    spec: LinearSpec,
+    result: Tensor,
+    partials: Tensor,
+    arrivals: Tensor,
+) -> Arguments:
+    """Put the tensors of a launch into the kernel's parameter; they must outlive it."""
+    zeros = find_zeros(operands, spec)
+    return Arguments(
+        codes=operands.weight[0].data_ptr(),
+        scales=operands.scales.data_ptr(),
+        zeros=None if zeros is None else zeros.data_ptr(),
+        x=rows.data_ptr(),
+        bias=None if bias is None else bias.data_ptr(),
+        result=result.data_ptr(),
+        partials=partials.data_ptr(),
+        arrivals=arrivals.data_ptr(),
+        rows=rows.shape[0],
+        in_features=spec.in_features,
+        out_features=spec.out_features,
+        group_steps=max(spec.group_size // 64, 1),
+    )
+
+
+@functools.cache
+def load_function(
+    config: CudaConfig,
+    spec: LinearSpec,
+    scale_dtype: torch.dtype,
+    device: torch.device,
+    early_start: bool,
+) -> tuple[Function, int]:
+    """Compile and load a kernel; also how many of its thread blocks fit on a multiprocessor."""
+    architecture = name_architecture(device)
+    macros = define_macros(config, spec, scale_dtype)
+    cubin = compile_source(read_source("multiply.cu"), macros, architecture)
+    with torch.cuda.device(device):
+        function = Function(
+            cubin,
+            "multiply",
+            threads=config.threads,
+            shared_bytes=count_shared_bytes(config, spec, scale_dtype),
+            early_start=early_start and architecture >= "sm_90",
+        )
+        return function, max(function.count_resident(), 1)
+
+
+def find_shared_limit(device: torch.device) -> int:
+    """Bytes of shared memory that a thread block may have."""
+    return SHARED_LIMIT.get(name_architecture(device), SMALLEST_LIMIT)
+
+
+@functools.cache
+def _find_obstacle() -> str | None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    if not is_nvidia(device):
+        return "needs an NVIDIA GPU"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST:
+        found, needed = (".".join(map(str, version)) for version in (capability, OLDEST))
+        return f"needs compute capability {needed}; this GPU has {found}"
+    try:
+        load_driver()
+        load_nvrtc()
+    except KernelUnavailable as reason:
+        return str(reason)
+    return None

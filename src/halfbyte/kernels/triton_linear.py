@@ -1,0 +1,204 @@
+"""Products on GPUs by Triton, on every device that Triton compiles for.
+
+Layout: :mod:`halfbyte.kernels.fragments`, for few rows and many. Up to ROWS_LIMIT rows
+:mod:`halfbyte.kernels.triton_programs` multiplies packed codes; more rows are multiplied by the
+weight dequantized into a scratch tensor, which the vendor's library does faster than any kernel
+that has to take codes apart between its products.
+Arithmetic: code - zero is exact, its products with x are summed in fp32 and scaled in fp32 once for
+each group; one rounding of the result. The dequantized weight is rounded once. Deterministic.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from halfbyte.kernels.contract import LinearSpec, Operands
+from halfbyte.kernels.fragments import (
+    find_layout_mismatch,
+    find_order,
+    find_zeros,
+    prepare_fragments,
+    restore_fragments,
+)
+from halfbyte.kernels.gpu_device import (
+    count_processors,
+    find_arrivals,
+    is_nvidia,
+    make_arrivals,
+    name_architecture,
+)
+from halfbyte.kernels.triton_configs import TritonConfig, choose_config
+
+ROWS_LIMIT = 64
+"""From more rows on the weight is dequantized first."""
+
+DEVICES = ("cuda", "xpu")
+"""``cuda`` is AMD's too."""
+
+
+class TritonLinear:
+    """The Triton programs behind the common contract."""
+
+    name = "triton"
+    repacks = True
+
+    def find_obstacle(self) -> str | None:
+        """Say why Triton cannot run here, or None."""
+        return _find_obstacle()
+
+    def find_mismatch(self, spec: LinearSpec) -> str | None:
+        """Say why the programs cannot run such a layer, or None."""
+        if spec.device_type not in DEVICES:
+            return f"runs on {' and '.join(DEVICES)}, not on {spec.device_type}"
+        return find_layout_mismatch(spec)
+
+    def prepare(self, stored: Operands, spec: LinearSpec) -> tuple[Tensor, ...]:
+        """Repack the weight into fragments."""
+        make_arrivals(stored.scales.device)
+        return prepare_fragments(stored, spec)
+
+    def restore(self, operands: Operands, spec: LinearSpec) -> Tensor:
+        """Give back ``qweight``."""
+        return restore_fragments(operands, spec)
+
+    def apply(self, x: Tensor, operands: Operands, bias: Tensor | None, spec: LinearSpec) -> Tensor:
+        """Multiply by the packed codes, or by the dequantized weight where x has many rows."""
+        rows = x.reshape(-1, spec.in_features)
+        if rows.shape[0] > ROWS_LIMIT:
+            result = functional.linear(rows, self.dequantize(operands, spec, x.dtype), bias)
+        elif rows.shape[0] == 0:
+            result = x.new_empty(0, spec.out_features)
+        else:
+            processors = count_processors(x.device)
+            config = choose_config(
+                name_architecture(x.device),
+                processors,
+                spec.in_features,
+                spec.out_features,
+                rows.shape[0],
+            )
+            result = multiply(rows.contiguous(), operands, bias, spec, config)
+        return result.view(*x.shape[:-1], spec.out_features)
+
+    def dequantize(self, operands: Operands, spec: LinearSpec, dtype: torch.dtype) -> Tensor:
+        """Give the weight [out, in] as numbers."""
+        return dequantize_fragments(operands, spec, dtype)
+
+    def error_bound(self, spec: LinearSpec) -> float:
+        """One rounding of the result and fp32 sums; with many rows, one more of each weight."""
+        unit = torch.finfo(spec.dtype).eps / 2
+        sums = torch.finfo(torch.float32).eps * spec.in_features
+        return 3 * unit + sums
+
+
+def multiply(
+    rows: Tensor,
+    operands: Operands,
+    bias: Tensor | None,
+    spec: LinearSpec,
+    config: TritonConfig,
+    *,
+    fast: bool | None = None,
+) -> Tensor:
+    """Multiply by packed codes.
+
+    Args:
+        rows: [rows, in], contiguous.
+        operands: As ``prepare`` left them.
+        bias: [out] or None.
+        spec: The layer.
+        config: How to cut it.
+        fast: Whether NVIDIA's instructions may be used; None: where the device is NVIDIA's.
+
+    Returns:
+        [rows, out].
+    """
+    from halfbyte.kernels.triton_programs import multiply_program
+
+    count = rows.shape[0]
+    result = rows.new_empty(count, spec.out_features)
+    steps = spec.in_features // 64
+    steps_each = -(-steps // config.splits)
+    grid = (
+        -(-spec.out_features // config.block_out),
+        config.splits,
+        -(-count // config.block_rows),
+    )
+    zeros, order = find_zeros(operands, spec), find_order(operands, spec)
+    workspace = arrivals = None
+    if config.splits > 1:
+        workspace = rows.new_empty(config.splits, count, spec.out_features, dtype=torch.float32)
+        arrivals = find_arrivals(rows.device)
+    multiply_program[grid](
+        rows,
+        operands.weight[0],
+        zeros,
+        operands.scales,
+        order,
+        bias,
+        result,
+        workspace,
+        arrivals,
+        count,
+        spec.in_features,
+        spec.out_features,
+        steps_each,
+        BITS=spec.bits,
+        GROUP_SIZE=spec.group_size,
+        HAS_ZEROS=zeros is not None,
+        HAS_ORDER=order is not None,
+        HAS_BIAS=bias is not None,
+        FAST=is_nvidia(rows.device) if fast is None else fast,
+        BLOCK_OUT=config.block_out,
+        BLOCK_ROWS=config.block_rows,
+        SPLITS=config.splits,
+        STAGES=config.stages,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return result
+
+
+def dequantize_fragments(operands: Operands, spec: LinearSpec, dtype: torch.dtype) -> Tensor:
+    """Turn a repacked weight into numbers [out, in], each rounded once to ``dtype``."""
+    from halfbyte.kernels.triton_programs import dequantize_program
+
+    codes, scales = operands.weight[0], operands.scales
+    shape = (spec.out_features, spec.in_features)
+    if dtype == torch.float64:
+        # Exact in fp32 for scales of 16 bits: a code has at most 9 bits with its sign.
+        return dequantize_fragments(operands, spec, torch.float32).double()
+    result = torch.empty(shape, dtype=dtype, device=codes.device)
+    zeros, order = find_zeros(operands, spec), find_order(operands, spec)
+    block_out = 64
+    dequantize_program[(spec.in_features // 64, -(-spec.out_features // block_out))](
+        codes,
+        zeros,
+        scales,
+        order,
+        result,
+        spec.in_features,
+        spec.out_features,
+        BITS=spec.bits,
+        GROUP_SIZE=spec.group_size,
+        HAS_ZEROS=zeros is not None,
+        HAS_ORDER=order is not None,
+        BLOCK_OUT=block_out,
+        num_warps=4,
+    )
+    return result
+
+
+@functools.cache
+def _find_obstacle() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return "needs Triton, which comes with torch for GPUs: pip install triton"
+    del triton
+    available = torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available())
+    return None if available else "needs a GPU; torch finds none"

@@ -1,0 +1,24 @@
+// The multiply kernel as a function for ctypes: emulate(arguments, thread blocks, backwards).
+#include "cuda_emulator.h"
+
+#include "multiply.cu"
+
+static Arguments arguments;
+
+static void enter() {
+  multiply(arguments);
+  emulator::end_of_thread();
+}
+
+extern "C" int shared_bytes() {
+  return STAGES * STAGE_BYTES + WARPS_IN * FRAGMENTS * 512 + 16;
+}
+
+extern "C" void emulate(const Arguments* given, int blocks, int backwards) {
+  arguments = *given;
+  gridDim.x = blocks;
+  for (int i = 0; i < blocks; i++) {
+    blockIdx.x = backwards ? blocks - 1 - i : i;
+    emulator::run_block(enter, THREADS, shared_bytes());
+  }
+}

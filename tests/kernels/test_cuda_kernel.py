@@ -1,0 +1,135 @@
+"""The CUDA kernel's source on an emulated GPU, against float64; and what surrounds it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tests.helpers.cuda_emulation import find_compiler, multiply_emulated
+from tests.helpers.packed import make_linear
+
+from halfbyte.errors import KernelUnavailable
+from halfbyte.kernels import cuda_driver
+from halfbyte.kernels.cuda_linear import (
+    ROWS_LIMIT,
+    SHARED_LIMIT,
+    CudaConfig,
+    CudaLinear,
+    choose_config,
+    count_shared_bytes,
+    plan_work,
+)
+from halfbyte.kernels.fragments import prepare_fragments
+
+emulated = pytest.mark.skipif(find_compiler() is None, reason="needs a C++ compiler")
+
+ONE_ROW = CudaConfig(row_tiles=1, tiles=4, warps_out=1, warps_in=2, stages=3)
+TWO_WARPS_OUT = CudaConfig(row_tiles=2, tiles=2, warps_out=2, warps_in=2, stages=3)
+
+
+def check(config, rows, *, runs=5, backwards=False, with_bias=True, **layer):
+    sizes = {"in_features": 576, "out_features": 144, "dtype": torch.bfloat16}
+    if layer.get("bits", 4) == 3 or not layer.get("symmetric", True):
+        sizes["out_features"] = 160  # the zeros of 3 bits fill whole words then
+    linear = make_linear(**sizes | layer)
+    spec = linear.spec
+    operands = replace(linear.stored, weight=prepare_fragments(linear.stored, spec))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, spec.in_features, generator=generator).to(spec.dtype)
+    bias = torch.randn(spec.out_features, generator=generator).to(spec.dtype)
+    bias = bias if with_bias else None
+    found = multiply_emulated(x, operands, bias, spec, config, runs=runs, backwards=backwards)
+    exact, size = x.double() @ linear.weight.t(), x.double().abs() @ linear.weight.abs().t()
+    if with_bias:
+        exact, size = exact + bias.double(), size + bias.double().abs()
+    assert ((found.double() - exact).abs() <= CudaLinear().error_bound(spec) * size).all()
+    return found
+
+
+@emulated
+@pytest.mark.parametrize("rows", [1, 5, 8])
+def test_rows_of_one_tile(rows):
+    check(ONE_ROW, rows, group_size=128)
+
+
+@emulated
+@pytest.mark.parametrize("layer", [{"group_size": 576}, {"group_size": 64, "with_bias": False}])
+def test_several_tiles_of_rows_and_warps_that_share_inputs(layer):
+    check(TWO_WARPS_OUT, 11, **layer)
+
+
+@emulated
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_every_width_with_zeros_and_act_order(bits, dtype):
+    layer = {"bits": bits, "dtype": dtype, "scale_dtype": torch.float32}
+    check(ONE_ROW, 3, group_size=32, symmetric=False, act_order=True, **layer)
+
+
+@emulated
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16])
+def test_scales_of_both_short_types(scale_dtype):
+    check(ONE_ROW, 3, group_size=64, symmetric=False, scale_dtype=scale_dtype)
+
+
+@emulated
+def test_result_does_not_depend_on_who_arrives_last():
+    # Seven runs cut the three blocks of channels in places that do not fit them.
+    one = check(ONE_ROW, 4, runs=7, group_size=128)
+    assert torch.equal(check(ONE_ROW, 4, runs=7, backwards=True, group_size=128), one)
+
+
+@emulated
+@pytest.mark.parametrize("runs", [1, 2, 100])
+def test_any_number_of_runs(runs):
+    check(ONE_ROW, 4, runs=runs, group_size=128)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9, 16, 17, 32, 33, ROWS_LIMIT])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_chosen_blocks_fit_the_rows_and_the_memory_of_every_gpu(rows, bits):
+    for architecture, limit in SHARED_LIMIT.items():
+        spec = make_linear(bits=bits, symmetric=False, dtype=torch.float16).spec
+        config = choose_config(rows, spec, torch.float32, limit)
+        assert config.row_tiles * 8 >= rows
+        assert count_shared_bytes(config, spec, torch.float32) <= limit, architecture
+
+
+def test_work_is_cut_into_equal_runs():
+    spec = replace(make_linear().spec, in_features=4096, out_features=4096, group_size=128)
+    config = CudaConfig(row_tiles=1, tiles=4, warps_out=1, warps_in=8, stages=4)
+    # 64 blocks of 8 chunks are 512 units: 128 runs of 4, not 132 of 3 or 4.
+    work = plan_work(config, spec, 132)
+    assert (work.channel_blocks, work.runs) == (64, 128)
+    assert plan_work(config, replace(spec, out_features=16), 132).runs == 8
+
+
+def test_a_source_that_does_not_compile_is_a_reason(monkeypatch, tmp_path):
+    try:
+        cuda_driver.load_nvrtc()
+    except KernelUnavailable as reason:
+        pytest.skip(str(reason))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(KernelUnavailable, match=r"NVRTC \d+\.\d+ cannot compile .*-DBITS=4.*error"):
+        cuda_driver.compile_source("nonsense;", {"BITS": 4}, "sm_90")
+
+
+def test_machine_code_is_kept_on_disk(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiled = []
+
+    def compile_once(nvrtc, source, options):
+        compiled.append(options)
+        return b"cubin"
+
+    monkeypatch.setattr(cuda_driver, "load_nvrtc", lambda: None)
+    monkeypatch.setattr(cuda_driver, "find_nvrtc_version", lambda nvrtc: (13, 0))
+    monkeypatch.setattr(cuda_driver, "_compile", compile_once)
+    for _ in range(2):
+        assert cuda_driver.compile_source("source", {"BITS": 4}, "sm_90") == b"cubin"
+    assert len(compiled) == 1
+    cuda_driver.compile_source("source", {"BITS": 8}, "sm_90")
+    cuda_driver.compile_source("source", {"BITS": 4}, "sm_80")
+    assert len(compiled) == 3
+    assert len(list((tmp_path / "halfbyte" / "kernels").glob("*.cubin"))) == 3
