@@ -145,10 +145,10 @@ inline void close_copies() {
   fiber.open.clear();
 }
 
-template <int OPEN>
+template <unsigned OPEN>
 inline void wait_for_copies() {
   auto& groups = emulator::fibers[emulator::current].groups;
-  while (int(groups.size()) > OPEN) {
+  while (groups.size() > OPEN) {
     for (auto& copy : groups.front()) memcpy(copy.to, copy.from, 16);
     groups.pop_front();
   }

@@ -60,10 +60,11 @@ class Arguments(ctypes.Structure):
         ("result", ctypes.c_void_p),
         ("partials", ctypes.c_void_p),
         ("arrivals", ctypes.c_void_p),
-        ("rows", ctypes.c_int),
-        ("in_features", ctypes.c_int),
-        ("out_features", ctypes.c_int),
-        ("group_steps", ctypes.c_int),
+        ("rows", ctypes.c_uint),
+        ("in_features", ctypes.c_uint),
+        ("out_features", ctypes.c_uint),
+        ("group_steps", ctypes.c_uint),
+        ("group_shift", ctypes.c_int),
     )
 
 
@@ -106,7 +107,7 @@ PREFERRED = (
     CudaConfig(row_tiles=1, tiles=4, warps_out=1, warps_in=8, stages=4),
     CudaConfig(row_tiles=2, tiles=4, warps_out=2, warps_in=4, stages=4),
     CudaConfig(row_tiles=4, tiles=4, warps_out=4, warps_in=2, stages=4),
-    CudaConfig(row_tiles=8, tiles=2, warps_out=4, warps_in=2, stages=4),
+    CudaConfig(row_tiles=8, tiles=1, warps_out=8, warps_in=1, stages=4),
 )
 """By rows of x."""
 
@@ -254,6 +255,7 @@ def fill_arguments(
 ) -> Arguments:
     """Put the tensors of a launch into the kernel's parameter; they must outlive it."""
     zeros = find_zeros(operands, spec)
+    steps = max(spec.group_size // 64, 1)
     return Arguments(
         codes=operands.weight[0].data_ptr(),
         scales=operands.scales.data_ptr(),
@@ -266,7 +268,8 @@ def fill_arguments(
         rows=rows.shape[0],
         in_features=spec.in_features,
         out_features=spec.out_features,
-        group_steps=max(spec.group_size // 64, 1),
+        group_steps=steps,
+        group_shift=steps.bit_length() - 1 if steps & (steps - 1) == 0 else -1,
     )
 
 

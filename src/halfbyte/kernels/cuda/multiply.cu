@@ -33,24 +33,25 @@ struct Arguments {
   u16* result;           // [rows, out]
   float4* partials;      // [2 * thread blocks, FRAGMENTS, 32]
   u32* arrivals;         // [channel blocks], all 0 between launches
-  int rows;
-  int in_features;
-  int out_features;
-  int group_steps;       // 64-input steps of a group; unused with HALF_GROUPS
+  u32 rows;
+  u32 in_features;
+  u32 out_features;
+  u32 group_steps;       // 64-input steps of a group; unused with HALF_GROUPS
+  int group_shift;       // its logarithm; -1 where it is no power of two
 };
 
-constexpr int WARPS = WARPS_OUT * WARPS_IN;
-constexpr int THREADS = 32 * WARPS;
-constexpr int GROUPS_IN_STEP = HALF_GROUPS ? 2 : 1;
-constexpr int SCALE_SIZE = SCALE_KIND == 2 ? 4 : 2;
-constexpr int TILE_BYTES = 128 * BITS;
-constexpr int CODE_BYTES = TILES * TILE_BYTES;
-constexpr int SCALE_ROW = TILES * 16 * SCALE_SIZE;
-constexpr int ZERO_ROW = HAS_ZEROS ? TILES * 16 : 0;
-constexpr int WARP_BYTES = CODE_BYTES + GROUPS_IN_STEP * (SCALE_ROW + ZERO_ROW);
-constexpr int X_BYTES = ROW_TILES * 8 * 128;
-constexpr int STAGE_BYTES = WARPS * WARP_BYTES + WARPS_IN * X_BYTES;
-constexpr int FRAGMENTS = WARPS_OUT * TILES * ROW_TILES;
+constexpr u32 WARPS = WARPS_OUT * WARPS_IN;
+constexpr u32 THREADS = 32 * WARPS;
+constexpr u32 GROUPS_IN_STEP = HALF_GROUPS ? 2 : 1;
+constexpr u32 SCALE_SIZE = SCALE_KIND == 2 ? 4 : 2;
+constexpr u32 TILE_BYTES = 128 * BITS;
+constexpr u32 CODE_BYTES = TILES * TILE_BYTES;
+constexpr u32 SCALE_ROW = TILES * 16 * SCALE_SIZE;
+constexpr u32 ZERO_ROW = HAS_ZEROS ? TILES * 16 : 0;
+constexpr u32 WARP_BYTES = CODE_BYTES + GROUPS_IN_STEP * (SCALE_ROW + ZERO_ROW);
+constexpr u32 X_BYTES = ROW_TILES * 8 * 128;
+constexpr u32 STAGE_BYTES = WARPS * WARP_BYTES + WARPS_IN * X_BYTES;
+constexpr u32 FRAGMENTS = WARPS_OUT * TILES * ROW_TILES;
 
 #ifndef EMULATED
 // ---------------------------------------------------------------- instructions of the device
@@ -66,7 +67,7 @@ DEVICE void copy_ahead(u8* to, const u8* from) {
 
 DEVICE void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-template <int OPEN>
+template <u32 OPEN>
 DEVICE void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(OPEN) : "memory");
 }
@@ -155,7 +156,7 @@ extern __shared__ uint4 shared_memory[];
 
 // ---------------------------------------------------------------- codes to numbers
 
-DEVICE float read_scale(const u8* scales, int index) {
+DEVICE float read_scale(const u8* scales, u32 index) {
 #if SCALE_KIND == 0
   return widen_half(((const u16*)scales)[index]);
 #elif SCALE_KIND == 1
@@ -226,7 +227,7 @@ DEVICE void take_apart(u32 (&pairs)[4], const u32* words, int h, int half, u32 z
 }
 
 // The words of a lane of one tile, in the order that take_apart reads.
-DEVICE void read_words(u32 (&words)[BITS], const u8* tile, int lane) {
+DEVICE void read_words(u32 (&words)[BITS], const u8* tile, u32 lane) {
 #if BITS == 4
   *(uint4*)words = ((const uint4*)tile)[lane];
 #elif BITS == 8
@@ -244,13 +245,8 @@ DEVICE void read_words(u32 (&words)[BITS], const u8* tile, int lane) {
 
 // ---------------------------------------------------------------- the walk over the units
 
-struct Position {
-  int block;  // of channels
-  int chunk;  // of WARPS_IN * 64 inputs
-};
-
 struct Walk {
-  int chunks;
+  u32 chunks;  // of a block of channels, WARPS_IN * 64 inputs each
   u32 units;
   u32 runs;
 
@@ -259,54 +255,94 @@ struct Walk {
   DEVICE u32 run_of(u32 unit) const { return ((unit + 1) * runs - 1) / units; }
 };
 
-// Starts the copies of a warp's codes, scales and zeros.
-DEVICE void copy_weight(u8* to, const Arguments& a, int step, int first_tile, int lane) {
-  int tiles = a.out_features / 16;
-  const u8* codes = a.codes + ((u64)step * tiles + first_tile) * TILE_BYTES;
-#pragma unroll
-  for (int i = 0; i < (CODE_BYTES + 511) / 512; i++) {
-    int place = (i * 32 + lane) * 16;
-    if (place < CODE_BYTES && first_tile + place / TILE_BYTES < tiles)
-      copy_ahead(to + place, codes + place);
-  }
-#pragma unroll
-  for (int half = 0; half < GROUPS_IN_STEP; half++) {
-    int group = HALF_GROUPS ? 2 * step + half : step / a.group_steps;
-    u64 row = (u64)group * a.out_features + first_tile * 16;
-    u8* scales_to = to + CODE_BYTES + half * SCALE_ROW;
-#pragma unroll
-    for (int i = 0; i < (SCALE_ROW + 511) / 512; i++) {
-      int place = (i * 32 + lane) * 16;
-      if (place < SCALE_ROW && first_tile + place / (16 * SCALE_SIZE) < tiles)
-        copy_ahead(scales_to + place, a.scales + row * SCALE_SIZE + place);
-    }
-#if HAS_ZEROS
-    u8* zeros_to = to + CODE_BYTES + GROUPS_IN_STEP * SCALE_ROW + half * ZERO_ROW;
-    if (lane < TILES && first_tile + lane < tiles)
-      copy_ahead(zeros_to + lane * 16, a.zeros + row + lane * 16);
-#endif
-  }
-}
-
 // Row m's 16-byte pieces are swapped about by m, or reading a column of pieces would meet in a bank.
-DEVICE int x_place(int m, int piece) { return m * 128 + ((piece ^ (m & 7)) << 4); }
+DEVICE u32 x_place(u32 m, u32 piece) { return m * 128 + ((piece ^ (m & 7)) << 4); }
 
-// Copies the inputs of a step; the warps of the same inputs share the work.
-template <bool AHEAD>
-DEVICE void copy_x(u8* to, const Arguments& a, int step, int warp_out, int lane) {
-#pragma unroll
-  for (int i = 0; i < (ROW_TILES * 64 + 32 * WARPS_OUT - 1) / (32 * WARPS_OUT); i++) {
-    int index = (i * WARPS_OUT + warp_out) * 32 + lane;
-    int m = index / 8, piece = index % 8;
-    if (m < a.rows && m < ROW_TILES * 8) {
-      const u16* from = a.x + (u64)m * a.in_features + step * 64 + piece * 8;
-      if (AHEAD)
-        copy_ahead(to + x_place(m, piece), (const u8*)from);
-      else
-        *(uint4*)(to + x_place(m, piece)) = *(const uint4*)from;
+// Where a warp's next copies come from. Pointers move on by a constant from unit to unit: working
+// every address out anew would cost as much as the products.
+struct Source {
+  u32 lane, warp_in, warp_out;
+  u32 chunk, block, step;
+  u32 tiles_left;   // of the weight, from the warp's first on
+  u32 channel;      // the warp's first
+  const u8* codes;  // this lane's first piece
+  const u8* x;
+
+  DEVICE void begin(const Arguments& a, const Walk& walk, u32 unit) {
+    block = unit / walk.chunks;
+    chunk = unit % walk.chunks;
+    aim(a);
+  }
+
+  DEVICE void aim(const Arguments& a) {
+    u32 tiles = a.out_features / 16, first = (block * WARPS_OUT + warp_out) * TILES;
+    step = chunk * WARPS_IN + warp_in;
+    tiles_left = first < tiles ? tiles - first : 0;
+    channel = first * 16;
+    codes = a.codes + ((u64)step * tiles + first) * TILE_BYTES + lane * 16;
+    u32 index = warp_out * 32 + lane;
+    x = (const u8*)a.x + ((u64)(index / 8) * a.in_features + step * 64) * 2 + index % 8 * 16;
+  }
+
+  DEVICE void advance(const Arguments& a, const Walk& walk) {
+    chunk++;
+    step += WARPS_IN;
+    codes += (u64)(a.out_features / 16) * (WARPS_IN * TILE_BYTES);
+    x += WARPS_IN * 128;
+    if (chunk == walk.chunks) {
+      chunk = 0;
+      block++;
+      aim(a);
     }
   }
-}
+
+  // Starts the copies of the warp's codes, scales and zeros.
+  DEVICE void copy_weight(const Arguments& a, u8* to) const {
+#pragma unroll
+    for (u32 i = 0; i < (CODE_BYTES + 511) / 512; i++) {
+      u32 place = (i * 32 + lane) * 16;
+      if ((CODE_BYTES % 512 == 0 || place < CODE_BYTES) && place / TILE_BYTES < tiles_left)
+        copy_ahead(to + place, codes + i * 512);
+    }
+#pragma unroll
+    for (u32 half = 0; half < GROUPS_IN_STEP; half++) {
+      u32 group = HALF_GROUPS             ? 2 * step + half
+                  : a.group_shift >= 0 ? step >> a.group_shift
+                                          : step / a.group_steps;
+      u64 first = (u64)group * a.out_features + channel;
+      u8* scales_to = to + CODE_BYTES + half * SCALE_ROW;
+#pragma unroll
+      for (u32 i = 0; i < (SCALE_ROW + 511) / 512; i++) {
+        u32 place = (i * 32 + lane) * 16;
+        if (place < SCALE_ROW && place / (16 * SCALE_SIZE) < tiles_left)
+          copy_ahead(scales_to + place, a.scales + first * SCALE_SIZE + place);
+      }
+#if HAS_ZEROS
+      u8* zeros_to = to + CODE_BYTES + GROUPS_IN_STEP * SCALE_ROW + half * ZERO_ROW;
+      if (lane < TILES && lane < tiles_left)
+        copy_ahead(zeros_to + lane * 16, a.zeros + first + lane * 16);
+#endif
+    }
+  }
+
+  // Copies the inputs of the step; the warps of the same inputs share the work.
+  template <bool AHEAD>
+  DEVICE void copy_x(const Arguments& a, u8* to) const {
+    constexpr u32 EACH = 4 * WARPS_OUT;  // rows at a time
+#pragma unroll
+    for (u32 i = 0; i < (ROW_TILES * 8 + EACH - 1) / EACH; i++) {
+      u32 m = i * EACH + warp_out * 4 + lane / 8;
+      if (m < a.rows && (ROW_TILES * 8 % EACH == 0 || m < ROW_TILES * 8)) {
+        const u8* from = x + (u64)(i * EACH) * a.in_features * 2;
+        u8* target = to + x_place(m, lane % 8);
+        if (AHEAD)
+          copy_ahead(target, from);
+        else
+          *(uint4*)target = *(const uint4*)from;
+      }
+    }
+  }
+};
 
 DEVICE void meet() {
 #if WARPS_OUT == 1
@@ -316,22 +352,22 @@ DEVICE void meet() {
 #endif
 }
 
-DEVICE void add_step(float (&sums)[TILES][ROW_TILES][4], const u8* weight, const u8* x, int lane) {
+DEVICE void add_step(float (&sums)[TILES][ROW_TILES][4], const u8* weight, const u8* x, u32 lane) {
   const u8* scales = weight + CODE_BYTES;
   alignas(16) u32 words[TILES][BITS];
 #pragma unroll
-  for (int tile = 0; tile < TILES; tile++)
+  for (u32 tile = 0; tile < TILES; tile++)
     read_words(words[tile], weight + tile * TILE_BYTES, lane);
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     u32 b[ROW_TILES][4];
 #pragma unroll
-    for (int r = 0; r < ROW_TILES; r++)
+    for (u32 r = 0; r < ROW_TILES; r++)
       load_matrices(b[r], x + x_place(r * 8 + lane % 8, half * 4 + lane / 8));
-    int scale_row = HALF_GROUPS ? half * TILES * 16 : 0;
+    u32 scale_row = HALF_GROUPS ? half * TILES * 16 : 0;
 #pragma unroll
-    for (int tile = 0; tile < TILES; tile++) {
-      int channel = scale_row + tile * 16 + lane / 4;
+    for (u32 tile = 0; tile < TILES; tile++) {
+      u32 channel = scale_row + tile * 16 + lane / 4;
       u32 zero0 = 1 << (BITS - 1), zero1 = zero0;
 #if HAS_ZEROS
       const u8* zeros = scales + GROUPS_IN_STEP * SCALE_ROW;
@@ -343,7 +379,7 @@ DEVICE void add_step(float (&sums)[TILES][ROW_TILES][4], const u8* weight, const
       take_apart(second, words[tile], 1, half, zero1);
       float scale0 = read_scale(scales, channel), scale1 = read_scale(scales, channel + 8);
 #pragma unroll
-      for (int r = 0; r < ROW_TILES; r++) {
+      for (u32 r = 0; r < ROW_TILES; r++) {
         float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
         multiply_add(part, first[0], second[0], first[1], second[1], b[r][0], b[r][1]);
         multiply_add(part, first[2], second[2], first[3], second[3], b[r][2], b[r][3]);
@@ -356,7 +392,7 @@ DEVICE void add_step(float (&sums)[TILES][ROW_TILES][4], const u8* weight, const
   }
 }
 
-DEVICE void store_one(const Arguments& a, int m, int n, float value) {
+DEVICE void store_one(const Arguments& a, u32 m, u32 n, float value) {
   if (m < a.rows) {
 #if BF16
     if (a.bias) value += bits_to_float((u32)a.bias[n] << 16);
@@ -368,11 +404,11 @@ DEVICE void store_one(const Arguments& a, int m, int n, float value) {
 }
 
 // Stores a lane's four sums of a fragment of a block of channels.
-DEVICE void store_sums(const Arguments& a, int block, int index, float4 sum) {
-  int lane = index % 32, fragment = index / 32;
-  int tile = block * WARPS_OUT * TILES + fragment / ROW_TILES;
+DEVICE void store_sums(const Arguments& a, u32 block, u32 index, float4 sum) {
+  u32 lane = index % 32, fragment = index / 32;
+  u32 tile = block * WARPS_OUT * TILES + fragment / ROW_TILES;
   if (tile * 16 >= a.out_features) return;
-  int n = tile * 16 + lane / 4, m = fragment % ROW_TILES * 8 + lane % 4 * 2;
+  u32 n = tile * 16 + lane / 4, m = fragment % ROW_TILES * 8 + lane % 4 * 2;
   store_one(a, m, n, sum.x);
   store_one(a, m + 1, n, sum.y);
   store_one(a, m, n + 8, sum.z);
@@ -380,29 +416,29 @@ DEVICE void store_sums(const Arguments& a, int block, int index, float4 sum) {
 }
 
 // Adds the sums of the warps, and of the other runs where this one has not all inputs of the block.
-DEVICE void finish_block(const Arguments& a, const Walk& walk, int block, u32 run, int thread,
+DEVICE void finish_block(const Arguments& a, const Walk& walk, u32 block, u32 run, u32 thread,
                          float (&sums)[TILES][ROW_TILES][4], float4* exchange, u32* last) {
-  int lane = thread % 32, warp = thread / 32;
-  int warp_in = warp / WARPS_OUT, warp_out = warp % WARPS_OUT;
+  u32 lane = thread % 32, warp = thread / 32;
+  u32 warp_in = warp / WARPS_OUT, warp_out = warp % WARPS_OUT;
 #pragma unroll
-  for (int tile = 0; tile < TILES; tile++)
+  for (u32 tile = 0; tile < TILES; tile++)
 #pragma unroll
-    for (int r = 0; r < ROW_TILES; r++) {
-      int fragment = (warp_out * TILES + tile) * ROW_TILES + r;
+    for (u32 r = 0; r < ROW_TILES; r++) {
+      u32 fragment = (warp_out * TILES + tile) * ROW_TILES + r;
       float(&s)[4] = sums[tile][r];
       exchange[(warp_in * FRAGMENTS + fragment) * 32 + lane] = make_float4(s[0], s[1], s[2], s[3]);
       s[0] = s[1] = s[2] = s[3] = 0.0f;
     }
   __syncthreads();
-  u32 first_unit = (u32)block * walk.chunks, end_unit = first_unit + walk.chunks;
+  u32 first_unit = block * walk.chunks, end_unit = first_unit + walk.chunks;
   u32 first_run = walk.run_of(first_unit), last_run = walk.run_of(end_unit - 1);
   bool whole = first_run == last_run;
   // A run has at most two blocks that are not whole: its first and its last.
   u32 slot = 2 * run + (walk.begin(run) < first_unit);
-  for (int index = thread; index < FRAGMENTS * 32; index += THREADS) {
+  for (u32 index = thread; index < FRAGMENTS * 32; index += THREADS) {
     float4 sum = exchange[index];
 #pragma unroll
-    for (int other = 1; other < WARPS_IN; other++) {
+    for (u32 other = 1; other < WARPS_IN; other++) {
       float4 more = exchange[other * FRAGMENTS * 32 + index];
       sum.x += more.x;
       sum.y += more.y;
@@ -426,7 +462,7 @@ DEVICE void finish_block(const Arguments& a, const Walk& walk, int block, u32 ru
   }
   __syncthreads();
   if (*last) {
-    for (int index = thread; index < FRAGMENTS * 32; index += THREADS) {
+    for (u32 index = thread; index < FRAGMENTS * 32; index += THREADS) {
       float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
       for (u32 other = first_run; other <= last_run; other++) {
         u32 place = 2 * other + (walk.begin(other) < first_unit);
@@ -447,75 +483,66 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) multiply(Arguments
   u8* ring = (u8*)shared_memory;
   float4* exchange = (float4*)(ring + STAGES * STAGE_BYTES);
   u32* last = (u32*)(exchange + WARPS_IN * FRAGMENTS * 32);
-  int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  int warp_in = warp / WARPS_OUT, warp_out = warp % WARPS_OUT;
-  int steps = a.in_features / 64;
+  u32 thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  u32 warp_in = warp / WARPS_OUT, warp_out = warp % WARPS_OUT;
+  u32 steps = a.in_features / 64;
   Walk walk;
   walk.chunks = (steps + WARPS_IN - 1) / WARPS_IN;
-  walk.units = (u32)walk.chunks *
-               ((a.out_features + 16 * TILES * WARPS_OUT - 1) / (16 * TILES * WARPS_OUT));
+  walk.units = walk.chunks * ((a.out_features + 16 * TILES * WARPS_OUT - 1) / (16 * TILES * WARPS_OUT));
   walk.runs = gridDim.x;
-  u32 run = blockIdx.x;
-  u32 begin = walk.begin(run);
-  int count = (int)(walk.begin(run + 1) - begin);
+  u32 run = blockIdx.x, begin = walk.begin(run), count = walk.begin(run + 1) - begin;
   u8* weight_part = ring + warp * WARP_BYTES;
   u8* x_part = ring + WARPS * WARP_BYTES + warp_in * X_BYTES;
 
-  Position ahead = {(int)(begin / walk.chunks), (int)(begin % walk.chunks)};
-  Position here = ahead;
-  auto advance = [&](Position& position) {
-    if (++position.chunk == walk.chunks) {
-      position.chunk = 0;
-      position.block++;
-    }
-  };
+  Source source = {lane, warp_in, warp_out};
+  source.begin(a, walk, begin);
   let_next_begin();
 #pragma unroll
-  for (int stage = 0; stage < STAGES - 1; stage++) {
-    int step = ahead.chunk * WARPS_IN + warp_in;
-    if (stage < count && step < steps)
-      copy_weight(weight_part + stage * STAGE_BYTES, a, step,
-                  (ahead.block * WARPS_OUT + warp_out) * TILES, lane);
+  for (u32 stage = 0; stage < STAGES - 1; stage++) {
+    if (stage < count && source.step < steps)
+      source.copy_weight(a, weight_part + stage * STAGE_BYTES);
     close_copies();
-    advance(ahead);
+    source.advance(a, walk);
   }
   // Weights never change: they were asked for before the launches that make x were over.
   wait_for_inputs();
-  Position early = here;
+  Source early = {lane, warp_in, warp_out};
+  early.begin(a, walk, begin);
 #pragma unroll
-  for (int stage = 0; stage < STAGES - 1; stage++) {
-    int step = early.chunk * WARPS_IN + warp_in;
-    if (stage < count && step < steps)
-      copy_x<false>(x_part + stage * STAGE_BYTES, a, step, warp_out, lane);
-    advance(early);
+  for (u32 stage = 0; stage < STAGES - 1; stage++) {
+    if (stage < count && early.step < steps)
+      early.copy_x<false>(a, x_part + stage * STAGE_BYTES);
+    early.advance(a, walk);
   }
 
   float sums[TILES][ROW_TILES][4];
 #pragma unroll
-  for (int tile = 0; tile < TILES; tile++)
+  for (u32 tile = 0; tile < TILES; tile++)
 #pragma unroll
-    for (int r = 0; r < ROW_TILES; r++)
+    for (u32 r = 0; r < ROW_TILES; r++)
 #pragma unroll
-      for (int i = 0; i < 4; i++) sums[tile][r][i] = 0.0f;
+      for (u32 i = 0; i < 4; i++) sums[tile][r][i] = 0.0f;
 
-  int slot = 0, slot_ahead = STAGES - 1;
-  for (int unit = 0; unit < count; unit++) {
+  u32 block = begin / walk.chunks, chunk = begin % walk.chunks;
+  u32 slot = 0, slot_ahead = (STAGES - 1) * STAGE_BYTES;
+  for (u32 unit = 0; unit < count; unit++) {
     wait_for_copies<STAGES - 2>();
     meet();  // the copies are there for all, and all have read the slot that is filled next
-    int step = ahead.chunk * WARPS_IN + warp_in;
-    if (unit + STAGES - 1 < count && step < steps) {
-      copy_weight(weight_part + slot_ahead * STAGE_BYTES, a, step,
-                  (ahead.block * WARPS_OUT + warp_out) * TILES, lane);
-      copy_x<true>(x_part + slot_ahead * STAGE_BYTES, a, step, warp_out, lane);
+    if (unit + STAGES - 1 < count && source.step < steps) {
+      source.copy_weight(a, weight_part + slot_ahead);
+      source.copy_x<true>(a, x_part + slot_ahead);
     }
     close_copies();
-    advance(ahead);
-    if (here.chunk * WARPS_IN + warp_in < steps)
-      add_step(sums, weight_part + slot * STAGE_BYTES, x_part + slot * STAGE_BYTES, lane);
-    if (here.chunk == walk.chunks - 1 || unit == count - 1)
-      finish_block(a, walk, here.block, run, thread, sums, exchange, last);
-    advance(here);
-    slot = slot + 1 == STAGES ? 0 : slot + 1;
-    slot_ahead = slot_ahead + 1 == STAGES ? 0 : slot_ahead + 1;
+    source.advance(a, walk);
+    if (chunk * WARPS_IN + warp_in < steps) add_step(sums, weight_part + slot, x_part + slot, lane);
+    chunk++;
+    if (chunk == walk.chunks || unit == count - 1)
+      finish_block(a, walk, block, run, thread, sums, exchange, last);
+    if (chunk == walk.chunks) {
+      chunk = 0;
+      block++;
+    }
+    slot = slot + STAGE_BYTES == STAGES * STAGE_BYTES ? 0 : slot + STAGE_BYTES;
+    slot_ahead = slot_ahead + STAGE_BYTES == STAGES * STAGE_BYTES ? 0 : slot_ahead + STAGE_BYTES;
   }
 }

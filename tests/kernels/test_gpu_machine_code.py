@@ -1,0 +1,167 @@
+"""Both GPU tiers compiled for GPUs that are not here, and their machine code looked at."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tests.helpers.packed import make_linear
+
+from halfbyte.errors import KernelUnavailable
+from halfbyte.kernels import cuda_linear
+from halfbyte.kernels.cuda_driver import compile_source, load_nvrtc, read_source
+from halfbyte.kernels.triton_configs import TritonConfig
+
+triton = pytest.importorskip("triton")
+
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90")
+INTEGER = ("LOP3", "SHF", "PRMT", "I2F", "I2FP", "SEL")
+BUDGET = 1.0
+"""Integer instructions a weight in a step. At 2.5 an H100's integer units just keep up with its
+memory (132 multiprocessors, 64 a clock at 1.75 GHz, 2 weights a byte at 3 TB/s)."""
+
+SPEC = replace(
+    make_linear(dtype=torch.bfloat16).spec,
+    in_features=4096,
+    out_features=4096,
+    group_size=128,
+    device_type="cuda",
+)
+
+
+def disassemble(cubin: bytes, folder: Path) -> list[str]:
+    """The instructions in order, with the suffixes that say what they do."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    if not tool.is_file():
+        pytest.skip("this Triton brings no nvdisasm")
+    text = subprocess.run(
+        [str(tool), "-c", str(path)], capture_output=True, text=True, check=True
+    ).stdout
+    return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)", text, re.M)
+
+
+def count(found: list[str], *names: str) -> int:
+    return sum(name.split(".")[0] in names for name in found)
+
+
+def find_loop(found: list[str]) -> list[str]:
+    """From the first read of staged codes to the last product: one step of 64 inputs."""
+    products = [place for place, name in enumerate(found) if name.startswith("HMMA")]
+    reads = [place for place, name in enumerate(found) if re.match(r"LDS\..*128|LDSM", name)]
+    return found[min(reads) : products[-1] + 1]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("rows", [1, 16, 32, 64])
+def test_cuda_kernel(architecture, rows, tmp_path, monkeypatch):
+    try:
+        load_nvrtc()
+    except KernelUnavailable as reason:
+        pytest.skip(str(reason))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    limit = cuda_linear.SHARED_LIMIT[architecture]
+    config = cuda_linear.choose_config(rows, SPEC, torch.float16, limit)
+    macros = cuda_linear.define_macros(config, SPEC, torch.float16)
+    cubin = compile_source(read_source("multiply.cu"), macros, architecture)
+    found = disassemble(cubin, tmp_path)
+    assert count(found, "HMMA") == 4 * config.tiles * config.row_tiles
+    assert any(name.startswith("LDGSTS") and "128" in name for name in found)
+    assert any(name.startswith("LDS") and "128" in name for name in found)
+    assert count(found, "LDL", "STL") == 0, "registers are spilled"
+    assert count(find_loop(found), *INTEGER) <= BUDGET * config.tiles * 32
+    if architecture == "sm_90":
+        assert count(found, "ACQBULK", "PREEXIT") == 2, "no early start of the next launch"
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_cuda_kernel_of_every_width_spills_nothing(bits, dtype, tmp_path, monkeypatch):
+    try:
+        load_nvrtc()
+    except KernelUnavailable as reason:
+        pytest.skip(str(reason))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    spec = replace(SPEC, bits=bits, dtype=dtype, symmetric=False, group_size=32)
+    config = cuda_linear.choose_config(1, spec, torch.float16, cuda_linear.SHARED_LIMIT["sm_90"])
+    macros = cuda_linear.define_macros(config, spec, torch.float16)
+    found = disassemble(compile_source(read_source("multiply.cu"), macros, "sm_90"), tmp_path)
+    assert count(found, "HMMA") == 4 * config.tiles
+    assert count(found, "LDL", "STL") == 0
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("config", [TritonConfig(64, 16, 1, 4, 4), TritonConfig(128, 64, 1, 8, 4)])
+def test_triton_program(architecture, zeros, config, tmp_path):
+    found = disassemble(compile_triton(architecture, config, zeros=zeros), tmp_path)
+    product = "HGMMA" if architecture == "sm_90" else "HMMA"
+    assert count(found, product) > 0
+    assert any(name.startswith("LDGSTS") and "128" in name for name in found)
+    assert count(found, "LDL", "STL") == 0, "registers are spilled"
+    assert count(found, "I2F", "I2FP") == 0, "codes are converted, not set into a mantissa"
+    if architecture == "sm_90":
+        weights = config.block_out * 64 // (32 * config.warps)
+        # Over the whole program: what stands outside the loop counts too.
+        assert count(found, *INTEGER) <= 3.0 * weights
+        # The layout is the tensor core's own: no code passes through shared memory twice.
+        assert count(found, "STS") <= 2
+
+
+def compile_triton(architecture: str, config: TritonConfig, *, zeros: bool) -> bytes:
+    """Compile the product for a GPU that is not here."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from halfbyte.kernels.triton_programs import multiply_program
+
+    constants = {
+        "BITS": 4,
+        "GROUP_SIZE": 128,
+        "HAS_ZEROS": zeros,
+        "HAS_ORDER": False,
+        "HAS_BIAS": False,
+        "FAST": True,
+        "BLOCK_OUT": config.block_out,
+        "BLOCK_ROWS": config.block_rows,
+        "SPLITS": config.splits,
+        "STAGES": config.stages,
+        "order": None,
+        "bias": None,
+        "workspace": None,
+        "arrivals": None,
+    } | ({} if zeros else {"zeros": None})
+    types = {
+        "x": "*bf16",
+        "codes": "*i32",
+        "zeros": "*u8",
+        "scales": "*fp16",
+        "result": "*bf16",
+        "rows": "i32",
+        "in_features": "i32",
+        "out_features": "i32",
+        "steps_each": "i32",
+    }
+    names = multiply_program.arg_names
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    aligned = [
+        index
+        for index, name in enumerate(names)
+        if signature[name] != "constexpr" and name not in ("rows", "steps_each")
+    ]
+    source = ASTSource(
+        multiply_program,
+        signature,
+        constexprs=constants,
+        attrs={(index,): [["tt.divisibility", 16]] for index in aligned},
+    )
+    capability = int(architecture.removeprefix("sm_"))
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    cubin: bytes = compiled.asm["cubin"]
+    return cubin
