@@ -8,9 +8,9 @@ import torch
 from tests.helpers.packed import make_linear
 
 from halfbyte.kernels.fragments import (
+    dequantize_in_torch,
     find_layout_mismatch,
     find_order,
-    find_zeros,
     pack_fragments,
     prepare_fragments,
     restore_fragments,
@@ -96,11 +96,7 @@ def test_a_layer_gives_back_its_stored_bits(bits, zero_offset, act_order):
     order = find_order(operands, linear.spec)
     rows = torch.arange(192) if order is None else order.long()
     assert torch.equal(linear.g_idx[rows], torch.arange(192, dtype=torch.int32) // 32)
-    zeros = find_zeros(operands, linear.spec)
-    codes = unpack_fragments(operands.weight[0], bits).double()
-    grid = torch.arange(192) // 32
-    weight = (codes - zeros[grid]) * linear.stored.scales[grid].double()
-    assert torch.equal(weight.t(), linear.weight[:, rows])
+    assert torch.equal(dequantize_in_torch(operands, linear.spec, torch.float64), linear.weight)
 
 
 @pytest.mark.parametrize(

@@ -19,21 +19,21 @@ from torch import Tensor
 
 from halfbyte.errors import KernelUnavailable
 from halfbyte.kernels.contract import LinearSpec, Operands
-from halfbyte.kernels.cuda_driver import (
-    Function,
-    compile_source,
-    load_driver,
-    load_nvrtc,
-    read_source,
+from halfbyte.kernels.cuda_driver import Function, compile_source, read_source
+from halfbyte.kernels.fragments import (
+    dequantize_in_torch,
+    find_layout_mismatch,
+    find_order,
+    find_zeros,
 )
-from halfbyte.kernels.fragments import find_layout_mismatch, find_order, find_zeros
 from halfbyte.kernels.gpu_device import (
     count_processors,
     find_arrivals,
+    find_gpu_obstacle,
     is_nvidia,
     name_architecture,
 )
-from halfbyte.kernels.triton_linear import TritonLinear
+from halfbyte.kernels.triton_linear import TritonLinear, find_triton_obstacle
 
 ROWS_LIMIT = 64
 OLDEST = (8, 0)
@@ -188,13 +188,28 @@ class CudaLinear(TritonLinear):
 
     def find_obstacle(self) -> str | None:
         """Say why nothing can be compiled here, or None."""
-        return super().find_obstacle() or _find_obstacle()
+        return find_gpu_obstacle() or _find_obstacle()
 
     def find_mismatch(self, spec: LinearSpec) -> str | None:
         """Say why the kernel cannot run such a layer, or None."""
         if spec.device_type != "cuda":
             return f"runs on cuda, not on {spec.device_type}"
         return find_layout_mismatch(spec)
+
+    def prepare(self, stored: Operands, spec: LinearSpec) -> tuple[Tensor, ...]:
+        """Repack the weight, and compile for every number of rows: a CUDA graph could not."""
+        device, dtype = stored.scales.device, stored.scales.dtype
+        for preferred in PREFERRED:
+            rows = 8 * preferred.row_tiles
+            config = choose_config(rows, spec, dtype, find_shared_limit(device))
+            load_function(config, _without_shape(spec), dtype, device, True)
+        return super().prepare(stored, spec)
+
+    def dequantize(self, operands: Operands, spec: LinearSpec, dtype: torch.dtype) -> Tensor:
+        """Give the weight [out, in] as numbers, by Triton where it can run."""
+        if find_triton_obstacle() is None:
+            return super().dequantize(operands, spec, dtype)
+        return dequantize_in_torch(operands, spec, dtype)
 
     def apply(self, x: Tensor, operands: Operands, bias: Tensor | None, spec: LinearSpec) -> Tensor:
         """Multiply by the packed codes, or by the dequantized weight where x has many rows."""
@@ -232,7 +247,9 @@ def multiply(
         [rows, out].
     """
     device = rows.device
-    function, resident = load_function(config, spec, operands.scales.dtype, device, early_start)
+    function, resident = load_function(
+        config, _without_shape(spec), operands.scales.dtype, device, early_start
+    )
     work = plan_work(config, spec, resident * count_processors(device))
     result = rows.new_empty(rows.shape[0], spec.out_features)
     partials = torch.empty(
@@ -273,6 +290,15 @@ def fill_arguments(
     )
 
 
+@functools.lru_cache(maxsize=1024)
+def _without_shape(spec: LinearSpec) -> LinearSpec:
+    """The spec of every layer that the same machine code serves."""
+    group_size = 32 if spec.group_size < 64 else 64
+    return replace(
+        spec, in_features=64, out_features=64, group_size=group_size, act_order=False, zero_offset=0
+    )
+
+
 @functools.cache
 def load_function(
     config: CudaConfig,
@@ -310,9 +336,20 @@ def _find_obstacle() -> str | None:
     if capability < OLDEST:
         found, needed = (".".join(map(str, version)) for version in (capability, OLDEST))
         return f"needs compute capability {needed}; this GPU has {found}"
+    spec = LinearSpec(
+        bits=4,
+        group_size=64,
+        in_features=64,
+        out_features=64,
+        symmetric=True,
+        act_order=False,
+        zero_offset=0,
+        dtype=torch.bfloat16,
+        device_type="cuda",
+    )
     try:
-        load_driver()
-        load_nvrtc()
+        # All the way: a driver older than torch's NVRTC refuses what that compiles.
+        load_function(PREFERRED[0], spec, torch.float16, device, True)
     except KernelUnavailable as reason:
         return str(reason)
     return None

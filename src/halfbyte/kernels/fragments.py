@@ -168,6 +168,17 @@ def restore_fragments(operands: Operands, spec: LinearSpec) -> Tensor:
     return pack_codes(codes, spec.bits)
 
 
+def dequantize_in_torch(operands: Operands, spec: LinearSpec, dtype: torch.dtype) -> Tensor:
+    """Turn a repacked weight into numbers [out, in] by torch alone, each rounded once."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    codes = unpack_fragments(operands.weight[0], spec.bits).to(wide)
+    groups = torch.arange(spec.in_features, device=codes.device) // spec.group_size
+    zeros, order = find_zeros(operands, spec), find_order(operands, spec)
+    codes.sub_(2 ** (spec.bits - 1) if zeros is None else zeros[groups].to(wide))
+    weight = codes.mul_(operands.scales[groups].to(wide)).to(dtype)
+    return (weight if order is None else weight[torch.argsort(order)]).t().contiguous()
+
+
 def find_zeros(operands: Operands, spec: LinearSpec) -> Tensor | None:
     """The zeros of a repacked layer, uint8 [groups, out]; None where all are the middle code."""
     return None if spec.symmetric else operands.weight[1]

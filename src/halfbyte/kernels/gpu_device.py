@@ -62,3 +62,9 @@ def name_architecture(device: torch.device) -> str:
         return device.type
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+def find_gpu_obstacle() -> str | None:
+    """Say that torch finds no GPU, or None."""
+    available = torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available())
+    return None if available else "needs a GPU; torch finds none"

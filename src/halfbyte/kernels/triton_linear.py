@@ -11,6 +11,9 @@ each group; one rounding of the result. The dequantized weight is rounded once. 
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
+import shutil
 
 import torch
 from torch import Tensor
@@ -27,6 +30,7 @@ from halfbyte.kernels.fragments import (
 from halfbyte.kernels.gpu_device import (
     count_processors,
     find_arrivals,
+    find_gpu_obstacle,
     is_nvidia,
     make_arrivals,
     name_architecture,
@@ -48,7 +52,7 @@ class TritonLinear:
 
     def find_obstacle(self) -> str | None:
         """Say why Triton cannot run here, or None."""
-        return _find_obstacle()
+        return find_triton_obstacle() or find_gpu_obstacle()
 
     def find_mismatch(self, spec: LinearSpec) -> str | None:
         """Say why the programs cannot run such a layer, or None."""
@@ -194,11 +198,10 @@ def dequantize_fragments(operands: Operands, spec: LinearSpec, dtype: torch.dtyp
 
 
 @functools.cache
-def _find_obstacle() -> str | None:
-    try:
-        import triton
-    except ImportError:
+def find_triton_obstacle() -> str | None:
+    """Say why Triton cannot compile here, or None."""
+    if importlib.util.find_spec("triton") is None:
         return "needs Triton, which comes with torch for GPUs: pip install triton"
-    del triton
-    available = torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available())
-    return None if available else "needs a GPU; torch finds none"
+    if not any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang")):
+        return "Triton needs a C compiler for its launchers: install gcc or clang"
+    return None
