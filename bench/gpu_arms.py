@@ -181,6 +181,7 @@ def run_humming(layer: Layer, folder: Path) -> Run:
     """Humming, quantizing our dense weight anew: the times are comparable, the results not."""
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
+        sys.path.append(str(folder.parent / "extra"))  # what it needs, where it is not installed
     from humming.layer import HummingLayer
 
     spec = layer.spec
