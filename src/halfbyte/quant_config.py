@@ -25,7 +25,7 @@ MOST_POLISH = 20
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {},
     "balanced": {"match_base": True, "polish": 1},
-    "best": {"match_base": True, "polish": 1, "tune_steps": 200},
+    "best": {"match_base": True, "polish": 1, "tune_steps": 200, "end_to_end_steps": 120},
 }
 """Settings of :class:`QuantConfig` by what they are for: little time, or more quality."""
 
@@ -150,6 +150,12 @@ class QuantConfig:
         "steps of training the codes of each block on its outputs; needs --match-base",
         metavar="STEPS",
     )
+    end_to_end_steps: int = _option(
+        0,
+        "steps of training all scales and norm gains on the base model's predictions, at most; "
+        "needs --match-base",
+        metavar="STEPS",
+    )
     ragged_groups: bool = _option(
         False, "where the group size does not divide a layer's width, write a shorter last group"
     )
@@ -174,12 +180,14 @@ class QuantConfig:
             raise ConfigError(
                 f"polish is {self.polish}; allowed is 0 to {MOST_POLISH}. Use 1, or 0 to leave it."
             )
-        if self.tune_steps < 0 or (self.tune_steps and not self.match_base):
-            raise ConfigError(
-                f"tune_steps is {self.tune_steps} and match_base {self.match_base}: blocks are "
-                "trained, 1 step or more, on what the unquantized model computes. Add match_base, "
-                "or use 0 steps."
-            )
+        for name in ("tune_steps", "end_to_end_steps"):
+            steps = getattr(self, name)
+            if steps < 0 or (steps and not self.match_base):
+                raise ConfigError(
+                    f"{name} is {steps} and match_base {self.match_base}: what is trained, 1 step "
+                    "or more, is trained on what the unquantized model computes. Add match_base, "
+                    "or use 0 steps."
+                )
         for pattern in self.skip:
             _check_pattern("skip", pattern)
 

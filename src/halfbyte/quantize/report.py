@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -137,6 +137,24 @@ class QualityReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EndToEndReport:
+    """What training scales and norm gains of the whole model brought."""
+
+    steps: int
+    """Taken."""
+    kept_step: int
+    """The step that was kept; 0: none helped, and everything was left as it was."""
+    kl_before: float
+    """To the base model, nats per token, on calibration text that was not trained on."""
+    kl_after: float
+    """The same for what was kept."""
+    looks: tuple[tuple[int, float], ...]
+    """Step and KL of every look."""
+    stopped: bool
+    """Whether the user ended it early."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizationReport:
     """One run, from start to finish."""
 
@@ -166,6 +184,8 @@ class QuantizationReport:
     """What concerns the whole run."""
     flops: dict[str, float] = field(default_factory=dict)
     """Floating-point operations that the run could not do without, by kind of work."""
+    end_to_end: EndToEndReport | None = None
+    """None where it was not asked for or could not be done."""
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain values for JSON."""
@@ -193,6 +213,10 @@ class QuantizationReport:
         values["calibration"] = _build(CalibrationReport, values.get("calibration", {}))
         if values.get("quality") is not None:
             values["quality"] = _build(QualityReport, values["quality"])
+        if values.get("end_to_end") is not None:
+            tuning = _build(EndToEndReport, values["end_to_end"])
+            looks = tuple((int(step), float(kl)) for step, kl in tuning.looks)
+            values["end_to_end"] = replace(tuning, looks=looks)
         return _build(cls, values)
 
     def save(self, folder: Path) -> Path:

@@ -41,6 +41,7 @@ HESSIAN_COPIES = 5
 TUNING_COPIES = 8
 TUNING_ACTIVATIONS = 4
 """Activations that training a block holds, in those of a forward pass."""
+LOGITS_COPIES = 5
 HESSIAN_SHARE = 0.5
 """Of the memory that is left, for the Hessians of one stage; more experts go in portions."""
 SMALLEST_HESSIAN_BYTES = 1 << 28
@@ -61,6 +62,8 @@ class RunSettings:
     """Whether batches wait in memory in the middle of a block, or start it again per stage."""
     hessian_bytes: int
     """For the Hessians that are collected at the same time."""
+    keep_codes: bool = False
+    """Whether training the whole model holds all codes in memory, or reads block by block."""
     reasons: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -162,10 +165,21 @@ def resolve_resources(
         batch_size = max(1, min(batch_size, room // (per_token * longest)))
     batch = per_token * longest * batch_size
     tuning = 0
+    tuning_batch = TUNING_ACTIVATIONS * batch
     if config.tune_steps:
         # Latents, their gradients and bounds in fp32, and what a backward pass remembers.
-        tuning = TUNING_COPIES * 4 * sizes.block_numbers + TUNING_ACTIVATIONS * batch
+        tuning = TUNING_COPIES * 4 * sizes.block_numbers + tuning_batch
     batch = max(batch, tuning)
+    vocabulary = int(weights.config.get_text_config().vocab_size)
+    num_blocks = len(weights.blocks.modules)
+    keep_codes = False
+    if config.end_to_end_steps:
+        # The states between all blocks, and the logits of one sequence: base, own, gradient.
+        between = batch_size * longest * dtype.itemsize * sizes.hidden * num_blocks
+        whole = between + LOGITS_COPIES * 4 * vocabulary * longest + tuning_batch
+        codes = sizes.block_numbers * num_blocks
+        keep_codes = fixed + whole + codes <= budget
+        batch = max(batch, whole + (codes if keep_codes else 0))
     waiting = tokens * dtype.itemsize * (3 * sizes.hidden + sizes.widest_input * sizes.routed)
     waiting *= streams
     keep = fixed + batch + waiting <= budget
@@ -178,6 +192,7 @@ def resolve_resources(
         batch_size=int(batch_size),
         keep_paused=keep,
         hessian_bytes=max(int(left * HESSIAN_SHARE), SMALLEST_HESSIAN_BYTES),
+        keep_codes=keep_codes,
         reasons=(why_budget, f"computes in {why_dtype}", f"{batch_size} sequences a batch", how),
     )
     passes = streams * (1.0 if keep else 2.2)
@@ -185,6 +200,9 @@ def resolve_resources(
     products = 1.5 if config.match_base else 0.5
     solve = sizes.solve_macs * (4 + 4 * config.polish)
     tune = 6.0 * config.tune_steps * batch_size * longest * sizes.numbers
+    # Forwards, forwards again and twice that backwards; the head for both models.
+    per_step = 8.0 * sizes.numbers + 8.0 * vocabulary * sizes.hidden
+    tune += config.end_to_end_steps * batch_size * longest * per_step
     flops = 2.0 * tokens * (sizes.numbers * passes + sizes.hessian_macs * products) + solve + tune
     return RunPlan(
         settings=settings,
