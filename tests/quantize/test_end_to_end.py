@@ -85,10 +85,10 @@ def test_gradients_are_those_of_the_whole_model_at_once(tmp_path: Path) -> None:
     wanted = whole(ids).logits.log_softmax(-1).detach()
     data = WholeData(ids=lambda _: ids, base=lambda _: hidden[0].detach(), num_batches=4)
     tuning = EndToEndTuning(chain, student, data, tmp_path / "state", steps=1, seed=0)
-    states = chain.forward(ids)
-    kl, gradient = tuning._divergence(ids, states[-1], hidden[0].detach(), with_gradient=True)
+    states = chain.forward([ids])
+    kl, gradient = tuning._divergence(ids, states[-1][0], hidden[0].detach(), with_gradient=True)
     assert gradient is not None
-    chain.backward(ids, states, gradient)
+    assert list(chain.backward([ids], states, [gradient])) == [1, 0]
 
     checkpoint = open_checkpoint(folder)
     parameters = dict(whole.named_parameters())

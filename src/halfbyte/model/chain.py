@@ -7,7 +7,7 @@ backward pass through a model of any size needs one block and the states between
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -34,36 +34,44 @@ class BlockChain:
         self.num_blocks = len(stream.blocks.modules)
 
     @torch.no_grad()
-    def forward(self, input_ids: Tensor) -> list[Tensor]:
-        """Run all blocks.
+    def forward(self, batches: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Run all blocks, each on all batches before the next.
 
         Args:
-            input_ids: [sequences, tokens].
+            batches: Token ids, [sequences, tokens] each.
 
         Returns:
-            Hidden states behind every block, [sequences, tokens, hidden] each.
+            Hidden states behind every block, by block and batch: [sequences, tokens, hidden].
         """
-        states: list[Tensor] = []
+        states: list[list[Tensor]] = []
         for index in range(self.num_blocks):
+            before = states[-1] if states else [None] * len(batches)
             with self.enter(index), self.stream.at(index):
-                states.append(self.stream.run(input_ids, states[-1] if states else None))
+                states.append([self.stream.run(i, h) for i, h in zip(batches, before, strict=True)])
         return states
 
-    def backward(self, input_ids: Tensor, states: list[Tensor], gradient: Tensor) -> None:
-        """Let a gradient flow through all blocks; what requires one in them gets it.
+    def backward(
+        self, batches: Sequence[Tensor], states: list[list[Tensor]], gradients: Sequence[Tensor]
+    ) -> Iterator[int]:
+        """Let gradients flow through all blocks; what requires one in them gets it.
 
         Args:
-            input_ids: As given to :meth:`forward`.
+            batches: As given to :meth:`forward`.
             states: What it returned; given back block by block, so empty afterwards.
-            gradient: Of the loss by the states behind the last block.
+            gradients: Of the loss by the states behind the last block, by batch.
+
+        Yields:
+            Each block's number, from the last to the first, while the block is still in place.
         """
+        flowing = list(gradients)
         for index in reversed(range(self.num_blocks)):
             states.pop()
-            before = states[-1].detach().requires_grad_() if states else None
             with torch.enable_grad(), self.enter(index), self.stream.at(index):
-                output = self.stream.run(input_ids, before)
-                if output.requires_grad:
-                    output.backward(gradient)
-            if before is None or before.grad is None:
-                return
-            gradient = before.grad
+                for k, ids in enumerate(batches):
+                    before = states[-1][k].detach().requires_grad_() if states else None
+                    output = self.stream.run(ids, before)
+                    if output.requires_grad:
+                        output.backward(flowing[k])
+                    if before is not None and before.grad is not None:
+                        flowing[k] = before.grad
+                yield index

@@ -347,17 +347,18 @@ def split_experts(weights: ModelWeights, index: int) -> list[str]:
         index: Which block.
 
     Returns:
-        Names of the split experts modules, within the block.
+        Names of the split experts modules, within the block; also of those split before.
     """
     prefix = weights.blocks.name(index)
-    split = unfuse_experts(
+    unfuse_experts(
         weights.model,
         lambda name: (
             name.startswith(f"{prefix}.")
             and why_not_unfused(weights.model.get_submodule(name)) is None
         ),
     )
-    return [name.removeprefix(f"{prefix}.") for name in split]
+    block = weights.blocks.modules[index]
+    return [name for name, module in block.named_modules() if isinstance(module, UnfusedExperts)]
 
 
 def cast_block(block: nn.Module, stored: torch.dtype, computing: torch.dtype) -> None:

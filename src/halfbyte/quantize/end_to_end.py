@@ -154,7 +154,7 @@ class EndToEndTuning:
         total, tokens = 0.0, 0
         for batch in self.data.check:
             ids = self.data.ids(batch)
-            hidden = self.chain.forward(ids)[-1]
+            (hidden,) = self.chain.forward([ids])[-1]
             found, _ = self._divergence(ids, hidden, self.data.base(batch), with_gradient=False)
             total += found * ids.numel()
             tokens += ids.numel()
@@ -166,11 +166,13 @@ class EndToEndTuning:
         dice = torch.Generator().manual_seed(self.seed + epoch)
         batch = fit[int(torch.randperm(len(fit), generator=dice)[place])]
         ids = self.data.ids(batch)
-        states = self.chain.forward(ids)
+        states = self.chain.forward([ids])
         self.optimizer.zero_grad()
-        _, gradient = self._divergence(ids, states[-1], self.data.base(batch), with_gradient=True)
+        hidden, base = states[-1][0], self.data.base(batch)
+        _, gradient = self._divergence(ids, hidden, base, with_gradient=True)
         assert gradient is not None
-        self.chain.backward(ids, states, gradient)
+        for _ in self.chain.backward([ids], states, [gradient]):
+            pass
         if all(c.grad is None or bool(c.grad.isfinite().all()) for c in self.changes.values()):
             self.optimizer.param_groups[0]["lr"] = self._rate_at(state.step)
             self.optimizer.step()

@@ -21,7 +21,7 @@ from halfbyte.errors import ConfigError
 from halfbyte.model.blocks import linear_weight, quantizable_linears
 from halfbyte.model.experts import find_fused_experts
 from halfbyte.model.weights import ModelWeights
-from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
+from halfbyte.quant_config import SUPPORTED_BITS, CalibrationConfig, QuantConfig, ResourceConfig
 from halfbyte.quantize.hardware import has_fast_bf16
 from halfbyte.quantize.rounding import ROWS_AT_A_TIME
 from halfbyte.quantize.target import CHECK_EVERY
@@ -45,6 +45,9 @@ LOGITS_COPIES = 5
 HESSIAN_SHARE = 0.5
 """Of the memory that is left, for the Hessians of one stage; more experts go in portions."""
 SMALLEST_HESSIAN_BYTES = 1 << 28
+
+SURVEY_TOKENS = 8192
+"""Enough to rank modules by what their bits cost."""
 
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
@@ -180,6 +183,8 @@ def resolve_resources(
         codes = sizes.block_numbers * num_blocks
         keep_codes = fixed + whole + codes <= budget
         batch = max(batch, whole + (codes if keep_codes else 0))
+    survey_tokens = min(SURVEY_TOKENS, tokens) if config.chooses_bits else 0
+    batch = max(batch, tuning_batch + survey_tokens * dtype.itemsize * sizes.hidden * num_blocks)
     waiting = tokens * dtype.itemsize * (3 * sizes.hidden + sizes.widest_input * sizes.routed)
     waiting *= streams
     keep = fixed + batch + waiting <= budget
@@ -203,6 +208,9 @@ def resolve_resources(
     # Forwards, forwards again and twice that backwards; the head for both models.
     per_step = 8.0 * sizes.numbers + 8.0 * vocabulary * sizes.hidden
     tune += config.end_to_end_steps * batch_size * longest * per_step
+    if survey_tokens:
+        tune += survey_tokens * per_step + 2.0 * survey_tokens * sizes.hessian_macs
+        tune += 4 * len(SUPPORTED_BITS) * sizes.solve_macs
     flops = 2.0 * tokens * (sizes.numbers * passes + sizes.hessian_macs * products) + solve + tune
     return RunPlan(
         settings=settings,
@@ -251,11 +259,12 @@ def measure_gemm_rate(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * 1024**3 / best
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, name: str) -> int:
     """Read a size such as ``4GB`` or ``800 MB``.
 
     Args:
         text: Number and unit.
+        name: Of the option, for messages.
 
     Returns:
         Bytes.
@@ -265,13 +274,13 @@ def parse_size(text: str) -> int:
     """
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kKmMgGtT][bB])\s*", text)
     if match is None:
-        raise ConfigError(f"memory is '{text}'; write a number and a unit, such as 4GB or 800MB.")
+        raise ConfigError(f"{name} is '{text}'; write a number and a unit, such as 4GB or 800MB.")
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
 def _budget(asked: str | None) -> tuple[int, str]:
     if asked is not None:
-        return parse_size(asked), "the limit is yours"
+        return parse_size(asked, "memory"), "the limit is yours"
     free = psutil.virtual_memory().available
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.is_file() and (text := limit.read_text(encoding="ascii").strip()).isdigit():

@@ -39,6 +39,7 @@ from halfbyte.quantize.calibration import (
     check_ids,
     load_calibration,
 )
+from halfbyte.quantize.choose_bits import choose_bits
 from halfbyte.quantize.fingerprint import fingerprint_model
 from halfbyte.quantize.finish import (
     count_packed_bits,
@@ -151,11 +152,28 @@ class Run:
                 on_linear=self._on_linear,
                 meter=self.meter,
             )
+            if self.config.chooses_bits:
+                self._choose_bits(work)
             for index in range(len(self.journal.blocks), self.num_blocks):
                 self.progress.block_started(index, self.num_blocks)
                 self._do_block(index, work, states)
             tuning = self._tune_whole(states)
             return self._finish(work, states, tuning)
+
+    def _choose_bits(self, work: BlockWork) -> None:
+        """Give every module its bits, once for a run."""
+        with self.meter.timed("survey"):
+            work.config, notes = choose_bits(
+                self.weights,
+                self.stream,
+                work,
+                self.config,
+                batches=self.batches,
+                seed=self.calibration.seed,
+                folder=self.journal.folder,
+                progress=self.progress,
+            )
+        self.notes += notes
 
     def _read_text(self, text: CalibrationSource, quality: bool) -> None:
         # A table of ids compared with a word would be a table.
