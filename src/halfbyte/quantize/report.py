@@ -27,6 +27,13 @@ def block_of(module: str) -> int | None:
     return next((int(part) for part in module.split(".") if part.isdigit()), None)
 
 
+def expert_of(module: str) -> int | None:
+    """Give the number of the expert in a module's dotted name; None where it has none."""
+    parts = module.split(".")
+    after = parts[parts.index("experts") + 1 :] if "experts" in parts else []
+    return int(after[0]) if after and after[0].isdigit() else None
+
+
 def kind_of(module: str) -> str:
     """Give a module's name within any block, with ``*`` for the number of an expert."""
     parts = module.split(".")
@@ -137,6 +144,20 @@ class QualityReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertCoverage:
+    """How much calibration text reached the experts of one block."""
+
+    block: int
+    tokens: tuple[int, ...]
+    """By expert."""
+
+    @property
+    def unreached(self) -> tuple[int, ...]:
+        """Experts that no token reached; they were rounded on what all others saw."""
+        return tuple(expert for expert, count in enumerate(self.tokens) if count == 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EndToEndReport:
     """What training scales and norm gains of the whole model brought."""
 
@@ -186,6 +207,18 @@ class QuantizationReport:
     """Floating-point operations that the run could not do without, by kind of work."""
     end_to_end: EndToEndReport | None = None
     """None where it was not asked for or could not be done."""
+
+    def expert_coverage(self) -> list[ExpertCoverage]:
+        """Collect the tokens that reached each expert, block by block; empty without experts."""
+        found: dict[int, dict[int, int]] = {}
+        for module in self.modules:
+            expert = expert_of(module.name)
+            if module.block is not None and expert is not None:
+                found.setdefault(module.block, {}).setdefault(expert, module.num_tokens)
+        return [
+            ExpertCoverage(block=block, tokens=tuple(tokens[e] for e in sorted(tokens)))
+            for block, tokens in found.items()
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain values for JSON."""
