@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from halfbyte.quantize.columns import Steps, round_columns
 from halfbyte.quantize.grid import Grid, min_max_grid
 from halfbyte.quantize.hardware import fast_copy
 from halfbyte.quantize.hessian import Factor
@@ -76,9 +77,11 @@ def sweep(
     wanted = weight.t()[order].contiguous()
     groups = grid.g_idx[order].tolist()
     # Codes count from the zero while they are rounded: q = code - zero, in [-zero, top - zero].
-    scales = grid.scales.t().contiguous().unbind(0)
-    lowest = (-grid.zeros.t()).contiguous().unbind(0)
-    highest = (2**grid.bits - 1 - grid.zeros.t()).contiguous().unbind(0)
+    steps = Steps(
+        scales=grid.scales.t().contiguous(),
+        lowest=(-grid.zeros.t()).contiguous(),
+        highest=(2**grid.bits - 1 - grid.zeros.t()).contiguous(),
+    )
     roots = upper.diagonal()
     feedback = upper / roots
     errors = torch.empty_like(wanted)
@@ -89,16 +92,9 @@ def sweep(
         target = wanted[start:end].clone()
         if start:
             target.addmm_(feedback[:start, start:end].t(), errors[:start])
-        own, rounded = errors[start:end], torch.empty_like(target)
-        columns = zip(target, wanted[start:end], own, rounded, groups[start:end], strict=True)
         inner = feedback[start:end, start:end].t().contiguous()
-        earlier = own.t()
-        for k, (column, plain, error, q, group) in enumerate(columns):
-            if k:
-                torch.addmv(column, earlier[:, :k], inner[k, :k], out=column)
-            torch.div(column, scales[group], out=q).round_()
-            q.clamp_(lowest[group], highest[group])
-            torch.addcmul(plain, q, scales[group], value=-1, out=error)
+        rounded, own = round_columns(target, wanted[start:end], inner, steps, groups[start:end])
+        errors[start:end] = own
         zeros = grid.zeros.t()[grid.g_idx[order[start:end]]]
         codes[start:end] = rounded.add_(zeros)
         # What is left of each column's target: its error, less what earlier columns made it take.

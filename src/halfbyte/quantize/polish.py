@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from halfbyte.quantize.columns import Steps, move_columns
 from halfbyte.quantize.grid import Grid, round_to_stored
 
 BLOCK_COLUMNS = 128
@@ -117,23 +118,20 @@ class _State:
         diagonal = self.hessian.diagonal()
         safe = torch.where(diagonal > 0, diagonal, torch.inf)
         groups = self.g_idx.tolist()
-        scales = self.scales.unbind(0)
-        lowest = (-self.group_zeros).unbind(0)
-        highest = (self.top - self.group_zeros).unbind(0)
-        width = len(groups)
-        for start in range(0, width, BLOCK_COLUMNS):
-            end = min(start + BLOCK_COLUMNS, width)
-            inner = self.hessian[start:end, start:end].contiguous()
-            moved = torch.zeros_like(self.error[start:end])
-            earlier = moved.t()
-            for k, group in enumerate(groups[start:end]):
-                slope = self.gradient[start + k]
-                if k:
-                    slope = torch.addmv(slope, earlier[:, :k], inner[k, :k], alpha=-1)
-                step = self.steps[start + k]
-                wanted = (slope / safe[start + k]).div_(scales[group]).add_(step).round_()
-                wanted.clamp_(lowest[group], highest[group])
-                torch.mul(wanted - step, scales[group], out=moved[k])
-                step.copy_(wanted)
-            self.error[start:end] -= moved
-            self.gradient.addmm_(self.hessian[:, start:end], moved, alpha=-1)
+        steps = Steps(
+            scales=self.scales,
+            lowest=-self.group_zeros,
+            highest=self.top - self.group_zeros,
+        )
+        for start in range(0, len(groups), BLOCK_COLUMNS):
+            block = slice(start, start + BLOCK_COLUMNS)
+            moved = move_columns(
+                self.gradient[block],
+                self.steps[block],
+                safe[block],
+                self.hessian[block, block].contiguous(),
+                steps,
+                groups[block],
+            )
+            self.error[block] -= moved
+            self.gradient.addmm_(self.hessian[:, block], moved, alpha=-1)
