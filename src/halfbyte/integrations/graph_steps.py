@@ -91,11 +91,9 @@ class GraphSteps:
 
     def _run(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Logits of the last token."""
-        keywords: dict[str, Any] = {
-            "cache" if "cache" in self._names else "past_key_values": self._cache
-        }
-        if "cache_position" in self._names:
-            keywords["cache_position"] = positions
+        # Transformers 5.24 renames the argument.
+        name = "cache" if "cache" in self._names else "past_key_values"
+        keywords: dict[str, Any] = {name: self._cache}
         logits: Tensor = self._model(
             ids, position_ids=positions[None], use_cache=True, logits_to_keep=1, **keywords
         ).logits
@@ -115,11 +113,9 @@ class GraphSteps:
         torch.cuda.current_stream().wait_stream(stream)
 
     def _rewind(self) -> None:
-        """Forget what was written behind the prompt: newer caches count their tokens themselves."""
+        """Forget what was written behind the prompt."""
         for layer in self._cache.layers:
-            count = getattr(layer, "cumulative_length", None)
-            if count is not None:
-                count.fill_(self.length)
+            layer.cumulative_length.fill_(self.length)
 
 
 def find_obstacle(model: PreTrainedModel) -> str | None:
