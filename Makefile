@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench fuzz interop docs clean
+.PHONY: help demo test slow check format bench fuzz interop docs clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -22,6 +22,9 @@ demo: $(STAMP) ## quantize a real 135M chat model, show what it cost, let it tal
 
 test: $(STAMP) ## the unit tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+slow: $(STAMP) ## the tests that take minutes, such as the machine code of every GPU program
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 check: $(STAMP) ## everything that CI runs: format, lint, types, layers, docstrings, docs, tests
 	$(BIN)/ruff format --check .

@@ -106,6 +106,11 @@ def run_cuda(layer: Layer, config: CudaConfig | None = None, early_start: bool =
     ]
 
 
+def dequantize_exactly(layer: Layer) -> Tensor:
+    """The weight in fp32, which no kernel that rounds it to 16 bits computes with."""
+    return triton_linear.dequantize_fragments(layer.copies[0], layer.spec, torch.float32)
+
+
 def run_dequantized(layer: Layer) -> Run:
     """Dequantize, then cuBLAS."""
 

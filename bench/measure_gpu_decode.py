@@ -1,24 +1,34 @@
 """How many tokens a second does an 8B-shaped model write at batch 1, in 4 bits and in bf16?
 
 A Llama of the 8B shape with random weights (nothing is downloaded), Transformers' own forward and
-static cache, one whole step as a CUDA graph. With ``--compile`` the forward goes through
-torch.compile first, as Transformers does it for a static cache.
+static cache, one whole step as a CUDA graph (``halfbyte.integrations.graph_steps``). Arms: a kernel
+or ``bf16``, then ``apart`` (q, k, v and gate, up not fused), ``compiled`` (through torch.compile
+first). Each says how far the graph's logits are from a forward without cache or graph.
+
+    python bench/measure_gpu_decode.py --arms "cuda compiled" cuda "cuda apart" bf16 "bf16 compiled"
+    python bench/measure_gpu_decode.py --count      what a block launches; needs no GPU
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from halfbyte.integrations.graph_steps import GraphSteps
+from halfbyte.kernels import torch_reference
 from halfbyte.kernels.contract import LinearSpec
+from halfbyte.nn import fusion
 from halfbyte.nn.linear import QuantLinear
 from halfbyte.quantize.provenance import installed_versions, machine_facts
 
@@ -34,11 +44,13 @@ CONTEXT = 512
 """Tokens in the cache; where the step is taken."""
 
 
-def make_model(layers: int, kernel: str | None) -> LlamaForCausalLM:
-    """Make the model on the GPU; ``kernel`` None: bf16."""
-    config = LlamaConfig(num_hidden_layers=layers, **SHAPE)
+def make_model(
+    layers: int, kernel: str | None, *, fused: bool, device: str = "cuda", **shape: int
+) -> LlamaForCausalLM:
+    """Make the model; ``kernel`` None: bf16."""
+    config = LlamaConfig(num_hidden_layers=layers, **SHAPE | shape)
     config._attn_implementation = "sdpa"
-    with torch.device("cuda"):
+    with torch.device(device):
         torch.set_default_dtype(torch.bfloat16)
         model = LlamaForCausalLM(config).eval()
         torch.set_default_dtype(torch.float32)
@@ -47,11 +59,14 @@ def make_model(layers: int, kernel: str | None) -> LlamaForCausalLM:
             for name, module in list(block.named_modules()):
                 if isinstance(module, nn.Linear):
                     parent = block.get_submodule(name.rpartition(".")[0])
-                    setattr(parent, name.rpartition(".")[2], make_linear(module, kernel))
+                    child = name.rpartition(".")[2]
+                    setattr(parent, child, make_linear(module, kernel, device))
+        if fused:
+            fusion.fuse_linears(model)
     return model
 
 
-def make_linear(dense: nn.Linear, kernel: str) -> QuantLinear:
+def make_linear(dense: nn.Linear, kernel: str, device: str) -> QuantLinear:
     """A random 4-bit layer in the place of a dense one."""
     spec = LinearSpec(
         bits=4,
@@ -62,9 +77,9 @@ def make_linear(dense: nn.Linear, kernel: str) -> QuantLinear:
         act_order=False,
         zero_offset=1,
         dtype=torch.bfloat16,
-        device_type="cuda",
+        device_type=device,
     )
-    layer = QuantLinear(spec, {"scales": torch.float16}, device="cuda")
+    layer = QuantLinear(spec, {"scales": torch.float16}, device=device)
     layer.qweight.random_(-(2**31), 2**31 - 1)
     layer.qzeros.fill_(0x77777777)
     layer.scales.uniform_(0.001, 0.002)
@@ -72,49 +87,113 @@ def make_linear(dense: nn.Linear, kernel: str) -> QuantLinear:
     return layer
 
 
-class Step:
-    """One decode step over a static cache, as a CUDA graph."""
+class Launches(TorchDispatchMode):
+    """Counts the operations that a GPU would be sent: not those that only look differently."""
 
-    def __init__(self, model: LlamaForCausalLM, compiled: bool) -> None:
-        self.cache = StaticCache(config=model.config, max_cache_len=2 * CONTEXT)
-        prompt = torch.randint(0, 1000, (1, CONTEXT), device="cuda")
-        positions = torch.arange(CONTEXT, device="cuda")
-        with torch.inference_mode():
-            model(prompt, past_key_values=self.cache, cache_position=positions, use_cache=True)
-        self.token = torch.randint(0, 1000, (1, 1), device="cuda")
-        self.position = torch.tensor([CONTEXT], device="cuda")
-        forward = torch.compile(model.forward, fullgraph=True) if compiled else model.forward
+    LOOKS = (
+        "view", "reshape", "t", "transpose", "slice", "expand", "unsqueeze", "squeeze", "split",
+        "split_with_sizes", "detach", "alias", "select", "permute", "_unsafe_view", "empty",
+        "lift_fresh",
+    )  # fmt: skip
 
-        def run() -> Tensor:
-            found = forward(
-                self.token,
-                past_key_values=self.cache,
-                cache_position=self.position,
-                position_ids=self.position[None],
-                use_cache=True,
-            )
-            logits: Tensor = found.logits
-            return logits
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
 
-        stream = torch.cuda.Stream()
-        with torch.inference_mode(), torch.cuda.stream(stream):
-            for _ in range(3):
-                run()
-            torch.cuda.synchronize()
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=stream):
-                self.logits = run()
-        torch.cuda.synchronize()
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        result = func(*args, **(kwargs or {}))
+        # A cast to the dtype that is there is none.
+        nothing = name == "to" and result is args[0]
+        if name not in self.LOOKS and not nothing:
+            self.counts[name] += 1
+        return result
 
-    def time(self, steps: int) -> float:
-        """Milliseconds of a step."""
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(steps):
-            self.graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        return float(begin.elapsed_time(end)) / steps
+
+def count_launches() -> dict[str, Any]:
+    """Count what a decode step launches for each block, with its linears fused and apart."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 1024}
+    found: dict[str, Any] = {}
+    fusion.FUSED_KERNELS = ("torch_reference",)
+
+    def apply(self: object, x: Tensor, operands: object, bias: object, spec: LinearSpec) -> Tensor:
+        # One launch, as the CUDA kernel has where the groups lie in order.
+        return x.new_zeros(*x.shape[:-1], spec.out_features)
+
+    torch_reference.TorchReference.apply = apply  # type: ignore[assignment]
+    for fused in (True, False):
+        totals = []
+        for layers in (1, 2):
+            model = make_model(layers, "torch_reference", fused=fused, device="cpu", **sizes)
+            steps = GraphSteps(model, torch.zeros(1, 4, dtype=torch.int64), 8)
+            with torch.inference_mode(), Launches() as launches:
+                steps._run(steps._token, steps._position)
+            totals.append(launches.counts)
+        block = totals[1] - totals[0]
+        name = "fused" if fused else "apart"
+        found[name] = {
+            "a block": block.total(),
+            "of it linears": block["new_zeros"],
+            "besides": totals[0].total() - block.total(),
+            "a token of 32 blocks": totals[0].total() + 31 * block.total(),
+            "by operation, a block": dict(block.most_common()),
+        }
+    return found
+
+
+def measure(arm: str, layers: int) -> dict[str, Any]:
+    """Time the steps of an arm; and hold them to a forward without cache and graph."""
+    start = time.monotonic()
+    kernel, *how = arm.split()
+    model = make_model(layers, None if kernel == "bf16" else kernel, fused="apart" not in how)
+    prompt = torch.randint(0, 1000, (1, CONTEXT), device="cuda")
+    made = time.monotonic()
+    plain = model.forward
+    with torch.inference_mode():
+        expected = model(torch.cat([prompt, prompt[:, :1]], dim=1), logits_to_keep=1).logits[0, -1]
+    if "compiled" in how:
+        model.forward = _compile_steps(plain, torch.compile(plain, fullgraph=True))
+    steps = GraphSteps(model, prompt, 2 * CONTEXT)
+    captured = time.monotonic()
+    found = steps(int(prompt[0, 0]), CONTEXT)
+    distance = float((found - expected.float()).norm() / expected.float().norm())
+    time_steps(steps, 5)
+    times = [time_steps(steps, 20) for _ in range(9)]
+    return {
+        "ms": round(statistics.median(times), 4),
+        "spread": round((max(times) - min(times)) / statistics.median(times), 4),
+        "tokens_per_second": round(1e3 / statistics.median(times), 1),
+        "distance_of_logits": round(distance, 5),
+        "finite": bool(torch.isfinite(found).all()),
+        "seconds_to_make": round(made - start, 1),
+        "seconds_to_capture": round(captured - made, 1),
+        "gpu_gigabytes": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+    }
+
+
+def _compile_steps(plain: Any, compiled: Any) -> Any:
+    """Compile steps alone: a prompt would be compiled for its one length."""
+
+    # Its signature is looked at: which arguments there are differs between versions.
+    @functools.wraps(plain)
+    def forward(ids: Tensor, **keywords: Any) -> Any:
+        return (compiled if ids.shape[1] == 1 else plain)(ids, **keywords)
+
+    return forward
+
+
+def time_steps(steps: GraphSteps, count: int) -> float:
+    """Milliseconds of a replay, the CPU's part left out."""
+    assert steps._graph is not None
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(count):
+        steps._graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end)) / count
 
 
 def main() -> None:
@@ -122,37 +201,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("gpu-decode.json"))
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--arms", nargs="*", default=["cuda", "triton", "bf16"])
+    parser.add_argument("--count", action="store_true", help="count launches, and nothing else")
+    parser.add_argument("--arms", nargs="*", default=["cuda", "cuda apart", "triton", "bf16"])
     options = parser.parse_args()
+    if options.count:
+        print(json.dumps(count_launches(), indent=1))
+        return
     results: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "machine": machine_facts(),
         "versions": installed_versions(),
         "layers": options.layers,
         "context": CONTEXT,
-        "compiled": options.compile,
         "arms": {},
     }
     for arm in options.arms:
-        start = time.monotonic()
         try:
-            model = make_model(options.layers, None if arm == "bf16" else arm)
-            made = time.monotonic()
-            step = Step(model, options.compile)
-            captured = time.monotonic()
-            step.time(5)
-            times = [step.time(20) for _ in range(9)]
-            found: Any = {
-                "ms": round(statistics.median(times), 4),
-                "spread": round((max(times) - min(times)) / statistics.median(times), 4),
-                "tokens_per_second": round(1e3 / statistics.median(times), 1),
-                "finite": bool(torch.isfinite(step.logits).all()),
-                "seconds_to_make": round(made - start, 1),
-                "seconds_to_capture": round(captured - made, 1),
-                "gpu_gigabytes": round(torch.cuda.max_memory_allocated() / 1e9, 2),
-            }
-            del step, model
+            found: Any = measure(arm, options.layers)
         except Exception as error:  # noqa: BLE001 - the other arms are worth having
             found = f"{type(error).__name__}: {str(error)[:1000]}"
         torch.cuda.empty_cache()

@@ -1,9 +1,9 @@
 """How fast is a 4-bit layer on this GPU, beside bf16 cuBLAS and other tools' kernels?
 
-Fills ``src/halfbyte/kernels/triton_configs`` and ``cuda_configs`` for this architecture with the
-best configurations found. Weights are cold (copies in turn, more than the cache holds), a run is a
-CUDA graph over all copies, the arms of a case run in turn, and the median of the rounds counts.
-What is known is written after every case, so that a run that is cut off loses nothing.
+Finds the best configurations for ``src/halfbyte/kernels/gpu_table`` too; ``keep_gpu.py`` puts what
+was measured where it belongs. Weights are cold (copies in turn, more than the cache holds), a run
+is a CUDA graph over all copies, the arms of a case run in turn, and the median of the rounds
+counts. What is known is written after every case, so that a run that is cut off loses nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +25,15 @@ import torch
 from torch import Tensor
 
 import gpu_arms
+import gpu_checks
 from gpu_arms import Layer, Run
+from gpu_bandwidth import measure_bandwidth
 from halfbyte.kernels import cuda_linear, triton_linear
-from halfbyte.kernels.contract import LinearSpec, Operands
-from halfbyte.kernels.cuda_driver import Function, compile_source
-from halfbyte.kernels.cuda_linear import CudaConfig, CudaLinear
-from halfbyte.kernels.fragments import prepare_fragments, restore_fragments
-from halfbyte.kernels.gpu_device import count_processors, name_architecture
+from halfbyte.kernels.cuda_driver import compile_source
+from halfbyte.kernels.cuda_linear import CudaConfig
+from halfbyte.kernels.gpu_device import name_architecture
 from halfbyte.kernels.registry import describe_spec
-from halfbyte.kernels.torch_reference import dequantize_weight
 from halfbyte.kernels.triton_configs import TritonConfig
-from halfbyte.kernels.triton_linear import TritonLinear
-from halfbyte.packing import pack_weight, pack_zeros
 from halfbyte.quantize.provenance import installed_versions, machine_facts
 
 SHAPES = {
@@ -198,205 +195,50 @@ def find_microseconds(found: dict[str, Any], name: str) -> float:
     return value["us"] if isinstance(value, dict) else math.inf
 
 
-# ------------------------------------------------------------------------- correctness
-
-
-def make_operands(spec: LinearSpec, seed: int) -> tuple[Operands, Tensor]:
-    """Random stored tensors on the GPU, and the weight in float64 by torch alone."""
-    generator = torch.Generator().manual_seed(seed)
-    high = 2**spec.bits
-    codes = torch.randint(0, high, (spec.out_features, spec.in_features), generator=generator)
-    shape = (spec.out_features, spec.num_groups)
-    zeros = torch.full(shape, high // 2)
-    if not spec.symmetric:
-        zeros = torch.randint(spec.zero_offset, high, shape, generator=generator)
-    scales = (torch.rand(shape[::-1], generator=generator) * 0.02 + 0.01).half()
-    g_idx = torch.arange(spec.in_features, dtype=torch.int32) // spec.group_size
-    g_idx = g_idx[torch.randperm(spec.in_features, generator=generator)]
-    stored = Operands(
-        weight=(pack_weight(codes, spec.bits).cuda(),),
-        qzeros=pack_zeros(zeros, spec.bits, spec.zero_offset).cuda(),
-        scales=scales.cuda(),
-        g_idx=g_idx.cuda() if spec.act_order else None,
-    )
-    weight = dequantize_weight(
-        stored.weight[0],
-        stored.qzeros,
-        stored.scales,
-        stored.g_idx,
-        bits=spec.bits,
-        zero_offset=spec.zero_offset,
-        group_size=spec.group_size,
-        dtype=torch.float64,
-    )
-    return stored, weight
-
-
-def list_specs() -> list[LinearSpec]:
-    """Layers that between them have every property."""
-    base = LinearSpec(
-        bits=4,
-        group_size=128,
-        in_features=1152,
-        out_features=1056,
-        symmetric=True,
-        act_order=False,
-        zero_offset=1,
-        dtype=DTYPE,
-        device_type="cuda",
-    )
-    changes: list[dict[str, Any]] = [
-        {},
-        {"dtype": torch.float16},
-        {"group_size": 32},
-        {"group_size": 64, "symmetric": False},
-        {"group_size": 1152, "symmetric": False, "zero_offset": 0},
-        {"act_order": True, "symmetric": False},
-        {"act_order": True, "group_size": 32, "symmetric": False, "dtype": torch.float16},
-        {"bits": 8, "symmetric": False},
-        {"bits": 8, "group_size": 32, "dtype": torch.float16},
-        {"bits": 3, "symmetric": False, "group_size": 64},
-        {"bits": 2, "group_size": 32, "symmetric": False},
-        {"in_features": 4096, "out_features": 4096},
-        {"in_features": 640, "group_size": 256},
-    ]
-    return [replace(base, **change) for change in changes]
-
-
-def check_layer(number: int) -> list[dict[str, Any]]:
-    """Compare both kernels with float64 on one kind of layer, and with themselves."""
-    spec = list_specs()[number]
-    stored, weight = make_operands(spec, number)
-    operands = replace(stored, weight=prepare_fragments(stored, spec))
-    restored = torch.equal(restore_fragments(operands, spec), stored.weight[0])
-    return [
-        {"kernel": kernel.name, "layer": describe_spec(spec), "restores_bits": restored}
-        | check_kernel(kernel, operands, weight, spec)
-        for kernel in (CudaLinear(), TritonLinear())
-    ]
-
-
-def check_kernel(
-    kernel: TritonLinear, operands: Operands, weight: Tensor, spec: LinearSpec
-) -> dict[str, Any]:
-    """Compare a kernel with float64 at several numbers of rows."""
-    worst, same, exact = 0.0, True, False
-    try:
-        exact = torch.equal(kernel.dequantize(operands, spec, torch.float64), weight)
-        for rows in (1, 7, 16, 33, 64, 200):
-            x = torch.randn(rows, spec.in_features, device="cuda").to(spec.dtype)
-            bias = torch.randn(spec.out_features, device="cuda").to(spec.dtype)
-            found = kernel.apply(x, operands, bias, spec)
-            for _ in range(5):
-                same &= torch.equal(found, kernel.apply(x, operands, bias, spec))
-            true = x.double() @ weight.t() + bias.double()
-            size = x.double().abs() @ weight.abs().t() + bias.double().abs()
-            ratio = ((found.double() - true).abs() / size).max() / kernel.error_bound(spec)
-            # Not-a-number must not pass for small.
-            worst = max(worst, float(ratio)) if bool(torch.isfinite(ratio)) else math.inf
-        problem = None
-    except Exception as error:  # noqa: BLE001 - reported as this case's outcome
-        problem = f"{type(error).__name__}: {str(error)[:400]}"
-    return {
-        "error_over_bound": worst,
-        "repeats_bit_for_bit": same,
-        "dequantizes_exactly": exact,
-        "problem": problem,
-        "good": problem is None and worst <= 1 and same and exact,
-    }
-
-
-# --------------------------------------------------------------------------- bandwidth
-
-READ_SOURCE = """
-extern "C" __global__ void __launch_bounds__(512) read_all(struct A { const uint4* from; unsigned*
-to; unsigned long long count; } a) {
-  unsigned long long stride = (unsigned long long)gridDim.x * 512;
-  unsigned sum = 0;
-  unsigned long long i = (unsigned long long)blockIdx.x * 512 + threadIdx.x;
-  for (; i + 3 * stride < a.count; i += 4 * stride) {
-    uint4 p = a.from[i], q = a.from[i + stride];
-    uint4 r = a.from[i + 2 * stride], s = a.from[i + 3 * stride];
-    sum ^= p.x ^ p.y ^ p.z ^ p.w ^ q.x ^ q.y ^ q.z ^ q.w ^ r.x ^ r.y ^ r.z ^ r.w ^ s.x ^ s.y ^ s.z
-    ^ s.w;
-  }
-  if (sum == 0x12345) *a.to = sum;
-}
-"""
-
-
-class ReadArguments(ctypes.Structure):
-    """Of ``read_all``."""
-
-    _fields_ = (("source", ctypes.c_void_p), ("to", ctypes.c_void_p), ("count", ctypes.c_uint64))
-
-
-def measure_bandwidth(session: Session) -> None:
-    """Read 4 GB and nothing else; then copy 2 GB."""
-    device = torch.device("cuda", 0)
-    data = torch.randint(0, 2**31, (2**30,), dtype=torch.int32, device=device)
-    sink = torch.zeros(1, dtype=torch.int32, device=device)
-    cubin = compile_source(READ_SOURCE, {}, name_architecture(device))
-    function = Function(cubin, "read_all", threads=512, shared_bytes=0, early_start=False)
-    arguments = ReadArguments(source=data.data_ptr(), to=sink.data_ptr(), count=data.nbytes // 16)
-    stream = torch.cuda.current_stream().cuda_stream
-    half = data[: 2**29]
-    target = torch.empty_like(half)
-    found = {}
-    for name, act, size in (
-        *(
-            (
-                f"read, {blocks} blocks a multiprocessor",
-                lambda blocks=blocks: function.launch(
-                    blocks * count_processors(device), arguments, stream
-                ),
-                data.nbytes,
-            )
-            for blocks in (2, 4)
-        ),
-        ("copy", lambda: target.copy_(half), 2 * half.nbytes),
-    ):
-        times = []
-        for _ in range(8):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            act()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(begin.elapsed_time(end))
-        found[name] = round(size / statistics.median(times[2:]) / 1e9, 3)
-    print("TB/s:", found, flush=True)
-    session.keep("terabytes_per_second", found)
-
-
 # ------------------------------------------------------------------------------- sweeps
 
 
-def check_and_compile(session: Session) -> None:
-    """Check the kernels and compile every candidate, on all cores.
+def check(session: Session, part: str) -> None:
+    """Check the kernels on all cores, as far as time allows; what is wrong is told in full.
 
     In processes of their own: Triton compiles on one core, and what crashes a device's context
     must not crash the measurement.
     """
-    context = multiprocessing.get_context("spawn")
-    jobs = list_triton_candidates()
+    jobs = gpu_checks.list_jobs(session.results["architecture"])
+    jobs = [job for job in jobs if bool(job.configs) == (part == "every")]
     outcomes: list[dict[str, Any]] = []
-    with ProcessPoolExecutor(14, mp_context=context) as pool:
-        checks = [pool.submit(check_layer, number) for number in range(len(list_specs()))]
+    end = time.monotonic() + session.left() / 2
+    with ProcessPoolExecutor(14, mp_context=multiprocessing.get_context("spawn")) as pool:
+        checks = [pool.submit(gpu_checks.check_job, job) for job in jobs]
+        for job, one in zip(jobs, checks, strict=True):
+            if time.monotonic() > end:
+                one.cancel()
+                continue
+            try:
+                outcomes.extend(one.result(timeout=max(end - time.monotonic(), 1)))
+            except Exception as error:  # noqa: BLE001 - the other layers' outcomes are wanted
+                problem = f"{type(error).__name__}: {error}"[:400]
+                outcomes.append({"layer": describe_spec(job.spec), "problem": problem})
+            bad = [outcome for outcome in outcomes if not gpu_checks.is_good(outcome)]
+            layers = {outcome["layer"] for outcome in outcomes}
+            session.keep(
+                f"correctness, {part}",
+                {"checks": len(outcomes), "layers": len(layers), "jobs": len(jobs), "bad": bad},
+            )
+        pool.shutdown(cancel_futures=True)
+    for outcome in bad:
+        print("BAD", outcome, flush=True)
+    print(f"{len(outcomes)} checks, {len(bad)} bad", flush=True)
+
+
+def compile_candidates() -> None:
+    """Compile every candidate of the sweep, on all cores."""
+    jobs = list_triton_candidates()
+    with ProcessPoolExecutor(14, mp_context=multiprocessing.get_context("spawn")) as pool:
         compiled = [pool.submit(_compile_triton, jobs[start::8]) for start in range(8)]
         _compile_cuda()
-        for check in checks:
-            try:
-                outcomes.extend(check.result(timeout=max(session.left() - 30, 1)))
-            except Exception as error:  # noqa: BLE001 - the other layers' outcomes are wanted
-                outcomes.append(
-                    {"good": False, "problem": f"{type(error).__name__}: {error}"[:400]}
-                )
-            session.keep("correctness", outcomes)
-        for outcome in outcomes:
-            print("ok " if outcome["good"] else "BAD", outcome, flush=True)
         for job in compiled:
-            job.result(timeout=max(session.left() - 30, 1))
+            job.result()
 
 
 def _compile_cuda() -> None:
@@ -432,7 +274,7 @@ def _compile_triton(configs: list[TritonConfig]) -> None:
 
 def sweep(session: Session, layers: dict[str, Layer]) -> None:
     """Time every candidate on every shape, and keep the best for each rows bucket."""
-    limit = cuda_linear.find_shared_limit(torch.device("cuda", 0))
+    limit = cuda_linear.SHARED_LIMIT[session.results["architecture"]]
     best: dict[str, Any] = {"cuda": {}, "triton": {}}
     every: dict[str, Any] = {"cuda": {}, "triton": {}}
     for name, layer in layers.items():
@@ -482,8 +324,8 @@ def list_arms(session: Session, name: str, layer: Layer, rows: int) -> dict[str,
     bucket = next((size for size in (8, 16, 32, 64) if rows <= size), None)
     if bucket is not None:
         chosen = best["cuda"].get(f"{name}, rows {bucket}")
-        limit = cuda_linear.find_shared_limit(torch.device("cuda", 0))
-        config = cuda_linear.choose_config(rows, layer.spec, DTYPE, limit)
+        architecture = session.results["architecture"]
+        config = cuda_linear.choose_config(architecture, rows, layer.spec, DTYPE)
         if chosen:
             config = CudaConfig(**json.loads(chosen))
         arms["cuda"] = gpu_arms.run_cuda(layer, config, False)
@@ -546,7 +388,7 @@ def compare(
             if rows > 256:
                 arms.pop("tinygemm", None)
             if rows in (16, 256):
-                exact = x.float() @ layer.dense[0].float().t()
+                exact = x.float() @ gpu_arms.dequantize_exactly(layer).t()
                 agreement[f"{name}, rows {rows}"] = {
                     arm: _distance(run, x, exact) for arm, run in arms.items()
                 }
@@ -573,17 +415,21 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("gpu-kernels.json"))
     parser.add_argument("--seconds", type=float, default=240)
     parser.add_argument("--peers", type=Path, default=Path(".peers-gpu"))
+    parser.add_argument("--check-all", action="store_true", help="with every configuration too")
     parser.add_argument("--humming", action="store_true", help="measure Humming too; it compiles")
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--skip", nargs="*", default=[], help="check, bandwidth, sweep, compare")
     options = parser.parse_args()
     session = Session(options.output, options.seconds)
     if "bandwidth" not in options.skip:
-        session.run("bandwidth", lambda: measure_bandwidth(session))
+        session.run("bandwidth", lambda: session.keep("terabytes_per_second", measure_bandwidth()))
     if "check" not in options.skip:
-        session.run("check", lambda: check_and_compile(session))
+        session.run("check", lambda: check(session, "chosen"))
+    if options.check_all:
+        session.run("check all", lambda: check(session, "every"))
     layers = {name: gpu_arms.make_layer(*SHAPES[name], DTYPE) for name in options.shapes}
     if "sweep" not in options.skip:
+        session.run("compile", compile_candidates)
         session.run("sweep", lambda: sweep(session, layers))
     if "compare" not in options.skip:
         session.run(

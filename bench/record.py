@@ -10,7 +10,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,17 @@ from halfbyte.quantize.provenance import installed_versions, machine_facts
 RESULTS = Path(__file__).parent / "results"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Elsewhere:
+    """Where and of what a measurement was taken that is only kept here."""
+
+    date: str
+    commit: str
+    command: str
+    machine: Mapping[str, str]
+    versions: Mapping[str, str]
+
+
 def save_result(
     claim: str,
     *,
@@ -27,6 +39,7 @@ def save_result(
     rows: Sequence[Sequence[str | int | float]],
     note: str,
     data: dict[str, Any],
+    elsewhere: Elsewhere | None = None,
 ) -> Path:
     """Write one result.
 
@@ -36,17 +49,21 @@ def save_result(
         rows: The table; numbers are shown with four digits.
         note: What a reader must know beside the table: text, setting, what it flatters.
         data: Everything measured, with medians and spreads, for other uses than the table.
+        elsewhere: Facts of a run that was not here and now.
 
     Returns:
         The file.
     """
+    facts = elsewhere or Elsewhere(
+        date=datetime.now(UTC).date().isoformat(),
+        commit=_commit(),
+        command=" ".join(["python", *_own_name(sys.argv)]),
+        machine=machine_facts(),
+        versions=installed_versions(),
+    )
     result = {
         "claim": claim,
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": _commit(),
-        "command": " ".join(["python", *_own_name(sys.argv)]),
-        "machine": machine_facts(),
-        "versions": installed_versions(),
+        **asdict(facts),
         "columns": list(columns),
         "rows": [list(row) for row in rows],
         "note": note,

@@ -91,7 +91,7 @@ def test_any_number_of_runs(runs):
 def test_chosen_blocks_fit_the_rows_and_the_memory_of_every_gpu(rows, bits):
     for architecture, limit in SHARED_LIMIT.items():
         spec = make_linear(bits=bits, symmetric=False, dtype=torch.float16).spec
-        config = choose_config(rows, spec, torch.float32, limit)
+        config = choose_config(architecture, rows, spec, torch.float32)
         assert config.row_tiles * 8 >= rows
         assert count_shared_bytes(config, spec, torch.float32) <= limit, architecture
 

@@ -1,7 +1,7 @@
 """The Triton programs in Triton's interpreter, against float64.
 
-The interpreter has no inline assembly and multiplies no bfloat16: the plain form in float16 runs
-here, the other is held to its machine code in test_gpu_machine_code.py.
+The interpreter has no inline assembly, so that is emulated, and it multiplies no bfloat16: programs
+run here in float16, and test_gpu_machine_code.py looks at both as they are compiled.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tests.helpers.packed import make_linear
+from tests.helpers.ptx_emulation import run_ptx
 
 from halfbyte.kernels import triton_linear
 from halfbyte.kernels.fragments import prepare_fragments
@@ -41,10 +43,10 @@ def prepared(**layer):
     return linear, replace(linear.stored, weight=prepare_fragments(linear.stored, linear.spec))
 
 
-def check(linear, operands, config, rows, with_bias=True):
+def check(linear, operands, config, rows, with_bias=True, fast=False):
     x = torch.randn(rows, linear.spec.in_features).half()
     bias = torch.randn(linear.spec.out_features).half() if with_bias else None
-    found = multiply(x, operands, bias, linear.spec, config, fast=False)
+    found = multiply(x, operands, bias, linear.spec, config, fast=fast)
     exact, size = x.double() @ linear.weight.t(), x.double().abs() @ linear.weight.abs().t()
     if with_bias:
         exact, size = exact + bias.double(), size + bias.double().abs()
@@ -90,3 +92,63 @@ def test_split_inputs_give_the_same_bits_each_time(splits, group_size):
 def test_ragged_last_group():
     linear, operands = prepared(in_features=192, group_size=128, symmetric=False)
     check(linear, operands, TritonConfig(64, 16, 2, 4, 2), 3)
+
+
+@pytest.fixture
+def assembly(monkeypatch):
+    """Inline assembly in the interpreter; gives the texts that were run."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    texts = set()
+
+    class Results:
+        def __init__(self, handles):
+            self.handles = handles
+
+        def get_result(self, index):
+            return self.handles[index]
+
+    def create_inline_asm(self, text, constraints, values, types, is_pure, pack):
+        # More would tie the result to the order that a compiler gives the elements.
+        assert pack == 1
+        texts.add(text)
+        found = run_ptx(text, [value.data for value in values], len(types))
+        return Results(
+            [
+                TensorHandle(one.view(np.int16), values_type)
+                for one, values_type in zip(found, map(find_scalar, types), strict=True)
+            ]
+        )
+
+    def find_scalar(kind):
+        return getattr(kind, "scalar", kind)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_inline_asm", create_inline_asm, raising=False)
+    return texts
+
+
+@pytest.mark.parametrize(
+    ("group_size", "symmetric"),
+    [(32, True), (64, True), (64, False), (128, True), (128, False), (256, False)],
+)
+def test_assembly_takes_the_same_codes_apart(assembly, group_size, symmetric):
+    linear, operands = prepared(in_features=320, group_size=group_size, symmetric=symmetric)
+    for config in (TritonConfig(64, 16, 1, 4, 2), TritonConfig(32, 16, 2, 4, 2)):
+        check(linear, operands, config, 5, fast=True)
+    assert len(assembly) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_assembly_gives_code_minus_zero_for_every_code_and_zero(dtype):
+    programs = sys.modules[NAME]
+    half = dtype == torch.float16
+    text = (programs.ASM_FP16 if half else programs.ASM_BF16).value
+    negated = (programs.NEGATED_FP16 if half else programs.NEGATED_BF16).value
+    codes = np.random.default_rng(0).integers(0, 16, (8, 4096))
+    places = np.array([0, 16, 4, 20, 8, 24, 12, 28])
+    words = (codes << places[:, None]).sum(0).astype(np.uint32)
+    for zero in range(17):
+        offset = np.uint32((zero * 0x00010001 | negated) & 0xFFFFFFFF)
+        found = run_ptx(text, [words, np.broadcast_to(offset, words.shape)], 8)
+        numbers = torch.from_numpy(np.stack(found).view(np.int16)).view(dtype)
+        assert torch.equal(numbers.long(), torch.from_numpy(codes) - zero)

@@ -42,6 +42,8 @@ class Case:
     """None where none can run it."""
     reason: str
     rejected: dict[str, str]
+    division: str | None = None
+    """Up to how many rows of x what runs, where that differs."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,6 +120,7 @@ def _make_spec(device: str, dtype: str = "bfloat16", **changes: Any) -> LinearSp
 
 def _choose(name: str, spec: LinearSpec) -> Case:
     from halfbyte.errors import KernelUnavailable
+    from halfbyte.kernels.contract import DividesByRows
     from halfbyte.kernels.registry import select
 
     try:
@@ -126,12 +129,14 @@ def _choose(name: str, spec: LinearSpec) -> Case:
         return Case(
             layer=name, device=spec.device_type, kernel=None, reason=str(error), rejected={}
         )
+    kernel = choice.kernel
     return Case(
         layer=name,
         device=spec.device_type,
-        kernel=choice.kernel.name,
+        kernel=kernel.name,
         reason=choice.reason,
         rejected=dict(choice.rejected),
+        division=kernel.describe_division(spec) if isinstance(kernel, DividesByRows) else None,
     )
 
 
@@ -152,7 +157,8 @@ def _print(examined: dict[str, Any]) -> None:
         cases.add_column(heading)
     for case in examined["cases"]:
         passed_over = [f"{name}: {reason}" for name, reason in case.rejected.items()]
-        why = "; ".join([case.reason, *passed_over])
+        division = [case.division] if case.division else []
+        why = "; ".join([case.reason, *division, *passed_over])
         cases.add_row(case.layer, case.device, case.kernel or "none", why)
     console.print(cases)
     found = examined["transformers"]

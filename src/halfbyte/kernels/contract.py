@@ -12,7 +12,7 @@ A kernel is a stateless object; everything it needs is in its arguments.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -112,3 +112,11 @@ class Kernel(Protocol):
 
     def error_bound(self, spec: LinearSpec) -> float:
         """Bound ``|apply - exact|`` as a multiple of ``|x| @ |W|.T + |bias|``, elementwise."""
+
+
+@runtime_checkable
+class DividesByRows(Protocol):
+    """A kernel that multiplies few rows of x in another way than many."""
+
+    def describe_division(self, spec: LinearSpec) -> str:
+        """Say up to how many rows what runs; for ``halfbyte doctor``."""

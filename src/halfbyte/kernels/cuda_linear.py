@@ -1,7 +1,7 @@
 """Products on NVIDIA GPUs by CUDA C++ that is compiled when it is first needed.
 
-Layout: :mod:`halfbyte.kernels.fragments`, as :mod:`halfbyte.kernels.triton_linear`, whose way with
-many rows is used from ROWS_LIMIT on. Kernel: ``cuda/multiply.cu``.
+Layout: :mod:`halfbyte.kernels.fragments`, as :mod:`halfbyte.kernels.triton_linear`, which takes
+over from as many rows on as it was measured to be faster. Kernel: ``cuda/multiply.cu``.
 Arithmetic: code - zero is exact, its products with x are summed in fp32 and scaled in fp32 for each
 32 inputs; one rounding of the result. Deterministic.
 Needs compute capability 8.0 (bf16, ``cp.async``); from 9.0 on a launch loads its first weights
@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from halfbyte.errors import KernelUnavailable
 from halfbyte.kernels.contract import LinearSpec, Operands
@@ -33,9 +34,11 @@ from halfbyte.kernels.gpu_device import (
     is_nvidia,
     name_architecture,
 )
+from halfbyte.kernels.gpu_table import load_table
 from halfbyte.kernels.triton_linear import TritonLinear, find_triton_obstacle
 
 ROWS_LIMIT = 64
+"""Rows that a thread block can take."""
 OLDEST = (8, 0)
 SCALE_KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024}
@@ -104,35 +107,59 @@ class CudaConfig:
 
 
 PREFERRED = (
-    CudaConfig(row_tiles=1, tiles=4, warps_out=1, warps_in=8, stages=4),
-    CudaConfig(row_tiles=2, tiles=4, warps_out=2, warps_in=4, stages=4),
-    CudaConfig(row_tiles=4, tiles=4, warps_out=4, warps_in=2, stages=4),
-    CudaConfig(row_tiles=8, tiles=1, warps_out=8, warps_in=1, stages=4),
+    CudaConfig(row_tiles=1, tiles=2, warps_out=1, warps_in=16, stages=4),
+    CudaConfig(row_tiles=2, tiles=4, warps_out=1, warps_in=4, stages=4),
+    CudaConfig(row_tiles=4, tiles=2, warps_out=4, warps_in=4, stages=3),
+    CudaConfig(row_tiles=8, tiles=1, warps_out=4, warps_in=4, stages=3),
 )
-"""By rows of x."""
+"""By rows of x: those with the best geometric means over the measured shapes of an H100."""
+
+USUAL_ROWS = 16
+"""Up to so many rows it is faster than the Triton program in geometric mean over those shapes."""
+
+
+def choose_rows(architecture: str, spec: LinearSpec) -> int:
+    """Choose up to how many rows of x a layer runs on this kernel, where Triton may run the rest.
+
+    Args:
+        architecture: ``sm_90`` and the like.
+        spec: The layer.
+
+    Returns:
+        As measured for the layer's shape, else USUAL_ROWS.
+    """
+    shape = (spec.in_features, spec.out_features)
+    return load_table(architecture).cuda_rows.get(shape, USUAL_ROWS)
 
 
 def choose_config(
-    rows: int, spec: LinearSpec, scale_dtype: torch.dtype, shared_limit: int
+    architecture: str, rows: int, spec: LinearSpec, scale_dtype: torch.dtype
 ) -> CudaConfig:
     """Choose a thread block for a number of rows of x.
 
     Args:
+        architecture: ``sm_90`` and the like.
         rows: 1..ROWS_LIMIT.
         spec: The layer.
         scale_dtype: Of its scales.
-        shared_limit: Bytes of shared memory that a thread block may have.
 
     Returns:
-        The preferred one, with fewer stages and then fewer warps where its memory asks for that.
+        The fastest one measured for the layer's shape, else the preferred one; with fewer stages
+        and then fewer warps where the memory of a thread block asks for that.
     """
     best = next(config for config in PREFERRED if rows <= 8 * config.row_tiles)
+    shape = (spec.in_features, spec.out_features)
+    measured = load_table(architecture).cuda.get((shape, 8 * best.row_tiles))
+    if measured is not None:
+        best = CudaConfig(**measured)
+    limit = SHARED_LIMIT.get(architecture, SMALLEST_LIMIT)
     config = best
-    while count_shared_bytes(config, spec, scale_dtype) > shared_limit:
+    while count_shared_bytes(config, spec, scale_dtype) > limit:
         if config.stages > 2:
             config = replace(config, stages=config.stages - 1)
         else:
-            config = replace(best, warps_in=config.warps_in // 2)
+            best = replace(best, warps_in=best.warps_in // 2)
+            config = best
     return config
 
 
@@ -196,13 +223,23 @@ class CudaLinear(TritonLinear):
             return f"runs on cuda, not on {spec.device_type}"
         return find_layout_mismatch(spec)
 
+    def describe_division(self, spec: LinearSpec) -> str:
+        """Say up to how many rows what runs."""
+        architecture = name_architecture(torch.device("cuda", torch.cuda.current_device()))
+        own = f"up to {find_most_rows(architecture, spec)} rows CUDA"
+        obstacle = find_triton_obstacle()
+        if obstacle is not None:
+            return f"{own}, then dequantized first ({obstacle})"
+        return f"{own}, {super().describe_division(spec).replace(' rows', '')}"
+
     def prepare(self, stored: Operands, spec: LinearSpec) -> tuple[Tensor, ...]:
         """Repack the weight, and compile for every number of rows: a CUDA graph could not."""
         device, dtype = stored.scales.device, stored.scales.dtype
-        for preferred in PREFERRED:
-            rows = 8 * preferred.row_tiles
-            config = choose_config(rows, spec, dtype, find_shared_limit(device))
-            load_function(config, _without_shape(spec), dtype, device, True)
+        architecture = name_architecture(device)
+        for rows in (8 * preferred.row_tiles for preferred in PREFERRED):
+            if rows // 2 < find_most_rows(architecture, spec):
+                config = choose_config(architecture, rows, spec, dtype)
+                load_function(config, _without_shape(spec), dtype, device, True)
         return super().prepare(stored, spec)
 
     def dequantize(self, operands: Operands, spec: LinearSpec, dtype: torch.dtype) -> Tensor:
@@ -214,14 +251,23 @@ class CudaLinear(TritonLinear):
     def apply(self, x: Tensor, operands: Operands, bias: Tensor | None, spec: LinearSpec) -> Tensor:
         """Multiply by the packed codes, or by the dequantized weight where x has many rows."""
         rows = x.reshape(-1, spec.in_features)
-        if not 1 <= rows.shape[0] <= ROWS_LIMIT or rows.data_ptr() % 16:
-            return super().apply(x, operands, bias, spec)
+        architecture, count = name_architecture(x.device), rows.shape[0]
+        if not 1 <= count <= find_most_rows(architecture, spec) or rows.data_ptr() % 16:
+            if find_triton_obstacle() is None:
+                return super().apply(x, operands, bias, spec)
+            return functional.linear(x, self.dequantize(operands, spec, x.dtype), bias)
         order = find_order(operands, spec)
         rows = rows.contiguous() if order is None else rows.index_select(1, order)
-        limit = find_shared_limit(x.device)
-        config = choose_config(rows.shape[0], spec, operands.scales.dtype, limit)
+        config = choose_config(architecture, count, spec, operands.scales.dtype)
         result = multiply(rows, operands, bias, spec, config)
         return result.view(*x.shape[:-1], spec.out_features)
+
+
+def find_most_rows(architecture: str, spec: LinearSpec) -> int:
+    """Find the most rows that this kernel multiplies: all that it can where Triton cannot run."""
+    if find_triton_obstacle() is not None:
+        return ROWS_LIMIT
+    return choose_rows(architecture, spec)
 
 
 def multiply(
@@ -320,11 +366,6 @@ def load_function(
             early_start=early_start and architecture >= "sm_90",
         )
         return function, max(function.count_resident(), 1)
-
-
-def find_shared_limit(device: torch.device) -> int:
-    """Bytes of shared memory that a thread block may have."""
-    return SHARED_LIMIT.get(name_architecture(device), SMALLEST_LIMIT)
 
 
 @functools.cache

@@ -1,18 +1,10 @@
-"""How the Triton programs are cut for a layer on a GPU: measured where measured, else by rule.
-
-A table per architecture is shipped (``triton_configs/sm_90.json``), made by
-``bench/measure_gpu_kernels.py``; nothing is tuned at import or at first use.
-"""
+"""How the Triton programs are cut for a layer on a GPU: measured where measured, else by rule."""
 
 from __future__ import annotations
 
-import functools
-import json
 from dataclasses import dataclass
-from importlib import resources
 
-ROW_BUCKETS = (1, 16, 32, 64)
-"""A configuration serves all row counts up to its bucket; more rows are dequantized first."""
+from halfbyte.kernels.gpu_table import load_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,24 +22,29 @@ class TritonConfig:
     """Depth of the pipeline of loads."""
 
 
-@functools.cache
-def load_table(architecture: str) -> dict[tuple[int, int, int], TritonConfig]:
-    """Load the measured configurations of an architecture.
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """The cut with the best geometric mean over the measured shapes of an H100."""
 
-    Args:
-        architecture: ``sm_90`` and the like.
+    block_out: int
+    block_rows: int
+    warps: int
+    stages: int
+    programs: float
+    """Programs for each multiprocessor, below which the inputs are split further."""
 
-    Returns:
-        By (in_features, out_features, rows bucket); empty where none were measured.
-    """
-    file = resources.files("halfbyte.kernels") / "triton_configs" / f"{architecture}.json"
-    if not file.is_file():
-        return {}
-    table = json.loads(file.read_text(encoding="utf-8"))
-    return {
-        (entry["in_features"], entry["out_features"], entry["rows"]): TritonConfig(*entry["config"])
-        for entry in table["entries"]
-    }
+
+RULES = {
+    16: _Rule(64, 16, 4, 4, 3.75),
+    32: _Rule(64, 32, 4, 5, 3.75),
+    64: _Rule(64, 64, 4, 4, 1.9),
+    128: _Rule(128, 64, 4, 4, 1.2),
+}
+"""By rows of x, up to so many. It splits as was fastest on 31 of the 32 measured cases."""
+
+MOST_SPLITS = 8
+FEWEST_STEPS = 4
+"""Steps of 64 inputs of a program that shares its channels."""
 
 
 def choose_config(
@@ -60,37 +57,37 @@ def choose_config(
         num_processors: Multiprocessors of the device.
         in_features: Of the layer.
         out_features: Of the layer.
-        rows: Of x, 1 or more.
+        rows: Of x, 1 to the last of RULES.
 
     Returns:
-        The measured configuration of the layer's own shape, else of the nearest shape (its splits
-        made to fit), else one by rule.
+        The fastest one measured for the layer's shape, else one by rule.
     """
-    bucket = next((size for size in ROW_BUCKETS if rows <= size), ROW_BUCKETS[-1])
-    table = load_table(architecture)
-    exact = table.get((in_features, out_features, bucket))
-    if exact is not None:
-        return exact
-    block_rows = max(16, min(bucket, 64))
-    block_out = 64 if bucket <= 16 else 128
-    warps, stages = 4, 5 if bucket <= 16 else 4
-    tiles = -(-out_features // block_out)
-    splits = choose_splits(tiles, in_features // 64, num_processors)
-    return TritonConfig(block_out, block_rows, splits, warps, stages)
+    bucket = next((size for size in RULES if rows <= size), max(RULES))
+    measured = load_table(architecture).triton.get(((in_features, out_features), bucket))
+    if measured is not None:
+        return TritonConfig(**measured)
+    rule = RULES[bucket]
+    programs = -(-out_features // rule.block_out) * -(-bucket // rule.block_rows)
+    splits = choose_splits(programs, in_features // 64, rule.programs * num_processors)
+    return TritonConfig(rule.block_out, rule.block_rows, splits, rule.warps, rule.stages)
 
 
-def choose_splits(tiles: int, steps: int, num_processors: int) -> int:
+def choose_splits(programs: int, steps: int, wanted: float) -> int:
     """Choose how many programs share a channel's inputs.
 
     Args:
-        tiles: Programs over the output channels.
+        programs: Without sharing.
         steps: Steps of 64 inputs.
-        num_processors: Multiprocessors of the device.
+        wanted: Programs that keep the device busy.
 
     Returns:
-        A power of two: as few as give every multiprocessor four programs, of at least four steps.
+        A power of two: as few as give the wanted programs, of at least FEWEST_STEPS steps.
     """
     splits = 1
-    while splits < 16 and tiles * splits < 4 * num_processors and steps // (2 * splits) >= 4:
+    while (
+        splits < MOST_SPLITS
+        and programs * splits < wanted
+        and steps // (2 * splits) >= FEWEST_STEPS
+    ):
         splits *= 2
     return splits

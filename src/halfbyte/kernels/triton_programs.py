@@ -15,33 +15,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Two words hold the 16 codes of 8 registers of the A operand; (a & b) | c is 0xEA.
-_ASM_HEAD = "{ .reg .b32 t, one; mov.b32 one, ONE;"
-_ASM_WORD = """
-lop3.b32 $A, $W, 0x000f000f, MAGIC, 0xEA;
-shr.u32 t, $W, 4; lop3.b32 $B, t, 0x000f000f, MAGIC, 0xEA;
-shr.u32 t, $W, 8; lop3.b32 $C, t, 0x000f000f, MAGIC, 0xEA;
-shr.u32 t, $W, 12; lop3.b32 $D, t, 0x000f000f, MAGIC, 0xEA;
+# A word holds the codes of four registers of the A operand; (a & b) | c is 0xEA. One word an
+# instruction, never two by ``pack``: which words Triton packs together is up to its layout.
+_ASM_PAIR = """
+shr.u32 t, $8, SHIFT; lop3.b32 t, t, 0x000f000f, MAGIC, 0xEA;
+fma.rn.KIND t, t, one, $9; mov.b32 {$LOW, $HIGH}, t;
 """
 
 
 def _assemble(magic: str, one: str, kind: str) -> str:
-    text = _ASM_HEAD
-    for h in range(2):
-        names = dict(zip("ABCD", (str(4 * h + i) for i in range(4)), strict=True))
-        part = _ASM_WORD
-        for name, number in names.items():
-            part = part.replace(f"${name}", f"${number}")
-        text += part.replace("$W", f"${8 + h}")
-        for number in names.values():
-            text += f"fma.rn.{kind} ${number}, ${number}, one, ${10 + h};\n"
-    return text.replace("MAGIC", magic).replace("ONE", one) + "}"
+    text = "{ .reg .b32 t, one; mov.b32 one, ONE;"
+    for pair in range(4):
+        part = _ASM_PAIR.replace("SHIFT", str(4 * pair))
+        text += part.replace("LOW", str(2 * pair)).replace("HIGH", str(2 * pair + 1))
+    return text.replace("MAGIC", magic).replace("ONE", one).replace("KIND", kind) + "}"
 
 
 # 1024 + code in fp16 and 128 + code in bf16 are exact: the code is the low end of the mantissa.
 ASM_FP16 = tl.constexpr(_assemble("0x64006400", "0x3C003C00", "f16x2"))
 ASM_BF16 = tl.constexpr(_assemble("0x43004300", "0x3F803F80", "bf16x2"))
-ASM_CONSTRAINTS = tl.constexpr(",".join(["=r"] * 8 + ["r"] * 4))
+ASM_CONSTRAINTS = tl.constexpr(",".join(["=h"] * 8 + ["r"] * 2))
 # The bits of -(1024 + zero) and of -(128 + zero), less the zero itself.
 NEGATED_FP16 = tl.constexpr(0xE400E400 - 2**32)
 NEGATED_BF16 = tl.constexpr(0xC300C300 - 2**32)
@@ -49,54 +42,31 @@ NEGATED_BF16 = tl.constexpr(0xC300C300 - 2**32)
 
 @triton.jit
 def _take_apart(words, zeros, DTYPE: tl.constexpr):
-    """Codes minus zeros [out, 64] of 4-bit words [tiles, 8, 4, 2, 2], by inline assembly.
-
-    An output register is the pair of one channel's codes at inputs p = 0, 1. Triton counts its two
-    halves as the elements of the two words that went in, so the last axis is p afterwards.
-    """
-    if tl.float16 == DTYPE:
-        negated = (zeros * 0x00010001) | NEGATED_FP16
-        a0, a1, a2, a3, b0, b1, b2, b3 = tl.inline_asm_elementwise(
-            ASM_FP16,
-            ASM_CONSTRAINTS,
-            [words, negated],
-            dtype=(
-                tl.float16,
-                tl.float16,
-                tl.float16,
-                tl.float16,
-                tl.float16,
-                tl.float16,
-                tl.float16,
-                tl.float16,
-            ),
-            is_pure=True,
-            pack=2,
-        )
-    else:
-        negated = (zeros * 0x00010001) | NEGATED_BF16
-        a0, a1, a2, a3, b0, b1, b2, b3 = tl.inline_asm_elementwise(
-            ASM_BF16,
-            ASM_CONSTRAINTS,
-            [words, negated],
-            dtype=(
-                tl.bfloat16,
-                tl.bfloat16,
-                tl.bfloat16,
-                tl.bfloat16,
-                tl.bfloat16,
-                tl.bfloat16,
-                tl.bfloat16,
-                tl.bfloat16,
-            ),
-            is_pure=True,
-            pack=2,
-        )
-    a = tl.join(tl.join(a0, a1), tl.join(a2, a3))
-    b = tl.join(tl.join(b0, b1), tl.join(b2, b3))
-    # [tile, g, t, s / 2, p, u, s % 2, h] -> [tile, h, g, s / 2, s % 2, u, t, p]
-    ordered = tl.permute(tl.join(a, b), (0, 7, 1, 3, 6, 5, 2, 4))
-    return tl.reshape(ordered, (words.shape[0] * 16, 64))
+    """Codes minus zeros [out, 64] of 4-bit words [tiles, 8, 4, 2, 2], by inline assembly."""
+    ASSEMBLY: tl.constexpr = ASM_FP16 if DTYPE == tl.float16 else ASM_BF16  # noqa: SIM300
+    NEGATED: tl.constexpr = NEGATED_FP16 if DTYPE == tl.float16 else NEGATED_BF16  # noqa: SIM300
+    a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+        ASSEMBLY,
+        ASM_CONSTRAINTS,
+        [words, (zeros * 0x00010001) | NEGATED],
+        dtype=(
+            tl.int16,
+            tl.int16,
+            tl.int16,
+            tl.int16,
+            tl.int16,
+            tl.int16,
+            tl.int16,
+            tl.int16,
+        ),
+        is_pure=True,
+        pack=1,
+    )
+    even = tl.join(tl.join(a, b), tl.join(c, d))
+    odd = tl.join(tl.join(e, f), tl.join(g, h))
+    # [tile, g, t, s / 2, h, p, u, s % 2] -> [tile, h, g, s / 2, s % 2, u, t, p]
+    ordered = tl.permute(tl.join(even, odd), (0, 4, 1, 3, 7, 6, 2, 5))
+    return tl.reshape(ordered, (words.shape[0] * 16, 64)).to(DTYPE, bitcast=True)
 
 
 @triton.jit

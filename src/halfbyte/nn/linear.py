@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from halfbyte.kernels.contract import LinearSpec, Operands
 from halfbyte.kernels.op import dequantize, quantized_linear
 from halfbyte.kernels.registry import Selection, select
 from halfbyte.nn.weight import QuantizedWeight
+
+if TYPE_CHECKING:
+    from halfbyte.nn.fusion import Fusion
 
 STORED = ("qweight",)
 
@@ -56,6 +59,8 @@ class QuantLinear(nn.Linear):
         self.out_features = spec.out_features
         self.selection: Selection | None = None
         self.weight_names: tuple[str, ...] = STORED
+        self.fusion: Fusion | None = None
+        """The linears that this one is multiplied with, if any (fusion.py)."""
         words = (spec.in_features * spec.bits // 32, spec.out_features)
         zero_words = (spec.num_groups, spec.out_features * spec.bits // 32)
         optional = {"g_idx": (spec.in_features,), "bias": (spec.out_features,)}
@@ -108,6 +113,8 @@ class QuantLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute the layer; [..., in] -> [..., out]."""
+        if self.fusion is not None:
+            return self.fusion.multiply(self, input)
         selection = self.selection or self._select(stored_layout=True)
         spec = self._spec_on(input.device.type)
         bias = self.bias
@@ -128,6 +135,8 @@ class QuantLinear(nn.Linear):
         Returns:
             [out, in], in memory of its own.
         """
+        if self.fusion is not None:
+            return self.fusion.dequantize(self, dtype)
         selection = self.selection or self._select(stored_layout=True)
         spec = self._spec_on(self.scales.device.type)
         return dequantize(self.operands, spec, selection.kernel, dtype)
@@ -151,13 +160,53 @@ class QuantLinear(nn.Linear):
 
     def restore(self) -> None:
         """Undo :meth:`prepare`: the weight is as stored again, and no kernel is chosen."""
+        if self.fusion is not None:
+            others = [member for member in self.fusion.members if member is not self]
+            self.fusion.undo()
+            for other in others:
+                other.prepare()
         if self.is_repacked:
-            qweight = self._stored_qweight()
+            qweight = self.stored_qweight()
             for name in self.weight_names:
                 delattr(self, name)
             self.weight_names = STORED
             self.register_buffer("qweight", qweight)
         self.selection = None
+
+    def stored_qweight(self) -> Tensor:
+        """Give ``qweight`` as stored, whatever layout the weight is in."""
+        if self.fusion is not None:
+            return self.fusion.restore_qweight(self)
+        if not self.is_repacked:
+            return self.qweight
+        assert self.selection is not None
+        return self.selection.kernel.restore(self.operands, self.spec)
+
+    def join(self, fusion: Fusion, scales: Tensor, qzeros: Tensor) -> None:
+        """Become part of a fusion, which holds the weight.
+
+        Args:
+            fusion: Multiplies from now on.
+            scales: This layer's part of the fusion's.
+            qzeros: This layer's part of the fusion's.
+        """
+        for name in self.weight_names:
+            delattr(self, name)
+        self.weight_names = ()
+        self.scales, self.qzeros, self.fusion = scales, qzeros, fusion
+
+    def leave(self, qweight: Tensor) -> None:
+        """Leave a fusion: the weight is as stored again, and no kernel is chosen.
+
+        Args:
+            qweight: This layer's own.
+        """
+        for name in [name for name in self._buffers if name.startswith(PACKED.format(""))]:
+            delattr(self, name)
+        self.scales, self.qzeros = self.scales.contiguous(), self.qzeros.contiguous()
+        self.weight_names = STORED
+        self.register_buffer("qweight", qweight)
+        self.fusion = self.selection = None
 
     def check_finite(self, name: str) -> None:
         """Refuse scales or a bias that are not numbers.
@@ -217,10 +266,6 @@ class QuantLinear(nn.Linear):
             return self.spec
         return replace(self.spec, device_type=device_type)
 
-    def _stored_qweight(self) -> Tensor:
-        assert self.selection is not None
-        return self.selection.kernel.restore(self.operands, self.spec)
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         """Move the tensors but never cast them; repack where the device or dtype changed."""
         probe = fn(torch.empty(0, dtype=self.spec.dtype, device=self.scales.device))
@@ -238,8 +283,12 @@ class QuantLinear(nn.Linear):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         if self.is_repacked:
-            destination[prefix + "qweight"] = self._stored_qweight()
+            destination[prefix + "qweight"] = self.stored_qweight()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.fusion is not None:
+            # Parts of shared tensors; files want tensors of their own.
+            for name in ("scales", "qzeros"):
+                destination[prefix + name] = destination[prefix + name].contiguous()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         selection = self.selection

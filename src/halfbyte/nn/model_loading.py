@@ -23,6 +23,7 @@ from halfbyte.checkpoint.shards import INDEX_SUFFIX, SINGLE_FILE, TensorFiles
 from halfbyte.errors import CheckpointError
 from halfbyte.model.experts import find_fused_experts, unfuse_experts
 from halfbyte.model.naming import module_key_map
+from halfbyte.nn.fusion import fuse_linears
 from halfbyte.nn.linear import QuantLinear
 from halfbyte.nn.replace import StoredLinear, quantized_linears
 
@@ -124,7 +125,7 @@ def untie(model: PreTrainedModel, stored: Mapping[str, StoredLinear]) -> None:
 
 
 def prepare_linears(model: PreTrainedModel) -> None:
-    """Check the loaded values, choose each linear's kernel, and say once which were chosen.
+    """Check the loaded values, choose each linear's kernel, fuse those that gain by it, and say so.
 
     Args:
         model: With its weights loaded; linears that are offloaded are left as stored.
@@ -137,6 +138,9 @@ def prepare_linears(model: PreTrainedModel) -> None:
         chosen[f"{selection.kernel.name}: {'; '.join([selection.reason, *rejected])}"] += 1
     for text, count in chosen.items():
         logger.info("%d quantized linears run on %s", count, text)
+    fused = fuse_linears(model)
+    if fused:
+        logger.info("%d groups of them (q, k and v; gate and up) are multiplied at once", fused)
 
 
 def _open(files: Sequence[Path]) -> Checkpoint:

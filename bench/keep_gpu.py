@@ -1,0 +1,263 @@
+"""Keep what was measured on a GPU machine: results for the pages, and the kernels' shipped table.
+
+    python bench/keep_gpu.py gpu-kernels.json gpu-decode.json --commit 0e60713 --date 2026-11-26
+
+The measuring scripts run on a machine that has no repository; this one turns what they wrote into
+``bench/results/`` and ``src/halfbyte/kernels/gpu_table/``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from measure_gpu_kernels import ROWS, SHAPES
+from record import Elsewhere, save_result
+
+TABLES = Path(__file__).parents[1] / "src" / "halfbyte" / "kernels" / "gpu_table"
+PEERS = ("tinygemm", "marlin", "machete", "humming")
+SHOWN_ROWS = (1, 16, 64, 4096)
+TRITON_ROWS = 128
+
+Case = Mapping[str, Any]
+
+
+def main() -> None:
+    """Write the results that were given."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kernels", type=Path)
+    parser.add_argument("decode", type=Path, nargs="?")
+    parser.add_argument("--commit", required=True, help="that was measured")
+    parser.add_argument("--date", required=True, help="of the measurement")
+    options = parser.parse_args()
+    measured = json.loads(options.kernels.read_text(encoding="utf-8"))
+    keep_table(measured, options.date)
+    keep_kernels(measured, _elsewhere(measured, options, "measure_gpu_kernels.py"))
+    if options.decode:
+        decode = json.loads(options.decode.read_text(encoding="utf-8"))
+        keep_decode(decode, _elsewhere(decode, options, "measure_gpu_decode.py"))
+
+
+def _elsewhere(measured: Case, options: argparse.Namespace, script: str) -> Elsewhere:
+    return Elsewhere(
+        date=options.date,
+        commit=options.commit,
+        command=f"python bench/{script}",
+        machine=measured["machine"],
+        versions=measured["versions"],
+    )
+
+
+# ------------------------------------------------------------------- the shipped table
+
+
+def keep_table(measured: Case, date: str) -> None:
+    """Write the best configurations, and up to how many rows the CUDA kernel is the faster one."""
+    best = measured["best"]
+
+    def entries(tier: str) -> list[dict[str, Any]]:
+        return [
+            {
+                **_sizes(shape),
+                "rows": rows,
+                "config": json.loads(best[tier][f"{shape}, rows {rows}"]),
+            }
+            for shape in SHAPES
+            for rows in (8, 16, 32, 64, 128)
+            if f"{shape}, rows {rows}" in best[tier]
+        ]
+
+    table = {
+        "made_by": "bench/keep_gpu.py",
+        "device": measured["device"],
+        "date": date,
+        "triton": entries("triton"),
+        "cuda": entries("cuda"),
+        "cuda_rows": [
+            {**_sizes(shape), "rows": find_cuda_rows(measured, shape)} for shape in SHAPES
+        ],
+    }
+    TABLES.mkdir(exist_ok=True)
+    path = TABLES / f"{measured['architecture']}.json"
+    lines = json.dumps(table, indent=1)
+    # An entry a line: a table of a hundred entries is read and compared by line.
+    lines = "\n".join(_join_entries(lines.splitlines()))
+    path.write_text(lines + "\n", encoding="utf-8")
+
+
+def _join_entries(lines: Iterable[str]) -> Iterable[str]:
+    entry: list[str] = []
+    for line in lines:
+        depth = len(line) - len(line.lstrip())
+        if depth >= 3 or (entry and depth == 2):
+            entry.append(line.strip())
+            if depth == 2:
+                yield "  " + " ".join(entry)
+                entry = []
+        elif depth == 2 and line.strip() == "{":
+            entry = [line.strip()]
+        else:
+            yield line
+
+
+def _sizes(shape: str) -> dict[str, int]:
+    return dict(zip(("in_features", "out_features"), SHAPES[shape], strict=True))
+
+
+def find_cuda_rows(measured: Case, shape: str) -> int:
+    """The most rows at which the CUDA kernel, started early as it is, beats the Triton program."""
+    rows_list = [rows for rows in ROWS if rows <= 64]
+    faster = 0
+    for rows in rows_list:
+        case = measured["microseconds"][f"{shape}, rows {rows}"]
+        if case["cuda, early start"]["us"] > case["triton"]["us"]:
+            break
+        faster = rows
+    return faster
+
+
+# ------------------------------------------------------------------------- the results
+
+
+def keep_kernels(measured: Case, elsewhere: Elsewhere) -> None:
+    """Write the geometric means, and the times by layer."""
+    cases = measured["microseconds"]
+    rows_of = {shape: find_cuda_rows(measured, shape) for shape in SHAPES}
+    means = []
+    for rows in ROWS:
+        here = {shape: cases[f"{shape}, rows {rows}"] for shape in SHAPES}
+        chosen = {shape: choose_arm(rows, rows_of[shape]) for shape in SHAPES}
+        ratios = {s: find_peer(case)[1] / case[chosen[s]]["us"] for s, case in here.items()}
+        least = min(ratios, key=lambda shape: ratios[shape])
+        means.append(
+            [
+                rows,
+                _mean(ratios.values()),
+                f"{ratios[least]:.2f} ({least})",
+                f"{sum(ratio < 1 for ratio in ratios.values())} of {len(SHAPES)}",
+                _mean_of(here, "cuda"),
+                _mean_of(here, "triton"),
+                _mean(case["cublas"]["us"] / case[chosen[s]]["us"] for s, case in here.items()),
+            ]
+        )
+    save_result(
+        "gpu-kernels",
+        columns=[
+            "rows of x",
+            "halfbyte over the best peer",
+            "the least",
+            "a peer is faster on",
+            "CUDA kernel without early start",
+            "Triton programs",
+            "halfbyte over bf16 cuBLAS",
+        ],
+        rows=means,
+        note=(
+            "Speed as a ratio, above 1 is faster; geometric means over the eight linears of the 8B "
+            "and the 70B Llama; 4 bits, groups of 128, symmetric, bf16. Peers: the fastest of "
+            "vLLM 0.24's Marlin and Machete and torch's tinygemm in each case; Humming is not "
+            "measured. halfbyte as it chooses by rows: its CUDA kernel with early start, Triton, "
+            "or dequantize and cuBLAS. Weights cold, CUDA graphs, arms in turn, medians of 7 "
+            "rounds (3 for 4096 rows). Early start flatters: the launches of a graph do not "
+            "depend on each other here, and peers do not use it."
+        ),
+        data={
+            "microseconds": cases,
+            "sweep": _shorten(measured["sweep"]),
+            "correctness": measured.get("correctness"),
+            "failed": {key: value for key, value in measured.items() if key.endswith(" failed")},
+        },
+        elsewhere=elsewhere,
+    )
+    layers = [
+        [
+            f"{shape} {SHAPES[shape][0]} → {SHAPES[shape][1]}",
+            rows,
+            case[choose_arm(rows, rows_of[shape])]["us"],
+            choose_arm(rows, rows_of[shape]),
+            *(case[peer]["us"] if peer in case else "—" for peer in (*PEERS[:3], "cublas")),
+        ]
+        for shape in SHAPES
+        for rows in SHOWN_ROWS
+        for case in [cases[f"{shape}, rows {rows}"]]
+    ]
+    save_result(
+        "gpu-layers",
+        columns=["layer", "rows", "halfbyte", "by", "tinygemm", "Marlin", "Machete", "bf16 cuBLAS"],
+        rows=layers,
+        note="Microseconds; the same run as the table above.",
+        data={},
+        elsewhere=elsewhere,
+    )
+
+
+def choose_arm(rows: int, cuda_rows: int) -> str:
+    """What halfbyte itself does with so many rows."""
+    if rows <= cuda_rows:
+        return "cuda, early start"
+    return "triton" if rows <= TRITON_ROWS else "dequantize + cublas"
+
+
+def find_peer(case: Case) -> tuple[str, float]:
+    """The fastest peer and its microseconds."""
+    times = {peer: case[peer]["us"] for peer in PEERS if isinstance(case.get(peer), dict)}
+    best = min(times, key=lambda peer: times[peer])
+    return best, times[best]
+
+
+def _mean_of(here: Mapping[str, Case], arm: str) -> float | str:
+    if not all(arm in case for case in here.values()):
+        return "—"
+    return _mean(find_peer(case)[1] / case[arm]["us"] for case in here.values())
+
+
+def _mean(ratios: Iterable[float]) -> float:
+    logs = [math.log(ratio) for ratio in ratios]
+    return round(math.exp(sum(logs) / len(logs)), 3)
+
+
+def _shorten(sweep: Case) -> dict[str, dict[str, list[str]]]:
+    """By tier and case, from the fastest on: the configuration's numbers and its microseconds."""
+    return {
+        tier: {
+            key: [
+                f"{' '.join(map(str, json.loads(config).values()))}: {found['us']}"
+                for config, found in sorted(_timed(case), key=lambda pair: pair[1]["us"])
+            ]
+            for key, case in cases.items()
+        }
+        for tier, cases in sweep.items()
+    }
+
+
+def _timed(case: Case) -> list[tuple[str, Any]]:
+    return [(name, found) for name, found in case.items() if isinstance(found, dict)]
+
+
+def keep_decode(measured: Case, elsewhere: Elsewhere) -> None:
+    """Write what a decode step takes."""
+    save_result(
+        "gpu-decode",
+        columns=["weights", "ms a token", "tokens/s", "GB of GPU memory at most"],
+        rows=[
+            [arm, found["ms"], found["tokens_per_second"], found["gpu_gigabytes"]]
+            for arm, found in measured["arms"].items()
+            if isinstance(found, dict)
+        ],
+        note=(
+            f"Llama of the 8B shape, {measured['layers']} blocks, random weights, batch 1, "
+            f"{measured['context']} tokens in a static cache, one step of Transformers' own "
+            "forward as a CUDA graph; the head in bf16, q, k, v and gate, up not fused, not "
+            "compiled. Peak memory is that of making the 4-bit model out of the bf16 one."
+        ),
+        data=dict(measured),
+        elsewhere=elsewhere,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""What was measured of the kernels for GPUs, by architecture: shipped, never tuned on the way.
+
+``gpu_table/sm_90.json`` is made of ``bench/results/gpu-kernels.json`` by ``bench/keep_gpu.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any
+
+Shape = tuple[int, int]
+"""in_features, out_features."""
+
+
+@dataclass(frozen=True, slots=True)
+class GpuTable:
+    """The best configurations of an architecture; empty where none were measured."""
+
+    triton: Mapping[tuple[Shape, int], Mapping[str, int]] = field(default_factory=dict)
+    """By shape and rows bucket: the fields of a TritonConfig."""
+    cuda: Mapping[tuple[Shape, int], Mapping[str, int]] = field(default_factory=dict)
+    """By shape and rows bucket: the fields of a CudaConfig."""
+    cuda_rows: Mapping[Shape, int] = field(default_factory=dict)
+    """By shape: up to so many rows the CUDA kernel is faster than the Triton program."""
+
+
+@functools.cache
+def load_table(architecture: str) -> GpuTable:
+    """Load what was measured on an architecture.
+
+    Args:
+        architecture: ``sm_90`` and the like; of another maker, any name.
+
+    Returns:
+        The table; an empty one where there is none.
+    """
+    file = resources.files("halfbyte.kernels") / "gpu_table" / f"{architecture}.json"
+    if not file.is_file():
+        return GpuTable()
+    return parse_table(json.loads(file.read_text(encoding="utf-8")))
+
+
+def parse_table(table: Mapping[str, Any]) -> GpuTable:
+    """Read a table as it is shipped."""
+
+    def shape(entry: Mapping[str, Any]) -> Shape:
+        return entry["in_features"], entry["out_features"]
+
+    return GpuTable(
+        triton={(shape(entry), entry["rows"]): entry["config"] for entry in table["triton"]},
+        cuda={(shape(entry), entry["rows"]): entry["config"] for entry in table["cuda"]},
+        cuda_rows={shape(entry): entry["rows"] for entry in table["cuda_rows"]},
+    )

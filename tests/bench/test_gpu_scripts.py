@@ -1,0 +1,110 @@
+"""The scripts that measure on a GPU, as far as they go without one."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from halfbyte.errors import KernelUnavailable
+from halfbyte.kernels.cuda_driver import compile_source, load_nvrtc
+from halfbyte.kernels.gpu_table import load_table, parse_table
+
+BENCH = Path(__file__).parents[2] / "bench"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Imports a script of bench/."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module
+
+
+def test_the_kernel_that_reads_compiles(script, monkeypatch, tmp_path):
+    try:
+        load_nvrtc()
+    except KernelUnavailable as reason:
+        pytest.skip(str(reason))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = script("gpu_bandwidth").READ_SOURCE
+    assert b"read_all" in compile_source(source, {}, "sm_90")
+
+
+def test_checks_cover_every_kind_of_layer_with_every_configuration(script):
+    checks = script("gpu_checks")
+    jobs = checks.list_jobs("sm_90")
+    kinds = {
+        (spec.bits, spec.group_size, spec.symmetric, spec.act_order, spec.dtype)
+        for job in jobs
+        for spec in [job.spec]
+    }
+    assert len(kinds) == 4 * 5 * 2 * 2 * 2
+    every = {*checks.list_triton_configs("sm_90"), *checks.list_cuda_configs("sm_90")}
+    assert len(every) > 30
+    by_kind = {}
+    for job in jobs:
+        if job.configs:
+            by_kind.setdefault(job.spec, set()).update(job.configs)
+    assert len(by_kind) == len(kinds)
+    assert all(configs == every for configs in by_kind.values())
+    # The one that was wrong: what a user gets comes first.
+    wrong = replace(jobs[0].spec, group_size=32)
+    assert wrong in [job.spec for job in jobs[:40] if not job.configs]
+
+
+def test_an_outcome_that_is_not_good_is_not(script):
+    is_good = script("gpu_checks").is_good
+    fine = {"error_over_bound": 0.1, "repeats_bit_for_bit": True, "problem": None}
+    assert is_good(fine)
+    for wrong in (
+        {"error_over_bound": 19.8},
+        {"repeats_bit_for_bit": False},
+        {"restores_bits": False},
+        {"dequantizes_exactly": False},
+        {"problem": "RuntimeError: out of memory"},
+    ):
+        assert not is_good(fine | wrong)
+    assert not is_good({"problem": None})
+
+
+def test_shipped_table_is_that_of_the_result(script):
+    keep = script("keep_gpu")
+    result = json.loads((BENCH / "results" / "gpu-kernels.json").read_text())
+    table = load_table("sm_90")
+    sweep = result["data"]["sweep"]
+    for (shape, rows), config in table.triton.items():
+        name = next(name for name, sizes in keep.SHAPES.items() if sizes == shape)
+        fastest = sweep["triton"][f"{name}, rows {rows}"][0]
+        assert fastest.startswith(" ".join(map(str, config.values())) + ":")
+    for shape, rows in table.cuda_rows.items():
+        name = next(name for name, sizes in keep.SHAPES.items() if sizes == shape)
+        assert keep.find_cuda_rows(result["data"], name) == rows
+
+
+def test_table_is_written_an_entry_a_line(script, tmp_path, monkeypatch):
+    keep = script("keep_gpu")
+    monkeypatch.setattr(keep, "TABLES", tmp_path)
+    arm = '{"block_out": 64, "block_rows": 16, "splits": 2, "warps": 4, "stages": 4}'
+    cases = {
+        f"{name}, rows {rows}": {
+            "cuda, early start": {"us": 5.0 if rows <= 4 else 9.0},
+            "triton": {"us": 8.0},
+        }
+        for name in keep.SHAPES
+        for rows in keep.ROWS
+    }
+    measured = {
+        "device": "a GPU",
+        "architecture": "sm_77",
+        "best": {"triton": {"8B o, rows 16": arm}, "cuda": {}},
+        "microseconds": cases,
+    }
+    keep.keep_table(measured, "2026-11-26")
+    text = (tmp_path / "sm_77.json").read_text()
+    assert max(map(len, text.splitlines())) < 160
+    table = parse_table(json.loads(text))
+    assert table.triton == {((4096, 4096), 16): json.loads(arm)}
+    assert set(table.cuda_rows.values()) == {4}

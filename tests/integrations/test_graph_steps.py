@@ -1,0 +1,102 @@
+"""Steps over a static cache, without a GPU: unrecorded, and held to what a recording needs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+from halfbyte.errors import ConfigError
+from halfbyte.integrations.graph_steps import GraphSteps, find_cache_obstacle, find_obstacle
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 80,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+
+
+class Launches(TorchDispatchMode):
+    """The operations that a GPU would be sent, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_steps_give_the_logits_of_the_whole_sequence(model):
+    ids = torch.tensor([[3, 14, 15, 9, 26, 5]])
+    with torch.inference_mode():
+        expected = model(ids).logits[0]
+    steps = GraphSteps(model, ids[:, :3], 6)
+    torch.testing.assert_close(steps.first_logits, expected[2], rtol=1e-4, atol=1e-4)
+    for position in range(3, 6):
+        found = steps(int(ids[0, position]), position)
+        torch.testing.assert_close(found, expected[position], rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_behind_warm_ups_is_the_same(model):
+    ids = torch.tensor([[3, 14, 15, 9]])
+    steps, other = GraphSteps(model, ids, 8), GraphSteps(model, ids, 8)
+    with torch.inference_mode():
+        other._position.fill_(4)
+        for _ in range(2):
+            other._run(other._token, other._position)
+            other._rewind()
+    assert torch.equal(steps(7, 4), other(7, 4))
+
+
+def test_every_step_is_the_same_operations_and_asks_the_device_nothing(model):
+    steps = GraphSteps(model, torch.tensor([[3, 14, 15, 9]]), 12)
+    lists = []
+    for position in (4, 5, 6):
+        with torch.inference_mode():
+            steps._position.fill_(position)
+            with Launches() as launches:
+                steps._run(steps._token, steps._position)
+        lists.append(launches.names)
+    assert len(lists[0]) > 50
+    assert lists[0] == lists[1] == lists[2]
+    waits = ("_local_scalar_dense", "nonzero", "item", "_to_cpu")
+    assert [name for name in lists[0] if any(wait in name for wait in waits)] == []
+
+
+def test_positions_must_follow_and_fit(model):
+    steps = GraphSteps(model, torch.tensor([[3, 14]]), 3)
+    with pytest.raises(ConfigError, match="position 5; the next is 2 of 3"):
+        steps(1, 5)
+    steps(1, 2)
+    with pytest.raises(ConfigError, match="position 3; the next is 3 of 3"):
+        steps(1, 3)
+    with pytest.raises(ConfigError, match=r"1 x 4 tokens; allowed are 1 x 1..3"):
+        GraphSteps(model, torch.ones(1, 4, dtype=torch.int64), 3)
+
+
+def test_what_cannot_be_recorded_says_why(model):
+    assert find_cache_obstacle(model) is None
+    assert find_obstacle(model) == "it is on cpu, not on one CUDA device"
+    windowed = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=16))
+    assert "StaticSlidingWindowLayer" in find_cache_obstacle(windowed)
+    assert find_cache_obstacle(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=64, n_head=2))) is None
