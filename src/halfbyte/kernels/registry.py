@@ -31,6 +31,12 @@ class KernelEntry:
 
 KERNELS = (
     KernelEntry(
+        name="cpu_native",
+        module="halfbyte.kernels.cpu_native",
+        class_name="CpuNative",
+        summary="halfbyte's own compiled kernel on a CPU",
+    ),
+    KernelEntry(
         name="torch_int4",
         module="halfbyte.kernels.torch_int4",
         class_name="TorchInt4",

@@ -1,0 +1,22 @@
+// Threads: one function, behind which stands the pool that the process already has.
+#pragma once
+#include <stdint.h>
+
+namespace halfbyte {
+
+// Calls body(data, first, last) for pieces of [0, count) on up to `threads` threads at once; returns
+// when all are done. Pieces are taken as threads come free, so a busy core delays no other.
+void parallel_for(int64_t count, int threads, void (*body)(void*, int64_t, int64_t), void* data);
+
+template <class F>
+void parallel_for(int64_t count, int threads, F&& function) {
+  using Function = F;
+  parallel_for(
+      count, threads,
+      [](void* data, int64_t first, int64_t last) {
+        (*static_cast<Function*>(data))(first, last);
+      },
+      &function);
+}
+
+}  // namespace halfbyte
