@@ -5,10 +5,7 @@
 #include "vector_kernel.h"
 
 namespace halfbyte {
-namespace {
-bool wants_pairs(const Packed&) { return false; }
-}  // namespace
 
-const Isa AVX2 = {"avx2", multiply_floats, wants_pairs, dequantize_floats};
+const Isa AVX2 = {"avx2", multiply_floats, dequantize_floats, multiply_dense, attend, gate_silu};
 
 }  // namespace halfbyte

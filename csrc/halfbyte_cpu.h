@@ -67,6 +67,37 @@ HB_API int hb_linear(const void* packed, int dtype, const void* x, int64_t rows,
 HB_API int hb_dequantize(const void* packed, int64_t first, int64_t last, int dtype, void* out,
                          int threads);
 
+// out = weight @ x for one x and a dense weight [out, in] of float32 or bfloat16, read once: the
+// head of a model, which seldom is quantized.
+HB_API int hb_dense(const void* weight, int dtype, const float* x, int64_t in_features,
+                    int64_t out_features, float* out, int threads);
+
+// One token through all blocks of a decoder: norm, attention with rotary positions over a cache of
+// keys and values, residual, norm, gated MLP, residual; then the last norm. All arrays belong to
+// the caller.
+typedef struct {
+  const void *q, *k, *v, *o, *gate, *up, *down;  // packed weights
+  const float *q_bias, *k_bias, *v_bias, *o_bias, *gate_bias, *up_bias, *down_bias;  // or NULL
+  const float *attention_norm, *mlp_norm;  // [hidden]
+  const float *q_norm, *k_norm;            // [head_dim] of each head, or NULL
+  void *keys, *values;                     // [kv_heads][capacity][head_dim] of `dtype`
+} hb_block;
+
+typedef struct {
+  int32_t blocks, hidden, heads, kv_heads, head_dim, rotary_dim, intermediate;
+  int32_t dtype;         // of the cache: float32 or bfloat16
+  int64_t capacity;      // positions that the cache holds
+  float epsilon, scale;  // of the norms; of the attention scores
+  const float *cosines, *sines;  // [capacity][rotary_dim]
+  const float* last_norm;        // [hidden]
+  const hb_block* block;
+} hb_decoder;
+
+// x: [hidden], the token's embedding; overwritten. Writes position's keys and values into the cache
+// and the normed hidden state into out [hidden].
+HB_API int hb_decode(const hb_decoder* decoder, float* x, int64_t position, float* out,
+                     int threads);
+
 // Reads `bytes` (a multiple of 64) once, and gives a checksum: how fast this machine can read.
 HB_API uint64_t hb_read(const void* from, int64_t bytes, int threads);
 

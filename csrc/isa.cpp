@@ -19,9 +19,7 @@ const Choice* choices(int* count) {
   static const bool avx512 =
       avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  static const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-  static const Choice all[] = {
-      {&SERIAL, true}, {&AVX2, avx2}, {&AVX512, avx512}, {&AVX512_BF16, bf16}};
+  static const Choice all[] = {{&SERIAL, true}, {&AVX2, avx2}, {&AVX512, avx512}};
 #elif defined(__aarch64__)
   static const Choice all[] = {{&SERIAL, true}, {&NEON, true}};
 #else

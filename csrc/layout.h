@@ -52,9 +52,8 @@ bool open_packed(const void* bytes, Packed* packed);
 // Rows of x, made ready for a kernel: columns in packed order.
 struct Rows {
   int64_t rows;
-  const float* x;         // [rows][in]; null where the kernel reads pairs
-  const uint16_t* pairs;  // bf16 [rows][in], columns j and j + half of each run side by side
-  const float* sums;      // [rows][groups]: sums of x; null where symmetric
+  const float* x;     // [rows][in]
+  const float* sums;  // [rows][groups]: sums of x; null where symmetric
 };
 
 // Where a kernel puts its results.
@@ -65,20 +64,35 @@ struct Target {
   int64_t stride;
 };
 
+// One key-value head of a decode step, and the query heads that share it.
+struct Attention {
+  const float* query;  // [queries][width]
+  const void* keys;    // [length][width], float32 or bfloat16
+  const void* values;
+  float* out;  // [queries][width]
+  int64_t length;
+  int width, queries, dtype;
+  float scale;
+};
+
 // What one instruction set offers.
 struct Isa {
   const char* name;
   // Blocks [first, last) of all rows.
   void (*multiply)(const Packed&, const Rows&, const Target&, int64_t first, int64_t last);
-  // Whether `multiply` wants pairs for bf16 input of such a weight.
-  bool (*wants_pairs)(const Packed&);
   // Block b as numbers, into out[k * stride + lane].
   void (*dequantize)(const Packed&, int64_t block, int dtype, void* out, int64_t stride);
+  // out[n] = weight[n, :] . x for rows [first, last) of a dense [out, in].
+  void (*multiply_dense)(const void* weight, int dtype, const float* x, int64_t columns,
+                         int64_t first, int64_t last, float* out);
+  // Widths and counts are multiples of 16; `scores` holds length + 16 numbers.
+  void (*attend)(const Attention&, float* scores);
+  void (*gate_silu)(float* gate, const float* up, int64_t count);
 };
 
 extern const Isa SERIAL;
 #if defined(__x86_64__)
-extern const Isa AVX2, AVX512, AVX512_BF16;
+extern const Isa AVX2, AVX512;
 #elif defined(__aarch64__)
 extern const Isa NEON;
 #endif

@@ -1,9 +1,10 @@
-// hb_linear and hb_dequantize: make the rows of x ready, then hand out blocks to the threads.
+// hb_linear, hb_dequantize and hb_dense: make the rows of x ready, then hand out blocks to the threads.
 #include <stdlib.h>
 
 #include "isa.h"
 #include "numbers.h"
 #include "parallel.h"
+#include "rows.h"
 
 namespace halfbyte {
 namespace {
@@ -11,7 +12,8 @@ namespace {
 // Rows that are made ready at a time; more passes over a block that is in the cache.
 constexpr int64_t ROWS_AT_A_TIME = 32;
 
-// Scratch that a thread keeps: a call of a decode step must not allocate.
+}  // namespace
+
 float* borrow(int64_t floats) {
   struct Scratch {
     float* memory = nullptr;
@@ -27,6 +29,8 @@ float* borrow(int64_t floats) {
   }
   return scratch.memory;
 }
+
+namespace {
 
 void prepare_row(const Packed& w, int dtype, const void* from, int64_t at, float* x) {
   const int64_t columns = w.in_features;
@@ -60,19 +64,23 @@ void sum_groups(const Packed& w, const float* x, float* sums) {
   }
 }
 
-// bf16 columns j and j + half of each run side by side.
-void pair_row(const Packed& w, const uint16_t* from, uint16_t* pairs) {
-  const int run = run_codes(w.bits), half = run / 2;
-  for (int64_t k = 0; k < w.in_features; k += run) {
-    for (int j = 0; j < half; j++) {
-      const int64_t low = k + j, high = low + half;
-      pairs[k + 2 * j] = from[w.order ? w.order[low] : low];
-      pairs[k + 2 * j + 1] = from[w.order ? w.order[high] : high];
-    }
-  }
+}  // namespace
+
+int64_t scratch_floats(const Packed& w, int64_t rows) {
+  return (rows * (w.in_features + w.groups) + LANES - 1) / LANES * LANES;
 }
 
-}  // namespace
+Rows ready_rows(const Packed& w, int dtype, const void* x, int64_t rows, float* scratch) {
+  const int64_t columns = w.in_features;
+  float* sums = scratch + rows * columns;
+  for (int64_t m = 0; m < rows; m++) {
+    const int64_t at = m * columns;
+    prepare_row(w, dtype, x, at, scratch + at);
+    if (!w.symmetric) sum_groups(w, scratch + at, sums + m * w.groups);
+  }
+  return {rows, scratch, w.symmetric ? nullptr : sums};
+}
+
 }  // namespace halfbyte
 
 using namespace halfbyte;
@@ -83,25 +91,14 @@ extern "C" int hb_linear(const void* packed, int dtype, const void* x, int64_t r
   if (!open_packed(packed, &w)) return HB_BAD_BLOB;
   if (dtype < HB_FLOAT32 || dtype > HB_FLOAT16) return HB_BAD_ARGUMENT;
   const Isa& isa = current_isa();
-  const bool pairs = dtype == HB_BFLOAT16 && isa.wants_pairs(w);
   const int64_t columns = w.in_features, each = dtype == HB_FLOAT32 ? 4 : 2;
   const int64_t at_a_time = rows < ROWS_AT_A_TIME ? rows : ROWS_AT_A_TIME;
-  const int64_t row_floats = columns + w.groups + (pairs ? columns / 2 : 0);
-  float* scratch = borrow(at_a_time * row_floats + 16);
+  float* scratch = borrow(scratch_floats(w, at_a_time));
   if (!scratch) return HB_NO_MEMORY;
-  float* floats = scratch;
-  float* sums = floats + at_a_time * columns;
-  uint16_t* halves = reinterpret_cast<uint16_t*>(sums + at_a_time * w.groups);
   for (int64_t first = 0; first < rows; first += at_a_time) {
     const int64_t count = rows - first < at_a_time ? rows - first : at_a_time;
-    for (int64_t m = 0; m < count; m++) {
-      const int64_t at = (first + m) * columns;
-      if (!pairs || !w.symmetric) prepare_row(w, dtype, x, at, floats + m * columns);
-      if (!w.symmetric) sum_groups(w, floats + m * columns, sums + m * w.groups);
-      if (pairs) pair_row(w, static_cast<const uint16_t*>(x) + at, halves + m * columns);
-    }
-    const Rows ready = {count, pairs ? nullptr : floats, pairs ? halves : nullptr,
-                        w.symmetric ? nullptr : sums};
+    const void* from = static_cast<const char*>(x) + first * columns * each;
+    const Rows ready = ready_rows(w, dtype, from, count, scratch);
     char* to = static_cast<char*>(out) + first * w.out_features * each;
     const Target target = {dtype, bias, to, w.out_features};
     parallel_for(w.blocks, threads, [&](int64_t begin, int64_t end) {
@@ -136,6 +133,16 @@ extern "C" int hb_dequantize(const void* packed, int64_t first, int64_t last, in
       }
       free(block);
     }
+  });
+  return HB_OK;
+}
+
+extern "C" int hb_dense(const void* weight, int dtype, const float* x, int64_t in_features,
+                        int64_t out_features, float* out, int threads) {
+  if (dtype != HB_FLOAT32 && dtype != HB_BFLOAT16) return HB_BAD_ARGUMENT;
+  const Isa& isa = current_isa();
+  parallel_for(out_features, threads, [&](int64_t first, int64_t last) {
+    isa.multiply_dense(weight, dtype, x, in_features, first, last, out);
   });
   return HB_OK;
 }

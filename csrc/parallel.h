@@ -9,14 +9,13 @@ namespace halfbyte {
 void parallel_for(int64_t count, int threads, void (*body)(void*, int64_t, int64_t), void* data);
 
 template <class F>
-void parallel_for(int64_t count, int threads, F&& function) {
-  using Function = F;
+void parallel_for(int64_t count, int threads, const F& function) {
   parallel_for(
       count, threads,
       [](void* data, int64_t first, int64_t last) {
-        (*static_cast<Function*>(data))(first, last);
+        (*static_cast<const F*>(data))(first, last);
       },
-      &function);
+      const_cast<F*>(&function));
 }
 
 }  // namespace halfbyte

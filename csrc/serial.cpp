@@ -1,6 +1,8 @@
 // The specification: what every other file computes, in plain loops.
 //
 // Accumulates in fp32: codes times x within a group, the group's sum times its scale. Runs anywhere.
+#include <math.h>
+
 #include "numbers.h"
 
 namespace halfbyte {
@@ -56,10 +58,43 @@ void dequantize(const Packed& w, int64_t block, int dtype, void* out, int64_t st
   }
 }
 
-bool wants_pairs(const Packed&) { return false; }
+void multiply_dense(const void* weight, int dtype, const float* x, int64_t columns, int64_t first,
+                    int64_t last, float* out) {
+  for (int64_t n = first; n < last; n++) {
+    out[n] = 0;
+    for (int64_t k = 0; k < columns; k++) {
+      out[n] += load_number(weight, n * columns + k, dtype) * x[k];
+    }
+  }
+}
+
+void attend(const Attention& a, float* scores) {
+  for (int head = 0; head < a.queries; head++) {
+    const float* q = a.query + head * a.width;
+    float largest = -INFINITY, total = 0;
+    for (int64_t t = 0; t < a.length; t++) {
+      float dot = 0;
+      for (int i = 0; i < a.width; i++) dot += q[i] * load_number(a.keys, t * a.width + i, a.dtype);
+      scores[t] = dot * a.scale;
+      if (!(scores[t] <= largest)) largest = scores[t];
+    }
+    for (int64_t t = 0; t < a.length; t++) total += scores[t] = expf(scores[t] - largest);
+    for (int i = 0; i < a.width; i++) {
+      float sum = 0;
+      for (int64_t t = 0; t < a.length; t++) {
+        sum += scores[t] * load_number(a.values, t * a.width + i, a.dtype);
+      }
+      a.out[head * a.width + i] = sum / total;
+    }
+  }
+}
+
+void gate_silu(float* gate, const float* up, int64_t count) {
+  for (int64_t i = 0; i < count; i++) gate[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
+}
 
 }  // namespace
 
-const Isa SERIAL = {"serial", multiply, wants_pairs, dequantize};
+const Isa SERIAL = {"serial", multiply, dequantize, multiply_dense, attend, gate_silu};
 
 }  // namespace halfbyte

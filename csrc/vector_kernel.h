@@ -181,5 +181,121 @@ void dequantize_floats(const Packed& w, int64_t block, int dtype, void* out, int
   if (w.bits == 2) dequantize_bits<2>(w, block, dtype, out, stride);
 }
 
+// e^x for x <= 0 to 2 units in the last place; what is below e^-87 becomes 0.
+inline Floats exp_of_negative(Floats x) {
+  constexpr float LOW = -87.0f;
+  const Ints below = x < LOW;
+  x = (Floats)(((Ints)x & ~below) | ((Ints)(Floats{} + LOW) & below));
+  const Floats turns = (x * 1.44269504f - 0.5f);
+  const Ints whole = __builtin_convertvector(turns, Ints);  // cut towards zero: rounds to nearest
+  const Floats n = __builtin_convertvector(whole, Floats);
+  const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const Floats power = (Floats)((whole + 127) << 23);
+  return (Floats)((Ints)(p * power) & ~below);
+}
+
+inline float add_lanes(Floats value) {
+  float lanes[VECTOR], sum = 0;
+  store(lanes, value);
+  for (float lane : lanes) sum += lane;
+  return sum;
+}
+
+// float32, or bfloat16 where HALF.
+template <bool HALF>
+inline Floats load_numbers(const void* from, int64_t at) {
+  if (!HALF) return load<Floats>(static_cast<const float*>(from) + at);
+  const Halves halves = load<Halves>(static_cast<const uint16_t*>(from) + at);
+  return (Floats)(__builtin_convertvector(halves, Words) << 16);
+}
+
+template <bool HALF>
+void multiply_dense_rows(const void* weight, const float* x, int64_t columns, int64_t first,
+                         int64_t last, float* out) {
+  const int64_t whole = columns / (4 * VECTOR) * (4 * VECTOR);
+  for (int64_t n = first; n < last; n++) {
+    Floats sums[4] = {};
+    const int64_t row = n * columns;
+    for (int64_t k = 0; k < whole; k += 4 * VECTOR) {
+      __builtin_prefetch(static_cast<const char*>(weight) + (row + k) * (HALF ? 2 : 4) + 2048);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) {
+        const int64_t at = k + i * VECTOR;
+        sums[i] += load_numbers<HALF>(weight, row + at) * load<Floats>(x + at);
+      }
+    }
+    float sum = add_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    for (int64_t k = whole; k < columns; k++) {
+      sum += load_number(weight, row + k, HALF ? HB_BFLOAT16 : HB_FLOAT32) * x[k];
+    }
+    out[n] = sum;
+  }
+}
+
+void multiply_dense(const void* weight, int dtype, const float* x, int64_t columns, int64_t first,
+                    int64_t last, float* out) {
+  const auto rows = dtype == HB_BFLOAT16 ? multiply_dense_rows<true> : multiply_dense_rows<false>;
+  rows(weight, x, columns, first, last, out);
+}
+
+// One key-value head and the query heads that share it; `scores` has room for `length` numbers and
+// a vector.
+template <bool HALF>
+void attend_to(const Attention& a, float* scores) {
+  for (int head = 0; head < a.queries; head++) {
+    const float* q = a.query + head * a.width;
+    float largest = -3e38f;
+    for (int64_t t = 0; t < a.length; t++) {
+      Floats sum = {};
+      for (int i = 0; i < a.width; i += VECTOR) {
+        sum += load<Floats>(q + i) * load_numbers<HALF>(a.keys, t * a.width + i);
+      }
+      scores[t] = add_lanes(sum) * a.scale;
+      if (!(scores[t] <= largest)) largest = scores[t];  // also where it is not a number
+    }
+    Floats total = {};
+    for (int i = 0; i < VECTOR; i++) scores[a.length + i] = -3e38f;
+    for (int64_t t = 0; t < a.length; t += VECTOR) {
+      const Floats share = exp_of_negative(load<Floats>(scores + t) - largest);
+      store(scores + t, share);
+      total += share;
+    }
+    const float each = 1.0f / add_lanes(total);
+    float* out = a.out + head * a.width;
+    for (int i = 0; i < a.width; i += VECTOR) {
+      Floats sum = {}, other = {};
+      int64_t t = 0;
+      for (; t + 2 <= a.length; t += 2) {
+        sum += scores[t] * load_numbers<HALF>(a.values, t * a.width + i);
+        other += scores[t + 1] * load_numbers<HALF>(a.values, (t + 1) * a.width + i);
+      }
+      if (t < a.length) sum += scores[t] * load_numbers<HALF>(a.values, t * a.width + i);
+      store(out + i, (sum + other) * each);
+    }
+  }
+}
+
+void attend(const Attention& a, float* scores) {
+  return a.dtype == HB_BFLOAT16 ? attend_to<true>(a, scores) : attend_to<false>(a, scores);
+}
+
+// gate = silu(gate) * up; count is a multiple of 16.
+void gate_silu(float* gate, const float* up, int64_t count) {
+  for (int64_t i = 0; i < count; i += VECTOR) {
+    const Floats x = load<Floats>(gate + i);
+    const Ints negative = x < 0.0f;
+    const Floats small = exp_of_negative((Floats)((Ints)x | (int32_t)0x80000000));
+    // 1 / (1 + e^-x), from e^-|x|, which cannot overflow.
+    const Floats top = (Floats)(((Ints)small & negative) | ((Ints)(Floats{} + 1.0f) & ~negative));
+    store(gate + i, x * top / (1.0f + small) * load<Floats>(up + i));
+  }
+}
+
 }  // namespace
 }  // namespace halfbyte

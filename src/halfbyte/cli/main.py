@@ -27,6 +27,8 @@ VERBS = {
     "check": "halfbyte.cli.check",
     "perplexity": "halfbyte.cli.perplexity",
     "divergence": "halfbyte.cli.divergence",
+    "generate": "halfbyte.cli.generate",
+    "chat": "halfbyte.cli.chat",
     "doctor": "halfbyte.cli.doctor",
     "sample-model": "halfbyte.cli.sample_model",
     "demo": "halfbyte.cli.demo",

@@ -51,6 +51,41 @@ class LinearShape(ctypes.Structure):
     )
 
 
+class Block(ctypes.Structure):
+    """hb_block."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_void_p)
+        for name in (
+            *("q", "k", "v", "o", "gate", "up", "down"),
+            *("q_bias", "k_bias", "v_bias", "o_bias", "gate_bias", "up_bias", "down_bias"),
+            *("attention_norm", "mlp_norm", "q_norm", "k_norm", "keys", "values"),
+        )
+    )
+
+
+class Decoder(ctypes.Structure):
+    """hb_decoder."""
+
+    _fields_ = (
+        ("blocks", ctypes.c_int32),
+        ("hidden", ctypes.c_int32),
+        ("heads", ctypes.c_int32),
+        ("kv_heads", ctypes.c_int32),
+        ("head_dim", ctypes.c_int32),
+        ("rotary_dim", ctypes.c_int32),
+        ("intermediate", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+        ("capacity", ctypes.c_int64),
+        ("epsilon", ctypes.c_float),
+        ("scale", ctypes.c_float),
+        ("cosines", ctypes.c_void_p),
+        ("sines", ctypes.c_void_p),
+        ("last_norm", ctypes.c_void_p),
+        ("block", ctypes.POINTER(Block)),
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NativeLibrary:
     """The opened library, or why there is none."""
@@ -134,6 +169,8 @@ def _declare(functions: ctypes.CDLL) -> None:
         "hb_pack": (_INT, (shape, _VOID, _VOID, _VOID, _VOID, _VOID, _INT)),
         "hb_unpack": (_INT, (_VOID, _VOID, _INT)),
         "hb_linear": (_INT, (_VOID, _INT, _VOID, _LONG, _VOID, _VOID, _INT)),
+        "hb_dense": (_INT, (_VOID, _INT, _VOID, _LONG, _LONG, _VOID, _INT)),
+        "hb_decode": (_INT, (ctypes.POINTER(Decoder), _VOID, _LONG, _VOID, _INT)),
         "hb_read": (ctypes.c_uint64, (_VOID, _LONG, _INT)),
         "hb_dequantize": (_INT, (_VOID, _LONG, _LONG, _INT, _VOID, _INT)),
     }
