@@ -62,6 +62,8 @@ HB_API int hb_unpack(const void* packed, uint32_t* qweight, int threads);
 // `dtype`, contiguous. One pass over the packed weights for every eight rows.
 HB_API int hb_linear(const void* packed, int dtype, const void* x, int64_t rows, const void* bias,
                      void* out, int threads);
+// Whether bf16 input of many rows runs on matrix units, so that hb_linear is the way for it too.
+HB_API int hb_tiles(void);
 // Output channels [first, last), both multiples of 16 or the end, as numbers [in, last - first] in
 // packed column order, rounded once to `dtype` (float32 or bfloat16).
 HB_API int hb_dequantize(const void* packed, int64_t first, int64_t last, int dtype, void* out,

@@ -1,5 +1,9 @@
 // Which instruction set runs: the best that this processor and its operating system have.
 #include <string.h>
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "layout.h"
 #include "isa.h"
@@ -12,6 +16,18 @@ struct Choice {
   bool usable;
 };
 
+#if defined(__x86_64__)
+// The kernel gives a process its tile registers when it asks for them.
+bool allow_tiles() {
+#if defined(__linux__)
+  constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 // Compiled without any of the instructions that it asks about.
 const Choice* choices(int* count) {
 #if defined(__x86_64__)
@@ -19,7 +35,10 @@ const Choice* choices(int* count) {
   static const bool avx512 =
       avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  static const Choice all[] = {{&SERIAL, true}, {&AVX2, avx2}, {&AVX512, avx512}};
+  static const bool amx = avx512 && __builtin_cpu_supports("avx512bf16") &&
+                          __builtin_cpu_supports("amx-bf16") && allow_tiles();
+  static const Choice all[] = {
+      {&SERIAL, true}, {&AVX2, avx2}, {&AVX512, avx512}, {&AMX, amx}};
 #elif defined(__aarch64__)
   static const Choice all[] = {{&SERIAL, true}, {&NEON, true}};
 #else

@@ -17,7 +17,6 @@ namespace halfbyte {
 
 constexpr int LANES = 16;
 constexpr uint32_t MAGIC = 0x30344248;  // "HB40"
-constexpr int MAX_ROWS = 8;  // rows of x that share one pass over the weights
 
 struct Header {
   uint32_t magic, abi;
@@ -54,6 +53,11 @@ struct Rows {
   int64_t rows;
   const float* x;     // [rows][in]
   const float* sums;  // [rows][groups]: sums of x; null where symmetric
+  // For matrix units, in place of x: bf16 [rows / 16][in / 32][16][32], padded with zeros to 32
+  // rows and whole steps of columns. `paired`: one such tile of rows, in which columns j and
+  // j + half of each run lie side by side.
+  const uint16_t* tiles;
+  bool paired;
 };
 
 // Where a kernel puts its results.
@@ -88,11 +92,13 @@ struct Isa {
   // Widths and counts are multiples of 16; `scores` holds length + 16 numbers.
   void (*attend)(const Attention&, float* scores);
   void (*gate_silu)(float* gate, const float* up, int64_t count);
+  // As `multiply`, from bf16 tiles; null where there are no matrix units.
+  void (*multiply_tiles)(const Packed&, const Rows&, const Target&, int64_t first, int64_t last);
 };
 
 extern const Isa SERIAL;
 #if defined(__x86_64__)
-extern const Isa AVX2, AVX512;
+extern const Isa AVX2, AVX512, AMX;
 #elif defined(__aarch64__)
 extern const Isa NEON;
 #endif

@@ -12,22 +12,41 @@ namespace {
 // Rows that are made ready at a time; more passes over a block that is in the cache.
 constexpr int64_t ROWS_AT_A_TIME = 32;
 
+// Rows of bf16 from which matrix units are faster (bench/measure_cpu_layers.py), and how many are
+// copied into tiles at a time.
+constexpr int64_t FEWEST_TILED_ROWS = 3, TILED_ROWS_AT_A_TIME = 1024;
+
+}  // namespace
+
+namespace {
+
+struct Scratch {
+  void* memory = nullptr;
+  int64_t bytes = 0;
+
+  ~Scratch() { free(memory); }
+
+  void* grow(int64_t wanted) {
+    if (bytes < wanted) {
+      free(memory);
+      bytes = (wanted + 4095) / 4096 * 4096;
+      memory = aligned_alloc(64, size_t(bytes));
+      if (!memory) bytes = 0;
+    }
+    return memory;
+  }
+};
+
 }  // namespace
 
 float* borrow(int64_t floats) {
-  struct Scratch {
-    float* memory = nullptr;
-    int64_t floats = 0;
-    ~Scratch() { free(memory); }
-  };
   static thread_local Scratch scratch;
-  if (scratch.floats < floats) {
-    free(scratch.memory);
-    scratch.floats = (floats + 4095) / 4096 * 4096;
-    scratch.memory = static_cast<float*>(aligned_alloc(64, size_t(scratch.floats) * 4));
-    if (!scratch.memory) scratch.floats = 0;
-  }
-  return scratch.memory;
+  return static_cast<float*>(scratch.grow(floats * 4));
+}
+
+uint16_t* borrow_stripe(int64_t halves) {
+  static thread_local Scratch scratch;
+  return static_cast<uint16_t*>(scratch.grow(halves * 2));
 }
 
 namespace {
@@ -78,26 +97,83 @@ Rows ready_rows(const Packed& w, int dtype, const void* x, int64_t rows, float* 
     prepare_row(w, dtype, x, at, scratch + at);
     if (!w.symmetric) sum_groups(w, scratch + at, sums + m * w.groups);
   }
-  return {rows, scratch, w.symmetric ? nullptr : sums};
+  return {rows, scratch, w.symmetric ? nullptr : sums, nullptr, false};
+}
+
+namespace {
+
+constexpr int TILE = 16, STEP = 32;
+
+bool can_pair(const Packed& w, int64_t rows) {
+  const bool whole = w.group_size % STEP == 0 || w.groups == 1;
+  return rows <= TILE && (w.bits == 4 || w.bits == 2) && w.in_features % STEP == 0 && whole;
+}
+
+}  // namespace
+
+int64_t tile_halves(const Packed& w, int64_t rows) {
+  const int64_t columns = (w.in_features + STEP - 1) / STEP * STEP;
+  return (rows + 2 * TILE - 1) / (2 * TILE) * (2 * TILE) * columns;
+}
+
+Rows ready_tiles(const Packed& w, const uint16_t* x, int64_t rows, uint16_t* tiles, float* sums,
+                 int threads) {
+  const int64_t columns = w.in_features, steps = (columns + STEP - 1) / STEP;
+  const bool paired = can_pair(w, rows);
+  const int run = run_codes(w.bits), half = run / 2;
+  // Column of x at each place of a row of tiles; beyond the last one, none.
+  int32_t* source = reinterpret_cast<int32_t*>(borrow_stripe(steps * STEP * 2));
+  if (!source) return {0, nullptr, nullptr, nullptr, false};
+  for (int64_t k = 0; k < steps * STEP; k++) {
+    const int64_t place = k % run;
+    const int64_t from = paired ? k - place + place / 2 + place % 2 * half : k;
+    source[k] = from >= columns ? -1 : w.order ? w.order[from] : int32_t(from);
+  }
+  const bool straight = !paired && !w.order;
+  parallel_for(tile_halves(w, rows) / (steps * STEP), threads, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++) {
+      uint16_t* to = tiles + (row / TILE * steps * TILE + row % TILE) * STEP;
+      const uint16_t* from = x + row * columns;
+      for (int64_t step = 0; step < steps; step++, to += TILE * STEP) {
+        if (row >= rows) {
+          memset(to, 0, STEP * 2);
+        } else if (straight && (step + 1) * STEP <= columns) {
+          memcpy(to, from + step * STEP, STEP * 2);
+        } else {
+          const int32_t* at = source + step * STEP;
+          for (int i = 0; i < STEP; i++) to[i] = at[i] < 0 ? 0 : from[at[i]];
+        }
+      }
+    }
+  });
+  if (paired && !w.symmetric) {
+    float* floats = borrow(columns);
+    if (!floats) return {0, nullptr, nullptr, nullptr, false};
+    for (int64_t m = 0; m < rows; m++) {
+      prepare_row(w, HB_BFLOAT16, x, m * columns, floats);
+      sum_groups(w, floats, sums + m * w.groups);
+    }
+  }
+  return {rows, nullptr, sums, tiles, paired};
 }
 
 }  // namespace halfbyte
 
 using namespace halfbyte;
 
-extern "C" int hb_linear(const void* packed, int dtype, const void* x, int64_t rows,
-                         const void* bias, void* out, int threads) {
-  Packed w;
-  if (!open_packed(packed, &w)) return HB_BAD_BLOB;
-  if (dtype < HB_FLOAT32 || dtype > HB_FLOAT16) return HB_BAD_ARGUMENT;
+namespace {
+
+// Few rows at a time: they share a pass over blocks that are then in the cache.
+int multiply_rows(const Packed& w, int dtype, const void* x, int64_t rows, const void* bias,
+                  void* out, int threads) {
   const Isa& isa = current_isa();
-  const int64_t columns = w.in_features, each = dtype == HB_FLOAT32 ? 4 : 2;
+  const int64_t each = dtype == HB_FLOAT32 ? 4 : 2;
   const int64_t at_a_time = rows < ROWS_AT_A_TIME ? rows : ROWS_AT_A_TIME;
   float* scratch = borrow(scratch_floats(w, at_a_time));
   if (!scratch) return HB_NO_MEMORY;
   for (int64_t first = 0; first < rows; first += at_a_time) {
     const int64_t count = rows - first < at_a_time ? rows - first : at_a_time;
-    const void* from = static_cast<const char*>(x) + first * columns * each;
+    const void* from = static_cast<const char*>(x) + first * w.in_features * each;
     const Rows ready = ready_rows(w, dtype, from, count, scratch);
     char* to = static_cast<char*>(out) + first * w.out_features * each;
     const Target target = {dtype, bias, to, w.out_features};
@@ -107,6 +183,49 @@ extern "C" int hb_linear(const void* packed, int dtype, const void* x, int64_t r
   }
   return HB_OK;
 }
+
+int multiply_tiles(const Packed& w, const uint16_t* x, int64_t rows, const void* bias,
+                   uint16_t* out, int threads) {
+  const Isa& isa = current_isa();
+  for (int64_t first = 0; first < rows; first += TILED_ROWS_AT_A_TIME) {
+    const int64_t rest = rows - first;
+    const int64_t count = rest < TILED_ROWS_AT_A_TIME ? rest : TILED_ROWS_AT_A_TIME;
+    // Threads keep other scratch for themselves, so this one must not be theirs.
+    void* memory = aligned_alloc(64, size_t(tile_halves(w, count) * 2 + 64 * count * w.groups));
+    if (!memory) return HB_NO_MEMORY;
+    uint16_t* tiles = static_cast<uint16_t*>(memory);
+    float* sums = reinterpret_cast<float*>(tiles + tile_halves(w, count));
+    const Rows ready = ready_tiles(w, x + first * w.in_features, count, tiles, sums, threads);
+    const Target target = {HB_BFLOAT16, bias, out + first * w.out_features, w.out_features};
+    // Many rows: two blocks share the rows that a unit has loaded.
+    const int64_t unit = ready.paired ? 1 : 2;
+    if (ready.rows) {
+      parallel_for((w.blocks + unit - 1) / unit, threads, [&](int64_t begin, int64_t end) {
+        end = end * unit < w.blocks ? end * unit : w.blocks;
+        isa.multiply_tiles(w, ready, target, begin * unit, end);
+      });
+    }
+    free(memory);
+    if (!ready.rows) return HB_NO_MEMORY;
+  }
+  return HB_OK;
+}
+
+}  // namespace
+
+extern "C" int hb_linear(const void* packed, int dtype, const void* x, int64_t rows,
+                         const void* bias, void* out, int threads) {
+  Packed w;
+  if (!open_packed(packed, &w)) return HB_BAD_BLOB;
+  if (dtype < HB_FLOAT32 || dtype > HB_FLOAT16) return HB_BAD_ARGUMENT;
+  if (dtype == HB_BFLOAT16 && rows >= FEWEST_TILED_ROWS && current_isa().multiply_tiles) {
+    return multiply_tiles(w, static_cast<const uint16_t*>(x), rows, bias,
+                          static_cast<uint16_t*>(out), threads);
+  }
+  return multiply_rows(w, dtype, x, rows, bias, out, threads);
+}
+
+extern "C" int hb_tiles(void) { return current_isa().multiply_tiles != nullptr; }
 
 extern "C" int hb_dequantize(const void* packed, int64_t first, int64_t last, int dtype, void* out,
                              int threads) {

@@ -95,6 +95,7 @@ void gate_silu(float* gate, const float* up, int64_t count) {
 
 }  // namespace
 
-const Isa SERIAL = {"serial", multiply, dequantize, multiply_dense, attend, gate_silu};
+const Isa SERIAL = {"serial", multiply,  dequantize, multiply_dense,
+                    attend,   gate_silu, nullptr};
 
 }  // namespace halfbyte

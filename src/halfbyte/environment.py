@@ -36,7 +36,7 @@ KERNEL = Variable(
 CPU_ISA = Variable(
     name="HALFBYTE_CPU_ISA",
     meaning="let the CPU kernel use this instruction set instead of the best one "
-    "(serial, avx2, avx512, avx512_bf16, neon); one that the processor lacks is an error",
+    "(serial, avx2, avx512, amx, neon); one that the processor lacks is an error",
 )
 TRANSFORMERS = Variable(
     name="HALFBYTE_TRANSFORMERS",

@@ -3,8 +3,9 @@
 Layout: ``csrc/layout.h``; one tensor of bytes that describes itself and holds codes, scales, zeros
 and column order. Arithmetic: exact codes, fp32 sums within a group, scaled once per group, one
 rounding of the result. Error: fp32 sums and that rounding; an asymmetric zero is folded in through
-the sum of x. From ROWS_LIMIT rows on tiles of the weight are dequantized into the cache (rounded
-once, as in torch_reference) and multiplied by torch, which has the processor's matrix units.
+the sum of x. bf16 input of two rows and more runs on the processor's matrix units where the library knows
+them (AMX). Elsewhere, from ROWS_LIMIT rows on, tiles of the weight are dequantized into the cache
+(rounded once, as in torch_reference) and multiplied by torch.
 Measured: bench/measure_cpu_layers.py.
 """
 
@@ -102,10 +103,10 @@ class CpuNative:
     def apply(self, x: Tensor, operands: Operands, bias: Tensor | None, spec: LinearSpec) -> Tensor:
         """Multiply by the packed weight, or by dequantized tiles where x has many rows."""
         rows = x.numel() // spec.in_features
-        if rows >= ROWS_LIMIT and spec.dtype != torch.float16:
-            return self._apply_tiles(x, operands, bias, spec)
         functions = open_library().functions
         assert functions is not None
+        if rows >= ROWS_LIMIT and not (spec.dtype == torch.bfloat16 and functions.hb_tiles()):
+            return self._apply_tiles(x, operands, bias, spec)
         x = x.contiguous()
         result = x.new_empty(*x.shape[:-1], spec.out_features)
         status = functions.hb_linear(
@@ -146,12 +147,14 @@ class CpuNative:
         """Dequantize a tile of output channels at a time and multiply by it."""
         functions = open_library().functions
         assert functions is not None
-        rows = x.reshape(-1, spec.in_features)
+        # The library writes no float16 tiles; with fp32 ones the result is rounded once as well.
+        dtype = torch.float32 if spec.dtype == torch.float16 else spec.dtype
+        rows = x.reshape(-1, spec.in_features).to(dtype)
         if operands.g_idx is not None:
             rows = rows[:, torch.argsort(operands.g_idx, stable=True)]
         width = max(TILE_WEIGHTS // spec.in_features // LANES, 1) * LANES
         width = min(width, spec.out_features)
-        tile = x.new_empty(spec.in_features * width)
+        tile = rows.new_empty(spec.in_features * width)
         result = x.new_empty(rows.shape[0], spec.out_features)
         for start in range(0, spec.out_features, width):
             stop = min(start + width, spec.out_features)
@@ -159,7 +162,7 @@ class CpuNative:
                 operands.weight[0].data_ptr(),
                 start,
                 stop,
-                DTYPES[spec.dtype],
+                DTYPES[dtype],
                 tile.data_ptr(),
                 torch.get_num_threads(),
             )

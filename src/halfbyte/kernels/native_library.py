@@ -172,6 +172,7 @@ def _declare(functions: ctypes.CDLL) -> None:
         "hb_dense": (_INT, (_VOID, _INT, _VOID, _LONG, _LONG, _VOID, _INT)),
         "hb_decode": (_INT, (ctypes.POINTER(Decoder), _VOID, _LONG, _VOID, _INT)),
         "hb_read": (ctypes.c_uint64, (_VOID, _LONG, _INT)),
+        "hb_tiles": (_INT, ()),
         "hb_dequantize": (_INT, (_VOID, _LONG, _LONG, _INT, _VOID, _INT)),
     }
     for name, (result, arguments) in signatures.items():
