@@ -25,7 +25,10 @@ constexpr int TILE_HALVES = TILE * STEP; // bf16 numbers in a tile
 constexpr int BATCH = 8;                 // steps decoded before they are multiplied
 constexpr int64_t SIXTEEN = TILE * 4;    // bytes from one row of a tile to the next
 
-constexpr int SUMS = 0, INPUT = 1, WEIGHTS = 2;  // tiles of multiply_few
+// Tiles of multiply_few; the compiler pastes their names into the assembler's.
+#define SUMS 0
+#define INPUT 1
+#define WEIGHTS 2
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};

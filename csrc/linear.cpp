@@ -14,7 +14,7 @@ constexpr int64_t ROWS_AT_A_TIME = 32;
 
 // Rows of bf16 from which matrix units are faster (bench/measure_cpu_layers.py), and how many are
 // copied into tiles at a time.
-constexpr int64_t FEWEST_TILED_ROWS = 3, TILED_ROWS_AT_A_TIME = 1024;
+constexpr int64_t FEWEST_TILED_ROWS = 2, TILED_ROWS_AT_A_TIME = 1024;
 
 }  // namespace
 

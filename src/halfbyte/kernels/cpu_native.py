@@ -3,9 +3,10 @@
 Layout: ``csrc/layout.h``; one tensor of bytes that describes itself and holds codes, scales, zeros
 and column order. Arithmetic: exact codes, fp32 sums within a group, scaled once per group, one
 rounding of the result. Error: fp32 sums and that rounding; an asymmetric zero is folded in through
-the sum of x. bf16 input of two rows and more runs on the processor's matrix units where the library knows
-them (AMX). Elsewhere, from ROWS_LIMIT rows on, tiles of the weight are dequantized into the cache
-(rounded once, as in torch_reference) and multiplied by torch.
+the sum of x. bf16 input of two rows and more runs on the processor's matrix units where the
+library knows them (AMX): up to 16 rows with the same error, more with each weight rounded once.
+Elsewhere, from ROWS_LIMIT rows on, tiles of the weight are dequantized into the cache (rounded
+once, as in torch_reference) and multiplied by torch.
 Measured: bench/measure_cpu_layers.py.
 """
 
