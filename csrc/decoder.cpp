@@ -107,11 +107,11 @@ extern "C" int hb_decode(const hb_decoder* decoder, float* x, int64_t position, 
   // Room for the inputs of three products: numbers and, at most as many, their sums.
   const int64_t input_floats = MOST_PRODUCTS * (widest * 2 + LANES);
   const int64_t own = 2 * int64_t(d.hidden) + 2 * query + 2 * kv + 2 * int64_t(d.intermediate);
-  float* scratch = borrow(own + input_floats + d.kv_heads * scores_each);
+  float* scratch = borrow(own + input_floats + d.heads * scores_each);
   if (!scratch) return HB_NO_MEMORY;
   float *h = scratch, *q = h + d.hidden, *attended = q + query, *k = attended + query, *v = k + kv;
   float *gate = v + kv, *up = gate + d.intermediate, *part = up + d.intermediate;
-  float *scores = part + d.hidden, *inputs = scores + d.kv_heads * scores_each;
+  float *scores = part + d.hidden, *inputs = scores + d.heads * scores_each;
   const int shared = d.heads / d.kv_heads, each = d.dtype == HB_FLOAT32 ? 4 : 2;
 
   for (int i = 0; i < d.blocks; i++) {
@@ -123,16 +123,15 @@ extern "C" int hb_decode(const hb_decoder* decoder, float* x, int64_t position, 
     rotate(d, position, b.k_norm, d.kv_heads, k);
     cache_heads(d, position, k, b.keys);
     cache_heads(d, position, v, b.values);
-    const auto attend = [&](int64_t first, int64_t last) {
+    parallel_for(d.heads, threads, [&](int64_t first, int64_t last) {
       for (int64_t head = first; head < last; head++) {
-        const int64_t at = head * d.capacity * d.head_dim * each, from = head * shared * d.head_dim;
-        const Attention a = {q + from, static_cast<char*>(b.keys) + at,
-                             static_cast<char*>(b.values) + at, attended + from, position + 1,
-                             d.head_dim, shared, d.dtype, d.scale};
+        const int64_t at = head / shared * d.capacity * d.head_dim * each;
+        const Attention a = {q + head * d.head_dim, static_cast<char*>(b.keys) + at,
+                             static_cast<char*>(b.values) + at, attended + head * d.head_dim,
+                             position + 1, d.head_dim, d.dtype, d.scale};
         isa.attend(a, scores + head * scores_each);
       }
-    };
-    parallel_for(d.kv_heads, threads, attend);
+    });
     const Product o[] = {{b.o, b.o_bias, part}};
     if (!multiply_all(isa, attended, o, inputs, threads)) return HB_BAD_BLOB;
     add(x, part, d.hidden);

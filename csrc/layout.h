@@ -68,14 +68,14 @@ struct Target {
   int64_t stride;
 };
 
-// One key-value head of a decode step, and the query heads that share it.
+// One query head of a decode step.
 struct Attention {
-  const float* query;  // [queries][width]
+  const float* query;  // [width]
   const void* keys;    // [length][width], float32 or bfloat16
   const void* values;
-  float* out;  // [queries][width]
+  float* out;  // [width]
   int64_t length;
-  int width, queries, dtype;
+  int width, dtype;
   float scale;
 };
 

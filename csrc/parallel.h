@@ -5,7 +5,7 @@
 namespace halfbyte {
 
 // Calls body(data, first, last) for pieces of [0, count) on up to `threads` threads at once; returns
-// when all are done. Pieces are taken as threads come free, so a busy core delays no other.
+// when all are done.
 void parallel_for(int64_t count, int threads, void (*body)(void*, int64_t, int64_t), void* data);
 
 template <class F>

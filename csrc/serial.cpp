@@ -69,23 +69,22 @@ void multiply_dense(const void* weight, int dtype, const float* x, int64_t colum
 }
 
 void attend(const Attention& a, float* scores) {
-  for (int head = 0; head < a.queries; head++) {
-    const float* q = a.query + head * a.width;
-    float largest = -INFINITY, total = 0;
-    for (int64_t t = 0; t < a.length; t++) {
-      float dot = 0;
-      for (int i = 0; i < a.width; i++) dot += q[i] * load_number(a.keys, t * a.width + i, a.dtype);
-      scores[t] = dot * a.scale;
-      if (!(scores[t] <= largest)) largest = scores[t];
-    }
-    for (int64_t t = 0; t < a.length; t++) total += scores[t] = expf(scores[t] - largest);
+  float largest = -INFINITY, total = 0;
+  for (int64_t t = 0; t < a.length; t++) {
+    float dot = 0;
     for (int i = 0; i < a.width; i++) {
-      float sum = 0;
-      for (int64_t t = 0; t < a.length; t++) {
-        sum += scores[t] * load_number(a.values, t * a.width + i, a.dtype);
-      }
-      a.out[head * a.width + i] = sum / total;
+      dot += a.query[i] * load_number(a.keys, t * a.width + i, a.dtype);
     }
+    scores[t] = dot * a.scale;
+    if (!(scores[t] <= largest)) largest = scores[t];
+  }
+  for (int64_t t = 0; t < a.length; t++) total += scores[t] = expf(scores[t] - largest);
+  for (int i = 0; i < a.width; i++) {
+    float sum = 0;
+    for (int64_t t = 0; t < a.length; t++) {
+      sum += scores[t] * load_number(a.values, t * a.width + i, a.dtype);
+    }
+    a.out[i] = sum / total;
   }
 }
 

@@ -201,10 +201,13 @@ inline Floats exp_of_negative(Floats x) {
 }
 
 inline float add_lanes(Floats value) {
-  float lanes[VECTOR], sum = 0;
-  store(lanes, value);
-  for (float lane : lanes) sum += lane;
-  return sum;
+#if VECTOR >= 16
+  value += __builtin_shufflevector(value, value, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+  value += __builtin_shufflevector(value, value, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3);
+#elif VECTOR >= 8
+  value += __builtin_shufflevector(value, value, 4, 5, 6, 7, 0, 1, 2, 3);
+#endif
+  return (value[0] + value[1]) + (value[2] + value[3]);
 }
 
 // float32, or bfloat16 where HALF.
@@ -244,40 +247,35 @@ void multiply_dense(const void* weight, int dtype, const float* x, int64_t colum
   rows(weight, x, columns, first, last, out);
 }
 
-// One key-value head and the query heads that share it; `scores` has room for `length` numbers and
-// a vector.
+// `scores` has room for `length` numbers and a vector.
 template <bool HALF>
 void attend_to(const Attention& a, float* scores) {
-  for (int head = 0; head < a.queries; head++) {
-    const float* q = a.query + head * a.width;
-    float largest = -3e38f;
-    for (int64_t t = 0; t < a.length; t++) {
-      Floats sum = {};
-      for (int i = 0; i < a.width; i += VECTOR) {
-        sum += load<Floats>(q + i) * load_numbers<HALF>(a.keys, t * a.width + i);
-      }
-      scores[t] = add_lanes(sum) * a.scale;
-      if (!(scores[t] <= largest)) largest = scores[t];  // also where it is not a number
-    }
-    Floats total = {};
-    for (int i = 0; i < VECTOR; i++) scores[a.length + i] = -3e38f;
-    for (int64_t t = 0; t < a.length; t += VECTOR) {
-      const Floats share = exp_of_negative(load<Floats>(scores + t) - largest);
-      store(scores + t, share);
-      total += share;
-    }
-    const float each = 1.0f / add_lanes(total);
-    float* out = a.out + head * a.width;
+  float largest = -3e38f;
+  for (int64_t t = 0; t < a.length; t++) {
+    Floats sum = {};
     for (int i = 0; i < a.width; i += VECTOR) {
-      Floats sum = {}, other = {};
-      int64_t t = 0;
-      for (; t + 2 <= a.length; t += 2) {
-        sum += scores[t] * load_numbers<HALF>(a.values, t * a.width + i);
-        other += scores[t + 1] * load_numbers<HALF>(a.values, (t + 1) * a.width + i);
-      }
-      if (t < a.length) sum += scores[t] * load_numbers<HALF>(a.values, t * a.width + i);
-      store(out + i, (sum + other) * each);
+      sum += load<Floats>(a.query + i) * load_numbers<HALF>(a.keys, t * a.width + i);
     }
+    scores[t] = add_lanes(sum) * a.scale;
+    if (!(scores[t] <= largest)) largest = scores[t];  // also where it is not a number
+  }
+  Floats total = {};
+  for (int i = 0; i < VECTOR; i++) scores[a.length + i] = -3e38f;
+  for (int64_t t = 0; t < a.length; t += VECTOR) {
+    const Floats share = exp_of_negative(load<Floats>(scores + t) - largest);
+    store(scores + t, share);
+    total += share;
+  }
+  const float each = 1.0f / add_lanes(total);
+  for (int i = 0; i < a.width; i += VECTOR) {
+    Floats sum = {}, other = {};
+    int64_t t = 0;
+    for (; t + 2 <= a.length; t += 2) {
+      sum += scores[t] * load_numbers<HALF>(a.values, t * a.width + i);
+      other += scores[t + 1] * load_numbers<HALF>(a.values, (t + 1) * a.width + i);
+    }
+    if (t < a.length) sum += scores[t] * load_numbers<HALF>(a.values, t * a.width + i);
+    store(a.out + i, (sum + other) * each);
   }
 }
 

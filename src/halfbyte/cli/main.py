@@ -29,6 +29,7 @@ VERBS = {
     "divergence": "halfbyte.cli.divergence",
     "generate": "halfbyte.cli.generate",
     "chat": "halfbyte.cli.chat",
+    "bench": "halfbyte.cli.bench",
     "doctor": "halfbyte.cli.doctor",
     "sample-model": "halfbyte.cli.sample_model",
     "demo": "halfbyte.cli.demo",

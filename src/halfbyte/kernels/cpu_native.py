@@ -29,6 +29,9 @@ TILE_WEIGHTS = 2**20
 LANES = 16
 """Output channels of a block."""
 
+SHARED_BYTES = 2**20
+"""Packed weights from which on several threads repack them; less is done before they meet."""
+
 
 class CpuNative:
     """``csrc/`` behind the common contract."""
@@ -84,7 +87,7 @@ class CpuNative:
             None if zeros is None else zeros.data_ptr(),
             None if order is None else order.data_ptr(),
             packed.data_ptr(),
-            torch.get_num_threads(),
+            torch.get_num_threads() if packed.nbytes >= SHARED_BYTES else 1,
         )
         check_status(status, f"Cannot pack a {spec.in_features} -> {spec.out_features} linear")
         return (packed,)
