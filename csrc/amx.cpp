@@ -2,7 +2,7 @@
 //
 // Few rows (up to 16): codes less the middle code are exact in bf16 and come from a table look-up on
 // 16-bit halves; each group's sums are fp32 and scaled once, as in vector_kernel.h. Many rows: the
-// weight is rounded once to bf16, a stripe of 32 channels at a time, which stays in the second-level
+// weight is rounded once to bf16, a stripe of channels at a time, which stays in the second-level
 // cache while all rows pass over it. One row, other input and the rest go as in avx512.cpp.
 // The unit takes subnormal numbers for zero.
 #include <immintrin.h>
@@ -22,6 +22,7 @@ namespace {
 constexpr int TILE = 16;                 // rows of a tile, and its 32-bit columns
 constexpr int STEP = 32;                 // columns of x to a tile
 constexpr int TILE_HALVES = TILE * STEP; // bf16 numbers in a tile
+constexpr int64_t STRIPE_BYTES = 1 << 20;  // half of a usual second-level cache
 constexpr int BATCH = 8;                 // steps decoded before they are multiplied
 constexpr int64_t SIXTEEN = TILE * 4;    // bytes from one row of a tile to the next
 
@@ -171,47 +172,58 @@ void store_stripe(const Packed& w, const Target& target, int64_t row, int64_t ro
   }
 }
 
+// Up to 32 rows times two blocks; sums stay in tiles 0 to 3 over all columns.
+void multiply_panel(const uint16_t* x, const uint16_t* weights, int64_t steps) {
+  const uint16_t* below = x + steps * TILE_HALVES;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t step = 0; step < steps; step++, weights += 2 * TILE_HALVES) {
+    _tile_loadd(4, x + step * TILE_HALVES, SIXTEEN);
+    _tile_loadd(6, weights, SIXTEEN);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, weights + TILE_HALVES, SIXTEEN);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, below + step * TILE_HALVES, SIXTEEN);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
+// A stripe is as many channels as the cache holds beside the rows: each row comes from further away
+// once a stripe. It ends in whole steps of columns, zeros after the last column.
 void multiply_many(const Packed& w, const Rows& rows, const Target& target, int64_t first,
-                   int64_t last, uint16_t* stripe) {
-  const int64_t steps = (w.in_features + STEP - 1) / STEP;
+                   int64_t last) {
+  const int64_t steps = (w.in_features + STEP - 1) / STEP, pair_halves = steps * 2 * TILE_HALVES;
+  const int64_t most = STRIPE_BYTES / 2 / pair_halves, pairs = most > 1 ? most : 1;
+  uint16_t* stripe = borrow_stripe(pairs * pair_halves);
   const Tiles tiles(TILE);
-  for (int64_t block = first; block < last; block += 2) {
-    fill_tiles(w, block, stripe);
-    if (block + 1 < w.blocks) fill_tiles(w, block + 1, stripe + TILE_HALVES);
-    for (int64_t row = 0; row < rows.rows; row += 2 * TILE) {
-      const uint16_t* x = rows.tiles + row * steps * STEP;
-      const uint16_t* below = x + TILE * steps * STEP;
-      const uint16_t* weights = stripe;
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-      for (int64_t step = 0; step < steps; step++, weights += 2 * TILE_HALVES) {
-        _tile_loadd(4, x + step * TILE_HALVES, SIXTEEN);
-        _tile_loadd(6, weights, SIXTEEN);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, weights + TILE_HALVES, SIXTEEN);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, below + step * TILE_HALVES, SIXTEEN);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+  for (int64_t start = first; start < last; start += 2 * pairs) {
+    const int64_t end = start + 2 * pairs < last ? start + 2 * pairs : last;
+    for (int64_t block = start; block < end; block += 2) {
+      uint16_t* pair = stripe + (block - start) / 2 * pair_halves;
+      if (w.in_features % STEP) {
+        __builtin_memset(pair + (steps - 1) * 2 * TILE_HALVES, 0, 4 * TILE_HALVES);
       }
-      store_stripe(w, target, row, rows.rows - row, block);
+      fill_tiles(w, block, pair);
+      if (block + 1 < w.blocks) fill_tiles(w, block + 1, pair + TILE_HALVES);
+    }
+    for (int64_t row = 0; row < rows.rows; row += 2 * TILE) {
+      for (int64_t block = start; block < end; block += 2) {
+        const uint16_t* pair = stripe + (block - start) / 2 * pair_halves;
+        multiply_panel(rows.tiles + row * steps * STEP, pair, steps);
+        store_stripe(w, target, row, rows.rows - row, block);
+      }
     }
   }
 }
 
-// The stripe: 32 channels, whole steps of columns, zeros after the last column.
 void multiply_tiles(const Packed& w, const Rows& rows, const Target& target, int64_t first,
                     int64_t last) {
-  if (rows.paired && w.bits == 4) return multiply_few<4>(w, rows, target, first, last);
-  if (rows.paired) return multiply_few<2>(w, rows, target, first, last);
-  const int64_t steps = (w.in_features + STEP - 1) / STEP;
-  uint16_t* stripe = borrow_stripe(steps * 2 * TILE_HALVES);
-  if (w.in_features % STEP) {
-    __builtin_memset(stripe + (steps - 1) * 2 * TILE_HALVES, 0, 4 * TILE_HALVES);
-  }
-  multiply_many(w, rows, target, first, last, stripe);
+  if (!rows.paired) return multiply_many(w, rows, target, first, last);
+  if (w.bits == 4) return multiply_few<4>(w, rows, target, first, last);
+  return multiply_few<2>(w, rows, target, first, last);
 }
 
 }  // namespace

@@ -190,23 +190,21 @@ int multiply_tiles(const Packed& w, const uint16_t* x, int64_t rows, const void*
   for (int64_t first = 0; first < rows; first += TILED_ROWS_AT_A_TIME) {
     const int64_t rest = rows - first;
     const int64_t count = rest < TILED_ROWS_AT_A_TIME ? rest : TILED_ROWS_AT_A_TIME;
-    // Threads keep other scratch for themselves, so this one must not be theirs.
-    void* memory = aligned_alloc(64, size_t(tile_halves(w, count) * 2 + 64 * count * w.groups));
-    if (!memory) return HB_NO_MEMORY;
-    uint16_t* tiles = static_cast<uint16_t*>(memory);
+    // Kept as well: new pages for a long prompt would cost as much as a tenth of the product.
+    static thread_local Scratch scratch;
+    uint16_t* tiles =
+        static_cast<uint16_t*>(scratch.grow(tile_halves(w, count) * 2 + TILE * w.groups * 4));
+    if (!tiles) return HB_NO_MEMORY;
     float* sums = reinterpret_cast<float*>(tiles + tile_halves(w, count));
     const Rows ready = ready_tiles(w, x + first * w.in_features, count, tiles, sums, threads);
     const Target target = {HB_BFLOAT16, bias, out + first * w.out_features, w.out_features};
     // Many rows: two blocks share the rows that a unit has loaded.
     const int64_t unit = ready.paired ? 1 : 2;
-    if (ready.rows) {
-      parallel_for((w.blocks + unit - 1) / unit, threads, [&](int64_t begin, int64_t end) {
-        end = end * unit < w.blocks ? end * unit : w.blocks;
-        isa.multiply_tiles(w, ready, target, begin * unit, end);
-      });
-    }
-    free(memory);
     if (!ready.rows) return HB_NO_MEMORY;
+    parallel_for((w.blocks + unit - 1) / unit, threads, [&](int64_t begin, int64_t end) {
+      end = end * unit < w.blocks ? end * unit : w.blocks;
+      isa.multiply_tiles(w, ready, target, begin * unit, end);
+    });
   }
   return HB_OK;
 }
