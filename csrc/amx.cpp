@@ -9,7 +9,7 @@
 
 #define VECTOR 16
 #define MAX_SHARED_ROWS 8
-#define PREFETCH_WORDS 512
+#define PREFETCH_WORDS 2048  // 8 KiB ahead: 2 KiB lose a tenth of the speed of memory
 #define HAS_DECODE
 
 #include "avx512_decode.h"

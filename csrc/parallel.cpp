@@ -53,6 +53,7 @@ extern "C" uint64_t hb_read(const void* from, int64_t bytes, int threads) {
     const uint64_t* words = static_cast<const uint64_t*>(from);
     uint64_t lanes[8] = {};
     for (int64_t i = first * 8; i < last * 8; i += 8) {
+      __builtin_prefetch(words + i + 256);
       for (int j = 0; j < 8; j++) lanes[j] ^= words[i + j];
     }
     for (int j = 1; j < 8; j++) lanes[0] ^= lanes[j];
