@@ -52,7 +52,7 @@ def main() -> None:
         layer = ColdLayer(*SHAPES[name], dtype)
         for rows in DECODE_ROWS:
             times = layer.measure(rows, arguments.rounds, stream)
-            data[f"{name}, {rows} rows"] = times
+            data[f"{name}, {rows} rows"] = spread(times)
             middle = {arm: statistics.median(found) for arm, found in times.items()}
             bandwidth = stream.nbytes / middle["read"] / 1e9
             speed = layer.packed_bytes / middle["packed"] / 1e9
@@ -61,7 +61,7 @@ def main() -> None:
             decode.append([*row, speed, bandwidth, speed / bandwidth])
             print(*[f"{v:.4g}" if isinstance(v, float) else v for v in decode[-1]], flush=True)
         times = layer.measure(PROMPT_ROWS, max(arguments.rounds // 3, 3), None)
-        data[f"{name}, {PROMPT_ROWS} rows"] = times
+        data[f"{name}, {PROMPT_ROWS} rows"] = spread(times)
         middle = {arm: statistics.median(found) for arm, found in times.items()}
         flops = 2 * PROMPT_ROWS * layer.weights / 1e9
         ratio = middle["dense"] / middle["packed"]
@@ -98,6 +98,11 @@ def main() -> None:
         note=f"{setting}; {PROMPT_ROWS} rows, weights cold.",
         data={},
     )
+
+
+def spread(times: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Quartiles of each arm's seconds."""
+    return {arm: statistics.quantiles(found, n=4) for arm, found in times.items()}
 
 
 class ColdLayer:

@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--ours", nargs="*", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--theirs", nargs="*", default=[], metavar="NAME=FILE")
     parser.add_argument("--llama-bench", type=Path, metavar="PROGRAM")
+    parser.add_argument("--llama-build", default="", help="how it was built, for the note")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as made:
@@ -82,7 +83,8 @@ def main() -> None:
         rows=rows,
         note=f"4 bits, batch 1, {torch.get_num_threads()} threads; {PROMPT} prompt tokens, {NEW} "
         f"generated after them (llama.cpp: after none); medians of {arguments.rounds} rounds, arms "
-        "in turn. The 1B shape has random weights; llama.cpp's is Q4_0 with a Q6_K head.",
+        "in turn. The 1B shape has random weights; llama.cpp's is Q4_0 with a Q6_K head. "
+        f"llama.cpp: {arguments.llama_build or 'as its build chooses'}.",
         data=data,
     )
 
