@@ -168,7 +168,7 @@ def count_read_bytes(model: Any, generator: Generator) -> int:
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     apart = {id(tensor) for part in (head, embeddings) for tensor in part.parameters()}
     inside = {id(buffer) for buffer in head.buffers()}
-    total = sum(p.nbytes for p in model.parameters() if id(p) not in apart)
+    total: int = sum(p.nbytes for p in model.parameters() if id(p) not in apart)
     for module in model.modules():
         if isinstance(module, QuantLinear):
             # A repacked weight holds scales and zeros itself.
@@ -177,7 +177,8 @@ def count_read_bytes(model: Any, generator: Generator) -> int:
             total += sum(tensor.nbytes for tensor in tensors if id(tensor) not in inside)
     if generator.head is not None:
         return total + generator.head.read_bytes
-    return total + sum(tensor.nbytes for tensor in [*head.parameters(), *head.buffers()])
+    dense: int = sum(tensor.nbytes for tensor in [*head.parameters(), *head.buffers()])
+    return total + dense
 
 
 def _time(function: Callable[..., Any], *arguments: Any) -> float:
