@@ -1,10 +1,11 @@
-// AMX with bfloat16: 16 x 16 sums of 32 products an instruction, for bfloat16 input of several rows.
+// AMX with bfloat16: 16 x 16 sums of 32 products an instruction, for bfloat16 input of several
+// rows.
 //
-// Few rows (up to 16): codes less the middle code are exact in bf16 and come from a table look-up on
-// 16-bit halves; each group's sums are fp32 and scaled once, as in vector_kernel.h. Many rows: the
-// weight is rounded once to bf16, a stripe of channels at a time, which stays in the second-level
-// cache while all rows pass over it. One row, other input and the rest go as in avx512.cpp.
-// The unit takes subnormal numbers for zero.
+// Few rows (up to 16): codes less the middle code are exact in bf16 and come from a table look-up
+// on 16-bit halves; each group's sums are fp32 and scaled once, as in vector_kernel.h. Many rows:
+// the weight is rounded once to bf16, a stripe of channels at a time, which stays in the
+// second-level cache while all rows pass over it. One row, other input and the rest go as in
+// avx512.cpp. The unit takes subnormal numbers for zero.
 #include <immintrin.h>
 
 #define VECTOR 16
@@ -19,12 +20,12 @@
 namespace halfbyte {
 namespace {
 
-constexpr int TILE = 16;                 // rows of a tile, and its 32-bit columns
-constexpr int STEP = 32;                 // columns of x to a tile
-constexpr int TILE_HALVES = TILE * STEP; // bf16 numbers in a tile
+constexpr int TILE = 16;                   // rows of a tile, and its 32-bit columns
+constexpr int STEP = 32;                   // columns of x to a tile
+constexpr int TILE_HALVES = TILE * STEP;   // bf16 numbers in a tile
 constexpr int64_t STRIPE_BYTES = 1 << 20;  // half of a usual second-level cache
-constexpr int BATCH = 8;                 // steps decoded before they are multiplied
-constexpr int64_t SIXTEEN = TILE * 4;    // bytes from one row of a tile to the next
+constexpr int BATCH = 8;                   // steps decoded before they are multiplied
+constexpr int64_t SIXTEEN = TILE * 4;      // bytes from one row of a tile to the next
 
 // Tiles of multiply_few; the compiler pastes their names into the assembler's.
 #define SUMS 0
@@ -228,7 +229,7 @@ void multiply_tiles(const Packed& w, const Rows& rows, const Target& target, int
 
 }  // namespace
 
-const Isa AMX = {"amx", multiply_floats, dequantize_floats, multiply_dense,
-                 attend, gate_silu, multiply_tiles};
+const Isa AMX = {"amx",  multiply_floats, dequantize_floats, multiply_dense,
+                 attend, gate_silu,       multiply_tiles};
 
 }  // namespace halfbyte

@@ -9,7 +9,7 @@
 
 namespace halfbyte {
 
-const Isa AVX512 = {"avx512", multiply_floats, dequantize_floats, multiply_dense,
-                    attend, gate_silu, nullptr};
+const Isa AVX512 = {"avx512",  multiply_floats, dequantize_floats, multiply_dense, attend,
+                    gate_silu, nullptr};
 
 }  // namespace halfbyte

@@ -22,8 +22,8 @@ constexpr int MOST_PRODUCTS = 3;
 
 // Several products of one input at once: threads share all of their blocks.
 template <int COUNT>
-bool multiply_all(const Isa& isa, const float* x, const Product (&products)[COUNT],
-                  float* scratch, int threads) {
+bool multiply_all(const Isa& isa, const float* x, const Product (&products)[COUNT], float* scratch,
+                  int threads) {
   static_assert(COUNT <= MOST_PRODUCTS, "the scratch is sized for so many");
   Packed weights[COUNT];
   Rows rows[COUNT];
@@ -126,9 +126,14 @@ extern "C" int hb_decode(const hb_decoder* decoder, float* x, int64_t position, 
     parallel_for(d.heads, threads, [&](int64_t first, int64_t last) {
       for (int64_t head = first; head < last; head++) {
         const int64_t at = head / shared * d.capacity * d.head_dim * each;
-        const Attention a = {q + head * d.head_dim, static_cast<char*>(b.keys) + at,
-                             static_cast<char*>(b.values) + at, attended + head * d.head_dim,
-                             position + 1, d.head_dim, d.dtype, d.scale};
+        const Attention a = {q + head * d.head_dim,
+                             static_cast<char*>(b.keys) + at,
+                             static_cast<char*>(b.values) + at,
+                             attended + head * d.head_dim,
+                             position + 1,
+                             d.head_dim,
+                             d.dtype,
+                             d.scale};
         isa.attend(a, scores + head * scores_each);
       }
     });

@@ -27,13 +27,13 @@ enum hb_dtype { HB_FLOAT32 = 0, HB_BFLOAT16 = 1, HB_FLOAT16 = 2 };
 
 // One quantized linear as the GPTQ format stores it.
 typedef struct {
-  int32_t bits;            // 2, 3, 4 or 8
-  int32_t in_features;     // a multiple of the codes in a run of whole words: 16, 32, 8, 4
+  int32_t bits;         // 2, 3, 4 or 8
+  int32_t in_features;  // a multiple of the codes in a run of whole words: 16, 32, 8, 4
   int32_t out_features;
-  int32_t group_size;      // a multiple of the same; the last group may be shorter
-  int32_t scale_dtype;     // hb_dtype
-  int32_t symmetric;       // every zero is 2^(bits-1)
-  int32_t has_order;       // columns are permuted: packed column k is stored column order[k]
+  int32_t group_size;   // a multiple of the same; the last group may be shorter
+  int32_t scale_dtype;  // hb_dtype
+  int32_t symmetric;    // every zero is 2^(bits-1)
+  int32_t has_order;    // columns are permuted: packed column k is stored column order[k]
 } hb_linear_shape;
 
 HB_API uint32_t hb_abi_version(void);
@@ -80,16 +80,16 @@ HB_API int hb_dense(const void* weight, int dtype, const float* x, int64_t in_fe
 typedef struct {
   const void *q, *k, *v, *o, *gate, *up, *down;  // packed weights
   const float *q_bias, *k_bias, *v_bias, *o_bias, *gate_bias, *up_bias, *down_bias;  // or NULL
-  const float *attention_norm, *mlp_norm;  // [hidden]
-  const float *q_norm, *k_norm;            // [head_dim] of each head, or NULL
-  void *keys, *values;                     // [kv_heads][capacity][head_dim] of `dtype`
+  const float *attention_norm, *mlp_norm;                                            // [hidden]
+  const float *q_norm, *k_norm;  // [head_dim] of each head, or NULL
+  void *keys, *values;           // [kv_heads][capacity][head_dim] of `dtype`
 } hb_block;
 
 typedef struct {
   int32_t blocks, hidden, heads, kv_heads, head_dim, rotary_dim, intermediate;
-  int32_t dtype;         // of the cache: float32 or bfloat16
-  int64_t capacity;      // positions that the cache holds
-  float epsilon, scale;  // of the norms; of the attention scores
+  int32_t dtype;                 // of the cache: float32 or bfloat16
+  int64_t capacity;              // positions that the cache holds
+  float epsilon, scale;          // of the norms; of the attention scores
   const float *cosines, *sines;  // [capacity][rotary_dim]
   const float* last_norm;        // [hidden]
   const hb_block* block;

@@ -1,4 +1,5 @@
-// hb_linear, hb_dequantize and hb_dense: make the rows of x ready, then hand out blocks to the threads.
+// hb_linear, hb_dequantize and hb_dense: make the rows of x ready, then hand out blocks to the
+// threads.
 #include <stdlib.h>
 
 #include "isa.h"
@@ -177,9 +178,8 @@ int multiply_rows(const Packed& w, int dtype, const void* x, int64_t rows, const
     const Rows ready = ready_rows(w, dtype, from, count, scratch);
     char* to = static_cast<char*>(out) + first * w.out_features * each;
     const Target target = {dtype, bias, to, w.out_features};
-    parallel_for(w.blocks, threads, [&](int64_t begin, int64_t end) {
-      isa.multiply(w, ready, target, begin, end);
-    });
+    parallel_for(w.blocks, threads,
+                 [&](int64_t begin, int64_t end) { isa.multiply(w, ready, target, begin, end); });
   }
   return HB_OK;
 }

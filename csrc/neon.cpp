@@ -6,7 +6,7 @@
 
 namespace halfbyte {
 
-const Isa NEON = {"neon", multiply_floats, dequantize_floats, multiply_dense,
-                  attend, gate_silu, nullptr};
+const Isa NEON = {"neon",    multiply_floats, dequantize_floats, multiply_dense, attend,
+                  gate_silu, nullptr};
 
 }  // namespace halfbyte

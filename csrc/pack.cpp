@@ -25,8 +25,8 @@ bool open_packed(const void* bytes, Packed* packed) {
   packed->symmetric = shape.symmetric != 0;
   packed->codes = reinterpret_cast<const uint32_t*>(base + CODES_AT);
   packed->scales = reinterpret_cast<const uint8_t*>(base + header->scales_at);
-  packed->zeros = packed->symmetric ? nullptr
-                                    : reinterpret_cast<const uint8_t*>(base + header->zeros_at);
+  packed->zeros =
+      packed->symmetric ? nullptr : reinterpret_cast<const uint8_t*>(base + header->zeros_at);
   packed->order =
       shape.has_order ? reinterpret_cast<const int32_t*>(base + header->order_at) : nullptr;
   packed->block_words =
@@ -94,8 +94,7 @@ void pack_codes(const Header& header, const uint32_t* qweight, const int32_t* or
   const hb_linear_shape& shape = header.shape;
   const int64_t out = shape.out_features, first = block * LANES;
   const int lanes = int(out - first < LANES ? out - first : LANES);
-  const int64_t rows =
-      int64_t(shape.in_features) / run_codes(shape.bits) * run_words(shape.bits);
+  const int64_t rows = int64_t(shape.in_features) / run_codes(shape.bits) * run_words(shape.bits);
   if (!order) {
     for (int64_t row = 0; row < rows; row++, to += LANES) {
       memcpy(to, qweight + row * out + first, size_t(lanes) * 4);
@@ -135,7 +134,8 @@ void unpack_codes(const Packed& w, int64_t block, uint32_t* qweight) {
 }
 
 // One block's scales or zeros out of [groups, out]; the channels that do not exist get zeros.
-void pack_grid(const Header& header, const void* from, int64_t bytes_each, int64_t block, char* to) {
+void pack_grid(const Header& header, const void* from, int64_t bytes_each, int64_t block,
+               char* to) {
   const int64_t out = header.shape.out_features, first = block * LANES;
   const int64_t lanes = out - first < LANES ? out - first : LANES;
   to += block * header.groups * LANES * bytes_each;

@@ -18,8 +18,8 @@ struct Work {
   void* data;
 };
 
-// One piece for each thread: a stream from memory is fast once it runs, and pieces an eighth as large
-// cost a decode step a fifth more. A thread that comes late finds its piece taken.
+// One piece for each thread: a stream from memory is fast once it runs, and pieces an eighth as
+// large cost a decode step a fifth more. A thread that comes late finds its piece taken.
 void take_pieces(void* from) {
   Work& work = *static_cast<Work*>(from);
   for (;;) {

@@ -1,6 +1,7 @@
 // The specification: what every other file computes, in plain loops.
 //
-// Accumulates in fp32: codes times x within a group, the group's sum times its scale. Runs anywhere.
+// Accumulates in fp32: codes times x within a group, the group's sum times its scale. Runs
+// anywhere.
 #include <math.h>
 
 #include "numbers.h"
@@ -94,7 +95,6 @@ void gate_silu(float* gate, const float* up, int64_t count) {
 
 }  // namespace
 
-const Isa SERIAL = {"serial", multiply,  dequantize, multiply_dense,
-                    attend,   gate_silu, nullptr};
+const Isa SERIAL = {"serial", multiply, dequantize, multiply_dense, attend, gate_silu, nullptr};
 
 }  // namespace halfbyte

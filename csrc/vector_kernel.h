@@ -1,5 +1,6 @@
 // The kernel in vectors of VECTOR floats, included by each instruction set's file after it defined
-// VECTOR, MAX_SHARED_ROWS and, where it has something better, its own `decode`.
+// that, MAX_SHARED_ROWS (rows of x that share one decoding of the weights), PREFETCH_WORDS and,
+// where it has something better, HAS_DECODE and its own `decode`.
 //
 // Accumulates in fp32, fused where the processor can: (code - middle) times x within a group over
 // independent chains, the group's sum times its scale. An asymmetric zero is folded in through the
@@ -202,7 +203,8 @@ inline Floats exp_of_negative(Floats x) {
 
 inline float add_lanes(Floats value) {
 #if VECTOR >= 16
-  value += __builtin_shufflevector(value, value, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+  value +=
+      __builtin_shufflevector(value, value, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
   value += __builtin_shufflevector(value, value, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3);
 #elif VECTOR >= 8
   value += __builtin_shufflevector(value, value, 4, 5, 6, 7, 0, 1, 2, 3);

@@ -23,7 +23,9 @@ def test_json_has_every_section(examined):
     found = examined()
     assert found["versions"]["halfbyte"] == halfbyte.__version__
     assert found["versions"]["torch"]
-    assert found["machine"]["instructions"]
+    assert found["machine"]["instructions of torch"]
+    library = native_library.open_library()
+    assert found["machine"]["instructions of cpu_native"] == (library.isa or "none")
     assert found["kernels"].keys() == {entry.name for entry in KERNELS}
     assert found["kernels"]["torch_reference"] is None
     assert found["environment"]["HALFBYTE_TRANSFORMERS"] in ("auto", "on", "off")

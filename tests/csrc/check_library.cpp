@@ -1,5 +1,6 @@
-// The library against plain double precision, without Python: run under a sanitizer, under valgrind,
-// or on another processor's emulator. Prints one line per instruction set; exits 1 on a difference.
+// The library against plain double precision, without Python: run under a sanitizer, under
+// valgrind, or on another processor's emulator. Prints one line per instruction set; exits 1 on a
+// difference.
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -50,7 +51,9 @@ Layer make_layer(int bits, int in, int out, int group, bool symmetric, bool orde
   const int groups = (in + group - 1) / group;
   layer.qweight.assign(size_t(in) * bits / 32 * out, 0);
   for (int k = 0; k < in; k++) layer.order.push_back(k);
-  for (int k = in - 1; ordered && k > 0; k--) std::swap(layer.order[k], layer.order[draw() % (k + 1)]);
+  for (int k = in - 1; ordered && k > 0; k--) {
+    std::swap(layer.order[k], layer.order[draw() % (k + 1)]);
+  }
   for (int i = 0; i < groups * out; i++) {
     layer.scales.push_back(0.01f + 0.02f * uniform());
     layer.zeros.push_back(uint8_t(draw() % (1u << bits)));
@@ -116,9 +119,9 @@ int main() {
   struct Shape {
     int bits, in, out, group;
   };
-  const Shape shapes[] = {{4, 64, 64, 32},   {4, 576, 40, 128}, {4, 144, 24, 16}, {4, 136, 8, 136},
-                          {8, 100, 24, 20},  {3, 288, 32, 96},  {2, 144, 48, 16}, {2, 256, 16, 64},
-                          {4, 1024, 32, 512}};
+  const Shape shapes[] = {{4, 64, 64, 32},  {4, 576, 40, 128}, {4, 144, 24, 16},
+                          {4, 136, 8, 136}, {8, 100, 24, 20},  {3, 288, 32, 96},
+                          {2, 144, 48, 16}, {2, 256, 16, 64},  {4, 1024, 32, 512}};
   const std::string isas = hb_isas();
   bool wrong = false;
   for (size_t start = 0; start < isas.size();) {
