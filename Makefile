@@ -56,7 +56,7 @@ docs: $(STAMP) ## write the generated parts of docs/
 clean: ## remove the environment and everything built
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; \
 	sys.exit(0 if (3, 11) <= v < (3, 14) else \
 	f"halfbyte needs Python 3.11 to 3.13; $(PYTHON) is {v[0]}.{v[1]}. " \

@@ -3,9 +3,10 @@
 | variable | values | meaning |
 |---|---|---|
 | `HALFBYTE_KERNEL` | a kernel's name | run every quantized layer on this kernel, or fail |
+| `HALFBYTE_CPU_ISA` | an instruction set's name | let the CPU kernel use no better one than this |
 | `HALFBYTE_TRANSFORMERS` | `auto`, `on`, `off` | whether Transformers loads GPTQ through halfbyte |
 
-`auto` is the default of the second: on where the packages that Transformers itself would need
+`auto` is the default of the last: on where the packages that Transformers itself would need
 (optimum and gptqmodel) are not both installed.
 """
 
@@ -32,13 +33,18 @@ KERNEL = Variable(
     name="HALFBYTE_KERNEL",
     meaning="run every quantized layer on this kernel, or fail",
 )
+CPU_ISA = Variable(
+    name="HALFBYTE_CPU_ISA",
+    meaning="let the CPU kernel use this instruction set instead of the best one "
+    "(serial, avx2, avx512, amx, neon); one that the processor lacks is an error",
+)
 TRANSFORMERS = Variable(
     name="HALFBYTE_TRANSFORMERS",
     meaning="whether Transformers loads GPTQ checkpoints through halfbyte",
     allowed=("auto", "on", "off"),
     default="auto",
 )
-VARIABLES = (KERNEL, TRANSFORMERS)
+VARIABLES = (KERNEL, CPU_ISA, TRANSFORMERS)
 
 
 def read_variable(variable: Variable) -> str | None:

@@ -6,6 +6,7 @@ import pytest
 
 import halfbyte
 from halfbyte.cli.main import main
+from halfbyte.kernels import cpu_native, native_library
 from halfbyte.kernels.registry import KERNELS
 
 
@@ -22,15 +23,20 @@ def test_json_has_every_section(examined):
     found = examined()
     assert found["versions"]["halfbyte"] == halfbyte.__version__
     assert found["versions"]["torch"]
-    assert found["machine"]["instructions"]
+    assert found["machine"]["instructions of torch"]
+    library = native_library.open_library()
+    assert found["machine"]["instructions of cpu_native"] == (library.isa or "none")
     assert found["kernels"].keys() == {entry.name for entry in KERNELS}
     assert found["kernels"]["torch_reference"] is None
     assert found["environment"]["HALFBYTE_TRANSFORMERS"] in ("auto", "on", "off")
 
 
-def test_each_case_has_a_kernel_and_says_why_none_before_it(examined):
+def test_each_case_has_a_kernel_and_says_why_none_before_it(examined, monkeypatch):
+    absent = native_library.NativeLibrary(functions=None, obstacle="not built", isa="")
+    monkeypatch.setattr(cpu_native, "open_library", lambda: absent)
     cases = {case["layer"]: case for case in examined()["cases"] if case["device"] == "cpu"}
     assert cases["3 bits"]["kernel"] == "torch_reference"
+    assert cases["3 bits"]["rejected"]["cpu_native"] == "not built"
     assert cases["3 bits"]["rejected"]["torch_int4"] == "supports 4 bits, not 3"
     assert (
         "does not divide 576"

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCa
 import halfbyte
 from halfbyte.errors import CheckpointError
 from halfbyte.integrations.transformers import GPTQConfig
+from halfbyte.kernels import cpu_native, native_library
 from halfbyte.nn.linear import QuantLinear
 
 IDS = torch.tensor([[5, 9, 2, 77, 31, 8], [3, 3, 64, 100, 7, 1]])
@@ -251,7 +252,7 @@ def test_offloaded_layers_run_and_are_saved(tmp_path, offload_buffers):
         offload_folder=str(tmp_path / "offload"),
         offload_buffers=offload_buffers,
     )
-    assert model.model.layers[1].mlp.up_proj.qweight.is_meta == offload_buffers
+    assert model.model.layers[1].mlp.up_proj.scales.is_meta == offload_buffers
     assert_same(model, reference)
     model.save_pretrained(tmp_path / "again")
     assert_same_tensors(packed_tensors(tmp_path / "again"), packed_tensors(tmp_path))
@@ -299,12 +300,14 @@ def test_dequantize_gives_an_ordinary_model(tmp_path):
     assert_same(load(tmp_path / "dense"), reference)
 
 
-def test_says_which_kernels_run_it(tmp_path, caplog):
+def test_says_which_kernels_run_it(tmp_path, caplog, monkeypatch):
+    absent = native_library.NativeLibrary(functions=None, obstacle="not built", isa="")
+    monkeypatch.setattr(cpu_native, "open_library", lambda: absent)
     write_checkpoint(tmp_path, tiny_llama_config(), Recipe(bits=3))
     with caplog.at_level(logging.INFO, "halfbyte"):
         load(tmp_path)
     assert "14 quantized linears run on torch_reference: the fastest one that fits" in caplog.text
-    assert "torch_int4: supports 4 bits, not 3" in caplog.text
+    assert "cpu_native: not built; torch_int4: supports 4 bits, not 3" in caplog.text
 
 
 def damage_scales(tensors):

@@ -88,10 +88,10 @@ def test_forced_kernel_that_cannot_is_an_error_with_a_line_for_each(fakes, monke
 
 
 def test_unknown_kernel_is_an_error_with_a_suggestion(monkeypatch):
-    monkeypatch.setenv("HALFBYTE_KERNEL", "torch_int8")
+    monkeypatch.setenv("HALFBYTE_KERNEL", "torch_int5")
     with pytest.raises(
         KernelUnavailable,
-        match=r"no kernel 'torch_int8'. Did you mean 'torch_int4'\? Available: .*torch_int4, tor",
+        match=r"no kernel 'torch_int5'. Did you mean 'torch_int4'\? Available: .*cpu_native, tor",
     ):
         select(SPEC)
 

@@ -72,13 +72,18 @@ def examine() -> dict[str, Any]:
 
     from halfbyte.environment import VARIABLES, read_variable
     from halfbyte.integrations import autoload
+    from halfbyte.kernels.native_library import open_library
     from halfbyte.kernels.registry import KERNELS, load_kernel
     from halfbyte.quantize.provenance import installed_versions, machine_facts
 
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     return {
         "versions": installed_versions() | {name: _version(name) for name in OTHER_PACKAGES},
-        "machine": machine_facts() | {"instructions": torch.backends.cpu.get_cpu_capability()},
+        "machine": machine_facts()
+        | {
+            "instructions of torch": torch.backends.cpu.get_cpu_capability(),
+            "instructions of cpu_native": open_library().isa or "none",
+        },
         "environment": {variable.name: read_variable(variable) for variable in VARIABLES},
         "kernels": {entry.name: load_kernel(entry).find_obstacle() for entry in KERNELS},
         "cases": [

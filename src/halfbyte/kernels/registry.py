@@ -43,6 +43,12 @@ KERNELS = (
         summary="Triton programs (GPUs of every maker that Triton compiles for)",
     ),
     KernelEntry(
+        name="cpu_native",
+        module="halfbyte.kernels.cpu_native",
+        class_name="CpuNative",
+        summary="halfbyte's own compiled kernel on a CPU",
+    ),
+    KernelEntry(
         name="torch_int4",
         module="halfbyte.kernels.torch_int4",
         class_name="TorchInt4",

@@ -1,0 +1,197 @@
+"""The compiled CPU kernel on single layers: against memory for few rows, against GEMM for many.
+
+Weights are cold: every call reads another copy, and the copies of a layer are larger than any
+cache. The arms of a case run in turn, so that another program's load falls on all of them; medians
+and quartiles over the rounds are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from halfbyte.kernels.contract import LinearSpec, Operands
+from halfbyte.kernels.cpu_native import CpuNative
+from halfbyte.kernels.native_library import open_library
+from record import save_result
+
+SHAPES = {
+    "1B attention": (2048, 2048),
+    "1B gate/up": (2048, 8192),
+    "1B down": (8192, 2048),
+    "8B attention": (4096, 4096),
+    "8B gate/up": (4096, 14336),
+    "8B down": (14336, 4096),
+}
+"""in, out."""
+DECODE_ROWS = (1, 2, 4, 8)
+PROMPT_ROWS = 512
+GROUP_SIZE = 128
+COLD_BYTES = 700 * 2**20
+"""Bytes of each arm's copies."""
+
+
+def main() -> None:
+    """Measure, print and save both tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--dry-run", action="store_true", help="print, do not save")
+    arguments = parser.parse_args()
+    dtype = getattr(torch, arguments.dtype)
+    stream = torch.randint(0, 2**62, (COLD_BYTES // 8,))
+    decode, prompt, data = [], [], {}
+    for name in arguments.shapes:
+        layer = ColdLayer(*SHAPES[name], dtype)
+        for rows in DECODE_ROWS:
+            times = layer.measure(rows, arguments.rounds, stream)
+            data[f"{name}, {rows} rows"] = spread(times)
+            middle = {arm: statistics.median(found) for arm, found in times.items()}
+            bandwidth = stream.nbytes / middle["read"] / 1e9
+            speed = layer.packed_bytes / middle["packed"] / 1e9
+            ratio = middle["dense"] / middle["packed"]
+            row = [name, rows, middle["packed"] * 1e6, middle["dense"] * 1e6, ratio]
+            decode.append([*row, speed, bandwidth, speed / bandwidth])
+            print(*[f"{v:.4g}" if isinstance(v, float) else v for v in decode[-1]], flush=True)
+        times = layer.measure(PROMPT_ROWS, max(arguments.rounds // 3, 3), None)
+        data[f"{name}, {PROMPT_ROWS} rows"] = spread(times)
+        middle = {arm: statistics.median(found) for arm, found in times.items()}
+        flops = 2 * PROMPT_ROWS * layer.weights / 1e9
+        ratio = middle["dense"] / middle["packed"]
+        prompt.append([name, flops / middle["packed"], flops / middle["dense"], ratio])
+        print(*[f"{v:.4g}" if isinstance(v, float) else v for v in prompt[-1]], flush=True)
+    if arguments.dry_run:
+        return
+    setting = (
+        f"4 bits, group {GROUP_SIZE}, symmetric, {arguments.dtype}, "
+        f"{torch.get_num_threads()} threads, {open_library().isa}; medians of "
+        f"{arguments.rounds} rounds, arms in turn"
+    )
+    save_result(
+        "cpu-layers",
+        columns=[
+            "layer",
+            "rows",
+            "halfbyte, µs",
+            f"dense {arguments.dtype}, µs",
+            "times faster",
+            "GB/s read",
+            "memory, GB/s",
+            "of memory's speed",
+        ],
+        rows=decode,
+        note=f"{setting}; weights cold (copies of {COLD_BYTES >> 20} MiB in turn); memory's speed "
+        "is that of reading such a stretch once, beside each case.",
+        data=data,
+    )
+    save_result(
+        "cpu-prompt",
+        columns=["layer", "halfbyte, GFLOP/s", "dense, GFLOP/s", "of the dense rate"],
+        rows=prompt,
+        note=f"{setting}; {PROMPT_ROWS} rows, weights cold.",
+        data={},
+    )
+
+
+def spread(times: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Quartiles of each arm's seconds."""
+    return {arm: statistics.quantiles(found, n=4) for arm, found in times.items()}
+
+
+class ColdLayer:
+    """One layer, packed and dense, in as many copies as no cache holds."""
+
+    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+        """Make random weights.
+
+        Args:
+            in_features: Columns.
+            out_features: Rows.
+            dtype: Of x and of the dense weight.
+        """
+        self.kernel = CpuNative()
+        self.weights = in_features * out_features
+        groups = in_features // GROUP_SIZE
+        self.spec = LinearSpec(
+            bits=4,
+            group_size=GROUP_SIZE,
+            in_features=in_features,
+            out_features=out_features,
+            symmetric=True,
+            act_order=False,
+            zero_offset=1,
+            dtype=dtype,
+            device_type="cpu",
+        )
+        words = torch.randint(-(2**31), 2**31, (in_features // 8, out_features), dtype=torch.int32)
+        self.stored = Operands(
+            weight=(words,),
+            qzeros=torch.zeros(groups, out_features // 8, dtype=torch.int32),
+            scales=(torch.rand(groups, out_features) * 0.01 + 0.01).half(),
+            g_idx=None,
+        )
+        (packed,) = self.kernel.prepare(self.stored, self.spec)
+        self.packed_bytes = packed.nbytes
+        self.packed = [packed.clone() for _ in range(-(-COLD_BYTES // packed.nbytes))]
+        dense = torch.randn(out_features, in_features).to(dtype)
+        self.dense = [dense.clone() for _ in range(-(-COLD_BYTES // dense.nbytes))]
+        self.calls = 0
+
+    def measure(self, rows: int, rounds: int, stream: Tensor | None) -> dict[str, list[float]]:
+        """Time every arm once a round.
+
+        Args:
+            rows: Of x.
+            rounds: How often.
+            stream: Read as a whole once a round; None: not.
+
+        Returns:
+            Seconds by arm; per call, each over several calls.
+        """
+        x = torch.randn(rows, self.spec.in_features).to(self.spec.dtype)
+        functions = open_library().functions
+        assert functions is not None
+        calls = max(int(2e8 / self.packed_bytes / max(rows / 8, 1)), 2)
+        arms: dict[str, Callable[[], object]] = {
+            "packed": lambda: self.kernel.apply(x, self.next_packed(), None, self.spec),
+            "dense": lambda: functional.linear(x, self.dense[self.calls % len(self.dense)]),
+        }
+        times: dict[str, list[float]] = {arm: [] for arm in arms}
+        if stream is not None:
+            times["read"] = []
+        threads = torch.get_num_threads()
+        for _ in range(rounds):
+            for arm, run in arms.items():
+                some = calls if arm == "packed" else max(calls // 4, 2)
+                times[arm].append(self.time(run, some))
+            if stream is not None:
+                start = time.perf_counter()
+                functions.hb_read(stream.data_ptr(), stream.nbytes, threads)
+                times["read"].append(time.perf_counter() - start)
+        return times
+
+    def time(self, run: Callable[[], object], calls: int) -> float:
+        """Seconds per call."""
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+            self.calls += 1
+        return (time.perf_counter() - start) / calls
+
+    def next_packed(self) -> Operands:
+        """The operands with the next copy."""
+        weight = self.packed[self.calls % len(self.packed)]
+        return Operands(
+            weight=(weight,), qzeros=self.stored.qzeros, scales=self.stored.scales, g_idx=None
+        )
+
+
+if __name__ == "__main__":
+    main()

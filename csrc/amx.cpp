@@ -1,0 +1,235 @@
+// AMX with bfloat16: 16 x 16 sums of 32 products an instruction, for bfloat16 input of several
+// rows.
+//
+// Few rows (up to 16): codes less the middle code are exact in bf16 and come from a table look-up
+// on 16-bit halves; each group's sums are fp32 and scaled once, as in vector_kernel.h. Many rows:
+// the weight is rounded once to bf16, a stripe of channels at a time, which stays in the
+// second-level cache while all rows pass over it. One row, other input and the rest go as in
+// avx512.cpp. The unit takes subnormal numbers for zero.
+#include <immintrin.h>
+
+#define VECTOR 16
+#define MAX_SHARED_ROWS 8
+#define PREFETCH_WORDS 2048  // 8 KiB ahead: 2 KiB lose a tenth of the speed of memory
+#define HAS_DECODE
+
+#include "avx512_decode.h"
+#include "rows.h"
+#include "vector_kernel.h"
+
+namespace halfbyte {
+namespace {
+
+constexpr int TILE = 16;                   // rows of a tile, and its 32-bit columns
+constexpr int STEP = 32;                   // columns of x to a tile
+constexpr int TILE_HALVES = TILE * STEP;   // bf16 numbers in a tile
+constexpr int64_t STRIPE_BYTES = 1 << 20;  // half of a usual second-level cache
+constexpr int BATCH = 8;                   // steps decoded before they are multiplied
+constexpr int64_t SIXTEEN = TILE * 4;      // bytes from one row of a tile to the next
+
+// Tiles of multiply_few; the compiler pastes their names into the assembler's.
+#define SUMS 0
+#define INPUT 1
+#define WEIGHTS 2
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// Tiles belong to a thread; others (torch's own products) configure them too.
+struct Tiles {
+  // Time goes with the rows of x and of the sums, so few rows configure no more.
+  explicit Tiles(int rows) {
+    TileConfig config;
+    if (rows < TILE) config.rows[SUMS] = config.rows[INPUT] = uint8_t(rows);
+    _tile_loadconfig(&config);
+  }
+  ~Tiles() { _tile_release(); }
+};
+
+template <int BITS>
+inline __m512i half_table() {
+  alignas(64) uint16_t entries[32];
+  for (int i = 0; i < 32; i++) {
+    const int code = (i & ((1 << BITS) - 1)) - (1 << (BITS - 1));
+    entries[i] = uint16_t(to_bits(float(code)) >> 16);
+  }
+  return _mm512_load_si512(entries);
+}
+
+// Few rows: pairs of columns j and j + half of a run, as Rows::tiles has them where `paired`.
+template <int BITS>
+void multiply_few(const Packed& w, const Rows& rows, const Target& target, int64_t first,
+                  int64_t last) {
+  constexpr int RUN = 32 / BITS, PAIRS = RUN / 2;
+  const __m512i table = half_table<BITS>();
+  alignas(64) uint16_t weights[2][BATCH][TILE_HALVES];
+  alignas(64) float sums[2][TILE * LANES];
+  const int count = int(rows.rows);
+  const Tiles tiles(count);
+  for (int64_t block = first; block < last; block++) {
+    const uint32_t* codes = w.codes + block * w.block_words;
+    const uint16_t* x = rows.tiles;
+    Floats total[TILE] = {};
+    int turn = 0;
+    for (int64_t g = 0, k = 0; g < w.groups; g++) {
+      const int64_t end = k + w.group_size < w.in_features ? k + w.group_size : w.in_features;
+      _tile_zero(SUMS);
+      while (k < end) {
+        // Some steps at a time: a tile cannot be loaded while its rows are still being stored.
+        const int64_t left = (end - k) / STEP;
+        const int batch = int(left < BATCH ? left : BATCH);
+        turn = 1 - turn;
+        for (int step = 0; step < batch; step++) {
+#pragma GCC unroll 8
+          for (int run = 0; run < STEP / RUN; run++, codes += LANES) {
+            __builtin_prefetch(codes + PREFETCH_WORDS);
+            const __m512i words = _mm512_loadu_si512(codes);
+#pragma GCC unroll 8
+            for (int j = 0; j < PAIRS; j++) {
+              const __m512i pair =
+                  _mm512_permutexvar_epi16(_mm512_srli_epi16(words, j * BITS), table);
+              _mm512_store_si512(weights[turn][step] + (run * PAIRS + j) * 2 * LANES, pair);
+            }
+          }
+        }
+        for (int step = 0; step < batch; step++, x += TILE_HALVES) {
+          _tile_loadd(INPUT, x, SIXTEEN);
+          _tile_loadd(WEIGHTS, weights[turn][step], SIXTEEN);
+          _tile_dpbf16ps(SUMS, INPUT, WEIGHTS);
+        }
+        k += batch * STEP;
+      }
+      _tile_stored(SUMS, sums[g % 2], SIXTEEN);
+      const int64_t at = (block * w.groups + g) * LANES;
+      const Floats scale = load_scales(w, at);
+      const Floats offset = w.symmetric ? Floats{} : load_offsets(w, at);
+      for (int m = 0; m < count; m++) {
+        Floats sum = load<Floats>(sums[g % 2] + m * LANES);
+        if (!w.symmetric) sum += offset * rows.sums[m * w.groups + g];
+        total[m] += scale * sum;
+      }
+    }
+    for (int m = 0; m < count; m++) store_block(w, target, m, block, (const float*)&total[m]);
+  }
+}
+
+// One block as tiles of bf16: [step][pair of columns][channel][2].
+template <int BITS>
+void fill_tiles(const Packed& w, int64_t block, uint16_t* out) {
+  constexpr int RUN = BITS == 3 ? 32 : 32 / BITS, WORDS = BITS == 3 ? 3 : 1;
+  alignas(64) uint16_t sides[32];
+  for (int i = 0; i < 32; i++) sides[i] = uint16_t(i / 2 + i % 2 * 16);
+  const __m512i side_by_side = _mm512_load_si512(sides);
+  const uint32_t* codes = w.codes + block * w.block_words;
+  for (int64_t g = 0, k = 0; g < w.groups; g++) {
+    const int64_t end = k + w.group_size < w.in_features ? k + w.group_size : w.in_features;
+    const int64_t at = (block * w.groups + g) * LANES;
+    const Floats scale = load_scales(w, at);
+    const Floats offset = w.symmetric ? Floats{} : load_offsets(w, at);
+    for (; k < end; k += RUN, codes += WORDS * LANES) {
+      __builtin_prefetch(codes + PREFETCH_WORDS);
+      Words words[WORDS];
+      for (int i = 0; i < WORDS; i++) words[i] = load<Words>(codes + i * LANES);
+      uint16_t* to = out + k / STEP * 2 * TILE_HALVES + k % STEP * LANES;
+#pragma GCC unroll 16
+      for (int j = 0; j < RUN; j += 2, to += 2 * LANES) {
+        const Floats low = (number<BITS>(shift_down<BITS, WORDS>(words, j)) + offset) * scale;
+        const Floats high = (number<BITS>(shift_down<BITS, WORDS>(words, j + 1)) + offset) * scale;
+        const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+        _mm512_store_si512(to, _mm512_permutexvar_epi16(side_by_side, halves));
+      }
+    }
+  }
+}
+
+void fill_tiles(const Packed& w, int64_t block, uint16_t* out) {
+  if (w.bits == 4) fill_tiles<4>(w, block, out);
+  if (w.bits == 8) fill_tiles<8>(w, block, out);
+  if (w.bits == 3) fill_tiles<3>(w, block, out);
+  if (w.bits == 2) fill_tiles<2>(w, block, out);
+}
+
+// Sums of up to 32 rows and one stripe of two blocks, from tiles 0 to 3.
+void store_stripe(const Packed& w, const Target& target, int64_t row, int64_t rows, int64_t block) {
+  alignas(64) float sums[4][TILE * LANES];
+  _tile_stored(0, sums[0], SIXTEEN);
+  _tile_stored(1, sums[1], SIXTEEN);
+  _tile_stored(2, sums[2], SIXTEEN);
+  _tile_stored(3, sums[3], SIXTEEN);
+  for (int64_t m = 0; m < rows && m < 2 * TILE; m++) {
+    for (int side = 0; side < 2 && block + side < w.blocks; side++) {
+      const float* from = sums[m / TILE * 2 + side] + m % TILE * LANES;
+      const int64_t channel = (block + side) * LANES;
+      if (target.bias || channel + LANES > w.out_features) {
+        store_block(w, target, row + m, block + side, from);
+        continue;
+      }
+      uint16_t* to = static_cast<uint16_t*>(target.out) + (row + m) * target.stride + channel;
+      _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(_mm512_load_ps(from)));
+    }
+  }
+}
+
+// Up to 32 rows times two blocks; sums stay in tiles 0 to 3 over all columns.
+void multiply_panel(const uint16_t* x, const uint16_t* weights, int64_t steps) {
+  const uint16_t* below = x + steps * TILE_HALVES;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t step = 0; step < steps; step++, weights += 2 * TILE_HALVES) {
+    _tile_loadd(4, x + step * TILE_HALVES, SIXTEEN);
+    _tile_loadd(6, weights, SIXTEEN);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, weights + TILE_HALVES, SIXTEEN);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, below + step * TILE_HALVES, SIXTEEN);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
+// A stripe is as many channels as the cache holds beside the rows: each row comes from further away
+// once a stripe. It ends in whole steps of columns, zeros after the last column.
+void multiply_many(const Packed& w, const Rows& rows, const Target& target, int64_t first,
+                   int64_t last) {
+  const int64_t steps = (w.in_features + STEP - 1) / STEP, pair_halves = steps * 2 * TILE_HALVES;
+  const int64_t most = STRIPE_BYTES / 2 / pair_halves, pairs = most > 1 ? most : 1;
+  uint16_t* stripe = borrow_stripe(pairs * pair_halves);
+  const Tiles tiles(TILE);
+  for (int64_t start = first; start < last; start += 2 * pairs) {
+    const int64_t end = start + 2 * pairs < last ? start + 2 * pairs : last;
+    for (int64_t block = start; block < end; block += 2) {
+      uint16_t* pair = stripe + (block - start) / 2 * pair_halves;
+      if (w.in_features % STEP) {
+        __builtin_memset(pair + (steps - 1) * 2 * TILE_HALVES, 0, 4 * TILE_HALVES);
+      }
+      fill_tiles(w, block, pair);
+      if (block + 1 < w.blocks) fill_tiles(w, block + 1, pair + TILE_HALVES);
+    }
+    for (int64_t row = 0; row < rows.rows; row += 2 * TILE) {
+      for (int64_t block = start; block < end; block += 2) {
+        const uint16_t* pair = stripe + (block - start) / 2 * pair_halves;
+        multiply_panel(rows.tiles + row * steps * STEP, pair, steps);
+        store_stripe(w, target, row, rows.rows - row, block);
+      }
+    }
+  }
+}
+
+void multiply_tiles(const Packed& w, const Rows& rows, const Target& target, int64_t first,
+                    int64_t last) {
+  if (!rows.paired) return multiply_many(w, rows, target, first, last);
+  if (w.bits == 4) return multiply_few<4>(w, rows, target, first, last);
+  return multiply_few<2>(w, rows, target, first, last);
+}
+
+}  // namespace
+
+const Isa AMX = {"amx",  multiply_floats, dequantize_floats, multiply_dense,
+                 attend, gate_silu,       multiply_tiles};
+
+}  // namespace halfbyte

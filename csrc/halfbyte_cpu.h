@@ -1,0 +1,108 @@
+// y = x @ dequantize(W).T on a CPU: the whole interface, plain C, no torch, no Python.
+//
+// A packed weight is one block of bytes that describes itself (layout.h): every call after hb_pack
+// needs no other sizes. Functions that return int give 0, or one of the codes below.
+#pragma once
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define HB_API __attribute__((visibility("default")))
+
+// Raised whenever a signature, a struct or the packed layout changes; the caller compares.
+#define HB_ABI_VERSION 1
+
+enum hb_status {
+  HB_OK = 0,
+  HB_BAD_ARGUMENT = 1,  // sizes or types that the layout cannot hold
+  HB_BAD_BLOB = 2,      // not made by hb_pack of this version
+  HB_NO_MEMORY = 3,
+  HB_UNKNOWN_ISA = 4,
+  HB_ABSENT_ISA = 5,  // known, but this processor lacks it
+};
+
+enum hb_dtype { HB_FLOAT32 = 0, HB_BFLOAT16 = 1, HB_FLOAT16 = 2 };
+
+// One quantized linear as the GPTQ format stores it.
+typedef struct {
+  int32_t bits;         // 2, 3, 4 or 8
+  int32_t in_features;  // a multiple of the codes in a run of whole words: 16, 32, 8, 4
+  int32_t out_features;
+  int32_t group_size;   // a multiple of the same; the last group may be shorter
+  int32_t scale_dtype;  // hb_dtype
+  int32_t symmetric;    // every zero is 2^(bits-1)
+  int32_t has_order;    // columns are permuted: packed column k is stored column order[k]
+} hb_linear_shape;
+
+HB_API uint32_t hb_abi_version(void);
+
+// The instruction set in use, and those that this processor can use, best last, comma separated.
+HB_API const char* hb_isa(void);
+HB_API const char* hb_isas(void);
+// Use another one; NULL for the best. Not while another thread computes.
+HB_API int hb_select_isa(const char* name);
+
+// Run parallel work by this OpenMP runtime's GOMP_parallel, so that there is one pool of threads in
+// the process; NULL: by threads of our own.
+typedef void (*hb_gomp_parallel)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+HB_API void hb_use_openmp(hb_gomp_parallel start);
+
+// Bytes that hb_pack fills; negative where the shape cannot be packed.
+HB_API int64_t hb_packed_bytes(const hb_linear_shape* shape);
+// qweight: [in * bits / 32, out] words. scales: [groups, out]. zeros: [groups, out], NULL where
+// symmetric. order: [in], NULL without has_order.
+HB_API int hb_pack(const hb_linear_shape* shape, const uint32_t* qweight, const void* scales,
+                   const uint8_t* zeros, const int32_t* order, void* packed, int threads);
+// Gives qweight back, bit for bit.
+HB_API int hb_unpack(const void* packed, uint32_t* qweight, int threads);
+
+// out[m, :] = x[m, :] @ W.T + bias. x: [rows, in], out: [rows, out], bias: [out] or NULL, all of
+// `dtype`, contiguous. One pass over the packed weights for every eight rows.
+HB_API int hb_linear(const void* packed, int dtype, const void* x, int64_t rows, const void* bias,
+                     void* out, int threads);
+// Whether bf16 input of many rows runs on matrix units, so that hb_linear is the way for it too.
+HB_API int hb_tiles(void);
+// Output channels [first, last), both multiples of 16 or the end, as numbers [in, last - first] in
+// packed column order, rounded once to `dtype` (float32 or bfloat16).
+HB_API int hb_dequantize(const void* packed, int64_t first, int64_t last, int dtype, void* out,
+                         int threads);
+
+// out = weight @ x for one x and a dense weight [out, in] of float32 or bfloat16, read once: the
+// head of a model, which seldom is quantized.
+HB_API int hb_dense(const void* weight, int dtype, const float* x, int64_t in_features,
+                    int64_t out_features, float* out, int threads);
+
+// One token through all blocks of a decoder: norm, attention with rotary positions over a cache of
+// keys and values, residual, norm, gated MLP, residual; then the last norm. All arrays belong to
+// the caller.
+typedef struct {
+  const void *q, *k, *v, *o, *gate, *up, *down;  // packed weights
+  const float *q_bias, *k_bias, *v_bias, *o_bias, *gate_bias, *up_bias, *down_bias;  // or NULL
+  const float *attention_norm, *mlp_norm;                                            // [hidden]
+  const float *q_norm, *k_norm;  // [head_dim] of each head, or NULL
+  void *keys, *values;           // [kv_heads][capacity][head_dim] of `dtype`
+} hb_block;
+
+typedef struct {
+  int32_t blocks, hidden, heads, kv_heads, head_dim, rotary_dim, intermediate;
+  int32_t dtype;                 // of the cache: float32 or bfloat16
+  int64_t capacity;              // positions that the cache holds
+  float epsilon, scale;          // of the norms; of the attention scores
+  const float *cosines, *sines;  // [capacity][rotary_dim]
+  const float* last_norm;        // [hidden]
+  const hb_block* block;
+} hb_decoder;
+
+// x: [hidden], the token's embedding; overwritten. Writes position's keys and values into the cache
+// and the normed hidden state into out [hidden].
+HB_API int hb_decode(const hb_decoder* decoder, float* x, int64_t position, float* out,
+                     int threads);
+
+// Reads `bytes` (a multiple of 64) once, and gives a checksum: how fast this machine can read.
+HB_API uint64_t hb_read(const void* from, int64_t bytes, int threads);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,8 @@
+#pragma once
+#include "layout.h"
+
+namespace halfbyte {
+
+const Isa& current_isa();
+
+}  // namespace halfbyte

@@ -1,0 +1,106 @@
+// The packed weight: a header, then codes, scales, zeros and column order, each 64-byte aligned.
+//
+//   codes   uint32 [out / 16][in / run][words of a run][16]   lane = output channel
+//   scales         [out / 16][groups][16]                     of the stored dtype
+//   zeros   uint8  [out / 16][groups][16]                     asymmetric only
+//   order   int32  [in]                                       act-order only
+//
+// A run is the fewest codes that fill whole words: 16, 32, 8 and 4 codes at 2, 3, 4 and 8 bits. The
+// words are those of the GPTQ format itself; only the channels are regrouped, so that one 64-byte
+// load brings the next codes of 16 channels and a thread reads one unbroken stream.
+#pragma once
+#include <stdint.h>
+
+#include "halfbyte_cpu.h"
+
+namespace halfbyte {
+
+constexpr int LANES = 16;
+constexpr uint32_t MAGIC = 0x30344248;  // "HB40"
+
+struct Header {
+  uint32_t magic, abi;
+  hb_linear_shape shape;
+  int32_t groups, blocks;  // blocks of 16 output channels
+  int64_t scales_at, zeros_at, order_at, bytes;
+};
+
+constexpr int64_t CODES_AT = 128;
+static_assert(sizeof(Header) <= CODES_AT, "codes begin after the header");
+
+static inline int run_codes(int bits) { return bits == 3 ? 32 : 32 / bits; }
+static inline int run_words(int bits) { return bits == 3 ? 3 : 1; }
+
+// A packed weight, opened.
+struct Packed {
+  const Header* header;
+  int bits, in_features, out_features, group_size, groups, blocks, scale_dtype;
+  bool symmetric;
+  const uint32_t* codes;
+  const uint8_t* scales;
+  const uint8_t* zeros;  // null where symmetric
+  const int32_t* order;  // null without
+  int64_t block_words;   // of one block of 16 channels
+
+  int scale_bytes() const { return scale_dtype == HB_FLOAT32 ? 4 : 2; }
+};
+
+// False where the bytes are not a packed weight of this version.
+bool open_packed(const void* bytes, Packed* packed);
+
+// Rows of x, made ready for a kernel: columns in packed order.
+struct Rows {
+  int64_t rows;
+  const float* x;     // [rows][in]
+  const float* sums;  // [rows][groups]: sums of x; null where symmetric
+  // For matrix units, in place of x: bf16 [rows / 16][in / 32][16][32], padded with zeros to 32
+  // rows and whole steps of columns. `paired`: one such tile of rows, in which columns j and
+  // j + half of each run lie side by side.
+  const uint16_t* tiles;
+  bool paired;
+};
+
+// Where a kernel puts its results.
+struct Target {
+  int dtype;
+  const void* bias;
+  void* out;  // [rows][out]
+  int64_t stride;
+};
+
+// One query head of a decode step.
+struct Attention {
+  const float* query;  // [width]
+  const void* keys;    // [length][width], float32 or bfloat16
+  const void* values;
+  float* out;  // [width]
+  int64_t length;
+  int width, dtype;
+  float scale;
+};
+
+// What one instruction set offers.
+struct Isa {
+  const char* name;
+  // Blocks [first, last) of all rows.
+  void (*multiply)(const Packed&, const Rows&, const Target&, int64_t first, int64_t last);
+  // Block b as numbers, into out[k * stride + lane].
+  void (*dequantize)(const Packed&, int64_t block, int dtype, void* out, int64_t stride);
+  // out[n] = weight[n, :] . x for rows [first, last) of a dense [out, in].
+  void (*multiply_dense)(const void* weight, int dtype, const float* x, int64_t columns,
+                         int64_t first, int64_t last, float* out);
+  // Widths and counts are multiples of 16; `scores` holds length + 16 numbers.
+  void (*attend)(const Attention&, float* scores);
+  void (*gate_silu)(float* gate, const float* up, int64_t count);
+  // As `multiply`, from bf16 tiles; null where there are no matrix units.
+  void (*multiply_tiles)(const Packed&, const Rows&, const Target&, int64_t first, int64_t last);
+};
+
+extern const Isa SERIAL;
+#if defined(__x86_64__)
+extern const Isa AVX2, AVX512, AMX;
+#elif defined(__aarch64__)
+extern const Isa NEON;
+#endif
+
+}  // namespace halfbyte

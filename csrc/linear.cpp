@@ -1,0 +1,265 @@
+// hb_linear, hb_dequantize and hb_dense: make the rows of x ready, then hand out blocks to the
+// threads.
+#include <stdlib.h>
+
+#include "isa.h"
+#include "numbers.h"
+#include "parallel.h"
+#include "rows.h"
+
+namespace halfbyte {
+namespace {
+
+// Rows that are made ready at a time; more passes over a block that is in the cache.
+constexpr int64_t ROWS_AT_A_TIME = 32;
+
+// Rows of bf16 from which matrix units are faster (bench/measure_cpu_layers.py), and how many are
+// copied into tiles at a time.
+constexpr int64_t FEWEST_TILED_ROWS = 2, TILED_ROWS_AT_A_TIME = 1024;
+
+}  // namespace
+
+namespace {
+
+struct Scratch {
+  void* memory = nullptr;
+  int64_t bytes = 0;
+
+  ~Scratch() { free(memory); }
+
+  void* grow(int64_t wanted) {
+    if (bytes < wanted) {
+      free(memory);
+      bytes = (wanted + 4095) / 4096 * 4096;
+      memory = aligned_alloc(64, size_t(bytes));
+      if (!memory) bytes = 0;
+    }
+    return memory;
+  }
+};
+
+}  // namespace
+
+float* borrow(int64_t floats) {
+  static thread_local Scratch scratch;
+  return static_cast<float*>(scratch.grow(floats * 4));
+}
+
+uint16_t* borrow_stripe(int64_t halves) {
+  static thread_local Scratch scratch;
+  return static_cast<uint16_t*>(scratch.grow(halves * 2));
+}
+
+namespace {
+
+void prepare_row(const Packed& w, int dtype, const void* from, int64_t at, float* x) {
+  const int64_t columns = w.in_features;
+  if (w.order) {
+    for (int64_t k = 0; k < columns; k++) x[k] = load_number(from, at + w.order[k], dtype);
+  } else if (dtype == HB_FLOAT32) {
+    memcpy(x, static_cast<const float*>(from) + at, size_t(columns) * 4);
+  } else if (dtype == HB_BFLOAT16) {
+    const uint16_t* halves = static_cast<const uint16_t*>(from) + at;
+    for (int64_t k = 0; k < columns; k++) x[k] = from_bf16(halves[k]);
+  } else {
+    const uint16_t* halves = static_cast<const uint16_t*>(from) + at;
+    for (int64_t k = 0; k < columns; k++) x[k] = from_f16(halves[k]);
+  }
+}
+
+void sum_groups(const Packed& w, const float* x, float* sums) {
+  for (int64_t g = 0; g < w.groups; g++) {
+    const int64_t first = g * w.group_size;
+    const int64_t last =
+        first + w.group_size < w.in_features ? first + w.group_size : w.in_features;
+    float lanes[8] = {};
+    int64_t k = first;
+    for (; k + 8 <= last; k += 8) {
+      for (int i = 0; i < 8; i++) lanes[i] += x[k + i];
+    }
+    float sum = 0;
+    for (; k < last; k++) sum += x[k];
+    for (int i = 0; i < 8; i++) sum += lanes[i];
+    sums[g] = sum;
+  }
+}
+
+}  // namespace
+
+int64_t scratch_floats(const Packed& w, int64_t rows) {
+  return (rows * (w.in_features + w.groups) + LANES - 1) / LANES * LANES;
+}
+
+Rows ready_rows(const Packed& w, int dtype, const void* x, int64_t rows, float* scratch) {
+  const int64_t columns = w.in_features;
+  float* sums = scratch + rows * columns;
+  for (int64_t m = 0; m < rows; m++) {
+    const int64_t at = m * columns;
+    prepare_row(w, dtype, x, at, scratch + at);
+    if (!w.symmetric) sum_groups(w, scratch + at, sums + m * w.groups);
+  }
+  return {rows, scratch, w.symmetric ? nullptr : sums, nullptr, false};
+}
+
+namespace {
+
+constexpr int TILE = 16, STEP = 32;
+
+bool can_pair(const Packed& w, int64_t rows) {
+  const bool whole = w.group_size % STEP == 0 || w.groups == 1;
+  return rows <= TILE && (w.bits == 4 || w.bits == 2) && w.in_features % STEP == 0 && whole;
+}
+
+}  // namespace
+
+int64_t tile_halves(const Packed& w, int64_t rows) {
+  const int64_t columns = (w.in_features + STEP - 1) / STEP * STEP;
+  return (rows + 2 * TILE - 1) / (2 * TILE) * (2 * TILE) * columns;
+}
+
+Rows ready_tiles(const Packed& w, const uint16_t* x, int64_t rows, uint16_t* tiles, float* sums,
+                 int threads) {
+  const int64_t columns = w.in_features, steps = (columns + STEP - 1) / STEP;
+  const bool paired = can_pair(w, rows);
+  const int run = run_codes(w.bits), half = run / 2;
+  // Column of x at each place of a row of tiles; beyond the last one, none.
+  int32_t* source = reinterpret_cast<int32_t*>(borrow_stripe(steps * STEP * 2));
+  if (!source) return {0, nullptr, nullptr, nullptr, false};
+  for (int64_t k = 0; k < steps * STEP; k++) {
+    const int64_t place = k % run;
+    const int64_t from = paired ? k - place + place / 2 + place % 2 * half : k;
+    source[k] = from >= columns ? -1 : w.order ? w.order[from] : int32_t(from);
+  }
+  const bool straight = !paired && !w.order;
+  parallel_for(tile_halves(w, rows) / (steps * STEP), threads, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++) {
+      uint16_t* to = tiles + (row / TILE * steps * TILE + row % TILE) * STEP;
+      const uint16_t* from = x + row * columns;
+      for (int64_t step = 0; step < steps; step++, to += TILE * STEP) {
+        if (row >= rows) {
+          memset(to, 0, STEP * 2);
+        } else if (straight && (step + 1) * STEP <= columns) {
+          memcpy(to, from + step * STEP, STEP * 2);
+        } else {
+          const int32_t* at = source + step * STEP;
+          for (int i = 0; i < STEP; i++) to[i] = at[i] < 0 ? 0 : from[at[i]];
+        }
+      }
+    }
+  });
+  if (paired && !w.symmetric) {
+    float* floats = borrow(columns);
+    if (!floats) return {0, nullptr, nullptr, nullptr, false};
+    for (int64_t m = 0; m < rows; m++) {
+      prepare_row(w, HB_BFLOAT16, x, m * columns, floats);
+      sum_groups(w, floats, sums + m * w.groups);
+    }
+  }
+  return {rows, nullptr, sums, tiles, paired};
+}
+
+}  // namespace halfbyte
+
+using namespace halfbyte;
+
+namespace {
+
+// Few rows at a time: they share a pass over blocks that are then in the cache.
+int multiply_rows(const Packed& w, int dtype, const void* x, int64_t rows, const void* bias,
+                  void* out, int threads) {
+  const Isa& isa = current_isa();
+  const int64_t each = dtype == HB_FLOAT32 ? 4 : 2;
+  const int64_t at_a_time = rows < ROWS_AT_A_TIME ? rows : ROWS_AT_A_TIME;
+  float* scratch = borrow(scratch_floats(w, at_a_time));
+  if (!scratch) return HB_NO_MEMORY;
+  for (int64_t first = 0; first < rows; first += at_a_time) {
+    const int64_t count = rows - first < at_a_time ? rows - first : at_a_time;
+    const void* from = static_cast<const char*>(x) + first * w.in_features * each;
+    const Rows ready = ready_rows(w, dtype, from, count, scratch);
+    char* to = static_cast<char*>(out) + first * w.out_features * each;
+    const Target target = {dtype, bias, to, w.out_features};
+    parallel_for(w.blocks, threads,
+                 [&](int64_t begin, int64_t end) { isa.multiply(w, ready, target, begin, end); });
+  }
+  return HB_OK;
+}
+
+int multiply_tiles(const Packed& w, const uint16_t* x, int64_t rows, const void* bias,
+                   uint16_t* out, int threads) {
+  const Isa& isa = current_isa();
+  for (int64_t first = 0; first < rows; first += TILED_ROWS_AT_A_TIME) {
+    const int64_t rest = rows - first;
+    const int64_t count = rest < TILED_ROWS_AT_A_TIME ? rest : TILED_ROWS_AT_A_TIME;
+    // Kept as well: new pages for a long prompt would cost as much as a tenth of the product.
+    static thread_local Scratch scratch;
+    uint16_t* tiles =
+        static_cast<uint16_t*>(scratch.grow(tile_halves(w, count) * 2 + TILE * w.groups * 4));
+    if (!tiles) return HB_NO_MEMORY;
+    float* sums = reinterpret_cast<float*>(tiles + tile_halves(w, count));
+    const Rows ready = ready_tiles(w, x + first * w.in_features, count, tiles, sums, threads);
+    const Target target = {HB_BFLOAT16, bias, out + first * w.out_features, w.out_features};
+    // Many rows: two blocks share the rows that a unit has loaded.
+    const int64_t unit = ready.paired ? 1 : 2;
+    if (!ready.rows) return HB_NO_MEMORY;
+    parallel_for((w.blocks + unit - 1) / unit, threads, [&](int64_t begin, int64_t end) {
+      end = end * unit < w.blocks ? end * unit : w.blocks;
+      isa.multiply_tiles(w, ready, target, begin * unit, end);
+    });
+  }
+  return HB_OK;
+}
+
+}  // namespace
+
+extern "C" int hb_linear(const void* packed, int dtype, const void* x, int64_t rows,
+                         const void* bias, void* out, int threads) {
+  Packed w;
+  if (!open_packed(packed, &w)) return HB_BAD_BLOB;
+  if (dtype < HB_FLOAT32 || dtype > HB_FLOAT16) return HB_BAD_ARGUMENT;
+  if (dtype == HB_BFLOAT16 && rows >= FEWEST_TILED_ROWS && current_isa().multiply_tiles) {
+    return multiply_tiles(w, static_cast<const uint16_t*>(x), rows, bias,
+                          static_cast<uint16_t*>(out), threads);
+  }
+  return multiply_rows(w, dtype, x, rows, bias, out, threads);
+}
+
+extern "C" int hb_tiles(void) { return current_isa().multiply_tiles != nullptr; }
+
+extern "C" int hb_dequantize(const void* packed, int64_t first, int64_t last, int dtype, void* out,
+                             int threads) {
+  Packed w;
+  if (!open_packed(packed, &w)) return HB_BAD_BLOB;
+  if (dtype != HB_FLOAT32 && dtype != HB_BFLOAT16) return HB_BAD_ARGUMENT;
+  if (first % LANES || first < 0 || last > w.out_features || first > last) return HB_BAD_ARGUMENT;
+  if (last % LANES && last != w.out_features) return HB_BAD_ARGUMENT;
+  const Isa& isa = current_isa();
+  const int64_t stride = last - first, each = dtype == HB_FLOAT32 ? 4 : 2;
+  parallel_for((stride + LANES - 1) / LANES, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; b++) {
+      char* to = static_cast<char*>(out) + b * LANES * each;
+      if ((b + 1) * LANES <= stride) {
+        isa.dequantize(w, first / LANES + b, dtype, to, stride);
+        continue;
+      }
+      // The last block's missing channels must not land on the next row.
+      const int64_t lanes = stride - b * LANES;
+      char* block = static_cast<char*>(malloc(size_t(w.in_features) * LANES * each));
+      isa.dequantize(w, first / LANES + b, dtype, block, LANES);
+      for (int64_t k = 0; k < w.in_features; k++) {
+        memcpy(to + k * stride * each, block + k * LANES * each, size_t(lanes * each));
+      }
+      free(block);
+    }
+  });
+  return HB_OK;
+}
+
+extern "C" int hb_dense(const void* weight, int dtype, const float* x, int64_t in_features,
+                        int64_t out_features, float* out, int threads) {
+  if (dtype != HB_FLOAT32 && dtype != HB_BFLOAT16) return HB_BAD_ARGUMENT;
+  const Isa& isa = current_isa();
+  parallel_for(out_features, threads, [&](int64_t first, int64_t last) {
+    isa.multiply_dense(weight, dtype, x, in_features, first, last, out);
+  });
+  return HB_OK;
+}

@@ -1,0 +1,12 @@
+// NEON, which every 64-bit ARM has: four floats to a vector, 32 registers.
+#define VECTOR 4
+#define MAX_SHARED_ROWS 4
+#define PREFETCH_WORDS 512
+#include "vector_kernel.h"
+
+namespace halfbyte {
+
+const Isa NEON = {"neon",    multiply_floats, dequantize_floats, multiply_dense, attend,
+                  gate_silu, nullptr};
+
+}  // namespace halfbyte

@@ -1,0 +1,25 @@
+// Rows of x on their way into a kernel.
+#pragma once
+#include "layout.h"
+
+namespace halfbyte {
+
+// Scratch that a thread keeps, 64-byte aligned: a call of a decode step must not allocate. Null
+// where there is no memory. The next call of the same thread may move it.
+float* borrow(int64_t floats);
+
+// Floats that ready_rows needs.
+int64_t scratch_floats(const Packed& w, int64_t rows);
+
+// x: [rows, in] of `dtype`.
+Rows ready_rows(const Packed& w, int dtype, const void* x, int64_t rows, float* scratch);
+
+// Where a matrix unit's file keeps a stripe of weights as numbers: aligned, kept by each thread.
+uint16_t* borrow_stripe(int64_t halves);
+
+// bf16 rows for matrix units, into tile_halves numbers.
+int64_t tile_halves(const Packed& w, int64_t rows);
+Rows ready_tiles(const Packed& w, const uint16_t* x, int64_t rows, uint16_t* tiles, float* sums,
+                 int threads);
+
+}  // namespace halfbyte

@@ -1,0 +1,100 @@
+// The specification: what every other file computes, in plain loops.
+//
+// Accumulates in fp32: codes times x within a group, the group's sum times its scale. Runs
+// anywhere.
+#include <math.h>
+
+#include "numbers.h"
+
+namespace halfbyte {
+namespace {
+
+uint32_t code_at(const Packed& w, int64_t block, int64_t k, int lane) {
+  const int run = run_codes(w.bits), words = run_words(w.bits);
+  const uint32_t* from = w.codes + block * w.block_words + k / run * words * LANES + lane;
+  const int bit = int(k % run) * w.bits, word = bit / 32, shift = bit % 32;
+  uint64_t two = from[word * LANES];
+  if (word + 1 < words) two |= uint64_t(from[(word + 1) * LANES]) << 32;
+  return uint32_t(two >> shift) & ((1u << w.bits) - 1);
+}
+
+float scale_at(const Packed& w, int64_t block, int64_t group, int lane) {
+  return load_number(w.scales, (block * w.groups + group) * LANES + lane, w.scale_dtype);
+}
+
+float zero_at(const Packed& w, int64_t block, int64_t group, int lane) {
+  if (w.symmetric) return float(1 << (w.bits - 1));
+  return float(w.zeros[(block * w.groups + group) * LANES + lane]);
+}
+
+void multiply(const Packed& w, const Rows& rows, const Target& target, int64_t first,
+              int64_t last) {
+  for (int64_t block = first; block < last; block++) {
+    for (int64_t m = 0; m < rows.rows; m++) {
+      float sums[LANES];
+      for (int lane = 0; lane < LANES; lane++) {
+        float sum = 0;
+        for (int64_t g = 0; g < w.groups; g++) {
+          const float zero = zero_at(w, block, g, lane);
+          float part = 0;
+          for (int64_t k = g * w.group_size; k < w.in_features && k < (g + 1) * w.group_size; k++) {
+            part += (float(code_at(w, block, k, lane)) - zero) * rows.x[m * w.in_features + k];
+          }
+          sum += scale_at(w, block, g, lane) * part;
+        }
+        sums[lane] = sum;
+      }
+      store_block(w, target, m, block, sums);
+    }
+  }
+}
+
+void dequantize(const Packed& w, int64_t block, int dtype, void* out, int64_t stride) {
+  for (int64_t k = 0; k < w.in_features; k++) {
+    const int64_t g = k / w.group_size;
+    for (int lane = 0; lane < LANES; lane++) {
+      const float code = float(code_at(w, block, k, lane)) - zero_at(w, block, g, lane);
+      store_number(out, k * stride + lane, dtype, code * scale_at(w, block, g, lane));
+    }
+  }
+}
+
+void multiply_dense(const void* weight, int dtype, const float* x, int64_t columns, int64_t first,
+                    int64_t last, float* out) {
+  for (int64_t n = first; n < last; n++) {
+    out[n] = 0;
+    for (int64_t k = 0; k < columns; k++) {
+      out[n] += load_number(weight, n * columns + k, dtype) * x[k];
+    }
+  }
+}
+
+void attend(const Attention& a, float* scores) {
+  float largest = -INFINITY, total = 0;
+  for (int64_t t = 0; t < a.length; t++) {
+    float dot = 0;
+    for (int i = 0; i < a.width; i++) {
+      dot += a.query[i] * load_number(a.keys, t * a.width + i, a.dtype);
+    }
+    scores[t] = dot * a.scale;
+    if (!(scores[t] <= largest)) largest = scores[t];
+  }
+  for (int64_t t = 0; t < a.length; t++) total += scores[t] = expf(scores[t] - largest);
+  for (int i = 0; i < a.width; i++) {
+    float sum = 0;
+    for (int64_t t = 0; t < a.length; t++) {
+      sum += scores[t] * load_number(a.values, t * a.width + i, a.dtype);
+    }
+    a.out[i] = sum / total;
+  }
+}
+
+void gate_silu(float* gate, const float* up, int64_t count) {
+  for (int64_t i = 0; i < count; i++) gate[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
+}
+
+}  // namespace
+
+const Isa SERIAL = {"serial", multiply, dequantize, multiply_dense, attend, gate_silu, nullptr};
+
+}  // namespace halfbyte

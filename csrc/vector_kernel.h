@@ -1,0 +1,301 @@
+// The kernel in vectors of VECTOR floats, included by each instruction set's file after it defined
+// that, MAX_SHARED_ROWS (rows of x that share one decoding of the weights), PREFETCH_WORDS and,
+// where it has something better, HAS_DECODE and its own `decode`.
+//
+// Accumulates in fp32, fused where the processor can: (code - middle) times x within a group over
+// independent chains, the group's sum times its scale. An asymmetric zero is folded in through the
+// sum of x: its error is a multiple of |x| times 2^bits * scale instead of |x| times |W|, and an
+// infinite x gives not-a-number where the reference would give infinity.
+#pragma once
+#include "numbers.h"
+
+namespace halfbyte {
+namespace {
+
+typedef float Floats __attribute__((vector_size(4 * VECTOR)));
+typedef uint32_t Words __attribute__((vector_size(4 * VECTOR)));
+typedef int32_t Ints __attribute__((vector_size(4 * VECTOR)));
+typedef uint16_t Halves __attribute__((vector_size(2 * VECTOR)));
+typedef uint8_t Bytes __attribute__((vector_size(VECTOR)));
+
+constexpr int PARTS = LANES / VECTOR;
+
+template <class V>
+inline V load(const void* from) {
+  V value;
+  __builtin_memcpy(&value, from, sizeof(V));
+  return value;
+}
+
+template <class V>
+inline void store(void* to, V value) {
+  __builtin_memcpy(to, &value, sizeof(V));
+}
+
+// Codes in the low bits of each lane, whatever lies above, as numbers less the middle code.
+template <int BITS>
+inline Floats number(Words words) {
+#ifdef HAS_DECODE
+  return (Floats)decode<BITS>((__m512i)words);
+#else
+  const Ints codes = (Ints)(words & ((1u << BITS) - 1));
+  return __builtin_convertvector(codes, Floats) - float(1 << (BITS - 1));
+#endif
+}
+
+inline Halves round_to_bf16(Floats value) {
+  const Words bits = (Words)value;
+  return __builtin_convertvector((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, Halves);
+}
+
+// Code j of a run, from its words, in the low bits.
+template <int BITS, int WORDS>
+inline Words shift_down(const Words (&words)[WORDS], int j) {
+  const int bit = j * BITS, word = bit / 32, shift = bit % 32;
+  Words low = words[word] >> shift;
+  if (shift + BITS > 32) low |= words[word + 1 < WORDS ? word + 1 : word] << (32 - shift);
+  return low;
+}
+
+inline Floats load_scales(const Packed& w, int64_t at) {
+  if (w.scale_dtype == HB_FLOAT32) return load<Floats>(w.scales + 4 * at);
+  const Words halves = __builtin_convertvector(load<Halves>(w.scales + 2 * at), Words);
+  if (w.scale_dtype == HB_BFLOAT16) return (Floats)(halves << 16);
+  // Finite float16; the exponent is rebiased by a product, which also serves subnormals.
+  const Floats size = (Floats)((halves & 0x7FFF) << 13) * from_bits(0x77800000);
+  return (Floats)((Words)size | (halves & 0x8000) << 16);
+}
+
+// Middle code less zero.
+inline Floats load_offsets(const Packed& w, int64_t at) {
+  const Ints zeros = __builtin_convertvector(load<Bytes>(w.zeros + at), Ints);
+  return float(1 << (w.bits - 1)) - __builtin_convertvector(zeros, Floats);
+}
+
+template <int BITS, int ROWS>
+void multiply_block(const Packed& w, const Rows& rows, const Target& target, int64_t row,
+                    int64_t block) {
+  constexpr int RUN = BITS == 3 ? 32 : 32 / BITS, WORDS = BITS == 3 ? 3 : 1;
+  // Enough independent sums to hide the latency of a multiply-add.
+  constexpr int CHAINS = ROWS * PARTS >= 4 ? 1 : 4 / (ROWS * PARTS);
+  const int64_t columns = w.in_features;
+  const uint32_t* codes = w.codes + block * w.block_words;
+  const float* x = rows.x + row * columns;
+  Floats sums[ROWS][PARTS] = {};
+  for (int64_t g = 0, k = 0; g < w.groups; g++) {
+    const int64_t end = k + w.group_size < columns ? k + w.group_size : columns;
+    Floats part[CHAINS][ROWS][PARTS] = {};
+    for (; k < end; k += RUN, codes += WORDS * LANES) {
+      __builtin_prefetch(codes + PREFETCH_WORDS);
+#pragma GCC unroll 4
+      for (int p = 0; p < PARTS; p++) {
+        Words words[WORDS];
+#pragma GCC unroll 3
+        for (int i = 0; i < WORDS; i++) words[i] = load<Words>(codes + i * LANES + p * VECTOR);
+#pragma GCC unroll 32
+        for (int j = 0; j < RUN; j++) {
+          const Floats weights = number<BITS>(shift_down<BITS, WORDS>(words, j));
+#pragma GCC unroll 8
+          for (int m = 0; m < ROWS; m++) {
+            part[j % CHAINS][m][p] += weights * x[m * columns + k + j];
+          }
+        }
+      }
+    }
+    for (int p = 0; p < PARTS; p++) {
+      const int64_t at = (block * w.groups + g) * LANES + p * VECTOR;
+      const Floats scale = load_scales(w, at);
+      const Floats offset = w.symmetric ? Floats{} : load_offsets(w, at);
+#pragma GCC unroll 8
+      for (int m = 0; m < ROWS; m++) {
+        Floats sum = part[0][m][p];
+        for (int c = 1; c < CHAINS; c++) sum += part[c][m][p];
+        if (!w.symmetric) sum += offset * rows.sums[(row + m) * w.groups + g];
+        sums[m][p] += scale * sum;
+      }
+    }
+  }
+  for (int m = 0; m < ROWS; m++) {
+    float out[LANES];
+    for (int p = 0; p < PARTS; p++) store(out + p * VECTOR, sums[m][p]);
+    store_block(w, target, row + m, block, out);
+  }
+}
+
+// A block's codes stay in the cache between the passes over them.
+template <int BITS>
+void multiply_bits(const Packed& w, const Rows& rows, const Target& target, int64_t first,
+                   int64_t last) {
+  for (int64_t block = first; block < last; block++) {
+    int64_t m = 0;
+#if MAX_SHARED_ROWS >= 8
+    for (; m + 8 <= rows.rows; m += 8) multiply_block<BITS, 8>(w, rows, target, m, block);
+#endif
+    for (; m + 4 <= rows.rows; m += 4) multiply_block<BITS, 4>(w, rows, target, m, block);
+    for (; m + 2 <= rows.rows; m += 2) multiply_block<BITS, 2>(w, rows, target, m, block);
+    for (; m < rows.rows; m++) multiply_block<BITS, 1>(w, rows, target, m, block);
+  }
+}
+
+void multiply_floats(const Packed& w, const Rows& rows, const Target& target, int64_t first,
+                     int64_t last) {
+  if (w.bits == 4) multiply_bits<4>(w, rows, target, first, last);
+  if (w.bits == 8) multiply_bits<8>(w, rows, target, first, last);
+  if (w.bits == 3) multiply_bits<3>(w, rows, target, first, last);
+  if (w.bits == 2) multiply_bits<2>(w, rows, target, first, last);
+}
+
+template <int BITS>
+void dequantize_bits(const Packed& w, int64_t block, int dtype, void* out, int64_t stride) {
+  constexpr int RUN = BITS == 3 ? 32 : 32 / BITS, WORDS = BITS == 3 ? 3 : 1;
+  const int64_t columns = w.in_features;
+  for (int p = 0; p < PARTS; p++) {
+    const uint32_t* codes = w.codes + block * w.block_words + p * VECTOR;
+    for (int64_t g = 0, k = 0; g < w.groups; g++) {
+      const int64_t end = k + w.group_size < columns ? k + w.group_size : columns;
+      const int64_t at = (block * w.groups + g) * LANES + p * VECTOR;
+      const Floats scale = load_scales(w, at);
+      const Floats offset = w.symmetric ? Floats{} : load_offsets(w, at);
+      for (; k < end; k += RUN, codes += WORDS * LANES) {
+        Words words[WORDS];
+        for (int i = 0; i < WORDS; i++) words[i] = load<Words>(codes + i * LANES);
+#pragma GCC unroll 32
+        for (int j = 0; j < RUN; j++) {
+          // The difference is exact; the product is rounded once more at most.
+          const Floats weight = (number<BITS>(shift_down<BITS, WORDS>(words, j)) + offset) * scale;
+          const int64_t to = (k + j) * stride + p * VECTOR;
+          if (dtype == HB_FLOAT32) {
+            store(static_cast<float*>(out) + to, weight);
+          } else {
+            store(static_cast<uint16_t*>(out) + to, round_to_bf16(weight));
+          }
+        }
+      }
+    }
+  }
+}
+
+void dequantize_floats(const Packed& w, int64_t block, int dtype, void* out, int64_t stride) {
+  if (w.bits == 4) dequantize_bits<4>(w, block, dtype, out, stride);
+  if (w.bits == 8) dequantize_bits<8>(w, block, dtype, out, stride);
+  if (w.bits == 3) dequantize_bits<3>(w, block, dtype, out, stride);
+  if (w.bits == 2) dequantize_bits<2>(w, block, dtype, out, stride);
+}
+
+// e^x for x <= 0 to 2 units in the last place; what is below e^-87 becomes 0.
+inline Floats exp_of_negative(Floats x) {
+  constexpr float LOW = -87.0f;
+  const Ints below = x < LOW;
+  x = (Floats)(((Ints)x & ~below) | ((Ints)(Floats{} + LOW) & below));
+  const Floats turns = (x * 1.44269504f - 0.5f);
+  const Ints whole = __builtin_convertvector(turns, Ints);  // cut towards zero: rounds to nearest
+  const Floats n = __builtin_convertvector(whole, Floats);
+  const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const Floats power = (Floats)((whole + 127) << 23);
+  return (Floats)((Ints)(p * power) & ~below);
+}
+
+inline float add_lanes(Floats value) {
+#if VECTOR >= 16
+  value +=
+      __builtin_shufflevector(value, value, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+  value += __builtin_shufflevector(value, value, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3);
+#elif VECTOR >= 8
+  value += __builtin_shufflevector(value, value, 4, 5, 6, 7, 0, 1, 2, 3);
+#endif
+  return (value[0] + value[1]) + (value[2] + value[3]);
+}
+
+// float32, or bfloat16 where HALF.
+template <bool HALF>
+inline Floats load_numbers(const void* from, int64_t at) {
+  if (!HALF) return load<Floats>(static_cast<const float*>(from) + at);
+  const Halves halves = load<Halves>(static_cast<const uint16_t*>(from) + at);
+  return (Floats)(__builtin_convertvector(halves, Words) << 16);
+}
+
+template <bool HALF>
+void multiply_dense_rows(const void* weight, const float* x, int64_t columns, int64_t first,
+                         int64_t last, float* out) {
+  const int64_t whole = columns / (4 * VECTOR) * (4 * VECTOR);
+  for (int64_t n = first; n < last; n++) {
+    Floats sums[4] = {};
+    const int64_t row = n * columns;
+    for (int64_t k = 0; k < whole; k += 4 * VECTOR) {
+      __builtin_prefetch(static_cast<const char*>(weight) + (row + k) * (HALF ? 2 : 4) + 2048);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) {
+        const int64_t at = k + i * VECTOR;
+        sums[i] += load_numbers<HALF>(weight, row + at) * load<Floats>(x + at);
+      }
+    }
+    float sum = add_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    for (int64_t k = whole; k < columns; k++) {
+      sum += load_number(weight, row + k, HALF ? HB_BFLOAT16 : HB_FLOAT32) * x[k];
+    }
+    out[n] = sum;
+  }
+}
+
+void multiply_dense(const void* weight, int dtype, const float* x, int64_t columns, int64_t first,
+                    int64_t last, float* out) {
+  const auto rows = dtype == HB_BFLOAT16 ? multiply_dense_rows<true> : multiply_dense_rows<false>;
+  rows(weight, x, columns, first, last, out);
+}
+
+// `scores` has room for `length` numbers and a vector.
+template <bool HALF>
+void attend_to(const Attention& a, float* scores) {
+  float largest = -3e38f;
+  for (int64_t t = 0; t < a.length; t++) {
+    Floats sum = {};
+    for (int i = 0; i < a.width; i += VECTOR) {
+      sum += load<Floats>(a.query + i) * load_numbers<HALF>(a.keys, t * a.width + i);
+    }
+    scores[t] = add_lanes(sum) * a.scale;
+    if (!(scores[t] <= largest)) largest = scores[t];  // also where it is not a number
+  }
+  Floats total = {};
+  for (int i = 0; i < VECTOR; i++) scores[a.length + i] = -3e38f;
+  for (int64_t t = 0; t < a.length; t += VECTOR) {
+    const Floats share = exp_of_negative(load<Floats>(scores + t) - largest);
+    store(scores + t, share);
+    total += share;
+  }
+  const float each = 1.0f / add_lanes(total);
+  for (int i = 0; i < a.width; i += VECTOR) {
+    Floats sum = {}, other = {};
+    int64_t t = 0;
+    for (; t + 2 <= a.length; t += 2) {
+      sum += scores[t] * load_numbers<HALF>(a.values, t * a.width + i);
+      other += scores[t + 1] * load_numbers<HALF>(a.values, (t + 1) * a.width + i);
+    }
+    if (t < a.length) sum += scores[t] * load_numbers<HALF>(a.values, t * a.width + i);
+    store(a.out + i, (sum + other) * each);
+  }
+}
+
+void attend(const Attention& a, float* scores) {
+  return a.dtype == HB_BFLOAT16 ? attend_to<true>(a, scores) : attend_to<false>(a, scores);
+}
+
+// gate = silu(gate) * up; count is a multiple of 16.
+void gate_silu(float* gate, const float* up, int64_t count) {
+  for (int64_t i = 0; i < count; i += VECTOR) {
+    const Floats x = load<Floats>(gate + i);
+    const Ints negative = x < 0.0f;
+    const Floats small = exp_of_negative((Floats)((Ints)x | (int32_t)0x80000000));
+    // 1 / (1 + e^-x), from e^-|x|, which cannot overflow.
+    const Floats top = (Floats)(((Ints)small & negative) | ((Ints)(Floats{} + 1.0f) & ~negative));
+    store(gate + i, x * top / (1.0f + small) * load<Floats>(up + i));
+  }
+}
+
+}  // namespace
+}  // namespace halfbyte

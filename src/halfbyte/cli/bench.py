@@ -1,0 +1,133 @@
+"""The verb `bench`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from halfbyte.cli.generating import HEAD_BITS, load_model
+from halfbyte.cli.output import console, err_console, print_json
+
+if TYPE_CHECKING:
+    from halfbyte.integrations.speed import SpeedResult
+
+HELP = "measure how fast models run here: loading, prompts, generating, memory"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options."""
+    parser.add_argument(
+        "models", type=Path, nargs="+", metavar="MODEL", help="folders of models, GPTQ or not"
+    )
+    parser.add_argument(
+        "--base", type=Path, metavar="BASE", help="the model that they were made from, shown first"
+    )
+    parser.add_argument(
+        "--prompt-tokens",
+        type=int,
+        default=512,
+        metavar="N",
+        help="length of the prompt (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--new-tokens",
+        type=int,
+        default=64,
+        metavar="N",
+        help="generated after it (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=3, metavar="N", help="of both (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--head-bits",
+        type=int,
+        default=16,
+        choices=HEAD_BITS,
+        help="of quantized models on a CPU: 8 or 4 rounds the head too (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="what to compute in (default: auto: on a CPU bfloat16 where that is fast, else "
+        "float32; as stored elsewhere)",
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu or cuda:N (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON for programs")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure every model in a process of its own, and print."""
+    from halfbyte.integrations.speed import measure_apart
+
+    folders = [*([args.base] if args.base else []), *args.models]
+    results = {}
+    for folder in folders:
+        err_console.print(f"{folder} ...")
+        results[str(folder)] = measure_apart(measure_folder, args, folder)
+    if args.json:
+        shares = {name: {"memory_share": result.memory_share} for name, result in results.items()}
+        print_json({"models": results, "shares": shares})
+    else:
+        _print(results)
+    return 0
+
+
+def measure_folder(args: argparse.Namespace, folder: Path) -> SpeedResult:
+    """Measure one model in this process.
+
+    Args:
+        args: What the parser returned.
+        folder: Of the model.
+
+    Returns:
+        Its speed.
+    """
+    from halfbyte.integrations.speed import measure_speed
+
+    return measure_speed(
+        lambda: load_model(folder, dtype=args.dtype, device=args.device),
+        prompt_tokens=args.prompt_tokens,
+        new_tokens=args.new_tokens,
+        repeats=args.repeats,
+        head_bits=16 if folder == args.base else args.head_bits,
+    )
+
+
+def _print(results: dict[str, SpeedResult]) -> None:
+    table = Table()
+    table.add_column("model", overflow="fold")
+    headings = ("prompt tok/s", "first token", "tok/s", "times", "load", "memory", "read/token")
+    for heading in (*headings, "of memory's speed"):
+        table.add_column(heading, justify="right")
+    first = next(iter(results.values()))
+    for name, result in results.items():
+        share = result.memory_share
+        table.add_row(
+            name,
+            f"{result.prompt_rate:.0f}",
+            f"{result.first_token_seconds:.2f} s",
+            f"{result.rate:.1f}",
+            f"{result.rate / first.rate:.2f}",
+            f"{result.load_seconds:.2f} s",
+            f"{result.memory_bytes / 1e9:.2f} GB",
+            f"{result.read_bytes / 1e6:.0f} MB",
+            "–" if share is None else f"{share:.0%}",
+        )
+    console.print(table)
+    rates = [result.memory_rate for result in results.values() if result.memory_rate]
+    memory = f"; memory is read at {max(rates) / 1e9:.1f} GB/s" if rates else ""
+    console.print(
+        f"Prompts of {first.prompt_tokens} tokens, batch 1, {first.threads} threads, "
+        f"{first.dtype}; medians{memory}.",
+        soft_wrap=True,
+    )
+    for name, result in results.items():
+        if result.why_not:
+            console.print(f"{name}: no compiled decoder: {result.why_not}.", soft_wrap=True)

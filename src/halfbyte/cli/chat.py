@@ -1,0 +1,70 @@
+"""The verb `chat`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from halfbyte.cli.generating import (
+    add_model_arguments,
+    add_sampling_arguments,
+    make_sampling,
+    open_generator,
+    report_timing,
+)
+from halfbyte.cli.output import console, err_console
+
+HELP = "talk with a model"
+
+HINT = "/new starts afresh, /exit or the end of input leaves."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options."""
+    add_model_arguments(parser)
+    parser.add_argument("--system", metavar="TEXT", help="what the model is told first")
+    add_sampling_arguments(parser, temperature=0.7, max_new_tokens=1024)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read a line, answer it, until the input ends."""
+    from halfbyte.integrations.generation import TextStream, Timing, encode_chat
+
+    sampling = make_sampling(args)
+    generator, tokenizer = open_generator(args)
+    opening = [{"role": "system", "content": args.system}] if args.system else []
+    messages = list(opening)
+    err_console.print(HINT, style="dim")
+    while (line := _read_line()) is not None:
+        if line in ("/exit", "/quit"):
+            break
+        if line == "/new":
+            messages = list(opening)
+        if not line or line == "/new":
+            continue
+        messages.append({"role": "user", "content": line})
+        ids = encode_chat(tokenizer, messages)
+        timing, stream, pieces = Timing(prompt_tokens=len(ids)), TextStream(tokenizer), []
+        try:
+            for token in generator.stream(ids, sampling, timing):
+                pieces.append(stream.add(token))
+                console.print(pieces[-1], end="", soft_wrap=True)
+                sys.stdout.flush()
+        except KeyboardInterrupt:
+            err_console.print(" (stopped)", style="dim", end="")
+        console.print()
+        if timing.prompt_seconds:
+            report_timing(generator, timing, len(pieces))
+        messages.append({"role": "assistant", "content": "".join(pieces)})
+    return 0
+
+
+def _read_line() -> str | None:
+    """One line of the user, or None where there are no more."""
+    try:
+        if sys.stdin.isatty():
+            return err_console.input("> ").strip()
+        line = sys.stdin.readline()
+    except EOFError:
+        return None
+    return line.strip() if line else None

@@ -1,0 +1,68 @@
+"""The verb `generate`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from halfbyte.cli.generating import (
+    add_model_arguments,
+    add_sampling_arguments,
+    make_sampling,
+    open_generator,
+    report_timing,
+)
+from halfbyte.cli.output import print_json
+
+HELP = "continue a prompt, or answer it"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options."""
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--prompt", required=True, metavar="TEXT", help="what to go on from; - reads it from stdin"
+    )
+    parser.add_argument(
+        "--answer", action="store_true", help="put the prompt to a chat model as a question"
+    )
+    add_sampling_arguments(parser, temperature=0.0, max_new_tokens=256)
+    parser.add_argument("--json", action="store_true", help="print JSON for programs, at the end")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate and print while it comes."""
+    from halfbyte.integrations.generation import TextStream, Timing, encode_chat
+
+    sampling = make_sampling(args)
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    generator, tokenizer = open_generator(args)
+    if args.answer:
+        ids = encode_chat(tokenizer, [{"role": "user", "content": prompt}])
+    else:
+        ids = list(tokenizer(prompt)["input_ids"])
+    timing = Timing(prompt_tokens=len(ids))
+    stream, pieces, tokens = TextStream(tokenizer), [], []
+    for token in generator.stream(ids, sampling, timing):
+        tokens.append(token)
+        pieces.append(stream.add(token))
+        if not args.json:
+            sys.stdout.write(pieces[-1])
+            sys.stdout.flush()
+    if args.json:
+        print_json(
+            {
+                "text": "".join(pieces),
+                "tokens": tokens,
+                "prompt_tokens": len(ids),
+                "prompt_tokens_per_second": timing.prompt_rate,
+                "tokens_per_second": timing.rate,
+                "first_token_seconds": timing.prompt_seconds,
+                "compiled_decoder": generator.obstacle is None,
+                "why_not": generator.obstacle,
+            }
+        )
+    else:
+        sys.stdout.write("\n")
+        report_timing(generator, timing, len(tokens))
+    return 0

@@ -1,0 +1,165 @@
+"""Options and steps that the generating verbs share: generate, chat and bench."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from halfbyte.cli.output import err_console
+from halfbyte.errors import ConfigError
+
+if TYPE_CHECKING:
+    from halfbyte.integrations.generation import Generator, Sampling, Timing
+
+HEAD_BITS = (16, 8, 4)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which model and how to run it.
+
+    Args:
+        parser: The verb's parser.
+    """
+    parser.add_argument("model", type=Path, metavar="MODEL", help="folder of a model, GPTQ or not")
+    parser.add_argument(
+        "--head-bits",
+        type=int,
+        default=16,
+        choices=HEAD_BITS,
+        help="on a CPU: 16 keeps the head as stored, 8 or 4 rounds a copy, which is read faster "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="what to compute in (default: auto: on a CPU bfloat16 where that is fast, else "
+        "float32; as stored elsewhere)",
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu or cuda:N (default: %(default)s)"
+    )
+
+
+def add_sampling_arguments(
+    parser: argparse.ArgumentParser, *, temperature: float, max_new_tokens: int
+) -> None:
+    """Add the options that say how tokens are drawn.
+
+    Args:
+        parser: The verb's parser.
+        temperature: Its default.
+        max_new_tokens: Its default.
+    """
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=max_new_tokens,
+        metavar="N",
+        help="stop after so many tokens (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=temperature,
+        metavar="T",
+        help="0 takes the likeliest token, 1 draws as the model says (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="draw among the likeliest tokens of this total probability (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the drawing (default: %(default)s)"
+    )
+
+
+def make_sampling(args: argparse.Namespace) -> Sampling:
+    """Put the drawing options together.
+
+    Args:
+        args: What the parser returned.
+
+    Returns:
+        The settings.
+    """
+    from halfbyte.integrations.generation import Sampling
+
+    return Sampling(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+
+
+def open_generator(args: argparse.Namespace) -> tuple[Generator, Any]:
+    """Load the model and choose how it generates.
+
+    Args:
+        args: What the parser returned.
+
+    Returns:
+        The generator and the model's tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    from halfbyte.integrations.generation import Generator
+
+    model = load_model(args.model, dtype=args.dtype, device=args.device)
+    generator = Generator(model, head_bits=args.head_bits)
+    return generator, AutoTokenizer.from_pretrained(args.model)
+
+
+def load_model(folder: Path, *, dtype: str, device: str) -> Any:
+    """Load a model, quantized or not.
+
+    Args:
+        folder: Of the model.
+        dtype: A torch dtype's name, or "auto".
+        device: A torch device's name, or "auto".
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ConfigError: There is no such folder.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    from halfbyte.integrations.load import load
+    from halfbyte.quantize.hardware import has_fast_bf16
+
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"'{folder}' is no model folder: it has no config.json.")
+    # Its bar for reading a file would come in between.
+    logging.disable_progress_bar()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto" and device == "cpu":
+        dtype = "bfloat16" if has_fast_bf16() else "float32"
+    kind = dtype if dtype == "auto" else getattr(torch, dtype)
+    config = AutoConfig.from_pretrained(folder)
+    # Old checkpoints have their quantization config in a file of its own.
+    if getattr(config, "quantization_config", None) or (folder / "quantize_config.json").is_file():
+        return load(folder, dtype=kind, device=device)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=kind, device_map={"": device})
+
+
+def report_timing(generator: Generator, timing: Timing, num_tokens: int) -> None:
+    """Say on stderr how fast it was, and why no faster."""
+    way = "compiled decoder" if generator.obstacle is None else "Transformers' own forward"
+    reason = f" (no compiled decoder: {generator.obstacle})" if generator.obstacle else ""
+    err_console.print(
+        f"{timing.prompt_tokens} prompt tokens at {timing.prompt_rate:.0f}/s, first token after "
+        f"{timing.prompt_seconds * 1000:.0f} ms; {num_tokens} generated at {timing.rate:.1f}/s; "
+        f"{way}{reason}",
+        style="dim",
+        soft_wrap=True,
+    )

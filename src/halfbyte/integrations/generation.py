@@ -1,0 +1,244 @@
+"""Text out of a model, a token at a time, by the fastest way that this machine has for it.
+
+::
+
+    prompt ──model.forward──> keys, values, first logits ──> native decoder (nn/native_decoder.py)
+                                                         └─> model.forward with its cache, where
+                                                             that cannot be; the reason is kept
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from halfbyte.errors import ConfigError
+from halfbyte.nn.native_decoder import NativeDecoder, cache_of, find_obstacle
+from halfbyte.nn.native_head import NativeHead
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    """0: always the likeliest token."""
+    top_p: float = 1.0
+    """Draw among the likeliest tokens that together have this probability."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; it must be 1 or more.")
+        if self.temperature < 0:
+            raise ConfigError(f"temperature is {self.temperature}; it must be 0 or more.")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p is {self.top_p}; it must be above 0 and at most 1.")
+
+
+@dataclass(slots=True, kw_only=True)
+class Timing:
+    """What one generation took."""
+
+    prompt_tokens: int
+    prompt_seconds: float = 0.0
+    """Until the first token."""
+    step_seconds: list[float] = field(default_factory=list)
+    """Of each later token."""
+
+    @property
+    def prompt_rate(self) -> float:
+        """Prompt tokens per second."""
+        return self.prompt_tokens / self.prompt_seconds
+
+    @property
+    def rate(self) -> float:
+        """Generated tokens per second, the first one left out; 0 where there was no other."""
+        total = sum(self.step_seconds)
+        return len(self.step_seconds) / total if total else 0.0
+
+
+class Steps(Protocol):
+    """The way from one token to the next logits."""
+
+    def __call__(self, token: int, position: int) -> Tensor:
+        """Logits [vocabulary] after the token at a position."""
+
+
+class Generator:
+    """A model with the way to generate that was chosen for it."""
+
+    def __init__(self, model: PreTrainedModel, *, head_bits: int = 16, native: bool = True) -> None:
+        """Choose the way.
+
+        Args:
+            model: Loaded, with its kernels chosen.
+            head_bits: 16: the head as stored; 8 or 4: a rounded copy, which is read faster.
+            native: Whether the compiled decoder may be used.
+
+        Raises:
+            ConfigError: A rounded head was asked for where the compiled decoder cannot run.
+        """
+        self.model = model
+        self.obstacle = find_obstacle(model) if native else "not asked for"
+        """Why the compiled decoder does not run; None where it does."""
+        self.head: NativeHead | None = None
+        if self.obstacle is None:
+            self.head = NativeHead(model.get_output_embeddings(), head_bits)
+        elif head_bits != 16:
+            raise ConfigError(
+                f"A head of {head_bits} bits needs the compiled decoder, which cannot run here: "
+                f"{self.obstacle}. Leave the head at 16 bits."
+            )
+        ends = model.generation_config.eos_token_id
+        self.ends: frozenset[int] = frozenset([ends] if isinstance(ends, int) else ends or [])
+
+    def stream(
+        self, prompt: Sequence[int], sampling: Sampling, timing: Timing | None = None
+    ) -> Iterator[int]:
+        """Generate.
+
+        Args:
+            prompt: Token ids; at least one.
+            sampling: How to draw, and how many at the most.
+            timing: Filled in on the way.
+
+        Yields:
+            Token ids; an end-of-text token is not among them.
+
+        Raises:
+            ConfigError: The prompt is empty.
+        """
+        if not prompt:
+            raise ConfigError("The prompt is empty; generating needs one token at least.")
+        timing = timing or Timing(prompt_tokens=len(prompt))
+        draw = _make_draw(sampling)
+        start = time.perf_counter()
+        with torch.inference_mode():
+            logits, step = self._read_prompt(prompt, len(prompt) + sampling.max_new_tokens)
+            token = draw(logits)
+        timing.prompt_seconds = time.perf_counter() - start
+        for position in range(len(prompt), len(prompt) + sampling.max_new_tokens):
+            if token in self.ends:
+                return
+            yield token
+            if position + 1 == len(prompt) + sampling.max_new_tokens:
+                return
+            start = time.perf_counter()
+            with torch.inference_mode():
+                token = draw(step(token, position))
+            timing.step_seconds.append(time.perf_counter() - start)
+
+    def _read_prompt(self, prompt: Sequence[int], capacity: int) -> tuple[Tensor, Steps]:
+        """Run the prompt; give its last logits and the way on."""
+        device = self.model.get_input_embeddings().weight.device
+        ids = torch.tensor([list(prompt)], device=device)
+        # Only the last position's logits: of a long prompt all of them would be gigabytes.
+        output = self.model(ids, use_cache=True, logits_to_keep=1)
+        cache = cache_of(output)
+        logits = output.logits[0, -1].float()
+        if self.head is None:
+            return logits, _OwnSteps(self.model, cache)
+        decoder = NativeDecoder(self.model, capacity)
+        decoder.load_cache(cache, len(prompt))
+        head = self.head
+        return logits, lambda token, position: head(decoder.step(token, position))
+
+
+class _OwnSteps:
+    """The model's own forward with its own cache."""
+
+    def __init__(self, model: PreTrainedModel, cache: Any) -> None:
+        self.model = model
+        # Transformers 5.24 renames the argument and warns of the old name.
+        names = inspect.signature(model.forward).parameters
+        self.keywords = {"cache" if "cache" in names else "past_key_values": cache}
+
+    def __call__(self, token: int, position: int) -> Tensor:
+        ids = torch.tensor([[token]], device=self.model.get_input_embeddings().weight.device)
+        logits: Tensor = self.model(ids, use_cache=True, **self.keywords).logits
+        return logits[0, -1].float()
+
+
+def _make_draw(sampling: Sampling) -> Callable[[Tensor], int]:
+    if sampling.temperature == 0:
+        return lambda logits: int(logits.argmax())
+    generator = torch.Generator().manual_seed(sampling.seed)
+
+    def draw(logits: Tensor) -> int:
+        shares = torch.softmax(logits.cpu() / sampling.temperature, dim=-1)
+        if sampling.top_p < 1:
+            sorted_shares, order = shares.sort(descending=True)
+            # The token that crosses the line is the last one kept.
+            kept = sorted_shares.cumsum(0) - sorted_shares < sampling.top_p
+            shares = torch.zeros_like(shares).index_put_((order[kept],), sorted_shares[kept])
+        return int(torch.multinomial(shares, 1, generator=generator))
+
+    return draw
+
+
+class TextStream:
+    """Token ids in, text out as soon as it is certain."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        """Start.
+
+        Args:
+            tokenizer: The model's.
+        """
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        # Ids before `_read` are out; from `_start` on they are decoded again, because what a
+        # tokenizer makes of a token depends on the one before it.
+        self._start = self._read = 0
+
+    def add(self, token: int) -> str:
+        """Take a token.
+
+        Args:
+            token: Its id.
+
+        Returns:
+            The text that is new; empty while a character is still incomplete.
+        """
+        self._ids.append(token)
+        old, new = self._decode(self._read), self._decode(None)
+        if new.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        self._start, self._read = self._read, len(self._ids)
+        return new[len(old) :]
+
+    def _decode(self, stop: int | None) -> str:
+        return str(self._tokenizer.decode(self._ids[self._start : stop], skip_special_tokens=True))
+
+
+def encode_chat(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
+    """Turn a conversation into the prompt for its next answer.
+
+    Args:
+        tokenizer: With a chat template.
+        messages: Each with "role" and "content".
+
+    Returns:
+        Token ids.
+
+    Raises:
+        ConfigError: The tokenizer has no chat template.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(
+            "The model's tokenizer has no chat template: it was not trained to chat. "
+            "Use halfbyte generate."
+        )
+    encoded = tokenizer.apply_chat_template(
+        list(messages), add_generation_prompt=True, return_dict=True
+    )
+    return list(encoded["input_ids"])

@@ -1,0 +1,178 @@
+"""The compiled CPU kernel: one pass over the packed weights for every eight rows of x.
+
+Layout: ``csrc/layout.h``; one tensor of bytes that describes itself and holds codes, scales, zeros
+and column order. Arithmetic: exact codes, fp32 sums within a group, scaled once per group, one
+rounding of the result. Error: fp32 sums and that rounding; an asymmetric zero is folded in through
+the sum of x. bf16 input of two rows and more runs on the processor's matrix units where the
+library knows them (AMX): up to 16 rows with the same error, more with each weight rounded once.
+Elsewhere, from ROWS_LIMIT rows on, tiles of the weight are dequantized into the cache (rounded
+once, as in torch_reference) and multiplied by torch.
+Measured: bench/measure_cpu_layers.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from halfbyte.kernels.contract import LinearSpec, Operands
+from halfbyte.kernels.native_library import DTYPES, LinearShape, check_status, open_library
+from halfbyte.kernels.torch_reference import dequantize_weight
+from halfbyte.packing import codes_per_run, unpack_zeros
+
+ROWS_LIMIT = 32
+"""Rows of x from which dequantizing tiles is faster (bench/measure_cpu_layers.py)."""
+
+TILE_WEIGHTS = 2**20
+"""Weights dequantized at a time, for many rows."""
+
+LANES = 16
+"""Output channels of a block."""
+
+SHARED_BYTES = 2**20
+"""Packed weights from which on several threads repack them; less is done before they meet."""
+
+
+class CpuNative:
+    """``csrc/`` behind the common contract."""
+
+    name = "cpu_native"
+    repacks = True
+
+    def find_obstacle(self) -> str | None:
+        """Say why the library cannot be used here, or None."""
+        return open_library().obstacle
+
+    def find_mismatch(self, spec: LinearSpec) -> str | None:
+        """Say why it cannot run such a layer, or None."""
+        if spec.device_type != "cpu":
+            return f"runs on cpu, not on {spec.device_type}"
+        if spec.dtype not in DTYPES:
+            return f"supports float32, bfloat16 and float16, not {spec.dtype}"
+        run = codes_per_run(spec.bits)
+        if spec.group_size % run:
+            return f"needs group_size a multiple of {run} at {spec.bits} bits"
+        if spec.in_features % run:
+            return f"needs in_features a multiple of {run} at {spec.bits} bits"
+        return None
+
+    def prepare(self, stored: Operands, spec: LinearSpec) -> tuple[Tensor, ...]:
+        """Regroup the words by blocks of output channels, columns sorted by group."""
+        scales = stored.scales
+        if scales.dtype not in DTYPES:
+            scales = scales.float()
+        zeros = order = None
+        if not spec.symmetric:
+            numbers = unpack_zeros(stored.qzeros, spec.bits, spec.zero_offset)
+            zeros = numbers.t().to(torch.uint8).contiguous()
+        if stored.g_idx is not None:
+            order = torch.argsort(stored.g_idx, stable=True).to(torch.int32)
+        shape = LinearShape(
+            bits=spec.bits,
+            in_features=spec.in_features,
+            out_features=spec.out_features,
+            group_size=spec.group_size,
+            scale_dtype=DTYPES[scales.dtype],
+            symmetric=int(spec.symmetric),
+            has_order=int(order is not None),
+        )
+        functions = open_library().functions
+        assert functions is not None
+        packed = torch.empty(functions.hb_packed_bytes(shape), dtype=torch.uint8)
+        qweight, scales = stored.weight[0].contiguous(), scales.contiguous()
+        status = functions.hb_pack(
+            shape,
+            qweight.data_ptr(),
+            scales.data_ptr(),
+            None if zeros is None else zeros.data_ptr(),
+            None if order is None else order.data_ptr(),
+            packed.data_ptr(),
+            torch.get_num_threads() if packed.nbytes >= SHARED_BYTES else 1,
+        )
+        check_status(status, f"Cannot pack a {spec.in_features} -> {spec.out_features} linear")
+        return (packed,)
+
+    def restore(self, operands: Operands, spec: LinearSpec) -> Tensor:
+        """Give back ``qweight``."""
+        functions = open_library().functions
+        assert functions is not None
+        words = (spec.in_features * spec.bits // 32, spec.out_features)
+        qweight = torch.empty(words, dtype=torch.int32)
+        status = functions.hb_unpack(
+            operands.weight[0].data_ptr(), qweight.data_ptr(), torch.get_num_threads()
+        )
+        check_status(status, f"Cannot unpack a {spec.in_features} -> {spec.out_features} linear")
+        return qweight
+
+    def apply(self, x: Tensor, operands: Operands, bias: Tensor | None, spec: LinearSpec) -> Tensor:
+        """Multiply by the packed weight, or by dequantized tiles where x has many rows."""
+        rows = x.numel() // spec.in_features
+        functions = open_library().functions
+        assert functions is not None
+        if rows >= ROWS_LIMIT and not (spec.dtype == torch.bfloat16 and functions.hb_tiles()):
+            return self._apply_tiles(x, operands, bias, spec)
+        x = x.contiguous()
+        result = x.new_empty(*x.shape[:-1], spec.out_features)
+        status = functions.hb_linear(
+            operands.weight[0].data_ptr(),
+            DTYPES[spec.dtype],
+            x.data_ptr(),
+            rows,
+            None if bias is None else bias.data_ptr(),
+            result.data_ptr(),
+            torch.get_num_threads(),
+        )
+        check_status(status, f"Cannot run a {spec.in_features} -> {spec.out_features} linear")
+        return result
+
+    def dequantize(self, operands: Operands, spec: LinearSpec, dtype: torch.dtype) -> Tensor:
+        """Give the weight [out, in] as numbers."""
+        return dequantize_weight(
+            self.restore(operands, spec),
+            operands.qzeros,
+            operands.scales,
+            operands.g_idx,
+            bits=spec.bits,
+            zero_offset=spec.zero_offset,
+            group_size=spec.group_size,
+            dtype=dtype,
+        )
+
+    def error_bound(self, spec: LinearSpec) -> float:
+        """Few rows round the result only, many rows each weight too; zeros fold in through fp32."""
+        unit = torch.finfo(spec.dtype).eps / 2
+        folded = 1 if spec.symmetric else 2**spec.bits
+        sums = torch.finfo(torch.float32).eps * (spec.in_features + folded)
+        return 3 * unit + sums
+
+    def _apply_tiles(
+        self, x: Tensor, operands: Operands, bias: Tensor | None, spec: LinearSpec
+    ) -> Tensor:
+        """Dequantize a tile of output channels at a time and multiply by it."""
+        functions = open_library().functions
+        assert functions is not None
+        # The library writes no float16 tiles; with fp32 ones the result is rounded once as well.
+        dtype = torch.float32 if spec.dtype == torch.float16 else spec.dtype
+        rows = x.reshape(-1, spec.in_features).to(dtype)
+        if operands.g_idx is not None:
+            rows = rows[:, torch.argsort(operands.g_idx, stable=True)]
+        width = max(TILE_WEIGHTS // spec.in_features // LANES, 1) * LANES
+        width = min(width, spec.out_features)
+        tile = rows.new_empty(spec.in_features * width)
+        result = x.new_empty(rows.shape[0], spec.out_features)
+        for start in range(0, spec.out_features, width):
+            stop = min(start + width, spec.out_features)
+            status = functions.hb_dequantize(
+                operands.weight[0].data_ptr(),
+                start,
+                stop,
+                DTYPES[dtype],
+                tile.data_ptr(),
+                torch.get_num_threads(),
+            )
+            check_status(status, f"Cannot dequantize channels {start}..{stop}")
+            weight = tile[: spec.in_features * (stop - start)].view(spec.in_features, -1)
+            result[:, start:stop] = rows @ weight
+        if bias is not None:
+            result += bias
+        return result.view(*x.shape[:-1], spec.out_features)

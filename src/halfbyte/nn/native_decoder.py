@@ -1,0 +1,243 @@
+"""A decode step without Python between its layers: one call of the compiled library per token.
+
+::
+
+    model ──find_obstacle──> None: blocks of norm, attention (q, k, v, o; rotary), norm, gated MLP
+                                   with a silu, every linear on cpu_native
+          ──NativeDecoder(model, capacity)──> load_cache(prompt's keys and values) ──> step, step …
+
+Blocks are known by their parts, not by the model's name, and that is not trusted: a new decoder
+runs a few tokens beside the model's own forward and refuses a model that computes something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+
+from halfbyte.errors import ModelError
+from halfbyte.kernels.native_library import DTYPES, Block, Decoder, check_status, open_library
+from halfbyte.nn.linear import QuantLinear
+
+KERNEL = "cpu_native"
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+NORMS = ("input_layernorm", "post_attention_layernorm")
+
+PROBE_TOKENS = 8
+"""Tokens that are run both ways before a model is trusted."""
+
+MOST_DEVIATION = 0.05
+"""Of the hidden states, as a share of their length; bf16 alone makes about 0.01."""
+
+
+class NativeDecoder:
+    """One sequence's keys and values, and the step that adds a token to it."""
+
+    def __init__(self, model: PreTrainedModel, capacity: int) -> None:
+        """Gather the model's parts; its weights are used where they are.
+
+        Args:
+            model: One of which :func:`find_obstacle` said None.
+            capacity: Positions to make room for.
+        """
+        base = _base(model)
+        layers: list[Any] = list(base.layers)
+        attention, mlp = layers[0].self_attn, layers[0].mlp
+        dtype = attention.q_proj.spec.dtype
+        self.capacity = capacity
+        self._embeddings = model.get_input_embeddings()
+        self._kept: list[Any] = []
+        head_dim = attention.head_dim
+        kv_heads = attention.k_proj.out_features // head_dim
+        shape = (len(layers), kv_heads, capacity, head_dim)
+        self._keys, self._values = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+        positions = torch.arange(capacity)[None]
+        cosines, sines = base.rotary_emb(torch.empty(0), position_ids=positions)
+        self._blocks = (Block * len(layers))(*map(self._make_block, range(len(layers)), layers))
+        self._decoder = Decoder(
+            blocks=len(layers),
+            hidden=attention.q_proj.in_features,
+            heads=attention.q_proj.out_features // head_dim,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            rotary_dim=cosines.shape[-1],
+            intermediate=mlp.gate_proj.out_features,
+            dtype=DTYPES[dtype],
+            capacity=capacity,
+            epsilon=_epsilon(layers[0].input_layernorm),
+            scale=attention.scaling,
+            cosines=self._keep(cosines[0]),
+            sines=self._keep(sines[0]),
+            last_norm=self._keep(base.norm.weight),
+            block=self._blocks,
+        )
+
+    def load_cache(self, cache: Any, length: int) -> None:
+        """Take over the keys and values that the model's own forward computed.
+
+        Args:
+            cache: A Transformers cache of one sequence.
+            length: Positions that it holds.
+        """
+        for i, layer in enumerate(cache.layers[: len(self._keys)]):
+            self._keys[i, :, :length] = layer.keys[0, :, :length]
+            self._values[i, :, :length] = layer.values[0, :, :length]
+
+    def step(self, token: int, position: int) -> Tensor:
+        """Run one token.
+
+        Args:
+            token: Its id.
+            position: Its place in the sequence, from 0; all before it must have been run.
+
+        Returns:
+            The last hidden state after the last norm, float32 [hidden].
+        """
+        x = self._embeddings(torch.tensor(token)).float()
+        out = torch.empty_like(x)
+        functions = open_library().functions
+        assert functions is not None
+        status = functions.hb_decode(
+            self._decoder, x.data_ptr(), position, out.data_ptr(), torch.get_num_threads()
+        )
+        check_status(status, f"Cannot run the token at position {position} of {self.capacity}")
+        return out
+
+    def _make_block(self, index: int, layer: Any) -> Block:
+        linears = {name: getattr(layer.self_attn, name) for name in ATTENTION}
+        linears |= {name: getattr(layer.mlp, name) for name in MLP}
+        pointers = {}
+        for name, linear in linears.items():
+            short = name.removesuffix("_proj")
+            pointers[short] = linear.operands.weight[0].data_ptr()
+            pointers[f"{short}_bias"] = self._keep(linear.bias)
+        norms = [getattr(layer, name).weight for name in NORMS]
+        head_norms = [getattr(layer.self_attn, f"{name}_norm", None) for name in "qk"]
+        return Block(
+            **pointers,
+            attention_norm=self._keep(norms[0]),
+            mlp_norm=self._keep(norms[1]),
+            q_norm=self._keep(getattr(head_norms[0], "weight", None)),
+            k_norm=self._keep(getattr(head_norms[1], "weight", None)),
+            keys=self._keys[index].data_ptr(),
+            values=self._values[index].data_ptr(),
+        )
+
+    def _keep(self, tensor: Tensor | None) -> int | None:
+        """Address of the numbers in float32; they live as long as the decoder does."""
+        if tensor is None:
+            return None
+        kept = tensor.detach().float().contiguous()
+        self._kept.append(kept)
+        return kept.data_ptr()
+
+
+def find_obstacle(model: PreTrainedModel) -> str | None:
+    """Say why a model cannot be decoded this way; None where it can.
+
+    Args:
+        model: Loaded and prepared.
+
+    Returns:
+        The reason. Without one the model's forward and this one agreed on some tokens.
+    """
+    reason = open_library().obstacle or _find_mismatch(model)
+    return reason or _find_deviation(model)
+
+
+def _find_mismatch(model: PreTrainedModel) -> str | None:
+    base = _base(model)
+    parts = ("layers", "norm", "rotary_emb")
+    missing = [name for name in parts if not hasattr(base, name)]
+    if missing or not len(base.layers):
+        return f"a {type(model).__name__} has no {' or '.join(missing) or 'layers'}"
+    config = model.config.get_text_config(decoder=True)
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        return f"it looks back {config.sliding_window} tokens only"
+    if ACT2FN[getattr(config, "hidden_act", "silu")].__class__ is not ACT2FN["silu"].__class__:
+        return f"its activation is {config.hidden_act}, not silu"
+    sizes = {_sizes(layer) for layer in base.layers}
+    if len(sizes) != 1 or None in sizes:
+        reasons = [reason for layer in base.layers if (reason := _layer_mismatch(layer))]
+        return reasons[0] if reasons else "its blocks differ in size"
+    return None
+
+
+def _sizes(layer: Any) -> tuple[int, ...] | None:
+    if _layer_mismatch(layer):
+        return None
+    linears = [getattr(layer.self_attn, name) for name in ATTENTION]
+    linears += [getattr(layer.mlp, name) for name in MLP]
+    return tuple(size for linear in linears for size in (linear.in_features, linear.out_features))
+
+
+def _layer_mismatch(layer: Any) -> str | None:
+    attention: Any = getattr(layer, "self_attn", None)
+    mlp: Any = getattr(layer, "mlp", None)
+    wanted: Sequence[tuple[Any, Sequence[str]]] = (
+        (attention, (*ATTENTION, "head_dim", "scaling")),
+        (mlp, MLP),
+        (layer, NORMS),
+    )
+    for parent, names in wanted:
+        for name in names:
+            if not hasattr(parent, name):
+                return f"a block ({type(layer).__name__}) has no {name}"
+    for parent, names in wanted[:2]:
+        for name in names:
+            linear = getattr(parent, name)
+            if not name.endswith("_proj"):
+                continue
+            chosen = linear.selection if isinstance(linear, QuantLinear) else None
+            if chosen is None or chosen.kernel.name != KERNEL:
+                return f"{name} does not run on {KERNEL}"
+            if linear.spec.dtype not in (torch.float32, torch.bfloat16):
+                return f"{name} computes in {linear.spec.dtype}, not float32 or bfloat16"
+    if attention.head_dim % 16 or mlp.gate_proj.out_features % 16:
+        return f"head_dim {attention.head_dim} or the MLP's width is no multiple of 16"
+    return None
+
+
+def _find_deviation(model: PreTrainedModel) -> str | None:
+    """Run some tokens both ways."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    tokens = [(7919 * (i + 1)) % vocabulary for i in range(PROBE_TOKENS)]
+    half = PROBE_TOKENS // 2
+    with torch.inference_mode():
+        base = _base(model)
+        expected = base(torch.tensor([tokens]), use_cache=False).last_hidden_state[0, half:]
+        decoder = NativeDecoder(model, PROBE_TOKENS)
+        decoder.load_cache(cache_of(base(torch.tensor([tokens[:half]]), use_cache=True)), half)
+        found = torch.stack([decoder.step(tokens[i], i) for i in range(half, PROBE_TOKENS)])
+    deviation = float((found - expected.float()).norm() / expected.float().norm())
+    if deviation <= MOST_DEVIATION:
+        return None
+    return (
+        f"a {type(model).__name__} computes something else: hidden states deviate by "
+        f"{deviation:.3f} of their length, allowed are {MOST_DEVIATION}"
+    )
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in a model's output; Transformers is renaming it."""
+    found = getattr(output, "cache", None)
+    return output.past_key_values if found is None else found
+
+
+def _base(model: PreTrainedModel) -> Any:
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    if decoder is None:
+        raise ModelError(f"A {type(model).__name__} has no decoder to generate with.")
+    return decoder
+
+
+def _epsilon(norm: Any) -> float:
+    value = getattr(norm, "variance_epsilon", None)
+    return float(getattr(norm, "eps", 1e-6) if value is None else value)

@@ -1,0 +1,135 @@
+"""The compiled decode step against the model's own forward, token by token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.helpers.checkpoints import Recipe, tiny_llama_config, write_checkpoint
+from transformers import Qwen2Config, Qwen3Config
+
+import halfbyte
+from halfbyte.errors import ConfigError
+from halfbyte.kernels.native_library import open_library
+from halfbyte.nn import native_decoder
+from halfbyte.nn.native_decoder import NativeDecoder, cache_of, find_obstacle
+
+LIBRARY = open_library()
+pytestmark = [
+    pytest.mark.native,
+    pytest.mark.skipif(LIBRARY.functions is None, reason=str(LIBRARY.obstacle)),
+]
+ISAS = [] if LIBRARY.functions is None else LIBRARY.functions.hb_isas().decode().split(",")
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+CONFIGS = {
+    "llama": (tiny_llama_config(), Recipe()),
+    "act-order": (tiny_llama_config(), Recipe(act_order=True, symmetric=False)),
+    "8 bits": (tiny_llama_config(), Recipe(bits=8)),
+    "biases": (Qwen2Config(**SIZES), Recipe(symmetric=False)),
+    "norms of heads": (Qwen3Config(**SIZES, head_dim=32), Recipe()),
+    "all heads": (tiny_llama_config(num_key_value_heads=4), Recipe()),
+}
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    assert LIBRARY.functions.hb_select_isa(request.param.encode()) == 0
+    yield request.param
+    LIBRARY.functions.hb_select_isa(None)
+
+
+def load(folder, name, dtype=torch.float32):
+    config, recipe = CONFIGS[name]
+    write_checkpoint(folder, config, recipe)
+    return halfbyte.load(folder, dtype=dtype)
+
+
+def run_both(model, *, prompt=3, length=40):
+    """Hidden states of the model's forward, and of the steps after its prompt."""
+    tokens = torch.randint(3, 128, (length,), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = model.model(tokens[None], use_cache=False).last_hidden_state[0]
+        decoder = NativeDecoder(model, length)
+        start = model.model(tokens[None, :prompt], use_cache=True)
+        decoder.load_cache(cache_of(start), prompt)
+        found = [decoder.step(int(tokens[i]), i) for i in range(prompt, length)]
+    return torch.stack(found), expected[prompt:].float()
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_each_token_gets_the_hidden_state_of_the_models_own_forward(tmp_path, name, isa):
+    model = load(tmp_path, name)
+    assert find_obstacle(model) is None
+    found, expected = run_both(model)
+    # Two orders of fp32 sums, three layers deep; random codes of 8 bits make weights 16 times as
+    # large as those of 4, and scores that sharpen the difference.
+    torch.testing.assert_close(found, expected, rtol=5e-4, atol=5e-4)
+
+
+def test_bfloat16_deviates_by_its_rounding_only(tmp_path, isa):
+    model = load(tmp_path, "llama", torch.bfloat16)
+    assert find_obstacle(model) is None
+    found, expected = run_both(model)
+    assert float((found - expected).norm() / expected.norm()) < 0.02
+
+
+def test_long_rotary_tables_and_scaled_rotations_are_the_models_own(tmp_path):
+    config = tiny_llama_config(
+        rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}
+    )
+    write_checkpoint(tmp_path, config)
+    found, expected = run_both(halfbyte.load(tmp_path, dtype=torch.float32))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_dense_models_and_other_kernels_are_left_to_transformers(tmp_path, monkeypatch):
+    monkeypatch.setenv("HALFBYTE_KERNEL", "torch_reference")
+    model = load(tmp_path, "llama")
+    assert find_obstacle(model) == "q_proj does not run on cpu_native"
+
+
+def test_windows_of_attention_are_left_to_transformers(tmp_path):
+    model = load(tmp_path, "llama")
+    model.config.sliding_window = 16
+    assert find_obstacle(model) == "it looks back 16 tokens only"
+
+
+def test_a_model_that_looks_the_same_but_computes_something_else_is_found_out(tmp_path):
+    model = load(tmp_path, "llama")
+    # As in Granite: a factor on what each block adds, in no tensor and no name.
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda _module, _inputs, output: output * 0.5)
+    reason = find_obstacle(model)
+    assert reason.startswith("a LlamaForCausalLM computes something else: hidden states deviate by")
+    assert f"allowed are {native_decoder.MOST_DEVIATION}" in reason
+
+
+def test_missing_parts_are_named(tmp_path):
+    model = load(tmp_path, "llama")
+    del model.model.layers[1].post_attention_layernorm
+    assert find_obstacle(model) == "a block (LlamaDecoderLayer) has no post_attention_layernorm"
+
+
+def test_positions_beyond_the_cache_are_refused(tmp_path):
+    decoder = NativeDecoder(load(tmp_path, "llama"), 4)
+    with torch.inference_mode(), pytest.raises(ConfigError, match="at position 4 of 4"):
+        decoder.step(5, 4)
+
+
+def test_not_a_number_reaches_the_result(tmp_path, isa):
+    model = load(tmp_path, "llama")
+    with torch.inference_mode():
+        decoder = NativeDecoder(model, 4)
+        model.get_input_embeddings().weight[9] = float("nan")
+        decoder.step(5, 0)
+        assert not torch.isfinite(decoder.step(9, 1)).any()
