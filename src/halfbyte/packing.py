@@ -1,10 +1,11 @@
-"""Codes <-> int32 words. The only file that knows bit order.
+"""Codes <-> int32 words. The only file that knows the bit order of GPTQ.
 
 A word stream is plain little-endian: code ``j`` of a run occupies bits ``[bits*j, bits*j + bits)``
 counted from the lowest bit of the first word. For 2, 4 and 8 bits a word holds whole codes; for 3
 bits 32 codes fill 3 words, and two of them straddle a word boundary.
 
 On disk weights run along ``in`` (:func:`pack_weight`), zeros along ``out`` (:func:`pack_zeros`).
+The same stream with a row of words per output (:func:`pack_rows`) is a transposed weight.
 
 Source:
     AutoGPTQ and GPTQModel ``pack_original``; one routine covers 2, 3, 4 and 8 bits because all of
@@ -132,6 +133,42 @@ def pack_weight(codes: Tensor, bits: int) -> Tensor:
 def unpack_weight(qweight: Tensor, bits: int) -> Tensor:
     """Unpack int32 [in * bits / 32, out] from disk into uint8 codes [out, in]."""
     return unpack_codes(qweight, bits).t().contiguous()
+
+
+def pack_rows(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes [rows, n] along the last axis into int32 [rows, n * bits / 32].
+
+    Args:
+        codes: uint8 0..2**bits-1.
+        bits: 2 to 8.
+
+    Returns:
+        The words, contiguous: ``pack_codes(codes.t(), bits).t()``, made faster where a byte holds
+        whole codes.
+
+    Raises:
+        CheckpointError: The codes of a row do not fill whole words, or a code has more bits.
+    """
+    if 8 % bits or codes.shape[1] % codes_per_run(bits) or codes.dtype != torch.uint8:
+        return pack_codes(codes.t(), bits).t().contiguous()
+    if codes.numel() and int(codes.max()) >= 2**bits:
+        raise CheckpointError(f"Cannot pack codes up to {int(codes.max())} in {bits} bits.")
+    parts = codes.contiguous().view(codes.shape[0], -1, 8 // bits)
+    packed = parts[..., 0].clone()
+    for place in range(1, 8 // bits):
+        packed |= parts[..., place] << (bits * place)
+    return packed.view(torch.int32)
+
+
+def unpack_rows(words: Tensor, bits: int) -> Tensor:
+    """Undo :func:`pack_rows`: int32 [rows, n * bits / 32] into uint8 codes [rows, n]."""
+    if 8 % bits:
+        return unpack_codes(words.t(), bits).t().contiguous()
+    packed = words.contiguous().view(torch.uint8)
+    codes = torch.empty((*packed.shape, 8 // bits), dtype=torch.uint8, device=words.device)
+    for place in range(8 // bits):
+        torch.bitwise_and(packed >> (bits * place), 2**bits - 1, out=codes[..., place])
+    return codes.view(words.shape[0], -1)
 
 
 def pack_zeros(zeros: Tensor, bits: int, zero_offset: int) -> Tensor:

@@ -25,6 +25,7 @@ VERBS = {
     "quantize": "halfbyte.cli.quantize",
     "calibration": "halfbyte.cli.calibration",
     "check": "halfbyte.cli.check",
+    "convert": "halfbyte.cli.convert",
     "perplexity": "halfbyte.cli.perplexity",
     "divergence": "halfbyte.cli.divergence",
     "doctor": "halfbyte.cli.doctor",
