@@ -164,7 +164,8 @@ def unpack_rows(words: Tensor, bits: int) -> Tensor:
     """Undo :func:`pack_rows`: int32 [rows, n * bits / 32] into uint8 codes [rows, n]."""
     if 8 % bits:
         return unpack_codes(words.t(), bits).t().contiguous()
-    packed = words.contiguous().view(torch.uint8)
+    # Flat first: a single column counts as contiguous whatever its stride.
+    packed = words.contiguous().view(-1).view(torch.uint8).view(words.shape[0], -1)
     codes = torch.empty((*packed.shape, 8 // bits), dtype=torch.uint8, device=words.device)
     for place in range(8 // bits):
         torch.bitwise_and(packed >> (bits * place), 2**bits - 1, out=codes[..., place])

@@ -61,14 +61,15 @@ def pack_outputs(values: Tensor) -> Tensor:
     Returns:
         The words, contiguous.
     """
-    parts = values.view(-1, 8, values.shape[1])
+    parts = values.reshape(-1, 8, values.shape[1])
     pairs = [parts[:, ORDER[i]] | (parts[:, ORDER[i + 1]] << BITS) for i in range(0, len(ORDER), 2)]
-    return torch.stack(pairs, dim=-1).view(torch.int32).squeeze(-1).t().contiguous()
+    packed = torch.stack(pairs, dim=-1).contiguous().view(-1, len(pairs))
+    return packed.view(torch.int32).view(-1, values.shape[1]).t().contiguous()
 
 
 def unpack_outputs(words: Tensor) -> Tensor:
     """Undo :func:`pack_outputs`: int32 [n, out / 8] into uint8 [out, n]."""
-    pairs = words.t().contiguous().view(torch.uint8).view(words.shape[1], words.shape[0], 4)
+    pairs = words.t().contiguous().view(-1).view(torch.uint8).view(*words.t().shape, 4)
     values = torch.empty((words.shape[1], 8, words.shape[0]), dtype=torch.uint8)
     for i in range(4):
         values[:, ORDER[2 * i]] = pairs[..., i] & 15

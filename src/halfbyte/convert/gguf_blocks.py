@@ -51,16 +51,15 @@ def spell_blocks(linear: CodedLinear, kind: BlockType) -> Tensor:
     grid = [scales]
     if kind == Q4_1:
         grid.append((-(linear.zeros.float() * scales.float())).to(torch.float16))
-    packed = linear.words.view(torch.uint8)
+    packed = linear.words.contiguous().view(-1).view(torch.uint8)
     if kind == Q8_0:
         codes = packed.view(linear.out_features, -1, BLOCK) ^ 128  # less 128, as int8
     else:
         codes = _pair_halves(packed.view(linear.out_features, -1, BLOCK // 2))
     blocks = torch.empty((*scales.shape, kind.num_bytes), dtype=torch.uint8)
     for place, values in enumerate(grid):
-        blocks[..., 2 * place : 2 * place + 2] = (
-            values.contiguous().view(torch.uint8).view(*scales.shape, 2)
-        )
+        halves = values.contiguous().view(-1).view(torch.uint8).view(*scales.shape, 2)
+        blocks[..., 2 * place : 2 * place + 2] = halves
     blocks[..., 2 * len(grid) :] = codes
     return blocks.view(linear.out_features, -1)
 
