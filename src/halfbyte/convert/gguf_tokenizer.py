@@ -121,17 +121,20 @@ def _list_tokens(tokenizer: Mapping[str, Any], size: int) -> tuple[list[str], li
     kinds = [UNUSED] * size
     unknown = tokenizer["model"].get("unk_token")
     is_spm = tokenizer["model"].get("byte_fallback")
+    numbers = {**tokenizer["model"]["vocab"]}
+    numbers |= {added["content"]: added["id"] for added in tokenizer.get("added_tokens", [])}
+    last = max(numbers, key=lambda text: numbers[text])
+    if numbers[last] >= size:
+        raise ConfigError(
+            f"Cannot write GGUF: token '{last}' has the id {numbers[last]}, and the model has "
+            f"{size} tokens. The tokenizer belongs to another model."
+        )
     for text, number in tokenizer["model"]["vocab"].items():
         tokens[number] = text
         kinds[number] = NORMAL
         if is_spm and len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
             kinds[number] = BYTE
     for added in tokenizer.get("added_tokens", []):
-        if added["id"] >= size:
-            raise ConfigError(
-                f"Cannot write GGUF: token '{added['content']}' has the id {added['id']}, and the "
-                f"model has {size} tokens. The tokenizer belongs to another model."
-            )
         tokens[added["id"]] = added["content"]
         kinds[added["id"]] = CONTROL if added.get("special") else USER_DEFINED
     if is_spm and unknown in tokens:
