@@ -3,9 +3,10 @@
 | variable | values | meaning |
 |---|---|---|
 | `HALFBYTE_KERNEL` | a kernel's name | run every quantized layer on this kernel, or fail |
+| `HALFBYTE_STORE` | a folder or a bucket's address | where `halfbyte store` keeps versions |
 | `HALFBYTE_TRANSFORMERS` | `auto`, `on`, `off` | whether Transformers loads GPTQ through halfbyte |
 
-`auto` is the default of the second: on where the packages that Transformers itself would need
+`auto` is the default of the last: on where the packages that Transformers itself would need
 (optimum and gptqmodel) are not both installed.
 """
 
@@ -32,13 +33,17 @@ KERNEL = Variable(
     name="HALFBYTE_KERNEL",
     meaning="run every quantized layer on this kernel, or fail",
 )
+STORE = Variable(
+    name="HALFBYTE_STORE",
+    meaning="folder or bucket in which `halfbyte store` keeps versions",
+)
 TRANSFORMERS = Variable(
     name="HALFBYTE_TRANSFORMERS",
     meaning="whether Transformers loads GPTQ checkpoints through halfbyte",
     allowed=("auto", "on", "off"),
     default="auto",
 )
-VARIABLES = (KERNEL, TRANSFORMERS)
+VARIABLES = (KERNEL, STORE, TRANSFORMERS)
 
 
 def read_variable(variable: Variable) -> str | None:

@@ -26,6 +26,7 @@ VERBS = {
     "calibration": "halfbyte.cli.calibration",
     "check": "halfbyte.cli.check",
     "convert": "halfbyte.cli.convert",
+    "store": "halfbyte.cli.store",
     "perplexity": "halfbyte.cli.perplexity",
     "divergence": "halfbyte.cli.divergence",
     "doctor": "halfbyte.cli.doctor",
