@@ -97,9 +97,14 @@ class CodedLinear:
 
     def dequantize(self) -> Tensor:
         """Give the weight that the codes stand for, float32 [out, in], exact for fp16 scales."""
+        weight = self.codes().to(torch.float32)
+        zeros, scales = self.zeros.float(), self.scales.float()
+        if self.g_idx is None and self.in_features % self.group_size == 0:
+            grouped = weight.view(*scales.shape, self.group_size)
+            grouped.sub_(zeros[..., None]).mul_(scales[..., None])
+            return weight
         groups = self.groups()
-        weight = self.codes().to(torch.float32).sub_(self.zeros.float()[:, groups])
-        return weight.mul_(self.scales.float()[:, groups])
+        return weight.sub_(zeros[:, groups]).mul_(scales[:, groups])
 
     def describe(self) -> CodedSpec:
         """Give the facts that decide who can hold it."""
@@ -126,6 +131,12 @@ class CodedLinear:
         assert self.g_idx is None
         if size == self.group_size and self.in_features % size == 0:
             return self
+        if self.in_features % self.group_size == 0 and self.group_size % size == 0:
+            times = self.group_size // size
+            scales, zeros = (
+                part.repeat_interleave(times, dim=1) for part in (self.scales, self.zeros)
+            )
+            return replace(self, scales=scales, zeros=zeros, group_size=size)
         starts = torch.arange(0, self.in_features, size) // self.group_size
         return replace(
             self, scales=self.scales[:, starts], zeros=self.zeros[:, starts], group_size=size

@@ -27,9 +27,10 @@ from halfbyte.checkpoint.write import (
     write_index,
     write_json,
 )
+from halfbyte.convert.ahead import run_ahead
 from halfbyte.convert.coded import CodedLinear, CodedSpec
 from halfbyte.convert.dense import DenseTarget
-from halfbyte.convert.report import RoundedTensor, measure_rounding
+from halfbyte.convert.report import RoundedTensor, measure_rounding, sample_rows
 from halfbyte.convert.source import Source
 from halfbyte.convert.target import FolderTarget
 from halfbyte.errors import ConfigError
@@ -113,7 +114,13 @@ def write_folder(
         specs_in_order, order = _lay_out(units)
         tensors = _make_tensors(source, plan, order, rounded)
         digests.append(
-            stream_shard(output / name, specs_in_order, tensors, {"format": target.metadata_format})
+            stream_shard(
+                output / name,
+                specs_in_order,
+                tensors,
+                {"format": target.metadata_format},
+                with_digests=target.format == "gptq",
+            )
         )
     if len(digests) > 1:
         weight_map = {name: digest.file_name for digest in digests for name in digest.tensors}
@@ -277,30 +284,34 @@ def _make_tensors(
     order: list[tuple[_Unit, list[str]]],
     rounded: list[RoundedTensor],
 ) -> Iterator[tuple[str, Tensor]]:
-    """Load, spell and measure one unit after another."""
+    """Load, spell and measure one unit after another, the next while one is being written."""
     measured: set[str] = set()
-    for unit, names in order:
+
+    def prepare(unit: _Unit) -> dict[str, Tensor]:
         if not unit.is_linear:
-            yield unit.name, source.load_other(unit.name)
-            continue
+            return {unit.name: source.load_other(unit.name)}
         linear = source.load_linear(unit.name)
         form = plan.form_of(unit.name)
         tensors = form.spell(linear)
         how = plan.rounding_of(unit.name)
         if how is not None and unit.name not in measured:
             measured.add(unit.name)
-            rounded.append(_measure(unit.name, how, linear, form, tensors))
+            rounded.append(_measure(unit.name, how, linear, form))
+        return {f"{unit.name}.{suffix}": tensor for suffix, tensor in tensors.items()}
+
+    units = [unit for unit, _ in order]
+    for (_, names), tensors in zip(order, run_ahead(prepare, units), strict=True):
         for name in names:
-            yield name, tensors[name.removeprefix(f"{unit.name}.")]
+            yield name, tensors[name]
 
 
-def _measure(
-    name: str, how: str, linear: CodedLinear, form: FolderTarget, tensors: Mapping[str, Tensor]
-) -> RoundedTensor:
-    held = form.decode(tensors, linear.describe())
+def _measure(name: str, how: str, linear: CodedLinear, form: FolderTarget) -> RoundedTensor:
+    """Measure the rounding on rows from all over the linear: it is the same for every row."""
+    sample = linear.take_rows(sample_rows(linear.out_features))
+    held = form.decode(form.spell(sample), sample.describe())
     if isinstance(held, CodedLinear):
         held = held.dequantize()
-    return measure_rounding(name, how, linear.dequantize(), held)
+    return measure_rounding(name, how, sample.dequantize(), held)
 
 
 def _describe(source: Source, plan: Plan, output: Path, digests: list[ShardDigest]) -> None:
@@ -310,8 +321,8 @@ def _describe(source: Source, plan: Plan, output: Path, digests: list[ShardDiges
     config = plan.target.label(coded, dense, source.model_config)
     section = config.get(CONFIG_SECTION, {})
     source.copy_companions(output)
-    write_checksums(output, digests, section)
     if plan.target.format == "gptq":
+        write_checksums(output, digests, section)
         write_json(output / LABEL_FILE, section)
     write_json(output / MODEL_CONFIG, config)
 

@@ -22,6 +22,7 @@ from halfbyte.convert.coded import CodedLinear
 from halfbyte.convert.gguf_file import BF16, F16, F32, Q4_0, Q4_1, Q6_K, Q8_0, BlockType
 from halfbyte.convert.mlx import find_zeros
 from halfbyte.errors import CheckpointError
+from halfbyte.packing import row_tiles
 
 BLOCK = 32
 SUPER = 256
@@ -51,16 +52,16 @@ def spell_blocks(linear: CodedLinear, kind: BlockType) -> Tensor:
     grid = [scales]
     if kind == Q4_1:
         grid.append((-(linear.zeros.float() * scales.float())).to(torch.float16))
-    packed = linear.words.contiguous().view(-1).view(torch.uint8)
-    if kind == Q8_0:
-        codes = packed.view(linear.out_features, -1, BLOCK) ^ 128  # less 128, as int8
-    else:
-        codes = _pair_halves(packed.view(linear.out_features, -1, BLOCK // 2))
+    halves = [part.contiguous().view(-1).view(torch.uint8).view(*scales.shape, 2) for part in grid]
     blocks = torch.empty((*scales.shape, kind.num_bytes), dtype=torch.uint8)
-    for place, values in enumerate(grid):
-        halves = values.contiguous().view(-1).view(torch.uint8).view(*scales.shape, 2)
-        blocks[..., 2 * place : 2 * place + 2] = halves
-    blocks[..., 2 * len(grid) :] = codes
+    for place, part in enumerate(halves):
+        blocks[..., 2 * place : 2 * place + 2] = part
+    start = 2 * len(grid)
+    for rows in row_tiles((linear.out_features, linear.in_features)):
+        packed = linear.words[rows].contiguous().view(-1).view(torch.uint8)
+        # Q8_0 has the code less 128, as int8.
+        codes = packed ^ 128 if kind == Q8_0 else _pair_halves(packed.view(-1, BLOCK // 2))
+        blocks[rows, :, start:] = codes.view(-1, scales.shape[1], kind.num_bytes - start)
     return blocks.view(linear.out_features, -1)
 
 
@@ -155,15 +156,15 @@ def spell_plain(tensor: Tensor, kind: BlockType) -> Tensor:
 
 
 def _pair_halves(packed: Tensor) -> Tensor:
-    """Turn bytes of (code 2k, code 2k+1) into bytes of (code j, code j+16); [out, blocks, 16]."""
-    lanes = packed.contiguous().view(torch.int64)  # eight bytes at a time: [out, blocks, 2]
-    low, high = lanes[..., 0], lanes[..., 1]
+    """Turn bytes of (code 2k, code 2k+1) into bytes of (code j, code j+16), uint8 [blocks, 16]."""
+    lanes = packed.view(torch.int64)  # eight bytes at a time: [blocks, 2]
+    low, high = lanes[:, 0], lanes[:, 1]
     even = (low & _LOW) | ((high & _LOW) << 4)
     odd = ((low >> 4) & _LOW) | (high & _HIGH)
-    paired = torch.empty((*even.shape, 8, 2), dtype=torch.uint8)
-    paired[..., 0] = even.view(torch.uint8).view(*even.shape, 8)
-    paired[..., 1] = odd.view(torch.uint8).view(*even.shape, 8)
-    return paired.view(*even.shape, BLOCK // 2)
+    # Interleaved as numbers of 16 bits: whole lanes, where single bytes would be strided.
+    wide = odd.view(torch.uint8).to(torch.int16) << 8
+    wide |= even.view(torch.uint8)
+    return wide.view(torch.uint8)
 
 
 def _part_halves(paired: Tensor) -> Tensor:

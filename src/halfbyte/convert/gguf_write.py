@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from halfbyte.checkpoint.write import TensorSpec
+from halfbyte.convert.ahead import run_ahead
 from halfbyte.convert.coded import CodedSpec
 from halfbyte.convert.folder import Written, check_fit, check_new_folder
 from halfbyte.convert.gguf_architecture import (
@@ -44,7 +45,7 @@ from halfbyte.convert.gguf_file import (
     write_gguf_file,
 )
 from halfbyte.convert.gguf_tokenizer import describe_tokenizer
-from halfbyte.convert.report import RoundedTensor, measure_rounding
+from halfbyte.convert.report import RoundedTensor, measure_rounding, sample_rows
 from halfbyte.convert.source import Source
 from halfbyte.errors import ConfigError
 from halfbyte.version import __version__
@@ -260,50 +261,57 @@ def _make_tensors(
     entries: list[_Entry],
     rounded: list[RoundedTensor],
 ) -> Iterator[Tensor]:
-    """Load and spell one tensor after another."""
+    """Load and spell one tensor after another, the next while one is being written."""
+
+    def prepare(entry: _Entry) -> Tensor:
+        return _make_tensor(source, architecture, entry, rounded)
+
+    return run_ahead(prepare, entries)
+
+
+def _make_tensor(
+    source: Source, architecture: Architecture, entry: _Entry, rounded: list[RoundedTensor]
+) -> Tensor:
+    """Load and spell one tensor."""
     config = source.model_config
-    for entry in entries:
-        if entry.source == ROPE_FACTORS:
-            factors = make_rope_factors(config)
-            assert factors is not None
-            yield spell_plain(factors, F32)
-            continue
-        module = entry.source if entry.part != "other" else entry.source.rpartition(".")[0]
-        order = architecture.row_order(module, config, entry.shape[0])
-        if entry.part == "other":
-            tensor = source.load_other(entry.source)
-            tensor = tensor if order is None else tensor[order]
-            if architecture.norm_shift and entry.source.endswith("norm.weight"):
-                tensor = tensor.float() + architecture.norm_shift
-            yield _spell(entry, tensor, rounded)
-            continue
-        linear = source.load_linear(entry.source)
-        linear = linear if order is None else linear.take_rows(order)
-        if entry.part == "bias":
-            assert linear.bias is not None
-            yield spell_plain(linear.bias, F32)
-        elif entry.part == "weight":
-            yield _spell(entry, linear.dequantize(), rounded)
-        else:
-            held = (
-                linear.widen(4)
-                if entry.kind == Q4_1
-                else linear.recentre(8 if entry.kind == Q8_0 else 4)
-            )
-            data = spell_blocks(held, entry.kind).view(-1)
-            if entry.how is not None:
-                again = read_plain(entry.name, data, entry.kind, entry.shape)
-                rounded.append(
-                    measure_rounding(entry.source, entry.how, linear.dequantize(), again)
-                )
-            yield data
+    if entry.source == ROPE_FACTORS:
+        factors = make_rope_factors(config)
+        assert factors is not None
+        return spell_plain(factors, F32)
+    module = entry.source if entry.part != "other" else entry.source.rpartition(".")[0]
+    order = architecture.row_order(module, config, entry.shape[0])
+    if entry.part == "other":
+        tensor = source.load_other(entry.source)
+        tensor = tensor if order is None else tensor[order]
+        if architecture.norm_shift and entry.source.endswith("norm.weight"):
+            tensor = tensor.float() + architecture.norm_shift
+        return _spell(entry, tensor, rounded)
+    linear = source.load_linear(entry.source)
+    linear = linear if order is None else linear.take_rows(order)
+    if entry.part == "bias":
+        assert linear.bias is not None
+        return spell_plain(linear.bias, F32)
+    if entry.part == "weight":
+        return _spell(entry, linear.dequantize(), rounded)
+    bits = 8 if entry.kind == Q8_0 else 4
+    held = linear.widen(bits) if entry.kind == Q4_1 else linear.recentre(bits)
+    data = spell_blocks(held, entry.kind).view(-1)
+    if entry.how is not None:
+        rows = sample_rows(linear.out_features)
+        shape = (len(rows), linear.in_features)
+        again = read_plain(entry.name, data.view(entry.shape[0], -1)[rows], entry.kind, shape)
+        weight = linear.take_rows(rows).dequantize()
+        rounded.append(measure_rounding(entry.source, entry.how, weight, again))
+    return data
 
 
 def _spell(entry: _Entry, tensor: Tensor, rounded: list[RoundedTensor]) -> Tensor:
     data = spell_plain(tensor, entry.kind)
     if entry.how is not None:
-        again = read_plain(entry.name, data, entry.kind, entry.shape)
-        found = measure_rounding(entry.source, entry.how, tensor, again)
+        rows = sample_rows(entry.shape[0])
+        shape = (len(rows), *entry.shape[1:])
+        again = read_plain(entry.name, data.view(entry.shape[0], -1)[rows], entry.kind, shape)
+        found = measure_rounding(entry.source, entry.how, tensor[rows], again)
         if found.relative_error > 0:
             rounded.append(found)
     return data
@@ -375,7 +383,7 @@ def _notes(source: Source, entries: list[_Entry]) -> tuple[str, ...]:
         if module not in (EMBEDDING, HEAD) or entry.part != "other":
             continue
         values = source.load_other(entry.source)
-        rows = values[:: max(len(values) // SAMPLED_ROWS, 1)].float()
+        rows = values[sample_rows(len(values))].float()
         parts = []
         for choice, kind in _CHOICES.items():
             if entry.shape[-1] % kind.block:
@@ -389,9 +397,6 @@ def _notes(source: Source, entries: list[_Entry]) -> tuple[str, ...]:
         kept = f"{module} is {entry.kind.name}, {_bytes_of(entry) / 1e6:.1f} MB"
         notes.append(f"{kept}; as {', '.join(parts)}")
     return tuple(notes)
-
-
-SAMPLED_ROWS = 4096
 
 
 def _bytes_of(entry: _Entry) -> int:
