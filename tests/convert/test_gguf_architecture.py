@@ -7,8 +7,10 @@ from transformers.models.llama.modeling_llama import LlamaConfig, LlamaRotaryEmb
 
 from halfbyte.convert.gguf_architecture import (
     ARCHITECTURES,
+    describe_model,
     find_architecture,
     make_rope_factors,
+    note_limits,
 )
 
 BY_CLASS = {architecture.model_class: architecture for architecture in ARCHITECTURES}
@@ -65,3 +67,14 @@ def test_llama3_factors_are_those_of_transformers():
     assert (
         make_rope_factors({"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}) is None
     )
+
+
+def test_what_llama_cpp_does_otherwise_is_said_or_refused():
+    mistral = BY_CLASS["MistralForCausalLM"]
+    assert "beyond 4096 tokens" in note_limits(mistral, {"sliding_window": 4096})[0]
+    assert note_limits(mistral, {"sliding_window": None}) == ()
+    config = build_family("gemma2").config.to_dict()
+    with pytest.raises(ValueError, match=r"query_pre_attn_scalar is 256, .* head size 16"):
+        describe_model(BY_CLASS["Gemma2ForCausalLM"], config)
+    pairs = describe_model(BY_CLASS["Gemma2ForCausalLM"], {**config, "query_pre_attn_scalar": 16})
+    assert pairs["gemma2.attention.sliding_window"] == 16

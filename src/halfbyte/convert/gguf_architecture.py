@@ -38,6 +38,8 @@ _NORMS_AROUND = {
 }
 _HEAD_NORMS = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
 
+LARGE_GEMMA_BLOCKS = 46
+
 EMBEDDING, HEAD = "token_embd", "output"
 
 
@@ -182,10 +184,31 @@ def describe_model(architecture: Architecture, config: Mapping[str, Any]) -> dic
         pairs[f"{name}.rope.dimension_count"] = width
     pairs |= _describe_positions(name, config)
     if name == "gemma2":
+        # llama.cpp takes the head's width; its exception for the 27B model goes by 46 blocks.
+        if (
+            config.get("query_pre_attn_scalar", width) != width
+            and pairs[f"{name}.block_count"] != LARGE_GEMMA_BLOCKS
+        ):
+            raise ConfigError(
+                f"Cannot write GGUF: the config's query_pre_attn_scalar is "
+                f"{config['query_pre_attn_scalar']}, and llama.cpp takes the head size {width}. "
+                "Choose another format."
+            )
         pairs[f"{name}.attn_logit_softcapping"] = float(config["attn_logit_softcapping"])
         pairs[f"{name}.final_logit_softcapping"] = float(config["final_logit_softcapping"])
         pairs[f"{name}.attention.sliding_window"] = int(config["sliding_window"])
     return pairs
+
+
+def note_limits(architecture: Architecture, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Say what llama.cpp does not do of what the model does."""
+    window = config.get("sliding_window")
+    if architecture.name != "llama" or not isinstance(window, int):
+        return ()
+    return (
+        f"llama.cpp has no sliding window for this architecture: beyond {window} tokens it "
+        "attends to more than the model does",
+    )
 
 
 def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from halfbyte.convert.coded import CodedLinear, CodedSpec
 from halfbyte.convert.gguf_architecture import ARCHITECTURES, Architecture
 from halfbyte.convert.gguf_blocks import PLAIN, read_blocks, read_plain
 from halfbyte.convert.gguf_file import Q4_0, Q4_1, Q8_0, GgufFile, GgufTensor, open_gguf
-from halfbyte.convert.gguf_write import HINT_KEY, ROPE_FACTORS
+from halfbyte.convert.gguf_metadata import HINT_KEY
+from halfbyte.convert.gguf_write import ROPE_FACTORS
 from halfbyte.errors import CheckpointError, ConfigError, require_extra
 from halfbyte.packing import pack_rows
 

@@ -6,11 +6,9 @@ tensors keep their type, vectors become F32: exact too. Embeddings and head by c
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -22,9 +20,9 @@ from halfbyte.convert.gguf_architecture import (
     EMBEDDING,
     HEAD,
     Architecture,
-    describe_model,
     find_architecture,
     make_rope_factors,
+    note_limits,
 )
 from halfbyte.convert.gguf_blocks import (
     BLOCK,
@@ -34,7 +32,6 @@ from halfbyte.convert.gguf_blocks import (
     spell_plain,
 )
 from halfbyte.convert.gguf_file import (
-    BF16,
     F16,
     F32,
     Q4_0,
@@ -44,19 +41,14 @@ from halfbyte.convert.gguf_file import (
     BlockType,
     write_gguf_file,
 )
-from halfbyte.convert.gguf_tokenizer import describe_tokenizer
+from halfbyte.convert.gguf_metadata import describe_file
 from halfbyte.convert.report import RoundedTensor, measure_rounding, sample_rows
 from halfbyte.convert.source import Source
 from halfbyte.errors import ConfigError
-from halfbyte.version import __version__
 
 EMBEDDING_TYPES = ("keep", "f16", "q8_0", "q6_k")
-HINT_KEY = "halfbyte.groups"
-"""Pair that holds, as JSON, bits and group size of each linear before it was cut into blocks."""
-
 _CHOICES = {"f16": F16, "q8_0": Q8_0, "q6_k": Q6_K}
 _KEPT = {dtype: kind for kind, dtype in PLAIN.items()}
-_FILE_TYPES = {F32: 0, F16: 1, Q4_0: 2, Q4_1: 3, Q8_0: 7, BF16: 32}
 ROPE_FACTORS = "rope_freqs.weight"
 
 
@@ -113,7 +105,7 @@ def write_gguf(
     kinds, reasons = choose_types(specs, options)
     entries = _plan(source, specs, architecture, kinds, reasons, options)
     path.parent.mkdir(parents=True, exist_ok=True)
-    pairs = _describe(source, specs, architecture, kinds, options, path.parent)
+    pairs = describe_file(source, specs, architecture, kinds, options.pre_tokenizer)
     rounded: list[RoundedTensor] = []
     table = [(entry.name, entry.kind, entry.shape) for entry in entries]
     tensors = _make_tensors(source, architecture, entries, rounded)
@@ -123,7 +115,7 @@ def write_gguf(
         holds={name: kind.name for name, kind in kinds.items()},
         rounded=tuple(rounded),
         num_bytes=size,
-        notes=_notes(source, entries),
+        notes=(*note_limits(architecture, source.model_config), *_notes(source, entries)),
     )
 
 
@@ -315,64 +307,6 @@ def _spell(entry: _Entry, tensor: Tensor, rounded: list[RoundedTensor]) -> Tenso
         if found.relative_error > 0:
             rounded.append(found)
     return data
-
-
-def _describe(
-    source: Source,
-    specs: Mapping[str, CodedSpec],
-    architecture: Architecture,
-    kinds: Mapping[str, BlockType],
-    options: GgufOptions,
-    folder: Path,
-) -> dict[str, Any]:
-    """Gather all pairs. The tokenizer is read from where the source puts its companions."""
-    counts = list(kinds.values())
-    most = max(set(counts), key=counts.count)
-    config = source.model_config
-    pairs: dict[str, Any] = {
-        "general.architecture": architecture.name,
-        "general.type": "model",
-        "general.name": _name_of(source),
-        "general.quantization_version": 2,
-        "general.file_type": _FILE_TYPES[most],
-        "general.quantized_by": f"halfbyte {__version__}",
-        HINT_KEY: json.dumps(
-            {
-                name: [spec.bits, spec.group_size]
-                for name, spec in specs.items()
-                if kinds[name] not in PLAIN
-            }
-        ),
-    }
-    pairs |= _describe_origin(source)
-    pairs |= describe_model(architecture, config)
-    return pairs | describe_tokenizer(source.tokenizer_folder, config, options.pre_tokenizer)
-
-
-def _name_of(source: Source) -> str:
-    return source.tokenizer_folder.resolve().name
-
-
-def _describe_origin(source: Source) -> dict[str, Any]:
-    """Carry base model and licence over from the front matter of the README."""
-    card = source.tokenizer_folder / "README.md"
-    if not card.is_file():
-        return {}
-    from huggingface_hub.repocard import metadata_load
-
-    try:
-        front = metadata_load(card) or {}
-    except ValueError:
-        return {}
-    pairs: dict[str, Any] = {}
-    if isinstance(front.get("license"), str):
-        pairs["general.license"] = front["license"]
-    base = front.get("base_model")
-    base = base[0] if isinstance(base, list) and base else base
-    if isinstance(base, str):
-        pairs["general.base_model.count"] = 1
-        pairs["general.base_model.0.name"] = base.rpartition("/")[2]
-    return pairs
 
 
 def _notes(source: Source, entries: list[_Entry]) -> tuple[str, ...]:
