@@ -41,6 +41,7 @@ bench: $(STAMP) ## run the measurements, then fill the README's tables with them
 
 fuzz: $(STAMP) ## 10,000 damaged checkpoints: every one must be refused or read right
 	$(BIN)/python -m tests.fuzz.fuzz_checkpoint --mutations 10000
+	$(BIN)/python -m tests.fuzz.fuzz_convert --mutations 10000
 
 interop: $(STAMP) ## our checkpoints in other tools and theirs in ours, each in a venv of its own
 	$(BIN)/python -m bench.peers.environments gptqmodel vllm
@@ -60,5 +61,5 @@ $(STAMP): pyproject.toml constraints.txt
 	"Install one of them, then: make $(MAKECMDGOALS) PYTHON=python3.12")'
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@echo "Installing halfbyte and its tools into $(VENV) (a few minutes the first time)"
-	$(BIN)/python -m pip install $(if $(CI),--quiet) -c constraints.txt -e ".[dev,convert]"
+	$(BIN)/python -m pip install $(if $(CI),--quiet) -c constraints.txt -e ".[dev,convert,sign]"
 	@touch $@
