@@ -34,6 +34,7 @@ from halfbyte.convert.report import RoundedTensor, measure_rounding, sample_rows
 from halfbyte.convert.source import Source
 from halfbyte.convert.target import FolderTarget
 from halfbyte.errors import ConfigError
+from halfbyte.version import __version__
 
 SHARD_BYTES = 5_000_000_000
 ALIGNMENT = 8
@@ -118,7 +119,11 @@ def write_folder(
                 output / name,
                 specs_in_order,
                 tensors,
-                {"format": target.metadata_format},
+                {
+                    "format": target.metadata_format,
+                    "converted_by": f"halfbyte {__version__}",
+                    "converted_from": source.format,
+                },
                 with_digests=target.format == "gptq",
             )
         )
