@@ -171,3 +171,14 @@ def test_shards_are_cut_between_linears(tmp_path):
     assert len(list((tmp_path / "b").glob("model-0000*-of-00002.safetensors"))) == 2
     convert(tmp_path / "b", tmp_path / "c", config=ConversionConfig(to="gptq"))
     assert_same_checkpoint(tmp_path / "a", tmp_path / "c")
+
+
+def test_the_card_carries_base_and_licence_and_says_what_was_done(tmp_path):
+    write_source(tmp_path / "a", linears())
+    card = "---\nlicense: mit\nbase_model: org/base\nbase_model_relation: quantized\n---\n# A\n"
+    (tmp_path / "a" / "README.md").write_text(card)
+    convert(tmp_path / "a", tmp_path / "b", config=ConversionConfig(to="mlx"))
+    text = (tmp_path / "b" / "README.md").read_text()
+    assert "license: mit\nbase_model: org/base\nbase_model_relation: quantized" in text
+    assert "Converted from gptq to mlx" in text
+    assert "every weight is exact" in text

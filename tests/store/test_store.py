@@ -246,3 +246,15 @@ def test_verdicts_are_one_of_three(local, tmp_path):
         local.judge("m", write_verdict(tmp_path / "v.json", "maybe"))
     with pytest.raises(StoreError, match="There is no verdict file"):
         local.judge("m", tmp_path / "none.json")
+
+
+def test_a_conversion_has_the_base_and_recipe_of_what_it_was_made_of(store, tmp_path):
+    origin = add(store, tmp_path, base_folder=write_folder(tmp_path / "base", 9))
+    folder = tmp_path / "gguf"
+    folder.mkdir()
+    (folder / "model.gguf").write_bytes(b"GGUF")
+    manifest = store.add(folder, "m-gguf", like=f"m@{origin.version[:10]}")
+    assert manifest.base == origin.base
+    assert manifest.recipe == {**origin.recipe, "converted_from": origin.version}
+    assert manifest.calibration == origin.calibration
+    assert set(manifest.files) == {"model.gguf", "README.md"}

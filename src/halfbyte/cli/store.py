@@ -39,6 +39,9 @@ def _add_version_actions(actions: Any) -> None:
     add.add_argument("--base-id", metavar="ID", help="of the base model (default: model card)")
     add.add_argument("--base-revision", metavar="REV", help="of the base model")
     add.add_argument("--base", type=Path, metavar="FOLDER", help="base model, for its digest")
+    add.add_argument(
+        "--like", metavar="VERSION", help="this is a conversion of it: same base and recipe"
+    )
     add.add_argument("--verdict", type=Path, metavar="FILE", help="JSON with a key 'verdict'")
     show_all = _action(actions, "list", "list models, or the versions of one")
     show_all.add_argument("name", nargs="?", metavar="NAME", help="a model (default: all)")
@@ -139,7 +142,12 @@ def _add(store: Store, args: argparse.Namespace) -> Outcome:
     base = read_base(args.folder) if args.folder.is_dir() else BaseModel()
     base = BaseModel(id=args.base_id or base.id, revision=args.base_revision)
     manifest = store.add(
-        args.folder, args.name, base=base, base_folder=args.base, verdict=args.verdict
+        args.folder,
+        args.name,
+        base=base,
+        base_folder=args.base,
+        verdict=args.verdict,
+        like=args.like,
     )
     what = f"{len(manifest.files)} files, {_size(manifest.num_bytes)}"
     line = f"{args.name}@{manifest.version[:12]}: {what}"

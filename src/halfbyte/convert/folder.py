@@ -28,6 +28,7 @@ from halfbyte.checkpoint.write import (
     write_json,
 )
 from halfbyte.convert.ahead import run_ahead
+from halfbyte.convert.card import write_card
 from halfbyte.convert.coded import CodedLinear, CodedSpec
 from halfbyte.convert.dense import DenseTarget
 from halfbyte.convert.report import RoundedTensor, measure_rounding, sample_rows
@@ -326,10 +327,22 @@ def _describe(source: Source, plan: Plan, output: Path, digests: list[ShardDiges
     config = plan.target.label(coded, dense, source.model_config)
     section = config.get(CONFIG_SECTION, {})
     source.copy_companions(output)
+    _write_card(source, plan, output)
     if plan.target.format == "gptq":
         write_checksums(output, digests, section)
         write_json(output / LABEL_FILE, section)
     write_json(output / MODEL_CONFIG, config)
+
+
+def _write_card(source: Source, plan: Plan, output: Path) -> None:
+    """Say in a README where the folder is from, and whether it is exact."""
+    rounded = sum(plan.rounding_of(name) is not None for name in plan.specs)
+    how = "every weight is exact" if not rounded else f"{rounded} linears are rounded"
+    text = (
+        f"# {output.name}\n\nConverted from {source.format} to {plan.target.format} by halfbyte "
+        f"{__version__}: {how}."
+    )
+    write_card(source.tokenizer_folder, output, text, plan.target.format)
 
 
 def list_dense_linears(others: Mapping[str, TensorSpec]) -> list[str]:

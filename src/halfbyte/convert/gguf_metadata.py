@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from halfbyte.convert.card import read_front_matter
 from halfbyte.convert.coded import CodedSpec
 from halfbyte.convert.gguf_architecture import Architecture, describe_model
 from halfbyte.convert.gguf_blocks import PLAIN
@@ -68,15 +69,7 @@ def _name_of(source: Source) -> str:
 
 def _describe_origin(source: Source) -> dict[str, Any]:
     """Carry base model and licence over from the front matter of the README."""
-    card = source.tokenizer_folder / "README.md"
-    if not card.is_file():
-        return {}
-    from huggingface_hub.repocard import metadata_load
-
-    try:
-        front = metadata_load(card) or {}
-    except ValueError:
-        return {}
+    front = read_front_matter(source.tokenizer_folder)
     pairs: dict[str, Any] = {}
     if isinstance(front.get("license"), str):
         pairs["general.license"] = front["license"]

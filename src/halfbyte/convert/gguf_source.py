@@ -22,7 +22,7 @@ from halfbyte.convert.gguf_blocks import PLAIN, read_blocks, read_plain
 from halfbyte.convert.gguf_file import Q4_0, Q4_1, Q8_0, GgufFile, GgufTensor, open_gguf
 from halfbyte.convert.gguf_metadata import HINT_KEY
 from halfbyte.convert.gguf_write import ROPE_FACTORS
-from halfbyte.errors import CheckpointError, ConfigError, require_extra
+from halfbyte.errors import CheckpointError, require_extra
 from halfbyte.packing import pack_rows
 
 CODED = (Q4_0, Q4_1, Q8_0)
@@ -104,14 +104,8 @@ class GgufSource:
 
     @property
     def tokenizer_folder(self) -> Path:
-        """The folder given with the file.
-
-        Raises:
-            ConfigError: None was given.
-        """
-        if self.base is None:
-            raise ConfigError("Give the folder of the model's tokenizer and config with --base.")
-        return self.base
+        """The folder given with the file, else the one it is in."""
+        return self.file.path.parent if self.base is None else self.base
 
     def describe(self, name: str) -> CodedSpec:
         """Give a linear's facts."""

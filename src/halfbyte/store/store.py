@@ -66,6 +66,7 @@ class Store:
         base: BaseModel | None = None,
         base_folder: str | Path | None = None,
         verdict: str | Path | None = None,
+        like: str | None = None,
         parent: str | None = None,
     ) -> Manifest:
         """Add a folder as a version.
@@ -76,6 +77,8 @@ class Store:
             base: Id and revision of the base; None: from the model card.
             base_folder: The base model, to take its digest.
             verdict: JSON file with a key "verdict".
+            like: A version that this one is a conversion of: base, recipe, calibration and tools
+                are its own.
             parent: The version that this one follows; None: the champion, if there is one.
 
         Returns:
@@ -94,6 +97,10 @@ class Store:
             digest = digest_model(Path(base_folder))
             found = BaseModel(id=found.id, revision=found.revision, digest=digest)
         recipe, calibration, tools = read_recipe(folder)
+        if like is not None:
+            origin = self.manifest(self.resolve(like)[1])
+            found, recipe = origin.base, {**origin.recipe, "converted_from": origin.version}
+            calibration, tools = origin.calibration, dict(origin.tools)
         with self.backend.lock(exclusive=False):
             card = make_card(folder, found)
             if card is not None:
