@@ -160,3 +160,22 @@ def test_transformers_takes_the_awq_config(tmp_path):
     section = json.loads((tmp_path / "b" / "config.json").read_text())["quantization_config"]
     config = AwqConfig.from_dict(section)
     assert (config.bits, config.group_size, config.zero_point) == (4, 32, True)
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_transformers_computes_the_same_from_compressed_tensors(tmp_path):
+    """With the library that owns the format; symmetric, as its 0.20 loads no packed zeros."""
+    pytest.importorskip("compressed_tensors")
+    from tests.helpers.checkpoints import Recipe, tiny_llama_config, write_checkpoint
+    from transformers import AutoModelForCausalLM
+
+    write_checkpoint(tmp_path / "a", tiny_llama_config(), Recipe())
+    config = ConversionConfig(to="compressed-tensors")
+    assert convert(tmp_path / "a", tmp_path / "b", config=config).is_exact
+    models = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32) for name in "ab"
+    ]
+    ids = torch.arange(3, 40)[None]
+    first, second = (model(ids).logits for model in models)
+    assert torch.equal(first, second)
