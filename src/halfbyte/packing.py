@@ -1,10 +1,11 @@
-"""Codes <-> int32 words. The only file that knows bit order.
+"""Codes <-> int32 words. The only file that knows the bit order of GPTQ.
 
 A word stream is plain little-endian: code ``j`` of a run occupies bits ``[bits*j, bits*j + bits)``
 counted from the lowest bit of the first word. For 2, 4 and 8 bits a word holds whole codes; for 3
 bits 32 codes fill 3 words, and two of them straddle a word boundary.
 
 On disk weights run along ``in`` (:func:`pack_weight`), zeros along ``out`` (:func:`pack_zeros`).
+The same stream with a row of words per output (:func:`pack_rows`) is a transposed weight.
 
 Source:
     AutoGPTQ and GPTQModel ``pack_original``; one routine covers 2, 3, 4 and 8 bits because all of
@@ -132,6 +133,56 @@ def pack_weight(codes: Tensor, bits: int) -> Tensor:
 def unpack_weight(qweight: Tensor, bits: int) -> Tensor:
     """Unpack int32 [in * bits / 32, out] from disk into uint8 codes [out, in]."""
     return unpack_codes(qweight, bits).t().contiguous()
+
+
+def pack_rows(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes [rows, n] along the last axis into int32 [rows, n * bits / 32].
+
+    Args:
+        codes: uint8 0..2**bits-1.
+        bits: 2 to 8.
+
+    Returns:
+        The words, contiguous: ``pack_codes(codes.t(), bits).t()``, made faster for 4 and 8 bits.
+
+    Raises:
+        CheckpointError: The codes of a row do not fill whole words, or a code has more bits.
+    """
+    if bits not in (4, 8) or codes.shape[1] % codes_per_run(bits) or codes.dtype != torch.uint8:
+        return pack_codes(codes.t(), bits).t().contiguous()
+    if codes.numel() and int(codes.max()) >= 2**bits:
+        raise CheckpointError(f"Cannot pack codes up to {int(codes.max())} in {bits} bits.")
+    if bits == 8:
+        return codes.contiguous().view(-1).view(torch.int32).view(codes.shape[0], -1)
+    words = torch.empty(codes.shape[0], codes.shape[1] // 8, dtype=torch.int32)
+    for rows in row_tiles(codes.shape):
+        # Two codes to a number of 16 bits: whole lanes, where single bytes would be strided.
+        pairs = codes[rows].contiguous().view(-1).view(torch.int16)
+        packed = ((pairs & 15) | (pairs >> 4)).to(torch.uint8)
+        words[rows] = packed.view(torch.int32).view(-1, words.shape[1])
+    return words
+
+
+def unpack_rows(words: Tensor, bits: int) -> Tensor:
+    """Undo :func:`pack_rows`: int32 [rows, n * bits / 32] into uint8 codes [rows, n]."""
+    if bits not in (4, 8):
+        return unpack_codes(words.t(), bits).t().contiguous()
+    # Flat first: a single column counts as contiguous whatever its stride.
+    if bits == 8:
+        return words.contiguous().view(-1).view(torch.uint8).view(words.shape[0], -1)
+    codes = torch.empty(words.shape[0], words.shape[1] * 8, dtype=torch.uint8)
+    for rows in row_tiles(codes.shape):
+        packed = words[rows].contiguous().view(-1).view(torch.uint8).to(torch.int16)
+        pairs = (packed & 15) | ((packed & 240) << 4)
+        codes[rows] = pairs.view(torch.uint8).view(-1, codes.shape[1])
+    return codes
+
+
+def row_tiles(shape: torch.Size | tuple[int, ...], tile: int = CACHED_CODES) -> list[slice]:
+    """Cut the rows of a matrix into tiles of so many elements, which a CPU's cache holds."""
+    rows, columns = shape
+    step = max(tile // max(columns, 1) // 8, 1) * 8
+    return [slice(start, start + step) for start in range(0, rows, step)]
 
 
 def pack_zeros(zeros: Tensor, bits: int, zero_offset: int) -> Tensor:

@@ -136,7 +136,6 @@ def test_default_of_halfbyte_loads_everywhere_on_any_number_of_devices(tmp_path)
                 "vllm-cpu": "4 or 8 bits, symmetric; this says 3, symmetric",
                 "vllm-marlin": "this says 3",
                 "vllm-machete": "this says 3",
-                "gguf": "it takes 4 or 8 bits, not 3",
             },
         ),
         (

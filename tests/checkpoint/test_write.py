@@ -16,6 +16,8 @@ from halfbyte.checkpoint.write import (
     build_quantization_config,
     pack_linear,
     shard_name,
+    spec_of,
+    stream_shard,
     write_configs,
     write_index,
     write_shard,
@@ -262,3 +264,27 @@ def test_what_is_written_is_what_is_read(tmp_path):
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.notes == ()
     assert torch.equal(checkpoint.dequantize(name), weight.float())
+
+
+def test_a_shard_of_tensors_that_come_one_by_one_is_the_same_file(tmp_path):
+    order = sorted(TENSORS, key=lambda name: (-TENSORS[name].element_size(), name))
+    specs = {name: spec_of(TENSORS[name]) for name in order}
+    write_shard(tmp_path / "whole.safetensors", TENSORS)
+    pairs = ((name, TENSORS[name]) for name in order)
+    digest = stream_shard(tmp_path / "streamed.safetensors", specs, pairs)
+    whole = (tmp_path / "whole.safetensors").read_bytes()
+    assert (tmp_path / "streamed.safetensors").read_bytes() == whole
+    assert digest.num_bytes == len(whole)
+    pairs = ((name, TENSORS[name]) for name in order)
+    plain = stream_shard(tmp_path / "plain.safetensors", specs, pairs, with_digests=False)
+    assert (tmp_path / "plain.safetensors").read_bytes() == whole
+    assert plain.sha256 == ""
+
+
+def test_a_tensor_that_was_not_announced_is_not_written(tmp_path):
+    specs = {"a": spec_of(torch.zeros(2))}
+    with pytest.raises(CheckpointError, match=r"tensor b came as .* where a was announced"):
+        stream_shard(tmp_path / "x.safetensors", specs, iter([("b", torch.zeros(2))]))
+    with pytest.raises(CheckpointError, match=r"tensor a came as .*shape=\(3,\)"):
+        stream_shard(tmp_path / "x.safetensors", specs, iter([("a", torch.zeros(3))]))
+    assert not (tmp_path / "x.safetensors").exists()

@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +103,24 @@ def _check_parts(codes: Tensor, zeros: Tensor, scales: Tensor, g_idx: Tensor) ->
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """What a tensor will be, before it is there."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of its data. Unit: bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def spec_of(tensor: Tensor) -> TensorSpec:
+    """Describe a tensor that is there."""
+    return TensorSpec(dtype=tensor.dtype, shape=tuple(tensor.shape))
+
+
 def write_shard(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> ShardDigest:
@@ -118,29 +139,67 @@ def write_shard(
     """
     # Widest elements first, as safetensors does it: every tensor then starts aligned.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header = _make_header(order, tensors, {"format": "pt", **(metadata or {})})
-    whole = hashlib.sha256()
+    specs = {name: spec_of(tensors[name]) for name in order}
+    return stream_shard(path, specs, ((name, tensors[name]) for name in order), metadata)
+
+
+def stream_shard(
+    path: Path,
+    specs: Mapping[str, TensorSpec],
+    tensors: Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    with_digests: bool = True,
+) -> ShardDigest:
+    """Write one safetensors file out of tensors that come one after another.
+
+    Args:
+        path: The file; its folder must exist.
+        specs: What will come, by full name, in the order in which it comes. A tensor that does
+            not start at a multiple of its element size is read by few: put odd sizes last.
+        tensors: Exactly these, on any device; none is kept.
+        metadata: More strings for the header beside ``format: pt``.
+        with_digests: Without, the digests are empty and only the sizes count.
+
+    Returns:
+        The digests for :func:`halfbyte.checkpoint.checksums.write_checksums`.
+
+    Raises:
+        CheckpointError: A tensor is not what was announced, or has an element type that
+            safetensors has no name for.
+    """
+    header = _make_header(specs, {"format": "pt", **(metadata or {})})
+    whole = hashlib.sha256(header)
     digests: dict[str, str] = {}
-    num_bytes = 0
 
     def chunks() -> Iterator[bytes | memoryview]:
-        nonlocal num_bytes
-        whole.update(header)
-        num_bytes += len(header)
         yield header
-        for name in order:
-            data = _bytes_of(tensors[name])
-            whole.update(data)
-            digests[name] = hashlib.sha256(data).hexdigest()[:TENSOR_DIGITS]
-            num_bytes += len(data)
-            yield data
+        # Both digests are taken while the data is being written.
+        with ThreadPoolExecutor(2) as pool:
+            for (name, tensor), expected in zip(tensors, specs, strict=True):
+                if name != expected or spec_of(tensor) != specs[name]:
+                    raise CheckpointError(
+                        f"Cannot write {path}: tensor {name} came as {spec_of(tensor)} where "
+                        f"{expected} was announced as {specs[expected]}."
+                    )
+                data = _bytes_of(tensor)
+                digests[name] = ""
+                if not with_digests:
+                    yield data
+                    continue
+                added = pool.submit(whole.update, data)
+                own = pool.submit(hashlib.sha256, data)
+                yield data
+                added.result()
+                digests[name] = own.result().hexdigest()[:TENSOR_DIGITS]
 
     write_atomically(path, chunks())
+    tensor_bytes = sum(spec.num_bytes for spec in specs.values())
     return ShardDigest(
         file_name=path.name,
-        sha256=whole.hexdigest(),
-        num_bytes=num_bytes,
-        tensor_bytes=num_bytes - len(header),
+        sha256=whole.hexdigest() if with_digests else "",
+        num_bytes=len(header) + tensor_bytes,
+        tensor_bytes=tensor_bytes,
         tensors=digests,
     )
 
@@ -157,7 +216,7 @@ def write_index(folder: Path, weight_map: Mapping[str, str], total_bytes: int) -
         "metadata": {"total_size": total_bytes},
         "weight_map": dict(sorted(weight_map.items())),
     }
-    _write_json(folder / INDEX_FILE, content)
+    write_json(folder / INDEX_FILE, content)
 
 
 def write_configs(
@@ -171,8 +230,8 @@ def write_configs(
         quantization_config: From :func:`build_quantization_config`.
     """
     section = dict(quantization_config)
-    _write_json(folder / MODEL_CONFIG, {**model_config, CONFIG_SECTION: section})
-    _write_json(folder / LABEL_FILE, section)
+    write_json(folder / MODEL_CONFIG, {**model_config, CONFIG_SECTION: section})
+    write_json(folder / LABEL_FILE, section)
 
 
 def build_quantization_config(
@@ -274,21 +333,18 @@ def _settings_of(scheme: Scheme) -> tuple[tuple[str, Any], ...]:
     )
 
 
-def _make_header(
-    order: Sequence[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> bytes:
+def _make_header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bytes:
     entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     offset = 0
-    for name in order:
-        tensor = tensors[name]
-        if tensor.dtype not in _DTYPE_NAMES:
+    for name, spec in specs.items():
+        if spec.dtype not in _DTYPE_NAMES:
             raise CheckpointError(
-                f"Cannot write tensor {name}: safetensors has no name for {tensor.dtype}."
+                f"Cannot write tensor {name}: safetensors has no name for {spec.dtype}."
             )
-        end = offset + tensor.numel() * tensor.element_size()
+        end = offset + spec.num_bytes
         entries[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
+            "dtype": _DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
             "data_offsets": [offset, end],
         }
         offset = end
@@ -302,6 +358,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file, whole or not at all."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     write_atomically(path, [text.encode()])

@@ -25,6 +25,8 @@ VERBS = {
     "quantize": "halfbyte.cli.quantize",
     "calibration": "halfbyte.cli.calibration",
     "check": "halfbyte.cli.check",
+    "convert": "halfbyte.cli.convert",
+    "store": "halfbyte.cli.store",
     "perplexity": "halfbyte.cli.perplexity",
     "divergence": "halfbyte.cli.divergence",
     "generate": "halfbyte.cli.generate",

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from halfbyte.checkpoint.checksums import ShardDigest, write_checksums
+from halfbyte.checkpoint.companions import copy_companions
 from halfbyte.checkpoint.write import (
     build_quantization_config,
     shard_name,
@@ -23,7 +24,6 @@ from halfbyte.quantize.model_card import save_model_card
 from halfbyte.quantize.picture import save_picture
 from halfbyte.quantize.report import ModuleReport, QuantizationReport
 from halfbyte.quantize.rounding import RoundedLinear
-from halfbyte.quantize.source import copy_companions
 from halfbyte.version import __version__
 
 

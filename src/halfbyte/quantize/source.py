@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
 
-from halfbyte.errors import CheckpointError, ConfigError, JournalError, ModelError
+from halfbyte.errors import ConfigError, JournalError, ModelError
 from halfbyte.model.blocks import quantizable_linears
 from halfbyte.model.experts import find_fused_experts
 from halfbyte.model.weights import ModelWeights
@@ -15,8 +14,6 @@ from halfbyte.quant_config import QuantConfig
 from halfbyte.quantize.journal import JOURNAL_FILE, WORK_FOLDER, describe_differences
 from halfbyte.quantize.report import REPORT_FILE, QuantizationReport, load_report
 
-COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
-NOT_COPIED = ("config.json", "quantize_config.json", "quant_config.json", "checksums.json")
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken", "README.md"]
 
 
@@ -127,29 +124,6 @@ def check_device(name: str) -> torch.device:
             f"{str(error).splitlines()[0].rstrip('.')}. Use cpu."
         ) from error
     return device
-
-
-def copy_companions(source: Path, output: Path) -> None:
-    """Copy tokenizer, chat template, generation settings and licence; never code, never weights.
-
-    Args:
-        source: The base model's folder.
-        output: The checkpoint's.
-
-    Raises:
-        CheckpointError: A file cannot be copied.
-    """
-    for path in sorted(source.iterdir()):
-        named = path.name.endswith(COPIED_SUFFIXES) or path.name.upper().startswith("LICENSE")
-        left = path.name in NOT_COPIED or path.name.endswith(".index.json")
-        if not path.is_file() or not named or left or path.name == REPORT_FILE:
-            continue
-        try:
-            shutil.copyfile(path, output / path.name)
-        except OSError as error:
-            raise CheckpointError(
-                f"Cannot copy {path} to {output}: {error.strerror}. Free some space."
-            ) from error
 
 
 def check_something_to_do(weights: ModelWeights, config: QuantConfig) -> None:

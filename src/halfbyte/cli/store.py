@@ -1,0 +1,300 @@
+"""`halfbyte store`: versions of quantized models, which one is in use, and how that came to be."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from halfbyte.environment import STORE, read_variable
+from halfbyte.errors import ConfigError
+
+if TYPE_CHECKING:
+    from halfbyte.store.store import Store
+
+HELP = "keep versions of quantized models: add, compare, promote, roll back"
+REFERENCE = "NAME, NAME@ALIAS or NAME@VERSION"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's actions."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    _add_version_actions(actions)
+    _add_alias_actions(actions)
+    _add_hub_actions(actions)
+    for action in actions.choices.values():
+        action.add_argument(
+            "--store",
+            metavar="PLACE",
+            help=f"folder, or a bucket such as s3://bucket/path (default: ${STORE.name})",
+        )
+        action.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_version_actions(actions: Any) -> None:
+    add = _action(actions, "add", "add a folder as a version")
+    add.add_argument("folder", type=Path, metavar="FOLDER", help="a quantized model")
+    add.add_argument("--name", required=True, help="the model's name in the store")
+    add.add_argument("--base-id", metavar="ID", help="of the base model (default: model card)")
+    add.add_argument("--base-revision", metavar="REV", help="of the base model")
+    add.add_argument("--base", type=Path, metavar="FOLDER", help="base model, for its digest")
+    add.add_argument(
+        "--like", metavar="VERSION", help="this is a conversion of it: same base and recipe"
+    )
+    add.add_argument("--verdict", type=Path, metavar="FILE", help="JSON with a key 'verdict'")
+    show_all = _action(actions, "list", "list models, or the versions of one")
+    show_all.add_argument("name", nargs="?", metavar="NAME", help="a model (default: all)")
+    show = _action(actions, "show", "what a version is made of, and the log of its name")
+    show.add_argument("reference", metavar="VERSION", help=REFERENCE)
+    diff = _action(actions, "diff", "in what two versions differ")
+    diff.add_argument("reference", metavar="BEFORE", help=REFERENCE)
+    diff.add_argument("other", metavar="AFTER", help=REFERENCE)
+    verify = _action(actions, "verify", "compare every byte with its digest")
+    verify.add_argument(
+        "reference", nargs="?", metavar="VERSION", help=f"{REFERENCE} (default: all)"
+    )
+    verify.add_argument("--public-key", type=Path, metavar="PEM", help="also check the signature")
+    get = _action(actions, "get", "copy a version into a folder, verified")
+    get.add_argument("reference", metavar="VERSION", help=REFERENCE)
+    get.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="new folder")
+    bom = _action(actions, "bom", "print a CycloneDX bill of materials")
+    bom.add_argument("reference", metavar="VERSION", help=REFERENCE)
+    sign = _action(actions, "sign", "sign a version with a key that stays offline")
+    sign.add_argument("reference", metavar="VERSION", help=REFERENCE)
+    sign.add_argument("--private-key", type=Path, required=True, metavar="PEM", help="EC key")
+
+
+def _add_alias_actions(actions: Any) -> None:
+    judge = _action(actions, "judge", "attach a comparison's verdict to a version")
+    judge.add_argument("reference", metavar="VERSION", help=REFERENCE)
+    judge.add_argument("--verdict", type=Path, required=True, metavar="FILE", help="JSON")
+    promote = _action(actions, "promote", "let an alias point to a version")
+    promote.add_argument("reference", metavar="VERSION", help=REFERENCE)
+    promote.add_argument("--to", default="champion", metavar="ALIAS", help="(default: champion)")
+    promote.add_argument(
+        "--force", metavar="REASON", help="without a passing verdict; goes into the log"
+    )
+    rollback = _action(actions, "rollback", "let an alias point to what it pointed to before")
+    rollback.add_argument("name", metavar="NAME", help="the model")
+    rollback.add_argument("--alias", default="champion", help="(default: champion)")
+    rollback.add_argument("--reason", help="for the log")
+    collect = _action(actions, "gc", "remove versions that no alias needs, and what is left over")
+    collect.add_argument(
+        "--keep", type=int, default=3, metavar="N", help="newest versions (default: 3)"
+    )
+    collect.add_argument("--nobody-writes", action="store_true", help="for a bucket: you made sure")
+
+
+def _add_hub_actions(actions: Any) -> None:
+    push = _action(actions, "push", "upload a version to the Hugging Face Hub")
+    push.add_argument("reference", metavar="VERSION", help=REFERENCE)
+    push.add_argument("repository", metavar="OWNER/NAME", help="repository on the Hub")
+    push.add_argument("--public", action="store_true", help="make a new repository public")
+    pull = _action(actions, "pull", "download a version that was pushed, and verify it")
+    pull.add_argument("repository", metavar="OWNER/NAME", help="repository on the Hub")
+    pull.add_argument("--revision", metavar="REV", help="commit, branch or tag")
+    for action in (push, pull):
+        action.add_argument("--endpoint", metavar="URL", help="another address than the Hub's")
+
+
+def _action(actions: Any, name: str, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = actions.add_parser(
+        name, help=text, description=text, allow_abbrev=False
+    )
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do the action, print, and give the exit code.
+
+    Args:
+        args: From the parser.
+
+    Returns:
+        0.
+
+    Raises:
+        ConfigError: No store is named.
+    """
+    place = args.store or read_variable(STORE)
+    if not place:
+        raise ConfigError(f"No store is named. Give --store, or set {STORE.name}.")
+    from halfbyte.cli.output import console, print_json
+    from halfbyte.store.store import Store
+
+    result, lines = ACTIONS[args.action](Store(place), args)
+    if args.json or args.action == "bom":
+        print_json(result)
+    else:
+        for line in lines:
+            console.print(line, soft_wrap=True)
+    return 0
+
+
+Outcome = tuple[Any, list[str]]
+"""What goes out as JSON, and the lines for people."""
+
+
+def _add(store: Store, args: argparse.Namespace) -> Outcome:
+    from halfbyte.store.manifest import BaseModel, read_base
+
+    base = read_base(args.folder) if args.folder.is_dir() else BaseModel()
+    base = BaseModel(id=args.base_id or base.id, revision=args.base_revision)
+    manifest = store.add(
+        args.folder,
+        args.name,
+        base=base,
+        base_folder=args.base,
+        verdict=args.verdict,
+        like=args.like,
+    )
+    what = f"{len(manifest.files)} files, {_size(manifest.num_bytes)}"
+    line = f"{args.name}@{manifest.version[:12]}: {what}"
+    return {"version": manifest.version, "manifest": manifest}, [line]
+
+
+def _list(store: Store, args: argparse.Namespace) -> Outcome:
+    found: dict[str, Any] = {}
+    lines: list[str] = []
+    for name in [args.name] if args.name else store.names():
+        history = store.history(name)
+        found[name] = {"versions": history.versions, "aliases": history.aliases}
+        lines.append(name)
+        for version in history.versions:
+            manifest = store.manifest(version)
+            aliases = [alias for alias, target in history.aliases.items() if target == version]
+            verdict = store.verdict(name, version) or "no verdict"
+            words = [version[:12], manifest.created, _size(manifest.num_bytes), verdict, *aliases]
+            lines.append("  " + "  ".join(words))
+    return found, lines or ["The store is empty."]
+
+
+def _show(store: Store, args: argparse.Namespace) -> Outcome:
+    name, version = store.resolve(args.reference)
+    manifest, history = store.manifest(version), store.history(name)
+    base = manifest.base
+    events = [entry for entry in history.entries if entry.version == version]
+    lines = [
+        f"{name}@{version}",
+        f"created  {manifest.created}, parent {(manifest.parent or 'none')[:12]}",
+        f"base     {base.id or 'unknown'}, revision {base.revision or 'unknown'}, digest "
+        f"{(base.digest or 'unknown')[:12]}",
+        f"recipe   {', '.join(f'{key} {value}' for key, value in manifest.recipe.items())}",
+        f"verdict  {store.verdict(name, version) or 'none'}",
+        *(f"file     {r.sha256[:12]}  {_size(r.bytes):>9}  {p}" for p, r in manifest.files.items()),
+        *(
+            f"log      {e.time}  {e.event}{' ' + e.alias if e.alias else ''}  by {e.actor}"
+            f"{': ' + e.reason if e.reason else ''}"
+            for e in events
+        ),
+    ]
+    return {"version": version, "manifest": manifest, "log": events}, lines
+
+
+def _diff(store: Store, args: argparse.Namespace) -> Outcome:
+    from halfbyte.store.differences import diff_versions
+
+    found = diff_versions(store, args.reference, args.other)
+    lines = [
+        f"{kind:8} {key}: {before} -> {after}"
+        for kind in ("files", "recipe", "base", "tools")
+        for key, (before, after) in found[kind].items()
+    ]
+    before, after = found["bytes"]
+    return found, [*lines, f"size     {_size(before)} -> {_size(after)}"]
+
+
+def _verify(store: Store, args: argparse.Namespace) -> Outcome:
+    versions = store.verify(args.reference)
+    lines = [f"{len(versions)} versions are as they were added, byte for byte"]
+    if args.public_key:
+        from halfbyte.store.signing import verify_signature
+
+        verify_signature(store, args.reference or "", args.public_key)
+        lines.append(f"the signature holds for {args.public_key}")
+    return {"verified": versions}, lines
+
+
+def _get(store: Store, args: argparse.Namespace) -> Outcome:
+    from halfbyte.store.checkout import checkout
+
+    folder = checkout(store, args.reference, args.output)
+    return {"folder": folder}, [f"{folder}: {store.resolve(args.reference)[1][:12]}, verified"]
+
+
+def _bom(store: Store, args: argparse.Namespace) -> Outcome:
+    from halfbyte.store.bom import make_bom
+
+    name, version = store.resolve(args.reference)
+    return make_bom(store.manifest(version), store.verdict(name, version)), []
+
+
+def _sign(store: Store, args: argparse.Namespace) -> Outcome:
+    from halfbyte.store.signing import sign
+
+    digest = sign(store, args.reference, args.private_key)
+    return {"signature": digest}, [f"signed: {digest[:12]}"]
+
+
+def _judge(store: Store, args: argparse.Namespace) -> Outcome:
+    verdict = store.judge(args.reference, args.verdict)
+    return {"verdict": verdict}, [f"{args.reference}: {verdict}"]
+
+
+def _promote(store: Store, args: argparse.Namespace) -> Outcome:
+    entry = store.promote(args.reference, args.to, force_reason=args.force)
+    return entry, [f"{entry.alias} is now {entry.version[:12]}"]
+
+
+def _rollback(store: Store, args: argparse.Namespace) -> Outcome:
+    entry = store.rollback(args.name, args.alias, reason=args.reason)
+    return entry, [f"{entry.alias} is back at {entry.version[:12]}"]
+
+
+def _collect(store: Store, args: argparse.Namespace) -> Outcome:
+    from halfbyte.store.garbage import collect_garbage
+
+    found = collect_garbage(store, keep=args.keep, nobody_writes=args.nobody_writes)
+    line = (
+        f"removed {len(found.versions)} versions and {found.blobs} files, {_size(found.num_bytes)}"
+    )
+    return found, [line]
+
+
+def _push(store: Store, args: argparse.Namespace) -> Outcome:
+    from halfbyte.store.hub import push
+
+    commit = push(
+        store, args.reference, args.repository, private=not args.public, endpoint=args.endpoint
+    )
+    return {"commit": commit}, [f"{args.repository}: commit {commit}"]
+
+
+def _pull(store: Store, args: argparse.Namespace) -> Outcome:
+    from halfbyte.store.hub import pull
+
+    manifest = pull(store, args.repository, revision=args.revision, endpoint=args.endpoint)
+    return {"version": manifest.version}, [f"{manifest.name}@{manifest.version[:12]}, verified"]
+
+
+ACTIONS: dict[str, Callable[[Any, argparse.Namespace], Outcome]] = {
+    "add": _add,
+    "list": _list,
+    "show": _show,
+    "diff": _diff,
+    "verify": _verify,
+    "get": _get,
+    "bom": _bom,
+    "sign": _sign,
+    "judge": _judge,
+    "promote": _promote,
+    "rollback": _rollback,
+    "gc": _collect,
+    "push": _push,
+    "pull": _pull,
+}
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.1f} MB"

@@ -1,0 +1,317 @@
+"""AWQ in its GEMM form: codes packed along ``out``, in an order that suits its kernels.
+
+::
+
+    <module>.qweight  int32 [in, out / 8]      nibble i of word c: output 8 * c + ORDER[i]
+    <module>.qzeros   int32 [groups, out / 8]  in the same order, as they are
+    <module>.scales   fp16  [groups, out]
+
+Four bits only, one group size for the whole model, zeros anywhere from 0 to 15.
+
+Source:
+    AutoAWQ ``awq/modules/linear/gemm.py`` (``order_map``) and ``utils/packing_utils.py``; vLLM
+    ``quantization/awq.py`` and ``awq_marlin.py`` for the group sizes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.checkpoint.companions import copy_companions
+from halfbyte.checkpoint.labels import CONFIG_SECTION
+from halfbyte.checkpoint.shards import TensorFiles
+from halfbyte.checkpoint.write import TensorSpec
+from halfbyte.convert.coded import CodedLinear, CodedSpec, describe_grid
+from halfbyte.convert.source import (
+    TensorFilesView,
+    check_finite,
+    check_shape,
+    need,
+    view_tensors,
+)
+from halfbyte.errors import CheckpointError
+from halfbyte.packing import row_tiles
+
+BITS = 4
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+INVERSE = (0, 4, 1, 5, 2, 6, 3, 7)
+GROUP_SIZES = (128, 64, 32)
+
+TILE_WORDS = 2**14
+"""Words turned at a time: with two temporaries of their size they fit a core's own cache."""
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_TENSORS = {
+    "qweight": (torch.int32,),
+    "qzeros": (torch.int32,),
+    "scales": _FLOATS,
+    "bias": _FLOATS,
+}
+
+
+def pack_outputs(values: Tensor) -> Tensor:
+    """Pack 4-bit values [out, n] along ``out`` into int32 [n, out / 8].
+
+    Args:
+        values: uint8 0..15; ``out`` is a multiple of 8.
+
+    Returns:
+        The words, contiguous.
+    """
+    parts = values.reshape(-1, 8, values.shape[1])
+    words = parts[:, ORDER[0]].to(torch.int32)
+    for place, output in enumerate(ORDER[1:], start=1):
+        words |= parts[:, output].to(torch.int32) << (BITS * place)
+    return words.t().contiguous()
+
+
+def unpack_outputs(words: Tensor) -> Tensor:
+    """Undo :func:`pack_outputs`: int32 [n, out / 8] into uint8 [out, n]."""
+    turned = words.t().contiguous()
+    values = torch.empty((words.shape[1], 8, words.shape[0]), dtype=torch.uint8)
+    for place, output in enumerate(ORDER):
+        values[:, output] = (turned >> (BITS * place)) & 15
+    return values.view(-1, words.shape[0])
+
+
+def turn_words(words: Tensor) -> Tensor:
+    """Turn words along ``in`` [out, in / 8] into words along ``out`` in AWQ's order [in, out / 8].
+
+    The same as unpacking and :func:`pack_outputs`, without ever unpacking.
+    """
+    columns = words.t().contiguous()
+    turned = torch.empty((len(columns), 8, words.shape[0] // 8), dtype=torch.int32)
+    for part in row_tiles(columns.shape, TILE_WORDS):
+        squares = columns[part].view(-1, words.shape[0] // 8, 8).permute(2, 0, 1)
+        turned[part] = transpose_nibbles(squares[ORDER, :]).transpose(0, 1)
+    return turned.view(-1, words.shape[0] // 8)
+
+
+def turn_back(words: Tensor) -> Tensor:
+    """Undo :func:`turn_words`: int32 [in, out / 8] into [out, in / 8]."""
+    blocks = words.view(-1, 8, words.shape[1])
+    columns = torch.empty((len(blocks), words.shape[1], 8), dtype=torch.int32)
+    for part in row_tiles((len(blocks), 8 * words.shape[1]), TILE_WORDS):
+        squares = transpose_nibbles(blocks[part].transpose(0, 1).contiguous())
+        columns[part] = squares[INVERSE, :].permute(1, 2, 0)
+    return columns.view(len(blocks), -1).t().contiguous()
+
+
+def transpose_nibbles(words: Tensor) -> Tensor:
+    """Transpose squares of eight by eight nibbles, in place: word k's nibble i and word i's k.
+
+    Args:
+        words: int32 [8, ...], contiguous.
+
+    Returns:
+        The same memory.
+
+    Source:
+        Warren, Hacker's Delight, 2nd ed., section 7-3: halves change places, then quarters.
+    """
+    for half, shift, mask in ((4, 16, 0x0000FFFF), (2, 8, 0x00FF00FF), (1, 4, 0x0F0F0F0F)):
+        pairs = words.view(4 // half, 2, half, *words.shape[1:])
+        first, second = pairs[:, 0], pairs[:, 1]
+        change = ((first >> shift) ^ second) & mask
+        second ^= change
+        first ^= change << shift
+    return words
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AwqSource:
+    """An AWQ checkpoint of the GEMM form."""
+
+    folder: Path
+    view: TensorFilesView
+    model_config: Mapping[str, Any]
+    format: str = "awq"
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def open(
+        cls, folder: Path, labels: Mapping[str, Any], model_config: Mapping[str, Any]
+    ) -> AwqSource:
+        """Check labels and shapes; no tensor is read.
+
+        Args:
+            folder: The checkpoint.
+            labels: Its quantization section.
+            model_config: ``config.json`` without it.
+
+        Returns:
+            The source.
+
+        Raises:
+            CheckpointError: It is of another form than GEMM, or a shape does not fit.
+        """
+        version = str(labels.get("version", labels.get("format", "gemm"))).lower()
+        bits = labels.get("bits", labels.get("w_bit", BITS))
+        if version != "gemm" or bits != BITS:
+            raise CheckpointError(
+                f"Cannot read {folder}: it is AWQ of version '{version}' with {bits} bits; only "
+                "'gemm' with 4 bits is read. Save it in that form with the tool that made it."
+            )
+        view = view_tensors(TensorFiles.open(folder), "qweight", _TENSORS, "AWQ")
+        for name, parts in view.parts.items():
+            _check_parts(name, parts)
+        return cls(folder=folder, view=view, model_config=model_config)
+
+    @property
+    def linears(self) -> Mapping[str, object]:
+        """Every coded module."""
+        return self.view.parts
+
+    @property
+    def others(self) -> Mapping[str, TensorSpec]:
+        """Every tensor that belongs to no coded module."""
+        return self.view.others
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where tokenizer and model card are."""
+        return self.folder
+
+    def describe(self, name: str) -> CodedSpec:
+        """Give a linear's facts; its codes are not read."""
+        parts = self.view.parts[name]
+        tensors = self.view.load(name, ("scales", "qzeros"))
+        in_features, groups = parts["qweight"].shape[0], parts["scales"].shape[0]
+        return describe_grid(
+            check_finite(f"{name}.scales", tensors["scales"].t()),
+            unpack_outputs(tensors["qzeros"]).to(torch.int16),
+            bits=BITS,
+            in_features=in_features,
+            group_size=in_features // groups,
+            is_ordered=True,
+            bias=parts.get("bias"),
+        )
+
+    def load_linear(self, name: str) -> CodedLinear:
+        """Read one coded linear."""
+        tensors = self.view.load(name, tuple(_TENSORS))
+        scales = check_finite(f"{name}.scales", tensors["scales"])
+        if "bias" in tensors:
+            check_finite(f"{name}.bias", tensors["bias"])
+        return CodedLinear(
+            words=turn_back(tensors["qweight"]),
+            scales=scales.t().contiguous(),
+            zeros=unpack_outputs(tensors["qzeros"]).to(torch.int16),
+            bits=BITS,
+            group_size=tensors["qweight"].shape[0] // scales.shape[0],
+            g_idx=None,
+            bias=tensors.get("bias"),
+        )
+
+    def load_other(self, name: str) -> Tensor:
+        """Read one other tensor."""
+        return self.view.load_other(name)
+
+    def copy_companions(self, output: Path) -> None:
+        """Copy tokenizer, chat template and licence."""
+        copy_companions(self.folder, output)
+
+
+def _check_parts(name: str, parts: Mapping[str, TensorSpec]) -> None:
+    need(name, parts, ("qweight", "qzeros", "scales"))
+    in_features, words = parts["qweight"].shape
+    groups = parts["scales"].shape[0]
+    check_shape(f"{name}.scales", parts["scales"], (groups, words * 8))
+    check_shape(f"{name}.qzeros", parts["qzeros"], (groups, words))
+    if "bias" in parts:
+        check_shape(f"{name}.bias", parts["bias"], (words * 8,))
+    if in_features % groups or in_features % 8:
+        raise CheckpointError(
+            f"{name}.scales has {groups} groups for {in_features} inputs; equal groups and a "
+            "multiple of 8 are needed. The file is damaged; download it again."
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AwqTarget:
+    """Writes the GEMM form, with one group size for the whole model."""
+
+    group_size: int
+    format: str = "awq"
+    metadata_format: str = "pt"
+
+    @classmethod
+    def fit(cls, specs: Mapping[str, CodedSpec]) -> AwqTarget:
+        """Choose the largest group size that no group of any linear straddles."""
+        even = math.gcd(*(spec.even_group for spec in specs.values() if _is_codable(spec)))
+        return cls(group_size=next((size for size in GROUP_SIZES if even % size == 0), even))
+
+    def find_obstacle(self, spec: CodedSpec) -> str | None:
+        """Say why a linear cannot be held exactly; None where it can."""
+        if spec.bits > BITS:
+            return f"{spec.bits} bits; AWQ holds 4"
+        if not spec.is_ordered:
+            return "groups in the order of activations (desc_act); AWQ has no g_idx"
+        if not spec.scales_fit_half:
+            return "a scale that fp16 cannot hold"
+        if spec.out_features % 8:
+            return f"{spec.out_features} outputs, which is no multiple of 8"
+        if self.group_size not in GROUP_SIZES:
+            return f"groups of {spec.group_size}; AWQ's readers take equal groups of {GROUP_SIZES}"
+        return None
+
+    def find_rounding(self, spec: CodedSpec) -> str | None:
+        """Give None: what is not exact here has no better form than 16 bits."""
+        return None
+
+    def announce(self, spec: CodedSpec) -> dict[str, TensorSpec]:
+        """Give the tensors that a linear will be, by suffix."""
+        out, groups = spec.out_features, spec.in_features // self.group_size
+        tensors = {
+            "qweight": TensorSpec(dtype=torch.int32, shape=(spec.in_features, out // 8)),
+            "qzeros": TensorSpec(dtype=torch.int32, shape=(groups, out // 8)),
+            "scales": TensorSpec(dtype=torch.float16, shape=(groups, out)),
+        }
+        return tensors if spec.bias is None else {**tensors, "bias": spec.bias}
+
+    def spell(self, linear: CodedLinear) -> dict[str, Tensor]:
+        """Make them."""
+        linear = linear.widen(BITS).split_groups(self.group_size)
+        tensors = {
+            "qweight": turn_words(linear.words),
+            "qzeros": pack_outputs(linear.zeros.to(torch.uint8)),
+            "scales": linear.scales.to(torch.float16).t().contiguous(),
+        }
+        return tensors if linear.bias is None else {**tensors, "bias": linear.bias}
+
+    def decode(self, tensors: Mapping[str, Tensor], spec: CodedSpec) -> CodedLinear:
+        """Read a linear back."""
+        return CodedLinear(
+            words=turn_back(tensors["qweight"]),
+            scales=tensors["scales"].t(),
+            zeros=unpack_outputs(tensors["qzeros"]).to(torch.int16),
+            bits=BITS,
+            group_size=self.group_size,
+            g_idx=None,
+            bias=tensors.get("bias"),
+        )
+
+    def label(
+        self, coded: Mapping[str, CodedSpec], dense: list[str], model_config: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Give the whole ``config.json``."""
+        section = {
+            "quant_method": "awq",
+            "version": "gemm",
+            "bits": BITS,
+            "group_size": self.group_size,
+            "zero_point": True,
+            "modules_to_not_convert": dense or None,
+        }
+        return {**model_config, CONFIG_SECTION: section}
+
+
+def _is_codable(spec: CodedSpec) -> bool:
+    return spec.bits <= BITS and spec.is_ordered

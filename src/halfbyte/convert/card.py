@@ -1,0 +1,44 @@
+"""The README of a converted folder: the source's front matter, and what was converted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+CARD_FILE = "README.md"
+CARRIED_KEYS = (
+    "license", "license_name", "license_link", "language", "base_model", "base_model_relation",
+    "pipeline_tag",
+)  # fmt: skip
+"""Of the source's front matter: they hold for every spelling of the same codes."""
+
+
+def read_front_matter(folder: Path) -> dict[str, Any]:
+    """Read the front matter of a folder's README; empty where it has none that can be read."""
+    path = folder / CARD_FILE
+    if not path.is_file():
+        return {}
+    from huggingface_hub.repocard import metadata_load
+
+    try:
+        return metadata_load(path) or {}
+    except ValueError:
+        return {}
+
+
+def write_card(source: Path | None, output: Path, text: str, tag: str) -> None:
+    """Write the README of a converted folder.
+
+    Args:
+        source: The source's folder; None where it has none.
+        output: The new folder.
+        text: What was done.
+        tag: The format, for the Hub's tags.
+    """
+    from huggingface_hub.repocard_data import CardData
+
+    front: Mapping[str, Any] = read_front_matter(source) if source is not None else {}
+    kept = {key: front[key] for key in CARRIED_KEYS if key in front}
+    data = CardData(**kept, tags=[tag, "halfbyte"])
+    (output / CARD_FILE).write_text(f"---\n{data.to_yaml()}\n---\n\n{text}\n", encoding="utf-8")

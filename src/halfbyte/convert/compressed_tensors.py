@@ -1,0 +1,356 @@
+"""compressed-tensors, format "pack-quantized": what llm-compressor writes and vLLM reads.
+
+::
+
+    <module>.weight_packed      int32 [out, in * bits / 32]      codes, a stream along ``in``
+    <module>.weight_scale       float [out, groups]
+    <module>.weight_zero_point  int32 [out * bits / 32, groups]  where asymmetric; along ``out``
+    <module>.weight_shape       int64 [2]                        out, in
+
+Codes are stored as they are here: the library's signed values plus half the range.
+
+Source:
+    compressed-tensors 0.20 ``compressors/pack_quantized`` and ``quantization/quant_config.py``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.checkpoint.companions import copy_companions
+from halfbyte.checkpoint.labels import CONFIG_SECTION
+from halfbyte.checkpoint.shards import TensorFiles
+from halfbyte.checkpoint.write import TensorSpec
+from halfbyte.convert.coded import CodedLinear, CodedSpec, describe_grid
+from halfbyte.convert.source import (
+    TensorFilesView,
+    check_finite,
+    check_shape,
+    need,
+    view_tensors,
+)
+from halfbyte.errors import CheckpointError
+from halfbyte.packing import codes_per_run, pack_codes, unpack_codes
+
+METHOD = "compressed-tensors"
+PACKED = "pack-quantized"
+BITS = (2, 3, 4, 5, 6, 8)
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_TENSORS = {
+    "weight_packed": (torch.int32,),
+    "weight_scale": _FLOATS,
+    "weight_zero_point": (torch.int32,),
+    "weight_shape": (torch.int64, torch.int32),
+    "bias": _FLOATS,
+}
+_GRID = ("weight_scale", "weight_zero_point", "weight_shape")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompressedTensorsSource:
+    """A checkpoint of llm-compressor with packed whole-number weights."""
+
+    folder: Path
+    view: TensorFilesView
+    bits: Mapping[str, int]
+    model_config: Mapping[str, Any]
+    format: str = METHOD
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def open(
+        cls, folder: Path, labels: Mapping[str, Any], model_config: Mapping[str, Any]
+    ) -> CompressedTensorsSource:
+        """Check labels and shapes; no weight is read.
+
+        Args:
+            folder: The checkpoint.
+            labels: Its quantization section.
+            model_config: ``config.json`` without it.
+
+        Returns:
+            The source.
+
+        Raises:
+            CheckpointError: It is of another format than pack-quantized, has activations in fewer
+                bits or an order of groups, or a shape does not fit.
+        """
+        widths = _read_schemes(folder, labels)
+        view = view_tensors(TensorFiles.open(folder), "weight_packed", _TENSORS, METHOD)
+        bits = {name: _choose_bits(name, parts, widths) for name, parts in view.parts.items()}
+        for name, parts in view.parts.items():
+            _check_parts(name, parts, bits[name])
+        return cls(folder=folder, view=view, bits=bits, model_config=model_config)
+
+    @property
+    def linears(self) -> Mapping[str, object]:
+        """Every coded module."""
+        return self.view.parts
+
+    @property
+    def others(self) -> Mapping[str, TensorSpec]:
+        """Every tensor that belongs to no coded module."""
+        return self.view.others
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where tokenizer and model card are."""
+        return self.folder
+
+    def describe(self, name: str) -> CodedSpec:
+        """Give a linear's facts; its codes are not read."""
+        scales, zeros, in_features = self._grid(name, self.view.load(name, _GRID))
+        return describe_grid(
+            scales,
+            zeros,
+            bits=self.bits[name],
+            in_features=in_features,
+            group_size=in_features // scales.shape[1],
+            is_ordered=True,
+            bias=self.view.parts[name].get("bias"),
+        )
+
+    def load_linear(self, name: str) -> CodedLinear:
+        """Read one coded linear."""
+        tensors = self.view.load(name, tuple(_TENSORS))
+        scales, zeros, in_features = self._grid(name, tensors)
+        if "bias" in tensors:
+            check_finite(f"{name}.bias", tensors["bias"])
+        return CodedLinear(
+            words=tensors["weight_packed"],
+            scales=scales,
+            zeros=zeros,
+            bits=self.bits[name],
+            group_size=in_features // scales.shape[1],
+            g_idx=None,
+            bias=tensors.get("bias"),
+        )
+
+    def _grid(self, name: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, int]:
+        """Check a module's small tensors against each other; give scales, zeros and width."""
+        bits, parts = self.bits[name], self.view.parts[name]
+        scales = check_finite(f"{name}.weight_scale", tensors["weight_scale"])
+        in_features = parts["weight_packed"].shape[1] * 32 // bits
+        shape = tensors["weight_shape"].tolist()
+        if shape != [scales.shape[0], in_features]:
+            raise CheckpointError(
+                f"{name}.weight_shape says {str(shape)[:80]}, the tensors are of "
+                f"{[scales.shape[0], in_features]}. The file is damaged; download it again."
+            )
+        if "weight_zero_point" in tensors:
+            zeros = unpack_codes(tensors["weight_zero_point"], bits).to(torch.int16)
+        else:
+            zeros = torch.full(scales.shape, 2 ** (bits - 1), dtype=torch.int16)
+        return scales, zeros, in_features
+
+    def load_other(self, name: str) -> Tensor:
+        """Read one other tensor."""
+        return self.view.load_other(name)
+
+    def copy_companions(self, output: Path) -> None:
+        """Copy tokenizer, chat template and licence."""
+        copy_companions(self.folder, output)
+
+
+def _read_schemes(folder: Path, labels: Mapping[str, Any]) -> list[tuple[list[str], int]]:
+    """List the targets and the bits of each scheme; refuse what is more than packed weights."""
+    groups = labels.get("config_groups")
+    kind = labels.get("format")
+    if kind != PACKED or not isinstance(groups, dict):
+        raise CheckpointError(
+            f"Cannot read {folder}: it is compressed-tensors of the format '{str(kind)[:40]}'; "
+            f"only '{PACKED}' with config_groups is read."
+        )
+    found: list[tuple[list[str], int]] = []
+    for key, scheme in groups.items():
+        weights = scheme.get("weights") if isinstance(scheme, dict) else None
+        targets = scheme.get("targets") if isinstance(scheme, dict) else None
+        bits = weights.get("num_bits") if isinstance(weights, dict) else None
+        if bits not in BITS or not isinstance(targets, list) or not isinstance(weights, dict):
+            raise CheckpointError(
+                f"Cannot read config_groups.{key} of {folder}: its weights have "
+                f"{str(bits)[:40]} bits; allowed are {BITS}, with a list of targets."
+            )
+        for part in ("input_activations", "output_activations"):
+            if scheme.get(part) is not None:
+                raise CheckpointError(
+                    f"Cannot read {folder}: config_groups.{key} rounds activations too "
+                    f"({part}), which no other format here does."
+                )
+        if weights.get("actorder") in ("group", "dynamic", True):
+            raise CheckpointError(
+                f"Cannot read {folder}: its groups follow the order of activations (actorder "
+                f"'{weights['actorder']}'), which is not read from compressed-tensors."
+            )
+        found.append(([str(target) for target in targets], int(bits)))
+    return found
+
+
+def _choose_bits(
+    name: str, parts: Mapping[str, TensorSpec], widths: list[tuple[list[str], int]]
+) -> int:
+    """Take the bits of the scheme that names a module, else of the one for its class."""
+    for targets, bits in widths:
+        if any(_names(target, name) for target in targets):
+            return bits
+    for targets, bits in widths:
+        if "Linear" in targets:
+            return bits
+    raise CheckpointError(f"No scheme of the quantization config is for {name}.")
+
+
+def _names(target: str, name: str) -> bool:
+    if not target.startswith("re:"):
+        return target == name
+    try:
+        return re.match(target.removeprefix("re:"), name) is not None
+    except (re.error, OverflowError, RecursionError) as error:
+        raise CheckpointError(
+            f"Cannot use the target '{target[:80]}': it is not a regular expression: {error}."
+        ) from error
+
+
+def _check_parts(name: str, parts: Mapping[str, TensorSpec], bits: int) -> None:
+    need(name, parts, ("weight_packed", "weight_scale"))
+    out_features, words = parts["weight_packed"].shape
+    groups = parts["weight_scale"].shape[1]
+    in_features, rest = divmod(words * 32, bits)
+    if rest or in_features % groups or words * 32 % (codes_per_run(bits) * bits):
+        raise CheckpointError(
+            f"{name}.weight_packed has {words} words for {bits} bits and {groups} groups; whole "
+            "runs of codes and equal groups are needed. The file is damaged, or padded."
+        )
+    check_shape(f"{name}.weight_scale", parts["weight_scale"], (out_features, groups))
+    if "weight_shape" not in parts:
+        raise CheckpointError(f"The checkpoint has no {name}.weight_shape. It is incomplete.")
+    check_shape(f"{name}.weight_shape", parts["weight_shape"], (2,))
+    if "weight_zero_point" in parts:
+        if out_features % codes_per_run(bits):
+            raise CheckpointError(
+                f"{name} has {out_features} outputs with zero points; a multiple of "
+                f"{codes_per_run(bits)} is read."
+            )
+        shape = (out_features * bits // 32, groups)
+        check_shape(f"{name}.weight_zero_point", parts["weight_zero_point"], shape)
+    if "bias" in parts:
+        check_shape(f"{name}.bias", parts["bias"], (out_features,))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompressedTensorsTarget:
+    """Writes pack-quantized weights with fp16 scales."""
+
+    format: str = METHOD
+    metadata_format: str = "pt"
+
+    def find_obstacle(self, spec: CodedSpec) -> str | None:
+        """Say why a linear cannot be held exactly; None where it can."""
+        if not spec.is_ordered:
+            return "groups in the order of activations (desc_act); the library reads no g_idx"
+        if not spec.scales_fit_half:
+            return "a scale that fp16 cannot hold"
+        if not spec.is_symmetric and spec.out_features % codes_per_run(spec.bits):
+            return f"{spec.out_features} outputs with zero points, no multiple of a run of codes"
+        return None
+
+    def find_rounding(self, spec: CodedSpec) -> str | None:
+        """Give None: what is not exact here has no better form than 16 bits."""
+        return None
+
+    def announce(self, spec: CodedSpec) -> dict[str, TensorSpec]:
+        """Give the tensors that a linear will be, by suffix."""
+        out, groups = spec.out_features, spec.in_features // spec.even_group
+        packed = (out, spec.in_features * spec.bits // 32)
+        tensors = {
+            "weight_shape": TensorSpec(dtype=torch.int64, shape=(2,)),
+            "weight_packed": TensorSpec(dtype=torch.int32, shape=packed),
+        }
+        if not spec.is_symmetric:
+            shape = (out * spec.bits // 32, groups)
+            tensors["weight_zero_point"] = TensorSpec(dtype=torch.int32, shape=shape)
+        tensors["weight_scale"] = TensorSpec(dtype=torch.float16, shape=(out, groups))
+        return tensors if spec.bias is None else {**tensors, "bias": spec.bias}
+
+    def spell(self, linear: CodedLinear) -> dict[str, Tensor]:
+        """Make them."""
+        spec = linear.describe()
+        linear = linear.split_groups(spec.even_group)
+        tensors = {
+            "weight_shape": torch.tensor([linear.out_features, linear.in_features]),
+            "weight_packed": linear.words,
+        }
+        if not spec.is_symmetric:
+            tensors["weight_zero_point"] = pack_codes(linear.zeros, linear.bits)
+        tensors["weight_scale"] = linear.scales.to(torch.float16).contiguous()
+        return tensors if linear.bias is None else {**tensors, "bias": linear.bias}
+
+    def decode(self, tensors: Mapping[str, Tensor], spec: CodedSpec) -> CodedLinear:
+        """Read a linear back."""
+        scales = tensors["weight_scale"]
+        if "weight_zero_point" in tensors:
+            zeros = unpack_codes(tensors["weight_zero_point"], spec.bits).to(torch.int16)
+        else:
+            zeros = torch.full(scales.shape, 2 ** (spec.bits - 1), dtype=torch.int16)
+        return CodedLinear(
+            words=tensors["weight_packed"],
+            scales=scales,
+            zeros=zeros,
+            bits=spec.bits,
+            group_size=spec.even_group,
+            g_idx=None,
+            bias=tensors.get("bias"),
+        )
+
+    def label(
+        self, coded: Mapping[str, CodedSpec], dense: list[str], model_config: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Give the whole ``config.json``."""
+        members: dict[tuple[int, int | None, bool], list[str]] = {}
+        for name, spec in coded.items():
+            size = None if spec.even_group == spec.in_features else spec.even_group
+            members.setdefault((spec.bits, size, spec.is_symmetric), []).append(name)
+        # One scheme is for all linears but those named under ignore; several are by name.
+        targets = [["Linear"]] if len(members) == 1 else list(members.values())
+        groups = {
+            f"group_{number}": _scheme(setting, names)
+            for number, (setting, names) in enumerate(zip(members, targets, strict=True))
+        }
+        section = {
+            "quant_method": METHOD,
+            "format": PACKED,
+            "quantization_status": "compressed",
+            "config_groups": groups,
+            "ignore": [*dense, *_unnamed_heads(coded, dense)],
+            "kv_cache_scheme": None,
+        }
+        return {**model_config, CONFIG_SECTION: section}
+
+
+def _unnamed_heads(coded: Mapping[str, CodedSpec], dense: list[str]) -> list[str]:
+    """A head that is tied to the embeddings has no tensor of its own, but it is a linear."""
+    return [] if "lm_head" in coded or "lm_head" in dense else ["lm_head"]
+
+
+def _scheme(setting: tuple[int, int | None, bool], targets: list[str]) -> dict[str, Any]:
+    bits, group_size, symmetric = setting
+    return {
+        "targets": targets,
+        "weights": {
+            "num_bits": bits,
+            "type": "int",
+            "symmetric": symmetric,
+            "strategy": "channel" if group_size is None else "group",
+            "group_size": group_size,
+            "dynamic": False,
+        },
+        "input_activations": None,
+        "output_activations": None,
+    }

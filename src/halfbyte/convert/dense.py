@@ -1,0 +1,64 @@
+"""Plain weights in 16 or 32 bits: what every program reads, at four times the size.
+
+fp32 holds the product of any code and fp16 scale exactly; 16 bits round it once, to nearest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.checkpoint.write import TensorSpec
+from halfbyte.convert.coded import CodedLinear, CodedSpec
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseTarget:
+    """Writes ``<module>.weight`` in one floating-point type."""
+
+    dtype: torch.dtype
+    format: str = "hf"
+    metadata_format: str = "pt"
+
+    def find_obstacle(self, spec: CodedSpec) -> str | None:
+        """Give None: rounding each weight once is what this format is for."""
+        return None
+
+    def find_rounding(self, spec: CodedSpec) -> str | None:
+        """Say how a linear is held; None where that is exact."""
+        # (code - zero) has 9 bits at most and an fp16 scale 11; fp32 has 24.
+        if self.dtype == torch.float32 and spec.scales_fit_half:
+            return None
+        return f"each weight rounded once to {str(self.dtype).removeprefix('torch.')}"
+
+    def announce(self, spec: CodedSpec) -> dict[str, TensorSpec]:
+        """Give the tensors that a linear will be, by suffix."""
+        shape = (spec.out_features, spec.in_features)
+        tensors = {"weight": TensorSpec(dtype=self.dtype, shape=shape)}
+        return tensors if spec.bias is None else {**tensors, "bias": spec.bias}
+
+    def spell(self, linear: CodedLinear) -> dict[str, Tensor]:
+        """Make them."""
+        tensors = {"weight": linear.dequantize().to(self.dtype)}
+        return tensors if linear.bias is None else {**tensors, "bias": linear.bias}
+
+    def decode(self, tensors: Mapping[str, Tensor], spec: CodedSpec) -> Tensor:
+        """Give the weight in float32."""
+        return tensors["weight"].float()
+
+    def label(
+        self, coded: Mapping[str, CodedSpec], dense: list[str], model_config: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Give the whole ``config.json``."""
+        name = str(self.dtype).removeprefix("torch.")
+        return {**model_config, "dtype": name}

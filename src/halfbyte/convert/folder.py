@@ -1,0 +1,363 @@
+"""Write a folder of safetensors in another format: one linear in memory at a time.
+
+::
+
+    specs -> per linear: coded, coded with an error, or dense -> names, types and shapes of all
+          -> shards, each header first -> one linear after another: load, spell, write
+          -> digests, index, config, tokenizer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from halfbyte.checkpoint.checksums import ShardDigest, write_checksums
+from halfbyte.checkpoint.labels import CONFIG_SECTION, MODEL_CONFIG
+from halfbyte.checkpoint.shards import SINGLE_FILE
+from halfbyte.checkpoint.write import (
+    LABEL_FILE,
+    TensorSpec,
+    shard_name,
+    stream_shard,
+    write_index,
+    write_json,
+)
+from halfbyte.convert.ahead import run_ahead
+from halfbyte.convert.card import write_card
+from halfbyte.convert.coded import CodedLinear, CodedSpec
+from halfbyte.convert.dense import DenseTarget
+from halfbyte.convert.report import RoundedTensor, measure_rounding, sample_rows
+from halfbyte.convert.source import Source
+from halfbyte.convert.target import FolderTarget
+from halfbyte.errors import ConfigError
+from halfbyte.version import __version__
+
+SHARD_BYTES = 5_000_000_000
+ALIGNMENT = 8
+"""Bytes; tensors of another size come last, so that every other one starts aligned."""
+
+EMBEDDING_NAMES = ("embed_tokens", "wte", "word_embeddings", "embed_in")
+NAMES_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """What a writer put on the disk."""
+
+    path: Path
+    holds: Mapping[str, str]
+    """By linear: how it is held."""
+    rounded: tuple[RoundedTensor, ...]
+    num_bytes: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Which form each linear gets."""
+
+    target: FolderTarget
+    fallback: FolderTarget
+    specs: Mapping[str, CodedSpec]
+    dense: Mapping[str, str]
+    """Linears that become dense though the target is not, with the reason."""
+
+    def form_of(self, name: str) -> FolderTarget:
+        """Give the format that spells a linear."""
+        return self.fallback if name in self.dense else self.target
+
+    def rounding_of(self, name: str) -> str | None:
+        """Say what is rounded of a linear; None where nothing is."""
+        rounding = self.form_of(name).find_rounding(self.specs[name])
+        reason = self.dense.get(name)
+        return f"{rounding} ({reason})" if rounding and reason else rounding
+
+
+def write_folder(
+    source: Source,
+    specs: Mapping[str, CodedSpec],
+    target: FolderTarget,
+    output: Path,
+    *,
+    allow_error: bool,
+    dense_dtype: torch.dtype = torch.float16,
+    shard_bytes: int = SHARD_BYTES,
+) -> Written:
+    """Write a model in a format of safetensors files.
+
+    Args:
+        source: The model.
+        specs: Its linears' facts.
+        target: The format.
+        output: A folder that does not exist or is empty.
+        allow_error: Hold what does not fit exactly in the closest form.
+        dense_dtype: Of linears that the target cannot code at all.
+        shard_bytes: Largest size of a file, but for a larger tensor. Unit: bytes.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ConfigError: Something does not fit and no error is allowed, or the output is not empty.
+    """
+    check_new_folder(output)
+    plan = plan_linears(specs, target, allow_error=allow_error, dense_dtype=dense_dtype)
+    output.mkdir(parents=True, exist_ok=True)
+    shards = _split(source, plan, shard_bytes)
+    rounded: list[RoundedTensor] = []
+    digests: list[ShardDigest] = []
+    for number, units in enumerate(shards, start=1):
+        name = SINGLE_FILE if len(shards) == 1 else shard_name(number, len(shards))
+        specs_in_order, order = _lay_out(units)
+        tensors = _make_tensors(source, plan, order, rounded)
+        digests.append(
+            stream_shard(
+                output / name,
+                specs_in_order,
+                tensors,
+                {
+                    "format": target.metadata_format,
+                    "converted_by": f"halfbyte {__version__}",
+                    "converted_from": source.format,
+                },
+                with_digests=target.format == "gptq",
+            )
+        )
+    if len(digests) > 1:
+        weight_map = {name: digest.file_name for digest in digests for name in digest.tensors}
+        write_index(output, weight_map, sum(digest.tensor_bytes for digest in digests))
+    _describe(source, plan, output, digests)
+    return Written(
+        path=output,
+        holds={name: describe_hold(plan.form_of(name), spec) for name, spec in specs.items()},
+        rounded=tuple(rounded),
+        num_bytes=sum(digest.num_bytes for digest in digests),
+    )
+
+
+def plan_linears(
+    specs: Mapping[str, CodedSpec],
+    target: FolderTarget,
+    *,
+    allow_error: bool,
+    dense_dtype: torch.dtype = torch.float16,
+) -> Plan:
+    """Decide how each linear is held.
+
+    Args:
+        specs: The linears' facts.
+        target: The format.
+        allow_error: Hold what does not fit exactly in the closest form.
+        dense_dtype: Of linears that the target cannot code at all.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ConfigError: Something does not fit and no error is allowed; says what, and how many.
+    """
+    obstacles: dict[str, str] = {}
+    for name, spec in specs.items():
+        reason = target.find_obstacle(spec)
+        is_embedding = name.rpartition(".")[2] in EMBEDDING_NAMES
+        if is_embedding and target.format not in ("mlx", "hf"):
+            reason = f"coded embeddings; {target.format} codes linears only"
+        if reason is not None:
+            obstacles[name] = reason
+    if not allow_error:
+        check_fit(target.format, obstacles, len(specs))
+    dense = {
+        name: reason
+        for name, reason in obstacles.items()
+        if target.find_rounding(specs[name]) is None or "embeddings" in reason
+    }
+    if len(dense) == len(specs):
+        raise ConfigError(
+            f"Cannot convert to {target.format}: none of {len(specs)} linears fits "
+            f"({next(iter(dense.values()))}). Use --to hf for dense weights."
+        )
+    fallback = DenseTarget(dtype=dense_dtype)
+    return Plan(target=target, fallback=fallback, specs=specs, dense=dense)
+
+
+def check_fit(format_name: str, obstacles: Mapping[str, str], number: int) -> None:
+    """Refuse a model that does not fit exactly.
+
+    Args:
+        format_name: The target.
+        obstacles: Reason by linear.
+        number: Of all linears.
+
+    Raises:
+        ConfigError: There are obstacles; says what, and how many.
+    """
+    if not obstacles:
+        return
+    first = [f"{name} has {reason}" for name, reason in list(obstacles.items())[:NAMES_SHOWN]]
+    more = len(obstacles) - len(first)
+    rest = f", and {more} more" if more else ""
+    raise ConfigError(
+        f"Cannot convert to {format_name} without an error: {len(obstacles)} of {number} linears "
+        f"do not fit ({'; '.join(first)}{rest}). Add --allow-error to hold these in the closest "
+        "form and have the error measured, or choose another format."
+    )
+
+
+def check_new_folder(output: Path) -> None:
+    """Refuse to write among other files.
+
+    Args:
+        output: The folder.
+
+    Raises:
+        ConfigError: It is a file, or not empty.
+    """
+    if output.is_dir() and any(output.iterdir()):
+        raise ConfigError(
+            f"The output folder {output} is not empty. Choose a new folder, or remove this one."
+        )
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"The output {output} is a file. Name a folder.")
+
+
+def describe_hold(form: FolderTarget, spec: CodedSpec) -> str:
+    """Say in a few words how a linear is held."""
+    if isinstance(form, DenseTarget):
+        return str(form.dtype).removeprefix("torch.")
+    grid = "symmetric" if spec.is_symmetric else "asymmetric"
+    return f"{spec.bits} bits, {grid}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Unit:
+    """What is loaded at once: a linear or one other tensor, and the tensors it becomes."""
+
+    name: str
+    is_linear: bool
+    tensors: Mapping[str, TensorSpec]
+    """By full name."""
+
+
+def _split(source: Source, plan: Plan, shard_bytes: int) -> list[list[_Unit]]:
+    """Share the tensors out over files, in the source's order."""
+    units = [
+        _Unit(
+            name=name,
+            is_linear=True,
+            tensors={
+                f"{name}.{suffix}": tensor
+                for suffix, tensor in plan.form_of(name).announce(spec).items()
+            },
+        )
+        for name, spec in plan.specs.items()
+    ]
+    units += [
+        _Unit(name=name, is_linear=False, tensors={name: spec})
+        for name, spec in source.others.items()
+    ]
+    shards: list[list[_Unit]] = [[]]
+    filled = 0
+    for unit in units:
+        size = sum(spec.num_bytes for spec in unit.tensors.values())
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(unit)
+        filled += size
+    return shards
+
+
+def _lay_out(units: list[_Unit]) -> tuple[dict[str, TensorSpec], list[tuple[_Unit, list[str]]]]:
+    """Order a file's tensors: as they are made, but odd sizes last, widest elements first."""
+    everything = {name: spec for unit in units for name, spec in unit.tensors.items()}
+    odd = [name for name, spec in everything.items() if spec.num_bytes % ALIGNMENT]
+    odd.sort(key=lambda name: -everything[name].dtype.itemsize)
+    order = [(unit, [name for name in unit.tensors if name not in odd]) for unit in units]
+    owner = {name: unit for unit in units for name in unit.tensors}
+    order += [(owner[name], [name]) for name in odd]
+    order = [(unit, names) for unit, names in order if names]
+    return {name: everything[name] for _, names in order for name in names}, order
+
+
+def _make_tensors(
+    source: Source,
+    plan: Plan,
+    order: list[tuple[_Unit, list[str]]],
+    rounded: list[RoundedTensor],
+) -> Iterator[tuple[str, Tensor]]:
+    """Load, spell and measure one unit after another, the next while one is being written."""
+    measured: set[str] = set()
+
+    def prepare(unit: _Unit) -> dict[str, Tensor]:
+        if not unit.is_linear:
+            return {unit.name: source.load_other(unit.name)}
+        linear = source.load_linear(unit.name)
+        form = plan.form_of(unit.name)
+        tensors = form.spell(linear)
+        how = plan.rounding_of(unit.name)
+        if how is not None and unit.name not in measured:
+            measured.add(unit.name)
+            rounded.append(_measure(unit.name, how, linear, form))
+        return {f"{unit.name}.{suffix}": tensor for suffix, tensor in tensors.items()}
+
+    units = [unit for unit, _ in order]
+    for (_, names), tensors in zip(order, run_ahead(prepare, units), strict=True):
+        for name in names:
+            yield name, tensors[name]
+
+
+def _measure(name: str, how: str, linear: CodedLinear, form: FolderTarget) -> RoundedTensor:
+    """Measure the rounding on rows from all over the linear: it is the same for every row."""
+    sample = linear.take_rows(sample_rows(linear.out_features))
+    held = form.decode(form.spell(sample), sample.describe())
+    if isinstance(held, CodedLinear):
+        held = held.dequantize()
+    return measure_rounding(name, how, sample.dequantize(), held)
+
+
+def _describe(source: Source, plan: Plan, output: Path, digests: list[ShardDigest]) -> None:
+    """Write configs, digests and tokenizer; ``config.json`` last, which makes it a model."""
+    coded = {name: spec for name, spec in plan.specs.items() if name not in plan.dense}
+    dense = [*plan.dense, *list_dense_linears(source.others)]
+    config = plan.target.label(coded, dense, source.model_config)
+    section = config.get(CONFIG_SECTION, {})
+    source.copy_companions(output)
+    _write_card(source, plan, output)
+    if plan.target.format == "gptq":
+        write_checksums(output, digests, section)
+        write_json(output / LABEL_FILE, section)
+    write_json(output / MODEL_CONFIG, config)
+
+
+def _write_card(source: Source, plan: Plan, output: Path) -> None:
+    """Say in a README where the folder is from, and whether it is exact."""
+    rounded = sum(plan.rounding_of(name) is not None for name in plan.specs)
+    how = "every weight is exact" if not rounded else f"{rounded} linears are rounded"
+    text = (
+        f"# {output.name}\n\nConverted from {source.format} to {plan.target.format} by halfbyte "
+        f"{__version__}: {how}."
+    )
+    write_card(source.tokenizer_folder, output, text, plan.target.format)
+
+
+def list_dense_linears(others: Mapping[str, TensorSpec]) -> list[str]:
+    """Name what may be linears among the tensors that are not coded: matrices within blocks, heads.
+
+    Args:
+        others: The tensors.
+
+    Returns:
+        Module names.
+    """
+    return [
+        name.removesuffix(".weight")
+        for name, spec in others.items()
+        if name.endswith(".weight")
+        and len(spec.shape) == 2
+        and (any(part.isdigit() for part in name.split(".")) or name.startswith("lm_head"))
+    ]

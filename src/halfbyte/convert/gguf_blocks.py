@@ -1,0 +1,227 @@
+"""GGUF's blocks of 32: codes of two halves in one byte, the scale in front.
+
+::
+
+    Q4_0  fp16 d, 16 bytes         weight = d * (code - 8)     byte j: code j, code j + 16
+    Q4_1  fp16 d, fp16 m, 16 bytes weight = d * code + m
+    Q8_0  fp16 d, 32 int8          weight = d * value
+    Q6_K  256 weights: 128 bytes low nibbles, 64 bytes high pairs, 16 int8 scales, fp16 d
+
+Source:
+    ggml ``ggml-common.h`` (layouts) and ``ggml-quants.c`` (order within a block).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from halfbyte.convert.coded import CodedLinear
+from halfbyte.convert.gguf_file import BF16, F16, F32, Q4_0, Q4_1, Q6_K, Q8_0, BlockType
+from halfbyte.convert.mlx import find_zeros
+from halfbyte.errors import CheckpointError
+from halfbyte.packing import row_tiles
+
+BLOCK = 32
+SUPER = 256
+_LOW = 0x0F0F0F0F0F0F0F0F
+_HIGH = -0x0F0F0F0F0F0F0F10  # 0xF0F0... as a signed number
+
+PLAIN: Mapping[BlockType, torch.dtype] = {
+    F32: torch.float32,
+    F16: torch.float16,
+    BF16: torch.bfloat16,
+}
+
+
+def spell_blocks(linear: CodedLinear, kind: BlockType) -> Tensor:
+    """Write a linear as blocks.
+
+    Args:
+        linear: For Q4_0 and Q8_0 symmetric in 4 and 8 bits, for Q4_1 any in 4 bits; its groups
+            are equal multiples of 32.
+        kind: Q4_0, Q4_1 or Q8_0.
+
+    Returns:
+        uint8 [out, in / 32 * bytes of a block].
+    """
+    linear = linear.split_groups(BLOCK)
+    scales = linear.scales.to(torch.float16)
+    grid = [scales]
+    if kind == Q4_1:
+        grid.append((-(linear.zeros.float() * scales.float())).to(torch.float16))
+    halves = [part.contiguous().view(-1).view(torch.uint8).view(*scales.shape, 2) for part in grid]
+    blocks = torch.empty((*scales.shape, kind.num_bytes), dtype=torch.uint8)
+    for place, part in enumerate(halves):
+        blocks[..., 2 * place : 2 * place + 2] = part
+    start = 2 * len(grid)
+    for rows in row_tiles((linear.out_features, linear.in_features)):
+        packed = linear.words[rows].contiguous().view(-1).view(torch.uint8)
+        # Q8_0 has the code less 128, as int8.
+        codes = packed ^ 128 if kind == Q8_0 else _pair_halves(packed.view(-1, BLOCK // 2))
+        blocks[rows, :, start:] = codes.view(-1, scales.shape[1], kind.num_bytes - start)
+    return blocks.view(linear.out_features, -1)
+
+
+def read_blocks(name: str, data: Tensor, kind: BlockType, shape: tuple[int, ...]) -> CodedLinear:
+    """Undo :func:`spell_blocks`, with groups of 32.
+
+    Args:
+        name: For messages.
+        data: uint8 [bytes].
+        kind: Q4_0, Q4_1 or Q8_0.
+        shape: [out, in].
+
+    Returns:
+        The linear.
+
+    Raises:
+        CheckpointError: A Q4_1 minimum is no whole multiple of its scale, or a scale is not
+            finite.
+    """
+    blocks = data.view(shape[0], -1, kind.num_bytes)
+    grid = 2 if kind == Q4_1 else 1
+    values = [
+        blocks[..., 2 * i : 2 * i + 2].contiguous().view(torch.float16).squeeze(-1)
+        for i in range(grid)
+    ]
+    scales = values[0]
+    if not all(bool(torch.isfinite(part).all()) for part in values):
+        raise CheckpointError(
+            f"{name} has scales that are infinite or not a number. The file is damaged."
+        )
+    codes = blocks[..., 2 * grid :]
+    bits = 8 if kind == Q8_0 else 4
+    packed = (codes ^ 128) if kind == Q8_0 else _part_halves(codes.contiguous())
+    middle = torch.full(scales.shape, 2 ** (bits - 1), dtype=torch.int16)
+    zeros = find_zeros(scales, values[1], bits) if kind == Q4_1 else middle
+    if zeros is None:
+        raise CheckpointError(
+            f"{name} is Q4_1 with minima that are no whole multiple of the scale: they fit no grid "
+            "with a zero point, so they cannot be respelled. Convert the file with --to hf."
+        )
+    return CodedLinear(
+        words=packed.reshape(shape[0], -1).contiguous().view(torch.int32),
+        scales=scales,
+        zeros=zeros,
+        bits=bits,
+        group_size=BLOCK,
+        g_idx=None,
+        bias=None,
+    )
+
+
+def read_plain(name: str, data: Tensor, kind: BlockType, shape: tuple[int, ...]) -> Tensor:
+    """Read a tensor of plain numbers, or decode Q6_K, Q8_0, Q4_0 and Q4_1 into float32.
+
+    Args:
+        name: For messages.
+        data: uint8 [bytes].
+        kind: Its type.
+        shape: Outermost first.
+
+    Returns:
+        The tensor.
+    """
+    if kind in PLAIN:
+        return data.view(PLAIN[kind]).view(shape)
+    if kind == Q6_K:
+        return _read_q6_k(data, shape)
+    blocks = data.view(-1, kind.num_bytes)
+    scales = blocks[:, :2].contiguous().view(torch.float16).float()
+    if kind == Q8_0:
+        return (blocks[:, 2:].contiguous().view(torch.int8).float() * scales).view(shape)
+    start = 4 if kind == Q4_1 else 2
+    codes = torch.cat([blocks[:, start:] & 15, blocks[:, start:] >> 4], dim=1).float()
+    if kind == Q4_0:
+        return ((codes - 8) * scales).view(shape)
+    return (codes * scales + blocks[:, 2:4].contiguous().view(torch.float16).float()).view(shape)
+
+
+def spell_plain(tensor: Tensor, kind: BlockType) -> Tensor:
+    """Write numbers as plain numbers, Q8_0 or Q6_K, rounding to nearest.
+
+    Args:
+        tensor: Float, any shape whose last axis is a multiple of the type's block.
+        kind: F32, F16, BF16, Q8_0 or Q6_K.
+
+    Returns:
+        uint8 [bytes].
+    """
+    if kind in PLAIN:
+        return tensor.to(PLAIN[kind]).contiguous().view(-1).view(torch.uint8)
+    return (_spell_q8_0 if kind == Q8_0 else _spell_q6_k)(tensor.float())
+
+
+def _pair_halves(packed: Tensor) -> Tensor:
+    """Turn bytes of (code 2k, code 2k+1) into bytes of (code j, code j+16), uint8 [blocks, 16]."""
+    lanes = packed.view(torch.int64)  # eight bytes at a time: [blocks, 2]
+    low, high = lanes[:, 0], lanes[:, 1]
+    even = (low & _LOW) | ((high & _LOW) << 4)
+    odd = ((low >> 4) & _LOW) | (high & _HIGH)
+    # Interleaved as numbers of 16 bits: whole lanes, where single bytes would be strided.
+    wide = odd.view(torch.uint8).to(torch.int16) << 8
+    wide |= even.view(torch.uint8)
+    return wide.view(torch.uint8)
+
+
+def _part_halves(paired: Tensor) -> Tensor:
+    """Undo :func:`_pair_halves`."""
+    parts = paired.view(*paired.shape[:-1], 8, 2)
+    even = parts[..., 0].contiguous().view(torch.int64)
+    odd = parts[..., 1].contiguous().view(torch.int64)
+    low = (even & _LOW) | ((odd & _LOW) << 4)
+    high = ((even >> 4) & _LOW) | (odd & _HIGH)
+    return torch.cat([low, high], dim=-1).view(torch.uint8)
+
+
+def _spell_q8_0(values: Tensor) -> Tensor:
+    blocks = values.reshape(-1, BLOCK)
+    scales = (blocks.abs().amax(dim=1, keepdim=True) / 127).to(torch.float16)
+    codes = torch.where(scales == 0, 0.0, blocks / scales.float()).round().clamp(-127, 127)
+    parts = [scales.view(torch.uint8), codes.to(torch.int8).view(torch.uint8)]
+    return torch.cat(parts, dim=1).view(-1)
+
+
+def _spell_q6_k(values: Tensor) -> Tensor:
+    """Sixteen sub-blocks of 16: the scale of each that gives the smallest error, of a few."""
+    blocks = values.reshape(-1, 16, 16)
+    largest = blocks.gather(-1, blocks.abs().argmax(dim=-1, keepdim=True))
+    best = torch.zeros_like(largest)
+    smallest = torch.full_like(largest, torch.inf)
+    for divisor in (-32.0, -31.5, -31.0, -30.5, -30.0):
+        scale = largest / divisor
+        codes = torch.where(scale == 0, 0.0, blocks / scale).round().clamp(-32, 31)
+        error = (codes * scale - blocks).square().sum(dim=-1, keepdim=True)
+        best = torch.where(error < smallest, scale, best)
+        smallest = torch.minimum(error, smallest)
+    extreme = best.gather(1, best.abs().argmax(dim=1, keepdim=True))
+    d = (extreme / -128).to(torch.float16)
+    sub = torch.where(d == 0, 0.0, best / d.float()).round().clamp(-128, 127)
+    steps = sub * d.float()
+    codes = torch.where(steps == 0, 0.0, blocks / steps).round().clamp(-32, 31) + 32
+    quants = codes.to(torch.uint8).view(-1, 2, 4, 32)  # halves of 128, four quarters of 32 each
+    low = (quants[:, :, :2] & 15) | ((quants[:, :, 2:] & 15) << 4)
+    high = quants >> 4
+    pairs = high[:, :, 0] | (high[:, :, 1] << 2) | (high[:, :, 2] << 4) | (high[:, :, 3] << 6)
+    parts = [
+        low.reshape(-1, 128),
+        pairs.reshape(-1, 64),
+        sub.to(torch.int8).view(torch.uint8).view(-1, 16),
+        d.view(-1, 1).view(torch.uint8),
+    ]
+    return torch.cat(parts, dim=1).view(-1)
+
+
+def _read_q6_k(data: Tensor, shape: tuple[int, ...]) -> Tensor:
+    blocks = data.view(-1, Q6_K.num_bytes)
+    low = blocks[:, :128].view(-1, 2, 2, 32)
+    pairs = blocks[:, 128:192].view(-1, 2, 1, 32)
+    sub = blocks[:, 192:208].contiguous().view(torch.int8).float()
+    d = blocks[:, 208:].contiguous().view(torch.float16).float()
+    nibbles = torch.cat([low & 15, low >> 4], dim=2)
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8).view(1, 1, 4, 1)
+    codes = (nibbles | (((pairs >> shifts) & 3) << 4)).float() - 32
+    return (codes.view(-1, 16, 16) * (sub * d)[..., None]).view(shape)

@@ -1,0 +1,358 @@
+"""The GGUF container: header, key-value pairs, tensor table; checked before any data is believed.
+
+::
+
+    4 bytes "GGUF", u32 version, u64 tensors, u64 pairs
+    pairs    string key, u32 type, value            strings: u64 length, UTF-8
+    tensors  string name, u32 dimensions, u64 each (innermost first), u32 type, u64 offset
+    padding to the alignment, then the data, each tensor at a multiple of the alignment
+
+Source:
+    ggml ``docs/gguf.md``; block sizes: ``ggml-common.h``.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.checkpoint.atomic import write_atomically
+from halfbyte.errors import CheckpointError
+
+MAGIC = b"GGUF"
+VERSION = 3
+VERSIONS = (2, 3)
+ALIGNMENT = 32
+MAX_DIMENSIONS = 4
+MAX_HEADER_BYTES = 500_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockType:
+    """One of GGUF's element types: how many weights share how many bytes."""
+
+    name: str
+    number: int
+    block: int
+    num_bytes: int
+
+
+F32 = BlockType(name="F32", number=0, block=1, num_bytes=4)
+F16 = BlockType(name="F16", number=1, block=1, num_bytes=2)
+Q4_0 = BlockType(name="Q4_0", number=2, block=32, num_bytes=18)
+Q4_1 = BlockType(name="Q4_1", number=3, block=32, num_bytes=20)
+Q8_0 = BlockType(name="Q8_0", number=8, block=32, num_bytes=34)
+Q6_K = BlockType(name="Q6_K", number=14, block=256, num_bytes=210)
+BF16 = BlockType(name="BF16", number=30, block=1, num_bytes=2)
+TYPES: Mapping[int, BlockType] = {
+    kind.number: kind for kind in (F32, F16, Q4_0, Q4_1, Q8_0, Q6_K, BF16)
+}
+
+_SCALARS: Mapping[int, str] = {
+    0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
+}  # fmt: skip
+_STRING, _ARRAY = 8, 9
+_U32, _I32, _FLOAT, _BOOL = 4, 5, 6, 7
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufTensor:
+    """One tensor of a GGUF file, as its table describes it."""
+
+    name: str
+    kind: BlockType
+    shape: tuple[int, ...]
+    """Outermost first, as torch has it."""
+    offset: int
+    """First byte, from the start of the file."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of its data. Unit: bytes."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count // self.kind.block * self.kind.num_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufFile:
+    """An open GGUF file: the header is checked, no tensor is in memory."""
+
+    path: Path
+    pairs: Mapping[str, Any]
+    tensors: Mapping[str, GgufTensor]
+
+    def load(self, name: str) -> Tensor:
+        """Read one tensor's bytes.
+
+        Args:
+            name: The tensor.
+
+        Returns:
+            uint8 [bytes].
+
+        Raises:
+            CheckpointError: The file has no such tensor, changed, or cannot be read.
+        """
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.path} has no tensor {name}. It is incomplete.")
+        info = self.tensors[name]
+        data = torch.empty(info.num_bytes, dtype=torch.uint8)
+        view, position = data.numpy().data, 0
+        try:
+            with self.path.open("rb", buffering=0) as handle:
+                handle.seek(info.offset)
+                while position < len(view):
+                    count = handle.readinto(view[position:])
+                    if not count:
+                        raise CheckpointError(
+                            f"Cannot read {name} of {self.path}: it ends after {position} of "
+                            f"{len(view)} bytes. The file changed while it was open."
+                        )
+                    position += count
+        except OSError as error:
+            raise CheckpointError(f"Cannot read {self.path}: {error.strerror or error}.") from error
+        return data
+
+
+class _Cursor:
+    """Reads the header front to back; every length is held against what is left."""
+
+    def __init__(self, path: Path, data: bytes, file_bytes: int) -> None:
+        self.path, self.data, self.file_bytes, self.place = path, data, file_bytes, 0
+
+    def fail(self, what: str) -> CheckpointError:
+        return CheckpointError(
+            f"Cannot read {self.path}: {what}. The file is cut short or damaged; download it again."
+        )
+
+    def take(self, count: int) -> bytes:
+        if count > len(self.data) - self.place:
+            raise self.fail(f"its header goes on for {count} bytes at byte {self.place}, past the "
+                            f"end of the file ({self.file_bytes} bytes)")  # fmt: skip
+        self.place += count
+        return self.data[self.place - count : self.place]
+
+    def number(self, code: str) -> Any:
+        return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0]
+
+    def count(self, what: str, least_bytes: int) -> int:
+        """Read how many things follow, each of which takes some bytes."""
+        found = int(self.number("Q"))
+        if found * least_bytes > len(self.data) - self.place:
+            raise self.fail(f"it declares {found} {what} with {len(self.data) - self.place} bytes "
+                            "left")  # fmt: skip
+        return found
+
+    def text(self) -> str:
+        raw = self.take(self.count("characters", 1))
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self.fail(f"a string before byte {self.place} is not UTF-8") from error
+
+    def value(self, kind: int) -> Any:
+        if kind in _SCALARS:
+            return self.number(_SCALARS[kind])
+        if kind == _STRING:
+            return self.text()
+        if kind != _ARRAY:
+            raise self.fail(f"byte {self.place} declares a value of the unknown type {kind}")
+        inner = int(self.number("I"))
+        if inner in _SCALARS:
+            size = struct.calcsize(f"<{_SCALARS[inner]}")
+            count = self.count("values", size)
+            return list(struct.unpack(f"<{count}{_SCALARS[inner]}", self.take(count * size)))
+        if inner != _STRING:
+            raise self.fail(f"byte {self.place} declares an array of the unknown type {inner}")
+        return [self.text() for _ in range(self.count("strings", 8))]
+
+
+def open_gguf(path: Path) -> GgufFile:
+    """Read and check the header of a GGUF file; the data is not touched.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The open file.
+
+    Raises:
+        CheckpointError: It cannot be read, is cut short, or its header is not one that a GGUF
+            writer makes.
+    """
+    try:
+        with path.open("rb") as handle:
+            file_bytes = handle.seek(0, 2)
+            handle.seek(0)
+            cursor = _Cursor(path, handle.read(MAX_HEADER_BYTES), file_bytes)
+    except OSError as error:
+        raise CheckpointError(
+            f"Cannot read {path}: {error.strerror or error}. Check the path and its permissions."
+        ) from error
+    if len(cursor.data) < 4 or cursor.take(4) != MAGIC:
+        raise cursor.fail("it does not begin with 'GGUF'")
+    version = cursor.number("I")
+    if version not in VERSIONS:
+        raise CheckpointError(
+            f"Cannot read {path}: it is GGUF version {version}; versions {VERSIONS} in "
+            "little-endian order are read. Convert it again with a present llama.cpp."
+        )
+    num_tensors = cursor.count("tensors", 24)
+    num_pairs = cursor.count("pairs", 13)
+    pairs = _read_pairs(cursor, num_pairs)
+    tensors = _read_table(cursor, num_tensors, pairs)
+    return GgufFile(path=path, pairs=pairs, tensors=tensors)
+
+
+def _read_pairs(cursor: _Cursor, number: int) -> dict[str, Any]:
+    pairs: dict[str, Any] = {}
+    for _ in range(number):
+        key = cursor.text()
+        if key in pairs:
+            raise cursor.fail(f"the key '{key[:80]}' stands there twice")
+        try:
+            pairs[key] = cursor.value(int(cursor.number("I")))
+        except struct.error as error:
+            raise cursor.fail(f"the value of '{key[:80]}' is not readable") from error
+    return pairs
+
+
+def _read_table(cursor: _Cursor, number: int, pairs: Mapping[str, Any]) -> dict[str, GgufTensor]:
+    alignment = pairs.get("general.alignment", ALIGNMENT)
+    if type(alignment) is not int or not 0 < alignment <= 2**20 or alignment % 8:
+        raise cursor.fail(f"its alignment is {str(alignment)[:40]}")
+    raw = []
+    for _ in range(number):
+        name, dimensions = cursor.text(), int(cursor.number("I"))
+        if not 0 < dimensions <= MAX_DIMENSIONS:
+            raise cursor.fail(f"tensor {name[:80]} has {dimensions} dimensions")
+        shape = tuple(int(cursor.number("Q")) for _ in range(dimensions))[::-1]
+        raw.append((name, shape, int(cursor.number("I")), int(cursor.number("Q"))))
+    start = -(-cursor.place // alignment) * alignment
+    tensors: dict[str, GgufTensor] = {}
+    position = start
+    for name, shape, kind, offset in sorted(raw, key=lambda entry: entry[3]):
+        info = _check_tensor(cursor, name, shape, kind, start + offset)
+        if name in tensors:
+            raise cursor.fail(f"tensor {name[:80]} stands there twice")
+        if info.offset != position:
+            raise cursor.fail(
+                f"tensor {name[:80]} starts at byte {info.offset}, {position} was expected"
+            )
+        if info.offset + info.num_bytes > cursor.file_bytes:
+            raise cursor.fail(
+                f"tensor {name[:80]} ends at byte {info.offset + info.num_bytes} of "
+                f"{cursor.file_bytes}"
+            )
+        position = start + -(-(offset + info.num_bytes) // alignment) * alignment
+        tensors[name] = info
+    if tensors and cursor.file_bytes > position:
+        raise cursor.fail(f"its tensors end at byte {position} of {cursor.file_bytes}")
+    return {name: tensors[name] for name, *_ in raw}
+
+
+def _check_tensor(
+    cursor: _Cursor, name: str, shape: tuple[int, ...], kind: int, offset: int
+) -> GgufTensor:
+    if kind not in TYPES:
+        known = ", ".join(found.name for found in TYPES.values())
+        raise CheckpointError(
+            f"Cannot read {cursor.path}: tensor {name[:80]} is of GGUF type {kind}; read are "
+            f"{known}. Convert it to one of them first, for example with llama-quantize."
+        )
+    count = 1
+    for size in shape:
+        count *= size
+        if count > 2**48 or size == 0:
+            raise cursor.fail(f"tensor {name[:80]} has the shape {str(shape)[:80]}")
+    if shape[-1] % TYPES[kind].block:
+        raise cursor.fail(
+            f"tensor {name[:80]} has rows of {shape[-1]}, no multiple of {TYPES[kind].block}"
+        )
+    return GgufTensor(name=name, kind=TYPES[kind], shape=shape, offset=offset)
+
+
+def write_gguf_file(
+    path: Path,
+    pairs: Mapping[str, Any],
+    table: Sequence[tuple[str, BlockType, tuple[int, ...]]],
+    data: Iterable[Tensor],
+) -> int:
+    """Write a GGUF file out of tensors that come one after another, whole or not at all.
+
+    Args:
+        path: The file; its folder must exist.
+        pairs: Strings, whole numbers, floats, bools, and lists of one of these.
+        table: Name, type and shape (outermost first) of each tensor, in order.
+        data: Each tensor's bytes, uint8, in the same order.
+
+    Returns:
+        Size of the file. Unit: bytes.
+
+    Raises:
+        CheckpointError: A tensor is of another size than announced, or the disk is full.
+    """
+    header = bytearray(MAGIC + struct.pack("<IQQ", VERSION, len(table), len(pairs)))
+    for key, value in pairs.items():
+        header += _pack_text(key) + _pack_value(value)
+    offset = 0
+    for name, kind, shape in table:
+        header += _pack_text(name) + struct.pack("<I", len(shape))
+        header += struct.pack(f"<{len(shape)}Q", *shape[::-1])
+        header += struct.pack("<IQ", kind.number, offset)
+        size = GgufTensor(name=name, kind=kind, shape=shape, offset=0).num_bytes
+        offset += -(-size // ALIGNMENT) * ALIGNMENT
+    header += bytes(-len(header) % ALIGNMENT)
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        yield bytes(header)
+        for (name, kind, shape), tensor in zip(table, data, strict=True):
+            size = GgufTensor(name=name, kind=kind, shape=shape, offset=0).num_bytes
+            if tensor.numel() != size:
+                raise CheckpointError(
+                    f"Cannot write {path}: tensor {name} came with {tensor.numel()} bytes where "
+                    f"{size} were announced."
+                )
+            yield tensor.contiguous().flatten().numpy().data
+            yield bytes(-size % ALIGNMENT)
+
+    write_atomically(path, chunks())
+    return len(header) + offset
+
+
+def _pack_text(text: str) -> bytes:
+    raw = text.encode("utf-8")
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _pack_value(value: Any) -> bytes:
+    if isinstance(value, list):
+        first = value[0]
+        if isinstance(first, str):
+            return struct.pack("<IIQ", _ARRAY, _STRING, len(value)) + b"".join(
+                _pack_text(text) for text in value
+            )
+        kind = _kind_of(first, inside=True)
+        packed = struct.pack(f"<{len(value)}{_SCALARS[kind]}", *value)
+        return struct.pack("<IIQ", _ARRAY, kind, len(value)) + packed
+    if isinstance(value, str):
+        return struct.pack("<I", _STRING) + _pack_text(value)
+    kind = _kind_of(value)
+    return struct.pack(f"<I{_SCALARS[kind]}", kind, value)
+
+
+def _kind_of(value: object, *, inside: bool = False) -> int:
+    """Whole numbers are u32, and i32 within lists, as llama.cpp asks of its own keys."""
+    if isinstance(value, bool):
+        return _BOOL
+    if isinstance(value, int):
+        return _I32 if inside else _U32
+    return _FLOAT

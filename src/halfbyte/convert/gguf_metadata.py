@@ -1,0 +1,81 @@
+"""What a GGUF file says of itself: origin, hyperparameters, tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from halfbyte.convert.card import read_front_matter
+from halfbyte.convert.coded import CodedSpec
+from halfbyte.convert.gguf_architecture import Architecture, describe_model
+from halfbyte.convert.gguf_blocks import PLAIN
+from halfbyte.convert.gguf_file import BF16, F16, F32, Q4_0, Q4_1, Q8_0, BlockType
+from halfbyte.convert.gguf_tokenizer import describe_tokenizer
+from halfbyte.convert.source import Source
+from halfbyte.version import __version__
+
+HINT_KEY = "halfbyte.groups"
+"""Pair that holds, as JSON, bits and group size of each linear before it was cut into blocks."""
+
+_FILE_TYPES = {F32: 0, F16: 1, Q4_0: 2, Q4_1: 3, Q8_0: 7, BF16: 32}
+
+
+def describe_file(
+    source: Source,
+    specs: Mapping[str, CodedSpec],
+    architecture: Architecture,
+    kinds: Mapping[str, BlockType],
+    pre_tokenizer: str | None,
+) -> dict[str, Any]:
+    """Gather all pairs of a file.
+
+    Args:
+        source: The model; tokenizer and model card are in its folder.
+        specs: Its linears' facts.
+        architecture: Its family.
+        kinds: By linear: the block type.
+        pre_tokenizer: llama.cpp's name of the way of cutting words; None: found out.
+
+    Returns:
+        The pairs.
+    """
+    counts = list(kinds.values())
+    most = max(set(counts), key=counts.count)
+    config = source.model_config
+    pairs: dict[str, Any] = {
+        "general.architecture": architecture.name,
+        "general.type": "model",
+        "general.name": _name_of(source),
+        "general.quantization_version": 2,
+        "general.file_type": _FILE_TYPES[most],
+        "general.quantized_by": f"halfbyte {__version__}",
+        HINT_KEY: json.dumps(
+            {
+                name: [spec.bits, spec.group_size]
+                for name, spec in specs.items()
+                if kinds[name] not in PLAIN
+            }
+        ),
+    }
+    pairs |= _describe_origin(source)
+    pairs |= describe_model(architecture, config)
+    return pairs | describe_tokenizer(source.tokenizer_folder, config, pre_tokenizer)
+
+
+def _name_of(source: Source) -> str:
+    return source.tokenizer_folder.resolve().name
+
+
+def _describe_origin(source: Source) -> dict[str, Any]:
+    """Carry base model and licence over from the front matter of the README."""
+    front = read_front_matter(source.tokenizer_folder)
+    pairs: dict[str, Any] = {}
+    if isinstance(front.get("license"), str):
+        pairs["general.license"] = front["license"]
+    base = front.get("base_model")
+    base = base[0] if isinstance(base, list) and base else base
+    if isinstance(base, str):
+        pairs["general.base_model.count"] = 1
+        pairs["general.base_model.0.name"] = base.rpartition("/")[2]
+    return pairs

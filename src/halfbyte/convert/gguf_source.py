@@ -1,0 +1,296 @@
+"""Read a GGUF file as coded linears, with Transformers' names and order of rows."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.checkpoint.companions import copy_companions
+from halfbyte.checkpoint.header import parse_json_object
+from halfbyte.checkpoint.labels import CONFIG_SECTION, read_model_config
+from halfbyte.checkpoint.write import TensorSpec
+from halfbyte.convert.coded import CodedLinear, CodedSpec
+from halfbyte.convert.gguf_architecture import ARCHITECTURES, Architecture
+from halfbyte.convert.gguf_blocks import PLAIN, read_blocks, read_plain
+from halfbyte.convert.gguf_file import Q4_0, Q4_1, Q8_0, GgufFile, GgufTensor, open_gguf
+from halfbyte.convert.gguf_metadata import HINT_KEY
+from halfbyte.convert.gguf_write import ROPE_FACTORS
+from halfbyte.errors import CheckpointError, require_extra
+from halfbyte.packing import pack_rows
+
+CODED = (Q4_0, Q4_1, Q8_0)
+_EMBEDDING_MODULES = ("model.embed_tokens", "lm_head")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufSource:
+    """A GGUF file of a known family."""
+
+    file: GgufFile
+    architecture: Architecture
+    model_config: Mapping[str, Any]
+    base: Path | None
+    linears: Mapping[str, GgufTensor]
+    others: Mapping[str, TensorSpec]
+    hints: Mapping[str, tuple[int, int]]
+    """By module: bits and group size before it was cut into blocks, where the file says so."""
+    notes: tuple[str, ...]
+    format: str = "gguf"
+
+    @classmethod
+    def open(cls, path: Path, base: Path | None) -> GgufSource:
+        """Check the header and sort the tensors; no data is read.
+
+        Args:
+            path: The file.
+            base: A folder with the model's ``config.json`` and tokenizer; None: both are made out
+                of the file's pairs.
+
+        Returns:
+            The source.
+
+        Raises:
+            CheckpointError: The file is damaged, or of a family that is not read.
+        """
+        file = open_gguf(path)
+        config = _read_config(path, base, file.pairs, file.tensors)
+        architecture = _find_family(file, config)
+        linears: dict[str, GgufTensor] = {}
+        others: dict[str, TensorSpec] = {}
+        for name, info in file.tensors.items():
+            if name == ROPE_FACTORS:
+                continue
+            stem, _, suffix = name.rpartition(".")
+            module = architecture.from_gguf(stem)
+            if module is None or suffix not in ("weight", "bias"):
+                raise CheckpointError(
+                    f"Cannot read {path}: '{architecture.name}' has no tensor {name[:80]}. It is "
+                    "damaged, or made by another version of llama.cpp."
+                )
+            is_linear = suffix == "weight" and len(info.shape) == 2 and info.kind in CODED
+            if is_linear and module not in _EMBEDDING_MODULES:
+                linears[module] = info
+            else:
+                dtype = PLAIN.get(info.kind, torch.float16)
+                others[f"{module}.{suffix}"] = TensorSpec(dtype=dtype, shape=info.shape)
+        for module in linears:
+            others.pop(f"{module}.bias", None)
+        if not linears:
+            raise CheckpointError(
+                f"{path} has no linear in Q4_0, Q4_1 or Q8_0 among {len(file.tensors)} tensors."
+            )
+        return cls(
+            file=file,
+            architecture=architecture,
+            model_config=config,
+            base=base,
+            linears=linears,
+            others=others,
+            hints=_read_hints(file),
+            notes=tuple(
+                f"{name} is {info.kind.name} and was decoded to float16"
+                for name, info in file.tensors.items()
+                if info.kind not in PLAIN
+                and architecture.from_gguf(name.rpartition(".")[0]) not in linears
+            ),
+        )
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The folder given with the file, else the one it is in."""
+        return self.file.path.parent if self.base is None else self.base
+
+    def describe(self, name: str) -> CodedSpec:
+        """Give a linear's facts."""
+        return self.load_linear(name).describe()
+
+    def load_linear(self, name: str) -> CodedLinear:
+        """Read one linear, in Transformers' order of rows.
+
+        Args:
+            name: Transformers' name of the module.
+
+        Returns:
+            The linear, with the bits and groups that it had before it became blocks where the
+            file tells and the blocks agree.
+
+        Raises:
+            CheckpointError: It is damaged, or its minima fit no grid.
+        """
+        info = self.linears[name]
+        linear = read_blocks(info.name, self.file.load(info.name), info.kind, info.shape)
+        bias = f"{info.name.removesuffix('.weight')}.bias"
+        if bias in self.file.tensors:
+            linear = replace(linear, bias=self._plain(bias))
+        order = self._order(name, linear.out_features)
+        if order is not None:
+            linear = linear.take_rows(order)
+        return restore(linear, *self.hints[name]) if name in self.hints else linear
+
+    def load_other(self, name: str) -> Tensor:
+        """Read one other tensor."""
+        module, _, suffix = name.rpartition(".")
+        tensor = self._plain(f"{self.architecture.to_gguf(module)}.{suffix}")
+        order = self._order(module, tensor.shape[0])
+        tensor = tensor if order is None else tensor[order]
+        if self.architecture.norm_shift and name.endswith("norm.weight"):
+            tensor = tensor - self.architecture.norm_shift
+        return tensor.to(self.others[name].dtype)
+
+    def copy_companions(self, output: Path) -> None:
+        """Copy the tokenizer of the base, or make one out of the file's pairs.
+
+        Args:
+            output: The folder.
+
+        Raises:
+            MissingExtraError: The package that reads the pairs is not installed.
+            CheckpointError: The pairs hold no tokenizer that Transformers can make.
+        """
+        if self.base is not None:
+            copy_companions(self.base, output)
+            return
+        from transformers import AutoTokenizer
+
+        if importlib.util.find_spec("gguf") is None:
+            missing = require_extra("gguf", "convert", "Making a tokenizer out of a .gguf file")
+            raise missing
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                self.file.path.parent, gguf_file=self.file.path.name
+            )
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            raise CheckpointError(
+                f"Cannot make a tokenizer out of {self.file.path}: {error}. Give the folder of "
+                "the original model with --base."
+            ) from error
+        tokenizer.save_pretrained(output)
+
+    def _plain(self, name: str) -> Tensor:
+        info = self.file.tensors.get(name)
+        if info is None:
+            raise CheckpointError(f"{self.file.path} has no tensor {name}. It is incomplete.")
+        return read_plain(name, self.file.load(name), info.kind, info.shape)
+
+    def _order(self, module: str, rows: int) -> Tensor | None:
+        order = self.architecture.row_order(module, self.model_config, rows)
+        return None if order is None else torch.argsort(order)
+
+
+def restore(linear: CodedLinear, bits: int, group_size: int) -> CodedLinear:
+    """Give a linear the bits and groups that it had before it was cut into blocks of 32.
+
+    Args:
+        linear: In groups of 32.
+        bits: What it had.
+        group_size: What it had.
+
+    Returns:
+        The same weight with these, or the linear as it is where the blocks do not agree.
+    """
+    starts = torch.arange(0, linear.in_features, group_size)
+    of_block = torch.arange(0, linear.in_features, linear.group_size) // group_size
+    first = starts // linear.group_size
+    scales, zeros = linear.scales[:, first], linear.zeros[:, first]
+    if not (
+        torch.equal(scales[:, of_block], linear.scales)
+        and torch.equal(zeros[:, of_block], linear.zeros)
+    ):
+        return linear
+    merged = replace(linear, scales=scales, zeros=zeros, group_size=group_size)
+    if bits == linear.bits:
+        return merged
+    narrow = replace(merged, zeros=torch.full_like(zeros, 2 ** (bits - 1)))
+    codes = merged.codes().to(torch.int16) - (2 ** (linear.bits - 1) - 2 ** (bits - 1))
+    if int(codes.min()) < 0 or int(codes.max()) >= 2**bits:
+        return merged
+    return replace(narrow, words=pack_rows(codes.to(torch.uint8), bits), bits=bits)
+
+
+def _read_hints(file: GgufFile) -> dict[str, tuple[int, int]]:
+    """Read what our own writer noted; anything else there is ignored."""
+    text = file.pairs.get(HINT_KEY)
+    if not isinstance(text, str):
+        return {}
+    hints = {}
+    for name, pair in parse_json_object(text, f"{HINT_KEY} of {file.path}").items():
+        if (
+            isinstance(pair, list)
+            and len(pair) == 2
+            and all(type(number) is int for number in pair)
+            and pair[0] in (2, 3, 4, 8)
+            and 0 < pair[1] <= 2**24
+            and pair[1] % 32 == 0
+        ):
+            hints[name] = (pair[0], pair[1])
+    return hints
+
+
+def _find_family(file: GgufFile, config: Mapping[str, Any]) -> Architecture:
+    name = file.pairs.get("general.architecture")
+    families = [family for family in ARCHITECTURES if family.name == name]
+    if not families:
+        known = ", ".join(dict.fromkeys(family.name for family in ARCHITECTURES))
+        raise CheckpointError(
+            f"Cannot read {file.path}: it is of the architecture '{str(name)[:40]}'; read are "
+            f"{known}."
+        )
+    classes = config.get("architectures") or []
+    return next((f for f in families if f.model_class in classes), families[0])
+
+
+def _read_config(
+    path: Path, base: Path | None, pairs: Mapping[str, Any], tensors: Mapping[str, object]
+) -> dict[str, Any]:
+    """Take the base's config, or make one out of the pairs."""
+    if base is not None:
+        config = read_model_config(base)
+        config.pop(CONFIG_SECTION, None)
+        return config
+    name = pairs.get("general.architecture")
+    family = next((family for family in ARCHITECTURES if family.name == name), None)
+    if family is None:
+        return {}
+    if f"{name}.rope.scaling.type" in pairs or ROPE_FACTORS in tensors:
+        raise CheckpointError(
+            f"Cannot make a config out of {path}: it scales positions, and not all of how stands "
+            "in the file. Give the original model's folder with --base."
+        )
+    get = partial(_need_pair, path, pairs, str(name))
+    heads = get("attention.head_count")
+    width = pairs.get(f"{name}.attention.key_length", get("embedding_length") // heads)
+    return {
+        "architectures": [family.model_class],
+        "model_type": family.model_type,
+        "num_hidden_layers": get("block_count"),
+        "max_position_embeddings": get("context_length"),
+        "hidden_size": get("embedding_length"),
+        "intermediate_size": get("feed_forward_length"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": pairs.get(f"{name}.attention.head_count_kv", heads),
+        "head_dim": width,
+        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
+        "rope_theta": pairs.get(f"{name}.rope.freq_base", 10000.0),
+        "vocab_size": len(pairs.get("tokenizer.ggml.tokens") or []),
+        "bos_token_id": pairs.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": pairs.get("tokenizer.ggml.eos_token_id"),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "dtype": "float16",
+    }
+
+
+def _need_pair(path: Path, pairs: Mapping[str, Any], name: str, key: str) -> Any:
+    value = pairs.get(f"{name}.{key}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise CheckpointError(
+            f"Cannot read {path}: its {name}.{key} is {str(value)[:40]}; a positive number is "
+            "needed. The file is damaged; give the original model's folder with --base."
+        )
+    return value

@@ -1,0 +1,194 @@
+"""GPTQ: ``qweight``, ``qzeros``, ``scales``, ``g_idx``; see :mod:`halfbyte.checkpoint.layout`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.checkpoint.companions import copy_companions
+from halfbyte.checkpoint.labels import CONFIG_SECTION
+from halfbyte.checkpoint.layout import FORMAT_V1, FORMAT_V2, ZERO_OFFSETS
+from halfbyte.checkpoint.read import Checkpoint
+from halfbyte.checkpoint.write import TensorSpec, build_quantization_config
+from halfbyte.convert.coded import CodedLinear, CodedSpec, describe_grid
+from halfbyte.packing import pack_zeros, unpack_zeros
+from halfbyte.quant_config import SUPPORTED_BITS, QuantConfig, Scheme
+from halfbyte.version import __version__
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GptqSource:
+    """A GPTQ checkpoint of any dialect."""
+
+    checkpoint: Checkpoint
+    model_config: Mapping[str, Any]
+    others: Mapping[str, TensorSpec]
+    format: str = "gptq"
+
+    @property
+    def linears(self) -> Mapping[str, object]:
+        """Every quantized module."""
+        return self.checkpoint.linears
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the labels and the tensors disagreed on."""
+        return self.checkpoint.notes
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where tokenizer and model card are."""
+        return self.checkpoint.folder
+
+    def describe(self, name: str) -> CodedSpec:
+        """Give a linear's facts; its codes are not read."""
+        facts = self.checkpoint.load_facts(name)
+        layout = facts.layout
+        wanted = [f"{name}.qzeros", f"{name}.scales"]
+        tensors = self.checkpoint.files.load(wanted)
+        bias = self.checkpoint.files.infos.get(f"{name}.bias")
+        return describe_grid(
+            tensors[f"{name}.scales"].t(),
+            unpack_zeros(tensors[f"{name}.qzeros"], layout.bits, facts.zeros.zero_offset),
+            bits=layout.bits,
+            in_features=layout.in_features,
+            group_size=layout.group_size,
+            is_ordered=facts.has_trivial_groups,
+            bias=None if bias is None else TensorSpec(dtype=bias.dtype, shape=bias.shape),
+        )
+
+    def load_linear(self, name: str) -> CodedLinear:
+        """Read one quantized linear."""
+        linear = self.checkpoint.load_linear(name)
+        layout = linear.layout
+        groups = torch.arange(layout.in_features, dtype=torch.int32) // layout.group_size
+        zeros = unpack_zeros(linear.qzeros, layout.bits, linear.zero_offset)
+        return CodedLinear(
+            words=linear.qweight.t().contiguous(),
+            scales=linear.scales.t().contiguous(),
+            zeros=zeros,
+            bits=layout.bits,
+            group_size=layout.group_size,
+            g_idx=None if torch.equal(linear.g_idx, groups) else linear.g_idx,
+            bias=linear.bias,
+        )
+
+    def load_other(self, name: str) -> Tensor:
+        """Read one tensor that is not quantized."""
+        return self.checkpoint.files.load([name])[name]
+
+    def copy_companions(self, output: Path) -> None:
+        """Copy tokenizer, chat template and licence."""
+        copy_companions(self.checkpoint.folder, output)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GptqTarget:
+    """Writes v1, or v2 where a zero of 0 has no place in v1."""
+
+    dialect: str
+    format: str = "gptq"
+    metadata_format: str = "pt"
+
+    @classmethod
+    def fit(cls, specs: Mapping[str, CodedSpec]) -> GptqTarget:
+        """Choose the dialect that holds every zero."""
+        lowest = min((spec.zero_low for spec in specs.values()), default=1)
+        return cls(dialect=FORMAT_V1 if lowest >= ZERO_OFFSETS[FORMAT_V1] else FORMAT_V2)
+
+    def find_obstacle(self, spec: CodedSpec) -> str | None:
+        """Say why a linear cannot be held exactly; None where it can."""
+        if not spec.scales_fit_half:
+            return "a scale that fp16 cannot hold"
+        if spec.out_features % 32:
+            return f"{spec.out_features} outputs, which is no multiple of 32"
+        return None
+
+    def find_rounding(self, spec: CodedSpec) -> str | None:
+        """Give None: what is not exact here has no better form than 16 bits."""
+        return None
+
+    def announce(self, spec: CodedSpec) -> dict[str, TensorSpec]:
+        """Give the tensors that a linear will be, by suffix."""
+        bits, out = _stored_bits(spec.bits), spec.out_features
+        tensors = {
+            "qweight": TensorSpec(dtype=torch.int32, shape=(spec.in_features * bits // 32, out)),
+            "qzeros": TensorSpec(dtype=torch.int32, shape=(spec.num_groups, out * bits // 32)),
+            "g_idx": TensorSpec(dtype=torch.int32, shape=(spec.in_features,)),
+            "scales": TensorSpec(dtype=torch.float16, shape=(spec.num_groups, out)),
+        }
+        return tensors if spec.bias is None else {**tensors, "bias": spec.bias}
+
+    def spell(self, linear: CodedLinear) -> dict[str, Tensor]:
+        """Make them."""
+        linear = linear.widen(_stored_bits(linear.bits))
+        tensors = {
+            "qweight": linear.words.t().contiguous(),
+            "qzeros": pack_zeros(linear.zeros, linear.bits, ZERO_OFFSETS[self.dialect]),
+            "g_idx": linear.groups().to(torch.int32),
+            "scales": linear.scales.to(torch.float16).t().contiguous(),
+        }
+        return tensors if linear.bias is None else {**tensors, "bias": linear.bias}
+
+    def decode(self, tensors: Mapping[str, Tensor], spec: CodedSpec) -> CodedLinear:
+        """Read a linear back."""
+        bits = _stored_bits(spec.bits)
+        return CodedLinear(
+            words=tensors["qweight"].t().contiguous(),
+            scales=tensors["scales"].t(),
+            zeros=unpack_zeros(tensors["qzeros"], bits, ZERO_OFFSETS[self.dialect]),
+            bits=bits,
+            group_size=spec.group_size,
+            g_idx=tensors["g_idx"],
+            bias=tensors.get("bias"),
+        )
+
+    def label(
+        self, coded: Mapping[str, CodedSpec], dense: list[str], model_config: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Give the whole ``config.json``."""
+        schemes = {name: _scheme_of(spec) for name, spec in coded.items()}
+        is_reordered = any(not spec.is_ordered for spec in coded.values())
+        first = next(iter(schemes.values()))
+        config = QuantConfig(
+            bits=first.bits,
+            group_size=first.group_size,
+            symmetric=first.symmetric,
+            desc_act=is_reordered,
+        )
+        section = build_quantization_config(
+            config,
+            quantized=schemes,
+            skipped=dict.fromkeys(dense, "not coded in the source"),
+            module_groups=[[name] for name in _names_in_block(coded)],
+            version=__version__,
+        )
+        # How it was rounded is not known here, and said of no checkpoint that was only respelled.
+        for key in ("damp_percent", "static_groups", "true_sequential"):
+            del section[key]
+        section["checkpoint_format"] = self.dialect
+        return {**model_config, CONFIG_SECTION: section}
+
+
+def _stored_bits(bits: int) -> int:
+    """The narrowest width that GPTQ has for codes of ``bits`` bits: 5 and 6 take 8."""
+    return next(width for width in SUPPORTED_BITS if width >= bits)
+
+
+def _scheme_of(spec: CodedSpec) -> Scheme:
+    bits = _stored_bits(spec.bits)
+    symmetric = spec.zero_low == spec.zero_high == 2 ** (bits - 1)
+    group_size = -1 if spec.num_groups == 1 else spec.group_size
+    return Scheme(bits=bits, group_size=group_size, symmetric=symmetric)
+
+
+def _names_in_block(names: Mapping[str, object]) -> list[str]:
+    """Name modules as they are within a block: what follows the first number."""
+    inner = [re.split(r"\.\d+\.", name, maxsplit=1) for name in names]
+    return list(dict.fromkeys(parts[1] for parts in inner if len(parts) == 2))

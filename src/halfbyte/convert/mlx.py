@@ -1,0 +1,301 @@
+"""MLX's affine quantization: ``weight = scales * code + biases``, words along ``in``.
+
+::
+
+    <module>.weight  uint32 [out, in * bits / 32]  a little-endian stream of codes
+    <module>.scales  float  [out, groups]
+    <module>.biases  float  [out, groups]          - zero * scale
+
+Source:
+    MLX ``mlx/ops.cpp`` (``affine_quantize``) and the documentation of ``mx.quantize``; mlx-lm
+    ``utils.py`` (``load_model``): per-module settings stand in "quantization" under its path.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.checkpoint.companions import copy_companions
+from halfbyte.checkpoint.shards import TensorFiles
+from halfbyte.checkpoint.write import TensorSpec
+from halfbyte.convert.coded import CodedLinear, CodedSpec
+from halfbyte.convert.source import (
+    TensorFilesView,
+    check_finite,
+    check_shape,
+    need,
+    view_tensors,
+)
+from halfbyte.errors import CheckpointError
+
+BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (128, 64, 32)
+SECTION = "quantization"
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_TENSORS = {
+    "weight": (torch.uint32, *_FLOATS),
+    "scales": _FLOATS,
+    "biases": _FLOATS,
+    "bias": _FLOATS,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MlxSource:
+    """A checkpoint of mlx-lm with affine quantization."""
+
+    folder: Path
+    view: TensorFilesView
+    group_sizes: Mapping[str, int]
+    model_config: Mapping[str, Any]
+    format: str = "mlx"
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def open(
+        cls, folder: Path, labels: Mapping[str, Any], model_config: Mapping[str, Any]
+    ) -> MlxSource:
+        """Check labels and shapes; no tensor is read.
+
+        Args:
+            folder: The checkpoint.
+            labels: Its "quantization" section.
+            model_config: ``config.json`` without it.
+
+        Returns:
+            The source.
+
+        Raises:
+            CheckpointError: It is of another mode than affine, or a shape does not fit.
+        """
+        if labels.get("mode", "affine") != "affine":
+            raise CheckpointError(
+                f"Cannot read {folder}: its MLX mode is '{labels['mode']}'; only 'affine' is read. "
+                "Convert it with the tool that made it."
+            )
+        view = view_tensors(TensorFiles.open(folder), "scales", _TENSORS, "MLX")
+        sizes = {name: _group_size(name, labels) for name in view.parts}
+        for name, parts in view.parts.items():
+            _check_parts(name, parts, sizes[name])
+        return cls(folder=folder, view=view, group_sizes=sizes, model_config=model_config)
+
+    @property
+    def linears(self) -> Mapping[str, object]:
+        """Every coded module."""
+        return self.view.parts
+
+    @property
+    def others(self) -> Mapping[str, TensorSpec]:
+        """Every tensor that belongs to no coded module."""
+        return self.view.others
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where tokenizer and model card are."""
+        return self.folder
+
+    def describe(self, name: str) -> CodedSpec:
+        """Give a linear's facts.
+
+        Args:
+            name: The module.
+
+        Returns:
+            The facts.
+
+        Raises:
+            CheckpointError: Its minima are no whole multiples of its scales.
+        """
+        return self.load_linear(name).describe()
+
+    def load_linear(self, name: str) -> CodedLinear:
+        """Read one coded linear.
+
+        Args:
+            name: The module.
+
+        Returns:
+            The linear.
+
+        Raises:
+            CheckpointError: Its minima are no whole multiples of its scales.
+        """
+        tensors = self.view.load(name, tuple(_TENSORS))
+        for suffix in ("scales", "biases", "bias"):
+            if suffix in tensors:
+                check_finite(f"{name}.{suffix}", tensors[suffix])
+        scales, bits = tensors["scales"], _bits(self.view.parts[name], self.group_sizes[name])
+        zeros = find_zeros(scales, tensors["biases"], bits)
+        if zeros is None:
+            raise CheckpointError(
+                f"{name}.biases has values that are no whole multiple of the scale: they fit no "
+                f"{bits}-bit grid with a zero point, so they cannot be respelled. Convert the "
+                "model with --to hf, or quantize its base model."
+            )
+        return CodedLinear(
+            words=tensors["weight"].view(torch.int32),
+            scales=scales,
+            zeros=zeros,
+            bits=bits,
+            group_size=self.group_sizes[name],
+            g_idx=None,
+            bias=tensors.get("bias"),
+        )
+
+    def load_other(self, name: str) -> Tensor:
+        """Read one other tensor."""
+        return self.view.load_other(name)
+
+    def copy_companions(self, output: Path) -> None:
+        """Copy tokenizer, chat template and licence."""
+        copy_companions(self.folder, output)
+
+
+def find_zeros(scales: Tensor, minima: Tensor, bits: int) -> Tensor | None:
+    """Find the whole zeros whose product with the scale, rounded as stored, gives the minima.
+
+    Args:
+        scales: Float, any shape.
+        minima: Of the same shape and type: what a code of 0 stands for.
+        bits: Width of a code.
+
+    Returns:
+        int16 zeros 0..2**bits-1; None where some minimum has none.
+    """
+    middle = 2 ** (bits - 1)
+    # A scale of 0 makes every code 0: any zero will do.
+    ratio = torch.where(scales == 0, float(middle), -minima.double() / scales.double())
+    zeros = torch.nan_to_num(ratio).round().clamp(0, 2**bits - 1)
+    again = -(zeros.float() * scales.float())
+    if not torch.equal(again.to(minima.dtype), minima):
+        return None
+    return zeros.to(torch.int16)
+
+
+def _group_size(name: str, labels: Mapping[str, Any]) -> int:
+    own = labels.get(name)
+    size = (own if isinstance(own, dict) else labels).get("group_size")
+    if type(size) is not int or not 0 < size <= 2**24:
+        raise CheckpointError(
+            f"Cannot read the MLX settings of {name}: group_size is {str(size)[:40]!r}; a positive "
+            "number is needed. Correct config.json, or download it again."
+        )
+    return size
+
+
+def _bits(parts: Mapping[str, TensorSpec], group_size: int) -> int:
+    """Width of a code: words against inputs."""
+    in_features = parts["scales"].shape[1] * group_size
+    return parts["weight"].shape[1] * 32 // in_features
+
+
+def _check_parts(name: str, parts: Mapping[str, TensorSpec], group_size: int) -> None:
+    need(name, parts, ("weight", "scales", "biases"))
+    out_features, groups = parts["scales"].shape
+    bits = _bits(parts, group_size)
+    in_features = groups * group_size
+    if parts["weight"].dtype != torch.uint32 or bits not in BITS or in_features * bits % 32:
+        raise CheckpointError(
+            f"{name}.weight has shape {list(parts['weight'].shape)}, which is {bits} bits for "
+            f"{groups} groups of {group_size}; allowed are {BITS}. Correct config.json, or "
+            "download it again."
+        )
+    check_shape(f"{name}.weight", parts["weight"], (out_features, in_features * bits // 32))
+    check_shape(f"{name}.biases", parts["biases"], (out_features, groups))
+    if parts["biases"].dtype != parts["scales"].dtype:
+        raise CheckpointError(f"{name}.biases and {name}.scales are of different types.")
+    if "bias" in parts:
+        check_shape(f"{name}.bias", parts["bias"], (out_features,))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MlxTarget:
+    """Writes affine quantization with scales and minima in fp16."""
+
+    format: str = "mlx"
+    metadata_format: str = "mlx"
+
+    def find_obstacle(self, spec: CodedSpec) -> str | None:
+        """Say why a linear cannot be held exactly; None where it can."""
+        if reason := self._find_misfit(spec):
+            return reason
+        if not spec.minima_fit_half:
+            return "zeros whose product with the scale fp16 cannot hold"
+        return None
+
+    def find_rounding(self, spec: CodedSpec) -> str | None:
+        """Say how it would be held with an error: minima rounded to fp16."""
+        is_exact = spec.minima_fit_half or self._find_misfit(spec)
+        return None if is_exact else "minima rounded to fp16"
+
+    def _find_misfit(self, spec: CodedSpec) -> str | None:
+        if not spec.is_ordered:
+            return "groups in the order of activations (desc_act); MLX has no g_idx"
+        if not spec.scales_fit_half:
+            return "a scale that fp16 cannot hold"
+        if spec.even_group % GROUP_SIZES[-1]:
+            return f"groups of {spec.group_size}; MLX takes equal groups of {GROUP_SIZES}"
+        return None
+
+    def announce(self, spec: CodedSpec) -> dict[str, TensorSpec]:
+        """Give the tensors that a linear will be, by suffix."""
+        words = spec.in_features * spec.bits // 32
+        grid = (spec.out_features, spec.in_features // choose_group(spec))
+        tensors = {
+            "weight": TensorSpec(dtype=torch.uint32, shape=(spec.out_features, words)),
+            "scales": TensorSpec(dtype=torch.float16, shape=grid),
+            "biases": TensorSpec(dtype=torch.float16, shape=grid),
+        }
+        return tensors if spec.bias is None else {**tensors, "bias": spec.bias}
+
+    def spell(self, linear: CodedLinear) -> dict[str, Tensor]:
+        """Make them."""
+        linear = linear.split_groups(choose_group(linear.describe()))
+        minima = -(linear.zeros.float() * linear.scales.float())
+        tensors = {
+            "weight": linear.words.view(torch.uint32),
+            "scales": linear.scales.to(torch.float16).contiguous(),
+            "biases": minima.to(torch.float16),
+        }
+        return tensors if linear.bias is None else {**tensors, "bias": linear.bias}
+
+    def decode(self, tensors: Mapping[str, Tensor], spec: CodedSpec) -> Tensor:
+        """Compute the weight as MLX does, in float32."""
+        size = choose_group(spec)
+        linear = CodedLinear(
+            words=tensors["weight"].view(torch.int32),
+            scales=tensors["scales"],
+            zeros=torch.zeros_like(tensors["scales"], dtype=torch.int16),
+            bits=spec.bits,
+            group_size=size,
+            g_idx=None,
+            bias=None,
+        )
+        return linear.dequantize() + tensors["biases"].float().repeat_interleave(size, dim=1)
+
+    def label(
+        self, coded: Mapping[str, CodedSpec], dense: list[str], model_config: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Give the whole ``config.json``."""
+        settings = {name: (choose_group(spec), spec.bits) for name, spec in coded.items()}
+        most = Counter(settings.values()).most_common(1)[0][0]
+        section = _settings(most)
+        section |= {name: _settings(own) for name, own in settings.items() if own != most}
+        return {**model_config, SECTION: section, "quantization_config": section}
+
+
+def choose_group(spec: CodedSpec) -> int:
+    """The largest of MLX's group sizes that straddles no group."""
+    return next(size for size in GROUP_SIZES if spec.even_group % size == 0)
+
+
+def _settings(setting: tuple[int, int]) -> dict[str, Any]:
+    return {"group_size": setting[0], "bits": setting[1], "mode": "affine"}

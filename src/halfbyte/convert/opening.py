@@ -1,0 +1,73 @@
+"""Find out what a folder or a file holds, and open it as a source of a conversion."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from halfbyte.checkpoint.labels import CONFIG_SECTION, read_model_config
+from halfbyte.checkpoint.read import open_checkpoint
+from halfbyte.checkpoint.write import TensorSpec
+from halfbyte.convert import mlx
+from halfbyte.convert.awq import AwqSource
+from halfbyte.convert.compressed_tensors import METHOD, CompressedTensorsSource
+from halfbyte.convert.gguf_source import GgufSource
+from halfbyte.convert.gptq import GptqSource
+from halfbyte.convert.mlx import MlxSource
+from halfbyte.convert.source import Source
+from halfbyte.errors import CheckpointError
+
+GGUF_SUFFIX = ".gguf"
+
+
+def open_source(path: Path, base: Path | None = None) -> Source:
+    """Open a quantized model of any format that is read here.
+
+    Args:
+        path: A folder, or a .gguf file.
+        base: For a .gguf file: a folder with the model's ``config.json`` and tokenizer.
+
+    Returns:
+        The model; no weight is in memory.
+
+    Raises:
+        CheckpointError: It is of no format that is read, or damaged.
+    """
+    if path.is_dir() and not any(path.glob("*.safetensors")):
+        files = sorted(path.glob(f"*{GGUF_SUFFIX}"))
+        if len(files) == 1:
+            path = files[0]
+    if path.name.endswith(GGUF_SUFFIX):
+        return GgufSource.open(path, base)
+    config = read_model_config(path)
+    section = _section(path, config, CONFIG_SECTION)
+    own = {key: value for key, value in config.items() if key not in (CONFIG_SECTION, mlx.SECTION)}
+    # mlx-lm writes the same dict under both names, without a method.
+    if mlx.SECTION in config and "quant_method" not in section:
+        return MlxSource.open(path, _section(path, config, mlx.SECTION), own)
+    method = str(section.get("quant_method", "gptq")).lower()
+    if method == "awq":
+        return AwqSource.open(path, section, own)
+    if method == METHOD:
+        return CompressedTensorsSource.open(path, section, own)
+    return _open_gptq(path, own)
+
+
+def _open_gptq(path: Path, config: dict[str, Any]) -> GptqSource:
+    checkpoint = open_checkpoint(path)
+    others = {
+        name: TensorSpec(dtype=info.dtype, shape=info.shape)
+        for name, info in checkpoint.files.infos.items()
+        if name.rpartition(".")[0] not in checkpoint.linears
+    }
+    return GptqSource(checkpoint=checkpoint, model_config=config, others=others)
+
+
+def _section(path: Path, config: dict[str, Any], key: str) -> dict[str, Any]:
+    section = config.get(key) or {}
+    if not isinstance(section, dict):
+        raise CheckpointError(
+            f"Cannot read {key} of {path / 'config.json'}: it is a {type(section).__name__}; an "
+            "object is needed. Download the file again."
+        )
+    return section

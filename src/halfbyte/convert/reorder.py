@@ -1,0 +1,192 @@
+"""Act-order folded away: columns sorted by group, and the layer before made to match.
+
+A linear whose groups follow the order of activations (``g_idx``) is a linear with groups in order
+behind a permutation of its inputs. Where the inputs come from other linears with nothing between
+that mixes them, their outputs take the permutation:
+
+::
+
+    down_proj(act(gate_proj(x)) * up_proj(x))     rows of gate_proj and up_proj
+    o_proj(attention(q, k, v_proj(x)))            rows of v_proj, within each head
+
+Inputs that come out of a norm (q, k, v, gate, up) are the residual stream, which every layer reads
+in its own order: there it does not fold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.checkpoint.write import TensorSpec
+from halfbyte.convert.coded import CodedLinear, CodedSpec
+from halfbyte.convert.source import Source
+
+FEEDERS: Mapping[str, tuple[str, ...]] = {
+    "down_proj": ("gate_proj", "up_proj"),
+    "w2": ("w1", "w3"),
+    "fc2": ("fc1",),
+    "c_proj": ("c_fc",),
+    "dense_4h_to_h": ("dense_h_to_4h",),
+}
+"""Last names of linears whose inputs are elementwise functions of their siblings' outputs."""
+
+VALUE, OUTPUT = "v_proj", "o_proj"
+ATTENTION_PARTS = ("q_proj", "k_proj", VALUE, OUTPUT, "q_norm", "k_norm", "rotary_emb")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoldedSource:
+    """A source whose act-order is folded away where that changes nothing the model computes."""
+
+    source: Source
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    """By linear: new column c is old column order[c]."""
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
+    """By module, coded or not: new row r is old row order[r]."""
+
+    @property
+    def format(self) -> str:
+        """Name of the format."""
+        return self.source.format
+
+    @property
+    def model_config(self) -> Mapping[str, Any]:
+        """``config.json`` without its quantization section."""
+        return self.source.model_config
+
+    @property
+    def linears(self) -> Mapping[str, object]:
+        """Every coded module."""
+        return self.source.linears
+
+    @property
+    def others(self) -> Mapping[str, TensorSpec]:
+        """Every tensor that belongs to no coded module."""
+        return self.source.others
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was decided or rounded while reading."""
+        return self.source.notes
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where tokenizer and model card are."""
+        return self.source.tokenizer_folder
+
+    def describe(self, name: str) -> CodedSpec:
+        """Give a linear's facts as they are after folding."""
+        spec = self.source.describe(name)
+        return replace(spec, is_ordered=True) if name in self.columns else spec
+
+    def load_linear(self, name: str) -> CodedLinear:
+        """Read one linear and reorder it."""
+        linear = self.source.load_linear(name)
+        if name in self.columns:
+            linear = linear.take_columns(self.columns[name])
+        return linear.take_rows(self.rows[name]) if name in self.rows else linear
+
+    def load_other(self, name: str) -> Tensor:
+        """Read one other tensor and reorder it."""
+        tensor = self.source.load_other(name)
+        module, _, suffix = name.rpartition(".")
+        is_part = module in self.rows and suffix in ("weight", "bias")
+        return tensor[self.rows[module]] if is_part else tensor
+
+    def copy_companions(self, output: Path) -> None:
+        """Put tokenizer, chat template and licence into a folder."""
+        self.source.copy_companions(output)
+
+
+def fold_act_order(source: Source, specs: Mapping[str, CodedSpec]) -> FoldedSource | None:
+    """Fold act-order into the neighbouring layers, where it folds.
+
+    Args:
+        source: The model.
+        specs: Its linears' facts.
+
+    Returns:
+        The same model in another order of channels; None where nothing folds.
+    """
+    columns: dict[str, Tensor] = {}
+    rows: dict[str, Tensor] = {}
+    siblings = _list_siblings(source)
+    for name, spec in specs.items():
+        if spec.is_ordered:
+            continue
+        parent, _, leaf = name.rpartition(".")
+        if leaf in FEEDERS and _feeds_straight(source, parent, (*FEEDERS[leaf], leaf), siblings):
+            order = torch.argsort(source.load_linear(name).groups(), stable=True)
+            columns[name] = order
+            rows |= {f"{parent}.{feeder}": order for feeder in FEEDERS[leaf]}
+        elif leaf == OUTPUT and siblings[parent] <= set(ATTENTION_PARTS):
+            groups = source.load_linear(name).groups()
+            found = find_head_order(groups, spec.group_size, source.model_config)
+            if found is not None and _has_rows(source, f"{parent}.{VALUE}"):
+                columns[name], rows[f"{parent}.{VALUE}"] = found
+    return FoldedSource(source=source, columns=columns, rows=rows) if columns else None
+
+
+def find_head_order(
+    groups: Tensor, group_size: int, config: Mapping[str, Any]
+) -> tuple[Tensor, Tensor] | None:
+    """Find an order of channels within the heads that brings each group together.
+
+    Args:
+        groups: Of each input of the output projection, int64 [heads * head_dim].
+        group_size: Every group's.
+        config: The model's: heads, key and value heads.
+
+    Returns:
+        The order of the projection's columns and that of the value's rows; None where there is
+        none that every query head of a value head can share.
+    """
+    heads = config.get("num_attention_heads")
+    if not isinstance(heads, int) or heads < 1 or len(groups) % heads:
+        return None
+    value_heads = config.get("num_key_value_heads") or heads
+    width = len(groups) // heads
+    if heads % value_heads or (width % group_size and group_size % width):
+        return None
+    shape = (value_heads, heads // value_heads, width)
+    by_head = groups.view(shape)
+    # One order per value head, taken from its first query head.
+    within = torch.argsort(by_head[:, 0], dim=-1, stable=True)
+    column = torch.arange(len(groups)).view(shape)
+    columns = column.gather(-1, within[:, None].expand(shape)).flatten()
+    labels = groups[columns].view(-1, group_size)
+    if bool((labels != labels[:, :1]).any()):
+        return None
+    row = torch.arange(value_heads * width).view(value_heads, width)
+    return columns, row.gather(-1, within).flatten()
+
+
+def _list_siblings(source: Source) -> dict[str, set[str]]:
+    """Map each parent to the first names of all that stands under it."""
+    children: dict[str, set[str]] = {}
+    for name in [*source.linears, *(other.rpartition(".")[0] for other in source.others)]:
+        parent, _, leaf = name.rpartition(".")
+        children.setdefault(parent, set()).add(leaf)
+    return children
+
+
+def _feeds_straight(
+    source: Source, parent: str, names: tuple[str, ...], siblings: Mapping[str, set[str]]
+) -> bool:
+    """Whether these modules are all there is under a parent: a norm between would mix channels."""
+    feeders = names[:-1]
+    return siblings[parent] <= set(names) and all(
+        _has_rows(source, f"{parent}.{feeder}") for feeder in feeders
+    )
+
+
+def _has_rows(source: Source, module: str) -> bool:
+    """Whether a module's outputs are rows: GPT-2's dense layers have them as columns."""
+    is_turned = module.endswith(".c_fc")
+    return module in source.linears or (f"{module}.weight" in source.others and not is_turned)

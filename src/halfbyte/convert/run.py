@@ -1,0 +1,152 @@
+"""Convert a quantized model: plan from its small tensors, refuse or write, one linear at a time."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from halfbyte.convert.awq import AwqTarget
+from halfbyte.convert.coded import CodedSpec
+from halfbyte.convert.compressed_tensors import CompressedTensorsTarget
+from halfbyte.convert.dense import DTYPES, DenseTarget
+from halfbyte.convert.folder import write_folder
+from halfbyte.convert.gguf_write import EMBEDDING_TYPES, GgufOptions, write_gguf
+from halfbyte.convert.gptq import GptqTarget
+from halfbyte.convert.mlx import MlxTarget
+from halfbyte.convert.opening import open_source
+from halfbyte.convert.reorder import fold_act_order
+from halfbyte.convert.report import ConversionReport
+from halfbyte.convert.source import Source
+from halfbyte.convert.target import FolderTarget
+from halfbyte.errors import ConfigError
+
+FORMATS = ("gguf", "awq", "mlx", "compressed-tensors", "hf", "gptq")
+
+KEPT = "keep"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConversionConfig:
+    """What to convert into, and how far from exact it may be."""
+
+    to: str
+    allow_error: bool = False
+    """Hold what the target cannot hold exactly in the closest form it has."""
+    widen: bool = False
+    """GGUF: hold asymmetric 4-bit codes exactly in 8 bits."""
+    dtype: str = "float16"
+    """Of dense weights: all of them for "hf", those that cannot be coded elsewhere."""
+    embeddings: str = KEPT
+    """GGUF: type of the embeddings."""
+    head: str = KEPT
+    """GGUF: type of the output head, where it is not tied to the embeddings."""
+
+    pre_tokenizer: str | None = None
+    """GGUF: llama.cpp's name for how the tokenizer cuts words; None: found out."""
+
+    def __post_init__(self) -> None:
+        choices = {
+            "to": FORMATS,
+            "dtype": tuple(DTYPES),
+            "embeddings": EMBEDDING_TYPES,
+            "head": EMBEDDING_TYPES,
+        }
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ConfigError(f"{name} is '{value}'; allowed are {', '.join(allowed)}.")
+
+
+def convert(
+    model: str | Path,
+    output: str | Path,
+    *,
+    config: ConversionConfig,
+    base: str | Path | None = None,
+) -> ConversionReport:
+    """Write a quantized model in another format.
+
+    Args:
+        model: A folder (GPTQ, AWQ, MLX, compressed-tensors) or a .gguf file.
+        output: A folder that does not exist or is empty; for GGUF also a name ending in .gguf.
+        config: The target.
+        base: For a .gguf file: a folder with the model's ``config.json`` and tokenizer.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ConfigError: The target cannot hold the model exactly, and no error is allowed; or the
+            output is not empty.
+        CheckpointError: The source is damaged or of no format that is read, or the disk is full.
+    """
+    started = time.monotonic()
+    source = open_source(Path(model), None if base is None else Path(base))
+    specs = {name: source.describe(name) for name in source.linears}
+    source, specs, folded = _fold(source, specs, config)
+    output = Path(output)
+    if config.to == "gguf":
+        options = GgufOptions(
+            embeddings=config.embeddings,
+            head=config.head,
+            allow_error=config.allow_error,
+            widen=config.widen,
+            pre_tokenizer=config.pre_tokenizer,
+        )
+        written = write_gguf(source, specs, output, options)
+    else:
+        written = write_folder(
+            source,
+            specs,
+            choose_target(config, specs),
+            output,
+            allow_error=config.allow_error,
+            dense_dtype=DTYPES[config.dtype],
+        )
+    return ConversionReport(
+        source=str(model),
+        source_format=source.format,
+        target_format=config.to,
+        output=written.path,
+        num_linears=len(specs),
+        holds=dict(Counter(written.holds.values())),
+        rounded=written.rounded,
+        folded=folded,
+        num_bytes=written.num_bytes,
+        seconds=time.monotonic() - started,
+        notes=(*source.notes, *written.notes),
+    )
+
+
+def choose_target(config: ConversionConfig, specs: Mapping[str, CodedSpec]) -> FolderTarget:
+    """Make the target for a model.
+
+    Args:
+        config: Names it.
+        specs: The model's linears.
+
+    Returns:
+        The target, with what it decides for the whole model.
+    """
+    if config.to == "awq":
+        return AwqTarget.fit(specs)
+    if config.to == "gptq":
+        return GptqTarget.fit(specs)
+    if config.to == "hf":
+        return DenseTarget(dtype=DTYPES[config.dtype])
+    return MlxTarget() if config.to == "mlx" else CompressedTensorsTarget()
+
+
+def _fold(
+    source: Source, specs: dict[str, CodedSpec], config: ConversionConfig
+) -> tuple[Source, dict[str, CodedSpec], int]:
+    """Fold act-order away for a target that has no place for it."""
+    if config.to in ("gptq", "hf") or all(spec.is_ordered for spec in specs.values()):
+        return source, specs, 0
+    folded = fold_act_order(source, specs)
+    if folded is None:
+        return source, specs, 0
+    return folded, {name: folded.describe(name) for name in specs}, len(folded.columns)

@@ -1,0 +1,235 @@
+"""Where a store keeps its bytes: a folder, or a bucket through fsspec. Nothing is overwritten.
+
+Both offer the same few operations; the one that everything rests on is :meth:`Backend.put_new`,
+which creates a whole file or finds that there already is one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from halfbyte.checkpoint.atomic import sync_folder
+from halfbyte.errors import StoreError
+
+LOCK_FILE = "lock"
+TEMPORARY = "tmp"
+
+
+class Backend(Protocol):
+    """A place for immutable files, by slash-separated keys."""
+
+    place: str
+    """For messages."""
+
+    def read(self, key: str) -> bytes:
+        """Give a small file's content."""
+
+    def exists(self, key: str) -> bool:
+        """Tell whether there is such a file."""
+
+    def list(self, prefix: str) -> list[str]:
+        """List the keys under a folder, sorted."""
+
+    def put_new(self, key: str, content: bytes) -> bool:
+        """Create a file whole; False where there is one already, which stays as it is."""
+
+    def put_file(self, key: str, path: Path) -> None:
+        """Copy a local file to a key; one that is there stays as it is."""
+
+    def fetch(self, key: str, path: Path) -> None:
+        """Copy a file out to a local path."""
+
+    def open_read(self, key: str) -> contextlib.AbstractContextManager[Any]:
+        """Open a file for reading bytes."""
+
+    def delete(self, key: str) -> None:
+        """Remove a file; one that is not there is no error."""
+
+    def lock(self, *, exclusive: bool) -> contextlib.AbstractContextManager[None]:
+        """Hold off whoever removes things, or, exclusively, everybody."""
+
+
+def open_backend(place: str | Path) -> Backend:
+    """Choose by the place: a path is a folder, ``scheme://...`` is opened through fsspec.
+
+    Args:
+        place: Such as ``./store`` or ``s3://bucket/store``.
+
+    Returns:
+        The backend; a folder is made where there is none.
+    """
+    text = str(place)
+    if "://" not in text or text.startswith("file://"):
+        return FolderBackend(Path(text.removeprefix("file://")))
+    return BucketBackend(text)
+
+
+class FolderBackend:
+    """A folder on one machine. Files appear by an exclusive link, after their bytes are on disk."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.place = root, str(root)
+        try:
+            (root / TEMPORARY).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(
+                f"Cannot use {root} as a store: {error.strerror or error}. Choose another folder."
+            ) from error
+
+    def read(self, key: str) -> bytes:
+        """Give a small file's content."""
+        try:
+            return (self.root / key).read_bytes()
+        except OSError as error:
+            raise StoreError(f"Cannot read {key} of {self.place}: {error.strerror}.") from error
+
+    def exists(self, key: str) -> bool:
+        """Tell whether there is such a file."""
+        return (self.root / key).is_file()
+
+    def list(self, prefix: str) -> list[str]:
+        """List the keys under a folder, sorted."""
+        base = self.root / prefix
+        return sorted(p.relative_to(self.root).as_posix() for p in base.rglob("*") if p.is_file())
+
+    def put_new(self, key: str, content: bytes) -> bool:
+        """Create a file whole; False where there is one already."""
+        with self._temporary() as temporary:
+            with temporary.open("wb") as handle:
+                handle.write(content)
+                handle.flush()
+                os.fsync(handle.fileno())
+            return self._link(temporary, key)
+
+    def put_file(self, key: str, path: Path) -> None:
+        """Copy a local file to a key."""
+        with self._temporary() as temporary:
+            with path.open("rb") as source, temporary.open("wb") as handle:
+                shutil.copyfileobj(source, handle, 1 << 22)
+                handle.flush()
+                os.fsync(handle.fileno())
+            self._link(temporary, key)
+
+    def fetch(self, key: str, path: Path) -> None:
+        """Copy a file out to a local path."""
+        shutil.copyfile(self.root / key, path)
+
+    def open_read(self, key: str) -> contextlib.AbstractContextManager[Any]:
+        """Open a file for reading bytes."""
+        return (self.root / key).open("rb")
+
+    def delete(self, key: str) -> None:
+        """Remove a file."""
+        (self.root / key).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def lock(self, *, exclusive: bool) -> Iterator[None]:
+        """Hold the store's lock, which the system lets go of when the process ends."""
+        with (self.root / LOCK_FILE).open("a") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+            yield
+
+    @contextlib.contextmanager
+    def _temporary(self) -> Iterator[Path]:
+        path = self.root / TEMPORARY / uuid.uuid4().hex
+        try:
+            yield path
+        except OSError as error:
+            raise StoreError(
+                f"Cannot write into {self.place}: {error.strerror or error}. Free some space or "
+                "check the permissions."
+            ) from error
+        finally:
+            path.unlink(missing_ok=True)
+
+    def _link(self, temporary: Path, key: str) -> bool:
+        target = self.root / key
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.chmod(0o444)
+        try:
+            os.link(temporary, target)
+        except FileExistsError:
+            return False
+        sync_folder(target.parent)
+        return True
+
+
+class BucketBackend:
+    """An object store through fsspec. Creating is exclusive where its driver knows "create"."""
+
+    def __init__(self, url: str) -> None:
+        import fsspec
+
+        self.place = url
+        try:
+            self.files, self.root = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise StoreError(
+                f"Cannot use {url} as a store: {error} Install the driver of that kind of bucket, "
+                "such as s3fs."
+            ) from error
+
+    def _path(self, key: str) -> str:
+        return f"{self.root.rstrip('/')}/{key}"
+
+    def read(self, key: str) -> bytes:
+        """Give a small file's content."""
+        try:
+            return bytes(self.files.cat_file(self._path(key)))
+        except OSError as error:
+            raise StoreError(f"Cannot read {key} of {self.place}: {error}.") from error
+
+    def exists(self, key: str) -> bool:
+        """Tell whether there is such a file."""
+        return bool(self.files.exists(self._path(key)))
+
+    def list(self, prefix: str) -> list[str]:
+        """List the keys under a folder, sorted."""
+        self.files.invalidate_cache()
+        root = self.root.strip("/")
+        found = self.files.find(self._path(prefix))
+        return sorted(path.strip("/").removeprefix(root).strip("/") for path in found)
+
+    def put_new(self, key: str, content: bytes) -> bool:
+        """Create a file whole; False where there is one already."""
+        try:
+            self.files.pipe_file(self._path(key), content, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    def put_file(self, key: str, path: Path) -> None:
+        """Copy a local file to a key; the key is its digest, so a second copy is the same."""
+        if not self.exists(key):
+            self.files.put_file(str(path), self._path(key))
+
+    def fetch(self, key: str, path: Path) -> None:
+        """Copy a file out to a local path."""
+        self.files.get_file(self._path(key), str(path))
+
+    def open_read(self, key: str) -> contextlib.AbstractContextManager[Any]:
+        """Open a file for reading bytes."""
+        handle: contextlib.AbstractContextManager[Any] = self.files.open(self._path(key), "rb")
+        return handle
+
+    def delete(self, key: str) -> None:
+        """Remove a file."""
+        if self.exists(key):
+            self.files.rm_file(self._path(key))
+
+    @contextlib.contextmanager
+    def lock(self, *, exclusive: bool) -> Iterator[None]:
+        """Do nothing but refuse to be exclusive: a bucket has no lock."""
+        if exclusive:
+            raise StoreError(
+                f"{self.place} is a bucket, which cannot be locked: removing from it is safe only "
+                "while nobody writes. Say so with --nobody-writes."
+            )
+        yield

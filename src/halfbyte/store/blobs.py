@@ -1,0 +1,71 @@
+"""Files by the digest of their content."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from halfbyte.errors import StoreError
+from halfbyte.store.backend import Backend
+from halfbyte.store.manifest import CHUNK_BYTES, FileRecord, Manifest, digest_file
+
+
+def blob_key(digest: str) -> str:
+    """Give the key of a blob."""
+    return f"blobs/{digest[:2]}/{digest}"
+
+
+def put_blob(backend: Backend, path: Path) -> FileRecord:
+    """Store a file under its digest, and make sure that those bytes arrived."""
+    record = FileRecord(sha256=digest_file(path), bytes=path.stat().st_size)
+    if not backend.exists(blob_key(record.sha256)):
+        backend.put_file(blob_key(record.sha256), path)
+        verify_blob(backend, record, str(path))
+    return record
+
+
+def put_bytes(backend: Backend, content: bytes) -> FileRecord:
+    """Store a small file under its digest."""
+    digest = hashlib.sha256(content).hexdigest()
+    backend.put_new(blob_key(digest), content)
+    return FileRecord(sha256=digest, bytes=len(content))
+
+
+def verify_blob(backend: Backend, record: FileRecord, what: str) -> None:
+    """Compare a blob with its digest.
+
+    Args:
+        backend: Where it is.
+        record: What it should be.
+        what: For messages: the file, and of which version.
+
+    Raises:
+        StoreError: It is missing, or differs.
+    """
+    key = blob_key(record.sha256)
+    if not backend.exists(key):
+        raise StoreError(f"{what} is missing from the store. Add or pull the version again.")
+    digest = hashlib.sha256()
+    with backend.open_read(key) as handle:
+        while chunk := handle.read(CHUNK_BYTES):
+            digest.update(chunk)
+    if digest.hexdigest() != record.sha256:
+        raise StoreError(
+            f"{what} is not as it was added: its sha256 differs. The disk or the bucket changed "
+            "it; remove the blob and add the version again."
+        )
+
+
+def check_complete(backend: Backend, manifest: Manifest) -> None:
+    """Check that all blobs of a version are there, without reading them.
+
+    Args:
+        backend: Where they are.
+        manifest: The version.
+
+    Raises:
+        StoreError: One is missing; names the file.
+    """
+    for path, record in manifest.files.items():
+        if not backend.exists(blob_key(record.sha256)):
+            raise StoreError(f"{path} of {manifest.version[:12]} is missing from the store.")

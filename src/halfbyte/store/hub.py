@@ -1,0 +1,114 @@
+"""Versions on the Hugging Face Hub: the files of one, with its manifest beside them."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from halfbyte.errors import StoreError
+from halfbyte.store.checkout import checkout
+from halfbyte.store.manifest import Manifest, digest_file
+from halfbyte.store.store import SHORT, Store
+
+MANIFEST_FILE = "halfbyte_manifest.json"
+
+
+def push(
+    store: Store,
+    reference: str,
+    repository: str,
+    *,
+    private: bool = True,
+    endpoint: str | None = None,
+    token: str | None = None,
+) -> str:
+    """Upload a version as one commit.
+
+    Args:
+        store: Where it is.
+        reference: The version.
+        repository: ``owner/name``; made where there is none.
+        private: For a repository that is made.
+        endpoint: Another address than the Hub's.
+        token: None: the one that huggingface_hub finds by itself.
+
+    Returns:
+        The commit's id.
+
+    Raises:
+        StoreError: The upload failed, or the repository is the base model's own.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    _, version = store.resolve(reference)
+    manifest = store.manifest(version)
+    if repository == manifest.base.id:
+        raise StoreError(f"Refusing to push over the base model {repository}. Name another.")
+    api = HfApi(endpoint=endpoint, token=token)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = checkout(store, reference, Path(temporary) / "model")
+        (folder / MANIFEST_FILE).write_bytes(manifest.to_bytes())
+        try:
+            api.create_repo(repository, private=private, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repository,
+                folder_path=folder,
+                commit_message=f"{manifest.name}@{version[:SHORT]}",
+                delete_patterns=["*"],
+            )
+        except (HfHubHTTPError, OSError, RuntimeError) as error:
+            raise StoreError(f"Cannot push to {repository}: {_first_line(error)}") from error
+    return str(commit.oid)
+
+
+def pull(
+    store: Store,
+    repository: str,
+    *,
+    revision: str | None = None,
+    endpoint: str | None = None,
+    token: str | None = None,
+) -> Manifest:
+    """Download a version, compare every file with its manifest, and add it as what it is.
+
+    Args:
+        store: Where it goes.
+        repository: ``owner/name``, one that :func:`push` filled.
+        revision: Commit, branch or tag; None: the newest.
+        endpoint: Another address than the Hub's.
+        token: None: the one that huggingface_hub finds by itself.
+
+    Returns:
+        The manifest; the version is the same as where it was pushed from.
+
+    Raises:
+        StoreError: The download failed, has no manifest, or a file is not what it says.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi(endpoint=endpoint, token=token)
+    with tempfile.TemporaryDirectory() as temporary:
+        try:
+            folder = Path(api.snapshot_download(repository, revision=revision, local_dir=temporary))
+        except (HfHubHTTPError, OSError) as error:
+            raise StoreError(f"Cannot pull {repository}: {_first_line(error)}") from error
+        path = folder / MANIFEST_FILE
+        if not path.is_file():
+            raise StoreError(
+                f"{repository} has no {MANIFEST_FILE}: it was not pushed from a store. Download it "
+                "and add it with `store add`."
+            )
+        manifest = Manifest.from_bytes(path.read_bytes(), f"{MANIFEST_FILE} of {repository}")
+        for name, record in manifest.files.items():
+            file = folder / name
+            if not file.is_file() or digest_file(file) != record.sha256:
+                found = "is missing" if not file.is_file() else "has another sha256"
+                raise StoreError(f"{name} of {repository} {found}: not what was pushed.")
+        store.adopt(manifest, folder)
+    return manifest
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".") + "."

@@ -1,0 +1,195 @@
+"""A name's log: one file an entry, created exclusively, each with the digest of the one before.
+
+Two processes that write the same entry number cannot both succeed; the second reads again and
+decides anew. Aliases are what the log says last, so there is no second place that could disagree.
+"""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from halfbyte.checkpoint.header import parse_json_object
+from halfbyte.errors import CheckpointError, StoreError
+from halfbyte.store.backend import Backend
+
+EVENTS = ("add", "verdict", "promote", "rollback", "remove", "sign")
+DIGITS = 8
+ATTEMPTS = 1000
+LISTINGS = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One event in the life of a name."""
+
+    event: str
+    version: str
+    alias: str | None = None
+    reason: str | None = None
+    details: Mapping[str, str] = field(default_factory=dict)
+    """Such as a verdict and the digest of its file."""
+    number: int = 0
+    time: str = ""
+    actor: str = ""
+    previous: str = ""
+    """sha256 of the entry before, in hex; empty for the first."""
+
+    def to_bytes(self) -> bytes:
+        """Give the stored form."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of the stored form."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class History:
+    """A name's log, read to its end."""
+
+    name: str
+    entries: Sequence[Entry]
+
+    @property
+    def versions(self) -> list[str]:
+        """Versions that were added and not removed, oldest first."""
+        found: dict[str, None] = {}
+        for entry in self.entries:
+            if entry.event == "add":
+                found[entry.version] = None
+            elif entry.event == "remove":
+                found.pop(entry.version, None)
+        return list(found)
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """The version that each alias points to."""
+        found: dict[str, str] = {}
+        for entry in self.entries:
+            if entry.alias is not None:
+                found[entry.alias] = entry.version
+        return found
+
+    def past_of(self, alias: str) -> list[str]:
+        """Versions that an alias pointed to and can go back to, the present one last."""
+        past: list[str] = []
+        for entry in self.entries:
+            if entry.alias != alias:
+                continue
+            if entry.event == "rollback" and len(past) > 1:
+                past.pop()
+            elif not past or past[-1] != entry.version:
+                past.append(entry.version)
+        return past
+
+    def verdict_of(self, version: str) -> str | None:
+        """The last verdict that the log has for a version."""
+        found = [e for e in self.entries if e.event == "verdict" and e.version == version]
+        return found[-1].details.get("verdict") if found else None
+
+
+def read_history(backend: Backend, name: str) -> History:
+    """Read a name's log and check that no entry is missing or changed.
+
+    Args:
+        backend: The store.
+        name: The model.
+
+    Returns:
+        The log; empty where there is none.
+
+    Raises:
+        StoreError: An entry is missing, damaged or does not follow from the one before.
+    """
+    entries: list[Entry] = []
+    for key in _list_keys(backend, name):
+        number = len(entries) + 1
+        if key != _key(name, number):
+            raise StoreError(f"The log of {name} has {key} where {_key(name, number)} is due.")
+        entry = _parse(backend.read(key), key)
+        previous = entries[-1].digest if entries else ""
+        if entry.number != number or entry.previous != previous:
+            raise StoreError(f"{key} does not follow from the entry before. The log was changed.")
+        entries.append(entry)
+    return History(name=name, entries=entries)
+
+
+def append_entry(
+    backend: Backend, name: str, decide: Callable[[History], Entry | None]
+) -> Entry | None:
+    """Append what follows from the log as it is; where another process was faster, decide anew.
+
+    Args:
+        backend: The store.
+        name: The model.
+        decide: Gives the entry (event, version, alias, reason, details) or None for nothing.
+
+    Returns:
+        The entry as written, or None.
+
+    Raises:
+        StoreError: Others kept being faster.
+    """
+    for _ in range(ATTEMPTS):
+        history = read_history(backend, name)
+        wanted = decide(history)
+        if wanted is None:
+            return None
+        entry = Entry(
+            event=wanted.event,
+            version=wanted.version,
+            alias=wanted.alias,
+            reason=wanted.reason,
+            details=wanted.details,
+            number=len(history.entries) + 1,
+            time=now(),
+            actor=_actor(),
+            previous=history.entries[-1].digest if history.entries else "",
+        )
+        if backend.put_new(_key(name, entry.number), entry.to_bytes()):
+            return entry
+    raise StoreError(f"Cannot write to the log of {name}: {ATTEMPTS} others were faster.")
+
+
+def now() -> str:
+    """Give the time in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _list_keys(backend: Backend, name: str) -> list[str]:
+    """List a log's entries. One that is made while the folder is read may hide an earlier one."""
+    keys: list[str] = []
+    for _ in range(LISTINGS):
+        keys = backend.list(f"logs/{name}")
+        if keys == [_key(name, number) for number in range(1, len(keys) + 1)]:
+            break
+    return keys
+
+
+def _key(name: str, number: int) -> str:
+    return f"logs/{name}/{number:0{DIGITS}}.json"
+
+
+def _parse(content: bytes, key: str) -> Entry:
+    try:
+        values: dict[str, Any] = parse_json_object(content, key)
+        entry = Entry(**values)
+    except (CheckpointError, TypeError) as error:
+        raise StoreError(f"{key} is no log entry: {error}. The store is damaged.") from error
+    if entry.event not in EVENTS or entry.to_bytes() != content:
+        raise StoreError(f"{key} is no log entry. The store is damaged.")
+    return entry
+
+
+def _actor() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return "unknown"

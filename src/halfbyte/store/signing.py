@@ -1,0 +1,79 @@
+"""Signatures of a version's files with the model-signing package, by keys that stay offline.
+
+The signature is detached, in the format of the OpenSSF Model Signing specification: other tools
+verify it without halfbyte.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from halfbyte.errors import StoreError, require_extra
+from halfbyte.store.checkout import checkout
+from halfbyte.store.store import SHORT, Store
+
+SIGNATURE = "model.sig"
+
+
+def sign(store: Store, reference: str, private_key: Path) -> str:
+    """Sign a version.
+
+    Args:
+        store: Where it is.
+        reference: The version.
+        private_key: An elliptic-curve key in PEM, without a password.
+
+    Returns:
+        The digest of the signature, which the store keeps.
+
+    Raises:
+        MissingExtraError: The model-signing package is not installed.
+        StoreError: The key cannot be used.
+    """
+    try:
+        from model_signing import signing
+    except ImportError as error:
+        missing = require_extra("model_signing", "sign", "Signing a version")
+        raise missing from error
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = checkout(store, reference, Path(temporary) / "model")
+        path = Path(temporary) / SIGNATURE
+        try:
+            config = signing.Config().use_elliptic_key_signer(private_key=private_key)
+            config.sign(folder, path)
+        except (ValueError, OSError, TypeError) as error:
+            raise StoreError(f"Cannot sign with {private_key}: {error}.") from error
+        return store.attach_signature(reference, path)
+
+
+def verify_signature(store: Store, reference: str, public_key: Path) -> None:
+    """Check that a version's files are those that somebody signed.
+
+    Args:
+        store: Where it is.
+        reference: The version.
+        public_key: In PEM.
+
+    Raises:
+        MissingExtraError: The model-signing package is not installed.
+        StoreError: There is no signature, or it is of another key or other files.
+    """
+    try:
+        from model_signing import verifying
+    except ImportError as error:
+        missing = require_extra("model_signing", "sign", "Verifying a signature")
+        raise missing from error
+    name, version = store.resolve(reference)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = checkout(store, reference, Path(temporary) / "model")
+        path = Path(temporary) / SIGNATURE
+        store.fetch_signature(reference, path)
+        try:
+            config = verifying.Config().use_elliptic_key_verifier(public_key=public_key)
+            config.verify(folder, path)
+        except (ValueError, OSError, TypeError) as error:
+            raise StoreError(
+                f"The signature of {name}@{version[:SHORT]} does not hold for {public_key}: "
+                f"{error}."
+            ) from error

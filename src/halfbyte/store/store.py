@@ -1,0 +1,388 @@
+"""The store itself: add versions, find them, judge, promote, roll back, verify."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from halfbyte.errors import StoreError
+from halfbyte.store.backend import Backend, open_backend
+from halfbyte.store.blobs import blob_key, check_complete, put_blob, put_bytes, verify_blob
+from halfbyte.store.card import make_card
+from halfbyte.store.log import Entry, History, append_entry, now, read_history
+from halfbyte.store.manifest import (
+    CARD_FILE,
+    BaseModel,
+    Manifest,
+    Verdict,
+    digest_model,
+    list_files,
+    read_base,
+    read_recipe,
+    read_verdict,
+)
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+CHAMPION, CANDIDATE = "champion", "candidate"
+SHORT = 12
+SCHEME = "store:"
+
+
+class Store:
+    """Versions of quantized models in one place."""
+
+    def __init__(self, place: str | Path) -> None:
+        self.backend: Backend = open_backend(place)
+
+    def names(self) -> list[str]:
+        """List the models, sorted."""
+        return sorted({key.split("/")[1] for key in self.backend.list("logs")})
+
+    def history(self, name: str) -> History:
+        """Read a model's log.
+
+        Args:
+            name: The model.
+
+        Returns:
+            The log.
+
+        Raises:
+            StoreError: There is no such model, or the log is damaged.
+        """
+        history = read_history(self.backend, check_name(name))
+        if not history.entries:
+            known = ", ".join(self.names()) or "none yet"
+            raise StoreError(f"{self.backend.place} has no model '{name}'; it has: {known}.")
+        return history
+
+    def add(
+        self,
+        folder: str | Path,
+        name: str,
+        *,
+        base: BaseModel | None = None,
+        base_folder: str | Path | None = None,
+        verdict: str | Path | None = None,
+        like: str | None = None,
+        parent: str | None = None,
+    ) -> Manifest:
+        """Add a folder as a version.
+
+        Args:
+            folder: A quantized model; it is copied.
+            name: The model's name in the store; not the base's.
+            base: Id and revision of the base; None: from the model card.
+            base_folder: The base model, to take its digest.
+            verdict: JSON file with a key "verdict".
+            like: A version that this one is a conversion of: base, recipe, calibration and tools
+                are its own.
+            parent: The version that this one follows; None: the champion, if there is one.
+
+        Returns:
+            The manifest. Adding the same content again gives another version: it has a time.
+
+        Raises:
+            StoreError: The folder cannot be added, or the name is the base's.
+        """
+        check_name(name)
+        folder = Path(folder)
+        files = list_files(folder)
+        found = base or read_base(folder)
+        if found.id is not None and name == found.id:
+            raise StoreError(f"'{name}' is the name of the base model. Choose another.")
+        if base_folder is not None:
+            digest = digest_model(Path(base_folder))
+            found = BaseModel(id=found.id, revision=found.revision, digest=digest)
+        recipe, calibration, tools = read_recipe(folder)
+        if like is not None:
+            origin = self.manifest(self.resolve(like)[1])
+            found, recipe = origin.base, {**origin.recipe, "converted_from": origin.version}
+            calibration, tools = origin.calibration, dict(origin.tools)
+        with self.backend.lock(exclusive=False):
+            card = make_card(folder, found)
+            if card is not None:
+                files.pop(CARD_FILE, None)
+            records = {path: put_blob(self.backend, file) for path, file in files.items()}
+            if card is not None:
+                records[CARD_FILE] = put_bytes(self.backend, card)
+            judged = None
+            if verdict is not None:
+                text = read_verdict(Path(verdict))
+                judged = Verdict(verdict=text, sha256=put_blob(self.backend, Path(verdict)).sha256)
+            if parent is None:
+                parent = read_history(self.backend, name).aliases.get(CHAMPION)
+            manifest = Manifest(
+                name=name,
+                created=now(),
+                parent=parent,
+                files=records,
+                base=found,
+                recipe=recipe,
+                calibration=calibration,
+                tools=tools,
+                verdict=judged,
+            )
+            self._record(manifest)
+        return manifest
+
+    def _record(self, manifest: Manifest) -> None:
+        """Make a version exist, once all its blobs do: the manifest, then the log entry."""
+        version = manifest.version
+        self.backend.put_new(f"manifests/{version}.json", manifest.to_bytes())
+
+        def decide(history: History) -> Entry | None:
+            if version in history.versions:
+                return None
+            return Entry(event="add", version=version)
+
+        append_entry(self.backend, manifest.name, decide)
+
+    def resolve(self, reference: str) -> tuple[str, str]:
+        """Find the version that a reference means.
+
+        Args:
+            reference: ``name`` (the champion, else the newest version), ``name@alias`` or
+                ``name@version``, of which the first few digits are enough; "store:" may stand
+                before it.
+
+        Returns:
+            Name and version.
+
+        Raises:
+            StoreError: There is none, or more than one.
+        """
+        name, _, point = reference.removeprefix(SCHEME).partition("@")
+        history = self.history(name)
+        versions, aliases = history.versions, history.aliases
+        if not point:
+            if CHAMPION in aliases:
+                return name, aliases[CHAMPION]
+            if versions:
+                return name, versions[-1]
+            raise StoreError(f"'{name}' has no version any more.")
+        if point in aliases:
+            return name, aliases[point]
+        matching = [version for version in versions if version.startswith(point)]
+        if len(matching) != 1:
+            found = f"{len(matching)} versions begin with it" if matching else "no such version"
+            known = ", ".join([*aliases, *(version[:SHORT] for version in versions)])
+            raise StoreError(f"Cannot find {reference}: {found}. '{name}' has: {known}.")
+        return name, matching[0]
+
+    def manifest(self, version: str) -> Manifest:
+        """Read a version's manifest.
+
+        Args:
+            version: In full.
+
+        Returns:
+            The manifest.
+
+        Raises:
+            StoreError: It is missing, or its content is not what its name says.
+        """
+        key = f"manifests/{version}.json"
+        content = self.backend.read(key)
+        if hashlib.sha256(content).hexdigest() != version:
+            raise StoreError(f"{key} is not what its name says: its sha256 differs. It is damaged.")
+        return Manifest.from_bytes(content, key)
+
+    def verdict(self, name: str, version: str) -> str | None:
+        """Give the last verdict of a version; None where nobody compared it."""
+        late = self.history(name).verdict_of(version)
+        first = self.manifest(version).verdict
+        return late or (first.verdict if first else None)
+
+    def judge(self, reference: str, verdict: str | Path) -> str:
+        """Attach a comparison's verdict to a version.
+
+        Args:
+            reference: The version.
+            verdict: JSON file with a key "verdict".
+
+        Returns:
+            The verdict.
+        """
+        name, version = self.resolve(reference)
+        text = read_verdict(Path(verdict))
+        with self.backend.lock(exclusive=False):
+            digest = put_blob(self.backend, Path(verdict)).sha256
+            details = {"verdict": text, "sha256": digest}
+            self.append(name, version, "verdict", details=details)
+        return text
+
+    def promote(
+        self, reference: str, alias: str = CHAMPION, *, force_reason: str | None = None
+    ) -> Entry:
+        """Let an alias point to a version.
+
+        Args:
+            reference: The version.
+            alias: Champion, candidate, or any other word.
+            force_reason: Why the champion may change without a passing verdict.
+
+        Returns:
+            The log entry.
+
+        Raises:
+            StoreError: There is no passing verdict and no reason, or the version is damaged.
+        """
+        check_name(alias)
+        name, version = self.resolve(reference)
+        judged = self.verdict(name, version)
+        # Only what serves traffic is guarded: a candidate is there to be compared.
+        if alias != CANDIDATE and judged != "pass" and not force_reason:
+            raise StoreError(
+                f"Cannot promote {name}@{version[:SHORT]} to {alias}: its verdict is "
+                f"{judged or 'missing'}, and 'pass' is needed. Attach one with `store judge`, or "
+                "force it with a reason."
+            )
+        with self.backend.lock(exclusive=False):
+            check_complete(self.backend, self.manifest(version))
+            return self.append(name, version, "promote", alias=alias, reason=force_reason)
+
+    def rollback(self, name: str, alias: str = CHAMPION, *, reason: str | None = None) -> Entry:
+        """Let an alias point to what it pointed to before.
+
+        Args:
+            name: The model.
+            alias: The alias.
+            reason: For the log.
+
+        Returns:
+            The log entry.
+
+        Raises:
+            StoreError: It never pointed to anything else, or that version is gone.
+        """
+
+        def decide(history: History) -> Entry:
+            past = history.past_of(alias)
+            if len(past) < 2:
+                raise StoreError(f"Cannot roll back {name}@{alias}: it has no earlier version.")
+            if past[-2] not in history.versions:
+                raise StoreError(f"Cannot roll back {name}@{alias}: {past[-2][:SHORT]} is removed.")
+            return Entry(event="rollback", version=past[-2], alias=alias, reason=reason)
+
+        self.history(name)
+        with self.backend.lock(exclusive=False):
+            entry = append_entry(self.backend, name, decide)
+        assert entry is not None
+        return entry
+
+    def verify(self, reference: str | None = None) -> list[str]:
+        """Compare every byte of a version, or of all, with its digest.
+
+        Args:
+            reference: The version; None: all of all models.
+
+        Returns:
+            The versions that were verified.
+
+        Raises:
+            StoreError: Something is missing or differs; names version and file.
+        """
+        targets: list[str] = []
+        if reference is not None:
+            targets.append(self.resolve(reference)[1])
+        else:
+            for name in self.names():
+                history = self.history(name)
+                targets += history.versions
+                missing = set(history.aliases.values()) - set(history.versions)
+                if missing:
+                    raise StoreError(f"An alias of '{name}' points to {missing}, which is removed.")
+        checked: set[str] = set()
+        for version in targets:
+            manifest = self.manifest(version)
+            for path, record in manifest.files.items():
+                if record.sha256 not in checked:
+                    verify_blob(
+                        self.backend, record, f"{path} of {manifest.name}@{version[:SHORT]}"
+                    )
+                    checked.add(record.sha256)
+        return targets
+
+    def adopt(self, manifest: Manifest, folder: Path) -> None:
+        """Add a version that was made elsewhere, as what it is.
+
+        Args:
+            manifest: The version.
+            folder: Its files, compared with the manifest already.
+        """
+        check_name(manifest.name)
+        with self.backend.lock(exclusive=False):
+            for path in manifest.files:
+                put_blob(self.backend, folder / path)
+            self._record(manifest)
+
+    def attach_signature(self, reference: str, signature: Path) -> str:
+        """Keep a signature of a version; gives its digest."""
+        name, version = self.resolve(reference)
+        with self.backend.lock(exclusive=False):
+            digest = put_blob(self.backend, signature).sha256
+            self.append(name, version, "sign", details={"sha256": digest})
+        return digest
+
+    def fetch_signature(self, reference: str, output: Path) -> None:
+        """Copy the newest signature of a version out.
+
+        Args:
+            reference: The version.
+            output: The file to write.
+
+        Raises:
+            StoreError: It has none.
+        """
+        name, version = self.resolve(reference)
+        entries = self.history(name).entries
+        found = [e for e in entries if e.event == "sign" and e.version == version]
+        if not found:
+            raise StoreError(f"{name}@{version[:SHORT]} is not signed.")
+        self.backend.fetch(blob_key(found[-1].details["sha256"]), output)
+
+    def append(
+        self,
+        name: str,
+        version: str,
+        event: str,
+        *,
+        alias: str | None = None,
+        reason: str | None = None,
+        details: Mapping[str, str] | None = None,
+    ) -> Entry:
+        """Append an entry about a version that exists."""
+
+        def decide(history: History) -> Entry:
+            if version not in history.versions:
+                raise StoreError(f"{name}@{version[:SHORT]} was removed meanwhile.")
+            return Entry(
+                event=event, version=version, alias=alias, reason=reason, details=details or {}
+            )
+
+        entry = append_entry(self.backend, name, decide)
+        assert entry is not None
+        return entry
+
+
+def check_name(name: str) -> str:
+    """Check a model's name or an alias.
+
+    Args:
+        name: To be used in keys.
+
+    Returns:
+        The name.
+
+    Raises:
+        StoreError: It is not one plain word.
+    """
+    if not NAME.fullmatch(name):
+        raise StoreError(
+            f"'{name[:100]}' cannot be a name: letters, digits, '.', '_' and '-' are allowed, at "
+            "most 96, and a letter or digit first."
+        )
+    return name

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from tests.helpers.conversions import ATTENTION, MLP, write_source
+from tests.helpers.tiny_gptq import TinyLinear
+
+from halfbyte.cli import convert as verb
+from halfbyte.cli.main import main
+from halfbyte.convert.dense import DTYPES
+from halfbyte.convert.gguf_write import EMBEDDING_TYPES
+from halfbyte.convert.run import FORMATS
+
+
+@pytest.fixture
+def model(tmp_path):
+    linears = {f"{ATTENTION}.q_proj": TinyLinear(out_features=64), f"{MLP}.up_proj": TinyLinear()}
+    write_source(tmp_path / "model", linears)
+    return tmp_path / "model"
+
+
+def test_choices_are_those_of_the_conversion():
+    assert verb.FORMATS == FORMATS
+    assert verb.TYPES == EMBEDDING_TYPES
+    assert tuple(DTYPES) == verb.DTYPES
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_every_format_is_written(model, tmp_path, capsys, to):
+    assert main(["convert", str(model), "--to", to, "-o", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "2 linears" in out
+    assert ("Exact: every weight" in out) == (to != "hf")
+
+
+def test_json_says_what_was_done(model, tmp_path, capsys):
+    arguments = ["convert", str(model), "--to", "gguf", "-o", str(tmp_path / "x.gguf"), "--json"]
+    assert main(arguments) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["is_exact"]
+    assert report["holds"] == {"Q4_0": 2}
+    assert report["num_bytes"] == (tmp_path / "x.gguf").stat().st_size
+    assert "q8_0 not possible (rows of 4)" in report["notes"][-1]
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, capsys):
+    write_source(tmp_path / "model", {f"{MLP}.up_proj": TinyLinear(symmetric=False)})
+    arguments = ["convert", str(tmp_path / "model"), "--to", "gguf", "-o", str(tmp_path / "x.gguf")]
+    assert main(arguments) == 2
+    assert "1 of 1 linears do not fit" in capsys.readouterr().err
+    assert not (tmp_path / "x.gguf").exists()
+    assert main([*arguments, "--allow-error"]) == 0
+    assert "Not exact: 1 tensors are rounded" in capsys.readouterr().out
+
+
+def test_a_folder_with_files_is_not_written_into(model, capsys):
+    assert main(["convert", str(model), "--to", "awq", "-o", str(model)]) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_embeddings_that_do_not_fit_the_type_are_refused(model, tmp_path, capsys):
+    arguments = ["convert", str(model), "--to", "gguf", "-o", str(tmp_path / "x.gguf")]
+    assert main([*arguments, "--embeddings", "q8_0"]) == 2
+    assert "rows of 4 are no multiple of 32" in capsys.readouterr().err
+
+
+def test_a_model_in_full_precision_is_refused(tmp_path, capsys):
+    from tests.helpers.families import write_family
+
+    write_family(tmp_path / "model", "llama")
+    arguments = ["convert", str(tmp_path / "model"), "--to", "awq", "-o", str(tmp_path / "out")]
+    assert main(arguments) == 1
+    assert "no quantized linear" in capsys.readouterr().err

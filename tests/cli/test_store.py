@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from tests.helpers.stores import write_folder, write_verdict
+
+from halfbyte.cli.main import main
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HALFBYTE_STORE", str(tmp_path / "store"))
+
+    def run(*words, code=0):
+        assert main(["store", *map(str, words)]) == code
+        out = capsys.readouterr()
+        return out.err if code else out.out
+
+    return run
+
+
+def test_the_life_of_a_version(call, tmp_path):
+    folder = write_folder(tmp_path / "model")
+    assert call("list") == "The store is empty.\n"
+    assert "m@" in call("add", folder, "--name", "m", "--base-id", "org/base")
+    assert "is missing, and 'pass' is needed" in call("promote", "m", code=1)
+    call("judge", "m", "--verdict", write_verdict(tmp_path / "v.json", "pass"))
+    assert "champion is now" in call("promote", "m")
+    assert "champion" in call("list", "m")
+    added = json.loads(call("add", write_folder(tmp_path / "b", 1), "--name", "m", "--json"))
+    second = added["version"]
+    assert added["manifest"]["parent"] is not None
+    assert "recipe   group_size: 64 -> 65" in call("diff", "m@champion", f"m@{second}")
+    call("promote", f"m@{second}", "--force", "a test")
+    assert "is back at" in call("rollback", "m", "--reason", "a test")
+    shown = call("show", f"m@{second}")
+    assert "promote champion" in shown
+    assert "a test" in shown
+    assert "2 versions are as they were added" in call("verify")
+    assert "removed 0 versions" in call("gc")
+    assert (tmp_path / "out").exists() is False
+    call("get", "m", "-o", tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert json.loads(call("bom", "m"))["bomFormat"] == "CycloneDX"
+    assert list(json.loads(call("list", "--json"))) == ["m"]
+
+
+def test_no_store_is_a_wrong_setting(call, monkeypatch):
+    monkeypatch.delenv("HALFBYTE_STORE")
+    assert "Give --store, or set HALFBYTE_STORE" in call("list", code=2)

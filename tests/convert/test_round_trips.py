@@ -1,0 +1,184 @@
+"""GPTQ -> X -> GPTQ gives every tensor back, bit for bit."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.helpers.conversions import (
+    ATTENTION,
+    MLP,
+    assert_same_checkpoint,
+    assert_same_weights,
+    write_source,
+)
+from tests.helpers.tiny_gptq import TinyLinear
+
+from halfbyte.convert.opening import open_source
+from halfbyte.convert.run import ConversionConfig, convert
+
+FORMATS = ("gguf", "awq", "mlx", "compressed-tensors", "gptq")
+
+
+def there_and_back(folder: Path, to: str, **options: object):
+    """Convert ``folder/a`` to another format and back; give the report of the way there."""
+    report = convert(folder / "a", folder / "b", config=ConversionConfig(to=to, **options))
+    base = folder / "a" if to == "gguf" else None
+    back = convert(report.output, folder / "c", config=ConversionConfig(to="gptq"), base=base)
+    assert back.is_exact
+    return report
+
+
+def linears(**facts):
+    return {
+        f"{ATTENTION}.q_proj": TinyLinear(out_features=64, **facts),
+        f"{MLP}.down_proj": TinyLinear(in_features=96, out_features=64, with_bias=True, **facts),
+    }
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    to=st.sampled_from(FORMATS),
+    bits=st.sampled_from([2, 3, 4, 8]),
+    symmetric=st.booleans(),
+    zero_offset=st.sampled_from([0, 1]),
+    blocks=st.sampled_from([(1, 1), (2, 1), (2, 2), (3, 1), (3, 3), (4, 2), (6, 2), (6, 3)]),
+    rows=st.sampled_from([32, 64, 96]),
+    seed=st.integers(0, 10**6),
+)
+def test_every_exact_pair_gives_every_weight_back(
+    to, bits, symmetric, zero_offset, blocks, rows, seed
+):
+    """Over bits, shapes, groups and both dialects; what is refused is refused for a reason."""
+    inputs, group = blocks[0] * 32, blocks[1] * 32
+    linear = TinyLinear(
+        bits=bits, in_features=inputs, out_features=rows, group_size=group, symmetric=symmetric,
+        zero_offset=zero_offset,
+    )  # fmt: skip
+    can = {
+        "gguf": symmetric or bits < 4,
+        "awq": bits <= 4,
+        "mlx": symmetric,
+        "compressed-tensors": True,
+        "gptq": True,
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_source(folder / "a", {f"{MLP}.down_proj": linear}, seed=seed)
+        try:
+            report = there_and_back(folder, to)
+        except ValueError:
+            assert not can[to]
+            return
+        assert report.is_exact
+        assert_same_weights(folder / "a", folder / "c")
+
+
+@pytest.mark.parametrize(
+    ("to", "facts"),
+    [
+        ("gguf", {}),
+        ("gguf", {"bits": 8}),
+        ("gguf", {"bits": 3}),
+        ("gguf", {"bits": 2}),
+        ("awq", {}),
+        ("awq", {"symmetric": False}),
+        ("mlx", {}),
+        ("mlx", {"bits": 3}),
+        ("mlx", {"bits": 8}),
+        ("compressed-tensors", {}),
+        ("compressed-tensors", {"bits": 3, "symmetric": False}),
+        ("compressed-tensors", {"bits": 8, "symmetric": False}),
+        ("gptq", {"symmetric": False, "act_order": True}),
+    ],
+)
+def test_every_tensor_comes_back_bit_for_bit(tmp_path, to, facts):
+    write_source(tmp_path / "a", linears(**facts))
+    assert there_and_back(tmp_path, to).is_exact
+    assert_same_checkpoint(tmp_path / "a", tmp_path / "c")
+
+
+def test_gguf_remembers_larger_groups(tmp_path):
+    wide = TinyLinear(in_features=128, out_features=64, group_size=64)
+    write_source(tmp_path / "a", {f"{MLP}.down_proj": wide})
+    there_and_back(tmp_path, "gguf")
+    assert_same_checkpoint(tmp_path / "a", tmp_path / "c")
+
+
+def test_a_zero_of_zero_goes_into_version_2(tmp_path):
+    source = linears(symmetric=False, zero_offset=0)
+    write_source(tmp_path / "a", source)
+    there_and_back(tmp_path, "awq")
+    assert open_source(tmp_path / "c").checkpoint.labels.checkpoint_format == "gptq_v2"
+    assert_same_checkpoint(tmp_path / "a", tmp_path / "c")
+
+
+@pytest.mark.parametrize("to", ["awq", "mlx", "compressed-tensors", "gguf"])
+def test_ragged_groups_become_even_ones(tmp_path, to):
+    ragged = TinyLinear(in_features=96, out_features=64, group_size=64)
+    write_source(tmp_path / "a", {f"{MLP}.down_proj": ragged})
+    there_and_back(tmp_path, to)
+    assert_same_weights(tmp_path / "a", tmp_path / "c")
+
+
+def test_mixed_bits_and_groups_keep_each_its_own(tmp_path):
+    source = {
+        f"{MLP}.up_proj": TinyLinear(bits=8),
+        f"{MLP}.down_proj": TinyLinear(bits=3, group_size=64),
+        f"{ATTENTION}.o_proj": TinyLinear(symmetric=False),
+    }
+    write_source(tmp_path / "a", source, sym=False)
+    there_and_back(tmp_path, "compressed-tensors")
+    assert_same_checkpoint(tmp_path / "a", tmp_path / "c")
+
+
+def test_float32_holds_every_product_exactly(tmp_path):
+    weights = write_source(tmp_path / "a", linears(symmetric=False, act_order=True))
+    config = ConversionConfig(to="hf", dtype="float32")
+    report = convert(tmp_path / "a", tmp_path / "b", config=config)
+    assert report.is_exact
+    from safetensors.torch import load_file
+
+    tensors = load_file(tmp_path / "b" / "model.safetensors")
+    for name, weight in weights.items():
+        assert torch.equal(tensors[f"{name}.weight"].double(), weight)
+
+
+def test_sixteen_bits_round_each_weight_once(tmp_path):
+    weights = write_source(tmp_path / "a", linears())
+    report = convert(tmp_path / "a", tmp_path / "b", config=ConversionConfig(to="hf"))
+    assert 0 < max(found.relative_error for found in report.rounded) < 2**-11
+    from safetensors.torch import load_file
+
+    tensors = load_file(tmp_path / "b" / "model.safetensors")
+    for name, weight in weights.items():
+        assert torch.equal(tensors[f"{name}.weight"], weight.to(torch.float16))
+
+
+def test_shards_are_cut_between_linears(tmp_path):
+    from halfbyte.convert.compressed_tensors import CompressedTensorsTarget
+    from halfbyte.convert.folder import write_folder
+
+    write_source(tmp_path / "a", linears())
+    source = open_source(tmp_path / "a")
+    specs = {name: source.describe(name) for name in source.linears}
+    target = CompressedTensorsTarget()
+    write_folder(source, specs, target, tmp_path / "b", allow_error=False, shard_bytes=3000)
+    assert len(list((tmp_path / "b").glob("model-0000*-of-00002.safetensors"))) == 2
+    convert(tmp_path / "b", tmp_path / "c", config=ConversionConfig(to="gptq"))
+    assert_same_checkpoint(tmp_path / "a", tmp_path / "c")
+
+
+def test_the_card_carries_base_and_licence_and_says_what_was_done(tmp_path):
+    write_source(tmp_path / "a", linears())
+    card = "---\nlicense: mit\nbase_model: org/base\nbase_model_relation: quantized\n---\n# A\n"
+    (tmp_path / "a" / "README.md").write_text(card)
+    convert(tmp_path / "a", tmp_path / "b", config=ConversionConfig(to="mlx"))
+    text = (tmp_path / "b" / "README.md").read_text()
+    assert "license: mit\nbase_model: org/base\nbase_model_relation: quantized" in text
+    assert "Converted from gptq to mlx" in text
+    assert "every weight is exact" in text

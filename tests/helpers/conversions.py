@@ -1,0 +1,92 @@
+"""Tiny quantized models with all that a conversion asks for, and how to compare two of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from tests.helpers.tiny_gptq import TinyLinear, write_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from halfbyte.checkpoint.read import open_checkpoint
+
+HEADS = 4
+
+TINY_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "num_hidden_layers": 1,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": HEADS,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 260,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "tie_word_embeddings": True,
+}
+
+ATTENTION = "model.layers.0.self_attn"
+MLP = "model.layers.0.mlp"
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level BPE of 256 bytes, two merges and two special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: number for number, symbol in enumerate(alphabet)}
+    vocabulary |= {"th": 258, "the": 259}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("t", "h"), ("th", "e")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    folder.mkdir(parents=True, exist_ok=True)
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = [
+        {"id": number, "content": text, "special": True, "single_word": False, "lstrip": False,
+         "rstrip": False, "normalized": False}
+        for number, text in ((256, "<s>"), (257, "</s>"))
+    ]  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "chat_template": "{{ messages[0].content }}",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def write_source(
+    folder: Path, linears: Mapping[str, TinyLinear], seed: int = 0, **labels: object
+) -> dict[str, torch.Tensor]:
+    """Write a GPTQ model; give its weights in float64 by module."""
+    weights = write_model(folder, linears, labels=labels, seed=seed)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**TINY_CONFIG, **config}))
+    write_tokenizer(folder)
+    return weights
+
+
+def assert_same_checkpoint(first: Path, second: Path) -> None:
+    """Every tensor of two GPTQ checkpoints is the same, bit for bit.
+
+    GGUF has vectors in float32 only: there the values are the same, in a wider type.
+    """
+    one, two = open_checkpoint(first), open_checkpoint(second)
+    assert set(one.files.infos) == set(two.files.infos)
+    for name in one.files.infos:
+        left, right = one.files.load([name])[name], two.files.load([name])[name]
+        is_plain = left.dim() == 1 and left.is_floating_point()
+        assert left.dtype == right.dtype or (is_plain and right.dtype == torch.float32), name
+        assert torch.equal(left.double(), right.double()), name
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    """Every linear of two GPTQ checkpoints stands for the same weight, bit for bit."""
+    one, two = open_checkpoint(first), open_checkpoint(second)
+    assert set(one.linears) == set(two.linears)
+    for name in one.linears:
+        assert torch.equal(one.dequantize(name), two.dequantize(name)), name

@@ -1,0 +1,118 @@
+"""Our GGUF files in llama.cpp's own library: the same tokens from a text, the same answers."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+import torch
+from bench.peers.environments import PEERS
+from tests.helpers.checkpoints import Recipe, write_checkpoint
+from tests.helpers.families import FAMILIES
+from tests.interop.greedy import check_is_greedy
+from tests.interop.peers import needs, peer_environ
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import halfbyte
+from halfbyte.checkpoint.companions import copy_companions
+from halfbyte.convert import gguf_write
+from halfbyte.convert.gguf_file import F32
+from halfbyte.convert.run import ConversionConfig, convert
+
+PEER = PEERS["llamacpp"]
+
+pytestmark = [pytest.mark.interop, needs("llamacpp")]
+
+NEW_TOKENS = 32
+TEXTS = (
+    "The capital of France is",
+    "Water boils at 100 degrees\n\n  and 3.14159 is pi",
+    "Héllo wörld 你好 123456, tabs\tand    spaces",
+    "<|im_start|>user\nHi there<|im_end|>\n<|im_start|>assistant\n",
+)
+
+
+def ask(model, questions, count=NEW_TOKENS):
+    done = subprocess.run(
+        [PEER.folder / "bin" / PEER.builds, model, str(count)],
+        input="\n".join(questions) + "\n",
+        env=peer_environ(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+def continue_ids(model, prompts, count=NEW_TOKENS):
+    """Give the tokens and their logits for each prompt."""
+    lines = ask(model, ["ids " + " ".join(map(str, prompt)) for prompt in prompts], count)
+    pairs = [[word.split(":") for word in line] for line in lines]
+    return [([int(i) for i, _ in line], [float(x) for _, x in line]) for line in pairs]
+
+
+@pytest.fixture
+def in_float32(monkeypatch):
+    """Write linears as the numbers that their codes stand for: llama.cpp then rounds nothing."""
+    kinds = lambda specs, options: (dict.fromkeys(specs, F32), {})  # noqa: E731
+    monkeypatch.setattr(gguf_write, "choose_types", kinds)
+
+
+def test_text_becomes_the_same_tokens(ours, tmp_path):
+    report = convert(ours.folder, tmp_path / "x.gguf", config=ConversionConfig(to="gguf"))
+    found = ask(report.output, ["text " + text.replace("\n", "\\n") for text in TEXTS])
+    assert [[int(word) for word in line] for line in found] == [
+        ours.tokenizer(text)["input_ids"] for text in TEXTS
+    ]
+
+
+def test_answers_are_ours_but_for_the_rounding_of_activations(ours, tmp_path):
+    """llama.cpp rounds what goes into a Q4_0 layer to 8 bits, about as bfloat16 does."""
+    report = convert(ours.folder, tmp_path / "x.gguf", config=ConversionConfig(to="gguf"))
+    assert report.is_exact
+    others = 0
+    replies = continue_ids(report.output, ours.prompts)
+    for prompt, (reply, _) in zip(ours.prompts, replies, strict=True):
+        others += check_is_greedy(ours.float32, ours.bfloat16, prompt, reply)
+    assert others <= 0.1 * NEW_TOKENS * len(ours.prompts)
+
+
+@torch.no_grad()
+def test_the_same_numbers_in_float32_give_the_same_logits(ours, tmp_path, in_float32):
+    """All that is left is the 16-bit embedding, by which llama.cpp multiplies in bfloat16."""
+    report = convert(ours.folder, tmp_path / "x.gguf", config=ConversionConfig(to="gguf"))
+    replies = continue_ids(report.output, ours.prompts)
+    for prompt, (reply, logits) in zip(ours.prompts, replies, strict=True):
+        ids = torch.tensor([[*prompt, *reply]])
+        exact = ours.float32(ids).logits[0, len(prompt) - 1 : -1]
+        chosen = exact.gather(-1, torch.tensor(reply)[:, None])[:, 0]
+        assert (chosen - torch.tensor(logits)).abs().max() < 0.1
+        assert (exact.amax(-1) - chosen).max() < 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "olmo2"])
+def test_every_family_computes_the_same(family, ours, tmp_path, in_float32):
+    changes = {"vocab_size": 49152, "hidden_size": 128, "head_dim": 32}
+    changes |= {"mistral": {"sliding_window": None}, "gemma2": {"query_pre_attn_scalar": 32}}.get(
+        family, {}
+    )
+    if family in ("qwen2", "olmo2"):
+        del changes["head_dim"]
+    config = AutoConfig.for_model(family, **{**FAMILIES[family], **changes})
+    halfbyte.install_transformers()
+    write_checkpoint(tmp_path / "a", config, Recipe(dtype=torch.float32))
+    write = tmp_path / "a"
+    kept = {path.name: path.read_bytes() for path in write.iterdir()}
+    copy_companions(ours.folder, write)
+    (write / "config.json").write_bytes(kept["config.json"])
+    convert(write, tmp_path / "x.gguf", config=ConversionConfig(to="gguf"))
+    prompt = list(range(10, 30))
+    ((reply, logits),) = continue_ids(tmp_path / "x.gguf", [prompt], 8)
+    model = AutoModelForCausalLM.from_pretrained(write, dtype=torch.float32)
+    exact = model(torch.tensor([prompt + reply])).logits[0, len(prompt) - 1 : -1]
+    assert exact.argmax(-1).tolist() == reply
+    chosen = exact.gather(-1, torch.tensor(reply)[:, None])[:, 0]
+    torch.testing.assert_close(chosen, torch.tensor(logits), rtol=0, atol=1e-3)
