@@ -38,31 +38,13 @@ def column_program(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Settle one block of columns for ROWS output rows.
-
-    All matrices are [columns, rows] and contiguous. Without POLISH ``values`` are what each column
-    is to come near to, ``plain`` the same before any feedback; ``steps`` gets the codes, counted
-    from the zero, and ``errors`` the difference of ``plain`` to what they stand for. With POLISH
-    ``values`` are gradients, ``steps`` holds the codes on entry, and ``errors`` gets how far the
-    weights moved.
-
-    Args:
-        values: fp32 [columns, rows]; left as each column found it, feedback included.
-        plain: fp32 [columns, rows]; not read with POLISH.
-        steps: fp32 [columns, rows].
-        errors: fp32 [columns, rows], written.
-        feedback: fp32 [columns, columns]: what an error of column j (second axis) adds to column k.
-        divisors: fp32 [columns]: curvatures; read with POLISH only.
-        scales: fp32 [groups, rows].
-        lowest: fp32 [groups, rows].
-        highest: fp32 [groups, rows].
-        groups: int32 [columns].
-        num_columns: At most COLUMNS.
-        num_rows: Output rows.
-        POLISH: Which of the two.
-        COLUMNS: A power of two.
-        ROWS: Output rows per program.
-    """
+    """Settle one block of columns for ROWS output rows; see ``columns.py`` for what it computes."""
+    # All matrices are fp32, [columns, rows] and contiguous; scales, lowest and highest are [groups,
+    # rows]; feedback is [columns, columns]: what an error of column j adds to column k, at [k, j].
+    # Without POLISH: values are what each column is to come near to, plain the same before any
+    # feedback; steps gets codes less zeros, errors the difference of plain to what they stand for.
+    # With it: values are gradients, divisors curvatures, steps holds the codes and gets the moved
+    # ones, errors gets how far the weights moved. values are left as each column found them.
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < num_rows
     column = tl.arange(0, COLUMNS)
