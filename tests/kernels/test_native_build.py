@@ -73,7 +73,7 @@ def test_a_wheel_is_built_with_and_without_a_compiler(tmp_path, compiler):
     names = zipfile.ZipFile(wheel).namelist()
     assert "halfbyte/data/wikitext2_valid.txt" in names
     assert "halfbyte/py.typed" in names
-    library = [name for name in names if name.startswith("halfbyte/kernels/libhalfbyte_cpu")]
+    library = [name for name in names if name.startswith("halfbyte/kernels/lib/libhalfbyte_cpu")]
     assert bool(library) == compiler
     said = "the CPU kernel was compiled" if compiler else "no usable C++ compiler; installed with"
     assert said in done.stdout + done.stderr

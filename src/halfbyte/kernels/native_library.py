@@ -154,7 +154,7 @@ def _absent(obstacle: str) -> NativeLibrary:
 def _find_file() -> Path | None:
     # An editable install keeps what was built in another folder of the same package.
     folders = [Path(folder) for folder in halfbyte.kernels.__path__]
-    paths = (folder / name for folder in folders for name in FILE_NAMES)
+    paths = (folder / "lib" / name for folder in folders for name in FILE_NAMES)
     return next((path for path in paths if path.is_file()), None)
 
 
