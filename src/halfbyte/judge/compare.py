@@ -37,7 +37,7 @@ from halfbyte.judge.edge_cases import (
 from halfbyte.judge.fidelity import TextFidelity, compare_candidate, predict_base, summarize
 from halfbyte.judge.interview import Interview, is_right
 from halfbyte.judge.layers import LayerErrors, keep_base_layers, measure_layers
-from halfbyte.judge.local_model import LocalModel
+from halfbyte.judge.local_model import LocalModel, unpack_reference_linears
 from halfbyte.judge.model_cache import ModelCache, default_cache, digest_model
 from halfbyte.judge.questions import (
     Passage,
@@ -262,12 +262,14 @@ def _longest(local: list[_Side], config: CompareConfig, notes: list[str]) -> int
     return min(context, config.longest_edge)
 
 
-def _open_model(side: _Side, config: CompareConfig, tokenizer: Any) -> Respondent:
+def _open_model(side: _Side, config: CompareConfig, work: _Work) -> Respondent:
     if not side.is_local:
         return RemoteModel.open(side.name)
     subject = open_subject(
-        Path(side.name), tokenizer=tokenizer, dtype=config.dtype, device=config.device
+        Path(side.name), tokenizer=work.tokenizer, dtype=config.dtype, device=config.device
     )
+    note = unpack_reference_linears(subject.model)
+    work.notes += [] if note is None else [f"{side.name}: {note}"]
     return LocalModel(subject)
 
 
@@ -285,7 +287,7 @@ def _run_side(
     @functools.cache
     def load() -> Respondent:
         tell(f"{role}: loading", 0, 1)
-        return _open_model(side, config, work.tokenizer)
+        return _open_model(side, config, work)
 
     def load_local() -> LocalModel:
         model = load()
