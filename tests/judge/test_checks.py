@@ -19,7 +19,12 @@ def passes(kind, value, text, functions=None, line=None):
         ("contains", "Paris", ["It is paris!"], ["Rome"]),
         ("contains", ["a", "b"], ["xbx"], ["xyz"]),
         ("regex", r"^\d+$", ["42"], ["42!", "x"]),
-        ("json", {"a": [1, 2.0]}, ['{"a": [1, 2]}', '```json\n{"a":[1.0,2]}\n```'], ['{"a": [2, 1]}', "{", '{"a":[1,2]} x']),
+        (
+            "json",
+            {"a": [1, 2.0]},
+            ['{"a": [1, 2]}', '```json\n{"a":[1.0,2]}\n```'],
+            ['{"a": [2, 1]}', "{", '{"a":[1,2]} x'],
+        ),
         ("json", 1, ["1"], ["true"]),
         ("json", None, ["null"], ["", "NaN"]),
     ],
@@ -73,7 +78,9 @@ def test_wrong_check_is_refused_with_its_place(value, part):
         parse_check(value, "tasks.jsonl, line 7", {"even": lambda text, line: True})
 
 
-@pytest.mark.parametrize(("content", "part"), [(None, "no Python file"), ("1/0", "division by zero")])
+@pytest.mark.parametrize(
+    ("content", "part"), [(None, "no Python file"), ("1/0", "division by zero")]
+)
 def test_file_that_cannot_be_run_is_named(tmp_path, content, part):
     path = tmp_path / "checks.py"
     if content is not None:

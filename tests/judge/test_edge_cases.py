@@ -58,8 +58,15 @@ def test_endless_repetition_is_a_short_period_over_half_the_answer(tokens, loops
 
 @pytest.mark.parametrize(
     ("text", "script"),
-    [("the cat sat", "LATIN"), ("Столица России", "CYRILLIC"), ("عاصمة فرنسا", "ARABIC"),
-     ("日本の首都は東京です", "CJK"), ("Η πρωτεύουσα", "GREEK"), ("12 + 3", None), ("ok", None)],
+    [
+        ("the cat sat", "LATIN"),
+        ("Столица России", "CYRILLIC"),
+        ("عاصمة فرنسا", "ARABIC"),
+        ("日本の首都は東京です", "CJK"),
+        ("Η πρωτεύουσα", "GREEK"),
+        ("12 + 3", None),
+        ("ok", None),
+    ],
 )
 def test_script_is_that_of_most_letters(text, script):
     assert script_of(text) == script
@@ -67,7 +74,13 @@ def test_script_is_that_of_most_letters(text, script):
 
 @pytest.mark.parametrize(
     ("text", "whole"),
-    [('{"a": 1} and more', True), ("```json\n[1, 2]\n```", True), (' {"a": ', False), ("3", False), ("", False)],
+    [
+        ('{"a": 1} and more', True),
+        ("```json\n[1, 2]\n```", True),
+        (' {"a": ', False),
+        ("3", False),
+        ("", False),
+    ],
 )
 def test_json_must_be_whole_and_come_first(text, whole):
     assert starts_with_json(text) is whole

@@ -138,6 +138,11 @@ def test_page_in_a_browser_light_dark_phone_and_print(comparison, tmp_path):
                 ".map(e => parseFloat(getComputedStyle(e).fontSize)))"
             )
             assert size >= 12
+            height = browser.value(
+                "Math.min(...[...document.querySelectorAll('svg text')]"
+                ".map(e => e.getBoundingClientRect().height))"
+            )
+            assert height >= 10
         colours = {}
         for dark in (False, True):
             browser.look(width=390, dark=dark)

@@ -33,7 +33,11 @@ def test_three_forms_of_lines_become_items(write):
         {"messages": [{"role": "user", "content": "hi"}], "check": {"contains": "hello"}},
     )
     first, second, third = read_tasks([path], slice_by=["level"])
-    assert (first.name, first.stop, first.slices) == ("mine:1", ("\n",), {"task": "mine", "level": "easy"})
+    assert (first.name, first.stop, first.slices) == (
+        "mine:1",
+        ("\n",),
+        {"task": "mine", "level": "easy"},
+    )
     assert (second.name, second.right_choice, second.check) == ("c", 1, None)
     assert (third.shown_prompt, third.stop, third.check.kind) == ("user: hi", (), "contains")
 
@@ -47,7 +51,10 @@ def test_three_forms_of_lines_become_items(write):
         ({"prompt": "x", "answer": "1", "check": {"equals": "1"}}, "exactly one of"),
         ({"answer": "1"}, "exactly one of 'prompt'"),
         ({"prompt": "x", "messages": [], "answer": "1"}, "exactly one of 'prompt'"),
-        ({"messages": [{"role": "king", "content": "x"}], "answer": "1"}, "system, user, assistant"),
+        (
+            {"messages": [{"role": "king", "content": "x"}], "answer": "1"},
+            "system, user, assistant",
+        ),
         ({"prompt": "x", "choices": ["a"], "answer": 0}, "two or more different"),
         ({"prompt": "x", "choices": ["a", "a"], "answer": 0}, "two or more different"),
         ({"prompt": "x", "choices": ["a", "b"], "answer": 2}, "from 0 to 1"),
@@ -125,7 +132,8 @@ def test_facts_have_one_right_answer_each():
 
 
 @pytest.mark.parametrize(
-    ("nats", "finite", "right"), [((-1.0, -2.0), True, True), ((-2.0, -1.0), True, False), ((-1.0, -2.0), False, False)]
+    ("nats", "finite", "right"),
+    [((-1.0, -2.0), True, True), ((-2.0, -1.0), True, False), ((-1.0, -2.0), False, False)],
 )
 def test_likeliest_choice_counts_if_it_is_a_number(nats, finite, right):
     item = Item(name="x", prompt="p", choices=("a", "b"), right_choice=0)
@@ -158,7 +166,11 @@ def test_documents_are_cut_into_windows_that_know_where_they_come_from(words):
         build_tokenizer(), {"a": [words(50), words(20)], "b": [words(70)]}, window=32, limit=None
     )
     assert [(p.document, len(p.ids)) for p in passages] == [
-        ("a:0", 32), ("a:0", 18), ("a:1", 20), ("b:0", 32), ("b:32", 32)
+        ("a:0", 32),
+        ("a:0", 18),
+        ("a:1", 20),
+        ("b:0", 32),
+        ("b:32", 32),
     ]
     few = make_passages(build_tokenizer(), {"a": [words(90)]}, window=32, limit=1)
     assert len(few) == 1

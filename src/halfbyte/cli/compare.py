@@ -171,7 +171,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compare, print, and give the verdict's exit code."""
     from halfbyte.judge.compare import compare
-    from halfbyte.judge.report import FORMATS, write_report
+    from halfbyte.judge.report import render, write_report
 
     items, functions = _items(args)
     with _progress() as progress:
@@ -192,7 +192,7 @@ def run(args: argparse.Namespace) -> int:
     if args.format == "text":
         _print_text(result)
     else:
-        sys.stdout.write(FORMATS[args.format][1](result))
+        sys.stdout.write(render(result, args.format))
     return result.verdict.exit_code
 
 

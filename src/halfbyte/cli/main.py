@@ -30,6 +30,7 @@ VERBS = {
     "divergence": "halfbyte.cli.divergence",
     "compare": "halfbyte.cli.compare",
     "plan": "halfbyte.cli.plan",
+    "profile": "halfbyte.cli.profile",
     "doctor": "halfbyte.cli.doctor",
     "sample-model": "halfbyte.cli.sample_model",
     "demo": "halfbyte.cli.demo",

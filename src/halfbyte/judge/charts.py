@@ -148,8 +148,8 @@ def line_chart(values: Sequence[float]) -> str:
 def _svg(height: float, parts: Sequence[str], label: str) -> str:
     body = "".join(parts)
     return (
-        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(label)}" '
-        f'xmlns="http://www.w3.org/2000/svg">{body}</svg>'
+        f'<div class="scroll"><svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" '
+        f'aria-label="{escape(label)}" xmlns="http://www.w3.org/2000/svg">{body}</svg></div>'
     )
 
 

@@ -29,8 +29,11 @@ PROBE_TOKENS = 192
 PROBE_PASSAGES = 6
 SUSPECT_SIGMAS = 8.0
 """A linear is suspect where its gain or error lies this many robust deviations from its peers'."""
-SUSPECT_GAIN = 0.015
-"""... and its gain is off by at least this much from its peers' median,"""
+SUSPECT_GAIN_ABOVE = 0.012
+"""... and its gain is above its peers' median by this much: rounding makes outputs smaller, if
+anything,"""
+SUSPECT_GAIN_BELOW = 0.025
+"""... or below it by this much, which rounding alone hardly ever reaches,"""
 SUSPECT_ERROR = 1.5
 """... or its error is this many times theirs."""
 
@@ -200,10 +203,10 @@ def _with_reason(linear: LinearError, peers: Sequence[LinearError]) -> LinearErr
     reasons = []
     middle, spread = _robust([p.gain for p in peers])
     off = linear.gain - middle
-    if abs(off) > SUSPECT_GAIN and abs(off) > SUSPECT_SIGMAS * spread:
+    beyond = off > SUSPECT_GAIN_ABOVE or off < -SUSPECT_GAIN_BELOW
+    if beyond and abs(off) > SUSPECT_SIGMAS * spread:
         reasons.append(
-            f"its outputs are {100 * (linear.gain - 1):+.1f}% of the base's size off, its peers' "
-            f"{100 * (middle - 1):+.1f}%"
+            f"its outputs are {linear.gain:.3f} times the base's, its peers' {middle:.3f} times"
         )
     middle, spread = _robust([p.error for p in peers])
     if linear.error > SUSPECT_ERROR * middle + 1e-3 and (

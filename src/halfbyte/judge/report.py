@@ -53,9 +53,21 @@ def write_report(comparison: Comparison, folder: Path) -> list[Path]:
     except OSError as error:
         raise ConfigError(f"Cannot make the folder '{folder}': {error.strerror}.") from error
     paths = []
-    for name, write in FORMATS.values():
-        # A lone surrogate, which a model may write, is no UTF-8.
-        content = write(comparison).encode("utf-8", "replace")
-        write_atomically(folder / name, [content])
-        paths.append(folder / name)
+    for name, (file, _) in FORMATS.items():
+        write_atomically(folder / file, [render(comparison, name).encode()])
+        paths.append(folder / file)
     return paths
+
+
+def render(comparison: Comparison, name: str) -> str:
+    """Write a comparison in one form.
+
+    Args:
+        comparison: The result.
+        name: A key of ``FORMATS``.
+
+    Returns:
+        Text that every encoding can hold: a lone surrogate, which a model may write, is replaced.
+    """
+    text = FORMATS[name][1](comparison)
+    return text.encode("utf-8", "replace").decode()

@@ -70,8 +70,8 @@ def _claims(comparison: Comparison) -> str:
     margins = comparison.margins
     note = (
         f"A candidate that truly loses more than a margin passes with a chance of "
-        f"{percent(margins.alpha)} at most; one that keeps all margins fails with a chance of "
-        f"{percent(margins.alpha)} at most. Intervals are {percent(margins.confidence)} intervals."
+        f"{100 * margins.alpha:g}% at most; one that keeps all margins fails with a chance of "
+        f"{100 * margins.alpha:g}% at most. Intervals are {100 * margins.confidence:g}% intervals."
     )
     return _table(["what must hold", "", "found"], rows, kind="prose") + _soft(note)
 

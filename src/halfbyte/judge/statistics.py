@@ -22,7 +22,7 @@ Floats = NDArray[np.float64]
 
 RESAMPLES = 4000
 """Of the bootstrap: its own error is then well below that of the data."""
-FEWEST_DOCUMENTS = 8
+FEWEST_DOCUMENTS = 16
 """With fewer no interval is given: their spread says too little about that of all texts."""
 
 _NORMAL = NormalDist()

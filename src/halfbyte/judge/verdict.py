@@ -24,6 +24,7 @@ from halfbyte.errors import ConfigError
 from halfbyte.judge.fidelity import TextFidelity
 from halfbyte.judge.layers import LayerErrors
 from halfbyte.judge.statistics import (
+    FEWEST_DOCUMENTS,
     Flips,
     Interval,
     adjust_holm,
@@ -222,7 +223,7 @@ def _accuracy_claim(overall: SliceResult | None, margins: Margins) -> list[Claim
         return []
     flips = overall.flips
     found = (
-        f"accuracy {percent(overall.base_accuracy)} -> {percent(overall.candidate_accuracy)}, "
+        f"accuracy {percent(overall.base_accuracy)} → {percent(overall.candidate_accuracy)}, "
         f"difference {points(flips.difference)} [{points(overall.interval.low)}, "
         f"{points(overall.interval.high)}]; {flips.harmful} harmful and {flips.beneficial} "
         f"beneficial flips of {flips.num_items} items"
@@ -275,13 +276,13 @@ def _text_claim(text: TextFidelity | None, harm: float | None, margins: Margins)
     if text is None:
         return []
     between, spread = text.perplexity_ratio_interval, text.bootstrap
-    found = f"perplexity {text.base_perplexity:.2f} -> {text.candidate_perplexity:.2f}, "
+    found = f"perplexity {text.base_perplexity:.2f} → {text.candidate_perplexity:.2f}, "
     outcome, advice = Outcome.INCONCLUSIVE, ""
     if spread is None or between is None:
         found += (
             f"{percent(text.perplexity_ratio - 1, sign=True)} on {text.num_documents} documents"
         )
-        advice = "8 documents or more give an interval."
+        advice = f"{FEWEST_DOCUMENTS} documents or more give an interval."
         if not math.isfinite(text.nll_increase_nats):
             outcome, advice = Outcome.FAIL, ""
     else:
@@ -310,18 +311,21 @@ def _slices_claim(name: str, slices: Sequence[SliceResult], margins: Margins) ->
     if not slices:
         return []
     harmed = [s for s in slices if s.harm_p is not None and s.harm_p < margins.alpha]
-    tested = sum(s.tested for s in slices)
+    tested = [s for s in slices if s.tested]
     if harmed:
         found = "; ".join(
-            f"{s.name}: {percent(s.base_accuracy)} -> {percent(s.candidate_accuracy)} on "
+            f"{s.name}: {percent(s.base_accuracy)} → {percent(s.candidate_accuracy)} on "
             f"{s.flips.num_items} items (adjusted p {s.harm_p:.2g})"
             for s in harmed
         )
         return [Claim(name=name, outcome=Outcome.FAIL, found=found)]
-    worst = min(slices, key=lambda s: s.flips.difference)
+    if not tested:
+        found = f"no slice has the {FEWEST_ITEMS} items that a test needs"
+        return [Claim(name=name, outcome=Outcome.PASS, found=found)]
+    worst = min(tested, key=lambda s: s.flips.difference)
     found = (
-        f"no loss beyond {points(margins.slices, sign=False)} is shown in {tested} slices tested "
-        f"together; the lowest is {worst.name}: {percent(worst.base_accuracy)} -> "
+        f"no loss beyond {points(margins.slices, sign=False)} is shown in {len(tested)} slices "
+        f"that were tested; the lowest is {worst.name}: {percent(worst.base_accuracy)} -> "
         f"{percent(worst.candidate_accuracy)} on {worst.flips.num_items} items"
     )
     return [Claim(name=name, outcome=Outcome.PASS, found=found)]
@@ -351,14 +355,14 @@ def _layers_claim(layers: LayerErrors | None) -> list[Claim]:
 
 def _sentence(outcome: Outcome, claims: Sequence[Claim]) -> str:
     if outcome is Outcome.PASS:
-        return "Pass: no loss beyond the margins, with the stated certainty."
+        return "Pass. What may be lost was set by the margins, and less than that is lost."
     deciding = [claim for claim in claims if claim.outcome is outcome]
     if not deciding:
-        return "Inconclusive: neither tasks nor text were measured."
-    why = "; ".join(f"{claim.name.lower()}: {claim.found}" for claim in deciding[:3])
+        return "Inconclusive. Neither tasks nor text decide."
+    why = "; ".join(f'"{claim.name}" ({claim.found})' for claim in deciding[:3])
     if outcome is Outcome.FAIL:
-        return f"Fail: this does not hold: {why}."
-    return f"Inconclusive: this is not decided: {why}."
+        return f"Fail. What must hold does not: {why}."
+    return f"Inconclusive. Not shown either way: {why}."
 
 
 def percent(share: float, *, sign: bool = False) -> str:

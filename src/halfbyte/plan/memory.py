@@ -18,10 +18,14 @@ PREFILL_TOKENS = 8192
 """Prompt tokens that run at once, as servers limit them; a long prompt goes in pieces."""
 GPU_PROGRAM_BYTES = 700_000_000
 """CUDA context, libraries and workspaces on the device: 0.5 to 0.9 GB on current cards."""
-CPU_PROGRAM_BYTES = 640_000_000
+CPU_PROGRAM_BYTES = 380_000_000
 """Python, torch and Transformers in memory, as measured by ``halfbyte profile``."""
-ACTIVATION_COPIES = 4
+HIDDEN_COPIES = 4
 """Hidden-sized tensors alive at the widest point of a block: residual, norm and two products."""
+INNER_COPIES = 4
+"""Tensors of the MLP's width: gate, up, the activation, their product."""
+NORM_COPIES = 3
+"""Hidden-sized tensors in fp32, where norms are computed although the rest is in 16 bits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +46,8 @@ class Load:
     quantize_head: bool = False
     prefill_tokens: int = PREFILL_TOKENS
     program_bytes: int = GPU_PROGRAM_BYTES
+    growing_cache: bool = False
+    """The cache grows by being copied, as Transformers' does; servers keep it in pages."""
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -162,12 +168,18 @@ def activation_bytes(shapes: ModelShapes, load: Load) -> int:
 
     Returns:
         The tensors of the widest block for the prompt tokens that run at once, or the logits of
-        the last token of every request in fp32, twice (as they are, and as probabilities).
+        the last token of every request in fp32, twice (as they are, and as probabilities); and
+        the copy of a growing cache.
     """
     tokens = min(load.prefill_tokens, load.context * load.requests)
-    block = tokens * load.compute_bytes * (ACTIVATION_COPIES * shapes.hidden + 3 * shapes.inner)
+    block = load.compute_bytes * (HIDDEN_COPIES * shapes.hidden + INNER_COPIES * shapes.inner)
+    if load.compute_bytes < 4:
+        block += 4 * NORM_COPIES * shapes.hidden
     logits = 2 * 4 * load.requests * shapes.vocabulary
-    return max(block, logits)
+    growth = 0
+    if load.growing_cache:
+        growth = cache_bytes(shapes, load.context, load.cache_type) * load.requests
+    return max(tokens * block, logits) + growth
 
 
 def bits_per_weight(shapes: ModelShapes, load: Load) -> float:
