@@ -1,10 +1,10 @@
-"""The memory table of the article behind this project, from the arithmetic of ``halfbyte plan``.
+"""The memory table of the article behind this project, by the arithmetic of `halfbyte plan`.
 
     python bench/measure_article_memory.py
 
-No model is needed. The article gives weights alone, in round numbers; beside them stand the bytes of
-a real checkpoint (groups of 128, embeddings and output layer in 16 bits), and what one request and
-sixteen requests of 4,096 tokens add.
+No model is needed. The article gives weights alone, in round numbers; beside them stand the bytes
+of a real checkpoint (groups of 128, embeddings and output layer in 16 bits), and what one request
+and sixteen requests of 4,096 tokens add.
 """
 
 from __future__ import annotations

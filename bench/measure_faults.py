@@ -19,7 +19,6 @@ from torch import Tensor
 
 from halfbyte.evaluate.loading import load_tokenizer
 from halfbyte.judge.compare import CompareConfig, compare
-from halfbyte.judge.verdict import Margins
 from record import save_result
 
 FAULTY = "model.layers.12.mlp.down_proj"
@@ -41,13 +40,6 @@ def main() -> None:
     config = CompareConfig(
         builtin_items=args.items, window=args.window, windows=args.windows, edge_cases=False
     )
-    wide = CompareConfig(
-        builtin_items=args.items,
-        window=args.window,
-        windows=args.windows,
-        edge_cases=False,
-        margins=Margins(accuracy=0.05),
-    )
     rows, data = [], {}
     with tempfile.TemporaryDirectory() as scratch:
         work = args.work or Path(scratch)
@@ -65,7 +57,7 @@ def main() -> None:
             result = compare(
                 args.base,
                 candidate,
-                config=wide if letter == "a" else config,
+                config=config,
                 cache=work / "cache",
                 resume=True,
             )
@@ -108,8 +100,8 @@ def main() -> None:
         ],
         rows=rows,
         note=f"built-in tasks, {args.items} items each; running text of five kinds, "
-        f"{args.windows} windows of {args.window} tokens each; margins 2 points (5 in the first "
-        "row, which so few items can show), 10 points per slice, 10% perplexity; 90% intervals",
+        f"{args.windows} windows of {args.window} tokens each; margins 2 points, "
+        "10 points per slice, 10% perplexity; 90% intervals",
         data=data,
     )
 

@@ -91,7 +91,7 @@ def items(tasks):
 
 @pytest.fixture
 def documents(words):
-    return {"words": [words(48) for _ in range(12)]}
+    return {"words": [words(48) for _ in range(20)]}
 
 
 @pytest.fixture

@@ -184,7 +184,7 @@ def test_quantized_checkpoint_is_a_candidate(tmp_path):
     model.save_pretrained(base)
     for one in (folder, base):
         build_tokenizer().save_pretrained(one)
-    text = {"words": [" ".join(f"w{(i * k) % 60}" for i in range(40)) for k in range(1, 10)]}
+    text = {"words": [" ".join(f"w{(i * k) % 60}" for i in range(40)) for k in range(1, 20)]}
     result = compare(
         base,
         folder,

@@ -13,7 +13,7 @@ from halfbyte.plan.shapes import read_shapes
     ("name", "bits", "article_gb", "tolerance"),
     [
         ("7B", 16, 14, 0.04),
-        ("7B", 8, 7, 0.02),
+        ("7B", 8, 7, 0.03),
         ("7B", 4, 4, 0.04),
         ("70B", 16, 140, 0.02),
         ("70B", 8, 70, 0.02),
@@ -30,7 +30,7 @@ def test_article_leaves_out_scales_and_embeddings_of_70b():
     assert plan.weights / 1e9 == pytest.approx(36.7, abs=0.1)
 
 
-def test_article_saving_is_73_not_75_percent():
+def test_saving_of_7b_is_71_not_75_percent():
     small, large = (plan_memory(read_shapes("7B"), Load(bits=b)) for b in (4, 16))
     assert 1 - small.weights / large.weights == pytest.approx(0.71, abs=0.01)
 

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -38,7 +37,9 @@ from halfbyte.judge.fidelity import TextFidelity, compare_candidate, predict_bas
 from halfbyte.judge.interview import Interview, is_right
 from halfbyte.judge.layers import LayerErrors, keep_base_layers, measure_layers
 from halfbyte.judge.local_model import LocalModel, unpack_reference_linears
+from halfbyte.judge.meter import MemoryMeter, release_memory
 from halfbyte.judge.model_cache import ModelCache, default_cache, digest_model
+from halfbyte.judge.profile import plan_for
 from halfbyte.judge.questions import (
     Passage,
     Question,
@@ -51,11 +52,14 @@ from halfbyte.judge.remote_model import RemoteModel, is_address
 from halfbyte.judge.statistics import count_flips
 from halfbyte.judge.tasks import Item
 from halfbyte.judge.verdict import Evidence, Margins, SliceResult, decide, measure_slice
-from halfbyte.quantize.provenance import installed_versions, machine_facts, peak_memory_bytes
+from halfbyte.plan.shapes import read_shapes
+from halfbyte.quantize.provenance import installed_versions, machine_facts
 
 EXAMPLES_SHOWN = 20
 LONGEST_EDGE = 8192
 """Tokens of the longest odd input, even where the model takes more: time grows with its square."""
+
+MEMORY_SAMPLE_SECONDS = 0.05
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, and (done, in all)."""
@@ -100,6 +104,10 @@ class _Work:
     edges: list[EdgeCase]
     tokenizer: Any
     notes: list[str]
+    dtypes: dict[str, str] = field(default_factory=dict)
+    """What each model computed in."""
+    unpacked: set[str] = field(default_factory=set)
+    """Models whose weights were unpacked to run them."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -167,8 +175,12 @@ def compare(
         sides[1].cache = ModelCache(root, sides[1].cache.folder.name + "-again", fresh=not resume)
     work = _prepare(sides, items, documents, config)
     functions = functions or {}
-    _run_side(sides[0], work, config, tell, against=None)
-    compared = _run_side(sides[1], work, config, tell, against=sides[0])
+    compared: tuple[Any, LayerErrors | None] = (None, None)
+    for side, against in ((sides[0], None), (sides[1], sides[0])):
+        release_memory()
+        with MemoryMeter().watch(MEMORY_SAMPLE_SECONDS) as seen:
+            compared = _run_side(side, work, config, tell, against=against)
+        _with_memory(side, work, config, max(seen()))
     return _conclude(sides, work, config, functions, compared)
 
 
@@ -269,7 +281,10 @@ def _open_model(side: _Side, config: CompareConfig, work: _Work) -> Respondent:
         Path(side.name), tokenizer=work.tokenizer, dtype=config.dtype, device=config.device
     )
     note = unpack_reference_linears(subject.model)
-    work.notes += [] if note is None else [f"{side.name}: {note}"]
+    if note is not None:
+        work.notes.append(f"{side.name}: {note}")
+        work.unpacked.add(side.name)
+    work.dtypes[side.name] = subject.dtype_name
     return LocalModel(subject)
 
 
@@ -320,26 +335,42 @@ def _run_side(
         side.edge_kl = [kl for _, kl in predicted]
     if against is None:
         interview.repeat(work.questions, config.noise_items, config.noise_batch_size)
-    side.cost = _measure_cost(side, interview, time.monotonic() - start)
+    side.cost = Cost(
+        name=side.name,
+        seconds=time.monotonic() - start,
+        tokens=interview.tokens,
+        reused=interview.reused,
+    )
     load.cache_clear()
-    del interview
     for one in (side, *([] if against is None else [against])):
         one.cache.drop_head()
-    gc.collect()
     return compared, layers
 
 
-def _measure_cost(side: _Side, interview: Interview, seconds: float) -> Cost:
-    size = None
-    if side.is_local:
-        size = sum(p.stat().st_size for p in Path(side.name).glob("*.safetensors"))
-    return Cost(
-        name=side.name,
-        seconds=seconds,
-        tokens=interview.tokens,
-        reused=interview.reused,
-        weight_bytes=size,
-        peak_memory_bytes=peak_memory_bytes() if side.is_local else None,
+def _with_memory(side: _Side, work: _Work, config: CompareConfig, peak: int) -> None:
+    """Put the memory of a model's run, and what was planned for it, into its cost."""
+    assert side.cost is not None
+    if not side.is_local or not side.cost.tokens:
+        return
+    shapes = read_shapes(side.name)
+    asked = max((len(q.ids) + q.item.max_new_tokens for q in work.questions), default=0)
+    read = max((len(p.ids) for p in work.passages), default=0)
+    odd = max((len(e.question.ids) for e in work.edges), default=0)
+    batch = config.batch_size * asked >= max(read, odd)
+    planned = plan_for(
+        shapes,
+        config.batch_size if batch else 1,
+        asked if batch else max(read, odd),
+        1,
+        work.dtypes.get(side.name, "float32"),
+        "cpu" if _auto_device() == "cpu" else config.device,
+        unpacked=side.name in work.unpacked,
+    )
+    side.cost = replace(
+        side.cost,
+        weight_bytes=sum(p.stat().st_size for p in Path(side.name).glob("*.safetensors")),
+        peak_memory_bytes=peak,
+        planned_bytes=planned.total,
     )
 
 
@@ -537,17 +568,3 @@ def _expected(item: Item) -> str:
     assert item.check is not None
     value = item.check.value
     return str(value) if item.check.kind == "equals" else f"{item.check.kind}: {value}"
-
-
-def with_plan(comparison: Comparison, planned: Mapping[str, int]) -> Comparison:
-    """Put planned memory beside what was measured.
-
-    Args:
-        comparison: The result.
-        planned: Bytes by model name.
-
-    Returns:
-        The same, with the plan in its costs.
-    """
-    costs = [replace(cost, planned_bytes=planned.get(cost.name)) for cost in comparison.costs]
-    return replace(comparison, costs=tuple(costs))

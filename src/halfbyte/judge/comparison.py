@@ -62,12 +62,12 @@ class Cost:
     """Prompt and text tokens that it ran in that time, each counted once."""
     reused: int
     """Answers and predictions that were in the cache already."""
-    weight_bytes: int | None
-    """Of its weight files; None for a served model."""
-    peak_memory_bytes: int | None
-    """Largest resident size of this process after its run; it never falls."""
+    weight_bytes: int | None = None
+    """Of its weight files; None where it was not run in this process."""
+    peak_memory_bytes: int | None = None
+    """Largest size of this process during its run."""
     planned_bytes: int | None = None
-    """What the plan says for this model in this process."""
+    """What the plan says for its largest batch, or longest text, in this process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

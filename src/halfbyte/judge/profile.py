@@ -6,15 +6,11 @@ a few tokens written by all. It runs in a process of its own, so that its memory
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import multiprocessing
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +20,7 @@ from torch import Tensor
 
 from halfbyte.errors import ConfigError, ModelError
 from halfbyte.evaluate.loading import Subject, load_tokenizer, open_subject
+from halfbyte.judge.meter import MemoryMeter, release_memory
 from halfbyte.model.blocks import build_skeleton
 from halfbyte.model.weights import load_model_config
 from halfbyte.plan.memory import (
@@ -34,10 +31,7 @@ from halfbyte.plan.memory import (
     plan_memory,
 )
 from halfbyte.plan.shapes import ModelShapes, read_shapes
-from halfbyte.quantize.provenance import resident_memory_bytes
 
-SAMPLE_SECONDS = 0.005
-"""Between two looks at the resident size while the model runs."""
 SEED = 0
 
 
@@ -168,7 +162,14 @@ def profile(
 
 
 def plan_for(
-    shapes: ModelShapes, requests: int, context: int, new_tokens: int, dtype: str, device: str
+    shapes: ModelShapes,
+    requests: int,
+    context: int,
+    new_tokens: int,
+    dtype: str,
+    device: str,
+    *,
+    unpacked: bool = False,
 ) -> MemoryPlan:
     """Plan for a run of this process's own kind.
 
@@ -179,6 +180,7 @@ def plan_for(
         new_tokens: Written by each.
         dtype: What it computes in.
         device: "cpu" or another.
+        unpacked: Quantized weights are held as numbers of that type.
 
     Returns:
         The plan; all prompts run at once, as Transformers does.
@@ -187,7 +189,7 @@ def plan_for(
     return plan_memory(
         shapes,
         Load(
-            bits=shapes.stored_bits or 8 * itemsize,
+            bits=8 * itemsize if unpacked or not shapes.stored_bits else shapes.stored_bits,
             group_size=shapes.stored_group_size or 128,
             context=context,
             requests=requests,
@@ -211,11 +213,11 @@ def _run(
 ) -> Measured:
     """Load, run and look; called in a fresh process."""
     _warm_up(Path(folder))
-    meter = _Meter()
+    meter = MemoryMeter()
     program = meter.now()
     with meter.watch() as loading:
         subject = open_subject(Path(folder), dtype=dtype, device=device)
-        _settle()
+        release_memory()
     weights = sum(t.untyped_storage().nbytes() for t in _weights(subject.model))
     generator = torch.Generator().manual_seed(SEED)
     prompt = torch.randint(0, vocabulary, (requests, context - new_tokens), generator=generator)
@@ -243,7 +245,7 @@ def _warm_up(folder: Path) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         square = torch.ones(1024, 1024, dtype=dtype)
         square @ square
-    _settle()
+    release_memory()
 
 
 def _weights(model: torch.nn.Module) -> Iterator[Tensor]:
@@ -279,48 +281,3 @@ def _tensors(cache: Any) -> Iterator[Tensor]:
     """Find the tensors of a cache, whatever kinds of layer it has."""
     for layer in getattr(cache, "layers", ()):
         yield from (value for value in vars(layer).values() if isinstance(value, Tensor))
-
-
-def _settle() -> None:
-    """Give back what loading left behind, as far as the C library does so at all."""
-    gc.collect()
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):
-        return
-
-
-class _Meter:
-    """Looks at this process's memory, or at the GPU's."""
-
-    def now(self) -> int:
-        """Give the present size."""
-        if torch.cuda.is_available():
-            free, total = torch.cuda.mem_get_info()
-            return total - free
-        size = resident_memory_bytes()
-        if size is None:
-            raise ModelError(
-                "Cannot profile here: this system does not tell a process's memory "
-                "(/proc/self/statm). Run it on Linux or with a GPU."
-            )
-        return size
-
-    @contextmanager
-    def watch(self) -> Iterator[Callable[[], list[int]]]:
-        """Look again and again while something runs; gives a function with all sizes seen."""
-        seen = [self.now()]
-        done = threading.Event()
-
-        def look() -> None:
-            while not done.wait(SAMPLE_SECONDS):
-                seen.append(self.now())
-
-        watcher = threading.Thread(target=look, daemon=True)
-        watcher.start()
-        try:
-            yield lambda: seen
-        finally:
-            done.set()
-            watcher.join()
-            seen.append(self.now())

@@ -369,8 +369,8 @@ def _cost(comparison: Comparison) -> str:
         )
     heads = ["model", "weight files", "planned", "measured", "time", "tokens/s", "reused"]
     text = (
-        "planned: what halfbyte plan says for this process, program included. measured: the "
-        "process's largest size up to then; base and candidate run one after the other in it. "
+        "planned: what the plan says for the largest batch, or longest text, of this run, program "
+        "included. measured: the largest size of this process during it. "
         "tokens/s: prompt tokens over the whole time, writing included. reused: answers that were "
         "in the cache. For a stated peak load: halfbyte profile."
     )
