@@ -190,7 +190,7 @@ def test_quantized_checkpoint_is_a_candidate(tmp_path):
         folder,
         items=[],
         documents=text,
-        config=CompareConfig(window=32, edge_cases=False),
+        config=CompareConfig(window=32, windows=None, edge_cases=False),
         cache=tmp_path / "cache",
     )
     # The base holds the very numbers that the codes stand for.

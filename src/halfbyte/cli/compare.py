@@ -101,14 +101,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--window",
         type=int,
-        default=512,
+        default=256,
         metavar="N",
         help="tokens per window of running text (default: %(default)s)",
     )
     how.add_argument(
         "--windows",
         type=int,
-        default=10,
+        default=20,
         metavar="N",
         help="windows of each text; 0 for all (default: %(default)s)",
     )

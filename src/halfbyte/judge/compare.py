@@ -74,9 +74,9 @@ class CompareConfig:
     """Of each built-in task; only where no task files are given, or asked for beside them."""
     edge_cases: bool = True
     longest_edge: int = LONGEST_EDGE
-    window: int = 512
+    window: int = 256
     """Tokens per window of running text."""
-    windows: int | None = 10
+    windows: int | None = 20
     """Of each kind of text; None: all."""
     batch_size: int = 8
     """Questions that run together."""
