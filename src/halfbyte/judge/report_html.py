@@ -18,6 +18,7 @@ from halfbyte.units import format_bytes, format_seconds
 
 LONGEST_TEXT = 1200
 """Characters of a prompt or an answer that are shown."""
+LONGEST_PROMPT = 400
 SUSPECTS_SHOWN = 12
 WORST_LINEARS = 8
 
@@ -257,7 +258,7 @@ def _example(example: Example) -> str:
     place = "" if where is None else f"; first other token: number {where + 1}"
     return (
         f"<h3>{escape(example.name)} <span class='soft'>{words[example.kind]}{place}</span></h3>"
-        f"<pre><bdi>{escape(visible(_cut(example.prompt)))}</bdi></pre>"
+        f"<pre><bdi>{escape(visible(_end(example.prompt)))}</bdi></pre>"
         f'<p class="soft">expected: <bdi>{escape(visible(_cut(example.expected)))}</bdi></p>'
         f"{_pair(base, candidate)}"
     )
@@ -300,6 +301,11 @@ def visible(text: str) -> str:
 
 def _cut(text: str) -> str:
     return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " […]"
+
+
+def _end(text: str) -> str:
+    """Give the end of a prompt: what is asked stands there, examples before it."""
+    return text if len(text) <= LONGEST_PROMPT else "[…] " + text[-LONGEST_PROMPT:]
 
 
 def _inline(text: str) -> str:

@@ -324,8 +324,8 @@ def _slices_claim(name: str, slices: Sequence[SliceResult], margins: Margins) ->
         return [Claim(name=name, outcome=Outcome.PASS, found=found)]
     worst = min(tested, key=lambda s: s.flips.difference)
     found = (
-        f"no loss beyond {points(margins.slices, sign=False)} is shown in {len(tested)} slices "
-        f"that were tested; the lowest is {worst.name}: {percent(worst.base_accuracy)} -> "
+        f"no loss beyond {points(margins.slices, sign=False)} is shown; {len(tested)} were tested "
+        f"together, the lowest is {worst.name}: {percent(worst.base_accuracy)} → "
         f"{percent(worst.candidate_accuracy)} on {worst.flips.num_items} items"
     )
     return [Claim(name=name, outcome=Outcome.PASS, found=found)]
