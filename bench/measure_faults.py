@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from halfbyte.evaluate.loading import load_tokenizer
-from halfbyte.judge.compare import CompareConfig, compare
+from halfbyte.judge.compare import compare
+from halfbyte.judge.sides import CompareConfig
 from record import save_result
 
 FAULTY = "model.layers.12.mlp.down_proj"

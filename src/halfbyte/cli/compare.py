@@ -13,8 +13,9 @@ from halfbyte.cli.measuring import read_text
 from halfbyte.cli.output import console, err_console
 
 if TYPE_CHECKING:
-    from halfbyte.judge.compare import CompareConfig, Progress
+    from halfbyte.judge.compare import Progress
     from halfbyte.judge.comparison import Comparison
+    from halfbyte.judge.sides import CompareConfig
 
 HELP = (
     "say whether a model may replace its base: pass (exit code 0), fail (1) or inconclusive (2); "
@@ -222,7 +223,7 @@ def _documents(args: argparse.Namespace) -> dict[str, list[str]] | None:
 
 def _config(args: argparse.Namespace) -> CompareConfig:
     from halfbyte.judge.builtin_tasks import ITEMS_PER_TASK
-    from halfbyte.judge.compare import CompareConfig
+    from halfbyte.judge.sides import CompareConfig
     from halfbyte.judge.verdict import Margins
 
     return CompareConfig(
