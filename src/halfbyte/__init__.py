@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from halfbyte.evaluate.divergence import DivergenceResult, divergence
     from halfbyte.evaluate.perplexity import PerplexityResult, perplexity
     from halfbyte.integrations.load import load
+    from halfbyte.judge.compare import compare
+    from halfbyte.judge.comparison import Comparison
     from halfbyte.quant_config import CalibrationConfig, Override, QuantConfig, ResourceConfig
     from halfbyte.quantize.pipeline import quantize
     from halfbyte.quantize.report import QuantizationReport
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CalibrationConfig",
     "Checkpoint",
+    "Comparison",
     "DivergenceResult",
     "HalfbyteError",
     "Override",
@@ -42,6 +45,7 @@ __all__ = [
     "QuantizationReport",
     "ResourceConfig",
     "__version__",
+    "compare",
     "divergence",
     "install_transformers",
     "load",
@@ -54,6 +58,7 @@ __all__ = [
 _LAZY = {
     "CalibrationConfig": "halfbyte.quant_config",
     "Checkpoint": "halfbyte.checkpoint.read",
+    "Comparison": "halfbyte.judge.comparison",
     "DivergenceResult": "halfbyte.evaluate.divergence",
     "HalfbyteError": "halfbyte.errors",
     "Override": "halfbyte.quant_config",
@@ -61,6 +66,7 @@ _LAZY = {
     "QuantConfig": "halfbyte.quant_config",
     "QuantizationReport": "halfbyte.quantize.report",
     "ResourceConfig": "halfbyte.quant_config",
+    "compare": "halfbyte.judge.compare",
     "divergence": "halfbyte.evaluate.divergence",
     "load": "halfbyte.integrations.load",
     "open_checkpoint": "halfbyte.checkpoint.read",

@@ -3,7 +3,8 @@
 A verb is a module with ``HELP``, ``add_arguments(parser)`` and ``run(args) -> int``. It is imported
 only when it is asked for, and imports torch only inside ``run``: help is there at once.
 
-Exit codes: 0 done; 1 failed; 2 a wrong option or setting; 130 interrupted.
+Exit codes: 0 done; 1 failed; 2 a wrong option or setting; 130 interrupted. A verb whose own exit
+codes mean something else has ``EXIT_ERROR``, which then stands for both kinds of error.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ VERBS = {
     "generate": "halfbyte.cli.generate",
     "chat": "halfbyte.cli.chat",
     "bench": "halfbyte.cli.bench",
+    "compare": "halfbyte.cli.compare",
+    "plan": "halfbyte.cli.plan",
+    "profile": "halfbyte.cli.profile",
     "doctor": "halfbyte.cli.doctor",
     "sample-model": "halfbyte.cli.sample_model",
     "demo": "halfbyte.cli.demo",
@@ -101,13 +105,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code.
+
+    Raises:
+        SystemExit: argparse has told what is wrong, or shown its help.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = next((word for word in arguments if not word.startswith("-")), None)
     if name is not None and name not in VERBS:
         return _report_unknown_verb(name)
     parser = build_parser(tuple(VERBS) if name is None else (name,))
-    args = parser.parse_args(arguments)
+    try:
+        args = parser.parse_args(arguments)
+    except SystemExit as stop:
+        if name is None or not stop.code:
+            raise
+        raise SystemExit(_error_code(load_verb(name), EXIT_USAGE)) from stop
     if args.verb is None:
         parser.print_help(sys.stderr)
         return EXIT_USAGE
@@ -137,7 +149,12 @@ def _run(verb: Verb, args: argparse.Namespace) -> int:
         if args.debug:
             err_console.print_exception()
         _print_error(str(error))
-        return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILURE
+        return _error_code(verb, EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILURE)
+
+
+def _error_code(verb: Verb, usual: int) -> int:
+    code: int = getattr(verb, "EXIT_ERROR", usual)
+    return code
 
 
 def _print_error(message: str) -> None:

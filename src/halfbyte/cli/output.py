@@ -6,15 +6,13 @@ brackets comes out as it is; styles are given with ``style=``.
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 import sys
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+
+from halfbyte.plain import plain_values
 
 PLAIN_WIDTH = 160
 """Columns for tables where the output is a file or a pipe, which has no width of its own."""
@@ -45,19 +43,4 @@ def print_json(value: Any) -> None:
         value: Plain values, dataclasses (by ``to_dict`` where they have one) and paths, nested at
             will. Numbers that JSON does not know (infinity, not-a-number) become null.
     """
-    sys.stdout.write(json.dumps(_plain(value), indent=2) + "\n")
-
-
-def _plain(value: Any) -> Any:
-    """Turn dataclasses, paths, tuples and non-finite numbers into what JSON can hold."""
-    if hasattr(value, "to_dict"):
-        return _plain(value.to_dict())
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value
+    sys.stdout.write(json.dumps(plain_values(value), indent=2) + "\n")

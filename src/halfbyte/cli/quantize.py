@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_report(report: QuantizationReport) -> None:
-    from halfbyte.quantize.units import format_bytes, format_seconds
+    from halfbyte.units import format_bytes, format_seconds
 
     table = Table(show_header=False)
     table.add_column(style="bold")

@@ -9,7 +9,9 @@ than on text of a kind that is not here. Say so beside such numbers.
 
 from __future__ import annotations
 
+import json
 from importlib import resources
+from typing import Any
 
 PROSE = "prose"
 CALIBRATION_FILES = {
@@ -62,6 +64,28 @@ def calibration_text() -> str:
 def evaluation_text() -> str:
     """Give the prose to measure on: the first eight articles of WikiText-2's test split."""
     return _read(EVALUATION_FILES[PROSE])
+
+
+def builtin_facts() -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """Give the simple facts of the built-in tasks.
+
+    Returns:
+        Per table its kind, its question with ``{}`` for the subject, and (subject, answer) pairs.
+    """
+    tables = []
+    for line in _read("builtin_facts.txt").splitlines():
+        if line.startswith("#") or not line.strip():
+            continue
+        kind, question, pairs = (part.strip() for part in line.split("|"))
+        split = [pair.split(" = ") for pair in pairs.split("; ")]
+        tables.append((kind, question, [(subject, answer) for subject, answer in split]))
+    return tables
+
+
+def edge_cases() -> list[dict[str, Any]]:
+    """Give the odd inputs, one object with ``kind`` and ``prompt`` each."""
+    # Not splitlines: that also cuts at characters that are meant to be in there.
+    return [json.loads(line) for line in _read("edge_cases.jsonl").split("\n") if line]
 
 
 def _read(name: str) -> str:

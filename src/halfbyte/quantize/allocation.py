@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from halfbyte.errors import ConfigError
 from halfbyte.quant_config import PER_CHANNEL, Scheme
-from halfbyte.quantize.units import format_bytes
+from halfbyte.units import format_bytes
 
 SCALE_BITS = 16
 HEADER_BYTES = 160

@@ -14,7 +14,7 @@ from typing import Any
 
 from halfbyte.quantize.picture import PICTURE_FILE
 from halfbyte.quantize.report import ExpertCoverage, ModuleReport, QuantizationReport, kind_of
-from halfbyte.quantize.units import format_bytes, format_error, format_seconds
+from halfbyte.units import format_bytes, format_error, format_seconds
 
 CARD_FILE = "README.md"
 

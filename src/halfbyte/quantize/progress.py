@@ -18,7 +18,7 @@ from rich.text import Text
 
 from halfbyte.quantize.provenance import resident_memory_bytes
 from halfbyte.quantize.report import ModuleReport
-from halfbyte.quantize.units import format_bytes, format_error, format_seconds
+from halfbyte.units import format_bytes, format_error, format_seconds
 
 
 class Progress(Protocol):

@@ -9,7 +9,7 @@ import resource
 import sys
 from pathlib import Path
 
-from halfbyte.quantize.units import format_bytes
+from halfbyte.units import format_bytes
 from halfbyte.version import __version__
 
 PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "numpy", "huggingface_hub")

@@ -25,7 +25,7 @@ from halfbyte.quant_config import SUPPORTED_BITS, CalibrationConfig, QuantConfig
 from halfbyte.quantize.hardware import has_fast_bf16
 from halfbyte.quantize.rounding import ROWS_AT_A_TIME
 from halfbyte.quantize.target import CHECK_EVERY
-from halfbyte.quantize.units import format_bytes, format_seconds
+from halfbyte.units import format_bytes, format_seconds
 
 TOKENS_PER_BATCH = 4096
 """Enough for matrix products at full rate; more only costs memory."""

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from halfbyte.quantize.units import format_bytes, format_error, format_seconds
+from halfbyte.units import format_bytes, format_error, format_seconds
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,192 @@
+"""The verb `plan`: what a model takes in memory, and on what it fits."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from halfbyte.cli.output import console, print_json
+
+if TYPE_CHECKING:
+    from halfbyte.plan.devices import Fit
+    from halfbyte.plan.memory import Load, MemoryPlan
+    from halfbyte.plan.shapes import ModelShapes
+
+HELP = "say what a model takes in memory and on what it fits, from its config.json alone"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options and positionals."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="folder with config.json, that file, or a known size: 7B, 8B, 13B, 30B, 65B, 70B",
+    )
+    parser.add_argument(
+        "--bits",
+        type=int,
+        metavar="N",
+        help="bits per weight: 2, 3, 4, 8, 16 or 32 (default: the model's own, or 4)",
+    )
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        metavar="N",
+        help="inputs that share a scale; -1 for all (default: the model's own, or 128)",
+    )
+    parser.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="tokens per request, prompt and answer (default: 4096, or the model's most)",
+    )
+    parser.add_argument(
+        "--requests",
+        type=int,
+        default=1,
+        metavar="N",
+        help="requests at the same time (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--cache-type",
+        default="float16",
+        metavar="TYPE",
+        help="of keys and values: float16, bfloat16, float32, fp8 or int8 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--quantize-head", action="store_true", help="the output layer is quantized too"
+    )
+    parser.add_argument(
+        "--gpu",
+        action="append",
+        default=[],
+        metavar="GPU",
+        help="a card's memory as printed on it, such as 24GB, or a card such as 'RTX 4090'; may be "
+        "given again (default: the usual sizes, and this machine)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plan and print."""
+    from halfbyte.plan.devices import fit_devices, parse_device, this_machine, usual_devices
+    from halfbyte.plan.memory import Load, bits_per_weight, plan_memory
+    from halfbyte.plan.shapes import read_shapes
+
+    devices = [parse_device(text) for text in args.gpu] or [*usual_devices(), this_machine()]
+    shapes = read_shapes(args.model)
+    load = Load(
+        bits=args.bits or shapes.stored_bits or 4,
+        group_size=args.group_size or shapes.stored_group_size or 128,
+        context=args.context or min(4096, shapes.context or 4096),
+        requests=args.requests,
+        cache_type=args.cache_type,
+        quantize_head=args.quantize_head,
+    )
+    plan = plan_memory(shapes, load)
+    fits = fit_devices(shapes, load, devices)
+    notes = [*shapes.notes, *_notes(shapes, load, plan)]
+    if args.json:
+        values: dict[str, Any] = {
+            "model": shapes.name,
+            "parameters": shapes.numbers,
+            "active_parameters": shapes.active_numbers,
+            "quantized_parameters": shapes.linear_numbers,
+            "bits_per_weight": bits_per_weight(shapes, load),
+            "load": load,
+            "bytes": plan,
+            "devices": [{**_fit_values(fit)} for fit in fits],
+            "notes": notes,
+        }
+        print_json(values)
+    else:
+        _print_tables(shapes, load, plan, fits, notes)
+    return 0
+
+
+def _fit_values(fit: Fit) -> dict[str, Any]:
+    return {
+        "name": fit.device.name,
+        "usable_bytes": fit.device.bytes,
+        "fits": fit.fits,
+        "free_bytes": fit.free_bytes,
+        "max_requests": fit.max_requests,
+        "max_context": fit.max_context,
+        "most_bits": fit.bits,
+        "cards": fit.cards,
+    }
+
+
+def _notes(shapes: ModelShapes, load: Load, plan: MemoryPlan) -> list[str]:
+    notes = []
+    if plan.cache > plan.weights:
+        notes.append(
+            f"The cache takes {plan.cache / plan.weights:.1f} times the weights: fewer requests, "
+            "less context or an 8-bit cache save more than fewer bits per weight."
+        )
+    if shapes.context and load.context > shapes.context:
+        notes.append(f"The model's positions end at {shapes.context} tokens.")
+    outside = plan.embeddings + plan.other
+    if outside > 0.25 * plan.weights and load.bits < 16:
+        notes.append(
+            f"{100 * outside / plan.weights:.0f}% of the weights' bytes are embeddings and output "
+            "layer, which stay in 16 bits."
+        )
+    return notes
+
+
+def _print_tables(
+    shapes: ModelShapes, load: Load, plan: MemoryPlan, fits: list[Fit], notes: list[str]
+) -> None:
+    from halfbyte.plan.memory import bits_per_weight
+    from halfbyte.units import format_bytes
+
+    console.print(
+        f"{shapes.name}: {shapes.numbers / 1e9:.3g} billion parameters, {shapes.layers} layers; "
+        f"{load.bits} bits ({bits_per_weight(shapes, load):.2f} with scales, zeros and indices), "
+        f"{load.requests} x {load.context} tokens, cache in {load.cache_type}",
+        soft_wrap=True,
+    )
+    table = Table()
+    table.add_column("part")
+    table.add_column("memory", justify="right")
+    for name, value in (
+        ("keys and values", plan.cache),
+        ("weights in the blocks", plan.codes),
+        ("scales, zeros, indices", plan.grids),
+        ("embeddings and output layer", plan.embeddings),
+        ("norms, biases, routers", plan.other),
+        ("activations", plan.activations),
+        ("program and device", plan.program),
+        ("together", plan.total),
+    ):
+        table.add_row(name, format_bytes(value))
+    console.print(table)
+    console.print(
+        f"Each token of a request keeps {format_bytes(plan.cache_per_token)}.", soft_wrap=True
+    )
+    table = Table(title="Where it fits")
+    for heading in ("device", "usable", "fits", "left", "requests", "context", "bits", "cards"):
+        table.add_column(heading, justify="left" if heading in ("device", "fits") else "right")
+    for fit in fits:
+        sign = "-" if fit.free_bytes < 0 else ""
+        table.add_row(
+            fit.device.name,
+            format_bytes(fit.device.bytes),
+            "yes" if fit.fits else "no",
+            sign + format_bytes(abs(fit.free_bytes)),
+            str(fit.max_requests),
+            str(fit.max_context),
+            "none" if fit.bits is None else str(fit.bits),
+            "more than 8" if fit.cards is None else str(fit.cards),
+        )
+    console.print(table)
+    console.print(
+        "requests: the most at this context. context: the most at this many requests. bits: the "
+        "most per weight that fit. cards: how many of this size hold it together.",
+        soft_wrap=True,
+    )
+    for note in notes:
+        console.print(f"Note: {note}", soft_wrap=True)

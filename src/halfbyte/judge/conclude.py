@@ -1,0 +1,238 @@
+"""From both sides' answers to the result: grades, flips by slice, odd inputs, examples, verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+
+from halfbyte.judge.answers import Answer
+from halfbyte.judge.checks import PythonCheck
+from halfbyte.judge.comparison import Comparison, Example, Generation, NoiseFloor
+from halfbyte.judge.edge_cases import (
+    EdgeCase,
+    EdgeOutcome,
+    edge_flips,
+    first_difference,
+    judge_edge,
+    summarize_kinds,
+)
+from halfbyte.judge.fidelity import PassageComparison, TextFidelity, summarize
+from halfbyte.judge.interview import is_right
+from halfbyte.judge.layers import LayerErrors
+from halfbyte.judge.questions import Question
+from halfbyte.judge.sides import CompareConfig, Side, Work
+from halfbyte.judge.statistics import count_flips
+from halfbyte.judge.tasks import Item
+from halfbyte.judge.verdict import Evidence, Margins, SliceResult, decide, measure_slice
+from halfbyte.quantize.provenance import installed_versions, machine_facts
+
+EXAMPLES_SHOWN = 20
+
+
+def conclude(
+    sides: Sequence[Side],
+    work: Work,
+    config: CompareConfig,
+    functions: Mapping[str, PythonCheck],
+    passages: Sequence[PassageComparison] | None,
+    layers: LayerErrors | None,
+) -> Comparison:
+    """Grade the answers, put them side by side and decide.
+
+    Args:
+        sides: The base and the candidate, both asked.
+        work: What they were asked.
+        config: Margins and sizes.
+        functions: Python functions that checks name.
+        passages: Both on running text; None where it was not read.
+        layers: Errors by layer; None where they were not measured.
+
+    Returns:
+        The result.
+    """
+    base, candidate = sides
+    text: TextFidelity | None = None
+    if passages is not None:
+        text = summarize(
+            work.passages,
+            passages,
+            confidence=config.margins.confidence,
+            base=base.cache,
+            tokenizer=work.tokenizer,
+        )
+    grades = _grade(work.questions, sides, functions)
+    overall, slices = _slice(work.questions, grades, config.margins)
+    outcomes = _judge_edges(work.edges, base, candidate, text)
+    edges = None
+    if outcomes:
+        flips = edge_flips(outcomes)
+        clean = sum(not [f for f in o.base_finds if f != "far"] for o in outcomes)
+        edges = measure_slice("odd inputs", flips, clean, config.margins)
+    noise = _noise_floor(work.questions, base, grades[0], functions, config, text)
+    bad = sum(
+        base.answers[q.key].finite and not candidate.answers[q.key].finite for q in work.questions
+    ) + sum("not numbers" in o.new_finds for o in outcomes)
+    evidence = Evidence(
+        overall=overall, slices=slices, edges=edges, text=text, layers=layers, not_numbers=bad
+    )
+    verdict, evidence = decide(evidence, config.margins)
+    return Comparison(
+        base=base.name,
+        candidate=candidate.name,
+        verdict=verdict,
+        margins=config.margins,
+        overall=evidence.overall,
+        slices=evidence.slices,
+        text=text,
+        generation=_generation(work.questions, base, candidate),
+        edge_kinds=summarize_kinds(outcomes),
+        edge_outcomes=tuple(outcomes),
+        edges=evidence.edges,
+        layers=layers,
+        noise=noise,
+        examples=_examples(work.questions, base, candidate, grades),
+        costs=tuple(side.cost for side in sides if side.cost is not None),
+        notes=tuple(work.notes),
+        settings={
+            "window": config.window,
+            "windows": config.windows,
+            "batch_size": config.batch_size,
+            "dtype": config.dtype,
+            "device": config.device,
+            "seed": config.seed,
+        },
+        versions=installed_versions(),
+        machine=machine_facts(),
+    )
+
+
+def _grade(
+    questions: list[Question], sides: Sequence[Side], functions: Mapping[str, PythonCheck]
+) -> list[list[bool]]:
+    return [[is_right(q, side.answers[q.key], functions) for q in questions] for side in sides]
+
+
+def _slice(
+    questions: list[Question], grades: list[list[bool]], margins: Margins
+) -> tuple[SliceResult | None, tuple[SliceResult, ...]]:
+    """Divide the items by every key of their slices."""
+    if not questions:
+        return None, ()
+
+    def measure(name: str, rows: list[int]) -> SliceResult:
+        base, candidate = ([side[row] for row in rows] for side in grades)
+        flips = count_flips(base, candidate, [questions[row].item.document for row in rows])
+        return measure_slice(name, flips, sum(base), margins)
+
+    every = list(range(len(questions)))
+    groups: dict[tuple[str, str], list[int]] = {}
+    for row, question in enumerate(questions):
+        for key, value in question.item.slices.items():
+            groups.setdefault((key, value), []).append(row)
+    slices = [measure(f"{key} {value}", rows) for (key, value), rows in sorted(groups.items())]
+    # One slice of everything says the same as all items together.
+    slices = [s for s in slices if s.flips.num_items < len(questions)]
+    return measure("all items", every), tuple(slices)
+
+
+def _judge_edges(
+    cases: list[EdgeCase], base: Side, candidate: Side, text: TextFidelity | None
+) -> list[EdgeOutcome]:
+    outcomes = []
+    for row, case in enumerate(cases):
+        known = bool(candidate.edge_kl)
+        outcomes.append(
+            judge_edge(
+                case,
+                base.edge_answers[row],
+                candidate.edge_answers[row],
+                kl_nats=candidate.edge_kl[row] if known else None,
+                usual_kl_nats=None if text is None else text.kl_nats,
+                base_finite=base.edge_finite[row] if base.edge_finite else True,
+                candidate_finite=candidate.edge_finite[row] if candidate.edge_finite else True,
+            )
+        )
+    return outcomes
+
+
+def _generation(questions: list[Question], base: Side, candidate: Side) -> Generation | None:
+    pairs = [
+        (base.answers[q.key], candidate.answers[q.key]) for q in questions if not q.item.choices
+    ]
+    if not pairs:
+        return None
+    places = [first_difference(a.ids, b.ids) for a, b in pairs if a.ids and b.ids]
+    differing = [place for place in places if place is not None]
+    return Generation(
+        num_items=len(pairs),
+        identical=sum(a.text == b.text for a, b in pairs),
+        median_first_difference=median(differing) if differing else None,
+    )
+
+
+def _noise_floor(
+    questions: list[Question],
+    base: Side,
+    grades: list[bool],
+    functions: Mapping[str, PythonCheck],
+    config: CompareConfig,
+    text: TextFidelity | None,
+) -> NoiseFloor | None:
+    rows = [row for row, q in enumerate(questions) if f"again {q.key}" in base.cache.answers]
+    if not rows:
+        return None
+    again = [Answer.from_dict(base.cache.answers.get(f"again {questions[r].key}")) for r in rows]
+    right = [is_right(questions[r], a, functions) for r, a in zip(rows, again, strict=True)]
+    written = [
+        (a, base.answers[questions[r].key])
+        for r, a in zip(rows, again, strict=True)
+        if not questions[r].item.choices
+    ]
+    return NoiseFloor(
+        num_items=len(rows),
+        identical_texts=sum(a.text == b.text for a, b in written) + len(rows) - len(written),
+        flips=count_flips([grades[row] for row in rows], right),
+        batch_size=config.noise_batch_size,
+        kl_nats=None if text is None else text.noise_kl_nats,
+        kl_largest=None if text is None else text.noise_kl_largest,
+    )
+
+
+def _examples(
+    questions: list[Question], base: Side, candidate: Side, grades: list[list[bool]]
+) -> tuple[Example, ...]:
+    """Show harmful flips first, then beneficial ones, then other differences."""
+    kinds: dict[str, list[Example]] = {"harmful": [], "beneficial": [], "same": []}
+    for question, ours, theirs in zip(questions, *grades, strict=True):
+        a, b = base.answers[question.key], candidate.answers[question.key]
+        kind = "same" if ours == theirs else "harmful" if ours else "beneficial"
+        texts = [_shown(question, answer) for answer in (a, b)]
+        if kind == "same" and texts[0] == texts[1]:
+            continue
+        kinds[kind].append(
+            Example(
+                name=question.item.name,
+                kind=kind,
+                prompt=question.item.shown_prompt,
+                expected=_expected(question.item),
+                base_text=texts[0],
+                candidate_text=texts[1],
+                first_difference=first_difference(a.ids, b.ids) if a.ids and b.ids else None,
+            )
+        )
+    return tuple([*kinds["harmful"], *kinds["beneficial"], *kinds["same"]][:EXAMPLES_SHOWN])
+
+
+def _shown(question: Question, answer: Answer) -> str:
+    if not question.item.choices:
+        return answer.text
+    best = max(range(len(answer.choice_nats)), key=lambda i: answer.choice_nats[i])
+    return question.item.choices[best]
+
+
+def _expected(item: Item) -> str:
+    if item.choices:
+        return item.choices[item.right_choice]
+    assert item.check is not None
+    value = item.check.value
+    return str(value) if item.check.kind == "equals" else f"{item.check.kind}: {value}"

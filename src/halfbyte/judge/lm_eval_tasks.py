@@ -1,0 +1,129 @@
+"""Tasks of lm-eval as items, by its own library: its prompts, few-shot examples and choices.
+
+Only local data: a task's YAML with ``dataset_path: json`` and ``data_files``, or what is in the
+datasets cache already; nothing is fetched. Multiple-choice tasks rank their choices, and
+``generate_until`` tasks with an exact match are checked as text. Other kinds of task and metrics
+are refused by name: this is a paired comparison of right and wrong answers, and they have none.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from halfbyte.errors import ConfigError, require_extra
+from halfbyte.judge.checks import Check
+from halfbyte.judge.tasks import MAX_NEW_TOKENS, Item
+
+KINDS = ("multiple_choice", "generate_until")
+
+
+def read_lm_eval(names: Sequence[str], *, limit: int | None) -> list[Item]:
+    """Read tasks of lm-eval.
+
+    Args:
+        names: Names that lm-eval knows, or YAML files.
+        limit: Documents of each task at the most; None: all.
+
+    Returns:
+        The items, in the order of the tasks and their documents.
+
+    Raises:
+        ConfigError: There is no such task, its data are not at hand, or it is of another kind.
+    """
+    # Set before its import: data must be there already, as with everything else here.
+    os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+    try:
+        from lm_eval.tasks import TaskManager, get_task_dict
+    except ImportError as error:
+        missing = require_extra("lm_eval", "evaluate", "Reading tasks of lm-eval")
+        raise missing from error
+    items: list[Item] = []
+    for name in names:
+        path = Path(name)
+        local = path.is_file()
+        manager = TaskManager(include_path=str(path.parent) if local else None)
+        try:
+            loaded = get_task_dict([path.stem if local else name], manager)
+        except Exception as error:
+            raise ConfigError(
+                f"lm-eval cannot give the task '{name}': {error}. Its data must be local: "
+                "dataset_path json with data_files, or the datasets cache."
+            ) from error
+        for task_name, task in _flatten(loaded):
+            items += _task_items(task_name, task, limit)
+    return items
+
+
+def _flatten(tasks: Any) -> list[tuple[str, Any]]:
+    """Take groups of tasks apart."""
+    found: list[tuple[str, Any]] = []
+    for name, task in tasks.items():
+        found += _flatten(task) if isinstance(task, dict) else [(str(name), task)]
+    return found
+
+
+def _task_items(name: str, task: Any, limit: int | None) -> list[Item]:
+    kind = task.OUTPUT_TYPE
+    if kind not in KINDS:
+        raise ConfigError(
+            f"The task '{name}' of lm-eval is of kind {kind}; {' and '.join(KINDS)} are compared."
+        )
+    task.build_all_requests(limit=limit, rank=0, world_size=1)
+    by_document: dict[int, list[Any]] = {}
+    for instance in task.instances:
+        by_document.setdefault(instance.doc_id, []).append(instance)
+    return [
+        _choice_item(name, task, number, instances)
+        if kind == "multiple_choice"
+        else _written_item(name, task, number, instances[0])
+        for number, instances in sorted(by_document.items())
+    ]
+
+
+def _choice_item(name: str, task: Any, number: int, instances: list[Any]) -> Item:
+    instances = sorted(instances, key=lambda instance: instance.idx)
+    # With acc_mutual_info every choice comes twice, the second time without its question.
+    pairs = [instance.args for instance in instances if instance.args[0]]
+    contexts = {context for context, _ in pairs}
+    target = task.doc_to_target(instances[0].doc)
+    choices = tuple(choice for _, choice in pairs)
+    if isinstance(target, str):
+        delimited = [choice.strip() for choice in choices]
+        target = delimited.index(target.strip()) if target.strip() in delimited else None
+    if len(contexts) != 1 or not isinstance(target, int) or len(set(choices)) < len(choices):
+        raise ConfigError(
+            f"The task '{name}' of lm-eval has no single prompt with different choices at document "
+            f"{number}; such tasks are not compared."
+        )
+    return Item(
+        name=f"{name}:{number}",
+        prompt=contexts.pop(),
+        choices=choices,
+        right_choice=target,
+        document=f"{name}:{number}",
+        slices={"task": name},
+    )
+
+
+def _written_item(name: str, task: Any, number: int, instance: Any) -> Item:
+    context, settings = instance.args
+    metrics = [entry["metric"] for entry in task.config.metric_list or ()]
+    if "exact_match" not in [m if isinstance(m, str) else m.__name__ for m in metrics]:
+        raise ConfigError(
+            f"The task '{name}' of lm-eval is judged by {metrics}; of written answers only "
+            "exact_match is compared. Write it as JSONL with a check instead."
+        )
+    stop = settings.get("until") or ()
+    target = task.doc_to_target(instance.doc)
+    return Item(
+        name=f"{name}:{number}",
+        prompt=context,
+        check=Check(kind="equals", value=target if isinstance(target, list) else str(target)),
+        max_new_tokens=int(settings.get("max_gen_toks") or MAX_NEW_TOKENS),
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        document=f"{name}:{number}",
+        slices={"task": name},
+    )

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from unittest.mock import create_autospec
+
+import pytest
+from tests.judge.examples import make_comparison
+
+from halfbyte.cli.main import main
+from halfbyte.judge import compare as module
+from halfbyte.judge.compare import compare
+
+
+@pytest.fixture
+def compared(monkeypatch):
+    fake = create_autospec(compare, return_value=make_comparison())
+    monkeypatch.setattr(module, "compare", fake)
+    return fake
+
+
+@pytest.mark.parametrize(("harmful", "code"), [(60, 1), (9, 2)])
+def test_exit_code_is_the_verdict(monkeypatch, harmful, code, capsys):
+    fake = create_autospec(compare, return_value=make_comparison(harmful=harmful))
+    monkeypatch.setattr(module, "compare", fake)
+    assert main(["compare", "base", "small"]) == code
+    out = capsys.readouterr().out
+    assert ("Fail." if code == 1 else "Inconclusive.") in out
+    assert "model.layers.7.mlp.down_proj" in out
+
+
+@pytest.mark.parametrize("words", [["compare", "base"], ["compare", "a", "b", "--windows", "x"]])
+def test_wrong_options_are_no_verdict(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 3
+
+
+def test_errors_are_no_verdict(capsys):
+    assert main(["compare", "no-such-folder", "b"]) == 3
+    assert "Cannot load the model 'no-such-folder'" in capsys.readouterr().err
+    assert main(["compare", "a", "b", "--margin", "200"]) == 3
+    assert "margin of accuracy is 2.0" in capsys.readouterr().err
+
+
+def test_options_reach_the_comparison(compared, tmp_path, capsys):
+    tasks = tmp_path / "mine.jsonl"
+    tasks.write_text('{"prompt": "x", "answer": "1", "kind": "k"}\n')
+    text = tmp_path / "held.txt"
+    text.write_text("words")
+    main(
+        f"compare base small --tasks {tasks} --slice kind --builtin 2 --text {text} --margin 1 "
+        "--perplexity-margin 5 --windows 0 --resume --cache c --json".split()
+    )
+    assert json.loads(capsys.readouterr().out)["outcome"] == "inconclusive"
+    args, more = compared.call_args
+    assert args == ("base", "small")
+    assert [item.name for item in more["items"]][:2] == ["mine:1", "arithmetic:0:1"]
+    assert len(more["items"]) == 11
+    assert more["items"][0].slices == {"task": "mine", "kind": "k"}
+    assert more["documents"] == {"held": ["words"]}
+    assert (more["config"].margins.accuracy, more["config"].margins.perplexity) == (0.01, 0.05)
+    assert more["config"].windows is None
+    assert (more["resume"], more["cache"]) == (True, Path("c"))
+
+
+def test_without_options_everything_built_in_is_asked(compared):
+    main(["compare", "base", "small"])
+    more = compared.call_args.kwargs
+    assert (more["items"], more["documents"], more["config"].builtin_items) == (None, None, 60)
+    main(["compare", "base", "small", "--no-text"])
+    assert compared.call_args.kwargs["documents"] == {}
+
+
+def test_output_folder_gets_every_form(compared, tmp_path, capsys):
+    main(["compare", "base", "small", "-o", str(tmp_path / "out"), "--format", "md"])
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"report.html", "report.json", "report.md", "junit.xml"}
+    captured = capsys.readouterr()
+    assert captured.out.startswith("### ❔")
+    assert "wrote" in captured.err

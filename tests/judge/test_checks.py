@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import pytest
+
+from halfbyte.errors import ConfigError, MissingExtraError
+from halfbyte.judge.checks import Check, load_functions, parse_check, parse_json
+
+
+def passes(kind, value, text, functions=None, line=None):
+    return Check(kind=kind, value=value).passes(text, line or {}, functions or {})
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "right", "wrong"),
+    [
+        ("equals", "Paris", [" paris.", "PARIS\n"], ["Paris, France", ""]),
+        ("equals", ["four", "4"], ["4", "Four"], ["44"]),
+        ("equals", 4, ["4"], ["4.0"]),
+        ("contains", "Paris", ["It is paris!"], ["Rome"]),
+        ("contains", ["a", "b"], ["xbx"], ["xyz"]),
+        ("regex", r"^\d+$", ["42"], ["42!", "x"]),
+        (
+            "json",
+            {"a": [1, 2.0]},
+            ['{"a": [1, 2]}', '```json\n{"a":[1.0,2]}\n```'],
+            ['{"a": [2, 1]}', "{", '{"a":[1,2]} x'],
+        ),
+        ("json", 1, ["1"], ["true"]),
+        ("json", None, ["null"], ["", "NaN"]),
+    ],
+)
+def test_check_tells_right_from_wrong(kind, value, right, wrong):
+    assert all(passes(kind, value, text) for text in right)
+    assert not any(passes(kind, value, text) for text in wrong)
+
+
+def test_deeply_nested_answer_is_wrong_not_a_crash():
+    assert parse_json("[" * 100_000) == (False, None)
+
+
+def test_json_schema_needs_its_package_or_decides():
+    schema = {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}}
+    try:
+        import jsonschema  # noqa: F401
+    except ImportError:
+        with pytest.raises(MissingExtraError, match=r'pip install "halfbyte\[evaluate\]"'):
+            parse_check({"json_schema": schema}, "t, line 1", {})
+        return
+    check = parse_check({"json_schema": schema}, "t, line 1", {})
+    assert check.passes('{"name": "Ada"}', {}, {})
+    assert not check.passes('{"name": 3}', {}, {})
+    with pytest.raises(ConfigError, match="line 1: the JSON schema is not valid"):
+        parse_check({"json_schema": {"type": "obj"}}, "t, line 1", {})
+
+
+def test_functions_come_from_the_file_that_the_user_names(tmp_path):
+    path = tmp_path / "checks.py"
+    path.write_text("def even(text, line):\n    return int(text) % line['by'] == 0\n")
+    functions = load_functions(path)
+    check = parse_check({"python": "even"}, "t, line 1", functions)
+    assert check.passes("4", {"by": 2}, functions)
+    assert not check.passes("5", {"by": 2}, functions)
+    assert load_functions(None) == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "part"),
+    [
+        ({"python": "odd"}, r"no check function 'odd' \(even\).*--checks"),
+        ({"looks_like": "x"}, "equals, contains, regex"),
+        ({"equals": "x", "regex": "y"}, "write one of"),
+        ("x", "write one of"),
+        ({"regex": "("}, "is not valid"),
+    ],
+)
+def test_wrong_check_is_refused_with_its_place(value, part):
+    with pytest.raises(ConfigError, match=f"tasks.jsonl, line 7.*{part}"):
+        parse_check(value, "tasks.jsonl, line 7", {"even": lambda text, line: True})
+
+
+@pytest.mark.parametrize(
+    ("content", "part"), [(None, "no Python file"), ("1/0", "division by zero")]
+)
+def test_file_that_cannot_be_run_is_named(tmp_path, content, part):
+    path = tmp_path / "checks.py"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=f"checks.py.*{part}"):
+        load_functions(path)

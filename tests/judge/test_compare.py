@@ -1,0 +1,202 @@
+"""The whole way on tiny models: same model, a noisy one, a broken one; cache and resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from tests.judge.conftest import noise
+
+from halfbyte.errors import ConfigError, ModelError
+from halfbyte.evaluate.loading import open_subject
+from halfbyte.judge import compare as module
+from halfbyte.judge.compare import compare
+from halfbyte.judge.local_model import LocalModel
+from halfbyte.judge.verdict import Margins, Outcome
+
+
+@pytest.fixture
+def run(base, items, documents, config, tmp_path):
+    def call(candidate, **more):
+        values = {"items": items, "documents": documents, "config": config, **more}
+        return compare(base, candidate, cache=tmp_path / "cache", **values)
+
+    return call
+
+
+def outcomes(result):
+    return {claim.name: claim.outcome for claim in result.verdict.claims}
+
+
+def test_model_against_itself_has_no_flip_and_no_divergence(base, run):
+    result = run(base)
+    assert (result.overall.flips.harmful, result.overall.flips.beneficial) == (0, 0)
+    assert result.overall.base_accuracy == 1.0
+    assert result.text.kl_nats == 0
+    assert result.text.top1_agreement == 1
+    assert result.generation.identical == result.generation.num_items == 20
+    assert max(linear.error for linear in result.layers.linears) == 0
+    assert result.noise.identical_texts == result.noise.num_items == 10
+    # 40 items without a flip do not show that fewer than 2 in 100 are lost.
+    assert result.verdict.outcome is Outcome.INCONCLUSIVE
+    accuracy = next(c for c in result.verdict.claims if c.name.startswith("Accuracy"))
+    assert "items give it 80%" in accuracy.advice
+
+
+def test_model_against_itself_passes_at_a_margin_that_the_items_can_show(base, run, config):
+    wide = dataclasses.replace(config, margins=Margins(accuracy=0.1))
+    assert run(base, config=wide).verdict.outcome is Outcome.PASS
+
+
+def test_little_noise_is_measured_as_little(run, make_candidate):
+    result = run(make_candidate(noise(1e-4)))
+    assert 0 < result.text.kl_nats < 1e-4
+    assert result.text.noise_kl_nats < result.text.kl_nats
+    assert 0 < max(linear.error for linear in result.layers.linears) < 1e-2
+    assert not result.layers.suspects
+
+
+def test_other_model_fails_and_its_flips_are_shown(run, make_candidate):
+    result = run(make_candidate(noise(3.0)))
+    assert result.verdict.outcome is Outcome.FAIL
+    assert result.verdict.exit_code == 1
+    found = outcomes(result)
+    assert found["Accuracy falls by less than 2 points"] is Outcome.FAIL
+    assert result.text.kl_nats > 0.5
+    assert result.overall.flips.harmful > 10
+    assert result.examples[0].kind == "harmful"
+    assert result.examples[0].base_text != result.examples[0].candidate_text
+    assert {s.name for s in result.slices} == {"kind choice", "kind written"}
+
+
+def test_odd_inputs_go_through_both(base, run, config):
+    result = run(base, config=dataclasses.replace(config, edge_cases=True))
+    assert not [o for o in result.edge_outcomes if o.new_finds]
+    assert {kind.kl_nats for kind in result.edge_kinds} == {0}
+    kinds = {kind.kind: kind.num_cases for kind in result.edge_kinds}
+    assert len(kinds) >= 14
+    assert sum(kinds.values()) == result.edges.flips.num_items >= 75
+    # The tiny model knows no language and no JSON, and that is not the candidate's fault.
+    assert result.edges.base_accuracy < 1
+
+
+def test_logits_that_are_not_numbers_fail_whatever_the_rest(run, make_candidate, config):
+    def spoil(model):
+        model.model.layers[1].mlp.down_proj.weight[3, 4] = float("nan")
+
+    wide = dataclasses.replace(config, margins=Margins(accuracy=0.9, perplexity=0.9, slices=0.9))
+    result = run(make_candidate(spoil), config=wide)
+    assert outcomes(result)["Every logit is a number"] is Outcome.FAIL
+    assert result.text.candidate_finite is False
+
+
+def test_layer_with_scales_off_is_named(run, make_candidate, base):
+    def stretch(model):
+        model.model.layers[1].mlp.down_proj.weight *= 1.03
+
+    result = run(make_candidate(stretch))
+    worst = max(result.layers.linears, key=lambda linear: abs(linear.gain - 1))
+    assert worst.name == "model.layers.1.mlp.down_proj"
+    assert worst.gain == pytest.approx(1.03, abs=1e-4)
+
+
+def test_base_is_run_once_for_two_candidates(run, base, make_candidate, monkeypatch):
+    first = run(base)
+    loaded = []
+
+    def counting(folder, **more):
+        loaded.append(folder.name)
+        return open_subject(folder, **more)
+
+    monkeypatch.setattr(module, "open_subject", counting)
+    second = run(make_candidate(noise(0.01)))
+    assert loaded == ["candidate"]
+    assert first.costs[0].reused == 0
+    assert (second.costs[0].reused, second.costs[0].tokens) == (40, 0)
+    assert second.noise == first.noise
+
+
+def test_killed_comparison_goes_on_where_it_was(run, make_candidate, monkeypatch):
+    candidate = make_candidate(noise(0.01))
+    whole = run(candidate)
+    written = LocalModel.write
+    calls = []
+
+    def failing(self, questions, **more):
+        calls.append(len(questions))
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        return written(self, questions, **more)
+
+    monkeypatch.setattr(LocalModel, "write", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run(candidate)
+    monkeypatch.setattr(LocalModel, "write", written)
+    resumed = run(candidate, resume=True)
+    assert resumed.costs[1].reused >= 8
+    assert resumed.overall == whole.overall
+    assert resumed.text.kl_nats == whole.text.kl_nats
+    fresh = run(candidate)
+    assert fresh.costs[1].reused == 0
+
+
+def test_changed_weights_in_the_same_folder_are_another_model(base, run, make_candidate):
+    run(base)
+    model_file = base / "model.safetensors"
+    other = make_candidate(noise(0.5), "other")
+    model_file.write_bytes((other / "model.safetensors").read_bytes())
+    assert run(other).costs[0].reused == 0
+
+
+def test_other_tokenizer_is_refused(run, make_candidate, base):
+    from tests.helpers.tiny_llama import build_tokenizer
+
+    candidate = make_candidate(noise(0.01))
+    build_tokenizer(shift=3).save_pretrained(candidate)
+    with pytest.raises(ConfigError, match=r"read item .* differently"):
+        run(candidate)
+
+
+def test_folder_without_a_model_is_named(run, tmp_path):
+    with pytest.raises(ModelError, match="no such folder"):
+        run(tmp_path / "none")
+
+
+def test_results_do_not_depend_on_the_batch(base, run, make_candidate, config):
+    candidate = make_candidate(noise(0.2))
+    results = [
+        run(candidate, config=dataclasses.replace(config, batch_size=size)) for size in (1, 7)
+    ]
+    assert results[0].overall.flips == results[1].overall.flips
+    assert results[0].generation == results[1].generation
+
+
+def test_quantized_checkpoint_is_a_candidate(tmp_path):
+    from tests.helpers.checkpoints import Recipe, tiny_llama_config, write_checkpoint
+    from tests.helpers.tiny_llama import build_tokenizer
+
+    from halfbyte.judge.sides import CompareConfig
+
+    folder, base = tmp_path / "q", tmp_path / "b"
+    model = write_checkpoint(folder, tiny_llama_config(), Recipe())
+    model.save_pretrained(base)
+    for one in (folder, base):
+        build_tokenizer().save_pretrained(one)
+    text = {"words": [" ".join(f"w{(i * k) % 60}" for i in range(40)) for k in range(1, 20)]}
+    result = compare(
+        base,
+        folder,
+        items=[],
+        documents=text,
+        config=CompareConfig(window=32, windows=None, edge_cases=False),
+        cache=tmp_path / "cache",
+    )
+    # The base holds the very numbers that the codes stand for.
+    assert result.text.kl_nats < 1e-9
+    assert len(result.layers.linears) == 14
+    assert max(abs(linear.gain - 1) for linear in result.layers.linears) < 1e-4
+    assert result.verdict.outcome is Outcome.PASS
+    assert json.dumps([c.name for c in result.verdict.claims])
+    assert torch.isfinite(torch.tensor(result.text.candidate_perplexity))

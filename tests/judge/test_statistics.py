@@ -1,0 +1,178 @@
+"""Formulas against brute force, and error rates as stated by simulation."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from halfbyte.judge import statistics as stats
+from halfbyte.judge.statistics import Flips
+
+
+def flips(n, harmful, beneficial, **more):
+    return Flips(num_items=n, harmful=harmful, beneficial=beneficial, **more)
+
+
+def draw(rng, times, n, harm, gain):
+    """Harmful and beneficial counts of `times` studies of n items."""
+    counts = rng.multinomial(n, [harm, gain, 1 - harm - gain], size=times)
+    return [flips(n, int(h), int(g)) for h, g, _ in counts]
+
+
+@pytest.mark.parametrize(("harmful", "beneficial"), [(0, 0), (1, 0), (6, 0), (9, 2), (3, 3)])
+def test_mcnemar_is_the_sum_over_all_equally_likely_flips(harmful, beneficial):
+    total = harmful + beneficial
+    worst = min(harmful, beneficial)
+    outcomes = list(itertools.product((0, 1), repeat=total))
+    extreme = sum(min(sum(o), total - sum(o)) <= worst for o in outcomes)
+    assert stats.mcnemar_p_value(harmful, beneficial) == pytest.approx(extreme / len(outcomes))
+
+
+def test_mcnemar_takes_thousands_of_flips():
+    assert 0 < stats.mcnemar_p_value(2100, 1900) < 0.01
+
+
+@pytest.mark.parametrize(("n", "harmful", "beneficial"), [(40, 5, 2), (40, 0, 0), (100, 12, 1)])
+@pytest.mark.parametrize("difference", [-0.2, -0.05, 0.1])
+def test_score_statistic_is_the_one_of_the_constrained_likelihood(
+    n, harmful, beneficial, difference
+):
+    # Search the likelihood under p_gain - p_harm = difference, without Tango's closed form.
+    harm = np.linspace(max(0.0, -difference), (1 - difference) / 2, 2_000_001)
+    gain = harm + difference
+    with np.errstate(divide="ignore", invalid="ignore"):
+        likelihood = (
+            np.where(harmful > 0, harmful * np.log(harm), 0)
+            + np.where(beneficial > 0, beneficial * np.log(gain), 0)
+            + (n - harmful - beneficial) * np.log(1 - harm - gain)
+        )
+    best = int(np.nanargmax(likelihood))
+    variance = n * (harm[best] + gain[best] - difference**2)
+    expected = (beneficial - harmful - n * difference) / math.sqrt(variance)
+    found = stats.score_statistic(flips(n, harmful, beneficial), difference)
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_interval_has_width_without_a_single_flip():
+    few = stats.difference_interval(flips(30, 0, 0), 0.9)
+    many = stats.difference_interval(flips(3000, 0, 0), 0.9)
+    assert few.low < -0.05 < 0.05 < few.high
+    assert -0.002 < many.low < 0 < many.high
+
+
+@pytest.mark.parametrize(
+    ("n", "harm", "gain"), [(60, 0.05, 0.05), (200, 0.08, 0.02), (400, 0, 0.03)]
+)
+def test_interval_covers_the_truth_as_often_as_stated(n, harm, gain):
+    rng = np.random.default_rng(1)
+    studies = draw(rng, 2000, n, harm, gain)
+    covered = np.mean(
+        [
+            i.low <= gain - harm <= i.high
+            for i in (stats.difference_interval(s, 0.9) for s in studies)
+        ]
+    )
+    assert 0.88 <= covered <= 0.95
+
+
+def test_a_loss_of_exactly_the_margin_seldom_passes_and_seldom_fails():
+    rng = np.random.default_rng(2)
+    studies = draw(rng, 4000, 300, 0.06, 0.03)
+    passed = np.mean([stats.noninferiority_p_value(s, 0.03) < 0.05 for s in studies])
+    failed = np.mean([stats.harm_p_value(s, 0.03) < 0.05 for s in studies])
+    assert 0.03 < passed < 0.065
+    assert 0.03 < failed < 0.065
+
+
+def test_items_that_repeat_each_other_count_once():
+    rng = np.random.default_rng(3)
+    base = np.ones(400, dtype=bool)
+    alone = rng.random(400) > 0.1
+    copied = np.repeat(rng.random(40) > 0.1, 10)
+    documents = np.repeat(np.arange(40), 10).tolist()
+    assert stats.count_flips(base, alone, documents).design_effect < 1.8
+    assert stats.count_flips(base, copied, documents).design_effect == pytest.approx(10, rel=0.1)
+
+
+def test_interval_over_documents_covers_where_items_do_not():
+    rng = np.random.default_rng(4)
+    documents = np.repeat(np.arange(80), 6).tolist()
+    covered = {True: 0, False: 0}
+    for _ in range(400):
+        wrong = np.repeat(rng.random(80) < 0.1, 6)
+        for by_document in covered:
+            seen = stats.count_flips([True] * 480, ~wrong, documents if by_document else None)
+            interval = stats.difference_interval(seen, 0.9)
+            covered[by_document] += interval.low <= -0.1 <= interval.high
+    assert covered[True] / 400 > 0.85
+    assert covered[False] / 400 < 0.7
+
+
+def test_one_document_is_one_item():
+    assert stats.count_flips([True] * 50, [False] * 50, ["a"] * 50).design_effect == 50
+
+
+@pytest.mark.parametrize("documents", [16, 40])
+def test_bootstrap_covers_the_mean_of_skewed_documents(documents):
+    rng = np.random.default_rng(5)
+    covered = 0
+    for study in range(400):
+        counts = rng.integers(50, 500, documents)
+        per_token = rng.lognormal(-3, 0.6, documents)
+        boot = stats.bootstrap_ratio(per_token * counts, counts, seed=study, resamples=800)
+        interval = boot.interval(0.9)
+        covered += interval.low <= math.exp(-3 + 0.18) <= interval.high
+    assert 0.85 <= covered / 400 <= 0.95
+
+
+def test_bootstrap_p_values_agree_with_its_interval():
+    rng = np.random.default_rng(6)
+    boot = stats.bootstrap_ratio(rng.normal(3, 1, 30) * 100, [100] * 30)
+    interval = boot.interval(0.9)
+    assert boot.p_value_above(interval.low) == pytest.approx(0.05, abs=0.002)
+    assert boot.p_value_below(interval.high) == pytest.approx(0.05, abs=0.002)
+    assert boot.p_value_above(1.0) < 0.001 < 0.999 < boot.p_value_below(1.0)
+
+
+def test_bootstrap_of_one_constant_is_certain_and_of_few_documents_is_none():
+    boot = stats.bootstrap_ratio([0.0] * 20, [100] * 20)
+    assert (boot.interval(0.9).low, boot.interval(0.9).high) == (0, 0)
+    assert (boot.p_value_above(0.05), boot.p_value_below(0.05)) == (1.0, 0.0)
+    assert stats.bootstrap_ratio([1.0] * 15, [1] * 15) is None
+
+
+def test_holm_adjusts_as_in_the_textbook():
+    adjusted = stats.adjust_holm([0.01, 0.04, 0.03, 0.005])
+    assert adjusted == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def test_holm_keeps_false_alarms_of_eight_slices_at_alpha():
+    rng = np.random.default_rng(7)
+    alarms = 0
+    for _ in range(1000):
+        slices = draw(rng, 8, 100, 0.08, 0.03)
+        adjusted = stats.adjust_holm([stats.harm_p_value(s, 0.05) for s in slices])
+        alarms += min(adjusted) < 0.05
+    assert 0.02 < alarms / 1000 < 0.075
+
+
+@pytest.mark.parametrize("flip_rate", [0.03, 0.1])
+def test_power_and_items_needed_are_those_of_simulated_studies(flip_rate):
+    n = stats.items_needed(flip_rate, 0.02, alpha=0.05, power=0.8)
+    assert stats.passing_power(n, flip_rate, 0.02, alpha=0.05) == pytest.approx(0.8, abs=0.01)
+    rng = np.random.default_rng(8)
+    studies = draw(rng, 2000, n, flip_rate / 2, flip_rate / 2)
+    passed = np.mean([stats.noninferiority_p_value(s, 0.02) < 0.05 for s in studies])
+    assert passed == pytest.approx(0.8, abs=0.04)
+
+
+def test_items_needed_for_a_fail_and_where_nothing_decides():
+    n = stats.items_needed(0.1, 0.02, alpha=0.05, power=0.8, difference=-0.06)
+    rng = np.random.default_rng(9)
+    studies = draw(rng, 2000, n, 0.08, 0.02)
+    failed = np.mean([stats.harm_p_value(s, 0.02) < 0.05 for s in studies])
+    assert failed == pytest.approx(0.8, abs=0.05)
+    assert stats.items_needed(0.1, 0.02, alpha=0.05, difference=-0.02) is None
