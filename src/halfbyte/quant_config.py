@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Self
 
 from halfbyte.errors import ConfigError
@@ -21,11 +21,13 @@ PER_CHANNEL = -1
 """``group_size`` that means one scale per output row."""
 
 MOST_POLISH = 20
+MOST_BITS = 9
+"""8 bits with scales and zeros of groups of 32."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {},
     "balanced": {"match_base": True, "polish": 1},
-    "best": {"match_base": True, "polish": 1, "tune_steps": 200},
+    "best": {"match_base": True, "polish": 1, "tune_steps": 200, "end_to_end_steps": 120},
 }
 """Settings of :class:`QuantConfig` by what they are for: little time, or more quality."""
 
@@ -150,8 +152,23 @@ class QuantConfig:
         "steps of training the codes of each block on its outputs; needs --match-base",
         metavar="STEPS",
     )
+    end_to_end_steps: int = _option(
+        0,
+        "steps of training all scales and norm gains on the base model's predictions, at most; "
+        "needs --match-base",
+        metavar="STEPS",
+    )
     ragged_groups: bool = _option(
         False, "where the group size does not divide a layer's width, write a shorter last group"
+    )
+    target_bits: float | None = _option(
+        None,
+        "choose bits for each module by what they measurably cost, up to this mean of bits per "
+        "weight, scales and zeros included",
+        metavar="X",
+    )
+    target_size: str | None = _option(
+        None, "the same, up to this size of the whole checkpoint, such as 4GB", metavar="SIZE"
     )
     skip: tuple[str, ...] = _option((), "leave matching modules in 16 bits", metavar="PATTERN")
     overrides: tuple[Override, ...] = _option(
@@ -174,11 +191,24 @@ class QuantConfig:
             raise ConfigError(
                 f"polish is {self.polish}; allowed is 0 to {MOST_POLISH}. Use 1, or 0 to leave it."
             )
-        if self.tune_steps < 0 or (self.tune_steps and not self.match_base):
+        for name in ("tune_steps", "end_to_end_steps"):
+            steps = getattr(self, name)
+            if steps < 0 or (steps and not self.match_base):
+                raise ConfigError(
+                    f"{name} is {steps} and match_base {self.match_base}: what is trained, 1 step "
+                    "or more, is trained on what the unquantized model computes. Add match_base, "
+                    "or use 0 steps."
+                )
+        if self.target_bits is not None and self.target_size is not None:
             raise ConfigError(
-                f"tune_steps is {self.tune_steps} and match_base {self.match_base}: blocks are "
-                "trained, 1 step or more, on what the unquantized model computes. Add match_base, "
-                "or use 0 steps."
+                f"target_bits is {self.target_bits:g} and target_size {self.target_size}: one of "
+                "them decides. Leave the other out."
+            )
+        if self.target_bits is not None and not SUPPORTED_BITS[0] < self.target_bits <= MOST_BITS:
+            raise ConfigError(
+                f"target_bits is {self.target_bits:g}; allowed is more than {SUPPORTED_BITS[0]}, "
+                f"and {MOST_BITS} at most. Use 3.5, or 4.25 to spend what 4 bits in groups of 64 "
+                "take."
             )
         for pattern in self.skip:
             _check_pattern("skip", pattern)
@@ -205,6 +235,29 @@ class QuantConfig:
     def needs_check(self) -> bool:
         """Whether part of the text must be kept apart to confirm what the rest proposes."""
         return self.match_base or self.polish > 0
+
+    @property
+    def chooses_bits(self) -> bool:
+        """Whether bits are chosen by what they cost."""
+        return self.target_bits is not None or self.target_size is not None
+
+    def fixes_bits(self, module_name: str) -> bool:
+        """Say whether an override gives a module's bits, so that they are not to be chosen."""
+        return any(o.bits is not None and re.search(o.pattern, module_name) for o in self.overrides)
+
+    def with_bits(self, bits: Mapping[str, int]) -> Self:
+        """Give the same config with other bits for some modules.
+
+        Args:
+            bits: By full name.
+
+        Returns:
+            The config.
+        """
+        chosen = tuple(
+            Override(pattern=f"^{re.escape(name)}$", bits=number) for name, number in bits.items()
+        )
+        return replace(self, overrides=(*self.overrides, *chosen))
 
     def scheme_for(self, module_name: str) -> Scheme | None:
         """Say how a module is to be rounded.

@@ -18,10 +18,9 @@ from halfbyte.quantize.block_tuning import (
     TunedLinear,
     TuningData,
     _RoundedWeight,
-    _sum_groups,
     tune_block,
 )
-from halfbyte.quantize.grid import Grid, assign_groups, search_grid
+from halfbyte.quantize.grid import Grid, assign_groups, search_grid, sum_groups
 from halfbyte.quantize.report import QuantizationReport
 
 WIDTH, HIDDEN = 32, 48
@@ -137,7 +136,7 @@ def test_group_sums_in_any_order(width: int) -> None:
     order = torch.randperm(width, generator=torch.Generator().manual_seed(0))
     for g_idx in (assign_groups(width, 16), assign_groups(width, 16, order)):
         expected = torch.stack([values[:, g_idx == g].sum(1) for g in range(2)], 1)
-        torch.testing.assert_close(_sum_groups(values, g_idx, 2), expected)
+        torch.testing.assert_close(sum_groups(values, g_idx, 2), expected)
 
 
 def quantize(base: Path, output: Path) -> QuantizationReport:

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 from huggingface_hub.repocard import metadata_load
 
 from halfbyte.quant_config import Override, QuantConfig
 from halfbyte.quantize.model_card import base_model_name, save_model_card, write_card_body
-from halfbyte.quantize.report import SkippedModule
+from halfbyte.quantize.report import EndToEndReport, SkippedModule
 
 
 def test_front_matter_names_base_relation_and_licence(make_report, tmp_path):
@@ -54,6 +55,19 @@ def test_card_holds_recipe_quality_versions_and_size(make_report):
 def test_card_says_that_quality_was_not_measured(make_report):
     body = write_card_body(make_report(quality=None), "owner/Tiny-1M")
     assert "Not measured." in body
+
+
+def test_experts_and_training_are_told(make_report):
+    names = [f"model.layers.1.mlp.experts.{e}.up_proj" for e in range(3)]
+    some = make_report().modules[0]
+    modules = tuple(replace(some, name=n, num_tokens=7 * e) for e, n in enumerate(names))
+    tuning = EndToEndReport(
+        steps=40, kept_step=30, kl_before=0.05, kl_after=0.0461, looks=(), stopped=False
+    )
+    body = write_card_body(make_report(modules=modules, end_to_end=tuning), "owner/Tiny-1M")
+    assert "| 1 | 3 | 0 | 7 | 14 | 0 |" in body
+    assert "step 30 of 40 kept: KL on calibration text kept apart 0.0500 to 0.0461" in body
+    assert "Calibration tokens by expert" not in write_card_body(make_report(), "owner/Tiny-1M")
 
 
 def test_overrides_and_skips_are_readable_and_keep_the_table_whole(make_report):

@@ -11,6 +11,8 @@ from transformers import AutoConfig
 
 from halfbyte.checkpoint.read import open_checkpoint
 from halfbyte.quant_config import CalibrationConfig, QuantConfig
+from halfbyte.quantize.model_card import write_card_body
+from halfbyte.quantize.report import expert_of
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
@@ -52,6 +54,27 @@ def test_starved_experts_are_helped_and_say_so(tmp_path: Path) -> None:
         width = 64 if "down_proj" not in module.name else 32
         share = 4 * width / (4 * width + module.num_tokens)
         assert f"{module.num_tokens} tokens only: {share:.0%} of its Hessian" in module.notes[0]
+    coverage = report.expert_coverage()
+    assert [block.block for block in coverage] == [0, 1]
+    for block in coverage:
+        assert len(block.tokens) == 4
+        assert sum(block.tokens) == 2 * 12 * 32, "each token goes through two of them"
+    assert "| block | experts | fewest | median | most | not reached |" in write_card_body(
+        report, "x"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "expert"),
+    [
+        ("model.layers.3.mlp.experts.12.down_proj", 12),
+        ("model.layers.3.mlp.down_proj", None),
+        ("model.layers.3.ffn.0.linear", None),
+        ("model.layers.3.mlp.shared_experts.up_proj", None),
+    ],
+)
+def test_number_of_an_expert_in_a_name(name: str, expert: int | None) -> None:
+    assert expert_of(name) == expert
 
 
 def test_experts_of_a_layout_that_is_not_declared_are_listed(tmp_path: Path) -> None:

@@ -57,13 +57,13 @@ def plan(weights: ModelWeights, *, lengths: list[int] | None = None, **asked: An
     ],
 )
 def test_size_is_read(text: str, size: int) -> None:
-    assert parse_size(text) == size
+    assert parse_size(text, "memory") == size
 
 
 @pytest.mark.parametrize("text", ["", "lots", "4", "4G", "-1GB", "1,5GB", "4GiB", "GB", "4GB 2MB"])
 def test_other_sizes_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=rf"memory is '{text}'; write a number and a unit"):
-        parse_size(text)
+        parse_size(text, "memory")
 
 
 @pytest.mark.parametrize(

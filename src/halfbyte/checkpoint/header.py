@@ -76,6 +76,30 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         CheckpointError: The file cannot be read, is cut short, or its header is not one that a
             safetensors writer makes; names the file and the tensor.
     """
+    entries, _, data_start, file_bytes = _read_entries(file)
+    infos = [_read_entry(file, name, entry, data_start) for name, entry in entries.items()]
+    infos.sort(key=lambda info: (info.offset, info.num_bytes))
+    _check_tiling(file, infos, data_start, file_bytes)
+    return {info.name: info for info in infos}
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """Read the strings that a safetensors file carries beside its tensors.
+
+    Args:
+        file: An existing file.
+
+    Returns:
+        The strings by name.
+
+    Raises:
+        CheckpointError: The file cannot be read or its header is damaged.
+    """
+    return _read_entries(file)[1]
+
+
+def _read_entries(file: Path) -> tuple[dict[str, Any], dict[str, str], int, int]:
+    """Give tensors' entries, metadata, where the data starts, and where the file ends."""
     try:
         with file.open("rb") as handle:
             file_bytes = handle.seek(0, 2)
@@ -88,12 +112,9 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             f"Cannot read {file}: {error.strerror or error}. Check the path and its permissions."
         ) from error
     entries = parse_json_object(text, f"the header of {file}")
-    _check_metadata(file, entries.pop("__metadata__", None))
-    data_start = LENGTH_BYTES + header_bytes
-    infos = [_read_entry(file, name, entry, data_start) for name, entry in entries.items()]
-    infos.sort(key=lambda info: (info.offset, info.num_bytes))
-    _check_tiling(file, infos, data_start, file_bytes)
-    return {info.name: info for info in infos}
+    metadata = entries.pop("__metadata__", None)
+    _check_metadata(file, metadata)
+    return entries, metadata or {}, LENGTH_BYTES + header_bytes, file_bytes
 
 
 def parse_json_object(text: bytes | str, what: str) -> dict[str, Any]:

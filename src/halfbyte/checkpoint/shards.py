@@ -119,6 +119,21 @@ class TensorFiles:
         return {name: tensors[name] for name in wanted}
 
 
+def read_shard(file: Path) -> dict[str, Tensor]:
+    """Read every tensor of one file into memory of its own.
+
+    Args:
+        file: A safetensors file.
+
+    Returns:
+        The tensors on the CPU, by name.
+
+    Raises:
+        CheckpointError: The file is damaged or cannot be read.
+    """
+    return _read_tensors(file, sorted(read_header(file).values(), key=lambda info: info.offset))
+
+
 def _read_tensors(file: Path, infos: list[TensorInfo]) -> dict[str, Tensor]:
     """Read straight into each tensor's own memory: no mapping, no second copy."""
     tensors: dict[str, Tensor] = {}

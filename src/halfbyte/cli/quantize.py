@@ -90,6 +90,18 @@ def _print_report(report: QuantizationReport) -> None:
     table.add_row("size", format_bytes(report.checkpoint_bytes))
     table.add_row("bits per weight", f"{report.bits_per_weight:.2f} in quantized layers")
     table.add_row("modules", f"{len(report.modules)} quantized, {len(report.skipped)} in 16 bits")
+    coverage = report.expert_coverage()
+    if coverage:
+        fewest = min(min(block.tokens) for block in coverage)
+        missed = sum(len(block.unreached) for block in coverage)
+        table.add_row("experts", f"{fewest} tokens reached the rarest; none reached {missed}")
+    if report.end_to_end is not None:
+        tuning = report.end_to_end
+        table.add_row(
+            "end to end",
+            f"KL on text kept apart {tuning.kl_before:.4f} -> {tuning.kl_after:.4f} "
+            f"(step {tuning.kept_step} of {tuning.steps})",
+        )
     quality = report.quality
     if quality is not None:
         table.add_row(

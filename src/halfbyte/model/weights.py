@@ -157,16 +157,21 @@ class ModelWeights:
             tensors = self.files.load(self._outside_keys)
         self._put(tensors)
         self.model.tie_weights()
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[name] = buffer.to(self.device)  # rotary tables, masks
         inside = f"{self.blocks.prefix}."
         for name, parameter in self.model.named_parameters():
             if parameter.is_meta and not name.startswith(inside):
                 raise self._missing(name)
 
-    def load_block(self, index: int) -> nn.Module:
+    def load_block(self, index: int, without: Collection[str] = ()) -> nn.Module:
         """Read one block's weights into memory of their own.
 
         Args:
             index: Which block.
+            without: Modules, by name within the block, that are left without weights.
 
         Returns:
             The block, on the device, in the stored dtype.
@@ -174,12 +179,19 @@ class ModelWeights:
         Raises:
             CheckpointError: A tensor of the block is missing; names it.
         """
-        self._put(self.files.load(self._block_keys[index]))
-        block: nn.Module = self.model.get_submodule(self.blocks.name(index))
+        prefix = self.blocks.name(index)
+        left_out = tuple(f"{prefix}.{name}." for name in without)
+        keys = self.block_keys(index, [name.removesuffix(".") for name in left_out])
+        self._put(self.files.load(keys))
+        block: nn.Module = self.model.get_submodule(prefix)
         for name, tensor in (*block.named_parameters(), *block.named_buffers()):
-            if tensor.is_meta:
-                raise self._missing(f"{self.blocks.name(index)}.{name}")
-        return block.to(self.device)
+            full = f"{prefix}.{name}"
+            if tensor.is_meta and not full.startswith(left_out):
+                raise self._missing(full)
+        for tensor in (*block.parameters(), *block.buffers()):
+            if not tensor.is_meta:
+                tensor.data = tensor.data.to(self.device)
+        return block
 
     def drop_block(self, index: int) -> None:
         """Give one block's memory back."""

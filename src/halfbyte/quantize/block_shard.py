@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
+from halfbyte.checkpoint.shards import read_shard
 from halfbyte.checkpoint.write import shard_name, write_shard
 from halfbyte.model.weights import ModelWeights
 from halfbyte.quantize.finish import count_packed_bits
-from halfbyte.quantize.rounding import RoundedLinear
+from halfbyte.quantize.rounding import RoundedLinear, weight_crc
 
 
 def write_block(
@@ -48,6 +49,34 @@ def write_block(
         "weight_crcs": {r.name: r.weight_crc for r in rounded},
         "packed_bits": [sum(b for b, _ in bits), sum(n for _, n in bits)],
     }
+
+
+def rewrite_block(
+    output: Path,
+    entry: Mapping[str, Any],
+    changed: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    note: str,
+) -> dict[str, Any]:
+    """Write a finished block's shard again, with other scales and gains.
+
+    Args:
+        output: The checkpoint's folder.
+        entry: What the journal says of the block.
+        changed: Tensors that take the place of those of the same name.
+        weights: The linears' dequantized weights, fp32 [out, in], by name on disk.
+        note: For every linear's report.
+
+    Returns:
+        The journal's new entry.
+    """
+    path = output / entry["shard"]["file_name"]
+    digest = write_shard(path, {**read_shard(path), **changed})
+    modules = [
+        m if note in m["notes"] else {**m, "notes": [*m["notes"], note]} for m in entry["modules"]
+    ]
+    crcs = {name: weight_crc(weights[name]) for name in entry["weight_crcs"]}
+    return {**entry, "shard": asdict(digest), "modules": modules, "weight_crcs": crcs}
 
 
 def _dense_tensors(

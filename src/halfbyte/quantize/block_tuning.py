@@ -21,11 +21,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from halfbyte.model.blocks import linear_weight, set_linear_weight
-from halfbyte.quantize.grid import Grid, round_to_stored
+from halfbyte.quantize.grid import Grid, round_to_stored, sum_groups
 from halfbyte.quantize.rounding import RoundedLinear, pack_rounded
 from halfbyte.quantize.target import CHECK_EVERY
 
@@ -294,16 +293,6 @@ class _RoundedWeight(torch.autograd.Function):
         rounded = latent.round()
         inside = (rounded >= lowest) & (rounded <= highest)
         rounded = rounded.clamp_(lowest, highest)
-        by_scale = _sum_groups(gradient * rounded, g_idx, scales.shape[1])
+        by_scale = sum_groups(gradient * rounded, g_idx, scales.shape[1])
         by_latent = gradient.mul_(scales[:, g_idx]).mul_(inside)
         return by_latent, by_scale, None, None, None, None
-
-
-def _sum_groups(values: Tensor, g_idx: Tensor, num_groups: int) -> Tensor:
-    """Sum columns by group: [out, in] -> [out, groups]."""
-    width = values.shape[1]
-    size = -(-width // num_groups)
-    if torch.equal(g_idx, torch.arange(width, device=g_idx.device) // size):
-        padded = functional.pad(values, (0, num_groups * size - width))
-        return padded.reshape(-1, num_groups, size).sum(-1)
-    return values.new_zeros(values.shape[0], num_groups).index_add_(1, g_idx, values)

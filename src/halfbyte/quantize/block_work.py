@@ -121,22 +121,9 @@ class BlockWork:
             The block, and the exact weights of its linears by name, [out, in].
         """
         block = self.weights.load_block(index)
-        prefix = self.weights.blocks.name(index)
-        split = unfuse_experts(
-            self.weights.model,
-            lambda name: (
-                name.startswith(f"{prefix}.")
-                and why_not_unfused(self.weights.model.get_submodule(name)) is None
-            ),
-        )
-        self.split_experts = [name.removeprefix(f"{prefix}.") for name in split]
+        self.split_experts = split_experts(self.weights, index)
         exact = {n: linear_weight(m) for n, m in quantizable_linears(block).items()}
-        if self.weights.dtype != self.stream.dtype:
-            for module in block.modules():
-                for name, parameter in list(module.named_parameters(recurse=False)):
-                    if parameter.dtype == self.weights.dtype:
-                        cast = parameter.data.to(self.stream.dtype)
-                        setattr(module, name, nn.Parameter(cast, requires_grad=False))
+        cast_block(block, self.weights.dtype, self.stream.dtype)
         return block, exact
 
     def find_stages(self, index: int, block: nn.Module, batch: LoadBatch) -> None:
@@ -350,6 +337,39 @@ class BlockWork:
                 self._base_weights[task.module] = linear.weight  # type: ignore[assignment]
             set_linear_weight(linear, result.weight)
             self.on_linear(result)
+
+
+def split_experts(weights: ModelWeights, index: int) -> list[str]:
+    """Split the fused experts of a block into linears, where they can be.
+
+    Args:
+        weights: The model; the block may be empty.
+        index: Which block.
+
+    Returns:
+        Names of the split experts modules, within the block; also of those split before.
+    """
+    prefix = weights.blocks.name(index)
+    unfuse_experts(
+        weights.model,
+        lambda name: (
+            name.startswith(f"{prefix}.")
+            and why_not_unfused(weights.model.get_submodule(name)) is None
+        ),
+    )
+    block = weights.blocks.modules[index]
+    return [name for name, module in block.named_modules() if isinstance(module, UnfusedExperts)]
+
+
+def cast_block(block: nn.Module, stored: torch.dtype, computing: torch.dtype) -> None:
+    """Bring a block's parameters of the stored type into the computing type."""
+    if stored == computing:
+        return
+    for module in block.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.dtype == stored:
+                cast = parameter.data.to(computing)
+                setattr(module, name, nn.Parameter(cast, requires_grad=False))
 
 
 def _statistics(name: str, own: Accumulator, pool: HessianAccumulator | None) -> InputStatistics:

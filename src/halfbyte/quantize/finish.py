@@ -28,7 +28,10 @@ from halfbyte.version import __version__
 
 
 def write_outside(
-    weights: ModelWeights, output: Path, head: Sequence[RoundedLinear]
+    weights: ModelWeights,
+    output: Path,
+    head: Sequence[RoundedLinear],
+    changed: Mapping[str, Tensor],
 ) -> ShardDigest:
     """Write the last shard: embeddings, norms and head, as they are or, the head, packed.
 
@@ -36,6 +39,7 @@ def write_outside(
         weights: The base model.
         output: The checkpoint's folder.
         head: The rounded head, or nothing.
+        changed: Tensors that training changed, by name on disk.
 
     Returns:
         The shard's digest.
@@ -45,7 +49,7 @@ def write_outside(
     infos = weights.files.infos
     dense = {k: map_tensor(infos[k]) for k in weights.outside_keys if k not in dropped}
     count = len(weights.blocks.modules) + 1
-    return write_shard(output / shard_name(count, count), {**dense, **packed})
+    return write_shard(output / shard_name(count, count), {**dense, **changed, **packed})
 
 
 def write_descriptions(

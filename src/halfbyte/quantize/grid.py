@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from halfbyte.quant_config import PER_CHANNEL
 
@@ -234,6 +235,25 @@ def _rank_in_group(sorted_groups: Tensor, sizes: Tensor) -> Tensor:
 
 def _range(grouped: Tensor) -> tuple[Tensor, Tensor]:
     return grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+
+
+def sum_groups(values: Tensor, g_idx: Tensor, num_groups: int) -> Tensor:
+    """Sum columns by group.
+
+    Args:
+        values: [out, in].
+        g_idx: Group of each column, [in].
+        num_groups: How many there are.
+
+    Returns:
+        [out, groups].
+    """
+    width = values.shape[1]
+    size = -(-width // num_groups)
+    if torch.equal(g_idx, torch.arange(width, device=g_idx.device) // size):
+        padded = functional.pad(values, (0, num_groups * size - width))
+        return padded.reshape(-1, num_groups, size).sum(-1)
+    return values.new_zeros(values.shape[0], num_groups).index_add_(1, g_idx, values)
 
 
 def round_to_stored(scales: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ JOURNAL_FILE = "journal.jsonl"
 LOCK_FILE = "lock"
 KEPT_PREFIX = "input-"
 """Begins the names of files that a new run in the same folder may use again."""
+REPLACES = "replaces"
+"""Key of a line that takes the place of an earlier block's."""
 
 
 class Journal:
@@ -98,7 +100,9 @@ class Journal:
         with self.path.open("r+b") as file:
             file.truncate(sound_bytes)
         self.header = entries[0] if entries else {}
-        self.blocks = entries[1:]
+        self.blocks = []
+        for entry in entries[1:]:
+            self._take(entry)
 
     def start(self, header: Mapping[str, Any]) -> None:
         """Begin a new journal; what an earlier run left in the work folder is removed."""
@@ -112,6 +116,12 @@ class Journal:
         """Record a finished block."""
         self.blocks.append(dict(entry))
         self._append(entry)
+
+    def replace_block(self, index: int, entry: Mapping[str, Any]) -> None:
+        """Record that a finished block was written again."""
+        line = {**entry, REPLACES: index}
+        self._take(dict(line))
+        self._append(line)
 
     def check_same(self, inputs: Mapping[str, Any]) -> None:
         """Refuse to go on with other inputs or options.
@@ -134,6 +144,13 @@ class Journal:
         # The journal first: a kill in the middle then leaves a folder without an unfinished run.
         self.path.unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _take(self, entry: dict[str, Any]) -> None:
+        index = entry.pop(REPLACES, None)
+        if index is None:
+            self.blocks.append(entry)
+        else:
+            self.blocks[index] = entry
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         with self.path.open("ab") as file:

@@ -13,7 +13,7 @@ from statistics import fmean, median
 from typing import Any
 
 from halfbyte.quantize.picture import PICTURE_FILE
-from halfbyte.quantize.report import ModuleReport, QuantizationReport, kind_of
+from halfbyte.quantize.report import ExpertCoverage, ModuleReport, QuantizationReport, kind_of
 from halfbyte.quantize.units import format_bytes, format_error, format_seconds
 
 CARD_FILE = "README.md"
@@ -103,6 +103,9 @@ def write_card_body(report: QuantizationReport, name: str) -> str:
         "## Recipe\n\n" + _recipe(report),
         "## Error by module\n\n" + _errors(report),
     ]
+    coverage = report.expert_coverage()
+    if coverage:
+        sections.append("## Calibration tokens by expert\n\n" + _experts(coverage))
     if report.skipped:
         sections.append("## Left in 16 bits\n\n" + _skipped(report))
     notes = _notes(report)
@@ -158,6 +161,15 @@ def _recipe(report: QuantizationReport) -> str:
         ),
         ("calibration sha256 (token ids)", f"`{calibration.digest}`"),
     ]
+    tuning = report.end_to_end
+    if tuning is not None:
+        rows.append(
+            (
+                "trained end to end",
+                f"step {tuning.kept_step} of {tuning.steps} kept: KL on calibration text kept "
+                f"apart {tuning.kl_before:.4f} to {tuning.kl_after:.4f}",
+            )
+        )
     return _table(("setting", "value"), rows)
 
 
@@ -207,6 +219,26 @@ def _kind_row(kind: str, modules: Sequence[ModuleReport]) -> tuple[str, ...]:
         format_error(median(errors) if errors else None),
         format_error(max(errors, default=None)),
         format_error(fmean(rounded) if rounded else None),
+    )
+
+
+def _experts(coverage: Sequence[ExpertCoverage]) -> str:
+    """One row per block: an expert that few tokens reached was rounded on little evidence."""
+    rows = [
+        (
+            str(block.block),
+            str(len(block.tokens)),
+            str(min(block.tokens)),
+            format(median(block.tokens), ".0f"),
+            str(max(block.tokens)),
+            ", ".join(map(str, block.unreached)) or "none",
+        )
+        for block in coverage
+    ]
+    head = ("block", "experts", "fewest", "median", "most", "not reached")
+    return (
+        "An expert that few tokens reached borrows from what all experts of its layer saw; the "
+        "notes below say how much.\n\n" + _table(head, rows)
     )
 
 

@@ -36,6 +36,9 @@ class Progress(Protocol):
     def module_done(self, module: ModuleReport) -> None:
         """Tell that one linear is quantized."""
 
+    def tuned(self, step: int, steps: int, kl: float, best: float) -> None:
+        """Tell how far training the whole model is: held-out KL now and at best, in nats."""
+
     def finished(self) -> None:
         """End the display."""
 
@@ -67,6 +70,9 @@ class SilentProgress:
     def module_done(self, module: ModuleReport) -> None:
         """Say nothing."""
 
+    def tuned(self, step: int, steps: int, kl: float, best: float) -> None:
+        """Say nothing."""
+
     def finished(self) -> None:
         """Say nothing."""
 
@@ -82,6 +88,8 @@ class _Position:
     first_block: int | None = None
     first_block_start: float = 0.0
     module: ModuleReport | None = None
+    tuning: tuple[int, int, float, float] | None = None
+    """Step, steps, held-out KL now and at best."""
 
     def enter_block(self, index: int, count: int) -> None:
         if self.first_block is None:
@@ -96,6 +104,8 @@ class _Position:
     def seconds_left(self) -> float | None:
         """Time for the blocks that are left at the pace of those done in this run."""
         if self.block is None or self.first_block is None or self.block == self.first_block:
+            return None
+        if self.tuning is not None:
             return None
         done = self.block - self.first_block
         return (time.monotonic() - self.first_block_start) / done * (self.num_blocks - self.block)
@@ -132,6 +142,11 @@ class PlainProgress:
         self._modules.append(module)
         for line in self._notes.take(module):
             self._print(line)
+
+    def tuned(self, step: int, steps: int, kl: float, best: float) -> None:
+        """Print one line."""
+        took = format_seconds(self._position.elapsed)
+        self._print(f"step {step} of {steps}: held-out KL {kl:.4f}, best {best:.4f} ({took})")
 
     def finished(self) -> None:
         """Print the last block."""
@@ -191,6 +206,10 @@ class LiveProgress:
         for line in self._notes.take(module):
             self._console.print(line, style="yellow")
 
+    def tuned(self, step: int, steps: int, kl: float, best: float) -> None:
+        """Move the bar again, and show the KL."""
+        self._position.tuning = (step, steps, kl, best)
+
     def finished(self) -> None:
         """Take the display away."""
         self._live.stop()
@@ -207,10 +226,17 @@ class LiveProgress:
         memory = resident_memory_bytes()
         if memory is not None:
             facts.append(format_bytes(memory))
-        bar = ProgressBar(total=max(position.num_blocks, 1), completed=done, width=30)
+        total = position.num_blocks
+        if position.tuning is not None:
+            done, total, kl, best = position.tuning
+            where = f"step {done} of {total}"
+        bar = ProgressBar(total=max(total, 1), completed=done, width=30)
         grid.add_row(bar, Text(where), Text(", ".join(facts)))
         module = position.module
-        if module is not None:
+        if position.tuning is not None:
+            held_out = f"held-out KL {kl:.4f}, best {best:.4f}"
+            grid.add_row(Text(position.phase), Text(held_out), Text("Ctrl-C keeps the best"))
+        elif module is not None:
             loss = f"relative error {format_error(module.relative_error)}"
             grid.add_row(Text(position.phase), Text(module.kind), Text(loss))
         else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -25,6 +25,13 @@ Part = TypeVar("Part")
 def block_of(module: str) -> int | None:
     """Give the number of the decoder block in a module's dotted name; None where it has none."""
     return next((int(part) for part in module.split(".") if part.isdigit()), None)
+
+
+def expert_of(module: str) -> int | None:
+    """Give the number of the expert in a module's dotted name; None where it has none."""
+    parts = module.split(".")
+    after = parts[parts.index("experts") + 1 :] if "experts" in parts else []
+    return int(after[0]) if after and after[0].isdigit() else None
 
 
 def kind_of(module: str) -> str:
@@ -137,6 +144,38 @@ class QualityReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertCoverage:
+    """How much calibration text reached the experts of one block."""
+
+    block: int
+    tokens: tuple[int, ...]
+    """By expert."""
+
+    @property
+    def unreached(self) -> tuple[int, ...]:
+        """Experts that no token reached; they were rounded on what all others saw."""
+        return tuple(expert for expert, count in enumerate(self.tokens) if count == 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndToEndReport:
+    """What training scales and norm gains of the whole model brought."""
+
+    steps: int
+    """Taken."""
+    kept_step: int
+    """The step that was kept; 0: none helped, and everything was left as it was."""
+    kl_before: float
+    """To the base model, nats per token, on calibration text that was not trained on."""
+    kl_after: float
+    """The same for what was kept."""
+    looks: tuple[tuple[int, float], ...]
+    """Step and KL of every look."""
+    stopped: bool
+    """Whether the user ended it early."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizationReport:
     """One run, from start to finish."""
 
@@ -166,6 +205,20 @@ class QuantizationReport:
     """What concerns the whole run."""
     flops: dict[str, float] = field(default_factory=dict)
     """Floating-point operations that the run could not do without, by kind of work."""
+    end_to_end: EndToEndReport | None = None
+    """None where it was not asked for or could not be done."""
+
+    def expert_coverage(self) -> list[ExpertCoverage]:
+        """Collect the tokens that reached each expert, block by block; empty without experts."""
+        found: dict[int, dict[int, int]] = {}
+        for module in self.modules:
+            expert = expert_of(module.name)
+            if module.block is not None and expert is not None:
+                found.setdefault(module.block, {}).setdefault(expert, module.num_tokens)
+        return [
+            ExpertCoverage(block=block, tokens=tuple(tokens[e] for e in sorted(tokens)))
+            for block, tokens in found.items()
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain values for JSON."""
@@ -193,6 +246,10 @@ class QuantizationReport:
         values["calibration"] = _build(CalibrationReport, values.get("calibration", {}))
         if values.get("quality") is not None:
             values["quality"] = _build(QualityReport, values["quality"])
+        if values.get("end_to_end") is not None:
+            tuning = _build(EndToEndReport, values["end_to_end"])
+            looks = tuple((int(step), float(kl)) for step, kl in tuning.looks)
+            values["end_to_end"] = replace(tuning, looks=looks)
         return _build(cls, values)
 
     def save(self, folder: Path) -> Path:

@@ -21,7 +21,7 @@ from halfbyte.errors import ConfigError
 from halfbyte.model.blocks import linear_weight, quantizable_linears
 from halfbyte.model.experts import find_fused_experts
 from halfbyte.model.weights import ModelWeights
-from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
+from halfbyte.quant_config import SUPPORTED_BITS, CalibrationConfig, QuantConfig, ResourceConfig
 from halfbyte.quantize.hardware import has_fast_bf16
 from halfbyte.quantize.rounding import ROWS_AT_A_TIME
 from halfbyte.quantize.target import CHECK_EVERY
@@ -41,9 +41,13 @@ HESSIAN_COPIES = 5
 TUNING_COPIES = 8
 TUNING_ACTIVATIONS = 4
 """Activations that training a block holds, in those of a forward pass."""
+LOGITS_COPIES = 5
 HESSIAN_SHARE = 0.5
 """Of the memory that is left, for the Hessians of one stage; more experts go in portions."""
 SMALLEST_HESSIAN_BYTES = 1 << 28
+
+SURVEY_TOKENS = 8192
+"""Enough to rank modules by what their bits cost."""
 
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
@@ -61,6 +65,8 @@ class RunSettings:
     """Whether batches wait in memory in the middle of a block, or start it again per stage."""
     hessian_bytes: int
     """For the Hessians that are collected at the same time."""
+    keep_codes: bool = False
+    """Whether training the whole model holds all codes in memory, or reads block by block."""
     reasons: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -162,10 +168,23 @@ def resolve_resources(
         batch_size = max(1, min(batch_size, room // (per_token * longest)))
     batch = per_token * longest * batch_size
     tuning = 0
+    tuning_batch = TUNING_ACTIVATIONS * batch
     if config.tune_steps:
         # Latents, their gradients and bounds in fp32, and what a backward pass remembers.
-        tuning = TUNING_COPIES * 4 * sizes.block_numbers + TUNING_ACTIVATIONS * batch
+        tuning = TUNING_COPIES * 4 * sizes.block_numbers + tuning_batch
     batch = max(batch, tuning)
+    vocabulary = int(weights.config.get_text_config().vocab_size)
+    num_blocks = len(weights.blocks.modules)
+    keep_codes = False
+    if config.end_to_end_steps:
+        # The states between all blocks, and the logits of one sequence: base, own, gradient.
+        between = batch_size * longest * dtype.itemsize * sizes.hidden * num_blocks
+        whole = between + LOGITS_COPIES * 4 * vocabulary * longest + tuning_batch
+        codes = sizes.block_numbers * num_blocks
+        keep_codes = fixed + whole + codes <= budget
+        batch = max(batch, whole + (codes if keep_codes else 0))
+    survey_tokens = min(SURVEY_TOKENS, tokens) if config.chooses_bits else 0
+    batch = max(batch, tuning_batch + survey_tokens * dtype.itemsize * sizes.hidden * num_blocks)
     waiting = tokens * dtype.itemsize * (3 * sizes.hidden + sizes.widest_input * sizes.routed)
     waiting *= streams
     keep = fixed + batch + waiting <= budget
@@ -178,6 +197,7 @@ def resolve_resources(
         batch_size=int(batch_size),
         keep_paused=keep,
         hessian_bytes=max(int(left * HESSIAN_SHARE), SMALLEST_HESSIAN_BYTES),
+        keep_codes=keep_codes,
         reasons=(why_budget, f"computes in {why_dtype}", f"{batch_size} sequences a batch", how),
     )
     passes = streams * (1.0 if keep else 2.2)
@@ -185,6 +205,12 @@ def resolve_resources(
     products = 1.5 if config.match_base else 0.5
     solve = sizes.solve_macs * (4 + 4 * config.polish)
     tune = 6.0 * config.tune_steps * batch_size * longest * sizes.numbers
+    # Forwards, forwards again and twice that backwards; the head for both models.
+    per_step = 8.0 * sizes.numbers + 8.0 * vocabulary * sizes.hidden
+    tune += config.end_to_end_steps * batch_size * longest * per_step
+    if survey_tokens:
+        tune += survey_tokens * per_step + 2.0 * survey_tokens * sizes.hessian_macs
+        tune += 4 * len(SUPPORTED_BITS) * sizes.solve_macs
     flops = 2.0 * tokens * (sizes.numbers * passes + sizes.hessian_macs * products) + solve + tune
     return RunPlan(
         settings=settings,
@@ -233,11 +259,12 @@ def measure_gemm_rate(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * 1024**3 / best
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, name: str) -> int:
     """Read a size such as ``4GB`` or ``800 MB``.
 
     Args:
         text: Number and unit.
+        name: Of the option, for messages.
 
     Returns:
         Bytes.
@@ -247,13 +274,13 @@ def parse_size(text: str) -> int:
     """
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kKmMgGtT][bB])\s*", text)
     if match is None:
-        raise ConfigError(f"memory is '{text}'; write a number and a unit, such as 4GB or 800MB.")
+        raise ConfigError(f"{name} is '{text}'; write a number and a unit, such as 4GB or 800MB.")
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
 def _budget(asked: str | None) -> tuple[int, str]:
     if asked is not None:
-        return parse_size(asked), "the limit is yours"
+        return parse_size(asked, "memory"), "the limit is yours"
     free = psutil.virtual_memory().available
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.is_file() and (text := limit.read_text(encoding="ascii").strip()).isdigit():

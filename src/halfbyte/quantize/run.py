@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from halfbyte.quantize.calibration import (
     check_ids,
     load_calibration,
 )
+from halfbyte.quantize.choose_bits import choose_bits
 from halfbyte.quantize.fingerprint import fingerprint_model
 from halfbyte.quantize.finish import (
     count_packed_bits,
@@ -68,7 +70,8 @@ from halfbyte.quantize.resources import RunSettings, resolve_dtype, resolve_reso
 from halfbyte.quantize.rounding import RoundedLinear
 from halfbyte.quantize.self_text import SELF, generate_text, save_text
 from halfbyte.quantize.source import check_something_to_do
-from halfbyte.quantize.states import BASE, CALIBRATION, FULL, PROBE, RunStates
+from halfbyte.quantize.states import BASE, CALIBRATION, FULL, PROBE, TUNED, RunStates
+from halfbyte.quantize.whole_tuning import WholeTuning, tune_whole
 from halfbyte.version import __version__
 
 JOURNAL_VERSION = 1
@@ -118,6 +121,7 @@ class Run:
         self.batches: list[Tensor] = []
         self.notes: list[str] = []
         self._rounded: list[RoundedLinear] = []
+        self._base_logits: list[Tensor] = []
 
     def execute(
         self, text: CalibrationSource, *, resume: bool, quality: bool
@@ -148,10 +152,28 @@ class Run:
                 on_linear=self._on_linear,
                 meter=self.meter,
             )
+            if self.config.chooses_bits:
+                self._choose_bits(work)
             for index in range(len(self.journal.blocks), self.num_blocks):
                 self.progress.block_started(index, self.num_blocks)
                 self._do_block(index, work, states)
-            return self._finish(work, states)
+            tuning = self._tune_whole(states)
+            return self._finish(work, states, tuning)
+
+    def _choose_bits(self, work: BlockWork) -> None:
+        """Give every module its bits, once for a run."""
+        with self.meter.timed("survey"):
+            work.config, notes = choose_bits(
+                self.weights,
+                self.stream,
+                work,
+                self.config,
+                batches=self.batches,
+                seed=self.calibration.seed,
+                folder=self.journal.folder,
+                progress=self.progress,
+            )
+        self.notes += notes
 
     def _read_text(self, text: CalibrationSource, quality: bool) -> None:
         # A table of ids compared with a word would be a table.
@@ -229,7 +251,14 @@ class Run:
             width=int(self.weights.config.get_text_config().hidden_size),
             dtype=self.settings.torch_dtype,
             match_base=self.config.match_base,
+            tuned=self._tuned_streams,
         )
+
+    @property
+    def _tuned_streams(self) -> tuple[str, ...]:
+        if not self.config.end_to_end_steps:
+            return ()
+        return (PROBE, CALIBRATION) if self.config.lm_head else (PROBE,)
 
     def _do_block(self, index: int, work: BlockWork, states: RunStates) -> None:
         before, behind = states.at(CALIBRATION, index), states.at(CALIBRATION, index + 1)
@@ -303,13 +332,40 @@ class Run:
         self.weights.drop_block(index)
         release_memory()
 
-    def _finish(self, work: BlockWork, states: RunStates) -> QuantizationReport:
+    def _tune_whole(self, states: RunStates) -> WholeTuning:
+        """Train scales and gains of the whole model, where that was asked for."""
+        if not self.config.end_to_end_steps:
+            return WholeTuning()
+        with self.meter.timed("end to end"):
+            # Before training, since that changes what is behind the last block, too.
+            if states.has_base:
+                self._base_logits = self._logits(states.at(BASE, self.num_blocks))
+            return tune_whole(
+                self.weights,
+                self.stream,
+                states,
+                journal=self.journal,
+                batches=self.batches,
+                probe=self.probe,
+                settings=self.settings,
+                steps=self.config.end_to_end_steps,
+                seed=self.calibration.seed,
+                with_calibration=CALIBRATION in self._tuned_streams,
+                progress=self.progress,
+            )
+
+    def _finish(
+        self, work: BlockWork, states: RunStates, tuning: WholeTuning
+    ) -> QuantizationReport:
         end = self.num_blocks
-        base_logits = self._logits(states.at(BASE, end)) if states.has_base else []
-        head, notes = self._round_head(work, states)
-        notes += self.config.unmatched_patterns(self._linear_names())
+        base_logits = self._base_logits
+        if states.has_base and not base_logits:
+            base_logits = self._logits(states.at(BASE, end))
+        quantized = {PROBE: PROBE, CALIBRATION: CALIBRATION} | (TUNED if tuning.changed else {})
+        head, notes = self._round_head(work, states, quantized[CALIBRATION])
+        notes += [*tuning.notes, *self.config.unmatched_patterns(self._linear_names())]
         self.progress.phase("measuring quality")
-        logits = self._logits(states.at(PROBE, end))
+        logits = self._logits(states.at(quantized[PROBE], end))
         quality = measure_quality(self.probe, base_logits, logits) if base_logits else None
         kept_logits = logits[0][-KEPT_LOGITS:].clone()
         del base_logits, logits
@@ -317,7 +373,7 @@ class Run:
         blocks, output = self.journal.blocks, self.journal.output
         shards = [ShardDigest(**entry["shard"]) for entry in blocks]
         with self.meter.timed("write"):
-            shards.append(write_outside(self.weights, output, head))
+            shards.append(write_outside(self.weights, output, head, tuning.outside))
             write_descriptions(self.weights, output, self.config, shards, blocks, head)
         self.progress.phase("reloading and comparing")
         with self.meter.timed("reload"):
@@ -325,12 +381,13 @@ class Run:
             check_bytes(output, crcs | {r.name: r.weight_crc for r in head})
             check_outputs(output, self.probe, states.trail, kept_logits, self.settings.torch_dtype)
         report = self._make_report(head, quality, sum(s.num_bytes for s in shards), notes)
+        report = replace(report, end_to_end=tuning.report)
         save_report(report, self.weights.folder, output)
         self.journal.remove()
         return report
 
     def _round_head(
-        self, work: BlockWork, states: RunStates
+        self, work: BlockWork, states: RunStates, stream: str
     ) -> tuple[list[RoundedLinear], list[str]]:
         """Round the output head on what reaches it, where that was asked for."""
         if not self.config.lm_head:
@@ -347,7 +404,7 @@ class Run:
         if not tasks:
             return [], [f"the head stays as it is: {skipped[0].reason}"]
 
-        def load(batch: int, name: str = CALIBRATION) -> tuple[Tensor, Tensor | None]:
+        def load(batch: int, name: str = stream) -> tuple[Tensor, Tensor | None]:
             hidden = states.at(name, self.num_blocks).read(batch)
             return self._to_device(self.batches[batch]), self._to_device(hidden)
 

@@ -6,7 +6,7 @@ whole until the next one is finished too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
@@ -20,6 +20,9 @@ from halfbyte.model.stream import BlockStream
 from halfbyte.quantize.probe import Probe, Trail
 
 CALIBRATION, FULL, BASE, PROBE = "calibration", "full", "base", "probe"
+TUNED = {CALIBRATION: "calibration-tuned", PROBE: "probe-tuned"}
+"""Streams through the finished blocks after training; files of their own, since a killed run may
+still need the others."""
 
 
 class RunStates:
@@ -40,6 +43,7 @@ class RunStates:
         width: int,
         dtype: torch.dtype,
         match_base: bool,
+        tuned: Collection[str] = (),
     ) -> None:
         """Open the files, making them where needed.
 
@@ -51,12 +55,15 @@ class RunStates:
             width: Hidden size.
             dtype: In which the model computes.
             match_base: Whether the calibration text also goes through the base.
+            tuned: Streams that go through the blocks once more after training.
         """
         shapes = {CALIBRATION: [(b.shape[0], b.shape[1]) for b in batches], PROBE: [probe.shape]}
         if match_base:
             shapes[FULL] = shapes[CALIBRATION]
         if probe.is_held_out:
             shapes[BASE] = [probe.shape]
+        self._checked = tuple(shapes)
+        shapes |= {TUNED[name]: shapes[name] for name in tuned}
         self._folder = folder
         self._stack = ExitStack()
         self._files = {
@@ -90,7 +97,7 @@ class RunStates:
 
     def digests(self, position: int) -> dict[str, int]:
         """Digest all streams in front of a block, for the journal."""
-        return {name: self.at(name, position).digest() for name in self._files}
+        return {name: self.at(name, position).digest() for name in self._checked}
 
     def check(self, position: int, expected: Mapping[str, int]) -> None:
         """Make sure that the states in front of a block are those that an earlier process left.
@@ -102,7 +109,7 @@ class RunStates:
         Raises:
             JournalError: A file is damaged; names it.
         """
-        for name in self._files:
+        for name in self._checked:
             states = self.at(name, position)
             if states.digest() != expected[name]:
                 raise JournalError(
@@ -114,7 +121,7 @@ class RunStates:
         """Take the probe through the current block.
 
         Args:
-            name: ``BASE`` or ``PROBE``.
+            name: ``BASE``, ``PROBE`` or what is ``TUNED`` of it.
             index: The block.
             stream: Stands at it.
             ids: The probe's windows, on the device.
@@ -122,5 +129,5 @@ class RunStates:
         hidden = None if index == 0 else self.at(name, index).read(0).to(ids.device)
         output = stream.run(ids, hidden)
         self.at(name, index + 1).write(0, output)
-        if name == PROBE:
+        if name in (PROBE, TUNED[PROBE]):
             self.trail.write(index, output)

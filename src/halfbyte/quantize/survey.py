@@ -1,0 +1,261 @@
+"""What would rounding cost, module by module and for each number of bits? Asked of the base model.
+
+A rounded linear gives outputs that are off by d. To second order the KL of the model's predictions
+is then half the mean of (g·d)², where g is the gradient, by those outputs, of the log-probability
+of a token drawn from the model itself. Both factors are measured: g by one backward pass over a
+little calibration text, d by rounding the weight with each number of bits on the inputs of the same
+pass. Outputs are taken one by one, and modules as if each stood alone: near enough to rank them.
+
+Source:
+    The Fisher information as the curvature of the KL: Martens 2014,
+    https://arxiv.org/abs/1412.1193, section 9. Bits by marginal gain: Shoham and Gersho 1988.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.model.blocks import InputGroup
+from halfbyte.model.chain import BlockChain
+from halfbyte.model.stream import BlockStream
+from halfbyte.model.weights import ModelWeights
+from halfbyte.quant_config import SUPPORTED_BITS, QuantConfig
+from halfbyte.quantize.allocation import HEADER_BYTES, Choice, Unit, stored_bits
+from halfbyte.quantize.block_work import BlockWork
+from halfbyte.quantize.gptq import solve
+from halfbyte.quantize.grid import assign_groups, search_grid
+from halfbyte.quantize.hardware import release_memory
+from halfbyte.quantize.hessian import HessianAccumulator, factorize
+from halfbyte.quantize.probe import run_tail
+from halfbyte.quantize.resources import SURVEY_TOKENS
+from halfbyte.quantize.rounding import LinearTask
+
+TENSORS = 4
+"""Of a packed linear on disk."""
+
+
+@dataclass(slots=True)
+class _Watched:
+    """What one block's linears were seen to do."""
+
+    hessians: dict[InputGroup, HessianAccumulator]
+    squares: dict[str, Tensor]
+    """Sum over tokens of squared gradients, [out], by linear."""
+
+
+class Survey:
+    """Measures all blocks of a base model."""
+
+    def __init__(
+        self,
+        weights: ModelWeights,
+        stream: BlockStream,
+        work: BlockWork,
+        config: QuantConfig,
+        *,
+        seed: int,
+    ) -> None:
+        """Take what the run has.
+
+        Args:
+            weights: The base model; what is outside the blocks is loaded.
+            stream: Runs blocks.
+            work: Loads blocks, and knows how each linear is to be rounded.
+            config: What is fixed: groups, symmetry, overrides.
+            seed: Draws tokens from the model's predictions.
+        """
+        self.weights = weights
+        self.stream = stream
+        self.work = work
+        self.config = config
+        self._dice = torch.Generator(weights.device).manual_seed(seed)
+        self._batches: list[Tensor] = []
+        self._states: list[list[Tensor]] = []
+        self._watched: _Watched | None = None
+        self._going_back = False
+
+    def measure(self, batches: Sequence[Tensor]) -> list[Unit]:
+        """Measure every linear that may be rounded.
+
+        Args:
+            batches: Token ids, [sequences, tokens] each.
+
+        Returns:
+            Units in the order of the blocks.
+        """
+        self._batches = [ids.to(self.weights.device) for ids in batches]
+        chain = BlockChain(self.stream, self._enter)
+        self._going_back = False
+        self._states = chain.forward(self._batches)
+        gradients = [
+            self._gradient(ids, hidden)
+            for ids, hidden in zip(self._batches, self._states[-1], strict=True)
+        ]
+        self._going_back = True
+        tokens = sum(ids.numel() for ids in self._batches)
+        by_block: list[list[Unit]] = []
+        for index in chain.backward(self._batches, self._states, gradients):
+            with torch.no_grad():
+                by_block.append(self._judge(index, tokens))
+        return [unit for units in reversed(by_block) for unit in units]
+
+    @contextmanager
+    def _enter(self, index: int) -> Iterator[None]:
+        block, self._exact = self.work.load(index)
+        try:
+            if not self._going_back:
+                yield
+                return
+            # The block's own states were taken away; what is last came in front of it.
+            before = self._states[-1] if self._states else [None] * len(self._batches)
+            with torch.no_grad():
+                self.work.find_stages(index, block, lambda k: (self._batches[k], before[k]))
+            with ExitStack() as stack:
+                self._watch(stack, block)
+                yield
+        finally:
+            self._watched = None
+            self.weights.drop_block(index)
+            release_memory()
+
+    def _watch(self, stack: ExitStack, block: nn.Module) -> None:
+        """Collect every linear's inputs and the gradients of its outputs."""
+        watched = _Watched(hessians={}, squares={})
+        self._watched = watched
+        for stage in self.work.stages:
+            pool = None
+            for group in stage.groups:
+                width = self._exact[group.linears[0]].shape[1]
+                # Experts share one: few tokens reach each, and their number is large.
+                accumulator = pool or HessianAccumulator(width, self.weights.device)
+                pool = accumulator if stage.experts is not None else None
+                watched.hessians[group] = accumulator
+                first = block.get_submodule(group.linears[0])
+                stack.callback(
+                    first.register_forward_pre_hook(
+                        lambda _m, x, a=accumulator: (a.update(x[0].detach()), None)[1]
+                    ).remove
+                )
+                for name in group.linears:
+                    rows = self._exact[name].shape[0]
+                    watched.squares[name] = torch.zeros(rows, device=self.weights.device)
+                    hook = _square_gradients(watched.squares[name])
+                    stack.callback(block.get_submodule(name).register_forward_hook(hook).remove)
+
+    def _gradient(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """Gradient, by hidden states, of the log-probability of tokens drawn from the model."""
+        gradient = torch.empty_like(hidden)
+        with self.stream.at(len(self.weights.blocks.modules)):
+            for row in range(len(ids)):
+                part = slice(row, row + 1)
+                own = hidden[part].detach().requires_grad_()
+                with torch.enable_grad():
+                    scores = run_tail(self.stream, ids[part], own)[0].float().log_softmax(-1)
+                    drawn = torch.multinomial(scores.detach().exp(), 1, generator=self._dice)
+                    scores.gather(1, drawn).sum().backward()  # type: ignore[no-untyped-call]
+                assert own.grad is not None
+                gradient[part] = own.grad
+        return gradient
+
+    def _judge(self, index: int, tokens: int) -> list[Unit]:
+        block = self.weights.blocks.modules[index]
+        prefix = f"{self.weights.blocks.name(index)}."
+        tasks, _ = self.work.plan_tasks(prefix, block, self._exact)
+        by_module = {task.module: task for task in tasks}
+        units = []
+        experts: dict[str, list[Unit]] = {}
+        for stage in self.work.stages:
+            for group in stage.groups:
+                here = [by_module[name] for name in group.linears if name in by_module]
+                if not here:
+                    continue
+                unit = self._judge_group(group, here, tokens)
+                if stage.experts is None:
+                    units.append(unit)
+                else:
+                    experts.setdefault(stage.experts, []).append(unit)
+        return units + [_merge(parts) for parts in experts.values()]
+
+    def _judge_group(self, group: InputGroup, tasks: list[LinearTask], tokens: int) -> Unit:
+        assert self._watched is not None
+        accumulator = self._watched.hessians[group]
+        hessian = accumulator.total() / max(accumulator.num_tokens, 1)
+        factor = factorize(hessian, damping=self.config.damping, act_order=True)
+        weight = torch.cat([task.weight for task in tasks]).to(factor.upper.device).float()
+        squares = torch.cat([self._watched.squares[task.module] for task in tasks])
+        scheme = tasks[0].scheme
+        g_idx = assign_groups(weight.shape[1], scheme.group_size).to(weight.device)
+        fixed = any(self.config.fixes_bits(task.name) for task in tasks)
+        choices = []
+        for bits in (scheme.bits,) if fixed else SUPPORTED_BITS:
+            grid = search_grid(
+                weight, factor.curvature, g_idx, bits=bits, symmetric=scheme.symmetric
+            )
+            found = solve(weight, hessian, factor, grid, scheme.symmetric)
+            choices.append(
+                Choice(
+                    bits=bits,
+                    stored_bits=sum(
+                        stored_bits(
+                            task.scheme if fixed else replace(task.scheme, bits=bits),
+                            *task.weight.shape,
+                        )
+                        for task in tasks
+                    ),
+                    loss=float((squares * found.loss).sum()) / (2 * tokens),
+                )
+            )
+        return Unit(
+            linears=tuple(task.name for task in tasks),
+            num_weights=weight.numel(),
+            choices=tuple(choices),
+            other_bits=len(tasks) * (32 * weight.shape[1] + 8 * TENSORS * HEADER_BYTES),
+        )
+
+
+def survey_batches(batches: Sequence[Tensor]) -> list[Tensor]:
+    """Take as many batches as the survey needs, spread over all of them."""
+    tokens = sum(ids.numel() for ids in batches)
+    step = max(1, tokens // SURVEY_TOKENS)
+    return list(batches[::step])
+
+
+def _square_gradients(into: Tensor) -> Callable[..., None]:
+    """Make a forward hook that adds up the squared gradients of a linear's outputs."""
+
+    def on_gradient(gradient: Tensor) -> None:
+        into.add_(gradient.detach().float().square().reshape(-1, into.numel()).sum(0))
+
+    def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        if not output.requires_grad:
+            output.requires_grad_()  # the first block's inputs need no gradient
+        output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
+
+    return hook
+
+
+def _merge(parts: Sequence[Unit]) -> Unit:
+    """Make one unit of several, with the bits that all of them offer."""
+    offered = set.intersection(*({c.bits for c in part.choices} for part in parts))
+    choices = []
+    for bits in sorted(offered):
+        same = [choice for part in parts for choice in part.choices if choice.bits == bits]
+        choices.append(
+            Choice(
+                bits=bits,
+                stored_bits=sum(choice.stored_bits for choice in same),
+                loss=sum(choice.loss for choice in same),
+            )
+        )
+    return Unit(
+        linears=tuple(name for part in parts for name in part.linears),
+        num_weights=sum(part.num_weights for part in parts),
+        other_bits=sum(part.other_bits for part in parts),
+        choices=tuple(choices),
+    )
