@@ -198,8 +198,8 @@ def find_microseconds(found: dict[str, Any], name: str) -> float:
 # ------------------------------------------------------------------------------- sweeps
 
 
-def check(session: Session, part: str) -> None:
-    """Check the kernels on all cores, as far as time allows; what is wrong is told in full.
+def check(session: Session, part: str, share: float) -> None:
+    """Check the kernels on all cores in a share of the time left; what is wrong is told in full.
 
     In processes of their own: Triton compiles on one core, and what crashes a device's context
     must not crash the measurement.
@@ -207,7 +207,8 @@ def check(session: Session, part: str) -> None:
     jobs = gpu_checks.list_jobs(session.results["architecture"])
     jobs = [job for job in jobs if bool(job.configs) == (part == "every")]
     outcomes: list[dict[str, Any]] = []
-    end = time.monotonic() + session.left() / 2
+    bad: list[dict[str, Any]] = []
+    end = time.monotonic() + session.left() * share
     with ProcessPoolExecutor(14, mp_context=multiprocessing.get_context("spawn")) as pool:
         checks = [pool.submit(gpu_checks.check_job, job) for job in jobs]
         for job, one in zip(jobs, checks, strict=True):
@@ -424,9 +425,9 @@ def main() -> None:
     if "bandwidth" not in options.skip:
         session.run("bandwidth", lambda: session.keep("terabytes_per_second", measure_bandwidth()))
     if "check" not in options.skip:
-        session.run("check", lambda: check(session, "chosen"))
+        session.run("check", lambda: check(session, "chosen", 0.6))
     if options.check_all:
-        session.run("check all", lambda: check(session, "every"))
+        session.run("check all", lambda: check(session, "every", 0.9))
     layers = {name: gpu_arms.make_layer(*SHAPES[name], DTYPE) for name in options.shapes}
     if "sweep" not in options.skip:
         session.run("compile", compile_candidates)
