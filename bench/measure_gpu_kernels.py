@@ -422,6 +422,9 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--skip", nargs="*", default=[], help="check, bandwidth, sweep, compare")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("Nothing measured: needs a GPU.")
+        return
     session = Session(options.output, options.seconds)
     if "bandwidth" not in options.skip:
         session.run("bandwidth", lambda: session.keep("terabytes_per_second", measure_bandwidth()))
