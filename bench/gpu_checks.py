@@ -147,7 +147,7 @@ def check_job(job: Job) -> list[dict[str, Any]]:
             {"kernel": kernel.name, **layer, "restores_bits": restored}
             | _check_exact(kernel, operands, weight, spec)
             | check_product(
-                _own_choice(kernel, operands, spec), weight, spec, (1, 7, 16, 33, 64, 200)
+                _own_choice(kernel, operands, spec), weight, spec, (1, 7, 16, 33, 64, 100, 200)
             )
             for kernel in (CudaLinear(), TritonLinear())
         ]

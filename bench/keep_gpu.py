@@ -15,13 +15,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from halfbyte.kernels.triton_configs import RULES
+from halfbyte.kernels.triton_linear import ROWS_LIMIT
 from measure_gpu_kernels import ROWS, SHAPES
 from record import Elsewhere, save_result
 
 TABLES = Path(__file__).parents[1] / "src" / "halfbyte" / "kernels" / "gpu_table"
 PEERS = ("tinygemm", "marlin", "machete", "humming")
 SHOWN_ROWS = (1, 16, 64, 4096)
-TRITON_ROWS = 128
 
 Case = Mapping[str, Any]
 
@@ -67,7 +68,7 @@ def keep_table(measured: Case, date: str) -> None:
                 "config": json.loads(best[tier][f"{shape}, rows {rows}"]),
             }
             for shape in SHAPES
-            for rows in (8, 16, 32, 64, 128)
+            for rows in (8, *RULES)
             if f"{shape}, rows {rows}" in best[tier]
         ]
 
@@ -199,7 +200,7 @@ def choose_arm(rows: int, cuda_rows: int) -> str:
     """What halfbyte itself does with so many rows."""
     if rows <= cuda_rows:
         return "cuda, early start"
-    return "triton" if rows <= TRITON_ROWS else "dequantize + cublas"
+    return "triton" if rows <= ROWS_LIMIT else "dequantize + cublas"
 
 
 def find_peer(case: Case) -> tuple[str, float]:

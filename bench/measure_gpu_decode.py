@@ -207,6 +207,9 @@ def main() -> None:
     if options.count:
         print(json.dumps(count_launches(), indent=1))
         return
+    if not torch.cuda.is_available():
+        print("Nothing measured: needs a GPU. What a block launches is counted with --count.")
+        return
     results: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "machine": machine_facts(),

@@ -81,6 +81,7 @@ TRITON_CANDIDATES = {
     32: [(64, 32, 4, 5), (128, 32, 4, 4), (128, 32, 8, 4)],
     64: [(64, 64, 4, 4), (128, 64, 4, 4), (128, 64, 8, 4), (256, 64, 8, 3)],
     128: [(128, 128, 8, 3), (128, 64, 4, 4), (128, 128, 4, 3)],
+    256: [(128, 128, 8, 3), (128, 64, 4, 4), (128, 256, 8, 3)],
 }  # fmt: skip
 SPLITS = (1, 2, 4, 8)
 
@@ -198,8 +199,8 @@ def find_microseconds(found: dict[str, Any], name: str) -> float:
 # ------------------------------------------------------------------------------- sweeps
 
 
-def check(session: Session, part: str) -> None:
-    """Check the kernels on all cores, as far as time allows; what is wrong is told in full.
+def check(session: Session, part: str, share: float) -> None:
+    """Check the kernels on all cores in a share of the time left; what is wrong is told in full.
 
     In processes of their own: Triton compiles on one core, and what crashes a device's context
     must not crash the measurement.
@@ -207,7 +208,8 @@ def check(session: Session, part: str) -> None:
     jobs = gpu_checks.list_jobs(session.results["architecture"])
     jobs = [job for job in jobs if bool(job.configs) == (part == "every")]
     outcomes: list[dict[str, Any]] = []
-    end = time.monotonic() + session.left() / 2
+    bad: list[dict[str, Any]] = []
+    end = time.monotonic() + session.left() * share
     with ProcessPoolExecutor(14, mp_context=multiprocessing.get_context("spawn")) as pool:
         checks = [pool.submit(gpu_checks.check_job, job) for job in jobs]
         for job, one in zip(jobs, checks, strict=True):
@@ -420,13 +422,16 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--skip", nargs="*", default=[], help="check, bandwidth, sweep, compare")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("Nothing measured: needs a GPU.")
+        return
     session = Session(options.output, options.seconds)
     if "bandwidth" not in options.skip:
         session.run("bandwidth", lambda: session.keep("terabytes_per_second", measure_bandwidth()))
     if "check" not in options.skip:
-        session.run("check", lambda: check(session, "chosen"))
+        session.run("check", lambda: check(session, "chosen", 0.6))
     if options.check_all:
-        session.run("check all", lambda: check(session, "every"))
+        session.run("check all", lambda: check(session, "every", 0.9))
     layers = {name: gpu_arms.make_layer(*SHAPES[name], DTYPE) for name in options.shapes}
     if "sweep" not in options.skip:
         session.run("compile", compile_candidates)

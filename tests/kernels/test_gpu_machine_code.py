@@ -138,8 +138,9 @@ def test_every_shipped_program_fits_the_gpu(config, bits, group_size, tmp_path):
     cubin = compile_triton("sm_90", config, zeros=True, group_size=group_size, bits=bits)
     found = disassemble(cubin, tmp_path)
     assert count(found, "HGMMA") > 0
-    # The widest tiles of other widths than 4 bits may spill a few registers; the loop must not.
-    assert count(found, "LDL", "STL") == 0 or bits != 4
+    # Two groups in a step hold more at a time: the widest tile of four warps spills a little then.
+    widest = config == TritonConfig(128, 64, 1, 4, 4) and group_size == 32
+    assert count(found, "LDL", "STL") <= (8 if widest else 0)
 
 
 def compile_triton(

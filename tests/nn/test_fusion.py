@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from tests.helpers.packed import make_linear
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -154,6 +155,18 @@ def test_one_product_for_all_and_nothing_is_kept_afterwards(products):
         model(torch.randn(3, 128))
     assert products == [256, 256]
     assert model.q_proj.fusion._kept is None
+
+
+def test_parts_are_contiguous_as_a_linears_result_is():
+    model = Attention().prepare("torch_reference")
+    fuse_linears(model)
+    x = torch.randn(2, 3, 128)
+    for name in QKV:
+        assert model.get_submodule(name)(x).is_contiguous()
+    one = torch.randn(1, 1, 128)
+    q, k = model.q_proj(one), model.k_proj(one)
+    # Of a single row nothing was copied: both lie in one product.
+    assert q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
 
 
 def test_another_input_is_another_product(products):
@@ -314,3 +327,17 @@ def test_a_whole_model_generates_the_same():
         assert fuse_linears(model) == 4
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-3, atol=1e-3)
     assert isinstance(model.model.layers[0].self_attn.q_proj.fusion, Fusion)
+
+
+def test_adapters_train_on_a_fused_linear():
+    model = Attention().prepare("torch_reference")
+    model.norm = nn.LayerNorm(128).requires_grad_(False)  # PEFT looks for a parameter
+    x = torch.randn(3, 128)
+    expected = model(x)
+    fuse_linears(model)
+    adapted = inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), model)
+    torch.testing.assert_close(adapted(x), expected)
+    adapted(x).square().sum().backward()
+    gradients = [p.grad for name, p in adapted.named_parameters() if "lora" in name]
+    assert len(gradients) == 2
+    assert all(gradient is not None for gradient in gradients)

@@ -86,7 +86,8 @@ class Fusion:
         left = kept.left - {index}
         # In one assignment: another thread sees all of it or nothing.
         self._kept = replace(kept, left=left) if left else None
-        return kept.parts[index]
+        # Models take views that a linear's own result allows; of a single row this copies nothing.
+        return kept.parts[index].contiguous()
 
     def dequantize(self, member: QuantLinear, dtype: torch.dtype | None) -> Tensor:
         """Give a member's weight [out, in] as numbers."""
