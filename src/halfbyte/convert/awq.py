@@ -24,13 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.checkpoint.companions import copy_companions
 from halfbyte.checkpoint.labels import CONFIG_SECTION
 from halfbyte.checkpoint.shards import TensorFiles
 from halfbyte.checkpoint.write import TensorSpec
 from halfbyte.convert.coded import CodedLinear, CodedSpec, describe_grid
 from halfbyte.convert.source import (
-    TensorFilesView,
+    FolderSource,
     check_finite,
     check_shape,
     need,
@@ -126,14 +125,10 @@ def transpose_nibbles(words: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AwqSource:
+class AwqSource(FolderSource):
     """An AWQ checkpoint of the GEMM form."""
 
-    folder: Path
-    view: TensorFilesView
-    model_config: Mapping[str, Any]
     format: str = "awq"
-    notes: tuple[str, ...] = ()
 
     @classmethod
     def open(
@@ -163,21 +158,6 @@ class AwqSource:
         for name, parts in view.parts.items():
             _check_parts(name, parts)
         return cls(folder=folder, view=view, model_config=model_config)
-
-    @property
-    def linears(self) -> Mapping[str, object]:
-        """Every coded module."""
-        return self.view.parts
-
-    @property
-    def others(self) -> Mapping[str, TensorSpec]:
-        """Every tensor that belongs to no coded module."""
-        return self.view.others
-
-    @property
-    def tokenizer_folder(self) -> Path:
-        """Where tokenizer and model card are."""
-        return self.folder
 
     def describe(self, name: str) -> CodedSpec:
         """Give a linear's facts; its codes are not read."""
@@ -209,14 +189,6 @@ class AwqSource:
             g_idx=None,
             bias=tensors.get("bias"),
         )
-
-    def load_other(self, name: str) -> Tensor:
-        """Read one other tensor."""
-        return self.view.load_other(name)
-
-    def copy_companions(self, output: Path) -> None:
-        """Copy tokenizer, chat template and licence."""
-        copy_companions(self.folder, output)
 
 
 def _check_parts(name: str, parts: Mapping[str, TensorSpec]) -> None:

@@ -24,13 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.checkpoint.companions import copy_companions
 from halfbyte.checkpoint.labels import CONFIG_SECTION
 from halfbyte.checkpoint.shards import TensorFiles
 from halfbyte.checkpoint.write import TensorSpec
 from halfbyte.convert.coded import CodedLinear, CodedSpec, describe_grid
 from halfbyte.convert.source import (
-    TensorFilesView,
+    FolderSource,
     check_finite,
     check_shape,
     need,
@@ -55,15 +54,11 @@ _GRID = ("weight_scale", "weight_zero_point", "weight_shape")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CompressedTensorsSource:
+class CompressedTensorsSource(FolderSource):
     """A checkpoint of llm-compressor with packed whole-number weights."""
 
-    folder: Path
-    view: TensorFilesView
     bits: Mapping[str, int]
-    model_config: Mapping[str, Any]
     format: str = METHOD
-    notes: tuple[str, ...] = ()
 
     @classmethod
     def open(
@@ -89,21 +84,6 @@ class CompressedTensorsSource:
         for name, parts in view.parts.items():
             _check_parts(name, parts, bits[name])
         return cls(folder=folder, view=view, bits=bits, model_config=model_config)
-
-    @property
-    def linears(self) -> Mapping[str, object]:
-        """Every coded module."""
-        return self.view.parts
-
-    @property
-    def others(self) -> Mapping[str, TensorSpec]:
-        """Every tensor that belongs to no coded module."""
-        return self.view.others
-
-    @property
-    def tokenizer_folder(self) -> Path:
-        """Where tokenizer and model card are."""
-        return self.folder
 
     def describe(self, name: str) -> CodedSpec:
         """Give a linear's facts; its codes are not read."""
@@ -150,14 +130,6 @@ class CompressedTensorsSource:
         else:
             zeros = torch.full(scales.shape, 2 ** (bits - 1), dtype=torch.int16)
         return scales, zeros, in_features
-
-    def load_other(self, name: str) -> Tensor:
-        """Read one other tensor."""
-        return self.view.load_other(name)
-
-    def copy_companions(self, output: Path) -> None:
-        """Copy tokenizer, chat template and licence."""
-        copy_companions(self.folder, output)
 
 
 def _read_schemes(folder: Path, labels: Mapping[str, Any]) -> list[tuple[list[str], int]]:

@@ -22,12 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.checkpoint.companions import copy_companions
 from halfbyte.checkpoint.shards import TensorFiles
 from halfbyte.checkpoint.write import TensorSpec
 from halfbyte.convert.coded import CodedLinear, CodedSpec
 from halfbyte.convert.source import (
-    TensorFilesView,
+    FolderSource,
     check_finite,
     check_shape,
     need,
@@ -49,15 +48,11 @@ _TENSORS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MlxSource:
+class MlxSource(FolderSource):
     """A checkpoint of mlx-lm with affine quantization."""
 
-    folder: Path
-    view: TensorFilesView
     group_sizes: Mapping[str, int]
-    model_config: Mapping[str, Any]
     format: str = "mlx"
-    notes: tuple[str, ...] = ()
 
     @classmethod
     def open(
@@ -86,21 +81,6 @@ class MlxSource:
         for name, parts in view.parts.items():
             _check_parts(name, parts, sizes[name])
         return cls(folder=folder, view=view, group_sizes=sizes, model_config=model_config)
-
-    @property
-    def linears(self) -> Mapping[str, object]:
-        """Every coded module."""
-        return self.view.parts
-
-    @property
-    def others(self) -> Mapping[str, TensorSpec]:
-        """Every tensor that belongs to no coded module."""
-        return self.view.others
-
-    @property
-    def tokenizer_folder(self) -> Path:
-        """Where tokenizer and model card are."""
-        return self.folder
 
     def describe(self, name: str) -> CodedSpec:
         """Give a linear's facts.
@@ -149,14 +129,6 @@ class MlxSource:
             g_idx=None,
             bias=tensors.get("bias"),
         )
-
-    def load_other(self, name: str) -> Tensor:
-        """Read one other tensor."""
-        return self.view.load_other(name)
-
-    def copy_companions(self, output: Path) -> None:
-        """Copy tokenizer, chat template and licence."""
-        copy_companions(self.folder, output)
 
 
 def find_zeros(scales: Tensor, minima: Tensor, bits: int) -> Tensor | None:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from halfbyte.checkpoint.companions import copy_companions
 from halfbyte.checkpoint.shards import TensorFiles
 from halfbyte.checkpoint.write import TensorSpec
 from halfbyte.convert.coded import CodedLinear, CodedSpec
@@ -77,6 +78,39 @@ class TensorFilesView:
     def load_other(self, name: str) -> Tensor:
         """Read one tensor that belongs to no coded module."""
         return self.files.load([name])[name]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FolderSource:
+    """What all safetensors folders have in common; a format adds how its linears are read."""
+
+    folder: Path
+    view: TensorFilesView
+    model_config: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def linears(self) -> Mapping[str, object]:
+        """Every coded module."""
+        return self.view.parts
+
+    @property
+    def others(self) -> Mapping[str, TensorSpec]:
+        """Every tensor that belongs to no coded module."""
+        return self.view.others
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where tokenizer and model card are."""
+        return self.folder
+
+    def load_other(self, name: str) -> Tensor:
+        """Read one other tensor."""
+        return self.view.load_other(name)
+
+    def copy_companions(self, output: Path) -> None:
+        """Copy tokenizer, chat template and licence."""
+        copy_companions(self.folder, output)
 
 
 def view_tensors(
