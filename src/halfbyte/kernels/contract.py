@@ -12,7 +12,7 @@ A kernel is a stateless object; everything it needs is in its arguments.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -112,3 +112,14 @@ class Kernel(Protocol):
 
     def error_bound(self, spec: LinearSpec) -> float:
         """Bound ``|apply - exact|`` as a multiple of ``|x| @ |W|.T + |bias|``, elementwise."""
+
+
+@runtime_checkable
+class GradientKernel(Protocol):
+    """A kernel that can also take the gradient back to the input, a tile of weights at a time.
+
+    For any other, the whole weight is dequantized for as long as its one product takes.
+    """
+
+    def input_gradient(self, gradient: Tensor, operands: Operands, spec: LinearSpec) -> Tensor:
+        """Compute ``gradient @ dequantize(W)``: [..., out] -> [..., in] in the gradient's dtype."""
