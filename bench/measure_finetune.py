@@ -62,7 +62,12 @@ def main() -> None:
             answers.write_text(json.dumps(_judge(folder, args.work / name, held_out)))
         before, after = json.loads(answers.read_text())
         rows.append([name, f"{before:.0%}", f"{after:.0%}", f"{report.seconds / 60:.1f}"])
-        found[name] = {"before": before, "after": after, "report": report.to_dict()}
+        told = report.to_dict()
+        # No folder of this machine belongs in a result.
+        for key in ("model", "output"):
+            told[key] = Path(told[key]).name
+        told["data"]["file"] = data.name
+        found[name] = {"before": before, "after": after, "report": told}
         print(rows[-1], flush=True)
     save_result(
         "finetune",

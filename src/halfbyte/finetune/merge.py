@@ -44,6 +44,8 @@ LOST_SHARE = 0.1
 """A merge must be at least ten times nearer to base plus adapter than the bare base is."""
 ROUNDING_KL = 0.002
 """Nats per token that rounding to 16 bits may cost where the adapter itself changes little."""
+MOST_SCORED = 200
+"""Examples that models are scored on; of more, every second, third, ... is taken."""
 MOST_LOST = 0.02
 """Share of the task's examples that a merge may lose and still be called good."""
 BATCH = 8
@@ -367,9 +369,8 @@ def _read(data: str | Path | None, subject: Subject) -> list[Example]:
     if data is None:
         return []
     length = min(subject.longest or 1024, 1024)
-    return list(
-        read_examples(Path(data), subject.tokenizer, length=length, everything=False).examples
-    )
+    examples = read_examples(Path(data), subject.tokenizer, length=length, everything=False)
+    return list(examples.examples[:: -(-len(examples.examples) // MOST_SCORED)])
 
 
 def _probe(subject: Subject, examples: Sequence[Example]) -> list[Tensor]:

@@ -34,7 +34,7 @@ from halfbyte.finetune.progress import SilentTrainProgress, TrainProgress
 from halfbyte.finetune.report import REPORT_FILE, TrainReport, save_report
 from halfbyte.finetune.trainer import make_trainer, read_history
 from halfbyte.quantize.fingerprint import fingerprint_model
-from halfbyte.quantize.hardware import has_fast_bf16
+from halfbyte.quantize.hardware import has_fast_bf16, release_memory
 from halfbyte.quantize.journal import JOURNAL_FILE, WORK_FOLDER, Journal
 from halfbyte.quantize.provenance import installed_versions, machine_facts, peak_memory_bytes
 from halfbyte.quantize.source import find_model
@@ -288,6 +288,8 @@ class _Run:
                 f"Training {self.name} failed: the loss is no longer a number. Lower "
                 f"--learning-rate (it is {self.config.learning_rate:g}), or compute in float32."
             )
+        # As the user named it: PEFT would name the folder in this machine's cache.
+        model.peft_config["default"].base_model_name_or_path = self.name
         model.save_pretrained(self.output)
         kept = state.best_global_step if self.data.validation is not None else state.global_step
         report = TrainReport(
@@ -363,6 +365,8 @@ def _open(folder: Path, config: TrainConfig) -> Subject:
     if dtype == "auto":
         dtype = "bfloat16" if not on_cpu or has_fast_bf16() else "float32"
     subject = open_subject(folder, dtype=dtype, device=device)
+    # What repacking the weights left behind would stay beside the training for good.
+    release_memory()
     if subject.tokenizer is None:
         raise ModelError(
             f"Cannot fine-tune {folder}: it has no tokenizer. Copy the tokenizer files of the base "
