@@ -7,6 +7,7 @@
     ├── ModelError             the model is one that cannot be streamed or quantized
     ├── CheckpointError        a file is missing, damaged, or of another dialect
     ├── CalibrationError       the data cannot support the maths
+    ├── DataError              training data cannot be read, or teaches nothing
     ├── JournalError           the work to resume belongs to another run
     ├── VerificationError      what was written does not compute what was measured
     ├── StoreError             a version is unknown, damaged, or not to be promoted
@@ -38,6 +39,10 @@ class CheckpointError(HalfbyteError):
 
 class CalibrationError(HalfbyteError):
     """The calibration data cannot support the maths; names the module or the text."""
+
+
+class DataError(HalfbyteError):
+    """Training data cannot be read, or teaches nothing; names the file and the line."""
 
 
 class JournalError(HalfbyteError):

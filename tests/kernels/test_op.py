@@ -10,6 +10,7 @@ import torch
 from tests.helpers.packed import RandomLinear, make_linear
 
 from halfbyte.errors import ConfigError
+from halfbyte.kernels import torch_int4, torch_reference
 from halfbyte.kernels.op import dequantize, quantized_linear
 from halfbyte.kernels.registry import KERNELS, find_kernel, why_not
 
@@ -96,6 +97,10 @@ def test_torch_accepts_the_op(name, act_order, with_bias):
     torch.library.opcheck(
         torch.ops.halfbyte.dequantize.default, (*shared, name, *numbers, torch.float32)
     )
+    torch.library.opcheck(
+        torch.ops.halfbyte.input_gradient.default,
+        (torch.randn(3, 64).bfloat16(), *shared, name, *numbers),
+    )
     assert kernel.name == name
 
 
@@ -111,6 +116,61 @@ def test_gradient_is_that_of_the_dense_layer(name):
     size = gradient.double().abs() @ linear.weight.abs()
     assert ((x.grad.double() - exact).abs() <= 0.02 * size).all()
     torch.testing.assert_close(bias.grad, gradient.sum(0))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    "grid",
+    [
+        {"symmetric": False},
+        {"symmetric": False, "act_order": True},
+        {"in_features": 160, "group_size": 64},
+        {"in_features": 288, "group_size": 48},
+        {"in_features": 192, "group_size": 96},
+    ],
+)
+def test_gradient_by_tiles_is_that_of_the_dense_layer_in_float64(bits, grid, monkeypatch):
+    monkeypatch.setattr(torch_reference, "TILE_WEIGHTS", 64 * 32)
+    linear = make_linear(bits=bits, dtype=torch.float64, **grid)
+    kernel, operands = prepared("torch_reference", linear)
+    x = torch.randn(2, 5, linear.spec.in_features, dtype=torch.float64, requires_grad=True)
+    gradient = torch.randn(2, 5, 64, dtype=torch.float64)
+    quantized_linear(x, operands, None, linear.spec, kernel).backward(gradient)
+    torch.testing.assert_close(x.grad, gradient @ linear.weight, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_tiles_do_not_change_the_gradient(name, symmetric, act_order, monkeypatch):
+    linear = make_linear(dtype=torch.bfloat16, symmetric=symmetric, act_order=act_order)
+    kernel, operands = prepared(name, linear)
+    gradient = torch.randn(5, 64).bfloat16()
+    exact = gradient @ kernel.dequantize(operands, linear.spec, torch.bfloat16)
+    for module in (torch_reference, torch_int4):
+        monkeypatch.setattr(module, "TILE_WEIGHTS", 64 * 32)
+    x = torch.randn(5, 128).bfloat16().requires_grad_()
+    quantized_linear(x, operands, None, linear.spec, kernel).backward(gradient)
+    torch.testing.assert_close(x.grad, exact, rtol=2**-7, atol=2**-7)
+
+
+def test_backward_by_tiles_has_no_dense_weight_at_any_time(monkeypatch):
+    monkeypatch.setattr(torch_reference, "TILE_WEIGHTS", 64 * 32)
+    linear = make_linear(in_features=1024)
+    kernel, operands = prepared("torch_reference", linear)
+    x = torch.randn(2, 1024, requires_grad=True)
+    y = quantized_linear(x, operands, None, linear.spec, kernel)
+    made = []
+    dequantize = torch_reference.dequantize_weight
+
+    def watch(*args, **keywords):
+        made.append(dequantize(*args, **keywords))
+        return made[-1]
+
+    monkeypatch.setattr(torch_reference, "dequantize_weight", watch)
+    y.sum().backward()
+    assert len(made) == 32
+    assert {tuple(tile.shape) for tile in made} == {(64, 32)}
 
 
 def test_backward_keeps_no_dense_copy():

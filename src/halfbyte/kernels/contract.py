@@ -120,3 +120,14 @@ class DividesByRows(Protocol):
 
     def describe_division(self, spec: LinearSpec) -> str:
         """Say up to how many rows what runs; for ``halfbyte doctor``."""
+
+
+@runtime_checkable
+class GradientKernel(Protocol):
+    """A kernel that can also take the gradient back to the input, a tile of weights at a time.
+
+    For any other, the whole weight is dequantized for as long as its one product takes.
+    """
+
+    def input_gradient(self, gradient: Tensor, operands: Operands, spec: LinearSpec) -> Tensor:
+        """Compute ``gradient @ dequantize(W)``: [..., out] -> [..., in] in the gradient's dtype."""

@@ -5,7 +5,8 @@
     quantized_linear ──(gradient, torch.compile, fake tensors)──> torch.ops.halfbyte.linear ──┐
                      └─(plain inference: 10 µs less per call)──> Kernel.apply <───────────────┘
 
-The gradient with respect to x dequantizes the weight again; no dense copy outlives the call.
+The gradient with respect to x dequantizes the weight again, a tile at a time where the kernel can;
+no dense copy outlives the call.
 Weights get no gradient: they are integers.
 """
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import ConfigError
-from halfbyte.kernels.contract import Kernel, LinearSpec, Operands
+from halfbyte.kernels.contract import GradientKernel, Kernel, LinearSpec, Operands
 from halfbyte.kernels.registry import find_kernel
 
 _OPERANDS = "Tensor[] weight, Tensor qzeros, Tensor scales, Tensor? g_idx"
@@ -189,11 +190,39 @@ def _fake_dequantize(
     return scales.new_empty(out_features, in_features, dtype=dtype)
 
 
+@torch.library.custom_op(
+    "halfbyte::input_gradient",
+    mutates_args=(),
+    schema=f"(Tensor gradient, {_OPERANDS}, str kernel, {_SPEC}) -> Tensor",
+)
+def _input_gradient_op(
+    gradient: Tensor,
+    weight: list[Tensor],
+    qzeros: Tensor,
+    scales: Tensor,
+    g_idx: Tensor | None,
+    kernel: str,
+    *spec_arguments: Any,
+) -> Tensor:
+    device_type = gradient.device.type
+    spec = _make_spec(spec_arguments, g_idx is not None, gradient.dtype, device_type)
+    operands = Operands(weight=tuple(weight), qzeros=qzeros, scales=scales, g_idx=g_idx)
+    found = find_kernel(kernel)
+    if isinstance(found, GradientKernel):
+        return found.input_gradient(gradient, operands, spec)
+    return gradient @ found.dequantize(operands, spec, gradient.dtype)
+
+
+@_input_gradient_op.register_fake
+def _fake_input_gradient(gradient: Tensor, *arguments: Any) -> Tensor:
+    in_features = arguments[-4]
+    return gradient.new_empty(*gradient.shape[:-1], in_features)
+
+
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, weight, qzeros, scales, g_idx, bias, *rest = inputs
     ctx.has_bias = bias is not None
     ctx.arguments = rest
-    ctx.dtype = output.dtype
     ctx.save_for_backward(*weight, qzeros, scales, g_idx)
 
 
@@ -201,10 +230,9 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     *weight, qzeros, scales, g_idx = ctx.saved_tensors
     to_x = to_bias = None
     if ctx.needs_input_grad[0]:
-        dense = torch.ops.halfbyte.dequantize(
-            weight, qzeros, scales, g_idx, *ctx.arguments, ctx.dtype
+        to_x = torch.ops.halfbyte.input_gradient(
+            gradient, weight, qzeros, scales, g_idx, *ctx.arguments
         )
-        to_x = gradient @ dense
     if ctx.has_bias and ctx.needs_input_grad[5]:
         to_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
     return (to_x, [None] * len(weight), None, None, None, to_bias, *([None] * len(ctx.arguments)))

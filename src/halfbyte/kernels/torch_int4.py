@@ -105,6 +105,29 @@ class TorchInt4:
         weight = self._dequantize_sorted(operands, spec, dtype, 0, spec.out_features)
         return self._stored_order(weight, operands, dim=0).t()
 
+    def input_gradient(self, gradient: Tensor, operands: Operands, spec: LinearSpec) -> Tensor:
+        """Multiply by the dequantized weight, some groups of input columns at a time."""
+        zeros = None
+        if not spec.symmetric:
+            zeros = unpack_zeros(operands.qzeros, spec.bits, spec.zero_offset).t()
+        block = _block_rows()
+        packed = operands.weight[0].view(-1, spec.in_features, block // 2)
+        width = max(TILE_WEIGHTS // spec.out_features // spec.group_size, 1) * spec.group_size
+        result = gradient.new_empty(*gradient.shape[:-1], spec.in_features)
+        for start in range(0, spec.in_features, width):
+            stop = min(start + width, spec.in_features)
+            groups = slice(start // spec.group_size, stop // spec.group_size)
+            codes = _unpack(packed[:, start:stop].reshape(spec.out_features, -1))
+            tile = _to_numbers(
+                codes,
+                operands.scales[groups],
+                None if zeros is None else zeros[groups],
+                spec.group_size,
+                gradient.dtype,
+            )
+            result[..., start:stop] = gradient @ tile.t()
+        return self._stored_order(result, operands, dim=-1)
+
     def error_bound(self, spec: LinearSpec) -> float:
         """Scale and zero are rounded to bf16, and their difference can be smaller than both."""
         unit = torch.finfo(spec.dtype).eps / 2
@@ -127,22 +150,32 @@ class TorchInt4:
         self, operands: Operands, spec: LinearSpec, dtype: torch.dtype, start: int, stop: int
     ) -> Tensor:
         """Output channels start..stop as [in, stop - start], columns in the packed order."""
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        zeros = None
+        if not spec.symmetric:
+            zeros = unpack_zeros(operands.qzeros, spec.bits, spec.zero_offset)[start:stop].t()
         codes = _unpack(operands.weight[0][start:stop])
-        grouped = codes.view(-1, spec.group_size, stop - start).to(wide)
-        if spec.symmetric:
-            grouped.sub_(MIDDLE_CODE)
-        else:
-            zeros = unpack_zeros(operands.qzeros, spec.bits, spec.zero_offset)[start:stop]
-            grouped.sub_(zeros.t().to(wide).contiguous()[:, None])
-        grouped.mul_(operands.scales[:, None, start:stop].to(wide))
-        return grouped.view(-1, stop - start).to(dtype)
+        return _to_numbers(codes, operands.scales[:, start:stop], zeros, spec.group_size, dtype)
 
     def _stored_order(self, columns: Tensor, operands: Operands, *, dim: int) -> Tensor:
         """Undo the sorting of act-order columns."""
         if len(operands.weight) < 3:
             return columns
         return columns.index_select(dim, torch.argsort(operands.weight[2]))
+
+
+def _to_numbers(
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, dtype: torch.dtype
+) -> Tensor:
+    """Codes [in, out], scales and zeros [groups, out] -> the weight [in, out]."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    grouped = codes.view(-1, group_size, codes.shape[1]).to(wide)
+    if zeros is None:
+        grouped.sub_(MIDDLE_CODE)
+    else:
+        # Contiguous, or the subtraction takes ten times as long.
+        grouped.sub_(zeros.to(wide).contiguous()[:, None])
+    grouped.mul_(scales[:, None].to(wide))
+    return grouped.view(codes.shape).to(dtype)
 
 
 def _pack(codes: Tensor) -> Tensor:

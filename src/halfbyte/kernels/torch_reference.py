@@ -11,6 +11,8 @@ Source:
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -19,13 +21,16 @@ from halfbyte.kernels.contract import LinearSpec, Operands
 from halfbyte.packing import unpack_codes, unpack_zeros
 
 TILE_WEIGHTS = 2**20
-"""Weights dequantized at a time in ``apply``, so that a layer is never dense in memory as a whole.
+"""Weights dequantized at a time in products, so that a layer is never dense in memory as a whole.
 
 A quarter of it is up to twice as slow, four times as much a fifth slower (AMD EPYC, 1 thread).
 """
 
+MOST_STEP = 1024
+"""Tiles of input columns begin where groups do, unless that makes them wider than this."""
+
 TILE_COLUMNS = 32
-"""Tiles begin at multiples of this, where the words of the zeros begin at every bit width."""
+"""Tiles begin at multiples of this, where words begin at every bit width, in both directions."""
 
 
 def dequantize_weight(
@@ -108,6 +113,22 @@ class TorchReference:
             result[..., start:stop] = functional.linear(x, weight, part)
         return result
 
+    def input_gradient(self, gradient: Tensor, operands: Operands, spec: LinearSpec) -> Tensor:
+        """Multiply by the dequantized weight, a tile of input columns at a time."""
+        # By columns rather than rows: each entry is then one sum, rounded once.
+        step = math.lcm(TILE_COLUMNS, spec.group_size)
+        if operands.g_idx is not None or step > MOST_STEP:
+            step = TILE_COLUMNS
+        width = max(TILE_WEIGHTS // spec.out_features // step, 1) * step
+        if spec.in_features <= width:
+            return gradient @ self.dequantize(operands, spec, gradient.dtype)
+        result = gradient.new_empty(*gradient.shape[:-1], spec.in_features)
+        for start in range(0, spec.in_features, width):
+            stop = min(start + width, spec.in_features)
+            tile = _slice_inputs(operands, spec, start, stop)
+            result[..., start:stop] = gradient @ self.dequantize(tile, spec, gradient.dtype)
+        return result
+
     def dequantize(self, operands: Operands, spec: LinearSpec, dtype: torch.dtype) -> Tensor:
         """Give the weight [out, in] as numbers."""
         return dequantize_weight(
@@ -136,4 +157,26 @@ def _slice_columns(operands: Operands, bits: int, start: int, stop: int) -> Oper
         qzeros=operands.qzeros[:, words],
         scales=operands.scales[:, start:stop],
         g_idx=operands.g_idx,
+    )
+
+
+def _slice_inputs(operands: Operands, spec: LinearSpec, start: int, stop: int) -> Operands:
+    """Input columns start..stop of a layer; both multiples of TILE_COLUMNS, or the end."""
+    words = slice(start * spec.bits // 32, stop * spec.bits // 32)
+    g_idx = operands.g_idx
+    if g_idx is None and start % spec.group_size == 0:
+        groups = slice(start // spec.group_size, -(-stop // spec.group_size))
+        return Operands(
+            weight=(operands.weight[0][words],),
+            qzeros=operands.qzeros[groups],
+            scales=operands.scales[groups],
+            g_idx=None,
+        )
+    if g_idx is None:
+        g_idx = torch.arange(spec.in_features, device=operands.scales.device) // spec.group_size
+    return Operands(
+        weight=(operands.weight[0][words],),
+        qzeros=operands.qzeros,
+        scales=operands.scales,
+        g_idx=g_idx[start:stop],
     )

@@ -118,6 +118,7 @@ def _as_numbers(value: Any) -> Any:
 def _refuse_write(operation: str) -> NoReturn:
     raise ModelError(
         f"Cannot write to the weight of a quantized linear ({operation}): it is packed codes, and "
-        "the change would be lost. Use layer.dequantize() for a copy in numbers, or "
-        "model.dequantize() to turn the whole model back into ordinary linears."
+        "the change would be lost. To merge an adapter: halfbyte merge BASE ADAPTER -o OUT. For "
+        "a copy in numbers: layer.dequantize(); for a model of ordinary linears: "
+        "model.dequantize()."
     )

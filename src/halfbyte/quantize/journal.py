@@ -59,7 +59,7 @@ class Journal:
         except OSError as error:
             self._lock.close()
             raise JournalError(
-                f"Another process is quantizing into {self.output}. Wait for it, or choose another "
+                f"Another process is writing into {self.output}. Wait for it, or choose another "
                 "output folder."
             ) from error
         return self

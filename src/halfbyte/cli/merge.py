@@ -1,0 +1,110 @@
+"""The verb `merge`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from halfbyte.cli.options import add_dataclass_options, dataclass_from_args
+from halfbyte.cli.output import console, err_console, print_json
+from halfbyte.errors import ConfigError
+from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
+
+if TYPE_CHECKING:
+    from halfbyte.finetune.merge import MergeReport
+
+HELP = "make one model of a base and its adapter, in 16 bits or quantized again"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options."""
+    parser.add_argument("base", metavar="BASE", help="model that the adapter was trained on")
+    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="folder of a PEFT adapter")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="OUT", help="folder for the model"
+    )
+    parser.add_argument(
+        "--original",
+        metavar="MODEL",
+        help="the 16-bit model that BASE was made from, to merge into instead",
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help="the task's JSON lines: what the merge is judged by, and calibrated on",
+    )
+    parser.add_argument(
+        "--quantize", action="store_true", help="quantize the merged model; needs --data"
+    )
+    add_dataclass_options(parser, QuantConfig)
+    add_dataclass_options(parser, CalibrationConfig)
+    add_dataclass_options(parser, ResourceConfig)
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Merge and print what it cost."""
+    if args.quantize and args.data is None:
+        raise ConfigError(
+            "--quantize is given without --data. Name the task's JSON lines: the merged model is "
+            "calibrated on them and judged by them."
+        )
+    calibration = dataclass_from_args(CalibrationConfig, args)
+    resources = dataclass_from_args(ResourceConfig, args)
+    from halfbyte.finetune.merge import merge, merge_and_quantize, scheme_of
+    from halfbyte.quantize.progress import make_progress
+    from halfbyte.quantize.source import find_model
+
+    if not args.quantize:
+        report = merge(
+            args.base,
+            args.adapter,
+            args.output,
+            original=args.original,
+            data=args.data,
+            device=resources.device,
+        )
+    else:
+        preset = {} if hasattr(args, "bits") else scheme_of(find_model(args.base)).to_dict()
+        preset.pop("overrides", None)
+        preset.pop("skip", None)
+        report = merge_and_quantize(
+            args.base,
+            args.adapter,
+            args.output,
+            data=args.data,
+            config=dataclass_from_args(QuantConfig, args, preset),
+            original=args.original,
+            calibration=calibration,
+            resources=resources,
+            progress=make_progress(err_console),
+        )
+    if args.json:
+        print_json(report.to_dict())
+    else:
+        _print_report(report)
+    return 0
+
+
+def _print_report(report: MergeReport) -> None:
+    table = Table(show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("model", report.output)
+    table.add_row(
+        "KL to base plus adapter",
+        f"{report.kl_to_adapted:.4f} nats per token (the bare base: {report.kl_without:.4f})",
+    )
+    names = {"adapted": "base plus adapter", "merged": "in 16 bits", "quantized": "quantized"}
+    for key, score in report.scores.items():
+        table.add_row(
+            f"{names[key]}, on the task",
+            f"{score.right:.1%} of the examples right throughout, loss {score.loss:.4f}",
+        )
+    console.print(table)
+    if report.quantized:
+        console.print(report.verdict)

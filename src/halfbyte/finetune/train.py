@@ -1,0 +1,472 @@
+"""Train an adapter on a frozen base, quantized or not, and write it in PEFT's format.
+
+::
+
+    folder ──> base, frozen ──PEFT──> + adapter ──Transformers' Trainer──> best adapter ──> folder
+
+The loop, optimizers and state of a run are Transformers'; here is what it is given, how an
+unfinished run is found again, and what is written in the end.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import math
+import shutil
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halfbyte.checkpoint.shards import TensorFiles
+from halfbyte.errors import ConfigError, DataError, JournalError, ModelError, require_extra
+from halfbyte.evaluate.loading import Subject, open_subject
+from halfbyte.finetune.config import ALL_LINEAR, AdapterConfig, TrainConfig
+from halfbyte.finetune.data import Example, Examples, collate, pack, read_examples, split_examples
+from halfbyte.finetune.progress import SilentTrainProgress, TrainProgress
+from halfbyte.finetune.report import REPORT_FILE, TrainReport, save_report
+from halfbyte.finetune.trainer import make_trainer, read_history
+from halfbyte.quantize.fingerprint import fingerprint_model
+from halfbyte.quantize.hardware import has_fast_bf16, release_memory
+from halfbyte.quantize.journal import JOURNAL_FILE, WORK_FOLDER, Journal
+from halfbyte.quantize.provenance import installed_versions, machine_facts, peak_memory_bytes
+from halfbyte.quantize.source import find_model
+
+STEPS_FOLDER = "steps"
+"""In the work folder: what Trainer saves on the way."""
+BEFORE = "validation_before"
+PEFT_VARIANTS: dict[str, dict[str, bool]] = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+}
+PROBE_TOKENS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Data:
+    """Rows of examples, and where they came from."""
+
+    training: Examples
+    validation: Examples | None
+    training_rows: list[list[Example]]
+    validation_rows: list[list[Example]] | None
+
+    def describe(self, path: Path) -> dict[str, Any]:
+        apart = 0 if self.validation is None else len(self.validation.examples)
+        return {
+            "file": str(path),
+            "examples": len(self.training.examples),
+            "rows": len(self.training_rows),
+            "tokens": self.training.num_tokens,
+            "counted_tokens": self.training.num_counted,
+            "validation_examples": apart,
+        }
+
+
+def finetune(
+    model: str | Path,
+    output: str | Path,
+    *,
+    data: str | Path,
+    validation: str | Path | None = None,
+    adapter: AdapterConfig | None = None,
+    config: TrainConfig | None = None,
+    start_from: str | Path | None = None,
+    resume: bool = False,
+    progress: TrainProgress | None = None,
+) -> TrainReport:
+    """Train an adapter.
+
+    Args:
+        model: A model folder, quantized or not, or a name on the Hub.
+        output: Folder for the adapter; it must be new, empty, or hold an unfinished run.
+        data: JSON lines; see :mod:`halfbyte.finetune.data`.
+        validation: More of them, kept apart; None: a share of ``data``.
+        adapter: What the adapter is; not looked at where ``start_from`` brings one.
+        config: How it is trained.
+        start_from: An adapter to go on from, such as one of ``halfbyte repair``.
+        resume: Go on with the unfinished run in ``output``; it ends with the same adapter, on a
+            CPU bit for bit.
+        progress: Told how far the run is.
+
+    Returns:
+        The report, which also stands in ``output``.
+
+    Raises:
+        MissingExtraError: PEFT is not installed.
+        ConfigError: A setting is wrong, or the output folder is in use.
+        DataError: The data cannot be read or teaches nothing.
+        ModelError: The model cannot be loaded or trained so.
+        JournalError: The unfinished run belongs to other inputs or options.
+    """
+    require_peft("Fine-tuning")
+    adapter, config = adapter or AdapterConfig(), config or TrainConfig()
+    progress, output = progress or SilentTrainProgress(), Path(output)
+    if _check_output(output, resume=resume):
+        return TrainReport.load(output)
+    start = time.monotonic()
+    folder = find_model(model)
+    subject = _open(folder, config)
+    held = _read_data(subject, Path(data), None if validation is None else Path(validation), config)
+    inputs = {
+        "model": fingerprint_model(TensorFiles.open(folder)),
+        "data": held.training.digest,
+        "validation": None if held.validation is None else held.validation.digest,
+        "adapter": adapter.to_dict(),
+        "config": config.to_dict(),
+        "start_from": None if start_from is None else str(start_from),
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    with Journal(output) as journal:
+        steps = journal.folder / STEPS_FOLDER
+        if not journal.exists or not _load(journal):
+            shutil.rmtree(steps, ignore_errors=True)
+            # Sums depend on how many threads share them.
+            journal.start({"inputs": inputs, "threads": torch.get_num_threads()})
+        journal.check_same(inputs)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(journal.header["threads"])
+        try:
+            run = _Run(str(model), output, subject, held, adapter, config, journal, progress)
+            with _quiet():
+                return run.execute(start_from, Path(data), start)
+        finally:
+            torch.set_num_threads(threads)
+            progress.finished()
+
+
+def require_peft(purpose: str) -> None:
+    """Make sure that PEFT is there.
+
+    Args:
+        purpose: What it is needed for, for the message.
+
+    Raises:
+        MissingExtraError: It is not; the message has the install command.
+    """
+    if importlib.util.find_spec("peft") is None:
+        missing = require_extra("peft", "finetune", purpose)
+        raise missing
+
+
+def attach_adapter(model: Any, adapter: AdapterConfig, start_from: str | Path | None = None) -> Any:
+    """Put an adapter to be trained on a model, whose own weights are frozen.
+
+    Args:
+        model: Changed in place.
+        adapter: What to make.
+        start_from: An adapter's folder, taken instead.
+
+    Returns:
+        PEFT's model.
+
+    Raises:
+        ConfigError: The model has no such linears, or the folder no such adapter.
+    """
+    import peft
+
+    model.requires_grad_(False)
+    try:
+        if start_from is not None:
+            return peft.PeftModel.from_pretrained(model, str(start_from), is_trainable=True)
+        return peft.get_peft_model(
+            model,
+            peft.LoraConfig(
+                r=adapter.rank,
+                lora_alpha=adapter.alpha,
+                lora_dropout=adapter.dropout,
+                target_modules=list(adapter.targets) or ALL_LINEAR,
+                bias="none",
+                task_type="CAUSAL_LM",
+                **PEFT_VARIANTS[adapter.variant],
+            ),
+        )
+    except (ValueError, OSError, RuntimeError) as error:
+        what = f"the adapter {start_from}" if start_from is not None else "an adapter"
+        raise ConfigError(
+            f"Cannot put {what} on a {type(model).__name__}: {str(error).strip()[:300]} "
+            "Name linears of this model with --target, or none for all of them."
+        ) from error
+
+
+class _Run:
+    """One run, from the loaded base to the written adapter."""
+
+    def __init__(
+        self,
+        name: str,
+        output: Path,
+        subject: Subject,
+        data: _Data,
+        adapter: AdapterConfig,
+        config: TrainConfig,
+        journal: Journal,
+        progress: TrainProgress,
+    ) -> None:
+        self.name, self.output, self.subject, self.data = name, output, subject, data
+        self.adapter, self.config = adapter, config
+        self.journal, self.progress = journal, progress
+
+    def execute(self, start_from: str | Path | None, path: Path, start: float) -> TrainReport:
+        from transformers import set_seed
+
+        config, steps_folder = self.config, self.journal.folder / STEPS_FOLDER
+        if config.packing:
+            check_packing(self.subject)
+        set_seed(config.seed)
+        model = attach_adapter(self.subject.model, self.adapter, start_from)
+        if config.checkpointing:
+            # The cache of past keys cannot be kept beside it.
+            model.config.use_cache = False
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        steps = count_steps(len(self.data.training_rows), config)
+        padding = self._padding
+        trainer = make_trainer(
+            model,
+            self.data.training_rows,
+            self.data.validation_rows,
+            lambda rows: collate(rows, padding),
+            config=config,
+            steps=steps,
+            folder=steps_folder,
+            device=self.subject.input_device,
+            progress=self.progress,
+        )
+        done = _find_saved(steps_folder)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.progress.started(self._plan(trained, steps), steps, done or 0)
+        before = self._judge_base(trainer)
+        # What came before (the base's loss, a resumed start) must not change the dropout.
+        set_seed(config.seed)
+        saved = None if done is None else str(steps_folder / f"checkpoint-{done}")
+        trainer.train(resume_from_checkpoint=saved)
+        return self._finish(trainer, model, trained, before, path, start)
+
+    @property
+    def _padding(self) -> int:
+        tokenizer = self.subject.tokenizer
+        ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        return next(token for token in ids if token is not None)
+
+    def _plan(self, trained: int, steps: int) -> tuple[str, ...]:
+        data = self.data
+        apart = 0 if data.validation is None else len(data.validation.examples)
+        return (
+            f"{len(data.training.examples)} examples in {len(data.training_rows)} rows, "
+            f"{data.training.num_counted:,} of {data.training.num_tokens:,} tokens counted; "
+            f"{apart} kept apart",
+            *data.training.notes,
+            f"{trained:,} parameters to train, {steps} steps, in {self.subject.dtype_name}",
+        )
+
+    def _judge_base(self, trainer: Any) -> float | None:
+        """Give the loss before training; an unfinished run has it in its journal."""
+        if self.data.validation is None:
+            return None
+        for entry in self.journal.blocks:
+            if BEFORE in entry:
+                return float(entry[BEFORE])
+        loss = float(trainer.evaluate()["eval_loss"])
+        self.journal.add_block({BEFORE: loss})
+        return loss
+
+    def _finish(
+        self, trainer: Any, model: Any, trained: int, before: float | None, path: Path, start: float
+    ) -> TrainReport:
+        state = trainer.state
+        history = read_history(state.log_history)
+        if not all(math.isfinite(entry.get("loss", 0.0)) for entry in history):
+            raise ModelError(
+                f"Training {self.name} failed: the loss is no longer a number. Lower "
+                f"--learning-rate (it is {self.config.learning_rate:g}), or compute in float32."
+            )
+        # As the user named it: PEFT would name the folder in this machine's cache.
+        model.peft_config["default"].base_model_name_or_path = self.name
+        model.save_pretrained(self.output)
+        kept = state.best_global_step if self.data.validation is not None else state.global_step
+        report = TrainReport(
+            model=self.name,
+            output=str(self.output),
+            adapter=self.adapter.to_dict(),
+            config=self.config.to_dict(),
+            data=self.data.describe(path),
+            trained_parameters=trained,
+            adapter_bytes=(self.output / "adapter_model.safetensors").stat().st_size,
+            steps=state.global_step,
+            kept_step=kept,
+            stopped_early=state.global_step < state.max_steps,
+            validation_before=before,
+            validation_after=state.best_metric if self.data.validation is not None else None,
+            history=history,
+            notes=self.data.training.notes,
+            seconds=time.monotonic() - start,
+            peak_memory_bytes=peak_memory_bytes(),
+            versions=installed_versions(),
+            machine=machine_facts(),
+        )
+        save_report(report, self.output)
+        self.journal.remove()
+        return report
+
+
+def count_steps(rows: int, config: TrainConfig) -> int:
+    """Give the number of optimizer steps.
+
+    Args:
+        rows: Of training data.
+        config: Epochs, portions and the limit.
+
+    Returns:
+        Steps, one at least.
+    """
+    passes = math.ceil(rows / config.batch_size)
+    steps = max(math.ceil(math.ceil(passes / config.accumulate) * config.epochs), 1)
+    return steps if config.max_steps is None else min(steps, config.max_steps)
+
+
+@torch.no_grad()
+def check_packing(subject: Subject) -> None:
+    """Make sure that the model keeps examples apart which stand in one row.
+
+    Args:
+        subject: The model.
+
+    Raises:
+        ConfigError: What comes first in a row changes what the model says of the next example.
+    """
+    model = subject.model
+    first = torch.arange(2 * PROBE_TOKENS, device=subject.input_device).view(2, -1) + 5
+    second = torch.arange(PROBE_TOKENS, device=subject.input_device).expand(2, -1) + 7
+    ids = torch.cat([first, second], dim=1) % (subject.vocabulary or 64)
+    positions = torch.arange(PROBE_TOKENS, device=subject.input_device).repeat(2)[None]
+    logits = model(input_ids=ids, position_ids=positions.expand(2, -1), use_cache=False).logits
+    one, other = logits[:, PROBE_TOKENS:].float()
+    if float((one - other).abs().max()) > 1e-2 * float(one.std()):
+        raise ConfigError(
+            f"Cannot train {subject.name} with --packing: examples in one row see each other in a "
+            f"{type(model).__name__} with {model.config._attn_implementation} attention. Leave "
+            "out --packing."
+        )
+
+
+def _open(folder: Path, config: TrainConfig) -> Subject:
+    _check_optimizer(config)
+    dtype = config.dtype
+    device = config.device
+    on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    if dtype == "auto":
+        dtype = "bfloat16" if not on_cpu or has_fast_bf16() else "float32"
+    subject = open_subject(folder, dtype=dtype, device=device)
+    # What repacking the weights left behind would stay beside the training for good.
+    release_memory()
+    if subject.tokenizer is None:
+        raise ModelError(
+            f"Cannot fine-tune {folder}: it has no tokenizer. Copy the tokenizer files of the base "
+            "model into it."
+        )
+    if subject.longest is not None and config.length > subject.longest:
+        raise ConfigError(
+            f"length is {config.length}; {folder} takes at most {subject.longest} tokens. "
+            f"Use --length {subject.longest} or less."
+        )
+    return subject
+
+
+def _check_optimizer(config: TrainConfig) -> None:
+    if config.optimizer != "adamw" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"optimizer is {config.optimizer}, which needs the Python package 'bitsandbytes'. "
+            "Install it with: pip install bitsandbytes; or use adamw."
+        )
+
+
+def _read_data(subject: Subject, data: Path, validation: Path | None, config: TrainConfig) -> _Data:
+    settings: dict[str, Any] = {
+        "length": config.length,
+        "everything": config.train_on == "everything",
+    }
+    examples = read_examples(data, subject.tokenizer, **settings)
+    if validation is None:
+        training, apart = split_examples(examples, config.validation, config.seed)
+    else:
+        training, apart = examples, read_examples(validation, subject.tokenizer, **settings)
+    highest = max(max(example.ids) for example in examples.examples)
+    if subject.vocabulary is not None and highest >= subject.vocabulary:
+        raise DataError(
+            f"{data} becomes token id {highest}, and {subject.name} knows 0.."
+            f"{subject.vocabulary - 1}. The tokenizer belongs to another model."
+        )
+
+    def rows(side: Examples) -> list[list[Example]]:
+        if config.packing:
+            return pack(side.examples, config.length)
+        return [[example] for example in side.examples]
+
+    return _Data(
+        training=training,
+        validation=apart,
+        training_rows=rows(training),
+        validation_rows=None if apart is None else rows(apart),
+    )
+
+
+def _check_output(output: Path, *, resume: bool) -> bool:
+    """Say whether the run is complete already; refuse a folder in use."""
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"The output {output} is a file. Name a folder.")
+    names = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    if (output / WORK_FOLDER / JOURNAL_FILE).is_file():
+        if not resume:
+            raise JournalError(
+                f"{output} holds an unfinished run. Add --resume to go on with it, or remove the "
+                "folder to start again."
+            )
+        return False
+    if resume and REPORT_FILE in names:
+        return True
+    if names - {WORK_FOLDER}:
+        raise ConfigError(
+            f"The output folder {output} is not empty ({len(names)} files, such as {min(names)}). "
+            "Choose a new folder, or remove this one."
+        )
+    return False
+
+
+def _load(journal: Journal) -> bool:
+    """Load the journal; a header that was torn by a kill is as none."""
+    journal.load()
+    return bool(journal.header)
+
+
+def _find_saved(folder: Path) -> int | None:
+    """Find the last complete save and remove what was torn; Trainer writes its state last."""
+    saved = []
+    for path in folder.glob("checkpoint-*"):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            saved.append(int(path.name.rpartition("-")[2]))
+        except (OSError, ValueError):
+            shutil.rmtree(path, ignore_errors=True)
+    return max(saved, default=None)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Transformers' and PEFT's remarks to users of their own API from our display."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,157 @@
+"""Transformers' Trainer, set up for adapters, with its steps told to our progress."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from halfbyte.finetune.config import TrainConfig
+from halfbyte.finetune.progress import TrainProgress
+
+LOOKS = 10
+"""Looks at the data kept apart, where the user names no distance."""
+OPTIMIZERS = {
+    "adamw": "adamw_torch",
+    "adamw_8bit": "adamw_8bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+}
+KEYS = {
+    "loss": "loss",
+    "learning_rate": "learning_rate",
+    "grad_norm": "grad_norm",
+    "eval_loss": "validation",
+}
+"""Trainer's name -> ours, of what the history keeps."""
+
+
+def make_trainer(
+    model: Any,
+    training: Sequence[Any],
+    validation: Sequence[Any] | None,
+    collator: Callable[[list[Any]], dict[str, torch.Tensor]],
+    *,
+    config: TrainConfig,
+    steps: int,
+    folder: Path,
+    device: torch.device,
+    progress: TrainProgress,
+) -> Trainer:
+    """Set a Trainer up.
+
+    Args:
+        model: PEFT's.
+        training: Rows.
+        validation: Rows kept apart; with them the best adapter is kept and the run may end early.
+        collator: Makes a batch of rows.
+        config: How to train.
+        steps: Of the optimizer, in all.
+        folder: For what is saved on the way.
+        device: Where the model is.
+        progress: Told each step.
+
+    Returns:
+        The Trainer.
+    """
+    every = config.evaluate_every or max(steps // LOOKS, 1)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulate,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.schedule
+        if config.schedule != "constant"
+        else "constant_with_warmup",
+        warmup_steps=math.ceil(config.warmup * steps),
+        optim=OPTIMIZERS[config.optimizer],
+        weight_decay=0.0,
+        logging_steps=1,
+        eval_strategy="no" if validation is None else "steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        load_best_model_at_end=validation is not None,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        restore_callback_states_from_checkpoint=True,
+        seed=config.seed,
+        data_seed=config.seed,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type == "cuda",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        prediction_loss_only=True,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    if arguments.n_gpu > 1:
+        # Or the model would be copied to every GPU; it is where it was put.
+        arguments._n_gpu = 1
+    callbacks: list[TrainerCallback] = [_Reporter(progress)]
+    if validation is not None:
+        callbacks.append(EarlyStoppingCallback(early_stopping_patience=config.patience))
+    trainer = Trainer(
+        model,
+        arguments,
+        data_collator=collator,
+        train_dataset=training,
+        eval_dataset=validation,
+        callbacks=callbacks,
+    )
+    for shown in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(shown)
+    return trainer
+
+
+def read_history(log: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], ...]:
+    """Take what is worth keeping from Trainer's log.
+
+    Args:
+        log: Its ``state.log_history``.
+
+    Returns:
+        One entry per step, in order.
+    """
+    steps: dict[int, dict[str, float]] = {}
+    for entry in log:
+        found = {ours: float(entry[theirs]) for theirs, ours in KEYS.items() if theirs in entry}
+        if found:
+            steps.setdefault(entry["step"], {}).update(found)
+    return tuple({"step": step, **found} for step, found in sorted(steps.items()))
+
+
+class _Reporter(TrainerCallback):
+    """Tells a progress what Trainer logs."""
+
+    def __init__(self, progress: TrainProgress) -> None:
+        self._progress = progress
+        self._best = math.inf
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **kwargs: Any
+    ) -> None:
+        """Tell a step's loss."""
+        if "loss" in logs:
+            self._progress.stepped(state.global_step, float(logs["loss"]))
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: Mapping[str, float], **kwargs: Any
+    ) -> None:
+        """Tell the loss on the data kept apart."""
+        loss = float(metrics["eval_loss"])
+        self._best = min(self._best, loss)
+        self._progress.judged(state.global_step, loss, self._best)

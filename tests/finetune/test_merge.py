@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import json
+
+import peft
+import pytest
+import torch
+from tests.helpers.checkpoints import Recipe, tiny_llama_config, write_checkpoint
+from tests.helpers.tiny_llama import build_tokenizer
+from transformers import AutoModelForCausalLM
+
+import halfbyte
+from halfbyte.checkpoint.read import open_checkpoint
+from halfbyte.errors import CheckpointError, ConfigError, VerificationError
+from halfbyte.finetune import merge as merging
+from halfbyte.finetune.merge import merge, merge_and_quantize, merge_layers, scheme_of
+from halfbyte.quant_config import CalibrationConfig
+
+VARIANTS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+IDS = torch.randint(4, 60, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("merge") / "base"
+    config = tiny_llama_config(vocab_size=64, hidden_size=128, intermediate_size=256)
+    write_checkpoint(folder, config, Recipe(symmetric=False, act_order=True, dtype=torch.bfloat16))
+    tokenizer = build_tokenizer()
+    tokenizer.pad_token = "<pad>"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "task.jsonl"
+    rows = [{"prompt": f"w{i} w{i + 1} ", "completion": f"w{i + 2} w{i + 3}"} for i in range(50)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def load(folder, dtype):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def write_adapter(base, folder, *, size=0.2, **settings):
+    settings = {"r": 4, "target_modules": ["q_proj", "down_proj"], **settings}
+    torch.manual_seed(0)
+    model = peft.get_peft_model(
+        load(base, torch.float32), peft.LoraConfig(task_type="CAUSAL_LM", **settings)
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=size)
+    model.save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_merged_weights_are_base_plus_adapter_rounded_once(base, tmp_path, variant):
+    adapter = write_adapter(base, tmp_path / "adapter", **VARIANTS[variant])
+    # In float64: what each adapted layer does to the unit vectors is its weight.
+    exact = peft.PeftModel.from_pretrained(load(base, torch.float64), adapter).double().eval()
+    weights = {
+        name.removeprefix("base_model.model."): module(
+            torch.eye(module.in_features, dtype=torch.float64)
+        ).t()
+        for name, module in exact.named_modules()
+        if isinstance(module, peft.tuners.lora.Linear)
+    }
+    assert len(weights) == 4
+    merged = merge_layers(
+        peft.PeftModel.from_pretrained(load(base, torch.bfloat16), adapter), torch.bfloat16
+    )
+    for name, weight in weights.items():
+        found = merged.get_submodule(name)
+        assert type(found) is torch.nn.Linear
+        assert found.weight.dtype == torch.bfloat16
+        # One rounding to 8 bits, after float32 sums.
+        error = (found.weight.double() - weight).abs()
+        assert (error <= 2**-8 * weight.abs() + 1e-6).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_written_model_is_plain_and_computes_base_plus_adapter(base, tmp_path, variant, data):
+    adapter = write_adapter(base, tmp_path / "adapter", **VARIANTS[variant])
+    report = merge(base, adapter, tmp_path / "out", data=data, device="cpu")
+    assert report.kl_to_adapted < 0.01 * report.kl_without
+    assert set(report.scores) == {"adapted", "merged"}
+    assert report.scores["merged"].loss == pytest.approx(report.scores["adapted"].loss, abs=0.05)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["dtype"] == "bfloat16"
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert not (tmp_path / "out" / "quantize_config.json").exists()
+    merged = load(tmp_path / "out", torch.float32)
+    adapted = peft.PeftModel.from_pretrained(load(base, torch.float32), adapter).eval()
+    plain = load(base, torch.float32)(IDS).logits
+    difference = (merged(IDS).logits - adapted(IDS).logits).norm()
+    assert difference < 0.05 * (plain - adapted(IDS).logits).norm()
+
+
+def test_merges_into_the_original(base, tmp_path):
+    adapter = write_adapter(base, tmp_path / "adapter")
+    original = load(base, torch.bfloat16)
+    original.dequantize()
+    original.model.layers[0].self_attn.q_proj.weight.data.add_(0.5)
+    original.save_pretrained(tmp_path / "original")
+    merge(base, adapter, tmp_path / "out", original=tmp_path / "original", device="cpu")
+    merge(base, adapter, tmp_path / "other", device="cpu")
+    name = "model.layers.0.self_attn.q_proj"
+    shift = (
+        load(tmp_path / "out", torch.float32).get_submodule(name).weight
+        - load(tmp_path / "other", torch.float32).get_submodule(name).weight
+    )
+    torch.testing.assert_close(shift, torch.full_like(shift, 0.5), rtol=0, atol=0.01)
+
+
+def test_merge_that_loses_the_adapter_is_refused(base, tmp_path, monkeypatch, data):
+    adapter = write_adapter(base, tmp_path / "adapter", size=1.0)
+    merge_layers = merging.merge_layers
+
+    def lose(adapted, dtype):
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.data.zero_()
+        return merge_layers(adapted, dtype)
+
+    monkeypatch.setattr(merging, "merge_layers", lose)
+    with pytest.raises(VerificationError, match=r"lost it: the merged model is \d"):
+        merge(base, adapter, tmp_path / "out", data=data, device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_merges_and_quantizes_as_the_base_was(base, tmp_path, data):
+    adapter = write_adapter(base, tmp_path / "adapter")
+    out = tmp_path / "out"
+    report = merge_and_quantize(
+        base, adapter, out, data=data, calibration=CalibrationConfig(samples=8, length=32)
+    )
+    assert report.quantized
+    assert set(report.scores) == {"adapted", "merged", "quantized"}
+    checkpoint = open_checkpoint(out)
+    assert len(checkpoint.linears) == 14
+    assert {linear.bits for linear in checkpoint.linears.values()} == {4}
+    assert {linear.group_size for linear in checkpoint.linears.values()} == {32}
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".halfbyte")] == []
+    name = "model.layers.0.self_attn.q_proj"
+    merged = peft.PeftModel.from_pretrained(load(base, torch.float32), adapter)
+    merged = merge_layers(merged, torch.float32).get_submodule(name).weight
+    error = (checkpoint.dequantize(name).float() - merged).norm() / merged.norm()
+    assert error < 0.2
+
+
+def test_scheme_of_the_base_is_taken_over(base, tmp_path):
+    config = scheme_of(base)
+    assert (config.bits, config.group_size, config.symmetric, config.desc_act) == (
+        4, 32, False, True,
+    )  # fmt: skip
+    plain = load(base, torch.bfloat16)
+    plain.dequantize()
+    plain.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"names no bits and group size.*--bits"):
+        scheme_of(tmp_path)
+
+
+def test_output_in_use_is_refused(base, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="exists and is not empty"):
+        merge(base, tmp_path, tmp_path)
+
+
+def test_folder_that_is_no_adapter_is_refused(base, tmp_path):
+    with pytest.raises(ConfigError, match=r"(?s)Cannot put the adapter .* on .*PEFT adapter"):
+        merge(base, tmp_path, tmp_path / "out", device="cpu")
+
+
+def test_peft_refuses_where_halfbyte_merges(base, tmp_path):
+    adapter = write_adapter(base, tmp_path / "adapter")
+    model = peft.PeftModel.from_pretrained(halfbyte.load(base), adapter)
+    with pytest.raises(ValueError, match="gptq quantized"):
+        model.merge_and_unload()

@@ -1,0 +1,294 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.helpers.checkpoints import Recipe, tiny_llama_config, write_checkpoint
+from tests.helpers.tiny_llama import build_tokenizer
+from transformers import AutoModelForCausalLM
+
+from halfbyte.errors import ConfigError, DataError, JournalError, MissingExtraError
+from halfbyte.evaluate.loading import open_subject
+from halfbyte.finetune import train
+from halfbyte.finetune.config import AdapterConfig, TrainConfig
+from halfbyte.finetune.report import TrainReport
+from halfbyte.finetune.train import check_packing, count_steps, finetune
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+ROOT = Path(__file__).parents[2]
+ADAPTER = AdapterConfig(rank=4, alpha=8.0, dropout=0.1)
+SETTINGS = {
+    "epochs": 3,
+    "batch_size": 4,
+    "learning_rate": 1e-2,
+    "length": 32,
+    "device": "cpu",
+    "dtype": "float32",
+    "validation": 0.2,
+    "evaluate_every": 4,
+    "patience": 50,
+}
+CONFIG = TrainConfig(**SETTINGS)
+
+RUN = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from tests.finetune.test_train import ADAPTER, CONFIG
+from halfbyte.finetune.train import finetune
+
+class Told:
+    def started(self, plan, steps, done): print("started", done, flush=True)
+    def stepped(self, step, loss): print("step", step, flush=True)
+    def judged(self, step, loss, best): pass
+    def finished(self): pass
+
+base, data, out, resume = sys.argv[1:]
+keywords = {{"data": data, "adapter": ADAPTER, "config": CONFIG, "progress": Told()}}
+finetune(base, out, resume=resume == "1", **keywords)
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    write_checkpoint(folder, tiny_llama_config(vocab_size=64), Recipe())
+    tokenizer = build_tokenizer()
+    tokenizer.pad_token = "<pad>"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two words, then the two after them: a rule that a tiny model can learn."""
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    rows = [{"prompt": f"w{i} w{i + 1} ", "completion": f"w{i + 2} w{i + 3}"} for i in range(50)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(base, data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained") / "adapter"
+    return out, finetune(base, out, data=data, adapter=ADAPTER, config=CONFIG)
+
+
+def logits_of(base, adapter, ids):
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return peft.PeftModel.from_pretrained(model, adapter).eval()(ids).logits
+
+
+def test_learns_and_reports_it(trained, base):
+    _, report = trained
+    assert report.steps == 30
+    assert report.validation_after < report.validation_before - 0.1
+    assert report.data["examples"] == 40
+    assert report.data["validation_examples"] == 10
+    assert report.data["counted_tokens"] == 40 * 3
+    assert [entry["step"] for entry in report.history] == list(range(1, 31))
+    judged = {e["step"]: e["validation"] for e in report.history if "validation" in e}
+    assert list(judged) == [4, 8, 12, 16, 20, 24, 28, 30]
+    assert report.kept_step == min(judged, key=judged.get)
+    assert report.validation_after == judged[report.kept_step]
+    assert all(entry["loss"] > 0 and "learning_rate" in entry for entry in report.history)
+
+
+@torch.no_grad()
+def test_keeps_the_best_adapter_and_peft_loads_it(trained, base, data):
+    out, report = trained
+    assert sorted(path.name for path in out.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "training.json",
+        "training.png",
+    ]
+    subject = open_subject(base, dtype="float32", device="cpu")
+    held = train._read_data(subject, data, None, CONFIG)
+    model = peft.PeftModel.from_pretrained(subject.model, out).eval()
+    losses = [
+        float(model(**train.collate(held.validation_rows[i : i + 4], 3)).loss) for i in (0, 4, 8)
+    ]
+    mean = (4 * losses[0] + 4 * losses[1] + 2 * losses[2]) / 10
+    assert mean == pytest.approx(report.validation_after, abs=1e-4)
+
+
+def test_a_second_run_gives_the_same_bytes(trained, base, data, tmp_path):
+    out, report = trained
+    again = finetune(base, tmp_path / "again", data=data, adapter=ADAPTER, config=CONFIG)
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
+    assert again.history == report.history
+
+
+@pytest.mark.parametrize("kill_at", [1, 6, 17])
+def test_killed_and_resumed_gives_the_same_bytes(trained, base, data, tmp_path, kill_at):
+    out, report = trained
+    script = tmp_path / "run.py"
+    script.write_text(RUN.format(root=str(ROOT)))
+    target = tmp_path / "adapter"
+    command = [sys.executable, str(script), str(base), str(data), str(target)]
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with subprocess.Popen(
+        [*command, "0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
+    ) as process:
+        for line in process.stdout:
+            if line.strip() == f"step {kill_at}":
+                process.send_signal(signal.SIGKILL)
+                break
+        process.stdout.read()
+    assert process.wait() == -signal.SIGKILL
+    with pytest.raises(JournalError, match=r"holds an unfinished run\. Add --resume"):
+        finetune(base, target, data=data, adapter=ADAPTER, config=CONFIG)
+    told = subprocess.run(
+        [*command, "1"],
+        capture_output=True,
+        text=True,
+        env=env,
+        check=True,
+    ).stdout.splitlines()
+    started = next(line for line in told if line.startswith("started"))
+    assert int(started.split()[1]) >= kill_at // 4 * 4 - 4
+    assert int(started.split()[1]) % 4 == 0
+    name = "adapter_model.safetensors"
+    assert (target / name).read_bytes() == (out / name).read_bytes()
+    assert TrainReport.load(target).history == report.history
+
+
+def test_resuming_with_other_options_is_refused(base, data, tmp_path, monkeypatch):
+    def stop(*_args, **_keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "attach_adapter", stop)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(base, tmp_path / "a", data=data, adapter=ADAPTER, config=CONFIG)
+    other = TrainConfig(**{**SETTINGS, "learning_rate": 1e-3})
+    with pytest.raises(JournalError, match=r"config\.learning_rate: 0\.01 then, 0\.001 now"):
+        finetune(base, tmp_path / "a", data=data, adapter=ADAPTER, config=other, resume=True)
+
+
+def test_resuming_a_finished_run_gives_its_report(trained, base, data):
+    out, report = trained
+    again = finetune(base, out, data=data, adapter=ADAPTER, config=CONFIG, resume=True)
+    assert again == report
+    with pytest.raises(ConfigError, match="is not empty"):
+        finetune(base, out, data=data, adapter=ADAPTER, config=CONFIG)
+
+
+def test_stops_early_where_nothing_gets_better(base, data, tmp_path):
+    config = TrainConfig(
+        **{**SETTINGS, "learning_rate": 1.0, "patience": 2, "epochs": 20, "evaluate_every": 2}
+    )
+    report = finetune(base, tmp_path / "a", data=data, adapter=ADAPTER, config=config)
+    assert report.stopped_early
+    assert report.steps < 200
+    assert report.steps - report.kept_step == 2 * 2
+
+
+def test_goes_on_from_an_adapter(trained, base, data, tmp_path):
+    out, report = trained
+    config = TrainConfig(**{**SETTINGS, "epochs": 1, "learning_rate": 1e-6, "evaluate_every": 1})
+    again = finetune(
+        base, tmp_path / "a", data=data, config=config, start_from=out, adapter=ADAPTER
+    )
+    assert again.validation_before == pytest.approx(report.validation_after, abs=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["rslora", "dora"])
+def test_variants_packing_and_no_validation(base, data, tmp_path, variant):
+    config = TrainConfig(**{**SETTINGS, "packing": True, "validation": 0.0, "epochs": 4})
+    report = finetune(
+        base, tmp_path / "a", data=data, config=config,
+        adapter=AdapterConfig(rank=4, variant=variant, targets=("q_proj", "down_proj")),
+    )  # fmt: skip
+    # 50 examples of 5 tokens, six to a row of 32.
+    assert report.data["rows"] == 9
+    assert report.validation_after is None
+    assert report.kept_step == report.steps == 12
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config[f"use_{variant}"]
+    assert sorted(config["target_modules"]) == ["down_proj", "q_proj"]
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    assert len(tensors) == 4 * (3 if variant == "dora" else 2)
+
+
+def test_packing_is_refused_where_examples_would_see_each_other(base):
+    subject = open_subject(base, dtype="float32", device="cpu")
+    check_packing(subject)
+    forward = subject.model.forward
+    subject.model.forward = lambda input_ids, position_ids, **rest: forward(input_ids, **rest)
+    with pytest.raises(ConfigError, match="with --packing: examples in one row see each other"):
+        check_packing(subject)
+
+
+def test_unknown_target_is_refused_with_its_name(base, data, tmp_path):
+    adapter = AdapterConfig(targets=("query",))
+    with pytest.raises(
+        ConfigError, match=r"(?s)Cannot put an adapter on a LlamaForCausalLM.*query"
+    ):
+        finetune(base, tmp_path / "a", data=data, adapter=adapter, config=CONFIG)
+
+
+def test_length_beyond_the_model_is_refused(base, data, tmp_path):
+    config = TrainConfig(**{**SETTINGS, "length": 65})
+    with pytest.raises(ConfigError, match=r"length is 65; .* takes at most 64 tokens"):
+        finetune(base, tmp_path / "a", data=data, config=config)
+
+
+def test_tokens_of_another_model_are_refused(base, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        train, "read_examples", lambda *_a, **_k: train.Examples(
+            examples=(train.Example((5, 900), (5, 900)), train.Example((6, 7), (6, 7))), notes=()
+        ),
+    )  # fmt: skip
+    with pytest.raises(DataError, match=r"token id 900, and .* knows 0\.\.63"):
+        finetune(base, tmp_path / "a", data=data, config=CONFIG)
+
+
+def test_missing_packages_are_named_with_the_command(base, data, tmp_path, monkeypatch):
+    find = train.importlib.util.find_spec
+    monkeypatch.setattr(
+        train.importlib.util, "find_spec", lambda name: None if name == "peft" else find(name)
+    )
+    with pytest.raises(MissingExtraError, match=r'pip install "halfbyte\[finetune\]"'):
+        finetune(base, tmp_path / "a", data=data, config=CONFIG)
+    monkeypatch.setattr(
+        train.importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else 1
+    )
+    config = TrainConfig(**{**SETTINGS, "optimizer": "adamw_8bit"})
+    with pytest.raises(ConfigError, match=r"optimizer is adamw_8bit, .* pip install bitsandbytes"):
+        finetune(base, tmp_path / "a", data=data, config=config)
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "steps"),
+    [(10, {}, 9), (10, {"accumulate": 2}, 6), (10, {"epochs": 0.5}, 2), (10, {"max_steps": 4}, 4)],
+)
+def test_counts_steps(rows, changes, steps):
+    assert count_steps(rows, TrainConfig(**{"epochs": 3, "batch_size": 4, **changes})) == steps
+
+
+@pytest.mark.parametrize(
+    ("cls", "changes", "message"),
+    [
+        (TrainConfig, {"epochs": 0}, "epochs is 0; it must be a number above 0"),
+        (TrainConfig, {"batch_size": 0}, "batch_size is 0; it must be a whole number, 1 or more"),
+        (TrainConfig, {"validation": 1}, "validation is 1; it must be 0 or more and less than 1"),
+        (TrainConfig, {"schedule": "x"}, "schedule is 'x'; allowed are cosine, linear, constant"),
+        (AdapterConfig, {"rank": 1.5}, "rank is 1.5; it must be a whole number"),
+        (AdapterConfig, {"variant": "vera"}, "variant is 'vera'; allowed are lora, rslora, dora"),
+    ],
+)
+def test_settings_are_checked(cls, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        cls(**changes)
