@@ -131,7 +131,10 @@ def test_a_second_run_gives_the_same_bytes(trained, base, data, tmp_path):
     assert again.history == report.history
 
 
-@pytest.mark.parametrize("kill_at", [1, 6, 17])
+@pytest.mark.parametrize(
+    "kill_at",
+    [pytest.param(1, marks=pytest.mark.slow), 6, pytest.param(17, marks=pytest.mark.slow)],
+)
 def test_killed_and_resumed_gives_the_same_bytes(trained, base, data, tmp_path, kill_at):
     out, report = trained
     script = tmp_path / "run.py"
