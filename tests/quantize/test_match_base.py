@@ -39,11 +39,13 @@ def test_the_base_stream_is_the_base_model(
     seen: dict[str, torch.Tensor] = {}
     finish = running.Run._finish
 
-    def look(self: running.Run, work: object, states: RunStates) -> QuantizationReport:
+    def look(
+        self: running.Run, work: object, states: RunStates, tuning: object
+    ) -> QuantizationReport:
         for name in (FULL, CALIBRATION):
             files = states.at(name, self.num_blocks)
             seen[name] = torch.cat([files.read(i) for i in range(len(files))])
-        return finish(self, work, states)
+        return finish(self, work, states, tuning)
 
     monkeypatch.setattr(running.Run, "_finish", look)
     quantize(base, tmp_path / "out", CONFIG, resources=ResourceConfig(memory=memory))
