@@ -78,7 +78,10 @@ def run_worker(job: dict[str, object], kill_after: float | None = None) -> float
     ("family", "config"),
     [
         ("llama", QuantConfig(group_size=32)),
-        ("llama", QuantConfig(group_size=32, match_base=True, polish=1, tune_steps=3)),
+        (
+            "llama",
+            QuantConfig(group_size=32, match_base=True, polish=1, tune_steps=3, end_to_end_steps=4),
+        ),
         ("qwen3_moe", QuantConfig(group_size=32, symmetric=False, desc_act=True)),
         (
             "gpt2",
