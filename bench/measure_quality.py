@@ -295,14 +295,7 @@ def report(
         args.name,
         columns=columns,
         rows=rows,
-        note=f"{args.bits} bits, symmetric, {samples} x {args.length} calibration tokens of "
-        f"WikiText-2 (validation split) or of the built-in mix; {windows} windows of {WINDOW} "
-        "tokens of its test split (the same kind as the calibration, which flatters all but the "
-        f"mix), the other kinds in windows of {OTHER_WINDOW}; group 128 with a ragged last group; "
-        f"base {base:.3f}; on {args.device}, {args.threads} threads, {args.jobs} at a time; "
-        "± is the standard error over windows; user CPU seconds include each tool's imports; "
-        "GPTQModel and llm-compressor compute in bf16, as halfbyte does by itself; AutoRound with "
-        f"its default of {AUTOROUND_STEPS} iterations",
+        note=describe(args, samples, windows, base),
         data={
             "runs": runs,
             "peers": {name: PEERS[name].package for name in args.peers.split(",") if name},
@@ -312,6 +305,21 @@ def report(
                 for name, by_kind in results.items()
             },
         },
+    )
+
+
+def describe(args: argparse.Namespace, samples: int, windows: int, base: float) -> str:
+    """Say what a reader must know beside the table."""
+    names = (args.text, "built-in prose"), (args.test, "the held-out built-in prose")
+    text, test = (path.name if path else other for path, other in names)
+    return (
+        f"{args.bits} bits, symmetric, {samples} x {args.length} calibration tokens of {text}, or "
+        f"of the built-in mix where that is said; {windows} windows of {WINDOW} tokens of {test} "
+        "(the same kind as the calibration, which flatters all but the mix), the other kinds in "
+        f"windows of {OTHER_WINDOW}; group 128 with a ragged last group; base {base:.3f}; on "
+        f"{args.device}, {args.threads} threads, {args.jobs} at a time; ± is the standard error "
+        "over windows; user CPU seconds include each tool's imports; all tools compute in bf16; "
+        f"AutoRound with its default of {AUTOROUND_STEPS} iterations"
     )
 
 
