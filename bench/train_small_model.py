@@ -1,12 +1,12 @@
 """Train a small model whose weights never lay on a grid: does an order of methods hold there too?
 
-    python bench/train_small_model.py OUT [--steps 1000] [--device cuda]
+    python bench/train_small_model.py FOLDER [--steps 1000] [--device cuda]
 
 The sample model's weights come out of a 4-bit file; this one's do not. A Llama of 16 million
 parameters, trained on the sources of Python's standard library as they ship with the interpreter;
-every tenth file is kept apart: OUT/held-out.txt, and OUT/calibration.txt from the others. Then:
+every tenth file is kept apart in FOLDER/held-out.txt, FOLDER/calibration.txt is from the others:
 
-    python bench/measure_quality.py OUT --text OUT/calibration.txt --test OUT/held-out.txt \
+    python bench/measure_quality.py FOLDER --text FOLDER/calibration.txt --test FOLDER/held-out.txt \
         --name quality-second-model
 """
 
