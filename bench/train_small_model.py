@@ -6,8 +6,8 @@ The sample model's weights come out of a 4-bit file; this one's do not. A Llama 
 parameters, trained on the sources of Python's standard library as they ship with the interpreter;
 every tenth file is kept apart in FOLDER/held-out.txt, FOLDER/calibration.txt is from the others:
 
-    python bench/measure_quality.py FOLDER --text FOLDER/calibration.txt --test FOLDER/held-out.txt \
-        --name quality-second-model
+    python bench/measure_quality.py FOLDER --text FOLDER/calibration.txt \
+        --test FOLDER/held-out.txt --name quality-second-model
 """
 
 from __future__ import annotations
