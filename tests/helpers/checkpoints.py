@@ -43,24 +43,24 @@ class Recipe:
     """Where the quantization config goes."""
 
 
+TINY_SIZES: Mapping[str, int] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
 def tiny_llama_config(**changes: Any) -> PretrainedConfig:
     from transformers import LlamaConfig
 
-    return LlamaConfig(
-        **{
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "vocab_size": 128,
-            "max_position_embeddings": 64,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 0,
-            **changes,
-        }
-    )
+    return LlamaConfig(**{**TINY_SIZES, **changes})
 
 
 def build_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.helpers.checkpoints import Recipe, tiny_llama_config, write_checkpoint
+from tests.helpers.checkpoints import TINY_SIZES, Recipe, tiny_llama_config, write_checkpoint
 from transformers import Qwen2Config, Qwen3Config
 
 import halfbyte
@@ -19,24 +19,12 @@ pytestmark = [
     pytest.mark.skipif(LIBRARY.functions is None, reason=str(LIBRARY.obstacle)),
 ]
 ISAS = [] if LIBRARY.functions is None else LIBRARY.functions.hb_isas().decode().split(",")
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 128,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
 CONFIGS = {
     "llama": (tiny_llama_config(), Recipe()),
     "act-order": (tiny_llama_config(), Recipe(act_order=True, symmetric=False)),
     "8 bits": (tiny_llama_config(), Recipe(bits=8)),
-    "biases": (Qwen2Config(**SIZES), Recipe(symmetric=False)),
-    "norms of heads": (Qwen3Config(**SIZES, head_dim=32), Recipe()),
+    "biases": (Qwen2Config(**TINY_SIZES), Recipe(symmetric=False)),
+    "norms of heads": (Qwen3Config(**TINY_SIZES, head_dim=32), Recipe()),
     "all heads": (tiny_llama_config(num_key_value_heads=4), Recipe()),
 }
 
