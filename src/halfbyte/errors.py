@@ -11,6 +11,7 @@
     ├── JournalError           the work to resume belongs to another run
     ├── VerificationError      what was written does not compute what was measured
     ├── StoreError             a version is unknown, damaged, or not to be promoted
+    ├── ServeError             a request cannot be served; carries the HTTP status
     ├── KernelUnavailable      no kernel fits, or the forced one does not
     └── MissingExtraError      an optional part of halfbyte is not installed (also ImportError)
 
@@ -55,6 +56,37 @@ class VerificationError(HalfbyteError):
 
 class StoreError(HalfbyteError):
     """A store of versions is damaged, or does not hold or allow what was asked; names it."""
+
+
+class ServeError(HalfbyteError):
+    """A request cannot be served: what OpenAI's clients get as ``{"error": {…}}``."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        kind: str = "invalid_request_error",
+        code: str | None = None,
+        param: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        """Keep what the client is told.
+
+        Args:
+            message: What was found, what is allowed, what to do.
+            status: HTTP status.
+            kind: OpenAI's ``type``.
+            code: OpenAI's ``code``, such as ``context_length_exceeded``; None where there is none.
+            param: The request's field at fault; None where there is none.
+            retry_after: Seconds after which it may work; None where it never will.
+        """
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+        self.code = code
+        self.param = param
+        self.retry_after = retry_after
 
 
 class KernelUnavailable(HalfbyteError):
