@@ -100,13 +100,13 @@ def mixed_requests(count: int, *, seed: int = 0, longest: int = 40, **settings: 
 
 
 def generate_greedily(model: Any, request: TokenRequest) -> list[int]:
-    """What Transformers' own generate() gives."""
+    """What Transformers' own generate() gives, past ends of text as well."""
+    model.generation_config.eos_token_id = None
     ids = torch.tensor([request.prompt])
     found = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=request.max_new_tokens,
-        min_new_tokens=request.max_new_tokens,
         do_sample=False,
     )
     return found[0, len(request.prompt) :].tolist()

@@ -103,7 +103,7 @@ class EmbeddedEngine:
         self._in_step: list[Job] = []
         self._tokens_per_second = 0.0
         self._load = self._measure_load()
-        self._worker = threading.Thread(target=self._work, name="halfbyte-engine", daemon=True)
+        self._worker = threading.Thread(target=self._run, name="halfbyte-engine", daemon=True)
         self._worker.start()
 
     @property
@@ -249,6 +249,10 @@ class EmbeddedEngine:
 
     # What follows runs on the worker.
 
+    def _run(self) -> None:
+        with torch.inference_mode():
+            self._work()
+
     def _work(self) -> None:
         while True:
             with self._changed:
@@ -264,9 +268,9 @@ class EmbeddedEngine:
             except Exception:
                 log.exception("A step of the engine failed; it goes on with what it was doing")
                 self._recover()
-            self._let_leave()
             self._load = self._measure_load()
             self._post()
+            self._let_leave()
 
     def _take(self, job: Job, address: _Address) -> None:
         self._addresses[job] = address

@@ -68,6 +68,8 @@ class TransformersRunner:
         model.set_attn_implementation(ATTENTION)
         self._active: str | None = None
         self._adapters: set[str] = set()
+        self._wrapped: Any = None
+        """By PEFT, once there was an adapter."""
         self._check(tokens[0].tolist(), expected)
 
     @property
@@ -122,38 +124,40 @@ class TransformersRunner:
                     code="invalid_adapter",
                 )
         try:
-            self.model.load_adapter(folder, adapter_name=name)
+            from peft import PeftModel
         except ImportError as error:
             missing = require_extra("peft", "finetune", f"Loading the adapter {name}")
             raise missing from error
+        try:
+            if self._wrapped is None:
+                # Its layers go into our model, which stays the one that is run.
+                self._wrapped = PeftModel.from_pretrained(self.model, folder, adapter_name=name)
+            else:
+                self._wrapped.load_adapter(folder, adapter_name=name)
         except (ValueError, RuntimeError, KeyError, TypeError, OSError) as error:
-            self._remove(name)
             raise ServeError(
                 f"Cannot load {name}: it does not fit this model: {error}", code="invalid_adapter"
             ) from error
         self._adapters.add(name)
         self.model.eval()
-        self.model.disable_adapters()
-        self._active = None
+        self._active = name
+        self._switch(None)
 
     def unload_adapter(self, name: str) -> None:
         """Take an adapter away."""
         self._switch(None)
-        self._remove(name)
+        self._wrapped.delete_adapter(name)
         self._adapters.discard(name)
-
-    def _remove(self, name: str) -> None:
-        if getattr(self.model, "peft_config", None) and name in self.model.peft_config:
-            self.model.delete_adapter(name)
 
     def _switch(self, adapter: str | None) -> None:
         if adapter == self._active:
             return
+        layers = self._wrapped.base_model
         if adapter is None:
-            self.model.disable_adapters()
+            layers.disable_adapter_layers()
         else:
-            self.model.enable_adapters()
-            self.model.set_adapter(adapter)
+            layers.enable_adapter_layers()
+            self._wrapped.set_adapter(adapter)
         self._active = adapter
 
     def _run_alike(self, pieces: Sequence[Piece]) -> list[Tensor]:
