@@ -130,35 +130,30 @@ bool borrow_work(const hb_decoder& d, int64_t rows, Work* work) {
   return true;
 }
 
-// Each query head of each row over its own sequence's cache.
+// Every row over its own sequence's cache, the heads that share keys and values together.
 bool attend_all(const hb_decoder& d, const Isa& isa, const hb_block& b, const hb_rows& rows,
                 const Work& work, int threads) {
   const int shared = d.heads / d.kv_heads, each = d.dtype == HB_FLOAT32 ? 4 : 2;
   const int64_t head_stride = d.page_tokens * d.head_dim;
   std::atomic<bool> failed{false};
-  parallel_for(rows.rows * d.heads, threads, [&](int64_t first, int64_t last) {
-    int64_t longest = 0;
+  parallel_for(rows.rows * d.kv_heads, threads, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; i++) {
-      const int64_t length = rows.positions[i / d.heads] + 1;
-      if (length > longest) longest = length;
-    }
-    float* scores = borrow_scores((longest + 2 * LANES) / LANES * LANES);
-    if (!scores) failed = true;
-    for (int64_t i = first; scores && i < last; i++) {
-      const int64_t row = i / d.heads, head = i % d.heads;
-      const int64_t at = head / shared * head_stride * each;
-      const Attention a = {work.q + i * d.head_dim,
+      const int64_t row = i / d.kv_heads, at = i % d.kv_heads * head_stride * each;
+      const Attention a = {work.q + i * shared * d.head_dim,
                            static_cast<char*>(b.keys) + at,
                            static_cast<char*>(b.values) + at,
                            rows.tables + rows.starts[row],
                            d.page_tokens,
                            d.kv_heads * head_stride,
-                           work.attended + i * d.head_dim,
+                           work.attended + i * shared * d.head_dim,
                            rows.positions[row] + 1,
+                           shared,
                            d.head_dim,
                            d.dtype,
                            d.scale};
-      isa.attend(a, scores);
+      float* scratch = borrow_scores(a.scratch());
+      if (scratch) isa.attend(a, scratch);
+      else failed = true;
     }
   });
   return !failed;
@@ -229,8 +224,7 @@ extern "C" int hb_decode(const hb_decoder* decoder, const hb_rows* rows, int thr
   for (int64_t r = 0; r < rows->rows; r++) {
     const int64_t position = rows->positions[r];
     if (position < 0 || position >= d.capacity) return HB_BAD_ARGUMENT;
-    // Kernels take two positions at a time.
-    if (d.page_tokens % 2 && position >= d.page_tokens) return HB_BAD_ARGUMENT;
+    if (d.page_tokens % LANES && position >= d.page_tokens) return HB_BAD_ARGUMENT;
     const int32_t* table = rows->tables + rows->starts[r];
     for (int64_t i = 0; i <= position / d.page_tokens; i++) {
       if (table[i] < 0 || table[i] >= d.pages) return HB_BAD_ARGUMENT;

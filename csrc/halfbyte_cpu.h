@@ -90,7 +90,7 @@ typedef struct {
   int32_t blocks, hidden, heads, kv_heads, head_dim, rotary_dim, intermediate;
   int32_t dtype;                 // of the cache: float32 or bfloat16
   int64_t pages;                 // that the cache has
-  int64_t page_tokens;           // positions to a page; even, unless a sequence has one page only
+  int64_t page_tokens;           // positions to a page: a multiple of 16, or all are on one page
   int64_t capacity;              // positions that there are angles for
   float epsilon, scale;          // of the norms; of the attention scores
   const float *cosines, *sines;  // [capacity][rotary_dim]
