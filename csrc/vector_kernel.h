@@ -320,21 +320,22 @@ inline void prefetch(const char* from, int64_t bytes) {
 // sums run in the same order wherever the pages are.
 template <bool HALF, class F>
 inline void walk_strips(const Attention& a, const void* cache, float* numbers, const F& use) {
+  const int64_t width = a.width;
   for (int64_t start = 0, page = 0; start < a.length; start += a.page_tokens, page++) {
     const int64_t from = a.table[page] * a.page_stride;
     const int64_t end = start + a.page_tokens < a.length ? start + a.page_tokens : a.length;
     for (int64_t t = start; t < end; t += VECTOR) {
       const int count = int(end - t < VECTOR ? end - t : VECTOR);
-      const int64_t at = from + (t - start) * a.width;
+      const int64_t at = from + (t - start) * width;
       // Pages lie anywhere; the processor foresees no step from one to the next.
       if (t + VECTOR < a.length) {
         const int64_t next =
-            t + VECTOR < end ? at + VECTOR * a.width : a.table[page + 1] * a.page_stride;
+            t + VECTOR < end ? at + VECTOR * width : a.table[page + 1] * a.page_stride;
         prefetch(static_cast<const char*>(cache) + next * (HALF ? 2 : 4),
-                 VECTOR * a.width * (HALF ? 2 : 4));
+                 VECTOR * width * (HALF ? 2 : 4));
       }
       if (HALF) {
-        for (int i = 0; i < count * a.width; i += VECTOR) {
+        for (int64_t i = 0, all = count * width; i < all; i += VECTOR) {
           store(numbers + i, load_numbers<HALF>(cache, at + i));
         }
         use(t, numbers, count);
@@ -360,21 +361,57 @@ inline float find_largest(const float* scores, int64_t length) {
   return found;
 }
 
+// parts[j] = query times key j, lane by lane, WIDE vectors side by side; `first`: nothing is added to.
+template <int WIDE>
+inline void multiply_keys(const float* query, const float* keys, int64_t width, int count,
+                          bool first, Floats (&parts)[VECTOR]) {
+  Floats own[WIDE];
+  for (int w = 0; w < WIDE; w++) own[w] = load<Floats>(query + w * VECTOR);
+  for (int j = 0; j < count; j++) {
+    Floats sum = own[0] * load<Floats>(keys + j * width);
+#pragma GCC unroll 4
+    for (int w = 1; w < WIDE; w++) sum += own[w] * load<Floats>(keys + j * width + w * VECTOR);
+    parts[j] = first ? sum : parts[j] + sum;
+  }
+}
+
+// out += the sum of `count` values, each times its share, WIDE vectors side by side.
+template <int WIDE>
+inline void add_values(const float* shares, const float* values, int64_t width, int count,
+                       float* out) {
+  Floats sums[2][WIDE] = {};
+  for (int j = 0; j < count; j += 2) {
+    const float* one = values + j * width;
+    // Beyond the text: nothing, of the same value.
+    const float* other = j + 1 < count ? one + width : one;
+    const float share = j + 1 < count ? shares[j + 1] : 0.0f;
+#pragma GCC unroll 4
+    for (int w = 0; w < WIDE; w++) {
+      sums[0][w] += shares[j] * load<Floats>(one + w * VECTOR);
+      sums[1][w] += share * load<Floats>(other + w * VECTOR);
+    }
+  }
+  for (int w = 0; w < WIDE; w++) {
+    store(out + w * VECTOR, load<Floats>(out + w * VECTOR) + (sums[0][w] + sums[1][w]));
+  }
+}
+
 template <bool HALF>
 void attend_to(const Attention& a, float* scratch) {
-  const int64_t stride = a.scores_stride();
+  const int64_t stride = a.scores_stride(), width = a.width;
   float* numbers = scratch + a.heads * stride;
   walk_strips<HALF>(a, a.keys, numbers, [&](int64_t t, const float* keys, int count) {
     for (int head = 0; head < a.heads; head++) {
-      const float* query = a.query + head * a.width;
-      Floats parts[VECTOR] = {};
-      for (int j = 0; j < count; j++) {
-        Floats sum = {};
-        for (int i = 0; i < a.width; i += VECTOR) {
-          sum += load<Floats>(query + i) * load<Floats>(keys + j * a.width + i);
-        }
-        parts[j] = sum;
+      const float* query = a.query + head * width;
+      Floats parts[VECTOR];
+      int64_t i = 0;
+      for (; i + 4 * VECTOR <= width; i += 4 * VECTOR) {
+        multiply_keys<4>(query + i, keys + i, width, count, i == 0, parts);
       }
+      for (; i < width; i += VECTOR) {
+        multiply_keys<1>(query + i, keys + i, width, count, i == 0, parts);
+      }
+      for (int j = count; j < VECTOR; j++) parts[j] = Floats{};
       store(scratch + head * stride + t, add_each(parts) * a.scale);
     }
   });
@@ -394,19 +431,12 @@ void attend_to(const Attention& a, float* scratch) {
   walk_strips<HALF>(a, a.values, numbers, [&](int64_t t, const float* values, int count) {
     for (int head = 0; head < a.heads; head++) {
       const float* shares = scratch + head * stride + t;
-      for (int i = 0; i < a.width; i += LANES) {
-        // Four sums that wait for nothing but themselves, however wide a vector is.
-        Floats sums[2][PARTS] = {};
-        for (int j = 0; j < count; j++) {
-          for (int p = 0; p < PARTS; p++) {
-            sums[j % 2][p] += shares[j] * load<Floats>(values + j * a.width + i + p * VECTOR);
-          }
-        }
-        for (int p = 0; p < PARTS; p++) {
-          float* out = a.out + head * a.width + i + p * VECTOR;
-          store(out, load<Floats>(out) + (sums[0][p] + sums[1][p]));
-        }
+      float* out = a.out + head * width;
+      int64_t i = 0;
+      for (; i + 4 * VECTOR <= width; i += 4 * VECTOR) {
+        add_values<4>(shares, values + i, width, count, out + i);
       }
+      for (; i < width; i += VECTOR) add_values<1>(shares, values + i, width, count, out + i);
     }
   });
   for (int head = 0; head < a.heads; head++) {

@@ -25,6 +25,9 @@ class Piece:
     """Of the whole sequence, in the order of its positions."""
     logits: int
     """Of so many of the last tokens they are wanted; 0: of none."""
+    is_prompt: bool
+    """Whether they are the prompt's: a token is always run the same way, however a prompt was cut
+    and whatever failed in between."""
     adapter: str | None = None
 
 
