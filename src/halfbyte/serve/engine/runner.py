@@ -154,11 +154,3 @@ def sample_layers(model: PreTrainedModel) -> list[tuple[Tensor, Tensor]]:
             "Serve it with --engine vllm."
         )
     return found
-
-
-def weight_bytes(model: torch.nn.Module) -> int:
-    """Count the bytes of a model's tensors, shared ones once."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum(
-        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
-    )
