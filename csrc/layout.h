@@ -68,15 +68,32 @@ struct Target {
   int64_t stride;
 };
 
-// One query head of a decode step.
+// out[m, n] = weight[n, :] . x[m, :]; an instruction set computes channels [first, last) of it.
+struct Dense {
+  const void* weight;  // [out][columns]
+  int dtype;
+  const float* x;  // [rows][columns]
+  int64_t rows, columns;
+  float* out;  // [rows][stride]
+  int64_t stride;
+};
+
+// The query heads of one row that share a head of keys and values.
 struct Attention {
-  const float* query;  // [width]
-  const void* keys;    // [length][width], float32 or bfloat16
+  const float* query;  // [heads][width]
+  const void* keys;    // page p: [page_tokens][width] at p * page_stride, float32 or bfloat16
   const void* values;
-  float* out;  // [width]
+  const int32_t* table;              // pages in the order of their positions
+  int64_t page_tokens, page_stride;  // page_tokens: a multiple of 16, or all are on one page
+  float* out;                        // [heads][width]
   int64_t length;
-  int width, dtype;
+  int heads, width, dtype;
   float scale;
+
+  // Of one head's scores, with room for a whole vector after the last.
+  int64_t scores_stride() const { return (length + 2 * LANES) / LANES * LANES; }
+  // Numbers that a kernel wants to write to: all scores, and 16 positions as float32.
+  int64_t scratch() const { return heads * scores_stride() + LANES * width; }
 };
 
 // What one instruction set offers.
@@ -86,11 +103,9 @@ struct Isa {
   void (*multiply)(const Packed&, const Rows&, const Target&, int64_t first, int64_t last);
   // Block b as numbers, into out[k * stride + lane].
   void (*dequantize)(const Packed&, int64_t block, int dtype, void* out, int64_t stride);
-  // out[n] = weight[n, :] . x for rows [first, last) of a dense [out, in].
-  void (*multiply_dense)(const void* weight, int dtype, const float* x, int64_t columns,
-                         int64_t first, int64_t last, float* out);
-  // Widths and counts are multiples of 16; `scores` holds length + 16 numbers.
-  void (*attend)(const Attention&, float* scores);
+  void (*multiply_dense)(const Dense&, int64_t first, int64_t last);
+  // Widths and counts are multiples of 16.
+  void (*attend)(const Attention&, float* scratch);
   void (*gate_silu)(float* gate, const float* up, int64_t count);
   // As `multiply`, from bf16 tiles; null where there are no matrix units.
   void (*multiply_tiles)(const Packed&, const Rows&, const Target&, int64_t first, int64_t last);

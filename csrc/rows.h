@@ -8,18 +8,22 @@ namespace halfbyte {
 // where there is no memory. The next call of the same thread may move it.
 float* borrow(int64_t floats);
 
+// The same for the scores of an attention head, on whichever thread computes it.
+float* borrow_scores(int64_t floats);
+
 // Floats that ready_rows needs.
 int64_t scratch_floats(const Packed& w, int64_t rows);
 
-// x: [rows, in] of `dtype`.
+// x: [rows, in] of `dtype`; used where it is if it is ready already.
 Rows ready_rows(const Packed& w, int dtype, const void* x, int64_t rows, float* scratch);
 
 // Where a matrix unit's file keeps a stripe of weights as numbers: aligned, kept by each thread.
 uint16_t* borrow_stripe(int64_t halves);
 
-// bf16 rows for matrix units, into tile_halves numbers.
+// bf16 rows for matrix units, into tile_halves numbers. `few`: the way for few rows may be taken,
+// whose results differ in the last bits.
 int64_t tile_halves(const Packed& w, int64_t rows);
 Rows ready_tiles(const Packed& w, const uint16_t* x, int64_t rows, uint16_t* tiles, float* sums,
-                 int threads);
+                 bool few, int threads);
 
 }  // namespace halfbyte

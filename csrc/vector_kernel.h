@@ -32,6 +32,14 @@ inline void store(void* to, V value) {
   __builtin_memcpy(to, &value, sizeof(V));
 }
 
+inline Words widen(Halves halves) {
+#ifdef HAS_DECODE
+  return (Words)_mm512_cvtepu16_epi32((__m256i)halves);  // compilers split the general form in two
+#else
+  return __builtin_convertvector(halves, Words);
+#endif
+}
+
 // Codes in the low bits of each lane, whatever lies above, as numbers less the middle code.
 template <int BITS>
 inline Floats number(Words words) {
@@ -59,7 +67,7 @@ inline Words shift_down(const Words (&words)[WORDS], int j) {
 
 inline Floats load_scales(const Packed& w, int64_t at) {
   if (w.scale_dtype == HB_FLOAT32) return load<Floats>(w.scales + 4 * at);
-  const Words halves = __builtin_convertvector(load<Halves>(w.scales + 2 * at), Words);
+  const Words halves = widen(load<Halves>(w.scales + 2 * at));
   if (w.scale_dtype == HB_BFLOAT16) return (Floats)(halves << 16);
   // Finite float16; the exponent is rebiased by a product, which also serves subnormals.
   const Floats size = (Floats)((halves & 0x7FFF) << 13) * from_bits(0x77800000);
@@ -72,53 +80,65 @@ inline Floats load_offsets(const Packed& w, int64_t at) {
   return float(1 << (w.bits - 1)) - __builtin_convertvector(zeros, Floats);
 }
 
-template <int BITS, int ROWS>
+template <int BITS, int ROWS, int BLOCKS>
 void multiply_block(const Packed& w, const Rows& rows, const Target& target, int64_t row,
                     int64_t block) {
   constexpr int RUN = BITS == 3 ? 32 : 32 / BITS, WORDS = BITS == 3 ? 3 : 1;
-  // Enough independent sums to hide the latency of a multiply-add.
-  constexpr int CHAINS = ROWS * PARTS >= 4 ? 1 : 4 / (ROWS * PARTS);
+  // The same for any number of rows: so a row's result does not depend on its neighbours. Where it
+  // takes more to hide the latency of a multiply-add, that comes from blocks side by side.
+  constexpr int CHAINS = PARTS >= 2 ? 1 : 2;
   const int64_t columns = w.in_features;
   const uint32_t* codes = w.codes + block * w.block_words;
   const float* x = rows.x + row * columns;
-  Floats sums[ROWS][PARTS] = {};
+  // Blocks side by side: the same place in the next ones, unless that is far.
+  const int64_t next = BLOCKS * w.block_words;
+  const int64_t ahead = BLOCKS > 1 && next <= 4 * PREFETCH_WORDS ? next : PREFETCH_WORDS / BLOCKS;
+  Floats sums[BLOCKS][ROWS][PARTS] = {};
   for (int64_t g = 0, k = 0; g < w.groups; g++) {
     const int64_t end = k + w.group_size < columns ? k + w.group_size : columns;
-    Floats part[CHAINS][ROWS][PARTS] = {};
+    Floats part[CHAINS][BLOCKS][ROWS][PARTS] = {};
     for (; k < end; k += RUN, codes += WORDS * LANES) {
-      __builtin_prefetch(codes + PREFETCH_WORDS);
+#pragma GCC unroll 2
+      for (int b = 0; b < BLOCKS; b++) {
+        const uint32_t* from = codes + b * w.block_words;
+        __builtin_prefetch(from + ahead);
 #pragma GCC unroll 4
-      for (int p = 0; p < PARTS; p++) {
-        Words words[WORDS];
+        for (int p = 0; p < PARTS; p++) {
+          Words words[WORDS];
 #pragma GCC unroll 3
-        for (int i = 0; i < WORDS; i++) words[i] = load<Words>(codes + i * LANES + p * VECTOR);
+          for (int i = 0; i < WORDS; i++) words[i] = load<Words>(from + i * LANES + p * VECTOR);
 #pragma GCC unroll 32
-        for (int j = 0; j < RUN; j++) {
-          const Floats weights = number<BITS>(shift_down<BITS, WORDS>(words, j));
+          for (int j = 0; j < RUN; j++) {
+            const Floats weights = number<BITS>(shift_down<BITS, WORDS>(words, j));
 #pragma GCC unroll 8
-          for (int m = 0; m < ROWS; m++) {
-            part[j % CHAINS][m][p] += weights * x[m * columns + k + j];
+            for (int m = 0; m < ROWS; m++) {
+              part[j % CHAINS][b][m][p] += weights * x[m * columns + k + j];
+            }
           }
         }
       }
     }
-    for (int p = 0; p < PARTS; p++) {
-      const int64_t at = (block * w.groups + g) * LANES + p * VECTOR;
-      const Floats scale = load_scales(w, at);
-      const Floats offset = w.symmetric ? Floats{} : load_offsets(w, at);
+    for (int b = 0; b < BLOCKS; b++) {
+      for (int p = 0; p < PARTS; p++) {
+        const int64_t at = ((block + b) * w.groups + g) * LANES + p * VECTOR;
+        const Floats scale = load_scales(w, at);
+        const Floats offset = w.symmetric ? Floats{} : load_offsets(w, at);
 #pragma GCC unroll 8
-      for (int m = 0; m < ROWS; m++) {
-        Floats sum = part[0][m][p];
-        for (int c = 1; c < CHAINS; c++) sum += part[c][m][p];
-        if (!w.symmetric) sum += offset * rows.sums[(row + m) * w.groups + g];
-        sums[m][p] += scale * sum;
+        for (int m = 0; m < ROWS; m++) {
+          Floats sum = part[0][b][m][p];
+          for (int c = 1; c < CHAINS; c++) sum += part[c][b][m][p];
+          if (!w.symmetric) sum += offset * rows.sums[(row + m) * w.groups + g];
+          sums[b][m][p] += scale * sum;
+        }
       }
     }
   }
-  for (int m = 0; m < ROWS; m++) {
-    float out[LANES];
-    for (int p = 0; p < PARTS; p++) store(out + p * VECTOR, sums[m][p]);
-    store_block(w, target, row + m, block, out);
+  for (int b = 0; b < BLOCKS; b++) {
+    for (int m = 0; m < ROWS; m++) {
+      float out[LANES];
+      for (int p = 0; p < PARTS; p++) store(out + p * VECTOR, sums[b][m][p]);
+      store_block(w, target, row + m, block + b, out);
+    }
   }
 }
 
@@ -126,14 +146,18 @@ void multiply_block(const Packed& w, const Rows& rows, const Target& target, int
 template <int BITS>
 void multiply_bits(const Packed& w, const Rows& rows, const Target& target, int64_t first,
                    int64_t last) {
-  for (int64_t block = first; block < last; block++) {
+  int64_t block = first;
+  if (rows.rows == 1 && PARTS == 2) {
+    for (; block + 2 <= last; block += 2) multiply_block<BITS, 1, 2>(w, rows, target, 0, block);
+  }
+  for (; block < last; block++) {
     int64_t m = 0;
 #if MAX_SHARED_ROWS >= 8
-    for (; m + 8 <= rows.rows; m += 8) multiply_block<BITS, 8>(w, rows, target, m, block);
+    for (; m + 8 <= rows.rows; m += 8) multiply_block<BITS, 8, 1>(w, rows, target, m, block);
 #endif
-    for (; m + 4 <= rows.rows; m += 4) multiply_block<BITS, 4>(w, rows, target, m, block);
-    for (; m + 2 <= rows.rows; m += 2) multiply_block<BITS, 2>(w, rows, target, m, block);
-    for (; m < rows.rows; m++) multiply_block<BITS, 1>(w, rows, target, m, block);
+    for (; m + 4 <= rows.rows; m += 4) multiply_block<BITS, 4, 1>(w, rows, target, m, block);
+    for (; m + 2 <= rows.rows; m += 2) multiply_block<BITS, 2, 1>(w, rows, target, m, block);
+    for (; m < rows.rows; m++) multiply_block<BITS, 1, 1>(w, rows, target, m, block);
   }
 }
 
@@ -216,73 +240,229 @@ inline float add_lanes(Floats value) {
 template <bool HALF>
 inline Floats load_numbers(const void* from, int64_t at) {
   if (!HALF) return load<Floats>(static_cast<const float*>(from) + at);
-  const Halves halves = load<Halves>(static_cast<const uint16_t*>(from) + at);
-  return (Floats)(__builtin_convertvector(halves, Words) << 16);
+  return (Floats)(widen(load<Halves>(static_cast<const uint16_t*>(from) + at)) << 16);
 }
 
-template <bool HALF>
-void multiply_dense_rows(const void* weight, const float* x, int64_t columns, int64_t first,
-                         int64_t last, float* out) {
-  const int64_t whole = columns / (4 * VECTOR) * (4 * VECTOR);
-  for (int64_t n = first; n < last; n++) {
-    Floats sums[4] = {};
-    const int64_t row = n * columns;
-    for (int64_t k = 0; k < whole; k += 4 * VECTOR) {
-      __builtin_prefetch(static_cast<const char*>(weight) + (row + k) * (HALF ? 2 : 4) + 2048);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; i++) {
-        const int64_t at = k + i * VECTOR;
-        sums[i] += load_numbers<HALF>(weight, row + at) * load<Floats>(x + at);
+// Each row's sums run in the same order however many rows share the weights: so a row's result does
+// not depend on its neighbours.
+template <bool HALF, int ROWS>
+void multiply_dense_rows(const Dense& d, int64_t row, int64_t n) {
+  constexpr int CHAINS = 2;
+  const int64_t columns = d.columns, whole = columns / (CHAINS * VECTOR) * (CHAINS * VECTOR);
+  const int64_t at = n * columns;
+  const float* x = d.x + row * columns;
+  Floats sums[ROWS][CHAINS] = {};
+  for (int64_t k = 0; k < whole; k += CHAINS * VECTOR) {
+    __builtin_prefetch(static_cast<const char*>(d.weight) + (at + k) * (HALF ? 2 : 4) + 2048);
+#pragma GCC unroll 2
+    for (int i = 0; i < CHAINS; i++) {
+      const Floats weights = load_numbers<HALF>(d.weight, at + k + i * VECTOR);
+#pragma GCC unroll 8
+      for (int m = 0; m < ROWS; m++) {
+        sums[m][i] += weights * load<Floats>(x + m * columns + k + i * VECTOR);
       }
     }
-    float sum = add_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  }
+  for (int m = 0; m < ROWS; m++) {
+    float sum = add_lanes(sums[m][0] + sums[m][1]);
     for (int64_t k = whole; k < columns; k++) {
-      sum += load_number(weight, row + k, HALF ? HB_BFLOAT16 : HB_FLOAT32) * x[k];
+      sum += load_number(d.weight, at + k, HALF ? HB_BFLOAT16 : HB_FLOAT32) * x[m * columns + k];
     }
-    out[n] = sum;
+    d.out[(row + m) * d.stride + n] = sum;
   }
 }
 
-void multiply_dense(const void* weight, int dtype, const float* x, int64_t columns, int64_t first,
-                    int64_t last, float* out) {
-  const auto rows = dtype == HB_BFLOAT16 ? multiply_dense_rows<true> : multiply_dense_rows<false>;
-  rows(weight, x, columns, first, last, out);
-}
-
-// `scores` has room for `length` numbers and a vector.
 template <bool HALF>
-void attend_to(const Attention& a, float* scores) {
-  float largest = -3e38f;
-  for (int64_t t = 0; t < a.length; t++) {
-    Floats sum = {};
-    for (int i = 0; i < a.width; i += VECTOR) {
-      sum += load<Floats>(a.query + i) * load_numbers<HALF>(a.keys, t * a.width + i);
-    }
-    scores[t] = add_lanes(sum) * a.scale;
-    if (!(scores[t] <= largest)) largest = scores[t];  // also where it is not a number
-  }
-  Floats total = {};
-  for (int i = 0; i < VECTOR; i++) scores[a.length + i] = -3e38f;
-  for (int64_t t = 0; t < a.length; t += VECTOR) {
-    const Floats share = exp_of_negative(load<Floats>(scores + t) - largest);
-    store(scores + t, share);
-    total += share;
-  }
-  const float each = 1.0f / add_lanes(total);
-  for (int i = 0; i < a.width; i += VECTOR) {
-    Floats sum = {}, other = {};
-    int64_t t = 0;
-    for (; t + 2 <= a.length; t += 2) {
-      sum += scores[t] * load_numbers<HALF>(a.values, t * a.width + i);
-      other += scores[t + 1] * load_numbers<HALF>(a.values, (t + 1) * a.width + i);
-    }
-    if (t < a.length) sum += scores[t] * load_numbers<HALF>(a.values, t * a.width + i);
-    store(a.out + i, (sum + other) * each);
+void multiply_dense_all(const Dense& d, int64_t first, int64_t last) {
+  for (int64_t n = first; n < last; n++) {
+    int64_t m = 0;
+#if MAX_SHARED_ROWS >= 8
+    for (; m + 8 <= d.rows; m += 8) multiply_dense_rows<HALF, 8>(d, m, n);
+#endif
+    for (; m + 4 <= d.rows; m += 4) multiply_dense_rows<HALF, 4>(d, m, n);
+    for (; m + 2 <= d.rows; m += 2) multiply_dense_rows<HALF, 2>(d, m, n);
+    for (; m < d.rows; m++) multiply_dense_rows<HALF, 1>(d, m, n);
   }
 }
 
-void attend(const Attention& a, float* scores) {
-  return a.dtype == HB_BFLOAT16 ? attend_to<true>(a, scores) : attend_to<false>(a, scores);
+void multiply_dense(const Dense& d, int64_t first, int64_t last) {
+  const auto multiply = d.dtype == HB_BFLOAT16 ? multiply_dense_all<true> : multiply_dense_all<false>;
+  multiply(d, first, last);
+}
+
+template <int... LANE>
+struct LaneList {};
+
+#if VECTOR >= 16
+typedef LaneList<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15> AllLanes;
+#elif VECTOR >= 8
+typedef LaneList<0, 1, 2, 3, 4, 5, 6, 7> AllLanes;
+#else
+typedef LaneList<0, 1, 2, 3> AllLanes;
+#endif
+
+// Of a and b side by side in blocks of HALF lanes: where a lane's first summand is.
+template <int HALF>
+constexpr int fold_from(int lane) {
+  const int block = lane / (2 * HALF) * (2 * HALF), place = lane % (2 * HALF);
+  return place < HALF ? block + place : VECTOR + block + place - HALF;
+}
+
+template <int HALF, int... LANE>
+inline Floats fold(Floats a, Floats b, LaneList<LANE...>) {
+  return __builtin_shufflevector(a, b, fold_from<HALF>(LANE)...) +
+         __builtin_shufflevector(a, b, (fold_from<HALF>(LANE) + HALF)...);
+}
+
+// Lane j of the result is the sum of all lanes of parts[j], which are overwritten.
+inline Floats add_each(Floats (&parts)[VECTOR]) {
+#if VECTOR >= 16
+  for (int j = 0; j < 8; j++) parts[j] = fold<8>(parts[j], parts[j + 8], AllLanes());
+#endif
+#if VECTOR >= 8
+  for (int j = 0; j < 4; j++) parts[j] = fold<4>(parts[j], parts[j + 4], AllLanes());
+#endif
+  for (int j = 0; j < 2; j++) parts[j] = fold<2>(parts[j], parts[j + 2], AllLanes());
+  return fold<1>(parts[0], parts[1], AllLanes());
+}
+
+inline void prefetch(const char* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
+}
+
+// Calls use(t, numbers, count) for VECTOR positions from t on at a time, fewer at the end of the
+// text: their keys or values [count][width] as float32. Pages are whole numbers of such strips, so
+// sums run in the same order wherever the pages are.
+template <bool HALF, class F>
+inline void walk_strips(const Attention& a, const void* cache, float* numbers, const F& use) {
+  const int64_t width = a.width;
+  for (int64_t start = 0, page = 0; start < a.length; start += a.page_tokens, page++) {
+    const int64_t from = a.table[page] * a.page_stride;
+    const int64_t end = start + a.page_tokens < a.length ? start + a.page_tokens : a.length;
+    for (int64_t t = start; t < end; t += VECTOR) {
+      const int count = int(end - t < VECTOR ? end - t : VECTOR);
+      const int64_t at = from + (t - start) * width;
+      // Pages lie anywhere; the processor foresees no step from one to the next.
+      if (t + VECTOR < a.length) {
+        const int64_t next =
+            t + VECTOR < end ? at + VECTOR * width : a.table[page + 1] * a.page_stride;
+        prefetch(static_cast<const char*>(cache) + next * (HALF ? 2 : 4),
+                 VECTOR * width * (HALF ? 2 : 4));
+      }
+      if (HALF) {
+        for (int64_t i = 0, all = count * width; i < all; i += VECTOR) {
+          store(numbers + i, load_numbers<HALF>(cache, at + i));
+        }
+        use(t, numbers, count);
+      } else {
+        use(t, static_cast<const float*>(cache) + at, count);
+      }
+    }
+  }
+}
+
+// The largest score, or not-a-number where one is none.
+inline float find_largest(const float* scores, int64_t length) {
+  Floats largest = Floats{} - 3e38f;
+  for (int64_t t = 0; t < length; t += VECTOR) {
+    const Floats x = load<Floats>(scores + t);
+    const Ints keep = x <= largest;
+    largest = (Floats)(((Ints)largest & keep) | ((Ints)x & ~keep));
+  }
+  float found = largest[0];
+  for (int i = 1; i < VECTOR; i++) {
+    if (!(largest[i] <= found)) found = largest[i];
+  }
+  return found;
+}
+
+// parts[j] = query times key j, lane by lane, WIDE vectors side by side; `first`: nothing is added to.
+template <int WIDE>
+inline void multiply_keys(const float* query, const float* keys, int64_t width, int count,
+                          bool first, Floats (&parts)[VECTOR]) {
+  Floats own[WIDE];
+  for (int w = 0; w < WIDE; w++) own[w] = load<Floats>(query + w * VECTOR);
+  for (int j = 0; j < count; j++) {
+    Floats sum = own[0] * load<Floats>(keys + j * width);
+#pragma GCC unroll 4
+    for (int w = 1; w < WIDE; w++) sum += own[w] * load<Floats>(keys + j * width + w * VECTOR);
+    parts[j] = first ? sum : parts[j] + sum;
+  }
+}
+
+// out += the sum of `count` values, each times its share, WIDE vectors side by side.
+template <int WIDE>
+inline void add_values(const float* shares, const float* values, int64_t width, int count,
+                       float* out) {
+  Floats sums[2][WIDE] = {};
+  for (int j = 0; j < count; j += 2) {
+    const float* one = values + j * width;
+    // Beyond the text: nothing, of the same value.
+    const float* other = j + 1 < count ? one + width : one;
+    const float share = j + 1 < count ? shares[j + 1] : 0.0f;
+#pragma GCC unroll 4
+    for (int w = 0; w < WIDE; w++) {
+      sums[0][w] += shares[j] * load<Floats>(one + w * VECTOR);
+      sums[1][w] += share * load<Floats>(other + w * VECTOR);
+    }
+  }
+  for (int w = 0; w < WIDE; w++) {
+    store(out + w * VECTOR, load<Floats>(out + w * VECTOR) + (sums[0][w] + sums[1][w]));
+  }
+}
+
+template <bool HALF>
+void attend_to(const Attention& a, float* scratch) {
+  const int64_t stride = a.scores_stride(), width = a.width;
+  float* numbers = scratch + a.heads * stride;
+  walk_strips<HALF>(a, a.keys, numbers, [&](int64_t t, const float* keys, int count) {
+    for (int head = 0; head < a.heads; head++) {
+      const float* query = a.query + head * width;
+      Floats parts[VECTOR];
+      int64_t i = 0;
+      for (; i + 4 * VECTOR <= width; i += 4 * VECTOR) {
+        multiply_keys<4>(query + i, keys + i, width, count, i == 0, parts);
+      }
+      for (; i < width; i += VECTOR) {
+        multiply_keys<1>(query + i, keys + i, width, count, i == 0, parts);
+      }
+      for (int j = count; j < VECTOR; j++) parts[j] = Floats{};
+      store(scratch + head * stride + t, add_each(parts) * a.scale);
+    }
+  });
+  for (int head = 0; head < a.heads; head++) {
+    float* scores = scratch + head * stride;
+    for (int i = 0; i < VECTOR; i++) scores[a.length + i] = -3e38f;
+    const float largest = find_largest(scores, a.length);
+    Floats total = {};
+    for (int64_t t = 0; t < a.length; t += VECTOR) {
+      const Floats share = exp_of_negative(load<Floats>(scores + t) - largest);
+      store(scores + t, share);
+      total += share;
+    }
+    scores[a.length + VECTOR - 1] = 1.0f / add_lanes(total);  // kept for the end
+    for (int i = 0; i < a.width; i += VECTOR) store(a.out + head * a.width + i, Floats{});
+  }
+  walk_strips<HALF>(a, a.values, numbers, [&](int64_t t, const float* values, int count) {
+    for (int head = 0; head < a.heads; head++) {
+      const float* shares = scratch + head * stride + t;
+      float* out = a.out + head * width;
+      int64_t i = 0;
+      for (; i + 4 * VECTOR <= width; i += 4 * VECTOR) {
+        add_values<4>(shares, values + i, width, count, out + i);
+      }
+      for (; i < width; i += VECTOR) add_values<1>(shares, values + i, width, count, out + i);
+    }
+  });
+  for (int head = 0; head < a.heads; head++) {
+    const float each = scratch[head * stride + a.length + VECTOR - 1];
+    float* out = a.out + head * a.width;
+    for (int i = 0; i < a.width; i += VECTOR) store(out + i, load<Floats>(out + i) * each);
+  }
+}
+
+void attend(const Attention& a, float* scratch) {
+  return a.dtype == HB_BFLOAT16 ? attend_to<true>(a, scratch) : attend_to<false>(a, scratch);
 }
 
 // gate = silu(gate) * up; count is a multiple of 16.

@@ -1,0 +1,150 @@
+"""Could Transformers' continuous batching be the engine? Its speed beside halfbyte's own.
+
+Greedy, the same prompts and lengths, 1 and 8 requests at the same time, arms in turn. Then one bad
+request beside good ones: who survives it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+import halfbyte
+from halfbyte.serve.engine.config import EngineConfig
+from halfbyte.serve.engine.contract import Generated, TokenRequest
+from halfbyte.serve.engine.engine import EmbeddedEngine
+from halfbyte.serve.engine.opening import open_engine
+from record import save_result
+
+PROMPT_TOKENS = 32
+PAGE_TOKENS = 32
+GOOD = 4
+LARGEST_BATCH = 256
+"""Its default of 8192 tokens makes a dense mask of gigabytes on a CPU."""
+
+
+def main() -> None:
+    """Measure all arms in turn, save."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path, metavar="MODEL")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)
+    model = halfbyte.load(arguments.model)
+    engine = open_engine(arguments.model, EngineConfig(cache_gb=0.2))
+    manager = start_manager(model, 8 * (PROMPT_TOKENS + arguments.tokens) // PAGE_TOKENS + 16)
+    ways = {
+        "continuous batching": partial(run_manager, manager),
+        "halfbyte": partial(run_engine, engine),
+    }
+    arms = {
+        f"{name}, {count}": partial(run, count, arguments.tokens)
+        for name, run in ways.items()
+        for count in (1, 8)
+    }
+    rates: dict[str, list[float]] = {name: [] for name in arms}
+    for turn in range(arguments.rounds + 1):
+        for name, run in arms.items():
+            rate = run(turn)
+            if turn:  # the first one warms up
+                rates[name].append(rate)
+    manager.stop(block=True)
+    asyncio.run(engine.close())
+    beside, later = count_survivors(model)
+    save_result(
+        "continuous-batching",
+        columns=["engine, requests at the same time", "tokens/s, all together"],
+        rows=[[name, statistics.median(found)] for name, found in rates.items()],
+        note=f"Greedy, {PROMPT_TOKENS} prompt tokens and {arguments.tokens} generated each, prompt "
+        f"and all; medians of {arguments.rounds} rounds, arms in turn. Beside one request that "
+        f"does not fit the cache, continuous batching answered {beside} of {GOOD} good ones, and "
+        f"{later} of {GOOD} that came after it.",
+        data={"rates": rates, "beside": beside, "later": later},
+    )
+    for name, found in rates.items():
+        print(name, [round(rate, 1) for rate in found])
+    print(f"of {GOOD} good requests answered: {beside} beside a bad one, {later} after it")
+
+
+def make_prompt(index: int, turn: int) -> list[int]:
+    """Give ids that no other prompt begins with."""
+    return [(7919 * (i + 1) + 31 * index + 1009 * turn) % 40000 + 100 for i in range(PROMPT_TOKENS)]
+
+
+def start_manager(model: torch.nn.Module, blocks: int):
+    """Start the manager with a cache and a batch that suit a CPU."""
+    manager = model.init_continuous_batching(
+        generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=64),
+        continuous_batching_config=ContinuousBatchingConfig(
+            page_size=PAGE_TOKENS, num_blocks=blocks, max_batch_tokens=LARGEST_BATCH
+        ),
+    )
+    manager.start()
+    return manager
+
+
+def run_manager(manager, requests: int, tokens: int, turn: int) -> float:
+    """Give tokens per second of so many requests together."""
+    start = time.perf_counter()
+    for index in range(requests):
+        manager.add_request(make_prompt(index, turn), max_new_tokens=tokens)
+    done = 0
+    while done < requests:
+        result = manager.get_result(timeout=60)
+        assert result is not None, "no answer within a minute"
+        assert len(result.generated_tokens) == tokens
+        done += 1
+    return requests * tokens / (time.perf_counter() - start)
+
+
+def run_engine(engine: EmbeddedEngine, requests: int, tokens: int, turn: int) -> float:
+    """Give tokens per second of so many requests together by our engine."""
+
+    async def ask(index: int) -> int:
+        request = TokenRequest(
+            prompt=tuple(make_prompt(index, turn)),
+            max_new_tokens=tokens,
+            temperature=0.0,
+            ignore_end=True,
+        )
+        return sum([isinstance(event, Generated) async for event in engine.generate(request)])
+
+    async def ask_all() -> list[int]:
+        return list(await asyncio.gather(*(ask(index) for index in range(requests))))
+
+    start = time.perf_counter()
+    assert asyncio.run(ask_all()) == [tokens] * requests
+    return requests * tokens / (time.perf_counter() - start)
+
+
+def count_survivors(model: torch.nn.Module) -> tuple[int, int]:
+    """Ask things that fit the cache and one that does not; count good answers, then and later."""
+    manager = start_manager(model, 4 * GOOD)
+
+    def ask(index: int) -> str | None:
+        return manager.add_request(make_prompt(index, 0), max_new_tokens=40)
+
+    def count(wanted: list[str | None]) -> int:
+        found = [manager.get_result(timeout=1) for _ in range(15)]
+        ours = [result for result in found if result is not None and result.request_id in wanted]
+        return sum(result.error is None and len(result.generated_tokens) == 40 for result in ours)
+
+    beside = [ask(index) for index in range(GOOD)]
+    manager.add_request(make_prompt(9, 0) * 20, max_new_tokens=4)
+    first = count(beside)
+    later = count([ask(index) for index in range(GOOD)])
+    manager.stop(block=True)
+    return first, later
+
+
+if __name__ == "__main__":
+    main()

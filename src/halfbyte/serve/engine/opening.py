@@ -1,0 +1,122 @@
+"""An engine from a model's folder: how it runs and what memory it takes, with the reasons."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from halfbyte.errors import ConfigError
+from halfbyte.integrations.load import load_model
+from halfbyte.nn.native_decoder import find_obstacle
+from halfbyte.serve.engine.config import EngineConfig
+from halfbyte.serve.engine.contract import EngineInfo
+from halfbyte.serve.engine.engine import EmbeddedEngine
+from halfbyte.serve.engine.grammar import Grammars
+from halfbyte.serve.engine.memory import plan_engine
+from halfbyte.serve.engine.native_runner import NativeRunner
+from halfbyte.serve.engine.page_pool import PagePool
+from halfbyte.serve.engine.runner import Pages, Runner, sample_layers
+from halfbyte.serve.engine.transformers_runner import TransformersRunner
+
+
+def open_engine(folder: str | Path, config: EngineConfig | None = None) -> EmbeddedEngine:
+    """Load a model and make it ready to serve.
+
+    Args:
+        folder: Of the model, GPTQ or not.
+        config: How to run it.
+
+    Returns:
+        The engine, running.
+
+    Raises:
+        ConfigError: The memory does not suffice, or the folder is none.
+    """
+    config = config or EngineConfig()
+    model = load_model(Path(folder), dtype=config.dtype, device=config.device)
+    return make_engine(model, folder, config)
+
+
+def make_engine(model: PreTrainedModel, folder: str | Path, config: EngineConfig) -> EmbeddedEngine:
+    """Make an engine of a loaded model.
+
+    Args:
+        model: Nobody else may run it from now on.
+        folder: Where its tokenizer is, for grammars.
+        config: How to run it.
+
+    Returns:
+        The engine, running.
+
+    Raises:
+        ConfigError: The memory does not suffice.
+    """
+    model.eval()
+    runner = choose_runner(model, config)
+    context = _find_context(model, config)
+    plan = plan_engine(model, folder, runner.bytes_per_token, context, config)
+    # No request is longer than the cache.
+    context = min(context, plan.pages * config.page_tokens)
+    runner.make_pages(plan.pages, context)
+    pool = PagePool(plan.pages, config.page_tokens, share=config.share_prefixes)
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    ends = model.generation_config.eos_token_id
+    ends = frozenset([ends] if isinstance(ends, int) else ends or [])
+    info = EngineInfo(
+        context=context,
+        vocabulary=vocabulary,
+        bytes_per_token=runner.bytes_per_token,
+        cache_bytes=plan.cache,
+        weight_bytes=plan.weights,
+        planned_bytes=plan.total,
+        runner=runner.description,
+    )
+    return EmbeddedEngine(
+        runner,
+        pool,
+        info,
+        ends=ends,
+        grammars=Grammars(folder, vocabulary, ends),
+        sequences=config.sequences,
+        step_tokens=config.step_tokens,
+        queue=config.queue,
+    )
+
+
+def choose_runner(model: PreTrainedModel, config: EngineConfig) -> Runner:
+    """Choose what computes.
+
+    Args:
+        model: Loaded.
+        config: What was asked for.
+
+    Returns:
+        The runner; its description holds the reason.
+
+    Raises:
+        ConfigError: The compiled decoder was asked for and cannot run.
+    """
+    pages = Pages(sample_layers(model), config.page_tokens)
+    obstacle: str | None = "not asked for"
+    if config.runner != "transformers":
+        obstacle = find_obstacle(model)
+        if obstacle is None:
+            return NativeRunner(model, pages, config.head_bits)
+    if config.runner == "native" or config.head_bits != 16:
+        wanted = "The compiled decoder" if config.runner == "native" else "A rounded head"
+        raise ConfigError(
+            f"{wanted} was asked for and cannot run here: {obstacle}. Leave --runner and "
+            "--head-bits at their defaults."
+        )
+    return TransformersRunner(model, pages, reason=f"no compiled decoder: {obstacle}")
+
+
+def _find_context(model: PreTrainedModel, config: EngineConfig) -> int:
+    settings = model.config.get_text_config(decoder=True)
+    longest = getattr(settings, "max_position_embeddings", None) or 32768
+    if config.context is not None and config.context > longest:
+        raise ConfigError(
+            f"context is {config.context}; the model has {longest} positions. Give no more."
+        )
+    return config.context or int(longest)
