@@ -14,6 +14,7 @@ import sys
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
 import psutil
@@ -145,10 +146,10 @@ class Metrics:
         answer = seen.answer
         for attempt in seen.attempts:
             self._observe_attempt(attempt)
-            if attempt.cause and attempt.cause != "refused":
-                self.count("fallbacks", attempt.cause, attempt.backend)
-        if seen.served.reason and answer is not None and not seen.attempts[0].cause:
-            # Nobody had to fail for this one: critical, breaker, budget.
+        for before, _ in pairwise(seen.attempts):
+            self.count("fallbacks", before.cause, before.backend)
+        if answer is not None and answer.role == "fallback" and len(seen.attempts) == 1:
+            # Nobody had to fail for this one: critical, or a breaker is open.
             self.count("fallbacks", seen.served.reason, answer.backend)
         if seen.status != 200 or answer is None:
             self.count("request_failure", str(seen.status), model)
@@ -268,7 +269,7 @@ COUNTERS: Mapping[str, tuple[str, Labels]] = {
     "prefix_cache_queries": ("Prompt tokens looked up in the cache.", ("model_name",)),
     "prefix_cache_hits": ("Prompt tokens found in the cache.", ("model_name",)),
     "admission_rejections": ("Requests refused before any model saw them.", ("reason",)),
-    "fallbacks": ("Times that the next model was asked, or would have been.", ("cause", "backend")),
+    "fallbacks": ("Times that the next model was asked.", ("cause", "backend")),
     "monitored_answers": ("Answers that the monitors looked at.", ("backend",)),
     "monitor_failures": ("Answers that a monitor objected to.", ("check", "backend")),
     "alerts_raised": ("Alerts that were raised.", ("name",)),

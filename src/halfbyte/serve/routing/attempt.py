@@ -20,6 +20,12 @@ log = logging.getLogger(__name__)
 CLOSE_SECONDS = 5.0
 """That a model may take to cancel a request."""
 
+TIMEOUT, DEADLINE = "timeout", "deadline_exceeded"
+"""OpenAI's ``code`` of an answer that came too late: by our limits, by the request's own."""
+
+REFUSED = "refused"
+"""Stands for every error that the request is to blame for."""
+
 SERVER_FAULT = 500
 """Statuses from here on are the model's fault, those below the request's."""
 
@@ -222,7 +228,7 @@ class Attempt:
                 f"{self.seen.num_tokens} tokens. Ask for fewer tokens or allow more time.",
                 status=408,
                 kind="timeout_error",
-                code="deadline_exceeded",
+                code=DEADLINE,
             )
         self._settle(failed=True)
         return ServeError(
@@ -230,7 +236,7 @@ class Attempt:
             f"{limit:.3g} s, after {self.seen.num_tokens} tokens. Try again later.",
             status=504,
             kind="server_error",
-            code="timeout",
+            code=TIMEOUT,
         )
 
     def _failed(self, error: Exception) -> ServeError:
@@ -266,9 +272,9 @@ class Attempt:
 
 
 def cause_of(error: ServeError) -> str:
-    """Give the cause that an error is, for asking another model; empty where none would help."""
-    if error.code == "timeout":
-        return "timeout"
+    """Give the cause that an error is; for a deadline and a refusal no other model is asked."""
+    if error.code in (TIMEOUT, DEADLINE):
+        return "timeout" if error.code == TIMEOUT else "deadline"
     if error.status == 429:
         return "overload"
-    return "error" if error.status >= SERVER_FAULT else "refused"
+    return "error" if error.status >= SERVER_FAULT else REFUSED

@@ -151,7 +151,7 @@ class Router:
     async def _choose(self, seen: Observation) -> Attempt:
         """Give the attempt that the client gets, its beginning checked; the others are closed."""
         call, served = seen.call, seen.served
-        routes = self._order(call, served)
+        routes = self._order(seen)
         self._retries.add_request()
         kept: Attempt | None = None
         first_error: ServeError | None = None
@@ -197,16 +197,16 @@ class Router:
             return kept
         raise first_error or self._nobody(routes)
 
-    def _order(self, call: Call, served: Served) -> list[Route]:
+    def _order(self, seen: Observation) -> list[Route]:
         """Give the models in the order in which they are asked."""
         usual = [self._primary, *self._fallbacks]
-        if CRITICAL in call.tags and CRITICAL in self._causes and self._fallbacks:
-            served.reason = CRITICAL
+        if CRITICAL in seen.call.tags and CRITICAL in self._causes and self._fallbacks:
+            seen.served.reason = CRITICAL
             return [*self._fallbacks, self._primary]
-        canary, rollout = self._canary, self._rollout
-        if canary is not None and rollout is not None and rollout.pick(call):
-            return [canary, *usual]
-        return usual
+        if self._canary is None or self._rollout is None:
+            return usual
+        seen.arm = "canary" if self._rollout.pick(seen.call) else "primary"
+        return [self._canary, *usual] if seen.arm == "canary" else usual
 
     def _blocked(self, route: Route, second: bool) -> str:
         """Tell why a model may not be asked now; empty: it may. What it takes is taken."""

@@ -70,7 +70,7 @@ def is_repetitive(text: str) -> bool:
         Whether it does; of a long text only the end counts.
     """
     words = text[-TAIL * LETTERS_PER_WORD :].split()
-    if len(text) > LETTERS_PER_WORD * (len(words) + 1):
+    if len(text) > LETTERS_PER_WORD * max(1, len(words)):
         return is_looping(text[-TAIL:])
     return is_looping(words[-TAIL:])
 

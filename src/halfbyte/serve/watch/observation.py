@@ -9,6 +9,7 @@ from typing import Any, Literal
 from halfbyte.serve.exchange import Call, Delta, Event, Finish, Served, ToolCall, Usage
 
 Role = Literal["primary", "canary", "fallback"]
+Arm = Literal["", "primary", "canary"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -82,6 +83,8 @@ class Observation:
     call: Call
     served: Served
     started: float
+    arm: Arm = ""
+    """Of a canary: who was drawn to answer; empty: the request takes no part in the trial."""
     attempts: list[Seen] = field(default_factory=list)
     """In order; the last one is the answer, where there was one."""
     first: float | None = None
