@@ -1,131 +1,116 @@
-"""An engine that says what it is told to say, token by token, over a real tokenizer."""
+"""Engines of tiny models, and requests to them, for tests that need no server."""
 
 from __future__ import annotations
 
 import asyncio
-import math
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from halfbyte.errors import ServeError
-from halfbyte.serve.engine.contract import (
-    Ended,
-    EngineInfo,
-    EngineLoad,
-    Generated,
-    Prompted,
-    Rated,
-    TokenEvent,
-    TokenRequest,
-)
+import torch
+from tests.helpers.checkpoints import Recipe, tiny_llama_config, write_checkpoint
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-DEFAULT_ANSWER = "Hello! This is an answer, with a naïve café and 日本語 🙂 in it."
+import halfbyte
+from halfbyte.kernels.native_library import open_library
+from halfbyte.serve.engine.config import EngineConfig
+from halfbyte.serve.engine.contract import Ended, Generated, Prompted, TokenRequest
+from halfbyte.serve.engine.engine import EmbeddedEngine
+from halfbyte.serve.engine.opening import make_engine
+
+POSITIONS = 256
+VOCABULARY = 384
+"""Three special tokens, 256 bytes, and some that nobody writes."""
 
 
-@dataclass(kw_only=True)
-class FakeEngine:
-    """Answers by what stands in the prompt; the newest entry that fits wins."""
+def write_model(folder: Path, *, positions: int = POSITIONS) -> Path:
+    """A Llama of random codes with a tokenizer of bytes."""
+    config = tiny_llama_config(max_position_embeddings=positions, vocab_size=VOCABULARY)
+    write_checkpoint(folder, config, Recipe())
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {c: 3 + i for i, c in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+    fast.save_pretrained(folder)
+    return folder
 
-    tokenizer: object
-    script: dict[str, object] = field(default_factory=dict)
-    """Part of a prompt -> text, or a list of token ids, or an exception."""
-    delay: float = 0.0
-    """Seconds between tokens."""
-    context: int = 512
-    requests: list[TokenRequest] = field(default_factory=list)
-    running: int = 0
-    closed_early: int = 0
-    fail_after: int | None = None
-    """Tokens after which the engine fails."""
-    _adapters: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def info(self):
-        return EngineInfo(
-            context=self.context,
-            vocabulary=len(self.tokenizer),
-            bytes_per_token=100,
-            cache_bytes=100_000,
-            weight_bytes=1_000_000,
-            runner="fake",
-        )
+def load_float32(folder: Path) -> Any:
+    return halfbyte.load(folder, dtype=torch.float32)
 
-    @property
-    def adapters(self):
-        return tuple(self._adapters)
 
-    async def load_adapter(self, name, folder):
-        self._adapters[name] = folder
+def runners() -> tuple[str, ...]:
+    """Those that this installation has."""
+    return ("transformers",) if open_library().functions is None else ("transformers", "native")
 
-    async def unload_adapter(self, name):
-        if name not in self._adapters:
-            raise ServeError(f"No adapter {name}.", status=404, code="model_not_found")
-        del self._adapters[name]
 
-    def load(self):
-        return EngineLoad(
-            running=self.running,
-            waiting=0,
-            cache_used_bytes=0,
-            prefix_queries=0,
-            prefix_hits=0,
-            restarts=0,
-        )
+@asynccontextmanager
+async def open_tiny(folder: Path, runner: str = "transformers", **settings: Any):
+    """An engine of a tiny model; closed in the end."""
+    settings = {"cache_gb": 0.002, "runner": runner, **settings}
+    engine = make_engine(load_float32(folder), folder, EngineConfig(**settings))
+    try:
+        yield engine
+    finally:
+        await engine.close()
 
-    async def close(self):
-        while self.running:
-            await asyncio.sleep(0.01)
 
-    async def generate(self, request: TokenRequest) -> AsyncGenerator[TokenEvent, None]:
-        self.requests.append(request)
-        self.running += 1
-        finished = False
-        try:
-            answer = self._find_answer(request)
-            if isinstance(answer, Exception):
-                raise answer
-            yield Prompted(cached_tokens=1, rated=self._rate_prompt(request))
-            for number, token in enumerate(answer):
-                if number == request.max_new_tokens:
-                    finished = True
-                    yield Ended(reason="length")
-                    return
-                if number == self.fail_after:
-                    raise ServeError("The engine broke.", status=503, kind="server_error")
-                await asyncio.sleep(self.delay)
-                if token in request.stop_tokens:
-                    finished = True
-                    yield Ended(reason="stop_token", stop_token=token)
-                    return
-                yield Generated(rated=self._rate(token, request.top_logprobs), entropy=1.5)
-            finished = True
-            yield Ended(reason="end")
-        except ServeError:
-            finished = True
-            raise
-        finally:
-            self.running -= 1
-            self.closed_early += not finished
+def ask(prompt: Sequence[int], max_new_tokens: int = 8, **settings: Any) -> TokenRequest:
+    """A greedy request that does not end by itself."""
+    values = {"temperature": 0.0, "ignore_end": True, **settings}
+    return TokenRequest(prompt=tuple(prompt), max_new_tokens=max_new_tokens, **values)
 
-    def _find_answer(self, request):
-        prompt = self.tokenizer.decode(list(request.prompt))
-        answer = DEFAULT_ANSWER
-        for part, said in self.script.items():
-            if part in prompt:
-                answer = said
-        if isinstance(answer, str):
-            return self.tokenizer(answer, add_special_tokens=False)["input_ids"]
-        return answer
 
-    def _rate_prompt(self, request):
-        if request.prompt_logprobs is None:
-            return None
-        rest = [self._rate(token, request.prompt_logprobs) for token in request.prompt[1:]]
-        return (None, *rest)
+async def collect(engine: EmbeddedEngine, request: TokenRequest) -> list[Any]:
+    return [event async for event in engine.generate(request)]
 
-    def _rate(self, token, top):
-        if top is None:
-            return Rated(token=token, logprob=math.nan)
-        others = [(token, -0.25), ((token + 1) % len(self.tokenizer), -2.0)]
-        others += [((token + k) % len(self.tokenizer), -2.0 - k) for k in range(2, top)]
-        return Rated(token=token, logprob=-0.25, top=tuple(others[:top]))
+
+async def tokens_of(engine: EmbeddedEngine, request: TokenRequest) -> list[int]:
+    """The tokens of an answer whose events come in the promised order."""
+    events = await collect(engine, request)
+    assert isinstance(events[0], Prompted)
+    assert isinstance(events[-1], Ended)
+    assert all(isinstance(event, Generated) for event in events[1:-1])
+    return [event.rated.token for event in events[1:-1]]
+
+
+async def all_tokens(engine: EmbeddedEngine, requests: Sequence[TokenRequest]) -> list[list[int]]:
+    return list(await asyncio.gather(*(tokens_of(engine, request) for request in requests)))
+
+
+def mixed_requests(count: int, *, seed: int = 0, longest: int = 40, **settings: Any):
+    """Prompts and answers of mixed lengths."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(most: int) -> int:
+        return int(torch.randint(1, most + 1, (1,), generator=generator))
+
+    requests = []
+    for _ in range(count):
+        prompt = torch.randint(3, VOCABULARY, (draw(longest),), generator=generator).tolist()
+        requests.append(ask(prompt, draw(longest), **settings))
+    return requests
+
+
+def generate_greedily(model: Any, request: TokenRequest) -> list[int]:
+    """What Transformers' own generate() gives, past ends of text as well."""
+    model.generation_config.eos_token_id = None
+    ids = torch.tensor([request.prompt])
+    found = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=request.max_new_tokens,
+        do_sample=False,
+    )
+    return found[0, len(request.prompt) :].tolist()
+
+
+def alone(requests: Sequence[TokenRequest], **settings: Any) -> list[TokenRequest]:
+    return [replace(request, **settings) for request in requests]

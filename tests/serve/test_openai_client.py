@@ -10,7 +10,7 @@ import httpx2
 import openai
 import pytest
 from pydantic import BaseModel
-from tests.serve.helpers_engine import DEFAULT_ANSWER, FakeEngine
+from tests.serve.helpers_scripted import DEFAULT_ANSWER, ScriptedEngine
 from tests.serve.helpers_server import serve
 from tests.serve.helpers_text import make_tokenizer
 
@@ -37,7 +37,7 @@ CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"place": "Köln"}}\n<
 
 @pytest.fixture(scope="module")
 def engine():
-    return FakeEngine(
+    return ScriptedEngine(
         tokenizer=make_tokenizer(),
         script={
             "weather": f"Let me look.\n{CALL}",
