@@ -15,7 +15,7 @@ from typing import Any
 
 from halfbyte.errors import ServeError
 from halfbyte.serve.config import ServeConfig
-from halfbyte.serve.engine.contract import Ended, Engine, Generated, Prompted
+from halfbyte.serve.engine.contract import Ended, Engine, EngineInfo, Generated, Prompted
 from halfbyte.serve.exchange import Call, Event, Load, Usage
 from halfbyte.serve.text.answer import AnswerText
 from halfbyte.serve.text.asked import AnswerLimits, Asked, read_call
@@ -65,6 +65,11 @@ class EmbeddedBackend:
     def models(self) -> tuple[str, ...]:
         """The model, and its loaded adapters."""
         return (self._model, *self._engine.adapters)
+
+    @property
+    def engine_info(self) -> EngineInfo:
+        """The engine's limits."""
+        return self._engine.info
 
     async def stream(self, call: Call) -> AsyncGenerator[Event, None]:
         """Answer; closing cancels what the engine still does for it."""

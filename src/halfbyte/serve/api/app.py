@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 OPEN_PATHS = ("/health", "/ready")
 """For load balancers, which have no key; they tell nothing but yes and no."""
-PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
+PROMETHEUS_TEXT = "text/plain; version=1.0.0; charset=utf-8"
 
 Handler = Callable[[Request], Awaitable[Response]]
 
