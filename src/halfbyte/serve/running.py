@@ -121,6 +121,9 @@ async def run_server(
         if on_ready is not None and server.started:
             on_ready(server)
         await serving
+        if cut_off := list(server.server_state.tasks):
+            # Uvicorn cancels them and does not wait; they have something to free.
+            await asyncio.wait(cut_off, timeout=CUT_OFF_SECONDS)
     finally:
         if stop is not None:
             await stop()
@@ -140,6 +143,7 @@ def make_uvicorn_config(gateway: Gateway) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         lifespan="off",
         ws="none",
         http="h11",

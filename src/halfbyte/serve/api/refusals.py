@@ -51,6 +51,9 @@ def error_response(error: ServeError, headers: Mapping[str, str] | None = None) 
         sent["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
     if error.status == 401:
         sent["WWW-Authenticate"] = "Bearer"
+    if error.status in (408, 413):
+        # The rest of the body is not waited for.
+        sent["Connection"] = "close"
     return JSONResponse(error_body(error), status_code=error.status, headers=sent)
 
 
