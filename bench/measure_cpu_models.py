@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from halfbyte.cli.generating import load_model
+from halfbyte.integrations.load import load_model
 from halfbyte.integrations.speed import SpeedResult, measure_apart, measure_speed
 from record import save_result
 

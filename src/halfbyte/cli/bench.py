@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from halfbyte.cli.generating import HEAD_BITS, load_model
+from halfbyte.cli.generating import HEAD_BITS
 from halfbyte.cli.output import console, err_console, print_json
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ def measure_folder(args: argparse.Namespace, folder: Path) -> SpeedResult:
     Returns:
         Its speed.
     """
+    from halfbyte.integrations.load import load_model
     from halfbyte.integrations.speed import measure_speed
 
     return measure_speed(

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.cli.output import err_console
-from halfbyte.errors import ConfigError
 
 if TYPE_CHECKING:
     from halfbyte.integrations.generation import Generator, Sampling, Timing
@@ -109,47 +108,11 @@ def open_generator(args: argparse.Namespace) -> tuple[Generator, Any]:
     from transformers import AutoTokenizer
 
     from halfbyte.integrations.generation import Generator
+    from halfbyte.integrations.load import load_model
 
     model = load_model(args.model, dtype=args.dtype, device=args.device)
     generator = Generator(model, head_bits=args.head_bits)
     return generator, AutoTokenizer.from_pretrained(args.model)
-
-
-def load_model(folder: Path, *, dtype: str, device: str) -> Any:
-    """Load a model, quantized or not.
-
-    Args:
-        folder: Of the model.
-        dtype: A torch dtype's name, or "auto".
-        device: A torch device's name, or "auto".
-
-    Returns:
-        The model, in evaluation mode.
-
-    Raises:
-        ConfigError: There is no such folder.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils import logging
-
-    from halfbyte.integrations.load import load
-    from halfbyte.quantize.hardware import has_fast_bf16
-
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"'{folder}' is no model folder: it has no config.json.")
-    # Its bar for reading a file would come in between.
-    logging.disable_progress_bar()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "auto" and device == "cpu":
-        dtype = "bfloat16" if has_fast_bf16() else "float32"
-    kind = dtype if dtype == "auto" else getattr(torch, dtype)
-    config = AutoConfig.from_pretrained(folder)
-    # Old checkpoints have their quantization config in a file of its own.
-    if getattr(config, "quantization_config", None) or (folder / "quantize_config.json").is_file():
-        return load(folder, dtype=kind, device=device)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=kind, device_map={"": device})
 
 
 def report_timing(generator: Generator, timing: Timing, num_tokens: int) -> None:

@@ -32,6 +32,7 @@ VERBS = {
     "divergence": "halfbyte.cli.divergence",
     "generate": "halfbyte.cli.generate",
     "chat": "halfbyte.cli.chat",
+    "serve": "halfbyte.cli.serve",
     "bench": "halfbyte.cli.bench",
     "compare": "halfbyte.cli.compare",
     "plan": "halfbyte.cli.plan",

@@ -1,4 +1,4 @@
-"""Load a GPTQ folder through Transformers, also one that Transformers would not see as such."""
+"""Load a folder through Transformers, also a GPTQ one that Transformers would not see as such."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 from halfbyte.checkpoint.labels import read_labels
-from halfbyte.errors import CheckpointError
+from halfbyte.errors import CheckpointError, ConfigError
 from halfbyte.integrations.autoload import install
+from halfbyte.quantize.hardware import has_fast_bf16
 
 
 def load(
@@ -61,5 +63,39 @@ def load(
         device_map=device_map,
         trust_remote_code=trust_remote_code,
         **settings,
+    )
+    return loaded
+
+
+def load_model(folder: Path, *, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
+    """Load a model to run it, quantized or not.
+
+    Args:
+        folder: Of the model.
+        dtype: A torch dtype's name; "auto": on a CPU bfloat16 where that is fast, else float32;
+            elsewhere as stored.
+        device: A torch device's name; "auto": the first GPU, or the CPU.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ConfigError: There is no such folder.
+    """
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"'{folder}' is no model folder: it has no config.json.")
+    # Its bar for reading a file would come in between.
+    logging.disable_progress_bar()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto" and device == "cpu":
+        dtype = "bfloat16" if has_fast_bf16() else "float32"
+    kind = dtype if dtype == "auto" else getattr(torch, dtype)
+    config = AutoConfig.from_pretrained(folder)
+    # Old checkpoints have their quantization config in a file of its own.
+    if getattr(config, "quantization_config", None) or (folder / "quantize_config.json").is_file():
+        return load(folder, dtype=kind, device=device)
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=kind, device_map={"": device}
     )
     return loaded

@@ -1,0 +1,88 @@
+"""How the embedded engine runs a model; the command line is made from the fields."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from halfbyte.errors import ConfigError
+
+RUNNERS = ("auto", "native", "transformers")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+HEAD_BITS = (16, 8, 4)
+
+
+def _option(default: Any, help: str, **extra: Any) -> Any:
+    return field(default=default, metadata={"help": help, **extra})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How the embedded engine runs the model."""
+
+    runner: str = _option(
+        "auto",
+        "what computes: the compiled decoder (native), or the model's own forward (transformers); "
+        "auto: native where it can",
+        choices=RUNNERS,
+    )
+    device: str = _option("auto", "where to compute: cpu or cuda", metavar="NAME")
+    dtype: str = _option("auto", "type in which the model computes", choices=DTYPES)
+    head_bits: int = _option(
+        16, "of the output layer; 8 or 4: a rounded copy, which is read faster", choices=HEAD_BITS
+    )
+    context: int | None = _option(
+        None,
+        "tokens that a request may have, prompt and answer together (default: as many as the model "
+        "has positions)",
+        metavar="N",
+    )
+    cache_gb: float | None = _option(
+        None,
+        "memory for keys and values (default: what the requests at the same time need, but at most "
+        "half of what is free)",
+        metavar="GB",
+    )
+    sequences: int = _option(16, "requests that run at the same time, at most", metavar="N")
+    step_tokens: int = _option(
+        128,
+        "tokens that go through the model at once: of long prompts a piece, so that running "
+        "answers do not wait for them",
+        metavar="N",
+    )
+    queue: int = _option(256, "requests that may wait; more are refused with 429", metavar="N")
+    share_prefixes: bool = _option(
+        True, "keep what prompts begin with, and do not read it again", both=True
+    )
+    page_tokens: int = 16
+    """Tokens whose keys and values are kept, shared and given back together."""
+
+    def __post_init__(self) -> None:
+        for name in ("sequences", "step_tokens", "page_tokens"):
+            _check_least(self, name, 1)
+        _check_least(self, "queue", 0)
+        if self.context is not None:
+            _check_least(self, "context", 2)
+        if self.cache_gb is not None and not 0 < self.cache_gb < float("inf"):
+            raise ConfigError(f"cache_gb is {self.cache_gb!r}; it must be a number above 0.")
+        if self.step_tokens < self.sequences:
+            raise ConfigError(
+                f"step_tokens is {self.step_tokens}; it must be as many as sequences "
+                f"({self.sequences}) or more, since each of them takes one."
+            )
+        for name, allowed in (("runner", RUNNERS), ("dtype", DTYPES), ("head_bits", HEAD_BITS)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)!r}; allowed are "
+                    f"{', '.join(map(str, allowed))}."
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain values for JSON."""
+        return asdict(self)
+
+
+def _check_least(config: EngineConfig, name: str, least: int) -> None:
+    value = getattr(config, name)
+    if type(value) is not int or value < least:
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number, {least} or more.")

@@ -1,0 +1,140 @@
+"""An engine from a model's folder: how it runs and what memory it takes, with the reasons."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from halfbyte.errors import ConfigError
+from halfbyte.integrations.load import load_model
+from halfbyte.plan.devices import this_machine
+from halfbyte.serve.engine.config import EngineConfig
+from halfbyte.serve.engine.contract import EngineInfo
+from halfbyte.serve.engine.engine import EmbeddedEngine
+from halfbyte.serve.engine.grammar import Grammars
+from halfbyte.serve.engine.page_pool import PagePool
+from halfbyte.serve.engine.runner import Runner, weight_bytes
+from halfbyte.serve.engine.transformers_runner import TransformersRunner
+from halfbyte.units import format_bytes
+
+FREE_SHARE = 0.5
+"""Of the free memory that the cache takes at most, unless told otherwise."""
+
+USUAL_CONTEXT = 4096
+"""Tokens of a request for which the cache has room `sequences` times, where the memory is there."""
+
+
+def open_engine(folder: str | Path, config: EngineConfig | None = None) -> EmbeddedEngine:
+    """Load a model and make it ready to serve.
+
+    Args:
+        folder: Of the model, GPTQ or not.
+        config: How to run it.
+
+    Returns:
+        The engine, running.
+
+    Raises:
+        ConfigError: The memory does not suffice, or the folder is none.
+    """
+    config = config or EngineConfig()
+    model = load_model(Path(folder), dtype=config.dtype, device=config.device)
+    return make_engine(model, folder, config)
+
+
+def make_engine(model: PreTrainedModel, folder: str | Path, config: EngineConfig) -> EmbeddedEngine:
+    """Make an engine of a loaded model.
+
+    Args:
+        model: Nobody else may run it from now on.
+        folder: Where its tokenizer is, for grammars.
+        config: How to run it.
+
+    Returns:
+        The engine, running.
+
+    Raises:
+        ConfigError: The memory does not suffice.
+    """
+    model.eval()
+    runner = choose_runner(model, config)
+    context = _find_context(model, config)
+    pages = plan_pages(runner, context, config)
+    runner.make_pages(pages)
+    pool = PagePool(pages, config.page_tokens, share=config.share_prefixes)
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    ends = model.generation_config.eos_token_id
+    ends = frozenset([ends] if isinstance(ends, int) else ends or [])
+    info = EngineInfo(
+        context=context,
+        vocabulary=vocabulary,
+        bytes_per_token=runner.bytes_per_token,
+        cache_bytes=pages * config.page_tokens * runner.bytes_per_token,
+        weight_bytes=weight_bytes(model),
+        runner=runner.description,
+    )
+    return EmbeddedEngine(
+        runner,
+        pool,
+        info,
+        ends=ends,
+        grammars=Grammars(folder, vocabulary, ends),
+        sequences=config.sequences,
+        step_tokens=config.step_tokens,
+        queue=config.queue,
+    )
+
+
+def choose_runner(model: PreTrainedModel, config: EngineConfig) -> Runner:
+    """Choose what computes.
+
+    Args:
+        model: Loaded.
+        config: What was asked for.
+
+    Returns:
+        The runner; its description holds the reason.
+    """
+    return TransformersRunner(model, config.page_tokens)
+
+
+def plan_pages(runner: Runner, context: int, config: EngineConfig) -> int:
+    """Say how many pages the cache has.
+
+    Args:
+        runner: Knows what a token takes.
+        context: Tokens of the longest request.
+        config: May say how much memory.
+
+    Returns:
+        Pages.
+
+    Raises:
+        ConfigError: Not even one page fits.
+    """
+    page_bytes = config.page_tokens * runner.bytes_per_token
+    if config.cache_gb is not None:
+        available = int(config.cache_gb * 1e9)
+        wanted = available
+    else:
+        available = int(this_machine().bytes * FREE_SHARE)
+        wanted = config.sequences * min(context, USUAL_CONTEXT) * runner.bytes_per_token
+    pages = min(wanted, available) // page_bytes
+    if pages < 1:
+        raise ConfigError(
+            f"The cache of keys and values may have {format_bytes(available)}; one page of "
+            f"{config.page_tokens} tokens takes {format_bytes(page_bytes)}. Give it more with "
+            "--cache-gb, or free memory."
+        )
+    return pages
+
+
+def _find_context(model: PreTrainedModel, config: EngineConfig) -> int:
+    settings = model.config.get_text_config(decoder=True)
+    longest = getattr(settings, "max_position_embeddings", None) or 32768
+    if config.context is not None and config.context > longest:
+        raise ConfigError(
+            f"context is {config.context}; the model has {longest} positions. Give no more."
+        )
+    return config.context or int(longest)

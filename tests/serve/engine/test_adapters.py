@@ -1,0 +1,153 @@
+"""LoRA adapters that come and go while the engine serves."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import torch
+from tests.serve.helpers_engine import (
+    all_tokens,
+    ask,
+    collect,
+    generate_greedily,
+    load_float32,
+    mixed_requests,
+    open_tiny,
+    runners,
+    tokens_of,
+    write_model,
+)
+
+from halfbyte.errors import ServeError
+from halfbyte.serve.engine.contract import Generated, Prompted
+
+peft = pytest.importorskip("peft")
+
+pytestmark = [
+    pytest.mark.parametrize("runner", runners()),
+    # PEFT calls what Transformers has deprecated.
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted:UserWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def adapters(folder, tmp_path_factory):
+    """Two random adapters: their folders."""
+    made = {}
+    for seed, (name, targets) in enumerate(
+        {"red": "all-linear", "blue": ["q_proj", "down_proj"]}.items()
+    ):
+        settings = peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
+        model = peft.get_peft_model(load_float32(folder), settings)
+        generator = torch.Generator().manual_seed(seed)
+        for key, parameter in model.named_parameters():
+            if "lora_" in key:
+                parameter.data = torch.randn(parameter.shape, generator=generator) / 6
+        made[name] = tmp_path_factory.mktemp(name)
+        model.save_pretrained(made[name])
+    return made
+
+
+def expect(folder, adapters, name, requests):
+    model = load_float32(folder)
+    if name:
+        model = peft.PeftModel.from_pretrained(model, adapters[name])
+    return [generate_greedily(model, request) for request in requests]
+
+
+def test_rows_of_different_adapters_in_one_batch(folder, adapters, runner):
+    names = [None, "red", "blue", "red", None, "blue", "red", None]
+    base = mixed_requests(8, seed=4, longest=20)
+    requests = [ask(r.prompt, 10, adapter=n) for r, n in zip(base, names, strict=True)]
+    expected = [
+        expect(folder, adapters, name, [request])[0]
+        for request, name in zip(requests, names, strict=True)
+    ]
+
+    async def run():
+        async with open_tiny(folder, runner) as engine:
+            before = await tokens_of(engine, requests[0])
+            for name in ("red", "blue"):
+                await engine.load_adapter(name, str(adapters[name]))
+            assert engine.adapters == ("red", "blue")
+            return before, await all_tokens(engine, requests)
+
+    before, found = asyncio.run(run())
+    assert found == expected
+    assert before == expected[0]
+
+
+def test_the_same_prompt_is_read_anew_for_every_adapter(folder, adapters, runner):
+    prompt = list(range(10, 60))
+
+    async def run():
+        async with open_tiny(folder, runner) as engine:
+            await engine.load_adapter("red", str(adapters["red"]))
+            cached = []
+            for name in (None, "red", None, "red"):
+                events = await collect(engine, ask(prompt, 2, adapter=name))
+                assert isinstance(events[0], Prompted)
+                cached.append(events[0].cached_tokens)
+            await engine.unload_adapter("red")
+            # Another adapter under the same name has other keys and values.
+            await engine.load_adapter("red", str(adapters["blue"]))
+            events = await collect(engine, ask(prompt, 2, adapter="red"))
+            return cached, events
+
+    cached, events = asyncio.run(run())
+    assert cached == [0, 0, 48, 48]
+    assert events[0].cached_tokens == 0
+    found = [event.rated.token for event in events if isinstance(event, Generated)]
+    assert found == expect(folder, adapters, "blue", [ask(prompt, 2)])[0]
+
+
+def test_unloading_waits_for_answers_and_takes_no_new_ones(folder, adapters, runner):
+    async def run():
+        async with open_tiny(folder, runner) as engine:
+            await engine.load_adapter("red", str(adapters["red"]))
+            answer = asyncio.create_task(tokens_of(engine, ask([5, 6], 60, adapter="red")))
+            while not engine.load().running:
+                await asyncio.sleep(0)
+            leaving = asyncio.create_task(engine.unload_adapter("red"))
+            await asyncio.sleep(0)
+            with pytest.raises(ServeError) as caught:
+                await collect(engine, ask([5], 4, adapter="red"))
+            await leaving
+            assert engine.load().running == 0
+            with pytest.raises(ServeError) as again:
+                await engine.unload_adapter("red")
+            return caught.value, again.value, len(await answer), engine.adapters
+
+    refused, again, length, left = asyncio.run(run())
+    assert (refused.status, again.status) == (404, 404)
+    assert "loaded are: none" in str(refused)
+    assert (length, left) == (60, ())
+
+
+def test_what_is_no_adapter_of_this_model_is_refused(folder, adapters, tmp_path, runner):
+    async def run():
+        async with open_tiny(folder, runner) as engine:
+            await engine.load_adapter("red", str(adapters["red"]))
+            errors = []
+            for name, place in (("red", adapters["blue"]), ("none", tmp_path)):
+                with pytest.raises(ServeError) as caught:
+                    await engine.load_adapter(name, str(place))
+                errors.append(caught.value)
+            return errors, engine.adapters, await tokens_of(engine, ask([5], 4, adapter="red"))
+
+    errors, names, answer = asyncio.run(run())
+    assert [(error.status, error.code) for error in errors] == [
+        (409, "adapter_exists"),
+        (400, "invalid_adapter"),
+    ]
+    assert "has no adapter_config.json" in str(errors[1])
+    assert names == ("red",)
+    assert len(answer) == 4

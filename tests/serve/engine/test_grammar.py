@@ -1,0 +1,102 @@
+"""Answers held to grammars: by a model of random weights, which would never keep to them by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+
+import pytest
+from tests.serve.helpers_engine import ask, collect, open_tiny, runners, write_model
+from transformers import AutoTokenizer
+
+from halfbyte.errors import ServeError
+from halfbyte.serve.engine.contract import Ended, Generated, Grammar
+
+pytest.importorskip("llguidance")
+
+SCHEMA = json.dumps(
+    {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 6}, "age": {"type": "integer"}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    }
+)
+LARK = 'start: greeting " " /[a-z]{2,4}/\ngreeting: "hello" | "good day"'
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("tiny"))
+
+
+def answer(folder, grammar, runner="transformers", **settings):
+    """Text and last event of one answer."""
+    settings = {"temperature": 1.0, "seed": 4, "ignore_end": False, **settings}
+
+    async def run():
+        async with open_tiny(folder, runner) as engine:
+            return await collect(engine, ask([20, 21], 120, grammar=grammar, **settings))
+
+    events = asyncio.run(run())
+    ids = [event.rated.token for event in events if isinstance(event, Generated)]
+    return AutoTokenizer.from_pretrained(folder).decode(ids), events[-1]
+
+
+@pytest.mark.parametrize("runner", runners())
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_by_a_regular_expression_matches_it(folder, runner, temperature):
+    pattern = r"[a-f]{3}-[0-9]{2}"
+    grammar = Grammar(kind="regex", text=pattern)
+    text, ended = answer(folder, grammar, runner, temperature=temperature)
+    assert re.fullmatch(pattern, text)
+    assert ended == Ended(reason="grammar")
+
+
+def test_an_answer_by_a_schema_is_such_an_object(folder):
+    # Bytes of random weights seldom are UTF-8: letters are made likelier.
+    bias = dict.fromkeys(range(68, 94), 6.0) | dict.fromkeys((4, 14, 91, 93), 6.0)
+    text, _ = answer(folder, Grammar(kind="json_schema", text=SCHEMA), logit_bias=bias)
+    found = json.loads(text)
+    assert set(found) == {"name", "age"}
+    assert len(found["name"]) <= 6
+    assert isinstance(found["age"], int)
+
+
+def test_an_answer_by_choices_is_one_of_them(folder):
+    choices = ['say "yes"', "no\n", "vielleicht"]
+    grammar = Grammar(kind="choice", text=json.dumps(choices))
+    found = {answer(folder, grammar, seed=seed)[0] for seed in range(6)}
+    assert found <= set(choices)
+    assert len(found) > 1
+
+
+def test_an_answer_by_a_grammar_of_lark_is_its_sentence(folder):
+    text, _ = answer(folder, Grammar(kind="lark", text=LARK))
+    assert re.fullmatch(r"(hello|good day) [a-z]{2,4}", text)
+
+
+def test_json_object_begins_as_one(folder):
+    text, _ = answer(folder, Grammar(kind="json_object"))
+    assert text.lstrip().startswith("{")
+
+
+@pytest.mark.parametrize(
+    ("grammar", "words"),
+    [
+        (Grammar(kind="regex", text="a("), "this regex"),
+        (Grammar(kind="json_schema", text="{"), "this json_schema"),
+        (Grammar(kind="json_schema", text='{"type": "nothing"}'), "nothing"),
+        (Grammar(kind="choice", text="[]"), "a JSON list of at least one string"),
+        (Grammar(kind="choice", text='["a", 1]'), "every choice must be a string"),
+        (Grammar(kind="lark", text="start: missing"), "missing"),
+        (Grammar(kind="regex", text="a" * 100_001), "100001 characters, 100000 are allowed"),
+    ],
+)
+def test_what_is_no_grammar_is_refused_and_named(folder, grammar, words):
+    with pytest.raises(ServeError) as caught:
+        answer(folder, grammar)
+    assert (caught.value.status, caught.value.code) == (400, "invalid_grammar")
+    assert caught.value.param == "response_format"
+    assert words in str(caught.value)

@@ -1,0 +1,145 @@
+"""Turns and pieces, without a model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+from tests.serve.helpers_engine import ask
+
+from halfbyte.serve.engine.job import Job
+from halfbyte.serve.engine.page_pool import PagePool
+from halfbyte.serve.engine.sampler import Sampler
+from halfbyte.serve.engine.scheduler import Scheduler
+
+
+def make(pages=100, sequences=4, step_tokens=16):
+    pool = PagePool(pages, 4, share=False)
+    return Scheduler(pool, sequences=sequences, step_tokens=step_tokens)
+
+
+def add(scheduler, key="", prompt=4, answer=4):
+    request = replace(ask(range(prompt), answer), key=key)
+    job = Job(request, Sampler(request))
+    scheduler.add(job)
+    return job
+
+
+def run_step(scheduler):
+    """What a step does to the books."""
+    scheduler.admit()
+    work = scheduler.plan()
+    for job, piece in work:
+        scheduler.note_computed(job, len(piece.tokens))
+        if job.computed == len(job.tokens):
+            job.tokens.append(0)
+            if len(job.tokens) == job.room:
+                scheduler.remove(job)
+    return work
+
+
+def test_keys_get_the_same_number_of_tokens_however_many_requests_each_has():
+    scheduler = make(sequences=2)
+    for _ in range(60):
+        add(scheduler, "many", prompt=4, answer=4)
+    for _ in range(20):
+        add(scheduler, "few", prompt=8, answer=16)
+    tokens = Counter()
+    for _ in range(100):
+        for job, piece in run_step(scheduler):
+            tokens[job.request.key] += len(piece.tokens)
+    assert abs(tokens["many"] - tokens["few"]) <= 0.15 * tokens["few"]
+
+
+def test_who_comes_late_gets_its_turn_and_no_more():
+    scheduler = make(sequences=1)
+    for _ in range(50):
+        add(scheduler, "old")
+    for _ in range(40):
+        run_step(scheduler)
+    for _ in range(10):
+        add(scheduler, "new")
+    order = []
+    for _ in range(60):
+        for job, _ in run_step(scheduler):
+            if job not in order:
+                order.append(job)
+    keys = [job.request.key for job in order[1:9]]
+    assert sorted(keys) == ["new"] * 4 + ["old"] * 4
+
+
+def test_within_a_key_first_come_first_served():
+    scheduler = make(sequences=1)
+    jobs = [add(scheduler, "a") for _ in range(5)]
+    order = []
+    while not scheduler.is_idle:
+        order += [job for job, _ in run_step(scheduler) if job not in order]
+    assert order == jobs
+
+
+def test_a_large_one_is_waited_for_and_not_overtaken_for_ever():
+    scheduler = make(pages=10, sequences=8)
+    small = [add(scheduler, prompt=4, answer=12) for _ in range(2)]
+    scheduler.admit()
+    large = add(scheduler, prompt=20, answer=12)
+    late = add(scheduler, prompt=4, answer=4)
+    scheduler.admit()
+    assert scheduler.running == small
+    scheduler.remove(small[0])
+    scheduler.remove(small[1])
+    scheduler.admit()
+    assert scheduler.running == [large, late]
+
+
+def test_running_answers_go_before_prompts_and_prompts_come_in_pieces():
+    scheduler = make(step_tokens=10)
+    answer = add(scheduler, prompt=2)
+    run_step(scheduler)
+    first, second = add(scheduler, prompt=25), add(scheduler, prompt=3)
+    sizes = [[(job, len(piece.tokens)) for job, piece in run_step(scheduler)] for _ in range(3)]
+    assert sizes[0] == [(answer, 1), (first, 9)]
+    assert sizes[1] == [(answer, 1), (first, 9)]
+    assert sizes[2] == [(answer, 1), (first, 7), (second, 2)]
+
+
+def test_only_the_newest_token_has_logits_unless_the_prompt_is_rated():
+    scheduler = make(step_tokens=10)
+    add(scheduler, prompt=12)
+    request = replace(ask(range(12), 4), prompt_logprobs=0)
+    scheduler.add(Job(request, Sampler(request)))
+    (_, first), *_ = run_step(scheduler)
+    assert (len(first.tokens), first.logits) == (10, 0)
+    (_, rest), (_, rated) = run_step(scheduler)
+    assert (len(rest.tokens), rest.logits) == (2, 1)
+    assert (len(rated.tokens), rated.logits) == (8, 8)
+
+
+def test_after_a_failure_suspects_run_alone_and_before_all_others():
+    scheduler = make()
+    jobs = [add(scheduler) for _ in range(3)]
+    run_step(scheduler)
+    for job in jobs[:2]:
+        job.is_suspect = True
+    for job in scheduler.repeat_all():
+        job.begin_again()
+    assert scheduler.pool.used == 0
+    add(scheduler)
+    scheduler.admit()
+    assert scheduler.running[:3] == jobs
+    assert [job for job, _ in scheduler.plan()] == [jobs[0]]
+    assert len(scheduler.plan()[0][1].tokens) == 5
+    jobs[0].is_suspect = False
+    assert [job for job, _ in scheduler.plan()] == [jobs[1]]
+    jobs[1].is_suspect = False
+    assert len(scheduler.plan()) == 4
+
+
+def test_removing_gives_back_pages_and_forgets_keys():
+    scheduler = make(sequences=1)
+    running, waiting = add(scheduler, "a"), add(scheduler, "b")
+    scheduler.admit()
+    assert (scheduler.pool.used, scheduler.waiting) == (2, 1)
+    scheduler.remove(waiting)
+    scheduler.remove(running)
+    assert (scheduler.pool.used, scheduler.waiting, scheduler.is_idle) == (0, 0, True)
+    assert not scheduler._turns

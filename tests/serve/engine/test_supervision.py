@@ -1,0 +1,148 @@
+"""The engine while its steps are killed: nobody innocent is lost, whoever is to blame is told."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+
+import pytest
+import torch
+from tests.serve.helpers_engine import (
+    all_tokens,
+    ask,
+    collect,
+    generate_greedily,
+    load_float32,
+    mixed_requests,
+    open_tiny,
+    runners,
+    tokens_of,
+    write_model,
+)
+
+from halfbyte.errors import ServeError
+
+pytestmark = pytest.mark.parametrize("runner", runners())
+
+POISON = 77
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(autouse=True)
+def _quiet(caplog):
+    caplog.set_level(logging.CRITICAL, logger="halfbyte.serve.engine.engine")
+
+
+def break_steps(engine, should_fail, *, after=False):
+    """Let steps fail, before or after they have written into the cache."""
+    run = engine._runner.run
+
+    def broken(pieces):
+        fails = should_fail(pieces)
+        if fails and not after:
+            raise RuntimeError("killed before")
+        results = run(pieces)
+        if fails:
+            raise MemoryError("killed after")
+        return results
+
+    engine._runner.run = broken
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_steps_that_die_at_random_change_no_answer(folder, runner, after):
+    requests = mixed_requests(12, seed=2)
+    model = load_float32(folder)
+    expected = [generate_greedily(model, request) for request in requests]
+    dice = random.Random(5)
+
+    async def run():
+        async with open_tiny(folder, runner, step_tokens=24, sequences=6) as engine:
+            break_steps(engine, lambda _: dice.random() < 0.04, after=after)
+            return await all_tokens(engine, requests), engine.load()
+
+    found, load = asyncio.run(run())
+    assert found == expected
+    assert load.restarts >= 3
+    assert (load.running, load.waiting, load.cache_used_bytes) == (0, 0, 0)
+
+
+def test_drawn_answers_go_on_where_they_were(folder, runner):
+    async def run(kills):
+        async with open_tiny(folder, runner) as engine:
+            steps = iter(range(10**6))
+            break_steps(engine, lambda _: next(steps) in kills)
+            requests = [ask([9, 10 + i], 30, temperature=1.0, seed=i) for i in range(4)]
+            return await all_tokens(engine, requests), engine.load().restarts
+
+    expected, none = asyncio.run(run(()))
+    found, restarts = asyncio.run(run((5, 6, 20)))
+    assert (none, restarts) == (0, 3)
+    assert found == expected
+
+
+def test_whoever_fails_alone_is_to_blame_and_the_others_are_answered(folder, runner):
+    requests = mixed_requests(6, seed=8)
+    requests = [ask([t if t != POISON else 5 for t in r.prompt], 20) for r in requests]
+
+    async def run():
+        async with open_tiny(folder, runner) as engine:
+            healthy = await all_tokens(engine, requests)
+            break_steps(engine, lambda pieces: any(POISON in piece.tokens for piece in pieces))
+            bad = asyncio.create_task(collect(engine, ask([5, POISON, 6], 20)))
+            found = await all_tokens(engine, requests)
+            with pytest.raises(ServeError) as caught:
+                await bad
+            return healthy, found, caught.value, engine.load()
+
+    healthy, found, error, load = asyncio.run(run())
+    assert found == healthy
+    assert (error.status, error.code, error.kind) == (503, "engine_failed", "server_error")
+    assert "failed 2 times alone" in str(error)
+    assert 2 <= load.restarts <= 3
+    assert load.cache_used_bytes == 0
+
+
+def test_logits_that_are_no_numbers_are_the_error_of_their_request(folder, runner):
+    async def run():
+        async with open_tiny(folder, runner) as engine:
+            run_pieces = engine._runner.run
+
+            def spoil(pieces):
+                results = run_pieces(pieces)
+                for piece, logits in zip(pieces, results, strict=True):
+                    if POISON in piece.tokens:
+                        logits[..., 3].fill_(torch.nan)
+                return results
+
+            engine._runner.run = spoil
+            good = asyncio.create_task(tokens_of(engine, ask([5, 6], 20)))
+            errors = []
+            for settings in ({}, {"prompt_logprobs": 1}):
+                with pytest.raises(ServeError) as caught:
+                    await collect(engine, ask([5, POISON], 20, **settings))
+                errors.append(caught.value)
+            return errors, await good, engine.load()
+
+    errors, good, load = asyncio.run(run())
+    assert [(e.status, e.code) for e in errors] == [(500, "not_finite")] * 2
+    assert "after 2 tokens" in str(errors[0])
+    assert len(good) == 20
+    assert load.restarts == 0
+
+
+def test_a_runner_that_never_works_again_fails_everybody_and_the_engine_closes(folder, runner):
+    async def run():
+        async with open_tiny(folder, runner) as engine:
+            break_steps(engine, lambda _: True)
+            return await asyncio.gather(
+                *(tokens_of(engine, ask([i], 5)) for i in range(3, 8)), return_exceptions=True
+            )
+
+    found = asyncio.run(run())
+    assert all(isinstance(error, ServeError) and error.status == 503 for error in found)
