@@ -44,9 +44,10 @@ class Answer:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Undo :meth:`to_dict`."""
-        return cls(
-            **{name: tuple(v) if isinstance(v, list | tuple) else v for name, v in values.items()}
-        )
+        plain: dict[str, Any] = {
+            name: tuple(v) if isinstance(v, list | tuple) else v for name, v in values.items()
+        }
+        return cls(**plain)
 
 
 class Respondent(Protocol):

@@ -185,12 +185,15 @@ class Quality:
         candidate = route.backend
         self.router.set_canary(None)
         promoted = canary.status == "promoted"
-        await self._record(candidate, canary, promoted=promoted)
-        if promoted:
-            await self._take_over(candidate)
-        else:
-            self._owned.remove(candidate)
-            await candidate.close()
+        primary = self.router.routes[0].backend
+        changing = primary.changing if isinstance(primary, StoreBackend) else asyncio.Lock()
+        async with changing:
+            await self._record(candidate, canary, promoted=promoted)
+            if promoted:
+                await self._take_over(candidate)
+                return
+        self._owned.remove(candidate)
+        await candidate.close()
 
     async def _take_over(self, candidate: Backend) -> None:
         """Let a candidate be asked first; the model that was finishes what it has and is closed."""
