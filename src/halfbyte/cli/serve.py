@@ -50,17 +50,17 @@ def run(args: argparse.Namespace) -> int:
         logging.getLogger(quiet).setLevel(logging.WARNING)
     keys = read_keys(config)
     # Before the model: its minutes are not spent where the port is taken.
-    bound = bind(config.host, config.port)
-    service = open_service(args.model, config, engine, quality, keys)
-    asyncio.run(
-        run_server(
-            service.gateway,
-            bound,
-            start=service.start,
-            stop=service.stop,
-            on_ready=lambda _: _announce(service, bound),
+    with bind(config.host, config.port) as bound:
+        service = open_service(args.model, config, engine, quality, keys)
+        asyncio.run(
+            run_server(
+                service.gateway,
+                bound,
+                start=service.start,
+                stop=service.stop,
+                on_ready=lambda _: _announce(service, bound),
+            )
         )
-    )
     err_console.print("Stopped.")
     return 0
 

@@ -13,13 +13,13 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from halfbyte.environment import API_KEYS, UPSTREAM_KEY, read_variable
 from halfbyte.errors import ConfigError
 from halfbyte.serve.adapters import AdapterFolder
 from halfbyte.serve.api.gateway import Gateway
 from halfbyte.serve.config import ServeConfig
-from halfbyte.serve.embedded import EmbeddedBackend
 from halfbyte.serve.engine.config import EngineConfig
 from halfbyte.serve.exchange import Backend
 from halfbyte.serve.keys import ApiKeys, read_key_file
@@ -27,6 +27,9 @@ from halfbyte.serve.quality import Quality, open_quality
 from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.upstream import UpstreamBackend
 from halfbyte.units import format_bytes
+
+if TYPE_CHECKING:
+    from halfbyte.serve.embedded import EmbeddedBackend
 
 logger = logging.getLogger(__name__)
 
@@ -149,8 +152,10 @@ def open_embedded(folder: Path, config: ServeConfig, engine: EngineConfig) -> Em
     Returns:
         The backend, ready.
     """
+    # Torch and Transformers: a gateway before other servers does without their seconds.
     from transformers import AutoTokenizer
 
+    from halfbyte.serve.embedded import EmbeddedBackend
     from halfbyte.serve.engine.opening import open_engine
 
     template = config.chat_template
