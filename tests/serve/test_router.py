@@ -321,6 +321,15 @@ def test_second_tries_are_a_share_of_requests_once_the_reserve_is_used_up():
     assert len(large.calls) == pytest.approx(64 + 100, abs=2)
 
 
+def test_answers_that_fail_checks_do_not_use_up_what_saves_requests_from_an_outage():
+    router, small, _ = make(LOOP, BETTER, retry_share=0.25, breaker_failures=10**9)
+    served = [ask(router)[1].backend for _ in range(400)]
+    assert served.count("large0") == pytest.approx(64 + 100, abs=2)
+    assert set(served[-4:]) == {"small", "large0"}
+    small.script = [failure()]
+    assert [ask(router)[1].backend for _ in range(64)] == ["large0"] * 64
+
+
 def test_client_that_leaves_cancels_the_model_and_blames_nobody():
     seen = []
     router, small, _ = make([*GOOD[:3], math.inf], BETTER, observers=[seen.append], hold_back=2)

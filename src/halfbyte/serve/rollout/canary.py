@@ -191,6 +191,12 @@ class Canary:
             },
         }
 
+    def summary(self) -> dict[str, Any]:
+        """Give the evidence without what only a restart needs."""
+        found = self.evidence()
+        del found["log_wealth"]
+        return found
+
     def _settings(self) -> dict[str, float]:
         config = self._config
         return {

@@ -82,6 +82,8 @@ class Attempt:
         """Whether the breaker has been told."""
         self._hides_logprobs = False
         self._call = self._adapt(call)
+        # Together: a moment later the backend may serve another version.
+        self.version = str(getattr(route.backend, "version", ""))
         self._events = route.backend.stream(self._call)
 
     def _adapt(self, call: Call) -> Call:

@@ -72,7 +72,8 @@ class Router:
         self._causes = frozenset(self.config.fallback_on)
         self._observers = list(observers)
         self._budget = FallbackBudget.of(self.config, clock)
-        self._retries = RetryBudget(self.config.retry_share)
+        # Apart: answers that fail a check must not use up what saves requests from an outage.
+        self._retries = {fault: RetryBudget(self.config.retry_share) for fault in (False, True)}
         self._primary = self._route(primary, "primary")
         self._fallbacks = [self._route(backend, "fallback") for backend in fallbacks]
         self._canary: Route | None = None
@@ -131,7 +132,7 @@ class Router:
         try:
             attempt = await self._choose(seen)
             served.backend, served.model = attempt.seen.backend, attempt.model
-            served.version = str(getattr(attempt.route.backend, "version", ""))
+            served.version = attempt.version
             seen.first = self._clock()
             async with aclosing(attempt.rest()) as events:
                 async for event in events:
@@ -152,7 +153,8 @@ class Router:
         """Give the attempt that the client gets, its beginning checked; the others are closed."""
         call, served = seen.call, seen.served
         routes = self._order(seen)
-        self._retries.add_request()
+        for retries in self._retries.values():
+            retries.add_request()
         kept: Attempt | None = None
         first_error: ServeError | None = None
         cause = served.reason
@@ -160,7 +162,7 @@ class Router:
         try:
             for number, route in enumerate(routes):
                 attempt = None
-                why_not = self._blocked(route, bool(seen.attempts))
+                why_not = self._blocked(route, cause if seen.attempts else "")
                 if why_not:
                     served.notes.append(f"{route.role} {route.backend.name} not asked: {why_not}")
                     cause = why_not if cause in ("", CRITICAL) else cause
@@ -208,13 +210,21 @@ class Router:
         seen.arm = "canary" if self._rollout.pick(seen.call) else "primary"
         return [self._canary, *usual] if seen.arm == "canary" else usual
 
-    def _blocked(self, route: Route, second: bool) -> str:
-        """Tell why a model may not be asked now; empty: it may. What it takes is taken."""
+    def _blocked(self, route: Route, cause: str) -> str:
+        """Tell why a model may not be asked now; empty: it may. What it takes is taken.
+
+        Args:
+            route: The model.
+            cause: Why another one was not enough; empty: this is the first that is asked.
+
+        Returns:
+            A word for it.
+        """
         if not route.breaker.allows:
             return "breaker"
         if route.role == "fallback" and not self._budget.has_left:
             return "budget"
-        if second and not self._retries.take():
+        if cause and not self._retries[cause in OWN_FAULTS].take():
             return "retries"
         return "" if route.breaker.enter() else "breaker"
 

@@ -18,6 +18,10 @@ MOST_SAMPLES = 500
 PERCENTILES = (50, 95, 99)
 
 
+Percentiles = tuple[float | None, ...]
+"""One for each of ``PERCENTILES``."""
+
+
 @dataclass(slots=True)
 class Slice:
     """Ten seconds."""
@@ -28,6 +32,17 @@ class Slice:
     first_token: list[float] = field(default_factory=list)
     whole: list[float] = field(default_factory=list)
     causes: Counter[str] = field(default_factory=Counter)
+    _known: tuple[int, tuple[Percentiles, Percentiles]] = (-1, ((), ()))
+
+    def percentiles(self) -> tuple[Percentiles, Percentiles]:
+        """Give those of both latencies; sorted once, not at every look at the page."""
+        if self._known[0] != len(self.whole):
+            found = [
+                tuple(percentile(values, p) for p in PERCENTILES)
+                for values in (self.first_token, self.whole)
+            ]
+            self._known = (len(self.whole), (found[0], found[1]))
+        return self._known[1]
 
 
 class History:
@@ -90,14 +105,14 @@ class History:
             "requests_per_second": [one.requests / SLICE_SECONDS for one in shown],
             "failures_per_second": [one.failures / SLICE_SECONDS for one in shown],
             "tokens_per_second": [one.tokens / SLICE_SECONDS for one in shown],
-            "first_token": _percentiles([one.first_token for one in shown]),
-            "whole": _percentiles([one.whole for one in shown]),
+            "first_token": _by_percentile([one.percentiles()[0] for one in shown]),
+            "whole": _by_percentile([one.percentiles()[1] for one in shown]),
             "causes": dict(sum((one.causes for one in shown), Counter())),
         }
 
 
-def _percentiles(samples: Sequence[list[float]]) -> dict[str, list[float | None]]:
-    return {f"p{p}": [percentile(values, p) for values in samples] for p in PERCENTILES}
+def _by_percentile(rows: Sequence[Percentiles]) -> dict[str, list[float | None]]:
+    return {f"p{p}": [row[place] for row in rows] for place, p in enumerate(PERCENTILES)}
 
 
 def percentile(values: Sequence[float], percent: float) -> float | None:
