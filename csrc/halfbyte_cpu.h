@@ -12,7 +12,7 @@ extern "C" {
 #define HB_API __attribute__((visibility("default")))
 
 // Raised whenever a signature, a struct or the packed layout changes; the caller compares.
-#define HB_ABI_VERSION 1
+#define HB_ABI_VERSION 2
 
 enum hb_status {
   HB_OK = 0,
@@ -69,36 +69,48 @@ HB_API int hb_tiles(void);
 HB_API int hb_dequantize(const void* packed, int64_t first, int64_t last, int dtype, void* out,
                          int threads);
 
-// out = weight @ x for one x and a dense weight [out, in] of float32 or bfloat16, read once: the
-// head of a model, which seldom is quantized.
-HB_API int hb_dense(const void* weight, int dtype, const float* x, int64_t in_features,
-                    int64_t out_features, float* out, int threads);
+// out[m, :] = weight @ x[m, :] for x [rows, in] and a dense weight [out, in] of float32 or bfloat16,
+// read once for every eight rows: the head of a model, which seldom is quantized.
+HB_API int hb_dense(const void* weight, int dtype, const float* x, int64_t rows,
+                    int64_t in_features, int64_t out_features, float* out, int threads);
 
-// One token through all blocks of a decoder: norm, attention with rotary positions over a cache of
+// Tokens through all blocks of a decoder: norm, attention with rotary positions over a cache of
 // keys and values, residual, norm, gated MLP, residual; then the last norm. All arrays belong to
-// the caller.
+// the caller. The cache is in pages of some positions each; which pages a sequence has, and in what
+// order, its table says.
 typedef struct {
   const void *q, *k, *v, *o, *gate, *up, *down;  // packed weights
   const float *q_bias, *k_bias, *v_bias, *o_bias, *gate_bias, *up_bias, *down_bias;  // or NULL
   const float *attention_norm, *mlp_norm;                                            // [hidden]
   const float *q_norm, *k_norm;  // [head_dim] of each head, or NULL
-  void *keys, *values;           // [kv_heads][capacity][head_dim] of `dtype`
+  void *keys, *values;           // [pages][kv_heads][page_tokens][head_dim] of `dtype`
 } hb_block;
 
 typedef struct {
   int32_t blocks, hidden, heads, kv_heads, head_dim, rotary_dim, intermediate;
   int32_t dtype;                 // of the cache: float32 or bfloat16
-  int64_t capacity;              // positions that the cache holds
+  int64_t pages;                 // that the cache has
+  int64_t page_tokens;           // positions to a page; even, unless a sequence has one page only
+  int64_t capacity;              // positions that there are angles for
   float epsilon, scale;          // of the norms; of the attention scores
   const float *cosines, *sines;  // [capacity][rotary_dim]
   const float* last_norm;        // [hidden]
   const hb_block* block;
 } hb_decoder;
 
-// x: [hidden], the token's embedding; overwritten. Writes position's keys and values into the cache
-// and the normed hidden state into out [hidden].
-HB_API int hb_decode(const hb_decoder* decoder, float* x, int64_t position, float* out,
-                     int threads);
+// Rows are tokens of any sequences; those of one sequence stand in the order of their positions, and
+// all positions before them are in the cache. What a row computes does not depend on the others, to
+// the last bit.
+typedef struct {
+  int64_t rows;
+  float* x;                  // [rows][hidden]: the tokens' embeddings; overwritten
+  const int64_t* positions;  // [rows]
+  const int32_t* tables;     // page numbers of one sequence after the other
+  const int64_t* starts;     // [rows]: where in `tables` the row's sequence begins
+  float* out;                // [rows][hidden]: the normed hidden states
+} hb_rows;
+
+HB_API int hb_decode(const hb_decoder* decoder, const hb_rows* rows, int threads);
 
 // Reads `bytes` (a multiple of 64) once, and gives a checksum: how fast this machine can read.
 HB_API uint64_t hb_read(const void* from, int64_t bytes, int threads);

@@ -68,11 +68,23 @@ struct Target {
   int64_t stride;
 };
 
+// out[m, n] = weight[n, :] . x[m, :]; an instruction set computes channels [first, last) of it.
+struct Dense {
+  const void* weight;  // [out][columns]
+  int dtype;
+  const float* x;  // [rows][columns]
+  int64_t rows, columns;
+  float* out;  // [rows][stride]
+  int64_t stride;
+};
+
 // One query head of a decode step.
 struct Attention {
   const float* query;  // [width]
-  const void* keys;    // [length][width], float32 or bfloat16
+  const void* keys;    // page p: [page_tokens][width] at p * page_stride, float32 or bfloat16
   const void* values;
+  const int32_t* table;  // pages in the order of their positions
+  int64_t page_tokens, page_stride;
   float* out;  // [width]
   int64_t length;
   int width, dtype;
@@ -86,9 +98,7 @@ struct Isa {
   void (*multiply)(const Packed&, const Rows&, const Target&, int64_t first, int64_t last);
   // Block b as numbers, into out[k * stride + lane].
   void (*dequantize)(const Packed&, int64_t block, int dtype, void* out, int64_t stride);
-  // out[n] = weight[n, :] . x for rows [first, last) of a dense [out, in].
-  void (*multiply_dense)(const void* weight, int dtype, const float* x, int64_t columns,
-                         int64_t first, int64_t last, float* out);
+  void (*multiply_dense)(const Dense&, int64_t first, int64_t last);
   // Widths and counts are multiples of 16; `scores` holds length + 16 numbers.
   void (*attend)(const Attention&, float* scores);
   void (*gate_silu)(float* gate, const float* up, int64_t count);

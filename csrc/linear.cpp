@@ -45,6 +45,11 @@ float* borrow(int64_t floats) {
   return static_cast<float*>(scratch.grow(floats * 4));
 }
 
+float* borrow_scores(int64_t floats) {
+  static thread_local Scratch scratch;
+  return static_cast<float*>(scratch.grow(floats * 4));
+}
+
 uint16_t* borrow_stripe(int64_t halves) {
   static thread_local Scratch scratch;
   return static_cast<uint16_t*>(scratch.grow(halves * 2));
@@ -92,6 +97,9 @@ int64_t scratch_floats(const Packed& w, int64_t rows) {
 
 Rows ready_rows(const Packed& w, int dtype, const void* x, int64_t rows, float* scratch) {
   const int64_t columns = w.in_features;
+  if (dtype == HB_FLOAT32 && !w.order && w.symmetric) {
+    return {rows, static_cast<const float*>(x), nullptr, nullptr, false};
+  }
   float* sums = scratch + rows * columns;
   for (int64_t m = 0; m < rows; m++) {
     const int64_t at = m * columns;
@@ -254,12 +262,13 @@ extern "C" int hb_dequantize(const void* packed, int64_t first, int64_t last, in
   return HB_OK;
 }
 
-extern "C" int hb_dense(const void* weight, int dtype, const float* x, int64_t in_features,
-                        int64_t out_features, float* out, int threads) {
+extern "C" int hb_dense(const void* weight, int dtype, const float* x, int64_t rows,
+                        int64_t in_features, int64_t out_features, float* out, int threads) {
   if (dtype != HB_FLOAT32 && dtype != HB_BFLOAT16) return HB_BAD_ARGUMENT;
   const Isa& isa = current_isa();
+  const Dense dense = {weight, dtype, x, rows, in_features, out, out_features};
   parallel_for(out_features, threads, [&](int64_t first, int64_t last) {
-    isa.multiply_dense(weight, dtype, x, in_features, first, last, out);
+    isa.multiply_dense(dense, first, last);
   });
   return HB_OK;
 }

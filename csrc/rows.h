@@ -8,10 +8,13 @@ namespace halfbyte {
 // where there is no memory. The next call of the same thread may move it.
 float* borrow(int64_t floats);
 
+// The same for the scores of an attention head, on whichever thread computes it.
+float* borrow_scores(int64_t floats);
+
 // Floats that ready_rows needs.
 int64_t scratch_floats(const Packed& w, int64_t rows);
 
-// x: [rows, in] of `dtype`.
+// x: [rows, in] of `dtype`; used where it is if it is ready already.
 Rows ready_rows(const Packed& w, int dtype, const void* x, int64_t rows, float* scratch);
 
 // Where a matrix unit's file keeps a stripe of weights as numbers: aligned, kept by each thread.

@@ -59,14 +59,20 @@ void dequantize(const Packed& w, int64_t block, int dtype, void* out, int64_t st
   }
 }
 
-void multiply_dense(const void* weight, int dtype, const float* x, int64_t columns, int64_t first,
-                    int64_t last, float* out) {
-  for (int64_t n = first; n < last; n++) {
-    out[n] = 0;
-    for (int64_t k = 0; k < columns; k++) {
-      out[n] += load_number(weight, n * columns + k, dtype) * x[k];
+void multiply_dense(const Dense& d, int64_t first, int64_t last) {
+  for (int64_t m = 0; m < d.rows; m++) {
+    for (int64_t n = first; n < last; n++) {
+      float sum = 0;
+      for (int64_t k = 0; k < d.columns; k++) {
+        sum += load_number(d.weight, n * d.columns + k, d.dtype) * d.x[m * d.columns + k];
+      }
+      d.out[m * d.stride + n] = sum;
     }
   }
+}
+
+int64_t place_of(const Attention& a, int64_t t) {
+  return a.table[t / a.page_tokens] * a.page_stride + t % a.page_tokens * a.width;
 }
 
 void attend(const Attention& a, float* scores) {
@@ -74,7 +80,7 @@ void attend(const Attention& a, float* scores) {
   for (int64_t t = 0; t < a.length; t++) {
     float dot = 0;
     for (int i = 0; i < a.width; i++) {
-      dot += a.query[i] * load_number(a.keys, t * a.width + i, a.dtype);
+      dot += a.query[i] * load_number(a.keys, place_of(a, t) + i, a.dtype);
     }
     scores[t] = dot * a.scale;
     if (!(scores[t] <= largest)) largest = scores[t];
@@ -83,7 +89,7 @@ void attend(const Attention& a, float* scores) {
   for (int i = 0; i < a.width; i++) {
     float sum = 0;
     for (int64_t t = 0; t < a.length; t++) {
-      sum += scores[t] * load_number(a.values, t * a.width + i, a.dtype);
+      sum += scores[t] * load_number(a.values, place_of(a, t) + i, a.dtype);
     }
     a.out[i] = sum / total;
   }

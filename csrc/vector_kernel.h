@@ -76,8 +76,9 @@ template <int BITS, int ROWS>
 void multiply_block(const Packed& w, const Rows& rows, const Target& target, int64_t row,
                     int64_t block) {
   constexpr int RUN = BITS == 3 ? 32 : 32 / BITS, WORDS = BITS == 3 ? 3 : 1;
-  // Enough independent sums to hide the latency of a multiply-add.
-  constexpr int CHAINS = ROWS * PARTS >= 4 ? 1 : 4 / (ROWS * PARTS);
+  // The same for any number of rows: so a row's result does not depend on its neighbours. Two sums
+  // that wait for nothing but themselves hide most of the latency of a multiply-add.
+  constexpr int CHAINS = PARTS >= 2 ? 1 : 2;
   const int64_t columns = w.in_features;
   const uint32_t* codes = w.codes + block * w.block_words;
   const float* x = rows.x + row * columns;
@@ -220,46 +221,74 @@ inline Floats load_numbers(const void* from, int64_t at) {
   return (Floats)(__builtin_convertvector(halves, Words) << 16);
 }
 
-template <bool HALF>
-void multiply_dense_rows(const void* weight, const float* x, int64_t columns, int64_t first,
-                         int64_t last, float* out) {
-  const int64_t whole = columns / (4 * VECTOR) * (4 * VECTOR);
-  for (int64_t n = first; n < last; n++) {
-    Floats sums[4] = {};
-    const int64_t row = n * columns;
-    for (int64_t k = 0; k < whole; k += 4 * VECTOR) {
-      __builtin_prefetch(static_cast<const char*>(weight) + (row + k) * (HALF ? 2 : 4) + 2048);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; i++) {
-        const int64_t at = k + i * VECTOR;
-        sums[i] += load_numbers<HALF>(weight, row + at) * load<Floats>(x + at);
+// Each row's sums run in the same order however many rows share the weights: so a row's result does
+// not depend on its neighbours.
+template <bool HALF, int ROWS>
+void multiply_dense_rows(const Dense& d, int64_t row, int64_t n) {
+  constexpr int CHAINS = 2;
+  const int64_t columns = d.columns, whole = columns / (CHAINS * VECTOR) * (CHAINS * VECTOR);
+  const int64_t at = n * columns;
+  const float* x = d.x + row * columns;
+  Floats sums[ROWS][CHAINS] = {};
+  for (int64_t k = 0; k < whole; k += CHAINS * VECTOR) {
+    __builtin_prefetch(static_cast<const char*>(d.weight) + (at + k) * (HALF ? 2 : 4) + 2048);
+#pragma GCC unroll 2
+    for (int i = 0; i < CHAINS; i++) {
+      const Floats weights = load_numbers<HALF>(d.weight, at + k + i * VECTOR);
+#pragma GCC unroll 8
+      for (int m = 0; m < ROWS; m++) {
+        sums[m][i] += weights * load<Floats>(x + m * columns + k + i * VECTOR);
       }
     }
-    float sum = add_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  }
+  for (int m = 0; m < ROWS; m++) {
+    float sum = add_lanes(sums[m][0] + sums[m][1]);
     for (int64_t k = whole; k < columns; k++) {
-      sum += load_number(weight, row + k, HALF ? HB_BFLOAT16 : HB_FLOAT32) * x[k];
+      sum += load_number(d.weight, at + k, HALF ? HB_BFLOAT16 : HB_FLOAT32) * x[m * columns + k];
     }
-    out[n] = sum;
+    d.out[(row + m) * d.stride + n] = sum;
   }
 }
 
-void multiply_dense(const void* weight, int dtype, const float* x, int64_t columns, int64_t first,
-                    int64_t last, float* out) {
-  const auto rows = dtype == HB_BFLOAT16 ? multiply_dense_rows<true> : multiply_dense_rows<false>;
-  rows(weight, x, columns, first, last, out);
+template <bool HALF>
+void multiply_dense_all(const Dense& d, int64_t first, int64_t last) {
+  for (int64_t n = first; n < last; n++) {
+    int64_t m = 0;
+#if MAX_SHARED_ROWS >= 8
+    for (; m + 8 <= d.rows; m += 8) multiply_dense_rows<HALF, 8>(d, m, n);
+#endif
+    for (; m + 4 <= d.rows; m += 4) multiply_dense_rows<HALF, 4>(d, m, n);
+    for (; m + 2 <= d.rows; m += 2) multiply_dense_rows<HALF, 2>(d, m, n);
+    for (; m < d.rows; m++) multiply_dense_rows<HALF, 1>(d, m, n);
+  }
+}
+
+void multiply_dense(const Dense& d, int64_t first, int64_t last) {
+  const auto multiply = d.dtype == HB_BFLOAT16 ? multiply_dense_all<true> : multiply_dense_all<false>;
+  multiply(d, first, last);
+}
+
+// Where the page that begins at `start` ends, or the text.
+inline int64_t pages_end(const Attention& a, int64_t start) {
+  const int64_t end = start + a.page_tokens;
+  return end < a.length ? end : a.length;
 }
 
 // `scores` has room for `length` numbers and a vector.
 template <bool HALF>
 void attend_to(const Attention& a, float* scores) {
   float largest = -3e38f;
-  for (int64_t t = 0; t < a.length; t++) {
-    Floats sum = {};
-    for (int i = 0; i < a.width; i += VECTOR) {
-      sum += load<Floats>(a.query + i) * load_numbers<HALF>(a.keys, t * a.width + i);
+  for (int64_t start = 0, page = 0; start < a.length; start += a.page_tokens, page++) {
+    const int64_t from = a.table[page] * a.page_stride;
+    const int64_t count = pages_end(a, start) - start;
+    for (int64_t t = 0; t < count; t++) {
+      Floats sum = {};
+      for (int i = 0; i < a.width; i += VECTOR) {
+        sum += load<Floats>(a.query + i) * load_numbers<HALF>(a.keys, from + t * a.width + i);
+      }
+      const float score = scores[start + t] = add_lanes(sum) * a.scale;
+      if (!(score <= largest)) largest = score;  // also where it is not a number
     }
-    scores[t] = add_lanes(sum) * a.scale;
-    if (!(scores[t] <= largest)) largest = scores[t];  // also where it is not a number
   }
   Floats total = {};
   for (int i = 0; i < VECTOR; i++) scores[a.length + i] = -3e38f;
@@ -271,12 +300,17 @@ void attend_to(const Attention& a, float* scores) {
   const float each = 1.0f / add_lanes(total);
   for (int i = 0; i < a.width; i += VECTOR) {
     Floats sum = {}, other = {};
-    int64_t t = 0;
-    for (; t + 2 <= a.length; t += 2) {
-      sum += scores[t] * load_numbers<HALF>(a.values, t * a.width + i);
-      other += scores[t + 1] * load_numbers<HALF>(a.values, (t + 1) * a.width + i);
+    for (int64_t start = 0, page = 0; start < a.length; start += a.page_tokens, page++) {
+      const int64_t from = a.table[page] * a.page_stride + i;
+      const int64_t count = pages_end(a, start) - start;
+      int64_t t = 0;
+      for (; t + 2 <= count; t += 2) {
+        const float* share = scores + start + t;
+        sum += share[0] * load_numbers<HALF>(a.values, from + t * a.width);
+        other += share[1] * load_numbers<HALF>(a.values, from + (t + 1) * a.width);
+      }
+      if (t < count) sum += scores[start + t] * load_numbers<HALF>(a.values, from + t * a.width);
     }
-    if (t < a.length) sum += scores[t] * load_numbers<HALF>(a.values, t * a.width + i);
     store(a.out + i, (sum + other) * each);
   }
 }

@@ -108,6 +108,80 @@ def test_missing_parts_are_named(tmp_path):
     assert find_obstacle(model) == "a block (LlamaDecoderLayer) has no post_attention_layernorm"
 
 
+def run_paged(decoder, sequences, cuts, *, page_tokens, together):
+    """Hidden states of sequences that are run in pieces over pages of their own."""
+    pages = -(-max(map(len, sequences)) // page_tokens)
+    count = len(sequences)
+    tables = [list(range(i, pages * count, count)) for i in range(count)]
+    found = [[] for _ in sequences]
+    done = [0] * len(sequences)
+    for size in cuts:
+        batch = [
+            (i, place)
+            for i, tokens in enumerate(sequences)
+            for place in range(done[i], min(done[i] + size, len(tokens)))
+        ]
+        done = [done[i] + size for i in range(len(sequences))]
+        groups = [batch] if together else [[row] for row in batch]
+        for group in groups:
+            if not group:
+                continue
+            states = decoder.run(
+                [sequences[i][place] for i, place in group],
+                [place for _, place in group],
+                [page for table in tables for page in table],
+                [i * pages for i, _ in group],
+            )
+            for (i, _), state in zip(group, states, strict=True):
+                found[i].append(state)
+    return [torch.stack(states) for states in found]
+
+
+@pytest.mark.parametrize("name", ["llama", "act-order", "8 bits", "norms of heads"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_does_not_depend_on_its_neighbours_pieces_or_pages(tmp_path, name, dtype, isa):
+    model = load(tmp_path, name, dtype)
+    generator = torch.Generator().manual_seed(3)
+    sequences = [torch.randint(3, 128, (n,), generator=generator).tolist() for n in (40, 9, 23)]
+    config = model.config
+
+    def make(page_tokens):
+        shape = (30, config.num_key_value_heads, page_tokens, config.head_dim)
+        layers = range(config.num_hidden_layers)
+        # What no row has written must not be read.
+        cache = [[torch.full(shape, torch.nan, dtype=dtype) for _ in layers] for _ in "kv"]
+        return NativeDecoder(model, 48, tuple(cache))
+
+    with torch.inference_mode():
+        one = run_paged(make(48), sequences, [40], page_tokens=48, together=False)
+        for cuts in ([40], [1] * 40, [13, 2, 1, 1, 7, 8, 8]):
+            for page_tokens in (4, 16):
+                found = run_paged(
+                    make(page_tokens), sequences, cuts, page_tokens=page_tokens, together=True
+                )
+                for mine, expected in zip(found, one, strict=True):
+                    assert torch.equal(mine, expected)
+        if dtype == torch.float32:
+            ids = torch.tensor([sequences[0]])
+            expected = model.model(ids, use_cache=False).last_hidden_state[0]
+            torch.testing.assert_close(one[0], expected, rtol=5e-4, atol=5e-4)
+
+
+def test_pages_that_the_cache_does_not_have_are_refused(tmp_path):
+    decoder = NativeDecoder(load(tmp_path, "llama"), 8)
+    with torch.inference_mode(), pytest.raises(ConfigError, match="at position 0 of 8"):
+        decoder.run([5], [0], [1], [0])
+
+
+def test_pages_of_an_odd_size_are_refused(tmp_path):
+    model = load(tmp_path, "llama")
+    shape = (3, 2, 3, 16)
+    cache = [[torch.zeros(shape) for _ in range(2)] for _ in "kv"]
+    decoder = NativeDecoder(model, 9, tuple(cache))
+    with torch.inference_mode(), pytest.raises(ConfigError, match="at position 3 of 9"):
+        decoder.run([5] * 4, [0, 1, 2, 3], [0, 1, 2], [0] * 4)
+
+
 def test_positions_beyond_the_cache_are_refused(tmp_path):
     decoder = NativeDecoder(load(tmp_path, "llama"), 4)
     with torch.inference_mode(), pytest.raises(ConfigError, match="at position 4 of 4"):

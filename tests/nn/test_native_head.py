@@ -40,6 +40,17 @@ def test_a_stored_head_is_multiplied_exactly_as_it_is(isa, dtype, width):
     assert ((found.double() - exact).abs() <= 1e-7 * (width + 2) * size).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_a_row_of_logits_does_not_depend_on_the_others(isa, dtype, bits):
+    head = NativeHead(make_head(dtype, width=80), bits)
+    hidden = torch.randn(15, 80, generator=torch.Generator().manual_seed(2))
+    together = head(hidden)
+    assert together.shape == (15, 50)
+    for row, logits in zip(hidden, together, strict=True):
+        assert torch.equal(head(row), logits)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_heads_that_the_library_does_not_read_run_in_torch(dtype):
     head = make_head(dtype, bias=True)

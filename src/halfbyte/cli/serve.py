@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from halfbyte.cli.options import add_dataclass_options, dataclass_from_args
@@ -26,10 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     parser.add_argument(
         "model",
-        type=Path,
         nargs="?",
         metavar="MODEL",
-        help="folder of a model, GPTQ or not; left out with --upstream",
+        help="folder of a model, GPTQ or not, or store:NAME@ALIAS; left out with --upstream",
     )
     add_dataclass_options(parser, ServeConfig)
     add_dataclass_options(parser, EngineConfig)
@@ -50,17 +48,17 @@ def run(args: argparse.Namespace) -> int:
         logging.getLogger(quiet).setLevel(logging.WARNING)
     keys = read_keys(config)
     # Before the model: its minutes are not spent where the port is taken.
-    bound = bind(config.host, config.port)
-    service = open_service(args.model, config, engine, quality, keys)
-    asyncio.run(
-        run_server(
-            service.gateway,
-            bound,
-            start=service.start,
-            stop=service.stop,
-            on_ready=lambda _: _announce(service, bound),
+    with bind(config.host, config.port) as bound:
+        service = open_service(args.model, config, engine, quality, keys)
+        asyncio.run(
+            run_server(
+                service.gateway,
+                bound,
+                start=service.start,
+                stop=service.stop,
+                on_ready=lambda _: _announce(service, bound),
+            )
         )
-    )
     err_console.print("Stopped.")
     return 0
 
@@ -72,11 +70,14 @@ def _announce(service: Service, bound: socket.socket) -> None:
     shown = f"[{host}]" if ":" in host else host
     keys = len(service.gateway.keys.hashes)
     who = f"{keys} API key{'s' if keys > 1 else ''}" if keys else "no API keys: this machine only"
-    models = ", ".join(service.gateway.backend.models) or "no model yet"
-    err_console.print(f"Serving {models} at http://{shown}:{port}/v1", soft_wrap=True)
+    models = ", ".join(service.gateway.models) or "no model yet"
+    here = f"http://{shown}:{port}"
     err_console.print(
-        f"{service.description}; {who}; at once {config.most_requests} requests, "
-        f"{config.request_seconds:g} s each at most. Ctrl-C finishes what runs, and ends.",
-        soft_wrap=True,
-        style="dim",
+        f"Serving {models} at {here}/v1, dashboard at {here}/dashboard", soft_wrap=True
     )
+    for line in (
+        service.description,
+        f"{who}; {config.most_requests} requests at once, {config.request_seconds:g} s each at "
+        "most; Ctrl-C finishes what runs, and ends",
+    ):
+        err_console.print(line, soft_wrap=True, style="dim")

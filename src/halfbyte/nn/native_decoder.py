@@ -1,10 +1,11 @@
-"""A decode step without Python between its layers: one call of the compiled library per token.
+"""A decode step without Python between its layers: one call of the compiled library for all tokens.
 
 ::
 
     model ──find_obstacle──> None: blocks of norm, attention (q, k, v, o; rotary), norm, gated MLP
                                    with a silu, every linear on cpu_native
           ──NativeDecoder(model, capacity)──> load_cache(prompt's keys and values) ──> step, step …
+          ──NativeDecoder(model, capacity, pages)──> run(tokens of many sequences), run …
 
 Blocks are known by their parts, not by the model's name, and that is not trusted: a new decoder
 runs a few tokens beside the model's own forward and refuses a model that computes something else.
@@ -21,7 +22,14 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from halfbyte.errors import ModelError
-from halfbyte.kernels.native_library import DTYPES, Block, Decoder, check_status, open_library
+from halfbyte.kernels.native_library import (
+    DTYPES,
+    Block,
+    Decoder,
+    Rows,
+    check_status,
+    open_library,
+)
 from halfbyte.nn.linear import QuantLinear
 
 KERNEL = "cpu_native"
@@ -38,38 +46,49 @@ MOST_DEVIATION = 0.05
 
 
 class NativeDecoder:
-    """One sequence's keys and values, and the step that adds a token to it."""
+    """The blocks of a model over a cache in pages, and the step that runs tokens through them."""
 
-    def __init__(self, model: PreTrainedModel, capacity: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        capacity: int,
+        cache: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
+    ) -> None:
         """Gather the model's parts; its weights are used where they are.
 
         Args:
             model: One of which :func:`find_obstacle` said None.
-            capacity: Positions to make room for.
+            capacity: Positions that a sequence can have.
+            cache: Keys and values of each layer, [pages, key heads, page tokens, width] in the
+                linears' type; None: one page, for a single sequence.
         """
         base = _base(model)
         layers: list[Any] = list(base.layers)
         attention, mlp = layers[0].self_attn, layers[0].mlp
-        dtype = attention.q_proj.spec.dtype
+        query, key = _bare(attention.q_proj), _bare(attention.k_proj)
         self.capacity = capacity
         self._embeddings = model.get_input_embeddings()
         self._kept: list[Any] = []
         head_dim = attention.head_dim
-        kv_heads = attention.k_proj.out_features // head_dim
-        shape = (len(layers), kv_heads, capacity, head_dim)
-        self._keys, self._values = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+        kv_heads = key.out_features // head_dim
+        if cache is None:
+            page = torch.empty(1, kv_heads, capacity, head_dim, dtype=query.spec.dtype)
+            cache = [page.clone() for _ in layers], [page.clone() for _ in layers]
+        self.keys, self.values = cache
         positions = torch.arange(capacity)[None]
         cosines, sines = base.rotary_emb(torch.empty(0), position_ids=positions)
         self._blocks = (Block * len(layers))(*map(self._make_block, range(len(layers)), layers))
         self._decoder = Decoder(
             blocks=len(layers),
-            hidden=attention.q_proj.in_features,
-            heads=attention.q_proj.out_features // head_dim,
+            hidden=query.in_features,
+            heads=query.out_features // head_dim,
             kv_heads=kv_heads,
             head_dim=head_dim,
             rotary_dim=cosines.shape[-1],
-            intermediate=mlp.gate_proj.out_features,
-            dtype=DTYPES[dtype],
+            intermediate=_bare(mlp.gate_proj).out_features,
+            dtype=DTYPES[self.keys[0].dtype],
+            pages=self.keys[0].shape[0],
+            page_tokens=self.keys[0].shape[2],
             capacity=capacity,
             epsilon=_epsilon(layers[0].input_layernorm),
             scale=attention.scaling,
@@ -84,14 +103,15 @@ class NativeDecoder:
 
         Args:
             cache: A Transformers cache of one sequence.
-            length: Positions that it holds.
+            length: Positions that it holds, on the first page.
         """
-        for i, layer in enumerate(cache.layers[: len(self._keys)]):
-            self._keys[i, :, :length] = layer.keys[0, :, :length]
-            self._values[i, :, :length] = layer.values[0, :, :length]
+        layers = cache.layers[: len(self.keys)]
+        for layer, keys, values in zip(layers, self.keys, self.values, strict=True):
+            keys[0, :, :length] = layer.keys[0, :, :length]
+            values[0, :, :length] = layer.values[0, :, :length]
 
     def step(self, token: int, position: int) -> Tensor:
-        """Run one token.
+        """Run one token of the sequence on the first page.
 
         Args:
             token: Its id.
@@ -100,23 +120,56 @@ class NativeDecoder:
         Returns:
             The last hidden state after the last norm, float32 [hidden].
         """
-        x = self._embeddings(torch.tensor(token)).float()
+        return self.run([token], [position], [0], [0])[0]
+
+    def run(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        tables: Sequence[int],
+        starts: Sequence[int],
+    ) -> Tensor:
+        """Run tokens of any sequences; a row's result does not depend on the others.
+
+        Args:
+            tokens: Ids; those of one sequence in the order of their positions.
+            positions: Of each; all before them have been run, or stand before them here.
+            tables: Page numbers of one sequence after the other.
+            starts: For each token, where in `tables` its sequence begins.
+
+        Returns:
+            The last hidden states after the last norm, float32 [tokens, hidden].
+        """
+        x = self._embeddings(torch.tensor(tokens)).float()
         out = torch.empty_like(x)
+        places = torch.tensor([positions, starts], dtype=torch.int64)
+        pages = torch.tensor(tables, dtype=torch.int32)
+        rows = Rows(
+            rows=len(tokens),
+            x=x.data_ptr(),
+            positions=places[0].data_ptr(),
+            tables=pages.data_ptr(),
+            starts=places[1].data_ptr(),
+            out=out.data_ptr(),
+        )
         functions = open_library().functions
         assert functions is not None
-        status = functions.hb_decode(
-            self._decoder, x.data_ptr(), position, out.data_ptr(), torch.get_num_threads()
+        status = functions.hb_decode(self._decoder, rows, torch.get_num_threads())
+        check_status(
+            status, f"Cannot run the token at position {max(positions)} of {self.capacity}"
         )
-        check_status(status, f"Cannot run the token at position {position} of {self.capacity}")
         return out
 
     def _make_block(self, index: int, layer: Any) -> Block:
-        linears = {name: getattr(layer.self_attn, name) for name in ATTENTION}
-        linears |= {name: getattr(layer.mlp, name) for name in MLP}
+        linears = {name: _bare(getattr(layer.self_attn, name)) for name in ATTENTION}
+        linears |= {name: _bare(getattr(layer.mlp, name)) for name in MLP}
         pointers = {}
         for name, linear in linears.items():
             short = name.removesuffix("_proj")
-            pointers[short] = linear.operands.weight[0].data_ptr()
+            packed = linear.operands.weight[0]
+            # A layer may be repacked elsewhere; the library must not read what is gone.
+            self._kept.append(packed)
+            pointers[short] = packed.data_ptr()
             pointers[f"{short}_bias"] = self._keep(linear.bias)
         norms = [getattr(layer, name).weight for name in NORMS]
         head_norms = [getattr(layer.self_attn, f"{name}_norm", None) for name in "qk"]
@@ -126,8 +179,8 @@ class NativeDecoder:
             mlp_norm=self._keep(norms[1]),
             q_norm=self._keep(getattr(head_norms[0], "weight", None)),
             k_norm=self._keep(getattr(head_norms[1], "weight", None)),
-            keys=self._keys[index].data_ptr(),
-            values=self._values[index].data_ptr(),
+            keys=self.keys[index].data_ptr(),
+            values=self.values[index].data_ptr(),
         )
 
     def _keep(self, tensor: Tensor | None) -> int | None:
@@ -229,6 +282,11 @@ def cache_of(output: Any) -> Any:
     """The cache in a model's output; Transformers is renaming it."""
     found = getattr(output, "cache", None)
     return output.past_key_values if found is None else found
+
+
+def _bare(linear: Any) -> Any:
+    """A linear without the adapters that PEFT put around it."""
+    return getattr(linear, "base_layer", linear)
 
 
 def _base(model: PreTrainedModel) -> Any:

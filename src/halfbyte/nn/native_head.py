@@ -1,10 +1,11 @@
-"""The head of a model for one hidden state at a time: as stored, or rounded to 8 or 4 bits.
+"""The head of a model for few hidden states at a time: as stored, or rounded to 8 or 4 bits.
 
 In a small model the head is half of what a token reads: 56 of 113 MB in SmolLM2-135M at 4 bits.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ GROUP_SIZES = (64, 32, 16, 8)
 
 
 class NativeHead:
-    """Logits [vocabulary] of one hidden state."""
+    """Logits [..., vocabulary] of hidden states."""
 
     def __init__(self, head: nn.Module, bits: int = 16) -> None:
         """Use a head where it is, or round a copy of it.
@@ -41,10 +42,16 @@ class NativeHead:
             raise ConfigError(f"The head can have {HEAD_BITS} bits, not {bits}.")
         self.head = head
         self.bits = bits
-        weight = None if isinstance(head, QuantLinear) else getattr(head, "weight", None)
         bias = getattr(head, "bias", None)
         self._weight: Tensor | None = None
         self._rounded: tuple[Operands, LinearSpec] | None = None
+        if isinstance(head, QuantLinear):
+            chosen = head.selection
+            if bias is None and chosen is not None and chosen.kernel.name == CpuNative.name:
+                # In float32: what rows of bfloat16 get depends on how many there are.
+                self._rounded = head.operands, replace(head.spec, dtype=torch.float32)
+            return
+        weight = getattr(head, "weight", None)
         if weight is None or bias is not None:
             return
         if bits < 16:
@@ -64,10 +71,11 @@ class NativeHead:
         """Compute the logits.
 
         Args:
-            hidden: float32 [hidden].
+            hidden: float32 [..., hidden]; what a row gets does not depend on the others where
+                there are fewer than ROWS_LIMIT.
 
         Returns:
-            float32 [vocabulary].
+            float32 [..., vocabulary].
         """
         if self._rounded is not None:
             operands, spec = self._rounded
@@ -78,18 +86,20 @@ class NativeHead:
             return logits.float()
         functions = open_library().functions
         assert functions is not None
-        rows, columns = self._weight.shape
-        logits = hidden.new_empty(rows)
+        vocabulary, columns = self._weight.shape
+        hidden = hidden.contiguous()
+        logits = hidden.new_empty(*hidden.shape[:-1], vocabulary)
         status = functions.hb_dense(
             self._weight.data_ptr(),
             DTYPES[self._weight.dtype],
             hidden.data_ptr(),
+            hidden.numel() // columns,
             columns,
-            rows,
+            vocabulary,
             logits.data_ptr(),
             torch.get_num_threads(),
         )
-        check_status(status, f"Cannot run a head {columns} -> {rows}")
+        check_status(status, f"Cannot run a head {columns} -> {vocabulary}")
         return logits
 
 

@@ -13,20 +13,32 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
 
 from halfbyte.environment import API_KEYS, UPSTREAM_KEY, read_variable
 from halfbyte.errors import ConfigError
 from halfbyte.serve.adapters import AdapterFolder
 from halfbyte.serve.api.gateway import Gateway
 from halfbyte.serve.config import ServeConfig
-from halfbyte.serve.embedded import EmbeddedBackend
+from halfbyte.serve.dashboard.routes import OPEN_PATHS as DASHBOARD_PATHS
+from halfbyte.serve.dashboard.routes import dashboard_routes
 from halfbyte.serve.engine.config import EngineConfig
 from halfbyte.serve.exchange import Backend
 from halfbyte.serve.keys import ApiKeys, read_key_file
 from halfbyte.serve.quality import Quality, open_quality
 from halfbyte.serve.quality_config import QualityConfig
+from halfbyte.serve.rollout.store_models import (
+    StoreBackend,
+    is_store_reference,
+    resolve_store_model,
+)
 from halfbyte.serve.upstream import UpstreamBackend
 from halfbyte.units import format_bytes
+
+if TYPE_CHECKING:
+    from halfbyte.serve.embedded import EmbeddedBackend
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +95,7 @@ def read_keys(config: ServeConfig) -> ApiKeys:
 
 
 def open_service(
-    model: Path | None,
+    model: str | None,
     config: ServeConfig,
     engine: EngineConfig,
     quality: QualityConfig,
@@ -92,7 +104,7 @@ def open_service(
     """Load and connect everything.
 
     Args:
-        model: Folder of the model; None: others answer.
+        model: A folder, or ``store:NAME@ALIAS``; None: others answer.
         config: Of the server.
         engine: Of the embedded engine.
         quality: Of fallback, monitors and rollouts.
@@ -100,64 +112,89 @@ def open_service(
 
     Returns:
         The service; nothing listens yet.
-
-    Raises:
-        ConfigError: The settings contradict each other.
     """
+    _check(model, config, keys)
+    if model is None:
+        return _open_gateway(config, engine, quality, keys)
+    before = psutil.Process().memory_info().rss
+    stored = resolve_store_model(model) if is_store_reference(model) else None
+    name = config.served_name or (stored.name if stored else Path(model).resolve().name)
+
+    def load(place: str) -> EmbeddedBackend:
+        return open_embedded(Path(place), config, engine, name=name)
+
+    embedded = load(model if stored is None else str(stored.folder))
+    primary: Backend = embedded
+    if stored is not None:
+        primary = StoreBackend(stored, embedded, load)
+    service = _wrap(primary, config, engine, quality, keys)
+    service.gateway.text_tools = embedded
+    service.description = describe_engine(embedded)
+    info = embedded.engine_info
+    service.quality.metrics.set_plan(
+        weights=info.weight_bytes,
+        cache=info.cache_bytes,
+        total=before + info.weight_bytes + info.cache_bytes,
+    )
+    if config.adapters is not None:
+        service.gateway.adapters = AdapterFolder(config.adapters, embedded)
+    return service
+
+
+def _check(model: str | None, config: ServeConfig, keys: ApiKeys) -> None:
     addresses = config.upstream_addresses
     if (model is None) != bool(addresses):
         raise ConfigError(
             "Either a MODEL is served here or those at --upstream are; "
             + ("none of them was given." if model is None else "both were given.")
         )
-    if config.adapters is not None and (addresses or config.engine != "embedded"):
+    if config.adapters is None:
+        return
+    if addresses or config.engine != "embedded":
         raise ConfigError("--adapters needs a model in this process: MODEL with --engine embedded.")
-    if config.adapters is not None and not keys:
+    if not keys:
         raise ConfigError(
             "--adapters needs an API key: loading and unloading is not for everybody. Set keys by "
             f"--api-key-file or {API_KEYS.name}."
         )
 
-    def connect(place: str) -> Backend:
-        if place.startswith(("http://", "https://")):
-            return UpstreamBackend.open([place], key=read_variable(UPSTREAM_KEY))
-        return open_embedded(Path(place), config, engine)
 
-    if model is None:
-        upstream = UpstreamBackend.open(addresses, key=read_variable(UPSTREAM_KEY))
-        service = _wrap(upstream, config, quality, keys, connect)
-        service.description = f"answers come from {', '.join(host.name for host in upstream.hosts)}"
-        service.starts.append(lambda: _greet(upstream))
-        return service
-    embedded = open_embedded(model, config, engine)
-    service = _wrap(embedded, config, quality, keys, connect)
-    service.gateway.text_tools = embedded
-    service.description = describe_engine(embedded)
-    if config.adapters is not None:
-        service.gateway.adapters = AdapterFolder(config.adapters, embedded)
+def _open_gateway(
+    config: ServeConfig, engine: EngineConfig, quality: QualityConfig, keys: ApiKeys
+) -> Service:
+    """Connect to servers that run already."""
+    upstream = UpstreamBackend.open(config.upstream_addresses, key=read_variable(UPSTREAM_KEY))
+    service = _wrap(upstream, config, engine, quality, keys)
+    service.description = f"answers come from {', '.join(host.name for host in upstream.hosts)}"
+    service.starts.append(lambda: _greet(upstream))
     return service
 
 
-def open_embedded(folder: Path, config: ServeConfig, engine: EngineConfig) -> EmbeddedBackend:
+def open_embedded(
+    folder: Path, config: ServeConfig, engine: EngineConfig, *, name: str
+) -> EmbeddedBackend:
     """Load a model into this process.
 
     Args:
         folder: Of the model.
-        config: For names and limits.
+        config: For the limits.
         engine: How it runs.
+        name: That clients call it by.
 
     Returns:
         The backend, ready.
     """
+    # Torch and Transformers: a gateway before other servers does without their seconds.
     from transformers import AutoTokenizer
 
+    from halfbyte.serve.embedded import EmbeddedBackend
     from halfbyte.serve.engine.opening import open_engine
 
     template = config.chat_template
     return EmbeddedBackend(
         open_engine(folder, engine),
         AutoTokenizer.from_pretrained(folder),
-        model=config.served_name or folder.resolve().name,
+        model=name,
         config=config,
         chat_template=None if template is None else read_template(template),
     )
@@ -201,17 +238,28 @@ def describe_engine(backend: EmbeddedBackend) -> str:
 def _wrap(
     backend: Backend,
     config: ServeConfig,
+    engine: EngineConfig,
     quality: QualityConfig,
     keys: ApiKeys,
-    connect: Callable[[str], Backend],
 ) -> Service:
+    """Put quality and interface around the model that is asked first."""
+
+    def connect(place: str) -> Backend:
+        if place.startswith(("http://", "https://")):
+            return UpstreamBackend.open([place], key=read_variable(UPSTREAM_KEY))
+        folder = Path(place)
+        return open_embedded(folder, config, engine, name=folder.resolve().name)
+
     watched = open_quality(backend, quality, connect)
     gateway = Gateway(
         backend=backend,
         config=config,
         keys=keys,
         router=watched.router,
+        primary=lambda: watched.router.routes[0].backend,
         metrics=watched.metrics.render,
+        routes=dashboard_routes(watched.snapshot),
+        open_paths=DASHBOARD_PATHS,
     )
     return Service(gateway=gateway, quality=watched, description="")
 

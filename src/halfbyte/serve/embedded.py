@@ -118,8 +118,9 @@ class EmbeddedBackend:
 
     async def close(self) -> None:
         """Finish what runs, and free the engine."""
-        self._closed = True
-        await self._engine.close()
+        if not self._closed:
+            self._closed = True
+            await self._engine.close()
 
     def tokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Answer /tokenize.

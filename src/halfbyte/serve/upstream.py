@@ -13,8 +13,8 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -242,17 +242,21 @@ class UpstreamBackend:
         )
         host.running += 1
         try:
-            async with request as reply:
-                await _check_reply(reply, host)
-                async with aclosing(self._read(reply, reader, host, call)) as events:
-                    async for event in events:
-                        yield event
+            async with AsyncExitStack() as stack:
+                async with _limit(self.timeouts.first, call):
+                    reply = await stack.enter_async_context(request)
+                    await _check_reply(reply, host)
+                events = await stack.enter_async_context(
+                    aclosing(self._read(reply, reader, host, call))
+                )
+                async for event in events:
+                    yield event
             host.note_success()
             yield reader.finish()
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
             host.note_failure()
             raise _NotReached(host, error) from error
-        except httpx2.TimeoutException as error:
+        except (httpx2.TimeoutException, TimeoutError) as error:
             raise _too_slow(host, call) from error
         except httpx2.HTTPError as error:
             raise broken(host.name, str(error) or type(error).__name__) from error
@@ -266,11 +270,12 @@ class UpstreamBackend:
         limit = self.timeouts.first
         received = reply.aiter_bytes()
         while not reader.done:
-            part = await _next_part(received, limit, host, call)
-            if part is None:
-                return
             try:
+                async with _limit(limit, call):
+                    part = await anext(received)
                 chunks = parser.feed(part)
+            except StopAsyncIteration:
+                return
             except ValueError as error:
                 raise broken(host.name, str(error)) from error
             for chunk in chunks:
@@ -316,18 +321,10 @@ async def _check_reply(reply: httpx2.Response, host: Host) -> None:
     )
 
 
-async def _next_part(
-    received: AsyncIterator[bytes], limit: float, host: Host, call: Call
-) -> bytes | None:
-    """Wait for more; None where there is no more."""
+def _limit(seconds: float, call: Call) -> asyncio.Timeout:
+    """End what takes longer than this, or than the call may."""
     left = call.seconds_left
-    try:
-        async with asyncio.timeout(limit if left is None else max(0.0, min(limit, left))):
-            return await anext(received)
-    except StopAsyncIteration:
-        return None
-    except TimeoutError as error:
-        raise _too_slow(host, call) from error
+    return asyncio.timeout(seconds if left is None else max(0.0, min(seconds, left)))
 
 
 def _read_json(content: bytes) -> Any:

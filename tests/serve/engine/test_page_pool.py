@@ -18,7 +18,7 @@ def test_what_a_prompt_begins_with_is_found_again():
     pool = PagePool(20, 4)
     first = compute(pool, TEXT, 40)
     assert (first.cached_tokens, len(first.pages)) == (0, 10)
-    second = pool.reserve(TEXT[:9] + [1, 2, 3], 16)
+    second = pool.reserve([*TEXT[:9], 1, 2, 3], 16)
     assert second.cached_tokens == 8
     assert second.pages[:2] == first.pages[:2]
     assert not set(second.pages[2:]) & set(first.pages)

@@ -114,12 +114,12 @@ def _model_handlers(gateway: Gateway) -> dict[tuple[str, str], Handler]:
         }
 
     async def models(request: Request) -> Response:
-        entries = [describe(name) for name in gateway.backend.models]
+        entries = [describe(name) for name in gateway.models]
         return JSONResponse({"object": "list", "data": entries})
 
     async def model(request: Request) -> Response:
         name = request.path_params["name"]
-        if name not in gateway.backend.models:
+        if name not in gateway.models:
             raise ServeError(
                 f"The model '{name[:80]}' does not exist here.",
                 status=404,
@@ -137,7 +137,7 @@ def _state_handlers(gateway: Gateway) -> dict[tuple[str, str], Handler]:
         return JSONResponse({"status": "alive"})
 
     async def ready(request: Request) -> Response:
-        is_ready = not gateway.draining and await gateway.backend.is_ready()
+        is_ready = await gateway.is_ready()
         status = "ready" if is_ready else "not ready"
         return JSONResponse({"status": status}, status_code=200 if is_ready else 503)
 

@@ -81,11 +81,13 @@ class Gateway:
     """What the interface is made of."""
 
     backend: Backend
-    """Whose models are told, and whose readiness counts."""
+    """That is asked first, and closed in the end."""
     config: ServeConfig
     keys: ApiKeys = field(default_factory=ApiKeys)
     router: Router | None = None
     """None: the backend itself."""
+    primary: Callable[[], Backend] | None = None
+    """Gives the backend that has taken its place since; None: none does."""
     text_tools: TextTools | None = None
     adapters: AdapterControl | None = None
     metrics: Callable[[], str | bytes] | None = None
@@ -104,6 +106,17 @@ class Gateway:
             tokens_per_minute=self.config.key_tokens,
         )
         self.started = int(time.time())
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names that clients may ask for; those of a model that was replaced go on to be known."""
+        current = self.primary() if self.primary is not None else self.backend
+        return tuple(dict.fromkeys((*self.backend.models, *current.models)))
+
+    async def is_ready(self) -> bool:
+        """Tell whether new requests would be answered."""
+        current = self.primary() if self.primary is not None else self.backend
+        return not self.draining and await current.is_ready()
 
     async def answer(self, request: Request, kind: Kind, body: Mapping[str, Any]) -> Response:
         """Answer a chat or a completion.
@@ -192,7 +205,7 @@ class Gateway:
                 retry_after=5.0,
             )
         model = call.body["model"]
-        models = self.backend.models
+        models = self.models
         if model not in models:
             raise ServeError(
                 f"The model '{str(model)[:80]}' does not exist here. There is: "

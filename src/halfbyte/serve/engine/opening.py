@@ -8,13 +8,15 @@ from transformers import PreTrainedModel
 
 from halfbyte.errors import ConfigError
 from halfbyte.integrations.load import load_model
+from halfbyte.nn.native_decoder import find_obstacle
 from halfbyte.plan.devices import this_machine
 from halfbyte.serve.engine.config import EngineConfig
 from halfbyte.serve.engine.contract import EngineInfo
 from halfbyte.serve.engine.engine import EmbeddedEngine
 from halfbyte.serve.engine.grammar import Grammars
+from halfbyte.serve.engine.native_runner import NativeRunner
 from halfbyte.serve.engine.page_pool import PagePool
-from halfbyte.serve.engine.runner import Runner, weight_bytes
+from halfbyte.serve.engine.runner import Pages, Runner, sample_layers, weight_bytes
 from halfbyte.serve.engine.transformers_runner import TransformersRunner
 from halfbyte.units import format_bytes
 
@@ -61,7 +63,9 @@ def make_engine(model: PreTrainedModel, folder: str | Path, config: EngineConfig
     runner = choose_runner(model, config)
     context = _find_context(model, config)
     pages = plan_pages(runner, context, config)
-    runner.make_pages(pages)
+    # No request is longer than the cache.
+    context = min(context, pages * config.page_tokens)
+    runner.make_pages(pages, context)
     pool = PagePool(pages, config.page_tokens, share=config.share_prefixes)
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     ends = model.generation_config.eos_token_id
@@ -95,8 +99,23 @@ def choose_runner(model: PreTrainedModel, config: EngineConfig) -> Runner:
 
     Returns:
         The runner; its description holds the reason.
+
+    Raises:
+        ConfigError: The compiled decoder was asked for and cannot run.
     """
-    return TransformersRunner(model, config.page_tokens)
+    pages = Pages(sample_layers(model), config.page_tokens)
+    obstacle: str | None = "not asked for"
+    if config.runner != "transformers":
+        obstacle = find_obstacle(model)
+        if obstacle is None:
+            return NativeRunner(model, pages, config.head_bits)
+    if config.runner == "native" or config.head_bits != 16:
+        wanted = "The compiled decoder" if config.runner == "native" else "A rounded head"
+        raise ConfigError(
+            f"{wanted} was asked for and cannot run here: {obstacle}. Leave --runner and "
+            "--head-bits at their defaults."
+        )
+    return TransformersRunner(model, pages, reason=f"no compiled decoder: {obstacle}")
 
 
 def plan_pages(runner: Runner, context: int, config: EngineConfig) -> int:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from halfbyte.errors import ModelError
+from halfbyte.nn.native_decoder import cache_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,11 +39,12 @@ class Runner(Protocol):
     def bytes_per_token(self) -> int:
         """Of keys and values."""
 
-    def make_pages(self, pages: int) -> None:
+    def make_pages(self, pages: int, context: int) -> None:
         """Set the cache's memory up.
 
         Args:
             pages: How many.
+            context: Positions that a sequence can have.
         """
 
     def run(self, pieces: Sequence[Piece]) -> list[Tensor]:
@@ -96,18 +99,30 @@ class Pages:
         self.keys = tuple(self._make(pages, keys) for keys, _ in self._samples)
         self.values = tuple(self._make(pages, values) for _, values in self._samples)
 
+    def make_own(self, pages: int) -> Pages:
+        """Make another cache for the same model.
+
+        Args:
+            pages: How many.
+
+        Returns:
+            It, with its memory.
+        """
+        made = Pages(self._samples, self.page_tokens)
+        made.allocate(pages)
+        return made
+
     def _make(self, pages: int, sample: Tensor) -> Tensor:
         heads, width = sample.shape[1], sample.shape[-1]
         made = sample.new_empty(pages, heads, self.page_tokens, width)
         return made.fill_(0)
 
 
-def sample_layers(output: Any, name: str) -> list[tuple[Tensor, Tensor]]:
-    """Find out what a model keeps of a token.
+def sample_layers(model: PreTrainedModel) -> list[tuple[Tensor, Tensor]]:
+    """Find out what a model keeps of a token, by running one.
 
     Args:
-        output: Of the model, after a single token.
-        name: Of the model's class, for the message.
+        model: With its own attention.
 
     Returns:
         Keys and values of each layer.
@@ -115,8 +130,10 @@ def sample_layers(output: Any, name: str) -> list[tuple[Tensor, Tensor]]:
     Raises:
         ModelError: It keeps something else than keys and values of each token.
     """
-    cache = getattr(output, "cache", None)
-    cache = output.past_key_values if cache is None else cache
+    name = type(model).__name__
+    device = model.get_input_embeddings().weight.device
+    with torch.inference_mode():
+        cache = cache_of(model(torch.tensor([[1]], device=device), use_cache=True))
     found: list[tuple[Tensor, Tensor]] = []
     for index, layer in enumerate(getattr(cache, "layers", [])):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)

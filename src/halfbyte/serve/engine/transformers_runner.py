@@ -26,7 +26,7 @@ from torch.nn import functional
 from transformers import AttentionInterface, Cache, PreTrainedModel
 
 from halfbyte.errors import ConfigError, ModelError, ServeError, require_extra
-from halfbyte.serve.engine.runner import Pages, Piece, sample_layers
+from halfbyte.serve.engine.runner import Pages, Piece
 
 ATTENTION = "halfbyte_pages"
 """Name under which Transformers knows our attention."""
@@ -44,12 +44,12 @@ MOST_DEVIATION = 0.05
 class TransformersRunner:
     """Runs pieces through ``model.forward``."""
 
-    def __init__(self, model: PreTrainedModel, page_tokens: int, *, reason: str = "") -> None:
+    def __init__(self, model: PreTrainedModel, pages: Pages, *, reason: str = "") -> None:
         """Take a model over; its attention becomes ours.
 
         Args:
             model: Loaded; nobody else runs it from now on.
-            page_tokens: Tokens to a page.
+            pages: The cache; another runner may compute with it as well.
             reason: Why this runner, for the description.
         """
         self.model = model
@@ -62,8 +62,7 @@ class TransformersRunner:
         with torch.inference_mode():
             tokens = _probe_tokens(model)
             expected = model(tokens.to(self.device), use_cache=False).logits[0].float()
-            sample = model(tokens[:, :1].to(self.device), use_cache=True)
-        self.pages = Pages(sample_layers(sample, type(model).__name__), page_tokens)
+        self.pages = pages
         AttentionInterface.register(ATTENTION, attend)
         model.set_attn_implementation(ATTENTION)
         self._active: str | None = None
@@ -83,8 +82,9 @@ class TransformersRunner:
         """Of keys and values."""
         return self.pages.bytes_per_token
 
-    def make_pages(self, pages: int) -> None:
+    def make_pages(self, pages: int, context: int) -> None:
         """Set the cache's memory up."""
+        del context  # its own tables are long enough
         self.pages.allocate(pages)
 
     def run(self, pieces: Sequence[Piece]) -> list[Tensor]:
@@ -187,9 +187,9 @@ class TransformersRunner:
 
     def _check(self, tokens: list[int], expected: Tensor) -> None:
         """Run some tokens both ways: two sequences, the first one in two pieces."""
-        size = self.pages.page_tokens
+        pages, size = self.pages, self.pages.page_tokens
         count = -(-len(tokens) // size)
-        self.pages.allocate(2 * count)
+        self.pages = pages.make_own(2 * count)
         tables = [range(count), range(count, 2 * count)]
         half = len(tokens) // 2
         first = Piece(tokens=tokens[:half], start=0, pages=tables[0], logits=half)
@@ -203,7 +203,7 @@ class TransformersRunner:
                 f"Cannot serve a {type(self.model).__name__} by the embedded engine: its forward "
                 f"does not take other attention ({error}). Serve it with --engine vllm."
             ) from error
-        self.pages.allocate(0)
+        self.pages = pages
         for found in (torch.cat([begun, ended]), other):
             deviation = float((found - expected).norm() / expected.norm())
             if not deviation <= MOST_DEVIATION:

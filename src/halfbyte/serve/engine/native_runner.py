@@ -1,0 +1,111 @@
+"""The compiled decoder over our pages: all rows of all sequences in one call of the library.
+
+Prompts and answers go the same way, in float32 between the layers, and what a row computes does not
+depend on the others to the last bit: neither on who else runs, nor on how a prompt was cut into
+pieces, nor on what of it came from the cache. Pieces of an adapter are run by Transformers' forward
+over the same pages: a product of two thin factors for some of the rows of every linear would need
+kernels of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from halfbyte.kernels.native_library import open_library
+from halfbyte.nn.native_decoder import NativeDecoder
+from halfbyte.nn.native_head import NativeHead
+from halfbyte.serve.engine.runner import Pages, Piece
+from halfbyte.serve.engine.transformers_runner import TransformersRunner
+
+HEAD_ROWS = 16
+"""Rows of logits at a time: more would go another way through a rounded head."""
+
+
+class NativeRunner:
+    """Runs pieces by NativeDecoder."""
+
+    def __init__(self, model: PreTrainedModel, pages: Pages, head_bits: int = 16) -> None:
+        """Take a model over.
+
+        Args:
+            model: One of which find_obstacle said None.
+            pages: The cache.
+            head_bits: 16, or the bits of a rounded head.
+        """
+        self.model = model
+        self.pages = pages
+        self._head = NativeHead(model.get_output_embeddings(), head_bits)
+        self._context = 0
+        self._decoder: NativeDecoder | None = None
+        self._adapted: TransformersRunner | None = None
+
+    @property
+    def description(self) -> str:
+        """Which way, and why."""
+        return f"compiled decoder ({open_library().isa}), head of {self._head.bits} bits"
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of keys and values."""
+        return self.pages.bytes_per_token
+
+    def make_pages(self, pages: int, context: int) -> None:
+        """Set the cache's memory up."""
+        self.pages.allocate(pages)
+        self._context = context
+        self._gather_weights()
+
+    def run(self, pieces: Sequence[Piece]) -> list[Tensor]:
+        """Run pieces: those of the base model by the library, those of adapters by Transformers."""
+        plain = [index for index, piece in enumerate(pieces) if piece.adapter is None]
+        adapted = [index for index, piece in enumerate(pieces) if piece.adapter is not None]
+        results: dict[int, Tensor] = {}
+        if plain:
+            found = self._run_plain([pieces[index] for index in plain])
+            results.update(zip(plain, found, strict=True))
+        if adapted:
+            assert self._adapted is not None
+            found = self._adapted.run([pieces[index] for index in adapted])
+            results.update(zip(adapted, found, strict=True))
+        return [results[index] for index in range(len(pieces))]
+
+    def load_adapter(self, name: str, folder: str) -> None:
+        """Load a PEFT adapter."""
+        if self._adapted is None:
+            self._adapted = TransformersRunner(self.model, self.pages, reason="adapters")
+        self._adapted.load_adapter(name, folder)
+        # PEFT loads by load_state_dict, which packs the base's weights anew.
+        self._gather_weights()
+
+    def unload_adapter(self, name: str) -> None:
+        """Take an adapter away."""
+        assert self._adapted is not None
+        self._adapted.unload_adapter(name)
+
+    def _gather_weights(self) -> None:
+        cache = (self.pages.keys, self.pages.values)
+        self._decoder = NativeDecoder(self.model, self._context, cache)
+
+    def _run_plain(self, pieces: Sequence[Piece]) -> list[Tensor]:
+        assert self._decoder is not None
+        tokens: list[int] = []
+        positions: list[int] = []
+        tables: list[int] = []
+        starts: list[int] = []
+        wanted: list[int] = []
+        for piece in pieces:
+            count = len(piece.tokens)
+            starts += [len(tables)] * count
+            tables += piece.pages
+            tokens += piece.tokens
+            positions += range(piece.start, piece.start + count)
+            wanted += range(len(tokens) - piece.logits, len(tokens))
+        with torch.inference_mode():
+            hidden = self._decoder.run(tokens, positions, tables, starts)[wanted]
+            logits = [self._head(part) for part in torch.split(hidden, HEAD_ROWS)]
+        counts = [piece.logits for piece in pieces]
+        return list(torch.split(torch.cat(logits), counts))
