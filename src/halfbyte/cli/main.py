@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: argparse has told what is wrong, or shown its help.
     """
-    arguments = _join_verb(list(sys.argv[1:] if argv is None else argv))
+    arguments = join_verb(list(sys.argv[1:] if argv is None else argv))
     name = next((word for word in arguments if not word.startswith("-")), None)
     if name is not None and name not in VERBS:
         return _report_unknown_verb(name)
@@ -131,8 +131,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _run(load_verb(args.verb), args)
 
 
-def _join_verb(arguments: list[str]) -> list[str]:
-    """Make one word of a verb of two words, such as ``serve calibrate``."""
+def join_verb(arguments: list[str]) -> list[str]:
+    """Make one argument of a verb of two words, such as ``serve calibrate``.
+
+    Args:
+        arguments: Without the program's name.
+
+    Returns:
+        The arguments; as they were where there is no such verb.
+    """
     for place, word in enumerate(arguments[:-1]):
         if word.startswith("-"):
             continue
