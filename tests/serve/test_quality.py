@@ -9,9 +9,14 @@ from starlette.applications import Starlette
 from starlette.responses import Response
 from starlette.routing import Route
 from tests.helpers.stores import write_folder, write_verdict
-from tests.serve.helpers_quality import ScriptedBackend, answer, collect, failure, make_call
+from tests.helpers.tiny_llama import build_tokenizer
+from tests.serve.helpers_quality import Clock, ScriptedBackend, answer, collect, failure, make_call
+from tests.serve.helpers_scripted import ScriptedEngine
 from tests.serve.helpers_servers import serving
 
+from halfbyte.serve.config import ServeConfig
+from halfbyte.serve.embedded import EmbeddedBackend
+from halfbyte.serve.exchange import Call
 from halfbyte.serve.quality import open_quality
 from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.rollout.store_models import StoreBackend, resolve_store_model
@@ -212,3 +217,55 @@ def test_everything_at_once_starts_works_and_ends(tmp_path):
     assert all(backend.closed for backend in made.values())
     assert set(made) == {"larger", "shade", "base", "new"}
     assert json.loads((tmp_path / "e" / "canary.json").read_text())["requests"] == 50
+
+
+def test_dead_model_a_spent_budget_and_too_much_memory_are_alerts():
+    clock = Clock()
+    connect, _ = opening(larger=GOOD)
+    config = QualityConfig(
+        fallback=("larger",), breaker_seconds=600.0, fallback_requests_per_minute=20
+    )
+    small = ScriptedBackend("small", [failure()])
+    quality = open_quality(small, config, connect, clock=clock)
+    quality.metrics.set_plan(total=1000)
+
+    async def run():
+        for _ in range(20):
+            clock.now += 1.1
+            await collect(quality.router, make_call())
+        raised = {alert.name for alert in quality.alerts.active}
+        quality.metrics.set_plan(total=10**13)
+        small.script = GOOD
+        clock.now += 700
+        await collect(quality.router, make_call())
+        return raised
+
+    assert asyncio.run(run()) == {"model small", "fallback budget", "memory"}
+    assert quality.alerts.active == []
+
+
+def test_engine_that_breaks_in_the_middle_is_made_up_for(tmp_path):
+    connect, _ = opening(larger=GOOD)
+    tokenizer = build_tokenizer()
+    engine = ScriptedEngine(tokenizer=tokenizer, script={"": "w1 w2 w3 w4 w5 w6"}, fail_after=3)
+    backend = EmbeddedBackend(engine, tokenizer, model="small", config=ServeConfig())
+    quality = open_quality(backend, QualityConfig(fallback=("larger",)), connect)
+
+    async def ask(stream):
+        call = Call(
+            kind="completion",
+            body={"model": "small", "prompt": "w1 w2", "max_tokens": 6, "stream": stream},
+            id="cmpl-1",
+        )
+        return await collect(quality.router, call)
+
+    async def run():
+        broken = [await ask(stream) for stream in (False, True)]
+        engine.fail_after = None
+        return broken, await ask(True)
+
+    broken, well = asyncio.run(run())
+    assert [(text, served.reason) for text, served in broken] == [
+        ("a good answer of several words", "error")
+    ] * 2
+    assert (well[0].split(), well[1].backend) == (["w1", "w2", "w3", "w4", "w5", "w6"], "embedded")
