@@ -17,7 +17,7 @@ LEAST_SHARE = 0.15
 """Of the words that must be a language's small ones."""
 LEAD = 2.0
 """Times the next language's."""
-LOOKED_AT = 1200
+LOOKED_AT = 800
 """Characters."""
 
 SMALL_WORDS = {
@@ -79,8 +79,10 @@ def language_of(text: str) -> str | None:
         "german"; None where it is not clear.
     """
     script = script_of(text[:LOOKED_AT])
-    if script != "LATIN":
-        return script
+    return _latin_language(text) if script == "LATIN" else script
+
+
+def _latin_language(text: str) -> str | None:
     words = [word.lower() for word in WORD.findall(text[:LOOKED_AT])]
     if len(words) < FEWEST_WORDS:
         return None
@@ -102,9 +104,10 @@ def switches(asked: str, said: str) -> bool:
     Returns:
         Whether it is. Between a Latin text of unclear language and another script it is, too.
     """
-    if script_of(said[:LOOKED_AT]) is None or script_of(asked[:LOOKED_AT]) is None:
+    scripts = script_of(asked[:LOOKED_AT]), script_of(said[:LOOKED_AT])
+    if None in scripts:
         return False
-    if script_of(said[:LOOKED_AT]) != script_of(asked[:LOOKED_AT]):
-        return True
-    ours, theirs = language_of(asked), language_of(said)
-    return ours is not None and theirs is not None and ours != theirs
+    if scripts[0] != scripts[1] or scripts[0] != "LATIN":
+        return scripts[0] != scripts[1]
+    ours = _latin_language(asked)
+    return ours is not None and _latin_language(said) not in (None, ours)
