@@ -95,7 +95,7 @@ class Quality:
             confidence=confidence,
             clock=clock,
         )
-        self.metrics = Metrics(lambda: self.router.routes)
+        self.metrics = Metrics(lambda: self.router.routes, lambda: self._owned)
         self.metrics.add_source(self._families)
         self.alerts = Alerts(webhook=config.webhook, count=self.metrics.count, clock=clock)
         reference = None if config.reference is None else read_reference(Path(config.reference))
@@ -132,6 +132,20 @@ class Quality:
     def _tell(self, name: str, message: str) -> None:
         self.alerts.tell(name, message)
 
+    def set_plan(self, *, weights: int, cache: int, total: int) -> None:
+        """Note what the primary model was planned to take; the others' own is added. Unit: bytes.
+
+        Args:
+            weights: Of its weights.
+            cache: Of keys and values.
+            total: The process with it, at its peak.
+        """
+        loads = [backend.load() for backend in self._owned]
+        more = sum(load.weight_bytes for load in loads), sum(load.cache_bytes for load in loads)
+        self.metrics.set_plan(
+            weights=weights + more[0], cache=cache + more[1], total=total + sum(more)
+        )
+
     def _watch_health(self, seen: Observation) -> None:
         """Raise alerts about models that are left alone, a spent budget, and too much memory."""
         now = self._clock()
@@ -140,9 +154,9 @@ class Quality:
         self._looked = now
         for route in self.router.routes:
             self.alerts.set(
-                f"model {route.backend.name}",
+                f"model {route.name}",
                 route.breaker.state != "closed",
-                f"the {route.role} model '{route.backend.name}' failed "
+                f"the {route.role} model '{route.name}' failed "
                 f"{self.config.breaker_failures} times in a row and is left alone",
             )
         self.alerts.set(
@@ -184,6 +198,7 @@ class Quality:
             self.shadow = Shadow(
                 candidate,
                 config,
+                name=config.shadow,
                 alarm=lambda message: self.alerts.tell("shadow", message),
                 clock=self._clock,
             )
@@ -385,7 +400,7 @@ def open_quality(
 def _describe(route: Route) -> dict[str, Any]:
     load = route.backend.load()
     return {
-        "name": route.backend.name,
+        "name": route.name,
         "role": route.role,
         "models": list(route.backend.models),
         "version": str(getattr(route.backend, "version", "")),

@@ -36,6 +36,8 @@ class Route:
 
     backend: Backend
     role: Role
+    name: str
+    """Of the backend, made unique among those of one server."""
     breaker: CircuitBreaker = field(default_factory=CircuitBreaker)
 
 
@@ -71,7 +73,7 @@ class Attempt:
             clock: The time.
         """
         self.route = route
-        self.seen = Seen(backend=route.backend.name, role=route.role, started=clock())
+        self.seen = Seen(backend=route.name, role=route.role, started=clock())
         self.error: ServeError | None = None
         self._demands = demands
         self._config = config

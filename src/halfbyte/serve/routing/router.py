@@ -74,18 +74,24 @@ class Router:
         self.budget = FallbackBudget.of(self.config, clock)
         # Apart: answers that fail a check must not use up what saves requests from an outage.
         self._retries = {fault: RetryBudget(self.config.retry_share) for fault in (False, True)}
-        self._primary = self._route(primary, "primary")
-        self._fallbacks = [self._route(backend, "fallback") for backend in fallbacks]
+        self._primary = self._route(primary, "primary", [])
+        self._fallbacks: list[Route] = []
+        for backend in fallbacks:
+            others = [self._primary, *self._fallbacks]
+            self._fallbacks.append(self._route(backend, "fallback", others))
         self._canary: Route | None = None
         self._rollout: Rollout | None = None
 
-    def _route(self, backend: Backend, role: Role) -> Route:
+    def _route(self, backend: Backend, role: Role, others: Sequence[Route]) -> Route:
+        """Give a model a breaker and a name that none of the others has."""
         breaker = CircuitBreaker(
             failures=self.config.breaker_failures,
             seconds=self.config.breaker_seconds,
             clock=self._clock,
         )
-        return Route(backend, role, breaker)
+        taken = {route.name for route in others}
+        names = [backend.name, *(f"{backend.name}-{role}{n or ''}" for n in range(len(taken) + 1))]
+        return Route(backend, role, next(n for n in names if n not in taken), breaker)
 
     @property
     def routes(self) -> list[Route]:
@@ -106,12 +112,13 @@ class Router:
             The old one, for its owner to close.
         """
         old = self._primary.backend
-        self._primary = self._route(backend, "primary")
+        self._primary = self._route(backend, "primary", self.routes[1:])
         return old
 
     def set_canary(self, backend: Backend | None, rollout: Rollout | None = None) -> None:
         """Let a candidate answer some requests; None: no more."""
-        self._canary = None if backend is None else self._route(backend, "canary")
+        others = [self._primary, *self._fallbacks]
+        self._canary = None if backend is None else self._route(backend, "canary", others)
         self._rollout = rollout
 
     async def stream(self, call: Call, served: Served) -> AsyncGenerator[Event, None]:
@@ -164,7 +171,7 @@ class Router:
                 attempt = None
                 why_not = self._blocked(route, cause if seen.attempts else "")
                 if why_not:
-                    served.notes.append(f"{route.role} {route.backend.name} not asked: {why_not}")
+                    served.notes.append(f"{route.role} {route.name} not asked: {why_not}")
                     cause = why_not if cause in ("", CRITICAL) else cause
                     continue
                 # An error of a later model hides neither the first one's nor its answer.
@@ -178,7 +185,7 @@ class Router:
                     if kept is not None:
                         await kept.close()
                     return attempt
-                log.info("%s: %s by %s", call.id, found, route.backend.name)
+                log.info("%s: %s by %s", call.id, found, route.name)
                 cause = found
                 first_error = first_error or attempt.error
                 if attempt.error is None and kept is None:
