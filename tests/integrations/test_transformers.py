@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from halfbyte.errors import CheckpointError
 from halfbyte.integrations.transformers import GPTQConfig
 from halfbyte.kernels import cpu_native, native_library
 from halfbyte.nn.linear import QuantLinear
+from halfbyte.nn.model_loading import SMALL_BYTES
 
 IDS = torch.tensor([[5, 9, 2, 77, 31, 8], [3, 3, 64, 100, 7, 1]])
 
@@ -256,6 +259,18 @@ def test_offloaded_layers_run_and_are_saved(tmp_path, offload_buffers):
     assert_same(model, reference)
     model.save_pretrained(tmp_path / "again")
     assert_same_tensors(packed_tensors(tmp_path / "again"), packed_tensors(tmp_path))
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system lists no mappings")
+def test_no_shard_stays_mapped_for_a_norm_or_a_scale(tmp_path):
+    folder = tmp_path / "model"
+    write_checkpoint(folder, tiny_llama_config(), Recipe())
+    model = load(folder)
+    gc.collect()
+    mapped = Path("/proc/self/maps").read_text()
+    kept = [p for p in model.parameters() if p.nbytes > SMALL_BYTES]
+    assert not kept, "the tiny model has a tensor that is too large to be copied"
+    assert not [path for path in folder.glob("*.safetensors") if str(path) in mapped]
 
 
 def test_takes_transformers_own_config_from_the_user(tmp_path):

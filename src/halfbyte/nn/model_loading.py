@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from halfbyte.checkpoint.layout import LINEAR_SUFFIXES
@@ -28,6 +29,9 @@ from halfbyte.nn.linear import QuantLinear
 from halfbyte.nn.replace import StoredLinear, quantized_linears
 
 logger = logging.getLogger("halfbyte")
+
+SMALL_BYTES = 1 << 18
+"""Norms and biases of any model; a head or embeddings would cost more to copy than to keep."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,9 +142,30 @@ def prepare_linears(model: PreTrainedModel) -> None:
         chosen[f"{selection.kernel.name}: {'; '.join([selection.reason, *rejected])}"] += 1
     for text, count in chosen.items():
         logger.info("%d quantized linears run on %s", count, text)
+    _release_files(model)
     fused = fuse_linears(model)
     if fused:
         logger.info("%d groups of them (q, k and v; gate and up) are multiplied at once", fused)
+
+
+def _release_files(model: PreTrainedModel) -> None:
+    """Copy the small tensors out of the mapped files that they were loaded from.
+
+    Packed weights have been repacked by now, but one norm keeps its whole shard mapped, and the
+    pages that repacking has read count as this process's: as much again as the packed weights.
+    """
+    for parameter in model.parameters():
+        if _is_small(parameter):
+            parameter.data = parameter.data.clone()
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if _is_small(buffer):
+                # A new object: the old one is a view and would hold on to what it views.
+                module._buffers[name] = buffer.detach().clone()
+
+
+def _is_small(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.nbytes <= SMALL_BYTES
 
 
 def _open(files: Sequence[Path]) -> Checkpoint:
