@@ -6,9 +6,18 @@ cannot serve passes here: the backend refuses it, or another backend serves it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    model_validator,
+)
 
 MOST_STOPS = 16
 MOST_LOGPROBS = 20
@@ -39,6 +48,22 @@ class Body(BaseModel):
     )
 
 
+def _choose_by(field: str, tags: Mapping[str, str]) -> Discriminator:
+    """Choose an alternative by a field's value.
+
+    Its tag gets into the path of an error, so it is one that no field is called.
+    """
+
+    def choose(value: Any) -> str | None:
+        found = value.get(field) if isinstance(value, dict) else None
+        return tags.get(found) if isinstance(found, str) else None
+
+    message = f"'{field}' should be {', '.join(tags)}"
+    return Discriminator(
+        choose, custom_error_type="invalid_alternative", custom_error_message=message
+    )
+
+
 # Messages
 
 
@@ -65,7 +90,21 @@ class MediaPart(Body):
     file: Object | None = None
 
 
-Part = Annotated[TextPart | RefusalPart | MediaPart, Field(discriminator="type")]
+Part = Annotated[
+    Annotated[TextPart, Tag("<text>")]
+    | Annotated[RefusalPart, Tag("<refusal>")]
+    | Annotated[MediaPart, Tag("<media>")],
+    _choose_by(
+        "type",
+        {
+            "text": "<text>",
+            "refusal": "<refusal>",
+            "image_url": "<media>",
+            "input_audio": "<media>",
+            "file": "<media>",
+        },
+    ),
+]
 Content = str | Annotated[list[Part], Field(min_length=1)]
 
 
@@ -132,8 +171,22 @@ class FunctionMessage(Body):
 
 
 Message = Annotated[
-    SystemMessage | UserMessage | AssistantMessage | ToolMessage | FunctionMessage,
-    Field(discriminator="role"),
+    Annotated[SystemMessage, Tag("<system>")]
+    | Annotated[UserMessage, Tag("<user>")]
+    | Annotated[AssistantMessage, Tag("<assistant>")]
+    | Annotated[ToolMessage, Tag("<tool>")]
+    | Annotated[FunctionMessage, Tag("<function>")],
+    _choose_by(
+        "role",
+        {
+            "system": "<system>",
+            "developer": "<system>",
+            "user": "<user>",
+            "assistant": "<assistant>",
+            "tool": "<tool>",
+            "function": "<function>",
+        },
+    ),
 ]
 
 # Tools and formats
@@ -196,7 +249,12 @@ class SchemaFormat(Body):
     json_schema: JsonSchema
 
 
-Format = Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discriminator="type")]
+Format = Annotated[
+    Annotated[TextFormat, Tag("<text>")]
+    | Annotated[JsonFormat, Tag("<object>")]
+    | Annotated[SchemaFormat, Tag("<schema>")],
+    _choose_by("type", {"text": "<text>", "json_object": "<object>", "json_schema": "<schema>"}),
+]
 
 
 class StructuredOutputs(Body):
