@@ -211,6 +211,51 @@ class StoreBackend:
         task.add_done_callback(self._closing.discard)
 
 
+class OpenModels:
+    """The models that a server opened beside its own, to be closed with it."""
+
+    def __init__(self, connect: Connect, tell: Tell) -> None:
+        """Start with none.
+
+        Args:
+            connect: Makes a backend of an address or a folder.
+            tell: Told what happens to versions of a store.
+        """
+        self._connect = connect
+        self._tell = tell
+        self.owned: list[Backend] = []
+
+    def open(self, place: str, model: StoreModel | None = None) -> Backend:
+        """Open a model.
+
+        Args:
+            place: An address, a folder, or a reference to a store.
+            model: What the reference means, where that is known.
+
+        Returns:
+            The backend.
+        """
+        backend: Backend
+        if is_store_reference(place):
+            model = model or resolve_store_model(place)
+            inner = self._connect(str(model.folder))
+            backend = StoreBackend(model, inner, self._connect, tell=self._tell)
+        else:
+            backend = self._connect(place)
+        self.owned.append(backend)
+        return backend
+
+    def release(self, backend: Backend) -> Backend:
+        """Leave a model to somebody else to close; gives it."""
+        self.owned.remove(backend)
+        return backend
+
+    async def close(self) -> None:
+        """Close all of them."""
+        for backend in self.owned:
+            await backend.close()
+
+
 def record_verdict(
     model: StoreModel, evidence: Mapping[str, Any], *, promote_to: str | None
 ) -> None:
