@@ -77,6 +77,10 @@ class ScriptedBackend:
 
     async def stream(self, call: Call) -> AsyncGenerator[Event, None]:
         self.calls.append(call)
+        # As a real one, which reads the chat before it asks its engine.
+        await asyncio.sleep(0)
+        if self.closed:
+            raise ServeError("It is closed.", status=503, kind="server_error")
         self.running += 1
         done = False
         try:

@@ -411,8 +411,15 @@ def test_primary_can_be_exchanged_while_requests_run():
     async def run():
         running = asyncio.ensure_future(collect(router, make_call()))
         await asyncio.sleep(0.005)
-        assert router.set_primary(new) is small
-        return await collect(router, make_call()), await running
+        route = router.set_primary(new)
+        assert route.backend is small
+        retiring = asyncio.ensure_future(route.retire())
+        after = await collect(router, make_call())
+        assert not small.closed
+        before = await running
+        await retiring
+        assert small.closed
+        return after, before
 
     (text, served), (old_text, old) = asyncio.run(run())
     assert (text, served.backend, served.version) == ("the larger model says this", "new", "v2")

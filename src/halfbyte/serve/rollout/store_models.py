@@ -6,7 +6,9 @@ import asyncio
 import json
 import logging
 import tempfile
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from halfbyte.store.store import CHAMPION, SCHEME, SHORT, Store
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 10.0
+IDLE_POLL_SECONDS = 0.05
 
 Connect = Callable[[str], Backend]
 """Makes a backend of a folder; may take long, and runs in a thread of its own."""
@@ -114,6 +117,8 @@ class StoreBackend:
         """A version that could not be opened; it is not tried again."""
         self._poller: asyncio.Task[None] | None = None
         self._closing: set[asyncio.Task[None]] = set()
+        self._running: Counter[int] = Counter()
+        """Requests by the identity of the backend that they began with."""
         self.changing = asyncio.Lock()
         """Held while the alias is moved by this process, so that nobody follows it half way."""
 
@@ -137,9 +142,16 @@ class StoreBackend:
         """The backend that takes new requests."""
         return self._backend
 
-    def stream(self, call: Call) -> AsyncGenerator[Event, None]:
+    async def stream(self, call: Call) -> AsyncGenerator[Event, None]:
         """Answer by the version of now."""
-        return self._backend.stream(call)
+        backend = self._backend
+        self._running[id(backend)] += 1
+        try:
+            async with aclosing(backend.stream(call)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            self._running[id(backend)] -= 1
 
     async def is_ready(self) -> bool:
         """Tell whether it could answer now."""
@@ -206,9 +218,15 @@ class StoreBackend:
         old, self._backend = self._backend, backend
         before, self.model = self.model, model
         self._tell("version changed", f"{before.reference} -> {model.reference}")
-        task = asyncio.get_running_loop().create_task(old.close())
+        task = asyncio.get_running_loop().create_task(self._retire(old))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
+
+    async def _retire(self, old: Backend) -> None:
+        """Close a version after its last request: one on its way to it must not find it closed."""
+        while self._running[id(old)]:
+            await asyncio.sleep(IDLE_POLL_SECONDS)
+        await old.close()
 
 
 class OpenModels:

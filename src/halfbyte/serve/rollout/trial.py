@@ -94,7 +94,8 @@ class Trial:
         self._ending = asyncio.get_running_loop().create_task(self._end(canary))
 
     async def _end(self, canary: Canary) -> None:
-        candidate = next(r.backend for r in self._router.routes if r.role == "canary")
+        route = next(r for r in self._router.routes if r.role == "canary")
+        candidate = route.backend
         self._router.set_canary(None)
         primary = self._primary
         changing = primary.changing if isinstance(primary, StoreBackend) else asyncio.Lock()
@@ -103,7 +104,8 @@ class Trial:
             if canary.status == "promoted":
                 await self._take_over(candidate)
                 return
-        await self._models.release(candidate).close()
+        self._models.release(candidate)
+        await route.retire()
 
     async def _take_over(self, candidate: Backend) -> None:
         """Let a candidate be asked first; the model that was finishes what it has and is closed."""
@@ -113,7 +115,7 @@ class Trial:
             self._models.release(candidate)
             primary.adopt(candidate.model, candidate.current)
         else:
-            await self._router.set_primary(candidate).close()
+            await self._router.set_primary(candidate).retire()
 
     async def _record(self, candidate: Backend, canary: Canary) -> None:
         """Tell the store, where the candidate comes from one."""

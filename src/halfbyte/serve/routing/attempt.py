@@ -17,6 +17,8 @@ from halfbyte.serve.watch.observation import Role, Seen
 
 log = logging.getLogger(__name__)
 
+IDLE_POLL_SECONDS = 0.05
+
 CLOSE_SECONDS = 5.0
 """That a model may take to cancel a request."""
 
@@ -39,6 +41,17 @@ class Route:
     name: str
     """Of the backend, made unique among those of one server."""
     breaker: CircuitBreaker = field(default_factory=CircuitBreaker)
+    running: int = 0
+    """Attempts that have begun and are not closed."""
+
+    async def retire(self) -> None:
+        """Close the model when its last attempt is over; nobody sends it new ones any more.
+
+        A backend that is closed earlier may refuse a request that is on its way to it.
+        """
+        while self.running:
+            await asyncio.sleep(IDLE_POLL_SECONDS)
+        await self.backend.close()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -73,6 +86,7 @@ class Attempt:
             clock: The time.
         """
         self.route = route
+        route.running += 1
         self.seen = Seen(backend=route.name, role=route.role, started=clock())
         self.error: ServeError | None = None
         self._demands = demands
@@ -260,7 +274,13 @@ class Attempt:
         self._settled = True
 
     async def close(self) -> None:
-        """Cancel what still runs."""
+        """Cancel what still runs. Once only."""
+        try:
+            await self._close()
+        finally:
+            self.route.running -= 1
+
+    async def _close(self) -> None:
         if not self._settled:
             self.route.breaker.leave()
             self._settled = True

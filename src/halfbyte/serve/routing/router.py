@@ -102,16 +102,16 @@ class Router:
         """Tell one more of every request."""
         self._observers.append(observer)
 
-    def set_primary(self, backend: Backend) -> Backend:
+    def set_primary(self, backend: Backend) -> Route:
         """Ask another model first from now on; requests on their way are not touched.
 
         Args:
             backend: The new one.
 
         Returns:
-            The old one, for its owner to close.
+            The old one, to be retired.
         """
-        old = self._primary.backend
+        old = self._primary
         self._primary = self._route(backend, "primary", self.routes[1:])
         return old
 
