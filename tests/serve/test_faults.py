@@ -75,7 +75,11 @@ class Model(Process):
 
     @property
     def requests(self):
-        return json.loads(urllib.request.urlopen(self.address + "/count").read())["requests"]
+        return self.state["requests"]
+
+    @property
+    def state(self):
+        return json.loads(urllib.request.urlopen(self.address + "/count").read())
 
 
 def open_gateway(small, large, *options, env=None):
@@ -220,6 +224,41 @@ def test_without_a_second_model_the_error_says_what_happened(models):
     finally:
         models[0].set("good")
         gateway.kill(signal.SIGTERM)
+
+
+def test_unsure_answer_of_another_server_falls_back_and_the_client_sees_no_logprobs(
+    models, tmp_path
+):
+    threshold = {"form": 1, "statistic": "mean_logprob", "threshold": -1.0, "first_tokens": 4}
+    (tmp_path / "confidence.json").write_text(json.dumps(threshold))
+    gateway = open_gateway(*models, "--confidence", str(tmp_path / "confidence.json"))
+    try:
+        for stream in (False, True):
+            models[0].set("good")
+            assert SMALL in ask(gateway, stream=stream)[0]
+            assert models[0].state["logprobs"] is True
+            models[0].set("unsure")
+            text, headers = ask(gateway, stream=stream)
+            assert (LARGE in text, headers["x-halfbyte-reason"]) == (True, "confidence")
+            assert not models[1].state["logprobs"]
+        models[0].set("good")
+        body = {"model": SMALL, "messages": [{"role": "user", "content": "Hi"}]}
+        raw = json.loads(post(gateway, body))
+        assert raw["choices"][0]["logprobs"] is None
+        raw = json.loads(post(gateway, body | {"logprobs": True}))
+        assert [t["logprob"] for t in raw["choices"][0]["logprobs"]["content"]][:2] == [-0.1, -0.1]
+    finally:
+        models[0].set("good")
+        gateway.kill(signal.SIGTERM)
+
+
+def post(gateway, body):
+    request = urllib.request.Request(
+        gateway.address + "/v1/chat/completions",
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    return urllib.request.urlopen(request, timeout=30).read()
 
 
 def test_full_disk_for_the_log_costs_no_request(models, tmp_path):
