@@ -291,6 +291,50 @@ def test_full_disk_for_the_log_costs_no_request(models, tmp_path):
         subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+def canary_of(gateway):
+    with urllib.request.urlopen(gateway.address + "/dashboard/data", timeout=30) as reply:
+        return json.loads(reply.read())["canary"]
+
+
+@pytest.mark.parametrize("mode", ["good", "garbage"])
+def test_trial_over_http_survives_a_kill_and_ends_as_it_should(models, tmp_path, mode):
+    new = Model("new")
+    new.set(mode)
+    options = (
+        "--canary", new.address + "/v1", "--canary-share", "0.4", "--canary-margin", "0.05",
+        "--evidence", str(tmp_path), "--breaker-failures", "1000",
+    )  # fmt: skip
+    texts = set()
+    try:
+        gateway = open_gateway(*models, *options)
+        # Some requests, then a kill that gives no time to write anything.
+        for _ in range(6):
+            texts.add(ask(gateway)[0])
+        time.sleep(5.5)
+        texts.add(ask(gateway)[0])
+        time.sleep(0.3)
+        seen = canary_of(gateway)["requests"]
+        gateway.kill()
+        gateway.start()
+        assert canary_of(gateway)["requests"] == seen == 7
+        while canary_of(gateway)["status"] == "running":
+            texts |= {ask(gateway)[0] for _ in range(20)}
+        found = canary_of(gateway)
+        time.sleep(0.5)
+        after = {ask(gateway, stream=n % 2 == 0)[0] for n in range(20)}
+        gateway.kill(signal.SIGTERM)
+    finally:
+        new.kill()
+    kept = json.loads((tmp_path / "canary.json").read_text())
+    if mode == "good":
+        assert found["status"] == kept["status"] == "promoted"
+        assert after == {"this is the answer of new to you"}
+    else:
+        assert found["status"] == kept["status"] == "rolled back"
+        assert found["requests"] <= 60
+        assert after | texts == {f"this is the answer of {SMALL} to you"}
+
+
 JUMPING = """
 import time
 _real, _count = time.time, [0]
