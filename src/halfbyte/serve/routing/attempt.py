@@ -62,6 +62,8 @@ class Demands:
     """So many are held back; None: the whole answer."""
     causes: frozenset[str] = frozenset()
     confidence: Confidence | None = None
+    logprobs: bool = False
+    """Whether they are asked for, though the client may not want them."""
 
 
 class Attempt:
@@ -103,13 +105,12 @@ class Attempt:
         self._events = route.backend.stream(self._call)
 
     def _adapt(self, call: Call) -> Call:
-        """Name this model, and ask for logprobs where confidence needs them."""
+        """Name this model, and ask for logprobs where somebody here needs them."""
         body = dict(call.body)
         models = self.route.backend.models
         if models and body.get("model") not in models:
             body["model"] = models[0]
-        confidence = self._demands.confidence
-        if confidence is not None and confidence.needs_logprobs and not body.get("logprobs"):
+        if self._demands.logprobs and not body.get("logprobs"):
             body["logprobs"] = True if call.kind == "chat" else 1
             self._hides_logprobs = True
         return replace(call, body=body)
