@@ -98,6 +98,7 @@ class Attempt:
         self._ended = False
         self._settled = False
         """Whether the breaker has been told."""
+        self._closed = False
         self._hides_logprobs = False
         self._call = self._adapt(call)
         # Together: a moment later the backend may serve another version.
@@ -110,7 +111,9 @@ class Attempt:
         models = self.route.backend.models
         if models and body.get("model") not in models:
             body["model"] = models[0]
-        if self._demands.logprobs and not body.get("logprobs"):
+        asked = body.get("logprobs")
+        # 0 is an answer too: of the drawn tokens, and of no others.
+        if self._demands.logprobs and (asked is None or asked is False):
             body["logprobs"] = True if call.kind == "chat" else 1
             self._hides_logprobs = True
         return replace(call, body=body)
@@ -275,7 +278,10 @@ class Attempt:
         self._settled = True
 
     async def close(self) -> None:
-        """Cancel what still runs. Once only."""
+        """Cancel what still runs."""
+        if self._closed:
+            return
+        self._closed = True
         try:
             await self._close()
         finally:

@@ -278,15 +278,19 @@ class Router:
         """Look at the whole answer, settle what it took, and tell everybody."""
         seen.ended = self._clock()
         for attempt in seen.attempts:
-            if attempt.role == "fallback" and attempt.usage is not None:
-                usage = attempt.usage
-                self.budget.spend_tokens(usage.prompt_tokens + usage.completion_tokens)
-        try:
-            for attempt in seen.attempts:
-                if attempt.finished:
-                    attempt.failures = find_failures(seen.call, attempt)
-            for observer in self._observers:
+            if attempt.role == "fallback":
+                prompt = attempt.usage.prompt_tokens if attempt.usage else 0
+                self.budget.spend_tokens(prompt + attempt.num_tokens)
+        for observer in (_note_failures, *self._observers):
+            try:
                 observer(seen)
-        except Exception:
-            # A request that was answered is not lost to somebody who only watches.
-            log.exception("watching %s failed", seen.call.id)
+            except Exception:
+                # A request that was answered is not lost to somebody who only watches.
+                log.exception("watching %s failed", seen.call.id)
+
+
+def _note_failures(seen: Observation) -> None:
+    """Let the monitors look at every answer that came to an end."""
+    for attempt in seen.attempts:
+        if attempt.finished:
+            attempt.failures = find_failures(seen.call, attempt)

@@ -12,7 +12,7 @@ Role = Literal["primary", "canary", "fallback"]
 Arm = Literal["", "primary", "canary"]
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Seen:
     """One model's answer, as far as it came. All times are seconds of a clock that never jumps."""
 
