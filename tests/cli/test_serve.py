@@ -60,7 +60,7 @@ def running(*arguments, **environment):
     def read():
         for line in process.stderr:
             lines.append(line)
-            if " at http://" in line:
+            if "Ctrl-C" in line:
                 found.set()
         found.set()
 

@@ -83,7 +83,7 @@ def open_gateway(small, large, *options, env=None):
     command = [
         sys.executable, "-m", "halfbyte", "serve", "--port", str(port),
         "--upstream", small.address + "/v1", "--fallback", large.address + "/v1",
-        "--first-token-timeout", "0.7", "--idle-timeout", "0.4", "--breaker-seconds", "0.5",
+        "--first-token-timeout", "2.5", "--idle-timeout", "1.5", "--breaker-seconds", "0.5",
         *options,
     ]  # fmt: skip
     return Process(command, port, "/health", env)
@@ -198,9 +198,9 @@ def test_hung_model_is_left_alone_after_some_failures(gateway, small):
     start = time.perf_counter()
     for _ in range(10):
         ask(gateway)
-    # Each would have waited .7 s; only what the breaker lets try does.
+    # Each would have waited 2.5 s; only what the breaker lets try does.
     assert small.requests - before <= 3
-    assert time.perf_counter() - start < 4
+    assert time.perf_counter() - start < 12
 
 
 def test_without_a_second_model_the_error_says_what_happened(models):
@@ -273,7 +273,7 @@ def test_time_of_day_that_jumps_changes_nothing(models, tmp_path):
         models[0].set("hang")
         start = time.perf_counter()
         assert ask_many(gateway) == [LARGE] * 16
-        assert 0.5 < time.perf_counter() - start < 10
+        assert 2 < time.perf_counter() - start < 20
         models[0].set("good")
         wait_for_small(gateway)
     finally:

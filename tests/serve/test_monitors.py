@@ -5,10 +5,16 @@ import time
 import pytest
 from tests.serve.helpers_quality import make_call
 
+from halfbyte.data import calibration_documents, evaluation_documents
 from halfbyte.serve.exchange import Delta, Finish, ToolCall
+from halfbyte.serve.watch.language import language_of, switches
 from halfbyte.serve.watch.monitors import find_failures, is_repetitive
 from halfbyte.serve.watch.observation import Seen, content_text, prompt_text
 
+ENGLISH = "What is the capital of France, and why is it the city that all of the roads lead to?"
+GERMAN = (
+    "Die Hauptstadt ist Paris, und das liegt auch an den Königen, die sich dort mit dem Hof und"
+)
 JSON = {"response_format": {"type": "json_object"}}
 
 
@@ -33,6 +39,9 @@ def failures(text, asked="Say something.", *, whole=True, tools=(), **body):
         ('```json\n{"a": 1}\n```', JSON, ()),
         ("Here you are: yes", JSON, ("json",)),
         ("Вот мой ответ на вопрос", {}, ("language",)),
+        (GERMAN, {"asked": ENGLISH}, ("language",)),
+        (ENGLISH, {"asked": ENGLISH}, ()),
+        ("Ja.", {"asked": ENGLISH}, ()),
         ("はい、わかりました。これは答えです", {"asked": "你好，请说点什么吧"}, ()),
         ("I'm sorry, but I cannot help with that.", {}, ("refusal",)),
     ],
@@ -79,3 +88,29 @@ def test_long_answers_cost_no_more_than_their_ends():
     assert not is_repetitive(text)
     # Generous: the whole text, word by word and for each period, takes a hundred times as long.
     assert time.perf_counter() - start < 0.05
+
+
+@pytest.mark.parametrize("documents", [calibration_documents, evaluation_documents])
+def test_languages_of_the_shipped_texts_are_told_and_none_wrongly(documents):
+    found = [language_of(text) for text in documents("languages")]
+    told = [language for language in found if language is not None]
+    # Where the files have several texts of a language one after the other, they agree.
+    assert len(told) >= 0.9 * len(found)
+    assert "english" not in told
+    expected = ["german"] * 5 + ["french"] * 5 + ["spanish"] * 5 + ["italian"] * 5
+    latin = [(f, e) for f, e in zip(found, expected, strict=False) if f is not None]
+    wrong = [(f, e) for f, e in latin if f != e]
+    # The first file has six French texts: what follows is shifted by one.
+    assert len(wrong) <= (2 if documents is calibration_documents else 0)
+
+
+@pytest.mark.parametrize("kind", ["prose", "code", "dialogue", "technical"])
+def test_english_texts_are_english_or_nothing(kind):
+    for documents in (calibration_documents, evaluation_documents):
+        assert {language_of(text) for text in documents(kind)} <= {"english", None}
+
+
+def test_no_text_switches_language_within_itself():
+    for text in evaluation_documents("languages") + evaluation_documents("code"):
+        middle = len(text) // 2
+        assert not switches(text[:middle], text[middle:])

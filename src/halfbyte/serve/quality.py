@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from halfbyte.errors import HalfbyteError
 from halfbyte.serve.exchange import Backend
-from halfbyte.serve.metrics import PREFIX, Metrics
+from halfbyte.serve.metrics import PREFIX, Metrics, peak_bytes
 from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.rollout.canary import Canary
 from halfbyte.serve.rollout.shadow import Shadow
@@ -41,6 +41,7 @@ from halfbyte.serve.routing.router import Router
 from halfbyte.serve.watch.alerts import Alerts
 from halfbyte.serve.watch.drift import Drift, read_reference
 from halfbyte.serve.watch.history import History
+from halfbyte.serve.watch.observation import Observation
 from halfbyte.serve.watch.oracle import Oracle
 from halfbyte.serve.watch.probes import Probes, read_probes
 from halfbyte.serve.watch.request_log import RequestLog
@@ -51,6 +52,11 @@ if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
 log = logging.getLogger(__name__)
+
+HEALTH_SECONDS = 1.0
+"""Between two looks at models, budget and memory."""
+MEMORY_SLACK = 1.1
+"""Of the plan that the process may take before it is an alert."""
 
 CANARY_STATES = ("running", "promoted", "rolled back")
 
@@ -100,7 +106,13 @@ class Quality:
         self.oracle: Oracle | None = None
         self.shadow: Shadow | None = None
         self.canary: Canary | None = None
-        for observer in (self.metrics.observe, self.drift.observe, self.history.observe):
+        self._looked = clock()
+        for observer in (
+            self.metrics.observe,
+            self.drift.observe,
+            self.history.observe,
+            self._watch_health,
+        ):
             self.router.add_observer(observer)
         self._open_watchers()
         self._open_candidates()
@@ -119,6 +131,34 @@ class Quality:
 
     def _tell(self, name: str, message: str) -> None:
         self.alerts.tell(name, message)
+
+    def _watch_health(self, seen: Observation) -> None:
+        """Raise alerts about models that are left alone, a spent budget, and too much memory."""
+        now = self._clock()
+        if now - self._looked < HEALTH_SECONDS:
+            return
+        self._looked = now
+        for route in self.router.routes:
+            self.alerts.set(
+                f"model {route.backend.name}",
+                route.breaker.state != "closed",
+                f"the {route.role} model '{route.backend.name}' failed "
+                f"{self.config.breaker_failures} times in a row and is left alone",
+            )
+        self.alerts.set(
+            "fallback budget",
+            not self.router.budget.has_left,
+            "the larger model's budget is spent: no request falls back until it comes back",
+        )
+        planned, peak = self.metrics.planned.get("total"), peak_bytes()
+        if planned:
+            self.alerts.set(
+                "memory",
+                peak > MEMORY_SLACK * planned,
+                f"the process had {peak / 1e9:.2f} GB at its peak; {planned / 1e9:.2f} GB are "
+                "planned",
+                float(peak),
+            )
 
     def _open_watchers(self) -> None:
         config = self.config
@@ -185,12 +225,15 @@ class Quality:
         candidate = route.backend
         self.router.set_canary(None)
         promoted = canary.status == "promoted"
-        await self._record(candidate, canary, promoted=promoted)
-        if promoted:
-            await self._take_over(candidate)
-        else:
-            self._owned.remove(candidate)
-            await candidate.close()
+        primary = self.router.routes[0].backend
+        changing = primary.changing if isinstance(primary, StoreBackend) else asyncio.Lock()
+        async with changing:
+            await self._record(candidate, canary, promoted=promoted)
+            if promoted:
+                await self._take_over(candidate)
+                return
+        self._owned.remove(candidate)
+        await candidate.close()
 
     async def _take_over(self, candidate: Backend) -> None:
         """Let a candidate be asked first; the model that was finishes what it has and is closed."""

@@ -114,6 +114,8 @@ class StoreBackend:
         """A version that could not be opened; it is not tried again."""
         self._poller: asyncio.Task[None] | None = None
         self._closing: set[asyncio.Task[None]] = set()
+        self.changing = asyncio.Lock()
+        """Held while the alias is moved by this process, so that nobody follows it half way."""
 
     @property
     def name(self) -> str:
@@ -179,6 +181,10 @@ class StoreBackend:
         Returns:
             Whether another version is served now.
         """
+        async with self.changing:
+            return await self._look()
+
+    async def _look(self) -> bool:
         model = self.model
         reference = f"{model.name}@{model.alias}"
         _, version = await asyncio.to_thread(model.store.resolve, reference)

@@ -71,7 +71,7 @@ class Router:
         self._confidence = confidence if "confidence" in self.config.fallback_on else None
         self._causes = frozenset(self.config.fallback_on)
         self._observers = list(observers)
-        self._budget = FallbackBudget.of(self.config, clock)
+        self.budget = FallbackBudget.of(self.config, clock)
         # Apart: answers that fail a check must not use up what saves requests from an outage.
         self._retries = {fault: RetryBudget(self.config.retry_share) for fault in (False, True)}
         self._primary = self._route(primary, "primary")
@@ -222,7 +222,7 @@ class Router:
         """
         if not route.breaker.allows:
             return "breaker"
-        if route.role == "fallback" and not self._budget.has_left:
+        if route.role == "fallback" and not self.budget.has_left:
             return "budget"
         if cause and not self._retries[cause in OWN_FAULTS].take():
             return "retries"
@@ -237,7 +237,7 @@ class Router:
             demands.causes = self._causes
             demands.confidence = None if route.role == "fallback" else self._confidence
         if route.role == "fallback":
-            self._budget.spend_request()
+            self.budget.spend_request()
         attempt = Attempt(route, seen.call, self.config, demands=demands, clock=self._clock)
         seen.attempts.append(attempt.seen)
         return attempt
@@ -270,7 +270,7 @@ class Router:
         for attempt in seen.attempts:
             if attempt.role == "fallback" and attempt.usage is not None:
                 usage = attempt.usage
-                self._budget.spend_tokens(usage.prompt_tokens + usage.completion_tokens)
+                self.budget.spend_tokens(usage.prompt_tokens + usage.completion_tokens)
         try:
             for attempt in seen.attempts:
                 if attempt.finished:

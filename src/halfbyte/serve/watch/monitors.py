@@ -8,7 +8,7 @@ check           fails where
 ``empty``       there is nothing but space, and no tool is called
 ``repetition``  it ends in the same few words, or characters, again and again
 ``json``        JSON was asked for, or a tool is called, and what came cannot be read
-``language``    it is in another script than the question
+``language``    it is in another script, or clearly another language, than the question
 ``refusal``     its beginning declines
 ==============  ========================================================================
 """
@@ -19,14 +19,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from halfbyte.judge.checks import parse_json
-from halfbyte.judge.edge_cases import REFUSAL, is_looping, script_of
+from halfbyte.judge.edge_cases import REFUSAL, is_looping
 from halfbyte.serve.exchange import Call
+from halfbyte.serve.watch.language import switches
 from halfbyte.serve.watch.observation import Seen, prompt_text
 
 TAIL = 240
 """Words, or characters, at the end that are looked at for repetition."""
 HEAD = 240
-"""Characters at the start that tell a script or a refusal."""
+"""Characters at the start that tell a refusal."""
 LETTERS_PER_WORD = 24
 """A text with longer words than this is written without spaces: its characters are looked at."""
 
@@ -52,8 +53,7 @@ def find_failures(call: Call, seen: Seen, *, whole: bool = True) -> tuple[str, .
         failures["repetition"] = None
     if whole and (wants_json(body) or seen.tool_calls) and not _is_json(body, seen, texts):
         failures["json"] = None
-    script = script_of(asked[-HEAD:])
-    if script and any((found := script_of(text[:HEAD])) and found != script for text in texts):
+    if any(switches(asked, text) for text in texts):
         failures["language"] = None
     if any(REFUSAL.search(text[:HEAD]) for text in texts):
         failures["refusal"] = None
