@@ -1,26 +1,32 @@
-"""Could Transformers' continuous batching be the engine? Its speed beside the compiled decoder.
+"""Could Transformers' continuous batching be the engine? Its speed beside halfbyte's own.
 
-Greedy, the same prompts and lengths: the manager with 1 and with 8 requests at the same time, and
-Generator, one request after the other. Then one bad request beside a good one: who survives it.
+Greedy, the same prompts and lengths, 1 and 8 requests at the same time, arms in turn. Then one bad
+request beside good ones: who survives it.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import logging
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import halfbyte
-from halfbyte.integrations.generation import Generator, Sampling, Timing
+from halfbyte.serve.engine.config import EngineConfig
+from halfbyte.serve.engine.contract import Generated, TokenRequest
+from halfbyte.serve.engine.engine import EmbeddedEngine
+from halfbyte.serve.engine.opening import open_engine
 from record import save_result
 
 PROMPT_TOKENS = 32
 PAGE_TOKENS = 32
+GOOD = 4
 LARGEST_BATCH = 256
 """Its default of 8192 tokens makes a dense mask of gigabytes on a CPU."""
 
@@ -34,22 +40,25 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     model = halfbyte.load(arguments.model)
-    rates: dict[str, list[float]] = {"manager, 1": [], "manager, 8": [], "compiled decoder, 1": []}
-    generator = Generator(model)
-    generator.ends = frozenset()
-    manager = start_manager(
-        model, blocks=8 * (PROMPT_TOKENS + arguments.tokens) // PAGE_TOKENS + 16
-    )
+    engine = open_engine(arguments.model, EngineConfig(cache_gb=0.2))
+    manager = start_manager(model, 8 * (PROMPT_TOKENS + arguments.tokens) // PAGE_TOKENS + 16)
+    ways = {
+        "continuous batching": partial(run_manager, manager),
+        "halfbyte": partial(run_engine, engine),
+    }
+    arms = {
+        f"{name}, {count}": partial(run, count, arguments.tokens)
+        for name, run in ways.items()
+        for count in (1, 8)
+    }
+    rates: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(arguments.rounds + 1):
-        found = {
-            "manager, 1": run_manager(manager, 1, arguments.tokens, turn),
-            "manager, 8": run_manager(manager, 8, arguments.tokens, turn),
-            "compiled decoder, 1": run_generator(generator, arguments.tokens, turn),
-        }
-        if turn:  # the first one warms up
-            for name, rate in found.items():
+        for name, run in arms.items():
+            rate = run(turn)
+            if turn:  # the first one warms up
                 rates[name].append(rate)
     manager.stop(block=True)
+    asyncio.run(engine.close())
     survivors = count_survivors(model)
     save_result(
         "continuous-batching",
@@ -57,7 +66,7 @@ def main() -> None:
         rows=[[name, statistics.median(found)] for name, found in rates.items()],
         note=f"Greedy, {PROMPT_TOKENS} prompt tokens and {arguments.tokens} generated each, prompt "
         f"and all; medians of {arguments.rounds} rounds, arms in turn. Beside one request that "
-        f"does not fit its cache, {survivors} of 1 good request was answered.",
+        f"does not fit the cache, continuous batching answered {survivors} of {GOOD} good ones.",
         data={"rates": rates, "survivors": survivors},
     )
     for name, found in rates.items():
@@ -96,25 +105,36 @@ def run_manager(manager, requests: int, tokens: int, turn: int) -> float:
     return requests * tokens / (time.perf_counter() - start)
 
 
-def run_generator(generator: Generator, tokens: int, turn: int) -> float:
-    """Give tokens per second of one request by `halfbyte generate`'s way."""
+def run_engine(engine: EmbeddedEngine, requests: int, tokens: int, turn: int) -> float:
+    """Give tokens per second of so many requests together by our engine."""
+
+    async def ask(index: int) -> int:
+        request = TokenRequest(
+            prompt=tuple(make_prompt(index, turn)),
+            max_new_tokens=tokens,
+            temperature=0.0,
+            ignore_end=True,
+        )
+        return sum([isinstance(event, Generated) async for event in engine.generate(request)])
+
+    async def ask_all() -> list[int]:
+        return list(await asyncio.gather(*(ask(index) for index in range(requests))))
+
     start = time.perf_counter()
-    timing = Timing(prompt_tokens=PROMPT_TOKENS)
-    list(generator.stream(make_prompt(0, turn), Sampling(max_new_tokens=tokens), timing))
-    return tokens / (time.perf_counter() - start)
+    assert asyncio.run(ask_all()) == [tokens] * requests
+    return requests * tokens / (time.perf_counter() - start)
 
 
 def count_survivors(model: torch.nn.Module) -> int:
-    """Ask one thing that fits the cache and one that does not; count the good answers."""
-    manager = start_manager(model, blocks=8)
-    good = manager.add_request(make_prompt(0, 0), max_new_tokens=40)
-    manager.add_request(make_prompt(1, 0) * 20, max_new_tokens=4)
+    """Ask things that fit the cache and one that does not; count the good answers."""
+    manager = start_manager(model, 4 * GOOD)
+    good = [manager.add_request(make_prompt(i, 0), max_new_tokens=40) for i in range(GOOD)]
+    manager.add_request(make_prompt(9, 0) * 20, max_new_tokens=4)
     answers = 0
-    for _ in range(20):
+    for _ in range(15):
         result = manager.get_result(timeout=1)
-        if result is not None and result.request_id == good and result.error is None:
-            answers += 1
-            break
+        if result is not None and result.request_id in good:
+            answers += result.error is None and len(result.generated_tokens) == 40
     manager.stop(block=True)
     return answers
 

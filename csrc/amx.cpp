@@ -167,7 +167,12 @@ void store_stripe(const Packed& w, const Target& target, int64_t row, int64_t ro
         store_block(w, target, row + m, block + side, from);
         continue;
       }
-      uint16_t* to = static_cast<uint16_t*>(target.out) + (row + m) * target.stride + channel;
+      const int64_t at = (row + m) * target.stride + channel;
+      if (target.dtype == HB_FLOAT32) {
+        _mm512_storeu_ps(static_cast<float*>(target.out) + at, _mm512_load_ps(from));
+        continue;
+      }
+      uint16_t* to = static_cast<uint16_t*>(target.out) + at;
       _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(_mm512_load_ps(from)));
     }
   }

@@ -23,7 +23,7 @@ struct Product {
 constexpr int MOST_PRODUCTS = 3;
 
 // Rows that go through the blocks at a time; others wait, and read the weights again.
-constexpr int64_t ROWS_AT_A_TIME = 64;
+constexpr int64_t ROWS_AT_A_TIME = 128;
 
 // Numbers from which more than one thread prepares rows between two products.
 constexpr int64_t SHARED_NUMBERS = 1 << 14;
@@ -53,6 +53,40 @@ bool multiply_all(const Isa& isa, const float* x, int64_t rows, const Product (&
       isa.multiply(weights[i], ready[i], target, from, to);
     }
   });
+  return true;
+}
+
+// The same on matrix units: inputs rounded to bf16, sums and results in fp32.
+template <int COUNT>
+bool multiply_all_tiles(const Isa& isa, const float* x, int64_t rows,
+                        const Product (&products)[COUNT], float* scratch, int threads) {
+  uint16_t* const halves = reinterpret_cast<uint16_t*>(scratch);
+  Packed last;
+  Rows ready;
+  for (int i = 0; i < COUNT; i++) {
+    Packed w;
+    if (!open_packed(products[i].packed, &w)) return false;
+    const int64_t numbers = rows * w.in_features;
+    // Products of one input share its rows, unless each wants the columns in an order of its own.
+    if (i == 0 || w.order || last.order) {
+      if (i == 0) {
+        parallel_for(rows, threads, [&](int64_t first, int64_t end) {
+          for (int64_t at = first * w.in_features; at < end * w.in_features; at++) {
+            halves[at] = to_bf16(x[at]);
+          }
+        });
+      }
+      uint16_t* tiles = halves + (numbers + 2 * LANES - 1) / (2 * LANES) * (2 * LANES);
+      ready = ready_tiles(w, halves, rows, tiles, nullptr, false, threads);
+      if (!ready.rows) return false;
+    }
+    last = w;
+    const Target target = {HB_FLOAT32, products[i].bias, products[i].out, w.out_features};
+    // Two blocks share the rows that a unit has loaded.
+    parallel_for((w.blocks + 1) / 2, threads, [&](int64_t first, int64_t end) {
+      isa.multiply_tiles(w, ready, target, first * 2, end * 2 < w.blocks ? end * 2 : w.blocks);
+    });
+  }
   return true;
 }
 
@@ -111,12 +145,17 @@ struct Work {
 int64_t query_width(const hb_decoder& d) { return int64_t(d.heads) * d.head_dim; }
 int64_t kv_width(const hb_decoder& d) { return int64_t(d.kv_heads) * d.head_dim; }
 
-bool borrow_work(const hb_decoder& d, int64_t rows, Work* work) {
+bool borrow_work(const hb_decoder& d, int64_t rows, bool tiles, Work* work) {
   const int64_t query = query_width(d), kv = kv_width(d);
   int64_t widest = d.hidden > d.intermediate ? d.hidden : d.intermediate;
   if (query > widest) widest = query;
   // Room for the inputs of three products: numbers and, at most as many, their sums.
-  const int64_t input_floats = MOST_PRODUCTS * (widest * 2 * rows + LANES);
+  int64_t input_floats = MOST_PRODUCTS * (widest * 2 * rows + LANES);
+  if (tiles) {
+    // Half numbers: the rows, and once more as tiles of 32 rows and 32 columns.
+    const int64_t rows_up = (rows + 31) / 32 * 32, widest_up = (widest + 31) / 32 * 32;
+    input_floats = (rows * widest + rows_up * widest_up) / 2 + LANES;
+  }
   const int64_t each = 2 * int64_t(d.hidden) + 2 * query + 2 * kv + 2 * int64_t(d.intermediate);
   float* at = borrow(each * rows + input_floats);
   if (!at) return false;
@@ -130,35 +169,30 @@ bool borrow_work(const hb_decoder& d, int64_t rows, Work* work) {
   return true;
 }
 
-// Each query head of each row over its own sequence's cache.
+// Every row over its own sequence's cache, the heads that share keys and values together.
 bool attend_all(const hb_decoder& d, const Isa& isa, const hb_block& b, const hb_rows& rows,
                 const Work& work, int threads) {
   const int shared = d.heads / d.kv_heads, each = d.dtype == HB_FLOAT32 ? 4 : 2;
   const int64_t head_stride = d.page_tokens * d.head_dim;
   std::atomic<bool> failed{false};
-  parallel_for(rows.rows * d.heads, threads, [&](int64_t first, int64_t last) {
-    int64_t longest = 0;
+  parallel_for(rows.rows * d.kv_heads, threads, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; i++) {
-      const int64_t length = rows.positions[i / d.heads] + 1;
-      if (length > longest) longest = length;
-    }
-    float* scores = borrow_scores((longest + 2 * LANES) / LANES * LANES);
-    if (!scores) failed = true;
-    for (int64_t i = first; scores && i < last; i++) {
-      const int64_t row = i / d.heads, head = i % d.heads;
-      const int64_t at = head / shared * head_stride * each;
-      const Attention a = {work.q + i * d.head_dim,
+      const int64_t row = i / d.kv_heads, at = i % d.kv_heads * head_stride * each;
+      const Attention a = {work.q + i * shared * d.head_dim,
                            static_cast<char*>(b.keys) + at,
                            static_cast<char*>(b.values) + at,
                            rows.tables + rows.starts[row],
                            d.page_tokens,
                            d.kv_heads * head_stride,
-                           work.attended + i * d.head_dim,
+                           work.attended + i * shared * d.head_dim,
                            rows.positions[row] + 1,
+                           shared,
                            d.head_dim,
                            d.dtype,
                            d.scale};
-      isa.attend(a, scores);
+      float* scratch = borrow_scores(a.scratch());
+      if (scratch) isa.attend(a, scratch);
+      else failed = true;
     }
   });
   return !failed;
@@ -166,7 +200,12 @@ bool attend_all(const hb_decoder& d, const Isa& isa, const hb_block& b, const hb
 
 int decode_chunk(const hb_decoder& d, const Isa& isa, const hb_rows& rows, int threads) {
   Work w;
-  if (!borrow_work(d, rows.rows, &w)) return HB_NO_MEMORY;
+  const bool tiles = rows.prompt && d.dtype == HB_BFLOAT16 && isa.multiply_tiles;
+  if (!borrow_work(d, rows.rows, tiles, &w)) return HB_NO_MEMORY;
+  const auto multiply = [&](const float* x, const auto& products) {
+    return tiles ? multiply_all_tiles(isa, x, rows.rows, products, w.inputs, threads)
+                 : multiply_all(isa, x, rows.rows, products, w.inputs, threads);
+  };
   const int64_t hidden = d.hidden, query = query_width(d), kv = kv_width(d), count = rows.rows;
   // Between two products: each row by itself.
   const int some = count * hidden >= SHARED_NUMBERS ? threads : 1;
@@ -183,7 +222,7 @@ int decode_chunk(const hb_decoder& d, const Isa& isa, const hb_rows& rows, int t
       normalise(x, b.attention_norm, d.hidden, d.epsilon, w.h + r * hidden);
     });
     const Product qkv[] = {{b.q, b.q_bias, w.q}, {b.k, b.k_bias, w.k}, {b.v, b.v_bias, w.v}};
-    if (!multiply_all(isa, w.h, count, qkv, w.inputs, threads)) return HB_BAD_BLOB;
+    if (!multiply(w.h, qkv)) return HB_BAD_BLOB;
     each_row([&](int64_t r) {
       const int64_t position = rows.positions[r];
       const int32_t* table = rows.tables + rows.starts[r];
@@ -194,19 +233,19 @@ int decode_chunk(const hb_decoder& d, const Isa& isa, const hb_rows& rows, int t
     });
     if (!attend_all(d, isa, b, rows, w, threads)) return HB_NO_MEMORY;
     const Product o[] = {{b.o, b.o_bias, w.part}};
-    if (!multiply_all(isa, w.attended, count, o, w.inputs, threads)) return HB_BAD_BLOB;
+    if (!multiply(w.attended, o)) return HB_BAD_BLOB;
     each_row([&](int64_t r) {
       float* x = rows.x + r * hidden;
       add(x, w.part + r * hidden, hidden);
       normalise(x, b.mlp_norm, d.hidden, d.epsilon, w.h + r * hidden);
     });
     const Product mlp[] = {{b.gate, b.gate_bias, w.gate}, {b.up, b.up_bias, w.up}};
-    if (!multiply_all(isa, w.h, count, mlp, w.inputs, threads)) return HB_BAD_BLOB;
+    if (!multiply(w.h, mlp)) return HB_BAD_BLOB;
     each_row([&](int64_t r) {
       isa.gate_silu(w.gate + r * d.intermediate, w.up + r * d.intermediate, d.intermediate);
     });
     const Product down[] = {{b.down, b.down_bias, w.part}};
-    if (!multiply_all(isa, w.gate, count, down, w.inputs, threads)) return HB_BAD_BLOB;
+    if (!multiply(w.gate, down)) return HB_BAD_BLOB;
   }
   each_row([&](int64_t r) {
     float* x = rows.x + r * hidden;
@@ -229,8 +268,7 @@ extern "C" int hb_decode(const hb_decoder* decoder, const hb_rows* rows, int thr
   for (int64_t r = 0; r < rows->rows; r++) {
     const int64_t position = rows->positions[r];
     if (position < 0 || position >= d.capacity) return HB_BAD_ARGUMENT;
-    // Kernels take two positions at a time.
-    if (d.page_tokens % 2 && position >= d.page_tokens) return HB_BAD_ARGUMENT;
+    if (d.page_tokens % LANES && position >= d.page_tokens) return HB_BAD_ARGUMENT;
     const int32_t* table = rows->tables + rows->starts[r];
     for (int64_t i = 0; i <= position / d.page_tokens; i++) {
       if (table[i] < 0 || table[i] >= d.pages) return HB_BAD_ARGUMENT;
@@ -240,6 +278,7 @@ extern "C" int hb_decode(const hb_decoder* decoder, const hb_rows* rows, int thr
   for (int64_t first = 0; first < rows->rows; first += ROWS_AT_A_TIME) {
     const int64_t rest = rows->rows - first;
     const hb_rows chunk = {rest < ROWS_AT_A_TIME ? rest : ROWS_AT_A_TIME,
+                           rows->prompt,
                            rows->x + first * d.hidden,
                            rows->positions + first,
                            rows->tables,

@@ -90,7 +90,7 @@ typedef struct {
   int32_t blocks, hidden, heads, kv_heads, head_dim, rotary_dim, intermediate;
   int32_t dtype;                 // of the cache: float32 or bfloat16
   int64_t pages;                 // that the cache has
-  int64_t page_tokens;           // positions to a page; even, unless a sequence has one page only
+  int64_t page_tokens;           // positions to a page: a multiple of 16, or all are on one page
   int64_t capacity;              // positions that there are angles for
   float epsilon, scale;          // of the norms; of the attention scores
   const float *cosines, *sines;  // [capacity][rotary_dim]
@@ -100,9 +100,11 @@ typedef struct {
 
 // Rows are tokens of any sequences; those of one sequence stand in the order of their positions, and
 // all positions before them are in the cache. What a row computes does not depend on the others, to
-// the last bit.
+// the last bit. A prompt's rows may run on matrix units, with inputs and weights rounded to bfloat16,
+// where the cache is bfloat16: several times faster from some 32 rows on, but not the same numbers.
 typedef struct {
   int64_t rows;
+  int32_t prompt;
   float* x;                  // [rows][hidden]: the tokens' embeddings; overwritten
   const int64_t* positions;  // [rows]
   const int32_t* tables;     // page numbers of one sequence after the other

@@ -78,17 +78,22 @@ struct Dense {
   int64_t stride;
 };
 
-// One query head of a decode step.
+// The query heads of one row that share a head of keys and values.
 struct Attention {
-  const float* query;  // [width]
+  const float* query;  // [heads][width]
   const void* keys;    // page p: [page_tokens][width] at p * page_stride, float32 or bfloat16
   const void* values;
-  const int32_t* table;  // pages in the order of their positions
-  int64_t page_tokens, page_stride;
-  float* out;  // [width]
+  const int32_t* table;              // pages in the order of their positions
+  int64_t page_tokens, page_stride;  // page_tokens: a multiple of 16, or all are on one page
+  float* out;                        // [heads][width]
   int64_t length;
-  int width, dtype;
+  int heads, width, dtype;
   float scale;
+
+  // Of one head's scores, with room for a whole vector after the last.
+  int64_t scores_stride() const { return (length + 2 * LANES) / LANES * LANES; }
+  // Numbers that a kernel wants to write to: all scores, and 16 positions as float32.
+  int64_t scratch() const { return heads * scores_stride() + LANES * width; }
 };
 
 // What one instruction set offers.
@@ -99,8 +104,8 @@ struct Isa {
   // Block b as numbers, into out[k * stride + lane].
   void (*dequantize)(const Packed&, int64_t block, int dtype, void* out, int64_t stride);
   void (*multiply_dense)(const Dense&, int64_t first, int64_t last);
-  // Widths and counts are multiples of 16; `scores` holds length + 16 numbers.
-  void (*attend)(const Attention&, float* scores);
+  // Widths and counts are multiples of 16.
+  void (*attend)(const Attention&, float* scratch);
   void (*gate_silu)(float* gate, const float* up, int64_t count);
   // As `multiply`, from bf16 tiles; null where there are no matrix units.
   void (*multiply_tiles)(const Packed&, const Rows&, const Target&, int64_t first, int64_t last);

@@ -126,9 +126,9 @@ int64_t tile_halves(const Packed& w, int64_t rows) {
 }
 
 Rows ready_tiles(const Packed& w, const uint16_t* x, int64_t rows, uint16_t* tiles, float* sums,
-                 int threads) {
+                 bool few, int threads) {
   const int64_t columns = w.in_features, steps = (columns + STEP - 1) / STEP;
-  const bool paired = can_pair(w, rows);
+  const bool paired = few && can_pair(w, rows);
   const int run = run_codes(w.bits), half = run / 2;
   // Column of x at each place of a row of tiles; beyond the last one, none.
   int32_t* source = reinterpret_cast<int32_t*>(borrow_stripe(steps * STEP * 2));
@@ -204,7 +204,7 @@ int multiply_tiles(const Packed& w, const uint16_t* x, int64_t rows, const void*
         static_cast<uint16_t*>(scratch.grow(tile_halves(w, count) * 2 + TILE * w.groups * 4));
     if (!tiles) return HB_NO_MEMORY;
     float* sums = reinterpret_cast<float*>(tiles + tile_halves(w, count));
-    const Rows ready = ready_tiles(w, x + first * w.in_features, count, tiles, sums, threads);
+    const Rows ready = ready_tiles(w, x + first * w.in_features, count, tiles, sums, true, threads);
     const Target target = {HB_BFLOAT16, bias, out + first * w.out_features, w.out_features};
     // Many rows: two blocks share the rows that a unit has loaded.
     const int64_t unit = ready.paired ? 1 : 2;

@@ -20,9 +20,10 @@ Rows ready_rows(const Packed& w, int dtype, const void* x, int64_t rows, float* 
 // Where a matrix unit's file keeps a stripe of weights as numbers: aligned, kept by each thread.
 uint16_t* borrow_stripe(int64_t halves);
 
-// bf16 rows for matrix units, into tile_halves numbers.
+// bf16 rows for matrix units, into tile_halves numbers. `few`: the way for few rows may be taken,
+// whose results differ in the last bits.
 int64_t tile_halves(const Packed& w, int64_t rows);
 Rows ready_tiles(const Packed& w, const uint16_t* x, int64_t rows, uint16_t* tiles, float* sums,
-                 int threads);
+                 bool few, int threads);
 
 }  // namespace halfbyte

@@ -76,22 +76,25 @@ int64_t place_of(const Attention& a, int64_t t) {
 }
 
 void attend(const Attention& a, float* scores) {
-  float largest = -INFINITY, total = 0;
-  for (int64_t t = 0; t < a.length; t++) {
-    float dot = 0;
-    for (int i = 0; i < a.width; i++) {
-      dot += a.query[i] * load_number(a.keys, place_of(a, t) + i, a.dtype);
-    }
-    scores[t] = dot * a.scale;
-    if (!(scores[t] <= largest)) largest = scores[t];
-  }
-  for (int64_t t = 0; t < a.length; t++) total += scores[t] = expf(scores[t] - largest);
-  for (int i = 0; i < a.width; i++) {
-    float sum = 0;
+  for (int head = 0; head < a.heads; head++) {
+    const float* query = a.query + head * a.width;
+    float largest = -INFINITY, total = 0;
     for (int64_t t = 0; t < a.length; t++) {
-      sum += scores[t] * load_number(a.values, place_of(a, t) + i, a.dtype);
+      float dot = 0;
+      for (int i = 0; i < a.width; i++) {
+        dot += query[i] * load_number(a.keys, place_of(a, t) + i, a.dtype);
+      }
+      scores[t] = dot * a.scale;
+      if (!(scores[t] <= largest)) largest = scores[t];
     }
-    a.out[i] = sum / total;
+    for (int64_t t = 0; t < a.length; t++) total += scores[t] = expf(scores[t] - largest);
+    for (int i = 0; i < a.width; i++) {
+      float sum = 0;
+      for (int64_t t = 0; t < a.length; t++) {
+        sum += scores[t] * load_number(a.values, place_of(a, t) + i, a.dtype);
+      }
+      a.out[head * a.width + i] = sum / total;
+    }
   }
 }
 

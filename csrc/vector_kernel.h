@@ -32,6 +32,14 @@ inline void store(void* to, V value) {
   __builtin_memcpy(to, &value, sizeof(V));
 }
 
+inline Words widen(Halves halves) {
+#ifdef HAS_DECODE
+  return (Words)_mm512_cvtepu16_epi32((__m256i)halves);  // compilers split the general form in two
+#else
+  return __builtin_convertvector(halves, Words);
+#endif
+}
+
 // Codes in the low bits of each lane, whatever lies above, as numbers less the middle code.
 template <int BITS>
 inline Floats number(Words words) {
@@ -59,7 +67,7 @@ inline Words shift_down(const Words (&words)[WORDS], int j) {
 
 inline Floats load_scales(const Packed& w, int64_t at) {
   if (w.scale_dtype == HB_FLOAT32) return load<Floats>(w.scales + 4 * at);
-  const Words halves = __builtin_convertvector(load<Halves>(w.scales + 2 * at), Words);
+  const Words halves = widen(load<Halves>(w.scales + 2 * at));
   if (w.scale_dtype == HB_BFLOAT16) return (Floats)(halves << 16);
   // Finite float16; the exponent is rebiased by a product, which also serves subnormals.
   const Floats size = (Floats)((halves & 0x7FFF) << 13) * from_bits(0x77800000);
@@ -217,8 +225,7 @@ inline float add_lanes(Floats value) {
 template <bool HALF>
 inline Floats load_numbers(const void* from, int64_t at) {
   if (!HALF) return load<Floats>(static_cast<const float*>(from) + at);
-  const Halves halves = load<Halves>(static_cast<const uint16_t*>(from) + at);
-  return (Floats)(__builtin_convertvector(halves, Words) << 16);
+  return (Floats)(widen(load<Halves>(static_cast<const uint16_t*>(from) + at)) << 16);
 }
 
 // Each row's sums run in the same order however many rows share the weights: so a row's result does
@@ -268,55 +275,179 @@ void multiply_dense(const Dense& d, int64_t first, int64_t last) {
   multiply(d, first, last);
 }
 
-// Where the page that begins at `start` ends, or the text.
-inline int64_t pages_end(const Attention& a, int64_t start) {
-  const int64_t end = start + a.page_tokens;
-  return end < a.length ? end : a.length;
+template <int... LANE>
+struct LaneList {};
+
+#if VECTOR >= 16
+typedef LaneList<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15> AllLanes;
+#elif VECTOR >= 8
+typedef LaneList<0, 1, 2, 3, 4, 5, 6, 7> AllLanes;
+#else
+typedef LaneList<0, 1, 2, 3> AllLanes;
+#endif
+
+// Of a and b side by side in blocks of HALF lanes: where a lane's first summand is.
+template <int HALF>
+constexpr int fold_from(int lane) {
+  const int block = lane / (2 * HALF) * (2 * HALF), place = lane % (2 * HALF);
+  return place < HALF ? block + place : VECTOR + block + place - HALF;
 }
 
-// `scores` has room for `length` numbers and a vector.
-template <bool HALF>
-void attend_to(const Attention& a, float* scores) {
-  float largest = -3e38f;
+template <int HALF, int... LANE>
+inline Floats fold(Floats a, Floats b, LaneList<LANE...>) {
+  return __builtin_shufflevector(a, b, fold_from<HALF>(LANE)...) +
+         __builtin_shufflevector(a, b, (fold_from<HALF>(LANE) + HALF)...);
+}
+
+// Lane j of the result is the sum of all lanes of parts[j], which are overwritten.
+inline Floats add_each(Floats (&parts)[VECTOR]) {
+#if VECTOR >= 16
+  for (int j = 0; j < 8; j++) parts[j] = fold<8>(parts[j], parts[j + 8], AllLanes());
+#endif
+#if VECTOR >= 8
+  for (int j = 0; j < 4; j++) parts[j] = fold<4>(parts[j], parts[j + 4], AllLanes());
+#endif
+  for (int j = 0; j < 2; j++) parts[j] = fold<2>(parts[j], parts[j + 2], AllLanes());
+  return fold<1>(parts[0], parts[1], AllLanes());
+}
+
+inline void prefetch(const char* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
+}
+
+// Calls use(t, numbers, count) for VECTOR positions from t on at a time, fewer at the end of the
+// text: their keys or values [count][width] as float32. Pages are whole numbers of such strips, so
+// sums run in the same order wherever the pages are.
+template <bool HALF, class F>
+inline void walk_strips(const Attention& a, const void* cache, float* numbers, const F& use) {
+  const int64_t width = a.width;
   for (int64_t start = 0, page = 0; start < a.length; start += a.page_tokens, page++) {
     const int64_t from = a.table[page] * a.page_stride;
-    const int64_t count = pages_end(a, start) - start;
-    for (int64_t t = 0; t < count; t++) {
-      Floats sum = {};
-      for (int i = 0; i < a.width; i += VECTOR) {
-        sum += load<Floats>(a.query + i) * load_numbers<HALF>(a.keys, from + t * a.width + i);
+    const int64_t end = start + a.page_tokens < a.length ? start + a.page_tokens : a.length;
+    for (int64_t t = start; t < end; t += VECTOR) {
+      const int count = int(end - t < VECTOR ? end - t : VECTOR);
+      const int64_t at = from + (t - start) * width;
+      // Pages lie anywhere; the processor foresees no step from one to the next.
+      if (t + VECTOR < a.length) {
+        const int64_t next =
+            t + VECTOR < end ? at + VECTOR * width : a.table[page + 1] * a.page_stride;
+        prefetch(static_cast<const char*>(cache) + next * (HALF ? 2 : 4),
+                 VECTOR * width * (HALF ? 2 : 4));
       }
-      const float score = scores[start + t] = add_lanes(sum) * a.scale;
-      if (!(score <= largest)) largest = score;  // also where it is not a number
-    }
-  }
-  Floats total = {};
-  for (int i = 0; i < VECTOR; i++) scores[a.length + i] = -3e38f;
-  for (int64_t t = 0; t < a.length; t += VECTOR) {
-    const Floats share = exp_of_negative(load<Floats>(scores + t) - largest);
-    store(scores + t, share);
-    total += share;
-  }
-  const float each = 1.0f / add_lanes(total);
-  for (int i = 0; i < a.width; i += VECTOR) {
-    Floats sum = {}, other = {};
-    for (int64_t start = 0, page = 0; start < a.length; start += a.page_tokens, page++) {
-      const int64_t from = a.table[page] * a.page_stride + i;
-      const int64_t count = pages_end(a, start) - start;
-      int64_t t = 0;
-      for (; t + 2 <= count; t += 2) {
-        const float* share = scores + start + t;
-        sum += share[0] * load_numbers<HALF>(a.values, from + t * a.width);
-        other += share[1] * load_numbers<HALF>(a.values, from + (t + 1) * a.width);
+      if (HALF) {
+        for (int64_t i = 0, all = count * width; i < all; i += VECTOR) {
+          store(numbers + i, load_numbers<HALF>(cache, at + i));
+        }
+        use(t, numbers, count);
+      } else {
+        use(t, static_cast<const float*>(cache) + at, count);
       }
-      if (t < count) sum += scores[start + t] * load_numbers<HALF>(a.values, from + t * a.width);
     }
-    store(a.out + i, (sum + other) * each);
   }
 }
 
-void attend(const Attention& a, float* scores) {
-  return a.dtype == HB_BFLOAT16 ? attend_to<true>(a, scores) : attend_to<false>(a, scores);
+// The largest score, or not-a-number where one is none.
+inline float find_largest(const float* scores, int64_t length) {
+  Floats largest = Floats{} - 3e38f;
+  for (int64_t t = 0; t < length; t += VECTOR) {
+    const Floats x = load<Floats>(scores + t);
+    const Ints keep = x <= largest;
+    largest = (Floats)(((Ints)largest & keep) | ((Ints)x & ~keep));
+  }
+  float found = largest[0];
+  for (int i = 1; i < VECTOR; i++) {
+    if (!(largest[i] <= found)) found = largest[i];
+  }
+  return found;
+}
+
+// parts[j] = query times key j, lane by lane, WIDE vectors side by side; `first`: nothing is added to.
+template <int WIDE>
+inline void multiply_keys(const float* query, const float* keys, int64_t width, int count,
+                          bool first, Floats (&parts)[VECTOR]) {
+  Floats own[WIDE];
+  for (int w = 0; w < WIDE; w++) own[w] = load<Floats>(query + w * VECTOR);
+  for (int j = 0; j < count; j++) {
+    Floats sum = own[0] * load<Floats>(keys + j * width);
+#pragma GCC unroll 4
+    for (int w = 1; w < WIDE; w++) sum += own[w] * load<Floats>(keys + j * width + w * VECTOR);
+    parts[j] = first ? sum : parts[j] + sum;
+  }
+}
+
+// out += the sum of `count` values, each times its share, WIDE vectors side by side.
+template <int WIDE>
+inline void add_values(const float* shares, const float* values, int64_t width, int count,
+                       float* out) {
+  Floats sums[2][WIDE] = {};
+  for (int j = 0; j < count; j += 2) {
+    const float* one = values + j * width;
+    // Beyond the text: nothing, of the same value.
+    const float* other = j + 1 < count ? one + width : one;
+    const float share = j + 1 < count ? shares[j + 1] : 0.0f;
+#pragma GCC unroll 4
+    for (int w = 0; w < WIDE; w++) {
+      sums[0][w] += shares[j] * load<Floats>(one + w * VECTOR);
+      sums[1][w] += share * load<Floats>(other + w * VECTOR);
+    }
+  }
+  for (int w = 0; w < WIDE; w++) {
+    store(out + w * VECTOR, load<Floats>(out + w * VECTOR) + (sums[0][w] + sums[1][w]));
+  }
+}
+
+template <bool HALF>
+void attend_to(const Attention& a, float* scratch) {
+  const int64_t stride = a.scores_stride(), width = a.width;
+  float* numbers = scratch + a.heads * stride;
+  walk_strips<HALF>(a, a.keys, numbers, [&](int64_t t, const float* keys, int count) {
+    for (int head = 0; head < a.heads; head++) {
+      const float* query = a.query + head * width;
+      Floats parts[VECTOR];
+      int64_t i = 0;
+      for (; i + 4 * VECTOR <= width; i += 4 * VECTOR) {
+        multiply_keys<4>(query + i, keys + i, width, count, i == 0, parts);
+      }
+      for (; i < width; i += VECTOR) {
+        multiply_keys<1>(query + i, keys + i, width, count, i == 0, parts);
+      }
+      for (int j = count; j < VECTOR; j++) parts[j] = Floats{};
+      store(scratch + head * stride + t, add_each(parts) * a.scale);
+    }
+  });
+  for (int head = 0; head < a.heads; head++) {
+    float* scores = scratch + head * stride;
+    for (int i = 0; i < VECTOR; i++) scores[a.length + i] = -3e38f;
+    const float largest = find_largest(scores, a.length);
+    Floats total = {};
+    for (int64_t t = 0; t < a.length; t += VECTOR) {
+      const Floats share = exp_of_negative(load<Floats>(scores + t) - largest);
+      store(scores + t, share);
+      total += share;
+    }
+    scores[a.length + VECTOR - 1] = 1.0f / add_lanes(total);  // kept for the end
+    for (int i = 0; i < a.width; i += VECTOR) store(a.out + head * a.width + i, Floats{});
+  }
+  walk_strips<HALF>(a, a.values, numbers, [&](int64_t t, const float* values, int count) {
+    for (int head = 0; head < a.heads; head++) {
+      const float* shares = scratch + head * stride + t;
+      float* out = a.out + head * width;
+      int64_t i = 0;
+      for (; i + 4 * VECTOR <= width; i += 4 * VECTOR) {
+        add_values<4>(shares, values + i, width, count, out + i);
+      }
+      for (; i < width; i += VECTOR) add_values<1>(shares, values + i, width, count, out + i);
+    }
+  });
+  for (int head = 0; head < a.heads; head++) {
+    const float each = scratch[head * stride + a.length + VECTOR - 1];
+    float* out = a.out + head * a.width;
+    for (int i = 0; i < a.width; i += VECTOR) store(out + i, load<Floats>(out + i) * each);
+  }
+}
+
+void attend(const Attention& a, float* scratch) {
+  return a.dtype == HB_BFLOAT16 ? attend_to<true>(a, scratch) : attend_to<false>(a, scratch);
 }
 
 // gate = silu(gate) * up; count is a multiple of 16.

@@ -12,11 +12,13 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx2
 import jsonschema
 import openai
 import pytest
+from tests.serve import stand_in_vllm
 from tests.serve.helpers_engine import write_model
 from tests.serve.helpers_text import TEMPLATE
 
@@ -60,7 +62,7 @@ def running(*arguments, **environment):
     def read():
         for line in process.stderr:
             lines.append(line)
-            if " at http://" in line:
+            if "Ctrl-C" in line:
                 found.set()
         found.set()
 
@@ -240,6 +242,30 @@ def test_fallback_answers_for_an_upstream_that_is_gone(server):
             )
             assert reply.status_code == 200, reply.text
             assert reply.headers["x-halfbyte-reason"] == "error"
+
+
+def test_vllm_is_started_fronted_and_ended(model, tmp_path):
+    program = tmp_path / "vllm"
+    stand_in = Path(stand_in_vllm.__file__)
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{stand_in}" "$@"\n')
+    program.chmod(0o755)
+    with running(
+        *(model, "--engine", "vllm", "--vllm-command", program, "--vllm-arg=--seed=7"),
+        STAND_IN_FOLDER=str(tmp_path),
+    ) as (process, address, lines):
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="x", max_retries=0)
+        assert ask(client).choices[0].message.content == stand_in_vllm.ANSWER
+        assert "vLLM runs it: " in "".join(lines)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    words = json.loads((tmp_path / "start-0").read_text())["argv"]
+    assert words[1] == str(model)
+    assert "--seed=7" in words
+    with (
+        pytest.raises(OSError),
+        socket.create_connection(("127.0.0.1", int(words[words.index("--port") + 1]))),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(

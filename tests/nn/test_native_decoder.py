@@ -11,7 +11,7 @@ import halfbyte
 from halfbyte.errors import ConfigError
 from halfbyte.kernels.native_library import open_library
 from halfbyte.nn import native_decoder
-from halfbyte.nn.native_decoder import NativeDecoder, cache_of, find_obstacle
+from halfbyte.nn.native_decoder import NativeDecoder, find_obstacle
 
 LIBRARY = open_library()
 pytestmark = [
@@ -48,8 +48,7 @@ def run_both(model, *, prompt=3, length=40):
     with torch.inference_mode():
         expected = model.model(tokens[None], use_cache=False).last_hidden_state[0]
         decoder = NativeDecoder(model, length)
-        start = model.model(tokens[None, :prompt], use_cache=True)
-        decoder.load_cache(cache_of(start), prompt)
+        decoder.read(tokens[:prompt].tolist())
         found = [decoder.step(int(tokens[i]), i) for i in range(prompt, length)]
     return torch.stack(found), expected[prompt:].float()
 
@@ -108,7 +107,7 @@ def test_missing_parts_are_named(tmp_path):
     assert find_obstacle(model) == "a block (LlamaDecoderLayer) has no post_attention_layernorm"
 
 
-def run_paged(decoder, sequences, cuts, *, page_tokens, together):
+def run_paged(decoder, sequences, cuts, *, page_tokens, together, prompt):
     """Hidden states of sequences that are run in pieces over pages of their own."""
     pages = -(-max(map(len, sequences)) // page_tokens)
     count = len(sequences)
@@ -131,6 +130,7 @@ def run_paged(decoder, sequences, cuts, *, page_tokens, together):
                 [place for _, place in group],
                 [page for table in tables for page in table],
                 [i * pages for i, _ in group],
+                prompt=prompt,
             )
             for (i, _), state in zip(group, states, strict=True):
                 found[i].append(state)
@@ -139,7 +139,10 @@ def run_paged(decoder, sequences, cuts, *, page_tokens, together):
 
 @pytest.mark.parametrize("name", ["llama", "act-order", "8 bits", "norms of heads"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_does_not_depend_on_its_neighbours_pieces_or_pages(tmp_path, name, dtype, isa):
+@pytest.mark.parametrize("prompt", [False, True])
+def test_a_row_does_not_depend_on_its_neighbours_pieces_or_pages(
+    tmp_path, name, dtype, prompt, isa
+):
     model = load(tmp_path, name, dtype)
     generator = torch.Generator().manual_seed(3)
     sequences = [torch.randint(3, 128, (n,), generator=generator).tolist() for n in (40, 9, 23)]
@@ -153,11 +156,16 @@ def test_a_row_does_not_depend_on_its_neighbours_pieces_or_pages(tmp_path, name,
         return NativeDecoder(model, 48, tuple(cache))
 
     with torch.inference_mode():
-        one = run_paged(make(48), sequences, [40], page_tokens=48, together=False)
+        one = run_paged(make(48), sequences, [40], page_tokens=48, together=False, prompt=prompt)
         for cuts in ([40], [1] * 40, [13, 2, 1, 1, 7, 8, 8]):
-            for page_tokens in (4, 16):
+            for page_tokens in (16, 32):
                 found = run_paged(
-                    make(page_tokens), sequences, cuts, page_tokens=page_tokens, together=True
+                    make(page_tokens),
+                    sequences,
+                    cuts,
+                    page_tokens=page_tokens,
+                    together=True,
+                    prompt=prompt,
                 )
                 for mine, expected in zip(found, one, strict=True):
                     assert torch.equal(mine, expected)
@@ -173,7 +181,7 @@ def test_pages_that_the_cache_does_not_have_are_refused(tmp_path):
         decoder.run([5], [0], [1], [0])
 
 
-def test_pages_of_an_odd_size_are_refused(tmp_path):
+def test_pages_of_another_size_are_refused(tmp_path):
     model = load(tmp_path, "llama")
     shape = (3, 2, 3, 16)
     cache = [[torch.zeros(shape) for _ in range(2)] for _ in "kv"]

@@ -2,9 +2,8 @@
 
 ::
 
-    prompt ──model.forward──> keys, values, first logits ──> native decoder (nn/native_decoder.py)
-                                                         └─> model.forward with its cache, where
-                                                             that cannot be; the reason is kept
+    prompt ──native decoder (nn/native_decoder.py)──> keys, values, first logits ──> token, token …
+           └─> model.forward with its cache, where that cannot be; the reason is kept
 """
 
 from __future__ import annotations
@@ -142,18 +141,15 @@ class Generator:
 
     def _read_prompt(self, prompt: Sequence[int], capacity: int) -> tuple[Tensor, Steps]:
         """Run the prompt; give its last logits and the way on."""
+        if self.head is not None:
+            head, decoder = self.head, NativeDecoder(self.model, capacity)
+            last = decoder.read(prompt)[-1]
+            return head(last), lambda token, position: head(decoder.step(token, position))
         device = self.model.get_input_embeddings().weight.device
         ids = torch.tensor([list(prompt)], device=device)
         # Only the last position's logits: of a long prompt all of them would be gigabytes.
         output = self.model(ids, use_cache=True, logits_to_keep=1)
-        cache = cache_of(output)
-        logits = output.logits[0, -1].float()
-        if self.head is None:
-            return logits, _OwnSteps(self.model, cache)
-        decoder = NativeDecoder(self.model, capacity)
-        decoder.load_cache(cache, len(prompt))
-        head = self.head
-        return logits, lambda token, position: head(decoder.step(token, position))
+        return output.logits[0, -1].float(), _OwnSteps(self.model, cache_of(output))
 
 
 class _OwnSteps:

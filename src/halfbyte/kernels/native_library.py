@@ -93,6 +93,7 @@ class Rows(ctypes.Structure):
 
     _fields_ = (
         ("rows", ctypes.c_int64),
+        ("prompt", ctypes.c_int32),
         *((name, ctypes.c_void_p) for name in ("x", "positions", "tables", "starts", "out")),
     )
 

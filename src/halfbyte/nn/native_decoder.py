@@ -4,7 +4,7 @@
 
     model ──find_obstacle──> None: blocks of norm, attention (q, k, v, o; rotary), norm, gated MLP
                                    with a silu, every linear on cpu_native
-          ──NativeDecoder(model, capacity)──> load_cache(prompt's keys and values) ──> step, step …
+          ──NativeDecoder(model, capacity)──> read(prompt) ──> step, step …
           ──NativeDecoder(model, capacity, pages)──> run(tokens of many sequences), run …
 
 Blocks are known by their parts, not by the model's name, and that is not trusted: a new decoder
@@ -98,17 +98,17 @@ class NativeDecoder:
             block=self._blocks,
         )
 
-    def load_cache(self, cache: Any, length: int) -> None:
-        """Take over the keys and values that the model's own forward computed.
+    def read(self, prompt: Sequence[int]) -> Tensor:
+        """Run a prompt of the sequence on the first page.
 
         Args:
-            cache: A Transformers cache of one sequence.
-            length: Positions that it holds, on the first page.
+            prompt: Ids, from position 0 on.
+
+        Returns:
+            The last hidden states after the last norm, float32 [tokens, hidden].
         """
-        layers = cache.layers[: len(self.keys)]
-        for layer, keys, values in zip(layers, self.keys, self.values, strict=True):
-            keys[0, :, :length] = layer.keys[0, :, :length]
-            values[0, :, :length] = layer.values[0, :, :length]
+        positions = list(range(len(prompt)))
+        return self.run(prompt, positions, [0], [0] * len(prompt), prompt=True)
 
     def step(self, token: int, position: int) -> Tensor:
         """Run one token of the sequence on the first page.
@@ -128,6 +128,8 @@ class NativeDecoder:
         positions: Sequence[int],
         tables: Sequence[int],
         starts: Sequence[int],
+        *,
+        prompt: bool = False,
     ) -> Tensor:
         """Run tokens of any sequences; a row's result does not depend on the others.
 
@@ -136,6 +138,7 @@ class NativeDecoder:
             positions: Of each; all before them have been run, or stand before them here.
             tables: Page numbers of one sequence after the other.
             starts: For each token, where in `tables` its sequence begins.
+            prompt: They may run on matrix units, which is faster and not the same to the last bit.
 
         Returns:
             The last hidden states after the last norm, float32 [tokens, hidden].
@@ -146,6 +149,7 @@ class NativeDecoder:
         pages = torch.tensor(tables, dtype=torch.int32)
         rows = Rows(
             rows=len(tokens),
+            prompt=int(prompt),
             x=x.data_ptr(),
             positions=places[0].data_ptr(),
             tables=pages.data_ptr(),
@@ -267,7 +271,7 @@ def _find_deviation(model: PreTrainedModel) -> str | None:
         base = _base(model)
         expected = base(torch.tensor([tokens]), use_cache=False).last_hidden_state[0, half:]
         decoder = NativeDecoder(model, PROBE_TOKENS)
-        decoder.load_cache(cache_of(base(torch.tensor([tokens[:half]]), use_cache=True)), half)
+        decoder.read(tokens[:half])
         found = torch.stack([decoder.step(tokens[i], i) for i in range(half, PROBE_TOKENS)])
     deviation = float((found - expected.float()).norm() / expected.float().norm())
     if deviation <= MOST_DEVIATION:

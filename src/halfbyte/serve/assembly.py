@@ -116,6 +116,8 @@ def open_service(
     _check(model, config, keys)
     if model is None:
         return _open_gateway(config, engine, quality, keys)
+    if config.engine == "vllm":
+        return _open_vllm(model, config, engine, quality, keys)
     before = psutil.Process().memory_info().rss
     stored = resolve_store_model(model) if is_store_reference(model) else None
     name = config.served_name or (stored.name if stored else Path(model).resolve().name)
@@ -167,6 +169,42 @@ def _open_gateway(
     service = _wrap(upstream, config, engine, quality, keys)
     service.description = f"answers come from {', '.join(host.name for host in upstream.hosts)}"
     service.starts.append(lambda: _greet(upstream))
+    return service
+
+
+def _open_vllm(
+    model: str,
+    config: ServeConfig,
+    engine: EngineConfig,
+    quality: QualityConfig,
+    keys: ApiKeys,
+) -> Service:
+    """Let vLLM run the model, beside this process."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from halfbyte.serve.vllm import VllmBackend, check_for_vllm, make_command
+
+    stored = resolve_store_model(model) if is_store_reference(model) else None
+    folder = Path(model) if stored is None else stored.folder
+    check_for_vllm(folder, has_gpu=torch.cuda.is_available())
+    name = config.served_name or (stored.name if stored else folder.resolve().name)
+    file = config.chat_template
+    own = getattr(AutoTokenizer.from_pretrained(folder), "chat_template", None)
+    command = make_command(
+        folder,
+        executable=config.vllm_command,
+        name=name,
+        template=own if file is None else read_template(file),
+        template_file=file,
+        context=engine.context,
+        dtype=engine.dtype,
+        more=config.vllm_args,
+    )
+    backend = VllmBackend(command, model=name)
+    service = _wrap(backend, config, engine, quality, keys)
+    service.description = f"vLLM runs it: {' '.join(command)}"
+    service.starts.append(backend.start)
     return service
 
 

@@ -37,6 +37,16 @@ class ServeConfig:
         metadata={"help": "a file of keys, one NAME:SECRET a line", "metavar": "FILE"},
     )
     engine: str = _option("embedded", "what runs the model", choices=ENGINES)
+    vllm_command: str = _option(
+        "vllm", "with --engine vllm: the program, in an environment of its own", metavar="PATH"
+    )
+    vllm_args: tuple[str, ...] = _option(
+        (),
+        "with --engine vllm: a further argument of `vllm serve`, such as "
+        "--vllm-arg=--tensor-parallel-size=2; may be given again",
+        flag="--vllm-arg",
+        metavar="ARG",
+    )
     upstreams: tuple[str, ...] = _option(
         (),
         "an OpenAI-compatible address, up to and with /v1, that answers instead of a model here; "

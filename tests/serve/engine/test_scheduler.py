@@ -127,7 +127,12 @@ def test_after_a_failure_suspects_run_alone_and_before_all_others():
     scheduler.admit()
     assert scheduler.running[:3] == jobs
     assert [job for job, _ in scheduler.plan()] == [jobs[0]]
-    assert len(scheduler.plan()[0][1].tokens) == 5
+    (_, piece), *_ = scheduler.plan()
+    assert (piece.is_prompt, len(piece.tokens), piece.logits) == (True, 4, 0)
+    scheduler.note_computed(jobs[0], 4)
+    # What it had answered already is run as an answer.
+    (_, piece), *_ = scheduler.plan()
+    assert (piece.is_prompt, len(piece.tokens), piece.logits) == (False, 1, 1)
     jobs[0].is_suspect = False
     assert [job for job, _ in scheduler.plan()] == [jobs[1]]
     jobs[1].is_suspect = False

@@ -65,8 +65,8 @@ class EngineConfig:
             _check_least(self, "context", 2)
         if self.cache_gb is not None and not 0 < self.cache_gb < float("inf"):
             raise ConfigError(f"cache_gb is {self.cache_gb!r}; it must be a number above 0.")
-        if self.page_tokens % 2:
-            raise ConfigError(f"page_tokens is {self.page_tokens}; it must be even.")
+        if self.page_tokens % 16:
+            raise ConfigError(f"page_tokens is {self.page_tokens}; it must be a multiple of 16.")
         if self.step_tokens < self.sequences:
             raise ConfigError(
                 f"step_tokens is {self.step_tokens}; it must be as many as sequences "

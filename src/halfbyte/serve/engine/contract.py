@@ -111,6 +111,8 @@ class EngineInfo:
     weight_bytes: int
     runner: str
     """Which way the model is computed, and why."""
+    planned_bytes: int = 0
+    """Of the whole process, or on the GPU: weights, cache, activations and the program itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

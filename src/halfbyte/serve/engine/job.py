@@ -75,6 +75,10 @@ class Job:
             where the prompt is rated.
         """
         assert self.reservation is not None
+        prompt = len(self.request.prompt)
+        is_prompt = self.computed < prompt
+        if is_prompt:
+            most = min(most, prompt - self.computed)
         part: Sequence[int] = self.tokens[self.computed : self.computed + most]
         whole = self.computed + len(part) == len(self.tokens)
         return Piece(
@@ -82,5 +86,6 @@ class Job:
             start=self.computed,
             pages=self.reservation.pages,
             logits=len(part) if self.rates_prompt else int(whole),
+            is_prompt=is_prompt,
             adapter=self.request.adapter,
         )

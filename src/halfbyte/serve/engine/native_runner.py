@@ -1,10 +1,10 @@
 """The compiled decoder over our pages: all rows of all sequences in one call of the library.
 
-Prompts and answers go the same way, in float32 between the layers, and what a row computes does not
-depend on the others to the last bit: neither on who else runs, nor on how a prompt was cut into
-pieces, nor on what of it came from the cache. Pieces of an adapter are run by Transformers' forward
-over the same pages: a product of two thin factors for some of the rows of every linear would need
-kernels of its own.
+All is float32 between the layers, and what a row computes does not depend on the others to the last
+bit: neither on who else runs, nor on how a prompt was cut into pieces, nor on what of it came from
+the cache. Prompts run on matrix units where there are some, answers never do. Pieces of an adapter
+are run by Transformers' forward over the same pages: a product of two thin factors for some of the
+rows of every linear would need kernels of its own.
 """
 
 from __future__ import annotations
@@ -60,17 +60,22 @@ class NativeRunner:
         self._gather_weights()
 
     def run(self, pieces: Sequence[Piece]) -> list[Tensor]:
-        """Run pieces: those of the base model by the library, those of adapters by Transformers."""
-        plain = [index for index, piece in enumerate(pieces) if piece.adapter is None]
-        adapted = [index for index, piece in enumerate(pieces) if piece.adapter is not None]
+        """Run pieces: answers, prompts, and by Transformers' forward those of adapters."""
+        groups: dict[str, list[int]] = {"answer": [], "prompt": [], "adapter": []}
+        for index, piece in enumerate(pieces):
+            kind = "prompt" if piece.is_prompt else "answer"
+            groups[kind if piece.adapter is None else "adapter"].append(index)
         results: dict[int, Tensor] = {}
-        if plain:
-            found = self._run_plain([pieces[index] for index in plain])
-            results.update(zip(plain, found, strict=True))
-        if adapted:
-            assert self._adapted is not None
-            found = self._adapted.run([pieces[index] for index in adapted])
-            results.update(zip(adapted, found, strict=True))
+        for kind, indices in groups.items():
+            chosen = [pieces[index] for index in indices]
+            if not chosen:
+                continue
+            if kind == "adapter":
+                assert self._adapted is not None
+                found = self._adapted.run(chosen)
+            else:
+                found = self._run_plain(chosen, prompt=kind == "prompt")
+            results.update(zip(indices, found, strict=True))
         return [results[index] for index in range(len(pieces))]
 
     def load_adapter(self, name: str, folder: str) -> None:
@@ -90,7 +95,7 @@ class NativeRunner:
         cache = (self.pages.keys, self.pages.values)
         self._decoder = NativeDecoder(self.model, self._context, cache)
 
-    def _run_plain(self, pieces: Sequence[Piece]) -> list[Tensor]:
+    def _run_plain(self, pieces: Sequence[Piece], *, prompt: bool) -> list[Tensor]:
         assert self._decoder is not None
         tokens: list[int] = []
         positions: list[int] = []
@@ -105,7 +110,7 @@ class NativeRunner:
             positions += range(piece.start, piece.start + count)
             wanted += range(len(tokens) - piece.logits, len(tokens))
         with torch.inference_mode():
-            hidden = self._decoder.run(tokens, positions, tables, starts)[wanted]
-            logits = [self._head(part) for part in torch.split(hidden, HEAD_ROWS)]
+            hidden = self._decoder.run(tokens, positions, tables, starts, prompt=prompt)
+            logits = [self._head(part) for part in torch.split(hidden[wanted], HEAD_ROWS)]
         counts = [piece.logits for piece in pieces]
         return list(torch.split(torch.cat(logits), counts))

@@ -9,22 +9,15 @@ from transformers import PreTrainedModel
 from halfbyte.errors import ConfigError
 from halfbyte.integrations.load import load_model
 from halfbyte.nn.native_decoder import find_obstacle
-from halfbyte.plan.devices import this_machine
 from halfbyte.serve.engine.config import EngineConfig
 from halfbyte.serve.engine.contract import EngineInfo
 from halfbyte.serve.engine.engine import EmbeddedEngine
 from halfbyte.serve.engine.grammar import Grammars
+from halfbyte.serve.engine.memory import plan_engine
 from halfbyte.serve.engine.native_runner import NativeRunner
 from halfbyte.serve.engine.page_pool import PagePool
-from halfbyte.serve.engine.runner import Pages, Runner, sample_layers, weight_bytes
+from halfbyte.serve.engine.runner import Pages, Runner, sample_layers
 from halfbyte.serve.engine.transformers_runner import TransformersRunner
-from halfbyte.units import format_bytes
-
-FREE_SHARE = 0.5
-"""Of the free memory that the cache takes at most, unless told otherwise."""
-
-USUAL_CONTEXT = 4096
-"""Tokens of a request for which the cache has room `sequences` times, where the memory is there."""
 
 
 def open_engine(folder: str | Path, config: EngineConfig | None = None) -> EmbeddedEngine:
@@ -62,11 +55,11 @@ def make_engine(model: PreTrainedModel, folder: str | Path, config: EngineConfig
     model.eval()
     runner = choose_runner(model, config)
     context = _find_context(model, config)
-    pages = plan_pages(runner, context, config)
+    plan = plan_engine(model, folder, runner.bytes_per_token, context, config)
     # No request is longer than the cache.
-    context = min(context, pages * config.page_tokens)
-    runner.make_pages(pages, context)
-    pool = PagePool(pages, config.page_tokens, share=config.share_prefixes)
+    context = min(context, plan.pages * config.page_tokens)
+    runner.make_pages(plan.pages, context)
+    pool = PagePool(plan.pages, config.page_tokens, share=config.share_prefixes)
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     ends = model.generation_config.eos_token_id
     ends = frozenset([ends] if isinstance(ends, int) else ends or [])
@@ -74,8 +67,9 @@ def make_engine(model: PreTrainedModel, folder: str | Path, config: EngineConfig
         context=context,
         vocabulary=vocabulary,
         bytes_per_token=runner.bytes_per_token,
-        cache_bytes=pages * config.page_tokens * runner.bytes_per_token,
-        weight_bytes=weight_bytes(model),
+        cache_bytes=plan.cache,
+        weight_bytes=plan.weights,
+        planned_bytes=plan.total,
         runner=runner.description,
     )
     return EmbeddedEngine(
@@ -116,37 +110,6 @@ def choose_runner(model: PreTrainedModel, config: EngineConfig) -> Runner:
             "--head-bits at their defaults."
         )
     return TransformersRunner(model, pages, reason=f"no compiled decoder: {obstacle}")
-
-
-def plan_pages(runner: Runner, context: int, config: EngineConfig) -> int:
-    """Say how many pages the cache has.
-
-    Args:
-        runner: Knows what a token takes.
-        context: Tokens of the longest request.
-        config: May say how much memory.
-
-    Returns:
-        Pages.
-
-    Raises:
-        ConfigError: Not even one page fits.
-    """
-    page_bytes = config.page_tokens * runner.bytes_per_token
-    if config.cache_gb is not None:
-        available = int(config.cache_gb * 1e9)
-        wanted = available
-    else:
-        available = int(this_machine().bytes * FREE_SHARE)
-        wanted = config.sequences * min(context, USUAL_CONTEXT) * runner.bytes_per_token
-    pages = min(wanted, available) // page_bytes
-    if pages < 1:
-        raise ConfigError(
-            f"The cache of keys and values may have {format_bytes(available)}; one page of "
-            f"{config.page_tokens} tokens takes {format_bytes(page_bytes)}. Give it more with "
-            "--cache-gb, or free memory."
-        )
-    return pages
 
 
 def _find_context(model: PreTrainedModel, config: EngineConfig) -> int:

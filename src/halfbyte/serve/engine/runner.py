@@ -25,6 +25,9 @@ class Piece:
     """Of the whole sequence, in the order of its positions."""
     logits: int
     """Of so many of the last tokens they are wanted; 0: of none."""
+    is_prompt: bool
+    """Whether they are the prompt's: a token is always run the same way, however a prompt was cut
+    and whatever failed in between."""
     adapter: str | None = None
 
 
@@ -151,11 +154,3 @@ def sample_layers(model: PreTrainedModel) -> list[tuple[Tensor, Tensor]]:
             "Serve it with --engine vllm."
         )
     return found
-
-
-def weight_bytes(model: torch.nn.Module) -> int:
-    """Count the bytes of a model's tensors, shared ones once."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum(
-        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
-    )

@@ -149,10 +149,15 @@ class Scheduler:
         return pieces
 
     def note_computed(self, job: Job, count: int) -> None:
-        """Note that tokens of a request have been run; their full pages can be shared."""
+        """Note that tokens of a request have been run; the prompt's full pages can be shared.
+
+        Not the answer's: read as part of a prompt, the same tokens may give other last bits, and an
+        answer must not depend on what somebody else asked before.
+        """
         job.computed += count
         assert job.reservation is not None
-        self.pool.note_computed(job.reservation, job.tokens, job.computed)
+        shared = min(job.computed, len(job.request.prompt))
+        self.pool.note_computed(job.reservation, job.tokens, shared)
 
     def _next(self) -> tuple[deque[Job] | None, _Turn | None]:
         if self._again:

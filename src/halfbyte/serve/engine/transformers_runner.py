@@ -192,9 +192,11 @@ class TransformersRunner:
         self.pages = pages.make_own(2 * count)
         tables = [range(count), range(count, 2 * count)]
         half = len(tokens) // 2
-        first = Piece(tokens=tokens[:half], start=0, pages=tables[0], logits=half)
-        rest = Piece(tokens=tokens[half:], start=half, pages=tables[0], logits=len(tokens) - half)
-        whole = Piece(tokens=tokens, start=0, pages=tables[1], logits=len(tokens))
+        parts = [(tokens[:half], 0, 0), (tokens[half:], half, 0), (tokens, 0, 1)]
+        first, rest, whole = (
+            Piece(tokens=part, start=start, pages=tables[i], logits=len(part), is_prompt=True)
+            for part, start, i in parts
+        )
         try:
             begun = self.run([first])[0]
             ended, other = self.run([rest, whole])

@@ -1,0 +1,128 @@
+"""How much more the serving engine says per second with several requests at the same time.
+
+Greedy answers of equal length to prompts that share nothing, as many at the same time as the arm
+says; arms in turn. Then the memory of the process while requests of mixed lengths come and go,
+beside what was planned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import statistics
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+from halfbyte.serve.engine.config import EngineConfig
+from halfbyte.serve.engine.contract import Generated, TokenRequest
+from halfbyte.serve.engine.engine import EmbeddedEngine
+from halfbyte.serve.engine.opening import open_engine
+from record import save_result
+
+PROMPT_TOKENS = 32
+CONCURRENT = (1, 2, 4, 8, 16)
+
+
+def main() -> None:
+    """Measure all arms in turn, save."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path, metavar="MODEL")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--mixed-seconds", type=float, default=60)
+    parser.add_argument("--runner", default="auto")
+    arguments = parser.parse_args()
+    asyncio.run(measure(arguments))
+
+
+async def measure(arguments: argparse.Namespace) -> None:
+    """Take all measurements with one engine."""
+    engine = open_engine(arguments.model, EngineConfig(runner=arguments.runner, cache_gb=0.5))
+    rates: dict[int, list[float]] = {count: [] for count in CONCURRENT}
+    for turn in range(arguments.rounds + 1):
+        for count in CONCURRENT:
+            rate = await run_together(engine, count, arguments.tokens, turn)
+            if turn:  # the first one warms up
+                rates[count].append(rate)
+    memory = await run_mixed(engine, arguments.mixed_seconds)
+    planned = engine.info.planned_bytes
+    await engine.close()
+    gains = [
+        statistics.median(a / b for a, b in zip(rates[c], rates[1], strict=True)) for c in rates
+    ]
+    peak = max(memory) if memory else 0
+    save_result(
+        "engine",
+        columns=["requests at the same time", "tokens/s, all together", "of one's"],
+        rows=[
+            [count, statistics.median(rates[count]), gain]
+            for count, gain in zip(rates, gains, strict=True)
+        ],
+        note=f"{engine.info.runner}; {torch.get_num_threads()} threads; greedy, {PROMPT_TOKENS} "
+        f"prompt tokens and {arguments.tokens} generated each, prompts in the time; medians "
+        f"of {arguments.rounds} rounds, arms in turn, gains paired. Memory over "
+        f"{arguments.mixed_seconds:.0f} s of mixed requests: "
+        f"{peak / 1e6:.0f} MB at most, {planned / 1e6:.0f} planned.",
+        data={
+            "rates": {str(count): found for count, found in rates.items()},
+            "memory": memory,
+            "planned": planned,
+            "load": psutil.getloadavg(),
+        },
+    )
+    for count, gain in zip(rates, gains, strict=True):
+        print(f"{count}: {statistics.median(rates[count]):.1f} tokens/s, {gain:.2f} times one's")
+    print(f"memory {[round(value / 1e6) for value in memory]} MB, planned {planned / 1e6:.0f}")
+
+
+def make_request(generator: random.Random, prompt_tokens: int, tokens: int) -> TokenRequest:
+    """Give a request whose prompt nobody had."""
+    prompt = tuple(generator.randrange(100, 40000) for _ in range(prompt_tokens))
+    return TokenRequest(prompt=prompt, max_new_tokens=tokens, temperature=0.0, ignore_end=True)
+
+
+async def count_tokens(engine: EmbeddedEngine, request: TokenRequest) -> int:
+    """Take an answer."""
+    return sum([isinstance(event, Generated) async for event in engine.generate(request)])
+
+
+async def run_together(engine: EmbeddedEngine, count: int, tokens: int, turn: int) -> float:
+    """Give tokens per second of so many requests together."""
+    generator = random.Random(1000 * turn + count)
+    requests = [make_request(generator, PROMPT_TOKENS, tokens) for _ in range(count)]
+    start = time.perf_counter()
+    found = await asyncio.gather(*(count_tokens(engine, request) for request in requests))
+    return sum(found) / (time.perf_counter() - start)
+
+
+async def run_mixed(engine: EmbeddedEngine, seconds: float) -> list[int]:
+    """Let 16 clients ask for mixed lengths, a tenth of them leaving; give memory over time."""
+    end = time.monotonic() + seconds
+    memory = []
+
+    async def ask(seed: int) -> None:
+        generator = random.Random(seed)
+        while time.monotonic() < end:
+            lengths = generator.randrange(1, 400), generator.randrange(1, 100)
+            answer = engine.generate(make_request(generator, *lengths))
+            leaves = generator.random() < 0.1
+            async for event in answer:
+                if leaves and isinstance(event, Generated):
+                    break
+            await answer.aclose()
+
+    async def watch() -> None:
+        while time.monotonic() < end:
+            memory.append(psutil.Process().memory_info().rss)
+            await asyncio.sleep(seconds / 20)
+
+    await asyncio.gather(watch(), *(ask(seed) for seed in range(16)))
+    return memory
+
+
+if __name__ == "__main__":
+    main()
