@@ -5,6 +5,8 @@
 | `HALFBYTE_KERNEL` | a kernel's name | run every quantized layer on this kernel, or fail |
 | `HALFBYTE_CPU_ISA` | an instruction set's name | let the CPU kernel use no better one than this |
 | `HALFBYTE_STORE` | a folder or a bucket's address | where `halfbyte store` keeps versions |
+| `HALFBYTE_API_KEYS` | keys, with commas between | whom `halfbyte serve` answers |
+| `HALFBYTE_UPSTREAM_KEY` | a key | what `halfbyte serve` shows to other servers |
 | `HALFBYTE_TRANSFORMERS` | `auto`, `on`, `off` | whether Transformers loads GPTQ through halfbyte |
 
 `auto` is the default of the last: on where the packages that Transformers itself would need
@@ -49,7 +51,16 @@ TRANSFORMERS = Variable(
     allowed=("auto", "on", "off"),
     default="auto",
 )
-VARIABLES = (KERNEL, CPU_ISA, STORE, TRANSFORMERS)
+API_KEYS = Variable(
+    name="HALFBYTE_API_KEYS",
+    meaning="API keys of `halfbyte serve`, each NAME:SECRET, with commas between",
+)
+UPSTREAM_KEY = Variable(
+    name="HALFBYTE_UPSTREAM_KEY",
+    meaning="the key that `halfbyte serve` itself shows to servers given by --upstream and "
+    "--fallback",
+)
+VARIABLES = (KERNEL, CPU_ISA, STORE, TRANSFORMERS, API_KEYS, UPSTREAM_KEY)
 
 
 def read_variable(variable: Variable) -> str | None:

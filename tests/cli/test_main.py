@@ -140,3 +140,14 @@ def test_reader_that_leaves_early_is_no_error(verb, tmp_path):
     os.close(write_end)
     assert done.returncode == 1
     assert done.stderr == b""
+
+
+def test_verb_of_two_words_is_found_and_its_first_word_stays_a_verb(capsys):
+    assert cli.main(["serve", "calibrate", "no-such-report.json"]) == 2
+    assert "no-such-report.json" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["--debug", "serve", "calibrate", "--help"])
+    assert "usage: halfbyte serve calibrate" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--help"])
+    assert "usage: halfbyte serve [-h]" in capsys.readouterr().out

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from halfbyte.cli.main import build_parser
+from halfbyte.cli.main import build_parser, join_verb
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
@@ -52,7 +52,7 @@ def test_pages_hold_commands_and_snippets():
 
 @pytest.mark.parametrize(("command", "page"), halfbyte_commands())
 def test_command_is_one_that_the_parser_takes(command, page):
-    words = shlex.split(command, comments=True)
+    words = join_verb(shlex.split(command, comments=True))
     args = build_parser((words[0],)).parse_args(words)
     assert args.verb == words[0]
 

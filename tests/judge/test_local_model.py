@@ -43,6 +43,22 @@ def test_choices_are_rated_as_by_whole_sequences(model, words):
         assert answer.finite
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_confidence_of_written_tokens_is_that_of_plain_forward_passes(model, words, temperature):
+    asked = questions(words, max_new_tokens=7)
+    for question, answer in zip(
+        asked, model.write(asked, temperature=temperature, seed=3), strict=True
+    ):
+        assert len(answer.logprobs) == len(answer.entropies) > 0
+        for n in range(len(answer.logprobs)):
+            ids = torch.tensor([[*question.ids, *answer.ids[:n]]])
+            step = model.model(ids).logits[0, -1].double().log_softmax(dim=0)
+            assert answer.logprobs[n] == pytest.approx(float(step[answer.ids[n]]), abs=2e-4)
+            entropy = float(-(step.exp() * step).sum())
+            assert answer.entropies[n] == pytest.approx(entropy, abs=2e-4)
+
+
 def test_questions_of_unlike_many_choices_run_together(model, words):
     tokenizer = build_tokenizer()
     asked = [

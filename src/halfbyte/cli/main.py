@@ -32,6 +32,8 @@ VERBS = {
     "divergence": "halfbyte.cli.divergence",
     "generate": "halfbyte.cli.generate",
     "chat": "halfbyte.cli.chat",
+    "serve": "halfbyte.cli.serve",
+    "serve calibrate": "halfbyte.cli.serve_calibrate",
     "bench": "halfbyte.cli.bench",
     "compare": "halfbyte.cli.compare",
     "plan": "halfbyte.cli.plan",
@@ -112,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: argparse has told what is wrong, or shown its help.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = join_verb(list(sys.argv[1:] if argv is None else argv))
     name = next((word for word in arguments if not word.startswith("-")), None)
     if name is not None and name not in VERBS:
         return _report_unknown_verb(name)
@@ -127,6 +129,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return EXIT_USAGE
     return _run(load_verb(args.verb), args)
+
+
+def join_verb(arguments: list[str]) -> list[str]:
+    """Make one argument of a verb of two words, such as ``serve calibrate``.
+
+    Args:
+        arguments: Without the program's name.
+
+    Returns:
+        The arguments; as they were where there is no such verb.
+    """
+    for place, word in enumerate(arguments[:-1]):
+        if word.startswith("-"):
+            continue
+        joined = f"{word} {arguments[place + 1]}"
+        if joined not in VERBS:
+            break
+        return [*arguments[:place], joined, *arguments[place + 2 :]]
+    return arguments
 
 
 def _report_unknown_verb(name: str) -> int:

@@ -22,6 +22,9 @@ from halfbyte.errors import ConfigError
 from halfbyte.nn.native_decoder import NativeDecoder, cache_of, find_obstacle
 from halfbyte.nn.native_head import NativeHead
 
+MOST_INCOMPLETE = 3
+"""Bytes of a UTF-8 character that is not complete, and so tokens that may wait for the rest."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
@@ -184,13 +187,15 @@ def _make_draw(sampling: Sampling) -> Callable[[Tensor], int]:
 class TextStream:
     """Token ids in, text out as soon as it is certain."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, *, skip_special: bool = True) -> None:
         """Start.
 
         Args:
             tokenizer: The model's.
+            skip_special: Leave out tokens that the tokenizer calls special.
         """
         self._tokenizer = tokenizer
+        self._skip_special = skip_special
         self._ids: list[int] = []
         # Ids before `_read` are out; from `_start` on they are decoded again, because what a
         # tokenizer makes of a token depends on the one before it.
@@ -206,14 +211,27 @@ class TextStream:
             The text that is new; empty while a character is still incomplete.
         """
         self._ids.append(token)
-        old, new = self._decode(self._read), self._decode(None)
-        if new.endswith("\N{REPLACEMENT CHARACTER}"):
+        if self._decode(None).endswith("\N{REPLACEMENT CHARACTER}"):
+            # A character lacks at most three of its bytes' tokens; what stands before them is
+            # broken for good, and holding it would decode ever more of it.
+            return self._take(len(self._ids) - MOST_INCOMPLETE)
+        return self._take(len(self._ids))
+
+    def finish(self) -> str:
+        """Give what was still held back, an incomplete character among it."""
+        return self._take(len(self._ids))
+
+    def _take(self, stop: int) -> str:
+        """Give the text of the ids up to `stop` that are not out yet."""
+        if stop <= self._read:
             return ""
-        self._start, self._read = self._read, len(self._ids)
+        old, new = self._decode(self._read), self._decode(stop)
+        self._start, self._read = self._read, stop
         return new[len(old) :]
 
     def _decode(self, stop: int | None) -> str:
-        return str(self._tokenizer.decode(self._ids[self._start : stop], skip_special_tokens=True))
+        ids = self._ids[self._start : stop]
+        return str(self._tokenizer.decode(ids, skip_special_tokens=self._skip_special))
 
 
 def encode_chat(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:

@@ -32,6 +32,10 @@ class Answer:
     """The same as token ids, the end token included; empty for a served model."""
     finite: bool = True
     """Whether all its logits were numbers."""
+    logprobs: tuple[float, ...] = ()
+    """Of the written tokens, the end token left out. Unit: nats. Empty for a served model."""
+    entropies: tuple[float, ...] = ()
+    """Of the distributions that they were drawn from. Unit: nats."""
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain values for JSON."""
@@ -40,9 +44,10 @@ class Answer:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Undo :meth:`to_dict`."""
-        return cls(
-            **{**values, "choice_nats": tuple(values["choice_nats"]), "ids": tuple(values["ids"])}
-        )
+        plain: dict[str, Any] = {
+            name: tuple(v) if isinstance(v, list | tuple) else v for name, v in values.items()
+        }
+        return cls(**plain)
 
 
 class Respondent(Protocol):

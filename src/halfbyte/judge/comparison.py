@@ -29,6 +29,24 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WrittenItem:
+    """One item that both models wrote an answer to: how sure the candidate was, who was right.
+
+    `halfbyte serve` takes from these what answers usually are like, and from what confidence on a
+    larger model should be asked.
+    """
+
+    name: str
+    document: str
+    base_right: bool
+    candidate_right: bool
+    candidate_text: str
+    candidate_logprobs: tuple[float, ...]
+    """Of the written tokens, in nats; empty for a served candidate."""
+    candidate_entropies: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
     """How far both models write the same, over the items that they write answers to."""
 
@@ -92,6 +110,8 @@ class Comparison:
     notes: tuple[str, ...]
     """What was left out or cut short, and why."""
     settings: Mapping[str, Any]
+    items: tuple[WrittenItem, ...] = ()
+    """Those with written answers; of use to machines, shown in no page."""
     versions: Mapping[str, str] = field(default_factory=dict)
     machine: Mapping[str, str] = field(default_factory=dict)
 

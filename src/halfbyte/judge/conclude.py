@@ -7,7 +7,7 @@ from statistics import median
 
 from halfbyte.judge.answers import Answer
 from halfbyte.judge.checks import PythonCheck
-from halfbyte.judge.comparison import Comparison, Example, Generation, NoiseFloor
+from halfbyte.judge.comparison import Comparison, Example, Generation, NoiseFloor, WrittenItem
 from halfbyte.judge.edge_cases import (
     EdgeCase,
     EdgeOutcome,
@@ -101,6 +101,7 @@ def conclude(
             "device": config.device,
             "seed": config.seed,
         },
+        items=_written_items(work.questions, candidate, grades),
         versions=installed_versions(),
         machine=machine_facts(),
     )
@@ -221,6 +222,29 @@ def _examples(
             )
         )
     return tuple([*kinds["harmful"], *kinds["beneficial"], *kinds["same"]][:EXAMPLES_SHOWN])
+
+
+def _written_items(
+    questions: list[Question], candidate: Side, grades: list[list[bool]]
+) -> tuple[WrittenItem, ...]:
+    """Keep what each written answer says about the candidate's confidence."""
+    found = []
+    for question, base_right, right in zip(questions, *grades, strict=True):
+        if question.item.choices:
+            continue
+        answer = candidate.answers[question.key]
+        found.append(
+            WrittenItem(
+                name=question.item.name,
+                document=question.item.document,
+                base_right=base_right,
+                candidate_right=right,
+                candidate_text=answer.text,
+                candidate_logprobs=answer.logprobs,
+                candidate_entropies=answer.entropies,
+            )
+        )
+    return tuple(found)
 
 
 def _shown(question: Question, answer: Answer) -> str:

@@ -275,10 +275,10 @@ def script_of(text: str) -> str | None:
     Chinese characters and Japanese kana count as one, because Japanese is written in both.
     """
     scripts: Counter[str] = Counter()
-    for character in text:
+    for character, count in Counter(text).items():
         if character.isalpha():
             script = unicodedata.name(character, "?").split()[0]
-            scripts["CJK" if script in ("HIRAGANA", "KATAKANA") else script] += 1
+            scripts["CJK" if script in ("HIRAGANA", "KATAKANA") else script] += count
     if sum(scripts.values()) < LETTERS_FOR_SCRIPT:
         return None
     return scripts.most_common(1)[0][0]

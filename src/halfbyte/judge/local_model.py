@@ -219,7 +219,7 @@ class LocalModel:
             eos_token_id=sorted(ends) or None,
             **({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}),
         )
-        watch = _FiniteWatch(len(questions))
+        watch = _StepWatch(len(questions))
         stop = _StopTexts(questions, longest, self._decode)
         with torch.random.fork_rng(devices=_cuda_devices(self.device)):
             torch.manual_seed(seed)
@@ -230,18 +230,27 @@ class LocalModel:
                 logits_processor=LogitsProcessorList([watch]),
                 stopping_criteria=StoppingCriteriaList([stop]),
             )
+        watch.note(output[:, -1])
         return [
-            self._finish(question, output[row, longest:].tolist(), ends, watch.finite[row])
+            self._finish(question, output[row, longest:].tolist(), ends, row, watch)
             for row, question in enumerate(questions)
         ]
 
-    def _finish(self, question: Question, new: list[int], ends: set[int], finite: bool) -> Answer:
+    def _finish(
+        self, question: Question, new: list[int], ends: set[int], row: int, watch: _StepWatch
+    ) -> Answer:
         new = new[: question.item.max_new_tokens]
-        end = next((i for i, token in enumerate(new) if token in ends), None)
-        if end is not None:
-            new = new[: end + 1]
+        written = next((i for i, token in enumerate(new) if token in ends), len(new))
+        new = new[: written + 1]
         text = cut_at(self._decode(new), question.item.stop)
-        return Answer(text=text, ids=tuple(new), finite=finite)
+        logprobs, entropies = watch.confidence(row, written)
+        return Answer(
+            text=text,
+            ids=tuple(new),
+            finite=watch.finite[row],
+            logprobs=logprobs,
+            entropies=entropies,
+        )
 
     def _decode(self, ids: Sequence[int]) -> str:
         text: str = self.subject.tokenizer.decode(
@@ -299,19 +308,42 @@ def cut_at(text: str, stop: Sequence[str]) -> str:
     return text[: min(ends)] if ends else text
 
 
-class _FiniteWatch:
-    """Notes rows whose logits are not numbers; passes them on as finite, so that the rest ends."""
+class _StepWatch:
+    """Notes how sure the model is of each token, and rows whose logits are not numbers.
+
+    Those are passed on as finite, so that the rest ends.
+    """
 
     def __init__(self, rows: int) -> None:
         self.finite = [True] * rows
+        self._entropies: list[Tensor] = []
+        self._logprobs: list[Tensor] = []
+        self._last: Tensor | None = None
+        """[rows, vocabulary]: log-probabilities of the token that is not known yet."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.note(input_ids[:, -1])
         bad = ~torch.isfinite(scores).all(dim=1)
-        if not bool(bad.any()):
-            return scores
-        for row in bad.nonzero().flatten().tolist():
-            self.finite[row] = False
-        return torch.nan_to_num(scores, nan=0.0, posinf=0.0, neginf=0.0)
+        if bool(bad.any()):
+            for row in bad.nonzero().flatten().tolist():
+                self.finite[row] = False
+            scores = torch.nan_to_num(scores, nan=0.0, posinf=0.0, neginf=0.0)
+        self._last = scores.float().log_softmax(dim=1)
+        self._entropies.append(torch.special.entr(self._last.exp()).sum(dim=1))
+        return scores
+
+    def note(self, tokens: Tensor) -> None:
+        """Take in which tokens [rows] were drawn in the last step."""
+        if self._last is not None:
+            self._logprobs.append(self._last.gather(1, tokens[:, None])[:, 0])
+
+    def confidence(self, row: int, count: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Give logprobs and entropies of a row's first tokens."""
+        found = [
+            tuple(round(float(step[row]), 4) for step in steps[:count])
+            for steps in (self._logprobs, self._entropies)
+        ]
+        return found[0], found[1]
 
 
 class _StopTexts:

@@ -1,0 +1,83 @@
+"""The verb `serve`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from halfbyte.cli.options import add_dataclass_options, dataclass_from_args
+from halfbyte.cli.output import err_console
+from halfbyte.serve.config import ServeConfig
+from halfbyte.serve.engine.config import EngineConfig
+from halfbyte.serve.quality_config import QualityConfig
+
+if TYPE_CHECKING:
+    import socket
+
+    from halfbyte.serve.assembly import Service
+
+HELP = "serve a model, or guard others', by OpenAI's interface"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's options."""
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="folder of a model, GPTQ or not, or store:NAME@ALIAS; left out with --upstream",
+    )
+    add_dataclass_options(parser, ServeConfig)
+    add_dataclass_options(parser, EngineConfig)
+    add_dataclass_options(parser, QualityConfig)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load, listen, answer, until a signal says stop."""
+    config = dataclass_from_args(ServeConfig, args)
+    engine = dataclass_from_args(EngineConfig, args)
+    quality = dataclass_from_args(QualityConfig, args)
+
+    from halfbyte.serve.assembly import open_service, read_keys
+    from halfbyte.serve.running import bind, run_server
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    for quiet in ("httpx2", "httpcore2", "uvicorn"):
+        logging.getLogger(quiet).setLevel(logging.WARNING)
+    keys = read_keys(config)
+    # Before the model: its minutes are not spent where the port is taken.
+    with bind(config.host, config.port) as bound:
+        service = open_service(args.model, config, engine, quality, keys)
+        asyncio.run(
+            run_server(
+                service.gateway,
+                bound,
+                start=service.start,
+                stop=service.stop,
+                on_ready=lambda _: _announce(service, bound),
+            )
+        )
+    err_console.print("Stopped.")
+    return 0
+
+
+def _announce(service: Service, bound: socket.socket) -> None:
+    """Say once where the server is and what it gives."""
+    config = service.gateway.config
+    host, port = bound.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    keys = len(service.gateway.keys.hashes)
+    who = f"{keys} API key{'s' if keys > 1 else ''}" if keys else "no API keys: this machine only"
+    models = ", ".join(service.gateway.models) or "no model yet"
+    here = f"http://{shown}:{port}"
+    err_console.print(
+        f"Serving {models} at {here}/v1, dashboard at {here}/dashboard", soft_wrap=True
+    )
+    for line in (
+        service.description,
+        f"{who}; {config.most_requests} requests at once, {config.request_seconds:g} s each at "
+        "most; Ctrl-C finishes what runs, and ends",
+    ):
+        err_console.print(line, soft_wrap=True, style="dim")

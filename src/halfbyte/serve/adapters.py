@@ -1,0 +1,87 @@
+"""Adapters by name, out of one folder; no path ever comes from a client."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Protocol
+
+from halfbyte.errors import ConfigError, ServeError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+class Loads(Protocol):
+    """What takes adapters: a backend over an engine."""
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names that are served."""
+
+    async def load_adapter(self, name: str, folder: str) -> None:
+        """Serve the adapter of a folder under a name."""
+
+    async def unload_adapter(self, name: str) -> None:
+        """Take it away."""
+
+
+class AdapterFolder:
+    """Adapters that may be served."""
+
+    def __init__(self, folder: Path, backend: Loads) -> None:
+        """Take the folder.
+
+        Args:
+            folder: Holds one folder for each adapter.
+            backend: Serves them.
+
+        Raises:
+            ConfigError: There is no such folder.
+        """
+        if not folder.is_dir():
+            raise ConfigError(f"The folder of adapters '{folder}' does not exist.")
+        self._folder = folder.resolve()
+        self._backend = backend
+
+    async def load(self, name: str) -> None:
+        """Make an adapter servable.
+
+        Args:
+            name: Of its folder.
+
+        Raises:
+            ServeError: 404: there is none; 409: something of that name is served already.
+        """
+        place = self._find(name)
+        if name in self._backend.models:
+            raise ServeError(
+                f"'{name}' is served already. Unload it first.",
+                status=409,
+                code="already_loaded",
+                param="lora_name",
+            )
+        await self._backend.load_adapter(name, str(place))
+
+    async def unload(self, name: str) -> None:
+        """Take an adapter away.
+
+        Args:
+            name: Of a loaded one.
+        """
+        await self._backend.unload_adapter(name)
+
+    def _find(self, name: str) -> Path:
+        place = (self._folder / name).resolve() if _NAME.fullmatch(name) else None
+        # A link out of the folder would be as good as a path.
+        if (
+            place is None
+            or place.parent != self._folder
+            or not (place / "adapter_config.json").is_file()
+        ):
+            raise ServeError(
+                f"There is no adapter '{name[:80]}' among those that may be served.",
+                status=404,
+                code="adapter_not_found",
+                param="lora_name",
+            )
+        return place

@@ -1,0 +1,205 @@
+"""The web application: every path that there is, and nothing else."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from halfbyte.errors import ServeError, require_extra
+from halfbyte.version import __version__
+
+try:
+    from fastapi import FastAPI, Request, Response
+    from starlette.exceptions import HTTPException
+    from starlette.responses import JSONResponse, PlainTextResponse
+    from starlette.types import ASGIApp
+except ImportError as missing:
+    raise require_extra("fastapi", "serve", "halfbyte serve") from missing
+
+from halfbyte.serve.api.bodies import (
+    AdapterRequest,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+from halfbyte.serve.api.gateway import Gateway
+from halfbyte.serve.api.guard import Guard
+from halfbyte.serve.api.reading import read_body
+from halfbyte.serve.api.refusals import error_response, internal_error
+
+logger = logging.getLogger(__name__)
+
+OPEN_PATHS = ("/health", "/ready")
+"""For load balancers, which have no key; they tell nothing but yes and no."""
+PROMETHEUS_TEXT = "text/plain; version=1.0.0; charset=utf-8"
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+def build_app(gateway: Gateway) -> ASGIApp:
+    """Make the application.
+
+    Args:
+        gateway: What it stands on.
+
+    Returns:
+        An ASGI application. Its pages of documentation are off.
+    """
+    app = FastAPI(
+        title="halfbyte",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        # Or /v1/models/ would answer with a redirect that leaves the client's key behind.
+        redirect_slashes=False,
+    )
+    handlers: dict[tuple[str, str], Handler] = {
+        **_model_handlers(gateway),
+        **_answer_handlers(gateway),
+        **_state_handlers(gateway),
+    }
+    if gateway.adapters is not None and gateway.keys:
+        handlers |= _adapter_handlers(gateway)
+    for (method, path), handler in handlers.items():
+        app.add_api_route(path, handler, methods=[method], response_model=None)
+    app.router.routes.extend(gateway.routes)
+    app.add_exception_handler(ServeError, _tell_refusal)
+    app.add_exception_handler(HTTPException, _tell_missing)
+    app.add_exception_handler(Exception, _tell_failure)
+    return Guard(
+        app,
+        keys=gateway.keys,
+        open_paths=(*OPEN_PATHS, *gateway.open_paths),
+        hosts=(gateway.config.host, *gateway.config.allowed_hosts),
+    )
+
+
+def _answer_handlers(gateway: Gateway) -> dict[tuple[str, str], Handler]:
+    config = gateway.config
+
+    async def chat(request: Request) -> Response:
+        body = await read_body(request, ChatRequest, config)
+        return await gateway.answer(request, "chat", body)
+
+    async def complete(request: Request) -> Response:
+        body = await read_body(request, CompletionRequest, config)
+        return await gateway.answer(request, "completion", body)
+
+    async def tokenize(request: Request) -> Response:
+        body = await read_body(request, TokenizeRequest, config)
+        return JSONResponse(_need(gateway.text_tools, "/tokenize").tokenize(body))
+
+    async def detokenize(request: Request) -> Response:
+        body = await read_body(request, DetokenizeRequest, config)
+        return JSONResponse(_need(gateway.text_tools, "/detokenize").detokenize(body))
+
+    return {
+        ("POST", "/v1/chat/completions"): chat,
+        ("POST", "/v1/completions"): complete,
+        ("POST", "/tokenize"): tokenize,
+        ("POST", "/detokenize"): detokenize,
+    }
+
+
+def _model_handlers(gateway: Gateway) -> dict[tuple[str, str], Handler]:
+    def describe(name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": gateway.started,
+            "owned_by": "halfbyte",
+        }
+
+    async def models(request: Request) -> Response:
+        entries = [describe(name) for name in gateway.models]
+        return JSONResponse({"object": "list", "data": entries})
+
+    async def model(request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in gateway.models:
+            raise ServeError(
+                f"The model '{name[:80]}' does not exist here.",
+                status=404,
+                code="model_not_found",
+                param="model",
+            )
+        return JSONResponse(describe(name))
+
+    # A model's name may hold a slash, as those of the Hub do.
+    return {("GET", "/v1/models"): models, ("GET", "/v1/models/{name:path}"): model}
+
+
+def _state_handlers(gateway: Gateway) -> dict[tuple[str, str], Handler]:
+    async def health(request: Request) -> Response:
+        return JSONResponse({"status": "alive"})
+
+    async def ready(request: Request) -> Response:
+        is_ready = await gateway.is_ready()
+        status = "ready" if is_ready else "not ready"
+        return JSONResponse({"status": status}, status_code=200 if is_ready else 503)
+
+    async def version(request: Request) -> Response:
+        return JSONResponse({"version": __version__})
+
+    async def metrics(request: Request) -> Response:
+        text = _need(gateway.metrics, "/metrics")()
+        return PlainTextResponse(text, media_type=PROMETHEUS_TEXT)
+
+    return {
+        ("GET", "/health"): health,
+        ("GET", "/ready"): ready,
+        ("GET", "/version"): version,
+        ("GET", "/metrics"): metrics,
+    }
+
+
+def _adapter_handlers(gateway: Gateway) -> dict[tuple[str, str], Handler]:
+    config, control = gateway.config, gateway.adapters
+    assert control is not None
+
+    async def load(request: Request) -> Response:
+        body = await read_body(request, AdapterRequest, config)
+        await control.load(body["lora_name"])
+        return JSONResponse({"status": "loaded", "id": body["lora_name"]})
+
+    async def unload(request: Request) -> Response:
+        body = await read_body(request, AdapterRequest, config)
+        await control.unload(body["lora_name"])
+        return JSONResponse({"status": "unloaded", "id": body["lora_name"]})
+
+    return {
+        ("POST", "/v1/load_lora_adapter"): load,
+        ("POST", "/v1/unload_lora_adapter"): unload,
+    }
+
+
+def _need(tool: Any, path: str) -> Any:
+    if tool is None:
+        raise ServeError(
+            f"{path} is not served: the model does not run in this process.",
+            status=404,
+            code="not_supported",
+        )
+    return tool
+
+
+async def _tell_refusal(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ServeError)
+    if error.status >= 500:
+        logger.warning("%s %s: %s", request.method, request.url.path, error)
+    return error_response(error)
+
+
+async def _tell_missing(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code)
+    message = f"There is no {request.method} {request.url.path[:200]} here."
+    refusal = ServeError(message, status=error.status_code, code=code)
+    return error_response(refusal, error.headers)
+
+
+async def _tell_failure(request: Request, error: Exception) -> Response:
+    return error_response(internal_error())

@@ -1,0 +1,408 @@
+"""What a request may say: OpenAI's fields and those that vLLM's clients know, nothing else.
+
+Types are strict and unknown fields are refused by name. A field that OpenAI knows and a model
+cannot serve passes here: the backend refuses it, or another backend serves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    model_validator,
+)
+
+MOST_STOPS = 16
+MOST_LOGPROBS = 20
+INT64 = 2**63
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+Seed = Annotated[int, Field(ge=-INT64, lt=INT64)]
+Tokens = Annotated[int, Field(ge=1, lt=2**31)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Bias = dict[
+    Annotated[str, StringConstraints(pattern=r"^\d{1,9}$")],
+    Annotated[float, Field(ge=-100, le=100)],
+]
+Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+    Field(max_length=16),
+]
+Object = dict[str, Any]
+
+
+class Body(BaseModel):
+    """Strict: no conversions, no unknown fields, no infinities."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+def _choose_by(field: str, tags: Mapping[str, str]) -> Discriminator:
+    """Choose an alternative by a field's value.
+
+    Its tag gets into the path of an error, so it is one that no field is called.
+    """
+
+    def choose(value: Any) -> str | None:
+        found = value.get(field) if isinstance(value, dict) else None
+        return tags.get(found) if isinstance(found, str) else None
+
+    message = f"'{field}' should be {', '.join(tags)}"
+    return Discriminator(
+        choose, custom_error_type="invalid_alternative", custom_error_message=message
+    )
+
+
+# Messages
+
+
+class TextPart(Body):
+    """A piece of text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class RefusalPart(Body):
+    """What a model said instead of an answer."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
+class MediaPart(Body):
+    """Anything but text; not every backend takes it."""
+
+    type: Literal["image_url", "input_audio", "file"]
+    image_url: Object | None = None
+    input_audio: Object | None = None
+    file: Object | None = None
+
+
+Part = Annotated[
+    Annotated[TextPart, Tag("<text>")]
+    | Annotated[RefusalPart, Tag("<refusal>")]
+    | Annotated[MediaPart, Tag("<media>")],
+    _choose_by(
+        "type",
+        {
+            "text": "<text>",
+            "refusal": "<refusal>",
+            "image_url": "<media>",
+            "input_audio": "<media>",
+            "file": "<media>",
+        },
+    ),
+]
+Content = str | Annotated[list[Part], Field(min_length=1)]
+
+
+class SystemMessage(Body):
+    """What the model is told first."""
+
+    role: Literal["system", "developer"]
+    content: Content
+    name: str | None = None
+
+
+class UserMessage(Body):
+    """What the user says."""
+
+    role: Literal["user"]
+    content: Content
+    name: str | None = None
+
+
+class CalledFunction(Body):
+    """A call's function and arguments, as JSON."""
+
+    name: str
+    arguments: str
+
+
+class MadeCall(Body):
+    """A call that the model made."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class AssistantMessage(Body):
+    """What the model said, as an answer of this interface may be sent back."""
+
+    role: Literal["assistant"]
+    content: Content | None = None
+    name: str | None = None
+    refusal: str | None = None
+    tool_calls: list[MadeCall] | None = None
+    annotations: list[Any] | None = None
+    audio: None = None
+    function_call: None = None
+    reasoning_content: str | None = None
+
+
+class ToolMessage(Body):
+    """What a tool answered."""
+
+    role: Literal["tool"]
+    content: Content
+    tool_call_id: str
+    name: str | None = None
+
+
+class FunctionMessage(Body):
+    """The same in OpenAI's older form."""
+
+    role: Literal["function"]
+    content: str | None
+    name: str
+
+
+Message = Annotated[
+    Annotated[SystemMessage, Tag("<system>")]
+    | Annotated[UserMessage, Tag("<user>")]
+    | Annotated[AssistantMessage, Tag("<assistant>")]
+    | Annotated[ToolMessage, Tag("<tool>")]
+    | Annotated[FunctionMessage, Tag("<function>")],
+    _choose_by(
+        "role",
+        {
+            "system": "<system>",
+            "developer": "<system>",
+            "user": "<user>",
+            "assistant": "<assistant>",
+            "tool": "<tool>",
+            "function": "<function>",
+        },
+    ),
+]
+
+# Tools and formats
+
+
+class FunctionObject(Body):
+    """A function that may be called."""
+
+    name: Name
+    description: str | None = None
+    parameters: Object | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    """A function that may be called."""
+
+    type: Literal["function"]
+    function: FunctionObject
+
+
+class NamedFunction(Body):
+    """Its name."""
+
+    name: str
+
+
+class NamedTool(Body):
+    """The function that must be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class JsonSchema(Body):
+    """A schema with its name."""
+
+    name: Name
+    description: str | None = None
+    schema_: Object | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class TextFormat(Body):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class JsonFormat(Body):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class SchemaFormat(Body):
+    """JSON by a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+Format = Annotated[
+    Annotated[TextFormat, Tag("<text>")]
+    | Annotated[JsonFormat, Tag("<object>")]
+    | Annotated[SchemaFormat, Tag("<schema>")],
+    _choose_by("type", {"text": "<text>", "json_object": "<object>", "json_schema": "<schema>"}),
+]
+
+
+class StructuredOutputs(Body):
+    """What an answer must be, in the form of vLLM's clients; exactly one."""
+
+    json_: Object | str | None = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: Annotated[list[str], Field(min_length=1)] | None = None
+    grammar: str | None = None
+    json_object: Literal[True] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> StructuredOutputs:
+        if len(self.model_fields_set) != 1:
+            raise ValueError("one of json, regex, choice, grammar and json_object must be given")
+        return self
+
+
+class StreamOptions(Body):
+    """How an answer is streamed."""
+
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+# Requests
+
+
+class Request(Body):
+    """What both kinds of request share."""
+
+    model: str
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    logit_bias: Bias | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    seed: Seed | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    user: str | None = None
+
+    # vLLM's
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
+    structured_outputs: StructuredOutputs | None = None
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> Request:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options may be given only where stream is true")
+        return self
+
+
+class ChatRequest(Request):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: Tokens | None = None
+    max_completion_tokens: Tokens | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    response_format: Format | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    metadata: Metadata | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    chat_template_kwargs: Object | None = None
+
+    # OpenAI's that a backend may refuse
+    audio: Object | None = None
+    function_call: Any = None
+    functions: list[Object] | None = None
+    modalities: list[Literal["text", "audio"]] | None = None
+    moderation: Object | None = None
+    prediction: Object | None = None
+    prompt_cache_options: Object | None = None
+    prompt_cache_retention: str | None = None
+    reasoning_effort: str | None = None
+    service_tier: str | None = None
+    store: bool | None = None
+    verbosity: str | None = None
+    web_search_options: Object | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ChatRequest:
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise ValueError("max_tokens and max_completion_tokens may not both be given")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs may be given only where logprobs is true")
+        names = [tool.function.name for tool in self.tools or ()]
+        if self.tool_choice not in (None, "none") and not names:
+            raise ValueError("tool_choice may be given only with tools")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise ValueError(f"tool_choice names '{self.tool_choice.function.name}', no tool given")
+        return self
+
+
+class CompletionRequest(Request):
+    """POST /v1/completions."""
+
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1)]
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
+        | None
+    )
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    best_of: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    suffix: str | None = None
+
+
+class TokenizeRequest(Body):
+    """POST /tokenize."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    tools: list[Tool] | None = None
+    chat_template_kwargs: Object | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("either prompt or messages must be given")
+        return self
+
+
+class DetokenizeRequest(Body):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[TokenId]
+
+
+class AdapterRequest(Body):
+    """POST /v1/load_lora_adapter and /v1/unload_lora_adapter."""
+
+    lora_name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]

@@ -1,0 +1,269 @@
+"""What the interface stands on, and a request's way through it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute
+
+from halfbyte.errors import ServeError
+from halfbyte.serve.api.answers import AnswerForm, gather
+from halfbyte.serve.api.refusals import error_body, internal_error
+from halfbyte.serve.api.streaming import EventStream, sse_line, while_connected
+from halfbyte.serve.config import ServeConfig
+from halfbyte.serve.exchange import Backend, Call, Event, Kind, Served, Usage
+from halfbyte.serve.keys import ApiKeys
+from halfbyte.serve.limits import Limits
+from halfbyte.serve.text.asked import split_prompts
+
+logger = logging.getLogger(__name__)
+
+CLIENT_LEFT = 499
+"""Status in the log of a request whose client did not wait; nobody reads it."""
+GRACE_SECONDS = 5.0
+"""After a deadline, for a backend to notice it by itself."""
+_PREFIXES: dict[Kind, str] = {"chat": "chatcmpl", "completion": "cmpl"}
+
+
+class Router(Protocol):
+    """Chooses who answers a call."""
+
+    def stream(self, call: Call, served: Served) -> AsyncGenerator[Event, None]:
+        """Answer; `served` is filled in before the first event."""
+
+
+class TextTools(Protocol):
+    """Tells what a text is in token ids."""
+
+    def tokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Answer /tokenize."""
+
+    def detokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Answer /detokenize."""
+
+
+class AdapterControl(Protocol):
+    """Loads and unloads adapters by their names."""
+
+    async def load(self, name: str) -> None:
+        """Make one servable."""
+
+    async def unload(self, name: str) -> None:
+        """Take one away."""
+
+
+class DirectRouter:
+    """Always the one backend."""
+
+    def __init__(self, backend: Backend) -> None:
+        """Take it."""
+        self._backend = backend
+
+    async def stream(self, call: Call, served: Served) -> AsyncGenerator[Event, None]:
+        """Pass the call on."""
+        served.backend, served.model = self._backend.name, str(call.body.get("model", ""))
+        async with aclosing(self._backend.stream(call)) as events:
+            async for event in events:
+                yield event
+
+
+@dataclass(kw_only=True)
+class Gateway:
+    """What the interface is made of."""
+
+    backend: Backend
+    """That is asked first, and closed in the end."""
+    config: ServeConfig
+    keys: ApiKeys = field(default_factory=ApiKeys)
+    router: Router | None = None
+    """None: the backend itself."""
+    primary: Callable[[], Backend] | None = None
+    """Gives the backend that has taken its place since; None: none does."""
+    text_tools: TextTools | None = None
+    adapters: AdapterControl | None = None
+    metrics: Callable[[], str | bytes] | None = None
+    """Gives Prometheus' text form."""
+    routes: Sequence[BaseRoute] = ()
+    """More pages, such as a dashboard."""
+    open_paths: Sequence[str] = ()
+    """Of those pages the ones that need no key."""
+    draining: bool = False
+    """New requests are refused, running ones finish."""
+
+    def __post_init__(self) -> None:
+        self.limits = Limits(
+            most=self.config.most_requests,
+            most_per_key=self.config.key_requests,
+            tokens_per_minute=self.config.key_tokens,
+        )
+        self.started = int(time.time())
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names that clients may ask for; those of a model that was replaced go on to be known."""
+        current = self.primary() if self.primary is not None else self.backend
+        return tuple(dict.fromkeys((*self.backend.models, *current.models)))
+
+    async def is_ready(self) -> bool:
+        """Tell whether new requests would be answered."""
+        current = self.primary() if self.primary is not None else self.backend
+        return not self.draining and await current.is_ready()
+
+    async def answer(self, request: Request, kind: Kind, body: Mapping[str, Any]) -> Response:
+        """Answer a chat or a completion.
+
+        Args:
+            request: Whose body has been read.
+            kind: Which.
+            body: Checked.
+
+        Returns:
+            JSON, a stream, or an error.
+        """
+        call = self._make_call(request, kind, body)
+        served = Served()
+        self._check(call)
+        form = AnswerForm(call, str(body["model"]))
+        async with AsyncExitStack() as stack:
+            stack.enter_context(self.limits.enter(call.key))
+            events = await stack.enter_async_context(aclosing(self._run(call, served)))
+            if not body.get("stream"):
+                whole = await while_connected(request.receive, gather(events))
+                if whole is None:
+                    return Response(status_code=CLIENT_LEFT)
+                return JSONResponse(form.whole(*whole), headers=self._headers(call, served))
+            # Until the first event an error can still be told by its status.
+            first = await while_connected(request.receive, anext(events))
+            if first is None:
+                return Response(status_code=CLIENT_LEFT)
+            lines = _tell_events(form, first, events)
+            return EventStream(lines, self._headers(call, served), stack.pop_all())
+
+    async def _run(self, call: Call, served: Served) -> AsyncGenerator[Event, None]:
+        """Pass events on, in time, and put what they took on the key's account."""
+        router = self.router or DirectRouter(self.backend)
+        left = call.seconds_left
+        loop = asyncio.get_running_loop()
+        late = None if left is None else loop.time() + left + GRACE_SECONDS
+        async with aclosing(router.stream(call, served)) as events:
+            while True:
+                try:
+                    async with asyncio.timeout_at(late):
+                        event = await anext(events)
+                except StopAsyncIteration:
+                    return
+                except TimeoutError as error:
+                    raise _too_late(self.config) from error
+                if isinstance(event, Usage):
+                    total = event.prompt_tokens + event.completion_tokens
+                    self.limits.count_tokens(call.key, total)
+                yield event
+
+    def _make_call(self, request: Request, kind: Kind, body: Mapping[str, Any]) -> Call:
+        tags = request.headers.get("x-halfbyte-tags", "").split(",")
+        tags += str((body.get("metadata") or {}).get("tags", "")).split(",")
+        return Call(
+            kind=kind,
+            body=body,
+            id=f"{_PREFIXES[kind]}-{secrets.token_hex(14)}",
+            key=request.state.key,
+            tags=frozenset(tag.strip()[:64] for tag in tags if tag.strip()),
+            deadline=time.monotonic() + self._read_seconds(request),
+        )
+
+    def _read_seconds(self, request: Request) -> float:
+        """Give the time for an answer: the server's, or the client's where it is shorter."""
+        asked = request.headers.get("x-halfbyte-timeout")
+        try:
+            seconds = self.config.request_seconds if asked is None else float(asked)
+        except ValueError:
+            seconds = -1.0
+        if not 0 < seconds < float("inf"):
+            raise ServeError(
+                f"The header X-Halfbyte-Timeout is '{str(asked)[:40]}'; it must be seconds above "
+                "0.",
+                code="invalid_value",
+            )
+        return min(seconds, self.config.request_seconds)
+
+    def _check(self, call: Call) -> None:
+        if self.draining:
+            raise ServeError(
+                "The server is being stopped and takes no new requests.",
+                status=503,
+                kind="server_error",
+                code="shutting_down",
+                retry_after=5.0,
+            )
+        model = call.body["model"]
+        models = self.models
+        if model not in models:
+            raise ServeError(
+                f"The model '{str(model)[:80]}' does not exist here. There is: "
+                f"{', '.join(models[:20]) or 'none'}.",
+                status=404,
+                code="model_not_found",
+                param="model",
+            )
+        prompts = len(split_prompts(call.body.get("prompt"))) if call.kind == "completion" else 1
+        choices = prompts * call.body.get("n", 1)
+        if choices > self.config.most_choices:
+            raise ServeError(
+                f"The request asks for {choices} choices ({prompts} prompts); "
+                f"{self.config.most_choices} are allowed.",
+                code="invalid_value",
+                param="n" if prompts == 1 else "prompt",
+            )
+
+    def _headers(self, call: Call, served: Served) -> dict[str, str]:
+        told = {
+            "X-Request-Id": call.id,
+            "X-Halfbyte-Model": served.model,
+            "X-Halfbyte-Backend": served.backend,
+            "X-Halfbyte-Reason": served.reason,
+            "X-Halfbyte-Version": served.version,
+        }
+        return {name: _header_text(value) for name, value in told.items() if value}
+
+
+async def _tell_events(
+    form: AnswerForm, first: Event, events: AsyncGenerator[Event, None]
+) -> AsyncGenerator[bytes, None]:
+    """Write a stream; an error within it is its last event."""
+    try:
+        for chunk in form.chunks(first):
+            yield sse_line(chunk)
+        async for event in events:
+            for chunk in form.chunks(event):
+                yield sse_line(chunk)
+    except ServeError as error:
+        yield sse_line(error_body(error))
+    except Exception:
+        logger.exception("A stream failed.")
+        yield sse_line(error_body(internal_error()))
+    else:
+        yield b"data: [DONE]\n\n"
+
+
+def _too_late(config: ServeConfig) -> ServeError:
+    return ServeError(
+        f"The answer was not done in the time that it may take ({config.request_seconds:g} s, or "
+        "less by X-Halfbyte-Timeout).",
+        status=408,
+        kind="timeout_error",
+        code="request_timeout",
+    )
+
+
+def _header_text(value: str) -> str:
+    """Leave what a header can hold."""
+    return "".join(c if c.isascii() and c.isprintable() else "?" for c in value)[:200]

@@ -1,0 +1,46 @@
+"""Evidence on disk, as JSON, without a request waiting for the disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from halfbyte.checkpoint.atomic import write_atomically
+from halfbyte.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+
+class EvidenceFile:
+    """One JSON file that is written again and again, whole each time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="evidence")
+        self._last: Future[None] | None = None
+
+    def write(self, values: Mapping[str, Any], *, wait: bool = False) -> None:
+        """Write values; a full disk is logged and costs nothing else.
+
+        Args:
+            values: Plain.
+            wait: Until they are on the disk; else one write that is under way is enough.
+        """
+        if not wait and self._last is not None and not self._last.done():
+            return
+        text = json.dumps(values, indent=2) + "\n"
+        # One thread: a later write never comes before an earlier one.
+        self._last = self._writer.submit(self._write, text.encode())
+        if wait:
+            self._last.result()
+
+    def _write(self, content: bytes) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path, [content])
+        except (OSError, CheckpointError) as error:
+            log.warning("evidence is not written: %s", error)

@@ -1,0 +1,362 @@
+"""A backend at one or several OpenAI-compatible addresses, which take turns.
+
+::
+
+    Call ──POST, always streamed──> a host in turn ──bytes──> EventParser ──> ChunkReader ──> events
+                                    └─ unreachable: left alone for a while, the next one asked
+
+A client's key never goes there: the hosts have a key of this server's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from halfbyte.errors import ConfigError, ServeError, require_extra
+from halfbyte.serve.exchange import Call, Event, Load
+from halfbyte.serve.server_sent_events import EventParser
+from halfbyte.serve.text.asked import split_prompts
+from halfbyte.serve.upstream_chunks import ChunkReader, broken, upstream_error
+
+try:
+    import httpx2
+except ImportError as missing:
+    raise require_extra("httpx2", "serve", "Asking another server") from missing
+
+PATHS = {"chat": "/chat/completions", "completion": "/completions"}
+MOST_ERROR_BYTES = 65_536
+FIRST_PAUSE_SECONDS = 1.0
+LONGEST_PAUSE_SECONDS = 30.0
+OWN_FIELDS = frozenset({"metadata", "stream", "stream_options"})
+"""Of the request; meant for this server."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpstreamTimeouts:
+    """How long another server may take; seconds."""
+
+    connect: float = 5.0
+    first: float = 300.0
+    """Until the first event."""
+    between: float = 60.0
+    """From one event to the next."""
+
+
+@dataclass(slots=True)
+class Host:
+    """One address, and how it does."""
+
+    address: str
+    models: tuple[str, ...] = ()
+    running: int = 0
+    pause: float = 0.0
+    down_until: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """Host and port."""
+        return urlsplit(self.address).netloc.rpartition("@")[2]
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it may be asked."""
+        return time.monotonic() >= self.down_until
+
+    def note_failure(self) -> None:
+        """Leave it alone for a while, each time for longer."""
+        self.pause = min(LONGEST_PAUSE_SECONDS, self.pause * 2 or FIRST_PAUSE_SECONDS)
+        self.down_until = time.monotonic() + self.pause
+
+    def note_success(self) -> None:
+        """It answers."""
+        self.pause = self.down_until = 0.0
+
+
+@dataclass(slots=True, kw_only=True)
+class UpstreamBackend:
+    """Other servers that all have the same models."""
+
+    hosts: list[Host]
+    key: str | None = field(default=None, repr=False)
+    model: str | None = None
+    """Asked for where a call names a model that the hosts do not have; None: their first."""
+    timeouts: UpstreamTimeouts = field(default_factory=UpstreamTimeouts)
+    name: str = "upstream"
+    _next: int = 0
+    _closed: bool = False
+    _client: httpx2.AsyncClient | None = None
+
+    @classmethod
+    def open(
+        cls,
+        addresses: Sequence[str],
+        *,
+        key: str | None = None,
+        timeouts: UpstreamTimeouts | None = None,
+    ) -> UpstreamBackend:
+        """Take addresses; nobody is asked yet.
+
+        Args:
+            addresses: Up to and with ``/v1``; a model's name may follow after ``#``.
+            key: Of this server for those.
+            timeouts: How long they may take.
+
+        Returns:
+            The backend.
+
+        Raises:
+            ConfigError: There is none, or one is no address.
+        """
+        if not addresses:
+            raise ConfigError("No upstream address was given.")
+        hosts, model = [], None
+        for entry in addresses:
+            address, _, wanted = entry.partition("#")
+            parts = urlsplit(address)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ConfigError(
+                    f"'{entry}' is no address of a server. One looks like http://host:8000/v1."
+                )
+            hosts.append(Host(address.rstrip("/")))
+            model = wanted or model
+        backend = cls(hosts=hosts, key=key, model=model, timeouts=timeouts or UpstreamTimeouts())
+        backend.name = hosts[0].name
+        return backend
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names that the hosts have told, each once."""
+        told = dict.fromkeys(name for host in self.hosts for name in host.models)
+        return tuple(told) or ((self.model,) if self.model else ())
+
+    async def start(self) -> list[str]:
+        """Ask every host for its models.
+
+        Returns:
+            Why which host could not be asked; empty where all answered.
+        """
+        found = await asyncio.gather(
+            *(self._learn_models(host) for host in self.hosts), return_exceptions=True
+        )
+        return [str(error) for error in found if isinstance(error, Exception)]
+
+    async def stream(self, call: Call) -> AsyncGenerator[Event, None]:
+        """Answer by a host that can be reached; closing ends the request there."""
+        if self._closed:
+            raise _unreachable(self.name, "it is being closed")
+        last: ServeError | None = None
+        for host in self._in_turn():
+            try:
+                await self._learn_models(host)
+                opened = self._ask(host, call)
+                first = await anext(opened)
+            except _NotReached as error:
+                # Nothing was begun there, so somebody else may do it.
+                last = error.refusal
+                continue
+            async with aclosing(opened):
+                yield first
+                async for event in opened:
+                    yield event
+            return
+        raise last or _unreachable(self.name, "no host is left")
+
+    async def is_ready(self) -> bool:
+        """Tell whether any host answers; those that did not are asked again."""
+        if self._closed:
+            return False
+        if not any(host.is_up and host.models for host in self.hosts):
+            await self.start()
+        return any(host.is_up and host.models for host in self.hosts)
+
+    def load(self) -> Load:
+        """Tell how many requests of ours are there."""
+        return Load(running=sum(host.running for host in self.hosts))
+
+    async def close(self) -> None:
+        """Take nothing new, and close the connections."""
+        self._closed = True
+        if self._client is not None:
+            await self._client.aclose()
+            self._client = None
+
+    def _in_turn(self) -> list[Host]:
+        """Those that are up, one after the other; where none is, the one that comes back first."""
+        count = len(self.hosts)
+        turn = [self.hosts[(self._next + i) % count] for i in range(count)]
+        self._next = (self._next + 1) % count
+        up = [host for host in turn if host.is_up]
+        return up or [min(turn, key=lambda host: host.down_until)]
+
+    def _open_client(self) -> httpx2.AsyncClient:
+        if self._client is None:
+            longest = max(self.timeouts.first, self.timeouts.between)
+            self._client = httpx2.AsyncClient(
+                timeout=httpx2.Timeout(longest, connect=self.timeouts.connect, pool=None),
+                limits=httpx2.Limits(max_connections=None, max_keepalive_connections=64),
+                follow_redirects=False,
+                # A proxy of the environment is not meant for a server beside this one.
+                trust_env=False,
+            )
+        return self._client
+
+    def _headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.key}"} if self.key else {}
+
+    async def _learn_models(self, host: Host) -> None:
+        """Ask a host once which models it has; where one was named, that is enough."""
+        if self.model is not None:
+            host.models = (self.model,)
+        if host.models:
+            return
+        try:
+            reply = await self._open_client().get(
+                f"{host.address}/models", headers=self._headers(), timeout=self.timeouts.connect
+            )
+            if reply.status_code != 200:
+                raise upstream_error(reply.status_code, _read_json(reply.content), host.name)
+            host.models = tuple(str(entry["id"]) for entry in reply.json()["data"])
+        except httpx2.HTTPError as error:
+            host.note_failure()
+            raise _NotReached(host, error) from error
+        except (ValueError, TypeError, LookupError) as error:
+            raise broken(host.name, "its list of models is none") from error
+        host.note_success()
+
+    async def _ask(self, host: Host, call: Call) -> AsyncGenerator[Event, None]:
+        """Ask one host, and read what it sends."""
+        body = {key: value for key, value in call.body.items() if key not in OWN_FIELDS}
+        if body.get("model") not in host.models:
+            body["model"] = self.model or (host.models[0] if host.models else body.get("model"))
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+        reader = ChunkReader(call.kind, host.name, count_choices(call))
+        request = self._open_client().stream(
+            "POST", host.address + PATHS[call.kind], json=body, headers=self._headers()
+        )
+        host.running += 1
+        try:
+            async with AsyncExitStack() as stack:
+                async with _limit(self.timeouts.first, call):
+                    reply = await stack.enter_async_context(request)
+                    await _check_reply(reply, host)
+                events = await stack.enter_async_context(
+                    aclosing(self._read(reply, reader, host, call))
+                )
+                async for event in events:
+                    yield event
+            host.note_success()
+            yield reader.finish()
+        except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
+            host.note_failure()
+            raise _NotReached(host, error) from error
+        except (httpx2.TimeoutException, TimeoutError) as error:
+            raise _too_slow(host, call) from error
+        except httpx2.HTTPError as error:
+            raise broken(host.name, str(error) or type(error).__name__) from error
+        finally:
+            host.running -= 1
+
+    async def _read(
+        self, reply: httpx2.Response, reader: ChunkReader, host: Host, call: Call
+    ) -> AsyncGenerator[Event, None]:
+        parser = EventParser()
+        limit = self.timeouts.first
+        received = reply.aiter_bytes()
+        while not reader.done:
+            try:
+                async with _limit(limit, call):
+                    part = await anext(received)
+                chunks = parser.feed(part)
+            except StopAsyncIteration:
+                return
+            except ValueError as error:
+                raise broken(host.name, str(error)) from error
+            for chunk in chunks:
+                for event in reader.read(chunk):
+                    limit = self.timeouts.between
+                    yield event
+
+
+class _NotReached(Exception):
+    """Nobody answered at an address, so nothing was begun there."""
+
+    def __init__(self, host: Host, error: Exception) -> None:
+        super().__init__(host.name)
+        self.refusal = _unreachable(host.name, str(error) or type(error).__name__)
+
+    def __str__(self) -> str:
+        return str(self.refusal)
+
+
+def count_choices(call: Call) -> int:
+    """Count the choices that a call asks for."""
+    prompts = 1 if call.kind == "chat" else len(split_prompts(call.body.get("prompt")))
+    return prompts * int(call.body.get("n") or 1)
+
+
+async def _check_reply(reply: httpx2.Response, host: Host) -> None:
+    media = reply.headers.get("content-type", "")
+    if reply.status_code == 200 and media.startswith("text/event-stream"):
+        return
+    content = bytearray()
+    async for part in reply.aiter_bytes():
+        content += part
+        if len(content) > MOST_ERROR_BYTES:
+            break
+    if reply.status_code == 200:
+        raise broken(host.name, f"its answer is '{media[:60]}' and no stream of events")
+    after = reply.headers.get("retry-after", "")
+    raise upstream_error(
+        reply.status_code,
+        _read_json(bytes(content)),
+        host.name,
+        retry_after=float(after) if after.isdecimal() else None,
+    )
+
+
+def _limit(seconds: float, call: Call) -> asyncio.Timeout:
+    """End what takes longer than this, or than the call may."""
+    left = call.seconds_left
+    return asyncio.timeout(seconds if left is None else max(0.0, min(seconds, left)))
+
+
+def _read_json(content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return content[:200].decode("utf-8", "replace")
+
+
+def _unreachable(host: str, reason: str) -> ServeError:
+    return ServeError(
+        f"The model at {host} cannot be reached: {reason}.",
+        status=503,
+        kind="server_error",
+        code="upstream_unreachable",
+        retry_after=5.0,
+    )
+
+
+def _too_slow(host: Host, call: Call) -> ServeError:
+    left = call.seconds_left
+    if left is not None and left <= 0:
+        return ServeError(
+            "The answer was not done in the time that it may take.",
+            status=408,
+            kind="timeout_error",
+            code="request_timeout",
+        )
+    host.note_failure()
+    return ServeError(
+        f"The model at {host.name} did not go on in time.",
+        status=504,
+        kind="server_error",
+        code="upstream_timeout",
+    )

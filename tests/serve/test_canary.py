@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+
+import pytest
+from tests.serve.helpers_quality import Clock, ScriptedBackend, answer, collect, failure, make_call
+
+from halfbyte.errors import ConfigError
+from halfbyte.serve.exchange import Served
+from halfbyte.serve.quality_config import QualityConfig
+from halfbyte.serve.rollout.canary import Canary
+from halfbyte.serve.rollout.sequential import requests_until_rejected
+from halfbyte.serve.routing.router import Router
+
+GOOD = answer("a good answer of several words")
+LOOP = answer("again and again " + "so it goes " * 12)
+
+
+def trial(candidate_script, tmp_path=None, *, seed=1, requests=4000, **settings):
+    """A router with a canary, asked until the trial is over."""
+    config = QualityConfig(
+        canary_share=0.2,
+        evidence=None if tmp_path is None else str(tmp_path),
+        breaker_failures=10**9,
+        **settings,
+    )
+    router = Router(ScriptedBackend("small", GOOD), config=config)
+    new = ScriptedBackend("new", candidate_script)
+    decisions = []
+    canary = Canary("new@1", config, decide=decisions.append, seed=seed, clock=Clock())
+    router.set_canary(new, canary)
+    router.add_observer(canary.observe)
+
+    async def run():
+        texts = set()
+        while canary.status == "running" and canary.num_requests < requests:
+            texts.add((await collect(router, make_call()))[0])
+        return texts
+
+    return canary, decisions, asyncio.run(run()), new
+
+
+@pytest.mark.parametrize("script", [[failure()], LOOP, GOOD[:3]], ids=["error", "loop", "cut"])
+def test_candidate_that_is_worse_on_purpose_goes_within_the_promise_and_no_client_notices(script):
+    canary, decisions, texts, new = trial(script)
+    promised = requests_until_rejected((0.0, 1.0), 0.2, 0.05)
+    assert canary.status == "rolled back"
+    assert decisions == [canary]
+    assert canary.num_requests <= promised
+    assert texts == {"a good answer of several words"}
+    assert canary.arms["canary"].failures == canary.arms["canary"].requests == len(new.calls)
+    assert canary.arms["primary"].failures == 0
+    # Once it is over, nothing goes to it any more.
+    assert not any(canary.pick(make_call()) for _ in range(100))
+
+
+def test_candidate_that_is_as_good_is_promoted_with_the_evidence_kept(tmp_path):
+    canary, decisions, _, new = trial(GOOD, tmp_path)
+    assert (canary.status, decisions) == ("promoted", [canary])
+    kept = json.loads((tmp_path / "canary.json").read_text())
+    assert (kept["verdict"], kept["status"]) == ("pass", "promoted")
+    assert kept["requests"] == canary.num_requests < 4000
+    assert kept["arms"]["canary"]["requests"] == len(new.calls)
+    assert kept["evidence_as_good"] >= kept["evidence_needed"] == pytest.approx(2.9957, abs=1e-4)
+    assert kept["reason"].startswith("it fails less than 2 points more often")
+
+
+def test_slightly_worse_candidate_is_not_promoted():
+    rng = random.Random(5)
+
+    def script(call):
+        return [failure()] if rng.random() < 0.3 else GOOD
+
+    canary, *_ = trial(script)
+    assert canary.status == "rolled back"
+
+
+def test_without_a_decision_it_goes_after_the_last_request():
+    canary, *_ = trial(GOOD, canary_requests=50)
+    assert (canary.status, canary.num_requests) == ("rolled back", 50)
+    assert canary.reason == "no decision within 50 requests"
+
+
+def test_trial_goes_on_after_a_restart_and_a_decided_one_stays_decided(tmp_path):
+    first, _, _, _ = trial(GOOD, tmp_path, requests=300)
+    assert first.status == "running"
+    first.save(wait=True)
+    again, decisions, _, _ = trial(GOOD, tmp_path, seed=2, requests=0)
+    assert again.num_requests == 300
+    assert again.evidence()["evidence_as_good"] == first.evidence()["evidence_as_good"]
+    assert again.started == first.started
+    done, decisions, _, _ = trial([failure()], tmp_path, seed=2)
+    assert done.status == "rolled back"
+    assert done.num_requests > 300
+    after, decisions, _, new = trial([failure()], tmp_path)
+    assert (after.status, decisions, new.calls) == ("rolled back", [], [])
+
+
+def test_other_candidate_or_other_settings_begin_anew_and_keep_the_old_evidence(tmp_path):
+    trial([failure()], tmp_path)
+    canary, *_ = trial(GOOD, tmp_path, canary_margin=0.1)
+    assert canary.status == "promoted"
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert len(files) == 2
+    assert json.loads((tmp_path / files[0]).read_text())["status"] == "rolled back"
+
+
+def test_damaged_evidence_is_named(tmp_path):
+    (tmp_path / "canary.json").write_text('{"candidate": "new@1"')
+    with pytest.raises(ConfigError, match=r"canary\.json.*Move the file away"):
+        trial(GOOD, tmp_path)
+
+
+@pytest.mark.parametrize(("surprise", "status"), [(1.0, "promoted"), (4.5, "rolled back")])
+@pytest.mark.parametrize("told", ["entropy", "logprob"])
+def test_candidate_that_writes_nonsense_is_found_by_how_unsure_it_is(surprise, status, told):
+    rng = random.Random(3)
+
+    def saying(mean):
+        def script(call):
+            value = rng.gauss(mean, 0.2)
+            if told == "entropy":
+                return answer("some words or other", entropy=value)
+            return answer("some words or other", logprob=-value)
+
+        return script
+
+    config = QualityConfig(canary_share=0.3, canary_margin=0.1)
+    small = ScriptedBackend("small", saying(1.0))
+    new = ScriptedBackend("new", saying(surprise))
+    router = Router(small, config=config)
+    canary = Canary("new", config, seed=1)
+    router.set_canary(new, canary)
+    router.add_observer(canary.observe)
+
+    async def run():
+        while canary.status == "running":
+            got = [e async for e in router.stream(make_call(), Served())]
+            # What is asked of the models for the trial is not what the client asked for.
+            assert all(getattr(event, "logprobs", None) is None for event in got)
+
+    asyncio.run(run())
+    assert canary.status == status
+    assert small.calls[0].body["logprobs"] is True
+    if status == "rolled back":
+        assert canary.arms["canary"].causes["nonsense"] > 0
+        assert canary.num_requests < 200
+    # Rare outliers of the present model itself are no more than they should be.
+    assert canary.arms["primary"].failures <= 2
+
+
+def test_requests_that_tell_nothing_do_not_count():
+    config = QualityConfig(canary_share=0.5)
+    small = ScriptedBackend("small", [30.0])
+    router = Router(small, fallbacks=[ScriptedBackend("large", GOOD)], config=config)
+    canary = Canary("new", config, seed=1)
+    router.set_canary(ScriptedBackend("new", [30.0]), canary)
+    router.add_observer(canary.observe)
+
+    async def run():
+        for _ in range(10):
+            task = asyncio.ensure_future(collect(router, make_call()))
+            await asyncio.sleep(0.001)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        await collect(router, make_call(tags=["critical"]))
+
+    asyncio.run(run())
+    assert canary.num_requests == 0
+
+
+def test_candidate_with_an_open_breaker_counts_as_failing():
+    config = QualityConfig(canary_share=0.5, breaker_failures=2, breaker_seconds=1000.0)
+    router = Router(ScriptedBackend("small", GOOD), config=config)
+    canary = Canary("new", config, seed=1)
+    new = ScriptedBackend("new", [failure()])
+    router.set_canary(new, canary)
+    router.add_observer(canary.observe)
+
+    async def run():
+        for _ in range(12):
+            await collect(router, make_call())
+
+    asyncio.run(run())
+    arm = canary.arms["canary"]
+    assert len(new.calls) == 2
+    assert arm.requests == arm.failures > 2
+    assert arm.causes["breaker"] == arm.failures - 2

@@ -1,0 +1,424 @@
+"""Who may ask, how much, and how a server stops."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx2
+import pytest
+from tests.serve.helpers_scripted import DEFAULT_ANSWER, ScriptedEngine
+from tests.serve.helpers_server import serve
+from tests.serve.helpers_text import make_tokenizer
+
+from halfbyte.errors import ConfigError, ServeError
+from halfbyte.serve.adapters import AdapterFolder
+from halfbyte.serve.api.gateway import Gateway
+from halfbyte.serve.assembly import read_keys
+from halfbyte.serve.config import ServeConfig, is_loopback
+from halfbyte.serve.embedded import EmbeddedBackend
+from halfbyte.serve.keys import ApiKeys, read_key_file
+from halfbyte.serve.limits import Limits
+
+SECRET = "s3cret-of-ann"
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}
+JSON = {"Content-Type": "application/json"}
+
+
+def make_gateway(config=None, keys=(), adapters=None, **engine):
+    config = config or ServeConfig()
+    engine = ScriptedEngine(tokenizer=make_tokenizer(), **engine)
+    backend = EmbeddedBackend(engine, engine.tokenizer, model="tiny", config=config)
+    control = None if adapters is None else AdapterFolder(adapters, backend)
+    gateway = Gateway(
+        backend=backend,
+        config=config,
+        keys=ApiKeys.parse(keys),
+        text_tools=backend,
+        adapters=control,
+        metrics=lambda: "metric 1\n",
+    )
+    return gateway, engine
+
+
+def bearer(secret):
+    return {"Authorization": f"Bearer {secret}"}
+
+
+def test_every_path_but_health_needs_a_key(caplog):
+    gateway, _ = make_gateway(keys=[f"ann:{SECRET}", "bob:another-secret"])
+    with serve(gateway) as server:
+        for method, path in (
+            ("GET", "/v1/models"),
+            ("GET", "/metrics"),
+            ("GET", "/version"),
+            ("POST", "/v1/chat/completions"),
+            ("POST", "/tokenize"),
+            ("GET", "/no/such/path"),
+        ):
+            for headers in ({}, bearer("wrong-secret"), {"Authorization": f"Basic {SECRET}"}):
+                reply = httpx2.request(method, server.address + path, headers=headers)
+                assert reply.status_code == 401, path
+                assert reply.headers["www-authenticate"] == "Bearer"
+                assert reply.json()["error"]["code"] == "invalid_api_key"
+        assert httpx2.get(f"{server.address}/health").status_code == 200
+        assert httpx2.get(f"{server.address}/ready").status_code == 200
+        for secret in (SECRET, "another-secret"):
+            reply = httpx2.get(f"{server.v1}/models", headers=bearer(secret))
+            assert reply.status_code == 200
+        reply = httpx2.get(f"{server.address}/metrics", headers=bearer(SECRET))
+        assert reply.text == "metric 1\n"
+    assert SECRET not in caplog.text
+
+
+def test_engine_learns_the_keys_name_and_never_the_secret():
+    gateway, engine = make_gateway(keys=[f"ann:{SECRET}"])
+    with serve(gateway) as server:
+        httpx2.post(f"{server.v1}/chat/completions", json=CHAT, headers=bearer(SECRET))
+    assert engine.requests[-1].key == "ann"
+    assert SECRET not in repr(gateway)
+
+
+def test_without_keys_only_names_of_this_machine_are_answered():
+    with serve(make_gateway(ServeConfig(allowed_hosts=("box.lan",)))[0]) as server:
+        port = server.address.rpartition(":")[2]
+        for host, status in (
+            (f"127.0.0.1:{port}", 200),
+            (f"localhost:{port}", 200),
+            (f"[::1]:{port}", 200),
+            ("BOX.lan", 200),
+            ("evil.example", 421),
+            (f"evil.example:{port}", 421),
+            ("127.0.0.1.evil.example", 421),
+            ("", 421),
+        ):
+            reply = httpx2.get(f"{server.v1}/models", headers={"Host": host})
+            assert reply.status_code == status, host
+
+
+def test_page_in_a_browser_cannot_post():
+    with serve(make_gateway()[0]) as server:
+        for media in ("text/plain", "application/x-www-form-urlencoded", ""):
+            reply = httpx2.post(
+                f"{server.v1}/chat/completions",
+                content=json.dumps(CHAT),
+                headers={"Content-Type": media},
+            )
+            assert reply.status_code == 415, media
+
+
+def test_key_entries():
+    hashed = "sha256:" + "ab" * 32
+    keys = ApiKeys.parse([f"ann:{SECRET}", "loose-secret", f"carl:{hashed}"])
+    assert [name for name, _ in keys.hashes] == ["ann", "key2", "carl"]
+    assert keys.find(SECRET) == "ann"
+    assert keys.find("loose-secret") == "key2"
+    assert keys.find(hashed) is keys.find("") is keys.find("\udcff") is None
+    assert SECRET not in repr(keys)
+    for entries, said in (
+        (["ann:short"], "'ann' has 5 characters; it needs 8"),
+        (["a/b:long-enough-secret"], "name of API key 1 is not one"),
+        (["ann:long-enough-1", "ann:long-enough-2"], "Two API keys are called 'ann'"),
+        (["ann:with a space"], "holds a space"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            ApiKeys.parse(entries)
+        assert said in str(caught.value)
+        assert "enough" not in str(caught.value)
+
+
+def test_key_file_and_environment(tmp_path, monkeypatch):
+    path = tmp_path / "keys"
+    path.write_text(f"# who\nann:{SECRET}\n\n  bob:another-secret  \n")
+    path.chmod(0o600)
+    monkeypatch.setenv("HALFBYTE_API_KEYS", "carl:third-secret, dora:fourth-secret")
+    keys = read_keys(ServeConfig(api_key_file=path, api_keys=("eve:fifth-secret",)))
+    assert {name for name, _ in keys.hashes} == {"ann", "bob", "carl", "dora", "eve"}
+    path.chmod(0o644)
+    with pytest.raises(ConfigError, match=r"mode 644\). Run: chmod 600"):
+        read_key_file(path)
+    with pytest.raises(ConfigError, match="Cannot read the API keys"):
+        read_key_file(tmp_path / "none")
+
+
+def test_open_address_without_a_key_is_refused(monkeypatch):
+    monkeypatch.delenv("HALFBYTE_API_KEYS", raising=False)
+    for host in ("0.0.0.0", "::", "box.lan"):
+        with pytest.raises(ConfigError, match=f"Not listening on {host} without an API key"):
+            read_keys(ServeConfig(host=host))
+    assert read_keys(ServeConfig(host="0.0.0.0", api_keys=(f"ann:{SECRET}",)))
+    assert SECRET not in repr(ServeConfig(api_keys=(f"ann:{SECRET}",)))
+    assert [is_loopback(h) for h in ("localhost", "127.3.2.1", "::1", "10.0.0.1", "x")] == (
+        [True, True, True, False, False]
+    )
+
+
+def raw(server, text, wait=5.0):
+    """Send bytes as they are; give what comes back until the server closes or `wait` is over."""
+    host, port = server.address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=wait) as connection:
+        connection.sendall(text)
+        reply = b""
+        try:
+            while part := connection.recv(65536):
+                reply += part
+        except TimeoutError:
+            pass
+    return reply
+
+
+HEAD = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
+def test_body_is_limited_while_it_is_read():
+    config = ServeConfig(body_bytes=2000, body_seconds=0.5)
+    with serve(make_gateway(config)[0]) as server:
+        large = dict(CHAT, user="x" * 3000)
+        reply = httpx2.post(f"{server.v1}/chat/completions", json=large)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (413, "request_too_large")
+        # No length announced: counted as it comes, and not read to its end.
+        chunk = f"{1000:x}\r\n".encode() + b"x" * 1000 + b"\r\n"
+        chunked = (HEAD + "Transfer-Encoding: chunked\r\n\r\n").encode() + chunk * 3
+        assert b" 413 " in raw(server, chunked, wait=3).partition(b"\r\n")[0]
+        # Announced and never sent.
+        start = time.monotonic()
+        slow = (HEAD + "Content-Length: 100\r\n\r\n{").encode()
+        assert b" 408 " in raw(server, slow, wait=3).partition(b"\r\n")[0]
+        assert time.monotonic() - start < 3
+        reply = httpx2.post(f"{server.v1}/chat/completions", json=CHAT)
+        assert reply.status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"x"',
+        b"[" * 100_000,
+        b'{"model": NaN}',
+        b'{"model": "tiny", "messages": [], "x": Infinity}',
+        b"\xff\xfe",
+        b'{"model": "\\ud800", "messages": [{"role": "user", "content": "x"}]}',
+        b'{"model": "tiny", "seed": 1e999, "messages": [{"role": "user", "content": "x"}]}',
+        b'{"model": "tiny", "n": ' + b"9" * 5000 + b"}",
+    ],
+)
+def test_no_body_breaks_the_server(body):
+    with serve(make_gateway()[0]) as server:
+        for path in ("chat/completions", "completions"):
+            reply = httpx2.post(f"{server.v1}/{path}", content=body, headers=JSON)
+            assert reply.status_code == 400, reply.text
+            assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_limits_of_a_key_do_not_touch_another():
+    limits = Limits(most=3, most_per_key=2, tokens_per_minute=100)
+    with limits.enter("ann"), limits.enter("ann"):
+        with pytest.raises(ServeError, match="2 requests at once") as caught, limits.enter("ann"):
+            pass
+        assert (caught.value.status, caught.value.retry_after) == (429, 1.0)
+        refused = pytest.raises(ServeError, match="has 3 requests")
+        with limits.enter("bob"), refused, limits.enter("carl"):
+            pass
+    assert limits.running == 0
+    limits.count_tokens("ann", 60)
+    with limits.enter("ann"):
+        limits.count_tokens("ann", 60)
+    with pytest.raises(ServeError, match="took 120 tokens") as caught, limits.enter("ann"):
+        pass
+    assert 50 < caught.value.retry_after <= 60
+    with limits.enter("bob"):
+        pass
+
+
+def test_requests_over_a_keys_limit_get_429_and_the_others_an_answer():
+    gateway, _ = make_gateway(
+        ServeConfig(key_requests=2), keys=["ann:first-secret", "bob:second-secret"], delay=0.02
+    )
+    with serve(gateway) as server, ThreadPoolExecutor(8) as pool:
+
+        def post(secret):
+            return httpx2.post(
+                f"{server.v1}/chat/completions", json=CHAT, headers=bearer(secret), timeout=20
+            )
+
+        replies = [pool.submit(post, "first-secret") for _ in range(6)]
+        time.sleep(0.3)
+        other = pool.submit(post, "second-secret")
+        codes = sorted(reply.result().status_code for reply in replies)
+        assert codes == [200, 200, 429, 429, 429, 429]
+        assert other.result().status_code == 200
+    refused = [r.result() for r in replies if r.result().status_code == 429]
+    assert all(reply.headers["retry-after"] == "1" for reply in refused)
+
+
+def test_key_pays_for_its_tokens():
+    gateway, _ = make_gateway(ServeConfig(key_tokens=50), keys=["ann:first-secret"])
+    with serve(gateway) as server:
+        codes = [
+            httpx2.post(
+                f"{server.v1}/chat/completions", json=CHAT, headers=bearer("first-secret")
+            ).status_code
+            for _ in range(3)
+        ]
+    assert codes == [200, 429, 429] or codes == [200, 200, 429]
+
+
+def test_choices_are_limited():
+    with serve(make_gateway(ServeConfig(most_choices=4))[0]) as server:
+        reply = httpx2.post(f"{server.v1}/chat/completions", json=dict(CHAT, n=5))
+        assert reply.status_code == 400
+        assert "5 choices" in reply.json()["error"]["message"]
+        body = {"model": "tiny", "prompt": ["a", "b", "c"], "n": 2}
+        reply = httpx2.post(f"{server.v1}/completions", json=body)
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, "prompt")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_answer_that_takes_too_long_is_ended(stream, monkeypatch):
+    monkeypatch.setattr("halfbyte.serve.api.gateway.GRACE_SECONDS", 0.1)
+    gateway, engine = make_gateway(ServeConfig(request_seconds=0.3), delay=0.1)
+    with serve(gateway) as server:
+        reply = httpx2.post(
+            f"{server.v1}/chat/completions", json=dict(CHAT, stream=stream), timeout=20
+        )
+        assert "request_timeout" in reply.text
+        assert reply.status_code == (200 if stream else 408)
+        assert "[DONE]" not in reply.text
+        assert engine.running == 0
+        # A client may ask for less time, not for more.
+        for header, status in (("0.2", 408), ("99", 408), ("soon", 400), ("-1", 400), ("nan", 400)):
+            reply = httpx2.post(
+                f"{server.v1}/chat/completions",
+                json=CHAT,
+                headers={"X-Halfbyte-Timeout": header},
+                timeout=20,
+            )
+            assert reply.status_code == status, header
+
+
+def test_adapters_load_by_name_from_their_folder_only(tmp_path):
+    for name in ("good", "bad"):
+        (tmp_path / "adapters" / name).mkdir(parents=True)
+    (tmp_path / "adapters" / "good" / "adapter_config.json").write_text("{}")
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapters" / "link").symlink_to(tmp_path / "outside")
+    gateway, engine = make_gateway(keys=["ann:first-secret"], adapters=tmp_path / "adapters")
+    headers = bearer("first-secret")
+    with serve(gateway) as server:
+
+        def post(action, name, **extra):
+            return httpx2.post(
+                f"{server.v1}/{action}_lora_adapter",
+                json={"lora_name": name, **extra},
+                headers=headers,
+            )
+
+        assert httpx2.post(f"{server.v1}/load_lora_adapter", json={}).status_code == 401
+        for name in ("bad", "none", "link", "..", "../outside", "good/..", "/etc", "good\x00"):
+            assert post("load", name).status_code in (400, 404), name
+        # vLLM takes a path here; this server does not.
+        assert post("load", "good", lora_path="/etc").status_code == 400
+        assert engine.adapters == ()
+        assert post("load", "good").json() == {"status": "loaded", "id": "good"}
+        assert post("load", "good").status_code == 409
+        models = httpx2.get(f"{server.v1}/models", headers=headers).json()["data"]
+        assert [model["id"] for model in models] == ["tiny", "good"]
+        reply = httpx2.post(
+            f"{server.v1}/chat/completions", json=dict(CHAT, model="good"), headers=headers
+        )
+        assert reply.json()["model"] == "good"
+        assert engine.requests[-1].adapter == "good"
+        assert post("unload", "good").status_code == 200
+        assert post("unload", "good").status_code == 404
+
+
+def test_draining_refuses_new_requests_and_finishes_running_ones():
+    gateway, _ = make_gateway(delay=0.03)
+    with serve(gateway) as server, ThreadPoolExecutor(1) as pool:
+
+        def post():
+            return httpx2.post(f"{server.v1}/chat/completions", json=CHAT, timeout=20)
+
+        running = pool.submit(post)
+        while not gateway.limits.running:
+            time.sleep(0.01)
+        server.loop.call_soon_threadsafe(server.server.drain)
+        time.sleep(0.1)
+        assert httpx2.get(f"{server.address}/ready").status_code == 503
+        assert httpx2.get(f"{server.address}/health").status_code == 200
+        refused = post()
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+        assert "retry-after" in refused.headers
+        answer = running.result()
+    assert answer.json()["choices"][0]["message"]["content"] == DEFAULT_ANSWER
+
+
+def test_draining_ends_in_time_whatever_runs():
+    gateway, engine = make_gateway(
+        ServeConfig(drain_seconds=0.3), delay=0.2, script={"hello": "word " * 200}
+    )
+    start = time.monotonic()
+    with serve(gateway) as server:
+
+        def post():
+            body = dict(CHAT, stream=True)
+            request = httpx2.stream("POST", f"{server.v1}/chat/completions", json=body)
+            with pytest.raises(httpx2.HTTPError), request as reply:
+                list(reply.iter_lines())
+
+        thread = threading.Thread(target=post)
+        thread.start()
+        while not gateway.limits.running:
+            time.sleep(0.01)
+    thread.join(10)
+    assert time.monotonic() - start < 10
+    assert engine.running == 0
+
+
+def test_failure_inside_says_nothing_of_it(caplog):
+    gateway, _ = make_gateway(script={"hello": RuntimeError("secret path")})
+    with serve(gateway) as server:
+        reply = httpx2.post(f"{server.v1}/chat/completions", json=CHAT)
+        assert reply.status_code == 500
+        assert reply.json()["error"]["code"] == "internal_error"
+        assert "secret path" not in reply.text
+        streamed = httpx2.post(f"{server.v1}/chat/completions", json=dict(CHAT, stream=True))
+        assert streamed.status_code == 500
+    assert "secret path" in caplog.text
+
+
+def test_keep_alive_and_pipelining_survive_a_disconnect():
+    with serve(make_gateway()[0]) as server:
+        host = server.address.removeprefix("http://")
+        connection = http.client.HTTPConnection(host, timeout=10)
+        for _ in range(3):
+            connection.request("POST", "/v1/chat/completions", json.dumps(CHAT), JSON)
+            reply = connection.getresponse()
+            assert json.loads(reply.read())["choices"][0]["finish_reason"] == "stop"
+        connection.close()
+
+
+def test_many_at_once_are_all_answered():
+    gateway, _ = make_gateway(delay=0.001)
+
+    async def ask_all(address):
+        async with httpx2.AsyncClient(timeout=30) as client:
+            return await asyncio.gather(
+                *(client.post(f"{address}/chat/completions", json=CHAT) for _ in range(50))
+            )
+
+    with serve(gateway) as server:
+        replies = asyncio.run(ask_all(server.v1))
+    texts = {reply.json()["choices"][0]["message"]["content"] for reply in replies}
+    assert texts == {DEFAULT_ANSWER}
+    assert gateway.limits.running == 0

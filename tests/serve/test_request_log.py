@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import sqlite3
+import stat
+import subprocess
+import time
+
+import pytest
+from tests.serve.helpers_quality import ScriptedBackend, answer, collect, failure, make_call
+
+from halfbyte.errors import ConfigError
+from halfbyte.serve.routing.router import Router
+from halfbyte.serve.watch.request_log import RequestLog, redact
+
+GOOD = answer("Write to jane.doe@example.org or call +49 170 1234567 .")
+
+
+def ask(log, count=1, text="Say something.", script=GOOD, **call):
+    router = Router(
+        ScriptedBackend("small", [failure()] if script is None else script),
+        fallbacks=[ScriptedBackend("large", GOOD, models=("big",), version="v7")],
+        observers=[log.observe],
+    )
+
+    async def run():
+        for _ in range(count):
+            await collect(router, make_call(text, **call))
+
+    asyncio.run(run())
+
+
+def rows(path):
+    connection = sqlite3.connect(path)
+    connection.row_factory = sqlite3.Row
+    try:
+        return [dict(row) for row in connection.execute("select * from requests order by rowid")]
+    finally:
+        connection.close()
+
+
+def test_requests_are_written_redacted_and_for_their_owner_only(tmp_path):
+    path = tmp_path / "log.sqlite"
+    log = RequestLog(path)
+    ask(log, text="My key is sk-abcdefghijklmnop1234 and I am at bob@example.com", script=None)
+    log.close()
+    (row,) = rows(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert (row["backend"], row["model"], row["version"], row["reason"]) == (
+        "large", "big", "v7", "error",
+    )  # fmt: skip
+    assert (row["status"], row["prompt_tokens"], row["completion_tokens"]) == (200, 5, 9)
+    assert [a["cause"] for a in json.loads(row["attempts"])] == ["error", ""]
+    asked = json.loads(row["request"])["messages"][0]["content"]
+    assert asked == "My key is [secret] and I am at [email]"
+    assert json.loads(row["answer"])["0"] == "Write to [email] or call [phone] ."
+
+
+def test_without_texts_there_are_only_figures(tmp_path):
+    log = RequestLog(tmp_path / "log.sqlite", texts=False)
+    ask(log)
+    log.close()
+    (row,) = rows(tmp_path / "log.sqlite")
+    assert (row["request"], row["answer"], row["completion_tokens"]) == (None, None, 9)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a@b.co, c.d+e@mail.example.org", "[email], [email]"),
+        ("DE89 3704 0044 0532 0130 00 is mine", "[iban] is mine"),
+        ("4111 1111 1111 1111", "[card]"),
+        ("call (030) 901820 11 or 555-123-4567", "call [phone] or [phone]"),
+        ("Authorization: Bearer abc.def-123456", "Authorization: Bearer [secret]"),
+        ("hf_AbCdEfGhIjKlMnOpQr", "[secret]"),
+        ("eyJhbGciOiJI.eyJzdWIiOiIx.SflKxwRJSMeK", "[secret]"),
+        ("10.0.0.12", "[address]"),
+        ("In 2024 there were 12 apples, 3.14 and 1,000.", None),
+        ("on 2024-01-15 at 10:30", None),
+        ("version 1.2.3", None),
+    ],
+)
+def test_redaction_knows_forms_and_leaves_plain_numbers(text, expected):
+    assert redact(text) == (text if expected is None else expected)
+
+
+def test_old_rows_make_room(tmp_path):
+    log = RequestLog(tmp_path / "log.sqlite", rows=10)
+    ask(log, 35)
+    log.close()
+    # It is looked at every so many rows: a few more than asked may be there.
+    found = rows(tmp_path / "log.sqlite")
+    assert 10 <= len(found) <= 20
+    assert found[-1]["id"] > found[0]["id"]
+
+
+def test_full_disk_costs_rows_and_no_request(tmp_path):
+    dropped = []
+    log = RequestLog(tmp_path / "log.sqlite", dropped=dropped.append, max_pages=12)
+    ask(log, 400, text="word " * 100)
+    log.close()
+    kept = len(rows(tmp_path / "log.sqlite"))
+    assert kept > 0
+    assert sum(dropped) == 400 - kept > 100
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system with room for next to nothing."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no right to mount a small disk here")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_log_goes_on_when_there_is_room_again(small_disk):
+    dropped = []
+    log = RequestLog(small_disk / "log.sqlite", dropped=dropped.append)
+    filler = small_disk / "filler"
+    ask(log, 5)
+    time.sleep(0.2)
+    fill = ["dd", "if=/dev/zero", f"of={filler}", "bs=4096"]
+    assert b"No space left" in subprocess.run(fill, capture_output=True).stderr
+    start = time.perf_counter()
+    for _ in range(40):
+        ask(log, 5, text="word " * 200)
+    assert time.perf_counter() - start < 5
+    for _ in range(100):
+        if sum(dropped):
+            break
+        time.sleep(0.05)
+    assert sum(dropped) > 0
+    filler.unlink()
+    time.sleep(0.2)
+    ask(log, 3, text="after")
+    log.close()
+    assert "after" in rows(small_disk / "log.sqlite")[-1]["request"]
+
+
+def test_log_that_cannot_be_made_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"Cannot write the request log .*none/log"):
+        RequestLog(tmp_path / "none" / "log.sqlite")
+
+
+def test_slow_disk_fills_the_queue_and_holds_nobody_up(tmp_path, monkeypatch):
+    dropped = []
+    log = RequestLog(tmp_path / "log.sqlite", dropped=dropped.append)
+    blocker = sqlite3.connect(tmp_path / "log.sqlite")
+    blocker.execute("begin exclusive")
+    start = time.perf_counter()
+    ask(log, 1500)
+    assert time.perf_counter() - start < 5
+    assert sum(dropped) >= 250
+    blocker.rollback()
+    blocker.close()
+    log.close()
+    assert len(rows(tmp_path / "log.sqlite")) + sum(dropped) == 1500

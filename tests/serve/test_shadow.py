@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+
+import pytest
+from tests.serve.helpers_quality import ScriptedBackend, answer, collect, failure, make_call
+
+from halfbyte.errors import ServeError
+from halfbyte.serve.quality_config import QualityConfig
+from halfbyte.serve.rollout.shadow import AT_ONCE, Shadow, agreement
+from halfbyte.serve.routing.router import Router
+
+GOOD = answer("a good answer of several words")
+
+
+def shadowed(script, *, requests=30, tmp_path=None, pause=0.0, **settings):
+    settings.setdefault("shadow_share", 1.0)
+    config = QualityConfig(evidence=str(tmp_path) if tmp_path else None, **settings)
+    candidate = ScriptedBackend("new", script, models=("new-model",))
+    alarms = []
+    shadow = Shadow(candidate, config, alarm=alarms.append, seed=1)
+    router = Router(ScriptedBackend("small", GOOD), config=config, observers=[shadow.observe])
+
+    async def run():
+        for _ in range(requests):
+            text, served = await collect(router, make_call())
+            assert (text, served.backend) == ("a good answer of several words", "small")
+            await asyncio.sleep(pause)
+        for _ in range(20):
+            await asyncio.sleep(0.002)
+        running = candidate.running
+        await shadow.close()
+        return running
+
+    return shadow, candidate, alarms, asyncio.run(run())
+
+
+def test_copies_are_compared_and_never_given(tmp_path):
+    other = answer("a good answer of other words")
+    shadow, candidate, alarms, _ = shadowed(other, tmp_path=tmp_path, pause=0.001)
+    assert shadow.counts["compared"] == len(candidate.calls) == 30
+    assert candidate.calls[0].body["model"] == "new-model"
+    found = json.loads((tmp_path / "shadow.json").read_text())
+    assert found["agreement"] == pytest.approx(4 / 6)
+    assert found["identical"] == 0
+    assert found["counts"]["compared"] == 30
+    assert alarms == []
+
+
+def test_only_a_share_is_copied():
+    shadow, *_ = shadowed(GOOD, requests=400, shadow_share=0.25, pause=0.0005)
+    assert 60 < shadow.counts["compared"] < 140
+    assert shadow.evidence()["identical"] == 1.0
+
+
+def test_hung_candidate_holds_two_copies_and_nobody_up():
+    shadow, candidate, _, running = shadowed([math.inf], requests=50, idle_timeout=30.0)
+    assert running == AT_ONCE
+    assert shadow.counts["skipped"] == 48
+    assert (candidate.running, candidate.cancelled) == (0, AT_ONCE)
+
+
+def test_candidate_that_fails_raises_one_alarm():
+    shadow, _, alarms, _ = shadowed([failure()], pause=0.001)
+    assert shadow.counts["candidate:error"] == 30
+    assert len(alarms) == 1
+    assert "of the same" in alarms[0]
+
+
+def test_request_that_the_candidate_refuses_says_nothing_about_it():
+    shadow, _, alarms, _ = shadowed([ServeError("too long", status=400)], pause=0.001)
+    assert (shadow.counts["refused"], shadow.counts["compared"], alarms) == (30, 0, [])
+
+
+def test_agreement_is_the_share_before_the_first_other_word():
+    assert agreement("a b c d", "a b x d") == 0.5
+    assert agreement("", "") == 1.0
+    assert agreement("a", "") == 0.0
+    assert agreement("a b", "a b c d") == 0.5

@@ -1,0 +1,178 @@
+"""Stop strings, tool calls and spelling, against any cut of the text into pieces."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.serve.helpers_text import make_tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
+
+from halfbyte.integrations.generation import TextStream
+from halfbyte.serve.text.spelling import Spelling
+from halfbyte.serve.text.stops import StopFilter
+from halfbyte.serve.text.tool_calls import (
+    FORCED,
+    HERMES,
+    LLAMA,
+    MISTRAL,
+    ToolCallFilter,
+    find_form,
+    read_calls,
+)
+
+
+def cut(text, places):
+    edges = sorted({0, len(text), *(place % (len(text) + 1) for place in places)})
+    return [text[a:b] for a, b in pairwise(edges)]
+
+
+@given(
+    text=st.text("abc", max_size=30),
+    stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
+    places=st.lists(st.integers(0, 30), max_size=10),
+)
+def test_stop_filter_equals_a_search_in_the_whole_text(text, stops, places):
+    found = [stop for stop in stops if stop in text]
+    stop_filter = StopFilter(stops)
+    whole = "".join(stop_filter.feed(piece) for piece in cut(text, places)) + stop_filter.finish()
+    assert stop_filter.hit == bool(found)
+    if not found:
+        assert whole == text
+    else:
+        assert text.startswith(whole)
+        assert any(text[len(whole) :].startswith(stop) for stop in stops)
+        assert not any(stop in whole for stop in stops)
+
+
+@given(st.text(max_size=40))
+def test_text_stream_gives_the_text_back_whole(text):
+    tokenizer = make_tokenizer()
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    stream = TextStream(tokenizer)
+    pieces = [stream.add(token) for token in ids]
+    assert "".join(pieces) + stream.finish() == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_text_stream_lets_broken_bytes_go_and_keeps_characters():
+    tokenizer = make_tokenizer()
+    broken = tokenizer.convert_tokens_to_ids("Ł")  # a byte that begins nothing
+    smile = tokenizer("🙂", add_special_tokens=False)["input_ids"]
+    assert len(smile) == 4
+    stream = TextStream(tokenizer)
+    pieces = [stream.add(token) for token in [broken] * 8 + smile]
+    assert any(pieces[:8])
+    assert "".join(pieces).endswith("🙂")
+    assert stream.finish() == ""
+    assert TextStream(tokenizer).finish() == ""
+    half = TextStream(tokenizer)
+    assert [half.add(token) for token in smile[:2]] == ["", ""]
+    assert half.finish() == "\N{REPLACEMENT CHARACTER}"
+
+
+CALL = '{"name": "add", "arguments": {"a": 1, "b": "x</tool"}}'
+EXPECTED = [("add", {"a": 1, "b": "x</tool"})]
+FORMS = {
+    "hermes": (HERMES, f"Sure.\n<tool_call>\n{CALL}\n</tool_call>", "Sure.", EXPECTED),
+    "two": (
+        HERMES,
+        f"<tool_call>{CALL}</tool_call>\n<tool_call>{CALL}</tool_call>",
+        "",
+        EXPECTED * 2,
+    ),
+    "unclosed": (HERMES, f"<tool_call>{CALL}", "", EXPECTED),
+    "coder": (
+        HERMES,
+        "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n<parameter=b>\nx</tool\n"
+        "</parameter>\n</function>\n</tool_call>",
+        "",
+        EXPECTED,
+    ),
+    "mistral": (MISTRAL, f"[TOOL_CALLS][{CALL}, {CALL}]", "", EXPECTED * 2),
+    "mistral new": (MISTRAL, '[TOOL_CALLS]add[ARGS]{"a": 1, "b": "x</tool"}', "", EXPECTED),
+    "llama": (LLAMA, CALL.replace("arguments", "parameters"), "", EXPECTED),
+    "llama tag": (LLAMA, f"<|python_tag|>{CALL}; {CALL}", "", EXPECTED * 2),
+    "forced": (FORCED, f"[{CALL}]", "", EXPECTED),
+    "text": (HERMES, "a < b, <tool, no call", "a < b, <tool, no call", []),
+    "unknown tool": (HERMES, "<tool_call>{}</tool_call> x", "<tool_call>{}</tool_call> x", []),
+    "no json": (LLAMA, "{not json", "{not json", []),
+    "other json": (LLAMA, '{"a": 1}', '{"a": 1}', []),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+@given(places=st.lists(st.integers(0, 200), max_size=20))
+def test_calls_are_found_however_the_text_is_cut(name, places):
+    form, text, content, calls = FORMS[name]
+    tool_filter = ToolCallFilter(form, ["add"])
+    texts, found = [], []
+    for piece in cut(text, places):
+        out, more = tool_filter.feed(piece)
+        texts.append(out)
+        found += more
+    out, more = tool_filter.finish()
+    found += more
+    assert "".join(texts) + out == content
+    assert [(call.name, json.loads(call.arguments)) for call in found] == calls
+    assert [call.index for call in found] == list(range(len(calls)))
+
+
+def test_call_of_a_tool_that_was_not_given_is_text():
+    tool_filter = ToolCallFilter(HERMES, ["other"])
+    text = f"<tool_call>{CALL}</tool_call>"
+    assert tool_filter.feed(text) == (text, ())
+
+
+def test_no_more_calls_than_may_come():
+    tool_filter = ToolCallFilter(HERMES, ["add"], most=1)
+    _, calls = tool_filter.feed(f"<tool_call>{CALL}</tool_call>" * 2)
+    assert len(calls) == 1
+    assert tool_filter.full
+    assert tool_filter.finish() == ("", ())
+
+
+@given(st.text('{}[]":,a1 ', max_size=40))
+def test_reading_calls_never_fails(text):
+    assert isinstance(read_calls(text), list)
+
+
+def test_deep_nesting_is_no_call():
+    assert read_calls("[" * 100_000) == []
+
+
+def test_form_by_template_and_ids():
+    assert find_form("... <tool_call> ...") is HERMES
+    assert find_form("... [TOOL_CALLS] ...") is MISTRAL
+    assert find_form("... tools ...") is LLAMA
+    _, calls = ToolCallFilter(MISTRAL, ["add"]).feed("")
+    tool_filter = ToolCallFilter(MISTRAL, ["add"])
+    tool_filter.feed(f"[TOOL_CALLS][{CALL}]")
+    _, calls = tool_filter.finish()
+    assert len(calls[0].id) == 9
+    assert calls[0].id.isalnum()
+
+
+def test_spelling_of_byte_level_tokens():
+    tokenizer = make_tokenizer()
+    spelling = Spelling(tokenizer)
+    ids = tokenizer(" naïve 🙂", add_special_tokens=False)["input_ids"]
+    assert b"".join(spelling.spell(token)[1] for token in ids).decode() == " naïve 🙂"
+    smile = tokenizer("🙂", add_special_tokens=False)["input_ids"]
+    assert spelling.spell(smile[0]) == ("\N{REPLACEMENT CHARACTER}", b"\xf0")
+    assert spelling.spell(tokenizer.eos_token_id) == ("<|im_end|>", b"<|im_end|>")
+    assert spelling.spell(10**6) == ("", b"")
+
+
+def test_spelling_of_sentencepiece_tokens():
+    words = {"<unk>": 0, "▁hello": 1, "<0xE2>": 2, "a": 3}
+    inner = Tokenizer(models.BPE(words, [], byte_fallback=True, unk_token="<unk>"))
+    inner.normalizer = normalizers.Replace(" ", "▁")
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback()])
+    spelling = Spelling(PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>"))
+    assert spelling.spell(1) == (" hello", b" hello")
+    assert spelling.spell(2)[1] == b"\xe2"
+    assert spelling.spell(3) == ("a", b"a")
