@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from halfbyte.environment import API_KEYS, UPSTREAM_KEY, read_variable
-from halfbyte.errors import ConfigError
+from halfbyte.errors import ConfigError, require_extra
 from halfbyte.serve.adapters import AdapterFolder
 from halfbyte.serve.api.gateway import Gateway
 from halfbyte.serve.config import ServeConfig
@@ -159,6 +160,9 @@ def _check(model: str | None, config: ServeConfig, keys: ApiKeys) -> None:
             "--adapters needs an API key: loading and unloading is not for everybody. Set keys by "
             f"--api-key-file or {API_KEYS.name}."
         )
+    if importlib.util.find_spec("peft") is None:
+        missing = require_extra("peft", "finetune", "--adapters")
+        raise missing
 
 
 def _open_gateway(
