@@ -4,8 +4,8 @@
 
 A model of TinyLlama's shape (1.1 billion parameters) with random weights; adapters of rank 16 on
 the query and value projections (or every linear), activations computed again in the backward,
-AdamW. Each base in a process of its own, whose largest resident size during one step after the
-first is taken, less what it was before the model was made.
+the loss of ``halfbyte finetune``, AdamW. Each base in a process of its own, whose largest resident
+size during one step after the first is taken, less what it was before the model was made.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from halfbyte.finetune.config import AdapterConfig
+from halfbyte.finetune.loss import ChunkedLoss
 from halfbyte.finetune.train import attach_adapter
 from halfbyte.kernels.contract import LinearSpec
 from halfbyte.nn.linear import QuantLinear
@@ -87,6 +88,8 @@ def measure(base: str, tokens: int, *, all_linear: bool) -> dict[str, float]:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     targets = () if all_linear else ("q_proj", "v_proj")
     adapted = attach_adapter(model, AdapterConfig(dropout=0.0, targets=targets)).train()
+    loss = ChunkedLoss(adapted)
+    assert loss.obstacle is None
     trained = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained)
     ids = torch.randint(0, CONFIG.vocab_size, (1, tokens))
@@ -96,7 +99,7 @@ def measure(base: str, tokens: int, *, all_linear: bool) -> dict[str, float]:
             release_memory()
             Path("/proc/self/clear_refs").write_text("5")
         start = time.perf_counter()
-        adapted(input_ids=ids, labels=ids).loss.backward()
+        loss({"input_ids": ids, "labels": ids}).backward()
         optimizer.step()
         optimizer.zero_grad()
         seconds = time.perf_counter() - start

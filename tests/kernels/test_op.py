@@ -10,7 +10,7 @@ import torch
 from tests.helpers.packed import RandomLinear, make_linear
 
 from halfbyte.errors import ConfigError
-from halfbyte.kernels import torch_int4, torch_reference
+from halfbyte.kernels import cpu_native, torch_int4, torch_reference
 from halfbyte.kernels.op import dequantize, quantized_linear
 from halfbyte.kernels.registry import KERNELS, find_kernel, why_not
 
@@ -147,7 +147,7 @@ def test_tiles_do_not_change_the_gradient(name, symmetric, act_order, monkeypatc
     kernel, operands = prepared(name, linear)
     gradient = torch.randn(5, 64).bfloat16()
     exact = gradient @ kernel.dequantize(operands, linear.spec, torch.bfloat16)
-    for module in (torch_reference, torch_int4):
+    for module in (torch_reference, torch_int4, cpu_native):
         monkeypatch.setattr(module, "TILE_WEIGHTS", 64 * 32)
     x = torch.randn(5, 128).bfloat16().requires_grad_()
     quantized_linear(x, operands, None, linear.spec, kernel).backward(gradient)

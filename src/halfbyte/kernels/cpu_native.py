@@ -12,6 +12,8 @@ Measured: bench/measure_cpu_layers.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -138,6 +140,16 @@ class CpuNative:
             dtype=dtype,
         )
 
+    def input_gradient(self, gradient: Tensor, operands: Operands, spec: LinearSpec) -> Tensor:
+        """Multiply by the weight itself, a tile of output channels at a time."""
+        rows = gradient.reshape(-1, spec.out_features).to(_tile_dtype(spec))
+        total = gradient.new_zeros(rows.shape[0], spec.in_features, dtype=torch.float32)
+        for start, stop, tile in _dequantize_tiles(operands, spec):
+            total += rows[:, start:stop] @ tile.t()
+        if operands.g_idx is not None:
+            total = total[:, torch.argsort(_sorted_columns(operands.g_idx))]
+        return total.to(gradient.dtype).view(*gradient.shape[:-1], spec.in_features)
+
     def error_bound(self, spec: LinearSpec) -> float:
         """Few rows round the result only, many rows each weight too; zeros fold in through fp32."""
         unit = torch.finfo(spec.dtype).eps / 2
@@ -149,30 +161,47 @@ class CpuNative:
         self, x: Tensor, operands: Operands, bias: Tensor | None, spec: LinearSpec
     ) -> Tensor:
         """Dequantize a tile of output channels at a time and multiply by it."""
-        functions = open_library().functions
-        assert functions is not None
-        # The library writes no float16 tiles; with fp32 ones the result is rounded once as well.
-        dtype = torch.float32 if spec.dtype == torch.float16 else spec.dtype
-        rows = x.reshape(-1, spec.in_features).to(dtype)
+        rows = x.reshape(-1, spec.in_features).to(_tile_dtype(spec))
         if operands.g_idx is not None:
-            rows = rows[:, torch.argsort(operands.g_idx, stable=True)]
-        width = max(TILE_WEIGHTS // spec.in_features // LANES, 1) * LANES
-        width = min(width, spec.out_features)
-        tile = rows.new_empty(spec.in_features * width)
+            rows = rows[:, _sorted_columns(operands.g_idx)]
         result = x.new_empty(rows.shape[0], spec.out_features)
-        for start in range(0, spec.out_features, width):
-            stop = min(start + width, spec.out_features)
-            status = functions.hb_dequantize(
-                operands.weight[0].data_ptr(),
-                start,
-                stop,
-                DTYPES[dtype],
-                tile.data_ptr(),
-                torch.get_num_threads(),
-            )
-            check_status(status, f"Cannot dequantize channels {start}..{stop}")
-            weight = tile[: spec.in_features * (stop - start)].view(spec.in_features, -1)
-            result[:, start:stop] = rows @ weight
+        for start, stop, tile in _dequantize_tiles(operands, spec):
+            result[:, start:stop] = rows @ tile
         if bias is not None:
             result += bias
         return result.view(*x.shape[:-1], spec.out_features)
+
+
+def _tile_dtype(spec: LinearSpec) -> torch.dtype:
+    """The library writes no float16 tiles; with fp32 ones the result is rounded once as well."""
+    return torch.float32 if spec.dtype == torch.float16 else spec.dtype
+
+
+def _sorted_columns(g_idx: Tensor) -> Tensor:
+    """Column of the weight at each place of a packed row."""
+    return torch.argsort(g_idx, stable=True)
+
+
+def _dequantize_tiles(operands: Operands, spec: LinearSpec) -> Iterator[tuple[int, int, Tensor]]:
+    """Give the first and last output channel and the weight [in, channels] between, tile by tile.
+
+    The columns come as they are packed, sorted by group; the memory is used again.
+    """
+    functions = open_library().functions
+    assert functions is not None
+    dtype = _tile_dtype(spec)
+    width = max(TILE_WEIGHTS // spec.in_features // LANES, 1) * LANES
+    width = min(width, spec.out_features)
+    memory = torch.empty(spec.in_features * width, dtype=dtype)
+    for start in range(0, spec.out_features, width):
+        stop = min(start + width, spec.out_features)
+        status = functions.hb_dequantize(
+            operands.weight[0].data_ptr(),
+            start,
+            stop,
+            DTYPES[dtype],
+            memory.data_ptr(),
+            torch.get_num_threads(),
+        )
+        check_status(status, f"Cannot dequantize channels {start}..{stop}")
+        yield start, stop, memory[: spec.in_features * (stop - start)].view(spec.in_features, -1)
