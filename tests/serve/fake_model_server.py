@@ -19,7 +19,7 @@ from starlette.routing import Route
 
 NAME = sys.argv[2] if len(sys.argv) > 2 else "fake"
 WORDS = f"this is the answer of {NAME} to you".split()
-STATE = {"mode": "good", "requests": 0}
+STATE = {"mode": "good", "requests": 0, "logprobs": None}
 LIMIT_BYTES = 2_000_000_000
 
 
@@ -46,7 +46,7 @@ def chunk(**choice: object) -> str:
 
 async def chat(request: Request) -> Response:
     STATE["requests"] += 1
-    await request.body()
+    STATE["logprobs"] = json.loads(await request.body()).get("logprobs")
     mode = STATE["mode"]
     if mode == "hang":
         await asyncio.sleep(3600)
@@ -73,7 +73,10 @@ async def events(mode: str):
             await asyncio.sleep(3600)
         if mode == "slow":
             await asyncio.sleep(0.15)
-        yield chunk(delta={"content": word if number == 0 else " " + word})
+        word = word if number == 0 else " " + word
+        token = {"token": word, "logprob": -4.0 if mode == "unsure" else -0.1, "bytes": None}
+        logprobs = {"content": [token | {"top_logprobs": []}]} if STATE["logprobs"] else None
+        yield chunk(delta={"content": word}, logprobs=logprobs)
     yield chunk(finish_reason="stop")
     usage = {"prompt_tokens": 5, "completion_tokens": len(WORDS), "total_tokens": 5 + len(WORDS)}
     yield f"data: {json.dumps({'id': 'x', 'choices': [], 'model': NAME, 'usage': usage})}\n\n"

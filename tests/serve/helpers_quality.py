@@ -65,11 +65,13 @@ class ScriptedBackend:
         *,
         models: tuple[str, ...] = ("small",),
         version: str = "",
+        begins_after: float = 0.0,
     ) -> None:
         self.name = name
         self.models = models
         self.version = version
         self.script = script
+        self.begins_after = begins_after
         self.calls: list[Call] = []
         self.running = 0
         self.cancelled = 0
@@ -77,6 +79,10 @@ class ScriptedBackend:
 
     async def stream(self, call: Call) -> AsyncGenerator[Event, None]:
         self.calls.append(call)
+        # As a real one, which reads the chat before it asks its engine.
+        await asyncio.sleep(self.begins_after)
+        if self.closed:
+            raise ServeError("It is closed.", status=503, kind="server_error")
         self.running += 1
         done = False
         try:

@@ -8,6 +8,7 @@ import pytest
 from tests.serve.helpers_quality import Clock, ScriptedBackend, answer, collect, failure, make_call
 
 from halfbyte.errors import ConfigError
+from halfbyte.serve.exchange import Served
 from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.rollout.canary import Canary
 from halfbyte.serve.rollout.sequential import requests_until_rejected
@@ -110,6 +111,44 @@ def test_damaged_evidence_is_named(tmp_path):
     (tmp_path / "canary.json").write_text('{"candidate": "new@1"')
     with pytest.raises(ConfigError, match=r"canary\.json.*Move the file away"):
         trial(GOOD, tmp_path)
+
+
+@pytest.mark.parametrize(("surprise", "status"), [(1.0, "promoted"), (4.5, "rolled back")])
+@pytest.mark.parametrize("told", ["entropy", "logprob"])
+def test_candidate_that_writes_nonsense_is_found_by_how_unsure_it_is(surprise, status, told):
+    rng = random.Random(3)
+
+    def saying(mean):
+        def script(call):
+            value = rng.gauss(mean, 0.2)
+            if told == "entropy":
+                return answer("some words or other", entropy=value)
+            return answer("some words or other", logprob=-value)
+
+        return script
+
+    config = QualityConfig(canary_share=0.3, canary_margin=0.1)
+    small = ScriptedBackend("small", saying(1.0))
+    new = ScriptedBackend("new", saying(surprise))
+    router = Router(small, config=config)
+    canary = Canary("new", config, seed=1)
+    router.set_canary(new, canary)
+    router.add_observer(canary.observe)
+
+    async def run():
+        while canary.status == "running":
+            got = [e async for e in router.stream(make_call(), Served())]
+            # What is asked of the models for the trial is not what the client asked for.
+            assert all(getattr(event, "logprobs", None) is None for event in got)
+
+    asyncio.run(run())
+    assert canary.status == status
+    assert small.calls[0].body["logprobs"] is True
+    if status == "rolled back":
+        assert canary.arms["canary"].causes["nonsense"] > 0
+        assert canary.num_requests < 200
+    # Rare outliers of the present model itself are no more than they should be.
+    assert canary.arms["primary"].failures <= 2
 
 
 def test_requests_that_tell_nothing_do_not_count():

@@ -75,7 +75,11 @@ class Model(Process):
 
     @property
     def requests(self):
-        return json.loads(urllib.request.urlopen(self.address + "/count").read())["requests"]
+        return self.state["requests"]
+
+    @property
+    def state(self):
+        return json.loads(urllib.request.urlopen(self.address + "/count").read())
 
 
 def open_gateway(small, large, *options, env=None):
@@ -222,6 +226,41 @@ def test_without_a_second_model_the_error_says_what_happened(models):
         gateway.kill(signal.SIGTERM)
 
 
+def test_unsure_answer_of_another_server_falls_back_and_the_client_sees_no_logprobs(
+    models, tmp_path
+):
+    threshold = {"form": 1, "statistic": "mean_logprob", "threshold": -1.0, "first_tokens": 4}
+    (tmp_path / "confidence.json").write_text(json.dumps(threshold))
+    gateway = open_gateway(*models, "--confidence", str(tmp_path / "confidence.json"))
+    try:
+        for stream in (False, True):
+            models[0].set("good")
+            assert SMALL in ask(gateway, stream=stream)[0]
+            assert models[0].state["logprobs"] is True
+            models[0].set("unsure")
+            text, headers = ask(gateway, stream=stream)
+            assert (LARGE in text, headers["x-halfbyte-reason"]) == (True, "confidence")
+            assert not models[1].state["logprobs"]
+        models[0].set("good")
+        body = {"model": SMALL, "messages": [{"role": "user", "content": "Hi"}]}
+        raw = json.loads(post(gateway, body))
+        assert raw["choices"][0]["logprobs"] is None
+        raw = json.loads(post(gateway, body | {"logprobs": True}))
+        assert [t["logprob"] for t in raw["choices"][0]["logprobs"]["content"]][:2] == [-0.1, -0.1]
+    finally:
+        models[0].set("good")
+        gateway.kill(signal.SIGTERM)
+
+
+def post(gateway, body):
+    request = urllib.request.Request(
+        gateway.address + "/v1/chat/completions",
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    return urllib.request.urlopen(request, timeout=30).read()
+
+
 def test_full_disk_for_the_log_costs_no_request(models, tmp_path):
     place = tmp_path / "disk"
     place.mkdir()
@@ -250,6 +289,50 @@ def test_full_disk_for_the_log_costs_no_request(models, tmp_path):
         kept.close()
     finally:
         subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def canary_of(gateway):
+    with urllib.request.urlopen(gateway.address + "/dashboard/data", timeout=30) as reply:
+        return json.loads(reply.read())["canary"]
+
+
+@pytest.mark.parametrize("mode", ["good", "garbage"])
+def test_trial_over_http_survives_a_kill_and_ends_as_it_should(models, tmp_path, mode):
+    new = Model("new")
+    new.set(mode)
+    options = (
+        "--canary", new.address + "/v1", "--canary-share", "0.4", "--canary-margin", "0.05",
+        "--evidence", str(tmp_path), "--breaker-failures", "1000",
+    )  # fmt: skip
+    texts = set()
+    try:
+        gateway = open_gateway(*models, *options)
+        # Some requests, then a kill that gives no time to write anything.
+        for _ in range(6):
+            texts.add(ask(gateway)[0])
+        time.sleep(5.5)
+        texts.add(ask(gateway)[0])
+        time.sleep(0.3)
+        seen = canary_of(gateway)["requests"]
+        gateway.kill()
+        gateway.start()
+        assert canary_of(gateway)["requests"] == seen == 7
+        while canary_of(gateway)["status"] == "running":
+            texts |= {ask(gateway)[0] for _ in range(20)}
+        found = canary_of(gateway)
+        time.sleep(0.5)
+        after = {ask(gateway, stream=n % 2 == 0)[0] for n in range(20)}
+        gateway.kill(signal.SIGTERM)
+    finally:
+        new.kill()
+    kept = json.loads((tmp_path / "canary.json").read_text())
+    if mode == "good":
+        assert found["status"] == kept["status"] == "promoted"
+        assert after == {"this is the answer of new to you"}
+    else:
+        assert found["status"] == kept["status"] == "rolled back"
+        assert found["requests"] <= 60
+        assert after | texts == {f"this is the answer of {SMALL} to you"}
 
 
 JUMPING = """

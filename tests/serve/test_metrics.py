@@ -8,6 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.serve.helpers_quality import Clock, ScriptedBackend, answer, collect, failure, make_call
 
 from halfbyte.errors import MissingExtraError, ServeError
+from halfbyte.serve.exchange import Load
 from halfbyte.serve.metrics import Histogram, Metrics
 from halfbyte.serve.quality import open_quality
 from halfbyte.serve.quality_config import QualityConfig
@@ -86,6 +87,24 @@ def test_fallbacks_failures_and_rejections_have_their_causes():
     asyncio.run(quality.close())
     assert quality.router.routes[1].backend.closed
     assert not small.closed
+
+
+def test_models_of_one_kind_have_names_of_their_own_and_all_count_as_memory():
+    class Heavy(ScriptedBackend):
+        def load(self):
+            return Load(weight_bytes=100, cache_bytes=50)
+
+    config = QualityConfig(fallback=("a", "b"), canary="c", shadow="d")
+    quality = open_quality(Heavy("here", []), config, lambda place: Heavy("here", []))
+    names = [route.name for route in quality.router.routes]
+    assert names == ["here", "here-canary", "here-fallback", "here-fallback1"]
+    assert len(set(names)) == len(names)
+    text = quality.metrics.render().decode()
+    samples = [line.split(" ")[0] for line in text.splitlines() if not line.startswith("#")]
+    assert len(samples) == len(set(samples))
+    assert quality.metrics.memory()["weights"] == 500
+    quality.set_plan(weights=100, cache=50, total=1000)
+    assert quality.metrics.planned == {"weights": 500, "cache": 250, "total": 1600}
 
 
 def test_histogram_puts_a_bound_into_its_own_bucket():

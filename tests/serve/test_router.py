@@ -243,6 +243,37 @@ def test_low_confidence_asks_the_larger_model_and_hides_the_logprobs():
     assert (served.backend, served.reason) == ("large0", "confidence")
 
 
+def test_logprobs_that_the_client_asked_for_as_0_stay_its_own():
+    confidence = Confidence(statistic="mean_logprob", threshold=-1.0)
+    router, small, _ = make(GOOD, BETTER, confidence=confidence)
+    ask(router, make_call(logprobs=0))
+    ask(router, make_call(logprobs=False))
+    assert [call.body["logprobs"] for call in small.calls] == [0, True]
+
+
+def test_one_observer_that_fails_does_not_blind_the_others(caplog):
+    seen = []
+    router, *_ = make(GOOD, observers=[lambda _: 1 / 0, seen.append])
+    ask(router)
+    assert seen[0].answer.failures == ()
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_tokens_of_a_fallback_that_its_client_left_count_too():
+    clock = Clock()
+    router, *_ = make(GOOD, [*BETTER[:3], math.inf], clock=clock, fallback_tokens_per_day=3)
+
+    async def run():
+        events = router.stream(make_call(tags=["critical"], stream=True), Served())
+        for _ in range(3):
+            await anext(events)
+        await events.aclose()
+
+    asyncio.run(run())
+    assert not router.budget.has_left
+    assert all(route.running == 0 for route in router.routes)
+
+
 def test_entropy_needs_no_logprobs_and_a_model_that_tells_none_is_not_doubted():
     confidence = Confidence(statistic="mean_entropy", threshold=2.0)
     router, small, _ = make(answer("a b c", entropy=3.0), BETTER, confidence=confidence)
@@ -411,8 +442,15 @@ def test_primary_can_be_exchanged_while_requests_run():
     async def run():
         running = asyncio.ensure_future(collect(router, make_call()))
         await asyncio.sleep(0.005)
-        assert router.set_primary(new) is small
-        return await collect(router, make_call()), await running
+        route = router.set_primary(new)
+        assert route.backend is small
+        retiring = asyncio.ensure_future(route.retire())
+        after = await collect(router, make_call())
+        assert not small.closed
+        before = await running
+        await retiring
+        assert small.closed
+        return after, before
 
     (text, served), (old_text, old) = asyncio.run(run())
     assert (text, served.backend, served.version) == ("the larger model says this", "new", "v2")

@@ -97,6 +97,41 @@ def test_promotion_is_followed_without_dropping_a_request(store, tmp_path):
     assert [name for name, _ in told] == ["version changed"]
 
 
+def test_swap_under_load_drops_nothing_however_often(store):
+    model = resolve_store_model("store:tiny", place=place(store))
+    made = []
+
+    def another():
+        number = len(made)
+        made.append(ScriptedBackend(str(number), answer(f"version {number}"), begins_after=0.003))
+        return made[-1]
+
+    backend = StoreBackend(model, another(), pytest.fail)
+    router = Router(backend)
+
+    async def ask():
+        texts = []
+        for _ in range(50):
+            texts.append((await collect(router, make_call()))[0])
+        return texts
+
+    async def swap():
+        for _ in range(40):
+            await asyncio.sleep(0.002)
+            backend.adopt(model, another())
+
+    async def run():
+        found = await asyncio.gather(*(ask() for _ in range(6)), swap())
+        await backend.close()
+        return found[:-1]
+
+    texts = [text for own in asyncio.run(run()) for text in own]
+    assert len(texts) == 300
+    assert all(text.startswith("version ") for text in texts)
+    assert len(set(texts)) > 10
+    assert all(one.closed for one in made)
+
+
 def test_version_that_cannot_be_opened_is_told_once_and_the_old_one_stays(store, tmp_path):
     told = []
 

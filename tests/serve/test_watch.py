@@ -5,9 +5,14 @@ import json
 import random
 
 import pytest
+import torch
+from tests.serve.helpers_engine import load_float32, open_tiny, write_model
 from tests.serve.helpers_quality import Clock, ScriptedBackend, answer, collect, failure, make_call
+from transformers import AutoTokenizer
 
 from halfbyte.errors import ConfigError
+from halfbyte.serve.config import ServeConfig
+from halfbyte.serve.embedded import EmbeddedBackend
 from halfbyte.serve.exchange import Delta, Finish, Served, TokenLogprob, Usage
 from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.routing.router import Router
@@ -220,6 +225,25 @@ def test_base_model_rates_the_answers_tokens_only():
     base.script = [failure()]
     asyncio.run(run(1))
     assert oracle.counts["failed"] == 1
+
+
+def test_likelihood_is_that_of_plain_forward_passes(tmp_path):
+    folder = write_model(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    async def run():
+        async with open_tiny(folder) as engine:
+            backend = EmbeddedBackend(engine, tokenizer, model="base", config=ServeConfig())
+            oracle = Oracle(backend, 1.0, Drift(Alerts()))
+            return await oracle.likelihood("r", "Wie groß? ", "Größe")
+
+    found = asyncio.run(run())
+    ids = tokenizer("Wie groß? Größe")["input_ids"]
+    with torch.inference_mode():
+        logprobs = load_float32(folder)(torch.tensor([ids])).logits[0].double().log_softmax(1)
+    # A token a byte: the answer has seven.
+    expected = [float(logprobs[place - 1, ids[place]]) for place in range(len(ids) - 7, len(ids))]
+    assert found == pytest.approx(sum(expected) / 7, abs=1e-3)
 
 
 def test_tokens_are_told_apart_by_bytes():

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from halfbyte.serve.calibrate import Calibration
 
 HELP = "choose from a comparison how unsure an answer must be for a larger model to be asked"
-STATISTICS = ("mean_logprob", "mean_entropy")
+STATISTICS = ("mean_logprob", "sum_logprob", "least_logprob", "mean_entropy")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

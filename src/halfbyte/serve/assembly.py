@@ -134,7 +134,7 @@ def open_service(
     service.gateway.text_tools = embedded
     service.description = describe_engine(embedded)
     info = embedded.engine_info
-    service.quality.metrics.set_plan(
+    service.quality.set_plan(
         weights=info.weight_bytes,
         cache=info.cache_bytes,
         total=before + info.weight_bytes + info.cache_bytes,

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from halfbyte.errors import ConfigError
 from halfbyte.judge.statistics import FEWEST_DOCUMENTS, Interval, bootstrap_ratio
-from halfbyte.serve.routing.confidence import Confidence, mean_confidence
+from halfbyte.serve.routing.confidence import Confidence, measure_confidence
 
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 INTERVAL = 0.9
@@ -121,7 +121,7 @@ def read_judged(path: Path, statistic: str, first_tokens: int | None) -> list[Ju
             )
             for item in items
             if (
-                value := mean_confidence(
+                value := measure_confidence(
                     statistic,
                     first_tokens,
                     item["candidate_logprobs"],
@@ -185,7 +185,7 @@ def calibrate(
 def _choose(items: Sequence[Judged], statistic: str, share: float) -> Choice:
     """Find the threshold of a share, and what it brings."""
     # The higher, the less sure.
-    sign = -1.0 if statistic == "mean_logprob" else 1.0
+    sign = 1.0 if statistic == "mean_entropy" else -1.0
     doubt = sign * np.array([one.confidence for one in items])
     ordered = np.sort(doubt)
     allowed = math.floor(share * len(items))

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 import psutil
 
 from halfbyte.errors import require_extra
+from halfbyte.serve.exchange import Backend
 from halfbyte.serve.routing.attempt import Route
 from halfbyte.serve.watch.observation import Observation, Seen
 from halfbyte.version import __version__
@@ -77,14 +78,20 @@ class Histogram:
 class Metrics:
     """Everything that is counted about one server."""
 
-    def __init__(self, routes: Callable[[], Sequence[Route]]) -> None:
+    def __init__(
+        self,
+        routes: Callable[[], Sequence[Route]],
+        beside: Callable[[], Sequence[Backend]] = list,
+    ) -> None:
         """Start with zeros.
 
         Args:
             routes: Gives the models that may be asked now.
+            beside: Gives those that are in memory beside them, such as a shadow.
         """
         self._prometheus = prometheus_client = _load_prometheus()
         self._routes = routes
+        self._beside = beside
         self._counters: dict[str, Counter[Labels]] = {name: Counter() for name in COUNTERS}
         self._histograms: dict[str, dict[Labels, Histogram]] = {name: {} for name in HISTOGRAMS}
         self._planned: dict[str, int] = {}
@@ -224,7 +231,7 @@ class Metrics:
                     "breaker_state": BREAKER_STATES.index(route.breaker.state),
                 }
                 if name != "kv_cache_usage_perc" or load.cache_bytes:
-                    yield (route.backend.name, route.role), values[name]
+                    yield (route.name, route.role), values[name]
 
     @property
     def planned(self) -> Mapping[str, int]:
@@ -233,7 +240,8 @@ class Metrics:
 
     def memory(self) -> dict[str, int]:
         """Give what is in memory now: weights, cache, the process and its peak. Unit: bytes."""
-        loads = [route.backend.load() for route in self._routes()]
+        backends = {id(b): b for b in (*(r.backend for r in self._routes()), *self._beside())}
+        loads = [backend.load() for backend in backends.values()]
         return {
             "weights": sum(load.weight_bytes for load in loads),
             "cache": sum(load.cache_bytes for load in loads),

@@ -1,7 +1,8 @@
 """A candidate gets a share of the requests until a sequential test decides about it.
 
-What counts is whether the drawn model failed the request: an error, a timeout, or a monitor that
-the settings let it be replaced for. The client does not see it: the present model answers then.
+What counts is whether the drawn model failed the request: an error, a timeout, a monitor that the
+settings let it be replaced for (the client does not see it: the present model answers then), or an
+answer that it was far less sure of than is usual.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.rollout.evidence import EvidenceFile
 from halfbyte.serve.rollout.sequential import TwoArmTest, requests_until_rejected
 from halfbyte.serve.routing.breaker import Clock
-from halfbyte.serve.watch.observation import Observation
+from halfbyte.serve.watch.drift import Window
+from halfbyte.serve.watch.observation import Observation, Seen
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,10 @@ FILE = "canary.json"
 FORM = 1
 SAVE_SECONDS = 5.0
 """Between two writes of the evidence; a decision is written at once."""
+USUAL, FEWEST_USUAL = 512, 32
+"""Last answers of the present model that say what is usual, and how many there must be."""
+NONSENSE = 4.0
+"""Standard deviations above what is usual from which an answer counts as nonsense."""
 OWN_FAULTS = frozenset({"error", "timeout", "deadline"})
 VERDICTS: dict[Status, str] = {
     "running": "inconclusive",
@@ -89,6 +95,7 @@ class Canary:
         self._file = EvidenceFile(Path(config.evidence) / FILE) if config.evidence else None
         self._saved = -math.inf
         self.arms = {"primary": ArmCount(), "canary": ArmCount()}
+        self._usual = Window(USUAL)
         self._test = TwoArmTest(config.canary_share, config.canary_margin)
         self.started = datetime.now(UTC).isoformat(timespec="seconds")
         if self._file is not None and self._file.path.is_file():
@@ -126,10 +133,27 @@ class Canary:
             return "breaker"
         if drawn.cause in OWN_FAULTS or drawn.cause.startswith("check:"):
             return drawn.cause
-        if not drawn.finished:
+        if not drawn.finished and drawn.cause != "confidence":
             return None
         replaced = [f for f in drawn.failures if f in self._config.fallback_on]
-        return f"check:{replaced[0]}" if replaced else ""
+        if replaced:
+            return f"check:{replaced[0]}"
+        return "nonsense" if self._is_nonsense(drawn) else ""
+
+    def _is_nonsense(self, drawn: Seen) -> bool:
+        """Whether a model was far less sure of its answer than the present one usually is.
+
+        Text without sense passes every look at the text. What is usual is taken from earlier
+        answers of the present model, so that the line for a request never depends on itself.
+        """
+        found = drawn.surprise
+        if found is None:
+            return False
+        usual = self._usual.spread()
+        if drawn.role == "primary":
+            self._usual.add(found)
+        deviations = NONSENSE * math.sqrt(usual.variance)
+        return usual.count >= FEWEST_USUAL and found > usual.mean + deviations
 
     def _look(self) -> None:
         goal = math.log(1 / self._config.canary_alpha)

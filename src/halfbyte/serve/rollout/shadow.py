@@ -44,6 +44,7 @@ class Shadow:
         candidate: Backend,
         config: QualityConfig,
         *,
+        name: str = "",
         alarm: Alarm | None = None,
         clock: Clock = time.monotonic,
         seed: int | None = None,
@@ -53,11 +54,12 @@ class Shadow:
         Args:
             candidate: Gets the copies.
             config: Share, margin, alpha, where the comparison is kept.
+            name: Of the candidate for people; empty: the backend's.
             alarm: Called once, with words, when it is sure that the candidate fails more often.
             clock: The time.
             seed: Of the draw of requests.
         """
-        self._route = Route(candidate, "canary")
+        self._route = Route(candidate, "canary", name or candidate.name)
         self._config = config
         self._alarm = alarm
         self._clock = clock
@@ -130,7 +132,7 @@ class Shadow:
         """Give what was found, as plain values."""
         compared = self.counts["compared"]
         return {
-            "candidate": self._route.backend.name,
+            "candidate": self._route.name,
             "counts": dict(self.counts),
             "identical": self.counts["identical"] / compared if compared else None,
             "agreement": self._agreement / compared if compared else None,

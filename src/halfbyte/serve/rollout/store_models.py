@@ -6,7 +6,9 @@ import asyncio
 import json
 import logging
 import tempfile
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from halfbyte.store.store import CHAMPION, SCHEME, SHORT, Store
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 10.0
+IDLE_POLL_SECONDS = 0.05
 
 Connect = Callable[[str], Backend]
 """Makes a backend of a folder; may take long, and runs in a thread of its own."""
@@ -114,6 +117,8 @@ class StoreBackend:
         """A version that could not be opened; it is not tried again."""
         self._poller: asyncio.Task[None] | None = None
         self._closing: set[asyncio.Task[None]] = set()
+        self._running: Counter[int] = Counter()
+        """Requests by the identity of the backend that they began with."""
         self.changing = asyncio.Lock()
         """Held while the alias is moved by this process, so that nobody follows it half way."""
 
@@ -137,9 +142,16 @@ class StoreBackend:
         """The backend that takes new requests."""
         return self._backend
 
-    def stream(self, call: Call) -> AsyncGenerator[Event, None]:
+    async def stream(self, call: Call) -> AsyncGenerator[Event, None]:
         """Answer by the version of now."""
-        return self._backend.stream(call)
+        backend = self._backend
+        self._running[id(backend)] += 1
+        try:
+            async with aclosing(backend.stream(call)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            self._running[id(backend)] -= 1
 
     async def is_ready(self) -> bool:
         """Tell whether it could answer now."""
@@ -206,9 +218,60 @@ class StoreBackend:
         old, self._backend = self._backend, backend
         before, self.model = self.model, model
         self._tell("version changed", f"{before.reference} -> {model.reference}")
-        task = asyncio.get_running_loop().create_task(old.close())
+        task = asyncio.get_running_loop().create_task(self._retire(old))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
+
+    async def _retire(self, old: Backend) -> None:
+        """Close a version after its last request: one on its way to it must not find it closed."""
+        while self._running[id(old)]:
+            await asyncio.sleep(IDLE_POLL_SECONDS)
+        await old.close()
+
+
+class OpenModels:
+    """The models that a server opened beside its own, to be closed with it."""
+
+    def __init__(self, connect: Connect, tell: Tell) -> None:
+        """Start with none.
+
+        Args:
+            connect: Makes a backend of an address or a folder.
+            tell: Told what happens to versions of a store.
+        """
+        self._connect = connect
+        self._tell = tell
+        self.owned: list[Backend] = []
+
+    def open(self, place: str, model: StoreModel | None = None) -> Backend:
+        """Open a model.
+
+        Args:
+            place: An address, a folder, or a reference to a store.
+            model: What the reference means, where that is known.
+
+        Returns:
+            The backend.
+        """
+        backend: Backend
+        if is_store_reference(place):
+            model = model or resolve_store_model(place)
+            inner = self._connect(str(model.folder))
+            backend = StoreBackend(model, inner, self._connect, tell=self._tell)
+        else:
+            backend = self._connect(place)
+        self.owned.append(backend)
+        return backend
+
+    def release(self, backend: Backend) -> Backend:
+        """Leave a model to somebody else to close; gives it."""
+        self.owned.remove(backend)
+        return backend
+
+    async def close(self) -> None:
+        """Close all of them."""
+        for backend in self.owned:
+            await backend.close()
 
 
 def record_verdict(

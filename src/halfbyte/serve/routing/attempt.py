@@ -17,6 +17,8 @@ from halfbyte.serve.watch.observation import Role, Seen
 
 log = logging.getLogger(__name__)
 
+IDLE_POLL_SECONDS = 0.05
+
 CLOSE_SECONDS = 5.0
 """That a model may take to cancel a request."""
 
@@ -36,7 +38,20 @@ class Route:
 
     backend: Backend
     role: Role
+    name: str
+    """Of the backend, made unique among those of one server."""
     breaker: CircuitBreaker = field(default_factory=CircuitBreaker)
+    running: int = 0
+    """Attempts that have begun and are not closed."""
+
+    async def retire(self) -> None:
+        """Close the model when its last attempt is over; nobody sends it new ones any more.
+
+        A backend that is closed earlier may refuse a request that is on its way to it.
+        """
+        while self.running:
+            await asyncio.sleep(IDLE_POLL_SECONDS)
+        await self.backend.close()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -47,6 +62,8 @@ class Demands:
     """So many are held back; None: the whole answer."""
     causes: frozenset[str] = frozenset()
     confidence: Confidence | None = None
+    logprobs: bool = False
+    """Whether they are asked for, though the client may not want them."""
 
 
 class Attempt:
@@ -71,7 +88,8 @@ class Attempt:
             clock: The time.
         """
         self.route = route
-        self.seen = Seen(backend=route.backend.name, role=route.role, started=clock())
+        route.running += 1
+        self.seen = Seen(backend=route.name, role=route.role, started=clock())
         self.error: ServeError | None = None
         self._demands = demands
         self._config = config
@@ -80,6 +98,7 @@ class Attempt:
         self._ended = False
         self._settled = False
         """Whether the breaker has been told."""
+        self._closed = False
         self._hides_logprobs = False
         self._call = self._adapt(call)
         # Together: a moment later the backend may serve another version.
@@ -87,13 +106,14 @@ class Attempt:
         self._events = route.backend.stream(self._call)
 
     def _adapt(self, call: Call) -> Call:
-        """Name this model, and ask for logprobs where confidence needs them."""
+        """Name this model, and ask for logprobs where somebody here needs them."""
         body = dict(call.body)
         models = self.route.backend.models
         if models and body.get("model") not in models:
             body["model"] = models[0]
-        confidence = self._demands.confidence
-        if confidence is not None and confidence.needs_logprobs and not body.get("logprobs"):
+        asked = body.get("logprobs")
+        # 0 is an answer too: of the drawn tokens, and of no others.
+        if self._demands.logprobs and (asked is None or asked is False):
             body["logprobs"] = True if call.kind == "chat" else 1
             self._hides_logprobs = True
         return replace(call, body=body)
@@ -259,6 +279,15 @@ class Attempt:
 
     async def close(self) -> None:
         """Cancel what still runs."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            await self._close()
+        finally:
+            self.route.running -= 1
+
+    async def _close(self) -> None:
         if not self._settled:
             self.route.breaker.leave()
             self._settled = True

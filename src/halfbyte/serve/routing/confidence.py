@@ -11,8 +11,8 @@ from typing import Any
 from halfbyte.errors import ConfigError
 from halfbyte.serve.watch.observation import Seen
 
-STATISTICS = ("mean_logprob", "mean_entropy")
-"""Of the drawn tokens, or of the distributions that they were drawn from; both in nats."""
+STATISTICS = ("mean_logprob", "sum_logprob", "least_logprob", "mean_entropy")
+"""Of the drawn tokens, or of the distributions that they were drawn from; in nats."""
 
 FORM = 1
 """Of the file; another one is not read."""
@@ -24,13 +24,13 @@ class Confidence:
 
     statistic: str
     threshold: float
-    """An answer is unsure with a mean logprob below it, or a mean entropy above it."""
+    """An answer is unsure with logprobs below it, or an entropy above it."""
     first_tokens: int | None = None
     """How many tokens count, from the first; None: all of the answer."""
 
     def value(self, seen: Seen) -> float | None:
         """Give an answer's confidence; None where the model told nothing."""
-        return mean_confidence(self.statistic, self.first_tokens, seen.logprobs, seen.entropies)
+        return measure_confidence(self.statistic, self.first_tokens, seen.logprobs, seen.entropies)
 
     def doubts(self, seen: Seen) -> bool:
         """Tell whether an answer is not sure enough."""
@@ -42,7 +42,7 @@ class Confidence:
     @property
     def needs_logprobs(self) -> bool:
         """Whether a model must be asked for logprobs."""
-        return self.statistic == "mean_logprob"
+        return self.statistic != "mean_entropy"
 
     def is_decided(self, seen: Seen) -> bool:
         """Tell whether enough of an answer is there, before it is complete."""
@@ -59,13 +59,13 @@ class Confidence:
         }
 
 
-def mean_confidence(
+def measure_confidence(
     statistic: str,
     first_tokens: int | None,
     logprobs: Sequence[float],
     entropies: Sequence[float],
 ) -> float | None:
-    """Give the mean over the first tokens.
+    """Give one figure for how sure a model was.
 
     Args:
         statistic: One of ``STATISTICS``.
@@ -74,10 +74,18 @@ def mean_confidence(
         entropies: Of their distributions.
 
     Returns:
-        The mean in nats; None where there is nothing to take it of.
+        The figure in nats; None where there is nothing to take it of.
     """
-    values = (logprobs if statistic == "mean_logprob" else entropies)[:first_tokens]
-    return sum(values) / len(values) if values else None
+    values = (entropies if statistic == "mean_entropy" else logprobs)[:first_tokens]
+    if not values:
+        return None
+    match statistic:
+        case "sum_logprob":
+            return sum(values)
+        case "least_logprob":
+            return min(values)
+        case _:
+            return sum(values) / len(values)
 
 
 def read_confidence(path: Path) -> Confidence:

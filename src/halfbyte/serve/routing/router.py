@@ -74,18 +74,24 @@ class Router:
         self.budget = FallbackBudget.of(self.config, clock)
         # Apart: answers that fail a check must not use up what saves requests from an outage.
         self._retries = {fault: RetryBudget(self.config.retry_share) for fault in (False, True)}
-        self._primary = self._route(primary, "primary")
-        self._fallbacks = [self._route(backend, "fallback") for backend in fallbacks]
+        self._primary = self._route(primary, "primary", [])
+        self._fallbacks: list[Route] = []
+        for backend in fallbacks:
+            others = [self._primary, *self._fallbacks]
+            self._fallbacks.append(self._route(backend, "fallback", others))
         self._canary: Route | None = None
         self._rollout: Rollout | None = None
 
-    def _route(self, backend: Backend, role: Role) -> Route:
+    def _route(self, backend: Backend, role: Role, others: Sequence[Route]) -> Route:
+        """Give a model a breaker and a name that none of the others has."""
         breaker = CircuitBreaker(
             failures=self.config.breaker_failures,
             seconds=self.config.breaker_seconds,
             clock=self._clock,
         )
-        return Route(backend, role, breaker)
+        taken = {route.name for route in others}
+        names = [backend.name, *(f"{backend.name}-{role}{n or ''}" for n in range(len(taken) + 1))]
+        return Route(backend, role, next(n for n in names if n not in taken), breaker)
 
     @property
     def routes(self) -> list[Route]:
@@ -96,22 +102,23 @@ class Router:
         """Tell one more of every request."""
         self._observers.append(observer)
 
-    def set_primary(self, backend: Backend) -> Backend:
+    def set_primary(self, backend: Backend) -> Route:
         """Ask another model first from now on; requests on their way are not touched.
 
         Args:
             backend: The new one.
 
         Returns:
-            The old one, for its owner to close.
+            The old one, to be retired.
         """
-        old = self._primary.backend
-        self._primary = self._route(backend, "primary")
+        old = self._primary
+        self._primary = self._route(backend, "primary", self.routes[1:])
         return old
 
     def set_canary(self, backend: Backend | None, rollout: Rollout | None = None) -> None:
         """Let a candidate answer some requests; None: no more."""
-        self._canary = None if backend is None else self._route(backend, "canary")
+        others = [self._primary, *self._fallbacks]
+        self._canary = None if backend is None else self._route(backend, "canary", others)
         self._rollout = rollout
 
     async def stream(self, call: Call, served: Served) -> AsyncGenerator[Event, None]:
@@ -164,7 +171,7 @@ class Router:
                 attempt = None
                 why_not = self._blocked(route, cause if seen.attempts else "")
                 if why_not:
-                    served.notes.append(f"{route.role} {route.backend.name} not asked: {why_not}")
+                    served.notes.append(f"{route.role} {route.name} not asked: {why_not}")
                     cause = why_not if cause in ("", CRITICAL) else cause
                     continue
                 # An error of a later model hides neither the first one's nor its answer.
@@ -178,7 +185,7 @@ class Router:
                     if kept is not None:
                         await kept.close()
                     return attempt
-                log.info("%s: %s by %s", call.id, found, route.backend.name)
+                log.info("%s: %s by %s", call.id, found, route.name)
                 cause = found
                 first_error = first_error or attempt.error
                 if attempt.error is None and kept is None:
@@ -236,6 +243,9 @@ class Router:
             demands.tokens = tokens if streamed else None
             demands.causes = self._causes
             demands.confidence = None if route.role == "fallback" else self._confidence
+        confidence = demands.confidence
+        # In a trial how sure both models are is compared, whatever else is asked for.
+        demands.logprobs = bool(seen.arm) or (confidence is not None and confidence.needs_logprobs)
         if route.role == "fallback":
             self.budget.spend_request()
         attempt = Attempt(route, seen.call, self.config, demands=demands, clock=self._clock)
@@ -268,15 +278,19 @@ class Router:
         """Look at the whole answer, settle what it took, and tell everybody."""
         seen.ended = self._clock()
         for attempt in seen.attempts:
-            if attempt.role == "fallback" and attempt.usage is not None:
-                usage = attempt.usage
-                self.budget.spend_tokens(usage.prompt_tokens + usage.completion_tokens)
-        try:
-            for attempt in seen.attempts:
-                if attempt.finished:
-                    attempt.failures = find_failures(seen.call, attempt)
-            for observer in self._observers:
+            if attempt.role == "fallback":
+                prompt = attempt.usage.prompt_tokens if attempt.usage else 0
+                self.budget.spend_tokens(prompt + attempt.num_tokens)
+        for observer in (_note_failures, *self._observers):
+            try:
                 observer(seen)
-        except Exception:
-            # A request that was answered is not lost to somebody who only watches.
-            log.exception("watching %s failed", seen.call.id)
+            except Exception:
+                # A request that was answered is not lost to somebody who only watches.
+                log.exception("watching %s failed", seen.call.id)
+
+
+def _note_failures(seen: Observation) -> None:
+    """Let the monitors look at every answer that came to an end."""
+    for attempt in seen.attempts:
+        if attempt.finished:
+            attempt.failures = find_failures(seen.call, attempt)

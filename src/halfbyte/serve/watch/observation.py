@@ -12,7 +12,7 @@ Role = Literal["primary", "canary", "fallback"]
 Arm = Literal["", "primary", "canary"]
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Seen:
     """One model's answer, as far as it came. All times are seconds of a clock that never jumps."""
 
@@ -69,6 +69,13 @@ class Seen:
     def text(self, choice: int = 0) -> str:
         """Give what a choice says so far."""
         return "".join(self.texts.get(choice, ()))
+
+    @property
+    def surprise(self) -> float | None:
+        """How unsure the model was on average, in nats a token; None where it does not tell."""
+        if self.entropies:
+            return sum(self.entropies) / len(self.entropies)
+        return -sum(self.logprobs) / len(self.logprobs) if self.logprobs else None
 
     @property
     def choices(self) -> list[int]:
