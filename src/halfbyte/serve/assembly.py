@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
-
 from halfbyte.environment import API_KEYS, UPSTREAM_KEY, read_variable
 from halfbyte.errors import ConfigError, require_extra
 from halfbyte.serve.adapters import AdapterFolder
@@ -119,7 +117,6 @@ def open_service(
         return _open_gateway(config, engine, quality, keys)
     if config.engine == "vllm":
         return _open_vllm(model, config, engine, quality, keys)
-    before = psutil.Process().memory_info().rss
     stored = resolve_store_model(model) if is_store_reference(model) else None
     name = config.served_name or (stored.name if stored else Path(model).resolve().name)
 
@@ -137,7 +134,7 @@ def open_service(
     service.quality.set_plan(
         weights=info.weight_bytes,
         cache=info.cache_bytes,
-        total=before + info.weight_bytes + info.cache_bytes,
+        total=info.planned_bytes,
     )
     if config.adapters is not None:
         service.gateway.adapters = AdapterFolder(config.adapters, embedded)
