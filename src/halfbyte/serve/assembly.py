@@ -9,16 +9,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
-
 from halfbyte.environment import API_KEYS, UPSTREAM_KEY, read_variable
-from halfbyte.errors import ConfigError
+from halfbyte.errors import ConfigError, require_extra
 from halfbyte.serve.adapters import AdapterFolder
 from halfbyte.serve.api.gateway import Gateway
 from halfbyte.serve.config import ServeConfig
@@ -118,7 +117,6 @@ def open_service(
         return _open_gateway(config, engine, quality, keys)
     if config.engine == "vllm":
         return _open_vllm(model, config, engine, quality, keys)
-    before = psutil.Process().memory_info().rss
     stored = resolve_store_model(model) if is_store_reference(model) else None
     name = config.served_name or (stored.name if stored else Path(model).resolve().name)
 
@@ -136,7 +134,7 @@ def open_service(
     service.quality.set_plan(
         weights=info.weight_bytes,
         cache=info.cache_bytes,
-        total=before + info.weight_bytes + info.cache_bytes,
+        total=info.planned_bytes,
     )
     if config.adapters is not None:
         service.gateway.adapters = AdapterFolder(config.adapters, embedded)
@@ -159,6 +157,9 @@ def _check(model: str | None, config: ServeConfig, keys: ApiKeys) -> None:
             "--adapters needs an API key: loading and unloading is not for everybody. Set keys by "
             f"--api-key-file or {API_KEYS.name}."
         )
+    if importlib.util.find_spec("peft") is None:
+        missing = require_extra("peft", "finetune", "--adapters")
+        raise missing
 
 
 def _open_gateway(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -90,11 +91,14 @@ def _answer_handlers(gateway: Gateway) -> dict[tuple[str, str], Handler]:
 
     async def tokenize(request: Request) -> Response:
         body = await read_body(request, TokenizeRequest, config)
-        return JSONResponse(_need(gateway.text_tools, "/tokenize").tokenize(body))
+        # A long text takes long enough to hold up everybody's streams.
+        work = _need(gateway.text_tools, "/tokenize").tokenize
+        return JSONResponse(await asyncio.to_thread(work, body))
 
     async def detokenize(request: Request) -> Response:
         body = await read_body(request, DetokenizeRequest, config)
-        return JSONResponse(_need(gateway.text_tools, "/detokenize").detokenize(body))
+        work = _need(gateway.text_tools, "/detokenize").detokenize
+        return JSONResponse(await asyncio.to_thread(work, body))
 
     return {
         ("POST", "/v1/chat/completions"): chat,
