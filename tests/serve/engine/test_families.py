@@ -15,7 +15,7 @@ from halfbyte.serve.engine.config import EngineConfig
 from halfbyte.serve.engine.opening import make_engine
 
 REFUSED = {
-    "falcon": r"its logits deviate by 0\.[0-9]+ of their size from the model's own, allowed are 0.05",
+    "falcon": r"its logits deviate by 0\.[0-9]+ of their size from the model's own",
     "deepseek_v2": "its forward does not take other attention",
     "deepseek_v3": "its forward does not take other attention",
 }
