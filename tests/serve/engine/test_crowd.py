@@ -23,7 +23,6 @@ from tests.serve.helpers_engine import (
 from halfbyte.errors import ServeError
 from halfbyte.serve.engine.contract import Generated, Grammar
 
-
 KILLED = (5, 12, 13, 30)
 """Steps."""
 
