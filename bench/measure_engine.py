@@ -1,4 +1,4 @@
-"""What the serving engine says per second with several requests at once, and whether it is the same.
+"""How fast the serving engine is with several requests at the same time, and whether it errs.
 
 Greedy answers of equal length to prompts that share nothing, as many at the same time as the arm
 says; arms in turn. Then the memory of the process while requests of mixed lengths come and go,

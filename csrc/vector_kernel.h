@@ -414,10 +414,21 @@ inline void add_values(const float* shares, const float* values, int64_t width, 
 template <bool HALF>
 void attend_to(const Attention& a, float* scratch) {
   const int64_t stride = a.scores_stride(), width = a.width;
-  float* numbers = scratch + a.heads * stride;
-  walk_strips<HALF>(a, a.keys, numbers, [&](int64_t t, const float* keys, int count) {
-    for (int head = 0; head < a.heads; head++) {
-      const float* query = a.query + head * width;
+  float* numbers = scratch + a.rows * a.heads * stride;
+  // Calls use(query or out, scores, length) for every head of every row.
+  const auto each_head = [&](const auto& use) {
+    for (int row = 0; row < a.rows; row++) {
+      for (int head = 0; head < a.heads; head++) {
+        use(row * a.row_stride + head * width, scratch + (row * a.heads + head) * stride,
+            a.length_of(row));
+      }
+    }
+  };
+  walk_strips<HALF>(a, a.keys, numbers, [&](int64_t t, const float* keys, int all) {
+    each_head([&](int64_t at, float* scores, int64_t length) {
+      const int count = int(length - t < all ? length - t : all);
+      if (count <= 0) return;
+      const float* query = a.query + at;
       Floats parts[VECTOR];
       int64_t i = 0;
       for (; i + 4 * VECTOR <= width; i += 4 * VECTOR) {
@@ -427,38 +438,40 @@ void attend_to(const Attention& a, float* scratch) {
         multiply_keys<1>(query + i, keys + i, width, count, i == 0, parts);
       }
       for (int j = count; j < VECTOR; j++) parts[j] = Floats{};
-      store(scratch + head * stride + t, add_each(parts) * a.scale);
-    }
+      store(scores + t, add_each(parts) * a.scale);
+    });
   });
-  for (int head = 0; head < a.heads; head++) {
-    float* scores = scratch + head * stride;
-    for (int i = 0; i < VECTOR; i++) scores[a.length + i] = -3e38f;
-    const float largest = find_largest(scores, a.length);
+  each_head([&](int64_t at, float* scores, int64_t length) {
+    for (int i = 0; i < VECTOR; i++) scores[length + i] = -3e38f;
+    const float largest = find_largest(scores, length);
     Floats total = {};
-    for (int64_t t = 0; t < a.length; t += VECTOR) {
+    for (int64_t t = 0; t < length; t += VECTOR) {
       const Floats share = exp_of_negative(load<Floats>(scores + t) - largest);
       store(scores + t, share);
       total += share;
     }
-    scores[a.length + VECTOR - 1] = 1.0f / add_lanes(total);  // kept for the end
-    for (int i = 0; i < a.width; i += VECTOR) store(a.out + head * a.width + i, Floats{});
-  }
-  walk_strips<HALF>(a, a.values, numbers, [&](int64_t t, const float* values, int count) {
-    for (int head = 0; head < a.heads; head++) {
-      const float* shares = scratch + head * stride + t;
-      float* out = a.out + head * width;
+    scores[length + VECTOR - 1] = 1.0f / add_lanes(total);  // kept for the end
+    for (int64_t i = 0; i < width; i += VECTOR) store(a.out + at + i, Floats{});
+  });
+  walk_strips<HALF>(a, a.values, numbers, [&](int64_t t, const float* values, int all) {
+    each_head([&](int64_t at, float* scores, int64_t length) {
+      const int count = int(length - t < all ? length - t : all);
+      if (count <= 0) return;
+      float* out = a.out + at;
       int64_t i = 0;
       for (; i + 4 * VECTOR <= width; i += 4 * VECTOR) {
-        add_values<4>(shares, values + i, width, count, out + i);
+        add_values<4>(scores + t, values + i, width, count, out + i);
       }
-      for (; i < width; i += VECTOR) add_values<1>(shares, values + i, width, count, out + i);
-    }
+      for (; i < width; i += VECTOR) {
+        add_values<1>(scores + t, values + i, width, count, out + i);
+      }
+    });
   });
-  for (int head = 0; head < a.heads; head++) {
-    const float each = scratch[head * stride + a.length + VECTOR - 1];
-    float* out = a.out + head * a.width;
-    for (int i = 0; i < a.width; i += VECTOR) store(out + i, load<Floats>(out + i) * each);
-  }
+  each_head([&](int64_t at, float* scores, int64_t length) {
+    const float each = scores[length + VECTOR - 1];
+    float* out = a.out + at;
+    for (int64_t i = 0; i < width; i += VECTOR) store(out + i, load<Floats>(out + i) * each);
+  });
 }
 
 void attend(const Attention& a, float* scratch) {
