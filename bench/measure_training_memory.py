@@ -4,8 +4,8 @@
 
 A model of TinyLlama's shape (1.1 billion parameters) with random weights; adapters of rank 16 on
 the query and value projections (or every linear), activations computed again in the backward,
-AdamW. Each base in a process of its own, whose largest resident size during one step after the
-first is taken, less what it was before the model was made.
+the loss of ``halfbyte finetune``, AdamW. Each base in a process of its own, whose largest resident
+size during one step after the first is taken, less what it was before the model was made.
 """
 
 from __future__ import annotations
@@ -24,10 +24,14 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from halfbyte.finetune.config import AdapterConfig
+from halfbyte.finetune.loss import ChunkedLoss
 from halfbyte.finetune.train import attach_adapter
 from halfbyte.kernels.contract import LinearSpec
 from halfbyte.nn.linear import QuantLinear
-from halfbyte.quantize.hardware import release_memory
+from halfbyte.plan.memory import Load
+from halfbyte.plan.shapes import parse_config
+from halfbyte.plan.training import TrainingLoad, plan_training
+from halfbyte.quantize.hardware import map_large_blocks, release_memory
 from record import save_result
 
 CONFIG = LlamaConfig(
@@ -62,9 +66,14 @@ def main() -> None:
     share = found["4-bit"]["peak_bytes"] / found["bf16"]["peak_bytes"]
     save_result(
         "training-memory",
-        columns=["base", "peak of a step, GB", "weights, GB", "adapters and optimizer, GB"],
+        columns=["base", "peak of a step, GB", "weights, GB", "adapters and optimizer, GB",
+                 "planned / measured"],
         rows=[
-            [base, *(f[key] / 1e9 for key in ("peak_bytes", "weight_bytes", "adapter_bytes"))]
+            [
+                base,
+                *(f[key] / 1e9 for key in ("peak_bytes", "weight_bytes", "adapter_bytes")),
+                plan(base, args.tokens, all_linear=args.all_linear) / f["peak_bytes"],
+            ]
             for base, f in found.items()
         ],
         note=(
@@ -73,13 +82,28 @@ def main() -> None:
             f"activations; 4 bits take {share:.0%} of bf16."
         ),
         data=found,
+    )  # fmt: skip
+
+
+def plan(base: str, tokens: int, *, all_linear: bool) -> int:
+    """Give what `halfbyte plan --finetune` says, without the program. Unit: bytes."""
+    load = TrainingLoad(
+        base=Load(
+            bits=4 if base == "4-bit" else 16,
+            group_size=GROUP_SIZE,
+            context=tokens,
+            program_bytes=0,
+        ),
+        targets=() if all_linear else ("q_proj", "v_proj"),
     )
+    return plan_training(parse_config(CONFIG.to_dict(), "TinyLlama"), load).total
 
 
 def measure(base: str, tokens: int, *, all_linear: bool) -> dict[str, float]:
     """Build, step twice, and give the peak of the second step. Unit: bytes."""
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
+    map_large_blocks()
     before = _memory("VmRSS")
     model = _build(quantized=base == "4-bit")
     weights = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
@@ -87,6 +111,8 @@ def measure(base: str, tokens: int, *, all_linear: bool) -> dict[str, float]:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     targets = () if all_linear else ("q_proj", "v_proj")
     adapted = attach_adapter(model, AdapterConfig(dropout=0.0, targets=targets)).train()
+    loss = ChunkedLoss(adapted)
+    assert loss.obstacle is None
     trained = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained)
     ids = torch.randint(0, CONFIG.vocab_size, (1, tokens))
@@ -96,7 +122,7 @@ def measure(base: str, tokens: int, *, all_linear: bool) -> dict[str, float]:
             release_memory()
             Path("/proc/self/clear_refs").write_text("5")
         start = time.perf_counter()
-        adapted(input_ids=ids, labels=ids).loss.backward()
+        loss({"input_ids": ids, "labels": ids}).backward()
         optimizer.step()
         optimizer.zero_grad()
         seconds = time.perf_counter() - start

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from halfbyte.finetune.config import TrainConfig
+from halfbyte.finetune.loss import ChunkedLoss
 from halfbyte.finetune.progress import TrainProgress
 
 LOOKS = 10
@@ -104,7 +105,7 @@ def make_trainer(
     callbacks: list[TrainerCallback] = [_Reporter(progress)]
     if validation is not None:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=config.patience))
-    trainer = Trainer(
+    trainer = _ChunkedTrainer(
         model,
         arguments,
         data_collator=collator,
@@ -132,6 +133,28 @@ def read_history(log: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], ..
         if found:
             steps.setdefault(entry["step"], {}).update(found)
     return tuple({"step": step, **found} for step, found in sorted(steps.items()))
+
+
+class _ChunkedTrainer(Trainer):
+    """Computes the loss without all logits at once, where the model allows it."""
+
+    def __init__(self, model: Any, *args: Any, **keywords: Any) -> None:
+        super().__init__(model, *args, **keywords)
+        self._loss = ChunkedLoss(model)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Compute the loss of a batch; the outputs, which nobody here reads, are left empty."""
+        if self._loss.obstacle is not None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self.loss_is_scaled_for_ga = num_items_in_batch is not None
+        loss = self._loss(inputs, num_items_in_batch)
+        return (loss, {}) if return_outputs else loss
 
 
 class _Reporter(TrainerCallback):
