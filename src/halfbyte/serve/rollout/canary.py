@@ -210,7 +210,7 @@ class Canary:
 
     def _end(self, status: Status, reason: str) -> None:
         self.status, self.reason = status, reason
-        log.warning("canary %s is %s: %s", self.candidate, status, reason)
+        log.info("canary %s is %s: %s", self.candidate, status, reason)
         self.save(wait=True)
         if self._decide is not None:
             self._decide(self)
