@@ -59,19 +59,20 @@ def main() -> None:
                 rates[name].append(rate)
     manager.stop(block=True)
     asyncio.run(engine.close())
-    survivors = count_survivors(model)
+    beside, later = count_survivors(model)
     save_result(
         "continuous-batching",
         columns=["engine, requests at the same time", "tokens/s, all together"],
         rows=[[name, statistics.median(found)] for name, found in rates.items()],
         note=f"Greedy, {PROMPT_TOKENS} prompt tokens and {arguments.tokens} generated each, prompt "
         f"and all; medians of {arguments.rounds} rounds, arms in turn. Beside one request that "
-        f"does not fit the cache, continuous batching answered {survivors} of {GOOD} good ones.",
-        data={"rates": rates, "survivors": survivors},
+        f"does not fit the cache, continuous batching answered {beside} of {GOOD} good ones, and "
+        f"{later} of {GOOD} that came after it.",
+        data={"rates": rates, "beside": beside, "later": later},
     )
     for name, found in rates.items():
         print(name, [round(rate, 1) for rate in found])
-    print("survivors of a bad request:", survivors)
+    print(f"of {GOOD} good requests answered: {beside} beside a bad one, {later} after it")
 
 
 def make_prompt(index: int, turn: int) -> list[int]:
@@ -125,18 +126,24 @@ def run_engine(engine: EmbeddedEngine, requests: int, tokens: int, turn: int) ->
     return requests * tokens / (time.perf_counter() - start)
 
 
-def count_survivors(model: torch.nn.Module) -> int:
-    """Ask things that fit the cache and one that does not; count the good answers."""
+def count_survivors(model: torch.nn.Module) -> tuple[int, int]:
+    """Ask things that fit the cache and one that does not; count good answers, then and later."""
     manager = start_manager(model, 4 * GOOD)
-    good = [manager.add_request(make_prompt(i, 0), max_new_tokens=40) for i in range(GOOD)]
+
+    def ask(index: int) -> str | None:
+        return manager.add_request(make_prompt(index, 0), max_new_tokens=40)
+
+    def count(wanted: list[str | None]) -> int:
+        found = [manager.get_result(timeout=1) for _ in range(15)]
+        ours = [result for result in found if result is not None and result.request_id in wanted]
+        return sum(result.error is None and len(result.generated_tokens) == 40 for result in ours)
+
+    beside = [ask(index) for index in range(GOOD)]
     manager.add_request(make_prompt(9, 0) * 20, max_new_tokens=4)
-    answers = 0
-    for _ in range(15):
-        result = manager.get_result(timeout=1)
-        if result is not None and result.request_id in good:
-            answers += result.error is None and len(result.generated_tokens) == 40
+    first = count(beside)
+    later = count([ask(index) for index in range(GOOD)])
     manager.stop(block=True)
-    return answers
+    return first, later
 
 
 if __name__ == "__main__":

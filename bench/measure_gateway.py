@@ -23,7 +23,7 @@ from halfbyte.serve.engine.config import EngineConfig
 from halfbyte.serve.engine.contract import Generated, TokenRequest
 from halfbyte.serve.keys import ApiKeys
 from halfbyte.serve.quality_config import QualityConfig
-from halfbyte.serve.running import DrainingServer, make_uvicorn_config
+from halfbyte.serve.running import DrainingServer, bind, make_uvicorn_config
 from record import save_result
 
 TEXT = "The old lighthouse keeper climbed the stairs every evening, and while he climbed he counted"
@@ -51,7 +51,7 @@ async def measure(arguments: argparse.Namespace) -> None:
         arguments.model, ServeConfig(), EngineConfig(cache_gb=0.2), QualityConfig(), ApiKeys()
     )
     await service.start()
-    bound = socket.create_server(("127.0.0.1", 0))
+    bound = bind("127.0.0.1", 0)
     server = DrainingServer(make_uvicorn_config(service.gateway), service.gateway)
     serving = asyncio.create_task(server.serve(sockets=[bound]))
     name = service.gateway.models[0]

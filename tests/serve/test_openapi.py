@@ -143,9 +143,7 @@ def check(path, reply):
         validator("ErrorResponse").validate(reply.json())
         return
     whole, chunk = ANSWERS[path]
-    # Schemathesis gives a header as a list of values.
-    media = reply.headers["content-type"]
-    if "".join(media).startswith("application/json"):
+    if reply.headers["content-type"].startswith("application/json"):
         validator(whole).validate(reply.json())
         return
     lines = [line for line in reply.text.split("\n\n") if line]
@@ -170,13 +168,21 @@ def run_cases(server, path, mode, count):
     )
     @given(case=schema[path]["POST"].as_strategy(generation_mode=mode))
     def send(case):
-        # After its own timeout it would give a part of a stream as if it were all.
-        reply = case.call(headers={"Content-Type": "application/json"}, timeout=300)
+        reply = post(client, case)
         statuses[reply.status_code] += 1
         check(path, reply)
 
-    send()
+    with httpx2.Client(timeout=300) as client:
+        send()
     return statuses
+
+
+def post(client, case):
+    """Send a case by a client that reads a stream to its end; schemathesis' own does not."""
+    made = case.as_transport_kwargs()
+    content = json.dumps(made["json"]).encode() if "json" in made else made.get("data")
+    headers = {"Content-Type": "application/json"}
+    return client.request(made["method"], made["url"], headers=headers, content=content)
 
 
 @pytest.mark.parametrize("path", POSTS)
@@ -197,7 +203,7 @@ def test_ten_thousand_made_bodies(server, path, mode):
 def test_list_of_models(server):
     schema = schemathesis.openapi.from_dict(document())
     schema.config.update(base_url=server.v1)
-    reply = schema["/models"]["GET"].Case().call()
+    reply = post(httpx2, schema["/models"]["GET"].Case())
     validator("ListModelsResponse").validate(reply.json())
 
 

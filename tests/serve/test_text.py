@@ -162,7 +162,7 @@ def test_spelling_of_byte_level_tokens():
     ids = tokenizer(" naïve 🙂", add_special_tokens=False)["input_ids"]
     assert b"".join(spelling.spell(token)[1] for token in ids).decode() == " naïve 🙂"
     smile = tokenizer("🙂", add_special_tokens=False)["input_ids"]
-    assert spelling.spell(smile[0]) == ("\N{REPLACEMENT CHARACTER}", b"\xf0")
+    assert spelling.spell(smile[0]) == ("\\xf0", b"\xf0")
     assert spelling.spell(tokenizer.eos_token_id) == ("<|im_end|>", b"<|im_end|>")
     assert spelling.spell(10**6) == ("", b"")
 

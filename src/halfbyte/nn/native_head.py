@@ -67,28 +67,29 @@ class NativeHead:
         tensors = [*self.head.parameters(), *self.head.buffers()]
         return sum(tensor.nbytes for tensor in tensors)
 
-    def __call__(self, hidden: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """Compute the logits.
 
         Args:
             hidden: float32 [..., hidden]; what a row gets does not depend on the others where
                 there are fewer than ROWS_LIMIT.
+            out: float32 [..., vocabulary] to write them to, which spares new memory.
 
         Returns:
             float32 [..., vocabulary].
         """
         if self._rounded is not None:
             operands, spec = self._rounded
-            return CpuNative().apply(hidden, operands, None, spec)
+            return _give(CpuNative().apply(hidden, operands, None, spec), out)
         if self._weight is None:
             dtype: Any = getattr(self.head, "spec", None) or self.head.weight
             logits: Tensor = self.head(hidden.to(dtype.dtype))
-            return logits.float()
+            return _give(logits.float(), out)
         functions = open_library().functions
         assert functions is not None
         vocabulary, columns = self._weight.shape
         hidden = hidden.contiguous()
-        logits = hidden.new_empty(*hidden.shape[:-1], vocabulary)
+        logits = hidden.new_empty(*hidden.shape[:-1], vocabulary) if out is None else out
         status = functions.hb_dense(
             self._weight.data_ptr(),
             DTYPES[self._weight.dtype],
@@ -101,6 +102,10 @@ class NativeHead:
         )
         check_status(status, f"Cannot run a head {columns} -> {vocabulary}")
         return logits
+
+
+def _give(logits: Tensor, out: Tensor | None) -> Tensor:
+    return logits if out is None else out.copy_(logits)
 
 
 def round_weight(weight: Tensor, bits: int) -> tuple[Operands, LinearSpec]:

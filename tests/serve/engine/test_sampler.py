@@ -9,7 +9,8 @@ import pytest
 import torch
 from tests.serve.helpers_engine import ask
 
-from halfbyte.serve.engine.sampler import Sampler, rate, rate_prompt, rate_token
+from halfbyte.serve.engine.rating import Rater
+from halfbyte.serve.engine.sampler import Sampler
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, 0.5, -1.0, 2.9])
 
@@ -89,15 +90,27 @@ def test_a_bias_moves_the_choice():
 
 
 def test_rating_is_the_models_own_distribution():
-    logits = torch.stack([LOGITS, torch.full((6,), 2.0)])
-    logits[1, 0] = float("-inf")
-    logprobs, entropies = rate(logits)
-    assert float(entropies[1]) == pytest.approx(math.log(5))
+    even = torch.full((6,), 2.0)
+    even[0] = float("-inf")
+    broken = torch.full((6,), 2.0)
+    broken[3] = float("nan")
+    rating = Rater().rate([LOGITS, even, broken, torch.full((6,), float("inf"))])
+    assert rating.is_finite == [True, True, False, False]
+    assert rating.likeliest[:2] == [1, 1]
+    assert rating.entropies[1] == pytest.approx(math.log(5))
     exact = naive(LOGITS)
-    assert float(entropies[0]) == pytest.approx(-sum(p * math.log(p) for p in exact.values()))
-    rated = rate_token(logprobs[0], 2, 2)
+    assert rating.entropies[0] == pytest.approx(-sum(p * math.log(p) for p in exact.values()))
+    rated = rating.rate_token(0, 2, 2)
     assert rated.logprob == pytest.approx(math.log(exact[2]))
     assert [token for token, _ in rated.top] == [1, 5]
-    assert math.isnan(rate_token(logprobs[0], 2, None).logprob)
-    assert rate_prompt(logprobs[:1], [2], 2) == [rated]
-    assert rate_prompt(logprobs[:0], [], 2) == []
+    assert [p for _, p in rated.top] == pytest.approx([math.log(exact[1]), math.log(exact[5])])
+    assert rating.rate_token(0, 2, 0).top == ()
+    assert math.isnan(rating.rate_token(0, 2, None).logprob)
+
+
+def test_a_rater_forgets_what_it_rated_before():
+    rater = Rater()
+    rater.rate([LOGITS] * 3)
+    again = rater.rate([LOGITS * 2])
+    assert again.logits.shape == (1, 6)
+    assert again.entropies == Rater().rate([LOGITS * 2]).entropies

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -90,11 +91,14 @@ def _answer_handlers(gateway: Gateway) -> dict[tuple[str, str], Handler]:
 
     async def tokenize(request: Request) -> Response:
         body = await read_body(request, TokenizeRequest, config)
-        return JSONResponse(_need(gateway.text_tools, "/tokenize").tokenize(body))
+        # A long text takes long enough to hold up everybody's streams.
+        work = _need(gateway.text_tools, "/tokenize").tokenize
+        return JSONResponse(await asyncio.to_thread(work, body))
 
     async def detokenize(request: Request) -> Response:
         body = await read_body(request, DetokenizeRequest, config)
-        return JSONResponse(_need(gateway.text_tools, "/detokenize").detokenize(body))
+        work = _need(gateway.text_tools, "/detokenize").detokenize
+        return JSONResponse(await asyncio.to_thread(work, body))
 
     return {
         ("POST", "/v1/chat/completions"): chat,
@@ -188,7 +192,8 @@ def _need(tool: Any, path: str) -> Any:
 
 async def _tell_refusal(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServeError)
-    if error.status >= 500:
+    # Clients that try again and again while the server drains would fill the log.
+    if error.status >= 500 and error.code != "shutting_down":
         logger.warning("%s %s: %s", request.method, request.url.path, error)
     return error_response(error)
 

@@ -39,13 +39,17 @@ from halfbyte.serve.engine.contract import (
 from halfbyte.serve.engine.grammar import Grammars
 from halfbyte.serve.engine.job import MOST_FAILURES, Job
 from halfbyte.serve.engine.page_pool import PagePool
+from halfbyte.serve.engine.rating import Rater, Rating
 from halfbyte.serve.engine.runner import Piece, Runner
-from halfbyte.serve.engine.sampler import Sampler, rate, rate_prompt, rate_token
+from halfbyte.serve.engine.sampler import Sampler
 from halfbyte.serve.engine.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 
 Mail = asyncio.Queue[TokenEvent | HalfbyteError]
+
+RATED_ROWS = 16
+"""Of a prompt, at a time."""
 
 RATE_MEMORY = 0.9
 """How much of the measured speed each step leaves."""
@@ -102,6 +106,7 @@ class EmbeddedEngine:
         self._restarts = 0
         self._in_step: list[Job] = []
         self._tokens_per_second = 0.0
+        self._rater = Rater()
         self._load = self._measure_load()
         self._worker = threading.Thread(target=self._run, name="halfbyte-engine", daemon=True)
         self._worker.start()
@@ -295,7 +300,7 @@ class EmbeddedEngine:
         for (job, piece), logits in zip(work, results, strict=True):
             self._scheduler.note_computed(job, len(piece.tokens))
             if job.rates_prompt:
-                self._guard(job, partial(_note_prompt, job, piece, logits))
+                self._guard(job, partial(self._note_prompt, job, piece, logits))
             if job.computed == len(job.tokens) and not job.is_over:
                 self._finish_prompt(job)
                 if not job.is_over:
@@ -314,27 +319,33 @@ class EmbeddedEngine:
         if job.request.max_new_tokens == 0:
             self._end(job, Ended(reason="length"))
 
+    def _note_prompt(self, job: Job, piece: Piece, logits: Tensor) -> None:
+        """Rate the prompt's tokens that a piece's logits foretell."""
+        known = job.tokens[piece.start + 1 : piece.start + len(piece.tokens) + 1]
+        for first in range(0, len(known), RATED_ROWS):
+            tokens = known[first : first + RATED_ROWS]
+            rating = self._rater.rate(list(logits[first : first + len(tokens)]))
+            if not all(rating.is_finite):
+                raise _not_finite(job)
+            count = job.request.prompt_logprobs
+            job.rated += [rating.rate_token(row, token, count) for row, token in enumerate(tokens)]
+
     def _sample(self, newest: Sequence[tuple[Job, Tensor]]) -> None:
         """Draw a token for each of them."""
-        logits = torch.stack([row for _, row in newest])
-        finite = torch.isfinite(logits.amax(-1)).tolist()
-        logprobs, entropies = rate(logits)
-        likeliest = logits.argmax(-1).tolist()
-        spreads = entropies.tolist()
-        for index, (job, _) in enumerate(newest):
-            if not finite[index]:
+        rating = self._rater.rate([row for _, row in newest])
+        for row, (job, _) in enumerate(newest):
+            if rating.is_finite[row]:
+                self._guard(job, partial(self._draw, job, rating, row))
+            else:
                 self._fail(job, _not_finite(job))
-                continue
 
-            def draw(job: Job = job, index: int = index) -> None:
-                token = likeliest[index]
-                if not job.sampler.is_greedy:
-                    token = job.sampler.draw(logits[index], job.tokens)
-                self._note_token(job, token, logprobs[index], spreads[index])
+    def _draw(self, job: Job, rating: Rating, row: int) -> None:
+        token = rating.likeliest[row]
+        if not job.sampler.is_greedy:
+            token = job.sampler.draw(rating.logits[row], job.tokens)
+        self._note_token(job, token, rating, row)
 
-            self._guard(job, draw)
-
-    def _note_token(self, job: Job, token: int, logprobs: Tensor, entropy: float) -> None:
+    def _note_token(self, job: Job, token: int, rating: Rating, row: int) -> None:
         request = job.request
         job.failures = 0
         if token in self._ends and not request.ignore_end:
@@ -343,8 +354,8 @@ class EmbeddedEngine:
             return self._end(job, Ended(reason="stop_token", stop_token=token))
         job.tokens.append(token)
         job.sampler.note(token)
-        rated = rate_token(logprobs, token, request.top_logprobs)
-        job.outbox.append(Generated(rated=rated, entropy=entropy))
+        rated = rating.rate_token(row, token, request.top_logprobs)
+        job.outbox.append(Generated(rated=rated, entropy=rating.entropies[row]))
         if job.sampler.matcher is not None and job.sampler.matcher.accept(token):
             return self._end(job, Ended(reason="grammar"))
         if job.new_tokens >= request.max_new_tokens:
@@ -432,15 +443,6 @@ def _deliver(batch: Sequence[tuple[Mail, list[Any]]]) -> None:
     for mail, events in batch:
         for event in events:
             mail.put_nowait(event)
-
-
-def _note_prompt(job: Job, piece: Piece, logits: Tensor) -> None:
-    """Rate the prompt's tokens that a piece's logits foretell."""
-    known = job.tokens[piece.start + 1 : piece.start + len(piece.tokens) + 1]
-    if not torch.isfinite(logits.amax(-1)).all():
-        raise _not_finite(job)
-    logprobs, _ = rate(logits[: len(known)])
-    job.rated += rate_prompt(logprobs, known, job.request.prompt_logprobs or 0)
 
 
 def _late(request: TokenRequest) -> ServeError:

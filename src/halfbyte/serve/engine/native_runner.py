@@ -40,6 +40,7 @@ class NativeRunner:
         self.pages = pages
         self._head = NativeHead(model.get_output_embeddings(), head_bits)
         self._context = 0
+        self._logits: dict[bool, Tensor] = {}
         self._decoder: NativeDecoder | None = None
         self._adapted: TransformersRunner | None = None
 
@@ -111,6 +112,15 @@ class NativeRunner:
             wanted += range(len(tokens) - piece.logits, len(tokens))
         with torch.inference_mode():
             hidden = self._decoder.run(tokens, positions, tables, starts, prompt=prompt)
-            logits = [self._head(part) for part in torch.split(hidden[wanted], HEAD_ROWS)]
-        counts = [piece.logits for piece in pieces]
-        return list(torch.split(torch.cat(logits), counts))
+            logits = self._multiply_head(hidden[wanted], prompt=prompt)
+        return list(torch.split(logits, [piece.logits for piece in pieces]))
+
+    def _multiply_head(self, hidden: Tensor, *, prompt: bool) -> Tensor:
+        """Logits of hidden states, in memory that is kept for the few rows of a usual step."""
+        if hidden.shape[0] > HEAD_ROWS:
+            parts = torch.split(hidden, HEAD_ROWS)
+            return torch.cat([self._head(part) for part in parts])
+        if prompt not in self._logits:
+            vocabulary = self.model.get_output_embeddings().out_features
+            self._logits[prompt] = hidden.new_empty(HEAD_ROWS, vocabulary)
+        return self._head(hidden, self._logits[prompt][: hidden.shape[0]])

@@ -2,16 +2,14 @@
 
 ::
 
-    logits [rows, vocabulary] ──rate──> log probabilities and entropies, the model's own
-    logits of one row ──Sampler.draw──> penalties ─> bias ─> grammar ─> temperature
-                                        ─> min_p, top_k, top_p ─> one uniform number picks
+    logits [vocabulary] ──> penalties ─> bias ─> grammar ─> temperature
+                        ──> min_p, top_k, top_p ──> one uniform number picks
 
 The order is vLLM's. A row's token depends on its own logits, request and random numbers only.
 """
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections import Counter
 from collections.abc import Sequence
@@ -20,69 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from halfbyte.serve.engine.contract import Rated, TokenRequest
+from halfbyte.serve.engine.contract import TokenRequest
 from halfbyte.serve.engine.grammar import Matcher
 
 FIRST_LOOK = 512
 """Likeliest tokens that are sorted to find where top_p cuts; all of them where these fall short."""
-
-
-def rate(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Rate every token by the model's own distribution.
-
-    Args:
-        logits: float32 [rows, vocabulary].
-
-    Returns:
-        Natural log probabilities of the same shape, and entropies in nats [rows].
-    """
-    logprobs = torch.log_softmax(logits, dim=-1)
-    # A token of probability 0 adds nothing; 0 times infinity would be not-a-number.
-    entropies = -(logprobs.exp() * logprobs.clamp(min=-1e4)).sum(-1)
-    return logprobs, entropies
-
-
-def rate_token(logprobs: Tensor, token: int, likeliest: int | None) -> Rated:
-    """Rate one token.
-
-    Args:
-        logprobs: [vocabulary].
-        token: Its id.
-        likeliest: How many of the likeliest to give beside it; None: not even its own.
-
-    Returns:
-        The token, its logprob NaN where it was not asked for.
-    """
-    if likeliest is None:
-        return Rated(token=token, logprob=math.nan)
-    top: tuple[tuple[int, float], ...] = ()
-    if likeliest:
-        values, ids = logprobs.topk(min(likeliest, logprobs.shape[0]))
-        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return Rated(token=token, logprob=float(logprobs[token]), top=top)
-
-
-def rate_prompt(logprobs: Tensor, tokens: Sequence[int], likeliest: int) -> list[Rated | None]:
-    """Rate tokens that are given, each by the row before it.
-
-    Args:
-        logprobs: [tokens, vocabulary].
-        tokens: Their ids.
-        likeliest: How many of the likeliest to give beside each.
-
-    Returns:
-        One for each.
-    """
-    if not tokens:
-        return []
-    ids = torch.tensor(tokens, device=logprobs.device)
-    own = logprobs.gather(1, ids[:, None])[:, 0].tolist()
-    values, places = logprobs.topk(min(likeliest, logprobs.shape[1]))
-    tops = zip(places.tolist(), values.tolist(), strict=True)
-    return [
-        Rated(token=token, logprob=logprob, top=tuple(zip(*top, strict=True)))
-        for token, logprob, top in zip(tokens, own, tops, strict=True)
-    ]
 
 
 class Sampler:

@@ -41,11 +41,12 @@ class Spelling:
             token: Its id.
 
         Returns:
-            Its text, where bytes that are no character by themselves are replaced, and its bytes.
+            Its text, where bytes that are no character by themselves are escaped as Python does,
+            and its bytes.
         """
         if token not in self._known:
             raw = self._find_bytes(token)
-            self._known[token] = raw.decode("utf-8", "replace"), raw
+            self._known[token] = raw.decode("utf-8", "backslashreplace"), raw
         return self._known[token]
 
     def _find_bytes(self, token: int) -> bytes:

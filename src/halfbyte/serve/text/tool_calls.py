@@ -251,6 +251,8 @@ def forced_schema(tools: Sequence[Mapping[str, Any]], *, most: int | None) -> st
         for tool in tools
     ]
     schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": entries}}
+    # llguidance's: nobody sees this JSON, and a weak model may fill its answer with spaces.
+    schema["x-guidance"] = {"whitespace_flexible": False}
     if most is not None:
         schema["maxItems"] = most
     return json.dumps(schema)
