@@ -28,7 +28,10 @@ from halfbyte.finetune.loss import ChunkedLoss
 from halfbyte.finetune.train import attach_adapter
 from halfbyte.kernels.contract import LinearSpec
 from halfbyte.nn.linear import QuantLinear
-from halfbyte.quantize.hardware import release_memory
+from halfbyte.plan.memory import Load
+from halfbyte.plan.shapes import parse_config
+from halfbyte.plan.training import TrainingLoad, plan_training
+from halfbyte.quantize.hardware import map_large_blocks, release_memory
 from record import save_result
 
 CONFIG = LlamaConfig(
@@ -63,9 +66,14 @@ def main() -> None:
     share = found["4-bit"]["peak_bytes"] / found["bf16"]["peak_bytes"]
     save_result(
         "training-memory",
-        columns=["base", "peak of a step, GB", "weights, GB", "adapters and optimizer, GB"],
+        columns=["base", "peak of a step, GB", "weights, GB", "adapters and optimizer, GB",
+                 "planned / measured"],
         rows=[
-            [base, *(f[key] / 1e9 for key in ("peak_bytes", "weight_bytes", "adapter_bytes"))]
+            [
+                base,
+                *(f[key] / 1e9 for key in ("peak_bytes", "weight_bytes", "adapter_bytes")),
+                plan(base, args.tokens, all_linear=args.all_linear) / f["peak_bytes"],
+            ]
             for base, f in found.items()
         ],
         note=(
@@ -74,13 +82,28 @@ def main() -> None:
             f"activations; 4 bits take {share:.0%} of bf16."
         ),
         data=found,
+    )  # fmt: skip
+
+
+def plan(base: str, tokens: int, *, all_linear: bool) -> int:
+    """Give what `halfbyte plan --finetune` says, without the program. Unit: bytes."""
+    load = TrainingLoad(
+        base=Load(
+            bits=4 if base == "4-bit" else 16,
+            group_size=GROUP_SIZE,
+            context=tokens,
+            program_bytes=0,
+        ),
+        targets=() if all_linear else ("q_proj", "v_proj"),
     )
+    return plan_training(parse_config(CONFIG.to_dict(), "TinyLlama"), load).total
 
 
 def measure(base: str, tokens: int, *, all_linear: bool) -> dict[str, float]:
     """Build, step twice, and give the peak of the second step. Unit: bytes."""
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
+    map_large_blocks()
     before = _memory("VmRSS")
     model = _build(quantized=base == "4-bit")
     weights = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])

@@ -1,9 +1,10 @@
 """Read token ids with vLLM on a CPU; in its environment: python vllm_read.py JOB.json.
 
-The job: windows (equally long lists of token ids) and runs, each a checkpoint, a dtype and an
-output file. Each file gets the negative log-likelihood (nats) and the first choice of every token
-but the first; where vLLM refuses the checkpoint, its words go into a file of that name with
-.refused behind it.
+The job: windows (equally long lists of token ids) and runs, each a checkpoint, a dtype, an output
+file and maybe the folder of a PEFT adapter. With an adapter each file gets the greedy replies to
+the windows, because vLLM's CPU build cannot rate a prompt with one; without, each file gets the
+negative log-likelihood (nats) and the first choice of every token but the first. Where vLLM refuses
+the checkpoint, its words go into a file of that name with .refused behind it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ SETTINGS = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 
+NEW_TOKENS = 24
+"""Of a greedy reply."""
+
 
 def main(job: dict[str, Any]) -> None:
     """Read the windows once per run."""
@@ -29,7 +33,7 @@ def main(job: dict[str, Any]) -> None:
 
     for run in job["runs"]:
         try:
-            result = read(run["checkpoint"], run["dtype"], job["windows"])
+            result = read(run["checkpoint"], run["dtype"], job["windows"], run.get("adapter"))
         # Some of its refusals are assertions.
         except (ValueError, RuntimeError, AssertionError, KeyError) as error:
             words = f"{type(error).__name__}: {error}"
@@ -39,22 +43,37 @@ def main(job: dict[str, Any]) -> None:
         cleanup_dist_env_and_memory()
 
 
-def read(checkpoint: str, dtype: str, windows: list[list[int]]) -> dict[str, Any]:
-    """Load a checkpoint and read the windows."""
+def read(
+    checkpoint: str, dtype: str, windows: list[list[int]], adapter: str | None
+) -> dict[str, Any]:
+    """Load a checkpoint and read the windows, or answer them by its adapter."""
     from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm.lora.request import LoRARequest
 
+    rates = adapter is None
+    new_tokens = 1 if rates else NEW_TOKENS
     model = LLM(
         checkpoint,
         enforce_eager=True,
-        max_model_len=len(windows[0]) + 1,
+        max_model_len=len(windows[0]) + new_tokens,
         dtype=dtype,
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
+        enable_lora=not rates,
     )
     outputs = model.generate(
         [TokensPrompt(prompt_token_ids=ids) for ids in windows],
-        SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1, detokenize=False),
+        SamplingParams(
+            max_tokens=new_tokens,
+            min_tokens=new_tokens,
+            temperature=0,
+            prompt_logprobs=1 if rates else None,
+            detokenize=False,
+        ),
+        lora_request=None if rates else LoRARequest("adapter", 1, adapter),
     )
+    if not rates:
+        return {"replies": [list(output.outputs[0].token_ids) for output in outputs]}
     nll, first = [], []
     for ids, output in zip(windows, outputs, strict=True):
         by_token = output.prompt_logprobs[1:]

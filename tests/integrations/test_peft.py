@@ -202,11 +202,11 @@ def test_trains_with_the_trainer(folder, tmp_path, use_reentrant):
     assert losses[-1] < losses[0] - 0.1
 
 
-@pytest.mark.interop
 @pytest.mark.filterwarnings("ignore")
 def test_trains_with_trl(folder, tmp_path):
-    trl = pytest.importorskip("trl")
-    datasets = pytest.importorskip("datasets")
+    # Seconds to import, and only needed here.
+    import datasets
+    import trl
     from tests.helpers.tiny_llama import build_tokenizer
 
     tokenizer = build_tokenizer()

@@ -10,7 +10,7 @@ from rich.table import Table
 from halfbyte.cli.output import console, print_json
 
 if TYPE_CHECKING:
-    from halfbyte.plan.devices import Fit
+    from halfbyte.plan.devices import Device, Fit
     from halfbyte.plan.memory import Load, MemoryPlan
     from halfbyte.plan.shapes import ModelShapes
 
@@ -66,6 +66,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a card's memory as printed on it, such as 24GB, or a card such as 'RTX 4090'; may be "
         "given again (default: the usual sizes, and this machine)",
     )
+    training = parser.add_argument_group("training an adapter instead of running the model")
+    training.add_argument(
+        "--finetune",
+        action="store_true",
+        help="plan a training step of halfbyte finetune; --context is the tokens of a row",
+    )
+    training.add_argument(
+        "--rank", type=int, default=16, metavar="N", help="of the adapter (default: %(default)s)"
+    )
+    training.add_argument(
+        "--target",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a linear that gets an adapter, such as q_proj; may be given again (default: all)",
+    )
+    training.add_argument(
+        "--batch-size", type=int, default=1, metavar="N", help="rows at a time (default: 1)"
+    )
+    training.add_argument(
+        "--optimizer",
+        default="adamw",
+        metavar="NAME",
+        help="adamw, adamw_8bit or paged_adamw_8bit (default: %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
 
 
@@ -85,6 +110,8 @@ def run(args: argparse.Namespace) -> int:
         cache_type=args.cache_type,
         quantize_head=args.quantize_head,
     )
+    if args.finetune:
+        return _plan_training(args, shapes, load, devices)
     plan = plan_memory(shapes, load)
     fits = fit_devices(shapes, load, devices)
     notes = [*shapes.notes, *_notes(shapes, load, plan)]
@@ -103,6 +130,58 @@ def run(args: argparse.Namespace) -> int:
         print_json(values)
     else:
         _print_tables(shapes, load, plan, fits, notes)
+    return 0
+
+
+def _plan_training(
+    args: argparse.Namespace, shapes: ModelShapes, base: Load, devices: list[Device]
+) -> int:
+    from halfbyte.plan.training import TrainingLoad, largest_batch, plan_training
+    from halfbyte.units import format_bytes
+
+    load = TrainingLoad(
+        base=base,
+        rank=args.rank,
+        targets=tuple(args.target),
+        batch_size=args.batch_size,
+        optimizer=args.optimizer,
+    )
+    plan = plan_training(shapes, load)
+    rows = [(device, largest_batch(shapes, load, device)) for device in devices]
+    if args.json:
+        fits = [{"name": d.name, "usable_bytes": d.bytes, "max_batch_size": n} for d, n in rows]
+        values = {"model": shapes.name, "load": load, "bytes": plan, "devices": fits}
+        print_json({**values, "notes": list(shapes.notes)})
+        return 0
+    where = ", ".join(load.targets) or "every linear"
+    console.print(
+        f"{shapes.name}: an adapter of rank {load.rank} on {where}, {plan.trained / 1e6:.3g} "
+        f"million numbers, on a base in {base.bits} bits; {load.batch_size} x "
+        f"{base.context} tokens at a time",
+        soft_wrap=True,
+    )
+    table = Table()
+    table.add_column("part")
+    table.add_column("memory", justify="right")
+    for name, value in (
+        ("weights of the base", plan.weights),
+        ("adapter and its gradient", plan.adapter),
+        ("optimizer", plan.optimizer),
+        ("activations", plan.activations),
+        ("program and device", plan.program),
+        ("together", plan.total),
+    ):
+        table.add_row(name, format_bytes(value))
+    console.print(table)
+    table = Table(title="Where it fits")
+    table.add_column("device")
+    table.add_column("usable", justify="right")
+    table.add_column("rows at a time, at most", justify="right")
+    for device, most in rows:
+        table.add_row(device.name, format_bytes(device.bytes), str(most or "none"))
+    console.print(table)
+    for note in shapes.notes:
+        console.print(f"Note: {note}", soft_wrap=True)
     return 0
 
 

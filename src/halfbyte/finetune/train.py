@@ -34,7 +34,7 @@ from halfbyte.finetune.progress import SilentTrainProgress, TrainProgress
 from halfbyte.finetune.report import REPORT_FILE, TrainReport, save_report
 from halfbyte.finetune.trainer import make_trainer, read_history
 from halfbyte.quantize.fingerprint import fingerprint_model
-from halfbyte.quantize.hardware import has_fast_bf16, release_memory
+from halfbyte.quantize.hardware import has_fast_bf16, map_large_blocks, release_memory
 from halfbyte.quantize.journal import JOURNAL_FILE, WORK_FOLDER, Journal
 from halfbyte.quantize.provenance import installed_versions, machine_facts, peak_memory_bytes
 from halfbyte.quantize.source import find_model
@@ -364,6 +364,8 @@ def _open(folder: Path, config: TrainConfig) -> Subject:
     on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
     if dtype == "auto":
         dtype = "bfloat16" if not on_cpu or has_fast_bf16() else "float32"
+    if on_cpu:
+        map_large_blocks()
     subject = open_subject(folder, dtype=dtype, device=device)
     # What repacking the weights left behind would stay beside the training for good.
     release_memory()

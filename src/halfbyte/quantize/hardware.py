@@ -43,6 +43,25 @@ def fast_copy(matrix: torch.Tensor) -> torch.Tensor:
     return matrix.bfloat16() if fast else matrix
 
 
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
+"""Names of glibc's settings, from its malloc.h."""
+LARGE_BYTES = 1 << 20
+
+
+def map_large_blocks() -> None:
+    """Let the C library map every large block for itself, for as long as this process lives.
+
+    glibc takes to keeping blocks of up to 32 MB in its heap once some were freed. Training frees
+    and takes tensors of ever other sizes, and the holes grow: a step of a 1.1B model on 1,024
+    tokens took 3.7 GB where 1.4 are in use (docs/log.md). Mapping costs fresh pages each time.
+    Does nothing where the C library is not glibc.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        for name in (MMAP_THRESHOLD, TRIM_THRESHOLD):
+            set_option(name, LARGE_BYTES)
+
+
 def release_memory() -> None:
     """Give freed memory back to the system, where the C library would keep it in fragments.
 

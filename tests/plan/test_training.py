@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import peft
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from halfbyte.cli.main import main
+from halfbyte.errors import ConfigError
+from halfbyte.finetune.config import AdapterConfig
+from halfbyte.finetune.train import attach_adapter
+from halfbyte.plan.devices import Device, parse_device
+from halfbyte.plan.memory import Load
+from halfbyte.plan.shapes import parse_config, read_shapes
+from halfbyte.plan.training import TrainingLoad, find_targets, largest_batch, plan_training
+
+# PEFT asks Transformers by an old name.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+CONFIG = LlamaConfig(
+    hidden_size=64,
+    intermediate_size=160,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=96,
+)
+LOAD = TrainingLoad(base=Load(context=32))
+
+
+@pytest.mark.parametrize("targets", [(), ("q_proj", "v_proj"), ("down_proj",)])
+@pytest.mark.parametrize("rank", [4, 16])
+def test_counts_the_numbers_that_peft_makes(targets, rank):
+    with torch.device("meta"):
+        model = LlamaForCausalLM(CONFIG)
+    adapted = attach_adapter(model, AdapterConfig(rank=rank, targets=targets))
+    assert isinstance(adapted, peft.PeftModel)
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    shapes = parse_config(CONFIG.to_dict(), "tiny")
+    plan = plan_training(shapes, replace(LOAD, rank=rank, targets=targets))
+    assert plan.trained == trained
+    assert plan.adapter == 8 * trained
+    assert plan.optimizer == 8 * trained
+
+
+def test_the_articles_65b_trains_on_a_card_of_48_gb_and_not_of_32():
+    shapes = read_shapes("65B")
+    load = TrainingLoad(base=Load(context=512), targets=("q_proj", "v_proj"))
+    assert largest_batch(shapes, load, parse_device("48GB")) >= 1
+    assert largest_batch(shapes, load, parse_device("32GB")) == 0
+
+
+@pytest.mark.parametrize("gigabytes", [8, 12, 24])
+def test_the_largest_batch_fits_and_one_more_does_not(gigabytes):
+    shapes, device = read_shapes("8B"), Device(name="card", bytes=gigabytes * 10**9)
+    most = largest_batch(shapes, TrainingLoad(base=Load(context=512)), device)
+    for rows, fits in ((most, True), (most + 1, False)):
+        load = TrainingLoad(base=Load(context=512), batch_size=rows)
+        assert (plan_training(shapes, load).total <= device.bytes) == fits
+
+
+def test_checkpointing_and_8_bit_moments_take_less():
+    shapes = read_shapes("8B")
+    plain = plan_training(shapes, replace(LOAD, checkpointing=False))
+    assert plan_training(shapes, LOAD).activations < plain.activations / 5
+    small = plan_training(shapes, replace(LOAD, optimizer="adamw_8bit"))
+    assert small.optimizer * 4 == plain.optimizer
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ConfigError, match="no linear 'qproj' in '8B'; it has down_proj, gate_proj"):
+        find_targets(read_shapes("8B"), ("qproj",))
+    with pytest.raises(ConfigError, match="optimizer is 'sgd'; allowed are adamw"):
+        replace(LOAD, optimizer="sgd")
+    with pytest.raises(ConfigError, match="rank is 0"):
+        replace(LOAD, rank=0)
+
+
+def test_the_command_gives_bytes_and_batches(capsys):
+    arguments = [
+        "plan",
+        "8B",
+        "--finetune",
+        "--context",
+        "512",
+        "--gpu",
+        "24GB",
+        "--target",
+        "q_proj",
+    ]
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    load = TrainingLoad(base=Load(context=512), targets=("q_proj",))
+    expected = plan_training(read_shapes("8B"), load)
+    assert found["bytes"] == expected.to_dict()
+    assert found["devices"][0]["max_batch_size"] == largest_batch(
+        read_shapes("8B"), load, parse_device("24GB")
+    )
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "rank 16 on q_proj" in shown
+    assert "rows at a time" in shown
