@@ -1,8 +1,9 @@
-"""How much more the serving engine says per second with several requests at the same time.
+"""How fast the serving engine is with several requests at the same time, and whether it errs.
 
 Greedy answers of equal length to prompts that share nothing, as many at the same time as the arm
 says; arms in turn. Then the memory of the process while requests of mixed lengths come and go,
-beside what was planned.
+beside what was planned. Then answers to pieces of the shipped evaluation text, all at once, beside
+those of `halfbyte generate` one by one; in float32 beside those of generate() as well.
 """
 
 from __future__ import annotations
@@ -13,10 +14,15 @@ import random
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
+from transformers import AutoTokenizer
 
+from halfbyte.data import evaluation_text
+from halfbyte.integrations.generation import Generator, Sampling
+from halfbyte.integrations.load import load_model
 from halfbyte.serve.engine.config import EngineConfig
 from halfbyte.serve.engine.contract import Generated, TokenRequest
 from halfbyte.serve.engine.engine import EmbeddedEngine
@@ -24,6 +30,7 @@ from halfbyte.serve.engine.opening import open_engine
 from record import save_result
 
 PROMPT_TOKENS = 32
+SAME_REQUESTS = 16
 CONCURRENT = (1, 2, 4, 8, 16)
 
 
@@ -51,6 +58,7 @@ async def measure(arguments: argparse.Namespace) -> None:
     memory = await run_mixed(engine, arguments.mixed_seconds)
     planned = engine.info.planned_bytes
     await engine.close()
+    same = {dtype: await count_same(arguments.model, dtype) for dtype in ("bfloat16", "float32")}
     gains = [
         statistics.median(a / b for a, b in zip(rates[c], rates[1], strict=True)) for c in rates
     ]
@@ -66,16 +74,19 @@ async def measure(arguments: argparse.Namespace) -> None:
         f"prompt tokens and {arguments.tokens} generated each, prompts in the time; medians "
         f"of {arguments.rounds} rounds, arms in turn, gains paired. Memory over "
         f"{arguments.mixed_seconds:.0f} s of mixed requests: "
-        f"{peak / 1e6:.0f} MB at most, {planned / 1e6:.0f} planned.",
+        f"{peak / 1e6:.0f} MB at most, {planned / 1e6:.0f} planned. Of {SAME_REQUESTS} answers at "
+        f"the same time, the same as alone: {same}.",
         data={
             "rates": {str(count): found for count, found in rates.items()},
             "memory": memory,
             "planned": planned,
+            "same": same,
             "load": psutil.getloadavg(),
         },
     )
     for count, gain in zip(rates, gains, strict=True):
         print(f"{count}: {statistics.median(rates[count]):.1f} tokens/s, {gain:.2f} times one's")
+    print(f"the same: {same}")
     print(f"memory {[round(value / 1e6) for value in memory]} MB, planned {planned / 1e6:.0f}")
 
 
@@ -122,6 +133,58 @@ async def run_mixed(engine: EmbeddedEngine, seconds: float) -> list[int]:
 
     await asyncio.gather(watch(), *(ask(seed) for seed in range(16)))
     return memory
+
+
+async def count_same(folder: Path, dtype: str) -> dict[str, int]:
+    """Count answers, asked for all at once, that are those of other ways, asked one by one."""
+    ids = AutoTokenizer.from_pretrained(folder)(evaluation_text())["input_ids"]
+    draw = random.Random(5)
+    requests = []
+    for _ in range(SAME_REQUESTS):
+        start, length = draw.randrange(len(ids) - 200), draw.randrange(1, 200)
+        requests.append(
+            TokenRequest(
+                prompt=tuple(ids[start : start + length]),
+                max_new_tokens=draw.randrange(1, 40),
+                temperature=0.0,
+                ignore_end=True,
+            )
+        )
+
+    async def answer(request: TokenRequest) -> list[int]:
+        events = [event async for event in engine.generate(request)]
+        return [event.rated.token for event in events if isinstance(event, Generated)]
+
+    engine = open_engine(folder, EngineConfig(dtype=dtype, cache_gb=0.4))
+    found = await asyncio.gather(*(answer(request) for request in requests))
+    await engine.close()
+    model = load_model(folder, dtype=dtype)
+    model.generation_config.eos_token_id = None
+    generator = Generator(model)
+    ways = {
+        "halfbyte generate": [
+            list(generator.stream(r.prompt, Sampling(max_new_tokens=r.max_new_tokens)))
+            for r in requests
+        ]
+    }
+    if dtype == "float32":
+        ways["generate()"] = [generate_alone(model, request) for request in requests]
+    return {
+        name: sum(ours == theirs for ours, theirs in zip(found, expected, strict=True))
+        for name, expected in ways.items()
+    }
+
+
+def generate_alone(model: Any, request: TokenRequest) -> list[int]:
+    """Let Transformers answer."""
+    prompt = torch.tensor([request.prompt])
+    text = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=request.max_new_tokens,
+        do_sample=False,
+    )
+    return text[0, prompt.shape[1] :].tolist()
 
 
 if __name__ == "__main__":

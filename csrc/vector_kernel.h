@@ -80,54 +80,65 @@ inline Floats load_offsets(const Packed& w, int64_t at) {
   return float(1 << (w.bits - 1)) - __builtin_convertvector(zeros, Floats);
 }
 
-template <int BITS, int ROWS>
+template <int BITS, int ROWS, int BLOCKS>
 void multiply_block(const Packed& w, const Rows& rows, const Target& target, int64_t row,
                     int64_t block) {
   constexpr int RUN = BITS == 3 ? 32 : 32 / BITS, WORDS = BITS == 3 ? 3 : 1;
-  // The same for any number of rows: so a row's result does not depend on its neighbours. Two sums
-  // that wait for nothing but themselves hide most of the latency of a multiply-add.
+  // The same for any number of rows: so a row's result does not depend on its neighbours. Where it
+  // takes more to hide the latency of a multiply-add, that comes from blocks side by side.
   constexpr int CHAINS = PARTS >= 2 ? 1 : 2;
   const int64_t columns = w.in_features;
   const uint32_t* codes = w.codes + block * w.block_words;
   const float* x = rows.x + row * columns;
-  Floats sums[ROWS][PARTS] = {};
+  // Blocks side by side: the same place in the next ones, unless that is far.
+  const int64_t next = BLOCKS * w.block_words;
+  const int64_t ahead = BLOCKS > 1 && next <= 4 * PREFETCH_WORDS ? next : PREFETCH_WORDS / BLOCKS;
+  Floats sums[BLOCKS][ROWS][PARTS] = {};
   for (int64_t g = 0, k = 0; g < w.groups; g++) {
     const int64_t end = k + w.group_size < columns ? k + w.group_size : columns;
-    Floats part[CHAINS][ROWS][PARTS] = {};
+    Floats part[CHAINS][BLOCKS][ROWS][PARTS] = {};
     for (; k < end; k += RUN, codes += WORDS * LANES) {
-      __builtin_prefetch(codes + PREFETCH_WORDS);
+#pragma GCC unroll 2
+      for (int b = 0; b < BLOCKS; b++) {
+        const uint32_t* from = codes + b * w.block_words;
+        __builtin_prefetch(from + ahead);
 #pragma GCC unroll 4
-      for (int p = 0; p < PARTS; p++) {
-        Words words[WORDS];
+        for (int p = 0; p < PARTS; p++) {
+          Words words[WORDS];
 #pragma GCC unroll 3
-        for (int i = 0; i < WORDS; i++) words[i] = load<Words>(codes + i * LANES + p * VECTOR);
+          for (int i = 0; i < WORDS; i++) words[i] = load<Words>(from + i * LANES + p * VECTOR);
 #pragma GCC unroll 32
-        for (int j = 0; j < RUN; j++) {
-          const Floats weights = number<BITS>(shift_down<BITS, WORDS>(words, j));
+          for (int j = 0; j < RUN; j++) {
+            const Floats weights = number<BITS>(shift_down<BITS, WORDS>(words, j));
 #pragma GCC unroll 8
-          for (int m = 0; m < ROWS; m++) {
-            part[j % CHAINS][m][p] += weights * x[m * columns + k + j];
+            for (int m = 0; m < ROWS; m++) {
+              part[j % CHAINS][b][m][p] += weights * x[m * columns + k + j];
+            }
           }
         }
       }
     }
-    for (int p = 0; p < PARTS; p++) {
-      const int64_t at = (block * w.groups + g) * LANES + p * VECTOR;
-      const Floats scale = load_scales(w, at);
-      const Floats offset = w.symmetric ? Floats{} : load_offsets(w, at);
+    for (int b = 0; b < BLOCKS; b++) {
+      for (int p = 0; p < PARTS; p++) {
+        const int64_t at = ((block + b) * w.groups + g) * LANES + p * VECTOR;
+        const Floats scale = load_scales(w, at);
+        const Floats offset = w.symmetric ? Floats{} : load_offsets(w, at);
 #pragma GCC unroll 8
-      for (int m = 0; m < ROWS; m++) {
-        Floats sum = part[0][m][p];
-        for (int c = 1; c < CHAINS; c++) sum += part[c][m][p];
-        if (!w.symmetric) sum += offset * rows.sums[(row + m) * w.groups + g];
-        sums[m][p] += scale * sum;
+        for (int m = 0; m < ROWS; m++) {
+          Floats sum = part[0][b][m][p];
+          for (int c = 1; c < CHAINS; c++) sum += part[c][b][m][p];
+          if (!w.symmetric) sum += offset * rows.sums[(row + m) * w.groups + g];
+          sums[b][m][p] += scale * sum;
+        }
       }
     }
   }
-  for (int m = 0; m < ROWS; m++) {
-    float out[LANES];
-    for (int p = 0; p < PARTS; p++) store(out + p * VECTOR, sums[m][p]);
-    store_block(w, target, row + m, block, out);
+  for (int b = 0; b < BLOCKS; b++) {
+    for (int m = 0; m < ROWS; m++) {
+      float out[LANES];
+      for (int p = 0; p < PARTS; p++) store(out + p * VECTOR, sums[b][m][p]);
+      store_block(w, target, row + m, block + b, out);
+    }
   }
 }
 
@@ -135,14 +146,18 @@ void multiply_block(const Packed& w, const Rows& rows, const Target& target, int
 template <int BITS>
 void multiply_bits(const Packed& w, const Rows& rows, const Target& target, int64_t first,
                    int64_t last) {
-  for (int64_t block = first; block < last; block++) {
+  int64_t block = first;
+  if (rows.rows == 1 && PARTS == 2) {
+    for (; block + 2 <= last; block += 2) multiply_block<BITS, 1, 2>(w, rows, target, 0, block);
+  }
+  for (; block < last; block++) {
     int64_t m = 0;
 #if MAX_SHARED_ROWS >= 8
-    for (; m + 8 <= rows.rows; m += 8) multiply_block<BITS, 8>(w, rows, target, m, block);
+    for (; m + 8 <= rows.rows; m += 8) multiply_block<BITS, 8, 1>(w, rows, target, m, block);
 #endif
-    for (; m + 4 <= rows.rows; m += 4) multiply_block<BITS, 4>(w, rows, target, m, block);
-    for (; m + 2 <= rows.rows; m += 2) multiply_block<BITS, 2>(w, rows, target, m, block);
-    for (; m < rows.rows; m++) multiply_block<BITS, 1>(w, rows, target, m, block);
+    for (; m + 4 <= rows.rows; m += 4) multiply_block<BITS, 4, 1>(w, rows, target, m, block);
+    for (; m + 2 <= rows.rows; m += 2) multiply_block<BITS, 2, 1>(w, rows, target, m, block);
+    for (; m < rows.rows; m++) multiply_block<BITS, 1, 1>(w, rows, target, m, block);
   }
 }
 

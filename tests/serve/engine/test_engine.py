@@ -69,6 +69,20 @@ def _values(request):
     return {name: getattr(request, name) for name in request.__slots__}
 
 
+def test_a_prompt_that_comes_four_times_at_once_is_read_once(folder, runner):
+    prompt = list(range(10, 80))
+
+    async def run():
+        async with open_tiny(folder, runner, step_tokens=16) as engine:
+            requests = [ask(prompt, 8, temperature=1.0, seed=seed) for seed in range(4)]
+            answers = await asyncio.gather(*(collect(engine, request) for request in requests))
+            return [events[0].cached_tokens for events in answers], engine.load()
+
+    cached, load = asyncio.run(run())
+    assert cached == [0, 64, 64, 64]
+    assert (load.prefix_queries, load.prefix_hits) == (280, 192)
+
+
 def test_a_long_prompt_does_not_stop_a_running_answer(folder, runner):
     async def run():
         async with open_tiny(folder, runner, step_tokens=16, sequences=4) as engine:

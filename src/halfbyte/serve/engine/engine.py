@@ -395,6 +395,8 @@ class EmbeddedEngine:
 
     def _let_leave(self) -> None:
         """Unload adapters that nobody uses any more."""
+        if not self._leaving:
+            return
         used = {job.request.adapter for job in self._scheduler.jobs()}
         for name in [name for name in self._leaving if name not in used]:
             done = self._leaving.pop(name)

@@ -112,6 +112,8 @@ class Scheduler:
             if queue is None:
                 return
             job = queue[0]
+            if any(self._is_reading_for(other, job) for other in self.running):
+                return
             reservation = self.pool.reserve(
                 job.tokens, job.room, family=job.request.adapter or "", share=job.shares
             )
@@ -158,6 +160,22 @@ class Scheduler:
         assert job.reservation is not None
         shared = min(job.computed, len(job.request.prompt))
         self.pool.note_computed(job.reservation, job.tokens, shared)
+
+    def _is_reading_for(self, other: Job, job: Job) -> bool:
+        """Tell whether another is about to read what this one begins with: so it is read once.
+
+        The choices of one request, and all that have the same system prompt, come at the same time.
+        """
+        if not (job.shares and other.shares and self.pool.share):
+            return False
+        # Up to the end of the page that is being read.
+        end = (other.computed // self.pool.page_tokens + 1) * self.pool.page_tokens
+        return (
+            end <= len(other.request.prompt)
+            and end < len(job.tokens)
+            and other.request.adapter == job.request.adapter
+            and other.tokens[:end] == job.tokens[:end]
+        )
 
     def _next(self) -> tuple[deque[Job] | None, _Turn | None]:
         if self._again:

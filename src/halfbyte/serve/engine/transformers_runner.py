@@ -200,7 +200,7 @@ class TransformersRunner:
         try:
             begun = self.run([first])[0]
             ended, other = self.run([rest, whole])
-        except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+        except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
             raise ModelError(
                 f"Cannot serve a {type(self.model).__name__} by the embedded engine: its forward "
                 f"does not take other attention ({error}). Serve it with --engine vllm."

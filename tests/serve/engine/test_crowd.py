@@ -1,0 +1,93 @@
+"""A crowd: good requests, bad ones, some that leave, some too late, and steps that die."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from dataclasses import replace
+
+import pytest
+from tests.serve.helpers_engine import (
+    ask,
+    generate_greedily,
+    load_float32,
+    mixed_requests,
+    open_tiny,
+    runners,
+    tokens_of,
+    write_model,
+)
+
+from halfbyte.errors import ServeError
+from halfbyte.serve.engine.contract import Generated, Grammar
+
+KILLED = (5, 12, 13, 30)
+"""Steps."""
+
+
+@pytest.mark.parametrize("runner", runners())
+def test_every_good_request_is_answered_rightly_whatever_the_others_do(tmp_path, runner, caplog):
+    caplog.set_level(logging.CRITICAL, logger="halfbyte.serve.engine.engine")
+    folder = write_model(tmp_path)
+    model = load_float32(folder)
+    shared = list(range(40, 60))
+    requests = [
+        replace(r, prompt=(*(shared if i % 3 == 0 else ()), *r.prompt), key=f"key {i % 4}")
+        for i, r in enumerate(mixed_requests(24, seed=9, longest=30))
+    ]
+    expected = [generate_greedily(model, request) for request in requests]
+    dice = random.Random(3)
+
+    async def leave(engine, after):
+        answer = engine.generate(ask(shared, 200))
+        seen = 0
+        try:
+            async for event in answer:
+                seen += isinstance(event, Generated)
+                if seen >= after:
+                    break
+        finally:
+            await answer.aclose()
+
+    async def fail(engine, request, code):
+        with pytest.raises(ServeError) as caught:
+            await tokens_of(engine, request)
+        assert caught.value.code == code
+
+    async def run():
+        async with open_tiny(
+            folder, runner, cache_gb=1024 * 512 / 1e9, step_tokens=32, sequences=8
+        ) as engine:
+            run_pieces, steps = engine._runner.run, iter(range(10**6))
+
+            def broken(pieces):
+                if next(steps) in KILLED:
+                    raise RuntimeError("killed")
+                return run_pieces(pieces)
+
+            engine._runner.run = broken
+            good = [asyncio.create_task(tokens_of(engine, request)) for request in requests]
+            late = time.monotonic() + 0.05
+            others = [
+                *(leave(engine, dice.randrange(0, 20)) for _ in range(12)),
+                *(fail(engine, ask(range(3, 250), 99), "context_length_exceeded") for _ in "abc"),
+                *(fail(engine, ask([5], 250, deadline=late), "deadline_exceeded") for _ in "abc"),
+                fail(
+                    engine, ask([5], 9, grammar=Grammar(kind="regex", text="(")), "invalid_grammar"
+                ),
+            ]
+            await asyncio.gather(*others)
+            found = await asyncio.gather(*good)
+            start = time.monotonic()
+            while engine.load().cache_used_bytes and time.monotonic() - start < 5:
+                await asyncio.sleep(0.001)
+            return found, engine.load(), len(engine._addresses), engine._scheduler._turns
+
+    found, load, addresses, turns = asyncio.run(run())
+    assert found == expected
+    assert (load.running, load.waiting, load.cache_used_bytes) == (0, 0, 0)
+    assert load.restarts >= 1
+    assert load.prefix_hits > 0
+    assert (addresses, turns) == (0, {})

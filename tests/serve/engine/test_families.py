@@ -1,0 +1,48 @@
+"""Models of many families behind the engine: the same as generate(), or refused with the reason."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+import torch
+from tests.helpers.families import FAMILIES, VOCABULARY, build_family
+from tests.serve.helpers_engine import all_tokens, generate_greedily, mixed_requests
+
+from halfbyte.errors import ModelError
+from halfbyte.serve.engine.config import EngineConfig
+from halfbyte.serve.engine.opening import make_engine
+
+REFUSED = {
+    "falcon": r"its logits deviate by 0\.[0-9]+ of their size from the model's own",
+    "deepseek_v2": "its forward does not take other attention",
+    "deepseek_v3": "its forward does not take other attention",
+}
+"""Falcon's attention is its own; the others keep a latent state and make keys of all of it."""
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_six_at_once_say_what_generate_says(family, tmp_path):
+    requests = [
+        replace(r, prompt=tuple(3 + token % (VOCABULARY - 3) for token in r.prompt))
+        for r in mixed_requests(6, seed=4, longest=30)
+    ]
+    model = build_family(family)
+    for parameter in model.parameters():
+        # Sharper choices than those of a fresh model: no ties within rounding.
+        parameter.data *= 1.5 if parameter.dim() > 1 else 1.0
+    expected = [generate_greedily(model, request) for request in requests]
+    config = EngineConfig(cache_gb=0.01, step_tokens=24)
+
+    async def run():
+        engine = make_engine(model, tmp_path, config)
+        found = await all_tokens(engine, requests)
+        await engine.close()
+        return found
+
+    if family in REFUSED:
+        with torch.inference_mode(), pytest.raises(ModelError, match=REFUSED[family]):
+            asyncio.run(run())
+        return
+    assert asyncio.run(run()) == expected
