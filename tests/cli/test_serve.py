@@ -275,6 +275,8 @@ def test_vllm_is_started_fronted_and_ended(model, tmp_path):
         ([], "none of them was given"),
         (["MODEL", "--upstream", "http://h/v1"], "both were given"),
         (["MODEL", "--adapters", "."], "--adapters needs an API key"),
+        (["no-such-folder"], "'no-such-folder' is no model folder"),
+        (["no-such-folder", "--engine", "vllm"], "'no-such-folder' is no model folder"),
         (["--port", "99999"], "port is 99999"),
         (["--api-key", "ann:short"], "'ann' has 5 characters"),
         (["--upstream", "localhost:8000"], "is no address of a server"),

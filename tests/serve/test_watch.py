@@ -20,7 +20,7 @@ from halfbyte.serve.watch.alerts import QUIET_SECONDS, Alerts
 from halfbyte.serve.watch.drift import FEWEST, Drift, Window, read_reference
 from halfbyte.serve.watch.history import NUM_SLICES, History, percentile
 from halfbyte.serve.watch.observation import Observation, Seen
-from halfbyte.serve.watch.oracle import Oracle, between, plain_text
+from halfbyte.serve.watch.oracle import Oracle, between, plain_text, rate_answer
 from halfbyte.serve.watch.probes import PATIENCE, Probes, read_probes
 
 
@@ -205,7 +205,7 @@ def test_base_model_rates_the_answers_tokens_only():
     alerts = Alerts(clock=Clock())
     drift = Drift(alerts)
     oracle = Oracle(base, 1.0, drift, seed=0)
-    assert asyncio.run(oracle.likelihood("r", "Frage: ", "Größe")) == -2.0
+    assert asyncio.run(rate_answer(base, "r", "Frage: ", "Größe")) == -2.0
     body = base.calls[0].body
     assert (body["prompt"], body["echo"], body["model"]) == ("Frage: Größe", True, "base")
     router = Router(ScriptedBackend("small", answer("An answer.")), observers=[oracle.observe])
@@ -234,8 +234,7 @@ def test_likelihood_is_that_of_plain_forward_passes(tmp_path):
     async def run():
         async with open_tiny(folder) as engine:
             backend = EmbeddedBackend(engine, tokenizer, model="base", config=ServeConfig())
-            oracle = Oracle(backend, 1.0, Drift(Alerts()))
-            return await oracle.likelihood("r", "Wie groß? ", "Größe")
+            return await rate_answer(backend, "r", "Wie groß? ", "Größe")
 
     found = asyncio.run(run())
     ids = tokenizer("Wie groß? Größe")["input_ids"]

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from halfbyte.environment import API_KEYS, UPSTREAM_KEY, read_variable
 from halfbyte.errors import ConfigError, require_extra
@@ -182,16 +182,16 @@ def _open_vllm(
 ) -> Service:
     """Let vLLM run the model, beside this process."""
     import torch
-    from transformers import AutoTokenizer
 
     from halfbyte.serve.vllm import VllmBackend, check_for_vllm, make_command
 
     stored = resolve_store_model(model) if is_store_reference(model) else None
     folder = Path(model) if stored is None else stored.folder
+    tokenizer = load_tokenizer(folder)
     check_for_vllm(folder, has_gpu=torch.cuda.is_available())
     name = config.served_name or (stored.name if stored else folder.resolve().name)
     file = config.chat_template
-    own = getattr(AutoTokenizer.from_pretrained(folder), "chat_template", None)
+    own = getattr(tokenizer, "chat_template", None)
     command = make_command(
         folder,
         executable=config.vllm_command,
@@ -224,19 +224,41 @@ def open_embedded(
         The backend, ready.
     """
     # Torch and Transformers: a gateway before other servers does without their seconds.
-    from transformers import AutoTokenizer
-
     from halfbyte.serve.embedded import EmbeddedBackend
     from halfbyte.serve.engine.opening import open_engine
 
     template = config.chat_template
+    # Before the engine, whose plan counts what the process has by then.
+    tokenizer = load_tokenizer(folder)
     return EmbeddedBackend(
         open_engine(folder, engine),
-        AutoTokenizer.from_pretrained(folder),
+        tokenizer,
         model=name,
         config=config,
         chat_template=None if template is None else read_template(template),
     )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load a model's tokenizer.
+
+    Args:
+        folder: Of the model.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ConfigError: There is no such folder, or no tokenizer in it.
+    """
+    from transformers import AutoTokenizer
+
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"'{folder}' is no model folder: it has no config.json.")
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"Cannot load the tokenizer of '{folder}': {error}") from error
 
 
 def read_template(path: Path) -> str:

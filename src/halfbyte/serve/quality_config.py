@@ -95,6 +95,12 @@ class QualityConfig:
         "promotion",
         metavar="SHARE",
     )
+    canary_rating: bool = _option(
+        True,
+        "the present model rates every answer of the trial, and one that it finds far less likely "
+        "than its own counts as failed; where it can (echo with logprobs)",
+        both=True,
+    )
     canary_alpha: float = _option(
         0.05, "chance of a wrong rollback, and of a wrong promotion, at most", metavar="P"
     )

@@ -85,6 +85,7 @@ def bind(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         with ExitStack() as stack:
+            # With its protocol: asyncio sends small pieces at once only where it knows of TCP.
             bound = stack.enter_context(socket.socket(family, kind, protocol))
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             bound.bind(address)
@@ -113,6 +114,9 @@ async def run_server(
         start: Done before the first request.
         stop: Done after the last one, in any case.
         on_ready: Called when connections are taken.
+
+    Raises:
+        ConfigError: Another program has begun to listen there in the meantime.
     """
     server = DrainingServer(make_uvicorn_config(gateway), gateway)
     try:
@@ -123,7 +127,11 @@ async def run_server(
             await asyncio.sleep(0.01)
         if on_ready is not None and server.started:
             on_ready(server)
-        await serving
+        try:
+            await serving
+        except OSError as error:
+            # To bind is not yet to listen: until then another program may come first.
+            raise ConfigError(f"Cannot listen: {error.strerror or error}.") from error
         if cut_off := list(server.server_state.tasks):
             # Uvicorn cancels them and does not wait; they have something to free.
             await asyncio.wait(cut_off, timeout=CUT_OFF_SECONDS)

@@ -192,7 +192,8 @@ def _need(tool: Any, path: str) -> Any:
 
 async def _tell_refusal(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServeError)
-    if error.status >= 500:
+    # Clients that try again and again while the server drains would fill the log.
+    if error.status >= 500 and error.code != "shutting_down":
         logger.warning("%s %s: %s", request.method, request.url.path, error)
     return error_response(error)
 

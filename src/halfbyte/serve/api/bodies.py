@@ -6,18 +6,11 @@ cannot serve passes here: the backend refuses it, or another backend serves it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    StringConstraints,
-    Tag,
-    model_validator,
-)
+from pydantic import Field, StringConstraints, Tag, model_validator
+
+from halfbyte.serve.api.messages import Body, Message, Object, choose_by
 
 MOST_STOPS = 16
 MOST_LOGPROBS = 20
@@ -36,157 +29,6 @@ Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
     Field(max_length=16),
-]
-Object = dict[str, Any]
-
-
-class Body(BaseModel):
-    """Strict: no conversions, no unknown fields, no infinities."""
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
-    )
-
-
-def _choose_by(field: str, tags: Mapping[str, str]) -> Discriminator:
-    """Choose an alternative by a field's value.
-
-    Its tag gets into the path of an error, so it is one that no field is called.
-    """
-
-    def choose(value: Any) -> str | None:
-        found = value.get(field) if isinstance(value, dict) else None
-        return tags.get(found) if isinstance(found, str) else None
-
-    message = f"'{field}' should be {', '.join(tags)}"
-    return Discriminator(
-        choose, custom_error_type="invalid_alternative", custom_error_message=message
-    )
-
-
-# Messages
-
-
-class TextPart(Body):
-    """A piece of text."""
-
-    type: Literal["text"]
-    text: str
-
-
-class RefusalPart(Body):
-    """What a model said instead of an answer."""
-
-    type: Literal["refusal"]
-    refusal: str
-
-
-class MediaPart(Body):
-    """Anything but text; not every backend takes it."""
-
-    type: Literal["image_url", "input_audio", "file"]
-    image_url: Object | None = None
-    input_audio: Object | None = None
-    file: Object | None = None
-
-
-Part = Annotated[
-    Annotated[TextPart, Tag("<text>")]
-    | Annotated[RefusalPart, Tag("<refusal>")]
-    | Annotated[MediaPart, Tag("<media>")],
-    _choose_by(
-        "type",
-        {
-            "text": "<text>",
-            "refusal": "<refusal>",
-            "image_url": "<media>",
-            "input_audio": "<media>",
-            "file": "<media>",
-        },
-    ),
-]
-Content = str | Annotated[list[Part], Field(min_length=1)]
-
-
-class SystemMessage(Body):
-    """What the model is told first."""
-
-    role: Literal["system", "developer"]
-    content: Content
-    name: str | None = None
-
-
-class UserMessage(Body):
-    """What the user says."""
-
-    role: Literal["user"]
-    content: Content
-    name: str | None = None
-
-
-class CalledFunction(Body):
-    """A call's function and arguments, as JSON."""
-
-    name: str
-    arguments: str
-
-
-class MadeCall(Body):
-    """A call that the model made."""
-
-    id: str
-    type: Literal["function"] = "function"
-    function: CalledFunction
-
-
-class AssistantMessage(Body):
-    """What the model said, as an answer of this interface may be sent back."""
-
-    role: Literal["assistant"]
-    content: Content | None = None
-    name: str | None = None
-    refusal: str | None = None
-    tool_calls: list[MadeCall] | None = None
-    annotations: list[Any] | None = None
-    audio: None = None
-    function_call: None = None
-    reasoning_content: str | None = None
-
-
-class ToolMessage(Body):
-    """What a tool answered."""
-
-    role: Literal["tool"]
-    content: Content
-    tool_call_id: str
-    name: str | None = None
-
-
-class FunctionMessage(Body):
-    """The same in OpenAI's older form."""
-
-    role: Literal["function"]
-    content: str | None
-    name: str
-
-
-Message = Annotated[
-    Annotated[SystemMessage, Tag("<system>")]
-    | Annotated[UserMessage, Tag("<user>")]
-    | Annotated[AssistantMessage, Tag("<assistant>")]
-    | Annotated[ToolMessage, Tag("<tool>")]
-    | Annotated[FunctionMessage, Tag("<function>")],
-    _choose_by(
-        "role",
-        {
-            "system": "<system>",
-            "developer": "<system>",
-            "user": "<user>",
-            "assistant": "<assistant>",
-            "tool": "<tool>",
-            "function": "<function>",
-        },
-    ),
 ]
 
 # Tools and formats
@@ -253,7 +95,7 @@ Format = Annotated[
     Annotated[TextFormat, Tag("<text>")]
     | Annotated[JsonFormat, Tag("<object>")]
     | Annotated[SchemaFormat, Tag("<schema>")],
-    _choose_by("type", {"text": "<text>", "json_object": "<object>", "json_schema": "<schema>"}),
+    choose_by("type", {"text": "<text>", "json_object": "<object>", "json_schema": "<schema>"}),
 ]
 
 

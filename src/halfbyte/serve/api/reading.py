@@ -10,7 +10,7 @@ from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 
 from halfbyte.errors import ServeError
-from halfbyte.serve.api.bodies import Body
+from halfbyte.serve.api.messages import Body
 from halfbyte.serve.api.refusals import explain
 from halfbyte.serve.config import ServeConfig
 

@@ -2,18 +2,19 @@
 
 What counts is whether the drawn model failed the request: an error, a timeout, a monitor that the
 settings let it be replaced for (the client does not see it: the present model answers then), or an
-answer that it was far less sure of than is usual.
+answer that the present model finds far less likely than its own.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import math
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,21 +27,28 @@ from halfbyte.serve.rollout.evidence import EvidenceFile
 from halfbyte.serve.rollout.sequential import TwoArmTest, requests_until_rejected
 from halfbyte.serve.routing.breaker import Clock
 from halfbyte.serve.watch.drift import Window
-from halfbyte.serve.watch.observation import Observation, Seen
+from halfbyte.serve.watch.observation import Observation
 
 log = logging.getLogger(__name__)
 
 Status = Literal["running", "promoted", "rolled back"]
 Decide = Callable[["Canary"], None]
+Rate = Callable[[Call, str], Awaitable[float | None]]
+"""Gives the mean log-likelihood of an answer, in nats a token; not-a-number where this one is not
+to be rated, None where the model cannot."""
 
 FILE = "canary.json"
 FORM = 1
 SAVE_SECONDS = 5.0
 """Between two writes of the evidence; a decision is written at once."""
 USUAL, FEWEST_USUAL = 512, 32
-"""Last answers of the present model that say what is usual, and how many there must be."""
-NONSENSE = 4.0
-"""Standard deviations above what is usual from which an answer counts as nonsense."""
+"""Last ratings of the present model's own answers, and how many there must be."""
+FAR = 4.0
+"""Standard deviations below what is usual from which an answer counts as unlikely."""
+RATED_AT_ONCE = 2
+"""Answers; requests that end meanwhile are not counted, so that no client waits for ratings."""
+MOST_UNRATED = 5
+"""Ratings in a row that fail, before they are given up."""
 OWN_FAULTS = frozenset({"error", "timeout", "deadline"})
 VERDICTS: dict[Status, str] = {
     "running": "inconclusive",
@@ -73,6 +81,7 @@ class Canary:
         config: QualityConfig,
         *,
         decide: Decide | None = None,
+        rate: Rate | None = None,
         clock: Clock = time.monotonic,
         seed: int | None = None,
     ) -> None:
@@ -82,6 +91,7 @@ class Canary:
             candidate: Names it, its version included: another one begins anew.
             config: Share, margin, alpha, where evidence is kept.
             decide: Called once, with the decision in :attr:`status`.
+            rate: Lets the present model rate an answer; None: nobody does.
             clock: The time.
             seed: Of the draw of requests.
         """
@@ -90,6 +100,11 @@ class Canary:
         self.reason = ""
         self._config = config
         self._decide = decide
+        self._rate = rate
+        self._rating: set[asyncio.Task[None]] = set()
+        self._unrated = 0
+        self.skipped = 0
+        """Requests that were not counted because others were being rated."""
         self._clock = clock
         self._random = random.Random(seed)
         self._file = EvidenceFile(Path(config.evidence) / FILE) if config.evidence else None
@@ -117,13 +132,15 @@ class Canary:
         cause = self._failure(seen)
         if cause is None:
             return
-        arm = self.arms[seen.arm]
-        arm.requests += 1
-        if cause:
-            arm.failures += 1
-            arm.causes[cause] += 1
-        self._test.update(candidate=seen.arm == "canary", failed=bool(cause))
-        self._look()
+        if self._rate is not None and len(self._rating) >= RATED_AT_ONCE:
+            # Failed or not: to leave out only those that need a rating would bend the rates.
+            self.skipped += 1
+        elif cause or self._rate is None:
+            self._count(seen.arm, cause)
+        else:
+            task = asyncio.get_running_loop().create_task(self._rate_and_count(seen))
+            self._rating.add(task)
+            task.add_done_callback(self._rating.discard)
 
     def _failure(self, seen: Observation) -> str | None:
         """Tell why the drawn model failed; empty: it did not; None: nobody can tell."""
@@ -136,24 +153,45 @@ class Canary:
         if not drawn.finished and drawn.cause != "confidence":
             return None
         replaced = [f for f in drawn.failures if f in self._config.fallback_on]
-        if replaced:
-            return f"check:{replaced[0]}"
-        return "nonsense" if self._is_nonsense(drawn) else ""
+        return f"check:{replaced[0]}" if replaced else ""
 
-    def _is_nonsense(self, drawn: Seen) -> bool:
-        """Whether a model was far less sure of its answer than the present one usually is.
+    async def _rate_and_count(self, seen: Observation) -> None:
+        """Let the present model rate an answer, and count the request by that."""
+        drawn = next(a for a in seen.attempts if a.role == seen.arm)
+        assert self._rate is not None
+        try:
+            nats = await self._rate(seen.call, drawn.text())
+        except Exception:
+            log.exception("the canary's rating of %s failed", seen.call.id)
+            nats = None
+        self._unrated = self._unrated + 1 if nats is None else 0
+        if self._unrated == MOST_UNRATED:
+            log.warning("the present model rates no answers: the trial goes on without ratings")
+            self._rate = None
+        far = nats is not None and math.isfinite(nats) and self._is_far(seen, nats)
+        self._count(seen.arm, "unlikely" if far else "")
 
-        Text without sense passes every look at the text. What is usual is taken from earlier
-        answers of the present model, so that the line for a request never depends on itself.
+    def _is_far(self, seen: Observation, nats: float) -> bool:
+        """Whether an answer is far less likely than the present model's own usually are.
+
+        Nonsense passes every look at the text, and a model that writes it may be sure of it. The
+        line comes from earlier answers, so that it never depends on the one that is judged.
         """
-        found = drawn.surprise
-        if found is None:
-            return False
         usual = self._usual.spread()
-        if drawn.role == "primary":
-            self._usual.add(found)
-        deviations = NONSENSE * math.sqrt(usual.variance)
-        return usual.count >= FEWEST_USUAL and found > usual.mean + deviations
+        if seen.arm == "primary":
+            self._usual.add(nats)
+        return usual.count >= FEWEST_USUAL and nats < usual.mean - FAR * math.sqrt(usual.variance)
+
+    def _count(self, drawn: str, cause: str) -> None:
+        if self.status != "running":
+            return
+        arm = self.arms[drawn]
+        arm.requests += 1
+        if cause:
+            arm.failures += 1
+            arm.causes[cause] += 1
+        self._test.update(candidate=drawn == "canary", failed=bool(cause))
+        self._look()
 
     def _look(self) -> None:
         goal = math.log(1 / self._config.canary_alpha)
@@ -172,7 +210,7 @@ class Canary:
 
     def _end(self, status: Status, reason: str) -> None:
         self.status, self.reason = status, reason
-        log.warning("canary %s is %s: %s", self.candidate, status, reason)
+        log.info("canary %s is %s: %s", self.candidate, status, reason)
         self.save(wait=True)
         if self._decide is not None:
             self._decide(self)
@@ -194,6 +232,7 @@ class Canary:
             "started": self.started,
             "updated": datetime.now(UTC).isoformat(timespec="seconds"),
             "requests": self.num_requests,
+            "skipped": self.skipped,
             "arms": {
                 name: {
                     "requests": arm.requests,
@@ -228,6 +267,13 @@ class Canary:
             "margin": config.canary_margin,
             "alpha": config.canary_alpha,
         }
+
+    async def close(self) -> None:
+        """Leave what is being rated, and write the evidence down."""
+        for task in self._rating:
+            task.cancel()
+        await asyncio.gather(*self._rating, return_exceptions=True)
+        await asyncio.to_thread(self.save, wait=True)
 
     def save(self, *, wait: bool = False) -> None:
         """Write the evidence down, where a place for it is set.

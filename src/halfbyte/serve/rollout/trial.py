@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 
-from halfbyte.errors import HalfbyteError
-from halfbyte.serve.exchange import Backend
+from halfbyte.errors import HalfbyteError, ServeError
+from halfbyte.serve.exchange import Backend, Call
 from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.rollout.canary import Canary
 from halfbyte.serve.rollout.store_models import (
@@ -19,6 +20,7 @@ from halfbyte.serve.rollout.store_models import (
 from halfbyte.serve.routing.breaker import Clock
 from halfbyte.serve.routing.router import Router
 from halfbyte.serve.watch.alerts import Alerts
+from halfbyte.serve.watch.oracle import LONGEST_TEXT, plain_text, rate_answer
 from halfbyte.store.store import CHAMPION
 
 log = logging.getLogger(__name__)
@@ -59,6 +61,7 @@ class Trial:
             place if model is None else f"{place} {model.version}",
             config,
             decide=self._decided,
+            rate=self._rate if config.canary_rating else None,
             clock=clock,
         )
         in_use = model is not None and getattr(self._primary, "version", "") == model.version
@@ -86,7 +89,18 @@ class Trial:
         """Finish what an end brought, and write the evidence down."""
         if self._ending is not None:
             await asyncio.gather(self._ending, return_exceptions=True)
-        await asyncio.to_thread(self.canary.save, wait=True)
+        await self.canary.close()
+
+    async def _rate(self, call: Call, said: str) -> float | None:
+        """Let the present model rate an answer; an empty or very long one is not rated."""
+        asked = plain_text(call.body)
+        if not said.strip() or not asked or len(asked) + len(said) > LONGEST_TEXT:
+            return math.nan
+        try:
+            return await rate_answer(self._primary, f"rate-{call.id}", asked, said)
+        except ServeError as error:
+            log.info("%s is not rated: %s", call.id, error)
+            return None
 
     def _decided(self, canary: Canary) -> None:
         """Act on the end, beside the request that brought it."""

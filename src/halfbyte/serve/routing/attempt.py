@@ -62,8 +62,6 @@ class Demands:
     """So many are held back; None: the whole answer."""
     causes: frozenset[str] = frozenset()
     confidence: Confidence | None = None
-    logprobs: bool = False
-    """Whether they are asked for, though the client may not want them."""
 
 
 class Attempt:
@@ -106,14 +104,15 @@ class Attempt:
         self._events = route.backend.stream(self._call)
 
     def _adapt(self, call: Call) -> Call:
-        """Name this model, and ask for logprobs where somebody here needs them."""
+        """Name this model, and ask for logprobs where confidence needs them."""
         body = dict(call.body)
         models = self.route.backend.models
         if models and body.get("model") not in models:
             body["model"] = models[0]
-        asked = body.get("logprobs")
+        confidence, asked = self._demands.confidence, body.get("logprobs")
+        needed = confidence is not None and confidence.needs_logprobs
         # 0 is an answer too: of the drawn tokens, and of no others.
-        if self._demands.logprobs and (asked is None or asked is False):
+        if needed and (asked is None or asked is False):
             body["logprobs"] = True if call.kind == "chat" else 1
             self._hides_logprobs = True
         return replace(call, body=body)

@@ -243,9 +243,6 @@ class Router:
             demands.tokens = tokens if streamed else None
             demands.causes = self._causes
             demands.confidence = None if route.role == "fallback" else self._confidence
-        confidence = demands.confidence
-        # In a trial how sure both models are is compared, whatever else is asked for.
-        demands.logprobs = bool(seen.arm) or (confidence is not None and confidence.needs_logprobs)
         if route.role == "fallback":
             self.budget.spend_request()
         attempt = Attempt(route, seen.call, self.config, demands=demands, clock=self._clock)

@@ -12,8 +12,9 @@ from halfbyte.serve.watch.observation import Observation
 
 LOOK_SECONDS = 1.0
 """Between two looks, which requests bring about."""
-MEMORY_SLACK = 1.1
-"""Of the plan that the process may take before it is an alert."""
+MEMORY_SLACK, MEMORY_BESIDE = 1.25, 250e6
+"""Of the plan, and bytes beside it, that the process may take before it is an alert: libraries and
+what was freed after loading are in no plan."""
 
 
 class Health:
@@ -49,7 +50,7 @@ class Health:
         if planned:
             self._alerts.set(
                 "memory",
-                peak > MEMORY_SLACK * planned,
+                peak > MEMORY_SLACK * planned + MEMORY_BESIDE,
                 f"the process had {peak / 1e9:.2f} GB at its peak; {planned / 1e9:.2f} GB are "
                 "planned",
                 float(peak),

@@ -71,13 +71,6 @@ class Seen:
         return "".join(self.texts.get(choice, ()))
 
     @property
-    def surprise(self) -> float | None:
-        """How unsure the model was on average, in nats a token; None where it does not tell."""
-        if self.entropies:
-            return sum(self.entropies) / len(self.entropies)
-        return -sum(self.logprobs) / len(self.logprobs) if self.logprobs else None
-
-    @property
     def choices(self) -> list[int]:
         """Numbers of the choices that have begun or ended."""
         return sorted({*self.texts, *self.finished})

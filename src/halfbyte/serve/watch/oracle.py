@@ -69,7 +69,7 @@ class Oracle:
 
     async def _rate(self, name: str, asked: str, said: str) -> None:
         try:
-            nats = await self.likelihood(f"rate-{name}", asked, said)
+            nats = await rate_answer(self._base, f"rate-{name}", asked, said)
         except Exception as error:
             if not isinstance(error, ServeError):
                 log.exception("rating %s failed", name)
@@ -81,44 +81,46 @@ class Oracle:
         self.counts["rated"] += 1
         self._drift.note("likelihood", nats, first=FIRST)
 
-    async def likelihood(self, id: str, asked: str, said: str) -> float | None:
-        """Ask how likely an answer is.
-
-        Args:
-            id: Of the call.
-            asked: What stands before it.
-            said: The answer.
-
-        Returns:
-            Mean log-likelihood of its tokens, in nats; None where the base told none.
-        """
-        body = {
-            "model": self._base.models[0] if self._base.models else "",
-            "prompt": asked + said,
-            "echo": True,
-            "logprobs": 1,
-            "max_tokens": 1,  # some servers take no 0
-            "temperature": 0,
-        }
-        deadline = time.monotonic() + LONGEST_SECONDS
-        call = Call(kind="completion", body=body, id=id, deadline=deadline)
-        tokens: list[TokenLogprob] = []
-        async with asyncio.timeout(LONGEST_SECONDS), aclosing(self._base.stream(call)) as events:
-            async for event in events:
-                if isinstance(event, Delta):
-                    tokens += event.logprobs or ()
-        rated = [
-            token.logprob
-            for token in between(tokens, len(asked.encode()), len((asked + said).encode()))
-            if math.isfinite(token.logprob)
-        ]
-        return sum(rated) / len(rated) if rated else None
-
     async def close(self) -> None:
         """Stop."""
         for task in self._running:
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
+
+
+async def rate_answer(base: Backend, id: str, asked: str, said: str) -> float | None:
+    """Ask a model how likely an answer is.
+
+    Args:
+        base: Its completions know ``echo`` and ``logprobs``.
+        id: Of the call.
+        asked: What stands before the answer.
+        said: The answer.
+
+    Returns:
+        Mean log-likelihood of its tokens, in nats; None where the model told none.
+    """
+    body = {
+        "model": base.models[0] if base.models else "",
+        "prompt": asked + said,
+        "echo": True,
+        "logprobs": 1,
+        "max_tokens": 1,  # some servers take no 0
+        "temperature": 0,
+    }
+    deadline = time.monotonic() + LONGEST_SECONDS
+    call = Call(kind="completion", body=body, id=id, deadline=deadline)
+    tokens: list[TokenLogprob] = []
+    async with asyncio.timeout(LONGEST_SECONDS), aclosing(base.stream(call)) as events:
+        async for event in events:
+            if isinstance(event, Delta):
+                tokens += event.logprobs or ()
+    rated = [
+        token.logprob
+        for token in between(tokens, len(asked.encode()), len((asked + said).encode()))
+        if math.isfinite(token.logprob)
+    ]
+    return sum(rated) / len(rated) if rated else None
 
 
 def between(tokens: Sequence[TokenLogprob], start: int, end: int) -> list[TokenLogprob]:

@@ -1,0 +1,203 @@
+"""`halfbyte serve` under load: 16 clients, mixed lengths, some leave early, some ask nonsense.
+
+What must hold: every good request is answered whole, every bad one is refused with a 4xx, and the
+process takes no more memory after it has warmed up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx2
+import psutil
+
+from record import save_result
+
+WARM_SHARE = 0.2
+"""Of the time, before memory counts."""
+STORY = (
+    "the sea was calm and the old man rowed on while gulls cried over the pier and children ran "
+    "along the sand with kites of red paper that rose and fell"
+)
+BAD = (
+    {"messages": []},
+    {"temperature": 9},
+    {"model": "nobody"},
+    {"max_tokens": 10**7},
+    {"no_such_field": 1},
+    {"stop": [""]},
+)
+
+
+@dataclass
+class Found:
+    """What has happened."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+    first_seconds: list[float] = field(default_factory=list)
+    tokens: int = 0
+
+
+def main() -> None:
+    """Start the server, load it, save."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--clients", type=int, default=16)
+    arguments = parser.parse_args()
+    command = [sys.executable, "-m", "halfbyte", "serve", arguments.model, "--port", "0"]
+    command += ["--cache-gb", "0.5", "--context", "2048"]
+    with tempfile.TemporaryDirectory() as folder:
+        said = Path(folder) / "said"
+        with said.open("w") as output, subprocess.Popen(command, stderr=output) as process:
+            try:
+                address = wait_for_address(process, said)
+                found, memory = asyncio.run(load(address, process.pid, arguments))
+            finally:
+                process.terminate()
+            code = process.wait(60)
+        save(arguments, found, memory, code, said.read_text())
+
+
+def wait_for_address(process: subprocess.Popen, said: Path) -> str:
+    """Wait for the start message."""
+    while process.poll() is None:
+        if match := re.search(r"at (http://[\d.:]+)/v1", said.read_text()):
+            return match[1]
+        time.sleep(0.2)
+    raise SystemExit(f"the server did not start:\n{said.read_text()}")
+
+
+async def load(address: str, pid: int, arguments: argparse.Namespace):
+    """Run all clients until the time is over, and look at memory beside them."""
+    found, memory = Found(), []
+    end = time.monotonic() + 60 * arguments.minutes
+    server = psutil.Process(pid)
+    async with httpx2.AsyncClient(
+        base_url=address, timeout=300, limits=httpx2.Limits(max_connections=None)
+    ) as http:
+        model = (await http.get("/v1/models")).json()["data"][0]["id"]
+        clients = [
+            asyncio.create_task(run_client(http, model, random.Random(seed), end, found))
+            for seed in range(arguments.clients)
+        ]
+        start = time.monotonic()
+        while not all(client.done() for client in clients):
+            memory.append((time.monotonic() - start, server.memory_info().rss))
+            await asyncio.sleep(1)
+        for client in clients:
+            client.result()
+        state = (await http.get("/metrics")).text
+    running = re.findall(r"^halfbyte:num_requests_(?:running|waiting)\S* (\S+)", state, re.M)
+    if any(float(value) for value in running):
+        found.failures.append(f"requests left over: {running}")
+    return found, memory
+
+
+async def run_client(http, model: str, draw: random.Random, end: float, found: Found) -> None:
+    """Ask one thing after the other."""
+    while time.monotonic() < end:
+        text = " ".join(draw.choices(STORY.split(), k=draw.choice((5, 20, 80, 300))))
+        body = {
+            "model": model,
+            "messages": [{"role": "user", "content": text}],
+            "max_tokens": draw.choice((4, 16, 64, 128)),
+            "temperature": draw.choice((0, 0.8)),
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        kind = draw.choices(("good", "leaves", "bad"), (0.8, 0.1, 0.1))[0]
+        if kind == "bad":
+            await ask_badly(http, body | draw.choice(BAD), found)
+        else:
+            await ask(
+                http, body, found, leaves_after=draw.randrange(12) if kind == "leaves" else None
+            )
+
+
+async def ask(http, body: dict, found: Found, *, leaves_after: int | None) -> None:
+    """Read an answer to its end, or leave in the middle."""
+    start, lines, first = time.monotonic(), [], None
+    try:
+        async with http.stream("POST", "/v1/chat/completions", json=body) as reply:
+            async for line in reply.aiter_lines():
+                if not line:
+                    continue
+                lines.append(line)
+                first = first or time.monotonic() - start
+                if leaves_after is not None and len(lines) > leaves_after:
+                    found.counts["left"] += 1
+                    return
+        status = reply.status_code
+    except httpx2.HTTPError as error:
+        found.failures.append(repr(error))
+        return
+    usage = re.search(r'"completion_tokens":(\d+)', lines[-2] if len(lines) > 1 else "")
+    if status != 200 or lines[-1] != "data: [DONE]" or usage is None:
+        found.failures.append(f"{status}: {lines[-1:]}")
+        return
+    found.counts["good"] += 1
+    found.tokens += int(usage[1])
+    found.first_seconds.append(first)
+
+
+async def ask_badly(http, body: dict, found: Found) -> None:
+    """Expect a refusal in OpenAI's form."""
+    reply = await http.post("/v1/chat/completions", json=body)
+    if not 400 <= reply.status_code < 500 or "error" not in reply.json():
+        found.failures.append(f"a bad request got {reply.status_code}: {reply.text[:200]}")
+    found.counts["bad"] += 1
+
+
+def save(arguments: argparse.Namespace, found: Found, memory, code: int, rest: str) -> None:
+    """Write the table, and fail where something failed."""
+    whole = memory[-1][0]
+    warm = [rss for seconds, rss in memory if seconds >= WARM_SHARE * whole]
+    half = len(warm) // 2
+    growth = statistics.median(warm[half:]) / statistics.median(warm[:half]) - 1
+    first = sorted(found.first_seconds)
+    rows = [
+        ["good requests", found.counts["good"]],
+        ["of these failed", len(found.failures)],
+        ["clients that left", found.counts["left"]],
+        ["bad requests, all refused", found.counts["bad"]],
+        ["tokens/s, all together", found.tokens / whole],
+        ["until the first token, median s", statistics.median(first)],
+        ["p99", first[int(0.99 * (len(first) - 1))]],
+        ["memory, median GB", statistics.median(warm) / 1e9],
+        ["memory, largest over smallest", max(warm) / min(warm)],
+        ["second half over first half, %", 100 * growth],
+    ]
+    save_result(
+        "serve-load",
+        columns=["what", "value"],
+        rows=rows,
+        note=f"{arguments.clients} clients for {arguments.minutes:g} minutes; prompts of 5 to 300 "
+        f"words, 4 to 128 tokens of answer, half of them drawn; a tenth leaves in the middle, a "
+        f"tenth asks nonsense ({Path(arguments.model).name}); memory after the first fifth. Exit "
+        f"code after SIGTERM {code}; {os.cpu_count()} cores.",
+        data={"memory": memory, "first_seconds": first, "failures": found.failures},
+    )
+    for row in rows:
+        print(*row)
+    print(*found.failures[:10], sep="\n")
+    print(rest[-2000:])
+    if found.failures or code:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
