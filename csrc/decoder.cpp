@@ -169,23 +169,37 @@ bool borrow_work(const hb_decoder& d, int64_t rows, bool tiles, Work* work) {
   return true;
 }
 
+// Rows of one sequence that attend together: keys and values are read once for them.
+constexpr int ROWS_TOGETHER = 8;
+
 // Every row over its own sequence's cache, the heads that share keys and values together.
 bool attend_all(const hb_decoder& d, const Isa& isa, const hb_block& b, const hb_rows& rows,
                 const Work& work, int threads) {
   const int shared = d.heads / d.kv_heads, each = d.dtype == HB_FLOAT32 ? 4 : 2;
   const int64_t head_stride = d.page_tokens * d.head_dim;
+  int64_t groups = 0, starts[ROWS_AT_A_TIME + 1];
+  for (int64_t r = 0; r < rows.rows; r++) {
+    const bool follows = r && rows.starts[r] == rows.starts[r - 1] &&
+                         rows.positions[r] == rows.positions[r - 1] + 1;
+    if (!follows || r - starts[groups - 1] == ROWS_TOGETHER) starts[groups++] = r;
+  }
+  starts[groups] = rows.rows;
   std::atomic<bool> failed{false};
-  parallel_for(rows.rows * d.kv_heads, threads, [&](int64_t first, int64_t last) {
+  parallel_for(groups * d.kv_heads, threads, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; i++) {
-      const int64_t row = i / d.kv_heads, at = i % d.kv_heads * head_stride * each;
-      const Attention a = {work.q + i * shared * d.head_dim,
+      const int64_t row = starts[i / d.kv_heads], end = starts[i / d.kv_heads + 1];
+      const int64_t head = i % d.kv_heads, at = head * head_stride * each;
+      const int64_t query = row * query_width(d) + head * shared * d.head_dim;
+      const Attention a = {work.q + query,
                            static_cast<char*>(b.keys) + at,
                            static_cast<char*>(b.values) + at,
                            rows.tables + rows.starts[row],
                            d.page_tokens,
                            d.kv_heads * head_stride,
-                           work.attended + i * shared * d.head_dim,
-                           rows.positions[row] + 1,
+                           work.attended + query,
+                           query_width(d),
+                           rows.positions[end - 1] + 1,
+                           int(end - row),
                            shared,
                            d.head_dim,
                            d.dtype,

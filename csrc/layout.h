@@ -78,22 +78,25 @@ struct Dense {
   int64_t stride;
 };
 
-// The query heads of one row that share a head of keys and values.
+// The query heads of some rows that share a head of keys and values. Rows are positions of one
+// sequence that follow each other; each sees one more than the row before it.
 struct Attention {
-  const float* query;  // [heads][width]
+  const float* query;  // [rows][heads][width], a row every row_stride numbers
   const void* keys;    // page p: [page_tokens][width] at p * page_stride, float32 or bfloat16
   const void* values;
   const int32_t* table;              // pages in the order of their positions
   int64_t page_tokens, page_stride;  // page_tokens: a multiple of 16, or all are on one page
-  float* out;                        // [heads][width]
-  int64_t length;
-  int heads, width, dtype;
+  float* out;                        // as query
+  int64_t row_stride;
+  int64_t length;  // that the last row sees
+  int rows, heads, width, dtype;
   float scale;
 
   // Of one head's scores, with room for a whole vector after the last.
   int64_t scores_stride() const { return (length + 2 * LANES) / LANES * LANES; }
   // Numbers that a kernel wants to write to: all scores, and 16 positions as float32.
-  int64_t scratch() const { return heads * scores_stride() + LANES * width; }
+  int64_t scratch() const { return rows * heads * scores_stride() + LANES * width; }
+  int64_t length_of(int row) const { return length - rows + 1 + row; }
 };
 
 // What one instruction set offers.

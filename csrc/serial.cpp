@@ -75,25 +75,32 @@ int64_t place_of(const Attention& a, int64_t t) {
   return a.table[t / a.page_tokens] * a.page_stride + t % a.page_tokens * a.width;
 }
 
-void attend(const Attention& a, float* scores) {
-  for (int head = 0; head < a.heads; head++) {
-    const float* query = a.query + head * a.width;
-    float largest = -INFINITY, total = 0;
-    for (int64_t t = 0; t < a.length; t++) {
-      float dot = 0;
-      for (int i = 0; i < a.width; i++) {
-        dot += query[i] * load_number(a.keys, place_of(a, t) + i, a.dtype);
-      }
-      scores[t] = dot * a.scale;
-      if (!(scores[t] <= largest)) largest = scores[t];
-    }
-    for (int64_t t = 0; t < a.length; t++) total += scores[t] = expf(scores[t] - largest);
+void attend_head(const Attention& a, const float* query, int64_t length, float* scores,
+                 float* out) {
+  float largest = -INFINITY, total = 0;
+  for (int64_t t = 0; t < length; t++) {
+    float dot = 0;
     for (int i = 0; i < a.width; i++) {
-      float sum = 0;
-      for (int64_t t = 0; t < a.length; t++) {
-        sum += scores[t] * load_number(a.values, place_of(a, t) + i, a.dtype);
-      }
-      a.out[head * a.width + i] = sum / total;
+      dot += query[i] * load_number(a.keys, place_of(a, t) + i, a.dtype);
+    }
+    scores[t] = dot * a.scale;
+    if (!(scores[t] <= largest)) largest = scores[t];
+  }
+  for (int64_t t = 0; t < length; t++) total += scores[t] = expf(scores[t] - largest);
+  for (int i = 0; i < a.width; i++) {
+    float sum = 0;
+    for (int64_t t = 0; t < length; t++) {
+      sum += scores[t] * load_number(a.values, place_of(a, t) + i, a.dtype);
+    }
+    out[i] = sum / total;
+  }
+}
+
+void attend(const Attention& a, float* scores) {
+  for (int row = 0; row < a.rows; row++) {
+    for (int head = 0; head < a.heads; head++) {
+      const int64_t at = row * a.row_stride + head * a.width;
+      attend_head(a, a.query + at, a.length_of(row), scores, a.out + at);
     }
   }
 }
