@@ -15,7 +15,7 @@
 
 #include "avx512_decode.h"
 #include "rows.h"
-#include "vector_kernel.h"
+#include "vector_attention.h"
 
 namespace halfbyte {
 namespace {

@@ -2,7 +2,7 @@
 #define VECTOR 8
 #define MAX_SHARED_ROWS 4
 #define PREFETCH_WORDS 2048  // 8 KiB ahead: 2 KiB lose a tenth of the speed of memory
-#include "vector_kernel.h"
+#include "vector_attention.h"
 
 namespace halfbyte {
 

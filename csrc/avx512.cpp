@@ -5,7 +5,7 @@
 #define HAS_DECODE
 
 #include "avx512_decode.h"
-#include "vector_kernel.h"
+#include "vector_attention.h"
 
 namespace halfbyte {
 

@@ -2,7 +2,7 @@
 #define VECTOR 4
 #define MAX_SHARED_ROWS 4
 #define PREFETCH_WORDS 512
-#include "vector_kernel.h"
+#include "vector_attention.h"
 
 namespace halfbyte {
 

@@ -23,8 +23,8 @@ from tests.serve.helpers_engine import (
 from halfbyte.errors import ServeError
 from halfbyte.serve.engine.contract import Generated, Grammar
 
-KILLED = (5, 12, 13, 30)
-"""Steps."""
+KILLED = (5, 12, 30, 45)
+"""Steps; never two that follow each other, which would blame whoever ran alone in both."""
 
 
 @pytest.mark.parametrize("runner", runners())

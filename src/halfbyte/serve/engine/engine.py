@@ -36,6 +36,7 @@ from halfbyte.serve.engine.contract import (
     TokenEvent,
     TokenRequest,
 )
+from halfbyte.serve.engine.failures import engine_failed, late, not_finite
 from halfbyte.serve.engine.grammar import Grammars
 from halfbyte.serve.engine.job import MOST_FAILURES, Job
 from halfbyte.serve.engine.page_pool import PagePool
@@ -142,7 +143,7 @@ class EmbeddedEngine:
         timer = None
         if request.deadline is not None:
             left = max(request.deadline - time.monotonic(), 0)
-            timer = loop.call_later(left, mail.put_nowait, _late(request))
+            timer = loop.call_later(left, mail.put_nowait, late(request))
         self._submit(job, _Address(loop, mail))
         try:
             while True:
@@ -326,7 +327,7 @@ class EmbeddedEngine:
             tokens = known[first : first + RATED_ROWS]
             rating = self._rater.rate(list(logits[first : first + len(tokens)]))
             if not all(rating.is_finite):
-                raise _not_finite(job)
+                raise not_finite(job)
             count = job.request.prompt_logprobs
             job.rated += [rating.rate_token(row, token, count) for row, token in enumerate(tokens)]
 
@@ -337,7 +338,7 @@ class EmbeddedEngine:
             if rating.is_finite[row]:
                 self._guard(job, partial(self._draw, job, rating, row))
             else:
-                self._fail(job, _not_finite(job))
+                self._fail(job, not_finite(job))
 
     def _draw(self, job: Job, rating: Rating, row: int) -> None:
         token = rating.likeliest[row]
@@ -370,7 +371,7 @@ class EmbeddedEngine:
             self._fail(job, error)
         except Exception:
             log.exception("A request of %d tokens failed", len(job.tokens))
-            self._fail(job, _engine_failed("its next token could not be chosen", status=500))
+            self._fail(job, engine_failed("its next token could not be chosen", status=500))
 
     def _end(self, job: Job, event: Ended | HalfbyteError) -> None:
         self._scheduler.remove(job)
@@ -387,7 +388,7 @@ class EmbeddedEngine:
             job = self._in_step[0]
             job.failures += 1
             if job.failures >= MOST_FAILURES and not job.is_over:
-                self._fail(job, _engine_failed(f"it failed {job.failures} times alone"))
+                self._fail(job, engine_failed(f"it failed {job.failures} times alone"))
         for job in self._in_step:
             job.is_suspect = True
         for job in self._scheduler.repeat_all():
@@ -445,32 +446,3 @@ def _deliver(batch: Sequence[tuple[Mail, list[Any]]]) -> None:
     for mail, events in batch:
         for event in events:
             mail.put_nowait(event)
-
-
-def _late(request: TokenRequest) -> ServeError:
-    return ServeError(
-        f"The answer to {len(request.prompt)} tokens was not ready in time. Ask for fewer tokens, "
-        "or allow more time.",
-        status=408,
-        kind="timeout_error",
-        code="deadline_exceeded",
-    )
-
-
-def _not_finite(job: Job) -> ServeError:
-    return ServeError(
-        f"The model gave no numbers after {len(job.tokens)} tokens: its weights or this input "
-        "overflow.",
-        status=500,
-        kind="server_error",
-        code="not_finite",
-    )
-
-
-def _engine_failed(reason: str, *, status: int = 503) -> ServeError:
-    return ServeError(
-        f"The engine failed with this request: {reason}. The log says more.",
-        status=status,
-        kind="server_error",
-        code="engine_failed",
-    )
