@@ -1,40 +1,34 @@
-"""Prepare the next tensors while the last one is being written."""
+"""Prepare the next tensor while the last one is being written."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-THREADS = 2
-"""That prepare: two cores are everywhere, and each more holds one more tensor in memory."""
 
-
-def run_ahead(
-    prepare: Callable[[Item], Result], items: Iterable[Item], threads: int = THREADS
-) -> Iterator[Result]:
-    """Give the results in order; the next ones are prepared in threads while the caller uses one.
+def run_ahead(prepare: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Give the results in order; the next is prepared in a thread while the caller uses one.
 
     Args:
-        prepare: Called from several threads at once; begun in the order of the items.
+        prepare: Called for one item after another, never for two at once.
         items: Its arguments.
-        threads: How many.
 
     Yields:
-        Each result. At most one more than there are threads are in memory.
+        Each result. At most two are in memory: the caller's and the next.
     """
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(1) as pool:
         remaining = iter(items)
-        coming: deque[Future[Result]] = deque(
-            pool.submit(prepare, item) for item in islice(remaining, threads)
-        )
-        while coming:
-            result = coming.popleft().result()
-            coming.extend(pool.submit(prepare, item) for item in islice(remaining, 1))
+        first = next(remaining, None)
+        if first is None:
+            return
+        following = pool.submit(prepare, first)
+        for item in remaining:
+            result = following.result()
+            following = pool.submit(prepare, item)
             yield result
             del result
+        yield following.result()

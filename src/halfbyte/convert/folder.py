@@ -109,7 +109,7 @@ def write_folder(
     plan = plan_linears(specs, target, allow_error=allow_error, dense_dtype=dense_dtype)
     output.mkdir(parents=True, exist_ok=True)
     shards = _split(source, plan, shard_bytes)
-    rounded: dict[str, RoundedTensor] = {}
+    rounded: list[RoundedTensor] = []
     digests: list[ShardDigest] = []
     for number, units in enumerate(shards, start=1):
         name = SINGLE_FILE if len(shards) == 1 else shard_name(number, len(shards))
@@ -135,7 +135,7 @@ def write_folder(
     return Written(
         path=output,
         holds={name: describe_hold(plan.form_of(name), spec) for name, spec in specs.items()},
-        rounded=tuple(rounded[name] for name in plan.specs if name in rounded),
+        rounded=tuple(rounded),
         num_bytes=sum(digest.num_bytes for digest in digests),
     )
 
@@ -288,9 +288,10 @@ def _make_tensors(
     source: Source,
     plan: Plan,
     order: list[tuple[_Unit, list[str]]],
-    rounded: dict[str, RoundedTensor],
+    rounded: list[RoundedTensor],
 ) -> Iterator[tuple[str, Tensor]]:
-    """Load, spell and measure the units in order, the next ones while one is being written."""
+    """Load, spell and measure one unit after another, the next while one is being written."""
+    measured: set[str] = set()
 
     def prepare(unit: _Unit) -> dict[str, Tensor]:
         if not unit.is_linear:
@@ -299,8 +300,9 @@ def _make_tensors(
         form = plan.form_of(unit.name)
         tensors = form.spell(linear)
         how = plan.rounding_of(unit.name)
-        if how is not None and unit.name not in rounded:
-            rounded[unit.name] = _measure(unit.name, how, linear, form)
+        if how is not None and unit.name not in measured:
+            measured.add(unit.name)
+            rounded.append(_measure(unit.name, how, linear, form))
         return {f"{unit.name}.{suffix}": tensor for suffix, tensor in tensors.items()}
 
     units = [unit for unit, _ in order]

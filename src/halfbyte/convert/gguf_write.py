@@ -107,14 +107,13 @@ def write_gguf(
     path.parent.mkdir(parents=True, exist_ok=True)
     pairs = describe_file(source, specs, architecture, kinds, options.pre_tokenizer)
     rounded: list[RoundedTensor] = []
-    places = {entry.source: place for place, entry in enumerate(entries)}
     table = [(entry.name, entry.kind, entry.shape) for entry in entries]
     tensors = _make_tensors(source, architecture, entries, rounded)
     size = write_gguf_file(path, pairs, table, tensors)
     return Written(
         path=path,
         holds={name: kind.name for name, kind in kinds.items()},
-        rounded=tuple(sorted(rounded, key=lambda tensor: places[tensor.name])),
+        rounded=tuple(rounded),
         num_bytes=size,
         notes=(*note_limits(architecture, source.model_config), *_notes(source, entries)),
     )
@@ -254,7 +253,7 @@ def _make_tensors(
     entries: list[_Entry],
     rounded: list[RoundedTensor],
 ) -> Iterator[Tensor]:
-    """Load and spell the tensors in order, the next ones while one is being written."""
+    """Load and spell one tensor after another, the next while one is being written."""
 
     def prepare(entry: _Entry) -> Tensor:
         return _make_tensor(source, architecture, entry, rounded)
