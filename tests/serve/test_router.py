@@ -261,7 +261,9 @@ def test_one_observer_that_fails_does_not_blind_the_others(caplog):
 
 def test_tokens_of_a_fallback_that_its_client_left_count_too():
     clock = Clock()
-    router, *_ = make(GOOD, [*BETTER[:3], math.inf], clock=clock, fallback_tokens_per_day=3)
+    router, *_ = make(
+        GOOD, [*BETTER[:3], math.inf], clock=clock, fallback_tokens_per_day=3, hold_back=0
+    )
 
     async def run():
         events = router.stream(make_call(tags=["critical"], stream=True), Served())

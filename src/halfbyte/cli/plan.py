@@ -160,19 +160,14 @@ def _plan_training(
         f"{base.context} tokens at a time",
         soft_wrap=True,
     )
-    table = Table()
-    table.add_column("part")
-    table.add_column("memory", justify="right")
-    for name, value in (
+    _print_parts(
         ("weights of the base", plan.weights),
         ("adapter and its gradient", plan.adapter),
         ("optimizer", plan.optimizer),
         ("activations", plan.activations),
         ("program and device", plan.program),
         ("together", plan.total),
-    ):
-        table.add_row(name, format_bytes(value))
-    console.print(table)
+    )
     table = Table(title="Where it fits")
     table.add_column("device")
     table.add_column("usable", justify="right")
@@ -183,6 +178,18 @@ def _plan_training(
     for note in shapes.notes:
         console.print(f"Note: {note}", soft_wrap=True)
     return 0
+
+
+def _print_parts(*parts: tuple[str, int]) -> None:
+    """Print what takes how many bytes."""
+    from halfbyte.units import format_bytes
+
+    table = Table()
+    table.add_column("part")
+    table.add_column("memory", justify="right")
+    for name, value in parts:
+        table.add_row(name, format_bytes(value))
+    console.print(table)
 
 
 def _fit_values(fit: Fit) -> dict[str, Any]:
@@ -228,10 +235,7 @@ def _print_tables(
         f"{load.requests} x {load.context} tokens, cache in {load.cache_type}",
         soft_wrap=True,
     )
-    table = Table()
-    table.add_column("part")
-    table.add_column("memory", justify="right")
-    for name, value in (
+    _print_parts(
         ("keys and values", plan.cache),
         ("weights in the blocks", plan.codes),
         ("scales, zeros, indices", plan.grids),
@@ -240,9 +244,7 @@ def _print_tables(
         ("activations", plan.activations),
         ("program and device", plan.program),
         ("together", plan.total),
-    ):
-        table.add_row(name, format_bytes(value))
-    console.print(table)
+    )
     console.print(
         f"Each token of a request keeps {format_bytes(plan.cache_per_token)}.", soft_wrap=True
     )

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from halfbyte.checkpoint.shards import TensorFiles
-from halfbyte.errors import ConfigError, DataError, JournalError, ModelError, require_extra
+from halfbyte.errors import ConfigError, DataError, ModelError, require_extra
 from halfbyte.evaluate.loading import Subject, open_subject
 from halfbyte.finetune.config import ALL_LINEAR, AdapterConfig, TrainConfig
 from halfbyte.finetune.data import Example, Examples, collate, pack, read_examples, split_examples
@@ -35,9 +35,9 @@ from halfbyte.finetune.report import REPORT_FILE, TrainReport, save_report
 from halfbyte.finetune.trainer import make_trainer, read_history
 from halfbyte.quantize.fingerprint import fingerprint_model
 from halfbyte.quantize.hardware import has_fast_bf16, map_large_blocks, release_memory
-from halfbyte.quantize.journal import JOURNAL_FILE, WORK_FOLDER, Journal
+from halfbyte.quantize.journal import Journal
 from halfbyte.quantize.provenance import installed_versions, machine_facts, peak_memory_bytes
-from halfbyte.quantize.source import find_model
+from halfbyte.quantize.source import check_output, find_model
 
 STEPS_FOLDER = "steps"
 """In the work folder: what Trainer saves on the way."""
@@ -110,7 +110,7 @@ def finetune(
     require_peft("Fine-tuning")
     adapter, config = adapter or AdapterConfig(), config or TrainConfig()
     progress, output = progress or SilentTrainProgress(), Path(output)
-    if _check_output(output, resume=resume):
+    if check_output(output, resume=resume, report_file=REPORT_FILE):
         return TrainReport.load(output)
     start = time.monotonic()
     folder = find_model(model)
@@ -418,28 +418,6 @@ def _read_data(subject: Subject, data: Path, validation: Path | None, config: Tr
         training_rows=rows(training),
         validation_rows=None if apart is None else rows(apart),
     )
-
-
-def _check_output(output: Path, *, resume: bool) -> bool:
-    """Say whether the run is complete already; refuse a folder in use."""
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"The output {output} is a file. Name a folder.")
-    names = {path.name for path in output.iterdir()} if output.is_dir() else set()
-    if (output / WORK_FOLDER / JOURNAL_FILE).is_file():
-        if not resume:
-            raise JournalError(
-                f"{output} holds an unfinished run. Add --resume to go on with it, or remove the "
-                "folder to start again."
-            )
-        return False
-    if resume and REPORT_FILE in names:
-        return True
-    if names - {WORK_FOLDER}:
-        raise ConfigError(
-            f"The output folder {output} is not empty ({len(names)} files, such as {min(names)}). "
-            "Choose a new folder, or remove this one."
-        )
-    return False
 
 
 def _load(journal: Journal) -> bool:

@@ -14,7 +14,7 @@ from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
 from halfbyte.quantize.calibration import CalibrationSource
 from halfbyte.quantize.journal import Journal
 from halfbyte.quantize.progress import Progress, SilentProgress
-from halfbyte.quantize.report import QuantizationReport
+from halfbyte.quantize.report import QuantizationReport, load_report
 from halfbyte.quantize.run import Run
 from halfbyte.quantize.source import (
     check_device,
@@ -61,8 +61,8 @@ def quantize(
         VerificationError: What was saved does not compute what was measured.
     """
     source, target = find_model(model), Path(output)
-    finished = check_output(target, resume=resume)
-    if finished is not None:
+    if check_output(target, resume=resume):
+        finished = load_report(target)
         check_same_options(finished, config or QuantConfig())
         return finished
     device = check_device((resources or ResourceConfig()).device)

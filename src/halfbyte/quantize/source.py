@@ -12,7 +12,7 @@ from halfbyte.model.experts import find_fused_experts
 from halfbyte.model.weights import ModelWeights
 from halfbyte.quant_config import QuantConfig
 from halfbyte.quantize.journal import JOURNAL_FILE, WORK_FOLDER, describe_differences
-from halfbyte.quantize.report import REPORT_FILE, QuantizationReport, load_report
+from halfbyte.quantize.report import REPORT_FILE, QuantizationReport
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken", "README.md"]
 
@@ -51,15 +51,16 @@ def find_model(model: str | Path) -> Path:
         ) from error
 
 
-def check_output(output: Path, *, resume: bool) -> QuantizationReport | None:
+def check_output(output: Path, *, resume: bool, report_file: str = REPORT_FILE) -> bool:
     """Make sure that a run may write into a folder.
 
     Args:
         output: The folder.
         resume: Whether an unfinished run is to go on.
+        report_file: What a complete run of this kind leaves in its folder.
 
     Returns:
-        The report of a run that is already complete, where it was to be resumed; else None.
+        Whether the run that was to be resumed is complete already.
 
     Raises:
         ConfigError: The folder holds something else.
@@ -74,15 +75,15 @@ def check_output(output: Path, *, resume: bool) -> QuantizationReport | None:
                 f"{output} holds an unfinished run. Add --resume to go on with it, or remove the "
                 "folder to start again."
             )
-        return None
-    if not names - {WORK_FOLDER}:
-        return None
-    if resume and REPORT_FILE in names:
-        return load_report(output)
-    raise ConfigError(
-        f"The output folder {output} is not empty ({len(names)} files, such as "
-        f"{min(names)}). Choose a new folder, or remove this one."
-    )
+        return False
+    if resume and report_file in names:
+        return True
+    if names - {WORK_FOLDER}:
+        raise ConfigError(
+            f"The output folder {output} is not empty ({len(names)} files, such as {min(names)}). "
+            "Choose a new folder, or remove this one."
+        )
+    return False
 
 
 def check_same_options(report: QuantizationReport, config: QuantConfig) -> None:
