@@ -86,6 +86,20 @@ def test_every_step_is_the_same_operations_and_asks_the_device_nothing(model):
     assert [name for name in lists[0] if any(wait in name for wait in waits)] == []
 
 
+def test_following_the_likeliest_is_choosing_it_each_time(model):
+    prompt = torch.tensor([[3, 14, 15]])
+    steps, other = GraphSteps(model, 12), GraphSteps(model, 12)
+    token, expected = int(steps.read(prompt).argmax()), []
+    other.read(prompt)
+    found = list(other.follow(token, 6))
+    for position in range(3, 9):
+        token = int(steps(token, position).argmax())
+        expected.append(token)
+    assert found == expected
+    with pytest.raises(ConfigError, match="no room for 4 tokens behind 9 of 12"):
+        next(other.follow(token, 4))
+
+
 def test_positions_must_follow_and_fit(model):
     steps = GraphSteps(model, 3)
     with pytest.raises(ConfigError, match="position 0; the next is 0 of 3"):

@@ -151,15 +151,18 @@ class Generator:
             logits, step = self._read_prompt(prompt, len(prompt) + sampling.max_new_tokens)
             token = draw(logits)
         timing.prompt_seconds = time.perf_counter() - start
-        for position in range(len(prompt), len(prompt) + sampling.max_new_tokens):
-            if token in self.ends:
-                return
+        count = sampling.max_new_tokens - 1
+        if sampling.temperature == 0 and isinstance(step, GraphSteps):
+            later = step.follow(token, count)
+        else:
+            later = _draw_each(step, draw, token, range(len(prompt), len(prompt) + count))
+        while token not in self.ends:
             yield token
-            if position + 1 == len(prompt) + sampling.max_new_tokens:
-                return
             start = time.perf_counter()
-            with torch.inference_mode():
-                token = draw(step(token, position))
+            following = next(later, None)
+            if following is None:
+                return
+            token = following
             timing.step_seconds.append(time.perf_counter() - start)
 
     def _read_prompt(self, prompt: Sequence[int], capacity: int) -> tuple[Tensor, Steps]:
@@ -197,6 +200,15 @@ class _OwnSteps:
         ids = torch.tensor([[token]], device=self.model.get_input_embeddings().weight.device)
         logits: Tensor = self.model(ids, use_cache=True, **self.keywords).logits
         return logits[0, -1].float()
+
+
+def _draw_each(
+    step: Steps, draw: Callable[[Tensor], int], token: int, positions: range
+) -> Iterator[int]:
+    for position in positions:
+        with torch.inference_mode():
+            token = draw(step(token, position))
+        yield token
 
 
 def _make_draw(sampling: Sampling) -> Callable[[Tensor], int]:
