@@ -107,6 +107,21 @@ def _load_turned(
 
 
 @triton.jit
+def _take_in(queries, key, value, there, scale, largest, size, total):
+    """Largest score, sum of shares, and sum of values by their shares, with a block more."""
+    scores = tl.dot(queries, tl.trans(key)) * scale
+    scores = tl.where(there[None, :], scores, float("-inf"))
+    larger = tl.maximum(largest, tl.reduce(scores, 1, _larger))
+    # Nothing so far and nothing here: any number will do as the largest.
+    base = tl.where(larger == float("-inf"), 0.0, larger)
+    shares = tl.exp2(scores - base[:, None])
+    fade = tl.exp2(largest - base)
+    total = total * fade[:, None] + tl.dot(shares.to(value.dtype), value)
+    size = size * fade + tl.reduce(shares, 1, _add)
+    return larger, size, total
+
+
+@triton.jit
 def attend_program(
     qkv,
     q_norm,
@@ -153,6 +168,16 @@ def attend_program(
     cosine = tl.load(cosines + row, mask=turned, other=1.0).to(tl.float32)
     sine = tl.load(sines + row, mask=turned, other=0.0).to(tl.float32)
     sine = tl.where(d < ROTARY // 2, -sine, sine)
+    # What earlier steps kept does not depend on the launch before this one.
+    each = (here + SPLITS * BLOCK - 1) // (SPLITS * BLOCK) * BLOCK
+    begin = split * each
+    end = tl.minimum(begin + each, here)
+    first = (head * capacity).to(tl.int64) * WIDTH
+    n = begin + tl.arange(0, BLOCK)
+    there = (n < end)[:, None] & in_width[None, :]
+    place = first + n[:, None] * WIDTH + d[None, :]
+    earliest_key = tl.load(keys + place, mask=there, other=0.0)
+    earliest_value = tl.load(values + place, mask=there, other=0.0)
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
@@ -172,7 +197,6 @@ def attend_program(
     largest = tl.full((ROWS,), float("-inf"), tl.float32)
     size = tl.full((ROWS,), 0.0, tl.float32)
     total = tl.full((ROWS, BLOCK_WIDTH), 0.0, tl.float32)
-    first = (head * capacity).to(tl.int64) * WIDTH
     if split == 0:
         one = tl.arange(0, 1)
         key = _load_turned(
@@ -192,40 +216,35 @@ def attend_program(
             mask=in_width[None, :],
             other=0.0,
         )
-        place = first + here * WIDTH + one[:, None] + d[None, :]
-        tl.store(keys + place, key, mask=in_width[None, :])
-        tl.store(values + place, value, mask=in_width[None, :])
+        own = first + here * WIDTH + one[:, None] + d[None, :]
+        tl.store(keys + own, key, mask=in_width[None, :])
+        tl.store(values + own, value, mask=in_width[None, :])
         scores = tl.reduce(queries.to(tl.float32) * key.to(tl.float32), 1, _add)
         largest = scores * (scale * LOG2E)
         size = tl.full((ROWS,), 1.0, tl.float32)
         total += value.to(tl.float32)
-    each = (here + SPLITS * BLOCK - 1) // (SPLITS * BLOCK) * BLOCK
-    end = tl.minimum((split + 1) * each, here)
-    for start in tl.range(split * each, end, BLOCK):
+    scale *= LOG2E
+    largest, size, total = _take_in(
+        queries, earliest_key, earliest_value, n < end, scale, largest, size, total
+    )
+    for start in tl.range(begin + BLOCK, end, BLOCK):
         n = start + tl.arange(0, BLOCK)
         there = (n < end)[:, None] & in_width[None, :]
         place = first + n[:, None] * WIDTH + d[None, :]
         key = tl.load(keys + place, mask=there, other=0.0)
-        scores = tl.dot(queries, tl.trans(key)) * (scale * LOG2E)
-        scores = tl.where((n < end)[None, :], scores, float("-inf"))
-        larger = tl.maximum(largest, tl.reduce(scores, 1, _larger))
-        shares = tl.exp2(scores - larger[:, None])
-        fade = tl.exp2(largest - larger)
         value = tl.load(values + place, mask=there, other=0.0)
-        total = total * fade[:, None] + tl.dot(shares.to(DTYPE), value)
-        size = size * fade + tl.reduce(shares, 1, _add)
-        largest = larger
+        largest, size, total = _take_in(queries, key, value, n < end, scale, largest, size, total)
     kept = (g < GROUP)[:, None] & in_width[None, :]
-    row = head * GROUP + g
-    out = result + row[:, None] * WIDTH + d[None, :]
+    member = head * GROUP + g
+    out = result + member[:, None] * WIDTH + d[None, :]
     if SPLITS == 1:
         tl.store(out, (total / size[:, None]).to(DTYPE), mask=kept)
     else:
-        place = row[:, None] * WIDTH + d[None, :]
-        tl.store(sums + split * HEADS * WIDTH + place, total, mask=kept)
+        spot = member[:, None] * WIDTH + d[None, :]
+        tl.store(sums + split * HEADS * WIDTH + spot, total, mask=kept)
         # [split, head, largest and size]
-        tl.store(sizes + (split * HEADS + row) * 2, largest, mask=g < GROUP)
-        tl.store(sizes + (split * HEADS + row) * 2 + 1, size, mask=g < GROUP)
+        tl.store(sizes + (split * HEADS + member) * 2, largest, mask=g < GROUP)
+        tl.store(sizes + (split * HEADS + member) * 2 + 1, size, mask=g < GROUP)
         # All threads' sums are written before one of them says so.
         tl.debug_barrier()
         arrived = tl.atomic_add(arrivals + head, 1, sem="acq_rel")
@@ -233,7 +252,7 @@ def attend_program(
             tl.store(arrivals + head, 0)
             shares = tl.arange(0, SPLITS)
             peaks = tl.load(
-                sizes + (shares[:, None] * HEADS + row[None, :]) * 2,
+                sizes + (shares[:, None] * HEADS + member[None, :]) * 2,
                 mask=(g < GROUP)[None, :],
                 other=0.0,
                 cache_modifier=".cg",
@@ -242,11 +261,11 @@ def attend_program(
             total = tl.full((ROWS, BLOCK_WIDTH), 0.0, tl.float32)
             size = tl.full((ROWS,), 0.0, tl.float32)
             for other in tl.static_range(SPLITS):
-                at = sizes + (other * HEADS + row) * 2
+                at = sizes + (other * HEADS + member) * 2
                 peak = tl.load(at, mask=g < GROUP, other=0.0, cache_modifier=".cg")
                 part = tl.load(at + 1, mask=g < GROUP, other=1.0, cache_modifier=".cg")
                 more = tl.load(
-                    sums + other * HEADS * WIDTH + place,
+                    sums + other * HEADS * WIDTH + spot,
                     mask=kept,
                     other=0.0,
                     cache_modifier=".cg",
