@@ -184,9 +184,11 @@ def test_programs_of_a_decode_step(architecture, tmp_path):
             "EARLY": early,
         },
         dict.fromkeys(("qkv", "cosines", "sines", "keys", "values", "result"), "*bf16")
-        | {"position": "*i64", "sums": "*fp32", "sizes": "*fp32", "arrivals": "*i32"}
-        | {"scale": "fp32", "epsilon": "fp32", "capacity": "i32"},
+        | {"positions": "*i64", "tables": "*i32", "arrivals": "*i32"}
+        | {"sums": "*fp32", "sizes": "*fp32", "scale": "fp32", "epsilon": "fp32"}
+        | {"page_tokens": "i32", "table_pages": "i32"},
         architecture,
+        unaligned=("page_tokens", "table_pages"),
         num_warps=4,
         **options,
     )

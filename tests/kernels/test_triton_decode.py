@@ -31,7 +31,8 @@ def norm(x, weight, epsilon):
 
 @pytest.mark.parametrize("width", [64, 96, 576])
 def test_add_and_norm(width):
-    x, delta, weight = torch.randn(3, width).half()
+    x, delta = torch.randn(2, 3, width).half()
+    weight = torch.randn(width).half()
     total, found = add_norm(x, delta, weight, 1e-5)
     assert torch.equal(total, x + delta)
     # Rounded twice, as Transformers does.
@@ -45,9 +46,9 @@ def test_add_and_norm(width):
 
 @pytest.mark.parametrize("width", [96, 256, 600])
 def test_gate(width):
-    gate_up = torch.randn(2 * width).half() * 3
+    gate_up = torch.randn(2, 2 * width).half() * 3
     found = gate(gate_up)
-    first, up = gate_up.double().chunk(2)
+    first, up = gate_up.double().chunk(2, dim=1)
     expected = first / (1 + (-first).exp()) * up
     assert ((found - expected).abs() <= 3 * HALF * expected.abs() + 1e-6).all()
 
@@ -80,37 +81,52 @@ def attend_exactly(qkv, norms, rotary, position, keys, values, shape):
     return torch.cat(results), k, v
 
 
-@pytest.mark.parametrize("position", [0, 1, 31, 32, 33, 150])
+PAGE = 16
+
+
+@pytest.mark.parametrize("positions", [[0], [1, 150], [31, 0, 64], [32, 33]], ids=str)
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize(
     ("heads", "key_heads", "width", "rotary", "with_norms"),
     [(8, 2, 32, 32, False), (3, 3, 24, 16, True), (6, 1, 64, 64, True)],
 )
-def test_attention(monkeypatch, position, splits, heads, key_heads, width, rotary, with_norms):
-    monkeypatch.setattr(triton_decode, "choose_splits", lambda device, key_heads: splits)
-    capacity = 160
+def test_attention(monkeypatch, positions, splits, heads, key_heads, width, rotary, with_norms):
+    monkeypatch.setattr(triton_decode, "choose_splits", lambda device, programs: splits)
+    rows, most = len(positions), 10
     shape = AttentionShape(
         heads=heads, key_heads=key_heads, width=width, scale=width**-0.5, epsilon=1e-6
     )
-    qkv = torch.randn((heads + 2 * key_heads) * width).half()
+    qkv = torch.randn(rows, (heads + 2 * key_heads) * width).half()
     norms = tuple(torch.rand(2, width).half() + 0.5) if with_norms else None
-    angles = torch.rand(capacity, rotary // 2).repeat(1, 2) * 6
-    table = angles.cos().half(), angles.sin().half()
+    angles = torch.rand(160, rotary // 2).repeat(1, 2) * 6
+    rotations = angles.cos().half(), angles.sin().half()
     # What is not yet written must not be read: it may be anything.
-    keys = torch.full((1, key_heads, capacity, width), float("nan")).half()
+    keys = torch.full((rows * most, key_heads, PAGE, width), float("nan")).half()
     values = keys.clone()
-    keys[:, :, :position] = torch.randn(1, key_heads, position, width).half()
-    values[:, :, :position] = torch.randn(1, key_heads, position, width).half()
+    tables = torch.randperm(rows * most).view(rows, most).int()
+    places = [(tables[i, n // PAGE], n % PAGE) for i, p in enumerate(positions) for n in range(p)]
+    for page, place in places:
+        keys[page, :, place] = torch.randn(key_heads, width).half()
+        values[page, :, place] = torch.randn(key_heads, width).half()
     before = keys.clone(), values.clone()
-    expected, key, value = attend_exactly(qkv, norms, table, position, keys, values, shape)
-    found = attend(qkv, norms, table, torch.tensor([position]), (keys, values), shape)
-    # Queries, key and shares are rounded to float16 once each (with norms three times).
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=8e-3)
-    torch.testing.assert_close(keys[0, :, position].double(), key, rtol=4 * HALF, atol=2e-3)
-    assert torch.equal(values[0, :, position].double(), value)
-    others = torch.arange(capacity) != position
+    found = attend(qkv, norms, rotations, torch.tensor(positions), tables, (keys, values), shape)
+    for i, position in enumerate(positions):
+        pages = tables[i].long()
+        old_keys, old_values = (
+            cache[pages].transpose(0, 1).reshape(1, key_heads, -1, width) for cache in before
+        )
+        expected, key, value = attend_exactly(
+            qkv[i], norms, rotations, position, old_keys, old_values, shape
+        )
+        # Queries, key and shares are rounded to float16 once each (with norms three times).
+        torch.testing.assert_close(found[i].double(), expected, rtol=0, atol=8e-3)
+        page, place = tables[i, position // PAGE], position % PAGE
+        torch.testing.assert_close(keys[page, :, place].double(), key, rtol=4 * HALF, atol=2e-3)
+        assert torch.equal(values[page, :, place].double(), value)
+        for cache, old in zip((keys, values), before, strict=True):
+            cache[page, :, place] = old[page, :, place]
     for cache, old in zip((keys, values), before, strict=True):
-        assert torch.equal(cache[:, :, others].nan_to_num(9), old[:, :, others].nan_to_num(9))
+        assert torch.equal(cache.nan_to_num(9), old.nan_to_num(9))
 
 
 def test_splits_fill_the_device(monkeypatch):

@@ -55,7 +55,7 @@ def on_the_cpu(monkeypatch):
     interpret(monkeypatch, "halfbyte.kernels.triton_decode_programs")
     monkeypatch.setattr(gpu_step, "DEVICES", ("cpu",))
     # Few programs: the interpreter runs them one after the other.
-    monkeypatch.setattr(triton_decode, "choose_splits", lambda device, key_heads: 2)
+    monkeypatch.setattr(triton_decode, "choose_splits", lambda device, programs: 2)
 
 
 @pytest.mark.parametrize("kind", KINDS)

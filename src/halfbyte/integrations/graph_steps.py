@@ -60,7 +60,8 @@ class GraphSteps:
         self._names = frozenset(inspect.signature(model.forward).parameters)
         device = model.get_input_embeddings().weight.device
         self._places = torch.zeros(2, dtype=torch.int64, device=device)
-        self._token, self._position = self._places[:1].view(1, 1), self._places[1:]
+        self._token, self._position = self._places[:1], self._places[1:]
+        self._table = torch.zeros(1, 1, dtype=torch.int32, device=device)
         self._step: GpuStep | None = None
         self._ready = False
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -173,8 +174,8 @@ class GraphSteps:
     def _run(self) -> Tensor:
         """Logits after the token."""
         if self._step is not None:
-            return self._step(self._token, self._position).float()
-        return self._forward(self._token, self._position)
+            return self._step(self._token, self._position, self._table)[0].float()
+        return self._forward(self._token[None], self._position)
 
     def _prepare(self) -> None:
         """Choose the step on a made-up prompt, and record it."""
@@ -191,14 +192,14 @@ class GraphSteps:
 
     def _choose(self, probe: Tensor) -> None:
         """Take the faster step where it computes the same."""
-        expected = self._forward(self._token, self._position)
+        expected = self._forward(self._token[None], self._position)
         # Twice by itself, in other pieces: what rounding does.
         self._rewind(self.length - 1)
-        ids = torch.cat([probe[:, -1:], self._token], dim=1)
+        ids = torch.cat([probe[:, -1:], self._token[None]], dim=1)
         again = self._forward(ids, torch.arange(self.length - 1, self.length + 1).to(ids.device))
         self._rewind(self.length)
         pairs = [(layer.keys, layer.values) for layer in self._cache.layers]
-        self._step = GpuStep(self._model, pairs)
+        self._step = GpuStep(self._model, pairs, self.capacity + 1)
         deviation = float((self._run() - expected).norm() / expected.norm())
         noise = float((again - expected).norm() / expected.norm())
         allowed = max(MOST_DEVIATION, NOISE_FACTOR * noise)

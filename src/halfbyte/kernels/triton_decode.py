@@ -1,6 +1,6 @@
 """What a decode step does between its linears, each one launch: add and norm, attend, gate.
 
-Programs: :mod:`halfbyte.kernels.triton_decode_programs`. One token of one sequence at a time.
+Programs: :mod:`halfbyte.kernels.triton_decode_programs`. Rows are one token each of some sequences.
 Arithmetic as in Transformers' Llama-like models: fp32 within, rounded to the model's type where
 they round; turning queries and keys rounds once instead of three times.
 """
@@ -42,20 +42,20 @@ def add_norm(
     """Add to the residual stream, and norm what comes out.
 
     Args:
-        x: [width], the stream.
-        delta: [width], what is added; None: nothing.
+        x: [rows, width], the stream.
+        delta: [rows, width], what is added; None: nothing.
         weight: [width], the norm's.
         epsilon: The norm's.
 
     Returns:
-        The stream after it, and its root mean square norm: [width] each, in the type of x.
+        The stream after it, and its root mean square norm: [rows, width] each, in the type of x.
     """
     from halfbyte.kernels.triton_decode_programs import add_norm_program
 
-    width = x.shape[0]
+    rows, width = x.shape
     total = x if delta is None else torch.empty_like(x)
     result = torch.empty_like(x)
-    add_norm_program[(1,)](
+    add_norm_program[(rows,)](
         x,
         delta,
         weight,
@@ -75,17 +75,17 @@ def gate(gate_up: Tensor) -> Tensor:
     """Multiply what is up by the silu of what gates it.
 
     Args:
-        gate_up: [2 width]; gates first.
+        gate_up: [rows, 2 width]; gates first.
 
     Returns:
-        [width].
+        [rows, width].
     """
     from halfbyte.kernels.triton_decode_programs import gate_program
 
-    width = gate_up.shape[0] // 2
-    result = gate_up.new_empty(width)
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    result = gate_up.new_empty(rows, width)
     block = 256
-    gate_program[(-(-width // block),)](
+    gate_program[(-(-width // block), rows)](
         gate_up, result, width, BLOCK=block, num_warps=2, **_early(gate_up.device)
     )
     return result
@@ -95,41 +95,45 @@ def attend(
     qkv: Tensor,
     norms: tuple[Tensor, Tensor] | None,
     rotary: tuple[Tensor, Tensor],
-    position: Tensor,
+    positions: Tensor,
+    tables: Tensor,
     cache: tuple[Tensor, Tensor],
     shape: AttentionShape,
 ) -> Tensor:
     """Turn queries and key to their position, keep key and value, and attend to all so far.
 
     Args:
-        qkv: [(heads + 2 key_heads) * width]: queries, key, value of the token.
+        qkv: [rows, (heads + 2 key_heads) * width]: queries, key, value of each token.
         norms: Weights [width] of the norms of queries and key; None: there are none.
-        rotary: Cosines and sines [capacity, turned width].
-        position: int64 [1], of the token; all before it are in the cache.
-        cache: Keys and values [1, key_heads, capacity, width]; written at the position.
+        rotary: Cosines and sines [positions, turned width].
+        positions: int64 [rows], of the tokens; all before them are in the cache.
+        tables: int32 [rows, most pages]: the pages of each row's sequence, in order.
+        cache: Keys and values [pages, key_heads, page tokens, width]; written at the positions.
         shape: Of the attention.
 
     Returns:
-        [heads * width].
+        [rows, heads * width].
     """
     from halfbyte.kernels.triton_decode_programs import attend_program
 
     keys, values = cache
     assert keys.is_contiguous()
     assert values.is_contiguous()
-    splits = choose_splits(qkv.device, shape.key_heads)
-    result = qkv.new_empty(shape.heads * shape.width)
+    rows = qkv.shape[0]
+    splits = choose_splits(qkv.device, shape.key_heads * rows)
+    result = qkv.new_empty(rows, shape.heads * shape.width)
     sums = sizes = arrivals = None
     if splits > 1:
-        sums = qkv.new_empty(splits, shape.heads, shape.width, dtype=torch.float32)
-        sizes = qkv.new_empty(splits, shape.heads, 2, dtype=torch.float32)
+        sums = qkv.new_empty(splits, rows, shape.heads, shape.width, dtype=torch.float32)
+        sizes = qkv.new_empty(splits, rows, shape.heads, 2, dtype=torch.float32)
         arrivals = find_arrivals(qkv.device)
-    attend_program[(shape.key_heads, splits)](
+    attend_program[(shape.key_heads, splits, rows)](
         qkv,
         None if norms is None else norms[0],
         None if norms is None else norms[1],
         *rotary,
-        position,
+        positions,
+        tables,
         keys,
         values,
         result,
@@ -139,6 +143,7 @@ def attend(
         shape.scale,
         shape.epsilon,
         keys.shape[2],
+        tables.shape[1],
         HEADS=shape.heads,
         KEY_HEADS=shape.key_heads,
         WIDTH=shape.width,
@@ -156,17 +161,17 @@ def attend(
 
 
 @functools.cache
-def choose_splits(device: torch.device, key_heads: int) -> int:
+def choose_splits(device: torch.device, programs: int) -> int:
     """Choose into how many shares positions are split: as many programs as there is room for.
 
     Args:
         device: Of the launch.
-        key_heads: Of the attention.
+        programs: Key heads of all rows.
 
     Returns:
         A power of two.
     """
-    room = min(max(count_processors(device) // key_heads, 1), MOST_SPLITS)
+    room = min(max(count_processors(device) // programs, 1), MOST_SPLITS)
     return 1 << (room.bit_length() - 1)
 
 

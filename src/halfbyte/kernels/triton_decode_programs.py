@@ -1,6 +1,6 @@
 """The Triton programs of a decode step between its linears: add and norm, attend, gate.
 
-One token of one sequence. Rounded where Transformers rounds: sums of the residual stream, norms and
+One token each of some sequences: the rows. Rounded where Transformers rounds: sums of the residual stream, norms and
 activations are in the model's type, everything within them is fp32.
 
 EARLY: the launch begins while the one before it still runs, and waits for it where it first reads
@@ -38,10 +38,11 @@ def add_norm_program(
     BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Write total [width] = x + delta, and result = its root mean square norm times weight."""
-    place = tl.arange(0, BLOCK)
-    inside = place < width
-    gain = tl.load(weight + place, mask=inside, other=0.0)
+    """Write total [rows, width] = x + delta, and result = its RMS norm times weight."""
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    gain = tl.load(weight + column, mask=inside, other=0.0)
+    place = tl.program_id(0) * width + column
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
@@ -58,16 +59,18 @@ def add_norm_program(
 
 @triton.jit
 def gate_program(gate_up, result, width, BLOCK: tl.constexpr, EARLY: tl.constexpr):
-    """Write result [width] = silu(gate) * up, of gate_up [2 width]."""
+    """Write result [rows, width] = silu(gate) * up, of gate_up [rows, 2 width]."""
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < width
-    gate = tl.load(gate_up + place, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + width + place, mask=inside, other=0.0).to(tl.float32)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(1)
+    inside = column < width
+    place = gate_up + 2 * row * width + column
+    gate = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(place + width, mask=inside, other=0.0).to(tl.float32)
     gate = (gate / (1.0 + tl.exp(-gate))).to(result.dtype.element_ty).to(tl.float32)
-    tl.store(result + place, (gate * up).to(result.dtype.element_ty), mask=inside)
+    tl.store(result + row * width + column, (gate * up).to(result.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -122,13 +125,21 @@ def _take_in(queries, key, value, there, scale, largest, size, total):
 
 
 @triton.jit
+def _find_places(page, n, head, page_tokens, d, KEY_HEADS: tl.constexpr, WIDTH: tl.constexpr):
+    """Where the numbers [n, d] of a head lie in keys and values."""
+    row = (page.to(tl.int64) * KEY_HEADS + head) * page_tokens + n % page_tokens
+    return row[:, None] * WIDTH + d[None, :]
+
+
+@triton.jit
 def attend_program(
     qkv,
     q_norm,
     k_norm,
     cosines,
     sines,
-    position,
+    positions,
+    tables,
     keys,
     values,
     result,
@@ -137,7 +148,8 @@ def attend_program(
     arrivals,
     scale,
     epsilon,
-    capacity,
+    page_tokens,
+    table_pages,
     HEADS: tl.constexpr,
     KEY_HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -149,20 +161,23 @@ def attend_program(
     SPLITS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Attend with all query heads of one key head to one share of the positions.
+    """Attend with all query heads of one key head to one share of a row's positions.
 
-    Keys and values [KEY_HEADS, capacity, WIDTH] get the token's own, which the first share adds
-    from ``qkv`` itself: nobody reads what is written here. The last share to arrive adds up all in
-    order, so the result does not depend on who that is.
+    Keys and values [pages, KEY_HEADS, page_tokens, WIDTH], of which ``tables`` [rows, table_pages]
+    says which are whose, get the token's own, which the first share adds from ``qkv`` itself:
+    nobody reads what is written here. The last share to arrive adds up all in order, so the result
+    does not depend on who that is.
     """
     DTYPE: tl.constexpr = qkv.dtype.element_ty
     GROUP: tl.constexpr = HEADS // KEY_HEADS
     LOG2E: tl.constexpr = 1.4426950408889634
     head = tl.program_id(0)
     split = tl.program_id(1)
+    number = tl.program_id(2)
     d = tl.arange(0, BLOCK_WIDTH)
     in_width = d < WIDTH
-    here = tl.load(position)
+    here = tl.load(positions + number)
+    table = tables + number * table_pages
     turned = d < ROTARY
     row = here * ROTARY + d
     cosine = tl.load(cosines + row, mask=turned, other=1.0).to(tl.float32)
@@ -172,16 +187,17 @@ def attend_program(
     each = (here + SPLITS * BLOCK - 1) // (SPLITS * BLOCK) * BLOCK
     begin = split * each
     end = tl.minimum(begin + each, here)
-    first = (head * capacity).to(tl.int64) * WIDTH
     n = begin + tl.arange(0, BLOCK)
+    page = tl.load(table + n // page_tokens, mask=n < end, other=0)
     there = (n < end)[:, None] & in_width[None, :]
-    place = first + n[:, None] * WIDTH + d[None, :]
+    place = _find_places(page, n, head, page_tokens, d, KEY_HEADS, WIDTH)
     earliest_key = tl.load(keys + place, mask=there, other=0.0)
     earliest_value = tl.load(values + place, mask=there, other=0.0)
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
     g = tl.arange(0, ROWS)
+    qkv += number * (HEADS + 2 * KEY_HEADS) * WIDTH
     queries = _load_turned(
         qkv + ((head * GROUP + g) * WIDTH)[:, None],
         (g < GROUP)[:, None],
@@ -216,7 +232,8 @@ def attend_program(
             mask=in_width[None, :],
             other=0.0,
         )
-        own = first + here * WIDTH + one[:, None] + d[None, :]
+        own_page = tl.load(table + here // page_tokens + one)
+        own = _find_places(own_page, here + one, head, page_tokens, d, KEY_HEADS, WIDTH)
         tl.store(keys + own, key, mask=in_width[None, :])
         tl.store(values + own, value, mask=in_width[None, :])
         scores = tl.reduce(queries.to(tl.float32) * key.to(tl.float32), 1, _add)
@@ -229,30 +246,34 @@ def attend_program(
     )
     for start in tl.range(begin + BLOCK, end, BLOCK):
         n = start + tl.arange(0, BLOCK)
+        page = tl.load(table + n // page_tokens, mask=n < end, other=0)
         there = (n < end)[:, None] & in_width[None, :]
-        place = first + n[:, None] * WIDTH + d[None, :]
+        place = _find_places(page, n, head, page_tokens, d, KEY_HEADS, WIDTH)
         key = tl.load(keys + place, mask=there, other=0.0)
         value = tl.load(values + place, mask=there, other=0.0)
         largest, size, total = _take_in(queries, key, value, n < end, scale, largest, size, total)
     kept = (g < GROUP)[:, None] & in_width[None, :]
-    member = head * GROUP + g
+    member = number * HEADS + head * GROUP + g
     out = result + member[:, None] * WIDTH + d[None, :]
     if SPLITS == 1:
         tl.store(out, (total / size[:, None]).to(DTYPE), mask=kept)
     else:
+        # Of all rows.
+        whole = tl.num_programs(2) * HEADS
         spot = member[:, None] * WIDTH + d[None, :]
-        tl.store(sums + split * HEADS * WIDTH + spot, total, mask=kept)
+        tl.store(sums + split * whole * WIDTH + spot, total, mask=kept)
         # [split, head, largest and size]
-        tl.store(sizes + (split * HEADS + member) * 2, largest, mask=g < GROUP)
-        tl.store(sizes + (split * HEADS + member) * 2 + 1, size, mask=g < GROUP)
+        tl.store(sizes + (split * whole + member) * 2, largest, mask=g < GROUP)
+        tl.store(sizes + (split * whole + member) * 2 + 1, size, mask=g < GROUP)
         # All threads' sums are written before one of them says so.
         tl.debug_barrier()
-        arrived = tl.atomic_add(arrivals + head, 1, sem="acq_rel")
+        counter = arrivals + number * KEY_HEADS + head
+        arrived = tl.atomic_add(counter, 1, sem="acq_rel")
         if arrived == SPLITS - 1:
-            tl.store(arrivals + head, 0)
+            tl.store(counter, 0)
             shares = tl.arange(0, SPLITS)
             peaks = tl.load(
-                sizes + (shares[:, None] * HEADS + member[None, :]) * 2,
+                sizes + (shares[:, None] * whole + member[None, :]) * 2,
                 mask=(g < GROUP)[None, :],
                 other=0.0,
                 cache_modifier=".cg",
@@ -261,11 +282,11 @@ def attend_program(
             total = tl.full((ROWS, BLOCK_WIDTH), 0.0, tl.float32)
             size = tl.full((ROWS,), 0.0, tl.float32)
             for other in tl.static_range(SPLITS):
-                at = sizes + (other * HEADS + member) * 2
+                at = sizes + (other * whole + member) * 2
                 peak = tl.load(at, mask=g < GROUP, other=0.0, cache_modifier=".cg")
                 part = tl.load(at + 1, mask=g < GROUP, other=1.0, cache_modifier=".cg")
                 more = tl.load(
-                    sums + other * HEADS * WIDTH + spot,
+                    sums + other * whole * WIDTH + spot,
                     mask=kept,
                     other=0.0,
                     cache_modifier=".cg",

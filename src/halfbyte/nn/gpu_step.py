@@ -6,8 +6,8 @@
                            add, norm -> gate, up at once -> gate -> down] x n -> add, norm -> head
 
 Transformers' own forward launches some forty operations a block, this nine. Linears may be of any
-kind; those that :mod:`halfbyte.nn.fusion` joined are one product. The cache is Transformers' static
-one, which its own forward fills with the prompt.
+kind; those that :mod:`halfbyte.nn.fusion` joined are one product. The cache is in pages;
+Transformers' static one, which its own forward fills with the prompt, is a single page.
 """
 
 from __future__ import annotations
@@ -50,14 +50,17 @@ class _Block:
 
 
 class GpuStep:
-    """One token through a model whose prompt is in a static cache."""
+    """One token each of some sequences, whose earlier ones are in the cache."""
 
-    def __init__(self, model: PreTrainedModel, cache: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, cache: Sequence[tuple[Tensor, Tensor]], capacity: int
+    ) -> None:
         """Gather the model's parts; its weights are used where they are.
 
         Args:
             model: One of which :func:`find_mismatch` said None.
-            cache: Keys and values of each layer, [1, key heads, capacity, head width].
+            cache: Keys and values of each layer, [pages, key heads, page tokens, head width].
+            capacity: Positions that a sequence can have.
         """
         base = base_of(model)
         self._embeddings = model.get_input_embeddings()
@@ -67,31 +70,33 @@ class GpuStep:
         ]
         self._last_norm, self._last_epsilon = base.norm.weight, epsilon_of(base.norm)
         keys = cache[0][0]
-        positions = torch.arange(keys.shape[2], device=keys.device)[None]
+        positions = torch.arange(capacity, device=keys.device)[None]
         cosines, sines = base.rotary_emb(keys, position_ids=positions)
         self._rotary = cosines[0].contiguous(), sines[0].contiguous()
 
-    def __call__(self, token: Tensor, position: Tensor) -> Tensor:
-        """Run the token; its key and value are kept.
+    def __call__(self, tokens: Tensor, positions: Tensor, tables: Tensor) -> Tensor:
+        """Run the tokens; their keys and values are kept.
 
         Args:
-            token: int64 [1, 1], its id.
-            position: int64 [1], its place; all before it are in the cache.
+            tokens: int64 [rows], their ids.
+            positions: int64 [rows], their places; all before them are in the cache.
+            tables: int32 [rows, most pages], the pages of their sequences.
 
         Returns:
-            Logits [vocabulary], in the model's type.
+            Logits [rows, vocabulary], in the model's type.
         """
-        x, delta = self._embeddings(token)[0, 0], None
+        x, delta = self._embeddings(tokens), None
         for block in self._blocks:
             x, normed = add_norm(x, delta, block.norms[0], block.epsilons[0])
             qkv = multiply_at_once(block.qkv, normed)
             attended = attend(
-                qkv, block.head_norms, self._rotary, position, block.cache, block.shape
+                qkv, block.head_norms, self._rotary, positions, tables, block.cache, block.shape
             )
-            x, normed = add_norm(x, _multiply(block.out, attended), *_second(block))
-            delta = _multiply(block.down, gate(multiply_at_once(block.gate_up, normed)))
+            x, normed = add_norm(x, block.out(attended), block.norms[1], block.epsilons[1])
+            delta = block.down(gate(multiply_at_once(block.gate_up, normed)))
         _, normed = add_norm(x, delta, self._last_norm, self._last_epsilon)
-        return _multiply(self._head, normed)
+        logits: Tensor = self._head(normed)
+        return logits
 
 
 def multiply_at_once(linears: Sequence[nn.Module], x: Tensor) -> Tensor:
@@ -99,16 +104,17 @@ def multiply_at_once(linears: Sequence[nn.Module], x: Tensor) -> Tensor:
 
     Args:
         linears: Fused ones are one product.
-        x: [in].
+        x: [rows, in].
 
     Returns:
-        [sum of out].
+        [rows, sum of out].
     """
     first = linears[0]
     fusion = first.fusion if isinstance(first, QuantLinear) else None
     if fusion is not None and fusion.members == tuple(linears):
-        return _multiply(fusion.whole, x)
-    return torch.cat([_multiply(linear, x) for linear in linears])
+        product: Tensor = fusion.whole(x)
+        return product
+    return torch.cat([linear(x) for linear in linears], dim=-1)
 
 
 def find_mismatch(model: PreTrainedModel) -> str | None:
@@ -169,12 +175,3 @@ def _make_block(layer: Any, cache: tuple[Tensor, Tensor]) -> _Block:
             epsilon=epsilon_of(head_norms[0]) if has_norms else 0.0,
         ),
     )
-
-
-def _second(block: _Block) -> tuple[Tensor, float]:
-    return block.norms[1], block.epsilons[1]
-
-
-def _multiply(linear: nn.Module, x: Tensor) -> Tensor:
-    product: Tensor = linear(x[None])
-    return product[0]
