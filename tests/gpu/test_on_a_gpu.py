@@ -93,24 +93,27 @@ def test_recorded_steps_write_what_transformers_writes(tmp_path, config):
     assert drawn != found
 
 
-def test_the_engine_serves_several_at_once(tmp_path):
+@pytest.mark.parametrize("sequences", [1, 3, 9])
+def test_the_engine_serves_several_at_once(tmp_path, sequences):
+    from halfbyte.serve.engine.gpu_runner import GpuRunner
     from halfbyte.serve.engine.runner import Pages, Piece, sample_layers
-    from halfbyte.serve.engine.transformers_runner import TransformersRunner
 
     write_checkpoint(tmp_path, LLAMA(), Recipe(group_size=64))
     model = halfbyte.load(tmp_path, device="cuda")
-    texts = token_lists(3, 20)
+    texts = token_lists(sequences, 40)
     with torch.inference_mode():
-        expected = [model(torch.tensor([ids], device="cuda")).logits[0, -1] for ids in texts]
-    pages = Pages(sample_layers(model), 16)
-    runner = TransformersRunner(model, pages)
-    runner.make_pages(6, 256)
-    pieces = [
-        Piece(tokens=ids, start=0, pages=[2 * i, 2 * i + 1], logits=1, is_prompt=True)
-        for i, ids in enumerate(texts)
-    ]
-    for found, wanted in zip(runner.run(pieces), expected, strict=True):
-        assert deviation(found[0], wanted) < 0.02
+        expected = [model(torch.tensor([ids], device="cuda")).logits[0] for ids in texts]
+    runner = GpuRunner(model, Pages(sample_layers(model), 16))
+    assert runner.description.startswith("recorded steps on cuda")
+    runner.make_pages(3 * sequences, 256)
+    tables = [list(range(3 * i, 3 * i + 3)) for i in range(sequences)]
+    for first, last in ((0, 30), *((n, n + 1) for n in range(30, 40))):
+        pieces = [
+            Piece(tokens=ids[first:last], start=first, pages=table, logits=1, is_prompt=last == 30)
+            for ids, table in zip(texts, tables, strict=True)
+        ]
+        for found, wanted in zip(runner.run(pieces), expected, strict=True):
+            assert deviation(found[0], wanted[last - 1]) < 0.02
 
 
 def test_gradients_are_those_of_the_dequantized_weight(tmp_path):

@@ -22,18 +22,13 @@ from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from halfbyte.errors import ConfigError, ModelError
-from halfbyte.nn.gpu_step import GpuStep, find_mismatch
+from halfbyte.nn.gpu_step import GpuStep, find_deviation, find_mismatch
 
 WARM_UPS = 2
 """Steps before recording: what is compiled or allocated at first use must not be recorded."""
 
 PROBE_TOKENS = 8
 """Tokens of the prompt on which a step is tried before it is trusted."""
-
-MOST_DEVIATION = 0.05
-"""Of the logits, as a share of their length; bf16 alone makes about 0.01."""
-NOISE_FACTOR = 3
-"""So many times what rounding alone does to the model's own logits is allowed in any case."""
 
 
 class GraphSteps:
@@ -200,15 +195,11 @@ class GraphSteps:
         self._rewind(self.length)
         pairs = [(layer.keys, layer.values) for layer in self._cache.layers]
         self._step = GpuStep(self._model, pairs, self.capacity + 1)
-        deviation = float((self._run() - expected).norm() / expected.norm())
-        noise = float((again - expected).norm() / expected.norm())
-        allowed = max(MOST_DEVIATION, NOISE_FACTOR * noise)
-        if not deviation <= allowed:
+        deviation = find_deviation(self._run(), expected, again)
+        if deviation is not None:
             self._step = None
-            self.own_forward_because = (
-                f"a {type(self._model).__name__} computes something else: logits deviate by "
-                f"{deviation:.3f} of their length, allowed are {allowed:.3f}"
-            )
+            name = type(self._model).__name__
+            self.own_forward_because = f"a {name} computes something else: {deviation}"
 
     def _record(self) -> None:
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]

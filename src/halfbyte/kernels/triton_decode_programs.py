@@ -1,7 +1,7 @@
 """The Triton programs of a decode step between its linears: add and norm, attend, gate.
 
-One token each of some sequences: the rows. Rounded where Transformers rounds: sums of the residual stream, norms and
-activations are in the model's type, everything within them is fp32.
+One token each of some sequences: the rows. Rounded where Transformers rounds: sums of the residual
+stream, norms and activations are in the model's type, everything within them is fp32.
 
 EARLY: the launch begins while the one before it still runs, and waits for it where it first reads
 what that wrote (NVIDIA from compute capability 9.0 on).

@@ -33,6 +33,11 @@ from halfbyte.nn.linear import QuantLinear
 
 DTYPES = (torch.float16, torch.bfloat16)
 
+MOST_DEVIATION = 0.05
+"""Of the logits, as a share of their length; bf16 alone makes about 0.01."""
+NOISE_FACTOR = 3
+"""So many times what rounding alone does to the model's own logits is allowed in any case."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Block:
@@ -53,7 +58,12 @@ class GpuStep:
     """One token each of some sequences, whose earlier ones are in the cache."""
 
     def __init__(
-        self, model: PreTrainedModel, cache: Sequence[tuple[Tensor, Tensor]], capacity: int
+        self,
+        model: PreTrainedModel,
+        cache: Sequence[tuple[Tensor, Tensor]],
+        capacity: int,
+        *,
+        bare: bool = False,
     ) -> None:
         """Gather the model's parts; its weights are used where they are.
 
@@ -61,12 +71,13 @@ class GpuStep:
             model: One of which :func:`find_mismatch` said None.
             cache: Keys and values of each layer, [pages, key heads, page tokens, head width].
             capacity: Positions that a sequence can have.
+            bare: Without the adapters that PEFT put around linears.
         """
         base = base_of(model)
         self._embeddings = model.get_input_embeddings()
         self._head = model.get_output_embeddings()
         self._blocks = [
-            _make_block(layer, pair) for layer, pair in zip(base.layers, cache, strict=True)
+            _make_block(layer, pair, bare) for layer, pair in zip(base.layers, cache, strict=True)
         ]
         self._last_norm, self._last_epsilon = base.norm.weight, epsilon_of(base.norm)
         keys = cache[0][0]
@@ -151,8 +162,30 @@ def find_mismatch(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _make_block(layer: Any, cache: tuple[Tensor, Tensor]) -> _Block:
+def find_deviation(found: Tensor, expected: Tensor, again: Tensor) -> str | None:
+    """Say that logits are too far from the model's own.
+
+    Args:
+        found: [vocabulary], by the step.
+        expected: [vocabulary], by the model's own forward.
+        again: [vocabulary], by the same in other pieces, which shows what rounding does.
+
+    Returns:
+        How far; None where it is near enough.
+    """
+    deviation, noise = (
+        float((one.float() - expected.float()).norm() / expected.float().norm())
+        for one in (found, again)
+    )
+    allowed = max(MOST_DEVIATION, NOISE_FACTOR * noise)
+    if deviation <= allowed:
+        return None
+    return f"logits deviate by {deviation:.3f} of their length, allowed are {allowed:.3f}"
+
+
+def _make_block(layer: Any, cache: tuple[Tensor, Tensor], bare: bool) -> _Block:
     attention, mlp = layer.self_attn, layer.mlp
+    take = bare_linear if bare else _as_it_is
     # Both or none: find_mismatch has seen them.
     head_norms: list[Any] = [getattr(attention, f"{name}_norm", None) for name in "qk"]
     has_norms = head_norms[0] is not None
@@ -161,10 +194,10 @@ def _make_block(layer: Any, cache: tuple[Tensor, Tensor]) -> _Block:
     return _Block(
         norms=(norms[0].weight, norms[1].weight),
         epsilons=(epsilon_of(norms[0]), epsilon_of(norms[1])),
-        qkv=(attention.q_proj, attention.k_proj, attention.v_proj),
-        out=attention.o_proj,
-        gate_up=(mlp.gate_proj, mlp.up_proj),
-        down=mlp.down_proj,
+        qkv=(take(attention.q_proj), take(attention.k_proj), take(attention.v_proj)),
+        out=take(attention.o_proj),
+        gate_up=(take(mlp.gate_proj), take(mlp.up_proj)),
+        down=take(mlp.down_proj),
         head_norms=(head_norms[0].weight, head_norms[1].weight) if has_norms else None,
         cache=cache,
         shape=AttentionShape(
@@ -175,3 +208,7 @@ def _make_block(layer: Any, cache: tuple[Tensor, Tensor]) -> _Block:
             epsilon=epsilon_of(head_norms[0]) if has_norms else 0.0,
         ),
     )
+
+
+def _as_it_is(linear: Any) -> Any:
+    return linear
