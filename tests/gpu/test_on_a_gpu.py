@@ -15,7 +15,6 @@ from tests.helpers.families import token_lists
 from transformers import Qwen3Config
 
 import halfbyte
-from halfbyte.checkpoint.read import open_checkpoint
 from halfbyte.integrations.generation import Generator, Sampling
 from halfbyte.nn.linear import QuantLinear
 from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
@@ -53,14 +52,16 @@ def test_a_checkpoint_computes_the_same_and_is_saved_the_same(
 ):
     monkeypatch.setenv("HALFBYTE_KERNEL", kernel)
     expected_model = write_checkpoint(tmp_path / "in", LLAMA(), recipe)
-    model = halfbyte.load(tmp_path / "in", device="cuda")
+    # Random codes of 8 bits make weights 16 times as large: too large for float16.
+    dtype, most = (torch.float16, 0.02) if recipe.bits == 4 else (torch.bfloat16, 0.15)
+    model = halfbyte.load(tmp_path / "in", device="cuda", dtype=dtype)
     chosen = {m.selection.kernel.name for m in model.modules() if isinstance(m, QuantLinear)}
     assert chosen == {kernel}
     for count in (1, 5, 40, 200):
         ids = torch.randint(3, 200, (1, count))
         with torch.inference_mode():
             found, expected = model(ids.cuda()).logits[0], expected_model(ids).logits[0]
-        assert deviation(found, expected) < 0.02
+        assert deviation(found, expected) < most
     model.save_pretrained(tmp_path / "out")
     before, after = read_tensors(tmp_path / "in"), read_tensors(tmp_path / "out")
     assert before.keys() == after.keys()
@@ -127,15 +128,14 @@ def test_gradients_are_those_of_the_dequantized_weight(tmp_path):
     assert deviation(x.grad, expected) < 0.002
 
 
-@pytest.mark.parametrize(
-    "config", [QuantConfig(group_size=64), QuantConfig.from_preset("balanced")]
-)
-def test_quantizing_gives_the_codes_of_the_cpu(tmp_path, config):
+@pytest.mark.parametrize("preset", ["fast", "balanced"])
+def test_quantizing_is_as_good_as_on_the_cpu(tmp_path, preset):
     from tests.helpers.families import build_random
 
     build_random(LLAMA(), std=0.05).save_pretrained(tmp_path / "base")
+    config = QuantConfig.from_preset(preset, group_size=64)
     calibration = CalibrationConfig(samples=24, length=64, batch_size=8)
-    for device in ("cpu", "cuda"):
+    first, second = (
         halfbyte.quantize(
             tmp_path / "base",
             tmp_path / device,
@@ -144,8 +144,10 @@ def test_quantizing_gives_the_codes_of_the_cpu(tmp_path, config):
             text=token_lists(24, 64),
             resources=ResourceConfig(device=device, dtype="float32"),
         )
-    first, second = (open_checkpoint(tmp_path / device) for device in ("cpu", "cuda"))
-    for name in first.linears:
-        a, b = first.dequantize(name), second.dequantize(name)
-        assert float((a != b).float().mean()) < 0.05, name
-        assert deviation(b, a) < 0.05
+        for device in ("cpu", "cuda")
+    )
+    # Inputs are multiplied in bfloat16 there: codes differ where errors are nearly balanced, the
+    # sum of errors does not.
+    for a, b in zip(first.modules, second.modules, strict=True):
+        assert a.name == b.name
+        assert b.relative_error == pytest.approx(a.relative_error, rel=0.05), a.name

@@ -153,7 +153,9 @@ class GraphSteps:
         self.length = prompt.shape[1]
         return self._forward(prompt, torch.arange(self.length, device=prompt.device))
 
+    @torch.inference_mode()
     def _aim(self, token: int, position: int) -> None:
+        # In the mode: the tensor is one of it where the caller was in it when this was made.
         self._places.copy_(torch.tensor([token, position]))
 
     def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
