@@ -144,8 +144,9 @@ def test_every_shipped_program_fits_the_gpu(config, bits, group_size, tmp_path):
     assert count(found, "LDL", "STL") <= (8 if widest else 0)
 
 
+@pytest.mark.parametrize("page", [0, 16])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_programs_of_a_decode_step(architecture, tmp_path):
+def test_programs_of_a_decode_step(architecture, page, tmp_path):
     from halfbyte.kernels import triton_decode_programs as programs
 
     early = architecture == "sm_90"
@@ -180,6 +181,7 @@ def test_programs_of_a_decode_step(architecture, tmp_path):
             "ROWS": 16,
             "BLOCK": 32,
             "BLOCK_WIDTH": 128,
+            "PAGE": page,
             "SPLITS": 16,
             "EARLY": early,
         },

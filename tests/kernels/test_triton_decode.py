@@ -81,18 +81,30 @@ def attend_exactly(qkv, norms, rotary, position, keys, values, shape):
     return torch.cat(results), k, v
 
 
-PAGE = 16
-
-
-@pytest.mark.parametrize("positions", [[0], [1, 150], [31, 0, 64], [32, 33]], ids=str)
-@pytest.mark.parametrize("splits", [1, 4])
-@pytest.mark.parametrize(
-    ("heads", "key_heads", "width", "rotary", "with_norms"),
-    [(8, 2, 32, 32, False), (3, 3, 24, 16, True), (6, 1, 64, 64, True)],
+PLAIN, TURNED_IN_PART, ONE_KEY_HEAD = (
+    (8, 2, 32, 32, False),
+    (3, 3, 24, 16, True),
+    (6, 1, 64, 64, True),
 )
-def test_attention(monkeypatch, positions, splits, heads, key_heads, width, rotary, with_norms):
+
+
+@pytest.mark.parametrize(
+    ("shape", "positions", "page_tokens", "splits"),
+    [
+        (PLAIN, [0], 16, 4),
+        (PLAIN, [1, 150], 16, 4),
+        (PLAIN, [150], 160, 1),
+        (PLAIN, [64, 0, 31], 160, 4),
+        (TURNED_IN_PART, [32, 33], 16, 1),
+        (TURNED_IN_PART, [150], 160, 4),
+        (ONE_KEY_HEAD, [31, 1], 16, 4),
+        (ONE_KEY_HEAD, [96], 160, 4),
+    ],
+)
+def test_attention(monkeypatch, shape, positions, page_tokens, splits):
+    heads, key_heads, width, rotary, with_norms = shape
     monkeypatch.setattr(triton_decode, "choose_splits", lambda device, programs: splits)
-    rows, most = len(positions), 10
+    rows, most = len(positions), 160 // page_tokens
     shape = AttentionShape(
         heads=heads, key_heads=key_heads, width=width, scale=width**-0.5, epsilon=1e-6
     )
@@ -101,10 +113,14 @@ def test_attention(monkeypatch, positions, splits, heads, key_heads, width, rota
     angles = torch.rand(160, rotary // 2).repeat(1, 2) * 6
     rotations = angles.cos().half(), angles.sin().half()
     # What is not yet written must not be read: it may be anything.
-    keys = torch.full((rows * most, key_heads, PAGE, width), float("nan")).half()
+    keys = torch.full((rows * most, key_heads, page_tokens, width), float("nan")).half()
     values = keys.clone()
     tables = torch.randperm(rows * most).view(rows, most).int()
-    places = [(tables[i, n // PAGE], n % PAGE) for i, p in enumerate(positions) for n in range(p)]
+    places = [
+        (tables[i, n // page_tokens], n % page_tokens)
+        for i, p in enumerate(positions)
+        for n in range(p)
+    ]
     for page, place in places:
         keys[page, :, place] = torch.randn(key_heads, width).half()
         values[page, :, place] = torch.randn(key_heads, width).half()
@@ -120,7 +136,7 @@ def test_attention(monkeypatch, positions, splits, heads, key_heads, width, rota
         )
         # Queries, key and shares are rounded to float16 once each (with norms three times).
         torch.testing.assert_close(found[i].double(), expected, rtol=0, atol=8e-3)
-        page, place = tables[i, position // PAGE], position % PAGE
+        page, place = tables[i, position // page_tokens], position % page_tokens
         torch.testing.assert_close(keys[page, :, place].double(), key, rtol=4 * HALF, atol=2e-3)
         assert torch.equal(values[page, :, place].double(), value)
         for cache, old in zip((keys, values), before, strict=True):

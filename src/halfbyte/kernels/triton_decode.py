@@ -152,6 +152,7 @@ def attend(
         ROWS=max(_power_of_two(shape.heads // shape.key_heads), NARROWEST_DOT),
         BLOCK=BLOCK_POSITIONS,
         BLOCK_WIDTH=max(_power_of_two(shape.width), NARROWEST_DOT),
+        PAGE=keys.shape[2] if tables.shape[1] > 1 else 0,
         SPLITS=splits,
         num_warps=4,
         num_stages=3,

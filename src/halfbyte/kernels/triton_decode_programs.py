@@ -125,9 +125,23 @@ def _take_in(queries, key, value, there, scale, largest, size, total):
 
 
 @triton.jit
-def _find_places(page, n, head, page_tokens, d, KEY_HEADS: tl.constexpr, WIDTH: tl.constexpr):
-    """Where the numbers [n, d] of a head lie in keys and values."""
-    row = (page.to(tl.int64) * KEY_HEADS + head) * page_tokens + n % page_tokens
+def _find_places(
+    table,
+    n,
+    end,
+    head,
+    page_tokens,
+    d,
+    PAGE: tl.constexpr,
+    KEY_HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Where the numbers [n, d] of a head lie in keys and values, for n below the end."""
+    if PAGE:
+        page = tl.load(table + n // PAGE, mask=n < end, other=0)
+        row = (page.to(tl.int64) * KEY_HEADS + head) * PAGE + n % PAGE
+    else:
+        row = (tl.load(table).to(tl.int64) * KEY_HEADS + head) * page_tokens + n
     return row[:, None] * WIDTH + d[None, :]
 
 
@@ -158,6 +172,7 @@ def attend_program(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
+    PAGE: tl.constexpr,
     SPLITS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -165,8 +180,8 @@ def attend_program(
 
     Keys and values [pages, KEY_HEADS, page_tokens, WIDTH], of which ``tables`` [rows, table_pages]
     says which are whose, get the token's own, which the first share adds from ``qkv`` itself:
-    nobody reads what is written here. The last share to arrive adds up all in order, so the result
-    does not depend on who that is.
+    nobody reads what is written here. PAGE is page_tokens, or 0 where a row has one page. The last
+    share to arrive adds up all in order, so the result does not depend on who that is.
     """
     DTYPE: tl.constexpr = qkv.dtype.element_ty
     GROUP: tl.constexpr = HEADS // KEY_HEADS
@@ -188,9 +203,8 @@ def attend_program(
     begin = split * each
     end = tl.minimum(begin + each, here)
     n = begin + tl.arange(0, BLOCK)
-    page = tl.load(table + n // page_tokens, mask=n < end, other=0)
     there = (n < end)[:, None] & in_width[None, :]
-    place = _find_places(page, n, head, page_tokens, d, KEY_HEADS, WIDTH)
+    place = _find_places(table, n, end, head, page_tokens, d, PAGE, KEY_HEADS, WIDTH)
     earliest_key = tl.load(keys + place, mask=there, other=0.0)
     earliest_value = tl.load(values + place, mask=there, other=0.0)
     if EARLY:
@@ -232,8 +246,9 @@ def attend_program(
             mask=in_width[None, :],
             other=0.0,
         )
-        own_page = tl.load(table + here // page_tokens + one)
-        own = _find_places(own_page, here + one, head, page_tokens, d, KEY_HEADS, WIDTH)
+        own = _find_places(
+            table, here + one, here + 1, head, page_tokens, d, PAGE, KEY_HEADS, WIDTH
+        )
         tl.store(keys + own, key, mask=in_width[None, :])
         tl.store(values + own, value, mask=in_width[None, :])
         scores = tl.reduce(queries.to(tl.float32) * key.to(tl.float32), 1, _add)
@@ -246,9 +261,8 @@ def attend_program(
     )
     for start in tl.range(begin + BLOCK, end, BLOCK):
         n = start + tl.arange(0, BLOCK)
-        page = tl.load(table + n // page_tokens, mask=n < end, other=0)
         there = (n < end)[:, None] & in_width[None, :]
-        place = _find_places(page, n, head, page_tokens, d, KEY_HEADS, WIDTH)
+        place = _find_places(table, n, end, head, page_tokens, d, PAGE, KEY_HEADS, WIDTH)
         key = tl.load(keys + place, mask=there, other=0.0)
         value = tl.load(values + place, mask=there, other=0.0)
         largest, size, total = _take_in(queries, key, value, n < end, scale, largest, size, total)
