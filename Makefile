@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow check format bench fuzz interop docs clean
+.PHONY: help demo test slow gpu check format bench fuzz interop docs clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -25,6 +25,9 @@ test: $(STAMP) ## the unit tests
 
 slow: $(STAMP) ## the tests that take minutes, such as the machine code of every GPU program
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+gpu: $(STAMP) ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu tests/gpu $(PYTEST_ARGS)
 
 check: $(STAMP) ## everything that CI runs: format, lint, types, layers, docstrings, docs, tests
 	$(BIN)/ruff format --check .

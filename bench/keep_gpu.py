@@ -1,6 +1,7 @@
 """Keep what was measured on a GPU machine: results for the pages, and the kernels' shipped table.
 
-    python bench/keep_gpu.py gpu-kernels.json gpu-decode.json --commit 0e60713 --date 2026-11-26
+    python bench/keep_gpu.py --kernels gpu-kernels.json --commit 0e60713 --date 2026-11-26
+    python bench/keep_gpu.py --decode gpu-decode.json --quantize gpu-quantize.json --commit ...
 
 The measuring scripts run on a machine that has no repository; this one turns what they wrote into
 ``bench/results/`` and ``src/halfbyte/kernels/gpu_table/``.
@@ -30,17 +31,22 @@ Case = Mapping[str, Any]
 def main() -> None:
     """Write the results that were given."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kernels", type=Path)
-    parser.add_argument("decode", type=Path, nargs="?")
+    parser.add_argument("--kernels", type=Path)
+    parser.add_argument("--decode", type=Path)
+    parser.add_argument("--quantize", type=Path)
     parser.add_argument("--commit", required=True, help="that was measured")
     parser.add_argument("--date", required=True, help="of the measurement")
     options = parser.parse_args()
-    measured = json.loads(options.kernels.read_text(encoding="utf-8"))
-    keep_table(measured, options.date)
-    keep_kernels(measured, _elsewhere(measured, options, "measure_gpu_kernels.py"))
+    if options.kernels:
+        measured = json.loads(options.kernels.read_text(encoding="utf-8"))
+        keep_table(measured, options.date)
+        keep_kernels(measured, _elsewhere(measured, options, "measure_gpu_kernels.py"))
     if options.decode:
-        decode = json.loads(options.decode.read_text(encoding="utf-8"))
-        keep_decode(decode, _elsewhere(decode, options, "measure_gpu_decode.py"))
+        measured = json.loads(options.decode.read_text(encoding="utf-8"))
+        keep_decode(measured, _elsewhere(measured, options, "measure_gpu_decode.py"))
+    if options.quantize:
+        measured = json.loads(options.quantize.read_text(encoding="utf-8"))
+        keep_quantize(measured, _elsewhere(measured, options, "measure_gpu_quantize.py"))
 
 
 def _elsewhere(measured: Case, options: argparse.Namespace, script: str) -> Elsewhere:
@@ -243,21 +249,64 @@ def keep_decode(measured: Case, elsewhere: Elsewhere) -> None:
     """Write what a decode step takes."""
     save_result(
         "gpu-decode",
-        columns=["weights", "ms a token", "tokens/s", "GB of GPU memory at most"],
+        columns=["arm", "ms a token", "tokens/s", "tokens/s, each given to the CPU"],
         rows=[
-            [arm, found["ms"], found["tokens_per_second"], found["gpu_gigabytes"]]
+            [
+                arm,
+                found["ms"],
+                found["tokens_per_second"],
+                round(1e3 / found["ms_with_host"], 1),
+            ]
             for arm, found in measured["arms"].items()
             if isinstance(found, dict)
         ],
         note=(
             f"Llama of the 8B shape, {measured['layers']} blocks, random weights, batch 1, "
-            f"{measured['context']} tokens in a static cache, one step of Transformers' own "
-            "forward as a CUDA graph; the head in bf16, q, k, v and gate, up not fused, not "
-            "compiled. Peak memory is that of making the 4-bit model out of the bf16 one."
+            f"{measured['context']} tokens in a static cache, a step as a CUDA graph; the head in "
+            "bf16. cuda: 4 bits, groups of 128; own: Transformers' own forward recorded instead of "
+            "halfbyte's step of few launches; compiled: that through torch.compile."
         ),
         data=dict(measured),
         elsewhere=elsewhere,
     )
+
+
+def keep_quantize(measured: Case, elsewhere: Elsewhere) -> None:
+    """Write how long a model takes to quantize."""
+    options = measured["options"]
+    rows = []
+    for memory, found in measured["runs"].items():
+        summary = found["summary"]
+        rows.append(
+            [
+                memory,
+                summary["blocks_done"],
+                summary["median_block_seconds"],
+                round(found["report"]["seconds"], 1) if found["finished"] else "cut off",
+                summary["seconds_full"],
+                summary["floor_seconds_full"],
+                round(summary["seconds_full"] / summary["floor_seconds_full"], 2),
+                summary["gpu_gb"],
+                summary["host_gb"],
+            ]
+        )
+    save_result(
+        "gpu-quantize",
+        columns=[
+            "--memory", "blocks", "s a block", "s in all", "s for 32 blocks", "floor, s",
+            "over the floor", "GB of GPU memory", "GB of host memory",
+        ],
+        rows=rows,
+        note=(
+            f"Llama of the 8B shape, random bf16 weights, {options['samples']} x "
+            f"{options['length']} tokens, preset {options['preset']}, quality, reload and report "
+            "included. Floor: the products that no run can do without, at the rates of this GPU's "
+            "own matrix products in the same minute (bf16 "
+            f"{measured['rates']['bf16'] / 1e12:.0f} TFLOP/s)."
+        ),
+        data=dict(measured),
+        elsewhere=elsewhere,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """How many tokens a second does an 8B-shaped model write at batch 1, in 4 bits and in bf16?
 
-A Llama of the 8B shape with random weights (nothing is downloaded), Transformers' own forward and
-static cache, one whole step as a CUDA graph (``halfbyte.integrations.graph_steps``). Arms: a kernel
-or ``bf16``, then ``apart`` (q, k, v and gate, up not fused), ``compiled`` (through torch.compile
-first). Each says how far the graph's logits are from a forward without cache or graph.
+A Llama of the 8B shape with random weights (nothing is downloaded), Transformers' static cache, one
+whole step as a CUDA graph (``halfbyte.integrations.graph_steps``). Arms: a kernel or ``bf16``, then
+``own`` (Transformers' own forward, not the step of few launches), ``apart`` (q, k, v and gate, up
+not fused), ``compiled`` (own, through torch.compile first). Each says how far the graph's logits
+are from a forward without cache or graph.
 
-    python bench/measure_gpu_decode.py --arms "cuda compiled" cuda "cuda apart" bf16 "bf16 compiled"
-    python bench/measure_gpu_decode.py --count      what a block launches; needs no GPU
+    python bench/measure_gpu_decode.py --arms cuda "cuda own" "cuda compiled" bf16 "bf16 compiled"
+    python bench/measure_gpu_decode.py --count      what the own forward launches; needs no GPU
 """
 
 from __future__ import annotations
@@ -127,9 +128,10 @@ def count_launches() -> dict[str, Any]:
         totals = []
         for layers in (1, 2):
             model = make_model(layers, "torch_reference", fused=fused, device="cpu", **sizes)
-            steps = GraphSteps(model, torch.zeros(1, 4, dtype=torch.int64), 8)
+            steps = GraphSteps(model, 8, own_forward=True)
+            steps.read(torch.zeros(1, 4, dtype=torch.int64))
             with torch.inference_mode(), Launches() as launches:
-                steps._run(steps._token, steps._position)
+                steps._run()
             totals.append(launches.counts)
         block = totals[1] - totals[0]
         name = "fused" if fused else "apart"
@@ -143,7 +145,7 @@ def count_launches() -> dict[str, Any]:
     return found
 
 
-def measure(arm: str, layers: int) -> dict[str, Any]:
+def measure(arm: str, layers: int, *, profiled: bool) -> dict[str, Any]:
     """Time the steps of an arm; and hold them to a forward without cache and graph."""
     start = time.monotonic()
     kernel, *how = arm.split()
@@ -155,13 +157,19 @@ def measure(arm: str, layers: int) -> dict[str, Any]:
         expected = model(torch.cat([prompt, prompt[:, :1]], dim=1), logits_to_keep=1).logits[0, -1]
     if "compiled" in how:
         model.forward = _compile_steps(plain, torch.compile(plain, fullgraph=True))
-    steps = GraphSteps(model, prompt, 2 * CONTEXT)
+    steps = GraphSteps(model, 2 * CONTEXT, own_forward=bool({"own", "compiled"} & {*how}))
+    steps.read(prompt)
     captured = time.monotonic()
     found = steps(int(prompt[0, 0]), CONTEXT)
     distance = float((found - expected.float()).norm() / expected.float().norm())
     time_steps(steps, 5)
     times = [time_steps(steps, 20) for _ in range(9)]
+    host = statistics.median(time_tokens(steps, prompt, 64) for _ in range(3))
+    if profiled:
+        print(profile_step(steps), flush=True)
     return {
+        "own_forward_because": steps.own_forward_because,
+        "ms_with_host": round(host, 4),
         "ms": round(statistics.median(times), 4),
         "spread": round((max(times) - min(times)) / statistics.median(times), 4),
         "tokens_per_second": round(1e3 / statistics.median(times), 1),
@@ -196,13 +204,32 @@ def time_steps(steps: GraphSteps, count: int) -> float:
     return float(begin.elapsed_time(end)) / count
 
 
+def time_tokens(steps: GraphSteps, prompt: Tensor, count: int) -> float:
+    """Milliseconds of a token as a user waits for it, each given to the CPU."""
+    token = int(steps.read(prompt).argmax())
+    start = time.perf_counter()
+    assert len(list(steps.follow(token, count))) == count
+    return (time.perf_counter() - start) / count * 1e3
+
+
+def profile_step(steps: GraphSteps) -> str:
+    """What the launches of a replay take; those that overlap count twice."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as found:
+        time_steps(steps, 2)
+    return found.key_averages().table(
+        sort_by="cuda_time_total", row_limit=14, max_name_column_width=60
+    )
+
+
 def main() -> None:
     """Measure, and write after every arm."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("gpu-decode.json"))
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--count", action="store_true", help="count launches, and nothing else")
-    parser.add_argument("--arms", nargs="*", default=["cuda", "cuda apart", "triton", "bf16"])
+    parser.add_argument("--arms", nargs="*", default=["cuda", "cuda own", "triton", "bf16"])
+    parser.add_argument("--profile", action="store_true", help="print what each launch takes")
     options = parser.parse_args()
     if options.count:
         print(json.dumps(count_launches(), indent=1))
@@ -220,7 +247,7 @@ def main() -> None:
     }
     for arm in options.arms:
         try:
-            found: Any = measure(arm, options.layers)
+            found: Any = measure(arm, options.layers, profiled=options.profile)
         except Exception as error:  # noqa: BLE001 - the other arms are worth having
             found = f"{type(error).__name__}: {str(error)[:1000]}"
         torch.cuda.empty_cache()

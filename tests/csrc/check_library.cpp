@@ -1,87 +1,23 @@
 // The library against plain double precision, without Python: run under a sanitizer, under
 // valgrind, or on another processor's emulator. Prints one line per instruction set; exits 1 on a
 // difference.
-#include <math.h>
 #include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 
 #include <string>
-#include <vector>
 
-#include "halfbyte_cpu.h"
+#include "check_decoder.h"
+#include "random_layer.h"
 
 namespace {
-
-uint32_t state = 1;
-
-uint32_t draw() {
-  state ^= state << 13;
-  state ^= state >> 17;
-  return state ^= state << 5;
-}
-
-float uniform() { return float(draw() >> 8) / float(1 << 24); }
-
-uint16_t to_bf16(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, 4);
-  return uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
-}
-
-float from_bf16(uint16_t half) {
-  const uint32_t bits = uint32_t(half) << 16;
-  float value;
-  memcpy(&value, &bits, 4);
-  return value;
-}
-
-struct Layer {
-  hb_linear_shape shape;
-  std::vector<uint32_t> qweight;
-  std::vector<float> scales;
-  std::vector<uint8_t> zeros;
-  std::vector<int32_t> order;
-  std::vector<double> weight;  // [out, in], columns as stored
-};
-
-Layer make_layer(int bits, int in, int out, int group, bool symmetric, bool ordered) {
-  Layer layer;
-  layer.shape = {bits, in, out, group, HB_FLOAT32, symmetric, ordered};
-  const int groups = (in + group - 1) / group;
-  layer.qweight.assign(size_t(in) * bits / 32 * out, 0);
-  for (int k = 0; k < in; k++) layer.order.push_back(k);
-  for (int k = in - 1; ordered && k > 0; k--) {
-    std::swap(layer.order[k], layer.order[draw() % (k + 1)]);
-  }
-  for (int i = 0; i < groups * out; i++) {
-    layer.scales.push_back(0.01f + 0.02f * uniform());
-    layer.zeros.push_back(uint8_t(draw() % (1u << bits)));
-  }
-  layer.weight.resize(size_t(in) * out);
-  for (int place = 0; place < in; place++) {
-    const int k = layer.order[place], g = place / group;
-    for (int n = 0; n < out; n++) {
-      const uint32_t code = draw() % (1u << bits);
-      const int bit = k * bits, word = bit / 32, shift = bit % 32;
-      layer.qweight[size_t(word) * out + n] |= code << shift;
-      if (shift + bits > 32) layer.qweight[size_t(word + 1) * out + n] |= code >> (32 - shift);
-      const double zero = symmetric ? 1 << (bits - 1) : layer.zeros[size_t(g) * out + n];
-      layer.weight[size_t(n) * in + k] = (code - zero) * layer.scales[size_t(g) * out + n];
-    }
-  }
-  return layer;
-}
 
 // Largest error of a product as a share of its bound; above 1 is wrong.
 double check(const Layer& layer, int dtype, int rows) {
   const int in = layer.shape.in_features, out = layer.shape.out_features;
-  void* packed = aligned_alloc(64, size_t(hb_packed_bytes(&layer.shape) + 63) / 64 * 64);
-  int failed = hb_pack(&layer.shape, layer.qweight.data(), layer.scales.data(),
-                       layer.shape.symmetric ? nullptr : layer.zeros.data(),
-                       layer.shape.has_order ? layer.order.data() : nullptr, packed, 2);
+  const auto owned = pack(layer);
+  const void* packed = owned.get();
+  if (!packed) return INFINITY;
   std::vector<uint32_t> again(layer.qweight.size());
-  failed |= hb_unpack(packed, again.data(), 2) | (again != layer.qweight);
+  int failed = hb_unpack(packed, again.data(), 2) | (again != layer.qweight);
   std::vector<float> x(size_t(rows) * in), y(size_t(rows) * out);
   std::vector<uint16_t> halves(x.size()), results(y.size());
   for (size_t i = 0; i < x.size(); i++) {
@@ -98,7 +34,6 @@ double check(const Layer& layer, int dtype, int rows) {
     failed |= hb_linear(packed, dtype, &x[size_t(m) * in], 1, nullptr, single.data(), 1);
     failed |= memcmp(single.data(), &y[size_t(m) * out], size_t(out) * 4) != 0;
   }
-  free(packed);
   if (failed) return INFINITY;
   const double unit = half ? 3.0 / 256 : 3.0 / (1 << 24);
   const double bound = unit + 1.2e-7 * (in + 256);
@@ -147,6 +82,12 @@ int main() {
     }
     printf("%s: largest error %.3f of the bound\n", isa.c_str(), worst);
     wrong |= !(worst <= 1);
+    for (int dtype : {HB_FLOAT32, HB_BFLOAT16}) {
+      const double deviation = check_decoder(dtype);
+      printf("%s: a decoder's states deviate by %.2g, %s cache\n", isa.c_str(), deviation,
+             dtype == HB_FLOAT32 ? "float32" : "bfloat16");
+      wrong |= !(deviation <= (dtype == HB_FLOAT32 ? 2e-6 : 2e-2));
+    }
   }
   return wrong;
 }

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 import halfbyte
 from halfbyte.errors import ConfigError
+from halfbyte.integrations import generation
 from halfbyte.integrations.generation import Generator, Sampling, TextStream, Timing, encode_chat
 from halfbyte.kernels.native_library import open_library
 
@@ -39,6 +40,19 @@ def test_greedy_text_is_that_of_transformers(model, native):
     assert timing.rate > 0
     assert timing.prompt_rate > 0
     assert len(timing.step_seconds) >= len(found) - 1
+
+
+def test_recorded_steps_give_the_same_text_and_room_for_longer_ones(model, monkeypatch):
+    # Without a GPU nothing is recorded; the same steps run over the same cache.
+    expected = transformers_answer(model, 40)
+    monkeypatch.setattr(generation.graph_steps, "find_obstacle", lambda model: None)
+    monkeypatch.setattr(generation, "find_obstacle", lambda model: "not on a GPU")
+    monkeypatch.setattr(generation, "ROOM_STEP", 16)
+    generator = Generator(model)
+    for count in (5, 40, 20):
+        found = list(generator.stream(PROMPT, Sampling(max_new_tokens=count)))
+        assert found == [token for token in expected[:count] if token != 2]
+    assert generator.describe_way().startswith("a CUDA graph a token, of Transformers' own forward")
 
 
 def test_stops_before_the_end_of_text_token(model):

@@ -50,8 +50,8 @@ def test_steps_give_the_logits_of_the_whole_sequence(model):
     ids = torch.tensor([[3, 14, 15, 9, 26, 5]])
     with torch.inference_mode():
         expected = model(ids).logits[0]
-    steps = GraphSteps(model, ids[:, :3], 6)
-    torch.testing.assert_close(steps.first_logits, expected[2], rtol=1e-4, atol=1e-4)
+    steps = GraphSteps(model, 6)
+    torch.testing.assert_close(steps.read(ids[:, :3]), expected[2], rtol=1e-4, atol=1e-4)
     for position in range(3, 6):
         found = steps(int(ids[0, position]), position)
         torch.testing.assert_close(found, expected[position], rtol=1e-4, atol=1e-4)
@@ -59,23 +59,26 @@ def test_steps_give_the_logits_of_the_whole_sequence(model):
 
 def test_a_step_behind_warm_ups_is_the_same(model):
     ids = torch.tensor([[3, 14, 15, 9]])
-    steps, other = GraphSteps(model, ids, 8), GraphSteps(model, ids, 8)
+    steps, other = GraphSteps(model, 8), GraphSteps(model, 8)
+    for one in (steps, other):
+        one.read(ids)
     with torch.inference_mode():
         other._position.fill_(4)
         for _ in range(2):
-            other._run(other._token, other._position)
-            other._rewind()
+            other._run()
+            other._rewind(4)
     assert torch.equal(steps(7, 4), other(7, 4))
 
 
 def test_every_step_is_the_same_operations_and_asks_the_device_nothing(model):
-    steps = GraphSteps(model, torch.tensor([[3, 14, 15, 9]]), 12)
+    steps = GraphSteps(model, 12)
+    steps.read(torch.tensor([[3, 14, 15, 9]]))
     lists = []
     for position in (4, 5, 6):
         with torch.inference_mode():
             steps._position.fill_(position)
             with Launches() as launches:
-                steps._run(steps._token, steps._position)
+                steps._run()
         lists.append(launches.names)
     assert len(lists[0]) > 50
     assert lists[0] == lists[1] == lists[2]
@@ -83,15 +86,32 @@ def test_every_step_is_the_same_operations_and_asks_the_device_nothing(model):
     assert [name for name in lists[0] if any(wait in name for wait in waits)] == []
 
 
+def test_following_the_likeliest_is_choosing_it_each_time(model):
+    prompt = torch.tensor([[3, 14, 15]])
+    steps, other = GraphSteps(model, 12), GraphSteps(model, 12)
+    token, expected = int(steps.read(prompt).argmax()), []
+    other.read(prompt)
+    found = list(other.follow(token, 6))
+    for position in range(3, 9):
+        token = int(steps(token, position).argmax())
+        expected.append(token)
+    assert found == expected
+    with pytest.raises(ConfigError, match="no room for 4 tokens behind 9 of 12"):
+        next(other.follow(token, 4))
+
+
 def test_positions_must_follow_and_fit(model):
-    steps = GraphSteps(model, torch.tensor([[3, 14]]), 3)
+    steps = GraphSteps(model, 3)
+    with pytest.raises(ConfigError, match="position 0; the next is 0 of 3"):
+        steps(1, 0)
+    steps.read(torch.tensor([[3, 14]]))
     with pytest.raises(ConfigError, match="position 5; the next is 2 of 3"):
         steps(1, 5)
     steps(1, 2)
     with pytest.raises(ConfigError, match="position 3; the next is 3 of 3"):
         steps(1, 3)
     with pytest.raises(ConfigError, match=r"1 x 4 tokens; allowed are 1 x 1..3"):
-        GraphSteps(model, torch.ones(1, 4, dtype=torch.int64), 3)
+        steps.read(torch.ones(1, 4, dtype=torch.int64))
 
 
 def test_what_cannot_be_recorded_says_why(model):

@@ -6,6 +6,7 @@ import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -143,6 +144,70 @@ def test_every_shipped_program_fits_the_gpu(config, bits, group_size, tmp_path):
     assert count(found, "LDL", "STL") <= (8 if widest else 0)
 
 
+@pytest.mark.parametrize("page", [0, 16])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_programs_of_a_decode_step(architecture, page, tmp_path):
+    from halfbyte.kernels import triton_decode_programs as programs
+
+    early = architecture == "sm_90"
+    options = {"num_stages": 3} | ({"launch_pdl": True} if early else {})
+    norm = compile_program(
+        programs.add_norm_program,
+        {"HAS_DELTA": True, "BLOCK": 4096, "EARLY": early},
+        dict.fromkeys(("x", "delta", "weight", "total", "result"), "*bf16")
+        | {"width": "i32", "epsilon": "fp32"},
+        architecture,
+        num_warps=8,
+        **options,
+    )
+    gate = compile_program(
+        programs.gate_program,
+        {"BLOCK": 256, "EARLY": early},
+        {"gate_up": "*bf16", "result": "*bf16", "width": "i32"},
+        architecture,
+        num_warps=2,
+        **options,
+    )
+    attend = compile_program(
+        programs.attend_program,
+        {
+            "q_norm": None,
+            "k_norm": None,
+            "HEADS": 32,
+            "KEY_HEADS": 8,
+            "WIDTH": 128,
+            "ROTARY": 128,
+            "HAS_NORMS": False,
+            "ROWS": 16,
+            "BLOCK": 32,
+            "BLOCK_WIDTH": 128,
+            "PAGE": page,
+            "SPLITS": 16,
+            "EARLY": early,
+        },
+        dict.fromkeys(("qkv", "cosines", "sines", "keys", "values", "result"), "*bf16")
+        | {"positions": "*i64", "tables": "*i32", "arrivals": "*i32"}
+        | {"sums": "*fp32", "sizes": "*fp32", "scale": "fp32", "epsilon": "fp32"}
+        | {"page_tokens": "i32", "table_pages": "i32"},
+        architecture,
+        unaligned=("page_tokens", "table_pages"),
+        num_warps=4,
+        **options,
+    )
+    for cubin in (norm, gate, attend):
+        found = disassemble(cubin, tmp_path)
+        assert count(found, "LDL", "STL") == 0, "registers are spilled"
+        if early:
+            assert count(found, "ACQBULK", "PREEXIT") == 2, "no early start of the next launch"
+    for cubin in (norm, gate):
+        wide = [name for name in disassemble(cubin, tmp_path) if name.startswith("LDG")]
+        assert wide
+        assert all("128" in name or "64" in name for name in wide)
+    assert count(found, "HMMA") > 0
+    # Keys and values are on their way while those before them are multiplied.
+    assert any(name.startswith("LDGSTS") and "128" in name for name in found)
+
+
 def compile_triton(
     architecture: str,
     config: TritonConfig,
@@ -152,9 +217,6 @@ def compile_triton(
     bits: int = 4,
 ) -> bytes:
     """Compile the product for a GPU that is not here."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from halfbyte.kernels.triton_programs import multiply_program
 
     constants = {
@@ -186,21 +248,44 @@ def compile_triton(
         "out_features": "i32",
         "steps_each": "i32",
     }
-    names = multiply_program.arg_names
+    return compile_program(
+        multiply_program,
+        constants,
+        types,
+        architecture,
+        unaligned=("rows", "steps_each"),
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+
+
+def compile_program(
+    program: Any,
+    constants: dict[str, Any],
+    types: dict[str, str],
+    architecture: str,
+    *,
+    unaligned: tuple[str, ...] = (),
+    **options: Any,
+) -> bytes:
+    """Compile a Triton program for a GPU that is not here."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = program.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     aligned = [
         index
         for index, name in enumerate(names)
-        if signature[name] != "constexpr" and name not in ("rows", "steps_each")
+        if signature[name] not in ("constexpr", "fp32") and name not in unaligned
     ]
     source = ASTSource(
-        multiply_program,
+        program,
         signature,
         constexprs=constants,
         attrs={(index,): [["tt.divisibility", 16]] for index in aligned},
     )
     capability = int(architecture.removeprefix("sm_"))
-    options = {"num_warps": config.warps, "num_stages": config.stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     cubin: bytes = compiled.asm["cubin"]
     return cubin

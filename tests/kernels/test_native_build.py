@@ -35,6 +35,7 @@ def test_touches_no_memory_that_is_not_its_own(tmp_path):
     done = subprocess.run([program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "serial: largest error 0." in done.stdout
+    assert "serial: a decoder's states deviate by" in done.stdout
 
 
 @pytest.mark.skipif(
@@ -52,6 +53,7 @@ def test_arm_computes_the_same(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "neon: largest error 0." in done.stdout
+    assert "neon: a decoder's states deviate by" in done.stdout
 
 
 @pytest.mark.parametrize("compiler", [True, False])

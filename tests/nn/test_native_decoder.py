@@ -70,6 +70,23 @@ def test_bfloat16_deviates_by_its_rounding_only(tmp_path, isa):
     assert float((found - expected).norm() / expected.norm()) < 0.02
 
 
+def test_a_long_prompt_is_read_by_torch_and_gone_on_from(tmp_path, monkeypatch):
+    model = load(tmp_path, "llama", torch.float32)
+    expected, _ = run_both(model)
+    monkeypatch.setattr(native_decoder, "LONG_PROMPT", 3)
+    monkeypatch.setattr(native_decoder.NativeDecoder, "run", _only_single(NativeDecoder.run))
+    found, _ = run_both(model)
+    torch.testing.assert_close(found, expected, rtol=5e-4, atol=5e-4)
+
+
+def _only_single(run):
+    def checked(self, tokens, *rest, **keywords):
+        assert len(tokens) == 1, "a long prompt went through the library"
+        return run(self, tokens, *rest, **keywords)
+
+    return checked
+
+
 def test_long_rotary_tables_and_scaled_rotations_are_the_models_own(tmp_path):
     config = tiny_llama_config(
         rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}

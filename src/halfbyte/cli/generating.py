@@ -117,12 +117,10 @@ def open_generator(args: argparse.Namespace) -> tuple[Generator, Any]:
 
 def report_timing(generator: Generator, timing: Timing, num_tokens: int) -> None:
     """Say on stderr how fast it was, and why no faster."""
-    way = "compiled decoder" if generator.obstacle is None else "Transformers' own forward"
-    reason = f" (no compiled decoder: {generator.obstacle})" if generator.obstacle else ""
     err_console.print(
         f"{timing.prompt_tokens} prompt tokens at {timing.prompt_rate:.0f}/s, first token after "
         f"{timing.prompt_seconds * 1000:.0f} ms; {num_tokens} generated at {timing.rate:.1f}/s; "
-        f"{way}{reason}",
+        f"{generator.describe_way()}",
         style="dim",
         soft_wrap=True,
     )

@@ -3,7 +3,8 @@
 ::
 
     prompt ──native decoder (nn/native_decoder.py)──> keys, values, first logits ──> token, token …
-           └─> model.forward with its cache, where that cannot be; the reason is kept
+           ├─> recorded steps (graph_steps.py), on an NVIDIA GPU
+           └─> model.forward with its cache, where neither can be; the reasons are kept
 """
 
 from __future__ import annotations
@@ -19,8 +20,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from halfbyte.errors import ConfigError
+from halfbyte.integrations import graph_steps
+from halfbyte.integrations.graph_steps import GraphSteps
 from halfbyte.nn.native_decoder import NativeDecoder, cache_of, find_obstacle
 from halfbyte.nn.native_head import NativeHead
+
+ROOM_STEP = 1024
+"""Positions by which the room of recorded steps grows: recording anew takes a second."""
 
 MOST_INCOMPLETE = 3
 """Bytes of a UTF-8 character that is not complete, and so tokens that may wait for the rest."""
@@ -84,7 +90,7 @@ class Generator:
         Args:
             model: Loaded, with its kernels chosen.
             head_bits: 16: the head as stored; 8 or 4: a rounded copy, which is read faster.
-            native: Whether the compiled decoder may be used.
+            native: Whether anything but the model's own forward and cache may be used.
 
         Raises:
             ConfigError: A rounded head was asked for where the compiled decoder cannot run.
@@ -92,6 +98,9 @@ class Generator:
         self.model = model
         self.obstacle = find_obstacle(model) if native else "not asked for"
         """Why the compiled decoder does not run; None where it does."""
+        self.graph_obstacle = graph_steps.find_obstacle(model) if native else "not asked for"
+        """Why steps are not recorded; None where they are."""
+        self._recorded: GraphSteps | None = None
         self.head: NativeHead | None = None
         if self.obstacle is None:
             self.head = NativeHead(model.get_output_embeddings(), head_bits)
@@ -102,6 +111,20 @@ class Generator:
             )
         ends = model.generation_config.eos_token_id
         self.ends: frozenset[int] = frozenset([ends] if isinstance(ends, int) else ends or [])
+
+    def describe_way(self) -> str:
+        """Say how tokens come about, and why no faster."""
+        if self.obstacle is None:
+            return "compiled decoder"
+        if self.graph_obstacle is None:
+            recorded = self._recorded
+            reason = recorded.own_forward_because if recorded else None
+            way = "a CUDA graph a token"
+            return f"{way}, of Transformers' own forward: {reason}" if reason else way
+        # On a GPU the compiled decoder is no alternative.
+        on_gpu = self.model.device.type == "cuda"
+        other = f"no CUDA graph: {self.graph_obstacle}" if on_gpu else None
+        return f"Transformers' own forward ({other or f'no compiled decoder: {self.obstacle}'})"
 
     def stream(
         self, prompt: Sequence[int], sampling: Sampling, timing: Timing | None = None
@@ -128,15 +151,18 @@ class Generator:
             logits, step = self._read_prompt(prompt, len(prompt) + sampling.max_new_tokens)
             token = draw(logits)
         timing.prompt_seconds = time.perf_counter() - start
-        for position in range(len(prompt), len(prompt) + sampling.max_new_tokens):
-            if token in self.ends:
-                return
+        count = sampling.max_new_tokens - 1
+        if sampling.temperature == 0 and isinstance(step, GraphSteps):
+            later = step.follow(token, count)
+        else:
+            later = _draw_each(step, draw, token, range(len(prompt), len(prompt) + count))
+        while token not in self.ends:
             yield token
-            if position + 1 == len(prompt) + sampling.max_new_tokens:
-                return
             start = time.perf_counter()
-            with torch.inference_mode():
-                token = draw(step(token, position))
+            following = next(later, None)
+            if following is None:
+                return
+            token = following
             timing.step_seconds.append(time.perf_counter() - start)
 
     def _read_prompt(self, prompt: Sequence[int], capacity: int) -> tuple[Tensor, Steps]:
@@ -147,9 +173,18 @@ class Generator:
             return head(last), lambda token, position: head(decoder.step(token, position))
         device = self.model.get_input_embeddings().weight.device
         ids = torch.tensor([list(prompt)], device=device)
+        if self.graph_obstacle is None:
+            steps = self._find_room(capacity)
+            return steps.read(ids), steps
         # Only the last position's logits: of a long prompt all of them would be gigabytes.
         output = self.model(ids, use_cache=True, logits_to_keep=1)
         return output.logits[0, -1].float(), _OwnSteps(self.model, cache_of(output))
+
+    def _find_room(self, capacity: int) -> GraphSteps:
+        if self._recorded is None or self._recorded.capacity < capacity:
+            self._recorded = None  # its cache makes room for the larger one
+            self._recorded = GraphSteps(self.model, -(-capacity // ROOM_STEP) * ROOM_STEP)
+        return self._recorded
 
 
 class _OwnSteps:
@@ -165,6 +200,15 @@ class _OwnSteps:
         ids = torch.tensor([[token]], device=self.model.get_input_embeddings().weight.device)
         logits: Tensor = self.model(ids, use_cache=True, **self.keywords).logits
         return logits[0, -1].float()
+
+
+def _draw_each(
+    step: Steps, draw: Callable[[Tensor], int], token: int, positions: range
+) -> Iterator[int]:
+    for position in positions:
+        with torch.inference_mode():
+            token = draw(step(token, position))
+        yield token
 
 
 def _make_draw(sampling: Sampling) -> Callable[[Tensor], int]:

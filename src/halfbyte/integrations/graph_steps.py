@@ -1,8 +1,10 @@
-"""A decode step as one CUDA graph: the model's own forward over Transformers' static cache.
+"""A decode step as one CUDA graph, over Transformers' static cache.
 
 ::
 
-    prompt ──model.forward──> static cache, first logits ──record──> step, step … (a replay each)
+    prompt ──model.forward──> static cache, first logits
+    token  ──recorded once──> step, step … (a replay each): halfbyte.nn.gpu_step where the model has
+                              its parts and gives the same logits, else the model's own forward
 
 A token takes hundreds of launches, each costing the CPU more than the GPU; a recorded graph costs
 one. What is recorded must not depend on Python: caches that count in Python are refused.
@@ -11,6 +13,7 @@ one. What is recorded must not depend on Python: caches that count in Python are
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,46 +22,67 @@ from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from halfbyte.errors import ConfigError, ModelError
+from halfbyte.nn.gpu_step import GpuStep, find_deviation, find_mismatch
 
 WARM_UPS = 2
 """Steps before recording: what is compiled or allocated at first use must not be recorded."""
 
+PROBE_TOKENS = 8
+"""Tokens of the prompt on which a step is tried before it is trusted."""
+
 
 class GraphSteps:
-    """The way from one token of a sequence to the next logits."""
+    """A model with room for a sequence: a prompt, then one token after the other."""
 
-    def __init__(self, model: PreTrainedModel, prompt: Tensor, capacity: int) -> None:
-        """Run the prompt, and record a step where the model is on a GPU.
+    def __init__(self, model: PreTrainedModel, capacity: int, *, own_forward: bool = False) -> None:
+        """Make room.
 
         Args:
             model: :func:`find_obstacle` has nothing against it, but maybe the device.
-            prompt: int64 [1, tokens], on the model's device.
             capacity: Positions to make room for, the prompt's included.
+            own_forward: Step by the model's own forward in any case.
+        """
+        self.capacity = capacity
+        self.length = 0
+        self.own_forward_because = "asked for" if own_forward else find_mismatch(model)
+        """Why the model's own forward is recorded; None where that is not so."""
+        self._model = model
+        self._cache = StaticCache(
+            config=model.config.get_text_config(decoder=True),
+            # The probe's step writes behind its prompt.
+            max_cache_len=capacity + 1,
+        )
+        self._names = frozenset(inspect.signature(model.forward).parameters)
+        device = model.get_input_embeddings().weight.device
+        self._places = torch.zeros(2, dtype=torch.int64, device=device)
+        self._token, self._position = self._places[:1], self._places[1:]
+        self._table = torch.zeros(1, 1, dtype=torch.int32, device=device)
+        self._step: GpuStep | None = None
+        self._ready = False
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def read(self, prompt: Tensor) -> Tensor:
+        """Begin a sequence; what was before is forgotten.
+
+        Args:
+            prompt: int64 [1, tokens], on the model's device.
+
+        Returns:
+            Logits [vocabulary] after its last token, float32.
 
         Raises:
             ConfigError: The prompt does not fit, or is not one sequence.
         """
-        batch, self.length = prompt.shape
-        # The warm-ups write behind the prompt.
-        if batch != 1 or not 0 < self.length <= capacity:
+        batch, length = prompt.shape
+        if batch != 1 or not 0 < length <= self.capacity:
             raise ConfigError(
-                f"The prompt is {batch} x {self.length} tokens; allowed are 1 x 1..{capacity}."
+                f"The prompt is {batch} x {length} tokens; allowed are 1 x 1..{self.capacity}."
             )
-        self.capacity = capacity
-        self._model = model
-        self._cache = StaticCache(
-            config=model.config.get_text_config(decoder=True),
-            max_cache_len=max(capacity, self.length + 1),
-        )
-        self._names = frozenset(inspect.signature(model.forward).parameters)
-        self._token = torch.zeros(1, 1, dtype=torch.int64, device=prompt.device)
-        self._position = torch.zeros(1, dtype=torch.int64, device=prompt.device)
-        self._graph: torch.cuda.CUDAGraph | None = None
         with torch.inference_mode():
-            positions = torch.arange(self.length, device=prompt.device)
-            self.first_logits = self._run(prompt, positions)
-            if prompt.device.type == "cuda":
-                self._record()
+            if not self._ready:
+                self._prepare()
+                self._ready = True
+            return self._begin(prompt)
 
     def __call__(self, token: int, position: int) -> Tensor:
         """Run a token.
@@ -73,24 +97,69 @@ class GraphSteps:
         Raises:
             ConfigError: The position is another, or there is no room.
         """
-        if position != self.length or position >= self.capacity:
+        if position != self.length or not 0 < position < self.capacity:
             raise ConfigError(
                 f"A token was given for position {position}; the next is {self.length} of "
                 f"{self.capacity}. Make the capacity larger or start anew."
             )
         with torch.inference_mode():
-            self._token.fill_(token)
-            self._position.fill_(position)
+            self._aim(token, position)
             if self._graph is None:
-                logits = self._run(self._token, self._position)
+                logits = self._run()
             else:
                 self._graph.replay()
                 logits = self._logits.clone()
             self.length += 1
             return logits
 
-    def _run(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Logits of the last token."""
+    def follow(self, token: int, count: int) -> Iterator[int]:
+        """Run a token and after it always the likeliest, without waiting for the CPU in between.
+
+        Args:
+            token: The first one's id; its place is behind the last.
+            count: Tokens to find.
+
+        Yields:
+            The likeliest next tokens.
+
+        Raises:
+            ConfigError: There is no room for them.
+        """
+        if self.length + count > self.capacity:
+            raise ConfigError(
+                f"There is no room for {count} tokens behind {self.length} of {self.capacity}."
+            )
+        if self._graph is None:
+            for _ in range(count):
+                token = int(self(token, self.length).argmax())
+                yield token
+            return
+        self._aim(token, self.length)
+        found = torch.zeros(2, dtype=torch.int64).pin_memory()
+        events = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
+        for index in range(count + 1):
+            # A step runs while the token before it is taken.
+            if index < count:
+                self._graph.replay()
+                found[index % 2].copy_(self._places[0], non_blocking=True)
+                events[index % 2].record()
+                self.length += 1
+            if index:
+                events[(index - 1) % 2].synchronize()
+                yield int(found[(index - 1) % 2])
+
+    def _begin(self, prompt: Tensor) -> Tensor:
+        self._rewind(0)
+        self.length = prompt.shape[1]
+        return self._forward(prompt, torch.arange(self.length, device=prompt.device))
+
+    @torch.inference_mode()
+    def _aim(self, token: int, position: int) -> None:
+        # In the mode: the tensor is one of it where the caller was in it when this was made.
+        self._places.copy_(torch.tensor([token, position]))
+
+    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Logits of the last token by the model's own forward."""
         # Transformers 5.24 renames the argument.
         name = "cache" if "cache" in self._names else "past_key_values"
         keywords: dict[str, Any] = {name: self._cache}
@@ -99,23 +168,60 @@ class GraphSteps:
         ).logits
         return logits[0, -1].float()
 
+    def _run(self) -> Tensor:
+        """Logits after the token."""
+        if self._step is not None:
+            return self._step(self._token, self._position, self._table)[0].float()
+        return self._forward(self._token[None], self._position)
+
+    def _prepare(self) -> None:
+        """Choose the step on a made-up prompt, and record it."""
+        vocabulary = self._model.get_input_embeddings().weight.shape[0]
+        count = min(PROBE_TOKENS, self.capacity)
+        tokens = [(7919 * (i + 1)) % vocabulary for i in range(count)]
+        probe = torch.tensor([tokens], device=self._places.device)
+        self._begin(probe)
+        self._aim(tokens[0], count)
+        if self.own_forward_because is None:
+            self._choose(probe)
+        if self._places.device.type == "cuda":
+            self._record()
+
+    def _choose(self, probe: Tensor) -> None:
+        """Take the faster step where it computes the same."""
+        expected = self._forward(self._token[None], self._position)
+        # Twice by itself, in other pieces: what rounding does.
+        self._rewind(self.length - 1)
+        ids = torch.cat([probe[:, -1:], self._token[None]], dim=1)
+        again = self._forward(ids, torch.arange(self.length - 1, self.length + 1).to(ids.device))
+        self._rewind(self.length)
+        pairs = [(layer.keys, layer.values) for layer in self._cache.layers]
+        self._step = GpuStep(self._model, pairs, self.capacity + 1)
+        deviation = find_deviation(self._run(), expected, again)
+        if deviation is not None:
+            self._step = None
+            name = type(self._model).__name__
+            self.own_forward_because = f"a {name} computes something else: {deviation}"
+
     def _record(self) -> None:
-        self._position.fill_(self.length)
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
-                self._run(self._token, self._position)
-                self._rewind()
+                self._run().argmax()
+                self._rewind(self.length)
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph, stream=stream):
-                self._logits = self._run(self._token, self._position)
+                self._logits = self._run()
+                # The next step's token and place, unless another is put there.
+                self._token.copy_(self._logits.argmax())
+                self._position.add_(1)
         torch.cuda.current_stream().wait_stream(stream)
 
-    def _rewind(self) -> None:
-        """Forget what was written behind the prompt."""
+    def _rewind(self, length: int) -> None:
+        """Forget what was written from a position on."""
         for layer in self._cache.layers:
-            layer.cumulative_length.fill_(self.length)
+            layer.cumulative_length.fill_(length)
 
 
 def find_obstacle(model: PreTrainedModel) -> str | None:

@@ -8,10 +8,12 @@ from transformers import PreTrainedModel
 
 from halfbyte.errors import ConfigError
 from halfbyte.integrations.load import load_model
+from halfbyte.nn.gpu_step import find_mismatch
 from halfbyte.nn.native_decoder import find_obstacle
 from halfbyte.serve.engine.config import EngineConfig
 from halfbyte.serve.engine.contract import EngineInfo
 from halfbyte.serve.engine.engine import EmbeddedEngine
+from halfbyte.serve.engine.gpu_runner import GpuRunner
 from halfbyte.serve.engine.grammar import Grammars
 from halfbyte.serve.engine.memory import plan_engine
 from halfbyte.serve.engine.native_runner import NativeRunner
@@ -103,6 +105,8 @@ def choose_runner(model: PreTrainedModel, config: EngineConfig) -> Runner:
         obstacle = find_obstacle(model)
         if obstacle is None:
             return NativeRunner(model, pages, config.head_bits)
+        if find_mismatch(model) is None and config.head_bits == 16 and config.runner == "auto":
+            return GpuRunner(model, pages)
     if config.runner == "native" or config.head_bits != 16:
         wanted = "The compiled decoder" if config.runner == "native" else "A rounded head"
         raise ConfigError(

@@ -1,0 +1,191 @@
+"""What a decode step does between its linears, each one launch: add and norm, attend, gate.
+
+Programs: :mod:`halfbyte.kernels.triton_decode_programs`. Rows are one token each of some sequences.
+Arithmetic as in Transformers' Llama-like models: fp32 within, rounded to the model's type where
+they round; turning queries and keys rounds once instead of three times.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.kernels.gpu_device import count_processors, find_arrivals, is_nvidia
+
+NARROWEST_DOT = 16
+"""Rows that Triton's products have at the least."""
+BLOCK_POSITIONS = 32
+MOST_SPLITS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionShape:
+    """The attention of a block."""
+
+    heads: int
+    key_heads: int
+    width: int
+    """Of a head."""
+    scale: float
+    """Of the scores."""
+    epsilon: float
+    """Of the norms of queries and keys, where there are any."""
+
+
+def add_norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """Add to the residual stream, and norm what comes out.
+
+    Args:
+        x: [rows, width], the stream.
+        delta: [rows, width], what is added; None: nothing.
+        weight: [width], the norm's.
+        epsilon: The norm's.
+
+    Returns:
+        The stream after it, and its root mean square norm: [rows, width] each, in the type of x.
+    """
+    from halfbyte.kernels.triton_decode_programs import add_norm_program
+
+    rows, width = x.shape
+    total = x if delta is None else torch.empty_like(x)
+    result = torch.empty_like(x)
+    add_norm_program[(rows,)](
+        x,
+        delta,
+        weight,
+        total,
+        result,
+        width,
+        epsilon,
+        HAS_DELTA=delta is not None,
+        BLOCK=_power_of_two(width),
+        num_warps=min(max(_power_of_two(width) // 512, 1), 16),
+        **_early(x.device),
+    )
+    return total, result
+
+
+def gate(gate_up: Tensor) -> Tensor:
+    """Multiply what is up by the silu of what gates it.
+
+    Args:
+        gate_up: [rows, 2 width]; gates first.
+
+    Returns:
+        [rows, width].
+    """
+    from halfbyte.kernels.triton_decode_programs import gate_program
+
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    result = gate_up.new_empty(rows, width)
+    block = 256
+    gate_program[(-(-width // block), rows)](
+        gate_up, result, width, BLOCK=block, num_warps=2, **_early(gate_up.device)
+    )
+    return result
+
+
+def attend(
+    qkv: Tensor,
+    norms: tuple[Tensor, Tensor] | None,
+    rotary: tuple[Tensor, Tensor],
+    positions: Tensor,
+    tables: Tensor,
+    cache: tuple[Tensor, Tensor],
+    shape: AttentionShape,
+) -> Tensor:
+    """Turn queries and key to their position, keep key and value, and attend to all so far.
+
+    Args:
+        qkv: [rows, (heads + 2 key_heads) * width]: queries, key, value of each token.
+        norms: Weights [width] of the norms of queries and key; None: there are none.
+        rotary: Cosines and sines [positions, turned width].
+        positions: int64 [rows], of the tokens; all before them are in the cache.
+        tables: int32 [rows, most pages]: the pages of each row's sequence, in order.
+        cache: Keys and values [pages, key_heads, page tokens, width]; written at the positions.
+        shape: Of the attention.
+
+    Returns:
+        [rows, heads * width].
+    """
+    from halfbyte.kernels.triton_decode_programs import attend_program
+
+    keys, values = cache
+    assert keys.is_contiguous()
+    assert values.is_contiguous()
+    rows = qkv.shape[0]
+    splits = choose_splits(qkv.device, shape.key_heads * rows)
+    result = qkv.new_empty(rows, shape.heads * shape.width)
+    sums = sizes = arrivals = None
+    if splits > 1:
+        sums = qkv.new_empty(splits, rows, shape.heads, shape.width, dtype=torch.float32)
+        sizes = qkv.new_empty(splits, rows, shape.heads, 2, dtype=torch.float32)
+        arrivals = find_arrivals(qkv.device)
+    attend_program[(shape.key_heads, splits, rows)](
+        qkv,
+        None if norms is None else norms[0],
+        None if norms is None else norms[1],
+        *rotary,
+        positions,
+        tables,
+        keys,
+        values,
+        result,
+        sums,
+        sizes,
+        arrivals,
+        shape.scale,
+        shape.epsilon,
+        keys.shape[2],
+        tables.shape[1],
+        HEADS=shape.heads,
+        KEY_HEADS=shape.key_heads,
+        WIDTH=shape.width,
+        ROTARY=rotary[0].shape[-1],
+        HAS_NORMS=norms is not None,
+        ROWS=max(_power_of_two(shape.heads // shape.key_heads), NARROWEST_DOT),
+        BLOCK=BLOCK_POSITIONS,
+        BLOCK_WIDTH=max(_power_of_two(shape.width), NARROWEST_DOT),
+        PAGE=keys.shape[2] if tables.shape[1] > 1 else 0,
+        SPLITS=splits,
+        num_warps=4,
+        num_stages=3,
+        **_early(qkv.device),
+    )
+    return result
+
+
+@functools.cache
+def choose_splits(device: torch.device, programs: int) -> int:
+    """Choose into how many shares positions are split: as many programs as there is room for.
+
+    Args:
+        device: Of the launch.
+        programs: Key heads of all rows.
+
+    Returns:
+        A power of two.
+    """
+    room = min(max(count_processors(device) // programs, 1), MOST_SPLITS)
+    return 1 << (room.bit_length() - 1)
+
+
+@functools.cache
+def starts_early(device: torch.device) -> bool:
+    """Whether launches on a device may begin while the one before still runs."""
+    return is_nvidia(device) and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _early(device: torch.device) -> dict[str, Any]:
+    return {"EARLY": True, "launch_pdl": True} if starts_early(device) else {"EARLY": False}
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest power of two that is not below a number."""
+    return 1 << (number - 1).bit_length()

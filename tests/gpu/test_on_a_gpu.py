@@ -1,0 +1,157 @@
+"""What only a GPU can show: every part of halfbyte that computes on one, run on one.
+
+Left out unless asked for: ``pytest -m gpu``. Kernels are measured and checked in every
+configuration by ``bench/gpu_session.sh``; this is what stands between them and a user.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from tests.helpers.checkpoints import Recipe, read_tensors, tiny_llama_config, write_checkpoint
+from tests.helpers.families import token_lists
+from transformers import Qwen3Config
+
+import halfbyte
+from halfbyte.integrations.generation import Generator, Sampling
+from halfbyte.nn.linear import QuantLinear
+from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device"),
+]
+
+SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "vocab_size": 256,
+    "initializer_range": 0.2,
+}
+LLAMA = partial(tiny_llama_config, **SIZES)
+PROMPT = [1, 17, 40, 99, 3]
+
+
+def deviation(found, expected):
+    return float((found.float().cpu() - expected.float().cpu()).norm() / expected.float().norm())
+
+
+@pytest.mark.parametrize("kernel", ["cuda", "triton", "torch_reference"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(group_size=64),
+        Recipe(symmetric=False, act_order=True),
+        Recipe(bits=8, group_size=64, dtype=torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_computes_the_same_and_is_saved_the_same(
+    tmp_path, monkeypatch, kernel, recipe
+):
+    monkeypatch.setenv("HALFBYTE_KERNEL", kernel)
+    expected_model = write_checkpoint(tmp_path / "in", LLAMA(), recipe)
+    model = halfbyte.load(tmp_path / "in", device="cuda")
+    # Random codes of 8 bits make weights 16 times as large: too large for float16.
+    most = 0.02 if recipe.bits == 4 else 0.15
+    chosen = {m.selection.kernel.name for m in model.modules() if isinstance(m, QuantLinear)}
+    assert chosen == {kernel}
+    for count in (1, 5, 40, 200):
+        ids = torch.randint(3, 200, (1, count))
+        with torch.inference_mode():
+            found, expected = model(ids.cuda()).logits[0], expected_model(ids).logits[0]
+        assert deviation(found, expected) < most
+    model.save_pretrained(tmp_path / "out")
+    before, after = read_tensors(tmp_path / "in"), read_tensors(tmp_path / "out")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]), name
+
+
+@pytest.mark.parametrize(
+    "config",
+    [LLAMA(), Qwen3Config(**{**LLAMA().to_dict(), **SIZES, "head_dim": 64})],
+    ids=lambda config: config.model_type,
+)
+def test_recorded_steps_write_what_transformers_writes(tmp_path, config):
+    write_checkpoint(tmp_path, config, Recipe(group_size=64))
+    model = halfbyte.load(tmp_path, device="cuda")
+    generator = Generator(model)
+    generator.ends = frozenset()
+    found = list(generator.stream(PROMPT, Sampling(max_new_tokens=60)))
+    assert generator.describe_way() == "a CUDA graph a token"
+    # Logits are held to each other along the text that was found: where two tokens are nearly as
+    # likely, rounding may choose.
+    ids = torch.tensor([PROMPT + found], device="cuda")
+    with torch.inference_mode():
+        logits = model(ids).logits[0, len(PROMPT) - 1 : -1].float()
+    chosen = logits.gather(1, ids[0, len(PROMPT) :, None])[:, 0]
+    assert bool((logits.amax(1) - chosen <= 0.02 * logits.std()).all())
+    again = list(generator.stream(PROMPT, Sampling(max_new_tokens=60)))
+    drawn = list(generator.stream(PROMPT, Sampling(max_new_tokens=60, temperature=1.0, seed=1)))
+    assert again == found
+    assert drawn != found
+
+
+@pytest.mark.parametrize("sequences", [1, 3, 9])
+def test_the_engine_serves_several_at_once(tmp_path, sequences):
+    from halfbyte.serve.engine.gpu_runner import GpuRunner
+    from halfbyte.serve.engine.runner import Pages, Piece, sample_layers
+
+    write_checkpoint(tmp_path, LLAMA(), Recipe(group_size=64))
+    model = halfbyte.load(tmp_path, device="cuda")
+    texts = token_lists(sequences, 40)
+    with torch.inference_mode():
+        expected = [model(torch.tensor([ids], device="cuda")).logits[0] for ids in texts]
+    runner = GpuRunner(model, Pages(sample_layers(model), 16))
+    assert runner.description.startswith("recorded steps on cuda")
+    runner.make_pages(3 * sequences, 256)
+    tables = [list(range(3 * i, 3 * i + 3)) for i in range(sequences)]
+    for first, last in ((0, 30), *((n, n + 1) for n in range(30, 40))):
+        pieces = [
+            Piece(tokens=ids[first:last], start=first, pages=table, logits=1, is_prompt=last == 30)
+            for ids, table in zip(texts, tables, strict=True)
+        ]
+        for found, wanted in zip(runner.run(pieces), expected, strict=True):
+            assert deviation(found[0], wanted[last - 1]) < 0.02
+
+
+def test_gradients_are_those_of_the_dequantized_weight(tmp_path):
+    write_checkpoint(tmp_path, LLAMA(), Recipe(group_size=64))
+    model = halfbyte.load(tmp_path, device="cuda")
+    linear = model.model.layers[0].mlp.down_proj
+    x = torch.randn(70, linear.in_features, device="cuda", dtype=torch.float16, requires_grad=True)
+    direction = torch.randn(70, linear.out_features, device="cuda", dtype=torch.float16)
+    linear(x).backward(direction)
+    expected = direction.double() @ linear.dequantize(torch.float64)
+    assert deviation(x.grad, expected) < 0.002
+
+
+@pytest.mark.parametrize("preset", ["fast", "balanced"])
+def test_quantizing_is_as_good_as_on_the_cpu(tmp_path, preset):
+    from tests.helpers.families import build_random
+
+    build_random(LLAMA(), std=0.05).save_pretrained(tmp_path / "base")
+    config = QuantConfig.from_preset(preset, group_size=64)
+    calibration = CalibrationConfig(samples=24, length=64, batch_size=8)
+    first, second = (
+        halfbyte.quantize(
+            tmp_path / "base",
+            tmp_path / device,
+            config=config,
+            calibration=calibration,
+            text=token_lists(24, 64),
+            resources=ResourceConfig(device=device, dtype="float32"),
+        )
+        for device in ("cpu", "cuda")
+    )
+    # Inputs are multiplied in bfloat16 there: codes differ where errors are nearly balanced, the
+    # sum of errors does not.
+    for a, b in zip(first.modules, second.modules, strict=True):
+        assert a.name == b.name
+        assert b.relative_error == pytest.approx(a.relative_error, rel=0.05), a.name
