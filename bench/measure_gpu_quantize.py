@@ -272,9 +272,7 @@ def summarize(results: dict[str, Any], options: argparse.Namespace) -> None:
         "block_over_floor": round(typical / sum(floor.values()), 2),
         "floor_seconds_full": round(FULL_BLOCKS * sum(floor.values()), 2),
         "measured_whole_run": results["finished"] and options.blocks == FULL_BLOCKS,
-        "seconds_full": round(
-            results["seconds"] + (FULL_BLOCKS - done) * typical, 1
-        ),
+        "seconds_full": round(results["seconds"] + (FULL_BLOCKS - done) * typical, 1),
         **peaks(torch.device(options.device)),
     }
 

@@ -85,3 +85,45 @@ class HiddenStates:
     def close(self) -> None:
         """Close the file; it stays on disk."""
         self._file.close()
+
+
+class HeldStates(HiddenStates):
+    """Hidden states that stay on the device; the file gets them when it is told to.
+
+    A GPU computes a block faster than its states go to a disk and back. Of the two files of a
+    stream one takes the other's place batch by batch, so that both hold one stream's worth.
+    """
+
+    def __init__(
+        self, path: Path, batches: Sequence[tuple[int, int]], width: int, dtype: torch.dtype
+    ) -> None:
+        """Open the file, making or resizing it where needed; nothing is held yet."""
+        super().__init__(path, batches, width, dtype)
+        self._held: list[Tensor | None] = [None] * len(batches)
+        self.replaced: HeldStates | None = None
+        """Whose batches are let go of as those of the same number come in here."""
+
+    def write(self, batch: int, states: Tensor) -> None:
+        """Hold one batch."""
+        self._held[batch] = states.detach().to(self.dtype)
+        if self.replaced is not None:
+            self.replaced._held[batch] = None
+
+    def read(self, batch: int) -> Tensor:
+        """Give one batch: the one that is held, or what the file has."""
+        held = self._held[batch]
+        return super().read(batch) if held is None else held
+
+    def save(self) -> None:
+        """Bring what is held into the file."""
+        for batch, states in enumerate(self._held):
+            if states is not None:
+                super().write(batch, states)
+
+    def digest(self) -> int:
+        """Compute a CRC-32 over what the file holds."""
+        held, self._held = self._held, [None] * len(self)
+        try:
+            return super().digest()
+        finally:
+            self._held = held

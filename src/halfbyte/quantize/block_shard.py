@@ -13,7 +13,7 @@ from halfbyte.checkpoint.shards import read_shard
 from halfbyte.checkpoint.write import shard_name, write_shard
 from halfbyte.model.weights import ModelWeights
 from halfbyte.quantize.finish import count_packed_bits
-from halfbyte.quantize.rounding import RoundedLinear, weight_crc
+from halfbyte.quantize.rounding import RoundedLinear, weight_checksum
 
 
 def write_block(
@@ -46,7 +46,7 @@ def write_block(
     return {
         "shard": asdict(digest),
         "modules": [asdict(r.report) for r in rounded],
-        "weight_crcs": {r.name: r.weight_crc for r in rounded},
+        "checksums": {r.name: r.checksum for r in rounded},
         "packed_bits": [sum(b for b, _ in bits), sum(n for _, n in bits)],
     }
 
@@ -75,8 +75,8 @@ def rewrite_block(
     modules = [
         m if note in m["notes"] else {**m, "notes": [*m["notes"], note]} for m in entry["modules"]
     ]
-    crcs = {name: weight_crc(weights[name]) for name in entry["weight_crcs"]}
-    return {**entry, "shard": asdict(digest), "modules": modules, "weight_crcs": crcs}
+    checksums = {name: weight_checksum(weights[name]) for name in entry["checksums"]}
+    return {**entry, "shard": asdict(digest), "modules": modules, "checksums": checksums}
 
 
 def _dense_tensors(

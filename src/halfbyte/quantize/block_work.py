@@ -390,7 +390,8 @@ def _statistics(name: str, own: Accumulator, pool: HessianAccumulator | None) ->
         hessian, share = shrink_to_pool(total, num_tokens, pool.total(), pool.num_tokens)
         notes.append(f"{num_tokens} tokens only: {share:.0%} of its Hessian is all experts'")
     else:
-        hessian = total / max(num_tokens, 1)
+        # In place: nobody asks the accumulator again, and a matrix this large counts.
+        hessian = total.div_(max(num_tokens, 1))
     return InputStatistics(
         hessian=hessian, num_tokens=num_tokens, halves=halves, notes=tuple(notes)
     )

@@ -28,6 +28,8 @@ LOW, HIGH = 0.25, 1.05
 """Scales tried, as fractions of the one that just spans the group."""
 CHUNK_NUMBERS = 1 << 20
 """Weights searched at a time: few enough for the cache, enough to outweigh the cost of a call."""
+DEVICE_CHUNK_NUMBERS = 1 << 25
+"""The same on a GPU, where a call costs as much as a million numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +134,8 @@ def search_grid(
     """
     grouped, weights, present = _into_groups(weight, curvature, g_idx)
     rows, groups, size = grouped.shape
-    step = max(1, CHUNK_NUMBERS // (groups * size))
+    chunk = CHUNK_NUMBERS if weight.device.type == "cpu" else DEVICE_CHUNK_NUMBERS
+    step = max(1, chunk // (groups * size))
     scales = torch.empty(rows, groups, device=weight.device)
     zeros = torch.full_like(scales, 2 ** (bits - 1))
     for start in range(0, rows, step):

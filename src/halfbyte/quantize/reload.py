@@ -25,7 +25,7 @@ from halfbyte.nn.model_loading import collect_linears, untie
 from halfbyte.nn.replace import quantized_linears, replace_linears
 from halfbyte.quantize.hardware import release_memory
 from halfbyte.quantize.probe import KEPT_LOGITS, Probe, Trail, run_tail
-from halfbyte.quantize.rounding import weight_crc
+from halfbyte.quantize.rounding import weight_checksum
 
 HIDDEN_TOLERANCE = 1e-2
 """Relative difference of a block's output. The weights are compared bit by bit before; what is
@@ -33,12 +33,13 @@ left is the order in which sums are taken, a few units of bfloat16's last place 
 LOGITS_TOLERANCE = 2e-2
 
 
-def check_bytes(folder: Path, weight_crcs: Mapping[str, int]) -> None:
+def check_bytes(folder: Path, checksums: Mapping[str, int], device: torch.device) -> None:
     """Compare a saved checkpoint's bytes and weights with what the run wrote.
 
     Args:
         folder: The checkpoint.
-        weight_crcs: CRC-32 of the fp32 weight of every quantized linear, by name on disk.
+        checksums: Of the fp32 weight of every quantized linear, by name on disk.
+        device: Where weights are taken apart again.
 
     Raises:
         VerificationError: Something differs; names the module or the tensor.
@@ -51,14 +52,14 @@ def check_bytes(folder: Path, weight_crcs: Mapping[str, int]) -> None:
             f"The saved checkpoint is not what was written: {error} The disk or another program "
             "changed it; quantize again."
         ) from error
-    missing = sorted(set(weight_crcs) ^ set(checkpoint.linears))
+    missing = sorted(set(checksums) ^ set(checkpoint.linears))
     if missing:
         raise VerificationError(
             f"The saved checkpoint and the run differ in {len(missing)} quantized modules, such as "
             f"{missing[0]}. Please report this with the model's name."
         )
-    for name, crc in weight_crcs.items():
-        if weight_crc(checkpoint.dequantize(name)) != crc:
+    for name, expected in checksums.items():
+        if weight_checksum(checkpoint.dequantize(name, device)) != expected:
             raise VerificationError(
                 f"The saved checkpoint does not give back the weight of {name} that the run "
                 "computed with. Please report this with the model's name."
@@ -66,7 +67,12 @@ def check_bytes(folder: Path, weight_crcs: Mapping[str, int]) -> None:
 
 
 def check_outputs(
-    folder: Path, probe: Probe, trail: Trail, logits: Tensor, dtype: torch.dtype
+    folder: Path,
+    probe: Probe,
+    trail: Trail,
+    logits: Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> float:
     """Run the saved checkpoint on the first probe window and compare with the run.
 
@@ -76,6 +82,7 @@ def check_outputs(
         trail: The run's hidden states behind every block.
         logits: The run's logits of the last positions, [positions, vocabulary].
         dtype: In which the run computed.
+        device: Where to compute.
 
     Returns:
         The largest difference of the logits, relative to their spread.
@@ -83,10 +90,10 @@ def check_outputs(
     Raises:
         VerificationError: A block's output or the logits differ; names the block.
     """
-    weights = ModelWeights(folder, torch.device("cpu"), dtype=dtype, prepare=_make_prepare(dtype))
+    weights = ModelWeights(folder, device, dtype=dtype, prepare=_make_prepare(dtype))
     weights.load_outside()
     stream = BlockStream(weights.model, weights.blocks, dtype)
-    ids = probe.ids[:1]
+    ids = probe.ids[:1].to(device)
     hidden: Tensor | None = None
     for index in range(len(weights.blocks.modules)):
         block = weights.load_block(index)
@@ -94,7 +101,7 @@ def check_outputs(
             linear.prepare(kernel=TorchReference.name)
         with stream.at(index):
             found = stream.run(ids, hidden)
-        expected = trail.read(index)
+        expected = trail.read(index).to(device)
         difference = _relative(found, expected)
         if not difference <= HIDDEN_TOLERANCE:
             raise VerificationError(
@@ -110,7 +117,7 @@ def check_outputs(
             linear.prepare(kernel=TorchReference.name)
     with stream.at(len(weights.blocks.modules)):
         found = run_tail(stream, ids, hidden)[0, -KEPT_LOGITS:]  # type: ignore[arg-type]
-    difference = _relative(found, logits)
+    difference = _relative(found, logits.to(device))
     if not difference <= LOGITS_TOLERANCE:
         raise VerificationError(
             f"The saved checkpoint's logits differ from the run's by {difference:.2g} relative, "

@@ -74,7 +74,7 @@ from halfbyte.quantize.states import BASE, CALIBRATION, FULL, PROBE, TUNED, RunS
 from halfbyte.quantize.whole_tuning import WholeTuning, tune_whole
 from halfbyte.version import __version__
 
-JOURNAL_VERSION = 1
+JOURNAL_VERSION = 2
 
 
 class Run:
@@ -252,6 +252,7 @@ class Run:
             dtype=self.settings.torch_dtype,
             match_base=self.config.match_base,
             tuned=self._tuned_streams,
+            held=self.settings.hold_states,
         )
 
     @property
@@ -326,7 +327,7 @@ class Run:
                     "skipped": [[s.name, s.reason] for s in skipped],
                     "stages": stages,
                     "output_size": self.stream.output_sizes[index],
-                    "states": states.digests(index + 1),
+                    "states": states.save(index + 1),
                 }
             )
         self.weights.drop_block(index)
@@ -366,7 +367,9 @@ class Run:
         notes += [*tuning.notes, *self.config.unmatched_patterns(self._linear_names())]
         self.progress.phase("measuring quality")
         logits = self._logits(states.at(quantized[PROBE], end))
-        quality = measure_quality(self.probe, base_logits, logits) if base_logits else None
+        quality = None
+        if base_logits:
+            quality = measure_quality(self.probe, base_logits, logits, self.weights.device)
         kept_logits = logits[0][-KEPT_LOGITS:].clone()
         del base_logits, logits
         self.progress.phase("writing what is outside the blocks")
@@ -377,9 +380,11 @@ class Run:
             write_descriptions(self.weights, output, self.config, shards, blocks, head)
         self.progress.phase("reloading and comparing")
         with self.meter.timed("reload"):
-            crcs = {name: crc for entry in blocks for name, crc in entry["weight_crcs"].items()}
-            check_bytes(output, crcs | {r.name: r.weight_crc for r in head})
-            check_outputs(output, self.probe, states.trail, kept_logits, self.settings.torch_dtype)
+            sums = {name: found for entry in blocks for name, found in entry["checksums"].items()}
+            device = self.weights.device
+            check_bytes(output, sums | {r.name: r.checksum for r in head}, device)
+            dtype = self.settings.torch_dtype
+            check_outputs(output, self.probe, states.trail, kept_logits, dtype, device)
         report = self._make_report(head, quality, sum(s.num_bytes for s in shards), notes)
         report = replace(report, end_to_end=tuning.report)
         save_report(report, self.weights.folder, output)
