@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,35 @@ from halfbyte.checkpoint.shards import read_shard
 from halfbyte.checkpoint.write import shard_name, write_shard
 from halfbyte.model.weights import ModelWeights
 from halfbyte.quantize.finish import count_packed_bits
+from halfbyte.quantize.report import ModuleReport
 from halfbyte.quantize.rounding import RoundedLinear, weight_checksum
 
 
-def write_block(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockShard:
+    """A finished block on its way to the disk; the model is not needed any more."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    modules: Sequence[ModuleReport]
+    checksums: Mapping[str, int]
+    packed_bits: tuple[int, int]
+
+    def write(self) -> dict[str, Any]:
+        """Write the shard.
+
+        Returns:
+            The journal's entry about it.
+        """
+        return {
+            "shard": asdict(write_shard(self.path, self.tensors)),
+            "modules": [asdict(report) for report in self.modules],
+            "checksums": dict(self.checksums),
+            "packed_bits": list(self.packed_bits),
+        }
+
+
+def gather_block(
     weights: ModelWeights,
     output: Path,
     index: int,
@@ -24,8 +49,8 @@ def write_block(
     rounded: Sequence[RoundedLinear],
     exact: Mapping[str, Tensor],
     split_experts: Sequence[str],
-) -> dict[str, Any]:
-    """Write one block's shard.
+) -> BlockShard:
+    """Gather what one block's shard will hold.
 
     Args:
         weights: The base model, with the block loaded.
@@ -36,19 +61,18 @@ def write_block(
         split_experts: Names of its experts modules that were split.
 
     Returns:
-        The journal's entry about it.
+        The shard, all of it on the CPU.
     """
     packed = {f"{r.name}.{suffix}": t for r in rounded for suffix, t in r.tensors.items()}
     dense = _dense_tensors(weights, index, rounded, exact, split_experts)
-    path = output / shard_name(index + 1, len(weights.blocks.modules) + 1)
-    digest = write_shard(path, {**dense, **packed})
     bits = [count_packed_bits(r.tensors) for r in rounded]
-    return {
-        "shard": asdict(digest),
-        "modules": [asdict(r.report) for r in rounded],
-        "checksums": {r.name: r.checksum for r in rounded},
-        "packed_bits": [sum(b for b, _ in bits), sum(n for _, n in bits)],
-    }
+    return BlockShard(
+        path=output / shard_name(index + 1, len(weights.blocks.modules) + 1),
+        tensors={name: tensor.cpu() for name, tensor in {**dense, **packed}.items()},
+        modules=[r.report for r in rounded],
+        checksums={r.name: r.checksum for r in rounded},
+        packed_bits=(sum(b for b, _ in bits), sum(n for _, n in bits)),
+    )
 
 
 def rewrite_block(

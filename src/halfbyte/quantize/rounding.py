@@ -25,8 +25,8 @@ ROWS_AT_A_TIME = 4096
 DEVICE_NUMBERS = 1 << 26
 """Weights solved together on a GPU, which wants more rows at once where they are short."""
 ROWS_MULTIPLE = 1024
-CHECKSUM_NUMBERS = 1 << 22
-"""Weights turned to int64 at a time."""
+CHECKSUM_NUMBERS, DEVICE_CHECKSUM_NUMBERS = 1 << 17, 1 << 24
+"""Weights turned to int64 at a time: what a CPU's cache holds; on a GPU, enough to fill it."""
 LARGEST_SCALE = torch.finfo(torch.float16).max
 
 
@@ -53,8 +53,6 @@ class RoundedLinear:
     """Name within its block."""
     name: str
     """Full name on disk."""
-    weight: Tensor
-    """What the codes stand for: fp32 [out, in]."""
     checksum: int
     """Of the weight, by which a reload is checked: :func:`weight_checksum`."""
     tensors: Mapping[str, Tensor]
@@ -63,6 +61,11 @@ class RoundedLinear:
     grid: Grid
     codes: Tensor
     """uint8 [out, in]."""
+
+    @property
+    def weight(self) -> Tensor:
+        """What the codes stand for: fp32 [out, in]."""
+        return self.grid.dequantize(self.codes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -303,17 +306,15 @@ def pack_rounded(
         report: Has its full name.
 
     Returns:
-        Weight, checksum and tensors for the disk.
+        Codes, checksum and tensors for the disk.
     """
-    weight = grid.dequantize(codes)
     tensors = pack_linear(
         codes, grid.zeros, grid.scales, bits=grid.bits, g_idx=grid.g_idx, bias=bias
     )
     return RoundedLinear(
         module=module,
         name=report.name,
-        weight=weight,
-        checksum=weight_checksum(weight),
+        checksum=weight_checksum(grid.dequantize(codes)),
         tensors=tensors,
         report=report,
         grid=grid,
@@ -332,7 +333,8 @@ def weight_checksum(weight: Tensor) -> int:
     by_row, by_column = (_odd_factors(n, seed) for seed, n in enumerate((rows, columns)))
     by_row, by_column = by_row.to(weight.device), by_column.to(weight.device)
     total = torch.zeros((), dtype=torch.int64, device=weight.device)
-    step = max(CHECKSUM_NUMBERS // max(columns, 1), 1)
+    numbers = CHECKSUM_NUMBERS if weight.device.type == "cpu" else DEVICE_CHECKSUM_NUMBERS
+    step = max(numbers // max(columns, 1), 1)
     for start in range(0, rows, step):
         # -0.0 and 0.0 are the same weight.
         bits = (weight[start : start + step].detach().float() + 0.0).view(torch.int32)

@@ -30,9 +30,10 @@ from halfbyte.model.hidden import HiddenStates
 from halfbyte.model.stream import BlockStream, Passages
 from halfbyte.model.weights import ModelWeights
 from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
-from halfbyte.quantize.block_shard import write_block
+from halfbyte.quantize.block_shard import gather_block
 from halfbyte.quantize.block_tuning import TuningData, tune_rounded
 from halfbyte.quantize.block_work import BlockWork, Meter
+from halfbyte.quantize.block_writer import BlockWriter
 from halfbyte.quantize.calibration import (
     CalibrationSource,
     CalibrationTokens,
@@ -154,9 +155,12 @@ class Run:
             )
             if self.config.chooses_bits:
                 self._choose_bits(work)
-            for index in range(len(self.journal.blocks), self.num_blocks):
-                self.progress.block_started(index, self.num_blocks)
-                self._do_block(index, work, states)
+            with BlockWriter(self.journal, beside=self.settings.hold_states) as writer:
+                for index in range(len(self.journal.blocks), self.num_blocks):
+                    self.progress.block_started(index, self.num_blocks)
+                    self._do_block(index, work, states, writer)
+                with self.meter.timed("write"):
+                    writer.wait()
             tuning = self._tune_whole(states)
             return self._finish(work, states, tuning)
 
@@ -261,7 +265,9 @@ class Run:
             return ()
         return (PROBE, CALIBRATION) if self.config.lm_head else (PROBE,)
 
-    def _do_block(self, index: int, work: BlockWork, states: RunStates) -> None:
+    def _do_block(
+        self, index: int, work: BlockWork, states: RunStates, writer: BlockWriter
+    ) -> None:
         before, behind = states.at(CALIBRATION, index), states.at(CALIBRATION, index + 1)
         probe_ids = self._to_device(self.probe.ids)
 
@@ -271,6 +277,8 @@ class Run:
 
         with self.meter.timed("load"):
             block, exact = work.load(index)
+            if self.settings.hold_states and index + 1 < self.num_blocks:
+                self.weights.fetch_block(index + 1)
         work.find_stages(index, block, load)
         if states.has_base:
             with self.meter.timed("quality"), self.stream.at(index):
@@ -312,7 +320,7 @@ class Run:
         with self.meter.timed("quality"), self.stream.at(index):
             states.run_probe(PROBE, index, self.stream, probe_ids)
         with self.meter.timed("write"):
-            entry = write_block(
+            shard = gather_block(
                 self.weights,
                 self.journal.output,
                 index,
@@ -320,16 +328,16 @@ class Run:
                 exact=exact,
                 split_experts=work.split_experts,
             )
-            stages = [[list(g.linears) for g in stage.groups] for stage in work.stages]
-            self.journal.add_block(
-                {
-                    **entry,
-                    "skipped": [[s.name, s.reason] for s in skipped],
-                    "stages": stages,
-                    "output_size": self.stream.output_sizes[index],
-                    "states": states.save(index + 1),
-                }
-            )
+            # Saving states takes the place of older ones, which a line not yet there may need.
+            writer.wait()
+            facts = {
+                "skipped": [[s.name, s.reason] for s in skipped],
+                "stages": [[list(g.linears) for g in stage.groups] for stage in work.stages],
+                "output_size": self.stream.output_sizes[index],
+                "states": states.save(index + 1),
+            }
+            writer.submit(lambda: {**shard.write(), **facts})
+        self._rounded = []
         self.weights.drop_block(index)
         release_memory()
 
