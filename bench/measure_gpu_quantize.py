@@ -7,6 +7,7 @@ own matrix products, measured in the same minute.
 
     python bench/measure_gpu_quantize.py --folder /fast/disk --output gpu-quantize.json
     python bench/measure_gpu_quantize.py --blocks 4 --profile 2      fewer blocks, one looked into
+    python bench/measure_gpu_quantize.py --memory 12GB auto          a run for each limit
     python bench/measure_gpu_quantize.py --shape tiny --device cpu   that it runs at all
 
 The file is written again after every block, so that a run which is cut off leaves what it knew.
@@ -20,6 +21,7 @@ import shutil
 import statistics
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +36,8 @@ import halfbyte
 from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
 from halfbyte.quantize import run as run_module
 from halfbyte.quantize.block_work import Meter
+from halfbyte.quantize.columns import program_is_sound
+from halfbyte.quantize.hardware import multiplies_into_fp32
 from halfbyte.quantize.progress import SilentProgress
 from halfbyte.quantize.provenance import installed_versions, machine_facts, peak_memory_bytes
 
@@ -137,8 +141,10 @@ class SyncedMeter(Meter):
 class Watch(SilentProgress):
     """Takes the time of every block, profiles one, and stops the run where it takes too long."""
 
-    def __init__(self, options: argparse.Namespace, results: dict[str, Any]) -> None:
-        self.options, self.results = options, results
+    def __init__(
+        self, options: argparse.Namespace, results: dict[str, Any], whole: dict[str, Any]
+    ) -> None:
+        self.options, self.results, self.whole = options, results, whole
         self.device = torch.device(options.device)
         self.start = time.perf_counter()
         self.before: dict[str, float] = {}
@@ -194,7 +200,7 @@ class Watch(SilentProgress):
 
     def save(self) -> None:
         """Write what is known."""
-        self.options.output.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
+        self.options.output.write_text(json.dumps(self.whole, indent=1) + "\n", encoding="utf-8")
 
 
 def peaks(device: torch.device) -> dict[str, float]:
@@ -278,14 +284,14 @@ def summarize(results: dict[str, Any], options: argparse.Namespace) -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Make the model, quantize it, keep everything."""
+    """Make the model, quantize it within each limit of memory, keep everything."""
     device = torch.device(options.device)
     SyncedMeter.device = device
     results: dict[str, Any] = {
         "machine": machine_facts(),
         "versions": installed_versions(),
         "options": {k: str(v) for k, v in vars(options).items()},
-        "finished": False,
+        "runs": {},
     }
     base = Path(tempfile.mkdtemp(dir=options.folder))
     try:
@@ -297,47 +303,67 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "bf16": measure_rate(torch.bfloat16, device),
             "fp32": measure_rate(torch.float32, device),
         }
-        print(results["rates"], results["seconds_to_make"], flush=True)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        dice = torch.Generator().manual_seed(1)
-        vocabulary = SHAPES[options.shape]["vocab_size"]
-        table = torch.randint(0, vocabulary, (options.samples, options.length), generator=dice)
-        run_module.Meter = SyncedMeter  # type: ignore[misc]
-        watch = Watch(options, results)
-        try:
-            report = halfbyte.quantize(
-                base / "model",
-                base / "out",
-                config=QuantConfig.from_preset(options.preset),
-                calibration=CalibrationConfig(samples=options.samples, length=options.length),
-                resources=ResourceConfig(device=options.device, memory=options.memory),
-                text=table.tolist(),
-                quality=not options.no_quality,
-                progress=watch,
-            )
-            results["finished"] = True
-            results["report"] = {
-                "seconds": report.seconds,
-                "seconds_by_phase": report.seconds_by_phase,
-                "checkpoint_bytes": report.checkpoint_bytes,
-                "relative_errors": {
-                    m.name: [m.relative_error, m.round_to_nearest_error, *m.notes]
-                    for m in report.modules[:14]
-                },
-                "quality": None if report.quality is None else vars_of(report.quality),
-            }
-        except EnoughTime:
-            print("stopped by --limit-seconds", flush=True)
-        results["seconds"] = round(watch.elapsed, 3)
-        results["seconds_by_phase"] = dict(SyncedMeter.last.seconds)
-        summarize(results, options)
-        watch.save()
+        results["column_program"] = device.type != "cpu" and program_is_sound(device)
+        results["sums_in_fp32"] = multiplies_into_fp32(device, torch.bfloat16)
+        print({k: results[k] for k in list(results)[4:]}, flush=True)
+        for memory in options.memory:
+            run_once(base, memory, options, results)
     finally:
         if not options.keep:
             shutil.rmtree(base, ignore_errors=True)
     return results
+
+
+def run_once(base: Path, memory: str, options: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Quantize within a limit of memory."""
+    device = torch.device(options.device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    dice = torch.Generator().manual_seed(1)
+    vocabulary = SHAPES[options.shape]["vocab_size"]
+    table = torch.randint(0, vocabulary, (options.samples, options.length), generator=dice)
+    run_module.Meter = SyncedMeter  # type: ignore[misc]
+    here: dict[str, Any] = {"finished": False, "rates": results["rates"]}
+    results["runs"][memory] = here
+    output = base / f"out-{memory}"
+    watch = Watch(options, here, results)
+    try:
+        report = halfbyte.quantize(
+            base / "model",
+            output,
+            config=QuantConfig.from_preset(options.preset),
+            calibration=CalibrationConfig(samples=options.samples, length=options.length),
+            resources=ResourceConfig(
+                device=options.device, memory=None if memory == "auto" else memory
+            ),
+            text=table.tolist(),
+            quality=not options.no_quality,
+            progress=watch,
+        )
+        here["finished"] = True
+        here["report"] = {
+            "seconds": report.seconds,
+            "seconds_by_phase": report.seconds_by_phase,
+            "checkpoint_bytes": report.checkpoint_bytes,
+            "relative_errors": {
+                m.name: [m.relative_error, m.round_to_nearest_error, *m.notes]
+                for m in report.modules[:14]
+            },
+            "quality": None if report.quality is None else vars_of(report.quality),
+        }
+    except EnoughTime:
+        print("stopped by --limit-seconds", flush=True)
+    except Exception:  # noqa: BLE001 - another limit of memory may do
+        here["problem"] = traceback.format_exc()
+        print(here["problem"], flush=True)
+    here["seconds"] = round(watch.elapsed, 3)
+    here["seconds_by_phase"] = dict(SyncedMeter.last.seconds)
+    summarize(here, options)
+    watch.save()
+    if not options.keep:
+        shutil.rmtree(output, ignore_errors=True)
+    print(json.dumps({k: here.get(k) for k in ("summary", "events", "report")}, indent=1))
 
 
 def vars_of(quality: Any) -> dict[str, float]:
@@ -356,7 +382,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--preset", default="fast")
-    parser.add_argument("--memory", help="limit, such as 12GB (default: the plan's own)")
+    parser.add_argument(
+        "--memory", nargs="+", default=["auto"], help="limits such as 12GB, one run each"
+    )
     parser.add_argument("--profile", type=int, default=-1, help="block to look into, from 0")
     parser.add_argument("--limit-seconds", type=float, default=float("inf"))
     parser.add_argument("--no-quality", action="store_true")
@@ -366,8 +394,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     """Measure and print."""
-    results = measure(parse())
-    print(json.dumps({k: results.get(k) for k in ("summary", "events", "report")}, indent=1))
+    measure(parse())
 
 
 if __name__ == "__main__":
