@@ -168,7 +168,7 @@ def _run_program(
         plain,
         codes,
         errors,
-        feedback.contiguous(),
+        feedback.t().contiguous(),
         divisors,
         steps.scales.contiguous(),
         steps.lowest.contiguous(),
