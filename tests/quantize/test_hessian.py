@@ -161,3 +161,43 @@ def test_pool_weighs_by_tokens() -> None:
     # 4 * width = 8 prior tokens of mean 100 / 50 = 2, and 2 tokens that sum to 6.
     assert share == pytest.approx(0.8)
     torch.testing.assert_close(mixed, torch.eye(2) * (6 + 8 * 2) / 10)
+
+
+@pytest.fixture
+def device_accumulator(monkeypatch: pytest.MonkeyPatch) -> HessianAccumulator:
+    """One that works as on a GPU: products of 16-bit numbers in fp32, no verdict waited for."""
+    plain = torch.mm
+
+    def mm(left: torch.Tensor, right: torch.Tensor, *, out_dtype: torch.dtype) -> torch.Tensor:
+        return plain(left.to(out_dtype), right.to(out_dtype))
+
+    monkeypatch.setattr("halfbyte.quantize.hessian.multiplies_into_fp32", lambda *_: True)
+    monkeypatch.setattr("halfbyte.quantize.hessian.DEVICE_TILE", 48)
+    monkeypatch.setattr("halfbyte.quantize.hessian.torch.mm", mm)
+    accumulator = HessianAccumulator(100, torch.device("cpu"))
+    accumulator._is_device, accumulator._tile = True, 48
+    return accumulator
+
+
+def test_on_a_gpu_the_sum_is_the_float64_sum(device_accumulator: HessianAccumulator) -> None:
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(2, 20, 100, generator=generator).bfloat16() for _ in range(3)]
+    for batch in batches:
+        device_accumulator.update(batch)
+    assert device_accumulator.num_tokens == 120
+    found = device_accumulator.total().double()
+    assert torch.equal(found, found.t())
+    torch.testing.assert_close(found, exact_sum(batches), rtol=1e-5, atol=1e-4)
+
+
+def test_on_a_gpu_a_batch_that_is_not_finite_is_left_out_unasked(
+    device_accumulator: HessianAccumulator,
+) -> None:
+    good, bad = torch.randn(30, 100).bfloat16(), torch.randn(20, 100).bfloat16()
+    bad[3, 7] = torch.inf
+    for batch in (good, bad, good):
+        device_accumulator.update(batch)
+    assert device_accumulator.num_tokens == 60
+    assert device_accumulator.dropped_tokens == 20
+    found = device_accumulator.total().double()
+    torch.testing.assert_close(found, exact_sum([good, good]), rtol=1e-5, atol=1e-4)

@@ -41,7 +41,8 @@ class HessianAccumulator:
         self._unread: list[tuple[int, Tensor]] = []
         """Of batches on a GPU: tokens, and whether all were finite, which it has yet to tell."""
         self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
-        self._tile = GRAM_TILE if device.type == "cpu" else DEVICE_TILE
+        self._is_device = device.type != "cpu"
+        self._tile = DEVICE_TILE if self._is_device else GRAM_TILE
 
     @property
     def num_tokens(self) -> int:
@@ -69,7 +70,7 @@ class HessianAccumulator:
             return False
         # A sum is one pass without a copy, and no NaN or infinity in it can cancel.
         total = rows.sum(dtype=torch.float32)
-        if rows.device.type != "cpu":
+        if self._is_device:
             finite = torch.isfinite(total)
             add_gram(self._sum, rows.masked_fill(~finite, 0), self._tile)
             self._unread.append((rows.shape[0], finite))
