@@ -22,7 +22,18 @@ def script(monkeypatch):
 
 
 def options(script, tmp_path: Path, *more: str):
-    small = "--shape tiny --device cpu --samples 4 --length 32 --blocks 3".split()
+    small = [
+        "--shape",
+        "tiny",
+        "--device",
+        "cpu",
+        "--samples",
+        "4",
+        "--length",
+        "32",
+        "--blocks",
+        "3",
+    ]
     places = ["--folder", str(tmp_path), "--output", str(tmp_path / "found.json")]
     return script.parse([*small, *places, *more])
 
