@@ -6,7 +6,7 @@ seconds stands the floor: the operations that the run cannot do without, at the 
 own matrix products, measured in the same minute.
 
     python bench/measure_gpu_quantize.py --folder /fast/disk --output gpu-quantize.json
-    python bench/measure_gpu_quantize.py --blocks 4 --profile 2      fewer blocks, one looked into
+    python bench/measure_gpu_quantize.py --blocks 4                  fewer blocks
     python bench/measure_gpu_quantize.py --memory 12GB auto          a run for each limit
     python bench/measure_gpu_quantize.py --shape tiny --device cpu   that it runs at all
 
@@ -385,11 +385,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--memory", nargs="+", default=["auto"], help="limits such as 12GB, one run each"
     )
-    parser.add_argument("--profile", type=int, default=-1, help="block to look into, from 0")
+    parser.add_argument(
+        "--profile", type=int, help="block to look into, from 0 (default: the middle; -1: none)"
+    )
     parser.add_argument("--limit-seconds", type=float, default=float("inf"))
     parser.add_argument("--no-quality", action="store_true")
     parser.add_argument("--keep", action="store_true", help="leave model and checkpoint there")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.profile is None:
+        options.profile = options.blocks // 2
+    return options
 
 
 def main() -> None:
