@@ -293,6 +293,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "options": {k: str(v) for k, v in vars(options).items()},
         "runs": {},
     }
+    for folder in (options.folder, options.output.parent):
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
     base = Path(tempfile.mkdtemp(dir=options.folder))
     try:
         started = time.perf_counter()
