@@ -53,13 +53,18 @@ class HiddenStates:
 
     def write(self, batch: int, states: Tensor) -> None:
         """Store one batch."""
+        self._store(batch, states)
+
+    def _store(self, batch: int, states: Tensor) -> memoryview:
+        """Write one batch into the file; give the bytes."""
         data = states.detach().to(device="cpu", dtype=self.dtype).contiguous()
         if tuple(data.shape) != self._shapes[batch]:
             raise AssertionError(f"batch {batch}: {tuple(data.shape)} != {self._shapes[batch]}")
         self._file.seek(self._offsets[batch])
-        view = data.reshape(-1).view(torch.uint8).numpy().data
+        whole = view = data.reshape(-1).view(torch.uint8).numpy().data
         while view:
             view = view[self._file.write(view) :]
+        return whole
 
     def read(self, batch: int) -> Tensor:
         """Load one batch into memory of its own."""
@@ -114,11 +119,16 @@ class HeldStates(HiddenStates):
         held = self._held[batch]
         return super().read(batch) if held is None else held
 
-    def save(self) -> None:
-        """Bring what is held into the file."""
-        for batch, states in enumerate(self._held):
-            if states is not None:
-                super().write(batch, states)
+    def save(self) -> int:
+        """Bring what is held into the file.
+
+        Returns:
+            The file's digest.
+        """
+        crc = 0
+        for batch in range(len(self)):
+            crc = zlib.crc32(self._store(batch, self.read(batch)), crc)
+        return crc
 
     def digest(self) -> int:
         """Compute a CRC-32 over what the file holds."""

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from halfbyte.quantize.journal import Journal
+
+Result = TypeVar("Result")
 
 
 class BlockWriter:
@@ -24,7 +26,7 @@ class BlockWriter:
             beside: Whether to write while the next block is computed.
         """
         self._journal = journal
-        self._pool = ThreadPoolExecutor(1) if beside else None
+        self._pool = ThreadPoolExecutor(2) if beside else None
         self._running: Future[None] | None = None
 
     def __enter__(self) -> Self:
@@ -47,6 +49,17 @@ class BlockWriter:
             self._write(write)
         else:
             self._running = self._pool.submit(self._write, write)
+
+    def begin(self, work: Callable[[], Result]) -> Callable[[], Result]:
+        """Do what no block depends on: at once beside them, or when the result is asked for.
+
+        Args:
+            work: Writes something else.
+
+        Returns:
+            Gives the result, or raises what went wrong.
+        """
+        return work if self._pool is None else self._pool.submit(work).result
 
     def wait(self) -> None:
         """Wait until all that was submitted is written; what went wrong there is raised here."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -156,13 +156,21 @@ class Run:
             if self.config.chooses_bits:
                 self._choose_bits(work)
             with BlockWriter(self.journal, beside=self.settings.hold_states) as writer:
+                outside = None
+                if not (self.config.lm_head or self.config.end_to_end_steps):
+                    outside = writer.begin(self._write_outside)
                 for index in range(len(self.journal.blocks), self.num_blocks):
                     self.progress.block_started(index, self.num_blocks)
                     self._do_block(index, work, states, writer)
                 with self.meter.timed("write"):
                     writer.wait()
-            tuning = self._tune_whole(states)
-            return self._finish(work, states, tuning)
+                tuning = self._tune_whole(states)
+                return self._finish(work, states, tuning, outside)
+
+    def _write_outside(
+        self, head: Sequence[RoundedLinear] = (), changed: Mapping[str, Tensor] | None = None
+    ) -> ShardDigest:
+        return write_outside(self.weights, self.journal.output, head, changed or {})
 
     def _choose_bits(self, work: BlockWork) -> None:
         """Give every module its bits, once for a run."""
@@ -364,7 +372,11 @@ class Run:
             )
 
     def _finish(
-        self, work: BlockWork, states: RunStates, tuning: WholeTuning
+        self,
+        work: BlockWork,
+        states: RunStates,
+        tuning: WholeTuning,
+        outside: Callable[[], ShardDigest] | None,
     ) -> QuantizationReport:
         end = self.num_blocks
         base_logits = self._base_logits
@@ -384,7 +396,9 @@ class Run:
         blocks, output = self.journal.blocks, self.journal.output
         shards = [ShardDigest(**entry["shard"]) for entry in blocks]
         with self.meter.timed("write"):
-            shards.append(write_outside(self.weights, output, head, tuning.outside))
+            if outside is None:
+                outside = partial(self._write_outside, head, tuning.outside)
+            shards.append(outside())
             write_descriptions(self.weights, output, self.config, shards, blocks, head)
         self.progress.phase("reloading and comparing")
         with self.meter.timed("reload"):

@@ -123,12 +123,12 @@ class RunStates:
             free = self._saved is None or self._saved % 2 != position % 2
             if not free or time.monotonic() - self._saved_at < SAVE_EVERY_SECONDS:
                 return None
-            for name in self._checked:
-                states = self.at(name, position)
-                assert isinstance(states, HeldStates)
-                states.save()
             self._saved, self._saved_at = position, time.monotonic()
-        return {name: self.at(name, position).digest() for name in self._checked}
+        found = {}
+        for name in self._checked:
+            states = self.at(name, position)
+            found[name] = states.save() if isinstance(states, HeldStates) else states.digest()
+        return found
 
     def check(self, position: int, expected: Mapping[str, int]) -> None:
         """Make sure that the states in front of a block are those that an earlier process left.
