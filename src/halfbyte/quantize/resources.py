@@ -199,7 +199,9 @@ def resolve_resources(
         keep_codes = fixed + whole + codes <= budget
         batch = max(batch, whole + (codes if keep_codes else 0))
     survey_tokens = min(SURVEY_TOKENS, tokens) if config.chooses_bits else 0
-    batch = max(batch, tuning_batch + survey_tokens * dtype.itemsize * sizes.hidden * num_blocks)
+    if survey_tokens:
+        between = survey_tokens * dtype.itemsize * sizes.hidden * num_blocks
+        batch = max(batch, tuning_batch + between)
     waiting = tokens * dtype.itemsize * (3 * sizes.hidden + sizes.widest_input * sizes.routed)
     waiting *= streams
     if on_device:
