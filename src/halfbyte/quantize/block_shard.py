@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from halfbyte.checkpoint.shards import read_shard
@@ -23,6 +24,9 @@ class BlockShard:
 
     path: Path
     tensors: Mapping[str, Tensor]
+    """On the CPU, or on their way there."""
+    copied: torch.cuda.Event | None
+    """Happens when they are there."""
     modules: Sequence[ModuleReport]
     checksums: Mapping[str, int]
     packed_bits: tuple[int, int]
@@ -33,6 +37,8 @@ class BlockShard:
         Returns:
             The journal's entry about it.
         """
+        if self.copied is not None:
+            self.copied.synchronize()
         return {
             "shard": asdict(write_shard(self.path, self.tensors)),
             "modules": [asdict(report) for report in self.modules],
@@ -61,18 +67,38 @@ def gather_block(
         split_experts: Names of its experts modules that were split.
 
     Returns:
-        The shard, all of it on the CPU.
+        The shard.
     """
     packed = {f"{r.name}.{suffix}": t for r in rounded for suffix, t in r.tensors.items()}
     dense = _dense_tensors(weights, index, rounded, exact, split_experts)
     bits = [count_packed_bits(r.tensors) for r in rounded]
+    tensors, copied = _copy_to_host({**dense, **packed})
     return BlockShard(
         path=output / shard_name(index + 1, len(weights.blocks.modules) + 1),
-        tensors={name: tensor.cpu() for name, tensor in {**dense, **packed}.items()},
+        tensors=tensors,
+        copied=copied,
         modules=[r.report for r in rounded],
         checksums={r.name: r.checksum for r in rounded},
         packed_bits=(sum(b for b, _ in bits), sum(n for _, n in bits)),
     )
+
+
+def _copy_to_host(
+    tensors: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
+    """Begin to copy what lies on a GPU; nobody waits for it."""
+    if not any(tensor.is_cuda for tensor in tensors.values()):
+        return dict(tensors), None
+    found = {}
+    for name, tensor in tensors.items():
+        if tensor.is_cuda:
+            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            found[name] = host.copy_(tensor, non_blocking=True)
+        else:
+            found[name] = tensor
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied.record()
+    return found, copied
 
 
 def rewrite_block(

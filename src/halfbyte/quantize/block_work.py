@@ -274,13 +274,43 @@ class BlockWork:
         groups: Sequence[int],
         widths: Sequence[int],
     ) -> Sequence[Accumulator]:
+        """Sum over all batches; on a GPU unchecked at first, for nearly always all is finite."""
+        found: Sequence[Accumulator] = ()
+        for checked in (False, True) if self._sums_first else (True,):
+            del found
+            found = self._sum_batches(
+                root, passages, base_passages, stage, groups, widths, checked=checked
+            )
+            if all(isinstance(a, MomentAccumulator) or a.is_finite for a in found):
+                break
+        self.meter.flops["Hessians"] += sum(
+            accumulator.num_tokens * width**2.0
+            for accumulator, width in zip(found, widths, strict=True)
+        )
+        return found
+
+    @property
+    def _sums_first(self) -> bool:
+        return self.weights.device.type != "cpu"
+
+    def _sum_batches(
+        self,
+        root: nn.Module,
+        passages: Passages,
+        base_passages: Passages | None,
+        stage: int,
+        groups: Sequence[int],
+        widths: Sequence[int],
+        *,
+        checked: bool,
+    ) -> Sequence[Accumulator]:
         found: list[Accumulator] = []
         for width in widths:
             if self.config.needs_check:
                 drift = base_passages is not None
                 found.append(MomentAccumulator(width, self.weights.device, drift=drift))
             else:
-                found.append(HessianAccumulator(width, self.weights.device))
+                found.append(HessianAccumulator(width, self.weights.device, checked=checked))
         for batch in range(passages.num_batches):
             base_inputs = None
             if base_passages is not None:
@@ -298,10 +328,6 @@ class BlockWork:
             passages.release(batch)
             if base_passages is not None:
                 base_passages.release(batch)
-        self.meter.flops["Hessians"] += sum(
-            accumulator.num_tokens * width**2.0
-            for accumulator, width in zip(found, widths, strict=True)
-        )
         return found
 
     def _pool(

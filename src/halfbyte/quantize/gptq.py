@@ -86,7 +86,9 @@ def sweep(
     in_features = upper.shape[0]
     # Columns become rows, so that every step below works on contiguous memory.
     wanted = weight.t()[order].contiguous()
-    groups = grid.g_idx[order].tolist()
+    groups = grid.g_idx[order].int()
+    if weight.device.type == "cpu":
+        groups = groups.tolist()  # type: ignore[assignment]
     # Codes count from the zero while they are rounded: q = code - zero, in [-zero, top - zero].
     steps = Steps(
         scales=grid.scales.t().contiguous(),

@@ -33,69 +33,52 @@ EIGENVALUE_FLOOR = 1e-6
 class HessianAccumulator:
     """Sums x xᵀ over calibration tokens, tile by tile, into fp32."""
 
-    def __init__(self, in_features: int, device: torch.device) -> None:
-        """Start at zero."""
+    def __init__(self, in_features: int, device: torch.device, *, checked: bool = True) -> None:
+        """Start at zero.
+
+        Args:
+            in_features: Width of the inputs.
+            device: Where to sum.
+            checked: Whether every batch is looked at before it is added. On a GPU that means to
+                wait for it each time; without, :attr:`is_finite` tells in the end.
+        """
         self.in_features = in_features
-        self._num_tokens = 0
-        self._dropped_tokens = 0
-        self._unread: list[tuple[int, Tensor]] = []
-        """Of batches on a GPU: tokens, and whether all were finite, which it has yet to tell."""
-        self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
-        self._is_device = device.type != "cpu"
-        self._tile = DEVICE_TILE if self._is_device else GRAM_TILE
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that were added."""
-        self._read_verdicts()
-        return self._num_tokens
-
-    @property
-    def dropped_tokens(self) -> int:
+        self.num_tokens = 0
+        self.dropped_tokens = 0
         """Tokens of batches that held a NaN or an infinity."""
-        self._read_verdicts()
-        return self._dropped_tokens
+        self._checked = checked
+        self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self._tile = GRAM_TILE if device.type == "cpu" else DEVICE_TILE
 
-    def update(self, inputs: Tensor) -> bool | Tensor:
+    @property
+    def is_finite(self) -> bool:
+        """Whether the sum holds no NaN or infinity; one in a batch shows on the diagonal."""
+        return bool(torch.isfinite(self._sum.diagonal()).all())
+
+    def update(self, inputs: Tensor) -> bool:
         """Add a batch of inputs [..., in]; one with a non-finite number is counted, not added.
 
         Args:
             inputs: The batch.
 
         Returns:
-            Whether it was added; on a GPU as a tensor there, for nobody should wait for it.
+            Whether it was added.
         """
         rows = inputs.reshape(-1, inputs.shape[-1])
         if rows.shape[0] == 0:
             return False
         # A sum is one pass without a copy, and no NaN or infinity in it can cancel.
-        total = rows.sum(dtype=torch.float32)
-        if self._is_device:
-            finite = torch.isfinite(total)
-            add_gram(self._sum, rows.masked_fill(~finite, 0), self._tile)
-            self._unread.append((rows.shape[0], finite))
-            return finite
-        if not math.isfinite(float(total)):
-            self._dropped_tokens += rows.shape[0]
+        if self._checked and not math.isfinite(float(rows.sum(dtype=torch.float32))):
+            self.dropped_tokens += rows.shape[0]
             return False
-        if rows.dtype == torch.bfloat16 and sums_bf16_in_fp32():
-            known = self._num_tokens >= rows.shape[0]
-            ratio = rows.shape[0] / self._num_tokens if known else None
+        if rows.dtype == torch.bfloat16 and rows.device.type == "cpu" and sums_bf16_in_fp32():
+            known = self.num_tokens >= rows.shape[0]
+            ratio = rows.shape[0] / self.num_tokens if known else None
             add_bf16_gram(self._sum, rows, ratio)
         else:
             add_gram(self._sum, rows, self._tile)
-        self._num_tokens += rows.shape[0]
+        self.num_tokens += rows.shape[0]
         return True
-
-    def _read_verdicts(self) -> None:
-        """Wait for what a GPU has to tell of the batches so far."""
-        if not self._unread:
-            return
-        verdicts = torch.stack([finite for _, finite in self._unread]).tolist()
-        for (tokens, _), finite in zip(self._unread, verdicts, strict=True):
-            self._num_tokens += tokens if finite else 0
-            self._dropped_tokens += 0 if finite else tokens
-        self._unread = []
 
     def total(self) -> Tensor:
         """Give the sum over tokens, both halves filled in: [in, in], valid until the next batch."""

@@ -8,14 +8,15 @@ every block and the logits with the run's own (block). One block is in memory at
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from halfbyte.checkpoint.read import open_checkpoint
+from halfbyte.checkpoint.read import Checkpoint, open_checkpoint
 from halfbyte.checkpoint.shards import TensorFiles
 from halfbyte.errors import CheckpointError, VerificationError
 from halfbyte.kernels.torch_reference import TorchReference
@@ -31,6 +32,8 @@ HIDDEN_TOLERANCE = 1e-2
 """Relative difference of a block's output. The weights are compared bit by bit before; what is
 left is the order in which sums are taken, a few units of bfloat16's last place (2^-8)."""
 LOGITS_TOLERANCE = 2e-2
+READERS = 4
+"""Linears that are read at the same time for a GPU to take apart."""
 
 
 def check_bytes(folder: Path, checksums: Mapping[str, int], device: torch.device) -> None:
@@ -44,26 +47,40 @@ def check_bytes(folder: Path, checksums: Mapping[str, int], device: torch.device
     Raises:
         VerificationError: Something differs; names the module or the tensor.
     """
-    try:
-        checkpoint = open_checkpoint(folder)
-        checkpoint.verify()
-    except CheckpointError as error:
-        raise VerificationError(
-            f"The saved checkpoint is not what was written: {error} The disk or another program "
-            "changed it; quantize again."
-        ) from error
-    missing = sorted(set(checksums) ^ set(checkpoint.linears))
-    if missing:
-        raise VerificationError(
-            f"The saved checkpoint and the run differ in {len(missing)} quantized modules, such as "
-            f"{missing[0]}. Please report this with the model's name."
-        )
-    for name, expected in checksums.items():
-        if weight_checksum(checkpoint.dequantize(name, device)) != expected:
+    with ThreadPoolExecutor(READERS) as pool:
+        try:
+            checkpoint = open_checkpoint(folder)
+            verified = pool.submit(checkpoint.verify)
+            found: Iterable[int] = ()
+            if device.type != "cpu" and checksums.keys() == checkpoint.linears.keys():
+                # A GPU takes weights apart while the CPU digests files.
+                found = pool.map(lambda n: _checksum(checkpoint, n, device), checksums)
+            verified.result()
+        except CheckpointError as error:
+            pool.shutdown(cancel_futures=True)
             raise VerificationError(
-                f"The saved checkpoint does not give back the weight of {name} that the run "
-                "computed with. Please report this with the model's name."
+                f"The saved checkpoint is not what was written: {error} The disk or another "
+                "program changed it; quantize again."
+            ) from error
+        missing = sorted(set(checksums) ^ set(checkpoint.linears))
+        if missing:
+            raise VerificationError(
+                f"The saved checkpoint and the run differ in {len(missing)} quantized modules, "
+                f"such as {missing[0]}. Please report this with the model's name."
             )
+        if device.type == "cpu":
+            found = (_checksum(checkpoint, name, device) for name in checksums)
+        for name, here in zip(checksums, found, strict=True):
+            if here != checksums[name]:
+                pool.shutdown(cancel_futures=True)
+                raise VerificationError(
+                    f"The saved checkpoint does not give back the weight of {name} that the run "
+                    "computed with. Please report this with the model's name."
+                )
+
+
+def _checksum(checkpoint: Checkpoint, name: str, device: torch.device) -> int:
+    return weight_checksum(checkpoint.dequantize(name, device))
 
 
 def check_outputs(
@@ -97,6 +114,8 @@ def check_outputs(
     hidden: Tensor | None = None
     for index in range(len(weights.blocks.modules)):
         block = weights.load_block(index)
+        if device.type != "cpu" and index + 1 < len(weights.blocks.modules):
+            weights.fetch_block(index + 1)
         for _, linear in quantized_linears(block):
             linear.prepare(kernel=TorchReference.name)
         with stream.at(index):

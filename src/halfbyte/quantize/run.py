@@ -448,14 +448,15 @@ class Run:
         return self._rounded, [note] if tied else []
 
     def _logits(self, states: HiddenStates) -> list[Tensor]:
-        """Run the tail on every probe window; logits [tokens, vocabulary] on the CPU."""
+        """Run the tail on every probe window; logits [tokens, vocabulary], on the CPU if large."""
         hidden = self._to_device(states.read(0))
         found = []
         with self.meter.timed("quality"), self.stream.at(self.num_blocks):
             # One window at a time: logits are as wide as the vocabulary.
             windows = zip(torch.split(self.probe.ids, 1), torch.split(hidden, 1), strict=True)
             for ids, window in windows:
-                found.append(run_tail(self.stream, self._to_device(ids), window)[0].cpu())
+                logits = run_tail(self.stream, self._to_device(ids), window)[0]
+                found.append(logits if self.settings.hold_states else logits.cpu())
         return found
 
     def _make_report(

@@ -106,8 +106,7 @@ class _Half:
         self.drift = torch.zeros(in_features, in_features, device=device) if drift else None
 
     def update(self, inputs: Tensor, base_inputs: Tensor | None) -> None:
-        added = self.hessian.update(inputs)
-        if self.drift is None or base_inputs is None or not bool(added):
+        if not self.hessian.update(inputs) or self.drift is None or base_inputs is None:
             return
         rows = inputs.reshape(-1, inputs.shape[-1])
         # A difference of near numbers: in bf16 it has 8 bits, enough for what is a correction.
