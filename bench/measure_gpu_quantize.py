@@ -170,6 +170,9 @@ class Watch(SilentProgress):
         self._end_block()
         if self.elapsed > self.options.limit_seconds:
             raise EnoughTime
+        if not self.results["blocks"]:
+            # Over already: what lies before the first block, such as the embeddings.
+            self.results["events"].append([round(self.elapsed, 3), "first block"])
         self.block_start = time.perf_counter()
         self.before = dict(SyncedMeter.last.seconds)
         if index == self.options.profile:
@@ -190,10 +193,13 @@ class Watch(SilentProgress):
         phases = {name: round(after[name] - self.before.get(name, 0), 4) for name in after}
         block = {"seconds": round(seconds, 4), "phases": phases, **peaks(self.device)}
         if self.profiler is not None:
+            began = time.perf_counter()
             self.profiler.__exit__(None, None, None)
             self.results["profile"] = keep_profile(self.profiler, self.options.output)
             block["profiled"] = True
             self.profiler = None
+            # Not the run's own.
+            self.start += time.perf_counter() - began
         self.results["blocks"].append(block)
         print(len(self.results["blocks"]), block, flush=True)
         self.save()
@@ -279,6 +285,9 @@ def summarize(results: dict[str, Any], options: argparse.Namespace) -> None:
         "floor_seconds_full": round(FULL_BLOCKS * sum(floor.values()), 2),
         "measured_whole_run": results["finished"] and options.blocks == FULL_BLOCKS,
         "seconds_full": round(results["seconds"] + (FULL_BLOCKS - done) * typical, 1),
+        "left_out": "what the reload check takes for the blocks that are not there"
+        if done < FULL_BLOCKS
+        else "",
         **peaks(torch.device(options.device)),
     }
 

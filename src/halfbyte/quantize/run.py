@@ -140,7 +140,8 @@ class Run:
         check_something_to_do(self.weights, self.config)
         self._read_text(text, quality)
         self._begin(resume)
-        self.weights.load_outside()
+        with self.meter.timed("load"):
+            self.weights.load_outside()
         with self._open_states() as states:
             if self.journal.blocks:
                 states.check(len(self.journal.blocks), self.journal.blocks[-1]["states"])
