@@ -9,6 +9,7 @@ own matrix products, measured in the same minute.
     python bench/measure_gpu_quantize.py --blocks 4                  fewer blocks
     python bench/measure_gpu_quantize.py --memory 12GB auto          a run for each limit
     python bench/measure_gpu_quantize.py --shape tiny --device cpu   that it runs at all
+    python bench/measure_gpu_quantize.py --keep-from FILE --commit 0e60713 --date 2026-11-26
 
 The file is written again after every block, so that a run which is cut off leaves what it knew.
 """
@@ -40,6 +41,7 @@ from halfbyte.quantize.columns import program_is_sound
 from halfbyte.quantize.hardware import multiplies_into_fp32
 from halfbyte.quantize.progress import SilentProgress
 from halfbyte.quantize.provenance import installed_versions, machine_facts, peak_memory_bytes
+from record import Elsewhere, save_result
 
 SHAPES = {
     "8b": {
@@ -273,6 +275,8 @@ def summarize(results: dict[str, Any], options: argparse.Namespace) -> None:
     flops = {kind: value for kind, value in SyncedMeter.last.flops.items() if kind in by}
     floor = {kind: value / by[kind] / done for kind, value in flops.items()}
     typical = statistics.median(blocks)
+    # The reload check grows with the blocks, too; all of it is scaled, which is too much.
+    reload = results["seconds_by_phase"].get("reload", 0.0) / done
     outside = results["seconds"] - sum(b["seconds"] for b in results["blocks"])
     results["summary"] = {
         "blocks_done": done,
@@ -284,10 +288,7 @@ def summarize(results: dict[str, Any], options: argparse.Namespace) -> None:
         "block_over_floor": round(typical / sum(floor.values()), 2),
         "floor_seconds_full": round(FULL_BLOCKS * sum(floor.values()), 2),
         "measured_whole_run": results["finished"] and options.blocks == FULL_BLOCKS,
-        "seconds_full": round(results["seconds"] + (FULL_BLOCKS - done) * typical, 1),
-        "left_out": "what the reload check takes for the blocks that are not there"
-        if done < FULL_BLOCKS
-        else "",
+        "seconds_full": round(results["seconds"] + (FULL_BLOCKS - done) * (typical + reload), 1),
         **peaks(torch.device(options.device)),
     }
 
@@ -383,6 +384,57 @@ def vars_of(quality: Any) -> dict[str, float]:
     return {"kl_nats": quality.kl_nats_mean, "top1": quality.top1_agreement}
 
 
+def keep(options: argparse.Namespace) -> None:
+    """Put what a GPU machine wrote into bench/results/."""
+    measured = json.loads(options.keep_from.read_text(encoding="utf-8"))
+    rows = []
+    for memory, here in measured["runs"].items():
+        found = here["summary"]
+        phases = [b["phases"] for b in here["blocks"][1:] if "profiled" not in b]
+        typical = {
+            name: statistics.median(p.get(name, 0.0) for p in phases)
+            for name in ("forward and Hessians", "solve")
+        }
+        rows.append(
+            [
+                "60% of the GPU's" if memory == "auto" else memory,
+                found["seconds_full"],
+                "" if found["measured_whole_run"] else f"{found['blocks_done']} blocks, scaled",
+                found["floor_seconds_full"],
+                round(found["seconds_full"] / found["floor_seconds_full"], 2),
+                found["median_block_seconds"],
+                *(round(value, 3) for value in typical.values()),
+                found["gpu_gb"],
+                found["host_gb"],
+            ]
+        )
+    rates = measured["rates"]
+    save_result(
+        "gpu-quantize",
+        columns=[
+            "memory limit", "s in all", "", "floor, s", "over the floor", "s a block",
+            "of it forward and Hessians", "of it solving", "GPU GB at most", "host GB at most",
+        ],
+        rows=rows,
+        note=(
+            "Llama of the 8B shape, 32 blocks, random bf16 weights, `--preset fast`, 128 x 2048 "
+            "random tokens; everything of a run from reading the model, which the system's cache "
+            "held, to the reload check and the report. Floor: one forward pass through the linears "
+            "and half of XᵀX at the rate of this GPU's bf16 products "
+            f"({rates['bf16'] / 1e12:.0f} TFLOP/s), factors and sweeps at that of its fp32 ones "
+            f"({rates['fp32'] / 1e12:.0f})."
+        ),
+        data=measured,
+        elsewhere=Elsewhere(
+            date=options.date,
+            commit=options.commit,
+            command="python bench/measure_gpu_quantize.py",
+            machine=measured["machine"],
+            versions=measured["versions"],
+        ),
+    )  # fmt: skip
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -403,6 +455,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit-seconds", type=float, default=float("inf"))
     parser.add_argument("--no-quality", action="store_true")
     parser.add_argument("--keep", action="store_true", help="leave model and checkpoint there")
+    parser.add_argument("--keep-from", type=Path, help="only put this file into bench/results/")
+    parser.add_argument("--commit", help="that was measured, for --keep-from")
+    parser.add_argument("--date", help="of the measurement, for --keep-from")
     options = parser.parse_args(arguments)
     if options.profile is None:
         options.profile = options.blocks // 2
@@ -411,7 +466,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     """Measure and print."""
-    measure(parse())
+    options = parse()
+    if options.keep_from:
+        keep(options)
+    else:
+        measure(options)
 
 
 if __name__ == "__main__":
