@@ -1,7 +1,7 @@
 """Keep what was measured on a GPU machine: results for the pages, and the kernels' shipped table.
 
     python bench/keep_gpu.py --kernels gpu-kernels.json --commit 0e60713 --date 2026-11-26
-    python bench/keep_gpu.py --decode gpu-decode.json --quantize gpu-quantize.json --commit ...
+    python bench/keep_gpu.py --decode gpu-decode.json --commit 0e60713 --date 2026-11-26
 
 The measuring scripts run on a machine that has no repository; this one turns what they wrote into
 ``bench/results/`` and ``src/halfbyte/kernels/gpu_table/``.
@@ -33,7 +33,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kernels", type=Path)
     parser.add_argument("--decode", type=Path)
-    parser.add_argument("--quantize", type=Path)
     parser.add_argument("--commit", required=True, help="that was measured")
     parser.add_argument("--date", required=True, help="of the measurement")
     options = parser.parse_args()
@@ -44,9 +43,6 @@ def main() -> None:
     if options.decode:
         measured = json.loads(options.decode.read_text(encoding="utf-8"))
         keep_decode(measured, _elsewhere(measured, options, "measure_gpu_decode.py"))
-    if options.quantize:
-        measured = json.loads(options.quantize.read_text(encoding="utf-8"))
-        keep_quantize(measured, _elsewhere(measured, options, "measure_gpu_quantize.py"))
 
 
 def _elsewhere(measured: Case, options: argparse.Namespace, script: str) -> Elsewhere:
@@ -269,44 +265,6 @@ def keep_decode(measured: Case, elsewhere: Elsewhere) -> None:
         data=dict(measured),
         elsewhere=elsewhere,
     )
-
-
-def keep_quantize(measured: Case, elsewhere: Elsewhere) -> None:
-    """Write how long a model takes to quantize."""
-    options = measured["options"]
-    rows = []
-    for memory, found in measured["runs"].items():
-        summary = found["summary"]
-        rows.append(
-            [
-                memory,
-                summary["blocks_done"],
-                summary["median_block_seconds"],
-                round(found["report"]["seconds"], 1) if found["finished"] else "cut off",
-                summary["seconds_full"],
-                summary["floor_seconds_full"],
-                round(summary["seconds_full"] / summary["floor_seconds_full"], 2),
-                summary["gpu_gb"],
-                summary["host_gb"],
-            ]
-        )
-    save_result(
-        "gpu-quantize",
-        columns=[
-            "--memory", "blocks", "s a block", "s in all", "s for 32 blocks", "floor, s",
-            "over the floor", "GB of GPU memory", "GB of host memory",
-        ],
-        rows=rows,
-        note=(
-            f"Llama of the 8B shape, random bf16 weights, {options['samples']} x "
-            f"{options['length']} tokens, preset {options['preset']}, quality, reload and report "
-            "included. Floor: the products that no run can do without, at the rates of this GPU's "
-            "own matrix products in the same minute (bf16 "
-            f"{measured['rates']['bf16'] / 1e12:.0f} TFLOP/s)."
-        ),
-        data=dict(measured),
-        elsewhere=elsewhere,
-    )  # fmt: skip
 
 
 if __name__ == "__main__":

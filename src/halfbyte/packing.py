@@ -25,6 +25,8 @@ WORD_BITS = 32
 
 CACHED_CODES = 2**19
 """Codes unpacked at a time; as int32, on their way to uint8, they fit a CPU's cache."""
+DEVICE_CODES = 2**25
+"""The same on a GPU, where small pieces cost a launch each."""
 
 
 def codes_per_run(bits: int) -> int:
@@ -118,7 +120,8 @@ def _unpack_whole_words(words: Tensor, bits: int) -> Tensor:
     run = codes_per_run(bits)
     shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int32, device=words.device)[:, None]
     codes = torch.empty((rows, run, columns), dtype=torch.uint8, device=words.device)
-    step = max(CACHED_CODES // (run * columns), 1)
+    at_once = CACHED_CODES if words.device.type == "cpu" else DEVICE_CODES
+    step = max(at_once // (run * columns), 1)
     for start in range(0, rows, step):
         part = words[start : start + step, None]
         codes[start : start + step] = (part >> shifts) & (2**bits - 1)
@@ -127,7 +130,9 @@ def _unpack_whole_words(words: Tensor, bits: int) -> Tensor:
 
 def pack_weight(codes: Tensor, bits: int) -> Tensor:
     """Pack weight codes [out, in] into the disk layout int32 [in * bits / 32, out]."""
-    return pack_codes(codes.t(), bits)
+    turned = codes.t()
+    # A GPU reads side by side or not at all; a CPU turns codes as it packs them.
+    return pack_codes(turned if codes.device.type == "cpu" else turned.contiguous(), bits)
 
 
 def unpack_weight(qweight: Tensor, bits: int) -> Tensor:

@@ -353,7 +353,8 @@ class ResourceConfig:
 
     memory: str | None = _option(
         None,
-        "memory that the run may take, such as 8GB (default: 60% of what is free)",
+        "memory that the run may take, such as 8GB, with --device cuda the GPU's (default: 60% of "
+        "what is free)",
         metavar="SIZE",
     )
     device: str = _option("cpu", "where to compute: cpu or cuda", metavar="NAME")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from halfbyte.model.hidden import HiddenStates
+from halfbyte.model.hidden import HeldStates, HiddenStates
 
 SHAPES = [(2, 5), (1, 3), (2, 5)]
 
@@ -65,3 +65,32 @@ def test_file_cut_short_by_another_program_is_no_endless_loop(tmp_path: Path) ->
         (tmp_path / "h.bin").write_bytes(b"1234")
         with pytest.raises(OSError, match=r"h\.bin ends early"):
             states.read(0)
+
+
+def test_held_states_reach_the_file_when_they_are_saved(tmp_path: Path) -> None:
+    old, new = torch.randn(2, 5, 4), torch.randn(2, 5, 4)
+    with HeldStates(tmp_path / "h.bin", SHAPES, 4, torch.float32) as states:
+        states.write(0, old)
+        states.write(1, torch.ones(1, 3, 4))
+        states.write(2, old)
+        saved = states.save()
+        states.write(2, new)
+        assert states.read(2) is new or torch.equal(states.read(2), new)
+        assert states.digest() == saved
+    with HiddenStates(tmp_path / "h.bin", SHAPES, 4, torch.float32) as states:
+        assert states.digest() == saved
+        assert torch.equal(states.read(2), old)
+
+
+def test_of_two_held_files_one_lets_go_as_the_other_takes_over(tmp_path: Path) -> None:
+    with (
+        HeldStates(tmp_path / "0.bin", SHAPES, 4, torch.float32) as before,
+        HeldStates(tmp_path / "1.bin", SHAPES, 4, torch.float32) as behind,
+    ):
+        behind.replaced = before
+        for batch, (sequences, tokens) in enumerate(SHAPES):
+            before.write(batch, torch.full((sequences, tokens, 4), 1.0 + batch))
+        behind.write(1, before.read(1) * 10)
+        assert float(before.read(0)[0, 0, 0]) == 1
+        assert float(behind.read(1)[0, 0, 0]) == 20
+        assert float(before.read(1)[0, 0, 0]) == 0, "only the file, which has nothing, is left"

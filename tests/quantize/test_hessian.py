@@ -161,3 +161,44 @@ def test_pool_weighs_by_tokens() -> None:
     # 4 * width = 8 prior tokens of mean 100 / 50 = 2, and 2 tokens that sum to 6.
     assert share == pytest.approx(0.8)
     torch.testing.assert_close(mixed, torch.eye(2) * (6 + 8 * 2) / 10)
+
+
+@pytest.fixture
+def device_accumulator(monkeypatch: pytest.MonkeyPatch) -> HessianAccumulator:
+    """One that works as on a GPU: products of 16-bit numbers in fp32, no verdict waited for."""
+    plain = torch.mm
+
+    def mm(left: torch.Tensor, right: torch.Tensor, *, out_dtype: torch.dtype) -> torch.Tensor:
+        return plain(left.to(out_dtype), right.to(out_dtype))
+
+    monkeypatch.setattr("halfbyte.quantize.hessian.multiplies_into_fp32", lambda *_: True)
+    monkeypatch.setattr("halfbyte.quantize.hessian.DEVICE_TILE", 48)
+    monkeypatch.setattr("halfbyte.quantize.hessian.torch.mm", mm)
+    accumulator = HessianAccumulator(100, torch.device("cpu"), checked=False)
+    accumulator._tile = 48
+    monkeypatch.setattr("halfbyte.quantize.hessian.sums_bf16_in_fp32", lambda: False)
+    return accumulator
+
+
+def test_on_a_gpu_the_sum_is_the_float64_sum(device_accumulator: HessianAccumulator) -> None:
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(2, 20, 100, generator=generator).bfloat16() for _ in range(3)]
+    for batch in batches:
+        device_accumulator.update(batch)
+    assert device_accumulator.num_tokens == 120
+    assert device_accumulator.is_finite
+    found = device_accumulator.total().double()
+    assert torch.equal(found, found.t())
+    torch.testing.assert_close(found, exact_sum(batches), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_shows_in_an_unchecked_sum(
+    value: float, device_accumulator: HessianAccumulator
+) -> None:
+    batch = torch.randn(20, 100).bfloat16()
+    device_accumulator.update(batch)
+    assert device_accumulator.is_finite
+    batch[3, 7] = value
+    device_accumulator.update(batch)
+    assert not device_accumulator.is_finite

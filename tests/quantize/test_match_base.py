@@ -40,12 +40,12 @@ def test_the_base_stream_is_the_base_model(
     finish = running.Run._finish
 
     def look(
-        self: running.Run, work: object, states: RunStates, tuning: object
+        self: running.Run, work: object, states: RunStates, *rest: object
     ) -> QuantizationReport:
         for name in (FULL, CALIBRATION):
             files = states.at(name, self.num_blocks)
             seen[name] = torch.cat([files.read(i) for i in range(len(files))])
-        return finish(self, work, states, tuning)
+        return finish(self, work, states, *rest)
 
     monkeypatch.setattr(running.Run, "_finish", look)
     quantize(base, tmp_path / "out", CONFIG, resources=ResourceConfig(memory=memory))

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from halfbyte.errors import CalibrationError, CheckpointError
 from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
+from halfbyte.quantize.block_work import BlockWork
 
 
 def test_only_real_tokens_enter_a_hessian(tmp_path: Path) -> None:
@@ -89,7 +90,13 @@ def test_inputs_that_are_not_finite_name_the_module_behind_them(tmp_path: Path) 
         run(tmp_path, QuantConfig(group_size=32), prepare=prepare)
 
 
-def test_batches_dropped_in_part_are_noted_by_module(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sums_first", [False, True], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("memory", ["64GB", "1MB"], ids=["paused", "again"])
+def test_batches_dropped_in_part_are_noted_by_module(
+    sums_first: bool, memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BlockWork, "_sums_first", sums_first)
+
     def spoil(model: PreTrainedModel) -> None:
         model.model.embed_tokens.weight.data[7] = float("inf")
 
@@ -100,6 +107,7 @@ def test_batches_dropped_in_part_are_noted_by_module(tmp_path: Path) -> None:
         prepare=spoil,
         text=[*rows, [7, *rows[0][1:]]],
         calibration=CalibrationConfig(samples=6, length=32, batch_size=2),
+        resources=ResourceConfig(memory=memory),
     )
     assert {m.num_tokens for m in report.modules} == {4 * 32}
     for module in report.modules:

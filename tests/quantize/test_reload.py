@@ -69,9 +69,9 @@ def quantize_and_change(
     write_family(tmp_path / "base", "llama", num_hidden_layers=2)
     check_bytes = run.check_bytes
 
-    def after_a_change(folder: Path, crcs: dict[str, int]) -> None:
+    def after_a_change(folder: Path, checksums: dict[str, int], device: torch.device) -> None:
         change(folder)
-        check_bytes(folder, crcs)
+        check_bytes(folder, checksums, device)
 
     monkeypatch.setattr(run, "check_bytes", after_a_change)
     halfbyte.quantize(
@@ -195,15 +195,15 @@ def test_shard_that_is_gone_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_modules_that_are_not_both_here_and_there_are_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    crcs: dict[str, int] = {}
+    sums: dict[str, int] = {}
 
     def more(folder: Path) -> None:
-        crcs.update(dict.fromkeys(open_checkpoint(folder).linears, 0))
+        sums.update(dict.fromkeys(open_checkpoint(folder).linears, 0))
 
     quantize_and_change(tmp_path, monkeypatch, more)
     monkeypatch.undo()
     with pytest.raises(VerificationError, match=r"differ in 1 quantized modules, such as extra"):
-        run.check_bytes(tmp_path / "out", {**crcs, "extra": 1})
+        run.check_bytes(tmp_path / "out", {**sums, "extra": 1}, torch.device("cpu"))
 
 
 def test_failed_comparison_leaves_a_run_that_can_go_on(

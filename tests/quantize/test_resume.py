@@ -29,6 +29,15 @@ import halfbyte.quantize.pipeline
 from halfbyte.quant_config import CalibrationConfig, QuantConfig
 torch.set_num_threads(1)
 job = json.loads(sys.argv[1])
+if "save_every" in job:
+    from dataclasses import replace
+    from halfbyte.quantize import run, states
+    states.SAVE_EVERY_SECONDS = job["save_every"]
+    resolve = run.resolve_resources
+    def hold(*arguments):
+        plan = resolve(*arguments)
+        return replace(plan, settings=replace(plan.settings, hold_states=True))
+    run.resolve_resources = hold
 print("ready", flush=True)
 halfbyte.quantize(
     job["model"], job["output"], config=QuantConfig.from_dict(job["config"]),
@@ -121,6 +130,32 @@ def test_killed_at_random_points_the_run_ends_with_the_same_bytes(
     assert weight_digests(tmp_path / "killed") == weight_digests(tmp_path / "whole")
 
 
+def test_killed_where_the_device_holds_the_states_it_ends_with_the_same_bytes(
+    tmp_path: Path,
+) -> None:
+    """As on a GPU: states in memory, saved now and then; the last block written by a thread."""
+    config = QuantConfig(group_size=32, match_base=True)
+    write_family(tmp_path / "base", "llama", num_hidden_layers=6)
+    job = {
+        "model": str(tmp_path / "base"),
+        "config": config.to_dict(),
+        "calibration": CALIBRATION.to_dict(),
+        "text": token_lists(8, 40),
+    }
+    assert run_worker({**job, "output": str(tmp_path / "files")}) is not None
+    held = {**job, "save_every": 0.3}
+    seconds = run_worker({**held, "output": str(tmp_path / "whole")})
+    assert seconds is not None
+    assert weight_digests(tmp_path / "whole") == weight_digests(tmp_path / "files")
+    dice = random.Random(3)
+    for _ in range(3):
+        pause = dice.uniform(0.2, 0.8) * seconds
+        if run_worker({**held, "output": str(tmp_path / "killed")}, pause) is not None:
+            break
+    run_worker({**held, "output": str(tmp_path / "killed")})
+    assert weight_digests(tmp_path / "killed") == weight_digests(tmp_path / "whole")
+
+
 def quantize(base: Path, output: Path, **changes: object) -> halfbyte.QuantizationReport:
     keywords: dict[str, object] = {
         "config": CONFIG,
@@ -199,6 +234,19 @@ def test_damaged_hidden_states_are_recognised(unfinished: tuple[Path, Path]) -> 
         path.write_bytes(data)
     with pytest.raises(JournalError, match=r"are damaged \(calibration-0.bin\)"):
         quantize(base, output, resume=True)
+
+
+def test_blocks_whose_states_were_not_saved_are_done_again(unfinished: tuple[Path, Path]) -> None:
+    _, output = unfinished
+    journal = output / ".halfbyte" / "journal.jsonl"
+    lines = journal.read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 3
+    unsaved = json.dumps({**json.loads(lines[2]), "states": None})
+    journal.write_text("\n".join([*lines[:2], unsaved, ""]), encoding="utf-8")
+    with Journal(output) as found:
+        found.load()
+        assert len(found.blocks) == 1
+    assert len(journal.read_text(encoding="utf-8").splitlines()) == 2
 
 
 def test_torn_last_line_is_as_if_it_had_never_been_written(unfinished: tuple[Path, Path]) -> None:

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ CHECKSUMS_VERSION = 1
 TENSOR_DIGITS = 16
 
 _CHUNK_BYTES = 1 << 22
+VERIFY_THREADS = max(1, min(8, (os.cpu_count() or 1) // 2))
+"""Files that are read at the same time: a digest takes a core longer than reading takes a disk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,8 +106,10 @@ def verify_checksums(files: TensorFiles, quantization_config: Mapping[str, Any])
             f"Cannot verify {files.folder}: {CHECKSUMS_FILE} and the folder do not have the same "
             f"weight files ({', '.join(odd[:3])}). Download the checkpoint again."
         )
-    for file in files.files:
-        _verify_file(files, file, recorded["files"][file.name])
+    with ThreadPoolExecutor(min(len(files.files), VERIFY_THREADS)) as pool:
+        # In order, so that of several damaged files the first is named.
+        for _ in pool.map(lambda f: _verify_file(files, f, recorded["files"][f.name]), files.files):
+            pass
     return len(files.infos)
 
 

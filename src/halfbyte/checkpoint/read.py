@@ -136,11 +136,12 @@ class Checkpoint:
             zero_offset=facts.zeros.zero_offset,
         )
 
-    def dequantize(self, name: str) -> Tensor:
+    def dequantize(self, name: str, device: torch.device | None = None) -> Tensor:
         """Read one linear and give the weight that its codes stand for.
 
         Args:
             name: A module of :attr:`linears`.
+            device: Where to; None: the CPU.
 
         Returns:
             float32 [out, in].
@@ -150,10 +151,10 @@ class Checkpoint:
         """
         linear = self.load_linear(name)
         return dequantize_weight(
-            linear.qweight,
-            linear.qzeros,
-            linear.scales,
-            linear.g_idx,
+            linear.qweight.to(device),
+            linear.qzeros.to(device),
+            linear.scales.to(device),
+            linear.g_idx.to(device),
             bits=linear.layout.bits,
             zero_offset=linear.zero_offset,
             group_size=linear.layout.group_size,

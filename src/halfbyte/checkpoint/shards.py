@@ -88,7 +88,7 @@ class TensorFiles:
             )
         return cls(folder=folder, infos=MappingProxyType(infos), files=files)
 
-    def load(self, names: Iterable[str]) -> dict[str, Tensor]:
+    def load(self, names: Iterable[str], *, pinned: bool = False) -> dict[str, Tensor]:
         """Read tensors into memory of their own.
 
         Nothing stays mapped or open afterwards, so resident memory does not grow with what was
@@ -96,6 +96,7 @@ class TensorFiles:
 
         Args:
             names: Tensors of :attr:`infos`.
+            pinned: Into memory that a GPU copies from at full speed.
 
         Returns:
             The tensors on the CPU in their stored dtype, in the order asked for.
@@ -115,7 +116,8 @@ class TensorFiles:
         for name in wanted:
             by_file.setdefault(self.infos[name].file, []).append(self.infos[name])
         for file, infos in by_file.items():
-            tensors.update(_read_tensors(file, sorted(infos, key=lambda info: info.offset)))
+            infos.sort(key=lambda info: info.offset)
+            tensors.update(_read_tensors(file, infos, pinned=pinned))
         return {name: tensors[name] for name in wanted}
 
 
@@ -134,13 +136,15 @@ def read_shard(file: Path) -> dict[str, Tensor]:
     return _read_tensors(file, sorted(read_header(file).values(), key=lambda info: info.offset))
 
 
-def _read_tensors(file: Path, infos: list[TensorInfo]) -> dict[str, Tensor]:
+def _read_tensors(
+    file: Path, infos: list[TensorInfo], *, pinned: bool = False
+) -> dict[str, Tensor]:
     """Read straight into each tensor's own memory: no mapping, no second copy."""
     tensors: dict[str, Tensor] = {}
     try:
         with file.open("rb", buffering=0) as handle:
             for info in infos:
-                data = torch.empty(info.num_bytes, dtype=torch.uint8)
+                data = torch.empty(info.num_bytes, dtype=torch.uint8, pin_memory=pinned)
                 view = data.numpy().data
                 handle.seek(info.offset)
                 position = 0

@@ -66,7 +66,7 @@ def pack_linear(
         bias: float [out], or None.
 
     Returns:
-        qweight, qzeros, scales, g_idx and maybe bias, contiguous on the CPU.
+        qweight, qzeros, scales, g_idx and maybe bias, contiguous, where the codes are.
 
     Raises:
         CheckpointError: Codes or zeros are out of range, a scale is not finite in fp16, or the
@@ -87,7 +87,7 @@ def pack_linear(
     }
     if bias is not None:
         tensors["bias"] = bias
-    return {suffix: tensor.detach().cpu().contiguous() for suffix, tensor in tensors.items()}
+    return {suffix: tensor.detach().contiguous() for suffix, tensor in tensors.items()}
 
 
 def _check_parts(codes: Tensor, zeros: Tensor, scales: Tensor, g_idx: Tensor) -> None:

@@ -53,13 +53,18 @@ class HiddenStates:
 
     def write(self, batch: int, states: Tensor) -> None:
         """Store one batch."""
+        self._store(batch, states)
+
+    def _store(self, batch: int, states: Tensor) -> memoryview:
+        """Write one batch into the file; give the bytes."""
         data = states.detach().to(device="cpu", dtype=self.dtype).contiguous()
         if tuple(data.shape) != self._shapes[batch]:
             raise AssertionError(f"batch {batch}: {tuple(data.shape)} != {self._shapes[batch]}")
         self._file.seek(self._offsets[batch])
-        view = data.reshape(-1).view(torch.uint8).numpy().data
+        whole = view = data.reshape(-1).view(torch.uint8).numpy().data
         while view:
             view = view[self._file.write(view) :]
+        return whole
 
     def read(self, batch: int) -> Tensor:
         """Load one batch into memory of its own."""
@@ -85,3 +90,50 @@ class HiddenStates:
     def close(self) -> None:
         """Close the file; it stays on disk."""
         self._file.close()
+
+
+class HeldStates(HiddenStates):
+    """Hidden states that stay on the device; the file gets them when it is told to.
+
+    A GPU computes a block faster than its states go to a disk and back. Of the two files of a
+    stream one takes the other's place batch by batch, so that both hold one stream's worth.
+    """
+
+    def __init__(
+        self, path: Path, batches: Sequence[tuple[int, int]], width: int, dtype: torch.dtype
+    ) -> None:
+        """Open the file, making or resizing it where needed; nothing is held yet."""
+        super().__init__(path, batches, width, dtype)
+        self._held: list[Tensor | None] = [None] * len(batches)
+        self.replaced: HeldStates | None = None
+        """Whose batches are let go of as those of the same number come in here."""
+
+    def write(self, batch: int, states: Tensor) -> None:
+        """Hold one batch."""
+        self._held[batch] = states.detach().to(self.dtype)
+        if self.replaced is not None:
+            self.replaced._held[batch] = None
+
+    def read(self, batch: int) -> Tensor:
+        """Give one batch: the one that is held, or what the file has."""
+        held = self._held[batch]
+        return super().read(batch) if held is None else held
+
+    def save(self) -> int:
+        """Bring what is held into the file.
+
+        Returns:
+            The file's digest.
+        """
+        crc = 0
+        for batch in range(len(self)):
+            crc = zlib.crc32(self._store(batch, self.read(batch)), crc)
+        return crc
+
+    def digest(self) -> int:
+        """Compute a CRC-32 over what the file holds."""
+        held, self._held = self._held, [None] * len(self)
+        try:
+            return super().digest()
+        finally:
+            self._held = held

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -103,6 +104,7 @@ class ModelWeights:
         self._block_keys: list[list[str]] = [[] for _ in self.blocks.modules]
         self._outside_keys: list[str] = []
         self._model_keys: dict[str, str] = {}
+        self._fetching: dict[int, Future[dict[str, Tensor]]] = {}
         # Natural order, because some of Transformers' rules look at earlier keys.
         for key in sorted(self.files.infos, key=dot_natural_key):
             self._renamed[rules.model_key(key, convert=False)] = key
@@ -166,6 +168,14 @@ class ModelWeights:
             if parameter.is_meta and not name.startswith(inside):
                 raise self._missing(name)
 
+    def fetch_block(self, index: int) -> None:
+        """Begin to read a block that will be loaded next, beside whatever else is done."""
+        pinned = self.device.type == "cuda"
+        keys = self.block_keys(index)
+        pool = ThreadPoolExecutor(1)
+        self._fetching = {index: pool.submit(self.files.load, keys, pinned=pinned)}
+        pool.shutdown(wait=False)
+
     def load_block(self, index: int, without: Collection[str] = ()) -> nn.Module:
         """Read one block's weights into memory of their own.
 
@@ -182,7 +192,10 @@ class ModelWeights:
         prefix = self.blocks.name(index)
         left_out = tuple(f"{prefix}.{name}." for name in without)
         keys = self.block_keys(index, [name.removesuffix(".") for name in left_out])
-        self._put(self.files.load(keys))
+        fetched = self._fetching.pop(index, None)
+        tensors = self.files.load(keys) if fetched is None else fetched.result()
+        self._put({key: tensors[key] for key in keys})
+        del tensors
         block: nn.Module = self.model.get_submodule(prefix)
         for name, tensor in (*block.named_parameters(), *block.named_buffers()):
             full = f"{prefix}.{name}"

@@ -3,20 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from halfbyte.checkpoint.shards import read_shard
 from halfbyte.checkpoint.write import shard_name, write_shard
 from halfbyte.model.weights import ModelWeights
 from halfbyte.quantize.finish import count_packed_bits
-from halfbyte.quantize.rounding import RoundedLinear, weight_crc
+from halfbyte.quantize.report import ModuleReport
+from halfbyte.quantize.rounding import RoundedLinear, weight_checksum
 
 
-def write_block(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockShard:
+    """A finished block on its way to the disk; the model is not needed any more."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    """On the CPU, or on their way there."""
+    copied: torch.cuda.Event | None
+    """Happens when they are there."""
+    modules: Sequence[ModuleReport]
+    checksums: Mapping[str, int]
+    packed_bits: tuple[int, int]
+
+    def write(self) -> dict[str, Any]:
+        """Write the shard.
+
+        Returns:
+            The journal's entry about it.
+        """
+        if self.copied is not None:
+            self.copied.synchronize()
+        return {
+            "shard": asdict(write_shard(self.path, self.tensors)),
+            "modules": [asdict(report) for report in self.modules],
+            "checksums": dict(self.checksums),
+            "packed_bits": list(self.packed_bits),
+        }
+
+
+def gather_block(
     weights: ModelWeights,
     output: Path,
     index: int,
@@ -24,8 +55,8 @@ def write_block(
     rounded: Sequence[RoundedLinear],
     exact: Mapping[str, Tensor],
     split_experts: Sequence[str],
-) -> dict[str, Any]:
-    """Write one block's shard.
+) -> BlockShard:
+    """Gather what one block's shard will hold.
 
     Args:
         weights: The base model, with the block loaded.
@@ -36,19 +67,38 @@ def write_block(
         split_experts: Names of its experts modules that were split.
 
     Returns:
-        The journal's entry about it.
+        The shard.
     """
     packed = {f"{r.name}.{suffix}": t for r in rounded for suffix, t in r.tensors.items()}
     dense = _dense_tensors(weights, index, rounded, exact, split_experts)
-    path = output / shard_name(index + 1, len(weights.blocks.modules) + 1)
-    digest = write_shard(path, {**dense, **packed})
     bits = [count_packed_bits(r.tensors) for r in rounded]
-    return {
-        "shard": asdict(digest),
-        "modules": [asdict(r.report) for r in rounded],
-        "weight_crcs": {r.name: r.weight_crc for r in rounded},
-        "packed_bits": [sum(b for b, _ in bits), sum(n for _, n in bits)],
-    }
+    tensors, copied = _copy_to_host({**dense, **packed})
+    return BlockShard(
+        path=output / shard_name(index + 1, len(weights.blocks.modules) + 1),
+        tensors=tensors,
+        copied=copied,
+        modules=[r.report for r in rounded],
+        checksums={r.name: r.checksum for r in rounded},
+        packed_bits=(sum(b for b, _ in bits), sum(n for _, n in bits)),
+    )
+
+
+def _copy_to_host(
+    tensors: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
+    """Begin to copy what lies on a GPU; nobody waits for it."""
+    if not any(tensor.is_cuda for tensor in tensors.values()):
+        return dict(tensors), None
+    found = {}
+    for name, tensor in tensors.items():
+        if tensor.is_cuda:
+            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            found[name] = host.copy_(tensor, non_blocking=True)
+        else:
+            found[name] = tensor
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied.record()
+    return found, copied
 
 
 def rewrite_block(
@@ -75,8 +125,8 @@ def rewrite_block(
     modules = [
         m if note in m["notes"] else {**m, "notes": [*m["notes"], note]} for m in entry["modules"]
     ]
-    crcs = {name: weight_crc(weights[name]) for name in entry["weight_crcs"]}
-    return {**entry, "shard": asdict(digest), "modules": modules, "weight_crcs": crcs}
+    checksums = {name: weight_checksum(weights[name]) for name in entry["checksums"]}
+    return {**entry, "shard": asdict(digest), "modules": modules, "checksums": checksums}
 
 
 def _dense_tensors(

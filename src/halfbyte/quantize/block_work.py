@@ -274,13 +274,43 @@ class BlockWork:
         groups: Sequence[int],
         widths: Sequence[int],
     ) -> Sequence[Accumulator]:
+        """Sum over all batches; on a GPU unchecked at first, for nearly always all is finite."""
+        found: Sequence[Accumulator] = ()
+        for checked in (False, True) if self._sums_first else (True,):
+            del found
+            found = self._sum_batches(
+                root, passages, base_passages, stage, groups, widths, checked=checked
+            )
+            if all(isinstance(a, MomentAccumulator) or a.is_finite for a in found):
+                break
+        self.meter.flops["Hessians"] += sum(
+            accumulator.num_tokens * width**2.0
+            for accumulator, width in zip(found, widths, strict=True)
+        )
+        return found
+
+    @property
+    def _sums_first(self) -> bool:
+        return self.weights.device.type != "cpu"
+
+    def _sum_batches(
+        self,
+        root: nn.Module,
+        passages: Passages,
+        base_passages: Passages | None,
+        stage: int,
+        groups: Sequence[int],
+        widths: Sequence[int],
+        *,
+        checked: bool,
+    ) -> Sequence[Accumulator]:
         found: list[Accumulator] = []
         for width in widths:
             if self.config.needs_check:
                 drift = base_passages is not None
                 found.append(MomentAccumulator(width, self.weights.device, drift=drift))
             else:
-                found.append(HessianAccumulator(width, self.weights.device))
+                found.append(HessianAccumulator(width, self.weights.device, checked=checked))
         for batch in range(passages.num_batches):
             base_inputs = None
             if base_passages is not None:
@@ -298,10 +328,6 @@ class BlockWork:
             passages.release(batch)
             if base_passages is not None:
                 base_passages.release(batch)
-        self.meter.flops["Hessians"] += sum(
-            accumulator.num_tokens * width**2.0
-            for accumulator, width in zip(found, widths, strict=True)
-        )
         return found
 
     def _pool(
@@ -390,7 +416,8 @@ def _statistics(name: str, own: Accumulator, pool: HessianAccumulator | None) ->
         hessian, share = shrink_to_pool(total, num_tokens, pool.total(), pool.num_tokens)
         notes.append(f"{num_tokens} tokens only: {share:.0%} of its Hessian is all experts'")
     else:
-        hessian = total / max(num_tokens, 1)
+        # In place: nobody asks the accumulator again, and a matrix this large counts.
+        hessian = total.div_(max(num_tokens, 1))
     return InputStatistics(
         hessian=hessian, num_tokens=num_tokens, halves=halves, notes=tuple(notes)
     )

@@ -40,7 +40,7 @@ def column_program(
 ):
     """Settle one block of columns for ROWS output rows; see ``columns.py`` for what it computes."""
     # All matrices are fp32, [columns, rows] and contiguous; scales, lowest and highest are [groups,
-    # rows]; feedback is [columns, columns]: what an error of column j adds to column k, at [k, j].
+    # rows]; feedback is [columns, columns]: what an error of column j adds to column k, at [j, k].
     # Without POLISH: values are what each column is to come near to, plain the same before any
     # feedback; steps gets codes less zeros, errors the difference of plain to what they stand for.
     # With it: values are gradients, divisors curvatures, steps holds the codes and gets the moved
@@ -70,7 +70,7 @@ def column_program(
         tl.store(steps + at, new, mask=inside)
         tl.store(errors + at, error, mask=inside)
         onto = tl.load(
-            feedback + column * num_columns + k,
+            feedback + k * num_columns + column,
             mask=(column > k) & (column < num_columns),
             other=0.0,
         )

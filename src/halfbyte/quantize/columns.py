@@ -34,7 +34,7 @@ class Steps:
 
 
 def round_columns(
-    target: Tensor, plain: Tensor, feedback: Tensor, steps: Steps, groups: Sequence[int]
+    target: Tensor, plain: Tensor, feedback: Tensor, steps: Steps, groups: Sequence[int] | Tensor
 ) -> tuple[Tensor, Tensor]:
     """Round each column to its grid, after it took over the errors of those before it.
 
@@ -155,7 +155,7 @@ def _run_program(
     feedback: Tensor,
     divisors: Tensor,
     steps: Steps,
-    groups: Sequence[int],
+    groups: Sequence[int] | Tensor,
     polish: bool,
 ) -> None:
     from halfbyte.quantize.column_program import column_program
@@ -168,12 +168,12 @@ def _run_program(
         plain,
         codes,
         errors,
-        feedback.contiguous(),
+        feedback.t().contiguous(),
         divisors,
         steps.scales.contiguous(),
         steps.lowest.contiguous(),
         steps.highest.contiguous(),
-        torch.tensor(groups, dtype=torch.int32, device=values.device),
+        torch.as_tensor(groups, dtype=torch.int32, device=values.device),
         columns,
         rows,
         POLISH=polish,

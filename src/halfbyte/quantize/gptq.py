@@ -2,7 +2,8 @@
 
 Columns are rounded one after the other, each after the errors of all columns before it were moved
 onto it. Left-looking and blocked: a block of columns first takes over all earlier errors in one
-matrix product, then settles its own.
+matrix product, then settles its own. On a GPU, where a block is too narrow a product to fill it, a
+stretch of blocks takes over what lies before the stretch.
 
 Source:
     Frantar et al. 2023, "GPTQ", Algorithm 1, https://arxiv.org/abs/2210.17323, in the form that
@@ -22,6 +23,7 @@ from halfbyte.quantize.hardware import fast_copy
 from halfbyte.quantize.hessian import Factor
 
 BLOCK_COLUMNS = 128
+DEVICE_STRETCH = 1024
 CLOSE = 1.1
 """Rows whose two losses are nearer than this are compared exactly; bf16 products are within 1%."""
 
@@ -58,7 +60,12 @@ class Sweep:
 
 
 def sweep(
-    weight: Tensor, factor: Factor, grid: Grid, *, block_columns: int = BLOCK_COLUMNS
+    weight: Tensor,
+    factor: Factor,
+    grid: Grid,
+    *,
+    block_columns: int = BLOCK_COLUMNS,
+    stretch_columns: int | None = None,
 ) -> Sweep:
     """Round a weight matrix to its grid, moving each column's error onto the columns after it.
 
@@ -67,15 +74,21 @@ def sweep(
         factor: Of the layer's Hessian.
         grid: Scale and zero per group, fixed before rounding.
         block_columns: Columns settled together. Changes speed, not the result.
+        stretch_columns: Columns that take over the errors before them together, a multiple of
+            ``block_columns``; None: what suits the device.
 
     Returns:
         The codes, and what they cost.
     """
+    if stretch_columns is None:
+        stretch_columns = block_columns if weight.device.type == "cpu" else DEVICE_STRETCH
     order, upper = factor.order, factor.upper
     in_features = upper.shape[0]
     # Columns become rows, so that every step below works on contiguous memory.
     wanted = weight.t()[order].contiguous()
-    groups = grid.g_idx[order].tolist()
+    groups = grid.g_idx[order].int()
+    if weight.device.type == "cpu":
+        groups = groups.tolist()  # type: ignore[assignment]
     # Codes count from the zero while they are rounded: q = code - zero, in [-zero, top - zero].
     steps = Steps(
         scales=grid.scales.t().contiguous(),
@@ -89,9 +102,15 @@ def sweep(
     loss = torch.zeros_like(wanted[0])
     for start in range(0, in_features, block_columns):
         end = min(start + block_columns, in_features)
-        target = wanted[start:end].clone()
-        if start:
-            target.addmm_(feedback[:start, start:end].t(), errors[:start])
+        first = start // stretch_columns * stretch_columns
+        if start == first:
+            last = min(first + stretch_columns, in_features)
+            stretch = wanted[first:last].clone()
+            if first:
+                stretch.addmm_(feedback[:first, first:last].t(), errors[:first])
+        target = stretch[start - first : end - first]
+        if start > first:
+            target.addmm_(feedback[first:start, start:end].t(), errors[first:start])
         inner = feedback[start:end, start:end].t().contiguous()
         rounded, own = round_columns(target, wanted[start:end], inner, steps, groups[start:end])
         errors[start:end] = own

@@ -13,12 +13,14 @@ Source:
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from halfbyte.kernels.triton_linear import find_triton_obstacle
 from halfbyte.quant_config import PER_CHANNEL
 
 SMALLEST_SCALE = 1e-5
@@ -28,6 +30,12 @@ LOW, HIGH = 0.25, 1.05
 """Scales tried, as fractions of the one that just spans the group."""
 CHUNK_NUMBERS = 1 << 20
 """Weights searched at a time: few enough for the cache, enough to outweigh the cost of a call."""
+DEVICE_CHUNK_NUMBERS = 1 << 25
+"""The same on a GPU, where a call costs as much as a million numbers."""
+PROGRAM_ROWS = 16
+"""Output rows of one Triton program."""
+WIDEST_GROUP = 256
+"""A program holds its groups in registers; wider ones are searched in plain torch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +140,11 @@ def search_grid(
     """
     grouped, weights, present = _into_groups(weight, curvature, g_idx)
     rows, groups, size = grouped.shape
-    step = max(1, CHUNK_NUMBERS // (groups * size))
+    if _by_program(grouped):
+        scales, zeros = _run_program(grouped, weights, bits, symmetric)
+        return Grid(bits=bits, scales=scales, zeros=zeros, g_idx=g_idx)
+    chunk = CHUNK_NUMBERS if weight.device.type == "cpu" else DEVICE_CHUNK_NUMBERS
+    step = max(1, chunk // (groups * size))
     scales = torch.empty(rows, groups, device=weight.device)
     zeros = torch.full_like(scales, 2 ** (bits - 1))
     for start in range(0, rows, step):
@@ -149,11 +161,8 @@ def _search_symmetric(grouped: Tensor, weights: Tensor, bits: int) -> Tensor:
     half = 2 ** (bits - 1)
     span = grouped.abs().amax(-1) / half
     search = _Search(grouped, weights, -half, half - 1)
-    # The plain grid, which reaches the largest weight from either side, is always a candidate.
-    plain = half / (half - 1)
-    for sign in (1.0, -1.0):
-        for share in (*_coarse_shares(), 1.0, plain):
-            search.try_scales(span * (sign * share), None, sign * share)
+    for share in _signed_shares(bits):
+        search.try_scales(span * share, None, share)
     centre = search.best_share.clone()
     for offset in _fine_offsets():
         search.try_scales(span * (centre + offset), None, centre + offset)
@@ -264,6 +273,13 @@ def round_to_stored(scales: Tensor) -> Tensor:
     return (sign * size).half().float()
 
 
+def _signed_shares(bits: int) -> list[float]:
+    half = 2 ** (bits - 1)
+    # The plain grid, which reaches the largest weight from either side, is always a candidate.
+    shares = (*_coarse_shares(), 1.0, half / (half - 1))
+    return [sign * share for sign in (1.0, -1.0) for share in shares]
+
+
 def _coarse_shares() -> list[float]:
     step = (HIGH - LOW) / (COARSE_STEPS - 1)
     return [LOW + i * step for i in range(COARSE_STEPS)]
@@ -273,3 +289,77 @@ def _fine_offsets() -> list[float]:
     step = (HIGH - LOW) / (COARSE_STEPS - 1)
     half = FINE_STEPS // 2
     return [step * i / (half + 1) for i in range(-half, half + 1) if i]
+
+
+def _by_program(grouped: Tensor) -> bool:
+    return (
+        grouped.device.type != "cpu"
+        and grouped.shape[-1] <= WIDEST_GROUP
+        and program_is_sound(grouped.device)
+    )
+
+
+@functools.cache
+def program_is_sound(device: torch.device) -> bool:
+    """Try the Triton program on a device once, against the plain search.
+
+    Args:
+        device: Where it is to run.
+
+    Returns:
+        Whether it runs there and finds grids that are as good.
+    """
+    if find_triton_obstacle() is not None:
+        return False
+    dice = torch.Generator().manual_seed(0)
+    weight, curvature = torch.randn(40, 96, generator=dice), torch.rand(96, generator=dice) + 0.1
+    g_idx = torch.arange(96) // 32
+    grouped, weights, _ = _into_groups(weight, curvature, g_idx)
+    for symmetric in (True, False):
+        expected = search_grid(weight, curvature, g_idx, bits=4, symmetric=symmetric)
+        try:
+            scales, zeros = _run_program(grouped.to(device), weights.to(device), 4, symmetric)
+        except Exception:  # noqa: BLE001 - whatever stops Triton must not stop a run without it
+            return False
+        found = Grid(bits=4, scales=scales.cpu(), zeros=zeros.cpu(), g_idx=g_idx)
+        losses = []
+        for grid in (found, expected):
+            error = weight - grid.dequantize(grid.round_to_nearest(weight))
+            losses.append(float((error.square() * curvature).sum()))
+        if not losses[0] <= 1.0001 * losses[1]:
+            return False
+    return True
+
+
+def _run_program(
+    grouped: Tensor, weights: Tensor, bits: int, symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    from halfbyte.quantize.grid_program import grid_program
+
+    rows, groups, size = grouped.shape
+    assert grouped.is_contiguous()
+    shares = _signed_shares(bits) if symmetric else [*_coarse_shares(), 1.0]
+    offsets = _fine_offsets()
+    scales = torch.empty(rows, groups, device=grouped.device)
+    zeros = torch.empty_like(scales)
+    grid_program[(groups, -(-rows // PROGRAM_ROWS))](
+        grouped,
+        weights.contiguous(),
+        torch.tensor(shares, device=grouped.device),
+        torch.tensor(offsets, device=grouped.device),
+        scales,
+        zeros,
+        rows,
+        groups,
+        size,
+        COARSE=len(shares),
+        FINE=len(offsets),
+        TOP=2**bits - 1,
+        SYMMETRIC=symmetric,
+        SMALLEST=SMALLEST_SCALE,
+        LARGEST=torch.finfo(torch.float16).max,
+        ROWS=PROGRAM_ROWS,
+        SIZE=1 << (size - 1).bit_length(),
+        num_warps=4,
+    )
+    return scales, zeros

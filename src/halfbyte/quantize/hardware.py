@@ -37,6 +37,30 @@ def sums_bf16_in_fp32() -> bool:
     return float(error.norm()) < 2**-6 * float((exact - rounded.double()).norm())
 
 
+@cache
+def multiplies_into_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Say whether a device multiplies 16-bit matrices and gives the sums in fp32.
+
+    Tried, not looked up: a sum that was rounded on the way would show.
+
+    Args:
+        device: Which one.
+        dtype: Of the factors.
+
+    Returns:
+        Whether ``torch.mm`` with ``out_dtype`` does.
+    """
+    if device.type == "cpu":
+        return False
+    x = torch.arange(64.0 * 256, device=device).square().sin().reshape(256, 64).to(dtype)
+    exact = x.double().t() @ x.double()
+    try:
+        found = torch.mm(x.t(), x, out_dtype=torch.float32)
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False
+    return float((found.double() - exact).norm()) < 2**-16 * float(exact.norm())
+
+
 def fast_copy(matrix: torch.Tensor) -> torch.Tensor:
     """Give a matrix in the type in which this machine multiplies fastest, for rough products."""
     fast = matrix.device.type != "cpu" or has_fast_bf16()

@@ -18,12 +18,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from halfbyte.quantize.hardware import sums_bf16_in_fp32
+from halfbyte.quantize.hardware import multiplies_into_fp32, sums_bf16_in_fp32
 
 DEAD_RATIO = 1e-10
 """A column whose mean square is below this fraction of the largest never carried a signal."""
 GRAM_TILE = 256
 """Columns per tile of XᵀX; only tiles on and left of the diagonal are computed."""
+DEVICE_TILE = 2048
+"""The same on a GPU, whose products want to be large."""
 MAX_DAMPING = 1.0
 EIGENVALUE_FLOOR = 1e-6
 
@@ -31,13 +33,27 @@ EIGENVALUE_FLOOR = 1e-6
 class HessianAccumulator:
     """Sums x xᵀ over calibration tokens, tile by tile, into fp32."""
 
-    def __init__(self, in_features: int, device: torch.device) -> None:
-        """Start at zero."""
+    def __init__(self, in_features: int, device: torch.device, *, checked: bool = True) -> None:
+        """Start at zero.
+
+        Args:
+            in_features: Width of the inputs.
+            device: Where to sum.
+            checked: Whether every batch is looked at before it is added. On a GPU that means to
+                wait for it each time; without, :attr:`is_finite` tells in the end.
+        """
         self.in_features = in_features
         self.num_tokens = 0
         self.dropped_tokens = 0
         """Tokens of batches that held a NaN or an infinity."""
+        self._checked = checked
         self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self._tile = GRAM_TILE if device.type == "cpu" else DEVICE_TILE
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the sum holds no NaN or infinity; one in a batch shows on the diagonal."""
+        return bool(torch.isfinite(self._sum.diagonal()).all())
 
     def update(self, inputs: Tensor) -> bool:
         """Add a batch of inputs [..., in]; one with a non-finite number is counted, not added.
@@ -52,7 +68,7 @@ class HessianAccumulator:
         if rows.shape[0] == 0:
             return False
         # A sum is one pass without a copy, and no NaN or infinity in it can cancel.
-        if not math.isfinite(float(rows.sum(dtype=torch.float32))):
+        if self._checked and not math.isfinite(float(rows.sum(dtype=torch.float32))):
             self.dropped_tokens += rows.shape[0]
             return False
         if rows.dtype == torch.bfloat16 and rows.device.type == "cpu" and sums_bf16_in_fp32():
@@ -60,26 +76,36 @@ class HessianAccumulator:
             ratio = rows.shape[0] / self.num_tokens if known else None
             add_bf16_gram(self._sum, rows, ratio)
         else:
-            add_gram(self._sum, rows)
+            add_gram(self._sum, rows, self._tile)
         self.num_tokens += rows.shape[0]
         return True
 
     def total(self) -> Tensor:
-        """Give the sum over tokens, both halves filled in: [in, in]."""
-        lower = self._sum.tril()
-        return lower + lower.tril(-1).t()
+        """Give the sum over tokens, both halves filled in: [in, in], valid until the next batch."""
+        for start, end in _tiles(self.in_features, self._tile):
+            self._sum[:start, start:end] = self._sum[start:end, :start].t()
+            tile = self._sum[start:end, start:end]
+            tile.copy_(tile.tril() + tile.tril(-1).t())
+        return self._sum
 
 
-def add_gram(total: Tensor, rows: Tensor) -> None:
-    """Add rowsᵀ rows to the lower tiles of a matrix, computed in fp32.
+def add_gram(total: Tensor, rows: Tensor, tile: int = GRAM_TILE) -> None:
+    """Add rowsᵀ rows to the lower tiles of a matrix, summed in fp32.
+
+    A GPU's tensor cores multiply 16-bit numbers exactly and sum in fp32, so there the rows stay as
+    they are; elsewhere they become fp32 first.
 
     Args:
         total: fp32 [in, in]; entries right of the diagonal tiles are left as they are.
         rows: [tokens, in].
+        tile: Columns per tile.
     """
-    x = rows.float()
-    for start, end in _tiles(rows.shape[1]):
-        total[start:end, :end] += x[:, start:end].t() @ x[:, :end]
+    exact = rows.dtype != torch.float32 and multiplies_into_fp32(rows.device, rows.dtype)
+    x = rows if exact else rows.float()
+    for start, end in _tiles(rows.shape[1], tile):
+        left, right = x[:, start:end].t(), x[:, :end]
+        product = torch.mm(left, right, out_dtype=torch.float32) if exact else left @ right
+        total[start:end, :end] += product
 
 
 def add_bf16_gram(total: Tensor, rows: Tensor, ratio: float | None) -> None:
@@ -96,7 +122,7 @@ def add_bf16_gram(total: Tensor, rows: Tensor, ratio: float | None) -> None:
         rows: bf16 [tokens, in].
         ratio: Tokens of this batch over tokens of the sum so far; None: expect nothing.
     """
-    for start, end in _tiles(rows.shape[1]):
+    for start, end in _tiles(rows.shape[1], GRAM_TILE):
         left, right, tile = rows[:, start:end].t(), rows[:, :end], total[start:end, :end]
         expected = left @ right if ratio is None else (tile * ratio).bfloat16()
         surprise = torch.addmm(expected, left, right, beta=-1)
@@ -104,9 +130,9 @@ def add_bf16_gram(total: Tensor, rows: Tensor, ratio: float | None) -> None:
         tile += surprise
 
 
-def _tiles(width: int) -> Iterator[tuple[int, int]]:
+def _tiles(width: int, largest: int) -> Iterator[tuple[int, int]]:
     """Cut columns into equal tiles."""
-    size = -(-width // -(-width // GRAM_TILE))
+    size = -(-width // -(-width // largest))
     for start in range(0, width, size):
         yield start, min(start + size, width)
 
@@ -165,10 +191,12 @@ def factorize(hessian: Tensor, *, damping: float, act_order: bool) -> Factor:
         The factor.
     """
     notes: list[str] = []
-    hessian = hessian.clone()
     diagonal = hessian.diagonal()
     largest = float(diagonal.max())
     dead = diagonal <= DEAD_RATIO * largest
+    if largest <= 0 or bool(dead.any()):
+        hessian = hessian.clone()
+        diagonal = hessian.diagonal()
     if largest <= 0:
         hessian.fill_diagonal_(1.0)
         notes.append("no input signal at all: every column rounded to nearest")
@@ -197,35 +225,32 @@ def _factor(hessian: Tensor, damping: float) -> tuple[Tensor, float, list[str]]:
     mean = float(hessian.diagonal().mean())
     level = damping
     while level <= MAX_DAMPING:
-        upper = _upper_cholesky(_damped(hessian, level * mean))
+        upper = _upper_cholesky(hessian, level * mean)
         if upper is not None:
             notes = [f"damping raised from {damping:g} to {level:g}"] if level > damping else []
             return upper, level, notes
         level *= 10
     double = hessian.double()
-    upper = _upper_cholesky(_damped(double, damping * mean))
+    upper = _upper_cholesky(double, damping * mean)
     if upper is not None:
         return upper.float(), damping, ["factored in double precision"]
     if bool(torch.isfinite(double).all()):
         values, vectors = torch.linalg.eigh((double + double.t()) / 2)
         floor = EIGENVALUE_FLOOR * float(values.max()) + damping * mean
         lifted = (vectors * values.clamp(min=floor)) @ vectors.t()
-        upper = _upper_cholesky(lifted)
+        upper = _upper_cholesky(lifted, 0.0)
         if upper is not None:
             return upper.float(), damping, ["negative eigenvalues lifted"]
     roots = hessian.diagonal().nan_to_num(mean).clamp(min=mean * DEAD_RATIO).sqrt()
     return torch.diag(roots), damping, ["could not be factored: weighted round to nearest"]
 
 
-def _damped(hessian: Tensor, amount: float) -> Tensor:
-    damped = hessian.clone()
-    damped.diagonal().add_(amount)
-    return damped
-
-
-def _upper_cholesky(matrix: Tensor) -> Tensor | None:
-    """R with R Rᵀ = matrix, R upper triangular; None where the matrix is not positive definite."""
-    lower, info = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+def _upper_cholesky(matrix: Tensor, damping: float) -> Tensor | None:
+    """R with R Rᵀ = matrix + damping, R upper triangular; None where that is not positive."""
+    turned = matrix.flip(0, 1)
+    turned.diagonal().add_(damping)
+    lower, info = torch.linalg.cholesky_ex(turned)
+    del turned
     if int(info) != 0 or not bool(torch.isfinite(lower.diagonal()).all()):
         return None
     upper: Tensor = lower.flip(0, 1)

@@ -3,7 +3,7 @@
 The output folder holds a work folder until the run is complete. In it stands the journal: a header
 that says which inputs and options it belongs to, then one line per finished block. A line is
 written, and brought to the disk, after everything that it speaks of; a torn last line is as if it
-had never been written.
+had never been written. So are blocks behind the last one whose hidden states were saved.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ KEPT_PREFIX = "input-"
 """Begins the names of files that a new run in the same folder may use again."""
 REPLACES = "replaces"
 """Key of a line that takes the place of an earlier block's."""
+
+
+STATES = "states"
+"""Key of a block's line that tells the hidden states behind it; None: they were not saved."""
 
 
 class Journal:
@@ -81,7 +85,7 @@ class Journal:
         """
         lines = self.path.read_bytes().split(b"\n")
         entries: list[dict[str, Any]] = []
-        sound_bytes = 0
+        read_bytes = sound_bytes = sound = 0
         for number, line in enumerate(lines):
             try:
                 entry = json.loads(line)
@@ -96,7 +100,10 @@ class Journal:
             if number == len(lines) - 1:
                 break
             entries.append(entry)
-            sound_bytes += len(line) + 1
+            read_bytes += len(line) + 1
+            if entry.get(STATES, True) is not None:
+                sound, sound_bytes = len(entries), read_bytes
+        del entries[sound:]
         with self.path.open("r+b") as file:
             file.truncate(sound_bytes)
         self.header = entries[0] if entries else {}

@@ -118,7 +118,10 @@ def run_tail(stream: BlockStream, ids: Tensor, states: Tensor) -> Tensor:
 
 
 def measure_quality(
-    probe: Probe, base_logits: list[Tensor], quantized_logits: list[Tensor]
+    probe: Probe,
+    base_logits: list[Tensor],
+    quantized_logits: list[Tensor],
+    device: torch.device,
 ) -> QualityReport:
     """Compare both models' logits window by window.
 
@@ -126,13 +129,14 @@ def measure_quality(
         probe: Held-out windows.
         base_logits: [tokens, vocabulary] per window.
         quantized_logits: The same.
+        device: Where to compare.
 
     Returns:
         Perplexities, divergence, agreement.
     """
     accumulator = DivergenceAccumulator()
     for ids, base, quantized in zip(probe.ids, base_logits, quantized_logits, strict=True):
-        accumulator.update(base[:-1], quantized[:-1], ids[1:])
+        accumulator.update(base[:-1].to(device), quantized[:-1].to(device), ids[1:])
     return QualityReport.from_divergence(
         accumulator.result(), text=probe.text, text_digest=probe.text_digest
     )

@@ -8,14 +8,15 @@ every block and the logits with the run's own (block). One block is in memory at
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from halfbyte.checkpoint.read import open_checkpoint
+from halfbyte.checkpoint.read import Checkpoint, open_checkpoint
 from halfbyte.checkpoint.shards import TensorFiles
 from halfbyte.errors import CheckpointError, VerificationError
 from halfbyte.kernels.torch_reference import TorchReference
@@ -25,48 +26,70 @@ from halfbyte.nn.model_loading import collect_linears, untie
 from halfbyte.nn.replace import quantized_linears, replace_linears
 from halfbyte.quantize.hardware import release_memory
 from halfbyte.quantize.probe import KEPT_LOGITS, Probe, Trail, run_tail
-from halfbyte.quantize.rounding import weight_crc
+from halfbyte.quantize.rounding import weight_checksum
 
 HIDDEN_TOLERANCE = 1e-2
 """Relative difference of a block's output. The weights are compared bit by bit before; what is
 left is the order in which sums are taken, a few units of bfloat16's last place (2^-8)."""
 LOGITS_TOLERANCE = 2e-2
+READERS = 4
+"""Linears that are read at the same time for a GPU to take apart."""
 
 
-def check_bytes(folder: Path, weight_crcs: Mapping[str, int]) -> None:
+def check_bytes(folder: Path, checksums: Mapping[str, int], device: torch.device) -> None:
     """Compare a saved checkpoint's bytes and weights with what the run wrote.
 
     Args:
         folder: The checkpoint.
-        weight_crcs: CRC-32 of the fp32 weight of every quantized linear, by name on disk.
+        checksums: Of the fp32 weight of every quantized linear, by name on disk.
+        device: Where weights are taken apart again.
 
     Raises:
         VerificationError: Something differs; names the module or the tensor.
     """
-    try:
-        checkpoint = open_checkpoint(folder)
-        checkpoint.verify()
-    except CheckpointError as error:
-        raise VerificationError(
-            f"The saved checkpoint is not what was written: {error} The disk or another program "
-            "changed it; quantize again."
-        ) from error
-    missing = sorted(set(weight_crcs) ^ set(checkpoint.linears))
-    if missing:
-        raise VerificationError(
-            f"The saved checkpoint and the run differ in {len(missing)} quantized modules, such as "
-            f"{missing[0]}. Please report this with the model's name."
-        )
-    for name, crc in weight_crcs.items():
-        if weight_crc(checkpoint.dequantize(name)) != crc:
+    with ThreadPoolExecutor(READERS) as pool:
+        try:
+            checkpoint = open_checkpoint(folder)
+            verified = pool.submit(checkpoint.verify)
+            found: Iterable[int] = ()
+            if device.type != "cpu" and checksums.keys() == checkpoint.linears.keys():
+                # A GPU takes weights apart while the CPU digests files.
+                found = pool.map(lambda n: _checksum(checkpoint, n, device), checksums)
+            verified.result()
+        except CheckpointError as error:
+            pool.shutdown(cancel_futures=True)
             raise VerificationError(
-                f"The saved checkpoint does not give back the weight of {name} that the run "
-                "computed with. Please report this with the model's name."
+                f"The saved checkpoint is not what was written: {error} The disk or another "
+                "program changed it; quantize again."
+            ) from error
+        missing = sorted(set(checksums) ^ set(checkpoint.linears))
+        if missing:
+            raise VerificationError(
+                f"The saved checkpoint and the run differ in {len(missing)} quantized modules, "
+                f"such as {missing[0]}. Please report this with the model's name."
             )
+        if device.type == "cpu":
+            found = (_checksum(checkpoint, name, device) for name in checksums)
+        for name, here in zip(checksums, found, strict=True):
+            if here != checksums[name]:
+                pool.shutdown(cancel_futures=True)
+                raise VerificationError(
+                    f"The saved checkpoint does not give back the weight of {name} that the run "
+                    "computed with. Please report this with the model's name."
+                )
+
+
+def _checksum(checkpoint: Checkpoint, name: str, device: torch.device) -> int:
+    return weight_checksum(checkpoint.dequantize(name, device))
 
 
 def check_outputs(
-    folder: Path, probe: Probe, trail: Trail, logits: Tensor, dtype: torch.dtype
+    folder: Path,
+    probe: Probe,
+    trail: Trail,
+    logits: Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> float:
     """Run the saved checkpoint on the first probe window and compare with the run.
 
@@ -76,6 +99,7 @@ def check_outputs(
         trail: The run's hidden states behind every block.
         logits: The run's logits of the last positions, [positions, vocabulary].
         dtype: In which the run computed.
+        device: Where to compute.
 
     Returns:
         The largest difference of the logits, relative to their spread.
@@ -83,18 +107,20 @@ def check_outputs(
     Raises:
         VerificationError: A block's output or the logits differ; names the block.
     """
-    weights = ModelWeights(folder, torch.device("cpu"), dtype=dtype, prepare=_make_prepare(dtype))
+    weights = ModelWeights(folder, device, dtype=dtype, prepare=_make_prepare(dtype))
     weights.load_outside()
     stream = BlockStream(weights.model, weights.blocks, dtype)
-    ids = probe.ids[:1]
+    ids = probe.ids[:1].to(device)
     hidden: Tensor | None = None
     for index in range(len(weights.blocks.modules)):
         block = weights.load_block(index)
+        if device.type != "cpu" and index + 1 < len(weights.blocks.modules):
+            weights.fetch_block(index + 1)
         for _, linear in quantized_linears(block):
             linear.prepare(kernel=TorchReference.name)
         with stream.at(index):
             found = stream.run(ids, hidden)
-        expected = trail.read(index)
+        expected = trail.read(index).to(device)
         difference = _relative(found, expected)
         if not difference <= HIDDEN_TOLERANCE:
             raise VerificationError(
@@ -110,7 +136,7 @@ def check_outputs(
             linear.prepare(kernel=TorchReference.name)
     with stream.at(len(weights.blocks.modules)):
         found = run_tail(stream, ids, hidden)[0, -KEPT_LOGITS:]  # type: ignore[arg-type]
-    difference = _relative(found, logits)
+    difference = _relative(found, logits.to(device))
     if not difference <= LOGITS_TOLERANCE:
         raise VerificationError(
             f"The saved checkpoint's logits differ from the run's by {difference:.2g} relative, "

@@ -23,12 +23,14 @@ from halfbyte.model.experts import find_fused_experts
 from halfbyte.model.weights import ModelWeights
 from halfbyte.quant_config import SUPPORTED_BITS, CalibrationConfig, QuantConfig, ResourceConfig
 from halfbyte.quantize.hardware import has_fast_bf16
-from halfbyte.quantize.rounding import ROWS_AT_A_TIME
+from halfbyte.quantize.rounding import rows_at_a_time
 from halfbyte.quantize.target import CHECK_EVERY
 from halfbyte.units import format_bytes, format_seconds
 
 TOKENS_PER_BATCH = 4096
 """Enough for matrix products at full rate; more only costs memory."""
+DEVICE_TOKENS_PER_BATCH = 16384
+"""The same on a GPU, where a batch must take longer than Python takes to send it there."""
 REACHED_RATE = 0.45
 """Share of the rate of large matrix products that whole runs reached (docs/log.md, floor)."""
 SHARE_OF_FREE_MEMORY = 0.6
@@ -65,6 +67,8 @@ class RunSettings:
     """Whether batches wait in memory in the middle of a block, or start it again per stage."""
     hessian_bytes: int
     """For the Hessians that are collected at the same time."""
+    hold_states: bool = False
+    """Whether hidden states stay on the device between blocks, or go through files."""
     keep_codes: bool = False
     """Whether training the whole model holds all codes in memory, or reads block by block."""
     reasons: tuple[str, ...] = ()
@@ -152,19 +156,30 @@ def resolve_resources(
     dtype, why_dtype = resolve_dtype(resources.dtype, weights.dtype, weights.device)
     streams = 2 if config.match_base else 1
     sizes = _measure_sizes(weights, matrices=(3 * streams if config.needs_check else 0))
-    budget, why_budget = _budget(resources.memory)
+    on_device = weights.device.type != "cpu"
+    budget, why_budget = _budget(resources.memory, weights.device)
     longest, tokens = max(lengths), sum(lengths)
     computed = dtype.itemsize / weights.dtype.itemsize
     copies = 1 if dtype == weights.dtype else 1 + computed
     copies += (streams - 1) * computed
     fixed = PROGRAM_BYTES + int(sizes.block_bytes * copies) + sizes.solver_bytes
+    states = streams * tokens * sizes.hidden * dtype.itemsize
+    outside = _outside_bytes(weights)
+    hold = False
+    if on_device:
+        fixed += outside
+        # Training goes through the states of all blocks by way of the files.
+        hold = not config.end_to_end_steps and fixed + states <= budget
+        fixed += states if hold else 0
+    wanted = DEVICE_TOKENS_PER_BATCH if on_device else TOKENS_PER_BATCH
     per_token = dtype.itemsize * (4 * sizes.hidden + 4 * sizes.widest_input * sizes.routed)
-    batch_size = calibration.batch_size or max(1, TOKENS_PER_BATCH // longest)
+    batch_size = calibration.batch_size or max(1, wanted // longest)
     if calibration.batch_size is None:
         if config.needs_check:
             # Whole batches are kept apart to confirm: there must be some.
             batch_size = max(1, min(batch_size, len(lengths) // (2 * CHECK_EVERY)))
-        room = max(budget - fixed, 0) // 2
+        # A device's memory is one heap: what the solver has given back serves the next batch.
+        room = max(budget - fixed + (sizes.solver_bytes if on_device else 0), 0) // 2
         batch_size = max(1, min(batch_size, room // (per_token * longest)))
     batch = per_token * longest * batch_size
     tuning = 0
@@ -184,9 +199,13 @@ def resolve_resources(
         keep_codes = fixed + whole + codes <= budget
         batch = max(batch, whole + (codes if keep_codes else 0))
     survey_tokens = min(SURVEY_TOKENS, tokens) if config.chooses_bits else 0
-    batch = max(batch, tuning_batch + survey_tokens * dtype.itemsize * sizes.hidden * num_blocks)
+    if survey_tokens:
+        between = survey_tokens * dtype.itemsize * sizes.hidden * num_blocks
+        batch = max(batch, tuning_batch + between)
     waiting = tokens * dtype.itemsize * (3 * sizes.hidden + sizes.widest_input * sizes.routed)
     waiting *= streams
+    if on_device:
+        fixed -= min(batch, sizes.solver_bytes)
     keep = fixed + batch + waiting <= budget
     left = budget - fixed - batch - (waiting if keep else 0)
     how = "each block runs once" if keep else "each block runs once per stage, to save memory"
@@ -197,6 +216,7 @@ def resolve_resources(
         batch_size=int(batch_size),
         keep_paused=keep,
         hessian_bytes=max(int(left * HESSIAN_SHARE), SMALLEST_HESSIAN_BYTES),
+        hold_states=hold,
         keep_codes=keep_codes,
         reasons=(why_budget, f"computes in {why_dtype}", f"{batch_size} sequences a batch", how),
     )
@@ -216,7 +236,7 @@ def resolve_resources(
         settings=settings,
         memory_bytes=fixed + batch + (waiting if keep else 0),
         budget_bytes=budget,
-        work_bytes=2 * streams * tokens * sizes.hidden * dtype.itemsize,
+        work_bytes=2 * states,
         output_bytes=_output_bytes(weights, sizes),
         flops=flops,
         seconds=flops / (REACHED_RATE * measure_gemm_rate(dtype, weights.device)),
@@ -249,14 +269,15 @@ def resolve_dtype(asked: str, stored: torch.dtype, device: torch.device) -> tupl
 
 def measure_gemm_rate(dtype: torch.dtype, device: torch.device) -> float:
     """Measure the rate of matrix products in FLOP/s, on sizes like a model's, in a moment."""
-    left = torch.ones(1024, 1024, dtype=dtype, device=device)
-    right = torch.ones(1024, 1024, dtype=dtype, device=device)
+    size = 1024 if device.type == "cpu" else 4096
+    left = torch.ones(size, size, dtype=dtype, device=device)
+    right = torch.ones(size, size, dtype=dtype, device=device)
     best = float("inf")
     for _ in range(4):
         start = time.perf_counter()
         (left @ right)[0, 0].item()
         best = min(best, time.perf_counter() - start)
-    return 2 * 1024**3 / best
+    return 2 * size**3 / best
 
 
 def parse_size(text: str, name: str) -> int:
@@ -278,9 +299,14 @@ def parse_size(text: str, name: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
-def _budget(asked: str | None) -> tuple[int, str]:
+def _budget(asked: str | None, device: torch.device) -> tuple[int, str]:
     if asked is not None:
         return parse_size(asked, "memory"), "the limit is yours"
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(
+            free * SHARE_OF_FREE_MEMORY
+        ), f"{SHARE_OF_FREE_MEMORY:.0%} of the GPU's that is free"
     free = psutil.virtual_memory().available
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.is_file() and (text := limit.read_text(encoding="ascii").strip()).isdigit():
@@ -310,7 +336,7 @@ def _measure_sizes(weights: ModelWeights, *, matrices: int) -> _Sizes:
         solve += sum(o * i * i for o, i in shapes)
         widest = max([widest, *(i for _, i in shapes)])
         for o, i in shapes:
-            rows = min(3 * o, ROWS_AT_A_TIME)
+            rows = min(3 * o, rows_at_a_time(weights.device, i))
             squares = (HESSIAN_COPIES + matrices) * i * i
             solver = max(solver, 4 * (SOLVER_COPIES * rows * i + squares))
     return _Sizes(
@@ -331,7 +357,10 @@ def _shape(weight: Tensor) -> tuple[int, int]:
     return rows, columns
 
 
+def _outside_bytes(weights: ModelWeights) -> int:
+    return sum(weights.files.infos[key].num_bytes for key in weights.outside_keys)
+
+
 def _output_bytes(weights: ModelWeights, sizes: _Sizes) -> int:
     """Near enough to see whether the disk will do: half a byte and a bit per weight."""
-    outside = sum(weights.files.infos[key].num_bytes for key in weights.outside_keys)
-    return outside + int(0.53 * sizes.block_numbers * len(weights.blocks.modules))
+    return _outside_bytes(weights) + int(0.53 * sizes.block_numbers * len(weights.blocks.modules))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +22,11 @@ from halfbyte.quantize.target import Moments, aim
 
 ROWS_AT_A_TIME = 4096
 """Output rows solved together: rows do not depend on each other, and a head has very many."""
+DEVICE_NUMBERS = 1 << 26
+"""Weights solved together on a GPU, which wants more rows at once where they are short."""
+ROWS_MULTIPLE = 1024
+CHECKSUM_NUMBERS, DEVICE_CHECKSUM_NUMBERS = 1 << 17, 1 << 24
+"""Weights turned to int64 at a time: what a CPU's cache holds; on a GPU, enough to fill it."""
 LARGEST_SCALE = torch.finfo(torch.float16).max
 
 
@@ -48,16 +53,19 @@ class RoundedLinear:
     """Name within its block."""
     name: str
     """Full name on disk."""
-    weight: Tensor
-    """What the codes stand for: fp32 [out, in]."""
-    weight_crc: int
-    """CRC-32 of it, by which a reload is checked."""
+    checksum: int
+    """Of the weight, by which a reload is checked: :func:`weight_checksum`."""
     tensors: Mapping[str, Tensor]
     """As they go to disk, by suffix."""
     report: ModuleReport
     grid: Grid
     codes: Tensor
     """uint8 [out, in]."""
+
+    @property
+    def weight(self) -> Tensor:
+        """What the codes stand for: fp32 [out, in]."""
+        return self.grid.dequantize(self.codes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +168,21 @@ def _aim(
     return target.weight, (f"aimed at the base model's outputs, {target.share:.0%} of the way",)
 
 
+def rows_at_a_time(device: torch.device, in_features: int) -> int:
+    """Give how many output rows are solved together.
+
+    Args:
+        device: Where.
+        in_features: Width of the rows.
+
+    Returns:
+        Rows.
+    """
+    if device.type == "cpu":
+        return ROWS_AT_A_TIME
+    return max(DEVICE_NUMBERS // in_features // ROWS_MULTIPLE, 1) * ROWS_MULTIPLE
+
+
 def _solve_rows(
     weight: Tensor,
     statistics: InputStatistics,
@@ -170,7 +193,7 @@ def _solve_rows(
     order = factor.order if config.desc_act else None
     g_idx = assign_groups(weight.shape[1], scheme.group_size, order).to(weight.device)
     parts = []
-    for rows in torch.split(weight, ROWS_AT_A_TIME):
+    for rows in torch.split(weight, rows_at_a_time(weight.device, weight.shape[1])):
         exact = rows.float()
         grid = search_grid(
             exact, factor.curvature, g_idx, bits=scheme.bits, symmetric=scheme.symmetric
@@ -283,17 +306,15 @@ def pack_rounded(
         report: Has its full name.
 
     Returns:
-        Weight, checksum and tensors for the disk.
+        Codes, checksum and tensors for the disk.
     """
-    weight = grid.dequantize(codes)
     tensors = pack_linear(
         codes, grid.zeros, grid.scales, bits=grid.bits, g_idx=grid.g_idx, bias=bias
     )
     return RoundedLinear(
         module=module,
         name=report.name,
-        weight=weight,
-        weight_crc=weight_crc(weight),
+        checksum=weight_checksum(grid.dequantize(codes)),
         tensors=tensors,
         report=report,
         grid=grid,
@@ -301,8 +322,31 @@ def pack_rounded(
     )
 
 
-def weight_crc(weight: Tensor) -> int:
-    """Compute a CRC-32 over a weight's fp32 numbers [out, in]."""
-    numbers = weight.detach().to(device="cpu", dtype=torch.float32).contiguous()
-    # -0.0 and 0.0 are the same weight.
-    return zlib.crc32((numbers + 0.0).numpy().tobytes())
+def weight_checksum(weight: Tensor) -> int:
+    """Compute a checksum over a weight's fp32 numbers [out, in], on whichever device it lies.
+
+    The bits of every number, times an odd factor of its row and one of its column, summed modulo
+    2**64: one number that differs always shows, and several cancel by accident once in 2**60 or so.
+    Whole numbers, so the order of summing does not matter.
+    """
+    rows, columns = weight.shape
+    by_row, by_column = (_odd_factors(n, seed) for seed, n in enumerate((rows, columns)))
+    by_row, by_column = by_row.to(weight.device), by_column.to(weight.device)
+    total = torch.zeros((), dtype=torch.int64, device=weight.device)
+    numbers = CHECKSUM_NUMBERS if weight.device.type == "cpu" else DEVICE_CHECKSUM_NUMBERS
+    step = max(numbers // max(columns, 1), 1)
+    for start in range(0, rows, step):
+        # -0.0 and 0.0 are the same weight.
+        bits = (weight[start : start + step].detach().float() + 0.0).view(torch.int32)
+        sums = bits.to(torch.int64).mul_(by_column).sum(1)
+        total += (sums * by_row[start : start + step]).sum()
+    return int(total)
+
+
+def _odd_factors(count: int, seed: int) -> Tensor:
+    """Odd int64 [count], scattered by SplitMix64, the same on every machine."""
+    z = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z += np.uint64(seed) * np.uint64(0xD1B54A32D192ED03)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return torch.from_numpy(((z ^ (z >> np.uint64(31))) | np.uint64(1)).view(np.int64))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,9 +30,10 @@ from halfbyte.model.hidden import HiddenStates
 from halfbyte.model.stream import BlockStream, Passages
 from halfbyte.model.weights import ModelWeights
 from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
-from halfbyte.quantize.block_shard import write_block
+from halfbyte.quantize.block_shard import gather_block
 from halfbyte.quantize.block_tuning import TuningData, tune_rounded
 from halfbyte.quantize.block_work import BlockWork, Meter
+from halfbyte.quantize.block_writer import BlockWriter
 from halfbyte.quantize.calibration import (
     CalibrationSource,
     CalibrationTokens,
@@ -74,7 +75,7 @@ from halfbyte.quantize.states import BASE, CALIBRATION, FULL, PROBE, TUNED, RunS
 from halfbyte.quantize.whole_tuning import WholeTuning, tune_whole
 from halfbyte.version import __version__
 
-JOURNAL_VERSION = 1
+JOURNAL_VERSION = 2
 
 
 class Run:
@@ -139,7 +140,8 @@ class Run:
         check_something_to_do(self.weights, self.config)
         self._read_text(text, quality)
         self._begin(resume)
-        self.weights.load_outside()
+        with self.meter.timed("load"):
+            self.weights.load_outside()
         with self._open_states() as states:
             if self.journal.blocks:
                 states.check(len(self.journal.blocks), self.journal.blocks[-1]["states"])
@@ -154,11 +156,22 @@ class Run:
             )
             if self.config.chooses_bits:
                 self._choose_bits(work)
-            for index in range(len(self.journal.blocks), self.num_blocks):
-                self.progress.block_started(index, self.num_blocks)
-                self._do_block(index, work, states)
-            tuning = self._tune_whole(states)
-            return self._finish(work, states, tuning)
+            with BlockWriter(self.journal, beside=self.settings.hold_states) as writer:
+                outside = None
+                if not (self.config.lm_head or self.config.end_to_end_steps):
+                    outside = writer.begin(self._write_outside)
+                for index in range(len(self.journal.blocks), self.num_blocks):
+                    self.progress.block_started(index, self.num_blocks)
+                    self._do_block(index, work, states, writer)
+                with self.meter.timed("write"):
+                    writer.wait()
+                tuning = self._tune_whole(states)
+                return self._finish(work, states, tuning, outside)
+
+    def _write_outside(
+        self, head: Sequence[RoundedLinear] = (), changed: Mapping[str, Tensor] | None = None
+    ) -> ShardDigest:
+        return write_outside(self.weights, self.journal.output, head, changed or {})
 
     def _choose_bits(self, work: BlockWork) -> None:
         """Give every module its bits, once for a run."""
@@ -252,6 +265,7 @@ class Run:
             dtype=self.settings.torch_dtype,
             match_base=self.config.match_base,
             tuned=self._tuned_streams,
+            held=self.settings.hold_states,
         )
 
     @property
@@ -260,7 +274,9 @@ class Run:
             return ()
         return (PROBE, CALIBRATION) if self.config.lm_head else (PROBE,)
 
-    def _do_block(self, index: int, work: BlockWork, states: RunStates) -> None:
+    def _do_block(
+        self, index: int, work: BlockWork, states: RunStates, writer: BlockWriter
+    ) -> None:
         before, behind = states.at(CALIBRATION, index), states.at(CALIBRATION, index + 1)
         probe_ids = self._to_device(self.probe.ids)
 
@@ -270,6 +286,8 @@ class Run:
 
         with self.meter.timed("load"):
             block, exact = work.load(index)
+            if self.settings.hold_states and index + 1 < self.num_blocks:
+                self.weights.fetch_block(index + 1)
         work.find_stages(index, block, load)
         if states.has_base:
             with self.meter.timed("quality"), self.stream.at(index):
@@ -311,7 +329,7 @@ class Run:
         with self.meter.timed("quality"), self.stream.at(index):
             states.run_probe(PROBE, index, self.stream, probe_ids)
         with self.meter.timed("write"):
-            entry = write_block(
+            shard = gather_block(
                 self.weights,
                 self.journal.output,
                 index,
@@ -319,16 +337,16 @@ class Run:
                 exact=exact,
                 split_experts=work.split_experts,
             )
-            stages = [[list(g.linears) for g in stage.groups] for stage in work.stages]
-            self.journal.add_block(
-                {
-                    **entry,
-                    "skipped": [[s.name, s.reason] for s in skipped],
-                    "stages": stages,
-                    "output_size": self.stream.output_sizes[index],
-                    "states": states.digests(index + 1),
-                }
-            )
+            # Saving states takes the place of older ones, which a line not yet there may need.
+            writer.wait()
+            facts = {
+                "skipped": [[s.name, s.reason] for s in skipped],
+                "stages": [[list(g.linears) for g in stage.groups] for stage in work.stages],
+                "output_size": self.stream.output_sizes[index],
+                "states": states.save(index + 1),
+            }
+            writer.submit(lambda: {**shard.write(), **facts})
+        self._rounded = []
         self.weights.drop_block(index)
         release_memory()
 
@@ -355,7 +373,11 @@ class Run:
             )
 
     def _finish(
-        self, work: BlockWork, states: RunStates, tuning: WholeTuning
+        self,
+        work: BlockWork,
+        states: RunStates,
+        tuning: WholeTuning,
+        outside: Callable[[], ShardDigest] | None,
     ) -> QuantizationReport:
         end = self.num_blocks
         base_logits = self._base_logits
@@ -366,20 +388,26 @@ class Run:
         notes += [*tuning.notes, *self.config.unmatched_patterns(self._linear_names())]
         self.progress.phase("measuring quality")
         logits = self._logits(states.at(quantized[PROBE], end))
-        quality = measure_quality(self.probe, base_logits, logits) if base_logits else None
+        quality = None
+        if base_logits:
+            quality = measure_quality(self.probe, base_logits, logits, self.weights.device)
         kept_logits = logits[0][-KEPT_LOGITS:].clone()
         del base_logits, logits
         self.progress.phase("writing what is outside the blocks")
         blocks, output = self.journal.blocks, self.journal.output
         shards = [ShardDigest(**entry["shard"]) for entry in blocks]
         with self.meter.timed("write"):
-            shards.append(write_outside(self.weights, output, head, tuning.outside))
+            if outside is None:
+                outside = partial(self._write_outside, head, tuning.outside)
+            shards.append(outside())
             write_descriptions(self.weights, output, self.config, shards, blocks, head)
         self.progress.phase("reloading and comparing")
         with self.meter.timed("reload"):
-            crcs = {name: crc for entry in blocks for name, crc in entry["weight_crcs"].items()}
-            check_bytes(output, crcs | {r.name: r.weight_crc for r in head})
-            check_outputs(output, self.probe, states.trail, kept_logits, self.settings.torch_dtype)
+            sums = {name: found for entry in blocks for name, found in entry["checksums"].items()}
+            device = self.weights.device
+            check_bytes(output, sums | {r.name: r.checksum for r in head}, device)
+            dtype = self.settings.torch_dtype
+            check_outputs(output, self.probe, states.trail, kept_logits, dtype, device)
         report = self._make_report(head, quality, sum(s.num_bytes for s in shards), notes)
         report = replace(report, end_to_end=tuning.report)
         save_report(report, self.weights.folder, output)
@@ -421,14 +449,15 @@ class Run:
         return self._rounded, [note] if tied else []
 
     def _logits(self, states: HiddenStates) -> list[Tensor]:
-        """Run the tail on every probe window; logits [tokens, vocabulary] on the CPU."""
+        """Run the tail on every probe window; logits [tokens, vocabulary], on the CPU if large."""
         hidden = self._to_device(states.read(0))
         found = []
         with self.meter.timed("quality"), self.stream.at(self.num_blocks):
             # One window at a time: logits are as wide as the vocabulary.
             windows = zip(torch.split(self.probe.ids, 1), torch.split(hidden, 1), strict=True)
             for ids, window in windows:
-                found.append(run_tail(self.stream, self._to_device(ids), window)[0].cpu())
+                logits = run_tail(self.stream, self._to_device(ids), window)[0]
+                found.append(logits if self.settings.hold_states else logits.cpu())
         return found
 
     def _make_report(

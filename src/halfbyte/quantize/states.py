@@ -1,11 +1,13 @@
 """The hidden states of a run: of the calibration text and of the probe, in front of each block.
 
 Two files per stream: a block reads one and writes the other, so that what a finished block left is
-whole until the next one is finished too.
+whole until the next one is finished too. Where the device holds the states, the files get them only
+now and then, and a killed run does again the blocks since.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import JournalError
-from halfbyte.model.hidden import HiddenStates
+from halfbyte.model.hidden import HeldStates, HiddenStates
 from halfbyte.model.stream import BlockStream
 from halfbyte.quantize.probe import Probe, Trail
 
@@ -23,6 +25,10 @@ CALIBRATION, FULL, BASE, PROBE = "calibration", "full", "base", "probe"
 TUNED = {CALIBRATION: "calibration-tuned", PROBE: "probe-tuned"}
 """Streams through the finished blocks after training; files of their own, since a killed run may
 still need the others."""
+
+
+SAVE_EVERY_SECONDS = 60.0
+"""Work that a killed run may lose where saving takes longer than computing a block."""
 
 
 class RunStates:
@@ -44,6 +50,7 @@ class RunStates:
         dtype: torch.dtype,
         match_base: bool,
         tuned: Collection[str] = (),
+        held: bool = False,
     ) -> None:
         """Open the files, making them where needed.
 
@@ -56,6 +63,7 @@ class RunStates:
             dtype: In which the model computes.
             match_base: Whether the calibration text also goes through the base.
             tuned: Streams that go through the blocks once more after training.
+            held: Whether states stay on the device between blocks.
         """
         shapes = {CALIBRATION: [(b.shape[0], b.shape[1]) for b in batches], PROBE: [probe.shape]}
         if match_base:
@@ -66,15 +74,20 @@ class RunStates:
         shapes |= {TUNED[name]: shapes[name] for name in tuned}
         self._folder = folder
         self._stack = ExitStack()
+        self._held = held
+        self._saved_at = time.monotonic()
+        self._saved: int | None = None
+        kind = HeldStates if held else HiddenStates
         self._files = {
             name: [
-                self._stack.enter_context(
-                    HiddenStates(folder / f"{name}-{k}.bin", shape, width, dtype)
-                )
+                self._stack.enter_context(kind(folder / f"{name}-{k}.bin", shape, width, dtype))
                 for k in range(2)
             ]
             for name, shape in shapes.items()
         }
+        for one, other in self._files.values():
+            if isinstance(one, HeldStates) and isinstance(other, HeldStates):
+                one.replaced, other.replaced = other, one
         self.trail = Trail(folder / "trail.bin", num_blocks, probe.shape[1], width, dtype)
         self._stack.callback(self.trail.close)
 
@@ -95,9 +108,27 @@ class RunStates:
         """Give a stream's states in front of a block; behind the last one at ``num_blocks``."""
         return self._files[stream][position % 2]
 
-    def digests(self, position: int) -> dict[str, int]:
-        """Digest all streams in front of a block, for the journal."""
-        return {name: self.at(name, position).digest() for name in self._checked}
+    def save(self, position: int) -> dict[str, int] | None:
+        """Make sure that a killed run finds the states in front of a block again.
+
+        Args:
+            position: The block that comes next.
+
+        Returns:
+            Digests of all streams, for the journal; None where the states were not saved, since
+            little would be lost.
+        """
+        if self._held:
+            # The files that were saved last stay whole until others are.
+            free = self._saved is None or self._saved % 2 != position % 2
+            if not free or time.monotonic() - self._saved_at < SAVE_EVERY_SECONDS:
+                return None
+            self._saved, self._saved_at = position, time.monotonic()
+        found = {}
+        for name in self._checked:
+            states = self.at(name, position)
+            found[name] = states.save() if isinstance(states, HeldStates) else states.digest()
+        return found
 
     def check(self, position: int, expected: Mapping[str, int]) -> None:
         """Make sure that the states in front of a block are those that an earlier process left.
@@ -109,6 +140,7 @@ class RunStates:
         Raises:
             JournalError: A file is damaged; names it.
         """
+        self._saved = position
         for name in self._checked:
             states = self.at(name, position)
             if states.digest() != expected[name]:

@@ -1,0 +1,477 @@
+"""How long does an 8B-shaped model take to quantize on a GPU, and where does the time go?
+
+A Llama of the 8B shape with random bf16 weights (nothing is downloaded) is written to the disk and
+quantized with a preset, all steps of a user's run included: quality, reload, report. Beside the
+seconds stands the floor: the operations that the run cannot do without, at the rates of this GPU's
+own matrix products, measured in the same minute.
+
+    python bench/measure_gpu_quantize.py --folder /fast/disk --output gpu-quantize.json
+    python bench/measure_gpu_quantize.py --blocks 4                  fewer blocks
+    python bench/measure_gpu_quantize.py --memory 12GB auto          a run for each limit
+    python bench/measure_gpu_quantize.py --shape tiny --device cpu   that it runs at all
+    python bench/measure_gpu_quantize.py --keep-from FILE --commit 0e60713 --date 2026-11-26
+
+The file is written again after every block, so that a run which is cut off leaves what it knew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import halfbyte
+from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
+from halfbyte.quantize import run as run_module
+from halfbyte.quantize.block_work import Meter
+from halfbyte.quantize.columns import program_is_sound
+from halfbyte.quantize.hardware import multiplies_into_fp32
+from halfbyte.quantize.progress import SilentProgress
+from halfbyte.quantize.provenance import installed_versions, machine_facts, peak_memory_bytes
+from record import Elsewhere, save_result
+
+SHAPES = {
+    "8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+        "rope_theta": 500000.0,
+    },
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 320,
+        "max_position_embeddings": 512,
+    },
+}
+FULL_BLOCKS = 32
+WEIGHT_SPREAD = 0.02
+"""Standard deviation of the random weights, Transformers' own for a fresh Llama."""
+TABLE_ROWS = 30
+
+
+class EnoughTime(Exception):
+    """The limit was reached between two blocks."""
+
+
+def make_model(folder: Path, shape: dict[str, Any], blocks: int, device: torch.device) -> None:
+    """Write a model folder, a shard per block, weights drawn on the device."""
+    config = LlamaConfig(
+        num_hidden_layers=blocks,
+        tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+        **shape,
+    )
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        sizes = {n: p.shape for n, p in LlamaForCausalLM(config).named_parameters()}
+    dice = torch.Generator(device=device).manual_seed(0)
+    parts: dict[str, dict[str, torch.Size]] = {}
+    for name, size in sizes.items():
+        number = name.split(".")[2] if name.startswith("model.layers.") else "outside"
+        parts.setdefault(number, {})[name] = size
+    where = {}
+    for number, (part, members) in enumerate(parts.items(), 1):
+        file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        tensors = {}
+        for name, size in members.items():
+            values = torch.ones(size, dtype=torch.bfloat16, device=device)
+            if len(size) > 1:
+                values.normal_(0, WEIGHT_SPREAD, generator=dice)
+            tensors[name] = values.cpu()
+            where[name] = file
+        save_file(tensors, folder / file, {"format": "pt"})
+        print(f"wrote {part}", end=" ", flush=True)
+    index = {"metadata": {"total_size": 0}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    make_tokenizer().save_pretrained(folder)
+    print(flush=True)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A token per byte: enough to put the held-out text through the model."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class SyncedMeter(Meter):
+    """Adds the time of a phase only when the device is done with it."""
+
+    device = torch.device("cpu")
+    last: Meter
+
+    def __init__(self) -> None:
+        super().__init__()
+        type(self).last = self
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """As the meter does, device and all."""
+        with super().timed(phase):
+            yield
+            synchronize(self.device)
+
+
+class Watch(SilentProgress):
+    """Takes the time of every block, profiles one, and stops the run where it takes too long."""
+
+    def __init__(
+        self, options: argparse.Namespace, results: dict[str, Any], whole: dict[str, Any]
+    ) -> None:
+        self.options, self.results, self.whole = options, results, whole
+        self.device = torch.device(options.device)
+        self.start = time.perf_counter()
+        self.before: dict[str, float] = {}
+        self.block_start = 0.0
+        self.profiler: Any = None
+        self.results.update(blocks=[], events=[], plan=[])
+
+    def started(self, plan: tuple[str, ...]) -> None:
+        """Keep the plan."""
+        self.results["plan"] = list(plan)
+        print("\n".join(plan), flush=True)
+        self.phase("blocks")
+
+    def phase(self, name: str) -> None:
+        """Note when it began; the blocks are over then."""
+        self._end_block()
+        synchronize(self.device)
+        self.results["events"].append([round(self.elapsed, 3), name])
+        self.save()
+
+    def block_started(self, index: int, count: int) -> None:
+        """Take the time of the one before."""
+        self._end_block()
+        if self.elapsed > self.options.limit_seconds:
+            raise EnoughTime
+        if not self.results["blocks"]:
+            # Over already: what lies before the first block, such as the embeddings.
+            self.results["events"].append([round(self.elapsed, 3), "first block"])
+        self.block_start = time.perf_counter()
+        self.before = dict(SyncedMeter.last.seconds)
+        if index == self.options.profile:
+            self.profiler = start_profiler(self.device)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the run began."""
+        return time.perf_counter() - self.start
+
+    def _end_block(self) -> None:
+        if not self.block_start:
+            return
+        synchronize(self.device)
+        seconds = time.perf_counter() - self.block_start
+        self.block_start = 0.0
+        after = SyncedMeter.last.seconds
+        phases = {name: round(after[name] - self.before.get(name, 0), 4) for name in after}
+        block = {"seconds": round(seconds, 4), "phases": phases, **peaks(self.device)}
+        if self.profiler is not None:
+            began = time.perf_counter()
+            self.profiler.__exit__(None, None, None)
+            self.results["profile"] = keep_profile(self.profiler, self.options.output)
+            block["profiled"] = True
+            self.profiler = None
+            # Not the run's own.
+            self.start += time.perf_counter() - began
+        self.results["blocks"].append(block)
+        print(len(self.results["blocks"]), block, flush=True)
+        self.save()
+
+    def save(self) -> None:
+        """Write what is known."""
+        self.options.output.write_text(json.dumps(self.whole, indent=1) + "\n", encoding="utf-8")
+
+
+def peaks(device: torch.device) -> dict[str, float]:
+    """Largest memory so far. Unit: GB."""
+    found = {"host_gb": round(peak_memory_bytes() / 1e9, 2)}
+    if device.type == "cuda":
+        found["gpu_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+        found["gpu_reserved_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 2)
+    return found
+
+
+def start_profiler(device: torch.device) -> Any:
+    """Look into what follows."""
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+    profiler = torch.profiler.profile(activities=kinds, acc_events=True)
+    profiler.__enter__()
+    return profiler
+
+
+def keep_profile(profiler: Any, output: Path) -> dict[str, Any]:
+    """Write the tables beside the results; give the sums."""
+    averages = profiler.key_averages()
+    text = ""
+    for key in ("self_device_time_total", "self_cpu_time_total"):
+        text += f"{key}\n"
+        text += averages.table(sort_by=key, row_limit=TABLE_ROWS, max_name_column_width=70)
+    path = output.with_suffix(".profile.txt")
+    path.write_text(text, encoding="utf-8")
+    return {
+        "device_seconds": sum(e.self_device_time_total for e in averages) / 1e6,
+        "operations": sum(e.count for e in averages),
+        "by_device_time": [
+            [e.key[:90], e.count, round(e.self_device_time_total / 1e3, 3)]
+            for e in sorted(averages, key=lambda e: -e.self_device_time_total)[:TABLE_ROWS]
+        ],
+    }
+
+
+def measure_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of square matrix products on random numbers, median."""
+    size = 8192 if device.type == "cuda" else 512
+    left = torch.randn(size, size, device=device).to(dtype)
+    right = torch.randn(size, size, device=device).to(dtype)
+    times = []
+    for _ in range(12):
+        synchronize(device)
+        start = time.perf_counter()
+        torch.mm(left, right)
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(times[2:])
+
+
+def summarize(results: dict[str, Any], options: argparse.Namespace) -> None:
+    """Floor, ratio, and what a whole model would take."""
+    blocks = [b["seconds"] for b in results["blocks"] if "profiled" not in b]
+    done = len(results["blocks"])
+    if not blocks or not done:
+        return
+    rates = results["rates"]
+    by = {"forward": rates["bf16"], "Hessians": rates["bf16"], "solve": rates["fp32"]}
+    flops = {kind: value for kind, value in SyncedMeter.last.flops.items() if kind in by}
+    floor = {kind: value / by[kind] / done for kind, value in flops.items()}
+    typical = statistics.median(blocks)
+    # The reload check grows with the blocks, too; all of it is scaled, which is too much.
+    reload = results["seconds_by_phase"].get("reload", 0.0) / done
+    outside = results["seconds"] - sum(b["seconds"] for b in results["blocks"])
+    results["summary"] = {
+        "blocks_done": done,
+        "median_block_seconds": round(typical, 3),
+        "first_block_seconds": results["blocks"][0]["seconds"],
+        "outside_blocks_seconds": round(outside, 3),
+        "flops_per_block": {kind: value / done for kind, value in flops.items()},
+        "floor_seconds_per_block": {kind: round(value, 4) for kind, value in floor.items()},
+        "block_over_floor": round(typical / sum(floor.values()), 2),
+        "floor_seconds_full": round(FULL_BLOCKS * sum(floor.values()), 2),
+        "measured_whole_run": results["finished"] and options.blocks == FULL_BLOCKS,
+        "seconds_full": round(results["seconds"] + (FULL_BLOCKS - done) * (typical + reload), 1),
+        **peaks(torch.device(options.device)),
+    }
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Make the model, quantize it within each limit of memory, keep everything."""
+    device = torch.device(options.device)
+    SyncedMeter.device = device
+    results: dict[str, Any] = {
+        "machine": machine_facts(),
+        "versions": installed_versions(),
+        "options": {k: str(v) for k, v in vars(options).items()},
+        "runs": {},
+    }
+    for folder in (options.folder, options.output.parent):
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+    base = Path(tempfile.mkdtemp(dir=options.folder))
+    try:
+        started = time.perf_counter()
+        (base / "model").mkdir()
+        make_model(base / "model", SHAPES[options.shape], options.blocks, device)
+        results["seconds_to_make"] = round(time.perf_counter() - started, 1)
+        results["rates"] = {
+            "bf16": measure_rate(torch.bfloat16, device),
+            "fp32": measure_rate(torch.float32, device),
+        }
+        results["column_program"] = device.type != "cpu" and program_is_sound(device)
+        results["sums_in_fp32"] = multiplies_into_fp32(device, torch.bfloat16)
+        print({k: results[k] for k in list(results)[4:]}, flush=True)
+        for memory in options.memory:
+            run_once(base, memory, options, results)
+    finally:
+        if not options.keep:
+            shutil.rmtree(base, ignore_errors=True)
+    return results
+
+
+def run_once(base: Path, memory: str, options: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Quantize within a limit of memory."""
+    device = torch.device(options.device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    dice = torch.Generator().manual_seed(1)
+    vocabulary = SHAPES[options.shape]["vocab_size"]
+    table = torch.randint(0, vocabulary, (options.samples, options.length), generator=dice)
+    run_module.Meter = SyncedMeter  # type: ignore[misc]
+    here: dict[str, Any] = {"finished": False, "rates": results["rates"]}
+    results["runs"][memory] = here
+    output = base / f"out-{memory}"
+    watch = Watch(options, here, results)
+    try:
+        report = halfbyte.quantize(
+            base / "model",
+            output,
+            config=QuantConfig.from_preset(options.preset),
+            calibration=CalibrationConfig(samples=options.samples, length=options.length),
+            resources=ResourceConfig(
+                device=options.device, memory=None if memory == "auto" else memory
+            ),
+            text=table.tolist(),
+            quality=not options.no_quality,
+            progress=watch,
+        )
+        here["finished"] = True
+        here["report"] = {
+            "seconds": report.seconds,
+            "seconds_by_phase": report.seconds_by_phase,
+            "checkpoint_bytes": report.checkpoint_bytes,
+            "relative_errors": {
+                m.name: [m.relative_error, m.round_to_nearest_error, *m.notes]
+                for m in report.modules[:14]
+            },
+            "quality": None if report.quality is None else vars_of(report.quality),
+        }
+    except EnoughTime:
+        print("stopped by --limit-seconds", flush=True)
+    except Exception:  # noqa: BLE001 - another limit of memory may do
+        here["problem"] = traceback.format_exc()
+        print(here["problem"], flush=True)
+    here["seconds"] = round(watch.elapsed, 3)
+    here["seconds_by_phase"] = dict(SyncedMeter.last.seconds)
+    summarize(here, options)
+    watch.save()
+    if not options.keep:
+        shutil.rmtree(output, ignore_errors=True)
+    print(json.dumps({k: here.get(k) for k in ("summary", "events", "report")}, indent=1))
+
+
+def vars_of(quality: Any) -> dict[str, float]:
+    """Its numbers."""
+    return {"kl_nats": quality.kl_nats_mean, "top1": quality.top1_agreement}
+
+
+def keep(options: argparse.Namespace) -> None:
+    """Put what a GPU machine wrote into bench/results/."""
+    measured = json.loads(options.keep_from.read_text(encoding="utf-8"))
+    rows = []
+    for memory, here in measured["runs"].items():
+        found = here["summary"]
+        phases = [b["phases"] for b in here["blocks"][1:] if "profiled" not in b]
+        typical = {
+            name: statistics.median(p.get(name, 0.0) for p in phases)
+            for name in ("forward and Hessians", "solve")
+        }
+        rows.append(
+            [
+                "60% of the GPU's" if memory == "auto" else memory,
+                found["seconds_full"],
+                "" if found["measured_whole_run"] else f"{found['blocks_done']} blocks, scaled",
+                found["floor_seconds_full"],
+                round(found["seconds_full"] / found["floor_seconds_full"], 2),
+                found["median_block_seconds"],
+                *(round(value, 3) for value in typical.values()),
+                found["gpu_gb"],
+                found["host_gb"],
+            ]
+        )
+    rates = measured["rates"]
+    save_result(
+        "gpu-quantize",
+        columns=[
+            "memory limit", "s in all", "", "floor, s", "over the floor", "s a block",
+            "of it forward and Hessians", "of it solving", "GPU GB at most", "host GB at most",
+        ],
+        rows=rows,
+        note=(
+            "Llama of the 8B shape, 32 blocks, random bf16 weights, `--preset fast`, 128 x 2048 "
+            "random tokens; everything of a run from reading the model, which the system's cache "
+            "held, to the reload check and the report. Floor: one forward pass through the linears "
+            "and half of XᵀX at the rate of this GPU's bf16 products "
+            f"({rates['bf16'] / 1e12:.0f} TFLOP/s), factors and sweeps at that of its fp32 ones "
+            f"({rates['fp32'] / 1e12:.0f})."
+        ),
+        data=measured,
+        elsewhere=Elsewhere(
+            date=options.date,
+            commit=options.commit,
+            command="python bench/measure_gpu_quantize.py",
+            machine=measured["machine"],
+            versions=measured["versions"],
+        ),
+    )  # fmt: skip
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("gpu-quantize.json"))
+    parser.add_argument("--folder", type=Path, help="where model and checkpoint go for a while")
+    parser.add_argument("--shape", choices=list(SHAPES), default="8b")
+    parser.add_argument("--blocks", type=int, default=FULL_BLOCKS)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--preset", default="fast")
+    parser.add_argument(
+        "--memory", nargs="+", default=["auto"], help="limits such as 12GB, one run each"
+    )
+    parser.add_argument(
+        "--profile", type=int, help="block to look into, from 0 (default: the middle; -1: none)"
+    )
+    parser.add_argument("--limit-seconds", type=float, default=float("inf"))
+    parser.add_argument("--no-quality", action="store_true")
+    parser.add_argument("--keep", action="store_true", help="leave model and checkpoint there")
+    parser.add_argument("--keep-from", type=Path, help="only put this file into bench/results/")
+    parser.add_argument("--commit", help="that was measured, for --keep-from")
+    parser.add_argument("--date", help="of the measurement, for --keep-from")
+    options = parser.parse_args(arguments)
+    if options.profile is None:
+        options.profile = options.blocks // 2
+    return options
+
+
+def main() -> None:
+    """Measure and print."""
+    options = parse()
+    if options.keep_from:
+        keep(options)
+    else:
+        measure(options)
+
+
+if __name__ == "__main__":
+    main()

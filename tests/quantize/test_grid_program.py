@@ -1,0 +1,113 @@
+"""The search for grids in Triton's interpreter, against the plain one."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tests.kernels.test_gpu_machine_code import count, disassemble
+
+from halfbyte.quantize import grid as grids
+from halfbyte.quantize.grid import Grid, search_grid, sum_groups
+
+pytest.importorskip("triton")
+
+SOURCE = Path(grids.__file__).with_name("grid_program.py")
+NAME = "halfbyte.quantize.grid_program"
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program, made anew while Triton interprets."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    spec = importlib.util.spec_from_file_location(NAME, SOURCE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, NAME, module)
+    spec.loader.exec_module(module)
+
+
+def losses(weight: torch.Tensor, curvature: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Weighted squared error of every group, in float64."""
+    codes = (weight.double() / grid.column_scales()).round() + grid.column_zeros()
+    codes = codes.clamp(0, 2**grid.bits - 1)
+    error = weight.double() - (codes - grid.column_zeros()) * grid.column_scales().double()
+    return sum_groups(error.square() * curvature, grid.g_idx, grid.scales.shape[1])
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_it_finds_the_grids_that_the_plain_search_finds(
+    bits: int, symmetric: bool, interpreted: None
+) -> None:
+    torch.manual_seed(bits)
+    weight = torch.randn(18, 200) * torch.rand(18, 1)
+    weight[3, :64] = 0
+    weight[4] = weight[4].abs()
+    weight[5] *= 1e6  # beyond the scales that fp16 holds
+    curvature = torch.rand(200) + 0.01
+    g_idx = torch.arange(200) // 64  # the last group is shorter
+    g_idx = g_idx[torch.randperm(200)]
+    expected = search_grid(weight, curvature, g_idx, bits=bits, symmetric=symmetric)
+    grouped, weights, _ = grids._into_groups(weight, curvature, g_idx)
+    scales, zeros = grids._run_program(grouped, weights, bits, symmetric)
+    found = Grid(bits=bits, scales=scales, zeros=zeros, g_idx=g_idx)
+    assert torch.equal(scales, scales.half().float()), "scales are those that are stored"
+    # Sums are taken in another order: of two grids that are as good the other may win.
+    assert float((scales == expected.scales).double().mean()) > 0.97
+    worse = losses(weight, curvature, found) / losses(weight, curvature, expected).clamp(min=1e-30)
+    assert float(worse.max()) < 1 + 1e-5
+
+
+def test_it_is_tried_before_it_is_trusted(
+    interpreted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grids.program_is_sound.cache_clear()
+    assert grids.program_is_sound(torch.device("cpu")), "the interpreter is a sound device"
+    real = grids._run_program
+
+    def broken(*arguments):
+        scales, zeros = real(*arguments)
+        return scales * 1.1, zeros
+
+    grids.program_is_sound.cache_clear()
+    monkeypatch.setattr(grids, "_run_program", broken)
+    assert not grids.program_is_sound(torch.device("cpu"))
+    grids.program_is_sound.cache_clear()
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("size", [128, grids.WIDEST_GROUP])
+def test_compiled_for_gpus_groups_stay_in_registers(
+    architecture: str, symmetric: bool, size: int, tmp_path: Path
+) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from halfbyte.quantize.grid_program import grid_program
+
+    constants = {
+        "COARSE": 36 if symmetric else 17,
+        "FINE": 8,
+        "TOP": 15,
+        "SYMMETRIC": symmetric,
+        "SMALLEST": grids.SMALLEST_SCALE,
+        "LARGEST": 65504.0,
+        "ROWS": grids.PROGRAM_ROWS,
+        "SIZE": size,
+    }
+    names = [parameter.name for parameter in grid_program.params]
+    kinds = dict.fromkeys(names[:6], "*fp32") | dict.fromkeys(names[6:9], "i32")
+    kinds |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(fn=grid_program, signature=kinds, constexprs=constants)
+    target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": 4})
+    found = disassemble(compiled.asm["cubin"], tmp_path)
+    assert count(found, "LDL", "STL") == 0, "registers are spilled"
+    assert count(found, "FFMA", "FADD", "FMUL") > 0
