@@ -10,7 +10,6 @@ while the one before it still runs.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from dataclasses import asdict, dataclass, replace
 
@@ -20,12 +19,12 @@ from torch.nn import functional
 
 from halfbyte.errors import KernelUnavailable
 from halfbyte.kernels.contract import LinearSpec, Operands
+from halfbyte.kernels.cuda_arguments import SCALE_KINDS, fill_arguments, forget_shape
 from halfbyte.kernels.cuda_driver import Function, compile_source, read_source
 from halfbyte.kernels.fragments import (
     dequantize_in_torch,
     find_layout_mismatch,
     find_order,
-    find_zeros,
 )
 from halfbyte.kernels.gpu_device import (
     count_processors,
@@ -40,7 +39,6 @@ from halfbyte.kernels.triton_linear import TritonLinear, find_triton_obstacle
 ROWS_LIMIT = 64
 """Rows that a thread block can take."""
 OLDEST = (8, 0)
-SCALE_KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024}
 """Bytes of shared memory that a thread block may have, by architecture.
 
@@ -49,26 +47,6 @@ Source:
 """
 SMALLEST_LIMIT = 99 * 1024
 """Of any architecture from 8.0 on."""
-
-
-class Arguments(ctypes.Structure):
-    """The kernel's parameter; as ``Arguments`` in multiply.cu."""
-
-    _fields_ = (
-        ("codes", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("zeros", ctypes.c_void_p),
-        ("x", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("result", ctypes.c_void_p),
-        ("partials", ctypes.c_void_p),
-        ("arrivals", ctypes.c_void_p),
-        ("rows", ctypes.c_uint),
-        ("in_features", ctypes.c_uint),
-        ("out_features", ctypes.c_uint),
-        ("group_steps", ctypes.c_uint),
-        ("group_shift", ctypes.c_int),
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,7 +217,7 @@ class CudaLinear(TritonLinear):
         for rows in (8 * preferred.row_tiles for preferred in PREFERRED):
             if rows // 2 < find_most_rows(architecture, spec):
                 config = choose_config(architecture, rows, spec, dtype)
-                load_function(config, _without_shape(spec), dtype, device, True)
+                load_function(config, forget_shape(spec), dtype, device, True)
         return super().prepare(stored, spec)
 
     def dequantize(self, operands: Operands, spec: LinearSpec, dtype: torch.dtype) -> Tensor:
@@ -294,7 +272,7 @@ def multiply(
     """
     device = rows.device
     function, resident = load_function(
-        config, _without_shape(spec), operands.scales.dtype, device, early_start
+        config, forget_shape(spec), operands.scales.dtype, device, early_start
     )
     work = plan_work(config, spec, resident * count_processors(device))
     result = rows.new_empty(rows.shape[0], spec.out_features)
@@ -305,44 +283,6 @@ def multiply(
     arguments = fill_arguments(rows, operands, bias, spec, result, partials, arrivals)
     function.launch(work.runs, arguments, torch.cuda.current_stream(device).cuda_stream)
     return result
-
-
-def fill_arguments(
-    rows: Tensor,
-    operands: Operands,
-    bias: Tensor | None,
-    spec: LinearSpec,
-    result: Tensor,
-    partials: Tensor,
-    arrivals: Tensor,
-) -> Arguments:
-    """Put the tensors of a launch into the kernel's parameter; they must outlive it."""
-    zeros = find_zeros(operands, spec)
-    steps = max(spec.group_size // 64, 1)
-    return Arguments(
-        codes=operands.weight[0].data_ptr(),
-        scales=operands.scales.data_ptr(),
-        zeros=None if zeros is None else zeros.data_ptr(),
-        x=rows.data_ptr(),
-        bias=None if bias is None else bias.data_ptr(),
-        result=result.data_ptr(),
-        partials=partials.data_ptr(),
-        arrivals=arrivals.data_ptr(),
-        rows=rows.shape[0],
-        in_features=spec.in_features,
-        out_features=spec.out_features,
-        group_steps=steps,
-        group_shift=steps.bit_length() - 1 if steps & (steps - 1) == 0 else -1,
-    )
-
-
-@functools.lru_cache(maxsize=1024)
-def _without_shape(spec: LinearSpec) -> LinearSpec:
-    """The spec of every layer that the same machine code serves."""
-    group_size = 32 if spec.group_size < 64 else 64
-    return replace(
-        spec, in_features=64, out_features=64, group_size=group_size, act_order=False, zero_offset=0
-    )
 
 
 @functools.cache

@@ -1,0 +1,403 @@
+// result [rows, out] = x [rows, in] @ weight.T + bias, from packed codes, for many rows of x, on
+// compute capability 9.0.
+//
+// Weight: the fragments of halfbyte/kernels/fragments.py, which are the A operand of wgmma in
+// registers too; the rows of x are its B operand in shared memory. A code minus its zero is exact,
+// its product with the scale is rounded once to the type of x; sums are fp32.
+//
+// Work: a tile is CHANNELS channels by ROWS rows. The (tile, step of 64 inputs) units, steps within
+// a tile first, are cut into as many equal runs as there are thread blocks. One warp copies codes,
+// scales and x STAGES steps ahead into shared memory; WARPGROUPS warpgroups of TILES * 64 channels
+// each turn codes into numbers while the tensor cores multiply those before. Where a run ends within
+// a tile, its sums go to `partials`, and the warpgroup that arrives last adds all runs' sums in
+// order: the result does not depend on who that is.
+//
+//   ROWS         of a tile: 8, 16, 32, 64, 128 or 256
+//   TILES, WARPGROUPS, STAGES   as above
+//   BLOCKS       thread blocks that a multiprocessor must have room for
+//   BOXES        1: x is copied by the copy engine's boxes; 0: by the threads of the copying warp
+
+#include "base.cu"
+
+struct RowsArguments {
+  alignas(64) u64 x_map[16];  // a CUtensorMap of x: boxes of 64 inputs by ROWS rows, swizzled
+  Arguments a;
+};
+
+constexpr u32 CHANNELS = WARPGROUPS * TILES * 64;
+constexpr u32 THREADS = 128 * (WARPGROUPS + 1);
+constexpr u32 X_BYTES = ROWS * 128;
+constexpr u32 CODE_BYTES = CHANNELS / 16 * TILE_BYTES;
+constexpr u32 SCALE_ROW = CHANNELS * SCALE_SIZE;
+constexpr u32 ZERO_ROW = HAS_ZEROS ? CHANNELS : 0;
+constexpr u32 GRID_AT = X_BYTES + CODE_BYTES;
+constexpr u32 STAGE_BYTES = (GRID_AT + GROUPS_IN_STEP * (SCALE_ROW + ZERO_ROW) + 1023) / 1024 * 1024;
+constexpr u32 TURN_BYTES = 512;  // of a warp, where 16 channels by 16 rows are transposed
+constexpr u32 TAIL_BYTES = WARPGROUPS * 4 * TURN_BYTES + 16 * STAGES + 16;
+constexpr u32 SHARED_BYTES = STAGES * STAGE_BYTES + TAIL_BYTES + 1024;  // to begin at a multiple
+constexpr u32 FRAGMENTS = TILES * ROWS / 8;  // float4 of sums of a thread
+
+// Registers that a launch gives a thread, and those that its two kinds of warps need.
+constexpr u32 GIVEN = 65536 / BLOCKS / THREADS / 8 * 8;
+constexpr u32 COPY_REGISTERS = 40;
+constexpr u32 SHARE = (GIVEN * THREADS - COPY_REGISTERS * 128) / (WARPGROUPS * 128) / 8 * 8;
+constexpr u32 PRODUCT_REGISTERS = SHARE > 240 ? 240 : SHARE;
+
+// The scale is not of x's type: it is taken as two numbers of that type.
+#define TWO_SCALES (SCALE_KIND != BF16)
+
+#ifndef EMULATED
+#include "hopper.cu"
+
+DEVICE u32 multiply_pair(u32 left, u32 right) {
+  u32 found;
+#if BF16
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(found) : "r"(left), "r"(right));
+#else
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(found) : "r"(left), "r"(right));
+#endif
+  return found;
+}
+
+DEVICE u32 multiply_add_pair(u32 left, u32 right, u32 sum) {
+  u32 found;
+#if BF16
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(found) : "r"(left), "r"(right), "r"(sum));
+#else
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(found) : "r"(left), "r"(right), "r"(sum));
+#endif
+  return found;
+}
+
+extern __shared__ uint4 shared_memory[];
+#endif
+
+// The low number of a pair as a float.
+DEVICE float widen_low(u32 pair) {
+#if BF16
+  return bits_to_float(pair << 16);
+#else
+  return widen_half((u16)pair);
+#endif
+}
+
+struct Scale {
+  u32 high;  // twice
+#if TWO_SCALES
+  u32 low;  // what `high` lacks, twice
+#endif
+
+  DEVICE void read(const u8* scales, u32 index) {
+#if TWO_SCALES
+    float whole = read_scale(scales, index);
+    high = narrow_pair(whole, whole);
+    float rest = whole - widen_low(high);
+    low = narrow_pair(rest, rest);
+#else
+    high = ((const u16*)scales)[index] * 0x00010001u;
+#endif
+  }
+
+  DEVICE u32 apply(u32 pair) const {
+#if TWO_SCALES
+    return multiply_add_pair(pair, high, multiply_pair(pair, low));
+#else
+    return multiply_pair(pair, high);
+#endif
+  }
+};
+
+// One tile's place, and the steps of it that a run has.
+struct Part {
+  u32 tile, step, end;  // of the run's units of this tile: the first step, and behind the last
+
+  DEVICE void begin(const Walk& walk, u32 unit, u32 last) {
+    tile = unit / walk.chunks;
+    step = unit - tile * walk.chunks;
+    end = step + (last - unit) < walk.chunks ? step + (last - unit) : walk.chunks;
+  }
+};
+
+struct Ring {
+  u8* memory;
+  u64 *full, *empty;
+  u32 slot, parity;
+
+  DEVICE u8* place() const { return memory + slot * STAGE_BYTES; }
+
+  DEVICE void advance() {
+    if (++slot == STAGES) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// ---------------------------------------------------------------- the warp that copies
+
+// The copies of a step of a tile, by one thread.
+DEVICE void copy_weight(const Arguments& a, u8* to, u32 block, u32 step, u64* barrier) {
+  u32 tiles = a.out_features / 16, first = block * (CHANNELS / 16);
+  u32 count = tiles - first < CHANNELS / 16 ? tiles - first : CHANNELS / 16;
+  barrier_expect(barrier, count * (TILE_BYTES + GROUPS_IN_STEP * 16 * (SCALE_SIZE + HAS_ZEROS)) +
+                              (BOXES ? X_BYTES : 0));
+  copy_bulk(to + X_BYTES, a.codes + ((u64)step * tiles + first) * TILE_BYTES, count * TILE_BYTES,
+            barrier);
+#pragma unroll
+  for (u32 half = 0; half < GROUPS_IN_STEP; half++) {
+    u64 at = (u64)find_group(a, step, half) * a.out_features + first * 16;
+    copy_bulk(to + GRID_AT + half * SCALE_ROW, a.scales + at * SCALE_SIZE, count * 16 * SCALE_SIZE,
+              barrier);
+#if HAS_ZEROS
+    copy_bulk(to + GRID_AT + GROUPS_IN_STEP * SCALE_ROW + half * ZERO_ROW, a.zeros + at, count * 16,
+              barrier);
+#endif
+  }
+}
+
+DEVICE void copy_rows(const RowsArguments& a, u8* to, u32 row, u32 step, u32 lane, u64* barrier) {
+#if BOXES
+  if (lane == 0) copy_box(to, a, step * 64, row, barrier);
+#else
+  const u8* x = (const u8*)a.a.x + step * 128 + lane % 8 * 16;
+  for (u32 m = lane / 8; m < ROWS; m += 4)
+    if (row + m < a.a.rows)
+      copy_ahead(to + x_place(m, lane % 8), x + (u64)(row + m) * a.a.in_features * 2);
+  arrive_after_copies(barrier);
+#endif
+}
+
+DEVICE void copy_all(const RowsArguments& a, const Walk& walk, u32 row_tiles, u32 begin, u32 last,
+                     Ring ring, u32 lane) {
+  // Weights never change: the first are asked for before the launches that make x are over.
+  u32 early = last - begin < STAGES ? last - begin : STAGES;
+  if (lane == 0)
+    for (u32 i = 0; i < early; i++) {
+      u32 tile = (begin + i) / walk.chunks;
+      copy_weight(a.a, ring.memory + i * STAGE_BYTES, tile / row_tiles,
+                  begin + i - tile * walk.chunks, ring.full + i);
+    }
+  wait_for_inputs();
+  u32 left = early;
+  for (u32 unit = begin; unit < last;) {
+    Part part;
+    part.begin(walk, unit, last);
+    u32 block = part.tile / row_tiles, row = part.tile % row_tiles * ROWS;
+    unit += part.end - part.step;
+    for (u32 step = part.step; step < part.end; step++) {
+      if (left)
+        left--;
+      else {
+        barrier_wait(ring.empty + ring.slot, ring.parity ^ 1);
+        if (lane == 0) copy_weight(a.a, ring.place(), block, step, ring.full + ring.slot);
+      }
+      copy_rows(a, ring.place(), row, step, lane, ring.full + ring.slot);
+      ring.advance();
+    }
+  }
+}
+
+// ---------------------------------------------------------------- the warps that multiply
+
+typedef float Sums[TILES][ROWS / 8][4];
+
+DEVICE void store_sums(const Arguments& a, Sums& sums, u32 block, u32 row, u32 warpgroup, u32 warp,
+                       u32 lane, u8* turn) {
+#pragma unroll
+  for (u32 tile = 0; tile < TILES; tile++) {
+    u32 n = ((block * WARPGROUPS + warpgroup) * TILES + tile) * 64 + warp * 16;
+    if (n >= a.out_features) continue;
+    float bias0 = 0.0f, bias1 = 0.0f;
+    if (a.bias) {
+      bias0 = widen_low(a.bias[n + lane / 4]);
+      bias1 = widen_low(a.bias[n + lane / 4 + 8]);
+    }
+#pragma unroll
+    for (u32 r = 0; r < ROWS / 8; r += 2) {
+      if (row + r * 8 >= a.rows) continue;
+      float(&s)[4] = sums[tile][r];
+      u32 pair0 = narrow_pair(s[0] + bias0, s[1] + bias0);
+      u32 pair1 = narrow_pair(s[2] + bias1, s[3] + bias1);
+      u32 pair2 = 0, pair3 = 0;
+#if ROWS > 8
+      float(&t)[4] = sums[tile][r + 1];
+      pair2 = narrow_pair(t[0] + bias0, t[1] + bias0);
+      pair3 = narrow_pair(t[2] + bias1, t[3] + bias1);
+#endif
+      store_transposed(turn + (lane / 16 * 8 + lane % 8) * 32 + lane / 8 % 2 * 16, pair0, pair1,
+                       pair2, pair3);
+      __syncwarp();
+      u32 m = row + r * 8 + lane / 2;
+      if (m < a.rows && r * 8 + lane / 2 < ROWS)
+        *(uint4*)(a.result + (u64)m * a.out_features + n + lane % 2 * 8) =
+            *(const uint4*)(turn + lane * 16);
+      __syncwarp();
+    }
+  }
+}
+
+// Gives this run's sums of a tile to the runs that have the rest; true: it is the last, and has all.
+DEVICE bool share_sums(const Arguments& a, const Walk& walk, Sums& sums, u32 tile, u32 run,
+                       u32 warpgroup, u32 thread, u32* last) {
+  u32 first_unit = tile * walk.chunks;
+  u32 first_run = walk.run_of(first_unit), last_run = walk.run_of(first_unit + walk.chunks - 1);
+  if (first_run == last_run) return true;
+  // A run has at most two tiles that are not whole: its first and its last.
+  u32 slot = 2 * run + (walk.begin(run) < first_unit);
+  float4* own = a.partials + ((u64)(slot * WARPGROUPS + warpgroup) * FRAGMENTS) * 128 + thread;
+#pragma unroll
+  for (u32 t = 0; t < TILES; t++)
+#pragma unroll
+    for (u32 r = 0; r < ROWS / 8; r++) {
+      float(&s)[4] = sums[t][r];
+      own[(t * (ROWS / 8) + r) * 128] = make_float4(s[0], s[1], s[2], s[3]);
+    }
+  __threadfence();
+  meet_warpgroup(warpgroup);
+  if (thread == 0) {
+    u32* arrivals = a.arrivals + tile * WARPGROUPS + warpgroup;
+    u32 is_last = atomicAdd(arrivals, 1u) == last_run - first_run;
+    if (is_last) *arrivals = 0;
+    last[warpgroup] = is_last;
+    __threadfence();
+  }
+  meet_warpgroup(warpgroup);
+  if (!last[warpgroup]) return false;
+#pragma unroll
+  for (u32 t = 0; t < TILES; t++)
+#pragma unroll
+    for (u32 r = 0; r < ROWS / 8; r++)
+#pragma unroll
+      for (u32 i = 0; i < 4; i++) sums[t][r][i] = 0.0f;
+  for (u32 other = first_run; other <= last_run; other++) {
+    u32 place = 2 * other + (walk.begin(other) < first_unit);
+    const float4* from =
+        a.partials + ((u64)(place * WARPGROUPS + warpgroup) * FRAGMENTS) * 128 + thread;
+#pragma unroll
+    for (u32 t = 0; t < TILES; t++)
+#pragma unroll
+      for (u32 r = 0; r < ROWS / 8; r++) {
+        float4 more = read_beyond_l1(from + (t * (ROWS / 8) + r) * 128);
+        sums[t][r][0] += more.x;
+        sums[t][r][1] += more.y;
+        sums[t][r][2] += more.z;
+        sums[t][r][3] += more.w;
+      }
+  }
+  return true;
+}
+
+DEVICE void multiply_all(const Arguments& a, const Walk& walk, u32 row_tiles, u32 run, u32 begin,
+                         u32 last_unit, Ring ring, u32 warpgroup, u32 thread, u8* turn, u32* last) {
+  u32 lane = thread % 32, warp = thread / 32;
+  Sums sums;
+  u32 numbers[2][TILES][4];
+  for (u32 unit = begin; unit < last_unit;) {
+    Part part;
+    part.begin(walk, unit, last_unit);
+    unit += part.end - part.step;
+#pragma unroll
+    for (u32 t = 0; t < TILES; t++)
+#pragma unroll
+      for (u32 r = 0; r < ROWS / 8; r++)
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) sums[t][r][i] = 0.0f;
+    u64* taken = nullptr;  // the barrier of the slot whose products may still run
+    for (u32 step = part.step; step < part.end; step++) {
+      barrier_wait(ring.full + ring.slot, ring.parity);
+      if (!BOXES) show_to_products();
+      const u8* x = ring.place();
+      alignas(16) u32 words[TILES][BITS];
+#pragma unroll
+      for (u32 t = 0; t < TILES; t++)
+        read_words(words[t], x + X_BYTES + ((warpgroup * TILES + t) * 4 + warp) * TILE_BYTES, lane);
+#pragma unroll
+      for (u32 half = 0; half < 2; half++) {
+        u32 first[TILES][4], second[TILES][4];
+#pragma unroll
+        for (u32 t = 0; t < TILES; t++) {
+          u32 channel = (warpgroup * TILES + t) * 64 + warp * 16 + lane / 4;
+          const u8* scales = x + GRID_AT + (HALF_GROUPS ? half * SCALE_ROW : 0);
+          u32 zero0 = 1 << (BITS - 1), zero1 = zero0;
+#if HAS_ZEROS
+          const u8* zeros =
+              x + GRID_AT + GROUPS_IN_STEP * SCALE_ROW + (HALF_GROUPS ? half * ZERO_ROW : 0);
+          zero0 = zeros[channel];
+          zero1 = zeros[channel + 8];
+#endif
+          Scale scale0, scale1;
+          scale0.read(scales, channel);
+          scale1.read(scales, channel + 8);
+          take_apart(first[t], words[t], 0, half, zero0);
+          take_apart(second[t], words[t], 1, half, zero1);
+#pragma unroll
+          for (u32 i = 0; i < 4; i++) {
+            first[t][i] = scale0.apply(first[t][i]);
+            second[t][i] = scale1.apply(second[t][i]);
+          }
+        }
+#pragma unroll
+        for (u32 quarter = 0; quarter < 2; quarter++) {
+#pragma unroll
+          for (u32 t = 0; t < TILES; t++) {
+            numbers[quarter][t][0] = first[t][2 * quarter];
+            numbers[quarter][t][1] = second[t][2 * quarter];
+            numbers[quarter][t][2] = first[t][2 * quarter + 1];
+            numbers[quarter][t][3] = second[t][2 * quarter + 1];
+          }
+          begin_products();
+#pragma unroll
+          for (u32 t = 0; t < TILES; t++)
+            multiply_box(sums[t], numbers[quarter][t], x, 2 * half + quarter);
+          close_products();
+          wait_for_products<1>();
+          if (half == 0 && quarter == 0 && taken && lane == 0) barrier_arrive(taken);
+        }
+      }
+      taken = ring.empty + ring.slot;
+      ring.advance();
+    }
+    wait_for_products<0>();
+    if (lane == 0) barrier_arrive(taken);
+    if (share_sums(a, walk, sums, part.tile, run, warpgroup, thread, last))
+      store_sums(a, sums, part.tile / row_tiles, part.tile % row_tiles * ROWS, warpgroup, warp, lane,
+                 turn + warp * TURN_BYTES);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+    multiply_rows(const __grid_constant__ RowsArguments a) {
+  u8* begin_of_memory = (u8*)shared_memory;
+  u8* memory = begin_of_memory + (1024 - (shared_address(begin_of_memory) & 1023)) % 1024;
+  u8* turn = memory + STAGES * STAGE_BYTES;
+  Ring ring = {memory};
+  ring.full = (u64*)(turn + WARPGROUPS * 4 * TURN_BYTES);
+  ring.empty = ring.full + STAGES;
+  u32* last = (u32*)(ring.empty + STAGES);
+  u32 thread = threadIdx.x;
+  u32 row_tiles = (a.a.rows + ROWS - 1) / ROWS;
+  Walk walk;
+  walk.chunks = a.a.in_features / 64;
+  walk.units = walk.chunks * row_tiles * ((a.a.out_features + CHANNELS - 1) / CHANNELS);
+  walk.runs = gridDim.x;
+  u32 run = blockIdx.x, begin = walk.begin(run), end = walk.begin(run + 1);
+  if (thread == 0) {
+    for (u32 stage = 0; stage < STAGES; stage++) {
+      barrier_begin(ring.full + stage, BOXES ? 1 : 33);
+      barrier_begin(ring.empty + stage, WARPGROUPS * 4);
+    }
+    publish_barriers();
+  }
+  let_next_begin();
+  __syncthreads();
+  u32 warpgroup = thread / 128;
+  if (warpgroup == WARPGROUPS) {
+    give_registers<COPY_REGISTERS>();
+    if (thread % 128 < 32) copy_all(a, walk, row_tiles, begin, end, ring, thread % 32);
+  } else {
+    take_registers<PRODUCT_REGISTERS>();
+    wait_for_inputs();
+    multiply_all(a.a, walk, row_tiles, run, begin, end, ring, warpgroup, thread % 128,
+                 turn + warpgroup * 4 * TURN_BYTES, last);
+  }
+}

@@ -1,0 +1,191 @@
+"""Products of many rows of x on compute capability 9.0, by CUDA C++.
+
+Layout: :mod:`halfbyte.kernels.fragments`. Kernel: ``cuda/multiply_rows.cu``, whose products are the
+warpgroup's own (``wgmma``, sm_90a).
+Arithmetic: code - zero is exact, its product with the scale is rounded once to the type of x, sums
+are fp32; one rounding of the result. Deterministic.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from halfbyte.kernels.contract import LinearSpec, Operands
+from halfbyte.kernels.cuda_arguments import SCALE_KINDS, Arguments, fill_arguments, forget_shape
+from halfbyte.kernels.cuda_driver import Function, compile_source, encode_boxes, read_source
+from halfbyte.kernels.gpu_device import (
+    ARRIVALS,
+    count_processors,
+    find_arrivals,
+    name_architecture,
+)
+
+ARCHITECTURE = "sm_90"
+SHARED_LIMIT = 227 * 1024
+"""Bytes of shared memory that a thread block may have."""
+
+
+class RowsArguments(ctypes.Structure):
+    """The kernel's parameter; as ``RowsArguments`` in multiply_rows.cu."""
+
+    _fields_ = (
+        ("x_map", ctypes.c_ulonglong * 16),
+        ("a", Arguments),
+        ("padding", ctypes.c_ubyte * (128 - ctypes.sizeof(Arguments))),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowsConfig:
+    """How a product is cut; the names in multiply_rows.cu, in lower case."""
+
+    rows: int
+    tiles: int
+    warpgroups: int
+    stages: int
+    splits: int = 0
+    """Runs of a tile; 0: as many of all tiles as thread blocks fit on the device."""
+    blocks: int = 1
+    boxes: int = 1
+
+    @property
+    def channels(self) -> int:
+        """Output channels of a tile."""
+        return 64 * self.tiles * self.warpgroups
+
+    @property
+    def threads(self) -> int:
+        """Threads of a thread block."""
+        return 128 * (self.warpgroups + 1)
+
+    @property
+    def partial_floats(self) -> int:
+        """Floats of the sums of a tile."""
+        return self.channels * self.rows
+
+    def count_tiles(self, spec: LinearSpec, rows: int) -> int:
+        """Tiles of a product."""
+        return -(-spec.out_features // self.channels) * -(-rows // self.rows)
+
+
+def define_macros(config: RowsConfig, spec: LinearSpec, scale_dtype: torch.dtype) -> dict[str, int]:
+    """Give the macros of multiply_rows.cu for a layer."""
+    made = {name.upper(): value for name, value in asdict(config).items() if name != "splits"}
+    return {
+        **made,
+        "BF16": int(spec.dtype == torch.bfloat16),
+        "BITS": spec.bits,
+        "SCALE_KIND": SCALE_KINDS[scale_dtype],
+        "HAS_ZEROS": int(not spec.symmetric),
+        "HALF_GROUPS": int(spec.group_size < 64),
+    }
+
+
+def count_shared_bytes(config: RowsConfig, spec: LinearSpec, scale_dtype: torch.dtype) -> int:
+    """Give the bytes of shared memory of a thread block for a layer; as in multiply_rows.cu."""
+    halves = 2 if spec.group_size < 64 else 1
+    grid = halves * config.channels * (scale_dtype.itemsize + (not spec.symmetric))
+    stage = config.rows * 128 + config.channels * 8 * spec.bits + grid
+    tail = config.warpgroups * 4 * 512 + 16 * config.stages + 16
+    return config.stages * -(-stage // 1024) * 1024 + tail + 1024
+
+
+def count_runs(config: RowsConfig, spec: LinearSpec, rows: int, resident: int) -> int:
+    """Count the thread blocks of a product.
+
+    Args:
+        config: How it is cut.
+        spec: The layer.
+        rows: Of x.
+        resident: Thread blocks that run at a time.
+
+    Returns:
+        At most one for each step of 64 inputs of each tile.
+    """
+    tiles = config.count_tiles(spec, rows)
+    runs = tiles * config.splits if config.splits else resident
+    return min(runs, tiles * (spec.in_features // 64))
+
+
+def find_mismatch(config: RowsConfig, spec: LinearSpec, rows: int) -> str | None:
+    """Say why a product is too large for the kernel's counters, or None."""
+    tiles = config.count_tiles(spec, rows)
+    if tiles * config.warpgroups > ARRIVALS:
+        return f"{tiles} tiles of {config.warpgroups} warpgroups are more than {ARRIVALS}"
+    runs = max(tiles * max(config.splits, 1), 1024)
+    if (tiles * (spec.in_features // 64) + 1) * runs >= 2**32:
+        return f"{tiles} tiles of {spec.in_features} inputs are more than 32 bits count"
+    return None
+
+
+def multiply(
+    rows: Tensor,
+    operands: Operands,
+    bias: Tensor | None,
+    spec: LinearSpec,
+    config: RowsConfig,
+    *,
+    early_start: bool = True,
+) -> Tensor:
+    """Multiply by packed codes.
+
+    Args:
+        rows: [rows, in], contiguous, the inputs in the packed order.
+        operands: As ``prepare`` left them.
+        bias: [out] or None.
+        spec: The layer.
+        config: How to cut it; :func:`find_mismatch` has nothing against it.
+        early_start: Launch before what is ahead in the stream is over.
+
+    Returns:
+        [rows, out].
+    """
+    device, count = rows.device, rows.shape[0]
+    function, resident = load_function(
+        _made_alike(config), forget_shape(spec), operands.scales.dtype, device, early_start
+    )
+    runs = count_runs(config, spec, count, resident * count_processors(device))
+    result = rows.new_empty(count, spec.out_features)
+    partials = None
+    if config.splits != 1:
+        size = 2 * runs * config.partial_floats
+        partials = torch.empty(size, dtype=torch.float32, device=device)
+    common = fill_arguments(rows, operands, bias, spec, result, partials, find_arrivals(device))
+    arguments = RowsArguments(a=common)
+    arguments.x_map[:] = encode_boxes(rows.data_ptr(), count, spec.in_features, 64, config.rows)
+    function.launch(runs, arguments, torch.cuda.current_stream(device).cuda_stream)
+    return result
+
+
+@functools.lru_cache(maxsize=256)
+def _made_alike(config: RowsConfig) -> RowsConfig:
+    """The config that stands for all with the same machine code."""
+    return RowsConfig(**asdict(config) | {"splits": 0})
+
+
+@functools.cache
+def load_function(
+    config: RowsConfig,
+    spec: LinearSpec,
+    scale_dtype: torch.dtype,
+    device: torch.device,
+    early_start: bool,
+) -> tuple[Function, int]:
+    """Compile and load a kernel; also how many of its thread blocks fit on a multiprocessor."""
+    macros = define_macros(config, spec, scale_dtype)
+    # "a": instructions of this architecture and of no other.
+    cubin = compile_source(read_source("multiply_rows.cu"), macros, f"{name_architecture(device)}a")
+    with torch.cuda.device(device):
+        function = Function(
+            cubin,
+            "multiply_rows",
+            threads=config.threads,
+            shared_bytes=count_shared_bytes(config, spec, scale_dtype),
+            early_start=early_start,
+        )
+        return function, max(function.count_resident(), 1)
