@@ -77,26 +77,28 @@ inline void start_copy(void* place, BulkCopy copy) {
 
 }  // namespace emulator
 
+typedef unsigned char* Shared;
+inline Shared share(unsigned char* pointer) { return pointer; }
 inline uint32_t shared_address(const void* pointer) { return uint32_t(uintptr_t(pointer)); }
 
-inline void barrier_begin(unsigned long long* place, uint32_t arrivals) {
+inline void barrier_begin(Shared place, uint32_t arrivals) {
   emulator::phase_barriers[place] = {int(arrivals), int(arrivals)};
 }
 
 inline void publish_barriers() {}
 
-inline void barrier_arrive(unsigned long long* place) {
+inline void barrier_arrive(Shared place) {
   auto& barrier = emulator::phase_barriers.at(place);
   barrier.pending--;
   emulator::end_phase_if_done(barrier);
 }
 
-inline void barrier_expect(unsigned long long* place, uint32_t bytes) {
+inline void barrier_expect(Shared place, uint32_t bytes) {
   emulator::phase_barriers.at(place).bytes += bytes;
   barrier_arrive(place);
 }
 
-inline void barrier_wait(unsigned long long* place, uint32_t parity) {
+inline void barrier_wait(Shared place, uint32_t parity) {
   auto& barrier = emulator::phase_barriers.at(place);
   while (uint32_t(barrier.phase) == parity) {
     if (barrier.copies.empty())
@@ -109,14 +111,14 @@ inline void barrier_wait(unsigned long long* place, uint32_t parity) {
   }
 }
 
-inline void copy_bulk(unsigned char* to, const unsigned char* from, uint32_t bytes,
-                      unsigned long long* barrier) {
+inline void copy_bulk(Shared to, const unsigned char* from, uint32_t bytes,
+                      Shared barrier) {
   emulator::start_copy(barrier, {to, {from, from + bytes}, bytes});
 }
 
 template <class Given>
-inline void copy_box(unsigned char* to, const Given& a, uint32_t input, uint32_t row,
-                     unsigned long long* barrier) {
+inline void copy_box(Shared to, const Given& a, uint32_t input, uint32_t row,
+                     Shared barrier) {
   std::vector<unsigned char> box(ROWS * 128, 0);
   for (uint32_t m = 0; m < ROWS && row + m < a.a.rows; m++)
     for (uint32_t piece = 0; piece < 8; piece++)
@@ -126,7 +128,7 @@ inline void copy_box(unsigned char* to, const Given& a, uint32_t input, uint32_t
 }
 
 // Its own copies are over at once: arriving says so.
-inline void arrive_after_copies(unsigned long long* barrier) {
+inline void arrive_after_copies(Shared barrier) {
   close_copies();
   wait_for_copies<0>();
   barrier_arrive(barrier);
@@ -136,7 +138,7 @@ inline void show_to_products() {}
 inline void begin_products() {}
 
 inline void multiply_box(float (&sums)[ROWS / 8][4], const uint32_t (&a)[4],
-                         const unsigned char* box, uint32_t sixteenth) {
+                         Shared box, uint32_t sixteenth) {
   emulator::products[emulator::current].open.push_back({sums, a, box, sixteenth});
 }
 

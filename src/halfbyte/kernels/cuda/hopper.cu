@@ -2,8 +2,12 @@
 // product of a warpgroup, whose A operand is in registers and whose B operand in shared memory.
 // Not included where the kernel is emulated: tests/kernels/hopper_emulator.h stands in for it.
 
-DEVICE void barrier_begin(u64* barrier, u32 arrivals) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals)
+typedef u32 Shared;  // an address of shared memory
+
+DEVICE Shared share(const u8* pointer) { return shared_address(pointer); }
+
+DEVICE void barrier_begin(Shared barrier, u32 arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals)
                : "memory");
 }
 
@@ -13,30 +17,30 @@ DEVICE void publish_barriers() {
   asm volatile("fence.proxy.async;" ::: "memory");
 }
 
-DEVICE void barrier_arrive(u64* barrier) {
-  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+DEVICE void barrier_arrive(Shared barrier) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 // Arrives, and lets the barrier's phase wait for so many bytes of bulk copies too.
-DEVICE void barrier_expect(u64* barrier, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+DEVICE void barrier_expect(Shared barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier),
                "r"(bytes)
                : "memory");
 }
 
 // Waits for the end of the barrier's current phase of this parity.
-DEVICE void barrier_wait(u64* barrier, u32 parity) {
+DEVICE void barrier_wait(Shared barrier, u32 parity) {
   asm volatile(
       "{ .reg .pred done;\n"
       "again: mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
-      "@!done bra again; }" ::"r"(shared_address(barrier)),
+      "@!done bra again; }" ::"r"(barrier),
       "r"(parity)
       : "memory");
 }
 
 // Arrives when the copies of copy_ahead that this thread has started are there.
-DEVICE void arrive_after_copies(u64* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier))
+DEVICE void arrive_after_copies(Shared barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier)
                : "memory");
 }
 
@@ -44,20 +48,20 @@ DEVICE void arrive_after_copies(u64* barrier) {
 DEVICE void show_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Copies bytes in a row, a multiple of 16.
-DEVICE void copy_bulk(u8* to, const u8* from, u32 bytes, u64* barrier) {
+DEVICE void copy_bulk(Shared to, const u8* from, u32 bytes, Shared barrier) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          shared_address(to)),
-      "l"(from), "r"(bytes), "r"(shared_address(barrier))
+          to),
+      "l"(from), "r"(bytes), "r"(barrier)
       : "memory");
 }
 
 // Copies 64 inputs of ROWS rows of x, swapped about as by x_place; zeros where there are no rows.
-DEVICE void copy_box(u8* to, const RowsArguments& a, u32 input, u32 row, u64* barrier) {
+DEVICE void copy_box(Shared to, const RowsArguments& a, u32 input, u32 row, Shared barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%3, %4}], [%2];" ::"r"(shared_address(to)),
-      "l"(a.x_map), "r"(shared_address(barrier)), "r"(input), "r"(row)
+      "[%0], [%1, {%3, %4}], [%2];" ::"r"(to),
+      "l"(a.x_map), "r"(barrier), "r"(input), "r"(row)
       : "memory");
 }
 
@@ -72,9 +76,8 @@ DEVICE void wait_for_products() {
 }
 
 // The operand B at 16 inputs of a box: rows of 128 bytes, eight of them 1024 bytes apart, swizzled.
-DEVICE u64 describe_box(const u8* box, u32 sixteenth) {
-  u32 address = shared_address(box) + 32 * sixteenth;
-  return (u64)(address >> 4 & 0x3FFF) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+DEVICE u64 describe_box(Shared box, u32 sixteenth) {
+  return (u64)(1u << 30 | 64) << 32 | ((box >> 4 | 1u << 16) + 2 * sixteenth);
 }
 
 #if BF16
@@ -89,7 +92,7 @@ DEVICE u64 describe_box(const u8* box, u32 sixteenth) {
 
 // sums [64 channels, ROWS] += a [64, 16] x the box's rows at these 16 inputs. It goes on while the
 // thread does: neither `a`, `sums` nor the box may be touched before wait_for_products.
-DEVICE void multiply_box(float (&sums)[ROWS / 8][4], const u32 (&a)[4], const u8* box,
+DEVICE void multiply_box(float (&sums)[ROWS / 8][4], const u32 (&a)[4], Shared box,
                          u32 sixteenth) {
 #if ROWS == 8
   asm volatile("{ .reg .pred add; setp.ne.b32 add, 1, 0; "

@@ -119,15 +119,18 @@ struct Part {
 };
 
 struct Ring {
-  u8* memory;
-  u64 *full, *empty;
-  u32 slot, parity;
+  Shared memory, full, empty;  // slots; barriers: a slot is full, a slot may be filled again
+  u32 slot, parity, offset;
 
-  DEVICE u8* place() const { return memory + slot * STAGE_BYTES; }
+  DEVICE Shared place() const { return memory + offset; }
+  DEVICE Shared filled() const { return full + 8 * slot; }
+  DEVICE Shared taken() const { return empty + 8 * slot; }
 
   DEVICE void advance() {
-    if (++slot == STAGES) {
-      slot = 0;
+    slot++;
+    offset += STAGE_BYTES;
+    if (slot == STAGES) {
+      slot = offset = 0;
       parity ^= 1;
     }
   }
@@ -136,7 +139,7 @@ struct Ring {
 // ---------------------------------------------------------------- the warp that copies
 
 // The copies of a step of a tile, by one thread.
-DEVICE void copy_weight(const Arguments& a, u8* to, u32 block, u32 step, u64* barrier) {
+DEVICE void copy_weight(const Arguments& a, Shared to, u32 block, u32 step, Shared barrier) {
   u32 tiles = a.out_features / 16, first = block * (CHANNELS / 16);
   u32 count = tiles - first < CHANNELS / 16 ? tiles - first : CHANNELS / 16;
   barrier_expect(barrier, count * (TILE_BYTES + GROUPS_IN_STEP * 16 * (SCALE_SIZE + HAS_ZEROS)) +
@@ -155,27 +158,29 @@ DEVICE void copy_weight(const Arguments& a, u8* to, u32 block, u32 step, u64* ba
   }
 }
 
-DEVICE void copy_rows(const RowsArguments& a, u8* to, u32 row, u32 step, u32 lane, u64* barrier) {
+DEVICE void copy_rows(const RowsArguments& a, const Ring& ring, u8* memory, u32 row, u32 step,
+                      u32 lane) {
 #if BOXES
-  if (lane == 0) copy_box(to, a, step * 64, row, barrier);
+  if (lane == 0) copy_box(ring.place(), a, step * 64, row, ring.filled());
 #else
   const u8* x = (const u8*)a.a.x + step * 128 + lane % 8 * 16;
   for (u32 m = lane / 8; m < ROWS; m += 4)
     if (row + m < a.a.rows)
-      copy_ahead(to + x_place(m, lane % 8), x + (u64)(row + m) * a.a.in_features * 2);
-  arrive_after_copies(barrier);
+      copy_ahead(memory + ring.offset + x_place(m, lane % 8),
+                 x + (u64)(row + m) * a.a.in_features * 2);
+  arrive_after_copies(ring.filled());
 #endif
 }
 
 DEVICE void copy_all(const RowsArguments& a, const Walk& walk, u32 row_tiles, u32 begin, u32 last,
-                     Ring ring, u32 lane) {
+                     Ring ring, u8* memory, u32 lane) {
   // Weights never change: the first are asked for before the launches that make x are over.
   u32 early = last - begin < STAGES ? last - begin : STAGES;
   if (lane == 0)
     for (u32 i = 0; i < early; i++) {
       u32 tile = (begin + i) / walk.chunks;
       copy_weight(a.a, ring.memory + i * STAGE_BYTES, tile / row_tiles,
-                  begin + i - tile * walk.chunks, ring.full + i);
+                  begin + i - tile * walk.chunks, ring.full + 8 * i);
     }
   wait_for_inputs();
   u32 left = early;
@@ -188,10 +193,10 @@ DEVICE void copy_all(const RowsArguments& a, const Walk& walk, u32 row_tiles, u3
       if (left)
         left--;
       else {
-        barrier_wait(ring.empty + ring.slot, ring.parity ^ 1);
-        if (lane == 0) copy_weight(a.a, ring.place(), block, step, ring.full + ring.slot);
+        barrier_wait(ring.taken(), ring.parity ^ 1);
+        if (lane == 0) copy_weight(a.a, ring.place(), block, step, ring.filled());
       }
-      copy_rows(a, ring.place(), row, step, lane, ring.full + ring.slot);
+      copy_rows(a, ring, memory, row, step, lane);
       ring.advance();
     }
   }
@@ -288,8 +293,16 @@ DEVICE bool share_sums(const Arguments& a, const Walk& walk, Sums& sums, u32 til
 }
 
 DEVICE void multiply_all(const Arguments& a, const Walk& walk, u32 row_tiles, u32 run, u32 begin,
-                         u32 last_unit, Ring ring, u32 warpgroup, u32 thread, u8* turn, u32* last) {
+                         u32 last_unit, Ring ring, const u8* memory, u32 warpgroup, u32 thread,
+                         u8* turn, u32* last) {
   u32 lane = thread % 32, warp = thread / 32;
+  const u8* own_codes = memory + X_BYTES + (warpgroup * TILES * 4 + warp) * TILE_BYTES;
+  const u8* own_scales =
+      memory + GRID_AT + (warpgroup * TILES * 64 + warp * 16 + lane / 4) * SCALE_SIZE;
+#if HAS_ZEROS
+  const u8* own_zeros = memory + GRID_AT + GROUPS_IN_STEP * SCALE_ROW + warpgroup * TILES * 64 +
+                        warp * 16 + lane / 4;
+#endif
   Sums sums;
   u32 numbers[2][TILES][4];
   for (u32 unit = begin; unit < last_unit;) {
@@ -302,38 +315,36 @@ DEVICE void multiply_all(const Arguments& a, const Walk& walk, u32 row_tiles, u3
       for (u32 r = 0; r < ROWS / 8; r++)
 #pragma unroll
         for (u32 i = 0; i < 4; i++) sums[t][r][i] = 0.0f;
-    u64* taken = nullptr;  // the barrier of the slot whose products may still run
+    Shared taken = ring.taken();  // of the step before, whose products may still run
     for (u32 step = part.step; step < part.end; step++) {
-      barrier_wait(ring.full + ring.slot, ring.parity);
+      barrier_wait(ring.filled(), ring.parity);
       if (!BOXES) show_to_products();
-      const u8* x = ring.place();
+      Shared x = ring.place();
       alignas(16) u32 words[TILES][BITS];
 #pragma unroll
       for (u32 t = 0; t < TILES; t++)
-        read_words(words[t], x + X_BYTES + ((warpgroup * TILES + t) * 4 + warp) * TILE_BYTES, lane);
+        read_words(words[t], own_codes + ring.offset + t * 4 * TILE_BYTES, lane);
+      Scale scales[TILES][2];
+      u32 zeros[TILES][2];
 #pragma unroll
       for (u32 half = 0; half < 2; half++) {
         u32 first[TILES][4], second[TILES][4];
 #pragma unroll
         for (u32 t = 0; t < TILES; t++) {
-          u32 channel = (warpgroup * TILES + t) * 64 + warp * 16 + lane / 4;
-          const u8* scales = x + GRID_AT + (HALF_GROUPS ? half * SCALE_ROW : 0);
-          u32 zero0 = 1 << (BITS - 1), zero1 = zero0;
+#pragma unroll
+          for (u32 h = 0; h < 2 && (HALF_GROUPS || half == 0); h++) {
+            scales[t][h].read(own_scales + ring.offset + half * SCALE_ROW, t * 64 + h * 8);
+            zeros[t][h] = 1 << (BITS - 1);
 #if HAS_ZEROS
-          const u8* zeros =
-              x + GRID_AT + GROUPS_IN_STEP * SCALE_ROW + (HALF_GROUPS ? half * ZERO_ROW : 0);
-          zero0 = zeros[channel];
-          zero1 = zeros[channel + 8];
+            zeros[t][h] = own_zeros[ring.offset + half * ZERO_ROW + t * 64 + h * 8];
 #endif
-          Scale scale0, scale1;
-          scale0.read(scales, channel);
-          scale1.read(scales, channel + 8);
-          take_apart(first[t], words[t], 0, half, zero0);
-          take_apart(second[t], words[t], 1, half, zero1);
+          }
+          take_apart(first[t], words[t], 0, half, zeros[t][0]);
+          take_apart(second[t], words[t], 1, half, zeros[t][1]);
 #pragma unroll
           for (u32 i = 0; i < 4; i++) {
-            first[t][i] = scale0.apply(first[t][i]);
-            second[t][i] = scale1.apply(second[t][i]);
+            first[t][i] = scales[t][0].apply(first[t][i]);
+            second[t][i] = scales[t][1].apply(second[t][i]);
           }
         }
 #pragma unroll
@@ -351,10 +362,10 @@ DEVICE void multiply_all(const Arguments& a, const Walk& walk, u32 row_tiles, u3
             multiply_box(sums[t], numbers[quarter][t], x, 2 * half + quarter);
           close_products();
           wait_for_products<1>();
-          if (half == 0 && quarter == 0 && taken && lane == 0) barrier_arrive(taken);
+          if (half == 0 && quarter == 0 && step > part.step && lane == 0) barrier_arrive(taken);
         }
       }
-      taken = ring.empty + ring.slot;
+      taken = ring.taken();
       ring.advance();
     }
     wait_for_products<0>();
@@ -370,10 +381,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   u8* begin_of_memory = (u8*)shared_memory;
   u8* memory = begin_of_memory + (1024 - (shared_address(begin_of_memory) & 1023)) % 1024;
   u8* turn = memory + STAGES * STAGE_BYTES;
-  Ring ring = {memory};
-  ring.full = (u64*)(turn + WARPGROUPS * 4 * TURN_BYTES);
-  ring.empty = ring.full + STAGES;
-  u32* last = (u32*)(ring.empty + STAGES);
+  u8* barriers = turn + WARPGROUPS * 4 * TURN_BYTES;
+  u32* last = (u32*)(barriers + 16 * STAGES);
+  Ring ring = {share(memory), share(barriers), share(barriers + 8 * STAGES)};
   u32 thread = threadIdx.x;
   u32 row_tiles = (a.a.rows + ROWS - 1) / ROWS;
   Walk walk;
@@ -383,8 +393,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   u32 run = blockIdx.x, begin = walk.begin(run), end = walk.begin(run + 1);
   if (thread == 0) {
     for (u32 stage = 0; stage < STAGES; stage++) {
-      barrier_begin(ring.full + stage, BOXES ? 1 : 33);
-      barrier_begin(ring.empty + stage, WARPGROUPS * 4);
+      barrier_begin(ring.full + 8 * stage, BOXES ? 1 : 33);
+      barrier_begin(ring.empty + 8 * stage, WARPGROUPS * 4);
     }
     publish_barriers();
   }
@@ -393,11 +403,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   u32 warpgroup = thread / 128;
   if (warpgroup == WARPGROUPS) {
     give_registers<COPY_REGISTERS>();
-    if (thread % 128 < 32) copy_all(a, walk, row_tiles, begin, end, ring, thread % 32);
+    if (thread % 128 < 32) copy_all(a, walk, row_tiles, begin, end, ring, memory, thread % 32);
   } else {
     take_registers<PRODUCT_REGISTERS>();
     wait_for_inputs();
-    multiply_all(a.a, walk, row_tiles, run, begin, end, ring, warpgroup, thread % 128,
+    multiply_all(a.a, walk, row_tiles, run, begin, end, ring, memory, warpgroup, thread % 128,
                  turn + warpgroup * 4 * TURN_BYTES, last);
   }
 }
