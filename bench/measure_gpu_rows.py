@@ -39,19 +39,20 @@ from measure_gpu_kernels import (
     time_arms,
 )
 
-ROWS = (64, 128, 256, 1024, 512, 32, 16, 8, 4096)
+ROWS = (64, 128, 256, 1024, 512, 32, 16, 1, 8, 4096)
 PEERS = ("marlin", "machete")
 SPLITS = (0, 1, 2, 3, 4, 6, 8)
 HANG_SECONDS = 25.0
 
 BLOCKS = [
-    # rows, tiles, warpgroups, blocks; as many stages as there is room for, 16 at most
-    (8, 2, 2, 1),
-    (16, 1, 2, 1), (16, 2, 2, 1), (16, 4, 2, 1),
-    (32, 2, 2, 1), (32, 1, 4, 1), (32, 1, 2, 2), (32, 2, 4, 1),
-    (64, 2, 2, 1), (64, 1, 4, 1), (64, 1, 2, 2), (64, 4, 2, 1),
-    (128, 2, 2, 1), (128, 1, 2, 1), (128, 1, 3, 1),
-    (256, 1, 2, 1),
+    # rows, tiles, warpgroups, blocks, cluster; as many stages as there is room for, 16 at most
+    (8, 2, 2, 1, 1), (8, 1, 4, 1, 1),
+    (16, 1, 2, 1, 1), (16, 2, 2, 1, 1), (16, 4, 2, 1, 1), (16, 1, 4, 1, 1),
+    (32, 2, 2, 1, 1), (32, 1, 4, 1, 1), (32, 1, 2, 2, 1), (32, 2, 4, 1, 1), (32, 2, 2, 1, 2),
+    (64, 2, 2, 1, 1), (64, 1, 4, 1, 1), (64, 1, 2, 2, 1), (64, 4, 2, 1, 1), (64, 2, 2, 1, 2),
+    (64, 1, 2, 2, 2),
+    (128, 2, 2, 1, 1), (128, 1, 2, 1, 1), (128, 1, 3, 1, 1), (128, 2, 2, 1, 2), (128, 1, 2, 1, 2),
+    (256, 1, 2, 1, 1), (256, 1, 2, 1, 2),
 ]  # fmt: skip
 
 
@@ -59,14 +60,20 @@ def list_candidates() -> list[RowsConfig]:
     """Every thread block of the sweep; the splits come later."""
     spec = make_spec()
     found = []
-    for rows, tiles, warpgroups, blocks in BLOCKS:
-        config = RowsConfig(rows=rows, tiles=tiles, warpgroups=warpgroups, stages=16, blocks=blocks)
-        while cuda_rows.count_shared_bytes(config, spec, DTYPE) > SHARED_LIMIT // blocks - 1024 * (
-            blocks > 1
-        ):
-            config = replace(config, stages=config.stages - 1)
-        found.append(config)
+    for rows, tiles, warpgroups, blocks, cluster in BLOCKS:
+        config = RowsConfig(
+            rows=rows, tiles=tiles, warpgroups=warpgroups, stages=16, blocks=blocks, cluster=cluster
+        )
+        found.append(fit(config, spec))
     return found
+
+
+def fit(config: RowsConfig, spec: LinearSpec) -> RowsConfig:
+    """Take stages away until the thread blocks have room; each costs 1 KiB more where two share."""
+    room = SHARED_LIMIT // config.blocks - 1024 * (config.blocks > 1)
+    while cuda_rows.count_shared_bytes(config, spec, torch.float16) > room:
+        config = replace(config, stages=config.stages - 1)
+    return config
 
 
 def make_spec(**changed: Any) -> LinearSpec:
@@ -112,10 +119,7 @@ def check_one(config: RowsConfig, kind: dict[str, Any]) -> dict[str, Any]:
     """Compare with float64 at several numbers of rows, and with itself."""
     spec = make_spec(**kind)
     told = {"kernel": str(config), "layer": describe_spec(spec)}
-    size = cuda_rows.count_shared_bytes(config, spec, torch.float16)
-    while size > SHARED_LIMIT // config.blocks - 1024 * (config.blocks > 1):
-        config = replace(config, stages=config.stages - 1)
-        size = cuda_rows.count_shared_bytes(config, spec, torch.float16)
+    config = fit(config, spec)
     stored, weight = gpu_checks.make_operands(spec, spec.group_size + spec.bits)
     operands = replace(stored, weight=prepare_fragments(stored, spec))
     order = find_order(operands, spec)
@@ -177,17 +181,16 @@ def _name(config: RowsConfig) -> str:
 
 
 def compile_candidates() -> None:
-    """Compile every candidate for the layers that are timed and for the plain check."""
+    """Compile every candidate for the layers that are timed, and for the checks."""
     source = read_source("multiply_rows.cu")
-
-    def compile_one(job: tuple[RowsConfig, torch.dtype]) -> None:
-        config, scale_dtype = job
-        macros = cuda_rows.define_macros(config, make_spec(), scale_dtype)
-        compile_source(source, macros, "sm_90a")
-
-    jobs = [(config, dtype) for config in list_candidates() for dtype in (DTYPE, torch.float16)]
-    with ThreadPoolExecutor(12) as pool:
-        list(pool.map(compile_one, jobs))
+    candidates = list_candidates()
+    jobs = [cuda_rows.define_macros(config, make_spec(), DTYPE) for config in candidates]
+    for config, kind in list_checks(candidates):
+        spec = make_spec(**kind)
+        jobs.append(cuda_rows.define_macros(fit(config, spec), spec, torch.float16))
+    distinct = {tuple(macros.items()): macros for macros in jobs}.values()
+    with ThreadPoolExecutor(14) as pool:
+        list(pool.map(lambda macros: compile_source(source, macros, "sm_90a"), distinct))
 
 
 # ------------------------------------------------------------------------------- times
@@ -199,7 +202,7 @@ def list_arms(layer: Layer, rows: int, right: set[str]) -> dict[str, Run]:
     for config in list_candidates():
         if _name(config) not in right or not rows <= 16 * config.rows:
             continue
-        if config.rows > max(2 * rows, 16) or (config.rows < 128 and rows > 2 * config.rows):
+        if config.rows > max(rows, 16) or (config.rows < 128 and rows > 2 * config.rows):
             continue
         tiles = config.count_tiles(layer.spec, rows)
         for splits in SPLITS:

@@ -115,8 +115,8 @@ def multiply_rows_emulated(
     result = torch.full((x.shape[0], spec.out_features), float("nan"), dtype=x.dtype)
     partials = torch.full((2 * runs * config.partial_floats,), float("nan"))
     tiles = config.count_tiles(spec, x.shape[0])
-    arrivals = torch.zeros(tiles * config.warpgroups, dtype=torch.int32)
+    arrivals = torch.zeros(tiles * config.cluster * config.warpgroups, dtype=torch.int32)
     common = fill_arguments(rows, operands, bias, spec, result, partials, arrivals)
-    library.emulate(ctypes.byref(RowsArguments(a=common)), runs, order)
+    library.emulate(ctypes.byref(RowsArguments(a=common)), runs * config.cluster, order)
     assert not arrivals.any()
     return result

@@ -11,6 +11,7 @@
 #include "cuda_emulator.h"
 
 #define __grid_constant__
+#define __cluster_dims__(...)
 
 namespace emulator {
 
@@ -48,7 +49,10 @@ struct Transposed {
 };
 inline std::vector<Transposed> transposed;
 
+inline Barrier cluster_barrier;
+
 inline void begin_hopper(int threads) {
+  cluster_barrier = {threads};
   phase_barriers.clear();
   products.assign(threads, {});
   transposed.assign(threads, {});
@@ -93,6 +97,15 @@ inline void barrier_arrive(Shared place) {
   emulator::end_phase_if_done(barrier);
 }
 
+// The same place in another thread block of the cluster.
+inline Shared elsewhere(Shared place, int rank) {
+  return place + (rank - emulator::block()) * emulator::block_memory * 16;
+}
+
+inline void barrier_arrive_at(Shared place, uint32_t rank) { barrier_arrive(elsewhere(place, rank)); }
+
+inline void meet_cluster() { emulator::wait_at(emulator::cluster_barrier); }
+
 inline void barrier_expect(Shared place, uint32_t bytes) {
   emulator::phase_barriers.at(place).bytes += bytes;
   barrier_arrive(place);
@@ -119,12 +132,14 @@ inline void copy_bulk(Shared to, const unsigned char* from, uint32_t bytes,
 template <class Given>
 inline void copy_box(Shared to, const Given& a, uint32_t input, uint32_t row,
                      Shared barrier) {
-  std::vector<unsigned char> box(ROWS * 128, 0);
-  for (uint32_t m = 0; m < ROWS && row + m < a.a.rows; m++)
+  constexpr uint32_t EACH = ROWS / CLUSTER;
+  std::vector<unsigned char> box(EACH * 128, 0);
+  for (uint32_t m = 0; m < EACH && row + m < a.a.rows; m++)
     for (uint32_t piece = 0; piece < 8; piece++)
       memcpy(box.data() + m * 128 + (piece ^ (m & 7)) * 16,
              a.a.x + uint64_t(row + m) * a.a.in_features + input + piece * 8, 16);
-  emulator::start_copy(barrier, {to, std::move(box), ROWS * 128});
+  for (int rank = 0; rank < CLUSTER; rank++)
+    emulator::start_copy(elsewhere(barrier, rank), {elsewhere(to, rank), box, EACH * 128});
 }
 
 // Its own copies are over at once: arriving says so.
@@ -193,8 +208,8 @@ inline void store_transposed(unsigned char* column, uint32_t m0, uint32_t m1, ui
   wait_for_warp();
 }
 
-inline void meet_warpgroup(uint32_t warpgroup) {
-  emulator::wait_at(emulator::warpgroup_barriers[warpgroup]);
+inline void meet_warpgroup(uint32_t) {
+  emulator::wait_at(emulator::warpgroup_barriers[emulator::current / 128]);
 }
 
 template <unsigned COUNT>

@@ -18,9 +18,9 @@ extern "C" void emulate(const RowsArguments* given, int blocks, int order) {
   memcpy(&arguments, given, sizeof arguments);
   gridDim.x = blocks;
   emulator::eager = order == 2;
-  for (int i = 0; i < blocks; i++) {
-    blockIdx.x = order == 1 ? blocks - 1 - i : i;
-    emulator::begin_hopper(THREADS);
-    emulator::run_block(enter, THREADS, SHARED_BYTES);
+  for (int i = 0; i < blocks; i += CLUSTER) {
+    int block = order == 1 ? blocks - CLUSTER - i : i;
+    emulator::begin_hopper(CLUSTER * THREADS);
+    emulator::run_blocks(enter, block, CLUSTER, THREADS, SHARED_BYTES);
   }
 }

@@ -46,6 +46,7 @@ def check(config, rows, *, resident=3, order=0, with_bias=True, **layer):
         (RowsConfig(rows=64, tiles=2, warpgroups=2, stages=4), 70, 400),
         (RowsConfig(rows=128, tiles=1, warpgroups=3, stages=3), 130, 208),
         (RowsConfig(rows=256, tiles=1, warpgroups=2, stages=3), 200, 144),
+        (RowsConfig(rows=32, tiles=1, warpgroups=2, stages=3, cluster=2), 40, 400),
     ],
     ids=str,
 )
@@ -81,6 +82,19 @@ def test_result_depends_on_no_order():
     assert torch.equal(check(SMALL, 40, resident=7, order=1, group_size=192), one)
     assert torch.equal(check(SMALL, 40, resident=7, order=2, group_size=192), one)
     assert torch.equal(check(replace(SMALL, boxes=0), 40, resident=7, group_size=192), one)
+
+
+@emulated
+def test_a_cluster_shares_its_rows():
+    # The second thread block of the last cluster has no channels, but copies its part of x.
+    config = RowsConfig(rows=32, tiles=1, warpgroups=2, stages=2, cluster=2)
+    one = check(config, 40, resident=8, group_size=192, out_features=272)
+    assert torch.equal(
+        check(config, 40, resident=8, order=1, group_size=192, out_features=272), one
+    )
+    assert torch.equal(
+        check(config, 40, resident=8, order=2, group_size=192, out_features=272), one
+    )
 
 
 def test_runs_are_no_more_than_steps():

@@ -52,6 +52,9 @@ class RowsConfig:
     """Runs of a tile; 0: as many of all tiles as thread blocks fit on the device."""
     blocks: int = 1
     boxes: int = 1
+    """1: x is copied by the copy engine; 0: by threads."""
+    cluster: int = 1
+    """Thread blocks side by side that share their rows of x."""
 
     @property
     def channels(self) -> int:
@@ -65,12 +68,12 @@ class RowsConfig:
 
     @property
     def partial_floats(self) -> int:
-        """Floats of the sums of a tile."""
-        return self.channels * self.rows
+        """Floats of the sums of a tile, of all thread blocks of a cluster."""
+        return self.channels * self.rows * self.cluster
 
     def count_tiles(self, spec: LinearSpec, rows: int) -> int:
-        """Tiles of a product."""
-        return -(-spec.out_features // self.channels) * -(-rows // self.rows)
+        """Tiles of a product, all of a cluster's as one."""
+        return -(-spec.out_features // (self.channels * self.cluster)) * -(-rows // self.rows)
 
 
 def define_macros(config: RowsConfig, spec: LinearSpec, scale_dtype: torch.dtype) -> dict[str, int]:
@@ -96,7 +99,7 @@ def count_shared_bytes(config: RowsConfig, spec: LinearSpec, scale_dtype: torch.
 
 
 def count_runs(config: RowsConfig, spec: LinearSpec, rows: int, resident: int) -> int:
-    """Count the thread blocks of a product.
+    """Count the runs of a product, each a thread block or a cluster.
 
     Args:
         config: How it is cut.
@@ -108,15 +111,17 @@ def count_runs(config: RowsConfig, spec: LinearSpec, rows: int, resident: int) -
         At most one for each step of 64 inputs of each tile.
     """
     tiles = config.count_tiles(spec, rows)
-    runs = tiles * config.splits if config.splits else resident
+    runs = tiles * config.splits if config.splits else resident // config.cluster
     return min(runs, tiles * (spec.in_features // 64))
 
 
 def find_mismatch(config: RowsConfig, spec: LinearSpec, rows: int) -> str | None:
     """Say why a product is too large for the kernel's counters, or None."""
     tiles = config.count_tiles(spec, rows)
-    if tiles * config.warpgroups > ARRIVALS:
-        return f"{tiles} tiles of {config.warpgroups} warpgroups are more than {ARRIVALS}"
+    if tiles * config.warpgroups * config.cluster > ARRIVALS:
+        return (
+            f"{tiles} tiles of {config.warpgroups * config.cluster} parts are more than {ARRIVALS}"
+        )
     runs = max(tiles * max(config.splits, 1), 1024)
     if (tiles * (spec.in_features // 64) + 1) * runs >= 2**32:
         return f"{tiles} tiles of {spec.in_features} inputs are more than 32 bits count"
@@ -157,8 +162,10 @@ def multiply(
         partials = torch.empty(size, dtype=torch.float32, device=device)
     common = fill_arguments(rows, operands, bias, spec, result, partials, find_arrivals(device))
     arguments = RowsArguments(a=common)
-    arguments.x_map[:] = encode_boxes(rows.data_ptr(), count, spec.in_features, 64, config.rows)
-    function.launch(runs, arguments, torch.cuda.current_stream(device).cuda_stream)
+    arguments.x_map[:] = encode_boxes(
+        rows.data_ptr(), count, spec.in_features, 64, config.rows // config.cluster
+    )
+    function.launch(runs * config.cluster, arguments, torch.cuda.current_stream(device).cuda_stream)
     return result
 
 

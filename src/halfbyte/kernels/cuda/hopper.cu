@@ -21,6 +21,25 @@ DEVICE void barrier_arrive(Shared barrier) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// Arrives at the barrier at the same place in a thread block of the cluster.
+DEVICE void barrier_arrive_at(Shared barrier, u32 rank) {
+  asm volatile(
+      "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+
+// The threads of a cluster meet.
+DEVICE void meet_cluster() {
+#if CLUSTER > 1
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
+#else
+  __syncthreads();
+#endif
+}
+
 // Arrives, and lets the barrier's phase wait for so many bytes of bulk copies too.
 DEVICE void barrier_expect(Shared barrier, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier),
@@ -56,13 +75,22 @@ DEVICE void copy_bulk(Shared to, const u8* from, u32 bytes, Shared barrier) {
       : "memory");
 }
 
-// Copies 64 inputs of ROWS rows of x, swapped about as by x_place; zeros where there are no rows.
+// Copies 64 inputs of ROWS / CLUSTER rows of x to the same place in all thread blocks of the cluster,
+// swapped about as by x_place; zeros where there are no rows.
 DEVICE void copy_box(Shared to, const RowsArguments& a, u32 input, u32 row, Shared barrier) {
+#if CLUSTER > 1
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
+      "l"(a.x_map), "r"(barrier), "r"(input), "r"(row), "h"((u16)((1 << CLUSTER) - 1))
+      : "memory");
+#else
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%3, %4}], [%2];" ::"r"(to),
       "l"(a.x_map), "r"(barrier), "r"(input), "r"(row)
       : "memory");
+#endif
 }
 
 // Before products whose registers were written since the last ones.

@@ -16,6 +16,7 @@
 //   TILES, WARPGROUPS, STAGES   as above
 //   BLOCKS       thread blocks that a multiprocessor must have room for
 //   BOXES        1: x is copied by the copy engine's boxes; 0: by the threads of the copying warp
+//   CLUSTER      thread blocks side by side that share the rows of x: each copies its part to all
 
 #include "base.cu"
 
@@ -107,14 +108,24 @@ struct Scale {
   }
 };
 
+// The work of this thread block: a run of units, in which it has every CLUSTERth block of channels.
+struct Run {
+  Walk walk;
+  u32 row_tiles, number, rank;
+  u32 begin, end;
+};
+
 // One tile's place, and the steps of it that a run has.
 struct Part {
   u32 tile, step, end;  // of the run's units of this tile: the first step, and behind the last
+  u32 block, row;       // of channels; the tile's first
 
-  DEVICE void begin(const Walk& walk, u32 unit, u32 last) {
-    tile = unit / walk.chunks;
-    step = unit - tile * walk.chunks;
-    end = step + (last - unit) < walk.chunks ? step + (last - unit) : walk.chunks;
+  DEVICE void begin(const Run& run, u32 unit) {
+    tile = unit / run.walk.chunks;
+    step = unit - tile * run.walk.chunks;
+    end = step + (run.end - unit) < run.walk.chunks ? step + (run.end - unit) : run.walk.chunks;
+    block = tile / run.row_tiles * CLUSTER + run.rank;
+    row = tile % run.row_tiles * ROWS;
   }
 };
 
@@ -141,9 +152,11 @@ struct Ring {
 // The copies of a step of a tile, by one thread.
 DEVICE void copy_weight(const Arguments& a, Shared to, u32 block, u32 step, Shared barrier) {
   u32 tiles = a.out_features / 16, first = block * (CHANNELS / 16);
-  u32 count = tiles - first < CHANNELS / 16 ? tiles - first : CHANNELS / 16;
+  u32 left = tiles > first ? tiles - first : 0;
+  u32 count = left < CHANNELS / 16 ? left : CHANNELS / 16;
   barrier_expect(barrier, count * (TILE_BYTES + GROUPS_IN_STEP * 16 * (SCALE_SIZE + HAS_ZEROS)) +
                               (BOXES ? X_BYTES : 0));
+  if (CLUSTER > 1 && count == 0) return;
   copy_bulk(to + X_BYTES, a.codes + ((u64)step * tiles + first) * TILE_BYTES, count * TILE_BYTES,
             barrier);
 #pragma unroll
@@ -159,9 +172,11 @@ DEVICE void copy_weight(const Arguments& a, Shared to, u32 block, u32 step, Shar
 }
 
 DEVICE void copy_rows(const RowsArguments& a, const Ring& ring, u8* memory, u32 row, u32 step,
-                      u32 lane) {
+                      u32 rank, u32 lane) {
 #if BOXES
-  if (lane == 0) copy_box(ring.place(), a, step * 64, row, ring.filled());
+  u32 first = rank * (ROWS / CLUSTER);
+  if (lane == 0)
+    copy_box(ring.place() + first * 128, a, step * 64, row + first, ring.filled());
 #else
   const u8* x = (const u8*)a.a.x + step * 128 + lane % 8 * 16;
   for (u32 m = lane / 8; m < ROWS; m += 4)
@@ -172,37 +187,43 @@ DEVICE void copy_rows(const RowsArguments& a, const Ring& ring, u8* memory, u32 
 #endif
 }
 
-DEVICE void copy_all(const RowsArguments& a, const Walk& walk, u32 row_tiles, u32 begin, u32 last,
-                     Ring ring, u8* memory, u32 lane) {
+DEVICE void copy_all(const RowsArguments& a, const Run& run, Ring ring, u8* memory, u32 lane) {
   // Weights never change: the first are asked for before the launches that make x are over.
-  u32 early = last - begin < STAGES ? last - begin : STAGES;
+  u32 early = run.end - run.begin < STAGES ? run.end - run.begin : STAGES;
   if (lane == 0)
     for (u32 i = 0; i < early; i++) {
-      u32 tile = (begin + i) / walk.chunks;
-      copy_weight(a.a, ring.memory + i * STAGE_BYTES, tile / row_tiles,
-                  begin + i - tile * walk.chunks, ring.full + 8 * i);
+      Part part;
+      part.begin(run, run.begin + i);
+      copy_weight(a.a, ring.memory + i * STAGE_BYTES, part.block, part.step, ring.full + 8 * i);
     }
   wait_for_inputs();
-  u32 left = early;
-  for (u32 unit = begin; unit < last;) {
+  for (u32 unit = run.begin; unit < run.end;) {
     Part part;
-    part.begin(walk, unit, last);
-    u32 block = part.tile / row_tiles, row = part.tile % row_tiles * ROWS;
+    part.begin(run, unit);
     unit += part.end - part.step;
     for (u32 step = part.step; step < part.end; step++) {
-      if (left)
-        left--;
+      if (early)
+        early--;
       else {
         barrier_wait(ring.taken(), ring.parity ^ 1);
-        if (lane == 0) copy_weight(a.a, ring.place(), block, step, ring.filled());
+        if (lane == 0) copy_weight(a.a, ring.place(), part.block, step, ring.filled());
       }
-      copy_rows(a, ring, memory, row, step, lane);
+      copy_rows(a, ring, memory, part.row, step, run.rank, lane);
       ring.advance();
     }
   }
 }
 
 // ---------------------------------------------------------------- the warps that multiply
+
+// Says to all thread blocks of the cluster that this warp needs a slot no longer.
+DEVICE void give_back(Shared taken, u32 lane) {
+#if CLUSTER > 1
+  if (lane < CLUSTER) barrier_arrive_at(taken, lane);
+#else
+  if (lane == 0) barrier_arrive(taken);
+#endif
+}
 
 typedef float Sums[TILES][ROWS / 8][4];
 
@@ -242,14 +263,16 @@ DEVICE void store_sums(const Arguments& a, Sums& sums, u32 block, u32 row, u32 w
 }
 
 // Gives this run's sums of a tile to the runs that have the rest; true: it is the last, and has all.
-DEVICE bool share_sums(const Arguments& a, const Walk& walk, Sums& sums, u32 tile, u32 run,
-                       u32 warpgroup, u32 thread, u32* last) {
+DEVICE bool share_sums(const Arguments& a, const Run& run, Sums& sums, u32 tile, u32 warpgroup,
+                       u32 thread, u32* last) {
+  const Walk& walk = run.walk;
   u32 first_unit = tile * walk.chunks;
   u32 first_run = walk.run_of(first_unit), last_run = walk.run_of(first_unit + walk.chunks - 1);
   if (first_run == last_run) return true;
   // A run has at most two tiles that are not whole: its first and its last.
-  u32 slot = 2 * run + (walk.begin(run) < first_unit);
-  float4* own = a.partials + ((u64)(slot * WARPGROUPS + warpgroup) * FRAGMENTS) * 128 + thread;
+  u32 slot = 2 * run.number + (run.begin < first_unit);
+  u32 part = run.rank * WARPGROUPS + warpgroup;
+  float4* own = a.partials + (u64)(slot * CLUSTER * WARPGROUPS + part) * (FRAGMENTS * 128) + thread;
 #pragma unroll
   for (u32 t = 0; t < TILES; t++)
 #pragma unroll
@@ -260,7 +283,7 @@ DEVICE bool share_sums(const Arguments& a, const Walk& walk, Sums& sums, u32 til
   __threadfence();
   meet_warpgroup(warpgroup);
   if (thread == 0) {
-    u32* arrivals = a.arrivals + tile * WARPGROUPS + warpgroup;
+    u32* arrivals = a.arrivals + tile * CLUSTER * WARPGROUPS + part;
     u32 is_last = atomicAdd(arrivals, 1u) == last_run - first_run;
     if (is_last) *arrivals = 0;
     last[warpgroup] = is_last;
@@ -277,7 +300,7 @@ DEVICE bool share_sums(const Arguments& a, const Walk& walk, Sums& sums, u32 til
   for (u32 other = first_run; other <= last_run; other++) {
     u32 place = 2 * other + (walk.begin(other) < first_unit);
     const float4* from =
-        a.partials + ((u64)(place * WARPGROUPS + warpgroup) * FRAGMENTS) * 128 + thread;
+        a.partials + (u64)(place * CLUSTER * WARPGROUPS + part) * (FRAGMENTS * 128) + thread;
 #pragma unroll
     for (u32 t = 0; t < TILES; t++)
 #pragma unroll
@@ -292,9 +315,8 @@ DEVICE bool share_sums(const Arguments& a, const Walk& walk, Sums& sums, u32 til
   return true;
 }
 
-DEVICE void multiply_all(const Arguments& a, const Walk& walk, u32 row_tiles, u32 run, u32 begin,
-                         u32 last_unit, Ring ring, const u8* memory, u32 warpgroup, u32 thread,
-                         u8* turn, u32* last) {
+DEVICE void multiply_all(const Arguments& a, const Run& run, Ring ring, const u8* memory,
+                         u32 warpgroup, u32 thread, u8* turn, u32* last) {
   u32 lane = thread % 32, warp = thread / 32;
   const u8* own_codes = memory + X_BYTES + (warpgroup * TILES * 4 + warp) * TILE_BYTES;
   const u8* own_scales =
@@ -305,9 +327,9 @@ DEVICE void multiply_all(const Arguments& a, const Walk& walk, u32 row_tiles, u3
 #endif
   Sums sums;
   u32 numbers[2][TILES][4];
-  for (u32 unit = begin; unit < last_unit;) {
+  for (u32 unit = run.begin; unit < run.end;) {
     Part part;
-    part.begin(walk, unit, last_unit);
+    part.begin(run, unit);
     unit += part.end - part.step;
 #pragma unroll
     for (u32 t = 0; t < TILES; t++)
@@ -362,21 +384,26 @@ DEVICE void multiply_all(const Arguments& a, const Walk& walk, u32 row_tiles, u3
             multiply_box(sums[t], numbers[quarter][t], x, 2 * half + quarter);
           close_products();
           wait_for_products<1>();
-          if (half == 0 && quarter == 0 && step > part.step && lane == 0) barrier_arrive(taken);
+          if (half == 0 && quarter == 0 && step > part.step) give_back(taken, lane);
         }
       }
       taken = ring.taken();
       ring.advance();
     }
     wait_for_products<0>();
-    if (lane == 0) barrier_arrive(taken);
-    if (share_sums(a, walk, sums, part.tile, run, warpgroup, thread, last))
-      store_sums(a, sums, part.tile / row_tiles, part.tile % row_tiles * ROWS, warpgroup, warp, lane,
-                 turn + warp * TURN_BYTES);
+    give_back(taken, lane);
+    if (share_sums(a, run, sums, part.tile, warpgroup, thread, last))
+      store_sums(a, sums, part.block, part.row, warpgroup, warp, lane, turn + warp * TURN_BYTES);
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+#if CLUSTER > 1
+#define CLUSTERED __cluster_dims__(CLUSTER, 1, 1)
+#else
+#define CLUSTERED
+#endif
+
+extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS)
     multiply_rows(const __grid_constant__ RowsArguments a) {
   u8* begin_of_memory = (u8*)shared_memory;
   u8* memory = begin_of_memory + (1024 - (shared_address(begin_of_memory) & 1023)) % 1024;
@@ -385,29 +412,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   u32* last = (u32*)(barriers + 16 * STAGES);
   Ring ring = {share(memory), share(barriers), share(barriers + 8 * STAGES)};
   u32 thread = threadIdx.x;
-  u32 row_tiles = (a.a.rows + ROWS - 1) / ROWS;
-  Walk walk;
-  walk.chunks = a.a.in_features / 64;
-  walk.units = walk.chunks * row_tiles * ((a.a.out_features + CHANNELS - 1) / CHANNELS);
-  walk.runs = gridDim.x;
-  u32 run = blockIdx.x, begin = walk.begin(run), end = walk.begin(run + 1);
+  Run run;
+  run.row_tiles = (a.a.rows + ROWS - 1) / ROWS;
+  run.walk.chunks = a.a.in_features / 64;
+  run.walk.units = run.walk.chunks * run.row_tiles *
+                   ((a.a.out_features + CLUSTER * CHANNELS - 1) / (CLUSTER * CHANNELS));
+  run.walk.runs = gridDim.x / CLUSTER;
+  run.number = blockIdx.x / CLUSTER;
+  run.rank = blockIdx.x % CLUSTER;
+  run.begin = run.walk.begin(run.number);
+  run.end = run.walk.begin(run.number + 1);
   if (thread == 0) {
     for (u32 stage = 0; stage < STAGES; stage++) {
       barrier_begin(ring.full + 8 * stage, BOXES ? 1 : 33);
-      barrier_begin(ring.empty + 8 * stage, WARPGROUPS * 4);
+      barrier_begin(ring.empty + 8 * stage, CLUSTER * WARPGROUPS * 4);
     }
     publish_barriers();
   }
   let_next_begin();
-  __syncthreads();
+  meet_cluster();
   u32 warpgroup = thread / 128;
   if (warpgroup == WARPGROUPS) {
     give_registers<COPY_REGISTERS>();
-    if (thread % 128 < 32) copy_all(a, walk, row_tiles, begin, end, ring, memory, thread % 32);
+    if (thread % 128 < 32) copy_all(a, run, ring, memory, thread % 32);
   } else {
     take_registers<PRODUCT_REGISTERS>();
     wait_for_inputs();
-    multiply_all(a.a, walk, row_tiles, run, begin, end, ring, memory, warpgroup, thread % 128,
-                 turn + warpgroup * 4 * TURN_BYTES, last);
+    multiply_all(a.a, run, ring, memory, warpgroup, thread % 128, turn + warpgroup * 4 * TURN_BYTES,
+                 last);
   }
+  // None may end while others of its cluster still copy to it or arrive at its barriers.
+  if (CLUSTER > 1) meet_cluster();
 }
