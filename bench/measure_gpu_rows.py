@@ -34,6 +34,7 @@ from measure_gpu_kernels import (
     DTYPE,
     SHAPES,
     Session,
+    find_distance,
     find_microseconds,
     make_peers,
     time_arms,
@@ -159,6 +160,8 @@ def check(session: Session, seconds: float) -> set[str]:
                     outcomes.append({"problem": "hangs"})
                     break
                 outcomes.append(connection.recv())
+                if "CUDA" in (outcomes[-1].get("problem") or ""):
+                    break  # all that follows in this process would fail too
         except EOFError:
             outcomes.append({"problem": "its process died"})
         process.kill()
@@ -247,10 +250,7 @@ def measure(session: Session, layers: dict[str, Layer], folder: Path, right: set
                 arms["dequantize + cublas"] = gpu_arms.run_dequantized(layer)
             if rows in (64, 256) and chosen is not None:
                 exact = x.float() @ gpu_arms.dequantize_exactly(layer).t()
-                distances[key] = {
-                    arm: float((run(x)[-1].float() - exact).norm() / exact.norm())
-                    for arm, run in arms.items()
-                }
+                distances[key] = {arm: find_distance(run, x, exact) for arm, run in arms.items()}
                 del exact
                 session.keep("distance from fp32", distances)
             table[key] = time_arms(arms, x, 7 if rows < 4096 else 3)
