@@ -43,7 +43,9 @@ from measure_gpu_kernels import (
 ROWS = (64, 128, 256, 1024, 512, 32, 16, 1, 8, 4096)
 PEERS = ("marlin", "machete")
 SPLITS = (0, 1, 2, 3, 4, 6, 8)
-HANG_SECONDS = 25.0
+HANG_SECONDS = 8.0
+START_SECONDS = 22.0
+"""Of a process until its first outcome, more than a check's own."""
 
 BLOCKS = [
     # rows, tiles, warpgroups, blocks, cluster; as many stages as there is room for, 16 at most
@@ -113,7 +115,7 @@ def list_checks(candidates: Sequence[RowsConfig]) -> list[tuple[RowsConfig, dict
     some = [config for config in candidates if (config.rows, config.tiles) in ((64, 2), (128, 1))]
     kinds = [(config, kind) for config in some for kind in KINDS[1:]]
     threads = [(replace(config, boxes=0), KINDS[0]) for config in some]
-    return [*plain, *threads, *kinds]
+    return [*threads, *plain, *kinds]
 
 
 def check_one(config: RowsConfig, kind: dict[str, Any]) -> dict[str, Any]:
@@ -154,12 +156,14 @@ def check(session: Session, seconds: float) -> set[str]:
         process = context.Process(target=_check_from, args=(theirs, len(outcomes)), daemon=True)
         process.start()
         theirs.close()
+        patience = START_SECONDS
         try:
             while len(outcomes) < len(checks) and time.monotonic() < end:
-                if not connection.poll(HANG_SECONDS):
+                if not connection.poll(patience + HANG_SECONDS):
                     outcomes.append({"problem": "hangs"})
                     break
                 outcomes.append(connection.recv())
+                patience = 0.0
                 if "CUDA" in (outcomes[-1].get("problem") or ""):
                     break  # all that follows in this process would fail too
         except EOFError:
@@ -281,6 +285,9 @@ def main() -> None:
     right: set[str] = set()
     session.run("compile", compile_candidates)
     session.run("check", lambda: right.update(check(session, options.check_seconds)))
+    if not right:
+        print("Nothing timed: no candidate is right.")
+        return
     layers = {name: gpu_arms.make_layer(*SHAPES[name], DTYPE) for name in options.shapes}
     session.run("measure", lambda: measure(session, layers, options.peers, right))
 
