@@ -27,7 +27,7 @@ from gpu_arms import Layer, Run
 from halfbyte.kernels import cuda_rows
 from halfbyte.kernels.contract import LinearSpec
 from halfbyte.kernels.cuda_driver import compile_source, read_source
-from halfbyte.kernels.cuda_rows import SHARED_LIMIT, RowsConfig
+from halfbyte.kernels.cuda_rows import RowsConfig
 from halfbyte.kernels.fragments import find_order, prepare_fragments
 from halfbyte.kernels.registry import describe_spec
 from measure_gpu_kernels import (
@@ -67,16 +67,8 @@ def list_candidates() -> list[RowsConfig]:
         config = RowsConfig(
             rows=rows, tiles=tiles, warpgroups=warpgroups, stages=16, blocks=blocks, cluster=cluster
         )
-        found.append(fit(config, spec))
+        found.append(cuda_rows.fit_memory(config, spec, torch.float16))
     return found
-
-
-def fit(config: RowsConfig, spec: LinearSpec) -> RowsConfig:
-    """Take stages away until the thread blocks have room; each costs 1 KiB more where two share."""
-    room = SHARED_LIMIT // config.blocks - 1024 * (config.blocks > 1)
-    while cuda_rows.count_shared_bytes(config, spec, torch.float16) > room:
-        config = replace(config, stages=config.stages - 1)
-    return config
 
 
 def make_spec(**changed: Any) -> LinearSpec:
@@ -122,7 +114,7 @@ def check_one(config: RowsConfig, kind: dict[str, Any]) -> dict[str, Any]:
     """Compare with float64 at several numbers of rows, and with itself."""
     spec = make_spec(**kind)
     told = {"kernel": str(config), "layer": describe_spec(spec)}
-    config = fit(config, spec)
+    config = cuda_rows.fit_memory(config, spec, torch.float16)
     stored, weight = gpu_checks.make_operands(spec, spec.group_size + spec.bits)
     operands = replace(stored, weight=prepare_fragments(stored, spec))
     order = find_order(operands, spec)
@@ -194,7 +186,11 @@ def compile_candidates() -> None:
     jobs = [cuda_rows.define_macros(config, make_spec(), DTYPE) for config in candidates]
     for config, kind in list_checks(candidates):
         spec = make_spec(**kind)
-        jobs.append(cuda_rows.define_macros(fit(config, spec), spec, torch.float16))
+        jobs.append(
+            cuda_rows.define_macros(
+                cuda_rows.fit_memory(config, spec, torch.float16), spec, torch.float16
+            )
+        )
     distinct = {tuple(macros.items()): macros for macros in jobs}.values()
     with ThreadPoolExecutor(14) as pool:
         list(pool.map(lambda macros: compile_source(source, macros, "sm_90a"), distinct))

@@ -1,7 +1,8 @@
 """Products on NVIDIA GPUs by CUDA C++ that is compiled when it is first needed.
 
-Layout: :mod:`halfbyte.kernels.fragments`, as :mod:`halfbyte.kernels.triton_linear`, which takes
-over from as many rows on as it was measured to be faster. Kernel: ``cuda/multiply.cu``.
+Layout: :mod:`halfbyte.kernels.fragments`. Kernels: for few rows ``cuda/multiply.cu``, here; for
+many, on compute capability 9.0, :mod:`halfbyte.kernels.cuda_rows`. Where neither was measured to
+be the fastest, :mod:`halfbyte.kernels.triton_linear` takes over.
 Arithmetic: code - zero is exact, its products with x are summed in fp32 and scaled in fp32 for each
 32 inputs; one rounding of the result. Deterministic.
 Needs compute capability 8.0 (bf16, ``cp.async``); from 9.0 on a launch loads its first weights
@@ -18,9 +19,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from halfbyte.errors import KernelUnavailable
+from halfbyte.kernels import cuda_rows
 from halfbyte.kernels.contract import LinearSpec, Operands
 from halfbyte.kernels.cuda_arguments import SCALE_KINDS, fill_arguments, forget_shape
 from halfbyte.kernels.cuda_driver import Function, compile_source, read_source
+from halfbyte.kernels.cuda_rows import RowsConfig
 from halfbyte.kernels.fragments import (
     dequantize_in_torch,
     find_layout_mismatch,
@@ -34,6 +37,7 @@ from halfbyte.kernels.gpu_device import (
     name_architecture,
 )
 from halfbyte.kernels.gpu_table import load_table
+from halfbyte.kernels.triton_linear import ROWS_LIMIT as TRITON_ROWS
 from halfbyte.kernels.triton_linear import TritonLinear, find_triton_obstacle
 
 ROWS_LIMIT = 64
@@ -187,7 +191,7 @@ def plan_work(config: CudaConfig, spec: LinearSpec, resident: int) -> _Work:
 
 
 class CudaLinear(TritonLinear):
-    """``cuda/multiply.cu`` for few rows; what TritonLinear does for many."""
+    """The CUDA kernels, and what TritonLinear does where they cannot or need not."""
 
     name = "cuda"
 
@@ -203,20 +207,33 @@ class CudaLinear(TritonLinear):
 
     def describe_division(self, spec: LinearSpec) -> str:
         """Say up to how many rows what runs."""
-        architecture = name_architecture(torch.device("cuda", torch.cuda.current_device()))
-        own = f"up to {find_most_rows(architecture, spec)} rows CUDA"
+        device = torch.device("cuda", torch.cuda.current_device())
+        chosen = {
+            rows: choose_tier(device, rows, spec, torch.float16)
+            for rows in range(1, cuda_rows.ROWS_LIMIT + 1)
+        }
+        few = [rows for rows, config in chosen.items() if isinstance(config, CudaConfig)]
+        many = [rows for rows, config in chosen.items() if isinstance(config, RowsConfig)]
+        parts = [f"up to {max(few, default=0)} rows CUDA"]
+        if many:
+            parts.append(f"{many[0]} to {many[-1]} CUDA for many")
         obstacle = find_triton_obstacle()
         if obstacle is not None:
-            return f"{own}, then dequantized first ({obstacle})"
-        return f"{own}, {super().describe_division(spec).replace(' rows', '')}"
+            parts.append(f"then dequantized first ({obstacle})")
+        elif many and many[-1] >= TRITON_ROWS:
+            parts.append("then dequantized first")
+        else:
+            parts.append(super().describe_division(spec).replace(" rows", ""))
+        return ", ".join(parts)
 
     def prepare(self, stored: Operands, spec: LinearSpec) -> tuple[Tensor, ...]:
         """Repack the weight, and compile for every number of rows: a CUDA graph could not."""
         device, dtype = stored.scales.device, stored.scales.dtype
-        architecture = name_architecture(device)
-        for rows in (8 * preferred.row_tiles for preferred in PREFERRED):
-            if rows // 2 < find_most_rows(architecture, spec):
-                config = choose_config(architecture, rows, spec, dtype)
+        for rows in sorted({8, *cuda_rows.BUCKETS}):
+            config = choose_tier(device, rows, spec, dtype)
+            if isinstance(config, RowsConfig):
+                cuda_rows.load_for(config, spec, dtype, device)
+            elif config is not None:
                 load_function(config, forget_shape(spec), dtype, device, True)
         return super().prepare(stored, spec)
 
@@ -229,23 +246,47 @@ class CudaLinear(TritonLinear):
     def apply(self, x: Tensor, operands: Operands, bias: Tensor | None, spec: LinearSpec) -> Tensor:
         """Multiply by the packed codes, or by the dequantized weight where x has many rows."""
         rows = x.reshape(-1, spec.in_features)
-        architecture, count = name_architecture(x.device), rows.shape[0]
-        if not 1 <= count <= find_most_rows(architecture, spec) or rows.data_ptr() % 16:
+        count = rows.shape[0]
+        config = None
+        if count and rows.data_ptr() % 16 == 0:
+            config = choose_tier(x.device, count, spec, operands.scales.dtype)
+        if config is None:
             if find_triton_obstacle() is None:
                 return super().apply(x, operands, bias, spec)
             return functional.linear(x, self.dequantize(operands, spec, x.dtype), bias)
         order = find_order(operands, spec)
         rows = rows.contiguous() if order is None else rows.index_select(1, order)
-        config = choose_config(architecture, count, spec, operands.scales.dtype)
-        result = multiply(rows, operands, bias, spec, config)
+        if isinstance(config, RowsConfig):
+            result = cuda_rows.multiply(rows, operands, bias, spec, config)
+        else:
+            result = multiply(rows, operands, bias, spec, config)
         return result.view(*x.shape[:-1], spec.out_features)
 
 
-def find_most_rows(architecture: str, spec: LinearSpec) -> int:
-    """Find the most rows that this kernel multiplies: all that it can where Triton cannot run."""
-    if find_triton_obstacle() is not None:
-        return ROWS_LIMIT
-    return choose_rows(architecture, spec)
+@functools.lru_cache(maxsize=4096)
+def choose_tier(
+    device: torch.device, rows: int, spec: LinearSpec, scale_dtype: torch.dtype
+) -> CudaConfig | RowsConfig | None:
+    """Choose the CUDA kernel for a number of rows, and how it is cut.
+
+    Args:
+        device: Of the layer.
+        rows: Of x, 1 or more.
+        spec: The layer.
+        scale_dtype: Of its scales.
+
+    Returns:
+        Of the kernel for few rows or of that for many; None: Triton, or dequantized first.
+    """
+    architecture = name_architecture(device)
+    if rows <= choose_rows(architecture, spec):
+        return choose_config(architecture, rows, spec, scale_dtype)
+    many = cuda_rows.choose_config(architecture, rows, spec, scale_dtype)
+    if many is not None and cuda_rows.find_obstacle(device) is None:
+        return many
+    if rows <= ROWS_LIMIT and find_triton_obstacle() is not None:
+        return choose_config(architecture, rows, spec, scale_dtype)
+    return None
 
 
 def multiply(

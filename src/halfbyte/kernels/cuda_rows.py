@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
 
+from halfbyte.errors import KernelUnavailable
 from halfbyte.kernels.contract import LinearSpec, Operands
 from halfbyte.kernels.cuda_arguments import SCALE_KINDS, Arguments, fill_arguments, forget_shape
 from halfbyte.kernels.cuda_driver import Function, compile_source, encode_boxes, read_source
@@ -24,10 +25,16 @@ from halfbyte.kernels.gpu_device import (
     find_arrivals,
     name_architecture,
 )
+from halfbyte.kernels.gpu_table import load_table
 
 ARCHITECTURE = "sm_90"
+"""The only one that has these instructions."""
 SHARED_LIMIT = 227 * 1024
 """Bytes of shared memory that a thread block may have."""
+ROWS_LIMIT = 1024
+"""From more rows on the weight is dequantized first."""
+BUCKETS = (16, 32, 64, 128, 256, 512, ROWS_LIMIT)
+"""Rows of x, up to so many, that are cut alike."""
 
 
 class RowsArguments(ctypes.Structure):
@@ -74,6 +81,49 @@ class RowsConfig:
     def count_tiles(self, spec: LinearSpec, rows: int) -> int:
         """Tiles of a product, all of a cluster's as one."""
         return -(-spec.out_features // (self.channels * self.cluster)) * -(-rows // self.rows)
+
+
+USUAL: dict[int, RowsConfig] = {}
+"""By bucket: for shapes that were not measured."""
+
+
+def choose_config(
+    architecture: str, rows: int, spec: LinearSpec, scale_dtype: torch.dtype
+) -> RowsConfig | None:
+    """Choose how to cut a product.
+
+    Args:
+        architecture: ``sm_90`` and the like.
+        rows: Of x.
+        spec: The layer.
+        scale_dtype: Of its scales.
+
+    Returns:
+        As measured for the layer's shape, else as usual, with fewer stages where the layer asks
+        for more memory; None: run it on another tier, which can do it faster, or at all.
+    """
+    bucket = next((size for size in BUCKETS if rows <= size), None)
+    if architecture != ARCHITECTURE or bucket is None:
+        return None
+    measured = load_table(architecture).many_rows
+    key = (spec.in_features, spec.out_features), bucket
+    if key in measured:
+        found = measured[key]
+        config = None if found is None else RowsConfig(**found)
+    else:
+        config = USUAL.get(bucket)
+    if config is None or find_mismatch(config, spec, rows) is not None:
+        return None
+    return fit_memory(config, spec, scale_dtype)
+
+
+def fit_memory(config: RowsConfig, spec: LinearSpec, scale_dtype: torch.dtype) -> RowsConfig:
+    """Take stages away until a multiprocessor has room for the thread blocks."""
+    # A thread block costs 1 KiB more than it asks for; the limit leaves room for one.
+    room = (SHARED_LIMIT + 1024) // config.blocks - 1024
+    while count_shared_bytes(config, spec, scale_dtype) > room:
+        config = replace(config, stages=config.stages - 1)
+    return config
 
 
 def define_macros(config: RowsConfig, spec: LinearSpec, scale_dtype: torch.dtype) -> dict[str, int]:
@@ -167,6 +217,34 @@ def multiply(
     )
     function.launch(runs * config.cluster, arguments, torch.cuda.current_stream(device).cuda_stream)
     return result
+
+
+def load_for(
+    config: RowsConfig, spec: LinearSpec, scale_dtype: torch.dtype, device: torch.device
+) -> None:
+    """Compile and load what a layer's products need, before a CUDA graph is captured."""
+    load_function(_made_alike(config), forget_shape(spec), scale_dtype, device, True)
+
+
+@functools.cache
+def find_obstacle(device: torch.device) -> str | None:
+    """Say why the kernel cannot be compiled for a device of its architecture, or None."""
+    spec = LinearSpec(
+        bits=4,
+        group_size=64,
+        in_features=64,
+        out_features=64,
+        symmetric=True,
+        act_order=False,
+        zero_offset=0,
+        dtype=torch.bfloat16,
+        device_type="cuda",
+    )
+    try:
+        load_for(RowsConfig(rows=64, tiles=1, warpgroups=2, stages=4), spec, torch.float16, device)
+    except KernelUnavailable as reason:
+        return str(reason)
+    return None
 
 
 @functools.lru_cache(maxsize=256)

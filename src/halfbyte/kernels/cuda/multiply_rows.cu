@@ -442,5 +442,8 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS)
                  last);
   }
   // None may end while others of its cluster still copy to it or arrive at its barriers.
-  if (CLUSTER > 1) meet_cluster();
+  if (CLUSTER > 1) {
+    __syncwarp();
+    meet_cluster();
+  }
 }
