@@ -43,6 +43,7 @@ def check(config, rows, *, resident=3, order=0, with_bias=True, **layer):
     [
         (RowsConfig(rows=8, tiles=2, warpgroups=2, stages=4), 7, 144),
         (RowsConfig(rows=16, tiles=1, warpgroups=2, stages=2), 19, 144),
+        (RowsConfig(rows=16, tiles=4, warpgroups=2, stages=3), 16, 656),
         (RowsConfig(rows=64, tiles=2, warpgroups=2, stages=4), 70, 400),
         (RowsConfig(rows=128, tiles=1, warpgroups=3, stages=3), 130, 208),
         (RowsConfig(rows=256, tiles=1, warpgroups=2, stages=3), 200, 144),

@@ -36,6 +36,8 @@ constexpr u32 STAGE_BYTES = (GRID_AT + GROUPS_IN_STEP * (SCALE_ROW + ZERO_ROW) +
 constexpr u32 TURN_BYTES = 512;  // of a warp, where 16 channels by 16 rows are transposed
 constexpr u32 TAIL_BYTES = WARPGROUPS * 4 * TURN_BYTES + 16 * STAGES + 16;
 constexpr u32 SHARED_BYTES = STAGES * STAGE_BYTES + TAIL_BYTES + 1024;  // to begin at a multiple
+// Sixteen inputs at a time are a product; so many products a tile are begun together.
+constexpr u32 TOGETHER = TILES > 2 ? 1 : 2;
 constexpr u32 FRAGMENTS = TILES * ROWS / 8;  // float4 of sums of a thread
 
 // Registers that a launch gives a thread, and those that its two kinds of warps need.
@@ -326,11 +328,11 @@ DEVICE void multiply_all(const Arguments& a, const Run& run, Ring ring, const u8
                         warp * 16 + lane / 4;
 #endif
   Sums sums;
-  u32 numbers[2][TILES][4];
+  u32 numbers[2][TOGETHER][TILES][4];  // of the products that run, and of those that are next
   for (u32 unit = run.begin; unit < run.end;) {
-    Part part;
-    part.begin(run, unit);
-    unit += part.end - part.step;
+    Part own;
+    own.begin(run, unit);
+    unit += own.end - own.step;
 #pragma unroll
     for (u32 t = 0; t < TILES; t++)
 #pragma unroll
@@ -338,7 +340,7 @@ DEVICE void multiply_all(const Arguments& a, const Run& run, Ring ring, const u8
 #pragma unroll
         for (u32 i = 0; i < 4; i++) sums[t][r][i] = 0.0f;
     Shared taken = ring.taken();  // of the step before, whose products may still run
-    for (u32 step = part.step; step < part.end; step++) {
+    for (u32 step = own.step; step < own.end; step++) {
       barrier_wait(ring.filled(), ring.parity);
       if (!BOXES) show_to_products();
       Shared x = ring.place();
@@ -349,51 +351,45 @@ DEVICE void multiply_all(const Arguments& a, const Run& run, Ring ring, const u8
       Scale scales[TILES][2];
       u32 zeros[TILES][2];
 #pragma unroll
-      for (u32 half = 0; half < 2; half++) {
-        u32 first[TILES][4], second[TILES][4];
+      for (u32 part = 0; part < 4 / TOGETHER; part++) {
+        // All products but those begun last are over: their registers may be written.
+        wait_for_products<1>();
+        if (part == 1 && step > own.step) give_back(taken, lane);
+        u32 half = part * TOGETHER / 2;
 #pragma unroll
         for (u32 t = 0; t < TILES; t++) {
 #pragma unroll
-          for (u32 h = 0; h < 2 && (HALF_GROUPS || half == 0); h++) {
-            scales[t][h].read(own_scales + ring.offset + half * SCALE_ROW, t * 64 + h * 8);
-            zeros[t][h] = 1 << (BITS - 1);
+          for (u32 h = 0; h < 2; h++) {
+            if (part == 0 || (HALF_GROUPS && part * TOGETHER == 2)) {
+              scales[t][h].read(own_scales + ring.offset + half * SCALE_ROW, t * 64 + h * 8);
+              zeros[t][h] = 1 << (BITS - 1);
 #if HAS_ZEROS
-            zeros[t][h] = own_zeros[ring.offset + half * ZERO_ROW + t * 64 + h * 8];
+              zeros[t][h] = own_zeros[ring.offset + half * ZERO_ROW + t * 64 + h * 8];
 #endif
-          }
-          take_apart(first[t], words[t], 0, half, zeros[t][0]);
-          take_apart(second[t], words[t], 1, half, zeros[t][1]);
+            }
+            u32 pairs[4];
+            take_apart(pairs, words[t], h, half, zeros[t][h]);
 #pragma unroll
-          for (u32 i = 0; i < 4; i++) {
-            first[t][i] = scales[t][0].apply(first[t][i]);
-            second[t][i] = scales[t][1].apply(second[t][i]);
+            for (u32 i = 0; i < 2 * TOGETHER; i++)
+              numbers[part % 2][i / 2][t][i % 2 * 2 + h] =
+                  scales[t][h].apply(pairs[part * TOGETHER % 2 * 2 + i]);
           }
         }
+        begin_products();
 #pragma unroll
-        for (u32 quarter = 0; quarter < 2; quarter++) {
-#pragma unroll
-          for (u32 t = 0; t < TILES; t++) {
-            numbers[quarter][t][0] = first[t][2 * quarter];
-            numbers[quarter][t][1] = second[t][2 * quarter];
-            numbers[quarter][t][2] = first[t][2 * quarter + 1];
-            numbers[quarter][t][3] = second[t][2 * quarter + 1];
-          }
-          begin_products();
+        for (u32 i = 0; i < TOGETHER; i++)
 #pragma unroll
           for (u32 t = 0; t < TILES; t++)
-            multiply_box(sums[t], numbers[quarter][t], x, 2 * half + quarter);
-          close_products();
-          wait_for_products<1>();
-          if (half == 0 && quarter == 0 && step > part.step) give_back(taken, lane);
-        }
+            multiply_box(sums[t], numbers[part % 2][i][t], x, part * TOGETHER + i);
+        close_products();
       }
       taken = ring.taken();
       ring.advance();
     }
     wait_for_products<0>();
     give_back(taken, lane);
-    if (share_sums(a, run, sums, part.tile, warpgroup, thread, last))
-      store_sums(a, sums, part.block, part.row, warpgroup, warp, lane, turn + warp * TURN_BYTES);
+    if (share_sums(a, run, sums, own.tile, warpgroup, thread, last))
+      store_sums(a, sums, own.block, own.row, warpgroup, warp, lane, turn + warp * TURN_BYTES);
   }
 }
 
