@@ -10,7 +10,7 @@ from tests.helpers.cuda_emulation import find_compiler, multiply_rows_emulated
 from tests.helpers.packed import make_linear
 
 from halfbyte.kernels.cuda_linear import CudaLinear
-from halfbyte.kernels.cuda_rows import RowsConfig, count_runs, find_mismatch
+from halfbyte.kernels.cuda_rows import RowsConfig, choose_splits, count_runs, find_mismatch
 from halfbyte.kernels.fragments import prepare_fragments
 
 emulated = pytest.mark.skipif(find_compiler() is None, reason="needs a C++ compiler")
@@ -109,3 +109,12 @@ def test_what_the_counters_do_not_hold_is_told():
     spec = replace(make_linear().spec, in_features=128, out_features=2**20, group_size=128)
     assert find_mismatch(SMALL, spec, 32) is None
     assert "more than 16384" in (find_mismatch(SMALL, spec, 64) or "")
+
+
+@pytest.mark.parametrize(
+    ("tiles", "steps", "splits"),
+    [(16, 224, 8), (40, 128, 3), (112, 64, 1), (896, 64, 1), (224, 128, 0), (1, 16, 4)],
+)
+def test_splits_keep_the_processors_busy(tiles, steps, splits):
+    # All but the last as they were fastest on an H100; a short layer keeps four steps a run.
+    assert choose_splits(tiles, steps, 132) == splits

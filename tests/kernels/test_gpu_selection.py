@@ -47,6 +47,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        monkeypatch.setattr(cuda_linear, "count_processors", lambda device: H100[1])
         monkeypatch.setattr(torch.version, "hip", hip)
         monkeypatch.setattr(cuda_linear, "load_function", load_function)
         monkeypatch.setattr(cuda_rows, "load_function", load_function)
@@ -118,7 +119,10 @@ def test_doctor_tells_each_reason_and_who_takes_which_rows(gpu, capsys):
     gpu()
     case = next(case for case in doctor.examine()["cases"] if case.device == "cuda")
     assert case.kernel == "cuda"
-    assert case.division == "up to 16 rows CUDA, up to 128 Triton, then dequantized first"
+    assert case.division == (
+        "up to 16 rows CUDA, up to 64 rows Triton, up to 1024 rows CUDA for many, "
+        "then dequantized first"
+    )
     gpu(triton="needs Triton")
     case = next(case for case in doctor.examine()["cases"] if case.device == "cuda")
     assert case.division == "up to 64 rows CUDA, then dequantized first (needs Triton)"
@@ -170,9 +174,11 @@ def apply(rows, spec=SPEC):
 )
 def test_rows_go_where_they_were_measured_to_be_faster(runs, sizes, crossing):
     spec = replace(SPEC, in_features=sizes[0], out_features=sizes[1])
-    for rows in (1, crossing, crossing + 1, 128, 129):
+    for rows in (1, crossing, crossing + 1, 128, 1024, 1025):
         apply(rows, spec)
-    assert runs == ["cuda", "cuda", "triton", "triton", "dequantize"]
+    bucket = 2 * crossing
+    middle = "many" if load_table("sm_90").many_rows.get((sizes, bucket)) else "triton"
+    assert runs == ["cuda", "cuda", middle, "many", "many", "dequantize"]
 
 
 @pytest.fixture
@@ -204,9 +210,9 @@ def test_many_rows_that_cannot_be_compiled_go_elsewhere(runs, measured, gpu, mon
 
 
 def test_a_layer_with_larger_steps_gets_fewer_stages(measured):
-    plain = cuda_rows.choose_config("sm_90", 100, SPEC, torch.bfloat16)
+    plain = cuda_rows.choose_config(*H100, 100, SPEC, torch.bfloat16)
     large = replace(SPEC, bits=8, symmetric=False, group_size=32)
-    config = cuda_rows.choose_config("sm_90", 100, large, torch.float32)
+    config = cuda_rows.choose_config(*H100, 100, large, torch.float32)
     assert plain.stages == 8
     assert 2 <= config.stages < 8
     assert cuda_rows.count_shared_bytes(config, large, torch.float32) <= cuda_rows.SHARED_LIMIT
@@ -215,7 +221,7 @@ def test_a_layer_with_larger_steps_gets_fewer_stages(measured):
 def test_without_triton_the_cuda_kernel_takes_all_rows_that_it_can(runs, monkeypatch):
     for module in (cuda_linear, triton_linear):
         monkeypatch.setattr(module, "find_triton_obstacle", lambda: "needs Triton")
-    for rows in (16, 64, 65):
+    for rows in (16, 64, 1025):
         apply(rows)
     assert runs == ["cuda", "cuda", "dequantize"]
 

@@ -208,22 +208,19 @@ class CudaLinear(TritonLinear):
     def describe_division(self, spec: LinearSpec) -> str:
         """Say up to how many rows what runs."""
         device = torch.device("cuda", torch.cuda.current_device())
-        chosen = {
-            rows: choose_tier(device, rows, spec, torch.float16)
-            for rows in range(1, cuda_rows.ROWS_LIMIT + 1)
-        }
-        few = [rows for rows, config in chosen.items() if isinstance(config, CudaConfig)]
-        many = [rows for rows, config in chosen.items() if isinstance(config, RowsConfig)]
-        parts = [f"up to {max(few, default=0)} rows CUDA"]
-        if many:
-            parts.append(f"{many[0]} to {many[-1]} CUDA for many")
         obstacle = find_triton_obstacle()
-        if obstacle is not None:
-            parts.append(f"then dequantized first ({obstacle})")
-        elif many and many[-1] >= TRITON_ROWS:
-            parts.append("then dequantized first")
-        else:
-            parts.append(super().describe_division(spec).replace(" rows", ""))
+        last: dict[str, int] = {}
+        most = max(cuda_rows.ROWS_LIMIT, TRITON_ROWS)
+        for rows in range(1, most + 1):
+            config = choose_tier(device, rows, spec, torch.float16)
+            if isinstance(config, CudaConfig):
+                last["CUDA"] = rows
+            elif config is not None:
+                last["CUDA for many"] = rows
+            elif obstacle is None and rows <= TRITON_ROWS:
+                last["Triton"] = rows
+        parts = [f"up to {rows} rows {name}" for name, rows in last.items()]
+        parts.append("then dequantized first" + (f" ({obstacle})" if obstacle else ""))
         return ", ".join(parts)
 
     def prepare(self, stored: Operands, spec: LinearSpec) -> tuple[Tensor, ...]:
@@ -281,7 +278,7 @@ def choose_tier(
     architecture = name_architecture(device)
     if rows <= choose_rows(architecture, spec):
         return choose_config(architecture, rows, spec, scale_dtype)
-    many = cuda_rows.choose_config(architecture, rows, spec, scale_dtype)
+    many = cuda_rows.choose_config(architecture, count_processors(device), rows, spec, scale_dtype)
     if many is not None and cuda_rows.find_obstacle(device) is None:
         return many
     if rows <= ROWS_LIMIT and find_triton_obstacle() is not None:

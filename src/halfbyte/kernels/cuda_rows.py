@@ -33,6 +33,10 @@ SHARED_LIMIT = 227 * 1024
 """Bytes of shared memory that a thread block may have."""
 ROWS_LIMIT = 1024
 """From more rows on the weight is dequantized first."""
+FEWEST_STEPS = 4
+"""Steps of 64 inputs of a run that shares its tile."""
+FULL_ENOUGH = 0.9
+"""Of the processors' time: what whole tiles must use, or runs end within tiles."""
 BUCKETS = (16, 32, 64, 128, 256, 512, ROWS_LIMIT)
 """Rows of x, up to so many, that are cut alike."""
 
@@ -83,17 +87,29 @@ class RowsConfig:
         return -(-spec.out_features // (self.channels * self.cluster)) * -(-rows // self.rows)
 
 
-USUAL: dict[int, RowsConfig] = {}
-"""By bucket: for shapes that were not measured."""
+_WIDE = RowsConfig(rows=256, tiles=1, warpgroups=2, stages=5)
+USUAL = {
+    64: RowsConfig(rows=64, tiles=2, warpgroups=2, stages=13),
+    128: RowsConfig(rows=128, tiles=2, warpgroups=2, stages=8),
+    256: _WIDE,
+    512: _WIDE,
+    ROWS_LIMIT: _WIDE,
+}
+"""By bucket: those with the best geometric means over the measured shapes of an H100."""
 
 
 def choose_config(
-    architecture: str, rows: int, spec: LinearSpec, scale_dtype: torch.dtype
+    architecture: str,
+    num_processors: int,
+    rows: int,
+    spec: LinearSpec,
+    scale_dtype: torch.dtype,
 ) -> RowsConfig | None:
     """Choose how to cut a product.
 
     Args:
         architecture: ``sm_90`` and the like.
+        num_processors: Multiprocessors of the device.
         rows: Of x.
         spec: The layer.
         scale_dtype: Of its scales.
@@ -112,9 +128,31 @@ def choose_config(
         config = None if found is None else RowsConfig(**found)
     else:
         config = USUAL.get(bucket)
+        if config is not None:
+            tiles = config.count_tiles(spec, bucket)
+            splits = choose_splits(tiles, spec.in_features // 64, num_processors)
+            config = replace(config, splits=splits)
     if config is None or find_mismatch(config, spec, rows) is not None:
         return None
     return fit_memory(config, spec, scale_dtype)
+
+
+def choose_splits(tiles: int, steps: int, num_processors: int) -> int:
+    """Choose how many runs share a tile.
+
+    Args:
+        tiles: Of the product.
+        steps: Of 64 inputs of a tile.
+        num_processors: Of which each takes one run at a time.
+
+    Returns:
+        As many as there are processors for; with more tiles than processors 1, or 0 where the last
+        round would leave too many of them idle.
+    """
+    if tiles <= num_processors:
+        return max(min(num_processors // tiles, steps // FEWEST_STEPS), 1)
+    rounds = -(-tiles // num_processors)
+    return 1 if tiles >= FULL_ENOUGH * rounds * num_processors else 0
 
 
 def fit_memory(config: RowsConfig, spec: LinearSpec, scale_dtype: torch.dtype) -> RowsConfig:
