@@ -125,7 +125,9 @@ def test_doctor_tells_each_reason_and_who_takes_which_rows(gpu, capsys):
     )
     gpu(triton="needs Triton")
     case = next(case for case in doctor.examine()["cases"] if case.device == "cuda")
-    assert case.division == "up to 64 rows CUDA, then dequantized first (needs Triton)"
+    assert case.division == (
+        "up to 64 rows CUDA, up to 1024 rows CUDA for many, then dequantized first (needs Triton)"
+    )
 
 
 # ------------------------------------------------------------------- which rows run where
