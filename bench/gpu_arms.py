@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from halfbyte.kernels import cuda_linear, triton_linear
+from halfbyte.kernels import cuda_linear, cuda_rows, triton_linear
 from halfbyte.kernels.contract import LinearSpec, Operands
 from halfbyte.kernels.cuda_linear import CudaConfig
+from halfbyte.kernels.cuda_rows import RowsConfig
 from halfbyte.kernels.fragments import unpack_fragments
 from halfbyte.kernels.triton_configs import TritonConfig
 from halfbyte.packing import pack_codes
@@ -102,6 +103,14 @@ def run_cuda(layer: Layer, config: CudaConfig | None = None, early_start: bool =
         return lambda x: [kernel.apply(x, part, None, layer.spec) for part in layer.copies]
     return lambda x: [
         cuda_linear.multiply(x, part, None, layer.spec, config, early_start=early_start)
+        for part in layer.copies
+    ]
+
+
+def run_rows(layer: Layer, config: RowsConfig, early_start: bool = True) -> Run:
+    """Our CUDA kernel for many rows."""
+    return lambda x: [
+        cuda_rows.multiply(x, part, None, layer.spec, config, early_start=early_start)
         for part in layer.copies
     ]
 

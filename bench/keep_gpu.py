@@ -65,7 +65,7 @@ def keep_table(measured: Case, date: str) -> None:
     def entries(tier: str) -> list[dict[str, Any]]:
         return [
             {
-                **_sizes(shape),
+                **name_sizes(shape),
                 "rows": rows,
                 "config": json.loads(best[tier][f"{shape}, rows {rows}"]),
             }
@@ -81,18 +81,21 @@ def keep_table(measured: Case, date: str) -> None:
         "triton": entries("triton"),
         "cuda": entries("cuda"),
         "cuda_rows": [
-            {**_sizes(shape), "rows": find_cuda_rows(measured, shape)} for shape in SHAPES
+            {**name_sizes(shape), "rows": find_cuda_rows(measured, shape)} for shape in SHAPES
         ],
     }
     TABLES.mkdir(exist_ok=True)
     path = TABLES / f"{measured['architecture']}.json"
+    if path.is_file():  # keep_gpu_rows.py writes that part
+        table["many_rows"] = json.loads(path.read_text(encoding="utf-8")).get("many_rows", [])
     lines = json.dumps(table, indent=1)
     # An entry a line: a table of a hundred entries is read and compared by line.
-    lines = "\n".join(_join_entries(lines.splitlines()))
+    lines = "\n".join(join_entries(lines.splitlines()))
     path.write_text(lines + "\n", encoding="utf-8")
 
 
-def _join_entries(lines: Iterable[str]) -> Iterable[str]:
+def join_entries(lines: Iterable[str]) -> Iterable[str]:
+    """Give the lines of a table with each entry on one line."""
     entry: list[str] = []
     for line in lines:
         depth = len(line) - len(line.lstrip())
@@ -107,7 +110,8 @@ def _join_entries(lines: Iterable[str]) -> Iterable[str]:
             yield line
 
 
-def _sizes(shape: str) -> dict[str, int]:
+def name_sizes(shape: str) -> dict[str, int]:
+    """Give the sizes of a shape by name."""
     return dict(zip(("in_features", "out_features"), SHAPES[shape], strict=True))
 
 

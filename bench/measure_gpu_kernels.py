@@ -392,7 +392,7 @@ def compare(
             if rows in (16, 256):
                 exact = x.float() @ gpu_arms.dequantize_exactly(layer).t()
                 agreement[f"{name}, rows {rows}"] = {
-                    arm: _distance(run, x, exact) for arm, run in arms.items()
+                    arm: find_distance(run, x, exact) for arm, run in arms.items()
                 }
                 session.keep(f"{key}, distance from fp32", agreement)
                 del exact
@@ -403,7 +403,8 @@ def compare(
             print(name, rows, speeds, flush=True)
 
 
-def _distance(run: Run, x: Tensor, exact: Tensor) -> float | str:
+def find_distance(run: Run, x: Tensor, exact: Tensor) -> float | str:
+    """Relative distance of a run's last result from the exact one, or why there is none."""
     try:
         found = run(x)[-1].float()
     except Exception as error:  # noqa: BLE001 - reported as this arm's outcome

@@ -108,3 +108,35 @@ def test_table_is_written_an_entry_a_line(script, tmp_path, monkeypatch):
     table = parse_table(json.loads(text))
     assert table.triton == {((4096, 4096), 16): json.loads(arm)}
     assert set(table.cuda_rows.values()) == {4}
+
+
+def test_one_thread_block_is_shipped_for_all_shapes_unless_another_is_much_faster(
+    script, tmp_path, monkeypatch
+):
+    keep = script("keep_gpu_rows")
+    monkeypatch.setattr(keep, "TABLES", tmp_path)
+    small, large = (
+        {"rows": rows, "tiles": 2, "warpgroups": 2, "stages": 4, "splits": splits}
+        for rows, splits in ((64, 0), (128, 3))
+    )
+
+    def case(first, second):
+        timed = {json.dumps(small): {"us": first}, json.dumps(large): {"us": second}}
+        return timed | {json.dumps(large | {"splits": 8}): {"us": 99.0}}
+
+    sweep = dict.fromkeys((f"{name}, rows 128" for name in keep.SHAPES), case(10.0, 9.0))
+    sweep |= {"8B o, rows 128": case(8.9, 9.0), "8B qkv, rows 128": case(8.0, 9.0)}
+    paired = {"rows, early start": {"us": 9.0}, "triton": {"us": 12.0}}
+    times = dict.fromkeys(sweep, paired) | {
+        "8B down, rows 128": paired | {"dequantize + cublas": {"us": 8.9}}
+    }
+    table = {"triton": [], "cuda": [], "cuda_rows": []}
+    (tmp_path / "sm_77.json").write_text(json.dumps(table))
+    keep.keep_table({"architecture": "sm_77", "sweep": sweep, "microseconds": times})
+    found = parse_table(json.loads((tmp_path / "sm_77.json").read_text())).many_rows
+    by_name = {
+        name: found[sizes, 128] for name, sizes in keep.SHAPES.items() if (sizes, 128) in found
+    }
+    assert by_name["8B o"] == by_name["70B down"] == large
+    assert by_name["8B qkv"] == small
+    assert by_name["8B down"] is None

@@ -12,14 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from halfbyte.kernels import cuda_rows
 from halfbyte.kernels.contract import LinearSpec, Operands
-from halfbyte.kernels.cuda_linear import (
-    Arguments,
-    CudaConfig,
-    count_shared_bytes,
-    define_macros,
-    fill_arguments,
-)
+from halfbyte.kernels.cuda_arguments import Arguments, fill_arguments
+from halfbyte.kernels.cuda_linear import CudaConfig, count_shared_bytes, define_macros
+from halfbyte.kernels.cuda_rows import RowsArguments, RowsConfig
 from halfbyte.kernels.fragments import find_order
 
 EMULATOR = Path(__file__).parent.parent / "kernels"
@@ -32,8 +29,8 @@ def find_compiler() -> str | None:
 
 
 @functools.cache
-def build(macros: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
-    """Compile the kernel for a CPU; once for each set of macros."""
+def build(source: str, macros: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
+    """Compile a kernel for a CPU; once for each set of macros."""
     folder = tempfile.mkdtemp(prefix="halfbyte-emulator-")
     library = Path(folder) / "multiply.so"
     compiler = find_compiler()
@@ -41,11 +38,19 @@ def build(macros: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
     subprocess.run(
         [
             compiler,
-            *("-std=c++20", "-O1", "-shared", "-fPIC", "-DEMULATED", "-Wno-unknown-pragmas"),
+            *(
+                "-std=c++20",
+                "-O2",
+                "-shared",
+                "-fPIC",
+                "-DEMULATED",
+                "-Wno-unknown-pragmas",
+                "-Wno-psabi",
+            ),
             *(f"-D{name}={value}" for name, value in macros),
             f"-I{SOURCES}",
             f"-I{EMULATOR}",
-            str(EMULATOR / "cuda_emulator.cpp"),
+            str(EMULATOR / source),
             *("-o", str(library)),
         ],
         check=True,
@@ -68,7 +73,7 @@ def multiply_emulated(
     What the kernel does not write is not a number.
     """
     macros = define_macros(config, spec, operands.scales.dtype)
-    library = build(tuple(sorted(macros.items())))
+    library = build("cuda_emulator.cpp", tuple(sorted(macros.items())))
     assert library.shared_bytes() == count_shared_bytes(config, spec, operands.scales.dtype)
     order = find_order(operands, spec)
     rows = x.contiguous() if order is None else x.index_select(1, order)
@@ -80,5 +85,38 @@ def multiply_emulated(
     arrivals = torch.zeros(blocks, dtype=torch.int32)
     arguments: Arguments = fill_arguments(rows, operands, bias, spec, result, partials, arrivals)
     library.emulate(ctypes.byref(arguments), runs, int(backwards))
+    assert not arrivals.any()
+    return result
+
+
+def multiply_rows_emulated(
+    x: Tensor,
+    operands: Operands,
+    bias: Tensor | None,
+    spec: LinearSpec,
+    config: RowsConfig,
+    *,
+    resident: int = 3,
+    order: int = 0,
+) -> Tensor:
+    """As ``cuda_rows.multiply`` on a GPU with room for ``resident`` thread blocks.
+
+    ``order`` 1: backwards; 2: copies happen as soon as they are asked for, not as late as possible.
+    What the kernel does not write is not a number.
+    """
+    macros = cuda_rows.define_macros(config, spec, operands.scales.dtype)
+    library = build("rows_emulator.cpp", tuple(sorted(macros.items())))
+    size = cuda_rows.count_shared_bytes(config, spec, operands.scales.dtype)
+    assert library.shared_bytes() == size
+    assert library.arguments_bytes() == ctypes.sizeof(RowsArguments)
+    gather = find_order(operands, spec)
+    rows = x.contiguous() if gather is None else x.index_select(1, gather)
+    runs = cuda_rows.count_runs(config, spec, x.shape[0], resident)
+    result = torch.full((x.shape[0], spec.out_features), float("nan"), dtype=x.dtype)
+    partials = torch.full((2 * runs * config.partial_floats,), float("nan"))
+    tiles = config.count_tiles(spec, x.shape[0])
+    arrivals = torch.zeros(tiles * config.cluster * config.warpgroups, dtype=torch.int32)
+    common = fill_arguments(rows, operands, bias, spec, result, partials, arrivals)
+    library.emulate(ctypes.byref(RowsArguments(a=common)), runs * config.cluster, order)
     assert not arrivals.any()
     return result

@@ -18,7 +18,7 @@ extern "C" void emulate(const Arguments* given, int blocks, int backwards) {
   arguments = *given;
   gridDim.x = blocks;
   for (int i = 0; i < blocks; i++) {
-    blockIdx.x = backwards ? blocks - 1 - i : i;
-    emulator::run_block(enter, THREADS, shared_bytes());
+    int block = backwards ? blocks - 1 - i : i;
+    emulator::run_blocks(enter, block, 1, THREADS, shared_bytes());
   }
 }

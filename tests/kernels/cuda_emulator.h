@@ -54,10 +54,13 @@ struct Lane {
 inline ucontext_t scheduler;
 inline std::vector<Fiber> fibers;
 inline int current = 0;
-inline Barrier block_barrier;
+inline int first_block = 0, block_threads = 1, block_memory = 0;  // of those that run together
+inline std::vector<Barrier> block_barriers;
 inline std::vector<Barrier> warp_barriers;
 inline std::vector<Lane> lanes;
 inline std::vector<uint4> memory;
+
+inline int block() { return current / block_threads; }
 
 inline void pause() { swapcontext(&fibers[current].context, &scheduler); }
 
@@ -117,16 +120,21 @@ inline float half_of(uint32_t pair, int side) { return widen(uint16_t(pair >> 16
 struct Index {
   int x;
 };
-inline Index blockIdx, gridDim;
+inline Index gridDim;
 inline struct {
   struct X {
-    operator int() const { return emulator::current; }
+    operator int() const { return emulator::current % emulator::block_threads; }
   } x;
 } threadIdx;
+inline struct {
+  struct X {
+    operator int() const { return emulator::first_block + emulator::block(); }
+  } x;
+} blockIdx;
 
-#define shared_memory emulator::memory.data()
+#define shared_memory (emulator::memory.data() + emulator::block() * emulator::block_memory)
 
-inline void __syncthreads() { emulator::wait_at(emulator::block_barrier); }
+inline void __syncthreads() { emulator::wait_at(emulator::block_barriers[emulator::block()]); }
 inline void __syncwarp() { emulator::wait_for_warp(); }
 inline void __threadfence() {}
 inline unsigned atomicAdd(unsigned* place, unsigned value) {
@@ -213,12 +221,16 @@ namespace emulator {
 
 using Entry = void (*)();
 
-inline void run_block(Entry entry, int threads, int shared_bytes) {
-  memory.assign(shared_bytes / 16 + 1, {~0u, ~0u, ~0u, ~0u});
-  fibers.assign(threads, {});
-  lanes.assign(threads, {});
-  block_barrier = {threads};
-  warp_barriers.assign(threads / 32, {32});
+// Runs thread blocks that can see each other; one, but for clusters.
+inline void run_blocks(Entry entry, int first, int blocks, int threads, int shared_bytes) {
+  first_block = first;
+  block_threads = threads;
+  block_memory = (shared_bytes + 1023) / 1024 * 64;  // the same place in each is 1024 bytes apart
+  memory.assign(blocks * block_memory, {~0u, ~0u, ~0u, ~0u});
+  fibers.assign(blocks * threads, {});
+  lanes.assign(blocks * threads, {});
+  block_barriers.assign(blocks, {threads});
+  warp_barriers.assign(blocks * threads / 32, {32});
   for (auto& fiber : fibers) {
     fiber.stack.resize(1 << 17);
     getcontext(&fiber.context);
@@ -227,10 +239,10 @@ inline void run_block(Entry entry, int threads, int shared_bytes) {
     fiber.context.uc_link = &scheduler;
     makecontext(&fiber.context, entry, 0);
   }
-  int left = threads;
+  int left = 1;
   while (left) {
     left = 0;
-    for (current = 0; current < threads; current++) {
+    for (current = 0; current < blocks * threads; current++) {
       if (fibers[current].done) continue;
       swapcontext(&scheduler, &fibers[current].context);
       left += !fibers[current].done;

@@ -13,8 +13,9 @@ import torch
 from tests.helpers.packed import make_linear
 
 from halfbyte.errors import KernelUnavailable
-from halfbyte.kernels import cuda_linear
+from halfbyte.kernels import cuda_linear, cuda_rows
 from halfbyte.kernels.cuda_driver import compile_source, load_nvrtc, read_source
+from halfbyte.kernels.cuda_rows import RowsConfig
 from halfbyte.kernels.gpu_table import load_table
 from halfbyte.kernels.triton_configs import TritonConfig
 
@@ -55,7 +56,7 @@ def disassemble(cubin: bytes, folder: Path) -> list[str]:
     text = subprocess.run(
         [str(tool), "-c", str(path)], capture_output=True, text=True, check=True
     ).stdout
-    return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)", text, re.M)
+    return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Zx0-9_.]+)", text, re.M)
 
 
 def count(found: list[str], *names: str) -> int:
@@ -104,6 +105,29 @@ def test_cuda_kernel_of_every_width_spills_nothing(bits, dtype, tmp_path, monkey
     found = disassemble(compile_source(read_source("multiply.cu"), macros, "sm_90"), tmp_path)
     assert count(found, "HMMA") == 4 * config.tiles
     assert count(found, "LDL", "STL") == 0
+
+
+@pytest.mark.parametrize("rows", [16, 64, 128, 256])
+def test_cuda_kernel_for_many_rows(rows, tmp_path, monkeypatch):
+    try:
+        load_nvrtc()
+    except KernelUnavailable as reason:
+        pytest.skip(str(reason))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tiles = 1 if rows == 256 else 2
+    config = RowsConfig(rows=rows, tiles=tiles, warpgroups=2, stages=5)
+    macros = cuda_rows.define_macros(config, SPEC, torch.bfloat16)
+    found = disassemble(compile_source(read_source("multiply_rows.cu"), macros, "sm_90a"), tmp_path)
+    products = [place for place, name in enumerate(found) if name.startswith("HGMMA")]
+    assert len(products) == 4 * tiles
+    assert all(found[place].startswith(f"HGMMA.64x{rows}x16.F32.BF16") for place in products)
+    assert count(found, "LDL", "STL") == 0, "registers are spilled"
+    assert count(found, "UBLKCP", "UTMALDG") > 0, "nothing is copied in bulk"
+    assert count(found, "USETMAXREG") == 2
+    loop = found[products[0] : products[-1]]
+    # Between the products of a step: three of its four sixteens are taken apart.
+    assert count(loop, *INTEGER) <= BUDGET * tiles * 24
+    assert any(re.match(r"LDS\..*128", name) for name in found)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -10,7 +10,14 @@ from tests.helpers.packed import make_linear
 
 from halfbyte.cli import doctor
 from halfbyte.errors import KernelUnavailable
-from halfbyte.kernels import cuda_linear, gpu_device, registry, triton_configs, triton_linear
+from halfbyte.kernels import (
+    cuda_linear,
+    cuda_rows,
+    gpu_device,
+    registry,
+    triton_configs,
+    triton_linear,
+)
 from halfbyte.kernels.contract import Operands
 from halfbyte.kernels.cuda_linear import CudaConfig, CudaLinear
 from halfbyte.kernels.gpu_table import load_table
@@ -40,14 +47,18 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        monkeypatch.setattr(cuda_linear, "count_processors", lambda device: H100[1])
         monkeypatch.setattr(torch.version, "hip", hip)
         monkeypatch.setattr(cuda_linear, "load_function", load_function)
+        monkeypatch.setattr(cuda_rows, "load_function", load_function)
         for module in (cuda_linear, triton_linear):
             monkeypatch.setattr(module, "find_triton_obstacle", lambda: triton)
         forget()
 
     def forget():
         cuda_linear._find_obstacle.cache_clear()
+        cuda_linear.choose_tier.cache_clear()
+        cuda_rows.find_obstacle.cache_clear()
         gpu_device.is_nvidia.cache_clear()
         gpu_device.name_architecture.cache_clear()
 
@@ -108,10 +119,15 @@ def test_doctor_tells_each_reason_and_who_takes_which_rows(gpu, capsys):
     gpu()
     case = next(case for case in doctor.examine()["cases"] if case.device == "cuda")
     assert case.kernel == "cuda"
-    assert case.division == "up to 16 rows CUDA, up to 128 Triton, then dequantized first"
+    assert case.division == (
+        "up to 16 rows CUDA, up to 64 rows Triton, up to 1024 rows CUDA for many, "
+        "then dequantized first"
+    )
     gpu(triton="needs Triton")
     case = next(case for case in doctor.examine()["cases"] if case.device == "cuda")
-    assert case.division == "up to 64 rows CUDA, then dequantized first (needs Triton)"
+    assert case.division == (
+        "up to 64 rows CUDA, up to 1024 rows CUDA for many, then dequantized first (needs Triton)"
+    )
 
 
 # ------------------------------------------------------------------- which rows run where
@@ -136,6 +152,7 @@ def runs(gpu, monkeypatch):
 
     monkeypatch.setattr(cuda_linear, "multiply", note("cuda"))
     monkeypatch.setattr(triton_linear, "multiply", note("triton"))
+    monkeypatch.setattr(cuda_rows, "multiply", note("many"))
     monkeypatch.setattr(CudaLinear, "dequantize", dequantize)
     for module in (cuda_linear, triton_linear):
         monkeypatch.setattr(module, "name_architecture", lambda device: "sm_90")
@@ -159,15 +176,54 @@ def apply(rows, spec=SPEC):
 )
 def test_rows_go_where_they_were_measured_to_be_faster(runs, sizes, crossing):
     spec = replace(SPEC, in_features=sizes[0], out_features=sizes[1])
-    for rows in (1, crossing, crossing + 1, 128, 129):
+    for rows in (1, crossing, crossing + 1, 128, 1024, 1025):
         apply(rows, spec)
-    assert runs == ["cuda", "cuda", "triton", "triton", "dequantize"]
+    bucket = 2 * crossing
+    middle = "many" if load_table("sm_90").many_rows.get((sizes, bucket)) else "triton"
+    assert runs == ["cuda", "cuda", middle, "many", "many", "dequantize"]
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """A table that knows the kernel for many rows: faster at 128 and at 1024, slower at 256."""
+    config = {"rows": 128, "tiles": 2, "warpgroups": 2, "stages": 8}
+    shape = (SPEC.in_features, SPEC.out_features)
+    many = {(shape, 128): config, (shape, 256): None, (shape, 1024): config}
+    table = replace(load_table("sm_90"), many_rows=many)
+    for module in (cuda_linear, cuda_rows):
+        monkeypatch.setattr(module, "load_table", lambda architecture: table)
+
+
+def test_many_rows_go_to_the_warpgroups_where_those_are_faster(runs, measured):
+    for rows in (8, 100, 200, 1000, 1025):
+        apply(rows)
+    assert runs == ["cuda", "many", "dequantize", "many", "dequantize"]
+
+
+def test_many_rows_that_cannot_be_compiled_go_elsewhere(runs, measured, gpu, monkeypatch):
+    gpu(compiles="too old a compiler")
+    apply(100)
+    apply(1000)
+    assert runs == ["triton", "dequantize"]
+    gpu()
+    monkeypatch.setattr(cuda_linear, "name_architecture", lambda device: "sm_89")
+    apply(100)
+    assert runs[2:] == ["triton"]
+
+
+def test_a_layer_with_larger_steps_gets_fewer_stages(measured):
+    plain = cuda_rows.choose_config(*H100, 100, SPEC, torch.bfloat16)
+    large = replace(SPEC, bits=8, symmetric=False, group_size=32)
+    config = cuda_rows.choose_config(*H100, 100, large, torch.float32)
+    assert plain.stages == 8
+    assert 2 <= config.stages < 8
+    assert cuda_rows.count_shared_bytes(config, large, torch.float32) <= cuda_rows.SHARED_LIMIT
 
 
 def test_without_triton_the_cuda_kernel_takes_all_rows_that_it_can(runs, monkeypatch):
     for module in (cuda_linear, triton_linear):
         monkeypatch.setattr(module, "find_triton_obstacle", lambda: "needs Triton")
-    for rows in (16, 64, 65):
+    for rows in (16, 64, 1025):
         apply(rows)
     assert runs == ["cuda", "cuda", "dequantize"]
 

@@ -17,6 +17,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from importlib import resources
@@ -34,10 +35,21 @@ PROGRAMMATIC_LAUNCH = 6
 MAX_DYNAMIC_SHARED = 8
 """CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES."""
 
+TENSOR_UINT16 = 1
+"""CU_TENSOR_MAP_DATA_TYPE_UINT16."""
+TENSOR_SWIZZLE_128B = 3
+"""CU_TENSOR_MAP_SWIZZLE_128B."""
+TENSOR_PROMOTE_L2_256B = 3
+"""CU_TENSOR_MAP_L2_PROMOTION_L2_256B."""
+
+
+_INCLUDE = re.compile(r'^#include "(\w+\.cu)"\n', re.MULTILINE)
+
 
 def read_source(name: str) -> str:
-    """Read a kernel's source that is shipped with the package."""
-    return (resources.files("halfbyte.kernels") / "cuda" / name).read_text(encoding="utf-8")
+    """Read a kernel's source that is shipped with the package, and in it what it includes."""
+    text = (resources.files("halfbyte.kernels") / "cuda" / name).read_text(encoding="utf-8")
+    return _INCLUDE.sub(lambda found: read_source(found[1]), text)
 
 
 def compile_source(source: str, definitions: Mapping[str, int], architecture: str) -> bytes:
@@ -225,6 +237,42 @@ class Function:
         )
         _check(status, f"count thread blocks of {self._name}")
         return count.value
+
+
+@functools.lru_cache(maxsize=1024)
+def encode_boxes(
+    address: int, rows: int, columns: int, box_columns: int, box_rows: int
+) -> tuple[int, ...]:
+    """Describe boxes of a matrix of 16-bit numbers to the copy engine (compute capability 9.0).
+
+    Args:
+        address: Of the matrix on the device, row by row; a multiple of 16.
+        rows: Of the matrix.
+        columns: Of the matrix; a multiple of 8.
+        box_columns: Of a box, 64: its rows of 128 bytes are swizzled.
+        box_rows: Of a box, at most 256; beyond the matrix they are 0.
+
+    Returns:
+        The 16 words of a CUtensorMap.
+    """
+    room = (ctypes.c_ulonglong * 24)()
+    start = ctypes.addressof(room) + -ctypes.addressof(room) % 64  # it asks for this alignment
+    status = load_driver().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(start),
+        ctypes.c_int(TENSOR_UINT16),
+        ctypes.c_uint(2),
+        ctypes.c_void_p(address),
+        (ctypes.c_ulonglong * 2)(columns, rows),
+        (ctypes.c_ulonglong * 1)(2 * columns),
+        (ctypes.c_uint * 2)(box_columns, box_rows),
+        (ctypes.c_uint * 2)(1, 1),
+        ctypes.c_int(0),  # not interleaved
+        ctypes.c_int(TENSOR_SWIZZLE_128B),
+        ctypes.c_int(TENSOR_PROMOTE_L2_256B),
+        ctypes.c_int(0),  # zeros outside
+    )
+    _check(status, f"describe a matrix of {rows} x {columns}")
+    return tuple((ctypes.c_ulonglong * 16).from_address(start))
 
 
 @functools.cache

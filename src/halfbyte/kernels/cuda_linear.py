@@ -1,7 +1,8 @@
 """Products on NVIDIA GPUs by CUDA C++ that is compiled when it is first needed.
 
-Layout: :mod:`halfbyte.kernels.fragments`, as :mod:`halfbyte.kernels.triton_linear`, which takes
-over from as many rows on as it was measured to be faster. Kernel: ``cuda/multiply.cu``.
+Layout: :mod:`halfbyte.kernels.fragments`. Kernels: for few rows ``cuda/multiply.cu``, here; for
+many, on compute capability 9.0, :mod:`halfbyte.kernels.cuda_rows`. Where neither was measured to
+be the fastest, :mod:`halfbyte.kernels.triton_linear` takes over.
 Arithmetic: code - zero is exact, its products with x are summed in fp32 and scaled in fp32 for each
 32 inputs; one rounding of the result. Deterministic.
 Needs compute capability 8.0 (bf16, ``cp.async``); from 9.0 on a launch loads its first weights
@@ -10,7 +11,6 @@ while the one before it still runs.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from dataclasses import asdict, dataclass, replace
 
@@ -19,13 +19,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from halfbyte.errors import KernelUnavailable
+from halfbyte.kernels import cuda_rows
 from halfbyte.kernels.contract import LinearSpec, Operands
+from halfbyte.kernels.cuda_arguments import SCALE_KINDS, fill_arguments, forget_shape
 from halfbyte.kernels.cuda_driver import Function, compile_source, read_source
+from halfbyte.kernels.cuda_rows import RowsConfig
 from halfbyte.kernels.fragments import (
     dequantize_in_torch,
     find_layout_mismatch,
     find_order,
-    find_zeros,
 )
 from halfbyte.kernels.gpu_device import (
     count_processors,
@@ -35,12 +37,12 @@ from halfbyte.kernels.gpu_device import (
     name_architecture,
 )
 from halfbyte.kernels.gpu_table import load_table
+from halfbyte.kernels.triton_linear import ROWS_LIMIT as TRITON_ROWS
 from halfbyte.kernels.triton_linear import TritonLinear, find_triton_obstacle
 
 ROWS_LIMIT = 64
 """Rows that a thread block can take."""
 OLDEST = (8, 0)
-SCALE_KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024}
 """Bytes of shared memory that a thread block may have, by architecture.
 
@@ -49,26 +51,6 @@ Source:
 """
 SMALLEST_LIMIT = 99 * 1024
 """Of any architecture from 8.0 on."""
-
-
-class Arguments(ctypes.Structure):
-    """The kernel's parameter; as ``Arguments`` in multiply.cu."""
-
-    _fields_ = (
-        ("codes", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("zeros", ctypes.c_void_p),
-        ("x", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("result", ctypes.c_void_p),
-        ("partials", ctypes.c_void_p),
-        ("arrivals", ctypes.c_void_p),
-        ("rows", ctypes.c_uint),
-        ("in_features", ctypes.c_uint),
-        ("out_features", ctypes.c_uint),
-        ("group_steps", ctypes.c_uint),
-        ("group_shift", ctypes.c_int),
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,7 +191,7 @@ def plan_work(config: CudaConfig, spec: LinearSpec, resident: int) -> _Work:
 
 
 class CudaLinear(TritonLinear):
-    """``cuda/multiply.cu`` for few rows; what TritonLinear does for many."""
+    """The CUDA kernels, and what TritonLinear does where they cannot or need not."""
 
     name = "cuda"
 
@@ -225,21 +207,31 @@ class CudaLinear(TritonLinear):
 
     def describe_division(self, spec: LinearSpec) -> str:
         """Say up to how many rows what runs."""
-        architecture = name_architecture(torch.device("cuda", torch.cuda.current_device()))
-        own = f"up to {find_most_rows(architecture, spec)} rows CUDA"
+        device = torch.device("cuda", torch.cuda.current_device())
         obstacle = find_triton_obstacle()
-        if obstacle is not None:
-            return f"{own}, then dequantized first ({obstacle})"
-        return f"{own}, {super().describe_division(spec).replace(' rows', '')}"
+        last: dict[str, int] = {}
+        most = max(cuda_rows.ROWS_LIMIT, TRITON_ROWS)
+        for rows in range(1, most + 1):
+            config = choose_tier(device, rows, spec, torch.float16)
+            if isinstance(config, CudaConfig):
+                last["CUDA"] = rows
+            elif config is not None:
+                last["CUDA for many"] = rows
+            elif obstacle is None and rows <= TRITON_ROWS:
+                last["Triton"] = rows
+        parts = [f"up to {rows} rows {name}" for name, rows in last.items()]
+        parts.append("then dequantized first" + (f" ({obstacle})" if obstacle else ""))
+        return ", ".join(parts)
 
     def prepare(self, stored: Operands, spec: LinearSpec) -> tuple[Tensor, ...]:
         """Repack the weight, and compile for every number of rows: a CUDA graph could not."""
         device, dtype = stored.scales.device, stored.scales.dtype
-        architecture = name_architecture(device)
-        for rows in (8 * preferred.row_tiles for preferred in PREFERRED):
-            if rows // 2 < find_most_rows(architecture, spec):
-                config = choose_config(architecture, rows, spec, dtype)
-                load_function(config, _without_shape(spec), dtype, device, True)
+        for rows in sorted({8, *cuda_rows.BUCKETS}):
+            config = choose_tier(device, rows, spec, dtype)
+            if isinstance(config, RowsConfig):
+                cuda_rows.load_for(config, spec, dtype, device)
+            elif config is not None:
+                load_function(config, forget_shape(spec), dtype, device, True)
         return super().prepare(stored, spec)
 
     def dequantize(self, operands: Operands, spec: LinearSpec, dtype: torch.dtype) -> Tensor:
@@ -251,23 +243,47 @@ class CudaLinear(TritonLinear):
     def apply(self, x: Tensor, operands: Operands, bias: Tensor | None, spec: LinearSpec) -> Tensor:
         """Multiply by the packed codes, or by the dequantized weight where x has many rows."""
         rows = x.reshape(-1, spec.in_features)
-        architecture, count = name_architecture(x.device), rows.shape[0]
-        if not 1 <= count <= find_most_rows(architecture, spec) or rows.data_ptr() % 16:
+        count = rows.shape[0]
+        config = None
+        if count and rows.data_ptr() % 16 == 0:
+            config = choose_tier(x.device, count, spec, operands.scales.dtype)
+        if config is None:
             if find_triton_obstacle() is None:
                 return super().apply(x, operands, bias, spec)
             return functional.linear(x, self.dequantize(operands, spec, x.dtype), bias)
         order = find_order(operands, spec)
         rows = rows.contiguous() if order is None else rows.index_select(1, order)
-        config = choose_config(architecture, count, spec, operands.scales.dtype)
-        result = multiply(rows, operands, bias, spec, config)
+        if isinstance(config, RowsConfig):
+            result = cuda_rows.multiply(rows, operands, bias, spec, config)
+        else:
+            result = multiply(rows, operands, bias, spec, config)
         return result.view(*x.shape[:-1], spec.out_features)
 
 
-def find_most_rows(architecture: str, spec: LinearSpec) -> int:
-    """Find the most rows that this kernel multiplies: all that it can where Triton cannot run."""
-    if find_triton_obstacle() is not None:
-        return ROWS_LIMIT
-    return choose_rows(architecture, spec)
+@functools.lru_cache(maxsize=4096)
+def choose_tier(
+    device: torch.device, rows: int, spec: LinearSpec, scale_dtype: torch.dtype
+) -> CudaConfig | RowsConfig | None:
+    """Choose the CUDA kernel for a number of rows, and how it is cut.
+
+    Args:
+        device: Of the layer.
+        rows: Of x, 1 or more.
+        spec: The layer.
+        scale_dtype: Of its scales.
+
+    Returns:
+        Of the kernel for few rows or of that for many; None: Triton, or dequantized first.
+    """
+    architecture = name_architecture(device)
+    if rows <= choose_rows(architecture, spec):
+        return choose_config(architecture, rows, spec, scale_dtype)
+    many = cuda_rows.choose_config(architecture, count_processors(device), rows, spec, scale_dtype)
+    if many is not None and cuda_rows.find_obstacle(device) is None:
+        return many
+    if rows <= ROWS_LIMIT and find_triton_obstacle() is not None:
+        return choose_config(architecture, rows, spec, scale_dtype)
+    return None
 
 
 def multiply(
@@ -294,7 +310,7 @@ def multiply(
     """
     device = rows.device
     function, resident = load_function(
-        config, _without_shape(spec), operands.scales.dtype, device, early_start
+        config, forget_shape(spec), operands.scales.dtype, device, early_start
     )
     work = plan_work(config, spec, resident * count_processors(device))
     result = rows.new_empty(rows.shape[0], spec.out_features)
@@ -305,44 +321,6 @@ def multiply(
     arguments = fill_arguments(rows, operands, bias, spec, result, partials, arrivals)
     function.launch(work.runs, arguments, torch.cuda.current_stream(device).cuda_stream)
     return result
-
-
-def fill_arguments(
-    rows: Tensor,
-    operands: Operands,
-    bias: Tensor | None,
-    spec: LinearSpec,
-    result: Tensor,
-    partials: Tensor,
-    arrivals: Tensor,
-) -> Arguments:
-    """Put the tensors of a launch into the kernel's parameter; they must outlive it."""
-    zeros = find_zeros(operands, spec)
-    steps = max(spec.group_size // 64, 1)
-    return Arguments(
-        codes=operands.weight[0].data_ptr(),
-        scales=operands.scales.data_ptr(),
-        zeros=None if zeros is None else zeros.data_ptr(),
-        x=rows.data_ptr(),
-        bias=None if bias is None else bias.data_ptr(),
-        result=result.data_ptr(),
-        partials=partials.data_ptr(),
-        arrivals=arrivals.data_ptr(),
-        rows=rows.shape[0],
-        in_features=spec.in_features,
-        out_features=spec.out_features,
-        group_steps=steps,
-        group_shift=steps.bit_length() - 1 if steps & (steps - 1) == 0 else -1,
-    )
-
-
-@functools.lru_cache(maxsize=1024)
-def _without_shape(spec: LinearSpec) -> LinearSpec:
-    """The spec of every layer that the same machine code serves."""
-    group_size = 32 if spec.group_size < 64 else 64
-    return replace(
-        spec, in_features=64, out_features=64, group_size=group_size, act_order=False, zero_offset=0
-    )
 
 
 @functools.cache

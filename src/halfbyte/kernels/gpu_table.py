@@ -25,7 +25,9 @@ class GpuTable:
     cuda: Mapping[tuple[Shape, int], Mapping[str, int]] = field(default_factory=dict)
     """By shape and rows bucket: the fields of a CudaConfig."""
     cuda_rows: Mapping[Shape, int] = field(default_factory=dict)
-    """By shape: up to so many rows the CUDA kernel is faster than the Triton program."""
+    """By shape: up to so many rows the CUDA kernel for few rows is the fastest."""
+    many_rows: Mapping[tuple[Shape, int], Mapping[str, int] | None] = field(default_factory=dict)
+    """By shape and rows bucket: the fields of a RowsConfig; None where another tier is faster."""
 
 
 @functools.cache
@@ -54,4 +56,7 @@ def parse_table(table: Mapping[str, Any]) -> GpuTable:
         triton={(shape(entry), entry["rows"]): entry["config"] for entry in table["triton"]},
         cuda={(shape(entry), entry["rows"]): entry["config"] for entry in table["cuda"]},
         cuda_rows={shape(entry): entry["rows"] for entry in table["cuda_rows"]},
+        many_rows={
+            (shape(entry), entry["rows"]): entry["config"] for entry in table.get("many_rows", ())
+        },
     )

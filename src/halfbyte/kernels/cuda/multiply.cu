@@ -10,41 +10,14 @@
 // block that arrives last adds all runs' sums in order: the result does not depend on who that is.
 //
 // Compiled by halfbyte/kernels/cuda_compiler.py for one layer kind and row count at a time:
-//   BF16         1: x is bf16; 0: fp16
-//   BITS         2, 3, 4 or 8
-//   SCALE_KIND   0: scales are fp16; 1: bf16; 2: fp32
-//   HAS_ZEROS    1: zeros are stored; 0: all are the middle code
-//   HALF_GROUPS  1: groups of 32 inputs; 0: of a multiple of 64
 //   ROW_TILES    rows of x that fit, in eights
 //   TILES, WARPS_OUT, WARPS_IN, STAGES   as above
 //   BLOCKS       thread blocks that a multiprocessor must have room for
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
-struct Arguments {
-  const u8* codes;       // [in / 64, out / 16, 128 * BITS] bytes
-  const u8* scales;      // [groups, out]
-  const u8* zeros;       // [groups, out]
-  const u16* x;          // [rows, in]
-  const u16* bias;       // [out] or null
-  u16* result;           // [rows, out]
-  float4* partials;      // [2 * thread blocks, FRAGMENTS, 32]
-  u32* arrivals;         // [channel blocks], all 0 between launches
-  u32 rows;
-  u32 in_features;
-  u32 out_features;
-  u32 group_steps;       // 64-input steps of a group; unused with HALF_GROUPS
-  int group_shift;       // its logarithm; -1 where it is no power of two
-};
+#include "base.cu"
 
 constexpr u32 WARPS = WARPS_OUT * WARPS_IN;
 constexpr u32 THREADS = 32 * WARPS;
-constexpr u32 GROUPS_IN_STEP = HALF_GROUPS ? 2 : 1;
-constexpr u32 SCALE_SIZE = SCALE_KIND == 2 ? 4 : 2;
-constexpr u32 TILE_BYTES = 128 * BITS;
 constexpr u32 CODE_BYTES = TILES * TILE_BYTES;
 constexpr u32 SCALE_ROW = TILES * 16 * SCALE_SIZE;
 constexpr u32 ZERO_ROW = HAS_ZEROS ? TILES * 16 : 0;
@@ -55,15 +28,6 @@ constexpr u32 FRAGMENTS = WARPS_OUT * TILES * ROW_TILES;
 
 #ifndef EMULATED
 // ---------------------------------------------------------------- instructions of the device
-
-#define DEVICE __device__ __forceinline__
-
-DEVICE u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
-
-DEVICE void copy_ahead(u8* to, const u8* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
-               : "memory");
-}
 
 DEVICE void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -90,173 +54,10 @@ DEVICE void multiply_add(float (&sums)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b
                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// (word & mask) | bits, in one instruction.
-template <u32 MASK, u32 SET>
-DEVICE u32 mask_and_set(u32 word) {
-  u32 found;
-  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(found) : "r"(word), "n"(MASK), "n"(SET));
-  return found;
-}
-
-// Adds two numbers to two, in the type of x.
-DEVICE u32 add_pair(u32 left, u32 right) {
-  u32 found;
-#if BF16
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(found) : "r"(left), "r"(0x3F803F80), "r"(right));
-#else
-  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(found) : "r"(left), "r"(right));
-#endif
-  return found;
-}
-
-// Two floats to a pair in the type of x; `low` in the low half.
-DEVICE u32 narrow_pair(float low, float high) {
-  u32 found;
-#if BF16
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(found) : "f"(high), "f"(low));
-#else
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(found) : "f"(high), "f"(low));
-#endif
-  return found;
-}
-
-DEVICE float widen_half(u16 value) {
-  float found;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(found) : "h"(value));
-  return found;
-}
-
-DEVICE float bits_to_float(u32 bits) { return __uint_as_float(bits); }
-
-DEVICE float4 read_beyond_l1(const float4* from) {
-  float4 found;
-  asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];"
-               : "=f"(found.x), "=f"(found.y), "=f"(found.z), "=f"(found.w)
-               : "l"(from)
-               : "memory");
-  return found;
-}
-
-// What the launches before this one wrote may be read from here on.
-DEVICE void wait_for_inputs() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-// The next launch may begin to load its weights.
-DEVICE void let_next_begin() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
 extern __shared__ uint4 shared_memory[];
 #endif
 
-// ---------------------------------------------------------------- codes to numbers
-
-DEVICE float read_scale(const u8* scales, u32 index) {
-#if SCALE_KIND == 0
-  return widen_half(((const u16*)scales)[index]);
-#elif SCALE_KIND == 1
-  return bits_to_float((u32)((const u16*)scales)[index] << 16);
-#else
-  return ((const float*)scales)[index];
-#endif
-}
-
-// The pair of -(offset + zero), where offset + code is what the bits of take_apart read as.
-DEVICE u32 negate_zero(u32 zero) {
-#if BF16
-  return zero * 0x00010001u | 0xC300C300u;  // 128 + zero
-#else
-  return zero * 0x00010001u | 0xE400E400u;  // 1024 + zero
-#endif
-}
-
-#if BF16
-constexpr u32 MAGIC = 0x43004300;
-#else
-constexpr u32 MAGIC = 0x64006400;
-#endif
-
-// The registers of the A operand of one channel over 32 inputs: pairs (s, u) of code - zero.
-DEVICE void take_apart(u32 (&pairs)[4], const u32* words, int h, int half, u32 zero) {
-#if BITS == 4
-  // words [s / 2, h]
-  u32 word = words[2 * half + h];
-  u32 negated = negate_zero(zero);
-  pairs[0] = add_pair(mask_and_set<0x000F000F, MAGIC>(word), negated);
-  pairs[1] = add_pair(mask_and_set<0x000F000F, MAGIC>(word >> 4), negated);
-  pairs[2] = add_pair(mask_and_set<0x000F000F, MAGIC>(word >> 8), negated);
-  pairs[3] = add_pair(mask_and_set<0x000F000F, MAGIC>(word >> 12), negated);
-#elif BITS == 2
-  u32 word = words[h] >> 8 * half;
-  u32 negated = negate_zero(zero);
-  pairs[0] = add_pair(mask_and_set<0x00030003, MAGIC>(word), negated);
-  pairs[1] = add_pair(mask_and_set<0x00030003, MAGIC>(word >> 2), negated);
-  pairs[2] = add_pair(mask_and_set<0x00030003, MAGIC>(word >> 4), negated);
-  pairs[3] = add_pair(mask_and_set<0x00030003, MAGIC>(word >> 6), negated);
-#elif BITS == 3
-  // words [h] of the low two bits, then one of the high bits
-  u32 negated = negate_zero(zero);
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    u32 low = mask_and_set<0x00030003, MAGIC>(words[h] >> (8 * half + 2 * i));
-    int place = 8 * h + 4 * half + i;
-    u32 high = place >= 2 ? words[2] >> (place - 2) : words[2] << (2 - place);
-    pairs[i] = add_pair(low | (high & 0x00040004), negated);
-  }
-#else
-  // words [s, h]
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    u32 word = words[4 * half + 2 * (i / 2) + h] >> 8 * (i % 2);
-#if BF16
-    // 2^23 + code is exact in fp32; 128 + code would not be in bf16.
-    float offset = 8388608.0f + (float)zero;
-    float low = bits_to_float((word & 0xFF) | 0x4B000000) - offset;
-    float high = bits_to_float((word >> 16 & 0xFF) | 0x4B000000) - offset;
-    pairs[i] = narrow_pair(low, high);
-#else
-    pairs[i] = add_pair(mask_and_set<0x00FF00FF, MAGIC>(word), negate_zero(zero));
-#endif
-  }
-#endif
-}
-
-// The words of a lane of one tile, in the order that take_apart reads.
-DEVICE void read_words(u32 (&words)[BITS], const u8* tile, u32 lane) {
-#if BITS == 4
-  *(uint4*)words = ((const uint4*)tile)[lane];
-#elif BITS == 8
-  ((uint4*)words)[0] = ((const uint4*)tile)[lane];
-  ((uint4*)words)[1] = ((const uint4*)tile)[32 + lane];
-#else
-  uint2 low = ((const uint2*)tile)[lane];
-  words[0] = low.x;
-  words[1] = low.y;
-#if BITS == 3
-  words[2] = ((const u32*)tile)[64 + lane];
-#endif
-#endif
-}
-
 // ---------------------------------------------------------------- the walk over the units
-
-struct Walk {
-  u32 chunks;  // of a block of channels, WARPS_IN * 64 inputs each
-  u32 units;
-  u32 runs;
-
-  // units * runs fits 32 bits: whoever launches sees to it.
-  DEVICE u32 begin(u32 run) const { return units * run / runs; }
-  DEVICE u32 run_of(u32 unit) const { return ((unit + 1) * runs - 1) / units; }
-};
-
-// Row m's 16-byte pieces are swapped about by m, or reading a column of pieces would meet in a bank.
-DEVICE u32 x_place(u32 m, u32 piece) { return m * 128 + ((piece ^ (m & 7)) << 4); }
 
 // Where a warp's next copies come from. Pointers move on by a constant from unit to unit: working
 // every address out anew would cost as much as the products.
@@ -306,10 +107,7 @@ struct Source {
     }
 #pragma unroll
     for (u32 half = 0; half < GROUPS_IN_STEP; half++) {
-      u32 group = HALF_GROUPS             ? 2 * step + half
-                  : a.group_shift >= 0 ? step >> a.group_shift
-                                          : step / a.group_steps;
-      u64 first = (u64)group * a.out_features + channel;
+      u64 first = (u64)find_group(a, step, half) * a.out_features + channel;
       u8* scales_to = to + CODE_BYTES + half * SCALE_ROW;
 #pragma unroll
       for (u32 i = 0; i < (SCALE_ROW + 511) / 512; i++) {

@@ -1,0 +1,162 @@
+"""Keep what measure_gpu_rows.py wrote on a GPU machine: a result, and the shipped configurations.
+
+    python bench/keep_gpu_rows.py gpu-rows.json --commit 0e60713 --date 2026-11-26
+
+For each number of rows one thread block is shipped for all shapes, the one with the best geometric
+mean, and another only for a shape on which it is 3% faster: every one of them has to be compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from halfbyte.kernels.cuda_rows import BUCKETS
+from keep_gpu import TABLES, join_entries, name_sizes
+from measure_gpu_kernels import SHAPES, find_microseconds
+from record import Elsewhere, save_result
+
+OWN = "rows, early start"
+BEFORE = ("as chosen", "triton", "dequantize + cublas")
+PEERS = ("marlin", "machete")
+WORTH = 0.97
+"""Of the common thread block's time: what another must be faster than."""
+
+Case = Mapping[str, Any]
+
+
+def main() -> None:
+    """Write the table and the result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("--commit", required=True, help="that was measured")
+    parser.add_argument("--date", required=True, help="of the measurement")
+    options = parser.parse_args()
+    measured = json.loads(options.rows.read_text(encoding="utf-8"))
+    keep_table(measured)
+    keep_result(
+        measured,
+        Elsewhere(
+            date=options.date,
+            commit=options.commit,
+            command="python bench/measure_gpu_rows.py",
+            machine=measured["machine"],
+            versions=measured["versions"],
+        ),
+    )
+
+
+def keep_table(measured: Case) -> None:
+    """Write the configurations for many rows into the architecture's table."""
+    path = TABLES / f"{measured['architecture']}.json"
+    table = json.loads(path.read_text(encoding="utf-8"))
+    table["many_rows"] = [
+        {**name_sizes(shape), "rows": rows, "config": config}
+        for rows in BUCKETS
+        for shape, config in choose_configs(measured, rows).items()
+    ]
+    lines = json.dumps(table, indent=1).splitlines()
+    path.write_text("\n".join(join_entries(lines)) + "\n", encoding="utf-8")
+
+
+def choose_configs(measured: Case, rows: int) -> dict[str, dict[str, int] | None]:
+    """Choose the configuration of each shape; None where what halfbyte had before is faster."""
+    cases = {s: measured["sweep"].get(f"{s}, rows {rows}") for s in SHAPES}
+    times = {shape: _by_block(case) for shape, case in cases.items() if case}
+    if not times:
+        return {}
+    blocks = set.intersection(*(set(case) for case in times.values()))
+    common = min(blocks, key=lambda block: _mean(case[block][0] for case in times.values()))
+    chosen: dict[str, dict[str, int] | None] = {}
+    for shape, case in times.items():
+        best = min(case, key=lambda block: case[block][0])
+        block = best if case[best][0] < WORTH * case[common][0] else common
+        paired = measured["microseconds"][f"{shape}, rows {rows}"]
+        before = min(find_microseconds(paired, arm) for arm in BEFORE)
+        faster = find_microseconds(paired, OWN) < before
+        chosen[shape] = case[block][1] if faster else None
+    return chosen
+
+
+def _by_block(case: Case) -> dict[str, tuple[float, dict[str, int]]]:
+    """By thread block: the time of its best splits, and the configuration."""
+    found: dict[str, tuple[float, dict[str, int]]] = {}
+    for name in case:
+        config = json.loads(name)
+        block = json.dumps(config | {"splits": 0})
+        time = find_microseconds(case, name)
+        if math.isfinite(time) and (block not in found or time < found[block][0]):
+            found[block] = time, config
+    return found
+
+
+def keep_result(measured: Case, elsewhere: Elsewhere) -> None:
+    """Write the geometric means by number of rows."""
+    cases = measured["microseconds"]
+    table = []
+    for rows in sorted({int(key.rsplit(" ", 1)[1]) for key in cases}):
+        here = {s: cases[f"{s}, rows {rows}"] for s in SHAPES if f"{s}, rows {rows}" in cases}
+        if len(here) < len(SHAPES):
+            continue
+        ratios = {
+            s: min(find_microseconds(case, peer) for peer in PEERS) / case[OWN]["us"]
+            for s, case in here.items()
+        }
+        least = min(ratios, key=lambda shape: ratios[shape])
+        table.append(
+            [
+                rows,
+                _mean(ratios.values()),
+                f"{ratios[least]:.2f} ({least})",
+                _over(here, "rows", PEERS),
+                _over(here, OWN, BEFORE),
+                _over(here, OWN, ("cublas",)),
+            ]
+        )
+    save_result(
+        "gpu-rows",
+        columns=[
+            "rows of x",
+            "kernel for many rows over the best peer",
+            "the least",
+            "without early start",
+            "over what halfbyte had before",
+            "over bf16 cuBLAS",
+        ],
+        rows=table,
+        note=(
+            "Speed as a ratio, above 1 is faster; geometric means over the eight linears of the 8B "
+            "and the 70B Llama; 4 bits, groups of 128, symmetric, bf16. Peers: the faster of vLLM "
+            "0.24's Marlin and Machete in each case. The fastest of the candidates of each case, "
+            "timed again in turn with the others. Weights cold, CUDA graphs, medians of 7 rounds "
+            "(3 for 4096 rows)."
+        ),
+        data={
+            "microseconds": cases,
+            "best": measured["best"],
+            "correctness": measured.get("correctness"),
+            "distance from fp32": measured.get("distance from fp32"),
+            "failed": {key: value for key, value in measured.items() if key.endswith(" failed")},
+        },
+        elsewhere=elsewhere,
+    )
+
+
+def _over(here: Mapping[str, Case], arm: str, others: Iterable[str]) -> float:
+    return _mean(
+        min(find_microseconds(case, other) for other in others) / case[arm]["us"]
+        for case in here.values()
+    )
+
+
+def _mean(values: Iterable[float]) -> float:
+    logs = [math.log(value) for value in values]
+    return round(math.exp(sum(logs) / len(logs)), 3)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,445 @@
+// result [rows, out] = x [rows, in] @ weight.T + bias, from packed codes, for many rows of x, on
+// compute capability 9.0.
+//
+// Weight: the fragments of halfbyte/kernels/fragments.py, which are the A operand of wgmma in
+// registers too; the rows of x are its B operand in shared memory. A code minus its zero is exact,
+// its product with the scale is rounded once to the type of x; sums are fp32.
+//
+// Work: a tile is CHANNELS channels by ROWS rows. The (tile, step of 64 inputs) units, steps within
+// a tile first, are cut into as many equal runs as there are thread blocks. One warp copies codes,
+// scales and x STAGES steps ahead into shared memory; WARPGROUPS warpgroups of TILES * 64 channels
+// each turn codes into numbers while the tensor cores multiply those before. Where a run ends within
+// a tile, its sums go to `partials`, and the warpgroup that arrives last adds all runs' sums in
+// order: the result does not depend on who that is.
+//
+//   ROWS         of a tile: 8, 16, 32, 64, 128 or 256
+//   TILES, WARPGROUPS, STAGES   as above
+//   BLOCKS       thread blocks that a multiprocessor must have room for
+//   BOXES        1: x is copied by the copy engine's boxes; 0: by the threads of the copying warp
+//   CLUSTER      thread blocks side by side that share the rows of x: each copies its part to all
+
+#include "base.cu"
+
+struct RowsArguments {
+  alignas(64) u64 x_map[16];  // a CUtensorMap of x: boxes of 64 inputs by ROWS rows, swizzled
+  Arguments a;
+};
+
+constexpr u32 CHANNELS = WARPGROUPS * TILES * 64;
+constexpr u32 THREADS = 128 * (WARPGROUPS + 1);
+constexpr u32 X_BYTES = ROWS * 128;
+constexpr u32 CODE_BYTES = CHANNELS / 16 * TILE_BYTES;
+constexpr u32 SCALE_ROW = CHANNELS * SCALE_SIZE;
+constexpr u32 ZERO_ROW = HAS_ZEROS ? CHANNELS : 0;
+constexpr u32 GRID_AT = X_BYTES + CODE_BYTES;
+constexpr u32 STAGE_BYTES = (GRID_AT + GROUPS_IN_STEP * (SCALE_ROW + ZERO_ROW) + 1023) / 1024 * 1024;
+constexpr u32 TURN_BYTES = 512;  // of a warp, where 16 channels by 16 rows are transposed
+constexpr u32 TAIL_BYTES = WARPGROUPS * 4 * TURN_BYTES + 16 * STAGES + 16;
+constexpr u32 SHARED_BYTES = STAGES * STAGE_BYTES + TAIL_BYTES + 1024;  // to begin at a multiple
+// Sixteen inputs at a time are a product; so many products a tile are begun together.
+constexpr u32 TOGETHER = TILES > 2 ? 1 : 2;
+constexpr u32 FRAGMENTS = TILES * ROWS / 8;  // float4 of sums of a thread
+
+// Registers that a launch gives a thread, and those that its two kinds of warps need.
+constexpr u32 GIVEN = 65536 / BLOCKS / THREADS / 8 * 8;
+constexpr u32 COPY_REGISTERS = 40;
+constexpr u32 SHARE = (GIVEN * THREADS - COPY_REGISTERS * 128) / (WARPGROUPS * 128) / 8 * 8;
+constexpr u32 PRODUCT_REGISTERS = SHARE > 240 ? 240 : SHARE;
+
+// The scale is not of x's type: it is taken as two numbers of that type.
+#define TWO_SCALES (SCALE_KIND != BF16)
+
+#ifndef EMULATED
+#include "hopper.cu"
+
+DEVICE u32 multiply_pair(u32 left, u32 right) {
+  u32 found;
+#if BF16
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(found) : "r"(left), "r"(right));
+#else
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(found) : "r"(left), "r"(right));
+#endif
+  return found;
+}
+
+DEVICE u32 multiply_add_pair(u32 left, u32 right, u32 sum) {
+  u32 found;
+#if BF16
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(found) : "r"(left), "r"(right), "r"(sum));
+#else
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(found) : "r"(left), "r"(right), "r"(sum));
+#endif
+  return found;
+}
+
+extern __shared__ uint4 shared_memory[];
+#endif
+
+// The low number of a pair as a float.
+DEVICE float widen_low(u32 pair) {
+#if BF16
+  return bits_to_float(pair << 16);
+#else
+  return widen_half((u16)pair);
+#endif
+}
+
+struct Scale {
+  u32 high;  // twice
+#if TWO_SCALES
+  u32 low;  // what `high` lacks, twice
+#endif
+
+  DEVICE void read(const u8* scales, u32 index) {
+#if TWO_SCALES
+    float whole = read_scale(scales, index);
+    high = narrow_pair(whole, whole);
+    float rest = whole - widen_low(high);
+    low = narrow_pair(rest, rest);
+#else
+    high = ((const u16*)scales)[index] * 0x00010001u;
+#endif
+  }
+
+  DEVICE u32 apply(u32 pair) const {
+#if TWO_SCALES
+    return multiply_add_pair(pair, high, multiply_pair(pair, low));
+#else
+    return multiply_pair(pair, high);
+#endif
+  }
+};
+
+// The work of this thread block: a run of units, in which it has every CLUSTERth block of channels.
+struct Run {
+  Walk walk;
+  u32 row_tiles, number, rank;
+  u32 begin, end;
+};
+
+// One tile's place, and the steps of it that a run has.
+struct Part {
+  u32 tile, step, end;  // of the run's units of this tile: the first step, and behind the last
+  u32 block, row;       // of channels; the tile's first
+
+  DEVICE void begin(const Run& run, u32 unit) {
+    tile = unit / run.walk.chunks;
+    step = unit - tile * run.walk.chunks;
+    end = step + (run.end - unit) < run.walk.chunks ? step + (run.end - unit) : run.walk.chunks;
+    block = tile / run.row_tiles * CLUSTER + run.rank;
+    row = tile % run.row_tiles * ROWS;
+  }
+};
+
+struct Ring {
+  Shared memory, full, empty;  // slots; barriers: a slot is full, a slot may be filled again
+  u32 slot, parity, offset;
+
+  DEVICE Shared place() const { return memory + offset; }
+  DEVICE Shared filled() const { return full + 8 * slot; }
+  DEVICE Shared taken() const { return empty + 8 * slot; }
+
+  DEVICE void advance() {
+    slot++;
+    offset += STAGE_BYTES;
+    if (slot == STAGES) {
+      slot = offset = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// ---------------------------------------------------------------- the warp that copies
+
+// The copies of a step of a tile, by one thread.
+DEVICE void copy_weight(const Arguments& a, Shared to, u32 block, u32 step, Shared barrier) {
+  u32 tiles = a.out_features / 16, first = block * (CHANNELS / 16);
+  u32 left = tiles > first ? tiles - first : 0;
+  u32 count = left < CHANNELS / 16 ? left : CHANNELS / 16;
+  barrier_expect(barrier, count * (TILE_BYTES + GROUPS_IN_STEP * 16 * (SCALE_SIZE + HAS_ZEROS)) +
+                              (BOXES ? X_BYTES : 0));
+  if (CLUSTER > 1 && count == 0) return;
+  copy_bulk(to + X_BYTES, a.codes + ((u64)step * tiles + first) * TILE_BYTES, count * TILE_BYTES,
+            barrier);
+#pragma unroll
+  for (u32 half = 0; half < GROUPS_IN_STEP; half++) {
+    u64 at = (u64)find_group(a, step, half) * a.out_features + first * 16;
+    copy_bulk(to + GRID_AT + half * SCALE_ROW, a.scales + at * SCALE_SIZE, count * 16 * SCALE_SIZE,
+              barrier);
+#if HAS_ZEROS
+    copy_bulk(to + GRID_AT + GROUPS_IN_STEP * SCALE_ROW + half * ZERO_ROW, a.zeros + at, count * 16,
+              barrier);
+#endif
+  }
+}
+
+DEVICE void copy_rows(const RowsArguments& a, const Ring& ring, u8* memory, u32 row, u32 step,
+                      u32 rank, u32 lane) {
+#if BOXES
+  u32 first = rank * (ROWS / CLUSTER);
+  if (lane == 0)
+    copy_box(ring.place() + first * 128, a, step * 64, row + first, ring.filled());
+#else
+  const u8* x = (const u8*)a.a.x + step * 128 + lane % 8 * 16;
+  for (u32 m = lane / 8; m < ROWS; m += 4)
+    if (row + m < a.a.rows)
+      copy_ahead(memory + ring.offset + x_place(m, lane % 8),
+                 x + (u64)(row + m) * a.a.in_features * 2);
+  arrive_after_copies(ring.filled());
+#endif
+}
+
+DEVICE void copy_all(const RowsArguments& a, const Run& run, Ring ring, u8* memory, u32 lane) {
+  // Weights never change: the first are asked for before the launches that make x are over.
+  u32 early = run.end - run.begin < STAGES ? run.end - run.begin : STAGES;
+  if (lane == 0)
+    for (u32 i = 0; i < early; i++) {
+      Part part;
+      part.begin(run, run.begin + i);
+      copy_weight(a.a, ring.memory + i * STAGE_BYTES, part.block, part.step, ring.full + 8 * i);
+    }
+  wait_for_inputs();
+  for (u32 unit = run.begin; unit < run.end;) {
+    Part part;
+    part.begin(run, unit);
+    unit += part.end - part.step;
+    for (u32 step = part.step; step < part.end; step++) {
+      if (early)
+        early--;
+      else {
+        barrier_wait(ring.taken(), ring.parity ^ 1);
+        if (lane == 0) copy_weight(a.a, ring.place(), part.block, step, ring.filled());
+      }
+      copy_rows(a, ring, memory, part.row, step, run.rank, lane);
+      ring.advance();
+    }
+  }
+}
+
+// ---------------------------------------------------------------- the warps that multiply
+
+// Says to all thread blocks of the cluster that this warp needs a slot no longer.
+DEVICE void give_back(Shared taken, u32 lane) {
+#if CLUSTER > 1
+  if (lane < CLUSTER) barrier_arrive_at(taken, lane);
+#else
+  if (lane == 0) barrier_arrive(taken);
+#endif
+}
+
+typedef float Sums[TILES][ROWS / 8][4];
+
+DEVICE void store_sums(const Arguments& a, Sums& sums, u32 block, u32 row, u32 warpgroup, u32 warp,
+                       u32 lane, u8* turn) {
+#pragma unroll
+  for (u32 tile = 0; tile < TILES; tile++) {
+    u32 n = ((block * WARPGROUPS + warpgroup) * TILES + tile) * 64 + warp * 16;
+    if (n >= a.out_features) continue;
+    float bias0 = 0.0f, bias1 = 0.0f;
+    if (a.bias) {
+      bias0 = widen_low(a.bias[n + lane / 4]);
+      bias1 = widen_low(a.bias[n + lane / 4 + 8]);
+    }
+#pragma unroll
+    for (u32 r = 0; r < ROWS / 8; r += 2) {
+      if (row + r * 8 >= a.rows) continue;
+      float(&s)[4] = sums[tile][r];
+      u32 pair0 = narrow_pair(s[0] + bias0, s[1] + bias0);
+      u32 pair1 = narrow_pair(s[2] + bias1, s[3] + bias1);
+      u32 pair2 = 0, pair3 = 0;
+#if ROWS > 8
+      float(&t)[4] = sums[tile][r + 1];
+      pair2 = narrow_pair(t[0] + bias0, t[1] + bias0);
+      pair3 = narrow_pair(t[2] + bias1, t[3] + bias1);
+#endif
+      store_transposed(turn + (lane / 16 * 8 + lane % 8) * 32 + lane / 8 % 2 * 16, pair0, pair1,
+                       pair2, pair3);
+      __syncwarp();
+      u32 m = row + r * 8 + lane / 2;
+      if (m < a.rows && r * 8 + lane / 2 < ROWS)
+        *(uint4*)(a.result + (u64)m * a.out_features + n + lane % 2 * 8) =
+            *(const uint4*)(turn + lane * 16);
+      __syncwarp();
+    }
+  }
+}
+
+// Gives this run's sums of a tile to the runs that have the rest; true: it is the last, and has all.
+DEVICE bool share_sums(const Arguments& a, const Run& run, Sums& sums, u32 tile, u32 warpgroup,
+                       u32 thread, u32* last) {
+  const Walk& walk = run.walk;
+  u32 first_unit = tile * walk.chunks;
+  u32 first_run = walk.run_of(first_unit), last_run = walk.run_of(first_unit + walk.chunks - 1);
+  if (first_run == last_run) return true;
+  // A run has at most two tiles that are not whole: its first and its last.
+  u32 slot = 2 * run.number + (run.begin < first_unit);
+  u32 part = run.rank * WARPGROUPS + warpgroup;
+  float4* own = a.partials + (u64)(slot * CLUSTER * WARPGROUPS + part) * (FRAGMENTS * 128) + thread;
+#pragma unroll
+  for (u32 t = 0; t < TILES; t++)
+#pragma unroll
+    for (u32 r = 0; r < ROWS / 8; r++) {
+      float(&s)[4] = sums[t][r];
+      own[(t * (ROWS / 8) + r) * 128] = make_float4(s[0], s[1], s[2], s[3]);
+    }
+  __threadfence();
+  meet_warpgroup(warpgroup);
+  if (thread == 0) {
+    u32* arrivals = a.arrivals + tile * CLUSTER * WARPGROUPS + part;
+    u32 is_last = atomicAdd(arrivals, 1u) == last_run - first_run;
+    if (is_last) *arrivals = 0;
+    last[warpgroup] = is_last;
+    __threadfence();
+  }
+  meet_warpgroup(warpgroup);
+  if (!last[warpgroup]) return false;
+#pragma unroll
+  for (u32 t = 0; t < TILES; t++)
+#pragma unroll
+    for (u32 r = 0; r < ROWS / 8; r++)
+#pragma unroll
+      for (u32 i = 0; i < 4; i++) sums[t][r][i] = 0.0f;
+  for (u32 other = first_run; other <= last_run; other++) {
+    u32 place = 2 * other + (walk.begin(other) < first_unit);
+    const float4* from =
+        a.partials + (u64)(place * CLUSTER * WARPGROUPS + part) * (FRAGMENTS * 128) + thread;
+#pragma unroll
+    for (u32 t = 0; t < TILES; t++)
+#pragma unroll
+      for (u32 r = 0; r < ROWS / 8; r++) {
+        float4 more = read_beyond_l1(from + (t * (ROWS / 8) + r) * 128);
+        sums[t][r][0] += more.x;
+        sums[t][r][1] += more.y;
+        sums[t][r][2] += more.z;
+        sums[t][r][3] += more.w;
+      }
+  }
+  return true;
+}
+
+DEVICE void multiply_all(const Arguments& a, const Run& run, Ring ring, const u8* memory,
+                         u32 warpgroup, u32 thread, u8* turn, u32* last) {
+  u32 lane = thread % 32, warp = thread / 32;
+  const u8* own_codes = memory + X_BYTES + (warpgroup * TILES * 4 + warp) * TILE_BYTES;
+  const u8* own_scales =
+      memory + GRID_AT + (warpgroup * TILES * 64 + warp * 16 + lane / 4) * SCALE_SIZE;
+#if HAS_ZEROS
+  const u8* own_zeros = memory + GRID_AT + GROUPS_IN_STEP * SCALE_ROW + warpgroup * TILES * 64 +
+                        warp * 16 + lane / 4;
+#endif
+  Sums sums;
+  u32 numbers[2][TOGETHER][TILES][4];  // of the products that run, and of those that are next
+  for (u32 unit = run.begin; unit < run.end;) {
+    Part own;
+    own.begin(run, unit);
+    unit += own.end - own.step;
+#pragma unroll
+    for (u32 t = 0; t < TILES; t++)
+#pragma unroll
+      for (u32 r = 0; r < ROWS / 8; r++)
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) sums[t][r][i] = 0.0f;
+    Shared taken = ring.taken();  // of the step before, whose products may still run
+    for (u32 step = own.step; step < own.end; step++) {
+      barrier_wait(ring.filled(), ring.parity);
+      if (!BOXES) show_to_products();
+      Shared x = ring.place();
+      alignas(16) u32 words[TILES][BITS];
+#pragma unroll
+      for (u32 t = 0; t < TILES; t++)
+        read_words(words[t], own_codes + ring.offset + t * 4 * TILE_BYTES, lane);
+      Scale scales[TILES][2];
+      u32 zeros[TILES][2];
+#pragma unroll
+      for (u32 part = 0; part < 4 / TOGETHER; part++) {
+        // All products but those begun last are over: their registers may be written.
+        wait_for_products<1>();
+        if (part == 1 && step > own.step) give_back(taken, lane);
+        u32 half = part * TOGETHER / 2;
+#pragma unroll
+        for (u32 t = 0; t < TILES; t++) {
+#pragma unroll
+          for (u32 h = 0; h < 2; h++) {
+            if (part == 0 || (HALF_GROUPS && part * TOGETHER == 2)) {
+              scales[t][h].read(own_scales + ring.offset + half * SCALE_ROW, t * 64 + h * 8);
+              zeros[t][h] = 1 << (BITS - 1);
+#if HAS_ZEROS
+              zeros[t][h] = own_zeros[ring.offset + half * ZERO_ROW + t * 64 + h * 8];
+#endif
+            }
+            u32 pairs[4];
+            take_apart(pairs, words[t], h, half, zeros[t][h]);
+#pragma unroll
+            for (u32 i = 0; i < 2 * TOGETHER; i++)
+              numbers[part % 2][i / 2][t][i % 2 * 2 + h] =
+                  scales[t][h].apply(pairs[part * TOGETHER % 2 * 2 + i]);
+          }
+        }
+        begin_products();
+#pragma unroll
+        for (u32 i = 0; i < TOGETHER; i++)
+#pragma unroll
+          for (u32 t = 0; t < TILES; t++)
+            multiply_box(sums[t], numbers[part % 2][i][t], x, part * TOGETHER + i);
+        close_products();
+      }
+      taken = ring.taken();
+      ring.advance();
+    }
+    wait_for_products<0>();
+    give_back(taken, lane);
+    if (share_sums(a, run, sums, own.tile, warpgroup, thread, last))
+      store_sums(a, sums, own.block, own.row, warpgroup, warp, lane, turn + warp * TURN_BYTES);
+  }
+}
+
+#if CLUSTER > 1
+#define CLUSTERED __cluster_dims__(CLUSTER, 1, 1)
+#else
+#define CLUSTERED
+#endif
+
+extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS)
+    multiply_rows(const __grid_constant__ RowsArguments a) {
+  u8* begin_of_memory = (u8*)shared_memory;
+  u8* memory = begin_of_memory + (1024 - (shared_address(begin_of_memory) & 1023)) % 1024;
+  u8* turn = memory + STAGES * STAGE_BYTES;
+  u8* barriers = turn + WARPGROUPS * 4 * TURN_BYTES;
+  u32* last = (u32*)(barriers + 16 * STAGES);
+  Ring ring = {share(memory), share(barriers), share(barriers + 8 * STAGES)};
+  u32 thread = threadIdx.x;
+  Run run;
+  run.row_tiles = (a.a.rows + ROWS - 1) / ROWS;
+  run.walk.chunks = a.a.in_features / 64;
+  run.walk.units = run.walk.chunks * run.row_tiles *
+                   ((a.a.out_features + CLUSTER * CHANNELS - 1) / (CLUSTER * CHANNELS));
+  run.walk.runs = gridDim.x / CLUSTER;
+  run.number = blockIdx.x / CLUSTER;
+  run.rank = blockIdx.x % CLUSTER;
+  run.begin = run.walk.begin(run.number);
+  run.end = run.walk.begin(run.number + 1);
+  if (thread == 0) {
+    for (u32 stage = 0; stage < STAGES; stage++) {
+      barrier_begin(ring.full + 8 * stage, BOXES ? 1 : 33);
+      barrier_begin(ring.empty + 8 * stage, CLUSTER * WARPGROUPS * 4);
+    }
+    publish_barriers();
+  }
+  let_next_begin();
+  meet_cluster();
+  u32 warpgroup = thread / 128;
+  if (warpgroup == WARPGROUPS) {
+    give_registers<COPY_REGISTERS>();
+    if (thread % 128 < 32) copy_all(a, run, ring, memory, thread % 32);
+  } else {
+    take_registers<PRODUCT_REGISTERS>();
+    wait_for_inputs();
+    multiply_all(a.a, run, ring, memory, warpgroup, thread % 128, turn + warpgroup * 4 * TURN_BYTES,
+                 last);
+  }
+  // None may end while others of its cluster still copy to it or arrive at its barriers.
+  if (CLUSTER > 1) {
+    __syncwarp();
+    meet_cluster();
+  }
+}

@@ -1,0 +1,26 @@
+// The kernel for many rows as a function for ctypes.
+#include "hopper_emulator.h"
+
+#include "multiply_rows.cu"
+
+static RowsArguments arguments;
+
+static void enter() {
+  multiply_rows(arguments);
+  emulator::end_of_thread();
+}
+
+extern "C" int shared_bytes() { return SHARED_BYTES; }
+extern "C" int arguments_bytes() { return sizeof(RowsArguments); }
+
+// `order` 1: thread blocks backwards; 2: bulk copies at once.
+extern "C" void emulate(const RowsArguments* given, int blocks, int order) {
+  memcpy(&arguments, given, sizeof arguments);
+  gridDim.x = blocks;
+  emulator::eager = order == 2;
+  for (int i = 0; i < blocks; i += CLUSTER) {
+    int block = order == 1 ? blocks - CLUSTER - i : i;
+    emulator::begin_hopper(CLUSTER * THREADS);
+    emulator::run_blocks(enter, block, CLUSTER, THREADS, SHARED_BYTES);
+  }
+}
