@@ -197,7 +197,9 @@ class Watch(SilentProgress):
         if self.profiler is not None:
             began = time.perf_counter()
             self.profiler.__exit__(None, None, None)
-            self.results["profile"] = keep_profile(self.profiler, self.options.output)
+            name = f"{self.options.output.stem}-{self.results['memory']}.profile.txt"
+            path = self.options.output.with_name(name)
+            self.results["profile"] = keep_profile(self.profiler, path)
             block["profiled"] = True
             self.profiler = None
             # Not the run's own.
@@ -230,14 +232,13 @@ def start_profiler(device: torch.device) -> Any:
     return profiler
 
 
-def keep_profile(profiler: Any, output: Path) -> dict[str, Any]:
-    """Write the tables beside the results; give the sums."""
+def keep_profile(profiler: Any, path: Path) -> dict[str, Any]:
+    """Write the tables; give the sums."""
     averages = profiler.key_averages()
     text = ""
     for key in ("self_device_time_total", "self_cpu_time_total"):
         text += f"{key}\n"
         text += averages.table(sort_by=key, row_limit=TABLE_ROWS, max_name_column_width=70)
-    path = output.with_suffix(".profile.txt")
     path.write_text(text, encoding="utf-8")
     return {
         "device_seconds": sum(e.self_device_time_total for e in averages) / 1e6,
@@ -337,7 +338,7 @@ def run_once(base: Path, memory: str, options: argparse.Namespace, results: dict
     vocabulary = SHAPES[options.shape]["vocab_size"]
     table = torch.randint(0, vocabulary, (options.samples, options.length), generator=dice)
     run_module.Meter = SyncedMeter  # type: ignore[misc]
-    here: dict[str, Any] = {"finished": False, "rates": results["rates"]}
+    here: dict[str, Any] = {"memory": memory, "finished": False, "rates": results["rates"]}
     results["runs"][memory] = here
     output = base / f"out-{memory}"
     watch = Watch(options, here, results)
