@@ -41,7 +41,7 @@ from measure_gpu_kernels import (
 )
 
 ROWS = (64, 128, 256, 16, 8, 1, 32, 512, 1024, 4096)
-PEERS = ("marlin", "machete")
+PEERS = ("tinygemm", "marlin", "machete")
 SPLITS = (0, 1, 2, 3, 4, 8)
 HANG_SECONDS = 8.0
 START_SECONDS = 22.0
@@ -246,6 +246,8 @@ def measure(session: Session, layers: dict[str, Layer], folder: Path, right: set
             chosen = min(found, key=lambda arm: find_microseconds(found, arm), default=None)
             every[key] = found
             arms = {"cublas": gpu_arms.run_dense(layer)} | peers[name]
+            if rows > 16:
+                arms.pop("tinygemm", None)  # several times as slow by then
             if chosen is not None:
                 best[key] = chosen
                 config = RowsConfig(**json.loads(chosen))
