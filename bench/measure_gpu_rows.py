@@ -40,24 +40,26 @@ from measure_gpu_kernels import (
     time_arms,
 )
 
-ROWS = (64, 128, 256, 1024, 512, 32, 16, 1, 8, 4096)
-PEERS = ("marlin", "machete")
-SPLITS = (0, 1, 2, 3, 4, 6, 8)
+ROWS = (64, 128, 256, 16, 8, 1, 32, 512, 1024, 4096)
+PEERS = ("tinygemm", "marlin", "machete")
+SPLITS = (0, 1, 2, 3, 4, 8)
 HANG_SECONDS = 8.0
 START_SECONDS = 22.0
 """Of a process until its first outcome, more than a check's own."""
 
 BLOCKS = [
     # rows, tiles, warpgroups, blocks, cluster; as many stages as there is room for, 16 at most
-    (8, 2, 2, 1, 1), (8, 1, 4, 1, 1), (8, 4, 2, 1, 1), (8, 2, 2, 2, 1), (8, 2, 4, 1, 1),
+    (8, 2, 2, 1, 1), (8, 4, 2, 1, 1), (8, 2, 2, 2, 1), (8, 2, 4, 1, 1),
     (16, 2, 2, 1, 1), (16, 4, 2, 1, 1), (16, 1, 4, 1, 1), (16, 2, 2, 2, 1), (16, 2, 4, 1, 1),
-    (32, 2, 2, 1, 1), (32, 1, 4, 1, 1), (32, 1, 2, 2, 1), (32, 2, 4, 1, 1), (32, 4, 2, 1, 1),
-    (32, 2, 2, 1, 2),
-    (64, 2, 2, 1, 1), (64, 1, 4, 1, 1), (64, 1, 2, 2, 1), (64, 4, 2, 1, 1), (64, 1, 3, 1, 1),
-    (64, 2, 2, 1, 2), (64, 1, 2, 2, 2),
+    (32, 2, 2, 1, 1), (32, 1, 2, 2, 1), (32, 4, 2, 1, 1),
+    (64, 2, 2, 1, 1), (64, 1, 2, 2, 1), (64, 4, 2, 1, 1), (64, 1, 3, 1, 1),
+    (64, 2, 2, 1, 2),
     (128, 2, 2, 1, 1), (128, 1, 2, 1, 1), (128, 1, 3, 1, 1), (128, 2, 2, 1, 2), (128, 1, 2, 1, 2),
     (256, 1, 2, 1, 1), (256, 1, 2, 1, 2),
 ]  # fmt: skip
+JOINED = (2, 3, 4, 8)
+JOINED_BLOCKS = ((8, 2), (16, 2), (32, 2), (64, 2), (128, 2), (128, 1), (256, 1))
+"""Rows and tiles, of two warpgroups, that are tried with clusters that share a tile too."""
 
 
 def list_candidates() -> list[RowsConfig]:
@@ -68,7 +70,10 @@ def list_candidates() -> list[RowsConfig]:
         config = RowsConfig(
             rows=rows, tiles=tiles, warpgroups=warpgroups, stages=16, blocks=blocks, cluster=cluster
         )
-        found.append(cuda_rows.fit_memory(config, spec, torch.float16))
+        config = cuda_rows.fit_memory(config, spec, torch.float16)
+        found.append(config)
+        if warpgroups == 2 and (blocks, cluster) == (1, 1) and (rows, tiles) in JOINED_BLOCKS:
+            found.extend(replace(config, splits=joined, joined=joined) for joined in JOINED)
     return found
 
 
@@ -103,11 +108,14 @@ KINDS: list[dict[str, Any]] = [
 def list_checks(candidates: Sequence[RowsConfig]) -> list[tuple[RowsConfig, dict[str, Any]]]:
     """What to check: each candidate on the plain kind; some on all kinds; the other way to copy."""
     plain = [
-        (replace(config, splits=splits), KINDS[0]) for config in candidates for splits in (0, 3)
+        (replace(config, splits=splits), KINDS[0])
+        for config in candidates
+        for splits in ((0, 3) if config.joined == 1 else (config.splits,))
     ]
     some = [config for config in candidates if (config.rows, config.tiles) in ((64, 2), (128, 1))]
+    some = [config for config in some if config.joined < 4]
     kinds = [(config, kind) for config in some for kind in KINDS[1:]]
-    threads = [(replace(config, boxes=0), KINDS[0]) for config in some]
+    threads = [(replace(config, boxes=0), KINDS[0]) for config in some if config.joined == 1]
     return [*threads, *plain, *kinds]
 
 
@@ -204,12 +212,12 @@ def list_arms(layer: Layer, rows: int, right: set[str]) -> dict[str, Run]:
     """The candidates that are right and of a fitting size, cut in every way that makes sense."""
     arms = {}
     for config in list_candidates():
-        if _name(config) not in right or not rows <= 16 * config.rows:
+        if _name(replace(config, splits=0)) not in right or not rows <= 16 * config.rows:
             continue
-        if config.rows > max(rows, 16) or (config.rows < 128 and rows > 2 * config.rows):
+        if config.rows > max(rows, 8) or (config.rows < 128 and rows > 2 * config.rows):
             continue
         tiles = config.count_tiles(layer.spec, rows)
-        for splits in SPLITS:
+        for splits in SPLITS if config.joined == 1 else (config.joined,):
             runs = tiles * splits
             if splits > 1 and (runs > 4 * 132 or layer.spec.in_features // splits < 512):
                 continue
@@ -238,6 +246,8 @@ def measure(session: Session, layers: dict[str, Layer], folder: Path, right: set
             chosen = min(found, key=lambda arm: find_microseconds(found, arm), default=None)
             every[key] = found
             arms = {"cublas": gpu_arms.run_dense(layer)} | peers[name]
+            if rows > 16:
+                arms.pop("tinygemm", None)  # several times as slow by then
             if chosen is not None:
                 best[key] = chosen
                 config = RowsConfig(**json.loads(chosen))

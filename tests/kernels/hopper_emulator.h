@@ -50,6 +50,7 @@ struct Transposed {
 inline std::vector<Transposed> transposed;
 
 inline Barrier cluster_barrier;
+inline std::vector<Barrier> consumer_barriers;
 
 inline void begin_hopper(int threads) {
   cluster_barrier = {threads};
@@ -57,6 +58,7 @@ inline void begin_hopper(int threads) {
   products.assign(threads, {});
   transposed.assign(threads, {});
   warpgroup_barriers.assign(threads / 128, {128});
+  consumer_barriers.assign(CLUSTER * JOINED, {128 * WARPGROUPS});
 }
 
 inline void end_phase_if_done(PhaseBarrier& barrier) {
@@ -104,6 +106,14 @@ inline Shared elsewhere(Shared place, int rank) {
 
 inline void barrier_arrive_at(Shared place, uint32_t rank) { barrier_arrive(elsewhere(place, rank)); }
 
+inline float4 read_elsewhere(Shared place, uint32_t rank) {
+  return *(const float4*)elsewhere(place, rank);
+}
+
+inline void meet_consumers() {
+  emulator::wait_at(emulator::consumer_barriers[emulator::block()]);
+}
+
 inline void meet_cluster() { emulator::wait_at(emulator::cluster_barrier); }
 
 inline void barrier_expect(Shared place, uint32_t bytes) {
@@ -138,7 +148,8 @@ inline void copy_box(Shared to, const Given& a, uint32_t input, uint32_t row,
     for (uint32_t piece = 0; piece < 8; piece++)
       memcpy(box.data() + m * 128 + (piece ^ (m & 7)) * 16,
              a.a.x + uint64_t(row + m) * a.a.in_features + input + piece * 8, 16);
-  for (int rank = 0; rank < CLUSTER; rank++)
+  int own = CLUSTER > 1 ? 0 : emulator::block();
+  for (int rank = own; rank < own + CLUSTER; rank++)
     emulator::start_copy(elsewhere(barrier, rank), {elsewhere(to, rank), box, EACH * 128});
 }
 

@@ -3,6 +3,7 @@
 
 #include "multiply_rows.cu"
 
+constexpr int IN_CLUSTER = CLUSTER * JOINED;
 static RowsArguments arguments;
 
 static void enter() {
@@ -18,9 +19,9 @@ extern "C" void emulate(const RowsArguments* given, int blocks, int order) {
   memcpy(&arguments, given, sizeof arguments);
   gridDim.x = blocks;
   emulator::eager = order == 2;
-  for (int i = 0; i < blocks; i += CLUSTER) {
-    int block = order == 1 ? blocks - CLUSTER - i : i;
-    emulator::begin_hopper(CLUSTER * THREADS);
-    emulator::run_blocks(enter, block, CLUSTER, THREADS, SHARED_BYTES);
+  for (int i = 0; i < blocks; i += IN_CLUSTER) {
+    int block = order == 1 ? blocks - IN_CLUSTER - i : i;
+    emulator::begin_hopper(IN_CLUSTER * THREADS);
+    emulator::run_blocks(enter, block, IN_CLUSTER, THREADS, SHARED_BYTES);
   }
 }

@@ -98,6 +98,17 @@ def test_a_cluster_shares_its_rows():
     )
 
 
+@emulated
+@pytest.mark.parametrize("joined", [2, 3])
+def test_a_cluster_adds_its_sums(joined):
+    config = RowsConfig(rows=32, tiles=2, warpgroups=2, stages=3, splits=joined, joined=joined)
+    one = check(config, 40, group_size=192, out_features=272)
+    assert torch.equal(check(config, 40, order=1, group_size=192, out_features=272), one)
+    assert torch.equal(check(config, 40, order=2, group_size=192, out_features=272), one)
+    config = RowsConfig(rows=8, tiles=1, warpgroups=2, stages=3, splits=joined, joined=joined)
+    check(config, 5, group_size=64)
+
+
 def test_runs_are_no_more_than_steps():
     spec = replace(make_linear().spec, in_features=128, out_features=256, group_size=128)
     assert count_runs(SMALL, spec, 33, 132) == 2 * 2 * 2

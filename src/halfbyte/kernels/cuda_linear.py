@@ -226,7 +226,7 @@ class CudaLinear(TritonLinear):
     def prepare(self, stored: Operands, spec: LinearSpec) -> tuple[Tensor, ...]:
         """Repack the weight, and compile for every number of rows: a CUDA graph could not."""
         device, dtype = stored.scales.device, stored.scales.dtype
-        for rows in sorted({8, *cuda_rows.BUCKETS}):
+        for rows in cuda_rows.BUCKETS:
             config = choose_tier(device, rows, spec, dtype)
             if isinstance(config, RowsConfig):
                 cuda_rows.load_for(config, spec, dtype, device)
@@ -276,14 +276,11 @@ def choose_tier(
         Of the kernel for few rows or of that for many; None: Triton, or dequantized first.
     """
     architecture = name_architecture(device)
-    if rows <= choose_rows(architecture, spec):
-        return choose_config(architecture, rows, spec, scale_dtype)
     many = cuda_rows.choose_config(architecture, count_processors(device), rows, spec, scale_dtype)
     if many is not None and cuda_rows.find_obstacle(device) is None:
         return many
-    if rows <= ROWS_LIMIT and find_triton_obstacle() is not None:
-        return choose_config(architecture, rows, spec, scale_dtype)
-    return None
+    few = ROWS_LIMIT if find_triton_obstacle() is not None else choose_rows(architecture, spec)
+    return choose_config(architecture, rows, spec, scale_dtype) if rows <= few else None
 
 
 def multiply(

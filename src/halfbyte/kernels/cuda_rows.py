@@ -37,7 +37,7 @@ FEWEST_STEPS = 4
 """Steps of 64 inputs of a run that shares its tile."""
 FULL_ENOUGH = 0.9
 """Of the processors' time: what whole tiles must use, or runs end within tiles."""
-BUCKETS = (16, 32, 64, 128, 256, 512, ROWS_LIMIT)
+BUCKETS = (8, 16, 32, 64, 128, 256, 512, ROWS_LIMIT)
 """Rows of x, up to so many, that are cut alike."""
 
 
@@ -66,6 +66,8 @@ class RowsConfig:
     """1: x is copied by the copy engine; 0: by threads."""
     cluster: int = 1
     """Thread blocks side by side that share their rows of x."""
+    joined: int = 1
+    """Thread blocks that share a tile in a cluster; if more than 1, ``splits`` is the same."""
 
     @property
     def channels(self) -> int:
@@ -245,7 +247,7 @@ def multiply(
     runs = count_runs(config, spec, count, resident * count_processors(device))
     result = rows.new_empty(count, spec.out_features)
     partials = None
-    if config.splits != 1:
+    if config.splits != 1 and config.joined == 1:
         size = 2 * runs * config.partial_floats
         partials = torch.empty(size, dtype=torch.float32, device=device)
     common = fill_arguments(rows, operands, bias, spec, result, partials, find_arrivals(device))

@@ -32,7 +32,7 @@ DEVICE void barrier_arrive_at(Shared barrier, u32 rank) {
 
 // The threads of a cluster meet.
 DEVICE void meet_cluster() {
-#if CLUSTER > 1
+#if CLUSTER * JOINED > 1
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
                    : "memory");
 #else
@@ -186,6 +186,23 @@ DEVICE void store_transposed(u8* column, u32 m0, u32 m1, u32 m2, u32 m3) {
                    shared_address(column)),
                "r"(m0), "r"(m1), "r"(m2), "r"(m3)
                : "memory");
+}
+
+// Reads the same place in the shared memory of a thread block of the cluster.
+DEVICE float4 read_elsewhere(Shared place, u32 rank) {
+  float4 found;
+  asm volatile(
+      "{ .reg .b32 there; mapa.shared::cluster.u32 there, %4, %5;\n"
+      "ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [there]; }"
+      : "=f"(found.x), "=f"(found.y), "=f"(found.z), "=f"(found.w)
+      : "r"(place), "r"(rank)
+      : "memory");
+  return found;
+}
+
+// The threads of all warpgroups that multiply meet.
+DEVICE void meet_consumers() {
+  asm volatile("bar.sync 15, %0;" ::"n"(128 * WARPGROUPS) : "memory");
 }
 
 // The threads of a warpgroup meet.

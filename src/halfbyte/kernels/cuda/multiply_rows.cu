@@ -17,6 +17,8 @@
 //   BLOCKS       thread blocks that a multiprocessor must have room for
 //   BOXES        1: x is copied by the copy engine's boxes; 0: by the threads of the copying warp
 //   CLUSTER      thread blocks side by side that share the rows of x: each copies its part to all
+//   JOINED       thread blocks of a cluster that share a tile, each with a part of its steps: their
+//                sums meet in shared memory, and `partials` is not needed; 1: none
 
 #include "base.cu"
 
@@ -39,6 +41,8 @@ constexpr u32 SHARED_BYTES = STAGES * STAGE_BYTES + TAIL_BYTES + 1024;  // to be
 // Sixteen inputs at a time are a product; so many products a tile are begun together.
 constexpr u32 TOGETHER = TILES > 2 ? 1 : 2;
 constexpr u32 FRAGMENTS = TILES * ROWS / 8;  // float4 of sums of a thread
+static_assert(JOINED == 1 || WARPGROUPS * FRAGMENTS * 2048 <= STAGES * STAGE_BYTES,
+              "the sums of a tile meet where the slots were");
 
 // Registers that a launch gives a thread, and those that its two kinds of warps need.
 constexpr u32 GIVEN = 65536 / BLOCKS / THREADS / 8 * 8;
@@ -229,40 +233,86 @@ DEVICE void give_back(Shared taken, u32 lane) {
 
 typedef float Sums[TILES][ROWS / 8][4];
 
-DEVICE void store_sums(const Arguments& a, Sums& sums, u32 block, u32 row, u32 warpgroup, u32 warp,
+// Stores a lane's sums of 16 channels from n on by 16 rows from m on.
+DEVICE void store_pair(const Arguments& a, const float (&low)[4], const float (&high)[4], u32 n,
+                       u32 m, u32 lane, u8* turn) {
+  float bias0 = 0.0f, bias1 = 0.0f;
+  if (a.bias) {
+    bias0 = widen_low(a.bias[n + lane / 4]);
+    bias1 = widen_low(a.bias[n + lane / 4 + 8]);
+  }
+  store_transposed(turn + (lane / 16 * 8 + lane % 8) * 32 + lane / 8 % 2 * 16,
+                   narrow_pair(low[0] + bias0, low[1] + bias0),
+                   narrow_pair(low[2] + bias1, low[3] + bias1),
+                   narrow_pair(high[0] + bias0, high[1] + bias0),
+                   narrow_pair(high[2] + bias1, high[3] + bias1));
+  __syncwarp();
+  if (m + lane / 2 < a.rows && lane / 2 < ROWS)
+    *(uint4*)(a.result + (u64)(m + lane / 2) * a.out_features + n + lane % 2 * 8) =
+        *(const uint4*)(turn + lane * 16);
+  __syncwarp();
+}
+
+// The other eight rows of a pair; where a tile has no more than eight, the same.
+constexpr u32 NEXT = ROWS > 8 ? 1 : 0;
+
+DEVICE void store_sums(const Arguments& a, Sums& sums, const Part& own, u32 warpgroup, u32 warp,
                        u32 lane, u8* turn) {
 #pragma unroll
-  for (u32 tile = 0; tile < TILES; tile++) {
-    u32 n = ((block * WARPGROUPS + warpgroup) * TILES + tile) * 64 + warp * 16;
+  for (u32 t = 0; t < TILES; t++) {
+    u32 n = ((own.block * WARPGROUPS + warpgroup) * TILES + t) * 64 + warp * 16;
     if (n >= a.out_features) continue;
-    float bias0 = 0.0f, bias1 = 0.0f;
-    if (a.bias) {
-      bias0 = widen_low(a.bias[n + lane / 4]);
-      bias1 = widen_low(a.bias[n + lane / 4 + 8]);
-    }
 #pragma unroll
-    for (u32 r = 0; r < ROWS / 8; r += 2) {
-      if (row + r * 8 >= a.rows) continue;
-      float(&s)[4] = sums[tile][r];
-      u32 pair0 = narrow_pair(s[0] + bias0, s[1] + bias0);
-      u32 pair1 = narrow_pair(s[2] + bias1, s[3] + bias1);
-      u32 pair2 = 0, pair3 = 0;
-#if ROWS > 8
-      float(&t)[4] = sums[tile][r + 1];
-      pair2 = narrow_pair(t[0] + bias0, t[1] + bias0);
-      pair3 = narrow_pair(t[2] + bias1, t[3] + bias1);
-#endif
-      store_transposed(turn + (lane / 16 * 8 + lane % 8) * 32 + lane / 8 % 2 * 16, pair0, pair1,
-                       pair2, pair3);
-      __syncwarp();
-      u32 m = row + r * 8 + lane / 2;
-      if (m < a.rows && r * 8 + lane / 2 < ROWS)
-        *(uint4*)(a.result + (u64)m * a.out_features + n + lane % 2 * 8) =
-            *(const uint4*)(turn + lane * 16);
-      __syncwarp();
-    }
+    for (u32 r = 0; r < ROWS / 8; r += 2)
+      if (own.row + r * 8 < a.rows)
+        store_pair(a, sums[t][r], sums[t][r + NEXT], n, own.row + r * 8, lane, turn);
   }
 }
+
+#if JOINED > 1
+// Adds the sums of the thread blocks of a cluster in order, each a part of the tile, and stores it.
+DEVICE void join_sums(const Arguments& a, Sums& sums, const Part& own, Shared memory, u8* exchange,
+                      u32 warpgroup, u32 thread, u8* turn) {
+  constexpr u32 PAIRS = (ROWS / 8 + 1) / 2;
+  u32 lane = thread % 32, warp = thread / 32, rank = blockIdx.x % JOINED;
+  u32 first = (warpgroup * FRAGMENTS * 128 + thread) * 16;
+  meet_consumers();  // all products are over, and with them the use of the slots
+#pragma unroll
+  for (u32 t = 0; t < TILES; t++)
+#pragma unroll
+    for (u32 r = 0; r < ROWS / 8; r++) {
+      float(&s)[4] = sums[t][r];
+      *(float4*)(exchange + first + (t * (ROWS / 8) + r) * 2048) =
+          make_float4(s[0], s[1], s[2], s[3]);
+    }
+  meet_cluster();
+  for (u32 index = rank; index < TILES * PAIRS; index += JOINED) {
+    u32 t = index / PAIRS, r = index % PAIRS * 2;
+    u32 n = ((own.block * WARPGROUPS + warpgroup) * TILES + t) * 64 + warp * 16;
+    if (n >= a.out_features || own.row + r * 8 >= a.rows) continue;
+    Shared from = memory + first + (t * (ROWS / 8) + r) * 2048;
+    float4 parts[2][JOINED];
+#pragma unroll
+    for (u32 other = 0; other < JOINED; other++) {
+      parts[0][other] = read_elsewhere(from, other);
+      parts[1][other] = read_elsewhere(from + NEXT * 2048, other);
+    }
+    float total[2][4];
+#pragma unroll
+    for (u32 i = 0; i < 2; i++) {
+      total[i][0] = total[i][1] = total[i][2] = total[i][3] = 0.0f;
+#pragma unroll
+      for (u32 other = 0; other < JOINED; other++) {
+        total[i][0] += parts[i][other].x;
+        total[i][1] += parts[i][other].y;
+        total[i][2] += parts[i][other].z;
+        total[i][3] += parts[i][other].w;
+      }
+    }
+    store_pair(a, total[0], total[1], n, own.row + r * 8, lane, turn);
+  }
+}
+#endif
 
 // Gives this run's sums of a tile to the runs that have the rest; true: it is the last, and has all.
 DEVICE bool share_sums(const Arguments& a, const Run& run, Sums& sums, u32 tile, u32 warpgroup,
@@ -317,7 +367,7 @@ DEVICE bool share_sums(const Arguments& a, const Run& run, Sums& sums, u32 tile,
   return true;
 }
 
-DEVICE void multiply_all(const Arguments& a, const Run& run, Ring ring, const u8* memory,
+DEVICE void multiply_all(const Arguments& a, const Run& run, Ring ring, u8* memory,
                          u32 warpgroup, u32 thread, u8* turn, u32* last) {
   u32 lane = thread % 32, warp = thread / 32;
   const u8* own_codes = memory + X_BYTES + (warpgroup * TILES * 4 + warp) * TILE_BYTES;
@@ -388,13 +438,17 @@ DEVICE void multiply_all(const Arguments& a, const Run& run, Ring ring, const u8
     }
     wait_for_products<0>();
     give_back(taken, lane);
+#if JOINED > 1
+    join_sums(a, sums, own, ring.memory, memory, warpgroup, thread, turn + warp * TURN_BYTES);
+#else
     if (share_sums(a, run, sums, own.tile, warpgroup, thread, last))
-      store_sums(a, sums, own.block, own.row, warpgroup, warp, lane, turn + warp * TURN_BYTES);
+      store_sums(a, sums, own, warpgroup, warp, lane, turn + warp * TURN_BYTES);
+#endif
   }
 }
 
-#if CLUSTER > 1
-#define CLUSTERED __cluster_dims__(CLUSTER, 1, 1)
+#if CLUSTER * JOINED > 1
+#define CLUSTERED __cluster_dims__(CLUSTER * JOINED, 1, 1)
 #else
 #define CLUSTERED
 #endif
@@ -431,15 +485,15 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS)
   if (warpgroup == WARPGROUPS) {
     give_registers<COPY_REGISTERS>();
     if (thread % 128 < 32) copy_all(a, run, ring, memory, thread % 32);
+    __syncwarp();
+    if (JOINED > 1) meet_cluster();
   } else {
     take_registers<PRODUCT_REGISTERS>();
     wait_for_inputs();
     multiply_all(a.a, run, ring, memory, warpgroup, thread % 128, turn + warpgroup * 4 * TURN_BYTES,
                  last);
   }
-  // None may end while others of its cluster still copy to it or arrive at its barriers.
-  if (CLUSTER > 1) {
-    __syncwarp();
-    meet_cluster();
-  }
+  // None may end while others of its cluster still copy to it, arrive at its barriers or read it.
+  __syncwarp();
+  if (CLUSTER * JOINED > 1) meet_cluster();
 }
