@@ -245,6 +245,12 @@ def _timed(case: Case) -> list[tuple[str, Any]]:
     return [(name, found) for name, found in case.items() if isinstance(found, dict)]
 
 
+def _name_arm(arm: str, found: Case) -> str:
+    """The arm, and that it fell back where it did."""
+    fell_back = found.get("own_forward_because") and not {"own", "compiled"} & {*arm.split()}
+    return f"{arm} own" if fell_back else arm
+
+
 def keep_decode(measured: Case, elsewhere: Elsewhere) -> None:
     """Write what a decode step takes."""
     save_result(
@@ -252,7 +258,7 @@ def keep_decode(measured: Case, elsewhere: Elsewhere) -> None:
         columns=["arm", "ms a token", "tokens/s", "tokens/s, each given to the CPU"],
         rows=[
             [
-                arm,
+                _name_arm(arm, found),
                 found["ms"],
                 found["tokens_per_second"],
                 round(1e3 / found["ms_with_host"], 1),
