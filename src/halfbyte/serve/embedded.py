@@ -9,8 +9,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 from halfbyte.errors import ServeError
@@ -74,30 +75,17 @@ class EmbeddedBackend:
     async def stream(self, call: Call) -> AsyncGenerator[Event, None]:
         """Answer; closing cancels what the engine still does for it."""
         asked = await self._read(call)
-        events: asyncio.Queue[Event | _Done | Exception] = asyncio.Queue()
-        tasks = [asyncio.create_task(self._answer(choice, events)) for choice in asked]
-        completion = 0
-        cached: dict[int, int] = {}
-        left = len(tasks)
-        try:
-            while left:
-                event = await events.get()
-                if isinstance(event, Exception):
-                    raise event
-                if isinstance(event, _Done):
-                    left -= 1
-                    completion += event.tokens
-                    cached[event.prompt] = max(cached.get(event.prompt, 0), event.cached)
-                else:
-                    yield event
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        done: list[_Done] = []
+        async with aclosing(_merge([self._answer(choice, done) for choice in asked])) as events:
+            async for event in events:
+                yield event
         lengths = {choice.prompt: len(choice.request.prompt) for choice in asked}
+        cached: dict[int, int] = {}
+        for one in done:
+            cached[one.prompt] = max(cached.get(one.prompt, 0), one.cached)
         yield Usage(
             prompt_tokens=sum(lengths.values()),
-            completion_tokens=completion,
+            completion_tokens=sum(one.tokens for one in done),
             cached_tokens=sum(cached.values()),
         )
 
@@ -189,16 +177,8 @@ class EmbeddedBackend:
             return await asyncio.to_thread(read_call, *arguments, adapter=adapter)
         return read_call(*arguments, adapter=adapter)
 
-    async def _answer(self, asked: Asked, events: asyncio.Queue[Any]) -> None:
-        """Run one choice to its end; what happens goes into the queue."""
-        try:
-            done = await self._generate(asked, events)
-        except Exception as error:  # noqa: BLE001 - raised again by whoever reads the queue
-            events.put_nowait(error)
-        else:
-            events.put_nowait(done)
-
-    async def _generate(self, asked: Asked, events: asyncio.Queue[Any]) -> _Done:
+    async def _answer(self, asked: Asked, done: list[_Done]) -> AsyncGenerator[Event, None]:
+        """Run one choice to its end, and note what it took."""
         text = AnswerText(
             asked.choice,
             self._prompts.tokenizer,
@@ -207,38 +187,75 @@ class EmbeddedBackend:
             calls=asked.make_call_filter(),
             logprobs=asked.request.top_logprobs is not None,
         )
-        done = _Done(asked.prompt)
+        took = _Done(prompt=asked.prompt)
         ended: Ended | None = None
         async with aclosing(self._engine.generate(asked.request)) as generated:
             async for event in generated:
                 delta = None
                 if isinstance(event, Prompted):
-                    done.cached = event.cached_tokens
+                    took.cached = event.cached_tokens
                     if asked.echo is not None:
                         delta = text.begin(event, asked.request.prompt, asked.echo)
                 elif isinstance(event, Generated):
-                    done.tokens += 1
+                    took.tokens += 1
                     delta = text.add(event)
                 else:
                     ended = event
                 if delta is not None:
-                    events.put_nowait(delta)
+                    yield delta
                 if text.is_complete:
                     break
         delta, finish = text.end(ended)
         if delta is not None:
-            events.put_nowait(delta)
-        events.put_nowait(finish)
-        return done
+            yield delta
+        done.append(took)
+        yield finish
 
 
+@dataclass(slots=True, kw_only=True)
 class _Done:
-    """A choice has ended: what it took."""
+    """What a choice took."""
 
-    def __init__(self, prompt: int) -> None:
-        self.prompt = prompt
-        self.tokens = 0
-        self.cached = 0
+    prompt: int
+    tokens: int = 0
+    cached: int = 0
+
+
+async def _merge(streams: Sequence[AsyncGenerator[Event, None]]) -> AsyncGenerator[Event, None]:
+    """Give what several streams give, as it comes; closing it closes all of them."""
+    if len(streams) == 1:
+        # Without a task and a queue between: they would cost each token as much as its text does.
+        async with aclosing(streams[0]) as only:
+            async for event in only:
+                yield event
+        return
+    arrived: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
+
+    async def pump(stream: AsyncGenerator[Event, None]) -> None:
+        try:
+            async with aclosing(stream):
+                async for event in stream:
+                    arrived.put_nowait(event)
+        except Exception as error:  # noqa: BLE001 - raised again by whoever reads the queue
+            arrived.put_nowait(error)
+        else:
+            arrived.put_nowait(None)
+
+    tasks = [asyncio.create_task(pump(stream)) for stream in streams]
+    left = len(tasks)
+    try:
+        while left:
+            found = await arrived.get()
+            if isinstance(found, Exception):
+                raise found
+            if found is None:
+                left -= 1
+            else:
+                yield found
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _count_characters(body: Mapping[str, Any]) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from halfbyte.errors import ServeError
+from halfbyte.serve.api.streaming import write_event, write_json
 from halfbyte.serve.exchange import (
     Call,
     Delta,
@@ -97,6 +98,13 @@ class AnswerForm:
         self._is_chat = call.kind == "chat"
         self._head = {"id": call.id, "created": int(time.time()), "model": model}
         self._opened: set[int] = set()
+        opening = {
+            **self._head,
+            "object": _OBJECTS[call.kind, True],
+            "system_fingerprint": FINGERPRINT,
+        }
+        # What all chunks of a stream begin with is written once.
+        self._chunk_start = f"{write_json(opening)[:-1]},"
         # Of each completion's choice: characters so far, from which token offsets count.
         self._lengths: dict[int, int] = {}
         options = call.body.get("stream_options") or {}
@@ -121,14 +129,14 @@ class AnswerForm:
             "usage": tell_usage(usage),
         }
 
-    def chunks(self, event: Event) -> list[dict[str, Any]]:
+    def chunks(self, event: Event) -> list[bytes]:
         """Give what a client is sent for an event.
 
         Args:
             event: The next one.
 
         Returns:
-            Chunks, none for usage that was not asked for.
+            Chunks as server-sent events; none for usage that was not asked for.
         """
         if isinstance(event, Usage):
             return [self._chunk([], tell_usage(event))] if self.with_usage else []
@@ -152,16 +160,11 @@ class AnswerForm:
         found.append(self._chunk([_chat_piece(event.choice, delta, event.logprobs)]))
         return found
 
-    def _chunk(self, choices: list[Any], usage: dict[str, Any] | None = None) -> dict[str, Any]:
-        chunk = {
-            **self._head,
-            "object": _OBJECTS[self._call.kind, True],
-            "system_fingerprint": FINGERPRINT,
-            "choices": choices,
-        }
+    def _chunk(self, choices: list[Any], usage: dict[str, Any] | None = None) -> bytes:
+        rest: dict[str, Any] = {"choices": choices}
         if self.with_usage:
-            chunk["usage"] = usage
-        return chunk
+            rest["usage"] = usage
+        return write_event(self._chunk_start + write_json(rest)[1:])
 
     def _whole_chat(self, index: int, choice: Choice) -> dict[str, Any]:
         content = choice.text

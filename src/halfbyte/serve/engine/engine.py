@@ -3,6 +3,7 @@
 ::
 
     generate() ──checked──> inbox ──> worker: admit ─> plan ─> run ─> sample ─> mail ──> generate()
+    mail goes out when the next step has been planned, or there is none
     closing the iterator ──> inbox: cancelled, its pages free before the next step
     a step fails ──> everything that ran is read again from its tokens; who fails alone is to blame
 
@@ -261,6 +262,8 @@ class EmbeddedEngine:
 
     def _work(self) -> None:
         while True:
+            if self._scheduler.is_idle:
+                self._post()
             with self._changed:
                 while not self._inbox and self._scheduler.is_idle and not self._leaving:
                     if self._closing:
@@ -275,7 +278,6 @@ class EmbeddedEngine:
                 log.exception("A step of the engine failed; it goes on with what it was doing")
                 self._recover()
             self._load = self._measure_load()
-            self._post()
             self._let_leave()
 
     def _take(self, job: Job, address: _Address) -> None:
@@ -292,6 +294,9 @@ class EmbeddedEngine:
         self._in_step = []
         self._scheduler.admit()
         work = self._scheduler.plan()
+        # Only now, with the model about to run outside of Python: both threads share Python's lock,
+        # and the next step would wait for what becomes of the last one's tokens.
+        self._post()
         if not work:
             return
         self._in_step = [job for job, _ in work]
