@@ -1,8 +1,8 @@
 """Stands in for the program `vllm`: a small server that can be made to fail; imports nothing.
 
 It writes what it was given into the folder that STAND_IN_FOLDER names, asks for the key in
-VLLM_API_KEY, and does what the prompt says: "crash" ends the process, "hang" answers nothing more. A
-file `refuse` there keeps it from starting, `stubborn` from ending when asked to.
+VLLM_API_KEY, and does what the prompt says: "crash" ends the process, "hang" answers nothing more.
+A file `refuse` there keeps it from starting, `stubborn` from ending when asked to.
 """
 
 from __future__ import annotations

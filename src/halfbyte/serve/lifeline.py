@@ -5,9 +5,9 @@
     python lifeline.py READ_END SECONDS COMMAND...
 
 A process that is killed takes nobody along. So this forks a watcher, which waits for the end of a
-pipe whose other end the starter alone holds, and then becomes the command: its process id, exit code
-and output are the command's own. At the pipe's end the watcher asks the whole process group to end,
-and after some seconds makes it. Imports nothing but what Python brings: it runs before the command.
+pipe whose other end the starter alone holds, and then becomes the command: its process id, exit
+code and output are the command's own. At the pipe's end the watcher asks the whole process group to
+end, and after some seconds makes it. Imports nothing but what Python brings.
 """
 
 from __future__ import annotations

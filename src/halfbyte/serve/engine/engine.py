@@ -53,6 +53,11 @@ Mail = asyncio.Queue[TokenEvent | HalfbyteError]
 RATED_ROWS = 16
 """Of a prompt, at a time."""
 
+MOST_CONTROLS = 6
+"""Times in a row that nothing runs at all, until those that wait are told so: 1.5 seconds."""
+FIRST_PAUSE = 0.05
+"""Seconds after the first of them; then twice as long each time."""
+
 RATE_MEMORY = 0.9
 """How much of the measured speed each step leaves."""
 
@@ -106,6 +111,8 @@ class EmbeddedEngine:
         self._arriving = 0
         self._closing = False
         self._restarts = 0
+        self._failed_controls = 0
+        """In a row; see _judge."""
         self._in_step: list[Job] = []
         self._tokens_per_second = 0.0
         self._rater = Rater()
@@ -270,6 +277,7 @@ class EmbeddedEngine:
                         return
                     self._changed.wait()
                 inbox, self._inbox, self._arriving = self._inbox, [], 0
+            self._in_step = []
             try:
                 for command in inbox:
                     command()
@@ -291,7 +299,6 @@ class EmbeddedEngine:
         job.is_over = True
 
     def _step(self) -> None:
-        self._in_step = []
         self._scheduler.admit()
         work = self._scheduler.plan()
         # Only now, with the model about to run outside of Python: both threads share Python's lock,
@@ -302,6 +309,7 @@ class EmbeddedEngine:
         self._in_step = [job for job, _ in work]
         start = time.perf_counter()
         results = self._runner.run([piece for _, piece in work])
+        self._failed_controls = 0
         newest = []
         for (job, piece), logits in zip(work, results, strict=True):
             self._scheduler.note_computed(job, len(piece.tokens))
@@ -389,15 +397,41 @@ class EmbeddedEngine:
     def _recover(self) -> None:
         """Begin again with everything that ran; find out who is to blame, one at a time."""
         self._restarts += 1
-        if len(self._in_step) == 1:
-            job = self._in_step[0]
-            job.failures += 1
-            if job.failures >= MOST_FAILURES and not job.is_over:
-                self._fail(job, engine_failed(f"it failed {job.failures} times alone"))
         for job in self._in_step:
             job.is_suspect = True
         for job in self._scheduler.repeat_all():
             job.begin_again()
+        if len(self._in_step) == 1 and not self._in_step[0].is_over:
+            self._judge(self._in_step[0])
+
+    def _judge(self, job: Job) -> None:
+        """Refuse a request that failed alone again and again, where it is not the engine's fault."""
+        if self._runs_without():
+            self._failed_controls = 0
+            job.failures += 1
+            if job.failures >= MOST_FAILURES:
+                self._fail(job, engine_failed(f"it failed {job.failures} times alone"))
+            return
+        self._failed_controls += 1
+        if self._failed_controls < MOST_CONTROLS:
+            # What is short for a moment, such as memory, is there again in another.
+            time.sleep(FIRST_PAUSE * 2 ** (self._failed_controls - 1))
+        else:
+            self._fail(job, engine_failed("nothing runs at the moment"))
+
+    def _runs_without(self) -> bool:
+        """Run a token that is nobody's; tell whether the model still can."""
+        reservation = self._pool.reserve([0], 1, share=False)
+        assert reservation is not None  # after a failure nothing else is reserved
+        piece = Piece(tokens=[0], start=0, pages=reservation.pages, logits=1, is_prompt=True)
+        try:
+            self._runner.run([piece])
+        except Exception:
+            log.exception("The engine fails without any request as well")
+            return False
+        finally:
+            self._pool.release(reservation)
+        return True
 
     def _let_leave(self) -> None:
         """Unload adapters that nobody uses any more."""
