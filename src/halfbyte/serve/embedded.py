@@ -110,7 +110,7 @@ class EmbeddedBackend:
             self._closed = True
             await self._engine.close()
 
-    def tokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
+    async def tokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Answer /tokenize.
 
         Args:
@@ -119,6 +119,10 @@ class EmbeddedBackend:
         Returns:
             The ids, their number, the model's context, and their texts where asked for.
         """
+        # A long text takes long enough to hold up everybody's streams.
+        return await asyncio.to_thread(self._tokenize, body)
+
+    def _tokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
         if "messages" in body:
             ids = self._prompts.encode_chat(
                 body["messages"],
@@ -137,7 +141,7 @@ class EmbeddedBackend:
             "token_strs": [self._spelling.spell(token)[0] for token in ids] if wanted else None,
         }
 
-    def detokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
+    async def detokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Answer /detokenize.
 
         Args:
@@ -156,7 +160,8 @@ class EmbeddedBackend:
                 code="invalid_value",
                 param="tokens",
             )
-        return {"prompt": str(self._prompts.tokenizer.decode(body["tokens"]))}
+        text = await asyncio.to_thread(self._prompts.tokenizer.decode, body["tokens"])
+        return {"prompt": str(text)}
 
     async def load_adapter(self, name: str, folder: str) -> None:
         """Serve an adapter under its name; the caller has checked the folder's place."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 Kind = Literal["chat", "completion"]
 
@@ -98,6 +98,9 @@ class Usage:
     completion_tokens: int
     cached_tokens: int = 0
     """Of the prompt, found in the cache."""
+    is_told: bool = True
+    """Whether the backend said so. Where it did not, the prompt is unknown, the answer's tokens are
+    its pieces, and clients are told nothing rather than something wrong."""
 
 
 Event = Delta | Finish | Usage
@@ -157,3 +160,14 @@ class Backend(Protocol):
 
     async def close(self) -> None:
         """Finish what runs, take nothing new, free everything."""
+
+
+@runtime_checkable
+class TextTools(Protocol):
+    """Tells what a text is in a model's token ids; some backends can."""
+
+    async def tokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Answer /tokenize: with a prompt or messages, checked."""
+
+    async def detokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Answer /detokenize: with tokens, checked."""

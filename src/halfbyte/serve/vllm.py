@@ -20,9 +20,10 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx2
 
@@ -141,6 +142,14 @@ class VllmBackend:
         async with contextlib.aclosing(self._upstream.stream(call)) as events:
             async for event in events:
                 yield event
+
+    async def tokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Let it tell a text's token ids."""
+        return await self._upstream.tokenize(body)
+
+    async def detokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Let it tell the text of token ids."""
+        return await self._upstream.detokenize(body)
 
     async def is_ready(self) -> bool:
         """Tell whether it answers."""

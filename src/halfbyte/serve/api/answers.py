@@ -121,13 +121,13 @@ class AnswerForm:
             The body.
         """
         tell = self._whole_chat if self._is_chat else self._whole_completion
-        return {
+        body = {
             **self._head,
             "object": _OBJECTS[self._call.kind, False],
             "system_fingerprint": FINGERPRINT,
             "choices": [tell(index, choice) for index, choice in sorted(choices.items())],
-            "usage": tell_usage(usage),
         }
+        return body | {"usage": tell_usage(usage)} if usage.is_told else body
 
     def chunks(self, event: Event) -> list[bytes]:
         """Give what a client is sent for an event.
@@ -136,10 +136,11 @@ class AnswerForm:
             event: The next one.
 
         Returns:
-            Chunks as server-sent events; none for usage that was not asked for.
+            Chunks as server-sent events; none for usage that was not asked for, or not told.
         """
         if isinstance(event, Usage):
-            return [self._chunk([], tell_usage(event))] if self.with_usage else []
+            tells = self.with_usage and event.is_told
+            return [self._chunk([], tell_usage(event))] if tells else []
         if not self._is_chat:
             return [self._chunk([self._completion_piece(event)])]
         found = []

@@ -20,7 +20,7 @@ from halfbyte.serve.api.answers import AnswerForm, gather
 from halfbyte.serve.api.refusals import error_body, internal_error
 from halfbyte.serve.api.streaming import EventStream, while_connected, write_event, write_json
 from halfbyte.serve.config import ServeConfig
-from halfbyte.serve.exchange import Backend, Call, Delta, Event, Kind, Served, Usage
+from halfbyte.serve.exchange import Backend, Call, Delta, Event, Kind, Served, TextTools, Usage
 from halfbyte.serve.keys import ApiKeys
 from halfbyte.serve.limits import Limits
 from halfbyte.serve.text.asked import split_prompts
@@ -40,16 +40,6 @@ class Router(Protocol):
 
     def stream(self, call: Call, served: Served) -> AsyncGenerator[Event, None]:
         """Answer; `served` is filled in before the first event."""
-
-
-class TextTools(Protocol):
-    """Tells what a text is in token ids."""
-
-    def tokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Answer /tokenize."""
-
-    def detokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Answer /detokenize."""
 
 
 class AdapterControl(Protocol):

@@ -405,7 +405,7 @@ class EmbeddedEngine:
             self._judge(self._in_step[0])
 
     def _judge(self, job: Job) -> None:
-        """Refuse a request that failed alone again and again, where it is not the engine's fault."""
+        """Refuse a request that failed alone again and again, unless the engine is to blame."""
         if self._runs_without():
             self._failed_controls = 0
             job.failures += 1
