@@ -11,6 +11,7 @@ from tests.serve.helpers_engine import ask, collect, open_tiny, write_model
 from tests.serve.helpers_scripted import ScriptedEngine
 from tests.serve.helpers_text import make_tokenizer
 
+from halfbyte.serve.api.answers import AnswerForm
 from halfbyte.serve.api.gateway import Gateway
 from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.embedded import EmbeddedBackend
@@ -111,3 +112,31 @@ def test_the_engine_hands_tokens_over_when_the_next_step_is_ready_to_run(tmp_pat
     assert order[:12] == ["plan", "_post", "run"] * 4
     # The last token, with nothing left to run, is not kept.
     assert order[12] == "_post"
+
+
+@pytest.mark.parametrize("choices", [1, 2])
+def test_usage_so_far_is_told_with_every_piece_where_it_is_asked_for(choices):
+    tokenizer = make_tokenizer()
+    backend = EmbeddedBackend(
+        ScriptedEngine(tokenizer=tokenizer), tokenizer, model="m", config=ServeConfig()
+    )
+
+    async def events_of(**options):
+        options = {"include_usage": True, **options}
+        call = call_of(n=choices, stream=True, stream_options=options)
+        form = AnswerForm(call, "m")
+        events = [event async for event in backend.stream(call)]
+        chunks = [chunk for event in events for chunk in form.chunks(event)]
+        return [json.loads(chunk.removeprefix(b"data: ")) for chunk in chunks]
+
+    usual = asyncio.run(events_of())
+    assert {chunk["usage"] is None for chunk in usual[:-1]} == {True}
+    told = [c["usage"] for c in asyncio.run(events_of(continuous_usage_stats=True))]
+    counts = [usage["completion_tokens"] for usage in told if usage]
+    assert counts == sorted(counts)
+    assert counts[-1] == 8 * choices
+    # The last token of a choice may come with nothing but its end.
+    assert len(counts) > 6 * choices
+    assert {usage["prompt_tokens"] for usage in told if usage} == {
+        len(tokenizer("hello")["input_ids"])
+    }

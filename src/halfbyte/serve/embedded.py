@@ -11,13 +11,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from halfbyte.errors import ServeError
 from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.engine.contract import Ended, Engine, EngineInfo, Generated, Prompted
-from halfbyte.serve.exchange import Call, Event, Load, Usage
+from halfbyte.serve.exchange import Call, Delta, Event, Load, Usage
 from halfbyte.serve.text.answer import AnswerText
 from halfbyte.serve.text.asked import AnswerLimits, Asked, read_call
 from halfbyte.serve.text.prompts import Prompts
@@ -75,19 +75,16 @@ class EmbeddedBackend:
     async def stream(self, call: Call) -> AsyncGenerator[Event, None]:
         """Answer; closing cancels what the engine still does for it."""
         asked = await self._read(call)
-        done: list[_Done] = []
-        async with aclosing(_merge([self._answer(choice, done) for choice in asked])) as events:
+        took = [_Took(prompt=choice.prompt, length=len(choice.request.prompt)) for choice in asked]
+        streams = [self._answer(*both) for both in zip(asked, took, strict=True)]
+        options = call.body.get("stream_options") or {}
+        tells_on_the_way = bool(options.get("continuous_usage_stats"))
+        async with aclosing(_merge(streams)) as events:
             async for event in events:
+                if tells_on_the_way and isinstance(event, Delta):
+                    event = replace(event, usage=_add_up(took))
                 yield event
-        lengths = {choice.prompt: len(choice.request.prompt) for choice in asked}
-        cached: dict[int, int] = {}
-        for one in done:
-            cached[one.prompt] = max(cached.get(one.prompt, 0), one.cached)
-        yield Usage(
-            prompt_tokens=sum(lengths.values()),
-            completion_tokens=sum(one.tokens for one in done),
-            cached_tokens=sum(cached.values()),
-        )
+        yield _add_up(took)
 
     async def is_ready(self) -> bool:
         """Tell whether it takes calls."""
@@ -182,7 +179,7 @@ class EmbeddedBackend:
             return await asyncio.to_thread(read_call, *arguments, adapter=adapter)
         return read_call(*arguments, adapter=adapter)
 
-    async def _answer(self, asked: Asked, done: list[_Done]) -> AsyncGenerator[Event, None]:
+    async def _answer(self, asked: Asked, took: _Took) -> AsyncGenerator[Event, None]:
         """Run one choice to its end, and note what it took."""
         text = AnswerText(
             asked.choice,
@@ -192,7 +189,6 @@ class EmbeddedBackend:
             calls=asked.make_call_filter(),
             logprobs=asked.request.top_logprobs is not None,
         )
-        took = _Done(prompt=asked.prompt)
         ended: Ended | None = None
         async with aclosing(self._engine.generate(asked.request)) as generated:
             async for event in generated:
@@ -213,17 +209,32 @@ class EmbeddedBackend:
         delta, finish = text.end(ended)
         if delta is not None:
             yield delta
-        done.append(took)
         yield finish
 
 
 @dataclass(slots=True, kw_only=True)
-class _Done:
-    """What a choice took."""
+class _Took:
+    """What a choice took by now."""
 
     prompt: int
+    """Index of its prompt."""
+    length: int
+    """Of the prompt, in tokens."""
     tokens: int = 0
     cached: int = 0
+
+
+def _add_up(took: Sequence[_Took]) -> Usage:
+    """Give what all choices took; a prompt that several share counts once."""
+    lengths = {one.prompt: one.length for one in took}
+    cached: dict[int, int] = {}
+    for one in took:
+        cached[one.prompt] = max(cached.get(one.prompt, 0), one.cached)
+    return Usage(
+        prompt_tokens=sum(lengths.values()),
+        completion_tokens=sum(one.tokens for one in took),
+        cached_tokens=sum(cached.values()),
+    )
 
 
 async def _merge(streams: Sequence[AsyncGenerator[Event, None]]) -> AsyncGenerator[Event, None]:

@@ -141,8 +141,11 @@ class AnswerForm:
         if isinstance(event, Usage):
             tells = self.with_usage and event.is_told
             return [self._chunk([], tell_usage(event))] if tells else []
+        so_far = None
+        if self.with_usage and isinstance(event, Delta) and event.usage is not None:
+            so_far = tell_usage(event.usage)
         if not self._is_chat:
-            return [self._chunk([self._completion_piece(event)])]
+            return [self._chunk([self._completion_piece(event)], so_far)]
         found = []
         if event.choice not in self._opened:
             self._opened.add(event.choice)
@@ -158,7 +161,7 @@ class AnswerForm:
             delta["tool_calls"] = [
                 {"index": call.index, **_tell_call(call)} for call in event.tool_calls
             ]
-        found.append(self._chunk([_chat_piece(event.choice, delta, event.logprobs)]))
+        found.append(self._chunk([_chat_piece(event.choice, delta, event.logprobs)], so_far))
         return found
 
     def _chunk(self, choices: list[Any], usage: dict[str, Any] | None = None) -> bytes:
