@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _quiet(caplog):
-    caplog.set_level(logging.CRITICAL, logger="halfbyte.serve.engine.engine")
+    caplog.set_level(logging.CRITICAL, logger="halfbyte.serve.engine")
 
 
 def break_steps(engine, should_fail, *, after=False):
