@@ -1,4 +1,4 @@
-"""litellm and guidellm ask our server; our server puts itself before a real vLLM."""
+"""litellm and guidellm ask our server; Ray reads our configuration; we stand before a real vLLM."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import openai
 import pytest
 from bench.peers.environments import PEERS
 from tests.cli.test_serve import running
+from tests.docs.test_docs import ROOT, code_blocks
 from tests.interop.peers import needs, peer_environ, run_program
 from tests.serve.helpers_engine import write_model
 from tests.serve.helpers_text import TEMPLATE
@@ -88,6 +89,22 @@ def test_guidellm_loads_ours_and_counts_what_we_count(tmp_path):
     prompts = sum(one["input_metrics"]["text_tokens"] for one in told)
     assert prompts == float(ours["halfbyte:prompt_tokens_total"])
     assert float(ours["halfbyte:generation_tokens_total"]) == 24 * 16
+
+
+@needs("ray")
+def test_ray_reads_the_documented_configuration(tmp_path):
+    (config,) = code_blocks(ROOT / "docs" / "how-to" / "serve.md", "yaml")
+    (tmp_path / "llm.yaml").write_text(config)
+    job = {"config": tmp_path / "llm.yaml", "out": tmp_path / "found"}
+    run_program(PEERS["ray"], "ray_check", job, tmp_path)
+    assert json.loads((tmp_path / "found").read_text()) == {
+        "import_path": "ray.serve.llm:build_openai_app",
+        "port": 8100,
+        "unknown": [],
+        "models": ["my-model-4bit"],
+        "engine_kwargs": [{"max_model_len": 8192, "tensor_parallel_size": 2}],
+        "replicas": [[1, 4]],
+    }
 
 
 @needs("vllm")
