@@ -23,7 +23,7 @@ from halfbyte.errors import ConfigError, ServeError, require_extra
 from halfbyte.serve.exchange import Call, Event, Load
 from halfbyte.serve.server_sent_events import EventParser
 from halfbyte.serve.text.asked import split_prompts
-from halfbyte.serve.upstream_chunks import ChunkReader, broken, upstream_error
+from halfbyte.serve.upstream_chunks import ChunkReader, broken, unreachable, upstream_error
 
 try:
     import httpx2
@@ -150,7 +150,7 @@ class UpstreamBackend:
     async def stream(self, call: Call) -> AsyncGenerator[Event, None]:
         """Answer by a host that can be reached; closing ends the request there."""
         if self._closed:
-            raise _unreachable(self.name, "it is being closed")
+            raise unreachable(self.name, "it is being closed")
         last: ServeError | None = None
         for host in self._in_turn():
             try:
@@ -166,7 +166,7 @@ class UpstreamBackend:
                 async for event in opened:
                     yield event
             return
-        raise last or _unreachable(self.name, "no host is left")
+        raise last or unreachable(self.name, "no host is left")
 
     async def tokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Let a host tell a text's token ids; halfbyte and vLLM know how."""
@@ -285,7 +285,7 @@ class UpstreamBackend:
                 continue
             except httpx2.HTTPError as error:
                 host.note_failure()
-                last = _unreachable(host.name, str(error) or type(error).__name__)
+                last = unreachable(host.name, str(error) or type(error).__name__)
                 continue
             told = _read_json(reply.content)
             if reply.status_code in (404, 405):
@@ -297,7 +297,7 @@ class UpstreamBackend:
             if not isinstance(told, dict):
                 raise broken(host.name, f"its answer to {path} is no object")
             return told
-        raise last or _unreachable(self.name, "no host is left")
+        raise last or unreachable(self.name, "no host is left")
 
     def _name_model(self, host: Host, body: Mapping[str, Any]) -> Any:
         """Give the model that is asked for, or the host's own name for it."""
@@ -332,7 +332,7 @@ class _NotReached(Exception):
 
     def __init__(self, host: Host, error: Exception) -> None:
         super().__init__(host.name)
-        self.refusal = _unreachable(host.name, str(error) or type(error).__name__)
+        self.refusal = unreachable(host.name, str(error) or type(error).__name__)
 
     def __str__(self) -> str:
         return str(self.refusal)
@@ -375,16 +375,6 @@ def _read_json(content: bytes) -> Any:
         return json.loads(content)
     except (ValueError, RecursionError):
         return content[:200].decode("utf-8", "replace")
-
-
-def _unreachable(host: str, reason: str) -> ServeError:
-    return ServeError(
-        f"The model at {host} cannot be reached: {reason}.",
-        status=503,
-        kind="server_error",
-        code="upstream_unreachable",
-        retry_after=5.0,
-    )
 
 
 def _too_slow(host: Host, call: Call) -> ServeError:

@@ -141,6 +141,17 @@ def broken(host: str, reason: str) -> ServeError:
     )
 
 
+def unreachable(host: str, reason: str) -> ServeError:
+    """Build the error of a server that nobody answers at."""
+    return ServeError(
+        f"The model at {host} cannot be reached: {reason}.",
+        status=503,
+        kind="server_error",
+        code="upstream_unreachable",
+        retry_after=5.0,
+    )
+
+
 def upstream_error(
     status: int, body: Any, host: str, *, retry_after: float | None = None
 ) -> ServeError:
