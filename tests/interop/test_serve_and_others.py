@@ -1,14 +1,18 @@
-"""litellm asks our server; our server puts itself before a real vLLM."""
+"""litellm and guidellm ask our server; Ray reads our configuration; we stand before a real vLLM."""
 
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import urllib.request
 
 import openai
 import pytest
 from bench.peers.environments import PEERS
 from tests.cli.test_serve import running
-from tests.interop.peers import needs, run_program
+from tests.docs.test_docs import ROOT, code_blocks
+from tests.interop.peers import needs, peer_environ, run_program
 from tests.serve.helpers_engine import write_model
 from tests.serve.helpers_text import TEMPLATE
 
@@ -46,6 +50,61 @@ def test_litellm_reads_every_answer_of_ours(peer, tmp_path):
         "NotFoundError",
         "AuthenticationError",
     ]
+
+
+@needs("guidellm")
+def test_guidellm_loads_ours_and_counts_what_we_count(tmp_path):
+    model = write_model(tmp_path / "tiny", positions=1024)
+    template = tmp_path / "template.jinja"
+    template.write_text(TEMPLATE)
+    # Its own way to say what is asked; the tokenizer is the model's, from its folder.
+    options = {
+        "--profile": "kind=concurrent,streams=4",
+        "--constraint": "kind=max_requests,count=24",
+        "--tokenizer": f"kind=huggingface_auto,model={model}",
+        "--data": "kind=synthetic_text,prompt_tokens=40,output_tokens=16",
+        "--output": f"kind=json,path={tmp_path / 'found.json'}",
+    }
+    with running(model, "--chat-template", template, "--cache-gb", "0.01") as (_, address, _):
+        options["--backend"] = f"kind=openai_http,target={address},model=tiny"
+        words = [word for option in options.items() for word in option]
+        guidellm = PEERS["guidellm"].folder / "bin" / "guidellm"
+        done = subprocess.run(
+            [guidellm, "run", *words, "--disable-console"],
+            cwd=tmp_path,
+            env=peer_environ(),
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+        with urllib.request.urlopen(f"{address}/metrics") as reply:
+            ours = dict(re.findall(r"^(halfbyte:\w+)\{.*\} (\S+)$", reply.read().decode(), re.M))
+    (benchmark,) = json.loads((tmp_path / "found.json").read_text())["benchmarks"]
+    totals = benchmark["metrics"]["request_totals"]
+    assert totals == {"successful": 24, "errored": 0, "incomplete": 0, "total": 24}
+    told = benchmark["requests"]["successful"]
+    assert {one["output_metrics"]["text_tokens"] for one in told} == {16}
+    prompts = sum(one["input_metrics"]["text_tokens"] for one in told)
+    assert prompts == float(ours["halfbyte:prompt_tokens_total"])
+    assert float(ours["halfbyte:generation_tokens_total"]) == 24 * 16
+
+
+@needs("ray")
+def test_ray_reads_the_documented_configuration(tmp_path):
+    (config,) = code_blocks(ROOT / "docs" / "how-to" / "serve.md", "yaml")
+    (tmp_path / "llm.yaml").write_text(config)
+    job = {"config": tmp_path / "llm.yaml", "out": tmp_path / "found"}
+    run_program(PEERS["ray"], "ray_check", job, tmp_path)
+    assert json.loads((tmp_path / "found").read_text()) == {
+        "import_path": "ray.serve.llm:build_openai_app",
+        "port": 8100,
+        "unknown": [],
+        "models": ["my-model-4bit"],
+        "engine_kwargs": [{"max_model_len": 8192, "tensor_parallel_size": 2}],
+        "replicas": [[1, 4]],
+    }
 
 
 @needs("vllm")

@@ -2,6 +2,7 @@
 
 It writes what it was given into the folder that STAND_IN_FOLDER names, asks for the key in
 VLLM_API_KEY, and does what the prompt says: "crash" ends the process, "hang" answers nothing more.
+A file `refuse` there keeps it from starting, `stubborn` from ending when asked to.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -61,6 +63,8 @@ def main():
     (folder / f"start-{starts}").write_text(json.dumps(seen))
     if (folder / "refuse").exists():
         sys.exit("ValueError: this model is not supported")
+    if (folder / "stubborn").exists():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int)
     known, _ = parser.parse_known_args()

@@ -125,6 +125,18 @@ def test_files_ask_for_nothing_outside_and_carry_their_policy(quality):
             assert "eval(" not in text
 
 
+def test_page_is_there_with_a_slash_behind_it_too(quality):
+    app = Starlette(routes=dashboard_routes(quality.snapshot))
+    app.router.redirect_slashes = False  # as the server has it
+    with (
+        serving(app) as address,
+        urllib.request.urlopen(address + "/dashboard") as plain,
+        urllib.request.urlopen(address + "/dashboard/") as slash,
+    ):
+        assert slash.read() == plain.read()
+    assert "/dashboard/" in OPEN_PATHS
+
+
 def test_files_are_in_the_package():
     names = {path.name for path in Path(dashboard.__file__).parent.iterdir()}
     assert {"page.html", "page.css", "page.js", "routes.py"} <= names

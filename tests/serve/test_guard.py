@@ -1,54 +1,22 @@
-"""Who may ask, how much, and how a server stops."""
+"""Who may ask, and how much."""
 
 from __future__ import annotations
 
-import asyncio
-import http.client
 import json
 import socket
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import pytest
-from tests.serve.helpers_scripted import DEFAULT_ANSWER, ScriptedEngine
+from tests.serve.helpers_gateway import CHAT, JSON, SECRET, bearer, make_gateway
 from tests.serve.helpers_server import serve
-from tests.serve.helpers_text import make_tokenizer
 
 from halfbyte.errors import ConfigError, ServeError
-from halfbyte.serve.adapters import AdapterFolder
-from halfbyte.serve.api.gateway import Gateway
 from halfbyte.serve.assembly import read_keys
 from halfbyte.serve.config import ServeConfig, is_loopback
-from halfbyte.serve.embedded import EmbeddedBackend
 from halfbyte.serve.keys import ApiKeys, read_key_file
 from halfbyte.serve.limits import Limits
-from halfbyte.serve.running import bind, run_server
-
-SECRET = "s3cret-of-ann"
-CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}
-JSON = {"Content-Type": "application/json"}
-
-
-def make_gateway(config=None, keys=(), adapters=None, **engine):
-    config = config or ServeConfig()
-    engine = ScriptedEngine(tokenizer=make_tokenizer(), **engine)
-    backend = EmbeddedBackend(engine, engine.tokenizer, model="tiny", config=config)
-    control = None if adapters is None else AdapterFolder(adapters, backend)
-    gateway = Gateway(
-        backend=backend,
-        config=config,
-        keys=ApiKeys.parse(keys),
-        text_tools=backend,
-        adapters=control,
-        metrics=lambda: "metric 1\n",
-    )
-    return gateway, engine
-
-
-def bearer(secret):
-    return {"Authorization": f"Bearer {secret}"}
 
 
 def test_every_path_but_health_needs_a_key(caplog):
@@ -343,49 +311,6 @@ def test_adapters_load_by_name_from_their_folder_only(tmp_path):
         assert post("unload", "good").status_code == 404
 
 
-def test_draining_refuses_new_requests_and_finishes_running_ones():
-    gateway, _ = make_gateway(delay=0.03)
-    with serve(gateway) as server, ThreadPoolExecutor(1) as pool:
-
-        def post():
-            return httpx2.post(f"{server.v1}/chat/completions", json=CHAT, timeout=20)
-
-        running = pool.submit(post)
-        while not gateway.limits.running:
-            time.sleep(0.01)
-        server.loop.call_soon_threadsafe(server.server.drain)
-        time.sleep(0.1)
-        assert httpx2.get(f"{server.address}/ready").status_code == 503
-        assert httpx2.get(f"{server.address}/health").status_code == 200
-        refused = post()
-        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
-        assert "retry-after" in refused.headers
-        answer = running.result()
-    assert answer.json()["choices"][0]["message"]["content"] == DEFAULT_ANSWER
-
-
-def test_draining_ends_in_time_whatever_runs():
-    gateway, engine = make_gateway(
-        ServeConfig(drain_seconds=0.3), delay=0.2, script={"hello": "word " * 200}
-    )
-    start = time.monotonic()
-    with serve(gateway) as server:
-
-        def post():
-            body = dict(CHAT, stream=True)
-            request = httpx2.stream("POST", f"{server.v1}/chat/completions", json=body)
-            with pytest.raises(httpx2.HTTPError), request as reply:
-                list(reply.iter_lines())
-
-        thread = threading.Thread(target=post)
-        thread.start()
-        while not gateway.limits.running:
-            time.sleep(0.01)
-    thread.join(10)
-    assert time.monotonic() - start < 10
-    assert engine.running == 0
-
-
 def test_failure_inside_says_nothing_of_it(caplog):
     gateway, _ = make_gateway(script={"hello": RuntimeError("secret path")})
     with serve(gateway) as server:
@@ -396,45 +321,3 @@ def test_failure_inside_says_nothing_of_it(caplog):
         streamed = httpx2.post(f"{server.v1}/chat/completions", json=dict(CHAT, stream=True))
         assert streamed.status_code == 500
     assert "secret path" in caplog.text
-
-
-def test_socket_is_one_that_asyncio_sends_small_pieces_over_at_once():
-    # Asyncio sets TCP_NODELAY only where the socket says that it is TCP; without it every answer's
-    # first token waits 40 ms for an acknowledgement.
-    with bind("127.0.0.1", 0) as bound:
-        assert bound.proto == socket.IPPROTO_TCP
-
-
-def test_port_that_is_taken_while_the_model_loads_is_told():
-    gateway, _ = make_gateway()
-    with bind("127.0.0.1", 0) as other, bind(*other.getsockname()) as ours:
-        other.listen()
-        with pytest.raises(ConfigError, match="Cannot listen: Address already in use"):
-            asyncio.run(run_server(gateway, ours))
-
-
-def test_one_connection_serves_many_requests():
-    with serve(make_gateway()[0]) as server:
-        host = server.address.removeprefix("http://")
-        connection = http.client.HTTPConnection(host, timeout=10)
-        for _ in range(3):
-            connection.request("POST", "/v1/chat/completions", json.dumps(CHAT), JSON)
-            reply = connection.getresponse()
-            assert json.loads(reply.read())["choices"][0]["finish_reason"] == "stop"
-        connection.close()
-
-
-def test_many_at_once_are_all_answered():
-    gateway, _ = make_gateway(delay=0.001)
-
-    async def ask_all(address):
-        async with httpx2.AsyncClient(timeout=30) as client:
-            return await asyncio.gather(
-                *(client.post(f"{address}/chat/completions", json=CHAT) for _ in range(50))
-            )
-
-    with serve(gateway) as server:
-        replies = asyncio.run(ask_all(server.v1))
-    texts = {reply.json()["choices"][0]["message"]["content"] for reply in replies}
-    assert texts == {DEFAULT_ANSWER}
-    assert gateway.limits.running == 0

@@ -14,12 +14,14 @@ from tests.serve.helpers_quality import Clock, ScriptedBackend, answer, collect,
 from tests.serve.helpers_scripted import ScriptedEngine
 from tests.serve.helpers_servers import serving
 
+from halfbyte.errors import ConfigError
 from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.embedded import EmbeddedBackend
 from halfbyte.serve.exchange import Call
 from halfbyte.serve.quality import open_quality
 from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.rollout.store_models import StoreBackend, resolve_store_model
+from halfbyte.serve.routing import spending_file
 from halfbyte.serve.watch import alerts as alerts_module
 from halfbyte.store.store import Store
 
@@ -53,6 +55,44 @@ def wide(tmp_path, **more):
     return QualityConfig(
         canary_share=0.3, canary_margin=0.1, evidence=str(tmp_path / "evidence"), **more
     )
+
+
+def test_budget_of_fallback_outlives_the_process_and_comes_back_with_time(tmp_path, monkeypatch):
+    day = [1_800_000_000.0]
+    monkeypatch.setattr(spending_file.time, "time", lambda: day[0])
+    connect, _ = opening(large=GOOD)
+    config = QualityConfig(
+        fallback=("large",), fallback_requests_per_day=3, evidence=str(tmp_path / "evidence")
+    )
+
+    def reasons(count, *, killed=False):
+        """In a process of its own, whose other clock begins anywhere."""
+
+        async def run():
+            small = ScriptedBackend("small", GOOD)
+            quality = open_quality(small, config, connect, clock=Clock(day[0] % 977))
+            call = make_call(tags=["critical"])
+            told = [(await collect(quality.router, call))[1].reason for _ in range(count)]
+            if killed:  # what is on the disk by then has to do
+                await asyncio.sleep(0.3)
+            else:
+                await quality.close()
+            return told
+
+        return asyncio.run(run())
+
+    assert reasons(2) == ["critical", "critical"]
+    day[0] += 3600
+    assert reasons(1, killed=True) == ["critical"]
+    day[0] += 3600
+    assert reasons(1) == ["budget"]
+    day[0] -= 10_000  # set back: nothing comes back by that
+    assert reasons(1) == ["budget"]
+    day[0] += 23 * 3600
+    assert reasons(2) == ["critical", "critical"]
+    (tmp_path / "evidence" / "budget.json").write_text('{"time": 0}')
+    with pytest.raises(ConfigError, match=r"Cannot go on from what was spent by .*budget\.json"):
+        reasons(1)
 
 
 def test_good_candidate_takes_the_place_of_the_model_that_was(tmp_path):

@@ -83,7 +83,8 @@ def test_promotion_is_followed_without_dropping_a_request(store, tmp_path):
         while served.version != second:
             served = (await collect(router, make_call(), Served()))[1]
         old_answers = [(await task) for task in begun]
-        await asyncio.sleep(0.01)
+        for _ in range(100):
+            await asyncio.sleep(0 if old.closed else 0.01)
         closed = old.closed
         await backend.close()
         return old_answers, closed

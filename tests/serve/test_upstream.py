@@ -9,6 +9,7 @@ import math
 import time
 from contextlib import aclosing
 
+import httpx2
 import openai
 import pytest
 from hypothesis import given
@@ -103,6 +104,52 @@ def test_answer_is_streamed_and_counted():
     }
     assert head.startswith("POST /v1/chat/completions ")
     assert "authorization" not in head.lower()
+
+
+def test_usage_that_nobody_told_is_left_out_and_not_made_up():
+    untold = stream(chunk("Hel"), chunk("lo"), chunk(finish="stop"), "[DONE]")
+    with raw_server(untold) as server:
+        assert ask([server.address])[-1] == Usage(
+            prompt_tokens=0, completion_tokens=2, is_told=False
+        )
+        upstream = UpstreamBackend.open([server.address])
+        with serve(Gateway(backend=upstream, config=ServeConfig())) as running:
+            running.call(upstream.start())
+            client = openai.OpenAI(base_url=running.v1, api_key="x", max_retries=0)
+            request = {"model": "big", "messages": HELLO}
+            whole = client.chat.completions.create(**request)
+            assert (whole.choices[0].message.content, whole.usage) == ("Hello", None)
+            options = {"include_usage": True}
+            chunks = list(
+                client.chat.completions.create(**request, stream=True, stream_options=options)
+            )
+    assert all(chunk.choices for chunk in chunks)
+
+
+def test_tokens_of_a_text_are_asked_of_whoever_has_the_model():
+    engine = ScriptedEngine(tokenizer=make_tokenizer())
+    config = ServeConfig()
+    back = EmbeddedBackend(engine, engine.tokenizer, model="tiny", config=config)
+    with serve(Gateway(backend=back, config=config, text_tools=back)) as inner:
+        upstream = UpstreamBackend.open([NOBODY, inner.v1])
+        front = Gateway(backend=upstream, config=config, text_tools=upstream)
+        with serve(front) as outer, httpx2.Client() as client:
+            for path, body in (
+                ("/tokenize", {"prompt": "hello you", "return_token_strs": True}),
+                ("/tokenize", {"messages": HELLO, "model": "tiny"}),
+                ("/detokenize", {"tokens": [300, 301]}),
+            ):
+                replies = [client.post(s.address + path, json=body) for s in (inner, outer)]
+                assert replies[0].json() == replies[1].json()
+                assert [reply.status_code for reply in replies] == [200, 200]
+            refused = client.post(outer.address + "/detokenize", json={"tokens": [10**6]})
+            assert refused.status_code == 400
+            assert "1000000 is none of the model's" in refused.json()["error"]["message"]
+    with raw_server(reply(b"{}", status="404 Not Found")) as server:
+        upstream = UpstreamBackend.open([server.address])
+        with pytest.raises(ServeError, match="knows no /tokenize") as caught:
+            asyncio.run(upstream.tokenize({"prompt": "x"}))
+    assert (caught.value.status, caught.value.code) == (404, "not_supported")
 
 
 def test_key_is_this_servers_own():

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import stat
+import subprocess
 import sys
 import time
 from contextlib import asynccontextmanager
@@ -187,3 +188,34 @@ def test_checkpoint_that_vllm_refuses_is_refused_before(tmp_path):
     (tmp_path / "plain" / "config.json").write_text("{}")
     check_for_vllm(tmp_path / "plain", has_gpu=False)
     assert os.environ.get("VLLM_API_KEY") is None
+
+
+GATEWAY = """
+import asyncio, sys
+from halfbyte.serve.vllm import Supervision, VllmBackend
+
+async def main():
+    supervision = Supervision(looks_every=0.1, ends_within=1)
+    backend = VllmBackend([sys.argv[1]], model="tiny", supervision=supervision)
+    await backend.start()
+    print(backend._process.pid, flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_gateway_that_is_killed_leaves_no_vllm(vllm, stubborn):
+    if stubborn:
+        (vllm.parent / "stubborn").touch()
+    command = [sys.executable, "-c", GATEWAY, str(vllm)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as gateway:
+        child = psutil.Process(int(gateway.stdout.readline()))
+        assert "stand_in_vllm" in " ".join(child.cmdline())
+        # Not those of the whole machine: other tests may run beside this one.
+        group = [p for p in psutil.process_iter() if p.pid and os.getpgid(p.pid) == child.pid]
+        assert len(group) == 2  # and the watcher
+        gateway.kill()
+    _, left = psutil.wait_procs(group, timeout=20)
+    assert not [process for process in left if process.status() != psutil.STATUS_ZOMBIE]

@@ -8,14 +8,17 @@ import pytest
 import torch
 from tests.serve.helpers_engine import load_float32, open_tiny, write_model
 from tests.serve.helpers_quality import Clock, ScriptedBackend, answer, collect, failure, make_call
+from tests.serve.helpers_server import serve
 from transformers import AutoTokenizer
 
 from halfbyte.errors import ConfigError
+from halfbyte.serve.api.gateway import Gateway
 from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.embedded import EmbeddedBackend
 from halfbyte.serve.exchange import Delta, Finish, Served, TokenLogprob, Usage
 from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.routing.router import Router
+from halfbyte.serve.upstream import UpstreamBackend
 from halfbyte.serve.watch.alerts import QUIET_SECONDS, Alerts
 from halfbyte.serve.watch.drift import FEWEST, Drift, Window, read_reference
 from halfbyte.serve.watch.history import NUM_SLICES, History, percentile
@@ -205,7 +208,7 @@ def test_base_model_rates_the_answers_tokens_only():
     alerts = Alerts(clock=Clock())
     drift = Drift(alerts)
     oracle = Oracle(base, 1.0, drift, seed=0)
-    assert asyncio.run(rate_answer(base, "r", "Frage: ", "Größe")) == -2.0
+    assert asyncio.run(rate_answer(base, "r", {"prompt": "Frage: "}, "Größe")) == -2.0
     body = base.calls[0].body
     assert (body["prompt"], body["echo"], body["model"]) == ("Frage: Größe", True, "base")
     router = Router(ScriptedBackend("small", answer("An answer.")), observers=[oracle.observe])
@@ -234,7 +237,7 @@ def test_likelihood_is_that_of_plain_forward_passes(tmp_path):
     async def run():
         async with open_tiny(folder) as engine:
             backend = EmbeddedBackend(engine, tokenizer, model="base", config=ServeConfig())
-            return await rate_answer(backend, "r", "Wie groß? ", "Größe")
+            return await rate_answer(backend, "r", {"prompt": "Wie groß? "}, "Größe")
 
     found = asyncio.run(run())
     ids = tokenizer("Wie groß? Größe")["input_ids"]
@@ -243,6 +246,42 @@ def test_likelihood_is_that_of_plain_forward_passes(tmp_path):
     # A token a byte: the answer has seven.
     expected = [float(logprobs[place - 1, ids[place]]) for place in range(len(ids) - 7, len(ids))]
     assert found == pytest.approx(sum(expected) / 7, abs=1e-3)
+
+
+def test_a_chat_is_rated_after_the_bases_own_template(tmp_path):
+    folder = write_model(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    messages = [{"role": "user", "content": "Wie groß?"}]
+
+    async def run(template, address=None):
+        async with open_tiny(folder) as engine:
+            backend = EmbeddedBackend(
+                engine, tokenizer, model="base", config=ServeConfig(), chat_template=template
+            )
+            here = await rate_answer(backend, "r", {"messages": messages}, "Größe")
+            gateway = Gateway(backend=backend, config=ServeConfig(), text_tools=backend)
+            with serve(gateway) as running:
+                upstream = UpstreamBackend.open([running.v1])
+                there = await rate_answer(upstream, "r", {"messages": messages}, "Größe")
+                await upstream.close()
+            assert there == pytest.approx(here, abs=1e-3)
+            return here
+
+    def by_forward(text):
+        ids = tokenizer(text + "Größe")["input_ids"]
+        with torch.inference_mode():
+            logits = load_float32(folder)(torch.tensor([ids])).logits[0].double()
+        rated = logits.log_softmax(1)
+        places = range(len(ids) - 7, len(ids))
+        return sum(float(rated[place - 1, ids[place]]) for place in places) / 7
+
+    found = asyncio.run(run(template))
+    assert found == pytest.approx(by_forward("<user>Wie groß?<assistant>"), abs=1e-3)
+    # Without a template, as plain text.
+    plain = by_forward("user: Wie groß?\nassistant: ")
+    assert asyncio.run(run(None)) == pytest.approx(plain, abs=1e-3)
+    assert plain != pytest.approx(found, abs=1e-3)
 
 
 def test_tokens_are_told_apart_by_bytes():

@@ -170,6 +170,7 @@ def _open_gateway(
     service = _wrap(upstream, config, engine, quality, keys)
     service.description = f"answers come from {', '.join(host.name for host in upstream.hosts)}"
     service.starts.append(lambda: _greet(upstream))
+    service.gateway.text_tools = upstream
     return service
 
 
@@ -206,6 +207,7 @@ def _open_vllm(
     service = _wrap(backend, config, engine, quality, keys)
     service.description = f"vLLM runs it: {' '.join(command)}"
     service.starts.append(backend.start)
+    service.gateway.text_tools = backend
     return service
 
 

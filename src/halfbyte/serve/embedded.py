@@ -9,14 +9,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass, replace
 from typing import Any
 
 from halfbyte.errors import ServeError
 from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.engine.contract import Ended, Engine, EngineInfo, Generated, Prompted
-from halfbyte.serve.exchange import Call, Event, Load, Usage
+from halfbyte.serve.exchange import Call, Delta, Event, Load, Usage
 from halfbyte.serve.text.answer import AnswerText
 from halfbyte.serve.text.asked import AnswerLimits, Asked, read_call
 from halfbyte.serve.text.prompts import Prompts
@@ -74,32 +75,16 @@ class EmbeddedBackend:
     async def stream(self, call: Call) -> AsyncGenerator[Event, None]:
         """Answer; closing cancels what the engine still does for it."""
         asked = await self._read(call)
-        events: asyncio.Queue[Event | _Done | Exception] = asyncio.Queue()
-        tasks = [asyncio.create_task(self._answer(choice, events)) for choice in asked]
-        completion = 0
-        cached: dict[int, int] = {}
-        left = len(tasks)
-        try:
-            while left:
-                event = await events.get()
-                if isinstance(event, Exception):
-                    raise event
-                if isinstance(event, _Done):
-                    left -= 1
-                    completion += event.tokens
-                    cached[event.prompt] = max(cached.get(event.prompt, 0), event.cached)
-                else:
-                    yield event
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        lengths = {choice.prompt: len(choice.request.prompt) for choice in asked}
-        yield Usage(
-            prompt_tokens=sum(lengths.values()),
-            completion_tokens=completion,
-            cached_tokens=sum(cached.values()),
-        )
+        took = [_Took(prompt=choice.prompt, length=len(choice.request.prompt)) for choice in asked]
+        streams = [self._answer(*both) for both in zip(asked, took, strict=True)]
+        options = call.body.get("stream_options") or {}
+        tells_on_the_way = bool(options.get("continuous_usage_stats"))
+        async with aclosing(_merge(streams)) as events:
+            async for event in events:
+                if tells_on_the_way and isinstance(event, Delta):
+                    event = replace(event, usage=_add_up(took))
+                yield event
+        yield _add_up(took)
 
     async def is_ready(self) -> bool:
         """Tell whether it takes calls."""
@@ -122,7 +107,7 @@ class EmbeddedBackend:
             self._closed = True
             await self._engine.close()
 
-    def tokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
+    async def tokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Answer /tokenize.
 
         Args:
@@ -131,6 +116,10 @@ class EmbeddedBackend:
         Returns:
             The ids, their number, the model's context, and their texts where asked for.
         """
+        # A long text takes long enough to hold up everybody's streams.
+        return await asyncio.to_thread(self._tokenize, body)
+
+    def _tokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
         if "messages" in body:
             ids = self._prompts.encode_chat(
                 body["messages"],
@@ -149,7 +138,7 @@ class EmbeddedBackend:
             "token_strs": [self._spelling.spell(token)[0] for token in ids] if wanted else None,
         }
 
-    def detokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
+    async def detokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Answer /detokenize.
 
         Args:
@@ -168,7 +157,8 @@ class EmbeddedBackend:
                 code="invalid_value",
                 param="tokens",
             )
-        return {"prompt": str(self._prompts.tokenizer.decode(body["tokens"]))}
+        text = await asyncio.to_thread(self._prompts.tokenizer.decode, body["tokens"])
+        return {"prompt": str(text)}
 
     async def load_adapter(self, name: str, folder: str) -> None:
         """Serve an adapter under its name; the caller has checked the folder's place."""
@@ -189,16 +179,8 @@ class EmbeddedBackend:
             return await asyncio.to_thread(read_call, *arguments, adapter=adapter)
         return read_call(*arguments, adapter=adapter)
 
-    async def _answer(self, asked: Asked, events: asyncio.Queue[Any]) -> None:
-        """Run one choice to its end; what happens goes into the queue."""
-        try:
-            done = await self._generate(asked, events)
-        except Exception as error:  # noqa: BLE001 - raised again by whoever reads the queue
-            events.put_nowait(error)
-        else:
-            events.put_nowait(done)
-
-    async def _generate(self, asked: Asked, events: asyncio.Queue[Any]) -> _Done:
+    async def _answer(self, asked: Asked, took: _Took) -> AsyncGenerator[Event, None]:
+        """Run one choice to its end, and note what it took."""
         text = AnswerText(
             asked.choice,
             self._prompts.tokenizer,
@@ -207,38 +189,89 @@ class EmbeddedBackend:
             calls=asked.make_call_filter(),
             logprobs=asked.request.top_logprobs is not None,
         )
-        done = _Done(asked.prompt)
         ended: Ended | None = None
         async with aclosing(self._engine.generate(asked.request)) as generated:
             async for event in generated:
                 delta = None
                 if isinstance(event, Prompted):
-                    done.cached = event.cached_tokens
+                    took.cached = event.cached_tokens
                     if asked.echo is not None:
                         delta = text.begin(event, asked.request.prompt, asked.echo)
                 elif isinstance(event, Generated):
-                    done.tokens += 1
+                    took.tokens += 1
                     delta = text.add(event)
                 else:
                     ended = event
                 if delta is not None:
-                    events.put_nowait(delta)
+                    yield delta
                 if text.is_complete:
                     break
         delta, finish = text.end(ended)
         if delta is not None:
-            events.put_nowait(delta)
-        events.put_nowait(finish)
-        return done
+            yield delta
+        yield finish
 
 
-class _Done:
-    """A choice has ended: what it took."""
+@dataclass(slots=True, kw_only=True)
+class _Took:
+    """What a choice took by now."""
 
-    def __init__(self, prompt: int) -> None:
-        self.prompt = prompt
-        self.tokens = 0
-        self.cached = 0
+    prompt: int
+    """Index of its prompt."""
+    length: int
+    """Of the prompt, in tokens."""
+    tokens: int = 0
+    cached: int = 0
+
+
+def _add_up(took: Sequence[_Took]) -> Usage:
+    """Give what all choices took; a prompt that several share counts once."""
+    lengths = {one.prompt: one.length for one in took}
+    cached: dict[int, int] = {}
+    for one in took:
+        cached[one.prompt] = max(cached.get(one.prompt, 0), one.cached)
+    return Usage(
+        prompt_tokens=sum(lengths.values()),
+        completion_tokens=sum(one.tokens for one in took),
+        cached_tokens=sum(cached.values()),
+    )
+
+
+async def _merge(streams: Sequence[AsyncGenerator[Event, None]]) -> AsyncGenerator[Event, None]:
+    """Give what several streams give, as it comes; closing it closes all of them."""
+    if len(streams) == 1:
+        # Without a task and a queue between: they would cost each token as much as its text does.
+        async with aclosing(streams[0]) as only:
+            async for event in only:
+                yield event
+        return
+    arrived: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
+
+    async def pump(stream: AsyncGenerator[Event, None]) -> None:
+        try:
+            async with aclosing(stream):
+                async for event in stream:
+                    arrived.put_nowait(event)
+        except Exception as error:  # noqa: BLE001 - raised again by whoever reads the queue
+            arrived.put_nowait(error)
+        else:
+            arrived.put_nowait(None)
+
+    tasks = [asyncio.create_task(pump(stream)) for stream in streams]
+    left = len(tasks)
+    try:
+        while left:
+            found = await arrived.get()
+            if isinstance(found, Exception):
+                raise found
+            if found is None:
+                left -= 1
+            else:
+                yield found
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _count_characters(body: Mapping[str, Any]) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 Kind = Literal["chat", "completion"]
 
@@ -69,6 +69,19 @@ class ToolCall:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What the answer took; the last event. Within a Delta: by then."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+    """Of the prompt, found in the cache."""
+    is_told: bool = True
+    """Whether the backend said so. Where it did not, the prompt is unknown, the answer's tokens are
+    its pieces, and clients are told nothing rather than something wrong."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
     """A piece of an answer."""
 
@@ -80,6 +93,9 @@ class Delta:
     entropies: tuple[float, ...] = ()
     """Of the distributions that this piece's tokens were drawn from, in nats; empty where the
     backend cannot tell. For monitors and confidence, never sent to a client."""
+    usage: Usage | None = None
+    """Of all choices by now, where the call asks for it (`continuous_usage_stats`) and the backend
+    can tell."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,16 +104,6 @@ class Finish:
 
     choice: int = 0
     reason: FinishReason = "stop"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Usage:
-    """What the answer took; the last event."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int = 0
-    """Of the prompt, found in the cache."""
 
 
 Event = Delta | Finish | Usage
@@ -157,3 +163,14 @@ class Backend(Protocol):
 
     async def close(self) -> None:
         """Finish what runs, take nothing new, free everything."""
+
+
+@runtime_checkable
+class TextTools(Protocol):
+    """Tells what a text is in a model's token ids; some backends can."""
+
+    async def tokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Answer /tokenize: with a prompt or messages, checked."""
+
+    async def detokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Answer /detokenize: with tokens, checked."""

@@ -30,6 +30,7 @@ from halfbyte.serve.routing.attempt import Route
 from halfbyte.serve.routing.breaker import Clock
 from halfbyte.serve.routing.confidence import read_confidence
 from halfbyte.serve.routing.router import Router
+from halfbyte.serve.routing.spending_file import SpendingFile
 from halfbyte.serve.watch.alerts import Alerts
 from halfbyte.serve.watch.drift import Drift, read_reference
 from halfbyte.serve.watch.health import Health
@@ -83,6 +84,7 @@ class Quality:
         reference = None if config.reference is None else read_reference(Path(config.reference))
         self.drift = Drift(self.alerts, reference=reference, alert_share=config.alert_share)
         self.history = History(clock)
+        self.spending: SpendingFile | None = None
         self.request_log: RequestLog | None = None
         self.probes: Probes | None = None
         self.oracle: Oracle | None = None
@@ -123,6 +125,9 @@ class Quality:
 
     def _open_watchers(self) -> None:
         config = self.config
+        if config.evidence is not None and config.fallback:
+            self.spending = SpendingFile(Path(config.evidence), self.router.budget)
+            self.router.add_observer(self.spending.observe)
         if config.request_log is not None:
             self.request_log = RequestLog(
                 Path(config.request_log),
@@ -174,8 +179,9 @@ class Quality:
                 await part.close()
         await self._models.close()
         await self.alerts.close()
-        if self.request_log is not None:
-            await asyncio.to_thread(self.request_log.close)
+        for file in (self.spending, self.request_log):
+            if file is not None:
+                await asyncio.to_thread(file.close)
 
     def snapshot(self) -> dict[str, Any]:
         """Give what the dashboard shows, as plain values."""

@@ -109,7 +109,8 @@ class QualityConfig:
     )
     evidence: str | None = _option(
         None,
-        "folder for what canary and shadow found, as JSON; a restart goes on from there",
+        "folder for what canary and shadow found and fallback spent, as JSON; a restart goes on "
+        "from there",
         metavar="DIR",
     )
     reference: str | None = _option(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +23,7 @@ from halfbyte.errors import ConfigError, ServeError, require_extra
 from halfbyte.serve.exchange import Call, Event, Load
 from halfbyte.serve.server_sent_events import EventParser
 from halfbyte.serve.text.asked import split_prompts
-from halfbyte.serve.upstream_chunks import ChunkReader, broken, upstream_error
+from halfbyte.serve.upstream_chunks import ChunkReader, broken, unreachable, upstream_error
 
 try:
     import httpx2
@@ -150,7 +150,7 @@ class UpstreamBackend:
     async def stream(self, call: Call) -> AsyncGenerator[Event, None]:
         """Answer by a host that can be reached; closing ends the request there."""
         if self._closed:
-            raise _unreachable(self.name, "it is being closed")
+            raise unreachable(self.name, "it is being closed")
         last: ServeError | None = None
         for host in self._in_turn():
             try:
@@ -166,7 +166,15 @@ class UpstreamBackend:
                 async for event in opened:
                     yield event
             return
-        raise last or _unreachable(self.name, "no host is left")
+        raise last or unreachable(self.name, "no host is left")
+
+    async def tokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Let a host tell a text's token ids; halfbyte and vLLM know how."""
+        return await self._ask_beside("/tokenize", body)
+
+    async def detokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Let a host tell the text of token ids."""
+        return await self._ask_beside("/detokenize", body)
 
     async def is_ready(self) -> bool:
         """Tell whether any host answers; those that did not are asked again."""
@@ -233,8 +241,7 @@ class UpstreamBackend:
     async def _ask(self, host: Host, call: Call) -> AsyncGenerator[Event, None]:
         """Ask one host, and read what it sends."""
         body = {key: value for key, value in call.body.items() if key not in OWN_FIELDS}
-        if body.get("model") not in host.models:
-            body["model"] = self.model or (host.models[0] if host.models else body.get("model"))
+        body["model"] = self._name_model(host, body)
         body |= {"stream": True, "stream_options": {"include_usage": True}}
         reader = ChunkReader(call.kind, host.name, count_choices(call))
         request = self._open_client().stream(
@@ -263,6 +270,42 @@ class UpstreamBackend:
         finally:
             host.running -= 1
 
+    async def _ask_beside(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Ask a host in turn for something that stands beside OpenAI's interface."""
+        last: ServeError | None = None
+        for host in self._in_turn():
+            try:
+                await self._learn_models(host)
+                asked = {**body, "model": self._name_model(host, body)}
+                reply = await self._open_client().post(
+                    host.address.removesuffix("/v1") + path, json=asked, headers=self._headers()
+                )
+            except _NotReached as error:
+                last = error.refusal
+                continue
+            except httpx2.HTTPError as error:
+                host.note_failure()
+                last = unreachable(host.name, str(error) or type(error).__name__)
+                continue
+            told = _read_json(reply.content)
+            if reply.status_code in (404, 405):
+                raise ServeError(
+                    f"The model at {host.name} knows no {path}.", status=404, code="not_supported"
+                )
+            if reply.status_code != 200:
+                raise upstream_error(reply.status_code, told, host.name)
+            if not isinstance(told, dict):
+                raise broken(host.name, f"its answer to {path} is no object")
+            return told
+        raise last or unreachable(self.name, "no host is left")
+
+    def _name_model(self, host: Host, body: Mapping[str, Any]) -> Any:
+        """Give the model that is asked for, or the host's own name for it."""
+        model = body.get("model")
+        if model in host.models:
+            return model
+        return self.model or (host.models[0] if host.models else model)
+
     async def _read(
         self, reply: httpx2.Response, reader: ChunkReader, host: Host, call: Call
     ) -> AsyncGenerator[Event, None]:
@@ -289,7 +332,7 @@ class _NotReached(Exception):
 
     def __init__(self, host: Host, error: Exception) -> None:
         super().__init__(host.name)
-        self.refusal = _unreachable(host.name, str(error) or type(error).__name__)
+        self.refusal = unreachable(host.name, str(error) or type(error).__name__)
 
     def __str__(self) -> str:
         return str(self.refusal)
@@ -332,16 +375,6 @@ def _read_json(content: bytes) -> Any:
         return json.loads(content)
     except (ValueError, RecursionError):
         return content[:200].decode("utf-8", "replace")
-
-
-def _unreachable(host: str, reason: str) -> ServeError:
-    return ServeError(
-        f"The model at {host} cannot be reached: {reason}.",
-        status=503,
-        kind="server_error",
-        code="upstream_unreachable",
-        retry_after=5.0,
-    )
 
 
 def _too_slow(host: Host, call: Call) -> ServeError:

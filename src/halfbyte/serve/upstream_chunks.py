@@ -95,7 +95,7 @@ class ChunkReader:
                 f"it broke off: {len(self._finished)} of {self._num_choices} choices were finished",
             )
             raise failure
-        return self._usage or Usage(prompt_tokens=0, completion_tokens=self._pieces)
+        return self._usage or Usage(prompt_tokens=0, completion_tokens=self._pieces, is_told=False)
 
     def _read_choice(self, choice: Mapping[str, Any]) -> list[Event]:
         index = int(choice.get("index") or 0)
@@ -138,6 +138,17 @@ def broken(host: str, reason: str) -> ServeError:
         status=502,
         kind="server_error",
         code="upstream_broken",
+    )
+
+
+def unreachable(host: str, reason: str) -> ServeError:
+    """Build the error of a server that nobody answers at."""
+    return ServeError(
+        f"The model at {host} cannot be reached: {reason}.",
+        status=503,
+        kind="server_error",
+        code="upstream_unreachable",
+        retry_after=5.0,
     )
 
 

@@ -4,6 +4,7 @@
 
     flags_for(folder) ──> vllm serve, on loopback, with a key of its own ──> UpstreamBackend
     it ends, or does not answer any more ──> started again, each time after a longer pause
+    this process ends, even killed ──> lifeline.py ends vLLM
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import secrets
 import shutil
 import signal
 import socket
+import sys
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx2
 
@@ -28,6 +31,7 @@ from halfbyte.checkpoint.check import check_consumers
 from halfbyte.checkpoint.read import open_checkpoint
 from halfbyte.environment import API_KEYS, UPSTREAM_KEY
 from halfbyte.errors import CheckpointError, ConfigError, ServeError
+from halfbyte.serve import lifeline
 from halfbyte.serve.exchange import Call, Event, Load
 from halfbyte.serve.text.tool_calls import HERMES, LLAMA, MISTRAL, find_form
 from halfbyte.serve.upstream import Host, UpstreamBackend
@@ -86,6 +90,8 @@ class VllmBackend:
         )
         self._lines: deque[str] = deque(maxlen=LINES_KEPT)
         self._process: asyncio.subprocess.Process | None = None
+        self._lifeline: int | None = None
+        """Ends with this process, killed or not, and vLLM with it."""
         self._watcher: asyncio.Task[None] | None = None
         self._is_up = False
         self.restarts = 0
@@ -137,6 +143,14 @@ class VllmBackend:
             async for event in events:
                 yield event
 
+    async def tokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Let it tell a text's token ids."""
+        return await self._upstream.tokenize(body)
+
+    async def detokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Let it tell the text of token ids."""
+        return await self._upstream.detokenize(body)
+
     async def is_ready(self) -> bool:
         """Tell whether it answers."""
         return self._is_up
@@ -155,9 +169,15 @@ class VllmBackend:
         await self._end_process()
 
     async def _spawn(self) -> None:
+        near, self._lifeline = os.pipe()
+        wait = str(self._supervision.ends_within)
+        # -I and -S: nothing of the user's is imported.
+        run = (sys.executable, "-I", "-S", lifeline.__file__, str(near), wait)
         try:
             self._process = await asyncio.create_subprocess_exec(
+                *run,
                 *self._command,
+                pass_fds=(near,),
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
                 stdin=asyncio.subprocess.DEVNULL,
@@ -166,7 +186,10 @@ class VllmBackend:
                 start_new_session=True,
             )
         except OSError as error:
+            self._let_go()
             raise ConfigError(f"Cannot start '{self._command[0]}': {error}.") from error
+        finally:
+            os.close(near)
         self._reader = asyncio.create_task(self._read(self._process))
 
     async def _read(self, process: asyncio.subprocess.Process) -> None:
@@ -251,10 +274,16 @@ class VllmBackend:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(process.wait(), self._supervision.ends_within)
                 break
-        # A worker may outlive its parent.
+        # A worker may outlive its parent, and the lifeline's watcher does.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        self._let_go()
         await asyncio.gather(self._reader, return_exceptions=True)
+
+    def _let_go(self) -> None:
+        if self._lifeline is not None:
+            os.close(self._lifeline)
+            self._lifeline = None
 
 
 def make_command(

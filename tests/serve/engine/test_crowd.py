@@ -29,7 +29,7 @@ KILLED = (5, 12, 30, 45)
 
 @pytest.mark.parametrize("runner", runners())
 def test_every_good_request_is_answered_rightly_whatever_the_others_do(tmp_path, runner, caplog):
-    caplog.set_level(logging.CRITICAL, logger="halfbyte.serve.engine.engine")
+    caplog.set_level(logging.CRITICAL, logger="halfbyte.serve.engine")
     folder = write_model(tmp_path)
     model = load_float32(folder)
     shared = list(range(40, 60))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from halfbyte.errors import ServeError
+from halfbyte.serve.api.streaming import write_event, write_json
 from halfbyte.serve.exchange import (
     Call,
     Delta,
@@ -97,6 +98,13 @@ class AnswerForm:
         self._is_chat = call.kind == "chat"
         self._head = {"id": call.id, "created": int(time.time()), "model": model}
         self._opened: set[int] = set()
+        opening = {
+            **self._head,
+            "object": _OBJECTS[call.kind, True],
+            "system_fingerprint": FINGERPRINT,
+        }
+        # What all chunks of a stream begin with is written once.
+        self._chunk_start = f"{write_json(opening)[:-1]},"
         # Of each completion's choice: characters so far, from which token offsets count.
         self._lengths: dict[int, int] = {}
         options = call.body.get("stream_options") or {}
@@ -113,27 +121,31 @@ class AnswerForm:
             The body.
         """
         tell = self._whole_chat if self._is_chat else self._whole_completion
-        return {
+        body = {
             **self._head,
             "object": _OBJECTS[self._call.kind, False],
             "system_fingerprint": FINGERPRINT,
             "choices": [tell(index, choice) for index, choice in sorted(choices.items())],
-            "usage": tell_usage(usage),
         }
+        return body | {"usage": tell_usage(usage)} if usage.is_told else body
 
-    def chunks(self, event: Event) -> list[dict[str, Any]]:
+    def chunks(self, event: Event) -> list[bytes]:
         """Give what a client is sent for an event.
 
         Args:
             event: The next one.
 
         Returns:
-            Chunks, none for usage that was not asked for.
+            Chunks as server-sent events; none for usage that was not asked for, or not told.
         """
         if isinstance(event, Usage):
-            return [self._chunk([], tell_usage(event))] if self.with_usage else []
+            tells = self.with_usage and event.is_told
+            return [self._chunk([], tell_usage(event))] if tells else []
+        so_far = None
+        if self.with_usage and isinstance(event, Delta) and event.usage is not None:
+            so_far = tell_usage(event.usage)
         if not self._is_chat:
-            return [self._chunk([self._completion_piece(event)])]
+            return [self._chunk([self._completion_piece(event)], so_far)]
         found = []
         if event.choice not in self._opened:
             self._opened.add(event.choice)
@@ -149,19 +161,14 @@ class AnswerForm:
             delta["tool_calls"] = [
                 {"index": call.index, **_tell_call(call)} for call in event.tool_calls
             ]
-        found.append(self._chunk([_chat_piece(event.choice, delta, event.logprobs)]))
+        found.append(self._chunk([_chat_piece(event.choice, delta, event.logprobs)], so_far))
         return found
 
-    def _chunk(self, choices: list[Any], usage: dict[str, Any] | None = None) -> dict[str, Any]:
-        chunk = {
-            **self._head,
-            "object": _OBJECTS[self._call.kind, True],
-            "system_fingerprint": FINGERPRINT,
-            "choices": choices,
-        }
+    def _chunk(self, choices: list[Any], usage: dict[str, Any] | None = None) -> bytes:
+        rest: dict[str, Any] = {"choices": choices}
         if self.with_usage:
-            chunk["usage"] = usage
-        return chunk
+            rest["usage"] = usage
+        return write_event(self._chunk_start + write_json(rest)[1:])
 
     def _whole_chat(self, index: int, choice: Choice) -> dict[str, Any]:
         content = choice.text

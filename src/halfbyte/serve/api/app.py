@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -91,14 +90,11 @@ def _answer_handlers(gateway: Gateway) -> dict[tuple[str, str], Handler]:
 
     async def tokenize(request: Request) -> Response:
         body = await read_body(request, TokenizeRequest, config)
-        # A long text takes long enough to hold up everybody's streams.
-        work = _need(gateway.text_tools, "/tokenize").tokenize
-        return JSONResponse(await asyncio.to_thread(work, body))
+        return JSONResponse(await _need(gateway.text_tools, "/tokenize").tokenize(body))
 
     async def detokenize(request: Request) -> Response:
         body = await read_body(request, DetokenizeRequest, config)
-        work = _need(gateway.text_tools, "/detokenize").detokenize
-        return JSONResponse(await asyncio.to_thread(work, body))
+        return JSONResponse(await _need(gateway.text_tools, "/detokenize").detokenize(body))
 
     return {
         ("POST", "/v1/chat/completions"): chat,

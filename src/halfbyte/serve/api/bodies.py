@@ -120,6 +120,8 @@ class StreamOptions(Body):
 
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
+    continuous_usage_stats: bool | None = None
+    """vLLM's: usage so far in every chunk, beside ``include_usage``."""
 
 
 # Requests

@@ -18,12 +18,13 @@ from starlette.routing import BaseRoute
 from halfbyte.errors import ServeError
 from halfbyte.serve.api.answers import AnswerForm, gather
 from halfbyte.serve.api.refusals import error_body, internal_error
-from halfbyte.serve.api.streaming import EventStream, sse_line, while_connected
+from halfbyte.serve.api.streaming import EventStream, while_connected, write_event, write_json
 from halfbyte.serve.config import ServeConfig
-from halfbyte.serve.exchange import Backend, Call, Event, Kind, Served, Usage
+from halfbyte.serve.exchange import Backend, Call, Delta, Event, Kind, Served, TextTools, Usage
 from halfbyte.serve.keys import ApiKeys
 from halfbyte.serve.limits import Limits
 from halfbyte.serve.text.asked import split_prompts
+from halfbyte.serve.time_limit import TimeLimit
 
 logger = logging.getLogger(__name__)
 
@@ -39,16 +40,6 @@ class Router(Protocol):
 
     def stream(self, call: Call, served: Served) -> AsyncGenerator[Event, None]:
         """Answer; `served` is filled in before the first event."""
-
-
-class TextTools(Protocol):
-    """Tells what a text is in token ids."""
-
-    def tokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Answer /tokenize."""
-
-    def detokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Answer /detokenize."""
 
 
 class AdapterControl(Protocol):
@@ -154,19 +145,21 @@ class Gateway:
         left = call.seconds_left
         loop = asyncio.get_running_loop()
         late = None if left is None else loop.time() + left + GRACE_SECONDS
+        limit = TimeLimit()
         async with aclosing(router.stream(call, served)) as events:
-            while True:
-                try:
-                    async with asyncio.timeout_at(late):
-                        event = await anext(events)
-                except StopAsyncIteration:
-                    return
-                except TimeoutError as error:
-                    raise _too_late(self.config) from error
-                if isinstance(event, Usage):
-                    total = event.prompt_tokens + event.completion_tokens
-                    self.limits.count_tokens(call.key, total)
-                yield event
+            try:
+                while True:
+                    event = await limit.wait(anext(events), late)
+                    if isinstance(event, Usage):
+                        total = event.prompt_tokens + event.completion_tokens
+                        self.limits.count_tokens(call.key, total)
+                    yield event
+            except StopAsyncIteration:
+                return
+            except TimeoutError as error:
+                raise _too_late(self.config) from error
+            finally:
+                limit.close()
 
     def _make_call(self, request: Request, kind: Kind, body: Mapping[str, Any]) -> Call:
         tags = request.headers.get("x-halfbyte-tags", "").split(",")
@@ -238,20 +231,29 @@ class Gateway:
 async def _tell_events(
     form: AnswerForm, first: Event, events: AsyncGenerator[Event, None]
 ) -> AsyncGenerator[bytes, None]:
-    """Write a stream; an error within it is its last event."""
+    """Write a stream; an error within it is its last event.
+
+    What no token follows goes out in one piece with the end: every piece costs a system call, and
+    wakes the client.
+    """
+    parts = form.chunks(first)
     try:
-        for chunk in form.chunks(first):
-            yield sse_line(chunk)
+        if type(first) is Delta:
+            yield b"".join(parts)
+            parts.clear()
         async for event in events:
-            for chunk in form.chunks(event):
-                yield sse_line(chunk)
+            parts += form.chunks(event)
+            if type(event) is Delta:
+                yield b"".join(parts)
+                parts.clear()
     except ServeError as error:
-        yield sse_line(error_body(error))
+        parts.append(write_event(write_json(error_body(error))))
     except Exception:
         logger.exception("A stream failed.")
-        yield sse_line(error_body(internal_error()))
+        parts.append(write_event(write_json(error_body(internal_error()))))
     else:
-        yield b"data: [DONE]\n\n"
+        parts.append(write_event("[DONE]"))
+    yield b"".join(parts)
 
 
 def _too_late(config: ServeConfig) -> ServeError:

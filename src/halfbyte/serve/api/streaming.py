@@ -13,6 +13,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 Result = TypeVar("Result")
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
 
 async def while_connected(receive: Receive, work: Awaitable[Result]) -> Result | None:
     """Run until it is done or the client has left; then it is cancelled, and waited for.
@@ -77,11 +79,15 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def sse_line(value: Any) -> bytes:
-    """Write one server-sent event."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+def write_json(value: Any) -> str:
+    """Write a value as JSON without spaces."""
+    return _ENCODER.encode(value)
+
+
+def write_event(data: str) -> bytes:
+    """Write a server-sent event of one line."""
     # A lone surrogate is no UTF-8; a client could not read it either.
-    return f"data: {text}\n\n".encode("utf-8", "replace")
+    return f"data: {data}\n\n".encode("utf-8", "replace")
 
 
 async def _until_gone(receive: Receive) -> None:

@@ -18,6 +18,7 @@ except ImportError as missing:
 PAGE, DATA = "/dashboard", "/dashboard/data"
 FILES = {
     PAGE: ("page.html", "text/html; charset=utf-8"),
+    PAGE + "/": ("page.html", "text/html; charset=utf-8"),
     "/dashboard/page.css": ("page.css", "text/css; charset=utf-8"),
     "/dashboard/page.js": ("page.js", "text/javascript; charset=utf-8"),
 }

@@ -2,11 +2,11 @@
 
 ::
 
-    generate() ──checked──> inbox ──> worker: admit ─> plan ─> run ─> sample ─> mail ──> generate()
+    generate() ──checked──> inbox ──> worker: Steps.step ─> outboxes ─> mail ──> generate()
+    mail goes out when the next step has been planned, or there is none
     closing the iterator ──> inbox: cancelled, its pages free before the next step
-    a step fails ──> everything that ran is read again from its tokens; who fails alone is to blame
 
-The worker alone touches model, pages and scheduler, so none of them needs a lock.
+The worker alone touches steps, pages and scheduler, so none of them needs a lock.
 """
 
 from __future__ import annotations
@@ -19,11 +19,9 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from halfbyte.errors import HalfbyteError, ServeError
 from halfbyte.serve.engine.checks import check_request
@@ -31,29 +29,21 @@ from halfbyte.serve.engine.contract import (
     Ended,
     EngineInfo,
     EngineLoad,
-    Generated,
-    Prompted,
     TokenEvent,
     TokenRequest,
 )
-from halfbyte.serve.engine.failures import engine_failed, late, not_finite
+from halfbyte.serve.engine.failures import late
 from halfbyte.serve.engine.grammar import Grammars
-from halfbyte.serve.engine.job import MOST_FAILURES, Job
+from halfbyte.serve.engine.job import Job
 from halfbyte.serve.engine.page_pool import PagePool
-from halfbyte.serve.engine.rating import Rater, Rating
-from halfbyte.serve.engine.runner import Piece, Runner
+from halfbyte.serve.engine.runner import Runner
 from halfbyte.serve.engine.sampler import Sampler
 from halfbyte.serve.engine.scheduler import Scheduler
+from halfbyte.serve.engine.steps import Steps
 
 log = logging.getLogger(__name__)
 
 Mail = asyncio.Queue[TokenEvent | HalfbyteError]
-
-RATED_ROWS = 16
-"""Of a prompt, at a time."""
-
-RATE_MEMORY = 0.9
-"""How much of the measured speed each step leaves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +82,6 @@ class EmbeddedEngine:
         self.info = info
         self._runner = runner
         self._pool = pool
-        self._ends = ends
         self._grammars = grammars
         self._queue = queue
         self._scheduler = Scheduler(pool, sequences=sequences, step_tokens=step_tokens)
@@ -104,10 +93,9 @@ class EmbeddedEngine:
         self._inbox: list[Callable[[], None]] = []
         self._arriving = 0
         self._closing = False
-        self._restarts = 0
-        self._in_step: list[Job] = []
-        self._tokens_per_second = 0.0
-        self._rater = Rater()
+        self._steps = Steps(
+            runner, pool, self._scheduler, ends=ends, before_run=lambda: self._post()
+        )
         self._load = self._measure_load()
         self._worker = threading.Thread(target=self._run, name="halfbyte-engine", daemon=True)
         self._worker.start()
@@ -251,7 +239,7 @@ class EmbeddedEngine:
     def _estimate_wait(self) -> float:
         """Give the seconds until what is here now may be done, between 1 and 60."""
         reserved = self._load.cache_used_bytes / max(self.info.bytes_per_token, 1)
-        return min(max(reserved / max(self._tokens_per_second, 1.0), 1.0), 60.0)
+        return min(max(reserved / max(self._steps.tokens_per_second, 1.0), 1.0), 60.0)
 
     # What follows runs on the worker.
 
@@ -261,21 +249,23 @@ class EmbeddedEngine:
 
     def _work(self) -> None:
         while True:
+            if self._scheduler.is_idle:
+                self._post()
             with self._changed:
                 while not self._inbox and self._scheduler.is_idle and not self._leaving:
                     if self._closing:
                         return
                     self._changed.wait()
                 inbox, self._inbox, self._arriving = self._inbox, [], 0
+            self._steps.forget_step()
             try:
                 for command in inbox:
                     command()
-                self._step()
+                self._steps.step()
             except Exception:
                 log.exception("A step of the engine failed; it goes on with what it was doing")
-                self._recover()
+                self._steps.recover()
             self._load = self._measure_load()
-            self._post()
             self._let_leave()
 
     def _take(self, job: Job, address: _Address) -> None:
@@ -287,112 +277,6 @@ class EmbeddedEngine:
         self._scheduler.remove(job)
         self._addresses.pop(job, None)
         job.is_over = True
-
-    def _step(self) -> None:
-        self._in_step = []
-        self._scheduler.admit()
-        work = self._scheduler.plan()
-        if not work:
-            return
-        self._in_step = [job for job, _ in work]
-        start = time.perf_counter()
-        results = self._runner.run([piece for _, piece in work])
-        newest = []
-        for (job, piece), logits in zip(work, results, strict=True):
-            self._scheduler.note_computed(job, len(piece.tokens))
-            if job.rates_prompt:
-                self._guard(job, partial(self._note_prompt, job, piece, logits))
-            if job.computed == len(job.tokens) and not job.is_over:
-                self._finish_prompt(job)
-                if not job.is_over:
-                    newest.append((job, logits[-1]))
-        if newest:
-            self._sample(newest)
-        self._measure_rate(len(newest), time.perf_counter() - start)
-
-    def _finish_prompt(self, job: Job) -> None:
-        job.is_suspect = False
-        if job.is_prompted:
-            return
-        rated = tuple(job.rated) if job.request.prompt_logprobs is not None else None
-        job.is_prompted = True
-        job.outbox.append(Prompted(cached_tokens=job.cached_tokens or 0, rated=rated))
-        if job.request.max_new_tokens == 0:
-            self._end(job, Ended(reason="length"))
-
-    def _note_prompt(self, job: Job, piece: Piece, logits: Tensor) -> None:
-        """Rate the prompt's tokens that a piece's logits foretell."""
-        known = job.tokens[piece.start + 1 : piece.start + len(piece.tokens) + 1]
-        for first in range(0, len(known), RATED_ROWS):
-            tokens = known[first : first + RATED_ROWS]
-            rating = self._rater.rate(list(logits[first : first + len(tokens)]))
-            if not all(rating.is_finite):
-                raise not_finite(job)
-            count = job.request.prompt_logprobs
-            job.rated += [rating.rate_token(row, token, count) for row, token in enumerate(tokens)]
-
-    def _sample(self, newest: Sequence[tuple[Job, Tensor]]) -> None:
-        """Draw a token for each of them."""
-        rating = self._rater.rate([row for _, row in newest])
-        for row, (job, _) in enumerate(newest):
-            if rating.is_finite[row]:
-                self._guard(job, partial(self._draw, job, rating, row))
-            else:
-                self._fail(job, not_finite(job))
-
-    def _draw(self, job: Job, rating: Rating, row: int) -> None:
-        token = rating.likeliest[row]
-        if not job.sampler.is_greedy:
-            token = job.sampler.draw(rating.logits[row], job.tokens)
-        self._note_token(job, token, rating, row)
-
-    def _note_token(self, job: Job, token: int, rating: Rating, row: int) -> None:
-        request = job.request
-        job.failures = 0
-        if token in self._ends and not request.ignore_end:
-            return self._end(job, Ended(reason="end"))
-        if token in request.stop_tokens:
-            return self._end(job, Ended(reason="stop_token", stop_token=token))
-        job.tokens.append(token)
-        job.sampler.note(token)
-        rated = rating.rate_token(row, token, request.top_logprobs)
-        job.outbox.append(Generated(rated=rated, entropy=rating.entropies[row]))
-        if job.sampler.matcher is not None and job.sampler.matcher.accept(token):
-            return self._end(job, Ended(reason="grammar"))
-        if job.new_tokens >= request.max_new_tokens:
-            self._end(job, Ended(reason="length"))
-        return None
-
-    def _guard(self, job: Job, action: Callable[[], None]) -> None:
-        """Do something for one request; what goes wrong is its own failure."""
-        try:
-            action()
-        except HalfbyteError as error:
-            self._fail(job, error)
-        except Exception:
-            log.exception("A request of %d tokens failed", len(job.tokens))
-            self._fail(job, engine_failed("its next token could not be chosen", status=500))
-
-    def _end(self, job: Job, event: Ended | HalfbyteError) -> None:
-        self._scheduler.remove(job)
-        job.outbox.append(event)
-        job.is_over = True
-
-    def _fail(self, job: Job, error: HalfbyteError) -> None:
-        self._end(job, error)
-
-    def _recover(self) -> None:
-        """Begin again with everything that ran; find out who is to blame, one at a time."""
-        self._restarts += 1
-        if len(self._in_step) == 1:
-            job = self._in_step[0]
-            job.failures += 1
-            if job.failures >= MOST_FAILURES and not job.is_over:
-                self._fail(job, engine_failed(f"it failed {job.failures} times alone"))
-        for job in self._in_step:
-            job.is_suspect = True
-        for job in self._scheduler.repeat_all():
-            job.begin_again()
 
     def _let_leave(self) -> None:
         """Unload adapters that nobody uses any more."""
@@ -409,11 +293,6 @@ class EmbeddedEngine:
             else:
                 done.set_result(None)
 
-    def _measure_rate(self, tokens: int, seconds: float) -> None:
-        if tokens:
-            now = tokens / max(seconds, 1e-6)
-            self._tokens_per_second += (1 - RATE_MEMORY) * (now - self._tokens_per_second)
-
     def _measure_load(self) -> EngineLoad:
         return EngineLoad(
             running=len(self._scheduler.running),
@@ -421,7 +300,7 @@ class EmbeddedEngine:
             cache_used_bytes=self._pool.used * self._page_bytes,
             prefix_queries=self._pool.queries,
             prefix_hits=self._pool.hits,
-            restarts=self._restarts,
+            restarts=self._steps.restarts,
         )
 
     def _post(self) -> None:

@@ -10,8 +10,9 @@ from halfbyte.serve.engine.page_pool import Reservation
 from halfbyte.serve.engine.runner import Piece
 from halfbyte.serve.engine.sampler import Sampler
 
-MOST_FAILURES = 2
-"""Steps in a row that fail with a request alone, until it is taken to be the cause."""
+MOST_FAILURES = 3
+"""Steps in a row that fail with a request alone while the model runs without it, until it is taken
+to be the cause."""
 
 
 class Job:
@@ -39,7 +40,7 @@ class Job:
         self.is_prompted = False
         self.is_suspect = False
         self.failures = 0
-        """Steps that failed with it alone since it last got a token."""
+        """Steps that failed with it alone since it last got a token, and not without it."""
         self.outbox: list[TokenEvent | HalfbyteError] = []
         self.is_over = False
 

@@ -15,7 +15,7 @@ from halfbyte.serve.engine.contract import EngineInfo
 from halfbyte.serve.engine.engine import EmbeddedEngine
 from halfbyte.serve.engine.gpu_runner import GpuRunner
 from halfbyte.serve.engine.grammar import Grammars
-from halfbyte.serve.engine.memory import plan_engine
+from halfbyte.serve.engine.memory import plan_engine, process_bytes
 from halfbyte.serve.engine.native_runner import NativeRunner
 from halfbyte.serve.engine.page_pool import PagePool
 from halfbyte.serve.engine.runner import Pages, Runner, sample_layers
@@ -36,17 +36,25 @@ def open_engine(folder: str | Path, config: EngineConfig | None = None) -> Embed
         ConfigError: The memory does not suffice, or the folder is none.
     """
     config = config or EngineConfig()
+    before = process_bytes()
     model = load_model(Path(folder), dtype=config.dtype, device=config.device)
-    return make_engine(model, folder, config)
+    return make_engine(model, folder, config, before_bytes=before)
 
 
-def make_engine(model: PreTrainedModel, folder: str | Path, config: EngineConfig) -> EmbeddedEngine:
+def make_engine(
+    model: PreTrainedModel,
+    folder: str | Path,
+    config: EngineConfig,
+    *,
+    before_bytes: int = 0,
+) -> EmbeddedEngine:
     """Make an engine of a loaded model.
 
     Args:
         model: Nobody else may run it from now on.
         folder: Where its tokenizer is, for grammars.
         config: How to run it.
+        before_bytes: What the process took without the model.
 
     Returns:
         The engine, running.
@@ -57,7 +65,9 @@ def make_engine(model: PreTrainedModel, folder: str | Path, config: EngineConfig
     model.eval()
     runner = choose_runner(model, config)
     context = _find_context(model, config)
-    plan = plan_engine(model, folder, runner.bytes_per_token, context, config)
+    plan = plan_engine(
+        model, folder, runner.bytes_per_token, context, config, before_bytes=before_bytes
+    )
     # No request is longer than the cache.
     context = min(context, plan.pages * config.page_tokens)
     runner.make_pages(plan.pages, context)

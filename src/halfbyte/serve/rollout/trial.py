@@ -20,7 +20,7 @@ from halfbyte.serve.rollout.store_models import (
 from halfbyte.serve.routing.breaker import Clock
 from halfbyte.serve.routing.router import Router
 from halfbyte.serve.watch.alerts import Alerts
-from halfbyte.serve.watch.oracle import LONGEST_TEXT, plain_text, rate_answer
+from halfbyte.serve.watch.oracle import can_be_rated, rate_answer
 from halfbyte.store.store import CHAMPION
 
 log = logging.getLogger(__name__)
@@ -93,11 +93,10 @@ class Trial:
 
     async def _rate(self, call: Call, said: str) -> float | None:
         """Let the present model rate an answer; an empty or very long one is not rated."""
-        asked = plain_text(call.body)
-        if not said.strip() or not asked or len(asked) + len(said) > LONGEST_TEXT:
+        if not can_be_rated(call.body, said):
             return math.nan
         try:
-            return await rate_answer(self._primary, f"rate-{call.id}", asked, said)
+            return await rate_answer(self._primary, f"rate-{call.id}", call.body, said)
         except ServeError as error:
             log.info("%s is not rated: %s", call.id, error)
             return None

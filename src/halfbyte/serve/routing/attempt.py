@@ -12,6 +12,7 @@ from halfbyte.serve.exchange import Backend, Call, Delta, Event
 from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.routing.breaker import CircuitBreaker
 from halfbyte.serve.routing.confidence import Confidence
+from halfbyte.serve.time_limit import TimeLimit
 from halfbyte.serve.watch.monitors import find_failures
 from halfbyte.serve.watch.observation import Role, Seen
 
@@ -102,6 +103,7 @@ class Attempt:
         # Together: a moment later the backend may serve another version.
         self.version = str(getattr(route.backend, "version", ""))
         self._events = route.backend.stream(self._call)
+        self._time = TimeLimit()
 
     def _adapt(self, call: Call) -> Call:
         """Name this model, and ask for logprobs where confidence needs them."""
@@ -192,9 +194,9 @@ class Attempt:
     async def _next(self) -> Event | None:
         """Give the next event; None at the end."""
         limit, what = self._limit()
+        late = None if limit is None else asyncio.get_running_loop().time() + limit
         try:
-            async with asyncio.timeout(limit) as timer:
-                event = await anext(self._events)
+            event = await self._time.wait(anext(self._events), late)
         except StopAsyncIteration:
             self._end()
             return None
@@ -203,7 +205,7 @@ class Attempt:
                 self._settle(failed=True)
             raise
         except TimeoutError as error:
-            if not timer.expired():
+            if not self._time.is_over:
                 raise self._failed(error) from error
             raise self._late(limit, what) from error
         except Exception as error:
@@ -281,6 +283,7 @@ class Attempt:
         if self._closed:
             return
         self._closed = True
+        self._time.close()
         try:
             await self._close()
         finally:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.routing.breaker import Clock
@@ -38,7 +41,7 @@ class SpendingWindow:
     @property
     def spent(self) -> float:
         """In the window that ends now."""
-        first = int(self._clock() / self._part) - PARTS
+        first = math.floor(self._clock() / self._part) - PARTS
         while self._spent and self._spent[0][0] <= first:
             self._total -= self._spent.popleft()[1]
         return self._total
@@ -48,13 +51,20 @@ class SpendingWindow:
         """Whether something is left."""
         return self._limit is None or self.spent < self._limit
 
-    def spend(self, amount: float) -> None:
-        """Note that something was spent."""
-        part = int(self._clock() / self._part)
+    def spend(self, amount: float, *, seconds_ago: float = 0.0) -> None:
+        """Note that something was spent; what was spent longer ago is noted first."""
+        part = math.floor((self._clock() - seconds_ago) / self._part)
         if not self._spent or self._spent[-1][0] != part:
             self._spent.append([part, 0.0])
         self._spent[-1][1] += amount
         self._total += amount
+
+    def ages(self) -> list[tuple[float, float]]:
+        """Give what counts in the window that ends now: (seconds ago, amount), oldest first."""
+        if not self.spent:
+            return []
+        now = self._clock()
+        return [(now - part * self._part, amount) for part, amount in self._spent]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +94,7 @@ class FallbackBudget:
     @property
     def has_left(self) -> bool:
         """Whether one more request may be sent."""
-        return all(window.has_left for window in (*self.requests, *self.tokens))
+        return all(window.has_left for window in self._windows)
 
     def spend_request(self) -> None:
         """Note a request as it is sent."""
@@ -95,6 +105,33 @@ class FallbackBudget:
         """Note the tokens that one took."""
         for window in self.tokens:
             window.spend(count)
+
+    def state(self, now: float) -> dict[str, Any]:
+        """Give what was spent, for a restart to go on from.
+
+        Args:
+            now: The time of day, in seconds: the other clock begins anew with a machine.
+
+        Returns:
+            Plain values.
+        """
+        return {"time": now, "spent": [window.ages() for window in self._windows]}
+
+    def restore(self, state: Mapping[str, Any], now: float) -> None:
+        """Take back what was spent before.
+
+        Args:
+            state: Of :meth:`state`.
+            now: The time of day. Where it was set back, no time has passed.
+        """
+        passed = max(0.0, now - float(state["time"]))
+        for window, spent in zip(self._windows, state["spent"], strict=True):
+            for seconds_ago, amount in spent:
+                window.spend(float(amount), seconds_ago=float(seconds_ago) + passed)
+
+    @property
+    def _windows(self) -> tuple[SpendingWindow, ...]:
+        return (*self.requests, *self.tokens)
 
 
 class RetryBudget:

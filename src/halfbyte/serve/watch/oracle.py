@@ -17,7 +17,7 @@ from contextlib import aclosing
 from typing import Any
 
 from halfbyte.errors import ServeError
-from halfbyte.serve.exchange import Backend, Call, Delta, TokenLogprob
+from halfbyte.serve.exchange import Backend, Call, Delta, TextTools, TokenLogprob
 from halfbyte.serve.watch.drift import Drift
 from halfbyte.serve.watch.observation import Observation, content_text
 
@@ -57,19 +57,19 @@ class Oracle:
         answer = seen.answer
         if answer is None or answer.role != "primary" or self._random.random() >= self._share:
             return
-        asked, said = plain_text(seen.call.body), answer.text()
-        if not said.strip() or not asked or len(asked) + len(said) > LONGEST_TEXT:
+        body, said = seen.call.body, answer.text()
+        if not can_be_rated(body, said):
             return
         if len(self._running) >= AT_ONCE:
             self.counts["skipped"] += 1
             return
-        task = asyncio.get_running_loop().create_task(self._rate(seen.call.id, asked, said))
+        task = asyncio.get_running_loop().create_task(self._rate(seen.call.id, body, said))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
-    async def _rate(self, name: str, asked: str, said: str) -> None:
+    async def _rate(self, name: str, body: Mapping[str, Any], said: str) -> None:
         try:
-            nats = await rate_answer(self._base, f"rate-{name}", asked, said)
+            nats = await rate_answer(self._base, f"rate-{name}", body, said)
         except Exception as error:
             if not isinstance(error, ServeError):
                 log.exception("rating %s failed", name)
@@ -88,21 +88,30 @@ class Oracle:
         await asyncio.gather(*self._running, return_exceptions=True)
 
 
-async def rate_answer(base: Backend, id: str, asked: str, said: str) -> float | None:
+def can_be_rated(body: Mapping[str, Any], said: str) -> bool:
+    """Tell whether there are a question and an answer, and not too long ones."""
+    asked = plain_text(body)
+    return bool(said.strip() and asked) and len(asked) + len(said) <= LONGEST_TEXT
+
+
+async def rate_answer(base: Backend, id: str, asked: Mapping[str, Any], said: str) -> float | None:
     """Ask a model how likely an answer is.
 
     Args:
-        base: Its completions know ``echo`` and ``logprobs``.
+        base: Its completions know ``echo`` and ``logprobs``. Where it knows /tokenize too, a
+            conversation is put by its own chat template; else it is read as plain text.
         id: Of the call.
-        asked: What stands before the answer.
+        asked: Body of the request that was answered.
         said: The answer.
 
     Returns:
         Mean log-likelihood of its tokens, in nats; None where the model told none.
     """
+    ids = await _in_tokens(base, asked, said)
+    plain = plain_text(asked)
     body = {
         "model": base.models[0] if base.models else "",
-        "prompt": asked + said,
+        "prompt": plain + said if ids is None else [*ids[0], *ids[1]],
         "echo": True,
         "logprobs": 1,
         "max_tokens": 1,  # some servers take no 0
@@ -115,12 +124,32 @@ async def rate_answer(base: Backend, id: str, asked: str, said: str) -> float | 
         async for event in events:
             if isinstance(event, Delta):
                 tokens += event.logprobs or ()
-    rated = [
-        token.logprob
-        for token in between(tokens, len(asked.encode()), len((asked + said).encode()))
-        if math.isfinite(token.logprob)
-    ]
+    if ids is None:
+        answer = between(tokens, len(plain.encode()), len((plain + said).encode()))
+    else:
+        answer = tokens[len(ids[0]) : len(ids[0]) + len(ids[1])]
+    rated = [token.logprob for token in answer if math.isfinite(token.logprob)]
     return sum(rated) / len(rated) if rated else None
+
+
+async def _in_tokens(
+    base: Backend, asked: Mapping[str, Any], said: str
+) -> tuple[list[int], list[int]] | None:
+    """Give what was asked and what was said in the base's token ids; None where it tells none."""
+    if not isinstance(base, TextTools):
+        return None
+    ways: list[dict[str, Any]] = [{"prompt": plain_text(asked)}]
+    if asked.get("messages"):
+        names = ("messages", "tools", "chat_template_kwargs")
+        ways.insert(0, {name: asked[name] for name in names if asked.get(name)})
+    for way in ways:
+        try:
+            before = await base.tokenize(way)
+            answer = await base.tokenize({"prompt": said, "add_special_tokens": False})
+            return list(map(int, before["tokens"])), list(map(int, answer["tokens"]))
+        except (ServeError, LookupError, TypeError, ValueError) as error:
+            log.info("an answer cannot be rated by %s: %s", " and ".join(way), error)
+    return None
 
 
 def between(tokens: Sequence[TokenLogprob], start: int, end: int) -> list[TokenLogprob]:
@@ -136,7 +165,7 @@ def between(tokens: Sequence[TokenLogprob], start: int, end: int) -> list[TokenL
 def plain_text(body: Mapping[str, Any]) -> str:
     """Give a request as one plain text, without any model's chat template.
 
-    The base may have none; what counts is that the same is rated every time.
+    For a base that has none; what counts is that the same is rated every time.
     """
     messages = body.get("messages")
     if isinstance(messages, Sequence):

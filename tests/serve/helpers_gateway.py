@@ -1,0 +1,36 @@
+"""A gateway with keys, over an engine that says fixed things."""
+
+from __future__ import annotations
+
+from tests.serve.helpers_scripted import ScriptedEngine
+from tests.serve.helpers_text import make_tokenizer
+
+from halfbyte.serve.adapters import AdapterFolder
+from halfbyte.serve.api.gateway import Gateway
+from halfbyte.serve.config import ServeConfig
+from halfbyte.serve.embedded import EmbeddedBackend
+from halfbyte.serve.keys import ApiKeys
+
+SECRET = "s3cret-of-ann"
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}
+JSON = {"Content-Type": "application/json"}
+
+
+def make_gateway(config=None, keys=(), adapters=None, **engine):
+    config = config or ServeConfig()
+    engine = ScriptedEngine(tokenizer=make_tokenizer(), **engine)
+    backend = EmbeddedBackend(engine, engine.tokenizer, model="tiny", config=config)
+    control = None if adapters is None else AdapterFolder(adapters, backend)
+    gateway = Gateway(
+        backend=backend,
+        config=config,
+        keys=ApiKeys.parse(keys),
+        text_tools=backend,
+        adapters=control,
+        metrics=lambda: "metric 1\n",
+    )
+    return gateway, engine
+
+
+def bearer(secret):
+    return {"Authorization": f"Bearer {secret}"}
