@@ -210,3 +210,27 @@ def test_each_preset_needs_more_than_the_one_before(weights: ModelWeights) -> No
 def test_text_that_confirms_is_whole_batches(weights: ModelWeights) -> None:
     found = plan(weights, memory="64GB", lengths=[32] * 16, config=PRESETS["balanced"])
     assert found.settings.batch_size == 2, "of 16 sequences 8 batches, 2 of which confirm"
+
+
+def test_a_gpu_holds_states_where_they_fit(weights: ModelWeights) -> None:
+    weights.device = torch.device("cuda")  # nothing is loaded
+    much = plan(weights, memory="64GB")
+    assert much.settings.hold_states
+    assert much.settings.batch_size == 8, "16384 tokens"
+    states = 128 * 2048 * 4 * weights.config.hidden_size
+    fixed = plan(weights, memory="1MB", batch_size=1)
+    assert not fixed.settings.hold_states
+    # What a plan with next to no memory needs is fixed but for one batch.
+    little = plan(weights, memory=f"{(fixed.memory_bytes + states) / 1e9}GB", batch_size=1)
+    assert little.settings.hold_states
+    assert not little.settings.keep_paused
+
+
+def test_training_the_whole_model_goes_through_files(weights: ModelWeights) -> None:
+    weights.device = torch.device("cuda")
+    assert not plan(weights, memory="64GB", config=PRESETS["best"]).settings.hold_states
+    assert plan(weights, memory="64GB", config=PRESETS["balanced"]).settings.hold_states
+
+
+def test_a_cpu_never_holds_states(weights: ModelWeights) -> None:
+    assert not plan(weights, memory="64GB").settings.hold_states
