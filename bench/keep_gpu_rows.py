@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from halfbyte.kernels.cuda_rows import BUCKETS
+from halfbyte.kernels.cuda_rows import BUCKETS, ROWS_LIMIT
 from keep_gpu import TABLES, join_entries, name_sizes
 from measure_gpu_kernels import SHAPES, find_microseconds
 from record import Elsewhere, save_result
@@ -102,7 +102,9 @@ def keep_result(measured: Case, elsewhere: Elsewhere) -> None:
         here = {s: cases[f"{s}, rows {rows}"] for s in SHAPES if f"{s}, rows {rows}" in cases}
         if len(here) < len(SHAPES):
             continue
-        many = choose_configs(measured, rows)
+        many = dict.fromkeys(SHAPES) | (
+            choose_configs(measured, rows) if rows <= ROWS_LIMIT else {}
+        )
         ratios = {
             s: _best(case, PEERS) / _best(case, (OWN,) if many[s] else BEFORE)
             for s, case in here.items()
@@ -136,10 +138,10 @@ def keep_result(measured: Case, elsewhere: Elsewhere) -> None:
         note=(
             "Speed as a ratio, above 1 is faster; geometric means over the eight linears of the 8B "
             "and the 70B Llama; 4 bits, groups of 128, symmetric, bf16. Peers: the fastest of vLLM "
-            "0.24's Marlin and Machete and, up to 16 rows, torch's tinygemm in each case. halfbyte: "
-            "what it runs by its shipped table, which was made of this run, with early start. The "
-            "kernel: the fastest of its candidates, timed again in turn with the others. Weights cold, CUDA graphs, medians of 7 rounds "
-            "(3 for 4096 rows)."
+            "0.24's Marlin and Machete and, up to 16 rows, torch's tinygemm in each case. "
+            "halfbyte: what it runs by its shipped table, which was made of this run, with early "
+            "start. The kernel: the fastest of its candidates, timed again in turn with the "
+            "others. Weights cold, CUDA graphs, medians of 7 rounds (3 for 4096 rows)."
         ),
         data={
             "microseconds": cases,
