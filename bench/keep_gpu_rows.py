@@ -12,10 +12,11 @@ import argparse
 import json
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from halfbyte.kernels.cuda_rows import BUCKETS, ROWS_LIMIT
+from halfbyte.kernels.cuda_rows import BUCKETS, ROWS_LIMIT, RowsConfig
 from keep_gpu import TABLES, join_entries, name_sizes
 from measure_gpu_kernels import SHAPES, find_microseconds
 from record import Elsewhere, save_result
@@ -86,7 +87,7 @@ def _by_block(case: Case) -> dict[str, tuple[float, dict[str, int]]]:
     """By thread block: the time of its best splits, and the configuration."""
     found: dict[str, tuple[float, dict[str, int]]] = {}
     for name in case:
-        config = json.loads(name)
+        config = asdict(RowsConfig(**json.loads(name)))
         block = json.dumps(config | {"splits": 0})
         time = find_microseconds(case, name)
         if math.isfinite(time) and (block not in found or time < found[block][0]):

@@ -106,7 +106,7 @@ KINDS: list[dict[str, Any]] = [
 
 
 def list_checks(candidates: Sequence[RowsConfig]) -> list[tuple[RowsConfig, dict[str, Any]]]:
-    """What to check: each candidate on the plain kind; some on all kinds; the other way to copy."""
+    """What to check: each candidate on the plain kind, some on all kinds."""
     plain = [
         (replace(config, splits=splits), KINDS[0])
         for config in candidates
@@ -115,8 +115,7 @@ def list_checks(candidates: Sequence[RowsConfig]) -> list[tuple[RowsConfig, dict
     some = [config for config in candidates if (config.rows, config.tiles) in ((64, 2), (128, 1))]
     some = [config for config in some if config.joined < 4]
     kinds = [(config, kind) for config in some for kind in KINDS[1:]]
-    threads = [(replace(config, boxes=0), KINDS[0]) for config in some if config.joined == 1]
-    return [*threads, *plain, *kinds]
+    return [*plain, *kinds]
 
 
 def check_one(config: RowsConfig, kind: dict[str, Any]) -> dict[str, Any]:
@@ -179,7 +178,7 @@ def check(session: Session, seconds: float) -> set[str]:
     for name, outcome in bad.items():
         print("BAD", name, outcome, flush=True)
     print(f"{len(outcomes)} checks of {len(checks)}, {len(bad)} bad", flush=True)
-    plain = [(c, o) for (c, k), o in zip(checks, outcomes, strict=False) if not k and c.boxes]
+    plain = [(c, o) for (c, k), o in zip(checks, outcomes, strict=False) if not k]
     wrong = {_name(replace(c, splits=0)) for c, o in plain if not gpu_checks.is_good(o)}
     return {_name(replace(c, splits=0)) for c, _ in plain} - wrong
 

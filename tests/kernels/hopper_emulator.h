@@ -153,14 +153,6 @@ inline void copy_box(Shared to, const Given& a, uint32_t input, uint32_t row,
     emulator::start_copy(elsewhere(barrier, rank), {elsewhere(to, rank), box, EACH * 128});
 }
 
-// Its own copies are over at once: arriving says so.
-inline void arrive_after_copies(Shared barrier) {
-  close_copies();
-  wait_for_copies<0>();
-  barrier_arrive(barrier);
-}
-
-inline void show_to_products() {}
 inline void begin_products() {}
 
 inline void multiply_box(float (&sums)[ROWS / 8][4], const uint32_t (&a)[4],

@@ -62,8 +62,6 @@ class RowsConfig:
     splits: int = 0
     """Runs of a tile; 0: as many of all tiles as thread blocks fit on the device."""
     blocks: int = 1
-    boxes: int = 1
-    """1: x is copied by the copy engine; 0: by threads."""
     cluster: int = 1
     """Thread blocks side by side that share their rows of x."""
     joined: int = 1

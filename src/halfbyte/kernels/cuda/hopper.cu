@@ -57,15 +57,6 @@ DEVICE void barrier_wait(Shared barrier, u32 parity) {
       : "memory");
 }
 
-// Arrives when the copies of copy_ahead that this thread has started are there.
-DEVICE void arrive_after_copies(Shared barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier)
-               : "memory");
-}
-
-// What copy_ahead has written may be read by products from here on.
-DEVICE void show_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
 // Copies bytes in a row, a multiple of 16.
 DEVICE void copy_bulk(Shared to, const u8* from, u32 bytes, Shared barrier) {
   asm volatile(

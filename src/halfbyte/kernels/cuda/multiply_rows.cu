@@ -15,7 +15,6 @@
 //   ROWS         of a tile: 8, 16, 32, 64, 128 or 256
 //   TILES, WARPGROUPS, STAGES   as above
 //   BLOCKS       thread blocks that a multiprocessor must have room for
-//   BOXES        1: x is copied by the copy engine's boxes; 0: by the threads of the copying warp
 //   CLUSTER      thread blocks side by side that share the rows of x: each copies its part to all
 //   JOINED       thread blocks of a cluster that share a tile, each with a part of its steps: their
 //                sums meet in shared memory, and `partials` is not needed; 1: none
@@ -161,7 +160,7 @@ DEVICE void copy_weight(const Arguments& a, Shared to, u32 block, u32 step, Shar
   u32 left = tiles > first ? tiles - first : 0;
   u32 count = left < CHANNELS / 16 ? left : CHANNELS / 16;
   barrier_expect(barrier, count * (TILE_BYTES + GROUPS_IN_STEP * 16 * (SCALE_SIZE + HAS_ZEROS)) +
-                              (BOXES ? X_BYTES : 0));
+                              X_BYTES);
   if (CLUSTER > 1 && count == 0) return;
   copy_bulk(to + X_BYTES, a.codes + ((u64)step * tiles + first) * TILE_BYTES, count * TILE_BYTES,
             barrier);
@@ -177,23 +176,7 @@ DEVICE void copy_weight(const Arguments& a, Shared to, u32 block, u32 step, Shar
   }
 }
 
-DEVICE void copy_rows(const RowsArguments& a, const Ring& ring, u8* memory, u32 row, u32 step,
-                      u32 rank, u32 lane) {
-#if BOXES
-  u32 first = rank * (ROWS / CLUSTER);
-  if (lane == 0)
-    copy_box(ring.place() + first * 128, a, step * 64, row + first, ring.filled());
-#else
-  const u8* x = (const u8*)a.a.x + step * 128 + lane % 8 * 16;
-  for (u32 m = lane / 8; m < ROWS; m += 4)
-    if (row + m < a.a.rows)
-      copy_ahead(memory + ring.offset + x_place(m, lane % 8),
-                 x + (u64)(row + m) * a.a.in_features * 2);
-  arrive_after_copies(ring.filled());
-#endif
-}
-
-DEVICE void copy_all(const RowsArguments& a, const Run& run, Ring ring, u8* memory, u32 lane) {
+DEVICE void copy_all(const RowsArguments& a, const Run& run, Ring ring, u32 lane) {
   // Weights never change: the first are asked for before the launches that make x are over.
   u32 early = run.end - run.begin < STAGES ? run.end - run.begin : STAGES;
   if (lane == 0)
@@ -214,7 +197,10 @@ DEVICE void copy_all(const RowsArguments& a, const Run& run, Ring ring, u8* memo
         barrier_wait(ring.taken(), ring.parity ^ 1);
         if (lane == 0) copy_weight(a.a, ring.place(), part.block, step, ring.filled());
       }
-      copy_rows(a, ring, memory, part.row, step, run.rank, lane);
+      // Each thread block of a cluster copies its part of the rows to all.
+      u32 first = run.rank * (ROWS / CLUSTER);
+      if (lane == 0)
+        copy_box(ring.place() + first * 128, a, step * 64, part.row + first, ring.filled());
       ring.advance();
     }
   }
@@ -392,7 +378,6 @@ DEVICE void multiply_all(const Arguments& a, const Run& run, Ring ring, u8* memo
     Shared taken = ring.taken();  // of the step before, whose products may still run
     for (u32 step = own.step; step < own.end; step++) {
       barrier_wait(ring.filled(), ring.parity);
-      if (!BOXES) show_to_products();
       Shared x = ring.place();
       alignas(16) u32 words[TILES][BITS];
 #pragma unroll
@@ -474,7 +459,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS)
   run.end = run.walk.begin(run.number + 1);
   if (thread == 0) {
     for (u32 stage = 0; stage < STAGES; stage++) {
-      barrier_begin(ring.full + 8 * stage, BOXES ? 1 : 33);
+      barrier_begin(ring.full + 8 * stage, 1);
       barrier_begin(ring.empty + 8 * stage, CLUSTER * WARPGROUPS * 4);
     }
     publish_barriers();
@@ -484,7 +469,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS)
   u32 warpgroup = thread / 128;
   if (warpgroup == WARPGROUPS) {
     give_registers<COPY_REGISTERS>();
-    if (thread % 128 < 32) copy_all(a, run, ring, memory, thread % 32);
+    if (thread % 128 < 32) copy_all(a, run, ring, thread % 32);
     __syncwarp();
     if (JOINED > 1) meet_cluster();
   } else {
