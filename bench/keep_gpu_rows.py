@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,11 @@ Case = Mapping[str, Any]
 def main() -> None:
     """Write the table and the result."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("rows", type=Path)
+    parser.add_argument("rows", type=Path, nargs="+", help="the last run last")
     parser.add_argument("--commit", required=True, help="that was measured")
     parser.add_argument("--date", required=True, help="of the measurement")
     options = parser.parse_args()
-    measured = json.loads(options.rows.read_text(encoding="utf-8"))
+    measured = join_runs([json.loads(run.read_text(encoding="utf-8")) for run in options.rows])
     keep_table(measured)
     keep_result(
         measured,
@@ -49,6 +49,17 @@ def main() -> None:
             versions=measured["versions"],
         ),
     )
+
+
+def join_runs(runs: Sequence[Case]) -> Case:
+    """Take the cases that the last run did not reach from the ones before."""
+    joined = dict(runs[-1])
+    for part in ("sweep", "best", "microseconds", "distance from fp32"):
+        joined[part] = {key: case for run in runs for key, case in run.get(part, {}).items()}
+    joined["cases of earlier runs"] = sorted(
+        joined["microseconds"].keys() - runs[-1]["microseconds"].keys()
+    )
+    return joined
 
 
 def keep_table(measured: Case) -> None:
@@ -143,15 +154,30 @@ def keep_result(measured: Case, elsewhere: Elsewhere) -> None:
             "halfbyte: what it runs by its shipped table, which was made of this run, with early "
             "start. The kernel: the fastest of its candidates, timed again in turn with the "
             "others. Weights cold, CUDA graphs, medians of 7 rounds (3 for 4096 rows)."
+            + _tell_earlier(measured["cases of earlier runs"])
         ),
         data={
             "microseconds": cases,
             "best": measured["best"],
             "correctness": measured.get("correctness"),
             "distance from fp32": measured.get("distance from fp32"),
+            "cases of earlier runs": measured["cases of earlier runs"],
             "failed": {key: value for key, value in measured.items() if key.endswith(" failed")},
         },
         elsewhere=elsewhere,
+    )
+
+
+def _tell_earlier(cases: Sequence[str]) -> str:
+    rows = sorted({int(case.rsplit(" ", 1)[1]) for case in cases})
+    if not rows:
+        return ""
+    return (
+        " The run was cut off: for "
+        + ", ".join(
+            f"{count} rows ({sum(c.endswith(f' {count}') for c in cases)})" for count in rows
+        )
+        + " so many cases are of a run of an earlier version."
     )
 
 
