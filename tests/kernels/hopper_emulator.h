@@ -50,7 +50,7 @@ struct Transposed {
 inline std::vector<Transposed> transposed;
 
 inline Barrier cluster_barrier;
-inline std::vector<Barrier> consumer_barriers;
+inline std::vector<Barrier> consumer_barriers, turns;
 
 inline void begin_hopper(int threads) {
   cluster_barrier = {threads};
@@ -58,6 +58,7 @@ inline void begin_hopper(int threads) {
   products.assign(threads, {});
   transposed.assign(threads, {});
   warpgroup_barriers.assign(threads / 128, {128});
+  turns.assign(CLUSTER * JOINED * 2, {256});
   consumer_barriers.assign(CLUSTER * JOINED, {128 * WARPGROUPS});
 }
 
@@ -108,6 +109,14 @@ inline void barrier_arrive_at(Shared place, uint32_t rank) { barrier_arrive(else
 
 inline float4 read_elsewhere(Shared place, uint32_t rank) {
   return *(const float4*)elsewhere(place, rank);
+}
+
+inline void wait_for_turn(uint32_t warpgroup) {
+  emulator::wait_at(emulator::turns[emulator::block() * 2 + warpgroup]);
+}
+
+inline void give_turn(uint32_t warpgroup) {
+  emulator::arrive_at(emulator::turns[emulator::block() * 2 + warpgroup]);
 }
 
 inline void meet_consumers() {

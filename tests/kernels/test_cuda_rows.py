@@ -107,6 +107,16 @@ def test_a_cluster_adds_its_sums(joined):
     check(config, 5, group_size=64)
 
 
+@emulated
+def test_two_warpgroups_in_turns():
+    config = RowsConfig(rows=32, tiles=2, warpgroups=2, stages=3, turns=1)
+    one = check(config, 40, resident=5, group_size=32, out_features=272)
+    assert torch.equal(
+        check(replace(config, turns=0), 40, resident=5, group_size=32, out_features=272), one
+    )
+    assert torch.equal(check(config, 40, resident=5, order=2, group_size=32, out_features=272), one)
+
+
 def test_runs_are_no_more_than_steps():
     spec = replace(make_linear().spec, in_features=128, out_features=256, group_size=128)
     assert count_runs(SMALL, spec, 33, 132) == 2 * 2 * 2

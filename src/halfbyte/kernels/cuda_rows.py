@@ -64,6 +64,8 @@ class RowsConfig:
     blocks: int = 1
     cluster: int = 1
     """Thread blocks side by side that share their rows of x."""
+    turns: int = 0
+    """1: two warpgroups begin their products in turns."""
     joined: int = 1
     """Thread blocks that share a tile in a cluster; if more than 1, ``splits`` is the same."""
 

@@ -196,6 +196,15 @@ DEVICE void meet_consumers() {
   asm volatile("bar.sync 15, %0;" ::"n"(128 * WARPGROUPS) : "memory");
 }
 
+// Of two warpgroups, one waits until the other has given it the turn.
+DEVICE void wait_for_turn(u32 warpgroup) {
+  asm volatile("bar.sync %0, 256;" ::"r"(8 + warpgroup) : "memory");
+}
+
+DEVICE void give_turn(u32 warpgroup) {
+  asm volatile("bar.arrive %0, 256;" ::"r"(8 + warpgroup) : "memory");
+}
+
 // The threads of a warpgroup meet.
 DEVICE void meet_warpgroup(u32 warpgroup) {
   asm volatile("bar.sync %0, 128;" ::"r"(1 + warpgroup) : "memory");

@@ -15,6 +15,8 @@
 //   ROWS         of a tile: 8, 16, 32, 64, 128 or 256
 //   TILES, WARPGROUPS, STAGES   as above
 //   BLOCKS       thread blocks that a multiprocessor must have room for
+//   TURNS        1: the two warpgroups begin the products of a step in turns, so that one takes codes
+//                apart while the other's products run; 0: as it comes
 //   CLUSTER      thread blocks side by side that share the rows of x: each copies its part to all
 //   JOINED       thread blocks of a cluster that share a tile, each with a part of its steps: their
 //                sums meet in shared memory, and `partials` is not needed; 1: none
@@ -38,7 +40,8 @@ constexpr u32 TURN_BYTES = 512;  // of a warp, where 16 channels by 16 rows are 
 constexpr u32 TAIL_BYTES = WARPGROUPS * 4 * TURN_BYTES + 16 * STAGES + 16;
 constexpr u32 SHARED_BYTES = STAGES * STAGE_BYTES + TAIL_BYTES + 1024;  // to begin at a multiple
 // Sixteen inputs at a time are a product; so many products a tile are begun together.
-constexpr u32 TOGETHER = TILES > 2 ? 1 : 2;
+constexpr u32 TOGETHER = TURNS ? 4 : TILES > 2 ? 1 : 2;
+static_assert(!TURNS || WARPGROUPS == 2, "two take turns");
 constexpr u32 FRAGMENTS = TILES * ROWS / 8;  // float4 of sums of a thread
 static_assert(JOINED == 1 || WARPGROUPS * FRAGMENTS * 2048 <= STAGES * STAGE_BYTES,
               "the sums of a tile meet where the slots were");
@@ -231,6 +234,8 @@ DEVICE void multiply_all(const Arguments& a, const Run& run, Ring ring, u8* memo
 #endif
   Sums sums;
   u32 numbers[2][TOGETHER][TILES][4];  // of the products that run, and of those that are next
+  u32 steps_left = run.end - run.begin;
+  if (TURNS && warpgroup == 1) give_turn(0);
   for (u32 unit = run.begin; unit < run.end;) {
     Part own;
     own.begin(run, unit);
@@ -254,28 +259,31 @@ DEVICE void multiply_all(const Arguments& a, const Run& run, Ring ring, u8* memo
 #pragma unroll
       for (u32 part = 0; part < 4 / TOGETHER; part++) {
         // All products but those begun last are over: their registers may be written.
-        wait_for_products<1>();
-        if (part == 1 && step > own.step) give_back(taken, lane);
-        u32 half = part * TOGETHER / 2;
+        wait_for_products<TURNS ? 0 : 1>();
+        if (part == (TURNS ? 0 : 1) && step > own.step) give_back(taken, lane);
 #pragma unroll
         for (u32 t = 0; t < TILES; t++) {
 #pragma unroll
-          for (u32 h = 0; h < 2; h++) {
-            if (part == 0 || (HALF_GROUPS && part * TOGETHER == 2)) {
-              scales[t][h].read(own_scales + ring.offset + half * SCALE_ROW, t * 64 + h * 8);
-              zeros[t][h] = 1 << (BITS - 1);
-#if HAS_ZEROS
-              zeros[t][h] = own_zeros[ring.offset + half * ZERO_ROW + t * 64 + h * 8];
-#endif
-            }
-            u32 pairs[4];
-            take_apart(pairs, words[t], h, half, zeros[t][h]);
+          for (u32 h = 0; h < 2; h++)
 #pragma unroll
-            for (u32 i = 0; i < 2 * TOGETHER; i++)
-              numbers[part % 2][i / 2][t][i % 2 * 2 + h] =
-                  scales[t][h].apply(pairs[part * TOGETHER % 2 * 2 + i]);
-          }
+            for (u32 i = 0; i < TOGETHER; i++) {
+              u32 sixteenth = part * TOGETHER + i, half = sixteenth / 2;
+              if (sixteenth == 0 || (HALF_GROUPS && sixteenth == 2)) {
+                scales[t][h].read(own_scales + ring.offset + half * SCALE_ROW, t * 64 + h * 8);
+                zeros[t][h] = 1 << (BITS - 1);
+#if HAS_ZEROS
+                zeros[t][h] = own_zeros[ring.offset + half * ZERO_ROW + t * 64 + h * 8];
+#endif
+              }
+              u32 pairs[4];
+              take_apart(pairs, words[t], h, half, zeros[t][h]);
+#pragma unroll
+              for (u32 u = 0; u < 2; u++)
+                numbers[part % 2][i][t][u * 2 + h] =
+                    scales[t][h].apply(pairs[sixteenth % 2 * 2 + u]);
+            }
         }
+        if (TURNS) wait_for_turn(warpgroup);
         begin_products();
 #pragma unroll
         for (u32 i = 0; i < TOGETHER; i++)
@@ -283,6 +291,8 @@ DEVICE void multiply_all(const Arguments& a, const Run& run, Ring ring, u8* memo
           for (u32 t = 0; t < TILES; t++)
             multiply_box(sums[t], numbers[part % 2][i][t], x, part * TOGETHER + i);
         close_products();
+        steps_left--;
+        if (TURNS && (warpgroup == 0 || steps_left)) give_turn(1 - warpgroup);
       }
       taken = ring.taken();
       ring.advance();
