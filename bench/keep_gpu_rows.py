@@ -11,11 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from halfbyte.kernels.cuda_rows import BUCKETS
+from halfbyte.kernels.cuda_rows import BUCKETS, ROWS_LIMIT, RowsConfig
 from keep_gpu import TABLES, join_entries, name_sizes
 from measure_gpu_kernels import SHAPES, find_microseconds
 from record import Elsewhere, save_result
@@ -32,11 +33,11 @@ Case = Mapping[str, Any]
 def main() -> None:
     """Write the table and the result."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("rows", type=Path)
+    parser.add_argument("rows", type=Path, nargs="+", help="the last run last")
     parser.add_argument("--commit", required=True, help="that was measured")
     parser.add_argument("--date", required=True, help="of the measurement")
     options = parser.parse_args()
-    measured = json.loads(options.rows.read_text(encoding="utf-8"))
+    measured = join_runs([json.loads(run.read_text(encoding="utf-8")) for run in options.rows])
     keep_table(measured)
     keep_result(
         measured,
@@ -48,6 +49,17 @@ def main() -> None:
             versions=measured["versions"],
         ),
     )
+
+
+def join_runs(runs: Sequence[Case]) -> Case:
+    """Take the cases that the last run did not reach from the ones before."""
+    joined = dict(runs[-1])
+    for part in ("sweep", "best", "microseconds", "distance from fp32"):
+        joined[part] = {key: case for run in runs for key, case in run.get(part, {}).items()}
+    joined["cases of earlier runs"] = sorted(
+        joined["microseconds"].keys() - runs[-1]["microseconds"].keys()
+    )
+    return joined
 
 
 def keep_table(measured: Case) -> None:
@@ -86,7 +98,7 @@ def _by_block(case: Case) -> dict[str, tuple[float, dict[str, int]]]:
     """By thread block: the time of its best splits, and the configuration."""
     found: dict[str, tuple[float, dict[str, int]]] = {}
     for name in case:
-        config = json.loads(name)
+        config = asdict(RowsConfig(**json.loads(name)))
         block = json.dumps(config | {"splits": 0})
         time = find_microseconds(case, name)
         if math.isfinite(time) and (block not in found or time < found[block][0]):
@@ -102,7 +114,9 @@ def keep_result(measured: Case, elsewhere: Elsewhere) -> None:
         here = {s: cases[f"{s}, rows {rows}"] for s in SHAPES if f"{s}, rows {rows}" in cases}
         if len(here) < len(SHAPES):
             continue
-        many = choose_configs(measured, rows)
+        many = dict.fromkeys(SHAPES) | (
+            choose_configs(measured, rows) if rows <= ROWS_LIMIT else {}
+        )
         ratios = {
             s: _best(case, PEERS) / _best(case, (OWN,) if many[s] else BEFORE)
             for s, case in here.items()
@@ -136,19 +150,34 @@ def keep_result(measured: Case, elsewhere: Elsewhere) -> None:
         note=(
             "Speed as a ratio, above 1 is faster; geometric means over the eight linears of the 8B "
             "and the 70B Llama; 4 bits, groups of 128, symmetric, bf16. Peers: the fastest of vLLM "
-            "0.24's Marlin and Machete and, up to 16 rows, torch's tinygemm in each case. halfbyte: "
-            "what it runs by its shipped table, which was made of this run, with early start. The "
-            "kernel: the fastest of its candidates, timed again in turn with the others. Weights cold, CUDA graphs, medians of 7 rounds "
-            "(3 for 4096 rows)."
+            "0.24's Marlin and Machete and, up to 16 rows, torch's tinygemm in each case. "
+            "halfbyte: what it runs by its shipped table, which was made of this run, with early "
+            "start. The kernel: the fastest of its candidates, timed again in turn with the "
+            "others. Weights cold, CUDA graphs, medians of 7 rounds (3 for 4096 rows)."
+            + _tell_earlier(measured["cases of earlier runs"])
         ),
         data={
             "microseconds": cases,
             "best": measured["best"],
             "correctness": measured.get("correctness"),
             "distance from fp32": measured.get("distance from fp32"),
+            "cases of earlier runs": measured["cases of earlier runs"],
             "failed": {key: value for key, value in measured.items() if key.endswith(" failed")},
         },
         elsewhere=elsewhere,
+    )
+
+
+def _tell_earlier(cases: Sequence[str]) -> str:
+    rows = sorted({int(case.rsplit(" ", 1)[1]) for case in cases})
+    if not rows:
+        return ""
+    return (
+        " The run was cut off: for "
+        + ", ".join(
+            f"{count} rows ({sum(c.endswith(f' {count}') for c in cases)})" for count in rows
+        )
+        + " so many cases are of a run of an earlier version."
     )
 
 

@@ -40,7 +40,7 @@ from measure_gpu_kernels import (
     time_arms,
 )
 
-ROWS = (64, 128, 256, 16, 8, 1, 32, 512, 1024, 4096)
+ROWS = (64, 128, 256, 512, 32, 1024, 16, 8, 1, 4096)
 PEERS = ("tinygemm", "marlin", "machete")
 SPLITS = (0, 1, 2, 3, 4, 8)
 HANG_SECONDS = 8.0
@@ -57,8 +57,8 @@ BLOCKS = [
     (128, 2, 2, 1, 1), (128, 1, 2, 1, 1), (128, 1, 3, 1, 1), (128, 2, 2, 1, 2), (128, 1, 2, 1, 2),
     (256, 1, 2, 1, 1), (256, 1, 2, 1, 2),
 ]  # fmt: skip
-JOINED = (2, 3, 4, 8)
-JOINED_BLOCKS = ((8, 2), (16, 2), (32, 2), (64, 2), (128, 2), (128, 1), (256, 1))
+JOINED = (2, 3, 4)
+JOINED_BLOCKS = ((64, 2), (128, 2), (128, 1), (256, 1))
 """Rows and tiles, of two warpgroups, that are tried with clusters that share a tile too."""
 
 
@@ -74,7 +74,14 @@ def list_candidates() -> list[RowsConfig]:
         found.append(config)
         if warpgroups == 2 and (blocks, cluster) == (1, 1) and (rows, tiles) in JOINED_BLOCKS:
             found.extend(replace(config, splits=joined, joined=joined) for joined in JOINED)
-    return found
+    turns = [config for config in found if takes_turns(config)]
+    return found + [replace(config, turns=1) for config in turns]
+
+
+def takes_turns(config: RowsConfig) -> bool:
+    """Whether it is tried with warpgroups that begin their products in turns."""
+    alone = config.blocks == config.cluster == 1
+    return config.rows >= 32 and config.warpgroups == 2 and config.tiles <= 2 and alone
 
 
 def make_spec(**changed: Any) -> LinearSpec:
@@ -106,17 +113,16 @@ KINDS: list[dict[str, Any]] = [
 
 
 def list_checks(candidates: Sequence[RowsConfig]) -> list[tuple[RowsConfig, dict[str, Any]]]:
-    """What to check: each candidate on the plain kind; some on all kinds; the other way to copy."""
+    """What to check: each candidate on the plain kind, some on all kinds."""
     plain = [
         (replace(config, splits=splits), KINDS[0])
         for config in candidates
         for splits in ((0, 3) if config.joined == 1 else (config.splits,))
     ]
     some = [config for config in candidates if (config.rows, config.tiles) in ((64, 2), (128, 1))]
-    some = [config for config in some if config.joined < 4]
+    some = [config for config in some if config.joined < 3]
     kinds = [(config, kind) for config in some for kind in KINDS[1:]]
-    threads = [(replace(config, boxes=0), KINDS[0]) for config in some if config.joined == 1]
-    return [*threads, *plain, *kinds]
+    return [*plain, *kinds]
 
 
 def check_one(config: RowsConfig, kind: dict[str, Any]) -> dict[str, Any]:
@@ -179,7 +185,7 @@ def check(session: Session, seconds: float) -> set[str]:
     for name, outcome in bad.items():
         print("BAD", name, outcome, flush=True)
     print(f"{len(outcomes)} checks of {len(checks)}, {len(bad)} bad", flush=True)
-    plain = [(c, o) for (c, k), o in zip(checks, outcomes, strict=False) if not k and c.boxes]
+    plain = [(c, o) for (c, k), o in zip(checks, outcomes, strict=False) if not k]
     wrong = {_name(replace(c, splits=0)) for c, o in plain if not gpu_checks.is_good(o)}
     return {_name(replace(c, splits=0)) for c, _ in plain} - wrong
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from halfbyte.errors import KernelUnavailable
 from halfbyte.kernels.cuda_driver import compile_source, load_nvrtc
+from halfbyte.kernels.cuda_rows import RowsConfig
 from halfbyte.kernels.gpu_table import load_table, parse_table
 
 BENCH = Path(__file__).parents[2] / "bench"
@@ -116,7 +117,7 @@ def test_one_thread_block_is_shipped_for_all_shapes_unless_another_is_much_faste
     keep = script("keep_gpu_rows")
     monkeypatch.setattr(keep, "TABLES", tmp_path)
     small, large = (
-        {"rows": rows, "tiles": 2, "warpgroups": 2, "stages": 4, "splits": splits}
+        asdict(RowsConfig(rows=rows, tiles=2, warpgroups=2, stages=4, splits=splits))
         for rows, splits in ((64, 0), (128, 3))
     )
 

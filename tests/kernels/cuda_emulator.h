@@ -64,12 +64,16 @@ inline int block() { return current / block_threads; }
 
 inline void pause() { swapcontext(&fibers[current].context, &scheduler); }
 
-inline void wait_at(Barrier& barrier) {
-  int round = barrier.round;
+inline void arrive_at(Barrier& barrier) {
   if (++barrier.arrived == barrier.size) {
     barrier.arrived = 0;
     barrier.round++;
   }
+}
+
+inline void wait_at(Barrier& barrier) {
+  int round = barrier.round;
+  arrive_at(barrier);
   while (barrier.round == round) pause();
 }
 

@@ -50,7 +50,7 @@ struct Transposed {
 inline std::vector<Transposed> transposed;
 
 inline Barrier cluster_barrier;
-inline std::vector<Barrier> consumer_barriers;
+inline std::vector<Barrier> consumer_barriers, turns;
 
 inline void begin_hopper(int threads) {
   cluster_barrier = {threads};
@@ -58,6 +58,7 @@ inline void begin_hopper(int threads) {
   products.assign(threads, {});
   transposed.assign(threads, {});
   warpgroup_barriers.assign(threads / 128, {128});
+  turns.assign(CLUSTER * JOINED * 2, {256});
   consumer_barriers.assign(CLUSTER * JOINED, {128 * WARPGROUPS});
 }
 
@@ -110,6 +111,14 @@ inline float4 read_elsewhere(Shared place, uint32_t rank) {
   return *(const float4*)elsewhere(place, rank);
 }
 
+inline void wait_for_turn(uint32_t warpgroup) {
+  emulator::wait_at(emulator::turns[emulator::block() * 2 + warpgroup]);
+}
+
+inline void give_turn(uint32_t warpgroup) {
+  emulator::arrive_at(emulator::turns[emulator::block() * 2 + warpgroup]);
+}
+
 inline void meet_consumers() {
   emulator::wait_at(emulator::consumer_barriers[emulator::block()]);
 }
@@ -153,14 +162,6 @@ inline void copy_box(Shared to, const Given& a, uint32_t input, uint32_t row,
     emulator::start_copy(elsewhere(barrier, rank), {elsewhere(to, rank), box, EACH * 128});
 }
 
-// Its own copies are over at once: arriving says so.
-inline void arrive_after_copies(Shared barrier) {
-  close_copies();
-  wait_for_copies<0>();
-  barrier_arrive(barrier);
-}
-
-inline void show_to_products() {}
 inline void begin_products() {}
 
 inline void multiply_box(float (&sums)[ROWS / 8][4], const uint32_t (&a)[4],

@@ -62,10 +62,10 @@ class RowsConfig:
     splits: int = 0
     """Runs of a tile; 0: as many of all tiles as thread blocks fit on the device."""
     blocks: int = 1
-    boxes: int = 1
-    """1: x is copied by the copy engine; 0: by threads."""
     cluster: int = 1
     """Thread blocks side by side that share their rows of x."""
+    turns: int = 0
+    """1: two warpgroups begin their products in turns."""
     joined: int = 1
     """Thread blocks that share a tile in a cluster; if more than 1, ``splits`` is the same."""
 

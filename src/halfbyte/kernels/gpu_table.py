@@ -1,6 +1,7 @@
 """What was measured of the kernels for GPUs, by architecture: shipped, never tuned on the way.
 
-``gpu_table/sm_90.json`` is made of ``bench/results/gpu-kernels.json`` by ``bench/keep_gpu.py``.
+``gpu_table/sm_90.json`` is made by ``bench/keep_gpu.py`` and ``keep_gpu_rows.py`` of what
+``measure_gpu_kernels.py`` and ``measure_gpu_rows.py`` wrote.
 """
 
 from __future__ import annotations

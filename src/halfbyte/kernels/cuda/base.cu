@@ -39,11 +39,6 @@ constexpr u32 TILE_BYTES = 128 * BITS;
 
 DEVICE u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
 
-DEVICE void copy_ahead(u8* to, const u8* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
-               : "memory");
-}
-
 // (word & mask) | bits, in one instruction.
 template <u32 MASK, u32 SET>
 DEVICE u32 mask_and_set(u32 word) {

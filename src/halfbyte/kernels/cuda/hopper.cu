@@ -57,15 +57,6 @@ DEVICE void barrier_wait(Shared barrier, u32 parity) {
       : "memory");
 }
 
-// Arrives when the copies of copy_ahead that this thread has started are there.
-DEVICE void arrive_after_copies(Shared barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier)
-               : "memory");
-}
-
-// What copy_ahead has written may be read by products from here on.
-DEVICE void show_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
 // Copies bytes in a row, a multiple of 16.
 DEVICE void copy_bulk(Shared to, const u8* from, u32 bytes, Shared barrier) {
   asm volatile(
@@ -203,6 +194,15 @@ DEVICE float4 read_elsewhere(Shared place, u32 rank) {
 // The threads of all warpgroups that multiply meet.
 DEVICE void meet_consumers() {
   asm volatile("bar.sync 15, %0;" ::"n"(128 * WARPGROUPS) : "memory");
+}
+
+// Of two warpgroups, one waits until the other has given it the turn.
+DEVICE void wait_for_turn(u32 warpgroup) {
+  asm volatile("bar.sync %0, 256;" ::"r"(8 + warpgroup) : "memory");
+}
+
+DEVICE void give_turn(u32 warpgroup) {
+  asm volatile("bar.arrive %0, 256;" ::"r"(8 + warpgroup) : "memory");
 }
 
 // The threads of a warpgroup meet.

@@ -29,6 +29,11 @@ constexpr u32 FRAGMENTS = WARPS_OUT * TILES * ROW_TILES;
 #ifndef EMULATED
 // ---------------------------------------------------------------- instructions of the device
 
+DEVICE void copy_ahead(u8* to, const u8* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
+               : "memory");
+}
+
 DEVICE void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 template <u32 OPEN>

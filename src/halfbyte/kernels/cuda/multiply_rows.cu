@@ -15,7 +15,8 @@
 //   ROWS         of a tile: 8, 16, 32, 64, 128 or 256
 //   TILES, WARPGROUPS, STAGES   as above
 //   BLOCKS       thread blocks that a multiprocessor must have room for
-//   BOXES        1: x is copied by the copy engine's boxes; 0: by the threads of the copying warp
+//   TURNS        1: the two warpgroups begin the products of a step in turns, so that one takes codes
+//                apart while the other's products run; 0: as it comes
 //   CLUSTER      thread blocks side by side that share the rows of x: each copies its part to all
 //   JOINED       thread blocks of a cluster that share a tile, each with a part of its steps: their
 //                sums meet in shared memory, and `partials` is not needed; 1: none
@@ -39,7 +40,8 @@ constexpr u32 TURN_BYTES = 512;  // of a warp, where 16 channels by 16 rows are 
 constexpr u32 TAIL_BYTES = WARPGROUPS * 4 * TURN_BYTES + 16 * STAGES + 16;
 constexpr u32 SHARED_BYTES = STAGES * STAGE_BYTES + TAIL_BYTES + 1024;  // to begin at a multiple
 // Sixteen inputs at a time are a product; so many products a tile are begun together.
-constexpr u32 TOGETHER = TILES > 2 ? 1 : 2;
+constexpr u32 TOGETHER = TURNS ? 4 : TILES > 2 ? 1 : 2;
+static_assert(!TURNS || WARPGROUPS == 2, "two take turns");
 constexpr u32 FRAGMENTS = TILES * ROWS / 8;  // float4 of sums of a thread
 static_assert(JOINED == 1 || WARPGROUPS * FRAGMENTS * 2048 <= STAGES * STAGE_BYTES,
               "the sums of a tile meet where the slots were");
@@ -161,7 +163,7 @@ DEVICE void copy_weight(const Arguments& a, Shared to, u32 block, u32 step, Shar
   u32 left = tiles > first ? tiles - first : 0;
   u32 count = left < CHANNELS / 16 ? left : CHANNELS / 16;
   barrier_expect(barrier, count * (TILE_BYTES + GROUPS_IN_STEP * 16 * (SCALE_SIZE + HAS_ZEROS)) +
-                              (BOXES ? X_BYTES : 0));
+                              X_BYTES);
   if (CLUSTER > 1 && count == 0) return;
   copy_bulk(to + X_BYTES, a.codes + ((u64)step * tiles + first) * TILE_BYTES, count * TILE_BYTES,
             barrier);
@@ -177,23 +179,7 @@ DEVICE void copy_weight(const Arguments& a, Shared to, u32 block, u32 step, Shar
   }
 }
 
-DEVICE void copy_rows(const RowsArguments& a, const Ring& ring, u8* memory, u32 row, u32 step,
-                      u32 rank, u32 lane) {
-#if BOXES
-  u32 first = rank * (ROWS / CLUSTER);
-  if (lane == 0)
-    copy_box(ring.place() + first * 128, a, step * 64, row + first, ring.filled());
-#else
-  const u8* x = (const u8*)a.a.x + step * 128 + lane % 8 * 16;
-  for (u32 m = lane / 8; m < ROWS; m += 4)
-    if (row + m < a.a.rows)
-      copy_ahead(memory + ring.offset + x_place(m, lane % 8),
-                 x + (u64)(row + m) * a.a.in_features * 2);
-  arrive_after_copies(ring.filled());
-#endif
-}
-
-DEVICE void copy_all(const RowsArguments& a, const Run& run, Ring ring, u8* memory, u32 lane) {
+DEVICE void copy_all(const RowsArguments& a, const Run& run, Ring ring, u32 lane) {
   // Weights never change: the first are asked for before the launches that make x are over.
   u32 early = run.end - run.begin < STAGES ? run.end - run.begin : STAGES;
   if (lane == 0)
@@ -214,7 +200,10 @@ DEVICE void copy_all(const RowsArguments& a, const Run& run, Ring ring, u8* memo
         barrier_wait(ring.taken(), ring.parity ^ 1);
         if (lane == 0) copy_weight(a.a, ring.place(), part.block, step, ring.filled());
       }
-      copy_rows(a, ring, memory, part.row, step, run.rank, lane);
+      // Each thread block of a cluster copies its part of the rows to all.
+      u32 first = run.rank * (ROWS / CLUSTER);
+      if (lane == 0)
+        copy_box(ring.place() + first * 128, a, step * 64, part.row + first, ring.filled());
       ring.advance();
     }
   }
@@ -231,141 +220,7 @@ DEVICE void give_back(Shared taken, u32 lane) {
 #endif
 }
 
-typedef float Sums[TILES][ROWS / 8][4];
-
-// Stores a lane's sums of 16 channels from n on by 16 rows from m on.
-DEVICE void store_pair(const Arguments& a, const float (&low)[4], const float (&high)[4], u32 n,
-                       u32 m, u32 lane, u8* turn) {
-  float bias0 = 0.0f, bias1 = 0.0f;
-  if (a.bias) {
-    bias0 = widen_low(a.bias[n + lane / 4]);
-    bias1 = widen_low(a.bias[n + lane / 4 + 8]);
-  }
-  store_transposed(turn + (lane / 16 * 8 + lane % 8) * 32 + lane / 8 % 2 * 16,
-                   narrow_pair(low[0] + bias0, low[1] + bias0),
-                   narrow_pair(low[2] + bias1, low[3] + bias1),
-                   narrow_pair(high[0] + bias0, high[1] + bias0),
-                   narrow_pair(high[2] + bias1, high[3] + bias1));
-  __syncwarp();
-  if (m + lane / 2 < a.rows && lane / 2 < ROWS)
-    *(uint4*)(a.result + (u64)(m + lane / 2) * a.out_features + n + lane % 2 * 8) =
-        *(const uint4*)(turn + lane * 16);
-  __syncwarp();
-}
-
-// The other eight rows of a pair; where a tile has no more than eight, the same.
-constexpr u32 NEXT = ROWS > 8 ? 1 : 0;
-
-DEVICE void store_sums(const Arguments& a, Sums& sums, const Part& own, u32 warpgroup, u32 warp,
-                       u32 lane, u8* turn) {
-#pragma unroll
-  for (u32 t = 0; t < TILES; t++) {
-    u32 n = ((own.block * WARPGROUPS + warpgroup) * TILES + t) * 64 + warp * 16;
-    if (n >= a.out_features) continue;
-#pragma unroll
-    for (u32 r = 0; r < ROWS / 8; r += 2)
-      if (own.row + r * 8 < a.rows)
-        store_pair(a, sums[t][r], sums[t][r + NEXT], n, own.row + r * 8, lane, turn);
-  }
-}
-
-#if JOINED > 1
-// Adds the sums of the thread blocks of a cluster in order, each a part of the tile, and stores it.
-DEVICE void join_sums(const Arguments& a, Sums& sums, const Part& own, Shared memory, u8* exchange,
-                      u32 warpgroup, u32 thread, u8* turn) {
-  constexpr u32 PAIRS = (ROWS / 8 + 1) / 2;
-  u32 lane = thread % 32, warp = thread / 32, rank = blockIdx.x % JOINED;
-  u32 first = (warpgroup * FRAGMENTS * 128 + thread) * 16;
-  meet_consumers();  // all products are over, and with them the use of the slots
-#pragma unroll
-  for (u32 t = 0; t < TILES; t++)
-#pragma unroll
-    for (u32 r = 0; r < ROWS / 8; r++) {
-      float(&s)[4] = sums[t][r];
-      *(float4*)(exchange + first + (t * (ROWS / 8) + r) * 2048) =
-          make_float4(s[0], s[1], s[2], s[3]);
-    }
-  meet_cluster();
-  for (u32 index = rank; index < TILES * PAIRS; index += JOINED) {
-    u32 t = index / PAIRS, r = index % PAIRS * 2;
-    u32 n = ((own.block * WARPGROUPS + warpgroup) * TILES + t) * 64 + warp * 16;
-    if (n >= a.out_features || own.row + r * 8 >= a.rows) continue;
-    Shared from = memory + first + (t * (ROWS / 8) + r) * 2048;
-    float4 parts[2][JOINED];
-#pragma unroll
-    for (u32 other = 0; other < JOINED; other++) {
-      parts[0][other] = read_elsewhere(from, other);
-      parts[1][other] = read_elsewhere(from + NEXT * 2048, other);
-    }
-    float total[2][4];
-#pragma unroll
-    for (u32 i = 0; i < 2; i++) {
-      total[i][0] = total[i][1] = total[i][2] = total[i][3] = 0.0f;
-#pragma unroll
-      for (u32 other = 0; other < JOINED; other++) {
-        total[i][0] += parts[i][other].x;
-        total[i][1] += parts[i][other].y;
-        total[i][2] += parts[i][other].z;
-        total[i][3] += parts[i][other].w;
-      }
-    }
-    store_pair(a, total[0], total[1], n, own.row + r * 8, lane, turn);
-  }
-}
-#endif
-
-// Gives this run's sums of a tile to the runs that have the rest; true: it is the last, and has all.
-DEVICE bool share_sums(const Arguments& a, const Run& run, Sums& sums, u32 tile, u32 warpgroup,
-                       u32 thread, u32* last) {
-  const Walk& walk = run.walk;
-  u32 first_unit = tile * walk.chunks;
-  u32 first_run = walk.run_of(first_unit), last_run = walk.run_of(first_unit + walk.chunks - 1);
-  if (first_run == last_run) return true;
-  // A run has at most two tiles that are not whole: its first and its last.
-  u32 slot = 2 * run.number + (run.begin < first_unit);
-  u32 part = run.rank * WARPGROUPS + warpgroup;
-  float4* own = a.partials + (u64)(slot * CLUSTER * WARPGROUPS + part) * (FRAGMENTS * 128) + thread;
-#pragma unroll
-  for (u32 t = 0; t < TILES; t++)
-#pragma unroll
-    for (u32 r = 0; r < ROWS / 8; r++) {
-      float(&s)[4] = sums[t][r];
-      own[(t * (ROWS / 8) + r) * 128] = make_float4(s[0], s[1], s[2], s[3]);
-    }
-  __threadfence();
-  meet_warpgroup(warpgroup);
-  if (thread == 0) {
-    u32* arrivals = a.arrivals + tile * CLUSTER * WARPGROUPS + part;
-    u32 is_last = atomicAdd(arrivals, 1u) == last_run - first_run;
-    if (is_last) *arrivals = 0;
-    last[warpgroup] = is_last;
-    __threadfence();
-  }
-  meet_warpgroup(warpgroup);
-  if (!last[warpgroup]) return false;
-#pragma unroll
-  for (u32 t = 0; t < TILES; t++)
-#pragma unroll
-    for (u32 r = 0; r < ROWS / 8; r++)
-#pragma unroll
-      for (u32 i = 0; i < 4; i++) sums[t][r][i] = 0.0f;
-  for (u32 other = first_run; other <= last_run; other++) {
-    u32 place = 2 * other + (walk.begin(other) < first_unit);
-    const float4* from =
-        a.partials + (u64)(place * CLUSTER * WARPGROUPS + part) * (FRAGMENTS * 128) + thread;
-#pragma unroll
-    for (u32 t = 0; t < TILES; t++)
-#pragma unroll
-      for (u32 r = 0; r < ROWS / 8; r++) {
-        float4 more = read_beyond_l1(from + (t * (ROWS / 8) + r) * 128);
-        sums[t][r][0] += more.x;
-        sums[t][r][1] += more.y;
-        sums[t][r][2] += more.z;
-        sums[t][r][3] += more.w;
-      }
-  }
-  return true;
-}
+#include "rows_sums.cu"
 
 DEVICE void multiply_all(const Arguments& a, const Run& run, Ring ring, u8* memory,
                          u32 warpgroup, u32 thread, u8* turn, u32* last) {
@@ -379,6 +234,8 @@ DEVICE void multiply_all(const Arguments& a, const Run& run, Ring ring, u8* memo
 #endif
   Sums sums;
   u32 numbers[2][TOGETHER][TILES][4];  // of the products that run, and of those that are next
+  u32 steps_left = run.end - run.begin;
+  if (TURNS && warpgroup == 1) give_turn(0);
   for (u32 unit = run.begin; unit < run.end;) {
     Part own;
     own.begin(run, unit);
@@ -392,7 +249,6 @@ DEVICE void multiply_all(const Arguments& a, const Run& run, Ring ring, u8* memo
     Shared taken = ring.taken();  // of the step before, whose products may still run
     for (u32 step = own.step; step < own.end; step++) {
       barrier_wait(ring.filled(), ring.parity);
-      if (!BOXES) show_to_products();
       Shared x = ring.place();
       alignas(16) u32 words[TILES][BITS];
 #pragma unroll
@@ -403,28 +259,31 @@ DEVICE void multiply_all(const Arguments& a, const Run& run, Ring ring, u8* memo
 #pragma unroll
       for (u32 part = 0; part < 4 / TOGETHER; part++) {
         // All products but those begun last are over: their registers may be written.
-        wait_for_products<1>();
-        if (part == 1 && step > own.step) give_back(taken, lane);
-        u32 half = part * TOGETHER / 2;
+        wait_for_products<TURNS ? 0 : 1>();
+        if (part == (TURNS ? 0 : 1) && step > own.step) give_back(taken, lane);
 #pragma unroll
         for (u32 t = 0; t < TILES; t++) {
 #pragma unroll
-          for (u32 h = 0; h < 2; h++) {
-            if (part == 0 || (HALF_GROUPS && part * TOGETHER == 2)) {
-              scales[t][h].read(own_scales + ring.offset + half * SCALE_ROW, t * 64 + h * 8);
-              zeros[t][h] = 1 << (BITS - 1);
-#if HAS_ZEROS
-              zeros[t][h] = own_zeros[ring.offset + half * ZERO_ROW + t * 64 + h * 8];
-#endif
-            }
-            u32 pairs[4];
-            take_apart(pairs, words[t], h, half, zeros[t][h]);
+          for (u32 h = 0; h < 2; h++)
 #pragma unroll
-            for (u32 i = 0; i < 2 * TOGETHER; i++)
-              numbers[part % 2][i / 2][t][i % 2 * 2 + h] =
-                  scales[t][h].apply(pairs[part * TOGETHER % 2 * 2 + i]);
-          }
+            for (u32 i = 0; i < TOGETHER; i++) {
+              u32 sixteenth = part * TOGETHER + i, half = sixteenth / 2;
+              if (sixteenth == 0 || (HALF_GROUPS && sixteenth == 2)) {
+                scales[t][h].read(own_scales + ring.offset + half * SCALE_ROW, t * 64 + h * 8);
+                zeros[t][h] = 1 << (BITS - 1);
+#if HAS_ZEROS
+                zeros[t][h] = own_zeros[ring.offset + half * ZERO_ROW + t * 64 + h * 8];
+#endif
+              }
+              u32 pairs[4];
+              take_apart(pairs, words[t], h, half, zeros[t][h]);
+#pragma unroll
+              for (u32 u = 0; u < 2; u++)
+                numbers[part % 2][i][t][u * 2 + h] =
+                    scales[t][h].apply(pairs[sixteenth % 2 * 2 + u]);
+            }
         }
+        if (TURNS) wait_for_turn(warpgroup);
         begin_products();
 #pragma unroll
         for (u32 i = 0; i < TOGETHER; i++)
@@ -432,6 +291,8 @@ DEVICE void multiply_all(const Arguments& a, const Run& run, Ring ring, u8* memo
           for (u32 t = 0; t < TILES; t++)
             multiply_box(sums[t], numbers[part % 2][i][t], x, part * TOGETHER + i);
         close_products();
+        steps_left--;
+        if (TURNS && (warpgroup == 0 || steps_left)) give_turn(1 - warpgroup);
       }
       taken = ring.taken();
       ring.advance();
@@ -474,7 +335,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS)
   run.end = run.walk.begin(run.number + 1);
   if (thread == 0) {
     for (u32 stage = 0; stage < STAGES; stage++) {
-      barrier_begin(ring.full + 8 * stage, BOXES ? 1 : 33);
+      barrier_begin(ring.full + 8 * stage, 1);
       barrier_begin(ring.empty + 8 * stage, CLUSTER * WARPGROUPS * 4);
     }
     publish_barriers();
@@ -484,7 +345,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS)
   u32 warpgroup = thread / 128;
   if (warpgroup == WARPGROUPS) {
     give_registers<COPY_REGISTERS>();
-    if (thread % 128 < 32) copy_all(a, run, ring, memory, thread % 32);
+    if (thread % 128 < 32) copy_all(a, run, ring, thread % 32);
     __syncwarp();
     if (JOINED > 1) meet_cluster();
   } else {
