@@ -13,7 +13,8 @@ import halfbyte
 from halfbyte.checkpoint.read import open_checkpoint
 from halfbyte.errors import CheckpointError, ConfigError, VerificationError
 from halfbyte.finetune import merge as merging
-from halfbyte.finetune.merge import merge, merge_and_quantize, merge_layers, scheme_of
+from halfbyte.finetune.merge import merge, merge_layers
+from halfbyte.finetune.requantize import merge_and_quantize, merging_config, scheme_of
 from halfbyte.quant_config import CalibrationConfig
 
 VARIANTS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
@@ -157,10 +158,11 @@ def test_merges_and_quantizes_as_the_base_was(base, tmp_path, data):
 
 
 def test_scheme_of_the_base_is_taken_over(base, tmp_path):
-    config = scheme_of(base)
+    config = merging_config(base, polish=0)
     assert (config.bits, config.group_size, config.symmetric, config.desc_act) == (
         4, 32, False, True,
     )  # fmt: skip
+    assert (config.match_base, config.polish, config.end_to_end_steps) == (True, 0, 60)
     plain = load(base, torch.bfloat16)
     plain.dequantize()
     plain.save_pretrained(tmp_path)
