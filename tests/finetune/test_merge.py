@@ -158,11 +158,11 @@ def test_merges_and_quantizes_as_the_base_was(base, tmp_path, data):
 
 
 def test_scheme_of_the_base_is_taken_over(base, tmp_path):
-    config = merging_config(base, polish=0)
+    config = merging_config(base, end_to_end_steps=7)
     assert (config.bits, config.group_size, config.symmetric, config.desc_act) == (
         4, 32, False, True,
     )  # fmt: skip
-    assert (config.match_base, config.polish, config.end_to_end_steps) == (True, 0, 60)
+    assert (config.match_base, config.polish, config.end_to_end_steps) == (True, 0, 7)
     plain = load(base, torch.bfloat16)
     plain.dequantize()
     plain.save_pretrained(tmp_path)

@@ -40,6 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantize", action="store_true", help="quantize the merged model; needs --data"
     )
+    parser.add_argument(
+        "--exact",
+        action="store_true",
+        help="keep the codes of BASE and put an adapter of --variant qalora beside them, exactly; "
+        "for halfbyte only",
+    )
     add_dataclass_options(parser, QuantConfig)
     add_dataclass_options(parser, CalibrationConfig)
     add_dataclass_options(parser, ResourceConfig)
@@ -48,6 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Merge and print what it cost."""
+    if args.exact and (args.quantize or args.original):
+        raise ConfigError(
+            f"--exact is given with {'--quantize' if args.quantize else '--original'}: an exact "
+            "merge keeps the codes of BASE. Leave one of them out."
+        )
     if args.quantize and args.data is None:
         raise ConfigError(
             "--quantize is given without --data. Name the task's JSON lines: the merged model is "
@@ -55,12 +66,17 @@ def run(args: argparse.Namespace) -> int:
         )
     calibration = dataclass_from_args(CalibrationConfig, args, {"length": 512})
     resources = dataclass_from_args(ResourceConfig, args)
+    from halfbyte.finetune.exact_merge import merge_exactly
     from halfbyte.finetune.merge import merge
     from halfbyte.finetune.requantize import merge_and_quantize, merging_config
     from halfbyte.quantize.progress import make_progress
     from halfbyte.quantize.source import find_model
 
-    if not args.quantize:
+    if args.exact:
+        report = merge_exactly(
+            args.base, args.adapter, args.output, data=args.data, device=resources.device
+        )
+    elif not args.quantize:
         report = merge(
             args.base,
             args.adapter,

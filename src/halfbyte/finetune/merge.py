@@ -122,20 +122,19 @@ def merge(
     """
     require_peft("Merging an adapter")
     target = Path(output)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"The output {target} exists and is not empty. Choose a new folder.")
+    check_new(target)
     folder = find_model(original if original is not None else base)
     dtype = stored_dtype(folder)
     subject = open_subject(folder, dtype=dtype, device=device)
     examples = judging_examples(data, subject)
-    probe = _probe(subject, examples)
-    without = _log_probs(subject.model, probe)
-    adapted = _attach(subject, adapter)
-    expected = _log_probs(adapted, probe)
+    probe = make_probe(subject, examples)
+    without = log_probs(subject.model, probe)
+    adapted = attach_for_merge(subject, adapter)
+    expected = log_probs(adapted, probe)
     scores = {} if not examples else {"adapted": score_task(adapted, examples)}
     merged = merge_layers(adapted, dtype)
-    found = _log_probs(merged, probe)
-    kl, kl_without = _kl(expected, found), _kl(expected, without)
+    found = log_probs(merged, probe)
+    kl, kl_without = mean_kl(expected, found), mean_kl(expected, without)
     if not kl <= max(ROUNDING_KL, LOST_SHARE * kl_without):
         raise VerificationError(
             f"Merging {adapter} into {folder} lost it: the merged model is {kl:.4f} nats per token "
@@ -241,7 +240,32 @@ def _as_dense(base: nn.Module) -> nn.Linear:
     return dense
 
 
-def _attach(subject: Subject, adapter: str | Path) -> Any:
+def check_new(target: Path) -> None:
+    """Make sure that a folder may be written.
+
+    Args:
+        target: The folder.
+
+    Raises:
+        ConfigError: It is in use.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"The output {target} exists and is not empty. Choose a new folder.")
+
+
+def attach_for_merge(subject: Subject, adapter: str | Path) -> Any:
+    """Put a finished adapter on its base.
+
+    Args:
+        subject: The base.
+        adapter: PEFT's folder.
+
+    Returns:
+        PEFT's model, in evaluation mode.
+
+    Raises:
+        ConfigError: It is none, or does not fit.
+    """
     import peft
 
     try:
@@ -299,8 +323,16 @@ def divide_examples(examples: Examples) -> tuple[Sequence[Example], Sequence[Exa
     return fitted.examples, judging[:: -(-len(judging) // MOST_SCORED)]
 
 
-def _probe(subject: Subject, examples: Sequence[Example]) -> list[Tensor]:
-    """Token ids to hold models against each other on: the task's, or else built-in text."""
+def make_probe(subject: Subject, examples: Sequence[Example]) -> list[Tensor]:
+    """Choose token ids to hold models against each other on.
+
+    Args:
+        subject: Any of the models.
+        examples: Of the task; where there are none, built-in text is taken.
+
+    Returns:
+        int64 [tokens] each.
+    """
     if examples:
         return [torch.tensor(example.ids) for example in examples[:PROBE_ROWS]]
     count = min(PROBE_TOKENS, subject.longest or PROBE_TOKENS)
@@ -310,7 +342,16 @@ def _probe(subject: Subject, examples: Sequence[Example]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _log_probs(model: Any, probe: Sequence[Tensor]) -> list[Tensor]:
+def log_probs(model: Any, probe: Sequence[Tensor]) -> list[Tensor]:
+    """Run a model over a probe.
+
+    Args:
+        model: Any causal language model.
+        probe: From :func:`make_probe`.
+
+    Returns:
+        Logarithms of its probabilities, float32 [tokens, vocabulary] each.
+    """
     device = model.get_input_embeddings().weight.device
     return [
         model(ids[None].to(device), use_cache=False).logits[0].float().log_softmax(-1).cpu()
@@ -318,8 +359,8 @@ def _log_probs(model: Any, probe: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
-def _kl(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    """Mean over tokens of the divergence of ``found`` from ``expected``."""
+def mean_kl(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+    """Give the mean over tokens of the divergence of ``found`` from ``expected``, in nats."""
     parts = [
         (one.exp() * (one - other)).sum(-1) for one, other in zip(expected, found, strict=True)
     ]

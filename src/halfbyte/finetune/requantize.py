@@ -41,7 +41,7 @@ from halfbyte.quantize.pipeline import quantize
 from halfbyte.quantize.progress import Progress
 from halfbyte.quantize.source import find_model
 
-REQUANTIZING = {"match_base": True, "polish": 1, "end_to_end_steps": 60}
+REQUANTIZING = {"match_base": True, "end_to_end_steps": 40}
 """Settings of a merge that is quantized again, where no others are given."""
 
 

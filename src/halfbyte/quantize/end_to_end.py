@@ -38,6 +38,8 @@ RATE = 1e-3
 BETAS = (0.9, 0.95)
 CHECK_STEPS = 10
 """Training steps between two looks at the held-out text."""
+MOST_CHECKED = 8
+"""Batches that judge; more would cost more than the steps between two looks."""
 PATIENCE = 3
 """Looks without a better one before it stops."""
 RETREAT = 0.25
@@ -67,7 +69,8 @@ class WholeData:
     @property
     def check(self) -> list[int]:
         """Batches that judge."""
-        return list(range(CHECK_EVERY - 1, self.num_batches, CHECK_EVERY))
+        found = list(range(CHECK_EVERY - 1, self.num_batches, CHECK_EVERY))
+        return found[:: -(-len(found) // MOST_CHECKED) or 1]
 
     @property
     def fit(self) -> list[int]:
