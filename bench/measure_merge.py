@@ -1,12 +1,13 @@
 """What does each way to make one model of a base and its adapter keep of the task?
 
-    python bench/measure_merge.py BASE --work DIR [--exact]
+    python bench/measure_merge.py BASE --work DIR [--untrained] [--exact]
 
 DIR is that of ``bench/measure_finetune.py``, with the adapter for BASE under ``4-bit``. All models
 answer the same held-out items of bench/extraction_task.py, right only letter for letter; those that
-were quantized again are held against the 16-bit merge by ``halfbyte compare``. ``--exact`` also
-trains an adapter of --variant qalora in the same steps and merges it exactly. DIR keeps what is
-done: a second call goes on.
+were quantized again are held against the 16-bit merge by ``halfbyte compare``. ``--untrained``
+quantizes once more and leaves the training of the scales out; ``--exact`` trains an adapter of
+--variant qalora in the same steps and merges it exactly. DIR keeps what is done: a second call goes
+on.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("base", type=Path, metavar="BASE")
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--untrained", action="store_true")
     parser.add_argument("--exact", action="store_true")
     args = parser.parse_args()
     _, held_out = split_items(TRAINING, HELD_OUT)
@@ -58,15 +60,16 @@ def main() -> None:
         rows.append([name, f"{right:.1%}", more.get("verdict", "")])
         print(rows[-1], flush=True)
 
-    add("base plus adapter", "adapted", base, adapter)
     dense = work / "merged-16-bit"
     if not dense.exists():
         merge(base, adapter, dense, data=data)
+    add("base plus adapter", "adapted", base, adapter)
     add("merged, 16 bits", "dense", dense)
-    ways = {
-        "untrained": ("quantized again, scales not trained", {"end_to_end_steps": 0}),
-        "trained": ("quantized again (`--quantize`)", {}),
+    ways: dict[str, tuple[str, dict[str, Any]]] = {
+        "trained": ("quantized again (`--quantize`)", {})
     }
+    if args.untrained:
+        ways["untrained"] = ("quantized again, scales not trained", {"end_to_end_steps": 0})
     for key, (name, settings) in ways.items():
         folder = work / f"merged-{key}"
         told = work / f"merged-{key}.json"
