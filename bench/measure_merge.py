@@ -1,13 +1,12 @@
 """What does each way to make one model of a base and its adapter keep of the task?
 
-    python bench/measure_merge.py BASE --work DIR [--untrained] [--exact]
+    python bench/measure_merge.py BASE --work DIR [--alone] [--exact]
 
 DIR is that of ``bench/measure_finetune.py``, with the adapter for BASE under ``4-bit``. All models
 answer the same held-out items of bench/extraction_task.py, right only letter for letter; those that
-were quantized again are held against the 16-bit merge by ``halfbyte compare``. ``--untrained``
-quantizes once more and leaves the training of the scales out; ``--exact`` trains an adapter of
---variant qalora in the same steps and merges it exactly. DIR keeps what is done: a second call goes
-on.
+were quantized again are held against the 16-bit merge by ``halfbyte compare``. ``--alone``
+quantizes once more without the unrounded model beside; ``--exact`` trains an adapter of --variant
+qalora in the same steps and merges it exactly. DIR keeps what is done: a second call goes on.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("base", type=Path, metavar="BASE")
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--untrained", action="store_true")
+    parser.add_argument("--alone", action="store_true")
     parser.add_argument("--exact", action="store_true")
     args = parser.parse_args()
     _, held_out = split_items(TRAINING, HELD_OUT)
@@ -66,10 +65,10 @@ def main() -> None:
     add("base plus adapter", "adapted", base, adapter)
     add("merged, 16 bits", "dense", dense)
     ways: dict[str, tuple[str, dict[str, Any]]] = {
-        "trained": ("quantized again (`--quantize`)", {})
+        "quantized": ("quantized again (`--quantize`)", {})
     }
-    if args.untrained:
-        ways["untrained"] = ("quantized again, scales not trained", {"end_to_end_steps": 0})
+    if args.alone:
+        ways["alone"] = ("the same with `--no-match-base`", {"match_base": False})
     for key, (name, settings) in ways.items():
         folder = work / f"merged-{key}"
         told = work / f"merged-{key}.json"
@@ -88,7 +87,6 @@ def main() -> None:
             "scores": merged["scores"],
             "minutes": quantized.seconds / 60,
             "quality": None if quantized.quality is None else quantized.quality.kl_nats_mean,
-            "looks": None if quantized.end_to_end is None else list(quantized.end_to_end.looks),
         }
         add(name, key, folder, **more, verdict=answer.verdict(key, dense, folder))
     if args.exact:

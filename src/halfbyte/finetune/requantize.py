@@ -3,12 +3,12 @@
 ::
 
     base + adapter ──merge.py──> 16-bit folder
-    16-bit folder + task's text and built-in text ──halfbyte.quantize──> codes
-    codes, scales and norm gains ──trained on what the merge says to the task──> GPTQ checkpoint
+    16-bit folder + task's examples and built-in text ──halfbyte.quantize──> GPTQ checkpoint
 
-Rounding alone loses much of an adapter: codes that are right for text in general are not right to
-the letter. Scales and gains, trained on the tokens of the answers, bring it back; they stay what
-any reader of the format reads.
+Rounding can undo what an adapter learned. What keeps it is calibration on the task as it is asked:
+every example a sequence of its own, beside the unrounded model. Behind one another, examples show
+how the task is done, and codes that are right there are not right for the first answer. Where that is
+not enough, ``end_to_end_steps`` trains scales and norm gains on the tokens of the answers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from halfbyte.quantize.pipeline import quantize
 from halfbyte.quantize.progress import Progress
 from halfbyte.quantize.source import find_model
 
-REQUANTIZING = {"match_base": True, "end_to_end_steps": 40}
+REQUANTIZING = {"match_base": True}
 """Settings of a merge that is quantized again, where no others are given."""
 
 

@@ -129,6 +129,13 @@ class EndToEndTuning:
         self.steps, self.seed = steps, seed
         self.changes = {name: number.change for name, number in student.numbers.items()}
         self.best = {name: torch.zeros_like(change) for name, change in self.changes.items()}
+        fit = [data.ids(batch) for batch in data.fit]
+        weights = [
+            float(data.weights_of(b, ids).sum()) for b, ids in zip(data.fit, fit, strict=True)
+        ]
+        self.usual_weight = sum(weights) / len(weights)
+        """Of a batch's tokens. A batch that weighs more moves more, so that what is trained is
+        what is judged: the mean over all tokens, not over batches."""
         self.state = TuningState(rate=RATE if rate is None else rate)
         self.optimizer = torch.optim.Adam(
             self.changes.values(), lr=self.state.rate, betas=BETAS, eps=1e-12
@@ -199,7 +206,7 @@ class EndToEndTuning:
     def _divergence(
         self, batch: int, ids: Tensor, hidden: Tensor, *, with_gradient: bool
     ) -> tuple[float, Tensor | None]:
-        """Weighted mean KL per token, and its gradient by the hidden states; row by row."""
+        """Weighted mean KL per token; the gradient of its sum over the usual weight, row by row."""
         stream, end = self.chain.stream, self.chain.num_blocks
         base, weights = self.data.base(batch), self.data.weights_of(batch, ids)
         counted = float(weights.sum())
@@ -216,7 +223,7 @@ class EndToEndTuning:
                     each = functional.kl_div(found, wanted, reduction="none", log_target=True)
                     kl = each.sum(-1).mul(weights[part]).sum()
                     if gradient is not None:
-                        (kl / counted).backward()  # type: ignore[no-untyped-call]
+                        (kl / self.usual_weight).backward()  # type: ignore[no-untyped-call]
                         assert own.grad is not None
                         gradient[part] = own.grad
                 total += float(kl.detach())
