@@ -7,8 +7,8 @@
 
 Rounding can undo what an adapter learned. What keeps it is calibration on the task as it is asked:
 every example a sequence of its own, beside the unrounded model. Behind one another, examples show
-how the task is done, and codes that are right there are not right for the first answer. Where that is
-not enough, ``end_to_end_steps`` trains scales and norm gains on the tokens of the answers.
+how the task is done, and codes that are right there are not right for the first answer. Where that
+is not enough, ``end_to_end_steps`` trains scales and norm gains on the tokens of the answers.
 """
 
 from __future__ import annotations
