@@ -6,9 +6,9 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 
 from halfbyte.finetune import loss as loss_module
 from halfbyte.finetune.config import AdapterConfig
-from halfbyte.finetune.data import IGNORED
 from halfbyte.finetune.loss import ChunkedLoss
 from halfbyte.finetune.train import attach_adapter
+from halfbyte.quantize.calibration import IGNORED
 
 # PEFT asks Transformers by an old name.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

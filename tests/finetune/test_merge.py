@@ -5,57 +5,17 @@ import json
 import peft
 import pytest
 import torch
-from tests.helpers.checkpoints import Recipe, tiny_llama_config, write_checkpoint
-from tests.helpers.tiny_llama import build_tokenizer
-from transformers import AutoModelForCausalLM
+from tests.helpers.adapters import load, write_adapter
 
 import halfbyte
-from halfbyte.checkpoint.read import open_checkpoint
-from halfbyte.errors import CheckpointError, ConfigError, VerificationError
+from halfbyte.errors import ConfigError, VerificationError
 from halfbyte.finetune import merge as merging
-from halfbyte.finetune.merge import merge, merge_and_quantize, merge_layers, scheme_of
-from halfbyte.quant_config import CalibrationConfig
+from halfbyte.finetune.merge import merge, merge_layers
 
 VARIANTS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 IDS = torch.randint(4, 60, (2, 24), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("merge") / "base"
-    config = tiny_llama_config(vocab_size=64, hidden_size=128, intermediate_size=256)
-    write_checkpoint(folder, config, Recipe(symmetric=False, act_order=True, dtype=torch.bfloat16))
-    tokenizer = build_tokenizer()
-    tokenizer.pad_token = "<pad>"
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def data(tmp_path):
-    path = tmp_path / "task.jsonl"
-    rows = [{"prompt": f"w{i} w{i + 1} ", "completion": f"w{i + 2} w{i + 3}"} for i in range(50)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def load(folder, dtype):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-
-
-def write_adapter(base, folder, *, size=0.2, **settings):
-    settings = {"r": 4, "target_modules": ["q_proj", "down_proj"], **settings}
-    torch.manual_seed(0)
-    model = peft.get_peft_model(
-        load(base, torch.float32), peft.LoraConfig(task_type="CAUSAL_LM", **settings)
-    )
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=size)
-    model.save_pretrained(folder)
-    return folder
 
 
 @torch.no_grad()
@@ -134,38 +94,6 @@ def test_merge_that_loses_the_adapter_is_refused(base, tmp_path, monkeypatch, da
     with pytest.raises(VerificationError, match=r"lost it: the merged model is \d"):
         merge(base, adapter, tmp_path / "out", data=data, device="cpu")
     assert not (tmp_path / "out").exists()
-
-
-def test_merges_and_quantizes_as_the_base_was(base, tmp_path, data):
-    adapter = write_adapter(base, tmp_path / "adapter")
-    out = tmp_path / "out"
-    report = merge_and_quantize(
-        base, adapter, out, data=data, calibration=CalibrationConfig(samples=8, length=32)
-    )
-    assert report.quantized
-    assert set(report.scores) == {"adapted", "merged", "quantized"}
-    checkpoint = open_checkpoint(out)
-    assert len(checkpoint.linears) == 14
-    assert {linear.bits for linear in checkpoint.linears.values()} == {4}
-    assert {linear.group_size for linear in checkpoint.linears.values()} == {32}
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".halfbyte")] == []
-    name = "model.layers.0.self_attn.q_proj"
-    merged = peft.PeftModel.from_pretrained(load(base, torch.float32), adapter)
-    merged = merge_layers(merged, torch.float32).get_submodule(name).weight
-    error = (checkpoint.dequantize(name).float() - merged).norm() / merged.norm()
-    assert error < 0.2
-
-
-def test_scheme_of_the_base_is_taken_over(base, tmp_path):
-    config = scheme_of(base)
-    assert (config.bits, config.group_size, config.symmetric, config.desc_act) == (
-        4, 32, False, True,
-    )  # fmt: skip
-    plain = load(base, torch.bfloat16)
-    plain.dequantize()
-    plain.save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=r"names no bits and group size.*--bits"):
-        scheme_of(tmp_path)
 
 
 def test_output_in_use_is_refused(base, tmp_path):

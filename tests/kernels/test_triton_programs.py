@@ -17,7 +17,8 @@ import torch
 from tests.helpers.packed import make_linear
 from tests.helpers.ptx_emulation import run_ptx
 
-from halfbyte.kernels import triton_linear
+from halfbyte.kernels import cuda_linear, triton_linear
+from halfbyte.kernels.cuda_linear import CudaLinear
 from halfbyte.kernels.fragments import prepare_fragments
 from halfbyte.kernels.triton_configs import TritonConfig
 from halfbyte.kernels.triton_linear import TritonLinear, dequantize_fragments, multiply
@@ -66,6 +67,45 @@ def test_product_and_weight_match_float64(bits, group_size, symmetric, act_order
     weight = dequantize_fragments(operands, linear.spec, torch.float64)
     assert torch.equal(weight, linear.weight)
     check(linear, operands, TritonConfig(64, 16, 1, 4, 2), 5)
+
+
+@pytest.mark.parametrize("in_torch", [False, True])
+@pytest.mark.parametrize("tiles", [1, 2, 3, 100])
+@pytest.mark.parametrize("group_size", [32, 128, 256, 384])
+@pytest.mark.parametrize(("symmetric", "act_order"), [(True, False), (False, True)])
+def test_gradient_is_that_of_the_dense_weight(
+    monkeypatch, in_torch, tiles, group_size, symmetric, act_order
+):
+    """Slices of whole groups, of parts of one, and a ragged last group; Triton or torch alone."""
+    monkeypatch.setattr(triton_linear, "GRADIENT_WEIGHTS", tiles * 64 * 96)
+    linear, operands = prepared(
+        in_features=384, group_size=group_size, symmetric=symmetric, act_order=act_order
+    )
+    kernel = CudaLinear() if in_torch else TritonLinear()
+    if in_torch:
+        monkeypatch.setattr(cuda_linear, "find_triton_obstacle", lambda: "none here")
+    gradient = torch.randn(2, 7, 96).half()
+    found = kernel.input_gradient(gradient, operands, linear.spec)
+    assert found.dtype == torch.float16
+    exact = gradient.double() @ linear.weight
+    size = gradient.double().abs() @ linear.weight.abs()
+    # One rounding of each weight and of the result, and fp32 sums.
+    assert ((found.double() - exact).abs() <= 2.5 * 2**-11 * size + 1e-6).all()
+
+
+def test_gradient_makes_no_more_of_the_weight_than_it_says(monkeypatch):
+    monkeypatch.setattr(triton_linear, "GRADIENT_WEIGHTS", 2 * 64 * 96)
+    linear, operands = prepared(in_features=384)
+    sizes = []
+
+    class Watched(TritonLinear):
+        def dequantize(self, operands, spec, dtype):
+            weight = super().dequantize(operands, spec, dtype)
+            sizes.append(weight.numel())
+            return weight
+
+    Watched().input_gradient(torch.randn(3, 96).half(), operands, linear.spec)
+    assert sizes == [2 * 64 * 96] * 3
 
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 33])

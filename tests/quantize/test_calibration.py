@@ -271,6 +271,7 @@ def test_digest_tells_lengths_order_and_ids_apart() -> None:
             [{"input_ids": [1, 2, 3], "attention_mask": [1, 1]}],
             "holds 3 token ids with an attention mask of 2",
         ),
+        ([{"input_ids": [1, 2, 3], "labels": [1]}], "holds 3 token ids with labels of 1"),
         ([[{"role": "user", "content": "hi"}]], "the tokenizer has no chat template"),
     ],
     ids=str,
@@ -376,3 +377,25 @@ def test_built_in_text_that_holds_less_is_noted() -> None:
     assert re.fullmatch(
         r"\d+ sequences instead of 10000: the text holds no more", " ".join(found.notes)
     )
+
+
+def test_labels_say_whose_predictions_count() -> None:
+    rows = [
+        {"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]},
+        {"input_ids": [5, 6, 7, 8]},
+        {"input_ids": [9, 10, 11], "attention_mask": [0, 1, 1], "labels": [-100, -100, 11]},
+    ]
+    tokens = load(rows)
+    assert lists(tokens) == [[1, 2, 3, 4], [5, 6, 7, 8], [10, 11]]
+    weights = tokens.weight_batches(2)
+    assert weights is not None
+    # A label counts where it is predicted, one token before it; three labels weigh as much as the
+    # four tokens that have none.
+    assert [w.tolist() for w in weights] == [[[0, 1, 1, 0], [0.75] * 4], [[1, 0]]]
+    assert [b.shape for b in tokens.batches(2)] == [w.shape for w in weights]
+    assert tokens.digest != load([{"input_ids": row} for row in lists(tokens)]).digest
+    assert load([[1, 2, 3]]).weight_batches(2) is None
+    # What is cut and left out takes its labels along.
+    cut = load([{"input_ids": [1], "labels": [1]}, *rows], length=3)
+    assert cut.counted[0] is not None
+    assert cut.counted[0].tolist() == [False, False, True]

@@ -67,7 +67,8 @@ def tune(tmp_path: Path, name: str, config: QuantConfig = CONFIG, **keywords: An
     return quantize(base, tmp_path / name, config, **{**TEXT, **keywords})
 
 
-def test_gradients_are_those_of_the_whole_model_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gradients_are_those_of_the_whole_model_at_once(tmp_path: Path, weighted: bool) -> None:
     base = write_base(tmp_path / "base")
     folder = tmp_path / "out"
     report = quantize(base, folder, QuantConfig(bits=3, group_size=32, match_base=True), **TEXT)
@@ -83,10 +84,19 @@ def test_gradients_are_those_of_the_whole_model_at_once(tmp_path: Path) -> None:
     hidden: list[torch.Tensor] = []
     whole.model.layers[-1].register_forward_hook(lambda _m, _x, y: hidden.append(y))
     wanted = whole(ids).logits.log_softmax(-1).detach()
-    data = WholeData(ids=lambda _: ids, base=lambda _: hidden[0].detach(), num_batches=4)
+    weights_of_tokens = torch.ones(ids.shape)
+    if weighted:
+        weights_of_tokens = torch.rand(ids.shape, generator=torch.Generator().manual_seed(1))
+        weights_of_tokens[weights_of_tokens < 0.5] = 0.0
+    data = WholeData(
+        ids=lambda _: ids,
+        base=lambda _: hidden[0].detach(),
+        num_batches=4,
+        weights=(lambda batch: weights_of_tokens * (batch + 1)) if weighted else None,
+    )
     tuning = EndToEndTuning(chain, student, data, tmp_path / "state", steps=1, seed=0)
     states = chain.forward([ids])
-    kl, gradient = tuning._divergence(ids, states[-1][0], hidden[0].detach(), with_gradient=True)
+    kl, gradient = tuning._divergence(0, ids, states[-1][0], with_gradient=True)
     assert gradient is not None
     assert list(chain.backward([ids], states, [gradient])) == [1, 0]
 
@@ -105,8 +115,11 @@ def test_gradients_are_those_of_the_whole_model_at_once(tmp_path: Path) -> None:
         else:
             parameters[name] = leaves[name]
     found = functional_call(whole, parameters, (ids,)).logits.log_softmax(-1)
-    expected = functional.kl_div(found, wanted, reduction="sum", log_target=True) / ids.numel()
-    expected.backward()
+    each = functional.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
+    expected = (each * weights_of_tokens).sum() / weights_of_tokens.sum()
+    assert tuning.held_out() == pytest.approx(kl, rel=1e-4)
+    # The first batch weighs half of what the three to train on weigh in the mean, so it moves half.
+    (expected / 2 if weighted else expected).backward()
     assert kl == pytest.approx(float(expected.detach()), rel=1e-4)
     assert kl > 1e-3
     for name, leaf in leaves.items():
@@ -147,6 +160,18 @@ def test_held_out_kl_falls_and_the_checkpoint_holds_what_was_kept(tmp_path: Path
         one, two = tuned.load_linear(name), before.load_linear(name)
         assert torch.equal(one.qweight, two.qweight), "codes stay"
         assert not torch.equal(one.scales, two.scales)
+
+
+def test_a_rate_that_is_too_high_is_lowered_and_the_best_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(end_to_end, "RATE", 0.15)
+    config = QuantConfig(bits=2, group_size=32, match_base=True, end_to_end_steps=24)
+    report = tune(tmp_path, "out", config)
+    assert report.end_to_end is not None
+    looks = [kl for _, kl in report.end_to_end.looks]
+    assert looks[1] > 1.2 * looks[0], "the first steps are far too large here"
+    assert report.end_to_end.kl_after < 0.97 * looks[0], "and smaller ones from the start help"
 
 
 def test_where_nothing_helps_nothing_is_changed(

@@ -104,6 +104,10 @@ def check_consumers(checkpoint: Checkpoint) -> CheckReport:
     for consumer in CONSUMERS:
         for size in TENSOR_PARALLEL_SIZES if consumer.is_vllm else (None,):
             reasons = _Reasons()
+            if not consumer.takes_offsets:
+                for name, layout in checkpoint.linears.items():
+                    if layout.has_offsets:
+                        reasons.add("an adapter is merged into offsets, which it cannot read", name)
             if consumer.is_vllm:
                 _check_vllm(checkpoint, facts, consumer, size or 1, reasons)
             else:

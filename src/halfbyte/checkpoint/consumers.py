@@ -35,6 +35,7 @@ class Consumer:
     takes_g_idx: bool = True
     """Whether ``g_idx`` may be out of order."""
     is_vllm: bool = False
+    takes_offsets: bool = False
     follows_labels: bool = True
     """Whether it believes the config where the tensors say otherwise."""
     v1_zeros_from: str | None = None
@@ -46,6 +47,7 @@ CONSUMERS = (
         name="transformers",
         label="Transformers, with halfbyte imported",
         evidence="ran",
+        takes_offsets=True,
         follows_labels=False,
     ),
     Consumer(

@@ -26,6 +26,8 @@ from halfbyte.checkpoint.layout import (
     CONFIG_ALIASES,
     CONFIG_FILES,
     FORMAT_V1,
+    METHOD,
+    METHODS,
     ZERO_OFFSETS,
 )
 from halfbyte.errors import CheckpointError
@@ -183,9 +185,9 @@ def _check_labels(source: str, raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_method(source: str, raw: Mapping[str, Any], labels: Mapping[str, Any]) -> None:
-    method = labels.get("quant_method", "gptq")
+    method = labels.get("quant_method", METHOD)
     is_awq = str(raw.get("version", "")).lower() in AWQ_VERSIONS
-    if method != "gptq" or is_awq:
+    if method not in METHODS or is_awq:
         found = "awq" if is_awq else method
         raise CheckpointError(
             f"Cannot read the checkpoint: {source} says that it is of the method '{found}'; only "

@@ -7,11 +7,16 @@
     <module>.scales   fp16   [groups, out]
     <module>.g_idx    int32  [in]                       group of each input column
     <module>.bias     float  [out]                      where the layer has one
+    <module>.offsets  fp32   [groups, out]              halfbyte's own; see below
 
-    weight[o, i] = scales[g_idx[i], o] * (code[o, i] - zero[g_idx[i], o])
+    weight[o, i] = scales[g_idx[i], o] * (code[o, i] - zero[g_idx[i], o]) + offsets[g_idx[i], o]
 
 Two dialects differ in what ``qzeros`` stores: v1 (``checkpoint_format: "gptq"``) stores zero - 1,
 v2 (``"gptq_v2"``) stores zero. Files that name one and hold the other exist.
+
+Offsets are what an adapter adds that is constant over every group: a zero point that need not be
+whole. No other reader knows them, and most would pass over them in silence, so a checkpoint that
+has some is of the method "halfbyte", which the others refuse.
 
 Source:
     AutoGPTQ ``qlinear`` modules and GPTQModel 7 ``looper`` / ``utils``; mislabelled files: vLLM
@@ -29,7 +34,13 @@ from halfbyte.quant_config import SUPPORTED_BITS
 QUANTIZED_SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 """Tensors of one quantized linear; ``bias`` may stand beside them."""
 
-LINEAR_SUFFIXES = (*QUANTIZED_SUFFIXES, "bias")
+OFFSETS = "offsets"
+LINEAR_SUFFIXES = (*QUANTIZED_SUFFIXES, "bias", OFFSETS)
+
+METHOD = "gptq"
+OWN_METHOD = "halfbyte"
+METHODS = (METHOD, OWN_METHOD)
+"""Values of ``quant_method`` that are read; the second is the first with offsets."""
 
 CONFIG_FILES = ("quantize_config.json", "quant_config.json")
 """Separate files that may hold the quantization config, newest name first."""
@@ -62,6 +73,7 @@ class LinearLayout:
     """Nominal: the last group is shorter where this does not divide ``in_features``."""
     has_g_idx: bool
     has_bias: bool
+    has_offsets: bool = False
 
     @property
     def is_ragged(self) -> bool:
@@ -117,7 +129,12 @@ def infer_linear_layout(
             f"{module}.qweight has {word_rows} rows, which is no whole number of {bits}-bit inputs "
             f"for {num_groups} groups."
         )
-    for suffix, expected in (("g_idx", (in_features,)), ("bias", (out_features,))):
+    optional = {
+        "g_idx": (in_features,),
+        "bias": (out_features,),
+        OFFSETS: (num_groups, out_features),
+    }
+    for suffix, expected in optional.items():
         if suffix in shapes and tuple(shapes[suffix]) != expected:
             raise CheckpointError(
                 f"{module}.{suffix} has shape {list(shapes[suffix])}; {list(expected)} is needed."
@@ -130,6 +147,7 @@ def infer_linear_layout(
         group_size=_infer_group_size(module, in_features, num_groups, declared_group_size),
         has_g_idx="g_idx" in shapes,
         has_bias="bias" in shapes,
+        has_offsets=OFFSETS in shapes,
     )
 
 

@@ -28,6 +28,7 @@ from halfbyte.checkpoint.dynamic import resolve_dynamic
 from halfbyte.checkpoint.labels import QuantizationLabels, read_labels
 from halfbyte.checkpoint.layout import (
     LINEAR_SUFFIXES,
+    OFFSETS,
     QUANTIZED_SUFFIXES,
     LinearLayout,
     infer_linear_layout,
@@ -44,6 +45,7 @@ ALLOWED_DTYPES: Mapping[str, tuple[torch.dtype, ...]] = {
     "scales": FLOAT_TYPES,
     "g_idx": (torch.int32, torch.int64),
     "bias": FLOAT_TYPES,
+    OFFSETS: (torch.float32,),
 }
 
 _LABEL_TYPES: Mapping[str, type] = {"bits": int, "group_size": int, "sym": bool}
@@ -70,6 +72,8 @@ class PackedLinear:
     g_idx: Tensor
     """int32 [in]; made where the file has none."""
     bias: Tensor | None
+    offsets: Tensor | None
+    """float32 [groups, out]."""
     layout: LinearLayout
     zero_offset: int
 
@@ -115,10 +119,14 @@ class Checkpoint:
             CheckpointError: There is no such module, or a value is out of range; names the tensor.
         """
         layout = self._layout_of(name)
-        optional = {"g_idx": layout.has_g_idx, "bias": layout.has_bias}
+        optional = {
+            "g_idx": layout.has_g_idx,
+            "bias": layout.has_bias,
+            OFFSETS: layout.has_offsets,
+        }
         tensors = self._load(name, [s for s in LINEAR_SUFFIXES if optional.get(s, True)])
         facts = self._check_facts(name, tensors)
-        for suffix in ("scales", "bias"):
+        for suffix in ("scales", "bias", OFFSETS):
             if suffix in tensors and not bool(torch.isfinite(tensors[suffix]).all()):
                 bad = int((~torch.isfinite(tensors[suffix])).sum())
                 raise CheckpointError(
@@ -132,6 +140,7 @@ class Checkpoint:
             scales=tensors["scales"],
             g_idx=make_trivial_g_idx(facts.layout) if g_idx is None else g_idx.to(torch.int32),
             bias=tensors.get("bias"),
+            offsets=tensors.get(OFFSETS),
             layout=facts.layout,
             zero_offset=facts.zeros.zero_offset,
         )
@@ -150,16 +159,20 @@ class Checkpoint:
             CheckpointError: There is no such module, or a value is out of range; names the tensor.
         """
         linear = self.load_linear(name)
-        return dequantize_weight(
+        g_idx = linear.g_idx.to(device)
+        weight = dequantize_weight(
             linear.qweight.to(device),
             linear.qzeros.to(device),
             linear.scales.to(device),
-            linear.g_idx.to(device),
+            g_idx,
             bits=linear.layout.bits,
             zero_offset=linear.zero_offset,
             group_size=linear.layout.group_size,
             dtype=torch.float32,
-        ).contiguous()
+        )
+        if linear.offsets is not None:
+            weight = weight + linear.offsets.to(device).t()[:, g_idx.long()]
+        return weight.contiguous()
 
     def verify(self) -> int:
         """Compare every byte with the digests written beside the checkpoint.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from halfbyte.cli.options import add_dataclass_options, dataclass_from_args
+from halfbyte.cli.options import add_dataclass_options, dataclass_from_args, given_values
 from halfbyte.cli.output import console, err_console, print_json
 from halfbyte.errors import ConfigError
 from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
@@ -40,6 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantize", action="store_true", help="quantize the merged model; needs --data"
     )
+    parser.add_argument(
+        "--exact",
+        action="store_true",
+        help="keep the codes of BASE and put an adapter of --variant qalora beside them, exactly; "
+        "for halfbyte only",
+    )
     add_dataclass_options(parser, QuantConfig)
     add_dataclass_options(parser, CalibrationConfig)
     add_dataclass_options(parser, ResourceConfig)
@@ -48,18 +54,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Merge and print what it cost."""
+    if args.exact and (args.quantize or args.original):
+        raise ConfigError(
+            f"--exact is given with {'--quantize' if args.quantize else '--original'}: an exact "
+            "merge keeps the codes of BASE. Leave one of them out."
+        )
     if args.quantize and args.data is None:
         raise ConfigError(
             "--quantize is given without --data. Name the task's JSON lines: the merged model is "
             "calibrated on them and judged by them."
         )
-    calibration = dataclass_from_args(CalibrationConfig, args)
+    calibration = dataclass_from_args(CalibrationConfig, args, {"length": 512})
     resources = dataclass_from_args(ResourceConfig, args)
-    from halfbyte.finetune.merge import merge, merge_and_quantize, scheme_of
+    from halfbyte.finetune.exact_merge import merge_exactly
+    from halfbyte.finetune.merge import merge
+    from halfbyte.finetune.requantize import merge_and_quantize, merging_config
     from halfbyte.quantize.progress import make_progress
     from halfbyte.quantize.source import find_model
 
-    if not args.quantize:
+    if args.exact:
+        report = merge_exactly(
+            args.base, args.adapter, args.output, data=args.data, device=resources.device
+        )
+    elif not args.quantize:
         report = merge(
             args.base,
             args.adapter,
@@ -69,15 +86,12 @@ def run(args: argparse.Namespace) -> int:
             device=resources.device,
         )
     else:
-        preset = {} if hasattr(args, "bits") else scheme_of(find_model(args.base)).to_dict()
-        preset.pop("overrides", None)
-        preset.pop("skip", None)
         report = merge_and_quantize(
             args.base,
             args.adapter,
             args.output,
             data=args.data,
-            config=dataclass_from_args(QuantConfig, args, preset),
+            config=merging_config(find_model(args.base), **given_values(QuantConfig, args)),
             original=args.original,
             calibration=calibration,
             resources=resources,

@@ -48,11 +48,23 @@ def dataclass_from_args(
     Returns:
         The config, which has checked itself: a value out of range is its ConfigError.
     """
+    return cls(**{**(preset or {}), **given_values(cls, args)})
+
+
+def given_values(cls: type[Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Give what the command line says of a config, and nothing else.
+
+    Args:
+        cls: The dataclass given to :func:`add_dataclass_options`.
+        args: What the parser returned.
+
+    Returns:
+        Values by field.
+    """
     names = [option.name for option in _option_fields(cls)]
     given = {name: getattr(args, name) for name in names if hasattr(args, name)}
-    values = {**(preset or {}), **given}
     # An option that may repeat comes as a list; the config is frozen all the way down.
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
 
 
 def _group_title(cls: type[Any]) -> str:

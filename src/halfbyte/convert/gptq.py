@@ -17,6 +17,7 @@ from halfbyte.checkpoint.layout import FORMAT_V1, FORMAT_V2, ZERO_OFFSETS
 from halfbyte.checkpoint.read import Checkpoint
 from halfbyte.checkpoint.write import TensorSpec, build_quantization_config
 from halfbyte.convert.coded import CodedLinear, CodedSpec, describe_grid
+from halfbyte.errors import ConfigError
 from halfbyte.packing import pack_zeros, unpack_zeros
 from halfbyte.quant_config import SUPPORTED_BITS, QuantConfig, Scheme
 from halfbyte.version import __version__
@@ -47,9 +48,25 @@ class GptqSource:
         return self.checkpoint.folder
 
     def describe(self, name: str) -> CodedSpec:
-        """Give a linear's facts; its codes are not read."""
+        """Give a linear's facts; its codes are not read.
+
+        Args:
+            name: A module of :attr:`linears`.
+
+        Returns:
+            The facts.
+
+        Raises:
+            ConfigError: It has offsets.
+        """
         facts = self.checkpoint.load_facts(name)
         layout = facts.layout
+        if layout.has_offsets:
+            raise ConfigError(
+                f"Cannot convert {self.checkpoint.folder}: {name} has offsets of a merged adapter, "
+                "which only halfbyte reads. Convert the base and serve the adapter beside it, or "
+                "merge into 16 bits with: halfbyte merge BASE ADAPTER -o OUT"
+            )
         wanted = [f"{name}.qzeros", f"{name}.scales"]
         tensors = self.checkpoint.files.load(wanted)
         bias = self.checkpoint.files.infos.get(f"{name}.bias")

@@ -7,7 +7,8 @@ from typing import Any
 
 from halfbyte.errors import ConfigError
 
-VARIANTS = ("lora", "rslora", "dora")
+QALORA = "qalora"
+VARIANTS = ("lora", "rslora", "dora", QALORA)
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 SCHEDULES = ("cosine", "linear", "constant")
 TRAINED = ("answers", "everything")
@@ -28,7 +29,8 @@ class AdapterConfig:
     dropout: float = _option(0.05, "share of the adapter's inputs that is left out", metavar="P")
     variant: str = _option(
         "lora",
-        "rslora: counts alpha / sqrt(rank); dora: also learns each row's length",
+        "rslora: counts alpha / sqrt(rank); dora: also learns each row's length; qalora: the same "
+        "for all columns of a group, so that it merges exactly",
         choices=VARIANTS,
     )
     targets: tuple[str, ...] = _option(

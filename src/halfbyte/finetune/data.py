@@ -23,9 +23,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import DataError
-
-IGNORED = -100
-"""Label of a token that the loss passes over; torch's cross entropy knows it by this number."""
+from halfbyte.quantize.calibration import IGNORED
 
 KINDS = "'messages', 'prompt' and 'completion', or 'text'"
 

@@ -1,17 +1,14 @@
-"""Base and adapter -> one model: in 16 bits, or quantized again on the task's own text.
+"""Base and adapter -> one model in 16 bits.
 
 ::
 
     base (dequantized, or its 16-bit original) + adapter ──float32, layer by layer──> 16-bit folder
-    16-bit folder ──halfbyte.quantize, task's text and built-in text──> GPTQ checkpoint
 
 Every merge is held against base plus adapter before it is written: an adapter cannot be lost.
 """
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,20 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.checkpoint.companions import copy_companions
-from halfbyte.checkpoint.labels import read_labels
 from halfbyte.data import evaluation_text
-from halfbyte.errors import CheckpointError, ConfigError, ModelError, VerificationError
-from halfbyte.evaluate.loading import Subject, load_tokenizer, open_subject
+from halfbyte.errors import ConfigError, ModelError, VerificationError
+from halfbyte.evaluate.loading import Subject, open_subject
 from halfbyte.evaluate.windows import tokenize_text
-from halfbyte.finetune.data import IGNORED, Example, collate, read_examples
+from halfbyte.finetune.data import Example, Examples, collate, read_examples, split_examples
 from halfbyte.finetune.train import require_peft
 from halfbyte.model.weights import load_model_config
 from halfbyte.nn.linear import QuantLinear
-from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
-from halfbyte.quantize.calibration import load_calibration
-from halfbyte.quantize.hardware import release_memory
-from halfbyte.quantize.pipeline import quantize
-from halfbyte.quantize.progress import Progress
+from halfbyte.quantize.calibration import IGNORED
 from halfbyte.quantize.source import find_model
 
 PROBE_TOKENS = 256
@@ -45,8 +37,12 @@ LOST_SHARE = 0.1
 """A merge must be at least ten times nearer to base plus adapter than the bare base is."""
 ROUNDING_KL = 0.002
 """Nats per token that rounding to 16 bits may cost where the adapter itself changes little."""
+LONGEST = 1024
+"""Tokens of an example that are looked at."""
 MOST_SCORED = 200
 """Examples that models are scored on; of more, every second, third, ... is taken."""
+JUDGING_SHARE = 0.2
+"""Of the task's examples: kept apart from calibration and training, to judge by."""
 MOST_LOST = 0.02
 """Share of the task's examples that a merge may lose and still be called good."""
 BATCH = 8
@@ -126,20 +122,19 @@ def merge(
     """
     require_peft("Merging an adapter")
     target = Path(output)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"The output {target} exists and is not empty. Choose a new folder.")
+    check_new(target)
     folder = find_model(original if original is not None else base)
     dtype = stored_dtype(folder)
     subject = open_subject(folder, dtype=dtype, device=device)
-    examples = _read(data, subject)
-    probe = _probe(subject, examples)
-    without = _log_probs(subject.model, probe)
-    adapted = _attach(subject, adapter)
-    expected = _log_probs(adapted, probe)
+    examples = judging_examples(data, subject)
+    probe = make_probe(subject, examples)
+    without = log_probs(subject.model, probe)
+    adapted = attach_for_merge(subject, adapter)
+    expected = log_probs(adapted, probe)
     scores = {} if not examples else {"adapted": score_task(adapted, examples)}
     merged = merge_layers(adapted, dtype)
-    found = _log_probs(merged, probe)
-    kl, kl_without = _kl(expected, found), _kl(expected, without)
+    found = log_probs(merged, probe)
+    kl, kl_without = mean_kl(expected, found), mean_kl(expected, without)
     if not kl <= max(ROUNDING_KL, LOST_SHARE * kl_without):
         raise VerificationError(
             f"Merging {adapter} into {folder} lost it: the merged model is {kl:.4f} nats per token "
@@ -160,68 +155,6 @@ def merge(
         quantized=False,
         scores=scores,
     )
-
-
-def merge_and_quantize(
-    base: str | Path,
-    adapter: str | Path,
-    output: str | Path,
-    *,
-    data: str | Path,
-    config: QuantConfig | None = None,
-    original: str | Path | None = None,
-    calibration: CalibrationConfig | None = None,
-    resources: ResourceConfig | None = None,
-    progress: Progress | None = None,
-) -> MergeReport:
-    """Merge an adapter and quantize the result, calibrated on the task's text.
-
-    Args:
-        base: As in :func:`merge`.
-        adapter: As in :func:`merge`.
-        output: New folder for the checkpoint.
-        data: Examples of the task: half of the calibration text, and judged by.
-        config: How to round; None: as ``base`` was.
-        original: As in :func:`merge`.
-        calibration: How much text.
-        resources: What the run may use.
-        progress: Told how far quantizing is.
-
-    Returns:
-        What it came to, with the scores of all three models.
-
-    Raises:
-        CheckpointError: ``config`` is None and ``base`` is not quantized.
-    """
-    target = Path(output)
-    config = config or scheme_of(find_model(base))
-    calibration = calibration or CalibrationConfig()
-    resources = resources or ResourceConfig()
-    # Beside the output: a model in 16 bits may be too large for the system's folder.
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".halfbyte-merge-", dir=target.parent))
-    try:
-        report = merge(
-            base, adapter, work / "merged", original=original, data=data, device=resources.device
-        )
-        release_memory()
-        tokenizer = load_tokenizer(work / "merged")
-        text = task_calibration(Path(data), tokenizer, calibration)
-        quantize(
-            work / "merged",
-            target,
-            config=config,
-            calibration=calibration,
-            resources=resources,
-            text=text,
-            progress=progress,
-        )
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    subject = open_subject(target, dtype=stored_dtype(target), device=resources.device)
-    scores = {**report.scores, "quantized": score_task(subject.model, _read(data, subject))}
-    values = {**asdict(report), "output": str(target), "quantized": True, "scores": scores}
-    return MergeReport(**values)
 
 
 @torch.no_grad()
@@ -256,53 +189,6 @@ def merge_layers(adapted: Any, dtype: torch.dtype) -> Any:
         # What is left to PEFT is to take its layers away; it remarks that all are merged.
         warnings.filterwarnings("ignore", "All adapters are already merged")
         return adapted.merge_and_unload(safe_merge=True)
-
-
-def scheme_of(folder: Path) -> QuantConfig:
-    """Give the settings that a checkpoint was quantized with.
-
-    Args:
-        folder: The checkpoint.
-
-    Returns:
-        Its bits, groups, symmetry and order.
-
-    Raises:
-        CheckpointError: It is not quantized.
-    """
-    labels = read_labels(folder).raw
-    if "bits" not in labels or "group_size" not in labels:
-        raise CheckpointError(
-            f"{folder} names no bits and group size, so its settings cannot be taken over. "
-            "Give --bits and --group-size."
-        )
-    return QuantConfig(
-        bits=int(labels["bits"]),
-        group_size=int(labels["group_size"]),
-        symmetric=bool(labels.get("sym", True)),
-        desc_act=bool(labels.get("desc_act", False)),
-        ragged_groups=bool(labels.get("dynamic")),
-    )
-
-
-def task_calibration(data: Path, tokenizer: Any, calibration: CalibrationConfig) -> list[list[int]]:
-    """Make calibration sequences of which half are the task's and the rest the built-in text.
-
-    Args:
-        data: The task's examples.
-        tokenizer: The model's.
-        calibration: How many of what length.
-
-    Returns:
-        Token ids; the task's examples follow one another until a sequence is full.
-    """
-    examples = read_examples(data, tokenizer, length=calibration.length, everything=True).examples
-    joined = [token for example in examples for token in example.ids]
-    length = calibration.length
-    half = max(calibration.samples // 2, 1)
-    ours = [joined[i : i + length] for i in range(0, max(len(joined) - length, 0) + 1, length)]
-    rest = load_calibration(None, calibration, tokenizer, None).sequences
-    return ours[:half] + [row.tolist() for row in rest[: calibration.samples - len(ours[:half])]]
 
 
 @torch.no_grad()
@@ -354,7 +240,32 @@ def _as_dense(base: nn.Module) -> nn.Linear:
     return dense
 
 
-def _attach(subject: Subject, adapter: str | Path) -> Any:
+def check_new(target: Path) -> None:
+    """Make sure that a folder may be written.
+
+    Args:
+        target: The folder.
+
+    Raises:
+        ConfigError: It is in use.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"The output {target} exists and is not empty. Choose a new folder.")
+
+
+def attach_for_merge(subject: Subject, adapter: str | Path) -> Any:
+    """Put a finished adapter on its base.
+
+    Args:
+        subject: The base.
+        adapter: PEFT's folder.
+
+    Returns:
+        PEFT's model, in evaluation mode.
+
+    Raises:
+        ConfigError: It is none, or does not fit.
+    """
     import peft
 
     try:
@@ -366,16 +277,62 @@ def _attach(subject: Subject, adapter: str | Path) -> Any:
         ) from error
 
 
-def _read(data: str | Path | None, subject: Subject) -> list[Example]:
+def read_task(data: str | Path, tokenizer: Any, longest: int | None) -> Examples:
+    """Read the task's examples.
+
+    Args:
+        data: JSON lines.
+        tokenizer: The model's.
+        longest: Sequence that the model takes.
+
+    Returns:
+        The examples, of 1024 tokens at most.
+    """
+    length = min(longest or LONGEST, LONGEST)
+    return read_examples(Path(data), tokenizer, length=length, everything=False)
+
+
+def judging_examples(data: str | Path | None, subject: Subject) -> Sequence[Example]:
+    """Read the examples that models are judged by.
+
+    Args:
+        data: The task's; None: none.
+        subject: Any of the models.
+
+    Returns:
+        Those that nothing is fitted to.
+    """
     if data is None:
         return []
-    length = min(subject.longest or 1024, 1024)
-    examples = read_examples(Path(data), subject.tokenizer, length=length, everything=False)
-    return list(examples.examples[:: -(-len(examples.examples) // MOST_SCORED)])
+    return divide_examples(read_task(data, subject.tokenizer, subject.longest))[1]
 
 
-def _probe(subject: Subject, examples: Sequence[Example]) -> list[Tensor]:
-    """Token ids to hold models against each other on: the task's, or else built-in text."""
+def divide_examples(examples: Examples) -> tuple[Sequence[Example], Sequence[Example]]:
+    """Divide a task's examples.
+
+    Args:
+        examples: All of them.
+
+    Returns:
+        Those to fit to, and those to judge by: at most ``MOST_SCORED``.
+    """
+    if len({e.digest for e in examples.examples}) < 2:
+        return examples.examples, examples.examples
+    fitted, apart = split_examples(examples, JUDGING_SHARE, seed=0)
+    judging = examples.examples if apart is None else apart.examples
+    return fitted.examples, judging[:: -(-len(judging) // MOST_SCORED)]
+
+
+def make_probe(subject: Subject, examples: Sequence[Example]) -> list[Tensor]:
+    """Choose token ids to hold models against each other on.
+
+    Args:
+        subject: Any of the models.
+        examples: Of the task; where there are none, built-in text is taken.
+
+    Returns:
+        int64 [tokens] each.
+    """
     if examples:
         return [torch.tensor(example.ids) for example in examples[:PROBE_ROWS]]
     count = min(PROBE_TOKENS, subject.longest or PROBE_TOKENS)
@@ -385,7 +342,16 @@ def _probe(subject: Subject, examples: Sequence[Example]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _log_probs(model: Any, probe: Sequence[Tensor]) -> list[Tensor]:
+def log_probs(model: Any, probe: Sequence[Tensor]) -> list[Tensor]:
+    """Run a model over a probe.
+
+    Args:
+        model: Any causal language model.
+        probe: From :func:`make_probe`.
+
+    Returns:
+        Logarithms of its probabilities, float32 [tokens, vocabulary] each.
+    """
     device = model.get_input_embeddings().weight.device
     return [
         model(ids[None].to(device), use_cache=False).logits[0].float().log_softmax(-1).cpu()
@@ -393,8 +359,8 @@ def _log_probs(model: Any, probe: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
-def _kl(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    """Mean over tokens of the divergence of ``found`` from ``expected``."""
+def mean_kl(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+    """Give the mean over tokens of the divergence of ``found`` from ``expected``, in nats."""
     parts = [
         (one.exp() * (one - other)).sum(-1) for one, other in zip(expected, found, strict=True)
     ]

@@ -28,8 +28,9 @@ import torch
 from halfbyte.checkpoint.shards import TensorFiles
 from halfbyte.errors import ConfigError, DataError, ModelError, require_extra
 from halfbyte.evaluate.loading import Subject, open_subject
-from halfbyte.finetune.config import ALL_LINEAR, AdapterConfig, TrainConfig
+from halfbyte.finetune.config import ALL_LINEAR, QALORA, AdapterConfig, TrainConfig
 from halfbyte.finetune.data import Example, Examples, collate, pack, read_examples, split_examples
+from halfbyte.finetune.groups import all_constant, hold_constant, settle
 from halfbyte.finetune.progress import SilentTrainProgress, TrainProgress
 from halfbyte.finetune.report import REPORT_FILE, TrainReport, save_report
 from halfbyte.finetune.trainer import make_trainer, read_history
@@ -46,6 +47,8 @@ PEFT_VARIANTS: dict[str, dict[str, bool]] = {
     "lora": {},
     "rslora": {"use_rslora": True},
     "dora": {"use_dora": True},
+    # To PEFT an ordinary one: groups.py does the rest.
+    QALORA: {},
 }
 PROBE_TOKENS = 8
 
@@ -223,6 +226,9 @@ class _Run:
             check_packing(self.subject)
         set_seed(config.seed)
         model = attach_adapter(self.subject.model, self.adapter, start_from)
+        if self.adapter.variant == QALORA:
+            _check_start(model, start_from)
+            hold_constant(model)
         if config.checkpointing:
             # The cache of past keys cannot be kept beside it.
             model.config.use_cache = False
@@ -290,6 +296,8 @@ class _Run:
             )
         # As the user named it: PEFT would name the folder in this machine's cache.
         model.peft_config["default"].base_model_name_or_path = self.name
+        if self.adapter.variant == QALORA:
+            settle(model)
         model.save_pretrained(self.output)
         kept = state.best_global_step if self.data.validation is not None else state.global_step
         report = TrainReport(
@@ -315,6 +323,15 @@ class _Run:
         save_report(report, self.output)
         self.journal.remove()
         return report
+
+
+def _check_start(model: Any, start_from: str | Path | None) -> None:
+    """Refuse to go on, constant over groups, from an adapter that is not."""
+    if start_from is not None and not all_constant(model):
+        raise ConfigError(
+            f"Cannot train {start_from} on with --variant qalora: it is not constant over the "
+            "base's groups. Start from one that is, from none, or use --variant lora."
+        )
 
 
 def count_steps(rows: int, config: TrainConfig) -> int:

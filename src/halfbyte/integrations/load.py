@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from halfbyte.checkpoint.labels import read_labels
+from halfbyte.checkpoint.layout import METHOD
 from halfbyte.errors import CheckpointError, ConfigError
 from halfbyte.integrations.autoload import install
 from halfbyte.quantize.hardware import has_fast_bf16
@@ -53,7 +54,7 @@ def load(
         )
     config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     if folder.is_dir() and getattr(config, "quantization_config", None) is None:
-        config.quantization_config = {**read_labels(folder).raw, "quant_method": "gptq"}
+        config.quantization_config = {"quant_method": METHOD, **read_labels(folder).raw}
     if device is not None:
         device_map = {"": device}
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(

@@ -174,6 +174,7 @@ def count_read_bytes(model: Any, generator: Generator) -> int:
             # A repacked weight holds scales and zeros itself.
             names = module.weight_names if module.is_repacked else (*module.weight_names, "scales")
             tensors = [module.get_buffer(name) for name in names]
+            tensors += [] if module.offsets is None else [module.offsets]
             total += sum(tensor.nbytes for tensor in tensors if id(tensor) not in inside)
     if generator.head is not None:
         return total + generator.head.read_bytes

@@ -28,12 +28,10 @@ import torch
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import quantization_config as stock
 
-from halfbyte.checkpoint.layout import CONFIG_ALIASES
+from halfbyte.checkpoint.layout import CONFIG_ALIASES, METHOD, OWN_METHOD
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-METHOD = "gptq"
 
 
 class GPTQConfig(stock.GPTQConfig):
@@ -54,6 +52,7 @@ class GPTQConfig(stock.GPTQConfig):
         """
         if bits is not None:
             settings = {"bits": bits, **settings}
+        self.method = settings.get("quant_method", METHOD)
         self.stored = {key: value for key, value in settings.items() if key != "quant_method"}
         known = inspect.signature(stock.GPTQConfig.__init__).parameters
         named = {CONFIG_ALIASES.get(key, key): value for key, value in settings.items()}
@@ -70,7 +69,7 @@ class GPTQConfig(stock.GPTQConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Give the keys as they were read."""
-        return {"quant_method": METHOD, **copy.deepcopy(self.stored)}
+        return {"quant_method": self.method, **copy.deepcopy(self.stored)}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Give the keys as they were read."""
@@ -162,11 +161,13 @@ class GptqQuantizer(HfQuantizer):
 
         return align_renamings(model, weight_conversions, self.disk_names, self.disk_keys)
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> Any:
         """Turn the model back into one of ordinary linears."""
         from halfbyte.nn.replace import dequantize_linears
 
-        dequantize_linears(model, dtype or model.dtype)
+        # After save_pretrained the config, which Transformers asks, names it by a word.
+        wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        dequantize_linears(model, wanted or model.dtype)
         return model
 
 
@@ -182,6 +183,8 @@ def fill_table(table: ModuleType) -> None:
     GPTQConfig.replaced = table.AUTO_QUANTIZATION_CONFIG_MAPPING.get(METHOD)
     table.AUTO_QUANTIZER_MAPPING[METHOD] = GptqQuantizer
     table.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = GPTQConfig
+    # Its config names the quantizer "gptq" like any other.
+    table.AUTO_QUANTIZATION_CONFIG_MAPPING[OWN_METHOD] = GPTQConfig
 
 
 def restore_table(table: ModuleType) -> None:
@@ -193,6 +196,7 @@ def restore_table(table: ModuleType) -> None:
     if is_in_table(table):
         table.AUTO_QUANTIZER_MAPPING[METHOD] = GptqQuantizer.replaced
         table.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = GPTQConfig.replaced
+        del table.AUTO_QUANTIZATION_CONFIG_MAPPING[OWN_METHOD]
 
 
 def is_in_table(table: ModuleType) -> bool:

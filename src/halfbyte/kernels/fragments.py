@@ -23,6 +23,9 @@ Source:
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -166,6 +169,54 @@ def restore_fragments(operands: Operands, spec: LinearSpec) -> Tensor:
     if order is not None:
         codes = codes[torch.argsort(order)]
     return pack_codes(codes, spec.bits)
+
+
+def cut_inputs(spec: LinearSpec, most_weights: int) -> list[tuple[int, int]]:
+    """Cut a repacked layer's inputs, in their packed order, into slices of whole tiles.
+
+    Args:
+        spec: The layer.
+        most_weights: In a slice, where a slice of one tile is not more already.
+
+    Returns:
+        First input, and the one behind the last, of each slice. A slice has whole groups, or is
+        part of one.
+    """
+    most = max(most_weights // spec.out_features // TILE_IN, 1) * TILE_IN
+    size = math.lcm(spec.group_size, TILE_IN)
+    if size <= most:
+        width = most // size * size
+    else:
+        width = max(w for w in range(TILE_IN, most + 1, TILE_IN) if size % w == 0)
+    ends = [*range(width, spec.in_features, width), spec.in_features]
+    return list(zip([0, *ends], ends, strict=False))
+
+
+def slice_fragments(
+    operands: Operands, spec: LinearSpec, start: int, stop: int
+) -> tuple[Operands, LinearSpec]:
+    """Give a slice of a repacked layer as a layer of its own, its inputs in their packed order.
+
+    Args:
+        operands: The layer's.
+        spec: The layer.
+        start: From :func:`cut_inputs`.
+        stop: From :func:`cut_inputs`.
+
+    Returns:
+        Views of its operands, and what it is.
+    """
+    groups = slice(start // spec.group_size, -(-stop // spec.group_size))
+    zeros = find_zeros(operands, spec)
+    words = operands.weight[0][start // TILE_IN : stop // TILE_IN]
+    part = Operands(
+        weight=(words,) if zeros is None else (words, zeros[groups]),
+        qzeros=operands.qzeros[groups],
+        scales=operands.scales[groups],
+        g_idx=None,
+    )
+    size = min(spec.group_size, stop - start)
+    return part, replace(spec, in_features=stop - start, group_size=size, act_order=False)
 
 
 def dequantize_in_torch(operands: Operands, spec: LinearSpec, dtype: torch.dtype) -> Tensor:

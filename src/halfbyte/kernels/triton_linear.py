@@ -21,11 +21,13 @@ from torch.nn import functional
 
 from halfbyte.kernels.contract import LinearSpec, Operands
 from halfbyte.kernels.fragments import (
+    cut_inputs,
     find_layout_mismatch,
     find_order,
     find_zeros,
     prepare_fragments,
     restore_fragments,
+    slice_fragments,
 )
 from halfbyte.kernels.gpu_device import (
     count_processors,
@@ -39,6 +41,9 @@ from halfbyte.kernels.triton_configs import TritonConfig, choose_config
 
 ROWS_LIMIT = 128
 """From more rows on the weight is dequantized first; at 128 that was 1.3 to 2.5 times as slow."""
+
+GRADIENT_WEIGHTS = 2**24
+"""Weights dequantized at a time on the way back: 32 MB in 16 bits, still a large product."""
 
 DEVICES = ("cuda", "xpu")
 """``cuda`` is AMD's too."""
@@ -92,6 +97,21 @@ class TritonLinear:
     def dequantize(self, operands: Operands, spec: LinearSpec, dtype: torch.dtype) -> Tensor:
         """Give the weight [out, in] as numbers."""
         return dequantize_fragments(operands, spec, dtype)
+
+    def input_gradient(self, gradient: Tensor, operands: Operands, spec: LinearSpec) -> Tensor:
+        """Multiply by the dequantized weight, some tiles of input columns at a time."""
+        # By columns: each entry is then one sum, rounded once.
+        rows = gradient.reshape(-1, spec.out_features)
+        result = gradient.new_empty(rows.shape[0], spec.in_features)
+        order = find_order(operands, spec)
+        for start, stop in cut_inputs(spec, GRADIENT_WEIGHTS):
+            part, part_spec = slice_fragments(operands, spec, start, stop)
+            product = rows @ self.dequantize(part, part_spec, gradient.dtype)
+            if order is None:
+                result[:, start:stop] = product
+            else:
+                result[:, order[start:stop].long()] = product
+        return result.view(*gradient.shape[:-1], spec.in_features)
 
     def error_bound(self, spec: LinearSpec) -> float:
         """One rounding of the result and fp32 sums; with many rows, one more of each weight."""

@@ -19,7 +19,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from halfbyte.checkpoint.layout import QUANTIZED_SUFFIXES
+from halfbyte.checkpoint.layout import OFFSETS, QUANTIZED_SUFFIXES
 
 
 class Renaming:
@@ -86,7 +86,7 @@ def module_key_map(model: nn.Module, disk_keys: Iterable[str]) -> dict[str, str]
     # Natural order, because some of Transformers' rules look at earlier keys.
     for key in sorted(disk_keys, key=dot_natural_key):
         module, _, suffix = key.rpartition(".")
-        if suffix in QUANTIZED_SUFFIXES:
+        if suffix in (*QUANTIZED_SUFFIXES, OFFSETS):
             renamed = rules.model_key(f"{module}.weight", convert=False)
             keys[key] = f"{renamed.removesuffix('.weight')}.{suffix}"
         else:

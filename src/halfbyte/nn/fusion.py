@@ -149,6 +149,8 @@ def find_difference(members: Sequence[QuantLinear]) -> str | None:
         return "not all are prepared"
     if any(tensor.is_meta for member in members for tensor in member.buffers()):
         return "not all are in memory"
+    if any(member.offsets is not None for member in members):
+        return "one has offsets of its own"
     if any(member.fusion is not None for member in members):
         return "one is part of another group"
     properties: dict[str, set[Any]] = {

@@ -19,6 +19,7 @@ from halfbyte.errors import CheckpointError, ModelError
 from halfbyte.kernels.contract import LinearSpec, Operands
 from halfbyte.kernels.op import dequantize, quantized_linear
 from halfbyte.kernels.registry import Selection, select
+from halfbyte.nn.offsets import multiply_offsets, spread_offsets
 from halfbyte.nn.weight import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -48,8 +49,8 @@ class QuantLinear(nn.Linear):
 
         Args:
             spec: Sizes, grid and dtype.
-            stored_dtypes: By tensor ("scales", maybe "g_idx", "bias"): its dtype on disk; a
-                tensor that is not named does not exist.
+            stored_dtypes: By tensor ("scales", maybe "g_idx", "bias", "offsets"): its dtype on
+                disk; a tensor that is not named does not exist.
             device: Where to make them.
         """
         # Not nn.Linear's own: it would make a dense weight.
@@ -63,7 +64,11 @@ class QuantLinear(nn.Linear):
         """The linears that this one is multiplied with, if any (fusion.py)."""
         words = (spec.in_features * spec.bits // 32, spec.out_features)
         zero_words = (spec.num_groups, spec.out_features * spec.bits // 32)
-        optional = {"g_idx": (spec.in_features,), "bias": (spec.out_features,)}
+        optional = {
+            "g_idx": (spec.in_features,),
+            "bias": (spec.out_features,),
+            "offsets": (spec.num_groups, spec.out_features),
+        }
 
         def make(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
@@ -81,6 +86,8 @@ class QuantLinear(nn.Linear):
     scales: Tensor
     g_idx: Tensor | None
     bias: Tensor | None  # type: ignore[assignment]
+    offsets: Tensor | None
+    """Added to every weight of a group, [groups, out]; None in a plain GPTQ checkpoint."""
 
     @property
     def weight(self) -> Tensor:
@@ -124,6 +131,9 @@ class QuantLinear(nn.Linear):
         if torch.is_autocast_enabled(input.device.type):
             dtype = torch.get_autocast_dtype(input.device.type)
         result = quantized_linear(input.to(spec.dtype), self.operands, bias, spec, selection.kernel)
+        if self.offsets is not None:
+            _, size, order = self._groups
+            result = result + multiply_offsets(input, self.offsets, size, order)
         return result.to(dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -139,7 +149,12 @@ class QuantLinear(nn.Linear):
             return self.fusion.dequantize(self, dtype)
         selection = self.selection or self._select(stored_layout=True)
         spec = self._spec_on(self.scales.device.type)
-        return dequantize(self.operands, spec, selection.kernel, dtype)
+        if self.offsets is None:
+            return dequantize(self.operands, spec, selection.kernel, dtype)
+        dtype = dtype or spec.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        weight = dequantize(self.operands, spec, selection.kernel, wide)
+        return weight.add_(spread_offsets(self.offsets, *self._groups)).to(dtype)
 
     def prepare(self, *, stored_layout: bool = False, kernel: str | None = None) -> Selection:
         """Choose the kernel, and repack the weight where it wants that.
@@ -217,7 +232,7 @@ class QuantLinear(nn.Linear):
         Raises:
             CheckpointError: Some are infinite or not-a-number; names the tensor and counts them.
         """
-        for suffix in ("scales", "bias"):
+        for suffix in ("scales", "bias", "offsets"):
             tensor = getattr(self, suffix)
             if tensor is None or tensor.is_meta or bool(torch.isfinite(tensor).all()):
                 continue
@@ -244,6 +259,12 @@ class QuantLinear(nn.Linear):
         if name == "weight":
             self._refuse_weight()
         super().register_parameter(name, param)
+
+    @property
+    def _groups(self) -> tuple[int, int, Tensor | None]:
+        """Columns, columns per group, and the group of each where they are out of order."""
+        spec = self.spec
+        return spec.in_features, spec.group_size, self.g_idx if spec.act_order else None
 
     def _repack(self, selection: Selection) -> None:
         """Bring the stored weight into the layout of a kernel."""

@@ -255,6 +255,8 @@ def _layer_mismatch(layer: Any) -> str | None:
             chosen = linear.selection if isinstance(linear, QuantLinear) else None
             if chosen is None or chosen.kernel.name != KERNEL:
                 return f"{name} does not run on {KERNEL}"
+            if linear.offsets is not None:
+                return f"{name} has offsets of a merged adapter"
             if linear.spec.dtype not in (torch.float32, torch.bfloat16):
                 return f"{name} computes in {linear.spec.dtype}, not float32 or bfloat16"
     if layer.self_attn.head_dim % 16 or layer.mlp.gate_proj.out_features % 16:

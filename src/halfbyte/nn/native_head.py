@@ -47,7 +47,8 @@ class NativeHead:
         self._rounded: tuple[Operands, LinearSpec] | None = None
         if isinstance(head, QuantLinear):
             chosen = head.selection
-            if bias is None and chosen is not None and chosen.kernel.name == CpuNative.name:
+            plain = bias is None and head.offsets is None
+            if plain and chosen is not None and chosen.kernel.name == CpuNative.name:
                 # In float32: what rows of bfloat16 get depends on how many there are.
                 self._rounded = head.operands, replace(head.spec, dtype=torch.float32)
             return

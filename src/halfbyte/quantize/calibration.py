@@ -4,6 +4,9 @@ A text is tokenised whole, without special tokens, and cut into sequences of equ
 texts are joined by the end-of-text token first. Sequences of token ids are taken as they are. The
 built-in text is of five kinds, of which each sequence holds one and any stretch of them a mix.
 Batches hold sequences of one length only, so no padding can enter a Hessian.
+
+Token ids may come with labels, as Transformers and PEFT train on them: then it is the labelled
+tokens whose predictions count where a whole model is trained (end_to_end.py).
 """
 
 from __future__ import annotations
@@ -32,7 +35,10 @@ _WHOLE_NUMBERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 CalibrationSource = str | Path | Sequence[Any] | None
 """None: the built-in text. "self": text that the model writes. A path: a text file, or JSON lines.
 A sequence: texts, chat message lists, token id lists, or what a tokenizer returns; of a padded
-table of ids the padding is left out by its attention mask."""
+table of ids the padding is left out by its attention mask. Beside ids there may be labels."""
+
+IGNORED = -100
+"""Label of a token that does not count, as in torch's cross entropy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +49,9 @@ class CalibrationTokens:
     """int64 [tokens] each."""
     source: str
     notes: tuple[str, ...] = ()
+    counted: tuple[Tensor | None, ...] = ()
+    """bool [tokens] each, of the tokens that have a label; None: the sequence has none. Empty
+    where no sequence has."""
 
     @property
     def num_tokens(self) -> int:
@@ -56,6 +65,8 @@ class CalibrationTokens:
         for sequence in self.sequences:
             digest.update(len(sequence).to_bytes(8, "little"))
             digest.update(sequence.numpy().astype("<i8").tobytes())
+        for mask in self.counted:
+            digest.update(b"-" if mask is None else mask.numpy().tobytes())
         return digest.hexdigest()
 
     def batches(self, batch_size: int) -> list[Tensor]:
@@ -67,14 +78,47 @@ class CalibrationTokens:
         Returns:
             int64 [sequences, tokens] each; lengths in order of first appearance.
         """
-        by_length: dict[int, list[Tensor]] = {}
-        for sequence in self.sequences:
-            by_length.setdefault(len(sequence), []).append(sequence)
-        return [
-            torch.stack(same[start : start + batch_size])
-            for same in by_length.values()
-            for start in range(0, len(same), batch_size)
-        ]
+        return _stack_equal(self.sequences, batch_size)
+
+    def weight_batches(self, batch_size: int) -> list[Tensor] | None:
+        """Say how much the prediction behind each token counts, batch by batch.
+
+        Where a sequence has labels, the predictions of its labelled tokens count alike and the
+        others not at all. All tokens of all sequences without labels together count as much as
+        all labelled ones together: neither drowns the other.
+
+        Args:
+            batch_size: As for :meth:`batches`.
+
+        Returns:
+            fp32 [sequences, tokens] each; None where no sequence has labels, so all count alike.
+        """
+        if not self.counted:
+            return None
+        # The prediction of a token is made at the one before it.
+        masks = [None if m is None else m.roll(-1).float() for m in self.counted]
+        for mask in masks:
+            if mask is not None:
+                mask[-1] = 0.0
+        labelled = sum(float(mask.sum()) for mask in masks if mask is not None)
+        pairs = list(zip(self.sequences, masks, strict=True))
+        plain = sum(len(ids) for ids, mask in pairs if mask is None)
+        share = labelled / max(plain, 1)
+        weights = [torch.full((len(i),), share) if m is None else m for i, m in pairs]
+        return _stack_equal(weights, batch_size)
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A sequence, and which of its tokens have a label; None: it has no labels."""
+
+    ids: Tensor
+    counted: Tensor | None = None
+
+    def head(self, length: int) -> _Row:
+        """Its first tokens."""
+        mask = self.counted
+        return _Row(self.ids[:length], None if mask is None else mask[:length])
 
 
 def load_calibration(
@@ -105,25 +149,31 @@ def load_calibration(
             sequences=tuple(mixed), source=BUILT_IN, notes=(*notes, *notes_of_mix)
         )
     name, items = _read_source(source)
-    given = [rows for item in items if (rows := _as_ids(name, item)) is not None]
+    given = [found for item in items if (found := _as_ids(name, item)) is not None]
     if given and len(given) != len(items):
         raise CalibrationError(
             f"Calibration data {name} mixes {len(given)} token id lists with "
             f"{len(items) - len(given)} texts. Give one kind."
         )
     if given:
-        sequences, cut = _trim([row for rows in given for row in rows], length)
+        rows, cut = _trim([row for found in given for row in found], length)
         notes += cut
     else:
-        sequences = _cut(_tokenize(name, items, tokenizer), length)
-    sequences, chosen = _choose(sequences, config)
+        rows = [_Row(ids) for ids in _cut(_tokenize(name, items, tokenizer), length)]
+    rows, chosen = _choose(rows, config)
     notes += chosen
-    if not sequences:
+    if not rows:
         raise CalibrationError(
             f"Calibration data {name} holds no sequence of {FEWEST_TOKENS} tokens or more. "
             "Give a longer text; 128 sequences of 512 to 2048 tokens are usual."
         )
-    return CalibrationTokens(sequences=tuple(sequences), source=name, notes=tuple(notes))
+    masks = tuple(row.counted for row in rows)
+    return CalibrationTokens(
+        sequences=tuple(row.ids for row in rows),
+        source=name,
+        notes=tuple(notes),
+        counted=masks if any(mask is not None for mask in masks) else (),
+    )
 
 
 def check_ids(tokens: CalibrationTokens, vocabulary: int) -> None:
@@ -227,25 +277,41 @@ def _read_json_lines(path: Path, text: str) -> list[Any]:
     return items
 
 
-def _as_ids(name: str, item: Any) -> list[Tensor] | None:
+def _as_ids(name: str, item: Any) -> list[_Row] | None:
     """Token ids of an item that holds some, row by row, without padding; None: it is text."""
-    mask = None
+    beside: dict[str, Any] = {}
     if isinstance(item, Mapping):
         if "input_ids" not in item:
             return None
-        item, mask = item["input_ids"], item.get("attention_mask")
+        beside = {key: item.get(key) for key in ("attention_mask", "labels")}
+        item = item["input_ids"]
     elif not _is_numbers(item):
         return None
     rows = _as_rows(name, item)
-    if mask is None:
-        return rows
-    masks = _as_rows(name, mask)
-    if [len(row) for row in rows] != [len(row) for row in masks]:
+    masks = _as_rows_beside(name, rows, beside.get("attention_mask"), "an attention mask")
+    labels = _as_rows_beside(name, rows, beside.get("labels"), "labels")
+    counted = [None] * len(rows) if labels is None else [row != IGNORED for row in labels]
+    if masks is None:
+        return [_Row(ids, mask) for ids, mask in zip(rows, counted, strict=True)]
+    return [
+        _Row(ids[kept != 0], None if mask is None else mask[kept != 0])
+        for ids, mask, kept in zip(rows, counted, masks, strict=True)
+    ]
+
+
+def _as_rows_beside(
+    name: str, rows: Sequence[Tensor], values: Any, what: str
+) -> list[Tensor] | None:
+    """Read what stands beside token ids, one entry for each."""
+    if values is None:
+        return None
+    found = _as_rows(name, values)
+    if [len(row) for row in rows] != [len(row) for row in found]:
         raise CalibrationError(
-            f"Calibration data {name} holds {sum(map(len, rows))} token ids with an attention mask "
-            f"of {sum(map(len, masks))}. Give one mask entry per id."
+            f"Calibration data {name} holds {sum(map(len, rows))} token ids with {what} "
+            f"of {sum(map(len, found))}. Give one entry per id."
         )
-    return [row[kept != 0] for row, kept in zip(rows, masks, strict=True)]
+    return found
 
 
 def _is_numbers(item: Any) -> bool:
@@ -315,27 +381,39 @@ def _cut(ids: Tensor, length: int) -> list[Tensor]:
     return list(torch.split(ids[: len(ids) // length * length], length))
 
 
-def _trim(sequences: list[Tensor], length: int) -> tuple[list[Tensor], list[str]]:
+def _trim(rows: list[_Row], length: int) -> tuple[list[_Row], list[str]]:
     """Shorten what is too long and leave out what is too short; both are noted."""
     notes = []
-    longer = sum(len(ids) > length for ids in sequences)
+    longer = sum(len(row.ids) > length for row in rows)
     if longer:
-        notes.append(f"{longer} of {len(sequences)} sequences cut to {length} tokens")
-    shorter = sum(len(ids) < FEWEST_TOKENS for ids in sequences)
+        notes.append(f"{longer} of {len(rows)} sequences cut to {length} tokens")
+    shorter = sum(len(row.ids) < FEWEST_TOKENS for row in rows)
     if shorter:
         notes.append(
-            f"{shorter} of {len(sequences)} sequences left out: fewer than {FEWEST_TOKENS} tokens"
+            f"{shorter} of {len(rows)} sequences left out: fewer than {FEWEST_TOKENS} tokens"
         )
-    return [ids[:length] for ids in sequences if len(ids) >= FEWEST_TOKENS], notes
+    return [row.head(length) for row in rows if len(row.ids) >= FEWEST_TOKENS], notes
 
 
-def _choose(sequences: list[Tensor], config: CalibrationConfig) -> tuple[list[Tensor], list[str]]:
+def _choose(rows: list[_Row], config: CalibrationConfig) -> tuple[list[_Row], list[str]]:
     """Take the first ones, or with a seed other than 0 a random choice, in the text's order."""
-    if len(sequences) < config.samples:
-        found = f"{len(sequences)} sequence{'' if len(sequences) == 1 else 's'}"
-        return sequences, [f"{found} instead of {config.samples}: the text holds no more"]
+    if len(rows) < config.samples:
+        found = f"{len(rows)} sequence{'' if len(rows) == 1 else 's'}"
+        return rows, [f"{found} instead of {config.samples}: the text holds no more"]
     if config.seed == 0:
-        return sequences[: config.samples], []
+        return rows[: config.samples], []
     generator = torch.Generator().manual_seed(config.seed)
-    chosen = torch.randperm(len(sequences), generator=generator)[: config.samples]
-    return [sequences[i] for i in sorted(chosen.tolist())], []
+    chosen = torch.randperm(len(rows), generator=generator)[: config.samples]
+    return [rows[i] for i in sorted(chosen.tolist())], []
+
+
+def _stack_equal(rows: Sequence[Tensor], batch_size: int) -> list[Tensor]:
+    """Stack rows of equal length, at most so many; lengths in order of first appearance."""
+    by_length: dict[int, list[Tensor]] = {}
+    for row in rows:
+        by_length.setdefault(len(row), []).append(row)
+    return [
+        torch.stack(same[start : start + batch_size])
+        for same in by_length.values()
+        for start in range(0, len(same), batch_size)
+    ]

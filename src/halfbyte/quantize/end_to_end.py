@@ -3,7 +3,9 @@
 Everything before this compares hidden states, block by block. What users see is the distribution
 of the next token; here the scales of all linears and the gains of all norms move together to bring
 that nearer to the base model's, while the codes stay. Whole batches of the calibration text are
-kept apart: their divergence decides which step is kept, and when to stop.
+kept apart: their divergence decides which step is kept, and when to stop. A step that is right for
+one model is too large for another that is nearer to its base, where gradients are mostly noise: so
+a look that finds no better model goes back to the best one, and on with smaller steps.
 
 Source:
     Training only the scales, end to end: Chen et al. 2024, "EfficientQAT" (E2E-QP),
@@ -36,8 +38,12 @@ RATE = 1e-3
 BETAS = (0.9, 0.95)
 CHECK_STEPS = 10
 """Training steps between two looks at the held-out text."""
+MOST_CHECKED = 8
+"""Batches that judge; more would cost more than the steps between two looks."""
 PATIENCE = 3
 """Looks without a better one before it stops."""
+RETREAT = 0.25
+"""What the rate is multiplied by where a look has found nothing better."""
 LEAST_GAIN = 1e-3
 """A look counts as better where it is by this fraction."""
 
@@ -51,11 +57,20 @@ class WholeData:
     base: Callable[[int], Tensor]
     """The base model's hidden states behind its last block, [sequences, tokens, hidden]."""
     num_batches: int
+    weights: Callable[[int], Tensor] | None = None
+    """How much the prediction behind each token counts, [sequences, tokens]; None: all alike."""
+
+    def weights_of(self, batch: int, ids: Tensor) -> Tensor:
+        """Give a batch's weights, on the device of its ids."""
+        if self.weights is None:
+            return torch.ones(ids.shape, device=ids.device)
+        return self.weights(batch).to(ids.device)
 
     @property
     def check(self) -> list[int]:
         """Batches that judge."""
-        return list(range(CHECK_EVERY - 1, self.num_batches, CHECK_EVERY))
+        found = list(range(CHECK_EVERY - 1, self.num_batches, CHECK_EVERY))
+        return found[:: -(-len(found) // MOST_CHECKED) or 1]
 
     @property
     def fit(self) -> list[int]:
@@ -70,6 +85,8 @@ class TuningState:
 
     step: int = 0
     best_step: int = 0
+    rate: float = 0.0
+    """Largest step from here on."""
     looks: list[tuple[int, float]] = field(default_factory=list)
     """Step, and held-out KL in nats per token, of every look; the first is before training."""
     is_finished: bool = False
@@ -109,13 +126,20 @@ class EndToEndTuning:
         """
         self.chain, self.student, self.data = chain, student, data
         self.path = path
-        self.steps, self.seed, self.rate = steps, seed, RATE if rate is None else rate
+        self.steps, self.seed = steps, seed
         self.changes = {name: number.change for name, number in student.numbers.items()}
         self.best = {name: torch.zeros_like(change) for name, change in self.changes.items()}
+        fit = [data.ids(batch) for batch in data.fit]
+        weights = [
+            float(data.weights_of(b, ids).sum()) for b, ids in zip(data.fit, fit, strict=True)
+        ]
+        self.usual_weight = sum(weights) / len(weights)
+        """Of a batch's tokens. A batch that weighs more moves more, so that what is trained is
+        what is judged: the mean over all tokens, not over batches."""
+        self.state = TuningState(rate=RATE if rate is None else rate)
         self.optimizer = torch.optim.Adam(
-            self.changes.values(), lr=self.rate, betas=BETAS, eps=1e-12
+            self.changes.values(), lr=self.state.rate, betas=BETAS, eps=1e-12
         )
-        self.state = TuningState()
         if path.exists():
             self._load()
 
@@ -143,22 +167,21 @@ class EndToEndTuning:
             state.stopped = state.is_finished = True
             if not state.looks:
                 raise  # nothing to keep yet
-        with torch.no_grad():
-            for name, change in self.changes.items():
-                change.copy_(self.best[name])
+        self._go_back()
         self._save()
         return state
 
     def held_out(self) -> float:
-        """Give the mean KL per token on the text to judge by, in nats."""
-        total, tokens = 0.0, 0
+        """Give the weighted mean KL per token on the text to judge by, in nats."""
+        total, counted = 0.0, 0.0
         for batch in self.data.check:
             ids = self.data.ids(batch)
             (hidden,) = self.chain.forward([ids])[-1]
-            found, _ = self._divergence(ids, hidden, self.data.base(batch), with_gradient=False)
-            total += found * ids.numel()
-            tokens += ids.numel()
-        return total / tokens
+            weight = float(self.data.weights_of(batch, ids).sum())
+            found, _ = self._divergence(batch, ids, hidden, with_gradient=False)
+            total += found * weight
+            counted += weight
+        return total / counted
 
     def _step(self) -> None:
         state, fit = self.state, self.data.fit
@@ -168,8 +191,7 @@ class EndToEndTuning:
         ids = self.data.ids(batch)
         states = self.chain.forward([ids])
         self.optimizer.zero_grad()
-        hidden, base = states[-1][0], self.data.base(batch)
-        _, gradient = self._divergence(ids, hidden, base, with_gradient=True)
+        _, gradient = self._divergence(batch, ids, states[-1][0], with_gradient=True)
         assert gradient is not None
         for _ in self.chain.backward([ids], states, [gradient]):
             pass
@@ -179,13 +201,15 @@ class EndToEndTuning:
         state.step += 1
 
     def _rate_at(self, step: int) -> float:
-        return self.rate * (1 + math.cos(math.pi * step / self.steps)) / 2
+        return self.state.rate * (1 + math.cos(math.pi * step / self.steps)) / 2
 
     def _divergence(
-        self, ids: Tensor, hidden: Tensor, base: Tensor, *, with_gradient: bool
+        self, batch: int, ids: Tensor, hidden: Tensor, *, with_gradient: bool
     ) -> tuple[float, Tensor | None]:
-        """Mean KL per token, and its gradient by the hidden states; sequence by sequence."""
+        """Weighted mean KL per token; the gradient of its sum over the usual weight, row by row."""
         stream, end = self.chain.stream, self.chain.num_blocks
+        base, weights = self.data.base(batch), self.data.weights_of(batch, ids)
+        counted = float(weights.sum())
         gradient = torch.empty_like(hidden) if with_gradient else None
         total = 0.0
         with stream.at(end):
@@ -196,13 +220,14 @@ class EndToEndTuning:
                 own = hidden[part].detach().requires_grad_(with_gradient)
                 with torch.set_grad_enabled(with_gradient), self.student.enter_outside():
                     found = run_tail(stream, ids[part], own).float().log_softmax(-1)
-                    kl = functional.kl_div(found, wanted, reduction="sum", log_target=True)
+                    each = functional.kl_div(found, wanted, reduction="none", log_target=True)
+                    kl = each.sum(-1).mul(weights[part]).sum()
                     if gradient is not None:
-                        (kl / ids.numel()).backward()  # type: ignore[no-untyped-call]
+                        (kl / self.usual_weight).backward()  # type: ignore[no-untyped-call]
                         assert own.grad is not None
                         gradient[part] = own.grad
                 total += float(kl.detach())
-        return total / ids.numel(), gradient
+        return total / counted, gradient
 
     def _look(self, on_look: Callable[[TuningState], None]) -> None:
         state = self.state
@@ -212,10 +237,20 @@ class EndToEndTuning:
         if not first and found < state.best * (1 - LEAST_GAIN):
             state.best_step = state.step
             self.best = {name: c.detach().clone() for name, c in self.changes.items()}
+        elif not first:
+            state.rate *= RETREAT
+            self._go_back()
+            # What it had seen on the way to a worse model would lead there again.
+            self.optimizer.state.clear()
         since = sum(step > state.best_step for step, _ in state.looks)
         state.is_finished = state.step >= self.steps or since >= PATIENCE
         self._save()
         on_look(state)
+
+    def _go_back(self) -> None:
+        with torch.no_grad():
+            for name, change in self.changes.items():
+                change.copy_(self.best[name])
 
     def _save(self) -> None:
         tensors: dict[str, Tensor] = {}
@@ -230,6 +265,7 @@ class EndToEndTuning:
         told = {
             "step": state.step,
             "best_step": state.best_step,
+            "rate": state.rate,
             "looks": state.looks,
             "is_finished": state.is_finished,
             "stopped": state.stopped,

@@ -364,6 +364,7 @@ class Run:
                 states,
                 journal=self.journal,
                 batches=self.batches,
+                weights_of_tokens=self.tokens.weight_batches(self.settings.batch_size),
                 probe=self.probe,
                 settings=self.settings,
                 steps=self.config.end_to_end_steps,

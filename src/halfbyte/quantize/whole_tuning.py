@@ -53,6 +53,7 @@ def tune_whole(
     *,
     journal: Journal,
     batches: Sequence[Tensor],
+    weights_of_tokens: Sequence[Tensor] | None,
     probe: Probe,
     settings: RunSettings,
     steps: int,
@@ -68,6 +69,7 @@ def tune_whole(
         states: Of the run, behind the last block.
         journal: Gets the blocks' new entries.
         batches: Calibration ids.
+        weights_of_tokens: How much the prediction behind each of them counts; None: all alike.
         probe: Goes through the blocks once more.
         settings: Of the run.
         steps: Training steps at most.
@@ -83,6 +85,7 @@ def tune_whole(
         ids=lambda batch: batches[batch].to(device),
         base=lambda batch: states.at(FULL, end).read(batch).to(device),
         num_batches=len(batches),
+        weights=None if weights_of_tokens is None else weights_of_tokens.__getitem__,
     )
     if not data.check:
         return WholeTuning(notes=("not trained end to end: too little text to confirm it",))

@@ -1,0 +1,210 @@
+"""Base and a group-constant adapter -> one checkpoint with the base's own codes, exactly.
+
+::
+
+    A constant over each group: B A x = B a (sums of x over the groups)
+    base's files + offsets = alpha / rank * (B a)^T [groups, out] per linear ──> checkpoint
+
+Such an adapter (QA-LoRA) adds the same to every weight of a group: it moves the group's zero point,
+which then need not be whole. The standard format holds whole ones only, so the offsets are tensors
+of halfbyte's own, and the checkpoint is one for halfbyte only. For other programs the adapter is
+what it was: an ordinary LoRA beside the base.
+
+Source:
+    Xu et al. 2023, "QA-LoRA", https://arxiv.org/abs/2309.14717
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.checkpoint.checksums import ShardDigest, write_checksums
+from halfbyte.checkpoint.companions import copy_companions
+from halfbyte.checkpoint.labels import read_model_config
+from halfbyte.checkpoint.layout import OFFSETS, OWN_METHOD
+from halfbyte.checkpoint.read import Checkpoint, open_checkpoint
+from halfbyte.checkpoint.shards import read_shard
+from halfbyte.checkpoint.write import write_configs, write_index, write_shard
+from halfbyte.errors import ConfigError, VerificationError
+from halfbyte.evaluate.loading import open_subject
+from halfbyte.finetune.groups import find_groups, is_constant
+from halfbyte.finetune.merge import (
+    MergeReport,
+    attach_for_merge,
+    check_new,
+    judging_examples,
+    log_probs,
+    make_probe,
+    mean_kl,
+    score_task,
+)
+from halfbyte.finetune.train import require_peft
+from halfbyte.nn.linear import QuantLinear
+from halfbyte.quantize.source import find_model
+
+LOST_SHARE = 1e-3
+"""Of what losing the adapter would cost: what an exact merge may cost, computed in float32."""
+FLOAT_KL = 1e-7
+"""Nats per token that two orders of the same sums may differ by."""
+BEYOND = {
+    "bias": "none",
+    "lora_bias": False,
+    "modules_to_save": None,
+    "trainable_token_indices": None,
+}
+"""What else an adapter may have: PEFT's setting, and its value where there is nothing."""
+
+
+def merge_exactly(
+    base: str | Path,
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    data: str | Path | None = None,
+    device: str = "auto",
+) -> MergeReport:
+    """Merge a group-constant adapter without touching a code or a scale.
+
+    Args:
+        base: The quantized model that the adapter was trained on.
+        adapter: PEFT's folder, of ``halfbyte finetune --variant qalora``.
+        output: New folder for the checkpoint.
+        data: Examples of the task, to be judged by.
+        device: Where to compare.
+
+    Returns:
+        What it came to.
+
+    Raises:
+        MissingExtraError: PEFT is not installed.
+        ConfigError: The output is in use, or the adapter cannot be merged so; says why.
+        CheckpointError: The base is no GPTQ checkpoint.
+        VerificationError: The checkpoint does not compute what base plus adapter does.
+    """
+    require_peft("Merging an adapter")
+    target, folder = Path(output), find_model(base)
+    check_new(target)
+    checkpoint = open_checkpoint(folder)
+    subject = open_subject(folder, dtype=torch.float32, device=device)
+    examples = judging_examples(data, subject)
+    probe = make_probe(subject, examples)
+    without = log_probs(subject.model, probe)
+    disk_names = dict(subject.model.hf_quantizer.disk_names)
+    adapted = attach_for_merge(subject, adapter)
+    expected = log_probs(adapted, probe)
+    scores = {} if not examples else {"adapted": score_task(adapted, examples)}
+    offsets = {
+        disk_names[name]: tensor for name, tensor in find_offsets(adapted, str(adapter)).items()
+    }
+    del adapted, subject
+    target.mkdir(parents=True, exist_ok=True)
+    _write(checkpoint, offsets, target)
+    merged = open_subject(target, dtype=torch.float32, device=device)
+    kl = mean_kl(expected, log_probs(merged.model, probe))
+    kl_without = mean_kl(expected, without)
+    if not kl <= max(FLOAT_KL, LOST_SHARE * kl_without):
+        raise VerificationError(
+            f"{target} does not compute what {folder} with {adapter} does: they are {kl:.2g} nats "
+            f"per token apart, the bare base and that {kl_without:.2g}. Do not use it, and report "
+            "this."
+        )
+    if examples:
+        scores["merged"] = score_task(merged.model, examples)
+    return MergeReport(
+        base=str(folder),
+        adapter=str(adapter),
+        output=str(target),
+        kl_to_adapted=kl,
+        kl_without=kl_without,
+        quantized=False,
+        scores=scores,
+    )
+
+
+@torch.no_grad()
+def find_offsets(adapted: Any, adapter: str) -> dict[str, Tensor]:
+    """Work out what a group-constant adapter adds to each group.
+
+    Args:
+        adapted: PEFT's model.
+        adapter: For messages.
+
+    Returns:
+        float32 [groups, out], by the linear's name in the base model; what was there before
+        included.
+
+    Raises:
+        ConfigError: The adapter is not of that kind, or not on packed linears only.
+    """
+    from peft.tuners.lora import Linear as LoraLinear
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found: dict[str, Tensor] = {}
+    inner = adapted.get_base_model()
+    for name, module in inner.named_modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        linear = module.get_base_layer()
+        plain = isinstance(module, LoraLinear) and not module.lora_variant
+        if not plain or not isinstance(linear, QuantLinear):
+            raise ConfigError(
+                f"Cannot merge {adapter} exactly: {name} has a {type(module).__name__} on a "
+                f"{type(linear).__name__}; only an ordinary LoRA on a packed linear fits. Merge "
+                "into 16 bits instead (without --exact)."
+            )
+        found[name] = _offsets_of(name, module, linear, adapter)
+    more = [
+        f"it also brings {key} {value}"
+        for config in adapted.peft_config.values()
+        for key, none in BEYOND.items()
+        if (value := getattr(config, key, none)) not in (none, [], None)
+    ]
+    if more or not found:
+        raise ConfigError(
+            f"Cannot merge {adapter} exactly: {[*more, 'it adapts nothing'][0]}. Merge into 16 "
+            "bits instead (without --exact)."
+        )
+    return found
+
+
+def _offsets_of(name: str, module: Any, linear: QuantLinear, adapter: str) -> Tensor:
+    groups = find_groups(linear)
+    total = torch.zeros(linear.spec.num_groups, linear.out_features, dtype=torch.float64)
+    if linear.offsets is not None:
+        total += linear.offsets.double().cpu()
+    for active in module.active_adapters:
+        a = module.lora_A[active].weight
+        if not is_constant(a, groups):
+            raise ConfigError(
+                f"Cannot merge {adapter} exactly: its A on {name} is not constant over the groups "
+                f"of {linear.spec.group_size} columns. Train it with --variant qalora on this very "
+                "base, or merge into 16 bits (without --exact)."
+            )
+        b = module.lora_B[active].weight.double().cpu()
+        total += module.scaling[active] * (b @ a.double().cpu()[:, groups.first]).t()
+    return total.float()
+
+
+def _write(checkpoint: Checkpoint, offsets: Mapping[str, Tensor], target: Path) -> None:
+    """Write the base's files again, each linear's offsets beside its codes."""
+    shards: list[ShardDigest] = []
+    places: dict[str, str] = {}
+    for file in checkpoint.files.files:
+        tensors = dict(read_shard(file))
+        for name, tensor in offsets.items():
+            if f"{name}.qweight" in tensors:
+                tensors[f"{name}.{OFFSETS}"] = tensor
+        digest = write_shard(target / file.name, tensors)
+        shards.append(digest)
+        places |= dict.fromkeys(tensors, file.name)
+    if len(shards) > 1:
+        write_index(target, places, sum(shard.tensor_bytes for shard in shards))
+    labels = {**checkpoint.labels.raw, "quant_method": OWN_METHOD}
+    write_configs(target, read_model_config(checkpoint.folder), labels)
+    write_checksums(target, shards, labels)
+    copy_companions(checkpoint.folder, target)

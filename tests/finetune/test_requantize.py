@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+from tests.helpers.adapters import load, write_adapter
+from tests.helpers.tiny_llama import build_tokenizer
+
+from halfbyte.checkpoint.read import open_checkpoint
+from halfbyte.cli.main import main
+from halfbyte.errors import CheckpointError
+from halfbyte.finetune.data import Example, Examples
+from halfbyte.finetune.merge import MOST_SCORED, divide_examples, merge_layers
+from halfbyte.finetune.requantize import (
+    merge_and_quantize,
+    merging_config,
+    scheme_of,
+    task_calibration,
+)
+from halfbyte.quant_config import CalibrationConfig
+from halfbyte.quantize import run
+from halfbyte.quantize.report import load_report
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+def make_examples(count: int, length: int = 6) -> list[Example]:
+    return [
+        Example((*range(i, i + length),), (-100, -100, *range(i + 2, i + length)))
+        for i in range(count)
+    ]
+
+
+def test_merges_and_quantizes_as_the_base_was(base, tmp_path, data):
+    adapter = write_adapter(base, tmp_path / "adapter")
+    out = tmp_path / "out"
+    report = merge_and_quantize(
+        base, adapter, out, data=data, calibration=CalibrationConfig(samples=8, length=32)
+    )
+    assert report.quantized
+    assert set(report.scores) == {"adapted", "merged", "quantized"}
+    checkpoint = open_checkpoint(out)
+    assert len(checkpoint.linears) == 14
+    assert {linear.bits for linear in checkpoint.linears.values()} == {4}
+    assert {linear.group_size for linear in checkpoint.linears.values()} == {32}
+    assert load_report(out).config["match_base"]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".halfbyte")] == []
+    name = "model.layers.0.self_attn.q_proj"
+    merged = peft.PeftModel.from_pretrained(load(base, torch.float32), adapter)
+    merged = merge_layers(merged, torch.float32).get_submodule(name).weight
+    error = (checkpoint.dequantize(name).float() - merged).norm() / merged.norm()
+    assert error < 0.2
+
+
+def test_scheme_of_the_base_is_taken_over(base, tmp_path):
+    config = merging_config(base, end_to_end_steps=7)
+    assert (config.bits, config.group_size, config.symmetric, config.desc_act) == (
+        4, 32, False, True,
+    )  # fmt: skip
+    assert (config.match_base, config.polish, config.end_to_end_steps) == (True, 0, 7)
+    plain = load(base, torch.bfloat16)
+    plain.dequantize()
+    plain.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"names no bits and group size.*--bits"):
+        scheme_of(tmp_path)
+
+
+def test_examples_stay_apart_with_their_labels_and_half_of_the_tokens(base):
+    examples = make_examples(40)
+    calibration = CalibrationConfig(samples=10, length=16)
+    text = task_calibration(examples, build_tokenizer(), calibration)
+    ours = [row for row in text if "labels" in row]
+    others = [row for row in text if "labels" not in row]
+    assert len(others) == 5
+    # 40 examples of 6 tokens in the room of 5 x 16: every third.
+    assert [tuple(row["input_ids"]) for row in ours] == [e.ids for e in examples[::3]]
+    assert [tuple(row["labels"]) for row in ours] == [e.labels for e in examples[::3]]
+    assert sum(len(row["input_ids"]) for row in ours) <= 5 * 16 + 6
+    few = task_calibration(examples[:4], build_tokenizer(), calibration)
+    assert sum("labels" in row for row in few) == 4
+
+
+def test_judges_by_examples_that_nothing_is_fitted_to(base, tmp_path, data, monkeypatch):
+    examples = Examples(examples=tuple(make_examples(50)), notes=())
+    fitted, judging = divide_examples(examples)
+    assert len(judging) == 10
+    assert len(fitted) == 40
+    assert not {e.ids for e in fitted} & {e.ids for e in judging}
+    many = Examples(examples=tuple(make_examples(4000)), notes=())
+    assert len(divide_examples(many)[1]) <= MOST_SCORED
+    same = Examples(examples=(make_examples(1)[0],) * 3, notes=())
+    assert divide_examples(same) == (same.examples, same.examples)
+
+    seen = []
+    real = run.load_calibration
+
+    def watch(text, *rest):
+        seen.extend(text)
+        return real(text, *rest)
+
+    monkeypatch.setattr(run, "load_calibration", watch)
+    adapter = write_adapter(base, tmp_path / "adapter")
+    report = merge_and_quantize(
+        base, adapter, tmp_path / "out", data=data,
+        config=merging_config(base, end_to_end_steps=2),
+        calibration=CalibrationConfig(samples=64, length=32),
+    )  # fmt: skip
+    assert sum("labels" in row for row in seen) == 40
+    assert load_report(tmp_path / "out").end_to_end is not None
+    assert report.scores["quantized"].loss > 0
+
+
+@pytest.mark.parametrize("other", [["--quantize"], ["--original", "x"]])
+def test_an_exact_merge_keeps_the_codes(capsys, tmp_path, other):
+    code = main(["merge", "base", "adapter", "-o", str(tmp_path / "out"), "--exact", *other])
+    assert code != 0
+    assert f"--exact is given with {other[0]}" in capsys.readouterr().err
