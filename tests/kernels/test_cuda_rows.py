@@ -37,16 +37,21 @@ def check(config, rows, *, resident=3, order=0, with_bias=True, **layer):
     return found
 
 
+def slow(*values):
+    """A case that takes the emulator long, and that another one covers nearly."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @emulated
 @pytest.mark.parametrize(
     ("config", "rows", "out_features"),
     [
         (RowsConfig(rows=8, tiles=2, warpgroups=2, stages=4), 7, 144),
-        (RowsConfig(rows=16, tiles=1, warpgroups=2, stages=2), 19, 144),
-        (RowsConfig(rows=16, tiles=4, warpgroups=2, stages=3), 16, 656),
+        slow(RowsConfig(rows=16, tiles=1, warpgroups=2, stages=2), 19, 144),
+        slow(RowsConfig(rows=16, tiles=4, warpgroups=2, stages=3), 16, 656),
         (RowsConfig(rows=64, tiles=2, warpgroups=2, stages=4), 70, 400),
         (RowsConfig(rows=128, tiles=1, warpgroups=3, stages=3), 130, 208),
-        (RowsConfig(rows=256, tiles=1, warpgroups=2, stages=3), 200, 144),
+        slow(RowsConfig(rows=256, tiles=1, warpgroups=2, stages=3), 200, 144),
         (RowsConfig(rows=32, tiles=1, warpgroups=2, stages=3, cluster=2), 40, 400),
     ],
     ids=str,
@@ -56,8 +61,19 @@ def test_every_size_of_tile(config, rows, out_features):
 
 
 @emulated
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    ("bits", "dtype"),
+    [
+        (2, torch.float16),
+        slow(2, torch.bfloat16),
+        slow(3, torch.float16),
+        (3, torch.bfloat16),
+        (4, torch.float16),
+        slow(4, torch.bfloat16),
+        slow(8, torch.float16),
+        (8, torch.bfloat16),
+    ],
+)
 def test_every_width_with_zeros_and_act_order(bits, dtype):
     layer = {"bits": bits, "dtype": dtype, "scale_dtype": torch.float32}
     check(SMALL, 35, group_size=32, symmetric=False, act_order=True, **layer)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,3 +35,19 @@ def test_memory_grows_with_what_is_held():
     assert 45e6 < after - before < 80e6
     assert provenance.peak_memory_bytes() >= 0.95 * after
     assert held[0] == 1
+
+
+CHILD = "from halfbyte.quantize.provenance import peak_memory_bytes; print(peak_memory_bytes())"
+PARENT = f"""
+import subprocess, sys
+large = b"x" * 1_500_000_000
+print(subprocess.run([sys.executable, "-c", {CHILD!r}], capture_output=True, text=True).stdout)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_the_peak_is_not_that_of_the_process_that_started_this_one():
+    done = subprocess.run(
+        [sys.executable, "-c", PARENT], capture_output=True, text=True, check=True
+    )
+    assert 0 < int(done.stdout) < 1_000_000_000

@@ -9,8 +9,6 @@ Source:
 
 from __future__ import annotations
 
-import resource
-import sys
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import psutil
 
 from halfbyte.errors import require_extra
+from halfbyte.quantize.provenance import peak_memory_bytes
 from halfbyte.serve.exchange import Backend
 from halfbyte.serve.routing.attempt import Route
 from halfbyte.serve.watch.observation import Observation, Seen
@@ -247,7 +246,7 @@ class Metrics:
             "cache": sum(load.cache_bytes for load in loads),
             "cache_used": sum(load.cache_used_bytes for load in loads),
             "process": psutil.Process().memory_info().rss,
-            "process_peak": peak_bytes(),
+            "process_peak": peak_memory_bytes(),
         }
 
 
@@ -258,12 +257,6 @@ def _load_prometheus() -> Any:
     except ImportError as error:
         raise require_extra("prometheus_client", "serve", "Counting what is served") from error
     return prometheus_client
-
-
-def peak_bytes() -> int:
-    """Give the largest size that this process had."""
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size if sys.platform == "darwin" else size * 1024
 
 
 COUNTERS: Mapping[str, tuple[str, Labels]] = {

@@ -15,7 +15,7 @@ from halfbyte.serve.assembly import open_embedded
 from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.engine.config import EngineConfig
 from halfbyte.serve.engine.contract import Grammar, TokenRequest
-from halfbyte.serve.metrics import peak_bytes
+from halfbyte.quantize.provenance import peak_memory_bytes
 
 async def main(folder):
     from pathlib import Path
@@ -30,7 +30,8 @@ async def main(folder):
     await ask(grammar=Grammar(kind="json_object"), ignore_end=False)
     await backend.close()
     info = engine.info
-    print(json.dumps([peak_bytes(), info.planned_bytes, info.cache_bytes, info.weight_bytes]))
+    peak = peak_memory_bytes()
+    print(json.dumps([peak, info.planned_bytes, info.cache_bytes, info.weight_bytes]))
 
 asyncio.run(main(sys.argv[1]))
 """

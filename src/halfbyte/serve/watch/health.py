@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 
-from halfbyte.serve.metrics import Metrics, peak_bytes
+from halfbyte.quantize.provenance import peak_memory_bytes
+from halfbyte.serve.metrics import Metrics
 from halfbyte.serve.routing.breaker import Clock
 from halfbyte.serve.routing.router import Router
 from halfbyte.serve.watch.alerts import Alerts
@@ -46,7 +47,7 @@ class Health:
             not self._router.budget.has_left,
             "the larger model's budget is spent: no request falls back until it comes back",
         )
-        planned, peak = self._metrics.planned.get("total"), peak_bytes()
+        planned, peak = self._metrics.planned.get("total"), peak_memory_bytes()
         if planned:
             self._alerts.set(
                 "memory",
