@@ -73,7 +73,7 @@ def test_bfloat16_deviates_by_its_rounding_only(tmp_path, isa):
 def test_a_long_prompt_is_read_by_torch_and_gone_on_from(tmp_path, monkeypatch):
     model = load(tmp_path, "llama", torch.float32)
     expected, _ = run_both(model)
-    monkeypatch.setattr(native_decoder, "LONG_PROMPT", 3)
+    monkeypatch.setattr(native_decoder, "LONG_PROMPT", 3 / 64)
     monkeypatch.setattr(native_decoder.NativeDecoder, "run", _only_single(NativeDecoder.run))
     found, _ = run_both(model)
     torch.testing.assert_close(found, expected, rtol=5e-4, atol=5e-4)
