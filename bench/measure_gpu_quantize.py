@@ -37,8 +37,8 @@ import halfbyte
 from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
 from halfbyte.quantize import run as run_module
 from halfbyte.quantize.block_work import Meter
-from halfbyte.quantize.columns import program_is_sound
-from halfbyte.quantize.hardware import multiplies_into_fp32
+from halfbyte.quantize.columns import find_program_obstacle
+from halfbyte.quantize.hardware import find_fp32_sum_obstacle
 from halfbyte.quantize.progress import SilentProgress
 from halfbyte.quantize.provenance import installed_versions, machine_facts, peak_memory_bytes
 from record import Elsewhere, save_result
@@ -317,8 +317,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "bf16": measure_rate(torch.bfloat16, device),
             "fp32": measure_rate(torch.float32, device),
         }
-        results["column_program"] = device.type != "cpu" and program_is_sound(device)
-        results["sums_in_fp32"] = multiplies_into_fp32(device, torch.bfloat16)
+        results["column_program"] = device.type != "cpu" and find_program_obstacle(device) is None
+        results["sums_in_fp32"] = find_fp32_sum_obstacle(device, torch.bfloat16) is None
         print({k: results[k] for k in list(results)[4:]}, flush=True)
         for memory in options.memory:
             run_once(base, memory, options, results)

@@ -18,7 +18,7 @@ from halfbyte.finetune.requantize import (
     task_calibration,
 )
 from halfbyte.quant_config import CalibrationConfig
-from halfbyte.quantize import run
+from halfbyte.quantize import run_text
 from halfbyte.quantize.report import load_report
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -92,13 +92,13 @@ def test_judges_by_examples_that_nothing_is_fitted_to(base, tmp_path, data, monk
     assert divide_examples(same) == (same.examples, same.examples)
 
     seen = []
-    real = run.load_calibration
+    real = run_text.load_calibration
 
     def watch(text, *rest):
         seen.extend(text)
         return real(text, *rest)
 
-    monkeypatch.setattr(run, "load_calibration", watch)
+    monkeypatch.setattr(run_text, "load_calibration", watch)
     adapter = write_adapter(base, tmp_path / "adapter")
     report = merge_and_quantize(
         base, adapter, tmp_path / "out", data=data,

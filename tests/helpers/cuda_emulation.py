@@ -7,17 +7,21 @@ import functools
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from tests.helpers.packed import make_linear
 from torch import Tensor
 
 from halfbyte.kernels import cuda_rows
 from halfbyte.kernels.contract import LinearSpec, Operands
 from halfbyte.kernels.cuda_arguments import Arguments, fill_arguments
-from halfbyte.kernels.cuda_linear import CudaConfig, count_shared_bytes, define_macros
+from halfbyte.kernels.cuda_linear import CudaConfig, CudaLinear, count_shared_bytes, define_macros
 from halfbyte.kernels.cuda_rows import RowsArguments, RowsConfig
-from halfbyte.kernels.fragments import find_order
+from halfbyte.kernels.fragments import find_order, prepare_fragments
 
 EMULATOR = Path(__file__).parent.parent / "kernels"
 SOURCES = Path(__file__).parents[2] / "src" / "halfbyte" / "kernels" / "cuda"
@@ -120,3 +124,35 @@ def multiply_rows_emulated(
     library.emulate(ctypes.byref(RowsArguments(a=common)), runs * config.cluster, order)
     assert not arrivals.any()
     return result
+
+
+def check_product(
+    multiply: Callable[..., Tensor], rows: int, *, with_bias: bool = True, **layer: Any
+) -> Tensor:
+    """Multiply a random layer, and hold the result to float64.
+
+    Args:
+        multiply: Called with x, operands, bias and spec.
+        rows: Of x.
+        with_bias: Whether the layer has one.
+        **layer: What is other than usual about it.
+
+    Returns:
+        The product.
+    """
+    sizes = {"in_features": 576, "out_features": 144, "dtype": torch.bfloat16}
+    if layer.get("bits", 4) == 3 or not layer.get("symmetric", True):
+        sizes["out_features"] = 160  # the zeros of 3 bits fill whole words then
+    linear = make_linear(**sizes | layer)
+    spec = linear.spec
+    operands = replace(linear.stored, weight=prepare_fragments(linear.stored, spec))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, spec.in_features, generator=generator).to(spec.dtype)
+    bias = torch.randn(spec.out_features, generator=generator).to(spec.dtype)
+    bias = bias if with_bias else None
+    found = multiply(x, operands, bias, spec)
+    exact, size = x.double() @ linear.weight.t(), x.double().abs() @ linear.weight.abs().t()
+    if with_bias:
+        exact, size = exact + bias.double(), size + bias.double().abs()
+    assert ((found.double() - exact).abs() <= CudaLinear().error_bound(spec) * size).all()
+    return found

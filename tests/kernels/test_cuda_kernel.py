@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.helpers.cuda_emulation import find_compiler, multiply_emulated
+from tests.helpers.cuda_emulation import check_product, find_compiler, multiply_emulated
 from tests.helpers.packed import make_linear
 
 from halfbyte.errors import KernelUnavailable
@@ -15,12 +15,10 @@ from halfbyte.kernels.cuda_linear import (
     ROWS_LIMIT,
     SHARED_LIMIT,
     CudaConfig,
-    CudaLinear,
     choose_config,
     count_shared_bytes,
     plan_work,
 )
-from halfbyte.kernels.fragments import prepare_fragments
 
 emulated = pytest.mark.skipif(find_compiler() is None, reason="needs a C++ compiler")
 
@@ -28,23 +26,11 @@ ONE_ROW = CudaConfig(row_tiles=1, tiles=4, warps_out=1, warps_in=2, stages=3)
 TWO_WARPS_OUT = CudaConfig(row_tiles=2, tiles=2, warps_out=2, warps_in=2, stages=3)
 
 
-def check(config, rows, *, runs=5, backwards=False, with_bias=True, **layer):
-    sizes = {"in_features": 576, "out_features": 144, "dtype": torch.bfloat16}
-    if layer.get("bits", 4) == 3 or not layer.get("symmetric", True):
-        sizes["out_features"] = 160  # the zeros of 3 bits fill whole words then
-    linear = make_linear(**sizes | layer)
-    spec = linear.spec
-    operands = replace(linear.stored, weight=prepare_fragments(linear.stored, spec))
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, spec.in_features, generator=generator).to(spec.dtype)
-    bias = torch.randn(spec.out_features, generator=generator).to(spec.dtype)
-    bias = bias if with_bias else None
-    found = multiply_emulated(x, operands, bias, spec, config, runs=runs, backwards=backwards)
-    exact, size = x.double() @ linear.weight.t(), x.double().abs() @ linear.weight.abs().t()
-    if with_bias:
-        exact, size = exact + bias.double(), size + bias.double().abs()
-    assert ((found.double() - exact).abs() <= CudaLinear().error_bound(spec) * size).all()
-    return found
+def check(config, rows, *, runs=5, backwards=False, **layer):
+    def multiply(x, operands, bias, spec):
+        return multiply_emulated(x, operands, bias, spec, config, runs=runs, backwards=backwards)
+
+    return check_product(multiply, rows, **layer)
 
 
 @emulated

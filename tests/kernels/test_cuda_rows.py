@@ -6,35 +6,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.helpers.cuda_emulation import find_compiler, multiply_rows_emulated
+from tests.helpers.cuda_emulation import check_product, find_compiler, multiply_rows_emulated
 from tests.helpers.packed import make_linear
 
-from halfbyte.kernels.cuda_linear import CudaLinear
 from halfbyte.kernels.cuda_rows import RowsConfig, choose_splits, count_runs, find_mismatch
-from halfbyte.kernels.fragments import prepare_fragments
 
 emulated = pytest.mark.skipif(find_compiler() is None, reason="needs a C++ compiler")
 
 SMALL = RowsConfig(rows=32, tiles=1, warpgroups=2, stages=3)
 
 
-def check(config, rows, *, resident=3, order=0, with_bias=True, **layer):
-    sizes = {"in_features": 576, "out_features": 144, "dtype": torch.bfloat16}
-    if layer.get("bits", 4) == 3 or not layer.get("symmetric", True):
-        sizes["out_features"] = 160  # the zeros of 3 bits fill whole words then
-    linear = make_linear(**sizes | layer)
-    spec = linear.spec
-    operands = replace(linear.stored, weight=prepare_fragments(linear.stored, spec))
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, spec.in_features, generator=generator).to(spec.dtype)
-    bias = torch.randn(spec.out_features, generator=generator).to(spec.dtype)
-    bias = bias if with_bias else None
-    found = multiply_rows_emulated(x, operands, bias, spec, config, resident=resident, order=order)
-    exact, size = x.double() @ linear.weight.t(), x.double().abs() @ linear.weight.abs().t()
-    if with_bias:
-        exact, size = exact + bias.double(), size + bias.double().abs()
-    assert ((found.double() - exact).abs() <= CudaLinear().error_bound(spec) * size).all()
-    return found
+def check(config, rows, *, resident=3, order=0, **layer):
+    def multiply(x, operands, bias, spec):
+        return multiply_rows_emulated(
+            x, operands, bias, spec, config, resident=resident, order=order
+        )
+
+    return check_product(multiply, rows, **layer)
 
 
 def slow(*values):

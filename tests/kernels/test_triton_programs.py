@@ -6,14 +6,13 @@ run here in float16, and test_gpu_machine_code.py looks at both as they are comp
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tests.helpers.interpreted import interpret
 from tests.helpers.packed import make_linear
 from tests.helpers.ptx_emulation import run_ptx
 
@@ -25,18 +24,13 @@ from halfbyte.kernels.triton_linear import TritonLinear, dequantize_fragments, m
 
 pytest.importorskip("triton")
 
-SOURCE = Path(triton_linear.__file__).with_name("triton_programs.py")
 NAME = "halfbyte.kernels.triton_programs"
 
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
     """The programs, made anew while Triton interprets."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    spec = importlib.util.spec_from_file_location(NAME, SOURCE)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, NAME, module)
-    spec.loader.exec_module(module)
+    interpret(monkeypatch, NAME)
 
 
 def prepared(**layer):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tests.helpers.interpreted import interpret
 from tests.kernels.test_gpu_machine_code import count, disassemble
 
 from halfbyte.quantize import columns
@@ -15,20 +14,13 @@ from halfbyte.quantize.columns import Steps, move_columns, round_columns
 
 pytest.importorskip("triton")
 
-SOURCE = Path(columns.__file__).with_name("column_program.py")
 NAME = "halfbyte.quantize.column_program"
 
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The program, made anew while Triton interprets."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    spec = importlib.util.spec_from_file_location(NAME, SOURCE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, NAME, module)
-    spec.loader.exec_module(module)
+    interpret(monkeypatch, NAME)
 
 
 def problem(
@@ -87,18 +79,18 @@ def test_program_moves_as_the_loop_does(
 def test_it_is_tried_before_it_is_trusted(
     interpreted: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    columns.program_is_sound.cache_clear()
-    assert columns.program_is_sound(torch.device("cpu")), "the interpreter is a sound device"
+    columns.find_program_obstacle.cache_clear()
+    assert columns.find_program_obstacle(torch.device("cpu")) is None
     real = columns._run_program
 
     def broken(values, plain, codes, *rest, **keywords):
         real(values, plain, codes, *rest, **keywords)
         codes += 1
 
-    columns.program_is_sound.cache_clear()
+    columns.find_program_obstacle.cache_clear()
     monkeypatch.setattr(columns, "_run_program", broken)
-    assert not columns.program_is_sound(torch.device("cpu"))
-    columns.program_is_sound.cache_clear()
+    assert "others than the loop" in columns.find_program_obstacle(torch.device("cpu"))
+    columns.find_program_obstacle.cache_clear()
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])

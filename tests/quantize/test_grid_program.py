@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tests.helpers.interpreted import interpret
 from tests.kernels.test_gpu_machine_code import count, disassemble
 
 from halfbyte.quantize import grid as grids
@@ -16,20 +16,14 @@ from halfbyte.quantize.grid import Grid, search_grid, sum_groups
 
 pytest.importorskip("triton")
 
-SOURCE = Path(grids.__file__).with_name("grid_program.py")
 NAME = "halfbyte.quantize.grid_program"
 
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The program, made anew while Triton interprets."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    spec = importlib.util.spec_from_file_location(NAME, SOURCE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, NAME, module)
-    spec.loader.exec_module(module)
+    interpret(monkeypatch, NAME)
+    module = sys.modules[NAME]
     from triton.runtime.interpreter import ReduceOps
 
     def reduce(self, inputs):
@@ -78,18 +72,20 @@ def test_it_finds_the_grids_that_the_plain_search_finds(
 def test_it_is_tried_before_it_is_trusted(
     symmetric: bool, interpreted: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grids.program_is_sound.cache_clear()
-    assert grids.program_is_sound(torch.device("cpu"), symmetric), "the interpreter is sound"
+    grids.find_program_obstacle.cache_clear()
+    assert grids.find_program_obstacle(torch.device("cpu"), symmetric) is None
     real = grids._run_program
 
     def broken(*arguments):
         scales, zeros = real(*arguments)
         return scales * 1.1, zeros
 
-    grids.program_is_sound.cache_clear()
+    grids.find_program_obstacle.cache_clear()
     monkeypatch.setattr(grids, "_run_program", broken)
-    assert not grids.program_is_sound(torch.device("cpu"), symmetric)
-    grids.program_is_sound.cache_clear()
+    assert "times as much as the plain" in grids.find_program_obstacle(
+        torch.device("cpu"), symmetric
+    )
+    grids.find_program_obstacle.cache_clear()
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])

@@ -13,6 +13,7 @@ import halfbyte
 from halfbyte.errors import ModelError
 from halfbyte.quant_config import CalibrationConfig, QuantConfig
 from halfbyte.quantize import run as running
+from halfbyte.quantize import run_text
 from halfbyte.quantize.report import QuantizationReport
 from halfbyte.quantize.self_text import generate_text, save_text
 
@@ -93,7 +94,7 @@ def test_a_resumed_run_uses_the_text_that_was_written(
         calls.append(args)
         return generate_text(*args, **keywords)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(running, "generate_text", count)
+    monkeypatch.setattr(run_text, "generate_text", count)
 
     def quantize(resume: bool) -> QuantizationReport:
         return halfbyte.quantize(

@@ -22,10 +22,8 @@ from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from halfbyte.errors import ConfigError, ModelError
-from halfbyte.nn.gpu_step import GpuStep, find_deviation, find_mismatch
-
-WARM_UPS = 2
-"""Steps before recording: what is compiled or allocated at first use must not be recorded."""
+from halfbyte.nn.decoder_parts import make_probe_tokens
+from halfbyte.nn.gpu_step import GpuStep, find_deviation, find_mismatch, record
 
 PROBE_TOKENS = 8
 """Tokens of the prompt on which a step is tried before it is trusted."""
@@ -176,9 +174,8 @@ class GraphSteps:
 
     def _prepare(self) -> None:
         """Choose the step on a made-up prompt, and record it."""
-        vocabulary = self._model.get_input_embeddings().weight.shape[0]
         count = min(PROBE_TOKENS, self.capacity)
-        tokens = [(7919 * (i + 1)) % vocabulary for i in range(count)]
+        tokens = make_probe_tokens(self._model, count)
         probe = torch.tensor([tokens], device=self._places.device)
         self._begin(probe)
         self._aim(tokens[0], count)
@@ -204,19 +201,18 @@ class GraphSteps:
             self.own_forward_because = f"a {name} computes something else: {deviation}"
 
     def _record(self) -> None:
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                self._run().argmax()
-                self._rewind(self.length)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, stream=stream):
-                self._logits = self._run()
-                # The next step's token and place, unless another is put there.
-                self._token.copy_(self._logits.argmax())
-                self._position.add_(1)
-        torch.cuda.current_stream().wait_stream(stream)
+        self._graph, self._logits = record(self._run_on, self._start_again)
+
+    def _run_on(self) -> Tensor:
+        """Logits after the token; the next one and its place, unless others are put there."""
+        logits = self._run()
+        self._token.copy_(logits.argmax())
+        self._position.add_(1)
+        return logits
+
+    def _start_again(self) -> None:
+        self._position.fill_(self.length)
+        self._rewind(self.length)
 
     def _rewind(self, length: int) -> None:
         """Forget what was written from a position on."""

@@ -72,3 +72,28 @@ def forget_shape(spec: LinearSpec) -> LinearSpec:
     return replace(
         spec, in_features=64, out_features=64, group_size=group_size, act_order=False, zero_offset=0
     )
+
+
+def define_layer_macros(spec: LinearSpec, scale_dtype: torch.dtype) -> dict[str, int]:
+    """The macros of ``cuda/base.cu``: what kind of layer it is."""
+    return {
+        "BF16": int(spec.dtype == torch.bfloat16),
+        "BITS": spec.bits,
+        "SCALE_KIND": SCALE_KINDS[scale_dtype],
+        "HAS_ZEROS": int(not spec.symmetric),
+        "HALF_GROUPS": int(spec.group_size < 64),
+    }
+
+
+SMALLEST_SPEC = LinearSpec(
+    bits=4,
+    group_size=64,
+    in_features=64,
+    out_features=64,
+    symmetric=True,
+    act_order=False,
+    zero_offset=0,
+    dtype=torch.bfloat16,
+    device_type="cuda",
+)
+"""A layer to try a compiler with."""

@@ -21,7 +21,12 @@ from torch.nn import functional
 from halfbyte.errors import KernelUnavailable
 from halfbyte.kernels import cuda_rows
 from halfbyte.kernels.contract import LinearSpec, Operands
-from halfbyte.kernels.cuda_arguments import SCALE_KINDS, fill_arguments, forget_shape
+from halfbyte.kernels.cuda_arguments import (
+    SMALLEST_SPEC,
+    define_layer_macros,
+    fill_arguments,
+    forget_shape,
+)
 from halfbyte.kernels.cuda_driver import Function, compile_source, read_source
 from halfbyte.kernels.cuda_rows import RowsConfig
 from halfbyte.kernels.fragments import (
@@ -147,14 +152,8 @@ def choose_config(
 
 def define_macros(config: CudaConfig, spec: LinearSpec, scale_dtype: torch.dtype) -> dict[str, int]:
     """Give the macros of multiply.cu for a layer."""
-    return {
-        **{name.upper(): value for name, value in asdict(config).items()},
-        "BF16": int(spec.dtype == torch.bfloat16),
-        "BITS": spec.bits,
-        "SCALE_KIND": SCALE_KINDS[scale_dtype],
-        "HAS_ZEROS": int(not spec.symmetric),
-        "HALF_GROUPS": int(spec.group_size < 64),
-    }
+    made = {name.upper(): value for name, value in asdict(config).items()}
+    return made | define_layer_macros(spec, scale_dtype)
 
 
 def count_shared_bytes(config: CudaConfig, spec: LinearSpec, scale_dtype: torch.dtype) -> int:
@@ -352,20 +351,9 @@ def _find_obstacle() -> str | None:
     if capability < OLDEST:
         found, needed = (".".join(map(str, version)) for version in (capability, OLDEST))
         return f"needs compute capability {needed}; this GPU has {found}"
-    spec = LinearSpec(
-        bits=4,
-        group_size=64,
-        in_features=64,
-        out_features=64,
-        symmetric=True,
-        act_order=False,
-        zero_offset=0,
-        dtype=torch.bfloat16,
-        device_type="cuda",
-    )
     try:
         # All the way: a driver older than torch's NVRTC refuses what that compiles.
-        load_function(PREFERRED[0], spec, torch.float16, device, True)
+        load_function(PREFERRED[0], SMALLEST_SPEC, torch.float16, device, True)
     except KernelUnavailable as reason:
         return str(reason)
     return None

@@ -17,7 +17,13 @@ from torch import Tensor
 
 from halfbyte.errors import KernelUnavailable
 from halfbyte.kernels.contract import LinearSpec, Operands
-from halfbyte.kernels.cuda_arguments import SCALE_KINDS, Arguments, fill_arguments, forget_shape
+from halfbyte.kernels.cuda_arguments import (
+    SMALLEST_SPEC,
+    Arguments,
+    define_layer_macros,
+    fill_arguments,
+    forget_shape,
+)
 from halfbyte.kernels.cuda_driver import Function, compile_source, encode_boxes, read_source
 from halfbyte.kernels.gpu_device import (
     ARRIVALS,
@@ -169,14 +175,7 @@ def fit_memory(config: RowsConfig, spec: LinearSpec, scale_dtype: torch.dtype) -
 def define_macros(config: RowsConfig, spec: LinearSpec, scale_dtype: torch.dtype) -> dict[str, int]:
     """Give the macros of multiply_rows.cu for a layer."""
     made = {name.upper(): value for name, value in asdict(config).items() if name != "splits"}
-    return {
-        **made,
-        "BF16": int(spec.dtype == torch.bfloat16),
-        "BITS": spec.bits,
-        "SCALE_KIND": SCALE_KINDS[scale_dtype],
-        "HAS_ZEROS": int(not spec.symmetric),
-        "HALF_GROUPS": int(spec.group_size < 64),
-    }
+    return made | define_layer_macros(spec, scale_dtype)
 
 
 def count_shared_bytes(config: RowsConfig, spec: LinearSpec, scale_dtype: torch.dtype) -> int:
@@ -269,19 +268,13 @@ def load_for(
 @functools.cache
 def find_obstacle(device: torch.device) -> str | None:
     """Say why the kernel cannot be compiled for a device of its architecture, or None."""
-    spec = LinearSpec(
-        bits=4,
-        group_size=64,
-        in_features=64,
-        out_features=64,
-        symmetric=True,
-        act_order=False,
-        zero_offset=0,
-        dtype=torch.bfloat16,
-        device_type="cuda",
-    )
     try:
-        load_for(RowsConfig(rows=64, tiles=1, warpgroups=2, stages=4), spec, torch.float16, device)
+        load_for(
+            RowsConfig(rows=64, tiles=1, warpgroups=2, stages=4),
+            SMALLEST_SPEC,
+            torch.float16,
+            device,
+        )
     except KernelUnavailable as reason:
         return str(reason)
     return None

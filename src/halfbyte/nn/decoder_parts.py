@@ -89,3 +89,9 @@ def epsilon_of(norm: Any) -> float:
     """What a norm adds before it takes the root."""
     value = getattr(norm, "variance_epsilon", None)
     return float(getattr(norm, "eps", 1e-6) if value is None else value)
+
+
+def make_probe_tokens(model: PreTrainedModel, count: int) -> list[int]:
+    """Make up token ids, scattered over the vocabulary, to try a model with."""
+    vocabulary: int = model.get_input_embeddings().weight.shape[0]
+    return [(7919 * (i + 1)) % vocabulary for i in range(count)]

@@ -12,7 +12,7 @@ Transformers' static one, which its own forward fills with the prompt, is a sing
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,9 @@ from halfbyte.nn.decoder_parts import (
 from halfbyte.nn.linear import QuantLinear
 
 DTYPES = (torch.float16, torch.bfloat16)
+
+WARM_UPS = 2
+"""Steps before recording: what is compiled or allocated at first use must not be recorded."""
 
 MOST_DEVIATION = 0.05
 """Of the logits, as a share of their length; bf16 alone makes about 0.01."""
@@ -108,6 +111,33 @@ class GpuStep:
         _, normed = add_norm(x, delta, self._last_norm, self._last_epsilon)
         logits: Tensor = self._head(normed)
         return logits
+
+
+@torch.inference_mode()
+def record(
+    compute: Callable[[], Tensor], after_each: Callable[[], None] | None = None
+) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """Record what a computation launches.
+
+    Args:
+        compute: Reads and writes tensors that stay where they are.
+        after_each: Called after each run before the recording.
+
+    Returns:
+        The graph, and the tensor that a replay fills.
+    """
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UPS):
+            compute()
+            if after_each is not None:
+                after_each()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            result = compute()
+    torch.cuda.current_stream().wait_stream(stream)
+    return graph, result
 
 
 def multiply_at_once(linears: Sequence[nn.Module], x: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from halfbyte.nn.decoder_parts import (
     base_of,
     epsilon_of,
     find_structure_mismatch,
+    make_probe_tokens,
 )
 from halfbyte.nn.linear import QuantLinear
 
@@ -268,8 +269,7 @@ def _layer_mismatch(layer: Any) -> str | None:
 
 def _find_deviation(model: PreTrainedModel) -> str | None:
     """Run some tokens both ways."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    tokens = [(7919 * (i + 1)) % vocabulary for i in range(PROBE_TOKENS)]
+    tokens = make_probe_tokens(model, PROBE_TOKENS)
     half = PROBE_TOKENS // 2
     with torch.inference_mode():
         base = base_of(model)

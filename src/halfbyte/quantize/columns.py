@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels.triton_linear import find_triton_obstacle
+from halfbyte.quantize.hardware import first_line_of
 
 PROGRAM_ROWS = 8
 """Output rows of one program: few, so that there are programs for every multiprocessor."""
@@ -109,22 +110,23 @@ def _by_program(block: Tensor) -> bool:
     return (
         block.device.type != "cpu"
         and block.shape[0] <= WIDEST_BLOCK
-        and program_is_sound(block.device)
+        and find_program_obstacle(block.device) is None
     )
 
 
 @functools.cache
-def program_is_sound(device: torch.device) -> bool:
+def find_program_obstacle(device: torch.device) -> str | None:
     """Try the program on a device once, against the plain loops, before weights depend on it.
 
     Args:
         device: Where it is to run.
 
     Returns:
-        Whether it runs there and gives the same codes, but for ties.
+        Why it is not used there; None: it runs and gives the same codes, but for ties.
     """
-    if find_triton_obstacle() is not None:
-        return False
+    obstacle = find_triton_obstacle()
+    if obstacle is not None:
+        return obstacle
     dice = torch.Generator().manual_seed(0)
     # Multiples of 16, as in a model: Triton compiles other numbers apart.
     columns, rows = 32, 16
@@ -143,9 +145,10 @@ def program_is_sound(device: torch.device) -> bool:
         _run_program(
             start.clone(), start, found, errors, feedback.to(device), start, there, groups, False
         )
-    except Exception:  # noqa: BLE001 - whatever stops Triton must not stop a run without it
-        return False
-    return float((found.cpu() != expected).float().mean()) < 0.01
+    except Exception as error:  # noqa: BLE001 - what stops Triton must not stop a run without it
+        return first_line_of(error)
+    differing = float((found.cpu() != expected).float().mean())
+    return None if differing < 0.01 else f"{differing:.0%} of its codes are others than the loop's"
 
 
 def _run_program(

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from halfbyte.kernels.triton_linear import find_triton_obstacle
 from halfbyte.quant_config import PER_CHANNEL
+from halfbyte.quantize.hardware import first_line_of
 
 SMALLEST_SCALE = 1e-5
 COARSE_STEPS = 16
@@ -295,12 +296,12 @@ def _by_program(grouped: Tensor, symmetric: bool) -> bool:
     return (
         grouped.device.type != "cpu"
         and grouped.shape[-1] <= WIDEST_GROUP
-        and program_is_sound(grouped.device, symmetric)
+        and find_program_obstacle(grouped.device, symmetric) is None
     )
 
 
 @functools.cache
-def program_is_sound(device: torch.device, symmetric: bool) -> bool:
+def find_program_obstacle(device: torch.device, symmetric: bool) -> str | None:
     """Try the Triton program on a device once, against the plain search.
 
     Args:
@@ -308,10 +309,11 @@ def program_is_sound(device: torch.device, symmetric: bool) -> bool:
         symmetric: The kind of grid.
 
     Returns:
-        Whether it runs there and finds grids that are as good.
+        Why it is not used there; None: it runs and finds grids that are as good.
     """
-    if find_triton_obstacle() is not None:
-        return False
+    obstacle = find_triton_obstacle()
+    if obstacle is not None:
+        return obstacle
     dice = torch.Generator().manual_seed(0)
     # The sizes of a model's groups: Triton compiles others apart.
     rows, groups, size = 16, 16, 128
@@ -322,14 +324,16 @@ def program_is_sound(device: torch.device, symmetric: bool) -> bool:
     expected = search_grid(weight, curvature, g_idx, bits=4, symmetric=symmetric)
     try:
         scales, zeros = _run_program(grouped.to(device), weights.to(device), 4, symmetric)
-    except Exception:  # noqa: BLE001 - whatever stops Triton must not stop a run without it
-        return False
+    except Exception as problem:  # noqa: BLE001 - what stops Triton must not stop a run without it
+        return first_line_of(problem)
     found = Grid(bits=4, scales=scales.cpu(), zeros=zeros.cpu(), g_idx=g_idx)
     losses = []
     for grid in (found, expected):
         error = weight - grid.dequantize(grid.round_to_nearest(weight))
         losses.append(float((error.square() * curvature).sum()))
-    return losses[0] <= 1.0001 * losses[1]
+    if losses[0] <= 1.0001 * losses[1]:
+        return None
+    return f"its grids lose {losses[0] / losses[1]:.3f} times as much as the plain search's"
 
 
 def _run_program(

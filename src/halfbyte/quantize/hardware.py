@@ -38,8 +38,8 @@ def sums_bf16_in_fp32() -> bool:
 
 
 @cache
-def multiplies_into_fp32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Say whether a device multiplies 16-bit matrices and gives the sums in fp32.
+def find_fp32_sum_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Say why a device does not multiply 16-bit matrices and give the sums in fp32.
 
     Tried, not looked up: a sum that was rounded on the way would show.
 
@@ -48,17 +48,25 @@ def multiplies_into_fp32(device: torch.device, dtype: torch.dtype) -> bool:
         dtype: Of the factors.
 
     Returns:
-        Whether ``torch.mm`` with ``out_dtype`` does.
+        What ``torch.mm`` with ``out_dtype`` lacks there; None where it does.
     """
     if device.type == "cpu":
-        return False
+        return "torch has no such product for CPUs"
     x = torch.arange(64.0 * 256, device=device).square().sin().reshape(256, 64).to(dtype)
     exact = x.double().t() @ x.double()
     try:
         found = torch.mm(x.t(), x, out_dtype=torch.float32)
-    except (RuntimeError, TypeError, NotImplementedError):
-        return False
-    return float((found.double() - exact).norm()) < 2**-16 * float(exact.norm())
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        return first_line_of(error)
+    if float((found.double() - exact).norm()) < 2**-16 * float(exact.norm()):
+        return None
+    return "sums are rounded on the way"
+
+
+def first_line_of(error: Exception) -> str:
+    """What went wrong, in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def fast_copy(matrix: torch.Tensor) -> torch.Tensor:

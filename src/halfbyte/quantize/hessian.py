@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from halfbyte.quantize.hardware import multiplies_into_fp32, sums_bf16_in_fp32
+from halfbyte.quantize.hardware import find_fp32_sum_obstacle, sums_bf16_in_fp32
 
 DEAD_RATIO = 1e-10
 """A column whose mean square is below this fraction of the largest never carried a signal."""
@@ -100,7 +100,7 @@ def add_gram(total: Tensor, rows: Tensor, tile: int = GRAM_TILE) -> None:
         rows: [tokens, in].
         tile: Columns per tile.
     """
-    exact = rows.dtype != torch.float32 and multiplies_into_fp32(rows.device, rows.dtype)
+    exact = rows.dtype != torch.float32 and find_fp32_sum_obstacle(rows.device, rows.dtype) is None
     x = rows if exact else rows.float()
     for start, end in _tiles(rows.shape[1], tile):
         left, right = x[:, start:end].t(), x[:, :end]

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +19,6 @@ import torch
 from torch import Tensor
 
 from halfbyte.checkpoint.checksums import ShardDigest
-from halfbyte.evaluate.loading import load_tokenizer
 from halfbyte.model.blocks import (
     InputGroup,
     Stage,
@@ -34,13 +32,9 @@ from halfbyte.quantize.block_shard import gather_block
 from halfbyte.quantize.block_tuning import TuningData, tune_rounded
 from halfbyte.quantize.block_work import BlockWork, Meter
 from halfbyte.quantize.block_writer import BlockWriter
-from halfbyte.quantize.calibration import (
-    CalibrationSource,
-    CalibrationTokens,
-    check_ids,
-    load_calibration,
-)
+from halfbyte.quantize.calibration import CalibrationSource, CalibrationTokens
 from halfbyte.quantize.choose_bits import choose_bits
+from halfbyte.quantize.device_ways import find_slow_ways
 from halfbyte.quantize.fingerprint import fingerprint_model
 from halfbyte.quantize.finish import (
     count_packed_bits,
@@ -49,11 +43,10 @@ from halfbyte.quantize.finish import (
     write_outside,
 )
 from halfbyte.quantize.hardware import release_memory
-from halfbyte.quantize.journal import KEPT_PREFIX, Journal
+from halfbyte.quantize.journal import Journal
 from halfbyte.quantize.probe import (
     KEPT_LOGITS,
     Probe,
-    make_probe,
     measure_quality,
     run_tail,
 )
@@ -67,9 +60,9 @@ from halfbyte.quantize.report import (
     QuantizationReport,
     SkippedModule,
 )
-from halfbyte.quantize.resources import RunSettings, resolve_dtype, resolve_resources
+from halfbyte.quantize.resources import RunSettings, resolve_resources
 from halfbyte.quantize.rounding import RoundedLinear
-from halfbyte.quantize.self_text import SELF, generate_text, save_text
+from halfbyte.quantize.run_text import read_text
 from halfbyte.quantize.source import check_something_to_do
 from halfbyte.quantize.states import BASE, CALIBRATION, FULL, PROBE, TUNED, RunStates
 from halfbyte.quantize.whole_tuning import WholeTuning, tune_whole
@@ -138,7 +131,18 @@ class Run:
             The report, which also stands in the output folder.
         """
         check_something_to_do(self.weights, self.config)
-        self._read_text(text, quality)
+        self.tokens, self.probe = read_text(
+            text,
+            self.weights,
+            self.calibration,
+            folder=self.journal.folder,
+            dtype=self.resources.dtype,
+            quality=quality,
+            progress=self.progress,
+            meter=self.meter,
+        )
+        if quality and self.probe.note:
+            self.notes.append(self.probe.note)
         self._begin(resume)
         with self.meter.timed("load"):
             self.weights.load_outside()
@@ -188,40 +192,6 @@ class Run:
             )
         self.notes += notes
 
-    def _read_text(self, text: CalibrationSource, quality: bool) -> None:
-        # A table of ids compared with a word would be a table.
-        if isinstance(text, str) and text == SELF:
-            text = self._own_text()
-        self.progress.phase("reading the text")
-        tokenizer = load_tokenizer(self.weights.folder)
-        text_config = self.weights.config.get_text_config()
-        longest = getattr(text_config, "max_position_embeddings", None)
-        self.tokens = load_calibration(text, self.calibration, tokenizer, longest)
-        vocabulary = int(text_config.vocab_size)
-        check_ids(self.tokens, vocabulary)
-        self.probe = make_probe(
-            tokenizer if quality else None, self.tokens.sequences[0], longest, vocabulary
-        )
-        if quality and self.probe.note:
-            self.notes.append(self.probe.note)
-
-    def _own_text(self) -> Path:
-        """Let the model write its calibration text, once for a folder: a resumed run reads it."""
-        asked = f"{fingerprint_model(self.weights.files)}{self.calibration.to_dict()}"
-        name = f"{KEPT_PREFIX}{SELF}-{hashlib.sha256(asked.encode()).hexdigest()[:16]}.jsonl"
-        path = self.journal.folder / name
-        if not path.exists():
-            self.progress.phase("letting the model write its calibration text")
-            with self.meter.timed("text"):
-                dtype, _ = resolve_dtype(
-                    self.resources.dtype, self.weights.dtype, self.weights.device
-                )
-                computing = str(dtype).removeprefix("torch.")
-                text = generate_text(self.weights.folder, self.calibration, dtype=computing)
-            save_text(text, path)
-            release_memory()
-        return path
-
     def _begin(self, resume: bool) -> None:
         """Take the settings of the journal, or plan and start one."""
         inputs = {
@@ -238,13 +208,17 @@ class Run:
             self.journal.check_same(inputs)
             self.settings = RunSettings.from_dict(self.journal.header["settings"])
             done = len(self.journal.blocks)
-            self.progress.started((f"resuming behind block {done} of {self.num_blocks}",))
+            self._note_slow_ways()
+            self.progress.started(
+                (f"resuming behind block {done} of {self.num_blocks}", *self.notes)
+            )
         else:
             lengths = [len(sequence) for sequence in self.tokens.sequences]
             plan = resolve_resources(
                 self.weights, self.resources, self.calibration, self.config, lengths
             )
             self.settings = plan.settings
+            self._note_slow_ways()
             self.progress.started((*plan.lines(), *self.tokens.notes, *self.notes))
             header = {"version": JOURNAL_VERSION, "inputs": inputs}
             self.journal.start({**header, "settings": self.settings.to_dict()})
@@ -254,6 +228,10 @@ class Run:
         self.stream = BlockStream(model, blocks, self.settings.torch_dtype)
         for index, entry in enumerate(self.journal.blocks):
             self.stream.output_sizes[index] = entry["output_size"]
+
+    def _note_slow_ways(self) -> None:
+        device, dtype = self.weights.device, self.settings.torch_dtype
+        self.notes += find_slow_ways(device, dtype, symmetric=self.config.symmetric)
 
     def _open_states(self) -> RunStates:
         return RunStates(

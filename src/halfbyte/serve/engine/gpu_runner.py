@@ -17,15 +17,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from halfbyte.nn.gpu_step import GpuStep, find_deviation, find_mismatch
+from halfbyte.nn.decoder_parts import make_probe_tokens
+from halfbyte.nn.gpu_step import GpuStep, find_deviation, find_mismatch, record
 from halfbyte.serve.engine.runner import Pages, Piece
 from halfbyte.serve.engine.transformers_runner import TransformersRunner
 
 PROBE_TOKENS = 8
 """Tokens that are run both ways before a model is trusted."""
-
-WARM_UPS = 2
-"""Steps before recording: what is compiled or allocated at first use must not be recorded."""
 
 
 class GpuRunner:
@@ -115,8 +113,7 @@ class GpuRunner:
         count = -(-(PROBE_TOKENS + 1) // size)
         own = pages.make_own(count)
         self._plain.pages = own
-        vocabulary = self.model.get_input_embeddings().weight.shape[0]
-        tokens = [(7919 * (i + 1)) % vocabulary for i in range(PROBE_TOKENS + 1)]
+        tokens = make_probe_tokens(self.model, PROBE_TOKENS + 1)
 
         def run(first: int, last: int) -> Tensor:
             piece = Piece(
@@ -156,7 +153,7 @@ class _Recorded:
         self._tables = torch.full((rows, most_pages), spare, dtype=torch.int32, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":
-            self._record()
+            self._graph, self._logits = record(self._compute)
 
     def run(self, pieces: Sequence[Piece]) -> Tensor:
         """Logits [rows, vocabulary], float32; those of rows that nobody needs among them."""
@@ -177,18 +174,6 @@ class _Recorded:
 
     def _compute(self) -> Tensor:
         return self._step(self._places[0], self._places[1], self._tables).float()
-
-    @torch.inference_mode()
-    def _record(self) -> None:
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                self._compute()
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, stream=stream):
-                self._logits = self._compute()
-        torch.cuda.current_stream().wait_stream(stream)
 
 
 def _make_step(model: PreTrainedModel, pages: Pages, context: int) -> GpuStep:

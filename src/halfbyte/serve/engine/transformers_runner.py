@@ -26,6 +26,7 @@ from torch.nn import functional
 from transformers import AttentionInterface, Cache, PreTrainedModel
 
 from halfbyte.errors import ConfigError, ModelError, ServeError, require_extra
+from halfbyte.nn.decoder_parts import make_probe_tokens
 from halfbyte.serve.engine.runner import Pages, Piece
 
 ATTENTION = "halfbyte_pages"
@@ -60,7 +61,7 @@ class TransformersRunner:
         self._cache_name = "cache" if "cache" in names else "past_key_values"
         self._keeps = "logits_to_keep" in names
         with torch.inference_mode():
-            tokens = _probe_tokens(model)
+            tokens = torch.tensor([make_probe_tokens(model, PROBE_TOKENS)])
             expected = model(tokens.to(self.device), use_cache=False).logits[0].float()
         self.pages = pages
         AttentionInterface.register(ATTENTION, attend)
@@ -337,8 +338,3 @@ def _attend_one(
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     return torch.softmax(scores.float(), dim=-1).to(query.dtype) @ values
-
-
-def _probe_tokens(model: PreTrainedModel) -> Tensor:
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    return torch.tensor([[(7919 * (i + 1)) % vocabulary for i in range(PROBE_TOKENS)]])
