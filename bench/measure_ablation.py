@@ -56,7 +56,9 @@ def main() -> None:
             }
             job = {"model": str(args.model), "ids": ids, "config": config, "device": args.device}
             command = [sys.executable, program, "--child"]
-            runs[name] = run_tool(Path(work), f"case-{number}", job, command)
+            run = run_tool(Path(work), f"case-{number}", job, command)
+            assert run is not None, "there is no limit"
+            runs[name] = run
         folders = {name: Path(work) / run["folder"] for name, run in runs.items()}
         compared = compare(args.model, folders, {PROSE: windows}, args.device)
         results = {name: by_kind[PROSE] for name, by_kind in compared.items()}

@@ -2,7 +2,7 @@
 
     python bench/measure_quality.py [MODEL] [--text FILE] [--test FILE] [--bits 4]
         [--peers gptqmodel,llmcompressor,autoround] [--only NAME;NAME] [--samples 128]
-        [--length 512] [--windows 10] [--threads 2] [--device cpu]
+        [--length 512] [--windows 10] [--threads 2] [--device cpu] [--jobs 1] [--seconds N]
 
 All tools get the same token ids: the calibration text tokenised whole, without BOS, cut in order;
 one run of halfbyte gets its built-in mix instead. Each runs in a process of its own, whose user
@@ -17,9 +17,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -83,6 +85,9 @@ def main() -> None:
     parser.add_argument(
         "--jobs", type=int, default=1, help="tools at a time; with more, times mean little"
     )
+    parser.add_argument(
+        "--seconds", type=float, help="a tool that takes longer is stopped and left out"
+    )
     parser.add_argument("--peers", default=installed, help="default: those installed")
     parser.add_argument("--only", help="names of cases, with semicolons (default: all)")
     parser.add_argument("--name", default="quality", help="of the file in bench/results")
@@ -104,7 +109,11 @@ def main() -> None:
             other = tokenize_text(tokenizer, "\n\n".join(evaluation_documents(kind)))
             windows[kind] = split_windows(other, OTHER_WINDOW).ids
     with tempfile.TemporaryDirectory() as work:
-        runs = run_tools(args, ids, [row.tolist() for row in mix.sequences], Path(work))
+        outcomes = run_tools(args, ids, [row.tolist() for row in mix.sequences], Path(work))
+        runs = {name: run for name, run in outcomes.items() if run is not None}
+        args.stopped = [name for name, run in outcomes.items() if run is None]
+        if not runs:
+            raise SystemExit(f"No tool ended within {args.seconds} s.")
         folders = {name: Path(work) / run["folder"] for name, run in runs.items()}
         results = compare(args.model, folders, windows, args.device)
     report(args, len(ids), len(prose), runs, results)
@@ -166,15 +175,17 @@ def run_tools(
     shared = {"model": str(args.model), "device": args.device}
     with ThreadPoolExecutor(args.jobs) as pool:
         running = {
-            name: pool.submit(run_tool, work, folder, {**job, **shared}, command)
+            name: pool.submit(run_tool, work, folder, {**job, **shared}, command, args.seconds)
             for name, (folder, job, command) in jobs.items()
             if name in chosen
         }
         return {name: future.result() for name, future in running.items()}
 
 
-def run_tool(work: Path, folder: str, job: dict[str, Any], command: list[str]) -> dict[str, Any]:
-    """Run one tool in a process of its own and account for it."""
+def run_tool(
+    work: Path, folder: str, job: dict[str, Any], command: list[str], limit: float | None = None
+) -> dict[str, Any] | None:
+    """Run one tool in a process of its own and account for it; None where it was stopped."""
     path = work / f"{folder}.json"
     path.write_text(json.dumps({**job, "output": str(work / folder)}))
     log = work / f"{folder}.log"
@@ -183,7 +194,14 @@ def run_tool(work: Path, folder: str, job: dict[str, Any], command: list[str]) -
         process = subprocess.Popen(
             [*command, str(path)], stdout=output, stderr=subprocess.STDOUT, cwd=work
         )
+        stop = threading.Timer(limit or threading.TIMEOUT_MAX, process.kill)
+        stop.daemon = True
+        stop.start()
         _, status, usage = os.wait4(process.pid, 0)
+        stop.cancel()
+    if status == signal.SIGKILL and limit and time.monotonic() - start >= limit:
+        print(f"{folder} was stopped after {limit:.0f} s", flush=True)
+        return None
     if status:
         said = log.read_text(errors="replace")[-4000:]
         raise SystemExit(f"{folder} ended with status {status}:\n{said}")
@@ -320,6 +338,10 @@ def describe(args: argparse.Namespace, samples: int, windows: int, base: float) 
         f"{args.device}, {args.threads} threads, {args.jobs} at a time; ± is the standard error "
         "over windows; user CPU seconds include each tool's imports; all tools compute in bf16; "
         f"AutoRound with its default of {AUTOROUND_STEPS} iterations"
+        + (
+            f"; not done within {args.seconds:.0f} s: {', '.join(args.stopped)}"
+            * bool(args.stopped)
+        )
     )
 
 
