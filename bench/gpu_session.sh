@@ -20,7 +20,7 @@ for part in "${@:-checks}"; do
             --arms cuda "cuda own" bf16 "cuda compiled" "bf16 compiled" ;;
     tests) # Every part that computes on a GPU, through what a user calls.
         timeout 150 "$python" -m pytest -q -m gpu -p no:cacheprovider -o filterwarnings=default \
-            -n 6 tests/gpu ;;
+            -n 6 --tb=short -s tests/gpu ;;
     kernels) # Peers are looked for in .peers-gpu.
         "$python" bench/measure_gpu_kernels.py --output "$folder/gpu-kernels.json" --seconds 150 \
             --skip bandwidth check --humming ;;

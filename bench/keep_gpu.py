@@ -2,6 +2,7 @@
 
     python bench/keep_gpu.py --kernels gpu-kernels.json --commit 0e60713 --date 2026-11-26
     python bench/keep_gpu.py --decode gpu-decode.json --commit 0e60713 --date 2026-11-26
+    python bench/keep_gpu.py --humming gpu-kernels.json --commit 3db08fc --date 2026-11-26
 
 The measuring scripts run on a machine that has no repository; this one turns what they wrote into
 ``bench/results/`` and ``src/halfbyte/kernels/gpu_table/``.
@@ -33,6 +34,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kernels", type=Path)
     parser.add_argument("--decode", type=Path)
+    parser.add_argument("--humming", type=Path, help="what measure_gpu_kernels.py --humming wrote")
+    parser.add_argument(
+        "--suffix", default="", metavar="_GPU", help="of the decode step's result: another GPU's"
+    )
     parser.add_argument("--commit", required=True, help="that was measured")
     parser.add_argument("--date", required=True, help="of the measurement")
     options = parser.parse_args()
@@ -42,7 +47,11 @@ def main() -> None:
         keep_kernels(measured, _elsewhere(measured, options, "measure_gpu_kernels.py"))
     if options.decode:
         measured = json.loads(options.decode.read_text(encoding="utf-8"))
-        keep_decode(measured, _elsewhere(measured, options, "measure_gpu_decode.py"))
+        elsewhere = _elsewhere(measured, options, "measure_gpu_decode.py")
+        keep_decode(measured, elsewhere, f"gpu-decode{options.suffix}")
+    if options.humming:
+        measured = json.loads(options.humming.read_text(encoding="utf-8"))
+        keep_humming(measured, _elsewhere(measured, options, "measure_gpu_kernels.py --humming"))
 
 
 def _elsewhere(measured: Case, options: argparse.Namespace, script: str) -> Elsewhere:
@@ -251,10 +260,53 @@ def _name_arm(arm: str, found: Case) -> str:
     return f"{arm} own" if fell_back else arm
 
 
-def keep_decode(measured: Case, elsewhere: Elsewhere) -> None:
+def keep_humming(measured: Case, elsewhere: Elsewhere) -> None:
+    """Write the times beside Humming's, and how near to the memory's speed each reads."""
+    speed = max(v for name, v in measured["terabytes_per_second"].items() if "read" in name)
+    cases = measured["microseconds beside humming"]
+    rows = []
+    for name, case in cases.items():
+        shape, _, count = name.partition(", rows ")
+        bits = SHAPES[shape][0] * SHAPES[shape][1] * (4 + 16 / 128)
+        own = ("cuda, early start", "triton")
+        chosen = min((arm for arm in own if arm in case), key=lambda arm: case[arm]["us"])
+        times = [case[arm]["us"] for arm in (chosen, "cuda", "triton", "humming")]
+        shares = [bits / 8 / us / 1e6 / speed for us in (times[0], times[-1])]
+        rows.append(
+            [
+                f"{shape} {SHAPES[shape][0]} → {SHAPES[shape][1]}",
+                int(count),
+                *times,
+                round(times[-1] / times[0], 3),
+                *(round(share, 3) for share in shares),
+            ]
+        )
+    save_result(
+        "gpu-humming",
+        columns=[
+            "layer", "rows", "halfbyte, µs", "CUDA kernel without early start", "Triton program",
+            "Humming, µs", "Humming over halfbyte", "halfbyte's share of read bandwidth",
+            "Humming's",
+        ],
+        rows=rows,
+        note=(
+            f"4 bits, groups of 128, symmetric, bf16; {speed:.2f} TB/s read beside it. halfbyte: "
+            "the faster of its CUDA kernel with early start and its Triton program, by the table "
+            "for an H100; the kernel for many rows is not among them. Weights cold, CUDA graphs, "
+            "arms in turn, medians of 7 rounds. The run was cut off before the other layers. "
+            "Humming 0.1.19, which quantizes the weight itself: its times compare, its results do "
+            "not. Early start flatters: the launches do not depend on each other here."
+        ),
+        data={key: measured[key] for key in ("terabytes_per_second", "peers left out")}
+        | {"microseconds": cases},
+        elsewhere=elsewhere,
+    )  # fmt: skip
+
+
+def keep_decode(measured: Case, elsewhere: Elsewhere, claim: str) -> None:
     """Write what a decode step takes."""
     save_result(
-        "gpu-decode",
+        claim,
         columns=["arm", "ms a token", "tokens/s", "tokens/s, each given to the CPU"],
         rows=[
             [

@@ -1,0 +1,74 @@
+"""Join what measure_quality.py wrote on several machines into one result.
+
+    python bench/keep_quality.py quality-3-bits cpu.json gpu.json --commit 3db08fc
+
+The quality of a tool does not depend on the machine, up to rounding; what it takes does. So each row
+says where it was made, and files of other settings are refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from measure_quality import HALFBYTE_CASES, PEER_CASES
+from record import Elsewhere, save_result
+
+PLACE = "; on "
+"""In a note, what comes before it are the settings of a run; after it, where it was made."""
+
+
+def main() -> None:
+    """Join the files."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", help="of the result")
+    parser.add_argument("runs", type=Path, nargs="+", help="a later one's rows take precedence")
+    parser.add_argument("--commit", required=True, help="that was measured, of the last run")
+    options = parser.parse_args()
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in options.runs]
+    settings = {run["note"].partition(PLACE)[0] for run in runs}
+    if len(settings) > 1:
+        raise SystemExit("These runs differ in their settings:\n" + "\n".join(sorted(settings)))
+    rows: dict[str, list[Any]] = {}
+    kept: dict[str, Any] = {}
+    for path, run in zip(options.runs, runs, strict=True):
+        if run["columns"] != runs[0]["columns"]:
+            raise SystemExit(f"{path} has columns {run['columns']}, not {runs[0]['columns']}.")
+        for row in run["rows"]:
+            rows[row[0]] = [*row, name_place(run)]
+            kept[row[0]] = {
+                "of": {key: run[key] for key in ("date", "commit", "command", "machine")},
+                "result": run["data"].get("results", {}).get(row[0]),
+            }
+    last = runs[-1]
+    order = [name for name in (*HALFBYTE_CASES, *PEER_CASES) if name in rows]
+    save_result(
+        options.name,
+        columns=[*last["columns"], "on"],
+        rows=[rows[name] for name in order],
+        note=(
+            f"{settings.pop()}. Quality and cost were measured on the machine named in each row, "
+            "some of several at a time on a GPU, so that seconds compare only roughly; ± is the "
+            "standard error over windows; AutoRound with its default of 200 iterations"
+        ),
+        data={"rows": kept},
+        elsewhere=Elsewhere(
+            date=last["date"],
+            commit=options.commit,
+            command="python bench/measure_quality.py",
+            machine=last["machine"],
+            versions=last["versions"],
+        ),
+    )
+
+
+def name_place(run: dict[str, Any]) -> str:
+    """Name what a run computed on."""
+    device = run["note"].partition(PLACE)[2].partition(",")[0]
+    return str(run["machine"].get("gpu", "GPU")) if device == "cuda" else "CPU"
+
+
+if __name__ == "__main__":
+    main()

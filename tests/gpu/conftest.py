@@ -1,0 +1,14 @@
+"""Machines with a GPU are lent by the minute: what fails is told at once, not at the end."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report):
+    """Print the time of each test and the traceback of each failure as they come."""
+    if report.when == "call" or report.failed:
+        print(f"\n{report.outcome} {report.nodeid} {report.duration:.1f} s", flush=True)
+    if report.failed:
+        print(report.longreprtext, flush=True)
