@@ -2,8 +2,8 @@
 
     python bench/keep_quality.py quality-3-bits cpu.json gpu.json --commit 3db08fc
 
-The quality of a tool does not depend on the machine, up to rounding; what it takes does. So each row
-says where it was made, and files of other settings are refused.
+The quality of a tool does not depend on the machine, up to rounding; what it takes does. So each
+row says where it was made, and files of other settings are refused.
 """
 
 from __future__ import annotations

@@ -406,6 +406,7 @@ def keep(options: argparse.Namespace) -> None:
                 found["median_block_seconds"],
                 *(round(value, 3) for value in typical.values()),
                 found["gpu_gb"],
+                found["gpu_reserved_gb"],
                 found["host_gb"],
             ]
         )
@@ -414,7 +415,8 @@ def keep(options: argparse.Namespace) -> None:
         "gpu-quantize",
         columns=[
             "memory limit", "s in all", "", "floor, s", "over the floor", "s a block",
-            "of it forward and Hessians", "of it solving", "GPU GB at most", "host GB at most",
+            "of it forward and Hessians", "of it solving", "GPU GB at most", "in reserve",
+            "host GB at most",
         ],
         rows=rows,
         note=(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 
@@ -9,6 +11,6 @@ import pytest
 def pytest_runtest_logreport(report):
     """Print the time of each test and the traceback of each failure as they come."""
     if report.when == "call" or report.failed:
-        print(f"\n{report.outcome} {report.nodeid} {report.duration:.1f} s", flush=True)
+        sys.stderr.write(f"\n{report.outcome} {report.nodeid} {report.duration:.1f} s\n")
     if report.failed:
-        print(report.longreprtext, flush=True)
+        sys.stderr.write(f"{report.longreprtext}\n")
