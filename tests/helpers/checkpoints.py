@@ -34,6 +34,8 @@ class Recipe:
     bits_for: Mapping[str, int] = field(default_factory=dict)
     """Other bits, by regular expression."""
     with_g_idx: bool = True
+    size: float = 1.0
+    """Of the weights: random codes of 8 bits are 16 times as large as those of 4."""
     dtype: torch.dtype = torch.float16
     """Of the dense tensors and the biases."""
     labels: Mapping[str, Any] = field(default_factory=dict)
@@ -156,6 +158,7 @@ def _pack(name: str, module: nn.Module, recipe: Recipe, seed: int) -> dict[str, 
         symmetric=recipe.symmetric,
         act_order=recipe.act_order,
         zero_offset=recipe.zero_offset,
+        size=recipe.size,
         seed=seed,
     )
     weight = linear.weight.float()

@@ -32,6 +32,7 @@ def make_linear(
     zero_offset: int = 1,
     dtype: torch.dtype = torch.float32,
     scale_dtype: torch.dtype = torch.float16,
+    size: float = 1.0,
     seed: int = 0,
 ) -> RandomLinear:
     generator = torch.Generator().manual_seed(seed)
@@ -45,7 +46,8 @@ def make_linear(
         zeros = torch.full((out_features, groups), 2 ** (bits - 1))
     else:
         zeros = integers(zero_offset, 2**bits, out_features, groups)
-    scales = (torch.rand(groups, out_features, generator=generator) * 0.02 + 0.01).to(scale_dtype)
+    random = torch.rand(groups, out_features, generator=generator)
+    scales = ((random * 0.02 + 0.01) * size).to(scale_dtype)
     g_idx = (torch.arange(in_features) // group_size).to(torch.int32)
     if act_order:
         g_idx = g_idx[torch.randperm(in_features, generator=generator)]
