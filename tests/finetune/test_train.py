@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -18,9 +19,10 @@ from transformers import AutoModelForCausalLM
 from halfbyte.errors import ConfigError, DataError, JournalError, MissingExtraError
 from halfbyte.evaluate.loading import open_subject
 from halfbyte.finetune import train
+from halfbyte.finetune.base import check_packing
 from halfbyte.finetune.config import AdapterConfig, TrainConfig
 from halfbyte.finetune.report import TrainReport
-from halfbyte.finetune.train import check_packing, count_steps, finetune
+from halfbyte.finetune.train import count_steps, finetune
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -259,14 +261,14 @@ def test_tokens_of_another_model_are_refused(base, data, tmp_path, monkeypatch):
 
 
 def test_missing_packages_are_named_with_the_command(base, data, tmp_path, monkeypatch):
-    find = train.importlib.util.find_spec
+    find = importlib.util.find_spec
     monkeypatch.setattr(
-        train.importlib.util, "find_spec", lambda name: None if name == "peft" else find(name)
+        importlib.util, "find_spec", lambda name: None if name == "peft" else find(name)
     )
     with pytest.raises(MissingExtraError, match=r'pip install "halfbyte\[finetune\]"'):
         finetune(base, tmp_path / "a", data=data, config=CONFIG)
     monkeypatch.setattr(
-        train.importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else 1
+        importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else 1
     )
     config = TrainConfig(**{**SETTINGS, "optimizer": "adamw_8bit"})
     with pytest.raises(ConfigError, match=r"optimizer is adamw_8bit, .* pip install bitsandbytes"):

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from halfbyte.errors import ConfigError, ModelError
 from halfbyte.evaluate.loading import open_subject
+from halfbyte.finetune.adapter import attach_adapter, require_peft
 from halfbyte.finetune.config import AdapterConfig
 from halfbyte.finetune.merge import stored_dtype
-from halfbyte.finetune.train import attach_adapter, require_peft
 from halfbyte.nn.linear import QuantLinear
 from halfbyte.nn.replace import quantized_linears
 from halfbyte.quant_config import CalibrationConfig
