@@ -8,7 +8,7 @@ from halfbyte.finetune import loss as loss_module
 from halfbyte.finetune.adapter import attach_adapter
 from halfbyte.finetune.config import AdapterConfig
 from halfbyte.finetune.loss import ChunkedLoss
-from halfbyte.quantize.calibration import IGNORED
+from halfbyte.quantize.calibration_source import IGNORED
 
 # PEFT asks Transformers by an old name.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

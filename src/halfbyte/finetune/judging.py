@@ -20,7 +20,7 @@ from halfbyte.evaluate.loading import Subject
 from halfbyte.evaluate.windows import tokenize_text
 from halfbyte.finetune.adapter import load_adapter
 from halfbyte.finetune.data import Example, Examples, collate, read_examples, split_examples
-from halfbyte.quantize.calibration import IGNORED
+from halfbyte.quantize.calibration_source import IGNORED
 
 PROBE_TOKENS = 256
 PROBE_ROWS = 16

@@ -33,7 +33,8 @@ from halfbyte.finetune.merge import stored_dtype
 from halfbyte.nn.linear import QuantLinear
 from halfbyte.nn.replace import quantized_linears
 from halfbyte.quant_config import CalibrationConfig
-from halfbyte.quantize.calibration import CalibrationSource, load_calibration
+from halfbyte.quantize.calibration import load_calibration
+from halfbyte.quantize.calibration_source import CalibrationSource
 from halfbyte.quantize.hessian import HessianAccumulator
 from halfbyte.quantize.source import check_device, find_model
 

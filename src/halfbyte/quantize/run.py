@@ -24,7 +24,8 @@ from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
 from halfbyte.quantize.block_walk import BlockWalk
 from halfbyte.quantize.block_work import BlockWork
 from halfbyte.quantize.block_writer import BlockWriter
-from halfbyte.quantize.calibration import CalibrationSource, CalibrationTokens
+from halfbyte.quantize.calibration import CalibrationTokens
+from halfbyte.quantize.calibration_source import CalibrationSource
 from halfbyte.quantize.choose_bits import choose_bits
 from halfbyte.quantize.device_ways import find_slow_ways
 from halfbyte.quantize.fingerprint import fingerprint_model

@@ -103,11 +103,6 @@ class Metrics:
         """Give everything in Prometheus' text form (``text/plain; version=1.0.0``)."""
         return cast(bytes, self._prometheus.generate_latest(self.registry))
 
-    @property
-    def content_type(self) -> str:
-        """Of :meth:`render`."""
-        return cast(str, self._prometheus.CONTENT_TYPE_LATEST)
-
     def count(self, name: str, *labels: str, by: float = 1) -> None:
         """Add to a counter.
 
