@@ -125,7 +125,7 @@ class Metrics:
         """Note that a request was refused before any model saw it.
 
         Args:
-            reason: A word of the server's own: `queue`, `rate`, `memory`, `body`.
+            reason: A word of the server's own, as in :class:`halfbyte.serve.limits.Limits`.
         """
         self.count("admission_rejections", reason)
 
