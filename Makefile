@@ -8,6 +8,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 PYTEST_ARGS ?=
+# Files of tests run side by side; each process takes a core and about 1.5 GB. JOBS=0: none.
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
@@ -21,7 +24,7 @@ demo: $(STAMP) ## quantize a real 135M chat model, show what it cost, let it tal
 	$(BIN)/halfbyte demo
 
 test: $(STAMP) ## the unit tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 slow: $(STAMP) ## the tests that take minutes, such as the machine code of every GPU program
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
@@ -35,7 +38,7 @@ check: $(STAMP) ## everything that CI runs: format, lint, types, layers, docstri
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pydoclint --quiet src
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 format: $(STAMP) ## put the code in the one format
 	$(BIN)/ruff format .

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from halfbyte.checkpoint.layout import infer_linear_layout, quantized_module_names
+from halfbyte.checkpoint.layout import infer_linear_layout
 from halfbyte.errors import CheckpointError
 
 
@@ -71,8 +71,3 @@ def test_missing_tensor_is_named(suffix):
 def test_shapes_that_do_not_fit_each_other_are_refused(change, message):
     with pytest.raises(CheckpointError, match=message):
         infer_linear_layout("m", shapes(**change), 32)
-
-
-def test_quantized_modules_are_listed_in_order():
-    names = ["b.qweight", "b.scales", "norm.weight", "a.qweight"]
-    assert quantized_module_names(names) == ["b", "a"]

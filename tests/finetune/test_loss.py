@@ -5,10 +5,10 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from halfbyte.finetune import loss as loss_module
+from halfbyte.finetune.adapter import attach_adapter
 from halfbyte.finetune.config import AdapterConfig
 from halfbyte.finetune.loss import ChunkedLoss
-from halfbyte.finetune.train import attach_adapter
-from halfbyte.quantize.calibration import IGNORED
+from halfbyte.quantize.calibration_source import IGNORED
 
 # PEFT asks Transformers by an old name.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -10,7 +10,8 @@ from halfbyte.checkpoint.read import open_checkpoint
 from halfbyte.cli.main import main
 from halfbyte.errors import CheckpointError
 from halfbyte.finetune.data import Example, Examples
-from halfbyte.finetune.merge import MOST_SCORED, divide_examples, merge_layers
+from halfbyte.finetune.judging import MOST_SCORED, divide_examples
+from halfbyte.finetune.merge import merge_layers
 from halfbyte.finetune.requantize import (
     merge_and_quantize,
     merging_config,

@@ -1,30 +1,28 @@
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file
 from tests.helpers.checkpoints import Recipe, tiny_llama_config, write_checkpoint
+from tests.helpers.processes import CONTEXT
 from tests.helpers.tiny_llama import build_tokenizer
 from transformers import AutoModelForCausalLM
 
 from halfbyte.errors import ConfigError, DataError, JournalError, MissingExtraError
 from halfbyte.evaluate.loading import open_subject
 from halfbyte.finetune import train
+from halfbyte.finetune.base import check_packing
 from halfbyte.finetune.config import AdapterConfig, TrainConfig
 from halfbyte.finetune.report import TrainReport
-from halfbyte.finetune.train import check_packing, count_steps, finetune
+from halfbyte.finetune.train import count_steps, finetune
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
-ROOT = Path(__file__).parents[2]
 ADAPTER = AdapterConfig(rank=4, alpha=8.0, dropout=0.1)
 SETTINGS = {
     "epochs": 3,
@@ -39,23 +37,46 @@ SETTINGS = {
 }
 CONFIG = TrainConfig(**SETTINGS)
 
-RUN = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {root!r})
-from tests.finetune.test_train import ADAPTER, CONFIG
-from halfbyte.finetune.train import finetune
 
 class Told:
-    def started(self, plan, steps, done): print("started", done, flush=True)
-    def stepped(self, step, loss): print("step", step, flush=True)
-    def judged(self, step, loss, best): pass
-    def finished(self): pass
+    """A progress that goes to another process."""
 
-base, data, out, resume = sys.argv[1:]
-keywords = {{"data": data, "adapter": ADAPTER, "config": CONFIG, "progress": Told()}}
-finetune(base, out, resume=resume == "1", **keywords)
-"""
+    def __init__(self, out):
+        self.out = out
+
+    def started(self, plan, steps, done):
+        self.out.send(("started", done))
+
+    def stepped(self, step, loss):
+        self.out.send(("step", step))
+
+    def judged(self, step, loss, best): ...
+
+    def finished(self): ...
+
+
+def work(out, base, data, target, resume):
+    """Train, in a process of its own."""
+    finetune(
+        base, target, data=data, adapter=ADAPTER, config=CONFIG, resume=resume, progress=Told(out)
+    )
+
+
+def start_process(*arguments):
+    """Begin to train; what is told comes out of a pipe, until its end."""
+    told, out = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=work, args=(out, *arguments))
+    process.start()
+    out.close()
+    return process, told
+
+
+def read_all(told):
+    found = []
+    with contextlib.suppress(EOFError):
+        while True:
+            found.append(told.recv())
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -137,32 +158,20 @@ def test_a_second_run_gives_the_same_bytes(trained, base, data, tmp_path):
 )
 def test_killed_and_resumed_gives_the_same_bytes(trained, base, data, tmp_path, kill_at):
     out, report = trained
-    script = tmp_path / "run.py"
-    script.write_text(RUN.format(root=str(ROOT)))
     target = tmp_path / "adapter"
-    command = [sys.executable, str(script), str(base), str(data), str(target)]
-    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    with subprocess.Popen(
-        [*command, "0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
-    ) as process:
-        for line in process.stdout:
-            if line.strip() == f"step {kill_at}":
-                process.send_signal(signal.SIGKILL)
-                break
-        process.stdout.read()
-    assert process.wait() == -signal.SIGKILL
+    process, told = start_process(base, data, target, False)
+    while told.recv() != ("step", kill_at):
+        pass
+    process.kill()
+    process.join()
     with pytest.raises(JournalError, match=r"holds an unfinished run\. Add --resume"):
         finetune(base, target, data=data, adapter=ADAPTER, config=CONFIG)
-    told = subprocess.run(
-        [*command, "1"],
-        capture_output=True,
-        text=True,
-        env=env,
-        check=True,
-    ).stdout.splitlines()
-    started = next(line for line in told if line.startswith("started"))
-    assert int(started.split()[1]) >= kill_at // 4 * 4 - 4
-    assert int(started.split()[1]) % 4 == 0
+    process, told = start_process(base, data, target, True)
+    ((_, started),) = [event for event in read_all(told) if event[0] == "started"]
+    process.join()
+    assert process.exitcode == 0
+    assert started >= kill_at // 4 * 4 - 4
+    assert started % 4 == 0
     name = "adapter_model.safetensors"
     assert (target / name).read_bytes() == (out / name).read_bytes()
     assert TrainReport.load(target).history == report.history
@@ -259,14 +268,14 @@ def test_tokens_of_another_model_are_refused(base, data, tmp_path, monkeypatch):
 
 
 def test_missing_packages_are_named_with_the_command(base, data, tmp_path, monkeypatch):
-    find = train.importlib.util.find_spec
+    find = importlib.util.find_spec
     monkeypatch.setattr(
-        train.importlib.util, "find_spec", lambda name: None if name == "peft" else find(name)
+        importlib.util, "find_spec", lambda name: None if name == "peft" else find(name)
     )
     with pytest.raises(MissingExtraError, match=r'pip install "halfbyte\[finetune\]"'):
         finetune(base, tmp_path / "a", data=data, config=CONFIG)
     monkeypatch.setattr(
-        train.importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else 1
+        importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else 1
     )
     config = TrainConfig(**{**SETTINGS, "optimizer": "adamw_8bit"})
     with pytest.raises(ConfigError, match=r"optimizer is adamw_8bit, .* pip install bitsandbytes"):

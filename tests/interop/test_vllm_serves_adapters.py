@@ -13,9 +13,9 @@ from tests.interop.greedy import answer, check_is_greedy
 from tests.interop.peers import needs, run_program
 from transformers import AutoModelForCausalLM
 
+from halfbyte.finetune.adapter import attach_adapter
 from halfbyte.finetune.config import AdapterConfig
 from halfbyte.finetune.loss import ChunkedLoss
-from halfbyte.finetune.train import attach_adapter
 
 PEER = PEERS["vllm"]
 

@@ -11,8 +11,9 @@ from tests.helpers.browser import CHROMIUM, DRIVER, WHY_NOT, open_browser
 from tests.judge.examples import make_comparison
 
 from halfbyte.errors import ConfigError
+from halfbyte.judge.html_parts import mark_differences, visible
 from halfbyte.judge.report import FORMATS, write_json, write_report
-from halfbyte.judge.report_html import mark_differences, visible, write_html
+from halfbyte.judge.report_html import write_html
 from halfbyte.judge.report_text import write_junit, write_markdown
 
 VOID = {"meta", "br"}

@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from halfbyte.cli.main import main
 from halfbyte.errors import ConfigError
+from halfbyte.finetune.adapter import attach_adapter
 from halfbyte.finetune.config import AdapterConfig
-from halfbyte.finetune.train import attach_adapter
 from halfbyte.plan.devices import Device, parse_device
 from halfbyte.plan.memory import Load
 from halfbyte.plan.shapes import parse_config, read_shapes

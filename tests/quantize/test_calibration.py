@@ -265,7 +265,7 @@ def test_digest_tells_lengths_order_and_ids_apart() -> None:
         ([{"input_ids": "abc"}], "'abc', which are no token ids"),
         ([{"input_ids": None}], "'None', which are no token ids"),
         ([[1, 2.5]], r"'\[1, 2.5\]', which are no token ids. Give lists of whole numbers"),
-        ([torch.rand(4)], "'tensor.*', which are no token ids"),
+        ([torch.tensor([0.25, 0.5, 0.75, 1.0])], "'tensor.*', which are no token ids"),
         ([torch.zeros(2, 2, 2, dtype=torch.int64)], "which are no token ids"),
         (
             [{"input_ids": [1, 2, 3], "attention_mask": [1, 1]}],

@@ -13,8 +13,9 @@ import halfbyte
 from halfbyte.model.blocks import find_blocks
 from halfbyte.quant_config import PRESETS, CalibrationConfig, QuantConfig, ResourceConfig
 from halfbyte.quantize import run as running
+from halfbyte.quantize.block_walk import BlockWalk
 from halfbyte.quantize.report import QuantizationReport
-from halfbyte.quantize.states import CALIBRATION, FULL, RunStates
+from halfbyte.quantize.states import CALIBRATION, FULL
 
 IDS = token_lists(16, 32)
 CONFIG = QuantConfig(group_size=32, bits=3, **PRESETS["balanced"])
@@ -39,13 +40,11 @@ def test_the_base_stream_is_the_base_model(
     seen: dict[str, torch.Tensor] = {}
     finish = running.Run._finish
 
-    def look(
-        self: running.Run, work: object, states: RunStates, *rest: object
-    ) -> QuantizationReport:
+    def look(self: running.Run, walk: BlockWalk, *rest: object) -> QuantizationReport:
         for name in (FULL, CALIBRATION):
-            files = states.at(name, self.num_blocks)
+            files = walk.states.at(name, self.num_blocks)
             seen[name] = torch.cat([files.read(i) for i in range(len(files))])
-        return finish(self, work, states, *rest)
+        return finish(self, walk, *rest)
 
     monkeypatch.setattr(running.Run, "_finish", look)
     quantize(base, tmp_path / "out", CONFIG, resources=ResourceConfig(memory=memory))

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from halfbyte.errors import CalibrationError, CheckpointError
 from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
-from halfbyte.quantize.block_work import BlockWork
+from halfbyte.quantize.block_inputs import InputCollector
 
 
 def test_only_real_tokens_enter_a_hessian(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_inputs_that_are_not_finite_name_the_module_behind_them(tmp_path: Path) 
 def test_batches_dropped_in_part_are_noted_by_module(
     sums_first: bool, memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(BlockWork, "_sums_first", sums_first)
+    monkeypatch.setattr(InputCollector, "_sums_first", sums_first)
 
     def spoil(model: PreTrainedModel) -> None:
         model.model.embed_tokens.weight.data[7] = float("inf")

@@ -4,47 +4,47 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
-import subprocess
-import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.helpers.families import token_lists, write_family
+from tests.helpers.processes import CONTEXT
 
 import halfbyte
 from halfbyte.errors import ConfigError, JournalError
 from halfbyte.quant_config import CalibrationConfig, Override, QuantConfig, ResourceConfig
+from halfbyte.quantize import run as running
+from halfbyte.quantize import states
 from halfbyte.quantize.journal import Journal
+from halfbyte.quantize.resources import RunPlan
 
 CALIBRATION = CalibrationConfig(samples=8, length=40, batch_size=2)
 CONFIG = QuantConfig(group_size=32)
 
-WORKER = """
-import json, sys
-import torch
-import halfbyte.quantize.pipeline
-from halfbyte.quant_config import CalibrationConfig, QuantConfig
-torch.set_num_threads(1)
-job = json.loads(sys.argv[1])
-if "save_every" in job:
-    from dataclasses import replace
-    from halfbyte.quantize import run, states
-    states.SAVE_EVERY_SECONDS = job["save_every"]
-    resolve = run.resolve_resources
-    def hold(*arguments):
-        plan = resolve(*arguments)
-        return replace(plan, settings=replace(plan.settings, hold_states=True))
-    run.resolve_resources = hold
-print("ready", flush=True)
-halfbyte.quantize(
-    job["model"], job["output"], config=QuantConfig.from_dict(job["config"]),
-    calibration=CalibrationConfig.from_dict(job["calibration"]), text=job["text"], resume=True,
-)
-print("done", flush=True)
-"""
+
+def work(job: dict[str, Any]) -> None:
+    """Quantize, in a process of its own."""
+    if "save_every" in job:
+        states.SAVE_EVERY_SECONDS = job["save_every"]
+        resolve = running.resolve_resources
+
+        def hold(*arguments: Any) -> RunPlan:
+            plan = resolve(*arguments)
+            return replace(plan, settings=replace(plan.settings, hold_states=True))
+
+        running.resolve_resources = hold
+    halfbyte.quantize(
+        job["model"],
+        job["output"],
+        config=job["config"],
+        calibration=CALIBRATION,
+        text=token_lists(8, 40),
+        resume=True,
+    )
 
 
 def weight_digests(folder: Path) -> dict[str, str]:
@@ -57,30 +57,22 @@ def weight_digests(folder: Path) -> dict[str, str]:
     }
 
 
-def run_worker(job: dict[str, object], kill_after: float | None = None) -> float | None:
-    """Run in a process of its own; kill it after so many seconds of work.
+def run_worker(job: dict[str, Any], kill_after: float | None = None) -> float | None:
+    """Run in a process of its own; kill it after so many seconds.
 
     Returns:
-        The seconds that it worked, or None where it was killed.
+        The seconds that it took, or None where it was killed.
     """
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}"}
-    with subprocess.Popen(
-        [sys.executable, "-c", WORKER, json.dumps(job)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    ) as worker:
-        assert worker.stdout is not None
-        assert worker.stdout.readline() == "ready\n"
-        start = time.monotonic()
-        try:
-            worker.wait(kill_after)
-        except subprocess.TimeoutExpired:
-            worker.kill()
-            return None
-        assert worker.returncode == 0
-        return time.monotonic() - start
+    worker = CONTEXT.Process(target=work, args=(job,))
+    worker.start()
+    start = time.monotonic()
+    worker.join(kill_after)
+    if worker.exitcode is None:
+        worker.kill()
+        worker.join()
+        return None
+    assert worker.exitcode == 0
+    return time.monotonic() - start
 
 
 @pytest.mark.parametrize(
@@ -112,9 +104,7 @@ def test_killed_at_random_points_the_run_ends_with_the_same_bytes(
     write_family(tmp_path / "base", family, **changes)
     job = {
         "model": str(tmp_path / "base"),
-        "config": config.to_dict(),
-        "calibration": CALIBRATION.to_dict(),
-        "text": token_lists(8, 40),
+        "config": config,
     }
     seconds = run_worker({**job, "output": str(tmp_path / "whole")})
     assert seconds is not None
@@ -138,9 +128,7 @@ def test_killed_where_the_device_holds_the_states_it_ends_with_the_same_bytes(
     write_family(tmp_path / "base", "llama", num_hidden_layers=6)
     job = {
         "model": str(tmp_path / "base"),
-        "config": config.to_dict(),
-        "calibration": CALIBRATION.to_dict(),
-        "text": token_lists(8, 40),
+        "config": config,
     }
     assert run_worker({**job, "output": str(tmp_path / "files")}) is not None
     held = {**job, "save_every": 0.3}

@@ -189,7 +189,8 @@ def test_no_body_breaks_the_server(body):
 
 
 def test_limits_of_a_key_do_not_touch_another():
-    limits = Limits(most=3, most_per_key=2, tokens_per_minute=100)
+    told = []
+    limits = Limits(most=3, most_per_key=2, tokens_per_minute=100, refused=told.append)
     with limits.enter("ann"), limits.enter("ann"):
         with pytest.raises(ServeError, match="2 requests at once") as caught, limits.enter("ann"):
             pass
@@ -204,6 +205,7 @@ def test_limits_of_a_key_do_not_touch_another():
     with pytest.raises(ServeError, match="took 120 tokens") as caught, limits.enter("ann"):
         pass
     assert 50 < caught.value.retry_after <= 60
+    assert told == ["key_requests", "requests", "key_tokens"]
     with limits.enter("bob"):
         pass
 

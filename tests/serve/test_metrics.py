@@ -8,7 +8,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.serve.helpers_quality import Clock, ScriptedBackend, answer, collect, failure, make_call
 
 from halfbyte.errors import MissingExtraError, ServeError
+from halfbyte.serve.assembly import open_service
+from halfbyte.serve.config import ServeConfig
+from halfbyte.serve.engine.config import EngineConfig
 from halfbyte.serve.exchange import Load
+from halfbyte.serve.keys import ApiKeys
 from halfbyte.serve.metrics import Histogram, Metrics
 from halfbyte.serve.quality import open_quality
 from halfbyte.serve.quality_config import QualityConfig
@@ -119,3 +123,19 @@ def test_missing_package_is_named_with_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     with pytest.raises(MissingExtraError, match=r'pip install "halfbyte\[serve\]"'):
         Metrics(list)
+
+
+def test_requests_over_a_limit_are_counted_by_the_limit():
+    config = ServeConfig(upstreams=("http://127.0.0.1:9",), most_requests=2, key_requests=1)
+    service = open_service(None, config, EngineConfig(), QualityConfig(), ApiKeys())
+    limits = service.gateway.limits
+    with limits.enter("ann"):
+        with pytest.raises(ServeError), limits.enter("ann"):
+            pass
+        with limits.enter("bob"), pytest.raises(ServeError), limits.enter("carl"):
+            pass
+    found = scrape(service.quality.metrics)
+    assert found("admission_rejections_total", "key_requests") == 1
+    assert found("admission_rejections_total", "requests") == 1
+    assert service.quality.snapshot()["rejections"] == {"key_requests": 1, "requests": 1}
+    asyncio.run(service.stop())

@@ -81,11 +81,6 @@ class LinearLayout:
         return self.in_features % self.group_size != 0
 
 
-def quantized_module_names(tensor_names: Mapping[str, object] | list[str]) -> list[str]:
-    """List the modules that have packed weights, in the order given."""
-    return [name.removesuffix(".qweight") for name in tensor_names if name.endswith(".qweight")]
-
-
 def infer_linear_layout(
     module: str, shapes: Mapping[str, tuple[int, ...]], declared_group_size: int | None
 ) -> LinearLayout:

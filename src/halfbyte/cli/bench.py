@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from halfbyte.cli.generating import HEAD_BITS
+from halfbyte.cli.options import FAST, add_computing_arguments
 from halfbyte.cli.output import console, err_console, print_json
 
 if TYPE_CHECKING:
@@ -49,16 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=HEAD_BITS,
         help="of quantized models on a CPU: 8 or 4 rounds the head too (default: %(default)s)",
     )
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="what to compute in (default: auto: on a CPU bfloat16 where that is fast, else "
-        "float32; as stored elsewhere)",
-    )
-    parser.add_argument(
-        "--device", default="auto", help="auto, cpu or cuda:N (default: %(default)s)"
-    )
+    add_computing_arguments(parser, auto=FAST)
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.cli.measuring import read_text
-from halfbyte.cli.output import console, err_console
+from halfbyte.cli.options import EXACTLY, add_computing_arguments
+from halfbyte.cli.output import console, err_console, make_bars
 
 if TYPE_CHECKING:
     from halfbyte.judge.compare import Progress
@@ -127,13 +128,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="questions at a time (default: %(default)s)",
     )
-    how.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="what to compute in (default: auto: float32 on a CPU, as stored elsewhere)",
-    )
-    how.add_argument("--device", default="auto", help="auto, cpu or cuda:N (default: %(default)s)")
+    add_computing_arguments(how, auto=EXACTLY)
     how.add_argument(
         "--seed", type=int, default=0, help="of items and draws (default: %(default)s)"
     )
@@ -248,21 +243,7 @@ def _config(args: argparse.Namespace) -> CompareConfig:
 @contextmanager
 def _progress() -> Iterator[Progress]:
     """Show what is being done on a terminal, one bar per stage."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
-    from transformers.utils import logging
-
-    # Its bar for reading a file would come in between.
-    logging.disable_progress_bar()
-    bars = Bars(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=err_console,
-        disable=not err_console.is_terminal,
-        transient=True,
-    )
+    bars = make_bars()
     stages: dict[str, Any] = {}
 
     def tell(what: str, done: int, total: int) -> None:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from halfbyte.cli.options import FAST, add_computing_arguments
 from halfbyte.cli.output import err_console
 
 if TYPE_CHECKING:
@@ -29,16 +30,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="on a CPU: 16 keeps the head as stored, 8 or 4 rounds a copy, which is read faster "
         "(default: %(default)s)",
     )
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="what to compute in (default: auto: on a CPU bfloat16 where that is fast, else "
-        "float32; as stored elsewhere)",
-    )
-    parser.add_argument(
-        "--device", default="auto", help="auto, cpu or cuda:N (default: %(default)s)"
-    )
+    add_computing_arguments(parser, auto=FAST)
 
 
 def add_sampling_arguments(

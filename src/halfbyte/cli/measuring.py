@@ -8,9 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from halfbyte.cli.output import err_console
+from halfbyte.cli.options import EXACTLY, add_computing_arguments
+from halfbyte.cli.output import make_bars
 from halfbyte.errors import ConfigError
 
 SHIPPED_TEXT = "the evaluation text of halfbyte (WikiText-2 test, first eight articles)"
@@ -42,15 +41,7 @@ def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
         help="windows per forward pass (default: %(default)s)",
     )
     parser.add_argument("--add-bos", action="store_true", help="put a BOS token before the text")
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="what to compute in (default: auto: float32 on a CPU, as stored elsewhere)",
-    )
-    parser.add_argument(
-        "--device", default="auto", help="auto, cpu or cuda:N (default: %(default)s)"
-    )
+    add_computing_arguments(parser, auto=EXACTLY)
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
 
 
@@ -103,20 +94,7 @@ def read_text(path: Path) -> str:
 @contextmanager
 def window_progress(label: str) -> Iterator[Callable[[int, int], None]]:
     """Show windows done on a terminal; give the function to call with (done, in all)."""
-    from transformers.utils import logging
-
-    # Its bar for reading a file would come in between.
-    logging.disable_progress_bar()
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=err_console,
-        disable=not err_console.is_terminal,
-        transient=True,
-    )
-    with bar:
+    with make_bars() as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

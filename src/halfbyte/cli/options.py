@@ -17,8 +17,31 @@ from dataclasses import Field, fields
 from typing import Any, TypeVar
 
 from halfbyte.errors import ConfigError
+from halfbyte.quant_config import DTYPES
 
 Config = TypeVar("Config")
+
+EXACTLY = "float32 on a CPU, as stored elsewhere"
+FAST = "on a CPU bfloat16 where that is fast, else float32; as stored elsewhere"
+"""What ``--dtype auto`` comes to, for verbs that measure and for verbs that generate."""
+
+
+def add_computing_arguments(parser: argparse._ActionsContainer, *, auto: str) -> None:
+    """Add the options that say in what and where to compute.
+
+    Args:
+        parser: The verb's parser, or a group of it.
+        auto: What the verb takes by itself: ``EXACTLY`` or ``FAST``.
+    """
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=DTYPES,
+        help=f"what to compute in (default: auto: {auto})",
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu or cuda:N (default: %(default)s)"
+    )
 
 
 def add_dataclass_options(parser: argparse.ArgumentParser, cls: type[Any]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from halfbyte.cli.options import EXACTLY, add_computing_arguments
 from halfbyte.cli.output import console, print_json
 
 HELP = "run a model under a peak load and put measured memory beside planned"
@@ -36,15 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens that each request writes at the end (default: %(default)s)",
     )
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="what to compute in (default: auto: float32 on a CPU, as stored elsewhere)",
-    )
-    parser.add_argument(
-        "--device", default="auto", help="auto, cpu or cuda:N (default: %(default)s)"
-    )
+    add_computing_arguments(parser, auto=EXACTLY)
     parser.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
 
 

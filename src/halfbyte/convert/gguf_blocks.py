@@ -25,7 +25,6 @@ from halfbyte.errors import CheckpointError
 from halfbyte.packing import row_tiles
 
 BLOCK = 32
-SUPER = 256
 _LOW = 0x0F0F0F0F0F0F0F0F
 _HIGH = -0x0F0F0F0F0F0F0F10  # 0xF0F0... as a signed number
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import DataError
-from halfbyte.quantize.calibration import IGNORED
+from halfbyte.quantize.calibration_source import IGNORED
 
 KINDS = "'messages', 'prompt' and 'completion', or 'text'"
 

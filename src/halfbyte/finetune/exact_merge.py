@@ -32,18 +32,10 @@ from halfbyte.checkpoint.shards import read_shard
 from halfbyte.checkpoint.write import write_configs, write_index, write_shard
 from halfbyte.errors import ConfigError, VerificationError
 from halfbyte.evaluate.loading import open_subject
+from halfbyte.finetune.adapter import require_peft
 from halfbyte.finetune.groups import find_groups, is_constant
-from halfbyte.finetune.merge import (
-    MergeReport,
-    attach_for_merge,
-    check_new,
-    judging_examples,
-    log_probs,
-    make_probe,
-    mean_kl,
-    score_task,
-)
-from halfbyte.finetune.train import require_peft
+from halfbyte.finetune.judging import MergeReport, adapt
+from halfbyte.finetune.merge import check_new
 from halfbyte.nn.linear import QuantLinear
 from halfbyte.quantize.source import find_model
 
@@ -91,39 +83,23 @@ def merge_exactly(
     check_new(target)
     checkpoint = open_checkpoint(folder)
     subject = open_subject(folder, dtype=torch.float32, device=device)
-    examples = judging_examples(data, subject)
-    probe = make_probe(subject, examples)
-    without = log_probs(subject.model, probe)
     disk_names = dict(subject.model.hf_quantizer.disk_names)
-    adapted = attach_for_merge(subject, adapter)
-    expected = log_probs(adapted, probe)
-    scores = {} if not examples else {"adapted": score_task(adapted, examples)}
+    adapted, expected = adapt(subject, adapter, data)
     offsets = {
         disk_names[name]: tensor for name, tensor in find_offsets(adapted, str(adapter)).items()
     }
     del adapted, subject
     target.mkdir(parents=True, exist_ok=True)
     _write(checkpoint, offsets, target)
-    merged = open_subject(target, dtype=torch.float32, device=device)
-    kl = mean_kl(expected, log_probs(merged.model, probe))
-    kl_without = mean_kl(expected, without)
-    if not kl <= max(FLOAT_KL, LOST_SHARE * kl_without):
+    merged = open_subject(target, dtype=torch.float32, device=device).model
+    kl = expected.kl_of(merged)
+    if not kl <= max(FLOAT_KL, LOST_SHARE * expected.kl_without):
         raise VerificationError(
             f"{target} does not compute what {folder} with {adapter} does: they are {kl:.2g} nats "
-            f"per token apart, the bare base and that {kl_without:.2g}. Do not use it, and report "
-            "this."
+            f"per token apart, the bare base and that {expected.kl_without:.2g}. Do not use it, "
+            "and report this."
         )
-    if examples:
-        scores["merged"] = score_task(merged.model, examples)
-    return MergeReport(
-        base=str(folder),
-        adapter=str(adapter),
-        output=str(target),
-        kl_to_adapted=kl,
-        kl_without=kl_without,
-        quantized=False,
-        scores=scores,
-    )
+    return expected.report(merged, kl, base=folder, adapter=adapter, output=target)
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from halfbyte.quantize.calibration import IGNORED
+from halfbyte.quantize.calibration_source import IGNORED
 
 CHUNK_VALUES = 2**22
 """Logits at a time: 16 MB in float32, a few times over."""

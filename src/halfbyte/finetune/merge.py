@@ -10,85 +10,25 @@ Every merge is held against base plus adapter before it is written: an adapter c
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from halfbyte.checkpoint.companions import copy_companions
-from halfbyte.data import evaluation_text
 from halfbyte.errors import ConfigError, ModelError, VerificationError
-from halfbyte.evaluate.loading import Subject, open_subject
-from halfbyte.evaluate.windows import tokenize_text
-from halfbyte.finetune.data import Example, Examples, collate, read_examples, split_examples
-from halfbyte.finetune.train import require_peft
+from halfbyte.evaluate.loading import open_subject
+from halfbyte.finetune.adapter import require_peft
+from halfbyte.finetune.judging import MergeReport, adapt
 from halfbyte.model.weights import load_model_config
 from halfbyte.nn.linear import QuantLinear
-from halfbyte.quantize.calibration import IGNORED
 from halfbyte.quantize.source import find_model
 
-PROBE_TOKENS = 256
-PROBE_ROWS = 16
-"""Examples of the task that a merge is held against."""
 LOST_SHARE = 0.1
 """A merge must be at least ten times nearer to base plus adapter than the bare base is."""
 ROUNDING_KL = 0.002
 """Nats per token that rounding to 16 bits may cost where the adapter itself changes little."""
-LONGEST = 1024
-"""Tokens of an example that are looked at."""
-MOST_SCORED = 200
-"""Examples that models are scored on; of more, every second, third, ... is taken."""
-JUDGING_SHARE = 0.2
-"""Of the task's examples: kept apart from calibration and training, to judge by."""
-MOST_LOST = 0.02
-"""Share of the task's examples that a merge may lose and still be called good."""
-BATCH = 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TaskScore:
-    """How a model does on the task's examples, told the right words up to each token."""
-
-    loss: float
-    """Nats per counted token."""
-    right: float
-    """Share of the examples in which every counted token is the model's first choice."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MergeReport:
-    """What a merge came to."""
-
-    base: str
-    adapter: str
-    output: str
-    kl_to_adapted: float
-    """Of the 16-bit merge, to base plus adapter. Unit: nats per token."""
-    kl_without: float
-    """Of the bare base, to base plus adapter: what losing the adapter would cost."""
-    quantized: bool
-    scores: dict[str, TaskScore]
-    """On the examples that were given: "adapted", "merged" and, where quantized, "quantized"."""
-
-    @property
-    def verdict(self) -> str:
-        """Whether the model that was written keeps what the adapter learned, in one sentence."""
-        if not self.scores:
-            return "Not judged on the task: no data was given."
-        before = self.scores["adapted"]
-        after = self.scores["quantized" if self.quantized else "merged"]
-        lost = before.right - after.right
-        told = f"{before.right:.1%} of the examples right before, {after.right:.1%} after"
-        if lost <= MOST_LOST:
-            return f"Keeps the task: {told}."
-        return f"Loses part of the task: {told}. Serve the adapter beside the base instead."
-
-    def to_dict(self) -> dict[str, Any]:
-        """Give plain values for JSON."""
-        return {**asdict(self), "verdict": self.verdict}
 
 
 def merge(
@@ -125,36 +65,20 @@ def merge(
     check_new(target)
     folder = find_model(original if original is not None else base)
     dtype = stored_dtype(folder)
-    subject = open_subject(folder, dtype=dtype, device=device)
-    examples = judging_examples(data, subject)
-    probe = make_probe(subject, examples)
-    without = log_probs(subject.model, probe)
-    adapted = attach_for_merge(subject, adapter)
-    expected = log_probs(adapted, probe)
-    scores = {} if not examples else {"adapted": score_task(adapted, examples)}
+    adapted, expected = adapt(open_subject(folder, dtype=dtype, device=device), adapter, data)
     merged = merge_layers(adapted, dtype)
-    found = log_probs(merged, probe)
-    kl, kl_without = mean_kl(expected, found), mean_kl(expected, without)
-    if not kl <= max(ROUNDING_KL, LOST_SHARE * kl_without):
+    kl = expected.kl_of(merged)
+    if not kl <= max(ROUNDING_KL, LOST_SHARE * expected.kl_without):
         raise VerificationError(
             f"Merging {adapter} into {folder} lost it: the merged model is {kl:.4f} nats per token "
-            f"from base plus adapter, the bare base {kl_without:.4f}. Serve the adapter beside the "
-            "base instead, and report this."
+            f"from base plus adapter, the bare base {expected.kl_without:.4f}. Serve the adapter "
+            "beside the base instead, and report this."
         )
-    if examples:
-        scores["merged"] = score_task(merged, examples)
+    report = expected.report(merged, kl, base=folder, adapter=adapter, output=target)
     target.mkdir(parents=True, exist_ok=True)
     copy_companions(folder, target)
     merged.save_pretrained(target)
-    return MergeReport(
-        base=str(folder),
-        adapter=str(adapter),
-        output=str(target),
-        kl_to_adapted=kl,
-        kl_without=kl_without,
-        quantized=False,
-        scores=scores,
-    )
+    return report
 
 
 @torch.no_grad()
@@ -189,31 +113,6 @@ def merge_layers(adapted: Any, dtype: torch.dtype) -> Any:
         # What is left to PEFT is to take its layers away; it remarks that all are merged.
         warnings.filterwarnings("ignore", "All adapters are already merged")
         return adapted.merge_and_unload(safe_merge=True)
-
-
-@torch.no_grad()
-def score_task(model: Any, examples: Sequence[Example]) -> TaskScore:
-    """Run a model over the examples.
-
-    Args:
-        model: Any causal language model.
-        examples: Of the task.
-
-    Returns:
-        Loss and share of examples that are right throughout.
-    """
-    device = model.get_input_embeddings().weight.device
-    total, tokens, right = 0.0, 0, 0
-    for start in range(0, len(examples), BATCH):
-        batch = collate([[example] for example in examples[start : start + BATCH]], 0)
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        labels = batch.pop("labels")[:, 1:]
-        logits = model(**batch, use_cache=False).logits[:, :-1].float()
-        counted = labels != IGNORED
-        loss = nn.functional.cross_entropy(logits[counted], labels[counted], reduction="sum")
-        total, tokens = total + float(loss), tokens + int(counted.sum())
-        right += int(((logits.argmax(-1) == labels) | ~counted).all(1).sum())
-    return TaskScore(loss=total / tokens, right=right / len(examples))
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -251,117 +150,3 @@ def check_new(target: Path) -> None:
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"The output {target} exists and is not empty. Choose a new folder.")
-
-
-def attach_for_merge(subject: Subject, adapter: str | Path) -> Any:
-    """Put a finished adapter on its base.
-
-    Args:
-        subject: The base.
-        adapter: PEFT's folder.
-
-    Returns:
-        PEFT's model, in evaluation mode.
-
-    Raises:
-        ConfigError: It is none, or does not fit.
-    """
-    import peft
-
-    try:
-        return peft.PeftModel.from_pretrained(subject.model, str(adapter)).eval()
-    except (ValueError, OSError, RuntimeError, KeyError) as error:
-        raise ConfigError(
-            f"Cannot put the adapter {adapter} on {subject.name}: {str(error).strip()[:300]} "
-            "Give the folder of a PEFT adapter that was trained on this model."
-        ) from error
-
-
-def read_task(data: str | Path, tokenizer: Any, longest: int | None) -> Examples:
-    """Read the task's examples.
-
-    Args:
-        data: JSON lines.
-        tokenizer: The model's.
-        longest: Sequence that the model takes.
-
-    Returns:
-        The examples, of 1024 tokens at most.
-    """
-    length = min(longest or LONGEST, LONGEST)
-    return read_examples(Path(data), tokenizer, length=length, everything=False)
-
-
-def judging_examples(data: str | Path | None, subject: Subject) -> Sequence[Example]:
-    """Read the examples that models are judged by.
-
-    Args:
-        data: The task's; None: none.
-        subject: Any of the models.
-
-    Returns:
-        Those that nothing is fitted to.
-    """
-    if data is None:
-        return []
-    return divide_examples(read_task(data, subject.tokenizer, subject.longest))[1]
-
-
-def divide_examples(examples: Examples) -> tuple[Sequence[Example], Sequence[Example]]:
-    """Divide a task's examples.
-
-    Args:
-        examples: All of them.
-
-    Returns:
-        Those to fit to, and those to judge by: at most ``MOST_SCORED``.
-    """
-    if len({e.digest for e in examples.examples}) < 2:
-        return examples.examples, examples.examples
-    fitted, apart = split_examples(examples, JUDGING_SHARE, seed=0)
-    judging = examples.examples if apart is None else apart.examples
-    return fitted.examples, judging[:: -(-len(judging) // MOST_SCORED)]
-
-
-def make_probe(subject: Subject, examples: Sequence[Example]) -> list[Tensor]:
-    """Choose token ids to hold models against each other on.
-
-    Args:
-        subject: Any of the models.
-        examples: Of the task; where there are none, built-in text is taken.
-
-    Returns:
-        int64 [tokens] each.
-    """
-    if examples:
-        return [torch.tensor(example.ids) for example in examples[:PROBE_ROWS]]
-    count = min(PROBE_TOKENS, subject.longest or PROBE_TOKENS)
-    if subject.tokenizer is None:
-        return [torch.arange(count) % (subject.vocabulary or count)]
-    return [tokenize_text(subject.tokenizer, evaluation_text()[: 20 * count])[:count]]
-
-
-@torch.no_grad()
-def log_probs(model: Any, probe: Sequence[Tensor]) -> list[Tensor]:
-    """Run a model over a probe.
-
-    Args:
-        model: Any causal language model.
-        probe: From :func:`make_probe`.
-
-    Returns:
-        Logarithms of its probabilities, float32 [tokens, vocabulary] each.
-    """
-    device = model.get_input_embeddings().weight.device
-    return [
-        model(ids[None].to(device), use_cache=False).logits[0].float().log_softmax(-1).cpu()
-        for ids in probe
-    ]
-
-
-def mean_kl(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    """Give the mean over tokens of the divergence of ``found`` from ``expected``, in nats."""
-    parts = [
-        (one.exp() * (one - other)).sum(-1) for one, other in zip(expected, found, strict=True)
-    ]
-    return float(torch.cat(parts).mean())

@@ -27,13 +27,14 @@ from torch import Tensor, nn
 
 from halfbyte.errors import ConfigError, ModelError
 from halfbyte.evaluate.loading import open_subject
+from halfbyte.finetune.adapter import attach_adapter, require_peft
 from halfbyte.finetune.config import AdapterConfig
 from halfbyte.finetune.merge import stored_dtype
-from halfbyte.finetune.train import attach_adapter, require_peft
 from halfbyte.nn.linear import QuantLinear
 from halfbyte.nn.replace import quantized_linears
 from halfbyte.quant_config import CalibrationConfig
-from halfbyte.quantize.calibration import CalibrationSource, load_calibration
+from halfbyte.quantize.calibration import load_calibration
+from halfbyte.quantize.calibration_source import CalibrationSource
 from halfbyte.quantize.hessian import HessianAccumulator
 from halfbyte.quantize.source import check_device, find_model
 

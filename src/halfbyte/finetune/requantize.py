@@ -24,16 +24,15 @@ from halfbyte.checkpoint.labels import read_labels
 from halfbyte.errors import CheckpointError
 from halfbyte.evaluate.loading import load_tokenizer, open_subject
 from halfbyte.finetune.data import Example
-from halfbyte.finetune.merge import (
+from halfbyte.finetune.judging import (
     LONGEST,
     MergeReport,
     divide_examples,
     judging_examples,
-    merge,
     read_task,
     score_task,
-    stored_dtype,
 )
+from halfbyte.finetune.merge import merge, stored_dtype
 from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
 from halfbyte.quantize.calibration import load_calibration
 from halfbyte.quantize.hardware import release_memory

@@ -10,7 +10,6 @@ unfinished run is found again, and what is written in the end.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import math
@@ -26,16 +25,17 @@ from typing import Any
 import torch
 
 from halfbyte.checkpoint.shards import TensorFiles
-from halfbyte.errors import ConfigError, DataError, ModelError, require_extra
-from halfbyte.evaluate.loading import Subject, open_subject
-from halfbyte.finetune.config import ALL_LINEAR, QALORA, AdapterConfig, TrainConfig
+from halfbyte.errors import ConfigError, DataError, ModelError
+from halfbyte.evaluate.loading import Subject
+from halfbyte.finetune.adapter import attach_adapter, require_peft
+from halfbyte.finetune.base import check_packing, open_base
+from halfbyte.finetune.config import QALORA, AdapterConfig, TrainConfig
 from halfbyte.finetune.data import Example, Examples, collate, pack, read_examples, split_examples
 from halfbyte.finetune.groups import all_constant, hold_constant, settle
 from halfbyte.finetune.progress import SilentTrainProgress, TrainProgress
 from halfbyte.finetune.report import REPORT_FILE, TrainReport, save_report
 from halfbyte.finetune.trainer import make_trainer, read_history
 from halfbyte.quantize.fingerprint import fingerprint_model
-from halfbyte.quantize.hardware import has_fast_bf16, map_large_blocks, release_memory
 from halfbyte.quantize.journal import Journal
 from halfbyte.quantize.provenance import installed_versions, machine_facts, peak_memory_bytes
 from halfbyte.quantize.source import check_output, find_model
@@ -43,14 +43,6 @@ from halfbyte.quantize.source import check_output, find_model
 STEPS_FOLDER = "steps"
 """In the work folder: what Trainer saves on the way."""
 BEFORE = "validation_before"
-PEFT_VARIANTS: dict[str, dict[str, bool]] = {
-    "lora": {},
-    "rslora": {"use_rslora": True},
-    "dora": {"use_dora": True},
-    # To PEFT an ordinary one: groups.py does the rest.
-    QALORA: {},
-}
-PROBE_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +109,7 @@ def finetune(
         return TrainReport.load(output)
     start = time.monotonic()
     folder = find_model(model)
-    subject = _open(folder, config)
+    subject = open_base(folder, config)
     held = _read_data(subject, Path(data), None if validation is None else Path(validation), config)
     inputs = {
         "model": fingerprint_model(TensorFiles.open(folder)),
@@ -144,60 +136,6 @@ def finetune(
         finally:
             torch.set_num_threads(threads)
             progress.finished()
-
-
-def require_peft(purpose: str) -> None:
-    """Make sure that PEFT is there.
-
-    Args:
-        purpose: What it is needed for, for the message.
-
-    Raises:
-        MissingExtraError: It is not; the message has the install command.
-    """
-    if importlib.util.find_spec("peft") is None:
-        missing = require_extra("peft", "finetune", purpose)
-        raise missing
-
-
-def attach_adapter(model: Any, adapter: AdapterConfig, start_from: str | Path | None = None) -> Any:
-    """Put an adapter to be trained on a model, whose own weights are frozen.
-
-    Args:
-        model: Changed in place.
-        adapter: What to make.
-        start_from: An adapter's folder, taken instead.
-
-    Returns:
-        PEFT's model.
-
-    Raises:
-        ConfigError: The model has no such linears, or the folder no such adapter.
-    """
-    import peft
-
-    model.requires_grad_(False)
-    try:
-        if start_from is not None:
-            return peft.PeftModel.from_pretrained(model, str(start_from), is_trainable=True)
-        return peft.get_peft_model(
-            model,
-            peft.LoraConfig(
-                r=adapter.rank,
-                lora_alpha=adapter.alpha,
-                lora_dropout=adapter.dropout,
-                target_modules=list(adapter.targets) or ALL_LINEAR,
-                bias="none",
-                task_type="CAUSAL_LM",
-                **PEFT_VARIANTS[adapter.variant],
-            ),
-        )
-    except (ValueError, OSError, RuntimeError) as error:
-        what = f"the adapter {start_from}" if start_from is not None else "an adapter"
-        raise ConfigError(
-            f"Cannot put {what} on a {type(model).__name__}: {str(error).strip()[:300]} "
-            "Name linears of this model with --target, or none for all of them."
-        ) from error
 
 
 class _Run:
@@ -347,64 +285,6 @@ def count_steps(rows: int, config: TrainConfig) -> int:
     passes = math.ceil(rows / config.batch_size)
     steps = max(math.ceil(math.ceil(passes / config.accumulate) * config.epochs), 1)
     return steps if config.max_steps is None else min(steps, config.max_steps)
-
-
-@torch.no_grad()
-def check_packing(subject: Subject) -> None:
-    """Make sure that the model keeps examples apart which stand in one row.
-
-    Args:
-        subject: The model.
-
-    Raises:
-        ConfigError: What comes first in a row changes what the model says of the next example.
-    """
-    model = subject.model
-    first = torch.arange(2 * PROBE_TOKENS, device=subject.input_device).view(2, -1) + 5
-    second = torch.arange(PROBE_TOKENS, device=subject.input_device).expand(2, -1) + 7
-    ids = torch.cat([first, second], dim=1) % (subject.vocabulary or 64)
-    positions = torch.arange(PROBE_TOKENS, device=subject.input_device).repeat(2)[None]
-    logits = model(input_ids=ids, position_ids=positions.expand(2, -1), use_cache=False).logits
-    one, other = logits[:, PROBE_TOKENS:].float()
-    if float((one - other).abs().max()) > 1e-2 * float(one.std()):
-        raise ConfigError(
-            f"Cannot train {subject.name} with --packing: examples in one row see each other in a "
-            f"{type(model).__name__} with {model.config._attn_implementation} attention. Leave "
-            "out --packing."
-        )
-
-
-def _open(folder: Path, config: TrainConfig) -> Subject:
-    _check_optimizer(config)
-    dtype = config.dtype
-    device = config.device
-    on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
-    if dtype == "auto":
-        dtype = "bfloat16" if not on_cpu or has_fast_bf16() else "float32"
-    if on_cpu:
-        map_large_blocks()
-    subject = open_subject(folder, dtype=dtype, device=device)
-    # What repacking the weights left behind would stay beside the training for good.
-    release_memory()
-    if subject.tokenizer is None:
-        raise ModelError(
-            f"Cannot fine-tune {folder}: it has no tokenizer. Copy the tokenizer files of the base "
-            "model into it."
-        )
-    if subject.longest is not None and config.length > subject.longest:
-        raise ConfigError(
-            f"length is {config.length}; {folder} takes at most {subject.longest} tokens. "
-            f"Use --length {subject.longest} or less."
-        )
-    return subject
-
-
-def _check_optimizer(config: TrainConfig) -> None:
-    if config.optimizer != "adamw" and importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            f"optimizer is {config.optimizer}, which needs the Python package 'bitsandbytes'. "
-            "Install it with: pip install bitsandbytes; or use adamw."
-        )
 
 
 def _read_data(subject: Subject, data: Path, validation: Path | None, config: TrainConfig) -> _Data:

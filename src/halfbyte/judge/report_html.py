@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Sequence
 from html import escape
 from importlib import resources
 
@@ -12,13 +9,20 @@ from halfbyte.judge.charts import histogram_chart, interval_chart, layer_chart, 
 from halfbyte.judge.comparison import Comparison, Example
 from halfbyte.judge.edge_cases import FINDS, EdgeOutcome
 from halfbyte.judge.fidelity import HISTOGRAM_EDGES
+from halfbyte.judge.html_parts import (
+    inline,
+    last_part,
+    make_table,
+    mark_differences,
+    remark,
+    shorten,
+    side_by_side,
+    visible,
+)
 from halfbyte.judge.statistics import Interval
 from halfbyte.judge.verdict import SliceResult, percent, points
 from halfbyte.units import format_bytes, format_seconds
 
-LONGEST_TEXT = 1200
-"""Characters of a prompt or an answer that are shown."""
-LONGEST_PROMPT = 400
 SUSPECTS_SHOWN = 12
 WORST_LINEARS = 8
 
@@ -74,7 +78,7 @@ def _claims(comparison: Comparison) -> str:
         f"{100 * margins.alpha:g}% at most; one that keeps all margins fails with a chance of "
         f"{100 * margins.alpha:g}% at most. Intervals are {100 * margins.confidence:g}% intervals."
     )
-    return _table(["what must hold", "", "found"], rows, kind="prose") + _soft(note)
+    return make_table(["what must hold", "", "found"], rows, kind="prose") + remark(note)
 
 
 def _tasks(comparison: Comparison) -> str:
@@ -85,7 +89,7 @@ def _tasks(comparison: Comparison) -> str:
     base_right = round(overall.base_accuracy * flips.num_items)
     both = base_right - flips.harmful
     neither = flips.num_items - both - flips.harmful - flips.beneficial
-    grid = _table(
+    grid = make_table(
         ["", "candidate right", "candidate wrong"],
         [
             ["base right", f"{both:,}", f"{flips.harmful:,} (harmful flips)"],
@@ -94,7 +98,7 @@ def _tasks(comparison: Comparison) -> str:
     )
     slices = [overall, *comparison.slices]
     margins = [comparison.margins.accuracy, *[comparison.margins.slices] * len(comparison.slices)]
-    table = _table(
+    table = make_table(
         ["slice", "items", "base", "candidate", "difference", "flips − / +", "McNemar p", "harm p"],
         [_slice_row(one) for one in slices],
         numbers=range(1, 8),
@@ -104,7 +108,7 @@ def _tasks(comparison: Comparison) -> str:
         "smaller, one wholly to its left that it is larger. McNemar p is exact and tests any "
         "difference; harm p tests a loss beyond the margin, adjusted for all tests (Holm)."
     )
-    return grid + interval_chart(slices, margins) + table + _soft(text) + _generation(comparison)
+    return grid + interval_chart(slices, margins) + table + remark(text) + _generation(comparison)
 
 
 def _slice_row(one: SliceResult) -> list[str]:
@@ -166,7 +170,7 @@ def _text(comparison: Comparison) -> str:
                 f"{text.noise_kl_nats:.1e}, {text.noise_kl_largest:.1e}",
             ]
         )
-    kinds = _table(
+    kinds = make_table(
         ["kind", "tokens", "documents", "KL", "same first choice", "perplexity"],
         [
             [
@@ -181,10 +185,10 @@ def _text(comparison: Comparison) -> str:
         ],
         numbers=range(1, 6),
     )
-    worst = _table(
+    worst = make_table(
         ["KL", "text before", "goes on", "base", "candidate"],
         [
-            [f"{w.kl_nats:.2f}", *(_inline(t) for t in (w.before, w.actual, w.base, w.candidate))]
+            [f"{w.kl_nats:.2f}", *(inline(t) for t in (w.before, w.actual, w.base, w.candidate))]
             for w in text.worst
         ],
         numbers=range(1),
@@ -194,8 +198,8 @@ def _text(comparison: Comparison) -> str:
         "documents. The divergence is an alarm, not part of the verdict."
     )
     return (
-        _table(["", "value"], rows, numbers=[1])
-        + _soft(note)
+        make_table(["", "value"], rows, numbers=[1])
+        + remark(note)
         + "<h3>Divergence of single tokens</h3>"
         + histogram_chart(text.kl_histogram, HISTOGRAM_EDGES)
         + "<h3>By kind of text</h3>"
@@ -224,7 +228,7 @@ def _layers(comparison: Comparison) -> str:
         return ""
     worst = sorted(layers.linears, key=lambda linear: (not linear.suspect, -linear.error))
     shown = worst[: max(WORST_LINEARS, min(len(layers.suspects), SUSPECTS_SHOWN))]
-    table = _table(
+    table = make_table(
         ["linear", "error", "gain", "stands out"],
         [
             [escape(one.name), f"{one.error:.4f}", f"{one.gain:.4f}", escape(one.suspect) or "no"]
@@ -239,7 +243,7 @@ def _layers(comparison: Comparison) -> str:
     )
     return (
         layer_chart(layers)
-        + _soft(text)
+        + remark(text)
         + "<h3>Largest errors</h3>"
         + table
         + "<h3>Distance of the hidden states, all errors before included</h3>"
@@ -253,63 +257,15 @@ def _examples(comparison: Comparison) -> str:
 
 def _example(example: Example) -> str:
     words = {"harmful": "harmful flip", "beneficial": "beneficial flip", "same": "no flip"}
-    base, candidate = mark_differences(_cut(example.base_text), _cut(example.candidate_text))
+    base, candidate = mark_differences(shorten(example.base_text), shorten(example.candidate_text))
     where = example.first_difference
     place = "" if where is None else f"; first other token: number {where + 1}"
     return (
         f"<h3>{escape(example.name)} <span class='soft'>{words[example.kind]}{place}</span></h3>"
-        f"<pre><bdi>{escape(visible(_end(example.prompt)))}</bdi></pre>"
-        f'<p class="soft">expected: <bdi>{escape(visible(_cut(example.expected)))}</bdi></p>'
-        f"{_pair(base, candidate)}"
+        f"<pre><bdi>{escape(visible(last_part(example.prompt)))}</bdi></pre>"
+        f'<p class="soft">expected: <bdi>{escape(visible(shorten(example.expected)))}</bdi></p>'
+        f"{side_by_side(base, candidate)}"
     )
-
-
-def _pair(base: str, candidate: str) -> str:
-    return (
-        f'<div class="pair"><div><h4>base</h4><pre><bdi>{base}</bdi></pre></div>'
-        f"<div><h4>candidate</h4><pre><bdi>{candidate}</bdi></pre></div></div>"
-    )
-
-
-def mark_differences(left: str, right: str) -> tuple[str, str]:
-    """Mark the words in which two texts differ.
-
-    Args:
-        left: One text.
-        right: The other.
-
-    Returns:
-        Both as HTML, differing words in ``<mark>``.
-    """
-    a, b = (re.findall(r"\s+|\w+|[^\w\s]", visible(text)) for text in (left, right))
-    sides: tuple[list[str], list[str]] = ([], [])
-    matcher = difflib.SequenceMatcher(None, a, b, autojunk=False)
-    for tag, a_low, a_high, b_low, b_high in matcher.get_opcodes():
-        for side, words in zip(sides, (a[a_low:a_high], b[b_low:b_high]), strict=True):
-            text = escape("".join(words))
-            side.append(text if tag == "equal" or not text else f"<mark>{text}</mark>")
-    return "".join(sides[0]), "".join(sides[1])
-
-
-def visible(text: str) -> str:
-    """Show control characters by their symbols; line ends and tabs stay."""
-    return "".join(
-        chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else "\u2421" if c == "\x7f" else c
-        for c in text
-    )
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " […]"
-
-
-def _end(text: str) -> str:
-    """Give the end of a prompt: what is asked stands there, examples before it."""
-    return text if len(text) <= LONGEST_PROMPT else "[…] " + text[-LONGEST_PROMPT:]
-
-
-def _inline(text: str) -> str:
-    return f"<bdi>{escape(visible(text).replace(chr(10), '↵'))}</bdi>"
 
 
 def _edges(comparison: Comparison) -> str:
@@ -328,7 +284,7 @@ def _edges(comparison: Comparison) -> str:
                 "" if kind.kl_nats is None else f"{kind.kl_nats:.3f}",
             ]
         )
-    table = _table(
+    table = make_table(
         ["kind", "inputs", "finds, base", "finds, candidate", "new", "mended", "KL"],
         rows,
         numbers=(1, 4, 5, 6),
@@ -337,7 +293,7 @@ def _edges(comparison: Comparison) -> str:
     meanings = "; ".join(f"{name}: {meaning}" for name, meaning in FINDS.items())
     return (
         table
-        + _soft(f"new: inputs with a find that only the candidate has. {meanings}.")
+        + remark(f"new: inputs with a find that only the candidate has. {meanings}.")
         + ("<h3>New finds</h3>" if new else "")
         + "".join(_edge(outcome) for outcome in new)
     )
@@ -349,12 +305,12 @@ def _finds(finds: object) -> str:
 
 
 def _edge(outcome: EdgeOutcome) -> str:
-    base, candidate = mark_differences(_cut(outcome.base_text), _cut(outcome.candidate_text))
+    base, candidate = mark_differences(shorten(outcome.base_text), shorten(outcome.candidate_text))
     title = f"{escape(outcome.kind)}: {escape(', '.join(outcome.new_finds))}"
-    prompt = escape(visible(_cut(outcome.prompt)))
+    prompt = escape(visible(shorten(outcome.prompt)))
     return (
         f"<details><summary>{title}</summary><pre><bdi>{prompt}</bdi></pre>"
-        f"{_pair(base, candidate)}</details>"
+        f"{side_by_side(base, candidate)}</details>"
     )
 
 
@@ -380,7 +336,7 @@ def _cost(comparison: Comparison) -> str:
         "tokens/s: prompt tokens over the whole time, writing included. reused: answers that were "
         "in the cache. For a stated peak load: halfbyte profile."
     )
-    return _table(heads, rows, numbers=range(1, 7)) + _soft(text)
+    return make_table(heads, rows, numbers=range(1, 7)) + remark(text)
 
 
 def _bytes(size: int | None) -> str:
@@ -391,33 +347,4 @@ def _run(comparison: Comparison) -> str:
     notes = "".join(f"<p>{escape(note)}</p>" for note in comparison.notes)
     groups = (comparison.settings, comparison.versions, comparison.machine)
     lines = [", ".join(f"{k} {v}" for k, v in group.items()) for group in groups if group]
-    return notes + "".join(_soft(line) for line in lines)
-
-
-def _soft(text: str) -> str:
-    return f'<p class="soft">{escape(text)}</p>'
-
-
-def _table(
-    heads: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    *,
-    numbers: Sequence[int] | range = (),
-    kind: str = "",
-) -> str:
-    """Write a table of HTML cells; on a phone each row becomes a card."""
-
-    def cell(tag: str, column: int, text: str) -> str:
-        style = ' class="number"' if column in numbers else ""
-        name = f' data-name="{escape(heads[column])}"' if tag == "td" else ""
-        return f"<{tag}{style}{name}>{text}</{tag}>"
-
-    head = "".join(cell("th", i, escape(text)) for i, text in enumerate(heads))
-    body = "".join(
-        "<tr>" + "".join(cell("td", i, text) for i, text in enumerate(row)) + "</tr>"
-        for row in rows
-    )
-    return (
-        f'<div class="scroll"><table class="cards {kind}"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
+    return notes + "".join(remark(line) for line in lines)

@@ -23,17 +23,6 @@ from halfbyte.errors import ConfigError
 from halfbyte.judge.checks import Check, PythonCheck, parse_check
 
 MAX_NEW_TOKENS = 64
-OWN_KEYS = {
-    "prompt",
-    "messages",
-    "choices",
-    "answer",
-    "check",
-    "id",
-    "document",
-    "max_new_tokens",
-    "stop",
-}
 ROLES = ("system", "user", "assistant")
 
 

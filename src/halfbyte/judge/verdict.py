@@ -136,8 +136,6 @@ class Evidence:
     layers: LayerErrors | None = None
     not_numbers: int = 0
     """Answers and texts at which only the candidate's logits were not numbers."""
-    noise_flips: Flips | None = None
-    """The base against itself at another batch size."""
 
 
 def measure_slice(name: str, flips: Flips, base_right: int, margins: Margins) -> SliceResult:

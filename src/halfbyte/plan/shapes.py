@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import ConfigError
+from halfbyte.plan.config_reader import FULL, NONE, SLIDING, ConfigReader
 
 UNGATED = {
     "bloom", "codegen", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "mpt",
     "nemotron", "opt", "phi", "starcoder2", "xglm",
 }  # fmt: skip
 """Model types whose MLP has two matrices, not three."""
+
+BIASED = {"bloom", "gpt2", "gpt_neox", "opt"}
+"""Types whose linears have biases though their configs name none."""
 
 LEARNED_POSITIONS = {"gpt2", "gpt_bigcode", "gpt_neo", "opt", "xglm"}
 
@@ -27,17 +31,6 @@ TIED_BY_DEFAULT = {
     "gpt_neo", "mpt", "opt",
 }  # fmt: skip
 """Types whose configs may leave ``tie_word_embeddings`` out and mean true."""
-
-NAMES = {
-    "hidden": ("hidden_size", "n_embd", "d_model", "dim"),
-    "layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
-    "heads": ("num_attention_heads", "n_head", "num_heads", "n_heads"),
-    "inner": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
-    "context": ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length"),
-    "experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
-    "active": ("num_experts_per_tok", "experts_per_token", "num_experts_per_token", "moe_topk"),
-}
-"""What families call the same number."""
 
 KNOWN: Mapping[str, Mapping[str, Any]] = {
     name: {
@@ -60,8 +53,6 @@ KNOWN: Mapping[str, Mapping[str, Any]] = {
     )
 }
 """Well-known sizes by name: Llama 2 (7B, 13B, 70B), Llama 1 (30B, 65B) and Llama 3.1 (8B)."""
-
-FULL, SLIDING, NONE = "full", "sliding", "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,11 +182,11 @@ def parse_config(config: Mapping[str, Any], name: str) -> ModelShapes:
     )
     if isinstance(inner_config, dict):
         notes.append("Only the language model is counted, not what reads pictures or sound.")
-    reader = _Reader(values, name)
+    reader = ConfigReader(values, name)
     hidden, layers, heads = (reader.need(key) for key in ("hidden", "layers", "heads"))
-    model_type = str(values.get("model_type", "?"))
-    attention = _attention(reader, model_type, hidden, layers, heads, notes)
-    mlp, routers = _mlp(reader, model_type, hidden, layers)
+    model_type = reader.model_type
+    attention = _attention(reader, hidden, layers, heads, notes)
+    mlp, routers = _mlp(reader, hidden, layers)
     linears = [m for m in (*attention, *mlp) if m.count]
     vocabulary = int(values.get("vocab_size") or 0)
     embedding = vocabulary * hidden
@@ -220,46 +211,17 @@ def parse_config(config: Mapping[str, Any], name: str) -> ModelShapes:
         embedding_numbers=embedding,
         head_numbers=0 if tied else vocabulary * hidden,
         other_numbers=norms + biases + routers,
-        cache=_cache(reader, model_type, layers, heads, hidden, notes),
+        cache=_cache(reader, layers, heads, hidden, notes),
         stored_bits=quantized.get("bits") if isinstance(quantized, dict) else None,
         stored_group_size=quantized.get("group_size") if isinstance(quantized, dict) else None,
         notes=tuple(notes),
     )
 
 
-class _Reader:
-    """Finds numbers under whatever name a family gives them."""
-
-    def __init__(self, values: Mapping[str, Any], name: str) -> None:
-        self.values = values
-        self._name = name
-
-    def get(self, key: str) -> int:
-        """Give a whole number, 0 where it is missing."""
-        for alias in NAMES.get(key, (key,)):
-            value = self.values.get(alias)
-            # Some families give one number per layer or expert kind.
-            if isinstance(value, list) and value and all(isinstance(v, int) for v in value):
-                value = max(value)
-            if isinstance(value, int) and not isinstance(value, bool):
-                return value
-        return 0
-
-    def need(self, key: str) -> int:
-        """Give a number that every model has."""
-        value = self.get(key)
-        if value <= 0:
-            raise ConfigError(
-                f"Cannot plan for '{self._name}': its config.json has none of "
-                f"{', '.join(NAMES[key])}. Is it the config of a language model?"
-            )
-        return value
-
-
 def _attention(
-    reader: _Reader, model_type: str, hidden: int, layers: int, heads: int, notes: list[str]
+    reader: ConfigReader, hidden: int, layers: int, heads: int, notes: list[str]
 ) -> list[Matrix]:
-    kinds = _layer_kinds(reader, layers)
+    kinds = reader.layer_kinds(layers)
     count = layers - kinds.count(NONE)
     if count < layers:
         notes.append(
@@ -268,14 +230,14 @@ def _attention(
         )
     if reader.get("kv_lora_rank"):
         return _latent_attention(reader, hidden, heads, count)
-    kv_heads = _kv_heads(reader, model_type, heads)
-    size = _head_size(reader, hidden, heads)
+    kv_heads = reader.kv_heads(heads)
+    size = reader.head_size(hidden, heads)
     values = reader.values
     bias = bool(values.get("attention_bias") or values.get("bias") or values.get("use_bias"))
-    qkv_bias = bias or model_type in ("qwen2", "qwen2_moe", "gpt2", "opt", "gpt_neox", "bloom")
-    out_bias = bias or model_type in ("gpt2", "opt", "gpt_neox", "bloom")
+    out_bias = bias or reader.model_type in BIASED
+    qkv_bias = out_bias or reader.model_type in ("qwen2", "qwen2_moe")
     # Some types gate the attention's output by a second half of the query.
-    gate = 2 if model_type in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text") else 1
+    gate = 2 if reader.model_type in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text") else 1
 
     def matrix(name: str, rows: int, columns: int, has_bias: bool) -> Matrix:
         return Matrix(
@@ -291,7 +253,7 @@ def _attention(
     ]
 
 
-def _latent_attention(reader: _Reader, hidden: int, heads: int, count: int) -> list[Matrix]:
+def _latent_attention(reader: ConfigReader, hidden: int, heads: int, count: int) -> list[Matrix]:
     """Multi-head latent attention (DeepSeek V2): keys and values come out of one small vector."""
     rank, query_rank = reader.get("kv_lora_rank"), reader.get("q_lora_rank")
     plain, rotary = reader.get("qk_nope_head_dim"), reader.get("qk_rope_head_dim")
@@ -312,19 +274,19 @@ def _latent_attention(reader: _Reader, hidden: int, heads: int, count: int) -> l
     ]
 
 
-def _mlp(reader: _Reader, model_type: str, hidden: int, layers: int) -> tuple[list[Matrix], int]:
+def _mlp(reader: ConfigReader, hidden: int, layers: int) -> tuple[list[Matrix], int]:
     """Give the matrices of the MLPs, and the numbers of routers."""
     inner = reader.get("inner") or 4 * hidden
     experts = reader.get("experts")
-    gates = 1 if model_type in UNGATED else 2
-    sparse = _sparse_layers(reader, layers) if experts > 1 else 0
-    bias = bool(reader.values.get("mlp_bias")) or model_type in ("gpt2", "opt", "gpt_neox", "bloom")
+    gates = 1 if reader.model_type in UNGATED else 2
+    sparse = reader.sparse_layers(layers) if experts > 1 else 0
+    bias = bool(reader.values.get("mlp_bias")) or reader.model_type in BIASED
     matrices = _mlp_matrices("mlp", hidden, inner, gates, layers - sparse, layers - sparse, bias)
     if not sparse:
         return matrices, 0
     width = reader.get("moe_intermediate_size") or reader.get("expert_ffn_hidden_size") or inner
     active = reader.get("active") or 1
-    biased = model_type == "gpt_oss"
+    biased = reader.model_type == "gpt_oss"
     matrices += _mlp_matrices(
         "experts", hidden, width, gates, sparse * experts, sparse * active, biased
     )
@@ -355,22 +317,8 @@ def _mlp_matrices(
     ]  # fmt: skip
 
 
-def _sparse_layers(reader: _Reader, layers: int) -> int:
-    """Count the layers with experts."""
-    values = reader.values
-    first = reader.get("first_k_dense_replace") or reader.get("num_dense_layers")
-    types = values.get("mlp_layer_types")
-    if isinstance(types, list) and len(types) == layers:
-        return sum(kind == "sparse" for kind in types)
-    every = reader.get("moe_layer_freq") or reader.get("decoder_sparse_step") or 1
-    dense = set(values.get("mlp_only_layers") or ())
-    if reader.get("decoder_sparse_step"):
-        return sum((i + 1) % every == 0 and i not in dense for i in range(layers))
-    return sum(i >= first and i % every == 0 and i not in dense for i in range(layers))
-
-
 def _cache(
-    reader: _Reader, model_type: str, layers: int, heads: int, hidden: int, notes: list[str]
+    reader: ConfigReader, layers: int, heads: int, hidden: int, notes: list[str]
 ) -> tuple[CacheLayers, ...]:
     if rank := reader.get("kv_lora_rank"):
         notes.append(
@@ -379,8 +327,8 @@ def _cache(
         )
         per_token = rank + reader.get("qk_rope_head_dim")
     else:
-        per_token = 2 * _kv_heads(reader, model_type, heads) * _head_size(reader, hidden, heads)
-    kinds = _layer_kinds(reader, layers)
+        per_token = 2 * reader.kv_heads(heads) * reader.head_size(hidden, heads)
+    kinds = reader.layer_kinds(layers)
     window = reader.get("sliding_window") or reader.get("attention_chunk_size")
     groups = []
     for kind in (FULL, SLIDING):
@@ -395,43 +343,3 @@ def _cache(
                 )
             )
     return tuple(groups)
-
-
-def _layer_kinds(reader: _Reader, layers: int) -> list[str]:
-    """Give what each layer keeps."""
-    values = reader.values
-    types = values.get("layer_types")
-    window = reader.get("sliding_window") or reader.get("attention_chunk_size")
-    if isinstance(types, list) and len(types) == layers:
-        words = {"full_attention": FULL, "attention": FULL, "sliding_attention": SLIDING,
-                 "chunked_attention": SLIDING, "linear_attention": NONE, "mamba": NONE,
-                 "conv": NONE}  # fmt: skip
-        kinds = [words.get(str(kind), FULL) for kind in types]
-        return [FULL if kind == SLIDING and not window else kind for kind in kinds]
-    if not window or values.get("use_sliding_window") is False:
-        return [FULL] * layers
-    model_type = values.get("model_type")
-    pattern = reader.get("sliding_window_pattern")
-    if not pattern:
-        pattern = {"gemma2": 2, "gemma3_text": 6, "gemma3": 6, "cohere2": 4, "gpt_oss": 2}.get(
-            str(model_type), 0
-        )
-    if pattern:
-        return [FULL if (i + 1) % pattern == 0 else SLIDING for i in range(layers)]
-    if "max_window_layers" in values:
-        full = reader.get("max_window_layers")
-        return [FULL if i < full else SLIDING for i in range(layers)]
-    return [SLIDING] * layers
-
-
-def _kv_heads(reader: _Reader, model_type: str, heads: int) -> int:
-    values = reader.values
-    if model_type == "falcon" and not values.get("new_decoder_architecture"):
-        return 1 if values.get("multi_query", True) else heads
-    if model_type == "gpt_bigcode" and values.get("multi_query", True):
-        return 1
-    return reader.get("num_key_value_heads") or reader.get("num_kv_heads") or heads
-
-
-def _head_size(reader: _Reader, hidden: int, heads: int) -> int:
-    return reader.get("head_dim") or hidden // heads

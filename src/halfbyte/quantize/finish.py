@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from halfbyte.model.weights import ModelWeights, map_tensor
 from halfbyte.quant_config import QuantConfig, Scheme
 from halfbyte.quantize.model_card import save_model_card
 from halfbyte.quantize.picture import save_picture
-from halfbyte.quantize.report import ModuleReport, QuantizationReport
+from halfbyte.quantize.report import ModuleReport, QuantizationReport, SkippedModule
 from halfbyte.quantize.rounding import RoundedLinear
 from halfbyte.version import __version__
 
@@ -58,7 +59,9 @@ def write_descriptions(
     config: QuantConfig,
     shards: Sequence[ShardDigest],
     blocks: Sequence[Mapping[str, Any]],
-    head: Sequence[RoundedLinear],
+    found: RoundedModules,
+    *,
+    head: bool,
 ) -> dict[str, Any]:
     """Write everything that says what the shards are, and copy the tokenizer.
 
@@ -68,21 +71,20 @@ def write_descriptions(
         config: What was asked for.
         shards: Digests of all shards.
         blocks: The journal's entries.
-        head: The rounded head, or nothing.
+        found: What is in them.
+        head: Whether the head was rounded too.
 
     Returns:
         The quantization config as written.
     """
-    modules = [ModuleReport(**m) for entry in blocks for m in entry["modules"]]
-    modules += [r.report for r in head]
     quantized = {
-        m.name: Scheme(bits=m.bits, group_size=m.group_size, symmetric=m.symmetric) for m in modules
+        m.name: Scheme(bits=m.bits, group_size=m.group_size, symmetric=m.symmetric)
+        for m in found.modules
     }
-    skipped = {name: reason for entry in blocks for name, reason in entry["skipped"]}
     labels = build_quantization_config(
         config,
         quantized=quantized,
-        skipped=skipped,
+        skipped={s.name: s.reason for s in found.skipped},
         module_groups=_module_groups(blocks),
         version=__version__,
     )
@@ -115,6 +117,47 @@ def save_report(report: QuantizationReport, base: Path, output: Path) -> Quantiz
     save_model_card(report, base, output)
     report.save(output)
     return report
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundedModules:
+    """What all blocks and the head came to."""
+
+    modules: tuple[ModuleReport, ...]
+    skipped: tuple[SkippedModule, ...]
+    bits_per_weight: float
+    """Codes, scales and zeros over the weights they stand for."""
+
+    @property
+    def names(self) -> set[str]:
+        """Every linear that was looked at, by its name on disk."""
+        return {m.name for m in self.modules} | {s.name for s in self.skipped}
+
+
+def collect_modules(
+    blocks: Sequence[Mapping[str, Any]], head: Sequence[RoundedLinear]
+) -> RoundedModules:
+    """Put together what the journal says of the blocks and what came of the head.
+
+    Args:
+        blocks: The journal's entries.
+        head: The rounded head, or nothing.
+
+    Returns:
+        Modules in the order of their rounding.
+    """
+    modules = [
+        ModuleReport(**{**values, "notes": tuple(values["notes"])})
+        for entry in blocks
+        for values in entry["modules"]
+    ]
+    counts = [tuple(entry["packed_bits"]) for entry in blocks]
+    counts += [count_packed_bits(r.tensors) for r in head]
+    return RoundedModules(
+        modules=(*modules, *(r.report for r in head)),
+        skipped=tuple(SkippedModule(name=n, reason=r) for e in blocks for n, r in e["skipped"]),
+        bits_per_weight=sum(b for b, _ in counts) / max(sum(n for _, n in counts), 1),
+    )
 
 
 def count_packed_bits(tensors: Mapping[str, Tensor]) -> tuple[int, int]:

@@ -28,7 +28,8 @@ from halfbyte.evaluate.loading import Subject, open_subject
 from halfbyte.evaluate.logits import measure_nll
 from halfbyte.model.blocks import find_blocks, quantizable_linears
 from halfbyte.quant_config import CalibrationConfig
-from halfbyte.quantize.calibration import CalibrationSource, CalibrationTokens, load_calibration
+from halfbyte.quantize.calibration import CalibrationTokens, load_calibration
+from halfbyte.quantize.calibration_source import CalibrationSource
 
 CLOSE, APART, FAR = "close", "apart", "far"
 CLOSE_RATIO, FAR_RATIO = 2.0, 4.0

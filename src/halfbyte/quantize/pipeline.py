@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
-from halfbyte.quantize.calibration import CalibrationSource
+from halfbyte.quantize.calibration_source import CalibrationSource
 from halfbyte.quantize.journal import Journal
 from halfbyte.quantize.progress import Progress, SilentProgress
 from halfbyte.quantize.report import QuantizationReport, load_report

@@ -117,6 +117,32 @@ def run_tail(stream: BlockStream, ids: Tensor, states: Tensor) -> Tensor:
     return logits
 
 
+def compute_logits(
+    stream: BlockStream, probe: Probe, states: HiddenStates, device: torch.device, *, held: bool
+) -> list[Tensor]:
+    """Run the tail on every window of the probe.
+
+    Args:
+        stream: The stream, standing anywhere.
+        probe: The probe.
+        states: Its hidden states behind the last block.
+        device: Where to compute.
+        held: Whether the logits stay there; else they go to the CPU, where there is more room.
+
+    Returns:
+        [tokens, vocabulary] per window.
+    """
+    hidden = states.read(0).to(device)
+    found = []
+    with stream.at(len(stream.blocks.modules)):
+        # One window at a time: logits are as wide as the vocabulary.
+        windows = zip(torch.split(probe.ids, 1), torch.split(hidden, 1), strict=True)
+        for ids, window in windows:
+            logits = run_tail(stream, ids.to(device), window)[0]
+            found.append(logits if held else logits.cpu())
+    return found
+
+
 def measure_quality(
     probe: Probe,
     base_logits: list[Tensor],

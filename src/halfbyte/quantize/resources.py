@@ -15,15 +15,12 @@ from typing import Any, Self
 
 import psutil
 import torch
-from torch import Tensor
 
 from halfbyte.errors import ConfigError
-from halfbyte.model.blocks import linear_weight, quantizable_linears
-from halfbyte.model.experts import find_fused_experts
 from halfbyte.model.weights import ModelWeights
 from halfbyte.quant_config import SUPPORTED_BITS, CalibrationConfig, QuantConfig, ResourceConfig
 from halfbyte.quantize.hardware import has_fast_bf16
-from halfbyte.quantize.rounding import rows_at_a_time
+from halfbyte.quantize.sizes import Sizes, measure_sizes
 from halfbyte.quantize.target import CHECK_EVERY
 from halfbyte.units import format_bytes, format_seconds
 
@@ -36,10 +33,6 @@ REACHED_RATE = 0.45
 SHARE_OF_FREE_MEMORY = 0.6
 PROGRAM_BYTES = 600_000_000
 """Python, torch and Transformers themselves, as measured."""
-SOLVER_COPIES = 8
-"""Matrices of a weight's size in fp32 that the solver holds at its peak, as measured."""
-HESSIAN_COPIES = 5
-"""Matrices of a Hessian's size in fp32 that factoring holds at its peak."""
 TUNING_COPIES = 8
 TUNING_ACTIVATIONS = 4
 """Activations that training a block holds, in those of a forward pass."""
@@ -117,21 +110,55 @@ class RunPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Sizes:
-    """Sizes of the widest block, which is what memory depends on."""
+class _Task:
+    """What is to be computed, in numbers."""
 
-    hidden: int
-    block_bytes: int
-    block_numbers: int
-    widest_input: int
-    solver_bytes: int
-    routed: int
-    """Experts that a token goes through; 1 without experts."""
-    numbers: int
-    """Weights of all linears in all blocks that a token goes through."""
-    hessian_macs: int
-    """in² over all inputs: multiply-adds per token for the Hessians."""
-    solve_macs: int
+    sizes: Sizes
+    config: QuantConfig
+    dtype: torch.dtype
+    on_device: bool
+    lengths: Sequence[int]
+    """Tokens of every calibration sequence."""
+    num_blocks: int
+    vocabulary: int
+
+    @property
+    def streams(self) -> int:
+        """Models that the calibration text goes through."""
+        return 2 if self.config.match_base else 1
+
+    @property
+    def tokens(self) -> int:
+        """Of all calibration sequences."""
+        return sum(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.lengths)
+
+    @property
+    def survey_tokens(self) -> int:
+        """That bits are chosen by; 0 where they are given."""
+        return min(SURVEY_TOKENS, self.tokens) if self.config.chooses_bits else 0
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of activations while a batch goes through a block."""
+        sizes = self.sizes
+        return self.dtype.itemsize * (4 * sizes.hidden + 4 * sizes.widest_input * sizes.routed)
+
+    @property
+    def state_bytes(self) -> int:
+        """Of all hidden states in front of a block."""
+        return self.streams * self.tokens * self.sizes.hidden * self.dtype.itemsize
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Of all batches where they wait in the middle of a block."""
+        sizes = self.sizes
+        per_token = self.dtype.itemsize * (3 * sizes.hidden + sizes.widest_input * sizes.routed)
+        return self.streams * self.tokens * per_token
 
 
 def resolve_resources(
@@ -154,60 +181,25 @@ def resolve_resources(
         The plan.
     """
     dtype, why_dtype = resolve_dtype(resources.dtype, weights.dtype, weights.device)
-    streams = 2 if config.match_base else 1
-    sizes = _measure_sizes(weights, matrices=(3 * streams if config.needs_check else 0))
-    on_device = weights.device.type != "cpu"
     budget, why_budget = _budget(resources.memory, weights.device)
-    longest, tokens = max(lengths), sum(lengths)
-    computed = dtype.itemsize / weights.dtype.itemsize
-    copies = 1 if dtype == weights.dtype else 1 + computed
-    copies += (streams - 1) * computed
-    fixed = PROGRAM_BYTES + int(sizes.block_bytes * copies) + sizes.solver_bytes
-    states = streams * tokens * sizes.hidden * dtype.itemsize
-    outside = _outside_bytes(weights)
-    hold = False
-    if on_device:
-        fixed += outside
-        # Training goes through the states of all blocks by way of the files.
-        hold = not config.end_to_end_steps and fixed + states <= budget
-        fixed += states if hold else 0
-    wanted = DEVICE_TOKENS_PER_BATCH if on_device else TOKENS_PER_BATCH
-    per_token = dtype.itemsize * (4 * sizes.hidden + 4 * sizes.widest_input * sizes.routed)
-    batch_size = calibration.batch_size or max(1, wanted // longest)
-    if calibration.batch_size is None:
-        if config.needs_check:
-            # Whole batches are kept apart to confirm: there must be some.
-            batch_size = max(1, min(batch_size, len(lengths) // (2 * CHECK_EVERY)))
+    streams = 2 if config.match_base else 1
+    task = _Task(
+        sizes=measure_sizes(weights, matrices=(3 * streams if config.needs_check else 0)),
+        config=config,
+        dtype=dtype,
+        on_device=weights.device.type != "cpu",
+        lengths=lengths,
+        num_blocks=len(weights.blocks.modules),
+        vocabulary=int(weights.config.get_text_config().vocab_size),
+    )
+    fixed, hold = _fixed_bytes(task, weights, budget)
+    batch_size = calibration.batch_size or _choose_batch_size(task, budget - fixed)
+    batch, keep_codes = _batch_bytes(task, batch_size, budget - fixed)
+    if task.on_device:
         # A device's memory is one heap: what the solver has given back serves the next batch.
-        room = max(budget - fixed + (sizes.solver_bytes if on_device else 0), 0) // 2
-        batch_size = max(1, min(batch_size, room // (per_token * longest)))
-    batch = per_token * longest * batch_size
-    tuning = 0
-    tuning_batch = TUNING_ACTIVATIONS * batch
-    if config.tune_steps:
-        # Latents, their gradients and bounds in fp32, and what a backward pass remembers.
-        tuning = TUNING_COPIES * 4 * sizes.block_numbers + tuning_batch
-    batch = max(batch, tuning)
-    vocabulary = int(weights.config.get_text_config().vocab_size)
-    num_blocks = len(weights.blocks.modules)
-    keep_codes = False
-    if config.end_to_end_steps:
-        # The states between all blocks, and the logits of one sequence: base, own, gradient.
-        between = batch_size * longest * dtype.itemsize * sizes.hidden * num_blocks
-        whole = between + LOGITS_COPIES * 4 * vocabulary * longest + tuning_batch
-        codes = sizes.block_numbers * num_blocks
-        keep_codes = fixed + whole + codes <= budget
-        batch = max(batch, whole + (codes if keep_codes else 0))
-    survey_tokens = min(SURVEY_TOKENS, tokens) if config.chooses_bits else 0
-    if survey_tokens:
-        between = survey_tokens * dtype.itemsize * sizes.hidden * num_blocks
-        batch = max(batch, tuning_batch + between)
-    waiting = tokens * dtype.itemsize * (3 * sizes.hidden + sizes.widest_input * sizes.routed)
-    waiting *= streams
-    if on_device:
-        fixed -= min(batch, sizes.solver_bytes)
-    keep = fixed + batch + waiting <= budget
-    left = budget - fixed - batch - (waiting if keep else 0)
+        fixed -= min(batch, task.sizes.solver_bytes)
+    keep = fixed + batch + task.waiting_bytes <= budget
+    needed = fixed + batch + (task.waiting_bytes if keep else 0)
     how = "each block runs once" if keep else "each block runs once per stage, to save memory"
     settings = RunSettings(
         dtype=str(dtype).removeprefix("torch."),
@@ -215,32 +207,89 @@ def resolve_resources(
         threads=torch.get_num_threads(),
         batch_size=int(batch_size),
         keep_paused=keep,
-        hessian_bytes=max(int(left * HESSIAN_SHARE), SMALLEST_HESSIAN_BYTES),
+        hessian_bytes=max(int((budget - needed) * HESSIAN_SHARE), SMALLEST_HESSIAN_BYTES),
         hold_states=hold,
         keep_codes=keep_codes,
         reasons=(why_budget, f"computes in {why_dtype}", f"{batch_size} sequences a batch", how),
     )
-    passes = streams * (1.0 if keep else 2.2)
-    # Hessians cost half a product each, drifts a whole one.
-    products = 1.5 if config.match_base else 0.5
-    solve = sizes.solve_macs * (4 + 4 * config.polish)
-    tune = 6.0 * config.tune_steps * batch_size * longest * sizes.numbers
-    # Forwards, forwards again and twice that backwards; the head for both models.
-    per_step = 8.0 * sizes.numbers + 8.0 * vocabulary * sizes.hidden
-    tune += config.end_to_end_steps * batch_size * longest * per_step
-    if survey_tokens:
-        tune += survey_tokens * per_step + 2.0 * survey_tokens * sizes.hessian_macs
-        tune += 4 * len(SUPPORTED_BITS) * sizes.solve_macs
-    flops = 2.0 * tokens * (sizes.numbers * passes + sizes.hessian_macs * products) + solve + tune
+    flops = _count_flops(task, batch_size, keep=keep)
     return RunPlan(
         settings=settings,
-        memory_bytes=fixed + batch + (waiting if keep else 0),
+        memory_bytes=needed,
         budget_bytes=budget,
-        work_bytes=2 * states,
-        output_bytes=_output_bytes(weights, sizes),
+        work_bytes=2 * task.state_bytes,
+        output_bytes=_output_bytes(weights, task.sizes),
         flops=flops,
         seconds=flops / (REACHED_RATE * measure_gemm_rate(dtype, weights.device)),
     )
+
+
+def _fixed_bytes(task: _Task, weights: ModelWeights, budget: int) -> tuple[int, bool]:
+    """Memory that no batch changes; and whether hidden states stay on the device in it."""
+    computed = task.dtype.itemsize / weights.dtype.itemsize
+    copies = 1 if task.dtype == weights.dtype else 1 + computed
+    copies += (task.streams - 1) * computed
+    fixed = PROGRAM_BYTES + int(task.sizes.block_bytes * copies) + task.sizes.solver_bytes
+    if not task.on_device:
+        return fixed, False
+    fixed += _outside_bytes(weights)
+    # Training goes through the states of all blocks by way of the files.
+    hold = not task.config.end_to_end_steps and fixed + task.state_bytes <= budget
+    return fixed + (task.state_bytes if hold else 0), hold
+
+
+def _choose_batch_size(task: _Task, left: int) -> int:
+    """Sequences that keep the processor busy, as far as memory allows."""
+    wanted = DEVICE_TOKENS_PER_BATCH if task.on_device else TOKENS_PER_BATCH
+    size = max(1, wanted // task.longest)
+    if task.config.needs_check:
+        # Whole batches are kept apart to confirm: there must be some.
+        size = max(1, min(size, len(task.lengths) // (2 * CHECK_EVERY)))
+    room = max(left + (task.sizes.solver_bytes if task.on_device else 0), 0) // 2
+    return max(1, min(size, room // (task.bytes_per_token * task.longest)))
+
+
+def _batch_bytes(task: _Task, batch_size: int, left: int) -> tuple[int, bool]:
+    """Memory that a batch takes at most; and whether training keeps all codes in what is left."""
+    sizes, config = task.sizes, task.config
+    forward = task.bytes_per_token * task.longest * batch_size
+    training = TUNING_ACTIVATIONS * forward
+    per_state = task.dtype.itemsize * sizes.hidden
+    found = forward
+    if config.tune_steps:
+        # Latents, their gradients and bounds in fp32, and what a backward pass remembers.
+        found = max(found, TUNING_COPIES * 4 * sizes.block_numbers + training)
+    keep_codes = False
+    if config.end_to_end_steps:
+        # The states between all blocks, and the logits of one sequence: base, own, gradient.
+        between = batch_size * task.longest * per_state * task.num_blocks
+        whole = between + LOGITS_COPIES * 4 * task.vocabulary * task.longest + training
+        codes = sizes.block_numbers * task.num_blocks
+        keep_codes = whole + codes <= left
+        found = max(found, whole + (codes if keep_codes else 0))
+    if task.survey_tokens:
+        found = max(found, training + task.survey_tokens * per_state * task.num_blocks)
+    return found, keep_codes
+
+
+def _count_flops(task: _Task, batch_size: int, *, keep: bool) -> float:
+    """Operations of the whole run."""
+    sizes, config = task.sizes, task.config
+    passes = task.streams * (1.0 if keep else 2.2)
+    # Hessians cost half a product each, drifts a whole one.
+    products = 1.5 if config.match_base else 0.5
+    forward = 2.0 * task.tokens * (sizes.numbers * passes + sizes.hessian_macs * products)
+    solve = sizes.solve_macs * (4 + 4 * config.polish)
+    batch = batch_size * task.longest
+    tune = 6.0 * config.tune_steps * batch * sizes.numbers
+    # Forwards, forwards again and twice that backwards; the head for both models.
+    per_token = 8.0 * sizes.numbers + 8.0 * task.vocabulary * sizes.hidden
+    tune += config.end_to_end_steps * batch * per_token
+    survey = 0.0
+    if task.survey_tokens:
+        survey = task.survey_tokens * (per_token + 2.0 * sizes.hessian_macs)
+        survey += 4 * len(SUPPORTED_BITS) * sizes.solve_macs
+    return forward + solve + tune + survey
 
 
 def resolve_dtype(asked: str, stored: torch.dtype, device: torch.device) -> tuple[torch.dtype, str]:
@@ -314,53 +363,10 @@ def _budget(asked: str | None, device: torch.device) -> tuple[int, str]:
     return int(free * SHARE_OF_FREE_MEMORY), f"{SHARE_OF_FREE_MEMORY:.0%} of what is free"
 
 
-def _measure_sizes(weights: ModelWeights, *, matrices: int) -> _Sizes:
-    """Measure shapes; ``matrices`` of a Hessian's size are held beside those of factoring."""
-    config = weights.config.get_text_config()
-    widest = routed = 1
-    solver = numbers = hessian = solve = block_numbers = 0
-    for block in weights.blocks.modules:
-        block_numbers = max(block_numbers, sum(p.numel() for p in block.parameters()))
-        shapes = [_shape(linear_weight(m)) for m in quantizable_linears(block).values()]
-        active = float(sum(o * i for o, i in shapes))
-        for fused in find_fused_experts(block).values():
-            routed = int(getattr(config, "num_experts_per_tok", None) or 1)
-            share = routed / int(fused.num_experts)  # type: ignore[arg-type]
-            for parameter in fused.parameters():
-                if parameter.dim() == 3:
-                    shapes.append(_shape(parameter[0]))
-                    active += parameter.numel() * share
-        numbers += int(active)
-        inputs = {(o, i) for o, i in shapes}
-        hessian += sum(i * i for _, i in inputs)
-        solve += sum(o * i * i for o, i in shapes)
-        widest = max([widest, *(i for _, i in shapes)])
-        for o, i in shapes:
-            rows = min(3 * o, rows_at_a_time(weights.device, i))
-            squares = (HESSIAN_COPIES + matrices) * i * i
-            solver = max(solver, 4 * (SOLVER_COPIES * rows * i + squares))
-    return _Sizes(
-        hidden=int(config.hidden_size),
-        block_bytes=block_numbers * weights.dtype.itemsize,
-        block_numbers=block_numbers,
-        widest_input=widest,
-        solver_bytes=solver,
-        routed=routed,
-        numbers=numbers,
-        hessian_macs=hessian,
-        solve_macs=solve,
-    )
-
-
-def _shape(weight: Tensor) -> tuple[int, int]:
-    rows, columns = weight.shape
-    return rows, columns
-
-
 def _outside_bytes(weights: ModelWeights) -> int:
     return sum(weights.files.infos[key].num_bytes for key in weights.outside_keys)
 
 
-def _output_bytes(weights: ModelWeights, sizes: _Sizes) -> int:
+def _output_bytes(weights: ModelWeights, sizes: Sizes) -> int:
     """Near enough to see whether the disk will do: half a byte and a bit per weight."""
     return _outside_bytes(weights) + int(0.53 * sizes.block_numbers * len(weights.blocks.modules))

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from halfbyte.checkpoint.layout import PACK_MULTIPLE
 from halfbyte.checkpoint.write import pack_linear
-from halfbyte.quant_config import PER_CHANNEL, QuantConfig, Scheme
+from halfbyte.quant_config import QuantConfig, Scheme
 from halfbyte.quantize.gptq import Solution, output_loss, solve
 from halfbyte.quantize.grid import Grid, assign_groups, search_grid
 from halfbyte.quantize.hessian import Factor, factorize
@@ -78,36 +77,6 @@ class InputStatistics:
     halves: tuple[Moments, Moments] | None = None
     """The text that proposes and the text that confirms; None where only the whole is known."""
     notes: tuple[str, ...] = ()
-
-
-def fit_scheme(
-    scheme: Scheme, in_features: int, out_features: int, *, ragged_groups: bool
-) -> tuple[Scheme | None, str]:
-    """Fit what was asked for to the sizes of a linear.
-
-    Args:
-        scheme: What was asked for.
-        in_features: Width of the linear.
-        out_features: Its outputs.
-        ragged_groups: Whether the last group may be shorter.
-
-    Returns:
-        The scheme and what was changed ("" if nothing); or None and why the linear cannot be
-        packed.
-    """
-    for size, what in ((in_features, "inputs"), (out_features, "outputs")):
-        if size % PACK_MULTIPLE:
-            return None, f"{size} {what} are not a multiple of {PACK_MULTIPLE}"
-    size = scheme.group_size
-    if size == PER_CHANNEL or in_features % size == 0 or (ragged_groups and size < in_features):
-        return scheme, ""
-    smaller = 1 << (size.bit_length() - 1)
-    while smaller > 1 and (in_features % smaller or smaller >= size):
-        smaller //= 2
-    if smaller < PACK_MULTIPLE // 2:
-        return None, f"no group size of 16 or more below {size} divides {in_features} inputs"
-    fitted = Scheme(bits=scheme.bits, group_size=smaller, symmetric=scheme.symmetric)
-    return fitted, f"group size {smaller}: {size} does not divide {in_features} inputs"
 
 
 def round_group(

@@ -13,58 +13,52 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from halfbyte.checkpoint.checksums import ShardDigest
-from halfbyte.model.blocks import (
-    InputGroup,
-    Stage,
-    linear_weight,
-)
-from halfbyte.model.hidden import HiddenStates
-from halfbyte.model.stream import BlockStream, Passages
+from halfbyte.model.stream import BlockStream
 from halfbyte.model.weights import ModelWeights
 from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
-from halfbyte.quantize.block_shard import gather_block
-from halfbyte.quantize.block_tuning import TuningData, tune_rounded
-from halfbyte.quantize.block_work import BlockWork, Meter
+from halfbyte.quantize.block_walk import BlockWalk
+from halfbyte.quantize.block_work import BlockWork
 from halfbyte.quantize.block_writer import BlockWriter
-from halfbyte.quantize.calibration import CalibrationSource, CalibrationTokens
+from halfbyte.quantize.calibration import CalibrationTokens
+from halfbyte.quantize.calibration_source import CalibrationSource
 from halfbyte.quantize.choose_bits import choose_bits
 from halfbyte.quantize.device_ways import find_slow_ways
 from halfbyte.quantize.fingerprint import fingerprint_model
 from halfbyte.quantize.finish import (
-    count_packed_bits,
+    RoundedModules,
+    collect_modules,
     save_report,
     write_descriptions,
     write_outside,
 )
-from halfbyte.quantize.hardware import release_memory
+from halfbyte.quantize.head import head_name, round_head
 from halfbyte.quantize.journal import Journal
+from halfbyte.quantize.meter import Meter
 from halfbyte.quantize.probe import (
     KEPT_LOGITS,
     Probe,
+    Trail,
+    compute_logits,
     measure_quality,
-    run_tail,
 )
 from halfbyte.quantize.progress import Progress
 from halfbyte.quantize.provenance import installed_versions, machine_facts, peak_memory_bytes
 from halfbyte.quantize.reload import check_bytes, check_outputs
 from halfbyte.quantize.report import (
     CalibrationReport,
-    ModuleReport,
     QualityReport,
     QuantizationReport,
-    SkippedModule,
 )
 from halfbyte.quantize.resources import RunSettings, resolve_resources
 from halfbyte.quantize.rounding import RoundedLinear
 from halfbyte.quantize.run_text import read_text
 from halfbyte.quantize.source import check_something_to_do
-from halfbyte.quantize.states import BASE, CALIBRATION, FULL, PROBE, TUNED, RunStates
+from halfbyte.quantize.states import BASE, CALIBRATION, PROBE, TUNED, RunStates
 from halfbyte.quantize.whole_tuning import WholeTuning, tune_whole
 from halfbyte.version import __version__
 
@@ -114,7 +108,6 @@ class Run:
         self.stream: BlockStream
         self.batches: list[Tensor] = []
         self.notes: list[str] = []
-        self._rounded: list[RoundedLinear] = []
         self._base_logits: list[Tensor] = []
 
     def execute(
@@ -155,22 +148,31 @@ class Run:
                 self.config,
                 keep_paused=self.settings.keep_paused,
                 hessian_bytes=self.settings.hessian_bytes,
-                on_linear=self._on_linear,
+                on_linear=lambda rounded: self.progress.module_done(rounded.report),
                 meter=self.meter,
             )
             if self.config.chooses_bits:
                 self._choose_bits(work)
+            walk = BlockWalk(
+                work=work,
+                states=states,
+                journal=self.journal,
+                probe=self.probe,
+                batches=self.batches,
+                settings=self.settings,
+                seed=self.calibration.seed,
+            )
             with BlockWriter(self.journal, beside=self.settings.hold_states) as writer:
                 outside = None
                 if not (self.config.lm_head or self.config.end_to_end_steps):
                     outside = writer.begin(self._write_outside)
                 for index in range(len(self.journal.blocks), self.num_blocks):
                     self.progress.block_started(index, self.num_blocks)
-                    self._do_block(index, work, states, writer)
+                    walk.do_block(index, writer)
                 with self.meter.timed("write"):
                     writer.wait()
                 tuning = self._tune_whole(states)
-                return self._finish(work, states, tuning, outside)
+                return self._finish(walk, tuning, outside)
 
     def _write_outside(
         self, head: Sequence[RoundedLinear] = (), changed: Mapping[str, Tensor] | None = None
@@ -252,82 +254,6 @@ class Run:
             return ()
         return (PROBE, CALIBRATION) if self.config.lm_head else (PROBE,)
 
-    def _do_block(
-        self, index: int, work: BlockWork, states: RunStates, writer: BlockWriter
-    ) -> None:
-        before, behind = states.at(CALIBRATION, index), states.at(CALIBRATION, index + 1)
-        probe_ids = self._to_device(self.probe.ids)
-
-        def load(batch: int, states: HiddenStates = before) -> tuple[Tensor, Tensor | None]:
-            ids = self._to_device(self.batches[batch])
-            return ids, None if index == 0 else self._to_device(states.read(batch))
-
-        with self.meter.timed("load"):
-            block, exact = work.load(index)
-            if self.settings.hold_states and index + 1 < self.num_blocks:
-                self.weights.fetch_block(index + 1)
-        work.find_stages(index, block, load)
-        if states.has_base:
-            with self.meter.timed("quality"), self.stream.at(index):
-                states.run_probe(BASE, index, self.stream, probe_ids)
-        tasks, skipped = work.plan_tasks(f"{self.weights.blocks.name(index)}.", block, exact)
-        self._rounded = []
-        with self.stream.at(index, work.stages):
-            keep = self.settings.keep_paused
-            passages = Passages(self.stream, len(self.batches), load, keep_paused=keep)
-            base_passages = None
-            if self.config.match_base:
-                full = partial(load, states=states.at(FULL, index))
-                base_passages = Passages(self.stream, len(self.batches), full, keep_paused=keep)
-            work.round_block(block, tasks, passages, base_passages)
-            with self.meter.timed("forward and Hessians"), work.base_weights(block):
-                if base_passages is not None:
-                    for batch in range(len(self.batches)):
-                        states.at(FULL, index + 1).write(batch, base_passages.finish(batch))
-            if self.config.tune_steps and self._rounded:
-                passages.close()
-                wanted = states.at(FULL, index + 1)
-                data = TuningData(
-                    run=lambda batch: self.stream.run(*load(batch)),
-                    wanted=lambda batch: self._to_device(wanted.read(batch)),
-                    num_batches=len(self.batches),
-                )
-                with self.meter.timed("tune"):
-                    self._rounded = tune_rounded(
-                        block,
-                        self._rounded,
-                        exact,
-                        data,
-                        steps=self.config.tune_steps,
-                        seed=self.calibration.seed + index,
-                    )
-            with self.meter.timed("forward and Hessians"):
-                for batch in range(len(self.batches)):
-                    behind.write(batch, passages.finish(batch))
-        with self.meter.timed("quality"), self.stream.at(index):
-            states.run_probe(PROBE, index, self.stream, probe_ids)
-        with self.meter.timed("write"):
-            shard = gather_block(
-                self.weights,
-                self.journal.output,
-                index,
-                rounded=self._rounded,
-                exact=exact,
-                split_experts=work.split_experts,
-            )
-            # Saving states takes the place of older ones, which a line not yet there may need.
-            writer.wait()
-            facts = {
-                "skipped": [[s.name, s.reason] for s in skipped],
-                "stages": [[list(g.linears) for g in stage.groups] for stage in work.stages],
-                "output_size": self.stream.output_sizes[index],
-                "states": states.save(index + 1),
-            }
-            writer.submit(lambda: {**shard.write(), **facts})
-        self._rounded = []
-        self.weights.drop_block(index)
-        release_memory()
-
     def _tune_whole(self, states: RunStates) -> WholeTuning:
         """Train scales and gains of the whole model, where that was asked for."""
         if not self.config.end_to_end_steps:
@@ -335,7 +261,7 @@ class Run:
         with self.meter.timed("end to end"):
             # Before training, since that changes what is behind the last block, too.
             if states.has_base:
-                self._base_logits = self._logits(states.at(BASE, self.num_blocks))
+                self._base_logits = self._logits(states, BASE)
             return tune_whole(
                 self.weights,
                 self.stream,
@@ -352,105 +278,77 @@ class Run:
             )
 
     def _finish(
-        self,
-        work: BlockWork,
-        states: RunStates,
-        tuning: WholeTuning,
-        outside: Callable[[], ShardDigest] | None,
+        self, walk: BlockWalk, tuning: WholeTuning, outside: Callable[[], ShardDigest] | None
     ) -> QuantizationReport:
-        end = self.num_blocks
-        base_logits = self._base_logits
-        if states.has_base and not base_logits:
-            base_logits = self._logits(states.at(BASE, end))
+        """Judge, write what belongs to the whole, check what was written, and report."""
         quantized = {PROBE: PROBE, CALIBRATION: CALIBRATION} | (TUNED if tuning.changed else {})
-        head, notes = self._round_head(work, states, quantized[CALIBRATION])
-        notes += [*tuning.notes, *self.config.unmatched_patterns(self._linear_names())]
+        base_logits = self._base_logits
+        if walk.states.has_base and not base_logits:
+            base_logits = self._logits(walk.states, BASE)
+        head: list[RoundedLinear] = []
+        if self.config.lm_head:
+            self.progress.phase("quantizing the head")
+            head, notes = round_head(walk, quantized[CALIBRATION])
+            self.notes += notes
+        found = collect_modules(self.journal.blocks, head)
+        own = head_name(self.weights.model)
+        names = found.names if own is None else found.names | {own}
+        self.notes += [*tuning.notes, *self.config.unmatched_patterns(names)]
         self.progress.phase("measuring quality")
-        logits = self._logits(states.at(quantized[PROBE], end))
+        logits = self._logits(walk.states, quantized[PROBE])
         quality = None
         if base_logits:
             quality = measure_quality(self.probe, base_logits, logits, self.weights.device)
         kept_logits = logits[0][-KEPT_LOGITS:].clone()
         del base_logits, logits
-        self.progress.phase("writing what is outside the blocks")
-        blocks, output = self.journal.blocks, self.journal.output
-        shards = [ShardDigest(**entry["shard"]) for entry in blocks]
-        with self.meter.timed("write"):
-            if outside is None:
-                outside = partial(self._write_outside, head, tuning.outside)
-            shards.append(outside())
-            write_descriptions(self.weights, output, self.config, shards, blocks, head)
-        self.progress.phase("reloading and comparing")
-        with self.meter.timed("reload"):
-            sums = {name: found for entry in blocks for name, found in entry["checksums"].items()}
-            device = self.weights.device
-            check_bytes(output, sums | {r.name: r.checksum for r in head}, device)
-            dtype = self.settings.torch_dtype
-            check_outputs(output, self.probe, states.trail, kept_logits, dtype, device)
-        report = self._make_report(head, quality, sum(s.num_bytes for s in shards), notes)
+        shards = self._write_rest(
+            found, head, outside or partial(self._write_outside, head, tuning.outside)
+        )
+        self._check(walk.states.trail, head, kept_logits)
+        report = self._make_report(found, quality, sum(s.num_bytes for s in shards))
         report = replace(report, end_to_end=tuning.report)
-        save_report(report, self.weights.folder, output)
+        save_report(report, self.weights.folder, self.journal.output)
         self.journal.remove()
         return report
 
-    def _round_head(
-        self, work: BlockWork, states: RunStates, stream: str
-    ) -> tuple[list[RoundedLinear], list[str]]:
-        """Round the output head on what reaches it, where that was asked for."""
-        if not self.config.lm_head:
-            return [], []
-        self.progress.phase("quantizing the head")
-        model = self.weights.model
-        head = model.get_output_embeddings()
-        name = next((n for n, m in model.named_modules() if m is head and n), None)
-        if name is None:
-            return [], ["the head stays as it is: the model has none of its own"]
-        tied = head.weight is model.get_input_embeddings().weight
-        work.stages = [Stage(groups=(InputGroup(linears=(name,)),))]
-        tasks, skipped = work.plan_tasks("", model, {name: linear_weight(head)})
-        if not tasks:
-            return [], [f"the head stays as it is: {skipped[0].reason}"]
+    def _write_rest(
+        self,
+        found: RoundedModules,
+        head: Sequence[RoundedLinear],
+        outside: Callable[[], ShardDigest],
+    ) -> list[ShardDigest]:
+        """Write what no block did."""
+        self.progress.phase("writing what is outside the blocks")
+        blocks, output = self.journal.blocks, self.journal.output
+        with self.meter.timed("write"):
+            shards = [ShardDigest(**entry["shard"]) for entry in blocks]
+            shards.append(outside())
+            write_descriptions(
+                self.weights, output, self.config, shards, blocks, found, head=bool(head)
+            )
+        return shards
 
-        def load(batch: int, name: str = stream) -> tuple[Tensor, Tensor | None]:
-            hidden = states.at(name, self.num_blocks).read(batch)
-            return self._to_device(self.batches[batch]), self._to_device(hidden)
+    def _check(self, trail: Trail, head: Sequence[RoundedLinear], kept_logits: Tensor) -> None:
+        """Load what was written again and compare it with what was computed."""
+        self.progress.phase("reloading and comparing")
+        output, device, dtype = self.journal.output, self.weights.device, self.settings.torch_dtype
+        with self.meter.timed("reload"):
+            sums = {r.name: r.checksum for r in head}
+            for entry in self.journal.blocks:
+                sums |= entry["checksums"]
+            check_bytes(output, sums, device)
+            check_outputs(output, self.probe, trail, kept_logits, dtype, device)
 
-        self._rounded = []
-        with self.stream.at(self.num_blocks, work.stages):
-            count = len(self.batches)
-            passages = Passages(self.stream, count, load, keep_paused=False)
-            base_passages = None
-            if self.config.match_base:
-                full = partial(load, name=FULL)
-                base_passages = Passages(self.stream, count, full, keep_paused=False)
-            work.round_block(model, tasks, passages, base_passages)
-        note = "the head was untied from the embeddings, which stay as they are"
-        return self._rounded, [note] if tied else []
-
-    def _logits(self, states: HiddenStates) -> list[Tensor]:
-        """Run the tail on every probe window; logits [tokens, vocabulary], on the CPU if large."""
-        hidden = self._to_device(states.read(0))
-        found = []
-        with self.meter.timed("quality"), self.stream.at(self.num_blocks):
-            # One window at a time: logits are as wide as the vocabulary.
-            windows = zip(torch.split(self.probe.ids, 1), torch.split(hidden, 1), strict=True)
-            for ids, window in windows:
-                logits = run_tail(self.stream, self._to_device(ids), window)[0]
-                found.append(logits if self.settings.hold_states else logits.cpu())
-        return found
+    def _logits(self, states: RunStates, stream: str) -> list[Tensor]:
+        """What a model makes of the probe: logits [tokens, vocabulary] per window."""
+        behind, device = states.at(stream, self.num_blocks), self.weights.device
+        held = self.settings.hold_states
+        with self.meter.timed("quality"):
+            return compute_logits(self.stream, self.probe, behind, device, held=held)
 
     def _make_report(
-        self,
-        head: list[RoundedLinear],
-        quality: QualityReport | None,
-        checkpoint_bytes: int,
-        notes: list[str],
+        self, found: RoundedModules, quality: QualityReport | None, checkpoint_bytes: int
     ) -> QuantizationReport:
-        blocks = self.journal.blocks
-        modules = [_build_module(m) for entry in blocks for m in entry["modules"]]
-        counts = [tuple(entry["packed_bits"]) for entry in blocks]
-        counts += [count_packed_bits(r.tensors) for r in head]
-        skipped = [SkippedModule(name=n, reason=r) for e in blocks for n, r in e["skipped"]]
         return QuantizationReport(
             model=self.name,
             output=str(self.journal.output),
@@ -462,36 +360,16 @@ class Run:
                 length=max(len(s) for s in self.tokens.sequences),
                 tokens=self.tokens.num_tokens,
             ),
-            modules=(*modules, *(r.report for r in head)),
-            skipped=tuple(skipped),
+            modules=found.modules,
+            skipped=found.skipped,
             quality=quality,
             seconds=time.monotonic() - self.start,
             seconds_by_phase=dict(self.meter.seconds),
             peak_memory_bytes=peak_memory_bytes(),
             checkpoint_bytes=checkpoint_bytes,
-            bits_per_weight=sum(b for b, _ in counts) / max(sum(n for _, n in counts), 1),
+            bits_per_weight=found.bits_per_weight,
             versions=installed_versions(),
             machine=machine_facts(),
-            notes=(*self.settings.reasons, *self.tokens.notes, *self.notes, *notes),
+            notes=(*self.settings.reasons, *self.tokens.notes, *self.notes),
             flops=dict(self.meter.flops),
         )
-
-    def _linear_names(self) -> set[str]:
-        """Every linear of the blocks, and the head, by its name on disk."""
-        model = self.weights.model
-        names = {n for n, m in model.named_modules() if m is model.get_output_embeddings()}
-        for entry in self.journal.blocks:
-            names.update(module["name"] for module in entry["modules"])
-            names.update(name for name, _ in entry["skipped"])
-        return names
-
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.weights.device)
-
-    def _on_linear(self, result: RoundedLinear) -> None:
-        self._rounded.append(result)
-        self.progress.module_done(result.report)
-
-
-def _build_module(values: Mapping[str, Any]) -> ModuleReport:
-    return ModuleReport(**{**values, "notes": tuple(values["notes"])})

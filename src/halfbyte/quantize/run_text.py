@@ -13,16 +13,16 @@ from pathlib import Path
 from halfbyte.evaluate.loading import load_tokenizer
 from halfbyte.model.weights import ModelWeights
 from halfbyte.quant_config import CalibrationConfig
-from halfbyte.quantize.block_work import Meter
 from halfbyte.quantize.calibration import (
-    CalibrationSource,
     CalibrationTokens,
     check_ids,
     load_calibration,
 )
+from halfbyte.quantize.calibration_source import CalibrationSource
 from halfbyte.quantize.fingerprint import fingerprint_model
 from halfbyte.quantize.hardware import release_memory
 from halfbyte.quantize.journal import KEPT_PREFIX
+from halfbyte.quantize.meter import Meter
 from halfbyte.quantize.probe import Probe, make_probe
 from halfbyte.quantize.progress import Progress
 from halfbyte.quantize.resources import resolve_dtype

@@ -27,6 +27,7 @@ from halfbyte.model.stream import BlockStream
 from halfbyte.model.weights import ModelWeights
 from halfbyte.quant_config import SUPPORTED_BITS, QuantConfig
 from halfbyte.quantize.allocation import HEADER_BYTES, Choice, Unit, stored_bits
+from halfbyte.quantize.block_plan import plan_tasks
 from halfbyte.quantize.block_work import BlockWork
 from halfbyte.quantize.gptq import solve
 from halfbyte.quantize.grid import assign_groups, search_grid
@@ -166,7 +167,7 @@ class Survey:
     def _judge(self, index: int, tokens: int) -> list[Unit]:
         block = self.weights.blocks.modules[index]
         prefix = f"{self.weights.blocks.name(index)}."
-        tasks, _ = self.work.plan_tasks(prefix, block, self._exact)
+        tasks, _ = plan_tasks(prefix, block, self._exact, self.work.config, self.weights.disk_name)
         by_module = {task.module: task for task in tasks}
         units = []
         experts: dict[str, list[Unit]] = {}

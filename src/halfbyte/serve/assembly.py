@@ -321,6 +321,7 @@ def _wrap(
         router=watched.router,
         primary=lambda: watched.router.routes[0].backend,
         metrics=watched.metrics.render,
+        refused=watched.metrics.count_rejection,
         routes=dashboard_routes(watched.snapshot),
         open_paths=DASHBOARD_PATHS,
     )

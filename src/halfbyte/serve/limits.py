@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -26,6 +26,8 @@ class Limits:
     most: int
     most_per_key: int
     tokens_per_minute: int | None = None
+    refused: Callable[[str], None] = lambda limit: None
+    """Told which limit a request was refused for: "requests", "key_requests" or "key_tokens"."""
     running: int = 0
     _of_key: dict[str, int] = field(default_factory=dict)
     _tokens: dict[str, deque[tuple[float, int]]] = field(default_factory=dict)
@@ -44,7 +46,9 @@ class Limits:
             ServeError: 429: there are too many.
         """
         if (refusal := self._find_refusal(key)) is not None:
-            raise refusal
+            limit, error = refusal
+            self.refused(limit)
+            raise error
         self.running += 1
         self._of_key[key] = self._of_key.get(key, 0) + 1
         try:
@@ -65,13 +69,13 @@ class Limits:
         if self.tokens_per_minute is not None:
             self._tokens.setdefault(key, deque()).append((time.monotonic(), tokens))
 
-    def _find_refusal(self, key: str) -> ServeError | None:
+    def _find_refusal(self, key: str) -> tuple[str, ServeError] | None:
         if self.running >= self.most:
-            return _too_many(f"The server has {self.running} requests, the most it takes.", 1)
+            told = f"The server has {self.running} requests, the most it takes."
+            return "requests", _too_many(told, 1)
         if self._of_key.get(key, 0) >= self.most_per_key:
-            return _too_many(
-                f"This API key has {self._of_key[key]} requests at once, the most it may have.", 1
-            )
+            told = f"This API key has {self._of_key[key]} requests at once, the most it may have."
+            return "key_requests", _too_many(told, 1)
         if self.tokens_per_minute is None:
             return None
         spent = self._tokens.get(key, deque())
@@ -81,11 +85,11 @@ class Limits:
         total = sum(tokens for _, tokens in spent)
         if total < self.tokens_per_minute:
             return None
-        return _too_many(
+        told = (
             f"This API key took {total} tokens within the last minute; it may take "
-            f"{self.tokens_per_minute}.",
-            spent[0][0] + _MINUTE - now,
+            f"{self.tokens_per_minute}."
         )
+        return "key_tokens", _too_many(told, spent[0][0] + _MINUTE - now)
 
 
 def _too_many(message: str, seconds: float) -> ServeError:

@@ -103,11 +103,6 @@ class Metrics:
         """Give everything in Prometheus' text form (``text/plain; version=1.0.0``)."""
         return cast(bytes, self._prometheus.generate_latest(self.registry))
 
-    @property
-    def content_type(self) -> str:
-        """Of :meth:`render`."""
-        return cast(str, self._prometheus.CONTENT_TYPE_LATEST)
-
     def count(self, name: str, *labels: str, by: float = 1) -> None:
         """Add to a counter.
 
@@ -130,7 +125,7 @@ class Metrics:
         """Note that a request was refused before any model saw it.
 
         Args:
-            reason: A word of the server's own: `queue`, `rate`, `memory`, `body`.
+            reason: A word of the server's own, as in :class:`halfbyte.serve.limits.Limits`.
         """
         self.count("admission_rejections", reason)
 

@@ -83,6 +83,8 @@ class Gateway:
     adapters: AdapterControl | None = None
     metrics: Callable[[], str | bytes] | None = None
     """Gives Prometheus' text form."""
+    refused: Callable[[str], None] = lambda limit: None
+    """Told of every request that is over a limit, before any model sees it."""
     routes: Sequence[BaseRoute] = ()
     """More pages, such as a dashboard."""
     open_paths: Sequence[str] = ()
@@ -95,6 +97,7 @@ class Gateway:
             most=self.config.most_requests,
             most_per_key=self.config.key_requests,
             tokens_per_minute=self.config.key_tokens,
+            refused=self.refused,
         )
         self.started = int(time.time())
 

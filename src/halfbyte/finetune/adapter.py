@@ -1,0 +1,97 @@
+"""PEFT's adapters on a base of ours: a new one to train, or a finished one to look at."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from halfbyte.errors import ConfigError, require_extra
+from halfbyte.evaluate.loading import Subject
+from halfbyte.finetune.config import ALL_LINEAR, QALORA, AdapterConfig
+
+PEFT_VARIANTS: dict[str, dict[str, bool]] = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    # To PEFT an ordinary one: groups.py does the rest.
+    QALORA: {},
+}
+
+
+def require_peft(purpose: str) -> None:
+    """Make sure that PEFT is there.
+
+    Args:
+        purpose: What it is needed for, for the message.
+
+    Raises:
+        MissingExtraError: It is not; the message has the install command.
+    """
+    if importlib.util.find_spec("peft") is None:
+        missing = require_extra("peft", "finetune", purpose)
+        raise missing
+
+
+def attach_adapter(model: Any, adapter: AdapterConfig, start_from: str | Path | None = None) -> Any:
+    """Put an adapter to be trained on a model, whose own weights are frozen.
+
+    Args:
+        model: Changed in place.
+        adapter: What to make.
+        start_from: An adapter's folder, taken instead.
+
+    Returns:
+        PEFT's model.
+
+    Raises:
+        ConfigError: The model has no such linears, or the folder no such adapter.
+    """
+    import peft
+
+    model.requires_grad_(False)
+    try:
+        if start_from is not None:
+            return peft.PeftModel.from_pretrained(model, str(start_from), is_trainable=True)
+        return peft.get_peft_model(
+            model,
+            peft.LoraConfig(
+                r=adapter.rank,
+                lora_alpha=adapter.alpha,
+                lora_dropout=adapter.dropout,
+                target_modules=list(adapter.targets) or ALL_LINEAR,
+                bias="none",
+                task_type="CAUSAL_LM",
+                **PEFT_VARIANTS[adapter.variant],
+            ),
+        )
+    except (ValueError, OSError, RuntimeError) as error:
+        what = f"the adapter {start_from}" if start_from is not None else "an adapter"
+        raise ConfigError(
+            f"Cannot put {what} on a {type(model).__name__}: {str(error).strip()[:300]} "
+            "Name linears of this model with --target, or none for all of them."
+        ) from error
+
+
+def load_adapter(subject: Subject, adapter: str | Path) -> Any:
+    """Put a finished adapter on its base.
+
+    Args:
+        subject: The base.
+        adapter: PEFT's folder.
+
+    Returns:
+        PEFT's model, in evaluation mode.
+
+    Raises:
+        ConfigError: It is none, or does not fit.
+    """
+    import peft
+
+    try:
+        return peft.PeftModel.from_pretrained(subject.model, str(adapter)).eval()
+    except (ValueError, OSError, RuntimeError, KeyError) as error:
+        raise ConfigError(
+            f"Cannot put the adapter {adapter} on {subject.name}: {str(error).strip()[:300]} "
+            "Give the folder of a PEFT adapter that was trained on this model."
+        ) from error

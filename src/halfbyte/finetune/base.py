@@ -1,0 +1,86 @@
+"""The frozen model that an adapter is trained on: loaded, and tried where training relies on it."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+
+from halfbyte.errors import ConfigError, ModelError
+from halfbyte.evaluate.loading import Subject, open_subject
+from halfbyte.finetune.config import TrainConfig
+from halfbyte.quantize.hardware import has_fast_bf16, map_large_blocks, release_memory
+
+PROBE_TOKENS = 8
+
+
+def open_base(folder: Path, config: TrainConfig) -> Subject:
+    """Load a model to be trained on, in the type and place that were asked for.
+
+    Args:
+        folder: The model's.
+        config: Says type, device, optimizer and length.
+
+    Returns:
+        The model, with its tokenizer.
+
+    Raises:
+        ModelError: It has no tokenizer.
+        ConfigError: It takes no sequences that long, or the optimizer's package is missing.
+    """
+    _check_optimizer(config)
+    dtype = config.dtype
+    device = config.device
+    on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    if dtype == "auto":
+        dtype = "bfloat16" if not on_cpu or has_fast_bf16() else "float32"
+    if on_cpu:
+        map_large_blocks()
+    subject = open_subject(folder, dtype=dtype, device=device)
+    # What repacking the weights left behind would stay beside the training for good.
+    release_memory()
+    if subject.tokenizer is None:
+        raise ModelError(
+            f"Cannot fine-tune {folder}: it has no tokenizer. Copy the tokenizer files of the base "
+            "model into it."
+        )
+    if subject.longest is not None and config.length > subject.longest:
+        raise ConfigError(
+            f"length is {config.length}; {folder} takes at most {subject.longest} tokens. "
+            f"Use --length {subject.longest} or less."
+        )
+    return subject
+
+
+def _check_optimizer(config: TrainConfig) -> None:
+    if config.optimizer != "adamw" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"optimizer is {config.optimizer}, which needs the Python package 'bitsandbytes'. "
+            "Install it with: pip install bitsandbytes; or use adamw."
+        )
+
+
+@torch.no_grad()
+def check_packing(subject: Subject) -> None:
+    """Make sure that the model keeps examples apart which stand in one row.
+
+    Args:
+        subject: The model.
+
+    Raises:
+        ConfigError: What comes first in a row changes what the model says of the next example.
+    """
+    model = subject.model
+    first = torch.arange(2 * PROBE_TOKENS, device=subject.input_device).view(2, -1) + 5
+    second = torch.arange(PROBE_TOKENS, device=subject.input_device).expand(2, -1) + 7
+    ids = torch.cat([first, second], dim=1) % (subject.vocabulary or 64)
+    positions = torch.arange(PROBE_TOKENS, device=subject.input_device).repeat(2)[None]
+    logits = model(input_ids=ids, position_ids=positions.expand(2, -1), use_cache=False).logits
+    one, other = logits[:, PROBE_TOKENS:].float()
+    if float((one - other).abs().max()) > 1e-2 * float(one.std()):
+        raise ConfigError(
+            f"Cannot train {subject.name} with --packing: examples in one row see each other in a "
+            f"{type(model).__name__} with {model.config._attn_implementation} attention. Leave "
+            "out --packing."
+        )

@@ -1,0 +1,130 @@
+"""A block's linears -> how each is rounded, or why it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from halfbyte.checkpoint.layout import PACK_MULTIPLE
+from halfbyte.errors import CheckpointError
+from halfbyte.model.experts import UnfusedExperts, find_fused_experts
+from halfbyte.quant_config import PER_CHANNEL, QuantConfig, Scheme
+from halfbyte.quantize.report import SkippedModule
+from halfbyte.quantize.rounding import LinearTask
+
+
+def plan_tasks(
+    prefix: str,
+    root: nn.Module,
+    exact: Mapping[str, Tensor],
+    config: QuantConfig,
+    disk_name: Callable[[str], str],
+) -> tuple[list[LinearTask], list[SkippedModule]]:
+    """Decide for every linear how it is rounded, or why it is not.
+
+    Args:
+        prefix: Name of the block in the model, with its dot.
+        root: The block.
+        exact: Its linears' weights by their names within it, [out, in].
+        config: What was asked for.
+        disk_name: Says what a module of the model is called on disk.
+
+    Returns:
+        The tasks, and what is skipped.
+
+    Raises:
+        CheckpointError: A weight to be rounded is not finite; names the module.
+    """
+    tasks = []
+    skipped = []
+    routers = _routers(root)
+    for module, weight in exact.items():
+        name = disk_name(prefix + module)
+        scheme, told = _choose_scheme(name, weight, config, routers.get(module))
+        if scheme is None:
+            skipped.append(SkippedModule(name=name, reason=told))
+            continue
+        _check_finite(name, weight)
+        bias = getattr(root.get_submodule(module), "bias", None)
+        tasks.append(
+            LinearTask(
+                module=module,
+                name=name,
+                weight=weight,
+                bias=None if bias is None else bias.data,
+                scheme=scheme,
+                notes=(told,) if told else (),
+            )
+        )
+    for module in _fused_matrices(root):
+        reason = "its experts cannot be split into linears"
+        skipped.append(SkippedModule(name=prefix + module, reason=reason))
+    return tasks, skipped
+
+
+def _choose_scheme(
+    name: str, weight: Tensor, config: QuantConfig, router: str | None
+) -> tuple[Scheme | None, str]:
+    """The scheme that fits a linear, with a note on how it departs; or None, with the reason."""
+    scheme = config.scheme_for(name)
+    if scheme is None:
+        return None, "a skip pattern matches its name"
+    if router:
+        return None, router
+    out_features, in_features = weight.shape
+    return _fit_scheme(scheme, in_features, out_features, ragged_groups=config.ragged_groups)
+
+
+def _fit_scheme(
+    scheme: Scheme, in_features: int, out_features: int, *, ragged_groups: bool
+) -> tuple[Scheme | None, str]:
+    """Fit a scheme to the sizes of a linear: what was changed, or None and why it cannot be."""
+    for size, what in ((in_features, "inputs"), (out_features, "outputs")):
+        if size % PACK_MULTIPLE:
+            return None, f"{size} {what} are not a multiple of {PACK_MULTIPLE}"
+    size = scheme.group_size
+    if size == PER_CHANNEL or in_features % size == 0 or (ragged_groups and size < in_features):
+        return scheme, ""
+    smaller = 1 << (size.bit_length() - 1)
+    while smaller > 1 and (in_features % smaller or smaller >= size):
+        smaller //= 2
+    if smaller < PACK_MULTIPLE // 2:
+        return None, f"no group size of 16 or more below {size} divides {in_features} inputs"
+    fitted = Scheme(bits=scheme.bits, group_size=smaller, symmetric=scheme.symmetric)
+    return fitted, f"group size {smaller}: {size} does not divide {in_features} inputs"
+
+
+def _check_finite(name: str, weight: Tensor) -> None:
+    finite = torch.isfinite(weight)
+    if not bool(finite.all()):
+        raise CheckpointError(
+            f"Cannot quantize {name}: {int((~finite).sum())} of its {weight.numel()} weights are "
+            "not finite. The model's files are damaged; download them again, or leave the module "
+            "as it is with --skip."
+        )
+
+
+def _fused_matrices(root: nn.Module) -> list[str]:
+    """Name the modules that still hold matrices in 3-D parameters, declared as experts or not."""
+    found = set(find_fused_experts(root))
+    for name, module in root.named_modules():
+        parameters = module.parameters(recurse=False)
+        if not isinstance(module, _ConvNd) and any(p.dim() == 3 for p in parameters):
+            found.add(name)
+    return sorted(found)
+
+
+def _routers(block: nn.Module) -> dict[str, str]:
+    """Find linears that score the experts beside them: small, and every error misroutes."""
+    routers = {}
+    for name, experts in block.named_modules():
+        if not isinstance(experts, UnfusedExperts):
+            continue
+        parent = name.rpartition(".")[0]
+        for sibling, linear in block.get_submodule(parent).named_children():
+            if isinstance(linear, nn.Linear) and linear.out_features == experts.num_experts:
+                routers[f"{parent}.{sibling}".lstrip(".")] = "it routes tokens to experts"
+    return routers

@@ -1,0 +1,89 @@
+"""How large a model's blocks are, for plans: bytes, and multiply-adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from halfbyte.model.blocks import linear_weight, quantizable_linears
+from halfbyte.model.experts import find_fused_experts
+from halfbyte.model.weights import ModelWeights
+from halfbyte.quantize.rounding import rows_at_a_time
+
+SOLVER_COPIES = 8
+"""Matrices of a weight's size in fp32 that the solver holds at its peak, as measured."""
+HESSIAN_COPIES = 5
+"""Matrices of a Hessian's size in fp32 that factoring holds at its peak."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Sizes of the widest block, which is what memory depends on."""
+
+    hidden: int
+    block_bytes: int
+    """As stored."""
+    block_numbers: int
+    widest_input: int
+    solver_bytes: int
+    """That rounding takes at its peak."""
+    routed: int
+    """Experts that a token goes through; 1 without experts."""
+    numbers: int
+    """Weights of all linears in all blocks that a token goes through."""
+    hessian_macs: int
+    """in² over all inputs: multiply-adds per token for the Hessians."""
+    solve_macs: int
+    """Multiply-adds of one sweep over all weights."""
+
+
+def measure_sizes(weights: ModelWeights, *, matrices: int) -> Sizes:
+    """Measure the shapes of a model of which nothing is loaded.
+
+    Args:
+        weights: The model.
+        matrices: Of a Hessian's size that are held beside those of factoring.
+
+    Returns:
+        Its sizes.
+    """
+    config = weights.config.get_text_config()
+    widest = routed = 1
+    solver = numbers = hessian = solve = block_numbers = 0
+    for block in weights.blocks.modules:
+        block_numbers = max(block_numbers, sum(p.numel() for p in block.parameters()))
+        shapes = [_shape(linear_weight(m)) for m in quantizable_linears(block).values()]
+        active = float(sum(o * i for o, i in shapes))
+        for fused in find_fused_experts(block).values():
+            routed = int(getattr(config, "num_experts_per_tok", None) or 1)
+            share = routed / int(fused.num_experts)  # type: ignore[arg-type]
+            for parameter in fused.parameters():
+                if parameter.dim() == 3:
+                    shapes.append(_shape(parameter[0]))
+                    active += parameter.numel() * share
+        numbers += int(active)
+        inputs = {(o, i) for o, i in shapes}
+        hessian += sum(i * i for _, i in inputs)
+        solve += sum(o * i * i for o, i in shapes)
+        widest = max([widest, *(i for _, i in shapes)])
+        for o, i in shapes:
+            rows = min(3 * o, rows_at_a_time(weights.device, i))
+            squares = (HESSIAN_COPIES + matrices) * i * i
+            solver = max(solver, 4 * (SOLVER_COPIES * rows * i + squares))
+    return Sizes(
+        hidden=int(config.hidden_size),
+        block_bytes=block_numbers * weights.dtype.itemsize,
+        block_numbers=block_numbers,
+        widest_input=widest,
+        solver_bytes=solver,
+        routed=routed,
+        numbers=numbers,
+        hessian_macs=hessian,
+        solve_macs=solve,
+    )
+
+
+def _shape(weight: Tensor) -> tuple[int, int]:
+    rows, columns = weight.shape
+    return rows, columns
