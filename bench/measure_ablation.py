@@ -96,6 +96,7 @@ def cases(tune_steps: int, whole_steps: int) -> dict[str, dict[str, Any]]:
     base = {"match_base": True}
     return {
         "stored order instead of act-order": {"act_order": False},
+        "no shrinkage": {"shrinkage": 0.0},
         "fast": {},
         "fast + polish": {"polish": 1},
         "fast + base": base,

@@ -31,6 +31,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Settings of :class:`QuantConfig` by what they are for: little time, or more quality."""
 
+DEFAULT_SHRINKAGE = 0.2
+"""Measured: docs/concepts/quality.md."""
+
 OVERRIDE_KEYS = ("bits", "group_size", "symmetric")
 
 
@@ -139,6 +142,12 @@ class QuantConfig:
     damping: float = _option(
         0.01, "added to the Hessian's diagonal, as a fraction of its mean", metavar="X"
     )
+    shrinkage: float = _option(
+        DEFAULT_SHRINKAGE,
+        "share taken off the products of different inputs in the Hessian: more stays nearer to "
+        "plain rounding and serves other kinds of text",
+        metavar="X",
+    )
     match_base: bool = _option(
         False,
         "aim at the outputs of the unquantized model, which runs beside (twice the forward passes)",
@@ -186,6 +195,11 @@ class QuantConfig:
         if not 0 < self.damping < 1:
             raise ConfigError(
                 f"damping is {self.damping}; allowed is 0 < damping < 1. Use 0.01 for 4 bits."
+            )
+        if not 0 <= self.shrinkage <= 1:
+            raise ConfigError(
+                f"shrinkage is {self.shrinkage}; allowed is 0 to 1. Use {DEFAULT_SHRINKAGE}, or 0 "
+                "for GPTQ as published."
             )
         if not 0 <= self.polish <= MOST_POLISH:
             raise ConfigError(

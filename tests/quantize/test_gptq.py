@@ -8,7 +8,7 @@ from torch import Tensor
 
 from halfbyte.quantize.gptq import output_loss, solve, sweep
 from halfbyte.quantize.grid import Grid, assign_groups, min_max_grid, search_grid
-from halfbyte.quantize.hessian import Factor, factorize
+from halfbyte.quantize.hessian import Factor, factorize, shrink_to_diagonal
 
 
 def layer(rows: int, columns: int, seed: int = 0, tokens: int = 400) -> tuple[Tensor, Tensor]:
@@ -146,3 +146,25 @@ def test_sweep_beats_round_to_nearest_clearly_on_correlated_inputs() -> None:
     grid = search_grid(w, factor.curvature, assign_groups(128, 64), bits=3, symmetric=True)
     solution = solve(w, hessian, factor, grid, True)
     assert float(solution.loss.sum()) < 0.7 * float(solution.round_to_nearest_loss.sum())
+
+
+def test_shrinking_serves_inputs_that_are_as_large_but_go_together_otherwise() -> None:
+    """The inputs that calibrate and the others have one diagonal and different correlations."""
+    w, hessian = layer(64, 128)
+    size = hessian.diagonal().sqrt()
+    other = layer(1, 128, seed=7)[1]
+    other *= torch.outer(size, size) / torch.outer(*2 * [other.diagonal().sqrt()])
+    losses = {}
+    for share in (0.0, 0.2, 1.0):
+        shrunk = hessian.clone()
+        shrink_to_diagonal(shrunk, share)
+        factor = factorize(shrunk, damping=0.01, act_order=True)
+        grid = search_grid(w, factor.curvature, assign_groups(128, 64), bits=3, symmetric=True)
+        codes = sweep(w, factor, grid).codes
+        error = w - grid.dequantize(codes)
+        losses[share] = [float(output_loss(error, h).sum()) for h in (hessian, other)]
+        if share == 1:
+            assert torch.equal(codes, grid.round_to_nearest(w))
+    assert losses[0.2][1] < 0.9 * losses[0.0][1]
+    # And most of what the sweep brings on the inputs that it knows is kept.
+    assert losses[0.2][0] - losses[0.0][0] < 0.4 * (losses[1.0][0] - losses[0.0][0])

@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from halfbyte.quantize.hardware import sums_bf16_in_fp32
-from halfbyte.quantize.hessian import HessianAccumulator, factorize, shrink_to_pool
+from halfbyte.quantize.hessian import (
+    HessianAccumulator,
+    factorize,
+    shrink_to_diagonal,
+    shrink_to_pool,
+)
 
 
 def spd(size: int, seed: int = 0, tokens: int | None = None) -> torch.Tensor:
@@ -153,6 +158,16 @@ def test_hopeless_hessian_has_its_eigenvalues_lifted() -> None:
     assert factor.notes == ("negative eigenvalues lifted",)
     assert torch.isfinite(factor.upper).all()
     assert bool((factor.upper.diagonal() > 0).all())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_shrinking_takes_a_share_off_all_but_the_diagonal(share: float) -> None:
+    hessian = spd(40)
+    expected = (1 - share) * hessian.double() + share * torch.diag(hessian.double().diagonal())
+    shrink_to_diagonal(hessian, share)
+    torch.testing.assert_close(hessian.double(), expected, rtol=1e-6, atol=0)
+    # A mean of two positive matrices is one.
+    assert float(torch.linalg.eigvalsh(hessian.double())[0]) > 0
 
 
 def test_pool_weighs_by_tokens() -> None:

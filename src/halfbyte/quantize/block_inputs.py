@@ -17,7 +17,7 @@ import torch
 from halfbyte.errors import CalibrationError
 from halfbyte.model.stream import Passages
 from halfbyte.quant_config import QuantConfig
-from halfbyte.quantize.hessian import HessianAccumulator, shrink_to_pool
+from halfbyte.quantize.hessian import HessianAccumulator, shrink_to_diagonal, shrink_to_pool
 from halfbyte.quantize.rounding import InputStatistics, LinearTask
 from halfbyte.quantize.target import MomentAccumulator
 
@@ -183,7 +183,7 @@ def is_starved(accumulator: Accumulator) -> bool:
 
 
 def finish_statistics(
-    name: str, own: Accumulator, pool: HessianAccumulator | None
+    name: str, own: Accumulator, pool: HessianAccumulator | None, *, shrinkage: float = 0.0
 ) -> InputStatistics:
     """Turn sums into means, mixed with the pool's where few tokens came.
 
@@ -191,6 +191,7 @@ def finish_statistics(
         name: Of a linear with this input, for messages.
         own: The sums; not to be used any more.
         pool: Those of all experts of the stage, where one is starved.
+        shrinkage: Share taken off the products of different inputs; the halves stay as they are.
 
     Returns:
         What the rounding asks for.
@@ -217,6 +218,7 @@ def finish_statistics(
     else:
         # In place: nobody asks the accumulator again, and a matrix this large counts.
         hessian = total.div_(max(num_tokens, 1))
+    shrink_to_diagonal(hessian, shrinkage)
     return InputStatistics(
         hessian=hessian, num_tokens=num_tokens, halves=halves, notes=tuple(notes)
     )

@@ -199,7 +199,9 @@ class BlockWork:
         pool: HessianAccumulator | None,
     ) -> list[RoundedLinear]:
         tasks, width = group.tasks, group.width
-        statistics = finish_statistics(tasks[0].name, accumulator, pool)
+        statistics = finish_statistics(
+            tasks[0].name, accumulator, pool, shrinkage=self.config.shrinkage
+        )
         numbers = sum(task.weight.numel() for task in tasks)
         with self.meter.timed("solve"):
             results = round_group(tasks, statistics, self.config)

@@ -14,7 +14,7 @@ from halfbyte.checkpoint.write import pack_linear
 from halfbyte.quant_config import QuantConfig, Scheme
 from halfbyte.quantize.gptq import Solution, output_loss, solve
 from halfbyte.quantize.grid import Grid, assign_groups, search_grid
-from halfbyte.quantize.hessian import Factor, factorize
+from halfbyte.quantize.hessian import Factor, factorize, shrink_to_diagonal
 from halfbyte.quantize.polish import polish
 from halfbyte.quantize.report import ModuleReport
 from halfbyte.quantize.target import Moments, aim
@@ -131,7 +131,7 @@ def _aim(
         return weight, ("aimed at its own outputs: experts see other tokens in the base model",)
     if not any(bool(half.drift.any()) for half in halves if half.drift is not None):
         return weight, ()  # nothing before it was rounded
-    target = aim(weight.float(), *halves, damping=config.damping)
+    target = aim(weight.float(), *halves, damping=config.damping, shrinkage=config.shrinkage)
     if target.share == 0:
         return weight, ("aimed at its own outputs: the base model's did not help on other text",)
     return target.weight, (f"aimed at the base model's outputs, {target.share:.0%} of the way",)
@@ -193,6 +193,9 @@ def _polish(
     if not config.polish or statistics.halves is None:
         return found
     fit, check = (half.hessian for half in statistics.halves)
+    if config.shrinkage:
+        fit = fit.clone()
+        shrink_to_diagonal(fit, config.shrinkage)
     better = polish(target, found.codes, found.grid, fit, check, rounds=config.polish)
     error = target - better.grid.dequantize(better.codes)
     return replace(

@@ -32,7 +32,7 @@ from halfbyte.quantize.block_work import BlockWork
 from halfbyte.quantize.gptq import solve
 from halfbyte.quantize.grid import assign_groups, search_grid
 from halfbyte.quantize.hardware import release_memory
-from halfbyte.quantize.hessian import HessianAccumulator, factorize
+from halfbyte.quantize.hessian import HessianAccumulator, factorize, shrink_to_diagonal
 from halfbyte.quantize.probe import run_tail
 from halfbyte.quantize.resources import SURVEY_TOKENS
 from halfbyte.quantize.rounding import LinearTask
@@ -187,6 +187,7 @@ class Survey:
         assert self._watched is not None
         accumulator = self._watched.hessians[group]
         hessian = accumulator.total() / max(accumulator.num_tokens, 1)
+        shrink_to_diagonal(hessian, self.config.shrinkage)
         factor = factorize(hessian, damping=self.config.damping, act_order=True)
         weight = torch.cat([task.weight for task in tasks]).to(factor.upper.device).float()
         squares = torch.cat([self._watched.squares[task.module] for task in tasks])

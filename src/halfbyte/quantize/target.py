@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from halfbyte.quantize.hessian import HessianAccumulator
+from halfbyte.quantize.hessian import HessianAccumulator, shrink_to_diagonal
 
 CHECK_EVERY = 4
 """Of this many batches, one only checks what the others propose."""
@@ -122,7 +122,9 @@ class _Half:
         )
 
 
-def aim(weight: Tensor, fit: Moments, check: Moments, *, damping: float) -> Target:
+def aim(
+    weight: Tensor, fit: Moments, check: Moments, *, damping: float, shrinkage: float = 0.0
+) -> Target:
     """Shift a weight towards the base model's outputs, as far as other text confirms.
 
     The step is computed from ``fit`` and its length chosen on ``check``, where the error is a
@@ -133,13 +135,15 @@ def aim(weight: Tensor, fit: Moments, check: Moments, *, damping: float) -> Targ
         fit: Moments of most of the text, with drift.
         check: Moments of the rest, with drift.
         damping: Added to the Hessian's diagonal, as a fraction of its mean.
+        shrinkage: Share taken off the products of different inputs where the step is computed, not
+            where it is judged.
 
     Returns:
         The target; the weight itself where the step does not help.
     """
     assert fit.drift is not None
     assert check.drift is not None
-    step = _step(weight, fit.hessian, fit.drift, damping)
+    step = _step(weight, fit.hessian, fit.drift, damping, shrinkage)
     if step is None:
         return Target(weight=weight, share=0.0)
     wanted = float((step * (weight @ check.drift)).sum(dtype=torch.float64))
@@ -150,15 +154,19 @@ def aim(weight: Tensor, fit: Moments, check: Moments, *, damping: float) -> Targ
     tokens = fit.num_tokens + check.num_tokens
     part = fit.num_tokens / tokens
     hessian = torch.lerp(check.hessian, fit.hessian, part)
-    step = _step(weight, hessian, torch.lerp(check.drift, fit.drift, part), damping)
+    drift = torch.lerp(check.drift, fit.drift, part)
+    step = _step(weight, hessian, drift, damping, shrinkage)
     if step is None:
         return Target(weight=weight, share=0.0)
     return Target(weight=weight + share * step, share=share)
 
 
-def _step(weight: Tensor, hessian: Tensor, drift: Tensor, damping: float) -> Tensor | None:
-    """W D (H + damping)⁻¹; None where the Hessian cannot be factored."""
+def _step(
+    weight: Tensor, hessian: Tensor, drift: Tensor, damping: float, shrinkage: float
+) -> Tensor | None:
+    """W D (H, shrunk, + damping)⁻¹; None where the Hessian cannot be factored."""
     damped = hessian.clone()
+    shrink_to_diagonal(damped, shrinkage)
     damped.diagonal().add_(damping * float(hessian.diagonal().mean()))
     lower, info = torch.linalg.cholesky_ex(damped)
     if int(info) != 0:
