@@ -31,7 +31,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Settings of :class:`QuantConfig` by what they are for: little time, or more quality."""
 
-DEFAULT_SHRINKAGE = 0.2
+DEFAULT_SHRINKAGE = 0.4
 """Measured: docs/concepts/quality.md."""
 
 OVERRIDE_KEYS = ("bits", "group_size", "symmetric")
