@@ -25,7 +25,6 @@ from halfbyte.convert.gguf_architecture import (
     note_limits,
 )
 from halfbyte.convert.gguf_blocks import (
-    BLOCK,
     PLAIN,
     read_plain,
     spell_blocks,
@@ -43,6 +42,7 @@ from halfbyte.convert.gguf_file import (
 )
 from halfbyte.convert.gguf_metadata import describe_file
 from halfbyte.convert.report import RoundedTensor, measure_rounding, sample_rows
+from halfbyte.convert.respell import BLOCK
 from halfbyte.convert.source import Source
 from halfbyte.errors import ConfigError
 

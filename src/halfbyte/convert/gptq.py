@@ -87,7 +87,7 @@ class GptqSource:
         groups = torch.arange(layout.in_features, dtype=torch.int32) // layout.group_size
         zeros = unpack_zeros(linear.qzeros, layout.bits, linear.zero_offset)
         return CodedLinear(
-            words=linear.qweight.t().contiguous(),
+            words=linear.qweight.t(),
             scales=linear.scales.t().contiguous(),
             zeros=zeros,
             bits=layout.bits,
@@ -146,7 +146,7 @@ class GptqTarget:
         """Make them."""
         linear = linear.widen(_stored_bits(linear.bits))
         tensors = {
-            "qweight": linear.words.t().contiguous(),
+            "qweight": linear.words_in_columns(),
             "qzeros": pack_zeros(linear.zeros, linear.bits, ZERO_OFFSETS[self.dialect]),
             "g_idx": linear.groups().to(torch.int32),
             "scales": linear.scales.to(torch.float16).t().contiguous(),
@@ -157,7 +157,7 @@ class GptqTarget:
         """Read a linear back."""
         bits = _stored_bits(spec.bits)
         return CodedLinear(
-            words=tensors["qweight"].t().contiguous(),
+            words=tensors["qweight"].t(),
             scales=tensors["scales"].t(),
             zeros=unpack_zeros(tensors["qzeros"], bits, ZERO_OFFSETS[self.dialect]),
             bits=bits,
