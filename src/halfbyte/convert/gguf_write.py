@@ -21,8 +21,6 @@ from halfbyte.convert.gguf_architecture import (
     HEAD,
     Architecture,
     find_architecture,
-    make_rope_factors,
-    note_limits,
 )
 from halfbyte.convert.gguf_blocks import (
     PLAIN,
@@ -40,6 +38,7 @@ from halfbyte.convert.gguf_file import (
     BlockType,
     write_gguf_file,
 )
+from halfbyte.convert.gguf_hyperparameters import make_rope_factors, note_limits
 from halfbyte.convert.gguf_metadata import describe_file
 from halfbyte.convert.report import RoundedTensor, measure_rounding, sample_rows
 from halfbyte.convert.respell import BLOCK
