@@ -108,7 +108,7 @@ def test_who_is_not_let_in_is_told_so(serve, monkeypatch):
         Store(PLACE).backend.read("a")
 
 
-@pytest.mark.parametrize(("part", "rounds"), [(0, 2), pytest.param(1, 20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("part", "rounds"), [(0, 2), pytest.param(1, 10, marks=pytest.mark.slow)])
 def test_killed_processes_leave_a_bucket_that_is_whole(serve, tmp_path, part, rounds):
     """All but collecting, which a bucket allows only while nobody writes."""
     serve()
