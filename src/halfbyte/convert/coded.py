@@ -232,7 +232,7 @@ def describe_grid(
 
     Args:
         scales: Float [out, groups].
-        zeros: Integers [out, groups].
+        zeros: Integers [out, groups], or [1, 1] where all are the same.
         bits: Width of a code.
         in_features: Width of the input.
         group_size: Nominal.

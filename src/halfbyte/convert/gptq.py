@@ -67,12 +67,18 @@ class GptqSource:
                 "which only halfbyte reads. Convert the base and serve the adapter beside it, or "
                 "merge into 16 bits with: halfbyte merge BASE ADAPTER -o OUT"
             )
-        wanted = [f"{name}.qzeros", f"{name}.scales"]
+        wanted = [f"{name}.scales"]
+        if not facts.zeros.is_symmetric:
+            wanted.append(f"{name}.qzeros")
         tensors = self.checkpoint.files.load(wanted)
         bias = self.checkpoint.files.infos.get(f"{name}.bias")
+        if facts.zeros.is_symmetric:
+            zeros = torch.tensor([[2 ** (layout.bits - 1)]])
+        else:
+            zeros = unpack_zeros(tensors[f"{name}.qzeros"], layout.bits, facts.zeros.zero_offset)
         return describe_grid(
             tensors[f"{name}.scales"].t(),
-            unpack_zeros(tensors[f"{name}.qzeros"], layout.bits, facts.zeros.zero_offset),
+            zeros,
             bits=layout.bits,
             in_features=layout.in_features,
             group_size=layout.group_size,
