@@ -12,7 +12,7 @@ extern "C" {
 #define HB_API __attribute__((visibility("default")))
 
 // Raised whenever a signature, a struct or the packed layout changes; the caller compares.
-#define HB_ABI_VERSION 2
+#define HB_ABI_VERSION 3
 
 enum hb_status {
   HB_OK = 0,
@@ -113,6 +113,39 @@ typedef struct {
 } hb_rows;
 
 HB_API int hb_decode(const hb_decoder* decoder, const hb_rows* rows, int threads);
+
+// The same codes in another format's order, bit for bit; one thread each. Arrays are contiguous.
+
+// to[c][r] = from[r][c], of words.
+HB_API void hb_transpose(const uint32_t* from, int64_t rows, int64_t columns, uint32_t* to);
+// 4 bits: words along `in` [in / 8][out] <-> AWQ's along `out` [in][out / 8], nibble i of a word being
+// output 0, 2, 4, 6, 1, 3, 5, 7 of its eight. rows: in / 8; columns: out, a multiple of 8.
+HB_API void hb_to_awq(const uint32_t* words, int64_t rows, int64_t columns, uint32_t* to);
+HB_API void hb_from_awq(const uint32_t* from, int64_t rows, int64_t columns, uint32_t* words);
+
+// GGUF's blocks of 32 codes: `grid_bytes` of scale (and minimum), then the codes.
+typedef struct {
+  int64_t count;       // of blocks
+  int64_t per_group;   // that share a grid, one after another
+  int32_t grid_bytes;  // 2, or 4 with a minimum
+  int32_t bits;        // 4: byte j has codes j and j + 16; 8: less 128, as int8
+} hb_blocks;
+
+// codes: [count][4 * bits] bytes, a stream, lowest bits first. grid: [count / per_group][grid_bytes].
+HB_API void hb_to_blocks(const hb_blocks* blocks, const uint8_t* codes, const uint8_t* grid,
+                         uint8_t* to);
+HB_API void hb_from_blocks(const hb_blocks* blocks, const uint8_t* from, uint8_t* codes);
+
+// Codes of 2 to 8 bits as numbers: out[o][i] = scales[o][g] * (code - zeros[o][g]), rounded once.
+typedef struct {
+  const uint32_t* words;  // [rows][columns * bits / 32]
+  const void* scales;     // [rows][groups] of `scale_dtype`
+  const int16_t* zeros;   // [rows][groups]
+  int64_t rows, columns, groups, group_size;  // the last group may be shorter
+  int32_t bits, scale_dtype;
+} hb_codes;
+
+HB_API void hb_expand(const hb_codes* codes, int dtype, void* out);
 
 // Reads `bytes` (a multiple of 64) once, and gives a checksum: how fast this machine can read.
 HB_API uint64_t hb_read(const void* from, int64_t bytes, int threads);

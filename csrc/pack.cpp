@@ -1,11 +1,8 @@
 // The GPTQ format <-> the packed layout.
+#include "huge_pages.h"
 #include "layout.h"
 #include "numbers.h"
 #include "parallel.h"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace halfbyte {
 
@@ -74,19 +71,6 @@ void put_code(uint32_t* words, int64_t stride, int64_t k, int bits, uint32_t cod
   uint32_t* to = words + (k / run_codes(bits) * run_words(bits) + bit / 32) * stride;
   to[0] |= code << (bit % 32);
   if (bit % 32 + bits > 32) to[stride] |= code >> (32 - bit % 32);
-}
-
-// The first touch of these pages decides their size; large ones save page faults and misses.
-void prefer_huge_pages(void* bytes, int64_t count) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t PAGE = 2 << 20;
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(bytes) + PAGE - 1) / PAGE * PAGE;
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(bytes) + count) / PAGE * PAGE;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)bytes;
-  (void)count;
-#endif
 }
 
 void pack_codes(const Header& header, const uint32_t* qweight, const int32_t* order, int64_t block,

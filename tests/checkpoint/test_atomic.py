@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import time
 
 import pytest
 
+from halfbyte.checkpoint import atomic
 from halfbyte.checkpoint.atomic import PARTIAL_SUFFIX, write_atomically
 from halfbyte.errors import CheckpointError
 
@@ -30,6 +32,30 @@ def test_write_replaces_and_leaves_nothing_else(tmp_path):
     write_atomically(path, [b"new", memoryview(b"er")])
     assert path.read_bytes() == b"newer"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_synced_meanwhile_is_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(atomic, "SYNC_BYTES", 1000)
+    parts = [os.urandom(700) for _ in range(200)]
+    write_atomically(tmp_path / "x", parts)
+    assert (tmp_path / "x").read_bytes() == b"".join(parts)
+
+
+def test_a_disk_that_fails_meanwhile_is_noticed(tmp_path, monkeypatch):
+    """The system tells of an error once only: the sync that hears of it must pass it on."""
+    monkeypatch.setattr(atomic, "SYNC_BYTES", 1000)
+    calls, sync = [], os.fsync
+
+    def fail_once(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 1:
+            raise OSError(5, "Input/output error")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail_once)
+    with pytest.raises(CheckpointError, match=r"Cannot write .*x: Input/output error"):
+        write_atomically(tmp_path / "x", [b"x" * 700] * 200)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_content_that_fails_half_way_leaves_the_old_file(tmp_path):

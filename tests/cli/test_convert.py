@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from tests.helpers.conversions import ATTENTION, MLP, write_source
 from tests.helpers.tiny_gptq import TinyLinear
 
@@ -51,7 +54,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, capsy
     assert "1 of 1 linears do not fit" in capsys.readouterr().err
     assert not (tmp_path / "x.gguf").exists()
     assert main([*arguments, "--allow-error"]) == 0
-    assert "Not exact: 1 tensors are rounded" in capsys.readouterr().out
+    assert "Not exact: 1 tensor is rounded" in capsys.readouterr().out
 
 
 def test_a_folder_with_files_is_not_written_into(model, capsys):
@@ -63,6 +66,35 @@ def test_embeddings_that_do_not_fit_the_type_are_refused(model, tmp_path, capsys
     arguments = ["convert", str(model), "--to", "gguf", "-o", str(tmp_path / "x.gguf")]
     assert main([*arguments, "--embeddings", "q8_0"]) == 2
     assert "rows of 4 are no multiple of 32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_embeddings_and_head_are_held_as_chosen_and_cost_what_is_said(tmp_path, capsys, is_tied):
+    gguf = pytest.importorskip("gguf")
+    source, output = tmp_path / "model", tmp_path / "x.gguf"
+    write_source(source, {f"{ATTENTION}.q_proj": TinyLinear(out_features=64)})
+    tensors = load_file(source / "model.safetensors")
+    values = torch.randn(260, 256, generator=torch.Generator().manual_seed(0))
+    tensors["model.embed_tokens.weight"] = values
+    if not is_tied:
+        tensors["lm_head.weight"] = values.clone()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": is_tied}))
+    choice = ["--embeddings", "q8_0", "--head", "q6_k"]
+    assert main(["convert", str(source), "--to", "gguf", "-o", str(output), *choice]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(output).tensors}
+    held = found["token_embd.weight"]
+    assert held.tensor_type.name == "Q8_0"
+    again = gguf.dequantize(held.data, held.tensor_type)
+    error = np.linalg.norm(again - values.numpy()) / values.norm()
+    assert "token_embd is Q8_0, 0.1 MB; as f16 0.1 MB with an error of 0.0" in said
+    assert f"q8_0 0.1 MB with an error of {error:.1%}"[:-2] in said
+    assert ("--head q6_k changed nothing" in said) == is_tied
+    assert ("output.weight" in found) != is_tied
+    if not is_tied:
+        assert found["output.weight"].tensor_type.name == "Q6_K"
 
 
 def test_a_model_in_full_precision_is_refused(tmp_path, capsys):

@@ -7,11 +7,9 @@ from transformers.models.llama.modeling_llama import LlamaConfig, LlamaRotaryEmb
 
 from halfbyte.convert.gguf_architecture import (
     ARCHITECTURES,
-    describe_model,
     find_architecture,
-    make_rope_factors,
-    note_limits,
 )
+from halfbyte.convert.gguf_hyperparameters import describe_model, make_rope_factors, note_limits
 
 BY_CLASS = {architecture.model_class: architecture for architecture in ARCHITECTURES}
 
@@ -21,9 +19,13 @@ def test_names_are_those_of_the_gguf_package(name):
     """Every parameter of a real model of the family has a name, the one that gguf-py gives it."""
     gguf = pytest.importorskip("gguf")
     architecture = BY_CLASS[name]
-    family = next(f for f in FAMILIES if name.lower() == f"{f}forcausallm".replace("_", ""))
+    family = next(
+        f
+        for f in FAMILIES
+        if name.lower() == f"{f}forcausallm".replace("_text", "").replace("_", "")
+    )
     kind = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == architecture.name)
-    theirs = gguf.get_tensor_name_map(kind, 3)
+    theirs = gguf.get_tensor_name_map(kind, 4)
     for key in build_family(family).state_dict():
         module = key.rpartition(".")[0]
         ours = architecture.to_gguf(module)
@@ -78,3 +80,39 @@ def test_what_llama_cpp_does_otherwise_is_said_or_refused():
         describe_model(BY_CLASS["Gemma2ForCausalLM"], config)
     pairs = describe_model(BY_CLASS["Gemma2ForCausalLM"], {**config, "query_pre_attn_scalar": 16})
     assert pairs["gemma2.attention.sliding_window"] == 16
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("LlamaForCausalLM", {"hidden_act": "gelu"}, "is 'gelu', .* 'llama' computes silu"),
+        ("GemmaForCausalLM", {"hidden_activation": "relu"}, "computes gelu_pytorch_tanh"),
+        ("LlamaForCausalLM", {"partial_rotary_factor": 0.5}, "turn 50% of each head"),
+        ("LlamaForCausalLM", {"rms_norm_eps": None}, "has no rms_norm_eps"),
+        ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 0, 1, 0]}, "in each 4th block"),
+        ("SmolLM3ForCausalLM", {"no_rope_layers": None, "no_rope_layer_interval": 2}, "4th block"),
+        ("Gemma3ForCausalLM", {"query_pre_attn_scalar": 168}, "is 168, .* head size 16"),
+        ("Gemma3ForCausalLM", {"attn_logit_softcapping": 50.0}, "has attn_logit_softcapping"),
+    ],
+)
+def test_what_llama_cpp_takes_for_granted_is_checked(name, changes, message):
+    config = {
+        "num_attention_heads": 4, "num_hidden_layers": 4, "max_position_embeddings": 64,
+        "hidden_size": 64, "intermediate_size": 96, "vocab_size": 99, "rms_norm_eps": 1e-6,
+        "sliding_window": 16,
+    }  # fmt: skip
+    describe_model(BY_CLASS[name], config)
+    with pytest.raises(ValueError, match=message):
+        describe_model(BY_CLASS[name], {**config, **changes})
+
+
+def test_windows_and_bases_of_gemma3_are_read_in_both_spellings():
+    changes = {"query_pre_attn_scalar": 16, "num_hidden_layers": 7}
+    new = build_family("gemma3_text", **changes).config.to_dict()
+    old = {key: new[key] for key in new if key not in ("rope_parameters", "layer_types")}
+    old |= {"rope_theta": 1e6, "rope_local_base_freq": 10000.0, "sliding_window_pattern": 6}
+    pairs = describe_model(BY_CLASS["Gemma3ForCausalLM"], new)
+    assert describe_model(BY_CLASS["Gemma3ForCausalLM"], old) == pairs
+    assert pairs["gemma3.rope.freq_base"] == 1e6
+    assert pairs["gemma3.rope.freq_base_swa"] == 1e4
+    assert pairs["gemma3.attention.sliding_window_pattern"] == [True] * 5 + [False, True]

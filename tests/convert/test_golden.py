@@ -7,7 +7,7 @@ import struct
 import pytest
 import torch
 
-from halfbyte.convert.awq import AwqTarget, pack_outputs, turn_back, turn_words, unpack_outputs
+from halfbyte.convert.awq import AwqTarget, pack_outputs, unpack_outputs
 from halfbyte.convert.coded import CodedLinear
 from halfbyte.convert.compressed_tensors import CompressedTensorsTarget
 from halfbyte.convert.gguf_blocks import read_blocks, read_plain, spell_blocks, spell_plain
@@ -57,16 +57,6 @@ def test_awq_word_has_outputs_in_the_order_of_its_kernels():
     words = pack_outputs(torch.arange(8, dtype=torch.uint8)[:, None])
     assert words.item() % 2**32 == 0x75316420
     assert unpack_outputs(words).flatten().tolist() == list(range(8))
-
-
-@pytest.mark.parametrize(("out", "inputs"), [(8, 8), (16, 40), (96, 4096), (4096, 64)])
-def test_awq_words_are_turned_without_unpacking(out, inputs):
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(0, 16, (out, inputs), generator=generator).to(torch.uint8)
-    words = pack_rows(codes, 4)
-    turned = turn_words(words)
-    assert torch.equal(turned, pack_outputs(codes))
-    assert torch.equal(turn_back(turned), words)
 
 
 def test_awq_linear():

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "check_decoder.h"
+#include "check_respell.h"
 #include "random_layer.h"
 
 namespace {
@@ -64,7 +65,8 @@ int main() {
                           {4, 136, 8, 136}, {8, 100, 24, 20},  {3, 288, 32, 96},
                           {2, 144, 48, 16}, {2, 256, 16, 64},  {4, 1024, 32, 512}};
   const std::string isas = hb_isas();
-  bool wrong = false;
+  bool wrong = !check_respellings();
+  printf("respellings are %s\n", wrong ? "wrong" : "the same");
   for (size_t start = 0; start < isas.size();) {
     const size_t end = isas.find(',', start);
     const std::string isa = isas.substr(start, end - start);

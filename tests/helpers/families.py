@@ -46,6 +46,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {**_GROUPED, "head_dim": 16},
     "gemma2": {**_GROUPED, "head_dim": 16, "sliding_window": 16},
     "gemma3_text": {**_GROUPED, "head_dim": 16, "sliding_window": 16},
+    "gemma": {**_GROUPED, "head_dim": 16},
     "phi3": _GROUPED,
     "gpt2": {
         "vocab_size": VOCABULARY,
@@ -61,6 +62,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bloom": _BLOOM,
     "falcon": _COMMON,
     "olmo2": _GROUPED,
+    "olmo3": {**_GROUPED, "sliding_window": 16, "num_hidden_layers": 4},
+    "smollm3": {**_GROUPED, "num_hidden_layers": 4},
+    "seed_oss": {**_GROUPED, "head_dim": 16},
     "starcoder2": {**_GROUPED, "sliding_window": 16},
     "granite": _GROUPED,
     "mixtral": {**_GROUPED, "num_local_experts": 4},

@@ -1,12 +1,20 @@
-"""Small model folders for a store."""
+"""Small model folders for a store, and processes that use it and are killed."""
 
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+
+from halfbyte.store.checkout import checkout
+from halfbyte.store.store import Store
 
 CARD = "---\nlicense: mit\nbase_model: org/base\n---\n\n# Model\n"
 
@@ -31,3 +39,79 @@ def write_folder(folder: Path, seed: int = 0, *, card: str | None = CARD) -> Pat
 def write_verdict(path: Path, verdict: str) -> Path:
     path.write_text(json.dumps({"verdict": verdict, "flips": 3}))
     return path
+
+
+WORKER = """
+import random, sys
+from halfbyte.errors import StoreError
+from halfbyte.store.checkout import checkout
+from halfbyte.store.garbage import collect_garbage
+from halfbyte.store.store import Store
+
+place, acts, seed, *folders = sys.argv[1:]
+store, rng = Store(place), random.Random(seed)
+print("ready", flush=True)
+while True:
+    what = rng.choice(acts.split())
+    try:
+        if what == "add":
+            store.add(rng.choice(folders), "m")
+        elif what == "gc":
+            collect_garbage(store, keep=2)
+        elif what == "rollback":
+            store.rollback("m")
+        elif what == "checkout":
+            checkout(store, "m")
+        else:
+            versions = store.history("m").versions
+            store.promote("m@" + rng.choice(versions), force_reason="test")
+    except StoreError as error:
+        # A version may be collected between the choice and the act; nothing else may fail.
+        text = str(error)
+        allowed = ("was removed meanwhile", "no such version", "no earlier version", "is removed",
+                   "Cannot read manifests/", "has no model", "has no version any more")
+        if not any(part in text for part in allowed):
+            print("FAILED", what, text, flush=True)
+            raise
+"""
+
+
+def kill_while_at_work(
+    place: str, acts: str, seeds: Sequence[str], folders: Sequence[Path], seconds: float
+) -> None:
+    """Let one process for each seed do random acts on a store at once, then kill them all."""
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, place, acts, seed, *map(str, folders)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for seed in seeds
+    ]
+    for worker in workers:
+        assert worker.stdout.readline() == "ready\n"
+    time.sleep(seconds)
+    for worker in workers:
+        worker.send_signal(signal.SIGKILL)
+        out, err = worker.communicate()
+        assert worker.returncode == -signal.SIGKILL, err
+        assert "FAILED" not in out, out + err
+
+
+def check_store(store: Store, output: Path | None = None) -> None:
+    """No dangling alias, no lost version, nothing half-written that counts."""
+    history = store.history("m")
+    assert set(history.aliases.values()) <= set(history.versions)
+    assert store.verify() == history.versions
+    champion = history.aliases["champion"]
+    folder = checkout(store, "m@champion", output)
+    assert folder.name == (champion if output is None else output.name)
+    held = set()
+    for entry in history.entries:
+        # What was collected may be added again: a version is its content.
+        if entry.event == "add":
+            held.add(entry.version)
+        elif entry.event == "remove":
+            held.discard(entry.version)
+    assert held == set(history.versions)

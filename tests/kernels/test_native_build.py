@@ -34,6 +34,7 @@ def test_touches_no_memory_that_is_not_its_own(tmp_path):
     program = build_check(tmp_path, "-DCMAKE_CXX_FLAGS=-fsanitize=address -g1")
     done = subprocess.run([program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "respellings are the same" in done.stdout
     assert "serial: largest error 0." in done.stdout
     assert "serial: a decoder's states deviate by" in done.stdout
 
@@ -52,6 +53,7 @@ def test_arm_computes_the_same(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "respellings are the same" in done.stdout
     assert "neon: largest error 0." in done.stdout
     assert "neon: a decoder's states deviate by" in done.stdout
 

@@ -226,18 +226,21 @@ def test_a_bucket_is_collected_only_when_nobody_writes(tmp_path, store):
     assert store.verify() == versions[2:]
 
 
-def test_a_checkout_is_the_folder_and_is_made_once(local, tmp_path):
-    add(local, tmp_path)
-    folder = checkout(local, "m")
+def test_a_checkout_is_the_folder_and_is_made_once(store, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    add(store, tmp_path)
+    folder = checkout(store, "m")
+    place = "store" if isinstance(store.backend, FolderBackend) else "cache/halfbyte"
+    assert folder.parent == tmp_path / place / "checkouts"
     assert (folder / "model.safetensors").read_bytes() == (
         tmp_path / "model0" / "model.safetensors"
     ).read_bytes()
     stamp = folder.stat().st_mtime_ns
-    assert checkout(local, "m") == folder
+    assert checkout(store, "m") == folder
     assert folder.stat().st_mtime_ns == stamp
     assert isinstance(folder, Path)
     with pytest.raises(StoreError, match=r"exists. Choose a new folder"):
-        checkout(local, "m", folder)
+        checkout(store, "m", folder)
 
 
 def test_verdicts_are_one_of_three(local, tmp_path):

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 from halfbyte.errors import CheckpointError
 
 PARTIAL_SUFFIX = ".partial"
 """Ends the name of a file that is being written; a leftover may be overwritten or removed."""
+
+SYNC_BYTES = 32_000_000
+"""Written before the disk is made to begin with it."""
 
 
 def write_atomically(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
@@ -28,10 +33,7 @@ def write_atomically(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     try:
         with partial.open("wb") as handle:
-            for chunk in chunks:
-                handle.write(chunk)
-            handle.flush()
-            os.fsync(handle.fileno())
+            _write(handle, chunks)
         partial.replace(path)
         sync_folder(path.parent)
     except OSError as error:
@@ -40,6 +42,27 @@ def write_atomically(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
             f"Cannot write {path}: {error.strerror or error}. Free some space or choose another "
             "folder."
         ) from error
+
+
+def _write(handle: BinaryIO, chunks: Iterable[bytes | memoryview]) -> None:
+    """Write and sync; the disk works on what is written while the next chunk is being made."""
+    waiting = 0
+    under_way: Future[None] | None = None
+    with ThreadPoolExecutor(1) as behind:
+        for chunk in chunks:
+            handle.write(chunk)
+            waiting += len(chunk)
+            if waiting < SYNC_BYTES or not (under_way is None or under_way.done()):
+                continue
+            if under_way is not None:
+                under_way.result()
+            handle.flush()
+            under_way = behind.submit(os.fsync, handle.fileno())
+            waiting = 0
+        handle.flush()
+        if under_way is not None:
+            under_way.result()
+        os.fsync(handle.fileno())
 
 
 def sync_folder(folder: Path) -> None:

@@ -107,7 +107,8 @@ def _print_report(report: ConversionReport) -> None:
         console.print("Exact: every weight is what its codes stood for, bit for bit.")
     else:
         worst = sorted(report.rounded, key=lambda found: -found.relative_error)
-        console.print(f"Not exact: {len(worst)} tensors are rounded; the worst:")
+        rounded = "1 tensor is" if len(worst) == 1 else f"{len(worst)} tensors are"
+        console.print(f"Not exact: {rounded} rounded; the worst:")
         for found in worst[:SHOWN]:
             console.print(
                 f"  {found.name}: {found.relative_error:.2e} of its size, at most "

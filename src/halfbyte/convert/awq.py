@@ -28,6 +28,7 @@ from halfbyte.checkpoint.labels import CONFIG_SECTION
 from halfbyte.checkpoint.shards import TensorFiles
 from halfbyte.checkpoint.write import TensorSpec
 from halfbyte.convert.coded import CodedLinear, CodedSpec, describe_grid
+from halfbyte.convert.respell import ORDER, from_awq, to_awq
 from halfbyte.convert.source import (
     FolderSource,
     check_finite,
@@ -36,15 +37,9 @@ from halfbyte.convert.source import (
     view_tensors,
 )
 from halfbyte.errors import CheckpointError
-from halfbyte.packing import row_tiles
 
 BITS = 4
-ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-INVERSE = (0, 4, 1, 5, 2, 6, 3, 7)
 GROUP_SIZES = (128, 64, 32)
-
-TILE_WORDS = 2**14
-"""Words turned at a time: with two temporaries of their size they fit a core's own cache."""
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _TENSORS = {
@@ -78,50 +73,6 @@ def unpack_outputs(words: Tensor) -> Tensor:
     for place, output in enumerate(ORDER):
         values[:, output] = (turned >> (BITS * place)) & 15
     return values.view(-1, words.shape[0])
-
-
-def turn_words(words: Tensor) -> Tensor:
-    """Turn words along ``in`` [out, in / 8] into words along ``out`` in AWQ's order [in, out / 8].
-
-    The same as unpacking and :func:`pack_outputs`, without ever unpacking.
-    """
-    columns = words.t().contiguous()
-    turned = torch.empty((len(columns), 8, words.shape[0] // 8), dtype=torch.int32)
-    for part in row_tiles(columns.shape, TILE_WORDS):
-        squares = columns[part].view(-1, words.shape[0] // 8, 8).permute(2, 0, 1)
-        turned[part] = transpose_nibbles(squares[ORDER, :]).transpose(0, 1)
-    return turned.view(-1, words.shape[0] // 8)
-
-
-def turn_back(words: Tensor) -> Tensor:
-    """Undo :func:`turn_words`: int32 [in, out / 8] into [out, in / 8]."""
-    blocks = words.view(-1, 8, words.shape[1])
-    columns = torch.empty((len(blocks), words.shape[1], 8), dtype=torch.int32)
-    for part in row_tiles((len(blocks), 8 * words.shape[1]), TILE_WORDS):
-        squares = transpose_nibbles(blocks[part].transpose(0, 1).contiguous())
-        columns[part] = squares[INVERSE, :].permute(1, 2, 0)
-    return columns.view(len(blocks), -1).t().contiguous()
-
-
-def transpose_nibbles(words: Tensor) -> Tensor:
-    """Transpose squares of eight by eight nibbles, in place: word k's nibble i and word i's k.
-
-    Args:
-        words: int32 [8, ...], contiguous.
-
-    Returns:
-        The same memory.
-
-    Source:
-        Warren, Hacker's Delight, 2nd ed., section 7-3: halves change places, then quarters.
-    """
-    for half, shift, mask in ((4, 16, 0x0000FFFF), (2, 8, 0x00FF00FF), (1, 4, 0x0F0F0F0F)):
-        pairs = words.view(4 // half, 2, half, *words.shape[1:])
-        first, second = pairs[:, 0], pairs[:, 1]
-        change = ((first >> shift) ^ second) & mask
-        second ^= change
-        first ^= change << shift
-    return words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,7 +132,7 @@ class AwqSource(FolderSource):
         if "bias" in tensors:
             check_finite(f"{name}.bias", tensors["bias"])
         return CodedLinear(
-            words=turn_back(tensors["qweight"]),
+            words=from_awq(tensors["qweight"]).t(),
             scales=scales.t().contiguous(),
             zeros=unpack_outputs(tensors["qzeros"]).to(torch.int16),
             bits=BITS,
@@ -252,7 +203,7 @@ class AwqTarget:
         """Make them."""
         linear = linear.widen(BITS).split_groups(self.group_size)
         tensors = {
-            "qweight": turn_words(linear.words),
+            "qweight": to_awq(linear.words_in_columns()),
             "qzeros": pack_outputs(linear.zeros.to(torch.uint8)),
             "scales": linear.scales.to(torch.float16).t().contiguous(),
         }
@@ -261,7 +212,7 @@ class AwqTarget:
     def decode(self, tensors: Mapping[str, Tensor], spec: CodedSpec) -> CodedLinear:
         """Read a linear back."""
         return CodedLinear(
-            words=turn_back(tensors["qweight"]),
+            words=from_awq(tensors["qweight"]).t(),
             scales=tensors["scales"].t(),
             zeros=unpack_outputs(tensors["qzeros"]).to(torch.int16),
             bits=BITS,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.checkpoint.write import TensorSpec, spec_of
+from halfbyte.convert.respell import expand, transpose
 from halfbyte.packing import pack_rows, unpack_rows
 
 
@@ -64,7 +65,8 @@ class CodedLinear:
     """One linear: packed codes, scales, zeros and maybe a bias, in memory of its own."""
 
     words: Tensor
-    """int32 [out, in * bits / 32], a little-endian stream of codes along ``in``."""
+    """int32 [out, in * bits / 32], a little-endian stream of codes along ``in``; of any strides, so
+    that what GPTQ stores the other way need not be turned for those that store it so too."""
     scales: Tensor
     """Float [out, groups], as stored."""
     zeros: Tensor
@@ -85,9 +87,17 @@ class CodedLinear:
         """Width of the output."""
         return self.words.shape[0]
 
+    def words_in_rows(self) -> Tensor:
+        """Give the words as they are, contiguous."""
+        return self.words if self.words.is_contiguous() else transpose(self.words.t())
+
+    def words_in_columns(self) -> Tensor:
+        """Give the words turned over, int32 [in * bits / 32, out], contiguous."""
+        return transpose(self.words)
+
     def codes(self) -> Tensor:
         """Unpack the codes, uint8 [out, in]."""
-        return unpack_rows(self.words, self.bits)
+        return unpack_rows(self.words_in_rows(), self.bits)
 
     def groups(self) -> Tensor:
         """Give the group of each input, int64 [in]."""
@@ -95,16 +105,28 @@ class CodedLinear:
             return self.g_idx.long()
         return torch.arange(self.in_features) // self.group_size
 
-    def dequantize(self) -> Tensor:
-        """Give the weight that the codes stand for, float32 [out, in], exact for fp16 scales."""
-        weight = self.codes().to(torch.float32)
-        zeros, scales = self.zeros.float(), self.scales.float()
-        if self.g_idx is None and self.in_features % self.group_size == 0:
-            grouped = weight.view(*scales.shape, self.group_size)
-            grouped.sub_(zeros[..., None]).mul_(scales[..., None])
-            return weight
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Give the weight that the codes stand for; in float32 it is exact for fp16 scales.
+
+        Args:
+            dtype: float32, float16 or bfloat16; each weight is rounded to it once.
+
+        Returns:
+            [out, in].
+        """
+        if self.g_idx is None:
+            return expand(
+                self.words_in_rows(),
+                self.scales,
+                self.zeros,
+                bits=self.bits,
+                group_size=self.group_size,
+                dtype=dtype,
+            )
         groups = self.groups()
-        return weight.sub_(zeros[:, groups]).mul_(scales[:, groups])
+        weight = self.codes().to(torch.float32)
+        weight.sub_(self.zeros.float()[:, groups]).mul_(self.scales.float()[:, groups])
+        return weight.to(dtype)
 
     def describe(self) -> CodedSpec:
         """Give the facts that decide who can hold it."""
@@ -210,7 +232,7 @@ def describe_grid(
 
     Args:
         scales: Float [out, groups].
-        zeros: Integers [out, groups].
+        zeros: Integers [out, groups], or [1, 1] where all are the same.
         bits: Width of a code.
         in_features: Width of the input.
         group_size: Nominal.

@@ -257,7 +257,7 @@ class CompressedTensorsTarget:
         linear = linear.split_groups(spec.even_group)
         tensors = {
             "weight_shape": torch.tensor([linear.out_features, linear.in_features]),
-            "weight_packed": linear.words,
+            "weight_packed": linear.words_in_rows(),
         }
         if not spec.is_symmetric:
             tensors["weight_zero_point"] = pack_codes(linear.zeros, linear.bits)

@@ -49,7 +49,7 @@ class DenseTarget:
 
     def spell(self, linear: CodedLinear) -> dict[str, Tensor]:
         """Make them."""
-        tensors = {"weight": linear.dequantize().to(self.dtype)}
+        tensors = {"weight": linear.dequantize(self.dtype)}
         return tensors if linear.bias is None else {**tensors, "bias": linear.bias}
 
     def decode(self, tensors: Mapping[str, Tensor], spec: CodedSpec) -> Tensor:

@@ -21,12 +21,9 @@ from torch import Tensor
 from halfbyte.convert.coded import CodedLinear
 from halfbyte.convert.gguf_file import BF16, F16, F32, Q4_0, Q4_1, Q6_K, Q8_0, BlockType
 from halfbyte.convert.mlx import find_zeros
+from halfbyte.convert.respell import BLOCK, from_blocks, to_blocks
 from halfbyte.errors import CheckpointError
-from halfbyte.packing import row_tiles
 
-BLOCK = 32
-_LOW = 0x0F0F0F0F0F0F0F0F
-_HIGH = -0x0F0F0F0F0F0F0F10  # 0xF0F0... as a signed number
 
 PLAIN: Mapping[BlockType, torch.dtype] = {
     F32: torch.float32,
@@ -46,21 +43,14 @@ def spell_blocks(linear: CodedLinear, kind: BlockType) -> Tensor:
     Returns:
         uint8 [out, in / 32 * bytes of a block].
     """
-    linear = linear.split_groups(BLOCK)
+    if linear.in_features % linear.group_size:
+        linear = linear.split_groups(BLOCK)
     scales = linear.scales.to(torch.float16)
     grid = [scales]
     if kind == Q4_1:
         grid.append((-(linear.zeros.float() * scales.float())).to(torch.float16))
-    halves = [part.contiguous().view(-1).view(torch.uint8).view(*scales.shape, 2) for part in grid]
-    blocks = torch.empty((*scales.shape, kind.num_bytes), dtype=torch.uint8)
-    for place, part in enumerate(halves):
-        blocks[..., 2 * place : 2 * place + 2] = part
-    start = 2 * len(grid)
-    for rows in row_tiles((linear.out_features, linear.in_features)):
-        packed = linear.words[rows].contiguous().view(-1).view(torch.uint8)
-        # Q8_0 has the code less 128, as int8.
-        codes = packed ^ 128 if kind == Q8_0 else _pair_halves(packed.view(-1, BLOCK // 2))
-        blocks[rows, :, start:] = codes.view(-1, scales.shape[1], kind.num_bytes - start)
+    heads = torch.stack(grid, dim=-1).view(torch.uint8)
+    blocks = to_blocks(linear.words_in_rows(), heads, 8 if kind == Q8_0 else 4)
     return blocks.view(linear.out_features, -1)
 
 
@@ -91,9 +81,7 @@ def read_blocks(name: str, data: Tensor, kind: BlockType, shape: tuple[int, ...]
         raise CheckpointError(
             f"{name} has scales that are infinite or not a number. The file is damaged."
         )
-    codes = blocks[..., 2 * grid :]
     bits = 8 if kind == Q8_0 else 4
-    packed = (codes ^ 128) if kind == Q8_0 else _part_halves(codes.contiguous())
     middle = torch.full(scales.shape, 2 ** (bits - 1), dtype=torch.int16)
     zeros = find_zeros(scales, values[1], bits) if kind == Q4_1 else middle
     if zeros is None:
@@ -102,7 +90,7 @@ def read_blocks(name: str, data: Tensor, kind: BlockType, shape: tuple[int, ...]
             "with a zero point, so they cannot be respelled. Convert the file with --to hf."
         )
     return CodedLinear(
-        words=packed.reshape(shape[0], -1).contiguous().view(torch.int32),
+        words=from_blocks(blocks, 2 * grid, bits),
         scales=scales,
         zeros=zeros,
         bits=bits,
@@ -152,28 +140,6 @@ def spell_plain(tensor: Tensor, kind: BlockType) -> Tensor:
     if kind in PLAIN:
         return tensor.to(PLAIN[kind]).contiguous().view(-1).view(torch.uint8)
     return (_spell_q8_0 if kind == Q8_0 else _spell_q6_k)(tensor.float())
-
-
-def _pair_halves(packed: Tensor) -> Tensor:
-    """Turn bytes of (code 2k, code 2k+1) into bytes of (code j, code j+16), uint8 [blocks, 16]."""
-    lanes = packed.view(torch.int64)  # eight bytes at a time: [blocks, 2]
-    low, high = lanes[:, 0], lanes[:, 1]
-    even = (low & _LOW) | ((high & _LOW) << 4)
-    odd = ((low >> 4) & _LOW) | (high & _HIGH)
-    # Interleaved as numbers of 16 bits: whole lanes, where single bytes would be strided.
-    wide = odd.view(torch.uint8).to(torch.int16) << 8
-    wide |= even.view(torch.uint8)
-    return wide.view(torch.uint8)
-
-
-def _part_halves(paired: Tensor) -> Tensor:
-    """Undo :func:`_pair_halves`."""
-    parts = paired.view(*paired.shape[:-1], 8, 2)
-    even = parts[..., 0].contiguous().view(torch.int64)
-    odd = parts[..., 1].contiguous().view(torch.int64)
-    low = (even & _LOW) | ((odd & _LOW) << 4)
-    high = ((even >> 4) & _LOW) | (odd & _HIGH)
-    return torch.cat([low, high], dim=-1).view(torch.uint8)
 
 
 def _spell_q8_0(values: Tensor) -> Tensor:

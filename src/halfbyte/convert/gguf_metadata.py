@@ -8,9 +8,10 @@ from typing import Any
 
 from halfbyte.convert.card import read_front_matter
 from halfbyte.convert.coded import CodedSpec
-from halfbyte.convert.gguf_architecture import Architecture, describe_model
+from halfbyte.convert.gguf_architecture import Architecture
 from halfbyte.convert.gguf_blocks import PLAIN
 from halfbyte.convert.gguf_file import BF16, F16, F32, Q4_0, Q4_1, Q8_0, BlockType
+from halfbyte.convert.gguf_hyperparameters import describe_model
 from halfbyte.convert.gguf_tokenizer import describe_tokenizer
 from halfbyte.convert.source import Source
 from halfbyte.version import __version__

@@ -258,10 +258,12 @@ def _read_config(
     family = next((family for family in ARCHITECTURES if family.name == name), None)
     if family is None:
         return {}
-    if f"{name}.rope.scaling.type" in pairs or ROPE_FACTORS in tensors:
+    scales = f"{name}.rope.scaling.type" in pairs or ROPE_FACTORS in tensors
+    if scales or not family.is_self_described:
+        what = "it scales positions" if scales else f"it is of the family '{name}'"
         raise CheckpointError(
-            f"Cannot make a config out of {path}: it scales positions, and not all of how stands "
-            "in the file. Give the original model's folder with --base."
+            f"Cannot make a config out of {path}: {what}, and not all of how stands in the file. "
+            "Give the original model's folder with --base."
         )
     get = partial(_need_pair, path, pairs, str(name))
     heads = get("attention.head_count")

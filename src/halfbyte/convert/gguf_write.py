@@ -21,11 +21,8 @@ from halfbyte.convert.gguf_architecture import (
     HEAD,
     Architecture,
     find_architecture,
-    make_rope_factors,
-    note_limits,
 )
 from halfbyte.convert.gguf_blocks import (
-    BLOCK,
     PLAIN,
     read_plain,
     spell_blocks,
@@ -41,8 +38,10 @@ from halfbyte.convert.gguf_file import (
     BlockType,
     write_gguf_file,
 )
+from halfbyte.convert.gguf_hyperparameters import make_rope_factors, note_limits
 from halfbyte.convert.gguf_metadata import describe_file
 from halfbyte.convert.report import RoundedTensor, measure_rounding, sample_rows
+from halfbyte.convert.respell import BLOCK
 from halfbyte.convert.source import Source
 from halfbyte.errors import ConfigError
 
@@ -115,7 +114,11 @@ def write_gguf(
         holds={name: kind.name for name, kind in kinds.items()},
         rounded=tuple(rounded),
         num_bytes=size,
-        notes=(*note_limits(architecture, source.model_config), *_notes(source, entries)),
+        notes=(
+            *note_limits(architecture, source.model_config),
+            *_notes(source, entries),
+            *_note_head(source, entries, options),
+        ),
     )
 
 
@@ -331,6 +334,16 @@ def _notes(source: Source, entries: list[_Entry]) -> tuple[str, ...]:
         kept = f"{module} is {entry.kind.name}, {_bytes_of(entry) / 1e6:.1f} MB"
         notes.append(f"{kept}; as {', '.join(parts)}")
     return tuple(notes)
+
+
+def _note_head(source: Source, entries: list[_Entry], options: GgufOptions) -> tuple[str, ...]:
+    """Say where a choice for the head is none."""
+    if options.head == "keep" or any(entry.name == f"{HEAD}.weight" for entry in entries):
+        return ()
+    return (
+        f"the head is tied to the embeddings, which --embeddings chooses: --head {options.head} "
+        "changed nothing",
+    )
 
 
 def _bytes_of(entry: _Entry) -> int:

@@ -67,12 +67,18 @@ class GptqSource:
                 "which only halfbyte reads. Convert the base and serve the adapter beside it, or "
                 "merge into 16 bits with: halfbyte merge BASE ADAPTER -o OUT"
             )
-        wanted = [f"{name}.qzeros", f"{name}.scales"]
+        wanted = [f"{name}.scales"]
+        if not facts.zeros.is_symmetric:
+            wanted.append(f"{name}.qzeros")
         tensors = self.checkpoint.files.load(wanted)
         bias = self.checkpoint.files.infos.get(f"{name}.bias")
+        if facts.zeros.is_symmetric:
+            zeros = torch.tensor([[2 ** (layout.bits - 1)]])
+        else:
+            zeros = unpack_zeros(tensors[f"{name}.qzeros"], layout.bits, facts.zeros.zero_offset)
         return describe_grid(
             tensors[f"{name}.scales"].t(),
-            unpack_zeros(tensors[f"{name}.qzeros"], layout.bits, facts.zeros.zero_offset),
+            zeros,
             bits=layout.bits,
             in_features=layout.in_features,
             group_size=layout.group_size,
@@ -87,7 +93,7 @@ class GptqSource:
         groups = torch.arange(layout.in_features, dtype=torch.int32) // layout.group_size
         zeros = unpack_zeros(linear.qzeros, layout.bits, linear.zero_offset)
         return CodedLinear(
-            words=linear.qweight.t().contiguous(),
+            words=linear.qweight.t(),
             scales=linear.scales.t().contiguous(),
             zeros=zeros,
             bits=layout.bits,
@@ -146,7 +152,7 @@ class GptqTarget:
         """Make them."""
         linear = linear.widen(_stored_bits(linear.bits))
         tensors = {
-            "qweight": linear.words.t().contiguous(),
+            "qweight": linear.words_in_columns(),
             "qzeros": pack_zeros(linear.zeros, linear.bits, ZERO_OFFSETS[self.dialect]),
             "g_idx": linear.groups().to(torch.int32),
             "scales": linear.scales.to(torch.float16).t().contiguous(),
@@ -157,7 +163,7 @@ class GptqTarget:
         """Read a linear back."""
         bits = _stored_bits(spec.bits)
         return CodedLinear(
-            words=tensors["qweight"].t().contiguous(),
+            words=tensors["qweight"].t(),
             scales=tensors["scales"].t(),
             zeros=unpack_zeros(tensors["qzeros"], bits, ZERO_OFFSETS[self.dialect]),
             bits=bits,

@@ -233,7 +233,7 @@ class MlxTarget:
         linear = linear.split_groups(choose_group(linear.describe()))
         minima = -(linear.zeros.float() * linear.scales.float())
         tensors = {
-            "weight": linear.words.view(torch.uint32),
+            "weight": linear.words_in_rows().view(torch.uint32),
             "scales": linear.scales.to(torch.float16).contiguous(),
             "biases": minima.to(torch.float16),
         }

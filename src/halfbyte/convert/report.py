@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SAMPLED_ROWS = 512
+SAMPLED_ROWS = 128
 ROW_BLOCK = 32
 
 

@@ -16,7 +16,7 @@ import halfbyte.kernels
 from halfbyte.environment import CPU_ISA, read_variable
 from halfbyte.errors import ConfigError
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 """HB_ABI_VERSION of the header that this code was written against."""
 
 FILE_NAMES = ("libhalfbyte_cpu.so", "libhalfbyte_cpu.dylib")
@@ -95,6 +95,27 @@ class Rows(ctypes.Structure):
         ("rows", ctypes.c_int64),
         ("prompt", ctypes.c_int32),
         *((name, ctypes.c_void_p) for name in ("x", "positions", "tables", "starts", "out")),
+    )
+
+
+class Blocks(ctypes.Structure):
+    """hb_blocks."""
+
+    _fields_ = (
+        ("count", ctypes.c_int64),
+        ("per_group", ctypes.c_int64),
+        ("grid_bytes", ctypes.c_int32),
+        ("bits", ctypes.c_int32),
+    )
+
+
+class Codes(ctypes.Structure):
+    """hb_codes."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("words", "scales", "zeros")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "groups", "group_size")),
+        *((name, ctypes.c_int32) for name in ("bits", "scale_dtype")),
     )
 
 
@@ -186,6 +207,12 @@ def _declare(functions: ctypes.CDLL) -> None:
         "hb_read": (ctypes.c_uint64, (_VOID, _LONG, _INT)),
         "hb_tiles": (_INT, ()),
         "hb_dequantize": (_INT, (_VOID, _LONG, _LONG, _INT, _VOID, _INT)),
+        "hb_transpose": (None, (_VOID, _LONG, _LONG, _VOID)),
+        "hb_to_awq": (None, (_VOID, _LONG, _LONG, _VOID)),
+        "hb_from_awq": (None, (_VOID, _LONG, _LONG, _VOID)),
+        "hb_to_blocks": (None, (ctypes.POINTER(Blocks), _VOID, _VOID, _VOID)),
+        "hb_from_blocks": (None, (ctypes.POINTER(Blocks), _VOID, _VOID)),
+        "hb_expand": (None, (ctypes.POINTER(Codes), _INT, _VOID)),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(functions, name)

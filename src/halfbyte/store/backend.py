@@ -1,4 +1,4 @@
-"""Where a store keeps its bytes: a folder, or a bucket through fsspec. Nothing is overwritten.
+"""Where a store keeps its bytes: a folder here, a bucket in ``bucket.py``. Nothing is overwritten.
 
 Both offer the same few operations; the one that everything rests on is :meth:`Backend.put_new`,
 which creates a whole file or finds that there already is one.
@@ -54,21 +54,6 @@ class Backend(Protocol):
 
     def lock(self, *, exclusive: bool) -> contextlib.AbstractContextManager[None]:
         """Hold off whoever removes things, or, exclusively, everybody."""
-
-
-def open_backend(place: str | Path) -> Backend:
-    """Choose by the place: a path is a folder, ``scheme://...`` is opened through fsspec.
-
-    Args:
-        place: Such as ``./store`` or ``s3://bucket/store``.
-
-    Returns:
-        The backend; a folder is made where there is none.
-    """
-    text = str(place)
-    if "://" not in text or text.startswith("file://"):
-        return FolderBackend(Path(text.removeprefix("file://")))
-    return BucketBackend(text)
 
 
 class FolderBackend:
@@ -159,77 +144,3 @@ class FolderBackend:
             return False
         sync_folder(target.parent)
         return True
-
-
-class BucketBackend:
-    """An object store through fsspec. Creating is exclusive where its driver knows "create"."""
-
-    def __init__(self, url: str) -> None:
-        import fsspec
-
-        self.place = url
-        try:
-            self.files, self.root = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError) as error:
-            raise StoreError(
-                f"Cannot use {url} as a store: {error} Install the driver of that kind of bucket, "
-                "such as s3fs."
-            ) from error
-
-    def _path(self, key: str) -> str:
-        return f"{self.root.rstrip('/')}/{key}"
-
-    def read(self, key: str) -> bytes:
-        """Give a small file's content."""
-        try:
-            return bytes(self.files.cat_file(self._path(key)))
-        except OSError as error:
-            raise StoreError(f"Cannot read {key} of {self.place}: {error}.") from error
-
-    def exists(self, key: str) -> bool:
-        """Tell whether there is such a file."""
-        return bool(self.files.exists(self._path(key)))
-
-    def list(self, prefix: str) -> list[str]:
-        """List the keys under a folder, sorted."""
-        self.files.invalidate_cache()
-        root = self.root.strip("/")
-        found = self.files.find(self._path(prefix))
-        return sorted(path.strip("/").removeprefix(root).strip("/") for path in found)
-
-    def put_new(self, key: str, content: bytes) -> bool:
-        """Create a file whole; False where there is one already."""
-        try:
-            self.files.pipe_file(self._path(key), content, mode="create")
-        except FileExistsError:
-            return False
-        return True
-
-    def put_file(self, key: str, path: Path) -> None:
-        """Copy a local file to a key; the key is its digest, so a second copy is the same."""
-        if not self.exists(key):
-            self.files.put_file(str(path), self._path(key))
-
-    def fetch(self, key: str, path: Path) -> None:
-        """Copy a file out to a local path."""
-        self.files.get_file(self._path(key), str(path))
-
-    def open_read(self, key: str) -> contextlib.AbstractContextManager[Any]:
-        """Open a file for reading bytes."""
-        handle: contextlib.AbstractContextManager[Any] = self.files.open(self._path(key), "rb")
-        return handle
-
-    def delete(self, key: str) -> None:
-        """Remove a file."""
-        if self.exists(key):
-            self.files.rm_file(self._path(key))
-
-    @contextlib.contextmanager
-    def lock(self, *, exclusive: bool) -> Iterator[None]:
-        """Do nothing but refuse to be exclusive: a bucket has no lock."""
-        if exclusive:
-            raise StoreError(
-                f"{self.place} is a bucket, which cannot be locked: removing from it is safe only "
-                "while nobody writes. Say so with --nobody-writes."
-            )
-        yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import uuid
 from pathlib import Path
@@ -21,7 +22,8 @@ def checkout(store: Store, reference: str, output: Path | None = None) -> Path:
     Args:
         store: The store.
         reference: The version.
-        output: A new folder; None: one inside the store, made once and used again.
+        output: A new folder; None: one inside the store, of a bucket one in the user's cache, made
+            once and used again.
 
     Returns:
         The folder.
@@ -31,12 +33,11 @@ def checkout(store: Store, reference: str, output: Path | None = None) -> Path:
     """
     _, version = store.resolve(reference)
     if output is None:
-        if not isinstance(store.backend, FolderBackend):
-            raise StoreError("A bucket has no folders to load from: name an output folder.")
-        output = store.backend.root / CHECKOUTS / version
+        root = store.backend.root if isinstance(store.backend, FolderBackend) else cache_folder()
+        output = root / CHECKOUTS / version
         if output.is_dir():
             return output
-        partial = store.backend.root / TEMPORARY / uuid.uuid4().hex
+        partial = root / TEMPORARY / uuid.uuid4().hex
     else:
         partial = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}")
     if output.exists():
@@ -49,6 +50,15 @@ def checkout(store: Store, reference: str, output: Path | None = None) -> Path:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return output
+
+
+def cache_folder() -> Path:
+    """Give the folder in which versions out of buckets are kept: a version's content never changes.
+
+    Source:
+        XDG Base Directory Specification.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "halfbyte"
 
 
 def _copy_files(store: Store, version: str, folder: Path) -> None:

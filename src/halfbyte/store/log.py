@@ -9,6 +9,7 @@ from __future__ import annotations
 import getpass
 import hashlib
 import json
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -39,6 +40,8 @@ class Entry:
     actor: str = ""
     previous: str = ""
     """sha256 of the entry before, in hex; empty for the first."""
+    token: str = ""
+    """Random: tells an entry from one that another process wrote in the same second."""
 
     def to_bytes(self) -> bytes:
         """Give the stored form."""
@@ -152,6 +155,7 @@ def append_entry(
             time=now(),
             actor=_actor(),
             previous=history.entries[-1].digest if history.entries else "",
+            token=uuid.uuid4().hex,
         )
         if backend.put_new(_key(name, entry.number), entry.to_bytes()):
             return entry

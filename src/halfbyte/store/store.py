@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from halfbyte.errors import StoreError
-from halfbyte.store.backend import Backend, open_backend
+from halfbyte.store.backend import Backend
 from halfbyte.store.blobs import blob_key, check_complete, put_blob, put_bytes, verify_blob
+from halfbyte.store.bucket import open_backend
 from halfbyte.store.card import make_card
 from halfbyte.store.log import Entry, History, append_entry, now, read_history
 from halfbyte.store.manifest import (

@@ -1,0 +1,20 @@
+"""What is held to the same bits with the compiled library and without it."""
+
+from __future__ import annotations
+
+import pytest
+
+from halfbyte.convert import respell
+from halfbyte.kernels.native_library import NativeLibrary, open_library
+
+NONE = NativeLibrary(functions=None, obstacle="left out by a test", isa="")
+
+
+@pytest.fixture(params=["torch", pytest.param("compiled", marks=pytest.mark.native)])
+def way(request, monkeypatch):
+    """Run a test in torch alone and, where the compiled library is, with it."""
+    if request.param == "torch":
+        monkeypatch.setattr(respell, "open_library", lambda: NONE)
+    elif open_library().functions is None:
+        pytest.skip(open_library().obstacle)
+    return request.param

@@ -1,0 +1,129 @@
+"""A store in S3, by the protocol: s3fs against moto's server, where both are installed."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from tests.helpers.stores import check_store, kill_while_at_work, write_folder
+
+from halfbyte.errors import StoreError
+from halfbyte.store.checkout import checkout
+from halfbyte.store.garbage import collect_garbage
+from halfbyte.store.store import Store
+
+s3fs = pytest.importorskip("s3fs")
+pytest.importorskip("moto.server")
+
+PLACE = "s3://bucket/store"
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """Start a stand-in of some kind with an empty bucket, and let all of AWS's clients ask it."""
+    started = []
+
+    def start(mode="exact"):
+        command = [sys.executable, "-m", "tests.helpers.s3_server", mode]
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        started.append(server)
+        settings = {
+            "AWS_ACCESS_KEY_ID": "nobody",
+            "AWS_SECRET_ACCESS_KEY": "nothing",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.stdout.readline().strip()}",
+        }
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        s3fs.S3FileSystem().mkdir("bucket")
+
+    yield start
+    for server in started:
+        server.kill()
+        server.communicate()
+
+
+def test_the_life_of_a_model(serve, tmp_path):
+    serve()
+    store = Store(PLACE)
+    with pytest.raises(StoreError, match="has no model 'm'; it has: none yet"):
+        store.promote("m")
+    versions = [store.add(write_folder(tmp_path / f"{n}", n), "m").version for n in range(3)]
+    for version in versions:
+        store.promote(f"m@{version}", force_reason="test")
+    assert store.rollback("m").version == versions[1]
+    assert Store(PLACE).resolve("m@champion") == ("m", versions[1])
+    assert store.verify() == versions
+    folder = checkout(store, "m", tmp_path / "out")
+    assert (folder / "config.json").read_bytes() == (tmp_path / "1" / "config.json").read_bytes()
+    with pytest.raises(StoreError, match="Say so with --nobody-writes"):
+        collect_garbage(store, keep=0)
+    collected = collect_garbage(store, keep=0, nobody_writes=True)
+    assert collected.versions == (versions[2],)
+    check_store(store, tmp_path / "again")
+
+
+def test_an_answer_that_is_lost_makes_no_second_entry(serve, tmp_path):
+    """The driver asks again and hears that the object exists: it is its own."""
+    serve("forgetful")
+    store = Store(PLACE)
+    versions = [store.add(write_folder(tmp_path / f"{n}", n), "m").version for n in range(3)]
+    for version in versions:
+        store.promote(f"m@{version}", force_reason="test")
+    assert store.rollback("m").version == versions[1]
+    events = [entry.event for entry in store.history("m").entries]
+    assert events == ["add"] * 3 + ["promote"] * 3 + ["rollback"]
+
+
+def test_a_server_that_overwrites_is_refused_before_anything_is_lost(serve, tmp_path):
+    serve("careless")
+    store = Store(PLACE)
+    with pytest.raises(StoreError, match=r"it overwrites an object .* so two writers would lose"):
+        store.add(write_folder(tmp_path / "m"), "m")
+    assert store.names() == []
+
+
+def test_of_many_who_create_at_once_one_succeeds(serve):
+    serve()
+    stores = [Store(PLACE) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        put = lambda n: stores[n].backend.put_new("logs/m/1", b"%d" % n)  # noqa: E731
+        made = list(pool.map(put, range(4)))
+    assert sum(made) == 1
+    assert stores[0].backend.read("logs/m/1") == b"%d" % made.index(True)
+
+
+def test_who_is_not_let_in_is_told_so(serve, monkeypatch):
+    serve()
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(StoreError, match=r"Cannot list logs of s3://nowhere/x: .* the credentials"):
+        Store("s3://nowhere/x").names()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(StoreError, match=r"Cannot read a of s3://bucket/store: .* the network"):
+        Store(PLACE).backend.read("a")
+
+
+@pytest.mark.parametrize(("part", "rounds"), [(0, 2), pytest.param(1, 10, marks=pytest.mark.slow)])
+def test_killed_processes_leave_a_bucket_that_is_whole(serve, tmp_path, part, rounds):
+    """All but collecting, which a bucket allows only while nobody writes."""
+    serve()
+    folders = [write_folder(tmp_path / f"model{n}", n) for n in range(3)]
+    store = Store(PLACE)
+    first = store.add(folders[0], "m").version
+    store.promote("m", force_reason="test")
+    rng = random.Random(part)
+    for number in range(rounds):
+        seeds = [f"{part}{number}{n}" for n in range(2)]
+        acts = "add add promote promote rollback"
+        kill_while_at_work(PLACE, acts, seeds, folders, rng.uniform(0.5, 3))
+        check_store(store, tmp_path / f"out{number}")
+        if number % 4 == 1:
+            collect_garbage(store, keep=2, nobody_writes=True)
+            check_store(store, tmp_path / f"collected{number}")
+    assert store.history("m").entries[0].version == first
+    assert len(store.history("m").entries) > 2, "nobody was at work when killed"
