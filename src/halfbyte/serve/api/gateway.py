@@ -234,16 +234,20 @@ async def _tell_events(
     """Write a stream; an error within it is its last event.
 
     What no token follows goes out in one piece with the end: every piece costs a system call, and
-    wakes the client.
+    wakes the client. Usage is the end: whoever watches the answer looks at it when the client has
+    it.
     """
     parts = form.chunks(first)
     try:
-        if type(first) is Delta:
+        if type(first) is Delta and not first.is_last:
             yield b"".join(parts)
             parts.clear()
         async for event in events:
             parts += form.chunks(event)
-            if type(event) is Delta:
+            is_end = type(event) is Usage
+            if is_end:
+                parts.append(write_event("[DONE]"))
+            if is_end or (type(event) is Delta and not event.is_last):
                 yield b"".join(parts)
                 parts.clear()
     except ServeError as error:
@@ -251,9 +255,8 @@ async def _tell_events(
     except Exception:
         logger.exception("A stream failed.")
         parts.append(write_event(write_json(error_body(internal_error()))))
-    else:
-        parts.append(write_event("[DONE]"))
-    yield b"".join(parts)
+    if parts:
+        yield b"".join(parts)
 
 
 def _too_late(config: ServeConfig) -> ServeError:
