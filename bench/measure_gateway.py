@@ -149,7 +149,14 @@ def save(arguments: argparse.Namespace, times: dict[str, list[tuple[float, ...]]
             1000 * (b[place] - a[place]) for a, b in zip(times["engine"], times[arm], strict=True)
         ]
         rows.append(
-            [what, *quantiles[0], *quantiles[1], *added, statistics.median(paired), pieces[arm]]
+            [
+                what,
+                *quantiles[0],
+                *quantiles[1],
+                *added,
+                round(statistics.median(paired), 2),
+                pieces[arm],
+            ]
         )
         data[what] = found
     save_result(
