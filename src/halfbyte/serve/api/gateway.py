@@ -237,12 +237,10 @@ async def _tell_events(
     wakes the client. Usage is the end: whoever watches the answer looks at it when the client has
     it.
     """
-    parts = form.chunks(first)
+    parts: list[bytes] = []
+    event: Event | None = first
     try:
-        if type(first) is Delta and not first.is_last:
-            yield b"".join(parts)
-            parts.clear()
-        async for event in events:
+        while event is not None:
             parts += form.chunks(event)
             is_end = type(event) is Usage
             if is_end:
@@ -250,6 +248,7 @@ async def _tell_events(
             if is_end or (type(event) is Delta and not event.is_last):
                 yield b"".join(parts)
                 parts.clear()
+            event = await anext(events, None)
     except ServeError as error:
         parts.append(write_event(write_json(error_body(error))))
     except Exception:
