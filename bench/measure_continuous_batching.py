@@ -116,7 +116,8 @@ def run_engine(engine: EmbeddedEngine, requests: int, tokens: int, turn: int) ->
             temperature=0.0,
             ignore_end=True,
         )
-        return sum([isinstance(event, Generated) async for event in engine.generate(request)])
+        events = [event async for some in engine.generate(request) for event in some]
+        return sum(isinstance(event, Generated) for event in events)
 
     async def ask_all() -> list[int]:
         return list(await asyncio.gather(*(ask(index) for index in range(requests))))

@@ -98,7 +98,8 @@ def make_request(generator: random.Random, prompt_tokens: int, tokens: int) -> T
 
 async def count_tokens(engine: EmbeddedEngine, request: TokenRequest) -> int:
     """Take an answer."""
-    return sum([isinstance(event, Generated) async for event in engine.generate(request)])
+    events = [event async for some in engine.generate(request) for event in some]
+    return sum(isinstance(event, Generated) for event in events)
 
 
 async def run_together(engine: EmbeddedEngine, count: int, tokens: int, turn: int) -> float:
@@ -121,8 +122,8 @@ async def run_mixed(engine: EmbeddedEngine, seconds: float) -> list[int]:
             lengths = generator.randrange(1, 400), generator.randrange(1, 100)
             answer = engine.generate(make_request(generator, *lengths))
             leaves = generator.random() < 0.1
-            async for event in answer:
-                if leaves and isinstance(event, Generated):
+            async for events in answer:
+                if leaves and any(isinstance(event, Generated) for event in events):
                     break
             await answer.aclose()
 
@@ -152,7 +153,7 @@ async def count_same(folder: Path, dtype: str) -> dict[str, int]:
         )
 
     async def answer(request: TokenRequest) -> list[int]:
-        events = [event async for event in engine.generate(request)]
+        events = [event async for some in engine.generate(request) for event in some]
         return [event.rated.token for event in events if isinstance(event, Generated)]
 
     engine = open_engine(folder, EngineConfig(dtype=dtype, cache_gb=0.4))

@@ -2,7 +2,7 @@
 
 One process serves and also calls its own engine, another is the client. The same prompt and the
 same number of greedy tokens go both ways in turn, so that whatever else the machine does meets
-both alike.
+both alike. A third way is over HTTP with a piece of its own for every token.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from record import save_result
 TEXT = "The old lighthouse keeper climbed the stairs every evening, and while he climbed he counted"
 """Goes on in plain letters: a character of several tokens would be sent with its last one only."""
 LATE = 0.99
+ARMS = ("engine", "gateway", "each token")
 
 
 def main() -> None:
@@ -64,9 +65,11 @@ async def measure(arguments: argparse.Namespace) -> None:
     backend = service.gateway.text_tools
     engine, told = backend._engine, await backend.tokenize({"prompt": TEXT})
     prompt = tuple(told["tokens"])
-    times: dict[str, list[tuple[float, float]]] = {"engine": [], "gateway": []}
+    times: dict[str, list[tuple[float, ...]]] = {arm: [] for arm in ARMS}
+    usual = engine._piece_seconds
     for turn in range(arguments.pairs + 10):
-        for arm in ("engine", "gateway") if turn % 2 else ("gateway", "engine"):
+        for arm in (*ARMS[turn % 3 :], *ARMS[: turn % 3]):
+            engine._piece_seconds = 0.0 if arm == "each token" else usual
             if arm == "engine":
                 found = await call_engine(engine, prompt, arguments.tokens)
             else:
@@ -82,16 +85,17 @@ async def measure(arguments: argparse.Namespace) -> None:
     save(arguments, times)
 
 
-async def call_engine(engine, prompt: tuple[int, ...], tokens: int) -> tuple[float, float]:
-    """Give seconds until the first token and until the last."""
+async def call_engine(engine, prompt: tuple[int, ...], tokens: int) -> tuple[float, ...]:
+    """Give seconds until the first token and until the last, and in how many pieces they came."""
     request = TokenRequest(prompt=prompt, max_new_tokens=tokens, temperature=0.0, ignore_end=True)
     start = time.perf_counter()
-    first = 0.0
+    first, pieces = 0.0, 0
     async with aclosing(engine.generate(request)) as events:
-        async for event in events:
-            if isinstance(event, Generated) and not first:
+        async for found in events:
+            pieces += 1
+            if not first and any(isinstance(event, Generated) for event in found):
                 first = time.perf_counter() - start
-    return first, time.perf_counter() - start
+    return first, time.perf_counter() - start, pieces
 
 
 def run_client(port: int, model: str, tokens: int) -> None:
@@ -115,28 +119,44 @@ def run_client(port: int, model: str, tokens: int) -> None:
         for _ in sys.stdin:
             start = time.perf_counter()
             connection.sendall(head + body)
-            received, first = b"", 0.0
-            # The last chunk of a chunked body.
+            received, first, done, pieces = b"", 0.0, 0.0, 0
+            # The last chunk of a chunked body: no client waits for it, but it must be read.
             while not received.endswith(b"\r\n0\r\n\r\n"):
                 received += connection.recv(65536)
-                if not first and b"data: " in received:
-                    first = time.perf_counter() - start
-            assert b"data: [DONE]" in received
-            print(json.dumps([first, time.perf_counter() - start]), flush=True)
+                now = time.perf_counter() - start
+                pieces += not done and b"data: " in received
+                first = first or (b"data: " in received and now)
+                done = done or (b"data: [DONE]" in received and now)
+            print(json.dumps([first, done, pieces]), flush=True)
 
 
-def save(arguments: argparse.Namespace, times: dict[str, list[tuple[float, float]]]) -> None:
+def save(arguments: argparse.Namespace, times: dict[str, list[tuple[float, ...]]]) -> None:
     """Write the table: milliseconds, each way and the difference."""
     rows, data = [], {}
-    for place, what in enumerate(("first token", "whole answer")):
-        found = {arm: sorted(1000 * pair[place] for pair in times[arm]) for arm in times}
-        quantiles = {
-            arm: (statistics.median(values), values[int(LATE * (len(values) - 1))])
-            for arm, values in found.items()
-        }
-        added = [b - a for a, b in zip(quantiles["engine"], quantiles["gateway"], strict=True)]
+    pieces = {arm: statistics.median(found[2] for found in times[arm]) for arm in ARMS}
+    for place, what, arm in (
+        (0, "first token", "gateway"),
+        (1, "whole answer", "gateway"),
+        (1, "whole answer, a piece for each token", "each token"),
+    ):
+        found = {one: sorted(1000 * t[place] for t in times[one]) for one in ("engine", arm)}
+        quantiles = [
+            (statistics.median(values), values[int(LATE * (len(values) - 1))])
+            for values in found.values()
+        ]
+        added = [round(b - a, 2) for a, b in zip(*quantiles, strict=True)]
+        paired = [
+            1000 * (b[place] - a[place]) for a, b in zip(times["engine"], times[arm], strict=True)
+        ]
         rows.append(
-            [what, *quantiles["engine"], *quantiles["gateway"], *(round(ms, 2) for ms in added)]
+            [
+                what,
+                *quantiles[0],
+                *quantiles[1],
+                *added,
+                round(statistics.median(paired), 2),
+                pieces[arm],
+            ]
         )
         data[what] = found
     save_result(
@@ -149,10 +169,13 @@ def save(arguments: argparse.Namespace, times: dict[str, list[tuple[float, float
             "p99",
             "added, median ms",
             "p99",
+            "added, median of pairs",
+            "pieces",
         ],
         rows=rows,
         note=f"{arguments.pairs} requests each way, in turn; {len(TEXT)} characters of prompt, "
-        f"found in the cache, {arguments.tokens} tokens generated, streamed; the client is another "
+        f"found in the cache, {arguments.tokens} tokens generated, streamed in pieces at least "
+        f"{1000 * EngineConfig().piece_seconds:g} ms apart; the client is another "
         f"process on the same machine ({Path(arguments.model).name}).",
         data=data,
     )

@@ -1,17 +1,22 @@
-"""A PEFT adapter on our checkpoint: the same in PEFT, over the 16-bit base, and in vLLM."""
+"""A PEFT adapter on our checkpoint: the same in PEFT, over the 16-bit base, and in vLLM.
+
+In vLLM both by itself and behind our gateway, which loads and unloads it by its name.
+"""
 
 from __future__ import annotations
 
 import json
 
+import openai
 import peft
 import pytest
 import torch
 from bench.peers.environments import PEERS
+from tests.cli.test_serve import running
 from tests.interop.conftest import IDS
 from tests.interop.greedy import answer, check_is_greedy
 from tests.interop.peers import needs, run_program
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halfbyte.finetune.adapter import attach_adapter
 from halfbyte.finetune.config import AdapterConfig
@@ -25,6 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 
+KEY = "secret-of-the-test"
 WINDOWS = IDS[:2]
 PROMPTS = IDS[:4, :32].tolist()
 
@@ -41,7 +47,7 @@ def adapter(ours_tiny, tmp_path_factory):
         optimizer.zero_grad()
         loss({"input_ids": WINDOWS, "labels": WINDOWS}).backward()
         optimizer.step()
-    folder = tmp_path_factory.mktemp("adapter")
+    folder = tmp_path_factory.mktemp("adapters") / "red"
     model.save_pretrained(folder)
     return folder
 
@@ -79,3 +85,44 @@ def test_it_is_the_same_adapter_on_the_16_bit_base(ours_tiny, tiny, adapter):
     # Off by what rounding the base cost, far from what the adapter does.
     assert (plain - adapted).abs().mean() > 0.5
     assert (dense - adapted).abs().mean() < 0.5 * (plain - adapted).abs().mean()
+
+
+def test_it_comes_and_goes_by_its_name_in_a_vllm_behind_our_gateway(ours_tiny, adapter):
+    base = ours_tiny["group 64"]
+    vllm = PEER.folder / "bin" / "vllm"
+    arguments = ["--vllm-arg=--enforce-eager", "--vllm-arg=--dtype=bfloat16"]
+    with running(
+        *(base, "--engine", "vllm", "--vllm-command", vllm, "--served-name", "tiny"),
+        *("--adapters", adapter.parent),
+        *arguments,
+        wait=900,
+        HALFBYTE_API_KEYS=f"ann:{KEY}",
+        HF_HUB_OFFLINE="1",
+        VLLM_NO_USAGE_STATS="1",
+        VLLM_CPU_KVCACHE_SPACE="1",
+        VLLM_CPU_OMP_THREADS_BIND="nobind",
+    ) as (_, address, _):
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0, timeout=300)
+
+        def write(model):
+            """What follows the texts that it was trained on."""
+            asked = {"temperature": 0, "max_tokens": 8, "extra_body": {"ignore_eos": True}}
+            answer = client.completions.create(model=model, prompt=PROMPTS[:2], **asked)
+            return [choice.text for choice in answer.choices]
+
+        def change(what):
+            return client.post(f"/{what}_lora_adapter", body={"lora_name": "red"}, cast_to=object)
+
+        plain = write("tiny")
+        with pytest.raises(openai.NotFoundError):
+            write("red")
+        change("load")
+        assert [entry.id for entry in client.models.list()] == ["tiny", "red"]
+        adapted, tokenizer = load(base, adapter), AutoTokenizer.from_pretrained(base)
+        assert write("red") == [
+            tokenizer.decode(answer(adapted, prompt, 8)) for prompt in PROMPTS[:2]
+        ]
+        assert write("tiny") == plain != write("red")
+        change("unload")
+        with pytest.raises(openai.NotFoundError):
+            write("red")

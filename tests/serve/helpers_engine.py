@@ -69,7 +69,7 @@ def ask(prompt: Sequence[int], max_new_tokens: int = 8, **settings: Any) -> Toke
 
 
 async def collect(engine: EmbeddedEngine, request: TokenRequest) -> list[Any]:
-    return [event async for event in engine.generate(request)]
+    return [event async for events in engine.generate(request) for event in events]
 
 
 async def tokens_of(engine: EmbeddedEngine, request: TokenRequest) -> list[int]:

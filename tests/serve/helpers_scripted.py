@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from halfbyte.errors import ServeError
@@ -31,6 +32,8 @@ class ScriptedEngine:
     """Part of a prompt -> text, or a list of token ids, or an exception."""
     delay: float = 0.0
     """Seconds between tokens."""
+    together: int = 1
+    """Events that it gives at a time."""
     context: int = 512
     requests: list[TokenRequest] = field(default_factory=list)
     running: int = 0
@@ -76,7 +79,16 @@ class ScriptedEngine:
         while self.running:
             await asyncio.sleep(0.01)
 
-    async def generate(self, request: TokenRequest) -> AsyncGenerator[TokenEvent, None]:
+    async def generate(self, request: TokenRequest) -> AsyncGenerator[list[TokenEvent], None]:
+        together: list[TokenEvent] = []
+        async with aclosing(self._generate(request)) as events:
+            async for event in events:
+                together.append(event)
+                if len(together) >= self.together or isinstance(event, Ended):
+                    yield together
+                    together = []
+
+    async def _generate(self, request: TokenRequest) -> AsyncGenerator[TokenEvent, None]:
         self.requests.append(request)
         self.running += 1
         finished = False

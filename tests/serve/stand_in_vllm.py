@@ -17,6 +17,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 ANSWER = "An answer of vLLM's."
+ADAPTERS = {}
+"""Name -> folder of those that are loaded."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -27,16 +29,20 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        said = json.dumps(body["messages"])
         if self.headers["Authorization"] != f"Bearer {os.environ['VLLM_API_KEY']}":
             self.send("application/json", b'{"error": {"message": "no key"}}', 401)
             return
+        if self.path.endswith("_lora_adapter"):
+            self.change_adapter(body)
+            return
+        said = json.dumps(body["messages"])
         if "crash" in said:
             os._exit(3)
         if "hang" in said:
             time.sleep(600)
+        answer = f"{ANSWER} By {body['model']}." if body["model"] in ADAPTERS else ANSWER
         chunks = [
-            {"choices": [{"index": 0, "delta": {"content": word}}]} for word in ANSWER.split(" ")
+            {"choices": [{"index": 0, "delta": {"content": word}}]} for word in answer.split(" ")
         ]
         for chunk in chunks[:-1]:
             chunk["choices"][0]["delta"]["content"] += " "
@@ -44,6 +50,21 @@ class Handler(BaseHTTPRequestHandler):
         chunks.append({"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 4}})
         lines = [json.dumps(chunk) for chunk in chunks] + ["[DONE]"]
         self.send("text/event-stream", "".join(f"data: {line}\n\n" for line in lines).encode())
+
+    def change_adapter(self, body):
+        """As vLLM does, whose success is no JSON."""
+        name, path = body["lora_name"], body.get("lora_path")
+        if "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in os.environ or "--enable-lora" not in sys.argv:
+            self.send("application/json", b"{}", 404)
+        elif path is None:
+            del ADAPTERS[name]
+            self.send("text/plain", b"Success")
+        elif not (Path(path) / "adapter_model.safetensors").exists():
+            error = {"error": {"message": f"{path} doesn't contain tensors", "code": 500}}
+            self.send("application/json", json.dumps(error).encode(), 500)
+        else:
+            ADAPTERS[name] = path
+            self.send("text/plain", b"Success")
 
     def send(self, media, content, status=200):
         self.send_response(status)

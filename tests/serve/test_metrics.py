@@ -11,7 +11,7 @@ from halfbyte.errors import MissingExtraError, ServeError
 from halfbyte.serve.assembly import open_service
 from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.engine.config import EngineConfig
-from halfbyte.serve.exchange import Load
+from halfbyte.serve.exchange import Delta, Finish, Load, Usage
 from halfbyte.serve.keys import ApiKeys
 from halfbyte.serve.metrics import Histogram, Metrics
 from halfbyte.serve.quality import open_quality
@@ -64,6 +64,21 @@ def test_latencies_tokens_and_ends_of_answers_are_counted():
     assert found("monitored_answers_total", "small") == 4
     assert found("kv_cache_usage_perc", "small", "primary") == 0.1
     assert found("memory_bytes", "process_peak") > 1e6
+
+
+def test_tokens_of_one_piece_share_the_time_since_the_piece_before():
+    clock = Clock()
+    pieces = [
+        Delta(text="one", entropies=(1.0,)),
+        Delta(text=" two three", entropies=(1.0, 1.0)),
+        Finish(),
+        Usage(prompt_tokens=5, completion_tokens=3),
+    ]
+    quality = open_quality(Ticking(clock, pieces), QualityConfig(), pytest.fail, clock=clock)
+    asyncio.run(collect(quality.router, make_call()))
+    found = scrape(quality.metrics)
+    assert found("inter_token_latency_seconds_count", "small") == 2
+    assert found("inter_token_latency_seconds_sum", "small") == 0.5
 
 
 def test_fallbacks_failures_and_rejections_have_their_causes():

@@ -1,4 +1,7 @@
-"""What an answer costs for every token: no task, no timer, no more pieces than it has to have."""
+"""What an answer costs for every token: no task, no timer, no more pieces than it has to have.
+
+And that an answer says the same, in however few pieces its tokens come.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,18 @@ import json
 import pytest
 from starlette.requests import Request
 from tests.serve.helpers_engine import ask, collect, open_tiny, write_model
+from tests.serve.helpers_quality import ScriptedBackend, answer, make_call
 from tests.serve.helpers_scripted import ScriptedEngine
 from tests.serve.helpers_text import make_tokenizer
 
-from halfbyte.serve.api.answers import AnswerForm
+from halfbyte.errors import ServeError
+from halfbyte.serve.api.answers import AnswerForm, gather
 from halfbyte.serve.api.gateway import Gateway
 from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.embedded import EmbeddedBackend
-from halfbyte.serve.exchange import Call, Delta
-from halfbyte.serve.keys import ApiKeys
+from halfbyte.serve.engine.contract import Ended, Generated, Prompted
+from halfbyte.serve.exchange import Call, Delta, Finish, Served, Usage
+from halfbyte.serve.routing.router import Router
 
 
 def call_of(**body):
@@ -53,33 +59,43 @@ def test_a_single_choice_is_read_by_whoever_wants_it(choices):
     asyncio.run(work())
 
 
-def test_a_stream_is_sent_in_a_piece_for_each_token_and_one_for_its_end():
+async def stream_to(gateway, send):
+    """Ask a gateway for a completion, streamed with its usage."""
+    left = asyncio.Event()
+
+    async def receive():
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    async def note(message):
+        if message.get("body"):
+            send(message["body"].decode())
+
+    scope = {"type": "http", "headers": [], "state": {"key": ""}}
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    body = dict(call_of(max_tokens=64, **options).body)
+    answer = await gateway.answer(Request(scope, receive), "completion", body)
+    await answer(scope, receive, note)
+
+
+@pytest.mark.parametrize("together", [1, 4, 99])
+def test_a_stream_is_sent_in_a_piece_for_what_comes_together_and_its_end_with_the_last(together):
     tokenizer = make_tokenizer()
-    engine = ScriptedEngine(tokenizer=tokenizer, script={"hello": "one two three"})
+    script = {"hello": "one two three"}
+    engine = ScriptedEngine(tokenizer=tokenizer, script=script, together=together)
     backend = EmbeddedBackend(engine, tokenizer, model="m", config=ServeConfig())
-    gateway = Gateway(backend=backend, config=ServeConfig(), keys=ApiKeys())
-    sent = []
-
-    async def work():
-        left = asyncio.Event()
-
-        async def receive():
-            await left.wait()
-            return {"type": "http.disconnect"}
-
-        async def send(message):
-            sent.append(message)
-
-        scope = {"type": "http", "headers": [], "state": {"key": ""}}
-        options = {"stream": True, "stream_options": {"include_usage": True}}
-        body = dict(call_of(max_tokens=64, **options).body)
-        answer = await gateway.answer(Request(scope, receive), "completion", body)
-        await answer(scope, receive, send)
-
-    asyncio.run(work())
-    pieces = [m["body"].decode() for m in sent if m.get("body")]
+    pieces = []
+    asyncio.run(stream_to(Gateway(backend=backend, config=ServeConfig()), pieces.append))
     tokens = len(tokenizer("one two three", add_special_tokens=False)["input_ids"])
-    assert len(pieces) == tokens + 1
+    # The prompt that has been read comes first, and says nothing alone; the end goes with the last.
+    assert len(pieces) == {1: tokens + 1, 4: -(-(tokens + 2) // 4), 99: 1}[together]
+    text = "".join(
+        choice["text"]
+        for line in "".join(pieces).split("\n\n")
+        if line and not line.endswith("[DONE]")
+        for choice in json.loads(line.removeprefix("data: "))["choices"]
+    )
+    assert text == "one two three"
     *_, finish, usage, done, nothing = pieces[-1].split("\n\n")
     assert json.loads(finish.removeprefix("data: "))["choices"][0]["finish_reason"] == "stop"
     assert json.loads(usage.removeprefix("data: "))["usage"]["completion_tokens"] == tokens
@@ -140,3 +156,111 @@ def test_usage_so_far_is_told_with_every_piece_where_it_is_asked_for(choices):
     assert {usage["prompt_tokens"] for usage in told if usage} == {
         len(tokenizer("hello")["input_ids"])
     }
+
+
+@pytest.mark.parametrize("stop", ["wo", "three", None])
+def test_an_answer_is_the_same_in_however_few_pieces_it_comes(stop):
+    tokenizer = make_tokenizer()
+
+    def told(together):
+        engine = ScriptedEngine(tokenizer=tokenizer, together=together)
+        engine.script = {"hello": "one two naïve 日本 three four"}
+        backend = EmbeddedBackend(engine, tokenizer, model="m", config=ServeConfig())
+        body = {"max_tokens": 64, "logprobs": 2} | ({"stop": stop} if stop else {})
+
+        async def work():
+            return await gather(backend.stream(call_of(**body)))
+
+        return asyncio.run(work())
+
+    one_by_one = told(1)
+    assert stop is None or stop not in one_by_one[0][0].text
+    for together in (2, 3, 7, 99):
+        choices, usage = told(together)
+        assert choices[0].text == one_by_one[0][0].text
+        assert choices[0].logprobs == one_by_one[0][0].logprobs
+        assert choices[0].finish == one_by_one[0][0].finish
+        # What comes after a stop string in the same piece was never asked for.
+        assert usage == one_by_one[1]
+
+
+def test_tokens_that_come_faster_than_pieces_may_go_out_together(tmp_path):
+    folder = write_model(tmp_path)
+
+    async def pieces(seconds):
+        async with open_tiny(folder, piece_seconds=seconds) as engine:
+            return [list(events) async for events in engine.generate(ask([5, 6, 7], 9))]
+
+    # The first token waits for nobody, and nothing waits once the answer is over.
+    first, rest = asyncio.run(pieces(10))
+    assert [type(event) for event in first] == [Prompted, Generated]
+    assert [type(event) for event in rest] == [Generated] * 8 + [Ended]
+    each = asyncio.run(pieces(0))
+    assert [sum(isinstance(e, Generated) for e in events) for events in each] == [1] * 9
+    assert [e for events in each for e in events] == [*first, *rest]
+
+
+def test_a_request_that_fails_gives_the_tokens_that_waited_before_it_says_so(tmp_path):
+    folder = write_model(tmp_path)
+
+    async def work():
+        async with open_tiny(folder, piece_seconds=10) as engine:
+            seen = []
+            steps, draw = engine._steps, engine._steps._note_token
+
+            def break_after_five(job, *arguments):
+                if job.new_tokens == 5:
+                    raise ServeError("It broke.", status=500)
+                return draw(job, *arguments)
+
+            steps._note_token = break_after_five
+
+            async def read():
+                async for events in engine.generate(ask([5, 6, 7], 9)):
+                    seen.extend(events)
+
+            with pytest.raises(ServeError, match="It broke"):
+                await read()
+            return seen
+
+    assert [type(event) for event in asyncio.run(work())] == [Prompted, *[Generated] * 5]
+
+
+def test_those_who_watch_look_at_an_answer_when_its_client_has_it():
+    tokenizer = make_tokenizer()
+    backend = EmbeddedBackend(
+        ScriptedEngine(tokenizer=tokenizer), tokenizer, model="m", config=ServeConfig()
+    )
+    order = []
+    router = Router(backend, observers=[lambda seen: order.append(seen.status)])
+    gateway = Gateway(backend=backend, config=ServeConfig(), router=router)
+    asyncio.run(stream_to(gateway, order.append))
+    assert "data: [DONE]" in order[-2]
+    assert order[-1] == 200
+
+
+def test_a_client_that_leaves_with_the_whole_answer_has_not_left():
+    seen = []
+    router = Router(ScriptedBackend("small", answer("one two")), observers=[seen.append])
+
+    async def work():
+        events = router.stream(make_call(stream=True), Served())
+        while not isinstance(await anext(events), Usage):
+            pass
+        await events.aclose()
+
+    asyncio.run(work())
+    assert [one.status for one in seen] == [200]
+
+
+def test_an_answer_without_an_end_is_told_to_be_broken_and_not_done():
+    seen = []
+    events = [event for event in answer("one two") if not isinstance(event, Finish)]
+    backend = ScriptedBackend("small", events, models=("m",))
+    router = Router(backend, observers=[seen.append])
+    gateway = Gateway(backend=backend, config=ServeConfig(), router=router)
+    pieces = []
+    asyncio.run(stream_to(gateway, pieces.append))
+    assert "stopped after 2 tokens without finishing" in pieces[-1]
+    assert "[DONE]" not in "".join(pieces)
+    assert seen[0].status == 502

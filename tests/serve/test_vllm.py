@@ -18,8 +18,10 @@ from tests.helpers.tiny_gptq import TinyLinear, write_model
 from tests.serve.stand_in_vllm import ANSWER
 
 from halfbyte.errors import ConfigError, ServeError
+from halfbyte.serve.adapters import AdapterFolder
 from halfbyte.serve.exchange import Call, Delta
-from halfbyte.serve.vllm import Supervision, VllmBackend, check_for_vllm, make_command
+from halfbyte.serve.vllm import Supervision, VllmBackend
+from halfbyte.serve.vllm_command import check_for_vllm, find_rank, make_command
 
 QUICK = Supervision(
     starts_within=60,
@@ -50,8 +52,9 @@ def starts(program):
 
 
 @asynccontextmanager
-async def running(program, supervision=QUICK):
-    command = make_command(Path("m"), executable=str(program), name="tiny", template=None)
+async def running(program, supervision=QUICK, **settings):
+    settings = {"name": "tiny", "template": None, **settings}
+    command = make_command(Path("m"), executable=str(program), **settings)
     backend = VllmBackend(command, model="tiny", supervision=supervision)
     try:
         await backend.start()
@@ -60,9 +63,9 @@ async def running(program, supervision=QUICK):
         await backend.close()
 
 
-async def ask(backend, content="hello"):
+async def ask(backend, content="hello", model="tiny"):
     messages = [{"role": "user", "content": content}]
-    call = Call(kind="chat", body={"model": "tiny", "messages": messages}, id="x")
+    call = Call(kind="chat", body={"model": model, "messages": messages}, id="x")
     events = [event async for event in backend.stream(call)]
     return "".join(event.text for event in events if isinstance(event, Delta))
 
@@ -155,6 +158,82 @@ def test_process_that_cannot_come_back_is_tried_ever_more_slowly(vllm):
             await until(backend.is_ready)
 
     asyncio.run(run())
+
+
+@pytest.fixture
+def adapters(tmp_path):
+    """One adapter, and one that lacks its tensors."""
+    for name in ("red", "broken"):
+        (tmp_path / "adapters" / name).mkdir(parents=True)
+        (tmp_path / "adapters" / name / "adapter_config.json").write_text('{"r": 24}')
+    (tmp_path / "adapters" / "red" / "adapter_model.safetensors").touch()
+    return tmp_path / "adapters"
+
+
+def test_adapters_come_and_go_and_are_there_again_after_a_crash(vllm, adapters, caplog):
+    async def run():
+        async with running(vllm, adapters=adapters) as backend:
+            control = AdapterFolder(adapters, backend)
+            await control.load("red")
+            assert backend.models == ("tiny", "red")
+            assert await ask(backend, model="red") == f"{ANSWER} By red."
+            assert await ask(backend) == ANSWER
+            with pytest.raises(ServeError, match=r"'broken'.* doesn't contain tensors") as caught:
+                await control.load("broken")
+            assert caught.value.status == 400
+            assert str(adapters) not in str(caught.value)
+            with pytest.raises(ServeError, match="served already"):
+                await control.load("red")
+            with pytest.raises(ServeError):
+                await ask(backend, "crash")
+            while not backend.restarts:
+                await asyncio.sleep(0.02)
+            with pytest.raises(ServeError, match="does not answer") as caught:
+                await control.load("broken")
+            assert caught.value.status == 503
+            await until(backend.is_ready)
+            assert await ask(backend, model="red") == f"{ANSWER} By red."
+            await control.unload("red")
+            assert backend.models == ("tiny",)
+            # By another name than its own it is what the fallbacks of other servers ask for.
+            assert await ask(backend, model="red") == ANSWER
+            with pytest.raises(ServeError, match="no adapter red; loaded are: none"):
+                await control.unload("red")
+
+    asyncio.run(run())
+
+
+def test_an_adapter_that_is_gone_does_not_keep_the_model_from_coming_back(vllm, adapters, caplog):
+    async def run():
+        async with running(vllm, adapters=adapters) as backend:
+            await AdapterFolder(adapters, backend).load("red")
+            (adapters / "red" / "adapter_model.safetensors").unlink()
+            with pytest.raises(ServeError):
+                await ask(backend, "crash")
+            while not backend.restarts:
+                await asyncio.sleep(0.02)
+            await until(backend.is_ready)
+            assert backend.models == ("tiny",)
+            assert await ask(backend) == ANSWER
+
+    asyncio.run(run())
+    assert "The adapter red is not served any more" in caplog.text
+
+
+def test_rank_is_enough_for_the_adapters_that_are_there(adapters, vllm):
+    assert find_rank(adapters) == 32
+    words = make_command(
+        Path("m"), executable=str(vllm), name="n", template=None, adapters=adapters
+    )
+    assert words[-3:] == ["--enable-lora", "--max-lora-rank", "32"]
+    (adapters / "red" / "adapter_config.json").write_text('{"r": 8, "rank_pattern": {"q": 129}}')
+    assert find_rank(adapters) == 256
+    for nonsense in ("{}", "[]", "no JSON", '{"r": "many"}', '{"r": 8, "rank_pattern": []}'):
+        for name in ("red", "broken"):
+            (adapters / name / "adapter_config.json").write_text(nonsense)
+        assert find_rank(adapters) == 16
+    with pytest.raises(ConfigError, match=r"folder of adapters '.*none' does not exist"):
+        find_rank(adapters / "none")
 
 
 def test_flags_follow_from_the_checkpoint(vllm):

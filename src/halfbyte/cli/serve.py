@@ -75,8 +75,13 @@ def _announce(service: Service, bound: socket.socket) -> None:
     err_console.print(
         f"Serving {models} at {here}/v1, dashboard at {here}/dashboard", soft_wrap=True
     )
+    others = [
+        f"{route.role}: {', '.join(route.backend.models) or route.name}"
+        for route in service.quality.router.routes[1:]
+    ]
     for line in (
         service.description,
+        *others,
         f"{who}; {config.most_requests} requests at once, {config.request_seconds:g} s each at "
         "most; Ctrl-C finishes what runs, and ends",
     ):

@@ -150,14 +150,16 @@ def _check(model: str | None, config: ServeConfig, keys: ApiKeys) -> None:
         )
     if config.adapters is None:
         return
-    if addresses or config.engine != "embedded":
-        raise ConfigError("--adapters needs a model in this process: MODEL with --engine embedded.")
+    if addresses:
+        raise ConfigError(
+            "--adapters needs a MODEL; servers at --upstream have adapters of their own."
+        )
     if not keys:
         raise ConfigError(
             "--adapters needs an API key: loading and unloading is not for everybody. Set keys by "
             f"--api-key-file or {API_KEYS.name}."
         )
-    if importlib.util.find_spec("peft") is None:
+    if config.engine == "embedded" and importlib.util.find_spec("peft") is None:
         missing = require_extra("peft", "finetune", "--adapters")
         raise missing
 
@@ -184,7 +186,8 @@ def _open_vllm(
     """Let vLLM run the model, beside this process."""
     import torch
 
-    from halfbyte.serve.vllm import VllmBackend, check_for_vllm, make_command
+    from halfbyte.serve.vllm import VllmBackend
+    from halfbyte.serve.vllm_command import check_for_vllm, make_command
 
     stored = resolve_store_model(model) if is_store_reference(model) else None
     folder = Path(model) if stored is None else stored.folder
@@ -201,6 +204,7 @@ def _open_vllm(
         template_file=file,
         context=engine.context,
         dtype=engine.dtype,
+        adapters=config.adapters,
         more=config.vllm_args,
     )
     backend = VllmBackend(command, model=name)
@@ -208,6 +212,8 @@ def _open_vllm(
     service.description = f"vLLM runs it: {' '.join(command)}"
     service.starts.append(backend.start)
     service.gateway.text_tools = backend
+    if config.adapters is not None:
+        service.gateway.adapters = AdapterFolder(config.adapters, backend)
     return service
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from halfbyte.errors import ServeError
 from halfbyte.serve.config import ServeConfig
-from halfbyte.serve.engine.contract import Ended, Engine, EngineInfo, Generated, Prompted
+from halfbyte.serve.engine.contract import Ended, Engine, EngineInfo, Generated
 from halfbyte.serve.exchange import Call, Delta, Event, Load, Usage
 from halfbyte.serve.text.answer import AnswerText
 from halfbyte.serve.text.asked import AnswerLimits, Asked, read_call
@@ -76,7 +76,8 @@ class EmbeddedBackend:
         """Answer; closing cancels what the engine still does for it."""
         asked = await self._read(call)
         took = [_Took(prompt=choice.prompt, length=len(choice.request.prompt)) for choice in asked]
-        streams = [self._answer(*both) for both in zip(asked, took, strict=True)]
+        is_alone = len(asked) == 1
+        streams = [self._answer(*both, is_alone) for both in zip(asked, took, strict=True)]
         options = call.body.get("stream_options") or {}
         tells_on_the_way = bool(options.get("continuous_usage_stats"))
         async with aclosing(_merge(streams)) as events:
@@ -179,7 +180,9 @@ class EmbeddedBackend:
             return await asyncio.to_thread(read_call, *arguments, adapter=adapter)
         return read_call(*arguments, adapter=adapter)
 
-    async def _answer(self, asked: Asked, took: _Took) -> AsyncGenerator[Event, None]:
+    async def _answer(
+        self, asked: Asked, took: _Took, is_alone: bool
+    ) -> AsyncGenerator[Event, None]:
         """Run one choice to its end, and note what it took."""
         text = AnswerText(
             asked.choice,
@@ -191,24 +194,26 @@ class EmbeddedBackend:
         )
         ended: Ended | None = None
         async with aclosing(self._engine.generate(asked.request)) as generated:
-            async for event in generated:
-                delta = None
-                if isinstance(event, Prompted):
-                    took.cached = event.cached_tokens
-                    if asked.echo is not None:
-                        delta = text.begin(event, asked.request.prompt, asked.echo)
-                elif isinstance(event, Generated):
-                    took.tokens += 1
-                    delta = text.add(event)
-                else:
-                    ended = event
-                if delta is not None:
-                    yield delta
-                if text.is_complete:
+            async for events in generated:
+                tokens: list[Generated] = []
+                for event in events:
+                    if isinstance(event, Generated):
+                        tokens.append(event)
+                    elif isinstance(event, Ended):
+                        ended = event
+                    else:
+                        took.cached = event.cached_tokens
+                        if asked.echo is not None:
+                            yield text.begin(event, asked.request.prompt, asked.echo)
+                text.add(tokens)
+                took.tokens = text.tokens
+                if ended is not None or text.is_complete:
                     break
+                if (delta := text.take()) is not None:
+                    yield delta
         delta, finish = text.end(ended)
         if delta is not None:
-            yield delta
+            yield replace(delta, is_last=is_alone)
         yield finish
 
 

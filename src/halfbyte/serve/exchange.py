@@ -96,6 +96,8 @@ class Delta:
     usage: Usage | None = None
     """Of all choices by now, where the call asks for it (`continuous_usage_stats`) and the backend
     can tell."""
+    is_last: bool = False
+    """Nothing but the end of the whole answer follows, and that at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -87,6 +87,8 @@ class UpstreamBackend:
     key: str | None = field(default=None, repr=False)
     model: str | None = None
     """Asked for where a call names a model that the hosts do not have; None: their first."""
+    adapters: tuple[str, ...] = ()
+    """Further names, beside `model`, that the hosts answer to."""
     timeouts: UpstreamTimeouts = field(default_factory=UpstreamTimeouts)
     name: str = "upstream"
     _next: int = 0
@@ -133,8 +135,9 @@ class UpstreamBackend:
     @property
     def models(self) -> tuple[str, ...]:
         """Names that the hosts have told, each once."""
-        told = dict.fromkeys(name for host in self.hosts for name in host.models)
-        return tuple(told) or ((self.model,) if self.model else ())
+        if self.model is not None:
+            return (self.model, *self.adapters)
+        return tuple(dict.fromkeys(name for host in self.hosts for name in host.models))
 
     async def start(self) -> list[str]:
         """Ask every host for its models.
@@ -221,7 +224,7 @@ class UpstreamBackend:
     async def _learn_models(self, host: Host) -> None:
         """Ask a host once which models it has; where one was named, that is enough."""
         if self.model is not None:
-            host.models = (self.model,)
+            host.models = self.models
         if host.models:
             return
         try:

@@ -2,8 +2,9 @@
 
 ::
 
-    flags_for(folder) ──> vllm serve, on loopback, with a key of its own ──> UpstreamBackend
-    it ends, or does not answer any more ──> started again, each time after a longer pause
+    make_command(folder) ──> vllm serve, on loopback, with a key of its own ──> UpstreamBackend
+    it ends, or does not answer any more ──> started again, each time after a longer pause,
+                                             with the adapters that it had
     this process ends, even killed ──> lifeline.py ends vLLM
 """
 
@@ -14,7 +15,6 @@ import contextlib
 import logging
 import os
 import secrets
-import shutil
 import signal
 import socket
 import sys
@@ -22,25 +22,23 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx2
 
-from halfbyte.checkpoint.check import check_consumers
-from halfbyte.checkpoint.read import open_checkpoint
 from halfbyte.environment import API_KEYS, UPSTREAM_KEY
-from halfbyte.errors import CheckpointError, ConfigError, ServeError
+from halfbyte.errors import ConfigError, ServeError
 from halfbyte.serve import lifeline
 from halfbyte.serve.exchange import Call, Event, Load
-from halfbyte.serve.text.tool_calls import HERMES, LLAMA, MISTRAL, find_form
 from halfbyte.serve.upstream import Host, UpstreamBackend
 
 logger = logging.getLogger(__name__)
 
-PARSERS = {HERMES.name: "hermes", MISTRAL.name: "mistral", LLAMA.name: "llama3_json"}
-"""Our names of the forms of tool calls -> vLLM's."""
 LINES_KEPT = 40
+ADAPTER_SECONDS = 300.0
+"""For it to read an adapter."""
+RUNTIME_ADAPTERS = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
+"""vLLM warns of it, since its call takes a path; here only this process can call it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +83,8 @@ class VllmBackend:
             for name, value in os.environ.items()
             if name not in (API_KEYS.name, UPSTREAM_KEY.name)
         } | {"VLLM_API_KEY": key}
+        if "--enable-lora" in command:
+            self._environment[RUNTIME_ADAPTERS] = "1"
         self._upstream = UpstreamBackend(
             hosts=[Host(f"http://127.0.0.1:{self._port}/v1")], key=key, model=model, name="vllm"
         )
@@ -94,6 +94,8 @@ class VllmBackend:
         """Ends with this process, killed or not, and vLLM with it."""
         self._watcher: asyncio.Task[None] | None = None
         self._is_up = False
+        self._adapters: dict[str, str] = {}
+        """Name -> folder of those that are loaded."""
         self.restarts = 0
 
     @property
@@ -103,7 +105,7 @@ class VllmBackend:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The one that it was started with."""
+        """The one that it was started with, and its loaded adapters."""
         return self._upstream.models
 
     async def start(self) -> None:
@@ -150,6 +152,69 @@ class VllmBackend:
     async def detokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Let it tell the text of token ids."""
         return await self._upstream.detokenize(body)
+
+    async def load_adapter(self, name: str, folder: str) -> None:
+        """Serve an adapter under its name; the caller has checked the folder's place."""
+        await self._change_adapter("load", name, folder)
+        self._adapters[name] = folder
+        self._upstream.adapters = tuple(self._adapters)
+
+    async def unload_adapter(self, name: str) -> None:
+        """Take an adapter away.
+
+        Args:
+            name: Of it.
+
+        Raises:
+            ServeError: 404: there is none of that name.
+        """
+        if name not in self._adapters:
+            raise ServeError(
+                f"There is no adapter {name}; loaded are: {', '.join(self._adapters) or 'none'}.",
+                status=404,
+                code="model_not_found",
+                param="model",
+            )
+        # Also where vLLM is away: started again, it has those that are noted here.
+        del self._adapters[name]
+        self._upstream.adapters = tuple(self._adapters)
+        if self._is_up:
+            await self._change_adapter("unload", name)
+
+    async def _change_adapter(self, what: str, name: str, folder: str | None = None) -> None:
+        """Let it load or unload one."""
+        body = {"lora_name": name} | ({} if folder is None else {"lora_path": folder})
+        url = f"http://127.0.0.1:{self._port}/v1/{what}_lora_adapter"
+        headers = {"Authorization": f"Bearer {self._environment['VLLM_API_KEY']}"}
+        try:
+            async with httpx2.AsyncClient(trust_env=False, timeout=ADAPTER_SECONDS) as client:
+                reply = await client.post(url, json=body, headers=headers)
+        except httpx2.HTTPError as error:
+            raise ServeError(
+                f"vLLM does not answer, so it cannot {what} the adapter '{name}'. Try again later.",
+                status=503,
+                kind="server_error",
+                code="engine_restarting",
+                retry_after=15.0,
+            ) from error
+        if reply.status_code != 200:
+            told = reply.text if folder is None else reply.text.replace(folder, name)
+            logger.error("vLLM did not %s the adapter %s: %s", what, name, told[:1000])
+            raise ServeError(
+                f"vLLM does not {what} the adapter '{name}': {told[:300]}",
+                code="invalid_adapter",
+                param="lora_name",
+            )
+
+    async def _load_adapters_again(self) -> None:
+        """Give a new process what the last one had."""
+        for name, folder in list(self._adapters.items()):
+            try:
+                await self._change_adapter("load", name, folder)
+            except ServeError:
+                logger.exception("The adapter %s is not served any more", name)
+                self._adapters.pop(name, None)
+        self._upstream.adapters = tuple(self._adapters)
 
     async def is_ready(self) -> bool:
         """Tell whether it answers."""
@@ -214,6 +279,7 @@ class VllmBackend:
                 await self._reader
                 return False
             if await self._answers():
+                await self._load_adapters_again()
                 self._is_up = True
                 return True
             await asyncio.sleep(min(1.0, self._supervision.looks_every))
@@ -284,92 +350,6 @@ class VllmBackend:
         if self._lifeline is not None:
             os.close(self._lifeline)
             self._lifeline = None
-
-
-def make_command(
-    folder: Path,
-    *,
-    executable: str,
-    name: str,
-    template: str | None,
-    template_file: Path | None = None,
-    context: int | None = None,
-    dtype: str = "auto",
-    more: Sequence[str] = (),
-) -> list[str]:
-    """Write the command line of ``vllm serve`` for a checkpoint.
-
-    Args:
-        folder: Of the model.
-        executable: ``vllm``, or where it is.
-        name: That clients call it by.
-        template: Source of its chat template; None: it has none.
-        template_file: Where that takes the place of the model's own.
-        context: Longest request in tokens; None: as long as the model has positions.
-        dtype: To compute in.
-        more: Arguments of the user, which come last.
-
-    Returns:
-        The words, without host and port.
-
-    Raises:
-        ConfigError: There is no such program.
-    """
-    found = shutil.which(executable)
-    if found is None:
-        raise ConfigError(
-            f"There is no program '{executable}'. Install vLLM in an environment of its own, and "
-            "say where it is: --vllm-command /path/to/vllm."
-        )
-    # The model's own sampling settings would not be OpenAI's defaults.
-    words = [
-        found,
-        "serve",
-        str(folder),
-        "--served-model-name",
-        name,
-        "--generation-config",
-        "vllm",
-    ]
-    if context is not None:
-        words += ["--max-model-len", str(context)]
-    if dtype != "auto":
-        words += ["--dtype", dtype]
-    if template_file is not None:
-        words += ["--chat-template", str(template_file)]
-    if template is not None and "tools" in template:
-        parser = PARSERS[find_form(template).name]
-        words += ["--enable-auto-tool-choice", "--tool-call-parser", parser]
-    return [*words, *more]
-
-
-def check_for_vllm(folder: Path, *, has_gpu: bool) -> None:
-    """Refuse a checkpoint that vLLM would refuse after a minute of loading.
-
-    Args:
-        folder: Of the model.
-        has_gpu: Whether vLLM will run on one.
-
-    Raises:
-        ConfigError: None of vLLM's kernels takes it, with the reasons of each.
-    """
-    try:
-        checkpoint = open_checkpoint(folder)
-    except CheckpointError:
-        return  # Not GPTQ: vLLM knows more kinds of models than this program.
-    kernels = ("vllm-marlin", "vllm-machete") if has_gpu else ("vllm-cpu",)
-    verdicts = [
-        verdict
-        for verdict in check_consumers(checkpoint).verdicts
-        if verdict.consumer in kernels and verdict.tensor_parallel == 1
-    ]
-    if any(verdict.loads for verdict in verdicts):
-        return
-    reasons = "; ".join(f"{verdict.label}: {', '.join(verdict.reasons)}" for verdict in verdicts)
-    raise ConfigError(
-        f"vLLM cannot load '{folder}': {reasons}. Serve it with --engine embedded, or quantize it "
-        "again with 4 bits, symmetric, groups of 64."
-    )
 
 
 def _find_port() -> int:

@@ -44,8 +44,8 @@ def test_every_good_request_is_answered_rightly_whatever_the_others_do(tmp_path,
         answer = engine.generate(ask(shared, 200))
         seen = 0
         try:
-            async for event in answer:
-                seen += isinstance(event, Generated)
+            async for events in answer:
+                seen += sum(isinstance(event, Generated) for event in events)
                 if seen >= after:
                     break
         finally:

@@ -89,9 +89,10 @@ def test_a_long_prompt_does_not_stop_a_running_answer(folder, runner):
             times = {}
 
             async def note(name, request):
-                async for event in engine.generate(request):
-                    times.setdefault(name, []).append(type(event).__name__)
-                    order.append((name, type(event).__name__))
+                async for events in engine.generate(request):
+                    for event in events:
+                        times.setdefault(name, []).append(type(event).__name__)
+                        order.append((name, type(event).__name__))
 
             order = []
             first = asyncio.create_task(note("short", ask([5, 6, 7], 60)))
@@ -221,8 +222,8 @@ def test_closing_an_answer_frees_its_pages(folder, runner):
     async def run():
         async with open_tiny(folder, runner) as engine:
             answer = engine.generate(ask([5, 6], 200))
-            async for event in answer:
-                if isinstance(event, Generated):
+            async for events in answer:
+                if any(isinstance(event, Generated) for event in events):
                     break
             during = engine.load().cache_used_bytes
             await answer.aclose()

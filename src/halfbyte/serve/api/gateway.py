@@ -237,26 +237,28 @@ async def _tell_events(
     """Write a stream; an error within it is its last event.
 
     What no token follows goes out in one piece with the end: every piece costs a system call, and
-    wakes the client.
+    wakes the client. Usage is the end: whoever watches the answer looks at it when the client has
+    it.
     """
-    parts = form.chunks(first)
+    parts: list[bytes] = []
+    event: Event | None = first
     try:
-        if type(first) is Delta:
-            yield b"".join(parts)
-            parts.clear()
-        async for event in events:
+        while event is not None:
             parts += form.chunks(event)
-            if type(event) is Delta:
+            is_end = type(event) is Usage
+            if is_end:
+                parts.append(write_event("[DONE]"))
+            if is_end or (type(event) is Delta and not event.is_last):
                 yield b"".join(parts)
                 parts.clear()
+            event = await anext(events, None)
     except ServeError as error:
         parts.append(write_event(write_json(error_body(error))))
     except Exception:
         logger.exception("A stream failed.")
         parts.append(write_event(write_json(error_body(internal_error()))))
-    else:
-        parts.append(write_event("[DONE]"))
-    yield b"".join(parts)
+    if parts:
+        yield b"".join(parts)
 
 
 def _too_late(config: ServeConfig) -> ServeError:

@@ -51,6 +51,12 @@ class EngineConfig:
         metavar="N",
     )
     queue: int = _option(256, "requests that may wait; more are refused with 429", metavar="N")
+    piece_seconds: float = _option(
+        0.02,
+        "between two pieces of an answer, at least: tokens that come faster are sent together, "
+        "since each piece takes time from the model; 0: a piece for each token",
+        metavar="SECONDS",
+    )
     share_prefixes: bool = _option(
         True, "keep what prompts begin with, and do not read it again", both=True
     )
@@ -65,6 +71,10 @@ class EngineConfig:
             _check_least(self, "context", 2)
         if self.cache_gb is not None and not 0 < self.cache_gb < float("inf"):
             raise ConfigError(f"cache_gb is {self.cache_gb!r}; it must be a number above 0.")
+        if not 0 <= self.piece_seconds <= 10:
+            raise ConfigError(
+                f"piece_seconds is {self.piece_seconds!r}; it must be 0 to 10 seconds."
+            )
         if self.page_tokens % 16:
             raise ConfigError(f"page_tokens is {self.page_tokens}; it must be a multiple of 16.")
         if self.step_tokens < self.sequences:

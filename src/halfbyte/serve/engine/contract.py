@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -140,15 +140,16 @@ class Engine(Protocol):
     def adapters(self) -> tuple[str, ...]:
         """Names of those that are loaded."""
 
-    def generate(self, request: TokenRequest) -> AsyncGenerator[TokenEvent, None]:
+    def generate(self, request: TokenRequest) -> AsyncGenerator[Sequence[TokenEvent], None]:
         """Generate. Closing the iterator cancels and frees the cache.
 
         Args:
             request: Checked against :attr:`info` before anything is queued.
 
         Returns:
-            Prompted, then Generated for each token, then Ended. It raises ServeError: 400 for what
-            the request is to blame for, 408 past its deadline, 503 where the engine failed.
+            Prompted, then Generated for each token, then Ended; each time as many of them as have
+            come since. It raises ServeError: 400 for what the request is to blame for, 408 past its
+            deadline, 503 where the engine failed.
         """
 
     def load(self) -> EngineLoad:

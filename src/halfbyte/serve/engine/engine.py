@@ -3,7 +3,8 @@
 ::
 
     generate() ──checked──> inbox ──> worker: Steps.step ─> outboxes ─> mail ──> generate()
-    mail goes out when the next step has been planned, or there is none
+    mail goes out when the next step has been planned, or there is none; to each answer not more
+    often than every piece_seconds
     closing the iterator ──> inbox: cancelled, its pages free before the next step
 
 The worker alone touches steps, pages and scheduler, so none of them needs a lock.
@@ -43,13 +44,15 @@ from halfbyte.serve.engine.steps import Steps
 
 log = logging.getLogger(__name__)
 
-Mail = asyncio.Queue[TokenEvent | HalfbyteError]
+Mail = asyncio.Queue[Sequence[TokenEvent] | HalfbyteError]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Address:
     loop: asyncio.AbstractEventLoop
     mail: Mail
+    due: float = 0.0
+    """From when on the next piece may go there; seconds of :func:`time.monotonic`."""
 
 
 class EmbeddedEngine:
@@ -66,6 +69,7 @@ class EmbeddedEngine:
         sequences: int,
         step_tokens: int,
         queue: int,
+        piece_seconds: float = 0.0,
     ) -> None:
         """Start the worker.
 
@@ -78,12 +82,15 @@ class EmbeddedEngine:
             sequences: Requests that run at the same time, at most.
             step_tokens: Tokens that go through the model at once, at most.
             queue: Requests that may wait.
+            piece_seconds: Between two pieces of an answer, at least; tokens that come faster are
+                given together.
         """
         self.info = info
         self._runner = runner
         self._pool = pool
         self._grammars = grammars
         self._queue = queue
+        self._piece_seconds = piece_seconds
         self._scheduler = Scheduler(pool, sequences=sequences, step_tokens=step_tokens)
         self._page_bytes = pool.page_tokens * info.bytes_per_token
         self._addresses: dict[Job, _Address] = {}
@@ -109,14 +116,14 @@ class EmbeddedEngine:
         """Tell how busy it is."""
         return self._load
 
-    async def generate(self, request: TokenRequest) -> AsyncGenerator[TokenEvent, None]:
+    async def generate(self, request: TokenRequest) -> AsyncGenerator[Sequence[TokenEvent], None]:
         """Generate; see contract.Engine.
 
         Args:
             request: What is wanted.
 
         Yields:
-            Prompted, Generated for each token, Ended.
+            What there is: Prompted, Generated for each token, Ended.
 
         Raises:
             ServeError: As the contract says.
@@ -135,11 +142,11 @@ class EmbeddedEngine:
         self._submit(job, _Address(loop, mail))
         try:
             while True:
-                event = await mail.get()
-                if isinstance(event, HalfbyteError):
-                    raise event
-                yield event
-                if isinstance(event, Ended):
+                found = await mail.get()
+                if isinstance(found, HalfbyteError):
+                    raise found
+                yield found
+                if isinstance(found[-1], Ended):
                     return
         finally:
             if timer is not None:
@@ -304,11 +311,15 @@ class EmbeddedEngine:
         )
 
     def _post(self) -> None:
-        """Send what there is for each event loop, in one call."""
+        """Send what is due for each event loop, in one call."""
         batches: dict[asyncio.AbstractEventLoop, list[tuple[Mail, list[Any]]]] = defaultdict(list)
+        now = time.monotonic()
         for job in [job for job in self._addresses if job.outbox]:
             address = self._addresses[job]
+            if not job.is_over and now < address.due:
+                continue
             batches[address.loop].append((address.mail, job.outbox))
+            address.due = now + self._piece_seconds
             job.outbox = []
             if job.is_over:
                 del self._addresses[job]
@@ -323,5 +334,10 @@ class EmbeddedEngine:
 
 def _deliver(batch: Sequence[tuple[Mail, list[Any]]]) -> None:
     for mail, events in batch:
-        for event in events:
-            mail.put_nowait(event)
+        if isinstance(events[-1], HalfbyteError):
+            error = events.pop()
+            if events:
+                mail.put_nowait(events)
+            mail.put_nowait(error)
+        else:
+            mail.put_nowait(events)

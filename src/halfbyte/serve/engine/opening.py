@@ -93,6 +93,7 @@ def make_engine(
         sequences=config.sequences,
         step_tokens=config.step_tokens,
         queue=config.queue,
+        piece_seconds=config.piece_seconds,
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field, replace
 
 from halfbyte.errors import ServeError
-from halfbyte.serve.exchange import Backend, Call, Delta, Event
+from halfbyte.serve.exchange import Backend, Call, Delta, Event, Usage
 from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.routing.breaker import CircuitBreaker
 from halfbyte.serve.routing.confidence import Confidence
@@ -214,6 +214,9 @@ class Attempt:
         if self.seen.first is None and self.route.breaker.state == "half-open":
             self._settle(failed=False)
         self.seen.feed(event, self._clock())
+        if type(event) is Usage:
+            # Before it is passed on: to a client it is the end.
+            self._check_finished()
         if self._hides_logprobs and type(event) is Delta and event.logprobs is not None:
             return replace(event, logprobs=None)
         return event
@@ -221,6 +224,11 @@ class Attempt:
     def _end(self) -> None:
         self._ended = True
         self.seen.ended = self._clock()
+        self._check_finished()
+        self._settle(failed=False)
+
+    def _check_finished(self) -> None:
+        """Raise where the answer has no end."""
         if not self.seen.finished:
             self._settle(failed=True)
             raise ServeError(
@@ -230,7 +238,6 @@ class Attempt:
                 kind="server_error",
                 code="incomplete_answer",
             )
-        self._settle(failed=False)
 
     def _limit(self) -> tuple[float | None, str]:
         """Give the seconds that the next event may take, and what ends with them."""

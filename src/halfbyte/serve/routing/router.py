@@ -149,7 +149,8 @@ class Router:
             raise
         except BaseException:
             # Cancelled, or the generator was closed: nobody waits for the rest.
-            seen.status = CLIENT_LEFT
+            if attempt is None or attempt.seen.usage is None:
+                seen.status = CLIENT_LEFT
             raise
         finally:
             if attempt is not None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from halfbyte.integrations.generation import TextStream
@@ -57,6 +57,11 @@ class AnswerText:
         self._rated: deque[tuple[int, TokenLogprob]] = deque()
         self._entropies: list[float] = []
         self._fed = self._released = 0
+        # Of the next piece.
+        self._content = ""
+        self._found: tuple[ToolCall, ...] = ()
+        self.tokens = 0
+        """Of the answer, as far as it was looked at."""
         self._called = False
 
     @property
@@ -85,22 +90,31 @@ class AnswerText:
             )
         return Delta(choice=self.choice, text=text, logprobs=rated)
 
-    def add(self, event: Generated) -> Delta | None:
-        """Take a token.
+    def add(self, events: Iterable[Generated]) -> None:
+        """Take tokens; those after the answer's end are not looked at.
 
         Args:
-            event: It, with its likelihood.
+            events: They, with their likelihoods.
+        """
+        for event in events:
+            self.tokens += 1
+            if not math.isnan(event.entropy):
+                self._entropies.append(event.entropy)
+            if self._logprobs:
+                self._rated.append((self._fed, tell_logprob(event.rated, self._spelling)))
+            text = self._stream.add(event.rated.token)
+            self._fed += len(text)
+            self._accept(self._stops.feed(text))
+            if self.is_complete:
+                return
+
+    def take(self) -> Delta | None:
+        """Give what is certain by now.
 
         Returns:
-            What is certain by now; None where nothing new is.
+            The next piece; None where nothing is new.
         """
-        if not math.isnan(event.entropy):
-            self._entropies.append(event.entropy)
-        if self._logprobs:
-            self._rated.append((self._fed, tell_logprob(event.rated, self._spelling)))
-        text = self._stream.add(event.rated.token)
-        self._fed += len(text)
-        return self._release(self._stops.feed(text), end=False)
+        return self._release(end=False)
 
     def end(self, event: Ended | None) -> tuple[Delta | None, Finish]:
         """Close the choice.
@@ -109,12 +123,15 @@ class AnswerText:
             event: How the engine ended; None where the text was complete before.
 
         Returns:
-            What was still held back, and the finish.
+            What was not taken yet, and the finish.
         """
         text = ""
         if not self.is_complete:
             text = self._stops.feed(self._stream.finish()) + self._stops.finish()
-        delta = self._release(text, end=True)
+        self._accept(text)
+        if self._calls is not None:
+            self._keep(*self._calls.finish())
+        delta = self._release(end=True)
         reason: FinishReason = "stop"
         if event is not None and event.reason == "length" and not self.is_complete:
             reason = "length"
@@ -122,20 +139,23 @@ class AnswerText:
             reason = "tool_calls"
         return delta, Finish(choice=self.choice, reason=reason)
 
-    def _release(self, text: str, *, end: bool) -> Delta | None:
+    def _accept(self, text: str) -> None:
+        """Take text that no stop string is in."""
         self._released += len(text)
+        self._keep(*((text, ()) if self._calls is None else self._calls.feed(text)))
+
+    def _keep(self, content: str, calls: tuple[ToolCall, ...]) -> None:
+        """Put text and calls into the next piece."""
+        self._content += content
+        self._found += calls
+        self._called = self._called or bool(calls)
+
+    def _release(self, *, end: bool) -> Delta | None:
         rated = self._take_rated(all_of_them=end and not self._stops.hit)
-        content = text
-        calls: tuple[ToolCall, ...] = ()
-        if self._calls is not None:
-            content, found = self._calls.feed(text)
-            if end:
-                rest, more = self._calls.finish()
-                content, found = content + rest, found + more
-            calls = found
-            self._called = self._called or bool(calls)
-        if not (content or calls or rated or (end and self._entropies)):
+        if not (self._content or self._found or rated or (end and self._entropies)):
             return None
+        content, self._content = self._content, ""
+        calls, self._found = self._found, ()
         entropies, self._entropies = tuple(self._entropies), []
         return Delta(
             choice=self.choice,

@@ -31,7 +31,7 @@ class Seen:
     """Reason by choice."""
     usage: Usage | None = None
     gaps: list[float] = field(default_factory=list)
-    """Seconds between two pieces."""
+    """Seconds between two tokens; those of one piece share the time since the one before."""
     logprobs: list[float] = field(default_factory=list)
     """Of the drawn tokens, in nats; empty where the model did not tell."""
     entropies: list[float] = field(default_factory=list)
@@ -43,10 +43,13 @@ class Seen:
 
     def feed(self, event: Event, now: float) -> None:
         """Take an event in."""
+        tokens = 0
+        if type(event) is Delta:
+            tokens = len(event.entropies) or len(event.logprobs or ()) or 1
         if self.first is None:
             self.first = now
-        elif type(event) is Delta:
-            self.gaps.append(now - self.last)
+        else:
+            self.gaps += [(now - self.last) / tokens] * tokens if tokens else []
         self.last = now
         if type(event) is Delta:
             pieces = self.texts.get(event.choice)
@@ -59,7 +62,7 @@ class Seen:
                 self.entropies.extend(event.entropies)
             if event.tool_calls:
                 self.tool_calls.extend(event.tool_calls)
-            self.num_tokens += len(event.entropies) or len(event.logprobs or ()) or 1
+            self.num_tokens += tokens
         elif type(event) is Finish:
             self.finished[event.choice] = event.reason
         elif type(event) is Usage:

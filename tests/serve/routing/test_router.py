@@ -1,0 +1,188 @@
+"""Who answers, in which order, and what its client is told."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+
+import pytest
+from tests.serve.helpers_quality import (
+    ScriptedBackend,
+    answer,
+    collect,
+    failure,
+    make_call,
+)
+from tests.serve.helpers_router import BETTER, GOOD, LOOP, ask, make
+
+from halfbyte.errors import ServeError
+from halfbyte.serve.exchange import Served
+from halfbyte.serve.quality_config import CAUSES, QualityConfig
+
+
+def test_good_answer_passes_through_untouched_and_unnamed():
+    seen = []
+    router, small, large = make(GOOD, BETTER, observers=[seen.append])
+
+    async def events():
+        served = Served()
+        return [e async for e in router.stream(make_call(logprobs=True), served)], served
+
+    got, served = asyncio.run(events())
+    assert got == GOOD
+    assert (served.backend, served.model, served.reason) == ("small", "small", "")
+    assert large.calls == []
+    assert [(s.status, len(s.attempts), s.answer.num_tokens) for s in seen] == [(200, 1, 6)]
+    assert small.cancelled == 0
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ([failure()], "error"),
+        ([failure(502)], "error"),
+        ([failure(429)], "overload"),
+        ([ValueError("garbage")], "error"),
+        ([*GOOD[:3], failure()], "error"),
+        (GOOD[:3], "error"),
+        ([], "error"),
+        ([math.inf], "timeout"),
+        ([*GOOD[:3], math.inf], "timeout"),
+        (LOOP, "check:repetition"),
+        (answer(""), "check:empty"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_larger_model_takes_over_before_anything_is_out(script, reason, stream):
+    router, small, large = make(
+        script, BETTER, first_token_timeout=0.05, idle_timeout=0.05, hold_back=48
+    )
+    text, served = ask(router, make_call(stream=stream))
+    assert text == "the larger model says this"
+    assert (served.backend, served.model, served.reason) == ("large0", "large-model-0", reason)
+    assert large.calls[0].body["model"] == "large-model-0"
+    assert small.running == 0
+
+
+@pytest.mark.parametrize("cause", [c for c in CAUSES if c in ("error", "timeout", "overload")])
+def test_cause_that_is_not_asked_for_is_an_error_as_it_came(cause):
+    script = {"error": [failure()], "timeout": [math.inf], "overload": [failure(429)]}[cause]
+    others = tuple(c for c in CAUSES if c != cause)
+    router, _, large = make(script, BETTER, fallback_on=others, first_token_timeout=0.05)
+    with pytest.raises(ServeError) as found:
+        ask(router)
+    assert found.value.status == {"error": 500, "timeout": 504, "overload": 429}[cause]
+    assert large.calls == []
+
+
+def test_what_the_request_is_to_blame_for_goes_to_nobody_else():
+    router, _, large = make([ServeError("Too long.", status=400)], BETTER)
+    for _ in range(20):
+        with pytest.raises(ServeError, match=r"Too long\."):
+            ask(router)
+    assert large.calls == []
+    assert router.routes[0].breaker.state == "closed"
+
+
+def test_json_that_was_asked_for_is_checked():
+    router, *_ = make(answer('{"a": 1'), answer('{"a": 1}'))
+    text, served = ask(router, make_call(response_format={"type": "json_object"}))
+    assert (text, served.reason) == ('{"a": 1}', "check:json")
+    assert ask(router)[1].reason == ""
+
+
+def test_critical_request_goes_to_the_larger_model_at_once_and_back_where_that_fails():
+    router, small, large = make(GOOD, BETTER)
+    text, served = ask(router, make_call(tags=["critical"]))
+    assert (served.backend, served.reason) == ("large0", "critical")
+    assert small.calls == []
+    large.script = [failure()]
+    text, served = ask(router, make_call(tags=["critical"]))
+    assert text == "a good answer of several words"
+    assert (served.backend, served.reason) == ("small", "error")
+
+
+def test_answer_that_failed_a_check_is_given_where_no_other_model_can():
+    for stream in (False, True):
+        router, small, large = make(LOOP, [failure()], hold_back=20)
+        text, served = ask(router, make_call(stream=stream))
+        assert text == "".join(e.text for e in LOOP[:-2])
+        assert (served.backend, served.reason) == ("small", "")
+        assert served.notes
+        assert "error, and no other model could answer" in served.notes[-1]
+        assert small.cancelled == 0
+        assert len(large.calls) == 1
+
+
+def test_one_observer_that_fails_does_not_blind_the_others(caplog):
+    seen = []
+    router, *_ = make(GOOD, observers=[lambda _: 1 / 0, seen.append])
+    ask(router)
+    assert seen[0].answer.failures == ()
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_bystanders_of_failing_requests_get_their_own_answers():
+    def script(call):
+        number = int(call.body["messages"][0]["content"])
+        words = answer(" ".join(f"{number}-{i}" for i in range(20)))
+        spaced = [step for event in words for step in (0, event)]
+        return [failure()] if number % 3 == 0 else spaced
+
+    router, _, large = make(script, script, breaker_failures=10**9, hold_back=4)
+    large.script = lambda call: answer(f"large {call.body['messages'][0]['content']}")
+
+    async def run():
+        calls = [make_call(str(n), stream=n % 2 == 0) for n in range(60)]
+        return await asyncio.gather(*(collect(router, call) for call in calls))
+
+    for number, (text, served) in enumerate(asyncio.run(run())):
+        if number % 3 == 0:
+            assert (text, served.reason) == (f"large {number}", "error")
+        else:
+            assert text == " ".join(f"{number}-{i}" for i in range(20))
+
+
+def test_observer_that_fails_costs_no_request(caplog):
+    def broken(seen):
+        raise RuntimeError("disk full")
+
+    router, *_ = make(GOOD, observers=[broken])
+    assert ask(router)[0] == "a good answer of several words"
+    assert "disk full" in caplog.text
+
+
+def test_primary_can_be_exchanged_while_requests_run():
+    router, small = make([0.02, *GOOD])
+    new = ScriptedBackend("new", BETTER, version="v2")
+
+    async def run():
+        running = asyncio.ensure_future(collect(router, make_call()))
+        await asyncio.sleep(0.005)
+        route = router.set_primary(new)
+        assert route.backend is small
+        retiring = asyncio.ensure_future(route.retire())
+        after = await collect(router, make_call())
+        assert not small.closed
+        before = await running
+        await retiring
+        assert small.closed
+        return after, before
+
+    (text, served), (old_text, old) = asyncio.run(run())
+    assert (text, served.backend, served.version) == ("the larger model says this", "new", "v2")
+    assert (old_text, old.backend) == ("a good answer of several words", "small")
+
+
+def test_config_names_what_is_wrong():
+    with pytest.raises(ValueError, match="fallback_on has 'errors'; allowed are critical, error"):
+        QualityConfig(fallback_on=("errors",))
+    with pytest.raises(ValueError, match=r"canary_share is 1\.0; it must be below 1"):
+        QualityConfig(canary_share=1.0)
+    with pytest.raises(ValueError, match="hold_back is -1; it must be a whole number, 0 or more"):
+        QualityConfig(hold_back=-1)
+    with pytest.raises(ValueError, match="idle_timeout is 0; it must be a number above 0"):
+        QualityConfig(idle_timeout=0)
+    with pytest.raises(ValueError, match="shadow_share is 0; it must be a share, above 0"):
+        QualityConfig(shadow_share=0)
