@@ -218,7 +218,8 @@ struct TiledAttention {
     }
     const __m512 sum = _mm512_add_ps(total[0], total[1]);
     const __m512 old = _mm512_load_ps(sums + tile * LANES);
-    const __m512 factor = power_of_two(_mm512_fmsub_ps(before, turns, base));
+    // Exactly 1 where nothing larger was found: other queries decide whether it is multiplied by.
+    const __m512 factor = power_of_two(_mm512_mul_ps(_mm512_sub_ps(before, now), turns));
     _mm512_store_ps(sums + tile * LANES, _mm512_fmadd_ps(old, factor, sum));
     if (!_mm512_cmp_ps_mask(now, before, _CMP_NEQ_UQ)) return;
     _mm512_store_ps(largest + tile * LANES, now);
