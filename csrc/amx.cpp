@@ -239,12 +239,28 @@ void multiply_many(const Packed& w, const Rows& rows, const Target& target, int6
   }
 }
 
-void round_floats(const float* from, uint16_t* to, int64_t count) {
-  int64_t i = 0;
-  for (; i + LANES <= count; i += LANES) {
-    _mm256_storeu_si256((__m256i*)(to + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + i)));
+// Rows [first, last) of x, of as many as whole tiles have, as ready_tiles does it from bf16.
+void round_rows(const Packed& w, const float* x, int64_t rows, uint16_t* tiles, int64_t first,
+                int64_t last) {
+  const int64_t columns = w.in_features, steps = (columns + STEP - 1) / STEP;
+  const int64_t row_tiles = (rows + 2 * TILE - 1) / (2 * TILE) * 2;
+  for (int64_t row = first; row < last; row++) {
+    const float* from = x + row * columns;
+    for (int64_t step = 0; step < steps; step++) {
+      uint16_t* to = tiles + place_of_tile(row / TILE, step, row_tiles, steps) + row % TILE * STEP;
+      const int64_t k = step * STEP;
+      if (row >= rows) {
+        __builtin_memset(to, 0, STEP * 2);
+      } else if (!w.order && k + STEP <= columns) {
+        const __m512 low = _mm512_loadu_ps(from + k), high = _mm512_loadu_ps(from + k + LANES);
+        _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+      } else {
+        for (int64_t i = 0; i < STEP; i++) {
+          to[i] = k + i < columns ? to_bf16(from[w.order ? w.order[k + i] : k + i]) : 0;
+        }
+      }
+    }
   }
-  for (; i < count; i++) to[i] = to_bf16(from[i]);
 }
 
 void multiply_tiles(const Packed& w, const Rows& rows, const Target& target, int64_t first,
@@ -257,6 +273,6 @@ void multiply_tiles(const Packed& w, const Rows& rows, const Target& target, int
 }  // namespace
 
 const Isa AMX = {"amx",     multiply_floats, dequantize_floats, multiply_dense, attend,
-                 gate_silu, round_floats,    multiply_tiles,    attend_tiles};
+                 gate_silu, round_rows,      multiply_tiles,    attend_tiles};
 
 }  // namespace halfbyte

@@ -62,25 +62,18 @@ bool multiply_all(const Isa& isa, const float* x, int64_t rows, const Product (&
 template <int COUNT>
 bool multiply_all_tiles(const Isa& isa, const float* x, int64_t rows,
                         const Product (&products)[COUNT], float* scratch, int threads) {
-  uint16_t* const halves = reinterpret_cast<uint16_t*>(scratch);
+  uint16_t* const tiles = reinterpret_cast<uint16_t*>(scratch);
   Packed last;
-  Rows ready;
   for (int i = 0; i < COUNT; i++) {
     Packed w;
     if (!open_packed(products[i].packed, &w)) return false;
-    const int64_t numbers = rows * w.in_features;
     // Products of one input share its rows, unless each wants the columns in an order of its own.
     if (i == 0 || w.order || last.order) {
-      if (i == 0) {
-        parallel_for(rows, threads, [&](int64_t first, int64_t end) {
-          const int64_t at = first * w.in_features;
-          isa.round(x + at, halves + at, end * w.in_features - at);
-        });
-      }
-      uint16_t* tiles = halves + (numbers + 2 * LANES - 1) / (2 * LANES) * (2 * LANES);
-      ready = ready_tiles(w, halves, rows, tiles, nullptr, false, threads);
-      if (!ready.rows) return false;
+      parallel_for((rows + 31) / 32 * 32, threads, [&](int64_t first, int64_t end) {
+        isa.round_rows(w, x, rows, tiles, first, end);
+      });
     }
+    const Rows ready = {rows, nullptr, nullptr, tiles, false};
     last = w;
     const Target target = {HB_FLOAT32, products[i].bias, products[i].out, w.out_features};
     // Two blocks share the rows that a unit has loaded.
@@ -169,9 +162,8 @@ bool borrow_work(const hb_decoder& d, int64_t rows, bool tiles, Work* work) {
   // Room for the inputs of three products: numbers and, at most as many, their sums.
   int64_t input_floats = MOST_PRODUCTS * (widest * 2 * rows + LANES);
   if (tiles) {
-    // Half numbers: the rows, and once more as tiles of 32 rows and 32 columns.
-    const int64_t rows_up = (rows + 31) / 32 * 32, widest_up = (widest + 31) / 32 * 32;
-    input_floats = (rows * widest + rows_up * widest_up) / 2 + LANES;
+    // Half numbers, in tiles of 32 rows and 32 columns.
+    input_floats = (rows + 31) / 32 * 32 * ((widest + 31) / 32 * 32) / 2;
   }
   float* at = borrow(work_of_row(d) * rows + input_floats);
   if (!at) return false;

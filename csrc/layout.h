@@ -110,9 +110,10 @@ struct Isa {
   // Widths and counts are multiples of 16.
   void (*attend)(const Attention&, float* scratch);
   void (*gate_silu)(float* gate, const float* up, int64_t count);
-  // The rest is null where there are no matrix units. Float32 to bf16:
-  void (*round)(const float* from, uint16_t* to, int64_t count);
-  // As `multiply`, from bf16 tiles.
+  // The rest is null where there are no matrix units. Rows [first, last) of x in tiles of bf16:
+  void (*round_rows)(const Packed&, const float* x, int64_t rows, uint16_t* tiles, int64_t first,
+                     int64_t last);
+  // As `multiply`, from tiles.
   void (*multiply_tiles)(const Packed&, const Rows&, const Target&, int64_t first, int64_t last);
   // As `attend`, of a bfloat16 cache, with scratch of its own; false without memory for it.
   bool (*attend_tiles)(const Attention&);
