@@ -3,8 +3,8 @@
 //
 // Few rows (up to 16): codes less the middle code are exact in bf16 and come from a table look-up
 // on 16-bit halves; each group's sums are fp32 and scaled once, as in vector_kernel.h. Many rows:
-// the weight is rounded once to bf16, a stripe of channels at a time, which stays in the
-// second-level cache while all rows pass over it. One row, other input and the rest go as in
+// the weight is rounded once to bf16, 512 columns of 32 channels at a time, which stay in the
+// first-level cache while all rows pass over them. One row, other input and the rest go as in
 // avx512.cpp. The unit takes subnormal numbers for zero.
 #include <immintrin.h>
 
@@ -14,40 +14,13 @@
 #define HAS_DECODE
 
 #include "avx512_decode.h"
-#include "rows.h"
-#include "vector_attention.h"
+#include "amx_attention.h"
 
 namespace halfbyte {
 namespace {
 
-constexpr int TILE = 16;                   // rows of a tile, and its 32-bit columns
-constexpr int STEP = 32;                   // columns of x to a tile
-constexpr int TILE_HALVES = TILE * STEP;   // bf16 numbers in a tile
-constexpr int64_t STRIPE_BYTES = 1 << 20;  // half of a usual second-level cache
-constexpr int BATCH = 8;                   // steps decoded before they are multiplied
-constexpr int64_t SIXTEEN = TILE * 4;      // bytes from one row of a tile to the next
-
-// Tiles of multiply_few; the compiler pastes their names into the assembler's.
-#define SUMS 0
-#define INPUT 1
-#define WEIGHTS 2
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// Tiles belong to a thread; others (torch's own products) configure them too.
-struct Tiles {
-  // Time goes with the rows of x and of the sums, so few rows configure no more.
-  explicit Tiles(int rows) {
-    TileConfig config;
-    if (rows < TILE) config.rows[SUMS] = config.rows[INPUT] = uint8_t(rows);
-    _tile_loadconfig(&config);
-  }
-  ~Tiles() { _tile_release(); }
-};
+constexpr int64_t SUMS_BYTES = 1 << 22;  // they come from further away than the rows
+constexpr int BATCH = 8;                 // steps decoded before they are multiplied
 
 template <int BITS>
 inline __m512i half_table() {
@@ -116,24 +89,27 @@ void multiply_few(const Packed& w, const Rows& rows, const Target& target, int64
   }
 }
 
-// One block as tiles of bf16: [step][pair of columns][channel][2].
+// Columns of one chunk of one block as tiles of bf16, one every `stride` numbers: [pair of
+// columns][channel][2].
 template <int BITS>
-void fill_tiles(const Packed& w, int64_t block, uint16_t* out) {
+void fill_tiles(const Packed& w, int64_t block, int64_t first, int64_t last, uint16_t* out) {
   constexpr int RUN = BITS == 3 ? 32 : 32 / BITS, WORDS = BITS == 3 ? 3 : 1;
   alignas(64) uint16_t sides[32];
   for (int i = 0; i < 32; i++) sides[i] = uint16_t(i / 2 + i % 2 * 16);
   const __m512i side_by_side = _mm512_load_si512(sides);
-  const uint32_t* codes = w.codes + block * w.block_words;
-  for (int64_t g = 0, k = 0; g < w.groups; g++) {
-    const int64_t end = k + w.group_size < w.in_features ? k + w.group_size : w.in_features;
+  const uint32_t* codes = w.codes + block * w.block_words + first / RUN * WORDS * LANES;
+  for (int64_t k = first; k < last;) {
+    const int64_t g = k / w.group_size, rest = (g + 1) * w.group_size;
+    const int64_t end = rest < last ? rest : last;
     const int64_t at = (block * w.groups + g) * LANES;
     const Floats scale = load_scales(w, at);
     const Floats offset = w.symmetric ? Floats{} : load_offsets(w, at);
     for (; k < end; k += RUN, codes += WORDS * LANES) {
-      __builtin_prefetch(codes + PREFETCH_WORDS);
+      // The block that this thread decodes next.
+      for (int i = 0; i < WORDS; i++) __builtin_prefetch(codes + 2 * w.block_words + i * LANES);
       Words words[WORDS];
       for (int i = 0; i < WORDS; i++) words[i] = load<Words>(codes + i * LANES);
-      uint16_t* to = out + k / STEP * 2 * TILE_HALVES + k % STEP * LANES;
+      uint16_t* to = out + (k - first) / STEP * 2 * TILE_HALVES + k % STEP * LANES;
 #pragma GCC unroll 16
       for (int j = 0; j < RUN; j += 2, to += 2 * LANES) {
         const Floats low = (number<BITS>(shift_down<BITS, WORDS>(words, j)) + offset) * scale;
@@ -145,23 +121,31 @@ void fill_tiles(const Packed& w, int64_t block, uint16_t* out) {
   }
 }
 
-void fill_tiles(const Packed& w, int64_t block, uint16_t* out) {
-  if (w.bits == 4) fill_tiles<4>(w, block, out);
-  if (w.bits == 8) fill_tiles<8>(w, block, out);
-  if (w.bits == 3) fill_tiles<3>(w, block, out);
-  if (w.bits == 2) fill_tiles<2>(w, block, out);
+void fill_tiles(const Packed& w, int64_t block, int64_t first, int64_t last, uint16_t* out) {
+  if (w.bits == 4) fill_tiles<4>(w, block, first, last, out);
+  if (w.bits == 8) fill_tiles<8>(w, block, first, last, out);
+  if (w.bits == 3) fill_tiles<3>(w, block, first, last, out);
+  if (w.bits == 2) fill_tiles<2>(w, block, first, last, out);
 }
 
-// Sums of up to 32 rows and one stripe of two blocks, from tiles 0 to 3.
-void store_stripe(const Packed& w, const Target& target, int64_t row, int64_t rows, int64_t block) {
-  alignas(64) float sums[4][TILE * LANES];
-  _tile_stored(0, sums[0], SIXTEEN);
-  _tile_stored(1, sums[1], SIXTEEN);
-  _tile_stored(2, sums[2], SIXTEEN);
-  _tile_stored(3, sums[3], SIXTEEN);
+// Two blocks side by side; zeros after the last column, so that steps are whole.
+void fill_pair(const Packed& w, int64_t block, int64_t step, int64_t steps, uint16_t* out) {
+  const int64_t first = step * STEP;
+  const int64_t last = first + steps * STEP < w.in_features ? first + steps * STEP : w.in_features;
+  if ((last - first) % STEP) {
+    __builtin_memset(out + (steps - 1) * 2 * TILE_HALVES, 0, 4 * TILE_HALVES);
+  }
+  for (int side = 0; side < 2 && block + side < w.blocks; side++) {
+    fill_tiles(w, block + side, first, last, out + side * TILE_HALVES);
+  }
+}
+
+// Sums of up to 32 rows of two blocks, from four tiles.
+void store_sums(const Packed& w, const Target& target, int64_t row, int64_t rows, int64_t block,
+                const float* sums) {
   for (int64_t m = 0; m < rows && m < 2 * TILE; m++) {
     for (int side = 0; side < 2 && block + side < w.blocks; side++) {
-      const float* from = sums[m / TILE * 2 + side] + m % TILE * LANES;
+      const float* from = sums + (m / TILE * 2 + side) * TILE * LANES + m % TILE * LANES;
       const int64_t channel = (block + side) * LANES;
       if (target.bias || channel + LANES > w.out_features) {
         store_block(w, target, row + m, block + side, from);
@@ -178,48 +162,102 @@ void store_stripe(const Packed& w, const Target& target, int64_t row, int64_t ro
   }
 }
 
-// Up to 32 rows times two blocks; sums stay in tiles 0 to 3 over all columns.
-void multiply_panel(const uint16_t* x, const uint16_t* weights, int64_t steps) {
+void fetch_target(const Target& target, int64_t row, int64_t rows, int64_t block) {
+  const int64_t each = target.dtype == HB_FLOAT32 ? 4 : 2;
+  for (int64_t m = row; m < rows && m < row + 2 * TILE; m++) {
+    const char* to = static_cast<char*>(target.out) + (m * target.stride + block * LANES) * each;
+    __builtin_prefetch(to, 1);
+    if (each == 4) __builtin_prefetch(to + 64, 1);
+  }
+}
+
+constexpr int64_t SUMS_OF_PANEL = 4 * TILE * LANES;
+constexpr int64_t NEXT_BYTES = SUMS_OF_PANEL * 4 / CHUNK;
+
+// Adds up to 32 rows times two blocks over the columns of a chunk to four tiles of sums.
+void multiply_panel(const uint16_t* x, const uint16_t* weights, int64_t steps, bool first,
+                    float* sums) {
   const uint16_t* below = x + steps * TILE_HALVES;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  if (first) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, sums, SIXTEEN);
+    _tile_loadd(1, sums + TILE * LANES, SIXTEEN);
+    _tile_loadd(2, sums + 2 * TILE * LANES, SIXTEEN);
+    _tile_loadd(3, sums + 3 * TILE * LANES, SIXTEEN);
+  }
   for (int64_t step = 0; step < steps; step++, weights += 2 * TILE_HALVES) {
-    _tile_loadd(4, x + step * TILE_HALVES, SIXTEEN);
+    const char* next = reinterpret_cast<const char*>(sums + SUMS_OF_PANEL) + step * NEXT_BYTES;
+    for (int64_t i = 0; i < NEXT_BYTES; i += 64) __builtin_prefetch(next + i, 1);
+    _tile_stream_loadd(4, x + step * TILE_HALVES, SIXTEEN);
     _tile_loadd(6, weights, SIXTEEN);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, weights + TILE_HALVES, SIXTEEN);
     _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, below + step * TILE_HALVES, SIXTEEN);
+    _tile_stream_loadd(5, below + step * TILE_HALVES, SIXTEEN);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
+  _tile_stored(0, sums, SIXTEEN);
+  _tile_stored(1, sums + TILE * LANES, SIXTEEN);
+  _tile_stored(2, sums + 2 * TILE * LANES, SIXTEEN);
+  _tile_stored(3, sums + 3 * TILE * LANES, SIXTEEN);
 }
 
-// A stripe is as many channels as the cache holds beside the rows: each row comes from further away
-// once a stripe. It ends in whole steps of columns, zeros after the last column.
+// A chunk of columns of two blocks is decoded into the first-level cache and meets all rows there.
+// Between the chunks of some pairs of blocks, sums and a chunk of all rows stay in the second-level
+// cache.
 void multiply_many(const Packed& w, const Rows& rows, const Target& target, int64_t first,
                    int64_t last) {
-  const int64_t steps = (w.in_features + STEP - 1) / STEP, pair_halves = steps * 2 * TILE_HALVES;
-  const int64_t most = STRIPE_BYTES / 2 / pair_halves, pairs = most > 1 ? most : 1;
-  uint16_t* stripe = borrow_stripe(pairs * pair_halves);
+  const int64_t steps = (w.in_features + STEP - 1) / STEP;
+  const int64_t panels = (rows.rows + 2 * TILE - 1) / (2 * TILE);
+  const int64_t pair_sums = panels * SUMS_OF_PANEL, most = SUMS_BYTES / 4 / pair_sums;
+  const int64_t pairs = most > 1 ? most : 1;
+  float* sums = reinterpret_cast<float*>(borrow_stripe(pairs * pair_sums * 2));
+  alignas(64) uint16_t weights[CHUNK * 2 * TILE_HALVES];
   const Tiles tiles(TILE);
   for (int64_t start = first; start < last; start += 2 * pairs) {
     const int64_t end = start + 2 * pairs < last ? start + 2 * pairs : last;
-    for (int64_t block = start; block < end; block += 2) {
-      uint16_t* pair = stripe + (block - start) / 2 * pair_halves;
-      if (w.in_features % STEP) {
-        __builtin_memset(pair + (steps - 1) * 2 * TILE_HALVES, 0, 4 * TILE_HALVES);
-      }
-      fill_tiles(w, block, pair);
-      if (block + 1 < w.blocks) fill_tiles(w, block + 1, pair + TILE_HALVES);
-    }
-    for (int64_t row = 0; row < rows.rows; row += 2 * TILE) {
+    for (int64_t step = 0; step < steps; step += CHUNK) {
+      const int64_t wide = steps - step < CHUNK ? steps - step : CHUNK;
+      const uint16_t* chunk = rows.tiles + place_of_tile(0, step, 2 * panels, steps);
+      float* to = sums;
       for (int64_t block = start; block < end; block += 2) {
-        const uint16_t* pair = stripe + (block - start) / 2 * pair_halves;
-        multiply_panel(rows.tiles + row * steps * STEP, pair, steps);
-        store_stripe(w, target, row, rows.rows - row, block);
+        fill_pair(w, block, step, wide, weights);
+        for (int64_t panel = 0; panel < panels; panel++, to += SUMS_OF_PANEL) {
+          if (step + wide == steps) fetch_target(target, panel * 2 * TILE, rows.rows, block);
+          multiply_panel(chunk + panel * 2 * wide * TILE_HALVES, weights, wide, step == 0, to);
+          if (step + wide < steps) continue;
+          const int64_t row = panel * 2 * TILE;
+          store_sums(w, target, row, rows.rows - row, block, to);
+        }
+      }
+    }
+  }
+}
+
+// Rows [first, last) of x, of as many as whole tiles have, as ready_tiles does it from bf16.
+void round_rows(const Packed& w, const float* x, int64_t rows, uint16_t* tiles, int64_t first,
+                int64_t last) {
+  const int64_t columns = w.in_features, steps = (columns + STEP - 1) / STEP;
+  const int64_t row_tiles = (rows + 2 * TILE - 1) / (2 * TILE) * 2;
+  for (int64_t row = first; row < last; row++) {
+    const float* from = x + row * columns;
+    for (int64_t step = 0; step < steps; step++) {
+      uint16_t* to = tiles + place_of_tile(row / TILE, step, row_tiles, steps) + row % TILE * STEP;
+      const int64_t k = step * STEP;
+      if (row >= rows) {
+        __builtin_memset(to, 0, STEP * 2);
+      } else if (!w.order && k + STEP <= columns) {
+        const __m512 low = _mm512_loadu_ps(from + k), high = _mm512_loadu_ps(from + k + LANES);
+        _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+      } else {
+        for (int64_t i = 0; i < STEP; i++) {
+          to[i] = k + i < columns ? to_bf16(from[w.order ? w.order[k + i] : k + i]) : 0;
+        }
       }
     }
   }
@@ -234,7 +272,7 @@ void multiply_tiles(const Packed& w, const Rows& rows, const Target& target, int
 
 }  // namespace
 
-const Isa AMX = {"amx",  multiply_floats, dequantize_floats, multiply_dense,
-                 attend, gate_silu,       multiply_tiles};
+const Isa AMX = {"amx",     multiply_floats, dequantize_floats, multiply_dense, attend,
+                 gate_silu, round_rows,      multiply_tiles,    attend_tiles};
 
 }  // namespace halfbyte

@@ -22,8 +22,10 @@ struct Product {
 
 constexpr int MOST_PRODUCTS = 3;
 
-// Rows that go through the blocks at a time; others wait, and read the weights again.
-constexpr int64_t ROWS_AT_A_TIME = 128;
+// Rows that go through the blocks at a time; others wait, and read the weights again. On matrix units
+// decoding a weight costs as much as multiplying it by a hundred rows, so there they are as many as
+// WORK_BYTES hold.
+constexpr int64_t ROWS_AT_A_TIME = 128, MOST_TILED_ROWS = 512, WORK_BYTES = 64 << 20;
 
 // Numbers from which more than one thread prepares rows between two products.
 constexpr int64_t SHARED_NUMBERS = 1 << 14;
@@ -60,26 +62,18 @@ bool multiply_all(const Isa& isa, const float* x, int64_t rows, const Product (&
 template <int COUNT>
 bool multiply_all_tiles(const Isa& isa, const float* x, int64_t rows,
                         const Product (&products)[COUNT], float* scratch, int threads) {
-  uint16_t* const halves = reinterpret_cast<uint16_t*>(scratch);
+  uint16_t* const tiles = reinterpret_cast<uint16_t*>(scratch);
   Packed last;
-  Rows ready;
   for (int i = 0; i < COUNT; i++) {
     Packed w;
     if (!open_packed(products[i].packed, &w)) return false;
-    const int64_t numbers = rows * w.in_features;
     // Products of one input share its rows, unless each wants the columns in an order of its own.
     if (i == 0 || w.order || last.order) {
-      if (i == 0) {
-        parallel_for(rows, threads, [&](int64_t first, int64_t end) {
-          for (int64_t at = first * w.in_features; at < end * w.in_features; at++) {
-            halves[at] = to_bf16(x[at]);
-          }
-        });
-      }
-      uint16_t* tiles = halves + (numbers + 2 * LANES - 1) / (2 * LANES) * (2 * LANES);
-      ready = ready_tiles(w, halves, rows, tiles, nullptr, false, threads);
-      if (!ready.rows) return false;
+      parallel_for((rows + 31) / 32 * 32, threads, [&](int64_t first, int64_t end) {
+        isa.round_rows(w, x, rows, tiles, first, end);
+      });
     }
+    const Rows ready = {rows, nullptr, nullptr, tiles, false};
     last = w;
     const Target target = {HB_FLOAT32, products[i].bias, products[i].out, w.out_features};
     // Two blocks share the rows that a unit has loaded.
@@ -145,6 +139,22 @@ struct Work {
 int64_t query_width(const hb_decoder& d) { return int64_t(d.heads) * d.head_dim; }
 int64_t kv_width(const hb_decoder& d) { return int64_t(d.kv_heads) * d.head_dim; }
 
+// Numbers of one row that are kept apart from the inputs of products.
+int64_t work_of_row(const hb_decoder& d) {
+  return 2 * int64_t(d.hidden) + 2 * query_width(d) + 2 * kv_width(d) + 2 * int64_t(d.intermediate);
+}
+
+// Rows that go through the blocks together, of so many.
+int64_t rows_at_a_time(const hb_decoder& d, int64_t rows, bool tiles) {
+  if (!tiles) return ROWS_AT_A_TIME;
+  int64_t most = WORK_BYTES / 4 / work_of_row(d);
+  if (most > MOST_TILED_ROWS) most = MOST_TILED_ROWS;
+  if (most < ROWS_AT_A_TIME) most = ROWS_AT_A_TIME;
+  // Equal parts: a last one of few rows would decode all weights for those alone.
+  const int64_t parts = (rows + most - 1) / most;
+  return (rows + parts - 1) / parts;
+}
+
 bool borrow_work(const hb_decoder& d, int64_t rows, bool tiles, Work* work) {
   const int64_t query = query_width(d), kv = kv_width(d);
   int64_t widest = d.hidden > d.intermediate ? d.hidden : d.intermediate;
@@ -152,12 +162,10 @@ bool borrow_work(const hb_decoder& d, int64_t rows, bool tiles, Work* work) {
   // Room for the inputs of three products: numbers and, at most as many, their sums.
   int64_t input_floats = MOST_PRODUCTS * (widest * 2 * rows + LANES);
   if (tiles) {
-    // Half numbers: the rows, and once more as tiles of 32 rows and 32 columns.
-    const int64_t rows_up = (rows + 31) / 32 * 32, widest_up = (widest + 31) / 32 * 32;
-    input_floats = (rows * widest + rows_up * widest_up) / 2 + LANES;
+    // Half numbers, in tiles of 32 rows and 32 columns.
+    input_floats = (rows + 31) / 32 * 32 * ((widest + 31) / 32 * 32) / 2;
   }
-  const int64_t each = 2 * int64_t(d.hidden) + 2 * query + 2 * kv + 2 * int64_t(d.intermediate);
-  float* at = borrow(each * rows + input_floats);
+  float* at = borrow(work_of_row(d) * rows + input_floats);
   if (!at) return false;
   const auto take = [&](int64_t width) {
     float* const taken = at;
@@ -169,25 +177,35 @@ bool borrow_work(const hb_decoder& d, int64_t rows, bool tiles, Work* work) {
   return true;
 }
 
-// Rows of one sequence that attend together: keys and values are read once for them.
-constexpr int ROWS_TOGETHER = 8;
+// Rows of one sequence that attend together: keys and values are read once for them. On matrix units
+// so many that turning the keys and values round for them is little beside multiplying.
+constexpr int ROWS_TOGETHER = 8, QUERIES_TOGETHER = 256;
+
+int rows_together(const hb_decoder& d, bool tiles) {
+  if (!tiles) return ROWS_TOGETHER;
+  const int shared = d.heads / d.kv_heads;
+  return (QUERIES_TOGETHER / shared + LANES) / LANES * LANES;
+}
 
 // Every row over its own sequence's cache, the heads that share keys and values together.
 bool attend_all(const hb_decoder& d, const Isa& isa, const hb_block& b, const hb_rows& rows,
-                const Work& work, int threads) {
+                bool tiles, const Work& work, int threads) {
   const int shared = d.heads / d.kv_heads, each = d.dtype == HB_FLOAT32 ? 4 : 2;
   const int64_t head_stride = d.page_tokens * d.head_dim;
-  int64_t groups = 0, starts[ROWS_AT_A_TIME + 1];
+  const int together = rows_together(d, tiles);
+  int64_t groups = 0, starts[MOST_TILED_ROWS + 1];
   for (int64_t r = 0; r < rows.rows; r++) {
     const bool follows = r && rows.starts[r] == rows.starts[r - 1] &&
                          rows.positions[r] == rows.positions[r - 1] + 1;
-    if (!follows || r - starts[groups - 1] == ROWS_TOGETHER) starts[groups++] = r;
+    if (!follows || r - starts[groups - 1] == together) starts[groups++] = r;
   }
   starts[groups] = rows.rows;
   std::atomic<bool> failed{false};
-  parallel_for(groups * d.kv_heads, threads, [&](int64_t first, int64_t last) {
+  const auto attend = [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; i++) {
-      const int64_t row = starts[i / d.kv_heads], end = starts[i / d.kv_heads + 1];
+      // The last ones first: they have most to look back on.
+      const int64_t group = groups - 1 - i / d.kv_heads;
+      const int64_t row = starts[group], end = starts[group + 1];
       const int64_t head = i % d.kv_heads, at = head * head_stride * each;
       const int64_t query = row * query_width(d) + head * shared * d.head_dim;
       const Attention a = {work.q + query,
@@ -204,17 +222,26 @@ bool attend_all(const hb_decoder& d, const Isa& isa, const hb_block& b, const hb
                            d.head_dim,
                            d.dtype,
                            d.scale};
+      if (tiles) {
+        if (!isa.attend_tiles(a)) failed = true;
+        continue;
+      }
       float* scratch = borrow_scores(a.scratch());
       if (scratch) isa.attend(a, scratch);
       else failed = true;
     }
-  });
+  };
+  parallel_for(groups * d.kv_heads, threads, attend, tiles ? 1 : 0);
   return !failed;
+}
+
+bool takes_tiles(const hb_decoder& d, const Isa& isa, const hb_rows& rows) {
+  return rows.prompt && d.dtype == HB_BFLOAT16 && isa.multiply_tiles;
 }
 
 int decode_chunk(const hb_decoder& d, const Isa& isa, const hb_rows& rows, int threads) {
   Work w;
-  const bool tiles = rows.prompt && d.dtype == HB_BFLOAT16 && isa.multiply_tiles;
+  const bool tiles = takes_tiles(d, isa, rows);
   if (!borrow_work(d, rows.rows, tiles, &w)) return HB_NO_MEMORY;
   const auto multiply = [&](const float* x, const auto& products) {
     return tiles ? multiply_all_tiles(isa, x, rows.rows, products, w.inputs, threads)
@@ -245,7 +272,7 @@ int decode_chunk(const hb_decoder& d, const Isa& isa, const hb_rows& rows, int t
       cache_heads(d, table, position, w.k + r * kv, b.keys);
       cache_heads(d, table, position, w.v + r * kv, b.values);
     });
-    if (!attend_all(d, isa, b, rows, w, threads)) return HB_NO_MEMORY;
+    if (!attend_all(d, isa, b, rows, tiles, w, threads)) return HB_NO_MEMORY;
     const Product o[] = {{b.o, b.o_bias, w.part}};
     if (!multiply(w.attended, o)) return HB_BAD_BLOB;
     each_row([&](int64_t r) {
@@ -289,16 +316,18 @@ extern "C" int hb_decode(const hb_decoder* decoder, const hb_rows* rows, int thr
     }
   }
   // One chunk after the other through all blocks: a later one finds the earlier in the cache.
-  for (int64_t first = 0; first < rows->rows; first += ROWS_AT_A_TIME) {
+  const Isa& isa = current_isa();
+  const int64_t most = rows_at_a_time(d, rows->rows, takes_tiles(d, isa, *rows));
+  for (int64_t first = 0; first < rows->rows; first += most) {
     const int64_t rest = rows->rows - first;
-    const hb_rows chunk = {rest < ROWS_AT_A_TIME ? rest : ROWS_AT_A_TIME,
+    const hb_rows chunk = {rest < most ? rest : most,
                            rows->prompt,
                            rows->x + first * d.hidden,
                            rows->positions + first,
                            rows->tables,
                            rows->starts + first,
                            rows->out + first * d.hidden};
-    const int status = decode_chunk(d, current_isa(), chunk, threads);
+    const int status = decode_chunk(d, isa, chunk, threads);
     if (status != HB_OK) return status;
   }
   return HB_OK;

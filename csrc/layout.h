@@ -53,8 +53,8 @@ struct Rows {
   int64_t rows;
   const float* x;     // [rows][in]
   const float* sums;  // [rows][groups]: sums of x; null where symmetric
-  // For matrix units, in place of x: bf16 [rows / 16][in / 32][16][32], padded with zeros to 32
-  // rows and whole steps of columns. `paired`: one such tile of rows, in which columns j and
+  // For matrix units, in place of x: bf16 tiles [16][32] in the order of rows.h, padded with zeros to
+  // 32 rows and whole steps of columns. `paired`: one row of such tiles, in which columns j and
   // j + half of each run lie side by side.
   const uint16_t* tiles;
   bool paired;
@@ -110,8 +110,13 @@ struct Isa {
   // Widths and counts are multiples of 16.
   void (*attend)(const Attention&, float* scratch);
   void (*gate_silu)(float* gate, const float* up, int64_t count);
-  // As `multiply`, from bf16 tiles; null where there are no matrix units.
+  // The rest is null where there are no matrix units. Rows [first, last) of x in tiles of bf16:
+  void (*round_rows)(const Packed&, const float* x, int64_t rows, uint16_t* tiles, int64_t first,
+                     int64_t last);
+  // As `multiply`, from tiles.
   void (*multiply_tiles)(const Packed&, const Rows&, const Target&, int64_t first, int64_t last);
+  // As `attend`, of a bfloat16 cache, with scratch of its own; false without memory for it.
+  bool (*attend_tiles)(const Attention&);
 };
 
 extern const Isa SERIAL;

@@ -111,8 +111,6 @@ Rows ready_rows(const Packed& w, int dtype, const void* x, int64_t rows, float* 
 
 namespace {
 
-constexpr int TILE = 16, STEP = 32;
-
 bool can_pair(const Packed& w, int64_t rows) {
   const bool whole = w.group_size % STEP == 0 || w.groups == 1;
   return rows <= TILE && (w.bits == 4 || w.bits == 2) && w.in_features % STEP == 0 && whole;
@@ -139,11 +137,12 @@ Rows ready_tiles(const Packed& w, const uint16_t* x, int64_t rows, uint16_t* til
     source[k] = from >= columns ? -1 : w.order ? w.order[from] : int32_t(from);
   }
   const bool straight = !paired && !w.order;
-  parallel_for(tile_halves(w, rows) / (steps * STEP), threads, [&](int64_t first, int64_t last) {
+  const int64_t row_tiles = paired ? 1 : tile_halves(w, rows) / (steps * TILE_HALVES);
+  parallel_for(row_tiles * TILE, threads, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; row++) {
-      uint16_t* to = tiles + (row / TILE * steps * TILE + row % TILE) * STEP;
       const uint16_t* from = x + row * columns;
-      for (int64_t step = 0; step < steps; step++, to += TILE * STEP) {
+      for (int64_t step = 0; step < steps; step++) {
+        uint16_t* to = tiles + place_of_tile(row / TILE, step, row_tiles, steps) + row % TILE * STEP;
         if (row >= rows) {
           memset(to, 0, STEP * 2);
         } else if (straight && (step + 1) * STEP <= columns) {

@@ -18,8 +18,8 @@ struct Work {
   void* data;
 };
 
-// One piece for each thread: a stream from memory is fast once it runs, and pieces an eighth as
-// large cost a decode step a fifth more. A thread that comes late finds its piece taken.
+// As a rule one piece for each thread: a stream from memory is fast once it runs, and pieces an
+// eighth as large cost a decode step a fifth more. A thread that comes late finds its piece taken.
 void take_pieces(void* from) {
   Work& work = *static_cast<Work*>(from);
   for (;;) {
@@ -32,10 +32,12 @@ void take_pieces(void* from) {
 
 }  // namespace
 
-void parallel_for(int64_t count, int threads, void (*body)(void*, int64_t, int64_t), void* data) {
+void parallel_for(int64_t count, int threads, void (*body)(void*, int64_t, int64_t), void* data,
+                  int64_t piece) {
   if (count <= 0) return;
   if (threads < 2 || count < 2) return body(data, 0, count);
-  Work work{{0}, count, (count + threads - 1) / threads, body, data};
+  if (!piece) piece = (count + threads - 1) / threads;
+  Work work{{0}, count, piece, body, data};
   if (openmp) return openmp(take_pieces, &work, unsigned(threads), 0);
   std::vector<std::thread> others;
   for (int i = 1; i < threads; i++) others.emplace_back(take_pieces, &work);

@@ -22,6 +22,19 @@ uint16_t* borrow_stripe(int64_t halves);
 
 // bf16 rows for matrix units, into tile_halves numbers. `few`: the way for few rows may be taken,
 // whose results differ in the last bits.
+constexpr int TILE = 16;                  // rows of a tile
+constexpr int STEP = 32;                  // columns of a tile
+constexpr int TILE_HALVES = TILE * STEP;  // its numbers
+constexpr int CHUNK = 16;                 // steps of all rows that lie together: 512 columns
+
+// Where a tile of rows begins among `row_tiles` of `steps` each: a chunk of columns after the other,
+// in each all rows, so that what is multiplied together lies together.
+inline int64_t place_of_tile(int64_t row_tile, int64_t step, int64_t row_tiles, int64_t steps) {
+  const int64_t first = step / CHUNK * CHUNK;
+  const int64_t wide = steps - first < CHUNK ? steps - first : CHUNK;
+  return (first * row_tiles + row_tile * wide + step - first) * TILE_HALVES;
+}
+
 int64_t tile_halves(const Packed& w, int64_t rows);
 Rows ready_tiles(const Packed& w, const uint16_t* x, int64_t rows, uint16_t* tiles, float* sums,
                  bool few, int threads);

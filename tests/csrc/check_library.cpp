@@ -63,7 +63,8 @@ int main() {
   };
   const Shape shapes[] = {{4, 64, 64, 32},  {4, 576, 40, 128}, {4, 144, 24, 16},
                           {4, 136, 8, 136}, {8, 100, 24, 20},  {3, 288, 32, 96},
-                          {2, 144, 48, 16}, {2, 256, 16, 64},  {4, 1024, 32, 512}};
+                          {2, 144, 48, 16}, {2, 256, 16, 64},  {4, 1024, 32, 512},
+                          {4, 1160, 40, 232}};
   const std::string isas = hb_isas();
   bool wrong = !check_respellings();
   printf("respellings are %s\n", wrong ? "wrong" : "the same");

@@ -26,6 +26,8 @@ LAYERS = [
     (4, 576, 192, 128),  # ragged last group
     (4, 144, 40, 16),  # channels that fill no block
     (4, 136, 8, 136),  # one group for the whole row
+    (4, 1160, 40, 232),  # groups across chunks of 512 columns
+    (3, 1056, 32, 96),
     (8, 100, 24, 20),
     (3, 288, 96, 96),
     (2, 144, 48, 16),

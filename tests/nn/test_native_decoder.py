@@ -70,21 +70,47 @@ def test_bfloat16_deviates_by_its_rounding_only(tmp_path, isa):
     assert float((found - expected).norm() / expected.norm()) < 0.02
 
 
-def test_a_long_prompt_is_read_by_torch_and_gone_on_from(tmp_path, monkeypatch):
-    model = load(tmp_path, "llama", torch.float32)
-    expected, _ = run_both(model)
-    monkeypatch.setattr(native_decoder, "LONG_PROMPT", 3 / 64)
-    monkeypatch.setattr(native_decoder.NativeDecoder, "run", _only_single(NativeDecoder.run))
-    found, _ = run_both(model)
-    torch.testing.assert_close(found, expected, rtol=5e-4, atol=5e-4)
+@pytest.mark.parametrize("name", ["llama", "all heads", "norms of heads"])
+def test_a_long_prompt_is_read_as_by_the_models_own_forward(tmp_path, name, isa):
+    model = load(tmp_path, name, torch.bfloat16)
+    # More rows than go through the blocks at a time, and several blocks of keys.
+    tokens = torch.randint(3, 128, (700,), generator=torch.Generator().manual_seed(4))
+    with torch.inference_mode():
+        found = NativeDecoder(model, 700).read(tokens.tolist())
+        exact = halfbyte.load(tmp_path, dtype=torch.float32)
+        expected = exact.model(tokens[None], use_cache=False).last_hidden_state[0]
+    # Of each row, so that a wrong key among hundreds counts.
+    deviations = (found - expected).norm(dim=1) / expected.norm(dim=1)
+    assert float(deviations.max()) < 0.04
 
 
-def _only_single(run):
-    def checked(self, tokens, *rest, **keywords):
-        assert len(tokens) == 1, "a long prompt went through the library"
-        return run(self, tokens, *rest, **keywords)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_long_prompt_gets_the_same_bits_in_pieces_over_pages(tmp_path, dtype, isa):
+    model = load(tmp_path, "llama", dtype)
+    generator = torch.Generator().manual_seed(5)
+    sequences = [torch.randint(3, 128, (n,), generator=generator).tolist() for n in (400, 150)]
+    config = model.config
 
-    return checked
+    def run(page_tokens, cuts, together):
+        pages = 2 * -(-400 // page_tokens)
+        shape = (pages, config.num_key_value_heads, page_tokens, config.head_dim)
+        layers = range(config.num_hidden_layers)
+        cache = [[torch.full(shape, torch.nan, dtype=dtype) for _ in layers] for _ in "kv"]
+        decoder = NativeDecoder(model, 400, tuple(cache))
+        with torch.inference_mode():
+            return run_paged(
+                decoder,
+                sequences,
+                cuts,
+                page_tokens=page_tokens,
+                together=together,
+                prompt=True,
+            )
+
+    whole = run(400, [400], True)
+    for page_tokens, cuts in ((32, [400]), (16, [200, 129, 71]), (48, [7, 150, 243])):
+        for mine, expected in zip(run(page_tokens, cuts, True), whole, strict=True):
+            assert torch.equal(mine, expected)
 
 
 def test_long_rotary_tables_and_scaled_rotations_are_the_models_own(tmp_path):

@@ -10,13 +10,14 @@ Source:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from halfbyte.checkpoint.layout import FORMAT_V1, FORMAT_V2, LinearLayout
 from halfbyte.errors import CheckpointError
-from halfbyte.packing import pack_codes
+from halfbyte.packing import codes_per_run, pack_codes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,11 +55,10 @@ def detect_zero_dialect(
     Raises:
         CheckpointError: The config says symmetric, but the zeros are not all the middle code.
     """
-    num_columns = qzeros.shape[1] * 32 // bits
     for offset in (1, 0):
         stored = 2 ** (bits - 1) - offset
-        row = pack_codes(torch.full((num_columns, 1), stored, device=qzeros.device), bits)
-        if not torch.equal(qzeros, row.t().expand_as(qzeros)):
+        run = _uniform_run(bits, stored).to(qzeros.device)
+        if not torch.equal(qzeros, run.repeat(qzeros.shape[1] // len(run)).expand_as(qzeros)):
             continue
         if declared_symmetric is False:
             middle = declared_offset == offset
@@ -79,6 +79,13 @@ def detect_zero_dialect(
             "or the label is wrong: if the model is asymmetric, set sym to false in its config."
         )
     return ZeroDialect(zero_offset=declared_offset, is_symmetric=False)
+
+
+@cache
+def _uniform_run(bits: int, code: int) -> Tensor:
+    """Words of a run of one code; packed once, not for every linear of a model."""
+    codes = torch.full((codes_per_run(bits), 1), code, device="cpu")
+    return pack_codes(codes, bits).flatten()
 
 
 def measure_groups(module: str, g_idx: Tensor, num_groups: int) -> int:

@@ -45,12 +45,6 @@ KERNEL = "cpu_native"
 PROBE_TOKENS = 8
 """Tokens that are run both ways before a model is trusted."""
 
-LONG_PROMPT = 1.25
-"""From so many tokens for each column of the hidden states on, torch's attention, which works on
-tiles, makes up for slower products: SmolLM2 (576 columns) on two threads reads 512 tokens in 0.31 s
-by the library and 0.35 by torch, 1,024 in 0.62 and 0.44, 2,048 in 1.66 and 1.16; a 1B shape (2048
-columns) 512 tokens at 302 a second by the library and 269 by torch."""
-
 MOST_DEVIATION = 0.05
 """Of the hidden states, as a share of their length; bf16 alone makes about 0.01."""
 
@@ -118,20 +112,8 @@ class NativeDecoder:
         Returns:
             The last hidden states after the last norm, float32 [tokens, hidden].
         """
-        if len(prompt) >= LONG_PROMPT * self._decoder.hidden:
-            return self._read_long(prompt)
         positions = list(range(len(prompt)))
         return self.run(prompt, positions, [0], [0] * len(prompt), prompt=True)
-
-    def _read_long(self, prompt: Sequence[int]) -> Tensor:
-        """Run a prompt by the model's own forward, and take over its keys and values."""
-        output = self._base(torch.tensor([list(prompt)]), use_cache=True)
-        layers = cache_of(output).layers
-        for layer, keys, values in zip(layers, self.keys, self.values, strict=True):
-            keys[0, :, : len(prompt)] = layer.keys[0]
-            values[0, :, : len(prompt)] = layer.values[0]
-        last: Tensor = output.last_hidden_state
-        return last[0].float()
 
     def step(self, token: int, position: int) -> Tensor:
         """Run one token of the sequence on the first page.
