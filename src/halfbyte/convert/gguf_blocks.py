@@ -24,7 +24,6 @@ from halfbyte.convert.mlx import find_zeros
 from halfbyte.convert.respell import BLOCK, from_blocks, to_blocks
 from halfbyte.errors import CheckpointError
 
-
 PLAIN: Mapping[BlockType, torch.dtype] = {
     F32: torch.float32,
     F16: torch.float16,
