@@ -26,14 +26,23 @@ def main() -> None:
     parser.add_argument("name", help="of the result")
     parser.add_argument("runs", type=Path, nargs="+", help="a later one's rows take precedence")
     parser.add_argument("--commit", required=True, help="that was measured, of the last run")
+    parser.add_argument(
+        "--older", nargs="*", type=Path, default=(), help="runs of an earlier halfbyte"
+    )
+    parser.add_argument("--as", dest="older_as", default="", help="what its rows are called")
     options = parser.parse_args()
-    runs = [json.loads(path.read_text(encoding="utf-8")) for path in options.runs]
+    paths = [*options.older, *options.runs]
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    for run in runs[: len(options.older)]:
+        for row in run["rows"]:
+            if row[0] in HALFBYTE_CASES:
+                row[0] += options.older_as
     settings = {run["note"].partition(PLACE)[0] for run in runs}
     if len(settings) > 1:
         raise SystemExit("These runs differ in their settings:\n" + "\n".join(sorted(settings)))
     rows: dict[str, list[Any]] = {}
     kept: dict[str, Any] = {}
-    for path, run in zip(options.runs, runs, strict=True):
+    for path, run in zip(paths, runs, strict=True):
         if run["columns"] != runs[0]["columns"]:
             raise SystemExit(f"{path} has columns {run['columns']}, not {runs[0]['columns']}.")
         for row in run["rows"]:
@@ -43,7 +52,8 @@ def main() -> None:
                 "result": run["data"].get("results", {}).get(row[0]),
             }
     last = runs[-1]
-    order = [name for name in (*HALFBYTE_CASES, *PEER_CASES) if name in rows]
+    known = [*HALFBYTE_CASES, *PEER_CASES]
+    order = sorted(rows, key=lambda name: known.index(name) if name in known else -1)
     save_result(
         options.name,
         columns=[*last["columns"], "on"],
