@@ -119,9 +119,11 @@ def test_it_comes_and_goes_by_its_name_in_a_vllm_behind_our_gateway(ours_tiny, a
         change("load")
         assert [entry.id for entry in client.models.list()] == ["tiny", "red"]
         adapted, tokenizer = load(base, adapter), AutoTokenizer.from_pretrained(base)
-        assert write("red") == [
-            tokenizer.decode(answer(adapted, prompt, 8)) for prompt in PROMPTS[:2]
-        ]
+        for prompt, text in zip(PROMPTS[:2], write("red"), strict=True):
+            # vLLM begins with the prompt where that ends within a character, and leaves out half
+            # a character at the end: these tokens are drawn, and no text.
+            half = "\N{REPLACEMENT CHARACTER}"
+            assert text.endswith(tokenizer.decode(answer(adapted, prompt, 8)).rstrip(half))
         assert write("tiny") == plain != write("red")
         change("unload")
         with pytest.raises(openai.NotFoundError):
