@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.alone
 SERVER = Path(__file__).with_name("fake_model_server.py")
 SMALL, LARGE = "small", "large"
 

@@ -84,10 +84,10 @@ def test_prompt_is_found_in_every_form():
 
 def test_long_answers_cost_no_more_than_their_ends():
     text = " ".join(str(n) for n in range(200_000))
-    start = time.perf_counter()
+    start = time.process_time()
     assert not is_repetitive(text)
     # Generous: the whole text, word by word and for each period, takes a hundred times as long.
-    assert time.perf_counter() - start < 0.05
+    assert time.process_time() - start < 0.05
 
 
 @pytest.mark.parametrize("documents", [calibration_documents, evaluation_documents])
