@@ -54,8 +54,8 @@ class ModuleReport:
     num_tokens: int
     """Calibration tokens that reached this module."""
     relative_error: float | None
-    """Squared error of its outputs over their squared size, 0 at best; on the calibration Hessian as
-    the solver saw it, shrunk towards its diagonal. None where all its outputs are zero."""
+    """Squared error of its outputs over their squared size, 0 at best; on the calibration Hessian
+    as the solver saw it, shrunk towards its diagonal. None where all its outputs are zero."""
     round_to_nearest_error: float | None
     """The same measure for plain rounding on the min-max grid: what the solver had to beat."""
     damping_used: float
