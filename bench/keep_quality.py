@@ -24,7 +24,7 @@ def main() -> None:
     """Join the files."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", help="of the result")
-    parser.add_argument("runs", type=Path, nargs="+", help="a later one's rows take precedence")
+    parser.add_argument("runs", type=Path, nargs="*", help="a later one's rows take precedence")
     parser.add_argument("--commit", required=True, help="that was measured, of the last run")
     parser.add_argument(
         "--older", nargs="*", type=Path, default=(), help="runs of an earlier halfbyte"
@@ -50,6 +50,7 @@ def main() -> None:
             kept[row[0]] = {
                 "of": {key: run[key] for key in ("date", "commit", "command", "machine")},
                 "result": run["data"].get("results", {}).get(row[0]),
+                "kept from": run["data"].get("kept from", "the script's file"),
             }
     last = runs[-1]
     known = [*HALFBYTE_CASES, *PEER_CASES]

@@ -338,10 +338,7 @@ def describe(args: argparse.Namespace, samples: int, windows: int, base: float) 
         f"{args.device}, {args.threads} threads, {args.jobs} at a time; ± is the standard error "
         "over windows; user CPU seconds include each tool's imports; all tools compute in bf16; "
         f"AutoRound with its default of {AUTOROUND_STEPS} iterations"
-        + (
-            f"; not done within {args.seconds:.0f} s: {', '.join(args.stopped)}"
-            * bool(args.stopped)
-        )
+        + (f"; stopped for their time: {', '.join(args.stopped)}" if args.stopped else "")
     )
 
 
