@@ -21,6 +21,8 @@ from halfbyte.quant_config import PRESETS
 from measure_quality import WINDOW, add_common_arguments, compare, prepare, run_tool
 from record import save_result
 
+SHARES = (0.0, 0.1, 0.2, 0.6)
+"""Of the Hessian's shrinkage, beside the preset's own."""
 COST = ("wall, s", "user CPU, s", "peak, GB")
 
 
@@ -96,11 +98,16 @@ def cases(tune_steps: int, whole_steps: int) -> dict[str, dict[str, Any]]:
     base = {"match_base": True}
     return {
         "stored order instead of act-order": {"act_order": False},
-        "no shrinkage": {"shrinkage": 0.0},
+        "more damping instead of shrinkage": {"shrinkage": 0.0, "damping": 0.1},
+        **{f"fast, shrinkage {share}": {"shrinkage": share} for share in SHARES},
         "fast": {},
         "fast + polish": {"polish": 1},
         "fast + base": base,
         "balanced: base and polish": {**base, "polish": 1},
+        **{
+            f"balanced, shrinkage {share}": {**base, "polish": 1, "shrinkage": share}
+            for share in SHARES
+        },
         "fast + base + tuning": {**base, "tune_steps": tune_steps},
         "base and polish and tuning": {**base, "polish": 1, "tune_steps": tune_steps},
         "base and polish and end to end": {**base, "polish": 1, "end_to_end_steps": whole_steps},

@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Protocol
 
 from halfbyte.errors import ConfigError, ServeError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+def check_is_loaded(name: str, loaded: Collection[str]) -> None:
+    """Refuse an adapter that is not loaded.
+
+    Args:
+        name: Of it.
+        loaded: Names of those that are.
+
+    Raises:
+        ServeError: 404, with the names that there are.
+    """
+    if name not in loaded:
+        raise ServeError(
+            f"There is no adapter {name}; loaded are: {', '.join(loaded) or 'none'}.",
+            status=404,
+            code="model_not_found",
+            param="model",
+        )
 
 
 class Loads(Protocol):

@@ -29,6 +29,7 @@ import httpx2
 from halfbyte.environment import API_KEYS, UPSTREAM_KEY
 from halfbyte.errors import ConfigError, ServeError
 from halfbyte.serve import lifeline
+from halfbyte.serve.adapters import check_is_loaded
 from halfbyte.serve.exchange import Call, Event, Load
 from halfbyte.serve.upstream import Host, UpstreamBackend
 
@@ -163,18 +164,9 @@ class VllmBackend:
         """Take an adapter away.
 
         Args:
-            name: Of it.
-
-        Raises:
-            ServeError: 404: there is none of that name.
+            name: Of it; a ServeError of 404 where there is none of that name.
         """
-        if name not in self._adapters:
-            raise ServeError(
-                f"There is no adapter {name}; loaded are: {', '.join(self._adapters) or 'none'}.",
-                status=404,
-                code="model_not_found",
-                param="model",
-            )
+        check_is_loaded(name, self._adapters)
         # Also where vLLM is away: started again, it has those that are noted here.
         del self._adapters[name]
         self._upstream.adapters = tuple(self._adapters)

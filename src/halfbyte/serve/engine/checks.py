@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 from halfbyte.errors import ServeError
+from halfbyte.serve.adapters import check_is_loaded
 from halfbyte.serve.engine.contract import EngineInfo, TokenRequest
 from halfbyte.serve.engine.page_pool import PagePool
 
@@ -55,13 +56,8 @@ def check_request(
         most = min(info.vocabulary, MOST_LOGPROBS)
         if value is not None and not 0 <= value <= most:
             _refuse(f"{name} is {value}; it must be from 0 to {most}.", name)
-    if request.adapter is not None and request.adapter not in adapters:
-        raise ServeError(
-            f"There is no adapter {request.adapter}; loaded are: {', '.join(adapters) or 'none'}.",
-            status=404,
-            code="model_not_found",
-            param="model",
-        )
+    if request.adapter is not None:
+        check_is_loaded(request.adapter, adapters)
     total = len(request.prompt) + request.max_new_tokens
     cached = pool.pages * pool.page_tokens
     if total > min(info.context, cached):

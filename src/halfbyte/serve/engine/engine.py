@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from halfbyte.errors import HalfbyteError, ServeError
+from halfbyte.serve.adapters import check_is_loaded
 from halfbyte.serve.engine.checks import check_request
 from halfbyte.serve.engine.contract import (
     Ended,
@@ -172,18 +173,9 @@ class EmbeddedEngine:
         """Take an adapter away; requests that use it finish first.
 
         Args:
-            name: Of it.
-
-        Raises:
-            ServeError: 404: there is none of that name.
+            name: Of it; a ServeError of 404 where there is none of that name.
         """
-        if name not in self._adapters:
-            raise ServeError(
-                f"There is no adapter {name}; loaded are: {', '.join(self._adapters) or 'none'}.",
-                status=404,
-                code="model_not_found",
-                param="model",
-            )
+        check_is_loaded(name, self._adapters)
         # Nobody new from now on.
         self._adapters = tuple(other for other in self._adapters if other != name)
         done: Future[None] = Future()
