@@ -18,12 +18,21 @@ from typing import Any
 
 from halfbyte.data import PROSE
 from halfbyte.quant_config import PRESETS
-from measure_quality import WINDOW, add_common_arguments, compare, prepare, run_tool
+from measure_quality import (
+    COLUMNS,
+    OTHER_WINDOW,
+    WINDOW,
+    add_common_arguments,
+    compare,
+    make_rows,
+    prepare,
+    run_tool,
+    windows_by_kind,
+)
 from record import save_result
 
 SHARES = (0.0, 0.1, 0.2, 0.6)
 """Of the Hessian's shrinkage, beside the preset's own."""
-COST = ("wall, s", "user CPU, s", "peak, GB")
 
 
 def main() -> None:
@@ -40,7 +49,8 @@ def main() -> None:
     parser.add_argument("--only", help="names of cases, with commas")
     parser.add_argument("--name", default="ablation", help="of the file in bench/results")
     args = parser.parse_args()
-    _, ids, windows = prepare(args)
+    tokenizer, ids, prose = prepare(args)
+    windows = windows_by_kind(tokenizer, prose)
     chosen = cases(args.tune_steps, args.end_to_end_steps)
     if args.only:
         chosen = {name: chosen[name] for name in args.only.split(",")}
@@ -62,40 +72,34 @@ def main() -> None:
             assert run is not None, "there is no limit"
             runs[name] = run
         folders = {name: Path(work) / run["folder"] for name, run in runs.items()}
-        compared = compare(args.model, folders, {PROSE: windows}, args.device)
-        results = {name: by_kind[PROSE] for name, by_kind in compared.items()}
-    rows_out = [
-        [
-            name,
-            round(result.kl_nats, 4),
-            round(result.kl_standard_error or 0.0, 4),
-            round(result.quantized.perplexity, 3),
-            round(result.top1_agreement, 4),
-            round(runs[name]["wall_seconds"], 1),
-            round(runs[name]["user_seconds"], 1),
-            round(runs[name]["peak_gb"], 2),
-        ]
-        for name, result in results.items()
-    ]
-    for row in rows_out:
-        print(row, flush=True)
-    base = next(iter(results.values())).base.perplexity
+        results = compare(args.model, folders, windows, args.device)
+    rows = make_rows(runs, results)
+    base = next(iter(results.values()))[PROSE].base.perplexity
     save_result(
         args.name,
-        columns=["steps", "KL, nats", "±", "perplexity", "same first choice", *COST],
-        rows=rows_out,
+        columns=["steps", *COLUMNS],
+        rows=rows,
         note=f"{args.bits} bits, group {args.group_size}; where there is training: "
         f"{args.tune_steps} steps a block, {args.end_to_end_steps} end to end at most; "
-        f"{len(ids)} x {args.length} calibration tokens; {len(windows)} windows "
-        f"of {WINDOW} held-out tokens; base {base:.3f}; "
-        f"{args.threads} threads; ± is the standard error over windows",
-        data={"runs": runs, "results": {n: r.to_dict() for n, r in results.items()}},
+        f"{len(ids)} x {args.length} calibration tokens; {len(prose)} windows "
+        f"of {WINDOW} held-out tokens, the other kinds in windows of {OTHER_WINDOW}; "
+        f"base {base:.3f}; {args.threads} threads; ± is the standard error over windows",
+        data={
+            "runs": runs,
+            "results": {
+                name: {kind: result.to_dict() for kind, result in by_kind.items()}
+                for name, by_kind in results.items()
+            },
+        },
     )
 
 
 def cases(tune_steps: int, whole_steps: int) -> dict[str, dict[str, Any]]:
     """Name every set of steps."""
     base = {"match_base": True}
+    weighed = {"weigh_tokens": True}
+    balanced = {**base, "polish": 1}
+    tuned = {**balanced, "tune_steps": tune_steps}
     return {
         "stored order instead of act-order": {"act_order": False},
         "more damping instead of shrinkage": {"shrinkage": 0.0, "damping": 0.1},
@@ -103,20 +107,15 @@ def cases(tune_steps: int, whole_steps: int) -> dict[str, dict[str, Any]]:
         "fast": {},
         "fast + polish": {"polish": 1},
         "fast + base": base,
-        "balanced: base and polish": {**base, "polish": 1},
-        **{
-            f"balanced, shrinkage {share}": {**base, "polish": 1, "shrinkage": share}
-            for share in SHARES
-        },
+        "fast + weighed tokens": weighed,
+        "balanced: base and polish": balanced,
+        **{f"balanced, shrinkage {share}": {**balanced, "shrinkage": share} for share in SHARES},
+        "balanced + weighed tokens": {**balanced, **weighed},
         "fast + base + tuning": {**base, "tune_steps": tune_steps},
-        "base and polish and tuning": {**base, "polish": 1, "tune_steps": tune_steps},
-        "base and polish and end to end": {**base, "polish": 1, "end_to_end_steps": whole_steps},
-        "best: base, polish, tuning, end to end": {
-            **base,
-            "polish": 1,
-            "tune_steps": tune_steps,
-            "end_to_end_steps": whole_steps,
-        },
+        "balanced + tuning": tuned,
+        "balanced + weighed tokens + tuning": {**tuned, **weighed},
+        "balanced + end to end": {**balanced, "end_to_end_steps": whole_steps},
+        "best: all of it": {**tuned, **weighed, "end_to_end_steps": whole_steps},
     }
 
 

@@ -50,6 +50,12 @@ from record import save_result
 
 WINDOW = 2048
 OTHER_WINDOW = 512
+OTHERS = [kind for kind in EVALUATION_FILES if kind != PROSE]
+COLUMNS = [
+    *("KL, nats", "±"),
+    *(f"KL, {kind}" for kind in OTHERS),
+    *("perplexity", "same first choice", "user CPU, s", "wall, s", "peak, GB"),
+]
 MIX = ", built-in mix"
 """Ends the name of a case that calibrates on it."""
 _128 = {"group_size": 128, "ragged_groups": True}
@@ -103,11 +109,7 @@ def main() -> None:
     mix = load_calibration(
         None, CalibrationConfig(samples=args.samples, length=args.length), tokenizer, None
     )
-    windows = {PROSE: prose}
-    for kind in EVALUATION_FILES:
-        if kind != PROSE:
-            other = tokenize_text(tokenizer, "\n\n".join(evaluation_documents(kind)))
-            windows[kind] = split_windows(other, OTHER_WINDOW).ids
+    windows = windows_by_kind(tokenizer, prose)
     with tempfile.TemporaryDirectory() as work:
         outcomes = run_tools(args, ids, [row.tolist() for row in mix.sequences], Path(work))
         runs = {name: run for name, run in outcomes.items() if run is not None}
@@ -143,6 +145,15 @@ def prepare(args: argparse.Namespace) -> tuple[Any, list[list[int]], Tensor]:
     ids = [row.tolist() for row in rows if len(row) == args.length]
     windows = split_windows(tokenize_text(tokenizer, held_out), WINDOW, limit=args.windows).ids
     return tokenizer, ids, windows
+
+
+def windows_by_kind(tokenizer: Any, prose: Tensor) -> dict[str, Tensor]:
+    """Give windows of the shipped texts of other kinds, beside those of prose."""
+    windows = {PROSE: prose}
+    for kind in OTHERS:
+        other = tokenize_text(tokenizer, "\n\n".join(evaluation_documents(kind)))
+        windows[kind] = split_windows(other, OTHER_WINDOW).ids
+    return windows
 
 
 def run_tools(
@@ -288,30 +299,11 @@ def report(
     results: dict[str, dict[str, DivergenceResult]],
 ) -> None:
     """Print and save the table."""
-    others = [kind for kind in EVALUATION_FILES if kind != PROSE]
-    columns = ["tool", "KL, nats", "±", *(f"KL, {kind}" for kind in others)]
-    columns += ["perplexity", "same first choice", "user CPU, s", "wall, s", "peak, GB"]
-    rows = []
-    for name, by_kind in results.items():
-        run, result = runs[name], by_kind[PROSE]
-        rows.append(
-            [
-                name,
-                round(result.kl_nats, 4),
-                round(result.kl_standard_error or 0.0, 4),
-                *(round(by_kind[kind].kl_nats, 4) for kind in others),
-                round(result.quantized.perplexity, 3),
-                round(result.top1_agreement, 4),
-                round(run["user_seconds"], 1),
-                round(run["wall_seconds"], 1),
-                round(run["peak_gb"], 2),
-            ]
-        )
-        print(rows[-1], flush=True)
+    rows = make_rows(runs, results)
     base = next(iter(results.values()))[PROSE].base.perplexity
     save_result(
         args.name,
-        columns=columns,
+        columns=["tool", *COLUMNS],
         rows=rows,
         note=describe(args, samples, windows, base),
         data={
@@ -324,6 +316,30 @@ def report(
             },
         },
     )
+
+
+def make_rows(
+    runs: dict[str, Any], results: dict[str, dict[str, DivergenceResult]]
+) -> list[list[Any]]:
+    """Give a row of ``COLUMNS`` behind each name, and print it before anything can go wrong."""
+    rows = []
+    for name, by_kind in results.items():
+        run, result = runs[name], by_kind[PROSE]
+        rows.append(
+            [
+                name,
+                round(result.kl_nats, 4),
+                round(result.kl_standard_error or 0.0, 4),
+                *(round(by_kind[kind].kl_nats, 4) for kind in OTHERS),
+                round(result.quantized.perplexity, 3),
+                round(result.top1_agreement, 4),
+                round(run["user_seconds"], 1),
+                round(run["wall_seconds"], 1),
+                round(run["peak_gb"], 2),
+            ]
+        )
+        print(rows[-1], flush=True)
+    return rows
 
 
 def describe(args: argparse.Namespace, samples: int, windows: int, base: float) -> str:

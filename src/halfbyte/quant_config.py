@@ -27,7 +27,13 @@ MOST_BITS = 9
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {},
     "balanced": {"match_base": True, "polish": 1},
-    "best": {"match_base": True, "polish": 1, "tune_steps": 200, "end_to_end_steps": 120},
+    "best": {
+        "match_base": True,
+        "weigh_tokens": True,
+        "polish": 1,
+        "tune_steps": 200,
+        "end_to_end_steps": 120,
+    },
 }
 """Settings of :class:`QuantConfig` by what they are for: little time, or more quality."""
 
@@ -151,6 +157,12 @@ class QuantConfig:
     match_base: bool = _option(
         False,
         "aim at the outputs of the unquantized model, which runs beside (twice the forward passes)",
+        both=True,
+    )
+    weigh_tokens: bool = _option(
+        False,
+        "let each calibration token count by how much the predictions hang on it (the text goes "
+        "through the unquantized model and back first)",
         both=True,
     )
     polish: int = _option(

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from halfbyte.errors import CalibrationError
 from halfbyte.model.stream import Passages
@@ -20,6 +21,7 @@ from halfbyte.quant_config import QuantConfig
 from halfbyte.quantize.hessian import HessianAccumulator, shrink_to_diagonal, shrink_to_pool
 from halfbyte.quantize.rounding import InputStatistics, LinearTask
 from halfbyte.quantize.target import MomentAccumulator
+from halfbyte.quantize.token_weights import TokenWeights
 
 FEW_TOKENS_PER_INPUT = 4
 """An expert that saw fewer than this times its width is helped by its siblings' statistics."""
@@ -51,6 +53,7 @@ class InputCollector:
         passages: Passages,
         base_passages: Passages | None,
         base_weights: Callable[[], AbstractContextManager[None]],
+        token_weights: TokenWeights | None,
     ) -> None:
         """Take what all stages of a block share.
 
@@ -60,31 +63,35 @@ class InputCollector:
             passages: The batches, on their way through the block.
             base_passages: The same batches as the base model sees them; None: it runs not beside.
             base_weights: Puts the base model's weights into the block for a while.
+            token_weights: What the tokens count; None: all alike.
         """
         self.config = config
         self.device = device
         self.passages = passages
         self.base_passages = base_passages
         self.base_weights = base_weights
+        self.token_weights = token_weights
 
     def collect(
-        self, stage: int, groups: Sequence[GroupTasks], *, with_base: bool
+        self, stage: int, groups: Sequence[GroupTasks], *, routed: bool
     ) -> Sequence[Accumulator]:
         """Sum over all batches; on a GPU unchecked at first, for nearly always all is finite.
 
         Args:
             stage: Which stage.
             groups: Which of its groups.
-            with_base: Whether the base model's inputs go in, where it runs beside.
+            routed: Whether tokens are routed to the groups: then nobody knows which they are, in
+                the base model or among the weights.
 
         Returns:
             One accumulator per group.
         """
-        base_passages = self.base_passages if with_base else None
+        base_passages = None if routed else self.base_passages
+        roots = [None if routed else self._roots(group) for group in groups]
         found: Sequence[Accumulator] = ()
         for checked in (False, True) if self._sums_first else (True,):
             del found
-            found = self._sum_batches(stage, groups, base_passages, checked=checked)
+            found = self._sum_batches(stage, groups, base_passages, roots, checked=checked)
             if all(isinstance(a, MomentAccumulator) or a.is_finite for a in found):
                 break
         return found
@@ -109,6 +116,11 @@ class InputCollector:
             self.passages.release(batch)
         return pool
 
+    def _roots(self, group: GroupTasks) -> list[Tensor] | None:
+        if self.token_weights is None:
+            return None
+        return self.token_weights.roots([task.name for task in group.tasks], self.device)
+
     @property
     def _sums_first(self) -> bool:
         return self.device.type != "cpu"
@@ -118,6 +130,7 @@ class InputCollector:
         stage: int,
         groups: Sequence[GroupTasks],
         base_passages: Passages | None,
+        roots: Sequence[list[Tensor] | None],
         *,
         checked: bool,
     ) -> Sequence[Accumulator]:
@@ -135,13 +148,14 @@ class InputCollector:
                     base_inputs = base_passages.reach(batch, stage)
             inputs = self.passages.reach(batch, stage)
             if inputs is not None:
-                for group, accumulator in zip(groups, found, strict=True):
+                for group, accumulator, of_group in zip(groups, found, roots, strict=True):
                     index = group.index
+                    here = None if of_group is None else of_group[batch]
                     if isinstance(accumulator, MomentAccumulator):
                         base = None if base_inputs is None else base_inputs[index]()
-                        accumulator.update(batch, inputs[index](), base)
+                        accumulator.update(batch, inputs[index](), base, here)
                     else:
-                        accumulator.update(inputs[index]())
+                        accumulator.update(inputs[index](), here)
             del inputs, base_inputs
             self.passages.release(batch)
             if base_passages is not None:

@@ -37,6 +37,7 @@ from halfbyte.quantize.hardware import release_memory
 from halfbyte.quantize.hessian import HessianAccumulator
 from halfbyte.quantize.meter import Meter
 from halfbyte.quantize.rounding import LinearTask, RoundedLinear, round_group
+from halfbyte.quantize.token_weights import TokenWeights
 
 DISCOVERY_TOKENS = 64
 
@@ -78,6 +79,8 @@ class BlockWork:
         self.stages: list[Stage] = []
         self.split_experts: list[str] = []
         """Names of the current block's experts modules that were split."""
+        self.token_weights: TokenWeights | None = None
+        """What the calibration tokens count; None: all alike."""
         self._base_weights: dict[str, nn.Parameter] = {}
         """Of the linears that are rounded already, where the base model runs beside."""
 
@@ -140,6 +143,7 @@ class BlockWork:
             passages,
             base_passages,
             lambda: self.base_weights(root),
+            self.token_weights,
         )
         waiting = {task.module: task for task in tasks}
         rounded: list[RoundedLinear] = []
@@ -164,7 +168,7 @@ class BlockWork:
         pool: HessianAccumulator | None = None
         for portion in cut_portions(groups, self.config, self.hessian_bytes):
             with self.meter.timed("forward and Hessians"):
-                found = collector.collect(number, portion, with_base=stage.experts is None)
+                found = collector.collect(number, portion, routed=stage.experts is not None)
                 if pool is None and len(stage.groups) > 1 and any(map(is_starved, found)):
                     pool = collector.pool(number, len(stage.groups), portion[0].width)
             self.meter.flops["Hessians"] += sum(a.num_tokens * a.in_features**2.0 for a in found)

@@ -55,11 +55,12 @@ class HessianAccumulator:
         """Whether the sum holds no NaN or infinity; one in a batch shows on the diagonal."""
         return bool(torch.isfinite(self._sum.diagonal()).all())
 
-    def update(self, inputs: Tensor) -> bool:
+    def update(self, inputs: Tensor, roots: Tensor | None = None) -> bool:
         """Add a batch of inputs [..., in]; one with a non-finite number is counted, not added.
 
         Args:
             inputs: The batch.
+            roots: Square roots of what its tokens count, [tokens]; None: all alike.
 
         Returns:
             Whether it was added.
@@ -71,6 +72,8 @@ class HessianAccumulator:
         if self._checked and not math.isfinite(float(rows.sum(dtype=torch.float32))):
             self.dropped_tokens += rows.shape[0]
             return False
+        if roots is not None:
+            rows = rows * roots[:, None].to(rows.dtype)
         if rows.dtype == torch.bfloat16 and rows.device.type == "cpu" and sums_bf16_in_fp32():
             known = self.num_tokens >= rows.shape[0]
             ratio = rows.shape[0] / self.num_tokens if known else None

@@ -41,8 +41,9 @@ HESSIAN_SHARE = 0.5
 """Of the memory that is left, for the Hessians of one stage; more experts go in portions."""
 SMALLEST_HESSIAN_BYTES = 1 << 28
 
-SURVEY_TOKENS = 8192
-"""Enough to rank modules by what their bits cost."""
+BACKWARD_TOKENS = 8192
+"""That go backwards through the base model at a time; enough to rank modules by what their bits
+cost."""
 
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
@@ -140,7 +141,13 @@ class _Task:
     @property
     def survey_tokens(self) -> int:
         """That bits are chosen by; 0 where they are given."""
-        return min(SURVEY_TOKENS, self.tokens) if self.config.chooses_bits else 0
+        return min(BACKWARD_TOKENS, self.tokens) if self.config.chooses_bits else 0
+
+    @property
+    def backward_tokens(self) -> int:
+        """That go backwards through the base model at a time."""
+        backward = self.config.chooses_bits or self.config.weigh_tokens
+        return min(BACKWARD_TOKENS, self.tokens) if backward else 0
 
     @property
     def bytes_per_token(self) -> int:
@@ -267,8 +274,10 @@ def _batch_bytes(task: _Task, batch_size: int, left: int) -> tuple[int, bool]:
         codes = sizes.block_numbers * task.num_blocks
         keep_codes = whole + codes <= left
         found = max(found, whole + (codes if keep_codes else 0))
-    if task.survey_tokens:
-        found = max(found, training + task.survey_tokens * per_state * task.num_blocks)
+    if task.backward_tokens:
+        between = task.backward_tokens * per_state * task.num_blocks
+        head = LOGITS_COPIES * 4 * task.vocabulary * task.longest
+        found = max(found, between + head + training)
     return found, keep_codes
 
 
@@ -289,6 +298,9 @@ def _count_flops(task: _Task, batch_size: int, *, keep: bool) -> float:
     if task.survey_tokens:
         survey = task.survey_tokens * (per_token + 2.0 * sizes.hessian_macs)
         survey += 4 * len(SUPPORTED_BITS) * sizes.solve_macs
+    if config.weigh_tokens:
+        # Forwards, forwards again and backwards, by activations alone.
+        survey += 6.0 * task.tokens * (sizes.numbers + task.vocabulary * sizes.hidden)
     return forward + solve + tune + survey
 
 

@@ -59,10 +59,12 @@ from halfbyte.quantize.rounding import RoundedLinear
 from halfbyte.quantize.run_text import read_text
 from halfbyte.quantize.source import check_something_to_do
 from halfbyte.quantize.states import BASE, CALIBRATION, PROBE, TUNED, RunStates
+from halfbyte.quantize.token_gradients import measure_token_weights
 from halfbyte.quantize.whole_tuning import WholeTuning, tune_whole
 from halfbyte.version import __version__
 
 JOURNAL_VERSION = 2
+WEIGHTS_FOLDER = "token-weights"
 
 
 class Run:
@@ -153,6 +155,8 @@ class Run:
             )
             if self.config.chooses_bits:
                 self._choose_bits(work)
+            if self.config.weigh_tokens:
+                self._weigh_tokens(work)
             walk = BlockWalk(
                 work=work,
                 states=states,
@@ -193,6 +197,18 @@ class Run:
                 progress=self.progress,
             )
         self.notes += notes
+
+    def _weigh_tokens(self, work: BlockWork) -> None:
+        """Learn what each calibration token counts, once for a run."""
+        with self.meter.timed("token weights"):
+            work.token_weights = measure_token_weights(
+                work,
+                self.batches,
+                self.tokens.weight_batches(self.settings.batch_size),
+                seed=self.calibration.seed,
+                folder=self.journal.folder / WEIGHTS_FOLDER,
+                on_portion=self.progress.phase,
+            )
 
     def _begin(self, resume: bool) -> None:
         """Take the settings of the journal, or plan and start one."""

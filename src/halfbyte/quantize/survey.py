@@ -13,10 +13,10 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +33,9 @@ from halfbyte.quantize.gptq import solve
 from halfbyte.quantize.grid import assign_groups, search_grid
 from halfbyte.quantize.hardware import release_memory
 from halfbyte.quantize.hessian import HessianAccumulator, factorize, shrink_to_diagonal
-from halfbyte.quantize.probe import run_tail
-from halfbyte.quantize.resources import SURVEY_TOKENS
+from halfbyte.quantize.resources import BACKWARD_TOKENS
 from halfbyte.quantize.rounding import LinearTask
+from halfbyte.quantize.token_gradients import draw_gradient, watch_gradients
 
 TENSORS = 4
 """Of a packed linear on disk."""
@@ -94,10 +94,11 @@ class Survey:
         chain = BlockChain(self.stream, self._enter)
         self._going_back = False
         self._states = chain.forward(self._batches)
-        gradients = [
-            self._gradient(ids, hidden)
-            for ids, hidden in zip(self._batches, self._states[-1], strict=True)
-        ]
+        with self.stream.at(chain.num_blocks):
+            gradients = [
+                draw_gradient(self.stream, ids, hidden, self._dice)
+                for ids, hidden in zip(self._batches, self._states[-1], strict=True)
+            ]
         self._going_back = True
         tokens = sum(ids.numel() for ids in self._batches)
         by_block: list[list[Unit]] = []
@@ -146,23 +147,8 @@ class Survey:
                 for name in group.linears:
                     rows = self._exact[name].shape[0]
                     watched.squares[name] = torch.zeros(rows, device=self.weights.device)
-                    hook = _square_gradients(watched.squares[name])
+                    hook = watch_gradients(partial(_add_squares, watched.squares[name]))
                     stack.callback(block.get_submodule(name).register_forward_hook(hook).remove)
-
-    def _gradient(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """Gradient, by hidden states, of the log-probability of tokens drawn from the model."""
-        gradient = torch.empty_like(hidden)
-        with self.stream.at(len(self.weights.blocks.modules)):
-            for row in range(len(ids)):
-                part = slice(row, row + 1)
-                own = hidden[part].detach().requires_grad_()
-                with torch.enable_grad():
-                    scores = run_tail(self.stream, ids[part], own)[0].float().log_softmax(-1)
-                    drawn = torch.multinomial(scores.detach().exp(), 1, generator=self._dice)
-                    scores.gather(1, drawn).sum().backward()  # type: ignore[no-untyped-call]
-                assert own.grad is not None
-                gradient[part] = own.grad
-        return gradient
 
     def _judge(self, index: int, tokens: int) -> list[Unit]:
         block = self.weights.blocks.modules[index]
@@ -224,22 +210,13 @@ class Survey:
 def survey_batches(batches: Sequence[Tensor]) -> list[Tensor]:
     """Take as many batches as the survey needs, spread over all of them."""
     tokens = sum(ids.numel() for ids in batches)
-    step = max(1, tokens // SURVEY_TOKENS)
+    step = max(1, tokens // BACKWARD_TOKENS)
     return list(batches[::step])
 
 
-def _square_gradients(into: Tensor) -> Callable[..., None]:
-    """Make a forward hook that adds up the squared gradients of a linear's outputs."""
-
-    def on_gradient(gradient: Tensor) -> None:
-        into.add_(gradient.detach().float().square().reshape(-1, into.numel()).sum(0))
-
-    def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        if not output.requires_grad:
-            output.requires_grad_()  # the first block's inputs need no gradient
-        output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
-
-    return hook
+def _add_squares(into: Tensor, gradient: Tensor) -> None:
+    """Add up a linear's squared gradients, [out], over tokens."""
+    into.add_(gradient.float().square().reshape(-1, into.numel()).sum(0))
 
 
 def _merge(parts: Sequence[Unit]) -> Unit:

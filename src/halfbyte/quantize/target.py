@@ -63,16 +63,23 @@ class MomentAccumulator:
         self.fit = _Half(in_features, device, drift=drift)
         self.check = _Half(in_features, device, drift=drift)
 
-    def update(self, batch: int, inputs: Tensor, base_inputs: Tensor | None) -> None:
+    def update(
+        self,
+        batch: int,
+        inputs: Tensor,
+        base_inputs: Tensor | None,
+        roots: Tensor | None = None,
+    ) -> None:
         """Add a batch.
 
         Args:
             batch: Its number.
             inputs: What reaches the linear in the quantized model, [..., in].
             base_inputs: The same of the base model, token by token; None where it is not known.
+            roots: Square roots of what its tokens count, [tokens]; None: all alike.
         """
         half = self.check if batch % CHECK_EVERY == CHECK_EVERY - 1 else self.fit
-        half.update(inputs, base_inputs)
+        half.update(inputs, base_inputs, roots)
 
     @property
     def num_tokens(self) -> int:
@@ -105,12 +112,14 @@ class _Half:
         self.hessian = HessianAccumulator(in_features, device)
         self.drift = torch.zeros(in_features, in_features, device=device) if drift else None
 
-    def update(self, inputs: Tensor, base_inputs: Tensor | None) -> None:
-        if not self.hessian.update(inputs) or self.drift is None or base_inputs is None:
+    def update(self, inputs: Tensor, base_inputs: Tensor | None, roots: Tensor | None) -> None:
+        if not self.hessian.update(inputs, roots) or self.drift is None or base_inputs is None:
             return
         rows = inputs.reshape(-1, inputs.shape[-1])
         # A difference of near numbers: in bf16 it has 8 bits, enough for what is a correction.
         difference = (base_inputs.reshape(rows.shape).float() - rows.float()).to(rows.dtype)
+        if roots is not None:
+            difference = difference * roots.square()[:, None].to(rows.dtype)
         self.drift += difference.t() @ rows
 
     def moments(self) -> Moments:
