@@ -58,6 +58,7 @@ def main() -> None:
     runs: dict[str, Any] = {}
     with ExitStack() as stack:
         work = args.work or stack.enter_context(tempfile.TemporaryDirectory())
+        Path(work).mkdir(parents=True, exist_ok=True)
         for number, (name, steps) in enumerate(chosen.items()):
             config = {
                 "bits": args.bits,
