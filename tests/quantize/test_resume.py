@@ -81,7 +81,14 @@ def run_worker(job: dict[str, Any], kill_after: float | None = None) -> float | 
         ("llama", QuantConfig(group_size=32)),
         (
             "llama",
-            QuantConfig(group_size=32, match_base=True, polish=1, tune_steps=3, end_to_end_steps=4),
+            QuantConfig(
+                group_size=32,
+                match_base=True,
+                weigh_tokens=True,
+                polish=1,
+                tune_steps=3,
+                end_to_end_steps=4,
+            ),
         ),
         ("qwen3_moe", QuantConfig(group_size=32, symmetric=False, desc_act=True)),
         (
