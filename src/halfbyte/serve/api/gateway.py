@@ -29,7 +29,7 @@ from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.exchange import Backend, Call, Delta, Event, Kind, Served, TextTools, Usage
 from halfbyte.serve.keys import ApiKeys
 from halfbyte.serve.limits import Limits
-from halfbyte.serve.text.asked import split_prompts
+from halfbyte.serve.text.asked import count_choices
 from halfbyte.serve.time_limit import TimeLimit
 
 logger = logging.getLogger(__name__)
@@ -261,9 +261,9 @@ class Gateway:
                 code="model_not_found",
                 param="model",
             )
-        prompts = len(split_prompts(call.body.get("prompt"))) if call.kind == "completion" else 1
-        choices = prompts * call.body.get("n", 1)
+        choices = count_choices(call)
         if choices > self.config.most_choices:
+            prompts = choices // call.body.get("n", 1)
             raise ServeError(
                 f"The request asks for {choices} choices ({prompts} prompts); "
                 f"{self.config.most_choices} are allowed.",

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerFast
 
 from halfbyte.errors import ServeError
 
@@ -136,6 +135,9 @@ def _find_encoder(tokenizer: Any) -> Any:
     Its wrapper hands every single text to a pool of threads, and waits for them: a millisecond and
     more where the model has all cores.
     """
+    # A gateway before other servers does without its seconds.
+    from transformers import PreTrainedTokenizerFast
+
     own = PreTrainedTokenizerFast
     if not isinstance(tokenizer, own) or tokenizer.split_special_tokens:
         return None
