@@ -1,8 +1,18 @@
 """What HTTP, JSON and text add to a request, over the engine called directly.
 
 One process serves and also calls its own engine, another is the client. The same prompt and the
-same number of greedy tokens go both ways in turn, so that whatever else the machine does meets
-both alike. A third way is over HTTP with a piece of its own for every token.
+same number of greedy tokens go every way in turn, so that whatever else the machine does meets
+all alike:
+
+::
+
+    engine       called and read in its own process
+    fixed bytes  read in its own process; for each piece the client gets bytes that mean nothing
+    gateway      over HTTP, streamed
+    each token   the same, with a piece for every token
+    whole        over HTTP, not streamed
+
+The second is what a reader in another process costs, whatever it reads.
 """
 
 from __future__ import annotations
@@ -15,6 +25,7 @@ import statistics
 import sys
 import time
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 
 from halfbyte.serve.assembly import open_service
@@ -29,7 +40,12 @@ from record import save_result
 TEXT = "The old lighthouse keeper climbed the stairs every evening, and while he climbed he counted"
 """Goes on in plain letters: a character of several tokens would be sent with its last one only."""
 LATE = 0.99
-ARMS = ("engine", "gateway", "each token")
+ARMS = ("engine", "fixed bytes", "gateway", "each token", "whole")
+WARM_UP = 10
+"""Rounds that do not count."""
+PIECE = b"data: " + b"." * 220 + b"\n\n"
+"""As long as one of the gateway's."""
+LAST_CHUNK = b"\r\n0\r\n\r\n"
 
 
 def main() -> None:
@@ -47,7 +63,7 @@ def main() -> None:
 
 
 async def measure(arguments: argparse.Namespace) -> None:
-    """Serve, call both ways in turn, save."""
+    """Serve, call every way in turn, save."""
     service = open_service(
         arguments.model, ServeConfig(), EngineConfig(cache_gb=0.2), QualityConfig(), ApiKeys()
     )
@@ -55,42 +71,59 @@ async def measure(arguments: argparse.Namespace) -> None:
     bound = bind("127.0.0.1", 0)
     server = DrainingServer(make_uvicorn_config(service.gateway), service.gateway)
     serving = asyncio.create_task(server.serve(sockets=[bound]))
-    name = service.gateway.models[0]
-    client = await asyncio.create_subprocess_exec(
-        *(sys.executable, __file__, name, "--tokens", str(arguments.tokens)),
-        *("--client", str(bound.getsockname()[1])),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-    )
     backend = service.gateway.text_tools
     engine, told = backend._engine, await backend.tokenize({"prompt": TEXT})
     prompt = tuple(told["tokens"])
+    bare = await asyncio.get_running_loop().create_server(
+        partial(FixedBytes, engine, prompt, arguments.tokens), sock=bind("127.0.0.1", 0)
+    )
+    name = service.gateway.models[0]
+    over_http = await start_client(bound.getsockname()[1], name, arguments.tokens)
+    clients = dict.fromkeys(ARMS[2:], over_http)
+    bare_port = bare.sockets[0].getsockname()[1]
+    clients["fixed bytes"] = await start_client(bare_port, name, arguments.tokens)
     times: dict[str, list[tuple[float, ...]]] = {arm: [] for arm in ARMS}
     usual = engine._piece_seconds
-    for turn in range(arguments.pairs + 10):
-        for arm in (*ARMS[turn % 3 :], *ARMS[: turn % 3]):
+    for turn in range(arguments.pairs + WARM_UP):
+        first = turn % len(ARMS)
+        for arm in (*ARMS[first:], *ARMS[:first]):
             engine._piece_seconds = 0.0 if arm == "each token" else usual
             if arm == "engine":
                 found = await call_engine(engine, prompt, arguments.tokens)
             else:
-                client.stdin.write(b"go\n")
-                found = json.loads(await client.stdout.readline())
-            if turn >= 10:  # the first ones warm up
+                clients[arm].stdin.write(b"whole\n" if arm == "whole" else b"stream\n")
+                found = json.loads(await clients[arm].stdout.readline())
+            if turn >= WARM_UP:
                 times[arm].append(tuple(found))
-    client.stdin.close()
-    await client.wait()
+    for client in {*clients.values()}:
+        client.stdin.close()
+        await client.wait()
+    bare.close()
     server.drain()
     await serving
     await service.stop()
     save(arguments, times)
 
 
+async def start_client(port: int, model: str, tokens: int) -> asyncio.subprocess.Process:
+    """Start another process that asks when it is told to."""
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, __file__, model, "--tokens", str(tokens), "--client", str(port)),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+
+
+def make_request(prompt: tuple[int, ...], tokens: int) -> TokenRequest:
+    """Give what the engine is asked, directly."""
+    return TokenRequest(prompt=prompt, max_new_tokens=tokens, temperature=0.0, ignore_end=True)
+
+
 async def call_engine(engine, prompt: tuple[int, ...], tokens: int) -> tuple[float, ...]:
     """Give seconds until the first token and until the last, and in how many pieces they came."""
-    request = TokenRequest(prompt=prompt, max_new_tokens=tokens, temperature=0.0, ignore_end=True)
     start = time.perf_counter()
     first, pieces = 0.0, 0
-    async with aclosing(engine.generate(request)) as events:
+    async with aclosing(engine.generate(make_request(prompt, tokens))) as events:
         async for found in events:
             pieces += 1
             if not first and any(isinstance(event, Generated) for event in found):
@@ -98,36 +131,82 @@ async def call_engine(engine, prompt: tuple[int, ...], tokens: int) -> tuple[flo
     return first, time.perf_counter() - start, pieces
 
 
+class FixedBytes(asyncio.Protocol):
+    """Answers whatever it is sent with the engine's pieces, as bytes that mean nothing."""
+
+    def __init__(self, engine, prompt: tuple[int, ...], tokens: int) -> None:
+        """Take what is asked for every time."""
+        self.ask = partial(engine.generate, make_request(prompt, tokens))
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Note where to write."""
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        """Answer; a request comes in one piece."""
+        self.answering = asyncio.ensure_future(self.answer())
+
+    async def answer(self) -> None:
+        """Write a piece for each of the engine's."""
+        async with aclosing(self.ask()) as events:
+            async for found in events:
+                if any(isinstance(event, Generated) for event in found):
+                    self.transport.write(PIECE)
+        self.transport.write(b"data: [DONE]\n\n" + LAST_CHUNK)
+
+
 def run_client(port: int, model: str, tokens: int) -> None:
-    """Make one streamed request for each line of stdin, over one connection."""
-    body = json.dumps(
-        {
-            "model": model,
-            "prompt": TEXT,
-            "max_tokens": tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-        }
-    ).encode()
-    head = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(body)}\r\n\r\n"
-    ).encode()
+    """Make a request for each line of stdin, streamed or whole, over one connection."""
+    body = {
+        "model": model,
+        "prompt": TEXT,
+        "max_tokens": tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+    }
+    requests = {
+        f"{kind}\n": write_request(json.dumps({**body, "stream": kind == "stream"}))
+        for kind in ("stream", "whole")
+    }
     with socket.create_connection(("127.0.0.1", port)) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for _ in sys.stdin:
+        for line in sys.stdin:
+            ask = read_whole if line == "whole\n" else read_stream
             start = time.perf_counter()
-            connection.sendall(head + body)
-            received, first, done, pieces = b"", 0.0, 0.0, 0
-            # The last chunk of a chunked body: no client waits for it, but it must be read.
-            while not received.endswith(b"\r\n0\r\n\r\n"):
-                received += connection.recv(65536)
-                now = time.perf_counter() - start
-                pieces += not done and b"data: " in received
-                first = first or (b"data: " in received and now)
-                done = done or (b"data: [DONE]" in received and now)
-            print(json.dumps([first, done, pieces]), flush=True)
+            connection.sendall(requests[line])
+            print(json.dumps(ask(connection, start)), flush=True)
+
+
+def write_request(body: str) -> bytes:
+    """Put a body into a request."""
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
+
+
+def read_stream(connection: socket.socket, start: float) -> tuple[float, float, int]:
+    """Give seconds until the first piece and until the last, and how many there were."""
+    received, first, done, pieces = b"", 0.0, 0.0, 0
+    # The last chunk of a chunked body: no client waits for it, but it must be read.
+    while not received.endswith(LAST_CHUNK):
+        received += connection.recv(65536)
+        now = time.perf_counter() - start
+        pieces += not done and b"data: " in received
+        first = first or (b"data: " in received and now)
+        done = done or (b"data: [DONE]" in received and now)
+    return first, done, pieces
+
+
+def read_whole(connection: socket.socket, start: float) -> tuple[float, float, int]:
+    """Give seconds until the answer is there."""
+    received, size = b"", None
+    while size is None or len(received) < size:
+        received += connection.recv(65536)
+        head, end, _ = received.partition(b"\r\n\r\n")
+        if end and size is None:
+            length = head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0]
+            size = len(head) + len(end) + int(length)
+    now = time.perf_counter() - start
+    return now, now, 1
 
 
 def save(arguments: argparse.Namespace, times: dict[str, list[tuple[float, ...]]]) -> None:
@@ -136,8 +215,11 @@ def save(arguments: argparse.Namespace, times: dict[str, list[tuple[float, ...]]
     pieces = {arm: statistics.median(found[2] for found in times[arm]) for arm in ARMS}
     for place, what, arm in (
         (0, "first token", "gateway"),
-        (1, "whole answer", "gateway"),
+        (1, "whole answer, streamed", "gateway"),
+        (1, "whole answer, not streamed", "whole"),
         (1, "whole answer, a piece for each token", "each token"),
+        (0, "first token, fixed bytes", "fixed bytes"),
+        (1, "whole answer, fixed bytes", "fixed bytes"),
     ):
         found = {one: sorted(1000 * t[place] for t in times[one]) for one in ("engine", arm)}
         quantiles = [
@@ -165,7 +247,7 @@ def save(arguments: argparse.Namespace, times: dict[str, list[tuple[float, ...]]
             "until the",
             "engine, median ms",
             "p99",
-            "over HTTP, median ms",
+            "over a socket, median ms",
             "p99",
             "added, median ms",
             "p99",
@@ -175,8 +257,9 @@ def save(arguments: argparse.Namespace, times: dict[str, list[tuple[float, ...]]
         rows=rows,
         note=f"{arguments.pairs} requests each way, in turn; {len(TEXT)} characters of prompt, "
         f"found in the cache, {arguments.tokens} tokens generated, streamed in pieces at least "
-        f"{1000 * EngineConfig().piece_seconds:g} ms apart; the client is another "
-        f"process on the same machine ({Path(arguments.model).name}).",
+        f"{1000 * EngineConfig().piece_seconds:g} ms apart; the client is another process on the "
+        f"same machine ({Path(arguments.model).name}). Fixed bytes: what such a client costs, "
+        "whatever it reads.",
         data=data,
     )
     for row in rows:

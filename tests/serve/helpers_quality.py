@@ -56,7 +56,7 @@ def answer(text: str, *, logprob: float = -0.1, entropy: float | None = None) ->
 
 
 class ScriptedBackend:
-    """Does what it is told: events, exceptions to raise, numbers of seconds to wait."""
+    """Does what it is told: events, exceptions to raise, seconds or an Event to wait for."""
 
     def __init__(
         self,
@@ -91,6 +91,9 @@ class ScriptedBackend:
                 if isinstance(step, Exception):
                     done = True
                     raise step
+                if isinstance(step, asyncio.Event):
+                    await step.wait()
+                    continue
                 if isinstance(step, int | float):
                     await (asyncio.Event().wait() if math.isinf(step) else asyncio.sleep(step))
                     continue

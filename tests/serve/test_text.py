@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from halfbyte.integrations.generation import TextStream
+from halfbyte.serve.text.prompts import Prompts
 from halfbyte.serve.text.spelling import Spelling
 from halfbyte.serve.text.stops import StopFilter
 from halfbyte.serve.text.tool_calls import (
@@ -47,6 +48,33 @@ def test_stop_filter_equals_a_search_in_the_whole_text(text, stops, places):
         assert text.startswith(whole)
         assert any(text[len(whole) :].startswith(stop) for stop in stops)
         assert not any(stop in whole for stop in stops)
+
+
+class SlowTokenizer(PreTrainedTokenizerFast):
+    """Turns texts round before it reads them, as no Rust tokenizer would."""
+
+    def _encode_plus(self, text, **settings):
+        return super()._encode_plus(text[::-1], **settings)
+
+
+@given(st.text(max_size=40), st.booleans())
+def test_a_prompt_is_encoded_as_transformers_would(text, add_special):
+    trained = make_tokenizer()
+    # What a file says of these is meant for training: nothing of a prompt is cut off or filled up.
+    trained.backend_tokenizer.enable_truncation(3)
+    trained.backend_tokenizer.enable_padding(length=50)
+    prompts = Prompts(trained)
+    found = prompts.encode_text(text, add_special=add_special)
+    assert found == trained(text, add_special_tokens=add_special)["input_ids"]
+    messages = [{"role": "user", "content": f"<|im_end|>{text}"}]
+    chat = trained.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert prompts.encode_chat(messages) == chat
+    slow = SlowTokenizer(tokenizer_object=trained.backend_tokenizer)
+    assert (
+        Prompts(slow).encode_text(text)
+        == slow(text)["input_ids"]
+        == trained(text[::-1])["input_ids"]
+    )
 
 
 @given(st.text(max_size=40))

@@ -145,10 +145,18 @@ def test_tokens_of_a_text_are_asked_of_whoever_has_the_model():
             refused = client.post(outer.address + "/detokenize", json={"tokens": [10**6]})
             assert refused.status_code == 400
             assert "1000000 is none of the model's" in refused.json()["error"]["message"]
+            outer.call(upstream.close())
     with raw_server(reply(b"{}", status="404 Not Found")) as server:
         upstream = UpstreamBackend.open([server.address])
+
+        async def tokenize():
+            try:
+                await upstream.tokenize({"prompt": "x"})
+            finally:
+                await upstream.close()
+
         with pytest.raises(ServeError, match="knows no /tokenize") as caught:
-            asyncio.run(upstream.tokenize({"prompt": "x"}))
+            asyncio.run(tokenize())
     assert (caught.value.status, caught.value.code) == (404, "not_supported")
 
 
@@ -309,7 +317,7 @@ def test_hosts_take_turns_and_one_that_is_down_is_left_out():
 
 
 def test_host_that_comes_back_is_asked_again(monkeypatch):
-    monkeypatch.setattr("halfbyte.serve.upstream.FIRST_PAUSE_SECONDS", 0.2)
+    monkeypatch.setattr("halfbyte.serve.upstream_hosts.FIRST_PAUSE_SECONDS", 0.2)
 
     async def run(address):
         backend = UpstreamBackend.open([address])

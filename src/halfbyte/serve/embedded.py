@@ -80,7 +80,9 @@ class EmbeddedBackend:
         streams = [self._answer(*both, is_alone) for both in zip(asked, took, strict=True)]
         options = call.body.get("stream_options") or {}
         tells_on_the_way = bool(options.get("continuous_usage_stats"))
-        async with aclosing(_merge(streams)) as events:
+        # One alone without a task and a queue: they would cost each piece as much as its text does.
+        merged = streams[0] if is_alone else _merge(streams)
+        async with aclosing(merged) as events:
             async for event in events:
                 if tells_on_the_way and isinstance(event, Delta):
                     event = replace(event, usage=_add_up(took))
@@ -244,12 +246,6 @@ def _add_up(took: Sequence[_Took]) -> Usage:
 
 async def _merge(streams: Sequence[AsyncGenerator[Event, None]]) -> AsyncGenerator[Event, None]:
     """Give what several streams give, as it comes; closing it closes all of them."""
-    if len(streams) == 1:
-        # Without a task and a queue between: they would cost each token as much as its text does.
-        async with aclosing(streams[0]) as only:
-            async for event in only:
-                yield event
-        return
     arrived: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
 
     async def pump(stream: AsyncGenerator[Event, None]) -> None:

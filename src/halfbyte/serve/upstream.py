@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
-from halfbyte.errors import ConfigError, ServeError, require_extra
+from halfbyte.errors import ServeError, require_extra
 from halfbyte.serve.exchange import Call, Event, Load
 from halfbyte.serve.server_sent_events import EventParser
-from halfbyte.serve.text.asked import split_prompts
+from halfbyte.serve.text.asked import count_choices
 from halfbyte.serve.upstream_chunks import ChunkReader, broken, unreachable, upstream_error
+from halfbyte.serve.upstream_hosts import Host, order_hosts, read_addresses
 
 try:
     import httpx2
@@ -32,8 +31,6 @@ except ImportError as missing:
 
 PATHS = {"chat": "/chat/completions", "completion": "/completions"}
 MOST_ERROR_BYTES = 65_536
-FIRST_PAUSE_SECONDS = 1.0
-LONGEST_PAUSE_SECONDS = 30.0
 OWN_FIELDS = frozenset({"metadata", "stream", "stream_options"})
 """Of the request; meant for this server."""
 
@@ -49,36 +46,6 @@ class UpstreamTimeouts:
     """From one event to the next."""
 
 
-@dataclass(slots=True)
-class Host:
-    """One address, and how it does."""
-
-    address: str
-    models: tuple[str, ...] = ()
-    running: int = 0
-    pause: float = 0.0
-    down_until: float = 0.0
-
-    @property
-    def name(self) -> str:
-        """Host and port."""
-        return urlsplit(self.address).netloc.rpartition("@")[2]
-
-    @property
-    def is_up(self) -> bool:
-        """Whether it may be asked."""
-        return time.monotonic() >= self.down_until
-
-    def note_failure(self) -> None:
-        """Leave it alone for a while, each time for longer."""
-        self.pause = min(LONGEST_PAUSE_SECONDS, self.pause * 2 or FIRST_PAUSE_SECONDS)
-        self.down_until = time.monotonic() + self.pause
-
-    def note_success(self) -> None:
-        """It answers."""
-        self.pause = self.down_until = 0.0
-
-
 @dataclass(slots=True, kw_only=True)
 class UpstreamBackend:
     """Other servers that all have the same models."""
@@ -91,7 +58,7 @@ class UpstreamBackend:
     """Further names, beside `model`, that the hosts answer to."""
     timeouts: UpstreamTimeouts = field(default_factory=UpstreamTimeouts)
     name: str = "upstream"
-    _next: int = 0
+    _turn: int = -1
     _closed: bool = False
     _client: httpx2.AsyncClient | None = None
 
@@ -111,23 +78,9 @@ class UpstreamBackend:
             timeouts: How long they may take.
 
         Returns:
-            The backend.
-
-        Raises:
-            ConfigError: There is none, or one is no address.
+            The backend; a ConfigError where there is none, or one is no address.
         """
-        if not addresses:
-            raise ConfigError("No upstream address was given.")
-        hosts, model = [], None
-        for entry in addresses:
-            address, _, wanted = entry.partition("#")
-            parts = urlsplit(address)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
-                raise ConfigError(
-                    f"'{entry}' is no address of a server. One looks like http://host:8000/v1."
-                )
-            hosts.append(Host(address.rstrip("/")))
-            model = wanted or model
+        hosts, model = read_addresses(addresses)
         backend = cls(hosts=hosts, key=key, model=model, timeouts=timeouts or UpstreamTimeouts())
         backend.name = hosts[0].name
         return backend
@@ -199,12 +152,9 @@ class UpstreamBackend:
             self._client = None
 
     def _in_turn(self) -> list[Host]:
-        """Those that are up, one after the other; where none is, the one that comes back first."""
-        count = len(self.hosts)
-        turn = [self.hosts[(self._next + i) % count] for i in range(count)]
-        self._next = (self._next + 1) % count
-        up = [host for host in turn if host.is_up]
-        return up or [min(turn, key=lambda host: host.down_until)]
+        """Those that may be asked, in this request's order."""
+        self._turn += 1
+        return order_hosts(self.hosts, self._turn)
 
     def _open_client(self) -> httpx2.AsyncClient:
         if self._client is None:
@@ -339,12 +289,6 @@ class _NotReached(Exception):
 
     def __str__(self) -> str:
         return str(self.refusal)
-
-
-def count_choices(call: Call) -> int:
-    """Count the choices that a call asks for."""
-    prompts = 1 if call.kind == "chat" else len(split_prompts(call.body.get("prompt")))
-    return prompts * int(call.body.get("n") or 1)
 
 
 async def _check_reply(reply: httpx2.Response, host: Host) -> None:

@@ -31,7 +31,8 @@ from halfbyte.errors import ConfigError, ServeError
 from halfbyte.serve import lifeline
 from halfbyte.serve.adapters import check_is_loaded
 from halfbyte.serve.exchange import Call, Event, Load
-from halfbyte.serve.upstream import Host, UpstreamBackend
+from halfbyte.serve.upstream import UpstreamBackend
+from halfbyte.serve.upstream_hosts import Host
 
 logger = logging.getLogger(__name__)
 

@@ -154,17 +154,20 @@ def test_observer_that_fails_costs_no_request(caplog):
 
 
 def test_primary_can_be_exchanged_while_requests_run():
-    router, small = make([0.02, *GOOD])
+    go_on = asyncio.Event()
+    router, small = make([go_on, *GOOD])
     new = ScriptedBackend("new", BETTER, version="v2")
 
     async def run():
         running = asyncio.ensure_future(collect(router, make_call()))
-        await asyncio.sleep(0.005)
+        while not small.running:
+            await asyncio.sleep(0)
         route = router.set_primary(new)
         assert route.backend is small
         retiring = asyncio.ensure_future(route.retire())
         after = await collect(router, make_call())
         assert not small.closed
+        go_on.set()
         before = await running
         await retiring
         assert small.closed

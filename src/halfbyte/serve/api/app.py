@@ -63,8 +63,10 @@ def build_app(gateway: Gateway) -> ASGIApp:
     }
     if gateway.adapters is not None and gateway.keys:
         handlers |= _adapter_handlers(gateway)
+    # Plain routes: bodies are checked by read_body, and what FastAPI would look for besides takes a
+    # request longer than that check.
     for (method, path), handler in handlers.items():
-        app.add_api_route(path, handler, methods=[method], response_model=None)
+        app.add_route(path, handler, methods=[method])
     app.router.routes.extend(gateway.routes)
     app.add_exception_handler(ServeError, _tell_refusal)
     app.add_exception_handler(HTTPException, _tell_missing)

@@ -18,12 +18,18 @@ from starlette.routing import BaseRoute
 from halfbyte.errors import ServeError
 from halfbyte.serve.api.answers import AnswerForm, gather
 from halfbyte.serve.api.refusals import error_body, internal_error
-from halfbyte.serve.api.streaming import EventStream, while_connected, write_event, write_json
+from halfbyte.serve.api.streaming import (
+    ClientLeft,
+    EventStream,
+    WhileConnected,
+    write_event,
+    write_json,
+)
 from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.exchange import Backend, Call, Delta, Event, Kind, Served, TextTools, Usage
 from halfbyte.serve.keys import ApiKeys
 from halfbyte.serve.limits import Limits
-from halfbyte.serve.text.asked import split_prompts
+from halfbyte.serve.text.asked import count_choices
 from halfbyte.serve.time_limit import TimeLimit
 
 logger = logging.getLogger(__name__)
@@ -39,7 +45,7 @@ class Router(Protocol):
     """Chooses who answers a call."""
 
     def stream(self, call: Call, served: Served) -> AsyncGenerator[Event, None]:
-        """Answer; `served` is filled in before the first event."""
+        """Answer, within the call's time; `served` is filled in before the first event."""
 
 
 class AdapterControl(Protocol):
@@ -60,11 +66,39 @@ class DirectRouter:
         self._backend = backend
 
     async def stream(self, call: Call, served: Served) -> AsyncGenerator[Event, None]:
-        """Pass the call on."""
+        """Pass the call on.
+
+        Args:
+            call: What is asked.
+            served: Filled in before the first event.
+
+        Yields:
+            The backend's events.
+
+        Raises:
+            ServeError: The backend failed, or goes on long after the deadline.
+        """
         served.backend, served.model = self._backend.name, str(call.body.get("model", ""))
+        left = call.seconds_left
+        loop = asyncio.get_running_loop()
+        late = None if left is None else loop.time() + left + GRACE_SECONDS
+        limit = TimeLimit()
         async with aclosing(self._backend.stream(call)) as events:
-            async for event in events:
-                yield event
+            try:
+                while True:
+                    yield await limit.wait(anext(events), late)
+            except StopAsyncIteration:
+                return
+            except TimeoutError as error:
+                raise ServeError(
+                    "The answer was not done in the time that it may take. Ask for fewer tokens or "
+                    "allow more time.",
+                    status=408,
+                    kind="timeout_error",
+                    code="request_timeout",
+                ) from error
+            finally:
+                limit.close()
 
 
 @dataclass(kw_only=True)
@@ -127,42 +161,59 @@ class Gateway:
         served = Served()
         self._check(call)
         form = AnswerForm(call, str(body["model"]))
-        async with AsyncExitStack() as stack:
-            stack.enter_context(self.limits.enter(call.key))
-            events = await stack.enter_async_context(aclosing(self._run(call, served)))
-            if not body.get("stream"):
-                whole = await while_connected(request.receive, gather(events))
-                if whole is None:
-                    return Response(status_code=CLIENT_LEFT)
-                return JSONResponse(form.whole(*whole), headers=self._headers(call, served))
-            # Until the first event an error can still be told by its status.
-            first = await while_connected(request.receive, anext(events))
-            if first is None:
-                return Response(status_code=CLIENT_LEFT)
-            lines = _tell_events(form, first, events)
-            return EventStream(lines, self._headers(call, served), stack.pop_all())
-
-    async def _run(self, call: Call, served: Served) -> AsyncGenerator[Event, None]:
-        """Pass events on, in time, and put what they took on the key's account."""
         router = self.router or DirectRouter(self.backend)
-        left = call.seconds_left
-        loop = asyncio.get_running_loop()
-        late = None if left is None else loop.time() + left + GRACE_SECONDS
-        limit = TimeLimit()
-        async with aclosing(router.stream(call, served)) as events:
-            try:
-                while True:
-                    event = await limit.wait(anext(events), late)
-                    if isinstance(event, Usage):
-                        total = event.prompt_tokens + event.completion_tokens
-                        self.limits.count_tokens(call.key, total)
-                    yield event
-            except StopAsyncIteration:
-                return
-            except TimeoutError as error:
-                raise _too_late(self.config) from error
-            finally:
-                limit.close()
+        try:
+            async with AsyncExitStack() as stack:
+                stack.enter_context(self.limits.enter(call.key))
+                events = await stack.enter_async_context(aclosing(router.stream(call, served)))
+                await stack.enter_async_context(WhileConnected(request.receive))
+                if not body.get("stream"):
+                    choices, usage = await gather(events)
+                    self._count(call, usage)
+                    told = form.whole(choices, usage)
+                    return JSONResponse(told, headers=self._headers(call, served))
+                # Until the first event an error can still be told by its status.
+                first = await anext(events)
+                pieces = self._tell_events(call, form, first, events)
+                await stack.enter_async_context(aclosing(pieces))
+                return EventStream(pieces, self._headers(call, served), stack.pop_all())
+        except ClientLeft:
+            return Response(status_code=CLIENT_LEFT)
+
+    async def _tell_events(
+        self, call: Call, form: AnswerForm, first: Event, events: AsyncGenerator[Event, None]
+    ) -> AsyncGenerator[bytes, None]:
+        """Write a stream; an error within it is its last event.
+
+        What no token follows goes out in one piece with the end: every piece costs a system call,
+        and wakes the client. Usage is the end: whoever watches the answer looks at it when the
+        client has it.
+        """
+        parts: list[bytes] = []
+        event: Event | None = first
+        try:
+            while event is not None:
+                parts += form.chunks(event)
+                goes_out = type(event) is Delta and not event.is_last
+                if type(event) is Usage:
+                    self._count(call, event)
+                    parts.append(write_event("[DONE]"))
+                    goes_out = True
+                if goes_out:
+                    yield b"".join(parts)
+                    parts.clear()
+                event = await anext(events, None)
+        except ServeError as error:
+            parts.append(write_event(write_json(error_body(error))))
+        except Exception:
+            logger.exception("A stream failed.")
+            parts.append(write_event(write_json(error_body(internal_error()))))
+        if parts:
+            yield b"".join(parts)
+
+    def _count(self, call: Call, usage: Usage) -> None:
+        """Put what an answer took on the key's account."""
+        self.limits.count_tokens(call.key, usage.prompt_tokens + usage.completion_tokens)
 
     def _make_call(self, request: Request, kind: Kind, body: Mapping[str, Any]) -> Call:
         tags = request.headers.get("x-halfbyte-tags", "").split(",")
@@ -210,9 +261,9 @@ class Gateway:
                 code="model_not_found",
                 param="model",
             )
-        prompts = len(split_prompts(call.body.get("prompt"))) if call.kind == "completion" else 1
-        choices = prompts * call.body.get("n", 1)
+        choices = count_choices(call)
         if choices > self.config.most_choices:
+            prompts = choices // call.body.get("n", 1)
             raise ServeError(
                 f"The request asks for {choices} choices ({prompts} prompts); "
                 f"{self.config.most_choices} are allowed.",
@@ -229,46 +280,6 @@ class Gateway:
             "X-Halfbyte-Version": served.version,
         }
         return {name: _header_text(value) for name, value in told.items() if value}
-
-
-async def _tell_events(
-    form: AnswerForm, first: Event, events: AsyncGenerator[Event, None]
-) -> AsyncGenerator[bytes, None]:
-    """Write a stream; an error within it is its last event.
-
-    What no token follows goes out in one piece with the end: every piece costs a system call, and
-    wakes the client. Usage is the end: whoever watches the answer looks at it when the client has
-    it.
-    """
-    parts: list[bytes] = []
-    event: Event | None = first
-    try:
-        while event is not None:
-            parts += form.chunks(event)
-            is_end = type(event) is Usage
-            if is_end:
-                parts.append(write_event("[DONE]"))
-            if is_end or (type(event) is Delta and not event.is_last):
-                yield b"".join(parts)
-                parts.clear()
-            event = await anext(events, None)
-    except ServeError as error:
-        parts.append(write_event(write_json(error_body(error))))
-    except Exception:
-        logger.exception("A stream failed.")
-        parts.append(write_event(write_json(error_body(internal_error()))))
-    if parts:
-        yield b"".join(parts)
-
-
-def _too_late(config: ServeConfig) -> ServeError:
-    return ServeError(
-        f"The answer was not done in the time that it may take ({config.request_seconds:g} s, or "
-        "less by X-Halfbyte-Timeout).",
-        status=408,
-        kind="timeout_error",
-        code="request_timeout",
-    )
 
 
 def _header_text(value: str) -> str:

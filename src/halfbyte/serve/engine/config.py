@@ -52,7 +52,7 @@ class EngineConfig:
     )
     queue: int = _option(256, "requests that may wait; more are refused with 429", metavar="N")
     piece_seconds: float = _option(
-        0.02,
+        0.04,
         "between two pieces of an answer, at least: tokens that come faster are sent together, "
         "since each piece takes time from the model; 0: a piece for each token",
         metavar="SECONDS",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from halfbyte.errors import ServeError
@@ -93,7 +94,7 @@ class Attempt:
         self._demands = demands
         self._config = config
         self._clock = clock
-        self._held: list[Event] = []
+        self._held: deque[Event] = deque()
         self._ended = False
         self._settled = False
         """Whether the breaker has been told."""
@@ -169,27 +170,25 @@ class Attempt:
             return "confidence" if confidence.doubts(self.seen) else ""
         return ""
 
-    async def rest(self) -> AsyncGenerator[Event, None]:
+    async def next(self) -> Event | None:
         """Let out what was held back, then what follows.
 
-        Yields:
-            Events.
+        Returns:
+            The next event; None at the end.
 
         Raises:
             ServeError: The model failed, or was late.
         """
         self.seen.cause = ""
-        for event in self._held:
-            yield event
-        self._held = []
-        while not self._ended:
-            try:
-                following = await self._next()
-            except ServeError as error:
-                self.seen.cause = cause_of(error)
-                raise
-            if following is not None:
-                yield following
+        if self._held:
+            return self._held.popleft()
+        if self._ended:
+            return None
+        try:
+            return await self._next()
+        except ServeError as error:
+            self.seen.cause = cause_of(error)
+            raise
 
     async def _next(self) -> Event | None:
         """Give the next event; None at the end."""

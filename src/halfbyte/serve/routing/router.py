@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
 from typing import Protocol
 
 from halfbyte.errors import ServeError
@@ -141,9 +140,8 @@ class Router:
             served.backend, served.model = attempt.seen.backend, attempt.model
             served.version = attempt.version
             seen.first = self._clock()
-            async with aclosing(attempt.rest()) as events:
-                async for event in events:
-                    yield event
+            while (event := await attempt.next()) is not None:
+                yield event
         except ServeError as error:
             seen.status, seen.error = error.status, str(error)
             raise

@@ -251,6 +251,11 @@ def split_prompts(prompt: Any) -> list[Any]:
     return list(prompt) or [""]
 
 
+def count_choices(call: Call) -> int:
+    """Count the choices that a call asks for: so many for each of its prompts."""
+    return len(split_prompts(call.body.get("prompt"))) * int(call.body.get("n") or 1)
+
+
 def _make_request(
     call: Call,
     ids: list[int],

@@ -26,6 +26,10 @@ class Prompts:
         self.tokenizer = tokenizer
         own = getattr(tokenizer, "chat_template", None)
         self._own: str | dict[str, str] | None = template or own
+        self._encoder = _find_encoder(tokenizer)
+        parameters = inspect.signature(tokenizer.apply_chat_template).parameters
+        self._taken = {"messages", "tools", *parameters}
+        """Names that are not the template's to know."""
 
     def template(self, *, with_tools: bool) -> str:
         """Give the template's source.
@@ -76,8 +80,7 @@ class Prompts:
             ServeError: The model has no template, or the template does not take these messages.
         """
         template = self.template(with_tools=bool(tools))
-        own = inspect.signature(self.tokenizer.apply_chat_template).parameters
-        if taken := sorted(set(keywords or ()) & (set(own) | {"messages", "tools"})):
+        if taken := sorted(set(keywords or ()) & self._taken):
             # Or a client could bring a template of its own.
             raise ServeError(
                 f"chat_template_kwargs may not hold '{taken[0]}': it is not the template's.",
@@ -85,12 +88,12 @@ class Prompts:
                 param=f"chat_template_kwargs.{taken[0]}",
             )
         try:
-            encoded = self.tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 [_plain_message(place, message) for place, message in enumerate(messages)],
                 tools=[dict(tool) for tool in tools] or None,
                 chat_template=template,
                 add_generation_prompt=True,
-                return_dict=True,
+                tokenize=False,
                 **(keywords or {}),
             )
         except ServeError:
@@ -102,7 +105,7 @@ class Prompts:
                 code="chat_template_error",
                 param="messages",
             ) from error
-        return list(encoded["input_ids"])
+        return self.encode_text(text, add_special=False)
 
     def encode_text(self, text: str, *, add_special: bool = True) -> list[int]:
         """Turn a text into token ids.
@@ -114,6 +117,8 @@ class Prompts:
         Returns:
             Token ids.
         """
+        if self._encoder is not None:
+            return list(self._encoder.encode(text, add_special_tokens=add_special).ids)
         return list(self.tokenizer(text, add_special_tokens=add_special)["input_ids"])
 
     def first_token(self) -> int:
@@ -122,6 +127,28 @@ class Prompts:
             if (token := getattr(self.tokenizer, name, None)) is not None:
                 return int(token)
         return 0
+
+
+def _find_encoder(tokenizer: Any) -> Any:
+    """Give the Rust tokenizer itself where Transformers adds nothing to it; else None.
+
+    Its wrapper hands every single text to a pool of threads, and waits for them: a millisecond and
+    more where the model has all cores.
+    """
+    # A gateway before other servers does without its seconds.
+    from transformers import PreTrainedTokenizerFast
+
+    own = PreTrainedTokenizerFast
+    if not isinstance(tokenizer, own) or tokenizer.split_special_tokens:
+        return None
+    methods = ("__call__", "_encode_plus")
+    if any(getattr(type(tokenizer), name) != getattr(own, name) for name in methods):
+        return None
+    encoder = tokenizer.backend_tokenizer
+    # As the wrapper does: what a checkpoint's file says of either is meant for training.
+    encoder.no_truncation()
+    encoder.no_padding()
+    return encoder
 
 
 def _plain_message(place: int, message: Mapping[str, Any]) -> dict[str, Any]:
