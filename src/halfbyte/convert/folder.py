@@ -106,7 +106,8 @@ def write_folder(
         ConfigError: Something does not fit and no error is allowed, or the output is not empty.
     """
     check_new_folder(output)
-    plan = plan_linears(specs, target, allow_error=allow_error, dense_dtype=dense_dtype)
+    fallback = DenseTarget.fit(dense_dtype, source.model_config)
+    plan = plan_linears(specs, target, allow_error=allow_error, fallback=fallback)
     output.mkdir(parents=True, exist_ok=True)
     shards = _split(source, plan, shard_bytes)
     rounded: list[RoundedTensor] = []
@@ -145,7 +146,7 @@ def plan_linears(
     target: FolderTarget,
     *,
     allow_error: bool,
-    dense_dtype: torch.dtype = torch.float16,
+    fallback: DenseTarget,
 ) -> Plan:
     """Decide how each linear is held.
 
@@ -153,7 +154,7 @@ def plan_linears(
         specs: The linears' facts.
         target: The format.
         allow_error: Hold what does not fit exactly in the closest form.
-        dense_dtype: Of linears that the target cannot code at all.
+        fallback: For linears that the target cannot code at all.
 
     Returns:
         The plan.
@@ -181,7 +182,6 @@ def plan_linears(
             f"Cannot convert to {target.format}: none of {len(specs)} linears fits "
             f"({next(iter(dense.values()))}). Use --to hf for dense weights."
         )
-    fallback = DenseTarget(dtype=dense_dtype)
     return Plan(target=target, fallback=fallback, specs=specs, dense=dense)
 
 
