@@ -31,7 +31,7 @@ from halfbyte.convert.ahead import run_ahead
 from halfbyte.convert.card import write_card
 from halfbyte.convert.coded import CodedLinear, CodedSpec
 from halfbyte.convert.dense import DenseTarget
-from halfbyte.convert.report import RoundedTensor, measure_rounding, sample_rows
+from halfbyte.convert.report import RoundedTensor, measure_rounding, sample_rows, worst_first
 from halfbyte.convert.source import Source
 from halfbyte.convert.target import FolderTarget
 from halfbyte.errors import ConfigError
@@ -136,7 +136,7 @@ def write_folder(
     return Written(
         path=output,
         holds={name: describe_hold(plan.form_of(name), spec) for name, spec in specs.items()},
-        rounded=tuple(rounded),
+        rounded=worst_first(rounded),
         num_bytes=sum(digest.num_bytes for digest in digests),
     )
 
@@ -291,22 +291,23 @@ def _make_tensors(
     rounded: list[RoundedTensor],
 ) -> Iterator[tuple[str, Tensor]]:
     """Load, spell and measure one unit after another, the next while one is being written."""
-    measured: set[str] = set()
+    units = [unit for unit, _ in order]
+    first = {unit.name: number for number, unit in reversed(list(enumerate(units)))}
 
-    def prepare(unit: _Unit) -> dict[str, Tensor]:
+    def prepare(number: int) -> dict[str, Tensor]:
+        unit = units[number]
         if not unit.is_linear:
             return {unit.name: source.load_other(unit.name)}
         linear = source.load_linear(unit.name)
         form = plan.form_of(unit.name)
         tensors = form.spell(linear)
         how = plan.rounding_of(unit.name)
-        if how is not None and unit.name not in measured:
-            measured.add(unit.name)
+        if how is not None and first[unit.name] == number:
             rounded.append(_measure(unit.name, how, linear, form))
         return {f"{unit.name}.{suffix}": tensor for suffix, tensor in tensors.items()}
 
-    units = [unit for unit, _ in order]
-    for (_, names), tensors in zip(order, run_ahead(prepare, units), strict=True):
+    ahead = run_ahead(prepare, range(len(units)))
+    for (_, names), tensors in zip(order, ahead, strict=True):
         for name in names:
             yield name, tensors[name]
 

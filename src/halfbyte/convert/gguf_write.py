@@ -44,7 +44,7 @@ from halfbyte.convert.gguf_file import (
 )
 from halfbyte.convert.gguf_hyperparameters import make_rope_factors, note_limits
 from halfbyte.convert.gguf_metadata import describe_file
-from halfbyte.convert.report import RoundedTensor, measure_rounding, sample_rows
+from halfbyte.convert.report import RoundedTensor, measure_rounding, sample_rows, worst_first
 from halfbyte.convert.respell import BLOCK
 from halfbyte.convert.source import Source
 from halfbyte.errors import ConfigError
@@ -118,7 +118,7 @@ def write_gguf(
     return Written(
         path=path,
         holds={name: kind.name for name, kind in kinds.items()},
-        rounded=tuple(rounded),
+        rounded=worst_first(rounded),
         num_bytes=size,
         notes=(
             *note_limits(architecture, source.model_config),
