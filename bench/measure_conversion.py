@@ -107,8 +107,8 @@ def main() -> None:
         rows=rows,
         note=f"{LAYERS} blocks of hidden {HIDDEN}, intermediate {INTERMEDIATE}, 4 bits, group "
         f"{GROUP_SIZE}; the largest matrix has {largest / 1e6:.1f} million weights; source from "
-        f"the disk, output brought to it; fastest of {REPEATS}, copy and conversion in turn. One "
-        "thread computes, one writes, one syncs; time includes planning, tokenizer and, for gptq, "
+        f"the disk, output brought to it; fastest of {REPEATS}, copy and conversion in turn. Two "
+        "threads compute, one writes, one syncs; time includes planning, tokenizer and, for gptq, "
         "digests",
         data=data,
     )  # fmt: skip

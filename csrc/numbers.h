@@ -1,5 +1,6 @@
-// Conversions between the number formats, for every instruction set's file: static, no templates of
-// the standard library, so that the linker cannot hand one file's machine code to another.
+// Numbers and vectors in memory, and conversions between the formats, for every instruction set's
+// file: static, no templates of the standard library, so that the linker cannot hand one file's
+// machine code to another.
 #pragma once
 #include <stdint.h>
 #include <string.h>
@@ -8,6 +9,19 @@
 
 namespace halfbyte {
 namespace {
+
+// A vector from anywhere, aligned or not, and back.
+template <class V>
+inline V load(const void* from) {
+  V value;
+  memcpy(&value, from, sizeof(V));
+  return value;
+}
+
+template <class V>
+inline void store(void* to, V value) {
+  memcpy(to, &value, sizeof(V));
+}
 
 inline float from_bits(uint32_t bits) {
   float value;

@@ -12,18 +12,6 @@ namespace {
 typedef uint32_t Words __attribute__((vector_size(16)));
 typedef uint8_t Bytes __attribute__((vector_size(16)));
 
-template <class V>
-inline V load(const void* from) {
-  V vector;
-  memcpy(&vector, from, sizeof(V));
-  return vector;
-}
-
-template <class V>
-inline void store(void* to, V vector) {
-  memcpy(to, &vector, sizeof(V));
-}
-
 // Four words of four vectors change places.
 inline void turn(Words& a, Words& b, Words& c, Words& d) {
   const Words ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5);

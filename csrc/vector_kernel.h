@@ -20,18 +20,6 @@ typedef uint8_t Bytes __attribute__((vector_size(VECTOR)));
 
 constexpr int PARTS = LANES / VECTOR;
 
-template <class V>
-inline V load(const void* from) {
-  V value;
-  __builtin_memcpy(&value, from, sizeof(V));
-  return value;
-}
-
-template <class V>
-inline void store(void* to, V value) {
-  __builtin_memcpy(to, &value, sizeof(V));
-}
-
 inline Words widen(Halves halves) {
 #ifdef HAS_DECODE
   return (Words)_mm512_cvtepu16_epi32((__m256i)halves);  // compilers split the general form in two

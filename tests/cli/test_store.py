@@ -33,11 +33,14 @@ def test_the_life_of_a_version(call, tmp_path):
     assert added["manifest"]["parent"] is not None
     assert "recipe   group_size: 64 -> 65" in call("diff", "m@champion", f"m@{second}")
     call("promote", f"m@{second}", "--force", "a test")
-    assert "is back at" in call("rollback", "m", "--reason", "a test")
+    assert "champion is back at" in call("rollback", "m@champion", "--reason", "a test")
+    assert "m@candidate: it has no earlier version" in call("rollback", "m@candidate", code=1)
     shown = call("show", f"m@{second}")
     assert "promote champion" in shown
     assert "a test" in shown
     assert "2 versions are as they were added" in call("verify")
+    assert "1 version is as it was added" in call("verify", "m")
+    assert "of one version: name it" in call("verify", "--public-key", "k.pub", code=2)
     assert "removed 0 versions" in call("gc")
     assert (tmp_path / "out").exists() is False
     call("get", "m", "-o", tmp_path / "out")

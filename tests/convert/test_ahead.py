@@ -12,19 +12,19 @@ def test_results_come_in_order(number):
     assert list(run_ahead(lambda item: item * 2, range(number))) == [2 * n for n in range(number)]
 
 
-def test_the_next_is_prepared_while_one_is_used_and_no_more():
-    started, released = [], threading.Event()
+def test_the_next_two_are_prepared_while_one_is_used_and_no_more():
+    started, both = [], threading.Barrier(3)
 
     def prepare(item):
         started.append(item)
-        if item == 1:
-            released.set()
+        if item in (1, 2):
+            both.wait(10)  # not passed unless both are being prepared at once
         return item
 
     results = run_ahead(prepare, range(5))
     assert next(results) == 0
-    assert released.wait(10)
-    assert started == [0, 1]
+    both.wait(10)
+    assert sorted(started) == [0, 1, 2]
     assert list(results) == [1, 2, 3, 4]
 
 

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
-from tests.helpers.families import FAMILIES, build_family
+from tests.helpers.families import build_family
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.llama.modeling_llama import LlamaConfig, LlamaRotaryEmbedding
 
 from halfbyte.convert.gguf_architecture import (
@@ -10,6 +13,7 @@ from halfbyte.convert.gguf_architecture import (
     find_architecture,
 )
 from halfbyte.convert.gguf_hyperparameters import describe_model, make_rope_factors, note_limits
+from halfbyte.model.experts import unfuse_experts
 
 BY_CLASS = {architecture.model_class: architecture for architecture in ARCHITECTURES}
 
@@ -19,20 +23,18 @@ def test_names_are_those_of_the_gguf_package(name):
     """Every parameter of a real model of the family has a name, the one that gguf-py gives it."""
     gguf = pytest.importorskip("gguf")
     architecture = BY_CLASS[name]
-    family = next(
-        f
-        for f in FAMILIES
-        if name.lower() == f"{f}forcausallm".replace("_text", "").replace("_", "")
-    )
     kind = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == architecture.name)
     theirs = gguf.get_tensor_name_map(kind, 4)
-    for key in build_family(family).state_dict():
+    model = build_family(architecture.model_type)
+    unfuse_experts(model)
+    for key in revert_weight_conversion(model, model.state_dict()):
         module = key.rpartition(".")[0]
         ours = architecture.to_gguf(module)
         if module == "lm_head" and architecture.ties_embeddings:
             continue  # the gguf package has none, and none is written
-        assert ours == theirs.get_name(module), key
-        assert architecture.from_gguf(ours) == module
+        fused = re.sub(r"experts\.\d+", "experts", module)
+        assert ours == theirs.get_name(fused), key
+        assert architecture.from_gguf(ours) == re.sub(r"experts\.\d+", "experts.*", module)
 
 
 def test_rows_of_q_and_k_alternate_between_halves_of_a_head():
@@ -64,11 +66,32 @@ def test_llama3_factors_are_those_of_transformers():
     scaled = LlamaRotaryEmbedding(config).inv_freq
     plain = 500000.0 ** -(torch.arange(0, 128, 2, dtype=torch.float64) / 128)
     torch.testing.assert_close(
-        make_rope_factors(config.to_dict()).double(), plain / scaled.double(), rtol=1e-5, atol=0
+        make_rope_factors(config.to_dict())["rope_freqs.weight"].double(),
+        plain / scaled.double(),
+        rtol=1e-5,
+        atol=0,
     )
-    assert (
-        make_rope_factors({"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}) is None
-    )
+    plain = {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}
+    assert make_rope_factors(plain) == {}
+
+
+def test_factors_of_longrope_must_be_as_many_as_what_turns():
+    phi3 = build_family("phi3").config.to_dict()
+    parameters = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    parameters |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    config = phi3 | {"rope_parameters": parameters, "original_max_position_embeddings": 32}
+    found = make_rope_factors(config)
+    assert found["rope_factors_long.weight"].tolist() == [2.0] * 4
+    pairs = describe_model(BY_CLASS["Phi3ForCausalLM"], config)
+    assert pairs["phi3.rope.scaling.original_context_length"] == 32
+    assert pairs["phi3.rope.scaling.attn_factor"] == pytest.approx((1 + 2 / 5) ** 0.5)
+    assert "more than 32 it takes the long" in note_limits(BY_CLASS["Phi3ForCausalLM"], config)[0]
+    parameters["short_factor"] = [1.0] * 5
+    with pytest.raises(ValueError, match=r"short_factor has 5 numbers, .* turn 8 .* needs 4"):
+        make_rope_factors(config)
+    parameters["partial_rotary_factor"] = 1.0
+    with pytest.raises(ValueError, match="for 'llama' are default, linear, yarn and llama3"):
+        describe_model(BY_CLASS["LlamaForCausalLM"], config)
 
 
 def test_what_llama_cpp_does_otherwise_is_said_or_refused():
@@ -93,13 +116,20 @@ def test_what_llama_cpp_does_otherwise_is_said_or_refused():
         ("SmolLM3ForCausalLM", {"no_rope_layers": None, "no_rope_layer_interval": 2}, "4th block"),
         ("Gemma3ForCausalLM", {"query_pre_attn_scalar": 168}, "is 168, .* head size 16"),
         ("Gemma3ForCausalLM", {"attn_logit_softcapping": 50.0}, "has attn_logit_softcapping"),
+        ("Qwen3MoeForCausalLM", {"norm_topk_prob": False}, "norm_topk_prob False, .* sum to one"),
+        ("Qwen2MoeForCausalLM", {"mlp_only_layers": [0]}, "has mlp_only_layers, .* every block"),
+        ("MixtralForCausalLM", {"num_local_experts": None}, "has no num_local_experts"),
+        ("OlmoeForCausalLM", {"clip_qkv": 8.0}, "has clip_qkv 8.0"),
+        ("OlmoeForCausalLM", {"num_key_value_heads": 2}, "2 key and value heads for 4 heads"),
+        ("GPT2LMHeadModel", {"scale_attn_weights": False}, "scales attention in another way"),
     ],
 )
 def test_what_llama_cpp_takes_for_granted_is_checked(name, changes, message):
     config = {
         "num_attention_heads": 4, "num_hidden_layers": 4, "max_position_embeddings": 64,
         "hidden_size": 64, "intermediate_size": 96, "vocab_size": 99, "rms_norm_eps": 1e-6,
-        "sliding_window": 16,
+        "sliding_window": 16, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "layer_norm_epsilon": 1e-5, "norm_epsilon": 1e-5, "layer_norm_eps": 1e-5,
     }  # fmt: skip
     describe_model(BY_CLASS[name], config)
     with pytest.raises(ValueError, match=message):

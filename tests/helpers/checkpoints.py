@@ -29,7 +29,7 @@ class Recipe:
     symmetric: bool = True
     act_order: bool = False
     zero_offset: int = 1
-    skip: str = r"lm_head|\.gate$|router"
+    skip: str = r"lm_head|gate$|router"
     """Modules that stay dense, as a regular expression."""
     bits_for: Mapping[str, int] = field(default_factory=dict)
     """Other bits, by regular expression."""

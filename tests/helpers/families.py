@@ -68,6 +68,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "starcoder2": {**_GROUPED, "sliding_window": 16},
     "granite": _GROUPED,
     "mixtral": {**_GROUPED, "num_local_experts": 4},
+    "qwen2_moe": {
+        **_GROUPED,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 64,
+    },
+    "olmoe": {**_COMMON, "num_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {
         **_GROUPED,
         "head_dim": 16,

@@ -104,15 +104,40 @@ CHANGES = {
         "residual_multiplier": 0.22,
         "logits_scaling": 8.0,
     },
+    "qwen3_moe": {"norm_topk_prob": True},
+    "gpt_neox": {"hidden_act": "gelu_new"},
 }
 """Windows that llama.cpp has not are left out; what a family alone has is made to matter."""
 
 
+def stretch(original):
+    """Positions of Phi 3 for long contexts; texts longer than ``original`` get the long factors."""
+    factors = torch.linspace(1, 3, 16).tolist()
+    return {
+        "max_position_embeddings": 4 * original,
+        "original_max_position_embeddings": original,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": factors,
+            "long_factor": [2 * factor for factor in factors],
+        },
+    }
+
+
+CASES = [
+    *((found.model_class, found.model_type, {}) for found in ARCHITECTURES),
+    ("Phi3 within its first length", "phi3", stretch(2048)),
+    ("Phi3 beyond its first length", "phi3", stretch(16)),
+    ("GPTNeoX one after another", "gpt_neox", {"use_parallel_residual": False}),
+]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda found: found.model_class)
-def test_every_family_computes_the_same(architecture, sample_model, tmp_path, in_float32):
-    family = architecture.model_type
-    facts = {**FAMILIES[family], "vocab_size": 49152, "hidden_size": 128, **CHANGES.get(family, {})}
+@pytest.mark.parametrize(("name", "family", "more"), CASES, ids=[case[0] for case in CASES])
+def test_every_family_computes_the_same(name, family, more, sample_model, tmp_path, in_float32):
+    wide = {"n_embd": 128} if family == "gpt2" else {"hidden_size": 128}
+    facts = {**FAMILIES[family], "vocab_size": 49152, **wide, **CHANGES.get(family, {}), **more}
     if "head_dim" in facts:
         facts["head_dim"] = 32
     config = AutoConfig.for_model(family, **facts)

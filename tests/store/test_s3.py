@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from tests.helpers.stores import check_store, kill_while_at_work, write_folder
+from tests.serve.helpers_quality import ScriptedBackend, answer, collect, make_call
 
 from halfbyte.errors import StoreError
+from halfbyte.serve.exchange import Served
+from halfbyte.serve.rollout.store_models import StoreBackend, resolve_store_model
+from halfbyte.serve.routing.router import Router
 from halfbyte.store.checkout import checkout
 from halfbyte.store.garbage import collect_garbage
 from halfbyte.store.store import Store
@@ -106,6 +112,49 @@ def test_who_is_not_let_in_is_told_so(serve, monkeypatch):
     s3fs.S3FileSystem.clear_instance_cache()
     with pytest.raises(StoreError, match=r"Cannot read a of s3://bucket/store: .* the network"):
         Store(PLACE).backend.read("a")
+
+
+def test_what_is_served_from_a_bucket_follows_its_alias(serve, tmp_path, monkeypatch):
+    """Requests on their way stay with their version; the next one is copied out and verified."""
+    serve()
+    monkeypatch.setenv("HALFBYTE_STORE", PLACE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    store = Store(PLACE)
+    first, second = (store.add(write_folder(tmp_path / f"{n}", n), "m").version for n in range(2))
+    store.promote(f"m@{first}", force_reason="test")
+    model = resolve_store_model("store:m@champion")
+    assert model.folder == tmp_path / "cache" / "halfbyte" / "checkouts" / first
+    old = ScriptedBackend("old", [0.2, *answer("old answer")])
+    opened = []
+
+    def connect(folder):
+        opened.append(folder)
+        return ScriptedBackend("new", answer("new answer"))
+
+    backend = StoreBackend(model, old, connect, poll_seconds=0.02)
+    router = Router(backend)
+
+    async def run():
+        await backend.start()
+        begun = asyncio.ensure_future(collect(router, make_call()))
+        await asyncio.sleep(0.01)
+        await asyncio.to_thread(store.promote, f"m@{second}", force_reason="test")
+        served = Served()
+        while served.version != second:
+            text, served = await collect(router, make_call(), Served())
+        early = await begun
+        await backend.close()
+        return early[0], text
+
+    assert asyncio.run(run()) == ("old answer", "new answer")
+    content = (tmp_path / "1" / "model.safetensors").read_bytes()
+    assert (Path(opened[0]) / "model.safetensors").read_bytes() == content
+    blob = store.manifest(first).files["model.safetensors"].sha256
+    s3fs.S3FileSystem().pipe_file(f"bucket/store/blobs/{blob[:2]}/{blob}", b"changed")
+    assert resolve_store_model(f"store:m@{first}").folder == model.folder, "copied out before"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    with pytest.raises(StoreError, match=r"model.safetensors of .* is damaged: its sha256 differs"):
+        resolve_store_model(f"store:m@{first}")
 
 
 @pytest.mark.parametrize(("part", "rounds"), [(0, 2), pytest.param(1, 10, marks=pytest.mark.slow)])

@@ -16,7 +16,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,10 +172,19 @@ def stream_shard(
     whole = hashlib.sha256(header)
     digests: dict[str, str] = {}
 
+    def digest_one(name: str, data: memoryview) -> None:
+        digests[name] = hashlib.sha256(data).hexdigest()[:TENSOR_DIGITS]
+
+    def wait_for(futures: list[Future[Any]]) -> None:
+        for future in futures:
+            future.result()
+
     def chunks() -> Iterator[bytes | memoryview]:
         yield header
-        # Both digests are taken while the data is being written.
-        with ThreadPoolExecutor(2) as pool:
+        # Both digests are taken while this tensor is being written and the next one made. One
+        # thread each: the whole file's takes the tensors in their order.
+        before: list[Future[Any]] = []
+        with ThreadPoolExecutor(1) as over_all, ThreadPoolExecutor(1) as over_one:
             for (name, tensor), expected in zip(tensors, specs, strict=True):
                 if name != expected or spec_of(tensor) != specs[name]:
                     raise CheckpointError(
@@ -187,11 +196,11 @@ def stream_shard(
                 if not with_digests:
                     yield data
                     continue
-                added = pool.submit(whole.update, data)
-                own = pool.submit(hashlib.sha256, data)
+                now = [over_all.submit(whole.update, data), over_one.submit(digest_one, name, data)]
                 yield data
-                added.result()
-                digests[name] = own.result().hexdigest()[:TENSOR_DIGITS]
+                wait_for(before)
+                before = now
+            wait_for(before)
 
     write_atomically(path, chunks())
     tensor_bytes = sum(spec.num_bytes for spec in specs.values())

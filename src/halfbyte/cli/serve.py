@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from halfbyte.serve.running import bind, run_server
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    for quiet in ("httpx2", "httpcore2", "uvicorn"):
+    for quiet in ("httpx2", "httpcore2", "uvicorn", "aiobotocore"):
         logging.getLogger(quiet).setLevel(logging.WARNING)
     keys = read_keys(config)
     # Before the model: its minutes are not spent where the port is taken.

@@ -76,8 +76,8 @@ def _add_alias_actions(actions: Any) -> None:
         "--force", metavar="REASON", help="without a passing verdict; goes into the log"
     )
     rollback = _action(actions, "rollback", "let an alias point to what it pointed to before")
-    rollback.add_argument("name", metavar="NAME", help="the model")
-    rollback.add_argument("--alias", default="champion", help="(default: champion)")
+    rollback.add_argument("name", metavar="NAME", help="the model, or NAME@ALIAS")
+    rollback.add_argument("--alias", help="which alias (default: champion)")
     rollback.add_argument("--reason", help="for the log")
     collect = _action(actions, "gc", "remove versions that no alias needs, and what is left over")
     collect.add_argument(
@@ -206,12 +206,15 @@ def _diff(store: Store, args: argparse.Namespace) -> Outcome:
 
 
 def _verify(store: Store, args: argparse.Namespace) -> Outcome:
+    if args.public_key and args.reference is None:
+        raise ConfigError("--public-key checks the signature of one version: name it.")
     versions = store.verify(args.reference)
-    lines = [f"{len(versions)} versions are as they were added, byte for byte"]
+    are = "version is as it was" if len(versions) == 1 else "versions are as they were"
+    lines = [f"{len(versions)} {are} added, byte for byte"]
     if args.public_key:
         from halfbyte.store.signing import verify_signature
 
-        verify_signature(store, args.reference or "", args.public_key)
+        verify_signature(store, args.reference, args.public_key)
         lines.append(f"the signature holds for {args.public_key}")
     return {"verified": versions}, lines
 
@@ -248,7 +251,8 @@ def _promote(store: Store, args: argparse.Namespace) -> Outcome:
 
 
 def _rollback(store: Store, args: argparse.Namespace) -> Outcome:
-    entry = store.rollback(args.name, args.alias, reason=args.reason)
+    name, _, alias = args.name.partition("@")
+    entry = store.rollback(name, args.alias or alias or "champion", reason=args.reason)
     return entry, [f"{entry.alias} is back at {entry.version[:12]}"]
 
 

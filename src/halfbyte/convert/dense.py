@@ -22,13 +22,25 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 
 
+CONV1D_MODELS = ("gpt2",)
+"""Model types whose linears are Transformers' Conv1D, which stores [in, out]."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseTarget:
     """Writes ``<module>.weight`` in one floating-point type."""
 
     dtype: torch.dtype
+    stores_inputs_first: bool = False
+    """Whether the model wants its matrices [in, out]."""
     format: str = "hf"
     metadata_format: str = "pt"
+
+    @classmethod
+    def fit(cls, dtype: torch.dtype, model_config: Mapping[str, Any]) -> DenseTarget:
+        """Choose the order of axes that a model's own layers have."""
+        is_turned = model_config.get("model_type") in CONV1D_MODELS
+        return cls(dtype=dtype, stores_inputs_first=is_turned)
 
     def find_obstacle(self, spec: CodedSpec) -> str | None:
         """Give None: rounding each weight once is what this format is for."""
@@ -44,17 +56,20 @@ class DenseTarget:
     def announce(self, spec: CodedSpec) -> dict[str, TensorSpec]:
         """Give the tensors that a linear will be, by suffix."""
         shape = (spec.out_features, spec.in_features)
+        shape = shape[::-1] if self.stores_inputs_first else shape
         tensors = {"weight": TensorSpec(dtype=self.dtype, shape=shape)}
         return tensors if spec.bias is None else {**tensors, "bias": spec.bias}
 
     def spell(self, linear: CodedLinear) -> dict[str, Tensor]:
         """Make them."""
-        tensors = {"weight": linear.dequantize(self.dtype)}
+        weight = linear.dequantize(self.dtype)
+        tensors = {"weight": weight.t().contiguous() if self.stores_inputs_first else weight}
         return tensors if linear.bias is None else {**tensors, "bias": linear.bias}
 
     def decode(self, tensors: Mapping[str, Tensor], spec: CodedSpec) -> Tensor:
         """Give the weight in float32."""
-        return tensors["weight"].float()
+        weight = tensors["weight"].float()
+        return weight.t() if self.stores_inputs_first else weight
 
     def label(
         self, coded: Mapping[str, CodedSpec], dense: list[str], model_config: Mapping[str, Any]

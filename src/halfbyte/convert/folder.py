@@ -31,7 +31,7 @@ from halfbyte.convert.ahead import run_ahead
 from halfbyte.convert.card import write_card
 from halfbyte.convert.coded import CodedLinear, CodedSpec
 from halfbyte.convert.dense import DenseTarget
-from halfbyte.convert.report import RoundedTensor, measure_rounding, sample_rows
+from halfbyte.convert.report import RoundedTensor, measure_rounding, sample_rows, worst_first
 from halfbyte.convert.source import Source
 from halfbyte.convert.target import FolderTarget
 from halfbyte.errors import ConfigError
@@ -106,7 +106,8 @@ def write_folder(
         ConfigError: Something does not fit and no error is allowed, or the output is not empty.
     """
     check_new_folder(output)
-    plan = plan_linears(specs, target, allow_error=allow_error, dense_dtype=dense_dtype)
+    fallback = DenseTarget.fit(dense_dtype, source.model_config)
+    plan = plan_linears(specs, target, allow_error=allow_error, fallback=fallback)
     output.mkdir(parents=True, exist_ok=True)
     shards = _split(source, plan, shard_bytes)
     rounded: list[RoundedTensor] = []
@@ -135,7 +136,7 @@ def write_folder(
     return Written(
         path=output,
         holds={name: describe_hold(plan.form_of(name), spec) for name, spec in specs.items()},
-        rounded=tuple(rounded),
+        rounded=worst_first(rounded),
         num_bytes=sum(digest.num_bytes for digest in digests),
     )
 
@@ -145,7 +146,7 @@ def plan_linears(
     target: FolderTarget,
     *,
     allow_error: bool,
-    dense_dtype: torch.dtype = torch.float16,
+    fallback: DenseTarget,
 ) -> Plan:
     """Decide how each linear is held.
 
@@ -153,7 +154,7 @@ def plan_linears(
         specs: The linears' facts.
         target: The format.
         allow_error: Hold what does not fit exactly in the closest form.
-        dense_dtype: Of linears that the target cannot code at all.
+        fallback: For linears that the target cannot code at all.
 
     Returns:
         The plan.
@@ -181,7 +182,6 @@ def plan_linears(
             f"Cannot convert to {target.format}: none of {len(specs)} linears fits "
             f"({next(iter(dense.values()))}). Use --to hf for dense weights."
         )
-    fallback = DenseTarget(dtype=dense_dtype)
     return Plan(target=target, fallback=fallback, specs=specs, dense=dense)
 
 
@@ -291,22 +291,23 @@ def _make_tensors(
     rounded: list[RoundedTensor],
 ) -> Iterator[tuple[str, Tensor]]:
     """Load, spell and measure one unit after another, the next while one is being written."""
-    measured: set[str] = set()
+    units = [unit for unit, _ in order]
+    first = {unit.name: number for number, unit in reversed(list(enumerate(units)))}
 
-    def prepare(unit: _Unit) -> dict[str, Tensor]:
+    def prepare(number: int) -> dict[str, Tensor]:
+        unit = units[number]
         if not unit.is_linear:
             return {unit.name: source.load_other(unit.name)}
         linear = source.load_linear(unit.name)
         form = plan.form_of(unit.name)
         tensors = form.spell(linear)
         how = plan.rounding_of(unit.name)
-        if how is not None and unit.name not in measured:
-            measured.add(unit.name)
+        if how is not None and first[unit.name] == number:
             rounded.append(_measure(unit.name, how, linear, form))
         return {f"{unit.name}.{suffix}": tensor for suffix, tensor in tensors.items()}
 
-    units = [unit for unit, _ in order]
-    for (_, names), tensors in zip(order, run_ahead(prepare, units), strict=True):
+    ahead = run_ahead(prepare, range(len(units)))
+    for (_, names), tensors in zip(order, ahead, strict=True):
         for name in names:
             yield name, tensors[name]
 

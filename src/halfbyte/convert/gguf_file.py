@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,11 @@ class GgufTensor:
             count *= size
         return count // self.kind.block * self.kind.num_bytes
 
+    def part(self, number: int) -> GgufTensor:
+        """Give one of those along the outermost axis, such as one expert's."""
+        one = replace(self, shape=self.shape[1:])
+        return replace(one, offset=self.offset + number * one.num_bytes)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufFile:
@@ -103,7 +108,20 @@ class GgufFile:
         """
         if name not in self.tensors:
             raise CheckpointError(f"{self.path} has no tensor {name}. It is incomplete.")
-        info = self.tensors[name]
+        return self.read(self.tensors[name])
+
+    def read(self, info: GgufTensor) -> Tensor:
+        """Read the bytes of a tensor, or of a part of one.
+
+        Args:
+            info: From :attr:`tensors`, or :meth:`GgufTensor.part` of one.
+
+        Returns:
+            uint8 [bytes].
+
+        Raises:
+            CheckpointError: The file changed, or cannot be read.
+        """
         data = torch.empty(info.num_bytes, dtype=torch.uint8)
         view, position = data.numpy().data, 0
         try:
@@ -113,7 +131,7 @@ class GgufFile:
                     count = handle.readinto(view[position:])
                     if not count:
                         raise CheckpointError(
-                            f"Cannot read {name} of {self.path}: it ends after {position} of "
+                            f"Cannot read {info.name} of {self.path}: it ends after {position} of "
                             f"{len(view)} bytes. The file changed while it was open."
                         )
                     position += count
@@ -288,11 +306,13 @@ def write_gguf_file(
 ) -> int:
     """Write a GGUF file out of tensors that come one after another, whole or not at all.
 
+    A tensor may come in several pieces.
+
     Args:
         path: The file; its folder must exist.
         pairs: Strings, whole numbers, floats, bools, and lists of one of these.
         table: Name, type and shape (outermost first) of each tensor, in order.
-        data: Each tensor's bytes, uint8, in the same order.
+        data: Each tensor's bytes, or those of its pieces, uint8, in the same order.
 
     Returns:
         Size of the file. Unit: bytes.
@@ -314,15 +334,21 @@ def write_gguf_file(
 
     def chunks() -> Iterator[bytes | memoryview]:
         yield bytes(header)
-        for (name, kind, shape), tensor in zip(table, data, strict=True):
+        pieces = iter(data)
+        for name, kind, shape in table:
             size = GgufTensor(name=name, kind=kind, shape=shape, offset=0).num_bytes
-            if tensor.numel() != size:
+            came = 0
+            while came < size and (piece := next(pieces, None)) is not None:
+                came += piece.numel()
+                if came <= size:
+                    yield piece.contiguous().flatten().numpy().data
+            if came != size:
                 raise CheckpointError(
-                    f"Cannot write {path}: tensor {name} came with {tensor.numel()} bytes where "
+                    f"Cannot write {path}: tensor {name} came with {came} bytes where "
                     f"{size} were announced."
                 )
-            yield tensor.contiguous().flatten().numpy().data
             yield bytes(-size % ALIGNMENT)
+        assert next(pieces, None) is None
 
     write_atomically(path, chunks())
     return len(header) + offset

@@ -19,9 +19,45 @@ from halfbyte.errors import ConfigError
 
 GEMMA_27B = {"gemma2": 46, "gemma3": 62}
 """Blocks by which llama.cpp recognises the models that scale queries by another width."""
+LONGROPE = ("longrope", "su")
 NO_ROPE_STEP = 4
 """In SmolLM3 each block of this number has no positions; llama.cpp has it so."""
 GEMMA3_PATTERN = 6
+
+OTHER_NAMES = {
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_positions": "max_position_embeddings",
+    "n_inner": "intermediate_size",
+    "activation_function": "hidden_act",
+    "num_experts": "num_local_experts",
+    "rotary_pct": "partial_rotary_factor",
+    "rotary_emb_base": "rope_theta",
+}
+"""What some families call what most call otherwise."""
+LONG, SHORT = "long_factor", "short_factor"
+FACTOR_TENSORS = {
+    "rope_freqs.weight": "llama3",
+    "rope_factors_long.weight": LONG,
+    "rope_factors_short.weight": SHORT,
+}
+"""Tensors of a file that are made from the config: what of it."""
+
+
+def spell_out(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Give a config under the names that most families use.
+
+    Args:
+        config: ``config.json``.
+
+    Returns:
+        The same values, and GPT-2's width of the MLP where it says none.
+    """
+    spelled = {OTHER_NAMES.get(key, key): value for key, value in config.items()}
+    if "n_embd" in config and not spelled.get("intermediate_size"):
+        spelled["intermediate_size"] = 4 * int(config["n_embd"])
+    return spelled
 
 
 def describe_model(architecture: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,6 +73,7 @@ def describe_model(architecture: Architecture, config: Mapping[str, Any]) -> dic
     Raises:
         ConfigError: Something is missing, or the model computes what llama.cpp does not.
     """
+    config = spell_out(config)
     name, heads = architecture.name, int(_need(config, "num_attention_heads"))
     _check_activation(architecture, config)
     pairs: dict[str, Any] = {
@@ -48,15 +85,16 @@ def describe_model(architecture: Architecture, config: Mapping[str, Any]) -> dic
         f"{name}.attention.head_count_kv": int(config.get("num_key_value_heads") or heads),
         f"{name}.vocab_size": int(_need(config, "vocab_size")),
     }
-    if name == "starcoder2":
-        pairs[f"{name}.attention.layer_norm_epsilon"] = float(_need(config, "norm_epsilon"))
-    else:
-        pairs[f"{name}.attention.layer_norm_rms_epsilon"] = float(_need(config, "rms_norm_eps"))
+    norm = "layer_norm_rms" if architecture.epsilon == "rms_norm_eps" else "layer_norm"
+    pairs[f"{name}.attention.{norm}_epsilon"] = float(_need(config, architecture.epsilon))
     width = head_size(config)
     if architecture.writes_head_size:
         pairs[f"{name}.attention.key_length"] = width
         pairs[f"{name}.attention.value_length"] = width
-    pairs |= _describe_positions(architecture, config)
+    if architecture.has_rotary:
+        pairs |= _describe_positions(architecture, config)
+    if architecture.normalises_experts is not None:
+        pairs |= _describe_experts(architecture, config)
     if name in _MORE:
         pairs |= {f"{name}.{key}": value for key, value in _MORE[name](config).items()}
     return pairs
@@ -64,14 +102,27 @@ def describe_model(architecture: Architecture, config: Mapping[str, Any]) -> dic
 
 def note_limits(architecture: Architecture, config: Mapping[str, Any]) -> tuple[str, ...]:
     """Say what llama.cpp does not do of what the model does."""
+    notes = []
     window = config.get("sliding_window")
     has_none = not isinstance(window, int) or config.get("use_sliding_window") is False
-    if architecture.has_window or has_none:
-        return ()
-    return (
-        f"llama.cpp has no sliding window for this architecture: beyond {window} tokens it "
-        "attends to more than the model does",
-    )
+    if not architecture.has_window and not has_none:
+        notes.append(
+            f"llama.cpp has no sliding window for this architecture: beyond {window} tokens it "
+            "attends to more than the model does"
+        )
+    if architecture.name == "gptneox" and config.get("hidden_act") == "gelu":
+        notes.append(
+            "llama.cpp computes this model's GELU by the hyperbolic tangent: it differs by up to "
+            "0.0005 in each activation"
+        )
+    if architecture.has_longrope and rope_settings(config)["rope_type"] in LONGROPE:
+        original = config.get("original_max_position_embeddings")
+        notes.append(
+            "llama.cpp chooses between the factors for short and for long texts by the size of "
+            f"its context, not by the text's: with --ctx-size of more than {original} it takes the "
+            "long ones"
+        )
+    return tuple(notes)
 
 
 def head_size(config: Mapping[str, Any]) -> int:
@@ -98,21 +149,33 @@ def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return settings | (full if isinstance(full, dict) else {})
 
 
-def make_rope_factors(config: Mapping[str, Any]) -> Tensor | None:
-    """Make Llama 3's divisors of the rotary frequencies, which GGUF keeps as a tensor.
+def make_rope_factors(config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Make the divisors of the rotary frequencies, which GGUF keeps as tensors.
 
     Args:
         config: ``config.json``.
 
     Returns:
-        float32 [head size / 2]; None where positions are not scaled in that way.
+        By the name in :data:`FACTOR_TENSORS`, float32 [turned width / 2]: one for Llama 3's
+        scaling, two for longrope, none where positions are not scaled in such a way.
+
+    Raises:
+        ConfigError: longrope's factors are missing or not as many as they must be.
 
     Source:
-        Transformers ``modeling_rope_utils.py``, ``_compute_llama3_parameters``.
+        Transformers ``modeling_rope_utils.py``, ``_compute_llama3_parameters`` and
+        ``_compute_longrope_parameters``.
     """
+    config = spell_out(config)
     settings = rope_settings(config)
+    if settings["rope_type"] in LONGROPE:
+        return {
+            name: _need_factors(settings.get(part), part, _turned_width(config))
+            for name, part in FACTOR_TENSORS.items()
+            if part in (LONG, SHORT)
+        }
     if settings["rope_type"] != "llama3":
-        return None
+        return {}
     width = head_size(config)
     frequencies = float(settings["rope_theta"]) ** -(
         torch.arange(0, width, 2, dtype=torch.float64) / width
@@ -122,7 +185,22 @@ def make_rope_factors(config: Mapping[str, Any]) -> Tensor | None:
     low, high = float(settings["low_freq_factor"]), float(settings["high_freq_factor"])
     smooth = ((original / lengths - low) / (high - low)).clamp(0, 1)
     factors: Tensor = 1 / ((1 - smooth) / factor + smooth)
-    return factors.to(torch.float32)
+    return {"rope_freqs.weight": factors.to(torch.float32)}
+
+
+def _need_factors(values: object, part: str, width: int) -> Tensor:
+    if not isinstance(values, list) or len(values) != width // 2:
+        found = len(values) if isinstance(values, list) else "no list"
+        raise ConfigError(
+            f"Cannot write GGUF: the config's {part} has {found} numbers, and positions turn "
+            f"{width} of each head, which needs {width // 2}. The config is damaged."
+        )
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def _turned_width(config: Mapping[str, Any]) -> int:
+    """Give how much of a head positions turn."""
+    return int(head_size(config) * float(rope_settings(config).get("partial_rotary_factor") or 1.0))
 
 
 def _need(config: Mapping[str, Any], key: str) -> Any:
@@ -144,12 +222,12 @@ def _check_activation(architecture: Architecture, config: Mapping[str, Any]) -> 
 
 
 def _describe_positions(architecture: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
-    name, settings, width = architecture.name, rope_settings(config), head_size(config)
+    name, settings = architecture.name, rope_settings(config)
     pairs: dict[str, Any] = {f"{name}.rope.freq_base": float(settings["rope_theta"])}
     share = float(settings.get("partial_rotary_factor") or 1.0)
-    if architecture.reorders_heads or name == "phi3":
-        pairs[f"{name}.rope.dimension_count"] = int(width * share)
-    if share != 1.0 and name != "phi3":
+    if architecture.reorders_heads or architecture.turns_part:
+        pairs[f"{name}.rope.dimension_count"] = _turned_width(config)
+    if share != 1.0 and not architecture.turns_part:
         raise ConfigError(
             f"Cannot write GGUF: positions turn {share:.0%} of each head, and llama.cpp's "
             f"'{name}' turns all of it. Choose another format."
@@ -163,12 +241,65 @@ def _describe_positions(architecture: Architecture, config: Mapping[str, Any]) -
         pairs[f"{name}.rope.scaling.type"] = "yarn"
         pairs[f"{name}.rope.scaling.factor"] = float(settings["factor"])
         pairs[f"{name}.rope.scaling.original_context_length"] = original
+    elif kind in LONGROPE and architecture.has_longrope:
+        pairs |= {f"{name}.rope.scaling.{key}": v for key, v in _describe_longrope(config).items()}
     elif kind not in ("default", "llama3"):
         raise ConfigError(
-            f"Cannot write GGUF for positions of the type '{kind}'; written are default, linear, "
-            "yarn and llama3. Choose another format."
+            f"Cannot write GGUF for positions of the type '{kind}'; written for '{name}' are "
+            f"default, linear, yarn{', longrope' if architecture.has_longrope else ''} and llama3. "
+            "Choose another format."
         )
     return pairs
+
+
+def _describe_longrope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Say from where on the long factors hold, and by what attention grows with them."""
+    settings = rope_settings(config)
+    length = int(_need(config, "max_position_embeddings"))
+    original = config.get("original_max_position_embeddings")
+    original = int(original or settings.get("original_max_position_embeddings") or length)
+    times = length / original
+    grown = math.sqrt(1 + math.log(times) / math.log(original)) if times > 1 else 1.0
+    return {
+        "original_context_length": original,
+        "attn_factor": float(settings.get("attention_factor") or grown),
+    }
+
+
+def _describe_experts(architecture: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Count the experts; llama.cpp has them in every block, and weighs them in one way."""
+    name = architecture.name
+    asked = config.get("norm_topk_prob", architecture.normalises_experts)
+    sparse = int(config.get("decoder_sparse_step") or 1)
+    others = [
+        what
+        for what, is_so in (
+            (f"norm_topk_prob {asked}", bool(asked) is not architecture.normalises_experts),
+            (f"decoder_sparse_step {sparse}", sparse != 1),
+            ("mlp_only_layers", bool(config.get("mlp_only_layers"))),
+        )
+        if is_so
+    ]
+    if others:
+        raise ConfigError(
+            f"Cannot write GGUF: the config has {' and '.join(others)}, and llama.cpp's '{name}' "
+            f"has experts in every block, their weights {_SUMMED[architecture.normalises_experts]}."
+            " Choose another format."
+        )
+    pairs: dict[str, Any] = {
+        "expert_count": int(_need(config, "num_local_experts")),
+        "expert_used_count": int(_need(config, "num_experts_per_tok")),
+    }
+    for ours, theirs in (
+        ("moe_intermediate_size", "expert_feed_forward_length"),
+        ("shared_expert_intermediate_size", "expert_shared_feed_forward_length"),
+    ):
+        if config.get(ours):
+            pairs[theirs] = int(config[ours])
+    return {f"{name}.{key}": value for key, value in pairs.items()}
+
+
+_SUMMED = {True: "made to sum to one", False: "as the router gives them", None: ""}
 
 
 def _check_query_scale(name: str, config: Mapping[str, Any]) -> None:
@@ -251,11 +382,40 @@ def _check_smollm3(config: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def _check_olmoe(config: Mapping[str, Any]) -> dict[str, Any]:
+    heads = config["num_attention_heads"]
+    value_heads = config.get("num_key_value_heads") or heads
+    if config.get("clip_qkv") or value_heads != heads:
+        raise ConfigError(
+            f"Cannot write GGUF: the config has clip_qkv {config.get('clip_qkv')} and {value_heads}"
+            f" key and value heads for {heads} heads; llama.cpp's 'olmoe' clips nothing and has as "
+            "many of each. Choose another format."
+        )
+    return {}
+
+
+def _describe_gpt2(config: Mapping[str, Any]) -> dict[str, Any]:
+    if config.get("scale_attn_by_inverse_layer_idx") or config.get("scale_attn_weights") is False:
+        raise ConfigError(
+            "Cannot write GGUF: the config scales attention in another way "
+            "(scale_attn_by_inverse_layer_idx, scale_attn_weights), which llama.cpp's 'gpt2' does "
+            "not. Choose another format."
+        )
+    return {}
+
+
+def _describe_gptneox(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {"use_parallel_residual": bool(config.get("use_parallel_residual", True))}
+
+
 _MORE: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "gemma2": _describe_gemma2,
     "gemma3": _describe_gemma3,
+    "gpt2": _describe_gpt2,
+    "gptneox": _describe_gptneox,
     "granite": _describe_granite,
     "olmo2": _describe_olmo,
+    "olmoe": _check_olmoe,
     "smollm3": _check_smollm3,
 }
 """By architecture: what it needs beyond what all need."""

@@ -17,16 +17,15 @@ from halfbyte.checkpoint.header import parse_json_object
 from halfbyte.checkpoint.labels import CONFIG_SECTION, read_model_config
 from halfbyte.checkpoint.write import TensorSpec
 from halfbyte.convert.coded import CodedLinear, CodedSpec
-from halfbyte.convert.gguf_architecture import ARCHITECTURES, Architecture
+from halfbyte.convert.gguf_architecture import ARCHITECTURES, EMBEDDING, HEAD, Architecture
 from halfbyte.convert.gguf_blocks import PLAIN, read_blocks, read_plain
 from halfbyte.convert.gguf_file import Q4_0, Q4_1, Q8_0, GgufFile, GgufTensor, open_gguf
+from halfbyte.convert.gguf_hyperparameters import FACTOR_TENSORS
 from halfbyte.convert.gguf_metadata import HINT_KEY
-from halfbyte.convert.gguf_write import ROPE_FACTORS
 from halfbyte.errors import CheckpointError, require_extra
 from halfbyte.packing import pack_rows
 
 CODED = (Q4_0, Q4_1, Q8_0)
-_EMBEDDING_MODULES = ("model.embed_tokens", "lm_head")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +38,8 @@ class GgufSource:
     base: Path | None
     linears: Mapping[str, GgufTensor]
     others: Mapping[str, TensorSpec]
+    places: Mapping[str, GgufTensor]
+    """By Transformers' name: every tensor but coded weights; of experts, the part of one."""
     hints: Mapping[str, tuple[int, int]]
     """By module: bits and group size before it was cut into blocks, where the file says so."""
     notes: tuple[str, ...]
@@ -63,25 +64,40 @@ class GgufSource:
         config = _read_config(path, base, file.pairs, file.tensors)
         architecture = _find_family(file, config)
         linears: dict[str, GgufTensor] = {}
-        others: dict[str, TensorSpec] = {}
+        places: dict[str, GgufTensor] = {}
         for name, info in file.tensors.items():
-            if name == ROPE_FACTORS:
+            if name in FACTOR_TENSORS:
                 continue
             stem, _, suffix = name.rpartition(".")
             module = architecture.from_gguf(stem)
-            if module is None or suffix not in ("weight", "bias"):
+            is_of_experts = module is not None and "*" in module
+            if (
+                module is None
+                or suffix not in ("weight", "bias")
+                or (is_of_experts and len(info.shape) < 2)
+            ):
                 raise CheckpointError(
-                    f"Cannot read {path}: '{architecture.name}' has no tensor {name[:80]}. It is "
-                    "damaged, or made by another version of llama.cpp."
+                    f"Cannot read {path}: '{architecture.name}' has no tensor {name[:80]} of "
+                    f"{len(info.shape)} axes. It is damaged, or made by another version of "
+                    "llama.cpp."
                 )
-            is_linear = suffix == "weight" and len(info.shape) == 2 and info.kind in CODED
-            if is_linear and module not in _EMBEDDING_MODULES:
-                linears[module] = info
-            else:
-                dtype = PLAIN.get(info.kind, torch.float16)
-                others[f"{module}.{suffix}"] = TensorSpec(dtype=dtype, shape=info.shape)
-        for module in linears:
-            others.pop(f"{module}.bias", None)
+            parts = {module: info}
+            if is_of_experts:
+                parts = {
+                    module.replace("*", str(number)): info.part(number)
+                    for number in range(info.shape[0])
+                }
+            is_coded = suffix == "weight" and info.kind in CODED and stem not in (EMBEDDING, HEAD)
+            for one, part in parts.items():
+                if is_coded and len(part.shape) == 2:
+                    linears[one] = part
+                else:
+                    places[f"{one}.{suffix}"] = part
+        others = {
+            name: _describe_other(architecture, name, info)
+            for name, info in places.items()
+            if name.removesuffix(".bias") not in linears
+        }
         if not linears:
             raise CheckpointError(
                 f"{path} has no linear in Q4_0, Q4_1 or Q8_0 among {len(file.tensors)} tensors."
@@ -93,12 +109,12 @@ class GgufSource:
             base=base,
             linears=linears,
             others=others,
+            places=places,
             hints=_read_hints(file),
             notes=tuple(
-                f"{name} is {info.kind.name} and was decoded to float16"
-                for name, info in file.tensors.items()
+                f"{info.name} is {info.kind.name} and was decoded to float16"
+                for info in {info.name: info for info in places.values()}.values()
                 if info.kind not in PLAIN
-                and architecture.from_gguf(name.rpartition(".")[0]) not in linears
             ),
         )
 
@@ -125,10 +141,9 @@ class GgufSource:
             CheckpointError: It is damaged, or its minima fit no grid.
         """
         info = self.linears[name]
-        linear = read_blocks(info.name, self.file.load(info.name), info.kind, info.shape)
-        bias = f"{info.name.removesuffix('.weight')}.bias"
-        if bias in self.file.tensors:
-            linear = replace(linear, bias=self._plain(bias))
+        linear = read_blocks(info.name, self.file.read(info), info.kind, info.shape)
+        if f"{name}.bias" in self.places:
+            linear = replace(linear, bias=self._plain(f"{name}.bias"))
         order = self._order(name, linear.out_features)
         if order is not None:
             linear = linear.take_rows(order)
@@ -136,13 +151,16 @@ class GgufSource:
 
     def load_other(self, name: str) -> Tensor:
         """Read one other tensor."""
-        module, _, suffix = name.rpartition(".")
-        tensor = self._plain(f"{self.architecture.to_gguf(module)}.{suffix}")
+        module = name.rpartition(".")[0]
+        tensor = self._plain(name)
         order = self._order(module, tensor.shape[0])
         tensor = tensor if order is None else tensor[order]
         if self.architecture.norm_shift and name.endswith("norm.weight"):
             tensor = tensor - self.architecture.norm_shift
-        return tensor.to(self.others[name].dtype)
+        if tensor.dim() == 2 and self.architecture.is_turned(name):
+            tensor = tensor.t().contiguous()
+        spec = self.others[name]
+        return tensor.to(spec.dtype).view(spec.shape)
 
     def copy_companions(self, output: Path) -> None:
         """Copy the tokenizer of the base, or make one out of the file's pairs.
@@ -174,10 +192,8 @@ class GgufSource:
         tokenizer.save_pretrained(output)
 
     def _plain(self, name: str) -> Tensor:
-        info = self.file.tensors.get(name)
-        if info is None:
-            raise CheckpointError(f"{self.file.path} has no tensor {name}. It is incomplete.")
-        return read_plain(name, self.file.load(name), info.kind, info.shape)
+        info = self.places[name]
+        return read_plain(info.name, self.file.read(info), info.kind, info.shape)
 
     def _order(self, module: str, rows: int) -> Tensor | None:
         order = self.architecture.row_order(module, self.model_config, rows)
@@ -212,6 +228,16 @@ def restore(linear: CodedLinear, bits: int, group_size: int) -> CodedLinear:
     if int(codes.min()) < 0 or int(codes.max()) >= 2**bits:
         return merged
     return replace(narrow, words=pack_rows(codes.to(torch.uint8), bits), bits=bits)
+
+
+def _describe_other(architecture: Architecture, name: str, info: GgufTensor) -> TensorSpec:
+    """Say what a tensor is in Transformers' order of axes."""
+    shape = info.shape
+    if len(shape) == 2 and architecture.is_turned(name):
+        shape = shape[::-1]
+    if name.endswith("shared_expert_gate.weight"):
+        shape = (1, *shape)
+    return TensorSpec(dtype=PLAIN.get(info.kind, torch.float16), shape=shape)
 
 
 def _read_hints(file: GgufFile) -> dict[str, tuple[int, int]]:
@@ -258,9 +284,11 @@ def _read_config(
     family = next((family for family in ARCHITECTURES if family.name == name), None)
     if family is None:
         return {}
-    scales = f"{name}.rope.scaling.type" in pairs or ROPE_FACTORS in tensors
-    if scales or not family.is_self_described:
-        what = "it scales positions" if scales else f"it is of the family '{name}'"
+    has_experts = f"{name}.expert_count" in pairs
+    scales = f"{name}.rope.scaling.type" in pairs or any(t in tensors for t in FACTOR_TENSORS)
+    if has_experts or scales or not family.is_self_described:
+        what = "it has experts" if has_experts else f"it is of the family '{name}'"
+        what = "it scales positions" if scales else what
         raise CheckpointError(
             f"Cannot make a config out of {path}: {what}, and not all of how stands in the file. "
             "Give the original model's folder with --base."

@@ -52,8 +52,9 @@ def describe_tokenizer(
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ConfigError(
-            f"Cannot write GGUF: {folder} has no tokenizer.json. Save the tokenizer with "
-            "AutoTokenizer.from_pretrained(...).save_pretrained(...)."
+            f"Cannot write GGUF: {folder} has no tokenizer.json. Save the tokenizer there with "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...), or, where the source is a "
+            ".gguf file, give the original model's folder with --base."
         )
     tokenizer = json.loads(path.read_text(encoding="utf-8"))
     model = tokenizer.get("model", {})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from torch import Tensor
@@ -17,10 +18,13 @@ from halfbyte.convert.ahead import run_ahead
 from halfbyte.convert.coded import CodedSpec
 from halfbyte.convert.folder import Written, check_fit, check_new_folder
 from halfbyte.convert.gguf_architecture import (
+    COMPUTED,
     EMBEDDING,
     HEAD,
+    IN_FLOAT32,
     Architecture,
     find_architecture,
+    find_expert,
 )
 from halfbyte.convert.gguf_blocks import (
     PLAIN,
@@ -40,7 +44,7 @@ from halfbyte.convert.gguf_file import (
 )
 from halfbyte.convert.gguf_hyperparameters import make_rope_factors, note_limits
 from halfbyte.convert.gguf_metadata import describe_file
-from halfbyte.convert.report import RoundedTensor, measure_rounding, sample_rows
+from halfbyte.convert.report import RoundedTensor, measure_rounding, sample_rows, worst_first
 from halfbyte.convert.respell import BLOCK
 from halfbyte.convert.source import Source
 from halfbyte.errors import ConfigError
@@ -48,7 +52,6 @@ from halfbyte.errors import ConfigError
 EMBEDDING_TYPES = ("keep", "f16", "q8_0", "q6_k")
 _CHOICES = {"f16": F16, "q8_0": Q8_0, "q6_k": Q6_K}
 _KEPT = {dtype: kind for kind, dtype in PLAIN.items()}
-ROPE_FACTORS = "rope_freqs.weight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,17 +67,20 @@ class GgufOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Entry:
-    """One tensor of the file, and where it comes from."""
+    """One tensor of the file, or what one expert is of it, and where it comes from."""
 
     name: str
     kind: BlockType
     shape: tuple[int, ...]
+    """Of this expert alone, where it is of one."""
     source: str
     """The module, or the tensor where it is not of a coded module."""
     part: str
-    """"blocks", "weight" (dense, of a coded module), "bias" or "other"."""
+    """"blocks", "weight" (dense, of a coded module), "bias", "other" or "factors"."""
     how: str | None = None
     """What is rounded."""
+    expert: int | None = None
+    """Number of the expert; those of one tensor follow each other."""
 
 
 def write_gguf(
@@ -106,13 +112,13 @@ def write_gguf(
     path.parent.mkdir(parents=True, exist_ok=True)
     pairs = describe_file(source, specs, architecture, kinds, options.pre_tokenizer)
     rounded: list[RoundedTensor] = []
-    table = [(entry.name, entry.kind, entry.shape) for entry in entries]
+    table = _make_table(entries)
     tensors = _make_tensors(source, architecture, entries, rounded)
     size = write_gguf_file(path, pairs, table, tensors)
     return Written(
         path=path,
         holds={name: kind.name for name, kind in kinds.items()},
-        rounded=tuple(rounded),
+        rounded=worst_first(rounded),
         num_bytes=size,
         notes=(
             *note_limits(architecture, source.model_config),
@@ -143,6 +149,26 @@ def choose_types(
     if not options.allow_error:
         check_fit("gguf", reasons, len(specs))
     return kinds, reasons
+
+
+def _make_table(entries: list[_Entry]) -> list[tuple[str, BlockType, tuple[int, ...]]]:
+    """Describe the file's tensors: experts that follow each other are one."""
+    table: list[tuple[str, BlockType, tuple[int, ...]]] = []
+    for name, group in groupby(entries, key=lambda entry: entry.name):
+        parts = list(group)
+        first = parts[0]
+        shape = first.shape if first.expert is None else (len(parts), *first.shape)
+        if any((part.kind, part.shape) != (first.kind, first.shape) for part in parts) or any(
+            part.expert != number for number, part in enumerate(parts) if part.expert is not None
+        ):
+            kinds = sorted({part.kind.name for part in parts})
+            raise ConfigError(
+                f"Cannot write GGUF: the {len(parts)} experts of {name} are one tensor there, and "
+                f"these are not alike ({', '.join(kinds)}; the last is expert {parts[-1].expert}). "
+                "Quantize all experts of a block in the same way, or choose another format."
+            )
+        table.append((name, first.kind, shape))
+    return table
 
 
 def _choose_type(spec: CodedSpec, widen: bool) -> tuple[BlockType, str | None]:
@@ -185,6 +211,7 @@ def _plan(
                 source=name,
                 part=part,
                 how=reasons.get(name),
+                expert=find_expert(name),
             )
         )
         if spec.bias is not None:
@@ -195,15 +222,15 @@ def _plan(
     entries += [
         _plan_other(name, spec, architecture, options)
         for name, spec in source.others.items()
-        if not _is_repeated(name, source, architecture)
+        if not _is_repeated(name, source, architecture) and not COMPUTED.fullmatch(name)
     ]
-    factors = make_rope_factors(source.model_config)
-    if factors is not None:
-        shape = tuple(factors.shape)
-        entries.append(
-            _Entry(name=ROPE_FACTORS, kind=F32, shape=shape, source=ROPE_FACTORS, part="other")
-        )
-    return entries
+    entries += [
+        _Entry(name=name, kind=F32, shape=tuple(factors.shape), source=name, part="factors")
+        for name, factors in make_rope_factors(source.model_config).items()
+    ]
+    experts = [entry for entry in entries if entry.expert is not None]
+    experts.sort(key=lambda entry: (entry.name, entry.expert))
+    return [entry for entry in entries if entry.expert is None] + experts
 
 
 def _is_repeated(name: str, source: Source, architecture: Architecture) -> bool:
@@ -217,13 +244,24 @@ def _plan_other(
 ) -> _Entry:
     module, _, suffix = name.rpartition(".")
     theirs = _translate(architecture, module)
-    if len(spec.shape) < 2:
+    shape = spec.shape
+    if len(shape) == 2 and architecture.is_turned(name):
+        shape = shape[::-1]
+    if len(shape) == 2 and shape[0] == 1:
+        shape = shape[1:]  # the gate of a shared expert
+    if len(shape) < 2 or theirs.rpartition(".")[2] in IN_FLOAT32:
         kind, how = F32, None
     else:
         choice = {EMBEDDING: options.embeddings, HEAD: options.head}.get(theirs, "keep")
         kind, how = _choose_plain(name, spec, choice)
     return _Entry(
-        name=f"{theirs}.{suffix}", kind=kind, shape=spec.shape, source=name, part="other", how=how
+        name=f"{theirs}.{suffix}",
+        kind=kind,
+        shape=shape,
+        source=name,
+        part="other",
+        how=how,
+        expert=find_expert(name),
     )
 
 
@@ -256,7 +294,7 @@ def _make_tensors(
     entries: list[_Entry],
     rounded: list[RoundedTensor],
 ) -> Iterator[Tensor]:
-    """Load and spell one tensor after another, the next while one is being written."""
+    """Load and spell one entry after another, the next while one is being written."""
 
     def prepare(entry: _Entry) -> Tensor:
         return _make_tensor(source, architecture, entry, rounded)
@@ -269,14 +307,14 @@ def _make_tensor(
 ) -> Tensor:
     """Load and spell one tensor."""
     config = source.model_config
-    if entry.source == ROPE_FACTORS:
-        factors = make_rope_factors(config)
-        assert factors is not None
-        return spell_plain(factors, F32)
+    if entry.part == "factors":
+        return spell_plain(make_rope_factors(config)[entry.source], F32)
     module = entry.source if entry.part != "other" else entry.source.rpartition(".")[0]
     order = architecture.row_order(module, config, entry.shape[0])
     if entry.part == "other":
         tensor = source.load_other(entry.source)
+        if tensor.dim() == 2 and architecture.is_turned(entry.source):
+            tensor = tensor.t().contiguous()
         tensor = tensor if order is None else tensor[order]
         if architecture.norm_shift and entry.source.endswith("norm.weight"):
             tensor = tensor.float() + architecture.norm_shift

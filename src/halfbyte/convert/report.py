@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,11 @@ def sample_rows(number: int) -> Tensor:
         return torch.arange(number)
     starts = torch.linspace(0, number // ROW_BLOCK - 1, SAMPLED_ROWS // ROW_BLOCK).long()
     return (starts[:, None] * ROW_BLOCK + torch.arange(ROW_BLOCK)).flatten()
+
+
+def worst_first(rounded: Iterable[RoundedTensor]) -> tuple[RoundedTensor, ...]:
+    """Order measurements by their error: they come in whatever order they were made."""
+    return tuple(sorted(rounded, key=lambda found: (-found.relative_error, found.name)))
 
 
 def measure_rounding(name: str, how: str, weight: Tensor, held: Tensor) -> RoundedTensor:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from halfbyte.convert.awq import AwqTarget
 from halfbyte.convert.coded import CodedSpec
@@ -101,7 +102,7 @@ def convert(
         written = write_folder(
             source,
             specs,
-            choose_target(config, specs),
+            choose_target(config, specs, source.model_config),
             output,
             allow_error=config.allow_error,
             dense_dtype=DTYPES[config.dtype],
@@ -121,12 +122,15 @@ def convert(
     )
 
 
-def choose_target(config: ConversionConfig, specs: Mapping[str, CodedSpec]) -> FolderTarget:
+def choose_target(
+    config: ConversionConfig, specs: Mapping[str, CodedSpec], model_config: Mapping[str, Any]
+) -> FolderTarget:
     """Make the target for a model.
 
     Args:
         config: Names it.
         specs: The model's linears.
+        model_config: ``config.json``.
 
     Returns:
         The target, with what it decides for the whole model.
@@ -136,7 +140,7 @@ def choose_target(config: ConversionConfig, specs: Mapping[str, CodedSpec]) -> F
     if config.to == "gptq":
         return GptqTarget.fit(specs)
     if config.to == "hf":
-        return DenseTarget(dtype=DTYPES[config.dtype])
+        return DenseTarget.fit(DTYPES[config.dtype], model_config)
     return MlxTarget() if config.to == "mlx" else CompressedTensorsTarget()
 
 

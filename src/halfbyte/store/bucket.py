@@ -48,8 +48,8 @@ class BucketBackend:
             self.files, self.root = fsspec.core.url_to_fs(url, use_listings_cache=False)
         except (ImportError, ValueError) as error:
             raise StoreError(
-                f"Cannot use {url} as a store: {error} Install the driver of that kind of bucket, "
-                "such as s3fs."
+                f"Cannot use {url} as a store: {str(error).rstrip('.')}. Each kind of bucket has a "
+                "driver to be installed; that of s3:// is s3fs."
             ) from error
 
     def read(self, key: str) -> bytes:

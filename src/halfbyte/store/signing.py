@@ -36,6 +36,7 @@ def sign(store: Store, reference: str, private_key: Path) -> str:
     except ImportError as error:
         missing = require_extra("model_signing", "sign", "Signing a version")
         raise missing from error
+    _check_key(private_key)
     with tempfile.TemporaryDirectory() as temporary:
         folder = checkout(store, reference, Path(temporary) / "model")
         path = Path(temporary) / SIGNATURE
@@ -64,6 +65,7 @@ def verify_signature(store: Store, reference: str, public_key: Path) -> None:
     except ImportError as error:
         missing = require_extra("model_signing", "sign", "Verifying a signature")
         raise missing from error
+    _check_key(public_key)
     name, version = store.resolve(reference)
     with tempfile.TemporaryDirectory() as temporary:
         folder = checkout(store, reference, Path(temporary) / "model")
@@ -77,3 +79,9 @@ def verify_signature(store: Store, reference: str, public_key: Path) -> None:
                 f"The signature of {name}@{version[:SHORT]} does not hold for {public_key}: "
                 f"{error}."
             ) from error
+
+
+def _check_key(path: Path) -> None:
+    """A key that is not there is none that does not fit."""
+    if not path.is_file():
+        raise StoreError(f"There is no key {path}. Make one as docs/how-to/store.md says.")
