@@ -1,10 +1,7 @@
-// AMX with bfloat16: 16 x 16 sums of 32 products an instruction, for bfloat16 input of several
-// rows.
+// AMX with bfloat16: 16 x 16 sums of 32 products an instruction.
 //
-// Few rows (up to 16): codes less the middle code are exact in bf16 and come from a table look-up
-// on 16-bit halves; each group's sums are fp32 and scaled once, as in vector_kernel.h. Many rows:
-// the weight is rounded once to bf16, 512 columns of 32 channels at a time, which stay in the
-// first-level cache while all rows pass over them. One row, other input and the rest go as in
+// Few rows: amx_few.h. Many rows: the weight is rounded once to bf16, 512 columns of 32 channels at a
+// time, which stay in the first-level cache while all rows pass over them. The rest goes as in
 // avx512.cpp. The unit takes subnormal numbers for zero.
 #include <immintrin.h>
 
@@ -15,79 +12,12 @@
 
 #include "avx512_decode.h"
 #include "amx_attention.h"
+#include "amx_few.h"
 
 namespace halfbyte {
 namespace {
 
 constexpr int64_t SUMS_BYTES = 1 << 22;  // they come from further away than the rows
-constexpr int BATCH = 8;                 // steps decoded before they are multiplied
-
-template <int BITS>
-inline __m512i half_table() {
-  alignas(64) uint16_t entries[32];
-  for (int i = 0; i < 32; i++) {
-    const int code = (i & ((1 << BITS) - 1)) - (1 << (BITS - 1));
-    entries[i] = uint16_t(to_bits(float(code)) >> 16);
-  }
-  return _mm512_load_si512(entries);
-}
-
-// Few rows: pairs of columns j and j + half of a run, as Rows::tiles has them where `paired`.
-template <int BITS>
-void multiply_few(const Packed& w, const Rows& rows, const Target& target, int64_t first,
-                  int64_t last) {
-  constexpr int RUN = 32 / BITS, PAIRS = RUN / 2;
-  const __m512i table = half_table<BITS>();
-  alignas(64) uint16_t weights[2][BATCH][TILE_HALVES];
-  alignas(64) float sums[2][TILE * LANES];
-  const int count = int(rows.rows);
-  const Tiles tiles(count);
-  for (int64_t block = first; block < last; block++) {
-    const uint32_t* codes = w.codes + block * w.block_words;
-    const uint16_t* x = rows.tiles;
-    Floats total[TILE] = {};
-    int turn = 0;
-    for (int64_t g = 0, k = 0; g < w.groups; g++) {
-      const int64_t end = k + w.group_size < w.in_features ? k + w.group_size : w.in_features;
-      _tile_zero(SUMS);
-      while (k < end) {
-        // Some steps at a time: a tile cannot be loaded while its rows are still being stored.
-        const int64_t left = (end - k) / STEP;
-        const int batch = int(left < BATCH ? left : BATCH);
-        turn = 1 - turn;
-        for (int step = 0; step < batch; step++) {
-#pragma GCC unroll 8
-          for (int run = 0; run < STEP / RUN; run++, codes += LANES) {
-            __builtin_prefetch(codes + PREFETCH_WORDS);
-            const __m512i words = _mm512_loadu_si512(codes);
-#pragma GCC unroll 8
-            for (int j = 0; j < PAIRS; j++) {
-              const __m512i pair =
-                  _mm512_permutexvar_epi16(_mm512_srli_epi16(words, j * BITS), table);
-              _mm512_store_si512(weights[turn][step] + (run * PAIRS + j) * 2 * LANES, pair);
-            }
-          }
-        }
-        for (int step = 0; step < batch; step++, x += TILE_HALVES) {
-          _tile_loadd(INPUT, x, SIXTEEN);
-          _tile_loadd(WEIGHTS, weights[turn][step], SIXTEEN);
-          _tile_dpbf16ps(SUMS, INPUT, WEIGHTS);
-        }
-        k += batch * STEP;
-      }
-      _tile_stored(SUMS, sums[g % 2], SIXTEEN);
-      const int64_t at = (block * w.groups + g) * LANES;
-      const Floats scale = load_scales(w, at);
-      const Floats offset = w.symmetric ? Floats{} : load_offsets(w, at);
-      for (int m = 0; m < count; m++) {
-        Floats sum = load<Floats>(sums[g % 2] + m * LANES);
-        if (!w.symmetric) sum += offset * rows.sums[m * w.groups + g];
-        total[m] += scale * sum;
-      }
-    }
-    for (int m = 0; m < count; m++) store_block(w, target, m, block, (const float*)&total[m]);
-  }
-}
 
 // Columns of one chunk of one block as tiles of bf16, one every `stride` numbers: [pair of
 // columns][channel][2].
@@ -146,18 +76,7 @@ void store_sums(const Packed& w, const Target& target, int64_t row, int64_t rows
   for (int64_t m = 0; m < rows && m < 2 * TILE; m++) {
     for (int side = 0; side < 2 && block + side < w.blocks; side++) {
       const float* from = sums + (m / TILE * 2 + side) * TILE * LANES + m % TILE * LANES;
-      const int64_t channel = (block + side) * LANES;
-      if (target.bias || channel + LANES > w.out_features) {
-        store_block(w, target, row + m, block + side, from);
-        continue;
-      }
-      const int64_t at = (row + m) * target.stride + channel;
-      if (target.dtype == HB_FLOAT32) {
-        _mm512_storeu_ps(static_cast<float*>(target.out) + at, _mm512_load_ps(from));
-        continue;
-      }
-      uint16_t* to = static_cast<uint16_t*>(target.out) + at;
-      _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(_mm512_load_ps(from)));
+      store_channels(w, target, row + m, block + side, _mm512_load_ps(from));
     }
   }
 }
@@ -218,7 +137,7 @@ void multiply_many(const Packed& w, const Rows& rows, const Target& target, int6
   const int64_t pairs = most > 1 ? most : 1;
   float* sums = reinterpret_cast<float*>(borrow_stripe(pairs * pair_sums * 2));
   alignas(64) uint16_t weights[CHUNK * 2 * TILE_HALVES];
-  const Tiles tiles(TILE);
+  const Tiles tiles;
   for (int64_t start = first; start < last; start += 2 * pairs) {
     const int64_t end = start + 2 * pairs < last ? start + 2 * pairs : last;
     for (int64_t step = 0; step < steps; step += CHUNK) {
@@ -263,16 +182,9 @@ void round_rows(const Packed& w, const float* x, int64_t rows, uint16_t* tiles, 
   }
 }
 
-void multiply_tiles(const Packed& w, const Rows& rows, const Target& target, int64_t first,
-                    int64_t last) {
-  if (!rows.paired) return multiply_many(w, rows, target, first, last);
-  if (w.bits == 4) return multiply_few<4>(w, rows, target, first, last);
-  return multiply_few<2>(w, rows, target, first, last);
-}
-
 }  // namespace
 
-const Isa AMX = {"amx",     multiply_floats, dequantize_floats, multiply_dense, attend,
-                 gate_silu, round_rows,      multiply_tiles,    attend_tiles};
+const Isa AMX = {"amx",     multiply,   dequantize_floats, multiply_dense, attend, gate_silu,
+                 split_row, round_rows, multiply_many,     attend_tiles};
 
 }  // namespace halfbyte

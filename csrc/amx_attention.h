@@ -308,7 +308,7 @@ struct TiledAttention {
 bool attend_tiles(const Attention& a) {
   const TiledAttention work(a);
   if (!work.queries) return false;
-  const Tiles tiles(TILE);
+  const Tiles tiles;
   work.start();
   for (int64_t t = 0; t < a.length; t += BLOCK) {
     const int64_t count = a.length - t < BLOCK ? a.length - t : BLOCK;

@@ -10,6 +10,6 @@
 namespace halfbyte {
 
 const Isa AVX512 = {"avx512",  multiply_floats, dequantize_floats, multiply_dense, attend,
-                    gate_silu, nullptr,         nullptr,           nullptr};
+                    gate_silu, nullptr,         nullptr,           nullptr,        nullptr};
 
 }  // namespace halfbyte

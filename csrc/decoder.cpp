@@ -30,18 +30,30 @@ constexpr int64_t ROWS_AT_A_TIME = 128, MOST_TILED_ROWS = 512, WORK_BYTES = 64 <
 // Numbers from which more than one thread prepares rows between two products.
 constexpr int64_t SHARED_NUMBERS = 1 << 14;
 
+// Whether ready_rows makes the same of an input for both.
+bool alike(const Packed& a, const Packed& b) {
+  return a.bits == b.bits && a.group_size == b.group_size && a.symmetric == b.symmetric &&
+         !a.order && !b.order;
+}
+
 // Several products of the same rows at once: threads share all of their blocks.
 template <int COUNT>
-bool multiply_all(const Isa& isa, const float* x, int64_t rows, const Product (&products)[COUNT],
-                  float* scratch, int threads) {
+int multiply_all(const Isa& isa, const float* x, int64_t rows, const Product (&products)[COUNT],
+                  float* scratch, int most_parts, int threads) {
   static_assert(COUNT <= MOST_PRODUCTS, "the scratch is sized for so many");
   Packed weights[COUNT];
   Rows ready[COUNT];
   int64_t ends[COUNT], blocks = 0;
   for (int i = 0; i < COUNT; i++) {
-    if (!open_packed(products[i].packed, &weights[i])) return false;
-    ready[i] = ready_rows(weights[i], HB_FLOAT32, x, rows, scratch);
-    scratch += scratch_floats(weights[i], rows);
+    if (!open_packed(products[i].packed, &weights[i])) return HB_BAD_BLOB;
+    // Products of one input share its rows, if they want them alike.
+    if (i && alike(weights[i], weights[i - 1])) {
+      ready[i] = ready[i - 1];
+    } else {
+      ready[i] = ready_rows(weights[i], HB_FLOAT32, x, rows, scratch, most_parts);
+      scratch += scratch_floats(weights[i], rows);
+    }
+    if (!ready[i].rows) return HB_NO_MEMORY;
     ends[i] = blocks += weights[i].blocks;
   }
   parallel_for(blocks, threads, [&](int64_t first, int64_t last) {
@@ -55,25 +67,25 @@ bool multiply_all(const Isa& isa, const float* x, int64_t rows, const Product (&
       isa.multiply(weights[i], ready[i], target, from, to);
     }
   });
-  return true;
+  return HB_OK;
 }
 
 // The same on matrix units: inputs rounded to bf16, sums and results in fp32.
 template <int COUNT>
-bool multiply_all_tiles(const Isa& isa, const float* x, int64_t rows,
+int multiply_all_tiles(const Isa& isa, const float* x, int64_t rows,
                         const Product (&products)[COUNT], float* scratch, int threads) {
   uint16_t* const tiles = reinterpret_cast<uint16_t*>(scratch);
   Packed last;
   for (int i = 0; i < COUNT; i++) {
     Packed w;
-    if (!open_packed(products[i].packed, &w)) return false;
+    if (!open_packed(products[i].packed, &w)) return HB_BAD_BLOB;
     // Products of one input share its rows, unless each wants the columns in an order of its own.
     if (i == 0 || w.order || last.order) {
       parallel_for((rows + 31) / 32 * 32, threads, [&](int64_t first, int64_t end) {
         isa.round_rows(w, x, rows, tiles, first, end);
       });
     }
-    const Rows ready = {rows, nullptr, nullptr, tiles, false};
+    const Rows ready = {rows, nullptr, nullptr, tiles, 0};
     last = w;
     const Target target = {HB_FLOAT32, products[i].bias, products[i].out, w.out_features};
     // Two blocks share the rows that a unit has loaded.
@@ -81,7 +93,7 @@ bool multiply_all_tiles(const Isa& isa, const float* x, int64_t rows,
       isa.multiply_tiles(w, ready, target, first * 2, end * 2 < w.blocks ? end * 2 : w.blocks);
     });
   }
-  return true;
+  return HB_OK;
 }
 
 void normalise(const float* x, const float* weight, int count, float epsilon, float* out) {
@@ -159,8 +171,8 @@ bool borrow_work(const hb_decoder& d, int64_t rows, bool tiles, Work* work) {
   const int64_t query = query_width(d), kv = kv_width(d);
   int64_t widest = d.hidden > d.intermediate ? d.hidden : d.intermediate;
   if (query > widest) widest = query;
-  // Room for the inputs of three products: numbers and, at most as many, their sums.
-  int64_t input_floats = MOST_PRODUCTS * (widest * 2 * rows + LANES);
+  // Room for the inputs of three products: numbers or their parts, and at most as many sums.
+  int64_t input_floats = MOST_PRODUCTS * (widest * 5 / 2 * rows + 2 * LANES);
   if (tiles) {
     // Half numbers, in tiles of 32 rows and 32 columns.
     input_floats = (rows + 31) / 32 * 32 * ((widest + 31) / 32 * 32) / 2;
@@ -242,10 +254,12 @@ bool takes_tiles(const hb_decoder& d, const Isa& isa, const hb_rows& rows) {
 int decode_chunk(const hb_decoder& d, const Isa& isa, const hb_rows& rows, int threads) {
   Work w;
   const bool tiles = takes_tiles(d, isa, rows);
+  // Of a model in bf16, inputs keep 17 bits at least.
+  const int parts = d.dtype == HB_BFLOAT16 ? 2 : 3;
   if (!borrow_work(d, rows.rows, tiles, &w)) return HB_NO_MEMORY;
   const auto multiply = [&](const float* x, const auto& products) {
     return tiles ? multiply_all_tiles(isa, x, rows.rows, products, w.inputs, threads)
-                 : multiply_all(isa, x, rows.rows, products, w.inputs, threads);
+                 : multiply_all(isa, x, rows.rows, products, w.inputs, parts, threads);
   };
   const int64_t hidden = d.hidden, query = query_width(d), kv = kv_width(d), count = rows.rows;
   // Between two products: each row by itself.
@@ -255,6 +269,7 @@ int decode_chunk(const hb_decoder& d, const Isa& isa, const hb_rows& rows, int t
       for (int64_t row = first; row < last; row++) prepare(row);
     });
   };
+  int status = HB_OK;
   for (int i = 0; i < d.blocks; i++) {
     const hb_block& b = d.block[i];
     each_row([&](int64_t r) {
@@ -263,7 +278,7 @@ int decode_chunk(const hb_decoder& d, const Isa& isa, const hb_rows& rows, int t
       normalise(x, b.attention_norm, d.hidden, d.epsilon, w.h + r * hidden);
     });
     const Product qkv[] = {{b.q, b.q_bias, w.q}, {b.k, b.k_bias, w.k}, {b.v, b.v_bias, w.v}};
-    if (!multiply(w.h, qkv)) return HB_BAD_BLOB;
+    if ((status = multiply(w.h, qkv)) != HB_OK) return status;
     each_row([&](int64_t r) {
       const int64_t position = rows.positions[r];
       const int32_t* table = rows.tables + rows.starts[r];
@@ -274,19 +289,19 @@ int decode_chunk(const hb_decoder& d, const Isa& isa, const hb_rows& rows, int t
     });
     if (!attend_all(d, isa, b, rows, tiles, w, threads)) return HB_NO_MEMORY;
     const Product o[] = {{b.o, b.o_bias, w.part}};
-    if (!multiply(w.attended, o)) return HB_BAD_BLOB;
+    if ((status = multiply(w.attended, o)) != HB_OK) return status;
     each_row([&](int64_t r) {
       float* x = rows.x + r * hidden;
       add(x, w.part + r * hidden, hidden);
       normalise(x, b.mlp_norm, d.hidden, d.epsilon, w.h + r * hidden);
     });
     const Product mlp[] = {{b.gate, b.gate_bias, w.gate}, {b.up, b.up_bias, w.up}};
-    if (!multiply(w.h, mlp)) return HB_BAD_BLOB;
+    if ((status = multiply(w.h, mlp)) != HB_OK) return status;
     each_row([&](int64_t r) {
       isa.gate_silu(w.gate + r * d.intermediate, w.up + r * d.intermediate, d.intermediate);
     });
     const Product down[] = {{b.down, b.down_bias, w.part}};
-    if (!multiply(w.gate, down)) return HB_BAD_BLOB;
+    if ((status = multiply(w.gate, down)) != HB_OK) return status;
   }
   each_row([&](int64_t r) {
     float* x = rows.x + r * hidden;

@@ -52,12 +52,11 @@ bool open_packed(const void* bytes, Packed* packed);
 struct Rows {
   int64_t rows;
   const float* x;     // [rows][in]
-  const float* sums;  // [rows][groups]: sums of x; null where symmetric
-  // For matrix units, in place of x: bf16 tiles [16][32] in the order of rows.h, padded with zeros to
-  // 32 rows and whole steps of columns. `paired`: one row of such tiles, in which columns j and
-  // j + half of each run lie side by side.
+  const float* sums;  // [rows][groups]: sums of x; null where nothing needs them
+  // For matrix units, in place of x: bf16 tiles in the order of rows.h. With `parts`, those for few
+  // rows; without, padded with zeros to 32 rows and whole steps of columns.
   const uint16_t* tiles;
-  bool paired;
+  int parts;
 };
 
 // Where a kernel puts its results.
@@ -110,10 +109,15 @@ struct Isa {
   // Widths and counts are multiples of 16.
   void (*attend)(const Attention&, float* scratch);
   void (*gate_silu)(float* gate, const float* up, int64_t count);
-  // The rest is null where there are no matrix units. Rows [first, last) of x in tiles of bf16:
+  // The rest is null where there are no matrix units. One row of x, float32 or bfloat16, in packed
+  // order, as `parts` rows of bf16 whose sum it is, in each of the tiles `stride` numbers apart; and
+  // the sums of its groups.
+  void (*split_row)(const Packed&, int dtype, const void* x, int parts, uint16_t* tiles,
+                    int64_t stride, float* sums);
+  // Rows [first, last) of x in tiles of bf16:
   void (*round_rows)(const Packed&, const float* x, int64_t rows, uint16_t* tiles, int64_t first,
                      int64_t last);
-  // As `multiply`, from tiles.
+  // As `multiply`, from tiles of many rows.
   void (*multiply_tiles)(const Packed&, const Rows&, const Target&, int64_t first, int64_t last);
   // As `attend`, of a bfloat16 cache, with scratch of its own; false without memory for it.
   bool (*attend_tiles)(const Attention&);

@@ -13,9 +13,9 @@ namespace {
 // Rows that are made ready at a time; more passes over a block that is in the cache.
 constexpr int64_t ROWS_AT_A_TIME = 32;
 
-// Rows of bf16 from which matrix units are faster (bench/measure_cpu_layers.py), and how many are
-// copied into tiles at a time.
-constexpr int64_t FEWEST_TILED_ROWS = 2, TILED_ROWS_AT_A_TIME = 1024;
+// Rows of bf16 from which matrix units round the weight too, which is less work for many
+// (bench/measure_cpu_layers.py), and how many are copied into tiles at a time.
+constexpr int64_t FEWEST_TILED_ROWS = 2, MOST_FEW_ROWS = 16, TILED_ROWS_AT_A_TIME = 1024;
 
 }  // namespace
 
@@ -57,6 +57,8 @@ uint16_t* borrow_stripe(int64_t halves) {
 
 namespace {
 
+int64_t align_floats(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
+
 void prepare_row(const Packed& w, int dtype, const void* from, int64_t at, float* x) {
   const int64_t columns = w.in_features;
   if (w.order) {
@@ -91,14 +93,55 @@ void sum_groups(const Packed& w, const float* x, float* sums) {
 
 }  // namespace
 
-int64_t scratch_floats(const Packed& w, int64_t rows) {
-  return (rows * (w.in_features + w.groups) + LANES - 1) / LANES * LANES;
+namespace {
+
+// Whether amx_few.h can take the weight: whole steps of columns in each group.
+bool has_few(const Packed& w) {
+  const bool whole = w.group_size % STEP == 0 || w.groups == 1;
+  return current_isa().split_row && (w.bits == 4 || w.bits == 2) && whole &&
+         w.in_features % STEP == 0;
 }
 
-Rows ready_rows(const Packed& w, int dtype, const void* x, int64_t rows, float* scratch) {
+// Numbers in bf16 whose sum is any number of the type.
+int parts_of(int dtype) { return dtype == HB_BFLOAT16 ? 1 : dtype == HB_FLOAT16 ? 2 : 3; }
+
+Rows split_rows(const Packed& w, int dtype, const void* x, int64_t rows, int parts,
+                float* scratch) {
+  const int64_t columns = w.in_features, each = TILE / parts;
+  float* const sums = scratch;
+  uint16_t* const tiles = reinterpret_cast<uint16_t*>(scratch + align_floats(rows * w.groups));
+  const bool ready = !w.order && dtype != HB_FLOAT16;
+  float* const floats = ready ? nullptr : reinterpret_cast<float*>(borrow_stripe(columns * 2));
+  if (!ready && !floats) return {0, nullptr, nullptr, nullptr, 0};
+  for (int64_t m = 0; m < rows; m++) {
+    const void* row = static_cast<const char*>(x) + m * columns * (dtype == HB_FLOAT32 ? 4 : 2);
+    if (!ready) prepare_row(w, dtype, x, m * columns, floats);
+    const int64_t first = m / each * each;
+    const int64_t height = (rows - first < each ? rows - first : each) * parts;
+    uint16_t* const to = tiles + first * parts * columns + (m - first) * parts * STEP;
+    current_isa().split_row(w, ready ? dtype : HB_FLOAT32, ready ? row : floats, parts, to,
+                            height * STEP, sums + m * w.groups);
+  }
+  return {rows, nullptr, sums, tiles, parts};
+}
+
+}  // namespace
+
+int64_t scratch_floats(const Packed& w, int64_t rows) {
   const int64_t columns = w.in_features;
+  const int64_t numbers = has_few(w) ? columns * parts_of(HB_FLOAT32) / 2 : columns;
+  return align_floats(rows * w.groups) + align_floats(rows * numbers);
+}
+
+Rows ready_rows(const Packed& w, int dtype, const void* x, int64_t rows, float* scratch,
+                int most_parts) {
+  const int64_t columns = w.in_features;
+  if (has_few(w)) {
+    const int parts = parts_of(dtype);
+    return split_rows(w, dtype, x, rows, parts < most_parts ? parts : most_parts, scratch);
+  }
   if (dtype == HB_FLOAT32 && !w.order && w.symmetric) {
-    return {rows, static_cast<const float*>(x), nullptr, nullptr, false};
+    return {rows, static_cast<const float*>(x), nullptr, nullptr, 0};
   }
   float* sums = scratch + rows * columns;
   for (int64_t m = 0; m < rows; m++) {
@@ -106,63 +149,36 @@ Rows ready_rows(const Packed& w, int dtype, const void* x, int64_t rows, float* 
     prepare_row(w, dtype, x, at, scratch + at);
     if (!w.symmetric) sum_groups(w, scratch + at, sums + m * w.groups);
   }
-  return {rows, scratch, w.symmetric ? nullptr : sums, nullptr, false};
+  return {rows, scratch, w.symmetric ? nullptr : sums, nullptr, 0};
 }
-
-namespace {
-
-bool can_pair(const Packed& w, int64_t rows) {
-  const bool whole = w.group_size % STEP == 0 || w.groups == 1;
-  return rows <= TILE && (w.bits == 4 || w.bits == 2) && w.in_features % STEP == 0 && whole;
-}
-
-}  // namespace
 
 int64_t tile_halves(const Packed& w, int64_t rows) {
   const int64_t columns = (w.in_features + STEP - 1) / STEP * STEP;
   return (rows + 2 * TILE - 1) / (2 * TILE) * (2 * TILE) * columns;
 }
 
-Rows ready_tiles(const Packed& w, const uint16_t* x, int64_t rows, uint16_t* tiles, float* sums,
-                 bool few, int threads) {
+Rows ready_tiles(const Packed& w, const uint16_t* x, int64_t rows, uint16_t* tiles, int threads) {
   const int64_t columns = w.in_features, steps = (columns + STEP - 1) / STEP;
-  const bool paired = few && can_pair(w, rows);
-  const int run = run_codes(w.bits), half = run / 2;
-  // Column of x at each place of a row of tiles; beyond the last one, none.
-  int32_t* source = reinterpret_cast<int32_t*>(borrow_stripe(steps * STEP * 2));
-  if (!source) return {0, nullptr, nullptr, nullptr, false};
-  for (int64_t k = 0; k < steps * STEP; k++) {
-    const int64_t place = k % run;
-    const int64_t from = paired ? k - place + place / 2 + place % 2 * half : k;
-    source[k] = from >= columns ? -1 : w.order ? w.order[from] : int32_t(from);
-  }
-  const bool straight = !paired && !w.order;
-  const int64_t row_tiles = paired ? 1 : tile_halves(w, rows) / (steps * TILE_HALVES);
+  const int64_t row_tiles = tile_halves(w, rows) / (steps * TILE_HALVES);
   parallel_for(row_tiles * TILE, threads, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; row++) {
       const uint16_t* from = x + row * columns;
       for (int64_t step = 0; step < steps; step++) {
         uint16_t* to = tiles + place_of_tile(row / TILE, step, row_tiles, steps) + row % TILE * STEP;
+        const int64_t k = step * STEP;
         if (row >= rows) {
           memset(to, 0, STEP * 2);
-        } else if (straight && (step + 1) * STEP <= columns) {
-          memcpy(to, from + step * STEP, STEP * 2);
+        } else if (!w.order && k + STEP <= columns) {
+          memcpy(to, from + k, STEP * 2);
         } else {
-          const int32_t* at = source + step * STEP;
-          for (int i = 0; i < STEP; i++) to[i] = at[i] < 0 ? 0 : from[at[i]];
+          for (int64_t i = k; i < k + STEP; i++) {
+            *to++ = i >= columns ? 0 : from[w.order ? w.order[i] : i];
+          }
         }
       }
     }
   });
-  if (paired && !w.symmetric) {
-    float* floats = borrow(columns);
-    if (!floats) return {0, nullptr, nullptr, nullptr, false};
-    for (int64_t m = 0; m < rows; m++) {
-      prepare_row(w, HB_BFLOAT16, x, m * columns, floats);
-      sum_groups(w, floats, sums + m * w.groups);
-    }
-  }
-  return {rows, nullptr, sums, tiles, paired};
+  return {rows, nullptr, nullptr, tiles, 0};
 }
 
 }  // namespace halfbyte
@@ -183,6 +199,7 @@ int multiply_rows(const Packed& w, int dtype, const void* x, int64_t rows, const
     const int64_t count = rows - first < at_a_time ? rows - first : at_a_time;
     const void* from = static_cast<const char*>(x) + first * w.in_features * each;
     const Rows ready = ready_rows(w, dtype, from, count, scratch);
+    if (!ready.rows) return HB_NO_MEMORY;
     char* to = static_cast<char*>(out) + first * w.out_features * each;
     const Target target = {dtype, bias, to, w.out_features};
     parallel_for(w.blocks, threads,
@@ -199,18 +216,13 @@ int multiply_tiles(const Packed& w, const uint16_t* x, int64_t rows, const void*
     const int64_t count = rest < TILED_ROWS_AT_A_TIME ? rest : TILED_ROWS_AT_A_TIME;
     // Kept as well: new pages for a long prompt would cost as much as a tenth of the product.
     static thread_local Scratch scratch;
-    uint16_t* tiles =
-        static_cast<uint16_t*>(scratch.grow(tile_halves(w, count) * 2 + TILE * w.groups * 4));
+    uint16_t* tiles = static_cast<uint16_t*>(scratch.grow(tile_halves(w, count) * 2));
     if (!tiles) return HB_NO_MEMORY;
-    float* sums = reinterpret_cast<float*>(tiles + tile_halves(w, count));
-    const Rows ready = ready_tiles(w, x + first * w.in_features, count, tiles, sums, true, threads);
+    const Rows ready = ready_tiles(w, x + first * w.in_features, count, tiles, threads);
     const Target target = {HB_BFLOAT16, bias, out + first * w.out_features, w.out_features};
-    // Many rows: two blocks share the rows that a unit has loaded.
-    const int64_t unit = ready.paired ? 1 : 2;
-    if (!ready.rows) return HB_NO_MEMORY;
-    parallel_for((w.blocks + unit - 1) / unit, threads, [&](int64_t begin, int64_t end) {
-      end = end * unit < w.blocks ? end * unit : w.blocks;
-      isa.multiply_tiles(w, ready, target, begin * unit, end);
+    // Two blocks share the rows that a unit has loaded.
+    parallel_for((w.blocks + 1) / 2, threads, [&](int64_t begin, int64_t end) {
+      isa.multiply_tiles(w, ready, target, begin * 2, end * 2 < w.blocks ? end * 2 : w.blocks);
     });
   }
   return HB_OK;
@@ -223,7 +235,8 @@ extern "C" int hb_linear(const void* packed, int dtype, const void* x, int64_t r
   Packed w;
   if (!open_packed(packed, &w)) return HB_BAD_BLOB;
   if (dtype < HB_FLOAT32 || dtype > HB_FLOAT16) return HB_BAD_ARGUMENT;
-  if (dtype == HB_BFLOAT16 && rows >= FEWEST_TILED_ROWS && current_isa().multiply_tiles) {
+  const int64_t fewest = has_few(w) ? MOST_FEW_ROWS + 1 : FEWEST_TILED_ROWS;
+  if (dtype == HB_BFLOAT16 && rows >= fewest && current_isa().multiply_tiles) {
     return multiply_tiles(w, static_cast<const uint16_t*>(x), rows, bias,
                           static_cast<uint16_t*>(out), threads);
   }

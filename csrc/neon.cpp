@@ -7,6 +7,6 @@
 namespace halfbyte {
 
 const Isa NEON = {"neon",    multiply_floats, dequantize_floats, multiply_dense, attend,
-                  gate_silu, nullptr,         nullptr,           nullptr};
+                  gate_silu, nullptr,         nullptr,           nullptr,        nullptr};
 
 }  // namespace halfbyte

@@ -14,14 +14,16 @@ float* borrow_scores(int64_t floats);
 // Floats that ready_rows needs.
 int64_t scratch_floats(const Packed& w, int64_t rows);
 
-// x: [rows, in] of `dtype`; used where it is if it is ready already.
-Rows ready_rows(const Packed& w, int dtype, const void* x, int64_t rows, float* scratch);
+// x: [rows, in] of `dtype`; used where it is if it is ready already. Where amx_few.h takes the weight,
+// in tiles for few rows: [as many rows as fit or are left][step][row][part][32], each number as the
+// sum of at most `most_parts` in bf16: 3 are exact, 2 round it to 17 bits. Without memory, no rows.
+Rows ready_rows(const Packed& w, int dtype, const void* x, int64_t rows, float* scratch,
+                int most_parts = 3);
 
 // Where a matrix unit's file keeps a stripe of weights as numbers: aligned, kept by each thread.
 uint16_t* borrow_stripe(int64_t halves);
 
-// bf16 rows for matrix units, into tile_halves numbers. `few`: the way for few rows may be taken,
-// whose results differ in the last bits.
+// Many bf16 rows for matrix units, into tile_halves numbers.
 constexpr int TILE = 16;                  // rows of a tile
 constexpr int STEP = 32;                  // columns of a tile
 constexpr int TILE_HALVES = TILE * STEP;  // its numbers
@@ -36,7 +38,6 @@ inline int64_t place_of_tile(int64_t row_tile, int64_t step, int64_t row_tiles, 
 }
 
 int64_t tile_halves(const Packed& w, int64_t rows);
-Rows ready_tiles(const Packed& w, const uint16_t* x, int64_t rows, uint16_t* tiles, float* sums,
-                 bool few, int threads);
+Rows ready_tiles(const Packed& w, const uint16_t* x, int64_t rows, uint16_t* tiles, int threads);
 
 }  // namespace halfbyte

@@ -112,6 +112,6 @@ void gate_silu(float* gate, const float* up, int64_t count) {
 }  // namespace
 
 const Isa SERIAL = {"serial", multiply, dequantize, multiply_dense, attend,
-                    gate_silu, nullptr,  nullptr,    nullptr};
+                    gate_silu, nullptr,  nullptr,    nullptr,        nullptr};
 
 }  // namespace halfbyte
