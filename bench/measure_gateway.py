@@ -213,26 +213,28 @@ def save(arguments: argparse.Namespace, times: dict[str, list[tuple[float, ...]]
     """Write the table: milliseconds, each way and the difference."""
     rows, data = [], {}
     pieces = {arm: statistics.median(found[2] for found in times[arm]) for arm in ARMS}
-    for place, what, arm in (
-        (0, "first token", "gateway"),
-        (1, "whole answer, streamed", "gateway"),
-        (1, "whole answer, not streamed", "whole"),
-        (1, "whole answer, a piece for each token", "each token"),
-        (0, "first token, fixed bytes", "fixed bytes"),
-        (1, "whole answer, fixed bytes", "fixed bytes"),
+    for place, what, base, arm in (
+        (0, "first token", "engine", "gateway"),
+        (1, "whole answer, streamed", "engine", "gateway"),
+        (1, "whole answer, not streamed", "engine", "whole"),
+        (1, "whole answer, a piece for each token", "engine", "each token"),
+        (0, "first token", "engine", "fixed bytes"),
+        (1, "whole answer", "engine", "fixed bytes"),
+        (0, "first token", "fixed bytes", "gateway"),
+        (1, "whole answer, streamed", "fixed bytes", "gateway"),
     ):
-        found = {one: sorted(1000 * t[place] for t in times[one]) for one in ("engine", arm)}
+        found = {one: sorted(1000 * t[place] for t in times[one]) for one in (base, arm)}
         quantiles = [
             (statistics.median(values), values[int(LATE * (len(values) - 1))])
             for values in found.values()
         ]
         added = [round(b - a, 2) for a, b in zip(*quantiles, strict=True)]
         paired = [
-            1000 * (b[place] - a[place]) for a, b in zip(times["engine"], times[arm], strict=True)
+            1000 * (b[place] - a[place]) for a, b in zip(times[base], times[arm], strict=True)
         ]
         rows.append(
             [
-                what,
+                f"{what}: {arm} over {base}",
                 *quantiles[0],
                 *quantiles[1],
                 *added,
@@ -240,14 +242,14 @@ def save(arguments: argparse.Namespace, times: dict[str, list[tuple[float, ...]]
                 pieces[arm],
             ]
         )
-        data[what] = found
+        data[f"{what}: {arm} over {base}"] = found
     save_result(
         "gateway",
         columns=[
             "until the",
-            "engine, median ms",
+            "without, median ms",
             "p99",
-            "over a socket, median ms",
+            "with, median ms",
             "p99",
             "added, median ms",
             "p99",
