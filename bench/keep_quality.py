@@ -3,7 +3,8 @@
     python bench/keep_quality.py quality-3-bits cpu.json gpu.json --commit 3db08fc
 
 The quality of a tool does not depend on the machine, up to rounding; what it takes does. So each
-row says where it was made, and files of other settings are refused.
+row says where it was made, and files of other settings are refused. A result that this made takes
+part as it is.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from measure_quality import HALFBYTE_CASES, PEER_CASES
+from measure_quality import COLUMNS, HALFBYTE_CASES, PEER_CASES
 from record import Elsewhere, save_result
 
 PLACE = "; on "
 """In a note, what comes before it are the settings of a run; after it, where it was made."""
+JOINED = ". Quality and cost"
+"""Stands there instead in the note of what this made."""
 
 
 def main() -> None:
@@ -37,14 +40,18 @@ def main() -> None:
         for row in run["rows"]:
             if row[0] in HALFBYTE_CASES:
                 row[0] += options.older_as
-    settings = {run["note"].partition(PLACE)[0] for run in runs}
+    settings = {run["note"].partition(JOINED)[0].partition(PLACE)[0] for run in runs}
     if len(settings) > 1:
         raise SystemExit("These runs differ in their settings:\n" + "\n".join(sorted(settings)))
     rows: dict[str, list[Any]] = {}
     kept: dict[str, Any] = {}
     for path, run in zip(paths, runs, strict=True):
-        if run["columns"] != runs[0]["columns"]:
-            raise SystemExit(f"{path} has columns {run['columns']}, not {runs[0]['columns']}.")
+        if run["columns"][: len(COLUMNS) + 1] != ["tool", *COLUMNS]:
+            raise SystemExit(f"{path} has columns {run['columns']}, not {COLUMNS}.")
+        if JOINED in run["note"]:
+            rows |= {row[0]: row for row in run["rows"]}
+            kept |= run["data"]["rows"]
+            continue
         for row in run["rows"]:
             rows[row[0]] = [*row, name_place(run)]
             kept[row[0]] = {
@@ -57,10 +64,10 @@ def main() -> None:
     order = sorted(rows, key=lambda name: known.index(name) if name in known else -1)
     save_result(
         options.name,
-        columns=[*last["columns"], "on"],
+        columns=["tool", *COLUMNS, "on"],
         rows=[rows[name] for name in order],
         note=(
-            f"{settings.pop()}. Quality and cost were measured on the machine named in each row, "
+            f"{settings.pop()}{JOINED} were measured on the machine named in each row, "
             "some of several at a time on a GPU, so that seconds compare only roughly; ± is the "
             "standard error over windows; AutoRound with its default of 200 iterations"
         ),

@@ -102,10 +102,16 @@ def test_every_tensor_comes_back_bit_for_bit(tmp_path, to, facts):
     assert_same_checkpoint(tmp_path / "a", tmp_path / "c")
 
 
-def test_gguf_remembers_larger_groups(tmp_path):
-    wide = TinyLinear(in_features=128, out_features=64, group_size=64)
-    write_source(tmp_path / "a", {f"{MLP}.down_proj": wide})
-    there_and_back(tmp_path, "gguf")
+@pytest.mark.parametrize(("to", "bits"), [("awq", 4), ("gguf", 2), ("gguf", 3), ("gguf", 4)])
+def test_larger_groups_and_fewer_bits_are_remembered(tmp_path, to, bits):
+    """Groups of 64 beside some of 128, the last one ragged: AWQ has one size for all."""
+    source = {
+        f"{MLP}.down_proj": TinyLinear(in_features=128, out_features=64, group_size=64, bits=bits),
+        f"{MLP}.up_proj": TinyLinear(in_features=256, out_features=64, group_size=128, bits=bits),
+        f"{MLP}.gate_proj": TinyLinear(in_features=192, out_features=64, group_size=128, bits=bits),
+    }
+    write_source(tmp_path / "a", source)
+    there_and_back(tmp_path, to)
     assert_same_checkpoint(tmp_path / "a", tmp_path / "c")
 
 

@@ -17,17 +17,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from halfbyte.checkpoint.header import read_metadata
 from halfbyte.checkpoint.labels import CONFIG_SECTION
 from halfbyte.checkpoint.shards import TensorFiles
 from halfbyte.checkpoint.write import TensorSpec
 from halfbyte.convert.coded import CodedLinear, CodedSpec, describe_grid
+from halfbyte.convert.hints import HINT_KEY, describe_hints, read_hints, restore
 from halfbyte.convert.respell import ORDER, from_awq, to_awq
 from halfbyte.convert.source import (
     FolderSource,
@@ -79,6 +81,8 @@ def unpack_outputs(words: Tensor) -> Tensor:
 class AwqSource(FolderSource):
     """An AWQ checkpoint of the GEMM form."""
 
+    hints: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """By module: bits and group size that it had in another format, where the file says so."""
     format: str = "awq"
 
     @classmethod
@@ -105,13 +109,19 @@ class AwqSource(FolderSource):
                 f"Cannot read {folder}: it is AWQ of version '{version}' with {bits} bits; only "
                 "'gemm' with 4 bits is read. Save it in that form with the tool that made it."
             )
-        view = view_tensors(TensorFiles.open(folder), "qweight", _TENSORS, "AWQ")
+        files = TensorFiles.open(folder)
+        view = view_tensors(files, "qweight", _TENSORS, "AWQ")
+        hints: dict[str, tuple[int, int]] = {}
+        for file in files.files:
+            hints |= read_hints(read_metadata(file).get(HINT_KEY), str(file))
         for name, parts in view.parts.items():
             _check_parts(name, parts)
-        return cls(folder=folder, view=view, model_config=model_config)
+        return cls(folder=folder, view=view, model_config=model_config, hints=hints)
 
     def describe(self, name: str) -> CodedSpec:
-        """Give a linear's facts; its codes are not read."""
+        """Give a linear's facts; its codes are read only where it was another one before."""
+        if name in self.hints:
+            return self.load_linear(name).describe()
         parts = self.view.parts[name]
         tensors = self.view.load(name, ("scales", "qzeros"))
         in_features, groups = parts["qweight"].shape[0], parts["scales"].shape[0]
@@ -126,12 +136,12 @@ class AwqSource(FolderSource):
         )
 
     def load_linear(self, name: str) -> CodedLinear:
-        """Read one coded linear."""
+        """Read one coded linear, as it was before it became AWQ where the file tells."""
         tensors = self.view.load(name, tuple(_TENSORS))
         scales = check_finite(f"{name}.scales", tensors["scales"])
         if "bias" in tensors:
             check_finite(f"{name}.bias", tensors["bias"])
-        return CodedLinear(
+        linear = CodedLinear(
             words=from_awq(tensors["qweight"]).t(),
             scales=scales.t().contiguous(),
             zeros=unpack_outputs(tensors["qzeros"]).to(torch.int16),
@@ -140,6 +150,7 @@ class AwqSource(FolderSource):
             g_idx=None,
             bias=tensors.get("bias"),
         )
+        return restore(linear, *self.hints[name]) if name in self.hints else linear
 
 
 def _check_parts(name: str, parts: Mapping[str, TensorSpec]) -> None:
@@ -170,6 +181,15 @@ class AwqTarget:
         """Choose the largest group size that no group of any linear straddles."""
         even = math.gcd(*(spec.even_group for spec in specs.values() if _is_codable(spec)))
         return cls(group_size=next((size for size in GROUP_SIZES if even % size == 0), even))
+
+    def note(self, coded: Mapping[str, CodedSpec]) -> dict[str, str]:
+        """Note whose groups are cut, for the way back; fewer bits come back as four."""
+        cut = {
+            name: spec
+            for name, spec in coded.items()
+            if spec.bits == BITS and spec.group_size != self.group_size
+        }
+        return {HINT_KEY: describe_hints(cut)} if cut else {}
 
     def find_obstacle(self, spec: CodedSpec) -> str | None:
         """Say why a linear cannot be held exactly; None where it can."""

@@ -28,6 +28,7 @@ from halfbyte.checkpoint.write import (
     write_json,
 )
 from halfbyte.convert.ahead import run_ahead
+from halfbyte.convert.awq import AwqTarget
 from halfbyte.convert.card import write_card
 from halfbyte.convert.coded import CodedLinear, CodedSpec
 from halfbyte.convert.dense import DenseTarget
@@ -110,6 +111,9 @@ def write_folder(
     plan = plan_linears(specs, target, allow_error=allow_error, fallback=fallback)
     output.mkdir(parents=True, exist_ok=True)
     shards = _split(source, plan, shard_bytes)
+    notes = {}
+    if isinstance(target, AwqTarget):
+        notes = target.note({n: spec for n, spec in specs.items() if n not in plan.dense})
     rounded: list[RoundedTensor] = []
     digests: list[ShardDigest] = []
     for number, units in enumerate(shards, start=1):
@@ -125,6 +129,7 @@ def write_folder(
                     "format": target.metadata_format,
                     "converted_by": f"halfbyte {__version__}",
                     "converted_from": source.format,
+                    **(notes if number == 1 else {}),
                 },
                 with_digests=target.format == "gptq",
             )

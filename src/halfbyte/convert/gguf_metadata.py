@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,11 +12,9 @@ from halfbyte.convert.gguf_blocks import PLAIN
 from halfbyte.convert.gguf_file import BF16, F16, F32, Q4_0, Q4_1, Q8_0, BlockType
 from halfbyte.convert.gguf_hyperparameters import describe_model
 from halfbyte.convert.gguf_tokenizer import describe_tokenizer
+from halfbyte.convert.hints import HINT_KEY, describe_hints
 from halfbyte.convert.source import Source
 from halfbyte.version import __version__
-
-HINT_KEY = "halfbyte.groups"
-"""Pair that holds, as JSON, bits and group size of each linear before it was cut into blocks."""
 
 _FILE_TYPES = {F32: 0, F16: 1, Q4_0: 2, Q4_1: 3, Q8_0: 7, BF16: 32}
 
@@ -51,13 +48,7 @@ def describe_file(
         "general.quantization_version": 2,
         "general.file_type": _FILE_TYPES[most],
         "general.quantized_by": f"halfbyte {__version__}",
-        HINT_KEY: json.dumps(
-            {
-                name: [spec.bits, spec.group_size]
-                for name, spec in specs.items()
-                if kinds[name] not in PLAIN
-            }
-        ),
+        HINT_KEY: describe_hints({n: s for n, s in specs.items() if kinds[n] not in PLAIN}),
     }
     pairs |= _describe_origin(source)
     pairs |= describe_model(architecture, config)

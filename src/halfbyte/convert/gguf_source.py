@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from halfbyte.checkpoint.companions import copy_companions
-from halfbyte.checkpoint.header import parse_json_object
 from halfbyte.checkpoint.labels import CONFIG_SECTION, read_model_config
 from halfbyte.checkpoint.write import TensorSpec
 from halfbyte.convert.coded import CodedLinear, CodedSpec
@@ -21,9 +20,8 @@ from halfbyte.convert.gguf_architecture import ARCHITECTURES, EMBEDDING, HEAD, A
 from halfbyte.convert.gguf_blocks import PLAIN, read_blocks, read_plain
 from halfbyte.convert.gguf_file import Q4_0, Q4_1, Q8_0, GgufFile, GgufTensor, open_gguf
 from halfbyte.convert.gguf_hyperparameters import FACTOR_TENSORS
-from halfbyte.convert.gguf_metadata import HINT_KEY
+from halfbyte.convert.hints import HINT_KEY, read_hints, restore
 from halfbyte.errors import CheckpointError, require_extra
-from halfbyte.packing import pack_rows
 
 CODED = (Q4_0, Q4_1, Q8_0)
 
@@ -110,7 +108,7 @@ class GgufSource:
             linears=linears,
             others=others,
             places=places,
-            hints=_read_hints(file),
+            hints=read_hints(file.pairs.get(HINT_KEY), str(file.path)),
             notes=tuple(
                 f"{info.name} is {info.kind.name} and was decoded to float16"
                 for info in {info.name: info for info in places.values()}.values()
@@ -200,36 +198,6 @@ class GgufSource:
         return None if order is None else torch.argsort(order)
 
 
-def restore(linear: CodedLinear, bits: int, group_size: int) -> CodedLinear:
-    """Give a linear the bits and groups that it had before it was cut into blocks of 32.
-
-    Args:
-        linear: In groups of 32.
-        bits: What it had.
-        group_size: What it had.
-
-    Returns:
-        The same weight with these, or the linear as it is where the blocks do not agree.
-    """
-    starts = torch.arange(0, linear.in_features, group_size)
-    of_block = torch.arange(0, linear.in_features, linear.group_size) // group_size
-    first = starts // linear.group_size
-    scales, zeros = linear.scales[:, first], linear.zeros[:, first]
-    if not (
-        torch.equal(scales[:, of_block], linear.scales)
-        and torch.equal(zeros[:, of_block], linear.zeros)
-    ):
-        return linear
-    merged = replace(linear, scales=scales, zeros=zeros, group_size=group_size)
-    if bits == linear.bits:
-        return merged
-    narrow = replace(merged, zeros=torch.full_like(zeros, 2 ** (bits - 1)))
-    codes = merged.codes().to(torch.int16) - (2 ** (linear.bits - 1) - 2 ** (bits - 1))
-    if int(codes.min()) < 0 or int(codes.max()) >= 2**bits:
-        return merged
-    return replace(narrow, words=pack_rows(codes.to(torch.uint8), bits), bits=bits)
-
-
 def _describe_other(architecture: Architecture, name: str, info: GgufTensor) -> TensorSpec:
     """Say what a tensor is in Transformers' order of axes."""
     shape = info.shape
@@ -238,25 +206,6 @@ def _describe_other(architecture: Architecture, name: str, info: GgufTensor) -> 
     if name.endswith("shared_expert_gate.weight"):
         shape = (1, *shape)
     return TensorSpec(dtype=PLAIN.get(info.kind, torch.float16), shape=shape)
-
-
-def _read_hints(file: GgufFile) -> dict[str, tuple[int, int]]:
-    """Read what our own writer noted; anything else there is ignored."""
-    text = file.pairs.get(HINT_KEY)
-    if not isinstance(text, str):
-        return {}
-    hints = {}
-    for name, pair in parse_json_object(text, f"{HINT_KEY} of {file.path}").items():
-        if (
-            isinstance(pair, list)
-            and len(pair) == 2
-            and all(type(number) is int for number in pair)
-            and pair[0] in (2, 3, 4, 8)
-            and 0 < pair[1] <= 2**24
-            and pair[1] % 32 == 0
-        ):
-            hints[name] = (pair[0], pair[1])
-    return hints
 
 
 def _find_family(file: GgufFile, config: Mapping[str, Any]) -> Architecture:
