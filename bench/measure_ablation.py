@@ -23,6 +23,7 @@ from measure_quality import (
     OTHER_WINDOW,
     WINDOW,
     add_common_arguments,
+    as_plain,
     compare,
     make_rows,
     prepare,
@@ -85,13 +86,7 @@ def main() -> None:
         f"{len(ids)} x {args.length} calibration tokens; {len(prose)} windows "
         f"of {WINDOW} held-out tokens, the other kinds in windows of {OTHER_WINDOW}; "
         f"base {base:.3f}; {args.threads} threads; ± is the standard error over windows",
-        data={
-            "runs": runs,
-            "results": {
-                name: {kind: result.to_dict() for kind, result in by_kind.items()}
-                for name, by_kind in results.items()
-            },
-        },
+        data={"runs": runs, "results": as_plain(results)},
     )
 
 

@@ -310,12 +310,17 @@ def report(
             "runs": runs,
             "peers": {name: PEERS[name].package for name in args.peers.split(",") if name},
             "base_perplexity": base,
-            "results": {
-                name: {kind: result.to_dict() for kind, result in by_kind.items()}
-                for name, by_kind in results.items()
-            },
+            "results": as_plain(results),
         },
     )
+
+
+def as_plain(results: dict[str, dict[str, DivergenceResult]]) -> dict[str, dict[str, Any]]:
+    """Give every number that was measured, by tool and kind of text, for JSON."""
+    return {
+        name: {kind: result.to_dict() for kind, result in by_kind.items()}
+        for name, by_kind in results.items()
+    }
 
 
 def make_rows(

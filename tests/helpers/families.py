@@ -115,6 +115,16 @@ def write_family(folder: Path, family: str, **changes: Any) -> PreTrainedModel:
     return model
 
 
+def write_decided_family(folder: Path, family: str = "llama", **changes: Any) -> PreTrainedModel:
+    """Write a tiny model whose predictions depend on its blocks, as a fresh one's hardly do."""
+    model = build_family(family, **changes)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(5)
+    model.save_pretrained(folder)
+    return model
+
+
 def token_lists(samples: int = 8, length: int = 48, seed: int = 1) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCABULARY, (samples, length), generator=generator)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.helpers.families import build_family, token_lists
+from tests.helpers.families import token_lists, write_decided_family
 from tests.helpers.runs import assert_loads_and_computes, bytes_of, quantize
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
@@ -93,20 +93,11 @@ def test_storage_counts_scales_and_zeros(scheme: Scheme, expected: int) -> None:
     assert stored_bits(scheme, 64, 576) == expected
 
 
-def write_base(folder: Path, family: str = "llama", **changes: Any) -> Any:
-    model = build_family(family, **changes)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:  # a fresh model's predictions hardly depend on its blocks
-            parameter.data.mul_(5)
-    model.save_pretrained(folder)
-    return model
-
-
 def test_predicted_losses_are_those_that_single_modules_cause(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = tmp_path / "base"
-    write_base(base, num_hidden_layers=2)
+    write_decided_family(base, num_hidden_layers=2)
     seen: list[Unit] = []
     real = survey.Survey.measure
 
@@ -141,7 +132,7 @@ def test_predicted_losses_are_those_that_single_modules_cause(
 
 
 def test_mean_bits_stay_below_the_target_and_beat_the_same_bits_everywhere(tmp_path: Path) -> None:
-    base = write_base(tmp_path / "base", num_hidden_layers=4)
+    base = write_decided_family(tmp_path / "base", num_hidden_layers=4)
     target = 3 + 19 / 32  # what 3 bits in groups of 32 take
     config = QuantConfig(group_size=32, target_bits=target)
     report = quantize(tmp_path / "base", tmp_path / "out", config, **TEXT)
@@ -171,7 +162,7 @@ def test_mean_bits_stay_below_the_target_and_beat_the_same_bits_everywhere(tmp_p
 def test_size_of_the_checkpoint_stays_below_the_target(
     family: str, share: float, tmp_path: Path
 ) -> None:
-    base = write_base(tmp_path / "base", family)
+    base = write_decided_family(tmp_path / "base", family)
     whole = sum(path.stat().st_size for path in (tmp_path / "base").glob("*.safetensors"))
     target = int(share * whole)
     config = QuantConfig(group_size=32, target_size=f"{target / 1000}kB")
@@ -197,7 +188,7 @@ class StopAt(SilentProgress):
 
 
 def test_a_killed_run_keeps_its_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_base(tmp_path / "base")
+    write_decided_family(tmp_path / "base")
     config = QuantConfig(
         group_size=32, target_bits=4.0, overrides=(Override(pattern="o_proj", bits=8),)
     )
@@ -224,6 +215,6 @@ def test_targets_are_checked(settings: dict[str, Any], message: str) -> None:
 
 
 def test_a_size_must_be_a_size(tmp_path: Path) -> None:
-    write_base(tmp_path / "base")
+    write_decided_family(tmp_path / "base")
     with pytest.raises(ConfigError, match="target_size is 'small'; write a number and a unit"):
         quantize(tmp_path / "base", tmp_path / "o", QuantConfig(target_size="small"), **TEXT)

@@ -135,6 +135,9 @@ def test_plan_counts_what_there_is(weights: ModelWeights) -> None:
     found = plan(weights, memory="64GB", lengths=[100] * 10)
     tokens, hidden = 1000, 64
     assert found.work_bytes == 2 * tokens * hidden * 4
+    weighed = plan(weights, memory="64GB", lengths=[100] * 10, config={"weigh_tokens": True})
+    assert weighed.work_bytes == found.work_bytes + 4 * tokens * 3 * 7, "a number for each linear"
+    assert weighed.flops > found.flops
     outside = 2 * 128 * 64 * 4 + 64 * 4
     linears = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96
     assert found.output_bytes == outside + int(0.53 * 3 * (linears + 2 * 64))

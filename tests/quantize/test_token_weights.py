@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.helpers.families import build_family, token_lists
+from tests.helpers.families import token_lists, write_decided_family
 from tests.helpers.runs import assert_loads_and_computes, bytes_of, quantize
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -27,15 +27,6 @@ TEXT: dict[str, Any] = {
     "calibration": CalibrationConfig(samples=8, length=32, batch_size=2),
     "text": token_lists(8, 32),
 }
-
-
-def write_base(folder: Path, family: str = "llama", **changes: Any) -> Any:
-    model = build_family(family, **changes)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:  # a fresh model's predictions hardly depend on its blocks
-            parameter.data.mul_(5)
-    model.save_pretrained(folder)
-    return model
 
 
 def record_roots(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, ...], list[Tensor] | None]:
@@ -82,7 +73,7 @@ def naive_squares(base: Path, sequences: list[list[int]], counted: Tensor | None
 def test_weights_are_the_gradient_norms_of_the_whole_model(
     labelled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_base(tmp_path / "base")
+    write_decided_family(tmp_path / "base")
     found = record_roots(monkeypatch)
     text: Any = TEXT["text"]
     counted = None
@@ -110,7 +101,7 @@ def test_portions_give_what_each_gives_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Text that does not fit in memory at once goes in portions, each with its own draws."""
-    write_base(tmp_path / "base")
+    write_decided_family(tmp_path / "base")
     found = record_roots(monkeypatch)
     monkeypatch.setattr(token_gradients, "BACKWARD_TOKENS", 100)  # a batch has 64
     quantize(tmp_path / "base", tmp_path / "out", CONFIG, **TEXT)
@@ -155,7 +146,7 @@ def test_sums_are_weighted_as_in_float64() -> None:
 def test_tokens_that_count_alike_change_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_base(tmp_path / "base")
+    write_decided_family(tmp_path / "base")
     quantize(tmp_path / "base", tmp_path / "plain", QuantConfig(group_size=32), **TEXT)
     quantize(tmp_path / "base", tmp_path / "weighted", CONFIG, **TEXT)
     ones = [torch.ones(64)] * 4
@@ -174,7 +165,7 @@ def test_other_families_and_experts(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Linears whose tokens are routed to them count all alike; the rest is weighted."""
-    base = write_base(tmp_path / "base", family)
+    base = write_decided_family(tmp_path / "base", family)
     found = record_roots(monkeypatch)
     config = QuantConfig(group_size=16, match_base=True, polish=1, weigh_tokens=True)
     quantize(tmp_path / "base", tmp_path / "out", config, **TEXT)
@@ -197,7 +188,7 @@ class StopAt(SilentProgress):
 def test_a_killed_run_goes_on_with_the_parts_that_it_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_base(tmp_path / "base")
+    write_decided_family(tmp_path / "base")
     monkeypatch.setattr(token_gradients, "BACKWARD_TOKENS", 100)
     quantize(tmp_path / "base", tmp_path / "whole", CONFIG, **TEXT)
     stop = StopAt("part 3 of 4")

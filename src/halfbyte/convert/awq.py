@@ -174,7 +174,6 @@ class AwqTarget:
 
     group_size: int
     format: str = "awq"
-    metadata_format: str = "pt"
 
     @classmethod
     def fit(cls, specs: Mapping[str, CodedSpec]) -> AwqTarget:
@@ -182,14 +181,14 @@ class AwqTarget:
         even = math.gcd(*(spec.even_group for spec in specs.values() if _is_codable(spec)))
         return cls(group_size=next((size for size in GROUP_SIZES if even % size == 0), even))
 
-    def note(self, coded: Mapping[str, CodedSpec]) -> dict[str, str]:
+    def metadata(self, coded: Mapping[str, CodedSpec]) -> dict[str, str]:
         """Note whose groups are cut, for the way back; fewer bits come back as four."""
         cut = {
             name: spec
             for name, spec in coded.items()
             if spec.bits == BITS and spec.group_size != self.group_size
         }
-        return {HINT_KEY: describe_hints(cut)} if cut else {}
+        return {"format": "pt"} | ({HINT_KEY: describe_hints(cut)} if cut else {})
 
     def find_obstacle(self, spec: CodedSpec) -> str | None:
         """Say why a linear cannot be held exactly; None where it can."""

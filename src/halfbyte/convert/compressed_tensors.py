@@ -221,7 +221,10 @@ class CompressedTensorsTarget:
     """Writes pack-quantized weights with fp16 scales."""
 
     format: str = METHOD
-    metadata_format: str = "pt"
+
+    def metadata(self, coded: Mapping[str, CodedSpec]) -> dict[str, str]:
+        """Give the name of the framework."""
+        return {"format": "pt"}
 
     def find_obstacle(self, spec: CodedSpec) -> str | None:
         """Say why a linear cannot be held exactly; None where it can."""

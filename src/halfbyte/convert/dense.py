@@ -34,13 +34,16 @@ class DenseTarget:
     stores_inputs_first: bool = False
     """Whether the model wants its matrices [in, out]."""
     format: str = "hf"
-    metadata_format: str = "pt"
 
     @classmethod
     def fit(cls, dtype: torch.dtype, model_config: Mapping[str, Any]) -> DenseTarget:
         """Choose the order of axes that a model's own layers have."""
         is_turned = model_config.get("model_type") in CONV1D_MODELS
         return cls(dtype=dtype, stores_inputs_first=is_turned)
+
+    def metadata(self, coded: Mapping[str, CodedSpec]) -> dict[str, str]:
+        """Give the name of the framework."""
+        return {"format": "pt"}
 
     def find_obstacle(self, spec: CodedSpec) -> str | None:
         """Give None: rounding each weight once is what this format is for."""

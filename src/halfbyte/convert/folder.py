@@ -28,7 +28,6 @@ from halfbyte.checkpoint.write import (
     write_json,
 )
 from halfbyte.convert.ahead import run_ahead
-from halfbyte.convert.awq import AwqTarget
 from halfbyte.convert.card import write_card
 from halfbyte.convert.coded import CodedLinear, CodedSpec
 from halfbyte.convert.dense import DenseTarget
@@ -67,6 +66,11 @@ class Plan:
     specs: Mapping[str, CodedSpec]
     dense: Mapping[str, str]
     """Linears that become dense though the target is not, with the reason."""
+
+    @property
+    def coded(self) -> dict[str, CodedSpec]:
+        """Linears that the target itself holds."""
+        return {name: spec for name, spec in self.specs.items() if name not in self.dense}
 
     def form_of(self, name: str) -> FolderTarget:
         """Give the format that spells a linear."""
@@ -111,9 +115,11 @@ def write_folder(
     plan = plan_linears(specs, target, allow_error=allow_error, fallback=fallback)
     output.mkdir(parents=True, exist_ok=True)
     shards = _split(source, plan, shard_bytes)
-    notes = {}
-    if isinstance(target, AwqTarget):
-        notes = target.note({n: spec for n, spec in specs.items() if n not in plan.dense})
+    metadata = {
+        **target.metadata(plan.coded),
+        "converted_by": f"halfbyte {__version__}",
+        "converted_from": source.format,
+    }
     rounded: list[RoundedTensor] = []
     digests: list[ShardDigest] = []
     for number, units in enumerate(shards, start=1):
@@ -125,12 +131,7 @@ def write_folder(
                 output / name,
                 specs_in_order,
                 tensors,
-                {
-                    "format": target.metadata_format,
-                    "converted_by": f"halfbyte {__version__}",
-                    "converted_from": source.format,
-                    **(notes if number == 1 else {}),
-                },
+                metadata,
                 with_digests=target.format == "gptq",
             )
         )
@@ -328,9 +329,8 @@ def _measure(name: str, how: str, linear: CodedLinear, form: FolderTarget) -> Ro
 
 def _describe(source: Source, plan: Plan, output: Path, digests: list[ShardDigest]) -> None:
     """Write configs, digests and tokenizer; ``config.json`` last, which makes it a model."""
-    coded = {name: spec for name, spec in plan.specs.items() if name not in plan.dense}
     dense = [*plan.dense, *list_dense_linears(source.others)]
-    config = plan.target.label(coded, dense, source.model_config)
+    config = plan.target.label(plan.coded, dense, source.model_config)
     section = config.get(CONFIG_SECTION, {})
     source.copy_companions(output)
     _write_card(source, plan, output)

@@ -117,13 +117,16 @@ class GptqTarget:
 
     dialect: str
     format: str = "gptq"
-    metadata_format: str = "pt"
 
     @classmethod
     def fit(cls, specs: Mapping[str, CodedSpec]) -> GptqTarget:
         """Choose the dialect that holds every zero."""
         lowest = min((spec.zero_low for spec in specs.values()), default=1)
         return cls(dialect=FORMAT_V1 if lowest >= ZERO_OFFSETS[FORMAT_V1] else FORMAT_V2)
+
+    def metadata(self, coded: Mapping[str, CodedSpec]) -> dict[str, str]:
+        """Give the name of the framework."""
+        return {"format": "pt"}
 
     def find_obstacle(self, spec: CodedSpec) -> str | None:
         """Say why a linear cannot be held exactly; None where it can."""

@@ -73,7 +73,8 @@ def restore(linear: CodedLinear, bits: int, group_size: int) -> CodedLinear:
         group_size: What it had.
 
     Returns:
-        The same weight with these, or the linear as it is where the blocks do not agree.
+        The same weight with these; as it is where the groups do not agree, and with its own bits
+        where its zeros or codes do not.
     """
     starts = torch.arange(0, linear.in_features, group_size)
     of_block = torch.arange(0, linear.in_features, linear.group_size) // group_size
@@ -85,8 +86,8 @@ def restore(linear: CodedLinear, bits: int, group_size: int) -> CodedLinear:
     ):
         return linear
     merged = replace(linear, scales=scales, zeros=zeros, group_size=group_size)
-    if bits == linear.bits:
-        return merged
+    if bits == linear.bits or bool((zeros != 2 ** (linear.bits - 1)).any()):
+        return merged  # only codes around the middle one can be moved to another middle
     narrow = replace(merged, zeros=torch.full_like(zeros, 2 ** (bits - 1)))
     codes = merged.codes().to(torch.int16) - (2 ** (linear.bits - 1) - 2 ** (bits - 1))
     if int(codes.min()) < 0 or int(codes.max()) >= 2**bits:

@@ -193,7 +193,10 @@ class MlxTarget:
     """Writes affine quantization with scales and minima in fp16."""
 
     format: str = "mlx"
-    metadata_format: str = "mlx"
+
+    def metadata(self, coded: Mapping[str, CodedSpec]) -> dict[str, str]:
+        """Give the name of the framework."""
+        return {"format": "mlx"}
 
     def find_obstacle(self, spec: CodedSpec) -> str | None:
         """Say why a linear cannot be held exactly; None where it can."""

@@ -18,9 +18,8 @@ class FolderTarget(Protocol):
     def format(self) -> str:
         """Name of the format, such as "awq"."""
 
-    @property
-    def metadata_format(self) -> str:
-        """What the header of each file says under "format"."""
+    def metadata(self, coded: Mapping[str, CodedSpec]) -> dict[str, str]:
+        """Give what the header of each file says beside the tensors, "format" at least."""
 
     def find_obstacle(self, spec: CodedSpec) -> str | None:
         """Say why a linear is not to be held in this format unless asked for; None: it is."""

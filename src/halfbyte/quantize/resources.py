@@ -92,7 +92,7 @@ class RunPlan:
     memory_bytes: int
     budget_bytes: int
     work_bytes: int
-    """Disk for hidden states, given back at the end."""
+    """Disk for hidden states and token weights, given back at the end."""
     output_bytes: int
     flops: float
     seconds: float
@@ -161,6 +161,11 @@ class _Task:
         return self.streams * self.tokens * self.sizes.hidden * self.dtype.itemsize
 
     @property
+    def weight_bytes(self) -> int:
+        """Of what the tokens count at each linear, in fp32."""
+        return 4 * self.tokens * self.sizes.linears if self.config.weigh_tokens else 0
+
+    @property
     def waiting_bytes(self) -> int:
         """Of all batches where they wait in the middle of a block."""
         sizes = self.sizes
@@ -224,7 +229,7 @@ def resolve_resources(
         settings=settings,
         memory_bytes=needed,
         budget_bytes=budget,
-        work_bytes=2 * task.state_bytes,
+        work_bytes=2 * task.state_bytes + task.weight_bytes,
         output_bytes=_output_bytes(weights, task.sizes),
         flops=flops,
         seconds=flops / (REACHED_RATE * measure_gemm_rate(dtype, weights.device)),

@@ -32,6 +32,8 @@ class Sizes:
     """Experts that a token goes through; 1 without experts."""
     numbers: int
     """Weights of all linears in all blocks that a token goes through."""
+    linears: int
+    """In all blocks, but for fused experts."""
     hessian_macs: int
     """in² over all inputs: multiply-adds per token for the Hessians."""
     solve_macs: int
@@ -50,10 +52,11 @@ def measure_sizes(weights: ModelWeights, *, matrices: int) -> Sizes:
     """
     config = weights.config.get_text_config()
     widest = routed = 1
-    solver = numbers = hessian = solve = block_numbers = 0
+    solver = numbers = hessian = solve = block_numbers = linears = 0
     for block in weights.blocks.modules:
         block_numbers = max(block_numbers, sum(p.numel() for p in block.parameters()))
         shapes = [_shape(linear_weight(m)) for m in quantizable_linears(block).values()]
+        linears += len(shapes)
         active = float(sum(o * i for o, i in shapes))
         for fused in find_fused_experts(block).values():
             routed = int(getattr(config, "num_experts_per_tok", None) or 1)
@@ -79,6 +82,7 @@ def measure_sizes(weights: ModelWeights, *, matrices: int) -> Sizes:
         solver_bytes=solver,
         routed=routed,
         numbers=numbers,
+        linears=linears,
         hessian_macs=hessian,
         solve_macs=solve,
     )
