@@ -51,7 +51,7 @@ def naive_squares(base: Path, sequences: list[list[int]], counted: Tensor | None
     with torch.no_grad():  # what is drawn follows the run's own type
         for row in sequences:
             probabilities = model(torch.tensor([row])).logits[0].float().softmax(-1)
-            drawn.append(torch.multinomial(probabilities, 1, generator=dice))
+            drawn.append(token_gradients.draw_tokens(probabilities, dice))
     model = model.double()
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and "layers" in name:
@@ -95,6 +95,18 @@ def test_weights_are_the_gradient_norms_of_the_whole_model(
         expected = (expected / expected.mean()).sqrt().float()
         torch.testing.assert_close(torch.cat(roots), expected, rtol=1e-3, atol=1e-4)
         assert float(torch.cat(roots).std()) > 0.02, "they do differ"
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
+    wanted = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3 - 1e-3, 1e-3, 0.0])
+    dice = torch.Generator().manual_seed(0)
+    number = 100_000
+    drawn = token_gradients.draw_tokens(wanted.repeat(number, 1), dice)
+    counts = torch.bincount(drawn[:, 0], minlength=len(wanted))
+    assert int(counts.sum()) == number
+    assert not counts[wanted == 0].any(), "what cannot be is never drawn"
+    error = (counts / number - wanted).abs()
+    assert bool((error <= 5 * (wanted * (1 - wanted) / number).sqrt()).all())
 
 
 def test_portions_give_what_each_gives_alone(

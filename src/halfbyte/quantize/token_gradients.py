@@ -101,16 +101,33 @@ def draw_gradient(
         part = slice(row, row + 1)
         own = hidden[part].detach().requires_grad_()
         with torch.enable_grad():
-            scores = run_tail(stream, ids[part], own)[0].float().log_softmax(-1)
-            drawn = torch.multinomial(scores.detach().exp(), 1, generator=dice)
-            chosen = scores.gather(1, drawn)[:, 0]
-            if counted is not None:
-                # The curvature of a weighted KL has the weight, its square root the gradient.
-                chosen = chosen * counted[row].to(chosen.device).sqrt()
-            chosen.sum().backward()  # type: ignore[no-untyped-call]
+            logits = run_tail(stream, ids[part], own)[0]
+        probabilities = logits.detach().float().softmax(-1)
+        drawn = draw_tokens(probabilities, dice)
+        # A log-probability's gradient by the logits: 1 at the token, less all probabilities.
+        by_logits = probabilities.neg_().scatter_add_(1, drawn, torch.ones_like(drawn).float())
+        if counted is not None:
+            # The curvature of a weighted KL has the weight, its square root the gradient.
+            by_logits.mul_(counted[row].to(by_logits.device).sqrt()[:, None])
+        logits.backward(by_logits.to(logits.dtype))  # type: ignore[no-untyped-call]
         assert own.grad is not None
         gradient[part] = own.grad
     return gradient
+
+
+def draw_tokens(probabilities: Tensor, dice: torch.Generator) -> Tensor:
+    """Draw a token for each position, by one random number: torch's own takes one for every token.
+
+    Args:
+        probabilities: fp32 [positions, vocabulary].
+        dice: Draws; on the same device.
+
+    Returns:
+        int64 [positions, 1].
+    """
+    heaped = probabilities.cumsum(-1)
+    reached = torch.rand(len(heaped), 1, generator=dice, device=heaped.device) * heaped[:, -1:]
+    return torch.searchsorted(heaped, reached, right=True).clamp_(max=heaped.shape[1] - 1)
 
 
 class _Backward:
