@@ -9,10 +9,27 @@
 #define MAX_SHARED_ROWS 8
 #define PREFETCH_WORDS 2048  // 8 KiB ahead: 2 KiB lose a tenth of the speed of memory
 #define HAS_DECODE
+#define HAS_DOT
 
 #include "avx512_decode.h"
+
+typedef __m512i IntVector;
+
+namespace halfbyte {
+namespace {
+
+// Every processor with matrix units has this (VNNI).
+template <int BITS>
+inline __m512i dot(__m512i acc, __m512i codes, int32_t x) {
+  return _mm512_dpbusd_epi32(acc, codes, _mm512_set1_epi32(x));
+}
+
+}  // namespace
+}  // namespace halfbyte
+
 #include "amx_attention.h"
 #include "amx_few.h"
+#include "integer_kernel.h"
 
 namespace halfbyte {
 namespace {
@@ -184,7 +201,7 @@ void round_rows(const Packed& w, const float* x, int64_t rows, uint16_t* tiles, 
 
 }  // namespace
 
-const Isa AMX = {"amx",     multiply,   dequantize_floats, multiply_dense, attend, gate_silu,
-                 split_row, round_rows, multiply_many,     attend_tiles};
+const Isa AMX = {"amx",     multiply,          dequantize_floats, multiply_dense, attend,        gate_silu,
+                 round_row, multiply_integers, split_row,         round_rows,     multiply_many, attend_tiles};
 
 }  // namespace halfbyte

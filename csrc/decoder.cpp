@@ -39,8 +39,10 @@ bool alike(const Packed& a, const Packed& b) {
 // Several products of the same rows at once: threads share all of their blocks.
 template <int COUNT>
 int multiply_all(const Isa& isa, const float* x, int64_t rows, const Product (&products)[COUNT],
-                  float* scratch, int most_parts, int threads) {
+                  float* scratch, const hb_decoder& d, int threads) {
   static_assert(COUNT <= MOST_PRODUCTS, "the scratch is sized for so many");
+  // Of a model in bf16, inputs keep 17 bits at least.
+  const int most_parts = d.dtype == HB_BFLOAT16 ? 2 : 3;
   Packed weights[COUNT];
   Rows ready[COUNT];
   int64_t ends[COUNT], blocks = 0;
@@ -50,7 +52,9 @@ int multiply_all(const Isa& isa, const float* x, int64_t rows, const Product (&p
     if (i && alike(weights[i], weights[i - 1])) {
       ready[i] = ready[i - 1];
     } else {
-      ready[i] = ready_rows(weights[i], HB_FLOAT32, x, rows, scratch, most_parts);
+      const bool integers = d.activation_bits == 8 && has_integers(weights[i]);
+      ready[i] = integers ? ready_integers(weights[i], HB_FLOAT32, x, rows, scratch)
+                          : ready_rows(weights[i], HB_FLOAT32, x, rows, scratch, most_parts);
       scratch += scratch_floats(weights[i], rows);
     }
     if (!ready[i].rows) return HB_NO_MEMORY;
@@ -64,7 +68,8 @@ int multiply_all(const Isa& isa, const float* x, int64_t rows, const Product (&p
       if (from >= to) continue;
       const Target target = {HB_FLOAT32, products[i].bias, products[i].out,
                              weights[i].out_features};
-      isa.multiply(weights[i], ready[i], target, from, to);
+      const auto multiply = ready[i].integers.codes ? isa.multiply_integers : isa.multiply;
+      multiply(weights[i], ready[i], target, from, to);
     }
   });
   return HB_OK;
@@ -254,12 +259,10 @@ bool takes_tiles(const hb_decoder& d, const Isa& isa, const hb_rows& rows) {
 int decode_chunk(const hb_decoder& d, const Isa& isa, const hb_rows& rows, int threads) {
   Work w;
   const bool tiles = takes_tiles(d, isa, rows);
-  // Of a model in bf16, inputs keep 17 bits at least.
-  const int parts = d.dtype == HB_BFLOAT16 ? 2 : 3;
   if (!borrow_work(d, rows.rows, tiles, &w)) return HB_NO_MEMORY;
   const auto multiply = [&](const float* x, const auto& products) {
     return tiles ? multiply_all_tiles(isa, x, rows.rows, products, w.inputs, threads)
-                 : multiply_all(isa, x, rows.rows, products, w.inputs, parts, threads);
+                 : multiply_all(isa, x, rows.rows, products, w.inputs, d, threads);
   };
   const int64_t hidden = d.hidden, query = query_width(d), kv = kv_width(d), count = rows.rows;
   // Between two products: each row by itself.
@@ -320,6 +323,7 @@ extern "C" int hb_decode(const hb_decoder* decoder, const hb_rows* rows, int thr
   const hb_decoder& d = *decoder;
   if (d.dtype != HB_FLOAT32 && d.dtype != HB_BFLOAT16) return HB_BAD_ARGUMENT;
   if (d.head_dim % LANES || d.intermediate % LANES || d.heads % d.kv_heads) return HB_BAD_ARGUMENT;
+  if (d.activation_bits != 16 && d.activation_bits != 8) return HB_BAD_ARGUMENT;
   if (d.page_tokens < 1) return HB_BAD_ARGUMENT;
   for (int64_t r = 0; r < rows->rows; r++) {
     const int64_t position = rows->positions[r];

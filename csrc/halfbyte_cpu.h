@@ -12,7 +12,7 @@ extern "C" {
 #define HB_API __attribute__((visibility("default")))
 
 // Raised whenever a signature, a struct or the packed layout changes; the caller compares.
-#define HB_ABI_VERSION 3
+#define HB_ABI_VERSION 4
 
 enum hb_status {
   HB_OK = 0,
@@ -59,9 +59,11 @@ HB_API int hb_pack(const hb_linear_shape* shape, const uint32_t* qweight, const 
 HB_API int hb_unpack(const void* packed, uint32_t* qweight, int threads);
 
 // out[m, :] = x[m, :] @ W.T + bias. x: [rows, in], out: [rows, out], bias: [out] or NULL, all of
-// `dtype`, contiguous. One pass over the packed weights for every eight rows.
+// `dtype`, contiguous. One pass over the packed weights for every eight rows. activation_bits: 16, or 8
+// to round each row's groups of x to multiples of their largest number / 127 first, which 3 bits and
+// sums beyond 32 bits do not take.
 HB_API int hb_linear(const void* packed, int dtype, const void* x, int64_t rows, const void* bias,
-                     void* out, int threads);
+                     void* out, int activation_bits, int threads);
 // Whether bf16 input of many rows runs on matrix units, so that hb_linear is the way for it too.
 HB_API int hb_tiles(void);
 // Output channels [first, last), both multiples of 16 or the end, as numbers [in, last - first] in
@@ -89,6 +91,7 @@ typedef struct {
 typedef struct {
   int32_t blocks, hidden, heads, kv_heads, head_dim, rotary_dim, intermediate;
   int32_t dtype;                 // of the cache: float32 or bfloat16
+  int32_t activation_bits;       // as in hb_linear; a prompt on matrix units keeps 16
   int64_t pages;                 // that the cache has
   int64_t page_tokens;           // positions to a page: a multiple of 16, or all are on one page
   int64_t capacity;              // positions that there are angles for

@@ -36,6 +36,7 @@ const Choice* choices(int* count) {
       avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   static const bool amx = avx512 && __builtin_cpu_supports("avx512bf16") &&
+                          __builtin_cpu_supports("avx512vnni") &&
                           __builtin_cpu_supports("amx-bf16") && allow_tiles();
   static const Choice all[] = {{&SERIAL, true}, {&AVX2, avx2}, {&AVX512, avx512}, {&AMX, amx}};
 #elif defined(__aarch64__)

@@ -48,6 +48,13 @@ struct Packed {
 // False where the bytes are not a packed weight of this version.
 bool open_packed(const void* bytes, Packed* packed);
 
+// Rows of x as whole numbers of -127 to 127, in the order of integer_kernel.h.
+struct Integers {
+  const int8_t* codes = nullptr;  // [rows][in]
+  const float* steps = nullptr;   // [rows][groups]: what one is worth
+  const int32_t* sums = nullptr;  // [rows][groups]: of the codes
+};
+
 // Rows of x, made ready for a kernel: columns in packed order.
 struct Rows {
   int64_t rows;
@@ -57,6 +64,8 @@ struct Rows {
   // rows; without, padded with zeros to 32 rows and whole steps of columns.
   const uint16_t* tiles;
   int parts;
+  // With activations of 8 bits, in place of all of these.
+  Integers integers = {};
 };
 
 // Where a kernel puts its results.
@@ -109,6 +118,9 @@ struct Isa {
   // Widths and counts are multiples of 16.
   void (*attend)(const Attention&, float* scratch);
   void (*gate_silu)(float* gate, const float* up, int64_t count);
+  // With activations of 8 bits: one row of x in packed order, rounded; and blocks [first, last).
+  void (*round_row)(const Packed&, const float* x, int8_t* codes, float* steps, int32_t* sums);
+  void (*multiply_integers)(const Packed&, const Rows&, const Target&, int64_t first, int64_t last);
   // The rest is null where there are no matrix units. One row of x, float32 or bfloat16, in packed
   // order, as `parts` rows of bf16 whose sum it is, in each of the tiles `stride` numbers apart; and
   // the sums of its groups.

@@ -130,7 +130,30 @@ Rows split_rows(const Packed& w, int dtype, const void* x, int64_t rows, int par
 int64_t scratch_floats(const Packed& w, int64_t rows) {
   const int64_t columns = w.in_features;
   const int64_t numbers = has_few(w) ? columns * parts_of(HB_FLOAT32) / 2 : columns;
-  return align_floats(rows * w.groups) + align_floats(rows * numbers);
+  const int64_t integers = 2 * align_floats(rows * w.groups) + align_floats(rows * columns / 4);
+  const int64_t most = align_floats(rows * w.groups) + align_floats(rows * numbers);
+  return most > integers ? most : integers;
+}
+
+bool has_integers(const Packed& w) {
+  const int64_t most = int64_t(w.groups == 1 ? w.in_features : w.group_size) * 127;
+  return w.bits != 3 && most < (int64_t(1) << (31 - w.bits));
+}
+
+Rows ready_integers(const Packed& w, int dtype, const void* x, int64_t rows, float* scratch) {
+  const int64_t columns = w.in_features;
+  float* const steps = scratch;
+  int32_t* const sums = reinterpret_cast<int32_t*>(steps + align_floats(rows * w.groups));
+  int8_t* const codes = reinterpret_cast<int8_t*>(sums + align_floats(rows * w.groups));
+  const bool ready = !w.order && dtype == HB_FLOAT32;
+  float* const floats = ready ? nullptr : reinterpret_cast<float*>(borrow_stripe(columns * 2));
+  if (!ready && !floats) return {0, nullptr, nullptr, nullptr, 0};
+  for (int64_t m = 0; m < rows; m++) {
+    if (!ready) prepare_row(w, dtype, x, m * columns, floats);
+    const float* row = ready ? static_cast<const float*>(x) + m * columns : floats;
+    current_isa().round_row(w, row, codes + m * columns, steps + m * w.groups, sums + m * w.groups);
+  }
+  return {rows, nullptr, nullptr, nullptr, 0, {codes, steps, sums}};
 }
 
 Rows ready_rows(const Packed& w, int dtype, const void* x, int64_t rows, float* scratch,
@@ -189,8 +212,9 @@ namespace {
 
 // Few rows at a time: they share a pass over blocks that are then in the cache.
 int multiply_rows(const Packed& w, int dtype, const void* x, int64_t rows, const void* bias,
-                  void* out, int threads) {
+                  void* out, bool integers, int threads) {
   const Isa& isa = current_isa();
+  const auto multiply = integers ? isa.multiply_integers : isa.multiply;
   const int64_t each = dtype == HB_FLOAT32 ? 4 : 2;
   const int64_t at_a_time = rows < ROWS_AT_A_TIME ? rows : ROWS_AT_A_TIME;
   float* scratch = borrow(scratch_floats(w, at_a_time));
@@ -198,12 +222,13 @@ int multiply_rows(const Packed& w, int dtype, const void* x, int64_t rows, const
   for (int64_t first = 0; first < rows; first += at_a_time) {
     const int64_t count = rows - first < at_a_time ? rows - first : at_a_time;
     const void* from = static_cast<const char*>(x) + first * w.in_features * each;
-    const Rows ready = ready_rows(w, dtype, from, count, scratch);
+    const Rows ready = integers ? ready_integers(w, dtype, from, count, scratch)
+                                : ready_rows(w, dtype, from, count, scratch);
     if (!ready.rows) return HB_NO_MEMORY;
     char* to = static_cast<char*>(out) + first * w.out_features * each;
     const Target target = {dtype, bias, to, w.out_features};
     parallel_for(w.blocks, threads,
-                 [&](int64_t begin, int64_t end) { isa.multiply(w, ready, target, begin, end); });
+                 [&](int64_t begin, int64_t end) { multiply(w, ready, target, begin, end); });
   }
   return HB_OK;
 }
@@ -231,16 +256,20 @@ int multiply_tiles(const Packed& w, const uint16_t* x, int64_t rows, const void*
 }  // namespace
 
 extern "C" int hb_linear(const void* packed, int dtype, const void* x, int64_t rows,
-                         const void* bias, void* out, int threads) {
+                         const void* bias, void* out, int activation_bits, int threads) {
   Packed w;
   if (!open_packed(packed, &w)) return HB_BAD_BLOB;
   if (dtype < HB_FLOAT32 || dtype > HB_FLOAT16) return HB_BAD_ARGUMENT;
+  if (activation_bits != 16 && activation_bits != 8) return HB_BAD_ARGUMENT;
+  if (activation_bits == 8 && has_integers(w)) {
+    return multiply_rows(w, dtype, x, rows, bias, out, true, threads);
+  }
   const int64_t fewest = has_few(w) ? MOST_FEW_ROWS + 1 : FEWEST_TILED_ROWS;
   if (dtype == HB_BFLOAT16 && rows >= fewest && current_isa().multiply_tiles) {
     return multiply_tiles(w, static_cast<const uint16_t*>(x), rows, bias,
                           static_cast<uint16_t*>(out), threads);
   }
-  return multiply_rows(w, dtype, x, rows, bias, out, threads);
+  return multiply_rows(w, dtype, x, rows, bias, out, false, threads);
 }
 
 extern "C" int hb_tiles(void) { return current_isa().multiply_tiles != nullptr; }

@@ -20,6 +20,12 @@ int64_t scratch_floats(const Packed& w, int64_t rows);
 Rows ready_rows(const Packed& w, int dtype, const void* x, int64_t rows, float* scratch,
                 int most_parts = 3);
 
+// Whether x can be whole numbers of 8 bits: no sum of a group leaves 32 bits.
+bool has_integers(const Packed& w);
+
+// x: [rows, in] of `dtype` as such numbers. The scratch is that of ready_rows; without memory, no rows.
+Rows ready_integers(const Packed& w, int dtype, const void* x, int64_t rows, float* scratch);
+
 // Where a matrix unit's file keeps a stripe of weights as numbers: aligned, kept by each thread.
 uint16_t* borrow_stripe(int64_t halves);
 

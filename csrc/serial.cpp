@@ -49,6 +49,52 @@ void multiply(const Packed& w, const Rows& rows, const Target& target, int64_t f
   }
 }
 
+void round_row(const Packed& w, const float* x, int8_t* codes, float* steps, int32_t* sums) {
+  const int run = run_codes(w.bits), quads = run / 4;
+  for (int64_t g = 0; g < w.groups; g++) {
+    const int64_t first = g * w.group_size;
+    const int64_t last = first + w.group_size < w.in_features ? first + w.group_size : w.in_features;
+    float most = 0;
+    for (int64_t k = first; k < last; k++) {
+      if (most == most && !(fabsf(x[k]) <= most)) most = fabsf(x[k]);
+    }
+    const bool finite = most < INFINITY, counts = finite && most >= 1e-30f;
+    steps[g] = counts ? most / 127.0f : finite ? 0.0f : NAN;
+    sums[g] = 0;
+    for (int64_t k = first; k < last; k++) {
+      const int i = int(k % run), code = counts ? int(rintf(x[k] * (127.0f / most))) : 0;
+      codes[k - i + i % quads * 4 + i / quads] = int8_t(code);
+      sums[g] += code;
+    }
+  }
+}
+
+void multiply_integers(const Packed& w, const Rows& rows, const Target& target, int64_t first,
+                       int64_t last) {
+  const int run = run_codes(w.bits), quads = run / 4;
+  for (int64_t block = first; block < last; block++) {
+    for (int64_t m = 0; m < rows.rows; m++) {
+      const int8_t* x = rows.integers.codes + m * w.in_features;
+      float sums[LANES];
+      for (int lane = 0; lane < LANES; lane++) {
+        float sum = 0;
+        for (int64_t g = 0; g < w.groups; g++) {
+          const int32_t zero = int32_t(zero_at(w, block, g, lane));
+          int32_t part = 0;
+          for (int64_t k = g * w.group_size; k < w.in_features && k < (g + 1) * w.group_size; k++) {
+            const int i = int(k % run);
+            part += (int32_t(code_at(w, block, k, lane)) - zero) * x[k - i + i % quads * 4 + i / quads];
+          }
+          const float step = rows.integers.steps[m * w.groups + g];
+          sum += scale_at(w, block, g, lane) * step * float(part);
+        }
+        sums[lane] = sum;
+      }
+      store_block(w, target, m, block, sums);
+    }
+  }
+}
+
 void dequantize(const Packed& w, int64_t block, int dtype, void* out, int64_t stride) {
   for (int64_t k = 0; k < w.in_features; k++) {
     const int64_t g = k / w.group_size;
@@ -111,7 +157,8 @@ void gate_silu(float* gate, const float* up, int64_t count) {
 
 }  // namespace
 
-const Isa SERIAL = {"serial", multiply, dequantize, multiply_dense, attend,
-                    gate_silu, nullptr,  nullptr,    nullptr,        nullptr};
+const Isa SERIAL = {"serial",  multiply,  dequantize,        multiply_dense, attend,
+                    gate_silu, round_row, multiply_integers, nullptr,        nullptr,
+                    nullptr,   nullptr};
 
 }  // namespace halfbyte

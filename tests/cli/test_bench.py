@@ -6,6 +6,7 @@ import json
 
 import pytest
 from tests.helpers.checkpoints import build_model, tiny_llama_config, write_checkpoint
+from tests.helpers.tiny_llama import build_tokenizer
 
 from halfbyte.cli.main import main
 
@@ -15,7 +16,9 @@ SMALL = ["--prompt-tokens", "8", "--new-tokens", "4", "--repeats", "1"]
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     base, packed = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("packed")
-    config = tiny_llama_config(tie_word_embeddings=False)
+    # The built-in text is all unknown words, 0, which must not be the padding, of zeros.
+    # All words of the built-in text are unknown ones, 0: if that were padding, its row would be zeros.
+    config = tiny_llama_config(tie_word_embeddings=False, initializer_range=0.5, pad_token_id=1)
     build_model(config).save_pretrained(base)
     write_checkpoint(packed, config)
     return base, packed
@@ -28,6 +31,21 @@ def test_table_shows_the_base_first_and_how_many_times_faster(folders, capsys):
     assert out.index("1.00") < out.index("Prompts of 8 tokens, batch 1")
     assert f"{base}: no compiled decoder: q_proj does not run on cpu_native." in out
     assert err.index(base) < err.index(packed)
+
+
+@pytest.mark.native
+def test_activations_in_int8_are_measured_and_their_error_is_told(folders, capsys):
+    base, packed = map(str, folders)
+    build_tokenizer().save_pretrained(packed)
+    options = ["--base", base, "--activations", "int8", *SMALL]
+    assert main(["bench", packed, *options]) == 0
+    out = capsys.readouterr().out
+    assert f"{packed}: activations in int8 are 0.0" in out
+    assert f"{base}: activations" not in out
+    assert main(["bench", packed, "--json", *options]) == 0
+    models = json.loads(capsys.readouterr().out)["models"]
+    assert models[base]["rounding"] is None
+    assert 0 < models[packed]["rounding"]["kl_nats"] < 0.05
 
 
 def test_json_has_every_quantity(folders, capsys):

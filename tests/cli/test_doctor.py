@@ -7,7 +7,7 @@ import pytest
 import halfbyte
 from halfbyte.cli.main import main
 from halfbyte.kernels import cpu_native, native_library
-from halfbyte.kernels.registry import KERNELS
+from halfbyte.kernels.registry import KERNELS, ON_REQUEST
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def test_json_has_every_section(examined):
     assert found["machine"]["instructions of torch"]
     library = native_library.open_library()
     assert found["machine"]["instructions of cpu_native"] == (library.isa or "none")
-    assert found["kernels"].keys() == {entry.name for entry in KERNELS}
+    assert found["kernels"].keys() == {entry.name for entry in (*KERNELS, *ON_REQUEST)}
     assert found["kernels"]["torch_reference"] is None
     assert found["environment"]["HALFBYTE_TRANSFORMERS"] in ("auto", "on", "off")
 

@@ -147,7 +147,7 @@ inline double check_decoder(int dtype) {
     parts.push_back(part);
   }
   const hb_decoder decoder = {BLOCKS,         HIDDEN,       HEADS,          KV_HEADS, HEAD,
-                              ROTARY,         MIDDLE,       dtype,          PAGES,    PAGE,
+                              ROTARY,         MIDDLE,       dtype,          16,       PAGES,    PAGE,
                               CAPACITY,       float(EPSILON), float(SCALE), cosines.data(),
                               sines.data(),   last_norm.data(), parts.data()};
   const int lengths[] = {40, 9, 17}, tables[] = {7, 2, 11, 5, 0, 9, 4}, starts[] = {0, 3, 5};

@@ -28,11 +28,11 @@ double check(const Layer& layer, int dtype, int rows) {
   const bool half = dtype == HB_BFLOAT16;
   const void* from = half ? (const void*)halves.data() : x.data();
   void* to = half ? (void*)results.data() : y.data();
-  failed |= hb_linear(packed, dtype, from, rows, nullptr, to, 2);
+  failed |= hb_linear(packed, dtype, from, rows, nullptr, to, 16, 2);
   // Products of float32 do not depend on the other rows, to the last bit.
   std::vector<float> single(out);
   for (int m = 0; m < rows && !half; m++) {
-    failed |= hb_linear(packed, dtype, &x[size_t(m) * in], 1, nullptr, single.data(), 1);
+    failed |= hb_linear(packed, dtype, &x[size_t(m) * in], 1, nullptr, single.data(), 16, 1);
     failed |= memcmp(single.data(), &y[size_t(m) * out], size_t(out) * 4) != 0;
   }
   if (failed) return INFINITY;
@@ -50,6 +50,35 @@ double check(const Layer& layer, int dtype, int rows) {
       const size_t at = size_t(m) * out + n;
       const double found = half ? from_bf16(results[at]) : y[at];
       worst = fmax(worst, fabs(found - exact) / (bound * size + 1e-30));
+    }
+  }
+  return worst;
+}
+
+// The same with activations of 8 bits: each number of x is off by half a step of its group at most.
+double check_integers(const Layer& layer, int rows) {
+  const int in = layer.shape.in_features, out = layer.shape.out_features;
+  const int group = layer.shape.group_size;
+  const auto owned = pack(layer);
+  if (!owned) return INFINITY;
+  std::vector<float> x(size_t(rows) * in), y(size_t(rows) * out);
+  for (size_t i = 0; i < x.size(); i++) x[i] = (uniform() * 2 - 1) * float(1 << (i % 7));
+  if (hb_linear(owned.get(), HB_FLOAT32, x.data(), rows, nullptr, y.data(), 8, 2)) return INFINITY;
+  std::vector<int> group_of(in);
+  for (int place = 0; place < in; place++) group_of[layer.order[place]] = place / group;
+  double worst = 0;
+  for (int m = 0; m < rows; m++) {
+    const float* row = &x[size_t(m) * in];
+    std::vector<double> most(size_t(in / group + 1));
+    for (int k = 0; k < in; k++) most[group_of[k]] = fmax(most[group_of[k]], fabs(row[k]));
+    for (int n = 0; n < out; n++) {
+      double exact = 0, bound = 1e-30;
+      for (int k = 0; k < in; k++) {
+        const double weight = layer.weight[size_t(n) * in + k];
+        exact += weight * row[k];
+        bound += fabs(weight) * (most[group_of[k]] * (1.0001 / 254 + 1.2e-7 * (in + 256)));
+      }
+      worst = fmax(worst, fabs(y[size_t(m) * out + n] - exact) / bound);
     }
   }
   return worst;
@@ -80,6 +109,7 @@ int main() {
         for (int rows : {1, 2, 3, 7, 8, 16, 35}) {
           worst = fmax(worst, check(layer, HB_FLOAT32, rows));
           worst = fmax(worst, check(layer, HB_BFLOAT16, rows));
+          if (s.bits != 3) worst = fmax(worst, check_integers(layer, rows));
         }
       }
     }

@@ -145,7 +145,8 @@ def test_bytes_that_are_no_packed_weight_are_refused():
     garbage = torch.zeros(4096, dtype=torch.uint8)
     x = torch.zeros(4096)
     functions = LIBRARY.functions
-    status = functions.hb_linear(garbage.data_ptr(), 0, x.data_ptr(), 1, None, x.data_ptr(), 1)
+    place = x.data_ptr()
+    status = functions.hb_linear(garbage.data_ptr(), 0, place, 1, None, place, 16, 1)
     with pytest.raises(ConfigError, match="Cannot run it: the bytes are not a packed weight"):
         check_status(status, "Cannot run it")
 

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from halfbyte.cli.generating import HEAD_BITS
+from halfbyte.cli.generating import HEAD_BITS, add_activations_argument
 from halfbyte.cli.options import FAST, add_computing_arguments
 from halfbyte.cli.output import console, err_console, print_json
 
 if TYPE_CHECKING:
+    from halfbyte.evaluate.divergence import DivergenceResult
     from halfbyte.integrations.speed import SpeedResult
 
 HELP = "measure how fast models run here: loading, prompts, generating, memory"
@@ -50,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=HEAD_BITS,
         help="of quantized models on a CPU: 8 or 4 rounds the head too (default: %(default)s)",
     )
+    add_activations_argument(parser)
     add_computing_arguments(parser, auto=FAST)
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
 
@@ -81,15 +83,35 @@ def measure_folder(args: argparse.Namespace, folder: Path) -> SpeedResult:
     Returns:
         Its speed.
     """
+    from transformers import AutoTokenizer
+
     from halfbyte.integrations.load import load_model
     from halfbyte.integrations.speed import measure_speed
 
+    activations = "float" if folder == args.base else args.activations
     return measure_speed(
-        lambda: load_model(folder, dtype=args.dtype, device=args.device),
+        lambda: load_model(folder, dtype=args.dtype, device=args.device, activations=activations),
         prompt_tokens=args.prompt_tokens,
         new_tokens=args.new_tokens,
         repeats=args.repeats,
         head_bits=16 if folder == args.base else args.head_bits,
+        rounding=None if activations == "float" else AutoTokenizer.from_pretrained(folder),
+    )
+
+
+def describe_rounding(rounding: DivergenceResult) -> str:
+    """Say what activations in int8 cost.
+
+    Args:
+        rounding: The divergence from the model without.
+
+    Returns:
+        A sentence without its end.
+    """
+    return (
+        f"activations in int8 are {rounding.kl_nats:.4f} ± {rounding.kl_standard_error or 0:.4f} "
+        f"nats from those of its own type, {rounding.top1_agreement:.1%} the same first choice "
+        f"({rounding.num_tokens} tokens of the built-in text)"
     )
 
 
@@ -122,5 +144,7 @@ def _print(results: dict[str, SpeedResult]) -> None:
         soft_wrap=True,
     )
     for name, result in results.items():
+        if result.rounding is not None:
+            console.print(f"{name}: {describe_rounding(result.rounding)}.", soft_wrap=True)
         if result.why_not:
             console.print(f"{name}: no compiled decoder: {result.why_not}.", soft_wrap=True)

@@ -73,7 +73,7 @@ def examine() -> dict[str, Any]:
     from halfbyte.environment import VARIABLES, read_variable
     from halfbyte.integrations import autoload
     from halfbyte.kernels.native_library import open_library
-    from halfbyte.kernels.registry import KERNELS, load_kernel
+    from halfbyte.kernels.registry import KERNELS, ON_REQUEST, load_kernel
     from halfbyte.quantize.provenance import installed_versions, machine_facts
 
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -85,7 +85,9 @@ def examine() -> dict[str, Any]:
             "instructions of cpu_native": open_library().isa or "none",
         },
         "environment": {variable.name: read_variable(variable) for variable in VARIABLES},
-        "kernels": {entry.name: load_kernel(entry).find_obstacle() for entry in KERNELS},
+        "kernels": {
+            entry.name: load_kernel(entry).find_obstacle() for entry in (*KERNELS, *ON_REQUEST)
+        },
         "cases": [
             _choose(name, _make_spec(device, **changes))
             for device in devices

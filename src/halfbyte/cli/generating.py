@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from halfbyte.integrations.generation import Generator, Sampling, Timing
 
 HEAD_BITS = (16, 8, 4)
+ACTIVATIONS = ("float", "int8")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +31,23 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="on a CPU: 16 keeps the head as stored, 8 or 4 rounds a copy, which is read faster "
         "(default: %(default)s)",
     )
+    add_activations_argument(parser)
     add_computing_arguments(parser, auto=FAST)
+
+
+def add_activations_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says what quantized layers multiply by.
+
+    Args:
+        parser: The verb's parser.
+    """
+    parser.add_argument(
+        "--activations",
+        default="float",
+        choices=ACTIVATIONS,
+        help="on a CPU: int8 rounds the input of quantized layers, which is faster and less exact "
+        "(`halfbyte bench` says by how much; default: %(default)s)",
+    )
 
 
 def add_sampling_arguments(
@@ -102,7 +119,9 @@ def open_generator(args: argparse.Namespace) -> tuple[Generator, Any]:
     from halfbyte.integrations.generation import Generator
     from halfbyte.integrations.load import load_model
 
-    model = load_model(args.model, dtype=args.dtype, device=args.device)
+    model = load_model(
+        args.model, dtype=args.dtype, device=args.device, activations=args.activations
+    )
     generator = Generator(model, head_bits=args.head_bits)
     return generator, AutoTokenizer.from_pretrained(args.model)
 

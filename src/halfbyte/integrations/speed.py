@@ -20,6 +20,8 @@ import psutil
 import torch
 
 from halfbyte.errors import ConfigError
+from halfbyte.evaluate.divergence import DivergenceResult
+from halfbyte.integrations.activations import measure_rounding
 from halfbyte.integrations.generation import Generator, Sampling, Timing
 from halfbyte.kernels.native_library import open_library
 from halfbyte.nn.linear import QuantLinear
@@ -52,6 +54,8 @@ class SpeedResult:
     why_not: str | None
     threads: int
     dtype: str
+    rounding: DivergenceResult | None = None
+    """What activations in int8 change; None where there are none."""
 
     @property
     def memory_share(self) -> float | None:
@@ -66,6 +70,7 @@ def measure_speed(
     new_tokens: int = 64,
     repeats: int = 3,
     head_bits: int = 16,
+    rounding: Any = None,
 ) -> SpeedResult:
     """Measure one model in this process.
 
@@ -75,6 +80,7 @@ def measure_speed(
         new_tokens: Generated after it.
         repeats: Of both.
         head_bits: 16, or the bits of a rounded head.
+        rounding: The tokenizer, where what rounded activations change is to be measured too.
 
     Returns:
         The result.
@@ -123,6 +129,7 @@ def measure_speed(
         why_not=generator.obstacle,
         threads=torch.get_num_threads(),
         dtype=str(model.dtype).removeprefix("torch."),
+        rounding=None if rounding is None else measure_rounding(model, rounding),
     )
 
 

@@ -40,6 +40,8 @@ class CpuNative:
 
     name = "cpu_native"
     repacks = True
+    activation_bits = 16
+    """8: x is rounded first (cpu_int8.py)."""
 
     def find_obstacle(self) -> str | None:
         """Say why the library cannot be used here, or None."""
@@ -111,7 +113,10 @@ class CpuNative:
         rows = x.numel() // spec.in_features
         functions = open_library().functions
         assert functions is not None
-        if rows >= ROWS_LIMIT and not (spec.dtype == torch.bfloat16 and functions.hb_tiles()):
+        by_library = self.activation_bits < 16 or (
+            spec.dtype == torch.bfloat16 and functions.hb_tiles()
+        )
+        if rows >= ROWS_LIMIT and not by_library:
             return self._apply_tiles(x, operands, bias, spec)
         x = x.contiguous()
         result = x.new_empty(*x.shape[:-1], spec.out_features)
@@ -122,6 +127,7 @@ class CpuNative:
             rows,
             None if bias is None else bias.data_ptr(),
             result.data_ptr(),
+            self.activation_bits,
             torch.get_num_threads(),
         )
         check_status(status, f"Cannot run a {spec.in_features} -> {spec.out_features} linear")

@@ -16,7 +16,7 @@ import halfbyte.kernels
 from halfbyte.environment import CPU_ISA, read_variable
 from halfbyte.errors import ConfigError
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 """HB_ABI_VERSION of the header that this code was written against."""
 
 FILE_NAMES = ("libhalfbyte_cpu.so", "libhalfbyte_cpu.dylib")
@@ -76,6 +76,7 @@ class Decoder(ctypes.Structure):
         ("rotary_dim", ctypes.c_int32),
         ("intermediate", ctypes.c_int32),
         ("dtype", ctypes.c_int32),
+        ("activation_bits", ctypes.c_int32),
         ("pages", ctypes.c_int64),
         ("page_tokens", ctypes.c_int64),
         ("capacity", ctypes.c_int64),
@@ -201,7 +202,7 @@ def _declare(functions: ctypes.CDLL) -> None:
         "hb_packed_bytes": (_LONG, (shape,)),
         "hb_pack": (_INT, (shape, _VOID, _VOID, _VOID, _VOID, _VOID, _INT)),
         "hb_unpack": (_INT, (_VOID, _VOID, _INT)),
-        "hb_linear": (_INT, (_VOID, _INT, _VOID, _LONG, _VOID, _VOID, _INT)),
+        "hb_linear": (_INT, (_VOID, _INT, _VOID, _LONG, _VOID, _VOID, _INT, _INT)),
         "hb_dense": (_INT, (_VOID, _INT, _VOID, _LONG, _LONG, _LONG, _VOID, _INT)),
         "hb_decode": (_INT, (ctypes.POINTER(Decoder), ctypes.POINTER(Rows), _INT)),
         "hb_read": (ctypes.c_uint64, (_VOID, _LONG, _INT)),

@@ -63,6 +63,16 @@ KERNELS = (
 )
 """Fastest first: the first that can run a layer does."""
 
+ON_REQUEST = (
+    KernelEntry(
+        name="cpu_int8",
+        module="halfbyte.kernels.cpu_int8",
+        class_name="CpuInt8",
+        summary="cpu_native with activations rounded to 8 bits; only where asked for",
+    ),
+)
+"""Never chosen but by name."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
@@ -80,11 +90,11 @@ def load_kernel(entry: KernelEntry) -> Kernel:
     return cast(Kernel, getattr(importlib.import_module(entry.module), entry.class_name)())
 
 
-def find_kernel(name: str, kernels: Sequence[KernelEntry] = KERNELS) -> Kernel:
+def find_kernel(name: str, kernels: Sequence[KernelEntry] = (*KERNELS, *ON_REQUEST)) -> Kernel:
     """Give a kernel by name.
 
     Args:
-        name: As in KERNELS.
+        name: As in KERNELS or ON_REQUEST.
         kernels: Where to look.
 
     Returns:
@@ -136,7 +146,7 @@ def select(
     if forced is None:
         forced, source = read_variable(KERNEL), f"forced by {KERNEL.name}"
     if forced is not None:
-        kernel = find_kernel(forced, kernels)
+        kernel = find_kernel(forced, (*kernels, *ON_REQUEST))
         reason = why_not(kernel, spec, stored_layout=stored_layout)
         if reason is not None:
             others = {k.name: why_not(k, spec, stored_layout=stored_layout) for k in _load(kernels)}

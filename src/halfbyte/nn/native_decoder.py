@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from halfbyte.kernels.cpu_native import CpuNative
 from halfbyte.kernels.native_library import (
     DTYPES,
     Block,
@@ -28,6 +29,7 @@ from halfbyte.kernels.native_library import (
     check_status,
     open_library,
 )
+from halfbyte.nn.activations import unrounded
 from halfbyte.nn.decoder_parts import (
     ATTENTION,
     MLP,
@@ -39,8 +41,6 @@ from halfbyte.nn.decoder_parts import (
     make_probe_tokens,
 )
 from halfbyte.nn.linear import QuantLinear
-
-KERNEL = "cpu_native"
 
 PROBE_TOKENS = 8
 """Tokens that are run both ways before a model is trusted."""
@@ -92,6 +92,7 @@ class NativeDecoder:
             rotary_dim=cosines.shape[-1],
             intermediate=bare_linear(mlp.gate_proj).out_features,
             dtype=DTYPES[self.keys[0].dtype],
+            activation_bits=min(map(_activation_bits, layers)),
             pages=self.keys[0].shape[0],
             page_tokens=self.keys[0].shape[2],
             capacity=capacity,
@@ -233,13 +234,21 @@ def _sizes(layer: Any) -> tuple[int, ...]:
     return tuple(size for linear in linears for size in (linear.in_features, linear.out_features))
 
 
+def _activation_bits(layer: Any) -> int:
+    """8 where a linear takes such activations; one that cannot is passed over by the library."""
+    linears = [bare_linear(getattr(layer.self_attn, name)) for name in ATTENTION]
+    linears += [bare_linear(getattr(layer.mlp, name)) for name in MLP]
+    kernels = [linear.selection.kernel for linear in linears if linear.selection]
+    return min(kernel.activation_bits for kernel in kernels if isinstance(kernel, CpuNative))
+
+
 def _layer_mismatch(layer: Any) -> str | None:
     for parent, names in ((layer.self_attn, ATTENTION), (layer.mlp, MLP)):
         for name in names:
             linear = getattr(parent, name)
             chosen = linear.selection if isinstance(linear, QuantLinear) else None
-            if chosen is None or chosen.kernel.name != KERNEL:
-                return f"{name} does not run on {KERNEL}"
+            if chosen is None or not isinstance(chosen.kernel, CpuNative):
+                return f"{name} does not run on {CpuNative.name}"
             if linear.offsets is not None:
                 return f"{name} has offsets of a merged adapter"
             if linear.spec.dtype not in (torch.float32, torch.bfloat16):
@@ -250,10 +259,10 @@ def _layer_mismatch(layer: Any) -> str | None:
 
 
 def _find_deviation(model: PreTrainedModel) -> str | None:
-    """Run some tokens both ways."""
+    """Run some tokens both ways, in activations as they are: rounding them is another matter."""
     tokens = make_probe_tokens(model, PROBE_TOKENS)
     half = PROBE_TOKENS // 2
-    with torch.inference_mode():
+    with torch.inference_mode(), unrounded(model):
         base = base_of(model)
         expected = base(torch.tensor([tokens]), use_cache=False).last_hidden_state[0, half:]
         decoder = NativeDecoder(model, PROBE_TOKENS)

@@ -44,11 +44,13 @@ class NativeHead:
         self.bits = bits
         bias = getattr(head, "bias", None)
         self._weight: Tensor | None = None
+        self._kernel = CpuNative()
         self._rounded: tuple[Operands, LinearSpec] | None = None
         if isinstance(head, QuantLinear):
             chosen = head.selection
             plain = bias is None and head.offsets is None
-            if plain and chosen is not None and chosen.kernel.name == CpuNative.name:
+            if plain and chosen is not None and isinstance(chosen.kernel, CpuNative):
+                self._kernel = chosen.kernel
                 # In float32: what rows of bfloat16 get depends on how many there are.
                 self._rounded = head.operands, replace(head.spec, dtype=torch.float32)
             return
@@ -81,7 +83,7 @@ class NativeHead:
         """
         if self._rounded is not None:
             operands, spec = self._rounded
-            return _give(CpuNative().apply(hidden, operands, None, spec), out)
+            return _give(self._kernel.apply(hidden, operands, None, spec), out)
         if self._weight is None:
             dtype: Any = getattr(self.head, "spec", None) or self.head.weight
             logits: Tensor = self.head(hidden.to(dtype.dtype))

@@ -10,6 +10,7 @@ from halfbyte.errors import ConfigError
 RUNNERS = ("auto", "native", "transformers")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 HEAD_BITS = (16, 8, 4)
+ACTIVATIONS = ("float", "int8")
 
 
 def _option(default: Any, help: str, **extra: Any) -> Any:
@@ -30,6 +31,12 @@ class EngineConfig:
     dtype: str = _option("auto", "type in which the model computes", choices=DTYPES)
     head_bits: int = _option(
         16, "of the output layer; 8 or 4: a rounded copy, which is read faster", choices=HEAD_BITS
+    )
+    activations: str = _option(
+        "float",
+        "on a CPU: int8 rounds the input of quantized layers, which is faster for one request at a "
+        "time and less exact",
+        choices=ACTIVATIONS,
     )
     context: int | None = _option(
         None,
@@ -82,7 +89,12 @@ class EngineConfig:
                 f"step_tokens is {self.step_tokens}; it must be as many as sequences "
                 f"({self.sequences}) or more, since each of them takes one."
             )
-        for name, allowed in (("runner", RUNNERS), ("dtype", DTYPES), ("head_bits", HEAD_BITS)):
+        for name, allowed in (
+            ("runner", RUNNERS),
+            ("dtype", DTYPES),
+            ("head_bits", HEAD_BITS),
+            ("activations", ACTIVATIONS),
+        ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(
                     f"{name} is {getattr(self, name)!r}; allowed are "

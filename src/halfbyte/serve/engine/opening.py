@@ -37,7 +37,9 @@ def open_engine(folder: str | Path, config: EngineConfig | None = None) -> Embed
     """
     config = config or EngineConfig()
     before = process_bytes()
-    model = load_model(Path(folder), dtype=config.dtype, device=config.device)
+    model = load_model(
+        Path(folder), dtype=config.dtype, device=config.device, activations=config.activations
+    )
     return make_engine(model, folder, config, before_bytes=before)
 
 

@@ -1,0 +1,196 @@
+// Whole numbers of 8 bits for x: each row's group is rounded to multiples of a step of its own, -127 to
+// 127 of them, and multiplied by the codes in integers, exactly.
+//
+// Included by each instruction set's file after vector_kernel.h, and after it defined HAS_DOT where it
+// has a dot product of four bytes. A lane is a channel, its four bytes are codes p * V + j of a run for
+// one j < V, V being a quarter of a run's codes; x is kept in that order.
+#pragma once
+#include "numbers.h"
+
+namespace halfbyte {
+namespace {
+
+typedef float Floats16 __attribute__((vector_size(64)));
+typedef int32_t Ints16 __attribute__((vector_size(64)));
+typedef int8_t Bytes16 __attribute__((vector_size(16)));
+
+template <int BITS>
+struct Quads {
+  static constexpr int RUN = 32 / BITS, COUNT = RUN / 4;
+  static constexpr uint32_t MASK = ((1u << BITS) - 1) * 0x01010101u;
+
+  // Where column i of a run goes.
+  static constexpr int place(int i) { return i / RUN * RUN + i % COUNT * 4 + i % RUN / COUNT; }
+  // Which column stands at place i.
+  static constexpr int column(int i) { return i / RUN * RUN + i % 4 * COUNT + i % RUN / 4; }
+};
+
+// acc + the four products of bytes in each lane; codes are 0 to 2^BITS - 1.
+template <int BITS>
+inline Ints add_quads(Ints acc, Words codes, int32_t x) {
+#ifdef HAS_DOT
+  return (Ints)dot<BITS>((IntVector)acc, (IntVector)codes, x);
+#else
+  for (int p = 0; p < 4; p++) {
+    acc += (Ints)((codes >> (8 * p)) & 0xFF) * int32_t(int8_t(uint32_t(x) >> (8 * p)));
+  }
+  return acc;
+#endif
+}
+
+// One row in packed order, [in]: `codes` [in], and for each group the step and the sum of the codes.
+template <int BITS>
+void round_row_bits(const Packed& w, const float* x, int8_t* codes, float* steps, int32_t* sums) {
+  for (int64_t g = 0, k = 0; g < w.groups; g++) {
+    const int64_t end = k + w.group_size < w.in_features ? k + w.group_size : w.in_features;
+    // As bits, numbers without their sign are in order, infinite ones and no numbers at the end.
+    int32_t largest = 0;
+    for (int64_t i = k; i < end; i++) {
+      const int32_t size = int32_t(to_bits(x[i]) & 0x7FFFFFFF);
+      largest = largest > size ? largest : size;
+    }
+    const float most = from_bits(uint32_t(largest));
+    // Below 1e-30 everything is zero: there 127 / most would overflow. What is not finite makes the
+    // whole group not-a-number.
+    if (largest >= 0x7F800000 || most < 1e-30f) {
+      steps[g] = largest >= 0x7F800000 ? from_bits(0x7FC00000) : 0.0f;
+      sums[g] = 0;
+      memset(codes + k, 0, size_t(end - k));
+      k = end;
+      continue;
+    }
+    const float inverse = 127.0f / most;
+    steps[g] = most / 127.0f;
+    // Added to a number it leaves the nearest whole one in the lowest bits of the sum.
+    const float shift = 12582912.0f;
+    const int32_t shift_bits = int32_t(to_bits(shift));
+    int32_t sum = 0;
+    Ints16 lanes = {};
+    for (; k + 16 <= end; k += 16) {
+      const Ints16 whole = (Ints16)(load<Floats16>(x + k) * inverse + shift) - shift_bits;
+      const Bytes16 bytes = __builtin_convertvector(whole, Bytes16);
+      lanes += whole;
+#define HB_C(i) Quads<BITS>::column(i)
+      store(codes + k, __builtin_shufflevector(bytes, bytes, HB_C(0), HB_C(1), HB_C(2), HB_C(3),
+                                               HB_C(4), HB_C(5), HB_C(6), HB_C(7), HB_C(8), HB_C(9),
+                                               HB_C(10), HB_C(11), HB_C(12), HB_C(13), HB_C(14),
+                                               HB_C(15)));
+#undef HB_C
+    }
+    for (const int64_t first = k; k < end; k++) {
+      const int32_t whole = int32_t(to_bits(x[k] * inverse + shift)) - shift_bits;
+      codes[first + Quads<BITS>::place(int(k - first))] = int8_t(whole);
+      sum += whole;
+    }
+    for (int i = 0; i < 16; i++) sum += lanes[i];
+    sums[g] = sum;
+  }
+}
+
+void round_row(const Packed& w, const float* x, int8_t* codes, float* steps, int32_t* sums) {
+  if (w.bits == 8) round_row_bits<8>(w, x, codes, steps, sums);
+  if (w.bits == 4) round_row_bits<4>(w, x, codes, steps, sums);
+  if (w.bits == 2) round_row_bits<2>(w, x, codes, steps, sums);
+}
+
+template <int BITS, int ROWS, int BLOCKS>
+void multiply_integer_block(const Packed& w, const Rows& rows, const Target& target, int64_t row,
+                            int64_t block) {
+  // Sums of integers are exact in any order, so how many chains there are is nobody's business.
+  constexpr int RUN = Quads<BITS>::RUN, QUADS = Quads<BITS>::COUNT;
+  constexpr int CHAINS = ROWS * BLOCKS * PARTS <= 2 && QUADS >= 2 ? 2 : 1;
+  const int64_t columns = w.in_features;
+  const uint32_t* codes = w.codes + block * w.block_words;
+  const int8_t* x = rows.integers.codes + row * columns;
+  const int64_t next = BLOCKS * w.block_words;
+  const int64_t ahead = BLOCKS > 1 && next <= 4 * PREFETCH_WORDS ? next : PREFETCH_WORDS / BLOCKS;
+  Floats sums[BLOCKS][ROWS][PARTS] = {};
+  for (int64_t g = 0, k = 0; g < w.groups; g++) {
+    const int64_t end = k + w.group_size < columns ? k + w.group_size : columns;
+    Ints part[CHAINS][BLOCKS][ROWS][PARTS] = {};
+    for (; k < end; k += RUN, codes += LANES) {
+#pragma GCC unroll 2
+      for (int b = 0; b < BLOCKS; b++) {
+        const uint32_t* from = codes + b * w.block_words;
+        __builtin_prefetch(from + ahead);
+#pragma GCC unroll 4
+        for (int p = 0; p < PARTS; p++) {
+          const Words words = load<Words>(from + p * VECTOR);
+#pragma GCC unroll 4
+          for (int j = 0; j < QUADS; j++) {
+            const Words quads = (words >> (j * BITS)) & Quads<BITS>::MASK;
+#pragma GCC unroll 8
+            for (int m = 0; m < ROWS; m++) {
+              Ints& to = part[j % CHAINS][b][m][p];
+              to = add_quads<BITS>(to, quads, load<int32_t>(x + m * columns + k + 4 * j));
+            }
+          }
+        }
+      }
+    }
+    for (int b = 0; b < BLOCKS; b++) {
+      for (int p = 0; p < PARTS; p++) {
+        const int64_t at = ((block + b) * w.groups + g) * LANES + p * VECTOR;
+        const Floats scale = load_scales(w, at);
+        const Ints zero = w.symmetric ? Ints{} + (1 << (BITS - 1))
+                                      : __builtin_convertvector(load<Bytes>(w.zeros + at), Ints);
+#pragma GCC unroll 8
+        for (int m = 0; m < ROWS; m++) {
+          const int64_t of = (row + m) * w.groups + g;
+          Ints sum = part[0][b][m][p] - zero * rows.integers.sums[of];
+          for (int c = 1; c < CHAINS; c++) sum += part[c][b][m][p];
+          const Floats step = scale * rows.integers.steps[of];
+          sums[b][m][p] += step * __builtin_convertvector(sum, Floats);
+        }
+      }
+    }
+  }
+  for (int b = 0; b < BLOCKS; b++) {
+    for (int m = 0; m < ROWS; m++) {
+      float out[LANES];
+      for (int p = 0; p < PARTS; p++) store(out + p * VECTOR, sums[b][m][p]);
+      store_block(w, target, row + m, block + b, out);
+    }
+  }
+}
+
+template <int BITS, int BLOCKS>
+void multiply_integer_rows(const Packed& w, const Rows& rows, const Target& target, int64_t block) {
+  int64_t m = 0;
+#if MAX_SHARED_ROWS >= 8
+  for (; m + 8 <= rows.rows; m += 8) {
+    for (int b = 0; b < BLOCKS; b++) {
+      multiply_integer_block<BITS, 8, 1>(w, rows, target, m, block + b);
+    }
+  }
+#endif
+  for (; m + 4 <= rows.rows; m += 4) {
+    multiply_integer_block<BITS, 4, BLOCKS>(w, rows, target, m, block);
+  }
+  for (; m + 2 <= rows.rows; m += 2) {
+    multiply_integer_block<BITS, 2, BLOCKS>(w, rows, target, m, block);
+  }
+  for (; m < rows.rows; m++) multiply_integer_block<BITS, 1, BLOCKS>(w, rows, target, m, block);
+}
+
+template <int BITS>
+void multiply_integer_bits(const Packed& w, const Rows& rows, const Target& target, int64_t first,
+                           int64_t last) {
+  // Two blocks side by side where there are registers for them.
+  constexpr int BLOCKS = PARTS == 1 ? 2 : 1;
+  int64_t block = first;
+  for (; block + BLOCKS <= last; block += BLOCKS) {
+    multiply_integer_rows<BITS, BLOCKS>(w, rows, target, block);
+  }
+  for (; block < last; block++) multiply_integer_rows<BITS, 1>(w, rows, target, block);
+}
+
+void multiply_integers(const Packed& w, const Rows& rows, const Target& target, int64_t first,
+                       int64_t last) {
+  if (w.bits == 8) multiply_integer_bits<8>(w, rows, target, first, last);
+  if (w.bits == 4) multiply_integer_bits<4>(w, rows, target, first, last);
+  if (w.bits == 2) multiply_integer_bits<2>(w, rows, target, first, last);
+}
+
+}  // namespace
+}  // namespace halfbyte
