@@ -17,7 +17,6 @@ SMALL = ["--prompt-tokens", "8", "--new-tokens", "4", "--repeats", "1"]
 def folders(tmp_path_factory):
     base, packed = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("packed")
     # The built-in text is all unknown words, 0, which must not be the padding, of zeros.
-    # All words of the built-in text are unknown ones, 0: if that were padding, its row would be zeros.
     config = tiny_llama_config(tie_word_embeddings=False, initializer_range=0.5, pad_token_id=1)
     build_model(config).save_pretrained(base)
     write_checkpoint(packed, config)

@@ -1,0 +1,119 @@
+"""Whole models on a CPU beside GPTQModel's backends: prompt and generated tokens per second.
+
+    python bench/measure_cpu_gptqmodel.py [NAME=FOLDER ...] [--rounds 2] [--backends A,B]
+
+A 1B shape with random weights is made on the spot. GPTQModel runs in its environment of
+``make interop``, in the faster of bfloat16 and float32 for each backend; a backend that refuses the
+checkpoint is told with its words. Arms run in turn, each in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halfbyte.integrations.speed import measure_apart
+from measure_cpu_models import NEW, PROMPT, SHAPE, measure_folder, split_pairs, write_gptq
+from peers.environments import PEERS, PROGRAMS
+from record import save_result
+
+BACKENDS = (
+    "GPTQ_TORCH_ATEN",
+    "GPTQ_TORCH_CPU_AVX512",
+    "GPTQ_TORCH_FUSED",
+    "GPTQ_TORCH_INT8",
+    "GPTQ_TORCH",
+)
+"""Those that its 7.7.0 has for GPTQ on a CPU."""
+DTYPES = ("bfloat16", "float32")
+LIMIT_SECONDS = 240
+
+
+def main() -> None:
+    """Measure, print, save."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", nargs="*", metavar="NAME=FOLDER")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--backends", default=",".join(BACKENDS))
+    arguments = parser.parse_args()
+    rows, data = [], {}
+    with tempfile.TemporaryDirectory() as made:
+        models = {SHAPE: write_gptq(Path(made))} | split_pairs(arguments.models)
+        for name, folder in models.items():
+            arms: dict[str, list[dict[str, Any]]] = {"halfbyte": []}
+            for _ in range(arguments.rounds):
+                own = measure_apart(measure_folder, folder, 16)
+                arms["halfbyte"].append({"prompt": own.prompt_rate, "rate": own.rate})
+                for backend in arguments.backends.split(","):
+                    for dtype in DTYPES:
+                        found = arms.setdefault(f"GPTQModel {backend}, {dtype}", [])
+                        if not any("refused" in run for run in found):
+                            found.append(run_peer(folder, backend, dtype, Path(made)))
+            best = max(
+                (median(found, "rate") for arm, found in arms.items() if arm != "halfbyte"),
+                default=0.0,
+            )
+            for arm, found in arms.items():
+                rate = median(found, "rate")
+                times = rate / best if best else 0.0
+                rows.append([name, arm, median(found, "prompt"), rate, times])
+                print(*rows[-1], *[run["refused"] for run in found if "refused" in run], flush=True)
+            data[name] = arms
+    save_result(
+        "cpu-gptqmodel",
+        columns=["model", "program", "prompt tok/s", "generated tok/s", "of GPTQModel's best"],
+        rows=rows,
+        note=f"4 bits, batch 1, {torch.get_num_threads()} threads; {PROMPT} prompt tokens, {NEW} "
+        f"generated after them; medians of {arguments.rounds} rounds, arms in turn; the 1B shape "
+        "has random weights; 0: the backend refused (its words are in the file).",
+        data=data,
+    )
+
+
+def median(found: list[dict[str, Any]], key: str) -> float:
+    """Over the runs that ran."""
+    values = [run[key] for run in found if key in run]
+    return statistics.median(values) if values else 0.0
+
+
+def run_peer(folder: Path, backend: str, dtype: str, work: Path) -> dict[str, Any]:
+    """Run GPTQModel once."""
+    output = work / "found.json"
+    output.unlink(missing_ok=True)
+    settings = {"prompt": PROMPT, "new": NEW, "repeats": 2, "output": str(output)}
+    job = work / "job.json"
+    job.write_text(
+        json.dumps({"checkpoint": str(folder), "backend": backend, "dtype": dtype, **settings}),
+        encoding="utf-8",
+    )
+    try:
+        done = subprocess.run(
+            [PEERS["gptqmodel"].python, PROGRAMS / "gptqmodel_speed.py", job],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=LIMIT_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return {"refused": f"not done after {LIMIT_SECONDS} s"}
+    if not output.exists():
+        return {"refused": f"died: {done.stderr[-300:]}"}
+    result: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
+    if "refused" in result:
+        return result
+    return {
+        "kernel": result["kernel"],
+        "prompt": statistics.median(result["prompt"]),
+        "rate": statistics.median(result["rate"]),
+    }
+
+
+if __name__ == "__main__":
+    main()

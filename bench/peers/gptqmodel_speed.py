@@ -1,0 +1,68 @@
+"""How fast GPTQModel generates on a CPU; in its environment: python gptqmodel_speed.py JOB.json.
+
+The job: checkpoint, backend, dtype, prompt (tokens), new (tokens), repeats, output. The output gets
+the class of the first linear, prompt tokens per second and generated tokens per second of each
+repeat (the first, which warms up, left out), or why the backend refuses.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def main(job: dict[str, Any]) -> None:
+    """Measure, and write what was found."""
+    # It refuses to load a model with fewer, whatever the number of cores.
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+    try:
+        result = measure(job)
+    except (ValueError, NotImplementedError, RuntimeError, AssertionError, ImportError) as error:
+        result = {"refused": f"{type(error).__name__}: {error}"[:400]}
+    Path(job["output"]).write_text(json.dumps(result), encoding="utf-8")
+
+
+def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """Load the checkpoint and generate."""
+    import torch
+    from gptqmodel import BACKEND, GPTQModel
+    from gptqmodel.nn_modules.qlinear import BaseQuantLinear
+
+    loaded = GPTQModel.load(
+        job["checkpoint"],
+        backend=BACKEND[job["backend"]],
+        device="cpu",
+        dtype=getattr(torch, job["dtype"]),
+    )
+    model = loaded.model.eval()
+    kernel = next(m for m in model.modules() if isinstance(m, BaseQuantLinear))
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    prompts, rates = [], []
+    for repeat in range(job["repeats"] + 1):
+        ids = [[(7919 * (i + 1) + repeat) % vocabulary for i in range(job["prompt"])]]
+        prompt, rate = generate(model, torch.tensor(ids), job["new"])
+        prompts.append(prompt)
+        rates.append(rate)
+    return {"kernel": type(kernel).__name__, "prompt": prompts[1:], "rate": rates[1:]}
+
+
+def generate(model: Any, ids: Any, new: int) -> tuple[float, float]:
+    """Prompt tokens per second, and tokens per second after the first."""
+    import torch
+
+    settings = {"attention_mask": torch.ones_like(ids), "do_sample": False}
+    seconds = {}
+    with torch.inference_mode():
+        for count in (1, new):
+            start = time.perf_counter()
+            model.generate(ids, max_new_tokens=count, min_new_tokens=count, **settings)
+            seconds[count] = time.perf_counter() - start
+    return ids.shape[1] / seconds[1], (new - 1) / (seconds[new] - seconds[1])
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
