@@ -28,6 +28,7 @@ from record import save_result
 
 ARMS = {
     "16 bits, as stored": (0, "auto"),
+    "16 bits, into bfloat16": (0, "bfloat16"),
     "16 bits, into float32": (0, "float32"),
     "4 bits": (1, "bfloat16"),
 }
