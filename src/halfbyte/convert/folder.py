@@ -133,6 +133,7 @@ def write_folder(
                 tensors,
                 metadata,
                 with_digests=target.format == "gptq",
+                past_cache=True,
             )
         )
     if len(digests) > 1:
