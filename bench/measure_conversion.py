@@ -1,24 +1,29 @@
 """How fast does a model convert beside a plain copy of the same bytes, and in how much memory?
 
-Makes up a GPTQ checkpoint (4 bits, group 128, random codes) and converts it to every format. The
-copy reads the source and writes as many bytes as the conversion did, with fsync. The source comes
-from the disk both times: it is put out of the page cache before. Copy and conversion run in turn;
-the fastest of the repeats is compared, as it is the least disturbed one. Each conversion is a
+Makes up GPTQ checkpoints (4 bits, group 128, random codes) and converts them to every format: one
+of 0.4 GB, which the system's cache could swallow, and one of 3 GB in the shapes of an 8B model. The
+copy reads the source and writes as many bytes as the conversion did, with fsync; once through the
+page cache, as programs copy, and once past it, which is what the disk itself can do. The source
+comes from the disk each time: it is put out of the page cache before. Copies and conversion run in
+turn; the fastest of the repeats is compared, as it is the least disturbed one. Each conversion is a
 process of its own, so that its peak memory is its own.
 
-    python bench/measure_conversion.py [FOLDER for the made-up model and the outputs]
+    python bench/measure_conversion.py [FOLDER for the made-up models and the outputs]
 """
 
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,19 +40,58 @@ from halfbyte.data import calibration_text
 from halfbyte.quant_config import QuantConfig, Scheme
 from record import save_result
 
-HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 2048, 8192, 12, 8192
 GROUP_SIZE = 128
-REPEATS = 3
-CHUNK = 1 << 22
-SHAPES = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.k_proj": (HIDDEN // 4, HIDDEN),
-    "self_attn.v_proj": (HIDDEN // 4, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.up_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
-}
+CHUNK = 1 << 23
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A made-up model."""
+
+    name: str
+    hidden: int
+    intermediate: int
+    blocks: int
+    vocabulary: int
+    repeats: int
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Outputs and inputs by name within a block."""
+        hidden, intermediate = self.hidden, self.intermediate
+        return {
+            "self_attn.q_proj": (hidden, hidden),
+            "self_attn.k_proj": (hidden // 4, hidden),
+            "self_attn.v_proj": (hidden // 4, hidden),
+            "self_attn.o_proj": (hidden, hidden),
+            "mlp.gate_proj": (intermediate, hidden),
+            "mlp.up_proj": (intermediate, hidden),
+            "mlp.down_proj": (hidden, intermediate),
+        }
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """``config.json``."""
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.blocks,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "vocab_size": self.vocabulary,
+            "tie_word_embeddings": True,
+            "dtype": "bfloat16",
+        }
+
+
+SHAPES = (
+    Shape(name="0.4 GB", hidden=2048, intermediate=8192, blocks=12, vocabulary=8192, repeats=3),
+    Shape(name="3 GB", hidden=4096, intermediate=14336, blocks=24, vocabulary=32768, repeats=2),
+)
 
 PROGRAM = """
 import json, sys, time, resource
@@ -57,123 +101,126 @@ torch.set_num_threads(1)
 started = time.process_time()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 report = convert(sys.argv[1], sys.argv[2], config=ConversionConfig(to=sys.argv[3]))
+seconds = time.process_time() - started
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(json.dumps({"seconds": report.seconds, "bytes": report.num_bytes,
-                  "cpu_seconds": time.process_time() - started,
-                  "memory_kib": after - before, "exact": report.is_exact}))
+                  "cpu_seconds": seconds, "memory_kib": after - before, "exact": report.is_exact}))
 """
 
 
 def main() -> None:
     """Measure every target, print and save the table."""
     place = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.mkdtemp())
-    source = place / "source"
-    if not source.exists():
-        make_model(source)
-    files = sorted(source.glob("*.safetensors"))
-    size = sum(file.stat().st_size for file in files)
     rows, data = [], {}
-    for to in FORMATS:
-        copies, runs = [], []
-        for _ in range(REPEATS):
-            forget(files)
-            runs.append(convert_once(source, place / "out", to))
-            forget(files)
-            copies.append(copy_once(files, place / "copy", runs[-1]["bytes"]))
-        best = min(runs, key=lambda run: run["seconds"])
-        copy = min(copies)
-        moved = size + best["bytes"]
-        rows.append(
-            [
-                to,
-                size / 1e6,
-                best["bytes"] / 1e6,
-                best["seconds"],
-                copy,
-                moved / best["seconds"] / 1e6,
-                copy / best["seconds"],
-                min(run["cpu_seconds"] for run in runs),
-                max(run["memory_kib"] for run in runs) * 1024 / 1e6,
-                "yes" if best["exact"] else "no",
-            ]
-        )
-        data[to] = {"runs": runs, "copy_seconds": copies}
-        print(rows[-1], flush=True)
-    largest = max(INTERMEDIATE * HIDDEN, VOCABULARY * HIDDEN)
+    for shape in SHAPES:
+        source = place / shape.name.replace(" ", "")
+        if not source.exists():
+            make_model(source, shape)
+        for to in FORMATS:
+            row, data[f"{shape.name} {to}"] = measure(place, source, shape, to)
+            rows.append(row)
+            print(row, flush=True)
     save_result(
         "conversion",
-        columns=["to", "read, MB", "written, MB", "s", "copy, s", "MB/s read and written",
-                 "copy / conversion", "CPU s", "memory added, MB", "exact"],
+        columns=["model", "to", "read, MB", "written, MB", "s", "copy, s", "copy past the cache, s",
+                 "of a copy's speed", "of the disk's", "CPU s", "memory added, MB",
+                 "largest tensor, MB", "exact"],
         rows=rows,
-        note=f"{LAYERS} blocks of hidden {HIDDEN}, intermediate {INTERMEDIATE}, 4 bits, group "
-        f"{GROUP_SIZE}; the largest matrix has {largest / 1e6:.1f} million weights; source from "
-        f"the disk, output brought to it; fastest of {REPEATS}, copy and conversion in turn. Two "
-        "threads compute, one writes, one syncs; time includes planning, tokenizer and, for gptq, "
-        "digests",
+        note=f"4 bits, group {GROUP_SIZE}, "
+        + "; ".join(f"{shape.name}: {shape.blocks} blocks of hidden {shape.hidden}, intermediate "
+                    f"{shape.intermediate}, vocabulary {shape.vocabulary}" for shape in SHAPES)
+        + "; source from the disk, output brought to it; fastest of "
+        + " and ".join(str(shape.repeats) for shape in SHAPES)
+        + ", copies and conversion in turn. Time includes planning, tokenizer and, for gptq, "
+        "digests; the largest tensor is the larger of those read and written",
         data=data,
     )  # fmt: skip
 
 
-def make_model(folder: Path) -> None:
+def measure(
+    place: Path, source: Path, shape: Shape, to: str
+) -> tuple[list[str | float], dict[str, Any]]:
+    """Convert and copy in turn; a row of the table and what it was made of."""
+    files = sorted(source.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in files)
+    copies: list[float] = []
+    direct: list[float] = []
+    runs = []
+    for _ in range(shape.repeats):
+        forget(files)
+        runs.append(convert_once(source, place / "out", to))
+        forget(files)
+        copies.append(copy_once(files, place / "copy", runs[-1]["bytes"]))
+        forget(files)
+        direct.append(copy_once(files, place / "copy", runs[-1]["bytes"], os.O_DIRECT))
+    best = min(runs, key=lambda run: run["seconds"])
+    matrix = shape.intermediate * shape.hidden
+    largest = max(2 * matrix if to == "hf" else matrix // 2, 2 * shape.vocabulary * shape.hidden)
+    row = [
+        shape.name,
+        to,
+        size / 1e6,
+        best["bytes"] / 1e6,
+        best["seconds"],
+        min(copies),
+        min(direct),
+        min(copies) / best["seconds"],
+        min(*copies, *direct) / best["seconds"],
+        min(run["cpu_seconds"] for run in runs),
+        max(run["memory_kib"] for run in runs) * 1024 / 1e6,
+        largest / 1e6,
+        "yes" if best["exact"] else "no",
+    ]
+    return row, {"runs": runs, "copy_seconds": copies, "direct_copy_seconds": direct}
+
+
+def make_model(folder: Path, shape: Shape) -> None:
     """Write a checkpoint of random codes, a shard a block, with a small tokenizer."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
+    packed = {}
+    for name, (out, inputs) in shape.linears.items():
+        groups = inputs // GROUP_SIZE
+        packed[name] = pack_linear(
+            torch.randint(0, 16, (out, inputs), generator=generator, dtype=torch.uint8),
+            torch.full((out, groups), 8),
+            torch.rand(out, groups, generator=generator) * 0.01 + 0.001,
+            bits=4,
+            g_idx=torch.arange(inputs) // GROUP_SIZE,
+        )
+    norm = torch.ones(shape.hidden, dtype=torch.bfloat16)
     digests = []
-    for layer in range(LAYERS):
-        tensors = {}
-        for name, (out, inputs) in SHAPES.items():
-            groups = inputs // GROUP_SIZE
-            packed = pack_linear(
-                torch.randint(0, 16, (out, inputs), generator=generator, dtype=torch.uint8),
-                torch.full((out, groups), 8),
-                torch.rand(out, groups, generator=generator) * 0.01 + 0.001,
-                bits=4,
-                g_idx=torch.arange(inputs) // GROUP_SIZE,
-            )
-            prefix = f"model.layers.{layer}.{name}"
-            tensors |= {f"{prefix}.{suffix}": tensor for suffix, tensor in packed.items()}
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"model.layers.{layer}.{norm}.weight"] = torch.ones(
-                HIDDEN, dtype=torch.bfloat16
-            )
-        digests.append(write_shard(folder / shard_name(layer + 1, LAYERS + 1), tensors))
+    for layer in range(shape.blocks):
+        prefix = f"model.layers.{layer}"
+        tensors = {
+            f"{prefix}.{name}.{suffix}": tensor
+            for name, parts in packed.items()
+            for suffix, tensor in parts.items()
+        }
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{prefix}.{name}.weight"] = norm
+        digests.append(write_shard(folder / shard_name(layer + 1, shape.blocks + 1), tensors))
     outside = {
-        "model.embed_tokens.weight": torch.randn(VOCABULARY, HIDDEN).to(torch.bfloat16),
-        "model.norm.weight": torch.ones(HIDDEN, dtype=torch.bfloat16),
+        "model.embed_tokens.weight": torch.randn(shape.vocabulary, shape.hidden).bfloat16(),
+        "model.norm.weight": norm,
     }
-    digests.append(write_shard(folder / shard_name(LAYERS + 1, LAYERS + 1), outside))
+    last = shard_name(shape.blocks + 1, shape.blocks + 1)
+    digests.append(write_shard(folder / last, outside))
     weight_map = {name: digest.file_name for digest in digests for name in digest.tensors}
     write_index(folder, weight_map, sum(digest.tensor_bytes for digest in digests))
-    schemes = {
-        f"model.layers.{layer}.{name}": Scheme(bits=4, group_size=GROUP_SIZE, symmetric=True)
-        for layer in range(LAYERS)
-        for name in SHAPES
-    }
     config = build_quantization_config(
         QuantConfig(group_size=GROUP_SIZE),
-        quantized=schemes,
+        quantized={
+            f"model.layers.{layer}.{name}": Scheme(bits=4, group_size=GROUP_SIZE, symmetric=True)
+            for layer in range(shape.blocks)
+            for name in shape.linears
+        },
         skipped={},
-        module_groups=[[name] for name in SHAPES],
+        module_groups=[[name] for name in shape.linears],
         version="0",
     )
-    write_configs(folder, MODEL_CONFIG, config)
+    write_configs(folder, shape.config, config)
     make_tokenizer(folder)
-
-
-MODEL_CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": HIDDEN,
-    "intermediate_size": INTERMEDIATE,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-5,
-    "vocab_size": VOCABULARY,
-    "tie_word_embeddings": True,
-    "dtype": "bfloat16",
-}
 
 
 def make_tokenizer(folder: Path) -> None:
@@ -209,22 +256,27 @@ def convert_once(source: Path, output: Path, to: str) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def copy_once(files: list[Path], output: Path, num_bytes: int) -> float:
-    """Read the source and write as many bytes as the conversion did; seconds."""
+def copy_once(files: list[Path], output: Path, num_bytes: int, flags: int = 0) -> float:
+    """Read the source and write as many bytes as the conversion did; seconds.
+
+    With O_DIRECT among the flags the ends of files are copied too, up to whole blocks.
+    """
+    buffer = memoryview(mmap.mmap(-1, CHUNK))  # at an address that O_DIRECT takes
+    block = mmap.PAGESIZE if flags else 1
+    num_bytes = -(-num_bytes // block) * block
     started = time.perf_counter()
     written = 0
-    buffer = bytearray(CHUNK)
-    with output.open("wb") as target:
-        for file in files:
-            with file.open("rb", buffering=0) as handle:
-                while count := handle.readinto(buffer):
-                    keep = min(count, num_bytes - written)
-                    target.write(memoryview(buffer)[:keep])
-                    written += keep
-        while written < num_bytes:
-            written += target.write(memoryview(buffer)[: min(CHUNK, num_bytes - written)])
-        target.flush()
-        os.fsync(target.fileno())
+    target = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | flags, 0o644)
+    for file in files:
+        source = os.open(file, os.O_RDONLY | flags)
+        while count := os.readv(source, [buffer]):
+            whole = -(-count // block) * block
+            written += os.write(target, buffer[: min(whole, num_bytes - written)])
+        os.close(source)
+    while written < num_bytes:
+        written += os.write(target, buffer[: min(CHUNK, num_bytes - written)])
+    os.fsync(target)
+    os.close(target)
     seconds = time.perf_counter() - started
     output.unlink()
     return seconds

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from tests.helpers.stores import write_folder, write_verdict
@@ -22,7 +23,8 @@ def call(tmp_path, monkeypatch, capsys):
 
 def test_the_life_of_a_version(call, tmp_path):
     folder = write_folder(tmp_path / "model")
-    assert call("list") == "The store is empty.\n"
+    assert call("list") == f"{tmp_path / 'store'} has no versions.\n"
+    assert "nothing to verify" in call("verify", code=1)
     assert "m@" in call("add", folder, "--name", "m", "--base-id", "org/base")
     assert "is missing, and 'pass' is needed" in call("promote", "m", code=1)
     call("judge", "m", "--verdict", write_verdict(tmp_path / "v.json", "pass"))
@@ -31,22 +33,30 @@ def test_the_life_of_a_version(call, tmp_path):
     added = json.loads(call("add", write_folder(tmp_path / "b", 1), "--name", "m", "--json"))
     second = added["version"]
     assert added["manifest"]["parent"] is not None
-    assert "recipe   group_size: 64 -> 65" in call("diff", "m@champion", f"m@{second}")
+    changes = call("diff", "m@champion", f"m@{second}").splitlines()
+    assert "recipe   group_size: 64 -> 65" in changes
+    # Of one size and other bytes.
+    assert any(re.fullmatch(r"changed  model\.safetensors, [\d.]+ k?B", line) for line in changes)
+    (tmp_path / "b" / "model.safetensors").rename(tmp_path / "b" / "other.safetensors")
+    call("add", tmp_path / "b", "--name", "n", "--base-id", "org/base")
+    changes = call("diff", "m@champion", "n")
+    assert "\ngone     model.safetensors, " in "\n" + changes
+    assert "\nnew      other.safetensors, " in "\n" + changes
     call("promote", f"m@{second}", "--force", "a test")
     assert "champion is back at" in call("rollback", "m@champion", "--reason", "a test")
     assert "m@candidate: it has no earlier version" in call("rollback", "m@candidate", code=1)
     shown = call("show", f"m@{second}")
     assert "promote champion" in shown
     assert "a test" in shown
-    assert "2 versions are as they were added" in call("verify")
+    assert "3 versions are as they were added" in call("verify")
     assert "1 version is as it was added" in call("verify", "m")
     assert "of one version: name it" in call("verify", "--public-key", "k.pub", code=2)
-    assert "removed 0 versions" in call("gc")
+    assert "removed 0 versions and 0 files" in call("gc")
     assert (tmp_path / "out").exists() is False
     call("get", "m", "-o", tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert json.loads(call("bom", "m"))["bomFormat"] == "CycloneDX"
-    assert list(json.loads(call("list", "--json"))) == ["m"]
+    assert list(json.loads(call("list", "--json"))) == ["m", "n"]
 
 
 def test_no_store_is_a_wrong_setting(call, monkeypatch):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tests.helpers.checkpoints import Recipe, read_tensors, write_checkpoint
 from tests.helpers.conversions import write_tokenizer
 from tests.helpers.families import FAMILIES
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import halfbyte
-from halfbyte.convert.gguf_file import Q4_0, open_gguf
+from halfbyte.convert.gguf_file import F32, Q4_0, Q8_0, open_gguf
 from halfbyte.convert.run import ConversionConfig, convert
 
 CHANGES = {"qwen3_moe": {"norm_topk_prob": True}, "gpt2": {"tie_word_embeddings": True}}
@@ -19,26 +20,38 @@ CHANGES = {"qwen3_moe": {"norm_topk_prob": True}, "gpt2": {"tie_word_embeddings"
 IN_FLOAT32 = Recipe(dtype=torch.float32)
 
 
-def write(folder, family, recipe=IN_FLOAT32):
-    facts = {**FAMILIES[family], "vocab_size": 512, **CHANGES.get(family, {})}
+def write(folder, family, recipe=IN_FLOAT32, **changes):
+    facts = {**FAMILIES[family], "vocab_size": 512, **CHANGES.get(family, {}), **changes}
     halfbyte.install_transformers()
     write_checkpoint(folder, AutoConfig.for_model(family, **facts), recipe)
     write_tokenizer(folder)
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
-    "family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt2", "gpt_neox"]
+    "family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt2", "gpt_neox", "olmo2"]
 )
-def test_gguf_gives_every_tensor_back(tmp_path, family):
-    write(tmp_path / "a", family)
+def test_gguf_gives_every_tensor_back(tmp_path, family, tied):
+    write(tmp_path / "a", family, tie_word_embeddings=tied)
     report = convert(tmp_path / "a", tmp_path / "b", config=ConversionConfig(to="gguf"))
     assert report.is_exact
     convert(report.output, tmp_path / "c", config=ConversionConfig(to="gptq"), base=tmp_path / "a")
     before, after = read_tensors(tmp_path / "a"), read_tensors(tmp_path / "c")
     assert before.keys() == after.keys()
     for name, tensor in before.items():
-        # Vectors and biases are 32 bits wide in GGUF.
-        assert torch.equal(after[name].to(tensor.dtype), tensor), name
+        assert after[name].dtype == tensor.dtype, name
+        assert torch.equal(after[name], tensor), name
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "olmoe", "gpt_neox"])
+def test_a_tied_head_is_written_where_llama_cpp_asks_for_one(tmp_path, family):
+    write(tmp_path / "a", family, tie_word_embeddings=True)
+    config = ConversionConfig(to="gguf", head="q8_0")
+    report = convert(tmp_path / "a", tmp_path / "b", config=config)
+    tensors = open_gguf(report.output).tensors
+    assert tensors["output.weight"].shape == tensors["token_embd.weight"].shape
+    assert (tensors["output.weight"].kind, tensors["token_embd.weight"].kind) == (Q8_0, F32)
+    assert any(note.startswith("output is Q8_0") for note in report.notes)
 
 
 def test_the_experts_of_a_block_are_one_tensor(tmp_path):
@@ -60,8 +73,12 @@ def test_experts_that_are_not_alike_are_refused(tmp_path):
 
 
 @torch.no_grad()
-def test_dense_weights_of_gpt2_are_stored_as_it_reads_them(tmp_path):
-    write(tmp_path / "a", "gpt2")
+@pytest.mark.parametrize("with_head", [False, True])
+def test_dense_weights_of_gpt2_are_stored_as_it_reads_them(tmp_path, with_head):
+    skip = "nothing" if with_head else Recipe().skip
+    recipe = Recipe(dtype=torch.float32, skip=skip)
+    write(tmp_path / "a", "gpt2", recipe, tie_word_embeddings=not with_head)
+    assert ("lm_head.qweight" in read_tensors(tmp_path / "a")) == with_head
     config = ConversionConfig(to="hf", dtype="float32")
     convert(tmp_path / "a", tmp_path / "b", config=config)
     ids = torch.arange(5, 25)[None]
@@ -75,9 +92,34 @@ def test_dense_weights_of_gpt2_are_stored_as_it_reads_them(tmp_path):
 def test_buffers_of_older_files_are_left_out_of_gguf(tmp_path):
     write(tmp_path / "a", "llama")
     file = tmp_path / "a" / "model.safetensors"
-    from safetensors.torch import save_file
-
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
     save_file(read_tensors(tmp_path / "a") | extra, file, metadata={"format": "pt"})
     report = convert(tmp_path / "a", tmp_path / "b", config=ConversionConfig(to="gguf"))
     assert not any("inv_freq" in name for name in open_gguf(report.output).tensors)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_without_a_base_vectors_have_the_type_of_the_embeddings(tmp_path, family, dtype):
+    write(tmp_path / "a", family, Recipe(dtype=getattr(torch, dtype)))
+    report = convert(tmp_path / "a", tmp_path / "b", config=ConversionConfig(to="gguf"))
+    assert open_gguf(report.output).tensors["blk.0.attn_norm.weight"].kind == F32
+    convert(report.output, tmp_path / "c", config=ConversionConfig(to="gptq"))
+    before, after = read_tensors(tmp_path / "a"), read_tensors(tmp_path / "c")
+    assert {name: tensor.dtype for name, tensor in after.items()} == {
+        name: tensor.dtype for name, tensor in before.items()
+    }
+    assert AutoConfig.from_pretrained(tmp_path / "c").dtype == getattr(torch, dtype)
+
+
+def test_a_vector_that_the_models_type_would_round_stays_in_32_bits(tmp_path):
+    write(tmp_path / "a", "llama", Recipe(dtype=torch.bfloat16), dtype="bfloat16")
+    file = tmp_path / "a" / "model.safetensors"
+    name = "model.layers.0.input_layernorm.weight"
+    exact = torch.full((64,), 1.001)
+    save_file(read_tensors(tmp_path / "a") | {name: exact}, file, metadata={"format": "pt"})
+    report = convert(tmp_path / "a", tmp_path / "b", config=ConversionConfig(to="gguf"))
+    convert(report.output, tmp_path / "c", config=ConversionConfig(to="gptq"), base=tmp_path / "a")
+    after = read_tensors(tmp_path / "c")
+    assert torch.equal(after[name], exact)
+    assert after["model.layers.1.input_layernorm.weight"].dtype == torch.bfloat16

@@ -127,6 +127,11 @@ def stretch(original):
 
 CASES = [
     *((found.model_class, found.model_type, {}) for found in ARCHITECTURES),
+    *(
+        (f"{found.model_class} with a tied head", found.model_type, {"tie_word_embeddings": True})
+        for found in ARCHITECTURES
+        if not found.ties_embeddings
+    ),
     ("Phi3 within its first length", "phi3", stretch(2048)),
     ("Phi3 beyond its first length", "phi3", stretch(16)),
     ("GPTNeoX one after another", "gpt_neox", {"use_parallel_residual": False}),

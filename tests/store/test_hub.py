@@ -74,7 +74,7 @@ def test_what_was_not_pushed_from_a_store_is_refused(hub, store, tmp_path):
 
 
 def test_failures_name_the_repository(hub, store, tmp_path):
-    with pytest.raises(StoreError, match="Cannot pull me/none"):
+    with pytest.raises(StoreError, match="me/none: there is no such repository, or it is priv"):
         pull(Store(tmp_path / "other"), "me/none", endpoint=hub.url)
     with pytest.raises(StoreError, match="Refusing to push over the base model org/base"):
         push(store, "m", "org/base", endpoint=hub.url)

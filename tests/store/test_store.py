@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 from tests.helpers.stores import write_folder, write_verdict
+from tests.judge.examples import make_comparison
 
 from halfbyte.errors import StoreError
+from halfbyte.judge.report import write_report
 from halfbyte.store.backend import FolderBackend
 from halfbyte.store.checkout import checkout
 from halfbyte.store.differences import diff_versions
@@ -241,6 +243,15 @@ def test_a_checkout_is_the_folder_and_is_made_once(store, tmp_path, monkeypatch)
     assert isinstance(folder, Path)
     with pytest.raises(StoreError, match=r"exists. Choose a new folder"):
         checkout(store, "m", folder)
+
+
+def test_what_compare_reports_is_a_verdict(local, tmp_path):
+    comparison = make_comparison()
+    write_report(comparison, tmp_path / "report")
+    add(local, tmp_path)
+    found = local.judge("m", tmp_path / "report" / "report.json")
+    assert found == comparison.verdict.outcome.value
+    assert local.verdict("m", local.resolve("m")[1]) == found
 
 
 def test_verdicts_are_one_of_three(local, tmp_path):

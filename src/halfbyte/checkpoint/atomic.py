@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
+from halfbyte.checkpoint.direct import write_direct
 from halfbyte.errors import CheckpointError
 
 PARTIAL_SUFFIX = ".partial"
@@ -17,7 +18,9 @@ SYNC_BYTES = 32_000_000
 """Written before the disk is made to begin with it."""
 
 
-def write_atomically(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+def write_atomically(
+    path: Path, chunks: Iterable[bytes | memoryview], *, past_cache: bool = False
+) -> None:
     """Write beside the final name, bring it to the disk, then rename.
 
     After ``kill -9`` or a power cut there is the old file, or the new one, or none. A leftover of
@@ -26,14 +29,19 @@ def write_atomically(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     Args:
         path: The file. Its folder must exist.
         chunks: The content, in order.
+        past_cache: For a large file that is not read again at once: straight to the disk.
 
     Raises:
         CheckpointError: The disk is full or the folder cannot be written to.
     """
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     try:
-        with partial.open("wb") as handle:
-            _write(handle, chunks)
+        if past_cache:
+            with partial.open("wb", buffering=0) as file:
+                write_direct(file, chunks)
+        else:
+            with partial.open("wb") as handle:
+                _write(handle, chunks)
         partial.replace(path)
         sync_folder(path.parent)
     except OSError as error:

@@ -150,6 +150,7 @@ def stream_shard(
     metadata: Mapping[str, str] | None = None,
     *,
     with_digests: bool = True,
+    past_cache: bool = False,
 ) -> ShardDigest:
     """Write one safetensors file out of tensors that come one after another.
 
@@ -160,6 +161,7 @@ def stream_shard(
         tensors: Exactly these, on any device; none is kept.
         metadata: More strings for the header beside ``format: pt``.
         with_digests: Without, the digests are empty and only the sizes count.
+        past_cache: See :func:`halfbyte.checkpoint.atomic.write_atomically`.
 
     Returns:
         The digests for :func:`halfbyte.checkpoint.checksums.write_checksums`.
@@ -202,7 +204,7 @@ def stream_shard(
                 before = now
             wait_for(before)
 
-    write_atomically(path, chunks())
+    write_atomically(path, chunks(), past_cache=past_cache)
     tensor_bytes = sum(spec.num_bytes for spec in specs.values())
     return ShardDigest(
         file_name=path.name,

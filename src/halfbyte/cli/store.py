@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.environment import STORE, read_variable
-from halfbyte.errors import ConfigError
+from halfbyte.errors import ConfigError, StoreError
+from halfbyte.units import format_bytes
 
 if TYPE_CHECKING:
     from halfbyte.store.store import Store
 
 HELP = "keep versions of quantized models: add, compare, promote, roll back"
 REFERENCE = "NAME, NAME@ALIAS or NAME@VERSION"
+VERDICT_FILE = "report.json of `compare`, or JSON with a key 'verdict'"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +44,7 @@ def _add_version_actions(actions: Any) -> None:
     add.add_argument(
         "--like", metavar="VERSION", help="this is a conversion of it: same base and recipe"
     )
-    add.add_argument("--verdict", type=Path, metavar="FILE", help="JSON with a key 'verdict'")
+    add.add_argument("--verdict", type=Path, metavar="FILE", help=VERDICT_FILE)
     show_all = _action(actions, "list", "list models, or the versions of one")
     show_all.add_argument("name", nargs="?", metavar="NAME", help="a model (default: all)")
     show = _action(actions, "show", "what a version is made of, and the log of its name")
@@ -68,7 +70,7 @@ def _add_version_actions(actions: Any) -> None:
 def _add_alias_actions(actions: Any) -> None:
     judge = _action(actions, "judge", "attach a comparison's verdict to a version")
     judge.add_argument("reference", metavar="VERSION", help=REFERENCE)
-    judge.add_argument("--verdict", type=Path, required=True, metavar="FILE", help="JSON")
+    judge.add_argument("--verdict", type=Path, required=True, metavar="FILE", help=VERDICT_FILE)
     promote = _action(actions, "promote", "let an alias point to a version")
     promote.add_argument("reference", metavar="VERSION", help=REFERENCE)
     promote.add_argument("--to", default="champion", metavar="ALIAS", help="(default: champion)")
@@ -149,7 +151,7 @@ def _add(store: Store, args: argparse.Namespace) -> Outcome:
         verdict=args.verdict,
         like=args.like,
     )
-    what = f"{len(manifest.files)} files, {_size(manifest.num_bytes)}"
+    what = f"{len(manifest.files)} files, {format_bytes(manifest.num_bytes)}"
     line = f"{args.name}@{manifest.version[:12]}: {what}"
     return {"version": manifest.version, "manifest": manifest}, [line]
 
@@ -165,9 +167,15 @@ def _list(store: Store, args: argparse.Namespace) -> Outcome:
             manifest = store.manifest(version)
             aliases = [alias for alias, target in history.aliases.items() if target == version]
             verdict = store.verdict(name, version) or "no verdict"
-            words = [version[:12], manifest.created, _size(manifest.num_bytes), verdict, *aliases]
+            words = [
+                version[:12],
+                manifest.created,
+                format_bytes(manifest.num_bytes),
+                verdict,
+                *aliases,
+            ]
             lines.append("  " + "  ".join(words))
-    return found, lines or ["The store is empty."]
+    return found, lines or [f"{store.backend.place} has no versions."]
 
 
 def _show(store: Store, args: argparse.Namespace) -> Outcome:
@@ -182,7 +190,10 @@ def _show(store: Store, args: argparse.Namespace) -> Outcome:
         f"{(base.digest or 'unknown')[:12]}",
         f"recipe   {', '.join(f'{key} {value}' for key, value in manifest.recipe.items())}",
         f"verdict  {store.verdict(name, version) or 'none'}",
-        *(f"file     {r.sha256[:12]}  {_size(r.bytes):>9}  {p}" for p, r in manifest.files.items()),
+        *(
+            f"file     {r.sha256[:12]}  {format_bytes(r.bytes):>9}  {p}"
+            for p, r in manifest.files.items()
+        ),
         *(
             f"log      {e.time}  {e.event}{' ' + e.alias if e.alias else ''}  by {e.actor}"
             f"{': ' + e.reason if e.reason else ''}"
@@ -196,19 +207,31 @@ def _diff(store: Store, args: argparse.Namespace) -> Outcome:
     from halfbyte.store.differences import diff_versions
 
     found = diff_versions(store, args.reference, args.other)
-    lines = [
+    lines = [_describe_change(path, *sizes) for path, sizes in found["files"].items()]
+    lines += [
         f"{kind:8} {key}: {before} -> {after}"
-        for kind in ("files", "recipe", "base", "tools")
+        for kind in ("recipe", "base", "tools")
         for key, (before, after) in found[kind].items()
     ]
     before, after = found["bytes"]
-    return found, [*lines, f"size     {_size(before)} -> {_size(after)}"]
+    return found, [*lines, f"size     {format_bytes(before)} -> {format_bytes(after)}"]
+
+
+def _describe_change(path: str, before: int | None, after: int | None) -> str:
+    """Say what became of a file: one of the same size has other bytes."""
+    if before is None or after is None:
+        kind = "new" if before is None else "gone"
+        return f"{kind:8} {path}, {format_bytes(before or after or 0)}"
+    sizes = dict.fromkeys([format_bytes(before), format_bytes(after)])
+    return f"changed  {path}, {' -> '.join(sizes)}"
 
 
 def _verify(store: Store, args: argparse.Namespace) -> Outcome:
     if args.public_key and args.reference is None:
         raise ConfigError("--public-key checks the signature of one version: name it.")
     versions = store.verify(args.reference)
+    if not versions:
+        raise StoreError(f"There is nothing to verify: {store.backend.place} has no versions.")
     are = "version is as it was" if len(versions) == 1 else "versions are as they were"
     lines = [f"{len(versions)} {are} added, byte for byte"]
     if args.public_key:
@@ -260,9 +283,9 @@ def _collect(store: Store, args: argparse.Namespace) -> Outcome:
     from halfbyte.store.garbage import collect_garbage
 
     found = collect_garbage(store, keep=args.keep, nobody_writes=args.nobody_writes)
-    line = (
-        f"removed {len(found.versions)} versions and {found.blobs} files, {_size(found.num_bytes)}"
-    )
+    versions = f"{len(found.versions)} version{'' if len(found.versions) == 1 else 's'}"
+    files = f"{found.blobs} file{'' if found.blobs == 1 else 's'}"
+    line = f"removed {versions} and {files} of no other version, {format_bytes(found.num_bytes)}"
     return found, [line]
 
 
@@ -298,7 +321,3 @@ ACTIONS: dict[str, Callable[[Any, argparse.Namespace], Outcome]] = {
     "push": _push,
     "pull": _pull,
 }
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:.1f} MB"

@@ -6,7 +6,7 @@ fp32 holds the product of any code and fp16 scale exactly; 16 bits round it once
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,9 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 
 CONV1D_MODELS = ("gpt2",)
-"""Model types whose linears are Transformers' Conv1D, which stores [in, out]."""
+"""Model types whose blocks have Transformers' Conv1D, which stores [in, out]."""
+CONV1D = ("c_attn", "q_attn", "c_fc", "c_proj")
+"""What these are called; the head is a linear there too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,14 +34,19 @@ class DenseTarget:
 
     dtype: torch.dtype
     stores_inputs_first: bool = False
-    """Whether the model wants its matrices [in, out]."""
+    """Whether the matrices are [in, out]."""
     format: str = "hf"
 
     @classmethod
     def fit(cls, dtype: torch.dtype, model_config: Mapping[str, Any]) -> DenseTarget:
-        """Choose the order of axes that a model's own layers have."""
+        """Choose the order of axes that a model's own blocks have."""
         is_turned = model_config.get("model_type") in CONV1D_MODELS
         return cls(dtype=dtype, stores_inputs_first=is_turned)
+
+    def form_of(self, name: str) -> DenseTarget:
+        """Give the order of axes of one module."""
+        is_turned = self.stores_inputs_first and name.rpartition(".")[2] in CONV1D
+        return replace(self, stores_inputs_first=is_turned)
 
     def metadata(self, coded: Mapping[str, CodedSpec]) -> dict[str, str]:
         """Give the name of the framework."""

@@ -74,7 +74,8 @@ class Plan:
 
     def form_of(self, name: str) -> FolderTarget:
         """Give the format that spells a linear."""
-        return self.fallback if name in self.dense else self.target
+        form = self.fallback if name in self.dense else self.target
+        return form.form_of(name) if isinstance(form, DenseTarget) else form
 
     def rounding_of(self, name: str) -> str | None:
         """Say what is rounded of a linear; None where nothing is."""
@@ -133,6 +134,7 @@ def write_folder(
                 tensors,
                 metadata,
                 with_digests=target.format == "gptq",
+                past_cache=True,
             )
         )
     if len(digests) > 1:

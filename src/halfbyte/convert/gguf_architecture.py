@@ -133,6 +133,8 @@ class Architecture:
     writes_head_size: bool = True
     ties_embeddings: bool = False
     """Whether it never has a head of its own."""
+    needs_head: bool = False
+    """Whether llama.cpp asks for a head even where it is the embeddings over again."""
     has_window: bool = False
     """Whether llama.cpp knows its sliding window."""
     is_self_described: bool = False
@@ -155,6 +157,10 @@ class Architecture:
         inner = {theirs: ours for ours, theirs in self.names.items()}
         found = inner.get(match[2]) if match else None
         return f"{self.blocks}.{match[1]}.{found}" if match and found else None
+
+    def is_tied(self, config: Mapping[str, Any]) -> bool:
+        """Whether a model's head is its embeddings."""
+        return self.ties_embeddings or bool(config.get("tie_word_embeddings"))
 
     def is_turned(self, name: str) -> bool:
         """Whether a dense matrix of that name is stored [in, out]."""
@@ -236,9 +242,11 @@ ARCHITECTURES = (
     _family("phi3", "Phi3", _NORM_BEFORE, _FUSED, writes_head_size=False, turns_part=True,
             has_longrope=True),
     _family("granite", "Granite", _NORM_BEFORE, **_LIKE_LLAMA),
-    _family("olmo2", "Olmo2", _NORMS_AROUND, _HEAD_NORMS, writes_head_size=False, **_OWN),
+    _family("olmo2", "Olmo2", _NORMS_AROUND, _HEAD_NORMS, writes_head_size=False, needs_head=True,
+            **_OWN),
     _family(
-        "olmo2", "Olmo3", _NORMS_AROUND, _HEAD_NORMS, writes_head_size=False, has_window=True
+        "olmo2", "Olmo3", _NORMS_AROUND, _HEAD_NORMS, writes_head_size=False, has_window=True,
+        needs_head=True,
     ),
     _family("smollm3", "SmolLM3", _NORM_BEFORE, **_LIKE_LLAMA),
     _family("starcoder2", "Starcoder2", _NORM_BEFORE, _PLAIN_MLP, activations=GELU[:2],
@@ -248,11 +256,12 @@ ARCHITECTURES = (
     _family("llama", "Mixtral", _NORM_BEFORE, _MIXTRAL_EXPERTS, normalises_experts=True,
             **_LIKE_LLAMA),
     _family("qwen2moe", "Qwen2Moe", _NORM_BEFORE, _EXPERTS, _SHARED_EXPERT,
-            model_type="qwen2_moe", writes_head_size=False, normalises_experts=False),
+            model_type="qwen2_moe", writes_head_size=False, normalises_experts=False,
+            needs_head=True),
     _family("qwen3moe", "Qwen3Moe", _NORM_BEFORE, _HEAD_NORMS, _EXPERTS, model_type="qwen3_moe",
             normalises_experts=True),
     _family("olmoe", "Olmoe", _NORM_BEFORE, _HEAD_NORMS, _EXPERTS, writes_head_size=False,
-            normalises_experts=False),
+            normalises_experts=False, needs_head=True),
     Architecture(
         name="gpt2", model_class="GPT2LMHeadModel", model_type="gpt2", names=_GPT2_BLOCK,
         top=_GPT2_TOP, blocks="transformer.h", activations=GELU[:2], epsilon="layer_norm_epsilon",
@@ -262,7 +271,7 @@ ARCHITECTURES = (
         name="gptneox", model_class="GPTNeoXForCausalLM", model_type="gpt_neox",
         names=_NEOX_BLOCK, top=_NEOX_TOP, blocks="gpt_neox.layers", interleaves_qkv=True,
         activations=(*GELU, "gelu_fast"), epsilon="layer_norm_eps", writes_head_size=False,
-        turns_part=True,
+        turns_part=True, needs_head=True,
     ),
 )  # fmt: skip
 

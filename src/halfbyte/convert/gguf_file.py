@@ -350,7 +350,7 @@ def write_gguf_file(
             yield bytes(-size % ALIGNMENT)
         assert next(pieces, None) is None
 
-    write_atomically(path, chunks())
+    write_atomically(path, chunks(), past_cache=True)
     return len(header) + offset
 
 

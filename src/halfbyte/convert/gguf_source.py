@@ -16,9 +16,16 @@ from halfbyte.checkpoint.companions import copy_companions
 from halfbyte.checkpoint.labels import CONFIG_SECTION, read_model_config
 from halfbyte.checkpoint.write import TensorSpec
 from halfbyte.convert.coded import CodedLinear, CodedSpec
-from halfbyte.convert.gguf_architecture import ARCHITECTURES, EMBEDDING, HEAD, Architecture
+from halfbyte.convert.dense import DTYPES
+from halfbyte.convert.gguf_architecture import (
+    ARCHITECTURES,
+    EMBEDDING,
+    HEAD,
+    IN_FLOAT32,
+    Architecture,
+)
 from halfbyte.convert.gguf_blocks import PLAIN, read_blocks, read_plain
-from halfbyte.convert.gguf_file import Q4_0, Q4_1, Q8_0, GgufFile, GgufTensor, open_gguf
+from halfbyte.convert.gguf_file import BF16, F32, Q4_0, Q4_1, Q8_0, GgufFile, GgufTensor, open_gguf
 from halfbyte.convert.gguf_hyperparameters import FACTOR_TENSORS
 from halfbyte.convert.hints import HINT_KEY, read_hints, restore
 from halfbyte.errors import CheckpointError, require_extra
@@ -41,11 +48,13 @@ class GgufSource:
     hints: Mapping[str, tuple[int, int]]
     """By module: bits and group size before it was cut into blocks, where the file says so."""
     notes: tuple[str, ...]
+    dtype: torch.dtype
+    """The model's own."""
     format: str = "gguf"
 
     @classmethod
     def open(cls, path: Path, base: Path | None) -> GgufSource:
-        """Check the header and sort the tensors; no data is read.
+        """Check the header and sort the tensors; of the data only what GGUF widens is read.
 
         Args:
             path: The file.
@@ -61,12 +70,13 @@ class GgufSource:
         file = open_gguf(path)
         config = _read_config(path, base, file.pairs, file.tensors)
         architecture = _find_family(file, config)
+        is_repeated = architecture.needs_head and architecture.is_tied(config)
         linears: dict[str, GgufTensor] = {}
         places: dict[str, GgufTensor] = {}
         for name, info in file.tensors.items():
-            if name in FACTOR_TENSORS:
-                continue
             stem, _, suffix = name.rpartition(".")
+            if name in FACTOR_TENSORS or (is_repeated and stem == HEAD):
+                continue
             module = architecture.from_gguf(stem)
             is_of_experts = module is not None and "*" in module
             if (
@@ -100,7 +110,7 @@ class GgufSource:
             raise CheckpointError(
                 f"{path} has no linear in Q4_0, Q4_1 or Q8_0 among {len(file.tensors)} tensors."
             )
-        return cls(
+        source = cls(
             file=file,
             architecture=architecture,
             model_config=config,
@@ -114,7 +124,14 @@ class GgufSource:
                 for info in {info.name: info for info in places.values()}.values()
                 if info.kind not in PLAIN
             ),
+            dtype=DTYPES.get(str(config.get("dtype", config.get("torch_dtype"))), torch.float32),
         )
+        narrowed = {
+            name: replace(spec, dtype=source.load_other(name).dtype)
+            for name, spec in others.items()
+            if _is_widened(places[name])
+        }
+        return replace(source, others=others | narrowed)
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -141,7 +158,7 @@ class GgufSource:
         info = self.linears[name]
         linear = read_blocks(info.name, self.file.read(info), info.kind, info.shape)
         if f"{name}.bias" in self.places:
-            linear = replace(linear, bias=self._plain(f"{name}.bias"))
+            linear = replace(linear, bias=self._narrow(self._plain(f"{name}.bias")))
         order = self._order(name, linear.out_features)
         if order is not None:
             linear = linear.take_rows(order)
@@ -158,7 +175,8 @@ class GgufSource:
         if tensor.dim() == 2 and self.architecture.is_turned(name):
             tensor = tensor.t().contiguous()
         spec = self.others[name]
-        return tensor.to(spec.dtype).view(spec.shape)
+        is_widened = _is_widened(self.places[name])
+        return (self._narrow(tensor) if is_widened else tensor.to(spec.dtype)).view(spec.shape)
 
     def copy_companions(self, output: Path) -> None:
         """Copy the tokenizer of the base, or make one out of the file's pairs.
@@ -193,9 +211,20 @@ class GgufSource:
         info = self.places[name]
         return read_plain(info.name, self.file.read(info), info.kind, info.shape)
 
+    def _narrow(self, tensor: Tensor) -> Tensor:
+        """Give the model's own type to what GGUF holds in 32 bits, unless that would round it."""
+        narrow = tensor.to(self.dtype)
+        return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
+
     def _order(self, module: str, rows: int) -> Tensor | None:
         order = self.architecture.row_order(module, self.model_config, rows)
         return None if order is None else torch.argsort(order)
+
+
+def _is_widened(info: GgufTensor) -> bool:
+    """Whether it is one that GGUF has in 32 bits whatever the model's type is."""
+    module = info.name.rpartition(".")[0].rpartition(".")[2]
+    return info.kind == F32 and (len(info.shape) < 2 or module in IN_FLOAT32)
 
 
 def _describe_other(architecture: Architecture, name: str, info: GgufTensor) -> TensorSpec:
@@ -222,7 +251,7 @@ def _find_family(file: GgufFile, config: Mapping[str, Any]) -> Architecture:
 
 
 def _read_config(
-    path: Path, base: Path | None, pairs: Mapping[str, Any], tensors: Mapping[str, object]
+    path: Path, base: Path | None, pairs: Mapping[str, Any], tensors: Mapping[str, GgufTensor]
 ) -> dict[str, Any]:
     """Take the base's config, or make one out of the pairs."""
     if base is not None:
@@ -244,6 +273,7 @@ def _read_config(
         )
     get = partial(_need_pair, path, pairs, str(name))
     heads = get("attention.head_count")
+    embeddings = tensors.get(f"{EMBEDDING}.weight")
     width = pairs.get(f"{name}.attention.key_length", get("embedding_length") // heads)
     return {
         "architectures": [family.model_class],
@@ -261,7 +291,7 @@ def _read_config(
         "bos_token_id": pairs.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": pairs.get("tokenizer.ggml.eos_token_id"),
         "tie_word_embeddings": "output.weight" not in tensors,
-        "dtype": "float16",
+        "dtype": "float16" if embeddings is None or embeddings.kind != BF16 else "bfloat16",
     }
 
 

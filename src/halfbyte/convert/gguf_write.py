@@ -7,7 +7,7 @@ tensors keep their type, vectors become F32: exact too. Embeddings and head by c
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -224,6 +224,7 @@ def _plan(
         for name, spec in source.others.items()
         if not _is_repeated(name, source, architecture) and not COMPUTED.fullmatch(name)
     ]
+    entries += _repeat_embeddings(entries, source, architecture, options)
     entries += [
         _Entry(name=name, kind=F32, shape=tuple(factors.shape), source=name, part="factors")
         for name, factors in make_rope_factors(source.model_config).items()
@@ -235,8 +236,22 @@ def _plan(
 
 def _is_repeated(name: str, source: Source, architecture: Architecture) -> bool:
     """Whether a tensor is a head that is tied to the embeddings, stored all the same."""
-    tied = architecture.ties_embeddings or bool(source.model_config.get("tie_word_embeddings"))
-    return tied and name == "lm_head.weight"
+    is_head = architecture.to_gguf(name.removesuffix(".weight")) == HEAD
+    return is_head and architecture.is_tied(source.model_config)
+
+
+def _repeat_embeddings(
+    entries: list[_Entry], source: Source, architecture: Architecture, options: GgufOptions
+) -> list[_Entry]:
+    """Give the head of a model that is tied, where llama.cpp asks for one all the same."""
+    if not (architecture.needs_head and architecture.is_tied(source.model_config)):
+        return []
+    embeddings = next(entry for entry in entries if entry.name == f"{EMBEDDING}.weight")
+    head = replace(embeddings, name=f"{HEAD}.weight")
+    if head.part != "other":
+        return [head]
+    kind, how = _choose_plain(head.source, source.others[head.source], options.head)
+    return [replace(head, kind=kind, how=how)]
 
 
 def _plan_other(

@@ -86,12 +86,23 @@ def pull(
         StoreError: The download failed, has no manifest, or a file is not what it says.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     api = HfApi(endpoint=endpoint, token=token)
     with tempfile.TemporaryDirectory() as temporary:
         try:
             folder = Path(api.snapshot_download(repository, revision=revision, local_dir=temporary))
+        except RevisionNotFoundError as error:
+            raise StoreError(f"Cannot pull {repository}: it has no '{revision}'.") from error
+        except RepositoryNotFoundError as error:
+            raise StoreError(
+                f"Cannot pull {repository}: there is no such repository, or it is private. Check "
+                "the name, or log in with: hf auth login"
+            ) from error
         except (HfHubHTTPError, OSError) as error:
             raise StoreError(f"Cannot pull {repository}: {_first_line(error)}") from error
         path = folder / MANIFEST_FILE

@@ -220,7 +220,8 @@ def read_verdict(path: Path) -> str:
     """Read a comparison's verdict.
 
     Args:
-        path: JSON with a key "verdict"; other keys are kept and not looked at.
+        path: JSON with a key "outcome", as ``compare`` writes it, or "verdict"; other keys are kept
+            and not looked at.
 
     Returns:
         "pass", "fail" or "inconclusive".
@@ -231,9 +232,10 @@ def read_verdict(path: Path) -> str:
     if not path.is_file():
         raise StoreError(f"There is no verdict file {path}.")
     try:
-        found = parse_json_object(path.read_bytes(), str(path)).get("verdict")
+        report = parse_json_object(path.read_bytes(), str(path))
     except CheckpointError as error:
         raise StoreError(str(error)) from error
+    found = report.get("outcome", report.get("verdict"))
     if found not in VERDICTS:
         raise StoreError(
             f"The verdict of {path} is {str(found)[:40]!r}; allowed are {', '.join(VERDICTS)}."

@@ -44,7 +44,7 @@ def sign(store: Store, reference: str, private_key: Path) -> str:
             config = signing.Config().use_elliptic_key_signer(private_key=private_key)
             config.sign(folder, path)
         except (ValueError, OSError, TypeError) as error:
-            raise StoreError(f"Cannot sign with {private_key}: {error}.") from error
+            raise StoreError(f"Cannot sign with {private_key}: {_words_of(error)}") from error
         return store.attach_signature(reference, path)
 
 
@@ -77,8 +77,13 @@ def verify_signature(store: Store, reference: str, public_key: Path) -> None:
         except (ValueError, OSError, TypeError) as error:
             raise StoreError(
                 f"The signature of {name}@{version[:SHORT]} does not hold for {public_key}: "
-                f"{error}."
+                f"{_words_of(error)}"
             ) from error
+
+
+def _words_of(error: Exception) -> str:
+    """Give an error's words with one full stop, whatever they end in."""
+    return str(error).rstrip(" .?") + "."
 
 
 def _check_key(path: Path) -> None:

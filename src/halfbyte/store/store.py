@@ -93,7 +93,9 @@ class Store:
         files = list_files(folder)
         found = base or read_base(folder)
         if found.id is not None and name == found.id:
-            raise StoreError(f"'{name}' is the name of the base model. Choose another.")
+            raise StoreError(
+                f"'{name}' is the name of the base model. Choose another, such as {name}-4bit."
+            )
         if base_folder is not None:
             digest = digest_model(Path(base_folder))
             found = BaseModel(id=found.id, revision=found.revision, digest=digest)
@@ -239,7 +241,7 @@ class Store:
             raise StoreError(
                 f"Cannot promote {name}@{version[:SHORT]} to {alias}: its verdict is "
                 f"{judged or 'missing'}, and 'pass' is needed. Attach one with `store judge`, or "
-                "force it with a reason."
+                "give a reason with --force."
             )
         with self.backend.lock(exclusive=False):
             check_complete(self.backend, self.manifest(version))
@@ -342,7 +344,7 @@ class Store:
         entries = self.history(name).entries
         found = [e for e in entries if e.event == "sign" and e.version == version]
         if not found:
-            raise StoreError(f"{name}@{version[:SHORT]} is not signed.")
+            raise StoreError(f"{name}@{version[:SHORT]} is not signed. Sign it with `store sign`.")
         self.backend.fetch(blob_key(found[-1].details["sha256"]), output)
 
     def append(

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+
+import pytest
+
+from halfbyte.checkpoint import direct
+from halfbyte.checkpoint.atomic import write_atomically
+from halfbyte.errors import CheckpointError
+
+BLOCK = 4096
+
+
+@pytest.fixture
+def small_buffers(monkeypatch):
+    monkeypatch.setattr(direct, "BUFFER_BYTES", 2 * BLOCK)
+
+
+@pytest.mark.usefixtures("small_buffers")
+@pytest.mark.parametrize("size", [0, 1, BLOCK, 2 * BLOCK - 1, 2 * BLOCK, 2 * BLOCK + 1, 99_999])
+@pytest.mark.parametrize("chunk", [1, 700, 3 * BLOCK, 100_000])
+def test_content_is_whole_whatever_the_sizes(tmp_path, size, chunk):
+    if chunk == 1:
+        size = min(size, 2 * BLOCK + 1)
+    content = os.urandom(size)
+    parts = [memoryview(content)[start : start + chunk] for start in range(0, size, chunk)]
+    write_atomically(tmp_path / "x", [b"", *parts], past_cache=True)
+    assert (tmp_path / "x").read_bytes() == content
+    assert [file.name for file in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.usefixtures("small_buffers")
+def test_whole_buffers_go_past_the_cache_and_the_rest_does_not(tmp_path, monkeypatch):
+    flags = []
+    write = direct._write_all
+
+    def note(handle, content):
+        flags.append((len(content), bool(fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_DIRECT)))
+        write(handle, content)
+
+    monkeypatch.setattr(direct, "_write_all", note)
+    with (tmp_path / "probe").open("wb") as probe:
+        if not direct._set_direct(probe, wanted=True):
+            pytest.skip("this file system writes through its cache only")
+    write_atomically(tmp_path / "x", [b"x" * (4 * BLOCK + 5)], past_cache=True)
+    assert flags == [(2 * BLOCK, True), (2 * BLOCK, True), (5, False)]
+
+
+@pytest.mark.usefixtures("small_buffers")
+@pytest.mark.parametrize("without", ["the flag", "the system", "the write"])
+def test_a_file_system_that_cannot_is_written_through_its_cache(tmp_path, monkeypatch, without):
+    content = os.urandom(9 * BLOCK + 1)
+    with (tmp_path / "x").open("wb", buffering=0) as file:
+        handle = file
+        if without == "the system":
+            monkeypatch.setattr(direct, "_DIRECT", 0)
+        elif without == "the flag":
+            monkeypatch.setattr(direct, "_set_direct", lambda handle, *, wanted: False)
+        else:
+            handle = RefusesDirect(file)
+        direct.write_direct(handle, [content])
+    assert (tmp_path / "x").read_bytes() == content
+
+
+class RefusesDirect:
+    """A file that refuses writes past the cache with EINVAL, as some file systems do."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def fileno(self):
+        return self.file.fileno()
+
+    def write(self, content):
+        if fcntl.fcntl(self.file, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return self.file.write(content)
+
+
+@pytest.mark.usefixtures("small_buffers")
+def test_a_full_disk_is_noticed_and_leaves_nothing(tmp_path, monkeypatch):
+    def fail(handle, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(direct, "_write_all", fail)
+    with pytest.raises(CheckpointError, match=r"Cannot write .*x: No space left on device"):
+        write_atomically(tmp_path / "x", [b"x" * 9 * BLOCK], past_cache=True)
+    assert list(tmp_path.iterdir()) == []
