@@ -10,6 +10,7 @@
 #define PREFETCH_WORDS 2048  // 8 KiB ahead: 2 KiB lose a tenth of the speed of memory
 #define HAS_DECODE
 #define HAS_DOT
+#define HAS_STORE
 
 #include "avx512_decode.h"
 
@@ -29,7 +30,7 @@ inline __m512i dot(__m512i acc, __m512i codes, int32_t x) {
 
 #include "amx_attention.h"
 #include "amx_few.h"
-#include "integer_kernel.h"
+#include "amx_integers.h"
 
 namespace halfbyte {
 namespace {
@@ -202,6 +203,6 @@ void round_rows(const Packed& w, const float* x, int64_t rows, uint16_t* tiles, 
 }  // namespace
 
 const Isa AMX = {"amx",     multiply,          dequantize_floats, multiply_dense, attend,        gate_silu,
-                 round_row, multiply_integers, split_row,         round_rows,     multiply_many, attend_tiles};
+                 round_row, multiply_all_integers, split_row,         round_rows,     multiply_many, attend_tiles};
 
 }  // namespace halfbyte

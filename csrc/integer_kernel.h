@@ -2,7 +2,7 @@
 // 127 of them, and multiplied by the codes in integers, exactly.
 //
 // Included by each instruction set's file after vector_kernel.h, and after it defined HAS_DOT where it
-// has a dot product of four bytes. A lane is a channel, its four bytes are codes p * V + j of a run for
+// has a dot product of four bytes, and HAS_STORE where it has store_channels. A lane is a channel, its four bytes are codes p * V + j of a run for
 // one j < V, V being a quarter of a run's codes; x is kept in that order.
 #pragma once
 #include "numbers.h"
@@ -12,7 +12,7 @@ namespace {
 
 typedef float Floats16 __attribute__((vector_size(64)));
 typedef int32_t Ints16 __attribute__((vector_size(64)));
-typedef int8_t Bytes16 __attribute__((vector_size(16)));
+typedef uint32_t Words4 __attribute__((vector_size(16)));
 
 template <int BITS>
 struct Quads {
@@ -38,14 +38,57 @@ inline Ints add_quads(Ints acc, Words codes, int32_t x) {
 #endif
 }
 
+// Sixteen whole numbers as bytes, each at its place.
+template <int BITS>
+inline void store_places(int8_t* to, Ints16 whole) {
+#define HB_C(i) Quads<BITS>::column(i)
+#ifdef HAS_DECODE
+  const Ints16 placed = __builtin_shufflevector(
+      whole, whole, HB_C(0), HB_C(1), HB_C(2), HB_C(3), HB_C(4), HB_C(5), HB_C(6), HB_C(7), HB_C(8),
+      HB_C(9), HB_C(10), HB_C(11), HB_C(12), HB_C(13), HB_C(14), HB_C(15));
+  store(to, _mm512_cvtepi32_epi8((__m512i)placed));
+#else
+  // Compilers narrow sixteen lanes one by one.
+#define HB_BYTES(p) \
+  (Words4)__builtin_shufflevector(whole, whole, HB_C(p), HB_C(4 + p), HB_C(8 + p), HB_C(12 + p))
+  const Words4 quads = (HB_BYTES(0) & 0xFF) | (HB_BYTES(1) & 0xFF) << 8 |
+                       (HB_BYTES(2) & 0xFF) << 16 | HB_BYTES(3) << 24;
+  store(to, quads);
+#undef HB_BYTES
+#endif
+#undef HB_C
+}
+
+// All sixteen lanes added up, or the largest of them.
+template <bool LARGEST>
+inline int32_t fold_lanes(Ints16 v) {
+#define HB_FOLD(...)                                                      \
+  {                                                                       \
+    const Ints16 other = __builtin_shufflevector(v, v, __VA_ARGS__);      \
+    v = LARGEST ? (v > other ? v : other) : v + other;                    \
+  }
+  HB_FOLD(8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7)
+  HB_FOLD(4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11)
+  HB_FOLD(2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)
+  HB_FOLD(1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14)
+#undef HB_FOLD
+  return v[0];
+}
+
 // One row in packed order, [in]: `codes` [in], and for each group the step and the sum of the codes.
 template <int BITS>
 void round_row_bits(const Packed& w, const float* x, int8_t* codes, float* steps, int32_t* sums) {
   for (int64_t g = 0, k = 0; g < w.groups; g++) {
     const int64_t end = k + w.group_size < w.in_features ? k + w.group_size : w.in_features;
     // As bits, numbers without their sign are in order, infinite ones and no numbers at the end.
-    int32_t largest = 0;
-    for (int64_t i = k; i < end; i++) {
+    Ints16 sizes = {};
+    int64_t i = k;
+    for (; i + 16 <= end; i += 16) {
+      const Ints16 size = load<Ints16>(x + i) & 0x7FFFFFFF;
+      sizes = size > sizes ? size : sizes;
+    }
+    int32_t largest = fold_lanes<true>(sizes);
+    for (; i < end; i++) {
       const int32_t size = int32_t(to_bits(x[i]) & 0x7FFFFFFF);
       largest = largest > size ? largest : size;
     }
@@ -68,22 +111,15 @@ void round_row_bits(const Packed& w, const float* x, int8_t* codes, float* steps
     Ints16 lanes = {};
     for (; k + 16 <= end; k += 16) {
       const Ints16 whole = (Ints16)(load<Floats16>(x + k) * inverse + shift) - shift_bits;
-      const Bytes16 bytes = __builtin_convertvector(whole, Bytes16);
       lanes += whole;
-#define HB_C(i) Quads<BITS>::column(i)
-      store(codes + k, __builtin_shufflevector(bytes, bytes, HB_C(0), HB_C(1), HB_C(2), HB_C(3),
-                                               HB_C(4), HB_C(5), HB_C(6), HB_C(7), HB_C(8), HB_C(9),
-                                               HB_C(10), HB_C(11), HB_C(12), HB_C(13), HB_C(14),
-                                               HB_C(15)));
-#undef HB_C
+      store_places<BITS>(codes + k, whole);
     }
     for (const int64_t first = k; k < end; k++) {
       const int32_t whole = int32_t(to_bits(x[k] * inverse + shift)) - shift_bits;
       codes[first + Quads<BITS>::place(int(k - first))] = int8_t(whole);
       sum += whole;
     }
-    for (int i = 0; i < 16; i++) sum += lanes[i];
-    sums[g] = sum;
+    sums[g] = sum + fold_lanes<false>(lanes);
   }
 }
 
@@ -91,6 +127,19 @@ void round_row(const Packed& w, const float* x, int8_t* codes, float* steps, int
   if (w.bits == 8) round_row_bits<8>(w, x, codes, steps, sums);
   if (w.bits == 4) round_row_bits<4>(w, x, codes, steps, sums);
   if (w.bits == 2) round_row_bits<2>(w, x, codes, steps, sums);
+}
+
+template <int BITS>
+inline Ints load_zeros(const Packed& w, int64_t at) {
+  if (w.symmetric) return Ints{} + (1 << (BITS - 1));
+  return __builtin_convertvector(load<Bytes>(w.zeros + at), Ints);
+}
+
+// Adds a group's sum of codes times x, scaled, to those of the groups before; `of`: row and group.
+inline void add_scaled(Ints sum, Ints zero, Floats scale, const Integers& x, int64_t of,
+                       Floats* total) {
+  const Floats step = scale * x.steps[of];
+  *total += step * __builtin_convertvector(sum - zero * x.sums[of], Floats);
 }
 
 template <int BITS, int ROWS, int BLOCKS>
@@ -132,24 +181,26 @@ void multiply_integer_block(const Packed& w, const Rows& rows, const Target& tar
       for (int p = 0; p < PARTS; p++) {
         const int64_t at = ((block + b) * w.groups + g) * LANES + p * VECTOR;
         const Floats scale = load_scales(w, at);
-        const Ints zero = w.symmetric ? Ints{} + (1 << (BITS - 1))
-                                      : __builtin_convertvector(load<Bytes>(w.zeros + at), Ints);
+        const Ints zero = load_zeros<BITS>(w, at);
 #pragma GCC unroll 8
         for (int m = 0; m < ROWS; m++) {
-          const int64_t of = (row + m) * w.groups + g;
-          Ints sum = part[0][b][m][p] - zero * rows.integers.sums[of];
+          Ints sum = part[0][b][m][p];
           for (int c = 1; c < CHAINS; c++) sum += part[c][b][m][p];
-          const Floats step = scale * rows.integers.steps[of];
-          sums[b][m][p] += step * __builtin_convertvector(sum, Floats);
+          const int64_t of = (row + m) * w.groups + g;
+          add_scaled(sum, zero, scale, rows.integers, of, &sums[b][m][p]);
         }
       }
     }
   }
   for (int b = 0; b < BLOCKS; b++) {
     for (int m = 0; m < ROWS; m++) {
+#ifdef HAS_STORE
+      store_channels(w, target, row + m, block + b, (__m512)sums[b][m][0]);
+#else
       float out[LANES];
       for (int p = 0; p < PARTS; p++) store(out + p * VECTOR, sums[b][m][p]);
       store_block(w, target, row + m, block + b, out);
+#endif
     }
   }
 }

@@ -37,7 +37,8 @@ const Choice* choices(int* count) {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   static const bool amx = avx512 && __builtin_cpu_supports("avx512bf16") &&
                           __builtin_cpu_supports("avx512vnni") &&
-                          __builtin_cpu_supports("amx-bf16") && allow_tiles();
+                          __builtin_cpu_supports("amx-bf16") &&
+                          __builtin_cpu_supports("amx-int8") && allow_tiles();
   static const Choice all[] = {{&SERIAL, true}, {&AVX2, avx2}, {&AVX512, avx512}, {&AMX, amx}};
 #elif defined(__aarch64__)
   static const Choice all[] = {{&SERIAL, true}, {&NEON, true}};

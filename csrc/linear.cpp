@@ -13,6 +13,9 @@ namespace {
 // Rows that are made ready at a time; more passes over a block that is in the cache.
 constexpr int64_t ROWS_AT_A_TIME = 32;
 
+// The same of whole numbers where matrix units multiply them: a quarter of the bytes.
+constexpr int64_t INTEGER_ROWS_AT_A_TIME = 256;
+
 // Rows of bf16 from which matrix units round the weight too, which is less work for many
 // (bench/measure_cpu_layers.py), and how many are copied into tiles at a time.
 constexpr int64_t FEWEST_TILED_ROWS = 2, MOST_FEW_ROWS = 16, TILED_ROWS_AT_A_TIME = 1024;
@@ -216,7 +219,8 @@ int multiply_rows(const Packed& w, int dtype, const void* x, int64_t rows, const
   const Isa& isa = current_isa();
   const auto multiply = integers ? isa.multiply_integers : isa.multiply;
   const int64_t each = dtype == HB_FLOAT32 ? 4 : 2;
-  const int64_t at_a_time = rows < ROWS_AT_A_TIME ? rows : ROWS_AT_A_TIME;
+  const int64_t most = integers && isa.multiply_tiles ? INTEGER_ROWS_AT_A_TIME : ROWS_AT_A_TIME;
+  const int64_t at_a_time = rows < most ? rows : most;
   float* scratch = borrow(scratch_floats(w, at_a_time));
   if (!scratch) return HB_NO_MEMORY;
   for (int64_t first = 0; first < rows; first += at_a_time) {
