@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,6 +36,9 @@ from halfbyte.quant_config import QuantConfig, Scheme
 
 INDEX_FILE = "model.safetensors.index.json"
 LABEL_FILE = "quantize_config.json"
+
+DIGESTED_BEHIND = 32_000_000
+"""Bytes that may be written before they are digested: they stay in memory until then."""
 
 _HEADER_ALIGNMENT = 8
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -177,15 +180,11 @@ def stream_shard(
     def digest_one(name: str, data: memoryview) -> None:
         digests[name] = hashlib.sha256(data).hexdigest()[:TENSOR_DIGITS]
 
-    def wait_for(futures: list[Future[Any]]) -> None:
-        for future in futures:
-            future.result()
-
     def chunks() -> Iterator[bytes | memoryview]:
         yield header
-        # Both digests are taken while this tensor is being written and the next one made. One
+        # Both digests are taken while this tensor is being written and the next ones made. One
         # thread each: the whole file's takes the tensors in their order.
-        before: list[Future[Any]] = []
+        behind: deque[tuple[int, list[Future[Any]]]] = deque()
         with ThreadPoolExecutor(1) as over_all, ThreadPoolExecutor(1) as over_one:
             for (name, tensor), expected in zip(tensors, specs, strict=True):
                 if name != expected or spec_of(tensor) != specs[name]:
@@ -195,14 +194,17 @@ def stream_shard(
                     )
                 data = _bytes_of(tensor)
                 digests[name] = ""
-                if not with_digests:
-                    yield data
-                    continue
-                now = [over_all.submit(whole.update, data), over_one.submit(digest_one, name, data)]
+                if with_digests:
+                    one = over_one.submit(digest_one, name, data)
+                    behind.append((len(data), [over_all.submit(whole.update, data), one]))
                 yield data
-                wait_for(before)
-                before = now
-            wait_for(before)
+                # By size, not by number: or the small tensors of a linear wait for its large one.
+                while sum(size for size, _ in behind) > DIGESTED_BEHIND:
+                    for future in behind.popleft()[1]:
+                        future.result()
+            for _, futures in behind:
+                for future in futures:
+                    future.result()
 
     write_atomically(path, chunks(), past_cache=past_cache)
     tensor_bytes = sum(spec.num_bytes for spec in specs.values())
