@@ -128,11 +128,13 @@ def test_open_address_without_a_key_is_refused(monkeypatch):
     )
 
 
-def raw(server, text, wait=5.0):
-    """Send bytes as they are; give what comes back until the server closes or `wait` is over."""
+def raw(server, *packets, wait=5.0):
+    """Send bytes as they are, a packet after the other; give what comes back until the server closes or `wait` is over."""
     host, port = server.address.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=wait) as client:
-        client.sendall(text)
+        for number, packet in enumerate(packets):
+            time.sleep(0.2 * bool(number))
+            client.sendall(packet)
         reply = b""
         try:
             while part := client.recv(65536):
@@ -171,8 +173,8 @@ def test_a_head_is_limited_in_size_and_in_time(monkeypatch):
         one = b"X-Padding: " + b"x" * 1000 + b"\r\n"
         start, end = HEAD.encode(), b"Content-Length: 2\r\n\r\n{}"
         # As much as fits is read, and the body refused for what it is.
-        assert b"model" in raw(server, start + one * 60 + end, wait=1)
-        refused = raw(server, start + one * 66, wait=5)
+        assert b"model" in raw(server, start, one * 30, one * 30 + end, wait=1)
+        refused = raw(server, start, *[one * 33] * 2, wait=5)
         assert refused.startswith(b"HTTP/1.1 400 ")
         assert refused.endswith(b"The request's head has more than 65536 bytes.")
         for text in (b"", HEAD.encode(), b"POST"):

@@ -13,7 +13,7 @@ except ImportError as missing:
     raise require_extra("httptools", "serve", "halfbyte serve") from missing
 
 HEAD_BYTES = 65_536
-"""That a request's line and headers may have, about."""
+"""That a request's line and headers may have, beside the packet that they begin in."""
 HEAD_SECONDS = 30.0
 """That they may take to arrive, from the connection or their first byte on."""
 
@@ -40,10 +40,11 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Read on, and see how much of a head there is that has no end yet."""
+        # The beginning of one may share its packet with the end of a request before it.
+        self._head_bytes += len(data) if self._is_in_head else 0
         super().data_received(data)
         if not self._is_in_head or self.transport.is_closing():
             return
-        self._head_bytes += len(data)
         if self._head_bytes > HEAD_BYTES:
             self.send_400_response(f"The request's head has more than {HEAD_BYTES} bytes.")
         elif self._late is None:
