@@ -12,7 +12,9 @@ all alike:
     each token   the same, with a piece for every token
     whole        over HTTP, not streamed
 
-The second is what a reader in another process costs, whatever it reads.
+The second is what a reader in another process costs, whatever it reads. Beside the time on the
+clock, which jitters by milliseconds, stands the processor time of the event loop's thread, and how
+often it was woken.
 """
 
 from __future__ import annotations
@@ -84,17 +86,20 @@ async def measure(arguments: argparse.Namespace) -> None:
     clients["fixed bytes"] = await start_client(bare_port, name, arguments.tokens)
     times: dict[str, list[tuple[float, ...]]] = {arm: [] for arm in ARMS}
     usual = engine._piece_seconds
+    wake_ups = count_wake_ups(asyncio.get_running_loop())
     for turn in range(arguments.pairs + WARM_UP):
         first = turn % len(ARMS)
         for arm in (*ARMS[first:], *ARMS[:first]):
             engine._piece_seconds = 0.0 if arm == "each token" else usual
+            used, woken = time.thread_time(), len(wake_ups)
             if arm == "engine":
                 found = await call_engine(engine, prompt, arguments.tokens)
             else:
                 clients[arm].stdin.write(b"whole\n" if arm == "whole" else b"stream\n")
                 found = json.loads(await clients[arm].stdout.readline())
+            spent = (time.thread_time() - used, len(wake_ups) - woken)
             if turn >= WARM_UP:
-                times[arm].append(tuple(found))
+                times[arm].append((*found, *spent))
     for client in {*clients.values()}:
         client.stdin.close()
         await client.wait()
@@ -103,6 +108,19 @@ async def measure(arguments: argparse.Namespace) -> None:
     await serving
     await service.stop()
     save(arguments, times)
+
+
+def count_wake_ups(loop: asyncio.AbstractEventLoop) -> list[float]:
+    """Let a loop note each time that it looks for something to do; give where it notes it."""
+    noted: list[float] = []
+    select = loop._selector.select
+
+    def look(timeout=None):
+        noted.append(time.perf_counter())
+        return select(timeout)
+
+    loop._selector.select = look
+    return noted
 
 
 async def start_client(port: int, model: str, tokens: int) -> asyncio.subprocess.Process:
@@ -168,13 +186,26 @@ def run_client(port: int, model: str, tokens: int) -> None:
         f"{kind}\n": write_request(json.dumps({**body, "stream": kind == "stream"}))
         for kind in ("stream", "whole")
     }
-    with socket.create_connection(("127.0.0.1", port)) as connection:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for line in sys.stdin:
-            ask = read_whole if line == "whole\n" else read_stream
-            start = time.perf_counter()
-            connection.sendall(requests[line])
-            print(json.dumps(ask(connection, start)), flush=True)
+    connection = None
+    for line in sys.stdin:
+        # Only now: a server does not wait for ever for a first request.
+        connection = connection or connect(port)
+        ask = read_whole if line == "whole\n" else read_stream
+        start = time.perf_counter()
+        connection.sendall(requests[line])
+        print(json.dumps(ask(connection, start)), flush=True)
+
+
+def connect(port: int) -> socket.socket:
+    """Give a connection that sends small pieces at once."""
+    connection = socket.create_connection(("127.0.0.1", port))
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
+
+
+def receive(connection: socket.socket) -> bytes:
+    """Give what there is, at least a byte."""
+    return connection.recv(65536) or sys.exit("The server closed the connection.")
 
 
 def write_request(body: str) -> bytes:
@@ -188,7 +219,7 @@ def read_stream(connection: socket.socket, start: float) -> tuple[float, float, 
     received, first, done, pieces = b"", 0.0, 0.0, 0
     # The last chunk of a chunked body: no client waits for it, but it must be read.
     while not received.endswith(LAST_CHUNK):
-        received += connection.recv(65536)
+        received += receive(connection)
         now = time.perf_counter() - start
         pieces += not done and b"data: " in received
         first = first or (b"data: " in received and now)
@@ -200,7 +231,7 @@ def read_whole(connection: socket.socket, start: float) -> tuple[float, float, i
     """Give seconds until the answer is there."""
     received, size = b"", None
     while size is None or len(received) < size:
-        received += connection.recv(65536)
+        received += receive(connection)
         head, end, _ = received.partition(b"\r\n\r\n")
         if end and size is None:
             length = head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0]
@@ -212,7 +243,10 @@ def read_whole(connection: socket.socket, start: float) -> tuple[float, float, i
 def save(arguments: argparse.Namespace, times: dict[str, list[tuple[float, ...]]]) -> None:
     """Write the table: milliseconds, each way and the difference."""
     rows, data = [], {}
-    pieces = {arm: statistics.median(found[2] for found in times[arm]) for arm in ARMS}
+    pieces, used, woken = (
+        {arm: statistics.median(found[place] for found in times[arm]) for arm in ARMS}
+        for place in (2, 3, 4)
+    )
     for place, what, base, arm in (
         (0, "first token", "engine", "gateway"),
         (1, "whole answer, streamed", "engine", "gateway"),
@@ -240,6 +274,8 @@ def save(arguments: argparse.Namespace, times: dict[str, list[tuple[float, ...]]
                 *added,
                 round(statistics.median(paired), 2),
                 pieces[arm],
+                round(1000 * (used[arm] - used[base]), 2),
+                woken[arm] - woken[base],
             ]
         )
         data[f"{what}: {arm} over {base}"] = found
@@ -255,13 +291,16 @@ def save(arguments: argparse.Namespace, times: dict[str, list[tuple[float, ...]]
             "p99",
             "added, median of pairs",
             "pieces",
+            "loop's CPU added, ms",
+            "wake-ups added",
         ],
         rows=rows,
         note=f"{arguments.pairs} requests each way, in turn; {len(TEXT)} characters of prompt, "
         f"found in the cache, {arguments.tokens} tokens generated, streamed in pieces at least "
         f"{1000 * EngineConfig().piece_seconds:g} ms apart; the client is another process on the "
         f"same machine ({Path(arguments.model).name}). Fixed bytes: what such a client costs, "
-        "whatever it reads.",
+        "whatever it reads. The loop's CPU: of its thread, for the whole answer, what watches it "
+        "afterwards among it; medians.",
         data=data,
     )
     for row in rows:

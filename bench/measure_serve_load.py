@@ -1,13 +1,15 @@
 """`halfbyte serve` under load: 16 clients, mixed lengths, some leave early, some ask nonsense.
 
-What must hold: every good request is answered whole, every bad one is refused with a 4xx, and the
-process takes no more memory after it has warmed up.
+What must hold: every good request is answered whole, every bad one is refused with a 4xx, greedy
+answers are those that the same requests get alone afterwards, and the process takes no more memory
+after it has warmed up, and no more than planned.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
 import random
 import re
@@ -17,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +30,8 @@ from record import save_result
 
 WARM_SHARE = 0.2
 """Of the time, before memory counts."""
+AGAIN = 64
+"""Greedy requests that are asked again."""
 STORY = (
     "the sea was calm and the old man rowed on while gulls cried over the pier and children ran "
     "along the sand with kites of red paper that rose and fell"
@@ -49,6 +54,12 @@ class Found:
     failures: list[str] = field(default_factory=list)
     first_seconds: list[float] = field(default_factory=list)
     tokens: int = 0
+    greedy: list[tuple[dict, list[str]]] = field(default_factory=list)
+    """Requests and the lines of their answers."""
+    same: int = 0
+    """Of AGAIN of them, asked again alone."""
+    planned: float = 0.0
+    """Bytes of the whole process, at its peak."""
 
 
 def main() -> None:
@@ -101,6 +112,11 @@ async def load(address: str, pid: int, arguments: argparse.Namespace):
         for client in clients:
             client.result()
         state = (await http.get("/metrics")).text
+        for body, lines in random.Random(0).sample(found.greedy, min(AGAIN, len(found.greedy))):
+            alone = [line async for line in read_lines(http, body)]
+            found.same += read_text(alone) == read_text(lines)
+    planned = re.search(r'^halfbyte:memory_planned_bytes\{what="total"\} (\S+)', state, re.M)
+    found.planned = float(planned[1])
     running = re.findall(r"^halfbyte:num_requests_(?:running|waiting)\S* (\S+)", state, re.M)
     if any(float(value) for value in running):
         found.failures.append(f"requests left over: {running}")
@@ -152,6 +168,22 @@ async def ask(http, body: dict, found: Found, *, leaves_after: int | None) -> No
     found.counts["good"] += 1
     found.tokens += int(usage[1])
     found.first_seconds.append(first)
+    if not body["temperature"]:
+        found.greedy.append((body, lines))
+
+
+async def read_lines(http, body: dict) -> AsyncIterator[str]:
+    """Give an answer's lines."""
+    async with http.stream("POST", "/v1/chat/completions", json=body) as reply:
+        async for line in reply.aiter_lines():
+            yield line
+
+
+def read_text(lines: list[str]) -> str:
+    """Give what an answer says."""
+    chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    pieces = [choice["delta"].get("content") for chunk in chunks for choice in chunk["choices"]]
+    return "".join(piece or "" for piece in pieces)
 
 
 async def ask_badly(http, body: dict, found: Found) -> None:
@@ -180,6 +212,8 @@ def save(arguments: argparse.Namespace, found: Found, memory, code: int, rest: s
         ["memory, median GB", statistics.median(warm) / 1e9],
         ["memory, largest over smallest", max(warm) / min(warm)],
         ["second half over first half, %", 100 * growth],
+        ["memory, largest over planned", max(rss for _, rss in memory) / found.planned],
+        [f"of {min(AGAIN, len(found.greedy))} greedy answers, the same alone", found.same],
     ]
     save_result(
         "serve-load",
@@ -195,7 +229,7 @@ def save(arguments: argparse.Namespace, found: Found, memory, code: int, rest: s
         print(*row)
     print(*found.failures[:10], sep="\n")
     print(rest[-2000:])
-    if found.failures or code:
+    if found.failures or code or found.same < min(AGAIN, len(found.greedy)):
         raise SystemExit(1)
 
 

@@ -64,6 +64,8 @@ def server(ours, tmp_path_factory):
     command += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
     command += ["--max-model-len", "1024", "--generation-config", "vllm"]
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    # Or x is rounded to 8 bits where there is AMX, and a reply is off by more than a tie.
+    settings["VLLM_CPU_INT4_W4A8"] = "0"
     with log.open("w") as output:
         process = subprocess.Popen(
             command,
@@ -101,7 +103,7 @@ def test_served_answers_are_ours_but_for_ties(ours, server):
         assert reply["prompt_token_ids"] == prompt
         assert len(reply["token_ids"]) == NEW_TOKENS
         others += check_is_greedy(ours.float32, ours.bfloat16, prompt, reply["token_ids"])
-    assert others <= 0.1 * NEW_TOKENS * len(PROMPTS)
+    assert others <= 0.05 * NEW_TOKENS * len(PROMPTS)
 
 
 def test_served_model_reads_a_text_as_we_do(ours, server):

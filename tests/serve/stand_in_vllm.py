@@ -80,7 +80,11 @@ class Handler(BaseHTTPRequestHandler):
 def main():
     folder = Path(os.environ["STAND_IN_FOLDER"])
     starts = len(list(folder.glob("start-*")))
-    seen = {"argv": sys.argv[1:], "keys": sorted(k for k in os.environ if "HALFBYTE" in k)}
+    seen = {
+        "argv": sys.argv[1:],
+        "keys": sorted(k for k in os.environ if "HALFBYTE" in k),
+        "int8": os.environ.get("VLLM_CPU_INT4_W4A8"),
+    }
     (folder / f"start-{starts}").write_text(json.dumps(seen))
     if (folder / "refuse").exists():
         sys.exit("ValueError: this model is not supported")

@@ -13,6 +13,7 @@ from tests.serve.helpers_gateway import CHAT, JSON, SECRET, bearer, make_gateway
 from tests.serve.helpers_server import serve
 
 from halfbyte.errors import ConfigError, ServeError
+from halfbyte.serve.api import connection
 from halfbyte.serve.assembly import read_keys
 from halfbyte.serve.config import ServeConfig, is_loopback
 from halfbyte.serve.keys import ApiKeys, read_key_file
@@ -127,16 +128,19 @@ def test_open_address_without_a_key_is_refused(monkeypatch):
     )
 
 
-def raw(server, text, wait=5.0):
-    """Send bytes as they are; give what comes back until the server closes or `wait` is over."""
+def raw(server, *packets, wait=5.0):
+    """Send bytes as they are, a packet after the other; give what comes back until the server closes or `wait` is over."""
     host, port = server.address.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=wait) as connection:
-        connection.sendall(text)
+    with socket.create_connection((host, int(port)), timeout=wait) as client:
+        for number, packet in enumerate(packets):
+            time.sleep(0.2 * bool(number))
+            client.sendall(packet)
         reply = b""
         try:
-            while part := connection.recv(65536):
+            while part := client.recv(65536):
                 reply += part
-        except TimeoutError:
+        except (TimeoutError, ConnectionResetError):
+            # The second: it closed with some of the text not read.
             pass
     return reply
 
@@ -161,6 +165,41 @@ def test_body_is_limited_while_it_is_read():
         assert time.monotonic() - start < 3
         reply = httpx2.post(f"{server.v1}/chat/completions", json=CHAT)
         assert reply.status_code == 200
+
+
+def test_a_head_is_limited_in_size_and_in_time(monkeypatch):
+    monkeypatch.setattr(connection, "HEAD_SECONDS", 0.5)
+    with serve(make_gateway()[0]) as server:
+        one = b"X-Padding: " + b"x" * 1000 + b"\r\n"
+        start, end = HEAD.encode(), b"Content-Length: 2\r\n\r\n{}"
+        # As much as fits is read, and the body refused for what it is.
+        assert b"model" in raw(server, start, one * 30, one * 30 + end, wait=1)
+        refused = raw(server, start, *[one * 33] * 2, wait=5)
+        assert refused.startswith(b"HTTP/1.1 400 ")
+        assert refused.endswith(b"The request's head has more than 65536 bytes.")
+        for text in (b"", HEAD.encode(), b"POST"):
+            begun = time.monotonic()
+            assert raw(server, text, wait=10) == b""
+            assert time.monotonic() - begun < 5
+        reply = httpx2.post(f"{server.v1}/chat/completions", json=CHAT)
+        assert reply.status_code == 200
+
+
+def test_a_body_in_the_same_packet_is_not_counted_as_head():
+    with serve(make_gateway(ServeConfig(body_bytes=10**6))[0]) as server:
+        body = json.dumps(dict(CHAT, user="x" * 200_000)).encode()
+        head = HEAD + f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        assert raw(server, head.encode() + body).startswith(b"HTTP/1.1 200 ")
+
+
+def test_requests_that_come_in_one_packet_are_answered_in_turn():
+    with serve(make_gateway()[0]) as server:
+        body = json.dumps(CHAT).encode()
+        one = (HEAD + f"Content-Length: {len(body)}\r\n\r\n").encode() + body
+        last = one.replace(b"Host:", b"Connection: close\r\nHost:")
+        reply = raw(server, one + one + last)
+        assert reply.count(b"HTTP/1.1 200 OK") == 3
+        assert reply.count(b'"object":"chat.completion"') == 3
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Work that ends when its client leaves, and pieces that go straight to the connection."""
+"""Work that ends when its client leaves, and what a stream sends."""
 
 from __future__ import annotations
 
@@ -7,12 +7,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from halfbyte.serve.api.streaming import (
-    CONNECTION_SEND,
-    ClientLeft,
-    EventStream,
-    WhileConnected,
-)
+from halfbyte.serve.api.streaming import ClientLeft, EventStream, WhileConnected
 
 
 class Client:
@@ -80,28 +75,29 @@ def test_a_client_that_leaves_afterwards_cancels_nobody():
     assert asyncio.run(run()) == "done"
 
 
-def test_pieces_go_to_the_connection_and_the_rest_through_every_layer():
-    layered, direct = [], []
+def test_a_stream_sends_its_head_its_pieces_and_its_end():
+    sent = []
 
     async def pieces():
         yield b"one"
         yield b"two"
 
     async def send(message):
-        layered.append(message)
-
-    async def send_directly(message):
-        direct.append(message)
+        sent.append(message)
 
     async def run():
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(WhileConnected(Client().receive))
             stream = EventStream(pieces(), {"X-Request-Id": "a"}, stack.pop_all())
-        await stream({CONNECTION_SEND: send_directly}, None, send)
+        await stream({}, None, send)
 
     asyncio.run(run())
-    start, end = layered
+    start, *bodies = sent
     assert (start["type"], start["status"]) == ("http.response.start", 200)
+    assert (b"content-type", b"text/event-stream; charset=utf-8") in start["headers"]
     assert (b"x-request-id", b"a") in start["headers"]
-    assert (end["body"], end["more_body"]) == (b"", False)
-    assert [(m["body"], m["more_body"]) for m in direct] == [(b"one", True), (b"two", True)]
+    assert [(m["body"], m["more_body"]) for m in bodies] == [
+        (b"one", True),
+        (b"two", True),
+        (b"", False),
+    ]

@@ -21,10 +21,13 @@ from tests.serve.helpers_text import make_tokenizer
 
 from halfbyte.errors import ConfigError, ServeError
 from halfbyte.serve.api.gateway import Gateway
+from halfbyte.serve.assembly import open_service
 from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.embedded import EmbeddedBackend
+from halfbyte.serve.engine.config import EngineConfig
 from halfbyte.serve.exchange import Call, Delta, Finish, Usage
 from halfbyte.serve.keys import ApiKeys
+from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.server_sent_events import EventParser
 from halfbyte.serve.upstream import UpstreamBackend, UpstreamTimeouts
 
@@ -333,6 +336,24 @@ def test_host_that_comes_back_is_asked_again(monkeypatch):
 
     with raw_server(FULL) as server:
         asyncio.run(run(server.address))
+
+
+def test_other_server_that_cannot_be_reached_is_told_at_the_start(caplog):
+    with raw_server(FULL) as other:
+        config = QualityConfig(fallback=(NOBODY, other.address))
+        upstream = ServeConfig(upstreams=(other.address,))
+        service = open_service(None, upstream, EngineConfig(), config, ApiKeys())
+
+        async def run():
+            await service.start()
+            names = [route.backend.models for route in service.quality.router.routes]
+            await service.stop()
+            return names
+
+        assert asyncio.run(run()) == [("big",), (), ("big",)]
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warned) == 1
+    assert "127.0.0.1:9" in warned[0]
 
 
 def test_addresses_are_checked():

@@ -94,6 +94,18 @@ def test_started_asked_and_stopped(vllm, caplog):
     # The gateway's own secrets are not handed on, and the new one is in no argument.
     assert start["keys"] == []
     assert len(words) == 10
+    assert start["int8"] == "0"
+
+
+def test_who_wants_int8_activations_gets_them(vllm, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_INT4_W4A8", "1")
+
+    async def run():
+        async with running(vllm):
+            pass
+
+    asyncio.run(run())
+    assert [start["int8"] for start in starts(vllm)] == ["1"]
 
 
 def test_crash_is_an_error_for_one_and_it_comes_back(vllm, caplog):

@@ -245,16 +245,16 @@ class TextStream:
         # tokenizer makes of a token depends on the one before it.
         self._start = self._read = 0
 
-    def add(self, token: int) -> str:
-        """Take a token.
+    def add(self, *tokens: int) -> str:
+        """Take tokens.
 
         Args:
-            token: Its id.
+            tokens: Their ids, at least one.
 
         Returns:
             The text that is new; empty while a character is still incomplete.
         """
-        self._ids.append(token)
+        self._ids += tokens
         text = self._decode(None)
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
             # A character lacks at most three of its bytes' tokens; what stands before them is

@@ -13,6 +13,7 @@ import importlib.util
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -171,7 +172,7 @@ def _open_gateway(
     upstream = UpstreamBackend.open(config.upstream_addresses, key=read_variable(UPSTREAM_KEY))
     service = _wrap(upstream, config, engine, quality, keys)
     service.description = f"answers come from {', '.join(host.name for host in upstream.hosts)}"
-    service.starts.append(lambda: _greet(upstream))
+    service.starts.append(partial(_greet, upstream))
     service.gateway.text_tools = upstream
     return service
 
@@ -312,10 +313,12 @@ def _wrap(
     keys: ApiKeys,
 ) -> Service:
     """Put quality and interface around the model that is asked first."""
+    others: list[UpstreamBackend] = []
 
     def connect(place: str) -> Backend:
         if place.startswith(("http://", "https://")):
-            return UpstreamBackend.open([place], key=read_variable(UPSTREAM_KEY))
+            others.append(UpstreamBackend.open([place], key=read_variable(UPSTREAM_KEY)))
+            return others[-1]
         folder = Path(place)
         return open_embedded(folder, config, engine, name=folder.resolve().name)
 
@@ -331,7 +334,9 @@ def _wrap(
         routes=dashboard_routes(watched.snapshot),
         open_paths=DASHBOARD_PATHS,
     )
-    return Service(gateway=gateway, quality=watched, description="")
+    # Or nobody would hear of a wrong address before the day when it is needed.
+    greetings: list[Step] = [partial(_greet, other) for other in others]
+    return Service(gateway=gateway, quality=watched, description="", starts=greetings)
 
 
 async def _greet(upstream: UpstreamBackend) -> None:

@@ -20,6 +20,7 @@ import uvicorn
 
 from halfbyte.errors import ConfigError
 from halfbyte.serve.api.app import build_app
+from halfbyte.serve.api.connection import Connection
 from halfbyte.serve.api.gateway import Gateway
 
 logger = logging.getLogger(__name__)
@@ -157,7 +158,7 @@ def make_uvicorn_config(gateway: Gateway) -> uvicorn.Config:
         proxy_headers=False,
         lifespan="off",
         ws="none",
-        http="h11",
+        http=Connection,
         backlog=CONNECTIONS_WAITING,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=CUT_OFF_SECONDS,

@@ -41,6 +41,9 @@ ADAPTER_SECONDS = 300.0
 """For it to read an adapter."""
 RUNTIME_ADAPTERS = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 """vLLM warns of it, since its call takes a path; here only this process can call it."""
+INT8_ACTIVATIONS = "VLLM_CPU_INT4_W4A8"
+"""On a CPU with AMX vLLM rounds what goes into 4-bit layers to 8 bits, unless this is 0. That moves
+its logits six times as far as bfloat16 does, and is another model than the one that was judged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +88,7 @@ class VllmBackend:
             for name, value in os.environ.items()
             if name not in (API_KEYS.name, UPSTREAM_KEY.name)
         } | {"VLLM_API_KEY": key}
+        self._environment.setdefault(INT8_ACTIVATIONS, "0")
         if "--enable-lora" in command:
             self._environment[RUNTIME_ADAPTERS] = "1"
         self._upstream = UpstreamBackend(

@@ -103,6 +103,19 @@ def test_critical_request_goes_to_the_larger_model_at_once_and_back_where_that_f
     assert (served.backend, served.reason) == ("small", "error")
 
 
+def test_model_that_is_told_with_the_first_answer_only_is_named_right():
+    router, _, large = make(GOOD, BETTER)
+    large.models = ()
+
+    def begin(call):
+        large.models = ("large-model",)
+        return BETTER
+
+    large.script = begin
+    _, served = ask(router, make_call(tags=["critical"]))
+    assert (served.backend, served.model) == ("large0", "large-model")
+
+
 def test_answer_that_failed_a_check_is_given_where_no_other_model_can():
     for stream in (False, True):
         router, small, large = make(LOOP, [failure()], hold_back=20)

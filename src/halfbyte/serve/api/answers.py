@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import AsyncIterator, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from halfbyte.errors import ServeError
@@ -29,6 +29,8 @@ _OBJECTS: dict[tuple[Kind, bool], str] = {
     ("completion", False): "text_completion",
     ("completion", True): "text_completion",
 }
+_TEXT = "\0"
+"""In place of a text; in no model's name."""
 LEAST_LOGPROB = -9999.0
 """In place of minus infinity, which JSON does not know; OpenAI's."""
 
@@ -105,6 +107,8 @@ class AnswerForm:
         }
         # What all chunks of a stream begin with is written once.
         self._chunk_start = f"{write_json(opening)[:-1]},"
+        # Of each choice: what stands before and after the text of a piece that is text alone.
+        self._around: dict[int, tuple[bytes, bytes]] = {}
         # Of each completion's choice: characters so far, from which token offsets count.
         self._lengths: dict[int, int] = {}
         options = call.body.get("stream_options") or {}
@@ -141,6 +145,8 @@ class AnswerForm:
         if isinstance(event, Usage):
             tells = self.with_usage and event.is_told
             return [self._chunk([], tell_usage(event))] if tells else []
+        if type(event) is Delta and self._is_plain(event):
+            return [self._plain_chunk(event)]
         so_far = None
         if self.with_usage and isinstance(event, Delta) and event.usage is not None:
             so_far = tell_usage(event.usage)
@@ -163,6 +169,23 @@ class AnswerForm:
             ]
         found.append(self._chunk([_chat_piece(event.choice, delta, event.logprobs)], so_far))
         return found
+
+    def _is_plain(self, event: Delta) -> bool:
+        is_text = event.logprobs is None and not event.tool_calls and not self.with_usage
+        return is_text and (event.choice in self._opened or not self._is_chat)
+
+    def _plain_chunk(self, event: Delta) -> bytes:
+        """Write a piece that differs from the one before in its text only."""
+        around = self._around.get(event.choice)
+        if around is None:
+            piece = (
+                _chat_piece(event.choice, {"content": _TEXT})
+                if self._is_chat
+                else self._completion_piece(replace(event, text=_TEXT))
+            )
+            before, _, after = self._chunk([piece]).partition(write_json(_TEXT).encode())
+            around = self._around[event.choice] = (before, after)
+        return write_json(event.text).encode("utf-8", "replace").join(around)
 
     def _chunk(self, choices: list[Any], usage: dict[str, Any] | None = None) -> bytes:
         rest: dict[str, Any] = {"choices": choices}

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute
+from starlette.types import ASGIApp
 
 from halfbyte.errors import ServeError
 from halfbyte.serve.api.answers import AnswerForm, gather
@@ -146,7 +147,7 @@ class Gateway:
         current = self.primary() if self.primary is not None else self.backend
         return not self.draining and await current.is_ready()
 
-    async def answer(self, request: Request, kind: Kind, body: Mapping[str, Any]) -> Response:
+    async def answer(self, request: Request, kind: Kind, body: Mapping[str, Any]) -> ASGIApp:
         """Answer a chat or a completion.
 
         Args:

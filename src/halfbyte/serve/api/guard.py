@@ -13,7 +13,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from halfbyte.errors import ServeError
 from halfbyte.serve.api.refusals import error_response
-from halfbyte.serve.api.streaming import CONNECTION_SEND
 from halfbyte.serve.config import is_loopback
 from halfbyte.serve.keys import ApiKeys
 
@@ -57,7 +56,6 @@ class Guard:
             await error_response(error)(scope, receive, send)
             return
         scope.setdefault("state", {})["key"] = name
-        scope[CONNECTION_SEND] = send
         await self._app(scope, receive, send)
 
     def _admit(self, path: str, headers: Headers) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import from_json
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from halfbyte.errors import ServeError
 from halfbyte.serve.api.messages import Body
@@ -64,10 +64,15 @@ async def _receive(request: Request, config: ServeConfig) -> bytes:
     parts = bytearray()
     try:
         async with asyncio.timeout(config.body_seconds):
-            async for part in request.stream():
-                parts += part
+            goes_on = True
+            while goes_on:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ServeError("The client left.", status=499, code="client_disconnected")
+                parts += message.get("body", b"")
                 if len(parts) > config.body_bytes:
                     raise too_large
+                goes_on = message.get("more_body", False)
     except TimeoutError as error:
         raise ServeError(
             f"The body did not arrive within {config.body_seconds:g} s.",
@@ -75,6 +80,4 @@ async def _receive(request: Request, config: ServeConfig) -> bytes:
             kind="timeout_error",
             code="request_timeout",
         ) from error
-    except ClientDisconnect as error:
-        raise ServeError("The client left.", status=499, code="client_disconnected") from error
     return bytes(parts)

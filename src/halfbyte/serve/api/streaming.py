@@ -14,13 +14,13 @@ from contextlib import AsyncExitStack, suppress
 from types import TracebackType
 from typing import Any
 
-from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-CONNECTION_SEND = "halfbyte.send"
-"""Of a scope: what sends to the connection itself, past the layers that wait for an answer to begin
-and do nothing afterwards."""
-
+_STREAM_HEADERS = (
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+)
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
@@ -71,10 +71,8 @@ class WhileConnected:
         self._task.cancel()
 
 
-class EventStream(Response):
+class EventStream:
     """Server-sent events, for as long as the client listens."""
-
-    media_type = "text/event-stream"
 
     def __init__(
         self,
@@ -89,10 +87,10 @@ class EventStream(Response):
             headers: To send along.
             held: Left when the stream is over, however it ends; with a WhileConnected in it.
         """
-        super().__init__(
-            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers}
-        )
-        del self.headers["content-length"]
+        self._headers = [
+            *_STREAM_HEADERS,
+            *((name.lower().encode(), value.encode()) for name, value in headers.items()),
+        ]
         self._pieces = pieces
         self._held = held
 
@@ -100,16 +98,15 @@ class EventStream(Response):
         """Send everything, or stop where the client leaves."""
         start: Message = {
             "type": "http.response.start",
-            "status": self.status_code,
-            "headers": self.raw_headers,
+            "status": 200,
+            "headers": self._headers,
         }
-        send_piece: Send = scope.get(CONNECTION_SEND, send)
         with suppress(ClientLeft):
             async with self._held:
                 await send(start)
                 async for piece in self._pieces:
                     body = {"type": "http.response.body", "body": piece, "more_body": True}
-                    await send_piece(body)
+                    await send(body)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -16,7 +16,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -45,13 +45,39 @@ from halfbyte.serve.engine.steps import Steps
 
 log = logging.getLogger(__name__)
 
-Mail = asyncio.Queue[Sequence[TokenEvent] | HalfbyteError]
+Letter = Sequence[TokenEvent] | HalfbyteError
+
+
+class _Mail:
+    """Letters on their way to the one task that waits for them; used in its event loop alone.
+
+    Less than an :class:`asyncio.Queue`, because each piece of each answer passes through it.
+    """
+
+    __slots__ = ("_letters", "_waiter")
+
+    def __init__(self) -> None:
+        self._letters: deque[Letter] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, letter: Letter) -> None:
+        """Put a letter in."""
+        self._letters.append(letter)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def get(self) -> Letter:
+        """Take the oldest letter; wait for one."""
+        while not self._letters:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        return self._letters.popleft()
 
 
 @dataclass(slots=True)
 class _Address:
     loop: asyncio.AbstractEventLoop
-    mail: Mail
+    mail: _Mail
     due: float = 0.0
     """From when on the next piece may go there; seconds of :func:`time.monotonic`."""
 
@@ -135,11 +161,11 @@ class EmbeddedEngine:
             matcher = await asyncio.to_thread(self._grammars.compile, request.grammar)
         job = Job(request, Sampler(request, matcher))
         loop = asyncio.get_running_loop()
-        mail: Mail = asyncio.Queue()
+        mail = _Mail()
         timer = None
         if request.deadline is not None:
             left = max(request.deadline - time.monotonic(), 0)
-            timer = loop.call_later(left, mail.put_nowait, late(request))
+            timer = loop.call_later(left, mail.put, late(request))
         self._submit(job, _Address(loop, mail))
         try:
             while True:
@@ -304,7 +330,7 @@ class EmbeddedEngine:
 
     def _post(self) -> None:
         """Send what is due for each event loop, in one call."""
-        batches: dict[asyncio.AbstractEventLoop, list[tuple[Mail, list[Any]]]] = defaultdict(list)
+        batches: dict[asyncio.AbstractEventLoop, list[tuple[_Mail, list[Any]]]] = defaultdict(list)
         now = time.monotonic()
         for job in [job for job in self._addresses if job.outbox]:
             address = self._addresses[job]
@@ -324,12 +350,12 @@ class EmbeddedEngine:
                     self._drop(job)
 
 
-def _deliver(batch: Sequence[tuple[Mail, list[Any]]]) -> None:
+def _deliver(batch: Sequence[tuple[_Mail, list[Any]]]) -> None:
     for mail, events in batch:
         if isinstance(events[-1], HalfbyteError):
             error = events.pop()
             if events:
-                mail.put_nowait(events)
-            mail.put_nowait(error)
+                mail.put(events)
+            mail.put(error)
         else:
-            mail.put_nowait(events)
+            mail.put(events)

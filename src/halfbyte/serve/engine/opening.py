@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import Future
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -35,10 +37,24 @@ def open_engine(folder: str | Path, config: EngineConfig | None = None) -> Embed
     Raises:
         ConfigError: The memory does not suffice, or the folder is none.
     """
-    config = config or EngineConfig()
+    opened: Future[EmbeddedEngine] = Future()
+
+    def work() -> None:
+        try:
+            opened.set_result(_open(Path(folder), config or EngineConfig()))
+        except BaseException as error:  # noqa: BLE001 - it reaches whoever waits
+            opened.set_exception(error)
+
+    # In a thread that ends: OpenMP gives each thread helpers of its own, and once there are more of
+    # them than processors, those of the engine's go to sleep between any two layers.
+    threading.Thread(target=work, name="halfbyte-open", daemon=True).start()
+    return opened.result()
+
+
+def _open(folder: Path, config: EngineConfig) -> EmbeddedEngine:
     before = process_bytes()
     model = load_model(
-        Path(folder), dtype=config.dtype, device=config.device, activations=config.activations
+        folder, dtype=config.dtype, device=config.device, activations=config.activations
     )
     return make_engine(model, folder, config, before_bytes=before)
 

@@ -37,8 +37,7 @@ class Sampler:
         """
         self.request = request
         self.matcher = matcher
-        seed = secrets.randbits(63) if request.seed is None else request.seed % 2**64
-        self._random = np.random.Generator(np.random.PCG64(seed))
+        self._random: np.random.Generator | None = None
         self._counts: Counter[int] = Counter()
         self._penalises = bool(request.frequency_penalty or request.presence_penalty)
         self._plain = (
@@ -96,9 +95,17 @@ class Sampler:
 
     def _pick(self, shares: Tensor) -> int:
         sums = shares.double().cumsum(0)
-        aim = torch.tensor([self._random.random()], dtype=torch.float64, device=sums.device)
+        aim = torch.tensor([self._next_number()], dtype=torch.float64, device=sums.device)
         # The first token whose sum is above the aim; one of probability 0 never is the first.
         return int(torch.searchsorted(sums, aim * sums[-1], right=True).clamp(max=len(sums) - 1))
+
+    def _next_number(self) -> float:
+        """Give one from 0 to 1; who is greedy never needs one."""
+        if self._random is None:
+            seed = self.request.seed
+            seed = secrets.randbits(63) if seed is None else seed % 2**64
+            self._random = np.random.Generator(np.random.PCG64(seed))
+        return float(self._random.random())
 
 
 def _cut(shares: Tensor, request: TokenRequest) -> Tensor:

@@ -122,8 +122,9 @@ class Attempt:
 
     @property
     def model(self) -> str:
-        """Its name as this model's server knows it."""
-        return str(self._call.body.get("model", ""))
+        """Its name as this model's server knows it, which some tell with their first answer."""
+        asked, known = str(self._call.body.get("model", "")), self.route.backend.models
+        return asked if asked in known or not known else known[0]
 
     async def hold(self) -> str:
         """Read until enough is there to be sure of this answer.

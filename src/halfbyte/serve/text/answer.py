@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from halfbyte.integrations.generation import TextStream
@@ -53,6 +53,8 @@ class AnswerText:
         self._calls = calls
         self._spelling = spelling
         self._logprobs = logprobs
+        # Otherwise it matters which text is of which token.
+        self._all_at_once = not (stops or calls or logprobs)
         # Where a token's text begins among all text, and what is told of it.
         self._rated: deque[tuple[int, TokenLogprob]] = deque()
         self._entropies: list[float] = []
@@ -90,16 +92,20 @@ class AnswerText:
             )
         return Delta(choice=self.choice, text=text, logprobs=rated)
 
-    def add(self, events: Iterable[Generated]) -> None:
+    def add(self, events: Sequence[Generated]) -> None:
         """Take tokens; those after the answer's end are not looked at.
 
         Args:
             events: They, with their likelihoods.
         """
+        if self._all_at_once and events:
+            self.tokens += len(events)
+            self._note_entropies(events)
+            self._accept(self._stream.add(*[event.rated.token for event in events]))
+            return
         for event in events:
             self.tokens += 1
-            if not math.isnan(event.entropy):
-                self._entropies.append(event.entropy)
+            self._note_entropies((event,))
             if self._logprobs:
                 self._rated.append((self._fed, tell_logprob(event.rated, self._spelling)))
             text = self._stream.add(event.rated.token)
@@ -138,6 +144,9 @@ class AnswerText:
         elif self._called:
             reason = "tool_calls"
         return delta, Finish(choice=self.choice, reason=reason)
+
+    def _note_entropies(self, events: Sequence[Generated]) -> None:
+        self._entropies += [event.entropy for event in events if not math.isnan(event.entropy)]
 
     def _accept(self, text: str) -> None:
         """Take text that no stop string is in."""

@@ -1,0 +1,70 @@
+"""One connection's HTTP: uvicorn's way through httptools, with the limits that it lacks."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from halfbyte.errors import require_extra
+
+try:
+    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+except ImportError as missing:
+    raise require_extra("httptools", "serve", "halfbyte serve") from missing
+
+HEAD_BYTES = 65_536
+"""That a request's line and headers may have, beside the packet that they begin in."""
+HEAD_SECONDS = 30.0
+"""That they may take to arrive, from the connection or their first byte on."""
+
+
+class Connection(HttpToolsProtocol):
+    """Ends where a request's head is too long, or does not come."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        """Take what uvicorn gives."""
+        super().__init__(*arguments, **keywords)
+        self._head_bytes = 0
+        self._is_in_head = False
+        self._late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait for the first head."""
+        super().connection_made(transport)
+        self._wait_for_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop waiting."""
+        self._end_head()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Read on, and see how much of a head there is that has no end yet."""
+        # The beginning of one may share its packet with the end of a request before it.
+        self._head_bytes += len(data) if self._is_in_head else 0
+        super().data_received(data)
+        if not self._is_in_head or self.transport.is_closing():
+            return
+        if self._head_bytes > HEAD_BYTES:
+            self.send_400_response(f"The request's head has more than {HEAD_BYTES} bytes.")
+        elif self._late is None:
+            self._wait_for_head()
+
+    def on_message_begin(self) -> None:
+        """Note that a head has begun."""
+        super().on_message_begin()
+        self._is_in_head = True
+
+    def on_headers_complete(self) -> None:
+        """Note its end."""
+        self._end_head()
+        super().on_headers_complete()
+
+    def _wait_for_head(self) -> None:
+        self._late = self.loop.call_later(HEAD_SECONDS, self.timeout_keep_alive_handler)
+
+    def _end_head(self) -> None:
+        self._is_in_head, self._head_bytes = False, 0
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
