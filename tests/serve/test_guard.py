@@ -129,7 +129,7 @@ def test_open_address_without_a_key_is_refused(monkeypatch):
 
 
 def raw(server, *packets, wait=5.0):
-    """Send bytes as they are, a packet after the other; give what comes back until the server closes or `wait` is over."""
+    """Send packets as they are; give what comes back until the server closes or `wait` is over."""
     host, port = server.address.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=wait) as client:
         for number, packet in enumerate(packets):

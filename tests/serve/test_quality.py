@@ -3,6 +3,8 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 from starlette.applications import Starlette
@@ -14,7 +16,7 @@ from tests.serve.helpers_quality import Clock, ScriptedBackend, answer, collect,
 from tests.serve.helpers_scripted import ScriptedEngine
 from tests.serve.helpers_servers import serving
 
-from halfbyte.errors import ConfigError
+from halfbyte.errors import ConfigError, ServeError
 from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.embedded import EmbeddedBackend
 from halfbyte.serve.exchange import Call
@@ -281,6 +283,29 @@ def test_dead_model_a_spent_budget_and_too_much_memory_are_alerts():
         return raised
 
     assert asyncio.run(run()) == {"model small", "fallback budget", "memory"}
+    assert quality.alerts.active == []
+
+
+def test_alert_of_a_candidate_ends_with_the_candidate():
+    clock = Clock()
+    quality = open_quality(
+        ScriptedBackend("small", GOOD), QualityConfig(), opening()[0], clock=clock
+    )
+    always = SimpleNamespace(pick=lambda call: True)
+
+    async def run():
+        quality.router.set_canary(ScriptedBackend("new", [failure()]), always)
+        for _ in range(20):
+            clock.now += 1.1
+            with suppress(ServeError):
+                await collect(quality.router, make_call())
+        raised = [alert.name for alert in quality.alerts.active]
+        quality.router.set_canary(None)
+        clock.now += 1.1
+        await collect(quality.router, make_call())
+        return raised
+
+    assert asyncio.run(run()) == ["model new"]
     assert quality.alerts.active == []
 
 

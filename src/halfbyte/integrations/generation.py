@@ -249,7 +249,7 @@ class TextStream:
         """Take tokens.
 
         Args:
-            tokens: Their ids, at least one.
+            *tokens: Their ids, at least one.
 
         Returns:
             The text that is new; empty while a character is still incomplete.

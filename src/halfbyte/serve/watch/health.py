@@ -29,6 +29,8 @@ class Health:
         self._alerts = alerts
         self._clock = clock
         self._looked = clock()
+        self._watched: set[str] = set()
+        """Alerts of the models that there were at the last look."""
 
     def observe(self, seen: Observation) -> None:
         """Look, if it is time to."""
@@ -36,6 +38,10 @@ class Health:
         if now - self._looked < LOOK_SECONDS:
             return
         self._looked = now
+        before, self._watched = self._watched, {f"model {r.name}" for r in self._router.routes}
+        for gone in before - self._watched:
+            # A candidate that was taken back is nobody's trouble any more.
+            self._alerts.set(gone, False, "")
         for route in self._router.routes:
             self._alerts.set(
                 f"model {route.name}",
