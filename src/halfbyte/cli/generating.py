@@ -45,8 +45,8 @@ def add_activations_argument(parser: argparse.ArgumentParser) -> None:
         "--activations",
         default="float",
         choices=ACTIVATIONS,
-        help="on a CPU: int8 rounds the input of quantized layers, which is faster and less exact "
-        "(`halfbyte bench` says by how much; default: %(default)s)",
+        help="on a CPU: int8 rounds the input of quantized layers, which is less exact, and faster "
+        "where there are no matrix units (`halfbyte bench` says by how much; default: %(default)s)",
     )
 
 

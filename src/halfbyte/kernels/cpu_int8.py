@@ -1,4 +1,4 @@
-"""The compiled CPU kernel with activations of 8 bits: faster where arithmetic takes the time.
+"""The compiled CPU kernel with activations of 8 bits: faster where there are no matrix units.
 
 Each row of x is rounded group by group (the weight's groups) to whole multiples, -127 to 127, of
 its largest number / 127, and multiplied by the codes in integers, exactly. Error: half such a

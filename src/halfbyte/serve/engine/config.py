@@ -34,8 +34,8 @@ class EngineConfig:
     )
     activations: str = _option(
         "float",
-        "on a CPU: int8 rounds the input of quantized layers, which is faster for one request at a "
-        "time and less exact",
+        "on a CPU: int8 rounds the input of quantized layers, which is less exact, and faster "
+        "where there are no matrix units",
         choices=ACTIVATIONS,
     )
     context: int | None = _option(
