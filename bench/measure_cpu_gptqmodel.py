@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers import models as models_of_words
+from transformers import PreTrainedTokenizerFast
 
 from halfbyte.integrations.speed import measure_apart
 from measure_cpu_models import NEW, PROMPT, SHAPE, measure_folder, split_pairs, write_gptq
@@ -46,6 +49,9 @@ def main() -> None:
     rows, data = [], {}
     with tempfile.TemporaryDirectory() as made:
         models = {SHAPE: write_gptq(Path(made))} | split_pairs(arguments.models)
+        # GPTQModel does not load without one.
+        words = Tokenizer(models_of_words.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+        PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(made)
         for name, folder in models.items():
             arms: dict[str, list[dict[str, Any]]] = {"halfbyte": []}
             for _ in range(arguments.rounds):

@@ -1,13 +1,15 @@
 """The compiled CPU kernel on single layers: against memory for few rows, against GEMM for many.
 
 Weights are cold: every call reads another copy, and the copies of a layer are larger than any
-cache. The arms of a case run in turn, so that another program's load falls on all of them; medians
-and quartiles over the rounds are kept.
+cache. Each was packed as when a model is loaded, on large pages where the system gives them; so is
+the stretch that tells how fast memory is. The arms of a case run in turn, so that another program's
+load falls on all of them; medians and quartiles over the rounds are kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import mmap
 import statistics
 import time
 from collections.abc import Callable
@@ -46,7 +48,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="print, do not save")
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
-    stream = torch.randint(0, 2**62, (COLD_BYTES // 8,))
+    stream = make_stretch(COLD_BYTES)
     decode, prompt, data = [], [], {}
     for name in arguments.shapes:
         layer = ColdLayer(*SHAPES[name], dtype)
@@ -105,6 +107,14 @@ def spread(times: dict[str, list[float]]) -> dict[str, list[float]]:
     return {arm: statistics.quantiles(found, n=4) for arm, found in times.items()}
 
 
+def make_stretch(num_bytes: int) -> Tensor:
+    """Memory to read, on pages like those of packed weights."""
+    memory = mmap.mmap(-1, num_bytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.int64).fill_(1)
+
+
 class ColdLayer:
     """One layer, packed and dense, in as many copies as no cache holds."""
 
@@ -139,7 +149,8 @@ class ColdLayer:
         )
         (packed,) = self.kernel.prepare(self.stored, self.spec)
         self.packed_bytes = packed.nbytes
-        self.packed = [packed.clone() for _ in range(-(-COLD_BYTES // packed.nbytes))]
+        copies = -(-COLD_BYTES // packed.nbytes)
+        self.packed = [self.kernel.prepare(self.stored, self.spec)[0] for _ in range(copies)]
         dense = torch.randn(out_features, in_features).to(dtype)
         self.dense = [dense.clone() for _ in range(-(-COLD_BYTES // dense.nbytes))]
         self.calls = 0
