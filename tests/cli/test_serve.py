@@ -235,7 +235,8 @@ def test_fallback_answers_for_an_upstream_that_is_gone(server):
         unused.bind(("127.0.0.1", 0))
         gone = f"http://127.0.0.1:{unused.getsockname()[1]}/v1#tiny"
         with running("--upstream", gone, "--fallback", f"{server[1]}/v1") as (_, address, lines):
-            assert f"fallback: {server[1].removeprefix('http://')}\n" in lines
+            place = server[1].removeprefix("http://")
+            assert f"fallback: tiny at {place}\n" in lines
             reply = httpx2.post(
                 f"{address}/v1/completions",
                 json={"model": "tiny", "prompt": "abc", "max_tokens": 4},

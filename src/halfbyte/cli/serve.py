@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import socket
 
     from halfbyte.serve.assembly import Service
+    from halfbyte.serve.routing.attempt import Route
 
 HELP = "serve a model, or guard others', by OpenAI's interface"
 
@@ -63,6 +64,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _name(route: Route) -> str:
+    """Say which models answer, once their server has told, and where."""
+    models = ", ".join(route.backend.models)
+    return f"{models} at {route.name}" if models not in ("", route.name) else route.name
+
+
 def _announce(service: Service, bound: socket.socket) -> None:
     """Say once where the server is and what it gives."""
     config = service.gateway.config
@@ -75,10 +82,7 @@ def _announce(service: Service, bound: socket.socket) -> None:
     err_console.print(
         f"Serving {models} at {here}/v1, dashboard at {here}/dashboard", soft_wrap=True
     )
-    others = [
-        f"{route.role}: {', '.join(route.backend.models) or route.name}"
-        for route in service.quality.router.routes[1:]
-    ]
+    others = [f"{route.role}: {_name(route)}" for route in service.quality.router.routes[1:]]
     for line in (
         service.description,
         *others,
