@@ -94,6 +94,8 @@ def test_worse_candidate_is_found_within_the_promised_number(base, candidate):
 
 def test_nothing_is_promised_for_a_candidate_that_is_not_worse():
     assert requests_until_rejected((0.1, 0.1), 0.1, 0.05) is None
+    # Worse, but by less than any bet would notice.
+    assert requests_until_rejected((0.1, 0.1 + 1e-9), 0.1, 0.05) is None
     fewer = requests_until_rejected((0.02, 0.5), 0.1, 0.05)
     assert fewer < requests_until_rejected((0.02, 0.1), 0.1, 0.05)
 

@@ -138,9 +138,10 @@ def requests_until_rejected(
         power: Chance that it is found within the number.
 
     Returns:
-        Requests of both arms together; None where the candidate is not worse. The normal
-        approximation of one bet's log wealth, for the bet with which it is soonest; the mixture
-        has at least 1 / ``NUM_BETS`` of its wealth.
+        Requests of both arms together; None where the candidate is not worse, or by so little that
+        even the smallest bet on it does not grow. The normal approximation of one bet's log wealth,
+        for the bet with which it is soonest; the mixture has at least 1 / ``NUM_BETS`` of its
+        wealth.
     """
     base, candidate = rates
     if candidate <= base:
@@ -157,4 +158,4 @@ def requests_until_rejected(
         spread = math.sqrt(float(chances @ gains**2) - growth**2)
         root = (z * spread + math.sqrt((z * spread) ** 2 + 4 * growth * goal)) / (2 * growth)
         best = min(best, root**2)
-    return math.ceil(best)
+    return math.ceil(best) if math.isfinite(best) else None
