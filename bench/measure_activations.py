@@ -18,12 +18,10 @@ from transformers import AutoTokenizer
 
 import halfbyte
 from halfbyte.data import EVALUATION_FILES, evaluation_documents
-from halfbyte.evaluate.divergence import DivergenceAccumulator
-from halfbyte.evaluate.windows import split_windows, tokenize_text
+from halfbyte.integrations.activations import measure_rounding
 from halfbyte.kernels.cpu_int8 import CpuInt8
 from halfbyte.kernels.cpu_native import CpuNative
 from halfbyte.kernels.native_library import open_library
-from halfbyte.nn.activations import unrounded
 from measure_cpu_layers import SHAPES, ColdLayer
 from record import save_result
 
@@ -93,16 +91,7 @@ def measure_cost(arguments: Any) -> None:
     rows, data = [], {}
     for kind in EVALUATION_FILES:
         text = "\n\n".join(evaluation_documents(kind))
-        found = DivergenceAccumulator()
-        for window in split_windows(
-            tokenize_text(tokenizer, text), WINDOW, limit=arguments.windows
-        ).ids:
-            with torch.inference_mode():
-                rounded = model(window[None]).logits[0, :-1]
-                with unrounded(model):
-                    base = model(window[None]).logits[0, :-1]
-            found.update(base, rounded, window[1:])
-        result = found.result()
+        result = measure_rounding(model, tokenizer, text, window=WINDOW, windows=arguments.windows)
         rows.append(
             [
                 kind,

@@ -94,17 +94,18 @@ SHAPES = (
 )
 
 PROGRAM = """
-import json, sys, time, resource
+import json, sys, time
 import torch
+from halfbyte.quantize.provenance import peak_memory_bytes
 from halfbyte.convert.run import ConversionConfig, convert
 torch.set_num_threads(1)
 started = time.process_time()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_memory_bytes()
 report = convert(sys.argv[1], sys.argv[2], config=ConversionConfig(to=sys.argv[3]))
 seconds = time.process_time() - started
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({"seconds": report.seconds, "bytes": report.num_bytes,
-                  "cpu_seconds": seconds, "memory_kib": after - before, "exact": report.is_exact}))
+after = peak_memory_bytes()
+print(json.dumps({"seconds": report.seconds, "bytes": report.num_bytes, "cpu_seconds": seconds,
+                  "memory_bytes": after - before, "exact": report.is_exact}))
 """
 
 
@@ -167,7 +168,7 @@ def measure(
         min(copies) / best["seconds"],
         min(*copies, *direct) / best["seconds"],
         min(run["cpu_seconds"] for run in runs),
-        max(run["memory_kib"] for run in runs) * 1024 / 1e6,
+        max(run["memory_bytes"] for run in runs) / 1e6,
         largest / 1e6,
         "yes" if best["exact"] else "no",
     ]

@@ -3,7 +3,8 @@
     python bench/measure_loading.py [NAME=BASE,QUANTIZED ...] [--rounds 5]
 
 A 1B shape with random weights is made on the spot, in float16 and in 4 bits. Each load is a process
-of its own that has imported everything before the clock starts; arms run in turn. A dense file
+of its own that has imported Transformers and halfbyte before the clock starts, though not what each
+imports while it loads; arms run in turn. A dense file
 is mapped rather than read, so that its weights arrive when a forward first touches them: therefore
 the time until a first token (16 of a prompt) is told as well.
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import tempfile
 import time
@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import halfbyte  # noqa: F401 - registers the loader
 from halfbyte.integrations.speed import measure_apart
+from halfbyte.quantize.provenance import peak_memory_bytes
 from measure_cpu_models import SHAPE, write_gptq
 from record import save_result
 
@@ -71,7 +72,7 @@ def main() -> None:
         rows=rows,
         note=f"{torch.get_num_threads()} threads, warm file cache; from_pretrained alone, and with "
         f"a first token after {PROMPT}; medians of {arguments.rounds} rounds, a process each, arms "
-        "in turn, imports not counted; memory is the process's peak.",
+        "in turn, first imports not counted; memory is the process's peak.",
         data=data,
     )
 
@@ -84,7 +85,7 @@ def load_once(folder: Path, dtype: str) -> tuple[float, float, float]:
     with torch.inference_mode():
         model(torch.arange(PROMPT)[None]).logits.argmax()
     first = time.perf_counter() - start
-    return loaded, first, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return loaded, first, peak_memory_bytes() / 1e9
 
 
 def write_pair(folder: Path) -> tuple[Path, Path]:

@@ -13,8 +13,6 @@
 namespace halfbyte {
 namespace {
 
-constexpr int64_t BYTES_AHEAD = 8192;
-
 template <int BITS>
 struct Few {
   static constexpr int RUN = 32 / BITS, PAIRS = RUN / 2, RUNS = STEP / RUN;
@@ -56,7 +54,7 @@ void split_row_bits(const Packed& w, const void* x, int parts, uint16_t* tiles, 
   const __m512i order = Few<BITS>::paired_order();
   int64_t k = 0;
   for (int64_t g = 0; g < w.groups; g++) {
-    const int64_t end = k + w.group_size < w.in_features ? k + w.group_size : w.in_features;
+    const int64_t end = group_end(w, k);
     Floats sum = {};
     for (; k < end; k += STEP, tiles += stride) {
       Floats low = load_numbers<HALF>(x, k), high = load_numbers<HALF>(x, k + LANES);
@@ -87,7 +85,6 @@ struct Pass {
   int parts;
 };
 
-// Tiles: x in 4 and 5, weights of two blocks in 6 and 7, sums of block b in b and 2 + b.
 template <int TILES, int BLOCKS>
 inline void add_products(const uint16_t* const (&x)[2], const uint16_t (*weights)[TILE_HALVES]) {
   _tile_loadd(6, weights[0], SIXTEEN);
@@ -101,21 +98,6 @@ inline void add_products(const uint16_t* const (&x)[2], const uint16_t (*weights
   _tile_loadd(7, weights[1], SIXTEEN);
   _tile_dpbf16ps(1, 4, 7);
   if (TILES == 2) _tile_dpbf16ps(3, 5, 7);
-}
-
-inline void begin_sums() {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-}
-
-template <int TILES, int BLOCKS>
-inline void take_sums(float (*sums)[TILE * LANES]) {
-  _tile_stored(0, sums[0], SIXTEEN);
-  if (BLOCKS == 2) _tile_stored(1, sums[1], SIXTEEN);
-  if (TILES == 2) _tile_stored(2, sums[2], SIXTEEN);
-  if (TILES == 2 && BLOCKS == 2) _tile_stored(3, sums[3], SIXTEEN);
 }
 
 // Scales the sums of a group and adds them to those of the groups before.
@@ -149,7 +131,6 @@ void multiply_pass(const Packed& w, const Rows& rows, const Target& target, cons
   // A tile cannot be loaded while its rows are being stored; more than these miss in the first level.
   constexpr int SLOTS = 4, LAG = 2;
   constexpr int64_t STEP_WORDS = Few<BITS>::RUNS * LANES;
-  constexpr int64_t AHEAD = BYTES_AHEAD / (STEP_WORDS * 4 * BLOCKS);
   alignas(64) uint16_t weights[SLOTS][BLOCKS][TILE_HALVES];
   alignas(64) float sums[2][4][TILE * LANES];
   Floats total[BLOCKS][TILES * TILE];
@@ -166,14 +147,10 @@ void multiply_pass(const Packed& w, const Rows& rows, const Target& target, cons
   begin_sums();
   for (int64_t step = 0; step < steps + LAG; step++) {
     if (step < steps) {
-      const int64_t ahead = step + AHEAD;
-      const uint32_t* next = codes + (ahead < steps ? ahead * STEP_WORDS
-                                      : BLOCKS * w.block_words + (ahead - steps) * STEP_WORDS);
+      const uint32_t* next = codes_ahead<BLOCKS, STEP_WORDS>(w, codes, step, steps);
 #pragma GCC unroll 2
       for (int b = 0; b < BLOCKS; b++) {
-        for (int64_t i = 0; i < STEP_WORDS; i += LANES) {
-          __builtin_prefetch(next + b * w.block_words + i);
-        }
+        fetch_step<STEP_WORDS>(next + b * w.block_words);
         Few<BITS>::decode(codes + b * w.block_words + step * STEP_WORDS, weights[step % SLOTS][b]);
       }
     }

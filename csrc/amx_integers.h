@@ -1,8 +1,8 @@
 // Several rows of whole numbers on matrix units: 16 x 16 sums of 64 products an instruction.
 //
-// Two and more rows of integer_kernel.h, to the last bit what one gets there: the products of a group
-// are summed in integers, and the groups in the same order. As in amx_few.h, decoding runs ahead of
-// multiplying.
+// Two and more rows of integer_kernel.h, to the last bit what one gets there: the products of a
+// group are summed in integers, and the groups in the same order. As in amx_few.h, decoding runs
+// ahead of multiplying.
 #pragma once
 #include "amx_tiles.h"
 #include "integer_kernel.h"
@@ -11,7 +11,7 @@ namespace halfbyte {
 namespace {
 
 constexpr int FEWEST_INTEGER_ROWS = 2;
-constexpr int INTEGER_STEP = 64;   // columns of a tile
+constexpr int INTEGER_STEP = 64;  // columns of a tile
 constexpr int TILE_BYTES = 1024;
 
 // Sixty-four columns of one block as a tile: four columns of a channel to a lane.
@@ -28,7 +28,6 @@ inline void decode_quads(const uint32_t* codes, uint8_t* to) {
   }
 }
 
-// Tiles as in amx_few.h: x in 4 and 5, weights of two blocks in 6 and 7, sums of block b in b and 2 + b.
 template <int TILES, int BLOCKS>
 inline void add_integers(const int8_t* const (&x)[2], int64_t stride,
                          const uint8_t (*weights)[TILE_BYTES]) {
@@ -43,14 +42,6 @@ inline void add_integers(const int8_t* const (&x)[2], int64_t stride,
   _tile_loadd(7, weights[1], SIXTEEN);
   _tile_dpbsud(1, 4, 7);
   if (TILES == 2) _tile_dpbsud(3, 5, 7);
-}
-
-template <int TILES, int BLOCKS>
-inline void take_integers(int32_t (*sums)[TILE * LANES]) {
-  _tile_stored(0, sums[0], SIXTEEN);
-  if (BLOCKS == 2) _tile_stored(1, sums[1], SIXTEEN);
-  if (TILES == 2) _tile_stored(2, sums[2], SIXTEEN);
-  if (TILES == 2 && BLOCKS == 2) _tile_stored(3, sums[3], SIXTEEN);
 }
 
 template <int BITS, int TILES, int BLOCKS>
@@ -77,7 +68,6 @@ void multiply_integer_pass(const Packed& w, const Rows& rows, const Target& targ
                            int count, int64_t block) {
   constexpr int SLOTS = 4, LAG = 2;
   constexpr int64_t STEP_WORDS = INTEGER_STEP / Quads<BITS>::RUN * LANES;
-  constexpr int64_t AHEAD = BYTES_AHEAD / (STEP_WORDS * 4 * BLOCKS);
   alignas(64) uint8_t weights[SLOTS][BLOCKS][TILE_BYTES];
   alignas(64) int32_t sums[2][4][TILE * LANES];
   Floats total[BLOCKS][TILES * TILE];
@@ -94,14 +84,10 @@ void multiply_integer_pass(const Packed& w, const Rows& rows, const Target& targ
   begin_sums();
   for (int64_t step = 0; step < steps + LAG; step++) {
     if (step < steps) {
-      const int64_t ahead = step + AHEAD;
-      const uint32_t* next = codes + (ahead < steps ? ahead * STEP_WORDS
-                                      : BLOCKS * w.block_words + (ahead - steps) * STEP_WORDS);
+      const uint32_t* next = codes_ahead<BLOCKS, STEP_WORDS>(w, codes, step, steps);
 #pragma GCC unroll 2
       for (int b = 0; b < BLOCKS; b++) {
-        for (int64_t i = 0; i < STEP_WORDS; i += LANES) {
-          __builtin_prefetch(next + b * w.block_words + i);
-        }
+        fetch_step<STEP_WORDS>(next + b * w.block_words);
         const uint32_t* from = codes + b * w.block_words + step * STEP_WORDS;
         decode_quads<BITS>(from, weights[step % SLOTS][b]);
       }
@@ -112,7 +98,7 @@ void multiply_integer_pass(const Packed& w, const Rows& rows, const Target& targ
     x[1] += INTEGER_STEP;
     // A last group may be shorter.
     if (--left && step < steps + LAG - 1) continue;
-    take_integers<TILES, BLOCKS>(sums[g % 2]);
+    take_sums<TILES, BLOCKS>(sums[g % 2]);
     if (g) {
       add_integer_group<BITS, TILES, BLOCKS>(w, rows, row, count, block, g - 1, sums[(g - 1) % 2],
                                              total);
@@ -141,8 +127,9 @@ void multiply_integer_tiles(const Packed& w, const Rows& rows, const Target& tar
       const int count = int(rest < 2 * TILE ? rest : 2 * TILE);
       tiles.configure(count < TILE ? count : TILE, count > TILE ? count - TILE : 1);
       const auto multiply =
-          count > TILE ? (wide ? multiply_integer_pass<BITS, 2, 2> : multiply_integer_pass<BITS, 2, 1>)
-                       : (wide ? multiply_integer_pass<BITS, 1, 2> : multiply_integer_pass<BITS, 1, 1>);
+          count > TILE
+              ? (wide ? multiply_integer_pass<BITS, 2, 2> : multiply_integer_pass<BITS, 2, 1>)
+              : (wide ? multiply_integer_pass<BITS, 1, 2> : multiply_integer_pass<BITS, 1, 1>);
       multiply(w, rows, target, row, count, block);
     }
     block += wide ? 2 : 1;

@@ -34,6 +34,41 @@ struct Tiles {
   TileConfig config;
 };
 
+// For few rows: x in tiles 4 and 5, weights of two blocks in 6 and 7, sums of block b in b and 2 +
+// b.
+inline void begin_sums() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
+// Of float or int32_t.
+template <int TILES, int BLOCKS, class T>
+inline void take_sums(T (*sums)[TILE * LANES]) {
+  _tile_stored(0, sums[0], SIXTEEN);
+  if (BLOCKS == 2) _tile_stored(1, sums[1], SIXTEEN);
+  if (TILES == 2) _tile_stored(2, sums[2], SIXTEEN);
+  if (TILES == 2 && BLOCKS == 2) _tile_stored(3, sums[3], SIXTEEN);
+}
+
+constexpr int64_t BYTES_AHEAD = 8192;
+
+// What is fetched while a step of BLOCKS blocks is decoded: codes further on, or of the blocks
+// behind.
+template <int BLOCKS, int64_t STEP_WORDS>
+inline const uint32_t* codes_ahead(const Packed& w, const uint32_t* codes, int64_t step,
+                                   int64_t steps) {
+  const int64_t ahead = step + BYTES_AHEAD / (STEP_WORDS * 4 * BLOCKS);
+  if (ahead < steps) return codes + ahead * STEP_WORDS;
+  return codes + BLOCKS * w.block_words + (ahead - steps) * STEP_WORDS;
+}
+
+template <int64_t STEP_WORDS>
+inline void fetch_step(const uint32_t* codes) {
+  for (int64_t i = 0; i < STEP_WORDS; i += LANES) __builtin_prefetch(codes + i);
+}
+
 // As store_block, quick where there is nothing special about it.
 inline void store_channels(const Packed& w, const Target& target, int64_t row, int64_t block,
                            __m512 sums) {

@@ -1,9 +1,10 @@
-// Whole numbers of 8 bits for x: each row's group is rounded to multiples of a step of its own, -127 to
-// 127 of them, and multiplied by the codes in integers, exactly.
+// Whole numbers of 8 bits for x: each row's group is rounded to multiples of a step of its own,
+// -127 to 127 of them, and multiplied by the codes in integers, exactly.
 //
-// Included by each instruction set's file after vector_kernel.h, and after it defined HAS_DOT where it
-// has a dot product of four bytes, and HAS_STORE where it has store_channels. A lane is a channel, its four bytes are codes p * V + j of a run for
-// one j < V, V being a quarter of a run's codes; x is kept in that order.
+// Included by each instruction set's file after vector_kernel.h, and after it defined HAS_DOT where
+// it has a dot product of four bytes, or HAS_PAIRS where it has one of two bytes and one of two
+// halves, and HAS_STORE where it has store_channels. A lane is a channel, its four bytes are codes
+// p * V + j of a run for one j < V, V being a quarter of a run's codes; x is kept in that order.
 #pragma once
 #include "numbers.h"
 
@@ -13,6 +14,7 @@ namespace {
 typedef float Floats16 __attribute__((vector_size(64)));
 typedef int32_t Ints16 __attribute__((vector_size(64)));
 typedef uint32_t Words4 __attribute__((vector_size(16)));
+typedef int16_t Shorts __attribute__((vector_size(4 * VECTOR)));
 
 template <int BITS>
 struct Quads {
@@ -28,8 +30,18 @@ struct Quads {
 // acc + the four products of bytes in each lane; codes are 0 to 2^BITS - 1.
 template <int BITS>
 inline Ints add_quads(Ints acc, Words codes, int32_t x) {
-#ifdef HAS_DOT
+#if defined(HAS_DOT)
   return (Ints)dot<BITS>((IntVector)acc, (IntVector)codes, x);
+#elif defined(HAS_PAIRS)
+  const Shorts four = (Shorts)(Ints{} + x);
+  if (BITS < 8) {
+    const IntVector pairs = multiply_pairs((IntVector)codes, (IntVector)four);
+    return acc + (Ints)add_pairs(pairs, (IntVector)(Shorts{} + int16_t(1)));
+  }
+  // A pair of products has 17 bits: two by two in 32, the even bytes and the odd ones.
+  const Shorts high = (Shorts)((Words)codes >> 8 & 0x00FF00FF), low = (Shorts)(codes & 0x00FF00FF);
+  acc += (Ints)add_pairs((IntVector)low, (IntVector)((Shorts)(four << 8) >> 8));
+  return acc + (Ints)add_pairs((IntVector)high, (IntVector)(four >> 8));
 #else
   for (int p = 0; p < 4; p++) {
     acc += (Ints)((codes >> (8 * p)) & 0xFF) * int32_t(int8_t(uint32_t(x) >> (8 * p)));
@@ -50,7 +62,7 @@ inline void store_places(int8_t* to, Ints16 whole) {
 #else
   // Compilers narrow sixteen lanes one by one.
 #define HB_BYTES(p) \
-  (Words4)__builtin_shufflevector(whole, whole, HB_C(p), HB_C(4 + p), HB_C(8 + p), HB_C(12 + p))
+  (Words4) __builtin_shufflevector(whole, whole, HB_C(p), HB_C(4 + p), HB_C(8 + p), HB_C(12 + p))
   const Words4 quads = (HB_BYTES(0) & 0xFF) | (HB_BYTES(1) & 0xFF) << 8 |
                        (HB_BYTES(2) & 0xFF) << 16 | HB_BYTES(3) << 24;
   store(to, quads);
@@ -62,10 +74,10 @@ inline void store_places(int8_t* to, Ints16 whole) {
 // All sixteen lanes added up, or the largest of them.
 template <bool LARGEST>
 inline int32_t fold_lanes(Ints16 v) {
-#define HB_FOLD(...)                                                      \
-  {                                                                       \
-    const Ints16 other = __builtin_shufflevector(v, v, __VA_ARGS__);      \
-    v = LARGEST ? (v > other ? v : other) : v + other;                    \
+#define HB_FOLD(...)                                                 \
+  {                                                                  \
+    const Ints16 other = __builtin_shufflevector(v, v, __VA_ARGS__); \
+    v = LARGEST ? (v > other ? v : other) : v + other;               \
   }
   HB_FOLD(8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7)
   HB_FOLD(4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11)
@@ -75,11 +87,12 @@ inline int32_t fold_lanes(Ints16 v) {
   return v[0];
 }
 
-// One row in packed order, [in]: `codes` [in], and for each group the step and the sum of the codes.
+// One row in packed order, [in]: `codes` [in], and for each group the step and the sum of the
+// codes.
 template <int BITS>
 void round_row_bits(const Packed& w, const float* x, int8_t* codes, float* steps, int32_t* sums) {
   for (int64_t g = 0, k = 0; g < w.groups; g++) {
-    const int64_t end = k + w.group_size < w.in_features ? k + w.group_size : w.in_features;
+    const int64_t end = group_end(w, k);
     // As bits, numbers without their sign are in order, infinite ones and no numbers at the end.
     Ints16 sizes = {};
     int64_t i = k;
@@ -151,11 +164,10 @@ void multiply_integer_block(const Packed& w, const Rows& rows, const Target& tar
   const int64_t columns = w.in_features;
   const uint32_t* codes = w.codes + block * w.block_words;
   const int8_t* x = rows.integers.codes + row * columns;
-  const int64_t next = BLOCKS * w.block_words;
-  const int64_t ahead = BLOCKS > 1 && next <= 4 * PREFETCH_WORDS ? next : PREFETCH_WORDS / BLOCKS;
+  const int64_t ahead = words_ahead<BLOCKS>(w);
   Floats sums[BLOCKS][ROWS][PARTS] = {};
   for (int64_t g = 0, k = 0; g < w.groups; g++) {
-    const int64_t end = k + w.group_size < columns ? k + w.group_size : columns;
+    const int64_t end = group_end(w, k);
     Ints part[CHAINS][BLOCKS][ROWS][PARTS] = {};
     for (; k < end; k += RUN, codes += LANES) {
 #pragma GCC unroll 2

@@ -45,6 +45,11 @@ struct Packed {
   int scale_bytes() const { return scale_dtype == HB_FLOAT32 ? 4 : 2; }
 };
 
+// Where the group that begins at a column ends; the last one may be shorter.
+static inline int64_t group_end(const Packed& w, int64_t first) {
+  return first + w.group_size < w.in_features ? first + w.group_size : w.in_features;
+}
+
 // False where the bytes are not a packed weight of this version.
 bool open_packed(const void* bytes, Packed* packed);
 

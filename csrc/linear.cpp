@@ -80,8 +80,7 @@ void prepare_row(const Packed& w, int dtype, const void* from, int64_t at, float
 void sum_groups(const Packed& w, const float* x, float* sums) {
   for (int64_t g = 0; g < w.groups; g++) {
     const int64_t first = g * w.group_size;
-    const int64_t last =
-        first + w.group_size < w.in_features ? first + w.group_size : w.in_features;
+    const int64_t last = group_end(w, first);
     float lanes[8] = {};
     int64_t k = first;
     for (; k + 8 <= last; k += 8) {

@@ -33,7 +33,8 @@ inline int32x4_t dot(int32x4_t acc, int32x4_t codes, int32_t x) {
 
 namespace halfbyte {
 
-const Isa NEON = {"neon", multiply_floats, dequantize_floats, multiply_dense,    attend,
-    gate_silu, round_row, multiply_integers, nullptr, nullptr, nullptr, nullptr};
+const Isa NEON = {"neon",  multiply_floats, dequantize_floats, multiply_dense,
+                  attend,  gate_silu,       round_row,         multiply_integers,
+                  nullptr, nullptr,         nullptr,           nullptr};
 
 }  // namespace halfbyte

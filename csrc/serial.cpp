@@ -53,7 +53,7 @@ void round_row(const Packed& w, const float* x, int8_t* codes, float* steps, int
   const int run = run_codes(w.bits), quads = run / 4;
   for (int64_t g = 0; g < w.groups; g++) {
     const int64_t first = g * w.group_size;
-    const int64_t last = first + w.group_size < w.in_features ? first + w.group_size : w.in_features;
+    const int64_t last = group_end(w, first);
     float most = 0;
     for (int64_t k = first; k < last; k++) {
       if (most == most && !(fabsf(x[k]) <= most)) most = fabsf(x[k]);

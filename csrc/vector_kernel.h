@@ -68,6 +68,14 @@ inline Floats load_offsets(const Packed& w, int64_t at) {
   return float(1 << (w.bits - 1)) - __builtin_convertvector(zeros, Floats);
 }
 
+// Words from where BLOCKS blocks are read side by side to what is fetched meanwhile: the same place in
+// the next ones, unless that is far.
+template <int BLOCKS>
+inline int64_t words_ahead(const Packed& w) {
+  const int64_t next = BLOCKS * w.block_words;
+  return BLOCKS > 1 && next <= 4 * PREFETCH_WORDS ? next : PREFETCH_WORDS / BLOCKS;
+}
+
 template <int BITS, int ROWS, int BLOCKS>
 void multiply_block(const Packed& w, const Rows& rows, const Target& target, int64_t row,
                     int64_t block) {
@@ -78,12 +86,10 @@ void multiply_block(const Packed& w, const Rows& rows, const Target& target, int
   const int64_t columns = w.in_features;
   const uint32_t* codes = w.codes + block * w.block_words;
   const float* x = rows.x + row * columns;
-  // Blocks side by side: the same place in the next ones, unless that is far.
-  const int64_t next = BLOCKS * w.block_words;
-  const int64_t ahead = BLOCKS > 1 && next <= 4 * PREFETCH_WORDS ? next : PREFETCH_WORDS / BLOCKS;
+  const int64_t ahead = words_ahead<BLOCKS>(w);
   Floats sums[BLOCKS][ROWS][PARTS] = {};
   for (int64_t g = 0, k = 0; g < w.groups; g++) {
-    const int64_t end = k + w.group_size < columns ? k + w.group_size : columns;
+    const int64_t end = group_end(w, k);
     Floats part[CHAINS][BLOCKS][ROWS][PARTS] = {};
     for (; k < end; k += RUN, codes += WORDS * LANES) {
 #pragma GCC unroll 2
@@ -160,11 +166,10 @@ void multiply_floats(const Packed& w, const Rows& rows, const Target& target, in
 template <int BITS>
 void dequantize_bits(const Packed& w, int64_t block, int dtype, void* out, int64_t stride) {
   constexpr int RUN = BITS == 3 ? 32 : 32 / BITS, WORDS = BITS == 3 ? 3 : 1;
-  const int64_t columns = w.in_features;
   for (int p = 0; p < PARTS; p++) {
     const uint32_t* codes = w.codes + block * w.block_words + p * VECTOR;
     for (int64_t g = 0, k = 0; g < w.groups; g++) {
-      const int64_t end = k + w.group_size < columns ? k + w.group_size : columns;
+      const int64_t end = group_end(w, k);
       const int64_t at = (block * w.groups + g) * LANES + p * VECTOR;
       const Floats scale = load_scales(w, at);
       const Floats offset = w.symmetric ? Floats{} : load_offsets(w, at);

@@ -10,3 +10,14 @@ import os
 
 # Before anybody imports torch; processes that tests start have it too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+from tests.helpers.native import ISAS, LIBRARY
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    """Every instruction set of the compiled library that this machine has."""
+    assert LIBRARY.functions.hb_select_isa(request.param.encode()) == 0
+    yield request.param
+    LIBRARY.functions.hb_select_isa(None)

@@ -21,6 +21,25 @@ class RandomLinear:
     """float64 [out, in], computed from codes, zeros and scales without packing.py."""
 
 
+KINDS = ("symmetric", "asymmetric", "act-order")
+
+
+def make_linear_of(
+    layer: tuple[int, int, int, int], kind: str, dtype: torch.dtype = torch.float32
+) -> RandomLinear:
+    """Make one of KINDS; layer: bits, in, out, group size."""
+    bits, in_features, out_features, group_size = layer
+    return make_linear(
+        bits=bits,
+        in_features=in_features,
+        out_features=out_features,
+        group_size=group_size,
+        symmetric=kind == "symmetric",
+        act_order=kind == "act-order",
+        dtype=dtype,
+    )
+
+
 def make_linear(
     *,
     bits: int = 4,

@@ -6,21 +6,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.helpers.checkpoints import Recipe, tiny_llama_config, write_checkpoint
+from tests.helpers.native import NEEDS_LIBRARY
 from transformers import LlamaForCausalLM
 
 import halfbyte
 from halfbyte.errors import ConfigError
 from halfbyte.integrations.activations import round_activations
 from halfbyte.integrations.generation import Generator, Sampling
-from halfbyte.kernels.native_library import open_library
 from halfbyte.nn.linear import QuantLinear
 from halfbyte.nn.native_decoder import NativeDecoder, find_obstacle
 
-LIBRARY = open_library()
-pytestmark = [
-    pytest.mark.native,
-    pytest.mark.skipif(LIBRARY.functions is None, reason=str(LIBRARY.obstacle)),
-]
+pytestmark = NEEDS_LIBRARY
 TOKENS = torch.randint(3, 128, (1, 40), generator=torch.Generator().manual_seed(1))
 
 

@@ -6,19 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.helpers.packed import make_linear
+from tests.helpers.native import NEEDS_LIBRARY
+from tests.helpers.packed import KINDS, make_linear, make_linear_of
 
 from halfbyte.kernels.cpu_int8 import CpuInt8
 from halfbyte.kernels.cpu_native import ROWS_LIMIT, CpuNative
-from halfbyte.kernels.native_library import open_library
 from halfbyte.kernels.registry import KERNELS, find_kernel, select
 
-LIBRARY = open_library()
-pytestmark = [
-    pytest.mark.native,
-    pytest.mark.skipif(LIBRARY.functions is None, reason=str(LIBRARY.obstacle)),
-]
-ISAS = [] if LIBRARY.functions is None else LIBRARY.functions.hb_isas().decode().split(",")
+pytestmark = NEEDS_LIBRARY
 LAYERS = [
     (4, 64, 64, 32),
     (4, 576, 192, 128),  # ragged last group
@@ -32,14 +27,6 @@ LAYERS = [
 ]
 """bits, in, out, group size."""
 ROWS = (1, 2, 3, 7, 8, 13, ROWS_LIMIT + 5)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    functions = LIBRARY.functions
-    assert functions.hb_select_isa(request.param.encode()) == 0
-    yield request.param
-    functions.hb_select_isa(None)
 
 
 def multiply(linear, x, bias=None):
@@ -65,18 +52,10 @@ def half_steps(linear, x):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
-@pytest.mark.parametrize("kind", ["symmetric", "asymmetric", "act-order"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_each_number_of_x_is_off_by_half_a_step_at_most(isa, layer, kind, dtype):
-    bits, in_features, out_features, group_size = layer
-    linear = make_linear(
-        bits=bits,
-        in_features=in_features,
-        out_features=out_features,
-        group_size=group_size,
-        symmetric=kind == "symmetric",
-        act_order=kind == "act-order",
-        dtype=dtype,
-    )
+    linear = make_linear_of(layer, kind, dtype)
+    _, in_features, out_features, _ = layer
     for rows in ROWS:
         # Groups of very different size, so that a step of another group would show.
         x = torch.randn(rows, in_features) * torch.logspace(-2, 2, in_features)
@@ -92,17 +71,10 @@ def test_each_number_of_x_is_off_by_half_a_step_at_most(isa, layer, kind, dtype)
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
-@pytest.mark.parametrize("kind", ["symmetric", "asymmetric", "act-order"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_whole_numbers_of_a_step_are_multiplied_exactly(isa, layer, kind):
-    bits, in_features, out_features, group_size = layer
-    linear = make_linear(
-        bits=bits,
-        in_features=in_features,
-        out_features=out_features,
-        group_size=group_size,
-        symmetric=kind == "symmetric",
-        act_order=kind == "act-order",
-    )
+    linear = make_linear_of(layer, kind)
+    in_features = layer[1]
     groups = groups_of(linear)
     for rows in ROWS:
         x = torch.randint(-127, 128, (rows, in_features)).float()
@@ -139,21 +111,6 @@ def test_zeros_and_the_smallest_numbers_give_zero(isa):
     x = torch.zeros(2, 128)
     x[1] = 1e-38
     assert torch.equal(multiply(linear, x), torch.zeros(2, linear.spec.out_features))
-
-
-def test_threads_change_nothing(isa):
-    linear = make_linear(in_features=576, out_features=200, group_size=64)
-    x = torch.randn(5, 576)
-    before = torch.get_num_threads()
-    try:
-        found = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            found.append(multiply(linear, x))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
 
 
 def test_it_says_what_it_cannot_run():

@@ -8,19 +8,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.helpers.packed import make_linear
+from tests.helpers.native import ISAS, LIBRARY, NEEDS_LIBRARY
+from tests.helpers.packed import KINDS, make_linear, make_linear_of
 
 from halfbyte.errors import ConfigError
 from halfbyte.kernels import native_library
 from halfbyte.kernels.cpu_native import ROWS_LIMIT, CpuNative
 from halfbyte.kernels.native_library import check_status, open_library
 
-LIBRARY = open_library()
-pytestmark = [
-    pytest.mark.native,
-    pytest.mark.skipif(LIBRARY.functions is None, reason=str(LIBRARY.obstacle)),
-]
-ISAS = [] if LIBRARY.functions is None else LIBRARY.functions.hb_isas().decode().split(",")
+pytestmark = NEEDS_LIBRARY
 LAYERS = [
     (4, 64, 64, 32),
     (4, 576, 192, 128),  # ragged last group
@@ -35,14 +31,6 @@ LAYERS = [
 """bits, in, out, group size."""
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
-    functions = LIBRARY.functions
-    assert functions.hb_select_isa(request.param.encode()) == 0
-    yield request.param
-    functions.hb_select_isa(None)
-
-
 def run(linear, x, bias=None):
     kernel = CpuNative()
     assert kernel.find_mismatch(linear.spec) is None
@@ -52,18 +40,10 @@ def run(linear, x, bias=None):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
-@pytest.mark.parametrize("kind", ["symmetric", "asymmetric", "act-order"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_each_instruction_set_is_within_the_bound(isa, layer, kind, dtype):
-    bits, in_features, out_features, group_size = layer
-    linear = make_linear(
-        bits=bits,
-        in_features=in_features,
-        out_features=out_features,
-        group_size=group_size,
-        symmetric=kind == "symmetric",
-        act_order=kind == "act-order",
-        dtype=dtype,
-    )
+    linear = make_linear_of(layer, kind, dtype)
+    _, in_features, out_features, _ = layer
     for rows in (1, 2, 3, 7, 8, 13, ROWS_LIMIT + 5):
         x = torch.randn(rows, in_features).to(dtype)
         bias = torch.randn(out_features).to(dtype)

@@ -8,28 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 from tests.helpers.checkpoints import tiny_llama_config, write_checkpoint
+from tests.helpers.native import NEEDS_LIBRARY
 from tests.helpers.packed import make_linear
 from torch import nn
 
 import halfbyte
+from halfbyte.kernels.cpu_int8 import CpuInt8
 from halfbyte.kernels.cpu_native import ROWS_LIMIT, SHARED_BYTES, CpuNative
-from halfbyte.kernels.native_library import open_library
 from halfbyte.nn.native_decoder import NativeDecoder
 from halfbyte.nn.native_head import NativeHead
 
-LIBRARY = open_library()
-pytestmark = [
-    pytest.mark.native,
-    pytest.mark.skipif(LIBRARY.functions is None, reason=str(LIBRARY.obstacle)),
-]
-ISAS = [] if LIBRARY.functions is None else LIBRARY.functions.hb_isas().decode().split(",")
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    assert LIBRARY.functions.hb_select_isa(request.param.encode()) == 0
-    yield request.param
-    LIBRARY.functions.hb_select_isa(None)
+pytestmark = NEEDS_LIBRARY
 
 
 @contextmanager
@@ -53,9 +42,9 @@ def assert_same(compute):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 3, 13, ROWS_LIMIT + 5])
-def test_products(isa, rows, dtype):
+@pytest.mark.parametrize("kernel", [CpuNative(), CpuInt8()], ids=lambda kernel: kernel.name)
+def test_products(isa, kernel, rows, dtype):
     linear = make_linear(in_features=576, out_features=200, group_size=64, dtype=dtype)
-    kernel = CpuNative()
     operands = replace(linear.stored, weight=kernel.prepare(linear.stored, linear.spec))
     x = torch.randn(rows, 576, generator=torch.Generator().manual_seed(0)).to(dtype)
     assert_same(lambda: kernel.apply(x, operands, None, linear.spec))

@@ -5,20 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.helpers.checkpoints import TINY_SIZES, Recipe, tiny_llama_config, write_checkpoint
+from tests.helpers.native import NEEDS_LIBRARY
 from transformers import Qwen2Config, Qwen3Config
 
 import halfbyte
 from halfbyte.errors import ConfigError
-from halfbyte.kernels.native_library import open_library
 from halfbyte.nn import native_decoder
 from halfbyte.nn.native_decoder import NativeDecoder, find_obstacle
 
-LIBRARY = open_library()
-pytestmark = [
-    pytest.mark.native,
-    pytest.mark.skipif(LIBRARY.functions is None, reason=str(LIBRARY.obstacle)),
-]
-ISAS = [] if LIBRARY.functions is None else LIBRARY.functions.hb_isas().decode().split(",")
+pytestmark = NEEDS_LIBRARY
 CONFIGS = {
     "llama": (tiny_llama_config(), Recipe()),
     "act-order": (tiny_llama_config(), Recipe(act_order=True, symmetric=False)),
@@ -27,13 +22,6 @@ CONFIGS = {
     "norms of heads": (Qwen3Config(**TINY_SIZES, head_dim=32), Recipe()),
     "all heads": (tiny_llama_config(num_key_value_heads=4), Recipe()),
 }
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    assert LIBRARY.functions.hb_select_isa(request.param.encode()) == 0
-    yield request.param
-    LIBRARY.functions.hb_select_isa(None)
 
 
 def load(folder, name, dtype=torch.float32):

@@ -2,30 +2,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.helpers.native import NEEDS_LIBRARY
 from torch import nn
 
 from halfbyte.errors import ConfigError
-from halfbyte.kernels.native_library import open_library
 from halfbyte.nn.native_head import NativeHead, round_weight
 
-LIBRARY = open_library()
-pytestmark = [
-    pytest.mark.native,
-    pytest.mark.skipif(LIBRARY.functions is None, reason=str(LIBRARY.obstacle)),
-]
-ISAS = [] if LIBRARY.functions is None else LIBRARY.functions.hb_isas().decode().split(",")
+pytestmark = NEEDS_LIBRARY
 
 
 def make_head(dtype, *, width=72, bias=False):
     torch.manual_seed(0)
     return nn.Linear(width, 50, bias=bias).to(dtype).requires_grad_(False)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    assert LIBRARY.functions.hb_select_isa(request.param.encode()) == 0
-    yield request.param
-    LIBRARY.functions.hb_select_isa(None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

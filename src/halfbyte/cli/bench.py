@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from halfbyte.cli.generating import HEAD_BITS, add_activations_argument
+from halfbyte.cli.generating import add_activations_argument
 from halfbyte.cli.options import FAST, add_computing_arguments
 from halfbyte.cli.output import console, err_console, print_json
+from halfbyte.run_config import HEAD_BITS
 
 if TYPE_CHECKING:
     from halfbyte.evaluate.divergence import DivergenceResult

@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from halfbyte.cli.options import FAST, add_computing_arguments
 from halfbyte.cli.output import err_console
+from halfbyte.run_config import ACTIVATIONS, HEAD_BITS
 
 if TYPE_CHECKING:
     from halfbyte.integrations.generation import Generator, Sampling, Timing
-
-HEAD_BITS = (16, 8, 4)
-ACTIVATIONS = ("float", "int8")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,12 +19,10 @@ from halfbyte.evaluate.divergence import DivergenceAccumulator, DivergenceResult
 from halfbyte.evaluate.windows import split_windows, tokenize_text
 from halfbyte.nn.activations import round_input, unrounded
 from halfbyte.nn.linear import QuantLinear
-
-ACTIVATIONS = ("float", "int8")
-"""Input of the quantized layers: in the model's own type, or rounded (kernels/cpu_int8.py)."""
+from halfbyte.run_config import ACTIVATIONS
 
 WINDOW, WINDOWS = 128, 4
-"""Of the built-in text that the rounding is measured on."""
+"""What the rounding is measured on, if nothing else is said."""
 
 
 def round_activations(model: PreTrainedModel, activations: str = "int8") -> int:
@@ -63,22 +61,32 @@ def round_activations(model: PreTrainedModel, activations: str = "int8") -> int:
     return count
 
 
-def measure_rounding(model: PreTrainedModel, tokenizer: Any) -> DivergenceResult:
-    """Compare a model that rounds its activations with itself without that, on built-in text.
+def measure_rounding(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    text: str | None = None,
+    *,
+    window: int = WINDOW,
+    windows: int = WINDOWS,
+) -> DivergenceResult:
+    """Compare a model that rounds its activations with itself without that.
 
     Args:
         model: As :func:`round_activations` left it.
         tokenizer: The model's.
+        text: To compare on; None: the built-in prose.
+        window: Tokens that the model sees at a time.
+        windows: At most so many of them.
 
     Returns:
         The divergence; its base is the model without rounding.
     """
-    ids = tokenize_text(tokenizer, evaluation_text())
+    ids = tokenize_text(tokenizer, evaluation_text() if text is None else text)
     found = DivergenceAccumulator()
-    for window in split_windows(ids, WINDOW, limit=WINDOWS).ids:
+    for tokens in split_windows(ids, window, limit=windows).ids:
         with torch.inference_mode():
-            rounded = model(window[None]).logits[0, :-1]
+            rounded = model(tokens[None]).logits[0, :-1]
             with unrounded(model):
-                base = model(window[None]).logits[0, :-1]
-        found.update(base, rounded, window[1:])
+                base = model(tokens[None]).logits[0, :-1]
+        found.update(base, rounded, tokens[1:])
     return found.result(note="activations as computed against activations in int8")

@@ -17,9 +17,7 @@ from halfbyte.kernels.cpu_native import CpuNative
 from halfbyte.kernels.native_library import DTYPES, check_status, open_library
 from halfbyte.nn.linear import QuantLinear
 from halfbyte.packing import pack_weight
-
-HEAD_BITS = (16, 8, 4)
-"""16: as stored."""
+from halfbyte.run_config import HEAD_BITS
 
 GROUP_SIZES = (64, 32, 16, 8)
 """Of a rounded head: the first that divides the hidden size."""

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 import torch
+from tests.helpers.native import NEEDS_LIBRARY
 from tests.serve.helpers_engine import (
     all_tokens,
     ask,
@@ -19,16 +20,11 @@ from tests.serve.helpers_engine import (
 import halfbyte
 from halfbyte.errors import ConfigError
 from halfbyte.integrations.generation import Generator, Sampling
-from halfbyte.kernels.native_library import open_library
 from halfbyte.serve.engine.config import EngineConfig
 from halfbyte.serve.engine.contract import Generated
 from halfbyte.serve.engine.opening import make_engine
 
-LIBRARY = open_library()
-pytestmark = [
-    pytest.mark.native,
-    pytest.mark.skipif(LIBRARY.functions is None, reason=str(LIBRARY.obstacle)),
-]
+pytestmark = NEEDS_LIBRARY
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from halfbyte.errors import ConfigError
+from halfbyte.run_config import ACTIVATIONS, HEAD_BITS
 
 RUNNERS = ("auto", "native", "transformers")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-HEAD_BITS = (16, 8, 4)
-ACTIVATIONS = ("float", "int8")
 
 
 def _option(default: Any, help: str, **extra: Any) -> Any:

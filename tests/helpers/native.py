@@ -1,0 +1,18 @@
+"""The compiled library, for tests that need it."""
+
+from __future__ import annotations
+
+import pytest
+
+from halfbyte.kernels.native_library import open_library
+
+LIBRARY = open_library()
+
+NEEDS_LIBRARY = [
+    pytest.mark.native,
+    pytest.mark.skipif(LIBRARY.functions is None, reason=str(LIBRARY.obstacle)),
+]
+"""Marks of such a test's file."""
+
+ISAS = [] if LIBRARY.functions is None else LIBRARY.functions.hb_isas().decode().split(",")
+"""That this machine has, best last."""
