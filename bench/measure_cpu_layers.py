@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from halfbyte.kernels.contract import LinearSpec, Operands
 from halfbyte.kernels.cpu_native import CpuNative
-from halfbyte.kernels.native_library import open_library
+from halfbyte.kernels.native_library import DTYPES, open_library
 from record import save_result
 
 SHAPES = {
@@ -60,7 +60,8 @@ def main() -> None:
             speed = layer.packed_bytes / middle["packed"] / 1e9
             ratio = middle["dense"] / middle["packed"]
             row = [name, rows, middle["packed"] * 1e6, middle["dense"] * 1e6, ratio]
-            decode.append([*row, speed, bandwidth, speed / bandwidth])
+            alone = layer.packed_bytes / middle["library"] / 1e9
+            decode.append([*row, speed, bandwidth, speed / bandwidth, alone / bandwidth])
             print(*[f"{v:.4g}" if isinstance(v, float) else v for v in decode[-1]], flush=True)
         times = layer.measure(PROMPT_ROWS, max(arguments.rounds // 3, 3), None)
         data[f"{name}, {PROMPT_ROWS} rows"] = spread(times)
@@ -87,10 +88,12 @@ def main() -> None:
             "GB/s read",
             "memory, GB/s",
             "of memory's speed",
+            "library alone",
         ],
         rows=decode,
         note=f"{setting}; weights cold (copies of {COLD_BYTES >> 20} MiB in turn); memory's speed "
-        "is that of reading such a stretch once, beside each case.",
+        "is that of reading such a stretch once, beside each case; the library alone: the same share "
+        "without the kernel's Python, as in the compiled decoder.",
         data=data,
     )
     save_result(
@@ -176,17 +179,33 @@ class ColdLayer:
         }
         times: dict[str, list[float]] = {arm: [] for arm in arms}
         if stream is not None:
-            times["read"] = []
+            arms["library"] = self.call_library(x)
+            times |= {"library": [], "read": []}
         threads = torch.get_num_threads()
         for _ in range(rounds):
             for arm, run in arms.items():
-                some = calls if arm == "packed" else max(calls // 4, 2)
+                some = max(calls // 4, 2) if arm == "dense" else calls
                 times[arm].append(self.time(run, some))
             if stream is not None:
                 start = time.perf_counter()
                 functions.hb_read(stream.data_ptr(), stream.nbytes, threads)
                 times["read"].append(time.perf_counter() - start)
         return times
+
+    def call_library(self, x: Tensor) -> Callable[[], object]:
+        """Multiply the next copy by x without the kernel's Python."""
+        functions = open_library().functions
+        assert functions is not None
+        out = x.new_empty(x.shape[0], self.spec.out_features)
+        places = [packed.data_ptr() for packed in self.packed]
+        threads = torch.get_num_threads()
+
+        def call() -> None:
+            place = places[self.calls % len(places)]
+            dtype, rows = DTYPES[x.dtype], x.shape[0]
+            functions.hb_linear(place, dtype, x.data_ptr(), rows, None, out.data_ptr(), 16, threads)
+
+        return call
 
     def time(self, run: Callable[[], object], calls: int) -> float:
         """Seconds per call."""
