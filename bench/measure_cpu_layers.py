@@ -92,8 +92,8 @@ def main() -> None:
         ],
         rows=decode,
         note=f"{setting}; weights cold (copies of {COLD_BYTES >> 20} MiB in turn); memory's speed "
-        "is that of reading such a stretch once, beside each case; the library alone: the same share "
-        "without the kernel's Python, as in the compiled decoder.",
+        "is that of reading such a stretch once, beside each case; the library alone: the same "
+        "share without the kernel's Python, as in the compiled decoder.",
         data=data,
     )
     save_result(

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from halfbyte.checkpoint.header import read_metadata
 from halfbyte.checkpoint.labels import CONFIG_SECTION
 from halfbyte.checkpoint.shards import TensorFiles
 from halfbyte.checkpoint.write import TensorSpec
-from halfbyte.convert.coded import CodedLinear, CodedSpec, describe_grid
+from halfbyte.convert.coded import CodedLinear, CodedSpec
 from halfbyte.convert.hints import HINT_KEY, describe_hints, read_hints, restore
 from halfbyte.convert.respell import ORDER, from_awq, to_awq
 from halfbyte.convert.source import (
@@ -41,6 +41,7 @@ from halfbyte.convert.source import (
 from halfbyte.errors import CheckpointError
 
 BITS = 4
+PER_WORD = 32 // BITS
 GROUP_SIZES = (128, 64, 32)
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -119,34 +120,31 @@ class AwqSource(FolderSource):
         return cls(folder=folder, view=view, model_config=model_config, hints=hints)
 
     def describe(self, name: str) -> CodedSpec:
-        """Give a linear's facts; its codes are read only where it was another one before."""
-        if name in self.hints:
+        """Give a linear's facts; its codes are read only if it had other bits before."""
+        hint = self.hints.get(name)
+        if hint is not None and hint[0] != BITS:
             return self.load_linear(name).describe()
         parts = self.view.parts[name]
-        tensors = self.view.load(name, ("scales", "qzeros"))
-        in_features, groups = parts["qweight"].shape[0], parts["scales"].shape[0]
-        return describe_grid(
-            check_finite(f"{name}.scales", tensors["scales"].t()),
-            unpack_outputs(tensors["qzeros"]).to(torch.int16),
-            bits=BITS,
-            in_features=in_features,
-            group_size=in_features // groups,
-            is_ordered=True,
-            bias=parts.get("bias"),
-        )
+        inputs, words = parts["qweight"].shape
+        unread = torch.empty(words * PER_WORD, inputs // PER_WORD, device="meta")
+        found = self._assemble(name, self.view.load(name, ("scales", "qzeros")), unread)
+        return replace(found.describe(), bias=parts.get("bias"))
 
     def load_linear(self, name: str) -> CodedLinear:
         """Read one coded linear, as it was before it became AWQ where the file tells."""
         tensors = self.view.load(name, tuple(_TENSORS))
+        return self._assemble(name, tensors, from_awq(tensors["qweight"]).t())
+
+    def _assemble(self, name: str, tensors: Mapping[str, Tensor], words: Tensor) -> CodedLinear:
         scales = check_finite(f"{name}.scales", tensors["scales"])
         if "bias" in tensors:
             check_finite(f"{name}.bias", tensors["bias"])
         linear = CodedLinear(
-            words=from_awq(tensors["qweight"]).t(),
+            words=words,
             scales=scales.t().contiguous(),
             zeros=unpack_outputs(tensors["qzeros"]).to(torch.int16),
             bits=BITS,
-            group_size=tensors["qweight"].shape[0] // scales.shape[0],
+            group_size=words.shape[1] * PER_WORD // scales.shape[0],
             g_idx=None,
             bias=tensors.get("bias"),
         )
