@@ -9,6 +9,7 @@ import pytest
 import torch
 from tests.judge.conftest import noise
 
+from halfbyte.checkpoint.identity import digest_files
 from halfbyte.errors import ConfigError, ModelError
 from halfbyte.evaluate.loading import open_subject
 from halfbyte.judge import compare as module
@@ -50,8 +51,12 @@ def test_model_against_itself_passes_at_a_margin_that_the_items_can_show(base, r
     assert run(base, config=wide).verdict.outcome is Outcome.PASS
 
 
-def test_little_noise_is_measured_as_little(run, make_candidate):
-    result = run(make_candidate(noise(1e-4)))
+def test_little_noise_is_measured_as_little(base, run, make_candidate):
+    candidate = make_candidate(noise(1e-4))
+    result = run(candidate)
+    assert result.base_files == digest_files(base)
+    assert result.candidate_files == digest_files(candidate)
+    assert result.candidate_files["model.safetensors"] != result.base_files["model.safetensors"]
     assert 0 < result.text.kl_nats < 1e-4
     assert result.text.noise_kl_nats < result.text.kl_nats
     assert 0 < max(linear.error for linear in result.layers.linears) < 1e-2

@@ -7,13 +7,14 @@ import pytest
 from tests.helpers.stores import write_folder, write_verdict
 from tests.judge.examples import make_comparison
 
+from halfbyte.checkpoint.identity import digest_files, digest_weights
 from halfbyte.errors import StoreError
 from halfbyte.judge.report import write_report
 from halfbyte.store.backend import FolderBackend
 from halfbyte.store.checkout import checkout
 from halfbyte.store.differences import diff_versions
 from halfbyte.store.garbage import collect_garbage
-from halfbyte.store.manifest import BaseModel, digest_model
+from halfbyte.store.manifest import BaseModel
 from halfbyte.store.store import Store
 
 
@@ -48,7 +49,7 @@ def test_a_version_is_all_that_it_is_made_of(store, tmp_path):
     assert set(again.files) == {
         "README.md", "config.json", "model.safetensors", "quantization_report.json",
     }  # fmt: skip
-    assert again.base == BaseModel(id="org/base", digest=digest_model(base))
+    assert again.base == BaseModel(id="org/base", digest=digest_weights(digest_files(base)))
     assert again.recipe == {"bits": 4, "group_size": 64}
     assert again.calibration == "0" * 64
     assert again.tools == {"torch": "2.13.0"}
@@ -252,6 +253,47 @@ def test_what_compare_reports_is_a_verdict(local, tmp_path):
     found = local.judge("m", tmp_path / "report" / "report.json")
     assert found == comparison.verdict.outcome.value
     assert local.verdict("m", local.resolve("m")[1]) == found
+
+
+def write_report_of(path, folder, base):
+    report = {
+        "outcome": "pass",
+        "candidate_files": digest_files(folder),
+        "base_files": digest_files(base),
+    }
+    path.write_text(json.dumps(report))
+    return path
+
+
+def test_a_verdict_is_of_this_version_or_refused(local, tmp_path):
+    base, other = (write_folder(tmp_path / name, seed) for name, seed in (("b", 8), ("o", 9)))
+    version = add(local, tmp_path, base_folder=base).version
+    folder = tmp_path / "model0"
+    report = tmp_path / "report.json"
+    with pytest.raises(StoreError, match=r"report.json is no verdict of this version: model.safe"):
+        local.judge("m", write_report_of(report, other, base))
+    with pytest.raises(StoreError, match="compares with another base: its weights and config"):
+        local.judge("m", write_report_of(report, folder, other))
+    assert local.verdict("m", version) is None
+    (folder / "added.safetensors").write_bytes(b"weights that nobody judged")
+    with pytest.raises(StoreError, match=r"added.safetensors is not in it"):
+        local.judge("m", write_report_of(report, folder, base))
+    (folder / "added.safetensors").unlink()
+    assert local.judge("m", write_report_of(report, folder, base)) == "pass"
+    assert local.history("m").entries[-1].details["of"] == "these files"
+    # a version with more weights than were judged
+    (folder / "added.safetensors").write_bytes(b"weights that nobody judged")
+    with pytest.raises(StoreError, match=r"added.safetensors was not there"):
+        local.add(folder, "m", verdict=report)
+    (folder / "added.safetensors").unlink()
+    assert local.add(folder, "m", verdict=report).verdict.verdict == "pass"
+    local.judge("m", write_verdict(tmp_path / "v.json", "fail"))
+    assert local.history("m").entries[-1].details["of"] == "files that are not named"
+
+
+def test_a_base_without_weights_has_no_digest(local, tmp_path):
+    with pytest.raises(StoreError, match=r"The base model .*none has no weights in safetensors"):
+        add(local, tmp_path, base_folder=tmp_path / "none")
 
 
 def test_verdicts_are_one_of_three(local, tmp_path):

@@ -12,6 +12,7 @@ from halfbyte.errors import ConfigError, StoreError
 from halfbyte.units import format_bytes
 
 if TYPE_CHECKING:
+    from halfbyte.store.log import Entry
     from halfbyte.store.store import Store
 
 HELP = "keep versions of quantized models: add, compare, promote, roll back"
@@ -195,12 +196,19 @@ def _show(store: Store, args: argparse.Namespace) -> Outcome:
             for p, r in manifest.files.items()
         ),
         *(
-            f"log      {e.time}  {e.event}{' ' + e.alias if e.alias else ''}  by {e.actor}"
+            f"log      {e.time}  {_describe_event(e)}  by {e.actor}"
             f"{': ' + e.reason if e.reason else ''}"
             for e in events
         ),
     ]
     return {"version": version, "manifest": manifest, "log": events}, lines
+
+
+def _describe_event(entry: Entry) -> str:
+    """Say what happened: which alias moved, or which verdict was given of what."""
+    said = entry.details
+    judged = [said["verdict"], "of", said["of"]] if "of" in said else []
+    return " ".join([entry.event, *filter(None, [entry.alias]), *judged])
 
 
 def _diff(store: Store, args: argparse.Namespace) -> Outcome:
@@ -213,6 +221,10 @@ def _diff(store: Store, args: argparse.Namespace) -> Outcome:
         for kind in ("recipe", "base", "tools")
         for key, (before, after) in found[kind].items()
     ]
+    before, after = found["calibration"]
+    if before != after:
+        texts = " -> ".join((digest or "unknown")[:12] for digest in (before, after))
+        lines.append(f"recipe   calibration text: {texts}")
     before, after = found["bytes"]
     return found, [*lines, f"size     {format_bytes(before)} -> {format_bytes(after)}"]
 

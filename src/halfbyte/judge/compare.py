@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from halfbyte.checkpoint.identity import digest_all, digest_files
 from halfbyte.errors import ConfigError
 from halfbyte.evaluate.loading import first_line, load_tokenizer, open_subject
 from halfbyte.judge.answers import Respondent
@@ -33,7 +34,7 @@ from halfbyte.judge.interview import Interview
 from halfbyte.judge.layers import LayerErrors, keep_base_layers, measure_layers
 from halfbyte.judge.local_model import LocalModel, unpack_reference_linears
 from halfbyte.judge.meter import MemoryMeter, release_memory
-from halfbyte.judge.model_cache import ModelCache, default_cache, digest_model
+from halfbyte.judge.model_cache import ModelCache, default_cache
 from halfbyte.judge.profile import plan_for
 from halfbyte.judge.questions import (
     Passage,
@@ -93,7 +94,7 @@ def compare(
     tell = progress or (lambda what, done, total: None)
     root = Path(cache) if cache is not None else default_cache()
     sides = [
-        Side(name=str(name), cache=_open_cache(root, str(name), config, fresh=fresh))
+        _open_side(root, str(name), config, fresh=fresh)
         for name, fresh in ((base, is_address(str(base)) and not resume), (candidate, not resume))
     ]
     if sides[0].cache.folder == sides[1].cache.folder:
@@ -110,15 +111,17 @@ def compare(
     return conclude(sides, work, config, functions, *compared)
 
 
-def _open_cache(root: Path, name: str, config: CompareConfig, *, fresh: bool) -> ModelCache:
+def _open_side(root: Path, name: str, config: CompareConfig, *, fresh: bool) -> Side:
     if is_address(name):
-        return ModelCache(root, f"served-{digest(name)}", fresh=fresh)
+        cache = ModelCache(root, f"served-{digest(name)}", fresh=fresh)
+        return Side(name=name, cache=cache, files={})
     folder = Path(name)
     if not (folder / "config.json").is_file():
         open_subject(folder)  # raises with the reason
     device = config.device if config.device != "auto" else _auto_device()
-    key = f"{digest_model(folder)[:32]}-{config.dtype}-{device.partition(':')[0]}"
-    return ModelCache(root, key, fresh=fresh)
+    files = digest_files(folder)
+    key = f"{digest_all(files)[:32]}-{config.dtype}-{device.partition(':')[0]}"
+    return Side(name=name, cache=ModelCache(root, key, fresh=fresh), files=files)
 
 
 def _auto_device() -> str:

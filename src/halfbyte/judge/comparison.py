@@ -112,6 +112,10 @@ class Comparison:
     settings: Mapping[str, Any]
     items: tuple[WrittenItem, ...] = ()
     """Those with written answers; of use to machines, shown in no page."""
+    base_files: Mapping[str, str] = field(default_factory=dict)
+    """sha256 by name of the files that its answers depend on; empty for a served model."""
+    candidate_files: Mapping[str, str] = field(default_factory=dict)
+    """The same: by these a verdict is tied to a version of the store."""
     versions: Mapping[str, str] = field(default_factory=dict)
     machine: Mapping[str, str] = field(default_factory=dict)
 

@@ -102,6 +102,8 @@ def conclude(
             "seed": config.seed,
         },
         items=_written_items(work.questions, candidate, grades),
+        base_files=base.files,
+        candidate_files=candidate.files,
         versions=installed_versions(),
         machine=machine_facts(),
     )

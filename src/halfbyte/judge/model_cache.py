@@ -13,7 +13,6 @@ folder with other bytes, has another place.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,35 +27,11 @@ from halfbyte.checkpoint.atomic import write_atomically
 from halfbyte.judge.answers import AnswerFile
 from halfbyte.judge.local_model import LocalModel, Prediction
 
-DIGESTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt")
-"""What decides about a model's answers; reports and cards beside it do not."""
-UNIMPORTANT = ("checksums.json", "quantization_report.json")
-
 
 def default_cache() -> Path:
     """Give the folder for answers and predictions: ``$XDG_CACHE_HOME/halfbyte/judge``."""
     root = os.environ.get("XDG_CACHE_HOME", "").strip()
     return (Path(root) if root else Path.home() / ".cache") / "halfbyte" / "judge"
-
-
-def digest_model(folder: Path) -> str:
-    """Give a digest of everything in a model's folder that its answers depend on.
-
-    Args:
-        folder: A Hugging Face folder.
-
-    Returns:
-        64 hex digits.
-    """
-    files = {path for pattern in DIGESTED for path in folder.glob(pattern)}
-    whole = hashlib.sha256()
-    for path in sorted(files):
-        if path.name in UNIMPORTANT:
-            continue
-        with path.open("rb") as handle:
-            content = hashlib.file_digest(handle, "sha256").hexdigest()
-        whole.update(f"{path.name} {content}\n".encode())
-    return whole.hexdigest()
 
 
 class ModelCache:

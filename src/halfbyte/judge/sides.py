@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +71,8 @@ class Side:
 
     name: str
     cache: ModelCache
+    files: Mapping[str, str]
+    """sha256 by name of the files that its answers depend on; empty for a served model."""
     answers: dict[str, Answer] = field(default_factory=dict)
     edge_answers: list[Answer] = field(default_factory=list)
     edge_finite: list[bool] = field(default_factory=list)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from halfbyte.checkpoint.identity import digest_file
 from halfbyte.errors import StoreError
 from halfbyte.store.backend import Backend
-from halfbyte.store.manifest import CHUNK_BYTES, FileRecord, Manifest, digest_file
+from halfbyte.store.manifest import CHUNK_BYTES, FileRecord, Manifest
 
 
 def blob_key(digest: str) -> str:

@@ -7,10 +7,10 @@ import shutil
 import uuid
 from pathlib import Path
 
+from halfbyte.checkpoint.identity import digest_file
 from halfbyte.errors import StoreError
 from halfbyte.store.backend import TEMPORARY, FolderBackend
 from halfbyte.store.blobs import blob_key
-from halfbyte.store.manifest import digest_file
 from halfbyte.store.store import SHORT, Store
 
 CHECKOUTS = "checkouts"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from halfbyte.checkpoint.identity import digest_file
 from halfbyte.errors import StoreError
 from halfbyte.store.checkout import checkout
-from halfbyte.store.manifest import Manifest, digest_file
+from halfbyte.store.manifest import Manifest
 from halfbyte.store.store import SHORT, Store
 
 MANIFEST_FILE = "halfbyte_manifest.json"

@@ -21,7 +21,6 @@ from halfbyte.checkpoint.header import parse_json_object
 from halfbyte.errors import CheckpointError, StoreError
 
 FORMAT = 1
-VERDICTS = ("pass", "fail", "inconclusive")
 UNSAFE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".py", ".npy", ".npz")
 """Reading or importing one can run any program."""
 REPORT_FILE = "quantization_report.json"
@@ -165,19 +164,6 @@ def list_files(folder: Path) -> dict[str, Path]:
     return found
 
 
-def digest_file(path: Path) -> str:
-    """Give a file's sha256 in hex."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def digest_model(folder: Path) -> str:
-    """Give one digest of a base model: of the names and digests of its weights and config."""
-    paths = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")])
-    text = "".join(f"{digest_file(path)}  {path.name}\n" for path in paths)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def read_recipe(folder: Path) -> tuple[dict[str, Any], str | None, dict[str, str]]:
     """Read how a model was made: from its report, else from its config.
 
@@ -214,33 +200,6 @@ def read_base(folder: Path) -> BaseModel:
     base = front.get("base_model")
     base = base[0] if isinstance(base, list) and base else base
     return BaseModel(id=base if isinstance(base, str) else None)
-
-
-def read_verdict(path: Path) -> str:
-    """Read a comparison's verdict.
-
-    Args:
-        path: JSON with a key "outcome", as ``compare`` writes it, or "verdict"; other keys are kept
-            and not looked at.
-
-    Returns:
-        "pass", "fail" or "inconclusive".
-
-    Raises:
-        StoreError: There is no such file, or no such verdict in it.
-    """
-    if not path.is_file():
-        raise StoreError(f"There is no verdict file {path}.")
-    try:
-        report = parse_json_object(path.read_bytes(), str(path))
-    except CheckpointError as error:
-        raise StoreError(str(error)) from error
-    found = report.get("outcome", report.get("verdict"))
-    if found not in VERDICTS:
-        raise StoreError(
-            f"The verdict of {path} is {str(found)[:40]!r}; allowed are {', '.join(VERDICTS)}."
-        )
-    return str(found)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from halfbyte.checkpoint.identity import digest_files, digest_weights, is_weights
 from halfbyte.errors import StoreError
 from halfbyte.store.backend import Backend
 from halfbyte.store.blobs import blob_key, check_complete, put_blob, put_bytes, verify_blob
@@ -18,17 +19,18 @@ from halfbyte.store.manifest import (
     BaseModel,
     Manifest,
     Verdict,
-    digest_model,
     list_files,
     read_base,
     read_recipe,
-    read_verdict,
 )
+from halfbyte.store.verdicts import check_judgement, read_judgement
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 CHAMPION, CANDIDATE = "champion", "candidate"
 SHORT = 12
 SCHEME = "store:"
+THESE_FILES, UNNAMED_FILES = "these files", "files that are not named"
+"""What a verdict is of, in the log."""
 
 
 class Store:
@@ -77,7 +79,7 @@ class Store:
             name: The model's name in the store; not the base's.
             base: Id and revision of the base; None: from the model card.
             base_folder: The base model, to take its digest.
-            verdict: JSON file with a key "verdict".
+            verdict: ``report.json`` of ``compare``, or JSON with a key "verdict".
             like: A version that this one is a conversion of: base, recipe, calibration and tools
                 are its own.
             parent: The version that this one follows; None: the champion, if there is one.
@@ -97,7 +99,7 @@ class Store:
                 f"'{name}' is the name of the base model. Choose another, such as {name}-4bit."
             )
         if base_folder is not None:
-            digest = digest_model(Path(base_folder))
+            digest = _digest_base(Path(base_folder))
             found = BaseModel(id=found.id, revision=found.revision, digest=digest)
         recipe, calibration, tools = read_recipe(folder)
         if like is not None:
@@ -113,8 +115,10 @@ class Store:
                 records[CARD_FILE] = put_bytes(self.backend, card)
             judged = None
             if verdict is not None:
-                text = read_verdict(Path(verdict))
-                judged = Verdict(verdict=text, sha256=put_blob(self.backend, Path(verdict)).sha256)
+                judgement = read_judgement(Path(verdict))
+                check_judgement(judgement, Path(verdict), records, found)
+                kept = put_blob(self.backend, Path(verdict))
+                judged = Verdict(verdict=judgement.verdict, sha256=kept.sha256)
             if parent is None:
                 parent = read_history(self.backend, name).aliases.get(CHAMPION)
             manifest = Manifest(
@@ -204,18 +208,24 @@ class Store:
 
         Args:
             reference: The version.
-            verdict: JSON file with a key "verdict".
+            verdict: ``report.json`` of ``compare``, or JSON with a key "verdict".
 
         Returns:
             The verdict.
+
+        Raises:
+            StoreError: There is none, or it is of other files than the version's.
         """
         name, version = self.resolve(reference)
-        text = read_verdict(Path(verdict))
+        judgement = read_judgement(Path(verdict))
+        manifest = self.manifest(version)
+        check_judgement(judgement, Path(verdict), manifest.files, manifest.base)
         with self.backend.lock(exclusive=False):
             digest = put_blob(self.backend, Path(verdict)).sha256
-            details = {"verdict": text, "sha256": digest}
+            of = THESE_FILES if judgement.candidate_files else UNNAMED_FILES
+            details = {"verdict": judgement.verdict, "sha256": digest, "of": of}
             self.append(name, version, "verdict", details=details)
-        return text
+        return judgement.verdict
 
     def promote(
         self, reference: str, alias: str = CHAMPION, *, force_reason: str | None = None
@@ -369,6 +379,13 @@ class Store:
         entry = append_entry(self.backend, name, decide)
         assert entry is not None
         return entry
+
+
+def _digest_base(folder: Path) -> str:
+    files = digest_files(folder)
+    if not any(is_weights(name) for name in files):
+        raise StoreError(f"The base model {folder} has no weights in safetensors. Check the path.")
+    return digest_weights(files)
 
 
 def check_name(name: str) -> str:

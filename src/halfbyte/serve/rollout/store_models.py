@@ -289,7 +289,10 @@ def record_verdict(
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "verdict.json"
-        path.write_text(json.dumps(evidence, indent=2), encoding="utf-8")
+        served = model.store.manifest(model.version).files
+        digests = {name: record.sha256 for name, record in served.items()}
+        content = {**evidence, "candidate_files": digests}
+        path.write_text(json.dumps(content, indent=2), encoding="utf-8")
         reference = f"{model.name}@{model.version}"
         judged = model.store.judge(reference, path)
         if promote_to is None:
