@@ -96,7 +96,9 @@ def test_setting_out_of_range_is_refused(changes, message):
 @pytest.mark.parametrize("name", ["samples", "length", "batch_size"])
 @pytest.mark.parametrize("value", [0, -1])
 def test_calibration_counts_are_1_or_more(name, value):
-    with pytest.raises(ConfigError, match=f"{name} is {value}; it must be 1 or more"):
+    with pytest.raises(
+        ConfigError, match=f"{name} is {value}; it must be a whole number, 1 or more"
+    ):
         CalibrationConfig(**{name: value})
 
 

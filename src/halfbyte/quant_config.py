@@ -1,18 +1,15 @@
-"""What a quantization run is asked to do: two frozen dataclasses that the CLI and Python share.
-
-Each option lives once: its name, type, default, range and help text are the dataclass field, and
-the command line is made from the fields (see :mod:`halfbyte.cli.options`).
-"""
+"""What a quantization run is asked to do: frozen dataclasses that the CLI and Python share."""
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
+from halfbyte.config_fields import check_choice, check_keys, check_least, check_types, option
 from halfbyte.errors import ConfigError
+from halfbyte.run_config import DTYPES
 
 SUPPORTED_BITS = (2, 3, 4, 8)
 """Bit widths that have one agreed layout on disk."""
@@ -43,10 +40,6 @@ DEFAULT_SHRINKAGE = 0.4
 OVERRIDE_KEYS = ("bits", "group_size", "symmetric")
 
 
-def _option(default: Any, help: str, **extra: Any) -> Any:
-    return field(default=default, metadata={"help": help, **extra})
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scheme:
     """How one linear is rounded: its bits, its groups, its kind of grid."""
@@ -66,7 +59,7 @@ class Override:
     symmetric: bool | None = None
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         _check_pattern("override", self.pattern)
         if self.bits is not None:
             _check_bits(self.bits)
@@ -111,7 +104,7 @@ class Override:
                 f"Cannot read override {values!r}: it has no pattern. "
                 'Example: {"pattern": "mlp.down_proj", "bits": 8}'
             )
-        _check_keys(cls, values)
+        check_keys(cls, values)
         return cls(**values)
 
 
@@ -130,78 +123,78 @@ def _parse_override_value(key: str, value: str, text: str) -> int | bool:
 class QuantConfig:
     """How weights are rounded. Every combination that passes the checks can be written and read."""
 
-    bits: int = _option(4, "bits per weight", choices=SUPPORTED_BITS)
-    group_size: int = _option(
+    bits: int = option(4, "bits per weight", choices=SUPPORTED_BITS)
+    group_size: int = option(
         128, "input columns that share a scale; -1: one scale per output row", metavar="N"
     )
-    symmetric: bool = _option(
+    symmetric: bool = option(
         True, "one zero point per group instead of the fixed middle code", flag="--asymmetric"
     )
-    desc_act: bool = _option(
+    desc_act: bool = option(
         False, "form groups in order of falling activation (slower to run; writes g_idx)"
     )
-    act_order: bool = _option(
+    act_order: bool = option(
         True,
         "round columns in their stored order, not by falling activation",
         flag="--no-act-order",
     )
-    damping: float = _option(
+    damping: float = option(
         0.01, "added to the Hessian's diagonal, as a fraction of its mean", metavar="X"
     )
-    shrinkage: float = _option(
+    shrinkage: float = option(
         DEFAULT_SHRINKAGE,
         "share taken off the products of different inputs in the Hessian: more stays nearer to "
         "plain rounding and serves other kinds of text",
         metavar="X",
     )
-    match_base: bool = _option(
+    match_base: bool = option(
         False,
         "aim at the outputs of the unquantized model, which runs beside (twice the forward passes)",
         both=True,
     )
-    weigh_tokens: bool = _option(
+    weigh_tokens: bool = option(
         False,
         "let each calibration token count by how much the predictions hang on it (the text goes "
         "through the unquantized model and back first)",
         both=True,
     )
-    polish: int = _option(
+    polish: int = option(
         0, "rounds of moving codes and scales once more after the sweep", metavar="ROUNDS"
     )
-    tune_steps: int = _option(
+    tune_steps: int = option(
         0,
         "steps of training the codes of each block on its outputs; needs --match-base",
         metavar="STEPS",
     )
-    end_to_end_steps: int = _option(
+    end_to_end_steps: int = option(
         0,
         "steps of training all scales and norm gains on the base model's predictions, at most; "
         "needs --match-base",
         metavar="STEPS",
     )
-    ragged_groups: bool = _option(
+    ragged_groups: bool = option(
         False, "where the group size does not divide a layer's width, write a shorter last group"
     )
-    target_bits: float | None = _option(
+    target_bits: float | None = option(
         None,
         "choose bits for each module by what they measurably cost, up to this mean of bits per "
         "weight, scales and zeros included",
         metavar="X",
     )
-    target_size: str | None = _option(
+    target_size: str | None = option(
         None, "the same, up to this size of the whole checkpoint, such as 4GB", metavar="SIZE"
     )
-    skip: tuple[str, ...] = _option((), "leave matching modules in 16 bits", metavar="PATTERN")
-    overrides: tuple[Override, ...] = _option(
+    skip: tuple[str, ...] = option((), "leave matching modules in 16 bits", metavar="PATTERN")
+    overrides: tuple[Override, ...] = option(
         (),
         "other settings for matching modules",
         metavar="PATTERN=KEY:VALUE,...",
         flag="--override",
     )
-    lm_head: bool = _option(False, "quantize the output head too (unties it from the embeddings)")
+    lm_head: bool = option(False, "quantize the output head too (unties it from the embeddings)")
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         _check_bits(self.bits)
         _check_group_size(self.group_size)
         if not 0 < self.damping < 1:
@@ -328,7 +321,7 @@ class QuantConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Undo :meth:`to_dict`; an unknown key is a ConfigError with a suggestion."""
-        _check_keys(cls, values)
+        check_keys(cls, values)
         values = dict(values)
         if "overrides" in values:
             values["overrides"] = tuple(
@@ -344,20 +337,17 @@ class QuantConfig:
 class CalibrationConfig:
     """Which text the Hessians are measured on, and in what portions."""
 
-    samples: int = _option(128, "calibration sequences", metavar="N")
-    length: int = _option(2048, "tokens per sequence", metavar="N")
-    batch_size: int | None = _option(
+    samples: int = option(128, "calibration sequences", metavar="N")
+    length: int = option(2048, "tokens per sequence", metavar="N")
+    batch_size: int | None = option(
         None, "sequences per forward pass (default: by the memory plan)", metavar="N"
     )
-    seed: int = _option(0, "chooses the sequences where the text has more than needed", metavar="N")
+    seed: int = option(0, "chooses the sequences where the text has more than needed", metavar="N")
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        for name in ("samples", "length"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ConfigError(f"batch_size is {self.batch_size}; it must be 1 or more.")
+        check_types(self)
+        for name in ("samples", "length", "batch_size"):
+            check_least(self, name, 1)
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain values for JSON."""
@@ -366,73 +356,35 @@ class CalibrationConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Undo :meth:`to_dict`; an unknown key is a ConfigError with a suggestion."""
-        _check_keys(cls, values)
+        check_keys(cls, values)
         return cls(**values)
-
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResourceConfig:
     """What a run may use of the machine."""
 
-    memory: str | None = _option(
+    memory: str | None = option(
         None,
         "memory that the run may take, such as 8GB, with --device cuda the GPU's (default: 60% of "
         "what is free)",
         metavar="SIZE",
     )
-    device: str = _option("cpu", "where to compute: cpu or cuda", metavar="NAME")
-    dtype: str = _option("auto", "type in which the model computes", choices=DTYPES)
+    device: str = option("cpu", "where to compute: cpu or cuda", metavar="NAME")
+    dtype: str = option("auto", "type in which the model computes", choices=DTYPES)
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype is '{self.dtype}'; allowed are {', '.join(DTYPES)}.")
+        check_choice(self, "dtype", DTYPES)
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain values for JSON."""
         return asdict(self)
 
 
-def _check_keys(cls: Any, values: dict[str, Any]) -> None:
-    allowed = [f.name for f in fields(cls)]
-    for key in values:
-        if key not in allowed:
-            close = difflib.get_close_matches(key, allowed, n=1)
-            hint = f"Did you mean '{close[0]}'? " if close else ""
-            raise ConfigError(
-                f"Unknown setting '{key}' for {cls.__name__}. {hint}Allowed: {', '.join(allowed)}."
-            )
-
-
 def _as_sequence(name: str, value: Any) -> list[Any] | tuple[Any, ...]:
     if not isinstance(value, list | tuple):
         raise ConfigError(f"{name} is {value!r}; a list is needed. Put it in square brackets.")
     return value
-
-
-_TYPES: dict[str, tuple[type, ...]] = {
-    "int": (int,),
-    "float": (float, int),
-    "bool": (bool,),
-    "str": (str,),
-    "tuple[str, ...]": (tuple,),
-    "tuple[Override, ...]": (tuple,),
-}
-"""What a field's annotation allows; True is no int here."""
-
-
-def _check_types(config: Any) -> None:
-    for entry in fields(config):
-        value = getattr(config, entry.name)
-        annotation = str(entry.type)
-        allowed = _TYPES[annotation.removesuffix(" | None")]
-        if type(value) not in allowed and not (value is None and annotation.endswith(" | None")):
-            wanted = " or ".join(kind.__name__ for kind in allowed)
-            raise ConfigError(
-                f"{entry.name} is {value!r}, a {type(value).__name__}; {wanted} is needed."
-            )
 
 
 def _check_bits(bits: int) -> None:

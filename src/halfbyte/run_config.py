@@ -7,3 +7,6 @@ HEAD_BITS = (16, 8, 4)
 
 ACTIVATIONS = ("float", "int8")
 """Input of quantized layers on a CPU: in the model's own type, or rounded (kernels/cpu_int8.py)."""
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""Types in which a model computes."""

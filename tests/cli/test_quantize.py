@@ -147,7 +147,7 @@ def test_resume_of_a_complete_run_gives_its_report(
         (("--damping", "2"), 2, "halfbyte: damping is 2.0; allowed is 0 < damping < 1"),
         (("--group-size", "0"), 2, "halfbyte: group_size is 0; allowed are -1"),
         (("--skip", "("), 2, "halfbyte: The skip pattern '(' is not a regular expression"),
-        (("--samples", "0"), 2, "halfbyte: samples is 0; it must be 1 or more"),
+        (("--samples", "0"), 2, "halfbyte: samples is 0; it must be a whole number, 1 or more"),
         (("--memory", "much"), 2, "halfbyte: memory is 'much'; write a number and a unit"),
         (("--device", "abacus"), 2, "halfbyte: device is 'abacus', which this machine"),
         (("--calibration", "no.txt"), 1, "halfbyte: Cannot read calibration file no.txt"),

@@ -295,7 +295,7 @@ def test_counts_steps(rows, changes, steps):
     [
         (TrainConfig, {"epochs": 0}, "epochs is 0; it must be a number above 0"),
         (TrainConfig, {"batch_size": 0}, "batch_size is 0; it must be a whole number, 1 or more"),
-        (TrainConfig, {"validation": 1}, "validation is 1; it must be 0 or more and less than 1"),
+        (TrainConfig, {"validation": 1}, "validation is 1; it must be a share, 0 or more and less"),
         (TrainConfig, {"schedule": "x"}, "schedule is 'x'; allowed are cosine, linear, constant"),
         (AdapterConfig, {"rank": 1.5}, "rank is 1.5; it must be a whole number"),
         (AdapterConfig, {"variant": "vera"}, "variant is 'vera'; allowed are lora, rslora, dora"),

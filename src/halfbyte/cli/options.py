@@ -17,7 +17,7 @@ from dataclasses import Field, fields
 from typing import Any, TypeVar
 
 from halfbyte.errors import ConfigError
-from halfbyte.quant_config import DTYPES
+from halfbyte.run_config import DTYPES
 
 Config = TypeVar("Config")
 

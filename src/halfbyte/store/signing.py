@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 from halfbyte.errors import StoreError, require_extra
+from halfbyte.store.blobs import blob_key, put_blob
 from halfbyte.store.checkout import checkout
 from halfbyte.store.store import SHORT, Store
 
@@ -45,7 +46,7 @@ def sign(store: Store, reference: str, private_key: Path) -> str:
             config.sign(folder, path)
         except (ValueError, OSError, TypeError) as error:
             raise StoreError(f"Cannot sign with {private_key}: {_words_of(error)}") from error
-        return store.attach_signature(reference, path)
+        return _attach(store, reference, path)
 
 
 def verify_signature(store: Store, reference: str, public_key: Path) -> None:
@@ -70,7 +71,7 @@ def verify_signature(store: Store, reference: str, public_key: Path) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = checkout(store, reference, Path(temporary) / "model")
         path = Path(temporary) / SIGNATURE
-        store.fetch_signature(reference, path)
+        _fetch(store, reference, path)
         try:
             config = verifying.Config().use_elliptic_key_verifier(public_key=public_key)
             config.verify(folder, path)
@@ -79,6 +80,24 @@ def verify_signature(store: Store, reference: str, public_key: Path) -> None:
                 f"The signature of {name}@{version[:SHORT]} does not hold for {public_key}: "
                 f"{_words_of(error)}"
             ) from error
+
+
+def _attach(store: Store, reference: str, signature: Path) -> str:
+    name, version = store.resolve(reference)
+    with store.backend.lock(exclusive=False):
+        digest = put_blob(store.backend, signature).sha256
+        store.append(name, version, "sign", details={"sha256": digest})
+    return digest
+
+
+def _fetch(store: Store, reference: str, output: Path) -> None:
+    """Copy the newest signature of a version out."""
+    name, version = store.resolve(reference)
+    entries = store.history(name).entries
+    found = [e for e in entries if e.event == "sign" and e.version == version]
+    if not found:
+        raise StoreError(f"{name}@{version[:SHORT]} is not signed. Sign it with `store sign`.")
+    store.backend.fetch(blob_key(found[-1].details["sha256"]), output)
 
 
 def _words_of(error: Exception) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from halfbyte.checkpoint.identity import digest_files, digest_weights, is_weights
 from halfbyte.errors import StoreError
 from halfbyte.store.backend import Backend
-from halfbyte.store.blobs import blob_key, check_complete, put_blob, put_bytes, verify_blob
+from halfbyte.store.blobs import check_complete, put_blob, put_bytes, verify_blob
 from halfbyte.store.bucket import open_backend
 from halfbyte.store.card import make_card
 from halfbyte.store.log import Entry, History, append_entry, now, read_history
@@ -331,31 +331,6 @@ class Store:
             for path in manifest.files:
                 put_blob(self.backend, folder / path)
             self._record(manifest)
-
-    def attach_signature(self, reference: str, signature: Path) -> str:
-        """Keep a signature of a version; gives its digest."""
-        name, version = self.resolve(reference)
-        with self.backend.lock(exclusive=False):
-            digest = put_blob(self.backend, signature).sha256
-            self.append(name, version, "sign", details={"sha256": digest})
-        return digest
-
-    def fetch_signature(self, reference: str, output: Path) -> None:
-        """Copy the newest signature of a version out.
-
-        Args:
-            reference: The version.
-            output: The file to write.
-
-        Raises:
-            StoreError: It has none.
-        """
-        name, version = self.resolve(reference)
-        entries = self.history(name).entries
-        found = [e for e in entries if e.event == "sign" and e.version == version]
-        if not found:
-            raise StoreError(f"{name}@{version[:SHORT]} is not signed. Sign it with `store sign`.")
-        self.backend.fetch(blob_key(found[-1].details["sha256"]), output)
 
     def append(
         self,

@@ -194,7 +194,7 @@ def test_primary_can_be_exchanged_while_requests_run():
 def test_config_names_what_is_wrong():
     with pytest.raises(ValueError, match="fallback_on has 'errors'; allowed are critical, error"):
         QualityConfig(fallback_on=("errors",))
-    with pytest.raises(ValueError, match=r"canary_share is 1\.0; it must be below 1"):
+    with pytest.raises(ValueError, match=r"canary_share is 1\.0; it must be a share, above 0 and"):
         QualityConfig(canary_share=1.0)
     with pytest.raises(ValueError, match="hold_back is -1; it must be a whole number, 0 or more"):
         QualityConfig(hold_back=-1)

@@ -2,68 +2,64 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from halfbyte.config_fields import check_choice, check_least, check_positive, option
 from halfbyte.errors import ConfigError
-from halfbyte.run_config import ACTIVATIONS, HEAD_BITS
+from halfbyte.run_config import ACTIVATIONS, DTYPES, HEAD_BITS
 
 RUNNERS = ("auto", "native", "transformers")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-def _option(default: Any, help: str, **extra: Any) -> Any:
-    return field(default=default, metadata={"help": help, **extra})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """How the embedded engine runs the model."""
 
-    runner: str = _option(
+    runner: str = option(
         "auto",
         "what computes: the compiled decoder (native), or the model's own forward (transformers); "
         "auto: native where it can",
         choices=RUNNERS,
     )
-    device: str = _option("auto", "where to compute: cpu or cuda", metavar="NAME")
-    dtype: str = _option("auto", "type in which the model computes", choices=DTYPES)
-    head_bits: int = _option(
+    device: str = option("auto", "where to compute: cpu or cuda", metavar="NAME")
+    dtype: str = option("auto", "type in which the model computes", choices=DTYPES)
+    head_bits: int = option(
         16, "of the output layer; 8 or 4: a rounded copy, which is read faster", choices=HEAD_BITS
     )
-    activations: str = _option(
+    activations: str = option(
         "float",
         "on a CPU: int8 rounds the input of quantized layers, which is less exact, and faster "
         "where there are no matrix units",
         choices=ACTIVATIONS,
     )
-    context: int | None = _option(
+    context: int | None = option(
         None,
         "tokens that a request may have, prompt and answer together (default: as many as the model "
         "has positions)",
         metavar="N",
     )
-    cache_gb: float | None = _option(
+    cache_gb: float | None = option(
         None,
         "memory for keys and values (default: what the requests at the same time need, but at most "
         "half of what is free)",
         metavar="GB",
     )
-    sequences: int = _option(16, "requests that run at the same time, at most", metavar="N")
-    step_tokens: int = _option(
+    sequences: int = option(16, "requests that run at the same time, at most", metavar="N")
+    step_tokens: int = option(
         128,
         "tokens that go through the model at once: of long prompts a piece, so that running "
         "answers do not wait for them",
         metavar="N",
     )
-    queue: int = _option(256, "requests that may wait; more are refused with 429", metavar="N")
-    piece_seconds: float = _option(
+    queue: int = option(256, "requests that may wait; more are refused with 429", metavar="N")
+    piece_seconds: float = option(
         0.04,
         "between two pieces of an answer, at least: tokens that come faster are sent together, "
         "since each piece takes time from the model; 0: a piece for each token",
         metavar="SECONDS",
     )
-    share_prefixes: bool = _option(
+    share_prefixes: bool = option(
         True, "keep what prompts begin with, and do not read it again", both=True
     )
     page_tokens: int = 16
@@ -71,12 +67,10 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name in ("sequences", "step_tokens", "page_tokens"):
-            _check_least(self, name, 1)
-        _check_least(self, "queue", 0)
-        if self.context is not None:
-            _check_least(self, "context", 2)
-        if self.cache_gb is not None and not 0 < self.cache_gb < float("inf"):
-            raise ConfigError(f"cache_gb is {self.cache_gb!r}; it must be a number above 0.")
+            check_least(self, name, 1)
+        check_least(self, "queue", 0)
+        check_least(self, "context", 2)
+        check_positive(self, "cache_gb")
         if not 0 <= self.piece_seconds <= 10:
             raise ConfigError(
                 f"piece_seconds is {self.piece_seconds!r}; it must be 0 to 10 seconds."
@@ -94,18 +88,8 @@ class EngineConfig:
             ("head_bits", HEAD_BITS),
             ("activations", ACTIVATIONS),
         ):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(
-                    f"{name} is {getattr(self, name)!r}; allowed are "
-                    f"{', '.join(map(str, allowed))}."
-                )
+            check_choice(self, name, allowed)
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain values for JSON."""
         return asdict(self)
-
-
-def _check_least(config: EngineConfig, name: str, least: int) -> None:
-    value = getattr(config, name)
-    if type(value) is not int or value < least:
-        raise ConfigError(f"{name} is {value!r}; it must be a whole number, {least} or more.")
