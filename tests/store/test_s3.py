@@ -1,4 +1,4 @@
-"""A store in S3, by the protocol: s3fs against moto's server, where both are installed."""
+"""A store in S3, by the protocol: s3fs against moto's server."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import s3fs
 from tests.helpers.stores import check_store, kill_while_at_work, write_folder
 from tests.serve.helpers_quality import ScriptedBackend, answer, collect, make_call
 
@@ -20,9 +21,6 @@ from halfbyte.serve.routing.router import Router
 from halfbyte.store.checkout import checkout
 from halfbyte.store.garbage import collect_garbage
 from halfbyte.store.store import Store
-
-s3fs = pytest.importorskip("s3fs")
-pytest.importorskip("moto.server")
 
 PLACE = "s3://bucket/store"
 
