@@ -1,7 +1,7 @@
 """What does each step of quantizing bring, alone and in sequence, and what does it cost?
 
     python bench/measure_ablation.py [MODEL] [--text FILE] [--test FILE] [--bits 4]
-        [--group-size 128] [--tune-steps 200] [--end-to-end-steps 120] [--only NAME,NAME]
+        [--group-size 128] [--tune-steps 200] [--end-to-end-steps 120] [--only NAME;NAME]
 
 Same token ids, same measure as ``measure_quality.py``: KL to the base in fp32, weights decoded from
 the files.
@@ -47,14 +47,14 @@ def main() -> None:
     parser.add_argument("--tune-steps", type=int, default=best["tune_steps"])
     parser.add_argument("--end-to-end-steps", type=int, default=best["end_to_end_steps"])
     parser.add_argument("--work", type=Path, help="keep the checkpoints in this folder")
-    parser.add_argument("--only", help="names of cases, with commas")
+    parser.add_argument("--only", help="names of cases, with semicolons")
     parser.add_argument("--name", default="ablation", help="of the file in bench/results")
     args = parser.parse_args()
     tokenizer, ids, prose = prepare(args)
     windows = windows_by_kind(tokenizer, prose)
     chosen = cases(args.tune_steps, args.end_to_end_steps)
     if args.only:
-        chosen = {name: chosen[name] for name in args.only.split(",")}
+        chosen = {name: chosen[name] for name in args.only.split(";")}
     program = str(Path(__file__).with_name("measure_quality.py"))
     runs: dict[str, Any] = {}
     with ExitStack() as stack:
