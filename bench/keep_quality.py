@@ -33,6 +33,9 @@ def main() -> None:
         "--older", nargs="*", type=Path, default=(), help="runs of an earlier halfbyte"
     )
     parser.add_argument("--as", dest="older_as", default="", help="what its rows are called")
+    parser.add_argument(
+        "--without", nargs="*", default=(), help="leave rows with these words in their name out"
+    )
     options = parser.parse_args()
     paths = [*options.older, *options.runs]
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
@@ -59,6 +62,8 @@ def main() -> None:
                 "result": run["data"].get("results", {}).get(row[0]),
                 "kept from": run["data"].get("kept from", "the script's file"),
             }
+    left_out = [name for name in rows if any(words in name for words in options.without)]
+    rows, kept = ({n: v for n, v in d.items() if n not in left_out} for d in (rows, kept))
     last = runs[-1]
     known = [*HALFBYTE_CASES, *PEER_CASES]
     order = sorted(rows, key=lambda name: known.index(name) if name in known else -1)

@@ -89,7 +89,9 @@ def test_unknown_option_is_a_usage_error(verb, capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main(["try", "--numbr", "7"])
     assert exit_.value.code == 2
-    assert "unrecognized arguments: --numbr 7" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "unrecognized arguments: --numbr 7. Did you mean --number?" in told
+    assert told.startswith("usage: halfbyte try"), "how to use the verb, not the whole command"
 
 
 def test_no_verb_prints_help_and_exits_with_2(capsys):

@@ -15,7 +15,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from halfbyte.cli.output import err_console
 from halfbyte.environment import VARIABLES, read_variable
@@ -69,6 +69,23 @@ def load_verb(name: str) -> Verb:
     return cast(Verb, importlib.import_module(VERBS[name]))
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose verbs refuse unknown options themselves, with what was probably meant.
+
+    argparse leaves that to the outermost parser, which shows how to use that one alone.
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, as argparse does; whatever is not known is an error."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            close = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1, cutoff=0.8)
+            hint = f". Did you mean {close[0]}?" if close else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return found, unknown
+
+
 def build_parser(verbs: Sequence[str] = tuple(VERBS)) -> argparse.ArgumentParser:
     """Build the parser with the verbs that are needed.
 
@@ -78,7 +95,7 @@ def build_parser(verbs: Sequence[str] = tuple(VERBS)) -> argparse.ArgumentParser
     Returns:
         The parser. Its namespace holds ``verb`` and ``debug`` beside the verb's own options.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="halfbyte",
         description="Make language models small: 2, 3, 4 or 8 bits per weight, measured.",
         allow_abbrev=False,
