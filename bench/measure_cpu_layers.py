@@ -152,8 +152,7 @@ class ColdLayer:
         )
         (packed,) = self.kernel.prepare(self.stored, self.spec)
         self.packed_bytes = packed.nbytes
-        copies = -(-COLD_BYTES // packed.nbytes)
-        self.packed = [self.kernel.prepare(self.stored, self.spec)[0] for _ in range(copies)]
+        self.packed = [self._pack() for _ in range(-(-COLD_BYTES // packed.nbytes))]
         dense = torch.randn(out_features, in_features).to(dtype)
         self.dense = [dense.clone() for _ in range(-(-COLD_BYTES // dense.nbytes))]
         self.calls = 0
@@ -197,7 +196,7 @@ class ColdLayer:
         functions = open_library().functions
         assert functions is not None
         out = x.new_empty(x.shape[0], self.spec.out_features)
-        places = [packed.data_ptr() for packed in self.packed]
+        places = [packed.weight[0].data_ptr() for packed in self.packed]
         threads = torch.get_num_threads()
 
         def call() -> None:
@@ -217,9 +216,12 @@ class ColdLayer:
 
     def next_packed(self) -> Operands:
         """The operands with the next copy."""
-        weight = self.packed[self.calls % len(self.packed)]
+        return self.packed[self.calls % len(self.packed)]
+
+    def _pack(self) -> Operands:
+        weight = self.kernel.prepare(self.stored, self.spec)
         return Operands(
-            weight=(weight,), qzeros=self.stored.qzeros, scales=self.stored.scales, g_idx=None
+            weight=weight, qzeros=self.stored.qzeros, scales=self.stored.scales, g_idx=None
         )
 
 
