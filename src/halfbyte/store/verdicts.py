@@ -88,12 +88,16 @@ def check_judgement(
     if against and base.digest and against != base.digest:
         raise StoreError(
             f"{path} compares with another base: its weights and config have digest "
-            f"{against[:12]}, those of the version's base {base.digest[:12]}."
+            f"{against[:12]}, those of the version's base {base.digest[:12]}. Compare with that "
+            "base, or add the version again with the right --base."
         )
 
 
 def _read_files(report: Mapping[str, Any], key: str, path: Path) -> Mapping[str, str]:
     found = report.get(key) or {}
     if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
-        raise StoreError(f"{key} of {path} must map file names to their sha256.")
+        raise StoreError(
+            f"{key} of {path} must map file names to their sha256. Take the report as `halfbyte "
+            "compare` wrote it."
+        )
     return found
