@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -179,16 +179,19 @@ class EndToEndTuning:
         self._save()
         return state
 
+    @torch.no_grad()
     def held_out(self) -> float:
         """Give the weighted mean KL per token on the text to judge by, in nats."""
         total, counted = 0.0, 0.0
         for batch in self.data.check:
             ids = self.data.ids(batch)
             (hidden,) = self.chain.forward([ids])[-1]
-            weight = float(self.data.weights_of(batch, ids).sum())
-            found, _ = self._divergence(batch, ids, hidden, with_gradient=False)
-            total += found * weight
-            counted += weight
+            weights = self.data.weights_of(batch, ids)
+            for row, wanted, own in self._logits(batch, ids, hidden):
+                found, wanted = own.log_softmax(-1), wanted.log_softmax(-1)
+                each = functional.kl_div(found, wanted, reduction="none", log_target=True)
+                total += float(each.sum(-1).mul(weights[row]).sum())
+            counted += float(weights.sum())
         return total / counted
 
     def _step(self) -> None:
@@ -199,8 +202,7 @@ class EndToEndTuning:
         ids = self.data.ids(batch)
         states = self.chain.forward([ids])
         self.optimizer.zero_grad()
-        _, gradient = self._divergence(batch, ids, states[-1][0], with_gradient=True)
-        assert gradient is not None
+        gradient = self._gradient(batch, ids, states[-1][0])
         for _ in self.chain.backward([ids], states, [gradient]):
             pass
         if all(c.grad is None or bool(c.grad.isfinite().all()) for c in self.changes.values()):
@@ -219,31 +221,34 @@ class EndToEndTuning:
     def _rate_at(self, step: int) -> float:
         return self.state.rate * (1 + math.cos(math.pi * step / self.steps)) / 2
 
-    def _divergence(
-        self, batch: int, ids: Tensor, hidden: Tensor, *, with_gradient: bool
-    ) -> tuple[float, Tensor | None]:
-        """Weighted mean KL per token; the gradient of its sum over the usual weight, row by row."""
-        stream, end = self.chain.stream, self.chain.num_blocks
-        base, weights = self.data.base(batch), self.data.weights_of(batch, ids)
-        counted = float(weights.sum())
-        gradient = torch.empty_like(hidden) if with_gradient else None
-        total = 0.0
-        with stream.at(end):
+    def _gradient(self, batch: int, ids: Tensor, hidden: Tensor) -> Tensor:
+        """Give the gradient of the weighted sum of the KL over the usual weight, by hidden states.
+
+        By the own logits it is what the own probabilities have more than the wanted ones.
+        """
+        weights = self.data.weights_of(batch, ids) / self.usual_weight
+        own = hidden.detach().requires_grad_()
+        with torch.enable_grad():
+            for row, wanted, found in self._logits(batch, ids, own):
+                by_logits = found.detach().softmax(-1).sub_(wanted.softmax(-1))
+                by_logits.mul_(weights[row, :, None])
+                found.backward(by_logits)  # type: ignore[no-untyped-call]
+        assert own.grad is not None
+        return own.grad
+
+    def _logits(
+        self, batch: int, ids: Tensor, hidden: Tensor
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Give each row's number, and the base's and the own logits, fp32 [tokens, vocabulary]."""
+        stream, base = self.chain.stream, self.data.base(batch)
+        with stream.at(self.chain.num_blocks):
             for row in range(len(ids)):
                 part = slice(row, row + 1)
                 with torch.no_grad():
-                    wanted = run_tail(stream, ids[part], base[part]).float().log_softmax(-1)
-                own = hidden[part].detach().requires_grad_(with_gradient)
-                with torch.set_grad_enabled(with_gradient), self.student.enter_outside():
-                    found = run_tail(stream, ids[part], own).float().log_softmax(-1)
-                    each = functional.kl_div(found, wanted, reduction="none", log_target=True)
-                    kl = each.sum(-1).mul(weights[part]).sum()
-                    if gradient is not None:
-                        (kl / self.usual_weight).backward()  # type: ignore[no-untyped-call]
-                        assert own.grad is not None
-                        gradient[part] = own.grad
-                total += float(kl.detach())
-        return total / counted, gradient
+                    wanted = run_tail(stream, ids[part], base[part])[0].float()
+                with self.student.enter_outside():
+                    own = run_tail(stream, ids[part], hidden[part])[0].float()
+                yield row, wanted, own
 
     def _look(self, on_look: Callable[[TuningState], None]) -> None:
         state = self.state
