@@ -160,38 +160,6 @@ def test_held_out_kl_falls_and_the_checkpoint_holds_what_was_kept(tmp_path: Path
         assert not torch.equal(one.scales, two.scales)
 
 
-def test_what_is_judged_is_the_running_mean_of_the_steps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(end_to_end, "MEAN_DECAY", 0.75)
-    steps: list[torch.Tensor] = []
-    judged: list[tuple[torch.Tensor, torch.Tensor]] = []
-    average, held_out = EndToEndTuning._average, EndToEndTuning.held_out
-
-    def flat(tuning: EndToEndTuning) -> torch.Tensor:
-        return torch.cat([c.detach().double().flatten() for c in tuning.changes.values()])
-
-    def note_step(tuning: EndToEndTuning) -> None:
-        average(tuning)
-        steps.append(flat(tuning))
-
-    def note_look(tuning: EndToEndTuning) -> float:
-        naive = torch.zeros_like(flat(tuning))
-        for number, step in enumerate(steps, 1):
-            naive += (step - naive) * max(0.25, 1 / number)
-        judged.append((flat(tuning), naive))
-        return held_out(tuning)
-
-    monkeypatch.setattr(EndToEndTuning, "_average", note_step)
-    monkeypatch.setattr(EndToEndTuning, "held_out", note_look)
-    report = tune(tmp_path, "out")
-    assert report.end_to_end is not None
-    assert report.end_to_end.kept_step == 12, "no look went back, so one mean runs through"
-    for found, naive in judged:
-        assert torch.allclose(found, naive, rtol=1e-4, atol=1e-8)
-    assert not torch.allclose(judged[-1][0], steps[-1], rtol=0.1), "which is not the last step"
-
-
 def test_a_rate_that_is_too_high_is_lowered_and_the_best_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,21 +5,19 @@ of the next token; here the scales of all linears and the gains of all norms mov
 that nearer to the base model's, while the codes stay. Whole batches of the calibration text are
 kept apart: their divergence decides which step is kept, and when to stop. A step that is right for
 one model is too large for another that is nearer to its base, where gradients are mostly noise: so
-what is judged and kept is a running mean of the last steps, in which the noise of each cancels, and
 a look that finds no better model goes back to the best one, and on with smaller steps.
 
 Source:
     Training only the scales, end to end: Chen et al. 2024, "EfficientQAT" (E2E-QP),
     https://arxiv.org/abs/2407.11062, there on the text itself, here on the base model's
-    distribution. The mean of the steps: Polyak and Juditsky 1992,
-    https://doi.org/10.1137/0330046.
+    distribution.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,8 +36,6 @@ from halfbyte.quantize.target import CHECK_EVERY
 RATE = 1e-3
 """Largest step, as a fraction of a scale or of a norm's mean gain."""
 BETAS = (0.9, 0.95)
-MEAN_DECAY = 0.9
-"""Share of the running mean that a step leaves as it was; of the first ones all count alike."""
 CHECK_STEPS = 10
 """Training steps between two looks at the held-out text."""
 MOST_CHECKED = 8
@@ -89,8 +85,6 @@ class TuningState:
 
     step: int = 0
     best_step: int = 0
-    averaged: int = 0
-    """Steps in the running mean."""
     rate: float = 0.0
     """Largest step from here on."""
     looks: list[tuple[int, float]] = field(default_factory=list)
@@ -134,8 +128,6 @@ class EndToEndTuning:
         self.path = path
         self.steps, self.seed = steps, seed
         self.changes = {name: number.change for name, number in student.numbers.items()}
-        self.mean = {name: torch.zeros_like(change) for name, change in self.changes.items()}
-        """What is judged: the running mean of the changes."""
         self.best = {name: torch.zeros_like(change) for name, change in self.changes.items()}
         fit = [data.ids(batch) for batch in data.fit]
         weights = [
@@ -175,7 +167,7 @@ class EndToEndTuning:
             state.stopped = state.is_finished = True
             if not state.looks:
                 raise  # nothing to keep yet
-        self._put(self.best)
+        self._go_back()
         self._save()
         return state
 
@@ -209,14 +201,6 @@ class EndToEndTuning:
             self.optimizer.param_groups[0]["lr"] = self._rate_at(state.step)
             self.optimizer.step()
         state.step += 1
-        self._average()
-
-    @torch.no_grad()
-    def _average(self) -> None:
-        self.state.averaged += 1
-        share = max(1 - MEAN_DECAY, 1 / self.state.averaged)
-        for name, change in self.changes.items():
-            self.mean[name].lerp_(change, share)
 
     def _rate_at(self, step: int) -> float:
         return self.state.rate * (1 + math.cos(math.pi * step / self.steps)) / 2
@@ -252,19 +236,15 @@ class EndToEndTuning:
 
     def _look(self, on_look: Callable[[TuningState], None]) -> None:
         state = self.state
-        now = _copy(self.changes)
-        self._put(self.mean)
         found = self.held_out()
         state.looks.append((state.step, found))
         first = len(state.looks) == 1
-        if first or found < state.best * (1 - LEAST_GAIN):
+        if not first and found < state.best * (1 - LEAST_GAIN):
             state.best_step = state.step
-            self.best = _copy(self.mean)
-            self._put(now)
-        else:
+            self.best = {name: c.detach().clone() for name, c in self.changes.items()}
+        elif not first:
             state.rate *= RETREAT
-            self._put(self.best)
-            self.mean, state.averaged = _copy(self.best), 0
+            self._go_back()
             # What it had seen on the way to a worse model would lead there again.
             self.optimizer.state.clear()
         since = sum(step > state.best_step for step, _ in state.looks)
@@ -273,15 +253,14 @@ class EndToEndTuning:
         on_look(state)
 
     @torch.no_grad()
-    def _put(self, values: Mapping[str, Tensor]) -> None:
+    def _go_back(self) -> None:
         for name, change in self.changes.items():
-            change.copy_(values[name])
+            change.copy_(self.best[name])
 
     def _save(self) -> None:
         tensors: dict[str, Tensor] = {}
         for name, change in self.changes.items():
             tensors[f"now.{name}"] = change.detach()
-            tensors[f"mean.{name}"] = self.mean[name]
             tensors[f"best.{name}"] = self.best[name]
             # The shards may hold trained scales by the time that this is read.
             tensors[f"start.{name}"] = self.student.numbers[name].start
@@ -291,7 +270,6 @@ class EndToEndTuning:
         told = {
             "step": state.step,
             "best_step": state.best_step,
-            "averaged": state.averaged,
             "rate": state.rate,
             "looks": state.looks,
             "is_finished": state.is_finished,
@@ -307,7 +285,6 @@ class EndToEndTuning:
         with torch.no_grad():
             for name, change in self.changes.items():
                 change.copy_(tensors[f"now.{name}"])
-                self.mean[name].copy_(tensors[f"mean.{name}"])
                 self.best[name].copy_(tensors[f"best.{name}"])
                 self.student.numbers[name].start.copy_(tensors[f"start.{name}"])
                 if f"step.{name}" in tensors:
@@ -316,7 +293,3 @@ class EndToEndTuning:
                         "exp_avg": tensors[f"exp_avg.{name}"].to(change.device),
                         "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(change.device),
                     }
-
-
-def _copy(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in values.items()}
