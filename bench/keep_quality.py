@@ -74,7 +74,12 @@ def main() -> None:
         note=(
             f"{settings.pop()}{JOINED} were measured on the machine named in each row, "
             "some of several at a time on a GPU, so that seconds compare only roughly; ± is the "
-            "standard error over windows; AutoRound with its default of 200 iterations"
+            "standard error over windows"
+            + (
+                "; AutoRound with its default of 200 iterations"
+                if "AutoRound" in str(order)
+                else ""
+            )
         ),
         data={"rows": kept},
         elsewhere=Elsewhere(
