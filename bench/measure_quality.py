@@ -44,6 +44,7 @@ from halfbyte.evaluate.divergence import DivergenceAccumulator, DivergenceResult
 from halfbyte.evaluate.windows import split_windows, tokenize_text
 from halfbyte.quant_config import PRESETS, CalibrationConfig, QuantConfig, ResourceConfig
 from halfbyte.quantize.calibration import load_calibration
+from halfbyte.quantize.rotate import rotate
 from halfbyte.sample_model import write_sample_model
 from peers.environments import FOLDER, PEERS, PROGRAMS
 from record import save_result
@@ -58,6 +59,8 @@ COLUMNS = [
 ]
 MIX = ", built-in mix"
 """Ends the name of a case that calibrates on it."""
+ROTATED = ", rotated"
+"""Ends the name of a case that turns the model first (halfbyte rotate)."""
 _128 = {"group_size": 128, "ragged_groups": True}
 _64 = {"group_size": 64}
 HALFBYTE_CASES: dict[str, dict[str, Any]] = {
@@ -65,6 +68,9 @@ HALFBYTE_CASES: dict[str, dict[str, Any]] = {
     "halfbyte balanced, group 128": {**PRESETS["balanced"], **_128},
     "halfbyte best, group 128": {**PRESETS["best"], **_128},
     f"halfbyte balanced, group 128{MIX}": {**PRESETS["balanced"], **_128},
+    f"halfbyte fast, group 128{ROTATED}": _128,
+    f"halfbyte balanced, group 128{ROTATED}": {**PRESETS["balanced"], **_128},
+    f"halfbyte best, group 128{ROTATED}": {**PRESETS["best"], **_128},
     "halfbyte fast, group 64": _64,
     "halfbyte balanced, group 64": {**PRESETS["balanced"], **_64},
     "halfbyte best, group 64": {**PRESETS["best"], **_64},
@@ -164,6 +170,7 @@ def run_tools(
     for number, (name, settings) in enumerate(HALFBYTE_CASES.items()):
         own = mix if name.endswith(MIX) else ids
         job = {"ids": own, "config": {"bits": args.bits, **settings}}
+        job["rotated"] = name.endswith(ROTATED)
         jobs[name] = (f"halfbyte-{number}", job, [sys.executable, __file__, "--child"])
     for number, (name, (peer, group_size)) in enumerate(PEER_CASES.items()):
         if peer not in args.peers.split(",") or (peer == "llmcompressor" and args.bits != 4):
@@ -227,9 +234,17 @@ def run_tool(
 
 
 def run_halfbyte(
-    model: str, output: str, ids: list[list[int]], config: dict[str, Any], device: str
+    model: str,
+    output: str,
+    ids: list[list[int]],
+    config: dict[str, Any],
+    device: str,
+    *,
+    rotated: bool = False,
 ) -> None:
     """Quantize in this process."""
+    if rotated:
+        model = rotate(model, f"{output}-rotated", device=device).output
     halfbyte.quantize(
         model,
         output,

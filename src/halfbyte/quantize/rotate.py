@@ -1,0 +1,359 @@
+"""A model folder -> the same model in a turned residual stream, one block in memory at a time.
+
+::
+
+    block -> run it -> which norms feed which linears, which linears write the stream
+          -> gains and rotation into the weights -> run it on the turned stream, compare -> shard
+    ... x n -> embeddings and head -> index, tokenizer, config
+
+Nothing here knows a model family. What reads the stream is found by running each block, and a
+model for which the turned block computes anything else is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.checkpoint.companions import copy_companions
+from halfbyte.checkpoint.write import shard_name, write_index, write_json, write_shard
+from halfbyte.errors import ConfigError, ModelError
+from halfbyte.model.blocks import linear_weight, quantizable_linears, set_linear_weight
+from halfbyte.model.stream import BlockStream
+from halfbyte.model.weights import ModelWeights, map_tensor
+from halfbyte.quantize.block_work import cast_block
+from halfbyte.quantize.head import head_name
+from halfbyte.quantize.rotation import Rotation
+from halfbyte.quantize.source import check_device, find_model
+from halfbyte.version import __version__
+
+ROTATION_FILE = "rotation.json"
+TOKENS = 64
+"""That every block is checked with."""
+BLOCK_TOLERANCE = 1e-3
+"""Of a block's outputs in fp32, by token; a part that does not turn is off by their own size."""
+HEAD_TOLERANCE = 0.03
+"""Of the logits: the head is checked as it will be stored."""
+HEAD_ROWS = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RotationReport:
+    """What was written."""
+
+    model: str
+    output: str
+    seed: int
+    width: int
+    num_blocks: int
+    largest_error: float
+    """Of a block's outputs, relative, in fp32, before its weights are rounded to be stored."""
+    untied_bytes: int
+    """What the head takes that was tied to the embeddings before; 0 where it was not."""
+    num_bytes: int
+    seconds: float
+    version: str = __version__
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain values for JSON."""
+        return asdict(self)
+
+
+def rotate(
+    model: str | Path,
+    output: str | Path,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    on_block: Callable[[int, int], None] = lambda index, count: None,
+) -> RotationReport:
+    """Write a model folder that computes the same with its residual stream turned.
+
+    The result is an ordinary 16-bit model: quantize it, and compare with it, as with any other.
+
+    Args:
+        model: A Hugging Face model folder, or a name on the Hub.
+        output: New folder.
+        seed: Draws the rotation.
+        device: Where to compute.
+        on_block: Told of every block that is taken up, from 0, and their number.
+
+    Returns:
+        What was written; it also stands in the folder.
+
+    Raises:
+        ConfigError: The output is in use, or there is no such device.
+        ModelError: The model does not compute the same when its stream is turned.
+        CheckpointError: The model's files are damaged, or the disk is full.
+    """
+    source, target = find_model(model), Path(output)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"The output {target} exists and is not empty. Choose a new folder.")
+    with torch.no_grad():
+        return _Turning(str(model), source, target, seed, check_device(device)).run(on_block)
+
+
+@dataclass(slots=True)
+class _Roles:
+    """What the parts of a block have to do with the residual stream."""
+
+    readers: dict[str, list[str]] = field(default_factory=dict)
+    """Linears by the norm that feeds them."""
+    writers: list[str] = field(default_factory=list)
+
+
+class _Turning:
+    """One model on its way into another basis."""
+
+    def __init__(
+        self, name: str, source: Path, target: Path, seed: int, device: torch.device
+    ) -> None:
+        self.start = time.monotonic()
+        self.name, self.target, self.seed = name, target, seed
+        self.weights = ModelWeights(source, device)
+        self.stream = BlockStream(self.weights.model, self.weights.blocks, torch.float32)
+        self.width = int(self.weights.config.get_text_config().hidden_size)
+        self.rotation = Rotation.random(self.width, seed, device)
+        self.num_blocks = len(self.weights.blocks.modules)
+        vocabulary = int(self.weights.config.get_text_config().vocab_size)
+        self.ids = (torch.arange(1, TOKENS + 1) % vocabulary)[None].to(device)
+        self.largest_error = 0.0
+        self.files: dict[str, str] = {}
+        self.num_bytes = 0
+
+    def run(self, on_block: Callable[[int, int], None]) -> RotationReport:
+        self.weights.load_outside()
+        self._check_outside()
+        self.target.mkdir(parents=True, exist_ok=True)
+        hidden = self._embed()
+        for index in range(self.num_blocks):
+            on_block(index, self.num_blocks)
+            hidden = self._turn_block(index, hidden)
+        untied = self._turn_outside(hidden)
+        report = RotationReport(
+            model=self.name,
+            output=str(self.target),
+            seed=self.seed,
+            width=self.width,
+            num_blocks=self.num_blocks,
+            largest_error=self.largest_error,
+            untied_bytes=untied,
+            num_bytes=self.num_bytes,
+            seconds=time.monotonic() - self.start,
+        )
+        self._describe(report)
+        return report
+
+    def _check_outside(self) -> None:
+        """Refuse what else may stand beside the blocks: it would have to be turned, too."""
+        model = self.weights.model
+        head = model.get_output_embeddings()
+        known = {id(p) for m in (model.get_input_embeddings(), head) if m for p in m.parameters()}
+        for name, parameter in model.named_parameters():
+            inside = name.startswith(f"{self.weights.blocks.prefix}.")
+            gains = name.endswith(".weight") and tuple(parameter.shape) == (self.width,)
+            if not inside and not gains and id(parameter) not in known:
+                raise self._refusal(f"nothing is known of {name}, which is outside its blocks")
+
+    def _embed(self) -> Tensor:
+        """Give what reaches the first block."""
+        found: list[Tensor] = []
+        first = self.weights.load_block(0)
+        cast_block(first, self.weights.dtype, torch.float32)
+
+        def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.append(args[0] if args else kwargs["hidden_states"])
+
+        hook = first.register_forward_pre_hook(keep, with_kwargs=True)
+        with self.stream.at(0):
+            self.stream.run(self.ids, None)
+        hook.remove()
+        self.weights.drop_block(0)
+        return found[0]
+
+    def _turn_block(self, index: int, hidden: Tensor) -> Tensor:
+        """Turn one block and write it; give what the base model makes of the hidden states."""
+        weights, prefix = self.weights, self.weights.blocks.name(index)
+        block = weights.load_block(index)
+        cast_block(block, weights.dtype, torch.float32)
+        expected: Tensor
+        expected, roles = self._find_roles(index, block, hidden, lambda name: True)
+        if not roles.readers or not roles.writers:
+            raise self._refusal(f"no RMS norm feeds the linears of {prefix}, or none writes")
+        changed = self._fold(block, roles)
+        with self.stream.at(index):
+            found: Tensor = self.stream.run(self.ids, self.rotation.turn(hidden))
+        self.largest_error = max(
+            self.largest_error, self._check(prefix, found, expected, BLOCK_TOLERANCE)
+        )
+        tensors = weights.files.load(weights.block_keys(index))
+        for name, tensor in changed.items():
+            key = self._key(f"{prefix}.{name}", tensor)
+            tensors[key] = tensor.to(tensors[key].dtype).contiguous()
+        self._write(index, tensors)
+        weights.drop_block(index)
+        return expected
+
+    def _turn_outside(self, hidden: Tensor) -> int:
+        """Turn embeddings and head, and write what no block holds; give the bytes of untying."""
+        weights, model = self.weights, self.weights.model
+        inside = f"{weights.blocks.prefix}."
+        logits, roles = self._find_roles(
+            self.num_blocks, model, hidden, lambda name: not name.startswith(inside)
+        )
+        name = head_name(model)
+        if name is None or list(roles.readers.values()) != [[name]]:
+            raise self._refusal("its head does not read what its last norm gives, and that alone")
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        tied = head.weight is embedding.weight
+        norm = next(iter(roles.readers))
+        gains, unit = self._take_gains(norm, model.get_submodule(norm))
+        rows = [self.rotation.turn_reader(w, gains) for w in _by_rows(head.weight)]
+        turned = torch.cat([w.to(head.weight.dtype) for w in rows])
+        del rows
+        head.weight = nn.Parameter(turned, requires_grad=False)
+        with self.stream.at(self.num_blocks):
+            found = self.stream.run(self.ids, self.rotation.turn(hidden)).logits
+        self._check("its head", found, logits.logits, HEAD_TOLERANCE, turned=False)
+        rows = [self.rotation.turn(w).to(w.dtype) for w in _by_rows(embedding.weight)]
+        tensors = {key: map_tensor(weights.files.infos[key]) for key in weights.outside_keys}
+        embedded = next(n for n, m in model.named_modules() if m is embedding)
+        changed = {f"{embedded}.weight": torch.cat(rows), f"{norm}.weight": unit}
+        if not tied:
+            changed[f"{name}.weight"] = turned
+        for parameter, tensor in changed.items():
+            key = self._key(parameter, tensor)
+            tensors[key] = tensor.to(tensors[key].dtype).contiguous()
+        if tied:
+            # Files of a tied model may hold the head all the same.
+            tensors[f"{weights.disk_name(name)}.weight"] = turned
+        self._write(self.num_blocks, tensors)
+        return turned.numel() * turned.element_size() if tied else 0
+
+    def _find_roles(
+        self, index: int, root: nn.Module, hidden: Tensor, counts: Callable[[str], bool]
+    ) -> tuple[Any, _Roles]:
+        """Run a block, or what is behind the last one, and see who reads and writes the stream."""
+        given: list[tuple[str, Tensor]] = []
+        taken: list[tuple[str, Tensor]] = []
+        linears = {n: m for n, m in quantizable_linears(root).items() if counts(n)}
+        with ExitStack() as stack:
+            for name, module in root.named_modules():
+                own = dict(module.named_parameters())
+                if counts(name) and [*own] == ["weight"] and own["weight"].shape == (self.width,):
+                    hook = module.register_forward_hook(
+                        lambda _m, _x, out, n=name: given.append((n, out))
+                    )
+                    stack.callback(hook.remove)
+            for name, linear in linears.items():
+                # Before the stream's own hooks, which change the type of what reaches the head.
+                before = linear.register_forward_pre_hook(
+                    lambda _m, x, n=name: taken.append((n, x[0]))
+                )
+                stack.callback(before.remove)
+            with self.stream.at(index):
+                output = self.stream.run(self.ids, hidden)
+        norms = {out.untyped_storage().data_ptr(): name for name, out in given}
+        roles = _Roles()
+        for name, tensor in taken:
+            norm = norms.get(tensor.untyped_storage().data_ptr())
+            if norm is not None:
+                roles.readers.setdefault(norm, []).append(name)
+            elif len(linear_weight(linears[name])) == self.width:
+                roles.writers.append(name)
+        return output, roles
+
+    def _fold(self, block: nn.Module, roles: _Roles) -> dict[str, Tensor]:
+        """Move gains and rotation into the weights of a block; give them by name within it."""
+        changed: dict[str, Tensor] = {}
+        turned: dict[str, Tensor] = {}
+        for norm, readers in roles.readers.items():
+            gains, changed[f"{norm}.weight"] = self._take_gains(norm, block.get_submodule(norm))
+            for name in readers:
+                weight = linear_weight(block.get_submodule(name))
+                turned[name] = self.rotation.turn_reader(weight, gains)
+        for name in roles.writers:
+            linear = block.get_submodule(name)
+            turned[name] = self.rotation.turn_writer(linear_weight(linear))
+            bias: Tensor | None = linear.bias  # type: ignore[assignment]
+            if bias is not None:
+                bias.data = changed[f"{name}.bias"] = self.rotation.turn(bias.data)
+        for name, weight in turned.items():
+            linear = block.get_submodule(name)
+            set_linear_weight(linear, weight)
+            changed[f"{name}.weight"] = linear.weight.data  # type: ignore[assignment]
+        return changed
+
+    def _take_gains(self, name: str, norm: nn.Module) -> tuple[Tensor, Tensor]:
+        """Leave a norm without gains; give them, and the weight that it has now."""
+        weight: Tensor = norm.weight.data  # type: ignore[assignment]
+        gains = weight.float().clone()
+        probe = torch.linspace(-1, 2, self.width, device=weight.device)[None]
+        plain = probe / probe.square().mean().sqrt()
+        # Some norms multiply with their weight, some with 1 more.
+        for unit in (1.0, 0.0):
+            weight = torch.full_like(weight, unit)
+            norm.weight = nn.Parameter(weight, requires_grad=False)
+            if torch.allclose(norm(probe), plain, rtol=1e-3, atol=1e-3):
+                return gains + (1 - unit), weight
+        raise self._refusal(f"{name} ({type(norm).__name__}) is not an RMS norm")
+
+    def _check(
+        self, what: str, found: Tensor, expected: Tensor, tolerance: float, *, turned: bool = True
+    ) -> float:
+        """Compare what the turned part computes with what it should; give the relative error."""
+        if turned:
+            expected = self.rotation.turn(expected)
+        errors = (found.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)
+        error = float(errors.max())
+        if not error < tolerance:
+            raise self._refusal(
+                f"{what} then computes something else (off by {error:.2g} of its outputs)"
+            )
+        return error
+
+    def _key(self, parameter: str, tensor: Tensor) -> str:
+        """Give a parameter's name on disk."""
+        module, _, suffix = parameter.rpartition(".")
+        key = f"{self.weights.disk_name(module)}.{suffix}"
+        info = self.weights.files.infos.get(key)
+        if info is None or tuple(info.shape) != tuple(tensor.shape):
+            raise self._refusal(f"its files hold {parameter} in another form")
+        return key
+
+    def _write(self, index: int, tensors: dict[str, Tensor]) -> None:
+        path = self.target / shard_name(index + 1, self.num_blocks + 1)
+        digest = write_shard(path, tensors)
+        self.files |= dict.fromkeys(tensors, path.name)
+        self.num_bytes += digest.tensor_bytes
+
+    def _describe(self, report: RotationReport) -> None:
+        """Write what makes the shards a model, the config at last: a part of one has none."""
+        source = self.weights.folder
+        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        if report.untied_bytes:
+            config["tie_word_embeddings"] = False
+        write_index(self.target, self.files, self.num_bytes)
+        copy_companions(source, self.target)
+        write_json(self.target / ROTATION_FILE, report.to_dict())
+        write_json(self.target / "config.json", config)
+
+    def _refusal(self, why: str) -> ModelError:
+        return ModelError(
+            f"Cannot turn the residual stream of {self.name}: {why}. Only models that read it "
+            "through RMS norms in front of linears, and write it by linears, can be rotated "
+            "(Llama, Mistral, Qwen, ...). Quantize it as it is."
+        )
+
+
+def _by_rows(weight: Tensor) -> tuple[Tensor, ...]:
+    """Cut a large matrix: in fp32 it would take twice its memory."""
+    return torch.split(weight, HEAD_ROWS)
