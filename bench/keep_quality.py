@@ -19,6 +19,8 @@ from record import Elsewhere, save_result
 
 PLACE = "; on "
 """In a note, what comes before it are the settings of a run; after it, where it was made."""
+RAGGED = "; group 128 with a ragged last group"
+"""In a note; said of what was made where there are such groups."""
 JOINED = ". Quality and cost"
 """Stands there instead in the note of what this made."""
 
@@ -43,7 +45,9 @@ def main() -> None:
         for row in run["rows"]:
             if row[0] in HALFBYTE_CASES:
                 row[0] += options.older_as
-    settings = {run["note"].partition(JOINED)[0].partition(PLACE)[0] for run in runs}
+    settings = {
+        run["note"].partition(JOINED)[0].partition(PLACE)[0].replace(RAGGED, "") for run in runs
+    }
     if len(settings) > 1:
         raise SystemExit("These runs differ in their settings:\n" + "\n".join(sorted(settings)))
     rows: dict[str, list[Any]] = {}
@@ -72,9 +76,10 @@ def main() -> None:
         columns=["tool", *COLUMNS, "on"],
         rows=[rows[name] for name in order],
         note=(
-            f"{settings.pop()}{JOINED} were measured on the machine named in each row, "
-            "some of several at a time on a GPU, so that seconds compare only roughly; ± is the "
-            "standard error over windows"
+            settings.pop()
+            + (RAGGED if "group 128" in str(order) else "")
+            + f"{JOINED} were measured on the machine named in each row, some of several at a time "
+            "on a GPU, so that seconds compare only roughly; ± is the standard error over windows"
             + (
                 "; AutoRound with its default of 200 iterations"
                 if "AutoRound" in str(order)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from halfbyte.quant_config import CalibrationConfig, Override, QuantConfig, ResourceConfig
     from halfbyte.quantize.pipeline import quantize
     from halfbyte.quantize.report import QuantizationReport
+    from halfbyte.quantize.rotate import rotate
 
 __all__ = [
     "CalibrationConfig",
@@ -52,6 +53,7 @@ __all__ = [
     "open_checkpoint",
     "perplexity",
     "quantize",
+    "rotate",
     "uninstall_transformers",
 ]
 
@@ -71,6 +73,7 @@ _LAZY = {
     "load": "halfbyte.integrations.load",
     "open_checkpoint": "halfbyte.checkpoint.read",
     "perplexity": "halfbyte.evaluate.perplexity",
+    "rotate": "halfbyte.quantize.rotate",
 }
 """Name -> its module. ``quantize`` is missing: the package of that name can itself be called."""
 

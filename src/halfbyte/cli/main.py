@@ -25,6 +25,7 @@ from halfbyte.version import __version__
 VERBS = {
     "quantize": "halfbyte.cli.quantize",
     "calibration": "halfbyte.cli.calibration",
+    "rotate": "halfbyte.cli.rotate",
     "check": "halfbyte.cli.check",
     "convert": "halfbyte.cli.convert",
     "store": "halfbyte.cli.store",
