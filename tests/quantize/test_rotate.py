@@ -15,6 +15,7 @@ import halfbyte
 from halfbyte.cli.main import main
 from halfbyte.errors import ConfigError, ModelError
 from halfbyte.quant_config import CalibrationConfig, QuantConfig
+from halfbyte.quantize import rotate as rotating
 from halfbyte.quantize.rotate import ROTATION_FILE, rotate
 from halfbyte.quantize.rotation import Rotation
 
@@ -172,3 +173,29 @@ def test_verb_says_what_it_wrote(tmp_path, capsys):
     assert "the head was tied to the embeddings and is not any more" in said
     assert main(["rotate", str(tmp_path / "base"), "-o", str(tmp_path / "o2"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["width"] == 64
+
+
+@pytest.mark.parametrize("method", ["turn_writer", "turn_reader", "turn"])
+def test_a_block_that_computes_something_else_is_refused(tmp_path, monkeypatch, method):
+    write_uneven(tmp_path / "base", "llama")
+    right = getattr(Rotation, method)
+    monkeypatch.setattr(Rotation, method, lambda *args: right(*args) * 1.01 + 0.01)
+    with pytest.raises(ModelError, match=r"turned, model\.layers\.0 computes something else"):
+        rotate(tmp_path / "base", tmp_path / "out")
+    assert [*(tmp_path / "out").iterdir()] == []
+
+
+@pytest.mark.parametrize(("number", "part"), [(0, "its head"), (1, "its embedding")])
+def test_head_and_embedding_are_checked(tmp_path, monkeypatch, number, part):
+    write_uneven(tmp_path / "base", "llama")
+    right, calls = rotating._by_rows, []
+
+    def wrong(weight, turn):
+        calls.append(weight)
+        turned = right(weight, turn)
+        return turned.roll(1, 1) if len(calls) == number + 1 else turned
+
+    monkeypatch.setattr(rotating, "_by_rows", wrong)
+    with pytest.raises(ModelError, match=f"turned, {part} computes something else"):
+        rotate(tmp_path / "base", tmp_path / "out")
+    assert [*(tmp_path / "out").iterdir()] == []

@@ -54,7 +54,7 @@ def find_roles(
     }
     with ExitStack() as stack:
         for name, module in modules.items():
-            own = dict(module.named_parameters())
+            own = dict(module.named_parameters(recurse=False))
             if [*own] == ["weight"] and own["weight"].shape == (width,):
                 after = module.register_forward_hook(
                     lambda _m, _x, out, n=name: given.append((n, out))

@@ -40,11 +40,11 @@ TOKENS = 64
 """That every block is checked with."""
 BLOCK_TOLERANCE = 1e-3
 """Of a block's outputs in fp32, by token; a part that does not turn is off by their own size."""
-HEAD_TOLERANCE = 0.03
-"""Of the logits: the head is checked as it will be stored."""
+STORED_TOLERANCE = 0.03
+"""Of embeddings and logits, which are checked as they will be stored."""
 ROUTED_SHARE = 0.9
 """Of the tokens are checked where the last digit may send one to another expert."""
-HEAD_ROWS = 8192
+ROWS = 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +103,11 @@ def rotate(
         return _Turning(str(model), source, target, seed, check_device(device)).run(on_block)
 
 
+@dataclass(slots=True)
+class _Reached(Exception):  # ends a forward, reports no error
+    hidden: Tensor
+
+
 class _Turning:
     """One model on its way into another basis."""
 
@@ -127,11 +132,11 @@ class _Turning:
         self._check_outside()
         self.target.mkdir(parents=True, exist_ok=True)
         try:
-            hidden = self._embed()
+            embedded = hidden = self._embed()
             for index in range(self.num_blocks):
                 on_block(index, self.num_blocks)
                 hidden = self._turn_block(index, hidden)
-            untied = self._turn_outside(hidden)
+            untied = self._turn_outside(embedded, hidden)
             report = RotationReport(
                 model=self.name,
                 output=str(self.target),
@@ -145,8 +150,8 @@ class _Turning:
             )
             self._describe(report)
         except BaseException:
-            for name in set(self.files.values()):
-                (self.target / name).unlink(missing_ok=True)
+            for path in self.target.iterdir():  # it was empty, or new
+                path.unlink()
             raise
         return report
 
@@ -163,19 +168,17 @@ class _Turning:
 
     def _embed(self) -> Tensor:
         """Give what reaches the first block."""
-        found: list[Tensor] = []
-        first = self.weights.load_block(0)
-        cast_block(first, self.weights.dtype, torch.float32)
 
-        def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.append(args[0] if args else kwargs["hidden_states"])
+        def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise _Reached(args[0] if args else kwargs["hidden_states"])
 
-        hook = first.register_forward_pre_hook(keep, with_kwargs=True)
-        with self.stream.at(0):
-            self.stream.run(self.ids, None)
-        hook.remove()
-        self.weights.drop_block(0)
-        return found[0]
+        first = self.weights.blocks.modules[0]
+        with self.stream.at(0), first.register_forward_pre_hook(stop, with_kwargs=True):
+            try:
+                self.stream.run(self.ids, None)
+            except _Reached as reached:
+                return reached.hidden
+        raise self._refusal("it does not run its first block")
 
     def _turn_block(self, index: int, hidden: Tensor) -> Tensor:
         """Turn one block and write it; give what the base model makes of the hidden states."""
@@ -202,7 +205,7 @@ class _Turning:
         weights.drop_block(index)
         return expected
 
-    def _turn_outside(self, hidden: Tensor) -> int:
+    def _turn_outside(self, embedded: Tensor, hidden: Tensor) -> int:
         """Turn embeddings and head, and write what no block holds; give the bytes of untying."""
         weights, model = self.weights, self.weights.model
         inside = f"{weights.blocks.prefix}."
@@ -216,17 +219,18 @@ class _Turning:
         tied = head.weight is embedding.weight
         norm = next(iter(roles.readers))
         gains, unit = self._take_gains(norm, model.get_submodule(norm))
-        rows = [self.rotation.turn_reader(w, gains) for w in _by_rows(head.weight)]
-        turned = torch.cat([w.to(head.weight.dtype) for w in rows])
-        del rows
+        turned = _by_rows(head.weight, lambda rows: self.rotation.turn_reader(rows, gains))
         head.weight = nn.Parameter(turned, requires_grad=False)
         with self.stream.at(self.num_blocks):
             found = self.stream.run(self.ids, self.rotation.turn(hidden)).logits
-        self._check("its head", found, logits.logits, HEAD_TOLERANCE)
-        rows = [self.rotation.turn(w).to(w.dtype) for w in _by_rows(embedding.weight)]
+        self._check("its head", found, logits.logits, STORED_TOLERANCE)
+        vectors = _by_rows(embedding.weight, self.rotation.turn)
+        embedding.weight = nn.Parameter(vectors, requires_grad=False)
+        expected = self.rotation.turn(embedded)
+        self._check("its embedding", self._embed(), expected, STORED_TOLERANCE)
         tensors = {key: map_tensor(weights.files.infos[key]) for key in weights.outside_keys}
-        embedded = next(n for n, m in model.named_modules() if m is embedding)
-        changed = {f"{embedded}.weight": torch.cat(rows), f"{norm}.weight": unit}
+        place = next(n for n, m in model.named_modules() if m is embedding)
+        changed = {f"{place}.weight": vectors, f"{norm}.weight": unit}
         if not tied:
             changed[f"{name}.weight"] = turned
         for parameter, tensor in changed.items():
@@ -336,6 +340,9 @@ class _Turning:
         )
 
 
-def _by_rows(weight: Tensor) -> tuple[Tensor, ...]:
-    """Cut a large matrix: in fp32 it would take twice its memory."""
-    return torch.split(weight, HEAD_ROWS)
+def _by_rows(weight: Tensor, turn: Callable[[Tensor], Tensor]) -> Tensor:
+    """Turn a large matrix in parts: in fp32 it would take twice its memory."""
+    turned = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    for before, after in zip(torch.split(weight, ROWS), torch.split(turned, ROWS), strict=True):
+        after.copy_(turn(before))
+    return turned
