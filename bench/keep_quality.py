@@ -70,7 +70,16 @@ def main() -> None:
     rows, kept = ({n: v for n, v in d.items() if n not in left_out} for d in (rows, kept))
     last = runs[-1]
     known = [*HALFBYTE_CASES, *PEER_CASES]
-    order = sorted(rows, key=lambda name: known.index(name) if name in known else -1)
+
+    def place(name: str) -> int:
+        """Give the rank of the longest case that the name begins with."""
+        return max(
+            (len(case), rank)
+            for rank, case in [(-1, ""), *enumerate(known)]
+            if name.startswith(case)
+        )[1]
+
+    order = sorted(rows, key=place)
     save_result(
         options.name,
         columns=["tool", *COLUMNS, "on"],
