@@ -74,6 +74,7 @@ HALFBYTE_CASES: dict[str, dict[str, Any]] = {
     "halfbyte fast, group 64": _64,
     "halfbyte balanced, group 64": {**PRESETS["balanced"], **_64},
     "halfbyte best, group 64": {**PRESETS["best"], **_64},
+    f"halfbyte balanced, group 64{ROTATED}": {**PRESETS["balanced"], **_64},
 }
 PEER_CASES = {
     "GPTQModel, group 128": ("gptqmodel", 128),
