@@ -18,6 +18,7 @@ from torch import Tensor
 
 from halfbyte.checkpoint.checksums import ShardDigest, write_checksums
 from halfbyte.checkpoint.labels import CONFIG_SECTION, MODEL_CONFIG
+from halfbyte.checkpoint.new_folder import check_new_folder
 from halfbyte.checkpoint.shards import SINGLE_FILE
 from halfbyte.checkpoint.write import (
     LABEL_FILE,
@@ -214,23 +215,6 @@ def check_fit(format_name: str, obstacles: Mapping[str, str], number: int) -> No
         f"do not fit ({'; '.join(first)}{rest}). Add --allow-error to hold these in the closest "
         "form and have the error measured, or choose another format."
     )
-
-
-def check_new_folder(output: Path) -> None:
-    """Refuse to write among other files.
-
-    Args:
-        output: The folder.
-
-    Raises:
-        ConfigError: It is a file, or not empty.
-    """
-    if output.is_dir() and any(output.iterdir()):
-        raise ConfigError(
-            f"The output folder {output} is not empty. Choose a new folder, or remove this one."
-        )
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"The output {output} is a file. Name a folder.")
 
 
 def describe_hold(form: FolderTarget, spec: CodedSpec) -> str:

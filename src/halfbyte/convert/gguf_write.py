@@ -13,10 +13,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from halfbyte.checkpoint.new_folder import check_new_folder
 from halfbyte.checkpoint.write import TensorSpec
 from halfbyte.convert.ahead import run_ahead
 from halfbyte.convert.coded import CodedSpec
-from halfbyte.convert.folder import Written, check_fit, check_new_folder
+from halfbyte.convert.folder import Written, check_fit
 from halfbyte.convert.gguf_architecture import (
     COMPUTED,
     EMBEDDING,

@@ -27,6 +27,7 @@ from halfbyte.checkpoint.checksums import ShardDigest, write_checksums
 from halfbyte.checkpoint.companions import copy_companions
 from halfbyte.checkpoint.labels import read_model_config
 from halfbyte.checkpoint.layout import OFFSETS, OWN_METHOD
+from halfbyte.checkpoint.new_folder import check_new_folder
 from halfbyte.checkpoint.read import Checkpoint, open_checkpoint
 from halfbyte.checkpoint.shards import read_shard
 from halfbyte.checkpoint.write import write_configs, write_index, write_shard
@@ -35,7 +36,6 @@ from halfbyte.evaluate.loading import open_subject
 from halfbyte.finetune.adapter import require_peft
 from halfbyte.finetune.groups import find_groups, is_constant
 from halfbyte.finetune.judging import MergeReport, adapt
-from halfbyte.finetune.merge import check_new
 from halfbyte.nn.linear import QuantLinear
 from halfbyte.quantize.source import find_model
 
@@ -80,7 +80,7 @@ def merge_exactly(
     """
     require_peft("Merging an adapter")
     target, folder = Path(output), find_model(base)
-    check_new(target)
+    check_new_folder(target)
     checkpoint = open_checkpoint(folder)
     subject = open_subject(folder, dtype=torch.float32, device=device)
     disk_names = dict(subject.model.hf_quantizer.disk_names)

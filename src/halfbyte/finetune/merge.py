@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from halfbyte.checkpoint.companions import copy_companions
-from halfbyte.errors import ConfigError, ModelError, VerificationError
+from halfbyte.checkpoint.new_folder import check_new_folder
+from halfbyte.errors import ModelError, VerificationError
 from halfbyte.evaluate.loading import open_subject
 from halfbyte.finetune.adapter import require_peft
 from halfbyte.finetune.judging import MergeReport, adapt
@@ -62,7 +63,7 @@ def merge(
     """
     require_peft("Merging an adapter")
     target = Path(output)
-    check_new(target)
+    check_new_folder(target)
     folder = find_model(original if original is not None else base)
     dtype = stored_dtype(folder)
     adapted, expected = adapt(open_subject(folder, dtype=dtype, device=device), adapter, data)
@@ -137,16 +138,3 @@ def _as_dense(base: nn.Module) -> nn.Linear:
     if base.bias is not None:
         dense.bias = nn.Parameter(base.bias.data.float(), requires_grad=False)
     return dense
-
-
-def check_new(target: Path) -> None:
-    """Make sure that a folder may be written.
-
-    Args:
-        target: The folder.
-
-    Raises:
-        ConfigError: It is in use.
-    """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"The output {target} exists and is not empty. Choose a new folder.")

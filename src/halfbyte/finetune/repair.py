@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halfbyte.errors import ConfigError, ModelError
+from halfbyte.checkpoint.new_folder import check_new_folder
+from halfbyte.errors import ModelError
 from halfbyte.evaluate.loading import open_subject
 from halfbyte.finetune.adapter import attach_adapter, require_peft
 from halfbyte.finetune.config import AdapterConfig
@@ -103,8 +104,7 @@ def repair(
     require_peft("Repairing a quantized model")
     start, target = time.monotonic(), Path(output)
     adapter = AdapterConfig(rank=rank, alpha=float(rank), dropout=0.0)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"The output {target} exists and is not empty. Choose a new folder.")
+    check_new_folder(target)
     check_device(device)
     folder, source = find_model(base), find_model(original)
     quantized = open_subject(folder, dtype=stored_dtype(folder), device=device)

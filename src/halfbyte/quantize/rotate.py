@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.checkpoint.companions import copy_companions
+from halfbyte.checkpoint.new_folder import check_new_folder
 from halfbyte.checkpoint.write import shard_name, write_index, write_json, write_shard
-from halfbyte.errors import ConfigError, ModelError
+from halfbyte.errors import ModelError
 from halfbyte.model.blocks import linear_weight, set_linear_weight
 from halfbyte.model.residual import ResidualRoles, find_roles
 from halfbyte.model.stream import BlockStream
@@ -97,8 +98,7 @@ def rotate(
         CheckpointError: The model's files are damaged, or the disk is full.
     """
     source, target = find_model(model), Path(output)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"The output {target} exists and is not empty. Choose a new folder.")
+    check_new_folder(target)
     with torch.no_grad():
         return _Turning(str(model), source, target, seed, check_device(device)).run(on_block)
 
@@ -197,11 +197,8 @@ class _Turning:
             prefix, found, self.rotation.turn(expected), BLOCK_TOLERANCE, routed=roles.routed
         )
         self.largest_error = max(self.largest_error, error)
-        tensors = weights.files.load(weights.block_keys(index))
-        for name, tensor in changed.items():
-            key = self._key(f"{prefix}.{name}", tensor)
-            tensors[key] = tensor.to(tensors[key].dtype).contiguous()
-        self._write(index, tensors)
+        inside = {f"{prefix}.{name}": tensor for name, tensor in changed.items()}
+        self._write(index, weights.block_keys(index), inside)
         weights.drop_block(index)
         return expected
 
@@ -228,18 +225,13 @@ class _Turning:
         embedding.weight = nn.Parameter(vectors, requires_grad=False)
         expected = self.rotation.turn(embedded)
         self._check("its embedding", self._embed(), expected, STORED_TOLERANCE)
-        tensors = {key: map_tensor(weights.files.infos[key]) for key in weights.outside_keys}
         place = next(n for n, m in model.named_modules() if m is embedding)
         changed = {f"{place}.weight": vectors, f"{norm}.weight": unit}
+        # The files of a tied model need not hold the head.
+        added = {f"{weights.disk_name(name)}.weight": turned} if tied else {}
         if not tied:
             changed[f"{name}.weight"] = turned
-        for parameter, tensor in changed.items():
-            key = self._key(parameter, tensor)
-            tensors[key] = tensor.to(tensors[key].dtype).contiguous()
-        if tied:
-            # Files of a tied model may hold the head all the same.
-            tensors[f"{weights.disk_name(name)}.weight"] = turned
-        self._write(self.num_blocks, tensors)
+        self._write(self.num_blocks, weights.outside_keys, changed, added)
         return turned.numel() * turned.element_size() if tied else 0
 
     def _find_roles(
@@ -256,22 +248,23 @@ class _Turning:
     def _fold(self, block: nn.Module, roles: ResidualRoles) -> dict[str, Tensor]:
         """Move gains and rotation into the weights of a block; give them by name within it."""
         changed: dict[str, Tensor] = {}
-        turned: dict[str, Tensor] = {}
+
+        def put(name: str, weight: Tensor) -> None:
+            linear = block.get_submodule(name)
+            set_linear_weight(linear, weight)
+            changed[f"{name}.weight"] = linear.weight.data  # type: ignore[assignment]
+
         for norm, readers in roles.readers.items():
             gains, changed[f"{norm}.weight"] = self._take_gains(norm, block.get_submodule(norm))
             for name in readers:
                 weight = linear_weight(block.get_submodule(name))
-                turned[name] = self.rotation.turn_reader(weight, gains)
+                put(name, self.rotation.turn_reader(weight, gains))
         for name in roles.writers:
             linear = block.get_submodule(name)
-            turned[name] = self.rotation.turn_writer(linear_weight(linear))
+            put(name, self.rotation.turn_writer(linear_weight(linear)))
             bias: Tensor | None = linear.bias  # type: ignore[assignment]
             if bias is not None:
                 bias.data = changed[f"{name}.bias"] = self.rotation.turn(bias.data)
-        for name, weight in turned.items():
-            linear = block.get_submodule(name)
-            set_linear_weight(linear, weight)
-            changed[f"{name}.weight"] = linear.weight.data  # type: ignore[assignment]
         return changed
 
     def _take_gains(self, name: str, norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -315,7 +308,19 @@ class _Turning:
             raise self._refusal(f"its files hold {parameter} in another form")
         return key
 
-    def _write(self, index: int, tensors: dict[str, Tensor]) -> None:
+    def _write(
+        self,
+        index: int,
+        keys: Sequence[str],
+        changed: Mapping[str, Tensor],
+        added: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write a shard: tensors on disk as they are or, by name in the model, as they are now."""
+        infos = self.weights.files.infos
+        tensors = {key: map_tensor(infos[key]) for key in keys} | dict(added or {})
+        for name, tensor in changed.items():
+            key = self._key(name, tensor)
+            tensors[key] = tensor.to(infos[key].dtype).contiguous()
         path = self.target / shard_name(index + 1, self.num_blocks + 1)
         digest = write_shard(path, tensors)
         self.files |= dict.fromkeys(tensors, path.name)

@@ -1,0 +1,24 @@
+"""A folder that is to be written must be new, or empty."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from halfbyte.errors import ConfigError
+
+
+def check_new_folder(output: Path) -> None:
+    """Refuse to write among other files.
+
+    Args:
+        output: The folder.
+
+    Raises:
+        ConfigError: It is a file, or not empty.
+    """
+    if output.is_dir() and any(output.iterdir()):
+        raise ConfigError(
+            f"The output {output} exists and is not empty. Choose a new folder, or remove this one."
+        )
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"The output {output} is a file. Name a folder.")
