@@ -16,11 +16,13 @@ import torch
 from tests.helpers.packed import make_linear
 from torch import Tensor
 
-from halfbyte.kernels import cuda_rows
+from halfbyte.kernels import cuda_rows, cuda_stream
 from halfbyte.kernels.contract import LinearSpec, Operands
-from halfbyte.kernels.cuda_arguments import Arguments, fill_arguments
+from halfbyte.kernels.cuda_arguments import Arguments, fill_arguments, plan_work
+from halfbyte.kernels.cuda_driver import Boxes
 from halfbyte.kernels.cuda_linear import CudaConfig, CudaLinear, count_shared_bytes, define_macros
 from halfbyte.kernels.cuda_rows import RowsArguments, RowsConfig
+from halfbyte.kernels.cuda_stream import StreamArguments, StreamConfig
 from halfbyte.kernels.fragments import find_order, prepare_fragments
 
 EMULATOR = Path(__file__).parent.parent / "kernels"
@@ -124,6 +126,49 @@ def multiply_rows_emulated(
     library.emulate(ctypes.byref(RowsArguments(a=common)), runs * config.cluster, order)
     assert not arrivals.any()
     return result
+
+
+def multiply_stream_emulated(
+    x: Tensor,
+    operands: Operands,
+    bias: Tensor | None,
+    spec: LinearSpec,
+    config: StreamConfig,
+    *,
+    resident: int = 5,
+    order: int = 0,
+) -> Tensor:
+    """As ``cuda_stream.multiply`` on a GPU with room for ``resident`` thread blocks.
+
+    ``order`` as of :func:`multiply_rows_emulated`. What the kernel does not write is not a number.
+    """
+    scale_dtype = operands.scales.dtype
+    assert cuda_stream.find_mismatch(config, spec) is None
+    macros = cuda_stream.define_macros(config, spec, scale_dtype)
+    library = build("stream_emulator.cpp", tuple(sorted(macros.items())))
+    assert library.shared_bytes() == cuda_stream.count_shared_bytes(config, spec, scale_dtype)
+    assert library.arguments_bytes() == ctypes.sizeof(StreamArguments)
+    gather = find_order(operands, spec)
+    rows = x.contiguous() if gather is None else x.index_select(1, gather)
+    work = plan_work(config.channels, 64 * config.warps_in, spec, resident)
+    result = torch.full((x.shape[0], spec.out_features), float("nan"), dtype=x.dtype)
+    partials = torch.full((2 * work.runs * config.partial_floats,), float("nan"))
+    arrivals = torch.zeros(work.channel_blocks, dtype=torch.int32)
+    common = fill_arguments(rows, operands, bias, spec, result, partials, arrivals)
+    arguments = cuda_stream.describe_tensors(common, rows, operands, spec, config, _encode)
+    library.emulate(ctypes.byref(arguments), work.runs, order)
+    assert not arrivals.any()
+    return result
+
+
+def _encode(boxes: Boxes) -> tuple[int, ...]:
+    """As ``Map`` in barrier_emulator.h, after what the driver asks for."""
+    assert boxes.address % 16 == 0
+    assert all(stride % 16 == 0 for stride in boxes.strides)
+    assert all(0 < size <= cuda_stream.BOX_LIMIT for size in boxes.box)
+    assert boxes.box[0] * boxes.element_bytes % 16 == 0
+    numbers = (boxes.address, boxes.element_bytes, *boxes.sizes, *boxes.strides, *boxes.box)
+    return (*numbers, int(boxes.swizzled), *[0] * 5)
 
 
 def check_product(

@@ -1,31 +1,15 @@
-// What src/halfbyte/kernels/cuda/hopper.cu has, on a CPU: barriers in shared memory, bulk copies,
-// products of a warpgroup.
+// What src/halfbyte/kernels/cuda/hopper.cu has, on a CPU: clusters, copies of boxes, products of a
+// warpgroup.
 //
 // Products read their operands when they are waited for, no sooner: registers that are written or a
-// box that is filled again too early shows. Bulk copies happen when their barrier is waited for, or
-// at once where `eager` is set: a wait that is missing shows in the one, a slot that is given back
-// too early in the other.
+// box that is filled again too early shows.
 #pragma once
-#include <map>
-
-#include "cuda_emulator.h"
+#include "barrier_emulator.h"
 
 #define __grid_constant__
 #define __cluster_dims__(...)
 
 namespace emulator {
-
-struct BulkCopy {
-  unsigned char* to;
-  std::vector<unsigned char> bytes;
-  uint32_t count;
-};
-
-struct PhaseBarrier {
-  int size = 0, pending = 0, phase = 0;
-  long bytes = 0;
-  std::deque<BulkCopy> copies;
-};
 
 struct Product {
   float (*sums)[4];
@@ -39,8 +23,6 @@ struct Products {
   std::deque<std::vector<Product>> groups;
 };
 
-inline bool eager = false;
-inline std::map<void*, PhaseBarrier> phase_barriers;
 inline std::vector<Products> products;
 inline std::vector<Barrier> warpgroup_barriers;
 
@@ -62,43 +44,7 @@ inline void begin_hopper(int threads) {
   consumer_barriers.assign(CLUSTER * JOINED, {128 * WARPGROUPS});
 }
 
-inline void end_phase_if_done(PhaseBarrier& barrier) {
-  if (barrier.pending || barrier.bytes) return;
-  barrier.pending = barrier.size;
-  barrier.phase ^= 1;
-}
-
-inline void carry_out(PhaseBarrier& barrier, BulkCopy& copy) {
-  memcpy(copy.to, copy.bytes.data(), copy.bytes.size());
-  barrier.bytes -= copy.count;
-  end_phase_if_done(barrier);
-}
-
-inline void start_copy(void* place, BulkCopy copy) {
-  auto& barrier = phase_barriers.at(place);
-  if (eager)
-    carry_out(barrier, copy);
-  else
-    barrier.copies.push_back(std::move(copy));
-}
-
 }  // namespace emulator
-
-typedef unsigned char* Shared;
-inline Shared share(unsigned char* pointer) { return pointer; }
-inline uint32_t shared_address(const void* pointer) { return uint32_t(uintptr_t(pointer)); }
-
-inline void barrier_begin(Shared place, uint32_t arrivals) {
-  emulator::phase_barriers[place] = {int(arrivals), int(arrivals)};
-}
-
-inline void publish_barriers() {}
-
-inline void barrier_arrive(Shared place) {
-  auto& barrier = emulator::phase_barriers.at(place);
-  barrier.pending--;
-  emulator::end_phase_if_done(barrier);
-}
 
 // The same place in another thread block of the cluster.
 inline Shared elsewhere(Shared place, int rank) {
@@ -124,29 +70,6 @@ inline void meet_consumers() {
 }
 
 inline void meet_cluster() { emulator::wait_at(emulator::cluster_barrier); }
-
-inline void barrier_expect(Shared place, uint32_t bytes) {
-  emulator::phase_barriers.at(place).bytes += bytes;
-  barrier_arrive(place);
-}
-
-inline void barrier_wait(Shared place, uint32_t parity) {
-  auto& barrier = emulator::phase_barriers.at(place);
-  while (uint32_t(barrier.phase) == parity) {
-    if (barrier.copies.empty())
-      emulator::pause();
-    else {
-      auto copy = std::move(barrier.copies.front());
-      barrier.copies.pop_front();
-      emulator::carry_out(barrier, copy);
-    }
-  }
-}
-
-inline void copy_bulk(Shared to, const unsigned char* from, uint32_t bytes,
-                      Shared barrier) {
-  emulator::start_copy(barrier, {to, {from, from + bytes}, bytes});
-}
 
 template <class Given>
 inline void copy_box(Shared to, const Given& a, uint32_t input, uint32_t row,

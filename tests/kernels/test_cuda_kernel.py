@@ -11,13 +11,13 @@ from tests.helpers.packed import make_linear
 
 from halfbyte.errors import KernelUnavailable
 from halfbyte.kernels import cuda_driver
+from halfbyte.kernels.cuda_arguments import plan_work
 from halfbyte.kernels.cuda_linear import (
     ROWS_LIMIT,
     SHARED_LIMIT,
     CudaConfig,
     choose_config,
     count_shared_bytes,
-    plan_work,
 )
 
 emulated = pytest.mark.skipif(find_compiler() is None, reason="needs a C++ compiler")
@@ -86,9 +86,9 @@ def test_work_is_cut_into_equal_runs():
     spec = replace(make_linear().spec, in_features=4096, out_features=4096, group_size=128)
     config = CudaConfig(row_tiles=1, tiles=4, warps_out=1, warps_in=8, stages=4)
     # 64 blocks of 8 chunks are 512 units: 128 runs of 4, not 132 of 3 or 4.
-    work = plan_work(config, spec, 132)
+    work = plan_work(config.channels, 512, spec, 132)
     assert (work.channel_blocks, work.runs) == (64, 128)
-    assert plan_work(config, replace(spec, out_features=16), 132).runs == 8
+    assert plan_work(config.channels, 512, replace(spec, out_features=16), 132).runs == 8
 
 
 def test_a_source_that_does_not_compile_is_a_reason(monkeypatch, tmp_path):

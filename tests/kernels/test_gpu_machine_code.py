@@ -13,9 +13,10 @@ import torch
 from tests.helpers.packed import make_linear
 
 from halfbyte.errors import KernelUnavailable
-from halfbyte.kernels import cuda_linear, cuda_rows
+from halfbyte.kernels import cuda_linear, cuda_rows, cuda_stream
 from halfbyte.kernels.cuda_driver import compile_source, load_nvrtc, read_source
 from halfbyte.kernels.cuda_rows import RowsConfig
+from halfbyte.kernels.cuda_stream import StreamConfig
 from halfbyte.kernels.gpu_table import load_table
 from halfbyte.kernels.triton_configs import TritonConfig
 
@@ -104,6 +105,55 @@ def test_cuda_kernel_of_every_width_spills_nothing(bits, dtype, tmp_path, monkey
     macros = cuda_linear.define_macros(config, spec, torch.float16)
     found = disassemble(compile_source(read_source("multiply.cu"), macros, "sm_90"), tmp_path)
     assert count(found, "HMMA") == 4 * config.tiles
+    assert count(found, "LDL", "STL") == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "most"),
+    [
+        (StreamConfig(row_tiles=1, tiles=2, warps_out=1, warps_in=16, stages=5), 110),
+        (StreamConfig(row_tiles=1, tiles=4, warps_out=1, warps_in=8, stages=3, blocks=2), 190),
+        (StreamConfig(row_tiles=2, tiles=2, warps_out=4, warps_in=4, stages=4), 135),
+    ],
+)
+def test_cuda_kernel_that_copies_in_bulk(config, most, tmp_path, monkeypatch):
+    try:
+        load_nvrtc()
+    except KernelUnavailable as reason:
+        pytest.skip(str(reason))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    macros = cuda_stream.define_macros(config, SPEC, torch.bfloat16)
+    found = disassemble(
+        compile_source(read_source("multiply_stream.cu"), macros, "sm_90"), tmp_path
+    )
+    # Four products of a tile and eight rows; four more give the sums of x.
+    assert count(found, "HMMA") == 4 * (config.tiles + 1) * config.row_tiles
+    assert count(found, "LDL", "STL") == 0, "registers are spilled"
+    assert count(found, "UTMALDG") > 0, "nothing is copied in bulk"
+    assert count(found, "LDGSTS") == 0, "something is not copied in bulk"
+    assert count(found, "HFMA2") == 0, "zeros are taken off one by one"
+    assert count(found, "ACQBULK", "PREEXIT") >= 3, "no early start of the next launch"
+    products = [place for place, name in enumerate(found) if name.startswith("HMMA")]
+    loop = found[next(i for i, name in enumerate(found) if name == "LDSM.16.M88.4") : products[-1]]
+    assert count(loop, *INTEGER) <= BUDGET * config.tiles * 32
+    assert len(loop) <= most, "at one row it is instructions that take the time"
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_bulk_copies_of_every_width_spill_nothing(bits, dtype, tmp_path, monkeypatch):
+    try:
+        load_nvrtc()
+    except KernelUnavailable as reason:
+        pytest.skip(str(reason))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    spec = replace(SPEC, bits=bits, dtype=dtype, symmetric=False, group_size=32)
+    config = StreamConfig(row_tiles=1, tiles=2, warps_out=1, warps_in=16, stages=4)
+    config = cuda_stream.fit_memory(config, spec, torch.float32)
+    macros = cuda_stream.define_macros(config, spec, torch.float32)
+    found = disassemble(
+        compile_source(read_source("multiply_stream.cu"), macros, "sm_90"), tmp_path
+    )
     assert count(found, "LDL", "STL") == 0
 
 

@@ -13,6 +13,7 @@ from halfbyte.errors import KernelUnavailable
 from halfbyte.kernels import (
     cuda_linear,
     cuda_rows,
+    cuda_stream,
     gpu_device,
     registry,
     triton_configs,
@@ -51,6 +52,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.version, "hip", hip)
         monkeypatch.setattr(cuda_linear, "load_function", load_function)
         monkeypatch.setattr(cuda_rows, "load_function", load_function)
+        monkeypatch.setattr(cuda_stream, "load_function", load_function)
         for module in (cuda_linear, triton_linear):
             monkeypatch.setattr(module, "find_triton_obstacle", lambda: triton)
         forget()
@@ -59,6 +61,7 @@ def gpu(monkeypatch):
         cuda_linear._find_obstacle.cache_clear()
         cuda_linear.choose_tier.cache_clear()
         cuda_rows.find_obstacle.cache_clear()
+        cuda_stream.find_obstacle.cache_clear()
         gpu_device.is_nvidia.cache_clear()
         gpu_device.name_architecture.cache_clear()
 
@@ -153,6 +156,7 @@ def runs(gpu, monkeypatch):
     monkeypatch.setattr(cuda_linear, "multiply", note("cuda"))
     monkeypatch.setattr(triton_linear, "multiply", note("triton"))
     monkeypatch.setattr(cuda_rows, "multiply", note("many"))
+    monkeypatch.setattr(cuda_stream, "multiply", note("stream"))
     monkeypatch.setattr(CudaLinear, "dequantize", dequantize)
     for module in (cuda_linear, triton_linear):
         monkeypatch.setattr(module, "name_architecture", lambda device: "sm_90")
@@ -209,6 +213,31 @@ def test_many_rows_that_cannot_be_compiled_go_elsewhere(runs, measured, gpu, mon
     monkeypatch.setattr(cuda_linear, "name_architecture", lambda device: "sm_89")
     apply(100)
     assert runs[2:] == ["triton"]
+
+
+@pytest.fixture
+def streamed(monkeypatch):
+    """A table that knows the kernel that copies in bulk as the fastest up to 8 rows."""
+    config = {"row_tiles": 1, "tiles": 2, "warps_out": 1, "warps_in": 16, "stages": 6}
+    stream = {((SPEC.in_features, SPEC.out_features), 8): config}
+    table = replace(load_table("sm_90"), stream=stream)
+    for module in (cuda_linear, cuda_rows, cuda_stream):
+        monkeypatch.setattr(
+            module, "load_table", lambda name: table if name == "sm_90" else load_table(name)
+        )
+
+
+def test_few_rows_go_to_bulk_copies_where_those_are_faster(runs, streamed, gpu, monkeypatch):
+    for rows in (1, 8, 9):
+        apply(rows)
+    apply(1, replace(SPEC, group_size=192))  # its groups do not begin where units do
+    assert runs == ["stream", "stream", "triton", "cuda"]
+    gpu(compiles="too old a compiler")
+    apply(1)
+    gpu()
+    monkeypatch.setattr(cuda_linear, "name_architecture", lambda device: "sm_89")
+    apply(1)
+    assert runs[4:] == ["cuda", "cuda"]
 
 
 def test_a_layer_with_larger_steps_gets_fewer_stages(measured):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -83,6 +83,33 @@ def define_layer_macros(spec: LinearSpec, scale_dtype: torch.dtype) -> dict[str,
         "HAS_ZEROS": int(not spec.symmetric),
         "HALF_GROUPS": int(spec.group_size < 64),
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """How many thread blocks share what, in the kernels for few rows."""
+
+    channel_blocks: int
+    runs: int
+
+
+def plan_work(channels: int, inputs: int, spec: LinearSpec, resident: int) -> Work:
+    """Cut a layer into as many runs as thread blocks fit on the device, or fewer.
+
+    Args:
+        channels: Output channels of a unit.
+        inputs: Inputs of a unit.
+        spec: The layer.
+        resident: Thread blocks that run at a time.
+
+    Returns:
+        Blocks of channels, and runs.
+    """
+    channel_blocks = -(-spec.out_features // channels)
+    units = channel_blocks * -(-spec.in_features // inputs)
+    each = -(-units // resident)
+    # No more runs than give each a whole number of units where they can be equal.
+    return Work(channel_blocks, min(-(-units // each), units))
 
 
 SMALLEST_SPEC = LinearSpec(

@@ -20,6 +20,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
@@ -35,8 +36,8 @@ PROGRAMMATIC_LAUNCH = 6
 MAX_DYNAMIC_SHARED = 8
 """CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES."""
 
-TENSOR_UINT16 = 1
-"""CU_TENSOR_MAP_DATA_TYPE_UINT16."""
+TENSOR_TYPES = {1: 0, 2: 1, 4: 2, 8: 4}
+"""By bytes of an element: CU_TENSOR_MAP_DATA_TYPE_UINT8, 16, 32 and 64."""
 TENSOR_SWIZZLE_128B = 3
 """CU_TENSOR_MAP_SWIZZLE_128B."""
 TENSOR_PROMOTE_L2_256B = 3
@@ -239,39 +240,52 @@ class Function:
         return count.value
 
 
-@functools.lru_cache(maxsize=1024)
-def encode_boxes(
-    address: int, rows: int, columns: int, box_columns: int, box_rows: int
-) -> tuple[int, ...]:
-    """Describe boxes of a matrix of 16-bit numbers to the copy engine (compute capability 9.0).
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Boxes:
+    """Boxes of a tensor on the device, which the copy engine of compute capability 9.0 copies."""
+
+    address: int
+    """Of the tensor; a multiple of 16."""
+    element_bytes: int
+    """1, 2, 4 or 8."""
+    sizes: tuple[int, ...]
+    """Elements of each dimension, the innermost first."""
+    strides: tuple[int, ...]
+    """Bytes from one to the next, of all dimensions but the innermost; multiples of 16."""
+    box: tuple[int, ...]
+    """Elements of a box, at most 256 of each dimension; beyond the tensor they are 0."""
+    swizzled: bool = False
+    """Whether its rows, of 128 bytes, have their 16-byte pieces swapped about."""
+
+
+@functools.lru_cache(maxsize=8192)
+def encode_boxes(boxes: Boxes) -> tuple[int, ...]:
+    """Describe boxes to the copy engine.
 
     Args:
-        address: Of the matrix on the device, row by row; a multiple of 16.
-        rows: Of the matrix.
-        columns: Of the matrix; a multiple of 8.
-        box_columns: Of a box, 64: its rows of 128 bytes are swizzled.
-        box_rows: Of a box, at most 256; beyond the matrix they are 0.
+        boxes: Which.
 
     Returns:
         The 16 words of a CUtensorMap.
     """
     room = (ctypes.c_ulonglong * 24)()
     start = ctypes.addressof(room) + -ctypes.addressof(room) % 64  # it asks for this alignment
+    rank = len(boxes.sizes)
     status = load_driver().cuTensorMapEncodeTiled(
         ctypes.c_void_p(start),
-        ctypes.c_int(TENSOR_UINT16),
-        ctypes.c_uint(2),
-        ctypes.c_void_p(address),
-        (ctypes.c_ulonglong * 2)(columns, rows),
-        (ctypes.c_ulonglong * 1)(2 * columns),
-        (ctypes.c_uint * 2)(box_columns, box_rows),
-        (ctypes.c_uint * 2)(1, 1),
+        ctypes.c_int(TENSOR_TYPES[boxes.element_bytes]),
+        ctypes.c_uint(rank),
+        ctypes.c_void_p(boxes.address),
+        (ctypes.c_ulonglong * rank)(*boxes.sizes),
+        (ctypes.c_ulonglong * (rank - 1))(*boxes.strides),
+        (ctypes.c_uint * rank)(*boxes.box),
+        (ctypes.c_uint * rank)(*[1] * rank),
         ctypes.c_int(0),  # not interleaved
-        ctypes.c_int(TENSOR_SWIZZLE_128B),
+        ctypes.c_int(TENSOR_SWIZZLE_128B if boxes.swizzled else 0),
         ctypes.c_int(TENSOR_PROMOTE_L2_256B),
         ctypes.c_int(0),  # zeros outside
     )
-    _check(status, f"describe a matrix of {rows} x {columns}")
+    _check(status, f"describe {boxes}")
     return tuple((ctypes.c_ulonglong * 16).from_address(start))
 
 

@@ -1,8 +1,9 @@
 """Products on NVIDIA GPUs by CUDA C++ that is compiled when it is first needed.
 
-Layout: :mod:`halfbyte.kernels.fragments`. Kernels: for few rows ``cuda/multiply.cu``, here; for
-many, on compute capability 9.0, :mod:`halfbyte.kernels.cuda_rows`. Where neither was measured to
-be the fastest, :mod:`halfbyte.kernels.triton_linear` takes over.
+Layout: :mod:`halfbyte.kernels.fragments`. Kernels: for few rows ``cuda/multiply.cu``, here; on
+compute capability 9.0 :mod:`halfbyte.kernels.cuda_stream` for few and
+:mod:`halfbyte.kernels.cuda_rows` for many. Where none was measured to be the fastest,
+:mod:`halfbyte.kernels.triton_linear` takes over.
 Arithmetic: code - zero is exact, its products with x are summed in fp32 and scaled in fp32 for each
 32 inputs; one rounding of the result. Deterministic.
 Needs compute capability 8.0 (bf16, ``cp.async``); from 9.0 on a launch loads its first weights
@@ -19,16 +20,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from halfbyte.errors import KernelUnavailable
-from halfbyte.kernels import cuda_rows
+from halfbyte.kernels import cuda_rows, cuda_stream
 from halfbyte.kernels.contract import LinearSpec, Operands
 from halfbyte.kernels.cuda_arguments import (
     SMALLEST_SPEC,
     define_layer_macros,
     fill_arguments,
     forget_shape,
+    plan_work,
 )
 from halfbyte.kernels.cuda_driver import Function, compile_source, read_source
 from halfbyte.kernels.cuda_rows import RowsConfig
+from halfbyte.kernels.cuda_stream import StreamConfig
 from halfbyte.kernels.fragments import (
     dequantize_in_torch,
     find_layout_mismatch,
@@ -162,33 +165,6 @@ def count_shared_bytes(config: CudaConfig, spec: LinearSpec, scale_dtype: torch.
     return config.count_shared_bytes(spec.bits, scale_dtype.itemsize, not spec.symmetric, halves)
 
 
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """How many thread blocks share what."""
-
-    channel_blocks: int
-    runs: int
-
-
-def plan_work(config: CudaConfig, spec: LinearSpec, resident: int) -> _Work:
-    """Cut a layer into as many runs as thread blocks fit on the device, or fewer.
-
-    Args:
-        config: The thread block.
-        spec: The layer.
-        resident: Thread blocks that run at a time.
-
-    Returns:
-        Blocks of channels, and runs.
-    """
-    channel_blocks = -(-spec.out_features // config.channels)
-    chunks = -(-spec.in_features // (64 * config.warps_in))
-    units = channel_blocks * chunks
-    each = -(-units // resident)
-    # No more runs than give each a whole number of units where they can be equal.
-    return _Work(channel_blocks, min(-(-units // each), units))
-
-
 class CudaLinear(TritonLinear):
     """The CUDA kernels, and what TritonLinear does where they cannot or need not."""
 
@@ -212,7 +188,7 @@ class CudaLinear(TritonLinear):
         most = max(cuda_rows.ROWS_LIMIT, TRITON_ROWS)
         for rows in range(1, most + 1):
             config = choose_tier(device, rows, spec, torch.float16)
-            if isinstance(config, CudaConfig):
+            if isinstance(config, CudaConfig | StreamConfig):
                 last["CUDA"] = rows
             elif config is not None:
                 last["CUDA for many"] = rows
@@ -229,6 +205,8 @@ class CudaLinear(TritonLinear):
             config = choose_tier(device, rows, spec, dtype)
             if isinstance(config, RowsConfig):
                 cuda_rows.load_for(config, spec, dtype, device)
+            elif isinstance(config, StreamConfig):
+                cuda_stream.load_function(config, forget_shape(spec), dtype, device, True)
             elif config is not None:
                 load_function(config, forget_shape(spec), dtype, device, True)
         return super().prepare(stored, spec)
@@ -254,6 +232,8 @@ class CudaLinear(TritonLinear):
         rows = rows.contiguous() if order is None else rows.index_select(1, order)
         if isinstance(config, RowsConfig):
             result = cuda_rows.multiply(rows, operands, bias, spec, config)
+        elif isinstance(config, StreamConfig):
+            result = cuda_stream.multiply(rows, operands, bias, spec, config)
         else:
             result = multiply(rows, operands, bias, spec, config)
         return result.view(*x.shape[:-1], spec.out_features)
@@ -262,7 +242,7 @@ class CudaLinear(TritonLinear):
 @functools.lru_cache(maxsize=4096)
 def choose_tier(
     device: torch.device, rows: int, spec: LinearSpec, scale_dtype: torch.dtype
-) -> CudaConfig | RowsConfig | None:
+) -> CudaConfig | RowsConfig | StreamConfig | None:
     """Choose the CUDA kernel for a number of rows, and how it is cut.
 
     Args:
@@ -272,9 +252,12 @@ def choose_tier(
         scale_dtype: Of its scales.
 
     Returns:
-        Of the kernel for few rows or of that for many; None: Triton, or dequantized first.
+        Of a kernel for few rows or of that for many; None: Triton, or dequantized first.
     """
     architecture = name_architecture(device)
+    stream = cuda_stream.choose_config(architecture, rows, spec, scale_dtype)
+    if stream is not None and cuda_stream.find_obstacle(device) is None:
+        return stream
     many = cuda_rows.choose_config(architecture, count_processors(device), rows, spec, scale_dtype)
     if many is not None and cuda_rows.find_obstacle(device) is None:
         return many
@@ -308,7 +291,9 @@ def multiply(
     function, resident = load_function(
         config, forget_shape(spec), operands.scales.dtype, device, early_start
     )
-    work = plan_work(config, spec, resident * count_processors(device))
+    work = plan_work(
+        config.channels, 64 * config.warps_in, spec, resident * count_processors(device)
+    )
     result = rows.new_empty(rows.shape[0], spec.out_features)
     partials = torch.empty(
         2 * work.runs * config.partial_floats, dtype=torch.float32, device=device

@@ -24,7 +24,13 @@ from halfbyte.kernels.cuda_arguments import (
     fill_arguments,
     forget_shape,
 )
-from halfbyte.kernels.cuda_driver import Function, compile_source, encode_boxes, read_source
+from halfbyte.kernels.cuda_driver import (
+    Boxes,
+    Function,
+    compile_source,
+    encode_boxes,
+    read_source,
+)
 from halfbyte.kernels.gpu_device import (
     ARRIVALS,
     count_processors,
@@ -252,7 +258,14 @@ def multiply(
     common = fill_arguments(rows, operands, bias, spec, result, partials, find_arrivals(device))
     arguments = RowsArguments(a=common)
     arguments.x_map[:] = encode_boxes(
-        rows.data_ptr(), count, spec.in_features, 64, config.rows // config.cluster
+        Boxes(
+            address=rows.data_ptr(),
+            element_bytes=2,
+            sizes=(spec.in_features, count),
+            strides=(2 * spec.in_features,),
+            box=(64, config.rows // config.cluster),
+            swizzled=True,
+        )
     )
     function.launch(runs * config.cluster, arguments, torch.cuda.current_stream(device).cuda_stream)
     return result

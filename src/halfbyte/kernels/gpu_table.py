@@ -29,6 +29,8 @@ class GpuTable:
     """By shape: up to so many rows the CUDA kernel for few rows is the fastest."""
     many_rows: Mapping[tuple[Shape, int], Mapping[str, int] | None] = field(default_factory=dict)
     """By shape and rows bucket: the fields of a RowsConfig; None where another tier is faster."""
+    stream: Mapping[tuple[Shape, int], Mapping[str, int]] = field(default_factory=dict)
+    """By shape and rows bucket, where it is the fastest: the fields of a StreamConfig."""
 
 
 @functools.cache
@@ -59,5 +61,8 @@ def parse_table(table: Mapping[str, Any]) -> GpuTable:
         cuda_rows={shape(entry): entry["rows"] for entry in table["cuda_rows"]},
         many_rows={
             (shape(entry), entry["rows"]): entry["config"] for entry in table.get("many_rows", ())
+        },
+        stream={
+            (shape(entry), entry["rows"]): entry["config"] for entry in table.get("stream", ())
         },
     )

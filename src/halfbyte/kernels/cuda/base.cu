@@ -6,6 +6,7 @@
 //   SCALE_KIND   0: scales are fp16; 1: bf16; 2: fp32
 //   HAS_ZEROS    1: zeros are stored; 0: all are the middle code
 //   HALF_GROUPS  1: groups of 32 inputs; 0: of a multiple of 64
+//   FOLDED       1: take_apart leaves OFFSET + code, and whoever sums takes the rest off; by default 0
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -31,6 +32,11 @@ struct Arguments {
 constexpr u32 GROUPS_IN_STEP = HALF_GROUPS ? 2 : 1;
 constexpr u32 SCALE_SIZE = SCALE_KIND == 2 ? 4 : 2;
 constexpr u32 TILE_BYTES = 128 * BITS;
+
+#ifndef FOLDED
+#define FOLDED 0
+#endif
+static_assert(!FOLDED || BITS <= 4, "eight bits beside the offset do not fit a bf16");
 
 #ifndef EMULATED
 // ---------------------------------------------------------------- instructions of the device
@@ -114,38 +120,38 @@ DEVICE float read_scale(const u8* scales, u32 index) {
 #endif
 }
 
-// The pair of -(offset + zero), where offset + code is what the bits of take_apart read as.
-DEVICE u32 negate_zero(u32 zero) {
-#if BF16
-  return zero * 0x00010001u | 0xC300C300u;  // 128 + zero
-#else
-  return zero * 0x00010001u | 0xE400E400u;  // 1024 + zero
-#endif
-}
-
+// The bits of take_apart read as a pair of OFFSET + code.
 #if BF16
 constexpr u32 MAGIC = 0x43004300;
+constexpr u32 OFFSET = 128;
 #else
 constexpr u32 MAGIC = 0x64006400;
+constexpr u32 OFFSET = 1024;
 #endif
 
-// The registers of the A operand of one channel over 32 inputs: pairs (s, u) of code - zero.
+// The pair of -(OFFSET + zero).
+DEVICE u32 negate_zero(u32 zero) { return zero * 0x00010001u | MAGIC | 0x80008000u; }
+
+DEVICE u32 take_zero(u32 pair, u32 negated) { return FOLDED ? pair : add_pair(pair, negated); }
+
+// The registers of the A operand of one channel over 32 inputs: pairs (s, u) of code - zero, or of
+// OFFSET + code.
 DEVICE void take_apart(u32 (&pairs)[4], const u32* words, int h, int half, u32 zero) {
 #if BITS == 4
   // words [s / 2, h]
   u32 word = words[2 * half + h];
   u32 negated = negate_zero(zero);
-  pairs[0] = add_pair(mask_and_set<0x000F000F, MAGIC>(word), negated);
-  pairs[1] = add_pair(mask_and_set<0x000F000F, MAGIC>(word >> 4), negated);
-  pairs[2] = add_pair(mask_and_set<0x000F000F, MAGIC>(word >> 8), negated);
-  pairs[3] = add_pair(mask_and_set<0x000F000F, MAGIC>(word >> 12), negated);
+  pairs[0] = take_zero(mask_and_set<0x000F000F, MAGIC>(word), negated);
+  pairs[1] = take_zero(mask_and_set<0x000F000F, MAGIC>(word >> 4), negated);
+  pairs[2] = take_zero(mask_and_set<0x000F000F, MAGIC>(word >> 8), negated);
+  pairs[3] = take_zero(mask_and_set<0x000F000F, MAGIC>(word >> 12), negated);
 #elif BITS == 2
   u32 word = words[h] >> 8 * half;
   u32 negated = negate_zero(zero);
-  pairs[0] = add_pair(mask_and_set<0x00030003, MAGIC>(word), negated);
-  pairs[1] = add_pair(mask_and_set<0x00030003, MAGIC>(word >> 2), negated);
-  pairs[2] = add_pair(mask_and_set<0x00030003, MAGIC>(word >> 4), negated);
-  pairs[3] = add_pair(mask_and_set<0x00030003, MAGIC>(word >> 6), negated);
+  pairs[0] = take_zero(mask_and_set<0x00030003, MAGIC>(word), negated);
+  pairs[1] = take_zero(mask_and_set<0x00030003, MAGIC>(word >> 2), negated);
+  pairs[2] = take_zero(mask_and_set<0x00030003, MAGIC>(word >> 4), negated);
+  pairs[3] = take_zero(mask_and_set<0x00030003, MAGIC>(word >> 6), negated);
 #elif BITS == 3
   // words [h] of the low two bits, then one of the high bits
   u32 negated = negate_zero(zero);
@@ -154,7 +160,7 @@ DEVICE void take_apart(u32 (&pairs)[4], const u32* words, int h, int half, u32 z
     u32 low = mask_and_set<0x00030003, MAGIC>(words[h] >> (8 * half + 2 * i));
     int place = 8 * h + 4 * half + i;
     u32 high = place >= 2 ? words[2] >> (place - 2) : words[2] << (2 - place);
-    pairs[i] = add_pair(low | (high & 0x00040004), negated);
+    pairs[i] = take_zero(low | (high & 0x00040004), negated);
   }
 #else
   // words [s, h]

@@ -1,25 +1,8 @@
-// Instructions of compute capability 9.0 (sm_90a): barriers in shared memory, bulk copies, and the
-// product of a warpgroup, whose A operand is in registers and whose B operand in shared memory.
+// Instructions of compute capability 9.0 (sm_90a): clusters, copies of boxes, and the product of a
+// warpgroup, whose A operand is in registers and whose B operand in shared memory.
 // Not included where the kernel is emulated: tests/kernels/hopper_emulator.h stands in for it.
 
-typedef u32 Shared;  // an address of shared memory
-
-DEVICE Shared share(const u8* pointer) { return shared_address(pointer); }
-
-DEVICE void barrier_begin(Shared barrier, u32 arrivals) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals)
-               : "memory");
-}
-
-// Barriers that were begun may be used by copies after this and a __syncthreads.
-DEVICE void publish_barriers() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  asm volatile("fence.proxy.async;" ::: "memory");
-}
-
-DEVICE void barrier_arrive(Shared barrier) {
-  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
+#include "barriers.cu"
 
 // Arrives at the barrier at the same place in a thread block of the cluster.
 DEVICE void barrier_arrive_at(Shared barrier, u32 rank) {
@@ -38,32 +21,6 @@ DEVICE void meet_cluster() {
 #else
   __syncthreads();
 #endif
-}
-
-// Arrives, and lets the barrier's phase wait for so many bytes of bulk copies too.
-DEVICE void barrier_expect(Shared barrier, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier),
-               "r"(bytes)
-               : "memory");
-}
-
-// Waits for the end of the barrier's current phase of this parity.
-DEVICE void barrier_wait(Shared barrier, u32 parity) {
-  asm volatile(
-      "{ .reg .pred done;\n"
-      "again: mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
-      "@!done bra again; }" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
-
-// Copies bytes in a row, a multiple of 16.
-DEVICE void copy_bulk(Shared to, const u8* from, u32 bytes, Shared barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          to),
-      "l"(from), "r"(bytes), "r"(barrier)
-      : "memory");
 }
 
 // Copies 64 inputs of ROWS / CLUSTER rows of x to the same place in all thread blocks of the cluster,

@@ -1,0 +1,312 @@
+"""Products of few rows of x on compute capability 9.0, by CUDA C++ that copies in bulk.
+
+Layout: :mod:`halfbyte.kernels.fragments`. Kernel: ``cuda/multiply_stream.cu``, which does what
+``cuda/multiply.cu`` does with 30 to 40% fewer instructions for a weight.
+Arithmetic: sums of code * x and of x are fp32, a scale is applied in fp32 to each 64 inputs (32
+with groups of 32); one rounding of the result. Deterministic.
+It runs where the architecture's table has it as the fastest, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import Tensor
+
+from halfbyte.errors import KernelUnavailable
+from halfbyte.kernels.contract import LinearSpec, Operands
+from halfbyte.kernels.cuda_arguments import (
+    SMALLEST_SPEC,
+    Arguments,
+    define_layer_macros,
+    fill_arguments,
+    forget_shape,
+    plan_work,
+)
+from halfbyte.kernels.cuda_driver import (
+    Boxes,
+    Function,
+    compile_source,
+    encode_boxes,
+    read_source,
+)
+from halfbyte.kernels.cuda_rows import SHARED_LIMIT
+from halfbyte.kernels.fragments import find_zeros
+from halfbyte.kernels.gpu_device import (
+    ARRIVALS,
+    count_processors,
+    find_arrivals,
+    name_architecture,
+)
+from halfbyte.kernels.gpu_table import load_table
+
+BOX_LIMIT = 256
+"""Elements of a box in each dimension.
+
+Source:
+    NVIDIA, "CUDA Driver API", cuTensorMapEncodeTiled.
+"""
+BUCKETS = (8, 16)
+"""Rows of x, up to so many, that are cut alike."""
+
+
+class StreamArguments(ctypes.Structure):
+    """The kernel's parameter; as ``StreamArguments`` in multiply_stream.cu."""
+
+    _fields_ = (
+        ("codes_map", ctypes.c_ulonglong * 16),
+        ("scales_map", ctypes.c_ulonglong * 16),
+        ("zeros_map", ctypes.c_ulonglong * 16),
+        ("x_map", ctypes.c_ulonglong * 16),
+        ("a", Arguments),
+        ("group_rows", ctypes.c_uint),
+        ("padding", ctypes.c_ubyte * (124 - ctypes.sizeof(Arguments))),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamConfig:
+    """How a thread block is made; the names in multiply_stream.cu, in lower case."""
+
+    row_tiles: int
+    tiles: int
+    warps_out: int
+    warps_in: int
+    stages: int
+    blocks: int = 1
+    spare: int = 0
+    """Of the thread blocks that a multiprocessor has room for: those left to the next launch."""
+
+    @property
+    def channels(self) -> int:
+        """Output channels of a thread block."""
+        return 16 * self.tiles * self.warps_out
+
+    @property
+    def threads(self) -> int:
+        """Threads of a thread block."""
+        return 32 * (self.warps_out * self.warps_in + 2)
+
+    @property
+    def partial_floats(self) -> int:
+        """Floats of the sums of a block of channels."""
+        return self.channels * self.row_tiles * 8
+
+
+def choose_config(
+    architecture: str, rows: int, spec: LinearSpec, scale_dtype: torch.dtype
+) -> StreamConfig | None:
+    """Choose a thread block for a number of rows of x.
+
+    Args:
+        architecture: ``sm_90`` and the like.
+        rows: Of x.
+        spec: The layer.
+        scale_dtype: Of its scales.
+
+    Returns:
+        As measured for the layer's shape, with fewer stages where the layer asks for more memory;
+        None: run it on another kernel, which is faster, or can do it at all.
+    """
+    bucket = next((size for size in BUCKETS if rows <= size), None)
+    shape = (spec.in_features, spec.out_features)
+    found = load_table(architecture).stream.get((shape, bucket)) if bucket is not None else None
+    if found is None:
+        return None
+    config = fit_memory(StreamConfig(**found), spec, scale_dtype)
+    return None if find_mismatch(config, spec) else config
+
+
+def find_mismatch(config: StreamConfig, spec: LinearSpec) -> str | None:
+    """Say why the kernel cannot run a layer with such a thread block, or None."""
+    steps = spec.group_size // 64
+    unit = config.warps_in
+    if steps and spec.num_groups > 1 and unit % steps and steps % unit:
+        return f"groups of {spec.group_size} inputs do not begin where {unit * 64} inputs do"
+    if config.channels > BOX_LIMIT:
+        return f"a box has at most {BOX_LIMIT} channels, not {config.channels}"
+    if -(-spec.out_features // config.channels) > ARRIVALS:
+        return f"{spec.out_features} channels are more than {ARRIVALS} blocks"
+    return None
+
+
+def fit_memory(config: StreamConfig, spec: LinearSpec, scale_dtype: torch.dtype) -> StreamConfig:
+    """Take stages away, and then warps, until a multiprocessor has room for the thread blocks."""
+    # A thread block costs 1 KiB more than it asks for; the limit leaves room for one.
+    room = (SHARED_LIMIT + 1024) // config.blocks - 1024
+    smaller = config
+    while count_shared_bytes(smaller, spec, scale_dtype) > room:
+        if smaller.stages > 2:
+            smaller = replace(smaller, stages=smaller.stages - 1)
+        else:
+            config = replace(config, warps_in=config.warps_in // 2)
+            smaller = config
+    return smaller
+
+
+def define_macros(
+    config: StreamConfig, spec: LinearSpec, scale_dtype: torch.dtype
+) -> dict[str, int]:
+    """Give the macros of multiply_stream.cu for a layer."""
+    made = {name.upper(): value for name, value in asdict(config).items() if name != "spare"}
+    return made | define_layer_macros(spec, scale_dtype)
+
+
+def count_shared_bytes(config: StreamConfig, spec: LinearSpec, scale_dtype: torch.dtype) -> int:
+    """Give the bytes of shared memory of a thread block for a layer; as in multiply_stream.cu."""
+    groups = config.warps_in * (2 if spec.group_size < 64 else 1)
+    x = config.warps_in * config.row_tiles * 1024
+    codes = config.warps_in * config.channels * 8 * spec.bits
+    scales = _round_up(groups * config.channels * scale_dtype.itemsize, 128)
+    zeros = 0 if spec.symmetric else groups * config.channels
+    stage = _round_up(x + codes + scales + zeros, 1024)
+    exchange = config.warps_in * config.partial_floats * 4
+    return config.stages * stage + exchange + 16 * config.stages + 32 + 1024
+
+
+def _round_up(size: int, to: int) -> int:
+    return -(-size // to) * to
+
+
+def count_group_rows(config: StreamConfig, spec: LinearSpec) -> int:
+    """Count the rows of scales of a unit; :func:`find_mismatch` has nothing against the layer."""
+    if spec.group_size < 64:
+        return 2 * config.warps_in
+    return max(config.warps_in // (spec.group_size // 64), 1)
+
+
+def multiply(
+    rows: Tensor,
+    operands: Operands,
+    bias: Tensor | None,
+    spec: LinearSpec,
+    config: StreamConfig,
+    *,
+    early_start: bool = True,
+) -> Tensor:
+    """Multiply by packed codes.
+
+    Args:
+        rows: [rows, in], contiguous, the inputs in the packed order.
+        operands: As ``prepare`` left them.
+        bias: [out] or None.
+        spec: The layer.
+        config: The thread block; :func:`find_mismatch` has nothing against it.
+        early_start: Launch before what is ahead in the stream is over.
+
+    Returns:
+        [rows, out].
+    """
+    device = rows.device
+    function, resident = load_function(
+        config, forget_shape(spec), operands.scales.dtype, device, early_start
+    )
+    processors = count_processors(device) * max(resident - config.spare, 1)
+    work = plan_work(config.channels, 64 * config.warps_in, spec, processors)
+    result = rows.new_empty(rows.shape[0], spec.out_features)
+    partials = torch.empty(
+        2 * work.runs * config.partial_floats, dtype=torch.float32, device=device
+    )
+    common = fill_arguments(rows, operands, bias, spec, result, partials, find_arrivals(device))
+    arguments = describe_tensors(common, rows, operands, spec, config, encode_boxes)
+    function.launch(work.runs, arguments, torch.cuda.current_stream(device).cuda_stream)
+    return result
+
+
+def describe_tensors(
+    common: Arguments,
+    rows: Tensor,
+    operands: Operands,
+    spec: LinearSpec,
+    config: StreamConfig,
+    encode: Callable[[Boxes], tuple[int, ...]],
+) -> StreamArguments:
+    """Describe the tensors that a launch copies boxes of.
+
+    Args:
+        common: What all kernels are told.
+        rows: [rows, in].
+        operands: As ``prepare`` left them.
+        spec: The layer.
+        config: The thread block.
+        encode: Turns boxes into what the copy engine reads.
+
+    Returns:
+        The kernel's parameter.
+    """
+    group_rows = count_group_rows(config, spec)
+    arguments = StreamArguments(a=common, group_rows=group_rows)
+    tile_bytes = 128 * spec.bits
+    tiles, steps = spec.out_features // 16, spec.in_features // 64
+    arguments.codes_map[:] = encode(
+        Boxes(
+            address=operands.weight[0].data_ptr(),
+            element_bytes=8,
+            sizes=(tile_bytes // 8, tiles, steps),
+            strides=(tile_bytes, tiles * tile_bytes),
+            box=(tile_bytes // 8, config.channels // 16, config.warps_in),
+        )
+    )
+    arguments.x_map[:] = encode(
+        Boxes(
+            address=rows.data_ptr(),
+            element_bytes=2,
+            sizes=(64, rows.shape[0], steps),
+            strides=(2 * spec.in_features, 128),
+            box=(64, rows.shape[0], config.warps_in),
+            swizzled=True,
+        )
+    )
+    zeros = find_zeros(operands, spec)
+    for target, grid in ((arguments.scales_map, operands.scales), (arguments.zeros_map, zeros)):
+        if grid is None:
+            continue
+        row_bytes = spec.out_features * grid.element_size()
+        target[:] = encode(
+            Boxes(
+                address=grid.data_ptr(),
+                element_bytes=grid.element_size(),
+                sizes=(spec.out_features, spec.num_groups, 1),
+                strides=(row_bytes, row_bytes * spec.num_groups),
+                box=(config.channels, group_rows, 1),
+            )
+        )
+    return arguments
+
+
+@functools.cache
+def find_obstacle(device: torch.device) -> str | None:
+    """Say why the kernel cannot be compiled for a device of its architecture, or None."""
+    config = StreamConfig(row_tiles=1, tiles=1, warps_out=1, warps_in=2, stages=2)
+    try:
+        load_function(config, SMALLEST_SPEC, torch.float16, device, True)
+    except KernelUnavailable as reason:
+        return str(reason)
+    return None
+
+
+@functools.cache
+def load_function(
+    config: StreamConfig,
+    spec: LinearSpec,
+    scale_dtype: torch.dtype,
+    device: torch.device,
+    early_start: bool,
+) -> tuple[Function, int]:
+    """Compile and load a kernel; also how many of its thread blocks fit on a multiprocessor."""
+    macros = define_macros(config, spec, scale_dtype)
+    source = read_source("multiply_stream.cu")
+    cubin = compile_source(source, macros, name_architecture(device))
+    with torch.cuda.device(device):
+        function = Function(
+            cubin,
+            "multiply_stream",
+            threads=config.threads,
+            shared_bytes=count_shared_bytes(config, spec, scale_dtype),
+            early_start=early_start,
+        )
+        return function, max(function.count_resident(), 1)
