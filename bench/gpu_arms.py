@@ -11,15 +11,17 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from halfbyte.kernels import cuda_linear, cuda_rows, triton_linear
+from halfbyte.kernels import cuda_linear, triton_linear
 from halfbyte.kernels.contract import LinearSpec, Operands
 from halfbyte.kernels.cuda_linear import CudaConfig
 from halfbyte.kernels.cuda_rows import RowsConfig
+from halfbyte.kernels.cuda_stream import StreamConfig
 from halfbyte.kernels.fragments import unpack_fragments
 from halfbyte.kernels.triton_configs import TritonConfig
 from halfbyte.packing import pack_codes
@@ -107,10 +109,12 @@ def run_cuda(layer: Layer, config: CudaConfig | None = None, early_start: bool =
     ]
 
 
-def run_rows(layer: Layer, config: RowsConfig, early_start: bool = True) -> Run:
-    """Our CUDA kernel for many rows."""
+def run_config(
+    module: ModuleType, layer: Layer, config: RowsConfig | StreamConfig, early_start: bool
+) -> Run:
+    """A CUDA kernel of compute capability 9.0, cut as told: ``cuda_rows`` or ``cuda_stream``."""
     return lambda x: [
-        cuda_rows.multiply(x, part, None, layer.spec, config, early_start=early_start)
+        module.multiply(x, part, None, layer.spec, config, early_start=early_start)
         for part in layer.copies
     ]
 

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.kernels import cuda_linear, triton_configs, triton_linear
+from halfbyte.kernels import cuda_linear, cuda_stream, triton_configs, triton_linear
 from halfbyte.kernels.contract import LinearSpec, Operands
 from halfbyte.kernels.cuda_linear import CudaConfig, CudaLinear
+from halfbyte.kernels.cuda_stream import StreamConfig
 from halfbyte.kernels.fragments import find_order, prepare_fragments, restore_fragments
 from halfbyte.kernels.gpu_table import load_table
 from halfbyte.kernels.registry import describe_spec
@@ -30,6 +31,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 SIZES = {"in_features": 1152, "out_features": 1056}
 """Divided by no block of any configuration."""
 
+Config = TritonConfig | CudaConfig | StreamConfig
 Product = Callable[[Tensor, Tensor], Tensor]
 """x, bias -> x @ weight.T + bias."""
 
@@ -39,7 +41,7 @@ class Job:
     """One kind of layer, and the configurations to check on it; none: the kernels' own choice."""
 
     spec: LinearSpec
-    configs: tuple[TritonConfig | CudaConfig, ...] = ()
+    configs: tuple[Config, ...] = ()
 
 
 def list_jobs(architecture: str) -> list[Job]:
@@ -52,7 +54,11 @@ def list_jobs(architecture: str) -> list[Job]:
         In the order of what is wanted most; 4 bits before the others.
     """
     specs = list(_list_specs())
-    configs = [*list_triton_configs(architecture), *list_cuda_configs(architecture)]
+    configs = [
+        *list_triton_configs(architecture),
+        *list_cuda_configs(architecture),
+        *list_stream_configs(architecture),
+    ]
     quick = [Job(spec=spec) for spec in specs]
     large = [replace(spec, in_features=4096, out_features=4096) for spec in specs[:8]]
     full = [
@@ -102,6 +108,12 @@ def list_cuda_configs(architecture: str) -> list[CudaConfig]:
     """Every configuration that may be chosen."""
     measured = [CudaConfig(**config) for config in load_table(architecture).cuda.values()]
     return list(dict.fromkeys([*measured, *cuda_linear.PREFERRED]))
+
+
+def list_stream_configs(architecture: str) -> list[StreamConfig]:
+    """Every configuration that may be chosen."""
+    measured = load_table(architecture).stream.values()
+    return list(dict.fromkeys(StreamConfig(**config) for config in measured))
 
 
 def make_operands(spec: LinearSpec, seed: int) -> tuple[Operands, Tensor]:
@@ -155,7 +167,7 @@ def check_job(job: Job) -> list[dict[str, Any]]:
         {"kernel": str(config), **layer}
         | check_product(_with_config(config, operands, spec), weight, spec, _rows_of(config))
         for config in job.configs
-        if isinstance(config, TritonConfig) or _fits(config, operands, spec)
+        if _fits(config, operands, spec)
     ]
 
 
@@ -163,26 +175,31 @@ def _own_choice(kernel: TritonLinear, operands: Operands, spec: LinearSpec) -> P
     return lambda x, bias: kernel.apply(x, operands, bias, spec)
 
 
-def _with_config(
-    config: TritonConfig | CudaConfig, operands: Operands, spec: LinearSpec
-) -> Product:
+def _with_config(config: Config, operands: Operands, spec: LinearSpec) -> Product:
     if isinstance(config, TritonConfig):
         return lambda x, bias: triton_linear.multiply(x, operands, bias, spec, config)
     order = find_order(operands, spec)
 
     def multiply(x: Tensor, bias: Tensor) -> Tensor:
         rows = x if order is None else x.index_select(1, order)
+        if isinstance(config, StreamConfig):
+            smaller = cuda_stream.fit_memory(config, spec, operands.scales.dtype)
+            return cuda_stream.multiply(rows, operands, bias, spec, smaller)
         return cuda_linear.multiply(rows, operands, bias, spec, config)
 
     return multiply
 
 
-def _fits(config: CudaConfig, operands: Operands, spec: LinearSpec) -> bool:
+def _fits(config: Config, operands: Operands, spec: LinearSpec) -> bool:
+    if isinstance(config, TritonConfig):
+        return True
+    if isinstance(config, StreamConfig):
+        return cuda_stream.find_mismatch(config, spec) is None
     size = cuda_linear.count_shared_bytes(config, spec, operands.scales.dtype)
     return size <= cuda_linear.SHARED_LIMIT["sm_90"]
 
 
-def _rows_of(config: TritonConfig | CudaConfig) -> tuple[int, ...]:
+def _rows_of(config: Config) -> tuple[int, ...]:
     if isinstance(config, TritonConfig):
         return 1, config.block_rows - 1, config.block_rows + 1, 2 * config.block_rows
     return 1, 8 * config.row_tiles - 1, 8 * config.row_tiles

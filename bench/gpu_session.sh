@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # A session on a GPU machine: first what is right (260 s at most), then a decode step (240 s), then
-# all arms and peers (150 s); the kernel for many rows with its candidates and peers (150 s); a
-# whole model quantized (150 s); the tests of what a user calls (150 s).
-# usage: bench/gpu_session.sh FOLDER_FOR_RESULTS [checks] [decode] [kernels] [rows] [quantize] [tests]
+# all arms and peers (150 s); the kernel for many rows, and the one for few that copies in bulk, with
+# their candidates and peers (150 s each); a whole model quantized (150 s); the tests of what a user
+# calls (150 s).
+# usage: bench/gpu_session.sh FOLDER [checks] [decode] [kernels] [rows] [stream] [quantize] [tests]
 set -uo pipefail
 folder=$(realpath "$1")
 shift
@@ -24,9 +25,9 @@ for part in "${@:-checks}"; do
     kernels) # Peers are looked for in .peers-gpu.
         "$python" bench/measure_gpu_kernels.py --output "$folder/gpu-kernels.json" --seconds 150 \
             --skip bandwidth check --humming ;;
-    rows) # The kernel for many rows, cut in every way; peers are looked for in .peers-gpu.
-        timeout 170 "$python" bench/measure_gpu_rows.py --output "$folder/gpu-rows.json" \
-            --seconds 150 ;;
+    rows | stream) # Such a kernel, cut in every way; peers are looked for in .peers-gpu.
+        timeout 170 "$python" bench/measure_gpu_rows.py --kernel "$part" \
+            --output "$folder/gpu-$part.json" --seconds 150 ;;
     quantize) # The 8B shape, within 12 GB.
         timeout 150 "$python" bench/measure_gpu_quantize.py --output "$folder/gpu-quantize.json" \
             --memory 12GB ;;

@@ -95,8 +95,9 @@ def keep_table(measured: Case, date: str) -> None:
     }
     TABLES.mkdir(exist_ok=True)
     path = TABLES / f"{measured['architecture']}.json"
-    if path.is_file():  # keep_gpu_rows.py writes that part
-        table["many_rows"] = json.loads(path.read_text(encoding="utf-8")).get("many_rows", [])
+    if path.is_file():  # keep_gpu_rows.py writes those parts
+        before = json.loads(path.read_text(encoding="utf-8"))
+        table |= {part: before[part] for part in ("many_rows", "stream") if part in before}
     lines = json.dumps(table, indent=1)
     # An entry a line: a table of a hundred entries is read and compared by line.
     lines = "\n".join(join_entries(lines.splitlines()))

@@ -1,9 +1,11 @@
 """Keep what measure_gpu_rows.py wrote on a GPU machine: a result, and the shipped configurations.
 
     python bench/keep_gpu_rows.py gpu-rows.json --commit 0e60713 --date 2026-11-26
+    python bench/keep_gpu_rows.py gpu-stream.json --commit 0e60713 --date 2026-11-26
 
-For each number of rows one thread block is shipped for all shapes, the one with the best geometric
-mean, and another only for a shape on which it is 3% faster: every one of them has to be compiled.
+A file says of which kernel it is. For each number of rows one thread block is shipped for all
+shapes, the one with the best geometric mean, and another only for a shape on which it is 3% faster:
+every one of them has to be compiled.
 """
 
 from __future__ import annotations
@@ -12,22 +14,38 @@ import argparse
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from halfbyte.kernels.cuda_rows import BUCKETS, ROWS_LIMIT, RowsConfig
+from halfbyte.kernels import cuda_rows, cuda_stream
 from keep_gpu import TABLES, join_entries, name_sizes
 from measure_gpu_kernels import SHAPES, find_microseconds
 from record import Elsewhere, save_result
 
-OWN = "rows, early start"
+OWN = "own, early start"
 BEFORE = ("as chosen", "triton", "dequantize + cublas")
-PEERS = ("tinygemm", "marlin", "machete")
+PEERS = ("tinygemm", "marlin", "machete", "humming")
 WORTH = 0.97
 """Of the common thread block's time: what another must be faster than."""
 
 Case = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Of the shipped table, and of the page, what a kernel's measurement fills."""
+
+    name: str
+    buckets: tuple[int, ...]
+    tells_slower: bool
+    """Whether a shape on which it is slower has an entry that says so."""
+
+
+PARTS = {
+    "rows": Part("many_rows", cuda_rows.BUCKETS, True),
+    "stream": Part("stream", cuda_stream.BUCKETS, False),
+}
 
 
 def main() -> None:
@@ -44,7 +62,7 @@ def main() -> None:
         Elsewhere(
             date=options.date,
             commit=options.commit,
-            command="python bench/measure_gpu_rows.py",
+            command=f"python bench/measure_gpu_rows.py --kernel {measured['kernel']}",
             machine=measured["machine"],
             versions=measured["versions"],
         ),
@@ -63,13 +81,15 @@ def join_runs(runs: Sequence[Case]) -> Case:
 
 
 def keep_table(measured: Case) -> None:
-    """Write the configurations for many rows into the architecture's table."""
+    """Write the kernel's configurations into the architecture's table."""
     path = TABLES / f"{measured['architecture']}.json"
     table = json.loads(path.read_text(encoding="utf-8"))
-    table["many_rows"] = [
+    kept = PARTS[measured["kernel"]]
+    table[kept.name] = [
         {**name_sizes(shape), "rows": rows, "config": config}
-        for rows in BUCKETS
+        for rows in kept.buckets
         for shape, config in choose_configs(measured, rows).items()
+        if config is not None or kept.tells_slower
     ]
     lines = json.dumps(table, indent=1).splitlines()
     path.write_text("\n".join(join_entries(lines)) + "\n", encoding="utf-8")
@@ -98,8 +118,8 @@ def _by_block(case: Case) -> dict[str, tuple[float, dict[str, int]]]:
     """By thread block: the time of its best splits, and the configuration."""
     found: dict[str, tuple[float, dict[str, int]]] = {}
     for name in case:
-        config = asdict(RowsConfig(**json.loads(name)))
-        block = json.dumps(config | {"splits": 0})
+        config = json.loads(name)
+        block = json.dumps({field: value for field, value in config.items() if field != "splits"})
         time = find_microseconds(case, name)
         if math.isfinite(time) and (block not in found or time < found[block][0]):
             found[block] = time, config
@@ -108,15 +128,16 @@ def _by_block(case: Case) -> dict[str, tuple[float, dict[str, int]]]:
 
 def keep_result(measured: Case, elsewhere: Elsewhere) -> None:
     """Write the geometric means by number of rows."""
+    part = PARTS[measured["kernel"]]
     cases = measured["microseconds"]
+    humming = any("humming" in case for case in cases.values())
     table = []
     for rows in sorted({int(key.rsplit(" ", 1)[1]) for key in cases}):
         here = {s: cases[f"{s}, rows {rows}"] for s in SHAPES if f"{s}, rows {rows}" in cases}
         if len(here) < len(SHAPES):
             continue
-        many = dict.fromkeys(SHAPES) | (
-            choose_configs(measured, rows) if rows <= ROWS_LIMIT else {}
-        )
+        bucket = next((size for size in part.buckets if rows <= size), None)
+        many = dict.fromkeys(SHAPES) | ({} if bucket is None else choose_configs(measured, bucket))
         ratios = {
             s: _best(case, PEERS) / _best(case, (OWN,) if many[s] else BEFORE)
             for s, case in here.items()
@@ -129,18 +150,18 @@ def keep_result(measured: Case, elsewhere: Elsewhere) -> None:
                 f"{ratios[least]:.2f} ({least})",
                 f"{sum(config is not None for config in many.values())} of {len(SHAPES)}",
                 _over(here, OWN, PEERS),
-                _over(here, "rows", PEERS),
+                _over(here, "own", PEERS),
                 _over(here, OWN, BEFORE),
                 _over(here, OWN, ("cublas",)),
             ]
         )
     save_result(
-        "gpu-rows",
+        f"gpu-{measured['kernel']}",
         columns=[
             "rows of x",
             "halfbyte over the best peer",
             "the least",
-            "runs the kernel for many rows on",
+            "runs this kernel on",
             "that kernel over the best peer",
             "without early start",
             "over what halfbyte had before",
@@ -150,10 +171,11 @@ def keep_result(measured: Case, elsewhere: Elsewhere) -> None:
         note=(
             "Speed as a ratio, above 1 is faster; geometric means over the eight linears of the 8B "
             "and the 70B Llama; 4 bits, groups of 128, symmetric, bf16. Peers: the fastest of vLLM "
-            "0.24's Marlin and Machete and, up to 16 rows, torch's tinygemm in each case. "
-            "halfbyte: what it runs by its shipped table, which was made of this run, with early "
-            "start. The kernel: the fastest of its candidates, timed again in turn with the "
-            "others. Weights cold, CUDA graphs, medians of 7 rounds (3 for 4096 rows)."
+            "0.24's Marlin and Machete and, up to 16 rows, torch's tinygemm"
+            + (", and Humming 0.1.19," if humming else "")
+            + " in each case. halfbyte: what it runs by its shipped table, which was made of this "
+            "run, with early start. The kernel: the fastest of its candidates, timed again in turn "
+            "with the others. Weights cold, CUDA graphs, medians of 7 rounds (3 for 4096 rows)."
             + _tell_earlier(measured["cases of earlier runs"])
         ),
         data={

@@ -174,9 +174,10 @@ def time_arms(arms: dict[str, Run], x: Tensor, rounds: int) -> dict[str, Any]:
             graphs[name] = Graph(run, x)
         except Exception as error:  # noqa: BLE001 - a peer that cannot is a result
             found[name] = f"{type(error).__name__}: {str(error)[:200]}"
-    if "cuda" in graphs and "cuda, early start" in graphs:
-        pair = (graphs["cuda"].results, graphs["cuda, early start"].results)
-        found["early start gives the same bits"] = all(map(torch.equal, *pair))
+    for name in ("cuda", "own"):
+        if name in graphs and f"{name}, early start" in graphs:
+            pair = (graphs[name].results, graphs[f"{name}, early start"].results)
+            found["early start gives the same bits"] = all(map(torch.equal, *pair))
     times: dict[str, list[float]] = {name: [] for name in graphs}
     for round_number in range(rounds + 1):
         for name, graph in graphs.items():

@@ -8,10 +8,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from halfbyte.errors import KernelUnavailable
 from halfbyte.kernels.cuda_driver import compile_source, load_nvrtc
 from halfbyte.kernels.cuda_rows import RowsConfig
+from halfbyte.kernels.cuda_stream import StreamConfig
 from halfbyte.kernels.gpu_table import load_table, parse_table
 
 BENCH = Path(__file__).parents[2] / "bench"
@@ -43,7 +45,11 @@ def test_checks_cover_every_kind_of_layer_with_every_configuration(script):
         for spec in [job.spec]
     }
     assert len(kinds) == 4 * 5 * 2 * 2 * 2
-    every = {*checks.list_triton_configs("sm_90"), *checks.list_cuda_configs("sm_90")}
+    every = {
+        *checks.list_triton_configs("sm_90"),
+        *checks.list_cuda_configs("sm_90"),
+        *checks.list_stream_configs("sm_90"),
+    }
     assert len(every) > 30
     by_kind = {}
     for job in jobs:
@@ -127,13 +133,15 @@ def test_one_thread_block_is_shipped_for_all_shapes_unless_another_is_much_faste
 
     sweep = dict.fromkeys((f"{name}, rows 128" for name in keep.SHAPES), case(10.0, 9.0))
     sweep |= {"8B o, rows 128": case(8.9, 9.0), "8B qkv, rows 128": case(8.0, 9.0)}
-    paired = {"rows, early start": {"us": 9.0}, "triton": {"us": 12.0}}
+    paired = {"own, early start": {"us": 9.0}, "triton": {"us": 12.0}}
     times = dict.fromkeys(sweep, paired) | {
         "8B down, rows 128": paired | {"dequantize + cublas": {"us": 8.9}}
     }
     table = {"triton": [], "cuda": [], "cuda_rows": []}
     (tmp_path / "sm_77.json").write_text(json.dumps(table))
-    keep.keep_table({"architecture": "sm_77", "sweep": sweep, "microseconds": times})
+    keep.keep_table(
+        {"kernel": "rows", "architecture": "sm_77", "sweep": sweep, "microseconds": times}
+    )
     found = parse_table(json.loads((tmp_path / "sm_77.json").read_text())).many_rows
     by_name = {
         name: found[sizes, 128] for name, sizes in keep.SHAPES.items() if (sizes, 128) in found
@@ -141,3 +149,64 @@ def test_one_thread_block_is_shipped_for_all_shapes_unless_another_is_much_faste
     assert by_name["8B o"] == by_name["70B down"] == large
     assert by_name["8B qkv"] == small
     assert by_name["8B down"] is None
+
+
+def test_a_kernel_for_few_rows_is_shipped_only_where_it_is_faster(script, tmp_path, monkeypatch):
+    keep = script("keep_gpu_rows")
+    monkeypatch.setattr(keep, "TABLES", tmp_path)
+    config = StreamConfig(row_tiles=1, tiles=2, warps_out=1, warps_in=16, stages=6)
+    timed = {json.dumps(asdict(config)): {"us": 5.0}}
+    sweep = {f"{name}, rows {rows}": timed for name in keep.SHAPES for rows in (1, 8)}
+    paired = {
+        "cublas": {"us": 20.0},
+        "as chosen": {"us": 6.0},
+        "own": {"us": 6.0},
+        "own, early start": {"us": 5.0},
+        "humming": {"us": 7.0},
+        "marlin": {"us": 8.0},
+    }
+    slower = paired | {"as chosen": {"us": 4.0}}
+    times = dict.fromkeys(sweep, paired) | {"8B o, rows 8": slower}
+    measured = {
+        "kernel": "stream",
+        "architecture": "sm_77",
+        "sweep": sweep,
+        "best": {},
+        "microseconds": times,
+        "cases of earlier runs": [],
+    }
+    table = {"triton": [], "cuda": [], "cuda_rows": []}
+    (tmp_path / "sm_77.json").write_text(json.dumps(table))
+    keep.keep_table(measured)
+    found = parse_table(json.loads((tmp_path / "sm_77.json").read_text())).stream
+    assert len(found) == 15
+    assert ((4096, 4096), 8) not in found
+    assert StreamConfig(**found[(4096, 4096), 1]) == config
+    saved = {}
+    monkeypatch.setattr(
+        keep, "save_result", lambda claim, **given: saved.update(given, claim=claim)
+    )
+    keep.keep_result(measured, None)
+    assert saved["claim"] == "gpu-stream"
+    assert [row[:4] for row in saved["rows"]] == [
+        [1, 1.4, "1.40 (8B qkv)", "8 of 8"],
+        [8, pytest.approx(1.44, abs=0.01), "1.40 (8B qkv)", "7 of 8"],
+    ]
+    assert "Humming" in saved["note"]
+
+
+@pytest.mark.parametrize("name", ["rows", "stream"])
+def test_candidates_fit_the_gpu_and_are_all_checked(script, name):
+    kernel = script("gpu_candidates").KERNELS[name]
+    candidates = kernel.list_candidates()
+    assert len(candidates) == len(set(candidates)) > 20
+    named = script("gpu_candidates").name_candidate
+    checked = {named(config) for config, kind in kernel.list_checks(candidates) if not kind}
+    assert checked == set(map(named, candidates))
+    spec = script("gpu_candidates").make_spec()
+    for config in candidates:
+        room = (kernel.module.SHARED_LIMIT + 1024) // config.blocks - 1024
+        assert kernel.module.count_shared_bytes(config, spec, torch.float16) <= room
+    for rows in kernel.rows:
+        cuts = [cut for config in candidates for cut in kernel.cut(config, spec, rows)]
+        assert cuts or rows in (1024, 4096), rows

@@ -115,6 +115,7 @@ def test_it_runs_where_it_was_measured_and_nowhere_else(monkeypatch):
     monkeypatch.setattr(cuda_stream, "load_table", lambda architecture: table)
     spec = make_spec()
     assert choose_config("sm_90", 8, spec, torch.float16) == SMALL
+    assert choose_config("sm_90", 1, spec, torch.float16) is None
     assert choose_config("sm_90", 9, spec, torch.float16) is None
     assert choose_config("sm_90", 17, spec, torch.float16) is None
     assert choose_config("sm_90", 8, replace(spec, out_features=8192), torch.float16) is None

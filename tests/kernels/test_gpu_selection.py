@@ -219,7 +219,8 @@ def test_many_rows_that_cannot_be_compiled_go_elsewhere(runs, measured, gpu, mon
 def streamed(monkeypatch):
     """A table that knows the kernel that copies in bulk as the fastest up to 8 rows."""
     config = {"row_tiles": 1, "tiles": 2, "warps_out": 1, "warps_in": 16, "stages": 6}
-    stream = {((SPEC.in_features, SPEC.out_features), 8): config}
+    shape = (SPEC.in_features, SPEC.out_features)
+    stream = {(shape, 1): config, (shape, 8): config}
     table = replace(load_table("sm_90"), stream=stream)
     for module in (cuda_linear, cuda_rows, cuda_stream):
         monkeypatch.setattr(

@@ -50,7 +50,7 @@ BOX_LIMIT = 256
 Source:
     NVIDIA, "CUDA Driver API", cuTensorMapEncodeTiled.
 """
-BUCKETS = (8, 16)
+BUCKETS = (1, 8, 16)
 """Rows of x, up to so many, that are cut alike."""
 
 
