@@ -150,7 +150,7 @@ def multiply_stream_emulated(
     assert library.arguments_bytes() == ctypes.sizeof(StreamArguments)
     gather = find_order(operands, spec)
     rows = x.contiguous() if gather is None else x.index_select(1, gather)
-    work = plan_work(config.channels, 64 * config.warps_in, spec, resident)
+    work = plan_work(config.channels, 64 * config.warps_in, spec, resident, cuda_stream.WHOLE_WORTH)
     result = torch.full((x.shape[0], spec.out_features), float("nan"), dtype=x.dtype)
     partials = torch.full((2 * work.runs * config.partial_floats,), float("nan"))
     arrivals = torch.zeros(work.channel_blocks, dtype=torch.int32)

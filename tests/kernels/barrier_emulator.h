@@ -111,6 +111,7 @@ inline void copy_box(Shared to, const unsigned long long* encoded, uint32_t firs
 }
 
 inline void keep(uint32_t&) {}
+inline void prefetch_map(const unsigned long long*) {}
 
 inline void copy_bulk(Shared to, const unsigned char* from, uint32_t bytes, Shared barrier) {
   emulator::start_copy(barrier, {to, {from, from + bytes}, bytes});

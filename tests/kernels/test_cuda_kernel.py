@@ -91,6 +91,17 @@ def test_work_is_cut_into_equal_runs():
     assert plan_work(config.channels, 512, replace(spec, out_features=16), 132).runs == 8
 
 
+def test_runs_that_end_with_blocks_of_channels_may_be_a_little_longer():
+    spec = replace(make_linear().spec, in_features=28672, out_features=8192, group_size=128)
+    # 256 blocks of 28 chunks are 7168 units: 131 runs of 55, or 128 of 56.
+    assert plan_work(32, 1024, spec, 132).runs == 131
+    assert plan_work(32, 1024, spec, 132, slack=0.04).runs == 128
+    assert plan_work(32, 1024, spec, 132, slack=0.01).runs == 131
+    # Without a common length the blocks do not end where runs do.
+    odd = replace(spec, out_features=8192 + 32)
+    assert plan_work(32, 1024, odd, 132, slack=0.04).runs == 131
+
+
 def test_a_source_that_does_not_compile_is_a_reason(monkeypatch, tmp_path):
     try:
         cuda_driver.load_nvrtc()

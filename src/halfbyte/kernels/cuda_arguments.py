@@ -93,7 +93,9 @@ class Work:
     runs: int
 
 
-def plan_work(channels: int, inputs: int, spec: LinearSpec, resident: int) -> Work:
+def plan_work(
+    channels: int, inputs: int, spec: LinearSpec, resident: int, slack: float = 0.0
+) -> Work:
     """Cut a layer into as many runs as thread blocks fit on the device, or fewer.
 
     Args:
@@ -101,13 +103,18 @@ def plan_work(channels: int, inputs: int, spec: LinearSpec, resident: int) -> Wo
         inputs: Inputs of a unit.
         spec: The layer.
         resident: Thread blocks that run at a time.
+        slack: How much longer, as a share, runs may be that end where blocks of channels do.
 
     Returns:
         Blocks of channels, and runs.
     """
     channel_blocks = -(-spec.out_features // channels)
-    units = channel_blocks * -(-spec.in_features // inputs)
+    chunks = -(-spec.in_features // inputs)
+    units = channel_blocks * chunks
     each = -(-units // resident)
+    whole = -(-channel_blocks // resident)
+    if chunks * whole <= (1 + slack) * each and channel_blocks % whole == 0:
+        return Work(channel_blocks, channel_blocks // whole)
     # No more runs than give each a whole number of units where they can be equal.
     return Work(channel_blocks, min(-(-units // each), units))
 

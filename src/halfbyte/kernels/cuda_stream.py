@@ -50,6 +50,8 @@ BOX_LIMIT = 256
 Source:
     NVIDIA, "CUDA Driver API", cuTensorMapEncodeTiled.
 """
+WHOLE_WORTH = 0.04
+"""How much longer, as a share, a run may be that shares no sums with others."""
 BUCKETS = (1, 8, 16)
 """Rows of x, up to so many, that are cut alike."""
 
@@ -206,7 +208,7 @@ def multiply(
         config, forget_shape(spec), operands.scales.dtype, device, early_start
     )
     processors = count_processors(device) * max(resident - config.spare, 1)
-    work = plan_work(config.channels, 64 * config.warps_in, spec, processors)
+    work = plan_work(config.channels, 64 * config.warps_in, spec, processors, WHOLE_WORTH)
     result = rows.new_empty(rows.shape[0], spec.out_features)
     partials = torch.empty(
         2 * work.runs * config.partial_floats, dtype=torch.float32, device=device

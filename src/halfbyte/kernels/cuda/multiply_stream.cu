@@ -53,6 +53,11 @@ constexpr u32 SHARED_BYTES = STAGES * STAGE_BYTES + EXCHANGE_BYTES + 16 * STAGES
 // Keeps a number in a register: compilers like to work addresses out anew in every step.
 DEVICE void keep(u32& number) { asm volatile("" : "+r"(number)); }
 
+// Reads a map before the first copy needs it.
+DEVICE void prefetch_map(const u64* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
 // Copies a box of a tensor of three dimensions; zeros where it reaches beyond.
 DEVICE void copy_box(Shared to, const u64* map, u32 first, u32 second, u32 third, Shared barrier) {
   asm volatile(
@@ -359,6 +364,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       copy_weight(a, shop.slots + i * STAGE_BYTES, unit / shop.walk.chunks,
                   unit % shop.walk.chunks, shop.full + 8 * i);
     }
+    prefetch_map(a.x_map);
   }
   __syncthreads();
   if (warp < WARPS) {
