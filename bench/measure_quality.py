@@ -75,6 +75,7 @@ HALFBYTE_CASES: dict[str, dict[str, Any]] = {
     "halfbyte balanced, group 64": {**PRESETS["balanced"], **_64},
     "halfbyte best, group 64": {**PRESETS["best"], **_64},
     f"halfbyte balanced, group 64{ROTATED}": {**PRESETS["balanced"], **_64},
+    f"halfbyte best, group 64{ROTATED}": {**PRESETS["best"], **_64},
 }
 PEER_CASES = {
     "GPTQModel, group 128": ("gptqmodel", 128),
