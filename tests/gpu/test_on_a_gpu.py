@@ -16,6 +16,7 @@ from transformers import Qwen3Config
 
 import halfbyte
 from halfbyte.integrations.generation import Generator, Sampling
+from halfbyte.kernels import cuda_linear
 from halfbyte.nn.linear import QuantLinear
 from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
 
@@ -117,6 +118,49 @@ def test_the_engine_serves_several_at_once(tmp_path, sequences):
         ]
         for found, wanted in zip(runner.run(pieces), expected, strict=True):
             assert deviation(found[0], wanted[last - 1]) < 0.02
+
+
+def test_bulk_copies_compute_the_same_when_a_table_chooses_them(tmp_path, monkeypatch):
+    from halfbyte.kernels import cuda_stream
+    from halfbyte.kernels.gpu_table import GpuTable
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    expected_model = write_checkpoint(tmp_path, LLAMA(), Recipe(group_size=64))
+    model = halfbyte.load(tmp_path, device="cuda")
+    shapes = {
+        (m.in_features, m.out_features) for m in model.modules() if isinstance(m, QuantLinear)
+    }
+    config = {"row_tiles": 1, "tiles": 2, "warps_out": 1, "warps_in": 2, "stages": 3}
+    fused = {(inputs, outputs * parts) for inputs, outputs in shapes for parts in (1, 2)}
+    table = GpuTable(stream={(shape, 8): config for shape in fused})
+    monkeypatch.setattr(cuda_stream, "load_table", lambda architecture: table)
+    multiply, called = cuda_stream.multiply, []
+    monkeypatch.setattr(
+        cuda_stream, "multiply", lambda *args: called.append(args) or multiply(*args)
+    )
+    cuda_linear.choose_tier.cache_clear()
+    try:
+        ids = torch.randint(3, 200, (1, 5))
+        with torch.inference_mode():
+            found, expected = model(ids.cuda()).logits[0], expected_model(ids).logits[0]
+    finally:
+        cuda_linear.choose_tier.cache_clear()
+    assert len(called) >= 4
+    assert deviation(found, expected) < 0.02
+
+
+def test_a_turned_model_is_the_one_that_the_cpu_turns(tmp_path):
+    from tests.helpers.families import build_random
+
+    build_random(LLAMA(), std=0.05).save_pretrained(tmp_path / "base")
+    for device in ("cpu", "cuda"):
+        halfbyte.rotate(tmp_path / "base", tmp_path / device, device=device)
+    expected = read_tensors(tmp_path / "cpu")
+    found = read_tensors(tmp_path / "cuda")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert deviation(found[name], tensor) < 0.005, name
 
 
 def test_gradients_are_those_of_the_dequantized_weight(tmp_path):
