@@ -61,7 +61,7 @@ def test_arm_computes_the_same(tmp_path):
 @pytest.mark.parametrize("compiler", [True, False])
 def test_a_wheel_is_built_with_and_without_a_compiler(tmp_path, compiler):
     source = tmp_path / "source"
-    ignored = shutil.ignore_patterns(".*", "build", "bench", "dist", "__pycache__")
+    ignored = shutil.ignore_patterns(".*", "*.so", "build", "bench", "dist", "__pycache__")
     shutil.copytree(ROOT, source, ignore=ignored)
     environment = os.environ | {} if compiler else os.environ | {"CC": "false", "CXX": "false"}
     environment.pop("HALFBYTE_REQUIRE_NATIVE", None)
@@ -86,7 +86,7 @@ def test_a_wheel_is_built_with_and_without_a_compiler(tmp_path, compiler):
 def test_where_it_is_required_the_install_fails_without_a_compiler(tmp_path):
     environment = os.environ | {"CC": "false", "CXX": "false", "HALFBYTE_REQUIRE_NATIVE": "1"}
     source = tmp_path / "source"
-    ignored = shutil.ignore_patterns(".*", "build", "bench", "dist", "__pycache__")
+    ignored = shutil.ignore_patterns(".*", "*.so", "build", "bench", "dist", "__pycache__")
     shutil.copytree(ROOT, source, ignore=ignored)
     done = subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "-w", tmp_path, source],

@@ -10,7 +10,7 @@
 // sum(x)), both sums in fp32, where a product with a tile of ones gives sum(x). With fp16, whose offset
 // is eight times as large, it would cost precision.
 //
-//   ROW_TILES    rows of x that fit, in eights; at most two
+//   ROW_TILES    rows of x that fit, in eights
 //   TILES, WARPS_OUT, WARPS_IN, STAGES, BLOCKS   as in multiply.cu
 //
 // A unit has whole groups of inputs, or is part of one.
