@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
@@ -44,6 +45,7 @@ from halfbyte.kernels.gpu_device import (
 )
 from halfbyte.kernels.gpu_table import load_table
 
+Encode = Callable[[Boxes], tuple[int, ...]]
 BOX_LIMIT = 256
 """Elements of a box in each dimension.
 
@@ -225,7 +227,7 @@ def describe_tensors(
     operands: Operands,
     spec: LinearSpec,
     config: StreamConfig,
-    encode: Callable[[Boxes], tuple[int, ...]],
+    encode: Encode,
 ) -> StreamArguments:
     """Describe the tensors that a launch copies boxes of.
 
@@ -240,44 +242,66 @@ def describe_tensors(
     Returns:
         The kernel's parameter.
     """
-    group_rows = count_group_rows(config, spec)
-    arguments = StreamArguments(a=common, group_rows=group_rows)
-    tile_bytes = 128 * spec.bits
-    tiles, steps = spec.out_features // 16, spec.in_features // 64
-    arguments.codes_map[:] = encode(
-        Boxes(
-            address=operands.weight[0].data_ptr(),
-            element_bytes=8,
-            sizes=(tile_bytes // 8, tiles, steps),
-            strides=(tile_bytes, tiles * tile_bytes),
-            box=(tile_bytes // 8, config.channels // 16, config.warps_in),
-        )
+    zeros = find_zeros(operands, spec)
+    arguments = StreamArguments(a=common, group_rows=count_group_rows(config, spec))
+    maps = _describe_weight(
+        operands.weight[0].data_ptr(),
+        operands.scales.data_ptr(),
+        operands.scales.element_size(),
+        None if zeros is None else zeros.data_ptr(),
+        spec,
+        config,
+        encode,
     )
+    ctypes.memmove(ctypes.addressof(arguments), maps, len(maps))
+    count = rows.shape[0]
     arguments.x_map[:] = encode(
         Boxes(
             address=rows.data_ptr(),
             element_bytes=2,
-            sizes=(64, rows.shape[0], steps),
+            sizes=(64, count, spec.in_features // 64),
             strides=(2 * spec.in_features, 128),
-            box=(64, rows.shape[0], config.warps_in),
+            box=(64, count, config.warps_in),
             swizzled=True,
         )
     )
-    zeros = find_zeros(operands, spec)
-    for target, grid in ((arguments.scales_map, operands.scales), (arguments.zeros_map, zeros)):
-        if grid is None:
-            continue
-        row_bytes = spec.out_features * grid.element_size()
-        target[:] = encode(
-            Boxes(
-                address=grid.data_ptr(),
-                element_bytes=grid.element_size(),
-                sizes=(spec.out_features, spec.num_groups, 1),
-                strides=(row_bytes, row_bytes * spec.num_groups),
-                box=(config.channels, group_rows, 1),
-            )
-        )
     return arguments
+
+
+@functools.lru_cache(maxsize=4096)
+def _describe_weight(
+    codes: int,
+    scales: int,
+    scale_bytes: int,
+    zeros: int | None,
+    spec: LinearSpec,
+    config: StreamConfig,
+    encode: Encode,
+) -> bytes:
+    """The first fields of StreamArguments: a layer's tensors stay where they are."""
+    tile_bytes, tiles = 128 * spec.bits, spec.out_features // 16
+    maps = encode(
+        Boxes(
+            address=codes,
+            element_bytes=8,
+            sizes=(tile_bytes // 8, tiles, spec.in_features // 64),
+            strides=(tile_bytes, tiles * tile_bytes),
+            box=(tile_bytes // 8, config.channels // 16, config.warps_in),
+        )
+    )
+    for address, size in ((scales, scale_bytes), (zeros, 1)):
+        if address is not None:
+            row = spec.out_features * size
+            maps += encode(
+                Boxes(
+                    address=address,
+                    element_bytes=size,
+                    sizes=(spec.out_features, spec.num_groups, 1),
+                    strides=(row, row * spec.num_groups),
+                    box=(config.channels, count_group_rows(config, spec), 1),
+                )
+            )
+    return struct.pack(f"{len(maps)}Q", *maps)
 
 
 @functools.cache
