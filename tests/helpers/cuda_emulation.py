@@ -107,7 +107,8 @@ def multiply_rows_emulated(
 ) -> Tensor:
     """As ``cuda_rows.multiply`` on a GPU with room for ``resident`` thread blocks.
 
-    ``order`` 1: backwards; 2: copies happen as soon as they are asked for, not as late as possible.
+    ``order`` 1: backwards; 2: copies happen as soon as they are asked for, not as late as possible;
+    3: and threads go on at different times after they met.
     What the kernel does not write is not a number.
     """
     macros = cuda_rows.define_macros(config, spec, operands.scales.dtype)

@@ -55,6 +55,7 @@ inline ucontext_t scheduler;
 inline std::vector<Fiber> fibers;
 inline int current = 0;
 inline int first_block = 0, block_threads = 1, block_memory = 0;  // of those that run together
+inline bool scattered = false;  // threads go on at different times after they met
 inline std::vector<Barrier> block_barriers;
 inline std::vector<Barrier> warp_barriers;
 inline std::vector<Lane> lanes;
@@ -75,6 +76,8 @@ inline void wait_at(Barrier& barrier) {
   int round = barrier.round;
   arrive_at(barrier);
   while (barrier.round == round) pause();
+  if (scattered)
+    for (int i = current % 5; i; i--) pause();
 }
 
 inline void wait_for_warp() { wait_at(warp_barriers[current / 32]); }

@@ -14,11 +14,12 @@ static void enter() {
 extern "C" int shared_bytes() { return SHARED_BYTES; }
 extern "C" int arguments_bytes() { return sizeof(RowsArguments); }
 
-// `order` 1: thread blocks backwards; 2: bulk copies at once.
+// `order` 1: thread blocks backwards; 2: bulk copies at once; 3: and threads scattered.
 extern "C" void emulate(const RowsArguments* given, int blocks, int order) {
   memcpy(&arguments, given, sizeof arguments);
   gridDim.x = blocks;
-  emulator::eager = order == 2;
+  emulator::eager = order >= 2;
+  emulator::scattered = order == 3;
   for (int i = 0; i < blocks; i += IN_CLUSTER) {
     int block = order == 1 ? blocks - IN_CLUSTER - i : i;
     emulator::begin_hopper(IN_CLUSTER * THREADS);

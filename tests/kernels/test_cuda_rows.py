@@ -85,6 +85,7 @@ def test_result_depends_on_no_order():
     # Thread blocks backwards; copies at once, so that a slot given back too early is overwritten.
     assert torch.equal(check(SMALL, 40, resident=7, order=1, group_size=192), one)
     assert torch.equal(check(SMALL, 40, resident=7, order=2, group_size=192), one)
+    assert torch.equal(check(SMALL, 40, resident=7, order=3, group_size=192), one)
 
 
 @emulated
