@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import asdict, replace
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from tests.helpers.cuda_emulation import check_product, find_compiler, multiply_stream_emulated
 from tests.helpers.packed import make_linear
 
-from halfbyte.kernels import cuda_stream
+from halfbyte.kernels import cuda_driver, cuda_stream
+from halfbyte.kernels.cuda_driver import Boxes
 from halfbyte.kernels.cuda_rows import SHARED_LIMIT
 from halfbyte.kernels.cuda_stream import (
     StreamConfig,
@@ -155,3 +157,44 @@ def test_thread_blocks_fit_a_multiprocessor(bits, blocks):
     config = fit_memory(large, spec, torch.float32)
     assert config.stages >= 2
     assert blocks * (count_shared_bytes(config, spec, torch.float32) + 1024) <= SHARED_LIMIT + 1024
+
+
+def test_boxes_are_described_to_the_driver(monkeypatch):
+    told = {}
+
+    class Driver:
+        def cuTensorMapEncodeTiled(self, room, kind, rank, address, sizes, strides, box, *rest):
+            told.update(kind=kind.value, rank=rank.value, address=address.value)
+            told.update(sizes=[*sizes], strides=[*strides], box=[*box], steps=[*rest[0]])
+            told["swizzle"] = rest[2].value
+            (ctypes.c_ulonglong * 16).from_address(room.value)[:] = range(16)
+            assert room.value % 64 == 0
+            return 0
+
+    monkeypatch.setattr(cuda_driver, "load_driver", Driver)
+    boxes = Boxes(
+        address=4096, element_bytes=8, sizes=(64, 3, 9), strides=(512, 1536), box=(64, 2, 4)
+    )
+    assert cuda_driver.encode_boxes(boxes) == tuple(range(16))
+    assert told == {
+        "kind": 4,  # CU_TENSOR_MAP_DATA_TYPE_UINT64
+        "rank": 3,
+        "address": 4096,
+        "sizes": [64, 3, 9],
+        "strides": [512, 1536],
+        "box": [64, 2, 4],
+        "steps": [1, 1, 1],
+        "swizzle": 0,
+    }
+    cuda_driver.encode_boxes(
+        Boxes(
+            address=8192,
+            element_bytes=2,
+            sizes=(576, 5),
+            strides=(1152,),
+            box=(64, 8),
+            swizzled=True,
+        )
+    )
+    # CU_TENSOR_MAP_DATA_TYPE_UINT16 and CU_TENSOR_MAP_SWIZZLE_128B.
+    assert (told["kind"], told["rank"], told["swizzle"]) == (1, 2, 3)
