@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import halfbyte
 from halfbyte.model.blocks import find_blocks
 from halfbyte.quant_config import PRESETS, CalibrationConfig, QuantConfig, ResourceConfig
-from halfbyte.quantize import run as running
+from halfbyte.quantize.attempt import Attempt
 from halfbyte.quantize.block_walk import BlockWalk
 from halfbyte.quantize.report import QuantizationReport
 from halfbyte.quantize.states import CALIBRATION, FULL
@@ -38,15 +38,15 @@ def test_the_base_stream_is_the_base_model(
     base: Path, memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, torch.Tensor] = {}
-    finish = running.Run._finish
+    finish = Attempt._finish
 
-    def look(self: running.Run, walk: BlockWalk, *rest: object) -> QuantizationReport:
+    def look(self: Attempt, walk: BlockWalk, *rest: object) -> QuantizationReport:
         for name in (FULL, CALIBRATION):
             files = walk.states.at(name, self.num_blocks)
             seen[name] = torch.cat([files.read(i) for i in range(len(files))])
         return finish(self, walk, *rest)
 
-    monkeypatch.setattr(running.Run, "_finish", look)
+    monkeypatch.setattr(Attempt, "_finish", look)
     quantize(base, tmp_path / "out", CONFIG, resources=ResourceConfig(memory=memory))
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     expected = []

@@ -21,7 +21,7 @@ from halfbyte.checkpoint.checksums import TENSOR_DIGITS, ShardDigest, write_chec
 from halfbyte.checkpoint.read import open_checkpoint
 from halfbyte.errors import VerificationError
 from halfbyte.quant_config import CalibrationConfig, QuantConfig
-from halfbyte.quantize import run
+from halfbyte.quantize import attempt
 
 Q_PROJ = "model.layers.1.self_attn.q_proj"
 Tensors = dict[str, Tensor]
@@ -67,13 +67,13 @@ def quantize_and_change(
 ) -> None:
     """Quantize; between the writing and the comparison something changes the folder."""
     write_family(tmp_path / "base", "llama", num_hidden_layers=2)
-    check_bytes = run.check_bytes
+    check_bytes = attempt.check_bytes
 
     def after_a_change(folder: Path, checksums: dict[str, int], device: torch.device) -> None:
         change(folder)
         check_bytes(folder, checksums, device)
 
-    monkeypatch.setattr(run, "check_bytes", after_a_change)
+    monkeypatch.setattr(attempt, "check_bytes", after_a_change)
     halfbyte.quantize(
         tmp_path / "base",
         tmp_path / "out",
@@ -203,7 +203,7 @@ def test_modules_that_are_not_both_here_and_there_are_found(
     quantize_and_change(tmp_path, monkeypatch, more)
     monkeypatch.undo()
     with pytest.raises(VerificationError, match=r"differ in 1 quantized modules, such as extra"):
-        run.check_bytes(tmp_path / "out", {**sums, "extra": 1}, torch.device("cpu"))
+        attempt.check_bytes(tmp_path / "out", {**sums, "extra": 1}, torch.device("cpu"))
 
 
 def test_failed_comparison_leaves_a_run_that_can_go_on(

@@ -12,8 +12,8 @@ from tests.helpers.families import VOCABULARY, build_family, token_lists
 import halfbyte
 from halfbyte.errors import ModelError
 from halfbyte.quant_config import CalibrationConfig, QuantConfig
-from halfbyte.quantize import run as running
 from halfbyte.quantize import run_text
+from halfbyte.quantize.attempt import Attempt
 from halfbyte.quantize.report import QuantizationReport
 from halfbyte.quantize.self_text import generate_text, save_text
 
@@ -106,11 +106,11 @@ def test_a_resumed_run_uses_the_text_that_was_written(
             resume=resume,
         )
 
-    finish = running.Run._finish
-    monkeypatch.setattr(running.Run, "_finish", lambda *_: pytest.fail("stopped"))
+    finish = Attempt._finish
+    monkeypatch.setattr(Attempt, "_finish", lambda *_: pytest.fail("stopped"))
     with pytest.raises(BaseException, match="stopped"):
         quantize(False)
-    monkeypatch.setattr(running.Run, "_finish", finish)
+    monkeypatch.setattr(Attempt, "_finish", finish)
     report = quantize(True)
     assert len(calls) == 1
     assert report.calibration.samples == 5

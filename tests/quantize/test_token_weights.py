@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from halfbyte.checkpoint.read import open_checkpoint
 from halfbyte.quant_config import CalibrationConfig, QuantConfig
-from halfbyte.quantize import run as running
 from halfbyte.quantize import token_gradients
+from halfbyte.quantize.attempt import WEIGHTS_FOLDER
 from halfbyte.quantize.hessian import HessianAccumulator
 from halfbyte.quantize.progress import SilentProgress
 from halfbyte.quantize.target import CHECK_EVERY, MomentAccumulator
@@ -206,7 +206,7 @@ def test_a_killed_run_goes_on_with_the_parts_that_it_has(
     stop = StopAt("part 3 of 4")
     with pytest.raises(InterruptedError):
         quantize(tmp_path / "base", tmp_path / "out", CONFIG, progress=stop, **TEXT)
-    parts = tmp_path / "out" / ".halfbyte" / running.WEIGHTS_FOLDER
+    parts = tmp_path / "out" / ".halfbyte" / WEIGHTS_FOLDER
     assert len(list(parts.iterdir())) == 2
     told: list[str] = []
     monkeypatch.setattr(SilentProgress, "phase", lambda _self, name: told.append(name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 from functools import cache
 from pathlib import Path
 
@@ -94,12 +95,19 @@ def map_large_blocks() -> None:
             set_option(name, LARGE_BYTES)
 
 
-def release_memory() -> None:
+def release_memory(device: torch.device | None = None) -> None:
     """Give freed memory back to the system, where the C library would keep it in fragments.
 
     Without this the resident size creeps up block by block. Does nothing where the C library is
     not glibc.
+
+    Args:
+        device: Whose memory is given back too, with what only cycles of objects still hold.
     """
+    if device is not None:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -27,6 +27,10 @@ REPLACES = "replaces"
 """Key of a line that takes the place of an earlier block's."""
 
 
+SETTINGS = "settings"
+"""Key of the header, and of a line that replaces it: from there on the run decided otherwise."""
+
+
 STATES = "states"
 """Key of a block's line that tells the hidden states behind it; None: they were not saved."""
 
@@ -130,6 +134,17 @@ class Journal:
         self._take(dict(line))
         self._append(line)
 
+    def change_settings(self, settings: Mapping[str, Any]) -> None:
+        """Record that the run goes on with other settings, behind its last saved block.
+
+        Args:
+            settings: In the form of the header's.
+        """
+        self.load()  # cuts off what the saved states do not follow
+        line = {SETTINGS: dict(settings)}
+        self._take(dict(line))
+        self._append(line)
+
     def check_same(self, inputs: Mapping[str, Any]) -> None:
         """Refuse to go on with other inputs or options.
 
@@ -153,6 +168,9 @@ class Journal:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _take(self, entry: dict[str, Any]) -> None:
+        if SETTINGS in entry:
+            self.header |= entry
+            return
         index = entry.pop(REPLACES, None)
         if index is None:
             self.blocks.append(entry)

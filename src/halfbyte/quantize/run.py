@@ -1,70 +1,40 @@
-"""One run: walks a model block by block and calls the other files in their order.
+"""One run: reads its text, decides how, and attempts it until it is done.
 
 ::
 
-    text -> tokens -> plan -> [block: load, round, write shard, pass hidden states on, journal] x n
-         -> head, embeddings, norms -> index, configs, tokenizer -> reload and compare -> report
+    text -> tokens -> plan -> journal -> attempt ──────────────────────────────> report
+                                            └─ out of memory -> gentler settings ─┘
 """
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from halfbyte.checkpoint.checksums import ShardDigest
-from halfbyte.model.stream import BlockStream
 from halfbyte.model.weights import ModelWeights
 from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
-from halfbyte.quantize.block_walk import BlockWalk
-from halfbyte.quantize.block_work import BlockWork
-from halfbyte.quantize.block_writer import BlockWriter
+from halfbyte.quantize.attempt import WEIGHTS_FOLDER, Attempt, RunTask
 from halfbyte.quantize.calibration import CalibrationTokens
 from halfbyte.quantize.calibration_source import CalibrationSource
-from halfbyte.quantize.choose_bits import choose_bits
 from halfbyte.quantize.device_ways import find_slow_ways
 from halfbyte.quantize.fingerprint import fingerprint_model
-from halfbyte.quantize.finish import (
-    RoundedModules,
-    collect_modules,
-    save_report,
-    write_descriptions,
-    write_outside,
-)
-from halfbyte.quantize.head import head_name, round_head
+from halfbyte.quantize.gentler import explain_no_way, find_gentler, is_out_of_memory
+from halfbyte.quantize.hardware import release_memory
 from halfbyte.quantize.journal import Journal
 from halfbyte.quantize.meter import Meter
-from halfbyte.quantize.probe import (
-    KEPT_LOGITS,
-    Probe,
-    Trail,
-    compute_logits,
-    measure_quality,
-)
+from halfbyte.quantize.probe import Probe
 from halfbyte.quantize.progress import Progress
-from halfbyte.quantize.provenance import installed_versions, machine_facts, peak_memory_bytes
-from halfbyte.quantize.reload import check_bytes, check_outputs
-from halfbyte.quantize.report import (
-    CalibrationReport,
-    QualityReport,
-    QuantizationReport,
-)
+from halfbyte.quantize.report import QuantizationReport
 from halfbyte.quantize.resources import RunSettings, resolve_resources
-from halfbyte.quantize.rounding import RoundedLinear
 from halfbyte.quantize.run_text import read_text
 from halfbyte.quantize.source import check_something_to_do
-from halfbyte.quantize.states import BASE, CALIBRATION, PROBE, TUNED, RunStates
-from halfbyte.quantize.token_gradients import measure_token_weights
-from halfbyte.quantize.whole_tuning import WholeTuning, tune_whole
+from halfbyte.quantize.whole_tuning import STATE_FILE
 from halfbyte.version import __version__
 
 JOURNAL_VERSION = 2
-WEIGHTS_FOLDER = "token-weights"
 
 
 class Run:
@@ -102,15 +72,11 @@ class Run:
         self.progress = progress
         self.start = time.monotonic()
         self.meter = Meter()
+        self.source = source
+        self.device = device
         self.weights = ModelWeights(source, device)
         self.num_blocks = len(self.weights.blocks.modules)
-        self.tokens: CalibrationTokens
-        self.probe: Probe
-        self.settings: RunSettings
-        self.stream: BlockStream
-        self.batches: list[Tensor] = []
         self.notes: list[str] = []
-        self._base_logits: list[Tensor] = []
 
     def execute(
         self, text: CalibrationSource, *, resume: bool, quality: bool
@@ -126,7 +92,7 @@ class Run:
             The report, which also stands in the output folder.
         """
         check_something_to_do(self.weights, self.config)
-        self.tokens, self.probe = read_text(
+        tokens, probe = read_text(
             text,
             self.weights,
             self.calibration,
@@ -136,256 +102,92 @@ class Run:
             progress=self.progress,
             meter=self.meter,
         )
-        if quality and self.probe.note:
-            self.notes.append(self.probe.note)
-        self._begin(resume)
-        with self.meter.timed("load"):
-            self.weights.load_outside()
-        with self._open_states() as states:
-            if self.journal.blocks:
-                states.check(len(self.journal.blocks), self.journal.blocks[-1]["states"])
-            work = BlockWork(
-                self.weights,
-                self.stream,
-                self.config,
-                keep_paused=self.settings.keep_paused,
-                hessian_bytes=self.settings.hessian_bytes,
-                on_linear=lambda rounded: self.progress.module_done(rounded.report),
-                meter=self.meter,
-            )
-            if self.config.chooses_bits:
-                self._choose_bits(work)
-            if self.config.weigh_tokens:
-                self._weigh_tokens(work)
-            walk = BlockWalk(
-                work=work,
-                states=states,
-                journal=self.journal,
-                probe=self.probe,
-                batches=self.batches,
-                settings=self.settings,
-                seed=self.calibration.seed,
-            )
-            with BlockWriter(self.journal, beside=self.settings.hold_states) as writer:
-                outside = None
-                if not (self.config.lm_head or self.config.end_to_end_steps):
-                    outside = writer.begin(self._write_outside)
-                for index in range(len(self.journal.blocks), self.num_blocks):
-                    self.progress.block_started(index, self.num_blocks)
-                    walk.do_block(index, writer)
-                with self.meter.timed("write"):
-                    writer.wait()
-                tuning = self._tune_whole(states)
-                return self._finish(walk, tuning, outside)
+        if quality and probe.note:
+            self.notes.append(probe.note)
+        settings = self._begin(tokens, probe, resume=resume)
+        task = RunTask(
+            name=self.name,
+            journal=self.journal,
+            config=self.config,
+            seed=self.calibration.seed,
+            tokens=tokens,
+            probe=probe,
+            progress=self.progress,
+            meter=self.meter,
+            notes=self.notes,
+            start=self.start,
+        )
+        weights: ModelWeights | None = self.weights
+        del self.weights  # an attempt's own from here on: one that fails leaves nothing behind
+        while True:
+            try:
+                weights = weights or ModelWeights(self.source, self.device)
+                return Attempt(task, settings, weights).go_through()
+            except RuntimeError as error:
+                gentler, why = self._find_gentler(error, settings, max(map(len, tokens.sequences)))
+            # Not in the handler, where the error still holds on to what it was raised among.
+            weights = None
+            release_memory(self.device)
+            self._go_back(settings, gentler, why)
+            settings = gentler
 
-    def _write_outside(
-        self, head: Sequence[RoundedLinear] = (), changed: Mapping[str, Tensor] | None = None
-    ) -> ShardDigest:
-        return write_outside(self.weights, self.journal.output, head, changed or {})
-
-    def _choose_bits(self, work: BlockWork) -> None:
-        """Give every module its bits, once for a run."""
-        with self.meter.timed("survey"):
-            work.config, notes = choose_bits(
-                self.weights,
-                self.stream,
-                work,
-                self.config,
-                batches=self.batches,
-                seed=self.calibration.seed,
-                folder=self.journal.folder,
-                progress=self.progress,
-            )
-        self.notes += notes
-
-    def _weigh_tokens(self, work: BlockWork) -> None:
-        """Learn what each calibration token counts, once for a run."""
-        with self.meter.timed("token weights"):
-            work.token_weights = measure_token_weights(
-                work,
-                self.batches,
-                self.tokens.weight_batches(self.settings.batch_size),
-                seed=self.calibration.seed,
-                folder=self.journal.folder / WEIGHTS_FOLDER,
-                on_portion=self.progress.phase,
-            )
-
-    def _begin(self, resume: bool) -> None:
+    def _begin(self, tokens: CalibrationTokens, probe: Probe, *, resume: bool) -> RunSettings:
         """Take the settings of the journal, or plan and start one."""
         inputs = {
             "model": fingerprint_model(self.weights.files),
             "config": self.config.to_dict(),
-            "calibration": {**self.calibration.to_dict(), "digest": self.tokens.digest},
+            "calibration": {**self.calibration.to_dict(), "digest": tokens.digest},
             "resources": {"device": self.resources.device, "dtype": self.resources.dtype},
-            "probe": {"held_out": self.probe.is_held_out, "windows": list(self.probe.shape)},
+            "probe": {"held_out": probe.is_held_out, "windows": list(probe.shape)},
             "versions": {"halfbyte": __version__, "torch": torch.__version__},
         }
         if resume and self.journal.exists:
             self.journal.load()
         if self.journal.header:
             self.journal.check_same(inputs)
-            self.settings = RunSettings.from_dict(self.journal.header["settings"])
+            settings = RunSettings.from_dict(self.journal.header["settings"])
             done = len(self.journal.blocks)
-            self._note_slow_ways()
+            self._note_slow_ways(settings)
             self.progress.started(
                 (f"resuming behind block {done} of {self.num_blocks}", *self.notes)
             )
-        else:
-            lengths = [len(sequence) for sequence in self.tokens.sequences]
-            plan = resolve_resources(
-                self.weights, self.resources, self.calibration, self.config, lengths
-            )
-            self.settings = plan.settings
-            self._note_slow_ways()
-            self.progress.started((*plan.lines(), *self.tokens.notes, *self.notes))
-            header = {"version": JOURNAL_VERSION, "inputs": inputs}
-            self.journal.start({**header, "settings": self.settings.to_dict()})
-        torch.set_num_threads(self.settings.threads)
-        self.batches = self.tokens.batches(self.settings.batch_size)
-        model, blocks = self.weights.model, self.weights.blocks
-        self.stream = BlockStream(model, blocks, self.settings.torch_dtype)
-        for index, entry in enumerate(self.journal.blocks):
-            self.stream.output_sizes[index] = entry["output_size"]
+            return settings
+        lengths = [len(sequence) for sequence in tokens.sequences]
+        plan = resolve_resources(
+            self.weights, self.resources, self.calibration, self.config, lengths
+        )
+        self._note_slow_ways(plan.settings)
+        self.progress.started((*plan.lines(), *tokens.notes, *self.notes))
+        header = {"version": JOURNAL_VERSION, "inputs": inputs}
+        self.journal.start({**header, "settings": plan.settings.to_dict()})
+        return plan.settings
 
-    def _note_slow_ways(self) -> None:
-        device, dtype = self.weights.device, self.settings.torch_dtype
+    def _note_slow_ways(self, settings: RunSettings) -> None:
+        device, dtype = self.weights.device, settings.torch_dtype
         self.notes += find_slow_ways(device, dtype, symmetric=self.config.symmetric)
 
-    def _open_states(self) -> RunStates:
-        return RunStates(
-            self.journal.folder,
-            self.batches,
-            self.probe,
-            num_blocks=self.num_blocks,
-            width=int(self.weights.config.get_text_config().hidden_size),
-            dtype=self.settings.torch_dtype,
-            match_base=self.config.match_base,
-            tuned=self._tuned_streams,
-            held=self.settings.hold_states,
-        )
+    def _find_gentler(
+        self, error: RuntimeError, settings: RunSettings, longest: int
+    ) -> tuple[RunSettings, str]:
+        """Choose settings that take less memory; anything but a lack of it is raised again."""
+        if not is_out_of_memory(error):
+            raise error
+        done = len(self.journal.blocks)
+        where = f"in block {done + 1} of {self.num_blocks}"
+        if done == self.num_blocks:
+            where = "behind the last block"
+        # Training end to end is judged by whole batches: they cannot be others on the way.
+        trained = (self.journal.folder / STATE_FILE).exists()
+        found = None if trained else find_gentler(settings)
+        if found is None:
+            raise explain_no_way(settings, where, longest) from error
+        return found[0], f"out of memory {where}: {found[1]} from there on"
 
-    @property
-    def _tuned_streams(self) -> tuple[str, ...]:
-        if not self.config.end_to_end_steps:
-            return ()
-        return (PROBE, CALIBRATION) if self.config.lm_head else (PROBE,)
-
-    def _tune_whole(self, states: RunStates) -> WholeTuning:
-        """Train scales and gains of the whole model, where that was asked for."""
-        if not self.config.end_to_end_steps:
-            return WholeTuning()
-        with self.meter.timed("end to end"):
-            # Before training, since that changes what is behind the last block, too.
-            if states.has_base:
-                self._base_logits = self._logits(states, BASE)
-            return tune_whole(
-                self.weights,
-                self.stream,
-                states,
-                journal=self.journal,
-                batches=self.batches,
-                weights_of_tokens=self.tokens.weight_batches(self.settings.batch_size),
-                probe=self.probe,
-                settings=self.settings,
-                steps=self.config.end_to_end_steps,
-                seed=self.calibration.seed,
-                with_calibration=CALIBRATION in self._tuned_streams,
-                progress=self.progress,
-            )
-
-    def _finish(
-        self, walk: BlockWalk, tuning: WholeTuning, outside: Callable[[], ShardDigest] | None
-    ) -> QuantizationReport:
-        """Judge, write what belongs to the whole, check what was written, and report."""
-        quantized = {PROBE: PROBE, CALIBRATION: CALIBRATION} | (TUNED if tuning.changed else {})
-        base_logits = self._base_logits
-        if walk.states.has_base and not base_logits:
-            base_logits = self._logits(walk.states, BASE)
-        head: list[RoundedLinear] = []
-        if self.config.lm_head:
-            self.progress.phase("quantizing the head")
-            head, notes = round_head(walk, quantized[CALIBRATION])
-            self.notes += notes
-        found = collect_modules(self.journal.blocks, head)
-        own = head_name(self.weights.model)
-        names = found.names if own is None else found.names | {own}
-        self.notes += [*tuning.notes, *self.config.unmatched_patterns(names)]
-        self.progress.phase("measuring quality")
-        logits = self._logits(walk.states, quantized[PROBE])
-        quality = None
-        if base_logits:
-            quality = measure_quality(self.probe, base_logits, logits, self.weights.device)
-        kept_logits = logits[0][-KEPT_LOGITS:].clone()
-        del base_logits, logits
-        shards = self._write_rest(
-            found, head, outside or partial(self._write_outside, head, tuning.outside)
-        )
-        self._check(walk.states.trail, head, kept_logits)
-        report = self._make_report(found, quality, sum(s.num_bytes for s in shards))
-        report = replace(report, end_to_end=tuning.report)
-        save_report(report, self.weights.folder, self.journal.output)
-        self.journal.remove()
-        return report
-
-    def _write_rest(
-        self,
-        found: RoundedModules,
-        head: Sequence[RoundedLinear],
-        outside: Callable[[], ShardDigest],
-    ) -> list[ShardDigest]:
-        """Write what no block did."""
-        self.progress.phase("writing what is outside the blocks")
-        blocks, output = self.journal.blocks, self.journal.output
-        with self.meter.timed("write"):
-            shards = [ShardDigest(**entry["shard"]) for entry in blocks]
-            shards.append(outside())
-            write_descriptions(
-                self.weights, output, self.config, shards, blocks, found, head=bool(head)
-            )
-        return shards
-
-    def _check(self, trail: Trail, head: Sequence[RoundedLinear], kept_logits: Tensor) -> None:
-        """Load what was written again and compare it with what was computed."""
-        self.progress.phase("reloading and comparing")
-        output, device, dtype = self.journal.output, self.weights.device, self.settings.torch_dtype
-        with self.meter.timed("reload"):
-            sums = {r.name: r.checksum for r in head}
-            for entry in self.journal.blocks:
-                sums |= entry["checksums"]
-            check_bytes(output, sums, device)
-            check_outputs(output, self.probe, trail, kept_logits, dtype, device)
-
-    def _logits(self, states: RunStates, stream: str) -> list[Tensor]:
-        """What a model makes of the probe: logits [tokens, vocabulary] per window."""
-        behind, device = states.at(stream, self.num_blocks), self.weights.device
-        held = self.settings.hold_states
-        with self.meter.timed("quality"):
-            return compute_logits(self.stream, self.probe, behind, device, held=held)
-
-    def _make_report(
-        self, found: RoundedModules, quality: QualityReport | None, checkpoint_bytes: int
-    ) -> QuantizationReport:
-        return QuantizationReport(
-            model=self.name,
-            output=str(self.journal.output),
-            config=self.config.to_dict(),
-            calibration=CalibrationReport(
-                source=self.tokens.source,
-                digest=self.tokens.digest,
-                samples=len(self.tokens.sequences),
-                length=max(len(s) for s in self.tokens.sequences),
-                tokens=self.tokens.num_tokens,
-            ),
-            modules=found.modules,
-            skipped=found.skipped,
-            quality=quality,
-            seconds=time.monotonic() - self.start,
-            seconds_by_phase=dict(self.meter.seconds),
-            peak_memory_bytes=peak_memory_bytes(),
-            checkpoint_bytes=checkpoint_bytes,
-            bits_per_weight=found.bits_per_weight,
-            versions=installed_versions(),
-            machine=machine_facts(),
-            notes=(*self.settings.reasons, *self.tokens.notes, *self.notes),
-            flops=dict(self.meter.flops),
-        )
+    def _go_back(self, settings: RunSettings, gentler: RunSettings, why: str) -> None:
+        """Go back to the last saved block, as a run that was killed does."""
+        self.notes.append(why)
+        self.progress.phase(why)
+        if gentler.batch_size != settings.batch_size:
+            # They are kept by parts of the text that begin and end where batches do.
+            shutil.rmtree(self.journal.folder / WEIGHTS_FOLDER, ignore_errors=True)
+        self.journal.change_settings(gentler.to_dict())

@@ -1,0 +1,320 @@
+"""One attempt at a run, with settings that stay: everything that its journal has not.
+
+::
+
+    [block: load, round, write shard, pass hidden states on, journal] x n
+        -> head, embeddings, norms -> index, configs, tokenizer -> reload and compare -> report
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from halfbyte.checkpoint.checksums import ShardDigest
+from halfbyte.model.stream import BlockStream
+from halfbyte.model.weights import ModelWeights
+from halfbyte.quant_config import QuantConfig
+from halfbyte.quantize.block_walk import BlockWalk
+from halfbyte.quantize.block_work import BlockWork
+from halfbyte.quantize.block_writer import BlockWriter
+from halfbyte.quantize.calibration import CalibrationTokens
+from halfbyte.quantize.choose_bits import choose_bits
+from halfbyte.quantize.finish import (
+    RoundedModules,
+    collect_modules,
+    save_report,
+    write_descriptions,
+    write_outside,
+)
+from halfbyte.quantize.head import head_name, round_head
+from halfbyte.quantize.journal import Journal
+from halfbyte.quantize.meter import Meter
+from halfbyte.quantize.probe import (
+    KEPT_LOGITS,
+    Probe,
+    Trail,
+    compute_logits,
+    measure_quality,
+)
+from halfbyte.quantize.progress import Progress
+from halfbyte.quantize.provenance import installed_versions, machine_facts, peak_memory_bytes
+from halfbyte.quantize.reload import check_bytes, check_outputs
+from halfbyte.quantize.report import (
+    CalibrationReport,
+    QualityReport,
+    QuantizationReport,
+)
+from halfbyte.quantize.resources import RunSettings
+from halfbyte.quantize.rounding import RoundedLinear
+from halfbyte.quantize.states import BASE, CALIBRATION, PROBE, TUNED, RunStates
+from halfbyte.quantize.token_gradients import measure_token_weights
+from halfbyte.quantize.whole_tuning import WholeTuning, tune_whole
+
+WEIGHTS_FOLDER = "token-weights"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunTask:
+    """What all attempts at a run have in common."""
+
+    name: str
+    """What the user called the model."""
+    journal: Journal
+    config: QuantConfig
+    seed: int
+    tokens: CalibrationTokens
+    probe: Probe
+    progress: Progress
+    meter: Meter
+    notes: list[str]
+    """For the report; grows on the way."""
+    start: float
+    """``time.monotonic`` when the run began."""
+
+
+class Attempt:
+    """One attempt, and where it stands."""
+
+    def __init__(self, task: RunTask, settings: RunSettings, weights: ModelWeights) -> None:
+        """Cut the text into batches; nothing is loaded yet.
+
+        Args:
+            task: The run's.
+            settings: What it decided.
+            weights: The model, nothing of it loaded.
+        """
+        self.task = task
+        self.journal, self.config, self.progress = task.journal, task.config, task.progress
+        self.tokens, self.probe, self.meter = task.tokens, task.probe, task.meter
+        self.notes = task.notes
+        self.settings = settings
+        self.weights = weights
+        self.num_blocks = len(weights.blocks.modules)
+        torch.set_num_threads(settings.threads)
+        self.batches = self.tokens.batches(settings.batch_size)
+        self.stream = BlockStream(weights.model, weights.blocks, settings.torch_dtype)
+        for index, entry in enumerate(self.journal.blocks):
+            self.stream.output_sizes[index] = entry["output_size"]
+        self._base_logits: list[Tensor] = []
+
+    def go_through(self) -> QuantizationReport:
+        """Do everything that is not done yet.
+
+        Returns:
+            The report, which also stands in the output folder.
+        """
+        with self.meter.timed("load"):
+            self.weights.load_outside()
+        with self._open_states() as states:
+            if self.journal.blocks:
+                states.check(len(self.journal.blocks), self.journal.blocks[-1]["states"])
+            work = BlockWork(
+                self.weights,
+                self.stream,
+                self.config,
+                keep_paused=self.settings.keep_paused,
+                hessian_bytes=self.settings.hessian_bytes,
+                on_linear=lambda rounded: self.progress.module_done(rounded.report),
+                meter=self.meter,
+            )
+            if self.config.chooses_bits:
+                self._choose_bits(work)
+            if self.config.weigh_tokens:
+                self._weigh_tokens(work)
+            walk = BlockWalk(
+                work=work,
+                states=states,
+                journal=self.journal,
+                probe=self.probe,
+                batches=self.batches,
+                settings=self.settings,
+                seed=self.task.seed,
+            )
+            with BlockWriter(self.journal, beside=self.settings.hold_states) as writer:
+                outside = None
+                if not (self.config.lm_head or self.config.end_to_end_steps):
+                    outside = writer.begin(self._write_outside)
+                for index in range(len(self.journal.blocks), self.num_blocks):
+                    self.progress.block_started(index, self.num_blocks)
+                    walk.do_block(index, writer)
+                with self.meter.timed("write"):
+                    writer.wait()
+                tuning = self._tune_whole(states)
+                return self._finish(walk, tuning, outside)
+
+    def _write_outside(
+        self, head: Sequence[RoundedLinear] = (), changed: Mapping[str, Tensor] | None = None
+    ) -> ShardDigest:
+        return write_outside(self.weights, self.journal.output, head, changed or {})
+
+    def _choose_bits(self, work: BlockWork) -> None:
+        """Give every module its bits, once for a run."""
+        with self.meter.timed("survey"):
+            work.config, notes = choose_bits(
+                self.weights,
+                self.stream,
+                work,
+                self.config,
+                batches=self.batches,
+                seed=self.task.seed,
+                folder=self.journal.folder,
+                progress=self.progress,
+            )
+        self.notes += notes
+
+    def _weigh_tokens(self, work: BlockWork) -> None:
+        """Learn what each calibration token counts, once for a run."""
+        with self.meter.timed("token weights"):
+            work.token_weights = measure_token_weights(
+                work,
+                self.batches,
+                self.tokens.weight_batches(self.settings.batch_size),
+                seed=self.task.seed,
+                folder=self.journal.folder / WEIGHTS_FOLDER,
+                on_portion=self.progress.phase,
+            )
+
+    def _open_states(self) -> RunStates:
+        return RunStates(
+            self.journal.folder,
+            self.batches,
+            self.probe,
+            num_blocks=self.num_blocks,
+            width=int(self.weights.config.get_text_config().hidden_size),
+            dtype=self.settings.torch_dtype,
+            match_base=self.config.match_base,
+            tuned=self._tuned_streams,
+            held=self.settings.hold_states,
+        )
+
+    @property
+    def _tuned_streams(self) -> tuple[str, ...]:
+        if not self.config.end_to_end_steps:
+            return ()
+        return (PROBE, CALIBRATION) if self.config.lm_head else (PROBE,)
+
+    def _tune_whole(self, states: RunStates) -> WholeTuning:
+        """Train scales and gains of the whole model, where that was asked for."""
+        if not self.config.end_to_end_steps:
+            return WholeTuning()
+        with self.meter.timed("end to end"):
+            # Before training, since that changes what is behind the last block, too.
+            if states.has_base:
+                self._base_logits = self._logits(states, BASE)
+            return tune_whole(
+                self.weights,
+                self.stream,
+                states,
+                journal=self.journal,
+                batches=self.batches,
+                weights_of_tokens=self.tokens.weight_batches(self.settings.batch_size),
+                probe=self.probe,
+                settings=self.settings,
+                steps=self.config.end_to_end_steps,
+                seed=self.task.seed,
+                with_calibration=CALIBRATION in self._tuned_streams,
+                progress=self.progress,
+            )
+
+    def _finish(
+        self, walk: BlockWalk, tuning: WholeTuning, outside: Callable[[], ShardDigest] | None
+    ) -> QuantizationReport:
+        """Judge, write what belongs to the whole, check what was written, and report."""
+        quantized = {PROBE: PROBE, CALIBRATION: CALIBRATION} | (TUNED if tuning.changed else {})
+        base_logits = self._base_logits
+        if walk.states.has_base and not base_logits:
+            base_logits = self._logits(walk.states, BASE)
+        head: list[RoundedLinear] = []
+        if self.config.lm_head:
+            self.progress.phase("quantizing the head")
+            head, notes = round_head(walk, quantized[CALIBRATION])
+            self.notes += notes
+        found = collect_modules(self.journal.blocks, head)
+        own = head_name(self.weights.model)
+        names = found.names if own is None else found.names | {own}
+        self.notes += [*tuning.notes, *self.config.unmatched_patterns(names)]
+        self.progress.phase("measuring quality")
+        logits = self._logits(walk.states, quantized[PROBE])
+        quality = None
+        if base_logits:
+            quality = measure_quality(self.probe, base_logits, logits, self.weights.device)
+        kept_logits = logits[0][-KEPT_LOGITS:].clone()
+        del base_logits, logits
+        shards = self._write_rest(
+            found, head, outside or partial(self._write_outside, head, tuning.outside)
+        )
+        self._check(walk.states.trail, head, kept_logits)
+        report = self._make_report(found, quality, sum(s.num_bytes for s in shards))
+        report = replace(report, end_to_end=tuning.report)
+        save_report(report, self.weights.folder, self.journal.output)
+        self.journal.remove()
+        return report
+
+    def _write_rest(
+        self,
+        found: RoundedModules,
+        head: Sequence[RoundedLinear],
+        outside: Callable[[], ShardDigest],
+    ) -> list[ShardDigest]:
+        """Write what no block did."""
+        self.progress.phase("writing what is outside the blocks")
+        blocks, output = self.journal.blocks, self.journal.output
+        with self.meter.timed("write"):
+            shards = [ShardDigest(**entry["shard"]) for entry in blocks]
+            shards.append(outside())
+            write_descriptions(
+                self.weights, output, self.config, shards, blocks, found, head=bool(head)
+            )
+        return shards
+
+    def _check(self, trail: Trail, head: Sequence[RoundedLinear], kept_logits: Tensor) -> None:
+        """Load what was written again and compare it with what was computed."""
+        self.progress.phase("reloading and comparing")
+        output, device, dtype = self.journal.output, self.weights.device, self.settings.torch_dtype
+        with self.meter.timed("reload"):
+            sums = {r.name: r.checksum for r in head}
+            for entry in self.journal.blocks:
+                sums |= entry["checksums"]
+            check_bytes(output, sums, device)
+            check_outputs(output, self.probe, trail, kept_logits, dtype, device)
+
+    def _logits(self, states: RunStates, stream: str) -> list[Tensor]:
+        """What a model makes of the probe: logits [tokens, vocabulary] per window."""
+        behind, device = states.at(stream, self.num_blocks), self.weights.device
+        held = self.settings.hold_states
+        with self.meter.timed("quality"):
+            return compute_logits(self.stream, self.probe, behind, device, held=held)
+
+    def _make_report(
+        self, found: RoundedModules, quality: QualityReport | None, checkpoint_bytes: int
+    ) -> QuantizationReport:
+        return QuantizationReport(
+            model=self.task.name,
+            output=str(self.journal.output),
+            config=self.config.to_dict(),
+            calibration=CalibrationReport(
+                source=self.tokens.source,
+                digest=self.tokens.digest,
+                samples=len(self.tokens.sequences),
+                length=max(len(s) for s in self.tokens.sequences),
+                tokens=self.tokens.num_tokens,
+            ),
+            modules=found.modules,
+            skipped=found.skipped,
+            quality=quality,
+            seconds=time.monotonic() - self.task.start,
+            seconds_by_phase=dict(self.meter.seconds),
+            peak_memory_bytes=peak_memory_bytes(),
+            checkpoint_bytes=checkpoint_bytes,
+            bits_per_weight=found.bits_per_weight,
+            versions=installed_versions(),
+            machine=machine_facts(),
+            notes=(*self.settings.reasons, *self.tokens.notes, *self.notes),
+            flops=dict(self.meter.flops),
+        )

@@ -1,0 +1,230 @@
+"""A run that runs out of memory goes on with less; one that cannot says what to do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tests.helpers.families import token_lists, write_family
+from tests.quantize.test_resume import weight_digests
+
+import halfbyte
+from halfbyte.errors import ConfigError
+from halfbyte.model.stream import _Passage
+from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
+from halfbyte.quantize import run as running
+from halfbyte.quantize import states
+from halfbyte.quantize.gentler import CPU_ALLOCATOR, find_gentler, is_out_of_memory
+from halfbyte.quantize.resources import SMALLEST_HESSIAN_BYTES, RunSettings
+
+CONFIG = QuantConfig(group_size=32)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    write_family(folder, "llama")
+    return folder
+
+
+@pytest.fixture
+def device(monkeypatch) -> Callable[..., None]:
+    """Makes forwards of more sequences than fit run out of memory, once so many blocks are done."""
+    run = _Passage.run
+
+    def hold(
+        most: int | None = None,
+        *,
+        behind: int = 0,
+        of: Path = Path(),
+        error: Exception | None = None,
+    ) -> None:
+        def run_if_it_fits(self: _Passage) -> None:
+            done = len(list(of.glob("model-*.safetensors"))) if behind else 0
+            if most is not None and done >= behind and len(self.input_ids) > most:
+                raise error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+            run(self)
+
+        monkeypatch.setattr(_Passage, "run", run_if_it_fits)
+
+    return hold
+
+
+def quantize(base: Path, output: Path, *, batch_size: int = 8, **given):
+    settings = {"config": CONFIG, "quality": False} | given
+    return halfbyte.quantize(
+        base,
+        output,
+        calibration=CalibrationConfig(samples=8, length=40, batch_size=batch_size),
+        text=token_lists(8, 40),
+        **settings,
+    )
+
+
+@pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, match_base=True, polish=2)], ids=str)
+def test_less_from_the_first_block_on_is_a_run_with_less(base, tmp_path, device, config):
+    device(2)
+    report = quantize(base, tmp_path / "out", config=config)
+    assert [note for note in report.notes if "out of memory" in note] == [
+        "out of memory in block 1 of 3: each block runs once per stage from there on",
+        "out of memory in block 1 of 3: 4 sequences a batch instead of 8 from there on",
+        "out of memory in block 1 of 3: 2 sequences a batch instead of 4 from there on",
+    ]
+    assert not (tmp_path / "out" / ".halfbyte").exists()
+    device()
+    quantize(
+        base,
+        tmp_path / "small",
+        config=config,
+        batch_size=2,
+        resources=ResourceConfig(memory="1MB"),  # each block once per stage
+    )
+    assert weight_digests(tmp_path / "out") == weight_digests(tmp_path / "small")
+
+
+def test_blocks_that_are_done_are_not_done_again(base, tmp_path, device):
+    quantize(base, tmp_path / "whole")
+    device(4, behind=2, of=tmp_path / "out")
+    report = quantize(base, tmp_path / "out")
+    assert [note for note in report.notes if "out of memory" in note] == [
+        "out of memory in block 3 of 3: each block runs once per stage from there on",
+        "out of memory in block 3 of 3: 4 sequences a batch instead of 8 from there on",
+    ]
+    one, other = (weight_digests(tmp_path / name) for name in ("whole", "out"))
+    for number in (1, 2):
+        name = f"model-0000{number}-of-00004.safetensors"
+        assert one[name] == other[name]
+
+
+def test_states_that_were_held_on_the_device_go_through_files(base, tmp_path, device, monkeypatch):
+    resolve = running.resolve_resources
+
+    def hold(*arguments):
+        plan = resolve(*arguments)
+        return replace(plan, settings=replace(plan.settings, hold_states=True))
+
+    monkeypatch.setattr(running, "resolve_resources", hold)
+    monkeypatch.setattr(states, "SAVE_EVERY_SECONDS", 1e6)  # none is saved but what must be
+    device(4, behind=2, of=tmp_path / "out")
+    report = quantize(base, tmp_path / "out")
+    told = [note for note in report.notes if "out of memory" in note]
+    assert "hidden states go through files" in told[1]
+    assert "4 sequences a batch" in told[2]
+    device()
+    once_per_stage = ResourceConfig(memory="1MB")
+    quantize(base, tmp_path / "small", batch_size=4, resources=once_per_stage)
+    # Nothing had been saved: all three blocks were done again, with less.
+    assert weight_digests(tmp_path / "out") == weight_digests(tmp_path / "small")
+
+
+def test_a_killed_run_goes_on_with_what_it_was_left_with(base, tmp_path, device, monkeypatch):
+    device(2)
+    quantize(base, tmp_path / "whole")
+
+    class Killed(BaseException):
+        pass
+
+    def die(*_):
+        raise Killed
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("halfbyte.quantize.attempt.Attempt._finish", die)
+        with pytest.raises(Killed):
+            quantize(base, out)
+    lines = (out / ".halfbyte" / "journal.jsonl").read_text().splitlines()
+    sizes = [
+        found["settings"]["batch_size"]
+        for line in lines
+        if "settings" in (found := json.loads(line))
+    ]
+    assert sizes == [8, 8, 4, 2]
+    device(2, error=AssertionError("more sequences than the journal says"))
+    quantize(base, out, resume=True)
+    assert weight_digests(out) == weight_digests(tmp_path / "whole")
+
+
+def test_what_has_no_way_out_is_told_and_loses_nothing(base, tmp_path, device):
+    quantize(base, tmp_path / "whole", batch_size=1)
+    device(0, behind=1, of=tmp_path / "out")
+    with pytest.raises(
+        ConfigError,
+        match=r"cpu ran out of memory in block 2 of 3, with 1 of the sequences of up to 40 tokens "
+        r"at a time\. Free memory on it and go on with --resume, or .* \(--length\)",
+    ):
+        quantize(base, tmp_path / "out", batch_size=1)
+    device()
+    quantize(base, tmp_path / "out", batch_size=1, resume=True)
+    assert weight_digests(tmp_path / "out") == weight_digests(tmp_path / "whole")
+
+
+def test_tokens_are_weighed_again_by_other_batches(base, tmp_path, device):
+    config = replace(CONFIG, weigh_tokens=True)
+    device(4, behind=1, of=tmp_path / "out")
+    report = quantize(base, tmp_path / "out", config=config)
+    assert any("4 sequences a batch" in note for note in report.notes)
+
+
+def test_training_end_to_end_keeps_its_batches(base, tmp_path, monkeypatch):
+    config = replace(CONFIG, match_base=True, end_to_end_steps=4)
+    raised = []
+
+    def run_out(*_):
+        raised.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("halfbyte.quantize.end_to_end.EndToEndTuning._gradient", run_out)
+        with pytest.raises(ConfigError, match=r"out of memory behind the last block, with 1 of"):
+            quantize(base, tmp_path / "out", config=config, batch_size=1)
+    assert len(raised) >= 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), ValueError("no")], ids=repr)
+def test_other_errors_are_raised_as_they_are(base, tmp_path, device, error):
+    device(0, error=error)
+    with pytest.raises(type(error), match=str(error)):
+        quantize(base, tmp_path / "out")
+
+
+def test_the_allocator_of_the_cpu_counts_too():
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert is_out_of_memory(RuntimeError(f"[enforce fail at alloc_cpu.cpp:121] . {CPU_ALLOCATOR}"))
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+def test_torch_says_what_is_looked_for():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**62, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+
+
+def test_everything_is_given_up_in_turn():
+    settings = RunSettings(
+        dtype="bfloat16",
+        device="cuda",
+        threads=8,
+        batch_size=3,
+        keep_paused=True,
+        hessian_bytes=20 * SMALLEST_HESSIAN_BYTES,
+        hold_states=True,
+        keep_codes=True,
+    )
+    told = []
+    while (found := find_gentler(settings)) is not None:
+        assert found[0] != settings
+        settings, why = found
+        told.append(why)
+    assert told == [
+        "each block runs once per stage",
+        "hidden states go through files",
+        "1 sequence a batch instead of 3",
+        "fewer Hessians at a time",
+        "fewer Hessians at a time",
+    ]
+    assert settings.hessian_bytes == SMALLEST_HESSIAN_BYTES
+    assert not settings.keep_codes
