@@ -174,6 +174,30 @@ def test_gradients_are_those_of_the_dequantized_weight(tmp_path):
     assert deviation(x.grad, expected) < 0.002
 
 
+def test_a_run_that_fills_the_gpu_goes_on_with_less(tmp_path):
+    from tests.helpers.families import build_random
+
+    build_random(LLAMA(), std=0.05).save_pretrained(tmp_path / "base")
+    free, _ = torch.cuda.mem_get_info()
+    others = torch.empty(free - 700_000_000, dtype=torch.uint8, device="cuda")
+    try:
+        # 131,072 tokens at a time take some 1.6 GB of activations.
+        report = halfbyte.quantize(
+            tmp_path / "base",
+            tmp_path / "out",
+            config=QuantConfig(group_size=64),
+            calibration=CalibrationConfig(samples=512, length=256, batch_size=512),
+            text=token_lists(512, 256),
+            resources=ResourceConfig(device="cuda", dtype="float32", memory="64GB"),
+            quality=False,
+        )
+    finally:
+        del others
+        torch.cuda.empty_cache()
+    told = [note for note in report.notes if "out of memory" in note]
+    assert any("sequences a batch" in note for note in told), report.notes
+
+
 @pytest.mark.parametrize("preset", ["fast", "balanced"])
 def test_quantizing_is_as_good_as_on_the_cpu(tmp_path, preset):
     from tests.helpers.families import build_random
