@@ -19,6 +19,7 @@ from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
 from halfbyte.quantize import run as running
 from halfbyte.quantize import states
 from halfbyte.quantize.gentler import CPU_ALLOCATOR, find_gentler, is_out_of_memory
+from halfbyte.quantize.hardware import limit_device_memory
 from halfbyte.quantize.resources import SMALLEST_HESSIAN_BYTES, RunSettings
 
 CONFIG = QuantConfig(group_size=32)
@@ -228,3 +229,24 @@ def test_everything_is_given_up_in_turn():
     ]
     assert settings.hessian_bytes == SMALLEST_HESSIAN_BYTES
     assert not settings.keep_codes
+
+
+def test_torch_takes_no_more_of_a_gpu_than_the_limit(monkeypatch):
+    told = []
+
+    class Properties:
+        total_memory = 80 * 10**9
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 4 * 10**9)
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, _: told.append(share)
+    )
+    gpu = torch.device("cuda", 0)
+    with pytest.raises(RuntimeError, match="on the way"), limit_device_memory(gpu, 12 * 10**9):
+        raise RuntimeError("on the way")
+    with limit_device_memory(gpu, 10**12):
+        pass
+    assert told == [0.2, 1.0, 1.0, 1.0]
+    with limit_device_memory(gpu, None), limit_device_memory(torch.device("cpu"), 10**9):
+        assert len(told) == 4

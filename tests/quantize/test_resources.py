@@ -237,3 +237,10 @@ def test_training_the_whole_model_goes_through_files(weights: ModelWeights) -> N
 
 def test_a_cpu_never_holds_states(weights: ModelWeights) -> None:
     assert not plan(weights, memory="64GB").settings.hold_states
+
+
+def test_a_limit_is_the_allocators_where_the_plan_fits(weights):
+    assert plan(weights).settings.limit_bytes is None
+    fits = plan(weights, memory="64GB").settings
+    assert fits.limit_bytes == 64 * 10**9 - PROGRAM_BYTES
+    assert plan(weights, memory="1MB").settings.limit_bytes is None

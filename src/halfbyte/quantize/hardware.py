@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -93,6 +95,31 @@ def map_large_blocks() -> None:
     if set_option is not None:
         for name in (MMAP_THRESHOLD, TRIM_THRESHOLD):
             set_option(name, LARGE_BYTES)
+
+
+@contextmanager
+def limit_device_memory(device: torch.device, num_bytes: int | None) -> Iterator[None]:
+    """Let torch take no more of a GPU's memory, freed memory that it keeps in reserve included.
+
+    Near the limit it gives its reserve back instead of taking more.
+
+    Args:
+        device: Which one; nothing is limited but on CUDA.
+        num_bytes: Beside what torch had taken before; None: no limit.
+
+    Yields:
+        Nothing.
+    """
+    if device.type != "cuda" or num_bytes is None:
+        yield
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    most = torch.cuda.memory_reserved(device) + num_bytes
+    torch.cuda.set_per_process_memory_fraction(min(most / total, 1.0), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 def release_memory(device: torch.device | None = None) -> None:

@@ -65,6 +65,8 @@ class RunSettings:
     """Whether hidden states stay on the device between blocks, or go through files."""
     keep_codes: bool = False
     """Whether training the whole model holds all codes in memory, or reads block by block."""
+    limit_bytes: int | None = None
+    """What a device's memory is limited to for the run, where the user asked and the plan fits."""
     reasons: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -222,6 +224,7 @@ def resolve_resources(
         hessian_bytes=max(int((budget - needed) * HESSIAN_SHARE), SMALLEST_HESSIAN_BYTES),
         hold_states=hold,
         keep_codes=keep_codes,
+        limit_bytes=budget - PROGRAM_BYTES if resources.memory and needed <= budget else None,
         reasons=(why_budget, f"computes in {why_dtype}", f"{batch_size} sequences a batch", how),
     )
     flops = _count_flops(task, batch_size, keep=keep)

@@ -22,7 +22,7 @@ from halfbyte.quantize.calibration_source import CalibrationSource
 from halfbyte.quantize.device_ways import find_slow_ways
 from halfbyte.quantize.fingerprint import fingerprint_model
 from halfbyte.quantize.gentler import explain_no_way, find_gentler, is_out_of_memory
-from halfbyte.quantize.hardware import release_memory
+from halfbyte.quantize.hardware import limit_device_memory, release_memory
 from halfbyte.quantize.journal import Journal
 from halfbyte.quantize.meter import Meter
 from halfbyte.quantize.probe import Probe
@@ -122,7 +122,8 @@ class Run:
         while True:
             try:
                 weights = weights or ModelWeights(self.source, self.device)
-                return Attempt(task, settings, weights).go_through()
+                with limit_device_memory(self.device, settings.limit_bytes):
+                    return Attempt(task, settings, weights).go_through()
             except RuntimeError as error:
                 gentler, why = self._find_gentler(error, settings, max(map(len, tokens.sequences)))
             # Not in the handler, where the error still holds on to what it was raised among.
