@@ -163,6 +163,14 @@ def test_what_has_no_way_out_is_told_and_loses_nothing(base, tmp_path, device):
     assert weight_digests(tmp_path / "out") == weight_digests(tmp_path / "whole")
 
 
+def test_bits_are_chosen_once_and_told_once(base, tmp_path, device):
+    device(4, behind=1, of=tmp_path / "out")
+    report = quantize(base, tmp_path / "out", config=replace(CONFIG, target_bits=3.5))
+    assert any("4 sequences a batch" in note for note in report.notes)
+    assert len(report.notes) == len(set(report.notes))
+    assert {module.bits for module in report.modules} > {3}
+
+
 def test_tokens_are_weighed_again_by_other_batches(base, tmp_path, device):
     config = replace(CONFIG, weigh_tokens=True)
     device(4, behind=1, of=tmp_path / "out")

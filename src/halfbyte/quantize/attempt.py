@@ -315,6 +315,7 @@ class Attempt:
             bits_per_weight=found.bits_per_weight,
             versions=installed_versions(),
             machine=machine_facts(),
-            notes=(*self.settings.reasons, *self.tokens.notes, *self.notes),
+            # Each once: an attempt tells again what the one before it told.
+            notes=tuple(dict.fromkeys((*self.settings.reasons, *self.tokens.notes, *self.notes))),
             flops=dict(self.meter.flops),
         )
