@@ -20,7 +20,6 @@ Config = RowsConfig | StreamConfig
 Check = tuple[Config, dict[str, Any]]
 """A candidate, and what is other than usual of the layer."""
 
-DTYPE = torch.bfloat16
 MOST_STAGES = 16
 
 KINDS: list[dict[str, Any]] = [
@@ -52,21 +51,6 @@ class Kernel:
     list_check_rows: Callable[[Config], tuple[int, ...]]
     cut: Callable[[Config, LinearSpec, int], Iterator[Config]]
     """Every way to cut a product of so many rows that makes sense with a candidate."""
-
-
-def make_spec(**changed: Any) -> LinearSpec:
-    """A layer of no round size: 4 bits, groups of 128, symmetric, bf16."""
-    base = LinearSpec(
-        bits=4,
-        group_size=128,
-        symmetric=True,
-        act_order=False,
-        zero_offset=1,
-        dtype=DTYPE,
-        device_type="cuda",
-        **gpu_checks.SIZES,
-    )
-    return replace(base, **changed)
 
 
 def name_config(config: Config) -> str:
@@ -109,7 +93,7 @@ def list_rows_candidates() -> list[Config]:
             blocks=blocks,
             cluster=cluster,
         )
-        config = cuda_rows.fit_memory(config, make_spec(), torch.float16)
+        config = cuda_rows.fit_memory(config, gpu_checks.make_spec(), torch.float16)
         found.append(config)
         if warpgroups == 2 and (blocks, cluster) == (1, 1) and (rows, tiles) in JOINED_BLOCKS:
             found.extend(replace(config, splits=joined, joined=joined) for joined in JOINED)
@@ -180,7 +164,9 @@ def list_stream_candidates() -> list[Config]:
         StreamConfig(stages=MOST_STAGES, **dict(zip(names, block, strict=True)))
         for block in STREAM_BLOCKS
     ]
-    return [cuda_stream.fit_memory(config, make_spec(), torch.float16) for config in configs]
+    return [
+        cuda_stream.fit_memory(config, gpu_checks.make_spec(), torch.float16) for config in configs
+    ]
 
 
 def list_stream_checks(candidates: Sequence[StreamConfig]) -> list[Check]:

@@ -69,7 +69,8 @@ def list_jobs(architecture: str) -> list[Job]:
     return [*quick, *(Job(spec=spec) for spec in large), *full]
 
 
-def _list_specs() -> Iterator[LinearSpec]:
+def make_spec(**changed: Any) -> LinearSpec:
+    """A layer of no round size: 4 bits, groups of 128, symmetric, bf16; or what is changed."""
     base = LinearSpec(
         bits=4,
         group_size=128,
@@ -80,11 +81,14 @@ def _list_specs() -> Iterator[LinearSpec]:
         device_type="cuda",
         **SIZES,
     )
+    return replace(base, **changed)
+
+
+def _list_specs() -> Iterator[LinearSpec]:
     for bits, group_size, symmetric, act_order, dtype in itertools.product(
         (4, 8, 3, 2), (128, 32, 64, 256, 1152), (True, False), (False, True), DTYPES
     ):
-        yield replace(
-            base,
+        yield make_spec(
             bits=bits,
             group_size=group_size,
             symmetric=symmetric,

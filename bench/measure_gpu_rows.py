@@ -24,11 +24,9 @@ import gpu_arms
 import gpu_checks
 from gpu_arms import Layer, Run
 from gpu_candidates import (
-    DTYPE,
     KERNELS,
     Config,
     Kernel,
-    make_spec,
     name_candidate,
     name_config,
 )
@@ -36,6 +34,7 @@ from halfbyte.kernels.cuda_driver import compile_source, read_source
 from halfbyte.kernels.fragments import find_order, prepare_fragments
 from halfbyte.kernels.registry import describe_spec
 from measure_gpu_kernels import (
+    DTYPE,
     SHAPES,
     Session,
     find_distance,
@@ -54,7 +53,7 @@ START_SECONDS = 22.0
 
 def check_one(kernel: Kernel, config: Config, kind: dict[str, Any]) -> dict[str, Any]:
     """Compare with float64 at several numbers of rows, and with itself."""
-    spec = make_spec(**kind)
+    spec = gpu_checks.make_spec(**kind)
     told = {"kernel": str(config), "layer": describe_spec(spec)}
     config = kernel.module.fit_memory(config, spec, torch.float16)
     stored, weight = gpu_checks.make_operands(spec, spec.group_size + spec.bits)
@@ -125,9 +124,9 @@ def compile_candidates(kernel: Kernel) -> None:
     source = read_source(kernel.source)
     define, fit = kernel.module.define_macros, kernel.module.fit_memory
     candidates = kernel.list_candidates()
-    jobs = [define(config, make_spec(), DTYPE) for config in candidates]
+    jobs = [define(config, gpu_checks.make_spec(), DTYPE) for config in candidates]
     for config, kind in kernel.list_checks(candidates):
-        spec = make_spec(**kind)
+        spec = gpu_checks.make_spec(**kind)
         jobs.append(define(fit(config, spec, torch.float16), spec, torch.float16))
     distinct = {tuple(macros.items()): macros for macros in jobs}.values()
     with ThreadPoolExecutor(14) as pool:

@@ -7,12 +7,16 @@ at a time (``make test``). What threads share has tests of its own (kernels/test
 from __future__ import annotations
 
 import os
+import platform
+import sys
 
 # Before anybody imports torch; processes that tests start have it too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from tests.helpers.native import ISAS, LIBRARY
+
+from halfbyte.kernels.cuda_driver import load_nvrtc
 
 
 @pytest.fixture(params=ISAS)
@@ -21,3 +25,12 @@ def isa(request):
     assert LIBRARY.functions.hb_select_isa(request.param.encode()) == 0
     yield request.param
     LIBRARY.functions.hb_select_isa(None)
+
+
+@pytest.fixture
+def nvrtc(monkeypatch, tmp_path):
+    """NVRTC, and no machine code on disk yet."""
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        pytest.skip("NVRTC comes with the test dependencies on Linux on x86-64 only")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return load_nvrtc()

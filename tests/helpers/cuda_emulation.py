@@ -8,9 +8,9 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from tests.helpers.packed import make_linear
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from halfbyte.kernels import cuda_rows, cuda_stream
 from halfbyte.kernels.contract import LinearSpec, Operands
-from halfbyte.kernels.cuda_arguments import Arguments, fill_arguments, plan_work
+from halfbyte.kernels.cuda_arguments import Arguments, fill_arguments
 from halfbyte.kernels.cuda_driver import Boxes
+from halfbyte.kernels.cuda_few import plan_work
 from halfbyte.kernels.cuda_linear import CudaConfig, CudaLinear, count_shared_bytes, define_macros
 from halfbyte.kernels.cuda_rows import RowsArguments, RowsConfig
 from halfbyte.kernels.cuda_stream import StreamArguments, StreamConfig
@@ -64,6 +65,40 @@ def build(source: str, macros: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What a launch reads and writes; what the kernel does not write is not a number."""
+
+    rows: Tensor
+    result: Tensor
+    partials: Tensor
+    arrivals: Tensor
+
+    @classmethod
+    def of(
+        cls, x: Tensor, operands: Operands, spec: LinearSpec, floats: int, counters: int
+    ) -> Self:
+        """Make it for a product, with room for sums of runs and with so many counters."""
+        order = find_order(operands, spec)
+        return cls(
+            rows=x.contiguous() if order is None else x.index_select(1, order),
+            result=torch.full((x.shape[0], spec.out_features), float("nan"), dtype=x.dtype),
+            partials=torch.full((floats,), float("nan")),
+            arrivals=torch.zeros(counters, dtype=torch.int32),
+        )
+
+    def fill(self, operands: Operands, bias: Tensor | None, spec: LinearSpec) -> Arguments:
+        """Give the parameter that all kernels have."""
+        return fill_arguments(
+            self.rows, operands, bias, spec, self.result, self.partials, self.arrivals
+        )
+
+    def finish(self) -> Tensor:
+        """Give the result; all counters must be 0 again."""
+        assert not self.arrivals.any()
+        return self.result
+
+
 def multiply_emulated(
     x: Tensor,
     operands: Operands,
@@ -81,18 +116,12 @@ def multiply_emulated(
     macros = define_macros(config, spec, operands.scales.dtype)
     library = build("cuda_emulator.cpp", tuple(sorted(macros.items())))
     assert library.shared_bytes() == count_shared_bytes(config, spec, operands.scales.dtype)
-    order = find_order(operands, spec)
-    rows = x.contiguous() if order is None else x.index_select(1, order)
     blocks = -(-spec.out_features // config.channels)
     units = blocks * -(-spec.in_features // (64 * config.warps_in))
     runs = min(runs, units)
-    result = torch.full((x.shape[0], spec.out_features), float("nan"), dtype=x.dtype)
-    partials = torch.full((2 * runs * config.partial_floats,), float("nan"))
-    arrivals = torch.zeros(blocks, dtype=torch.int32)
-    arguments: Arguments = fill_arguments(rows, operands, bias, spec, result, partials, arrivals)
-    library.emulate(ctypes.byref(arguments), runs, int(backwards))
-    assert not arrivals.any()
-    return result
+    memory = Memory.of(x, operands, spec, 2 * runs * config.partial_floats, blocks)
+    library.emulate(ctypes.byref(memory.fill(operands, bias, spec)), runs, int(backwards))
+    return memory.finish()
 
 
 def multiply_rows_emulated(
@@ -116,17 +145,12 @@ def multiply_rows_emulated(
     size = cuda_rows.count_shared_bytes(config, spec, operands.scales.dtype)
     assert library.shared_bytes() == size
     assert library.arguments_bytes() == ctypes.sizeof(RowsArguments)
-    gather = find_order(operands, spec)
-    rows = x.contiguous() if gather is None else x.index_select(1, gather)
     runs = cuda_rows.count_runs(config, spec, x.shape[0], resident)
-    result = torch.full((x.shape[0], spec.out_features), float("nan"), dtype=x.dtype)
-    partials = torch.full((2 * runs * config.partial_floats,), float("nan"))
-    tiles = config.count_tiles(spec, x.shape[0])
-    arrivals = torch.zeros(tiles * config.cluster * config.warpgroups, dtype=torch.int32)
-    common = fill_arguments(rows, operands, bias, spec, result, partials, arrivals)
+    counters = config.count_tiles(spec, x.shape[0]) * config.cluster * config.warpgroups
+    memory = Memory.of(x, operands, spec, 2 * runs * config.partial_floats, counters)
+    common = memory.fill(operands, bias, spec)
     library.emulate(ctypes.byref(RowsArguments(a=common)), runs * config.cluster, order)
-    assert not arrivals.any()
-    return result
+    return memory.finish()
 
 
 def multiply_stream_emulated(
@@ -149,17 +173,14 @@ def multiply_stream_emulated(
     library = build("stream_emulator.cpp", tuple(sorted(macros.items())))
     assert library.shared_bytes() == cuda_stream.count_shared_bytes(config, spec, scale_dtype)
     assert library.arguments_bytes() == ctypes.sizeof(StreamArguments)
-    gather = find_order(operands, spec)
-    rows = x.contiguous() if gather is None else x.index_select(1, gather)
-    work = plan_work(config.channels, 64 * config.warps_in, spec, resident, cuda_stream.WHOLE_WORTH)
-    result = torch.full((x.shape[0], spec.out_features), float("nan"), dtype=x.dtype)
-    partials = torch.full((2 * work.runs * config.partial_floats,), float("nan"))
-    arrivals = torch.zeros(work.channel_blocks, dtype=torch.int32)
-    common = fill_arguments(rows, operands, bias, spec, result, partials, arrivals)
-    arguments = cuda_stream.describe_tensors(common, rows, operands, spec, config, _encode)
+    work = plan_work(config, spec, resident, cuda_stream.WHOLE_WORTH)
+    floats = 2 * work.runs * config.partial_floats
+    memory = Memory.of(x, operands, spec, floats, work.channel_blocks)
+    arguments = cuda_stream.describe_tensors(
+        memory.fill(operands, bias, spec), memory.rows, operands, spec, config, _encode
+    )
     library.emulate(ctypes.byref(arguments), work.runs, order)
-    assert not arrivals.any()
-    return result
+    return memory.finish()
 
 
 def _encode(boxes: Boxes) -> tuple[int, ...]:

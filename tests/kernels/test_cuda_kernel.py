@@ -11,7 +11,7 @@ from tests.helpers.packed import make_linear
 
 from halfbyte.errors import KernelUnavailable
 from halfbyte.kernels import cuda_driver
-from halfbyte.kernels.cuda_arguments import plan_work
+from halfbyte.kernels.cuda_few import plan_work
 from halfbyte.kernels.cuda_linear import (
     ROWS_LIMIT,
     SHARED_LIMIT,
@@ -86,28 +86,24 @@ def test_work_is_cut_into_equal_runs():
     spec = replace(make_linear().spec, in_features=4096, out_features=4096, group_size=128)
     config = CudaConfig(row_tiles=1, tiles=4, warps_out=1, warps_in=8, stages=4)
     # 64 blocks of 8 chunks are 512 units: 128 runs of 4, not 132 of 3 or 4.
-    work = plan_work(config.channels, 512, spec, 132)
+    work = plan_work(config, spec, 132)
     assert (work.channel_blocks, work.runs) == (64, 128)
-    assert plan_work(config.channels, 512, replace(spec, out_features=16), 132).runs == 8
+    assert plan_work(config, replace(spec, out_features=16), 132).runs == 8
 
 
 def test_runs_that_end_with_blocks_of_channels_may_be_a_little_longer():
     spec = replace(make_linear().spec, in_features=28672, out_features=8192, group_size=128)
+    config = CudaConfig(row_tiles=1, tiles=2, warps_out=1, warps_in=16, stages=4)
     # 256 blocks of 28 chunks are 7168 units: 131 runs of 55, or 128 of 56.
-    assert plan_work(32, 1024, spec, 132).runs == 131
-    assert plan_work(32, 1024, spec, 132, slack=0.04).runs == 128
-    assert plan_work(32, 1024, spec, 132, slack=0.01).runs == 131
+    assert plan_work(config, spec, 132).runs == 131
+    assert plan_work(config, spec, 132, slack=0.04).runs == 128
+    assert plan_work(config, spec, 132, slack=0.01).runs == 131
     # Without a common length the blocks do not end where runs do.
     odd = replace(spec, out_features=8192 + 32)
-    assert plan_work(32, 1024, odd, 132, slack=0.04).runs == 131
+    assert plan_work(config, odd, 132, slack=0.04).runs == 131
 
 
-def test_a_source_that_does_not_compile_is_a_reason(monkeypatch, tmp_path):
-    try:
-        cuda_driver.load_nvrtc()
-    except KernelUnavailable as reason:
-        pytest.skip(str(reason))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_a_source_that_does_not_compile_is_a_reason(nvrtc):
     with pytest.raises(KernelUnavailable, match=r"NVRTC \d+\.\d+ cannot compile .*-DBITS=4.*error"):
         cuda_driver.compile_source("nonsense;", {"BITS": 4}, "sm_90")
 

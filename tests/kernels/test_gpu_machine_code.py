@@ -12,9 +12,8 @@ import pytest
 import torch
 from tests.helpers.packed import make_linear
 
-from halfbyte.errors import KernelUnavailable
 from halfbyte.kernels import cuda_linear, cuda_rows, cuda_stream
-from halfbyte.kernels.cuda_driver import compile_source, load_nvrtc, read_source
+from halfbyte.kernels.cuda_driver import compile_source, read_source
 from halfbyte.kernels.cuda_rows import RowsConfig
 from halfbyte.kernels.cuda_stream import StreamConfig
 from halfbyte.kernels.gpu_table import load_table
@@ -52,8 +51,6 @@ def disassemble(cubin: bytes, folder: Path) -> list[str]:
     path = folder / "kernel.cubin"
     path.write_bytes(cubin)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    if not tool.is_file():
-        pytest.skip("this Triton brings no nvdisasm")
     text = subprocess.run(
         [str(tool), "-c", str(path)], capture_output=True, text=True, check=True
     ).stdout
@@ -73,12 +70,7 @@ def find_loop(found: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("rows", [1, 16, 32, 64])
-def test_cuda_kernel(architecture, rows, tmp_path, monkeypatch):
-    try:
-        load_nvrtc()
-    except KernelUnavailable as reason:
-        pytest.skip(str(reason))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_cuda_kernel(architecture, rows, tmp_path, nvrtc):
     config = cuda_linear.choose_config(architecture, rows, SPEC, torch.float16)
     macros = cuda_linear.define_macros(config, SPEC, torch.float16)
     cubin = compile_source(read_source("multiply.cu"), macros, architecture)
@@ -94,12 +86,7 @@ def test_cuda_kernel(architecture, rows, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_cuda_kernel_of_every_width_spills_nothing(bits, dtype, tmp_path, monkeypatch):
-    try:
-        load_nvrtc()
-    except KernelUnavailable as reason:
-        pytest.skip(str(reason))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_cuda_kernel_of_every_width_spills_nothing(bits, dtype, tmp_path, nvrtc):
     spec = replace(SPEC, bits=bits, dtype=dtype, symmetric=False, group_size=32)
     config = cuda_linear.choose_config("sm_90", 1, spec, torch.float16)
     macros = cuda_linear.define_macros(config, spec, torch.float16)
@@ -116,12 +103,7 @@ def test_cuda_kernel_of_every_width_spills_nothing(bits, dtype, tmp_path, monkey
         (StreamConfig(row_tiles=2, tiles=2, warps_out=4, warps_in=4, stages=4), 135),
     ],
 )
-def test_cuda_kernel_that_copies_in_bulk(config, most, tmp_path, monkeypatch):
-    try:
-        load_nvrtc()
-    except KernelUnavailable as reason:
-        pytest.skip(str(reason))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_cuda_kernel_that_copies_in_bulk(config, most, tmp_path, nvrtc):
     macros = cuda_stream.define_macros(config, SPEC, torch.bfloat16)
     found = disassemble(
         compile_source(read_source("multiply_stream.cu"), macros, "sm_90"), tmp_path
@@ -141,12 +123,7 @@ def test_cuda_kernel_that_copies_in_bulk(config, most, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_bulk_copies_of_every_width_spill_nothing(bits, dtype, tmp_path, monkeypatch):
-    try:
-        load_nvrtc()
-    except KernelUnavailable as reason:
-        pytest.skip(str(reason))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_bulk_copies_of_every_width_spill_nothing(bits, dtype, tmp_path, nvrtc):
     spec = replace(SPEC, bits=bits, dtype=dtype, symmetric=False, group_size=32)
     config = StreamConfig(row_tiles=1, tiles=2, warps_out=1, warps_in=16, stages=4)
     config = cuda_stream.fit_memory(config, spec, torch.float32)
@@ -158,12 +135,7 @@ def test_bulk_copies_of_every_width_spill_nothing(bits, dtype, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("rows", [16, 64, 128, 256])
-def test_cuda_kernel_for_many_rows(rows, tmp_path, monkeypatch):
-    try:
-        load_nvrtc()
-    except KernelUnavailable as reason:
-        pytest.skip(str(reason))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_cuda_kernel_for_many_rows(rows, tmp_path, nvrtc):
     tiles = 1 if rows == 256 else 2
     config = RowsConfig(rows=rows, tiles=tiles, warpgroups=2, stages=5)
     macros = cuda_rows.define_macros(config, SPEC, torch.bfloat16)

@@ -241,6 +241,14 @@ def test_few_rows_go_to_bulk_copies_where_those_are_faster(runs, streamed, gpu, 
     assert runs[4:] == ["cuda", "cuda"]
 
 
+def test_a_kernel_that_cannot_be_compiled_is_told_with_its_reason(runs, streamed, gpu):
+    assert "without" not in CudaLinear().describe_division(SPEC)
+    gpu(compiles="too old a compiler")
+    told = CudaLinear().describe_division(SPEC)
+    assert "without CUDA for many (too old a compiler)" in told
+    assert "without CUDA with bulk copies (too old a compiler)" in told
+
+
 def test_a_layer_with_larger_steps_gets_fewer_stages(measured):
     plain = cuda_rows.choose_config(*H100, 100, SPEC, torch.bfloat16)
     large = replace(SPEC, bits=8, symmetric=False, group_size=32)

@@ -17,7 +17,8 @@ from halfbyte.errors import ConfigError
 from halfbyte.model.stream import _Passage
 from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
 from halfbyte.quantize import run as running
-from halfbyte.quantize import states
+from halfbyte.quantize import states, token_gradients
+from halfbyte.quantize.attempt import WEIGHTS_FOLDER
 from halfbyte.quantize.gentler import CPU_ALLOCATOR, find_gentler, is_out_of_memory
 from halfbyte.quantize.hardware import limit_device_memory
 from halfbyte.quantize.resources import SMALLEST_HESSIAN_BYTES, RunSettings
@@ -171,26 +172,32 @@ def test_bits_are_chosen_once_and_told_once(base, tmp_path, device):
     assert {module.bits for module in report.modules} > {3}
 
 
-def test_tokens_are_weighed_again_by_other_batches(base, tmp_path, device):
+def test_tokens_are_weighed_again_by_other_batches(base, tmp_path, device, monkeypatch):
+    # All eight sequences are one part of the text, by fours they are two.
+    monkeypatch.setattr(token_gradients, "BACKWARD_TOKENS", 160)
     config = replace(CONFIG, weigh_tokens=True)
-    device(4, behind=1, of=tmp_path / "out")
+    device(4, behind=1, of=tmp_path / "out" / ".halfbyte" / WEIGHTS_FOLDER)
     report = quantize(base, tmp_path / "out", config=config)
     assert any("4 sequences a batch" in note for note in report.notes)
+    device()
+    once_per_stage = ResourceConfig(memory="1MB")
+    quantize(base, tmp_path / "small", config=config, batch_size=4, resources=once_per_stage)
+    assert weight_digests(tmp_path / "out") == weight_digests(tmp_path / "small")
 
 
 def test_training_end_to_end_keeps_its_batches(base, tmp_path, monkeypatch):
     config = replace(CONFIG, match_base=True, end_to_end_steps=4)
-    raised = []
 
     def run_out(*_):
-        raised.append(1)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
         patch.setattr("halfbyte.quantize.end_to_end.EndToEndTuning._gradient", run_out)
-        with pytest.raises(ConfigError, match=r"out of memory behind the last block, with 1 of"):
-            quantize(base, tmp_path / "out", config=config, batch_size=1)
-    assert len(raised) >= 1
+        with pytest.raises(ConfigError, match=r"out of memory behind the last block, with 2 of"):
+            quantize(base, tmp_path / "out", config=config, batch_size=2)
+    quantize(base, tmp_path / "out", config=config, batch_size=2, resume=True)
+    quantize(base, tmp_path / "whole", config=config, batch_size=2)
+    assert weight_digests(tmp_path / "out") == weight_digests(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), ValueError("no")], ids=repr)

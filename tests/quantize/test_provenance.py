@@ -39,7 +39,9 @@ print(before, resident_memory_bytes(), peak_memory_bytes())
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_grows_with_what_is_held():
     # In a process of its own: here, what earlier tests freed might serve for it.
-    found = subprocess.run([sys.executable, "-c", HOLDER], capture_output=True, text=True)
+    found = subprocess.run(
+        [sys.executable, "-c", HOLDER], capture_output=True, text=True, check=True
+    )
     before, after, peak = map(int, found.stdout.split())
     assert 45e6 < after - before < 80e6
     assert peak >= 0.95 * after

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -83,40 +83,6 @@ def define_layer_macros(spec: LinearSpec, scale_dtype: torch.dtype) -> dict[str,
         "HAS_ZEROS": int(not spec.symmetric),
         "HALF_GROUPS": int(spec.group_size < 64),
     }
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """How many thread blocks share what, in the kernels for few rows."""
-
-    channel_blocks: int
-    runs: int
-
-
-def plan_work(
-    channels: int, inputs: int, spec: LinearSpec, resident: int, slack: float = 0.0
-) -> Work:
-    """Cut a layer into as many runs as thread blocks fit on the device, or fewer.
-
-    Args:
-        channels: Output channels of a unit.
-        inputs: Inputs of a unit.
-        spec: The layer.
-        resident: Thread blocks that run at a time.
-        slack: How much longer, as a share, runs may be that end where blocks of channels do.
-
-    Returns:
-        Blocks of channels, and runs.
-    """
-    channel_blocks = -(-spec.out_features // channels)
-    chunks = -(-spec.in_features // inputs)
-    units = channel_blocks * chunks
-    each = -(-units // resident)
-    whole = -(-channel_blocks // resident)
-    if chunks * whole <= (1 + slack) * each and channel_blocks % whole == 0:
-        return Work(channel_blocks, channel_blocks // whole)
-    # No more runs than give each a whole number of units where they can be equal.
-    return Work(channel_blocks, min(-(-units // each), units))
 
 
 SMALLEST_SPEC = LinearSpec(

@@ -19,7 +19,7 @@ import importlib.util
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -238,6 +238,50 @@ class Function:
         )
         _check(status, f"count thread blocks of {self._name}")
         return count.value
+
+
+def load_kernel(
+    name: str,
+    definitions: Mapping[str, int],
+    architecture: str,
+    device: torch.device,
+    *,
+    threads: int,
+    shared_bytes: int,
+    early_start: bool,
+) -> tuple[Function, int]:
+    """Compile and load a kernel.
+
+    Args:
+        name: The kernel's, and its source's without ``.cu``.
+        definitions: Macros.
+        architecture: ``sm_90`` and the like.
+        device: Into whose memory.
+        threads: Of a thread block.
+        shared_bytes: Of dynamic shared memory.
+        early_start: See :class:`Function`.
+
+    Returns:
+        The kernel, and how many of its thread blocks fit on a multiprocessor, 1 at least.
+
+    Raises:
+        KernelUnavailable: It cannot be compiled or loaded; says why.
+    """
+    cubin = compile_source(read_source(f"{name}.cu"), definitions, architecture)
+    with torch.cuda.device(device):
+        function = Function(
+            cubin, name, threads=threads, shared_bytes=shared_bytes, early_start=early_start
+        )
+        return function, max(function.count_resident(), 1)
+
+
+def find_obstacle_to(load: Callable[[], object]) -> str | None:
+    """Say why a kernel cannot be loaded, or None."""
+    try:
+        load()
+    except KernelUnavailable as reason:
+        return str(reason)
+    return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from halfbyte.errors import KernelUnavailable
 from halfbyte.kernels import cuda_rows, cuda_stream
 from halfbyte.kernels.contract import LinearSpec, Operands
 from halfbyte.kernels.cuda_arguments import (
@@ -27,9 +26,9 @@ from halfbyte.kernels.cuda_arguments import (
     define_layer_macros,
     fill_arguments,
     forget_shape,
-    plan_work,
 )
-from halfbyte.kernels.cuda_driver import Function, compile_source, read_source
+from halfbyte.kernels.cuda_driver import Function, find_obstacle_to, load_kernel
+from halfbyte.kernels.cuda_few import FewConfig, plan_work
 from halfbyte.kernels.cuda_rows import RowsConfig
 from halfbyte.kernels.cuda_stream import StreamConfig
 from halfbyte.kernels.fragments import (
@@ -62,30 +61,13 @@ SMALLEST_LIMIT = 99 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CudaConfig:
-    """How a thread block is made; the names in multiply.cu, in lower case."""
-
-    row_tiles: int
-    tiles: int
-    warps_out: int
-    warps_in: int
-    stages: int
-    blocks: int = 1
-
-    @property
-    def channels(self) -> int:
-        """Output channels of a thread block."""
-        return 16 * self.tiles * self.warps_out
+class CudaConfig(FewConfig):
+    """How a thread block of multiply.cu is made."""
 
     @property
     def threads(self) -> int:
         """Threads of a thread block."""
         return 32 * self.warps_out * self.warps_in
-
-    @property
-    def partial_floats(self) -> int:
-        """Floats of the sums of a block of channels."""
-        return self.channels * self.row_tiles * 8
 
     def count_shared_bytes(self, bits: int, scale_size: int, has_zeros: bool, halves: int) -> int:
         """Bytes of shared memory of a thread block; as in multiply.cu."""
@@ -196,6 +178,8 @@ class CudaLinear(TritonLinear):
                 last["Triton"] = rows
         parts = [f"up to {rows} rows {name}" for name, rows in last.items()]
         parts.append("then dequantized first" + (f" ({obstacle})" if obstacle else ""))
+        # Where one of them cannot be compiled, its rows went to the others without a word.
+        parts += [f"without {name} ({why})" for name, why in find_lacking(device).items()]
         return ", ".join(parts)
 
     def prepare(self, stored: Operands, spec: LinearSpec) -> tuple[Tensor, ...]:
@@ -265,6 +249,16 @@ def choose_tier(
     return choose_config(architecture, rows, spec, scale_dtype) if rows <= few else None
 
 
+def find_lacking(device: torch.device) -> dict[str, str]:
+    """Give the kernels of compute capability 9.0 that a device should run and cannot, with why."""
+    if name_architecture(device) != cuda_rows.ARCHITECTURE:
+        return {}
+    reasons = {"CUDA for many": cuda_rows.find_obstacle(device)}
+    if load_table(cuda_rows.ARCHITECTURE).stream:
+        reasons["CUDA with bulk copies"] = cuda_stream.find_obstacle(device)
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
 def multiply(
     rows: Tensor,
     operands: Operands,
@@ -291,9 +285,7 @@ def multiply(
     function, resident = load_function(
         config, forget_shape(spec), operands.scales.dtype, device, early_start
     )
-    work = plan_work(
-        config.channels, 64 * config.warps_in, spec, resident * count_processors(device)
-    )
+    work = plan_work(config, spec, resident * count_processors(device))
     result = rows.new_empty(rows.shape[0], spec.out_features)
     partials = torch.empty(
         2 * work.runs * config.partial_floats, dtype=torch.float32, device=device
@@ -314,17 +306,15 @@ def load_function(
 ) -> tuple[Function, int]:
     """Compile and load a kernel; also how many of its thread blocks fit on a multiprocessor."""
     architecture = name_architecture(device)
-    macros = define_macros(config, spec, scale_dtype)
-    cubin = compile_source(read_source("multiply.cu"), macros, architecture)
-    with torch.cuda.device(device):
-        function = Function(
-            cubin,
-            "multiply",
-            threads=config.threads,
-            shared_bytes=count_shared_bytes(config, spec, scale_dtype),
-            early_start=early_start and architecture >= "sm_90",
-        )
-        return function, max(function.count_resident(), 1)
+    return load_kernel(
+        "multiply",
+        define_macros(config, spec, scale_dtype),
+        architecture,
+        device,
+        threads=config.threads,
+        shared_bytes=count_shared_bytes(config, spec, scale_dtype),
+        early_start=early_start and architecture >= "sm_90",
+    )
 
 
 @functools.cache
@@ -336,9 +326,7 @@ def _find_obstacle() -> str | None:
     if capability < OLDEST:
         found, needed = (".".join(map(str, version)) for version in (capability, OLDEST))
         return f"needs compute capability {needed}; this GPU has {found}"
-    try:
-        # All the way: a driver older than torch's NVRTC refuses what that compiles.
-        load_function(PREFERRED[0], SMALLEST_SPEC, torch.float16, device, True)
-    except KernelUnavailable as reason:
-        return str(reason)
-    return None
+    # All the way: a driver older than torch's NVRTC refuses what that compiles.
+    return find_obstacle_to(
+        lambda: load_function(PREFERRED[0], SMALLEST_SPEC, torch.float16, device, True)
+    )

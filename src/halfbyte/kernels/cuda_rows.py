@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
-from halfbyte.errors import KernelUnavailable
 from halfbyte.kernels.contract import LinearSpec, Operands
 from halfbyte.kernels.cuda_arguments import (
     SMALLEST_SPEC,
@@ -27,9 +26,9 @@ from halfbyte.kernels.cuda_arguments import (
 from halfbyte.kernels.cuda_driver import (
     Boxes,
     Function,
-    compile_source,
     encode_boxes,
-    read_source,
+    find_obstacle_to,
+    load_kernel,
 )
 from halfbyte.kernels.gpu_device import (
     ARRIVALS,
@@ -171,11 +170,16 @@ def choose_splits(tiles: int, steps: int, num_processors: int) -> int:
 
 def fit_memory(config: RowsConfig, spec: LinearSpec, scale_dtype: torch.dtype) -> RowsConfig:
     """Take stages away until a multiprocessor has room for the thread blocks."""
-    # A thread block costs 1 KiB more than it asks for; the limit leaves room for one.
-    room = (SHARED_LIMIT + 1024) // config.blocks - 1024
+    room = find_room(config.blocks)
     while count_shared_bytes(config, spec, scale_dtype) > room:
         config = replace(config, stages=config.stages - 1)
     return config
+
+
+def find_room(blocks: int) -> int:
+    """Give the bytes of shared memory that each of so many thread blocks may ask for."""
+    # A thread block costs 1 KiB more than it asks for; the limit leaves room for one.
+    return (SHARED_LIMIT + 1024) // blocks - 1024
 
 
 def define_macros(config: RowsConfig, spec: LinearSpec, scale_dtype: torch.dtype) -> dict[str, int]:
@@ -281,16 +285,8 @@ def load_for(
 @functools.cache
 def find_obstacle(device: torch.device) -> str | None:
     """Say why the kernel cannot be compiled for a device of its architecture, or None."""
-    try:
-        load_for(
-            RowsConfig(rows=64, tiles=1, warpgroups=2, stages=4),
-            SMALLEST_SPEC,
-            torch.float16,
-            device,
-        )
-    except KernelUnavailable as reason:
-        return str(reason)
-    return None
+    config = RowsConfig(rows=64, tiles=1, warpgroups=2, stages=4)
+    return find_obstacle_to(lambda: load_for(config, SMALLEST_SPEC, torch.float16, device))
 
 
 @functools.lru_cache(maxsize=256)
@@ -308,15 +304,13 @@ def load_function(
     early_start: bool,
 ) -> tuple[Function, int]:
     """Compile and load a kernel; also how many of its thread blocks fit on a multiprocessor."""
-    macros = define_macros(config, spec, scale_dtype)
-    # "a": instructions of this architecture and of no other.
-    cubin = compile_source(read_source("multiply_rows.cu"), macros, f"{name_architecture(device)}a")
-    with torch.cuda.device(device):
-        function = Function(
-            cubin,
-            "multiply_rows",
-            threads=config.threads,
-            shared_bytes=count_shared_bytes(config, spec, scale_dtype),
-            early_start=early_start,
-        )
-        return function, max(function.count_resident(), 1)
+    return load_kernel(
+        "multiply_rows",
+        define_macros(config, spec, scale_dtype),
+        # "a": instructions of this architecture and of no other.
+        f"{name_architecture(device)}a",
+        device,
+        threads=config.threads,
+        shared_bytes=count_shared_bytes(config, spec, scale_dtype),
+        early_start=early_start,
+    )

@@ -1,7 +1,7 @@
 """Products of few rows of x on compute capability 9.0, by CUDA C++ that copies in bulk.
 
 Layout: :mod:`halfbyte.kernels.fragments`. Kernel: ``cuda/multiply_stream.cu``, which does what
-``cuda/multiply.cu`` does with 30 to 40% fewer instructions for a weight.
+``cuda/multiply.cu`` does with fewer instructions.
 Arithmetic: sums of code * x and of x are fp32, a scale is applied in fp32 to each 64 inputs (32
 with groups of 32); one rounding of the result. Deterministic.
 It runs where the architecture's table has it as the fastest, and nowhere else.
@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
-from halfbyte.errors import KernelUnavailable
 from halfbyte.kernels.contract import LinearSpec, Operands
 from halfbyte.kernels.cuda_arguments import (
     SMALLEST_SPEC,
@@ -26,16 +25,16 @@ from halfbyte.kernels.cuda_arguments import (
     define_layer_macros,
     fill_arguments,
     forget_shape,
-    plan_work,
 )
 from halfbyte.kernels.cuda_driver import (
     Boxes,
     Function,
-    compile_source,
     encode_boxes,
-    read_source,
+    find_obstacle_to,
+    load_kernel,
 )
-from halfbyte.kernels.cuda_rows import SHARED_LIMIT
+from halfbyte.kernels.cuda_few import FewConfig, plan_work
+from halfbyte.kernels.cuda_rows import find_room
 from halfbyte.kernels.fragments import find_zeros
 from halfbyte.kernels.gpu_device import (
     ARRIVALS,
@@ -73,32 +72,16 @@ class StreamArguments(ctypes.Structure):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StreamConfig:
-    """How a thread block is made; the names in multiply_stream.cu, in lower case."""
+class StreamConfig(FewConfig):
+    """How a thread block of multiply_stream.cu is made."""
 
-    row_tiles: int
-    tiles: int
-    warps_out: int
-    warps_in: int
-    stages: int
-    blocks: int = 1
     spare: int = 0
     """Of the thread blocks that a multiprocessor has room for: those left to the next launch."""
 
     @property
-    def channels(self) -> int:
-        """Output channels of a thread block."""
-        return 16 * self.tiles * self.warps_out
-
-    @property
     def threads(self) -> int:
-        """Threads of a thread block."""
+        """Threads of a thread block; of two more warps than multiply."""
         return 32 * (self.warps_out * self.warps_in + 2)
-
-    @property
-    def partial_floats(self) -> int:
-        """Floats of the sums of a block of channels."""
-        return self.channels * self.row_tiles * 8
 
 
 def choose_config(
@@ -140,8 +123,7 @@ def find_mismatch(config: StreamConfig, spec: LinearSpec) -> str | None:
 
 def fit_memory(config: StreamConfig, spec: LinearSpec, scale_dtype: torch.dtype) -> StreamConfig:
     """Take stages away, and then warps, until a multiprocessor has room for the thread blocks."""
-    # A thread block costs 1 KiB more than it asks for; the limit leaves room for one.
-    room = (SHARED_LIMIT + 1024) // config.blocks - 1024
+    room = find_room(config.blocks)
     smaller = config
     while count_shared_bytes(smaller, spec, scale_dtype) > room:
         if smaller.stages > 2:
@@ -210,7 +192,7 @@ def multiply(
         config, forget_shape(spec), operands.scales.dtype, device, early_start
     )
     processors = count_processors(device) * max(resident - config.spare, 1)
-    work = plan_work(config.channels, 64 * config.warps_in, spec, processors, WHOLE_WORTH)
+    work = plan_work(config, spec, processors, WHOLE_WORTH)
     result = rows.new_empty(rows.shape[0], spec.out_features)
     partials = torch.empty(
         2 * work.runs * config.partial_floats, dtype=torch.float32, device=device
@@ -308,11 +290,9 @@ def _describe_weight(
 def find_obstacle(device: torch.device) -> str | None:
     """Say why the kernel cannot be compiled for a device of its architecture, or None."""
     config = StreamConfig(row_tiles=1, tiles=1, warps_out=1, warps_in=2, stages=2)
-    try:
-        load_function(config, SMALLEST_SPEC, torch.float16, device, True)
-    except KernelUnavailable as reason:
-        return str(reason)
-    return None
+    return find_obstacle_to(
+        lambda: load_function(config, SMALLEST_SPEC, torch.float16, device, True)
+    )
 
 
 @functools.cache
@@ -324,15 +304,12 @@ def load_function(
     early_start: bool,
 ) -> tuple[Function, int]:
     """Compile and load a kernel; also how many of its thread blocks fit on a multiprocessor."""
-    macros = define_macros(config, spec, scale_dtype)
-    source = read_source("multiply_stream.cu")
-    cubin = compile_source(source, macros, name_architecture(device))
-    with torch.cuda.device(device):
-        function = Function(
-            cubin,
-            "multiply_stream",
-            threads=config.threads,
-            shared_bytes=count_shared_bytes(config, spec, scale_dtype),
-            early_start=early_start,
-        )
-        return function, max(function.count_resident(), 1)
+    return load_kernel(
+        "multiply_stream",
+        define_macros(config, spec, scale_dtype),
+        name_architecture(device),
+        device,
+        threads=config.threads,
+        shared_bytes=count_shared_bytes(config, spec, scale_dtype),
+        early_start=early_start,
+    )

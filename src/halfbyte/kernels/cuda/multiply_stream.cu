@@ -70,30 +70,17 @@ DEVICE void copy_box(Shared to, const u64* map, u32 first, u32 second, u32 third
 extern __shared__ uint4 shared_memory[];
 #endif
 
+#include "ring.cu"
+
 // What the warps of a thread block share.
 struct Shop {
   u8* memory;             // slots
   float4* exchange;       // [WARPS_IN, FRAGMENTS, 32]: the sums of a block of channels
   u32* last;
-  Shared slots;
-  Shared full, empty;     // barriers by slot: its unit is there; it may be filled again
+  Ring ring;              // as it is at first
   Shared given, taken;    // the exchange is full; it may be written again
   Walk walk;
   u32 run, begin, count;  // of units
-};
-
-// A slot of the ring, and how often it was passed.
-struct Place {
-  u32 slot, offset, parity;
-
-  DEVICE void advance() {
-    slot++;
-    offset += STAGE_BYTES;
-    if (slot == STAGES) {
-      slot = offset = 0;
-      parity ^= 1;
-    }
-  }
 };
 
 // ---------------------------------------------------------------- the warp that copies
@@ -109,17 +96,16 @@ DEVICE void copy_weight(const StreamArguments& a, Shared to, u32 block, u32 chun
 }
 
 DEVICE void copy_units(const StreamArguments& a, const Shop& shop, u32 early) {
-  Place place = {0, 0, 0};
+  Ring ring = shop.ring;
   u32 block = shop.begin / shop.walk.chunks, chunk = shop.begin % shop.walk.chunks;
   wait_for_inputs();
   for (u32 i = 0; i < shop.count; i++) {
-    Shared to = shop.slots + place.offset, barrier = shop.full + 8 * place.slot;
     if (i >= early) {
-      barrier_wait(shop.empty + 8 * place.slot, place.parity ^ 1);
-      copy_weight(a, to, block, chunk, barrier);
+      barrier_wait(ring.taken(), ring.parity ^ 1);
+      copy_weight(a, ring.place(), block, chunk, ring.filled());
     }
-    copy_box(to, a.x_map, 0, 0, chunk * WARPS_IN, barrier);
-    place.advance();
+    copy_box(ring.place(), a.x_map, 0, 0, chunk * WARPS_IN, ring.filled());
+    ring.advance();
     if (++chunk == shop.walk.chunks) {
       chunk = 0;
       block++;
@@ -238,17 +224,17 @@ DEVICE void multiply_units(const Arguments& a, const Shop& shop, u32 warp, u32 l
   u32 warp_in = warp / WARPS_OUT, warp_out = warp % WARPS_OUT, steps = a.in_features / 64;
   float4* exchange = shop.exchange + (warp_in * FRAGMENTS + warp_out * TILES * ROW_TILES) * 32 + lane;
   Sums sums = {};
-  Place place = {0, 0, 0};
+  Ring ring = shop.ring;
   u32 chunk = shop.begin % shop.walk.chunks, hand_overs = 0;
   for (u32 i = 0; i < shop.count; i++) {
-    barrier_wait(shop.full + 8 * place.slot, place.parity);
+    barrier_wait(ring.filled(), ring.parity);
     Step step;
     bool is_step = chunk * WARPS_IN + warp_in < steps;
-    if (is_step) step.read(shop.memory + place.offset, at, lane);
+    if (is_step) step.read(shop.memory + ring.offset, at, lane);
     __syncwarp();
-    if (lane == 0) barrier_arrive(shop.empty + 8 * place.slot);
+    if (lane == 0) barrier_arrive(ring.taken());
     if (is_step) step.add_to(sums);
-    place.advance();
+    ring.advance();
     if (++chunk < shop.walk.chunks && i < shop.count - 1) continue;
     chunk = 0;
     if (hand_overs) barrier_wait(shop.taken, (hand_overs - 1) & 1);
@@ -335,9 +321,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   shop.exchange = (float4*)(shop.memory + STAGES * STAGE_BYTES);
   u8* barriers = (u8*)shop.exchange + EXCHANGE_BYTES;
   shop.last = (u32*)(barriers + 16 * STAGES + 16);
-  shop.slots = share(shop.memory);
-  shop.full = share(barriers);
-  shop.empty = share(barriers + 8 * STAGES);
+  shop.ring = {share(shop.memory), share(barriers), share(barriers + 8 * STAGES)};
   shop.given = share(barriers + 16 * STAGES);
   shop.taken = share(barriers + 16 * STAGES + 8);
   u32 blocks = (a.a.out_features + 16 * BLOCK_TILES - 1) / (16 * BLOCK_TILES);
@@ -352,8 +336,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   let_next_begin();
   if (thread == 32 * WARPS) {
     for (u32 stage = 0; stage < STAGES; stage++) {
-      barrier_begin(shop.full + 8 * stage, 1);
-      barrier_begin(shop.empty + 8 * stage, WARPS);
+      barrier_begin(shop.ring.full + 8 * stage, 1);
+      barrier_begin(shop.ring.empty + 8 * stage, WARPS);
     }
     barrier_begin(shop.given, WARPS);
     barrier_begin(shop.taken, 1);
@@ -361,8 +345,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     // Weights never change: the first are asked for before the launches that make x are over.
     for (u32 i = 0; i < early; i++) {
       u32 unit = shop.begin + i;
-      copy_weight(a, shop.slots + i * STAGE_BYTES, unit / shop.walk.chunks,
-                  unit % shop.walk.chunks, shop.full + 8 * i);
+      copy_weight(a, shop.ring.memory + i * STAGE_BYTES, unit / shop.walk.chunks,
+                  unit % shop.walk.chunks, shop.ring.full + 8 * i);
     }
     prefetch_map(a.x_map);
   }
