@@ -96,7 +96,7 @@ SHAPES = (
 PROGRAM = """
 import json, sys, time
 import torch
-from halfbyte.quantize.provenance import peak_memory_bytes
+from halfbyte.machine.memory import peak_memory_bytes
 from halfbyte.convert.run import ConversionConfig, convert
 torch.set_num_threads(1)
 started = time.process_time()

@@ -29,9 +29,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from halfbyte.integrations.graph_steps import GraphSteps
 from halfbyte.kernels import torch_reference
 from halfbyte.kernels.contract import LinearSpec
+from halfbyte.machine.facts import installed_versions, machine_facts
 from halfbyte.nn import fusion
 from halfbyte.nn.linear import QuantLinear
-from halfbyte.quantize.provenance import installed_versions, machine_facts
 
 SHAPE = {
     "hidden_size": 4096,

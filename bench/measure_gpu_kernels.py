@@ -34,7 +34,7 @@ from halfbyte.kernels.cuda_linear import CudaConfig
 from halfbyte.kernels.gpu_device import name_architecture
 from halfbyte.kernels.registry import describe_spec
 from halfbyte.kernels.triton_configs import TritonConfig
-from halfbyte.quantize.provenance import installed_versions, machine_facts
+from halfbyte.machine.facts import installed_versions, machine_facts
 
 SHAPES = {
     "8B qkv": (4096, 6144),

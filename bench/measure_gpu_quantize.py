@@ -34,13 +34,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import halfbyte
+from halfbyte.machine.arithmetic import find_fp32_sum_obstacle
+from halfbyte.machine.facts import installed_versions, machine_facts
+from halfbyte.machine.memory import peak_memory_bytes
 from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
 from halfbyte.quantize import run as run_module
 from halfbyte.quantize.block_work import Meter
 from halfbyte.quantize.columns import find_program_obstacle
-from halfbyte.quantize.hardware import find_fp32_sum_obstacle
 from halfbyte.quantize.progress import SilentProgress
-from halfbyte.quantize.provenance import installed_versions, machine_facts, peak_memory_bytes
 from record import Elsewhere, save_result
 
 SHAPES = {

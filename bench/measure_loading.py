@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import halfbyte  # noqa: F401 - registers the loader
 from halfbyte.integrations.speed import measure_apart
-from halfbyte.quantize.provenance import peak_memory_bytes
+from halfbyte.machine.memory import peak_memory_bytes
 from measure_cpu_models import SHAPE, write_gptq
 from record import save_result
 

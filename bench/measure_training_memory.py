@@ -27,11 +27,11 @@ from halfbyte.finetune.config import AdapterConfig
 from halfbyte.finetune.loss import ChunkedLoss
 from halfbyte.finetune.train import attach_adapter
 from halfbyte.kernels.contract import LinearSpec
+from halfbyte.machine.memory import map_large_blocks, release_memory
 from halfbyte.nn.linear import QuantLinear
 from halfbyte.plan.memory import Load
 from halfbyte.plan.shapes import parse_config
 from halfbyte.plan.training import TrainingLoad, plan_training
-from halfbyte.quantize.hardware import map_large_blocks, release_memory
 from record import save_result
 
 CONFIG = LlamaConfig(

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from halfbyte.quantize.provenance import installed_versions, machine_facts
+from halfbyte.machine.facts import installed_versions, machine_facts
 
 RESULTS = Path(__file__).parent / "results"
 

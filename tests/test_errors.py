@@ -39,3 +39,9 @@ def test_missing_extra_says_how_to_install_it():
         "Writing model.gguf needs the Python package 'gguf', which is not installed. "
         'Install it with: pip install "halfbyte[convert]"'
     )
+
+
+def test_first_line_of_somebody_elses_error():
+    assert errors.first_line(ValueError(" a.\nb")) == "a"
+    assert errors.first_line(ValueError("a!\nb")) == "a!"
+    assert errors.first_line(ValueError()) == "ValueError"

@@ -222,7 +222,7 @@ def _measured(function: Callable[..., tuple[Any, str]], *arguments: Any) -> tupl
     threading.Thread(target=_end_with_parent, daemon=True).start()
     from transformers.utils import logging
 
-    from halfbyte.quantize.provenance import peak_memory_bytes
+    from halfbyte.machine.memory import peak_memory_bytes
 
     logging.disable_progress_bar()
     value, note = function(*arguments)

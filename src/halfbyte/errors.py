@@ -97,6 +97,19 @@ class MissingExtraError(HalfbyteError, ImportError):
     """An optional dependency is missing; the message holds the exact install command."""
 
 
+def first_line(error: BaseException) -> str:
+    """Give the first line of an error's message, without its full stop.
+
+    Args:
+        error: Somebody else's, to be told within a message of ours.
+
+    Returns:
+        The line; the error's type where it has none.
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0].strip().rstrip(".") if lines else type(error).__name__
+
+
 def require_extra(module: str, extra: str, purpose: str) -> MissingExtraError:
     """Build the error for a missing optional dependency.
 

@@ -72,10 +72,16 @@ def test_interrupt_exits_with_130(verb, capsys):
     assert capsys.readouterr().err == "halfbyte: Interrupted.\n"
 
 
-def test_defect_keeps_its_traceback(verb):
+@pytest.mark.parametrize("code", [1, 3])
+def test_defect_shows_its_traceback_and_ends_as_the_verb_says(verb, capsys, code):
+    if code != 1:
+        verb.EXIT_ERROR = code
     verb.run = raising(ZeroDivisionError("ours"))
-    with pytest.raises(ZeroDivisionError, match="ours"):
-        cli.main(["try"])
+    assert cli.main(["try"]) == code
+    told = capsys.readouterr().err
+    assert "Traceback" in told
+    assert "ZeroDivisionError: ours" in told
+    assert "a mistake in halfbyte" in told
 
 
 def test_unknown_verb_names_the_nearest(capsys):

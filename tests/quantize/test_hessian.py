@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from halfbyte.quantize.hardware import sums_bf16_in_fp32
+from halfbyte.machine.arithmetic import sums_bf16_in_fp32
 from halfbyte.quantize.hessian import (
     HessianAccumulator,
     factorize,
@@ -80,8 +80,8 @@ def test_units_that_round_before_they_add_are_not_used(monkeypatch: pytest.Monke
     ) -> torch.Tensor:
         return beta * addend + left @ right
 
-    monkeypatch.setattr("halfbyte.quantize.hardware.has_fast_bf16", lambda: True)
-    monkeypatch.setattr("halfbyte.quantize.hardware.torch.addmm", round_first)
+    monkeypatch.setattr("halfbyte.machine.arithmetic.has_fast_bf16", lambda: True)
+    monkeypatch.setattr("halfbyte.machine.arithmetic.torch.addmm", round_first)
     assert not sums_bf16_in_fp32.__wrapped__()
 
 

@@ -14,13 +14,13 @@ from tests.quantize.test_resume import weight_digests
 
 import halfbyte
 from halfbyte.errors import ConfigError
+from halfbyte.machine.memory import limit_device_memory
 from halfbyte.model.stream import _Passage
 from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
 from halfbyte.quantize import run as running
 from halfbyte.quantize import states, token_gradients
 from halfbyte.quantize.attempt import WEIGHTS_FOLDER
 from halfbyte.quantize.gentler import CPU_ALLOCATOR, find_gentler, is_out_of_memory
-from halfbyte.quantize.hardware import limit_device_memory
 from halfbyte.quantize.resources import SMALLEST_HESSIAN_BYTES, RunSettings
 
 CONFIG = QuantConfig(group_size=32)

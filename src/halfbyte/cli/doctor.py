@@ -74,7 +74,7 @@ def examine() -> dict[str, Any]:
     from halfbyte.integrations import autoload
     from halfbyte.kernels.native_library import open_library
     from halfbyte.kernels.registry import KERNELS, ON_REQUEST, load_kernel
-    from halfbyte.quantize.provenance import installed_versions, machine_facts
+    from halfbyte.machine.facts import installed_versions, machine_facts
 
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     return {

@@ -14,6 +14,7 @@ import difflib
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
@@ -192,6 +193,11 @@ def _run(verb: Verb, args: argparse.Namespace) -> int:
             err_console.print_exception()
         _print_error(str(error))
         return _error_code(verb, EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILURE)
+    except Exception:
+        # The code stays the verb's own: 1 of `compare` is a verdict.
+        traceback.print_exc()
+        _print_error("This is a mistake in halfbyte. Please report it with the lines above.")
+        return _error_code(verb, EXIT_FAILURE)
 
 
 def _error_code(verb: Verb, usual: int) -> int:

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from halfbyte.data import evaluation_text
-from halfbyte.errors import ConfigError, ModelError
+from halfbyte.errors import ConfigError, ModelError, first_line
 from halfbyte.evaluate.windows import DEFAULT_WINDOW, Windows, split_windows, tokenize_text
+from halfbyte.machine.devices import resolve_device
+from halfbyte.run_config import DTYPES
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 """A folder with one of these has a tokenizer."""
-
-COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +62,7 @@ def open_subject(
     *,
     tokenizer: Any = None,
     dtype: str | torch.dtype = "auto",
-    device: str = "auto",
+    device: str | torch.device = "auto",
 ) -> Subject:
     """Take a loaded model as it is, or load one from a folder.
 
@@ -76,7 +76,7 @@ def open_subject(
         The model, in evaluation mode, with its tokenizer.
 
     Raises:
-        ConfigError: dtype or device is none that torch knows.
+        ConfigError: dtype is none that torch knows, or there is no such device.
         ModelError: The folder is none, or Transformers cannot load it; says why.
     """
     if not isinstance(model, str | Path):
@@ -89,7 +89,7 @@ def open_subject(
             f"Cannot load the model '{folder}': {found}. Give a folder that save_pretrained or "
             "halfbyte wrote, or a downloaded Hugging Face repository."
         )
-    place = _resolve_device(device)
+    place = resolve_device(device)
     return Subject(
         name=str(folder),
         model=_load_model(folder, _resolve_dtype(dtype, place), place),
@@ -117,7 +117,7 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
-            f"Cannot load the tokenizer of '{folder}': {first_line(error)} Copy the tokenizer "
+            f"Cannot load the tokenizer of '{folder}': {first_line(error)}. Copy the tokenizer "
             "files of the original model into the folder."
         ) from error
 
@@ -195,13 +195,6 @@ def check_same_tokenizer(
     )
 
 
-def first_line(error: BaseException) -> str:
-    """Give the first line of an error's message, ended by a full stop."""
-    lines = str(error).strip().splitlines()
-    line = lines[0].strip() if lines else type(error).__name__
-    return line if line.endswith((".", "!", "?")) else line + "."
-
-
 def _load_model(folder: Path, dtype: torch.dtype | str, device: torch.device) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -214,21 +207,10 @@ def _load_model(folder: Path, dtype: torch.dtype | str, device: torch.device) ->
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(
-            f"Cannot load the model '{folder}' through Transformers: {first_line(error)} "
+            f"Cannot load the model '{folder}' through Transformers: {first_line(error)}. "
             "Check that the folder is complete and holds a causal language model."
         ) from error
     return model.eval()
-
-
-def _resolve_device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        return torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"device is '{device}', which torch does not know. Use auto, cpu or cuda:0."
-        ) from error
 
 
 def _resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype | str:
@@ -237,10 +219,9 @@ def _resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtyp
         return dtype
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
-    if dtype not in COMPUTE_DTYPES:
+    if dtype not in DTYPES:
         raise ConfigError(
-            f"dtype is '{dtype}'; allowed are auto, {', '.join(COMPUTE_DTYPES)}. "
-            "Use auto if unsure."
+            f"dtype is '{dtype}'; allowed are {', '.join(DTYPES)}. Use auto if unsure."
         )
     resolved: torch.dtype = getattr(torch, dtype)
     return resolved

@@ -10,7 +10,9 @@ import torch
 from halfbyte.errors import ConfigError, ModelError
 from halfbyte.evaluate.loading import Subject, open_subject
 from halfbyte.finetune.config import TrainConfig
-from halfbyte.quantize.hardware import has_fast_bf16, map_large_blocks, release_memory
+from halfbyte.machine.arithmetic import has_fast_bf16
+from halfbyte.machine.devices import resolve_device
+from halfbyte.machine.memory import map_large_blocks, release_memory
 
 PROBE_TOKENS = 8
 
@@ -27,12 +29,13 @@ def open_base(folder: Path, config: TrainConfig) -> Subject:
 
     Raises:
         ModelError: It has no tokenizer.
-        ConfigError: It takes no sequences that long, or the optimizer's package is missing.
+        ConfigError: It takes no sequences that long, there is no such device, or the optimizer's
+            package is missing.
     """
     _check_optimizer(config)
     dtype = config.dtype
-    device = config.device
-    on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    device = resolve_device(config.device)
+    on_cpu = device.type == "cpu"
     if dtype == "auto":
         dtype = "bfloat16" if not on_cpu or has_fast_bf16() else "float32"
     if on_cpu:

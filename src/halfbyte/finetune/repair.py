@@ -31,13 +31,14 @@ from halfbyte.evaluate.loading import open_subject
 from halfbyte.finetune.adapter import attach_adapter, require_peft
 from halfbyte.finetune.config import AdapterConfig
 from halfbyte.finetune.merge import stored_dtype
+from halfbyte.machine.devices import resolve_device
 from halfbyte.nn.linear import QuantLinear
 from halfbyte.nn.replace import quantized_linears
 from halfbyte.quant_config import CalibrationConfig
 from halfbyte.quantize.calibration import load_calibration
 from halfbyte.quantize.calibration_source import CalibrationSource
 from halfbyte.quantize.hessian import HessianAccumulator
-from halfbyte.quantize.source import check_device, find_model
+from halfbyte.quantize.source import find_model
 
 SMALLEST = 1e-6
 """Share of the largest eigenvalue below which a direction of the input counts as this much.
@@ -105,7 +106,7 @@ def repair(
     start, target = time.monotonic(), Path(output)
     adapter = AdapterConfig(rank=rank, alpha=float(rank), dropout=0.0)
     check_new_folder(target)
-    check_device(device)
+    resolve_device(device)
     folder, source = find_model(base), find_model(original)
     quantized = open_subject(folder, dtype=stored_dtype(folder), device=device)
     dense = open_subject(source, dtype=stored_dtype(source), device=device)

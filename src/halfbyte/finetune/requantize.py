@@ -33,9 +33,9 @@ from halfbyte.finetune.judging import (
     score_task,
 )
 from halfbyte.finetune.merge import merge, stored_dtype
+from halfbyte.machine.memory import release_memory
 from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
 from halfbyte.quantize.calibration import load_calibration
-from halfbyte.quantize.hardware import release_memory
 from halfbyte.quantize.pipeline import quantize
 from halfbyte.quantize.progress import Progress
 from halfbyte.quantize.source import find_model

@@ -35,9 +35,10 @@ from halfbyte.finetune.groups import all_constant, hold_constant, settle
 from halfbyte.finetune.progress import SilentTrainProgress, TrainProgress
 from halfbyte.finetune.report import REPORT_FILE, TrainReport, save_report
 from halfbyte.finetune.trainer import make_trainer, read_history
+from halfbyte.machine.facts import installed_versions, machine_facts
+from halfbyte.machine.memory import peak_memory_bytes
 from halfbyte.quantize.fingerprint import fingerprint_model
 from halfbyte.quantize.journal import Journal
-from halfbyte.quantize.provenance import installed_versions, machine_facts, peak_memory_bytes
 from halfbyte.quantize.source import check_output, find_model
 
 STEPS_FOLDER = "steps"

@@ -27,6 +27,7 @@ import torch
 from halfbyte.checkpoint.layout import CONFIG_FILES
 from halfbyte.errors import ConfigError
 from halfbyte.integrations.auto_gptq_config import BaseQuantizeConfig, tell_ignored
+from halfbyte.machine.devices import resolve_device
 from halfbyte.quant_config import CalibrationConfig, ResourceConfig
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class AutoGPTQForCausalLM:
 
         if flags:
             tell_ignored("from_quantized", flags)
-        placement: dict[str, Any] = {"device": None if device_map else _resolve_device(device)}
+        placement: dict[str, Any] = {"device": None if device_map else _find_device(device)}
         if device_map:
             placement = {"device_map": device_map, "max_memory": max_memory}
         model = load(
@@ -350,7 +351,7 @@ class AutoGPTQForCausalLM:
         from halfbyte.integrations.load import load
 
         if self.quantized:
-            return load(self.source, device=_resolve_device(None))
+            return load(self.source, device="auto")
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.source, **self._settings)
         return model
 
@@ -360,16 +361,11 @@ def _rename_dtype(settings: dict[str, Any]) -> dict[str, Any]:
     return {("dtype" if key == "torch_dtype" else key): value for key, value in settings.items()}
 
 
-def _resolve_device(device: str | int | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    wanted = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    if wanted.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            f"Cannot load the model on {wanted}: torch {torch.__version__} sees no GPU here. "
-            "Use device='cpu'."
-        )
-    return wanted
+def _find_device(device: str | int | torch.device | None) -> torch.device:
+    """AutoGPTQ takes a GPU's number too."""
+    if isinstance(device, int):
+        device = f"cuda:{device}"
+    return resolve_device("auto" if device is None else device)
 
 
 def _num_tokens(example: Any) -> int:

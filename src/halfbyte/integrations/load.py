@@ -14,7 +14,8 @@ from halfbyte.checkpoint.layout import METHOD
 from halfbyte.errors import CheckpointError, ConfigError
 from halfbyte.integrations.activations import round_activations
 from halfbyte.integrations.autoload import install
-from halfbyte.quantize.hardware import has_fast_bf16
+from halfbyte.machine.arithmetic import has_fast_bf16
+from halfbyte.machine.devices import resolve_device
 
 
 def load(
@@ -36,7 +37,7 @@ def load(
     Args:
         model: A folder, or the name of a repository on the Hub.
         dtype: To compute in; "auto": as ``config.json`` says.
-        device: Everything on this one device.
+        device: Everything on this one device; "auto": the first GPU, or the CPU.
         device_map: As Transformers takes it; not together with ``device``.
         activations: "int8": on a CPU, quantized layers round their input to 8 bits, group by
             group: faster where arithmetic takes the time, and less exact
@@ -49,7 +50,7 @@ def load(
 
     Raises:
         CheckpointError: The folder is none, is no GPTQ checkpoint, or is damaged.
-        ConfigError: No layer can take such activations.
+        ConfigError: There is no such device, or no layer can take such activations.
     """
     install()
     folder = Path(model)
@@ -62,7 +63,7 @@ def load(
     if folder.is_dir() and getattr(config, "quantization_config", None) is None:
         config.quantization_config = {"quant_method": METHOD, **read_labels(folder).raw}
     if device is not None:
-        device_map = {"": device}
+        device_map = {"": resolve_device(device)}
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         model,
         config=config,
@@ -91,23 +92,22 @@ def load_model(
         The model, in evaluation mode.
 
     Raises:
-        ConfigError: There is no such folder, or no layer can take such activations.
+        ConfigError: There is no such folder or device, or no layer can take such activations.
     """
     if not (folder / "config.json").is_file():
         raise ConfigError(f"'{folder}' is no model folder: it has no config.json.")
     # Its bar for reading a file would come in between.
     logging.disable_progress_bar()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "auto" and device == "cpu":
+    place = resolve_device(device)
+    if dtype == "auto" and place.type == "cpu":
         dtype = "bfloat16" if has_fast_bf16() else "float32"
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     config = AutoConfig.from_pretrained(folder)
     # Old checkpoints have their quantization config in a file of its own.
     if getattr(config, "quantization_config", None) or (folder / "quantize_config.json").is_file():
-        return load(folder, dtype=kind, device=device, activations=activations)
+        return load(folder, dtype=kind, device=place, activations=activations)
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=kind, device_map={"": device}
+        folder, dtype=kind, device_map={"": place}
     )
     round_activations(loaded, activations)
     return loaded

@@ -16,7 +16,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 
 from halfbyte.errors import ConfigError
@@ -24,6 +23,7 @@ from halfbyte.evaluate.divergence import DivergenceResult
 from halfbyte.integrations.activations import measure_rounding
 from halfbyte.integrations.generation import Generator, Sampling, Timing
 from halfbyte.kernels.native_library import open_library
+from halfbyte.machine.memory import resident_memory_bytes
 from halfbyte.nn.linear import QuantLinear
 
 READ_BYTES = 256 * 2**20
@@ -117,7 +117,7 @@ def measure_speed(
     known = [rate for rate in memory_rates if rate is not None]
     return SpeedResult(
         load_seconds=load_seconds,
-        memory_bytes=psutil.Process().memory_info().rss,
+        memory_bytes=resident_memory_bytes(),
         prompt_tokens=prompt_tokens,
         prompt_rate=statistics.median(timing.prompt_rate for timing in timings),
         first_token_seconds=statistics.median(timing.prompt_seconds for timing in timings),

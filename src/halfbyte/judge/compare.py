@@ -15,11 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from halfbyte.checkpoint.identity import digest_all, digest_files
-from halfbyte.errors import ConfigError
-from halfbyte.evaluate.loading import first_line, load_tokenizer, open_subject
+from halfbyte.errors import ConfigError, first_line
+from halfbyte.evaluate.loading import load_tokenizer, open_subject
 from halfbyte.judge.answers import Respondent
 from halfbyte.judge.builtin_tasks import builtin_tasks
 from halfbyte.judge.checks import PythonCheck
@@ -33,8 +31,8 @@ from halfbyte.judge.fidelity import compare_candidate, predict_base
 from halfbyte.judge.interview import Interview
 from halfbyte.judge.layers import LayerErrors, keep_base_layers, measure_layers
 from halfbyte.judge.local_model import LocalModel, unpack_reference_linears
-from halfbyte.judge.meter import MemoryMeter, release_memory
-from halfbyte.judge.model_cache import ModelCache, default_cache
+from halfbyte.judge.meter import MemoryMeter
+from halfbyte.judge.model_cache import ModelCache
 from halfbyte.judge.profile import plan_for
 from halfbyte.judge.questions import (
     Passage,
@@ -46,6 +44,9 @@ from halfbyte.judge.questions import (
 from halfbyte.judge.remote_model import RemoteModel, is_address
 from halfbyte.judge.sides import CompareConfig, Side, Work
 from halfbyte.judge.tasks import Item
+from halfbyte.machine.cache import cache_folder
+from halfbyte.machine.devices import resolve_device
+from halfbyte.machine.memory import release_memory
 from halfbyte.plan.shapes import read_shapes
 
 MEMORY_SAMPLE_SECONDS = 0.05
@@ -92,7 +93,7 @@ def compare(
     """
     config = config or CompareConfig()
     tell = progress or (lambda what, done, total: None)
-    root = Path(cache) if cache is not None else default_cache()
+    root = Path(cache) if cache is not None else cache_folder() / "judge"
     sides = [
         _open_side(root, str(name), config, fresh=fresh)
         for name, fresh in ((base, is_address(str(base)) and not resume), (candidate, not resume))
@@ -104,7 +105,7 @@ def compare(
     functions = functions or {}
     compared: tuple[Any, LayerErrors | None] = (None, None)
     for side, against in ((sides[0], None), (sides[1], sides[0])):
-        release_memory()
+        release_memory(resolve_device(config.device))
         with MemoryMeter().watch(MEMORY_SAMPLE_SECONDS) as seen:
             compared = _run_side(side, work, config, tell, against=against)
         _with_memory(side, work, config, max(seen()))
@@ -118,14 +119,10 @@ def _open_side(root: Path, name: str, config: CompareConfig, *, fresh: bool) -> 
     folder = Path(name)
     if not (folder / "config.json").is_file():
         open_subject(folder)  # raises with the reason
-    device = config.device if config.device != "auto" else _auto_device()
+    device = resolve_device(config.device).type
     files = digest_files(folder)
-    key = f"{digest_all(files)[:32]}-{config.dtype}-{device.partition(':')[0]}"
+    key = f"{digest_all(files)[:32]}-{config.dtype}-{device}"
     return Side(name=name, cache=ModelCache(root, key, fresh=fresh), files=files)
-
-
-def _auto_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _prepare(
@@ -190,7 +187,7 @@ def _longest(local: list[Side], config: CompareConfig, notes: list[str]) -> int 
             values = AutoConfig.from_pretrained(side.name, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(
-                f"Cannot read the config of '{side.name}': {first_line(error)}"
+                f"Cannot read the config of '{side.name}': {first_line(error)}."
             ) from error
         limit = getattr(values.get_text_config(), "max_position_embeddings", None)
         limits += [limit] if isinstance(limit, int) and limit > 0 else []
@@ -292,7 +289,7 @@ def _with_memory(side: Side, work: Work, config: CompareConfig, peak: int) -> No
         asked if batch else max(read, odd),
         1,
         work.dtypes.get(side.name, "float32"),
-        "cpu" if _auto_device() == "cpu" else config.device,
+        resolve_device(config.device).type,
         unpacked=side.name in work.unpacked,
     )
     side.cost = replace(

@@ -24,7 +24,7 @@ from halfbyte.judge.sides import CompareConfig, Side, Work
 from halfbyte.judge.statistics import count_flips
 from halfbyte.judge.tasks import Item
 from halfbyte.judge.verdict import Evidence, Margins, SliceResult, decide, measure_slice
-from halfbyte.quantize.provenance import installed_versions, machine_facts
+from halfbyte.machine.facts import installed_versions, machine_facts
 
 EXAMPLES_SHOWN = 20
 

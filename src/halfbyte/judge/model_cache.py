@@ -13,7 +13,6 @@ folder with other bytes, has another place.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,12 +25,6 @@ from torch.nn import functional
 from halfbyte.checkpoint.atomic import write_atomically
 from halfbyte.judge.answers import AnswerFile
 from halfbyte.judge.local_model import LocalModel, Prediction
-
-
-def default_cache() -> Path:
-    """Give the folder for answers and predictions: ``$XDG_CACHE_HOME/halfbyte/judge``."""
-    root = os.environ.get("XDG_CACHE_HOME", "").strip()
-    return (Path(root) if root else Path.home() / ".cache") / "halfbyte" / "judge"
 
 
 class ModelCache:

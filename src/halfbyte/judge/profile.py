@@ -20,7 +20,8 @@ from torch import Tensor
 
 from halfbyte.errors import ConfigError, ModelError
 from halfbyte.evaluate.loading import Subject, load_tokenizer, open_subject
-from halfbyte.judge.meter import MemoryMeter, release_memory
+from halfbyte.judge.meter import MemoryMeter
+from halfbyte.machine.memory import release_memory
 from halfbyte.model.blocks import build_skeleton
 from halfbyte.model.weights import load_model_config
 from halfbyte.plan.memory import (
@@ -217,7 +218,7 @@ def _run(
     program = meter.now()
     with meter.watch() as loading:
         subject = open_subject(Path(folder), dtype=dtype, device=device)
-        release_memory()
+        release_memory(subject.input_device)
     weights = sum(t.untyped_storage().nbytes() for t in _weights(subject.model))
     generator = torch.Generator().manual_seed(SEED)
     prompt = torch.randint(0, vocabulary, (requests, context - new_tokens), generator=generator)

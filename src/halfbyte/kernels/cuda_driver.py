@@ -16,7 +16,6 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
-import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping
@@ -27,6 +26,7 @@ from pathlib import Path
 import torch
 
 from halfbyte.errors import KernelUnavailable
+from halfbyte.machine.cache import cache_folder
 
 OPTIONS = ("--std=c++17", "--use_fast_math")
 
@@ -74,18 +74,12 @@ def compile_source(source: str, definitions: Mapping[str, int], architecture: st
         *(f"-D{name}={value}" for name, value in sorted(definitions.items())),
     ]
     key = "\n".join([source, *options, str(find_nvrtc_version(nvrtc))])
-    path = find_cache() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
+    path = cache_folder() / "kernels" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
     if path.is_file():
         return path.read_bytes()
     cubin = _compile(nvrtc, source, options)
     _keep(path, cubin)
     return cubin
-
-
-def find_cache() -> Path:
-    """Give the folder of compiled kernels: ``halfbyte/kernels`` in the user's cache folder."""
-    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(root) / "halfbyte" / "kernels"
 
 
 def _keep(path: Path, cubin: bytes) -> None:

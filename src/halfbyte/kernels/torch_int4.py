@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from halfbyte.errors import first_line
 from halfbyte.kernels.contract import LinearSpec, Operands
 from halfbyte.packing import pack_codes, unpack_codes, unpack_zeros
 
@@ -224,7 +225,7 @@ def _find_layout() -> tuple[tuple[int, bool], str | None]:
     try:
         packed = _pack(codes)
     except RuntimeError as error:
-        return unknown, f"torch cannot pack: {str(error).splitlines()[0]}"
+        return unknown, f"torch cannot pack: {first_line(error)}"
     for block in (64, 32, 16):
         for halves in (True, False):
             if torch.equal(_unpack_as(packed, block, halves).t(), codes.to(torch.uint8)):

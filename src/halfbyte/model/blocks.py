@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
-from halfbyte.errors import ModelError
+from halfbyte.errors import ModelError, first_line
 from halfbyte.model.experts import UnfusedExperts
 
 
@@ -77,7 +77,7 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
     except ValueError as error:
         raise ModelError(
             f"Transformers cannot build a causal language model of type '{config.model_type}': "
-            f"{str(error).splitlines()[0]}"
+            f"{first_line(error)}."
         ) from error
     for name, parameter in model.named_parameters():
         # What Transformers keeps in fp32 whatever the model's type (routers' biases, …).

@@ -25,7 +25,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from halfbyte.checkpoint.shards import TensorFiles, TensorInfo
-from halfbyte.errors import CheckpointError, ModelError
+from halfbyte.errors import CheckpointError, ModelError, first_line
 from halfbyte.model.blocks import Blocks, build_skeleton, find_blocks
 from halfbyte.model.naming import Renaming
 from halfbyte.model.renaming import align_renamings
@@ -54,7 +54,7 @@ def load_model_config(folder: Path) -> PretrainedConfig:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise ModelError(
-            f"Cannot read the configuration in {folder}: {str(error).splitlines()[0]} "
+            f"Cannot read the configuration in {folder}: {first_line(error)}. "
             "Only models that Transformers knows are supported; a repository's code is never run."
         ) from error
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from halfbyte.checkpoint.checksums import ShardDigest
+from halfbyte.machine.facts import installed_versions, machine_facts
+from halfbyte.machine.memory import peak_memory_bytes
 from halfbyte.model.stream import BlockStream
 from halfbyte.model.weights import ModelWeights
 from halfbyte.quant_config import QuantConfig
@@ -43,7 +45,6 @@ from halfbyte.quantize.probe import (
     measure_quality,
 )
 from halfbyte.quantize.progress import Progress
-from halfbyte.quantize.provenance import installed_versions, machine_facts, peak_memory_bytes
 from halfbyte.quantize.reload import check_bytes, check_outputs
 from halfbyte.quantize.report import (
     CalibrationReport,

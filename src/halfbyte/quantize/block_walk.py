@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from halfbyte.machine.memory import release_memory
 from halfbyte.model.stream import Passages
 from halfbyte.quantize.block_plan import plan_tasks
 from halfbyte.quantize.block_shard import gather_block
 from halfbyte.quantize.block_tuning import TuningData, tune_rounded
 from halfbyte.quantize.block_work import BlockWork, LoadBatch
 from halfbyte.quantize.block_writer import BlockWriter
-from halfbyte.quantize.hardware import release_memory
 from halfbyte.quantize.journal import Journal
 from halfbyte.quantize.probe import Probe
 from halfbyte.quantize.report import SkippedModule

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from halfbyte.machine.memory import release_memory
 from halfbyte.model.blocks import (
     Stage,
     find_stages,
@@ -33,7 +34,6 @@ from halfbyte.quantize.block_inputs import (
     finish_statistics,
     is_starved,
 )
-from halfbyte.quantize.hardware import release_memory
 from halfbyte.quantize.hessian import HessianAccumulator
 from halfbyte.quantize.meter import Meter
 from halfbyte.quantize.rounding import LinearTask, RoundedLinear, round_group

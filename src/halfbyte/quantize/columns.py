@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from halfbyte.errors import first_line
 from halfbyte.kernels.triton_linear import find_triton_obstacle
-from halfbyte.quantize.hardware import first_line_of
 
 PROGRAM_ROWS = 8
 """Output rows of one program: few, so that there are programs for every multiprocessor."""
@@ -146,7 +146,7 @@ def find_program_obstacle(device: torch.device) -> str | None:
             start.clone(), start, found, errors, feedback.to(device), start, there, groups, False
         )
     except Exception as error:  # noqa: BLE001 - what stops Triton must not stop a run without it
-        return first_line_of(error)
+        return f"{type(error).__name__}: {first_line(error)}"
     differing = float((found.cpu() != expected).float().mean())
     return None if differing < 0.01 else f"{differing:.0%} of its codes are others than the loop's"
 

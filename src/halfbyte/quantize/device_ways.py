@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from halfbyte.machine.arithmetic import find_fp32_sum_obstacle
 from halfbyte.quantize import columns, grid
-from halfbyte.quantize.hardware import find_fp32_sum_obstacle
 
 
 def find_slow_ways(device: torch.device, dtype: torch.dtype, *, symmetric: bool) -> list[str]:

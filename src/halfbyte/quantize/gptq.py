@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from halfbyte.machine.arithmetic import fast_copy
 from halfbyte.quantize.columns import Steps, round_columns
 from halfbyte.quantize.grid import Grid, min_max_grid
-from halfbyte.quantize.hardware import fast_copy
 from halfbyte.quantize.hessian import Factor
 
 BLOCK_COLUMNS = 128

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from halfbyte.errors import first_line
 from halfbyte.kernels.triton_linear import find_triton_obstacle
 from halfbyte.quant_config import PER_CHANNEL
-from halfbyte.quantize.hardware import first_line_of
 
 SMALLEST_SCALE = 1e-5
 COARSE_STEPS = 16
@@ -325,7 +325,7 @@ def find_program_obstacle(device: torch.device, symmetric: bool) -> str | None:
     try:
         scales, zeros = _run_program(grouped.to(device), weights.to(device), 4, symmetric)
     except Exception as problem:  # noqa: BLE001 - what stops Triton must not stop a run without it
-        return first_line_of(problem)
+        return f"{type(problem).__name__}: {first_line(problem)}"
     found = Grid(bits=4, scales=scales.cpu(), zeros=zeros.cpu(), g_idx=g_idx)
     losses = []
     for grid in (found, expected):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from halfbyte.quantize.hardware import find_fp32_sum_obstacle, sums_bf16_in_fp32
+from halfbyte.machine.arithmetic import find_fp32_sum_obstacle, sums_bf16_in_fp32
 
 DEAD_RATIO = 1e-10
 """A column whose mean square is below this fraction of the largest never carried a signal."""

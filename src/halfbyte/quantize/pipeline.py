@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from halfbyte.machine.devices import resolve_device
 from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
 from halfbyte.quantize.calibration_source import CalibrationSource
 from halfbyte.quantize.journal import Journal
@@ -17,7 +18,6 @@ from halfbyte.quantize.progress import Progress, SilentProgress
 from halfbyte.quantize.report import QuantizationReport, load_report
 from halfbyte.quantize.run import Run
 from halfbyte.quantize.source import (
-    check_device,
     check_output,
     check_same_options,
     find_model,
@@ -65,7 +65,7 @@ def quantize(
         finished = load_report(target)
         check_same_options(finished, config or QuantConfig())
         return finished
-    device = check_device((resources or ResourceConfig()).device)
+    device = resolve_device((resources or ResourceConfig()).device)
     target.mkdir(parents=True, exist_ok=True)
     progress = progress or SilentProgress()
     with Journal(target) as journal, torch.no_grad():

@@ -16,7 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from halfbyte.quantize.provenance import resident_memory_bytes
+from halfbyte.machine.memory import resident_memory_bytes
 from halfbyte.quantize.report import ModuleReport
 from halfbyte.units import format_bytes, format_error, format_seconds
 
@@ -163,9 +163,7 @@ class PlainProgress:
             f"worst {worst.kind} {format_error(worst.relative_error)}",
             format_seconds(time.monotonic() - self._block_start),
         ]
-        memory = resident_memory_bytes()
-        if memory is not None:
-            parts.append(format_bytes(memory))
+        parts.append(format_bytes(resident_memory_bytes()))
         if position.seconds_left is not None:
             parts.append(f"{format_seconds(position.seconds_left)} left")
         self._print(", ".join(parts))
@@ -223,9 +221,7 @@ class LiveProgress:
         facts = [f"{format_seconds(position.elapsed)} elapsed"]
         if position.seconds_left is not None:
             facts.append(f"{format_seconds(position.seconds_left)} left")
-        memory = resident_memory_bytes()
-        if memory is not None:
-            facts.append(format_bytes(memory))
+        facts.append(format_bytes(resident_memory_bytes()))
         total = position.num_blocks
         if position.tuning is not None:
             done, total, kl, best = position.tuning

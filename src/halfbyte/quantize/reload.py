@@ -20,11 +20,11 @@ from halfbyte.checkpoint.read import Checkpoint, open_checkpoint
 from halfbyte.checkpoint.shards import TensorFiles
 from halfbyte.errors import CheckpointError, VerificationError
 from halfbyte.kernels.torch_reference import TorchReference
+from halfbyte.machine.memory import release_memory
 from halfbyte.model.stream import BlockStream
 from halfbyte.model.weights import ModelWeights
 from halfbyte.nn.model_loading import collect_linears, untie
 from halfbyte.nn.replace import quantized_linears, replace_linears
-from halfbyte.quantize.hardware import release_memory
 from halfbyte.quantize.probe import KEPT_LOGITS, Probe, Trail, run_tail
 from halfbyte.quantize.rounding import weight_checksum
 

@@ -26,6 +26,7 @@ from halfbyte.checkpoint.companions import copy_companions
 from halfbyte.checkpoint.new_folder import check_new_folder
 from halfbyte.checkpoint.write import shard_name, write_index, write_json, write_shard
 from halfbyte.errors import ModelError
+from halfbyte.machine.devices import resolve_device
 from halfbyte.model.blocks import linear_weight, set_linear_weight
 from halfbyte.model.residual import ResidualRoles, find_roles
 from halfbyte.model.stream import BlockStream
@@ -33,7 +34,7 @@ from halfbyte.model.weights import ModelWeights, map_tensor
 from halfbyte.quantize.block_work import cast_block, split_experts
 from halfbyte.quantize.head import head_name
 from halfbyte.quantize.rotation import Rotation
-from halfbyte.quantize.source import check_device, find_model
+from halfbyte.quantize.source import find_model
 from halfbyte.version import __version__
 
 ROTATION_FILE = "rotation.json"
@@ -100,7 +101,7 @@ def rotate(
     source, target = find_model(model), Path(output)
     check_new_folder(target)
     with torch.no_grad():
-        return _Turning(str(model), source, target, seed, check_device(device)).run(on_block)
+        return _Turning(str(model), source, target, seed, resolve_device(device)).run(on_block)
 
 
 @dataclass(slots=True)

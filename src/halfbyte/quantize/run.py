@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from halfbyte.machine.memory import limit_device_memory, release_memory
 from halfbyte.model.weights import ModelWeights
 from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
 from halfbyte.quantize.attempt import WEIGHTS_FOLDER, Attempt, RunTask
@@ -22,7 +23,6 @@ from halfbyte.quantize.calibration_source import CalibrationSource
 from halfbyte.quantize.device_ways import find_slow_ways
 from halfbyte.quantize.fingerprint import fingerprint_model
 from halfbyte.quantize.gentler import explain_no_way, find_gentler, is_out_of_memory
-from halfbyte.quantize.hardware import limit_device_memory, release_memory
 from halfbyte.quantize.journal import Journal
 from halfbyte.quantize.meter import Meter
 from halfbyte.quantize.probe import Probe

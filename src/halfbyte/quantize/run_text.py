@@ -11,6 +11,7 @@ import hashlib
 from pathlib import Path
 
 from halfbyte.evaluate.loading import load_tokenizer
+from halfbyte.machine.memory import release_memory
 from halfbyte.model.weights import ModelWeights
 from halfbyte.quant_config import CalibrationConfig
 from halfbyte.quantize.calibration import (
@@ -20,7 +21,6 @@ from halfbyte.quantize.calibration import (
 )
 from halfbyte.quantize.calibration_source import CalibrationSource
 from halfbyte.quantize.fingerprint import fingerprint_model
-from halfbyte.quantize.hardware import release_memory
 from halfbyte.quantize.journal import KEPT_PREFIX
 from halfbyte.quantize.meter import Meter
 from halfbyte.quantize.probe import Probe, make_probe

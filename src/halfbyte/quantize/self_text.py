@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from halfbyte.checkpoint.atomic import write_atomically
-from halfbyte.errors import ModelError
-from halfbyte.evaluate.loading import Subject, first_line, open_subject
+from halfbyte.errors import ModelError, first_line
+from halfbyte.evaluate.loading import Subject, open_subject
 from halfbyte.quant_config import CalibrationConfig
 
 SELF = "self"
@@ -93,7 +93,7 @@ def _write(subject: Subject, count: int, length: int) -> Tensor:
         )
     except RuntimeError as error:
         raise ModelError(
-            f"{subject.name} cannot write text in {subject.dtype_name}: {first_line(error)} Look "
+            f"{subject.name} cannot write text in {subject.dtype_name}: {first_line(error)}. Look "
             "for damaged weights, or compute in float32."
         ) from error
     assert isinstance(found, Tensor)

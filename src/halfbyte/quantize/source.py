@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
-from halfbyte.errors import ConfigError, JournalError, ModelError
+from halfbyte.errors import ConfigError, JournalError, ModelError, first_line
 from halfbyte.model.blocks import quantizable_linears
 from halfbyte.model.experts import find_fused_experts
 from halfbyte.model.weights import ModelWeights
@@ -46,7 +44,7 @@ def find_model(model: str | Path) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"There is no folder {model}, and it cannot be fetched from the Hugging Face Hub: "
-            f"{str(error).splitlines()[0].rstrip('.')}. Check the name, the network and your "
+            f"{first_line(error)}. Check the name, the network and your "
             "access."
         ) from error
 
@@ -102,29 +100,6 @@ def check_same_options(report: QuantizationReport, config: QuantConfig) -> None:
             f"The run in {report.output} is complete and was made with other options "
             f"({differences}). Choose another output folder."
         )
-
-
-def check_device(name: str) -> torch.device:
-    """Give a device that is there.
-
-    Args:
-        name: Such as "cpu", "cuda" or "cuda:1".
-
-    Returns:
-        The device.
-
-    Raises:
-        ConfigError: There is no such device.
-    """
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"device is '{name}', which this machine or this torch does not have: "
-            f"{str(error).splitlines()[0].rstrip('.')}. Use cpu."
-        ) from error
-    return device
 
 
 def check_something_to_do(weights: ModelWeights, config: QuantConfig) -> None:

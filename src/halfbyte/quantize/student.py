@@ -19,12 +19,12 @@ from transformers.pytorch_utils import Conv1D
 
 from halfbyte.checkpoint.layout import FORMAT_V1, ZERO_OFFSETS
 from halfbyte.checkpoint.shards import read_shard
+from halfbyte.machine.memory import release_memory
 from halfbyte.model.blocks import quantizable_linears
 from halfbyte.model.weights import ModelWeights
 from halfbyte.packing import unpack_weight, unpack_zeros
 from halfbyte.quantize.block_work import cast_block, split_experts
 from halfbyte.quantize.grid import Grid, round_to_stored, sum_groups
-from halfbyte.quantize.hardware import release_memory
 
 
 @dataclass(slots=True)

@@ -21,6 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from halfbyte.machine.memory import release_memory
 from halfbyte.model.blocks import InputGroup
 from halfbyte.model.chain import BlockChain
 from halfbyte.model.stream import BlockStream
@@ -31,7 +32,6 @@ from halfbyte.quantize.block_plan import plan_tasks
 from halfbyte.quantize.block_work import BlockWork
 from halfbyte.quantize.gptq import solve
 from halfbyte.quantize.grid import assign_groups, search_grid
-from halfbyte.quantize.hardware import release_memory
 from halfbyte.quantize.hessian import HessianAccumulator, factorize, shrink_to_diagonal
 from halfbyte.quantize.resources import BACKWARD_TOKENS
 from halfbyte.quantize.rounding import LinearTask

@@ -15,10 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
-import psutil
-
 from halfbyte.errors import require_extra
-from halfbyte.quantize.provenance import peak_memory_bytes
+from halfbyte.machine.memory import peak_memory_bytes, resident_memory_bytes
 from halfbyte.serve.exchange import Backend
 from halfbyte.serve.routing.attempt import Route
 from halfbyte.serve.watch.observation import Observation, Seen
@@ -240,7 +238,7 @@ class Metrics:
             "weights": sum(load.weight_bytes for load in loads),
             "cache": sum(load.cache_bytes for load in loads),
             "cache_used": sum(load.cache_used_bytes for load in loads),
-            "process": psutil.Process().memory_info().rss,
+            "process": resident_memory_bytes(),
             "process_peak": peak_memory_bytes(),
         }
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import uuid
 from pathlib import Path
 
 from halfbyte.checkpoint.identity import digest_file
 from halfbyte.errors import StoreError
+from halfbyte.machine.cache import cache_folder
 from halfbyte.store.backend import TEMPORARY, FolderBackend
 from halfbyte.store.blobs import blob_key
 from halfbyte.store.store import SHORT, Store
@@ -50,15 +50,6 @@ def checkout(store: Store, reference: str, output: Path | None = None) -> Path:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return output
-
-
-def cache_folder() -> Path:
-    """Give the folder in which versions out of buckets are kept: a version's content never changes.
-
-    Source:
-        XDG Base Directory Specification.
-    """
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "halfbyte"
 
 
 def _copy_files(store: Store, version: str, folder: Path) -> None:

@@ -15,7 +15,7 @@ from halfbyte.serve.assembly import open_embedded
 from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.engine.config import EngineConfig
 from halfbyte.serve.engine.contract import Grammar, TokenRequest
-from halfbyte.quantize.provenance import peak_memory_bytes
+from halfbyte.machine.memory import peak_memory_bytes
 
 async def main(folder):
     from pathlib import Path

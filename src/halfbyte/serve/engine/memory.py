@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from transformers import PreTrainedModel
 
 from halfbyte.errors import ConfigError
+from halfbyte.machine.memory import resident_memory_bytes
 from halfbyte.plan.devices import this_machine
 from halfbyte.plan.memory import GPU_PROGRAM_BYTES, Load, activation_bytes
 from halfbyte.plan.shapes import read_shapes
@@ -91,6 +91,7 @@ def plan_engine(
         available = int((free - activations) * FREE_SHARE)
         wanted = config.sequences * min(context, USUAL_CONTEXT) * bytes_per_token
     pages = min(wanted, available) // page_bytes
+    program = max(before_bytes, resident_memory_bytes() - weights)
     if pages < 1:
         raise ConfigError(
             f"The cache of keys and values may have {format_bytes(max(available, 0))}; one page of "
@@ -102,14 +103,9 @@ def plan_engine(
         cache=pages * page_bytes,
         weights=weights,
         activations=activations,
-        program=GPU_PROGRAM_BYTES if on_gpu else max(before_bytes, process_bytes() - weights),
+        program=GPU_PROGRAM_BYTES if on_gpu else program,
         grammars=0 if on_gpu else GRAMMAR_BYTES + GRAMMAR_TOKEN_BYTES * vocabulary,
     )
-
-
-def process_bytes() -> int:
-    """Give what this process has in memory now."""
-    return int(psutil.Process().memory_info().rss)
 
 
 def weight_bytes(model: torch.nn.Module) -> int:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from halfbyte.errors import ConfigError
 from halfbyte.integrations.load import load_model
+from halfbyte.machine.memory import resident_memory_bytes
 from halfbyte.nn.gpu_step import find_mismatch
 from halfbyte.nn.native_decoder import find_obstacle
 from halfbyte.serve.engine.config import EngineConfig
@@ -17,7 +18,7 @@ from halfbyte.serve.engine.contract import EngineInfo
 from halfbyte.serve.engine.engine import EmbeddedEngine
 from halfbyte.serve.engine.gpu_runner import GpuRunner
 from halfbyte.serve.engine.grammar import Grammars
-from halfbyte.serve.engine.memory import plan_engine, process_bytes
+from halfbyte.serve.engine.memory import plan_engine
 from halfbyte.serve.engine.native_runner import NativeRunner
 from halfbyte.serve.engine.page_pool import PagePool
 from halfbyte.serve.engine.runner import Pages, Runner, sample_layers
@@ -52,7 +53,7 @@ def open_engine(folder: str | Path, config: EngineConfig | None = None) -> Embed
 
 
 def _open(folder: Path, config: EngineConfig) -> EmbeddedEngine:
-    before = process_bytes()
+    before = resident_memory_bytes()
     model = load_model(
         folder, dtype=config.dtype, device=config.device, activations=config.activations
     )

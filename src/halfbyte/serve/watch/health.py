@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from halfbyte.quantize.provenance import peak_memory_bytes
+from halfbyte.machine.memory import peak_memory_bytes
 from halfbyte.serve.metrics import Metrics
 from halfbyte.serve.routing.breaker import Clock
 from halfbyte.serve.routing.router import Router

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import resource
-import sys
 from pathlib import Path
 
 from halfbyte.units import format_bytes
@@ -42,28 +40,6 @@ def machine_facts() -> dict[str, str]:
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
     return facts
-
-
-def peak_memory_bytes() -> int:
-    """Give the largest resident size that this process has had. Unit: bytes."""
-    try:
-        # What getrusage says may be of the process that started this one: exec does not reset it.
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    except (OSError, IndexError):
-        pass
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Linux counts in KiB, macOS in bytes.
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def resident_memory_bytes() -> int | None:
-    """Give the present resident size of this process; None where the system does not tell."""
-    try:
-        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
-    except OSError:
-        return None
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _usable_cores() -> int:

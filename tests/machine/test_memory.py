@@ -5,31 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-
-from halfbyte.quantize import provenance
-from halfbyte.version import __version__
-
-
-def test_versions_name_us_python_and_what_can_change_the_numbers(monkeypatch):
-    monkeypatch.setattr(provenance, "PACKAGES", ("torch", "no-such-package"))
-    versions = provenance.installed_versions()
-    assert versions["halfbyte"] == __version__
-    assert versions["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert versions["no-such-package"] == "not installed"
-
-
-def test_machine_facts_are_text_and_name_cores_and_threads():
-    facts = provenance.machine_facts()
-    assert all(isinstance(value, str) for value in facts.values())
-    assert int(facts["cores"]) >= 1
-    assert facts["threads"] == str(torch.get_num_threads())
-
 
 HOLDER = """
 import torch
-from halfbyte.quantize.provenance import peak_memory_bytes, resident_memory_bytes
+from halfbyte.machine.memory import peak_memory_bytes, resident_memory_bytes
 before = resident_memory_bytes()
 held = torch.ones(50_000_000, dtype=torch.uint8)
 print(before, resident_memory_bytes(), peak_memory_bytes())
@@ -47,7 +26,7 @@ def test_memory_grows_with_what_is_held():
     assert peak >= 0.95 * after
 
 
-CHILD = "from halfbyte.quantize.provenance import peak_memory_bytes; print(peak_memory_bytes())"
+CHILD = "from halfbyte.machine.memory import peak_memory_bytes; print(peak_memory_bytes())"
 PARENT = f"""
 import subprocess, sys
 large = b"x" * 1_500_000_000

@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from halfbyte.errors import ConfigError
+from halfbyte.machine.devices import resolve_device
+
+
+def test_auto_is_a_device_that_is_there():
+    assert torch.ones(1, device=resolve_device("auto")).item() == 1
+
+
+def test_a_device_may_be_given_as_one():
+    assert resolve_device(torch.device("cpu")) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "meta", ""])
+def test_a_device_that_is_not_there_is_named(name):
+    with pytest.raises(ConfigError, match=f"^device is '{name}', which this machine or this torch"):
+        resolve_device(name)
