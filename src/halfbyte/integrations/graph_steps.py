@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from halfbyte.errors import ConfigError, ModelError
-from halfbyte.nn.decoder_parts import make_probe_tokens
+from halfbyte.nn.decoder_parts import find_drift, make_probe_tokens
 from halfbyte.nn.gpu_step import GpuStep, find_deviation, find_mismatch, record
 
 PROBE_TOKENS = 8
@@ -196,9 +196,11 @@ class GraphSteps:
         self._step = GpuStep(self._model, pairs, self.capacity + 1)
         deviation = find_deviation(self._run(), expected, again)
         if deviation is not None:
-            self._step = None
             name = type(self._model).__name__
-            self.own_forward_because = f"a {name} computes something else: {deviation}"
+            deviation = f"a {name} computes something else: {deviation}"
+        self.own_forward_because = deviation or find_drift(self._model)
+        if self.own_forward_because is not None:
+            self._step = None
 
     def _record(self) -> None:
         self._graph, self._logits = record(self._run_on, self._start_again)

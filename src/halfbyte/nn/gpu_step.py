@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from halfbyte.kernels.triton_decode import AttentionShape, add_norm, attend, gate
 from halfbyte.kernels.triton_linear import DEVICES, find_triton_obstacle
 from halfbyte.nn.decoder_parts import (
+    NOISE_FACTOR,
     NORMS,
     bare_linear,
     base_of,
@@ -38,8 +39,6 @@ WARM_UPS = 2
 
 MOST_DEVIATION = 0.05
 """Of the logits, as a share of their length; bf16 alone makes about 0.01."""
-NOISE_FACTOR = 3
-"""So many times what rounding alone does to the model's own logits is allowed in any case."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
