@@ -139,8 +139,11 @@ ORIGINAL = {"original_max_position_embeddings": 64, "rope_theta": 10000.0}
 ROTATIONS = {
     "dynamic": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
     "longrope": {
-        "rope_type": "longrope", "factor": 4.0, **ORIGINAL,
-        "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
+        "rope_type": "longrope",
+        "factor": 4.0,
+        **ORIGINAL,
+        "short_factor": [1.0] * 8,
+        "long_factor": [4.0] * 8,
     },
 }
 

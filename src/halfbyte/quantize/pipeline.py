@@ -18,6 +18,7 @@ from halfbyte.quantize.progress import Progress, SilentProgress
 from halfbyte.quantize.report import QuantizationReport, load_report
 from halfbyte.quantize.run import Run
 from halfbyte.quantize.source import (
+    HubOptions,
     check_output,
     check_same_options,
     find_model,
@@ -35,6 +36,7 @@ def quantize(
     resume: bool = False,
     quality: bool = True,
     progress: Progress | None = None,
+    hub: HubOptions | None = None,
 ) -> QuantizationReport:
     """Quantize a model folder into a standard GPTQ checkpoint.
 
@@ -48,6 +50,7 @@ def quantize(
         resume: Go on with the unfinished run in ``output``.
         quality: Run held-out text through both models beside the calibration text.
         progress: Told how far the run is.
+        hub: Which files of the model are meant, and how to fetch them.
 
     Returns:
         The report, which also stands in ``output``.
@@ -60,7 +63,7 @@ def quantize(
         JournalError: The unfinished run belongs to other inputs or options.
         VerificationError: What was saved does not compute what was measured.
     """
-    source, target = find_model(model), Path(output)
+    source, target = find_model(model, hub or HubOptions()), Path(output)
     if check_output(target, resume=resume):
         finished = load_report(target)
         check_same_options(finished, config or QuantConfig())
