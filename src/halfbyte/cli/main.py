@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -133,6 +134,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: argparse has told what is wrong, or shown its help.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal or locale without a character shows a question mark, and the run goes on.
+        sys.stdout.reconfigure(errors="replace")
     arguments = join_verb(list(sys.argv[1:] if argv is None else argv))
     name = next((word for word in arguments if not word.startswith("-")), None)
     if name is not None and name not in VERBS:
