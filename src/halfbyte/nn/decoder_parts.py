@@ -58,7 +58,7 @@ def find_structure_mismatch(model: PreTrainedModel) -> str | None:
     if ACT2FN[getattr(config, "hidden_act", "silu")].__class__ is not ACT2FN["silu"].__class__:
         return f"its activation is {config.hidden_act}, not silu"
     reasons = (reason for layer in base.layers if (reason := _find_missing(layer)))
-    return next(reasons, None) or _find_moving_angles(model)
+    return next(reasons, None)
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def find_drift(model: PreTrainedModel) -> str | None:
     """
     config = model.config.get_text_config(decoder=True)
     longest = getattr(config, "max_position_embeddings", None) or SHIFT_TOKENS
-    trained = _rope_of(model).get("original_max_position_embeddings", 0)
+    trained = _rope_of(model).get("original_max_position_embeddings") or 0
     starts = torch.tensor([0, 1, trained, max(longest - SHIFT_TOKENS, 0)])
     device = model.get_input_embeddings().weight.device
     tokens = torch.tensor([make_probe_tokens(model, SHIFT_TOKENS)], device=device)
@@ -94,8 +94,15 @@ def find_drift(model: PreTrainedModel) -> str | None:
 
 
 @torch.no_grad()
-def _find_moving_angles(model: PreTrainedModel) -> str | None:
-    """Say that one table of angles cannot serve texts of all lengths."""
+def find_moving_angles(model: PreTrainedModel) -> str | None:
+    """Say that one table of angles cannot serve texts of all lengths.
+
+    Args:
+        model: One whose structure fits, with its weights.
+
+    Returns:
+        Why not; None where it can.
+    """
     rope = _rope_of(model)
     if rope.get("llama_4_scaling_beta"):
         # Too little to be told from the rounding of bf16 for certain.

@@ -28,6 +28,7 @@ from halfbyte.nn.decoder_parts import (
     bare_linear,
     base_of,
     epsilon_of,
+    find_moving_angles,
     find_structure_mismatch,
 )
 from halfbyte.nn.linear import QuantLinear
@@ -188,7 +189,7 @@ def find_mismatch(model: PreTrainedModel) -> str | None:
         widths = {bare_linear(getattr(attention, f"{name}_proj")).out_features for name in "kv"}
         if len(widths) != 1:
             return "its keys and values differ in width"
-    return None
+    return find_moving_angles(model)
 
 
 def find_deviation(found: Tensor, expected: Tensor, again: Tensor) -> str | None:

@@ -38,6 +38,7 @@ from halfbyte.nn.decoder_parts import (
     base_of,
     epsilon_of,
     find_drift,
+    find_moving_angles,
     find_structure_mismatch,
     make_probe_tokens,
 )
@@ -235,7 +236,7 @@ def _find_mismatch(model: PreTrainedModel) -> str | None:
         return reasons[0]
     if len({_sizes(layer) for layer in base.layers}) != 1:
         return "its blocks differ in size"
-    return None
+    return find_moving_angles(model)
 
 
 def _sizes(layer: Any) -> tuple[int, ...]:
