@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -102,6 +103,39 @@ def test_writing_ends_at_the_stop_text_and_at_each_ones_own_limit(model, words):
     assert first.text == cut_at(whole.text, [word])
     assert second.ids == whole.ids[:2]
     assert cut_at("a\nb;c", ["\n", ";"]) == "a"
+
+
+def test_answer_ends_at_its_stop_text_whoever_runs_beside_it(model, words):
+    model.subject.tokenizer.pad_token = "<pad>"
+    tokenizer = model.subject.tokenizer
+    asked = [
+        make_question(tokenizer, Item(name=f"q{n}", prompt=words(4), max_new_tokens=24))
+        for n in range(8)
+    ]
+    free = model.write(asked)
+    longest = max(range(8), key=lambda n: len(free[n].ids))
+    short = next(n for n in range(8) if n != longest and len(free[n].text.split()) > 4)
+    stop = (free[short].text.split()[2],)
+    stopped = make_question(tokenizer, dataclasses.replace(asked[short].item, stop=stop))
+    (alone,) = model.write([stopped])
+    beside, _ = model.write([stopped, asked[longest]])
+    assert len(beside.ids) == len(beside.logprobs) < 4
+    assert (beside.text, beside.ids) == (alone.text, alone.ids)
+    assert beside.logprobs == pytest.approx(alone.logprobs, abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    "own", [{"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 1}, {"num_beams": 3}]
+)
+def test_models_own_way_of_generating_does_not_bend_what_is_likeliest(model, words, own):
+    asked = questions(words, max_new_tokens=20)
+    plain = model.write(asked)
+    for name, value in own.items():
+        setattr(model.model.generation_config, name, value)
+    kept = model.model.generation_config
+    assert model.write(asked) == plain
+    assert all(answer.finite for answer in plain)
+    assert model.model.generation_config is kept
 
 
 def test_drawing_repeats_with_its_seed_and_leaves_the_generator_alone(model, words):
