@@ -10,9 +10,10 @@ import torch
 from tests.judge.conftest import noise
 
 from halfbyte.checkpoint.identity import digest_files
-from halfbyte.errors import ConfigError, ModelError
+from halfbyte.errors import CheckpointError, ConfigError, ModelError
 from halfbyte.evaluate.loading import open_subject
 from halfbyte.judge import compare as module
+from halfbyte.judge import model_cache
 from halfbyte.judge.compare import compare
 from halfbyte.judge.local_model import LocalModel
 from halfbyte.judge.verdict import Margins, Outcome
@@ -153,6 +154,25 @@ def test_changed_weights_in_the_same_folder_are_another_model(base, run, make_ca
     other = make_candidate(noise(0.5), "other")
     model_file.write_bytes((other / "model.safetensors").read_bytes())
     assert run(other).costs[0].reused == 0
+
+
+def test_pickled_weights_are_refused_even_where_answers_are_kept(base, run, make_candidate):
+    run(base)
+    for folder in (base, make_candidate(noise(0.5), "other")):
+        weights = folder / "model.safetensors"
+        torch.save({}, folder / "pytorch_model.bin")
+        weights.unlink()
+        with pytest.raises(CheckpointError, match=r"pickles only \(pytorch_model.bin\)"):
+            run(folder)
+
+
+def test_answers_of_another_version_or_kernel_are_not_used_again(base, run, monkeypatch):
+    run(base)
+    assert run(base).costs[0].reused == 40
+    monkeypatch.setenv("HALFBYTE_KERNEL", "torch_reference")
+    assert run(base).costs[0].reused == 0
+    monkeypatch.setattr(model_cache, "installed_versions", lambda: {"transformers": "6.0"})
+    assert run(base).costs[0].reused == 0
 
 
 def test_other_tokenizer_is_refused(run, make_candidate, base):

@@ -10,8 +10,15 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt")
-"""What decides about a model's answers."""
+FILES = (
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "additional_chat_templates/*.jinja",
+)
+"""What decides about a model's answers. Pickled weights do not: they are never read."""
 REPORTS = ("checksums.json", "quantization_report.json", "report.json")
 """What is said about a model and may lie beside it."""
 CONFIG = "config.json"
@@ -30,9 +37,10 @@ def digest_files(folder: Path) -> dict[str, str]:
         folder: A Hugging Face folder.
 
     Returns:
-        sha256 in hex by file name, sorted.
+        sha256 in hex by path in the folder, sorted.
     """
-    files = {path.name: path for pattern in FILES for path in folder.glob(pattern)}
+    found = [path for pattern in FILES for path in folder.glob(pattern)]
+    files = {path.relative_to(folder).as_posix(): path for path in found}
     return {name: digest_file(files[name]) for name in sorted(files) if name not in REPORTS}
 
 

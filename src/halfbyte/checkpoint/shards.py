@@ -186,7 +186,7 @@ def _find_files(folder: Path, names: list[str]) -> list[str]:
     if not found and "consolidated.safetensors" in names:
         found = ["consolidated.safetensors"]
     if not found:
-        raise _nothing_to_read(folder, names)
+        raise CheckpointError(explain_nothing_to_read(folder))
     shards = [match for name in found if (match := _SHARD_NAME.fullmatch(name))]
     if shards and len(shards) == len(found):
         stems = {match["stem"] for match in shards}
@@ -211,14 +211,16 @@ def _find_files(folder: Path, names: list[str]) -> list[str]:
     return found
 
 
-def _nothing_to_read(folder: Path, names: list[str]) -> CheckpointError:
+def explain_nothing_to_read(folder: Path) -> str:
+    """Say why a folder without weights in safetensors is not read, and what can be done."""
+    names = sorted(path.name for path in folder.iterdir())
     pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
     if not pickles:
-        return CheckpointError(
+        return (
             f"Cannot open checkpoint {folder}: it has no .safetensors file among its {len(names)} "
             "files. Give the folder of a downloaded model."
         )
-    return CheckpointError(
+    return (
         f"Cannot open checkpoint {folder}: its weights are pickles only ({', '.join(pickles[:2])})"
         ", and a pickle can run any program when it is read. If you trust where they come from, "
         "convert each once, where it can do no harm (a container without network): "

@@ -15,9 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from halfbyte.checkpoint.identity import digest_all, digest_files
+from halfbyte.checkpoint.identity import digest_files
 from halfbyte.errors import ConfigError, first_line
-from halfbyte.evaluate.loading import load_tokenizer, open_subject
+from halfbyte.evaluate.loading import check_folder, load_tokenizer, open_subject
 from halfbyte.judge.answers import Respondent
 from halfbyte.judge.builtin_tasks import builtin_tasks
 from halfbyte.judge.checks import PythonCheck
@@ -32,7 +32,7 @@ from halfbyte.judge.interview import Interview
 from halfbyte.judge.layers import LayerErrors, keep_base_layers, measure_layers
 from halfbyte.judge.local_model import LocalModel, unpack_reference_linears
 from halfbyte.judge.meter import MemoryMeter
-from halfbyte.judge.model_cache import ModelCache
+from halfbyte.judge.model_cache import ModelCache, subject_key
 from halfbyte.judge.profile import plan_for
 from halfbyte.judge.questions import (
     Passage,
@@ -116,12 +116,9 @@ def _open_side(root: Path, name: str, config: CompareConfig, *, fresh: bool) -> 
     if is_address(name):
         cache = ModelCache(root, f"served-{digest(name)}", fresh=fresh)
         return Side(name=name, cache=cache, files={})
-    folder = Path(name)
-    if not (folder / "config.json").is_file():
-        open_subject(folder)  # raises with the reason
-    device = resolve_device(config.device).type
-    files = digest_files(folder)
-    key = f"{digest_all(files)[:32]}-{config.dtype}-{device}"
+    check_folder(Path(name))
+    files = digest_files(Path(name))
+    key = subject_key(files, config.dtype, resolve_device(config.device))
     return Side(name=name, cache=ModelCache(root, key, fresh=fresh), files=files)
 
 
