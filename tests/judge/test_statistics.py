@@ -93,7 +93,7 @@ def test_items_that_repeat_each_other_count_once():
     alone = rng.random(400) > 0.1
     copied = np.repeat(rng.random(40) > 0.1, 10)
     documents = np.repeat(np.arange(40), 10).tolist()
-    assert stats.count_flips(base, alone, documents).design_effect < 1.8
+    assert stats.count_flips(base, alone, documents).design_effect == pytest.approx(1.9)
     assert stats.count_flips(base, copied, documents).design_effect == pytest.approx(10, rel=0.1)
 
 
@@ -111,8 +111,52 @@ def test_interval_over_documents_covers_where_items_do_not():
     assert covered[False] / 400 < 0.7
 
 
-def test_one_document_is_one_item():
-    assert stats.count_flips([True] * 50, [False] * 50, ["a"] * 50).design_effect == 50
+def test_one_document_says_nothing_of_others():
+    seen = stats.count_flips([True] * 50, [False] * 50, ["a"] * 50)
+    assert stats.harm_p_value(seen, 0.02) == 0.5
+    interval = stats.difference_interval(seen, 0.9)
+    assert (interval.low, interval.high) == pytest.approx((-1, 1))
+
+
+@pytest.mark.parametrize(("degrees", "t"), [(2, 2.920), (4, 2.132), (15, 1.753), (1e9, 1.645)])
+def test_students_t_at_five_percent_is_as_in_its_table(degrees, t):
+    assert stats._as_normal(t, degrees) == pytest.approx(1.645, abs=0.015)
+
+
+def test_documents_of_unlike_size_count_as_the_fewer_that_weigh_as_much():
+    documents = [0] * 50 + list(range(1, 51))
+    seen = stats.count_flips([True] * 100, [True] * 100, documents)
+    assert seen.num_documents == pytest.approx(100**2 / (50**2 + 50))
+    assert stats.noninferiority_p_value(seen, 0.5) == 1
+
+
+@pytest.mark.parametrize(
+    ("documents", "per", "correlation", "flips"),
+    [
+        (2, 500, 0.05, 0.01),
+        (3, 300, 0.1, 0.01),
+        (5, 200, 0.2, 0.01),
+        (10, 100, 0.3, 0.005),
+        (20, 50, 0.1, 0.01),
+        (40, 25, 0.1, 0.01),
+        (200, 5, 0.1, 0.01),
+    ],
+)
+def test_a_loss_of_the_margin_seldom_passes_however_few_the_documents(
+    documents, per, correlation, flips
+):
+    rng = np.random.default_rng(10)
+    harm = 0.02 + flips
+    shape = 1 / correlation - 1
+    names = np.repeat(np.arange(documents), per).tolist()
+    passed = 0
+    for _ in range(300):
+        rates = np.repeat(rng.beta(harm * shape, (1 - harm) * shape, documents), per)
+        luck = rng.random(len(rates))
+        harmed, gained = luck < rates, (luck >= rates) & (luck < rates + flips)
+        seen = stats.count_flips((~gained).tolist(), (~harmed).tolist(), names)
+        passed += stats.noninferiority_p_value(seen, 0.02) < 0.05
+    assert passed / 300 <= 0.06
 
 
 @pytest.mark.parametrize("documents", [16, 40])

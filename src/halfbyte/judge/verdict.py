@@ -229,8 +229,19 @@ def _accuracy_claim(overall: SliceResult | None, margins: Margins) -> list[Claim
     outcome, advice = Outcome.INCONCLUSIVE, ""
     if overall.harm_p is not None and overall.harm_p < margins.alpha:
         outcome = Outcome.FAIL
+    elif overall.base_accuracy <= margins.accuracy:
+        # A loss of the margin is impossible then, and any candidate would keep it.
+        advice = (
+            f"the base itself gets {percent(overall.base_accuracy)} right, so nothing beyond the "
+            "margin could be lost: look at its answers, and ask what it can do."
+        )
     elif noninferiority_p_value(flips, margins.accuracy) < margins.alpha:
         outcome = Outcome.PASS
+    elif flips.units < FEWEST_DOCUMENTS:
+        advice = (
+            f"the items are of {flips.units:.3g} documents; a pass takes {FEWEST_DOCUMENTS} of "
+            "about one size, or more."
+        )
     else:
         advice = _items_advice(flips, margins)
     return [
