@@ -14,8 +14,11 @@ from halfbyte.errors import CheckpointError, ConfigError, ModelError
 from halfbyte.evaluate.loading import open_subject
 from halfbyte.judge import compare as module
 from halfbyte.judge import model_cache
+from halfbyte.judge.checks import Check
 from halfbyte.judge.compare import compare
 from halfbyte.judge.local_model import LocalModel
+from halfbyte.judge.model_cache import subject_key
+from halfbyte.judge.tasks import Item
 from halfbyte.judge.verdict import Margins, Outcome
 
 
@@ -166,13 +169,46 @@ def test_pickled_weights_are_refused_even_where_answers_are_kept(base, run, make
             run(folder)
 
 
-def test_answers_of_another_version_or_kernel_are_not_used_again(base, run, monkeypatch):
-    run(base)
-    assert run(base).costs[0].reused == 40
+def test_answers_are_kept_apart_by_all_that_they_depend_on(monkeypatch):
+    cpu = torch.device("cpu")
+    keys = [
+        subject_key({"model.safetensors": "a"}, "auto", cpu),
+        subject_key({"model.safetensors": "b"}, "auto", cpu),
+        subject_key({"model.safetensors": "a"}, "bfloat16", cpu),
+    ]
     monkeypatch.setenv("HALFBYTE_KERNEL", "torch_reference")
-    assert run(base).costs[0].reused == 0
+    keys.append(subject_key({"model.safetensors": "a"}, "auto", cpu))
     monkeypatch.setattr(model_cache, "installed_versions", lambda: {"transformers": "6.0"})
-    assert run(base).costs[0].reused == 0
+    keys.append(subject_key({"model.safetensors": "a"}, "auto", cpu))
+    assert len(set(keys)) == 5
+
+
+def test_what_cannot_be_asked_is_refused_before_a_model_is_loaded(
+    base, run, config, words, tmp_path
+):
+    def raising(text, line):
+        return int(text) > 3
+
+    check = Check(kind="python", value="raising")
+    never = {"functions": {"raising": raising}, "documents": {}}
+    with pytest.raises(ConfigError, match="item 'x': the check 'raising' raised ValueError"):
+        run(base, items=[Item(name="x", prompt="w1", check=check)], **never)
+    long = Item(name="long", prompt=words(100), choices=(" w1", " " + words(29)))
+    with pytest.raises(
+        ConfigError, match=r"'long' takes 100 tokens and 29 for its answer.* 128 in"
+    ):
+        run(base, items=[long])
+    wide = dataclasses.replace(config, window=129)
+    with pytest.raises(ConfigError, match="has 129 tokens; the models take 128"):
+        run(base, items=[], documents={"one": [words(200)]}, config=wide)
+    assert not list((tmp_path / "cache").rglob("answers.jsonl"))
+
+
+def test_copies_of_one_question_are_no_evidence(base, run):
+    item = Item(name="0", prompt="w1 w2", choices=(" w1", " w2"))
+    copies = [dataclasses.replace(item, name=f"{n}") for n in range(400)]
+    overall = run(base, items=copies, documents={}).overall
+    assert (overall.flips.num_items, overall.flips.num_documents) == (400, 1)
 
 
 def test_other_tokenizer_is_refused(run, make_candidate, base):

@@ -18,7 +18,7 @@ from typing import Any
 from halfbyte.checkpoint.identity import digest_files
 from halfbyte.errors import ConfigError, first_line
 from halfbyte.evaluate.loading import check_folder, load_tokenizer, open_subject
-from halfbyte.judge.answers import Respondent
+from halfbyte.judge.answers import Answer, Respondent
 from halfbyte.judge.builtin_tasks import builtin_tasks
 from halfbyte.judge.checks import PythonCheck
 from halfbyte.judge.comparison import Comparison, Cost
@@ -28,7 +28,7 @@ from halfbyte.judge.edge_cases import (
     build_edge_cases,
 )
 from halfbyte.judge.fidelity import compare_candidate, predict_base
-from halfbyte.judge.interview import Interview
+from halfbyte.judge.interview import Interview, is_right
 from halfbyte.judge.layers import LayerErrors, keep_base_layers, measure_layers
 from halfbyte.judge.local_model import LocalModel, unpack_reference_linears
 from halfbyte.judge.meter import MemoryMeter
@@ -36,6 +36,7 @@ from halfbyte.judge.model_cache import ModelCache, subject_key
 from halfbyte.judge.profile import plan_for
 from halfbyte.judge.questions import (
     Passage,
+    Question,
     builtin_documents,
     digest,
     make_passages,
@@ -43,7 +44,7 @@ from halfbyte.judge.questions import (
 )
 from halfbyte.judge.remote_model import RemoteModel, is_address
 from halfbyte.judge.sides import CompareConfig, Side, Work
-from halfbyte.judge.tasks import Item
+from halfbyte.judge.tasks import Item, name_documents
 from halfbyte.machine.cache import cache_folder
 from halfbyte.machine.devices import resolve_device
 from halfbyte.machine.memory import release_memory
@@ -88,7 +89,8 @@ def compare(
         The verdict and the evidence.
 
     Raises:
-        ConfigError: A setting, or models that do not share a tokenizer.
+        ConfigError: A setting, models that do not share a tokenizer, an item or a text that they
+            cannot take, or a check that cannot take an answer.
         ModelError: A model cannot be loaded or reached.
     """
     config = config or CompareConfig()
@@ -101,8 +103,8 @@ def compare(
     if sides[0].cache.folder == sides[1].cache.folder:
         # A model against itself: what it answers now must not be what it answered before.
         sides[1].cache = ModelCache(root, sides[1].cache.folder.name + "-again", fresh=not resume)
-    work = _prepare(sides, items, documents, config)
     functions = functions or {}
+    work = _prepare(sides, items, documents, functions, config)
     compared: tuple[Any, LayerErrors | None] = (None, None)
     for side, against in ((sides[0], None), (sides[1], sides[0])):
         release_memory(resolve_device(config.device))
@@ -126,6 +128,7 @@ def _prepare(
     sides: list[Side],
     items: Sequence[Item] | None,
     documents: Mapping[str, Iterable[str]] | None,
+    functions: Mapping[str, PythonCheck],
     config: CompareConfig,
 ) -> Work:
     """Turn everything into token ids, by the base's tokenizer."""
@@ -145,14 +148,20 @@ def _prepare(
             "One of the two is served: only what it writes is compared, no likelihoods"
             + (f"; {skipped} items with choices were left out." if skipped else ".")
         )
-    questions = [make_question(tokenizer, item) for item in items]
+    questions = [make_question(tokenizer, item) for item in name_documents(items)]
+    for question in questions:
+        if question.item.check is not None:
+            # A check that cannot take every answer is found before hours of answers.
+            is_right(question, Answer(), functions)
     passages: list[Passage] = []
     if len(local) == 2:
         texts = builtin_documents() if documents is None else documents
         passages = make_passages(tokenizer, texts, window=config.window, limit=config.windows)
+    context = _context(local)
+    _check_lengths(questions, passages, context)
     edges: list[EdgeCase] = []
     if config.edge_cases:
-        longest = _longest(local, config, notes) if len(local) == 2 else None
+        longest = _longest(context, config, notes) if len(local) == 2 else None
         has_chat = tokenizer is None or bool(getattr(tokenizer, "chat_template", None))
         edges = build_edge_cases(tokenizer, longest, chat=has_chat)
     if not questions and not passages and not edges:
@@ -175,7 +184,8 @@ def _check_tokenizers(tokenizer: Any, candidate: Side, items: Sequence[Item]) ->
             )
 
 
-def _longest(local: list[Side], config: CompareConfig, notes: list[str]) -> int | None:
+def _context(local: list[Side]) -> int | None:
+    """Give the most tokens that all models' positions allow; None where nothing limits them."""
     from transformers import AutoConfig
 
     limits = []
@@ -188,7 +198,34 @@ def _longest(local: list[Side], config: CompareConfig, notes: list[str]) -> int 
             ) from error
         limit = getattr(values.get_text_config(), "max_position_embeddings", None)
         limits += [limit] if isinstance(limit, int) and limit > 0 else []
-    context = min(limits, default=config.longest_edge)
+    return min(limits, default=None)
+
+
+def _check_lengths(
+    questions: Sequence[Question], passages: Sequence[Passage], context: int | None
+) -> None:
+    """Refuse what the models' positions do not reach."""
+    if context is None:
+        return
+    for question in questions:
+        item = question.item
+        behind = max(map(len, question.choices)) if item.choices else item.max_new_tokens
+        if len(question.ids) + behind > context:
+            raise ConfigError(
+                f"Item '{item.name}' takes {len(question.ids)} tokens and {behind} for its answer; "
+                f"the models take {context} in all. Shorten it, or lower its max_new_tokens."
+            )
+    longest = max((len(p.ids) for p in passages), default=0)
+    if longest > context:
+        raise ConfigError(
+            f"A window of running text has {longest} tokens; the models take {context}. Use window "
+            f"{context} or less."
+        )
+
+
+def _longest(context: int | None, config: CompareConfig, notes: list[str]) -> int:
+    """Give the tokens of the longest odd input."""
+    context = config.longest_edge if context is None else context
     if context > config.longest_edge:
         notes.append(
             f"The longest odd input has {config.longest_edge} tokens, not the {context} that the "

@@ -158,7 +158,7 @@ def make_passages(
         document of several articles, each window stands for itself.
 
     Raises:
-        ConfigError: A window below 16 tokens.
+        ConfigError: A window below 16 tokens, or a text of fewer.
     """
     if window < SHORTEST_PASSAGE:
         raise ConfigError(f"window is {window} tokens; it must be {SHORTEST_PASSAGE} or more.")
@@ -174,6 +174,11 @@ def make_passages(
                     continue
                 part = start if len(texts) == 1 else number
                 found.append(Passage(ids=piece, document=f"{kind}:{part}", kind=kind))
+        if not found:
+            raise ConfigError(
+                f"The text '{kind}' has no piece of {SHORTEST_PASSAGE} tokens or more to read. "
+                "Give a longer one, or leave running text out."
+            )
         passages += found if limit is None else found[:limit]
     return passages
 
