@@ -172,6 +172,22 @@ def test_kept_states_give_the_logits_back(model, words, tmp_path):
     assert torch.allclose(last.logits, prediction.logits[-2:], atol=1e-5)
 
 
+def test_quantized_head_is_kept_as_numbers(words, tmp_path):
+    from tests.helpers.checkpoints import Recipe, tiny_llama_config, write_checkpoint
+
+    from halfbyte.evaluate.loading import open_subject
+
+    recipe = Recipe(group_size=32, skip="none", labels={"lm_head": True})
+    write_checkpoint(tmp_path / "q", tiny_llama_config(tie_word_embeddings=False), recipe)
+    model = LocalModel(open_subject(tmp_path / "q", dtype="float32"))
+    prediction = model.predict([questions(words)[1].ids])[0]
+    cache = ModelCache(tmp_path, "m")
+    cache.keep_states("key", prediction)
+    cache.keep_head(model)
+    assert not prediction.are_logits
+    assert torch.allclose(cache.load_logits("key"), prediction.logits, atol=1e-5)
+
+
 def test_model_that_bends_its_logits_is_kept_by_its_logits(words, tmp_path):
     bent = build_model()
     plain = bent.forward
@@ -218,7 +234,7 @@ def test_answers_survive_a_kill_in_the_middle_of_a_line(tmp_path):
     answer = Answer(choice_nats=(-1.5, -math.pi), text="ü\n", ids=(1, 2), finite=False)
     kept.keep({"a": answer.to_dict()})
     whole = path.read_bytes()
-    path.write_bytes(whole + b'{"v":1,"key":"b","va')
+    path.write_bytes(whole + b'{"v":2,"key":"b","va')
     again = AnswerFile(path)
     assert Answer.from_dict(again.get("a")) == answer
     assert "b" not in again
@@ -229,7 +245,7 @@ def test_answers_survive_a_kill_in_the_middle_of_a_line(tmp_path):
 
 def test_answers_of_another_version_are_not_read(tmp_path):
     path = tmp_path / "answers.jsonl"
-    path.write_text('{"v":0,"key":"a","value":1}\nno json\n{"v":1,"key":"b","value":2}\n')
+    path.write_text('{"v":1,"key":"a","value":1}\nno json\n{"v":2,"key":"b","value":2}\n')
     assert len(AnswerFile(path)) == 1
 
 

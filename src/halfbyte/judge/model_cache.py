@@ -30,6 +30,7 @@ from halfbyte.judge.local_model import LocalModel, Prediction
 from halfbyte.judge.questions import digest
 from halfbyte.kernels.registry import KERNELS, load_kernel
 from halfbyte.machine.facts import installed_versions, machine_facts
+from halfbyte.nn.linear import QuantLinear
 
 
 def subject_key(files: Mapping[str, str], dtype: str, device: torch.device) -> str:
@@ -107,6 +108,9 @@ class ModelCache:
             for name in ("weight", "bias")
             if isinstance(tensor := getattr(model.head, name, None), Tensor)
         }
+        if isinstance(model.head, QuantLinear):
+            # Its weight only stands for one.
+            tensors["weight"] = model.head.dequantize()
         write_tensors(path, tensors)
 
     def _states_path(self, key: str) -> Path:
