@@ -19,8 +19,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from halfbyte.judge.bootstrap import bootstrap_ratio
 from halfbyte.judge.fidelity import TextFidelity
-from halfbyte.judge.statistics import bootstrap_ratio, count_flips
+from halfbyte.judge.statistics import count_flips
 from halfbyte.judge.verdict import Evidence, Margins, Outcome, decide, measure_slice
 from record import save_result
 
@@ -268,6 +269,7 @@ def draw_text(truth: Truth, rng: np.random.Generator, seed: int) -> TextFidelity
         noise_kl_nats=None,
         noise_kl_largest=None,
         candidate_finite=True,
+        base_finite=True,
     )
 
 

@@ -24,7 +24,7 @@ from halfbyte.judge.verdict import Margins, Outcome
 
 @pytest.fixture
 def run(base, items, documents, config, tmp_path):
-    def call(candidate, **more):
+    def call(candidate, base=base, **more):
         values = {"items": items, "documents": documents, "config": config, **more}
         return compare(base, candidate, cache=tmp_path / "cache", **values)
 
@@ -99,6 +99,34 @@ def test_logits_that_are_not_numbers_fail_whatever_the_rest(run, make_candidate,
     result = run(make_candidate(spoil), config=wide)
     assert outcomes(result)["Every logit is a number"] is Outcome.FAIL
     assert result.text.candidate_finite is False
+
+
+def test_base_whose_logits_are_not_numbers_is_not_the_candidates_fault(base, run, make_candidate):
+    def spoil(model):
+        model.model.embed_tokens.weight[10] = float("nan")
+
+    spoilt = make_candidate(spoil)
+    result = run(base, base=spoilt)
+    assert result.verdict.outcome is not Outcome.FAIL
+    assert outcomes(result)["Every logit is a number"] is Outcome.PASS
+    (claim,) = [c for c in result.verdict.claims if c.name.startswith("Perplexity")]
+    assert (claim.outcome, "the base's own logits" in claim.advice) == (Outcome.INCONCLUSIVE, True)
+    assert outcomes(run(spoilt))["Every logit is a number"] is Outcome.FAIL
+
+
+def test_what_the_verdict_can_do_without_fails_with_a_note(base, run, monkeypatch):
+    def fail(*_):
+        raise ValueError("no such family")
+
+    for name in ("keep_base_layers", "measure_layers", "read_shapes"):
+        monkeypatch.setattr(module, name, fail)
+    result = run(base)
+    assert result.text.kl_nats == 0
+    assert result.costs[0].peak_memory_bytes
+    assert result.notes == (
+        "Errors by layer were not measured: no such family.",
+        f"The memory of {base} was not planned: no such family.",
+    )
 
 
 def test_layer_with_scales_off_is_named(run, make_candidate, base):

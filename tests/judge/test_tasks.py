@@ -216,10 +216,12 @@ def test_documents_are_cut_into_windows_that_know_where_they_come_from(words):
         ("a:0", 18),
         ("a:1", 20),
         ("b:0", 32),
-        ("b:32", 32),
+        ("b:0", 32),
     ]
-    few = make_passages(build_tokenizer(), {"a": [words(90)]}, window=32, limit=1)
-    assert len(few) == 1
+    few = make_passages(build_tokenizer(), {"a": [words(1600)]}, window=400, limit=2)
+    assert [p.document for p in few] == ["a:0", "a:0"]
+    few = make_passages(build_tokenizer(), {"a": [words(4096)]}, window=32, limit=3)
+    assert [p.document for p in few] == ["a:0", "a:1", "a:2"]
     with pytest.raises(ConfigError, match="'b' has no piece of 16 tokens"):
         make_passages(
             build_tokenizer(), {"a": [words(90)], "b": [words(15)]}, window=32, limit=None

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -281,12 +282,14 @@ def _run_side(
     compared, layers = None, None
     if work.passages and against is None:
         predict_base(load_local, side.cache, work.passages, told("text"))
-        keep_base_layers(load_local, side.cache, work.passages)
+        with _aside(work, "Errors by layer were not measured"):
+            keep_base_layers(load_local, side.cache, work.passages)
     elif work.passages and against is not None:
         compared = compare_candidate(
             load_local, side.cache, against.cache, work.passages, told("text")
         )
-        layers = measure_layers(load_local(), against.cache, work.passages)
+        with _aside(work, "Errors by layer were not measured"):
+            layers = measure_layers(load_local(), against.cache, work.passages)
     if side.is_local:
         predicted = interview.predict_edges(
             work.edges, side.cache, None if against is None else against.cache
@@ -307,28 +310,41 @@ def _run_side(
     return compared, layers
 
 
+@contextmanager
+def _aside(work: Work, what: str) -> Iterator[None]:
+    """Let something that the verdict can do without fail with a note."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - it is noted, and hours of answers are not lost
+        work.notes.append(f"{what}: {first_line(error)}.")
+
+
 def _with_memory(side: Side, work: Work, config: CompareConfig, peak: int) -> None:
     """Put the memory of a model's run, and what was planned for it, into its cost."""
     assert side.cost is not None
     if not side.is_local or not side.cost.tokens:
         return
-    shapes = read_shapes(side.name)
+    side.cost = replace(
+        side.cost,
+        weight_bytes=sum(p.stat().st_size for p in Path(side.name).glob("*.safetensors")),
+        peak_memory_bytes=peak,
+    )
+    with _aside(work, f"The memory of {side.name} was not planned"):
+        side.cost = replace(side.cost, planned_bytes=_planned_bytes(side, work, config))
+
+
+def _planned_bytes(side: Side, work: Work, config: CompareConfig) -> int:
+    """Say what the plan gives for the largest batch, or the longest text, of a run."""
     asked = max((len(q.ids) + q.item.max_new_tokens for q in work.questions), default=0)
     read = max((len(p.ids) for p in work.passages), default=0)
     odd = max((len(e.question.ids) for e in work.edges), default=0)
     batch = config.batch_size * asked >= max(read, odd)
-    planned = plan_for(
-        shapes,
+    return plan_for(
+        read_shapes(side.name),
         config.batch_size if batch else 1,
         asked if batch else max(read, odd),
         1,
         work.dtypes.get(side.name, "float32"),
         resolve_device(config.device).type,
         unpacked=side.name in work.unpacked,
-    )
-    side.cost = replace(
-        side.cost,
-        weight_bytes=sum(p.stat().st_size for p in Path(side.name).glob("*.safetensors")),
-        peak_memory_bytes=peak,
-        planned_bytes=planned.total,
-    )
+    ).total

@@ -23,6 +23,7 @@ from enum import StrEnum
 from halfbyte.errors import ConfigError
 from halfbyte.judge.fidelity import TextFidelity
 from halfbyte.judge.layers import LayerErrors
+from halfbyte.judge.questions import STRETCH_TOKENS
 from halfbyte.judge.statistics import (
     FEWEST_DOCUMENTS,
     Flips,
@@ -291,8 +292,13 @@ def _text_claim(text: TextFidelity | None, harm: float | None, margins: Margins)
         found += (
             f"{percent(text.perplexity_ratio - 1, sign=True)} on {text.num_documents} documents"
         )
-        advice = f"{FEWEST_DOCUMENTS} documents or more give an interval."
-        if not math.isfinite(text.nll_increase_nats):
+        advice = (
+            f"{FEWEST_DOCUMENTS} documents or more give an interval; of one long text, "
+            f"{STRETCH_TOKENS:,} tokens count as one."
+        )
+        if not text.base_finite:
+            advice = "the base's own logits are infinite or not a number: look at the base first."
+        elif not math.isfinite(text.nll_increase_nats):
             outcome, advice = Outcome.FAIL, ""
     else:
         found += (
