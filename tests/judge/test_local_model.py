@@ -10,6 +10,7 @@ import torch
 from tests.helpers.tiny_llama import build_model, build_tokenizer
 from torch.nn import functional
 
+from halfbyte.errors import ConfigError
 from halfbyte.evaluate.loading import Subject
 from halfbyte.judge.answers import Answer, AnswerFile
 from halfbyte.judge.local_model import LocalModel, cut_at, unpack_reference_linears
@@ -186,6 +187,12 @@ def test_quantized_head_is_kept_as_numbers(words, tmp_path):
     cache.keep_head(model)
     assert not prediction.are_logits
     assert torch.allclose(cache.load_logits("key"), prediction.logits, atol=1e-5)
+
+
+def test_cache_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match=r"Cannot keep answers in '.*file': Not a directory"):
+        ModelCache(tmp_path / "file", "m")
 
 
 def test_model_that_bends_its_logits_is_kept_by_its_logits(words, tmp_path):

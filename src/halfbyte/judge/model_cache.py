@@ -25,6 +25,7 @@ from torch.nn import functional
 from halfbyte.checkpoint.atomic import write_atomically
 from halfbyte.checkpoint.identity import digest_all
 from halfbyte.environment import CPU_ISA, KERNEL, read_variable
+from halfbyte.errors import ConfigError
 from halfbyte.judge.answers import AnswerFile
 from halfbyte.judge.local_model import LocalModel, Prediction
 from halfbyte.judge.questions import digest
@@ -63,9 +64,17 @@ class ModelCache:
             root: The cache.
             name: Digest and whatever else the numbers depend on.
             fresh: Forget earlier answers.
+
+        Raises:
+            ConfigError: There can be no such folder.
         """
         self.folder = root / name
-        (self.folder / "states").mkdir(parents=True, exist_ok=True)
+        try:
+            (self.folder / "states").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"Cannot keep answers in '{root}': {error.strerror}. Name another folder (--cache)."
+            ) from error
         self.answers = AnswerFile(self.folder / "answers.jsonl", fresh=fresh)
         self._head: dict[str, Tensor] | None = None
 
