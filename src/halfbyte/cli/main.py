@@ -193,7 +193,7 @@ def _run(verb: Verb, args: argparse.Namespace) -> int:
             err_console.print_exception()
         _print_error(str(error))
         return _error_code(verb, EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILURE)
-    except Exception:
+    except Exception:  # noqa: BLE001 - whatever nobody foresaw
         # The code stays the verb's own: 1 of `compare` is a verdict.
         traceback.print_exc()
         _print_error("This is a mistake in halfbyte. Please report it with the lines above.")
