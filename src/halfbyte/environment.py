@@ -34,8 +34,8 @@ STORE = Variable(
 )
 TRANSFORMERS = Variable(
     name="HALFBYTE_TRANSFORMERS",
-    meaning="whether Transformers loads GPTQ checkpoints through halfbyte; auto: unless the packages "
-    "are installed that it would need itself (optimum and gptqmodel)",
+    meaning="whether Transformers loads GPTQ checkpoints through halfbyte; auto: unless the "
+    "packages are installed that it would need itself (optimum and gptqmodel)",
     allowed=("auto", "on", "off"),
     default="auto",
 )
