@@ -12,7 +12,9 @@ from pathlib import Path
 
 FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt")
 """What decides about a model's answers."""
-REPORTS = ("checksums.json", "quantization_report.json", "report.json")
+MANIFEST_FILE = "halfbyte_manifest.json"
+"""What a store's version is made of, beside its files where it was pushed to."""
+REPORTS = ("checksums.json", "quantization_report.json", "report.json", MANIFEST_FILE)
 """What is said about a model and may lie beside it."""
 CONFIG = "config.json"
 
