@@ -5,13 +5,11 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from halfbyte.checkpoint.identity import digest_file
+from halfbyte.checkpoint.identity import MANIFEST_FILE, digest_file
 from halfbyte.errors import StoreError
 from halfbyte.store.checkout import checkout
 from halfbyte.store.manifest import Manifest
 from halfbyte.store.store import SHORT, Store
-
-MANIFEST_FILE = "halfbyte_manifest.json"
 
 
 def push(
@@ -42,13 +40,13 @@ def push(
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
-    _, version = store.resolve(reference)
+    name, version = store.resolve(reference)
     manifest = store.manifest(version)
     if repository == manifest.base.id:
         raise StoreError(f"Refusing to push over the base model {repository}. Name another.")
     api = HfApi(endpoint=endpoint, token=token)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = checkout(store, reference, Path(temporary) / "model")
+        folder = checkout(store, f"{name}@{version}", Path(temporary) / "model")
         (folder / MANIFEST_FILE).write_bytes(manifest.to_bytes())
         try:
             api.create_repo(repository, private=private, exist_ok=True)
@@ -118,7 +116,7 @@ def pull(
             if not file.is_file() or digest_file(file) != record.sha256:
                 found = "is missing" if not file.is_file() else "has another sha256"
                 raise StoreError(f"{name} of {repository} {found}: not what was pushed.")
-        store.adopt(manifest, folder)
+        store.adopt(manifest, folder, repository)
     return manifest
 
 
