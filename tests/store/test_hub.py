@@ -118,6 +118,16 @@ def test_a_folder_that_was_downloaded_is_added_and_goes_there_and_back(hub, stor
     assert pull(Store(tmp_path / "other"), "me/again", endpoint=hub.url).version == version
 
 
+def test_what_else_a_repository_holds_is_deleted_only_if_that_is_said(hub, store):
+    files = {".gitattributes": b"", "precious.gguf": b"GGUF", "README.md": b"by hand"}
+    hub.repositories["me/other"], hub.commits["me/other"] = dict(files), ["0" * 40]
+    with pytest.raises(StoreError, match=r"holds \(README.md, precious.gguf\) .* say --replace"):
+        push(store, "m", "me/other", endpoint=hub.url, token="hf_x")
+    assert hub.repositories["me/other"] == files
+    push(store, "m", "me/other", replace=True, endpoint=hub.url, token="hf_x")
+    assert "precious.gguf" not in hub.repositories["me/other"]
+
+
 def test_what_is_pushed_is_what_the_reference_meant_at_first(hub, store, tmp_path, monkeypatch):
     first = store.resolve("m")[1]
     store.promote("m", force_reason="test")
@@ -137,3 +147,5 @@ def test_failures_name_the_repository(hub, store, tmp_path):
         pull(Store(tmp_path / "other"), "me/none", endpoint=hub.url)
     with pytest.raises(StoreError, match="Refusing to push over the base model org/base"):
         push(store, "m", "org/base", endpoint=hub.url)
+    with pytest.raises(StoreError, match="Refusing to push over the base model Org/Base"):
+        push(store, "m", "Org/Base", endpoint=hub.url)

@@ -94,6 +94,9 @@ def _add_hub_actions(actions: Any) -> None:
     push.add_argument("reference", metavar="VERSION", help=REFERENCE)
     push.add_argument("repository", metavar="OWNER/NAME", help="repository on the Hub")
     push.add_argument("--public", action="store_true", help="make a new repository public")
+    push.add_argument(
+        "--replace", action="store_true", help="delete what a repository holds beside versions"
+    )
     pull = _action(actions, "pull", "download a version that was pushed, and verify it")
     pull.add_argument("repository", metavar="OWNER/NAME", help="repository on the Hub")
     pull.add_argument("--revision", metavar="REV", help="commit, branch or tag")
@@ -320,6 +323,7 @@ def _push(store: Store, args: argparse.Namespace) -> Outcome:
         args.reference,
         args.repository,
         private=not args.public,
+        replace=args.replace,
         endpoint=args.endpoint,
     )
     return {"commit": commit}, [f"{args.repository}: commit {commit}"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from halfbyte.checkpoint.identity import MANIFEST_FILE, digest_file
@@ -11,6 +12,9 @@ from halfbyte.store.checkout import checkout
 from halfbyte.store.manifest import Manifest
 from halfbyte.store.store import SHORT, Store
 
+NOT_CONTENT = (".gitattributes",)
+"""What the Hub itself puts into a new repository."""
+
 
 def push(
     store: Store,
@@ -18,6 +22,7 @@ def push(
     repository: str,
     *,
     private: bool = True,
+    replace: bool = False,
     endpoint: str | None = None,
     token: str | None = None,
 ) -> str:
@@ -28,6 +33,7 @@ def push(
         reference: The version.
         repository: ``owner/name``; made where there is none.
         private: For a repository that is made.
+        replace: Also where the repository holds something else, which is deleted.
         endpoint: Another address than the Hub's.
         token: None: the one that huggingface_hub finds by itself.
 
@@ -35,14 +41,15 @@ def push(
         The commit's id.
 
     Raises:
-        StoreError: The upload failed, or the repository is the base model's own.
+        StoreError: The upload failed, or the repository is the base model's own or holds files that
+            were not pushed from a store.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     name, version = store.resolve(reference)
     manifest = store.manifest(version)
-    if repository == manifest.base.id:
+    if repository.lower() == (manifest.base.id or "").lower():
         raise StoreError(f"Refusing to push over the base model {repository}. Name another.")
     api = HfApi(endpoint=endpoint, token=token)
     with tempfile.TemporaryDirectory() as temporary:
@@ -50,6 +57,8 @@ def push(
         (folder / MANIFEST_FILE).write_bytes(manifest.to_bytes())
         try:
             api.create_repo(repository, private=private, exist_ok=True)
+            if not replace:
+                _check_pushed(repository, api.list_repo_files(repository))
             commit = api.upload_folder(
                 repo_id=repository,
                 folder_path=folder,
@@ -118,6 +127,16 @@ def pull(
                 raise StoreError(f"{name} of {repository} {found}: not what was pushed.")
         store.adopt(manifest, folder, repository)
     return manifest
+
+
+def _check_pushed(repository: str, files: Sequence[str]) -> None:
+    """Refuse a repository whose files are not a version's: pushing deletes them."""
+    found = [name for name in files if name not in NOT_CONTENT]
+    if found and MANIFEST_FILE not in found:
+        raise StoreError(
+            f"Refusing to push to {repository}: what it holds ({', '.join(found[:3])}) was not "
+            "pushed from a store and would be deleted. Name another, or say --replace."
+        )
 
 
 def _first_line(error: Exception) -> str:
