@@ -149,3 +149,11 @@ def test_failures_name_the_repository(hub, store, tmp_path):
         push(store, "m", "org/base", endpoint=hub.url)
     with pytest.raises(StoreError, match="Refusing to push over the base model Org/Base"):
         push(store, "m", "Org/Base", endpoint=hub.url)
+
+
+def test_a_hub_that_cannot_be_reached_is_told_by_both(store, hub, tmp_path):
+    nowhere = "http://127.0.0.1:9"
+    with pytest.raises(StoreError, match=r"^Cannot push to me/small: .*refused"):
+        push(store, "m", "me/small", endpoint=nowhere, token="hf_x")
+    with pytest.raises(StoreError, match=r"^Cannot pull me/small: \w"):
+        pull(Store(tmp_path / "other"), "me/small", endpoint=nowhere, token="hf_x")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from halfbyte.checkpoint.identity import MANIFEST_FILE, digest_file
-from halfbyte.errors import StoreError
+from halfbyte.errors import StoreError, first_line
 from halfbyte.store.checkout import checkout
 from halfbyte.store.manifest import Manifest
 from halfbyte.store.store import SHORT, Store
@@ -52,6 +52,8 @@ def push(
     if repository.lower() == (manifest.base.id or "").lower():
         raise StoreError(f"Refusing to push over the base model {repository}. Name another.")
     api = HfApi(endpoint=endpoint, token=token)
+    # The base of its own error is that of the HTTP client, whichever it uses.
+    client_error: type[Exception] = HfHubHTTPError.__bases__[0]
     with tempfile.TemporaryDirectory() as temporary:
         folder = checkout(store, f"{name}@{version}", Path(temporary) / "model")
         (folder / MANIFEST_FILE).write_bytes(manifest.to_bytes())
@@ -65,8 +67,8 @@ def push(
                 commit_message=f"{manifest.name}@{version[:SHORT]}",
                 delete_patterns=["*"],
             )
-        except (HfHubHTTPError, OSError, RuntimeError) as error:
-            raise StoreError(f"Cannot push to {repository}: {_first_line(error)}") from error
+        except (client_error, OSError, RuntimeError) as error:
+            raise StoreError(f"Cannot push to {repository}: {first_line(error)}.") from error
     return str(commit.oid)
 
 
@@ -112,7 +114,7 @@ def pull(
                 "the name, or log in with: hf auth login"
             ) from error
         except (HfHubHTTPError, OSError) as error:
-            raise StoreError(f"Cannot pull {repository}: {_first_line(error)}") from error
+            raise StoreError(f"Cannot pull {repository}: {first_line(error)}.") from error
         path = folder / MANIFEST_FILE
         if not path.is_file():
             raise StoreError(
@@ -137,7 +139,3 @@ def _check_pushed(repository: str, files: Sequence[str]) -> None:
             f"Refusing to push to {repository}: what it holds ({', '.join(found[:3])}) was not "
             "pushed from a store and would be deleted. Name another, or say --replace."
         )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") + "."
