@@ -68,7 +68,7 @@ def test_every_exact_pair_gives_every_weight_back(
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_source(folder / "a", {f"{MLP}.down_proj": linear}, seed=seed)
+        write_source(folder / "a", {f"{MLP}.down_proj": linear}, seed=seed, is_whole=True)
         try:
             report = there_and_back(folder, to)
         except ValueError:
@@ -97,7 +97,7 @@ def test_every_exact_pair_gives_every_weight_back(
     ],
 )
 def test_every_tensor_comes_back_bit_for_bit(tmp_path, to, facts):
-    write_source(tmp_path / "a", linears(**facts))
+    write_source(tmp_path / "a", linears(**facts), is_whole=True)
     assert there_and_back(tmp_path, to).is_exact
     assert_same_checkpoint(tmp_path / "a", tmp_path / "c")
 
@@ -110,14 +110,14 @@ def test_larger_groups_and_fewer_bits_are_remembered(tmp_path, to, bits):
         f"{MLP}.up_proj": TinyLinear(in_features=256, out_features=64, group_size=128, bits=bits),
         f"{MLP}.gate_proj": TinyLinear(in_features=192, out_features=64, group_size=128, bits=bits),
     }
-    write_source(tmp_path / "a", source)
+    write_source(tmp_path / "a", source, is_whole=True)
     there_and_back(tmp_path, to)
     assert_same_checkpoint(tmp_path / "a", tmp_path / "c")
 
 
 def test_a_zero_of_zero_goes_into_version_2(tmp_path):
     source = linears(symmetric=False, zero_offset=0)
-    write_source(tmp_path / "a", source)
+    write_source(tmp_path / "a", source, is_whole=True)
     there_and_back(tmp_path, "awq")
     assert open_source(tmp_path / "c").checkpoint.labels.checkpoint_format == "gptq_v2"
     assert_same_checkpoint(tmp_path / "a", tmp_path / "c")
@@ -126,7 +126,7 @@ def test_a_zero_of_zero_goes_into_version_2(tmp_path):
 @pytest.mark.parametrize("to", ["awq", "mlx", "compressed-tensors", "gguf"])
 def test_ragged_groups_become_even_ones(tmp_path, to):
     ragged = TinyLinear(in_features=96, out_features=64, group_size=64)
-    write_source(tmp_path / "a", {f"{MLP}.down_proj": ragged})
+    write_source(tmp_path / "a", {f"{MLP}.down_proj": ragged}, is_whole=True)
     there_and_back(tmp_path, to)
     assert_same_weights(tmp_path / "a", tmp_path / "c")
 
