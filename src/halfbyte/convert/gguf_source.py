@@ -154,7 +154,7 @@ class GgufSource:
             file tells and the blocks agree.
 
         Raises:
-            CheckpointError: It is damaged, or its minima fit no grid.
+            CheckpointError: It is damaged.
         """
         info = self.linears[name]
         linear = read_blocks(info.name, self.file.read(info), info.kind, info.shape)
