@@ -9,8 +9,9 @@ from typing import Any
 
 from halfbyte.checkpoint.labels import CONFIG_SECTION, MODEL_CONFIG, read_model_config
 from halfbyte.convert.gguf_architecture import ARCHITECTURES, EMBEDDING, HEAD, Architecture
+from halfbyte.convert.gguf_fields import spell_out
 from halfbyte.convert.gguf_file import BF16, GgufFile
-from halfbyte.convert.gguf_hyperparameters import FACTOR_TENSORS, spell_out
+from halfbyte.convert.gguf_positions import FACTOR_TENSORS
 from halfbyte.errors import CheckpointError
 
 _ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")

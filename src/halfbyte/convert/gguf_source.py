@@ -25,7 +25,7 @@ from halfbyte.convert.gguf_architecture import (
 from halfbyte.convert.gguf_blocks import PLAIN, read_blocks, read_plain
 from halfbyte.convert.gguf_config import check_complete, read_config
 from halfbyte.convert.gguf_file import F32, Q4_0, Q4_1, Q8_0, GgufFile, GgufTensor, open_gguf
-from halfbyte.convert.gguf_hyperparameters import FACTOR_TENSORS
+from halfbyte.convert.gguf_positions import FACTOR_TENSORS
 from halfbyte.convert.hints import HINT_KEY, read_hints, restore
 from halfbyte.errors import CheckpointError, require_extra
 

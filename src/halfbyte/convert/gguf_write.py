@@ -43,8 +43,9 @@ from halfbyte.convert.gguf_file import (
     BlockType,
     write_gguf_file,
 )
-from halfbyte.convert.gguf_hyperparameters import make_rope_factors, note_limits
+from halfbyte.convert.gguf_hyperparameters import note_limits
 from halfbyte.convert.gguf_metadata import describe_file
+from halfbyte.convert.gguf_positions import make_rope_factors
 from halfbyte.convert.report import RoundedTensor, measure_rounding, sample_rows, worst_first
 from halfbyte.convert.respell import BLOCK
 from halfbyte.convert.source import Source
