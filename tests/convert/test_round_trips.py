@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tests.helpers.conversions import (
     ATTENTION,
     MLP,
@@ -20,6 +21,7 @@ from tests.helpers.tiny_gptq import TinyLinear
 
 from halfbyte.convert.opening import open_source
 from halfbyte.convert.run import ConversionConfig, convert
+from halfbyte.errors import CheckpointError
 
 FORMATS = ("gguf", "awq", "mlx", "compressed-tensors", "gptq")
 
@@ -147,8 +149,6 @@ def test_float32_holds_every_product_exactly(tmp_path):
     config = ConversionConfig(to="hf", dtype="float32")
     report = convert(tmp_path / "a", tmp_path / "b", config=config)
     assert report.is_exact
-    from safetensors.torch import load_file
-
     tensors = load_file(tmp_path / "b" / "model.safetensors")
     for name, weight in weights.items():
         assert torch.equal(tensors[f"{name}.weight"].double(), weight)
@@ -158,8 +158,6 @@ def test_sixteen_bits_round_each_weight_once(tmp_path):
     weights = write_source(tmp_path / "a", linears())
     report = convert(tmp_path / "a", tmp_path / "b", config=ConversionConfig(to="hf"))
     assert 0 < max(found.relative_error for found in report.rounded) < 2**-11
-    from safetensors.torch import load_file
-
     tensors = load_file(tmp_path / "b" / "model.safetensors")
     for name, weight in weights.items():
         assert torch.equal(tensors[f"{name}.weight"], weight.to(torch.float16))
@@ -188,3 +186,31 @@ def test_the_card_carries_base_and_licence_and_says_what_was_done(tmp_path):
     assert "license: mit\nbase_model: org/base\nbase_model_relation: quantized" in text
     assert "Converted from gptq to mlx" in text
     assert "every weight is exact" in text
+
+
+def test_templates_beside_the_chat_template_are_copied(tmp_path):
+    write_source(tmp_path / "a", linears())
+    (tmp_path / "a" / "additional_chat_templates").mkdir()
+    (tmp_path / "a" / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    convert(tmp_path / "a", tmp_path / "b", config=ConversionConfig(to="awq"))
+    copy = tmp_path / "b" / "additional_chat_templates" / "tool_use.jinja"
+    assert copy.read_text() == "{{ tools }}"
+
+
+def test_what_is_refused_for_its_tokenizer_leaves_no_folder(tmp_path):
+    write_source(tmp_path / "a", linears())
+    (tmp_path / "a" / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
+        convert(tmp_path / "a", tmp_path / "b" / "x.gguf", config=ConversionConfig(to="gguf"))
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("to", ["gguf", "awq"])
+def test_what_is_refused_half_way_leaves_no_file(tmp_path, to):
+    write_source(tmp_path / "a", linears())
+    tensors = load_file(tmp_path / "a" / "model.safetensors")
+    tensors[f"{MLP}.down_proj.bias"][0] = float("nan")
+    save_file(tensors, tmp_path / "a" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="not a number"):
+        convert(tmp_path / "a", tmp_path / "b", config=ConversionConfig(to=to))
+    assert not list((tmp_path / "b").iterdir())

@@ -18,10 +18,12 @@ NOT_COPIED = (
     "quantization_report.json",
     MANIFEST_FILE,
 )
+MORE_TEMPLATES = "additional_chat_templates"
+"""The folder of the chat templates that a model has beside its own."""
 
 
 def find_companions(folder: Path) -> list[Path]:
-    """Find tokenizer, chat template, generation settings and licence; never code, never weights.
+    """Find tokenizer, chat templates, generation settings and licence; never code, never weights.
 
     Args:
         folder: A model's.
@@ -33,11 +35,11 @@ def find_companions(folder: Path) -> list[Path]:
         CheckpointError: One is a link to nowhere or out of the folder.
     """
     found: list[Path] = []
-    for path in sorted(folder.iterdir()):
+    for path in sorted([*folder.iterdir(), *(folder / MORE_TEMPLATES).glob("*.jinja")]):
         named = path.name.endswith(COPIED_SUFFIXES) or path.name.upper().startswith("LICENSE")
         left = path.name in NOT_COPIED or path.name.endswith(".index.json")
         if named and not left and not path.is_dir():
-            found.append(check_own_file(folder, path.name))
+            found.append(check_own_file(folder, str(path.relative_to(folder))))
     return found
 
 
@@ -52,8 +54,10 @@ def copy_companions(source: Path, output: Path) -> None:
         CheckpointError: A file cannot be copied, or is a link to nowhere or out of the folder.
     """
     for path in find_companions(source):
+        place = output / path.relative_to(source)
         try:
-            shutil.copyfile(path, output / path.name)
+            place.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, place)
         except OSError as error:
             raise CheckpointError(
                 f"Cannot copy {path} to {output}: {error.strerror}. Free some space."
