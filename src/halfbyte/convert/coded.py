@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from halfbyte.checkpoint.consumers import can_recentre
 from halfbyte.checkpoint.write import TensorSpec, spec_of
 from halfbyte.convert.respell import expand, transpose
 from halfbyte.packing import pack_rows, unpack_rows
@@ -62,10 +63,8 @@ class CodedSpec:
 
     def can_recentre(self, bits: int) -> bool:
         """Whether all of (code - zero) lies within what ``bits`` bits hold around their middle."""
-        if self.has_free_minima:
-            return False
-        middle = 1 << (bits - 1)
-        return self.zero_high <= middle and (1 << self.bits) - 1 - self.zero_low < middle
+        zeros = {"zero_low": self.zero_low, "zero_high": self.zero_high}
+        return not self.has_free_minima and can_recentre(self.bits, bits, **zeros)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
