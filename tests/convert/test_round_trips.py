@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tests.helpers.conversions import (
 )
 from tests.helpers.tiny_gptq import TinyLinear
 
+from halfbyte.convert.gguf_file import open_gguf
 from halfbyte.convert.opening import open_source
 from halfbyte.convert.run import ConversionConfig, convert
 from halfbyte.errors import CheckpointError
@@ -214,3 +216,42 @@ def test_what_is_refused_half_way_leaves_no_file(tmp_path, to):
     with pytest.raises(CheckpointError, match="not a number"):
         convert(tmp_path / "a", tmp_path / "b", config=ConversionConfig(to=to))
     assert not list((tmp_path / "b").iterdir())
+
+
+@pytest.mark.parametrize("file", ["config.json", "quant_config.json"])
+def test_awq_is_known_by_either_of_its_files(tmp_path, file):
+    """AutoAWQ's first versions wrote a file of their own, with other names and no method."""
+    write_source(tmp_path / "a", linears())
+    convert(tmp_path / "a", tmp_path / "b", config=ConversionConfig(to="awq"))
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    section = {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}
+    del config["quantization_config"]
+    if file == "config.json":
+        config["quantization_config"] = section
+    else:
+        (tmp_path / "b" / file).write_text(json.dumps(section))
+    (tmp_path / "b" / "config.json").write_text(json.dumps(config))
+    convert(tmp_path / "b", tmp_path / "c", config=ConversionConfig(to="gptq"))
+    assert_same_checkpoint(tmp_path / "a", tmp_path / "c")
+
+
+def test_dense_weights_have_one_type_in_the_config(tmp_path):
+    write_source(tmp_path / "a", linears())
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    config["torch_dtype"] = config.pop("dtype")
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    convert(tmp_path / "a", tmp_path / "b", config=ConversionConfig(to="hf", dtype="bfloat16"))
+    found = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert {key: found[key] for key in found if "dtype" in key} == {"dtype": "bfloat16"}
+
+
+def test_every_base_of_a_merge_is_named(tmp_path):
+    write_source(tmp_path / "a", linears())
+    card = "---\nbase_model:\n- a/x\n- b/y\n---\n# A\n"
+    (tmp_path / "a" / "README.md").write_text(card)
+    convert(tmp_path / "a", tmp_path / "b", config=ConversionConfig(to="mlx"))
+    assert "base_model:\n- a/x\n- b/y\n" in (tmp_path / "b" / "README.md").read_text()
+    path = convert(tmp_path / "a", tmp_path / "c", config=ConversionConfig(to="gguf")).output
+    pairs = open_gguf(path).pairs
+    assert [pairs[f"general.base_model.{n}.name"] for n in (0, 1)] == ["x", "y"]
+    assert pairs["general.base_model.count"] == 2

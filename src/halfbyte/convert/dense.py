@@ -86,4 +86,6 @@ class DenseTarget:
     ) -> dict[str, Any]:
         """Give the whole ``config.json``."""
         name = str(self.dtype).removeprefix("torch.")
-        return {**model_config, "dtype": name}
+        # Transformers 4 called it torch_dtype, which would stand beside it and say another.
+        kept = {key: value for key, value in model_config.items() if key != "torch_dtype"}
+        return {**kept, "dtype": name}
