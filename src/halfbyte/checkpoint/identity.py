@@ -19,7 +19,9 @@ FILES = (
     "additional_chat_templates/*.jinja",
 )
 """What decides about a model's answers. Pickled weights do not: they are never read."""
-REPORTS = ("checksums.json", "quantization_report.json", "report.json")
+MANIFEST_FILE = "halfbyte_manifest.json"
+"""What a store's version is made of, beside its files where it was pushed to."""
+REPORTS = ("checksums.json", "quantization_report.json", "report.json", MANIFEST_FILE)
 """What is said about a model and may lie beside it."""
 CONFIG = "config.json"
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.checkpoint.header import TensorInfo, parse_json_object, read_header
+from halfbyte.checkpoint.own_file import check_own_file
 from halfbyte.errors import CheckpointError
 
 __all__ = ["TensorFiles", "TensorInfo"]
@@ -76,7 +77,7 @@ class TensorFiles:
         weight_map = {} if index_name is None else _read_weight_map(folder / index_name)
         is_sharded = index_name is not None and SINGLE_FILE not in names
         file_names = sorted(set(weight_map.values())) if is_sharded else _find_files(folder, names)
-        files = tuple(_check_file(folder, name) for name in file_names)
+        files = tuple(check_own_file(folder, name) for name in file_names)
         infos = _merge_headers(files)
         if index_name is not None and is_sharded:
             _check_index_agrees(folder / index_name, weight_map, infos)
@@ -165,6 +166,23 @@ def _read_tensors(
     return tensors
 
 
+def check_shards(folder: Path) -> None:
+    """Check that every shard that a folder's index names is there, without opening one.
+
+    Args:
+        folder: A model's, of any format.
+
+    Raises:
+        CheckpointError: A shard is missing or lies elsewhere, or the index is damaged.
+    """
+    names = [path.name for path in folder.iterdir()]
+    index_name = _find_index(folder, names)
+    if index_name is None or SINGLE_FILE in names:
+        return
+    for name in sorted(set(_read_weight_map(folder / index_name).values())):
+        check_own_file(folder, name)
+
+
 def _find_index(folder: Path, names: list[str]) -> str | None:
     found = [name for name in names if name.endswith(INDEX_SUFFIX)]
     standard = f"model{INDEX_SUFFIX}"
@@ -251,25 +269,6 @@ def _read_weight_map(index: Path) -> dict[str, str]:
                 "Do not use this checkpoint unless you know who made it."
             )
     return weight_map
-
-
-def _check_file(folder: Path, name: str) -> Path:
-    """Refuse a missing file, and a link that leaves the folder for other than the hub's blobs."""
-    file = folder / name
-    if not file.is_file():
-        raise CheckpointError(
-            f"Checkpoint {folder} is missing the file {name}. "
-            "The download is incomplete; download it again."
-        )
-    target, home = file.resolve(), folder.resolve()
-    # The hub's cache is <repo>/snapshots/<revision>/<file> -> ../../blobs/<hash>.
-    blobs = [up.parent / "blobs" for up in (home, *home.parents) if up.name == "snapshots"]
-    if not any(target.is_relative_to(allowed) for allowed in (home, *blobs)):
-        raise CheckpointError(
-            f"Refusing {file}: it is a link to {target}, outside its folder. "
-            "Copy the file into the folder if you mean it."
-        )
-    return file
 
 
 def _merge_headers(files: Iterable[Path]) -> dict[str, TensorInfo]:
