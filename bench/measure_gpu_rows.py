@@ -30,7 +30,7 @@ from gpu_candidates import (
     name_candidate,
     name_config,
 )
-from halfbyte.kernels.cuda_driver import compile_source, read_source
+from halfbyte.kernels.cuda_compiler import compile_source, read_source
 from halfbyte.kernels.fragments import find_order, prepare_fragments
 from halfbyte.kernels.registry import describe_spec
 from measure_gpu_kernels import (

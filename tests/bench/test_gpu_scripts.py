@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from halfbyte.kernels.cuda_driver import compile_source
+from halfbyte.kernels.cuda_compiler import compile_source
 from halfbyte.kernels.cuda_rows import SHARED_LIMIT, RowsConfig
 from halfbyte.kernels.cuda_stream import StreamConfig
 from halfbyte.kernels.gpu_table import load_table, parse_table

@@ -13,7 +13,7 @@ import torch
 from tests.helpers.packed import make_linear
 
 from halfbyte.kernels import cuda_linear, cuda_rows, cuda_stream
-from halfbyte.kernels.cuda_driver import compile_source, read_source
+from halfbyte.kernels.cuda_compiler import compile_source, read_source
 from halfbyte.kernels.cuda_rows import RowsConfig
 from halfbyte.kernels.cuda_stream import StreamConfig
 from halfbyte.kernels.gpu_table import load_table
