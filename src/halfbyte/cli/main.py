@@ -192,12 +192,12 @@ def _run(verb: Verb, args: argparse.Namespace) -> int:
         # The reader (head, less) left. Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILURE
-    except HalfbyteError as error:
+    except (HalfbyteError, OSError) as error:
         if args.debug:
             err_console.print_exception()
-        _print_error(str(error))
+        _print_error(str(error) if isinstance(error, HalfbyteError) else _describe_os_error(error))
         return _error_code(verb, EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILURE)
-    except Exception:
+    except Exception:  # noqa: BLE001 - whatever nobody foresaw
         # The code stays the verb's own: 1 of `compare` is a verdict.
         traceback.print_exc()
         _print_error("This is a mistake in halfbyte. Please report it with the lines above.")
@@ -207,6 +207,12 @@ def _run(verb: Verb, args: argparse.Namespace) -> int:
 def _error_code(verb: Verb, usual: int) -> int:
     code: int = getattr(verb, "EXIT_ERROR", usual)
     return code
+
+
+def _describe_os_error(error: OSError) -> str:
+    """Say which file the system refused, and why."""
+    what = f"Cannot use {error.filename}: " if error.filename else ""
+    return f"{what}{error.strerror or str(error) or type(error).__name__}."
 
 
 def _print_error(message: str) -> None:

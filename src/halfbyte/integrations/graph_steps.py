@@ -134,13 +134,14 @@ class GraphSteps:
             return
         self._aim(token, self.length)
         found = torch.zeros(2, dtype=torch.int64).pin_memory()
+        stream = torch.cuda.current_stream(self._places.device)
         events = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
         for index in range(count + 1):
             # A step runs while the token before it is taken.
             if index < count:
                 self._graph.replay()
                 found[index % 2].copy_(self._places[0], non_blocking=True)
-                events[index % 2].record()
+                events[index % 2].record(stream)
                 self.length += 1
             if index:
                 events[(index - 1) % 2].synchronize()
@@ -203,7 +204,7 @@ class GraphSteps:
             self._step = None
 
     def _record(self) -> None:
-        self._graph, self._logits = record(self._run_on, self._start_again)
+        self._graph, self._logits = record(self._run_on, self._places.device, self._start_again)
 
     def _run_on(self) -> Tensor:
         """Logits after the token; the next one and its place, unless others are put there."""

@@ -115,19 +115,23 @@ class GpuStep:
 
 @torch.inference_mode()
 def record(
-    compute: Callable[[], Tensor], after_each: Callable[[], None] | None = None
+    compute: Callable[[], Tensor],
+    device: torch.device,
+    after_each: Callable[[], None] | None = None,
 ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """Record what a computation launches.
 
     Args:
         compute: Reads and writes tensors that stay where they are.
+        device: Where these are.
         after_each: Called after each run before the recording.
 
     Returns:
         The graph, and the tensor that a replay fills.
     """
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    # The stream's device is torch's current one in it.
     with torch.cuda.stream(stream):
         for _ in range(WARM_UPS):
             compute()
@@ -136,7 +140,7 @@ def record(
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             result = compute()
-    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.current_stream(device).wait_stream(stream)
     return graph, result
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from halfbyte.checkpoint.companions import find_companions
 from halfbyte.machine.devices import resolve_device
 from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
 from halfbyte.quantize.calibration_source import CalibrationSource
@@ -68,6 +69,7 @@ def quantize(
         finished = load_report(target)
         check_same_options(finished, config or QuantConfig())
         return finished
+    find_companions(source)  # copied at the end of the run, refused at its beginning
     device = resolve_device((resources or ResourceConfig()).device)
     target.mkdir(parents=True, exist_ok=True)
     progress = progress or SilentProgress()

@@ -155,7 +155,7 @@ class _Recorded:
         self._tables = torch.full((rows, most_pages), spare, dtype=torch.int32, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":
-            self._graph, self._logits = record(self._compute)
+            self._graph, self._logits = record(self._compute, device)
 
     def run(self, pieces: Sequence[Piece]) -> Tensor:
         """Logits [rows, vocabulary], float32; those of rows that nobody needs among them."""
