@@ -202,6 +202,9 @@ def test_requests_that_come_in_one_packet_are_answered_in_turn():
         assert reply.count(b'"object":"chat.completion"') == 3
 
 
+CHAT_START = json.dumps(CHAT).encode()[:-1]
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -217,6 +220,7 @@ def test_requests_that_come_in_one_packet_are_answered_in_turn():
         b'{"model": "\\ud800", "messages": [{"role": "user", "content": "x"}]}',
         b'{"model": "tiny", "seed": 1e999, "messages": [{"role": "user", "content": "x"}]}',
         b'{"model": "tiny", "n": ' + b"9" * 5000 + b"}",
+        CHAT_START + b', "chat_template_kwargs": {"x": [1, 1e999]}}',
     ],
 )
 def test_no_body_breaks_the_server(body):

@@ -12,6 +12,7 @@ from tests.serve.helpers_text import make_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from halfbyte.errors import ServeError
 from halfbyte.integrations.generation import TextStream
 from halfbyte.serve.text.prompts import Prompts
 from halfbyte.serve.text.spelling import Spelling
@@ -75,6 +76,17 @@ def test_a_prompt_is_encoded_as_transformers_would(text, add_special):
         == slow(text)["input_ids"]
         == trained(text[::-1])["input_ids"]
     )
+
+
+@pytest.mark.parametrize(
+    "arguments", [r'{"x": "\ud83d"}', "[" * 900 + "]" * 900], ids=["half a character", "deep"]
+)
+def test_arguments_that_no_template_can_write_are_the_requests_fault(arguments):
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    messages = [{"role": "assistant", "content": None, "tool_calls": [call]}]
+    with pytest.raises(ServeError, match="does not take these messages") as caught:
+        Prompts(make_tokenizer()).encode_chat(messages)
+    assert (caught.value.status, caught.value.param) == (400, "messages")
 
 
 @given(st.text(max_size=40))
