@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import socket
 import time
@@ -83,8 +84,10 @@ def test_page_in_a_browser_cannot_post():
 
 
 def test_key_entries():
-    hashed = "sha256:" + "ab" * 32
+    digest = hashlib.sha256(b"secret-of-carl").hexdigest()
+    hashed = f"sha256:{digest.upper()}"
     keys = ApiKeys.parse([f"ann:{SECRET}", "loose-secret", f"carl:{hashed}"])
+    assert keys.find("secret-of-carl") == "carl"
     assert [name for name, _ in keys.hashes] == ["ann", "key2", "carl"]
     assert keys.find(SECRET) == "ann"
     assert keys.find("loose-secret") == "key2"
@@ -95,6 +98,9 @@ def test_key_entries():
         (["a/b:long-enough-secret"], "name of API key 1 is not one"),
         (["ann:long-enough-1", "ann:long-enough-2"], "Two API keys are called 'ann'"),
         (["ann:with a space"], "holds a space"),
+        ([f"ann:sha256:{'ab' * 31}"], "come 64 hexadecimal digits, not 62 characters"),
+        ([f"ann:SHA256:{'xy' * 32}"], "come 64 hexadecimal digits, not 64 characters"),
+        ([f"sha256:{'ab' * 32}"], "API key 1 is a hash without a name"),
     ):
         with pytest.raises(ConfigError) as caught:
             ApiKeys.parse(entries)

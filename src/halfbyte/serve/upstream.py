@@ -11,7 +11,6 @@ A client's key never goes there: the hosts have a key of this server's own.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
@@ -21,7 +20,13 @@ from halfbyte.errors import ServeError, require_extra
 from halfbyte.serve.exchange import Call, Event, Load
 from halfbyte.serve.server_sent_events import EventParser
 from halfbyte.serve.text.asked import count_choices
-from halfbyte.serve.upstream_chunks import ChunkReader, broken, unreachable, upstream_error
+from halfbyte.serve.upstream_chunks import (
+    ChunkReader,
+    broken,
+    read_json,
+    unreachable,
+    upstream_error,
+)
 from halfbyte.serve.upstream_hosts import Host, order_hosts, read_addresses
 
 try:
@@ -318,10 +323,11 @@ def _limit(seconds: float, call: Call) -> asyncio.Timeout:
 
 
 def _read_json(content: bytes) -> Any:
+    text = content.decode("utf-8", "replace")
     try:
-        return json.loads(content)
+        return read_json(text)
     except (ValueError, RecursionError):
-        return content[:200].decode("utf-8", "replace")
+        return text[:200]
 
 
 def _too_slow(host: Host, call: Call) -> ServeError:

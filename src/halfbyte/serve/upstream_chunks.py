@@ -20,6 +20,8 @@ from halfbyte.serve.exchange import (
 )
 
 DONE = "[DONE]"
+MOST_TOKENS = 2**53
+"""From here on JSON's readers count no more one by one; no answer has so many."""
 _FINISHES: dict[str, FinishReason] = {
     "stop": "stop",
     "length": "length",
@@ -27,6 +29,11 @@ _FINISHES: dict[str, FinishReason] = {
     "function_call": "tool_calls",
     "content_filter": "content_filter",
 }
+
+
+_NO_CHUNK = (
+    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError,
+)  # fmt: skip
 
 
 class ChunkReader:
@@ -66,7 +73,7 @@ class ChunkReader:
             self.done = True
             return []
         try:
-            chunk = json.loads(data)
+            chunk = read_json(data)
             if error := chunk.get("error"):
                 failure = upstream_error(502, {"error": error}, self._host)
                 raise failure
@@ -75,7 +82,7 @@ class ChunkReader:
                 events += self._read_choice(choice)
             if usage := chunk.get("usage"):
                 self._usage = _read_usage(usage)
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        except _NO_CHUNK as error:
             failure = broken(self._host, f"it sent something else: {data[:100]!r}")
             raise failure from error
         return events
@@ -129,6 +136,21 @@ class ChunkReader:
         call["id"] = call["id"] or str(part.get("id") or "")
         call["name"] = call["name"] or str(function.get("name") or "")
         call["arguments"] += function.get("arguments") or ""
+
+
+def read_json(text: str) -> Any:
+    """Read what another server wrote.
+
+    Args:
+        text: JSON; for anything else there is a ValueError or a RecursionError.
+
+    Returns:
+        The value. Half a character, which JSON can write and UTF-8 cannot, is a question mark.
+    """
+    value = json.loads(text)
+    if "\\ud" not in text.lower():
+        return value
+    return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
 
 
 def broken(host: str, reason: str) -> ServeError:
@@ -211,10 +233,17 @@ def _whole_calls(calls: Mapping[int, Mapping[str, str]]) -> tuple[ToolCall, ...]
 def _read_usage(usage: Mapping[str, Any]) -> Usage:
     details = usage.get("prompt_tokens_details") or {}
     return Usage(
-        prompt_tokens=int(usage.get("prompt_tokens") or 0),
-        completion_tokens=int(usage.get("completion_tokens") or 0),
-        cached_tokens=int(details.get("cached_tokens") or 0),
+        prompt_tokens=_count(usage.get("prompt_tokens")),
+        completion_tokens=_count(usage.get("completion_tokens")),
+        cached_tokens=_count(details.get("cached_tokens")),
     )
+
+
+def _count(value: Any) -> int:
+    count = int(value or 0)
+    if not 0 <= count < MOST_TOKENS:
+        raise ValueError(f"{count} tokens")
+    return count
 
 
 def _read_chat_logprobs(choice: Mapping[str, Any]) -> tuple[TokenLogprob, ...] | None:

@@ -309,7 +309,8 @@ def _top_of(token: TokenLogprob) -> dict[str, float | None] | None:
 
 
 def _number(logprob: float) -> float | None:
-    return None if math.isnan(logprob) else max(logprob, LEAST_LOGPROB)
+    # Neither what is no number nor what is without end is JSON.
+    return max(logprob, LEAST_LOGPROB) if logprob < math.inf else None
 
 
 def _tell_call(call: ToolCall) -> dict[str, Any]:
