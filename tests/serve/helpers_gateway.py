@@ -20,12 +20,11 @@ def make_gateway(config=None, keys=(), adapters=None, **engine):
     config = config or ServeConfig()
     engine = ScriptedEngine(tokenizer=make_tokenizer(), **engine)
     backend = EmbeddedBackend(engine, engine.tokenizer, model="tiny", config=config)
-    control = None if adapters is None else AdapterFolder(adapters, backend)
+    control = None if adapters is None else AdapterFolder(adapters, lambda: backend)
     gateway = Gateway(
         backend=backend,
         config=config,
         keys=ApiKeys.parse(keys),
-        text_tools=backend,
         adapters=control,
         metrics=lambda: "metric 1\n",
     )

@@ -104,9 +104,9 @@ def test_tokens_of_a_text_are_asked_of_whoever_has_the_model():
     engine = ScriptedEngine(tokenizer=make_tokenizer())
     config = ServeConfig()
     back = EmbeddedBackend(engine, engine.tokenizer, model="tiny", config=config)
-    with serve(Gateway(backend=back, config=config, text_tools=back)) as inner:
+    with serve(Gateway(backend=back, config=config)) as inner:
         upstream = UpstreamBackend.open([NOBODY, inner.v1])
-        front = Gateway(backend=upstream, config=config, text_tools=upstream)
+        front = Gateway(backend=upstream, config=config)
         with serve(front) as outer, httpx2.Client() as client:
             for path, body in (
                 ("/tokenize", {"prompt": "hello you", "return_token_strs": True}),

@@ -260,7 +260,7 @@ def test_a_chat_is_rated_after_the_bases_own_template(tmp_path):
                 engine, tokenizer, model="base", config=ServeConfig(), chat_template=template
             )
             here = await rate_answer(backend, "r", {"messages": messages}, "Größe")
-            gateway = Gateway(backend=backend, config=ServeConfig(), text_tools=backend)
+            gateway = Gateway(backend=backend, config=ServeConfig())
             with serve(gateway) as running:
                 upstream = UpstreamBackend.open([running.v1])
                 there = await rate_answer(upstream, "r", {"messages": messages}, "Größe")

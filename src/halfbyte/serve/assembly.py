@@ -34,6 +34,7 @@ from halfbyte.serve.rollout.store_models import (
     is_store_reference,
     resolve_store_model,
 )
+from halfbyte.serve.routing.router import Router
 from halfbyte.serve.upstream import UpstreamBackend
 from halfbyte.units import format_bytes
 
@@ -129,7 +130,6 @@ def open_service(
     if stored is not None:
         primary = StoreBackend(stored, embedded, load)
     service = _wrap(primary, config, engine, quality, keys)
-    service.gateway.text_tools = embedded
     service.description = describe_engine(embedded)
     info = embedded.engine_info
     service.quality.set_plan(
@@ -138,7 +138,7 @@ def open_service(
         total=info.planned_bytes,
     )
     if config.adapters is not None:
-        service.gateway.adapters = AdapterFolder(config.adapters, embedded)
+        service.gateway.adapters = AdapterFolder(config.adapters, lambda: service.gateway.current)
     return service
 
 
@@ -173,7 +173,6 @@ def _open_gateway(
     service = _wrap(upstream, config, engine, quality, keys)
     service.description = f"answers come from {', '.join(host.name for host in upstream.hosts)}"
     service.starts.append(partial(_greet, upstream))
-    service.gateway.text_tools = upstream
     return service
 
 
@@ -212,9 +211,8 @@ def _open_vllm(
     service = _wrap(backend, config, engine, quality, keys)
     service.description = f"vLLM runs it: {' '.join(command)}"
     service.starts.append(backend.start)
-    service.gateway.text_tools = backend
     if config.adapters is not None:
-        service.gateway.adapters = AdapterFolder(config.adapters, backend)
+        service.gateway.adapters = AdapterFolder(config.adapters, lambda: service.gateway.current)
     return service
 
 
@@ -328,7 +326,7 @@ def _wrap(
         config=config,
         keys=keys,
         router=watched.router,
-        primary=lambda: watched.router.routes[0].backend,
+        primary=partial(_find_current, watched.router),
         metrics=watched.metrics.render,
         refused=watched.metrics.count_rejection,
         routes=dashboard_routes(watched.snapshot),
@@ -337,6 +335,12 @@ def _wrap(
     # Or nobody would hear of a wrong address before the day when it is needed.
     greetings: list[Step] = [partial(_greet, other) for other in others]
     return Service(gateway=gateway, quality=watched, description="", starts=greetings)
+
+
+def _find_current(router: Router) -> Backend:
+    """Give the model that is asked first, as the version that it is now."""
+    backend = router.routes[0].backend
+    return backend.current if isinstance(backend, StoreBackend) else backend
 
 
 async def _greet(upstream: UpstreamBackend) -> None:

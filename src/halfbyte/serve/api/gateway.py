@@ -114,7 +114,6 @@ class Gateway:
     """None: the backend itself."""
     primary: Callable[[], Backend] | None = None
     """Gives the backend that has taken its place since; None: none does."""
-    text_tools: TextTools | None = None
     adapters: AdapterControl | None = None
     metrics: Callable[[], str | bytes] | None = None
     """Gives Prometheus' text form."""
@@ -139,13 +138,22 @@ class Gateway:
     @property
     def models(self) -> tuple[str, ...]:
         """Names that clients may ask for; those of a model that was replaced go on to be known."""
-        current = self.primary() if self.primary is not None else self.backend
-        return tuple(dict.fromkeys((*self.backend.models, *current.models)))
+        return tuple(dict.fromkeys((*self.backend.models, *self.current.models)))
+
+    @property
+    def current(self) -> Backend:
+        """The model that is asked first now, itself: after a swap or a promotion another one."""
+        return self.backend if self.primary is None else self.primary()
+
+    @property
+    def text_tools(self) -> TextTools | None:
+        """Tells texts in that model's token ids; None where it cannot."""
+        current = self.current
+        return current if isinstance(current, TextTools) else None
 
     async def is_ready(self) -> bool:
         """Tell whether new requests would be answered."""
-        current = self.primary() if self.primary is not None else self.backend
-        return not self.draining and await current.is_ready()
+        return not self.draining and await self.current.is_ready()
 
     async def answer(self, request: Request, kind: Kind, body: Mapping[str, Any]) -> ASGIApp:
         """Answer a chat or a completion.
