@@ -3,7 +3,7 @@
 ::
 
     Call ──POST, always streamed──> a host in turn ──bytes──> EventParser ──> ChunkReader ──> events
-                                    └─ unreachable: left alone for a while, the next one asked
+                                    └─ unreachable or busy: the next one is asked for a while
 
 A client's key never goes there: the hosts have a key of this server's own.
 """
@@ -11,9 +11,11 @@ A client's key never goes there: the hosts have a key of this server's own.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 from halfbyte.errors import ServeError, require_extra
@@ -36,6 +38,10 @@ except ImportError as missing:
 
 PATHS = {"chat": "/chat/completions", "completion": "/completions"}
 MOST_ERROR_BYTES = 65_536
+LONGEST_RETRY_SECONDS = 3600.0
+"""That another server may ask to be left alone for."""
+BUSY = (429, 502, 503)
+"""Statuses of a host that has begun nothing, so that another one may."""
 OWN_FIELDS = frozenset({"metadata", "stream", "stream_options"})
 """Of the request; meant for this server."""
 
@@ -191,7 +197,7 @@ class UpstreamBackend:
             host.models = tuple(str(entry["id"]) for entry in reply.json()["data"])
         except httpx2.HTTPError as error:
             host.note_failure()
-            raise _NotReached(host, error) from error
+            raise _NotReached(_unreachable(host, error)) from error
         except (ValueError, TypeError, LookupError) as error:
             raise broken(host.name, "its list of models is none") from error
         host.note_success()
@@ -220,7 +226,7 @@ class UpstreamBackend:
             yield reader.finish()
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
             host.note_failure()
-            raise _NotReached(host, error) from error
+            raise _NotReached(_unreachable(host, error)) from error
         except (httpx2.TimeoutException, TimeoutError) as error:
             raise _too_slow(host, call) from error
         except httpx2.HTTPError as error:
@@ -243,7 +249,7 @@ class UpstreamBackend:
                 continue
             except httpx2.HTTPError as error:
                 host.note_failure()
-                last = unreachable(host.name, str(error) or type(error).__name__)
+                last = _unreachable(host, error)
                 continue
             told = _read_json(reply.content)
             if reply.status_code in (404, 405):
@@ -286,14 +292,15 @@ class UpstreamBackend:
 
 
 class _NotReached(Exception):
-    """Nobody answered at an address, so nothing was begun there."""
+    """Nobody answered at an address, or had no time, so nothing was begun there."""
 
-    def __init__(self, host: Host, error: Exception) -> None:
-        super().__init__(host.name)
-        self.refusal = unreachable(host.name, str(error) or type(error).__name__)
+    def __init__(self, refusal: ServeError) -> None:
+        super().__init__(str(refusal))
+        self.refusal = refusal
 
-    def __str__(self) -> str:
-        return str(self.refusal)
+
+def _unreachable(host: Host, error: Exception) -> ServeError:
+    return unreachable(host.name, str(error) or type(error).__name__)
 
 
 async def _check_reply(reply: httpx2.Response, host: Host) -> None:
@@ -307,13 +314,26 @@ async def _check_reply(reply: httpx2.Response, host: Host) -> None:
             break
     if reply.status_code == 200:
         raise broken(host.name, f"its answer is '{media[:60]}' and no stream of events")
-    after = reply.headers.get("retry-after", "")
-    raise upstream_error(
-        reply.status_code,
-        _read_json(bytes(content)),
-        host.name,
-        retry_after=float(after) if after.isdecimal() else None,
-    )
+    after = _read_retry_after(reply.headers.get("retry-after", ""))
+    told = _read_json(bytes(content))
+    refusal = upstream_error(reply.status_code, told, host.name, retry_after=after)
+    if reply.status_code in BUSY:
+        host.note_busy(after)
+        raise _NotReached(refusal)
+    raise refusal
+
+
+def _read_retry_after(text: str) -> float | None:
+    """Read the header's seconds or date; None where it is neither, at most an hour."""
+    try:
+        seconds = (
+            float(text)
+            if text.isdecimal()
+            else parsedate_to_datetime(text).timestamp() - time.time()
+        )
+    except (ValueError, OverflowError):
+        return None
+    return min(max(seconds, 0.0), LONGEST_RETRY_SECONDS)
 
 
 def _limit(seconds: float, call: Call) -> asyncio.Timeout:
