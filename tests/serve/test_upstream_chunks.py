@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 
 import httpx2
+import openai
 import pytest
 from tests.serve.helpers_raw import chunk, raw_server, reply, stream
 from tests.serve.helpers_server import serve
@@ -13,7 +15,9 @@ from tests.serve.helpers_upstream import FULL, HELLO, USAGE, make_call, refused
 
 from halfbyte.serve.api.gateway import Gateway
 from halfbyte.serve.config import ServeConfig
+from halfbyte.serve.exchange import Delta
 from halfbyte.serve.upstream import UpstreamBackend
+from halfbyte.serve.upstream_chunks import ChunkReader
 
 
 def test_halves_of_characters_and_endless_numbers_never_reach_a_client():
@@ -61,3 +65,40 @@ def test_host_that_has_no_time_is_left_alone_for_as_long_as_it_says_and_the_next
 def test_retry_after_is_seconds_or_a_date_and_never_for_ever(header, seconds):
     with raw_server(reply(b"{}", status="429 Many", more=f"Retry-After: {header}\r\n")) as server:
         assert refused([server.address]).retry_after == seconds
+
+
+def say(**delta):
+    return {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+
+
+THOUGHT = {**USAGE["usage"], "completion_tokens_details": {"reasoning_tokens": 1}}
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_what_a_model_thinks_and_refuses_reaches_the_client(name):
+    chunks = (say(**{name: "Hm. "}), say(**{name: "No."}), say(refusal="I will not."))
+    usage = {"choices": [], "usage": THOUGHT}
+    with raw_server(stream(*chunks, chunk(finish="stop"), usage, "[DONE]")) as server:
+        upstream = UpstreamBackend.open([server.address])
+        with serve(Gateway(backend=upstream, config=ServeConfig())) as running:
+            running.call(upstream.start())
+            client = openai.OpenAI(base_url=running.v1, api_key="x", max_retries=0)
+            whole = client.chat.completions.create(model="big", messages=HELLO)
+            pieces = list(client.chat.completions.create(model="big", messages=HELLO, stream=True))
+    message = whole.choices[0].message
+    assert (message.content, message.refusal) == (None, "I will not.")
+    assert message.reasoning_content == "Hm. No."
+    assert whole.usage.completion_tokens_details.reasoning_tokens == 1
+    deltas = [piece.choices[0].delta for piece in pieces]
+    assert "".join(getattr(d, "reasoning_content", None) or "" for d in deltas) == "Hm. No."
+    assert "".join(d.refusal or "" for d in deltas) == "I will not."
+
+
+def test_thoughts_and_pieces_of_a_call_are_signs_of_life():
+    part = {"index": 0, "function": {"name": "f", "arguments": "{}"}}
+    reader = ChunkReader("chat", "h", 1)
+    for delta in ({"reasoning_content": "Hm."}, {"tool_calls": [part]}):
+        (event,) = reader.read(json.dumps(say(**delta)))
+        assert isinstance(event, Delta)
+        assert (event.text, event.tool_calls) == ("", ())
+    assert reader.read(json.dumps(say(role="assistant"))) == []

@@ -109,16 +109,28 @@ class ChunkReader:
         events: list[Event] = []
         if self._kind == "chat":
             delta = choice.get("delta") or {}
-            text, logprobs = delta.get("content") or "", _read_chat_logprobs(choice)
-            for part in delta.get("tool_calls") or ():
+            parts = delta.get("tool_calls") or ()
+            for part in parts:
                 self._add_call(index, part)
+            piece = Delta(
+                choice=index,
+                text=_text(delta, "content"),
+                refusal=_text(delta, "refusal"),
+                # vLLM's newer name for it is the second one.
+                reasoning=_text(delta, "reasoning_content") or _text(delta, "reasoning"),
+                logprobs=_read_chat_logprobs(choice),
+            )
         else:
-            text, logprobs = choice.get("text") or "", _read_completion_logprobs(choice)
-        if not isinstance(text, str):
-            raise TypeError("text")
-        if text or logprobs:
+            parts = ()
+            piece = Delta(
+                choice=index,
+                text=_text(choice, "text"),
+                logprobs=_read_completion_logprobs(choice),
+            )
+        # Of a call nothing is given before its end, but it shows that the model goes on.
+        if piece.text or piece.refusal or piece.reasoning or piece.logprobs or parts:
             self._pieces += 1
-            events.append(Delta(choice=index, text=text, logprobs=logprobs))
+            events.append(piece)
         reason = choice.get("finish_reason")
         if reason is not None and index not in self._finished:
             self._finished.add(index)
@@ -218,6 +230,13 @@ def upstream_error(
     )
 
 
+def _text(values: Mapping[str, Any], name: str) -> str:
+    text = values.get(name) or ""
+    if not isinstance(text, str):
+        raise TypeError(name)
+    return text
+
+
 def _whole_calls(calls: Mapping[int, Mapping[str, str]]) -> tuple[ToolCall, ...]:
     return tuple(
         ToolCall(
@@ -232,10 +251,12 @@ def _whole_calls(calls: Mapping[int, Mapping[str, str]]) -> tuple[ToolCall, ...]
 
 def _read_usage(usage: Mapping[str, Any]) -> Usage:
     details = usage.get("prompt_tokens_details") or {}
+    written = usage.get("completion_tokens_details") or {}
     return Usage(
         prompt_tokens=_count(usage.get("prompt_tokens")),
         completion_tokens=_count(usage.get("completion_tokens")),
         cached_tokens=_count(details.get("cached_tokens")),
+        reasoning_tokens=_count(written.get("reasoning_tokens")),
     )
 
 

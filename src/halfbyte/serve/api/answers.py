@@ -40,6 +40,8 @@ class Choice:
     """One choice, gathered."""
 
     pieces: list[str] = field(default_factory=list)
+    refusal: str = ""
+    reasoning: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] | None = None
     calls: list[ToolCall] = field(default_factory=list)
     finish: str = ""
@@ -73,6 +75,8 @@ async def gather(events: AsyncIterator[Event]) -> tuple[dict[int, Choice], Usage
             choice.finish = event.reason
             continue
         choice.pieces.append(event.text)
+        choice.refusal += event.refusal
+        choice.reasoning.append(event.reasoning)
         choice.calls.extend(event.tool_calls)
         if event.logprobs is not None:
             choice.logprobs = (choice.logprobs or []) + list(event.logprobs)
@@ -161,7 +165,11 @@ class AnswerForm:
             found.append(self._chunk([_chat_piece(event.choice, {}, finish=event.reason)]))
             return found
         delta: dict[str, Any] = {}
-        if event.text or not event.tool_calls:
+        if event.reasoning:
+            delta["reasoning_content"] = event.reasoning
+        if event.refusal:
+            delta["refusal"] = event.refusal
+        if event.text or not (delta or event.tool_calls):
             delta["content"] = event.text
         if event.tool_calls:
             delta["tool_calls"] = [
@@ -171,7 +179,8 @@ class AnswerForm:
         return found
 
     def _is_plain(self, event: Delta) -> bool:
-        is_text = event.logprobs is None and not event.tool_calls and not self.with_usage
+        is_more = event.tool_calls or event.refusal or event.reasoning
+        is_text = event.logprobs is None and not is_more and not self.with_usage
         return is_text and (event.choice in self._opened or not self._is_chat)
 
     def _plain_chunk(self, event: Delta) -> bytes:
@@ -197,10 +206,12 @@ class AnswerForm:
         content = choice.text
         message: dict[str, Any] = {
             "role": "assistant",
-            "content": content or (None if choice.calls else ""),
-            "refusal": None,
+            "content": content or (None if choice.calls or choice.refusal else ""),
+            "refusal": choice.refusal or None,
             "annotations": [],
         }
+        if reasoning := "".join(choice.reasoning):
+            message["reasoning_content"] = reasoning
         if choice.calls:
             message["tool_calls"] = [_tell_call(call) for call in choice.calls]
         return {
@@ -259,7 +270,7 @@ def tell_usage(usage: Usage) -> dict[str, Any]:
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens, "audio_tokens": 0},
         "completion_tokens_details": {
-            "reasoning_tokens": 0,
+            "reasoning_tokens": usage.reasoning_tokens,
             "audio_tokens": 0,
             "accepted_prediction_tokens": 0,
             "rejected_prediction_tokens": 0,

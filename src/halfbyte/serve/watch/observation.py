@@ -58,7 +58,8 @@ class Seen:
             pieces = self.texts.get(event.choice)
             if pieces is None:
                 pieces = self.texts[event.choice] = []
-            pieces.append(event.text)
+            # To who watches, a refusal is what the model says; what it thinks is not.
+            pieces.append(event.text or event.refusal)
             if event.logprobs:
                 self.logprobs.extend(token.logprob for token in event.logprobs)
             if event.entropies:
