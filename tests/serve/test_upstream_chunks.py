@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import httpx2
 import openai
@@ -13,9 +15,14 @@ from tests.serve.helpers_raw import chunk, raw_server, reply, stream
 from tests.serve.helpers_server import serve
 from tests.serve.helpers_upstream import FULL, HELLO, USAGE, make_call, refused
 
+from halfbyte.errors import ConfigError
 from halfbyte.serve.api.gateway import Gateway
+from halfbyte.serve.assembly import open_service
 from halfbyte.serve.config import ServeConfig
+from halfbyte.serve.engine.config import EngineConfig
 from halfbyte.serve.exchange import Delta
+from halfbyte.serve.keys import ApiKeys
+from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.upstream import UpstreamBackend
 from halfbyte.serve.upstream_chunks import ChunkReader
 
@@ -102,3 +109,34 @@ def test_thoughts_and_pieces_of_a_call_are_signs_of_life():
         assert isinstance(event, Delta)
         assert (event.text, event.tool_calls) == ("", ())
     assert reader.read(json.dumps(say(role="assistant"))) == []
+
+
+def test_limits_of_answers_hold_for_other_servers_too():
+    def sent(config, **body):
+        with raw_server(FULL) as server:
+            upstream = replace(config, upstreams=(server.address,))
+            service = open_service(None, upstream, EngineConfig(), QualityConfig(), ApiKeys())
+            with serve(service.gateway) as running:
+                running.call(service.start())
+                told = httpx2.post(
+                    f"{running.v1}/chat/completions",
+                    json={"model": "big", "messages": HELLO, **body},
+                )
+                running.call(service.quality.close())
+            asked = json.loads(server.seen[-1][1]) if told.status_code == 200 else told.json()
+            return asked.get("max_tokens"), asked.get("error", {}).get("message")
+
+    limited = ServeConfig(most_tokens=10, default_tokens=7)
+    assert sent(ServeConfig()) == (None, None)
+    assert sent(limited) == (7, None)
+    assert sent(ServeConfig(most_tokens=10)) == (10, None)
+    assert sent(limited, max_tokens=9) == (9, None)
+    refused = "max_completion_tokens is 11; this server gives 10 at most."
+    assert sent(limited, max_completion_tokens=11) == (None, refused)
+
+
+@pytest.mark.parametrize("option", ["served_name", "chat_template"])
+def test_what_other_servers_have_of_their_own_is_refused(option):
+    config = ServeConfig(upstreams=("http://h:1/v1",), **{option: Path("x")})
+    with pytest.raises(ConfigError, match=f"--{option.replace('_', '-')} needs a MODEL"):
+        open_service(None, config, EngineConfig(), QualityConfig(), ApiKeys())

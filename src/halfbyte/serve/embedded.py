@@ -19,7 +19,7 @@ from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.engine.contract import Ended, Engine, EngineInfo, Generated
 from halfbyte.serve.exchange import Call, Delta, Event, Load, Usage
 from halfbyte.serve.text.answer import AnswerText
-from halfbyte.serve.text.asked import AnswerLimits, Asked, read_call
+from halfbyte.serve.text.asked import Asked, read_call
 from halfbyte.serve.text.prompts import Prompts
 from halfbyte.serve.text.spelling import Spelling
 
@@ -52,9 +52,7 @@ class EmbeddedBackend:
         self._model = model
         self._prompts = Prompts(tokenizer, template=chat_template)
         self._spelling = Spelling(tokenizer)
-        self._limits = AnswerLimits(
-            default_tokens=config.default_tokens, most_tokens=config.most_tokens
-        )
+        self._limits = config.answer_limits
         self._closed = False
 
     @property

@@ -19,9 +19,10 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 from halfbyte.errors import ServeError, require_extra
+from halfbyte.serve.config import AnswerLimits
 from halfbyte.serve.exchange import Call, Event, Load
 from halfbyte.serve.server_sent_events import EventParser
-from halfbyte.serve.text.asked import count_choices
+from halfbyte.serve.text.asked import add_limit, count_choices
 from halfbyte.serve.upstream_chunks import (
     ChunkReader,
     broken,
@@ -68,6 +69,8 @@ class UpstreamBackend:
     adapters: tuple[str, ...] = ()
     """Further names, beside `model`, that the hosts answer to."""
     timeouts: UpstreamTimeouts = field(default_factory=UpstreamTimeouts)
+    limits: AnswerLimits = field(default_factory=AnswerLimits)
+    """Of this server's answers."""
     name: str = "upstream"
     _turn: int = -1
     _closed: bool = False
@@ -80,6 +83,7 @@ class UpstreamBackend:
         *,
         key: str | None = None,
         timeouts: UpstreamTimeouts | None = None,
+        limits: AnswerLimits | None = None,
     ) -> UpstreamBackend:
         """Take addresses; nobody is asked yet.
 
@@ -87,12 +91,14 @@ class UpstreamBackend:
             addresses: Up to and with ``/v1``; a model's name may follow after ``#``.
             key: Of this server for those.
             timeouts: How long they may take.
+            limits: Of this server's answers.
 
         Returns:
             The backend; a ConfigError where there is none, or one is no address.
         """
         hosts, model = read_addresses(addresses)
-        backend = cls(hosts=hosts, key=key, model=model, timeouts=timeouts or UpstreamTimeouts())
+        backend = cls(hosts=hosts, key=key, model=model)
+        backend.timeouts, backend.limits = timeouts or backend.timeouts, limits or backend.limits
         backend.name = hosts[0].name
         return backend
 
@@ -207,6 +213,7 @@ class UpstreamBackend:
         body = {key: value for key, value in call.body.items() if key not in OWN_FIELDS}
         body["model"] = self._name_model(host, body)
         body |= {"stream": True, "stream_options": {"include_usage": True}}
+        body |= add_limit(call, self.limits)
         reader = ChunkReader(call.kind, host.name, count_choices(call))
         request = self._open_client().stream(
             "POST", host.address + PATHS[call.kind], json=body, headers=self._headers()

@@ -30,7 +30,7 @@ from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.exchange import Backend, Call, Delta, Event, Kind, Served, TextTools, Usage
 from halfbyte.serve.keys import ApiKeys
 from halfbyte.serve.limits import Limits
-from halfbyte.serve.text.asked import count_choices
+from halfbyte.serve.text.asked import count_choices, read_limit
 from halfbyte.serve.time_limit import TimeLimit
 
 logger = logging.getLogger(__name__)
@@ -269,6 +269,14 @@ class Gateway:
                 status=404,
                 code="model_not_found",
                 param="model",
+            )
+        param, wanted = read_limit(call)
+        most = self.config.most_tokens
+        if most is not None and wanted is not None and wanted > most:
+            raise ServeError(
+                f"{param} is {wanted}; this server gives {most} at most.",
+                code="invalid_value",
+                param=param,
             )
         choices = count_choices(call)
         if choices > self.config.most_choices:
