@@ -13,6 +13,7 @@ from halfbyte.serve.keys import ApiKeys
 
 SECRET = "s3cret-of-ann"
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}
+HEAD = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 JSON = {"Content-Type": "application/json"}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -52,11 +52,14 @@ class Choice:
         return "".join(self.pieces)
 
 
-async def gather(events: AsyncIterator[Event]) -> tuple[dict[int, Choice], Usage]:
+async def gather(
+    events: AsyncIterator[Event], note: Callable[[Event], None] = lambda event: None
+) -> tuple[dict[int, Choice], Usage]:
     """Wait for a whole answer.
 
     Args:
         events: Of one call.
+        note: Told of each.
 
     Returns:
         Its choices by index, and what it took.
@@ -67,6 +70,7 @@ async def gather(events: AsyncIterator[Event]) -> tuple[dict[int, Choice], Usage
     choices: dict[int, Choice] = {}
     usage: Usage | None = None
     async for event in events:
+        note(event)
         if isinstance(event, Usage):
             usage = event
             continue

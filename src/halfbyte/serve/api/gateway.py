@@ -29,14 +29,16 @@ from halfbyte.serve.api.streaming import (
 from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.exchange import Backend, Call, Delta, Event, Kind, Served, TextTools, Usage
 from halfbyte.serve.keys import ApiKeys
-from halfbyte.serve.limits import Limits
-from halfbyte.serve.text.asked import count_choices, read_limit
+from halfbyte.serve.limits import Limits, Tally
+from halfbyte.serve.text.asked import count_characters, count_choices, read_limit
 from halfbyte.serve.time_limit import TimeLimit
 
 logger = logging.getLogger(__name__)
 
 CLIENT_LEFT = 499
 """Status in the log of a request whose client did not wait; nobody reads it."""
+CHARACTERS_PER_TOKEN = 4
+"""Of a prompt whose tokens nobody has told."""
 GRACE_SECONDS = 5.0
 """After a deadline, for a backend to notice it by itself."""
 _PREFIXES: dict[Kind, str] = {"chat": "chatcmpl", "completion": "cmpl"}
@@ -173,24 +175,24 @@ class Gateway:
         router = self.router or DirectRouter(self.backend)
         try:
             async with AsyncExitStack() as stack:
-                stack.enter_context(self.limits.enter(call.key))
+                prompt = count_characters(body) // CHARACTERS_PER_TOKEN
+                tally = stack.enter_context(self.limits.enter(call.key, prompt=prompt))
                 events = await stack.enter_async_context(aclosing(router.stream(call, served)))
                 await stack.enter_async_context(WhileConnected(request.receive))
                 if not body.get("stream"):
-                    choices, usage = await gather(events)
-                    self._count(call, usage)
+                    choices, usage = await gather(events, tally.note)
                     told = form.whole(choices, usage)
                     return JSONResponse(told, headers=self._headers(call, served))
                 # Until the first event an error can still be told by its status.
                 first = await anext(events)
-                pieces = self._tell_events(call, form, first, events)
+                pieces = self._tell_events(form, tally, first, events)
                 await stack.enter_async_context(aclosing(pieces))
                 return EventStream(pieces, self._headers(call, served), stack.pop_all())
         except ClientLeft:
             return Response(status_code=CLIENT_LEFT)
 
     async def _tell_events(
-        self, call: Call, form: AnswerForm, first: Event, events: AsyncGenerator[Event, None]
+        self, form: AnswerForm, tally: Tally, first: Event, events: AsyncGenerator[Event, None]
     ) -> AsyncGenerator[bytes, None]:
         """Write a stream; an error within it is its last event.
 
@@ -202,10 +204,10 @@ class Gateway:
         event: Event | None = first
         try:
             while event is not None:
+                tally.note(event)
                 parts += form.chunks(event)
                 goes_out = type(event) is Delta and not event.is_last
                 if type(event) is Usage:
-                    self._count(call, event)
                     parts.append(write_event("[DONE]"))
                     goes_out = True
                 if goes_out:
@@ -219,10 +221,6 @@ class Gateway:
             parts.append(write_event(write_json(error_body(internal_error()))))
         if parts:
             yield b"".join(parts)
-
-    def _count(self, call: Call, usage: Usage) -> None:
-        """Put what an answer took on the key's account."""
-        self.limits.count_tokens(call.key, usage.prompt_tokens + usage.completion_tokens)
 
     def _make_call(self, request: Request, kind: Kind, body: Mapping[str, Any]) -> Call:
         tags = request.headers.get("x-halfbyte-tags", "").split(",")

@@ -251,6 +251,14 @@ def count_choices(call: Call) -> int:
     return len(split_prompts(call.body.get("prompt"))) * int(call.body.get("n") or 1)
 
 
+def count_characters(body: Mapping[str, Any]) -> int:
+    """Count the characters that there are to tokenize, at once and roughly."""
+    prompt = body.get("prompt")
+    if prompt is not None:
+        return len(prompt) if isinstance(prompt, str) else sum(map(len, map(str, prompt)))
+    return sum(len(str(message.get("content"))) for message in body.get("messages", ()))
+
+
 def _make_request(
     call: Call,
     ids: list[int],
