@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -29,6 +30,7 @@ _OBJECTS: dict[tuple[Kind, bool], str] = {
     ("completion", False): "text_completion",
     ("completion", True): "text_completion",
 }
+_Utf8 = codecs.getincrementaldecoder("utf-8")
 _TEXT = "\0"
 """In place of a text; in no model's name."""
 LEAST_LOGPROB = -9999.0
@@ -119,6 +121,7 @@ class AnswerForm:
         self._around: dict[int, tuple[bytes, bytes]] = {}
         # Of each completion's choice: characters so far, from which token offsets count.
         self._lengths: dict[int, int] = {}
+        self._decoders: dict[int, codecs.IncrementalDecoder] = {}
         options = call.body.get("stream_options") or {}
         self.with_usage = bool(options.get("include_usage"))
 
@@ -257,13 +260,20 @@ class AnswerForm:
         offsets = []
         for token in tokens:
             offsets.append(self._lengths.get(index, 0))
-            self._lengths[index] = offsets[-1] + len(token.token)
+            self._lengths[index] = offsets[-1] + self._measure(index, token)
         return {
             "tokens": [token.token for token in tokens],
             "token_logprobs": [_number(token.logprob) for token in tokens],
             "top_logprobs": [_top_of(token) for token in tokens],
             "text_offset": offsets,
         }
+
+    def _measure(self, index: int, token: TokenLogprob) -> int:
+        """Count the characters that a token ends: it may be a part of one, spelled with escapes."""
+        if token.bytes is None:
+            return len(token.token)
+        decoder = self._decoders.setdefault(index, _Utf8("replace"))
+        return len(decoder.decode(bytes(token.bytes)))
 
 
 def tell_usage(usage: Usage) -> dict[str, Any]:

@@ -61,7 +61,8 @@ class Asked:
     stops: tuple[str, ...]
     form: CallForm | None
     """How tool calls are written; None where none may come."""
-    tools: tuple[str, ...]
+    tools: Mapping[str, Mapping[str, Any]]
+    """Names that may be called, with the schemas of their parameters."""
     most_calls: int | None
 
     def make_call_filter(self) -> ToolCallFilter | None:
@@ -114,7 +115,10 @@ def read_call(
                     echo=text if body.get("echo") else None,
                     stops=_read_stops(body),
                     form=tools.form,
-                    tools=tuple(tool["function"]["name"] for tool in tools.shown),
+                    tools={
+                        tool["function"]["name"]: tool["function"].get("parameters") or {}
+                        for tool in tools.shown
+                    },
                     most_calls=tools.most,
                 )
             )
@@ -192,7 +196,8 @@ def _read_grammar(body: Mapping[str, Any]) -> Grammar | None:
     if wanted["type"] == "json_object":
         return Grammar(kind="json_object")
     if wanted["type"] == "json_schema":
-        return Grammar(kind="json_schema", text=json.dumps(wanted["json_schema"].get("schema", {})))
+        schema = wanted["json_schema"].get("schema") or {}
+        return Grammar(kind="json_schema", text=json.dumps(schema))
     for name, value in structured.items():
         kinds: dict[str, GrammarKind] = {"json": "json_schema", "grammar": "lark"}
         kind: Any = kinds.get(name, name)
