@@ -51,11 +51,19 @@ def test_host_that_has_no_time_is_left_alone_for_as_long_as_it_says_and_the_next
         assert await backend.is_ready()
         await backend.close()
 
+    async def tokenize(addresses):
+        backend = UpstreamBackend.open(addresses)
+        told = await backend.tokenize({"prompt": "x"})
+        await backend.close()
+        return told
+
     for status in ("429 Many", "502 Bad Gateway", "503 Draining"):
         busy = reply(b"{}", status=status, more="Retry-After: 60\r\n")
         with raw_server(busy) as one, raw_server(FULL) as two:
             asyncio.run(run([one.address, two.address]))
             assert (len(one.seen), len(two.seen)) == (1, 4), status
+    with raw_server(busy) as one, raw_server(reply(b'{"tokens": [1]}')) as two:
+        assert asyncio.run(tokenize([one.address, two.address])) == {"tokens": [1]}
     with raw_server(busy) as one, raw_server(busy) as two:
         assert refused([one.address, two.address]).retry_after == 60
 

@@ -199,7 +199,7 @@ class UpstreamBackend:
                 f"{host.address}/models", headers=self._headers(), timeout=self.timeouts.connect
             )
             if reply.status_code != 200:
-                raise upstream_error(reply.status_code, _read_json(reply.content), host.name)
+                raise _make_refusal(host, reply, reply.content)
             host.models = tuple(str(entry["id"]) for entry in reply.json()["data"])
         except httpx2.HTTPError as error:
             host.note_failure()
@@ -264,7 +264,11 @@ class UpstreamBackend:
                     f"The model at {host.name} knows no {path}.", status=404, code="not_supported"
                 )
             if reply.status_code != 200:
-                raise upstream_error(reply.status_code, told, host.name)
+                refusal = _make_refusal(host, reply, reply.content)
+                if isinstance(refusal, _NotReached):
+                    last = refusal.refusal
+                    continue
+                raise refusal
             if not isinstance(told, dict):
                 raise broken(host.name, f"its answer to {path} is no object")
             return told
@@ -321,13 +325,17 @@ async def _check_reply(reply: httpx2.Response, host: Host) -> None:
             break
     if reply.status_code == 200:
         raise broken(host.name, f"its answer is '{media[:60]}' and no stream of events")
+    raise _make_refusal(host, reply, bytes(content))
+
+
+def _make_refusal(host: Host, reply: httpx2.Response, content: bytes) -> ServeError | _NotReached:
+    """Build the error of a refusal; a host that has no time is left alone as long as it says."""
     after = _read_retry_after(reply.headers.get("retry-after", ""))
-    told = _read_json(bytes(content))
-    refusal = upstream_error(reply.status_code, told, host.name, retry_after=after)
-    if reply.status_code in BUSY:
-        host.note_busy(after)
-        raise _NotReached(refusal)
-    raise refusal
+    refusal = upstream_error(reply.status_code, _read_json(content), host.name, retry_after=after)
+    if reply.status_code not in BUSY:
+        return refusal
+    host.note_busy(after)
+    return _NotReached(refusal)
 
 
 def _read_retry_after(text: str) -> float | None:
