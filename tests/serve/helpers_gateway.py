@@ -13,6 +13,7 @@ from halfbyte.serve.keys import ApiKeys
 
 SECRET = "s3cret-of-ann"
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}
+HEAD = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 JSON = {"Content-Type": "application/json"}
 
 
@@ -20,12 +21,11 @@ def make_gateway(config=None, keys=(), adapters=None, **engine):
     config = config or ServeConfig()
     engine = ScriptedEngine(tokenizer=make_tokenizer(), **engine)
     backend = EmbeddedBackend(engine, engine.tokenizer, model="tiny", config=config)
-    control = None if adapters is None else AdapterFolder(adapters, backend)
+    control = None if adapters is None else AdapterFolder(adapters, lambda: backend)
     gateway = Gateway(
         backend=backend,
         config=config,
         keys=ApiKeys.parse(keys),
-        text_tools=backend,
         adapters=control,
         metrics=lambda: "metric 1\n",
     )

@@ -7,7 +7,7 @@ import random
 import pytest
 from tests.serve.helpers_quality import Clock, ScriptedBackend, answer, collect, failure, make_call
 
-from halfbyte.errors import ConfigError
+from halfbyte.errors import ConfigError, ServeError
 from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.rollout.canary import Canary
 from halfbyte.serve.rollout.sequential import requests_until_rejected
@@ -190,24 +190,78 @@ def test_slow_ratings_leave_requests_out_whether_they_failed_or_not():
     assert canary.arms["canary"].failures < 10
 
 
-def test_requests_that_tell_nothing_do_not_count():
+def leave_early(script, *, requests=10):
+    """Clients that leave a trial's models, and a critical request that takes no part in it."""
     config = QualityConfig(canary_share=0.5)
-    small = ScriptedBackend("small", [30.0])
-    router = Router(small, fallbacks=[ScriptedBackend("large", GOOD)], config=config)
+    router = Router(
+        ScriptedBackend("small", script),
+        fallbacks=[ScriptedBackend("large", GOOD)],
+        config=config,
+    )
     canary = Canary("new", config, seed=1)
-    router.set_canary(ScriptedBackend("new", [30.0]), canary)
+    router.set_canary(ScriptedBackend("new", script), canary)
     router.add_observer(canary.observe)
 
     async def run():
-        for _ in range(10):
+        for _ in range(requests):
             task = asyncio.ensure_future(collect(router, make_call()))
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0.003)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
         await collect(router, make_call(tags=["critical"]))
 
     asyncio.run(run())
-    assert canary.num_requests == 0
+    return canary
+
+
+def test_client_that_leaves_before_the_first_token_was_let_down_by_either_model():
+    arms = leave_early([30.0]).arms
+    assert [arms[name].causes["left"] for name in arms] == [arms[name].requests for name in arms]
+    assert sum(arm.requests for arm in arms.values()) == 10
+    assert all(arm.requests for arm in arms.values())
+
+
+def test_client_that_leaves_in_the_middle_tells_nothing():
+    assert leave_early([*GOOD[:2], 30.0]).num_requests == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "cause"), [(404, "refused"), (400, "refused"), (429, "overload")]
+)
+def test_candidate_that_answers_nothing_goes_and_no_client_notices(status, cause):
+    canary, _, texts, _ = trial([failure(status)])
+    assert canary.status == "rolled back"
+    assert texts == {"a good answer of several words"}
+    assert canary.arms["canary"].causes == {cause: canary.arms["canary"].requests}
+
+
+def test_request_that_both_models_refuse_is_left_out_and_told_in_the_words_of_the_present_one():
+    config = QualityConfig(canary_share=0.5)
+    large = ScriptedBackend("large", GOOD)
+    router = Router(
+        ScriptedBackend("small", [ServeError("Too long.")]), fallbacks=[large], config=config
+    )
+    canary = Canary("new", config, seed=1)
+    new = ScriptedBackend("new", [ServeError("No.", status=404)])
+    router.set_canary(new, canary)
+    router.add_observer(canary.observe)
+    for _ in range(20):
+        with pytest.raises(ServeError, match=r"Too long\."):
+            asyncio.run(collect(router, make_call()))
+    assert len(new.calls) > 5
+    assert (canary.num_requests, large.calls) == (0, [])
+
+
+def test_promotion_needs_requests_of_the_candidate_itself():
+    canary = Canary("new", QualityConfig(canary_share=0.5, canary_margin=0.2), seed=1)
+    for _ in range(1000):
+        canary._count("primary", "")
+    assert canary.status == "running"
+    # 0.8 ** 14 is below 0.05.
+    for _ in range(14):
+        assert canary.status == "running"
+        canary._count("canary", "")
+    assert canary.status == "promoted"
 
 
 def test_candidate_with_an_open_breaker_counts_as_failing():

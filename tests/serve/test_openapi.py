@@ -129,7 +129,7 @@ def server():
     config = ServeConfig(default_tokens=100)
     engine = ScriptedEngine(tokenizer=tokenizer, script=script, context=4096)
     backend = EmbeddedBackend(engine, tokenizer, model="tiny", config=config)
-    with serve(Gateway(backend=backend, config=config, text_tools=backend)) as running:
+    with serve(Gateway(backend=backend, config=config)) as running:
         yield running
     assert running.gateway.limits.running == 0
     assert engine.running == 0

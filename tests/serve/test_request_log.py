@@ -85,6 +85,8 @@ def test_without_texts_there_are_only_figures(tmp_path):
         ("hf_AbCdEfGhIjKlMnOpQr", "[secret]"),
         ("eyJhbGciOiJI.eyJzdWIiOiIx.SflKxwRJSMeK", "[secret]"),
         ("10.0.0.12", "[address]"),
+        (r'{"x": "key:\nsk-abcdefghijklmnop1234"}', r'{"x": "key:\n[secret]"}'),
+        (r"call\n0170-1234-5678 or\t10.0.0.12", r"call\n[phone] or\t[address]"),
         ("In 2024 there were 12 apples, 3.14 and 1,000.", None),
         ("on 2024-01-15 at 10:30", None),
         ("version 1.2.3", None),
@@ -92,6 +94,49 @@ def test_without_texts_there_are_only_figures(tmp_path):
 )
 def test_redaction_knows_forms_and_leaves_plain_numbers(text, expected):
     assert redact(text) == (text if expected is None else expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("key:\nsk-abcdefghijklmnop1234", "key:\n[secret]"),
+        ("cards\n4111 1111 1111 1111", "cards\n[card]"),
+        ("call\n0170-1234-5678", "call\n[phone]"),
+        ("hosts:\t192.168.1.77", "hosts:\t[address]"),
+        ("mail\nbob@example.com", "mail\n[email]"),
+    ],
+)
+def test_what_begins_a_line_is_redacted_too_and_the_row_stays_json(tmp_path, text, expected):
+    log = RequestLog(tmp_path / "log.sqlite")
+    ask(log, text=text, script=answer(text))
+    log.close()
+    (row,) = rows(tmp_path / "log.sqlite")
+    assert json.loads(row["request"])["messages"][0]["content"] == expected
+    assert json.loads(row["answer"])["0"] == expected
+
+
+def test_row_that_cannot_be_written_costs_itself_and_is_counted(tmp_path):
+    dropped = []
+    log = RequestLog(tmp_path / "log.sqlite", dropped=dropped.append)
+    for number in (1, 2):
+        ask(log, script=answer("half \ud83d"))
+        while sum(dropped) < number:
+            time.sleep(0.01)
+    ask(log)
+    log.close()
+    assert sum(dropped) == 2
+    assert len(rows(tmp_path / "log.sqlite")) == 1
+
+
+def test_full_queue_holds_no_shutdown_up(tmp_path, monkeypatch):
+    monkeypatch.setattr("halfbyte.serve.watch.request_log.CLOSE_SECONDS", 0.2)
+    monkeypatch.setattr("halfbyte.serve.watch.request_log.LONGEST_QUEUE", 1)
+    monkeypatch.setattr(RequestLog, "_write_all", lambda self: time.sleep(0.1))
+    log = RequestLog(tmp_path / "log.sqlite")
+    ask(log, 3)
+    start = time.perf_counter()
+    log.close()
+    assert time.perf_counter() - start < 2
 
 
 def test_old_rows_make_room(tmp_path):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import os
+import signal
 import socket
 import threading
 import time
@@ -62,6 +64,31 @@ def test_draining_ends_in_time_whatever_runs():
     thread.join(10)
     assert time.monotonic() - start < 10
     assert engine.running == 0
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_signal_lets_running_answers_finish(name):
+    gateway, _ = make_gateway()
+    body = json.dumps(CHAT).encode()
+
+    async def run():
+        with bind("127.0.0.1", 0) as bound:
+            ready = asyncio.Event()
+            serving = asyncio.create_task(
+                run_server(gateway, bound, on_ready=lambda server: ready.set())
+            )
+            await ready.wait()
+            async with httpx2.AsyncClient() as client:
+                url = f"http://127.0.0.1:{bound.getsockname()[1]}/v1/chat/completions"
+                asked = asyncio.create_task(client.post(url, content=body, headers=JSON))
+                while not gateway.limits.running:
+                    await asyncio.sleep(0)
+                os.kill(os.getpid(), getattr(signal, name))
+                reply = await asked
+            await serving
+        return reply.status_code
+
+    assert asyncio.run(run()) == 200
 
 
 def test_socket_is_one_that_asyncio_sends_small_pieces_over_at_once():

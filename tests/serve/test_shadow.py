@@ -69,9 +69,10 @@ def test_candidate_that_fails_raises_one_alarm():
     assert "of the same" in alarms[0]
 
 
-def test_request_that_the_candidate_refuses_says_nothing_about_it():
+def test_request_that_only_the_candidate_refuses_counts_against_it():
     shadow, _, alarms, _ = shadowed([ServeError("too long", status=400)], pause=0.001)
-    assert (shadow.counts["refused"], shadow.counts["compared"], alarms) == (30, 0, [])
+    assert (shadow.counts["candidate:refused"], shadow.counts["candidate_failed"]) == (30, 30)
+    assert len(alarms) == 1
 
 
 def test_agreement_is_the_share_before_the_first_other_word():

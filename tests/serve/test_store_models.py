@@ -7,7 +7,12 @@ from tests.helpers.stores import write_folder, write_verdict
 from tests.serve.helpers_quality import ScriptedBackend, answer, collect, make_call
 
 from halfbyte.errors import ConfigError, StoreError
+from halfbyte.serve import assembly
+from halfbyte.serve.config import ServeConfig
+from halfbyte.serve.engine.config import EngineConfig
 from halfbyte.serve.exchange import Served
+from halfbyte.serve.keys import ApiKeys
+from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.rollout.store_models import (
     StoreBackend,
     is_store_reference,
@@ -180,3 +185,28 @@ def test_evidence_becomes_the_verdict_and_moves_the_alias(store):
         record_verdict(model, {"verdict": "fail"}, promote_to="champion")
     record_verdict(model, {"verdict": "pass", "requests": 900}, promote_to="champion")
     assert store.resolve("tiny") == ("tiny", second)
+
+
+def test_what_stands_beside_the_answers_follows_a_swap_and_a_promotion(store):
+    class Tokenizing(ScriptedBackend):
+        async def tokenize(self, body):
+            return {"by": self.name}
+
+        async def detokenize(self, body):
+            return {"by": self.name}
+
+    backend, _ = follower(store, pytest.fail)
+    service = assembly._wrap(backend, ServeConfig(), EngineConfig(), QualityConfig(), ApiKeys())
+    gateway = service.gateway
+
+    async def run():
+        backend.adopt(backend.model, Tokenizing("swapped", answer("good")))
+        found = [await gateway.text_tools.tokenize({})]
+        service.quality.router.set_primary(Tokenizing("promoted", answer("good")))
+        found.append(await gateway.text_tools.tokenize({}))
+        service.quality.router.set_primary(ScriptedBackend("plain", answer("good")))
+        await service.stop()
+        return found
+
+    assert asyncio.run(run()) == [{"by": "swapped"}, {"by": "promoted"}]
+    assert gateway.text_tools is None

@@ -12,6 +12,7 @@ from tests.serve.helpers_text import make_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from halfbyte.errors import ServeError
 from halfbyte.integrations.generation import TextStream
 from halfbyte.serve.text.prompts import Prompts
 from halfbyte.serve.text.spelling import Spelling
@@ -77,6 +78,17 @@ def test_a_prompt_is_encoded_as_transformers_would(text, add_special):
     )
 
 
+@pytest.mark.parametrize(
+    "arguments", [r'{"x": "\ud83d"}', "[" * 900 + "]" * 900], ids=["half a character", "deep"]
+)
+def test_arguments_that_no_template_can_write_are_the_requests_fault(arguments):
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    messages = [{"role": "assistant", "content": None, "tool_calls": [call]}]
+    with pytest.raises(ServeError, match="does not take these messages") as caught:
+        Prompts(make_tokenizer()).encode_chat(messages)
+    assert (caught.value.status, caught.value.param) == (400, "messages")
+
+
 @given(st.text(max_size=40))
 def test_text_stream_gives_the_text_back_whole(text):
     tokenizer = make_tokenizer()
@@ -136,7 +148,7 @@ FORMS = {
 @given(places=st.lists(st.integers(0, 200), max_size=20))
 def test_calls_are_found_however_the_text_is_cut(name, places):
     form, text, content, calls = FORMS[name]
-    tool_filter = ToolCallFilter(form, ["add"])
+    tool_filter = ToolCallFilter(form, {"add": {}})
     texts, found = [], []
     for piece in cut(text, places):
         out, more = tool_filter.feed(piece)
@@ -150,13 +162,23 @@ def test_calls_are_found_however_the_text_is_cut(name, places):
 
 
 def test_call_of_a_tool_that_was_not_given_is_text():
-    tool_filter = ToolCallFilter(HERMES, ["other"])
+    tool_filter = ToolCallFilter(HERMES, {"other": {}})
     text = f"<tool_call>{CALL}</tool_call>"
     assert tool_filter.feed(text) == (text, ())
 
 
+def test_tagged_parameters_are_of_the_types_that_the_tool_asks_for():
+    properties = {"zip": {"type": "string"}, "count": {"type": "integer"}}
+    tool_filter = ToolCallFilter(HERMES, {"add": {"type": "object", "properties": properties}})
+    values = {"zip": "01234", "count": "5", "other": "true", "half": '{"x": "\\ud83d"}'}
+    tags = "".join(f"<parameter={name}>\n{value}\n</parameter>" for name, value in values.items())
+    _, calls = tool_filter.feed(f"<tool_call><function=add>{tags}</function></tool_call>")
+    found = {"zip": "01234", "count": 5, "other": True, "half": {"x": "?"}}
+    assert json.loads(calls[0].arguments) == found
+
+
 def test_no_more_calls_than_may_come():
-    tool_filter = ToolCallFilter(HERMES, ["add"], most=1)
+    tool_filter = ToolCallFilter(HERMES, {"add": {}}, most=1)
     _, calls = tool_filter.feed(f"<tool_call>{CALL}</tool_call>" * 2)
     assert len(calls) == 1
     assert tool_filter.full
@@ -176,8 +198,8 @@ def test_form_by_template_and_ids():
     assert find_form("... <tool_call> ...") is HERMES
     assert find_form("... [TOOL_CALLS] ...") is MISTRAL
     assert find_form("... tools ...") is LLAMA
-    _, calls = ToolCallFilter(MISTRAL, ["add"]).feed("")
-    tool_filter = ToolCallFilter(MISTRAL, ["add"])
+    _, calls = ToolCallFilter(MISTRAL, {"add": {}}).feed("")
+    tool_filter = ToolCallFilter(MISTRAL, {"add": {}})
     tool_filter.feed(f"[TOOL_CALLS][{CALL}]")
     _, calls = tool_filter.finish()
     assert len(calls[0].id) == 9

@@ -18,6 +18,7 @@ from tests.serve.helpers_raw import chunk, raw_server, reply, stream
 from tests.serve.helpers_scripted import DEFAULT_ANSWER, ScriptedEngine
 from tests.serve.helpers_server import serve
 from tests.serve.helpers_text import make_tokenizer
+from tests.serve.helpers_upstream import FULL, HELLO, NOBODY, ask, make_call, refused
 
 from halfbyte.errors import ConfigError, ServeError
 from halfbyte.serve.api.gateway import Gateway
@@ -25,41 +26,11 @@ from halfbyte.serve.assembly import open_service
 from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.embedded import EmbeddedBackend
 from halfbyte.serve.engine.config import EngineConfig
-from halfbyte.serve.exchange import Call, Delta, Finish, Usage
+from halfbyte.serve.exchange import Delta, Finish, Usage
 from halfbyte.serve.keys import ApiKeys
 from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.server_sent_events import EventParser
-from halfbyte.serve.upstream import UpstreamBackend, UpstreamTimeouts
-
-HELLO = [{"role": "user", "content": "hello"}]
-USAGE = {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}}
-FULL = stream(chunk("Hel"), chunk("lo"), chunk(finish="stop"), USAGE, "[DONE]")
-NOBODY = "http://127.0.0.1:9/v1"  # the discard port: nothing listens there
-
-
-def make_call(kind="chat", seconds=None, **body):
-    content = {"messages": HELLO} if kind == "chat" else {"prompt": "hello"}
-    deadline = None if seconds is None else time.monotonic() + seconds
-    return Call(kind=kind, body={"model": "small", **content, **body}, id="x", deadline=deadline)
-
-
-def ask(addresses, call=None, *, key=None, **timeouts):
-    """Give all events, or the error."""
-
-    async def run():
-        backend = UpstreamBackend.open(addresses, key=key, timeouts=UpstreamTimeouts(**timeouts))
-        try:
-            return [event async for event in backend.stream(call or make_call())]
-        finally:
-            await backend.close()
-
-    return asyncio.run(run())
-
-
-def refused(addresses, call=None, **more):
-    with pytest.raises(ServeError) as caught:
-        ask(addresses, call, **more)
-    return caught.value
+from halfbyte.serve.upstream import UpstreamBackend
 
 
 @given(
@@ -133,9 +104,9 @@ def test_tokens_of_a_text_are_asked_of_whoever_has_the_model():
     engine = ScriptedEngine(tokenizer=make_tokenizer())
     config = ServeConfig()
     back = EmbeddedBackend(engine, engine.tokenizer, model="tiny", config=config)
-    with serve(Gateway(backend=back, config=config, text_tools=back)) as inner:
+    with serve(Gateway(backend=back, config=config)) as inner:
         upstream = UpstreamBackend.open([NOBODY, inner.v1])
-        front = Gateway(backend=upstream, config=config, text_tools=upstream)
+        front = Gateway(backend=upstream, config=config)
         with serve(front) as outer, httpx2.Client() as client:
             for path, body in (
                 ("/tokenize", {"prompt": "hello you", "return_token_strs": True}),

@@ -185,7 +185,7 @@ def adapters(tmp_path):
 def test_adapters_come_and_go_and_are_there_again_after_a_crash(vllm, adapters, caplog):
     async def run():
         async with running(vllm, adapters=adapters) as backend:
-            control = AdapterFolder(adapters, backend)
+            control = AdapterFolder(adapters, lambda: backend)
             await control.load("red")
             assert backend.models == ("tiny", "red")
             assert await ask(backend, model="red") == f"{ANSWER} By red."
@@ -218,7 +218,7 @@ def test_adapters_come_and_go_and_are_there_again_after_a_crash(vllm, adapters, 
 def test_an_adapter_that_is_gone_does_not_keep_the_model_from_coming_back(vllm, adapters, caplog):
     async def run():
         async with running(vllm, adapters=adapters) as backend:
-            await AdapterFolder(adapters, backend).load("red")
+            await AdapterFolder(adapters, lambda: backend).load("red")
             (adapters / "red" / "adapter_model.safetensors").unlink()
             with pytest.raises(ServeError):
                 await ask(backend, "crash")

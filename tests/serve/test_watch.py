@@ -182,6 +182,23 @@ def test_probes_tell_when_a_known_answer_is_lost(tmp_path):
     assert ask(1) == []
 
 
+def test_probes_begin_with_the_first_answer_however_late_it_comes(tmp_path):
+    (tmp_path / "probes.jsonl").write_text(
+        '{"id": "paris", "prompt": "The capital of France is", "check": {"contains": "Paris"}}\n'
+    )
+    small = ScriptedBackend("small", [failure()])
+    config = QualityConfig()
+    alerts = Alerts(clock=Clock())
+    items = read_probes(tmp_path / "probes.jsonl")
+    probes = Probes(items, Router(small, config=config), config, alerts)
+    for said, rounds in ((None, PATIENCE), ("It is Paris .", 1), ("It is Rome .", PATIENCE)):
+        assert names(alerts) == []
+        small.script = [failure()] if said is None else answer(said)
+        for _ in range(rounds):
+            asyncio.run(probes.ask_all())
+    assert names(alerts) == ["probes"]
+
+
 def test_probe_with_choices_is_refused(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "2+2=", "choices": ["4", "5"], "answer": 0}\n')
     with pytest.raises(ConfigError, match="has choices"):
@@ -260,7 +277,7 @@ def test_a_chat_is_rated_after_the_bases_own_template(tmp_path):
                 engine, tokenizer, model="base", config=ServeConfig(), chat_template=template
             )
             here = await rate_answer(backend, "r", {"messages": messages}, "Größe")
-            gateway = Gateway(backend=backend, config=ServeConfig(), text_tools=backend)
+            gateway = Gateway(backend=backend, config=ServeConfig())
             with serve(gateway) as running:
                 upstream = UpstreamBackend.open([running.v1])
                 there = await rate_answer(upstream, "r", {"messages": messages}, "Größe")

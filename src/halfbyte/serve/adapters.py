@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from halfbyte.errors import ConfigError, ServeError
 
@@ -31,6 +31,7 @@ def check_is_loaded(name: str, loaded: Collection[str]) -> None:
         )
 
 
+@runtime_checkable
 class Loads(Protocol):
     """What takes adapters: a backend over an engine."""
 
@@ -48,12 +49,12 @@ class Loads(Protocol):
 class AdapterFolder:
     """Adapters that may be served."""
 
-    def __init__(self, folder: Path, backend: Loads) -> None:
+    def __init__(self, folder: Path, current: Callable[[], object]) -> None:
         """Take the folder.
 
         Args:
             folder: Holds one folder for each adapter.
-            backend: Serves them.
+            current: Gives the model that serves them now.
 
         Raises:
             ConfigError: There is no such folder.
@@ -61,7 +62,7 @@ class AdapterFolder:
         if not folder.is_dir():
             raise ConfigError(f"The folder of adapters '{folder}' does not exist.")
         self._folder = folder.resolve()
-        self._backend = backend
+        self._current = current
 
     async def load(self, name: str) -> None:
         """Make an adapter servable.
@@ -73,14 +74,15 @@ class AdapterFolder:
             ServeError: 404: there is none; 409: something of that name is served already.
         """
         place = self._find(name)
-        if name in self._backend.models:
+        backend = self._find_backend()
+        if name in backend.models:
             raise ServeError(
                 f"'{name}' is served already. Unload it first.",
                 status=409,
                 code="already_loaded",
                 param="lora_name",
             )
-        await self._backend.load_adapter(name, str(place))
+        await backend.load_adapter(name, str(place))
 
     async def unload(self, name: str) -> None:
         """Take an adapter away.
@@ -88,7 +90,17 @@ class AdapterFolder:
         Args:
             name: Of a loaded one.
         """
-        await self._backend.unload_adapter(name)
+        await self._find_backend().unload_adapter(name)
+
+    def _find_backend(self) -> Loads:
+        backend = self._current()
+        if not isinstance(backend, Loads):
+            raise ServeError(
+                "The model that is served now takes no adapters: it runs behind another server.",
+                status=404,
+                code="not_supported",
+            )
+        return backend
 
     def _find(self, name: str) -> Path:
         place = (self._folder / name).resolve() if _NAME.fullmatch(name) else None

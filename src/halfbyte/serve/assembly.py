@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from halfbyte.serve.rollout.store_models import (
     is_store_reference,
     resolve_store_model,
 )
+from halfbyte.serve.routing.router import Router
 from halfbyte.serve.upstream import UpstreamBackend
 from halfbyte.units import format_bytes
 
@@ -129,7 +130,6 @@ def open_service(
     if stored is not None:
         primary = StoreBackend(stored, embedded, load)
     service = _wrap(primary, config, engine, quality, keys)
-    service.gateway.text_tools = embedded
     service.description = describe_engine(embedded)
     info = embedded.engine_info
     service.quality.set_plan(
@@ -138,7 +138,7 @@ def open_service(
         total=info.planned_bytes,
     )
     if config.adapters is not None:
-        service.gateway.adapters = AdapterFolder(config.adapters, embedded)
+        service.gateway.adapters = AdapterFolder(config.adapters, lambda: service.gateway.current)
     return service
 
 
@@ -149,12 +149,18 @@ def _check(model: str | None, config: ServeConfig, keys: ApiKeys) -> None:
             "Either a MODEL is served here or those at --upstream are; "
             + ("none of them was given." if model is None else "both were given.")
         )
+    for option, value in (
+        ("--adapters", config.adapters),
+        ("--served-name", config.served_name),
+        ("--chat-template", config.chat_template),
+    ):
+        if addresses and value is not None:
+            raise ConfigError(
+                f"{option} needs a MODEL; servers at --upstream have adapters, names and templates "
+                "of their own."
+            )
     if config.adapters is None:
         return
-    if addresses:
-        raise ConfigError(
-            "--adapters needs a MODEL; servers at --upstream have adapters of their own."
-        )
     if not keys:
         raise ConfigError(
             "--adapters needs an API key: loading and unloading is not for everybody. Set keys by "
@@ -169,11 +175,10 @@ def _open_gateway(
     config: ServeConfig, engine: EngineConfig, quality: QualityConfig, keys: ApiKeys
 ) -> Service:
     """Connect to servers that run already."""
-    upstream = UpstreamBackend.open(config.upstream_addresses, key=read_variable(UPSTREAM_KEY))
+    upstream = _connect_upstream(config.upstream_addresses, config)
     service = _wrap(upstream, config, engine, quality, keys)
     service.description = f"answers come from {', '.join(host.name for host in upstream.hosts)}"
     service.starts.append(partial(_greet, upstream))
-    service.gateway.text_tools = upstream
     return service
 
 
@@ -208,13 +213,12 @@ def _open_vllm(
         adapters=config.adapters,
         more=config.vllm_args,
     )
-    backend = VllmBackend(command, model=name)
+    backend = VllmBackend(command, model=name, limits=config.answer_limits)
     service = _wrap(backend, config, engine, quality, keys)
     service.description = f"vLLM runs it: {' '.join(command)}"
     service.starts.append(backend.start)
-    service.gateway.text_tools = backend
     if config.adapters is not None:
-        service.gateway.adapters = AdapterFolder(config.adapters, backend)
+        service.gateway.adapters = AdapterFolder(config.adapters, lambda: service.gateway.current)
     return service
 
 
@@ -317,7 +321,7 @@ def _wrap(
 
     def connect(place: str) -> Backend:
         if place.startswith(("http://", "https://")):
-            others.append(UpstreamBackend.open([place], key=read_variable(UPSTREAM_KEY)))
+            others.append(_connect_upstream([place], config))
             return others[-1]
         folder = Path(place)
         return open_embedded(folder, config, engine, name=folder.resolve().name)
@@ -328,7 +332,7 @@ def _wrap(
         config=config,
         keys=keys,
         router=watched.router,
-        primary=lambda: watched.router.routes[0].backend,
+        primary=partial(_find_current, watched.router),
         metrics=watched.metrics.render,
         refused=watched.metrics.count_rejection,
         routes=dashboard_routes(watched.snapshot),
@@ -337,6 +341,18 @@ def _wrap(
     # Or nobody would hear of a wrong address before the day when it is needed.
     greetings: list[Step] = [partial(_greet, other) for other in others]
     return Service(gateway=gateway, quality=watched, description="", starts=greetings)
+
+
+def _connect_upstream(addresses: Sequence[str], config: ServeConfig) -> UpstreamBackend:
+    return UpstreamBackend.open(
+        addresses, key=read_variable(UPSTREAM_KEY), limits=config.answer_limits
+    )
+
+
+def _find_current(router: Router) -> Backend:
+    """Give the model that is asked first, as the version that it is now."""
+    backend = router.routes[0].backend
+    return backend.current if isinstance(backend, StoreBackend) else backend
 
 
 async def _greet(upstream: UpstreamBackend) -> None:

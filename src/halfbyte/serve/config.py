@@ -13,6 +13,15 @@ ENGINES = ("embedded", "vllm")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerLimits:
+    """How much an answer may have."""
+
+    default_tokens: int | None = None
+    """Of a chat where the client sets no limit."""
+    most_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
     """Where the server listens, who may ask, and how much."""
 
@@ -68,8 +77,11 @@ class ServeConfig:
         flag="--allowed-host",
         metavar="NAME",
     )
-    default_tokens: int = option(
-        1024, "tokens of a chat's answer where the client sets no limit", metavar="N"
+    default_tokens: int | None = option(
+        None,
+        "tokens of a chat's answer where the client sets no limit (default: 1024 of a model here; "
+        "other servers choose)",
+        metavar="N",
     )
     most_tokens: int | None = option(
         None, "most tokens that an answer may have (default: the model's context)", metavar="N"
@@ -103,6 +115,11 @@ class ServeConfig:
             check_least(self, name, allowed)
         for name in ("body_seconds", "request_seconds", "drain_seconds"):
             check_positive(self, name)
+
+    @property
+    def answer_limits(self) -> AnswerLimits:
+        """How much an answer may have."""
+        return AnswerLimits(default_tokens=self.default_tokens, most_tokens=self.most_tokens)
 
     @property
     def upstream_addresses(self) -> tuple[str, ...]:

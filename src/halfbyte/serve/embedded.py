@@ -19,7 +19,7 @@ from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.engine.contract import Ended, Engine, EngineInfo, Generated
 from halfbyte.serve.exchange import Call, Delta, Event, Load, Usage
 from halfbyte.serve.text.answer import AnswerText
-from halfbyte.serve.text.asked import AnswerLimits, Asked, read_call
+from halfbyte.serve.text.asked import Asked, count_characters, read_call
 from halfbyte.serve.text.prompts import Prompts
 from halfbyte.serve.text.spelling import Spelling
 
@@ -52,9 +52,7 @@ class EmbeddedBackend:
         self._model = model
         self._prompts = Prompts(tokenizer, template=chat_template)
         self._spelling = Spelling(tokenizer)
-        self._limits = AnswerLimits(
-            default_tokens=config.default_tokens, most_tokens=config.most_tokens
-        )
+        self._limits = config.answer_limits
         self._closed = False
 
     @property
@@ -178,7 +176,7 @@ class EmbeddedBackend:
             # A fallback is called by another model's name.
             adapter = None
         arguments = (call, self._prompts, self._engine.info, self._limits)
-        if _count_characters(call.body) > LONG_PROMPT:
+        if count_characters(call.body) > LONG_PROMPT:
             return await asyncio.to_thread(read_call, *arguments, adapter=adapter)
         return read_call(*arguments, adapter=adapter)
 
@@ -273,11 +271,3 @@ async def _merge(streams: Sequence[AsyncGenerator[Event, None]]) -> AsyncGenerat
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _count_characters(body: Mapping[str, Any]) -> int:
-    """About how much text there is to tokenize, at once and roughly."""
-    prompt = body.get("prompt")
-    if prompt is not None:
-        return len(prompt) if isinstance(prompt, str) else sum(map(len, map(str, prompt)))
-    return sum(len(str(message.get("content"))) for message in body.get("messages", ()))

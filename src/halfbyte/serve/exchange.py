@@ -76,6 +76,8 @@ class Usage:
     completion_tokens: int
     cached_tokens: int = 0
     """Of the prompt, found in the cache."""
+    reasoning_tokens: int = 0
+    """Of the answer, thought before it was given."""
     is_told: bool = True
     """Whether the backend said so. Where it did not, the prompt is unknown, the answer's tokens are
     its pieces, and clients are told nothing rather than something wrong."""
@@ -87,6 +89,10 @@ class Delta:
 
     choice: int = 0
     text: str = ""
+    refusal: str = ""
+    """What the model says in place of an answer, where it tells that apart."""
+    reasoning: str = ""
+    """What it thinks before it answers, where it tells that apart."""
     logprobs: tuple[TokenLogprob, ...] | None = None
     """Of the tokens of this piece; None where they were not asked for."""
     tool_calls: tuple[ToolCall, ...] = ()

@@ -14,7 +14,7 @@ from halfbyte.errors import ConfigError
 LEAST_SECRET = 8
 """Characters."""
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_HASHED = re.compile(r"sha256:([0-9a-f]{64})")
+_HASHED = re.compile(r"sha256:([0-9a-f]{64})", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +94,8 @@ def read_key_file(path: Path) -> list[str]:
 
 def _split(number: int, entry: str) -> tuple[str, str]:
     name, colon, secret = entry.partition(":")
+    if name.lower() == "sha256":
+        raise ConfigError(f"API key {number} is a hash without a name. Write NAME:sha256:HEX.")
     if not colon:
         return f"key{number}", entry
     if not _NAME.fullmatch(name):
@@ -107,6 +109,11 @@ def _split(number: int, entry: str) -> tuple[str, str]:
 def _hash_entry(name: str, secret: str) -> bytes:
     if match := _HASHED.fullmatch(secret):
         return bytes.fromhex(match[1])
+    if secret.lower().startswith("sha256:"):
+        raise ConfigError(
+            f"The hash of API key '{name}' is none: after sha256: come 64 hexadecimal digits, not "
+            f"{len(secret) - len('sha256:')} characters."
+        )
     if len(secret) < LEAST_SECRET or not secret.isascii() or not secret.isprintable():
         raise ConfigError(
             f"The secret of API key '{name}' has {len(secret)} characters; it needs {LEAST_SECRET} "

@@ -14,9 +14,40 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from halfbyte.errors import ServeError
+from halfbyte.serve.exchange import Delta, Event, Usage
 
 MOST_RETRY_SECONDS = 60
 _MINUTE = 60.0
+
+
+@dataclass(slots=True)
+class Tally:
+    """What one request takes, as far as its answer has come."""
+
+    prompt: int
+    """Tokens of the prompt, roughly; how many they were is told last."""
+    _answer: int = 0
+    _usage: Usage | None = None
+
+    def note(self, event: Event) -> None:
+        """Take an event in."""
+        if type(event) is Delta:
+            self._answer += len(event.entropies) or len(event.logprobs or ()) or 1
+        elif type(event) is Usage:
+            self._usage = event
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything came."""
+        return self._usage is not None or self._answer > 0
+
+    @property
+    def tokens(self) -> int:
+        """By now."""
+        told = self._usage
+        if told is None or not told.is_told:
+            return self.prompt + (self._answer if told is None else told.completion_tokens)
+        return told.prompt_tokens + told.completion_tokens
 
 
 @dataclass(slots=True, kw_only=True)
@@ -33,14 +64,15 @@ class Limits:
     _tokens: dict[str, deque[tuple[float, int]]] = field(default_factory=dict)
 
     @contextmanager
-    def enter(self, key: str) -> Generator[None, None, None]:
-        """Count a request while it lasts.
+    def enter(self, key: str, *, prompt: int = 0) -> Generator[Tally, None, None]:
+        """Count a request while it lasts, and what it took on its key's account, however it ends.
 
         Args:
             key: Name of its API key.
+            prompt: About how many tokens its prompt has, for where nobody tells.
 
         Yields:
-            Nothing.
+            What is to be told of its answer.
 
         Raises:
             ServeError: 429: there are too many.
@@ -51,22 +83,24 @@ class Limits:
             raise error
         self.running += 1
         self._of_key[key] = self._of_key.get(key, 0) + 1
+        tally = Tally(prompt)
         try:
-            yield
+            yield tally
+        except ServeError:
+            # What was refused took nothing.
+            if not tally.has_begun:
+                tally.prompt = 0
+            raise
         finally:
+            self._count_tokens(key, tally.tokens)
             self.running -= 1
             self._of_key[key] -= 1
             if not self._of_key[key]:
                 del self._of_key[key]
 
-    def count_tokens(self, key: str, tokens: int) -> None:
-        """Put an answer on a key's account.
-
-        Args:
-            key: Its name.
-            tokens: Of prompt and answer.
-        """
-        if self.tokens_per_minute is not None:
+    def _count_tokens(self, key: str, tokens: int) -> None:
+        """Put an answer on a key's account."""
+        if self.tokens_per_minute is not None and tokens:
             self._tokens.setdefault(key, deque()).append((time.monotonic(), tokens))
 
     def _find_refusal(self, key: str) -> tuple[str, ServeError] | None:

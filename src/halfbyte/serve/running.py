@@ -2,7 +2,7 @@
 
 ::
 
-    SIGTERM or SIGINT ──> not ready, new requests refused, running ones finish ──> exit 0
+    SIGTERM, SIGINT or SIGHUP ──> not ready, new requests refused, running ones finish ──> exit 0
     the same again, or drain_seconds over ──> running ones are cut off ──> exit 0
 """
 
@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import socket
+import threading
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import ExitStack
+from collections.abc import Awaitable, Callable, Generator
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 import uvicorn
@@ -44,6 +46,21 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._gateway = gateway
         self._cut_off: float | None = None
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Drain too when the terminal is closed, unless that is ignored, as under nohup."""
+        hangup = getattr(signal, "SIGHUP", None)
+        is_main = threading.current_thread() is threading.main_thread()
+        with super().capture_signals():
+            if hangup is None or not is_main or signal.getsignal(hangup) != signal.SIG_DFL:
+                yield
+                return
+            signal.signal(hangup, self.handle_exit)
+            try:
+                yield
+            finally:
+                signal.signal(hangup, signal.SIG_DFL)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain; the second time, end."""

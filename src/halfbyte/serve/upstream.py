@@ -3,7 +3,7 @@
 ::
 
     Call ──POST, always streamed──> a host in turn ──bytes──> EventParser ──> ChunkReader ──> events
-                                    └─ unreachable: left alone for a while, the next one asked
+                                    └─ unreachable or busy: the next one is asked for a while
 
 A client's key never goes there: the hosts have a key of this server's own.
 """
@@ -11,17 +11,25 @@ A client's key never goes there: the hosts have a key of this server's own.
 from __future__ import annotations
 
 import asyncio
-import json
+import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 from halfbyte.errors import ServeError, require_extra
+from halfbyte.serve.config import AnswerLimits
 from halfbyte.serve.exchange import Call, Event, Load
 from halfbyte.serve.server_sent_events import EventParser
-from halfbyte.serve.text.asked import count_choices
-from halfbyte.serve.upstream_chunks import ChunkReader, broken, unreachable, upstream_error
+from halfbyte.serve.text.asked import add_limit, count_choices
+from halfbyte.serve.upstream_chunks import (
+    ChunkReader,
+    broken,
+    read_json,
+    unreachable,
+    upstream_error,
+)
 from halfbyte.serve.upstream_hosts import Host, order_hosts, read_addresses
 
 try:
@@ -31,6 +39,10 @@ except ImportError as missing:
 
 PATHS = {"chat": "/chat/completions", "completion": "/completions"}
 MOST_ERROR_BYTES = 65_536
+LONGEST_RETRY_SECONDS = 3600.0
+"""That another server may ask to be left alone for."""
+BUSY = (429, 502, 503)
+"""Statuses of a host that has begun nothing, so that another one may."""
 OWN_FIELDS = frozenset({"metadata", "stream", "stream_options"})
 """Of the request; meant for this server."""
 
@@ -57,6 +69,8 @@ class UpstreamBackend:
     adapters: tuple[str, ...] = ()
     """Further names, beside `model`, that the hosts answer to."""
     timeouts: UpstreamTimeouts = field(default_factory=UpstreamTimeouts)
+    limits: AnswerLimits = field(default_factory=AnswerLimits)
+    """Of this server's answers."""
     name: str = "upstream"
     _turn: int = -1
     _closed: bool = False
@@ -69,6 +83,7 @@ class UpstreamBackend:
         *,
         key: str | None = None,
         timeouts: UpstreamTimeouts | None = None,
+        limits: AnswerLimits | None = None,
     ) -> UpstreamBackend:
         """Take addresses; nobody is asked yet.
 
@@ -76,12 +91,14 @@ class UpstreamBackend:
             addresses: Up to and with ``/v1``; a model's name may follow after ``#``.
             key: Of this server for those.
             timeouts: How long they may take.
+            limits: Of this server's answers.
 
         Returns:
             The backend; a ConfigError where there is none, or one is no address.
         """
         hosts, model = read_addresses(addresses)
-        backend = cls(hosts=hosts, key=key, model=model, timeouts=timeouts or UpstreamTimeouts())
+        backend = cls(hosts=hosts, key=key, model=model)
+        backend.timeouts, backend.limits = timeouts or backend.timeouts, limits or backend.limits
         backend.name = hosts[0].name
         return backend
 
@@ -182,11 +199,11 @@ class UpstreamBackend:
                 f"{host.address}/models", headers=self._headers(), timeout=self.timeouts.connect
             )
             if reply.status_code != 200:
-                raise upstream_error(reply.status_code, _read_json(reply.content), host.name)
+                raise _make_refusal(host, reply, reply.content)
             host.models = tuple(str(entry["id"]) for entry in reply.json()["data"])
         except httpx2.HTTPError as error:
             host.note_failure()
-            raise _NotReached(host, error) from error
+            raise _NotReached(_unreachable(host, error)) from error
         except (ValueError, TypeError, LookupError) as error:
             raise broken(host.name, "its list of models is none") from error
         host.note_success()
@@ -196,6 +213,7 @@ class UpstreamBackend:
         body = {key: value for key, value in call.body.items() if key not in OWN_FIELDS}
         body["model"] = self._name_model(host, body)
         body |= {"stream": True, "stream_options": {"include_usage": True}}
+        body |= add_limit(call, self.limits)
         reader = ChunkReader(call.kind, host.name, count_choices(call))
         request = self._open_client().stream(
             "POST", host.address + PATHS[call.kind], json=body, headers=self._headers()
@@ -215,7 +233,7 @@ class UpstreamBackend:
             yield reader.finish()
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
             host.note_failure()
-            raise _NotReached(host, error) from error
+            raise _NotReached(_unreachable(host, error)) from error
         except (httpx2.TimeoutException, TimeoutError) as error:
             raise _too_slow(host, call) from error
         except httpx2.HTTPError as error:
@@ -238,7 +256,7 @@ class UpstreamBackend:
                 continue
             except httpx2.HTTPError as error:
                 host.note_failure()
-                last = unreachable(host.name, str(error) or type(error).__name__)
+                last = _unreachable(host, error)
                 continue
             told = _read_json(reply.content)
             if reply.status_code in (404, 405):
@@ -246,7 +264,11 @@ class UpstreamBackend:
                     f"The model at {host.name} knows no {path}.", status=404, code="not_supported"
                 )
             if reply.status_code != 200:
-                raise upstream_error(reply.status_code, told, host.name)
+                refusal = _make_refusal(host, reply, reply.content)
+                if isinstance(refusal, _NotReached):
+                    last = refusal.refusal
+                    continue
+                raise refusal
             if not isinstance(told, dict):
                 raise broken(host.name, f"its answer to {path} is no object")
             return told
@@ -281,14 +303,15 @@ class UpstreamBackend:
 
 
 class _NotReached(Exception):
-    """Nobody answered at an address, so nothing was begun there."""
+    """Nobody answered at an address, or had no time, so nothing was begun there."""
 
-    def __init__(self, host: Host, error: Exception) -> None:
-        super().__init__(host.name)
-        self.refusal = unreachable(host.name, str(error) or type(error).__name__)
+    def __init__(self, refusal: ServeError) -> None:
+        super().__init__(str(refusal))
+        self.refusal = refusal
 
-    def __str__(self) -> str:
-        return str(self.refusal)
+
+def _unreachable(host: Host, error: Exception) -> ServeError:
+    return unreachable(host.name, str(error) or type(error).__name__)
 
 
 async def _check_reply(reply: httpx2.Response, host: Host) -> None:
@@ -302,13 +325,30 @@ async def _check_reply(reply: httpx2.Response, host: Host) -> None:
             break
     if reply.status_code == 200:
         raise broken(host.name, f"its answer is '{media[:60]}' and no stream of events")
-    after = reply.headers.get("retry-after", "")
-    raise upstream_error(
-        reply.status_code,
-        _read_json(bytes(content)),
-        host.name,
-        retry_after=float(after) if after.isdecimal() else None,
-    )
+    raise _make_refusal(host, reply, bytes(content))
+
+
+def _make_refusal(host: Host, reply: httpx2.Response, content: bytes) -> ServeError | _NotReached:
+    """Build the error of a refusal; a host that has no time is left alone as long as it says."""
+    after = _read_retry_after(reply.headers.get("retry-after", ""))
+    refusal = upstream_error(reply.status_code, _read_json(content), host.name, retry_after=after)
+    if reply.status_code not in BUSY:
+        return refusal
+    host.note_busy(after)
+    return _NotReached(refusal)
+
+
+def _read_retry_after(text: str) -> float | None:
+    """Read the header's seconds or date; None where it is neither, at most an hour."""
+    try:
+        seconds = (
+            float(text)
+            if text.isdecimal()
+            else parsedate_to_datetime(text).timestamp() - time.time()
+        )
+    except (ValueError, OverflowError):
+        return None
+    return min(max(seconds, 0.0), LONGEST_RETRY_SECONDS)
 
 
 def _limit(seconds: float, call: Call) -> asyncio.Timeout:
@@ -318,10 +358,11 @@ def _limit(seconds: float, call: Call) -> asyncio.Timeout:
 
 
 def _read_json(content: bytes) -> Any:
+    text = content.decode("utf-8", "replace")
     try:
-        return json.loads(content)
+        return read_json(text)
     except (ValueError, RecursionError):
-        return content[:200].decode("utf-8", "replace")
+        return text[:200]
 
 
 def _too_slow(host: Host, call: Call) -> ServeError:

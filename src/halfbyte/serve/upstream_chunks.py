@@ -20,6 +20,8 @@ from halfbyte.serve.exchange import (
 )
 
 DONE = "[DONE]"
+MOST_TOKENS = 2**53
+"""From here on JSON's readers count no more one by one; no answer has so many."""
 _FINISHES: dict[str, FinishReason] = {
     "stop": "stop",
     "length": "length",
@@ -27,6 +29,11 @@ _FINISHES: dict[str, FinishReason] = {
     "function_call": "tool_calls",
     "content_filter": "content_filter",
 }
+
+
+_NO_CHUNK = (
+    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError,
+)  # fmt: skip
 
 
 class ChunkReader:
@@ -66,7 +73,7 @@ class ChunkReader:
             self.done = True
             return []
         try:
-            chunk = json.loads(data)
+            chunk = read_json(data)
             if error := chunk.get("error"):
                 failure = upstream_error(502, {"error": error}, self._host)
                 raise failure
@@ -75,7 +82,7 @@ class ChunkReader:
                 events += self._read_choice(choice)
             if usage := chunk.get("usage"):
                 self._usage = _read_usage(usage)
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        except _NO_CHUNK as error:
             failure = broken(self._host, f"it sent something else: {data[:100]!r}")
             raise failure from error
         return events
@@ -102,16 +109,28 @@ class ChunkReader:
         events: list[Event] = []
         if self._kind == "chat":
             delta = choice.get("delta") or {}
-            text, logprobs = delta.get("content") or "", _read_chat_logprobs(choice)
-            for part in delta.get("tool_calls") or ():
+            parts = delta.get("tool_calls") or ()
+            for part in parts:
                 self._add_call(index, part)
+            piece = Delta(
+                choice=index,
+                text=_text(delta, "content"),
+                refusal=_text(delta, "refusal"),
+                # vLLM's newer name for it is the second one.
+                reasoning=_text(delta, "reasoning_content") or _text(delta, "reasoning"),
+                logprobs=_read_chat_logprobs(choice),
+            )
         else:
-            text, logprobs = choice.get("text") or "", _read_completion_logprobs(choice)
-        if not isinstance(text, str):
-            raise TypeError("text")
-        if text or logprobs:
+            parts = ()
+            piece = Delta(
+                choice=index,
+                text=_text(choice, "text"),
+                logprobs=_read_completion_logprobs(choice),
+            )
+        # Of a call nothing is given before its end, but it shows that the model goes on.
+        if piece.text or piece.refusal or piece.reasoning or piece.logprobs or parts:
             self._pieces += 1
-            events.append(Delta(choice=index, text=text, logprobs=logprobs))
+            events.append(piece)
         reason = choice.get("finish_reason")
         if reason is not None and index not in self._finished:
             self._finished.add(index)
@@ -129,6 +148,21 @@ class ChunkReader:
         call["id"] = call["id"] or str(part.get("id") or "")
         call["name"] = call["name"] or str(function.get("name") or "")
         call["arguments"] += function.get("arguments") or ""
+
+
+def read_json(text: str) -> Any:
+    """Read what another server wrote.
+
+    Args:
+        text: JSON; for anything else there is a ValueError or a RecursionError.
+
+    Returns:
+        The value. Half a character, which JSON can write and UTF-8 cannot, is a question mark.
+    """
+    value = json.loads(text)
+    if "\\ud" not in text.lower():
+        return value
+    return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
 
 
 def broken(host: str, reason: str) -> ServeError:
@@ -196,6 +230,13 @@ def upstream_error(
     )
 
 
+def _text(values: Mapping[str, Any], name: str) -> str:
+    text = values.get(name) or ""
+    if not isinstance(text, str):
+        raise TypeError(name)
+    return text
+
+
 def _whole_calls(calls: Mapping[int, Mapping[str, str]]) -> tuple[ToolCall, ...]:
     return tuple(
         ToolCall(
@@ -210,11 +251,20 @@ def _whole_calls(calls: Mapping[int, Mapping[str, str]]) -> tuple[ToolCall, ...]
 
 def _read_usage(usage: Mapping[str, Any]) -> Usage:
     details = usage.get("prompt_tokens_details") or {}
+    written = usage.get("completion_tokens_details") or {}
     return Usage(
-        prompt_tokens=int(usage.get("prompt_tokens") or 0),
-        completion_tokens=int(usage.get("completion_tokens") or 0),
-        cached_tokens=int(details.get("cached_tokens") or 0),
+        prompt_tokens=_count(usage.get("prompt_tokens")),
+        completion_tokens=_count(usage.get("completion_tokens")),
+        cached_tokens=_count(details.get("cached_tokens")),
+        reasoning_tokens=_count(written.get("reasoning_tokens")),
     )
+
+
+def _count(value: Any) -> int:
+    count = int(value or 0)
+    if not 0 <= count < MOST_TOKENS:
+        raise ValueError(f"{count} tokens")
+    return count
 
 
 def _read_chat_logprobs(choice: Mapping[str, Any]) -> tuple[TokenLogprob, ...] | None:

@@ -22,6 +22,7 @@ class Host:
     running: int = 0
     pause: float = 0.0
     down_until: float = 0.0
+    busy_until: float = 0.0
 
     @property
     def name(self) -> str:
@@ -32,6 +33,15 @@ class Host:
     def is_up(self) -> bool:
         """Whether it may be asked."""
         return time.monotonic() >= self.down_until
+
+    @property
+    def is_free(self) -> bool:
+        """Whether it may be asked, and has not said that it has too much to do."""
+        return time.monotonic() >= max(self.down_until, self.busy_until)
+
+    def note_busy(self, seconds: float | None) -> None:
+        """Ask others first for as long as it says; it answers, so it is not down."""
+        self.busy_until = time.monotonic() + (FIRST_PAUSE_SECONDS if seconds is None else seconds)
 
     def note_failure(self) -> None:
         """Leave it alone for a while, each time for longer."""
@@ -71,7 +81,7 @@ def read_addresses(addresses: Sequence[str]) -> tuple[list[Host], str | None]:
 
 
 def order_hosts(hosts: Sequence[Host], turn: int) -> list[Host]:
-    """Give those that are up, one after the other.
+    """Give those that are up, one after the other, those that have too much to do last.
 
     Args:
         hosts: At least one.
@@ -82,5 +92,5 @@ def order_hosts(hosts: Sequence[Host], turn: int) -> list[Host]:
     """
     first = turn % len(hosts)
     order = [*hosts[first:], *hosts[:first]]
-    up = [host for host in order if host.is_up]
+    up = sorted((host for host in order if host.is_up), key=lambda host: not host.is_free)
     return up or [min(order, key=lambda host: host.down_until)]

@@ -30,6 +30,7 @@ from halfbyte.environment import API_KEYS, UPSTREAM_KEY
 from halfbyte.errors import ConfigError, ServeError
 from halfbyte.serve import lifeline
 from halfbyte.serve.adapters import check_is_loaded
+from halfbyte.serve.config import AnswerLimits
 from halfbyte.serve.exchange import Call, Event, Load
 from halfbyte.serve.upstream import UpstreamBackend
 from halfbyte.serve.upstream_hosts import Host
@@ -69,6 +70,7 @@ class VllmBackend:
         command: Sequence[str],
         *,
         model: str,
+        limits: AnswerLimits | None = None,
         supervision: Supervision | None = None,
     ) -> None:
         """Take the command; nothing runs yet.
@@ -76,6 +78,7 @@ class VllmBackend:
         Args:
             command: ``vllm`` with its arguments; host, port and key are added.
             model: The name that it is served by.
+            limits: Of this server's answers.
             supervision: How it is watched.
         """
         self._supervision = supervision or Supervision()
@@ -92,7 +95,11 @@ class VllmBackend:
         if "--enable-lora" in command:
             self._environment[RUNTIME_ADAPTERS] = "1"
         self._upstream = UpstreamBackend(
-            hosts=[Host(f"http://127.0.0.1:{self._port}/v1")], key=key, model=model, name="vllm"
+            hosts=[Host(f"http://127.0.0.1:{self._port}/v1")],
+            key=key,
+            model=model,
+            limits=limits or AnswerLimits(),
+            name="vllm",
         )
         self._lines: deque[str] = deque(maxlen=LINES_KEPT)
         self._process: asyncio.subprocess.Process | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+import weakref
 
 import pytest
 import torch
@@ -280,3 +281,17 @@ def test_closing_the_engine_answers_what_it_has_and_takes_nothing_new(folder, ru
     status, answer = asyncio.run(run())
     assert status == 503
     assert len(answer) == 100
+
+
+def test_closed_engine_refuses_adapters_at_once_and_gives_its_model_back(folder, runner):
+    async def run():
+        async with open_tiny(folder, runner) as engine:
+            await tokens_of(engine, ask([5, 6], 4))
+            runner_of_it = weakref.ref(engine._runner)
+        for change in (engine.load_adapter("red", "."), collect(engine, ask([5], 4))):
+            with pytest.raises(ServeError, match="shutting down"):
+                await asyncio.wait_for(change, 5)
+        await engine.close()
+        return runner_of_it()
+
+    assert asyncio.run(run()) is None

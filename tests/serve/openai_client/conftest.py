@@ -41,7 +41,7 @@ def engine():
 def server(engine):
     config = ServeConfig(default_tokens=200)
     backend = EmbeddedBackend(engine, engine.tokenizer, model="tiny", config=config)
-    with serve(Gateway(backend=backend, config=config, text_tools=backend)) as running:
+    with serve(Gateway(backend=backend, config=config)) as running:
         yield running
 
 

@@ -215,6 +215,14 @@ def test_echo_repeats_and_rates_the_prompt(client, engine):
     assert len(logprobs.top_logprobs[1]) == 2
     starts = logprobs.text_offset
     assert [choice.text[a:b] for a, b in pairwise(starts)] == (logprobs.tokens[:-1])
+    # Tokens that are a part of a character count for none, whatever they are spelled like.
+    choice = client.completions.create(
+        model="tiny", prompt="a 🙂", echo=True, logprobs=0, max_tokens=1
+    ).choices[0]
+    starts, end = choice.logprobs.text_offset, len("a 🙂")
+    assert starts[0] == 0
+    assert starts[-1] == end
+    assert max(starts) < len(choice.text)
     # The prompt alone.
     answer = client.completions.create(model="tiny", prompt="Once upon", echo=True, max_tokens=0)
     assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("Once upon", "length")

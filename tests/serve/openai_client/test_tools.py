@@ -87,6 +87,9 @@ def test_response_format_becomes_a_grammar(client, engine):
     grammar = engine.requests[-1].grammar
     assert grammar.kind == "json_schema"
     assert json.loads(grammar.text)["required"] == ["place", "degrees"]
+    anything = {"type": "json_schema", "json_schema": {"name": "x", "schema": None}}
+    ask(client, "as json", response_format=anything)
+    assert engine.requests[-1].grammar.text == "{}"
     ask(client, "as json", response_format={"type": "json_object"})
     assert engine.requests[-1].grammar.kind == "json_object"
     ask(client, "as json", extra_body={"structured_outputs": {"choice": ["a", "b"]}})

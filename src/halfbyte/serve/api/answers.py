@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,6 +30,7 @@ _OBJECTS: dict[tuple[Kind, bool], str] = {
     ("completion", False): "text_completion",
     ("completion", True): "text_completion",
 }
+_Utf8 = codecs.getincrementaldecoder("utf-8")
 _TEXT = "\0"
 """In place of a text; in no model's name."""
 LEAST_LOGPROB = -9999.0
@@ -40,6 +42,8 @@ class Choice:
     """One choice, gathered."""
 
     pieces: list[str] = field(default_factory=list)
+    refusal: str = ""
+    reasoning: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] | None = None
     calls: list[ToolCall] = field(default_factory=list)
     finish: str = ""
@@ -50,11 +54,14 @@ class Choice:
         return "".join(self.pieces)
 
 
-async def gather(events: AsyncIterator[Event]) -> tuple[dict[int, Choice], Usage]:
+async def gather(
+    events: AsyncIterator[Event], note: Callable[[Event], None] = lambda event: None
+) -> tuple[dict[int, Choice], Usage]:
     """Wait for a whole answer.
 
     Args:
         events: Of one call.
+        note: Told of each.
 
     Returns:
         Its choices by index, and what it took.
@@ -65,6 +72,7 @@ async def gather(events: AsyncIterator[Event]) -> tuple[dict[int, Choice], Usage
     choices: dict[int, Choice] = {}
     usage: Usage | None = None
     async for event in events:
+        note(event)
         if isinstance(event, Usage):
             usage = event
             continue
@@ -73,6 +81,8 @@ async def gather(events: AsyncIterator[Event]) -> tuple[dict[int, Choice], Usage
             choice.finish = event.reason
             continue
         choice.pieces.append(event.text)
+        choice.refusal += event.refusal
+        choice.reasoning.append(event.reasoning)
         choice.calls.extend(event.tool_calls)
         if event.logprobs is not None:
             choice.logprobs = (choice.logprobs or []) + list(event.logprobs)
@@ -111,6 +121,7 @@ class AnswerForm:
         self._around: dict[int, tuple[bytes, bytes]] = {}
         # Of each completion's choice: characters so far, from which token offsets count.
         self._lengths: dict[int, int] = {}
+        self._decoders: dict[int, codecs.IncrementalDecoder] = {}
         options = call.body.get("stream_options") or {}
         self.with_usage = bool(options.get("include_usage"))
 
@@ -161,7 +172,11 @@ class AnswerForm:
             found.append(self._chunk([_chat_piece(event.choice, {}, finish=event.reason)]))
             return found
         delta: dict[str, Any] = {}
-        if event.text or not event.tool_calls:
+        if event.reasoning:
+            delta["reasoning_content"] = event.reasoning
+        if event.refusal:
+            delta["refusal"] = event.refusal
+        if event.text or not (delta or event.tool_calls):
             delta["content"] = event.text
         if event.tool_calls:
             delta["tool_calls"] = [
@@ -171,7 +186,8 @@ class AnswerForm:
         return found
 
     def _is_plain(self, event: Delta) -> bool:
-        is_text = event.logprobs is None and not event.tool_calls and not self.with_usage
+        is_more = event.tool_calls or event.refusal or event.reasoning
+        is_text = event.logprobs is None and not is_more and not self.with_usage
         return is_text and (event.choice in self._opened or not self._is_chat)
 
     def _plain_chunk(self, event: Delta) -> bytes:
@@ -197,10 +213,12 @@ class AnswerForm:
         content = choice.text
         message: dict[str, Any] = {
             "role": "assistant",
-            "content": content or (None if choice.calls else ""),
-            "refusal": None,
+            "content": content or (None if choice.calls or choice.refusal else ""),
+            "refusal": choice.refusal or None,
             "annotations": [],
         }
+        if reasoning := "".join(choice.reasoning):
+            message["reasoning_content"] = reasoning
         if choice.calls:
             message["tool_calls"] = [_tell_call(call) for call in choice.calls]
         return {
@@ -242,13 +260,20 @@ class AnswerForm:
         offsets = []
         for token in tokens:
             offsets.append(self._lengths.get(index, 0))
-            self._lengths[index] = offsets[-1] + len(token.token)
+            self._lengths[index] = offsets[-1] + self._measure(index, token)
         return {
             "tokens": [token.token for token in tokens],
             "token_logprobs": [_number(token.logprob) for token in tokens],
             "top_logprobs": [_top_of(token) for token in tokens],
             "text_offset": offsets,
         }
+
+    def _measure(self, index: int, token: TokenLogprob) -> int:
+        """Count the characters that a token ends: it may be a part of one, spelled with escapes."""
+        if token.bytes is None:
+            return len(token.token)
+        decoder = self._decoders.setdefault(index, _Utf8("replace"))
+        return len(decoder.decode(bytes(token.bytes)))
 
 
 def tell_usage(usage: Usage) -> dict[str, Any]:
@@ -259,7 +284,7 @@ def tell_usage(usage: Usage) -> dict[str, Any]:
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens, "audio_tokens": 0},
         "completion_tokens_details": {
-            "reasoning_tokens": 0,
+            "reasoning_tokens": usage.reasoning_tokens,
             "audio_tokens": 0,
             "accepted_prediction_tokens": 0,
             "rejected_prediction_tokens": 0,
@@ -309,7 +334,8 @@ def _top_of(token: TokenLogprob) -> dict[str, float | None] | None:
 
 
 def _number(logprob: float) -> float | None:
-    return None if math.isnan(logprob) else max(logprob, LEAST_LOGPROB)
+    # Neither what is no number nor what is without end is JSON.
+    return max(logprob, LEAST_LOGPROB) if logprob < math.inf else None
 
 
 def _tell_call(call: ToolCall) -> dict[str, Any]:

@@ -16,10 +16,14 @@ HEAD_BYTES = 65_536
 """That a request's line and headers may have, beside the packet that they begin in."""
 HEAD_SECONDS = 30.0
 """That they may take to arrive, from the connection or their first byte on."""
+REST_SECONDS = 5.0
+"""That the rest of a body may take, when its request is answered already: it was refused."""
+READ_SECONDS = 30.0
+"""That a client may read nothing, while there is more than its connection holds."""
 
 
 class Connection(HttpToolsProtocol):
-    """Ends where a request's head is too long, or does not come."""
+    """Ends where a head is too long or does not come, a refused body goes on, or nobody reads."""
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         """Take what uvicorn gives."""
@@ -27,15 +31,17 @@ class Connection(HttpToolsProtocol):
         self._head_bytes = 0
         self._is_in_head = False
         self._late: asyncio.TimerHandle | None = None
+        self._unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for the first head."""
         super().connection_made(transport)
-        self._wait_for_head()
+        self._wait(HEAD_SECONDS)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop waiting."""
         self._end_head()
+        self._stop_waiting_for_reader()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -48,7 +54,7 @@ class Connection(HttpToolsProtocol):
         if self._head_bytes > HEAD_BYTES:
             self.send_400_response(f"The request's head has more than {HEAD_BYTES} bytes.")
         elif self._late is None:
-            self._wait_for_head()
+            self._wait(HEAD_SECONDS)
 
     def on_message_begin(self) -> None:
         """Note that a head has begun."""
@@ -60,11 +66,43 @@ class Connection(HttpToolsProtocol):
         self._end_head()
         super().on_headers_complete()
 
-    def _wait_for_head(self) -> None:
-        self._late = self.loop.call_later(HEAD_SECONDS, self.timeout_keep_alive_handler)
+    def on_response_complete(self) -> None:
+        """Wait for the rest of a body that nobody wants; else it might go on for ever."""
+        super().on_response_complete()
+        # Of requests in a row, the last one: a body can come of no other.
+        if self.cycle.response_complete and self.cycle.more_body:
+            self._wait(REST_SECONDS)
+
+    def on_message_complete(self) -> None:
+        """Note the end of a body."""
+        self._stop_waiting()
+        super().on_message_complete()
+
+    def pause_writing(self) -> None:
+        """Begin to wait for the client to read."""
+        super().pause_writing()
+        # To close it would first send what nobody reads.
+        self._unread = self.loop.call_later(READ_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Note that it has."""
+        self._stop_waiting_for_reader()
+        super().resume_writing()
+
+    def _stop_waiting_for_reader(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
+
+    def _wait(self, seconds: float) -> None:
+        self._stop_waiting()
+        self._late = self.loop.call_later(seconds, self.timeout_keep_alive_handler)
 
     def _end_head(self) -> None:
         self._is_in_head, self._head_bytes = False, 0
+        self._stop_waiting()
+
+    def _stop_waiting(self) -> None:
         if self._late is not None:
             self._late.cancel()
             self._late = None

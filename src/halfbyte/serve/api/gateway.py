@@ -29,14 +29,16 @@ from halfbyte.serve.api.streaming import (
 from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.exchange import Backend, Call, Delta, Event, Kind, Served, TextTools, Usage
 from halfbyte.serve.keys import ApiKeys
-from halfbyte.serve.limits import Limits
-from halfbyte.serve.text.asked import count_choices
+from halfbyte.serve.limits import Limits, Tally
+from halfbyte.serve.text.asked import count_characters, count_choices, read_limit
 from halfbyte.serve.time_limit import TimeLimit
 
 logger = logging.getLogger(__name__)
 
 CLIENT_LEFT = 499
 """Status in the log of a request whose client did not wait; nobody reads it."""
+CHARACTERS_PER_TOKEN = 4
+"""Of a prompt whose tokens nobody has told."""
 GRACE_SECONDS = 5.0
 """After a deadline, for a backend to notice it by itself."""
 _PREFIXES: dict[Kind, str] = {"chat": "chatcmpl", "completion": "cmpl"}
@@ -114,7 +116,6 @@ class Gateway:
     """None: the backend itself."""
     primary: Callable[[], Backend] | None = None
     """Gives the backend that has taken its place since; None: none does."""
-    text_tools: TextTools | None = None
     adapters: AdapterControl | None = None
     metrics: Callable[[], str | bytes] | None = None
     """Gives Prometheus' text form."""
@@ -139,13 +140,22 @@ class Gateway:
     @property
     def models(self) -> tuple[str, ...]:
         """Names that clients may ask for; those of a model that was replaced go on to be known."""
-        current = self.primary() if self.primary is not None else self.backend
-        return tuple(dict.fromkeys((*self.backend.models, *current.models)))
+        return tuple(dict.fromkeys((*self.backend.models, *self.current.models)))
+
+    @property
+    def current(self) -> Backend:
+        """The model that is asked first now, itself: after a swap or a promotion another one."""
+        return self.backend if self.primary is None else self.primary()
+
+    @property
+    def text_tools(self) -> TextTools | None:
+        """Tells texts in that model's token ids; None where it cannot."""
+        current = self.current
+        return current if isinstance(current, TextTools) else None
 
     async def is_ready(self) -> bool:
         """Tell whether new requests would be answered."""
-        current = self.primary() if self.primary is not None else self.backend
-        return not self.draining and await current.is_ready()
+        return not self.draining and await self.current.is_ready()
 
     async def answer(self, request: Request, kind: Kind, body: Mapping[str, Any]) -> ASGIApp:
         """Answer a chat or a completion.
@@ -165,24 +175,24 @@ class Gateway:
         router = self.router or DirectRouter(self.backend)
         try:
             async with AsyncExitStack() as stack:
-                stack.enter_context(self.limits.enter(call.key))
+                prompt = count_characters(body) // CHARACTERS_PER_TOKEN
+                tally = stack.enter_context(self.limits.enter(call.key, prompt=prompt))
                 events = await stack.enter_async_context(aclosing(router.stream(call, served)))
                 await stack.enter_async_context(WhileConnected(request.receive))
                 if not body.get("stream"):
-                    choices, usage = await gather(events)
-                    self._count(call, usage)
+                    choices, usage = await gather(events, tally.note)
                     told = form.whole(choices, usage)
                     return JSONResponse(told, headers=self._headers(call, served))
                 # Until the first event an error can still be told by its status.
                 first = await anext(events)
-                pieces = self._tell_events(call, form, first, events)
+                pieces = self._tell_events(form, tally, first, events)
                 await stack.enter_async_context(aclosing(pieces))
                 return EventStream(pieces, self._headers(call, served), stack.pop_all())
         except ClientLeft:
             return Response(status_code=CLIENT_LEFT)
 
     async def _tell_events(
-        self, call: Call, form: AnswerForm, first: Event, events: AsyncGenerator[Event, None]
+        self, form: AnswerForm, tally: Tally, first: Event, events: AsyncGenerator[Event, None]
     ) -> AsyncGenerator[bytes, None]:
         """Write a stream; an error within it is its last event.
 
@@ -194,10 +204,10 @@ class Gateway:
         event: Event | None = first
         try:
             while event is not None:
+                tally.note(event)
                 parts += form.chunks(event)
                 goes_out = type(event) is Delta and not event.is_last
                 if type(event) is Usage:
-                    self._count(call, event)
                     parts.append(write_event("[DONE]"))
                     goes_out = True
                 if goes_out:
@@ -211,10 +221,6 @@ class Gateway:
             parts.append(write_event(write_json(error_body(internal_error()))))
         if parts:
             yield b"".join(parts)
-
-    def _count(self, call: Call, usage: Usage) -> None:
-        """Put what an answer took on the key's account."""
-        self.limits.count_tokens(call.key, usage.prompt_tokens + usage.completion_tokens)
 
     def _make_call(self, request: Request, kind: Kind, body: Mapping[str, Any]) -> Call:
         tags = request.headers.get("x-halfbyte-tags", "").split(",")
@@ -261,6 +267,14 @@ class Gateway:
                 status=404,
                 code="model_not_found",
                 param="model",
+            )
+        param, wanted = read_limit(call)
+        most = self.config.most_tokens
+        if most is not None and wanted is not None and wanted > most:
+            raise ServeError(
+                f"{param} is {wanted}; this server gives {most} at most.",
+                code="invalid_value",
+                param=param,
             )
         choices = count_choices(call)
         if choices > self.config.most_choices:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 from pydantic import ValidationError
@@ -44,12 +45,24 @@ async def read_body(request: Request, kind: type[Body], config: ServeConfig) -> 
         raise ServeError(
             f"The body is no JSON: {str(error)[:200]}.", code="invalid_json"
         ) from error
+    _check_numbers(body)
     try:
         kind.model_validate(body)
     except ValidationError as error:
         refusal = explain(error, body)
         raise refusal from error
     return {key: value for key, value in body.items() if value is not None}
+
+
+def _check_numbers(body: Any) -> None:
+    """Refuse numbers such as 1e999, which can be read and not passed on, wherever they are."""
+    try:
+        json.dumps(body, allow_nan=False)
+    except ValueError as error:
+        raise ServeError(
+            "The body holds a number that is too large, such as 1e999. Numbers go up to 1.8e308.",
+            code="invalid_json",
+        ) from error
 
 
 async def _receive(request: Request, config: ServeConfig) -> bytes:

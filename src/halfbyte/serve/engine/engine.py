@@ -13,6 +13,7 @@ The worker alone touches steps, pages and scheduler, so none of them needs a loc
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import threading
 import time
@@ -155,6 +156,7 @@ class EmbeddedEngine:
         Raises:
             ServeError: As the contract says.
         """
+        self._check_open()
         check_request(request, self.info, self._adapters, self._pool)
         matcher = None
         if request.grammar is not None:
@@ -179,7 +181,8 @@ class EmbeddedEngine:
             if timer is not None:
                 timer.cancel()
             if not job.is_over:
-                self._send(lambda: self._drop(job))
+                with self._changed:
+                    self._send(lambda: self._drop(job))
 
     async def load_adapter(self, name: str, folder: str) -> None:
         """Make a PEFT adapter servable under a name.
@@ -202,30 +205,40 @@ class EmbeddedEngine:
             name: Of it; a ServeError of 404 where there is none of that name.
         """
         check_is_loaded(name, self._adapters)
-        # Nobody new from now on.
-        self._adapters = tuple(other for other in self._adapters if other != name)
         done: Future[None] = Future()
-        self._send(lambda: self._leaving.update({name: done}))
+        with self._changed:
+            self._check_open()
+            # Nobody new from now on.
+            self._adapters = tuple(other for other in self._adapters if other != name)
+            self._send(lambda: self._leaving.update({name: done}))
         await asyncio.wrap_future(done)
 
     async def close(self) -> None:
         """Take nothing new, finish what runs and waits, and free everything."""
         with self._changed:
-            self._closing = True
+            was_closing, self._closing = self._closing, True
             self._changed.notify()
         await asyncio.to_thread(self._worker.join)
+        if not was_closing:
+            # Whoever still knows this engine must not keep the model and its pages in memory, nor
+            # must the circle of references that the two are part of.
+            del self._runner, self._pool, self._scheduler, self._steps
+            await asyncio.to_thread(gc.collect)
+
+    def _check_open(self) -> None:
+        if self._closing:
+            raise ServeError(
+                "The server is shutting down. Try again in a moment.",
+                status=503,
+                kind="server_error",
+                code="shutting_down",
+                retry_after=5,
+            )
 
     def _submit(self, job: Job, address: _Address) -> None:
         """Hand a request to the worker."""
         with self._changed:
-            if self._closing:
-                raise ServeError(
-                    "The server is shutting down. Try again in a moment.",
-                    status=503,
-                    kind="server_error",
-                    code="shutting_down",
-                    retry_after=5,
-                )
+            self._check_open()
             waiting = self._load.waiting + self._arriving
             if waiting > self._queue:
                 raise ServeError(
@@ -237,14 +250,12 @@ class EmbeddedEngine:
                     retry_after=self._estimate_wait(),
                 )
             self._arriving += 1
-            self._inbox.append(lambda: self._take(job, address))
-            self._changed.notify()
+            self._send(lambda: self._take(job, address))
 
     def _send(self, command: Callable[[], None]) -> None:
-        """Let the worker do something before its next step."""
-        with self._changed:
-            self._inbox.append(command)
-            self._changed.notify()
+        """Let the worker do something before its next step; the caller holds the lock."""
+        self._inbox.append(command)
+        self._changed.notify()
 
     async def _ask(self, command: Callable[[], None]) -> None:
         """Let the worker do something, and wait for it."""
@@ -258,7 +269,9 @@ class EmbeddedEngine:
             else:
                 done.set_result(None)
 
-        self._send(run)
+        with self._changed:
+            self._check_open()
+            self._send(run)
         await asyncio.wrap_future(done)
 
     def _estimate_wait(self) -> float:

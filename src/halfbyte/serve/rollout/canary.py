@@ -1,8 +1,9 @@
 """A candidate gets a share of the requests until a sequential test decides about it.
 
-What counts is whether the drawn model failed the request: an error, a timeout, a monitor that the
-settings let it be replaced for (the client does not see it: the present model answers then), or an
-answer that the present model finds far less likely than its own.
+What counts is whether the drawn model failed the request: an error, too much to do, a timeout, a
+client that left before the first token, a refusal of what the present model answers, a monitor that
+the settings let it be replaced for (the client does not see it: the present model answers then), or
+an answer that the present model finds far less likely than its own.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from halfbyte.errors import ConfigError
+from halfbyte.serve.blame import Blame
 from halfbyte.serve.exchange import Call
 from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.rollout.evidence import EvidenceFile
@@ -49,7 +51,6 @@ RATED_AT_ONCE = 2
 """Answers; requests that end meanwhile are not counted, so that no client waits for ratings."""
 MOST_UNRATED = 5
 """Ratings in a row that fail, before they are given up."""
-OWN_FAULTS = frozenset({"error", "timeout", "deadline"})
 VERDICTS: dict[Status, str] = {
     "running": "inconclusive",
     "promoted": "pass",
@@ -148,10 +149,16 @@ class Canary:
         if drawn is None:
             # Not even asked: its breaker is open, because it failed before.
             return "breaker"
-        if drawn.cause in OWN_FAULTS or drawn.cause.startswith("check:"):
+        if drawn.blame is Blame.REQUEST:
+            # The request's fault, unless the present model has another opinion.
+            present = next((a for a in seen.attempts if a.role == "primary"), None)
+            refused_too = present is not None and present.blame is Blame.REQUEST
+            return None if refused_too else drawn.cause
+        if drawn.blame is Blame.CLIENT and not drawn.cause:
+            # Who waits for the first token in vain was let down; later there may be other reasons.
+            return "left" if drawn.first is None else None
+        if drawn.blame is not None or drawn.cause.startswith("check:"):
             return drawn.cause
-        if not drawn.finished and drawn.cause != "confidence":
-            return None
         replaced = [f for f in drawn.failures if f in self._config.fallback_on]
         return f"check:{replaced[0]}" if replaced else ""
 
@@ -197,7 +204,7 @@ class Canary:
         goal = math.log(1 / self._config.canary_alpha)
         if self._test.worse.log_evidence >= goal:
             self._end("rolled back", "it fails more often than the present model")
-        elif self._test.as_good.log_evidence >= goal:
+        elif self._test.as_good.log_evidence >= goal and self._has_answered_enough:
             self._end(
                 "promoted",
                 "it fails less than "
@@ -207,6 +214,15 @@ class Canary:
             self._end("rolled back", f"no decision within {self.num_requests} requests")
         elif self._clock() - self._saved >= SAVE_SECONDS:
             self.save()
+
+    @property
+    def _has_answered_enough(self) -> bool:
+        """Whether the candidate's own requests could tell, if none of them had failed.
+
+        Those of the present model are evidence too, and must not be all of it.
+        """
+        alpha, margin = self._config.canary_alpha, self._config.canary_margin
+        return self.arms["canary"].requests >= math.log(alpha) / math.log1p(-margin)
 
     def _end(self, status: Status, reason: str) -> None:
         self.status, self.reason = status, reason

@@ -21,7 +21,7 @@ from halfbyte.serve.exchange import Backend
 from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.rollout.evidence import EvidenceFile
 from halfbyte.serve.rollout.sequential import PairedTest
-from halfbyte.serve.routing.attempt import REFUSED, Attempt, Demands, Route
+from halfbyte.serve.routing.attempt import Attempt, Demands, Route
 from halfbyte.serve.routing.breaker import Clock
 from halfbyte.serve.watch.monitors import find_failures
 from halfbyte.serve.watch.observation import Observation, Seen
@@ -86,7 +86,10 @@ class Shadow:
         task.add_done_callback(self._running.discard)
 
     async def _copy(self, seen: Observation, base: Seen) -> None:
-        """Let the candidate answer, and hold it against what the client got."""
+        """Let the candidate answer, and hold it against what the client got.
+
+        What it refuses counts against it: another model has answered the same request.
+        """
         call = replace(seen.call, deadline=time.monotonic() + LONGEST_SECONDS)
         attempt = Attempt(
             self._route, call, self._config, demands=Demands(tokens=None), clock=self._clock
@@ -98,9 +101,6 @@ class Shadow:
             cause = "error"
         finally:
             await attempt.close()
-        if cause == REFUSED:
-            self.counts["refused"] += 1
-            return
         attempt.seen.failures = find_failures(call, attempt.seen)
         self._compare(base, attempt.seen, cause)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from halfbyte.errors import ServeError
+from halfbyte.serve.blame import Blame, find_blame
 from halfbyte.serve.exchange import Backend, Call, Delta, Event, Usage
 from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.routing.breaker import CircuitBreaker
@@ -23,15 +24,6 @@ IDLE_POLL_SECONDS = 0.05
 
 CLOSE_SECONDS = 5.0
 """That a model may take to cancel a request."""
-
-TIMEOUT, DEADLINE = "timeout", "deadline_exceeded"
-"""OpenAI's ``code`` of an answer that came too late: by our limits, by the request's own."""
-
-REFUSED = "refused"
-"""Stands for every error that the request is to blame for."""
-
-SERVER_FAULT = 500
-"""Statuses from here on are the model's fault, those below the request's."""
 
 
 @dataclass(slots=True, eq=False)
@@ -144,7 +136,7 @@ class Attempt:
                     self._held.append(event)
         except ServeError as error:
             self.error = error
-            self.seen.cause = cause_of(error)
+            self._note(error)
             return self.seen.cause
         self.seen.cause = self._find_cause()
         return self.seen.cause
@@ -188,8 +180,14 @@ class Attempt:
         try:
             return await self._next()
         except ServeError as error:
-            self.seen.cause = cause_of(error)
+            self._note(error)
             raise
+
+    def _note(self, error: ServeError) -> None:
+        """Note whose fault an error is; the breaker is told of the model's own only."""
+        self.seen.cause, self.seen.blame = find_blame(error)
+        if self.seen.blame is Blame.OURS:
+            self._settle(failed=True)
 
     async def _next(self) -> Event | None:
         """Give the next event; None at the end."""
@@ -200,9 +198,7 @@ class Attempt:
         except StopAsyncIteration:
             self._end()
             return None
-        except ServeError as error:
-            if error.status >= SERVER_FAULT:
-                self._settle(failed=True)
+        except ServeError:
             raise
         except TimeoutError as error:
             if not self._time.is_over:
@@ -230,7 +226,6 @@ class Attempt:
     def _check_finished(self) -> None:
         """Raise where the answer has no end."""
         if not self.seen.finished:
-            self._settle(failed=True)
             raise ServeError(
                 f"The model behind '{self.seen.backend}' stopped after {self.seen.num_tokens} "
                 "tokens without finishing its answer. Try again.",
@@ -258,19 +253,17 @@ class Attempt:
                 f"{self.seen.num_tokens} tokens. Ask for fewer tokens or allow more time.",
                 status=408,
                 kind="timeout_error",
-                code=DEADLINE,
+                code="deadline_exceeded",
             )
-        self._settle(failed=True)
         return ServeError(
             f"The model behind '{self.seen.backend}' took too long for the {what}: more than "
             f"{limit:.3g} s, after {self.seen.num_tokens} tokens. Try again later.",
             status=504,
             kind="server_error",
-            code=TIMEOUT,
+            code="timeout",
         )
 
     def _failed(self, error: Exception) -> ServeError:
-        self._settle(failed=True)
         log.error("backend %s failed: %r", self.seen.backend, error, exc_info=error)
         return ServeError(
             f"The model behind '{self.seen.backend}' failed. Try again.",
@@ -300,6 +293,9 @@ class Attempt:
         if not self._settled:
             self.route.breaker.leave()
             self._settled = True
+        if not (self._ended or self.seen.usage or self.seen.cause):
+            # Nothing was wrong with it: nobody waits for the rest.
+            self.seen.blame = Blame.CLIENT
         if self.seen.ended is None:
             self.seen.ended = self._clock()
         if not self._ended:
@@ -309,12 +305,3 @@ class Attempt:
             except Exception:
                 # What the model does with the work is its own affair; the client has its answer.
                 log.exception("backend %s could not cancel a request", self.seen.backend)
-
-
-def cause_of(error: ServeError) -> str:
-    """Give the cause that an error is; for a deadline and a refusal no other model is asked."""
-    if error.code in (TIMEOUT, DEADLINE):
-        return "timeout" if error.code == TIMEOUT else "deadline"
-    if error.status == 429:
-        return "overload"
-    return "error" if error.status >= SERVER_FAULT else REFUSED

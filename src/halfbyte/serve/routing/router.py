@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Protocol
 
 from halfbyte.errors import ServeError
+from halfbyte.serve.blame import Blame
 from halfbyte.serve.exchange import Backend, Call, Event, Served
 from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.routing.attempt import Attempt, Demands, Route
@@ -22,14 +23,13 @@ from halfbyte.serve.routing.breaker import CircuitBreaker, Clock
 from halfbyte.serve.routing.budget import FallbackBudget, RetryBudget
 from halfbyte.serve.routing.confidence import Confidence
 from halfbyte.serve.watch.monitors import find_failures
-from halfbyte.serve.watch.observation import Observation, Role
+from halfbyte.serve.watch.observation import Observation, Role, Seen
 
 log = logging.getLogger(__name__)
 
 CRITICAL = "critical"
 CLIENT_LEFT = 499
 """nginx's number for a client that closed the connection."""
-OWN_FAULTS = frozenset({"error", "timeout", "overload"})
 
 Observer = Callable[[Observation], None]
 """Told of every request when it is over. Must be quick."""
@@ -163,12 +163,13 @@ class Router:
             retries.add_request()
         kept: Attempt | None = None
         first_error: ServeError | None = None
+        candidates_error: ServeError | None = None
         cause = served.reason
         attempt: Attempt | None = None
         try:
             for number, route in enumerate(routes):
                 attempt = None
-                why_not = self._blocked(route, cause if seen.attempts else "")
+                why_not = self._blocked(route, seen.attempts)
                 if why_not:
                     served.notes.append(f"{route.role} {route.name} not asked: {why_not}")
                     cause = why_not if cause in ("", CRITICAL) else cause
@@ -177,7 +178,7 @@ class Router:
                 seen_before = first_error is not None or kept is not None
                 attempt = self._start(seen, route, has_next=number + 1 < len(routes))
                 found = await attempt.hold()
-                if not self._goes_on(route, found) and not (attempt.error and seen_before):
+                if not self._goes_on(attempt) and not (attempt.error and seen_before):
                     if attempt.error is not None:
                         raise attempt.error
                     served.reason = self._reason(route, routes, cause)
@@ -186,7 +187,11 @@ class Router:
                     return attempt
                 log.info("%s: %s by %s", call.id, found, route.name)
                 cause = found
-                first_error = first_error or attempt.error
+                if route.role == "canary":
+                    # The client is not told that there was one, where another model can be asked.
+                    candidates_error = attempt.error
+                else:
+                    first_error = first_error or attempt.error
                 if attempt.error is None and kept is None:
                     kept, attempt = attempt, None
                 else:
@@ -203,7 +208,7 @@ class Router:
             seen.attempts.remove(kept.seen)
             seen.attempts.append(kept.seen)
             return kept
-        raise first_error or self._nobody(routes)
+        raise first_error or candidates_error or self._nobody(routes)
 
     def _order(self, seen: Observation) -> list[Route]:
         """Give the models in the order in which they are asked."""
@@ -216,12 +221,13 @@ class Router:
         seen.arm = "canary" if self._rollout.pick(seen.call) else "primary"
         return [self._canary, *usual] if seen.arm == "canary" else usual
 
-    def _blocked(self, route: Route, cause: str) -> str:
+    def _blocked(self, route: Route, before: Sequence[Seen]) -> str:
         """Tell why a model may not be asked now; empty: it may. What it takes is taken.
 
         Args:
             route: The model.
-            cause: Why another one was not enough; empty: this is the first that is asked.
+            before: Attempts that were not enough. One of a candidate makes no second try of the
+                next: without the trial that model would have been asked at once.
 
         Returns:
             A word for it.
@@ -230,7 +236,8 @@ class Router:
             return "breaker"
         if route.role == "fallback" and not self.budget.has_left:
             return "budget"
-        if cause and not self._retries[cause in OWN_FAULTS].take():
+        tried = [attempt for attempt in before if attempt.role != "canary"]
+        if tried and not self._retries[tried[-1].blame is not None].take():
             return "retries"
         return "" if route.breaker.enter() else "breaker"
 
@@ -248,10 +255,12 @@ class Router:
         seen.attempts.append(attempt.seen)
         return attempt
 
-    def _goes_on(self, route: Route, found: str) -> bool:
+    def _goes_on(self, attempt: Attempt) -> bool:
         """Tell whether another model should be asked because of what was found."""
-        if route.role == "canary" and found in OWN_FAULTS:
-            return True
+        found, blame = attempt.seen.cause, attempt.seen.blame
+        if attempt.route.role == "canary" and blame is not None:
+            # What it refuses may be its own limit: the present model tells.
+            return blame is not Blame.CLIENT
         return bool(found) and found.removeprefix("check:") in self._causes
 
     def _reason(self, route: Route, routes: list[Route], cause: str) -> str:

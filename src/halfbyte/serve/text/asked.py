@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from halfbyte.errors import ServeError
+from halfbyte.serve.config import AnswerLimits
 from halfbyte.serve.engine.contract import EngineInfo, Grammar, GrammarKind, TokenRequest
 from halfbyte.serve.exchange import Call
 from halfbyte.serve.text.prompts import Prompts
@@ -19,6 +20,8 @@ from halfbyte.serve.text.tool_calls import (
     forced_schema,
 )
 
+DEFAULT_CHAT_TOKENS = 1024
+"""Of a chat's answer; not the whole context."""
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's for /v1/completions."""
 
@@ -46,14 +49,6 @@ _REFUSED_VALUES: dict[str, tuple[Any, ...]] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AnswerLimits:
-    """How much an answer may have."""
-
-    default_tokens: int
-    most_tokens: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
     """One choice: what the engine is to do, and what becomes of its tokens."""
 
@@ -66,7 +61,8 @@ class Asked:
     stops: tuple[str, ...]
     form: CallForm | None
     """How tool calls are written; None where none may come."""
-    tools: tuple[str, ...]
+    tools: Mapping[str, Mapping[str, Any]]
+    """Names that may be called, with the schemas of their parameters."""
     most_calls: int | None
 
     def make_call_filter(self) -> ToolCallFilter | None:
@@ -119,7 +115,10 @@ def read_call(
                     echo=text if body.get("echo") else None,
                     stops=_read_stops(body),
                     form=tools.form,
-                    tools=tuple(tool["function"]["name"] for tool in tools.shown),
+                    tools={
+                        tool["function"]["name"]: tool["function"].get("parameters") or {}
+                        for tool in tools.shown
+                    },
                     most_calls=tools.most,
                 )
             )
@@ -197,7 +196,8 @@ def _read_grammar(body: Mapping[str, Any]) -> Grammar | None:
     if wanted["type"] == "json_object":
         return Grammar(kind="json_object")
     if wanted["type"] == "json_schema":
-        return Grammar(kind="json_schema", text=json.dumps(wanted["json_schema"].get("schema", {})))
+        schema = wanted["json_schema"].get("schema") or {}
+        return Grammar(kind="json_schema", text=json.dumps(schema))
     for name, value in structured.items():
         kinds: dict[str, GrammarKind] = {"json": "json_schema", "grammar": "lark"}
         kind: Any = kinds.get(name, name)
@@ -256,6 +256,14 @@ def count_choices(call: Call) -> int:
     return len(split_prompts(call.body.get("prompt"))) * int(call.body.get("n") or 1)
 
 
+def count_characters(body: Mapping[str, Any]) -> int:
+    """Count the characters that there are to tokenize, at once and roughly."""
+    prompt = body.get("prompt")
+    if prompt is not None:
+        return len(prompt) if isinstance(prompt, str) else sum(map(len, map(str, prompt)))
+    return sum(len(str(message.get("content"))) for message in body.get("messages", ()))
+
+
 def _make_request(
     call: Call,
     ids: list[int],
@@ -294,22 +302,38 @@ def _make_request(
     )
 
 
+def read_limit(call: Call) -> tuple[str, int | None]:
+    """Give the field in which a call limits its answer, and the tokens that it allows."""
+    param = "max_completion_tokens" if "max_completion_tokens" in call.body else "max_tokens"
+    return param, call.body.get(param)
+
+
+def add_limit(call: Call, limits: AnswerLimits) -> dict[str, int]:
+    """Say to another server what a model here would keep to by itself.
+
+    Args:
+        call: What is asked.
+        limits: The server's.
+
+    Returns:
+        The field to add; none where the call has it, or nothing is limited.
+    """
+    if read_limit(call)[1] is not None:
+        return {}
+    usual = DEFAULT_COMPLETION_TOKENS if limits.most_tokens else None
+    tokens = [limits.default_tokens if call.kind == "chat" else usual, limits.most_tokens]
+    found = [count for count in tokens if count is not None]
+    return {"max_tokens": min(found)} if found else {}
+
+
 def _read_max_tokens(call: Call, prompt: int, info: EngineInfo, limits: AnswerLimits) -> int:
-    body = call.body
-    param = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
-    wanted: int | None = body.get(param)
+    wanted = read_limit(call)[1]
     room = info.context - prompt
-    most = limits.most_tokens
     if wanted is None:
-        wanted = limits.default_tokens if call.kind == "chat" else DEFAULT_COMPLETION_TOKENS
+        usual = limits.default_tokens or DEFAULT_CHAT_TOKENS
+        wanted = usual if call.kind == "chat" else DEFAULT_COMPLETION_TOKENS
         fits = info.cache_bytes // info.bytes_per_token - prompt if info.bytes_per_token else room
-        wanted = max(1, min(wanted, room, fits, most or room))
-    elif most is not None and wanted > most:
-        raise ServeError(
-            f"{param} is {wanted}; this server gives {most} at most.",
-            code="invalid_value",
-            param=param,
-        )
+        wanted = max(1, min(wanted, room, fits, limits.most_tokens or room))
     if wanted > room:
         raise ServeError(
             f"This model's maximum context length is {info.context} tokens. The prompt has "

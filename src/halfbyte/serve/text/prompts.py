@@ -12,6 +12,10 @@ from jinja2 import TemplateError
 
 from halfbyte.errors import ServeError
 
+_NOT_TAKEN = (
+    TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError,
+)  # fmt: skip
+
 
 class Prompts:
     """A tokenizer with its chat template."""
@@ -96,16 +100,17 @@ class Prompts:
                 tokenize=False,
                 **(keywords or {}),
             )
+            return self.encode_text(text, add_special=False)
         except ServeError:
             raise
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-            # A template is a program of the model's maker; it says what it does not take.
+        except _NOT_TAKEN as error:
+            # A template is a program of the model's maker; it says what it does not take. What it
+            # made of the messages may be no text: half a character of a tool call's arguments.
             raise ServeError(
                 f"The model's chat template does not take these messages: {str(error)[:300]}.",
                 code="chat_template_error",
                 param="messages",
             ) from error
-        return self.encode_text(text, add_special=False)
 
     def encode_text(self, text: str, *, add_special: bool = True) -> list[int]:
         """Turn a text into token ids.

@@ -16,6 +16,7 @@ nothing that a model wrote is lost.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import secrets
@@ -30,6 +31,10 @@ from halfbyte.serve.text.stops import longest_start
 _FUNCTION = re.compile(r"<function=([^>\n]+)>(.*?)(?:</function>|\Z)", re.DOTALL)
 _PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
 _NAMED = re.compile(r"\s*([\w.-]{1,64})\s*(?:\[CALL_ID\]\w*)?(?:\[ARGS\])?\s*(?=\{)")
+
+
+Schema = Mapping[str, Any]
+_NO_TOOLS: Mapping[str, Schema] = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,16 +74,18 @@ def find_form(template: str) -> CallForm:
 class ToolCallFilter:
     """Text in; content and calls out."""
 
-    def __init__(self, form: CallForm, tools: Sequence[str], *, most: int | None = None) -> None:
+    def __init__(
+        self, form: CallForm, tools: Mapping[str, Schema], *, most: int | None = None
+    ) -> None:
         """Start.
 
         Args:
             form: How the model writes calls.
-            tools: Names that may be called.
+            tools: Names that may be called, with the schemas of their parameters.
             most: Calls that may come; None: any number.
         """
         self._form = form
-        self._tools = frozenset(tools)
+        self._tools = tools
         self._most = most
         self._held = ""
         self._inside = False
@@ -149,7 +156,7 @@ class ToolCallFilter:
         return place >= 0
 
     def _read(self, text: str) -> tuple[ToolCall, ...]:
-        found = read_calls(text)
+        found = read_calls(text, self._tools)
         if not found or any(name not in self._tools for name, _ in found):
             return ()
         if self._most is not None:
@@ -162,18 +169,19 @@ class ToolCallFilter:
         )
 
 
-def read_calls(text: str) -> list[tuple[str, str]]:
+def read_calls(text: str, tools: Mapping[str, Schema] = _NO_TOOLS) -> list[tuple[str, str]]:
     """Read the calls between a form's marks.
 
     Args:
         text: JSON of a call, of a list of calls, of several one after the other, ``name{…}``, or
             Qwen3-Coder's tags.
+        tools: The schemas of their parameters, for tags, which do not tell a text from a number.
 
     Returns:
         Names and arguments as JSON; nothing where a part of the text is no call.
     """
     if functions := _FUNCTION.findall(text):
-        return [(name.strip(), _tagged_arguments(body)) for name, body in functions]
+        return [(n.strip(), _tagged_arguments(b, tools.get(n.strip(), {}))) for n, b in functions]
     decoder = json.JSONDecoder()
     calls: list[tuple[str, str]] = []
     rest = text.strip()
@@ -208,17 +216,25 @@ def _read_entry(entry: Any) -> tuple[str, str] | None:
         return name, arguments
     if not isinstance(arguments, Mapping):
         return None
-    return name, json.dumps(arguments, ensure_ascii=False)
+    return name, _write(arguments)
 
 
-def _tagged_arguments(body: str) -> str:
+def _tagged_arguments(body: str, schema: Schema) -> str:
     arguments: dict[str, Any] = {}
-    for name, text in _PARAMETER.findall(body):
-        try:
-            arguments[name.strip()] = json.loads(text)
-        except ValueError:
-            arguments[name.strip()] = text
-    return json.dumps(arguments, ensure_ascii=False)
+    properties = schema.get("properties")
+    for tag, text in _PARAMETER.findall(body):
+        name = tag.strip()
+        wanted = properties.get(name) if isinstance(properties, Mapping) else None
+        arguments[name] = text
+        if not isinstance(wanted, Mapping) or wanted.get("type") != "string":
+            with contextlib.suppress(ValueError, RecursionError):
+                arguments[name] = json.loads(text)
+    return _write(arguments)
+
+
+def _write(arguments: Mapping[str, Any]) -> str:
+    # A model may write half a character, which no client could read.
+    return json.dumps(arguments, ensure_ascii=False).encode("utf-8", "replace").decode()
 
 
 def make_call_id(form: CallForm) -> str:

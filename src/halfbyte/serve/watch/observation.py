@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from halfbyte.serve.blame import Blame
 from halfbyte.serve.exchange import Call, Delta, Event, Finish, Served, ToolCall, Usage
 
 Role = Literal["primary", "canary", "fallback"]
@@ -38,6 +39,8 @@ class Seen:
     """In nats; empty where the model did not tell."""
     cause: str = ""
     """Why the next model was asked, or why the request failed; empty: this answer was given."""
+    blame: Blame | None = None
+    """Whose fault it is that there is no answer, or no whole one; None: there is."""
     failures: tuple[str, ...] = ()
     """Monitors that it did not pass."""
 
@@ -55,7 +58,8 @@ class Seen:
             pieces = self.texts.get(event.choice)
             if pieces is None:
                 pieces = self.texts[event.choice] = []
-            pieces.append(event.text)
+            # To who watches, a refusal is what the model says; what it thinks is not.
+            pieces.append(event.text or event.refusal)
             if event.logprobs:
                 self.logprobs.extend(token.logprob for token in event.logprobs)
             if event.entropies:

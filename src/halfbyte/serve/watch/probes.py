@@ -57,11 +57,12 @@ class Probes:
         self._alerts = alerts
         self._clock = clock
         self._numbers = itertools.count(1)
-        self._right_at_first: set[str] | None = None
+        self._right_at_first: dict[str, bool] = {}
+        """By question: whether its first answer, however late it came, was right."""
         self._wrong: dict[str, int] = {}
         """Rounds in a row, by question."""
         self.last: dict[str, bool] = {}
-        """Whether each was right in the last round."""
+        """Whether each was right in the last round; one that got no answer was not."""
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -85,21 +86,24 @@ class Probes:
     async def ask_all(self) -> None:
         """Ask every question once, and raise or clear the alert."""
         found = {item.name: await self._ask(item) for item in self._items}
-        self.last = found
-        if self._right_at_first is None:
-            self._right_at_first = {name for name, right in found.items() if right}
-        for name in self._right_at_first:
+        self.last = {name: bool(right) for name, right in found.items()}
+        for name, right in found.items():
+            if right is not None:
+                self._right_at_first.setdefault(name, right)
+        known = [name for name, right in self._right_at_first.items() if right]
+        for name in known:
             self._wrong[name] = 0 if found[name] else self._wrong.get(name, 0) + 1
         lost = sorted(name for name, rounds in self._wrong.items() if rounds >= PATIENCE)
         self._alerts.set(
             "probes",
             bool(lost),
-            f"{len(lost)} of {len(self._right_at_first)} questions that were answered right at "
+            f"{len(lost)} of {len(known)} questions that were answered right at "
             f"first are answered wrong now: {', '.join(lost[:5])}",
             float(len(lost)),
         )
 
-    async def _ask(self, item: Item) -> bool:
+    async def _ask(self, item: Item) -> bool | None:
+        """Tell whether an answer is right; None: there is none."""
         body: dict[str, Any] = {"temperature": 0, "max_tokens": item.max_new_tokens}
         if item.stop:
             body["stop"] = list(item.stop[:4])
@@ -122,7 +126,7 @@ class Probes:
         finally:
             await attempt.close()
         assert item.check is not None
-        return not cause and item.check.passes(attempt.seen.text(), item.line, {})
+        return None if cause else item.check.passes(attempt.seen.text(), item.line, {})
 
 
 def read_probes(path: Path) -> list[Item]:

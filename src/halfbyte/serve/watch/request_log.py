@@ -6,13 +6,14 @@ and the log goes on when there is room again. The newest rows are kept, up to a 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import queue
 import re
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ TRIM_EVERY = 1000
 """Rows between two looks at how many there are."""
 LONGEST_TEXT = 100_000
 """Characters kept of one text."""
+CLOSE_SECONDS = 10.0
+"""For what waits to be written."""
 
 TABLE = """
 create table if not exists requests (
@@ -41,17 +44,26 @@ create table if not exists requests (
 """
 COLUMNS = 18
 
+_AFTER_ESCAPE = r"(?<=\\[nrt])"
+"""Where JSON within a text, such as a tool call's arguments, writes the start of a line."""
+_START = rf"(?:\b|{_AFTER_ESCAPE})"
+
 REDACTIONS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("email", re.compile(r"[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63})+")),
-    ("secret", re.compile(r"\b(?:sk|pk|ghp|gho|xox[abp]|hf|AKIA)[-_]?[A-Za-z0-9_-]{16,}")),
-    ("secret", re.compile(r"\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,}")),
+    ("secret", re.compile(_START + r"(?:sk|pk|ghp|gho|xox[abp]|hf|AKIA)[-_]?[A-Za-z0-9_-]{16,}")),
+    ("secret", re.compile(_START + r"eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,}")),
     ("secret", re.compile(r"(?i)(?<=bearer )[A-Za-z0-9._~+/-]{8,}=*")),
     ("secret", re.compile(r"(?i)(?<=password[:=])\s?\S{4,}")),
-    ("iban", re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){3,7}(?: ?[A-Z0-9]{1,3})?\b")),
-    ("card", re.compile(r"\b\d(?:[ -]?\d){12,18}\b")),
+    ("iban", re.compile(_START + r"[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){3,7}(?: ?[A-Z0-9]{1,3})?\b")),
+    ("card", re.compile(_START + r"\d(?:[ -]?\d){12,18}\b")),
     ("phone", re.compile(r"(?:\+\d{1,3}|\(\d{2,5}\))(?:[ /.-]?\(?\d{2,8}\)?){1,5}(?![\w.])")),
-    ("phone", re.compile(r"(?<![\w.+-])\d{3,5}[ /-]\d{3,4}[ -]\d{3,5}(?![\w.-])")),
-    ("address", re.compile(r"\b(?:\d{1,3}\.){3}\d{1,3}\b")),
+    (
+        "phone",
+        re.compile(
+            rf"(?:(?<![\w.+-])|{_AFTER_ESCAPE})" + r"\d{3,5}[ /-]\d{3,4}[ -]\d{3,5}(?![\w.-])"
+        ),
+    ),
+    ("address", re.compile(_START + r"(?:\d{1,3}\.){3}\d{1,3}\b")),
 )
 """What is replaced by ``[name]``. A safety net: it knows forms, not meanings, such as names."""
 
@@ -171,14 +183,15 @@ class RequestLog:
             rows = [self._queue.get()]
             while len(rows) < MOST_AT_ONCE and not self._queue.empty():
                 rows.append(self._queue.get_nowait())
-            wanted = [redacted(row) for row in rows if row is not None]
+            wanted = [row for row in rows if row is not None]
             try:
                 connection = connection or self._connect()
-                self._write(connection, wanted)
+                self._write(connection, [redacted(row) for row in wanted])
                 self._told = False
-            except (sqlite3.Error, OSError) as error:
+            except Exception:
+                # Whatever it is: a log that ended would fill the queue, and tell nobody.
                 if not self._told:
-                    log.warning("the request log '%s' is not written: %s", self._path, error)
+                    log.exception("the request log '%s' is not written", self._path)
                 self._told = True
                 self._dropped(len(wanted))
                 if connection is not None:
@@ -203,18 +216,31 @@ class RequestLog:
                 )  # fmt: skip
 
     def close(self) -> None:
-        """Write what waits, then stop."""
-        self._queue.put(None)
-        self._thread.join(timeout=10.0)
+        """Write what waits, then stop; a disk that takes too long is not waited for."""
+        with contextlib.suppress(queue.Full):
+            self._queue.put(None, timeout=CLOSE_SECONDS)
+            self._thread.join(timeout=CLOSE_SECONDS)
 
 
 def redacted(row: Row) -> Row:
     """Give a row with its texts redacted, as JSON."""
     *figures, request, answer = row
     figures[9] = redact(figures[9])
-    texts = [None if t is None else redact(_as_json(t))[:LONGEST_TEXT] for t in (request, answer)]
+    texts = [None if text is None else _as_json(text) for text in (request, answer)]
     return (*figures, *texts)
 
 
 def _as_json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
+    # Redacted first: in JSON the start of a line is an "n", and what follows no word of its own.
+    return json.dumps(_redact_within(value), ensure_ascii=False, default=str)[:LONGEST_TEXT]
+
+
+def _redact_within(value: Any) -> Any:
+    """Redact every text of a structure, keys too."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, Mapping):
+        return {_redact_within(key): _redact_within(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_redact_within(entry) for entry in value]
+    return value
