@@ -89,27 +89,32 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
 
 
 def find_blocks(model: nn.Module) -> Blocks:
-    """Find the list of decoder blocks: the module list that holds most of the parameters.
+    """Find the list of decoder blocks: the module list of the text decoder with most modules in it.
+
+    Modules are counted, not parameters: a quantized linear has none.
 
     Args:
-        model: A causal LM, possibly on the meta device.
+        model: A causal LM, possibly on the meta device, before or after linears were replaced.
 
     Returns:
         The blocks.
 
     Raises:
-        ModelError: No module list holds parameters.
+        ModelError: There is no module list.
     """
+    # Beside the decoder there may be a vision tower, of more and larger blocks.
+    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else model
+    inside = set(decoder.modules())
     best_name, best_list, best_count = "", None, 0
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module):
-            count = sum(p.numel() for p in module.parameters())
+        if isinstance(module, nn.ModuleList) and len(module) and module in inside:
+            count = sum(1 for _ in module.modules())
             if count > best_count:
                 best_name, best_list, best_count = name, module, count
     if best_list is None:
         raise ModelError(
-            f"Cannot find the decoder blocks of {type(model).__name__}: it has no list of modules "
-            "with parameters. Only models built of repeated blocks can be quantized."
+            f"Cannot find the decoder blocks of {type(model).__name__}: it has no list of "
+            "modules. Only models built of repeated blocks can be quantized."
         )
     return Blocks(prefix=best_name, modules=tuple(best_list))
 
