@@ -265,7 +265,7 @@ class QuantConfig:
         return any(o.bits is not None and re.search(o.pattern, module_name) for o in self.overrides)
 
     def with_bits(self, bits: Mapping[str, int]) -> Self:
-        """Give the same config with other bits for some modules.
+        """Give the same config with other bits for modules whose bits no override gives.
 
         Args:
             bits: By full name.
@@ -276,7 +276,7 @@ class QuantConfig:
         chosen = tuple(
             Override(pattern=f"^{re.escape(name)}$", bits=number) for name, number in bits.items()
         )
-        return replace(self, overrides=(*self.overrides, *chosen))
+        return replace(self, overrides=(*chosen, *self.overrides))
 
     def scheme_for(self, module_name: str) -> Scheme | None:
         """Say how a module is to be rounded.

@@ -54,10 +54,11 @@ def choose_bits(
         progress: Told what is done.
 
     Returns:
-        The config with an override for every module, and notes for the report.
+        The config with an override for every module that had none, and notes for the report.
 
     Raises:
-        ConfigError: The target is below what the fewest bits need.
+        ConfigError: The target is below what the fewest bits need, or overrides fix linears that
+            runtimes fuse differently.
     """
     path = folder / ALLOCATION_FILE
     if path.exists():
