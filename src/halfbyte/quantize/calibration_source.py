@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import CalibrationError
+from halfbyte.json_lines import read_json_lines
 
 CalibrationSource = str | Path | Sequence[Any] | None
 """None: the built-in text. "self": text that the model writes. A path: a text file, or JSON lines.
@@ -22,6 +22,7 @@ table of ids the padding is left out by its attention mask. Beside ids there may
 IGNORED = -100
 """Label of a token that does not count, as in torch's cross entropy."""
 
+_KEYS = "'text', 'messages' or 'input_ids'"
 _WHOLE_NUMBERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -58,40 +59,33 @@ def read_source(source: str | Path | Sequence[Any]) -> tuple[str, list[Any]]:
             raise CalibrationError("The calibration list is empty. Give at least one text.")
         return "a list given in Python", items
     path = Path(source)
+    ending = path.suffix.lower()
+    if ending in (".json", ".jsonl"):
+        return path.name, _read_objects(path)
+    if "json" in ending:
+        raise CalibrationError(
+            f"Calibration file {path} ends in {path.suffix}: name a file of JSON lines .jsonl, one "
+            "list of objects .json, and plain text .txt."
+        )
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(
             f"Cannot read calibration file {path}: {error}. Give a UTF-8 text file, or JSON lines "
-            "with 'text', 'messages' or 'input_ids'."
+            f"with {_KEYS}."
         ) from error
-    if path.suffix == ".jsonl":
-        return path.name, _read_json_lines(path, text)
     if not text.strip():
         raise CalibrationError(f"Calibration file {path} is empty. Give a text of some pages.")
     return path.name, [text]
 
 
-def _read_json_lines(path: Path, text: str) -> list[Any]:
-    items = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise CalibrationError(
-                f"{path} line {number} is not JSON: {error}. Every line must be one object."
-            ) from error
-        if not isinstance(value, Mapping) or not {"text", "messages", "input_ids"} & set(value):
-            raise CalibrationError(
-                f"{path} line {number} has none of 'text', 'messages' and 'input_ids'. "
-                'Example: {"text": "..."}'
-            )
-        items.append(value)
-    if not items:
-        raise CalibrationError(f"Calibration file {path} is empty. Give one object per line.")
-    return items
+def _read_objects(path: Path) -> list[Any]:
+    wanted = f"Give one object per line, with {_KEYS}."
+    lines = read_json_lines(path, CalibrationError, what="calibration file", wanted=wanted)
+    for line in lines:
+        if all(line.values.get(key) is None for key in ("text", "messages", "input_ids")):
+            raise CalibrationError(f'{line.where} has none of {_KEYS}. Example: {{"text": "..."}}')
+    return [line.values for line in lines]
 
 
 def as_ids(name: str, item: Any) -> list[CalibrationRow] | None:
@@ -106,7 +100,7 @@ def as_ids(name: str, item: Any) -> list[CalibrationRow] | None:
     """
     beside: dict[str, Any] = {}
     if isinstance(item, Mapping):
-        if "input_ids" not in item:
+        if item.get("input_ids") is None:
             return None
         beside = {key: item.get(key) for key in ("attention_mask", "labels")}
         item = item["input_ids"]
@@ -195,7 +189,7 @@ def tokenize(name: str, items: Iterable[Any], tokenizer: Any | None) -> Tensor:
 
 def _as_text(name: str, item: Any, tokenizer: Any) -> str:
     messages = item.get("messages") if isinstance(item, Mapping) else item
-    if isinstance(item, Mapping) and "text" in item:
+    if isinstance(item, Mapping) and item.get("text") is not None:
         messages = item["text"]
     if isinstance(messages, str):
         return messages
