@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.helpers.families import token_lists, write_family
+from tests.helpers.checkpoints import read_tensors
+from tests.helpers.families import build_family, token_lists, write_family
 from tests.helpers.runs import SMALL, assert_loads_and_computes, bytes_of, quantize, run
 from transformers import PreTrainedModel
 
@@ -153,3 +154,21 @@ def test_solver_gets_the_exact_weights_whatever_the_model_computes_in(
     norm = checkpoint.files.load(["model.norm.weight"])["model.norm.weight"]
     assert norm.dtype == stored
     assert_loads_and_computes(model, checkpoint)
+
+
+@pytest.mark.parametrize(("stored", "computing"), [("float16", "bfloat16"), ("float16", "float32")])
+def test_biases_are_written_as_they_were_stored(
+    stored: str, computing: str, tmp_path: Path
+) -> None:
+    model = build_family("qwen2", num_hidden_layers=1).to(getattr(torch, stored))
+    biases = {name: p for name, p in model.named_parameters() if name.endswith(".bias")}
+    for bias in biases.values():
+        bias.data.normal_(std=3.0)
+    model.save_pretrained(tmp_path / "base")
+    config, resources = QuantConfig(group_size=32), ResourceConfig(dtype=computing)
+    quantize(tmp_path / "base", tmp_path / "out", config, resources=resources)
+    written = read_tensors(tmp_path / "out")
+    assert len(biases) == 3
+    for name, bias in biases.items():
+        assert written[name].dtype == bias.dtype
+        assert torch.equal(written[name], bias)

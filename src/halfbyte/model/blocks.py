@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
@@ -33,6 +33,15 @@ class Blocks:
     def name(self, index: int) -> str:
         """Give the dotted name of one block."""
         return f"{self.prefix}.{index}"
+
+
+class LinearTensors(NamedTuple):
+    """What a linear holds."""
+
+    weight: Tensor
+    """[out, in], whichever way round the module stores it."""
+    bias: Tensor | None
+    """[out]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +137,12 @@ def linear_weight(linear: nn.Module) -> Tensor:
     """Give a linear's weight as [out, in], whichever way round the module stores it."""
     weight: Tensor = linear.weight.data  # type: ignore[assignment]
     return weight.t() if isinstance(linear, Conv1D) else weight
+
+
+def linear_tensors(linear: nn.Module) -> LinearTensors:
+    """Give what a linear holds, as it is now: it may be cast or rounded later."""
+    bias: Tensor | None = getattr(linear, "bias", None)
+    return LinearTensors(linear_weight(linear), None if bias is None else bias.data)
 
 
 def set_linear_weight(linear: nn.Module, weight: Tensor) -> None:

@@ -140,7 +140,7 @@ class Survey:
         for stage in self.work.stages:
             pool = None
             for group in stage.groups:
-                width = self._exact[group.linears[0]].shape[1]
+                width = self._exact[group.linears[0]].weight.shape[1]
                 # Experts share one: few tokens reach each, and their number is large.
                 accumulator = pool or HessianAccumulator(width, self.weights.device)
                 pool = accumulator if stage.experts is not None else None
@@ -152,7 +152,7 @@ class Survey:
                     ).remove
                 )
                 for name in group.linears:
-                    rows = self._exact[name].shape[0]
+                    rows = self._exact[name].weight.shape[0]
                     watched.squares[name] = torch.zeros(rows, device=self.weights.device)
                     hook = watch_gradients(partial(_add_squares, watched.squares[name]))
                     stack.callback(block.get_submodule(name).register_forward_hook(hook).remove)
