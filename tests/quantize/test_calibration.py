@@ -99,6 +99,34 @@ def test_tokenizer_without_an_end_of_text_token() -> None:
     assert lists(load(["abcd", "efgh"], tokenizer=tokenizer, samples=1)) == [ids_of("abcdefgh")]
 
 
+def test_no_more_of_a_long_text_is_tokenised_than_is_needed() -> None:
+    class Counting(LetterTokenizer):
+        seen = 0
+
+        def __call__(self, text: str, **keywords: Any) -> dict[str, list[int]]:
+            self.seen += len(text)
+            # The tokens at the end of a text are others than in its middle.
+            ids = super().__call__(text, **keywords)["input_ids"]
+            return {"input_ids": [*ids[:-3], 1, 1, 1][: len(ids)]}
+
+    lines = [chr(97 + i % 26) * (i % 40) for i in range(20_000)]
+    for source in ("\n".join(lines), " ".join(lines)):
+        tokenizer = Counting()
+        found = load([source, "behind it"], tokenizer=tokenizer, samples=16, length=20)
+        assert lists(found) == [ids_of(source[i : i + 20]) for i in range(0, 320, 20)]
+        assert tokenizer.seen <= 8 * (320 + 64)
+        everything = load([source], tokenizer=tokenizer, samples=16, length=20, seed=3)
+        assert tokenizer.seen > len(source)
+        assert lists(everything) != lists(found)
+
+
+def test_long_items_are_tokenised_until_there_is_enough() -> None:
+    items = ["abc", "de" * 500, "fg" * 3000, "never looked at"]
+    joined = [*ids_of(items[0]), END, *ids_of(items[1]), END, *ids_of(items[2])]
+    found = load(items, samples=20, length=100)
+    assert lists(found) == [joined[i : i + 100] for i in range(0, 2000, 100)]
+
+
 def test_json_lines_of_texts(tmp_path: Path) -> None:
     path = tmp_path / "some.jsonl"
     path.write_text('{"text": "abcd", "other": 1}\n\n{"text": "efg"}\n')

@@ -22,6 +22,11 @@ table of ids the padding is left out by its attention mask. Beside ids there may
 IGNORED = -100
 """Label of a token that does not count, as in torch's cross entropy."""
 
+LETTERS_PER_TOKEN = 8
+"""More than most text has."""
+LAST_TOKENS = 64
+"""At the end of a part of a text, what tokens there are may hang on what follows."""
+
 _KEYS = "'text', 'messages' or 'input_ids'"
 _WHOLE_NUMBERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -159,16 +164,19 @@ def _as_rows(name: str, ids: Any) -> list[Tensor]:
     return [row.to(torch.int64) for row in rows]
 
 
-def tokenize(name: str, items: Iterable[Any], tokenizer: Any | None) -> Tensor:
+def tokenize(
+    name: str, items: Iterable[Any], tokenizer: Any | None, enough: int | None = None
+) -> Tensor:
     """Join texts and chats, by the end-of-text token, and tokenise them.
 
     Args:
         name: Of the data, for messages.
         items: Of :func:`read_source`.
         tokenizer: The model's; None where it has none.
+        enough: So many tokens are wanted from the start; None: all.
 
     Returns:
-        int64 [tokens].
+        int64 [tokens], at least ``enough`` where there are.
 
     Raises:
         CalibrationError: An item is neither, or the tokenizer or its chat template is missing.
@@ -178,13 +186,30 @@ def tokenize(name: str, items: Iterable[Any], tokenizer: Any | None) -> Tensor:
             f"Calibration data {name} is text, and the model folder has no tokenizer. "
             "Add the tokenizer's files, or give lists of token ids."
         )
-    joined: list[int] = []
+    parts: list[Tensor] = []
+    count = 0
     for item in items:
         text = _as_text(name, item, tokenizer)
-        if joined and tokenizer.eos_token_id is not None:
-            joined.append(tokenizer.eos_token_id)
-        joined += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(joined, dtype=torch.int64)
+        if count and tokenizer.eos_token_id is not None:
+            parts.append(torch.tensor([tokenizer.eos_token_id]))
+            count += 1
+        parts.append(_encode(text, tokenizer, None if enough is None else enough - count))
+        count += len(parts[-1])
+        if enough is not None and count >= enough:
+            break
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+
+
+def _encode(text: str, tokenizer: Any, enough: int | None) -> Tensor:
+    """Tokenise a text, or of a long one as many lines as hold enough tokens."""
+    characters = len(text) if enough is None else LETTERS_PER_TOKEN * (enough + LAST_TOKENS)
+    while True:
+        end = text.rfind("\n", 0, characters) + 1 if characters < len(text) else 0
+        head = text[: end or characters]
+        found = tokenizer(head, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(head) == len(text) or len(found) >= (enough or 0) + LAST_TOKENS:
+            return torch.tensor(found, dtype=torch.int64)
+        characters *= 2
 
 
 def _as_text(name: str, item: Any, tokenizer: Any) -> str:
