@@ -177,6 +177,8 @@ def test_built_in_text() -> None:
         torch.tensor([1, 2, 3]),
         torch.tensor([[1, 2, 3]], dtype=torch.int32),
         np.array([1, 2, 3]),
+        np.array([[1, 2, 3]], dtype=np.uint16),
+        np.array([1, 2, 3], dtype=np.uint32),
         [[1, 2, 3]],
         {"input_ids": [1, 2, 3]},
         {"input_ids": torch.tensor([[1, 2, 3]])},

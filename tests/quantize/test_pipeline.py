@@ -312,6 +312,9 @@ def test_output_that_is_in_use_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out" / "thesis.tex").write_text("irreplaceable")
     with pytest.raises(ConfigError, match=r"out is not empty \(1 files, such as thesis\.tex\)"):
         quantize(tmp_path / "base", tmp_path / "out", QuantConfig())
+    inside = tmp_path / "out" / "thesis.tex" / "x" / "y"
+    with pytest.raises(ConfigError, match=r"x/y lies in .*thesis\.tex, which is a file\. Name"):
+        quantize(tmp_path / "base", inside, QuantConfig())
     with pytest.raises(ConfigError, match=r"thesis\.tex is a file. Name a folder"):
         quantize(tmp_path / "base", tmp_path / "out" / "thesis.tex", QuantConfig())
     assert (tmp_path / "out" / "thesis.tex").read_text() == "irreplaceable"

@@ -115,6 +115,16 @@ def test_batches_dropped_in_part_are_noted_by_module(
         assert "64 of 192 tokens dropped: their inputs are not finite" in module.notes
 
 
+def test_weights_too_small_for_scales_are_noted(tmp_path: Path) -> None:
+    def shrink(model: PreTrainedModel) -> None:
+        model.model.layers[1].self_attn.q_proj.weight.data.mul_(2e-5)
+
+    _, report, _ = run(tmp_path, QuantConfig(group_size=32), prepare=shrink)
+    told = "4096 weights lie in groups of scale 1e-05, the smallest there is"
+    noted = [m.name for m in report.modules if any(told in note for note in m.notes)]
+    assert noted == ["model.layers.1.self_attn.q_proj"]
+
+
 def test_weights_too_large_for_fp16_scales_are_noted(tmp_path: Path) -> None:
     name = "model.layers.1.mlp.up_proj"
     _, report, _ = run(tmp_path, QuantConfig(group_size=32), prepare=set_weight(name, 1e9))

@@ -142,7 +142,16 @@ class BlockStream:
                 )
             if passage.hidden is not None:
                 args, kwargs = _with_hidden(args, kwargs, passage.hidden)
-            raise _BlockDone(self._hidden_output(j, forward(*args, **kwargs)))
+            output = self._hidden_output(j, forward(*args, **kwargs))
+            width = self.model.config.get_text_config().hidden_size
+            if output.shape != (*passage.input_ids.shape, width):
+                raise ModelError(
+                    f"Cannot stream {self.blocks.name(j)}: it gives states of shape "
+                    f"{list(output.shape)} for tokens {list(passage.input_ids.shape)}, where one "
+                    f"vector of {width} numbers per token is needed. This kind of model cannot be "
+                    "quantized."
+                )
+            raise _BlockDone(output)
 
         return run_block if j == current else stub
 

@@ -28,7 +28,10 @@ LAST_TOKENS = 64
 """At the end of a part of a text, what tokens there are may hang on what follows."""
 
 _KEYS = "'text', 'messages' or 'input_ids'"
-_WHOLE_NUMBERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_WHOLE_NUMBERS = (
+    *(torch.int64, torch.int32, torch.int16, torch.int8),
+    *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,8 +120,10 @@ def check_output(output: Path, *, resume: bool, report_file: str = REPORT_FILE) 
         ConfigError: The folder holds something else.
         JournalError: It holds an unfinished run, and it was not said to go on with it.
     """
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"The output {output} is a file. Name a folder.")
+    for path in (output, *output.parents):
+        if path.exists() and not path.is_dir():
+            where = "" if path == output else f"lies in {path}, which "
+            raise ConfigError(f"The output {output} {where}is a file. Name a folder.")
     names = {path.name for path in output.iterdir()} if output.is_dir() else set()
     if (output / WORK_FOLDER / JOURNAL_FILE).is_file():
         if not resume:
