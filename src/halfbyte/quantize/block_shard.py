@@ -138,16 +138,26 @@ def _dense_tensors(
     exact: Mapping[str, LinearTensors],
     split_experts: Sequence[str],
 ) -> dict[str, Tensor]:
-    """Take a block's other tensors as they are; an expert left dense goes out on its own."""
+    """Take a block's other tensors as they are.
+
+    A linear left dense goes out on its own where what holds it on disk does not: an expert of a
+    fused tensor, or k beside a rounded q that were one tensor.
+    """
     prefix = weights.blocks.name(index)
     names = {r.module for r in rounded}
     split = [s for s in split_experts if any(m.startswith(f"{s}.") for m in names)]
+    inside = tuple(f"{s}." for s in split)
     without = [f"{prefix}.{name}" for name in (*names, *split)]
-    dense = weights.files.load(weights.block_keys(index, without))
-    for name, (weight, bias) in exact.items():
-        if name not in names and any(name.startswith(f"{s}.") for s in split):
-            disk_name = weights.disk_name(f"{prefix}.{name}")
-            dense[f"{disk_name}.weight"] = weight
-            if bias is not None:
-                dense[f"{disk_name}.bias"] = bias
+    kept = weights.block_keys(index, without)
+    dense = weights.files.load(kept)
+    gone = set(weights.block_keys(index)) - set(kept)
+    lost = {name for key in gone for name in weights.parameters_of(key)}
+    for name, tensors in exact.items():
+        if name in names:
+            continue
+        disk_name = weights.disk_name(f"{prefix}.{name}")
+        for suffix, tensor in tensors._asdict().items():
+            is_lost = f"{prefix}.{name}.{suffix}" in lost or name.startswith(inside)
+            if is_lost and tensor is not None:
+                dense[f"{disk_name}.{suffix}"] = tensor
     return dense
