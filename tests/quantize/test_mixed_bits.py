@@ -245,15 +245,10 @@ def test_a_killed_run_keeps_its_choice(tmp_path: Path, monkeypatch: pytest.Monke
     ("settings", "message"),
     [
         ({"target_bits": 3.0, "target_size": "4GB"}, "target_bits is 3 and target_size 4GB"),
+        ({"target_size": "4"}, "target_size is '4'; write a number and a unit"),
         ({"target_bits": 2.0}, "target_bits is 2; allowed is more than 2, and 9 at most"),
     ],
 )
 def test_targets_are_checked(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         QuantConfig(**settings)
-
-
-def test_a_size_must_be_a_size(tmp_path: Path) -> None:
-    write_decided_family(tmp_path / "base")
-    with pytest.raises(ConfigError, match="target_size is 'small'; write a number and a unit"):
-        quantize(tmp_path / "base", tmp_path / "o", QuantConfig(target_size="small"), **TEXT)

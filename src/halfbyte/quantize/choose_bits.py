@@ -24,8 +24,8 @@ from halfbyte.quantize.allocation import (
 )
 from halfbyte.quantize.block_work import BlockWork
 from halfbyte.quantize.progress import Progress
-from halfbyte.quantize.resources import parse_size
 from halfbyte.quantize.survey import Survey, survey_batches
+from halfbyte.units import parse_size
 
 ALLOCATION_FILE = "allocation.json"
 
