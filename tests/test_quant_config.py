@@ -6,7 +6,7 @@ from dataclasses import FrozenInstanceError
 import pytest
 
 from halfbyte.errors import ConfigError
-from halfbyte.quant_config import CalibrationConfig, Override, QuantConfig, Scheme
+from halfbyte.quant_config import CalibrationConfig, Override, QuantConfig, ResourceConfig, Scheme
 
 MODULE = "model.layers.3.mlp.down_proj"
 
@@ -91,6 +91,22 @@ def test_setting_out_of_range_is_refused(changes, message):
     with pytest.raises(ConfigError, match=message) as caught:
         QuantConfig(**changes)
     assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CalibrationConfig(seed=-1), "seed is -1; allowed is 0 to 4294967295. Use 0, or"),
+        (lambda: CalibrationConfig(seed=2**70), "seed is 1180591620717411303424; allowed is 0 to"),
+        (lambda: ResourceConfig(device=5), "device is 5, a int; str is needed"),
+        (lambda: ResourceConfig(memory=8), "memory is 8, a int; str is needed"),
+        (lambda: ResourceConfig(memory="lots"), "memory is 'lots'; write a number and a unit"),
+        (lambda: ResourceConfig(dtype="int8"), "dtype is 'int8'; allowed are auto, float32"),
+    ],
+)
+def test_what_is_asked_of_text_and_machine_is_checked_at_once(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
 
 
 @pytest.mark.parametrize("name", ["samples", "length", "batch_size"])

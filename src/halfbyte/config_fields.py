@@ -8,6 +8,7 @@ default it passes every check: nothing is asked for.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import field, fields
 from typing import Any
@@ -85,6 +86,13 @@ def check_least(config: Any, name: str, least: int) -> None:
         raise ConfigError(f"{name} is {value!r}; it must be a whole number, {least} or more.")
 
 
+def check_range(config: Any, name: str, least: float, most: float, advice: str) -> None:
+    """Refuse a number outside a range, both ends allowed, with a ConfigError that gives advice."""
+    value = getattr(config, name)
+    if not least <= value <= most:
+        raise ConfigError(f"{name} is {value}; allowed is {least} to {most}. {advice}")
+
+
 def check_positive(config: Any, name: str) -> None:
     """Refuse anything but a finite number above 0, with a ConfigError."""
     value = getattr(config, name)
@@ -119,3 +127,21 @@ def check_choice(config: Any, name: str, allowed: Collection[Any]) -> None:
     value = getattr(config, name)
     if value not in allowed:
         raise ConfigError(f"{name} is {value!r}; allowed are {', '.join(map(str, allowed))}.")
+
+
+def as_sequence(name: str, value: Any) -> list[Any] | tuple[Any, ...]:
+    """Give a list or tuple as it is; anything else is a ConfigError."""
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"{name} is {value!r}; a list is needed. Put it in square brackets.")
+    return value
+
+
+def check_pattern(kind: str, pattern: str) -> None:
+    """Refuse what is no regular expression, with a ConfigError."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(
+            f"The {kind} pattern '{pattern}' is not a regular expression: {error}. "
+            "Escape special characters, or use a plain part of the module name."
+        ) from error

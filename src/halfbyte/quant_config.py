@@ -7,9 +7,19 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
-from halfbyte.config_fields import check_choice, check_keys, check_least, check_types, option
+from halfbyte.config_fields import (
+    as_sequence,
+    check_choice,
+    check_keys,
+    check_least,
+    check_pattern,
+    check_range,
+    check_types,
+    option,
+)  # fmt: skip
 from halfbyte.errors import ConfigError
 from halfbyte.run_config import DTYPES
+from halfbyte.units import parse_size
 
 SUPPORTED_BITS = (2, 3, 4, 8)
 """Bit widths that have one agreed layout on disk."""
@@ -18,6 +28,7 @@ PER_CHANNEL = -1
 """``group_size`` that means one scale per output row."""
 
 MOST_POLISH = 20
+MOST_SEED = 2**32 - 1
 MOST_BITS = 9
 """8 bits with scales and zeros of groups of 32."""
 
@@ -60,9 +71,9 @@ class Override:
 
     def __post_init__(self) -> None:
         check_types(self)
-        _check_pattern("override", self.pattern)
+        check_pattern("override", self.pattern)
         if self.bits is not None:
-            _check_bits(self.bits)
+            check_choice(self, "bits", SUPPORTED_BITS)
         if self.group_size is not None:
             _check_group_size(self.group_size)
 
@@ -195,21 +206,15 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        _check_bits(self.bits)
+        check_choice(self, "bits", SUPPORTED_BITS)
         _check_group_size(self.group_size)
         if not 0 < self.damping < 1:
             raise ConfigError(
                 f"damping is {self.damping}; allowed is 0 < damping < 1. Use 0.01 for 4 bits."
             )
-        if not 0 <= self.shrinkage <= 1:
-            raise ConfigError(
-                f"shrinkage is {self.shrinkage}; allowed is 0 to 1. Use {DEFAULT_SHRINKAGE}, or 0 "
-                "for GPTQ as published."
-            )
-        if not 0 <= self.polish <= MOST_POLISH:
-            raise ConfigError(
-                f"polish is {self.polish}; allowed is 0 to {MOST_POLISH}. Use 1, or 0 to leave it."
-            )
+        advice = f"Use {DEFAULT_SHRINKAGE}, or 0 for GPTQ as published."
+        check_range(self, "shrinkage", 0, 1, advice)
+        check_range(self, "polish", 0, MOST_POLISH, "Use 1, or 0 to leave it.")
         for name in ("tune_steps", "end_to_end_steps"):
             steps = getattr(self, name)
             if steps < 0 or (steps and not self.match_base):
@@ -229,8 +234,10 @@ class QuantConfig:
                 f"and {MOST_BITS} at most. Use 3.5, or 4.25 to spend what 4 bits in groups of 64 "
                 "take."
             )
+        if self.target_size is not None:
+            parse_size(self.target_size, "target_size")
         for pattern in self.skip:
-            _check_pattern("skip", pattern)
+            check_pattern("skip", pattern)
 
     @classmethod
     def from_preset(cls, name: str, **settings: Any) -> Self:
@@ -265,7 +272,7 @@ class QuantConfig:
         return any(o.bits is not None and re.search(o.pattern, module_name) for o in self.overrides)
 
     def with_bits(self, bits: Mapping[str, int]) -> Self:
-        """Give the same config with other bits for some modules.
+        """Give the same config with other bits for modules whose bits no override gives.
 
         Args:
             bits: By full name.
@@ -276,7 +283,7 @@ class QuantConfig:
         chosen = tuple(
             Override(pattern=f"^{re.escape(name)}$", bits=number) for name, number in bits.items()
         )
-        return replace(self, overrides=(*self.overrides, *chosen))
+        return replace(self, overrides=(*chosen, *self.overrides))
 
     def scheme_for(self, module_name: str) -> Scheme | None:
         """Say how a module is to be rounded.
@@ -326,10 +333,10 @@ class QuantConfig:
         if "overrides" in values:
             values["overrides"] = tuple(
                 o if isinstance(o, Override) else Override.from_dict(o)
-                for o in _as_sequence("overrides", values["overrides"])
+                for o in as_sequence("overrides", values["overrides"])
             )
         if "skip" in values:
-            values["skip"] = tuple(_as_sequence("skip", values["skip"]))
+            values["skip"] = tuple(as_sequence("skip", values["skip"]))
         return cls(**values)
 
 
@@ -348,6 +355,7 @@ class CalibrationConfig:
         check_types(self)
         for name in ("samples", "length", "batch_size"):
             check_least(self, name, 1)
+        check_range(self, "seed", 0, MOST_SEED, "Use 0, or 1 for another choice.")
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain values for JSON."""
@@ -374,23 +382,10 @@ class ResourceConfig:
     dtype: str = option("auto", "type in which the model computes", choices=DTYPES)
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_choice(self, "dtype", DTYPES)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Give plain values for JSON."""
-        return asdict(self)
-
-
-def _as_sequence(name: str, value: Any) -> list[Any] | tuple[Any, ...]:
-    if not isinstance(value, list | tuple):
-        raise ConfigError(f"{name} is {value!r}; a list is needed. Put it in square brackets.")
-    return value
-
-
-def _check_bits(bits: int) -> None:
-    if bits not in SUPPORTED_BITS:
-        allowed = ", ".join(map(str, SUPPORTED_BITS))
-        raise ConfigError(f"bits is {bits}; allowed are {allowed}. Use 4 if unsure.")
+        if self.memory is not None:
+            parse_size(self.memory, "memory")
 
 
 def _check_group_size(group_size: int) -> None:
@@ -399,13 +394,3 @@ def _check_group_size(group_size: int) -> None:
             f"group_size is {group_size}; allowed are -1 (one group per row) or a positive number. "
             "Use 128 or 64."
         )
-
-
-def _check_pattern(kind: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(
-            f"The {kind} pattern '{pattern}' is not a regular expression: {error}. "
-            "Escape special characters, or use a plain part of the module name."
-        ) from error

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
+from halfbyte.errors import ConfigError
+
+_UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+
 
 def format_seconds(seconds: float) -> str:
     """Write a duration in the units that a reader thinks in: "8.2 s", "3 min 20 s", "2 h 5 min"."""
@@ -25,3 +31,22 @@ def format_bytes(size: float) -> str:
 def format_error(relative_error: float | None) -> str:
     """Write a relative error with three digits."""
     return "none" if relative_error is None else f"{relative_error:.3g}"
+
+
+def parse_size(text: str, name: str) -> int:
+    """Read a size such as ``4GB`` or ``800 MB``.
+
+    Args:
+        text: Number and unit.
+        name: Of the option, for messages.
+
+    Returns:
+        Bytes.
+
+    Raises:
+        ConfigError: It is not of that form.
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kKmMgGtT][bB])\s*", text)
+    if match is None:
+        raise ConfigError(f"{name} is '{text}'; write a number and a unit, such as 4GB or 800MB.")
+    return int(float(match[1]) * _UNITS[match[2].lower()])

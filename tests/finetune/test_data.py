@@ -109,8 +109,8 @@ def test_long_examples_are_cut_and_those_without_an_answer_left_out(tmp_path, to
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("{", r"data\.jsonl, line 1 is no JSON: .* at column 2"),
-        ("[1]", r"line 1 holds '\[1\]'\. Give an object with 'messages'"),
+        ("{", r"data\.jsonl, line 1 is not JSON: .* column 2"),
+        ("[1]", r"line 1 holds '\[1\]'\. Give one object per line, with 'messages'"),
         ({"question": "w1"}, r"line 1 has the keys 'question'\. Give an object"),
         ({"messages": [{"role": "user"}]}, "line 1 holds messages that the chat template"),
         ("", "is empty"),

@@ -193,6 +193,9 @@ def test_resuming_a_finished_run_gives_its_report(trained, base, data):
     out, report = trained
     again = finetune(base, out, data=data, adapter=ADAPTER, config=CONFIG, resume=True)
     assert again == report
+    other = TrainConfig(**{**SETTINGS, "epochs": 2})
+    with pytest.raises(JournalError, match=r"is complete and .* \(config\.epochs: 3 then, 2 now\)"):
+        finetune(base, out, data=data, adapter=ADAPTER, config=other, resume=True)
     with pytest.raises(ConfigError, match="is not empty"):
         finetune(base, out, data=data, adapter=ADAPTER, config=CONFIG)
 

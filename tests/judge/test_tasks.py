@@ -46,8 +46,8 @@ def test_three_forms_of_lines_become_items(write):
 @pytest.mark.parametrize(
     ("line", "part"),
     [
-        ("{", "line 1: this is not JSON"),
-        ("[1]", "an object is needed"),
+        ("{", "line 1 is not JSON"),
+        ("[1]", "line 1 holds '[1]'. Give one object"),
         ({"prompt": "x"}, "exactly one of 'answer' and 'check'"),
         ({"prompt": "x", "answer": "1", "check": {"equals": "1"}}, "exactly one of"),
         ({"answer": "1"}, "exactly one of 'prompt'"),
@@ -65,7 +65,7 @@ def test_three_forms_of_lines_become_items(write):
         ({"prompt": "x", "answer": "1", "stop": None}, "stop is None"),
         ({"prompt": "x", "answer": "1", "stop": 5}, "stop is 5"),
         ({"prompt": "x", "answer": None}, "line 1: equals is null"),
-        ("[" * 200_000, "line 1: this is not JSON"),
+        ("[" * 200_000, "line 1 is not JSON"),
     ],
 )
 def test_wrong_line_is_refused_with_its_place(write, line, part):
@@ -74,7 +74,7 @@ def test_wrong_line_is_refused_with_its_place(write, line, part):
 
 
 def test_file_without_lines_unknown_slice_and_double_id_are_refused(write):
-    with pytest.raises(ConfigError, match="have no lines"):
+    with pytest.raises(ConfigError, match="is empty"):
         read_tasks([write("")])
     line = {"prompt": "x", "answer": "1", "id": "a"}
     with pytest.raises(ConfigError, match="'a' stands on 2 lines"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests.helpers.families import build_family, token_lists
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, Gemma3Config
 from transformers.pytorch_utils import Conv1D
 
 from halfbyte.errors import ModelError
@@ -64,6 +64,29 @@ def test_blocks_are_the_longest_list(family: str, prefix: str) -> None:
 def test_one_block_with_a_list_inside_is_still_the_block() -> None:
     blocks = find_blocks(build_family("mixtral", num_hidden_layers=1))
     assert blocks.prefix == "model.layers"
+
+
+def test_blocks_are_found_where_linears_hold_no_parameters() -> None:
+    # OLMo's norms have no weights either.
+    model = build_family("olmo")
+    for name, linear in quantizable_linears(find_blocks(model).modules[0]).items():
+        assert isinstance(linear, nn.Linear)
+        for block in find_blocks(model).modules:
+            block.set_submodule(name, nn.Module())
+    assert find_blocks(model).prefix == "model.layers"
+    assert not sum(p.numel() for p in model.model.layers.parameters())
+
+
+def test_blocks_are_the_text_decoders_beside_a_larger_vision_tower() -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    text = {**sizes, "num_hidden_layers": 2, "num_key_value_heads": 2, "vocab_size": 128}
+    config = Gemma3Config(
+        text_config={**text, "head_dim": 16},
+        vision_config={**sizes, "num_hidden_layers": 8, "image_size": 28, "patch_size": 14},
+    )
+    blocks = find_blocks(build_skeleton(config, torch.float32))
+    assert blocks.prefix == "model.language_model.layers"
+    assert len(blocks.modules) == 2
 
 
 def test_model_without_a_list_is_refused() -> None:

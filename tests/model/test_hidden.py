@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
 import torch
 
+from halfbyte.errors import CheckpointError
 from halfbyte.model.hidden import HeldStates, HiddenStates
 
 SHAPES = [(2, 5), (1, 3), (2, 5)]
@@ -94,3 +96,19 @@ def test_of_two_held_files_one_lets_go_as_the_other_takes_over(tmp_path: Path) -
         assert float(before.read(0)[0, 0, 0]) == 1
         assert float(behind.read(1)[0, 0, 0]) == 20
         assert float(before.read(1)[0, 0, 0]) == 0, "only the file, which has nothing, is left"
+
+
+def test_a_disk_that_is_full_is_told(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(
+            CheckpointError, match=r"Cannot write .*h\.bin, the hidden states of 1\.6"
+        ):
+            HiddenStates(tmp_path / "h.bin", [(1, 100)], 4, torch.float32)
+        with HiddenStates(tmp_path / "i.bin", [(1, 50)], 4, torch.float32) as states:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
+            with pytest.raises(CheckpointError, match=r"i\.bin, .* 800 B: File too large\. Free"):
+                states.write(0, torch.zeros(1, 50, 4))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

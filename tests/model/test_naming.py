@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import pytest
+from accelerate import init_empty_weights
 from tests.helpers.families import build_family
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from halfbyte.model.naming import Renaming, module_key_map
 
@@ -45,6 +47,17 @@ def test_packed_tensors_follow_the_weight_that_they_replace() -> None:
         keys[2]: "model.layers.0.mlp.gate.weight",
         keys[3]: "model.layers.0.self_attn.q_proj.scales",
     }
+
+
+def test_a_fused_tensor_becomes_several_parameters() -> None:
+    config = AutoConfig.for_model("sarvam_moe", num_hidden_layers=4)
+    with init_empty_weights():
+        rules = Renaming(AutoModelForCausalLM.from_config(config))
+    fused = "model.layers.3.attention.query_key_value.weight"
+    assert rules.parameters_of(fused) == [
+        f"model.layers.3.self_attn.{name}_proj.weight" for name in "qkv"
+    ]
+    assert rules.parameters_of("model.norm.weight") == ["model.norm.weight"]
 
 
 def test_unknown_name_is_handed_through() -> None:

@@ -136,6 +136,19 @@ def test_block_that_gives_no_hidden_states_is_refused(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+def test_block_that_gives_several_states_per_token_is_refused(tmp_path: Path) -> None:
+    write_family(tmp_path, "llama")
+    weights, stream = open_stream(tmp_path)
+    block = weights.load_block(0)
+    block.forward = lambda *args, **kwargs: args[0][:, :, None].expand(-1, -1, 4, -1)
+    with (
+        stream.at(0),
+        pytest.raises(ModelError, match=r"shape \[1, 8, 4, 64\] for tokens \[1, 8\], where one v"),
+    ):
+        stream.run(torch.tensor(token_lists(1, 8)), None)
+
+
+@torch.no_grad()
 def test_leaving_a_block_puts_every_forward_back(tmp_path: Path) -> None:
     base = write_family(tmp_path, "llama")
     weights, stream = open_stream(tmp_path)

@@ -129,6 +129,12 @@ def test_command_prints_bytes_as_json(capsys):
     assert "times the weights" in values["notes"][0]
 
 
+@pytest.mark.parametrize("name", ["bits", "group-size", "context"])
+def test_command_takes_a_zero_for_what_it_is(name, capsys):
+    assert main(["plan", "7B", f"--{name}", "0"]) == 2
+    assert f"{name.replace('-', '_')} is 0; " in capsys.readouterr().err
+
+
 def test_command_prints_tables(capsys):
     assert main(["plan", "70B", "--gpu", "H100"]) == 0
     out = capsys.readouterr().out

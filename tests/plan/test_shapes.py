@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from halfbyte.errors import ConfigError
 from halfbyte.model.blocks import build_skeleton, find_blocks
-from halfbyte.plan.shapes import KNOWN, parse_config, read_shapes
+from halfbyte.plan.shapes import CHECKED, KNOWN, parse_config, read_shapes
 
 SMALL = {
     "hidden_size": 64,
@@ -23,6 +23,20 @@ SMALL = {
     "max_position_embeddings": 128,
     "pad_token_id": 0,
 }
+SIMPLE = (
+    *("apertus", "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "glm", "glm4"),
+    *(
+        "helium",
+        "nanochat",
+        "olmo",
+        "phi",
+        "seed_oss",
+        "smollm3",
+        "stablelm",
+        "diffllama",
+        "bitnet",
+    ),
+)
 DROP = "not in this family's config"
 FAMILIES = {
     "llama": {},
@@ -94,6 +108,15 @@ FAMILIES = {
         "num_key_value_heads": DROP,
         "intermediate_size": DROP,
     },
+    "persimmon": {"num_key_value_heads": DROP, "head_dim": DROP},
+    "xglm": {
+        "d_model": 64,
+        "num_layers": 6,
+        "attention_heads": 4,
+        "ffn_dim": 96,
+        "num_key_value_heads": DROP,
+    },
+    **{name: {} for name in SIMPLE},
     "falcon": {
         "new_decoder_architecture": False,
         "multi_query": True,
@@ -135,6 +158,13 @@ def test_counts_are_those_of_the_model_that_transformers_builds(name, tmp_path):
     assert shapes.head_numbers == (0 if tied else head.numel())
     total = sum(p.numel() for p in model.parameters())
     assert shapes.numbers == pytest.approx(total, rel=0.02)
+
+
+def test_other_families_are_said_to_be_unchecked():
+    assert {changes.get("model_type", name) for name, changes in FAMILIES.items()} == CHECKED
+    (note,) = parse_config({**SMALL, "model_type": "jamba"}, "m").notes
+    assert note.startswith("Not checked against models of type jamba")
+    assert not parse_config({**SMALL, "model_type": "llama"}, "m").notes
 
 
 def _stays(key):

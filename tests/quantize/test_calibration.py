@@ -99,10 +99,51 @@ def test_tokenizer_without_an_end_of_text_token() -> None:
     assert lists(load(["abcd", "efgh"], tokenizer=tokenizer, samples=1)) == [ids_of("abcdefgh")]
 
 
+def test_no_more_of_a_long_text_is_tokenised_than_is_needed() -> None:
+    class Counting(LetterTokenizer):
+        seen = 0
+
+        def __call__(self, text: str, **keywords: Any) -> dict[str, list[int]]:
+            self.seen += len(text)
+            # The tokens at the end of a text are others than in its middle.
+            ids = super().__call__(text, **keywords)["input_ids"]
+            return {"input_ids": [*ids[:-3], 1, 1, 1][: len(ids)]}
+
+    lines = [chr(97 + i % 26) * (i % 40) for i in range(20_000)]
+    for source in ("\n".join(lines), " ".join(lines)):
+        tokenizer = Counting()
+        found = load([source, "behind it"], tokenizer=tokenizer, samples=16, length=20)
+        assert lists(found) == [ids_of(source[i : i + 20]) for i in range(0, 320, 20)]
+        assert tokenizer.seen <= 8 * (320 + 64)
+        everything = load([source], tokenizer=tokenizer, samples=16, length=20, seed=3)
+        assert tokenizer.seen > len(source)
+        assert lists(everything) != lists(found)
+
+
+def test_long_items_are_tokenised_until_there_is_enough() -> None:
+    items = ["abc", "de" * 500, "fg" * 3000, "never looked at"]
+    joined = [*ids_of(items[0]), END, *ids_of(items[1]), END, *ids_of(items[2])]
+    found = load(items, samples=20, length=100)
+    assert lists(found) == [joined[i : i + 100] for i in range(0, 2000, 100)]
+
+
 def test_json_lines_of_texts(tmp_path: Path) -> None:
     path = tmp_path / "some.jsonl"
     path.write_text('{"text": "abcd", "other": 1}\n\n{"text": "efg"}\n')
     assert lists(load(path, samples=1)) == [[*ids_of("abcd"), END, *ids_of("efg")]]
+
+
+def test_other_forms_of_the_same_objects(tmp_path: Path) -> None:
+    (tmp_path / "a.JSONL").write_bytes(b'\xef\xbb\xbf{"text": "abcd"}')
+    (tmp_path / "a.json").write_text('[{"text": "abcd", "messages": null, "input_ids": null}]')
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfabcd")
+    for name in ("a.JSONL", "a.json", "a.txt"):
+        assert lists(load(tmp_path / name, samples=1)) == [ids_of("abcd")]
+    tokenizer = LetterTokenizer()
+    tokenizer.chat_template = "there is one"
+    row = {"text": None, "messages": [{"role": "user", "content": "hello"}]}
+    (tmp_path / "b.jsonl").write_text(json.dumps(row))
+    assert lists(load(tmp_path / "b.jsonl", tokenizer=tokenizer, samples=1)) == [ids_of("<user>he")]
 
 
 def test_json_lines_of_chats_go_through_the_template(tmp_path: Path) -> None:
@@ -136,6 +177,8 @@ def test_built_in_text() -> None:
         torch.tensor([1, 2, 3]),
         torch.tensor([[1, 2, 3]], dtype=torch.int32),
         np.array([1, 2, 3]),
+        np.array([[1, 2, 3]], dtype=np.uint16),
+        np.array([1, 2, 3], dtype=np.uint32),
         [[1, 2, 3]],
         {"input_ids": [1, 2, 3]},
         {"input_ids": torch.tensor([[1, 2, 3]])},
@@ -263,7 +306,7 @@ def test_digest_tells_lengths_order_and_ids_apart() -> None:
         ([None], "an item of type NoneType that is neither text"),
         (5, "an item of type int that is neither text"),
         ([{"input_ids": "abc"}], "'abc', which are no token ids"),
-        ([{"input_ids": None}], "'None', which are no token ids"),
+        ([{"input_ids": None}], "neither text, nor chat messages, nor token ids"),
         ([[1, 2.5]], r"'\[1, 2.5\]', which are no token ids. Give lists of whole numbers"),
         ([torch.tensor([0.25, 0.5, 0.75, 1.0])], "'tensor.*', which are no token ids"),
         ([torch.zeros(2, 2, 2, dtype=torch.int64)], "which are no token ids"),
@@ -286,9 +329,11 @@ def test_unusable_data_is_refused(source: Any, message: str) -> None:
     [
         ("a.txt", " \n", r"Calibration file .*a\.txt is empty. Give a text of some pages"),
         ("a.jsonl", "\n\n", r"Calibration file .*a\.jsonl is empty. Give one object per line"),
-        ("a.jsonl", '{"text": "x"}\n{"text"', r"a\.jsonl line 2 is not JSON"),
-        ("a.jsonl", '{"prompt": "x"}', r"a\.jsonl line 1 has none of 'text', 'messages'"),
-        ("a.jsonl", "[1, 2]", r"a\.jsonl line 1 has none of"),
+        ("a.jsonl", '{"text": "x"}\n{"text"', r"a\.jsonl, line 2 is not JSON"),
+        ("a.jsonl", '{"prompt": "x"}', r"a\.jsonl, line 1 has none of 'text', 'messages'"),
+        ("a.jsonl", "[1, 2]", r"a\.jsonl, line 1 holds '\[1, 2\]'"),
+        ("a.jsonl", '{"text": null}', r"a\.jsonl, line 1 has none of 'text', 'messages'"),
+        ("a.ndjson", '{"text": "x"}', r"a\.ndjson ends in \.ndjson: name a file of JSON lines"),
         ("a.jsonl", '{"input_ids": [1, 2]}\n{"text": "x"}', "mixes 1 token id lists with 1 texts"),
     ],
 )

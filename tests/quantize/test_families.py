@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.helpers.families import FAMILIES, token_lists, write_family
+from tests.helpers.families import FAMILIES, build_family, token_lists, write_family
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -16,7 +16,7 @@ from halfbyte.checkpoint.read import open_checkpoint
 from halfbyte.model.blocks import find_blocks, quantizable_linears, set_linear_weight
 from halfbyte.model.experts import unfuse_experts
 from halfbyte.model.naming import module_key_map
-from halfbyte.quant_config import CalibrationConfig, QuantConfig
+from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
 
 CALIBRATION = CalibrationConfig(samples=8, length=48, batch_size=4)
 
@@ -44,6 +44,27 @@ def test_quantized_model_computes_with_the_dequantized_weights(family: str, tmp_
     assert torch.isfinite(expected).all()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     _assert_every_linear_is_accounted_for(base, report, names)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom"])
+@pytest.mark.parametrize(
+    ("stored", "computing"),
+    [("float16", "float32"), ("bfloat16", "float32"), ("float32", "bfloat16")],
+)
+def test_model_computes_in_another_type_than_it_is_stored_in(
+    family: str, stored: str, computing: str, tmp_path: Path
+) -> None:
+    model = build_family(family, num_hidden_layers=1)
+    model.to(getattr(torch, stored)).save_pretrained(tmp_path / "base")
+    report = halfbyte.quantize(
+        tmp_path / "base",
+        tmp_path / "out",
+        config=QuantConfig(group_size=32),
+        calibration=CalibrationConfig(samples=2, length=24),
+        text=token_lists(2, 24),
+        resources=ResourceConfig(dtype=computing),
+    )
+    assert len(report.modules) >= 4
 
 
 def _assert_every_linear_is_accounted_for(

@@ -178,6 +178,45 @@ def test_size_of_the_checkpoint_stays_below_the_target(
     assert_loads_and_computes(base, open_checkpoint(tmp_path / "out"))
 
 
+@pytest.mark.parametrize(
+    ("family", "overrides", "expected"),
+    [
+        # Who is fused with a fixed one follows it, whichever comes first.
+        ("llama", {"v_proj": 8}, {"q_proj": {8}, "k_proj": {8}, "v_proj": {8}}),
+        ("llama", {"q_proj": 8, "k_proj": 4, "v_proj": 3}, {"q_": {8}, "k_": {4}, "v_": {3}}),
+        ("mixtral", {"experts.0.w2": 8}, {"experts": {8}}),
+        ("mixtral", {"w2": 8, "w1|w3": 4}, {"w2": {8}, "w1": {4}, "w3": {4}}),
+    ],
+)
+def test_overrides_fix_bits(
+    family: str, overrides: dict[str, int], expected: dict[str, set[int]], tmp_path: Path
+) -> None:
+    write_decided_family(tmp_path / "base", family, num_hidden_layers=1)
+    config = QuantConfig(
+        group_size=32,
+        target_bits=8.2,
+        overrides=tuple(Override(pattern=p, bits=bits) for p, bits in overrides.items()),
+    )
+    report = quantize(tmp_path / "base", tmp_path / "out", config, **TEXT)
+    for part, bits in expected.items():
+        assert {m.bits for m in report.modules if part in m.name} == bits
+    assert report.bits_per_weight <= 8.2
+    counted = [note for note in report.notes if f"{report.bits_per_weight:.3f} per weight" in note]
+    assert len(counted) == 1, report.notes
+
+
+def test_overrides_that_part_what_is_fused_are_refused(tmp_path: Path) -> None:
+    write_decided_family(tmp_path / "base", num_hidden_layers=1)
+    fixed = (Override(pattern="q_proj", bits=8), Override(pattern="k_proj", bits=4))
+    config = QuantConfig(group_size=32, target_bits=6.0, overrides=fixed)
+    with pytest.raises(
+        ConfigError,
+        match=r"Cannot choose bits for model\.layers\.0\.self_attn\.v_proj: .* \(model\.layers\.0"
+        r"\.self_attn\.q_proj to 8, model\.layers\.0\.self_attn\.k_proj to 4\)",
+    ):
+        quantize(tmp_path / "base", tmp_path / "out", config, **TEXT)
+
+
 class StopAt(SilentProgress):
     def __init__(self, block: int) -> None:
         self.block = block
@@ -206,15 +245,10 @@ def test_a_killed_run_keeps_its_choice(tmp_path: Path, monkeypatch: pytest.Monke
     ("settings", "message"),
     [
         ({"target_bits": 3.0, "target_size": "4GB"}, "target_bits is 3 and target_size 4GB"),
+        ({"target_size": "4"}, "target_size is '4'; write a number and a unit"),
         ({"target_bits": 2.0}, "target_bits is 2; allowed is more than 2, and 9 at most"),
     ],
 )
 def test_targets_are_checked(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         QuantConfig(**settings)
-
-
-def test_a_size_must_be_a_size(tmp_path: Path) -> None:
-    write_decided_family(tmp_path / "base")
-    with pytest.raises(ConfigError, match="target_size is 'small'; write a number and a unit"):
-        quantize(tmp_path / "base", tmp_path / "o", QuantConfig(target_size="small"), **TEXT)

@@ -8,16 +8,23 @@ from typing import Any
 
 import pytest
 import torch
-from tests.helpers.families import VOCABULARY, write_family
+from tests.helpers.families import VOCABULARY, token_lists, write_family
 from tests.helpers.runs import SMALL, assert_loads_and_computes, bytes_of, quantize, run
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import halfbyte
 from halfbyte.checkpoint.shards import TensorFiles
-from halfbyte.errors import CalibrationError, CheckpointError, ConfigError, ModelError
+from halfbyte.errors import (
+    CalibrationError,
+    CheckpointError,
+    ConfigError,
+    JournalError,
+    ModelError,
+)
 from halfbyte.model.blocks import linear_weight
 from halfbyte.quant_config import Override, QuantConfig, ResourceConfig
+from halfbyte.quantize.progress import SilentProgress
 from halfbyte.quantize.report import QuantizationReport, load_report
 
 # ── bits, groups, grids, order ────────────────────────────────────────────────
@@ -305,6 +312,9 @@ def test_output_that_is_in_use_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out" / "thesis.tex").write_text("irreplaceable")
     with pytest.raises(ConfigError, match=r"out is not empty \(1 files, such as thesis\.tex\)"):
         quantize(tmp_path / "base", tmp_path / "out", QuantConfig())
+    inside = tmp_path / "out" / "thesis.tex" / "x" / "y"
+    with pytest.raises(ConfigError, match=r"x/y lies in .*thesis\.tex, which is a file\. Name"):
+        quantize(tmp_path / "base", inside, QuantConfig())
     with pytest.raises(ConfigError, match=r"thesis\.tex is a file. Name a folder"):
         quantize(tmp_path / "base", tmp_path / "out" / "thesis.tex", QuantConfig())
     assert (tmp_path / "out" / "thesis.tex").read_text() == "irreplaceable"
@@ -340,17 +350,32 @@ def test_a_failed_run_can_be_started_again_in_the_same_folder(tmp_path: Path) ->
     assert quantize(tmp_path / "base", tmp_path / "out", QuantConfig(group_size=32)).modules
 
 
-def test_complete_run_with_other_options_is_not_given_back(tmp_path: Path) -> None:
-    run(tmp_path, QuantConfig(group_size=32))
-    again = quantize(tmp_path / "base", tmp_path / "out", QuantConfig(group_size=32), resume=True)
-    assert again.modules
-    with pytest.raises(
-        halfbyte.errors.JournalError,
-        match=r"is complete and was made with other options \(bits: 4 then, 3 now\)",
+def test_complete_run_is_given_back_for_the_same_inputs_only(tmp_path: Path) -> None:
+    config = QuantConfig(group_size=32)
+    _, report, _ = run(tmp_path, config, changes={"num_hidden_layers": 1})
+    plans: list[str] = []
+    progress = SilentProgress()
+    progress.started = plans.extend  # type: ignore[method-assign,assignment]
+    base, out = tmp_path / "base", tmp_path / "out"
+    again = quantize(base, out, config, resume=True, progress=progress)
+    assert again == load_report(out)
+    assert again.modules == report.modules
+    assert plans == ["complete already; nothing was done"]
+    write_family(tmp_path / "other", "llama", num_hidden_layers=1, intermediate_size=128)
+    same: dict[str, Any] = {"model": base, "config": config}
+    for change, told in (
+        ({"config": QuantConfig(bits=3, group_size=32)}, r"config\.bits: 4 then, 3 now"),
+        ({"text": token_lists(6, 32, seed=9)}, r"calibration\.digest: \".*\.\.\. then, \""),
+        ({"text": "self"}, r"calibration\.digest: \".*\.\.\. then, \"input-self-"),
+        ({"model": tmp_path / "other"}, r"model: \".*\.\.\. then, \""),
+        (
+            {"resources": ResourceConfig(dtype="bfloat16")},
+            r"resources\.dtype: \"auto\" then, \"bfloat16\" now",
+        ),
     ):
-        quantize(
-            tmp_path / "base", tmp_path / "out", QuantConfig(bits=3, group_size=32), resume=True
-        )
+        given = {**same, **change}
+        with pytest.raises(JournalError, match=rf"is complete and was made with .* \({told}"):
+            quantize(given.pop("model"), out, given.pop("config"), resume=True, **given)
 
 
 def test_quantized_model_is_not_quantized_again(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.helpers.families import VOCABULARY, build_random, token_lists
+from tests.helpers.checkpoints import read_tensors
+from tests.helpers.families import FAMILIES, VOCABULARY, build_random, token_lists
 from tests.helpers.runs import assert_loads_and_computes, quantize, run
 from transformers import AutoConfig
 
@@ -26,6 +27,23 @@ def test_experts_left_in_16_bits(family: str, skip: str, tmp_path: Path) -> None
     assert left
     assert not any("matches no module" in note for note in report.notes)
     assert_loads_and_computes(model, checkpoint)
+
+
+@pytest.mark.parametrize("skip", ["q_proj", "k_proj"])
+def test_parts_of_a_fused_tensor_left_in_16_bits(skip: str, tmp_path: Path) -> None:
+    # On disk query_key_value, in the model three linears.
+    sizes = {"num_hidden_layers": 1, "first_k_dense_replace": 1, "num_experts": 4}
+    changes = {**FAMILIES["qwen3"], **sizes, "n_group": 1, "topk_group": 1}
+    model = build_random(AutoConfig.for_model("sarvam_moe", **changes), std=0.05)
+    model.save_pretrained(tmp_path / "base")
+    assert any("query_key_value" in name for name in read_tensors(tmp_path / "base"))
+    config = QuantConfig(group_size=32, skip=(skip,))
+    report = quantize(tmp_path / "base", tmp_path / "out", config)
+    assert len(report.modules) == 6
+    written = read_tensors(tmp_path / "out")
+    assert not any("query_key_value" in name for name in written)
+    assert f"model.layers.0.self_attn.{skip}.weight" in written
+    assert_loads_and_computes(model, open_checkpoint(tmp_path / "out"))
 
 
 def test_routers_stay_in_16_bits_with_a_reason(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.helpers.families import token_lists, write_family
+from tests.helpers.checkpoints import read_tensors
+from tests.helpers.families import build_family, token_lists, write_family
 from tests.helpers.runs import SMALL, assert_loads_and_computes, bytes_of, quantize, run
 from transformers import PreTrainedModel
 
@@ -114,6 +115,16 @@ def test_batches_dropped_in_part_are_noted_by_module(
         assert "64 of 192 tokens dropped: their inputs are not finite" in module.notes
 
 
+def test_weights_too_small_for_scales_are_noted(tmp_path: Path) -> None:
+    def shrink(model: PreTrainedModel) -> None:
+        model.model.layers[1].self_attn.q_proj.weight.data.mul_(2e-5)
+
+    _, report, _ = run(tmp_path, QuantConfig(group_size=32), prepare=shrink)
+    told = "4096 weights lie in groups of scale 1e-05, the smallest there is"
+    noted = [m.name for m in report.modules if any(told in note for note in m.notes)]
+    assert noted == ["model.layers.1.self_attn.q_proj"]
+
+
 def test_weights_too_large_for_fp16_scales_are_noted(tmp_path: Path) -> None:
     name = "model.layers.1.mlp.up_proj"
     _, report, _ = run(tmp_path, QuantConfig(group_size=32), prepare=set_weight(name, 1e9))
@@ -153,3 +164,21 @@ def test_solver_gets_the_exact_weights_whatever_the_model_computes_in(
     norm = checkpoint.files.load(["model.norm.weight"])["model.norm.weight"]
     assert norm.dtype == stored
     assert_loads_and_computes(model, checkpoint)
+
+
+@pytest.mark.parametrize(("stored", "computing"), [("float16", "bfloat16"), ("float16", "float32")])
+def test_biases_are_written_as_they_were_stored(
+    stored: str, computing: str, tmp_path: Path
+) -> None:
+    model = build_family("qwen2", num_hidden_layers=1).to(getattr(torch, stored))
+    biases = {name: p for name, p in model.named_parameters() if name.endswith(".bias")}
+    for bias in biases.values():
+        bias.data.normal_(std=3.0)
+    model.save_pretrained(tmp_path / "base")
+    config, resources = QuantConfig(group_size=32), ResourceConfig(dtype=computing)
+    quantize(tmp_path / "base", tmp_path / "out", config, resources=resources)
+    written = read_tensors(tmp_path / "out")
+    assert len(biases) == 3
+    for name, bias in biases.items():
+        assert written[name].dtype == bias.dtype
+        assert torch.equal(written[name], bias)

@@ -10,7 +10,6 @@ import pytest
 import torch
 from tests.helpers.families import write_family
 
-from halfbyte.errors import ConfigError
 from halfbyte.model.weights import ModelWeights
 from halfbyte.quant_config import PRESETS, CalibrationConfig, QuantConfig, ResourceConfig
 from halfbyte.quantize import resources
@@ -19,7 +18,6 @@ from halfbyte.quantize.resources import (
     SMALLEST_HESSIAN_BYTES,
     RunPlan,
     RunSettings,
-    parse_size,
     resolve_dtype,
     resolve_resources,
 )
@@ -44,26 +42,6 @@ def plan(weights: ModelWeights, *, lengths: list[int] | None = None, **asked: An
     return resolve_resources(
         weights, ResourceConfig(**asked), calibration, config, lengths or [2048] * 128
     )
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("4GB", 4 * 10**9),
-        ("800MB", 8 * 10**8),
-        ("1.5 gb", 15 * 10**8),
-        (" 12 kB ", 12_000),
-        ("2TB", 2 * 10**12),
-    ],
-)
-def test_size_is_read(text: str, size: int) -> None:
-    assert parse_size(text, "memory") == size
-
-
-@pytest.mark.parametrize("text", ["", "lots", "4", "4G", "-1GB", "1,5GB", "4GiB", "GB", "4GB 2MB"])
-def test_other_sizes_are_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match=rf"memory is '{text}'; write a number and a unit"):
-        parse_size(text, "memory")
 
 
 @pytest.mark.parametrize(

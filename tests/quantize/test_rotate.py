@@ -117,6 +117,14 @@ def test_tied_head_comes_apart(tmp_path):
     )
 
 
+def test_embedding_of_zero_stays_zero(tmp_path):
+    write_uneven(tmp_path / "base", "llama")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model.model.embed_tokens.weight.data[::2] = 0
+    model.save_pretrained(tmp_path / "base")
+    assert rotate(tmp_path / "base", tmp_path / "out").largest_error < 1e-4
+
+
 def test_biases_of_writers_turn_with_them(tmp_path):
     write_uneven(tmp_path / "base", "llama", attention_bias=True, mlp_bias=True)
     rotate(tmp_path / "base", tmp_path / "out")

@@ -115,3 +115,5 @@ def test_a_resumed_run_uses_the_text_that_was_written(
     assert len(calls) == 1
     assert report.calibration.samples == 5
     assert report.calibration.source.startswith("input-self-")
+    assert quantize(True).calibration == report.calibration
+    assert len(calls) == 1, "of a complete run it is not written again"

@@ -103,9 +103,9 @@ def run(args: argparse.Namespace) -> int:
     devices = [parse_device(text) for text in args.gpu] or [*usual_devices(), this_machine()]
     shapes = read_shapes(args.model)
     load = Load(
-        bits=args.bits or shapes.stored_bits or 4,
-        group_size=args.group_size or shapes.stored_group_size or 128,
-        context=args.context or min(4096, shapes.context or 4096),
+        bits=_choose(args.bits, shapes.stored_bits or 4),
+        group_size=_choose(args.group_size, shapes.stored_group_size or 128),
+        context=_choose(args.context, min(4096, shapes.context or 4096)),
         requests=args.requests,
         cache_type=args.cache_type,
         quantize_head=args.quantize_head,
@@ -178,6 +178,10 @@ def _plan_training(
     for note in shapes.notes:
         console.print(f"Note: {note}", soft_wrap=True)
     return 0
+
+
+def _choose(asked: int | None, otherwise: int) -> int:
+    return otherwise if asked is None else asked
 
 
 def _print_parts(*parts: tuple[str, int]) -> None:

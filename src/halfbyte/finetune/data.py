@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import DataError
+from halfbyte.json_lines import read_json_lines
 from halfbyte.quantize.calibration_source import IGNORED
 
 KINDS = "'messages', 'prompt' and 'completion', or 'text'"
@@ -81,8 +82,9 @@ def read_examples(path: Path, tokenizer: Any, *, length: int, everything: bool) 
         DataError: The file cannot be read, a line is of no known kind, or nothing is left to
             learn.
     """
-    rows = _read_lines(path)
-    made = [_make_example(f"{path}, line {line}", row, tokenizer, everything) for line, row in rows]
+    wanted = f"Give one object per line, with {KINDS}."
+    lines = read_json_lines(path, DataError, what="the data", wanted=wanted)
+    made = [_make_example(line.where, line.values, tokenizer, everything) for line in lines]
     notes = []
     longer = sum(len(example.ids) > length for example in made)
     if longer:
@@ -195,33 +197,6 @@ def collate(rows: Sequence[Sequence[Example]], padding: int) -> dict[str, Tensor
     if all(len(row) == 1 for row in rows):
         return {**batch, "attention_mask": mask}
     return {**batch, "position_ids": positions}
-
-
-def _read_lines(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise DataError(f"Cannot read the data {path}: {reason}. Give JSON lines.") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}, line {number} is no JSON: {error.msg} at column {error.colno}. "
-                f"Give one object per line, with {KINDS}."
-            ) from error
-        if not isinstance(row, Mapping):
-            raise DataError(
-                f"{path}, line {number} holds {str(row)[:40]!r}. Give an object with {KINDS}."
-            )
-        rows.append((number, row))
-    if not rows:
-        raise DataError(f"{path} is empty. Give one object per line, with {KINDS}.")
-    return rows
 
 
 def _make_example(where: str, row: Mapping[str, Any], tokenizer: Any, everything: bool) -> Example:

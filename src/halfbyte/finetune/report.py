@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ class TrainReport:
     peak_memory_bytes: int
     versions: dict[str, str]
     machine: dict[str, str]
+    inputs: dict[str, Any] = field(default_factory=dict)
+    """What the run was given, by which --resume knows it again."""
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain values for JSON."""

@@ -39,7 +39,7 @@ from halfbyte.machine.facts import installed_versions, machine_facts
 from halfbyte.machine.memory import peak_memory_bytes
 from halfbyte.quantize.fingerprint import fingerprint_model
 from halfbyte.quantize.journal import Journal
-from halfbyte.quantize.source import check_output, find_model
+from halfbyte.quantize.source import COMPLETE, check_output, check_same_inputs, find_model
 
 STEPS_FOLDER = "steps"
 """In the work folder: what Trainer saves on the way."""
@@ -101,13 +101,12 @@ def finetune(
         ConfigError: A setting is wrong, or the output folder is in use.
         DataError: The data cannot be read or teaches nothing.
         ModelError: The model cannot be loaded or trained so.
-        JournalError: The unfinished run belongs to other inputs or options.
+        JournalError: The run in the folder belongs to other inputs or options.
     """
     require_peft("Fine-tuning")
     adapter, config = adapter or AdapterConfig(), config or TrainConfig()
     progress, output = progress or SilentTrainProgress(), Path(output)
-    if check_output(output, resume=resume, report_file=REPORT_FILE):
-        return TrainReport.load(output)
+    complete = check_output(output, resume=resume, report_file=REPORT_FILE)
     start = time.monotonic()
     folder = find_model(model)
     subject = open_base(folder, config)
@@ -120,6 +119,12 @@ def finetune(
         "config": config.to_dict(),
         "start_from": None if start_from is None else str(start_from),
     }
+    if complete:
+        finished = TrainReport.load(output)
+        check_same_inputs(output, finished.inputs, inputs)
+        progress.started((COMPLETE,), finished.steps, finished.steps)
+        progress.finished()
+        return finished
     output.mkdir(parents=True, exist_ok=True)
     with Journal(output) as journal:
         steps = journal.folder / STEPS_FOLDER
@@ -258,6 +263,7 @@ class _Run:
             peak_memory_bytes=peak_memory_bytes(),
             versions=installed_versions(),
             machine=machine_facts(),
+            inputs=self.journal.header["inputs"],
         )
         save_report(report, self.output)
         self.journal.remove()

@@ -13,16 +13,17 @@ same prompt and choices share one), ``max_new_tokens``, ``stop``; any other key 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import ConfigError
+from halfbyte.json_lines import read_json_lines
 from halfbyte.judge.checks import Check, PythonCheck, parse_check
 
 MAX_NEW_TOKENS = 64
+WANTED = 'Give one object per line, such as {"prompt": "2 + 3 =", "answer": "5"}.'
 ROLES = ("system", "user", "assistant")
 
 
@@ -77,8 +78,9 @@ def read_tasks(
     """
     items: list[Item] = []
     for path, task in zip(paths, name_files(paths), strict=True):
-        for number, line in _lines(path):
-            where = f"{path}, line {number}"
+        for number, where, line in read_json_lines(
+            path, ConfigError, what="the tasks", wanted=WANTED
+        ):
             items.append(_parse_item(line, where, task, number, slice_by, functions or {}))
     names: dict[str, int] = {}
     for item in items:
@@ -115,35 +117,6 @@ def name_files(paths: Sequence[Path]) -> list[str]:
     stems = [path.stem for path in paths]
     named = zip(paths, stems, strict=True)
     return [stem if stems.count(stem) == 1 else path.as_posix() for path, stem in named]
-
-
-def _lines(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"Cannot read the tasks '{path}': {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"Cannot read the tasks '{path}': byte {error.start} is not UTF-8."
-        ) from error
-    found = False
-    # Not splitlines: that also cuts at U+2028, which may stand in a JSON string.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path}, line {number}: this is not JSON: {error}.") from error
-        if not isinstance(value, dict):
-            raise ConfigError(
-                f"{path}, line {number}: an object is needed, such as "
-                '{"prompt": "2 + 3 =", "answer": "5"}.'
-            )
-        found = True
-        yield number, value
-    if not found:
-        raise ConfigError(f"The tasks '{path}' have no lines. Write one JSON object per line.")
 
 
 def _parse_item(

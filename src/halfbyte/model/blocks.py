@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
@@ -33,6 +33,15 @@ class Blocks:
     def name(self, index: int) -> str:
         """Give the dotted name of one block."""
         return f"{self.prefix}.{index}"
+
+
+class LinearTensors(NamedTuple):
+    """What a linear holds."""
+
+    weight: Tensor
+    """[out, in], whichever way round the module stores it."""
+    bias: Tensor | None
+    """[out]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,27 +98,32 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
 
 
 def find_blocks(model: nn.Module) -> Blocks:
-    """Find the list of decoder blocks: the module list that holds most of the parameters.
+    """Find the list of decoder blocks: the module list of the text decoder with most modules in it.
+
+    Modules are counted, not parameters: a quantized linear has none.
 
     Args:
-        model: A causal LM, possibly on the meta device.
+        model: A causal LM, possibly on the meta device, before or after linears were replaced.
 
     Returns:
         The blocks.
 
     Raises:
-        ModelError: No module list holds parameters.
+        ModelError: There is no module list.
     """
+    # Beside the decoder there may be a vision tower, of more and larger blocks.
+    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else model
+    inside = set(decoder.modules())
     best_name, best_list, best_count = "", None, 0
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module):
-            count = sum(p.numel() for p in module.parameters())
+        if isinstance(module, nn.ModuleList) and len(module) and module in inside:
+            count = sum(1 for _ in module.modules())
             if count > best_count:
                 best_name, best_list, best_count = name, module, count
     if best_list is None:
         raise ModelError(
-            f"Cannot find the decoder blocks of {type(model).__name__}: it has no list of modules "
-            "with parameters. Only models built of repeated blocks can be quantized."
+            f"Cannot find the decoder blocks of {type(model).__name__}: it has no list of "
+            "modules. Only models built of repeated blocks can be quantized."
         )
     return Blocks(prefix=best_name, modules=tuple(best_list))
 
@@ -123,6 +137,12 @@ def linear_weight(linear: nn.Module) -> Tensor:
     """Give a linear's weight as [out, in], whichever way round the module stores it."""
     weight: Tensor = linear.weight.data  # type: ignore[assignment]
     return weight.t() if isinstance(linear, Conv1D) else weight
+
+
+def linear_tensors(linear: nn.Module) -> LinearTensors:
+    """Give what a linear holds, as it is now: it may be cast or rounded later."""
+    bias: Tensor | None = getattr(linear, "bias", None)
+    return LinearTensors(linear_weight(linear), None if bias is None else bias.data)
 
 
 def set_linear_weight(linear: nn.Module, weight: Tensor) -> None:

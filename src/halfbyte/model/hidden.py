@@ -8,12 +8,16 @@ system's cache anyway, so this costs a copy, not a disk access.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Self
 
 import torch
 from torch import Tensor
+
+from halfbyte.errors import CheckpointError
+from halfbyte.units import format_bytes
 
 
 class HiddenStates:
@@ -29,6 +33,9 @@ class HiddenStates:
             batches: Sequences and tokens of each batch.
             width: Hidden size.
             dtype: Element type.
+
+        Raises:
+            CheckpointError: The file cannot be made so large, here or where it is written to.
         """
         self.path = path
         self.dtype = dtype
@@ -36,8 +43,11 @@ class HiddenStates:
         sizes = [c * n * w * dtype.itemsize for c, n, w in self._shapes]
         self._offsets = [sum(sizes[:i]) for i in range(len(sizes))]
         self.num_bytes = sum(sizes)
-        self._file = path.open("r+b" if path.exists() else "w+b", buffering=0)
-        self._file.truncate(self.num_bytes)
+        with self._writing(), ExitStack() as undo:
+            path.touch()
+            self._file = undo.enter_context(path.open("r+b", buffering=0))
+            self._file.truncate(self.num_bytes)
+            undo.pop_all()
 
     def __enter__(self) -> Self:
         """Do nothing; the file is open."""
@@ -60,11 +70,23 @@ class HiddenStates:
         data = states.detach().to(device="cpu", dtype=self.dtype).contiguous()
         if tuple(data.shape) != self._shapes[batch]:
             raise AssertionError(f"batch {batch}: {tuple(data.shape)} != {self._shapes[batch]}")
-        self._file.seek(self._offsets[batch])
         whole = view = data.reshape(-1).view(torch.uint8).numpy().data
-        while view:
-            view = view[self._file.write(view) :]
+        with self._writing():
+            self._file.seek(self._offsets[batch])
+            while view:
+                view = view[self._file.write(view) :]
         return whole
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"Cannot write {self.path}, the hidden states of {format_bytes(self.num_bytes)}: "
+                f"{error.strerror}. Free disk space, or give less calibration text; what is done "
+                "is kept for --resume."
+            ) from error
 
     def read(self, batch: int) -> Tensor:
         """Load one batch into memory of its own."""

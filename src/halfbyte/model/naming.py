@@ -66,6 +66,25 @@ class Renaming:
             return disk_key
         return str(renamed)
 
+    def parameters_of(self, disk_key: str) -> list[str]:
+        """Name every parameter that a tensor on disk, or a part of it, ends up in.
+
+        Args:
+            disk_key: Name in a safetensors file.
+
+        Returns:
+            The names, :meth:`model_key`'s first: a fused q, k and v has three.
+        """
+        first = self.model_key(disk_key, convert=True)
+        _, source = rename_source_key(
+            disk_key, self._renamings, self._converters, self._prefix, self._state
+        )
+        rule = next((c for c in self._converters if source in c.source_patterns), None)
+        if rule is None:
+            return [first]
+        before, target, after = first.rpartition(rule.target_patterns[0])
+        return [f"{before}{other}{after}" for other in rule.target_patterns] if target else [first]
+
 
 def module_key_map(model: nn.Module, disk_keys: Iterable[str]) -> dict[str, str]:
     """Map every tensor name on disk to the name that it has in the model.

@@ -100,7 +100,7 @@ class BlockStream:
                 forward = block.forward
                 stack.callback(block.__dict__.pop, "forward", None)
                 block.forward = self._forward_of(j, index, forward)
-            self._cast_embeddings(stack)
+            self._cast_outside(stack)
             if index < len(self.blocks.modules):
                 self._watch_stages(stack, self.blocks.modules[index], stages)
             else:
@@ -142,7 +142,16 @@ class BlockStream:
                 )
             if passage.hidden is not None:
                 args, kwargs = _with_hidden(args, kwargs, passage.hidden)
-            raise _BlockDone(self._hidden_output(j, forward(*args, **kwargs)))
+            output = self._hidden_output(j, forward(*args, **kwargs))
+            width = self.model.config.get_text_config().hidden_size
+            if output.shape != (*passage.input_ids.shape, width):
+                raise ModelError(
+                    f"Cannot stream {self.blocks.name(j)}: it gives states of shape "
+                    f"{list(output.shape)} for tokens {list(passage.input_ids.shape)}, where one "
+                    f"vector of {width} numbers per token is needed. This kind of model cannot be "
+                    "quantized."
+                )
+            raise _BlockDone(output)
 
         return run_block if j == current else stub
 
@@ -156,21 +165,25 @@ class BlockStream:
             )
         return hidden
 
-    def _cast_embeddings(self, stack: ExitStack) -> None:
-        """Embeddings keep their stored type, since they are mapped; what they give does not."""
+    def _cast_outside(self, stack: ExitStack) -> None:
+        """Outside the blocks parameters keep their stored type; what goes in is brought into it.
+
+        They are mapped, not read: the head may even be the embedding. A norm with a bias does not
+        compute in two types at once.
+        """
         inside = f"{self.blocks.prefix}."
-
-        def cast(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-            return output.to(self.dtype)
-
-        for name, module in self.model.named_modules():
-            if isinstance(module, nn.Embedding) and not name.startswith(inside):
-                stack.callback(module.register_forward_hook(cast).remove)
         head = self.model.get_output_embeddings()
-        if head is not None:
-            # The head may be the mapped embedding itself; it computes in its stored type.
-            hook = head.register_forward_pre_hook(lambda m, x: (x[0].to(m.weight.dtype), *x[1:]))
-            stack.callback(hook.remove)
+        for name, module in self.model.named_modules():
+            own = next(module.parameters(recurse=False), None)
+            if own is None or name.startswith(inside):
+                continue
+            before = module.register_forward_pre_hook(
+                lambda _m, x, dtype=own.dtype: tuple(_cast(value, dtype) for value in x)
+            )
+            stack.callback(before.remove)
+            if module is not head:
+                after = module.register_forward_hook(lambda _m, _x, out: _cast(out, self.dtype))
+                stack.callback(after.remove)
 
     def _watch_stages(self, stack: ExitStack, root: nn.Module, stages: Sequence[Stage]) -> None:
         for number, stage in enumerate(stages):
@@ -269,6 +282,10 @@ def _current_passage() -> _Passage:
     passage = getcurrent()
     assert isinstance(passage, _Passage)
     return passage
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

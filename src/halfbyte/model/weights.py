@@ -103,13 +103,13 @@ class ModelWeights:
         self._renamed: dict[str, str] = {}
         self._block_keys: list[list[str]] = [[] for _ in self.blocks.modules]
         self._outside_keys: list[str] = []
-        self._model_keys: dict[str, str] = {}
+        self._parameters: dict[str, list[str]] = {}
         self._fetching: dict[int, Future[dict[str, Tensor]]] = {}
         # Natural order, because some of Transformers' rules look at earlier keys.
         for key in sorted(self.files.infos, key=dot_natural_key):
             self._renamed[rules.model_key(key, convert=False)] = key
-            self._model_keys[key] = rules.model_key(key, convert=True)
-            block = self._block_of(self._model_keys[key])
+            self._parameters[key] = rules.parameters_of(key)
+            block = self._block_of(self._parameters[key][0])
             (self._outside_keys if block is None else self._block_keys[block]).append(key)
 
     def block_keys(self, index: int, without: Collection[str] = ()) -> list[str]:
@@ -118,16 +118,21 @@ class ModelWeights:
         Args:
             index: Which block.
             without: Modules, by name in the model, whose tensors are left out, with everything
-                in them.
+                in them; so is what one of them shares with other modules.
 
         Returns:
             The names, in natural order.
         """
+        inside = tuple(f"{module}." for module in without)
         return [
             key
             for key in self._block_keys[index]
-            if not any(self._model_keys[key].startswith(f"{module}.") for module in without)
+            if not any(name.startswith(inside) for name in self._parameters[key])
         ]
+
+    def parameters_of(self, key: str) -> list[str]:
+        """Name the parameters of the model that a tensor on disk becomes; several where split."""
+        return self._parameters[key]
 
     @property
     def outside_keys(self) -> list[str]:

@@ -10,7 +10,7 @@ from halfbyte.errors import ConfigError
 NAMES = {
     "hidden": ("hidden_size", "n_embd", "d_model", "dim"),
     "layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
-    "heads": ("num_attention_heads", "n_head", "num_heads", "n_heads"),
+    "heads": ("num_attention_heads", "n_head", "num_heads", "n_heads", "attention_heads"),
     "inner": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
     "context": ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length"),
     "experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),

@@ -40,7 +40,7 @@ class Unit:
     """Linears that must have the same bits."""
 
     linears: tuple[str, ...]
-    """Names on disk."""
+    """Names on disk; none where overrides fix the bits, which take storage all the same."""
     num_weights: int
     choices: tuple[Choice, ...]
     """By rising bits; at least one."""
@@ -51,10 +51,10 @@ class Unit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Allocation:
-    """Bits for every module."""
+    """Bits for every module that has none of its own."""
 
     bits: Mapping[str, int]
-    """By name on disk."""
+    """Of those that were chosen for, by name on disk."""
     bits_per_weight: float
     """As stored: codes, scales and zeros."""
     predicted_kl: float

@@ -319,4 +319,5 @@ class Attempt:
             # Each once: an attempt tells again what the one before it told.
             notes=tuple(dict.fromkeys((*self.settings.reasons, *self.tokens.notes, *self.notes))),
             flops=dict(self.meter.flops),
+            inputs=self.journal.header["inputs"],
         )

@@ -10,6 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from halfbyte.checkpoint.layout import PACK_MULTIPLE
 from halfbyte.errors import CheckpointError
+from halfbyte.model.blocks import LinearTensors
 from halfbyte.model.experts import UnfusedExperts, find_fused_experts
 from halfbyte.quant_config import PER_CHANNEL, QuantConfig, Scheme
 from halfbyte.quantize.report import SkippedModule
@@ -19,7 +20,7 @@ from halfbyte.quantize.rounding import LinearTask
 def plan_tasks(
     prefix: str,
     root: nn.Module,
-    exact: Mapping[str, Tensor],
+    exact: Mapping[str, LinearTensors],
     config: QuantConfig,
     disk_name: Callable[[str], str],
 ) -> tuple[list[LinearTask], list[SkippedModule]]:
@@ -28,7 +29,7 @@ def plan_tasks(
     Args:
         prefix: Name of the block in the model, with its dot.
         root: The block.
-        exact: Its linears' weights by their names within it, [out, in].
+        exact: What its linears hold, in the stored type, by their names within it.
         config: What was asked for.
         disk_name: Says what a module of the model is called on disk.
 
@@ -41,20 +42,19 @@ def plan_tasks(
     tasks = []
     skipped = []
     routers = _routers(root)
-    for module, weight in exact.items():
+    for module, (weight, bias) in exact.items():
         name = disk_name(prefix + module)
         scheme, told = _choose_scheme(name, weight, config, routers.get(module))
         if scheme is None:
             skipped.append(SkippedModule(name=name, reason=told))
             continue
         _check_finite(name, weight)
-        bias = getattr(root.get_submodule(module), "bias", None)
         tasks.append(
             LinearTask(
                 module=module,
                 name=name,
                 weight=weight,
-                bias=None if bias is None else bias.data,
+                bias=bias,
                 scheme=scheme,
                 notes=(told,) if told else (),
             )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from halfbyte.checkpoint.shards import read_shard
 from halfbyte.checkpoint.write import shard_name, write_shard
+from halfbyte.model.blocks import LinearTensors
 from halfbyte.model.weights import ModelWeights
 from halfbyte.quantize.finish import count_packed_bits
 from halfbyte.quantize.report import ModuleReport
@@ -53,7 +54,7 @@ def gather_block(
     index: int,
     *,
     rounded: Sequence[RoundedLinear],
-    exact: Mapping[str, Tensor],
+    exact: Mapping[str, LinearTensors],
     split_experts: Sequence[str],
 ) -> BlockShard:
     """Gather what one block's shard will hold.
@@ -63,7 +64,7 @@ def gather_block(
         output: The checkpoint's folder.
         index: Which block.
         rounded: Its rounded linears.
-        exact: The weights of all its linears before rounding, by name within the block.
+        exact: What all its linears held before rounding, by name within the block.
         split_experts: Names of its experts modules that were split.
 
     Returns:
@@ -134,21 +135,29 @@ def _dense_tensors(
     weights: ModelWeights,
     index: int,
     rounded: Sequence[RoundedLinear],
-    exact: Mapping[str, Tensor],
+    exact: Mapping[str, LinearTensors],
     split_experts: Sequence[str],
 ) -> dict[str, Tensor]:
-    """Take a block's other tensors as they are; an expert left dense goes out on its own."""
+    """Take a block's other tensors as they are.
+
+    A linear left dense goes out on its own where what holds it on disk does not: an expert of a
+    fused tensor, or k beside a rounded q that were one tensor.
+    """
     prefix = weights.blocks.name(index)
     names = {r.module for r in rounded}
     split = [s for s in split_experts if any(m.startswith(f"{s}.") for m in names)]
+    inside = tuple(f"{s}." for s in split)
     without = [f"{prefix}.{name}" for name in (*names, *split)]
-    dense = weights.files.load(weights.block_keys(index, without))
-    block = weights.blocks.modules[index]
-    for name, weight in exact.items():
-        if name not in names and any(name.startswith(f"{s}.") for s in split):
-            disk_name = weights.disk_name(f"{prefix}.{name}")
-            dense[f"{disk_name}.weight"] = weight
-            bias = block.get_submodule(name).bias
-            if bias is not None:
-                dense[f"{disk_name}.bias"] = bias.data  # type: ignore[assignment]
+    kept = weights.block_keys(index, without)
+    dense = weights.files.load(kept)
+    gone = set(weights.block_keys(index)) - set(kept)
+    lost = {name for key in gone for name in weights.parameters_of(key)}
+    for name, tensors in exact.items():
+        if name in names:
+            continue
+        disk_name = weights.disk_name(f"{prefix}.{name}")
+        for suffix, tensor in tensors._asdict().items():
+            is_lost = f"{prefix}.{name}.{suffix}" in lost or name.startswith(inside)
+            if is_lost and tensor is not None:
+                dense[f"{disk_name}.{suffix}"] = tensor
     return dense

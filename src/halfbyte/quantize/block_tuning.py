@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from halfbyte.model.blocks import linear_weight, set_linear_weight
+from halfbyte.model.blocks import LinearTensors, linear_weight, set_linear_weight
 from halfbyte.quantize.grid import Grid, round_to_stored, sum_groups
 from halfbyte.quantize.rounding import RoundedLinear, pack_rounded
 from halfbyte.quantize.target import CHECK_EVERY
@@ -99,7 +99,7 @@ class TuningData:
 def tune_rounded(
     block: nn.Module,
     rounded: Sequence[RoundedLinear],
-    exact: Mapping[str, Tensor],
+    exact: Mapping[str, LinearTensors],
     data: TuningData,
     *,
     steps: int,
@@ -110,7 +110,7 @@ def tune_rounded(
     Args:
         block: The block; its linears get the weights of what is given back.
         rounded: What the sweep gave.
-        exact: The weights before rounding, [out, in], by name within the block.
+        exact: What the linears held before rounding, by name within the block.
         data: The text.
         steps: Training steps.
         seed: Orders the batches.
@@ -122,7 +122,7 @@ def tune_rounded(
         return [_noted(r, "not tuned: too little text to confirm it") for r in rounded]
     found = tune_block(
         block,
-        {r.module: (r.grid, r.codes, exact[r.module]) for r in rounded},
+        {r.module: (r.grid, r.codes, exact[r.module].weight) for r in rounded},
         data,
         steps=steps,
         seed=seed,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from halfbyte.machine.memory import release_memory
+from halfbyte.model.blocks import LinearTensors
 from halfbyte.model.stream import Passages
 from halfbyte.quantize.block_plan import plan_tasks
 from halfbyte.quantize.block_shard import gather_block
@@ -106,7 +107,11 @@ class BlockWalk:
         return Passages(self.work.stream, len(self.batches), load, keep_paused=keep_paused)
 
     def _round(
-        self, index: int, block: nn.Module, tasks: Sequence[LinearTask], exact: Mapping[str, Tensor]
+        self,
+        index: int,
+        block: nn.Module,
+        tasks: Sequence[LinearTask],
+        exact: Mapping[str, LinearTensors],
     ) -> list[RoundedLinear]:
         """Round, tune, and pass the calibration text on to the next block."""
         work, stream, keep = self.work, self.work.stream, self.settings.keep_paused
@@ -138,7 +143,7 @@ class BlockWalk:
         index: int,
         block: nn.Module,
         rounded: Sequence[RoundedLinear],
-        exact: Mapping[str, Tensor],
+        exact: Mapping[str, LinearTensors],
     ) -> list[RoundedLinear]:
         work = self.work
         load, wanted = self.loader(CALIBRATION, index), self.states.at(FULL, index + 1)
@@ -154,7 +159,7 @@ class BlockWalk:
         self,
         index: int,
         rounded: Sequence[RoundedLinear],
-        exact: Mapping[str, Tensor],
+        exact: Mapping[str, LinearTensors],
         skipped: Sequence[SkippedModule],
         writer: BlockWriter,
     ) -> None:

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from halfbyte.machine.memory import release_memory
 from halfbyte.model.blocks import (
+    LinearTensors,
     Stage,
     find_stages,
-    linear_weight,
+    linear_tensors,
     quantizable_linears,
     set_linear_weight,
 )
@@ -84,18 +85,18 @@ class BlockWork:
         self._base_weights: dict[str, nn.Parameter] = {}
         """Of the linears that are rounded already, where the base model runs beside."""
 
-    def load(self, index: int) -> tuple[nn.Module, dict[str, Tensor]]:
+    def load(self, index: int) -> tuple[nn.Module, dict[str, LinearTensors]]:
         """Load a block, split its experts, and bring it into the computing type.
 
         Args:
             index: Which block.
 
         Returns:
-            The block, and the exact weights of its linears by name, [out, in].
+            The block, and what its linears hold by name, in the stored type.
         """
         block = self.weights.load_block(index)
         self.split_experts = split_experts(self.weights, index)
-        exact = {n: linear_weight(m) for n, m in quantizable_linears(block).items()}
+        exact = {n: linear_tensors(m) for n, m in quantizable_linears(block).items()}
         cast_block(block, self.weights.dtype, self.stream.dtype)
         return block, exact
 

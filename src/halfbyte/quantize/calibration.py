@@ -141,7 +141,10 @@ def load_calibration(
         rows, cut = _trim([row for found in given for row in found], length)
         notes += cut
     else:
-        rows = [CalibrationRow(ids) for ids in _cut(tokenize(name, items, tokenizer), length)]
+        # Only a random choice needs to know all of the text.
+        enough = None if config.seed else config.samples * length
+        ids = tokenize(name, items, tokenizer, enough)
+        rows = [CalibrationRow(sequence) for sequence in _cut(ids, length)]
     rows, chosen = _choose(rows, config)
     notes += chosen
     if not rows:

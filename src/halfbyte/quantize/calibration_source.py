@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import CalibrationError
+from halfbyte.json_lines import read_json_lines
 
 CalibrationSource = str | Path | Sequence[Any] | None
 """None: the built-in text. "self": text that the model writes. A path: a text file, or JSON lines.
@@ -22,7 +22,16 @@ table of ids the padding is left out by its attention mask. Beside ids there may
 IGNORED = -100
 """Label of a token that does not count, as in torch's cross entropy."""
 
-_WHOLE_NUMBERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+LETTERS_PER_TOKEN = 8
+"""More than most text has."""
+LAST_TOKENS = 64
+"""At the end of a part of a text, what tokens there are may hang on what follows."""
+
+_KEYS = "'text', 'messages' or 'input_ids'"
+_WHOLE_NUMBERS = (
+    *(torch.int64, torch.int32, torch.int16, torch.int8),
+    *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,40 +67,33 @@ def read_source(source: str | Path | Sequence[Any]) -> tuple[str, list[Any]]:
             raise CalibrationError("The calibration list is empty. Give at least one text.")
         return "a list given in Python", items
     path = Path(source)
+    ending = path.suffix.lower()
+    if ending in (".json", ".jsonl"):
+        return path.name, _read_objects(path)
+    if "json" in ending:
+        raise CalibrationError(
+            f"Calibration file {path} ends in {path.suffix}: name a file of JSON lines .jsonl, one "
+            "list of objects .json, and plain text .txt."
+        )
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(
             f"Cannot read calibration file {path}: {error}. Give a UTF-8 text file, or JSON lines "
-            "with 'text', 'messages' or 'input_ids'."
+            f"with {_KEYS}."
         ) from error
-    if path.suffix == ".jsonl":
-        return path.name, _read_json_lines(path, text)
     if not text.strip():
         raise CalibrationError(f"Calibration file {path} is empty. Give a text of some pages.")
     return path.name, [text]
 
 
-def _read_json_lines(path: Path, text: str) -> list[Any]:
-    items = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise CalibrationError(
-                f"{path} line {number} is not JSON: {error}. Every line must be one object."
-            ) from error
-        if not isinstance(value, Mapping) or not {"text", "messages", "input_ids"} & set(value):
-            raise CalibrationError(
-                f"{path} line {number} has none of 'text', 'messages' and 'input_ids'. "
-                'Example: {"text": "..."}'
-            )
-        items.append(value)
-    if not items:
-        raise CalibrationError(f"Calibration file {path} is empty. Give one object per line.")
-    return items
+def _read_objects(path: Path) -> list[Any]:
+    wanted = f"Give one object per line, with {_KEYS}."
+    lines = read_json_lines(path, CalibrationError, what="calibration file", wanted=wanted)
+    for line in lines:
+        if all(line.values.get(key) is None for key in ("text", "messages", "input_ids")):
+            raise CalibrationError(f'{line.where} has none of {_KEYS}. Example: {{"text": "..."}}')
+    return [line.values for line in lines]
 
 
 def as_ids(name: str, item: Any) -> list[CalibrationRow] | None:
@@ -106,7 +108,7 @@ def as_ids(name: str, item: Any) -> list[CalibrationRow] | None:
     """
     beside: dict[str, Any] = {}
     if isinstance(item, Mapping):
-        if "input_ids" not in item:
+        if item.get("input_ids") is None:
             return None
         beside = {key: item.get(key) for key in ("attention_mask", "labels")}
         item = item["input_ids"]
@@ -165,16 +167,19 @@ def _as_rows(name: str, ids: Any) -> list[Tensor]:
     return [row.to(torch.int64) for row in rows]
 
 
-def tokenize(name: str, items: Iterable[Any], tokenizer: Any | None) -> Tensor:
+def tokenize(
+    name: str, items: Iterable[Any], tokenizer: Any | None, enough: int | None = None
+) -> Tensor:
     """Join texts and chats, by the end-of-text token, and tokenise them.
 
     Args:
         name: Of the data, for messages.
         items: Of :func:`read_source`.
         tokenizer: The model's; None where it has none.
+        enough: So many tokens are wanted from the start; None: all.
 
     Returns:
-        int64 [tokens].
+        int64 [tokens], at least ``enough`` where there are.
 
     Raises:
         CalibrationError: An item is neither, or the tokenizer or its chat template is missing.
@@ -184,18 +189,35 @@ def tokenize(name: str, items: Iterable[Any], tokenizer: Any | None) -> Tensor:
             f"Calibration data {name} is text, and the model folder has no tokenizer. "
             "Add the tokenizer's files, or give lists of token ids."
         )
-    joined: list[int] = []
+    parts: list[Tensor] = []
+    count = 0
     for item in items:
         text = _as_text(name, item, tokenizer)
-        if joined and tokenizer.eos_token_id is not None:
-            joined.append(tokenizer.eos_token_id)
-        joined += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(joined, dtype=torch.int64)
+        if count and tokenizer.eos_token_id is not None:
+            parts.append(torch.tensor([tokenizer.eos_token_id]))
+            count += 1
+        parts.append(_encode(text, tokenizer, None if enough is None else enough - count))
+        count += len(parts[-1])
+        if enough is not None and count >= enough:
+            break
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+
+
+def _encode(text: str, tokenizer: Any, enough: int | None) -> Tensor:
+    """Tokenise a text, or of a long one as many lines as hold enough tokens."""
+    characters = len(text) if enough is None else LETTERS_PER_TOKEN * (enough + LAST_TOKENS)
+    while True:
+        end = text.rfind("\n", 0, characters) + 1 if characters < len(text) else 0
+        head = text[: end or characters]
+        found = tokenizer(head, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(head) == len(text) or len(found) >= (enough or 0) + LAST_TOKENS:
+            return torch.tensor(found, dtype=torch.int64)
+        characters *= 2
 
 
 def _as_text(name: str, item: Any, tokenizer: Any) -> str:
     messages = item.get("messages") if isinstance(item, Mapping) else item
-    if isinstance(item, Mapping) and "text" in item:
+    if isinstance(item, Mapping) and item.get("text") is not None:
         messages = item["text"]
     if isinstance(messages, str):
         return messages

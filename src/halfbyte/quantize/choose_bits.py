@@ -24,8 +24,8 @@ from halfbyte.quantize.allocation import (
 )
 from halfbyte.quantize.block_work import BlockWork
 from halfbyte.quantize.progress import Progress
-from halfbyte.quantize.resources import parse_size
 from halfbyte.quantize.survey import Survey, survey_batches
+from halfbyte.units import parse_size
 
 ALLOCATION_FILE = "allocation.json"
 
@@ -54,10 +54,11 @@ def choose_bits(
         progress: Told what is done.
 
     Returns:
-        The config with an override for every module, and notes for the report.
+        The config with an override for every module that had none, and notes for the report.
 
     Raises:
-        ConfigError: The target is below what the fewest bits need.
+        ConfigError: The target is below what the fewest bits need, or overrides fix linears that
+            runtimes fuse differently.
     """
     path = folder / ALLOCATION_FILE
     if path.exists():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from halfbyte.model.blocks import InputGroup, Stage, linear_weight
+from halfbyte.model.blocks import InputGroup, Stage, linear_tensors
 from halfbyte.quantize.block_plan import plan_tasks
 from halfbyte.quantize.block_walk import BlockWalk
 from halfbyte.quantize.rounding import RoundedLinear
@@ -29,7 +29,7 @@ def round_head(walk: BlockWalk, stream: str) -> tuple[list[RoundedLinear], list[
         return [], ["the head stays as it is: the model has none of its own"]
     tied = head.weight is model.get_input_embeddings().weight
     work.stages = [Stage(groups=(InputGroup(linears=(name,)),))]
-    exact = {name: linear_weight(head)}
+    exact = {name: linear_tensors(head)}
     tasks, skipped = plan_tasks("", model, exact, work.config, work.weights.disk_name)
     if not tasks:
         return [], [f"the head stays as it is: {skipped[0].reason}"]

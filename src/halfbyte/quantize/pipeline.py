@@ -21,7 +21,6 @@ from halfbyte.quantize.run import Run
 from halfbyte.quantize.source import (
     HubOptions,
     check_output,
-    check_same_options,
     find_model,
 )
 
@@ -61,32 +60,32 @@ def quantize(
         ModelError: The model cannot be streamed or quantized.
         CheckpointError: The model's files are damaged, or the disk is full.
         CalibrationError: The text cannot support the maths.
-        JournalError: The unfinished run belongs to other inputs or options.
+        JournalError: The run in the folder belongs to other inputs or options.
         VerificationError: What was saved does not compute what was measured.
     """
     source, target = find_model(model, hub or HubOptions()), Path(output)
-    if check_output(target, resume=resume):
-        finished = load_report(target)
-        check_same_options(finished, config or QuantConfig())
-        return finished
+    complete = check_output(target, resume=resume)
     find_companions(source)  # copied at the end of the run, refused at its beginning
     device = resolve_device((resources or ResourceConfig()).device)
-    target.mkdir(parents=True, exist_ok=True)
     progress = progress or SilentProgress()
-    with Journal(target) as journal, torch.no_grad():
-        run = Run(
-            name=str(model),
-            source=source,
-            journal=journal,
-            config=config or QuantConfig(),
-            calibration=calibration or CalibrationConfig(),
-            resources=resources or ResourceConfig(),
-            device=device,
-            progress=progress,
-        )
-        threads = torch.get_num_threads()
-        try:
+    journal = Journal(target)
+    run = Run(
+        name=str(model),
+        source=source,
+        journal=journal,
+        config=config or QuantConfig(),
+        calibration=calibration or CalibrationConfig(),
+        resources=resources or ResourceConfig(),
+        device=device,
+        progress=progress,
+    )
+    threads = torch.get_num_threads()
+    try:
+        if complete:
+            return run.recall(load_report(target), text, quality=quality)
+        target.mkdir(parents=True, exist_ok=True)
+        with journal, torch.no_grad():
             return run.execute(text, resume=resume, quality=quality)
-        finally:
-            torch.set_num_threads(threads)
-            progress.finished()
+    finally:
+        torch.set_num_threads(threads)
+        progress.finished()

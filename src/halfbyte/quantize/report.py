@@ -207,6 +207,8 @@ class QuantizationReport:
     """Floating-point operations that the run could not do without, by kind of work."""
     end_to_end: EndToEndReport | None = None
     """None where it was not asked for or could not be done."""
+    inputs: dict[str, Any] = field(default_factory=dict)
+    """What the run was given, by which --resume knows it again."""
 
     def expert_coverage(self) -> list[ExpertCoverage]:
         """Collect the tokens that reached each expert, block by block; empty without experts."""

@@ -6,7 +6,6 @@ kept in the journal: a resumed run takes the same decisions whatever the machine
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,13 +15,12 @@ from typing import Any, Self
 import psutil
 import torch
 
-from halfbyte.errors import ConfigError
 from halfbyte.machine.arithmetic import has_fast_bf16
 from halfbyte.model.weights import ModelWeights
 from halfbyte.quant_config import SUPPORTED_BITS, CalibrationConfig, QuantConfig, ResourceConfig
 from halfbyte.quantize.sizes import Sizes, measure_sizes
 from halfbyte.quantize.target import CHECK_EVERY
-from halfbyte.units import format_bytes, format_seconds
+from halfbyte.units import format_bytes, format_seconds, parse_size
 
 TOKENS_PER_BATCH = 4096
 """Enough for matrix products at full rate; more only costs memory."""
@@ -44,8 +42,6 @@ SMALLEST_HESSIAN_BYTES = 1 << 28
 BACKWARD_TOKENS = 8192
 """That go backwards through the base model at a time; enough to rank modules by what their bits
 cost."""
-
-_UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -347,25 +343,6 @@ def measure_gemm_rate(dtype: torch.dtype, device: torch.device) -> float:
         (left @ right)[0, 0].item()
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
-
-
-def parse_size(text: str, name: str) -> int:
-    """Read a size such as ``4GB`` or ``800 MB``.
-
-    Args:
-        text: Number and unit.
-        name: Of the option, for messages.
-
-    Returns:
-        Bytes.
-
-    Raises:
-        ConfigError: It is not of that form.
-    """
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kKmMgGtT][bB])\s*", text)
-    if match is None:
-        raise ConfigError(f"{name} is '{text}'; write a number and a unit, such as 4GB or 800MB.")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
 def _budget(asked: str | None, device: torch.device) -> tuple[int, str]:

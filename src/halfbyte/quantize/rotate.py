@@ -292,7 +292,9 @@ class _Turning:
         routed: bool = False,
     ) -> float:
         """Compare what a turned part computes with what it should; give the relative error."""
-        errors = (found.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)
+        # A token whose embedding is zero, as of padding, stays so.
+        sizes = expected.float().norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+        errors = (found.float() - expected.float()).norm(dim=-1) / sizes
         error = float(errors.flatten().quantile(ROUTED_SHARE) if routed else errors.max())
         if not error < tolerance:
             raise self._refusal(

@@ -13,7 +13,7 @@ from torch import Tensor
 from halfbyte.checkpoint.write import pack_linear
 from halfbyte.quant_config import QuantConfig, Scheme
 from halfbyte.quantize.gptq import Solution, output_loss, solve
-from halfbyte.quantize.grid import Grid, assign_groups, search_grid
+from halfbyte.quantize.grid import SMALLEST_SCALE, Grid, assign_groups, round_to_stored, search_grid
 from halfbyte.quantize.hessian import Factor, factorize, shrink_to_diagonal
 from halfbyte.quantize.polish import polish
 from halfbyte.quantize.report import ModuleReport
@@ -237,6 +237,13 @@ def _finish(
         notes.append(
             f"{limited} groups need a scale above {LARGEST_SCALE:g}, fp16's largest: their largest "
             "weights are cut"
+        )
+    smallest = grid.scales.abs() <= round_to_stored(grid.scales.new_tensor(SMALLEST_SCALE))
+    if bool(smallest.any()):
+        coarse = smallest[:, grid.g_idx] & (task.weight != 0).to(smallest.device)
+        notes.append(
+            f"{int(coarse.sum())} weights lie in groups of scale {SMALLEST_SCALE:g}, the smallest "
+            "there is: those below half of it become zero"
         )
     if rounds:
         polished = int(solution.polished.sum())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,8 +30,13 @@ from halfbyte.quantize.probe import Probe
 from halfbyte.quantize.progress import Progress
 from halfbyte.quantize.report import QuantizationReport
 from halfbyte.quantize.resources import RunSettings, resolve_resources
-from halfbyte.quantize.run_text import read_text
-from halfbyte.quantize.source import check_something_to_do
+from halfbyte.quantize.run_text import find_own_text, is_own_text, read_text
+from halfbyte.quantize.source import (
+    COMPLETE,
+    VERSIONS,
+    check_same_inputs,
+    check_something_to_do,
+)
 from halfbyte.quantize.whole_tuning import STATE_FILE
 from halfbyte.version import __version__
 
@@ -92,16 +98,7 @@ class Run:
             The report, which also stands in the output folder.
         """
         check_something_to_do(self.weights, self.config)
-        tokens, probe = read_text(
-            text,
-            self.weights,
-            self.calibration,
-            folder=self.journal.folder,
-            dtype=self.resources.dtype,
-            quality=quality,
-            progress=self.progress,
-            meter=self.meter,
-        )
+        tokens, probe = self._read_text(text, quality)
         if quality and probe.note:
             self.notes.append(probe.note)
         settings = self._begin(tokens, probe, resume=resume)
@@ -132,16 +129,60 @@ class Run:
             self._go_back(settings, gentler, why)
             settings = gentler
 
-    def _begin(self, tokens: CalibrationTokens, probe: Probe, *, resume: bool) -> RunSettings:
-        """Take the settings of the journal, or plan and start one."""
-        inputs = {
+    def recall(
+        self, finished: QuantizationReport, text: CalibrationSource, *, quality: bool
+    ) -> QuantizationReport:
+        """Give back what a complete run reported, if it was given the same.
+
+        Args:
+            finished: Its report.
+            text: Calibration data.
+            quality: As for :meth:`execute`.
+
+        Returns:
+            The report.
+
+        Raises:
+            JournalError: It was given something else; names each difference.
+        """
+        then = finished.inputs
+        if is_own_text(text):
+            # Its name tells of which model and settings it is; it is not written once more.
+            name = find_own_text(self.weights, self.calibration, self.journal.folder).name
+            same = name == finished.calibration.source
+            now = self._inputs(finished.calibration.digest if same else name, then.get("probe"))
+        else:
+            tokens, probe = self._read_text(text, quality)
+            now = self._inputs(tokens.digest, _describe_probe(probe))
+        check_same_inputs(self.journal.output, then, now)
+        self.progress.started((COMPLETE,))
+        return finished
+
+    def _read_text(self, text: CalibrationSource, quality: bool) -> tuple[CalibrationTokens, Probe]:
+        return read_text(
+            text,
+            self.weights,
+            self.calibration,
+            folder=self.journal.folder,
+            dtype=self.resources.dtype,
+            quality=quality,
+            progress=self.progress,
+            meter=self.meter,
+        )
+
+    def _inputs(self, digest: str, probe: dict[str, Any] | None) -> dict[str, Any]:
+        return {
             "model": fingerprint_model(self.weights.files),
             "config": self.config.to_dict(),
-            "calibration": {**self.calibration.to_dict(), "digest": tokens.digest},
+            "calibration": {**self.calibration.to_dict(), "digest": digest},
             "resources": {"device": self.resources.device, "dtype": self.resources.dtype},
-            "probe": {"held_out": probe.is_held_out, "windows": list(probe.shape)},
-            "versions": {"halfbyte": __version__, "torch": torch.__version__},
+            "probe": probe,
+            VERSIONS: {"halfbyte": __version__, "torch": torch.__version__},
         }
+
+    def _begin(self, tokens: CalibrationTokens, probe: Probe, *, resume: bool) -> RunSettings:
+        """Take the settings of the journal, or plan and start one."""
+        inputs = self._inputs(tokens.digest, _describe_probe(probe))
         if resume and self.journal.exists:
             self.journal.load()
         if self.journal.header:
@@ -192,3 +233,7 @@ class Run:
             # They are kept by parts of the text that begin and end where batches do.
             shutil.rmtree(self.journal.folder / WEIGHTS_FOLDER, ignore_errors=True)
         self.journal.change_settings(gentler.to_dict())
+
+
+def _describe_probe(probe: Probe) -> dict[str, Any]:
+    return {"held_out": probe.is_held_out, "windows": list(probe.shape)}

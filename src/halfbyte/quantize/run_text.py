@@ -55,9 +55,8 @@ def read_text(
     Returns:
         The sequences, and the probe.
     """
-    # A table of ids compared with a word would be a table.
-    if isinstance(text, str) and text == SELF:
-        text = _find_own_text(weights, calibration, folder, dtype, progress, meter)
+    if is_own_text(text):
+        text = _write_own_text(weights, calibration, folder, dtype, progress, meter)
     progress.phase("reading the text")
     tokenizer = load_tokenizer(weights.folder)
     text_config = weights.config.get_text_config()
@@ -69,7 +68,29 @@ def read_text(
     return tokens, probe
 
 
-def _find_own_text(
+def is_own_text(text: CalibrationSource) -> bool:
+    """Whether the model is to write its calibration text."""
+    # A table of ids compared with a word would be a table.
+    return isinstance(text, str) and text == SELF
+
+
+def find_own_text(weights: ModelWeights, calibration: CalibrationConfig, folder: Path) -> Path:
+    """Say where the text that the model writes is kept.
+
+    Args:
+        weights: Of the model; nothing of it need be loaded.
+        calibration: How much text.
+        folder: Of the journal.
+
+    Returns:
+        The file, named for all that decides what is in it.
+    """
+    asked = f"{fingerprint_model(weights.files)}{calibration.to_dict()}"
+    name = f"{KEPT_PREFIX}{SELF}-{hashlib.sha256(asked.encode()).hexdigest()[:16]}.jsonl"
+    return folder / name
+
+
+def _write_own_text(
     weights: ModelWeights,
     calibration: CalibrationConfig,
     folder: Path,
@@ -78,9 +99,7 @@ def _find_own_text(
     meter: Meter,
 ) -> Path:
     """Let the model write its calibration text, once for a folder: a resumed run reads it."""
-    asked = f"{fingerprint_model(weights.files)}{calibration.to_dict()}"
-    name = f"{KEPT_PREFIX}{SELF}-{hashlib.sha256(asked.encode()).hexdigest()[:16]}.jsonl"
-    path = folder / name
+    path = find_own_text(weights, calibration, folder)
     if not path.exists():
         progress.phase("letting the model write its calibration text")
         with meter.timed("text"):

@@ -13,8 +13,11 @@ from halfbyte.model.experts import find_fused_experts
 from halfbyte.model.weights import ModelWeights
 from halfbyte.quant_config import QuantConfig
 from halfbyte.quantize.journal import JOURNAL_FILE, WORK_FOLDER, describe_differences
-from halfbyte.quantize.report import REPORT_FILE, QuantizationReport
+from halfbyte.quantize.report import REPORT_FILE
 
+COMPLETE = "complete already; nothing was done"
+VERSIONS = "versions"
+"""Key of what a run was given: the software that it began with."""
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken", "README.md"]
 
 
@@ -117,8 +120,10 @@ def check_output(output: Path, *, resume: bool, report_file: str = REPORT_FILE) 
         ConfigError: The folder holds something else.
         JournalError: It holds an unfinished run, and it was not said to go on with it.
     """
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"The output {output} is a file. Name a folder.")
+    for path in (output, *output.parents):
+        if path.exists() and not path.is_dir():
+            where = "" if path == output else f"lies in {path}, which "
+            raise ConfigError(f"The output {output} {where}is a file. Name a folder.")
     names = {path.name for path in output.iterdir()} if output.is_dir() else set()
     if (output / WORK_FOLDER / JOURNAL_FILE).is_file():
         if not resume:
@@ -137,20 +142,22 @@ def check_output(output: Path, *, resume: bool, report_file: str = REPORT_FILE) 
     return False
 
 
-def check_same_options(report: QuantizationReport, config: QuantConfig) -> None:
-    """Refuse to give a complete run back for one with other options.
+def check_same_inputs(output: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to give a complete run back for one with other inputs or options.
 
     Args:
-        report: Of the run that is complete.
-        config: What is asked for now.
+        output: Of the run that is complete.
+        then: What it was given.
+        now: What is given now. The versions of the software may be others: nothing is computed.
 
     Raises:
-        JournalError: An option differs; names each with both values.
+        JournalError: Something differs; names each difference with both values.
     """
-    differences = describe_differences(report.config, config.to_dict())
+    kept, given = ({k: v for k, v in side.items() if k != VERSIONS} for side in (then, now))
+    differences = describe_differences(kept, given)
     if differences:
         raise JournalError(
-            f"The run in {report.output} is complete and was made with other options "
+            f"The run in {output} is complete and was made with other inputs or options "
             f"({differences}). Choose another output folder."
         )
 

@@ -232,11 +232,12 @@ class Student:
         block = self.weights.blocks.modules[index]
         names = {n: self._disk_name(index, n) for n in quantizable_linears(block)}
         packed = {n: name for n, name in names.items() if name in self.packed[index]}
-        block = self.weights.load_block(index, [*packed, *split])
+        alone = [n for n, name in names.items() if f"{name}.weight" in tensors]
+        block = self.weights.load_block(index, [*packed, *alone, *split])
         cast_block(block, self.weights.dtype, self.dtype)
         for module, name in names.items():
             linear = block.get_submodule(module)
-            # What load_block left out stands in the shard: biases, experts that stayed dense.
+            # What load_block left out stands in the shard: biases, linears that stayed dense.
             for key, parameter in linear._parameters.items():
                 if parameter is not None and parameter.is_meta and f"{name}.{key}" in tensors:
                     stored = tensors[f"{name}.{key}"].to(self.weights.device, self.dtype)

@@ -21,6 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from halfbyte.errors import ConfigError
 from halfbyte.machine.memory import release_memory
 from halfbyte.model.blocks import InputGroup
 from halfbyte.model.chain import BlockChain
@@ -36,6 +37,9 @@ from halfbyte.quantize.hessian import HessianAccumulator, factorize, shrink_to_d
 from halfbyte.quantize.resources import BACKWARD_TOKENS
 from halfbyte.quantize.rounding import LinearTask
 from halfbyte.quantize.token_gradients import draw_gradient, watch_gradients
+
+GroupMembers = tuple[InputGroup, list[LinearTask]]
+"""Linears that share an input, and those of them that are rounded."""
 
 TENSORS = 4
 """Of a packed linear on disk."""
@@ -89,6 +93,9 @@ class Survey:
 
         Returns:
             Units in the order of the blocks.
+
+        Raises:
+            ConfigError: Overrides fix linears of one unit differently, and it has others.
         """
         self._batches = [ids.to(self.weights.device) for ids in batches]
         chain = BlockChain(self.stream, self._enter)
@@ -133,7 +140,7 @@ class Survey:
         for stage in self.work.stages:
             pool = None
             for group in stage.groups:
-                width = self._exact[group.linears[0]].shape[1]
+                width = self._exact[group.linears[0]].weight.shape[1]
                 # Experts share one: few tokens reach each, and their number is large.
                 accumulator = pool or HessianAccumulator(width, self.weights.device)
                 pool = accumulator if stage.experts is not None else None
@@ -145,7 +152,7 @@ class Survey:
                     ).remove
                 )
                 for name in group.linears:
-                    rows = self._exact[name].shape[0]
+                    rows = self._exact[name].weight.shape[0]
                     watched.squares[name] = torch.zeros(rows, device=self.weights.device)
                     hook = watch_gradients(partial(_add_squares, watched.squares[name]))
                     stack.callback(block.get_submodule(name).register_forward_hook(hook).remove)
@@ -155,21 +162,43 @@ class Survey:
         prefix = f"{self.weights.blocks.name(index)}."
         tasks, _ = plan_tasks(prefix, block, self._exact, self.work.config, self.weights.disk_name)
         by_module = {task.module: task for task in tasks}
-        units = []
-        experts: dict[str, list[Unit]] = {}
+        together: dict[str | InputGroup, list[GroupMembers]] = {}
         for stage in self.work.stages:
             for group in stage.groups:
                 here = [by_module[name] for name in group.linears if name in by_module]
-                if not here:
-                    continue
-                unit = self._judge_group(group, here, tokens)
-                if stage.experts is None:
-                    units.append(unit)
-                else:
-                    experts.setdefault(stage.experts, []).append(unit)
-        return units + [_merge(parts) for parts in experts.values()]
+                if here:
+                    together.setdefault(stage.experts or group, []).append((group, here))
+        return [unit for groups in together.values() for unit in self._judge_unit(groups, tokens)]
 
-    def _judge_group(self, group: InputGroup, tasks: list[LinearTask], tokens: int) -> Unit:
+    def _judge_unit(self, groups: Sequence[GroupMembers], tokens: int) -> list[Unit]:
+        """Measure linears that readers fuse: those that are to be chosen for, and fixed ones."""
+        tasks = [task for _, here in groups for task in here]
+        fixed = {t.name: t.scheme.bits for t in tasks if self.config.fixes_bits(t.name)}
+        decided = sorted(set(fixed.values()))
+        free = [task.name for task in tasks if task.name not in fixed]
+        if free and len(decided) > 1:
+            told = ", ".join(f"{name} to {bits}" for name, bits in list(fixed.items())[:4])
+            raise ConfigError(
+                f"Cannot choose bits for {free[0]}: it needs those of the linears that runtimes "
+                f"fuse it with, and overrides fix them differently ({told}). Give all of them the "
+                "same bits, or fix every one."
+            )
+        units, parts = [], []
+        for group, here in groups:
+            for bits in decided:
+                same = [task for task in here if fixed.get(task.name) == bits]
+                if same:  # takes its part of the budget, but nothing is chosen
+                    units.append(
+                        replace(self._judge_group(group, same, tokens, [bits]), linears=())
+                    )
+            rest = [task for task in here if task.name not in fixed]
+            if rest:
+                parts.append(self._judge_group(group, rest, tokens, decided or SUPPORTED_BITS))
+        return [*units, _merge(parts)] if parts else units
+
+    def _judge_group(
+        self, group: InputGroup, tasks: Sequence[LinearTask], tokens: int, offered: Sequence[int]
+    ) -> Unit:
         assert self._watched is not None
         accumulator = self._watched.hessians[group]
         hessian = accumulator.total() / max(accumulator.num_tokens, 1)
@@ -179,9 +208,8 @@ class Survey:
         squares = torch.cat([self._watched.squares[task.module] for task in tasks])
         scheme = tasks[0].scheme
         g_idx = assign_groups(weight.shape[1], scheme.group_size).to(weight.device)
-        fixed = any(self.config.fixes_bits(task.name) for task in tasks)
         choices = []
-        for bits in (scheme.bits,) if fixed else SUPPORTED_BITS:
+        for bits in offered:
             grid = search_grid(
                 weight, factor.curvature, g_idx, bits=bits, symmetric=scheme.symmetric
             )
@@ -190,10 +218,7 @@ class Survey:
                 Choice(
                     bits=bits,
                     stored_bits=sum(
-                        stored_bits(
-                            task.scheme if fixed else replace(task.scheme, bits=bits),
-                            *task.weight.shape,
-                        )
+                        stored_bits(replace(task.scheme, bits=bits), *task.weight.shape)
                         for task in tasks
                     ),
                     loss=float((squares * found.loss).sum()) / (2 * tokens),
@@ -220,21 +245,17 @@ def _add_squares(into: Tensor, gradient: Tensor) -> None:
 
 
 def _merge(parts: Sequence[Unit]) -> Unit:
-    """Make one unit of several, with the bits that all of them offer."""
-    offered = set.intersection(*({c.bits for c in part.choices} for part in parts))
-    choices = []
-    for bits in sorted(offered):
-        same = [choice for part in parts for choice in part.choices if choice.bits == bits]
-        choices.append(
-            Choice(
-                bits=bits,
-                stored_bits=sum(choice.stored_bits for choice in same),
-                loss=sum(choice.loss for choice in same),
-            )
-        )
+    """Make one unit of several that offer the same bits."""
     return Unit(
         linears=tuple(name for part in parts for name in part.linears),
         num_weights=sum(part.num_weights for part in parts),
         other_bits=sum(part.other_bits for part in parts),
-        choices=tuple(choices),
+        choices=tuple(
+            Choice(
+                bits=same[0].bits,
+                stored_bits=sum(choice.stored_bits for choice in same),
+                loss=sum(choice.loss for choice in same),
+            )
+            for same in zip(*(part.choices for part in parts), strict=True)
+        ),
     )
