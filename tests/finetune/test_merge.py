@@ -103,7 +103,10 @@ def test_output_in_use_is_refused(base, tmp_path):
 
 
 def test_folder_that_is_no_adapter_is_refused(base, tmp_path):
-    with pytest.raises(ConfigError, match=r"(?s)Cannot put the adapter .* on .*PEFT adapter"):
+    with pytest.raises(ConfigError, match=r"There is no adapter in .*: no adapter_config\.json in"):
+        merge(base, tmp_path, tmp_path / "out", device="cpu")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ConfigError, match=r"(?s)Cannot put the adapter .* on .*[^.]\. Give the"):
         merge(base, tmp_path, tmp_path / "out", device="cpu")
 
 

@@ -20,8 +20,9 @@ from halfbyte.checkpoint.companions import copy_companions
 from halfbyte.checkpoint.new_folder import check_new_folder
 from halfbyte.errors import ModelError, VerificationError
 from halfbyte.evaluate.loading import open_subject
-from halfbyte.finetune.adapter import require_peft
+from halfbyte.finetune.adapter import check_adapter, require_peft
 from halfbyte.finetune.judging import MergeReport, adapt
+from halfbyte.finetune.quiet import quiet_libraries
 from halfbyte.model.weights import load_model_config
 from halfbyte.nn.linear import QuantLinear
 from halfbyte.quantize.source import find_model
@@ -32,6 +33,7 @@ ROUNDING_KL = 0.002
 """Nats per token that rounding to 16 bits may cost where the adapter itself changes little."""
 
 
+@quiet_libraries()
 def merge(
     base: str | Path,
     adapter: str | Path,
@@ -64,6 +66,7 @@ def merge(
     require_peft("Merging an adapter")
     target = Path(output)
     check_new_folder(target)
+    check_adapter(adapter)
     folder = find_model(original if original is not None else base)
     dtype = stored_dtype(folder)
     adapted, expected = adapt(open_subject(folder, dtype=dtype, device=device), adapter, data)

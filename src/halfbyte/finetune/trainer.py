@@ -49,7 +49,7 @@ def make_trainer(
     device: torch.device,
     progress: TrainProgress,
 ) -> Trainer:
-    """Set a Trainer up.
+    """Set a Trainer up; it raises FloatingPointError at the first number that is none.
 
     Args:
         model: PEFT's.
@@ -80,6 +80,8 @@ def make_trainer(
         optim=OPTIMIZERS[config.optimizer],
         weight_decay=0.0,
         logging_steps=1,
+        # Or a loss that is no number would be told as the mean of those before.
+        logging_nan_inf_filter=False,
         eval_strategy="no" if validation is None else "steps",
         eval_steps=every,
         save_strategy="steps",
@@ -156,9 +158,19 @@ class _ChunkedTrainer(Trainer):
         loss = self._loss(inputs, num_items_in_batch)
         return (loss, {}) if return_outputs else loss
 
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> Any:
+        """Begin to rise with the first step: Transformers' own has a rate of 0 there."""
+        if not self.args.warmup_steps:
+            return super().create_scheduler(num_training_steps, optimizer)
+        scheduler = super().create_scheduler(num_training_steps + 1, optimizer)
+        scheduler.step()
+        return scheduler
+
 
 class _Reporter(TrainerCallback):
-    """Tells a progress what Trainer logs."""
+    """Tells a progress what Trainer logs, as long as it is numbers."""
 
     def __init__(self, progress: TrainProgress) -> None:
         self._progress = progress
@@ -169,6 +181,8 @@ class _Reporter(TrainerCallback):
     ) -> None:
         """Tell a step's loss."""
         if "loss" in logs:
+            _check_finite("the loss", logs["loss"], state.global_step)
+            _check_finite("the gradient's norm", logs.get("grad_norm", 0.0), state.global_step)
             self._progress.stepped(state.global_step, float(logs["loss"]))
 
     def on_evaluate(
@@ -176,5 +190,11 @@ class _Reporter(TrainerCallback):
     ) -> None:
         """Tell the loss on the data kept apart."""
         loss = float(metrics["eval_loss"])
+        _check_finite("the loss on data kept apart", loss, state.global_step)
         self._best = min(self._best, loss)
         self._progress.judged(state.global_step, loss, self._best)
+
+
+def _check_finite(what: str, value: float, step: int) -> None:
+    if not math.isfinite(value):
+        raise FloatingPointError(f"{what} is {value} at step {step}")
