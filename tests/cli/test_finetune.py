@@ -73,7 +73,7 @@ def test_from_data_to_one_model(folder, capsys):
     assert code == 0, err
     report = json.loads(out)
     assert set(report["scores"]) == {"adapted", "merged", "quantized"}
-    assert report["verdict"].startswith(("Keeps the task", "Loses part of the task"))
+    assert report["verdict"].startswith(("Keeps the task", "Loses part of the task", "Cannot tell"))
     labels = json.loads((folder / "again" / "quantize_config.json").read_text())
     assert (labels["bits"], labels["group_size"]) == (2, 32)
 
