@@ -18,6 +18,7 @@ from halfbyte.quantize.progress import Progress, SilentProgress
 from halfbyte.quantize.report import QuantizationReport, load_report
 from halfbyte.quantize.run import Run
 from halfbyte.quantize.source import (
+    check_apart,
     check_output,
     check_same_options,
     find_model,
@@ -61,6 +62,7 @@ def quantize(
         VerificationError: What was saved does not compute what was measured.
     """
     source, target = find_model(model), Path(output)
+    check_apart(source, target)
     if check_output(target, resume=resume):
         finished = load_report(target)
         check_same_options(finished, config or QuantConfig())
