@@ -83,12 +83,13 @@ def test_killed_run_leaves_all_in_its_folder_and_goes_on(base, tmp_path, data):
     process.join()
     assert process.exitcode == 9
     assert [path.name for path in out.parent.iterdir()] == ["model"]
-    assert (out / ".halfbyte" / MERGED_FOLDER / "model.safetensors").is_file()
+    assert (out / ".halfbyte" / MERGED_FOLDER / "base-merged" / "model.safetensors").is_file()
     with pytest.raises(JournalError, match=r"holds an unfinished run\. Add --resume"):
         work(base, adapter, out, data)
     first = (out / "model-00001-of-00003.safetensors").stat()
     work(base, adapter, out, data, resume=True)
     assert not (out / ".halfbyte").exists()
+    assert "# base-merged in 4 bits" in (out / "README.md").read_text()
     assert (out / "model-00001-of-00003.safetensors").stat().st_mtime_ns == first.st_mtime_ns
     work(base, adapter, tmp_path / "whole", data)
     for path in out.glob("*.safetensors"):

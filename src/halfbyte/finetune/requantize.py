@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -92,8 +91,10 @@ def merge_and_quantize(
     calibration = calibration or CalibrationConfig(length=512)
     resources = resources or ResourceConfig()
     # In the run's own folder: what a kill leaves there, the next run finds and replaces.
-    merged = target / WORK_FOLDER / MERGED_FOLDER
-    shutil.rmtree(merged, ignore_errors=True)
+    work = target / WORK_FOLDER / MERGED_FOLDER
+    shutil.rmtree(work, ignore_errors=True)
+    # The model card will name it.
+    merged = work / f"{Path(base).resolve().name}-merged"
     try:
         report = merge(base, adapter, merged, original=original, data=data, device=resources.device)
         release_memory()
@@ -111,11 +112,7 @@ def merge_and_quantize(
             progress=progress,
         )
     finally:
-        shutil.rmtree(merged, ignore_errors=True)
-        for folder in (merged.parent, target):
-            # Of a run that did not get as far as its first block, nothing is left.
-            with suppress(OSError):
-                folder.rmdir()
+        shutil.rmtree(work, ignore_errors=True)
     subject = open_subject(target, dtype=stored_dtype(target), device=resources.device)
     scores = {
         **report.scores,

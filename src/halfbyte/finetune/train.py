@@ -33,7 +33,7 @@ from halfbyte.finetune.groups import all_constant, hold_constant, settle
 from halfbyte.finetune.progress import SilentTrainProgress, TrainProgress
 from halfbyte.finetune.quiet import quiet_libraries
 from halfbyte.finetune.report import REPORT_FILE, TrainReport, save_report
-from halfbyte.finetune.trainer import make_trainer, read_history
+from halfbyte.finetune.trainer import DivergedError, make_trainer, read_history
 from halfbyte.machine.facts import installed_versions, machine_facts
 from halfbyte.machine.memory import peak_memory_bytes
 from halfbyte.quantize.fingerprint import fingerprint_model
@@ -205,18 +205,17 @@ class _Run:
             set_seed(config.seed)
             saved = None if done is None else str(steps_folder / f"checkpoint-{done}")
             trainer.train(resume_from_checkpoint=saved)
-            _check_numbers(model)
-        except FloatingPointError as error:
-            raise self._explain(error, trainer.state.global_step) from error
+            _check_numbers(model, trainer.state.global_step)
+        except DivergedError as error:
+            raise self._explain(error) from error
         return self._finish(trainer, model, trained, before, path, start)
 
-    def _explain(self, error: FloatingPointError, step: int) -> ModelError:
+    def _explain(self, error: DivergedError) -> ModelError:
         """Say what to do about a number that is none."""
         dtype = self.subject.dtype_name
         other = "" if dtype == "float32" else f", or with --dtype float32 (it is {dtype})"
         advice = f"with a lower --learning-rate (it is {self.config.learning_rate:g}){other}"
-        if step <= 1:
-            # Nothing was changed before the loss of the first step.
+        if not error.steps:
             advice = f"on another base{other}: this one gives no numbers by itself"
         return ModelError(
             f"Training {self.name} failed: {error}. No adapter was written. Remove {self.output} "
@@ -287,11 +286,11 @@ class _Run:
         return report
 
 
-def _check_numbers(model: Any) -> None:
+def _check_numbers(model: Any, steps: int) -> None:
     """Refuse an adapter that the last step ruined; no loss tells of it."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not parameter.isfinite().all():
-            raise FloatingPointError(f"{name} holds values that are no numbers")
+            raise DivergedError(f"{name} holds values that are no numbers", steps)
 
 
 def _check_start(model: Any, start_from: str | Path | None) -> None:

@@ -37,6 +37,14 @@ KEYS = {
 """Trainer's name -> ours, of what the history keeps."""
 
 
+class DivergedError(Exception):
+    """A number of a run is none; ``what`` says which, ``steps`` after how many steps."""
+
+    def __init__(self, what: str, steps: int) -> None:
+        super().__init__(f"{what} after {steps} steps")
+        self.what, self.steps = what, steps
+
+
 def make_trainer(
     model: Any,
     training: Sequence[Any],
@@ -49,7 +57,7 @@ def make_trainer(
     device: torch.device,
     progress: TrainProgress,
 ) -> Trainer:
-    """Set a Trainer up; it raises FloatingPointError at the first number that is none.
+    """Set a Trainer up; it raises DivergedError at the first number that is none.
 
     Args:
         model: PEFT's.
@@ -181,8 +189,9 @@ class _Reporter(TrainerCallback):
     ) -> None:
         """Tell a step's loss."""
         if "loss" in logs:
-            _check_finite("the loss", logs["loss"], state.global_step)
-            _check_finite("the gradient's norm", logs.get("grad_norm", 0.0), state.global_step)
+            for what, key in (("loss", "loss"), ("gradient's norm", "grad_norm")):
+                # Both were computed before the step changed anything.
+                _check_finite(what, logs.get(key, 0.0), state.global_step - 1)
             self._progress.stepped(state.global_step, float(logs["loss"]))
 
     def on_evaluate(
@@ -190,11 +199,11 @@ class _Reporter(TrainerCallback):
     ) -> None:
         """Tell the loss on the data kept apart."""
         loss = float(metrics["eval_loss"])
-        _check_finite("the loss on data kept apart", loss, state.global_step)
+        _check_finite("loss on data kept apart", loss, state.global_step)
         self._best = min(self._best, loss)
         self._progress.judged(state.global_step, loss, self._best)
 
 
-def _check_finite(what: str, value: float, step: int) -> None:
+def _check_finite(what: str, value: float, steps: int) -> None:
     if not math.isfinite(value):
-        raise FloatingPointError(f"{what} is {value} at step {step}")
+        raise DivergedError(f"the {what} is {value}", steps)
