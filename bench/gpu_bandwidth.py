@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import torch
 
-from halfbyte.kernels.cuda_driver import Function, compile_source
+from halfbyte.kernels.cuda_compiler import compile_source
+from halfbyte.kernels.cuda_driver import Function
 from halfbyte.kernels.gpu_device import count_processors, name_architecture
 
 READ_SOURCE = """

@@ -85,8 +85,7 @@ def keep_table(measured: Case, date: str) -> None:
 
     table = {
         "made_by": "bench/keep_gpu.py",
-        "device": measured["device"],
-        "date": date,
+        "made_of": dict.fromkeys(("triton", "cuda", "cuda_rows"), f"{measured['device']}, {date}"),
         "triton": entries("triton"),
         "cuda": entries("cuda"),
         "cuda_rows": [
@@ -97,7 +96,9 @@ def keep_table(measured: Case, date: str) -> None:
     path = TABLES / f"{measured['architecture']}.json"
     if path.is_file():  # keep_gpu_rows.py writes those parts
         before = json.loads(path.read_text(encoding="utf-8"))
-        table |= {part: before[part] for part in ("many_rows", "stream") if part in before}
+        for part in ("many_rows", "stream"):
+            if part in before:
+                table[part], table["made_of"][part] = before[part], before["made_of"][part]
     lines = json.dumps(table, indent=1)
     # An entry a line: a table of a hundred entries is read and compared by line.
     lines = "\n".join(join_entries(lines.splitlines()))

@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--date", required=True, help="of the measurement")
     options = parser.parse_args()
     measured = join_runs([json.loads(run.read_text(encoding="utf-8")) for run in options.rows])
-    keep_table(measured)
+    keep_table(measured, options.date)
     keep_result(
         measured,
         Elsewhere(
@@ -70,7 +70,20 @@ def main() -> None:
 
 
 def join_runs(runs: Sequence[Case]) -> Case:
-    """Take the cases that the last run did not reach from the ones before."""
+    """Take the cases that the last run did not reach from the ones before.
+
+    Args:
+        runs: Of one GPU, the last one last.
+
+    Returns:
+        The last run with more cases.
+
+    Raises:
+        SystemExit: They are of several GPUs.
+    """
+    devices = sorted({run["device"] for run in runs})
+    if len(devices) > 1:
+        raise SystemExit(f"Runs of different GPUs cannot be joined: {', '.join(devices)}.")
     joined = dict(runs[-1])
     for part in ("sweep", "best", "microseconds", "distance from fp32"):
         joined[part] = {key: case for run in runs for key, case in run.get(part, {}).items()}
@@ -80,11 +93,12 @@ def join_runs(runs: Sequence[Case]) -> Case:
     return joined
 
 
-def keep_table(measured: Case) -> None:
-    """Write the kernel's configurations into the architecture's table."""
+def keep_table(measured: Case, date: str) -> None:
+    """Write the kernel's configurations into the architecture's table, and what they are of."""
     path = TABLES / f"{measured['architecture']}.json"
     table = json.loads(path.read_text(encoding="utf-8"))
     kept = PARTS[measured["kernel"]]
+    table["made_of"][kept.name] = f"{measured['device']}, {date}"
     table[kept.name] = [
         {**name_sizes(shape), "rows": rows, "config": config}
         for rows in kept.buckets
@@ -97,8 +111,13 @@ def keep_table(measured: Case) -> None:
 
 def choose_configs(measured: Case, rows: int) -> dict[str, dict[str, int] | None]:
     """Choose the configuration of each shape; None where what halfbyte had before is faster."""
-    cases = {s: measured["sweep"].get(f"{s}, rows {rows}") for s in SHAPES}
-    times = {shape: _by_block(case) for shape, case in cases.items() if case}
+    keys = {shape: f"{shape}, rows {rows}" for shape in SHAPES}
+    # A run that was cut off has the candidates of its last case, and nothing beside them.
+    times = {
+        shape: _by_block(measured["sweep"][key])
+        for shape, key in keys.items()
+        if key in measured["sweep"] and key in measured["microseconds"]
+    }
     if not times:
         return {}
     blocks = set.intersection(*(set(case) for case in times.values()))
@@ -107,11 +126,30 @@ def choose_configs(measured: Case, rows: int) -> dict[str, dict[str, int] | None
     for shape, case in times.items():
         best = min(case, key=lambda block: case[block][0])
         block = best if case[best][0] < WORTH * case[common][0] else common
-        paired = measured["microseconds"][f"{shape}, rows {rows}"]
-        before = min(find_microseconds(paired, arm) for arm in BEFORE)
-        faster = find_microseconds(paired, OWN) < before
-        chosen[shape] = case[block][1] if faster else None
+        config = case[block][1]
+        before = _best(measured["microseconds"][keys[shape]], BEFORE)
+        faster = find_time(measured, shape, rows, config) < before
+        chosen[shape] = config if faster else None
     return chosen
+
+
+def find_time(measured: Case, shape: str, rows: int, config: Mapping[str, int]) -> float:
+    """Find a configuration's time beside the other tools' kernels.
+
+    Args:
+        measured: The run.
+        shape: The layer's name.
+        rows: Of x.
+        config: Of the kernel.
+
+    Returns:
+        Microseconds; of another than the fastest, which alone was timed in turn with the others,
+        the fastest one's by what the two took in the sweep. Infinity: it was not timed.
+    """
+    key = f"{shape}, rows {rows}"
+    sweep = measured["sweep"][key]
+    found = find_microseconds(sweep, json.dumps(config))
+    return found / _best(sweep, sweep) * _best(measured["microseconds"][key], (OWN,))
 
 
 def _by_block(case: Case) -> dict[str, tuple[float, dict[str, int]]]:
@@ -139,9 +177,12 @@ def keep_result(measured: Case, elsewhere: Elsewhere) -> None:
         bucket = next((size for size in part.buckets if rows <= size), None)
         many = dict.fromkeys(SHAPES) | ({} if bucket is None else choose_configs(measured, bucket))
         ratios = {
-            s: _best(case, PEERS) / _best(case, (OWN,) if many[s] else BEFORE)
+            s: _best(case, PEERS) / (find_time(measured, s, rows, config) if config else before)
             for s, case in here.items()
+            for config, before in [(many[s], _best(case, BEFORE))]
         }
+        if not all(0 < ratio < math.inf for ratio in ratios.values()):
+            continue  # a shape has no peer, or what is shipped was not timed at so many rows
         least = min(ratios, key=lambda shape: ratios[shape])
         table.append(
             [
@@ -175,8 +216,9 @@ def keep_result(measured: Case, elsewhere: Elsewhere) -> None:
             + (", and Humming 0.1.19," if humming else "")
             + " in each case. halfbyte: what it runs by its shipped table, which was made of this "
             "run, with early start. The kernel: the fastest of its candidates, timed again in turn "
-            "with the others. Weights cold, CUDA graphs, medians of 7 rounds (3 for 4096 rows)."
-            + _tell_earlier(measured["cases of earlier runs"])
+            "with the others; where another is shipped, halfbyte is as much slower as that was "
+            "among the candidates. Weights cold, CUDA graphs, medians of 7 rounds (3 for 4096 "
+            "rows)." + _tell_earlier(measured["cases of earlier runs"])
         ),
         data={
             "microseconds": cases,

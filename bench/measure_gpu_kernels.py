@@ -29,7 +29,7 @@ import gpu_checks
 from gpu_arms import Layer, Run
 from gpu_bandwidth import measure_bandwidth
 from halfbyte.kernels import cuda_linear, triton_linear
-from halfbyte.kernels.cuda_driver import compile_source
+from halfbyte.kernels.cuda_compiler import compile_source
 from halfbyte.kernels.cuda_linear import CudaConfig
 from halfbyte.kernels.gpu_device import name_architecture
 from halfbyte.kernels.registry import describe_spec

@@ -12,6 +12,7 @@ import argparse
 import json
 import multiprocessing
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -30,7 +31,7 @@ from gpu_candidates import (
     name_candidate,
     name_config,
 )
-from halfbyte.kernels.cuda_driver import compile_source, read_source
+from halfbyte.kernels.cuda_compiler import compile_source, read_source
 from halfbyte.kernels.fragments import find_order, prepare_fragments
 from halfbyte.kernels.registry import describe_spec
 from measure_gpu_kernels import (
@@ -45,8 +46,11 @@ from measure_gpu_kernels import (
 
 PEERS = ("tinygemm", "marlin", "machete", "humming")
 HANG_SECONDS = 8.0
-START_SECONDS = 22.0
-"""Of a process until its first outcome, more than a check's own."""
+START_SECONDS = 30.0
+"""Of a process, until CUDA has started in it."""
+FIRST = 3
+"""Checks, of which one at least must be right: else it is not the candidates that are wrong."""
+MOST_BAD = 12
 
 # ------------------------------------------------------------------------------- checks
 
@@ -69,12 +73,56 @@ def check_one(kernel: Kernel, config: Config, kind: dict[str, Any]) -> dict[str,
 
 def _check_from(connection: Connection, name: str, first: int) -> None:
     kernel = KERNELS[name]
+    one = torch.ones(1, 1, dtype=torch.float64, device="cuda")
+    (one @ one).item()
+    connection.send(None)  # CUDA has started
     for config, kind in kernel.list_checks(kernel.list_candidates())[first:]:
         try:
             outcome = check_one(kernel, config, kind)
         except Exception as error:  # noqa: BLE001 - reported as this case's outcome
             outcome = {"problem": f"{type(error).__name__}: {str(error)[:400]}"}
-        connection.send(outcome)
+        ends = outcome["problem"] is not None and not _is_alive()
+        connection.send(outcome | {"ends": ends})
+        if ends:
+            return
+
+
+def _is_alive() -> bool:
+    """Whether this process can go on: after an access to what is not there every call fails."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+def collect(
+    connection: Connection, outcomes: list[dict[str, Any]], wanted: int, end: float
+) -> None:
+    """Take outcomes of a process until it ends or hangs, or there are enough of them."""
+    patience = START_SECONDS
+    try:
+        while len(outcomes) < wanted and time.monotonic() < end and not find_stop(outcomes):
+            if not connection.poll(patience):
+                outcomes.append({"problem": "hangs"})
+                return
+            told = connection.recv()
+            patience = HANG_SECONDS
+            if told is None:
+                continue
+            outcomes.append(told)
+            if told.pop("ends"):
+                return
+    except EOFError:
+        outcomes.append({"problem": "its process died"})
+
+
+def find_stop(outcomes: Sequence[dict[str, Any]]) -> str | None:
+    """Say why no more need be checked, or None."""
+    bad = [outcome for outcome in outcomes if not gpu_checks.is_good(outcome)]
+    if len(outcomes) >= FIRST and len(bad) == len(outcomes):
+        return f"the first {len(bad)} checks all failed; the last: {bad[-1]}"
+    return f"{len(bad)} checks failed" if len(bad) > MOST_BAD else None
 
 
 def check(session: Session, name: str, seconds: float) -> set[str]:
@@ -83,36 +131,28 @@ def check(session: Session, name: str, seconds: float) -> set[str]:
     checks = kernel.list_checks(kernel.list_candidates())
     outcomes: list[dict[str, Any]] = []
     bad: dict[str, Any] = {}
+    stop: str | None = None
     end = time.monotonic() + seconds
     context = multiprocessing.get_context("spawn")
-    while len(outcomes) < len(checks) and time.monotonic() < end:
+    while len(outcomes) < len(checks) and time.monotonic() < end and stop is None:
         connection, theirs = context.Pipe()
         process = context.Process(
             target=_check_from, args=(theirs, name, len(outcomes)), daemon=True
         )
         process.start()
         theirs.close()
-        patience = START_SECONDS
-        try:
-            while len(outcomes) < len(checks) and time.monotonic() < end:
-                if not connection.poll(patience + HANG_SECONDS):
-                    outcomes.append({"problem": "hangs"})
-                    break
-                outcomes.append(connection.recv())
-                patience = 0.0
-                if "CUDA" in (outcomes[-1].get("problem") or ""):
-                    break  # all that follows in this process would fail too
-        except EOFError:
-            outcomes.append({"problem": "its process died"})
+        collect(connection, outcomes, len(checks), end)
         process.kill()
         process.join()
         told = zip(checks, outcomes, strict=False)
         bad = {f"{c} {k}": o for (c, k), o in told if not gpu_checks.is_good(o)}
         session.keep("correctness", {"checks": len(outcomes), "of": len(checks), "bad": bad})
-        if len(bad) > 12:
-            break
-    for case, outcome in bad.items():
-        print("BAD", case, outcome, flush=True)
+        stop = find_stop(outcomes)
+    if stop is None:
+        for case, outcome in bad.items():
+            print("BAD", case, outcome, flush=True)
+    else:
+        print(f"Stopped: {stop}", flush=True)
     print(f"{len(outcomes)} checks of {len(checks)}, {len(bad)} bad", flush=True)
     plain = [(c, o) for (c, k), o in zip(checks, outcomes, strict=False) if not k]
     wrong = {name_candidate(c) for c, o in plain if not gpu_checks.is_good(o)}

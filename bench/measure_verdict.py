@@ -3,7 +3,8 @@
     python bench/measure_verdict.py [--studies 2000]
 
 Each study draws items with harmful and beneficial flips at true rates, in eight slices and
-optionally in documents of several items that flip together, and paired log-likelihoods of
+optionally in documents of several items that flip together, or whose rates of harm are alike
+(beta-distributed over documents), and paired log-likelihoods of
 documents of unlike lengths with skewed differences; ``decide`` then gives its verdict, as it does
 for real models. A wrong pass is one at a true loss of more than a margin or just that, a wrong
 fail one where every true loss is at or below its margin.
@@ -12,13 +13,15 @@ fail one where every true loss is at or below its margin.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from dataclasses import dataclass
 
 import numpy as np
 
+from halfbyte.judge.bootstrap import bootstrap_ratio
 from halfbyte.judge.fidelity import TextFidelity
-from halfbyte.judge.statistics import bootstrap_ratio, count_flips
+from halfbyte.judge.statistics import count_flips
 from halfbyte.judge.verdict import Evidence, Margins, Outcome, decide, measure_slice
 from record import save_result
 
@@ -40,7 +43,9 @@ class Truth:
     """True perplexity ratio."""
     documents: int = 40
     cluster: int = 1
-    """Items per document, which flip together."""
+    """Items per document."""
+    correlation: float = 1.0
+    """Of harm within a document; 1: its items flip together."""
     slice_loss: float = 0.0
     """Further loss in one slice of the eight."""
     wrong: str = ""
@@ -78,6 +83,30 @@ TRUTHS = (
         ratio=1.02,
         cluster=5,
         wrong="pass",
+    ),
+    *(
+        Truth(
+            name=f"loss is the margin, {documents} documents of {1000 // documents}, "
+            f"alike by {correlation}",
+            items=1000,
+            flips=0.04,
+            loss=0.02,
+            ratio=1.02,
+            cluster=1000 // documents,
+            correlation=correlation,
+            wrong="pass",
+        )
+        for correlation, documents in itertools.product((0.1, 0.3), (5, 10, 20, 40, 200))
+    ),
+    Truth(
+        name="equal, 40 documents of 25, alike by 0.1",
+        items=1000,
+        flips=0.04,
+        loss=0,
+        ratio=1.02,
+        cluster=25,
+        correlation=0.1,
+        wrong="fail",
     ),
     Truth(
         name="loss is the margin, 300 items",
@@ -190,13 +219,16 @@ def draw(truth: Truth, rng: np.random.Generator, seed: int) -> Evidence:
     loss = truth.loss + np.where(slice_of == 0, truth.slice_loss, 0.0)
     flips = np.maximum(truth.flips, loss)
     harm, gain = (flips + loss) / 2, (flips - loss) / 2
-    luck = rng.random(groups)
-    change = np.where(luck < harm, -1, np.where(luck < harm + gain, 1, 0))
-    base = np.where(change == 0, rng.random(groups) < BASE_ACCURACY, change < 0)
-    candidate = np.where(change == 0, base, change > 0)
-    base, candidate = (np.repeat(x, truth.cluster).astype(bool) for x in (base, candidate))
     documents = np.repeat(np.arange(groups), truth.cluster)
-    place = np.repeat(slice_of, truth.cluster)
+    if truth.correlation < 1:
+        shape = 1 / truth.correlation - 1
+        harm, luck = rng.beta(harm * shape, (1 - harm) * shape), rng.random(truth.items)
+    else:
+        luck = rng.random(groups)[documents]
+    harm, gain, place = harm[documents], gain[documents], slice_of[documents]
+    change = np.where(luck < harm, -1, np.where(luck < harm + gain, 1, 0))
+    base = np.where(change == 0, rng.random(groups)[documents] < BASE_ACCURACY, change < 0)
+    candidate = np.where(change == 0, base, change > 0)
 
     def part(name: str, rows: np.ndarray):
         seen = count_flips(base[rows].tolist(), candidate[rows].tolist(), documents[rows].tolist())
@@ -204,7 +236,7 @@ def draw(truth: Truth, rng: np.random.Generator, seed: int) -> Evidence:
 
     return Evidence(
         overall=part("all items", np.ones(len(base), dtype=bool)),
-        slices=tuple(part(f"slice {s}", place == s) for s in range(SLICES)),
+        slices=tuple(part(f"slice {s}", place == s) for s in range(min(SLICES, groups))),
         text=draw_text(truth, rng, seed),
     )
 
@@ -237,6 +269,7 @@ def draw_text(truth: Truth, rng: np.random.Generator, seed: int) -> TextFidelity
         noise_kl_nats=None,
         noise_kl_largest=None,
         candidate_finite=True,
+        base_finite=True,
     )
 
 

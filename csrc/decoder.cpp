@@ -325,6 +325,7 @@ extern "C" int hb_decode(const hb_decoder* decoder, const hb_rows* rows, int thr
   if (d.head_dim % LANES || d.intermediate % LANES || d.heads % d.kv_heads) return HB_BAD_ARGUMENT;
   if (d.activation_bits != 16 && d.activation_bits != 8) return HB_BAD_ARGUMENT;
   if (d.page_tokens < 1) return HB_BAD_ARGUMENT;
+  if (rows->rows <= 0) return HB_OK;
   for (int64_t r = 0; r < rows->rows; r++) {
     const int64_t position = rows->positions[r];
     if (position < 0 || position >= d.capacity) return HB_BAD_ARGUMENT;

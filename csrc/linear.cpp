@@ -264,6 +264,8 @@ extern "C" int hb_linear(const void* packed, int dtype, const void* x, int64_t r
   if (!open_packed(packed, &w)) return HB_BAD_BLOB;
   if (dtype < HB_FLOAT32 || dtype > HB_FLOAT16) return HB_BAD_ARGUMENT;
   if (activation_bits != 16 && activation_bits != 8) return HB_BAD_ARGUMENT;
+  // An expert that no token came to.
+  if (rows <= 0) return HB_OK;
   if (activation_bits == 8 && has_integers(w)) {
     return multiply_rows(w, dtype, x, rows, bias, out, true, threads);
   }
@@ -309,6 +311,7 @@ extern "C" int hb_dequantize(const void* packed, int64_t first, int64_t last, in
 extern "C" int hb_dense(const void* weight, int dtype, const float* x, int64_t rows,
                         int64_t in_features, int64_t out_features, float* out, int threads) {
   if (dtype != HB_FLOAT32 && dtype != HB_BFLOAT16) return HB_BAD_ARGUMENT;
+  if (rows <= 0) return HB_OK;
   const Isa& isa = current_isa();
   const Dense dense = {weight, dtype, x, rows, in_features, out, out_features};
   parallel_for(out_features, threads, [&](int64_t first, int64_t last) {

@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 from tests.helpers.native import ISAS, LIBRARY
 
-from halfbyte.kernels.cuda_driver import load_nvrtc
+from halfbyte.kernels.cuda_compiler import load_nvrtc
 
 
 @pytest.fixture(params=ISAS)

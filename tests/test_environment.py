@@ -6,7 +6,6 @@ import sys
 
 import pytest
 
-from halfbyte import environment
 from halfbyte.environment import KERNEL, TRANSFORMERS, VARIABLES, read_variable
 from halfbyte.errors import ConfigError
 
@@ -30,11 +29,6 @@ def test_value_that_is_not_allowed_is_an_error_with_the_allowed_ones(monkeypatch
         ConfigError, match=r"HALFBYTE_TRANSFORMERS is 'yes'; allowed are auto, on, off"
     ):
         read_variable(TRANSFORMERS)
-
-
-def test_module_docstring_lists_every_variable():
-    for variable in VARIABLES:
-        assert f"`{variable.name}`" in (environment.__doc__ or "")
 
 
 def test_import_survives_a_wrong_setting_and_the_commands_refuse_it() -> None:

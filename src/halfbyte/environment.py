@@ -1,17 +1,4 @@
-"""Every environment variable that halfbyte reads, declared and checked in one place.
-
-| variable | values | meaning |
-|---|---|---|
-| `HALFBYTE_KERNEL` | a kernel's name | run every quantized layer on this kernel, or fail |
-| `HALFBYTE_CPU_ISA` | an instruction set's name | let the CPU kernel use no better one than this |
-| `HALFBYTE_STORE` | a folder or a bucket's address | where `halfbyte store` keeps versions |
-| `HALFBYTE_API_KEYS` | keys, with commas between | whom `halfbyte serve` answers |
-| `HALFBYTE_UPSTREAM_KEY` | a key | what `halfbyte serve` shows to other servers |
-| `HALFBYTE_TRANSFORMERS` | `auto`, `on`, `off` | whether Transformers loads GPTQ through halfbyte |
-
-`auto` is the default of the last: on where the packages that Transformers itself would need
-(optimum and gptqmodel) are not both installed.
-"""
+"""Every environment variable that halfbyte reads, declared and checked in one place."""
 
 from __future__ import annotations
 
@@ -47,7 +34,8 @@ STORE = Variable(
 )
 TRANSFORMERS = Variable(
     name="HALFBYTE_TRANSFORMERS",
-    meaning="whether Transformers loads GPTQ checkpoints through halfbyte",
+    meaning="whether Transformers loads GPTQ checkpoints through halfbyte; auto: unless the "
+    "packages are installed that it would need itself (optimum and gptqmodel)",
     allowed=("auto", "on", "off"),
     default="auto",
 )

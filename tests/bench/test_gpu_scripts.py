@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
+import multiprocessing
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from halfbyte.kernels.cuda_driver import compile_source
+from halfbyte.kernels.cuda_compiler import compile_source
 from halfbyte.kernels.cuda_rows import SHARED_LIMIT, RowsConfig
 from halfbyte.kernels.cuda_stream import StreamConfig
 from halfbyte.kernels.gpu_table import load_table, parse_table
@@ -103,12 +106,23 @@ def test_table_is_written_an_entry_a_line(script, tmp_path, monkeypatch):
         "best": {"triton": {"8B o, rows 16": arm}, "cuda": {}},
         "microseconds": cases,
     }
+    before = {"stream": [], "made_of": {"stream": "another GPU, 2026-11-25"}}
+    (tmp_path / "sm_77.json").write_text(json.dumps(before))
     keep.keep_table(measured, "2026-11-26")
     text = (tmp_path / "sm_77.json").read_text()
+    made_of = json.loads(text)["made_of"]
+    assert made_of["triton"] == made_of["cuda"] == "a GPU, 2026-11-26"
+    assert made_of["stream"] == "another GPU, 2026-11-25"
     assert max(map(len, text.splitlines())) < 160
     table = parse_table(json.loads(text))
     assert table.triton == {((4096, 4096), 16): json.loads(arm)}
     assert set(table.cuda_rows.values()) == {4}
+
+
+def write_table(folder):
+    """A table to which a kernel's part is added."""
+    table = {"made_of": {"triton": "a GPU, 2026-11-26"}, "triton": [], "cuda": [], "cuda_rows": []}
+    (folder / "sm_77.json").write_text(json.dumps(table))
 
 
 def test_one_thread_block_is_shipped_for_all_shapes_unless_another_is_much_faster(
@@ -131,11 +145,9 @@ def test_one_thread_block_is_shipped_for_all_shapes_unless_another_is_much_faste
     times = dict.fromkeys(sweep, paired) | {
         "8B down, rows 128": paired | {"dequantize + cublas": {"us": 8.9}}
     }
-    table = {"triton": [], "cuda": [], "cuda_rows": []}
-    (tmp_path / "sm_77.json").write_text(json.dumps(table))
-    keep.keep_table(
-        {"kernel": "rows", "architecture": "sm_77", "sweep": sweep, "microseconds": times}
-    )
+    write_table(tmp_path)
+    measured = {"kernel": "rows", "architecture": "sm_77", "device": "a GPU"}
+    keep.keep_table(measured | {"sweep": sweep, "microseconds": times}, "2026-11-27")
     found = parse_table(json.loads((tmp_path / "sm_77.json").read_text())).many_rows
     by_name = {
         name: found[sizes, 128] for name, sizes in keep.SHAPES.items() if (sizes, 128) in found
@@ -164,15 +176,17 @@ def test_a_kernel_for_few_rows_is_shipped_only_where_it_is_faster(script, tmp_pa
     measured = {
         "kernel": "stream",
         "architecture": "sm_77",
+        "device": "a GPU",
         "sweep": sweep,
         "best": {},
         "microseconds": times,
         "cases of earlier runs": [],
     }
-    table = {"triton": [], "cuda": [], "cuda_rows": []}
-    (tmp_path / "sm_77.json").write_text(json.dumps(table))
-    keep.keep_table(measured)
-    found = parse_table(json.loads((tmp_path / "sm_77.json").read_text())).stream
+    write_table(tmp_path)
+    keep.keep_table(measured, "2026-11-27")
+    table = json.loads((tmp_path / "sm_77.json").read_text())
+    assert table["made_of"] == {"triton": "a GPU, 2026-11-26", "stream": "a GPU, 2026-11-27"}
+    found = parse_table(table).stream
     assert len(found) == 15
     assert ((4096, 4096), 8) not in found
     assert StreamConfig(**found[(4096, 4096), 1]) == config
@@ -187,6 +201,138 @@ def test_a_kernel_for_few_rows_is_shipped_only_where_it_is_faster(script, tmp_pa
         [8, pytest.approx(1.44, abs=0.01), "1.40 (8B qkv)", "7 of 8"],
     ]
     assert "Humming" in saved["note"]
+
+
+FAST, SLOW = (
+    asdict(StreamConfig(row_tiles=1, tiles=tiles, warps_out=1, warps_in=16, stages=6))
+    for tiles in (2, 4)
+)
+
+
+@pytest.fixture
+def keep(script, tmp_path, monkeypatch):
+    """Keeps a run of the kernel for few rows; gives what is shipped, and the rows of the page."""
+    rows_script = script("keep_gpu_rows")
+    monkeypatch.setattr(rows_script, "TABLES", tmp_path)
+    write_table(tmp_path)
+    saved = {}
+    monkeypatch.setattr(rows_script, "save_result", lambda claim, **given: saved.update(given))
+    paired = {"as chosen": 6.0, "own": 6.0, "own, early start": 5.0, "marlin": 8.0, "cublas": 20.0}
+
+    def run(sweep, untimed=(), **changed):
+        timed = {arm: {"us": us} for arm, us in (paired | changed).items()}
+        cases = {
+            f"{name}, rows {rows}": {json.dumps(c): {"us": us} for c, us in found}
+            for name in rows_script.SHAPES
+            for rows, found in sweep.items()
+        }
+        measured = {
+            "kernel": "stream",
+            "architecture": "sm_77",
+            "device": "a GPU",
+            "sweep": cases,
+            "best": {},
+            "microseconds": {case: timed for case in cases if case not in untimed},
+            "cases of earlier runs": [],
+        }
+        rows_script.keep_table(measured, "2026-11-27")
+        rows_script.keep_result(measured, None)
+        table = parse_table(json.loads((tmp_path / "sm_77.json").read_text()))
+        return table.stream, saved["rows"]
+
+    return run
+
+
+def test_a_run_that_was_cut_off_within_a_case_is_kept(keep):
+    sweep = {1: [(FAST, 5.0)], 16: [(FAST, 5.0)]}
+    stream, rows = keep(sweep, untimed=["70B down, rows 16"])
+    assert len(stream) == 15
+    assert [row[0] for row in rows] == [1]
+
+
+def test_a_row_without_a_peer_is_not_shown(keep):
+    stream, rows = keep({1: [(FAST, 5.0)]}, marlin=math.inf)
+    assert len(stream) == 8
+    assert rows == []
+
+
+def test_the_time_that_is_told_is_that_of_what_is_shipped(keep):
+    # Up to 8 rows what is the fastest at 8 is shipped; at 4 it takes twice as long as another.
+    stream, rows = keep(
+        {4: [(FAST, 9.0), (SLOW, 4.5)], 8: [(FAST, 4.0), (SLOW, 8.0)]},
+    )
+    assert all(config == FAST for config in stream.values())
+    assert [row[:2] for row in rows] == [[4, 0.8], [8, 1.6]]
+    assert [row[4] for row in rows] == [1.6, 1.6]
+
+
+def test_what_is_shipped_for_all_shapes_must_itself_be_faster_than_before(keep):
+    # 2% slower than the fastest, which is 1% faster than what there was before.
+    sweep = {8: [(FAST, 1.0), (SLOW, 0.98)]}
+    stream, _ = keep(sweep, **{"as chosen": 5.05})
+    assert all(config == SLOW for config in stream.values())
+    stream, _ = keep({8: [(SLOW, 1.0)]}, **{"as chosen": 4.95})
+    assert stream == {}
+
+
+def test_runs_of_different_gpus_are_not_joined(script):
+    join = script("keep_gpu_rows").join_runs
+    runs = [{"device": name, "microseconds": {name: 1}} for name in ("H100", "H200")]
+    with pytest.raises(SystemExit, match=r"different GPUs cannot be joined: H100, H200\."):
+        join(runs)
+    joined = join([runs[0], runs[0] | {"microseconds": {"other": 1}}])
+    assert joined["cases of earlier runs"] == ["H100"]
+
+
+GOOD = {"error_over_bound": 0.1, "repeats_bit_for_bit": True, "problem": None, "ends": False}
+
+
+@pytest.fixture
+def collect(script, monkeypatch):
+    """What is taken of a process that sends this, and then ends or hangs."""
+    rows_script = script("measure_gpu_rows")
+    monkeypatch.setattr(rows_script, "START_SECONDS", 0.2)
+    monkeypatch.setattr(rows_script, "HANG_SECONDS", 0.05)
+
+    def run(*sent, ends=True, wanted=9, before=()):
+        ours, theirs = multiprocessing.Pipe()
+        for outcome in sent:
+            theirs.send(outcome)
+        if ends:
+            theirs.close()
+        outcomes = list(before)
+        begin = time.monotonic()
+        rows_script.collect(ours, outcomes, wanted, begin + 60)
+        return [o["problem"] for o in outcomes], time.monotonic() - begin
+
+    return run
+
+
+def test_a_process_that_hangs_once_cuda_has_started_is_soon_ended(collect):
+    problems, seconds = collect(None, GOOD, ends=False)
+    assert problems == [None, "hangs"]
+    assert seconds < 0.2
+    problems, seconds = collect(ends=False)
+    assert problems == ["hangs"]
+    assert seconds >= 0.2
+
+
+def test_only_a_process_that_cannot_go_on_is_ended(collect):
+    bad = GOOD | {"problem": "KernelUnavailable: The CUDA driver cannot describe boxes"}
+    assert len(collect(None, bad, GOOD, GOOD, wanted=3)[0]) == 3
+    assert len(collect(None, GOOD, bad | {"ends": True}, GOOD)[0]) == 2
+    assert collect(None, GOOD)[0] == [None, "its process died"]
+
+
+def test_checks_that_all_fail_stop_at_the_first_few(collect, script):
+    bad = GOOD | {"problem": "KernelUnavailable: The CUDA driver cannot describe boxes"}
+    problems, _ = collect(None, *[bad] * 9)
+    assert len(problems) == script("measure_gpu_rows").FIRST
+    stop = script("measure_gpu_rows").find_stop([bad] * 3)
+    assert "the first 3 checks all failed" in stop
+    assert "cannot describe boxes" in stop
+    assert script("measure_gpu_rows").find_stop([bad, bad, GOOD]) is None
+    assert script("measure_gpu_rows").find_stop([GOOD] + [bad] * 13) == "13 checks failed"
 
 
 @pytest.mark.parametrize("name", ["rows", "stream"])

@@ -58,15 +58,22 @@ def test_a_disk_that_fails_meanwhile_is_noticed(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_content_that_fails_half_way_leaves_the_old_file(tmp_path):
+@pytest.mark.parametrize(
+    ("failure", "expected"),
+    [
+        (OSError(28, "No space left on device"), r"Cannot write .*x: No space left on device"),
+        (CheckpointError("a.scales has 1 value that is not a number"), "a.scales has 1 value"),
+    ],
+)
+def test_content_that_fails_half_way_leaves_the_old_file(tmp_path, failure, expected):
     path = tmp_path / "x"
     write_atomically(path, [b"old"])
 
     def chunks():
         yield b"new"
-        raise OSError(28, "No space left on device")
+        raise failure
 
-    with pytest.raises(CheckpointError, match=r"Cannot write .*x: No space left on device"):
+    with pytest.raises(CheckpointError, match=expected):
         write_atomically(path, chunks())
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]

@@ -50,6 +50,15 @@ def test_default_of_halfbyte_loads_everywhere_on_any_number_of_devices(tmp_path)
                 "gguf": "symmetric grids only: model.layers.0.mlp.down_proj and 6 more",
             },
         ),
+        (
+            {"bits": 3, "symmetric": False},
+            {
+                "gptqmodel": "in the dialect 'gptq' from gptqmodel only",
+                "vllm-cpu": "this says 3, asymmetric",
+                "vllm-marlin": "this says 3",
+                "vllm-machete": "this says 3",
+            },
+        ),
         ({"group_size": 64}, {}),
         ({"group_size": 32}, {"vllm-machete": "group size 32 is not one of -1, 64, 128"}),
         (

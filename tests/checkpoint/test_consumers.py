@@ -21,7 +21,7 @@ def row_of(consumer: Consumer) -> str:
     cells = [
         consumer.label,
         ", ".join(map(str, consumer.bits)),
-        "yes" if consumer.needs_symmetric else "no",
+        ", ".join(map(str, consumer.symmetric_bits)) or "no",
         *widths,
         groups,
         "yes" if consumer.takes_g_idx else "no",

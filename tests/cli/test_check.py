@@ -6,14 +6,9 @@ import pytest
 from tests.helpers.tiny_gptq import TinyLinear, write_model
 
 from halfbyte.checkpoint.consumers import CONSUMERS
-from halfbyte.cli.check import CONSUMER_NAMES
 from halfbyte.cli.main import main
 
 NAME = "model.layers.0.mlp.down_proj"
-
-
-def test_names_on_the_command_line_are_those_of_the_rules():
-    assert tuple(consumer.name for consumer in CONSUMERS) == CONSUMER_NAMES
 
 
 def test_table_has_every_reader_and_reason(tmp_path, capsys):

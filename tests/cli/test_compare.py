@@ -64,6 +64,20 @@ def test_options_reach_the_comparison(compared, tmp_path, capsys):
     assert (more["resume"], more["cache"]) == (True, Path("c"))
 
 
+def test_texts_of_one_name_are_told_apart_and_windows_are_counted_from_one(
+    compared, tmp_path, capsys
+):
+    texts = [tmp_path / language / "held.txt" for language in ("en", "de")]
+    for path in texts:
+        path.parent.mkdir()
+        path.write_text(path.parent.name)
+    main(["compare", "base", "small", "--text", str(texts[0]), "--text", str(texts[1])])
+    documents = compared.call_args.kwargs["documents"]
+    assert documents == {texts[0].as_posix(): ["en"], texts[1].as_posix(): ["de"]}
+    assert main(["compare", "base", "small", "--windows", "-3"]) == 3
+    assert "windows is -3; it must be 1 or more" in capsys.readouterr().err
+
+
 def test_without_options_everything_built_in_is_asked(compared):
     main(["compare", "base", "small"])
     more = compared.call_args.kwargs

@@ -12,7 +12,7 @@ from tests.helpers.tiny_gptq import TinyLinear
 from halfbyte.cli import convert as verb
 from halfbyte.cli.main import main
 from halfbyte.convert.dense import DTYPES
-from halfbyte.convert.gguf_write import EMBEDDING_TYPES
+from halfbyte.convert.gguf_plan import EMBEDDING_TYPES
 from halfbyte.convert.run import FORMATS
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import re
 
 import pytest
 from tests.helpers.checkpoints import Recipe, tiny_llama_config, write_checkpoint
 from tests.helpers.tiny_llama import build_tokenizer
+from transformers import AutoTokenizer
 
 from halfbyte.cli.main import main
+from halfbyte.integrations.generation import TextStream
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}w9{% endif %}"
@@ -24,6 +27,22 @@ def folder(tmp_path):
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(tmp_path)
     return tmp_path
+
+
+def set_positions(folder, count):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": count}))
+
+
+def rename_words(folder, form):
+    """Call the tokenizer's words w0, w1, … otherwise."""
+    path = folder / "tokenizer.json"
+    values = json.loads(path.read_text())
+    vocabulary = values["model"]["vocab"]
+    values["model"]["vocab"] = {
+        re.sub(r"^w(?=\d)", form.format(""), w): i for w, i in vocabulary.items()
+    }
+    path.write_text(json.dumps(values))
 
 
 def generate(capsys, *arguments):
@@ -78,6 +97,82 @@ def test_chat_starts_with_the_system_text(folder, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("w1\n/exit\nw2\n"))
     assert main(["chat", str(folder), "--system", "w5 w6", "--max-new-tokens", "2"]) == 0
     assert "4 prompt tokens at" in capsys.readouterr().err
+
+
+def text_of(content, encoding="utf-8"):
+    return io.TextIOWrapper(io.BytesIO(content), encoding=encoding, write_through=True)
+
+
+def test_text_beyond_the_output_s_characters_is_shown_as_far_as_it_goes(folder, monkeypatch):
+    rename_words(folder, "é{}")
+    out = text_of(b"", "ascii")
+    monkeypatch.setattr("sys.stdout", out)
+    assert main(["generate", str(folder), "--prompt", "é1 é2", "--max-new-tokens", "6"]) == 0
+    assert re.fullmatch(rb"(\?[0-9]+ ?)+\n", out.buffer.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("verb", "options"),
+    [
+        ("generate", ["--prompt", "-"]),
+        ("generate", ["--prompt", "w1 \udcff"]),
+        ("chat", []),
+        ("chat", ["--system", "w1 \udcff"]),
+    ],
+)
+def test_bytes_that_are_no_text_are_told(folder, capsys, monkeypatch, verb, options):
+    monkeypatch.setattr("sys.stdin", text_of(b"w1 \xff w2\n"))
+    assert main([verb, str(folder), *options]) == 2
+    assert "is not utf-8: it has a byte 0xff behind 3 characters" in capsys.readouterr().err
+
+
+def test_a_template_that_refuses_is_told(folder, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    tokenizer.save_pretrained(folder)
+    assert main(["generate", str(folder), "--prompt", "w1", "--answer"]) == 2
+    assert "does not take this conversation: roles must alternate." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--temperature", "nan"), "temperature is nan; it must be 0 or more"),
+        (("--temperature", "inf"), "temperature is inf; it must be"),
+        (("--seed", str(2**64)), "seed is 18446744073709551616; it must be from -2**63 to"),
+        (("--prompt", "w1 " * 70), "The prompt has 70 tokens; the model has 64 positions"),
+    ],
+)
+def test_what_cannot_be_drawn_is_told_by_its_numbers(folder, capsys, option, message):
+    set_positions(folder, 64)
+    assert main(["generate", str(folder), "--prompt", "w1", *option]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("temperature", ["1e-45", "1e-320"])
+def test_a_tiny_temperature_takes_the_likeliest(folder, capsys, temperature):
+    likeliest = generate(capsys, folder, "--prompt", "w1 w2")[0]
+    drawn = generate(capsys, folder, "--prompt", "w1 w2", "--temperature", temperature)[0]
+    assert drawn == likeliest
+
+
+def test_the_model_s_last_position_ends_a_text(folder, capsys):
+    set_positions(folder, 64)
+    arguments = [str(folder), "--prompt", "w1 w2 w3", "--max-new-tokens", str(10**15), "--json"]
+    assert main(["generate", *arguments]) == 0
+    tokens = json.loads(capsys.readouterr().out)["tokens"]
+    # One that is not run needs no position; or the text ended by itself.
+    assert 0 < len(tokens) <= 64 - 3 + 1
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat"])
+def test_what_was_held_back_comes_at_the_end(folder, capsys, monkeypatch, verb):
+    monkeypatch.setattr("sys.stdin", io.StringIO("w1\n"))
+    monkeypatch.setattr(TextStream, "add", lambda *_: "")
+    monkeypatch.setattr(TextStream, "finish", lambda _: "the rest")
+    options = ["--prompt", "w1"] if verb == "generate" else []
+    assert main([verb, str(folder), *options]) == 0
+    assert capsys.readouterr().out == "the rest\n"
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path, capsys):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import subprocess
 import sys
@@ -70,6 +71,20 @@ def test_interrupt_exits_with_130(verb, capsys):
     verb.run = raising(KeyboardInterrupt())
     assert cli.main(["try"]) == 130
     assert capsys.readouterr().err == "halfbyte: Interrupted.\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device."),
+        (PermissionError(errno.EACCES, "Permission denied", "a/b"),
+         "Cannot use a/b: Permission denied."),
+    ],
+)  # fmt: skip
+def test_what_the_system_refuses_is_told_by_its_file(verb, capsys, error, told):
+    verb.run = raising(error)
+    assert cli.main(["try"]) == 1
+    assert capsys.readouterr().err == f"halfbyte: {told}\n"
 
 
 @pytest.mark.parametrize("code", [1, 3])

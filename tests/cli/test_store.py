@@ -23,6 +23,9 @@ def call(tmp_path, monkeypatch, capsys):
 
 def test_the_life_of_a_version(call, tmp_path):
     folder = write_folder(tmp_path / "model")
+    assert f"There is no store {tmp_path / 'store'}. Check --store and" in call("list", code=1)
+    assert not (tmp_path / "store").exists()
+    (tmp_path / "store").mkdir()
     assert call("list") == f"{tmp_path / 'store'} has no versions.\n"
     assert "nothing to verify" in call("verify", code=1)
     assert "m@" in call("add", folder, "--name", "m", "--base-id", "org/base")
@@ -57,6 +60,19 @@ def test_the_life_of_a_version(call, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert json.loads(call("bom", "m"))["bomFormat"] == "CycloneDX"
     assert list(json.loads(call("list", "--json"))) == ["m", "n"]
+
+
+def test_a_version_that_cannot_be_read_hides_no_other(call, tmp_path):
+    for seed in range(2):
+        call("add", write_folder(tmp_path / "model", seed), "--name", "m")
+    path = next((tmp_path / "store" / "manifests").iterdir())
+    path.chmod(0o644)
+    path.write_bytes(b"{}")
+    lines = call("list").splitlines()
+    assert len(lines) == 3
+    told = f"  {path.name[:12]}  cannot be read: manifests/{path.name} is not what its name says"
+    assert sum(line.startswith(told) for line in lines) == 1
+    assert sum("no verdict" in line for line in lines) == 1
 
 
 def test_no_store_is_a_wrong_setting(call, monkeypatch):

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import save_file
 from tests.helpers.checkpoints import Recipe, read_tensors, write_checkpoint
-from tests.helpers.conversions import write_tokenizer
+from tests.helpers.conversions import ATTENTION, write_source, write_tokenizer
 from tests.helpers.families import FAMILIES
+from tests.helpers.tiny_gptq import TinyLinear
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import halfbyte
+from halfbyte.convert.gguf_architecture import find_architecture
+from halfbyte.convert.gguf_config import check_complete
 from halfbyte.convert.gguf_file import F32, Q4_0, Q8_0, open_gguf
+from halfbyte.convert.opening import open_source
 from halfbyte.convert.run import ConversionConfig, convert
+from halfbyte.errors import CheckpointError
 
 CHANGES = {"qwen3_moe": {"norm_topk_prob": True}, "gpt2": {"tie_word_embeddings": True}}
 
@@ -123,3 +130,81 @@ def test_a_vector_that_the_models_type_would_round_stays_in_32_bits(tmp_path):
     after = read_tensors(tmp_path / "c")
     assert torch.equal(after[name], exact)
     assert after["model.layers.1.input_layernorm.weight"].dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_biases_of_attention_and_mlp_come_back_without_a_base(tmp_path):
+    write(tmp_path / "a", "llama", attention_bias=True, mlp_bias=True)
+    report = convert(tmp_path / "a", tmp_path / "b", config=ConversionConfig(to="gguf"))
+    convert(report.output, tmp_path / "c", config=ConversionConfig(to="gptq"))
+    ids = torch.arange(5, 25)[None]
+    expected, found = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)(ids).logits
+        for name in "ac"
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_biases_that_no_config_can_say_ask_for_a_base(tmp_path):
+    linears = {f"{ATTENTION}.q_proj": TinyLinear(out_features=64, with_bias=True)}
+    write_source(tmp_path / "a", linears, is_whole=True)
+    report = convert(tmp_path / "a", tmp_path / "b", config=ConversionConfig(to="gguf"))
+    with pytest.raises(CheckpointError, match=r"attn_q of a block has a bias.* with --base"):
+        open_source(report.output)
+    assert open_source(report.output, tmp_path / "a").linears
+
+
+@pytest.mark.parametrize(
+    ("lost", "missing"),
+    [
+        (
+            "model.layers.0.mlp.up_proj.weight",
+            r"no tensor blk\.0\.ffn_up\.weight.*'llama' with 1 block",
+        ),
+        ("model.norm.weight", r"no tensor output_norm\.weight"),
+    ],
+)
+def test_a_file_without_all_of_a_model_is_refused(tmp_path, lost, missing):
+    linears = {f"{ATTENTION}.q_proj": TinyLinear(out_features=64)}
+    write_source(tmp_path / "a", linears, is_whole=True)
+    file = tmp_path / "a" / "model.safetensors"
+    tensors = read_tensors(tmp_path / "a")
+    del tensors[lost]
+    save_file(tensors, file, metadata={"format": "pt"})
+    report = convert(tmp_path / "a", tmp_path / "b", config=ConversionConfig(to="gguf"))
+    for base in (None, tmp_path / "a"):
+        with pytest.raises(CheckpointError, match=missing):
+            open_source(report.output, base)
+
+
+def test_blocks_must_be_alike_and_as_many_as_the_base_says(tmp_path):
+    write(tmp_path / "a", "llama")
+    report = convert(tmp_path / "a", tmp_path / "b", config=ConversionConfig(to="gguf"))
+    file = open_gguf(report.output)
+    extra = replace(file.tensors["output_norm.weight"], name="blk.2.attn_q.bias")
+    uneven = replace(file, tensors={**file.tensors, "blk.2.attn_q.bias": extra})
+    architecture = find_architecture({"architectures": ["LlamaForCausalLM"]})
+    with pytest.raises(CheckpointError, match=r"no tensor blk\.0\.attn_q\.bias"):
+        check_complete(uneven, architecture, {})
+    with pytest.raises(CheckpointError, match="has 3 blocks, and the base's config says 4"):
+        check_complete(file, architecture, {"n_layer": 4})
+    split = replace(file, pairs={**file.pairs, "split.count": 2})
+    with pytest.raises(CheckpointError, match=r"one of the 2 files .* llama-gguf-split --merge"):
+        check_complete(split, architecture, {})
+
+
+def test_a_base_without_a_config_is_refused_before_anything_is_written(tmp_path):
+    write(tmp_path / "a", "qwen2")
+    report = convert(tmp_path / "a", tmp_path / "b", config=ConversionConfig(to="gguf"))
+    (tmp_path / "empty").mkdir()
+    for base in ("none", "empty"):
+        with pytest.raises(
+            CheckpointError, match=rf"Cannot use .*{base} as the base .*config.json"
+        ):
+            convert(
+                report.output,
+                tmp_path / "c",
+                config=ConversionConfig(to="gptq"),
+                base=tmp_path / base,
+            )
+        assert not (tmp_path / "c").exists()

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import math
 import re
+from functools import partial
 
 import pytest
 import torch
-from tests.helpers.families import build_family
+from tests.helpers.families import FAMILIES, build_family
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.llama.modeling_llama import LlamaConfig, LlamaRotaryEmbedding
 
@@ -12,7 +14,9 @@ from halfbyte.convert.gguf_architecture import (
     ARCHITECTURES,
     find_architecture,
 )
-from halfbyte.convert.gguf_hyperparameters import describe_model, make_rope_factors, note_limits
+from halfbyte.convert.gguf_hyperparameters import describe_model, note_limits
+from halfbyte.convert.gguf_positions import make_rope_factors
+from halfbyte.errors import ConfigError
 from halfbyte.model.experts import unfuse_experts
 
 BY_CLASS = {architecture.model_class: architecture for architecture in ARCHITECTURES}
@@ -94,6 +98,44 @@ def test_factors_of_longrope_must_be_as_many_as_what_turns():
         describe_model(BY_CLASS["LlamaForCausalLM"], config)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"attention_factor": 1.5}, {"mscale": 1.0, "mscale_all_dim": 0.5}, {"factor": None}],
+)
+def test_yarn_grows_attention_as_transformers_does(changes):
+    parameters = {
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+        "original_max_position_embeddings": 16, "beta_fast": 32, "beta_slow": 1, **changes,
+    }  # fmt: skip
+    config = LlamaConfig(**FAMILIES["llama"], rope_parameters=parameters)
+    wanted = LlamaRotaryEmbedding(config).attention_scaling
+    pairs = describe_model(BY_CLASS["LlamaForCausalLM"], config.to_dict())
+    factor = changes.get("factor", 4.0) or 8.0  # 128 positions of 16
+    assert pairs["llama.rope.scaling.factor"] == factor
+    assert pairs["llama.rope.scaling.original_context_length"] == 16
+    own = 1 + 0.1 * math.log(factor)  # what llama.cpp multiplies by
+    assert own * pairs.get("llama.rope.scaling.attn_factor", 1.0) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"rope_type": "yarn", "factor": 4.0, "beta_fast": 4}, "have beta_fast 4, .* beta_fast 32"),
+        ({"rope_type": "yarn", "factor": 4.0, "truncate": False}, "have truncate False"),
+        ({"rope_type": "yarn", "factor": "x"}, "factor of .*rope_parameters is 'x'"),
+        ({"rope_type": "linear"}, "rope_parameters has no factor"),
+        ({"rope_type": "llama3", "factor": 8.0}, "rope_parameters has no low_freq_factor"),
+    ],
+)
+def test_positions_that_cannot_be_written_are_refused(parameters, message):
+    config = LlamaConfig(**FAMILIES["llama"]).to_dict() | {"rope_parameters": parameters}
+    write = partial(describe_model, BY_CLASS["LlamaForCausalLM"])
+    if parameters["rope_type"] == "llama3":
+        write = make_rope_factors
+    with pytest.raises(ConfigError, match=message):
+        write(config)
+
+
 def test_what_llama_cpp_does_otherwise_is_said_or_refused():
     mistral = BY_CLASS["MistralForCausalLM"]
     assert "beyond 4096 tokens" in note_limits(mistral, {"sliding_window": 4096})[0]
@@ -112,6 +154,12 @@ def test_what_llama_cpp_does_otherwise_is_said_or_refused():
         ("GemmaForCausalLM", {"hidden_activation": "relu"}, "computes gelu_pytorch_tanh"),
         ("LlamaForCausalLM", {"partial_rotary_factor": 0.5}, "turn 50% of each head"),
         ("LlamaForCausalLM", {"rms_norm_eps": None}, "has no rms_norm_eps"),
+        (
+            "LlamaForCausalLM",
+            {"intermediate_size": [96]},
+            r"intermediate_size .*'\[96\]'; a pos",
+        ),
+        ("Gemma2ForCausalLM", {"final_logit_softcapping": None}, "no final_logit.* caps both"),
         ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 0, 1, 0]}, "in each 4th block"),
         ("SmolLM3ForCausalLM", {"no_rope_layers": None, "no_rope_layer_interval": 2}, "4th block"),
         ("Gemma3ForCausalLM", {"query_pre_attn_scalar": 168}, "is 168, .* head size 16"),
@@ -130,6 +178,8 @@ def test_what_llama_cpp_takes_for_granted_is_checked(name, changes, message):
         "hidden_size": 64, "intermediate_size": 96, "vocab_size": 99, "rms_norm_eps": 1e-6,
         "sliding_window": 16, "num_local_experts": 4, "num_experts_per_tok": 2,
         "layer_norm_epsilon": 1e-5, "norm_epsilon": 1e-5, "layer_norm_eps": 1e-5,
+        "attn_logit_softcapping": 50.0 if name.startswith("Gemma2") else None,
+        "final_logit_softcapping": 30.0, "query_pre_attn_scalar": 16,
     }  # fmt: skip
     describe_model(BY_CLASS[name], config)
     with pytest.raises(ValueError, match=message):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import struct
+import tracemalloc
 
 import pytest
 import torch
@@ -108,3 +109,12 @@ def test_a_tensor_of_another_size_is_not_written(tmp_path):
     with pytest.raises(Exception, match="tensor one came with 13 bytes where 12"):
         write_gguf_file(tmp_path / "x.gguf", PAIRS, TABLE, [torch.zeros(13, dtype=torch.uint8)])
     assert not (tmp_path / "x.gguf").exists()
+
+
+def test_of_a_file_no_more_than_its_header_is_read(tmp_path):
+    path = tmp_path / "x.gguf"
+    write_gguf_file(path, {}, [("one", F16, (4096, 4096))], [torch.zeros(2**25, dtype=torch.uint8)])
+    tracemalloc.start()
+    open_gguf(path)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()

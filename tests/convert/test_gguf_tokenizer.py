@@ -6,7 +6,12 @@ import pytest
 from tests.helpers.conversions import TINY_CONFIG, write_tokenizer
 from tokenizers import Tokenizer, models, normalizers, trainers
 
-from halfbyte.convert.gguf_tokenizer import describe_tokenizer, find_pre_tokenizer
+from halfbyte.convert.gguf_tokenizer import (
+    describe_tokenizer,
+    find_pre_tokenizer,
+    note_normalizers,
+)
+from halfbyte.errors import CheckpointError, ConfigError
 from halfbyte.sample_model import write_sample_model
 
 
@@ -37,6 +42,89 @@ def test_other_ways_are_refused_and_can_be_named(tmp_path):
     with pytest.raises(ValueError, match=r"\(Whitespace\). Give it with --pre-tokenizer"):
         describe_tokenizer(tmp_path, TINY_CONFIG)
     assert describe_tokenizer(tmp_path, TINY_CONFIG, "tekken")["tokenizer.ggml.pre"] == "tekken"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"add_prefix_space": True}, r"\(ByteLevel\+regex with a space in front\)"),
+        (
+            {
+                "type": "Split",
+                "pattern": {"String": "a"},
+                "behavior": "Removed",
+                "invert": False,
+            },
+            r"\(Split a \(Removed",
+        ),
+    ],
+)
+def test_words_cut_almost_as_llama_cpp_does_are_not_taken_for_the_same(tmp_path, changes, message):
+    change_tokenizer(tmp_path, lambda content: content["pre_tokenizer"].update(changes))
+    with pytest.raises(ConfigError, match=message):
+        describe_tokenizer(tmp_path, TINY_CONFIG)
+
+
+def test_normalizers_are_noted_or_refused(tmp_path):
+    change_tokenizer(tmp_path, lambda content: content.update(normalizer={"type": "NFC"}))
+    assert describe_tokenizer(tmp_path, TINY_CONFIG)["tokenizer.ggml.pre"] == "gpt-2"
+    assert "one Unicode form (NFC)" in note_normalizers(tmp_path)[0]
+    steps = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}
+    change_tokenizer(tmp_path, lambda content: content.update(normalizer=steps))
+    with pytest.raises(ConfigError, match=r"changes text before it cuts it \(Lowercase\)"):
+        describe_tokenizer(tmp_path, TINY_CONFIG, "gpt-2")
+
+
+def test_files_that_are_no_tokenizers_are_refused(tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n"
+    write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(pointer)
+    with pytest.raises(CheckpointError, match=r"tokenizer_config.json: it is not valid JSON"):
+        describe_tokenizer(tmp_path, TINY_CONFIG)
+    (tmp_path / "tokenizer.json").write_text(pointer)
+    with pytest.raises(ConfigError, match=r"tokenizer.json is no tokenizer \(expected"):
+        describe_tokenizer(tmp_path, TINY_CONFIG)
+    change_tokenizer(tmp_path, lambda content: content["model"].update(merges=[]))
+    with pytest.raises(ConfigError, match="the tokenizer has no merges"):
+        describe_tokenizer(tmp_path, TINY_CONFIG)
+
+
+def test_a_model_of_vocabulary_and_merges_is_bpe_without_saying_so(tmp_path):
+    change_tokenizer(tmp_path, lambda content: content["model"].pop("type"))
+    assert describe_tokenizer(tmp_path, TINY_CONFIG)["tokenizer.ggml.model"] == "gpt2"
+
+
+def change_tokenizer(folder, change):
+    write_tokenizer(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    change(content)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("in_files", [False, True])
+def test_every_chat_template_is_written(tmp_path, in_files):
+    write_tokenizer(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    templates = {"default": "{{ a }}", "tool_use": "{{ b }}", "rag-2": "{{ c }}"}
+    settings["chat_template"] = [
+        {"name": name, "template": text} for name, text in templates.items()
+    ]
+    if in_files:
+        settings["chat_template"] = "older"
+        (tmp_path / "chat_template.jinja").write_text("{{ a }}")
+        more = tmp_path / "additional_chat_templates"
+        more.mkdir()
+        (more / "tool_use.jinja").write_text("{{ b }}")
+        (more / "rag-2.jinja").write_text("{{ c }}")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    pairs = describe_tokenizer(tmp_path, TINY_CONFIG)
+    found = {key: value for key, value in pairs.items() if "chat_template" in key}
+    assert sorted(found.pop("tokenizer.chat_templates")) == ["rag_2", "tool_use"]
+    assert found == {
+        "tokenizer.chat_template": "{{ a }}",
+        "tokenizer.chat_template.tool_use": "{{ b }}",
+        "tokenizer.chat_template.rag_2": "{{ c }}",
+    }
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):

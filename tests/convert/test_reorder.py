@@ -2,7 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.helpers.checkpoints import Recipe, tiny_llama_config, write_checkpoint
+from tests.helpers.checkpoints import (
+    TINY_SIZES,
+    Recipe,
+    edit_tensors,
+    tiny_llama_config,
+    write_checkpoint,
+)
 from tests.helpers.families import token_lists
 from transformers import AutoModelForCausalLM
 
@@ -101,9 +107,8 @@ def test_attention_output_folds_into_the_values(tmp_path):
         tiny_llama_config(num_key_value_heads=4),
         Recipe(act_order=True, group_size=8, skip="lm_head|mlp|[qkv]_proj"),
     )
-    # groups of 8 within heads of 16, in an order of their own in each head
-    from tests.helpers.checkpoints import edit_tensors
 
+    # groups of 8 within heads of 16, in an order of their own in each head
     def within_heads(tensors):
         generator = torch.Generator().manual_seed(0)
         for name in tensors:
@@ -118,9 +123,34 @@ def test_attention_output_folds_into_the_values(tmp_path):
     torch.testing.assert_close(logits(tmp_path / "c"), logits(tmp_path / "a"), rtol=0, atol=1e-9)
 
 
-def test_a_norm_between_keeps_it_from_folding(tmp_path, reordered):
-    from tests.helpers.checkpoints import edit_tensors
+def test_gates_beside_the_queries_keep_attention_from_folding(tmp_path):
+    """Qwen3-Next: what comes out of attention is gated by rows of q_proj, which nobody reorders."""
+    from transformers import Qwen3NextConfig
 
+    sizes = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64}
+    linear_attention = {"linear_num_value_heads": 2, "linear_num_key_heads": 2}
+    config = Qwen3NextConfig(
+        **{**TINY_SIZES, **sizes, **linear_attention},
+        layer_types=["full_attention"] * 2,
+        num_experts=0,
+        mlp_only_layers=[0, 1],
+    )
+    write_checkpoint(tmp_path / "a", config, Recipe(skip="lm_head|mlp|[qkv]_proj"))
+    within = torch.cat([torch.tensor([0, 1]).repeat(32), torch.tensor([2, 3]).repeat(32)])
+
+    def reorder(tensors):
+        for name in tensors:
+            if name.endswith("o_proj.g_idx"):
+                tensors[name] = within.to(torch.int32)
+
+    edit_tensors(tmp_path / "a", reorder)
+    source = open_source(tmp_path / "a")
+    specs = {name: source.describe(name) for name in source.linears}
+    assert not any(spec.is_ordered for spec in specs.values())
+    assert fold_act_order(source, specs) is None
+
+
+def test_a_norm_between_keeps_it_from_folding(tmp_path, reordered):
     edit_tensors(
         reordered, lambda t: t.update({"model.layers.0.mlp.ffn_norm.weight": torch.ones(96)})
     )

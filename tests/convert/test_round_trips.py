@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tests.helpers.conversions import (
     ATTENTION,
     MLP,
@@ -18,8 +20,10 @@ from tests.helpers.conversions import (
 )
 from tests.helpers.tiny_gptq import TinyLinear
 
+from halfbyte.convert.gguf_file import open_gguf
 from halfbyte.convert.opening import open_source
 from halfbyte.convert.run import ConversionConfig, convert
+from halfbyte.errors import CheckpointError
 
 FORMATS = ("gguf", "awq", "mlx", "compressed-tensors", "gptq")
 
@@ -68,7 +72,7 @@ def test_every_exact_pair_gives_every_weight_back(
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_source(folder / "a", {f"{MLP}.down_proj": linear}, seed=seed)
+        write_source(folder / "a", {f"{MLP}.down_proj": linear}, seed=seed, is_whole=True)
         try:
             report = there_and_back(folder, to)
         except ValueError:
@@ -97,7 +101,7 @@ def test_every_exact_pair_gives_every_weight_back(
     ],
 )
 def test_every_tensor_comes_back_bit_for_bit(tmp_path, to, facts):
-    write_source(tmp_path / "a", linears(**facts))
+    write_source(tmp_path / "a", linears(**facts), is_whole=True)
     assert there_and_back(tmp_path, to).is_exact
     assert_same_checkpoint(tmp_path / "a", tmp_path / "c")
 
@@ -110,14 +114,14 @@ def test_larger_groups_and_fewer_bits_are_remembered(tmp_path, to, bits):
         f"{MLP}.up_proj": TinyLinear(in_features=256, out_features=64, group_size=128, bits=bits),
         f"{MLP}.gate_proj": TinyLinear(in_features=192, out_features=64, group_size=128, bits=bits),
     }
-    write_source(tmp_path / "a", source)
+    write_source(tmp_path / "a", source, is_whole=True)
     there_and_back(tmp_path, to)
     assert_same_checkpoint(tmp_path / "a", tmp_path / "c")
 
 
 def test_a_zero_of_zero_goes_into_version_2(tmp_path):
     source = linears(symmetric=False, zero_offset=0)
-    write_source(tmp_path / "a", source)
+    write_source(tmp_path / "a", source, is_whole=True)
     there_and_back(tmp_path, "awq")
     assert open_source(tmp_path / "c").checkpoint.labels.checkpoint_format == "gptq_v2"
     assert_same_checkpoint(tmp_path / "a", tmp_path / "c")
@@ -126,7 +130,7 @@ def test_a_zero_of_zero_goes_into_version_2(tmp_path):
 @pytest.mark.parametrize("to", ["awq", "mlx", "compressed-tensors", "gguf"])
 def test_ragged_groups_become_even_ones(tmp_path, to):
     ragged = TinyLinear(in_features=96, out_features=64, group_size=64)
-    write_source(tmp_path / "a", {f"{MLP}.down_proj": ragged})
+    write_source(tmp_path / "a", {f"{MLP}.down_proj": ragged}, is_whole=True)
     there_and_back(tmp_path, to)
     assert_same_weights(tmp_path / "a", tmp_path / "c")
 
@@ -147,8 +151,6 @@ def test_float32_holds_every_product_exactly(tmp_path):
     config = ConversionConfig(to="hf", dtype="float32")
     report = convert(tmp_path / "a", tmp_path / "b", config=config)
     assert report.is_exact
-    from safetensors.torch import load_file
-
     tensors = load_file(tmp_path / "b" / "model.safetensors")
     for name, weight in weights.items():
         assert torch.equal(tensors[f"{name}.weight"].double(), weight)
@@ -158,8 +160,6 @@ def test_sixteen_bits_round_each_weight_once(tmp_path):
     weights = write_source(tmp_path / "a", linears())
     report = convert(tmp_path / "a", tmp_path / "b", config=ConversionConfig(to="hf"))
     assert 0 < max(found.relative_error for found in report.rounded) < 2**-11
-    from safetensors.torch import load_file
-
     tensors = load_file(tmp_path / "b" / "model.safetensors")
     for name, weight in weights.items():
         assert torch.equal(tensors[f"{name}.weight"], weight.to(torch.float16))
@@ -188,3 +188,70 @@ def test_the_card_carries_base_and_licence_and_says_what_was_done(tmp_path):
     assert "license: mit\nbase_model: org/base\nbase_model_relation: quantized" in text
     assert "Converted from gptq to mlx" in text
     assert "every weight is exact" in text
+
+
+def test_templates_beside_the_chat_template_are_copied(tmp_path):
+    write_source(tmp_path / "a", linears())
+    (tmp_path / "a" / "additional_chat_templates").mkdir()
+    (tmp_path / "a" / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    convert(tmp_path / "a", tmp_path / "b", config=ConversionConfig(to="awq"))
+    copy = tmp_path / "b" / "additional_chat_templates" / "tool_use.jinja"
+    assert copy.read_text() == "{{ tools }}"
+
+
+def test_what_is_refused_for_its_tokenizer_leaves_no_folder(tmp_path):
+    write_source(tmp_path / "a", linears())
+    (tmp_path / "a" / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
+        convert(tmp_path / "a", tmp_path / "b" / "x.gguf", config=ConversionConfig(to="gguf"))
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("to", ["gguf", "awq"])
+def test_what_is_refused_half_way_leaves_no_file(tmp_path, to):
+    write_source(tmp_path / "a", linears())
+    tensors = load_file(tmp_path / "a" / "model.safetensors")
+    tensors[f"{MLP}.down_proj.bias"][0] = float("nan")
+    save_file(tensors, tmp_path / "a" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="not a number"):
+        convert(tmp_path / "a", tmp_path / "b", config=ConversionConfig(to=to))
+    assert not list((tmp_path / "b").iterdir())
+
+
+@pytest.mark.parametrize("file", ["config.json", "quant_config.json"])
+def test_awq_is_known_by_either_of_its_files(tmp_path, file):
+    """AutoAWQ's first versions wrote a file of their own, with other names and no method."""
+    write_source(tmp_path / "a", linears())
+    convert(tmp_path / "a", tmp_path / "b", config=ConversionConfig(to="awq"))
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    section = {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}
+    del config["quantization_config"]
+    if file == "config.json":
+        config["quantization_config"] = section
+    else:
+        (tmp_path / "b" / file).write_text(json.dumps(section))
+    (tmp_path / "b" / "config.json").write_text(json.dumps(config))
+    convert(tmp_path / "b", tmp_path / "c", config=ConversionConfig(to="gptq"))
+    assert_same_checkpoint(tmp_path / "a", tmp_path / "c")
+
+
+def test_dense_weights_have_one_type_in_the_config(tmp_path):
+    write_source(tmp_path / "a", linears())
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    config["torch_dtype"] = config.pop("dtype")
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    convert(tmp_path / "a", tmp_path / "b", config=ConversionConfig(to="hf", dtype="bfloat16"))
+    found = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert {key: found[key] for key in found if "dtype" in key} == {"dtype": "bfloat16"}
+
+
+def test_every_base_of_a_merge_is_named(tmp_path):
+    write_source(tmp_path / "a", linears())
+    card = "---\nbase_model:\n- a/x\n- b/y\n---\n# A\n"
+    (tmp_path / "a" / "README.md").write_text(card)
+    convert(tmp_path / "a", tmp_path / "b", config=ConversionConfig(to="mlx"))
+    assert "base_model:\n- a/x\n- b/y\n" in (tmp_path / "b" / "README.md").read_text()
+    path = convert(tmp_path / "a", tmp_path / "c", config=ConversionConfig(to="gguf")).output
+    pairs = open_gguf(path).pairs
+    assert [pairs[f"general.base_model.{n}.name"] for n in (0, 1)] == ["x", "y"]
+    assert pairs["general.base_model.count"] == 2

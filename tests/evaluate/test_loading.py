@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from halfbyte.errors import ConfigError, ModelError
+from halfbyte.errors import CheckpointError, ConfigError, ModelError
 from halfbyte.evaluate.loading import load_tokenizer, open_subject, resolve_windows
 
 
@@ -28,7 +28,7 @@ def test_missing_folder_is_named(tmp_path):
 
 def test_folder_without_weights_is_refused_with_the_reason(folder):
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"Cannot load the model .*model.safetensors"):
+    with pytest.raises(CheckpointError, match=r"no .safetensors file among its \d+ files"):
         open_subject(folder)
 
 

@@ -27,11 +27,16 @@ def make_bases(folder: Path) -> list[Base]:
     bases = []
     for symmetric in (True, False):
         linears = {
-            f"{ATTENTION}.q_proj": TinyLinear(out_features=64, symmetric=symmetric, with_bias=True),
+            **{
+                f"{ATTENTION}.{part}_proj": TinyLinear(
+                    out_features=64, symmetric=symmetric, with_bias=True
+                )
+                for part in "qkvo"
+            },
             f"{MLP}.down_proj": TinyLinear(in_features=96, out_features=64, symmetric=symmetric),
         }
         source = folder / f"source{symmetric}"
-        write_source(source, linears)
+        write_source(source, linears, is_whole=True)
         for to in FORMATS:
             name = f"{to} {'symmetric' if symmetric else 'asymmetric'}"
             config = ConversionConfig(to=to, allow_error=True)

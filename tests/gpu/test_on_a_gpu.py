@@ -6,6 +6,7 @@ configuration by ``bench/gpu_session.sh``; this is what stands between them and 
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -95,6 +96,31 @@ def test_recorded_steps_write_what_transformers_writes(tmp_path, config):
     drawn = list(generator.stream(PROMPT, Sampling(max_new_tokens=60, temperature=1.0, seed=1)))
     assert again == found
     assert drawn != found
+
+
+@pytest.mark.parametrize("kernel", ["cuda", "triton"])
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_thread_computes_on_the_gpu_of_its_tensors(tmp_path, monkeypatch, index, kernel):
+    # Its own current GPU is the first one, and nothing of CUDA was called in it yet.
+    if index >= torch.cuda.device_count():
+        pytest.skip("there is one GPU only")
+    monkeypatch.setenv("HALFBYTE_KERNEL", kernel)
+    write_checkpoint(tmp_path, LLAMA(), Recipe(group_size=64))
+    model = halfbyte.load(tmp_path, device=f"cuda:{index}")
+    layer = next(module for module in model.modules() if isinstance(module, QuantLinear))
+    x = torch.randn(3, layer.in_features, dtype=layer.spec.dtype, device=f"cuda:{index}")
+    expected = x @ layer.dequantize().t()
+    torch.cuda.synchronize(index)
+    with torch.inference_mode(), ThreadPoolExecutor(1) as pool:
+        assert deviation(pool.submit(layer, x).result(), expected) < 0.02
+        found = pool.submit(write_text, model).result()
+    assert found == write_text(model)
+
+
+def write_text(model):
+    generator = Generator(model)
+    generator.ends = frozenset()
+    return list(generator.stream(PROMPT, Sampling(max_new_tokens=20)))
 
 
 @pytest.mark.parametrize("sequences", [1, 3, 9])

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tests.helpers.tiny_gptq import TinyLinear, write_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -60,11 +61,37 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
+BLOCK_SHAPES = {
+    "model.layers.0.input_layernorm": (64,),
+    "model.layers.0.post_attention_layernorm": (64,),
+    **{f"{ATTENTION}.{part}_proj": (64, 64) for part in "qkvo"},
+    f"{MLP}.gate_proj": (96, 64),
+    f"{MLP}.up_proj": (96, 64),
+    f"{MLP}.down_proj": (64, 96),
+}
+
+
 def write_source(
-    folder: Path, linears: Mapping[str, TinyLinear], seed: int = 0, **labels: object
+    folder: Path,
+    linears: Mapping[str, TinyLinear],
+    seed: int = 0,
+    *,
+    is_whole: bool = False,
+    **labels: object,
 ) -> dict[str, torch.Tensor]:
-    """Write a GPTQ model; give its weights in float64 by module."""
+    """Write a GPTQ model; give its weights in float64 by module.
+
+    ``is_whole`` adds what the block has beside these linears, without which GGUF is not read.
+    """
     weights = write_model(folder, linears, labels=labels, seed=seed)
+    if is_whole:
+        file = folder / "model.safetensors"
+        rest = {
+            f"{name}.weight": torch.ones(shape, dtype=torch.float16)
+            for name, shape in BLOCK_SHAPES.items()
+            if name not in linears
+        }
+        save_file(load_file(file) | rest, file, metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**TINY_CONFIG, **config}))
     write_tokenizer(folder)

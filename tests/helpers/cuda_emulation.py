@@ -62,7 +62,9 @@ def build(source: str, macros: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
         ],
         check=True,
     )
-    return ctypes.CDLL(str(library))
+    kernel = ctypes.CDLL(str(library))
+    kernel.emulate.restype = ctypes.c_char_p
+    return kernel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +95,9 @@ class Memory:
             self.rows, operands, bias, spec, self.result, self.partials, self.arrivals
         )
 
-    def finish(self) -> Tensor:
-        """Give the result; all counters must be 0 again."""
+    def finish(self, fault: bytes | None) -> Tensor:
+        """Give the result; nothing was refused, and all counters must be 0 again."""
+        assert fault is None, fault.decode()
         assert not self.arrivals.any()
         return self.result
 
@@ -120,8 +123,9 @@ def multiply_emulated(
     units = blocks * -(-spec.in_features // (64 * config.warps_in))
     runs = min(runs, units)
     memory = Memory.of(x, operands, spec, 2 * runs * config.partial_floats, blocks)
-    library.emulate(ctypes.byref(memory.fill(operands, bias, spec)), runs, int(backwards))
-    return memory.finish()
+    return memory.finish(
+        library.emulate(ctypes.byref(memory.fill(operands, bias, spec)), runs, int(backwards))
+    )
 
 
 def multiply_rows_emulated(
@@ -149,8 +153,9 @@ def multiply_rows_emulated(
     counters = config.count_tiles(spec, x.shape[0]) * config.cluster * config.warpgroups
     memory = Memory.of(x, operands, spec, 2 * runs * config.partial_floats, counters)
     common = memory.fill(operands, bias, spec)
-    library.emulate(ctypes.byref(RowsArguments(a=common)), runs * config.cluster, order)
-    return memory.finish()
+    return memory.finish(
+        library.emulate(ctypes.byref(RowsArguments(a=common)), runs * config.cluster, order)
+    )
 
 
 def multiply_stream_emulated(
@@ -179,8 +184,7 @@ def multiply_stream_emulated(
     arguments = cuda_stream.describe_tensors(
         memory.fill(operands, bias, spec), memory.rows, operands, spec, config, _encode
     )
-    library.emulate(ctypes.byref(arguments), work.runs, order)
-    return memory.finish()
+    return memory.finish(library.emulate(ctypes.byref(arguments), work.runs, order))
 
 
 def _encode(boxes: Boxes) -> tuple[int, ...]:

@@ -10,7 +10,19 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+
+def put_into_cache(cache: Path, name: str, revision: str) -> Path:
+    """Make the folder that a revision of a repository would be fetched into."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    commit = hashlib.sha1(revision.encode()).hexdigest()
+    (repository / "refs").mkdir(parents=True, exist_ok=True)
+    (repository / "refs" / revision).write_text(commit)
+    folder = repository / "snapshots" / commit
+    folder.mkdir(parents=True)
+    return folder
 
 
 class Hub:

@@ -9,11 +9,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from halfbyte.store.checkout import checkout
+from halfbyte.store.manifest import Manifest
 from halfbyte.store.store import Store
 
 CARD = "---\nlicense: mit\nbase_model: org/base\n---\n\n# Model\n"
@@ -34,6 +36,11 @@ def write_folder(folder: Path, seed: int = 0, *, card: str | None = CARD) -> Pat
     if card is not None:
         (folder / "README.md").write_text(card)
     return folder
+
+
+def add(store: Store, tmp_path: Path, seed: int = 0, **options: Any) -> Manifest:
+    """Add a folder, which stays at ``tmp_path / f"model{seed}"``, as a version of "m"."""
+    return store.add(write_folder(tmp_path / f"model{seed}", seed), "m", **options)
 
 
 def write_verdict(path: Path, verdict: str) -> Path:

@@ -16,11 +16,13 @@ from tests.helpers.checkpoints import (
     tiny_llama_config,
     write_checkpoint,
 )
+from tests.helpers.hub import put_into_cache
 from transformers import BatchEncoding
 
 from halfbyte.auto_gptq import AutoGPTQForCausalLM, BaseQuantizeConfig
 from halfbyte.errors import CheckpointError, ConfigError
 from halfbyte.quantize import pipeline
+from halfbyte.quantize.source import find_model
 
 IDS = torch.tensor([[5, 9, 2, 77]])
 
@@ -147,18 +149,56 @@ def test_old_switches_are_taken_with_one_line(base, tmp_path, fake_quantize, cap
         model = AutoGPTQForCausalLM.from_pretrained(
             base, BaseQuantizeConfig(), max_memory={0: "8GB"}, torch_dtype=torch.float16
         )
-        model.quantize(make_examples(), use_triton=False, cache_examples_on_gpu=True, new_switch=1)
+        model.quantize(make_examples(), use_triton=False, cache_examples_on_gpu=True)
         model.save_quantized(tmp_path / "out", use_safetensors=False)
         AutoGPTQForCausalLM.from_quantized(
-            tmp_path / "out", device="cpu", use_triton=True, disable_exllama=True, unheard_of=3
+            tmp_path / "out", device="cpu", use_triton=True, disable_exllama=True
         )
     lines = [record.getMessage() for record in caplog.records]
     assert [line.partition(" have no effect")[0] for line in lines] == [
         "from_pretrained: of AutoGPTQ's options, max_memory",
-        "quantize: of AutoGPTQ's options, use_triton, cache_examples_on_gpu, new_switch",
+        "quantize: of AutoGPTQ's options, use_triton, cache_examples_on_gpu",
         "save_quantized: of AutoGPTQ's options, use_safetensors=False",
-        "from_quantized: of AutoGPTQ's options, use_triton, disable_exllama, unheard_of",
+        "from_quantized: of AutoGPTQ's options, use_triton, disable_exllama",
     ]
+
+
+def test_other_settings_count_or_are_an_error(base, tmp_path, fake_quantize):
+    model = AutoGPTQForCausalLM.from_pretrained(base, BaseQuantizeConfig())
+    with pytest.raises(TypeError, match="new_switch"):
+        model.quantize(make_examples(), new_switch=1)
+    model.quantize(make_examples())
+    model.save_quantized(tmp_path / "out")
+    with pytest.raises(TypeError, match="unheard_of"):
+        AutoGPTQForCausalLM.from_quantized(tmp_path / "out", device="cpu", unheard_of=3)
+    eager = {"device": "cpu", "attn_implementation": "eager"}
+    model = AutoGPTQForCausalLM.from_quantized(tmp_path / "out", **eager)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_quantized_revision_is_the_one_that_was_asked_for(tmp_path):
+    config = tiny_llama_config(num_hidden_layers=1)
+    write_checkpoint(put_into_cache(tmp_path, "me/two", "main"), config)
+    other = put_into_cache(tmp_path, "me/two", "b8")
+    write_checkpoint(other, config, Recipe(bits=8, size=1 / 16, labels={"damp_percent": 0}))
+    found = {"revision": "b8", "cache_dir": tmp_path, "local_files_only": True}
+    model = AutoGPTQForCausalLM.from_quantized("me/two", device="cpu", use_auth_token=None, **found)
+    assert model.model.model.layers[0].mlp.up_proj.spec.bits == 8
+    assert (model.quantize_config.bits, model.quantize_config.group_size) == (8, 32)
+
+
+def test_base_revision_is_quantized_and_loaded_as_asked_for(tmp_path, fake_quantize):
+    for number, revision in enumerate(("main", "v2"), 1):
+        model = build_model(tiny_llama_config(num_hidden_layers=number))
+        model.save_pretrained(put_into_cache(tmp_path, "me/base", revision))
+    found = {"revision": "v2", "cache_dir": tmp_path, "local_files_only": True}
+    model = AutoGPTQForCausalLM.from_pretrained("me/base", BaseQuantizeConfig(), **found)
+    assert model.config.num_hidden_layers == len(model.model.model.layers) == 2
+    model.quantize(make_examples())
+    ((source, keywords),) = fake_quantize
+    assert source == "me/base"
+    config = json.loads((find_model(source, keywords["hub"]) / "config.json").read_text())
+    assert config["num_hidden_layers"] == 2
 
 
 def test_base_model_answers_before_it_is_quantized(base):
@@ -176,6 +216,8 @@ def test_saving_moves_the_files_once_and_copies_them_afterwards(base, tmp_path, 
     model.save_quantized(tmp_path / "one")
     assert not scratch.exists()
     model.save_pretrained(tmp_path / "two")
+    # As in AutoGPTQ's own example, which saves twice into the same folder.
+    model.save_quantized(tmp_path / "one", use_safetensors=True)
     one, two = read_tensors(tmp_path / "one"), read_tensors(tmp_path / "two")
     assert one.keys() == two.keys()
 
@@ -266,3 +308,5 @@ def test_push_to_hub_uploads_the_folder(base, tmp_path, fake_quantize, monkeypat
     assert (repo_id, message, create_pr) == ("me/tiny", "First", False)
     assert {"config.json", "model.safetensors"} <= names
     model.save_quantized(tmp_path / "later")
+    model.push_to_hub("tiny", tmp_path / "later", use_auth_token="secret", private=True)
+    assert uploads[1][1] == names

@@ -125,6 +125,13 @@ def stretch(original):
     }
 
 
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 16,
+}
+
 CASES = [
     *((found.model_class, found.model_type, {}) for found in ARCHITECTURES),
     *(
@@ -134,6 +141,21 @@ CASES = [
     ),
     ("Phi3 within its first length", "phi3", stretch(2048)),
     ("Phi3 beyond its first length", "phi3", stretch(16)),
+    ("Llama with YaRN", "llama", {"rope_parameters": YARN}),
+    (
+        "Llama with YaRN and mscale",
+        "llama",
+        {
+            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5},
+        },
+    ),
+    (
+        "Qwen2 with YaRN and its own growth",
+        "qwen2",
+        {
+            "rope_parameters": {**YARN, "attention_factor": 1.7},
+        },
+    ),
     ("GPTNeoX one after another", "gpt_neox", {"use_parallel_residual": False}),
 ]
 

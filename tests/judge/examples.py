@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from halfbyte.judge.answers import Answer
+from halfbyte.judge.bootstrap import bootstrap_ratio
 from halfbyte.judge.comparison import Comparison, Cost, Example, Generation, NoiseFloor
 from halfbyte.judge.edge_cases import EdgeCase, judge_edge, summarize_kinds
 from halfbyte.judge.fidelity import KindFidelity, TextFidelity, WorstToken
 from halfbyte.judge.layers import LayerErrors, LinearError, mark_suspects
 from halfbyte.judge.questions import Question
-from halfbyte.judge.statistics import Flips, bootstrap_ratio
+from halfbyte.judge.statistics import Flips
 from halfbyte.judge.tasks import Item
 from halfbyte.judge.verdict import Evidence, Margins, decide, measure_slice
 
@@ -67,6 +68,7 @@ def make_comparison(*, harmful=9) -> Comparison:
         noise_kl_nats=1e-10,
         noise_kl_largest=2e-8,
         candidate_finite=True,
+        base_finite=True,
     )
     linears = [
         LinearError(

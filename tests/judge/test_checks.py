@@ -63,6 +63,17 @@ def test_functions_come_from_the_file_that_the_user_names(tmp_path):
     assert load_functions(None) == {}
 
 
+def test_file_of_functions_may_have_dataclasses(tmp_path):
+    path = tmp_path / "checks.py"
+    path.write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "@dataclass\nclass Found:\n    text: str\n"
+        "def right(text, line):\n    return Found(text).text == 'x'\n"
+    )
+    assert load_functions(path)["right"]("x", {}) is True
+
+
 @pytest.mark.parametrize(
     ("value", "part"),
     [
@@ -71,6 +82,10 @@ def test_functions_come_from_the_file_that_the_user_names(tmp_path):
         ({"equals": "x", "regex": "y"}, "write one of"),
         ("x", "write one of"),
         ({"regex": "("}, "is not valid"),
+        ({"python": ["even"]}, r"no check function \['even'\]"),
+        ({"contains": []}, r"contains is \[\], which no answer can be held against"),
+        ({"contains": ["a", ""]}, "contains is an empty text"),
+        ({"equals": [None]}, r"equals is \[null\]"),
     ],
 )
 def test_wrong_check_is_refused_with_its_place(value, part):
@@ -79,7 +94,12 @@ def test_wrong_check_is_refused_with_its_place(value, part):
 
 
 @pytest.mark.parametrize(
-    ("content", "part"), [(None, "no Python file"), ("1/0", "division by zero")]
+    ("content", "part"),
+    [
+        (None, "no Python file"),
+        ("1/0", "division by zero"),
+        ("import sys; sys.exit(0)", r"SystemExit\(0\).*__main__"),
+    ],
 )
 def test_file_that_cannot_be_run_is_named(tmp_path, content, part):
     path = tmp_path / "checks.py"

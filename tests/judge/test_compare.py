@@ -10,17 +10,21 @@ import torch
 from tests.judge.conftest import noise
 
 from halfbyte.checkpoint.identity import digest_files
-from halfbyte.errors import ConfigError, ModelError
+from halfbyte.errors import CheckpointError, ConfigError, ModelError
 from halfbyte.evaluate.loading import open_subject
 from halfbyte.judge import compare as module
+from halfbyte.judge import model_cache
+from halfbyte.judge.checks import Check
 from halfbyte.judge.compare import compare
 from halfbyte.judge.local_model import LocalModel
+from halfbyte.judge.model_cache import subject_key
+from halfbyte.judge.tasks import Item
 from halfbyte.judge.verdict import Margins, Outcome
 
 
 @pytest.fixture
 def run(base, items, documents, config, tmp_path):
-    def call(candidate, **more):
+    def call(candidate, base=base, **more):
         values = {"items": items, "documents": documents, "config": config, **more}
         return compare(base, candidate, cache=tmp_path / "cache", **values)
 
@@ -97,6 +101,34 @@ def test_logits_that_are_not_numbers_fail_whatever_the_rest(run, make_candidate,
     assert result.text.candidate_finite is False
 
 
+def test_base_whose_logits_are_not_numbers_is_not_the_candidates_fault(base, run, make_candidate):
+    def spoil(model):
+        model.model.embed_tokens.weight[10] = float("nan")
+
+    spoilt = make_candidate(spoil)
+    result = run(base, base=spoilt)
+    assert result.verdict.outcome is not Outcome.FAIL
+    assert outcomes(result)["Every logit is a number"] is Outcome.PASS
+    (claim,) = [c for c in result.verdict.claims if c.name.startswith("Perplexity")]
+    assert (claim.outcome, "the base's own logits" in claim.advice) == (Outcome.INCONCLUSIVE, True)
+    assert outcomes(run(spoilt))["Every logit is a number"] is Outcome.FAIL
+
+
+def test_what_the_verdict_can_do_without_fails_with_a_note(base, run, monkeypatch):
+    def fail(*_):
+        raise ValueError("no such family")
+
+    for name in ("keep_base_layers", "measure_layers", "read_shapes"):
+        monkeypatch.setattr(module, name, fail)
+    result = run(base)
+    assert result.text.kl_nats == 0
+    assert result.costs[0].peak_memory_bytes
+    assert result.notes == (
+        "Errors by layer were not measured: no such family.",
+        f"The memory of {base} was not planned: no such family.",
+    )
+
+
 def test_layer_with_scales_off_is_named(run, make_candidate, base):
     def stretch(model):
         model.model.layers[1].mlp.down_proj.weight *= 1.03
@@ -153,6 +185,58 @@ def test_changed_weights_in_the_same_folder_are_another_model(base, run, make_ca
     other = make_candidate(noise(0.5), "other")
     model_file.write_bytes((other / "model.safetensors").read_bytes())
     assert run(other).costs[0].reused == 0
+
+
+def test_pickled_weights_are_refused_even_where_answers_are_kept(base, run, make_candidate):
+    run(base)
+    for folder in (base, make_candidate(noise(0.5), "other")):
+        weights = folder / "model.safetensors"
+        torch.save({}, folder / "pytorch_model.bin")
+        weights.unlink()
+        with pytest.raises(CheckpointError, match=r"pickles only \(pytorch_model.bin\)"):
+            run(folder)
+
+
+def test_answers_are_kept_apart_by_all_that_they_depend_on(monkeypatch):
+    cpu = torch.device("cpu")
+    keys = [
+        subject_key({"model.safetensors": "a"}, "auto", cpu),
+        subject_key({"model.safetensors": "b"}, "auto", cpu),
+        subject_key({"model.safetensors": "a"}, "bfloat16", cpu),
+    ]
+    monkeypatch.setenv("HALFBYTE_KERNEL", "torch_reference")
+    keys.append(subject_key({"model.safetensors": "a"}, "auto", cpu))
+    monkeypatch.setattr(model_cache, "installed_versions", lambda: {"transformers": "6.0"})
+    keys.append(subject_key({"model.safetensors": "a"}, "auto", cpu))
+    assert len(set(keys)) == 5
+
+
+def test_what_cannot_be_asked_is_refused_before_a_model_is_loaded(
+    base, run, config, words, tmp_path
+):
+    def raising(text, line):
+        return int(text) > 3
+
+    check = Check(kind="python", value="raising")
+    never = {"functions": {"raising": raising}, "documents": {}}
+    with pytest.raises(ConfigError, match="item 'x': the check 'raising' raised ValueError"):
+        run(base, items=[Item(name="x", prompt="w1", check=check)], **never)
+    long = Item(name="long", prompt=words(100), choices=(" w1", " " + words(29)))
+    with pytest.raises(
+        ConfigError, match=r"'long' takes 100 tokens and 29 for its answer.* 128 in"
+    ):
+        run(base, items=[long])
+    wide = dataclasses.replace(config, window=129)
+    with pytest.raises(ConfigError, match="has 129 tokens; the models take 128"):
+        run(base, items=[], documents={"one": [words(200)]}, config=wide)
+    assert not list((tmp_path / "cache").rglob("answers.jsonl"))
+
+
+def test_copies_of_one_question_are_no_evidence(base, run):
+    item = Item(name="0", prompt="w1 w2", choices=(" w1", " w2"))
+    copies = [dataclasses.replace(item, name=f"{n}") for n in range(400)]
+    overall = run(base, items=copies, documents={}).overall
+    assert (overall.flips.num_items, overall.flips.num_documents) == (400, 1)
 
 
 def test_other_tokenizer_is_refused(run, make_candidate, base):

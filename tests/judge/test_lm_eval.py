@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from halfbyte.errors import ConfigError, MissingExtraError
-from halfbyte.judge.lm_eval_tasks import read_lm_eval
+from halfbyte.judge.lm_eval_tasks import _written_item, read_lm_eval
 
 try:
     import lm_eval
@@ -73,6 +74,22 @@ def test_written_answers_come_with_their_stop_and_limit(write):
     path = write("generate_until", more, [{"question": "2 + 2 =", "answer": "4"}])
     (item,) = read_lm_eval([path], limit=None)
     assert (item.stop, item.max_new_tokens, item.check.value) == ((".",), 5, "4")
+
+
+@pytest.mark.parametrize(
+    ("more", "part"),
+    [
+        ({"filter_list": [{"name": "n", "filter": [{"function": "regex"}]}]}, "regex"),
+        ({"metric_list": [{"metric": "exact_match", "regexes_to_ignore": [","]}]}, "regexes_to"),
+        ({"metric_list": [{"metric": "bleu"}]}, r"judged by \['bleu'\]"),
+    ],
+)
+def test_task_that_changes_answers_first_is_refused(more, part):
+    config = {"filter_list": None, "metric_list": [{"metric": "exact_match"}], **more}
+    task = SimpleNamespace(config=SimpleNamespace(**config))
+    instance = SimpleNamespace(args=("2 + 2 =", {}), doc={})
+    with pytest.raises(ConfigError, match=f"The task 'mine' of lm-eval .*{part}"):
+        _written_item("mine", task, 0, instance)
 
 
 @needs_lm_eval

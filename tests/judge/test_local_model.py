@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from tests.helpers.tiny_llama import build_model, build_tokenizer
 from torch.nn import functional
 
+from halfbyte.errors import ConfigError
 from halfbyte.evaluate.loading import Subject
 from halfbyte.judge.answers import Answer, AnswerFile
 from halfbyte.judge.local_model import LocalModel, cut_at, unpack_reference_linears
@@ -104,6 +106,39 @@ def test_writing_ends_at_the_stop_text_and_at_each_ones_own_limit(model, words):
     assert cut_at("a\nb;c", ["\n", ";"]) == "a"
 
 
+def test_answer_ends_at_its_stop_text_whoever_runs_beside_it(model, words):
+    model.subject.tokenizer.pad_token = "<pad>"
+    tokenizer = model.subject.tokenizer
+    asked = [
+        make_question(tokenizer, Item(name=f"q{n}", prompt=words(4), max_new_tokens=24))
+        for n in range(8)
+    ]
+    free = model.write(asked)
+    longest = max(range(8), key=lambda n: len(free[n].ids))
+    short = next(n for n in range(8) if n != longest and len(free[n].text.split()) > 4)
+    stop = (free[short].text.split()[2],)
+    stopped = make_question(tokenizer, dataclasses.replace(asked[short].item, stop=stop))
+    (alone,) = model.write([stopped])
+    beside, _ = model.write([stopped, asked[longest]])
+    assert len(beside.ids) == len(beside.logprobs) < 4
+    assert (beside.text, beside.ids) == (alone.text, alone.ids)
+    assert beside.logprobs == pytest.approx(alone.logprobs, abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    "own", [{"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 1}, {"num_beams": 3}]
+)
+def test_models_own_way_of_generating_does_not_bend_what_is_likeliest(model, words, own):
+    asked = questions(words, max_new_tokens=20)
+    plain = model.write(asked)
+    for name, value in own.items():
+        setattr(model.model.generation_config, name, value)
+    kept = model.model.generation_config
+    assert model.write(asked) == plain
+    assert all(answer.finite for answer in plain)
+    assert model.model.generation_config is kept
+
+
 def test_drawing_repeats_with_its_seed_and_leaves_the_generator_alone(model, words):
     (question,) = questions(words, max_new_tokens=8)[:1]
     torch.manual_seed(5)
@@ -136,6 +171,28 @@ def test_kept_states_give_the_logits_back(model, words, tmp_path):
     assert torch.allclose(again, prediction.logits, atol=1e-5)
     last = model.predict([ids], last=2)[0]
     assert torch.allclose(last.logits, prediction.logits[-2:], atol=1e-5)
+
+
+def test_quantized_head_is_kept_as_numbers(words, tmp_path):
+    from tests.helpers.checkpoints import Recipe, tiny_llama_config, write_checkpoint
+
+    from halfbyte.evaluate.loading import open_subject
+
+    recipe = Recipe(group_size=32, skip="none", labels={"lm_head": True})
+    write_checkpoint(tmp_path / "q", tiny_llama_config(tie_word_embeddings=False), recipe)
+    model = LocalModel(open_subject(tmp_path / "q", dtype="float32"))
+    prediction = model.predict([questions(words)[1].ids])[0]
+    cache = ModelCache(tmp_path, "m")
+    cache.keep_states("key", prediction)
+    cache.keep_head(model)
+    assert not prediction.are_logits
+    assert torch.allclose(cache.load_logits("key"), prediction.logits, atol=1e-5)
+
+
+def test_cache_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match=r"Cannot keep answers in '.*file': Not a directory"):
+        ModelCache(tmp_path / "file", "m")
 
 
 def test_model_that_bends_its_logits_is_kept_by_its_logits(words, tmp_path):
@@ -184,7 +241,7 @@ def test_answers_survive_a_kill_in_the_middle_of_a_line(tmp_path):
     answer = Answer(choice_nats=(-1.5, -math.pi), text="ü\n", ids=(1, 2), finite=False)
     kept.keep({"a": answer.to_dict()})
     whole = path.read_bytes()
-    path.write_bytes(whole + b'{"v":1,"key":"b","va')
+    path.write_bytes(whole + b'{"v":2,"key":"b","va')
     again = AnswerFile(path)
     assert Answer.from_dict(again.get("a")) == answer
     assert "b" not in again
@@ -195,7 +252,7 @@ def test_answers_survive_a_kill_in_the_middle_of_a_line(tmp_path):
 
 def test_answers_of_another_version_are_not_read(tmp_path):
     path = tmp_path / "answers.jsonl"
-    path.write_text('{"v":0,"key":"a","value":1}\nno json\n{"v":1,"key":"b","value":2}\n')
+    path.write_text('{"v":1,"key":"a","value":1}\nno json\n{"v":2,"key":"b","value":2}\n')
     assert len(AnswerFile(path)) == 1
 
 

@@ -56,6 +56,29 @@ def serve():
         server.server_close()
 
 
+def test_key_does_not_follow_to_another_server(serve, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    there, _ = serve(completion("x"))
+
+    class Elsewhere(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(302)
+            self.send_header("Location", there + self.path.removeprefix("/v1"))
+            self.end_headers()
+
+        def log_message(self, *args):
+            return
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(ModelError, match=f"sends on to another server, {there}/models"):
+            RemoteModel(f"http://127.0.0.1:{server.server_port}/v1")
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 def completion(text):
     return lambda path, body: (200, {"choices": [{"text": text, "message": {"content": text}}]})
 

@@ -11,9 +11,10 @@ from halfbyte.data import builtin_facts
 from halfbyte.errors import ConfigError
 from halfbyte.judge.answers import Answer
 from halfbyte.judge.builtin_tasks import builtin_tasks
+from halfbyte.judge.checks import Check
 from halfbyte.judge.interview import is_right
 from halfbyte.judge.questions import Question, make_passages, make_question
-from halfbyte.judge.tasks import Item, read_tasks
+from halfbyte.judge.tasks import Item, name_documents, read_tasks
 
 
 @pytest.fixture
@@ -61,6 +62,10 @@ def test_three_forms_of_lines_become_items(write):
         ({"prompt": "x", "choices": ["a", "b"], "answer": True}, "the answer is True"),
         ({"prompt": "x", "answer": "1", "max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"prompt": "x", "answer": "1", "stop": [""]}, "stop is"),
+        ({"prompt": "x", "answer": "1", "stop": None}, "stop is None"),
+        ({"prompt": "x", "answer": "1", "stop": 5}, "stop is 5"),
+        ({"prompt": "x", "answer": None}, "line 1: equals is null"),
+        ("[" * 200_000, "line 1: this is not JSON"),
     ],
 )
 def test_wrong_line_is_refused_with_its_place(write, line, part):
@@ -76,6 +81,36 @@ def test_file_without_lines_unknown_slice_and_double_id_are_refused(write):
         read_tasks([write(line, line)])
     with pytest.raises(ConfigError, match="has the key 'level'"):
         read_tasks([write(line)], slice_by=["level"])
+
+
+def test_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"prompt": "x", "answer": "1"}', encoding="utf-8-sig")
+    assert read_tasks([path])[0].prompt == "x"
+
+
+def test_files_of_one_name_are_told_apart_by_their_paths(tmp_path):
+    paths = [tmp_path / language / "test.jsonl" for language in ("en", "de")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text('{"prompt": "x", "answer": "1"}\n')
+    items = read_tasks(paths)
+    assert [item.slices["task"] for item in items] == [path.as_posix() for path in paths]
+
+
+def test_items_that_ask_the_same_are_of_one_document(write):
+    asked = {"prompt": "x", "answer": "1", "document": None}
+    chosen = {"prompt": "x", "answer": 0}
+    path = write(
+        asked,
+        asked | {"answer": "2"},
+        asked | {"prompt": "y"},
+        asked | {"document": 7},
+        chosen | {"choices": ["a", "b"]},
+        chosen | {"choices": ["a", "c"]},
+    )
+    documents = [item.document for item in name_documents(read_tasks([path]))]
+    assert documents == ["mine:1", "mine:1", "mine:3", "7", "mine:5", "mine:6"]
 
 
 def test_line_separator_inside_a_text_does_not_cut_the_line(write):
@@ -141,6 +176,17 @@ def test_likeliest_choice_counts_if_it_is_a_number(nats, finite, right):
     assert is_right(Question(item=item, ids=(1,)), answer, {}) is right
 
 
+@pytest.mark.parametrize("error", ["ValueError", "SystemExit"])
+def test_check_that_fails_on_an_answer_is_named_with_the_item(error):
+    def bad(text, line):
+        raise {"ValueError": ValueError, "SystemExit": SystemExit}[error]("no number")
+
+    item = Item(name="mine:7", prompt="p", check=Check(kind="python", value="bad"))
+    question = Question(item=item, ids=(1,))
+    with pytest.raises(ConfigError, match=f"'mine:7': the check 'bad' raised {error}"):
+        is_right(question, Answer(text="x"), {"bad": bad})
+
+
 def test_prompt_and_choices_share_no_token():
     tokenizer = build_tokenizer()
     item = Item(name="x", prompt="w1 w2", choices=(" w3", " w3 w4", " w5"))
@@ -170,9 +216,15 @@ def test_documents_are_cut_into_windows_that_know_where_they_come_from(words):
         ("a:0", 18),
         ("a:1", 20),
         ("b:0", 32),
-        ("b:32", 32),
+        ("b:0", 32),
     ]
-    few = make_passages(build_tokenizer(), {"a": [words(90)]}, window=32, limit=1)
-    assert len(few) == 1
+    few = make_passages(build_tokenizer(), {"a": [words(1600)]}, window=400, limit=2)
+    assert [p.document for p in few] == ["a:0", "a:0"]
+    few = make_passages(build_tokenizer(), {"a": [words(4096)]}, window=32, limit=3)
+    assert [p.document for p in few] == ["a:0", "a:1", "a:2"]
+    with pytest.raises(ConfigError, match="'b' has no piece of 16 tokens"):
+        make_passages(
+            build_tokenizer(), {"a": [words(90)], "b": [words(15)]}, window=32, limit=None
+        )
     with pytest.raises(ConfigError, match="window is 8 tokens"):
         make_passages(build_tokenizer(), {}, window=8, limit=None)

@@ -7,7 +7,7 @@ from tests.judge.examples import make_comparison
 
 from halfbyte.errors import ConfigError
 from halfbyte.judge.layers import LayerErrors, LinearError, mark_suspects
-from halfbyte.judge.statistics import Flips
+from halfbyte.judge.statistics import Flips, count_flips
 from halfbyte.judge.verdict import Evidence, Margins, Outcome, decide, measure_slice
 
 MARGINS = Margins()
@@ -116,6 +116,20 @@ def test_perplexity_alone_decides_where_there_are_no_tasks():
     ):
         found, _ = decide(Evidence(text=text), dataclasses.replace(MARGINS, perplexity=margin))
         assert found.outcome is outcome
+
+
+def test_base_that_is_never_right_can_lose_nothing_and_shows_nothing():
+    (claim, *_) = verdict(overall=part(3000, 0, 0, right=0)).claims
+    assert claim.outcome is Outcome.INCONCLUSIVE
+    assert "the base itself gets 0.0% right" in claim.advice
+    assert verdict(overall=part(3000, 0, 0, right=61)).outcome is Outcome.PASS
+
+
+def test_items_of_few_documents_leave_open_and_say_so():
+    flips = count_flips([True] * 1000, [True] * 1000, [i // 100 for i in range(1000)])
+    (claim, *_) = verdict(overall=measure_slice("all items", flips, 1000, MARGINS)).claims
+    assert claim.outcome is Outcome.INCONCLUSIVE
+    assert "the items are of 10 documents; a pass takes 16" in claim.advice
 
 
 def test_nothing_measured_is_inconclusive():

@@ -17,6 +17,8 @@ struct BulkCopy {
 
 struct PhaseBarrier {
   int size = 0, pending = 0, phase = 0;
+  int begun_by = 0;
+  bool published = false;
   long bytes = 0;
   std::deque<BulkCopy> copies;
 };
@@ -36,8 +38,10 @@ inline void carry_out(PhaseBarrier& barrier, BulkCopy& copy) {
   end_phase_if_done(barrier);
 }
 
-inline void start_copy(void* place, BulkCopy copy) {
+inline void start_copy(void* place, BulkCopy copy, int alignment) {
   auto& barrier = phase_barriers.at(place);
+  require(barrier.published, "a copy is to arrive at a barrier that was not published");
+  require(uintptr_t(copy.to) % alignment == 0, "a copy goes to where it is not aligned");
   if (eager)
     carry_out(barrier, copy);
   else
@@ -51,10 +55,13 @@ inline Shared share(unsigned char* pointer) { return pointer; }
 inline uint32_t shared_address(const void* pointer) { return uint32_t(uintptr_t(pointer)); }
 
 inline void barrier_begin(Shared place, uint32_t arrivals) {
-  emulator::phase_barriers[place] = {int(arrivals), int(arrivals)};
+  emulator::phase_barriers[place] = {int(arrivals), int(arrivals), 0, emulator::current};
 }
 
-inline void publish_barriers() {}
+inline void publish_barriers() {
+  for (auto& [place, barrier] : emulator::phase_barriers)
+    if (barrier.begun_by == emulator::current) barrier.published = true;
+}
 
 inline void barrier_arrive(Shared place) {
   auto& barrier = emulator::phase_barriers.at(place);
@@ -92,6 +99,8 @@ struct Map {
 inline void copy_box(Shared to, const unsigned long long* encoded, uint32_t first, uint32_t second,
                      uint32_t third, Shared barrier) {
   auto& map = *(const emulator::Map*)encoded;
+  // Of the tensors, x alone is swizzled.
+  if (map.swizzled) emulator::require_inputs("x is copied while an earlier launch may write it");
   size_t row = map.box[0] * map.element_bytes;
   std::vector<unsigned char> box(row * map.box[1] * map.box[2], 0);
   for (uint64_t k = 0; k < map.box[2] && third + k < map.sizes[2]; k++)
@@ -107,12 +116,14 @@ inline void copy_box(Shared to, const unsigned long long* encoded, uint32_t firs
         box[to_place] = *from;
       }
   uint32_t count = box.size();
-  emulator::start_copy(barrier, {to, std::move(box), count});
+  // Where the pieces of rows are swapped about, it is by the address.
+  emulator::start_copy(barrier, {to, std::move(box), count}, map.swizzled ? 1024 : 128);
 }
 
 inline void keep(uint32_t&) {}
 inline void prefetch_map(const unsigned long long*) {}
 
 inline void copy_bulk(Shared to, const unsigned char* from, uint32_t bytes, Shared barrier) {
-  emulator::start_copy(barrier, {to, {from, from + bytes}, bytes});
+  emulator::require(bytes % 16 == 0, "a copy in a row is not of pieces of 16 bytes");
+  emulator::start_copy(barrier, {to, {from, from + bytes}, bytes}, 16);
 }

@@ -2,7 +2,8 @@
 //
 // Included before src/halfbyte/kernels/cuda/*.cu with EMULATED set; it stands in for the part of
 // those files that is PTX. Copies to shared memory happen when they are waited for, no sooner, and
-// shared memory is full of not-a-number at first, so that a wait that is missing shows.
+// shared memory is full of not-a-number at first, so that a wait that is missing shows. What a GPU does
+// not promise and a CPU does all the same is refused: `fault` says what it was.
 #pragma once
 #include <ucontext.h>
 
@@ -42,6 +43,7 @@ struct Fiber {
   ucontext_t context;
   std::vector<char> stack;
   bool done = false;
+  bool has_inputs = false;  // it has waited for the launches before
   std::vector<Copy> open;
   std::deque<std::vector<Copy>> groups;
 };
@@ -60,6 +62,14 @@ inline std::vector<Barrier> block_barriers;
 inline std::vector<Barrier> warp_barriers;
 inline std::vector<Lane> lanes;
 inline std::vector<uint4> memory;
+
+inline const char* fault = nullptr;  // the first one
+
+inline void require(bool holds, const char* otherwise) {
+  if (!holds && !fault) fault = otherwise;
+}
+
+inline void require_inputs(const char* otherwise) { require(fibers[current].has_inputs, otherwise); }
 
 inline int block() { return current / block_threads; }
 
@@ -145,6 +155,7 @@ inline void __syncthreads() { emulator::wait_at(emulator::block_barriers[emulato
 inline void __syncwarp() { emulator::wait_for_warp(); }
 inline void __threadfence() {}
 inline unsigned atomicAdd(unsigned* place, unsigned value) {
+  emulator::require_inputs("a counter is counted up while an earlier launch may use it");
   unsigned before = *place;
   *place += value;
   return before;
@@ -221,7 +232,7 @@ inline float bits_to_float(uint32_t bits) {
 }
 
 inline float4 read_beyond_l1(const float4* from) { return *from; }
-inline void wait_for_inputs() {}
+inline void wait_for_inputs() { emulator::fibers[emulator::current].has_inputs = true; }
 inline void let_next_begin() {}
 
 namespace emulator {

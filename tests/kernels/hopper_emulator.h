@@ -75,6 +75,7 @@ template <class Given>
 inline void copy_box(Shared to, const Given& a, uint32_t input, uint32_t row,
                      Shared barrier) {
   constexpr uint32_t EACH = ROWS / CLUSTER;
+  emulator::require_inputs("x is copied while an earlier launch may write it");
   std::vector<unsigned char> box(EACH * 128, 0);
   for (uint32_t m = 0; m < EACH && row + m < a.a.rows; m++)
     for (uint32_t piece = 0; piece < 8; piece++)
@@ -82,7 +83,7 @@ inline void copy_box(Shared to, const Given& a, uint32_t input, uint32_t row,
              a.a.x + uint64_t(row + m) * a.a.in_features + input + piece * 8, 16);
   int own = CLUSTER > 1 ? 0 : emulator::block();
   for (int rank = own; rank < own + CLUSTER; rank++)
-    emulator::start_copy(elsewhere(barrier, rank), {elsewhere(to, rank), box, EACH * 128});
+    emulator::start_copy(elsewhere(barrier, rank), {elsewhere(to, rank), box, EACH * 128}, 1024);
 }
 
 inline void begin_products() {}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from tests.helpers.cuda_emulation import check_product, find_compiler, multiply_
 from tests.helpers.packed import make_linear
 
 from halfbyte.errors import KernelUnavailable
-from halfbyte.kernels import cuda_driver
+from halfbyte.kernels import cuda_compiler
 from halfbyte.kernels.cuda_few import plan_work
 from halfbyte.kernels.cuda_linear import (
     ROWS_LIMIT,
@@ -105,24 +107,92 @@ def test_runs_that_end_with_blocks_of_channels_may_be_a_little_longer():
 
 def test_a_source_that_does_not_compile_is_a_reason(nvrtc):
     with pytest.raises(KernelUnavailable, match=r"NVRTC \d+\.\d+ cannot compile .*-DBITS=4.*error"):
-        cuda_driver.compile_source("nonsense;", {"BITS": 4}, "sm_90")
+        cuda_compiler.compile_source("nonsense;", {"BITS": 4}, "sm_90")
 
 
-def test_machine_code_is_kept_on_disk(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    compiled = []
+@pytest.fixture
+def compiled(monkeypatch, tmp_path):
+    """What a compiler that is not there was asked for, and nothing on disk yet."""
+    asked = []
 
     def compile_once(nvrtc, source, options):
-        compiled.append(options)
+        asked.append(options)
         return b"cubin"
 
-    monkeypatch.setattr(cuda_driver, "load_nvrtc", lambda: None)
-    monkeypatch.setattr(cuda_driver, "find_nvrtc_version", lambda nvrtc: (13, 0))
-    monkeypatch.setattr(cuda_driver, "_compile", compile_once)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cuda_compiler, "load_nvrtc", lambda: None)
+    monkeypatch.setattr(cuda_compiler, "find_nvrtc_version", lambda nvrtc: (13, 0))
+    monkeypatch.setattr(cuda_compiler, "_compile", compile_once)
+    return asked
+
+
+def compile_four_bits(**options):
+    assert cuda_compiler.compile_source("source", {"BITS": 4}, "sm_90", **options) == b"cubin"
+
+
+def list_kept(folder):
+    return list((folder / "halfbyte" / "kernels").iterdir())
+
+
+def test_machine_code_is_kept_on_disk(compiled, tmp_path):
     for _ in range(2):
-        assert cuda_driver.compile_source("source", {"BITS": 4}, "sm_90") == b"cubin"
+        compile_four_bits()
     assert len(compiled) == 1
-    cuda_driver.compile_source("source", {"BITS": 8}, "sm_90")
-    cuda_driver.compile_source("source", {"BITS": 4}, "sm_80")
+    cuda_compiler.compile_source("source", {"BITS": 8}, "sm_90")
+    cuda_compiler.compile_source("source", {"BITS": 4}, "sm_80")
     assert len(compiled) == 3
-    assert len(list((tmp_path / "halfbyte" / "kernels").glob("*.cubin"))) == 3
+    assert [path.suffix for path in list_kept(tmp_path)] == [".cubin"] * 3
+    compile_four_bits(anew=True)
+    assert len(compiled) == 4
+
+
+def test_what_is_kept_may_be_read_by_whom_the_user_lets(compiled, tmp_path):
+    before = os.umask(0o027)
+    try:
+        compile_four_bits()
+    finally:
+        os.umask(before)
+    assert [oct(path.stat().st_mode & 0o777) for path in list_kept(tmp_path)] == ["0o640"]
+
+
+def test_an_empty_file_is_compiled_again(compiled, tmp_path):
+    compile_four_bits()
+    (kept,) = list_kept(tmp_path)
+    kept.write_bytes(b"")
+    compile_four_bits()
+    assert len(compiled) == 2
+    assert kept.read_bytes() == b"cubin"
+
+
+def test_a_file_that_cannot_be_read_is_compiled_again(compiled, tmp_path, monkeypatch):
+    compile_four_bits()
+
+    def refuse(self):
+        raise PermissionError(f"another user's: {self}")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    compile_four_bits()
+    assert len(compiled) == 2
+
+
+def test_a_full_disk_keeps_nothing_and_leaves_nothing(compiled, tmp_path, monkeypatch):
+    write = Path.write_bytes
+
+    def run_full(self, data):
+        write(self, data[:2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", run_full)
+    compile_four_bits()
+    assert list_kept(tmp_path) == []
+
+
+def test_without_a_home_nothing_is_kept(compiled, monkeypatch):
+    def refuse():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", refuse)
+    for _ in range(2):
+        compile_four_bits()
+    assert len(compiled) == 2

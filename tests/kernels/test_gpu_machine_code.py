@@ -13,7 +13,7 @@ import torch
 from tests.helpers.packed import make_linear
 
 from halfbyte.kernels import cuda_linear, cuda_rows, cuda_stream
-from halfbyte.kernels.cuda_driver import compile_source, read_source
+from halfbyte.kernels.cuda_compiler import compile_source, read_source
 from halfbyte.kernels.cuda_rows import RowsConfig
 from halfbyte.kernels.cuda_stream import StreamConfig
 from halfbyte.kernels.gpu_table import load_table
@@ -30,6 +30,9 @@ memory (132 multiprocessors, 64 a clock at 1.75 GHz, 2 weights a byte at 3 TB/s)
 SPILLS = {64: 24}
 """Spills that are allowed: at 64 rows, which this kernel takes only where there is no Triton, the
 fastest measured thread block has 16 warps of 128 registers."""
+
+FENCES = 2
+"""Around the counting of who has added sums: before, for those who come later, and after."""
 
 SPEC = replace(
     make_linear(dtype=torch.bfloat16).spec,
@@ -79,6 +82,7 @@ def test_cuda_kernel(architecture, rows, tmp_path, nvrtc):
     assert any(name.startswith("LDGSTS") and "128" in name for name in found)
     assert any(name.startswith("LDS") and "128" in name for name in found)
     assert count(found, "LDL", "STL") <= SPILLS.get(rows, 0), "registers are spilled"
+    assert found.count("MEMBAR.SC.GPU") == FENCES
     assert count(find_loop(found), *INTEGER) <= BUDGET * config.tiles * 32
     if architecture == "sm_90":
         assert count(found, "ACQBULK", "PREEXIT") == 2, "no early start of the next launch"
@@ -115,6 +119,12 @@ def test_cuda_kernel_that_copies_in_bulk(config, most, tmp_path, nvrtc):
     assert count(found, "LDGSTS") == 0, "something is not copied in bulk"
     assert count(found, "HFMA2") == 0, "zeros are taken off one by one"
     assert count(found, "ACQBULK", "PREEXIT") >= 3, "no early start of the next launch"
+    assert found.count("MEMBAR.SC.GPU") == FENCES
+    copies = next(place for place, name in enumerate(found) if name.startswith("UTMALDG"))
+    assert not [name for name in found[:copies] if re.match(r"MEMBAR.*GPU", name)]
+    sums = [place for place, name in enumerate(found) if re.match(r"LDG.*128", name)]
+    assert len(sums) == 2 * min(config.tiles * config.warps_out * config.row_tiles, 4)
+    assert count(found[sums[0] : sums[-1]], "FADD") == 0, "sums are read one after the other"
     products = [place for place, name in enumerate(found) if name.startswith("HMMA")]
     loop = found[next(i for i, name in enumerate(found) if name == "LDSM.16.M88.4") : products[-1]]
     assert count(loop, *INTEGER) <= BUDGET * config.tiles * 32

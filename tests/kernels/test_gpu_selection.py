@@ -63,6 +63,7 @@ def gpu(monkeypatch):
         cuda_rows.find_obstacle.cache_clear()
         cuda_stream.find_obstacle.cache_clear()
         gpu_device.is_nvidia.cache_clear()
+        gpu_device.starts_early.cache_clear()
         gpu_device.name_architecture.cache_clear()
 
     monkeypatch.delenv("HALFBYTE_KERNEL", raising=False)
@@ -220,7 +221,7 @@ def streamed(monkeypatch):
     """A table that knows the kernel that copies in bulk as the fastest up to 8 rows."""
     config = {"row_tiles": 1, "tiles": 2, "warps_out": 1, "warps_in": 16, "stages": 6}
     shape = (SPEC.in_features, SPEC.out_features)
-    stream = {(shape, 1): config, (shape, 8): config}
+    stream = {(shape, 1): config, (shape, 8): config | {"tiles": 4, "warps_in": 8}}
     table = replace(load_table("sm_90"), stream=stream)
     for module in (cuda_linear, cuda_rows, cuda_stream):
         monkeypatch.setattr(
@@ -283,6 +284,21 @@ def test_everything_that_a_captured_graph_may_launch_is_compiled_before(gpu, mon
             cuda_linear.choose_config("sm_90", m + 1, spec, torch.float16) for m in range(rows)
         }
         assert set(compiled) == needed
+
+
+def test_what_copies_in_bulk_is_compiled_before_for_one_row_too(gpu, streamed, monkeypatch):
+    gpu()
+    compiled = []
+    monkeypatch.setattr(cuda_stream, "load_function", lambda config, *_: compiled.append(config))
+    monkeypatch.setattr(cuda_linear, "name_architecture", lambda device: "sm_90")
+    monkeypatch.setattr(TritonLinear, "prepare", lambda self, stored, spec: ())
+    stored = Operands(
+        weight=(), qzeros=torch.empty(0), scales=torch.empty(0, dtype=torch.float16), g_idx=None
+    )
+    CudaLinear().prepare(stored, SPEC)
+    needed = {cuda_stream.choose_config("sm_90", rows, SPEC, torch.float16) for rows in (1, 8)}
+    assert len(needed) == 2
+    assert needed <= set(compiled)
 
 
 # ----------------------------------------------------------------------- how they are cut

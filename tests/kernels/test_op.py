@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -67,6 +68,21 @@ def test_kernel_computes_the_product_within_its_bound(name, layer):
             assert found.dtype == dtype
             assert found.shape == exact.shape
             assert ((found.double() - exact).abs() <= bound * size).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("act_order", [False, True])
+def test_no_rows_give_no_rows_where_nothing_ran_before(name, dtype, act_order):
+    linear = make_linear(act_order=act_order, dtype=dtype)
+    kernel, operands = prepared(name, linear)
+    x = torch.empty(2, 0, 128, dtype=dtype)
+    # Scratch memory belongs to a thread: one that has computed something would hide its lack.
+    with ThreadPoolExecutor(1) as fresh:
+        found = fresh.submit(quantized_linear, x, operands, None, linear.spec, kernel).result()
+    assert found.shape == (2, 0, 64)
+    gradient = kernel.input_gradient(found, operands, linear.spec)
+    assert gradient.shape == (2, 0, 128)
 
 
 @pytest.mark.parametrize("name", NAMES)

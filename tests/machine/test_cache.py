@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from halfbyte.errors import ConfigError
 from halfbyte.machine.cache import cache_folder
 
 
@@ -16,3 +17,13 @@ def test_the_user_says_where(monkeypatch, tmp_path):
 def test_what_is_no_absolute_path_does_not_count(monkeypatch, said):
     monkeypatch.setenv("XDG_CACHE_HOME", said)
     assert cache_folder() == Path.home() / ".cache" / "halfbyte"
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
+    def refuse():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", refuse)
+    with pytest.raises(ConfigError, match=r"no home folder\. Set XDG_CACHE_HOME"):
+        cache_folder()

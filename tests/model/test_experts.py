@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -107,17 +108,29 @@ def test_split_takes_the_fused_memory_and_leaves_none_behind() -> None:
     ]
 
 
-@torch.no_grad()
-def test_every_expert_runs_even_where_no_token_goes_to_it() -> None:
-    fused = FusedExperts(gate=True, bias=False, transposed=False, concatenated=True)
+@pytest.mark.parametrize(
+    ("observer", "gradient", "called"),
+    [(None, False, [1, 3]), (lambda *_: None, False, range(EXPERTS)), (None, True, range(EXPERTS))],
+)
+def test_experts_without_tokens_run_only_where_someone_waits_for_them(
+    observer: Any, gradient: bool, called: Sequence[int]
+) -> None:
+    fused = FusedExperts(gate=True, bias=True, transposed=False, concatenated=True)
+    x, index = torch.randn(5, HIDDEN), torch.tensor([[3, 1]] * 5)
+    weights = torch.rand(5, 2)
+    with torch.no_grad():
+        expected = fused(x, index, weights)
     split = UnfusedExperts(fused, ProjectionNames())
+    split.observer = observer
     seen: list[str] = []
     for name, module in split.named_modules():
         if isinstance(module, nn.Linear):
             module.register_forward_hook(lambda *_, n=name: seen.append(n))
-    index, weights = routes(5, to=2)
-    split(torch.randn(5, HIDDEN), index, weights)
-    assert len(seen) == EXPERTS * 3
+    with torch.set_grad_enabled(gradient):
+        found = split(x, index, weights)
+    names = ("gate_proj", "up_proj", "down_proj")
+    assert sorted(seen) == sorted(f"{expert}.{name}" for expert in called for name in names)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

@@ -88,6 +88,19 @@ def test_a_model_that_computes_something_else_keeps_its_own_forward(on_the_cpu, 
     assert torch.equal(steps(7, 4), own(7, 4))
 
 
+def test_a_model_that_computes_something_else_late_in_a_text_is_found_out(on_the_cpu):
+    model = make_model("llama")
+
+    def change(_module, inputs, given):
+        late = given["position_ids"][..., None] >= 56
+        return (torch.where(late, inputs[0].flip(-1), inputs[0]),), given
+
+    model.model.layers[1].register_forward_pre_hook(change, with_kwargs=True)
+    steps = GraphSteps(model, 8)
+    steps.read(IDS[:, :4])
+    assert "something else from position 56 on" in steps.own_forward_because
+
+
 def test_what_is_in_the_way_is_named(on_the_cpu, monkeypatch):
     assert gpu_step.find_mismatch(make_model("llama")) is None
     assert "float32" in gpu_step.find_mismatch(make_model("llama").float())

@@ -104,6 +104,32 @@ def test_loads_a_state_dict_while_prepared(layer):
     assert torch.equal(other(x), layer(x))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"symmetric": False}, "up has symmetric zeros, but the state dict's is of another"),
+        ({"zero_offset": 0}, "up has symmetric zeros, but"),
+        ({"act_order": True}, "up has its groups in order, but"),
+    ],
+)
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_state_dict_of_another_quantization_is_refused(change, message, prepared):
+    linear = make_linear()
+    model = nn.ModuleDict({"up": make_layer(linear)})
+    if prepared:
+        model["up"].prepare()
+    x = torch.randn(3, 128)
+    before = model["up"](x)
+    other = nn.ModuleDict({"up": make_layer(make_linear(**change))})
+    with pytest.raises(RuntimeError, match=message):
+        model.load_state_dict(other.state_dict(), strict=False)
+    assert torch.equal(model["up"](x), before)
+    # The other way round, symmetric zeros and groups in order are a case of what is computed.
+    if "zero_offset" not in change:
+        other.load_state_dict(model.state_dict())
+        torch.testing.assert_close(other["up"](x), before)
+
+
 def test_copies_and_pickles(layer):
     x = torch.randn(3, 128).bfloat16()
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from tests.helpers.checkpoints import TINY_SIZES, Recipe, tiny_llama_config, write_checkpoint
 from tests.helpers.native import NEEDS_LIBRARY
-from transformers import Qwen2Config, Qwen3Config
+from transformers import Ministral3Config, Qwen2Config, Qwen3Config
 
 import halfbyte
 from halfbyte.errors import ConfigError
+from halfbyte.machine.memory import resident_memory_bytes
 from halfbyte.nn import native_decoder
 from halfbyte.nn.native_decoder import NativeDecoder, find_obstacle
 
@@ -132,6 +135,65 @@ def test_a_model_that_looks_the_same_but_computes_something_else_is_found_out(tm
     assert f"allowed are {native_decoder.MOST_DEVIATION}" in reason
 
 
+ORIGINAL = {"original_max_position_embeddings": 64, "rope_theta": 10000.0}
+ROTATIONS = {
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+    "longrope": {
+        "rope_type": "longrope",
+        "factor": 4.0,
+        **ORIGINAL,
+        "short_factor": [1.0] * 8,
+        "long_factor": [4.0] * 8,
+    },
+}
+
+
+@pytest.mark.parametrize("name", list(ROTATIONS))
+def test_angles_that_depend_on_the_length_are_left_to_transformers(tmp_path, name):
+    config = tiny_llama_config(rope_parameters=ROTATIONS[name], max_position_embeddings=256)
+    write_checkpoint(tmp_path, config)
+    model = halfbyte.load(tmp_path, dtype=torch.float32)
+    with torch.inference_mode():
+        before = model.model.rotary_emb(torch.empty(0), torch.arange(9)[None])[0]
+        reason = find_obstacle(model)
+        after = model.model.rotary_emb(torch.empty(0), torch.arange(9)[None])[0]
+    assert reason == f"its rotary angles depend on a text's length (rope_type {name})"
+    assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("kind", ["yarn", "llama3"])
+def test_angles_that_are_stretched_alike_for_all_lengths_are_taken(tmp_path, kind):
+    rope = {"rope_type": kind, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config = tiny_llama_config(rope_parameters=rope | ORIGINAL, max_position_embeddings=256)
+    write_checkpoint(tmp_path, config)
+    assert find_obstacle(halfbyte.load(tmp_path, dtype=torch.bfloat16)) is None
+
+
+def test_queries_scaled_by_position_are_left_to_transformers(tmp_path):
+    rope = {"rope_type": "yarn", "factor": 4.0, **ORIGINAL, "llama_4_scaling_beta": 0.1}
+    config = Ministral3Config(**TINY_SIZES, head_dim=16, sliding_window=None, rope_parameters=rope)
+    write_checkpoint(tmp_path, config)
+    model = halfbyte.load(tmp_path, dtype=torch.bfloat16)
+    assert find_obstacle(model) == "it scales queries by their position (llama_4_scaling_beta)"
+
+
+@pytest.mark.parametrize("start", [64, 248])
+def test_a_model_that_computes_something_else_late_in_a_text_is_found_out(tmp_path, start):
+    rope = {"rope_type": "yarn", "factor": 4.0, **ORIGINAL}
+    config = tiny_llama_config(rope_parameters=rope, max_position_embeddings=256)
+    write_checkpoint(tmp_path, config)
+    model = halfbyte.load(tmp_path, dtype=torch.bfloat16)
+
+    def change(_module, inputs, given):
+        late = given["position_ids"][..., None] >= start
+        return (torch.where(late, inputs[0].flip(-1), inputs[0]),), given
+
+    model.model.layers[1].register_forward_pre_hook(change, with_kwargs=True)
+    reason = find_obstacle(model)
+    found = f"a LlamaForCausalLM computes something else from position {start} on: hidden states"
+    assert reason.startswith(found)
+
+
 def test_missing_parts_are_named(tmp_path):
     model = load(tmp_path, "llama")
     del model.model.layers[1].post_attention_layernorm
@@ -204,6 +266,24 @@ def test_a_row_does_not_depend_on_its_neighbours_pieces_or_pages(
             ids = torch.tensor([sequences[0]])
             expected = model.model(ids, use_cache=False).last_hidden_state[0]
             torch.testing.assert_close(one[0], expected, rtol=5e-4, atol=5e-4)
+
+
+def test_an_empty_cache_takes_no_memory(tmp_path):
+    model = load(tmp_path, "llama")
+    before = resident_memory_bytes()
+    decoder = NativeDecoder(model, 2**18)
+    cache = sum(part.nbytes for part in (*decoder.keys, *decoder.values))
+    assert cache == 2**27
+    # There are 2**25 bytes of angles.
+    assert resident_memory_bytes() - before < cache / 2
+
+
+@pytest.mark.parametrize("prompt", [False, True])
+def test_no_tokens_give_no_states_where_nothing_ran_before(tmp_path, prompt, isa):
+    decoder = NativeDecoder(load(tmp_path, "llama", torch.bfloat16), 4)
+    with torch.inference_mode(), ThreadPoolExecutor(1) as fresh:
+        states = fresh.submit(decoder.run, [], [], [0], [], prompt=prompt).result()
+    assert states.shape == (0, 64)
 
 
 def test_pages_that_the_cache_does_not_have_are_refused(tmp_path):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from tests.helpers.native import NEEDS_LIBRARY
@@ -37,6 +39,13 @@ def test_a_row_of_logits_does_not_depend_on_the_others(isa, dtype, bits):
     assert together.shape == (15, 50)
     for row, logits in zip(hidden, together, strict=True):
         assert torch.equal(head(row), logits)
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_no_rows_give_no_logits_where_nothing_ran_before(bits):
+    head = NativeHead(make_head(torch.bfloat16), bits)
+    with ThreadPoolExecutor(1) as fresh:
+        assert fresh.submit(head, torch.empty(0, 72)).result().shape == (0, 50)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

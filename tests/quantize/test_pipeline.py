@@ -388,3 +388,11 @@ def test_weights_and_embedding_dtype_survive(tmp_path: Path) -> None:
     assert infos["model.embed_tokens.weight"].dtype == torch.bfloat16
     assert infos["model.layers.0.self_attn.q_proj.scales"].dtype == torch.float16
     assert linear_weight(model.lm_head).dtype == torch.bfloat16
+
+
+def test_a_licence_that_cannot_be_copied_is_refused_before_the_run(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "LICENSE").symlink_to("../elsewhere")
+    with pytest.raises(CheckpointError, match=r"missing the file LICENSE, which is a link to"):
+        halfbyte.quantize(tmp_path / "base", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

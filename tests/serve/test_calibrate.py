@@ -6,11 +6,10 @@ import random
 import numpy as np
 import pytest
 
-from halfbyte.cli import serve_calibrate
 from halfbyte.cli.main import main
 from halfbyte.errors import ConfigError
 from halfbyte.serve.calibrate import Judged, calibrate, read_judged
-from halfbyte.serve.routing.confidence import STATISTICS, measure_confidence, read_confidence
+from halfbyte.serve.routing.confidence import measure_confidence, read_confidence
 from halfbyte.serve.watch.observation import Seen
 
 
@@ -146,10 +145,6 @@ def test_command_writes_what_the_server_reads(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "199 answers" in text
     assert "falls back" in text
-
-
-def test_command_offers_every_statistic():
-    assert serve_calibrate.STATISTICS == STATISTICS
 
 
 def test_report_that_cannot_be_used_is_named(tmp_path):

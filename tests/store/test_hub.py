@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import hashlib
+import json
+
 import pytest
 from tests.helpers.hub import run_hub
-from tests.helpers.stores import write_folder
+from tests.helpers.stores import write_folder, write_verdict
 
+from halfbyte.checkpoint.identity import MANIFEST_FILE
 from halfbyte.errors import StoreError
-from halfbyte.store.hub import MANIFEST_FILE, pull, push
+from halfbyte.store.checkout import checkout
+from halfbyte.store.hub import pull, push
 from halfbyte.store.store import Store
 
 # huggingface_hub's own, about its HTTP client
@@ -73,8 +78,82 @@ def test_what_was_not_pushed_from_a_store_is_refused(hub, store, tmp_path):
         pull(Store(tmp_path / "other"), "me/small", endpoint=hub.url)
 
 
+def test_a_pulled_verdict_does_not_count_until_it_is_given_here(hub, store, tmp_path):
+    verdict = write_verdict(tmp_path / "v.json", "pass")
+    version = store.add(tmp_path / "model", "m", verdict=verdict).version
+    assert store.verdict("m", version) == "pass"
+    push(store, f"m@{version}", "me/small", endpoint=hub.url, token="hf_x")
+    other = Store(tmp_path / "other")
+    pull(other, "me/small", endpoint=hub.url)
+    assert other.history("m").entries[0].details == {"from": "me/small"}
+    with pytest.raises(StoreError, match="its verdict is missing, and 'pass' is needed"):
+        other.promote("m")
+    other.judge("m", verdict)
+    assert other.promote("m").version == version
+
+
+@pytest.mark.parametrize("name", ["modeling_x.py", "a.PY", "x.bin", ".git/hooks/post-checkout"])
+def test_code_and_pickles_are_not_pulled(hub, store, tmp_path, name):
+    push(store, "m", "me/small", endpoint=hub.url, token="hf_x")
+    files = hub.repositories["me/small"]
+    files[name] = b"import os"
+    content = json.loads(files[MANIFEST_FILE])
+    digest = hashlib.sha256(files[name]).hexdigest()
+    content["files"][name] = {"bytes": len(files[name]), "sha256": digest}
+    files[MANIFEST_FILE] = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+    other = Store(tmp_path / "other")
+    with pytest.raises(StoreError, match=r"Refusing m@.*: .*(no plain path|run a progr)"):
+        pull(other, "me/small", endpoint=hub.url)
+    assert other.names() == []
+
+
+def test_a_folder_that_was_downloaded_is_added_and_goes_there_and_back(hub, store, tmp_path):
+    push(store, "m", "me/small", endpoint=hub.url, token="hf_x")
+    folder = tmp_path / "downloaded"
+    folder.mkdir()
+    for name, content in hub.repositories["me/small"].items():
+        (folder / name).write_bytes(content)
+    version = store.add(folder, "again").version
+    push(store, "again", "me/again", endpoint=hub.url, token="hf_x")
+    assert pull(Store(tmp_path / "other"), "me/again", endpoint=hub.url).version == version
+
+
+def test_what_else_a_repository_holds_is_deleted_only_if_that_is_said(hub, store):
+    files = {".gitattributes": b"", "precious.gguf": b"GGUF", "README.md": b"by hand"}
+    hub.repositories["me/other"], hub.commits["me/other"] = dict(files), ["0" * 40]
+    with pytest.raises(StoreError, match=r"holds \(README.md, precious.gguf\) .* say --replace"):
+        push(store, "m", "me/other", endpoint=hub.url, token="hf_x")
+    assert hub.repositories["me/other"] == files
+    push(store, "m", "me/other", replace=True, endpoint=hub.url, token="hf_x")
+    assert "precious.gguf" not in hub.repositories["me/other"]
+
+
+def test_what_is_pushed_is_what_the_reference_meant_at_first(hub, store, tmp_path, monkeypatch):
+    first = store.resolve("m")[1]
+    store.promote("m", force_reason="test")
+    second = store.add(write_folder(tmp_path / "model1", 1), "m").version
+
+    def promote_before(store, reference, output):
+        store.promote(f"m@{second}", force_reason="by somebody else")
+        return checkout(store, reference, output)
+
+    monkeypatch.setattr("halfbyte.store.hub.checkout", promote_before)
+    push(store, "m@champion", "me/small", endpoint=hub.url, token="hf_x")
+    assert pull(Store(tmp_path / "other"), "me/small", endpoint=hub.url).version == first
+
+
 def test_failures_name_the_repository(hub, store, tmp_path):
     with pytest.raises(StoreError, match="me/none: there is no such repository, or it is priv"):
         pull(Store(tmp_path / "other"), "me/none", endpoint=hub.url)
     with pytest.raises(StoreError, match="Refusing to push over the base model org/base"):
         push(store, "m", "org/base", endpoint=hub.url)
+    with pytest.raises(StoreError, match="Refusing to push over the base model Org/Base"):
+        push(store, "m", "Org/Base", endpoint=hub.url)
+
+
+def test_a_hub_that_cannot_be_reached_is_told_by_both(store, hub, tmp_path):
+    nowhere = "http://127.0.0.1:9"
+    with pytest.raises(StoreError, match=r"^Cannot push to me/small: .*refused"):
+        push(store, "m", "me/small", endpoint=nowhere, token="hf_x")
+    with pytest.raises(StoreError, match=r"^Cannot pull me/small: \w"):
+        pull(Store(tmp_path / "other"), "me/small", endpoint=nowhere, token="hf_x")

@@ -6,6 +6,7 @@ import pytest
 from tests.helpers.stores import write_folder
 
 from halfbyte.errors import StoreError
+from halfbyte.store.checkout import checkout
 from halfbyte.store.signing import sign, verify_signature
 from halfbyte.store.store import Store
 
@@ -47,3 +48,21 @@ def test_a_signature_holds_for_its_key_and_its_files_only(tmp_path):
         sign(store, "m", public)
     with pytest.raises(StoreError, match=r"There is no key .*nowhere.pem"):
         sign(store, "m", tmp_path / "nowhere.pem")
+
+
+def test_what_is_signed_is_what_the_reference_meant_at_first(tmp_path, monkeypatch):
+    store = Store(tmp_path / "store")
+    first = store.add(write_folder(tmp_path / "a"), "m").version
+    store.promote("m", force_reason="test")
+    second = store.add(write_folder(tmp_path / "b", 1), "m").version
+    private, public = make_keys(tmp_path, "one")
+
+    def promote_after(store, reference, output):
+        folder = checkout(store, reference, output)
+        store.promote(f"m@{second}", force_reason="by somebody else")
+        return folder
+
+    monkeypatch.setattr("halfbyte.store.signing.checkout", promote_after)
+    sign(store, "m@champion", private)
+    monkeypatch.undo()
+    verify_signature(store, f"m@{first}", public)

@@ -1,43 +1,21 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
-from pathlib import Path
 
 import pytest
-from tests.helpers.stores import write_folder, write_verdict
+from tests.helpers.stores import add, write_folder, write_verdict
 from tests.judge.examples import make_comparison
 
-from halfbyte.checkpoint.identity import digest_files, digest_weights
+from halfbyte.checkpoint.identity import digest_file, digest_files, digest_weights
 from halfbyte.errors import StoreError
 from halfbyte.judge.report import write_report
-from halfbyte.store.backend import FolderBackend
+from halfbyte.store import blobs, log
 from halfbyte.store.checkout import checkout
 from halfbyte.store.differences import diff_versions
-from halfbyte.store.garbage import collect_garbage
 from halfbyte.store.manifest import BaseModel
 from halfbyte.store.store import Store
-
-
-@pytest.fixture(params=["folder", "bucket"])
-def store(request, tmp_path):
-    """The same store in a folder, and in fsspec's memory, which stands for a bucket."""
-    if request.param == "folder":
-        yield Store(tmp_path / "store")
-        return
-    from fsspec.implementations.memory import MemoryFileSystem
-
-    MemoryFileSystem.store.clear()
-    MemoryFileSystem.pseudo_dirs[:] = [""]
-    yield Store("memory://bucket/store")
-
-
-@pytest.fixture
-def local(tmp_path):
-    return Store(tmp_path / "store")
-
-
-def add(store, tmp_path, seed=0, **options):
-    return store.add(write_folder(tmp_path / f"model{seed}", seed), "m", **options)
 
 
 def test_a_version_is_all_that_it_is_made_of(store, tmp_path):
@@ -140,13 +118,34 @@ def test_a_version_never_has_its_bases_name(local, tmp_path):
         local.add(write_folder(tmp_path / "model"), "base", base=BaseModel(id="base"))
 
 
-@pytest.mark.parametrize("name", ["weights.bin", "modeling_x.py", "x.pkl", "x.safetensors.partial"])
-def test_files_that_can_run_or_are_unfinished_are_refused(local, tmp_path, name):
+def test_a_file_that_changes_while_it_is_added_leaves_no_wrong_blob(store, tmp_path, monkeypatch):
+    folder = write_folder(tmp_path / "model0")
+    before = (folder / "config.json").read_bytes()
+
+    def digest_and_change(path):
+        digest = digest_file(path)
+        if path.name == "config.json":
+            path.write_bytes(b"half-written")
+        return digest
+
+    monkeypatch.setattr(blobs, "digest_file", digest_and_change)
+    with pytest.raises(StoreError, match=r"config.json changed while it was added"):
+        store.add(folder, "m")
+    monkeypatch.undo()
+    (folder / "config.json").write_bytes(before)
+    version = store.add(folder, "m").version
+    assert store.verify() == [version]
+
+
+@pytest.mark.parametrize("card", [b"---\ntitle: a: b\n---\nText\n", b"# caf\xe9\n"])
+def test_a_card_that_cannot_be_read_is_kept_below_the_front_matter(local, tmp_path, card):
     folder = write_folder(tmp_path / "model")
-    (folder / name).write_bytes(b"x")
-    with pytest.raises(StoreError, match=name):
-        local.add(folder, "m")
-    assert local.names() == []
+    (folder / "README.md").write_bytes(card)
+    local.add(folder, "m", base=BaseModel(id="org/base"))
+    kept = (checkout(local, "m") / "README.md").read_bytes()
+    assert kept.startswith(b"---\nbase_model: org/base\n")
+    assert kept.endswith(b"---\n" + card)
+    assert local.add(folder, "m").base == BaseModel()
 
 
 def test_a_changed_byte_is_found(local, tmp_path):
@@ -167,6 +166,8 @@ def test_a_changed_byte_is_found(local, tmp_path):
         local.verify("m")
     with pytest.raises(StoreError, match="is missing from the store"):
         local.promote("m", force_reason="test")
+    with pytest.raises(StoreError, match=r"model.safetensors of .* is missing from the store"):
+        checkout(local, "m", tmp_path / "out")
 
 
 def test_a_changed_manifest_or_log_is_found(local, tmp_path):
@@ -189,61 +190,35 @@ def test_a_changed_manifest_or_log_is_found(local, tmp_path):
         local.verify()
 
 
-def test_a_manifest_cannot_name_a_file_outside_its_folder(local, tmp_path):
-    manifest = add(local, tmp_path)
-    content = json.loads(manifest.to_bytes())
-    for bad in ("../x", "/etc/passwd", "a//b", "a\\b", "C:x", ""):
-        content["files"] = {bad: {"sha256": "0" * 64, "bytes": 1}}
-        text = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
-        with pytest.raises(StoreError, match="no plain path"):
-            type(manifest).from_bytes(text, "x")
+def test_a_file_system_without_locks_is_named(local, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(StoreError, match=r"Cannot lock .*: No locks available. .*has locks"):
+        add(local, tmp_path)
 
 
-def test_garbage_is_what_no_alias_and_no_recent_version_needs(local, tmp_path):
-    versions = [add(local, tmp_path, seed).version for seed in range(6)]
-    for version in versions[:2]:
-        local.promote(f"m@{version}", force_reason="test")
-    (local.backend.root / "tmp" / "left-over").write_bytes(b"x" * 10)
-    local.backend.put_new("blobs/00/0000", b"orphan")
-    checkout(local, f"m@{versions[3]}")
-    found = collect_garbage(local, keep=1)
-    # champion 1, what it was before (0), the newest (5)
-    assert list(found.versions) == versions[2:5]
-    assert local.history("m").versions == [versions[0], versions[1], versions[5]]
-    assert found.blobs == 3 * 2 + 1
-    assert list((local.backend.root / "tmp").iterdir()) == []
-    assert list((local.backend.root / "checkouts").iterdir()) == []
-    assert local.verify() == [versions[0], versions[1], versions[5]]
-    assert local.rollback("m").version == versions[0]
-    # what was rolled back from is needed no more
-    assert collect_garbage(local, keep=1).versions == (versions[1],)
+def test_a_store_is_made_when_something_is_added(local, tmp_path):
+    assert local.names() == []
+    assert not local.backend.root.exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match=r"Cannot lock .*file/store: Not a directory"):
+        add(Store(tmp_path / "file" / "store"), tmp_path)
 
 
-def test_a_bucket_is_collected_only_when_nobody_writes(tmp_path, store):
-    if isinstance(store.backend, FolderBackend):
-        pytest.skip("a folder has a lock")
-    versions = [add(store, tmp_path, seed).version for seed in range(3)]
-    with pytest.raises(StoreError, match="--nobody-writes"):
-        collect_garbage(store, keep=1)
-    assert list(collect_garbage(store, keep=1, nobody_writes=True).versions) == versions[:2]
-    assert store.verify() == versions[2:]
-
-
-def test_a_checkout_is_the_folder_and_is_made_once(store, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    add(store, tmp_path)
-    folder = checkout(store, "m")
-    place = "store" if isinstance(store.backend, FolderBackend) else "cache/halfbyte"
-    assert folder.parent == tmp_path / place / "checkouts"
-    assert (folder / "model.safetensors").read_bytes() == (
-        tmp_path / "model0" / "model.safetensors"
-    ).read_bytes()
-    stamp = folder.stat().st_mtime_ns
-    assert checkout(store, "m") == folder
-    assert folder.stat().st_mtime_ns == stamp
-    assert isinstance(folder, Path)
-    with pytest.raises(StoreError, match=r"exists. Choose a new folder"):
-        checkout(store, "m", folder)
+def test_a_verdict_of_before_the_log_told_of_it_counts_where_its_file_is(local, tmp_path):
+    verdict = write_verdict(tmp_path / "v.json", "pass")
+    manifest = add(local, tmp_path, verdict=verdict)
+    assert local.history("m").entries[0].details["verdict"] == "pass"
+    old = Store(tmp_path / "old")
+    for path in (tmp_path / "model0").iterdir():
+        blobs.put_blob(old.backend, path)
+    old.backend.put_new(f"manifests/{manifest.version}.json", manifest.to_bytes())
+    log.append_entry(old.backend, "m", lambda _: log.Entry(event="add", version=manifest.version))
+    assert old.verdict("m", manifest.version) is None
+    blobs.put_blob(old.backend, verdict)
+    assert old.verdict("m", manifest.version) == "pass"
 
 
 def test_what_compare_reports_is_a_verdict(local, tmp_path):

@@ -44,8 +44,10 @@ def write_atomically(
                 _write(handle, chunks)
         partial.replace(path)
         sync_folder(path.parent)
-    except OSError as error:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         raise CheckpointError(
             f"Cannot write {path}: {error.strerror or error}. Free some space or choose another "
             "folder."

@@ -180,7 +180,7 @@ def _explain_limits(
     if layout.bits not in consumer.bits:
         allowed = " or ".join(map(str, consumer.bits))
         yield f"it takes {allowed} bits, not {layout.bits}"
-    if consumer.needs_symmetric and not fact.zeros.is_symmetric:
+    if layout.bits in consumer.symmetric_bits and not fact.zeros.is_symmetric:
         yield "it takes symmetric grids only"
     if in_features % consumer.in_multiple:
         yield f"in_features {in_features:g} per device is no multiple of {consumer.in_multiple}"

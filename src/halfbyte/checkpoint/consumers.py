@@ -26,7 +26,8 @@ class Consumer:
     label: str
     evidence: str
     bits: tuple[int, ...] = (2, 3, 4, 8)
-    needs_symmetric: bool = False
+    symmetric_bits: tuple[int, ...] = ()
+    """Of those bits, the ones of which it takes symmetric grids only."""
     in_multiple: int = 1
     out_multiple: int = 1
     group_sizes: tuple[int, ...] | None = None
@@ -41,6 +42,25 @@ class Consumer:
     v1_zeros_from: str | None = None
     """The one maker whose asymmetric v1 checkpoints it takes, as ``meta.quantizer`` names it."""
 
+
+def can_recentre(bits: int, held: int, *, zero_low: int, zero_high: int) -> bool:
+    """Tell whether symmetric blocks hold codes exactly, wherever within a range their zeros are.
+
+    Args:
+        bits: Of a code.
+        held: Bits of a code of the blocks.
+        zero_low: The smallest zero.
+        zero_high: The largest zero.
+
+    Returns:
+        Whether every (code - zero) lies within what ``held`` bits hold around their middle.
+    """
+    middle = 1 << (held - 1)
+    return zero_high <= middle and (1 << bits) - 1 - zero_low < middle
+
+
+_GGUF_BITS = {2: 4, 3: 4, 4: 4, 8: 8}
+"""By bits of a code: those of the blocks that ``halfbyte convert`` puts it into (Q4_0, Q8_0)."""
 
 CONSUMERS = (
     Consumer(
@@ -62,7 +82,7 @@ CONSUMERS = (
         label="vLLM, CPU with AVX-512",
         evidence="ran",
         bits=(4,),
-        needs_symmetric=True,
+        symmetric_bits=(4,),
         in_multiple=32,
         out_multiple=32,
         # Its kernel takes more, but every linear is first held against Marlin's, CPU or not.
@@ -75,7 +95,7 @@ CONSUMERS = (
         label="vLLM, Marlin (sm75+)",
         evidence="read",
         bits=(4, 8),
-        needs_symmetric=True,
+        symmetric_bits=(4, 8),
         in_multiple=128,
         out_multiple=64,
         group_sizes=(PER_CHANNEL, 32, 64, 128),
@@ -87,7 +107,7 @@ CONSUMERS = (
         label="vLLM, Machete (sm90)",
         evidence="read",
         bits=(4, 8),
-        needs_symmetric=True,
+        symmetric_bits=(4, 8),
         in_multiple=64,
         out_multiple=128,
         group_sizes=(PER_CHANNEL, 64, 128),
@@ -98,8 +118,12 @@ CONSUMERS = (
         name="gguf",
         label="GGUF, bit-exact (Q4_0, Q8_0)",
         evidence="ran",
-        bits=(2, 3, 4, 8),
-        needs_symmetric=True,
+        bits=tuple(_GGUF_BITS),
+        symmetric_bits=tuple(
+            bits
+            for bits, held in _GGUF_BITS.items()
+            if not can_recentre(bits, held, zero_low=0, zero_high=2**bits - 1)
+        ),
         in_multiple=32,
         group_multiple=32,
         takes_g_idx=False,

@@ -10,9 +10,18 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt")
-"""What decides about a model's answers."""
-REPORTS = ("checksums.json", "quantization_report.json", "report.json")
+FILES = (
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "additional_chat_templates/*.jinja",
+)
+"""What decides about a model's answers. Pickled weights do not: they are never read."""
+MANIFEST_FILE = "halfbyte_manifest.json"
+"""What a store's version is made of, beside its files where it was pushed to."""
+REPORTS = ("checksums.json", "quantization_report.json", "report.json", MANIFEST_FILE)
 """What is said about a model and may lie beside it."""
 CONFIG = "config.json"
 
@@ -30,9 +39,10 @@ def digest_files(folder: Path) -> dict[str, str]:
         folder: A Hugging Face folder.
 
     Returns:
-        sha256 in hex by file name, sorted.
+        sha256 in hex by path in the folder, sorted.
     """
-    files = {path.name: path for pattern in FILES for path in folder.glob(pattern)}
+    found = [path for pattern in FILES for path in folder.glob(pattern)]
+    files = {path.relative_to(folder).as_posix(): path for path in found}
     return {name: digest_file(files[name]) for name in sorted(files) if name not in REPORTS}
 
 

@@ -126,6 +126,28 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     return _read_json(folder / MODEL_CONFIG) or {}
 
 
+def read_quantization_config(folder: Path) -> dict[str, Any]:
+    """Read the quantization config as it stands, of whatever method; empty where there is none.
+
+    Args:
+        folder: A model folder.
+
+    Returns:
+        The config that wins where there are several.
+
+    Raises:
+        CheckpointError: A file cannot be read or is not a JSON object.
+    """
+    found = _find_configs(folder)
+    return found[0][1] if found else {}
+
+
+def name_method(config: Mapping[str, Any]) -> str:
+    """Name the method of a quantization config; AutoAWQ's own file says its form only."""
+    is_awq = str(config.get("version", "")).lower() in AWQ_VERSIONS
+    return "awq" if is_awq else str(config.get("quant_method") or METHOD).lower()
+
+
 def _find_configs(folder: Path) -> list[tuple[str, dict[str, Any]]]:
     """List the configs that the folder has, the winner first."""
     found: list[tuple[str, dict[str, Any]]] = []
@@ -185,10 +207,8 @@ def _check_labels(source: str, raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_method(source: str, raw: Mapping[str, Any], labels: Mapping[str, Any]) -> None:
-    method = labels.get("quant_method", METHOD)
-    is_awq = str(raw.get("version", "")).lower() in AWQ_VERSIONS
-    if method not in METHODS or is_awq:
-        found = "awq" if is_awq else method
+    found = name_method(raw)
+    if found not in METHODS:
         raise CheckpointError(
             f"Cannot read the checkpoint: {source} says that it is of the method '{found}'; only "
             "'gptq' is read. Use the tool that made it, or quantize the base model again."

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.checkpoint.header import TensorInfo, parse_json_object, read_header
+from halfbyte.checkpoint.own_file import check_own_file
 from halfbyte.errors import CheckpointError
 
 __all__ = ["TensorFiles", "TensorInfo"]
@@ -76,7 +77,7 @@ class TensorFiles:
         weight_map = {} if index_name is None else _read_weight_map(folder / index_name)
         is_sharded = index_name is not None and SINGLE_FILE not in names
         file_names = sorted(set(weight_map.values())) if is_sharded else _find_files(folder, names)
-        files = tuple(_check_file(folder, name) for name in file_names)
+        files = tuple(check_own_file(folder, name) for name in file_names)
         infos = _merge_headers(files)
         if index_name is not None and is_sharded:
             _check_index_agrees(folder / index_name, weight_map, infos)
@@ -165,6 +166,23 @@ def _read_tensors(
     return tensors
 
 
+def check_shards(folder: Path) -> None:
+    """Check that every shard that a folder's index names is there, without opening one.
+
+    Args:
+        folder: A model's, of any format.
+
+    Raises:
+        CheckpointError: A shard is missing or lies elsewhere, or the index is damaged.
+    """
+    names = [path.name for path in folder.iterdir()]
+    index_name = _find_index(folder, names)
+    if index_name is None or SINGLE_FILE in names:
+        return
+    for name in sorted(set(_read_weight_map(folder / index_name).values())):
+        check_own_file(folder, name)
+
+
 def _find_index(folder: Path, names: list[str]) -> str | None:
     found = [name for name in names if name.endswith(INDEX_SUFFIX)]
     standard = f"model{INDEX_SUFFIX}"
@@ -186,7 +204,7 @@ def _find_files(folder: Path, names: list[str]) -> list[str]:
     if not found and "consolidated.safetensors" in names:
         found = ["consolidated.safetensors"]
     if not found:
-        raise _nothing_to_read(folder, names)
+        raise CheckpointError(explain_nothing_to_read(folder))
     shards = [match for name in found if (match := _SHARD_NAME.fullmatch(name))]
     if shards and len(shards) == len(found):
         stems = {match["stem"] for match in shards}
@@ -211,14 +229,16 @@ def _find_files(folder: Path, names: list[str]) -> list[str]:
     return found
 
 
-def _nothing_to_read(folder: Path, names: list[str]) -> CheckpointError:
+def explain_nothing_to_read(folder: Path) -> str:
+    """Say why a folder without weights in safetensors is not read, and what can be done."""
+    names = sorted(path.name for path in folder.iterdir())
     pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
     if not pickles:
-        return CheckpointError(
+        return (
             f"Cannot open checkpoint {folder}: it has no .safetensors file among its {len(names)} "
             "files. Give the folder of a downloaded model."
         )
-    return CheckpointError(
+    return (
         f"Cannot open checkpoint {folder}: its weights are pickles only ({', '.join(pickles[:2])})"
         ", and a pickle can run any program when it is read. If you trust where they come from, "
         "convert each once, where it can do no harm (a container without network): "
@@ -249,25 +269,6 @@ def _read_weight_map(index: Path) -> dict[str, str]:
                 "Do not use this checkpoint unless you know who made it."
             )
     return weight_map
-
-
-def _check_file(folder: Path, name: str) -> Path:
-    """Refuse a missing file, and a link that leaves the folder for other than the hub's blobs."""
-    file = folder / name
-    if not file.is_file():
-        raise CheckpointError(
-            f"Checkpoint {folder} is missing the file {name}. "
-            "The download is incomplete; download it again."
-        )
-    target, home = file.resolve(), folder.resolve()
-    # The hub's cache is <repo>/snapshots/<revision>/<file> -> ../../blobs/<hash>.
-    blobs = [up.parent / "blobs" for up in (home, *home.parents) if up.name == "snapshots"]
-    if not any(target.is_relative_to(allowed) for allowed in (home, *blobs)):
-        raise CheckpointError(
-            f"Refusing {file}: it is a link to {target}, outside its folder. "
-            "Copy the file into the folder if you mean it."
-        )
-    return file
 
 
 def _merge_headers(files: Iterable[Path]) -> dict[str, TensorInfo]:

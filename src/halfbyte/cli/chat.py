@@ -8,8 +8,10 @@ import sys
 from halfbyte.cli.generating import (
     add_model_arguments,
     add_sampling_arguments,
+    check_text,
     make_sampling,
     open_generator,
+    read_input,
     report_timing,
 )
 from halfbyte.cli.output import console, err_console
@@ -31,8 +33,9 @@ def run(args: argparse.Namespace) -> int:
     from halfbyte.integrations.generation import TextStream, Timing, encode_chat
 
     sampling = make_sampling(args)
+    system = check_text(args.system or "", "--system")
     generator, tokenizer = open_generator(args)
-    opening = [{"role": "system", "content": args.system}] if args.system else []
+    opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     err_console.print(HINT, style="dim")
     while (line := _read_line()) is not None:
@@ -52,9 +55,11 @@ def run(args: argparse.Namespace) -> int:
                 sys.stdout.flush()
         except KeyboardInterrupt:
             err_console.print(" (stopped)", style="dim", end="")
-        console.print()
+        num_tokens = len(pieces)
+        pieces.append(stream.finish())
+        console.print(pieces[-1], soft_wrap=True)
         if timing.prompt_seconds:
-            report_timing(generator, timing, len(pieces))
+            report_timing(generator, timing, num_tokens)
         messages.append({"role": "assistant", "content": "".join(pieces)})
     return 0
 
@@ -63,8 +68,8 @@ def _read_line() -> str | None:
     """One line of the user, or None where there are no more."""
     try:
         if sys.stdin.isatty():
-            return err_console.input("> ").strip()
-        line = sys.stdin.readline()
+            return read_input(lambda: err_console.input("> ")).strip()
+        line = read_input(lambda: sys.stdin.readline())
     except EOFError:
         return None
     return line.strip() if line else None

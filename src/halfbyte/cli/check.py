@@ -6,12 +6,12 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from halfbyte.checkpoint.consumers import CONSUMERS
+
 if TYPE_CHECKING:
     from halfbyte.checkpoint.check import CheckReport
 
 HELP = "say who can load a quantized checkpoint, and why not"
-
-CONSUMER_NAMES = ("transformers", "gptqmodel", "vllm-cpu", "vllm-marlin", "vllm-machete", "gguf")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,14 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="read every byte and compare it with checksums.json",
     )
+    names = [consumer.name for consumer in CONSUMERS]
     parser.add_argument(
         "--require",
         action="append",
         default=[],
-        choices=CONSUMER_NAMES,
+        choices=names,
         metavar="NAME",
         help="fail unless NAME can load it on one device; may be given again. "
-        f"One of: {', '.join(CONSUMER_NAMES)}",
+        f"One of: {', '.join(names)}",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 

@@ -112,7 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=20,
         metavar="N",
-        help="windows of each text; 0 for all (default: %(default)s)",
+        help="windows of each text, spread over it; 0 for all (default: %(default)s)",
     )
     how.add_argument(
         "--longest",
@@ -213,7 +213,10 @@ def _items(args: argparse.Namespace) -> tuple[list[Any] | None, dict[str, Any]]:
 def _documents(args: argparse.Namespace) -> dict[str, list[str]] | None:
     if args.no_text:
         return {}
-    return {path.stem: [read_text(path)] for path in args.text} or None
+    from halfbyte.judge.tasks import name_files
+
+    named = zip(name_files(args.text), args.text, strict=True)
+    return {name: [read_text(path)] for name, path in named} or None
 
 
 def _config(args: argparse.Namespace) -> CompareConfig:

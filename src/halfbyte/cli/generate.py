@@ -8,8 +8,10 @@ import sys
 from halfbyte.cli.generating import (
     add_model_arguments,
     add_sampling_arguments,
+    check_text,
     make_sampling,
     open_generator,
+    read_input,
     report_timing,
 )
 from halfbyte.cli.output import print_json
@@ -35,7 +37,10 @@ def run(args: argparse.Namespace) -> int:
     from halfbyte.integrations.generation import TextStream, Timing, encode_chat
 
     sampling = make_sampling(args)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    if args.prompt == "-":
+        prompt = read_input(lambda: sys.stdin.read())
+    else:
+        prompt = check_text(args.prompt, "--prompt")
     generator, tokenizer = open_generator(args)
     if args.answer:
         ids = encode_chat(tokenizer, [{"role": "user", "content": prompt}])
@@ -43,12 +48,17 @@ def run(args: argparse.Namespace) -> int:
         ids = list(tokenizer(prompt)["input_ids"])
     timing = Timing(prompt_tokens=len(ids))
     stream, pieces, tokens = TextStream(tokenizer), [], []
+
+    def put_out(piece: str) -> None:
+        pieces.append(piece)
+        if not args.json:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+
     for token in generator.stream(ids, sampling, timing):
         tokens.append(token)
-        pieces.append(stream.add(token))
-        if not args.json:
-            sys.stdout.write(pieces[-1])
-            sys.stdout.flush()
+        put_out(stream.add(token))
+    put_out(stream.finish())
     if args.json:
         print_json(
             {

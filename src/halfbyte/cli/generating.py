@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import io
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.cli.options import FAST, add_computing_arguments
 from halfbyte.cli.output import err_console
+from halfbyte.errors import ConfigError
 from halfbyte.run_config import ACTIVATIONS, HEAD_BITS
 
 if TYPE_CHECKING:
@@ -101,6 +105,48 @@ def make_sampling(args: argparse.Namespace) -> Sampling:
         top_p=args.top_p,
         seed=args.seed,
     )
+
+
+def read_input(read: Callable[[], str]) -> str:
+    """Read from the standard input.
+
+    Args:
+        read: Reads as much as is wanted.
+
+    Returns:
+        The text.
+
+    Raises:
+        ConfigError: It is no text.
+    """
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # As the arguments come: bytes that are no text are told by check_text.
+        sys.stdin.reconfigure(errors="surrogateescape")
+    return check_text(read(), "standard input")
+
+
+def check_text(text: str, source: str) -> str:
+    """Refuse bytes that are no text, which the system passes on as they are.
+
+    Args:
+        text: From outside.
+        source: Where it is from, for the message.
+
+    Returns:
+        The same text.
+
+    Raises:
+        ConfigError: A character of it stands for such a byte.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"The text from {source} is not {sys.stdin.encoding or 'UTF-8'}: it has a byte "
+            f"0x{ord(text[error.start]) & 0xFF:02x} behind {error.start} characters. Convert it "
+            "(iconv -t UTF-8), or set PYTHONUTF8=1."
+        ) from error
+    return text
 
 
 def open_generator(args: argparse.Namespace) -> tuple[Generator, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -133,6 +134,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: argparse has told what is wrong, or shown its help.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal or locale without a character shows a question mark, and the run goes on.
+        sys.stdout.reconfigure(errors="replace")
     arguments = join_verb(list(sys.argv[1:] if argv is None else argv))
     name = next((word for word in arguments if not word.startswith("-")), None)
     if name is not None and name not in VERBS:
@@ -188,10 +192,10 @@ def _run(verb: Verb, args: argparse.Namespace) -> int:
         # The reader (head, less) left. Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILURE
-    except HalfbyteError as error:
+    except (HalfbyteError, OSError) as error:
         if args.debug:
             err_console.print_exception()
-        _print_error(str(error))
+        _print_error(str(error) if isinstance(error, HalfbyteError) else _describe_os_error(error))
         return _error_code(verb, EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILURE)
     except Exception:  # noqa: BLE001 - whatever nobody foresaw
         # The code stays the verb's own: 1 of `compare` is a verdict.
@@ -203,6 +207,12 @@ def _run(verb: Verb, args: argparse.Namespace) -> int:
 def _error_code(verb: Verb, usual: int) -> int:
     code: int = getattr(verb, "EXIT_ERROR", usual)
     return code
+
+
+def _describe_os_error(error: OSError) -> str:
+    """Say which file the system refused, and why."""
+    what = f"Cannot use {error.filename}: " if error.filename else ""
+    return f"{what}{error.strerror or str(error) or type(error).__name__}."
 
 
 def _print_error(message: str) -> None:

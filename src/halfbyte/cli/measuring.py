@@ -31,7 +31,10 @@ def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens per window (default: 2048, or the model's longest where that is less)",
     )
     parser.add_argument(
-        "--windows", type=int, metavar="N", help="use the first N windows only (default: all)"
+        "--windows",
+        type=int,
+        metavar="N",
+        help="use the first N windows only; 0 for all (default: all)",
     )
     parser.add_argument(
         "--batch-size",
@@ -60,7 +63,7 @@ def measuring_keywords(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "text": None if args.text is None else read_text(args.text),
         "window": args.window,
-        "windows": args.windows,
+        "windows": args.windows or None,
         "batch_size": args.batch_size,
         "add_bos": args.add_bos,
         "dtype": args.dtype,

@@ -6,12 +6,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from halfbyte.serve.routing.confidence import STATISTICS
+
 if TYPE_CHECKING:
     from halfbyte.judge.statistics import Interval
     from halfbyte.serve.calibrate import Calibration
 
 HELP = "choose from a comparison how unsure an answer must be for a larger model to be asked"
-STATISTICS = ("mean_logprob", "sum_logprob", "least_logprob", "mean_entropy")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -94,6 +94,9 @@ def _add_hub_actions(actions: Any) -> None:
     push.add_argument("reference", metavar="VERSION", help=REFERENCE)
     push.add_argument("repository", metavar="OWNER/NAME", help="repository on the Hub")
     push.add_argument("--public", action="store_true", help="make a new repository public")
+    push.add_argument(
+        "--replace", action="store_true", help="delete what a repository holds beside versions"
+    )
     pull = _action(actions, "pull", "download a version that was pushed, and verify it")
     pull.add_argument("repository", metavar="OWNER/NAME", help="repository on the Hub")
     pull.add_argument("--revision", metavar="REV", help="commit, branch or tag")
@@ -119,6 +122,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         ConfigError: No store is named.
+        StoreError: There is none at that place, and the action does not make one.
     """
     place = args.store or read_variable(STORE)
     if not place:
@@ -126,7 +130,12 @@ def run(args: argparse.Namespace) -> int:
     from halfbyte.cli.output import console, print_json
     from halfbyte.store.store import Store
 
-    result, lines = ACTIONS[args.action](Store(place), args)
+    store = Store(place)
+    if args.action not in MAKES_STORE and not store.backend.is_there():
+        raise StoreError(
+            f"There is no store {place}. Check --store and {STORE.name}; `store add` makes one."
+        )
+    result, lines = ACTIONS[args.action](store, args)
     if args.json or args.action == "bom":
         print_json(result)
     else:
@@ -165,18 +174,20 @@ def _list(store: Store, args: argparse.Namespace) -> Outcome:
         found[name] = {"versions": history.versions, "aliases": history.aliases}
         lines.append(name)
         for version in history.versions:
-            manifest = store.manifest(version)
             aliases = [alias for alias, target in history.aliases.items() if target == version]
-            verdict = store.verdict(name, version) or "no verdict"
-            words = [
-                version[:12],
-                manifest.created,
-                format_bytes(manifest.num_bytes),
-                verdict,
-                *aliases,
-            ]
+            words = [version[:12], *_describe_version(store, name, version), *aliases]
             lines.append("  " + "  ".join(words))
     return found, lines or [f"{store.backend.place} has no versions."]
+
+
+def _describe_version(store: Store, name: str, version: str) -> list[str]:
+    """Say when a version was made, its size and verdict; one that cannot be read hides no other."""
+    try:
+        manifest = store.manifest(version)
+        verdict = store.verdict(name, version) or "no verdict"
+    except StoreError as error:
+        return [f"cannot be read: {error}"]
+    return [manifest.created, format_bytes(manifest.num_bytes), verdict]
 
 
 def _show(store: Store, args: argparse.Namespace) -> Outcome:
@@ -205,10 +216,11 @@ def _show(store: Store, args: argparse.Namespace) -> Outcome:
 
 
 def _describe_event(entry: Entry) -> str:
-    """Say what happened: which alias moved, or which verdict was given of what."""
+    """Say what happened: which alias moved, which verdict was given of what, what was pulled."""
     said = entry.details
     judged = [said["verdict"], "of", said["of"]] if "of" in said else []
-    return " ".join([entry.event, *filter(None, [entry.alias]), *judged])
+    origin = ["from", said["from"]] if "from" in said else []
+    return " ".join([entry.event, *filter(None, [entry.alias]), *judged, *origin])
 
 
 def _diff(store: Store, args: argparse.Namespace) -> Outcome:
@@ -241,7 +253,8 @@ def _describe_change(path: str, before: int | None, after: int | None) -> str:
 def _verify(store: Store, args: argparse.Namespace) -> Outcome:
     if args.public_key and args.reference is None:
         raise ConfigError("--public-key checks the signature of one version: name it.")
-    versions = store.verify(args.reference)
+    reference = args.reference and "@".join(store.resolve(args.reference))
+    versions = store.verify(reference)
     if not versions:
         raise StoreError(f"There is nothing to verify: {store.backend.place} has no versions.")
     are = "version is as it was" if len(versions) == 1 else "versions are as they were"
@@ -249,7 +262,7 @@ def _verify(store: Store, args: argparse.Namespace) -> Outcome:
     if args.public_key:
         from halfbyte.store.signing import verify_signature
 
-        verify_signature(store, args.reference, args.public_key)
+        verify_signature(store, reference, args.public_key)
         lines.append(f"the signature holds for {args.public_key}")
     return {"verified": versions}, lines
 
@@ -257,8 +270,9 @@ def _verify(store: Store, args: argparse.Namespace) -> Outcome:
 def _get(store: Store, args: argparse.Namespace) -> Outcome:
     from halfbyte.store.checkout import checkout
 
-    folder = checkout(store, args.reference, args.output)
-    return {"folder": folder}, [f"{folder}: {store.resolve(args.reference)[1][:12]}, verified"]
+    name, version = store.resolve(args.reference)
+    folder = checkout(store, f"{name}@{version}", args.output)
+    return {"folder": folder}, [f"{folder}: {version[:12]}, verified"]
 
 
 def _bom(store: Store, args: argparse.Namespace) -> Outcome:
@@ -305,7 +319,12 @@ def _push(store: Store, args: argparse.Namespace) -> Outcome:
     from halfbyte.store.hub import push
 
     commit = push(
-        store, args.reference, args.repository, private=not args.public, endpoint=args.endpoint
+        store,
+        args.reference,
+        args.repository,
+        private=not args.public,
+        replace=args.replace,
+        endpoint=args.endpoint,
     )
     return {"commit": commit}, [f"{args.repository}: commit {commit}"]
 
@@ -317,6 +336,7 @@ def _pull(store: Store, args: argparse.Namespace) -> Outcome:
     return {"version": manifest.version}, [f"{manifest.name}@{manifest.version[:12]}, verified"]
 
 
+MAKES_STORE = ("add", "pull")
 ACTIONS: dict[str, Callable[[Any, argparse.Namespace], Outcome]] = {
     "add": _add,
     "list": _list,

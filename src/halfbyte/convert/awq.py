@@ -28,7 +28,7 @@ from halfbyte.checkpoint.header import read_metadata
 from halfbyte.checkpoint.labels import CONFIG_SECTION
 from halfbyte.checkpoint.shards import TensorFiles
 from halfbyte.checkpoint.write import TensorSpec
-from halfbyte.convert.coded import CodedLinear, CodedSpec
+from halfbyte.convert.coded import FREE_MINIMA, CodedLinear, CodedSpec
 from halfbyte.convert.hints import HINT_KEY, describe_hints, read_hints, restore
 from halfbyte.convert.respell import ORDER, from_awq, to_awq
 from halfbyte.convert.source import (
@@ -190,6 +190,8 @@ class AwqTarget:
 
     def find_obstacle(self, spec: CodedSpec) -> str | None:
         """Say why a linear cannot be held exactly; None where it can."""
+        if spec.has_free_minima:
+            return FREE_MINIMA
         if spec.bits > BITS:
             return f"{spec.bits} bits; AWQ holds 4"
         if not spec.is_ordered:
@@ -254,4 +256,4 @@ class AwqTarget:
 
 
 def _is_codable(spec: CodedSpec) -> bool:
-    return spec.bits <= BITS and spec.is_ordered
+    return spec.bits <= BITS and spec.is_ordered and not spec.has_free_minima

@@ -6,25 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-CARD_FILE = "README.md"
+from halfbyte.checkpoint.front_matter import CARD_FILE, read_front_matter
+
+__all__ = ["read_front_matter", "write_card"]
+
 CARRIED_KEYS = (
     "license", "license_name", "license_link", "language", "base_model", "base_model_relation",
     "pipeline_tag",
 )  # fmt: skip
 """Of the source's front matter: they hold for every spelling of the same codes."""
-
-
-def read_front_matter(folder: Path) -> dict[str, Any]:
-    """Read the front matter of a folder's README; empty where it has none that can be read."""
-    path = folder / CARD_FILE
-    if not path.is_file():
-        return {}
-    from huggingface_hub.repocard import metadata_load
-
-    try:
-        return metadata_load(path) or {}
-    except ValueError:
-        return {}
 
 
 def write_card(source: Path | None, output: Path, text: str, tag: str) -> None:

@@ -3,6 +3,7 @@
 ::
 
     weight[o, i] = scales[o, g(i)] * (code[o, i] - zeros[o, g(i)])
+                 = scales[o, g(i)] * code[o, i] + minima[o, g(i)]   where no whole zero gives these
 
 The codes stay packed as they are most often needed: a row of words per output, codes along ``in``,
 lowest bits first. That is a GPTQ ``qweight`` turned over, and MLX's and compressed-tensors' own.
@@ -16,9 +17,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from halfbyte.checkpoint.consumers import can_recentre
 from halfbyte.checkpoint.write import TensorSpec, spec_of
 from halfbyte.convert.respell import expand, transpose
 from halfbyte.packing import pack_rows, unpack_rows
+
+FREE_MINIMA = "minima that are no whole multiples of its scales, so that it has no zero points"
+"""Why a format with zero points cannot hold a linear."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,8 +43,10 @@ class CodedSpec:
     scales_fit_half: bool
     """Whether fp16 holds every scale exactly."""
     minima_fit_half: bool
-    """Whether fp16 holds every product of zero and scale exactly."""
+    """Whether fp16 holds every minimum exactly: what a code of 0 stands for."""
     bias: TensorSpec | None
+    has_free_minima: bool = False
+    """Whether its minima are no products of zero and scale; its zeros are all 0 then."""
 
     @property
     def is_symmetric(self) -> bool:
@@ -56,8 +63,8 @@ class CodedSpec:
 
     def can_recentre(self, bits: int) -> bool:
         """Whether all of (code - zero) lies within what ``bits`` bits hold around their middle."""
-        middle = 1 << (bits - 1)
-        return self.zero_high <= middle and (1 << self.bits) - 1 - self.zero_low < middle
+        zeros = {"zero_low": self.zero_low, "zero_high": self.zero_high}
+        return not self.has_free_minima and can_recentre(self.bits, bits, **zeros)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +83,9 @@ class CodedLinear:
     g_idx: Tensor | None
     """int32 [in]: the group of each input; None where the groups lie one after another."""
     bias: Tensor | None
+    free_minima: Tensor | None = None
+    """Float [out, groups], as stored: what a code of 0 stands for; None where the zeros say that.
+    With these the zeros are all 0 and the groups in order."""
 
     @property
     def in_features(self) -> int:
@@ -114,6 +124,9 @@ class CodedLinear:
         Returns:
             [out, in].
         """
+        if self.free_minima is not None:
+            weight = replace(self, free_minima=None).dequantize()
+            return weight.add_(self.minima()[:, self.groups()]).to(dtype)
         if self.g_idx is None:
             return expand(
                 self.words_in_rows(),
@@ -128,9 +141,15 @@ class CodedLinear:
         weight.sub_(self.zeros.float()[:, groups]).mul_(self.scales.float()[:, groups])
         return weight.to(dtype)
 
+    def minima(self) -> Tensor:
+        """Give what a code of 0 stands for, float32 [out, groups]."""
+        if self.free_minima is not None:
+            return self.free_minima.float()
+        return -(self.zeros.float() * self.scales.float())
+
     def describe(self) -> CodedSpec:
         """Give the facts that decide who can hold it."""
-        return describe_grid(
+        spec = describe_grid(
             self.scales,
             self.zeros,
             bits=self.bits,
@@ -138,6 +157,20 @@ class CodedLinear:
             group_size=self.group_size,
             is_ordered=self.g_idx is None,
             bias=None if self.bias is None else spec_of(self.bias),
+        )
+        if self.free_minima is None:
+            return spec
+        return replace(spec, has_free_minima=True, minima_fit_half=fits_half(self.free_minima))
+
+    def choose_groups(self, groups: Tensor, size: int) -> CodedLinear:
+        """Give the linear the grid of those groups, each of another size; in order only."""
+        free = self.free_minima
+        return replace(
+            self,
+            scales=self.scales[:, groups],
+            zeros=self.zeros[:, groups],
+            free_minima=None if free is None else free[:, groups],
+            group_size=size,
         )
 
     def split_groups(self, size: int) -> CodedLinear:
@@ -153,16 +186,7 @@ class CodedLinear:
         assert self.g_idx is None
         if size == self.group_size and self.in_features % size == 0:
             return self
-        if self.in_features % self.group_size == 0 and self.group_size % size == 0:
-            times = self.group_size // size
-            scales, zeros = (
-                part.repeat_interleave(times, dim=1) for part in (self.scales, self.zeros)
-            )
-            return replace(self, scales=scales, zeros=zeros, group_size=size)
-        starts = torch.arange(0, self.in_features, size) // self.group_size
-        return replace(
-            self, scales=self.scales[:, starts], zeros=self.zeros[:, starts], group_size=size
-        )
+        return self.choose_groups(torch.arange(0, self.in_features, size) // self.group_size, size)
 
     def widen(self, bits: int) -> CodedLinear:
         """Store the same codes and zeros in more bits; the weight stays the same."""
@@ -194,6 +218,7 @@ class CodedLinear:
             words=self.words[order],
             scales=self.scales[order],
             zeros=self.zeros[order],
+            free_minima=None if self.free_minima is None else self.free_minima[order],
             bias=None if self.bias is None else self.bias[order],
         )
 

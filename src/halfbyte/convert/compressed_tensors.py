@@ -27,7 +27,7 @@ from torch import Tensor
 from halfbyte.checkpoint.labels import CONFIG_SECTION
 from halfbyte.checkpoint.shards import TensorFiles
 from halfbyte.checkpoint.write import TensorSpec
-from halfbyte.convert.coded import CodedLinear, CodedSpec, describe_grid
+from halfbyte.convert.coded import FREE_MINIMA, CodedLinear, CodedSpec, describe_grid
 from halfbyte.convert.source import (
     FolderSource,
     check_finite,
@@ -228,6 +228,8 @@ class CompressedTensorsTarget:
 
     def find_obstacle(self, spec: CodedSpec) -> str | None:
         """Say why a linear cannot be held exactly; None where it can."""
+        if spec.has_free_minima:
+            return FREE_MINIMA
         if not spec.is_ordered:
             return "groups in the order of activations (desc_act); the library reads no g_idx"
         if not spec.scales_fit_half:

@@ -59,7 +59,7 @@ class DenseTarget:
     def find_rounding(self, spec: CodedSpec) -> str | None:
         """Say how a linear is held; None where that is exact."""
         # (code - zero) has 9 bits at most and an fp16 scale 11; fp32 has 24.
-        if self.dtype == torch.float32 and spec.scales_fit_half:
+        if self.dtype == torch.float32 and spec.scales_fit_half and not spec.has_free_minima:
             return None
         return f"each weight rounded once to {str(self.dtype).removeprefix('torch.')}"
 
@@ -86,4 +86,6 @@ class DenseTarget:
     ) -> dict[str, Any]:
         """Give the whole ``config.json``."""
         name = str(self.dtype).removeprefix("torch.")
-        return {**model_config, "dtype": name}
+        # Transformers 4 called it torch_dtype, which would stand beside it and say another.
+        kept = {key: value for key, value in model_config.items() if key != "torch_dtype"}
+        return {**kept, "dtype": name}

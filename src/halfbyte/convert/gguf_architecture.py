@@ -21,25 +21,29 @@ from halfbyte.errors import ConfigError
 EMBEDDING, HEAD, POSITIONS = "token_embd", "output", "position_embd"
 
 _TOP = {"model.embed_tokens": EMBEDDING, "model.norm": "output_norm", "lm_head": HEAD}
-_BLOCK = {
-    "input_layernorm": "attn_norm",
+_INPUT_NORM = {"input_layernorm": "attn_norm"}
+_NORMS_BEFORE = {**_INPUT_NORM, "post_attention_layernorm": "ffn_norm"}
+_NORMS_AFTER = {
+    "post_attention_layernorm": "post_attention_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+_NORMS_AROUND = {**_INPUT_NORM, **_NORMS_AFTER, "pre_feedforward_layernorm": "ffn_norm"}
+_HEAD_NORMS = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
+
+_OUTPUT = {"self_attn.o_proj": "attn_output"}
+_ATTENTION = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
+    **_OUTPUT,
+}
+_FUSED_ATTENTION = {"self_attn.qkv_proj": "attn_qkv", **_OUTPUT}
+_MLP = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-_NORM_BEFORE = {"post_attention_layernorm": "ffn_norm"}
-_NORMS_AROUND = {
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}
-_HEAD_NORMS = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
-
-_FUSED = {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"}
+_FUSED_MLP = {"mlp.gate_up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
 _PLAIN_MLP = {"mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
 _EXPERTS = {
     "mlp.gate": "ffn_gate_inp",
@@ -137,8 +141,6 @@ class Architecture:
     """Whether llama.cpp asks for a head even where it is the embeddings over again."""
     has_window: bool = False
     """Whether llama.cpp knows its sliding window."""
-    is_self_described: bool = False
-    """Whether a config can be made out of a file's pairs."""
 
     def to_gguf(self, name: str) -> str | None:
         """Translate a module's name; None where llama.cpp has none for it."""
@@ -212,7 +214,7 @@ def _need_heads(name: str, heads: object, rows: int, parts: int) -> int:
 def _family(
     name: str, model: str, *parts: Mapping[str, str], model_type: str = "", **facts: Any
 ) -> Architecture:
-    names = {key: value for part in (_BLOCK, *parts) for key, value in part.items()}
+    names = {key: value for part in parts for key, value in part.items()}
     return Architecture(
         name=name,
         model_class=f"{model}ForCausalLM",
@@ -224,44 +226,47 @@ def _family(
     )
 
 
-_OWN: Mapping[str, Any] = {"is_self_described": True}
 _GEMMA: Mapping[str, Any] = {"norm_shift": 1.0, "ties_embeddings": True, "activations": GELU}
 _LIKE_LLAMA: Mapping[str, Any] = {"reorders_heads": True}
 
+_LLAMA = (_NORMS_BEFORE, _ATTENTION, _MLP)
+"""What most blocks are made of."""
+
 ARCHITECTURES = (
-    _family("llama", "Llama", _NORM_BEFORE, **_LIKE_LLAMA, **_OWN),
-    _family("llama", "Mistral", _NORM_BEFORE, **_LIKE_LLAMA, **_OWN),
-    _family("qwen2", "Qwen2", _NORM_BEFORE, writes_head_size=False, **_OWN),
-    _family("qwen3", "Qwen3", _NORM_BEFORE, _HEAD_NORMS, **_OWN),
-    _family("gemma", "Gemma", _NORM_BEFORE, **_GEMMA),
-    _family("gemma2", "Gemma2", _NORMS_AROUND, has_window=True, **_GEMMA),
+    _family("llama", "Llama", *_LLAMA, **_LIKE_LLAMA),
+    _family("llama", "Mistral", *_LLAMA, **_LIKE_LLAMA),
+    _family("qwen2", "Qwen2", *_LLAMA, writes_head_size=False),
+    _family("qwen3", "Qwen3", *_LLAMA, _HEAD_NORMS),
+    _family("gemma", "Gemma", *_LLAMA, **_GEMMA),
+    _family("gemma2", "Gemma2", _NORMS_AROUND, _ATTENTION, _MLP, has_window=True, **_GEMMA),
     _family(
-        "gemma3", "Gemma3", _NORMS_AROUND, _HEAD_NORMS, model_type="gemma3_text", has_window=True,
-        **_GEMMA,
+        "gemma3", "Gemma3", _NORMS_AROUND, _ATTENTION, _HEAD_NORMS, _MLP, model_type="gemma3_text",
+        has_window=True, **_GEMMA,
     ),
-    _family("phi3", "Phi3", _NORM_BEFORE, _FUSED, writes_head_size=False, turns_part=True,
-            has_longrope=True),
-    _family("granite", "Granite", _NORM_BEFORE, **_LIKE_LLAMA),
-    _family("olmo2", "Olmo2", _NORMS_AROUND, _HEAD_NORMS, writes_head_size=False, needs_head=True,
-            **_OWN),
+    _family("phi3", "Phi3", _NORMS_BEFORE, _FUSED_ATTENTION, _FUSED_MLP, writes_head_size=False,
+            turns_part=True, has_longrope=True),
+    _family("granite", "Granite", *_LLAMA, **_LIKE_LLAMA),
+    _family("olmo2", "Olmo2", _NORMS_AFTER, _ATTENTION, _HEAD_NORMS, _MLP, writes_head_size=False,
+            needs_head=True),
     _family(
-        "olmo2", "Olmo3", _NORMS_AROUND, _HEAD_NORMS, writes_head_size=False, has_window=True,
-        needs_head=True,
+        "olmo2", "Olmo3", _NORMS_AFTER, _ATTENTION, _HEAD_NORMS, _MLP, writes_head_size=False,
+        has_window=True, needs_head=True,
     ),
-    _family("smollm3", "SmolLM3", _NORM_BEFORE, **_LIKE_LLAMA),
-    _family("starcoder2", "Starcoder2", _NORM_BEFORE, _PLAIN_MLP, activations=GELU[:2],
-            epsilon="norm_epsilon"),
-    _family("seed_oss", "SeedOss", {"post_attention_layernorm": "post_attention_norm"},
+    _family("smollm3", "SmolLM3", *_LLAMA, **_LIKE_LLAMA),
+    _family("starcoder2", "Starcoder2", _NORMS_BEFORE, _ATTENTION, _PLAIN_MLP,
+            activations=GELU[:2], epsilon="norm_epsilon"),
+    _family("seed_oss", "SeedOss", _INPUT_NORM,
+            {"post_attention_layernorm": "post_attention_norm"}, _ATTENTION, _MLP,
             model_type="seed_oss"),
-    _family("llama", "Mixtral", _NORM_BEFORE, _MIXTRAL_EXPERTS, normalises_experts=True,
-            **_LIKE_LLAMA),
-    _family("qwen2moe", "Qwen2Moe", _NORM_BEFORE, _EXPERTS, _SHARED_EXPERT,
+    _family("llama", "Mixtral", _NORMS_BEFORE, _ATTENTION, _MIXTRAL_EXPERTS,
+            normalises_experts=True, **_LIKE_LLAMA),
+    _family("qwen2moe", "Qwen2Moe", _NORMS_BEFORE, _ATTENTION, _EXPERTS, _SHARED_EXPERT,
             model_type="qwen2_moe", writes_head_size=False, normalises_experts=False,
             needs_head=True),
-    _family("qwen3moe", "Qwen3Moe", _NORM_BEFORE, _HEAD_NORMS, _EXPERTS, model_type="qwen3_moe",
-            normalises_experts=True),
-    _family("olmoe", "Olmoe", _NORM_BEFORE, _HEAD_NORMS, _EXPERTS, writes_head_size=False,
-            normalises_experts=False, needs_head=True),
+    _family("qwen3moe", "Qwen3Moe", _NORMS_BEFORE, _ATTENTION, _HEAD_NORMS, _EXPERTS,
+            model_type="qwen3_moe", normalises_experts=True),
+    _family("olmoe", "Olmoe", _NORMS_BEFORE, _ATTENTION, _HEAD_NORMS, _EXPERTS,
+            writes_head_size=False, normalises_experts=False, needs_head=True),
     Architecture(
         name="gpt2", model_class="GPT2LMHeadModel", model_type="gpt2", names=_GPT2_BLOCK,
         top=_GPT2_TOP, blocks="transformer.h", activations=GELU[:2], epsilon="layer_norm_epsilon",

@@ -47,7 +47,7 @@ def spell_blocks(linear: CodedLinear, kind: BlockType) -> Tensor:
     scales = linear.scales.to(torch.float16)
     grid = [scales]
     if kind == Q4_1:
-        grid.append((-(linear.zeros.float() * scales.float())).to(torch.float16))
+        grid.append(linear.minima().to(torch.float16))
     heads = torch.stack(grid, dim=-1).view(torch.uint8)
     blocks = to_blocks(linear.words_in_rows(), heads, 8 if kind == Q8_0 else 4)
     return blocks.view(linear.out_features, -1)
@@ -66,8 +66,7 @@ def read_blocks(name: str, data: Tensor, kind: BlockType, shape: tuple[int, ...]
         The linear.
 
     Raises:
-        CheckpointError: A Q4_1 minimum is no whole multiple of its scale, or a scale is not
-            finite.
+        CheckpointError: A scale or a minimum is not finite.
     """
     blocks = data.view(shape[0], -1, kind.num_bytes)
     grid = 2 if kind == Q4_1 else 1
@@ -81,13 +80,9 @@ def read_blocks(name: str, data: Tensor, kind: BlockType, shape: tuple[int, ...]
             f"{name} has scales that are infinite or not a number. The file is damaged."
         )
     bits = 8 if kind == Q8_0 else 4
-    middle = torch.full(scales.shape, 2 ** (bits - 1), dtype=torch.int16)
-    zeros = find_zeros(scales, values[1], bits) if kind == Q4_1 else middle
-    if zeros is None:
-        raise CheckpointError(
-            f"{name} is Q4_1 with minima that are no whole multiple of the scale: they fit no grid "
-            "with a zero point, so they cannot be respelled. Convert the file with --to hf."
-        )
+    zeros, free_minima = torch.full(scales.shape, 2 ** (bits - 1), dtype=torch.int16), None
+    if kind == Q4_1:
+        zeros, free_minima = find_zeros(scales, values[1], bits)
     return CodedLinear(
         words=from_blocks(blocks, 2 * grid, bits),
         scales=scales,
@@ -96,6 +91,7 @@ def read_blocks(name: str, data: Tensor, kind: BlockType, shape: tuple[int, ...]
         group_size=BLOCK,
         g_idx=None,
         bias=None,
+        free_minima=free_minima,
     )
 
 

@@ -17,7 +17,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -143,8 +143,15 @@ class GgufFile:
 class _Cursor:
     """Reads the header front to back; every length is held against what is left."""
 
-    def __init__(self, path: Path, data: bytes, file_bytes: int) -> None:
-        self.path, self.data, self.file_bytes, self.place = path, data, file_bytes, 0
+    def __init__(self, path: Path, handle: BinaryIO) -> None:
+        self.path, self.handle, self.place = path, handle, 0
+        self.file_bytes = handle.seek(0, 2)
+        handle.seek(0)
+
+    @property
+    def left(self) -> int:
+        """How much of a header may follow. Unit: bytes."""
+        return min(self.file_bytes, MAX_HEADER_BYTES) - self.place
 
     def fail(self, what: str) -> CheckpointError:
         return CheckpointError(
@@ -152,11 +159,12 @@ class _Cursor:
         )
 
     def take(self, count: int) -> bytes:
-        if count > len(self.data) - self.place:
+        data = self.handle.read(count) if count <= self.left else b""
+        if len(data) < count:
             raise self.fail(f"its header goes on for {count} bytes at byte {self.place}, past the "
                             f"end of the file ({self.file_bytes} bytes)")  # fmt: skip
         self.place += count
-        return self.data[self.place - count : self.place]
+        return data
 
     def number(self, code: str) -> Any:
         return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0]
@@ -164,9 +172,8 @@ class _Cursor:
     def count(self, what: str, least_bytes: int) -> int:
         """Read how many things follow, each of which takes some bytes."""
         found = int(self.number("Q"))
-        if found * least_bytes > len(self.data) - self.place:
-            raise self.fail(f"it declares {found} {what} with {len(self.data) - self.place} bytes "
-                            "left")  # fmt: skip
+        if found * least_bytes > self.left:
+            raise self.fail(f"it declares {found} {what} with {self.left} bytes left")
         return found
 
     def text(self) -> str:
@@ -208,26 +215,26 @@ def open_gguf(path: Path) -> GgufFile:
     """
     try:
         with path.open("rb") as handle:
-            file_bytes = handle.seek(0, 2)
-            handle.seek(0)
-            cursor = _Cursor(path, handle.read(MAX_HEADER_BYTES), file_bytes)
+            return _read_header(_Cursor(path, handle))
     except OSError as error:
         raise CheckpointError(
             f"Cannot read {path}: {error.strerror or error}. Check the path and its permissions."
         ) from error
-    if len(cursor.data) < 4 or cursor.take(4) != MAGIC:
+
+
+def _read_header(cursor: _Cursor) -> GgufFile:
+    if cursor.left < len(MAGIC) or cursor.take(len(MAGIC)) != MAGIC:
         raise cursor.fail("it does not begin with 'GGUF'")
     version = cursor.number("I")
     if version not in VERSIONS:
         raise CheckpointError(
-            f"Cannot read {path}: it is GGUF version {version}; versions {VERSIONS} in "
+            f"Cannot read {cursor.path}: it is GGUF version {version}; versions {VERSIONS} in "
             "little-endian order are read. Convert it again with a present llama.cpp."
         )
     num_tensors = cursor.count("tensors", 24)
     num_pairs = cursor.count("pairs", 13)
     pairs = _read_pairs(cursor, num_pairs)
-    tensors = _read_table(cursor, num_tensors, pairs)
-    return GgufFile(path=path, pairs=pairs, tensors=tensors)
+    return GgufFile(path=cursor.path, pairs=pairs, tensors=_read_table(cursor, num_tensors, pairs))
 
 
 def _read_pairs(cursor: _Cursor, number: int) -> dict[str, Any]:

@@ -66,8 +66,9 @@ def _describe_origin(source: Source) -> dict[str, Any]:
     if isinstance(front.get("license"), str):
         pairs["general.license"] = front["license"]
     base = front.get("base_model")
-    base = base[0] if isinstance(base, list) and base else base
-    if isinstance(base, str):
-        pairs["general.base_model.count"] = 1
-        pairs["general.base_model.0.name"] = base.rpartition("/")[2]
+    bases = [name for name in (base if isinstance(base, list) else [base]) if isinstance(name, str)]
+    if bases:
+        pairs["general.base_model.count"] = len(bases)
+    for number, name in enumerate(bases):
+        pairs[f"general.base_model.{number}.name"] = name.rpartition("/")[2]
     return pairs

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor
 
 from halfbyte.checkpoint.companions import copy_companions
-from halfbyte.checkpoint.labels import CONFIG_SECTION, read_model_config
 from halfbyte.checkpoint.write import TensorSpec
 from halfbyte.convert.coded import CodedLinear, CodedSpec
 from halfbyte.convert.dense import DTYPES
@@ -25,8 +23,9 @@ from halfbyte.convert.gguf_architecture import (
     Architecture,
 )
 from halfbyte.convert.gguf_blocks import PLAIN, read_blocks, read_plain
-from halfbyte.convert.gguf_file import BF16, F32, Q4_0, Q4_1, Q8_0, GgufFile, GgufTensor, open_gguf
-from halfbyte.convert.gguf_hyperparameters import FACTOR_TENSORS
+from halfbyte.convert.gguf_config import check_complete, read_config
+from halfbyte.convert.gguf_file import F32, Q4_0, Q4_1, Q8_0, GgufFile, GgufTensor, open_gguf
+from halfbyte.convert.gguf_positions import FACTOR_TENSORS
 from halfbyte.convert.hints import HINT_KEY, read_hints, restore
 from halfbyte.errors import CheckpointError, require_extra
 
@@ -65,11 +64,13 @@ class GgufSource:
             The source.
 
         Raises:
-            CheckpointError: The file is damaged, or of a family that is not read.
+            CheckpointError: The file is damaged, a part of a model, or of a family that is not
+                read; or the base has no config.
         """
         file = open_gguf(path)
-        config = _read_config(path, base, file.pairs, file.tensors)
+        config = read_config(file, base)
         architecture = _find_family(file, config)
+        check_complete(file, architecture, config)
         is_repeated = architecture.needs_head and architecture.is_tied(config)
         linears: dict[str, GgufTensor] = {}
         places: dict[str, GgufTensor] = {}
@@ -153,7 +154,7 @@ class GgufSource:
             file tells and the blocks agree.
 
         Raises:
-            CheckpointError: It is damaged, or its minima fit no grid.
+            CheckpointError: It is damaged.
         """
         info = self.linears[name]
         linear = read_blocks(info.name, self.file.read(info), info.kind, info.shape)
@@ -248,58 +249,3 @@ def _find_family(file: GgufFile, config: Mapping[str, Any]) -> Architecture:
         )
     classes = config.get("architectures") or []
     return next((f for f in families if f.model_class in classes), families[0])
-
-
-def _read_config(
-    path: Path, base: Path | None, pairs: Mapping[str, Any], tensors: Mapping[str, GgufTensor]
-) -> dict[str, Any]:
-    """Take the base's config, or make one out of the pairs."""
-    if base is not None:
-        config = read_model_config(base)
-        config.pop(CONFIG_SECTION, None)
-        return config
-    name = pairs.get("general.architecture")
-    family = next((family for family in ARCHITECTURES if family.name == name), None)
-    if family is None:
-        return {}
-    has_experts = f"{name}.expert_count" in pairs
-    scales = f"{name}.rope.scaling.type" in pairs or any(t in tensors for t in FACTOR_TENSORS)
-    if has_experts or scales or not family.is_self_described:
-        what = "it has experts" if has_experts else f"it is of the family '{name}'"
-        what = "it scales positions" if scales else what
-        raise CheckpointError(
-            f"Cannot make a config out of {path}: {what}, and not all of how stands in the file. "
-            "Give the original model's folder with --base."
-        )
-    get = partial(_need_pair, path, pairs, str(name))
-    heads = get("attention.head_count")
-    embeddings = tensors.get(f"{EMBEDDING}.weight")
-    width = pairs.get(f"{name}.attention.key_length", get("embedding_length") // heads)
-    return {
-        "architectures": [family.model_class],
-        "model_type": family.model_type,
-        "num_hidden_layers": get("block_count"),
-        "max_position_embeddings": get("context_length"),
-        "hidden_size": get("embedding_length"),
-        "intermediate_size": get("feed_forward_length"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": pairs.get(f"{name}.attention.head_count_kv", heads),
-        "head_dim": width,
-        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
-        "rope_theta": pairs.get(f"{name}.rope.freq_base", 10000.0),
-        "vocab_size": len(pairs.get("tokenizer.ggml.tokens") or []),
-        "bos_token_id": pairs.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": pairs.get("tokenizer.ggml.eos_token_id"),
-        "tie_word_embeddings": "output.weight" not in tensors,
-        "dtype": "float16" if embeddings is None or embeddings.kind != BF16 else "bfloat16",
-    }
-
-
-def _need_pair(path: Path, pairs: Mapping[str, Any], name: str, key: str) -> Any:
-    value = pairs.get(f"{name}.{key}")
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise CheckpointError(
-            f"Cannot read {path}: its {name}.{key} is {str(value)[:40]}; a positive number is "
-            "needed. The file is damaged; give the original model's folder with --base."
-        )
-    return value

@@ -10,11 +10,18 @@ Source:
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from halfbyte.checkpoint.companions import MORE_TEMPLATES
+from halfbyte.checkpoint.header import parse_json_object
+from halfbyte.convert.gguf_fields import need
 from halfbyte.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
@@ -32,6 +39,15 @@ PRE_TOKENIZERS: Mapping[tuple[str, ...], str] = {
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
+_SPACED = ({"type": "Prepend", "prepend": SPACE},
+           {"type": "Replace", "pattern": {"String": " "}, "content": SPACE})  # fmt: skip
+"""What SentencePiece does before it cuts, and llama.cpp as well."""
+_UNICODE = ("NFC", "NFKC", "Precompiled")
+"""Normalizers that leave most text as it is, so that a note is enough."""
+
+
+DEFAULT, CHAT_TEMPLATE = "default", "chat_template.jinja"
+
 
 def describe_tokenizer(
     folder: Path, config: Mapping[str, Any], pre_tokenizer: str | None = None
@@ -48,6 +64,7 @@ def describe_tokenizer(
 
     Raises:
         ConfigError: There is no tokenizer.json, or it is of a kind that is not written.
+        CheckpointError: tokenizer_config.json is not JSON.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -56,15 +73,17 @@ def describe_tokenizer(
             "AutoTokenizer.from_pretrained(...).save_pretrained(...), or, where the source is a "
             ".gguf file, give the original model's folder with --base."
         )
-    tokenizer = json.loads(path.read_text(encoding="utf-8"))
-    model = tokenizer.get("model", {})
-    if model.get("type") != "BPE":
+    loaded, tokenizer = _load(path)
+    model, kind = tokenizer["model"], type(loaded.model).__name__
+    if kind != "BPE" or not model["merges"]:
+        what = f"is of the type '{kind}'" if kind != "BPE" else "has no merges"
         raise ConfigError(
-            f"Cannot write GGUF: the tokenizer is of the type '{model.get('type')}'; written is "
-            "BPE, byte-level or with byte fallback."
+            f"Cannot write GGUF: the tokenizer {what}; written is BPE, byte-level or with byte "
+            "fallback. Choose another format."
         )
+    _check_normalizers(tokenizer)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    tokens, kinds = _list_tokens(tokenizer, int(config["vocab_size"]))
+    tokens, kinds = _list_tokens(tokenizer, need(config, "vocab_size", int))
     pairs: dict[str, Any] = {}
     if model.get("byte_fallback"):
         pairs["tokenizer.ggml.model"] = "llama"
@@ -77,7 +96,28 @@ def describe_tokenizer(
         pairs["tokenizer.ggml.merges"] = merges
     pairs["tokenizer.ggml.tokens"] = tokens
     pairs["tokenizer.ggml.token_type"] = kinds
-    return pairs | _describe_special(folder, path, config, tokens)
+    settings = _read_json(folder / "tokenizer_config.json")
+    pairs |= _describe_special(settings, loaded, config, tokens)
+    return pairs | _describe_templates(folder, settings)
+
+
+def note_normalizers(folder: Path) -> tuple[str, ...]:
+    """Say what a tokenizer does to a text before it cuts it that llama.cpp does not.
+
+    Args:
+        folder: Holds ``tokenizer.json``.
+
+    Returns:
+        A note, or none.
+    """
+    _, tokenizer = _load(folder / "tokenizer.json")
+    found = [step["type"] for step in _list_normalizers(tokenizer) if step["type"] in _UNICODE]
+    if not found:
+        return ()
+    return (
+        f"the tokenizer brings text into one Unicode form ({', '.join(found)}) and llama.cpp does "
+        "not: accents written as characters of their own become other tokens",
+    )
 
 
 def find_pre_tokenizer(tokenizer: Mapping[str, Any]) -> str:
@@ -105,15 +145,53 @@ def find_pre_tokenizer(tokenizer: Mapping[str, Any]) -> str:
 
 
 def _name_step(step: Mapping[str, Any]) -> str:
+    """Name a step by all of it that changes how words are cut."""
     kind = str(step.get("type"))
     if kind == "ByteLevel":
-        return "ByteLevel+regex" if step.get("use_regex", True) else "ByteLevel"
+        prefix = " with a space in front" if step.get("add_prefix_space") else ""
+        return ("ByteLevel+regex" if step.get("use_regex", True) else "ByteLevel") + prefix
     if kind == "Split":
-        pattern = step.get("pattern", {})
-        return f"Split {pattern.get('Regex') or pattern.get('String')}"
+        pattern, how = step.get("pattern", {}), step.get("behavior")
+        how = "" if how == "Isolated" and not step.get("invert") else f" ({how}, inverted or not)"
+        return f"Split {pattern.get('Regex') or pattern.get('String')}{how}"
     if kind == "Digits" and not step.get("individual_digits"):
         return "Digits in groups"
     return kind
+
+
+def _load(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
+    """Read tokenizer.json by the library that owns it, and as it stands there."""
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(path)), json.loads(path.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises nothing narrower
+        raise ConfigError(
+            f"Cannot write GGUF: {path} is no tokenizer ({error}). Download it again, or save the "
+            "tokenizer there with AutoTokenizer.from_pretrained(...).save_pretrained(...)."
+        ) from error
+
+
+def _list_normalizers(tokenizer: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """List what is done to a text first, step by step."""
+    steps = [tokenizer.get("normalizer") or {"type": "Sequence", "normalizers": []}]
+    while any(step["type"] == "Sequence" for step in steps):
+        steps = [part for step in steps for part in step.get("normalizers", [step])]
+    return steps
+
+
+def _check_normalizers(tokenizer: Mapping[str, Any]) -> None:
+    known = _SPACED if tokenizer["model"].get("byte_fallback") else ()
+    others = [
+        step["type"]
+        for step in _list_normalizers(tokenizer)
+        if step not in known and step["type"] not in _UNICODE
+    ]
+    if others:
+        raise ConfigError(
+            f"Cannot write GGUF: the tokenizer changes text before it cuts it "
+            f"({', '.join(others)}), and llama.cpp would not. Choose another format."
+        )
 
 
 def _list_tokens(tokenizer: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
@@ -123,7 +201,7 @@ def _list_tokens(tokenizer: Mapping[str, Any], size: int) -> tuple[list[str], li
     unknown = tokenizer["model"].get("unk_token")
     is_spm = tokenizer["model"].get("byte_fallback")
     numbers = {**tokenizer["model"]["vocab"]}
-    numbers |= {added["content"]: added["id"] for added in tokenizer.get("added_tokens", [])}
+    numbers |= {added["content"]: added["id"] for added in (tokenizer.get("added_tokens") or [])}
     last = max(numbers, key=lambda text: numbers[text])
     if numbers[last] >= size:
         raise ConfigError(
@@ -135,7 +213,7 @@ def _list_tokens(tokenizer: Mapping[str, Any], size: int) -> tuple[list[str], li
         kinds[number] = NORMAL
         if is_spm and len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
             kinds[number] = BYTE
-    for added in tokenizer.get("added_tokens", []):
+    for added in tokenizer.get("added_tokens") or []:
         tokens[added["id"]] = added["content"]
         kinds[added["id"]] = CONTROL if added.get("special") else USER_DEFINED
     if is_spm and unknown in tokens:
@@ -153,21 +231,16 @@ def _make_scores(tokens: list[str], merges: list[Any]) -> list[float]:
 
 def _adds_space(tokenizer: Mapping[str, Any]) -> bool:
     """Whether a space is put before a text, by the normalizer or the pre-tokenizer."""
-    normalizer = tokenizer.get("normalizer") or {}
-    steps = normalizer.get("normalizers", [normalizer])
-    if any(s.get("type") == "Prepend" and s.get("prepend") == SPACE for s in steps):
+    if _SPACED[0] in _list_normalizers(tokenizer):
         return True
     step = tokenizer.get("pre_tokenizer") or {}
     return step.get("type") == "Metaspace" and step.get("prepend_scheme", "never") != "never"
 
 
 def _describe_special(
-    folder: Path, path: Path, config: Mapping[str, Any], tokens: list[str]
+    settings: Mapping[str, Any], loaded: Tokenizer, config: Mapping[str, Any], tokens: list[str]
 ) -> dict[str, Any]:
-    """Give special ids, whether they are added by themselves, and the chat template."""
-    from tokenizers import Tokenizer
-
-    settings = _read_json(folder / "tokenizer_config.json")
+    """Give special ids, and whether they are added by themselves."""
     numbers = {token: number for number, token in enumerate(tokens)}
     pairs: dict[str, Any] = {}
     keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
@@ -178,21 +251,43 @@ def _describe_special(
         number = number[0] if isinstance(number, list) and number else number
         if isinstance(number, int) and 0 <= number < len(tokens):
             pairs[f"tokenizer.ggml.{theirs}_token_id"] = number
-    ids = Tokenizer.from_file(str(path)).encode("a").ids
+    ids = loaded.encode("a").ids
     first, last = pairs.get("tokenizer.ggml.bos_token_id"), pairs.get("tokenizer.ggml.eos_token_id")
     pairs["tokenizer.ggml.add_bos_token"] = bool(ids) and ids[0] == first
     pairs["tokenizer.ggml.add_eos_token"] = len(ids) > 1 and ids[-1] == last
-    template = folder / "chat_template.jinja"
-    text = settings.get("chat_template")
-    if template.is_file():
-        text = template.read_text(encoding="utf-8")
-    if isinstance(text, str) and text:
-        pairs["tokenizer.chat_template"] = text
     return pairs
 
 
+def _describe_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the chat template, and those that a model has beside it.
+
+    A file of its own comes before what the settings say, as Transformers has it.
+
+    Source:
+        llama.cpp ``gguf-py/gguf/gguf_writer.py``, ``add_chat_template`` (keys and their names).
+    """
+    said = settings.get("chat_template")
+    listed = said if isinstance(said, list) else [{"name": DEFAULT, "template": said}]
+    templates = {
+        entry.get("name"): entry.get("template") for entry in listed if isinstance(entry, dict)
+    }
+    files = {DEFAULT: folder / CHAT_TEMPLATE}
+    files |= {path.stem: path for path in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
+    templates |= {
+        name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()
+    }
+    pairs: dict[str, Any] = {}
+    names = []
+    for name, text in templates.items():
+        if not (isinstance(name, str) and isinstance(text, str) and text):
+            continue
+        if name == DEFAULT:
+            pairs["tokenizer.chat_template"] = text
+            continue
+        names.append(re.sub("[^A-Za-z0-9]", "_", name))
+        pairs[f"tokenizer.chat_template.{names[-1]}"] = text
+    return pairs | ({"tokenizer.chat_templates": names} if names else {})
+
+
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return content if isinstance(content, dict) else {}
+    return parse_json_object(path.read_bytes(), str(path)) if path.is_file() else {}

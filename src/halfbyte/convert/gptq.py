@@ -16,7 +16,7 @@ from halfbyte.checkpoint.labels import CONFIG_SECTION
 from halfbyte.checkpoint.layout import FORMAT_V1, FORMAT_V2, ZERO_OFFSETS
 from halfbyte.checkpoint.read import Checkpoint
 from halfbyte.checkpoint.write import TensorSpec, build_quantization_config
-from halfbyte.convert.coded import CodedLinear, CodedSpec, describe_grid
+from halfbyte.convert.coded import FREE_MINIMA, CodedLinear, CodedSpec, describe_grid
 from halfbyte.errors import ConfigError
 from halfbyte.packing import pack_zeros, unpack_zeros
 from halfbyte.quant_config import SUPPORTED_BITS, QuantConfig, Scheme
@@ -121,7 +121,8 @@ class GptqTarget:
     @classmethod
     def fit(cls, specs: Mapping[str, CodedSpec]) -> GptqTarget:
         """Choose the dialect that holds every zero."""
-        lowest = min((spec.zero_low for spec in specs.values()), default=1)
+        zeros = (spec.zero_low for spec in specs.values() if not spec.has_free_minima)
+        lowest = min(zeros, default=1)
         return cls(dialect=FORMAT_V1 if lowest >= ZERO_OFFSETS[FORMAT_V1] else FORMAT_V2)
 
     def metadata(self, coded: Mapping[str, CodedSpec]) -> dict[str, str]:
@@ -130,6 +131,8 @@ class GptqTarget:
 
     def find_obstacle(self, spec: CodedSpec) -> str | None:
         """Say why a linear cannot be held exactly; None where it can."""
+        if spec.has_free_minima:
+            return FREE_MINIMA
         if not spec.scales_fit_half:
             return "a scale that fp16 cannot hold"
         if spec.out_features % 32:

@@ -76,16 +76,17 @@ def restore(linear: CodedLinear, bits: int, group_size: int) -> CodedLinear:
         The same weight with these; as it is where the groups do not agree, and with its own bits
         where its zeros or codes do not.
     """
-    starts = torch.arange(0, linear.in_features, group_size)
     of_block = torch.arange(0, linear.in_features, linear.group_size) // group_size
-    first = starts // linear.group_size
-    scales, zeros = linear.scales[:, first], linear.zeros[:, first]
+    first = torch.arange(0, linear.in_features, group_size) // linear.group_size
+    merged = linear.choose_groups(first, group_size)
+    again = merged.choose_groups(of_block, linear.group_size)
     if not (
-        torch.equal(scales[:, of_block], linear.scales)
-        and torch.equal(zeros[:, of_block], linear.zeros)
+        torch.equal(again.scales, linear.scales)
+        and torch.equal(again.zeros, linear.zeros)
+        and torch.equal(again.minima(), linear.minima())
     ):
         return linear
-    merged = replace(linear, scales=scales, zeros=zeros, group_size=group_size)
+    zeros = merged.zeros
     if bits == linear.bits or bool((zeros != 2 ** (linear.bits - 1)).any()):
         return merged  # only codes around the middle one can be moved to another middle
     narrow = replace(merged, zeros=torch.full_like(zeros, 2 ** (bits - 1)))

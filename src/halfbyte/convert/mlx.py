@@ -83,43 +83,17 @@ class MlxSource(FolderSource):
         return cls(folder=folder, view=view, group_sizes=sizes, model_config=model_config)
 
     def describe(self, name: str) -> CodedSpec:
-        """Give a linear's facts.
-
-        Args:
-            name: The module.
-
-        Returns:
-            The facts.
-
-        Raises:
-            CheckpointError: Its minima are no whole multiples of its scales.
-        """
+        """Give a linear's facts."""
         return self.load_linear(name).describe()
 
     def load_linear(self, name: str) -> CodedLinear:
-        """Read one coded linear.
-
-        Args:
-            name: The module.
-
-        Returns:
-            The linear.
-
-        Raises:
-            CheckpointError: Its minima are no whole multiples of its scales.
-        """
+        """Read one coded linear."""
         tensors = self.view.load(name, tuple(_TENSORS))
         for suffix in ("scales", "biases", "bias"):
             if suffix in tensors:
                 check_finite(f"{name}.{suffix}", tensors[suffix])
         scales, bits = tensors["scales"], _bits(self.view.parts[name], self.group_sizes[name])
-        zeros = find_zeros(scales, tensors["biases"], bits)
-        if zeros is None:
-            raise CheckpointError(
-                f"{name}.biases has values that are no whole multiple of the scale: they fit no "
-                f"{bits}-bit grid with a zero point, so they cannot be respelled. Convert the "
-                "model with --to hf, or quantize its base model."
-            )
+        zeros, free_minima = find_zeros(scales, tensors["biases"], bits)
         return CodedLinear(
             words=tensors["weight"].view(torch.int32),
             scales=scales,
@@ -128,10 +102,11 @@ class MlxSource(FolderSource):
             group_size=self.group_sizes[name],
             g_idx=None,
             bias=tensors.get("bias"),
+            free_minima=free_minima,
         )
 
 
-def find_zeros(scales: Tensor, minima: Tensor, bits: int) -> Tensor | None:
+def find_zeros(scales: Tensor, minima: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
     """Find the whole zeros whose product with the scale, rounded as stored, gives the minima.
 
     Args:
@@ -140,7 +115,7 @@ def find_zeros(scales: Tensor, minima: Tensor, bits: int) -> Tensor | None:
         bits: Width of a code.
 
     Returns:
-        int16 zeros 0..2**bits-1; None where some minimum has none.
+        int16 zeros 0..2**bits-1, and None; where some minimum has none, zeros of 0 and the minima.
     """
     middle = 2 ** (bits - 1)
     # A scale of 0 makes every code 0: any zero will do.
@@ -148,8 +123,8 @@ def find_zeros(scales: Tensor, minima: Tensor, bits: int) -> Tensor | None:
     zeros = torch.nan_to_num(ratio).round().clamp(0, 2**bits - 1)
     again = -(zeros.float() * scales.float())
     if not torch.equal(again.to(minima.dtype), minima):
-        return None
-    return zeros.to(torch.int16)
+        return torch.zeros_like(scales, dtype=torch.int16), minima
+    return zeros.to(torch.int16), None
 
 
 def _group_size(name: str, labels: Mapping[str, Any]) -> int:
@@ -203,7 +178,7 @@ class MlxTarget:
         if reason := self._find_misfit(spec):
             return reason
         if not spec.minima_fit_half:
-            return "zeros whose product with the scale fp16 cannot hold"
+            return "minima (zero times scale) that fp16 cannot hold"
         return None
 
     def find_rounding(self, spec: CodedSpec) -> str | None:
@@ -234,27 +209,25 @@ class MlxTarget:
     def spell(self, linear: CodedLinear) -> dict[str, Tensor]:
         """Make them."""
         linear = linear.split_groups(choose_group(linear.describe()))
-        minima = -(linear.zeros.float() * linear.scales.float())
         tensors = {
             "weight": linear.words_in_rows().view(torch.uint32),
             "scales": linear.scales.to(torch.float16).contiguous(),
-            "biases": minima.to(torch.float16),
+            "biases": linear.minima().to(torch.float16),
         }
         return tensors if linear.bias is None else {**tensors, "bias": linear.bias}
 
-    def decode(self, tensors: Mapping[str, Tensor], spec: CodedSpec) -> Tensor:
-        """Compute the weight as MLX does, in float32."""
-        size = choose_group(spec)
-        linear = CodedLinear(
+    def decode(self, tensors: Mapping[str, Tensor], spec: CodedSpec) -> CodedLinear:
+        """Read a linear back, computed as MLX does."""
+        return CodedLinear(
             words=tensors["weight"].view(torch.int32),
             scales=tensors["scales"],
             zeros=torch.zeros_like(tensors["scales"], dtype=torch.int16),
             bits=spec.bits,
-            group_size=size,
+            group_size=choose_group(spec),
             g_idx=None,
-            bias=None,
+            bias=tensors.get("bias"),
+            free_minima=tensors["biases"],
         )
-        return linear.dequantize() + tensors["biases"].float().repeat_interleave(size, dim=1)
 
     def label(
         self, coded: Mapping[str, CodedSpec], dense: list[str], model_config: Mapping[str, Any]

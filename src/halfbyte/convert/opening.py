@@ -5,7 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from halfbyte.checkpoint.labels import CONFIG_SECTION, read_model_config
+from halfbyte.checkpoint.labels import (
+    CONFIG_SECTION,
+    name_method,
+    read_model_config,
+    read_quantization_config,
+)
 from halfbyte.checkpoint.read import open_checkpoint
 from halfbyte.checkpoint.write import TensorSpec
 from halfbyte.convert import mlx
@@ -40,12 +45,12 @@ def open_source(path: Path, base: Path | None = None) -> Source:
     if path.name.endswith(GGUF_SUFFIX):
         return GgufSource.open(path, base)
     config = read_model_config(path)
-    section = _section(path, config, CONFIG_SECTION)
+    section = read_quantization_config(path)
     own = {key: value for key, value in config.items() if key not in (CONFIG_SECTION, mlx.SECTION)}
     # mlx-lm writes the same dict under both names, without a method.
     if mlx.SECTION in config and "quant_method" not in section:
         return MlxSource.open(path, _section(path, config, mlx.SECTION), own)
-    method = str(section.get("quant_method", "gptq")).lower()
+    method = name_method(section)
     if method == "awq":
         return AwqSource.open(path, section, own)
     if method == METHOD:

@@ -36,8 +36,8 @@ FEEDERS: Mapping[str, tuple[str, ...]] = {
 }
 """Last names of linears whose inputs are elementwise functions of their siblings' outputs."""
 
-VALUE, OUTPUT = "v_proj", "o_proj"
-ATTENTION_PARTS = ("q_proj", "k_proj", VALUE, OUTPUT, "q_norm", "k_norm", "rotary_emb")
+QUERY, VALUE, OUTPUT = "q_proj", "v_proj", "o_proj"
+ATTENTION_PARTS = (QUERY, "k_proj", VALUE, OUTPUT, "q_norm", "k_norm", "rotary_emb")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,18 +117,24 @@ def fold_act_order(source: Source, specs: Mapping[str, CodedSpec]) -> FoldedSour
     columns: dict[str, Tensor] = {}
     rows: dict[str, Tensor] = {}
     siblings = _list_siblings(source)
+    num_rows = _count_rows(source, specs)
     for name, spec in specs.items():
         if spec.is_ordered:
             continue
         parent, _, leaf = name.rpartition(".")
-        if leaf in FEEDERS and _feeds_straight(source, parent, (*FEEDERS[leaf], leaf), siblings):
+        feeders = [f"{parent}.{feeder}" for feeder in FEEDERS.get(leaf, ())]
+        # Nothing but these under a parent: a norm between would mix channels.
+        is_alone = siblings[parent] <= {leaf, *FEEDERS.get(leaf, ())}
+        if feeders and is_alone and all(num_rows.get(f) == spec.in_features for f in feeders):
             order = torch.argsort(source.load_linear(name).groups(), stable=True)
             columns[name] = order
-            rows |= {f"{parent}.{feeder}": order for feeder in FEEDERS[leaf]}
+            rows |= dict.fromkeys(feeders, order)
         elif leaf == OUTPUT and siblings[parent] <= set(ATTENTION_PARTS):
             groups = source.load_linear(name).groups()
             found = find_head_order(groups, spec.group_size, source.model_config)
-            if found is not None and _has_rows(source, f"{parent}.{VALUE}"):
+            # More queries than inputs are gates beside them, which go by the old order.
+            is_plain = num_rows.get(f"{parent}.{QUERY}") == spec.in_features
+            if found and is_plain and num_rows.get(f"{parent}.{VALUE}") == len(found[1]):
                 columns[name], rows[f"{parent}.{VALUE}"] = found
     return FoldedSource(source=source, columns=columns, rows=rows) if columns else None
 
@@ -176,17 +182,11 @@ def _list_siblings(source: Source) -> dict[str, set[str]]:
     return children
 
 
-def _feeds_straight(
-    source: Source, parent: str, names: tuple[str, ...], siblings: Mapping[str, set[str]]
-) -> bool:
-    """Whether these modules are all there is under a parent: a norm between would mix channels."""
-    feeders = names[:-1]
-    return siblings[parent] <= set(names) and all(
-        _has_rows(source, f"{parent}.{feeder}") for feeder in feeders
-    )
-
-
-def _has_rows(source: Source, module: str) -> bool:
-    """Whether a module's outputs are rows: GPT-2's dense layers have them as columns."""
-    is_turned = module.endswith(".c_fc")
-    return module in source.linears or (f"{module}.weight" in source.others and not is_turned)
+def _count_rows(source: Source, specs: Mapping[str, CodedSpec]) -> dict[str, int]:
+    """Count the outputs of each module whose outputs are rows: GPT-2's dense ones are columns."""
+    dense = {
+        name.removesuffix(".weight"): tensor.shape[0]
+        for name, tensor in source.others.items()
+        if name.endswith(".weight") and not name.endswith(".c_fc.weight") and tensor.shape
+    }
+    return dense | {name: spec.out_features for name, spec in specs.items()}

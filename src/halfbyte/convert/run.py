@@ -15,7 +15,8 @@ from halfbyte.convert.coded import CodedSpec
 from halfbyte.convert.compressed_tensors import CompressedTensorsTarget
 from halfbyte.convert.dense import DTYPES, DenseTarget
 from halfbyte.convert.folder import write_folder
-from halfbyte.convert.gguf_write import EMBEDDING_TYPES, GgufOptions, write_gguf
+from halfbyte.convert.gguf_plan import EMBEDDING_TYPES, GgufOptions
+from halfbyte.convert.gguf_write import write_gguf
 from halfbyte.convert.gptq import GptqTarget
 from halfbyte.convert.mlx import MlxTarget
 from halfbyte.convert.opening import open_source

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halfbyte.checkpoint.shards import explain_nothing_to_read
 from halfbyte.data import evaluation_text
-from halfbyte.errors import ConfigError, ModelError, first_line
+from halfbyte.errors import CheckpointError, ConfigError, ModelError, first_line
 from halfbyte.evaluate.windows import DEFAULT_WINDOW, Windows, split_windows, tokenize_text
 from halfbyte.machine.devices import resolve_device
 from halfbyte.run_config import DTYPES
@@ -77,24 +78,39 @@ def open_subject(
 
     Raises:
         ConfigError: dtype is none that torch knows, or there is no such device.
-        ModelError: The folder is none, or Transformers cannot load it; says why.
+        ModelError: Transformers cannot load the folder; says why.
     """
     if not isinstance(model, str | Path):
         model.eval()
         return Subject(name=type(model).__name__, model=model, tokenizer=tokenizer)
     folder = Path(model)
-    if not (folder / "config.json").is_file():
-        found = "no config.json in it" if folder.is_dir() else "no such folder"
-        raise ModelError(
-            f"Cannot load the model '{folder}': {found}. Give a folder that save_pretrained or "
-            "halfbyte wrote, or a downloaded Hugging Face repository."
-        )
+    check_folder(folder)
     place = resolve_device(device)
     return Subject(
         name=str(folder),
         model=_load_model(folder, _resolve_dtype(dtype, place), place),
         tokenizer=tokenizer if tokenizer is not None else load_tokenizer(folder),
     )
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that holds no model, or one whose weights only a pickle holds.
+
+    Args:
+        folder: A Hugging Face folder.
+
+    Raises:
+        ModelError: There is no such folder, or no config.json in it.
+        CheckpointError: It has no weights in safetensors.
+    """
+    if not (folder / "config.json").is_file():
+        found = "no config.json in it" if folder.is_dir() else "no such folder"
+        raise ModelError(
+            f"Cannot load the model '{folder}': {found}. Give a folder that save_pretrained or "
+            "halfbyte wrote, or a downloaded Hugging Face repository."
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise CheckpointError(explain_nothing_to_read(folder))
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -203,7 +219,7 @@ def _load_model(folder: Path, dtype: torch.dtype | str, device: torch.device) ->
     placement = {} if device.type == "cpu" else {"device_map": {"": device}}
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=False, **placement
+            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, **placement
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(

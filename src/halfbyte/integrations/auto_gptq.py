@@ -26,9 +26,15 @@ import torch
 
 from halfbyte.checkpoint.layout import CONFIG_FILES
 from halfbyte.errors import ConfigError
-from halfbyte.integrations.auto_gptq_config import BaseQuantizeConfig, tell_ignored
+from halfbyte.integrations.auto_gptq_config import (
+    IGNORED_FLAGS,
+    BaseQuantizeConfig,
+    rename_old,
+    tell_ignored,
+)
 from halfbyte.machine.devices import resolve_device
 from halfbyte.quant_config import CalibrationConfig, ResourceConfig
+from halfbyte.quantize.source import HubOptions, find_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -59,14 +65,14 @@ class AutoGPTQForCausalLM:
             quantize_config: How it is, or is to be, quantized.
             model: The loaded model, where it is loaded.
             quantized: Whether ``source`` is quantized.
-            settings: For loading it.
+            settings: For finding and loading it, in Transformers' words.
         """
         self.source: str | Path = source
         self.quantize_config = quantize_config
         self.quantized = quantized
         self.report: QuantizationReport | None = None
         self._model = model
-        self._settings = settings or {}
+        self._hub, self._settings = HubOptions.split(settings or {})
         self._scratch: weakref.finalize[..., Any] | None = None
 
     @classmethod
@@ -85,14 +91,15 @@ class AutoGPTQForCausalLM:
             quantize_config: How to quantize it.
             max_memory: Not needed: one block is in memory at a time.
             trust_remote_code: Run the model code that the folder brings.
-            **settings: For loading the model before it is quantized, should that be asked for.
+            **settings: Which files of it are meant and how to fetch them (``revision`` and the
+                like); others are for loading the model, should that be asked for.
 
         Returns:
             The model.
         """
         if max_memory is not None:
             tell_ignored("from_pretrained", ["max_memory"])
-        settings = {**_rename_dtype(settings), "trust_remote_code": trust_remote_code}
+        settings = {**rename_old(settings), "trust_remote_code": trust_remote_code}
         return cls(pretrained_model_name_or_path, quantize_config, settings=settings)
 
     @classmethod
@@ -118,28 +125,34 @@ class AutoGPTQForCausalLM:
             torch_dtype: To compute in; None: as the model's config says.
             trust_remote_code: Run the model code that the folder brings.
             trainable: Leave the model in training mode.
-            **flags: AutoGPTQ's switches for its own kernels and files; taken, and of no effect.
+            **flags: AutoGPTQ's switches for its own kernels and files are taken, and of no effect;
+                others go to :func:`halfbyte.load`.
 
         Returns:
             The loaded model.
         """
         from halfbyte.integrations.load import load
 
-        if flags:
-            tell_ignored("from_quantized", flags)
+        ignored = [name for name in flags if name in IGNORED_FLAGS]
+        if ignored:
+            tell_ignored("from_quantized", ignored)
+        hub, settings = HubOptions.split(
+            rename_old({name: flags[name] for name in flags if name not in IGNORED_FLAGS})
+        )
+        folder = find_model(model_name_or_path, hub, with_code=trust_remote_code)
         placement: dict[str, Any] = {"device": None if device_map else _find_device(device)}
         if device_map:
             placement = {"device_map": device_map, "max_memory": max_memory}
         model = load(
-            model_name_or_path,
+            folder,
             dtype=torch_dtype or "auto",
             trust_remote_code=trust_remote_code,
             **placement,
+            **settings,
         )
         model.train(trainable)
-        folder = Path(model_name_or_path)
-        config = BaseQuantizeConfig.from_pretrained(folder) if folder.is_dir() else None
-        return cls(model_name_or_path, config or BaseQuantizeConfig(), model=model, quantized=True)
+        config = BaseQuantizeConfig.from_pretrained(folder)
+        return cls(folder, config, model=model, quantized=True)
 
     def quantize(
         self,
@@ -149,7 +162,6 @@ class AutoGPTQForCausalLM:
         use_cuda_fp16: bool | None = None,
         autotune_warmup_after_quantized: bool | None = None,
         cache_examples_on_gpu: bool | None = None,
-        **flags: Any,
     ) -> QuantizationReport:
         """Quantize the model into a temporary folder; ``save_quantized`` moves it.
 
@@ -160,7 +172,6 @@ class AutoGPTQForCausalLM:
             use_cuda_fp16: Of no effect.
             autotune_warmup_after_quantized: Of no effect.
             cache_examples_on_gpu: Of no effect.
-            **flags: Other switches; of no effect.
 
         Returns:
             What the run did and measured.
@@ -180,7 +191,6 @@ class AutoGPTQForCausalLM:
             "use_cuda_fp16": use_cuda_fp16,
             "autotune_warmup_after_quantized": autotune_warmup_after_quantized,
             "cache_examples_on_gpu": cache_examples_on_gpu,
-            **flags,
         }
         ignored = [name for name, value in given.items() if value is not None]
         if ignored:
@@ -200,8 +210,10 @@ class AutoGPTQForCausalLM:
             ),
             resources=ResourceConfig(device="cuda" if torch.cuda.is_available() else "cpu"),
             text=examples,
+            hub=self._hub,
         )
         self.source, self.quantized, self._model = output, True, None
+        self._hub = HubOptions()
         return self.report
 
     def save_quantized(
@@ -238,7 +250,8 @@ class AutoGPTQForCausalLM:
             self._scratch()
             self._scratch, self.source = None, target
         elif self._model is None:
-            shutil.copytree(self.source, target, dirs_exist_ok=True)
+            if not target.samefile(self.source):
+                shutil.copytree(self.source, target, dirs_exist_ok=True)
         else:
             self._model.save_pretrained(target)
             labels = self._model.config.quantization_config.to_dict()
@@ -254,8 +267,9 @@ class AutoGPTQForCausalLM:
         use_safetensors: bool = True,
         safetensors_metadata: dict[str, str] | None = None,
         commit_message: str = COMMIT_MESSAGE,
-        token: str | bool | None = None,
+        use_auth_token: str | bool | None = None,
         private: bool | None = None,
+        token: str | bool | None = None,
         create_pr: bool = False,
         **options: Any,
     ) -> str:
@@ -267,8 +281,9 @@ class AutoGPTQForCausalLM:
             use_safetensors: As in save_quantized.
             safetensors_metadata: As in save_quantized.
             commit_message: Of the upload.
-            token: Of the Hub; None: the one that is logged in.
+            use_auth_token: What ``token`` was called.
             private: Whether a new repository is private.
+            token: Of the Hub; None: the one that is logged in.
             create_pr: Open a pull request instead of committing.
             **options: As in save_quantized.
 
@@ -284,7 +299,7 @@ class AutoGPTQForCausalLM:
             else:
                 # Saving would move the only copy into a folder that is about to go.
                 folder = Path(self.source)
-            api = HfApi(token=token)
+            api = HfApi(token=use_auth_token if token is None else token)
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             commit = api.upload_folder(
                 repo_id=repo_id,
@@ -308,8 +323,7 @@ class AutoGPTQForCausalLM:
             return self._model.config
         from transformers import AutoConfig
 
-        trust = bool(self._settings.get("trust_remote_code"))
-        return AutoConfig.from_pretrained(self.source, trust_remote_code=trust)
+        return AutoConfig.from_pretrained(self._folder(), trust_remote_code=self._trusts)
 
     @property
     def device(self) -> torch.device:
@@ -345,20 +359,25 @@ class AutoGPTQForCausalLM:
             raise AttributeError(f"AutoGPTQForCausalLM has no attribute '{name}'")
         return getattr(self.model, name)
 
+    @property
+    def _trusts(self) -> bool:
+        return bool(self._settings.get("trust_remote_code"))
+
+    def _folder(self) -> Path:
+        return find_model(self.source, self._hub, with_code=self._trusts)
+
     def _load(self) -> PreTrainedModel:
         from transformers import AutoModelForCausalLM
 
         from halfbyte.integrations.load import load
 
         if self.quantized:
-            return load(self.source, device="auto")
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.source, **self._settings)
+            device = None if "device_map" in self._settings else "auto"
+            return load(self.source, device=device, **self._settings)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            self._folder(), **self._settings
+        )
         return model
-
-
-def _rename_dtype(settings: dict[str, Any]) -> dict[str, Any]:
-    """Transformers 5 says ``dtype`` where AutoGPTQ's time said ``torch_dtype``."""
-    return {("dtype" if key == "torch_dtype" else key): value for key, value in settings.items()}
 
 
 def _find_device(device: str | int | torch.device | None) -> torch.device:

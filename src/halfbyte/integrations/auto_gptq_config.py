@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +19,18 @@ from halfbyte.errors import ConfigError
 from halfbyte.quant_config import QuantConfig
 
 logger = logging.getLogger("halfbyte")
+
+IGNORED_FLAGS = frozenset(
+    (
+        *("low_cpu_mem_usage", "use_triton", "use_tritonv2", "use_qigen", "use_marlin"),
+        *("use_cuda_fp16", "inject_fused_attention", "inject_fused_mlp", "warmup_triton"),
+        *("disable_exllama", "disable_exllamav2", "quantize_config", "model_basename"),
+        *("use_safetensors", "checkpoint_format", "resume_download", "_commit_hash"),
+    )
+)
+"""What ``from_quantized`` takes without effect: kernels and files are chosen here."""
+
+OLD_NAMES = {"torch_dtype": "dtype", "use_auth_token": "token"}
 
 
 @dataclass
@@ -86,12 +98,14 @@ class BaseQuantizeConfig:
             The config; what the folder does not say has AutoGPTQ's default.
         """
         labels = read_labels(Path(save_dir))
+        damping = labels.raw.get("damp_percent")
         known: dict[str, Any] = {
             "bits": labels.bits,
             "group_size": labels.group_size,
             "sym": labels.symmetric,
             "desc_act": labels.desc_act,
-            "damp_percent": labels.raw.get("damp_percent"),
+            # A note on how it came about: one that nothing could be quantized with harms no load.
+            "damp_percent": damping if isinstance(damping, float) and 0 < damping < 1 else None,
             "static_groups": labels.raw.get("static_groups"),
         }
         return cls(**{key: value for key, value in known.items() if value is not None})
@@ -110,3 +124,15 @@ def tell_ignored(where: str, names: Iterable[str]) -> None:
         where,
         ", ".join(names),
     )
+
+
+def rename_old(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Say in Transformers 5's words what AutoGPTQ's time called otherwise.
+
+    Args:
+        settings: For loading a model.
+
+    Returns:
+        The same, under today's names.
+    """
+    return {OLD_NAMES.get(name, name): value for name, value in settings.items()}

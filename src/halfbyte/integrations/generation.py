@@ -10,16 +10,18 @@
 from __future__ import annotations
 
 import inspect
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from halfbyte.errors import ConfigError
+from halfbyte.errors import ConfigError, first_line
 from halfbyte.integrations import graph_steps
 from halfbyte.integrations.graph_steps import GraphSteps
 from halfbyte.nn.native_decoder import NativeDecoder, cache_of, find_obstacle
@@ -46,10 +48,12 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; it must be 1 or more.")
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ConfigError(f"temperature is {self.temperature}; it must be 0 or more.")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}; it must be above 0 and at most 1.")
+        if not -(2**63) <= self.seed < 2**64:
+            raise ConfigError(f"seed is {self.seed}; it must be from -2**63 to 2**64 - 1.")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -111,6 +115,8 @@ class Generator:
             )
         ends = model.generation_config.eos_token_id
         self.ends: frozenset[int] = frozenset([ends] if isinstance(ends, int) else ends or [])
+        config = model.config.get_text_config(decoder=True)
+        self._longest: int | None = getattr(config, "max_position_embeddings", None)
 
     def describe_way(self) -> str:
         """Say how tokens come about, and why no faster."""
@@ -133,25 +139,34 @@ class Generator:
 
         Args:
             prompt: Token ids; at least one.
-            sampling: How to draw, and how many at the most.
+            sampling: How to draw, and how many at the most; the model's last position ends it too.
             timing: Filled in on the way.
 
         Yields:
             Token ids; an end-of-text token is not among them.
 
         Raises:
-            ConfigError: The prompt is empty.
+            ConfigError: The prompt is empty, or has more tokens than the model has positions.
         """
         if not prompt:
             raise ConfigError("The prompt is empty; generating needs one token at least.")
+        most = sampling.max_new_tokens
+        if self._longest:
+            # The last token that is drawn needs no position: it is not run.
+            most = min(most, self._longest - len(prompt) + 1)
+        if most < 1:
+            raise ConfigError(
+                f"The prompt has {len(prompt)} tokens; the model has {self._longest} positions. "
+                "Shorten it."
+            )
         timing = timing or Timing(prompt_tokens=len(prompt))
         draw = _make_draw(sampling)
         start = time.perf_counter()
         with torch.inference_mode():
-            logits, step = self._read_prompt(prompt, len(prompt) + sampling.max_new_tokens)
+            logits, step = self._read_prompt(prompt, len(prompt) + most)
             token = draw(logits)
         timing.prompt_seconds = time.perf_counter() - start
-        count = sampling.max_new_tokens - 1
+        count = most - 1
         if sampling.temperature == 0 and isinstance(step, GraphSteps):
             later = step.follow(token, count)
         else:
@@ -217,7 +232,10 @@ def _make_draw(sampling: Sampling) -> Callable[[Tensor], int]:
     generator = torch.Generator().manual_seed(sampling.seed)
 
     def draw(logits: Tensor) -> int:
-        shares = torch.softmax(logits.cpu() / sampling.temperature, dim=-1)
+        # Less the largest first, and wide: a tiny temperature must not overflow.
+        logits = logits.cpu()
+        scaled = (logits - logits.max()).double() / sampling.temperature
+        shares = torch.softmax(scaled.float(), dim=-1)
         if sampling.top_p < 1:
             sorted_shares, order = shares.sort(descending=True)
             # The token that crosses the line is the last one kept.
@@ -303,14 +321,21 @@ def encode_chat(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]
         Token ids.
 
     Raises:
-        ConfigError: The tokenizer has no chat template.
+        ConfigError: The tokenizer has no chat template, or that does not take this conversation.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError(
             "The model's tokenizer has no chat template: it was not trained to chat. "
             "Use halfbyte generate."
         )
-    encoded = tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=True, return_dict=True
-    )
+    try:
+        encoded = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, return_dict=True
+        )
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        # A template is a program of the model's maker; it says what it does not take.
+        raise ConfigError(
+            f"The model's chat template does not take this conversation: {first_line(error)}. "
+            "Its roles, and their order, must be those that the model was trained with."
+        ) from error
     return list(encoded["input_ids"])

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from halfbyte.errors import ConfigError, ModelError
-from halfbyte.nn.decoder_parts import make_probe_tokens
+from halfbyte.nn.decoder_parts import find_drift, make_probe_tokens
 from halfbyte.nn.gpu_step import GpuStep, find_deviation, find_mismatch, record
 
 PROBE_TOKENS = 8
@@ -134,13 +134,14 @@ class GraphSteps:
             return
         self._aim(token, self.length)
         found = torch.zeros(2, dtype=torch.int64).pin_memory()
+        stream = torch.cuda.current_stream(self._places.device)
         events = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
         for index in range(count + 1):
             # A step runs while the token before it is taken.
             if index < count:
                 self._graph.replay()
                 found[index % 2].copy_(self._places[0], non_blocking=True)
-                events[index % 2].record()
+                events[index % 2].record(stream)
                 self.length += 1
             if index:
                 events[(index - 1) % 2].synchronize()
@@ -196,12 +197,14 @@ class GraphSteps:
         self._step = GpuStep(self._model, pairs, self.capacity + 1)
         deviation = find_deviation(self._run(), expected, again)
         if deviation is not None:
-            self._step = None
             name = type(self._model).__name__
-            self.own_forward_because = f"a {name} computes something else: {deviation}"
+            deviation = f"a {name} computes something else: {deviation}"
+        self.own_forward_because = deviation or find_drift(self._model)
+        if self.own_forward_because is not None:
+            self._step = None
 
     def _record(self) -> None:
-        self._graph, self._logits = record(self._run_on, self._start_again)
+        self._graph, self._logits = record(self._run_on, self._places.device, self._start_again)
 
     def _run_on(self) -> Tensor:
         """Logits after the token; the next one and its place, unless others are put there."""

@@ -16,7 +16,7 @@ from typing import Any, Protocol, Self
 
 from halfbyte.judge.questions import Question
 
-VERSION = 1
+VERSION = 2
 """Of the answers' form; another one is not read."""
 
 

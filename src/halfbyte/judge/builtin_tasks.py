@@ -71,7 +71,6 @@ def _make_item(
         "prompt": _SHOTS[task] + question,
         "stop": ("\n",),
         "max_new_tokens": 40,
-        "document": name,
         # The kinds of facts are too many to have items enough for a test each.
         "slices": {"task": task} | ({} if task == "facts" else {"part": f"{task}, {part}"}),
     }

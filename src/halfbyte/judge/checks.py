@@ -17,6 +17,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,14 @@ def parse_check(value: object, where: str, functions: Mapping[str, PythonCheck])
             '{"contains": "Paris"}.'
         )
     kind, argument = next(iter(value.items()))
+    values = _as_list(argument)
+    if kind in ("equals", "contains") and not all(map(_is_plain, values or [None])):
+        raise ConfigError(
+            f"{where}: {kind} is {json.dumps(argument)}, which no answer can be held against. "
+            "Write a text, or a list of texts."
+        )
+    if kind == "contains" and "" in values:
+        raise ConfigError(f"{where}: contains is an empty text, which every answer has in it.")
     if kind == "regex":
         try:
             re.compile(argument)
@@ -97,10 +106,10 @@ def parse_check(value: object, where: str, functions: Mapping[str, PythonCheck])
             ) from error
     if kind == "json_schema":
         _load_validator(argument, where)
-    if kind == "python" and argument not in functions:
+    if kind == "python" and (not isinstance(argument, str) or argument not in functions):
         known = ", ".join(sorted(functions)) or "none were loaded"
         raise ConfigError(
-            f"{where}: there is no check function '{argument}' ({known}). Name the file that "
+            f"{where}: there is no check function {argument!r} ({known}). Name the file that "
             "defines it with --checks."
         )
     return Check(kind=kind, value=argument)
@@ -124,10 +133,15 @@ def load_functions(path: Path | None) -> dict[str, PythonCheck]:
     if spec is None or spec.loader is None or not path.is_file():
         raise ConfigError(f"Cannot read the check functions '{path}': it is no Python file.")
     module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their own module up there.
+    sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise ConfigError(f"Cannot run the check functions '{path}': {error!r}.") from error
+    except (Exception, SystemExit) as error:
+        raise ConfigError(
+            f"Cannot run the check functions '{path}': {error!r}. What is to run only as a program "
+            'stands under if __name__ == "__main__".'
+        ) from error
     return {
         name: value
         for name, value in vars(module).items()
@@ -155,6 +169,10 @@ def parse_json(text: str) -> tuple[bool, Any]:
 def tidy(text: str) -> str:
     """Give a text without case, outer space and closing full stop, runs of space as one."""
     return " ".join(text.split()).removesuffix(".").casefold()
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, str | int | float)
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from halfbyte.checkpoint.identity import digest_all, digest_files
+from halfbyte.checkpoint.identity import digest_files
 from halfbyte.errors import ConfigError, first_line
-from halfbyte.evaluate.loading import load_tokenizer, open_subject
-from halfbyte.judge.answers import Respondent
+from halfbyte.evaluate.loading import check_folder, load_tokenizer, open_subject
+from halfbyte.judge.answers import Answer, Respondent
 from halfbyte.judge.builtin_tasks import builtin_tasks
 from halfbyte.judge.checks import PythonCheck
 from halfbyte.judge.comparison import Comparison, Cost
@@ -28,14 +29,15 @@ from halfbyte.judge.edge_cases import (
     build_edge_cases,
 )
 from halfbyte.judge.fidelity import compare_candidate, predict_base
-from halfbyte.judge.interview import Interview
+from halfbyte.judge.interview import Interview, is_right
 from halfbyte.judge.layers import LayerErrors, keep_base_layers, measure_layers
 from halfbyte.judge.local_model import LocalModel, unpack_reference_linears
 from halfbyte.judge.meter import MemoryMeter
-from halfbyte.judge.model_cache import ModelCache
+from halfbyte.judge.model_cache import ModelCache, subject_key
 from halfbyte.judge.profile import plan_for
 from halfbyte.judge.questions import (
     Passage,
+    Question,
     builtin_documents,
     digest,
     make_passages,
@@ -43,7 +45,7 @@ from halfbyte.judge.questions import (
 )
 from halfbyte.judge.remote_model import RemoteModel, is_address
 from halfbyte.judge.sides import CompareConfig, Side, Work
-from halfbyte.judge.tasks import Item
+from halfbyte.judge.tasks import Item, name_documents
 from halfbyte.machine.cache import cache_folder
 from halfbyte.machine.devices import resolve_device
 from halfbyte.machine.memory import release_memory
@@ -88,7 +90,8 @@ def compare(
         The verdict and the evidence.
 
     Raises:
-        ConfigError: A setting, or models that do not share a tokenizer.
+        ConfigError: A setting, models that do not share a tokenizer, an item or a text that they
+            cannot take, or a check that cannot take an answer.
         ModelError: A model cannot be loaded or reached.
     """
     config = config or CompareConfig()
@@ -101,8 +104,8 @@ def compare(
     if sides[0].cache.folder == sides[1].cache.folder:
         # A model against itself: what it answers now must not be what it answered before.
         sides[1].cache = ModelCache(root, sides[1].cache.folder.name + "-again", fresh=not resume)
-    work = _prepare(sides, items, documents, config)
     functions = functions or {}
+    work = _prepare(sides, items, documents, functions, config)
     compared: tuple[Any, LayerErrors | None] = (None, None)
     for side, against in ((sides[0], None), (sides[1], sides[0])):
         release_memory(resolve_device(config.device))
@@ -116,12 +119,9 @@ def _open_side(root: Path, name: str, config: CompareConfig, *, fresh: bool) -> 
     if is_address(name):
         cache = ModelCache(root, f"served-{digest(name)}", fresh=fresh)
         return Side(name=name, cache=cache, files={})
-    folder = Path(name)
-    if not (folder / "config.json").is_file():
-        open_subject(folder)  # raises with the reason
-    device = resolve_device(config.device).type
-    files = digest_files(folder)
-    key = f"{digest_all(files)[:32]}-{config.dtype}-{device}"
+    check_folder(Path(name))
+    files = digest_files(Path(name))
+    key = subject_key(files, config.dtype, resolve_device(config.device))
     return Side(name=name, cache=ModelCache(root, key, fresh=fresh), files=files)
 
 
@@ -129,6 +129,7 @@ def _prepare(
     sides: list[Side],
     items: Sequence[Item] | None,
     documents: Mapping[str, Iterable[str]] | None,
+    functions: Mapping[str, PythonCheck],
     config: CompareConfig,
 ) -> Work:
     """Turn everything into token ids, by the base's tokenizer."""
@@ -148,14 +149,20 @@ def _prepare(
             "One of the two is served: only what it writes is compared, no likelihoods"
             + (f"; {skipped} items with choices were left out." if skipped else ".")
         )
-    questions = [make_question(tokenizer, item) for item in items]
+    questions = [make_question(tokenizer, item) for item in name_documents(items)]
+    for question in questions:
+        if question.item.check is not None:
+            # A check that cannot take every answer is found before hours of answers.
+            is_right(question, Answer(), functions)
     passages: list[Passage] = []
     if len(local) == 2:
         texts = builtin_documents() if documents is None else documents
         passages = make_passages(tokenizer, texts, window=config.window, limit=config.windows)
+    context = _context(local)
+    _check_lengths(questions, passages, context)
     edges: list[EdgeCase] = []
     if config.edge_cases:
-        longest = _longest(local, config, notes) if len(local) == 2 else None
+        longest = _longest(context, config, notes) if len(local) == 2 else None
         has_chat = tokenizer is None or bool(getattr(tokenizer, "chat_template", None))
         edges = build_edge_cases(tokenizer, longest, chat=has_chat)
     if not questions and not passages and not edges:
@@ -178,7 +185,8 @@ def _check_tokenizers(tokenizer: Any, candidate: Side, items: Sequence[Item]) ->
             )
 
 
-def _longest(local: list[Side], config: CompareConfig, notes: list[str]) -> int | None:
+def _context(local: list[Side]) -> int | None:
+    """Give the most tokens that all models' positions allow; None where nothing limits them."""
     from transformers import AutoConfig
 
     limits = []
@@ -191,7 +199,34 @@ def _longest(local: list[Side], config: CompareConfig, notes: list[str]) -> int 
             ) from error
         limit = getattr(values.get_text_config(), "max_position_embeddings", None)
         limits += [limit] if isinstance(limit, int) and limit > 0 else []
-    context = min(limits, default=config.longest_edge)
+    return min(limits, default=None)
+
+
+def _check_lengths(
+    questions: Sequence[Question], passages: Sequence[Passage], context: int | None
+) -> None:
+    """Refuse what the models' positions do not reach."""
+    if context is None:
+        return
+    for question in questions:
+        item = question.item
+        behind = max(map(len, question.choices)) if item.choices else item.max_new_tokens
+        if len(question.ids) + behind > context:
+            raise ConfigError(
+                f"Item '{item.name}' takes {len(question.ids)} tokens and {behind} for its answer; "
+                f"the models take {context} in all. Shorten it, or lower its max_new_tokens."
+            )
+    longest = max((len(p.ids) for p in passages), default=0)
+    if longest > context:
+        raise ConfigError(
+            f"A window of running text has {longest} tokens; the models take {context}. Use window "
+            f"{context} or less."
+        )
+
+
+def _longest(context: int | None, config: CompareConfig, notes: list[str]) -> int:
+    """Give the tokens of the longest odd input."""
+    context = config.longest_edge if context is None else context
     if context > config.longest_edge:
         notes.append(
             f"The longest odd input has {config.longest_edge} tokens, not the {context} that the "
@@ -247,12 +282,14 @@ def _run_side(
     compared, layers = None, None
     if work.passages and against is None:
         predict_base(load_local, side.cache, work.passages, told("text"))
-        keep_base_layers(load_local, side.cache, work.passages)
+        with _aside(work, "Errors by layer were not measured"):
+            keep_base_layers(load_local, side.cache, work.passages)
     elif work.passages and against is not None:
         compared = compare_candidate(
             load_local, side.cache, against.cache, work.passages, told("text")
         )
-        layers = measure_layers(load_local(), against.cache, work.passages)
+        with _aside(work, "Errors by layer were not measured"):
+            layers = measure_layers(load_local(), against.cache, work.passages)
     if side.is_local:
         predicted = interview.predict_edges(
             work.edges, side.cache, None if against is None else against.cache
@@ -273,28 +310,41 @@ def _run_side(
     return compared, layers
 
 
+@contextmanager
+def _aside(work: Work, what: str) -> Iterator[None]:
+    """Let something that the verdict can do without fail with a note."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - it is noted, and hours of answers are not lost
+        work.notes.append(f"{what}: {first_line(error)}.")
+
+
 def _with_memory(side: Side, work: Work, config: CompareConfig, peak: int) -> None:
     """Put the memory of a model's run, and what was planned for it, into its cost."""
     assert side.cost is not None
     if not side.is_local or not side.cost.tokens:
         return
-    shapes = read_shapes(side.name)
+    side.cost = replace(
+        side.cost,
+        weight_bytes=sum(p.stat().st_size for p in Path(side.name).glob("*.safetensors")),
+        peak_memory_bytes=peak,
+    )
+    with _aside(work, f"The memory of {side.name} was not planned"):
+        side.cost = replace(side.cost, planned_bytes=_planned_bytes(side, work, config))
+
+
+def _planned_bytes(side: Side, work: Work, config: CompareConfig) -> int:
+    """Say what the plan gives for the largest batch, or the longest text, of a run."""
     asked = max((len(q.ids) + q.item.max_new_tokens for q in work.questions), default=0)
     read = max((len(p.ids) for p in work.passages), default=0)
     odd = max((len(e.question.ids) for e in work.edges), default=0)
     batch = config.batch_size * asked >= max(read, odd)
-    planned = plan_for(
-        shapes,
+    return plan_for(
+        read_shapes(side.name),
         config.batch_size if batch else 1,
         asked if batch else max(read, odd),
         1,
         work.dtypes.get(side.name, "float32"),
         resolve_device(config.device).type,
         unpacked=side.name in work.unpacked,
-    )
-    side.cost = replace(
-        side.cost,
-        weight_bytes=sum(p.stat().st_size for p in Path(side.name).glob("*.safetensors")),
-        peak_memory_bytes=peak,
-        planned_bytes=planned.total,
-    )
+    ).total

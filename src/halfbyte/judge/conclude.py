@@ -92,7 +92,7 @@ def conclude(
         noise=noise,
         examples=_examples(work.questions, base, candidate, grades),
         costs=tuple(side.cost for side in sides if side.cost is not None),
-        notes=tuple(work.notes),
+        notes=tuple(dict.fromkeys(work.notes)),
         settings={
             "window": config.window,
             "windows": config.windows,

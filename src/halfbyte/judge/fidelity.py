@@ -19,10 +19,11 @@ from halfbyte.errors import ConfigError
 from halfbyte.evaluate.divergence import percentiles
 from halfbyte.evaluate.logits import compare_logits
 from halfbyte.evaluate.perplexity import exponential
+from halfbyte.judge.bootstrap import RatioBootstrap, bootstrap_ratio
 from halfbyte.judge.local_model import LocalModel
 from halfbyte.judge.model_cache import ModelCache
 from halfbyte.judge.questions import Passage, digest
-from halfbyte.judge.statistics import Interval, RatioBootstrap, bootstrap_ratio
+from halfbyte.judge.statistics import Interval
 
 WORST_PER_PASSAGE = 3
 WORST_SHOWN = 12
@@ -48,6 +49,8 @@ class PassageComparison:
     worst: tuple[tuple[int, int, int], ...]
     """(position, what the base ranks first, what the candidate does) where both differ most."""
     finite: bool
+    """Whether the candidate's logits are numbers."""
+    base_finite: bool
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -109,6 +112,8 @@ class TextFidelity:
     """Mean divergence of the base from itself at another batch size."""
     noise_kl_largest: float | None
     candidate_finite: bool
+    """Wherever the base's logits are."""
+    base_finite: bool
 
     @property
     def perplexity_ratio(self) -> float:
@@ -238,6 +243,7 @@ def _compare_passage(model: LocalModel, base: ModelCache, passage: Passage) -> P
         candidate_nll_nats=float(tokens.quantized_nll_nats.double().sum()),
         worst=tuple((p, int(theirs[p].argmax()), int(ours[p].argmax())) for p in places),
         finite=prediction.finite,
+        base_finite=bool(torch.isfinite(theirs).all()),
     )
 
 
@@ -274,7 +280,6 @@ def summarize(
         sums["base"][at] += one.base_nll_nats
     tokens = sum(counts)
     mean = {name: math.fsum(values) / tokens for name, values in sums.items()}
-    finite = all(one.finite for one in compared)
     spread = {
         name: bootstrap_ratio(sums[name], counts) if math.isfinite(mean[name]) else None
         for name in ("kl", "agrees", "increase")
@@ -300,7 +305,8 @@ def summarize(
         worst=_worst_tokens(passages, compared, tokenizer),
         noise_kl_nats=noise.get("mean"),
         noise_kl_largest=noise.get("largest"),
-        candidate_finite=finite,
+        candidate_finite=all(one.finite for one in compared if one.base_finite),
+        base_finite=all(one.base_finite for one in compared),
     )
 
 

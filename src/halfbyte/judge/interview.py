@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
+from halfbyte.errors import ConfigError
 from halfbyte.evaluate.logits import compare_logits
 from halfbyte.judge.answers import Answer, AnswerFile, Respondent
 from halfbyte.judge.checks import PythonCheck
@@ -195,6 +196,9 @@ def is_right(question: Question, answer: Answer, functions: Mapping[str, PythonC
     Returns:
         For choices: whether the right one is the likeliest; an answer of logits that are not
         numbers is wrong.
+
+    Raises:
+        ConfigError: The item's check cannot take the answer; names both.
     """
     item = question.item
     if not answer.finite:
@@ -203,4 +207,11 @@ def is_right(question: Question, answer: Answer, functions: Mapping[str, PythonC
         nats = answer.choice_nats
         return max(range(len(nats)), key=lambda i: nats[i]) == item.right_choice
     assert item.check is not None
-    return item.check.passes(answer.text, item.line, functions)
+    try:
+        return item.check.passes(answer.text, item.line, functions)
+    except (Exception, SystemExit) as error:
+        shown = item.check.value if item.check.kind == "python" else item.check.kind
+        raise ConfigError(
+            f"Cannot judge the answer {answer.text[:80]!r} to item '{item.name}': the check "
+            f"'{shown}' raised {error!r}. A check must take every text, the empty one included."
+        ) from error

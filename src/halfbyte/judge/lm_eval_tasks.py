@@ -3,7 +3,8 @@
 Only local data: a task's YAML with ``dataset_path: json`` and ``data_files``, or what is in the
 datasets cache already; nothing is fetched. Multiple-choice tasks rank their choices, and
 ``generate_until`` tasks with an exact match are checked as text. Other kinds of task and metrics
-are refused by name: this is a paired comparison of right and wrong answers, and they have none.
+are refused by name: this is a paired comparison of right and wrong answers, and they have none. So
+are tasks that filter answers first.
 """
 
 from __future__ import annotations
@@ -103,18 +104,27 @@ def _choice_item(name: str, task: Any, number: int, instances: list[Any]) -> Ite
         prompt=contexts.pop(),
         choices=choices,
         right_choice=target,
-        document=f"{name}:{number}",
         slices={"task": name},
     )
 
 
 def _written_item(name: str, task: Any, number: int, instance: Any) -> Item:
     context, settings = instance.args
-    metrics = [entry["metric"] for entry in task.config.metric_list or ()]
-    if "exact_match" not in [m if isinstance(m, str) else m.__name__ for m in metrics]:
+    metrics = task.config.metric_list or ()
+    names = [m if isinstance(m, str) else m.__name__ for m in (e["metric"] for e in metrics)]
+    if "exact_match" not in names:
         raise ConfigError(
-            f"The task '{name}' of lm-eval is judged by {metrics}; of written answers only "
+            f"The task '{name}' of lm-eval is judged by {names}; of written answers only "
             "exact_match is compared. Write it as JSONL with a check instead."
+        )
+    filters = [f["function"] for entry in task.config.filter_list or () for f in entry["filter"]]
+    changing = [name for name in filters if name != "take_first"]
+    changing += ["regexes_to_ignore" for entry in metrics if entry.get("regexes_to_ignore")]
+    if changing:
+        raise ConfigError(
+            f"The task '{name}' of lm-eval changes answers before it compares them "
+            f"({', '.join(sorted(set(changing)))}), which is not done here: every answer would be "
+            "wrong. Write it as JSONL with a regex or python check instead."
         )
     stop = settings.get("until") or ()
     target = task.doc_to_target(instance.doc)
@@ -124,6 +134,5 @@ def _written_item(name: str, task: Any, number: int, instance: Any) -> Item:
         check=Check(kind="equals", value=target if isinstance(target, list) else str(target)),
         max_new_tokens=int(settings.get("max_gen_toks") or MAX_NEW_TOKENS),
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
-        document=f"{name}:{number}",
         slices={"task": name},
     )

@@ -221,25 +221,34 @@ class LocalModel:
         )
         watch = _StepWatch(len(questions))
         stop = _StopTexts(questions, longest, self._decode)
-        with torch.random.fork_rng(devices=_cuda_devices(self.device)):
-            torch.manual_seed(seed)
-            output = self.model.generate(
-                ids,
-                attention_mask=mask,
-                generation_config=config,
-                logits_processor=LogitsProcessorList([watch]),
-                stopping_criteria=StoppingCriteriaList([stop]),
-            )
+        own = self.model.generation_config
+        # What the settings above leave open is filled from the model's: its penalties and beams.
+        self.model.generation_config = config
+        try:
+            with torch.random.fork_rng(devices=_cuda_devices(self.device)):
+                torch.manual_seed(seed)
+                output = self.model.generate(
+                    ids,
+                    attention_mask=mask,
+                    generation_config=config,
+                    logits_processor=LogitsProcessorList([watch]),
+                    stopping_criteria=StoppingCriteriaList([stop]),
+                )
+        finally:
+            self.model.generation_config = own
         watch.note(output[:, -1])
+        written = [
+            row[:length]
+            for row, length in zip(output[:, longest:].tolist(), stop.lengths, strict=True)
+        ]
         return [
-            self._finish(question, output[row, longest:].tolist(), ends, row, watch)
-            for row, question in enumerate(questions)
+            self._finish(question, new, ends, row, watch)
+            for row, (question, new) in enumerate(zip(questions, written, strict=True))
         ]
 
     def _finish(
         self, question: Question, new: list[int], ends: set[int], row: int, watch: _StepWatch
     ) -> Answer:
-        new = new[: question.item.max_new_tokens]
         written = next((i for i, token in enumerate(new) if token in ends), len(new))
         new = new[: written + 1]
         text = cut_at(self._decode(new), question.item.stop)
@@ -355,17 +364,19 @@ class _StopTexts:
         self._questions = questions
         self._start = start
         self._decode = decode
+        self.lengths = [q.item.max_new_tokens for q in questions]
+        """Tokens up to where each row stopped; what follows there is padding."""
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        done = []
-        for question, row in zip(self._questions, input_ids, strict=True):
-            new = row[self._start :].tolist()
+        written = input_ids.shape[1] - self._start
+        for row, question in enumerate(self._questions):
+            if written > self.lengths[row] or not question.item.stop:
+                continue
             # What was written before was looked at before; a stop text may straddle few tokens.
-            tail = self._decode(new[-16:]) if question.item.stop else ""
-            done.append(
-                len(new) >= question.item.max_new_tokens
-                or any(word in tail for word in question.item.stop)
-            )
+            tail = self._decode(input_ids[row, self._start :][-16:].tolist())
+            if any(word in tail for word in question.item.stop):
+                self.lengths[row] = written
+        done = [length <= written for length in self.lengths]
         return torch.tensor(done, device=input_ids.device)
 
 

@@ -7,8 +7,8 @@
                                     head.safetensors           the output layer behind the states
                                     layers-<key>.safetensors   inputs and outputs of its linears
 
-The digest is that of the weights, the configuration and the tokenizer: another model, or the same
-folder with other bytes, has another place.
+The digest is that of the weights, the configuration and the tokenizer, and of what computes with
+them: another model, the same folder with other bytes, or another version, has another place.
 """
 
 from __future__ import annotations
@@ -23,8 +23,35 @@ from torch import Tensor
 from torch.nn import functional
 
 from halfbyte.checkpoint.atomic import write_atomically
+from halfbyte.checkpoint.identity import digest_all
+from halfbyte.environment import CPU_ISA, KERNEL, read_variable
+from halfbyte.errors import ConfigError
 from halfbyte.judge.answers import AnswerFile
 from halfbyte.judge.local_model import LocalModel, Prediction
+from halfbyte.judge.questions import digest
+from halfbyte.kernels.registry import KERNELS, load_kernel
+from halfbyte.machine.facts import installed_versions, machine_facts
+from halfbyte.nn.linear import QuantLinear
+
+
+def subject_key(files: Mapping[str, str], dtype: str, device: torch.device) -> str:
+    """Name a model's place by everything that its answers depend on, but the question.
+
+    Args:
+        files: As :func:`halfbyte.checkpoint.identity.digest_files` gives them.
+        dtype: What it was asked to compute in.
+        device: Where.
+
+    Returns:
+        A digest of the files, the packages' versions, the processor or GPU and its kernels; behind
+        it, to be read, type and device.
+    """
+    facts = machine_facts()
+    chip = facts["gpu" if device.type == "cuda" else "processor"]
+    kernels = [entry.name for entry in KERNELS if load_kernel(entry).find_obstacle() is None]
+    asked = [read_variable(variable) for variable in (KERNEL, CPU_ISA)]
+    name = digest([digest_all(files), installed_versions(), chip, kernels, asked])
+    return f"{name}-{dtype}-{device.type}"
 
 
 class ModelCache:
@@ -37,9 +64,17 @@ class ModelCache:
             root: The cache.
             name: Digest and whatever else the numbers depend on.
             fresh: Forget earlier answers.
+
+        Raises:
+            ConfigError: There can be no such folder.
         """
         self.folder = root / name
-        (self.folder / "states").mkdir(parents=True, exist_ok=True)
+        try:
+            (self.folder / "states").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"Cannot keep answers in '{root}': {error.strerror}. Name another folder (--cache)."
+            ) from error
         self.answers = AnswerFile(self.folder / "answers.jsonl", fresh=fresh)
         self._head: dict[str, Tensor] | None = None
 
@@ -82,6 +117,9 @@ class ModelCache:
             for name in ("weight", "bias")
             if isinstance(tensor := getattr(model.head, name, None), Tensor)
         }
+        if isinstance(model.head, QuantLinear):
+            # Its weight only stands for one.
+            tensors["weight"] = model.head.dequantize()
         write_tensors(path, tensors)
 
     def _states_path(self, key: str) -> Path:

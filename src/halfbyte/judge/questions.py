@@ -19,6 +19,9 @@ from halfbyte.judge.tasks import Item
 
 SHORTEST_PASSAGE = 16
 """Tokens; a shorter rest of a document is left out."""
+STRETCH_TOKENS = 1024
+"""Of one long text that count as a document: what a model loses on a window of 256 tokens tells of
+the next one (a correlation of 0.2 on WikiText-2) and the one behind it (0.1), hardly of others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,14 +154,14 @@ def make_passages(
         tokenizer: A Hugging Face tokenizer.
         documents: Texts by kind.
         window: Tokens per window; a document's shorter rest counts too, from 16 tokens on.
-        limit: At most this many windows of each kind; None: all.
+        limit: At most this many windows of each kind, spread over all of it; None: all.
 
     Returns:
-        The windows. Those of one document are not independent; of the prose, which is one long
-        document of several articles, each window stands for itself.
+        The windows. Those of one document are not independent; of a kind of one long text, such as
+        the prose, each stretch of ``STRETCH_TOKENS`` is taken as a document.
 
     Raises:
-        ConfigError: A window below 16 tokens.
+        ConfigError: A window below 16 tokens, or a text of fewer.
     """
     if window < SHORTEST_PASSAGE:
         raise ConfigError(f"window is {window} tokens; it must be {SHORTEST_PASSAGE} or more.")
@@ -172,9 +175,15 @@ def make_passages(
                 piece = tuple(ids[start : start + window])
                 if len(piece) < SHORTEST_PASSAGE:
                     continue
-                part = start if len(texts) == 1 else number
+                part = start // STRETCH_TOKENS if len(texts) == 1 else number
                 found.append(Passage(ids=piece, document=f"{kind}:{part}", kind=kind))
-        passages += found if limit is None else found[:limit]
+        if not found:
+            raise ConfigError(
+                f"The text '{kind}' has no piece of {SHORTEST_PASSAGE} tokens or more to read. "
+                "Give a longer one, or leave running text out."
+            )
+        count = len(found) if limit is None else min(limit, len(found))
+        passages += [found[place * len(found) // count] for place in range(count)]
     return passages
 
 

@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import urlsplit
 
 from halfbyte.errors import ConfigError, ModelError
 from halfbyte.judge.answers import Answer
@@ -25,6 +26,24 @@ STOPS_ALLOWED = 4
 def is_address(name: str) -> bool:
     """Tell an address from a folder."""
     return name.startswith(("http://", "https://"))
+
+
+class _SameServer(urllib.request.HTTPRedirectHandler):
+    """Follows a redirect within one server only: the key goes along."""
+
+    def redirect_request(
+        self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
+        """Refuse another server."""
+        if urlsplit(newurl)[:2] != urlsplit(req.full_url)[:2]:
+            raise ModelError(
+                f"{req.full_url} sends on to another server, {newurl}, which is not asked: it "
+                "would get the key. Give its address instead, if it is the right one."
+            )
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+_OPENER = urllib.request.build_opener(_SameServer)
 
 
 class RemoteModel:
@@ -119,7 +138,7 @@ class RemoteModel:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.address + path, data=data, headers=headers)
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as reply:
+            with _OPENER.open(request, timeout=TIMEOUT_SECONDS) as reply:
                 value = json.loads(reply.read())
         except urllib.error.HTTPError as error:
             text = error.read(500).decode("utf-8", "replace")

@@ -46,6 +46,10 @@ class CompareConfig:
         for name in ("batch_size", "noise_batch_size", "longest_edge"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+        if self.windows is not None and self.windows < 1:
+            raise ConfigError(
+                f"windows is {self.windows}; it must be 1 or more. Leave it out to use all."
+            )
         if self.noise_batch_size == self.batch_size:
             object.__setattr__(self, "noise_batch_size", self.batch_size + 1)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from statistics import NormalDist
 
@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-RESAMPLES = 4000
-"""Of the bootstrap: its own error is then well below that of the data."""
 FEWEST_DOCUMENTS = 16
-"""With fewer no interval is given: their spread says too little about that of all texts."""
+"""With fewer nothing is shown to be kept: their spread says too little about that of all texts."""
+LEAST_CORRELATION = 0.1
+"""Of items of one document, where the data show less. The few documents that hold most of a loss
+may be missing from a sample, and then its documents look more alike than they are."""
 
 _NORMAL = NormalDist()
 
@@ -47,6 +48,13 @@ class Flips:
     """Wrong by the base, right by the candidate."""
     design_effect: float = 1.0
     """By how much items of one document repeat each other, as a factor on the variance."""
+    num_documents: float | None = None
+    """Effective: documents of one size that weigh as much. None: every item stands alone."""
+
+    @property
+    def units(self) -> float:
+        """What is independent of each other: documents, or items that stand alone."""
+        return self.num_items if self.num_documents is None else self.num_documents
 
     @property
     def difference(self) -> float:
@@ -74,38 +82,45 @@ def count_flips(
     """
     pairs = list(zip(base, candidate, strict=True))
     differences = np.array([int(c) - int(b) for b, c in pairs], dtype=np.float64)
-    return Flips(
+    flips = Flips(
         num_items=len(pairs),
         harmful=int((differences < 0).sum()),
         beneficial=int((differences > 0).sum()),
-        design_effect=1.0 if documents is None else design_effect(differences, documents),
+    )
+    if documents is None or len(set(documents)) == len(pairs):
+        return flips
+    names = {name: number for number, name in enumerate(dict.fromkeys(documents))}
+    index = np.array([names[name] for name in documents])
+    return replace(
+        flips,
+        design_effect=design_effect(differences, index),
+        num_documents=len(pairs) ** 2 / float((np.bincount(index) ** 2).sum()),
     )
 
 
-def design_effect(values: Floats, documents: Sequence[Hashable]) -> float:
+def design_effect(values: Floats, documents: NDArray[np.int64]) -> float:
     """Give the variance of a mean over documents in relation to that over independent items.
 
     Args:
         values: One per item.
-        documents: What each item belongs to.
+        documents: Number of the document that each item belongs to, from 0.
 
     Returns:
-        The ratio, at least 1: documents never count as more than their items.
+        The ratio, at least that of items of ``LEAST_CORRELATION``.
 
     Source:
         Rao and Scott 1992, "A simple method for the analysis of clustered binary data",
-        Biometrics 48.
+        Biometrics 48; the least one is Kish 1965, "Survey Sampling", section 8.2.
     """
-    names = {name: number for number, name in enumerate(dict.fromkeys(documents))}
-    index = np.array([names[name] for name in documents])
+    sizes = np.bincount(documents)
+    least = 1 + LEAST_CORRELATION * (float((sizes**2).sum()) / len(values) - 1)
     deviations = values - values.mean()
     alone = float((deviations**2).sum())
-    n = len(names)
-    if n == len(values) or n < 2 or alone == 0:
-        # One document alone says nothing about others: it counts as one item.
-        return float(len(values)) if n == 1 and len(values) > 1 else 1.0
-    totals = np.bincount(index, weights=deviations)
-    return max(1.0, float((totals**2).sum()) * n / (n - 1) / alone)
+    n = len(sizes)
+    if n < 2 or alone == 0:
+        return least
+    totals = np.bincount(documents, weights=deviations)
+    return max(least, float((totals**2).sum()) * n / (n - 1) / alone)
 
 
 def mcnemar_p_value(harmful: int, beneficial: int) -> float:
@@ -136,7 +151,8 @@ def score_statistic(flips: Flips, difference: float) -> float:
 
     Returns:
         A standard normal value under that difference; negative where the candidate did worse. A
-        score statistic, because the usual one has no width where nothing flipped.
+        score statistic, because the usual one has no width where nothing flipped. Where documents
+        are fewer than items, their own spread is estimated too, as in Student's t.
 
     Source:
         Tango 1998, "Equivalence test and confidence interval for the difference in proportions
@@ -150,7 +166,28 @@ def score_statistic(flips: Flips, difference: float) -> float:
     distance = gain - harm - difference
     if variance <= 0:
         return 0.0 if distance == 0 else math.copysign(math.inf, distance)
-    return distance * math.sqrt(n / variance)
+    found = distance * math.sqrt(n / variance)
+    return found if flips.num_documents is None else _as_normal(found, flips.num_documents - 1)
+
+
+def _as_normal(t: float, degrees: float) -> float:
+    """Give the standard normal value that is as unlikely as Student's t.
+
+    Args:
+        t: A value of Student's t.
+        degrees: Its degrees of freedom; with none, one document alone, it says nothing.
+
+    Returns:
+        The normal value; from two degrees on right to some hundredths.
+
+    Source:
+        Wallace 1959, "Bounds on normal approximations to Student's and the chi-square
+        distributions", Annals of Mathematical Statistics 30, section 2.
+    """
+    if degrees < 1e-9:
+        return 0.0
+    size = math.sqrt(degrees * math.log1p(t * t / degrees))
+    return math.copysign(size * (8 * degrees + 1) / (8 * degrees + 3), t)
 
 
 def _variance_under(gain: float, harm: float, difference: float) -> float:
@@ -219,93 +256,12 @@ def noninferiority_p_value(flips: Flips, margin: float) -> float:
         margin: The loss that is allowed, 0..1.
 
     Returns:
-        The chance of flips at least as good if the true loss were the margin.
+        The chance of flips at least as good if the true loss were the margin; 1 for fewer
+        documents than ``FEWEST_DOCUMENTS``.
     """
+    if flips.units < FEWEST_DOCUMENTS:
+        return 1.0
     return 1 - _NORMAL.cdf(score_statistic(flips, -margin))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RatioBootstrap:
-    """A mean per token and what resampling documents says about it."""
-
-    mean: float
-    standard_error: float
-    studentized: Floats
-    """Sorted: (resampled mean - mean) / its own standard error, one per resample."""
-
-    def interval(self, confidence: float) -> Interval:
-        """Give the bootstrap-t interval.
-
-        Args:
-            confidence: Of the two-sided interval.
-
-        Returns:
-            The interval of the true mean.
-        """
-        low, high = np.quantile(self.studentized, [(1 - confidence) / 2, (1 + confidence) / 2])
-        return Interval(
-            low=self.mean - float(high) * self.standard_error,
-            high=self.mean - float(low) * self.standard_error,
-        )
-
-    def p_value_above(self, value: float) -> float:
-        """Give the chance of a mean at least this high if the true one were ``value``."""
-        return self._share_at_or_above(value)
-
-    def p_value_below(self, value: float) -> float:
-        """Give the chance of a mean at most this low if the true one were ``value``."""
-        return 1 - self._share_at_or_above(value)
-
-    def _share_at_or_above(self, value: float) -> float:
-        if self.standard_error == 0:
-            return 0.0 if self.mean > value else 1.0
-        observed = (self.mean - value) / self.standard_error
-        above = len(self.studentized) - int(np.searchsorted(self.studentized, observed))
-        return (above + 1) / (len(self.studentized) + 2)
-
-
-def bootstrap_ratio(
-    totals: Sequence[float], counts: Sequence[int], *, seed: int = 0, resamples: int = RESAMPLES
-) -> RatioBootstrap | None:
-    """Resample documents with replacement: the mean per token, studentized.
-
-    Args:
-        totals: One per document: the sum over its tokens of a paired difference.
-        counts: One per document: its tokens.
-        seed: Of the resampling.
-        resamples: How many.
-
-    Returns:
-        The bootstrap, or None for fewer documents than ``FEWEST_DOCUMENTS``.
-
-    Source:
-        Efron and Tibshirani 1993, "An Introduction to the Bootstrap", section 12.5 (bootstrap-t);
-        the standard error is that of a ratio (Cochran 1977, section 6.2).
-    """
-    t, c = np.asarray(totals, dtype=np.float64), np.asarray(counts, dtype=np.float64)
-    n = len(t)
-    if n < FEWEST_DOCUMENTS:
-        return None
-    picks = np.random.default_rng(seed).integers(0, n, size=(resamples, n))
-    mean, error = _ratio(t[None], c[None])
-    means, errors = _ratio(t[picks], c[picks])
-    # A resample of one document many times has no spread of its own.
-    usable = errors > 1e-12 * max(float(error[0]), 1e-300)
-    studentized = np.sort((means[usable] - mean[0]) / errors[usable])
-    if float(error[0]) == 0 or not len(studentized):
-        studentized = np.zeros(1)
-    return RatioBootstrap(
-        mean=float(mean[0]), standard_error=float(error[0]), studentized=studentized
-    )
-
-
-def _ratio(totals: Floats, counts: Floats) -> tuple[Floats, Floats]:
-    """Give means per token and their standard errors; one row per sample of documents."""
-    n = totals.shape[1]
-    tokens = counts.sum(axis=1)
-    mean = totals.sum(axis=1) / tokens
-    squares = ((totals - mean[:, None] * counts) ** 2).sum(axis=1)
-    return mean, np.sqrt(squares * n / (n - 1)) / tokens
 
 
 def adjust_holm(p_values: Sequence[float]) -> list[float]:

@@ -7,15 +7,15 @@
     {"messages": [{"role": "user", "content": "Say hi as JSON."}], "check": {"json": {"hi": 1}}}
 
 Choices are ranked by log-likelihood; everything else is written greedily and checked. Further keys:
-``id``, ``document`` (items that share it are not independent), ``max_new_tokens``, ``stop``; any
-other key can be a slice.
+``id``, ``document`` (items that share it are not independent; where it is left out, those of the
+same prompt and choices share one), ``max_new_tokens``, ``stop``; any other key can be a slice.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class Item:
     stop: tuple[str, ...] = ()
     """A written answer ends before the first of these."""
     document: str = ""
+    """Items that share it are not independent; empty: see :func:`name_documents`."""
     slices: Mapping[str, str] = field(default_factory=dict)
     line: Mapping[str, Any] = field(default_factory=dict)
     """As the user wrote it."""
@@ -63,7 +64,8 @@ def read_tasks(
     """Read task files.
 
     Args:
-        paths: JSONL files; each is also a slice, by its name without the ending.
+        paths: JSONL files; each is also a slice, by its name without the ending, or by its path
+            where two have one name.
         slice_by: Keys whose values divide the items into slices.
         functions: Python functions for checks.
 
@@ -74,10 +76,10 @@ def read_tasks(
         ConfigError: A file or a line cannot be used; names both.
     """
     items: list[Item] = []
-    for path in paths:
+    for path, task in zip(paths, name_files(paths), strict=True):
         for number, line in _lines(path):
             where = f"{path}, line {number}"
-            items.append(_parse_item(line, where, path.stem, number, slice_by, functions or {}))
+            items.append(_parse_item(line, where, task, number, slice_by, functions or {}))
     names: dict[str, int] = {}
     for item in items:
         names[item.name] = names.get(item.name, 0) + 1
@@ -93,9 +95,31 @@ def read_tasks(
     return items
 
 
+def name_documents(items: Iterable[Item]) -> list[Item]:
+    """Give each item without a document one: its own, shared with those that ask the same.
+
+    Args:
+        items: Of any source.
+
+    Returns:
+        The items, in order. A question that is asked again says nothing new about a model, whatever
+        its answer is checked for.
+    """
+    first: dict[tuple[str, tuple[str, ...]], str] = {}
+    alike = [(i, first.setdefault((i.shown_prompt, i.choices), i.name)) for i in items]
+    return [item if item.document else replace(item, document=name) for item, name in alike]
+
+
+def name_files(paths: Sequence[Path]) -> list[str]:
+    """Name files by what tells them apart: the stem, or the path where another has that stem."""
+    stems = [path.stem for path in paths]
+    named = zip(paths, stems, strict=True)
+    return [stem if stems.count(stem) == 1 else path.as_posix() for path, stem in named]
+
+
 def _lines(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(f"Cannot read the tasks '{path}': {error.strerror}.") from error
     except UnicodeDecodeError as error:
@@ -109,7 +133,7 @@ def _lines(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
             continue
         try:
             value = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path}, line {number}: this is not JSON: {error}.") from error
         if not isinstance(value, dict):
             raise ConfigError(
@@ -134,8 +158,8 @@ def _parse_item(
     name = str(line.get("id", f"{task}:{number}"))
     slices = {"task": task} | {key: str(line[key]) for key in slice_by if key in line}
     stop = line.get("stop", [] if messages else ["\n"])
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    if not all(isinstance(word, str) and word for word in stop):
+    stop = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stop, list) or not all(isinstance(word, str) and word for word in stop):
         raise ConfigError(f"{where}: stop is {line['stop']!r}; texts are needed.")
     budget = line.get("max_new_tokens", MAX_NEW_TOKENS)
     if type(budget) is not int or budget < 1:
@@ -147,8 +171,8 @@ def _parse_item(
         "prompt": prompt,
         "messages": messages,
         "max_new_tokens": budget,
-        "stop": stop,
-        "document": str(line.get("document", name)),
+        "stop": tuple(stop),
+        "document": "" if line.get("document") is None else str(line["document"]),
         "slices": slices,
         "line": line,
     }

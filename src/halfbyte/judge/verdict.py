@@ -23,6 +23,7 @@ from enum import StrEnum
 from halfbyte.errors import ConfigError
 from halfbyte.judge.fidelity import TextFidelity
 from halfbyte.judge.layers import LayerErrors
+from halfbyte.judge.questions import STRETCH_TOKENS
 from halfbyte.judge.statistics import (
     FEWEST_DOCUMENTS,
     Flips,
@@ -229,8 +230,19 @@ def _accuracy_claim(overall: SliceResult | None, margins: Margins) -> list[Claim
     outcome, advice = Outcome.INCONCLUSIVE, ""
     if overall.harm_p is not None and overall.harm_p < margins.alpha:
         outcome = Outcome.FAIL
+    elif overall.base_accuracy <= margins.accuracy:
+        # A loss of the margin is impossible then, and any candidate would keep it.
+        advice = (
+            f"the base itself gets {percent(overall.base_accuracy)} right, so nothing beyond the "
+            "margin could be lost: look at its answers, and ask what it can do."
+        )
     elif noninferiority_p_value(flips, margins.accuracy) < margins.alpha:
         outcome = Outcome.PASS
+    elif flips.units < FEWEST_DOCUMENTS:
+        advice = (
+            f"the items are of {flips.units:.3g} documents; a pass takes {FEWEST_DOCUMENTS} of "
+            "about one size, or more."
+        )
     else:
         advice = _items_advice(flips, margins)
     return [
@@ -280,8 +292,13 @@ def _text_claim(text: TextFidelity | None, harm: float | None, margins: Margins)
         found += (
             f"{percent(text.perplexity_ratio - 1, sign=True)} on {text.num_documents} documents"
         )
-        advice = f"{FEWEST_DOCUMENTS} documents or more give an interval."
-        if not math.isfinite(text.nll_increase_nats):
+        advice = (
+            f"{FEWEST_DOCUMENTS} documents or more give an interval; of one long text, "
+            f"{STRETCH_TOKENS:,} tokens count as one."
+        )
+        if not text.base_finite:
+            advice = "the base's own logits are infinite or not a number: look at the base first."
+        elif not math.isfinite(text.nll_increase_nats):
             outcome, advice = Outcome.FAIL, ""
     else:
         found += (

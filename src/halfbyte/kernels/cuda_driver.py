@@ -1,34 +1,21 @@
-"""Compile CUDA C++ at run time with torch's own NVRTC, keep it on disk, and launch it.
+"""Load machine code of :mod:`halfbyte.kernels.cuda_compiler`, and launch it.
 
-::
-
-    source + definitions ──(disk)── machine code for one architecture ──> Function ──launch──> GPU
-                         └──NVRTC─┘
-
-Torch's wheels for NVIDIA bring NVRTC and need the driver; there is no toolkit to install and no
-version to match. Both are called by ctypes: the few functions used have kept their form since CUDA
-12.
+The driver is called by ctypes: the few functions used have kept their form since CUDA 12.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import importlib.util
-import re
-import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
 
 import torch
 
 from halfbyte.errors import KernelUnavailable
-from halfbyte.machine.cache import cache_folder
-
-OPTIONS = ("--std=c++17", "--use_fast_math")
+from halfbyte.kernels.cuda_compiler import compile_source, read_source
+from halfbyte.kernels.gpu_device import AS_IT_IS
 
 PROGRAMMATIC_LAUNCH = 6
 """CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION."""
@@ -44,117 +31,6 @@ TENSOR_PROMOTE_L2_256B = 3
 """CU_TENSOR_MAP_L2_PROMOTION_L2_256B."""
 
 
-_INCLUDE = re.compile(r'^#include "(\w+\.cu)"\n', re.MULTILINE)
-
-
-def read_source(name: str) -> str:
-    """Read a kernel's source that is shipped with the package, and in it what it includes."""
-    text = (resources.files("halfbyte.kernels") / "cuda" / name).read_text(encoding="utf-8")
-    return _INCLUDE.sub(lambda found: read_source(found[1]), text)
-
-
-def compile_source(source: str, definitions: Mapping[str, int], architecture: str) -> bytes:
-    """Compile to machine code, or take it from the disk cache.
-
-    Args:
-        source: CUDA C++ that includes nothing.
-        definitions: Macros.
-        architecture: ``sm_90`` and the like.
-
-    Returns:
-        A cubin.
-
-    Raises:
-        KernelUnavailable: There is no NVRTC, or it refuses the source; says which.
-    """
-    nvrtc = load_nvrtc()
-    options = [
-        f"--gpu-architecture={architecture}",
-        *OPTIONS,
-        *(f"-D{name}={value}" for name, value in sorted(definitions.items())),
-    ]
-    key = "\n".join([source, *options, str(find_nvrtc_version(nvrtc))])
-    path = cache_folder() / "kernels" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
-    if path.is_file():
-        return path.read_bytes()
-    cubin = _compile(nvrtc, source, options)
-    _keep(path, cubin)
-    return cubin
-
-
-def _keep(path: Path, cubin: bytes) -> None:
-    """Write a file as a whole or not at all; a cache that cannot be written is no error."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(cubin)
-        Path(file.name).replace(path)
-    except OSError:
-        return
-
-
-@functools.cache
-def load_nvrtc() -> ctypes.CDLL:
-    """Load the NVRTC that torch was built for.
-
-    Returns:
-        The library.
-
-    Raises:
-        KernelUnavailable: There is none among torch's packages or on the library path.
-    """
-    major = (torch.version.cuda or "13").split(".")[0]
-    name = f"libnvrtc.so.{major}"
-    folders = []
-    nvidia = importlib.util.find_spec("nvidia")
-    if nvidia is not None:
-        folders = [Path(folder) for folder in nvidia.submodule_search_locations or ()]
-    candidates = [str(path) for folder in folders for path in sorted(folder.glob(f"*/lib/{name}"))]
-    for candidate in [*candidates, name]:
-        try:
-            # It looks for its built-in headers by name only: they must be loaded before.
-            for builtins in sorted(Path(candidate).parent.glob("libnvrtc-builtins.so.*")):
-                ctypes.CDLL(str(builtins))
-            return ctypes.CDLL(candidate)
-        except OSError:
-            continue
-    raise KernelUnavailable(
-        f"Cannot compile CUDA kernels: {name} is neither in the packages that come with torch nor "
-        f"on the library path. Install it: pip install nvidia-cuda-nvrtc"
-    )
-
-
-def find_nvrtc_version(nvrtc: ctypes.CDLL) -> tuple[int, int]:
-    """Give NVRTC's (major, minor) version."""
-    major, minor = ctypes.c_int(), ctypes.c_int()
-    nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
-    return major.value, minor.value
-
-
-def _compile(nvrtc: ctypes.CDLL, source: str, options: list[str]) -> bytes:
-    program = ctypes.c_void_p()
-    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"halfbyte.cu", 0, None, None)
-    try:
-        words = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-        status = nvrtc.nvrtcCompileProgram(program, len(options), words)
-        size = ctypes.c_size_t()
-        if status != 0:
-            nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-            log = ctypes.create_string_buffer(size.value)
-            nvrtc.nvrtcGetProgramLog(program, log)
-            first = log.value.decode(errors="replace").strip().split("\n")[0]
-            raise KernelUnavailable(
-                f"NVRTC {'.'.join(map(str, find_nvrtc_version(nvrtc)))} cannot compile a kernel "
-                f"with {' '.join(options)}: {first or f'error {status}'}"
-            )
-        nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
-        cubin = ctypes.create_string_buffer(size.value)
-        nvrtc.nvrtcGetCUBIN(program, cubin)
-        return cubin.raw
-    finally:
-        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-
-
 class _Attribute(ctypes.Structure):
     _fields_ = (
         ("id", ctypes.c_int),
@@ -165,7 +41,8 @@ class _Attribute(ctypes.Structure):
 
 class _LaunchConfig(ctypes.Structure):
     _fields_ = (
-        ("grid", ctypes.c_uint * 3),
+        ("blocks", ctypes.c_uint),
+        ("blocks_beside", ctypes.c_uint * 2),
         ("block", ctypes.c_uint * 3),
         ("shared_bytes", ctypes.c_uint),
         ("stream", ctypes.c_void_p),
@@ -174,13 +51,59 @@ class _LaunchConfig(ctypes.Structure):
     )
 
 
+class Context:
+    """A device's context, which torch uses too; in a ``with`` it is the calling thread's."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Find it; it stays as long as the process does."""
+        self._driver = load_driver()
+        handle, self._context = ctypes.c_int(), ctypes.c_void_p()
+        _check(self._driver.cuInit(0), "begin")
+        _check(self._driver.cuDeviceGet(ctypes.byref(handle), device.index), f"find {device}")
+        status = self._driver.cuDevicePrimaryCtxRetain(ctypes.byref(self._context), handle)
+        _check(status, f"use {device}")
+
+    def is_current(self) -> bool:
+        """Whether it is the thread's already."""
+        found = ctypes.c_void_p()
+        self._driver.cuCtxGetCurrent(ctypes.byref(found))
+        return found.value == self._context.value
+
+    def __enter__(self) -> None:
+        """Put it before what the thread had."""
+        _check(self._driver.cuCtxPushCurrent_v2(self._context), "change the device")
+
+    def __exit__(self, *_: object) -> None:
+        """Give the thread back what it had."""
+        self._driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+
+
+_find_context = functools.cache(Context)
+
+
+def in_context(device: torch.device) -> AbstractContextManager[None]:
+    """Make a device's context the thread's own.
+
+    The driver looks at no tensors: it launches into the thread's context, which is another device's
+    where that is torch's current one, and none where the thread has called nothing of CUDA yet.
+
+    Args:
+        device: Of what is launched.
+
+    Returns:
+        For a ``with``, in which it is; nothing is done where it is already.
+    """
+    context = _find_context(device)
+    return AS_IT_IS if context.is_current() else context
+
+
 class Function:
     """A kernel in a device's memory, ready to be launched."""
 
     def __init__(
         self, cubin: bytes, name: str, *, threads: int, shared_bytes: int, early_start: bool
     ) -> None:
-        """Load machine code into the current device's context.
+        """Load machine code into the thread's context.
 
         Args:
             cubin: Of :func:`compile_source`.
@@ -205,6 +128,7 @@ class Function:
         self._attribute = _Attribute(id=PROGRAMMATIC_LAUNCH)
         self._attribute.value[0] = 1
         self._config = _LaunchConfig(
+            blocks_beside=(1, 1),
             block=(threads, 1, 1),
             shared_bytes=shared_bytes,
             attributes=ctypes.pointer(self._attribute),
@@ -213,9 +137,9 @@ class Function:
 
     def launch(self, blocks: int, arguments: ctypes.Structure, stream: int) -> None:
         """Launch on a stream; ``arguments`` is the kernel's one parameter, copied by the call."""
-        config = self._config
-        config.grid[:] = (blocks, 1, 1)
-        config.stream = stream
+        # Of this call: other threads launch the same kernel meanwhile.
+        config = _LaunchConfig.from_buffer_copy(self._config)
+        config.blocks, config.stream = blocks, stream
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         status = self._driver.cuLaunchKernelEx(
             ctypes.byref(config), self._function, parameters, None
@@ -261,11 +185,20 @@ def load_kernel(
     Raises:
         KernelUnavailable: It cannot be compiled or loaded; says why.
     """
-    cubin = compile_source(read_source(f"{name}.cu"), definitions, architecture)
-    with torch.cuda.device(device):
-        function = Function(
-            cubin, name, threads=threads, shared_bytes=shared_bytes, early_start=early_start
-        )
+    source = read_source(f"{name}.cu")
+    load = functools.partial(
+        Function, name=name, threads=threads, shared_bytes=shared_bytes, early_start=early_start
+    )
+    cubin = compile_source(source, definitions, architecture)
+    with in_context(device):
+        try:
+            function = load(cubin)
+        except KernelUnavailable:
+            # What was kept on disk may be damaged.
+            again = compile_source(source, definitions, architecture, anew=True)
+            if again == cubin:
+                raise
+            function = load(again)
         return function, max(function.count_resident(), 1)
 
 

@@ -27,7 +27,12 @@ from halfbyte.kernels.cuda_arguments import (
     fill_arguments,
     forget_shape,
 )
-from halfbyte.kernels.cuda_driver import Function, find_obstacle_to, load_kernel
+from halfbyte.kernels.cuda_driver import (
+    Function,
+    find_obstacle_to,
+    in_context,
+    load_kernel,
+)
 from halfbyte.kernels.cuda_few import FewConfig, plan_work
 from halfbyte.kernels.cuda_rows import RowsConfig
 from halfbyte.kernels.cuda_stream import StreamConfig
@@ -42,6 +47,7 @@ from halfbyte.kernels.gpu_device import (
     find_gpu_obstacle,
     is_nvidia,
     name_architecture,
+    starts_early,
 )
 from halfbyte.kernels.gpu_table import load_table
 from halfbyte.kernels.triton_linear import ROWS_LIMIT as TRITON_ROWS
@@ -85,6 +91,15 @@ PREFERRED = (
     CudaConfig(row_tiles=8, tiles=1, warps_out=4, warps_in=4, stages=3),
 )
 """By rows of x: those with the best geometric means over the measured shapes of an H100."""
+
+BUCKETS = sorted(
+    {
+        *(8 * config.row_tiles for config in PREFERRED),
+        *cuda_stream.BUCKETS,
+        *cuda_rows.BUCKETS,
+    }
+)
+"""Rows of x, up to so many, that are run alike, whichever kernel it is."""
 
 USUAL_ROWS = 16
 """Up to so many rows it is faster than the Triton program in geometric mean over those shapes."""
@@ -185,7 +200,7 @@ class CudaLinear(TritonLinear):
     def prepare(self, stored: Operands, spec: LinearSpec) -> tuple[Tensor, ...]:
         """Repack the weight, and compile for every number of rows: a CUDA graph could not."""
         device, dtype = stored.scales.device, stored.scales.dtype
-        for rows in cuda_rows.BUCKETS:
+        for rows in BUCKETS:
             config = choose_tier(device, rows, spec, dtype)
             if isinstance(config, RowsConfig):
                 cuda_rows.load_for(config, spec, dtype, device)
@@ -292,7 +307,8 @@ def multiply(
     )
     arrivals = find_arrivals(device)
     arguments = fill_arguments(rows, operands, bias, spec, result, partials, arrivals)
-    function.launch(work.runs, arguments, torch.cuda.current_stream(device).cuda_stream)
+    with in_context(device):
+        function.launch(work.runs, arguments, torch.cuda.current_stream(device).cuda_stream)
     return result
 
 
@@ -305,15 +321,14 @@ def load_function(
     early_start: bool,
 ) -> tuple[Function, int]:
     """Compile and load a kernel; also how many of its thread blocks fit on a multiprocessor."""
-    architecture = name_architecture(device)
     return load_kernel(
         "multiply",
         define_macros(config, spec, scale_dtype),
-        architecture,
+        name_architecture(device),
         device,
         threads=config.threads,
         shared_bytes=count_shared_bytes(config, spec, scale_dtype),
-        early_start=early_start and architecture >= "sm_90",
+        early_start=early_start and starts_early(device),
     )
 
 

@@ -28,6 +28,7 @@ from halfbyte.kernels.cuda_driver import (
     Function,
     encode_boxes,
     find_obstacle_to,
+    in_context,
     load_kernel,
 )
 from halfbyte.kernels.gpu_device import (
@@ -261,17 +262,19 @@ def multiply(
         partials = torch.empty(size, dtype=torch.float32, device=device)
     common = fill_arguments(rows, operands, bias, spec, result, partials, find_arrivals(device))
     arguments = RowsArguments(a=common)
-    arguments.x_map[:] = encode_boxes(
-        Boxes(
-            address=rows.data_ptr(),
-            element_bytes=2,
-            sizes=(spec.in_features, count),
-            strides=(2 * spec.in_features,),
-            box=(64, config.rows // config.cluster),
-            swizzled=True,
+    with in_context(device):
+        arguments.x_map[:] = encode_boxes(
+            Boxes(
+                address=rows.data_ptr(),
+                element_bytes=2,
+                sizes=(spec.in_features, count),
+                strides=(2 * spec.in_features,),
+                box=(64, config.rows // config.cluster),
+                swizzled=True,
+            )
         )
-    )
-    function.launch(runs * config.cluster, arguments, torch.cuda.current_stream(device).cuda_stream)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        function.launch(runs * config.cluster, arguments, stream)
     return result
 
 

@@ -31,6 +31,7 @@ from halfbyte.kernels.cuda_driver import (
     Function,
     encode_boxes,
     find_obstacle_to,
+    in_context,
     load_kernel,
 )
 from halfbyte.kernels.cuda_few import FewConfig, plan_work
@@ -198,8 +199,9 @@ def multiply(
         2 * work.runs * config.partial_floats, dtype=torch.float32, device=device
     )
     common = fill_arguments(rows, operands, bias, spec, result, partials, find_arrivals(device))
-    arguments = describe_tensors(common, rows, operands, spec, config, encode_boxes)
-    function.launch(work.runs, arguments, torch.cuda.current_stream(device).cuda_stream)
+    with in_context(device):
+        arguments = describe_tensors(common, rows, operands, spec, config, encode_boxes)
+        function.launch(work.runs, arguments, torch.cuda.current_stream(device).cuda_stream)
     return result
 
 

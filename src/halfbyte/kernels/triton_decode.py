@@ -14,7 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.kernels.gpu_device import count_processors, find_arrivals, is_nvidia
+from halfbyte.kernels.gpu_device import (
+    count_processors,
+    find_arrivals,
+    on_device,
+    starts_early,
+)
 
 NARROWEST_DOT = 16
 """Rows that Triton's products have at the least."""
@@ -55,19 +60,20 @@ def add_norm(
     rows, width = x.shape
     total = x if delta is None else torch.empty_like(x)
     result = torch.empty_like(x)
-    add_norm_program[(rows,)](
-        x,
-        delta,
-        weight,
-        total,
-        result,
-        width,
-        epsilon,
-        HAS_DELTA=delta is not None,
-        BLOCK=_power_of_two(width),
-        num_warps=min(max(_power_of_two(width) // 512, 1), 16),
-        **_early(x.device),
-    )
+    with on_device(x.device):
+        add_norm_program[(rows,)](
+            x,
+            delta,
+            weight,
+            total,
+            result,
+            width,
+            epsilon,
+            HAS_DELTA=delta is not None,
+            BLOCK=_power_of_two(width),
+            num_warps=min(max(_power_of_two(width) // 512, 1), 16),
+            **_early(x.device),
+        )
     return total, result
 
 
@@ -85,9 +91,10 @@ def gate(gate_up: Tensor) -> Tensor:
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     result = gate_up.new_empty(rows, width)
     block = 256
-    gate_program[(-(-width // block), rows)](
-        gate_up, result, width, BLOCK=block, num_warps=2, **_early(gate_up.device)
-    )
+    with on_device(gate_up.device):
+        gate_program[(-(-width // block), rows)](
+            gate_up, result, width, BLOCK=block, num_warps=2, **_early(gate_up.device)
+        )
     return result
 
 
@@ -127,37 +134,38 @@ def attend(
         sums = qkv.new_empty(splits, rows, shape.heads, shape.width, dtype=torch.float32)
         sizes = qkv.new_empty(splits, rows, shape.heads, 2, dtype=torch.float32)
         arrivals = find_arrivals(qkv.device)
-    attend_program[(shape.key_heads, splits, rows)](
-        qkv,
-        None if norms is None else norms[0],
-        None if norms is None else norms[1],
-        *rotary,
-        positions,
-        tables,
-        keys,
-        values,
-        result,
-        sums,
-        sizes,
-        arrivals,
-        shape.scale,
-        shape.epsilon,
-        keys.shape[2],
-        tables.shape[1],
-        HEADS=shape.heads,
-        KEY_HEADS=shape.key_heads,
-        WIDTH=shape.width,
-        ROTARY=rotary[0].shape[-1],
-        HAS_NORMS=norms is not None,
-        ROWS=max(_power_of_two(shape.heads // shape.key_heads), NARROWEST_DOT),
-        BLOCK=BLOCK_POSITIONS,
-        BLOCK_WIDTH=max(_power_of_two(shape.width), NARROWEST_DOT),
-        PAGE=keys.shape[2] if tables.shape[1] > 1 else 0,
-        SPLITS=splits,
-        num_warps=4,
-        num_stages=3,
-        **_early(qkv.device),
-    )
+    with on_device(qkv.device):
+        attend_program[(shape.key_heads, splits, rows)](
+            qkv,
+            None if norms is None else norms[0],
+            None if norms is None else norms[1],
+            *rotary,
+            positions,
+            tables,
+            keys,
+            values,
+            result,
+            sums,
+            sizes,
+            arrivals,
+            shape.scale,
+            shape.epsilon,
+            keys.shape[2],
+            tables.shape[1],
+            HEADS=shape.heads,
+            KEY_HEADS=shape.key_heads,
+            WIDTH=shape.width,
+            ROTARY=rotary[0].shape[-1],
+            HAS_NORMS=norms is not None,
+            ROWS=max(_power_of_two(shape.heads // shape.key_heads), NARROWEST_DOT),
+            BLOCK=BLOCK_POSITIONS,
+            BLOCK_WIDTH=max(_power_of_two(shape.width), NARROWEST_DOT),
+            PAGE=keys.shape[2] if tables.shape[1] > 1 else 0,
+            SPLITS=splits,
+            num_warps=4,
+            num_stages=3,
+            **_early(qkv.device),
+        )
     return result
 
 
@@ -174,12 +182,6 @@ def choose_splits(device: torch.device, programs: int) -> int:
     """
     room = min(max(count_processors(device) // programs, 1), MOST_SPLITS)
     return 1 << (room.bit_length() - 1)
-
-
-@functools.cache
-def starts_early(device: torch.device) -> bool:
-    """Whether launches on a device may begin while the one before still runs."""
-    return is_nvidia(device) and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _early(device: torch.device) -> dict[str, Any]:

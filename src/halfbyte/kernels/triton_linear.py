@@ -36,6 +36,7 @@ from halfbyte.kernels.gpu_device import (
     is_nvidia,
     make_arrivals,
     name_architecture,
+    on_device,
 )
 from halfbyte.kernels.triton_configs import TritonConfig, choose_config
 
@@ -158,33 +159,34 @@ def multiply(
     if config.splits > 1:
         workspace = rows.new_empty(config.splits, count, spec.out_features, dtype=torch.float32)
         arrivals = find_arrivals(rows.device)
-    multiply_program[grid](
-        rows,
-        operands.weight[0],
-        zeros,
-        operands.scales,
-        order,
-        bias,
-        result,
-        workspace,
-        arrivals,
-        count,
-        spec.in_features,
-        spec.out_features,
-        steps_each,
-        BITS=spec.bits,
-        GROUP_SIZE=spec.group_size,
-        HAS_ZEROS=zeros is not None,
-        HAS_ORDER=order is not None,
-        HAS_BIAS=bias is not None,
-        FAST=is_nvidia(rows.device) if fast is None else fast,
-        BLOCK_OUT=config.block_out,
-        BLOCK_ROWS=config.block_rows,
-        SPLITS=config.splits,
-        STAGES=config.stages,
-        num_warps=config.warps,
-        num_stages=config.stages,
-    )
+    with on_device(rows.device):
+        multiply_program[grid](
+            rows,
+            operands.weight[0],
+            zeros,
+            operands.scales,
+            order,
+            bias,
+            result,
+            workspace,
+            arrivals,
+            count,
+            spec.in_features,
+            spec.out_features,
+            steps_each,
+            BITS=spec.bits,
+            GROUP_SIZE=spec.group_size,
+            HAS_ZEROS=zeros is not None,
+            HAS_ORDER=order is not None,
+            HAS_BIAS=bias is not None,
+            FAST=is_nvidia(rows.device) if fast is None else fast,
+            BLOCK_OUT=config.block_out,
+            BLOCK_ROWS=config.block_rows,
+            SPLITS=config.splits,
+            STAGES=config.stages,
+            num_warps=config.warps,
+            num_stages=config.stages,
+        )
     return result
 
 
@@ -200,21 +202,22 @@ def dequantize_fragments(operands: Operands, spec: LinearSpec, dtype: torch.dtyp
     result = torch.empty(shape, dtype=dtype, device=codes.device)
     zeros, order = find_zeros(operands, spec), find_order(operands, spec)
     block_out = 64
-    dequantize_program[(spec.in_features // 64, -(-spec.out_features // block_out))](
-        codes,
-        zeros,
-        scales,
-        order,
-        result,
-        spec.in_features,
-        spec.out_features,
-        BITS=spec.bits,
-        GROUP_SIZE=spec.group_size,
-        HAS_ZEROS=zeros is not None,
-        HAS_ORDER=order is not None,
-        BLOCK_OUT=block_out,
-        num_warps=4,
-    )
+    with on_device(codes.device):
+        dequantize_program[(spec.in_features // 64, -(-spec.out_features // block_out))](
+            codes,
+            zeros,
+            scales,
+            order,
+            result,
+            spec.in_features,
+            spec.out_features,
+            BITS=spec.bits,
+            GROUP_SIZE=spec.group_size,
+            HAS_ZEROS=zeros is not None,
+            HAS_ORDER=order is not None,
+            BLOCK_OUT=block_out,
+            num_warps=4,
+        )
     return result
 
 

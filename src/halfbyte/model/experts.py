@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -42,9 +43,9 @@ class ProjectionNames:
 class UnfusedExperts(nn.Module):
     """The experts of one layer as separate linears: ``<experts>.<n>.<projection>``.
 
-    All experts run their first stage (gate and up) before any runs its second (down), and every
-    expert is called even where no token was routed to it: so a quantizer sees the inputs of a
-    whole stage at once.
+    All experts run their first stage (gate and up) before any runs its second (down). Where an
+    observer or a gradient waits for them, every expert is called, even one that no token was routed
+    to: so a quantizer sees the inputs of a whole stage at once. Elsewhere those are passed over.
     """
 
     def __init__(self, fused: nn.Module, names: ProjectionNames) -> None:
@@ -68,16 +69,18 @@ class UnfusedExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Route tokens [tokens, hidden] through their experts and sum, weighted."""
-        routes = [torch.where(top_k_index == expert) for expert in range(self.num_experts)]
-        first = [lambda t=tokens: hidden_states[t] for tokens, _ in routes]
+        routes = {
+            expert: torch.where(top_k_index == expert) for expert in self._wanted(top_k_index)
+        }
+        first = [partial(hidden_states.__getitem__, tokens) for tokens, _ in routes.values()]
         self._observe("first", first)
-        middle = [self._first(expert, first[expert]()) for expert in range(self.num_experts)]
+        middle = [self._first(expert, get()) for expert, get in zip(routes, first, strict=True)]
         self._observe("second", [lambda m=m: m for m in middle])  # type: ignore[misc]
         output = torch.zeros(
             hidden_states.shape, dtype=top_k_weights.dtype, device=hidden_states.device
         )
-        for expert, (tokens, slot) in enumerate(routes):
-            result = self.projection(expert, self.names.down)(middle[expert])
+        for (expert, (tokens, slot)), states in zip(routes.items(), middle, strict=True):
+            result = self.projection(expert, self.names.down)(states)
             output.index_add_(0, tokens, result * top_k_weights[tokens, slot, None])
         return output.to(hidden_states.dtype)
 
@@ -93,6 +96,15 @@ class UnfusedExperts(nn.Module):
             "first": [[f"{e}.{name}" for name in first] for e in experts],
             "second": [[f"{e}.{self.names.down}"] for e in experts],
         }
+
+    def _wanted(self, top_k_index: Tensor) -> list[int]:
+        """The experts to call."""
+        everyone = range(self.num_experts)
+        if self.observer is not None or torch.is_grad_enabled():
+            return list(everyone)
+        # Of 128 experts, a token that is decoded goes to eight.
+        routed = set(top_k_index.flatten().tolist())
+        return [expert for expert in everyone if expert in routed]
 
     def _first(self, expert: int, states: Tensor) -> Tensor:
         fused = self._gate[0]

@@ -23,10 +23,12 @@ from transformers import PreTrainedModel
 from halfbyte.kernels.triton_decode import AttentionShape, add_norm, attend, gate
 from halfbyte.kernels.triton_linear import DEVICES, find_triton_obstacle
 from halfbyte.nn.decoder_parts import (
+    NOISE_FACTOR,
     NORMS,
     bare_linear,
     base_of,
     epsilon_of,
+    find_moving_angles,
     find_structure_mismatch,
 )
 from halfbyte.nn.linear import QuantLinear
@@ -38,8 +40,6 @@ WARM_UPS = 2
 
 MOST_DEVIATION = 0.05
 """Of the logits, as a share of their length; bf16 alone makes about 0.01."""
-NOISE_FACTOR = 3
-"""So many times what rounding alone does to the model's own logits is allowed in any case."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,19 +115,23 @@ class GpuStep:
 
 @torch.inference_mode()
 def record(
-    compute: Callable[[], Tensor], after_each: Callable[[], None] | None = None
+    compute: Callable[[], Tensor],
+    device: torch.device,
+    after_each: Callable[[], None] | None = None,
 ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """Record what a computation launches.
 
     Args:
         compute: Reads and writes tensors that stay where they are.
+        device: Where these are.
         after_each: Called after each run before the recording.
 
     Returns:
         The graph, and the tensor that a replay fills.
     """
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    # The stream's device is torch's current one in it.
     with torch.cuda.stream(stream):
         for _ in range(WARM_UPS):
             compute()
@@ -136,7 +140,7 @@ def record(
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             result = compute()
-    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.current_stream(device).wait_stream(stream)
     return graph, result
 
 
@@ -189,7 +193,7 @@ def find_mismatch(model: PreTrainedModel) -> str | None:
         widths = {bare_linear(getattr(attention, f"{name}_proj")).out_features for name in "kv"}
         if len(widths) != 1:
             return "its keys and values differ in width"
-    return None
+    return find_moving_angles(model)
 
 
 def find_deviation(found: Tensor, expected: Tensor, again: Tensor) -> str | None:

@@ -21,6 +21,7 @@ from halfbyte.kernels.op import dequantize, quantized_linear
 from halfbyte.kernels.registry import Selection, select
 from halfbyte.nn.offsets import multiply_offsets, spread_offsets
 from halfbyte.nn.weight import QuantizedWeight
+from halfbyte.packing import unpack_zeros
 
 if TYPE_CHECKING:
     from halfbyte.nn.fusion import Fusion
@@ -311,12 +312,53 @@ class QuantLinear(nn.Linear):
             for name in ("scales", "qzeros"):
                 destination[prefix + name] = destination[prefix + name].contiguous()
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Tensor],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        reason = self._find_other_grid(state_dict.get(f"{prefix}qzeros"), "qzeros")
+        reason = reason or self._find_other_grid(state_dict.get(f"{prefix}g_idx"), "g_idx")
+        if reason is not None:
+            # Kernels rely on it: what was loaded would be computed wrong, and nothing would show.
+            error_msgs.append(
+                f"{prefix.removesuffix('.') or 'The linear'} {reason}, but the state dict's is of "
+                "another quantization. Load that checkpoint from its folder."
+            )
+            return
         selection = self.selection
         self.restore()
-        super()._load_from_state_dict(*args, **kwargs)
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
         if selection is not None:
             self._repack(selection)
+
+    def _find_other_grid(self, loaded: Tensor | None, name: str) -> str | None:
+        """Say what this layer was built for that a tensor to be loaded does not keep to."""
+        spec = self.spec
+        own = self._buffers[name]
+        if loaded is None or own is None or loaded.is_meta or loaded.shape != own.shape:
+            return None  # nn.Module tells of what is missing and of other sizes
+        if name == "qzeros" and spec.symmetric:
+            zeros = unpack_zeros(loaded, spec.bits, spec.zero_offset)
+            return None if bool((zeros == 2 ** (spec.bits - 1)).all()) else "has symmetric zeros"
+        if name == "g_idx" and not spec.act_order:
+            plain = torch.arange(spec.in_features, device=loaded.device) // spec.group_size
+            in_order = torch.equal(loaded, plain.to(loaded.dtype))
+            return None if in_order else "has its groups in order"
+        return None
 
     def _refuse_weight(self) -> NoReturn:
         raise ModelError(

@@ -87,7 +87,8 @@ def _copy_to_host(
     tensors: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
     """Begin to copy what lies on a GPU; nobody waits for it."""
-    if not any(tensor.is_cuda for tensor in tensors.values()):
+    device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
+    if device is None:
         return dict(tensors), None
     found = {}
     for name, tensor in tensors.items():
@@ -97,7 +98,7 @@ def _copy_to_host(
         else:
             found[name] = tensor
     copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    copied.record()
+    copied.record(torch.cuda.current_stream(device))
     return found, copied
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import first_line
+from halfbyte.kernels.gpu_device import on_device
 from halfbyte.kernels.triton_linear import find_triton_obstacle
 
 PROGRAM_ROWS = 8
@@ -167,21 +168,22 @@ def _run_program(
     columns, rows = values.shape
     for tensor in (values, plain, codes, errors):
         assert tensor.is_contiguous()
-    column_program[(-(-rows // PROGRAM_ROWS),)](
-        values,
-        plain,
-        codes,
-        errors,
-        feedback.t().contiguous(),
-        divisors,
-        steps.scales.contiguous(),
-        steps.lowest.contiguous(),
-        steps.highest.contiguous(),
-        torch.as_tensor(groups, dtype=torch.int32, device=values.device),
-        columns,
-        rows,
-        POLISH=polish,
-        COLUMNS=WIDEST_BLOCK,
-        ROWS=PROGRAM_ROWS,
-        num_warps=1,
-    )
+    with on_device(values.device):
+        column_program[(-(-rows // PROGRAM_ROWS),)](
+            values,
+            plain,
+            codes,
+            errors,
+            feedback.t().contiguous(),
+            divisors,
+            steps.scales.contiguous(),
+            steps.lowest.contiguous(),
+            steps.highest.contiguous(),
+            torch.as_tensor(groups, dtype=torch.int32, device=values.device),
+            columns,
+            rows,
+            POLISH=polish,
+            COLUMNS=WIDEST_BLOCK,
+            ROWS=PROGRAM_ROWS,
+            num_warps=1,
+        )

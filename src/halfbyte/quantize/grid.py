@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from halfbyte.errors import first_line
+from halfbyte.kernels.gpu_device import on_device
 from halfbyte.kernels.triton_linear import find_triton_obstacle
 from halfbyte.quant_config import PER_CHANNEL
 
@@ -347,24 +348,25 @@ def _run_program(
     offsets = _fine_offsets()
     scales = torch.empty(rows, groups, device=grouped.device)
     zeros = torch.empty_like(scales)
-    grid_program[(groups, -(-rows // PROGRAM_ROWS))](
-        grouped,
-        weights.contiguous(),
-        torch.tensor(shares, device=grouped.device),
-        torch.tensor(offsets, device=grouped.device),
-        scales,
-        zeros,
-        rows,
-        groups,
-        size,
-        COARSE=len(shares),
-        FINE=len(offsets),
-        TOP=2**bits - 1,
-        SYMMETRIC=symmetric,
-        SMALLEST=SMALLEST_SCALE,
-        LARGEST=torch.finfo(torch.float16).max,
-        ROWS=PROGRAM_ROWS,
-        SIZE=1 << (size - 1).bit_length(),
-        num_warps=4,
-    )
+    with on_device(grouped.device):
+        grid_program[(groups, -(-rows // PROGRAM_ROWS))](
+            grouped,
+            weights.contiguous(),
+            torch.tensor(shares, device=grouped.device),
+            torch.tensor(offsets, device=grouped.device),
+            scales,
+            zeros,
+            rows,
+            groups,
+            size,
+            COARSE=len(shares),
+            FINE=len(offsets),
+            TOP=2**bits - 1,
+            SYMMETRIC=symmetric,
+            SMALLEST=SMALLEST_SCALE,
+            LARGEST=torch.finfo(torch.float16).max,
+            ROWS=PROGRAM_ROWS,
+            SIZE=1 << (size - 1).bit_length(),
+            num_warps=4,
+        )
     return scales, zeros

@@ -12,11 +12,10 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from halfbyte.checkpoint.front_matter import CARD_FILE, read_front_matter
 from halfbyte.quantize.picture import PICTURE_FILE
 from halfbyte.quantize.report import ExpertCoverage, ModuleReport, QuantizationReport, kind_of
 from halfbyte.units import format_bytes, format_error, format_seconds
-
-CARD_FILE = "README.md"
 
 CARRIED_KEYS = ("license", "license_name", "license_link", "language")
 """Of the base's front matter: they hold for its quantized form too."""
@@ -40,7 +39,7 @@ def save_model_card(report: QuantizationReport, base_folder: Path | None, folder
     from huggingface_hub import ModelCardData
 
     name = base_model_name(report.model)
-    carried = read_base_card(base_folder)
+    carried = {} if base_folder is None else read_front_matter(base_folder)
     data = ModelCardData(
         base_model=name,
         library_name="transformers",
@@ -72,15 +71,6 @@ def base_model_name(model: str) -> str:
     if len(parts) == 2 and not Path(model).exists():
         return model
     return Path(model).resolve().name
-
-
-def read_base_card(base_folder: Path | None) -> dict[str, Any]:
-    """Read the front matter of a model's README; empty where it has none that can be read."""
-    if base_folder is None or not (base_folder / CARD_FILE).is_file():
-        return {}
-    from huggingface_hub.repocard import metadata_load
-
-    return metadata_load(base_folder / CARD_FILE) or {}
 
 
 def write_card_body(report: QuantizationReport, name: str) -> str:

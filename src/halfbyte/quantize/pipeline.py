@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from halfbyte.checkpoint.companions import find_companions
 from halfbyte.machine.devices import resolve_device
 from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
 from halfbyte.quantize.calibration_source import CalibrationSource
@@ -18,6 +19,7 @@ from halfbyte.quantize.progress import Progress, SilentProgress
 from halfbyte.quantize.report import QuantizationReport, load_report
 from halfbyte.quantize.run import Run
 from halfbyte.quantize.source import (
+    HubOptions,
     check_apart,
     check_output,
     check_same_options,
@@ -36,6 +38,7 @@ def quantize(
     resume: bool = False,
     quality: bool = True,
     progress: Progress | None = None,
+    hub: HubOptions | None = None,
 ) -> QuantizationReport:
     """Quantize a model folder into a standard GPTQ checkpoint.
 
@@ -49,6 +52,7 @@ def quantize(
         resume: Go on with the unfinished run in ``output``.
         quality: Run held-out text through both models beside the calibration text.
         progress: Told how far the run is.
+        hub: Which files of the model are meant, and how to fetch them.
 
     Returns:
         The report, which also stands in ``output``.
@@ -61,12 +65,13 @@ def quantize(
         JournalError: The unfinished run belongs to other inputs or options.
         VerificationError: What was saved does not compute what was measured.
     """
-    source, target = find_model(model), Path(output)
+    source, target = find_model(model, hub or HubOptions()), Path(output)
     check_apart(source, target)
     if check_output(target, resume=resume):
         finished = load_report(target)
         check_same_options(finished, config or QuantConfig())
         return finished
+    find_companions(source)  # copied at the end of the run, refused at its beginning
     device = resolve_device((resources or ResourceConfig()).device)
     target.mkdir(parents=True, exist_ok=True)
     progress = progress or SilentProgress()

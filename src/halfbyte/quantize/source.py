@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, Self
 
 from halfbyte.errors import ConfigError, JournalError, ModelError, first_line
 from halfbyte.model.blocks import linear_weight, quantizable_linears
@@ -16,11 +19,43 @@ from halfbyte.quantize.report import REPORT_FILE, QuantizationReport
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken", "README.md"]
 
 
-def find_model(model: str | Path) -> Path:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubOptions:
+    """Which files of a model are meant, and how to fetch them; the words are Transformers'."""
+
+    revision: str | None = None
+    """Branch, tag or commit; of a name on the Hub."""
+    subfolder: str = ""
+    """Of the repository or of the local folder."""
+    cache_dir: str | Path | None = None
+    token: str | bool | None = None
+    local_files_only: bool = False
+    force_download: bool = False
+
+    @classmethod
+    def split(cls, settings: Mapping[str, Any]) -> tuple[Self, dict[str, Any]]:
+        """Take these options out of the settings for loading a model.
+
+        Args:
+            settings: Keyword arguments of a ``from_pretrained``.
+
+        Returns:
+            The options, and all other settings.
+        """
+        names = {field.name for field in fields(cls)}
+        own = {name: value for name, value in settings.items() if name in names}
+        return cls(**own), {name: settings[name] for name in settings if name not in names}
+
+
+def find_model(
+    model: str | Path, hub: HubOptions = HubOptions(), *, with_code: bool = False
+) -> Path:
     """Give the folder of a model: a local one, or a snapshot fetched from the Hugging Face Hub.
 
     Args:
         model: A folder, or a name such as ``org/model``.
+        hub: Which of its files, and how to fetch them.
+        with_code: Fetch the code that the repository brings, too.
 
     Returns:
         The folder.
@@ -29,10 +64,17 @@ def find_model(model: str | Path) -> Path:
         ModelError: There is no such folder, and it cannot be fetched.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
-        return path
+    if not path.is_dir():
+        path = _fetch(model, hub, with_code)
+    folder = path / hub.subfolder
+    if not folder.is_dir():
+        raise ModelError(f"The model {model} has no subfolder {hub.subfolder}.")
+    return folder
+
+
+def _fetch(model: str | Path, hub: HubOptions, with_code: bool) -> Path:
     name = str(model)
-    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if Path(model).exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ModelError(
             f"There is no model folder {model}. Give a Hugging Face model folder, or a name on the "
             "Hub such as org/model."
@@ -40,13 +82,24 @@ def find_model(model: str | Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    patterns = [*HUB_PATTERNS, "*.py"] if with_code else HUB_PATTERNS
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
+        return Path(
+            snapshot_download(
+                name,
+                revision=hub.revision,
+                cache_dir=hub.cache_dir,
+                token=hub.token,
+                local_files_only=hub.local_files_only,
+                force_download=hub.force_download,
+                allow_patterns=[str(Path(hub.subfolder, pattern)) for pattern in patterns],
+            )
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        at = f" at revision {hub.revision}" if hub.revision else ""
         raise ModelError(
-            f"There is no folder {model}, and it cannot be fetched from the Hugging Face Hub: "
-            f"{first_line(error)}. Check the name, the network and your "
-            "access."
+            f"There is no folder {model}, and it cannot be fetched from the Hugging Face Hub{at}: "
+            f"{first_line(error)}. Check the name, the network and your access."
         ) from error
 
 

@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.errors import ConfigError
-from halfbyte.judge.statistics import FEWEST_DOCUMENTS, Interval, bootstrap_ratio
+from halfbyte.judge.bootstrap import bootstrap_ratio
+from halfbyte.judge.statistics import FEWEST_DOCUMENTS, Interval
 from halfbyte.serve.routing.confidence import Confidence, measure_confidence
 
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)

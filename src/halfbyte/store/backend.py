@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from halfbyte.checkpoint.atomic import sync_folder
 from halfbyte.errors import StoreError
 
 LOCK_FILE = "lock"
 TEMPORARY = "tmp"
+CHUNK_BYTES = 1 << 22
 
 
 class Backend(Protocol):
@@ -27,6 +29,9 @@ class Backend(Protocol):
 
     place: str
     """For messages."""
+
+    def is_there(self) -> bool:
+        """Tell whether there is such a place to read from."""
 
     def read(self, key: str) -> bytes:
         """Give a small file's content."""
@@ -40,8 +45,8 @@ class Backend(Protocol):
     def put_new(self, key: str, content: bytes) -> bool:
         """Create a file whole; False where there is one already, which stays as it is."""
 
-    def put_file(self, key: str, path: Path) -> None:
-        """Copy a local file to a key; one that is there stays as it is."""
+    def put_file(self, key: str, path: Path, sha256: str) -> None:
+        """Copy a local file that has this digest to a key; one that is there stays as it is."""
 
     def fetch(self, key: str, path: Path) -> None:
         """Copy a file out to a local path."""
@@ -56,17 +61,31 @@ class Backend(Protocol):
         """Hold off whoever removes things, or, exclusively, everybody."""
 
 
+def digest_chunks(source: IO[bytes], copy: IO[bytes] | None = None) -> str:
+    """Give the sha256 in hex of what is read, and write it to the copy on the way."""
+    digest = hashlib.sha256()
+    while chunk := source.read(CHUNK_BYTES):
+        digest.update(chunk)
+        if copy is not None:
+            copy.write(chunk)
+    return digest.hexdigest()
+
+
+def check_unchanged(path: Path, copied: str, sha256: str) -> None:
+    """Refuse a copy of a file that was written to after its digest was taken."""
+    if copied != sha256:
+        raise StoreError(f"{path} changed while it was added. Add it when nobody writes to it.")
+
+
 class FolderBackend:
     """A folder on one machine. Files appear by an exclusive link, after their bytes are on disk."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.place = root, str(root)
-        try:
-            (root / TEMPORARY).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(
-                f"Cannot use {root} as a store: {error.strerror or error}. Choose another folder."
-            ) from error
+
+    def is_there(self) -> bool:
+        """Tell whether there is such a folder; the first write makes it."""
+        return self.root.is_dir()
 
     def read(self, key: str) -> bytes:
         """Give a small file's content."""
@@ -93,13 +112,14 @@ class FolderBackend:
                 os.fsync(handle.fileno())
             return self._link(temporary, key)
 
-    def put_file(self, key: str, path: Path) -> None:
-        """Copy a local file to a key."""
+    def put_file(self, key: str, path: Path, sha256: str) -> None:
+        """Copy a local file that has this digest to a key."""
         with self._temporary() as temporary:
             with path.open("rb") as source, temporary.open("wb") as handle:
-                shutil.copyfileobj(source, handle, 1 << 22)
+                copied = digest_chunks(source, handle)
                 handle.flush()
                 os.fsync(handle.fileno())
+            check_unchanged(path, copied, sha256)
             self._link(temporary, key)
 
     def fetch(self, key: str, path: Path) -> None:
@@ -117,22 +137,41 @@ class FolderBackend:
     @contextlib.contextmanager
     def lock(self, *, exclusive: bool) -> Iterator[None]:
         """Hold the store's lock, which the system lets go of when the process ends."""
-        with (self.root / LOCK_FILE).open("a") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+        with contextlib.ExitStack() as held:
+            try:
+                handle = held.enter_context(self._open_lock(exclusive=exclusive))
+                fcntl.flock(handle, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+            except OSError as error:
+                raise StoreError(
+                    f"Cannot lock {self.place}: {error.strerror or error}. Check the permissions, "
+                    "and that its file system has locks (flock)."
+                ) from error
             yield
+
+    def _open_lock(self, *, exclusive: bool) -> IO[str]:
+        path = self.root / LOCK_FILE
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return path.open("a")
+        except OSError:
+            if exclusive:
+                raise
+            return path.open()  # to read from a store that cannot be written to
 
     @contextlib.contextmanager
     def _temporary(self) -> Iterator[Path]:
         path = self.root / TEMPORARY / uuid.uuid4().hex
         try:
-            yield path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                yield path
+            finally:
+                path.unlink(missing_ok=True)
         except OSError as error:
             raise StoreError(
                 f"Cannot write into {self.place}: {error.strerror or error}. Free some space or "
                 "check the permissions."
             ) from error
-        finally:
-            path.unlink(missing_ok=True)
 
     def _link(self, temporary: Path, key: str) -> bool:
         target = self.root / key

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from halfbyte.checkpoint.identity import digest_file
 from halfbyte.errors import StoreError
-from halfbyte.store.backend import Backend
-from halfbyte.store.manifest import CHUNK_BYTES, FileRecord, Manifest
+from halfbyte.store.backend import Backend, digest_chunks
+from halfbyte.store.manifest import FileRecord, Manifest
 
 
 def blob_key(digest: str) -> str:
@@ -18,10 +18,12 @@ def blob_key(digest: str) -> str:
 
 def put_blob(backend: Backend, path: Path) -> FileRecord:
     """Store a file under its digest, and make sure that those bytes arrived."""
-    record = FileRecord(sha256=digest_file(path), bytes=path.stat().st_size)
+    try:
+        record = FileRecord(sha256=digest_file(path), bytes=path.stat().st_size)
+    except OSError as error:
+        raise StoreError(f"Cannot read {path}: {error.strerror or error}.") from error
     if not backend.exists(blob_key(record.sha256)):
-        backend.put_file(blob_key(record.sha256), path)
-        verify_blob(backend, record, str(path))
+        backend.put_file(blob_key(record.sha256), path, record.sha256)
     return record
 
 
@@ -46,11 +48,9 @@ def verify_blob(backend: Backend, record: FileRecord, what: str) -> None:
     key = blob_key(record.sha256)
     if not backend.exists(key):
         raise StoreError(f"{what} is missing from the store. Add or pull the version again.")
-    digest = hashlib.sha256()
     with backend.open_read(key) as handle:
-        while chunk := handle.read(CHUNK_BYTES):
-            digest.update(chunk)
-    if digest.hexdigest() != record.sha256:
+        found = digest_chunks(handle)
+    if found != record.sha256:
         raise StoreError(
             f"{what} is not as it was added: its sha256 differs. The disk or the bucket changed "
             "it; remove the blob and add the version again."

@@ -14,7 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import StoreError
-from halfbyte.store.backend import Backend, FolderBackend
+from halfbyte.store.backend import (
+    Backend,
+    FolderBackend,
+    check_unchanged,
+    digest_chunks,
+)
 
 PROBE = "create-check"
 """Key of an object that is there to be found there."""
@@ -27,7 +32,7 @@ def open_backend(place: str | Path) -> Backend:
         place: Such as ``./store`` or ``s3://bucket/store``.
 
     Returns:
-        The backend; a folder is made where there is none.
+        The backend; a folder is made at the first write.
     """
     text = str(place)
     if "://" not in text or text.startswith("file://"):
@@ -51,6 +56,10 @@ class BucketBackend:
                 f"Cannot use {url} as a store: {str(error).rstrip('.')}. Each kind of bucket has a "
                 "driver to be installed; that of s3:// is s3fs."
             ) from error
+
+    def is_there(self) -> bool:
+        """Leave it to the first listing to tell: a bucket's folders exist once they hold a file."""
+        return True
 
     def read(self, key: str) -> bytes:
         """Give a small file's content."""
@@ -78,11 +87,18 @@ class BucketBackend:
         self._check_creating()
         return self._create(key, content) or self.read(key) == content
 
-    def put_file(self, key: str, path: Path) -> None:
-        """Copy a local file to a key; the key is its digest, so a second copy is the same."""
-        if not self.exists(key):
-            with self._driver(f"write {key}"):
-                self.files.put_file(str(path), self._path(key))
+    def put_file(self, key: str, path: Path, sha256: str) -> None:
+        """Copy a local file that has this digest to a key, and read back what arrived."""
+        if self.exists(key):
+            return
+        with self._driver(f"write {key}"):
+            self.files.put_file(str(path), self._path(key))
+        try:
+            with self.open_read(key) as handle:
+                check_unchanged(path, digest_chunks(handle), sha256)
+        except StoreError:
+            self.delete(key)
+            raise
 
     def fetch(self, key: str, path: Path) -> None:
         """Copy a file out to a local path."""

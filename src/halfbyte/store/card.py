@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
-from halfbyte.store.manifest import CARD_FILE, BaseModel
+from halfbyte.checkpoint.front_matter import CARD_FILE, read_front_matter
+from halfbyte.store.manifest import BaseModel
 
 RELATION = "quantized"
-_FRONT = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
+_FRONT = re.compile(rb"\A(\xef\xbb\xbf)?\s*---\r?\n.*?\r?\n---[ \t]*(\r?\n|\Z)", re.DOTALL)
 
 
 def make_card(folder: Path, base: BaseModel) -> bytes | None:
@@ -25,19 +25,15 @@ def make_card(folder: Path, base: BaseModel) -> bytes | None:
     """
     if base.id is None:
         return None
-    from huggingface_hub.repocard import metadata_load
-
     path = folder / CARD_FILE
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    try:
-        front: dict[str, Any] = (metadata_load(path) or {}) if text else {}
-    except ValueError:
-        front = {}
+    content = path.read_bytes() if path.is_file() else b""
+    front = read_front_matter(folder)
     wanted = {"base_model": base.id, "base_model_relation": RELATION}
     if {key: front.get(key) for key in wanted} == wanted:
         return None
     from huggingface_hub.repocard_data import CardData
 
     merged = CardData(**{**front, **wanted}).to_yaml()
-    body = _FRONT.sub("", text) or f"# {folder.name}\n"
-    return f"---\n{merged}\n---\n{body}".encode()
+    # Front matter that cannot be read stays in the text: nothing that somebody wrote is lost.
+    body = _FRONT.sub(b"", content) if front else content
+    return f"---\n{merged}\n---\n".encode() + (body or f"# {folder.name}\n".encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import uuid
 from pathlib import Path
@@ -10,7 +11,7 @@ from halfbyte.checkpoint.identity import digest_file
 from halfbyte.errors import StoreError
 from halfbyte.machine.cache import cache_folder
 from halfbyte.store.backend import TEMPORARY, FolderBackend
-from halfbyte.store.blobs import blob_key
+from halfbyte.store.blobs import blob_key, check_complete
 from halfbyte.store.store import SHORT, Store
 
 CHECKOUTS = "checkouts"
@@ -22,38 +23,64 @@ def checkout(store: Store, reference: str, output: Path | None = None) -> Path:
     Args:
         store: The store.
         reference: The version.
-        output: A new folder; None: one inside the store, of a bucket one in the user's cache, made
-            once and used again.
+        output: A new folder; None: one inside the store, of a store that cannot be written to or a
+            bucket one in the user's cache, made once and used again.
 
     Returns:
         The folder.
 
     Raises:
-        StoreError: A file is damaged, or the output exists.
+        StoreError: A file is missing or damaged, or the output exists or cannot be written.
     """
     _, version = store.resolve(reference)
     if output is None:
-        root = store.backend.root if isinstance(store.backend, FolderBackend) else cache_folder()
-        output = root / CHECKOUTS / version
-        if output.is_dir():
-            return output
-        partial = root / TEMPORARY / uuid.uuid4().hex
-    else:
-        partial = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}")
-    if output.exists():
+        return _checkout_once(store, version)
+    target = output.resolve()
+    if target.exists():
         raise StoreError(f"The output {output} exists. Choose a new folder.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with store.backend.lock(exclusive=False):
-        try:
-            _copy_files(store, version, partial)
-            _rename(partial, output)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    _make_folder(store, version, partial, target)
     return output
 
 
+def _checkout_once(store: Store, version: str) -> Path:
+    """Find a version's folder where it is kept, or make it."""
+    roots = [store.backend.root] if isinstance(store.backend, FolderBackend) else []
+    roots.append(cache_folder())
+    for root in roots:
+        if (root / CHECKOUTS / version).is_dir():
+            return root / CHECKOUTS / version
+    root = roots[0] if os.access(roots[0], os.W_OK) else roots[-1]
+    folder = root / CHECKOUTS / version
+    _make_folder(store, version, root / TEMPORARY / uuid.uuid4().hex, folder, shared=True)
+    return folder
+
+
+def _make_folder(
+    store: Store, version: str, partial: Path, folder: Path, *, shared: bool = False
+) -> None:
+    """Copy the files beside the folder, and let it appear whole."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with store.backend.lock(exclusive=False):
+            try:
+                _copy_files(store, version, partial)
+                partial.rename(folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        # That another process made the same shared folder meanwhile is as good.
+        if not (shared and folder.is_dir()):
+            raise StoreError(
+                f"Cannot write {folder}: {error.strerror or error}. Free some space or choose "
+                "another folder."
+            ) from error
+
+
 def _copy_files(store: Store, version: str, folder: Path) -> None:
-    for path, record in store.manifest(version).files.items():
+    manifest = store.manifest(version)
+    check_complete(store.backend, manifest)
+    for path, record in manifest.files.items():
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
         store.backend.fetch(blob_key(record.sha256), target)
@@ -62,12 +89,3 @@ def _copy_files(store: Store, version: str, folder: Path) -> None:
                 f"{path} of {version[:SHORT]} is damaged: its sha256 differs from the manifest's. "
                 "Add or pull the version again."
             )
-
-
-def _rename(partial: Path, output: Path) -> None:
-    """Let the folder appear whole; that another process made the same meanwhile is as good."""
-    try:
-        partial.rename(output)
-    except OSError as error:
-        if not output.is_dir():
-            raise StoreError(f"Cannot write {output}: {error.strerror or error}.") from error

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import uuid
 from dataclasses import dataclass
 
+from halfbyte.errors import StoreError
 from halfbyte.store.backend import TEMPORARY, FolderBackend
 from halfbyte.store.checkout import CHECKOUTS
-from halfbyte.store.store import Store
+from halfbyte.store.store import SHORT, Store
 
 KEEP = 3
 
@@ -36,6 +38,9 @@ def collect_garbage(store: Store, *, keep: int = KEEP, nobody_writes: bool = Fal
 
     Returns:
         What was removed.
+
+    Raises:
+        StoreError: A version that is needed cannot be read; nothing is removed then.
     """
     if nobody_writes and not isinstance(store.backend, FolderBackend):
         return _collect(store, keep)
@@ -44,7 +49,7 @@ def collect_garbage(store: Store, *, keep: int = KEEP, nobody_writes: bool = Fal
 
 
 def _collect(store: Store, keep: int) -> Collected:
-    removed: list[str] = []
+    unneeded: list[tuple[str, str]] = []
     needed: set[str] = set()
     blobs: set[str] = set()
     for name in store.names():
@@ -54,21 +59,34 @@ def _collect(store: Store, keep: int) -> Collected:
         for alias in history.aliases:
             kept |= set(history.past_of(alias)[-2:])
         for version in versions:
-            if version not in kept:
-                store.append(name, version, "remove", reason="garbage collection")
-                removed.append(version)
-        needed |= kept & set(versions)
+            if version in kept:
+                needed.add(version)
+                blobs |= _list_blobs(store, name, version)
+            else:
+                unneeded.append((name, version))
         blobs |= {entry.details["sha256"] for entry in history.entries if "sha256" in entry.details}
-    for version in needed:
-        manifest = store.manifest(version)
-        blobs |= {record.sha256 for record in manifest.files.values()}
-        blobs |= {manifest.verdict.sha256} if manifest.verdict else set()
+    for name, version in unneeded:
+        store.append(name, version, "remove", reason="garbage collection")
     for key in store.backend.list("manifests"):
         if key.removeprefix("manifests/").removesuffix(".json") not in needed:
             store.backend.delete(key)
     count, size = _delete_blobs(store, blobs)
     _clear_leftovers(store, needed)
-    return Collected(versions=tuple(removed), blobs=count, num_bytes=size)
+    removed = tuple(version for _, version in unneeded)
+    return Collected(versions=removed, blobs=count, num_bytes=size)
+
+
+def _list_blobs(store: Store, name: str, version: str) -> set[str]:
+    """List the digests that a version needs; of one that cannot be read nobody knows them."""
+    try:
+        manifest = store.manifest(version)
+    except StoreError as error:
+        raise StoreError(
+            f"Cannot collect garbage: which files {name}@{version[:SHORT]} needs cannot be read. "
+            f"{error} To let the version go, move its aliases and leave it out with --keep."
+        ) from error
+    verdict = {manifest.verdict.sha256} if manifest.verdict else set()
+    return {record.sha256 for record in manifest.files.values()} | verdict
 
 
 def _delete_blobs(store: Store, needed: set[str]) -> tuple[int, int]:
@@ -90,8 +108,11 @@ def _clear_leftovers(store: Store, needed: set[str]) -> None:
     """
     if not isinstance(store.backend, FolderBackend):
         return
-    for folder in (TEMPORARY, CHECKOUTS):
-        for path in (store.backend.root / folder).glob("*"):
-            if folder == CHECKOUTS and path.name in needed:
-                continue
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    temporary = store.backend.root / TEMPORARY
+    temporary.mkdir(exist_ok=True)
+    for path in (store.backend.root / CHECKOUTS).glob("*"):
+        if path.name not in needed:
+            # Out of the way at once: half a folder under its name would pass for the version.
+            path.rename(temporary / uuid.uuid4().hex)
+    for path in temporary.glob("*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

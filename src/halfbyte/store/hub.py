@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from halfbyte.checkpoint.identity import digest_file
-from halfbyte.errors import StoreError
+from halfbyte.checkpoint.identity import MANIFEST_FILE, digest_file
+from halfbyte.errors import StoreError, first_line
 from halfbyte.store.checkout import checkout
 from halfbyte.store.manifest import Manifest
 from halfbyte.store.store import SHORT, Store
 
-MANIFEST_FILE = "halfbyte_manifest.json"
+NOT_CONTENT = (".gitattributes",)
+"""What the Hub itself puts into a new repository."""
 
 
 def push(
@@ -20,6 +22,7 @@ def push(
     repository: str,
     *,
     private: bool = True,
+    replace: bool = False,
     endpoint: str | None = None,
     token: str | None = None,
 ) -> str:
@@ -30,6 +33,7 @@ def push(
         reference: The version.
         repository: ``owner/name``; made where there is none.
         private: For a repository that is made.
+        replace: Also where the repository holds something else, which is deleted.
         endpoint: Another address than the Hub's.
         token: None: the one that huggingface_hub finds by itself.
 
@@ -37,29 +41,34 @@ def push(
         The commit's id.
 
     Raises:
-        StoreError: The upload failed, or the repository is the base model's own.
+        StoreError: The upload failed, or the repository is the base model's own or holds files that
+            were not pushed from a store.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
-    _, version = store.resolve(reference)
+    name, version = store.resolve(reference)
     manifest = store.manifest(version)
-    if repository == manifest.base.id:
+    if repository.lower() == (manifest.base.id or "").lower():
         raise StoreError(f"Refusing to push over the base model {repository}. Name another.")
     api = HfApi(endpoint=endpoint, token=token)
+    # The base of its own error is that of the HTTP client, whichever it uses.
+    client_error: type[Exception] = HfHubHTTPError.__bases__[0]
     with tempfile.TemporaryDirectory() as temporary:
-        folder = checkout(store, reference, Path(temporary) / "model")
+        folder = checkout(store, f"{name}@{version}", Path(temporary) / "model")
         (folder / MANIFEST_FILE).write_bytes(manifest.to_bytes())
         try:
             api.create_repo(repository, private=private, exist_ok=True)
+            if not replace:
+                _check_pushed(repository, api.list_repo_files(repository))
             commit = api.upload_folder(
                 repo_id=repository,
                 folder_path=folder,
                 commit_message=f"{manifest.name}@{version[:SHORT]}",
                 delete_patterns=["*"],
             )
-        except (HfHubHTTPError, OSError, RuntimeError) as error:
-            raise StoreError(f"Cannot push to {repository}: {_first_line(error)}") from error
+        except (client_error, OSError, RuntimeError) as error:
+            raise StoreError(f"Cannot push to {repository}: {first_line(error)}.") from error
     return str(commit.oid)
 
 
@@ -105,7 +114,7 @@ def pull(
                 "the name, or log in with: hf auth login"
             ) from error
         except (HfHubHTTPError, OSError) as error:
-            raise StoreError(f"Cannot pull {repository}: {_first_line(error)}") from error
+            raise StoreError(f"Cannot pull {repository}: {first_line(error)}.") from error
         path = folder / MANIFEST_FILE
         if not path.is_file():
             raise StoreError(
@@ -118,9 +127,15 @@ def pull(
             if not file.is_file() or digest_file(file) != record.sha256:
                 found = "is missing" if not file.is_file() else "has another sha256"
                 raise StoreError(f"{name} of {repository} {found}: not what was pushed.")
-        store.adopt(manifest, folder)
+        store.adopt(manifest, folder, repository)
     return manifest
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") + "."
+def _check_pushed(repository: str, files: Sequence[str]) -> None:
+    """Refuse a repository whose files are not a version's: pushing deletes them."""
+    found = [name for name in files if name not in NOT_CONTENT]
+    if found and MANIFEST_FILE not in found:
+        raise StoreError(
+            f"Refusing to push to {repository}: what it holds ({', '.join(found[:3])}) was not "
+            "pushed from a store and would be deleted. Name another, or say --replace."
+        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import getpass
 import hashlib
 import json
+import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,8 +22,12 @@ from halfbyte.store.backend import Backend
 
 EVENTS = ("add", "verdict", "promote", "rollback", "remove", "sign")
 DIGITS = 8
+ORIGIN = "from"
+"""Key of the details of an added version that was not made here: where it was pulled from."""
 ATTEMPTS = 1000
 LISTINGS = 20
+_KEY = re.compile(rf"logs/([A-Za-z0-9][A-Za-z0-9._-]*)/\d{{{DIGITS}}}\.json")
+"""Whatever else lies there, such as .DS_Store, is no entry."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,8 +99,18 @@ class History:
 
     def verdict_of(self, version: str) -> str | None:
         """The last verdict that the log has for a version."""
-        found = [e for e in self.entries if e.event == "verdict" and e.version == version]
-        return found[-1].details.get("verdict") if found else None
+        found = [e for e in self.entries if "verdict" in e.details and e.version == version]
+        return found[-1].details["verdict"] if found else None
+
+    def tells_origin(self, version: str) -> bool:
+        """Whether the log says if a version was pulled, or judged when it was added."""
+        added = [e for e in self.entries if e.event == "add" and e.version == version]
+        return all(entry.details for entry in added)
+
+
+def list_names(backend: Backend) -> list[str]:
+    """List the names that have a log, sorted."""
+    return sorted({match[1] for key in backend.list("logs") if (match := _KEY.fullmatch(key))})
 
 
 def read_history(backend: Backend, name: str) -> History:
@@ -171,7 +186,7 @@ def _list_keys(backend: Backend, name: str) -> list[str]:
     """List a log's entries. One that is made while the folder is read may hide an earlier one."""
     keys: list[str] = []
     for _ in range(LISTINGS):
-        keys = backend.list(f"logs/{name}")
+        keys = [key for key in backend.list(f"logs/{name}") if _KEY.fullmatch(key)]
         if keys == [_key(name, number) for number in range(1, len(keys) + 1)]:
             break
     return keys

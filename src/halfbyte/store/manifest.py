@@ -12,20 +12,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
+from halfbyte.checkpoint.front_matter import read_front_matter
 from halfbyte.checkpoint.header import parse_json_object
 from halfbyte.errors import CheckpointError, StoreError
+from halfbyte.store.members import check_member
 
 FORMAT = 1
-UNSAFE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".py", ".npy", ".npz")
-"""Reading or importing one can run any program."""
 REPORT_FILE = "quantization_report.json"
-CARD_FILE = "README.md"
-CHUNK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +68,15 @@ class Manifest:
     tools: Mapping[str, str]
     verdict: Verdict | None
 
+    def __post_init__(self) -> None:
+        """Refuse what no store writes, wherever it comes from."""
+        _check_types(self)
+        for record in (self.base, *self.files.values(), *filter(None, [self.verdict])):
+            _check_types(record)
+        what = f"{self.name[:80]}@{self.version[:12]}"
+        for path in self.files:
+            check_member(path, what)
+
     @property
     def version(self) -> str:
         """The sha256 of the canonical form, in hex."""
@@ -103,65 +111,34 @@ class Manifest:
         except CheckpointError as error:
             raise StoreError(str(error)) from error
         if values.pop("format", None) != FORMAT or set(values) != {f.name for f in fields(cls)}:
-            raise StoreError(f"{what} is no manifest of format {FORMAT}. The store is damaged.")
+            raise StoreError(f"{what} is no manifest of format {FORMAT}. It is damaged.")
         try:
             verdict = values.pop("verdict")
             manifest = cls(
                 **{
                     **values,
                     "files": {
-                        _check_path(path): FileRecord(**record)
-                        for path, record in values["files"].items()
+                        path: FileRecord(**record) for path, record in values["files"].items()
                     },
                     "base": BaseModel(**values["base"]),
                     "verdict": None if verdict is None else Verdict(**verdict),
                 }
             )
         except (TypeError, AttributeError) as error:
-            raise StoreError(f"{what} is no manifest: {error}. The store is damaged.") from error
+            raise StoreError(f"{what} is no manifest: {error}. It is damaged.") from error
         if manifest.to_bytes() != content:
-            raise StoreError(f"{what} is not in canonical form. The store is damaged.")
+            raise StoreError(f"{what} is not in canonical form. It is damaged.")
         return manifest
 
 
-def _check_path(path: str) -> str:
-    """Let a file of a version lie nowhere but in its folder."""
-    parts = path.split("/")
-    if not path or any(part in ("", ".", "..") for part in parts) or "\\" in path or ":" in path:
-        raise StoreError(f"Refusing a manifest with the file {path[:80]!r}: it is no plain path.")
-    return path
-
-
-def list_files(folder: Path) -> dict[str, Path]:
-    """List the files of a model folder that go into a version.
-
-    Args:
-        folder: The model.
-
-    Returns:
-        Files by their path in the folder, sorted; hidden and unfinished ones are left out.
-
-    Raises:
-        StoreError: There is no folder or no weights in it, or a file that can run a program.
-    """
-    if not folder.is_dir():
-        raise StoreError(f"Cannot add {folder}: there is no such folder.")
-    found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        if not path.is_file() or any(part.startswith(".") for part in relative.parts):
-            continue
-        if path.name.endswith(".partial"):
-            raise StoreError(f"Cannot add {folder}: {relative} is unfinished. Let the run end.")
-        if path.suffix in UNSAFE_SUFFIXES:
-            raise StoreError(
-                f"Refusing to add {folder}: {relative} can run a program when it is read. "
-                "A version holds safetensors or GGUF weights; remove the file."
-            )
-        found[relative.as_posix()] = path
-    if not any(name.endswith((".safetensors", ".gguf")) for name in found):
-        raise StoreError(f"Cannot add {folder}: it has no .safetensors or .gguf file.")
-    return found
+def _check_types(record: Any) -> None:
+    """Refuse a field of another type than is declared: the manifest may come from elsewhere."""
+    for name, kind in get_type_hints(type(record)).items():
+        value = getattr(record, name)
+        if not isinstance(value, Mapping if get_origin(kind) is Mapping else kind):
+            raise TypeError(f"{name} is {str(value)[:40]!r}")
+        if name == "sha256" and not re.fullmatch("[0-9a-f]{64}", str(value)):
+            raise TypeError(f"sha256 is {str(value)[:80]!r}")
 
 
 def read_recipe(folder: Path) -> tuple[dict[str, Any], str | None, dict[str, str]]:
@@ -188,16 +165,7 @@ def read_recipe(folder: Path) -> tuple[dict[str, Any], str | None, dict[str, str
 
 def read_base(folder: Path) -> BaseModel:
     """Read which model was quantized from the front matter of the model card."""
-    card = folder / CARD_FILE
-    if not card.is_file():
-        return BaseModel()
-    from huggingface_hub.repocard import metadata_load
-
-    try:
-        front = metadata_load(card) or {}
-    except ValueError:
-        return BaseModel()
-    base = front.get("base_model")
+    base = read_front_matter(folder).get("base_model")
     base = base[0] if isinstance(base, list) and base else base
     return BaseModel(id=base if isinstance(base, str) else None)
 

@@ -38,15 +38,16 @@ def sign(store: Store, reference: str, private_key: Path) -> str:
         missing = require_extra("model_signing", "sign", "Signing a version")
         raise missing from error
     _check_key(private_key)
+    name, version = store.resolve(reference)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = checkout(store, reference, Path(temporary) / "model")
+        folder = checkout(store, f"{name}@{version}", Path(temporary) / "model")
         path = Path(temporary) / SIGNATURE
         try:
             config = signing.Config().use_elliptic_key_signer(private_key=private_key)
             config.sign(folder, path)
         except (ValueError, OSError, TypeError) as error:
             raise StoreError(f"Cannot sign with {private_key}: {_words_of(error)}") from error
-        return _attach(store, reference, path)
+        return _attach(store, name, version, path)
 
 
 def verify_signature(store: Store, reference: str, public_key: Path) -> None:
@@ -69,9 +70,9 @@ def verify_signature(store: Store, reference: str, public_key: Path) -> None:
     _check_key(public_key)
     name, version = store.resolve(reference)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = checkout(store, reference, Path(temporary) / "model")
+        folder = checkout(store, f"{name}@{version}", Path(temporary) / "model")
         path = Path(temporary) / SIGNATURE
-        _fetch(store, reference, path)
+        _fetch(store, name, version, path)
         try:
             config = verifying.Config().use_elliptic_key_verifier(public_key=public_key)
             config.verify(folder, path)
@@ -82,17 +83,15 @@ def verify_signature(store: Store, reference: str, public_key: Path) -> None:
             ) from error
 
 
-def _attach(store: Store, reference: str, signature: Path) -> str:
-    name, version = store.resolve(reference)
+def _attach(store: Store, name: str, version: str, signature: Path) -> str:
     with store.backend.lock(exclusive=False):
         digest = put_blob(store.backend, signature).sha256
         store.append(name, version, "sign", details={"sha256": digest})
     return digest
 
 
-def _fetch(store: Store, reference: str, output: Path) -> None:
+def _fetch(store: Store, name: str, version: str, output: Path) -> None:
     """Copy the newest signature of a version out."""
-    name, version = store.resolve(reference)
     entries = store.history(name).entries
     found = [e for e in entries if e.event == "sign" and e.version == version]
     if not found:

@@ -7,23 +7,32 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from halfbyte.checkpoint.front_matter import CARD_FILE
 from halfbyte.checkpoint.identity import digest_files, digest_weights, is_weights
 from halfbyte.errors import StoreError
 from halfbyte.store.backend import Backend
 from halfbyte.store.blobs import check_complete, put_blob, put_bytes, verify_blob
 from halfbyte.store.bucket import open_backend
 from halfbyte.store.card import make_card
-from halfbyte.store.log import Entry, History, append_entry, now, read_history
+from halfbyte.store.log import (
+    ORIGIN,
+    Entry,
+    History,
+    append_entry,
+    list_names,
+    now,
+    read_history,
+)
 from halfbyte.store.manifest import (
-    CARD_FILE,
     BaseModel,
+    FileRecord,
     Manifest,
     Verdict,
-    list_files,
     read_base,
     read_recipe,
 )
-from halfbyte.store.verdicts import check_judgement, read_judgement
+from halfbyte.store.members import list_files
+from halfbyte.store.verdicts import check_judgement, find_verdict, read_judgement
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 CHAMPION, CANDIDATE = "champion", "candidate"
@@ -41,7 +50,7 @@ class Store:
 
     def names(self) -> list[str]:
         """List the models, sorted."""
-        return sorted({key.split("/")[1] for key in self.backend.list("logs")})
+        return list_names(self.backend)
 
     def history(self, name: str) -> History:
         """Read a model's log.
@@ -89,6 +98,7 @@ class Store:
 
         Raises:
             StoreError: The folder cannot be added, or the name is the base's.
+            CheckpointError: A file is a link to nowhere or elsewhere, or a shard is missing.
         """
         check_name(name)
         folder = Path(folder)
@@ -113,12 +123,10 @@ class Store:
             records = {path: put_blob(self.backend, file) for path, file in files.items()}
             if card is not None:
                 records[CARD_FILE] = put_bytes(self.backend, card)
-            judged = None
+            judged, details = None, {}
             if verdict is not None:
-                judgement = read_judgement(Path(verdict))
-                check_judgement(judgement, Path(verdict), records, found)
-                kept = put_blob(self.backend, Path(verdict))
-                judged = Verdict(verdict=judgement.verdict, sha256=kept.sha256)
+                details = self._keep_verdict(Path(verdict), records, found)
+                judged = Verdict(verdict=details["verdict"], sha256=details["sha256"])
             if parent is None:
                 parent = read_history(self.backend, name).aliases.get(CHAMPION)
             manifest = Manifest(
@@ -132,10 +140,20 @@ class Store:
                 tools=tools,
                 verdict=judged,
             )
-            self._record(manifest)
+            self._record(manifest, details)
         return manifest
 
-    def _record(self, manifest: Manifest) -> None:
+    def _keep_verdict(
+        self, path: Path, files: Mapping[str, FileRecord], base: BaseModel
+    ) -> dict[str, str]:
+        """Check and keep a verdict's file; gives what the log says of it."""
+        judgement = read_judgement(path)
+        check_judgement(judgement, path, files, base)
+        of = THESE_FILES if judgement.candidate_files else UNNAMED_FILES
+        digest = put_blob(self.backend, path).sha256
+        return {"verdict": judgement.verdict, "sha256": digest, "of": of}
+
+    def _record(self, manifest: Manifest, details: Mapping[str, str]) -> None:
         """Make a version exist, once all its blobs do: the manifest, then the log entry."""
         version = manifest.version
         self.backend.put_new(f"manifests/{version}.json", manifest.to_bytes())
@@ -143,7 +161,7 @@ class Store:
         def decide(history: History) -> Entry | None:
             if version in history.versions:
                 return None
-            return Entry(event="add", version=version)
+            return Entry(event="add", version=version, details=details)
 
         append_entry(self.backend, manifest.name, decide)
 
@@ -198,10 +216,8 @@ class Store:
         return Manifest.from_bytes(content, key)
 
     def verdict(self, name: str, version: str) -> str | None:
-        """Give the last verdict of a version; None where nobody compared it."""
-        late = self.history(name).verdict_of(version)
-        first = self.manifest(version).verdict
-        return late or (first.verdict if first else None)
+        """Give the last verdict that this store was given of a version; None where none."""
+        return find_verdict(self.backend, self.history(name), self.manifest(version))
 
     def judge(self, reference: str, verdict: str | Path) -> str:
         """Attach a comparison's verdict to a version.
@@ -217,15 +233,11 @@ class Store:
             StoreError: There is none, or it is of other files than the version's.
         """
         name, version = self.resolve(reference)
-        judgement = read_judgement(Path(verdict))
         manifest = self.manifest(version)
-        check_judgement(judgement, Path(verdict), manifest.files, manifest.base)
         with self.backend.lock(exclusive=False):
-            digest = put_blob(self.backend, Path(verdict)).sha256
-            of = THESE_FILES if judgement.candidate_files else UNNAMED_FILES
-            details = {"verdict": judgement.verdict, "sha256": digest, "of": of}
+            details = self._keep_verdict(Path(verdict), manifest.files, manifest.base)
             self.append(name, version, "verdict", details=details)
-        return judgement.verdict
+        return details["verdict"]
 
     def promote(
         self, reference: str, alias: str = CHAMPION, *, force_reason: str | None = None
@@ -319,18 +331,19 @@ class Store:
                     checked.add(record.sha256)
         return targets
 
-    def adopt(self, manifest: Manifest, folder: Path) -> None:
-        """Add a version that was made elsewhere, as what it is.
+    def adopt(self, manifest: Manifest, folder: Path, origin: str) -> None:
+        """Add a version that was made elsewhere, as what it is; its verdict does not count here.
 
         Args:
             manifest: The version.
             folder: Its files, compared with the manifest already.
+            origin: Where it comes from, for the log.
         """
         check_name(manifest.name)
         with self.backend.lock(exclusive=False):
             for path in manifest.files:
                 put_blob(self.backend, folder / path)
-            self._record(manifest)
+            self._record(manifest, {ORIGIN: origin})
 
     def append(
         self,

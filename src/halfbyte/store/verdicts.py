@@ -10,7 +10,10 @@ from typing import Any
 from halfbyte.checkpoint.header import parse_json_object
 from halfbyte.checkpoint.identity import digest_weights, is_weights
 from halfbyte.errors import CheckpointError, StoreError
-from halfbyte.store.manifest import BaseModel, FileRecord
+from halfbyte.store.backend import Backend
+from halfbyte.store.blobs import blob_key
+from halfbyte.store.log import History
+from halfbyte.store.manifest import BaseModel, FileRecord, Manifest
 
 VERDICTS = ("pass", "fail", "inconclusive")
 
@@ -91,6 +94,26 @@ def check_judgement(
             f"{against[:12]}, those of the version's base {base.digest[:12]}. Compare with that "
             "base, or add the version again with the right --base."
         )
+
+
+def find_verdict(backend: Backend, history: History, manifest: Manifest) -> str | None:
+    """Find the last verdict that a store was given of a version.
+
+    Args:
+        backend: The store.
+        history: The log of the version's name.
+        manifest: The version. Where it was pulled, the verdict in it is what somebody else says.
+
+    Returns:
+        The verdict; None where the store was given none.
+    """
+    late, first = history.verdict_of(manifest.version), manifest.verdict
+    if late or first is None or history.tells_origin(manifest.version):
+        return late
+    # Then the verdict's file says it: none was pulled, unless somebody put it among the version's.
+    came_along = first.sha256 in {record.sha256 for record in manifest.files.values()}
+    is_kept = backend.exists(blob_key(first.sha256))
+    return first.verdict if is_kept and not came_along else None
 
 
 def _read_files(report: Mapping[str, Any], key: str, path: Path) -> Mapping[str, str]:

@@ -11,10 +11,11 @@ DEVICE void barrier_begin(Shared barrier, u32 arrivals) {
                : "memory");
 }
 
-// Barriers that were begun may be used by copies after this and a __syncthreads.
+// Barriers that were begun may be used by copies of this thread after this, and by other threads after a
+// __syncthreads too. Of shared memory: for all memory this fence is one of the whole GPU, and takes longer.
 DEVICE void publish_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  asm volatile("fence.proxy.async;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 DEVICE void barrier_arrive(Shared barrier) {

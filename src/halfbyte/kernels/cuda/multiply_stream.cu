@@ -261,14 +261,34 @@ DEVICE float4 add(float4 left, float4 right) {
 // Adds the sums of all runs of a block in their order, and stores them.
 DEVICE void join_runs(const Arguments& a, const Walk& walk, u32 block, u32 first_run, u32 last_run,
                       u32 lane) {
+  // Of two runs at a time, so many fragments: a read takes as long as a hundred additions.
+  constexpr u32 AT_ONCE = FRAGMENTS < 4 ? FRAGMENTS : 4;
   u32 first_unit = block * walk.chunks;
-  for (u32 fragment = 0; fragment < FRAGMENTS; fragment++) {
-    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    for (u32 other = first_run; other <= last_run; other++) {
-      u32 slot = 2 * other + (walk.begin(other) < first_unit);
-      sum = add(sum, read_beyond_l1(a.partials + ((u64)slot * FRAGMENTS + fragment) * 32 + lane));
+#pragma unroll 1
+  for (u32 first = 0; first < FRAGMENTS; first += AT_ONCE) {
+    float4 sums[AT_ONCE] = {};
+#pragma unroll 1
+    for (u32 run = first_run; run <= last_run; run += 2) {
+      float4 found[2][AT_ONCE];
+#pragma unroll
+      for (u32 other = 0; other < 2; other++) {
+        u32 from = run + other < last_run ? run + other : last_run;
+        u32 slot = 2 * from + (walk.begin(from) < first_unit);
+        const float4* partials = a.partials + ((u64)slot * FRAGMENTS + first) * 32 + lane;
+#pragma unroll
+        for (u32 i = 0; i < AT_ONCE; i++)
+          if (first + i < FRAGMENTS) found[other][i] = read_beyond_l1(partials + i * 32);
+      }
+#pragma unroll
+      for (u32 other = 0; other < 2; other++)
+#pragma unroll
+        for (u32 i = 0; i < AT_ONCE; i++)
+          if (run + other <= last_run && first + i < FRAGMENTS)
+            sums[i] = add(sums[i], found[other][i]);
     }
-    store_sums(a, block, fragment * 32 + lane, sum);
+#pragma unroll
+    for (u32 i = 0; i < AT_ONCE; i++)
+      if (first + i < FRAGMENTS) store_sums(a, block, (first + i) * 32 + lane, sums[i]);
   }
 }
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from halfbyte.nn.decoder_parts import make_probe_tokens
+from halfbyte.nn.decoder_parts import find_drift, make_probe_tokens
 from halfbyte.nn.gpu_step import GpuStep, find_deviation, find_mismatch, record
 from halfbyte.serve.engine.runner import Pages, Piece
 from halfbyte.serve.engine.transformers_runner import TransformersRunner
@@ -39,8 +39,10 @@ class GpuRunner:
         self.model = model
         self.pages = pages
         self.device = model.get_input_embeddings().weight.device
+        # Before the model is taken over: after that it runs pieces only.
+        obstacle = find_mismatch(model) or find_drift(model)
         self._plain = TransformersRunner(model, pages, reason="prompts")
-        self.obstacle = find_mismatch(model) or self._find_deviation()
+        self.obstacle = obstacle or self._find_deviation()
         """Why no steps are recorded; None where they are."""
         self._context = 0
         self._step: GpuStep | None = None
@@ -153,7 +155,7 @@ class _Recorded:
         self._tables = torch.full((rows, most_pages), spare, dtype=torch.int32, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":
-            self._graph, self._logits = record(self._compute)
+            self._graph, self._logits = record(self._compute, device)
 
     def run(self, pieces: Sequence[Piece]) -> Tensor:
         """Logits [rows, vocabulary], float32; those of rows that nobody needs among them."""

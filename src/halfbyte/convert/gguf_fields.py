@@ -1,0 +1,83 @@
+"""What a model's config says, under the names that most families use."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from halfbyte.errors import ConfigError
+
+Number = TypeVar("Number", int, float)
+
+OTHER_NAMES = {
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_positions": "max_position_embeddings",
+    "n_inner": "intermediate_size",
+    "activation_function": "hidden_act",
+    "num_experts": "num_local_experts",
+    "rotary_pct": "partial_rotary_factor",
+    "rotary_emb_base": "rope_theta",
+}
+"""What some families call what most call otherwise."""
+
+
+def spell_out(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Give a config under the names that most families use.
+
+    Args:
+        config: ``config.json``.
+
+    Returns:
+        The same values, and GPT-2's width of the MLP where it says none.
+    """
+    spelled = {OTHER_NAMES.get(key, key): value for key, value in config.items()}
+    if "n_embd" in config and not spelled.get("intermediate_size"):
+        spelled["intermediate_size"] = 4 * need(config, "n_embd", int)
+    return spelled
+
+
+def need(
+    config: Mapping[str, Any],
+    key: str,
+    kind: type[Number],
+    default: Number | None = None,
+    *,
+    where: str = "config.json",
+) -> Number:
+    """Read a positive number of a config.
+
+    Args:
+        config: ``config.json``, or a part of it.
+        key: Its name.
+        kind: int or float.
+        default: Where the config has none.
+        where: What the config is, for messages.
+
+    Returns:
+        The number.
+
+    Raises:
+        ConfigError: It is missing without a default, or no positive number.
+    """
+    value = default if config.get(key) is None else config[key]
+    if value is None:
+        raise ConfigError(
+            f"Cannot write GGUF: {where} has no {key}. Save the config again with "
+            "AutoConfig.from_pretrained(...).save_pretrained(...)."
+        )
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:
+        raise ConfigError(
+            f"Cannot write GGUF: {key} of {where} is {str(value)[:40]!r}; a positive number is "
+            "needed. Correct the file, or download it again."
+        )
+    return kind(value)
+
+
+def head_size(config: Mapping[str, Any]) -> int:
+    """Give the width of an attention head."""
+    heads = need(config, "num_attention_heads", int)
+    return need(config, "head_dim", int, need(config, "hidden_size", int) // heads)

@@ -1,0 +1,261 @@
+"""Which tensors a GGUF file will have, in which types, and what is rounded for that."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from halfbyte.checkpoint.write import TensorSpec
+from halfbyte.convert.coded import CodedSpec
+from halfbyte.convert.folder import check_fit
+from halfbyte.convert.gguf_architecture import (
+    COMPUTED,
+    EMBEDDING,
+    HEAD,
+    IN_FLOAT32,
+    Architecture,
+    find_expert,
+)
+from halfbyte.convert.gguf_blocks import PLAIN
+from halfbyte.convert.gguf_file import F16, F32, Q4_0, Q4_1, Q6_K, Q8_0, BlockType
+from halfbyte.convert.gguf_positions import make_rope_factors
+from halfbyte.convert.respell import BLOCK
+from halfbyte.convert.source import Source
+from halfbyte.errors import ConfigError
+
+EMBEDDING_TYPES = ("keep", "f16", "q8_0", "q6_k")
+CHOICES = {"f16": F16, "q8_0": Q8_0, "q6_k": Q6_K}
+_KEPT = {dtype: kind for kind, dtype in PLAIN.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufOptions:
+    """What is to be decided for a GGUF file."""
+
+    embeddings: str = "keep"
+    head: str = "keep"
+    allow_error: bool = False
+    widen: bool = False
+    pre_tokenizer: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One tensor of the file, or what one expert is of it, and where it comes from."""
+
+    name: str
+    kind: BlockType
+    shape: tuple[int, ...]
+    """Of this expert alone, where it is of one."""
+    source: str
+    """The module, or the tensor where it is not of a coded module."""
+    part: str
+    """"blocks", "weight" (dense, of a coded module), "bias", "other" or "factors"."""
+    how: str | None = None
+    """What is rounded."""
+    expert: int | None = None
+    """Number of the expert; those of one tensor follow each other."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in the file. Unit: bytes."""
+        return math.prod(self.shape) // self.kind.block * self.kind.num_bytes
+
+
+def choose_types(
+    specs: Mapping[str, CodedSpec], options: GgufOptions
+) -> tuple[dict[str, BlockType], dict[str, str]]:
+    """Choose a block type for each linear.
+
+    Args:
+        specs: The linears' facts.
+        options: Whether an error, and whether a wider type, is allowed.
+
+    Returns:
+        The types, and by linear what is rounded.
+    """
+    kinds: dict[str, BlockType] = {}
+    reasons: dict[str, str] = {}
+    for name, spec in specs.items():
+        kinds[name], reason = _choose_type(spec, options.widen)
+        if reason is not None:
+            reasons[name] = reason
+    if not options.allow_error:
+        check_fit("gguf", reasons, len(specs))
+    return kinds, reasons
+
+
+def _choose_type(spec: CodedSpec, widen: bool) -> tuple[BlockType, str | None]:
+    """Give the narrowest type that is exact, else the closest one and why it is not."""
+    if not spec.is_ordered:
+        return F16, "groups in the order of activations (desc_act); GGUF has no g_idx"
+    if not spec.scales_fit_half:
+        return F16, "a scale that fp16 cannot hold"
+    if spec.even_group % BLOCK:
+        return F16, f"groups of {spec.group_size}, which is no multiple of {BLOCK}"
+    if spec.can_recentre(4):
+        return Q4_0, None
+    if spec.bits <= 4 and spec.minima_fit_half:
+        return Q4_1, None
+    if spec.can_recentre(8) and (widen or spec.bits > 4):
+        return Q8_0, None
+    if spec.bits <= 4:
+        return Q4_1, "asymmetric: Q4_1 rounds the minimum to fp16 (--widen: exact in Q8_0)"
+    return F16, f"asymmetric in {spec.bits} bits; Q8_0 is symmetric"
+
+
+def plan_entries(
+    source: Source,
+    specs: Mapping[str, CodedSpec],
+    architecture: Architecture,
+    kinds: Mapping[str, BlockType],
+    reasons: Mapping[str, str],
+    options: GgufOptions,
+) -> list[Entry]:
+    """List the file's tensors in the source's order.
+
+    Args:
+        source: The model.
+        specs: Its linears' facts.
+        architecture: Its family.
+        kinds: By linear: the block type.
+        reasons: By linear: what is rounded.
+        options: Choices.
+
+    Returns:
+        The tensors, and after them what experts are of theirs.
+    """
+    entries: list[Entry] = []
+    for name, spec in specs.items():
+        shape: tuple[int, ...] = (spec.out_features, spec.in_features)
+        part = "weight" if kinds[name] in PLAIN else "blocks"
+        entries.append(
+            Entry(
+                name=f"{_translate(architecture, name)}.weight",
+                kind=kinds[name],
+                shape=shape,
+                source=name,
+                part=part,
+                how=reasons.get(name),
+                expert=find_expert(name),
+            )
+        )
+        if spec.bias is not None:
+            bias = f"{_translate(architecture, name)}.bias"
+            entries.append(
+                Entry(name=bias, kind=F32, shape=spec.bias.shape, source=name, part="bias")
+            )
+    entries += [
+        _plan_other(name, spec, architecture, options)
+        for name, spec in source.others.items()
+        if not _is_repeated(name, source, architecture) and not COMPUTED.fullmatch(name)
+    ]
+    entries += _repeat_embeddings(entries, source, architecture, options)
+    entries += [
+        Entry(name=name, kind=F32, shape=tuple(factors.shape), source=name, part="factors")
+        for name, factors in make_rope_factors(source.model_config).items()
+    ]
+    experts = [entry for entry in entries if entry.expert is not None]
+    experts.sort(key=lambda entry: (entry.name, entry.expert))
+    return [entry for entry in entries if entry.expert is None] + experts
+
+
+def _is_repeated(name: str, source: Source, architecture: Architecture) -> bool:
+    """Whether a tensor is a head that is tied to the embeddings, stored all the same."""
+    is_head = architecture.to_gguf(name.removesuffix(".weight")) == HEAD
+    return is_head and architecture.is_tied(source.model_config)
+
+
+def _repeat_embeddings(
+    entries: list[Entry], source: Source, architecture: Architecture, options: GgufOptions
+) -> list[Entry]:
+    """Give the head of a model that is tied, where llama.cpp asks for one all the same."""
+    if not (architecture.needs_head and architecture.is_tied(source.model_config)):
+        return []
+    embeddings = next(entry for entry in entries if entry.name == f"{EMBEDDING}.weight")
+    head = replace(embeddings, name=f"{HEAD}.weight")
+    if head.part != "other":
+        return [head]
+    kind, how = _choose_plain(head.source, source.others[head.source], options.head)
+    return [replace(head, kind=kind, how=how)]
+
+
+def _plan_other(
+    name: str, spec: TensorSpec, architecture: Architecture, options: GgufOptions
+) -> Entry:
+    module, _, suffix = name.rpartition(".")
+    theirs = _translate(architecture, module)
+    shape = spec.shape
+    if len(shape) == 2 and architecture.is_turned(name):
+        shape = shape[::-1]
+    if len(shape) == 2 and shape[0] == 1:
+        shape = shape[1:]  # the gate of a shared expert
+    if len(shape) < 2 or theirs.rpartition(".")[2] in IN_FLOAT32:
+        kind, how = F32, None
+    else:
+        choice = {EMBEDDING: options.embeddings, HEAD: options.head}.get(theirs, "keep")
+        kind, how = _choose_plain(name, spec, choice)
+    return Entry(
+        name=f"{theirs}.{suffix}",
+        kind=kind,
+        shape=shape,
+        source=name,
+        part="other",
+        how=how,
+        expert=find_expert(name),
+    )
+
+
+def _choose_plain(name: str, spec: TensorSpec, choice: str) -> tuple[BlockType, str | None]:
+    """Keep a matrix's type, or take the chosen one."""
+    if choice == "keep":
+        return _KEPT.get(spec.dtype, F32), None
+    kind = CHOICES[choice]
+    if spec.shape[-1] % kind.block:
+        raise ConfigError(
+            f"Cannot hold {name} in {kind.name}: its rows of {spec.shape[-1]} are no multiple of "
+            f"{kind.block}. Use q8_0 or f16."
+        )
+    return kind, f"chosen: {kind.name}"
+
+
+def _translate(architecture: Architecture, module: str) -> str:
+    found = architecture.to_gguf(module)
+    if found is None:
+        raise ConfigError(
+            f"Cannot write GGUF: llama.cpp's '{architecture.name}' has no place for {module}. "
+            "Choose another format."
+        )
+    return found
+
+
+def make_table(entries: list[Entry]) -> list[tuple[str, BlockType, tuple[int, ...]]]:
+    """Describe the file's tensors: experts that follow each other are one.
+
+    Args:
+        entries: From :func:`plan_entries`.
+
+    Returns:
+        Name, type and shape of each.
+
+    Raises:
+        ConfigError: The experts of a block are not alike.
+    """
+    table: list[tuple[str, BlockType, tuple[int, ...]]] = []
+    for name, group in groupby(entries, key=lambda entry: entry.name):
+        parts = list(group)
+        first = parts[0]
+        shape = first.shape if first.expert is None else (len(parts), *first.shape)
+        if any((part.kind, part.shape) != (first.kind, first.shape) for part in parts) or any(
+            part.expert != number for number, part in enumerate(parts) if part.expert is not None
+        ):
+            kinds = sorted({part.kind.name for part in parts})
+            raise ConfigError(
+                f"Cannot write GGUF: the {len(parts)} experts of {name} are one tensor there, and "
+                f"these are not alike ({', '.join(kinds)}; the last is expert {parts[-1].expert}). "
+                "Quantize all experts of a block in the same way, or choose another format."
+            )
+        table.append((name, first.kind, shape))
+    return table

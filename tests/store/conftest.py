@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+import pytest
+
+from halfbyte.store.store import Store
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def store(request, tmp_path):
+    """The same store in a folder, and in fsspec's memory, which stands for a bucket."""
+    if request.param == "folder":
+        yield Store(tmp_path / "store")
+        return
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    MemoryFileSystem.store.clear()
+    MemoryFileSystem.pseudo_dirs[:] = [""]
+    yield Store("memory://bucket/store")
+
+
+@pytest.fixture
+def local(tmp_path):
+    return Store(tmp_path / "store")

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import pytest
+from tests.helpers.stores import add
+
+from halfbyte.errors import StoreError
+from halfbyte.store import garbage
+from halfbyte.store.backend import FolderBackend
+from halfbyte.store.checkout import checkout
+from halfbyte.store.garbage import collect_garbage
+
+
+def test_garbage_is_what_no_alias_and_no_recent_version_needs(local, tmp_path):
+    versions = [add(local, tmp_path, seed).version for seed in range(6)]
+    for version in versions[:2]:
+        local.promote(f"m@{version}", force_reason="test")
+    (local.backend.root / "tmp" / "left-over").write_bytes(b"x" * 10)
+    local.backend.put_new("blobs/00/0000", b"orphan")
+    checkout(local, f"m@{versions[3]}")
+    found = collect_garbage(local, keep=1)
+    # champion 1, what it was before (0), the newest (5)
+    assert list(found.versions) == versions[2:5]
+    assert local.history("m").versions == [versions[0], versions[1], versions[5]]
+    assert found.blobs == 3 * 2 + 1
+    assert list((local.backend.root / "tmp").iterdir()) == []
+    assert list((local.backend.root / "checkouts").iterdir()) == []
+    assert local.verify() == [versions[0], versions[1], versions[5]]
+    assert local.rollback("m").version == versions[0]
+    # what was rolled back from is needed no more
+    assert collect_garbage(local, keep=1).versions == (versions[1],)
+
+
+def test_a_bucket_is_collected_only_when_nobody_writes(tmp_path, store):
+    if isinstance(store.backend, FolderBackend):
+        pytest.skip("a folder has a lock")
+    versions = [add(store, tmp_path, seed).version for seed in range(3)]
+    with pytest.raises(StoreError, match="--nobody-writes"):
+        collect_garbage(store, keep=1)
+    assert list(collect_garbage(store, keep=1, nobody_writes=True).versions) == versions[:2]
+    assert store.verify() == versions[2:]
+
+
+def test_stray_files_stop_nothing(local, tmp_path):
+    version = add(local, tmp_path).version
+    for folder in ("logs", "logs/m", "logs/.Trash", "manifests", "blobs", "checkouts"):
+        (local.backend.root / folder).mkdir(exist_ok=True)
+        (local.backend.root / folder / ".DS_Store").write_bytes(b"x")
+    assert local.names() == ["m"]
+    assert local.verify() == [version]
+    collect_garbage(local)
+    assert local.verify() == [version]
+
+
+def test_garbage_of_what_cannot_be_read_is_left_until_it_is_let_go(local, tmp_path):
+    versions = [add(local, tmp_path, seed).version for seed in range(4)]
+    path = local.backend.root / "manifests" / f"{versions[2]}.json"
+    path.chmod(0o644)
+    path.write_bytes(b"{}")
+    before = local.backend.list("")
+    with pytest.raises(StoreError, match=f"which files m@{versions[2][:12]} needs cannot be read"):
+        collect_garbage(local, keep=2)
+    assert local.backend.list("") == before
+    assert collect_garbage(local, keep=1).versions == tuple(versions[:3])
+    assert local.verify() == [versions[3]]
+
+
+def test_a_checkout_is_whole_though_collecting_was_killed(local, tmp_path, monkeypatch):
+    manifests = [add(local, tmp_path, seed) for seed in range(2)]
+    folder = checkout(local, f"m@{manifests[0].version}")
+
+    def remove_half(path):
+        (path / "model.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(garbage.shutil, "rmtree", remove_half)
+    with pytest.raises(KeyboardInterrupt):
+        collect_garbage(local, keep=1)
+    monkeypatch.undo()
+    assert not folder.exists()
