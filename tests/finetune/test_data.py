@@ -7,6 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.helpers.tiny_llama import build_model, build_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from halfbyte.errors import DataError
 from halfbyte.finetune.data import (
@@ -58,6 +60,39 @@ def test_prompt_is_masked_and_the_completion_with_its_end_is_not(tmp_path, token
     (example,) = read(tmp_path, tokenizer, row).examples
     assert example.ids == (5, 6, 7, 8, END)
     assert example.labels == (IGNORED, IGNORED, 7, 8, END)
+
+
+@pytest.fixture
+def bytes_tokenizer():
+    """Byte-level pairs whose tokens begin with a space, as GPT-2's, Llama 3's and Qwen's do."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        special_tokens=["</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    made.train_from_iterator(["capital of France: Paris is it: Paris"] * 9, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "words", "joined"),
+    [
+        ("capital of France:", " Paris is", ["ĠParis", "Ġis", "</s>"], False),
+        # Counted by where it begins, the answer would have lost its only word.
+        ("capital of France: ", "Paris", ["ĠParis", "</s>"], True),
+        ("capital of Fra", "nce:", ["ĠFrance", ":", "</s>"], True),
+        ("capital of", "", ["</s>"], False),
+    ],
+)
+def test_token_on_both_sides_counts_and_is_told(
+    tmp_path, bytes_tokenizer, prompt, completion, words, joined
+):
+    found = read(tmp_path, bytes_tokenizer, {"prompt": prompt, "completion": completion})
+    assert counted(found.examples[0], bytes_tokenizer) == words
+    told = "in 1 of 1 examples the answer's first token begins in the prompt"
+    assert [note[: len(told)] for note in found.notes] == [told] * joined
+    whole = read(tmp_path, bytes_tokenizer, {"text": prompt + completion})
+    assert whole.notes == ()
 
 
 def test_everything_counts_where_asked(tmp_path, tokenizer):
@@ -114,6 +149,7 @@ def test_long_examples_are_cut_and_those_without_an_answer_left_out(tmp_path, to
         ({"question": "w1"}, r"line 1 has the keys 'question'\. Give an object"),
         ({"messages": [{"role": "user"}]}, "line 1 holds messages that the chat template"),
         ("", "is empty"),
+        ('{"text": "w1 \\ud83d"}', r"data\.jsonl, line 1 holds half a character, '\\ud83d': "),
         ({"messages": chat("w1")}, "holds 1 examples, and none has anything to learn within 64"),
     ],
 )

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import json
+import re
 
 import peft
 import pytest
 import torch
 from tests.helpers.adapters import load, write_adapter
+from tests.helpers.checkpoints import Recipe, tiny_llama_config, write_checkpoint
 
 import halfbyte
 from halfbyte.errors import ConfigError, VerificationError
 from halfbyte.finetune import merge as merging
+from halfbyte.finetune.judging import MergeReport, TaskScore, log_probs, mean_kl
 from halfbyte.finetune.merge import merge, merge_layers
 
 VARIANTS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
@@ -96,6 +99,48 @@ def test_merge_that_loses_the_adapter_is_refused(base, tmp_path, monkeypatch, da
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_weak_adapter_that_a_layer_loses_is_noticed(base, tmp_path, monkeypatch, variant):
+    adapter = write_adapter(base, tmp_path / "adapter", size=1e-4, **VARIANTS[variant])
+    merge_layers(peft.PeftModel.from_pretrained(load(base, torch.bfloat16), adapter), torch.float16)
+    monkeypatch.setattr(peft.tuners.lora.Linear, "merge", lambda *_args, **_keywords: None)
+    with pytest.raises(VerificationError, match=r"linear of \(128, 128\) lost it: the output is"):
+        merge(base, adapter, tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+@torch.no_grad()
+def test_computing_in_float32_changes_no_weight(base):
+    model = load(base, torch.bfloat16)
+    model.dequantize()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    probe = list(IDS)
+    found = log_probs(model, probe)
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, before[name])
+    torch.testing.assert_close(found, log_probs(model.float(), probe), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, of tied weights
+def test_head_stays_where_the_table_that_it_shares_has_an_adapter(tmp_path):
+    folder = tmp_path / "base"
+    config = tiny_llama_config(vocab_size=64, hidden_size=128, tie_word_embeddings=True)
+    write_checkpoint(folder, config, Recipe(dtype=torch.bfloat16))
+    adapter = write_adapter(folder, tmp_path / "adapter", target_modules=["q_proj", "embed_tokens"])
+    model = peft.PeftModel.from_pretrained(load(folder, torch.float32), adapter)
+    for name, parameter in model.named_parameters():
+        if "lora_embedding_A" in name:
+            parameter.normal_()
+    model.save_pretrained(adapter)
+    report = merge(folder, adapter, tmp_path / "out", device="cpu")
+    expected = log_probs(model.eval(), list(IDS))
+    assert mean_kl(expected, log_probs(load(folder, torch.float32), list(IDS))) > 0.02
+    assert mean_kl(expected, log_probs(load(tmp_path / "out", torch.float32), list(IDS))) < 1e-4
+    assert report.kl_to_adapted < 1e-4
+
+
 def test_output_in_use_is_refused(base, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="exists and is not empty"):
@@ -103,7 +148,10 @@ def test_output_in_use_is_refused(base, tmp_path):
 
 
 def test_folder_that_is_no_adapter_is_refused(base, tmp_path):
-    with pytest.raises(ConfigError, match=r"(?s)Cannot put the adapter .* on .*PEFT adapter"):
+    with pytest.raises(ConfigError, match=r"There is no adapter in .*: no adapter_config\.json in"):
+        merge(base, tmp_path, tmp_path / "out", device="cpu")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ConfigError, match=r"(?s)Cannot put the adapter .* on .*[^.]\. Give the"):
         merge(base, tmp_path, tmp_path / "out", device="cpu")
 
 
@@ -112,3 +160,35 @@ def test_peft_refuses_where_halfbyte_merges(base, tmp_path):
     model = peft.PeftModel.from_pretrained(halfbyte.load(base), adapter)
     with pytest.raises(ValueError, match="gptq quantized"):
         model.merge_and_unload()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "verdict"),
+    [
+        # Loss, share of examples right, share of tokens right.
+        ((0.1, 0.90, 0.97), (0.12, 0.89, 0.965), "Keeps the task: 90.0% of the examples right bef"),
+        ((0.1, 0.90, 0.97), (0.15, 0.85, 0.96), "Loses part of the task: 90.0% of the examples"),
+        (
+            (4.3, 0.0, 0.30),
+            (6.9, 0.0, 0.10),
+            "Loses .* tokens 30.0% and 10.0%, at a loss of 4.3000",
+        ),
+        ((4.3, 0.0, 0.02), (6.9, 0.0, 0.01), "Loses part of the task: 0.0%"),
+        ((4.3, 0.0, 0.02), (torch.nan, 0.0, 0.01), "Loses part of the task: 0.0%"),
+        (
+            (2.1, 0.0, 0.45),
+            (2.2, 0.0, 0.44),
+            "Cannot tell whether it keeps the task, .* too little",
+        ),
+    ],
+)
+def test_verdict_looks_at_examples_tokens_and_loss(before, after, verdict):
+    names = ("loss", "right", "right_tokens")
+    report = MergeReport(
+        base="", adapter="", output="", kl_to_adapted=0.0, kl_without=1.0, quantized=False,
+        scores={
+            "adapted": TaskScore(**dict(zip(names, before, strict=True))),
+            "merged": TaskScore(**dict(zip(names, after, strict=True))),
+        },
+    )  # fmt: skip
+    assert re.match(verdict, report.verdict), report.verdict

@@ -1,18 +1,23 @@
 from __future__ import annotations
 
+import os
+
 import peft
 import pytest
 import torch
 from tests.helpers.adapters import load, write_adapter
+from tests.helpers.processes import CONTEXT
 from tests.helpers.tiny_llama import build_tokenizer
 
 from halfbyte.checkpoint.read import open_checkpoint
 from halfbyte.cli.main import main
-from halfbyte.errors import CheckpointError
+from halfbyte.errors import CheckpointError, ConfigError, JournalError, ModelError
+from halfbyte.finetune import requantize
 from halfbyte.finetune.data import Example, Examples
 from halfbyte.finetune.judging import MOST_SCORED, divide_examples
 from halfbyte.finetune.merge import merge_layers
 from halfbyte.finetune.requantize import (
+    MERGED_FOLDER,
     merge_and_quantize,
     merging_config,
     scheme_of,
@@ -51,6 +56,58 @@ def test_merges_and_quantizes_as_the_base_was(base, tmp_path, data):
     merged = merge_layers(merged, torch.float32).get_submodule(name).weight
     error = (checkpoint.dequantize(name).float() - merged).norm() / merged.norm()
     assert error < 0.2
+
+
+class Killing:
+    """A progress that ends its process at a block, as SIGTERM does: nothing is cleaned up."""
+
+    def block_started(self, index, count):
+        if index:
+            os._exit(9)
+
+    def __getattr__(self, name):
+        return lambda *_: None
+
+
+def work(base, adapter, out, data, progress=None, resume=False):
+    merge_and_quantize(
+        base, adapter, out, data=data, calibration=CalibrationConfig(samples=8, length=32),
+        progress=progress, resume=resume,
+    )  # fmt: skip
+
+
+def test_killed_run_leaves_all_in_its_folder_and_goes_on(base, tmp_path, data):
+    adapter, out = write_adapter(base, tmp_path / "adapter"), tmp_path / "out" / "model"
+    process = CONTEXT.Process(target=work, args=(base, adapter, out, data, Killing()))
+    process.start()
+    process.join()
+    assert process.exitcode == 9
+    assert [path.name for path in out.parent.iterdir()] == ["model"]
+    assert (out / ".halfbyte" / MERGED_FOLDER / "base-merged" / "model.safetensors").is_file()
+    with pytest.raises(JournalError, match=r"holds an unfinished run\. Add --resume"):
+        work(base, adapter, out, data)
+    first = (out / "model-00001-of-00003.safetensors").stat()
+    work(base, adapter, out, data, resume=True)
+    assert not (out / ".halfbyte").exists()
+    assert "# base-merged in 4 bits" in (out / "README.md").read_text()
+    assert (out / "model-00001-of-00003.safetensors").stat().st_mtime_ns == first.st_mtime_ns
+    work(base, adapter, tmp_path / "whole", data)
+    for path in out.glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
+
+
+def test_output_is_looked_at_before_the_merge_and_a_failed_one_leaves_nothing(
+    base, tmp_path, data, monkeypatch
+):
+    def fail(*_args, **_keywords):
+        raise ModelError("no merge")
+
+    monkeypatch.setattr(requantize, "merge", fail)
+    with pytest.raises(ConfigError, match="is not empty"):
+        work(base, "adapter", base, data)
+    with pytest.raises(ModelError, match="no merge"):
+        work(base, "adapter", tmp_path / "out", data)
+    assert not (tmp_path / "out").exists()
 
 
 def test_scheme_of_the_base_is_taken_over(base, tmp_path):
@@ -116,3 +173,18 @@ def test_an_exact_merge_keeps_the_codes(capsys, tmp_path, other):
     code = main(["merge", "base", "adapter", "-o", str(tmp_path / "out"), "--exact", *other])
     assert code != 0
     assert f"--exact is given with {other[0]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (["--bits", "2", "--group-size", "32"], "bits, group_size is given without --quantize"),
+        (["--samples", "4"], "samples is given"),
+        (["--memory", "4GB"], "memory is given"),
+        (["--resume"], "resume is given"),
+        (["--exact", "--seed", "1"], "seed is given"),
+    ],
+)
+def test_options_of_quantizing_are_refused_without_it(capsys, tmp_path, given, named):
+    assert main(["merge", "base", "adapter", "-o", str(tmp_path / "out"), *given]) == 2
+    assert named in capsys.readouterr().err

@@ -3,20 +3,21 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import shutil
 
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests.helpers.checkpoints import Recipe, tiny_llama_config, write_checkpoint
 from tests.helpers.processes import CONTEXT
 from tests.helpers.tiny_llama import build_tokenizer
 from transformers import AutoModelForCausalLM
 
-from halfbyte.errors import ConfigError, DataError, JournalError, MissingExtraError
+from halfbyte.errors import ConfigError, DataError, JournalError, MissingExtraError, ModelError
 from halfbyte.evaluate.loading import open_subject
 from halfbyte.finetune import train
-from halfbyte.finetune.base import check_packing
+from halfbyte.finetune.base import check_packing, open_base
 from halfbyte.finetune.config import AdapterConfig, TrainConfig
 from halfbyte.finetune.report import TrainReport
 from halfbyte.finetune.train import count_steps, finetune
@@ -36,6 +37,7 @@ SETTINGS = {
     "patience": 50,
 }
 CONFIG = TrainConfig(**SETTINGS)
+B_OF_Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
 
 
 class Told:
@@ -135,7 +137,7 @@ def test_keeps_the_best_adapter_and_peft_loads_it(trained, base, data):
         "training.png",
     ]
     subject = open_subject(base, dtype="float32", device="cpu")
-    held = train._read_data(subject, data, None, CONFIG)
+    held = train._read_data(subject.tokenizer, data, None, CONFIG)
     model = peft.PeftModel.from_pretrained(subject.model, out).eval()
     losses = [
         float(model(**train.collate(held.validation_rows[i : i + 4], 3)).loss) for i in (0, 4, 8)
@@ -181,7 +183,7 @@ def test_resuming_with_other_options_is_refused(base, data, tmp_path, monkeypatc
     def stop(*_args, **_keywords):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "attach_adapter", stop)
+    monkeypatch.setattr(train, "make_trainer", stop)
     with pytest.raises(KeyboardInterrupt):
         finetune(base, tmp_path / "a", data=data, adapter=ADAPTER, config=CONFIG)
     other = TrainConfig(**{**SETTINGS, "learning_rate": 1e-3})
@@ -252,6 +254,69 @@ def test_unknown_target_is_refused_with_its_name(base, data, tmp_path):
         ConfigError, match=r"(?s)Cannot put an adapter on a LlamaForCausalLM.*query"
     ):
         finetune(base, tmp_path / "a", data=data, adapter=adapter, config=CONFIG)
+    # The corrected command is not held up by an unfinished run.
+    config = TrainConfig(**{**SETTINGS, "max_steps": 1, "warmup": 0.05})
+    report = finetune(base, tmp_path / "a", data=data, adapter=ADAPTER, config=config)
+    # One step is a step that teaches.
+    assert report.history[0]["learning_rate"] == config.learning_rate
+    assert load_file(tmp_path / "a" / "adapter_model.safetensors")[B_OF_Q].abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 1e30}, r"failed: the loss is (nan|inf) after [12] steps\. No adapter "
+         r"was written\. Remove .* with a lower --learning-rate \(it is 1e\+30\)\."),
+        ({"learning_rate": 1e30, "evaluate_every": 1}, r"loss on data kept apart is nan after 1 s"),
+        ({"learning_rate": 1e30, "validation": 0.0, "max_steps": 2, "dtype": "bfloat16"},
+         r"is (nan|inf) .* --dtype float32 \(it is bfloat16\)"),
+    ],
+)  # fmt: skip
+def test_run_that_diverges_stops_there_and_writes_no_adapter(
+    base, data, tmp_path, changes, message
+):
+    config = TrainConfig(**{**SETTINGS, **changes})
+    with pytest.raises(ModelError, match=message):
+        finetune(base, tmp_path / "a", data=data, adapter=ADAPTER, config=config)
+    assert [path.name for path in (tmp_path / "a").iterdir()] == [".halfbyte"]
+
+
+def test_base_without_numbers_is_said_to_be_the_reason(base, data, tmp_path, monkeypatch):
+    def open_broken(*arguments):
+        subject = open_base(*arguments)
+        subject.model.model.norm.weight.data.fill_(torch.nan)
+        return subject
+
+    monkeypatch.setattr(train, "open_base", open_broken)
+    with pytest.raises(
+        ModelError, match=r"is nan after 0 steps\. .*on another base: this one gives no"
+    ):
+        finetune(base, tmp_path / "a", data=data, adapter=ADAPTER, config=CONFIG)
+
+
+def test_data_is_read_before_the_model(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "open_base", None)
+    with pytest.raises(DataError, match="No such file"):
+        finetune(base, tmp_path / "a", data=tmp_path / "none", config=CONFIG)
+
+
+def test_folder_without_an_adapter_is_refused_before_anything_is_read(base, tmp_path):
+    for folder, found in (("no/such", "no such folder"), (str(base), "no adapter_config.json")):
+        with pytest.raises(ConfigError, match=rf"no adapter in {folder}: {found}.* Give the fold"):
+            finetune(base, tmp_path / "a", data="none", start_from=folder)
+
+
+def test_resuming_with_another_start_is_refused(trained, base, data, tmp_path, monkeypatch):
+    start = shutil.copytree(trained[0], tmp_path / "start")
+    settings = {"data": data, "adapter": ADAPTER, "config": CONFIG, "start_from": start}
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "make_trainer", None)
+        with pytest.raises(TypeError):
+            finetune(base, tmp_path / "a", **settings)
+    weights = start / "adapter_model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(JournalError, match=r"start_from\.adapter_model\.safetensors: "):
+        finetune(base, tmp_path / "a", **settings, resume=True)
 
 
 def test_length_beyond_the_model_is_refused(base, data, tmp_path):

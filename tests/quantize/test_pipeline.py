@@ -163,6 +163,19 @@ def test_everything_skipped_is_refused(tmp_path: Path) -> None:
         run(tmp_path, QuantConfig(skip=(".",)), family="mixtral")
 
 
+def test_group_size_that_fits_no_layer_is_refused_before_the_run(tmp_path: Path) -> None:
+    found = r"group_size is 7, and none of the 14 linears .* 7 divides \d+ inputs\. .*--group-size"
+    with pytest.raises(ConfigError, match=found):
+        run(tmp_path, QuantConfig(group_size=7))
+    assert not (tmp_path / "out" / ".halfbyte" / "journal.jsonl").exists()
+
+
+def test_output_inside_the_models_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    with pytest.raises(ConfigError, match=r"model/4bit is inside the model's own folder .*model"):
+        halfbyte.quantize(tmp_path / "model", tmp_path / "model" / "4bit")
+
+
 # ── widths that do not fit ────────────────────────────────────────────────────
 
 

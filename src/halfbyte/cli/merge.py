@@ -49,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_dataclass_options(parser, QuantConfig)
     add_dataclass_options(parser, CalibrationConfig)
     add_dataclass_options(parser, ResourceConfig)
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the unfinished run in OUT (--quantize)"
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
@@ -64,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
             "--quantize is given without --data. Name the task's JSON lines: the merged model is "
             "calibrated on them and judged by them."
         )
+    if not args.quantize:
+        _check_only_merging(args)
     calibration = dataclass_from_args(CalibrationConfig, args, {"length": 512})
     resources = dataclass_from_args(ResourceConfig, args)
     from halfbyte.finetune.exact_merge import merge_exactly
@@ -95,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
             original=args.original,
             calibration=calibration,
             resources=resources,
+            resume=args.resume,
             progress=make_progress(err_console),
         )
     if args.json:
@@ -102,6 +108,18 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print_report(report)
     return 0
+
+
+def _check_only_merging(args: argparse.Namespace) -> None:
+    """Refuse what would change nothing, as it is for quantizing; device is for merging too."""
+    given = [name for cls in (QuantConfig, CalibrationConfig) for name in given_values(cls, args)]
+    given += [name for name in given_values(ResourceConfig, args) if name != "device"]
+    given += ["resume"] if args.resume else []
+    if given:
+        raise ConfigError(
+            f"{', '.join(given)} is given without --quantize, and a merge in 16 bits has no use "
+            "for it. Add --quantize, or leave it out."
+        )
 
 
 def _print_report(report: MergeReport) -> None:
@@ -120,5 +138,5 @@ def _print_report(report: MergeReport) -> None:
             f"{score.right:.1%} of the examples right throughout, loss {score.loss:.4f}",
         )
     console.print(table)
-    if report.quantized:
+    if report.scores:
         console.print(report.verdict)

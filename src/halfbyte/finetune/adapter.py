@@ -10,6 +10,7 @@ from halfbyte.errors import ConfigError, require_extra
 from halfbyte.evaluate.loading import Subject
 from halfbyte.finetune.config import ALL_LINEAR, QALORA, AdapterConfig
 
+CONFIG_FILE = "adapter_config.json"
 PEFT_VARIANTS: dict[str, dict[str, bool]] = {
     "lora": {},
     "rslora": {"use_rslora": True},
@@ -31,6 +32,23 @@ def require_peft(purpose: str) -> None:
     if importlib.util.find_spec("peft") is None:
         missing = require_extra("peft", "finetune", purpose)
         raise missing
+
+
+def check_adapter(folder: str | Path) -> None:
+    """Make sure that a folder holds an adapter: PEFT would look for any other name on the Hub.
+
+    Args:
+        folder: PEFT's.
+
+    Raises:
+        ConfigError: It holds none.
+    """
+    if not (Path(folder) / CONFIG_FILE).is_file():
+        found = f"no {CONFIG_FILE} in it" if Path(folder).is_dir() else "no such folder"
+        raise ConfigError(
+            f"There is no adapter in {folder}: {found}. Give the folder of a PEFT adapter, such as "
+            "halfbyte finetune or halfbyte repair writes."
+        )
 
 
 def attach_adapter(model: Any, adapter: AdapterConfig, start_from: str | Path | None = None) -> Any:
@@ -66,10 +84,11 @@ def attach_adapter(model: Any, adapter: AdapterConfig, start_from: str | Path | 
             ),
         )
     except (ValueError, OSError, RuntimeError) as error:
-        what = f"the adapter {start_from}" if start_from is not None else "an adapter"
+        what, advice = "an adapter", "Name linears of this model with --target, or none for all."
+        if start_from is not None:
+            what, advice = f"the adapter {start_from}", "Give one that was trained on this model."
         raise ConfigError(
-            f"Cannot put {what} on a {type(model).__name__}: {str(error).strip()[:300]} "
-            "Name linears of this model with --target, or none for all of them."
+            f"Cannot put {what} on a {type(model).__name__}: {_sentence(error)} {advice}"
         ) from error
 
 
@@ -92,6 +111,12 @@ def load_adapter(subject: Subject, adapter: str | Path) -> Any:
         return peft.PeftModel.from_pretrained(subject.model, str(adapter)).eval()
     except (ValueError, OSError, RuntimeError, KeyError) as error:
         raise ConfigError(
-            f"Cannot put the adapter {adapter} on {subject.name}: {str(error).strip()[:300]} "
-            "Give the folder of a PEFT adapter that was trained on this model."
+            f"Cannot put the adapter {adapter} on {subject.name}: {_sentence(error)} Give the "
+            "folder of a PEFT adapter that was trained on this model."
         ) from error
+
+
+def _sentence(error: Exception) -> str:
+    """Give what an error says, with an end to it."""
+    said = str(error).strip()[:300].rstrip(".")
+    return f"{said}."

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from halfbyte.errors import ConfigError, ModelError
-from halfbyte.evaluate.loading import Subject, open_subject
+from halfbyte.evaluate.loading import Subject, load_tokenizer, open_subject
 from halfbyte.finetune.config import TrainConfig
 from halfbyte.machine.arithmetic import has_fast_bf16
 from halfbyte.machine.devices import resolve_device
@@ -17,18 +18,39 @@ from halfbyte.machine.memory import map_large_blocks, release_memory
 PROBE_TOKENS = 8
 
 
-def open_base(folder: Path, config: TrainConfig) -> Subject:
+def load_own_tokenizer(folder: Path) -> Any:
+    """Load the tokenizer of a model that is to be trained on.
+
+    Args:
+        folder: The model's.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ModelError: There is none.
+    """
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise ModelError(
+            f"Cannot fine-tune {folder}: it has no tokenizer. Copy the tokenizer files of the base "
+            "model into it."
+        )
+    return tokenizer
+
+
+def open_base(folder: Path, tokenizer: Any, config: TrainConfig) -> Subject:
     """Load a model to be trained on, in the type and place that were asked for.
 
     Args:
         folder: The model's.
+        tokenizer: The model's.
         config: Says type, device, optimizer and length.
 
     Returns:
         The model, with its tokenizer.
 
     Raises:
-        ModelError: It has no tokenizer.
         ConfigError: It takes no sequences that long, there is no such device, or the optimizer's
             package is missing.
     """
@@ -40,14 +62,9 @@ def open_base(folder: Path, config: TrainConfig) -> Subject:
         dtype = "bfloat16" if not on_cpu or has_fast_bf16() else "float32"
     if on_cpu:
         map_large_blocks()
-    subject = open_subject(folder, dtype=dtype, device=device)
+    subject = open_subject(folder, tokenizer=tokenizer, dtype=dtype, device=device)
     # What repacking the weights left behind would stay beside the training for good.
     release_memory()
-    if subject.tokenizer is None:
-        raise ModelError(
-            f"Cannot fine-tune {folder}: it has no tokenizer. Copy the tokenizer files of the base "
-            "model into it."
-        )
     if subject.longest is not None and config.length > subject.longest:
         raise ConfigError(
             f"length is {config.length}; {folder} takes at most {subject.longest} tokens. "

@@ -7,7 +7,7 @@
     {"text": ...}                           plain text: all of it
 
 What is counted is found in the text, by its place in characters, and only then in the tokens: a
-tokenizer may join what a template puts side by side.
+tokenizer may join what a template puts side by side. A token that stands on both sides counts.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class Example:
     ids: tuple[int, ...]
     labels: tuple[int, ...]
     """The id where the loss counts it, IGNORED elsewhere."""
+    joined: bool = False
+    """Whether a token stands in both a prompt and its answer."""
 
     @property
     def digest(self) -> str:
@@ -89,6 +91,13 @@ def read_examples(path: Path, tokenizer: Any, *, length: int, everything: bool) 
     longer = sum(len(example.ids) > length for example in made)
     if longer:
         notes.append(f"{longer} of {len(made)} examples cut to {length} tokens")
+    joined = sum(example.joined for example in made)
+    if joined:
+        notes.append(
+            f"in {joined} of {len(made)} examples the answer's first token begins in the prompt, "
+            "as where a prompt ends with a space: put the space before the answer, or the model "
+            "is asked in other tokens than it learns"
+        )
     cut = [Example(e.ids[:length], e.labels[:length]) for e in made]
     # The first token of a row is predicted from nothing, so its label alone teaches nothing.
     kept = [e for e in cut if any(label != IGNORED for label in e.labels[1:])]
@@ -200,6 +209,13 @@ def collate(rows: Sequence[Sequence[Example]], padding: int) -> dict[str, Tensor
 
 
 def _make_example(where: str, row: Mapping[str, Any], tokenizer: Any, everything: bool) -> Example:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where} holds half a character, {error.object[error.start]!a}: it is one of a pair. "
+            "Write the pair, or the character itself."
+        ) from error
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(row.get("messages"), list):
         return _from_chat(where, row["messages"], row.get("tools"), tokenizer, everything)
@@ -273,7 +289,7 @@ def _from_chat(
 def _tokenize(
     text: str, counted: Sequence[tuple[int, int]], tokenizer: Any, *, plain: bool
 ) -> Example:
-    """Tokenise, and count the tokens that begin inside a counted stretch of characters."""
+    """Tokenise, and count the tokens that stand, even in part, in a counted stretch."""
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(
             f"The tokenizer {type(tokenizer).__name__} does not tell where its tokens stand in "
@@ -281,13 +297,14 @@ def _tokenize(
         )
     # A plain text gets the tokenizer's own first token and an end; a template has written both.
     encoded = tokenizer(text, add_special_tokens=plain, return_offsets_mapping=True, verbose=False)
-    ids = list(encoded["input_ids"])
+    ids, places = list(encoded["input_ids"]), encoded["offset_mapping"]
     labels = [
-        token if any(low <= start < high and stop > start for low, high in counted) else IGNORED
-        for token, (start, stop) in zip(ids, encoded["offset_mapping"], strict=True)
+        token if any(max(start, low) < min(stop, high) for low, high in counted) else IGNORED
+        for token, (start, stop) in zip(ids, places, strict=True)
     ]
+    joined = any(start < low < min(stop, high) for low, high in counted for start, stop in places)
     end = tokenizer.eos_token_id
     if plain and end is not None and (not ids or ids[-1] != end):
         ids.append(end)
         labels.append(end)
-    return Example(tuple(ids), tuple(labels))
+    return Example(tuple(ids), tuple(labels), joined)

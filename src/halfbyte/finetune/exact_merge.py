@@ -33,9 +33,10 @@ from halfbyte.checkpoint.shards import read_shard
 from halfbyte.checkpoint.write import write_configs, write_index, write_shard
 from halfbyte.errors import ConfigError, VerificationError
 from halfbyte.evaluate.loading import open_subject
-from halfbyte.finetune.adapter import require_peft
+from halfbyte.finetune.adapter import check_adapter, require_peft
 from halfbyte.finetune.groups import find_groups, is_constant
 from halfbyte.finetune.judging import MergeReport, adapt
+from halfbyte.finetune.quiet import quiet_libraries
 from halfbyte.nn.linear import QuantLinear
 from halfbyte.quantize.source import find_model
 
@@ -52,6 +53,7 @@ BEYOND = {
 """What else an adapter may have: PEFT's setting, and its value where there is nothing."""
 
 
+@quiet_libraries()
 def merge_exactly(
     base: str | Path,
     adapter: str | Path,
@@ -81,6 +83,7 @@ def merge_exactly(
     require_peft("Merging an adapter")
     target, folder = Path(output), find_model(base)
     check_new_folder(target)
+    check_adapter(adapter)
     checkpoint = open_checkpoint(folder)
     subject = open_subject(folder, dtype=torch.float32, device=device)
     disk_names = dict(subject.model.hf_quantizer.disk_names)

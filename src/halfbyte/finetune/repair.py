@@ -31,6 +31,7 @@ from halfbyte.evaluate.loading import open_subject
 from halfbyte.finetune.adapter import attach_adapter, require_peft
 from halfbyte.finetune.config import AdapterConfig
 from halfbyte.finetune.merge import stored_dtype
+from halfbyte.finetune.quiet import quiet_libraries
 from halfbyte.machine.devices import resolve_device
 from halfbyte.nn.linear import QuantLinear
 from halfbyte.nn.replace import quantized_linears
@@ -72,6 +73,7 @@ class RepairReport:
         return {**asdict(self), "mean_kept_error": self.mean_kept_error}
 
 
+@quiet_libraries()
 def repair(
     base: str | Path,
     original: str | Path,

@@ -14,7 +14,6 @@ is not enough, ``end_to_end_steps`` trains scales and norm gains on the tokens o
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -33,17 +32,22 @@ from halfbyte.finetune.judging import (
     score_task,
 )
 from halfbyte.finetune.merge import merge, stored_dtype
+from halfbyte.finetune.quiet import quiet_libraries
 from halfbyte.machine.memory import release_memory
 from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
 from halfbyte.quantize.calibration import load_calibration
+from halfbyte.quantize.journal import KEPT_PREFIX, WORK_FOLDER
 from halfbyte.quantize.pipeline import quantize
 from halfbyte.quantize.progress import Progress
-from halfbyte.quantize.source import find_model
+from halfbyte.quantize.source import check_output, find_model
 
+MERGED_FOLDER = f"{KEPT_PREFIX}merged"
+"""In the work folder: the merge in 16 bits, while it is quantized."""
 REQUANTIZING = {"match_base": True}
 """Settings of a merge that is quantized again, where no others are given."""
 
 
+@quiet_libraries()
 def merge_and_quantize(
     base: str | Path,
     adapter: str | Path,
@@ -54,6 +58,7 @@ def merge_and_quantize(
     original: str | Path | None = None,
     calibration: CalibrationConfig | None = None,
     resources: ResourceConfig | None = None,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Merge an adapter and quantize the result, calibrated on the task's text.
@@ -61,13 +66,15 @@ def merge_and_quantize(
     Args:
         base: As in :func:`merge`.
         adapter: As in :func:`merge`.
-        output: New folder for the checkpoint.
+        output: Folder for the checkpoint; it must be new, empty, or hold an unfinished run.
         data: Examples of the task: half of the calibration text, trained on, and judged by; those
             that judge are kept apart from the rest.
         config: How to round; None: :func:`merging_config`.
         original: As in :func:`merge`.
         calibration: How much text; None: 128 sequences of 512 tokens.
         resources: What the run may use.
+        resume: Go on with the unfinished run in ``output``. The merge is made again, the blocks
+            that are done are not.
         progress: Told how far quantizing is.
 
     Returns:
@@ -75,29 +82,33 @@ def merge_and_quantize(
 
     Raises:
         CheckpointError: ``config`` is None and ``base`` is not quantized.
+        ConfigError: The output is in use.
+        JournalError: It holds an unfinished run of something else, or ``resume`` was not given.
     """
     target = Path(output)
+    check_output(target, resume=resume)
     config = config or merging_config(find_model(base))
     calibration = calibration or CalibrationConfig(length=512)
     resources = resources or ResourceConfig()
-    # Beside the output: a model in 16 bits may be too large for the system's folder.
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".halfbyte-merge-", dir=target.parent))
+    # In the run's own folder: what a kill leaves there, the next run finds and replaces.
+    work = target / WORK_FOLDER / MERGED_FOLDER
+    shutil.rmtree(work, ignore_errors=True)
+    # The model card will name it.
+    merged = work / f"{Path(base).resolve().name}-merged"
     try:
-        report = merge(
-            base, adapter, work / "merged", original=original, data=data, device=resources.device
-        )
+        report = merge(base, adapter, merged, original=original, data=data, device=resources.device)
         release_memory()
-        tokenizer = load_tokenizer(work / "merged")
+        tokenizer = load_tokenizer(merged)
         fitted, _ = divide_examples(read_task(data, tokenizer, LONGEST))
         text = task_calibration(fitted, tokenizer, calibration)
         quantize(
-            work / "merged",
+            merged,
             target,
             config=config,
             calibration=replace(calibration, samples=len(text)),
             resources=resources,
             text=text,
+            resume=resume,
             progress=progress,
         )
     finally:

@@ -11,30 +11,29 @@ unfinished run is found again, and what is written in the end.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import shutil
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from halfbyte.checkpoint.identity import digest_files
 from halfbyte.checkpoint.shards import TensorFiles
 from halfbyte.errors import ConfigError, DataError, ModelError
 from halfbyte.evaluate.loading import Subject
-from halfbyte.finetune.adapter import attach_adapter, require_peft
-from halfbyte.finetune.base import check_packing, open_base
+from halfbyte.finetune.adapter import attach_adapter, check_adapter, require_peft
+from halfbyte.finetune.base import check_packing, load_own_tokenizer, open_base
 from halfbyte.finetune.config import QALORA, AdapterConfig, TrainConfig
 from halfbyte.finetune.data import Example, Examples, collate, pack, read_examples, split_examples
 from halfbyte.finetune.groups import all_constant, hold_constant, settle
 from halfbyte.finetune.progress import SilentTrainProgress, TrainProgress
+from halfbyte.finetune.quiet import quiet_libraries
 from halfbyte.finetune.report import REPORT_FILE, TrainReport, save_report
-from halfbyte.finetune.trainer import make_trainer, read_history
+from halfbyte.finetune.trainer import DivergedError, make_trainer, read_history
 from halfbyte.machine.facts import installed_versions, machine_facts
 from halfbyte.machine.memory import peak_memory_bytes
 from halfbyte.quantize.fingerprint import fingerprint_model
@@ -67,6 +66,7 @@ class _Data:
         }
 
 
+@quiet_libraries()
 def finetune(
     model: str | Path,
     output: str | Path,
@@ -109,15 +109,20 @@ def finetune(
     complete = check_output(output, resume=resume, report_file=REPORT_FILE)
     start = time.monotonic()
     folder = find_model(model)
-    subject = open_base(folder, config)
-    held = _read_data(subject, Path(data), None if validation is None else Path(validation), config)
+    if start_from is not None:
+        check_adapter(start_from)
+    # The data first: what is wrong with it shows before a large model is read.
+    tokenizer = load_own_tokenizer(folder)
+    held = _read_data(
+        tokenizer, Path(data), None if validation is None else Path(validation), config
+    )
     inputs = {
         "model": fingerprint_model(TensorFiles.open(folder)),
         "data": held.training.digest,
         "validation": None if held.validation is None else held.validation.digest,
         "adapter": adapter.to_dict(),
         "config": config.to_dict(),
-        "start_from": None if start_from is None else str(start_from),
+        "start_from": None if start_from is None else digest_files(Path(start_from)),
     }
     if complete:
         finished = TrainReport.load(output)
@@ -125,20 +130,20 @@ def finetune(
         progress.started((COMPLETE,), finished.steps, finished.steps)
         progress.finished()
         return finished
+    subject = open_base(folder, tokenizer, config)
+    _check_ids(subject, held, data)
     output.mkdir(parents=True, exist_ok=True)
     with Journal(output) as journal:
-        steps = journal.folder / STEPS_FOLDER
-        if not journal.exists or not _load(journal):
-            shutil.rmtree(steps, ignore_errors=True)
-            # Sums depend on how many threads share them.
-            journal.start({"inputs": inputs, "threads": torch.get_num_threads()})
-        journal.check_same(inputs)
         threads = torch.get_num_threads()
-        torch.set_num_threads(journal.header["threads"])
+        # Sums depend on how many threads share them.
+        header: dict[str, Any] = {"inputs": inputs, "threads": threads}
+        if journal.exists and _load(journal):
+            journal.check_same(inputs)
+            header = journal.header
+        torch.set_num_threads(header["threads"])
         try:
             run = _Run(str(model), output, subject, held, adapter, config, journal, progress)
-            with _quiet():
-                return run.execute(start_from, Path(data), start)
+            return run.execute(start_from, header, Path(data), start)
         finally:
             torch.set_num_threads(threads)
             progress.finished()
@@ -162,7 +167,9 @@ class _Run:
         self.adapter, self.config = adapter, config
         self.journal, self.progress = journal, progress
 
-    def execute(self, start_from: str | Path | None, path: Path, start: float) -> TrainReport:
+    def execute(
+        self, start_from: str | Path | None, header: Mapping[str, Any], path: Path, start: float
+    ) -> TrainReport:
         from transformers import set_seed
 
         config, steps_folder = self.config, self.journal.folder / STEPS_FOLDER
@@ -173,6 +180,10 @@ class _Run:
         if self.adapter.variant == QALORA:
             _check_start(model, start_from)
             hold_constant(model)
+        if not self.journal.header:
+            # Only now: a model that takes no such adapter leaves no unfinished run behind.
+            shutil.rmtree(steps_folder, ignore_errors=True)
+            self.journal.start(header)
         if config.checkpointing:
             # The cache of past keys cannot be kept beside it.
             model.config.use_cache = False
@@ -193,12 +204,28 @@ class _Run:
         done = _find_saved(steps_folder)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.progress.started(self._plan(trained, steps), steps, done or 0)
-        before = self._judge_base(trainer)
-        # What came before (the base's loss, a resumed start) must not change the dropout.
-        set_seed(config.seed)
-        saved = None if done is None else str(steps_folder / f"checkpoint-{done}")
-        trainer.train(resume_from_checkpoint=saved)
+        try:
+            before = self._judge_base(trainer)
+            # What came before (the base's loss, a resumed start) must not change the dropout.
+            set_seed(config.seed)
+            saved = None if done is None else str(steps_folder / f"checkpoint-{done}")
+            trainer.train(resume_from_checkpoint=saved)
+            _check_numbers(model, trainer.state.global_step)
+        except DivergedError as error:
+            raise self._explain(error) from error
         return self._finish(trainer, model, trained, before, path, start)
+
+    def _explain(self, error: DivergedError) -> ModelError:
+        """Say what to do about a number that is none."""
+        dtype = self.subject.dtype_name
+        other = "" if dtype == "float32" else f", or with --dtype float32 (it is {dtype})"
+        advice = f"with a lower --learning-rate (it is {self.config.learning_rate:g}){other}"
+        if not error.steps:
+            advice = f"on another base{other}: this one gives no numbers by itself"
+        return ModelError(
+            f"Training {self.name} failed: {error}. No adapter was written. Remove {self.output} "
+            f"and train {advice}."
+        )
 
     @property
     def _padding(self) -> int:
@@ -233,11 +260,6 @@ class _Run:
     ) -> TrainReport:
         state = trainer.state
         history = read_history(state.log_history)
-        if not all(math.isfinite(entry.get("loss", 0.0)) for entry in history):
-            raise ModelError(
-                f"Training {self.name} failed: the loss is no longer a number. Lower "
-                f"--learning-rate (it is {self.config.learning_rate:g}), or compute in float32."
-            )
         # As the user named it: PEFT would name the folder in this machine's cache.
         model.peft_config["default"].base_model_name_or_path = self.name
         if self.adapter.variant == QALORA:
@@ -270,6 +292,13 @@ class _Run:
         return report
 
 
+def _check_numbers(model: Any, steps: int) -> None:
+    """Refuse an adapter that the last step ruined; no loss tells of it."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not parameter.isfinite().all():
+            raise DivergedError(f"{name} holds values that are no numbers", steps)
+
+
 def _check_start(model: Any, start_from: str | Path | None) -> None:
     """Refuse to go on, constant over groups, from an adapter that is not."""
     if start_from is not None and not all_constant(model):
@@ -294,22 +323,16 @@ def count_steps(rows: int, config: TrainConfig) -> int:
     return steps if config.max_steps is None else min(steps, config.max_steps)
 
 
-def _read_data(subject: Subject, data: Path, validation: Path | None, config: TrainConfig) -> _Data:
+def _read_data(tokenizer: Any, data: Path, validation: Path | None, config: TrainConfig) -> _Data:
     settings: dict[str, Any] = {
         "length": config.length,
         "everything": config.train_on == "everything",
     }
-    examples = read_examples(data, subject.tokenizer, **settings)
+    examples = read_examples(data, tokenizer, **settings)
     if validation is None:
         training, apart = split_examples(examples, config.validation, config.seed)
     else:
-        training, apart = examples, read_examples(validation, subject.tokenizer, **settings)
-    highest = max(max(example.ids) for example in examples.examples)
-    if subject.vocabulary is not None and highest >= subject.vocabulary:
-        raise DataError(
-            f"{data} becomes token id {highest}, and {subject.name} knows 0.."
-            f"{subject.vocabulary - 1}. The tokenizer belongs to another model."
-        )
+        training, apart = examples, read_examples(validation, tokenizer, **settings)
 
     def rows(side: Examples) -> list[list[Example]]:
         if config.packing:
@@ -322,6 +345,16 @@ def _read_data(subject: Subject, data: Path, validation: Path | None, config: Tr
         training_rows=rows(training),
         validation_rows=None if apart is None else rows(apart),
     )
+
+
+def _check_ids(subject: Subject, held: _Data, data: str | Path) -> None:
+    sides = [held.training, *([] if held.validation is None else [held.validation])]
+    highest = max(max(example.ids) for side in sides for example in side.examples)
+    if subject.vocabulary is not None and highest >= subject.vocabulary:
+        raise DataError(
+            f"{data} becomes token id {highest}, and {subject.name} knows 0.."
+            f"{subject.vocabulary - 1}. The tokenizer belongs to another model."
+        )
 
 
 def _load(journal: Journal) -> bool:
@@ -340,17 +373,3 @@ def _find_saved(folder: Path) -> int | None:
         except (OSError, ValueError):
             shutil.rmtree(path, ignore_errors=True)
     return max(saved, default=None)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Transformers' and PEFT's remarks to users of their own API from our display."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -37,6 +37,14 @@ KEYS = {
 """Trainer's name -> ours, of what the history keeps."""
 
 
+class DivergedError(Exception):
+    """A number of a run is none; ``what`` says which, ``steps`` after how many steps."""
+
+    def __init__(self, what: str, steps: int) -> None:
+        super().__init__(f"{what} after {steps} steps")
+        self.what, self.steps = what, steps
+
+
 def make_trainer(
     model: Any,
     training: Sequence[Any],
@@ -49,7 +57,7 @@ def make_trainer(
     device: torch.device,
     progress: TrainProgress,
 ) -> Trainer:
-    """Set a Trainer up.
+    """Set a Trainer up; it raises DivergedError at the first number that is none.
 
     Args:
         model: PEFT's.
@@ -80,6 +88,8 @@ def make_trainer(
         optim=OPTIMIZERS[config.optimizer],
         weight_decay=0.0,
         logging_steps=1,
+        # Or a loss that is no number would be told as the mean of those before.
+        logging_nan_inf_filter=False,
         eval_strategy="no" if validation is None else "steps",
         eval_steps=every,
         save_strategy="steps",
@@ -156,9 +166,19 @@ class _ChunkedTrainer(Trainer):
         loss = self._loss(inputs, num_items_in_batch)
         return (loss, {}) if return_outputs else loss
 
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> Any:
+        """Begin to rise with the first step: Transformers' own has a rate of 0 there."""
+        if not self.args.warmup_steps:
+            return super().create_scheduler(num_training_steps, optimizer)
+        scheduler = super().create_scheduler(num_training_steps + 1, optimizer)
+        scheduler.step()
+        return scheduler
+
 
 class _Reporter(TrainerCallback):
-    """Tells a progress what Trainer logs."""
+    """Tells a progress what Trainer logs, as long as it is numbers."""
 
     def __init__(self, progress: TrainProgress) -> None:
         self._progress = progress
@@ -169,6 +189,9 @@ class _Reporter(TrainerCallback):
     ) -> None:
         """Tell a step's loss."""
         if "loss" in logs:
+            for what, key in (("loss", "loss"), ("gradient's norm", "grad_norm")):
+                # Both were computed before the step changed anything.
+                _check_finite(what, logs.get(key, 0.0), state.global_step - 1)
             self._progress.stepped(state.global_step, float(logs["loss"]))
 
     def on_evaluate(
@@ -176,5 +199,11 @@ class _Reporter(TrainerCallback):
     ) -> None:
         """Tell the loss on the data kept apart."""
         loss = float(metrics["eval_loss"])
+        _check_finite("loss on data kept apart", loss, state.global_step)
         self._best = min(self._best, loss)
         self._progress.judged(state.global_step, loss, self._best)
+
+
+def _check_finite(what: str, value: float, steps: int) -> None:
+    if not math.isfinite(value):
+        raise DivergedError(f"the {what} is {value}", steps)

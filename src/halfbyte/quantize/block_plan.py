@@ -75,13 +75,23 @@ def _choose_scheme(
     if router:
         return None, router
     out_features, in_features = weight.shape
-    return _fit_scheme(scheme, in_features, out_features, ragged_groups=config.ragged_groups)
+    return fit_scheme(scheme, in_features, out_features, ragged_groups=config.ragged_groups)
 
 
-def _fit_scheme(
+def fit_scheme(
     scheme: Scheme, in_features: int, out_features: int, *, ragged_groups: bool
 ) -> tuple[Scheme | None, str]:
-    """Fit a scheme to the sizes of a linear: what was changed, or None and why it cannot be."""
+    """Fit a scheme to the sizes of a linear.
+
+    Args:
+        scheme: What was asked for.
+        in_features: The linear's.
+        out_features: The linear's.
+        ragged_groups: Whether a group may be shorter than the others.
+
+    Returns:
+        The scheme and what was changed in it; or None and why none fits.
+    """
     for size, what in ((in_features, "inputs"), (out_features, "outputs")):
         if size % PACK_MULTIPLE:
             return None, f"{size} {what} are not a multiple of {PACK_MULTIPLE}"

@@ -20,6 +20,7 @@ from halfbyte.quantize.report import QuantizationReport, load_report
 from halfbyte.quantize.run import Run
 from halfbyte.quantize.source import (
     HubOptions,
+    check_apart,
     check_output,
     find_model,
 )
@@ -64,6 +65,7 @@ def quantize(
         VerificationError: What was saved does not compute what was measured.
     """
     source, target = find_model(model, hub or HubOptions()), Path(output)
+    check_apart(source, target)
     complete = check_output(target, resume=resume)
     find_companions(source)  # copied at the end of the run, refused at its beginning
     device = resolve_device((resources or ResourceConfig()).device)

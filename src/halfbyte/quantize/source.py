@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from halfbyte.errors import ConfigError, JournalError, ModelError, first_line
-from halfbyte.model.blocks import quantizable_linears
+from halfbyte.model.blocks import linear_weight, quantizable_linears
 from halfbyte.model.experts import find_fused_experts
 from halfbyte.model.weights import ModelWeights
 from halfbyte.quant_config import QuantConfig
+from halfbyte.quantize.block_plan import fit_scheme
 from halfbyte.quantize.journal import JOURNAL_FILE, WORK_FOLDER, describe_differences
 from halfbyte.quantize.report import REPORT_FILE
 
@@ -105,6 +106,23 @@ def _fetch(model: str | Path, hub: HubOptions, with_code: bool) -> Path:
         ) from error
 
 
+def check_apart(source: Path, output: Path) -> None:
+    """Refuse to write into the folder of the model that is read, or under it.
+
+    Args:
+        source: The model's folder.
+        output: The checkpoint's.
+
+    Raises:
+        ConfigError: It is there.
+    """
+    if output.resolve().is_relative_to(source.resolve()):
+        raise ConfigError(
+            f"The output {output} is inside the model's own folder {source}, which is left as it "
+            "is. Choose a folder outside of it."
+        )
+
+
 def check_output(output: Path, *, resume: bool, report_file: str = REPORT_FILE) -> bool:
     """Make sure that a run may write into a folder.
 
@@ -163,24 +181,38 @@ def check_same_inputs(output: Path, then: Mapping[str, Any], now: Mapping[str, A
 
 
 def check_something_to_do(weights: ModelWeights, config: QuantConfig) -> None:
-    """Refuse to stream a whole model of which nothing is to be rounded.
+    """Refuse to stream a whole model of which nothing is to be rounded, or can be.
 
     Args:
         weights: The model, nothing of it loaded.
-        config: With the skip patterns.
+        config: With the skip patterns and the group size.
 
     Raises:
-        ConfigError: They match every linear; says how many.
+        ConfigError: They match every linear, or it fits none; says how many.
     """
     if find_fused_experts(weights.model) or config.lm_head:
         return  # names of experts are known when they are split
-    names = [
-        weights.disk_name(f"{weights.blocks.name(index)}.{name}")
+    linears = {
+        weights.disk_name(f"{weights.blocks.name(index)}.{name}"): linear_weight(linear).shape
         for index, block in enumerate(weights.blocks.modules)
-        for name in quantizable_linears(block)
-    ]
-    if all(config.scheme_for(name) is None for name in names):
+        for name, linear in quantizable_linears(block).items()
+    }
+    schemes = {name: scheme for name in linears if (scheme := config.scheme_for(name))}
+    if not schemes:
         raise ConfigError(
-            f"The skip patterns match all {len(names)} linears of {weights.folder.name}: nothing "
+            f"The skip patterns match all {len(linears)} linears of {weights.folder.name}: nothing "
             "is left to quantize. Loosen them."
         )
+    reasons = {}
+    for name, scheme in schemes.items():
+        rows, columns = linears[name]
+        fitted, why = fit_scheme(scheme, columns, rows, ragged_groups=config.ragged_groups)
+        if fitted is not None:
+            return
+        reasons[name] = why
+    name, why = next(iter(reasons.items()))
+    raise ConfigError(
+        f"group_size is {schemes[name].group_size}, and none of the {len(reasons)} linears of "
+        f"{weights.folder.name} can be quantized so, {name} because {why}. Use another "
+        "--group-size, such as 32, 64 or 128."
+    )
