@@ -33,9 +33,10 @@ def test_errors_that_are_also_standard_ones():
 
 
 def test_missing_extra_says_how_to_install_it():
-    error = require_extra("gguf", "convert", "Writing model.gguf")
-    assert isinstance(error, MissingExtraError)
-    assert str(error) == (
+    with pytest.raises(MissingExtraError) as caught:  # noqa: SIM117 - the inner one raises it
+        with require_extra("gguf", "convert", "Writing model.gguf"):
+            raise ImportError("No module named 'gguf'")
+    assert str(caught.value) == (
         "Writing model.gguf needs the Python package 'gguf', which is not installed. "
         'Install it with: pip install "halfbyte[convert]"'
     )

@@ -197,7 +197,7 @@ def test_unknown_dtype_is_refused(tmp_path):
 
 
 def test_missing_gguf_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(MissingExtraError, match=r'needs .*gguf.*pip install "halfbyte\[convert\]"'):
         write_sample_model(tmp_path / "sm")
 

@@ -21,6 +21,9 @@ and what to do. A fallback is never an exception: it is recorded and reported.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class HalfbyteError(Exception):
     """Base of all errors that halfbyte raises on purpose."""
@@ -110,18 +113,25 @@ def first_line(error: BaseException) -> str:
     return lines[0].strip().rstrip(".") if lines else type(error).__name__
 
 
-def require_extra(module: str, extra: str, purpose: str) -> MissingExtraError:
-    """Build the error for a missing optional dependency.
+@contextmanager
+def require_extra(module: str, extra: str, purpose: str) -> Iterator[None]:
+    """Say how to install an optional dependency, where importing it fails.
 
     Args:
-        module: The Python package that could not be imported.
+        module: The Python package that is imported within.
         extra: The extra of halfbyte that brings it.
-        purpose: What was being done, for the start of the message.
+        purpose: What it is needed for, for the start of the message.
 
-    Returns:
-        The error to raise, with the install command in its message.
+    Yields:
+        Nothing.
+
+    Raises:
+        MissingExtraError: It is not installed; the message has the install command.
     """
-    return MissingExtraError(
-        f"{purpose} needs the Python package '{module}', which is not installed. "
-        f'Install it with: pip install "halfbyte[{extra}]"'
-    )
+    try:
+        yield
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{purpose} needs the Python package '{module}', which is not installed. "
+            f'Install it with: pip install "halfbyte[{extra}]"'
+        ) from error

@@ -15,7 +15,6 @@ Source:
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -117,9 +116,8 @@ def write_sample_model(
     say = report or (lambda _: None)
     if _is_there(folder, dtype):
         return SampleModel(folder=folder, created=False)
-    if importlib.util.find_spec("gguf") is None:
-        missing = require_extra("gguf", "convert", "Reading the sample model")
-        raise missing
+    with require_extra("gguf", "convert", "Reading the sample model"):
+        import gguf
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, so that the last step is one rename on one file system.
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import shutil
+import sys
 
 import peft
 import pytest
@@ -336,12 +337,10 @@ def test_tokens_of_another_model_are_refused(base, data, tmp_path, monkeypatch):
 
 
 def test_missing_packages_are_named_with_the_command(base, data, tmp_path, monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "peft" else find(name)
-    )
-    with pytest.raises(MissingExtraError, match=r'pip install "halfbyte\[finetune\]"'):
-        finetune(base, tmp_path / "a", data=data, config=CONFIG)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "peft", None)
+        with pytest.raises(MissingExtraError, match=r'pip install "halfbyte\[finetune\]"'):
+            finetune(base, tmp_path / "a", data=data, config=CONFIG)
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else 1
     )

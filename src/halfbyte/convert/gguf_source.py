@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -194,9 +193,8 @@ class GgufSource:
             return
         from transformers import AutoTokenizer
 
-        if importlib.util.find_spec("gguf") is None:
-            missing = require_extra("gguf", "convert", "Making a tokenizer out of a .gguf file")
-            raise missing
+        with require_extra("gguf", "convert", "Making a tokenizer out of a .gguf file"):
+            import gguf  # noqa: F401 - Transformers reads it
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 self.file.path.parent, gguf_file=self.file.path.name

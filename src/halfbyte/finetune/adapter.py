@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,8 @@ def require_peft(purpose: str) -> None:
     Raises:
         MissingExtraError: It is not; the message has the install command.
     """
-    if importlib.util.find_spec("peft") is None:
-        missing = require_extra("peft", "finetune", purpose)
-        raise missing
+    with require_extra("peft", "finetune", purpose):
+        import peft  # noqa: F401 - looked for before a model is loaded
 
 
 def check_adapter(folder: str | Path) -> None:

@@ -195,10 +195,8 @@ def _refuse_constant(name: str) -> None:
 
 
 def _load_validator(schema: Any, where: str) -> Any:
-    try:
+    with require_extra("jsonschema", "evaluate", f"{where}: a json_schema check"):
         import jsonschema
-    except ImportError as error:
-        raise require_extra("jsonschema", "evaluate", f"{where}: a json_schema check") from error
     cls = jsonschema.validators.validator_for(schema)
     try:
         cls.check_schema(schema)

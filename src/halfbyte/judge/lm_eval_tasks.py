@@ -36,11 +36,8 @@ def read_lm_eval(names: Sequence[str], *, limit: int | None) -> list[Item]:
     """
     # Set before its import: data must be there already, as with everything else here.
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
-    try:
+    with require_extra("lm_eval", "evaluate", "Reading tasks of lm-eval"):
         from lm_eval.tasks import TaskManager, get_task_dict
-    except ImportError as error:
-        missing = require_extra("lm_eval", "evaluate", "Reading tasks of lm-eval")
-        raise missing from error
     items: list[Item] = []
     for name in names:
         path = Path(name)

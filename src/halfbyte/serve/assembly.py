@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -166,9 +165,9 @@ def _check(model: str | None, config: ServeConfig, keys: ApiKeys) -> None:
             "--adapters needs an API key: loading and unloading is not for everybody. Set keys by "
             f"--api-key-file or {API_KEYS.name}."
         )
-    if config.engine == "embedded" and importlib.util.find_spec("peft") is None:
-        missing = require_extra("peft", "finetune", "--adapters")
-        raise missing
+    if config.engine == "embedded":
+        with require_extra("peft", "finetune", "--adapters"):
+            import peft  # noqa: F401 - the engine loads adapters with it
 
 
 def _open_gateway(

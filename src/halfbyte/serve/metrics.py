@@ -245,10 +245,8 @@ class Metrics:
 
 def _load_prometheus() -> Any:
     """Import prometheus-client, which the extra ``serve`` brings."""
-    try:
+    with require_extra("prometheus_client", "serve", "Counting what is served"):
         import prometheus_client
-    except ImportError as error:
-        raise require_extra("prometheus_client", "serve", "Counting what is served") from error
     return prometheus_client
 
 

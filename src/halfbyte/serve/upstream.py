@@ -32,10 +32,8 @@ from halfbyte.serve.upstream_chunks import (
 )
 from halfbyte.serve.upstream_hosts import Host, order_hosts, read_addresses
 
-try:
+with require_extra("httpx2", "serve", "Asking another server"):
     import httpx2
-except ImportError as missing:
-    raise require_extra("httpx2", "serve", "Asking another server") from missing
 
 PATHS = {"chat": "/chat/completions", "completion": "/completions"}
 MOST_ERROR_BYTES = 65_536

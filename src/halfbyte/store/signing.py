@@ -32,11 +32,8 @@ def sign(store: Store, reference: str, private_key: Path) -> str:
         MissingExtraError: The model-signing package is not installed.
         StoreError: The key cannot be used.
     """
-    try:
+    with require_extra("model_signing", "sign", "Signing a version"):
         from model_signing import signing
-    except ImportError as error:
-        missing = require_extra("model_signing", "sign", "Signing a version")
-        raise missing from error
     _check_key(private_key)
     name, version = store.resolve(reference)
     with tempfile.TemporaryDirectory() as temporary:
@@ -62,11 +59,8 @@ def verify_signature(store: Store, reference: str, public_key: Path) -> None:
         MissingExtraError: The model-signing package is not installed.
         StoreError: There is no signature, or it is of another key or other files.
     """
-    try:
+    with require_extra("model_signing", "sign", "Verifying a signature"):
         from model_signing import verifying
-    except ImportError as error:
-        missing = require_extra("model_signing", "sign", "Verifying a signature")
-        raise missing from error
     _check_key(public_key)
     name, version = store.resolve(reference)
     with tempfile.TemporaryDirectory() as temporary:

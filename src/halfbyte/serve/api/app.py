@@ -9,13 +9,11 @@ from typing import Any
 from halfbyte.errors import ServeError, require_extra
 from halfbyte.version import __version__
 
-try:
+with require_extra("fastapi", "serve", "halfbyte serve"):
     from fastapi import FastAPI, Request, Response
     from starlette.exceptions import HTTPException
     from starlette.responses import JSONResponse, PlainTextResponse
     from starlette.types import ASGIApp, Receive, Scope, Send
-except ImportError as missing:
-    raise require_extra("fastapi", "serve", "halfbyte serve") from missing
 
 from halfbyte.serve.api.bodies import (
     AdapterRequest,

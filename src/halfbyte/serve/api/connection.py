@@ -7,10 +7,8 @@ from typing import Any
 
 from halfbyte.errors import require_extra
 
-try:
+with require_extra("httptools", "serve", "halfbyte serve"):
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-except ImportError as missing:
-    raise require_extra("httptools", "serve", "halfbyte serve") from missing
 
 HEAD_BYTES = 65_536
 """That a request's line and headers may have, beside the packet that they begin in."""

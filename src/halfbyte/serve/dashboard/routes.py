@@ -8,12 +8,10 @@ from typing import Any
 
 from halfbyte.errors import require_extra
 
-try:
+with require_extra("starlette", "serve", "The dashboard"):
     from starlette.requests import Request
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
-except ImportError as missing:
-    raise require_extra("starlette", "serve", "The dashboard") from missing
 
 PAGE, DATA = "/dashboard", "/dashboard/data"
 FILES = {

@@ -103,12 +103,8 @@ class Grammars:
             ServeError: 400: it is none; says where.
             MissingExtraError: llguidance is not installed.
         """
-        try:
+        with require_extra("llguidance", "serve", f"An answer by {grammar.kind}"):
             from llguidance import LLMatcher
-        except ImportError as error:
-            purpose = f"An answer by {grammar.kind}"
-            missing = require_extra("llguidance", "serve", purpose)
-            raise missing from error
         if len(grammar.text) > LONGEST_GRAMMAR:
             _refuse(
                 grammar, f"it has {len(grammar.text)} characters, {LONGEST_GRAMMAR} are allowed"

@@ -124,11 +124,8 @@ class TransformersRunner:
                     "save_pretrained.",
                     code="invalid_adapter",
                 )
-        try:
+        with require_extra("peft", "finetune", f"Loading the adapter {name}"):
             from peft import PeftModel
-        except ImportError as error:
-            missing = require_extra("peft", "finetune", f"Loading the adapter {name}")
-            raise missing from error
         try:
             if self._wrapped is None:
                 # Its layers go into our model, which stays the one that is run.

@@ -156,8 +156,6 @@ class Alerts:
 
 def _load_httpx2() -> Any:
     """Import httpx2, which the extra ``serve`` brings."""
-    try:
+    with require_extra("httpx2", "serve", "Sending alerts to a webhook"):
         import httpx2
-    except ImportError as error:
-        raise require_extra("httpx2", "serve", "Sending alerts to a webhook") from error
     return httpx2
