@@ -254,7 +254,6 @@ def build_quantization_config(
     skipped: Mapping[str, str],
     module_groups: Sequence[Sequence[str]],
     version: str,
-    meta: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Describe what was done so that vLLM, GPTQModel and Transformers build the right modules.
 
@@ -265,7 +264,6 @@ def build_quantization_config(
         module_groups: Names inside a block ("self_attn.q_proj"), those that share an input
             together, in execution order.
         version: Of halfbyte.
-        meta: More entries for ``meta``, which no reader looks at.
 
     Returns:
         The dict for :func:`write_configs`.
@@ -292,7 +290,7 @@ def build_quantization_config(
         "damp_percent": config.damping,
         "static_groups": not config.desc_act,
         "true_sequential": True,
-        "meta": {"quantizer": [f"halfbyte:{version}"], **(meta or {})},
+        "meta": {"quantizer": [f"halfbyte:{version}"]},
     }
 
 

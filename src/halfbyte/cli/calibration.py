@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     if args.picture:
         save_inspection_picture(found, args.picture)
     if args.json:
-        print_json(found.to_dict())
+        print_json(found)
     else:
         _print_table(found)
     return 0

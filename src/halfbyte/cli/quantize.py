@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         progress=make_progress(err_console),
     )
     if args.json:
-        print_json(report.to_dict())
+        print_json(report)
     else:
         _print_report(report)
     return 0

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
     )
     if args.json:
-        print_json(report.to_dict())
+        print_json(report)
         return 0
     table = Table(show_header=False)
     table.add_column(style="bold")

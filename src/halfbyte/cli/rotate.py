@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
             on_block=lambda index, count: status.update(f"block {index + 1} of {count}"),
         )
     if args.json:
-        print_json(report.to_dict())
+        print_json(report)
         return 0
     console.print(
         f"{report.output}: {report.num_blocks} blocks, {format_bytes(report.num_bytes)} in "

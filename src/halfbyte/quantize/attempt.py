@@ -119,7 +119,6 @@ class Attempt:
                 self.weights,
                 self.stream,
                 self.config,
-                keep_paused=self.settings.keep_paused,
                 hessian_bytes=self.settings.hessian_bytes,
                 on_linear=lambda rounded: self.progress.module_done(rounded.report),
                 meter=self.meter,

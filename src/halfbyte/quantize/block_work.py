@@ -54,7 +54,6 @@ class BlockWork:
         stream: BlockStream,
         config: QuantConfig,
         *,
-        keep_paused: bool,
         hessian_bytes: int,
         on_linear: Callable[[RoundedLinear], None],
         meter: Meter,
@@ -65,7 +64,6 @@ class BlockWork:
             weights: The model's files.
             stream: Runs blocks.
             config: How to round.
-            keep_paused: See :class:`halfbyte.model.stream.Passages`.
             hessian_bytes: For Hessians that are collected at the same time.
             on_linear: Told of every rounded linear.
             meter: Collects times and operations.
@@ -73,7 +71,6 @@ class BlockWork:
         self.weights = weights
         self.stream = stream
         self.config = config
-        self.keep_paused = keep_paused
         self.hessian_bytes = hessian_bytes
         self.on_linear = on_linear
         self.meter = meter

@@ -111,7 +111,6 @@ class EndToEndTuning:
         *,
         steps: int,
         seed: int,
-        rate: float | None = None,
     ) -> None:
         """Take up an earlier process's state, where there is one.
 
@@ -122,7 +121,6 @@ class EndToEndTuning:
             path: Where the state is kept.
             steps: Training steps at most, one batch each.
             seed: Orders the batches.
-            rate: Largest step; None: ``RATE``.
         """
         self.chain, self.student, self.data = chain, student, data
         self.path = path
@@ -136,7 +134,7 @@ class EndToEndTuning:
         self.usual_weight = sum(weights) / len(weights)
         """Of a batch's tokens. A batch that weighs more moves more, so that what is trained is
         what is judged: the mean over all tokens, not over batches."""
-        self.state = TuningState(rate=RATE if rate is None else rate)
+        self.state = TuningState(rate=RATE)
         self.optimizer = torch.optim.Adam(
             self.changes.values(), lr=self.state.rate, betas=BETAS, eps=1e-12
         )

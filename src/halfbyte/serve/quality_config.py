@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from halfbyte.config_fields import check_least, check_positive, check_share, option
 from halfbyte.errors import ConfigError
@@ -164,7 +163,3 @@ class QualityConfig:
         unknown = [cause for cause in self.fallback_on if cause not in CAUSES]
         if unknown:
             raise ConfigError(f"fallback_on has {unknown[0]!r}; allowed are {', '.join(CAUSES)}.")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Give plain values for JSON."""
-        return asdict(self)

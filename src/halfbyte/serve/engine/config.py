@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from halfbyte.config_fields import check_choice, check_least, check_positive, option
 from halfbyte.errors import ConfigError
@@ -89,7 +88,3 @@ class EngineConfig:
             ("activations", ACTIVATIONS),
         ):
             check_choice(self, name, allowed)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Give plain values for JSON."""
-        return asdict(self)
