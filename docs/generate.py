@@ -48,7 +48,8 @@ def describe_cli() -> str:
         "Every verb takes `--help`, which says the same, and `--debug`, which shows the traceback "
         "of an error. Exit codes: 0 done, 1 failed, 2 a wrong option or setting, 130 "
         "interrupted.\n",
-        "\n".join(f"- [`halfbyte {name}`](#halfbyte-{name})" for name in VERBS) + "\n",
+        "\n".join(f"- [`halfbyte {name}`](#halfbyte-{name.replace(' ', '-')})" for name in VERBS)
+        + "\n",
     ]
     parts += [describe_verb(name, verbs.choices[name]) for name in VERBS]
     return "\n".join(parts)

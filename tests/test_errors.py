@@ -42,6 +42,15 @@ def test_missing_extra_says_how_to_install_it():
     )
 
 
+def test_what_is_missing_within_is_named_as_it_was_there():
+    with (
+        pytest.raises(MissingExtraError, match="'httptools'"),
+        require_extra("starlette", "serve", "halfbyte serve"),
+        require_extra("httptools", "serve", "Reading a connection"),
+    ):
+        raise ImportError
+
+
 def test_first_line_of_somebody_elses_error():
     assert errors.first_line(ValueError(" a.\nb")) == "a"
     assert errors.first_line(ValueError("a!\nb")) == "a!"

@@ -130,6 +130,9 @@ def require_extra(module: str, extra: str, purpose: str) -> Iterator[None]:
     """
     try:
         yield
+    except MissingExtraError:
+        # What is imported within says more exactly what it lacks.
+        raise
     except ImportError as error:
         raise MissingExtraError(
             f"{purpose} needs the Python package '{module}', which is not installed. "

@@ -93,3 +93,11 @@ def test_output_folder_gets_every_form(compared, tmp_path, capsys):
     captured = capsys.readouterr()
     assert captured.out.startswith("### ❔")
     assert "wrote" in captured.err
+
+
+def test_a_report_that_cannot_be_written_does_not_hide_the_verdict(compared, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["compare", "base", "small", "-o", str(tmp_path / "file" / "report")]) == 3
+    captured = capsys.readouterr()
+    assert "Inconclusive." in captured.out
+    assert "Cannot make the folder" in captured.err

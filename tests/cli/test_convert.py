@@ -104,3 +104,20 @@ def test_a_model_in_full_precision_is_refused(tmp_path, capsys):
     arguments = ["convert", str(tmp_path / "model"), "--to", "awq", "-o", str(tmp_path / "out")]
     assert main(arguments) == 1
     assert "no quantized linear" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--widen"], ["--head", "q8_0"], ["--embeddings", "f16"], ["--pre-tokenizer", "llama-bpe"]],
+)
+def test_what_only_gguf_knows_is_refused_elsewhere(model, tmp_path, capsys, words):
+    assert main(["convert", str(model), "--to", "awq", "-o", str(tmp_path / "out"), *words]) == 2
+    name = words[0].removeprefix("--").replace("-", "_")
+    assert f"{name} would change nothing in the format awq" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_beside_a_folder_is_refused(model, tmp_path, capsys):
+    words = ["--to", "awq", "-o", str(tmp_path / "out"), "--base", str(model)]
+    assert main(["convert", str(model), *words]) == 2
+    assert "only a .gguf file needs one" in capsys.readouterr().err

@@ -82,7 +82,8 @@ def test_answer_goes_through_the_chat_template(folder, capsys):
 
 
 def test_chat_answers_each_line_until_the_input_ends(folder, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("w1\n\nw2\n/new\nw1\n"))
+    # As a pipe is: it takes no other settings once it is read from.
+    monkeypatch.setattr("sys.stdin", text_of(b"w1\n\nw2\n/new\nw1\n"))
     arguments = ["--temperature", "0", "--max-new-tokens", "6"]
     assert main(["chat", str(folder), *arguments]) == 0
     out, err = capsys.readouterr()

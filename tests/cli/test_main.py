@@ -67,6 +67,13 @@ def test_interrupt_exits_with_130(verb, capsys):
     assert capsys.readouterr().err == "halfbyte: Interrupted.\n"
 
 
+def test_interrupt_says_where_a_run_can_go_on(verb, capsys):
+    verb.add_arguments = lambda parser: parser.add_argument("--resume", action="store_true")
+    verb.run = raising(KeyboardInterrupt())
+    assert cli.main(["try"]) == 130
+    assert "The same command with --resume goes on." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("error", "told"),
     [

@@ -298,3 +298,12 @@ def test_taken_port_is_found_before_the_model_is_loaded(capsys):
         port = taken.getsockname()[1]
         assert main(["serve", "no-such-folder", "--port", str(port)]) == 2
     assert f"Cannot listen on 127.0.0.1 port {port}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("module", "package"), [("assembly", "starlette"), ("running", "uvicorn")])
+def test_without_the_extra_it_says_how_to_install_it(model, monkeypatch, capsys, module, package):
+    monkeypatch.setitem(sys.modules, f"halfbyte.serve.{module}", None)
+    assert main(["serve", str(model)]) == 1
+    error = capsys.readouterr().err
+    assert f"halfbyte serve needs the Python package '{package}'" in error
+    assert 'pip install "halfbyte[serve]"' in error

@@ -38,6 +38,7 @@ def test_the_life_of_a_version(call, tmp_path):
     assert added["manifest"]["parent"] is not None
     changes = call("diff", "m@champion", f"m@{second}").splitlines()
     assert "recipe   group_size: 64 -> 65" in changes
+    assert call("diff", "m@champion", "m@champion") == "no difference\n"
     # Of one size and other bytes.
     assert any(re.fullmatch(r"changed  model\.safetensors, [\d.]+ k?B", line) for line in changes)
     (tmp_path / "b" / "model.safetensors").rename(tmp_path / "b" / "other.safetensors")

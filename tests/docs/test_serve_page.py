@@ -50,7 +50,7 @@ def test_python_example(server, capsys):
 def test_every_path_of_the_table_is_served(server):
     paths = re.findall(r"\| `(?:GET|POST) ([^`]+)`(?:, `([^`]+)`)?", PAGE.read_text())
     flat = [path for pair in paths for path in pair if path]
-    assert len(flat) == 9
+    assert len(flat) == 10
     for path in flat:
         method = "POST" if "complet" in path or "token" in path else "GET"
         reply = httpx2.request(method, server + path)

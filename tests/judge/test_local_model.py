@@ -10,7 +10,7 @@ import torch
 from tests.helpers.tiny_llama import build_model, build_tokenizer
 from torch.nn import functional
 
-from halfbyte.errors import ConfigError
+from halfbyte.errors import CheckpointError, ConfigError
 from halfbyte.evaluate.loading import Subject
 from halfbyte.judge.answers import Answer, AnswerFile
 from halfbyte.judge.local_model import LocalModel, cut_at, unpack_reference_linears
@@ -248,6 +248,13 @@ def test_answers_survive_a_kill_in_the_middle_of_a_line(tmp_path):
     again.keep({"b": answer.to_dict()})
     assert len(AnswerFile(path)) == 2
     assert len(AnswerFile(path, fresh=True)) == 0
+
+
+def test_a_file_that_takes_no_answers_is_named(tmp_path):
+    kept = AnswerFile(tmp_path / "answers.jsonl")
+    kept.path.mkdir()
+    with pytest.raises(CheckpointError, match=r"Cannot keep answers in .*answers.jsonl: .*--cache"):
+        kept.keep({"a": 1})
 
 
 def test_answers_of_another_version_are_not_read(tmp_path):

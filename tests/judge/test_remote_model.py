@@ -157,7 +157,7 @@ def test_served_candidate_is_judged_by_what_it_writes(
     assert result.overall.flips.num_items == 20
     assert result.overall.flips.harmful > 5
     assert (result.text, result.layers) == (None, None)
-    assert "20 items with choices were left out" in result.notes[0]
+    assert "items with choices, left out: 20" in result.notes[0]
     asked = len(seen)
     assert asked == 20
     compare(base, address, items=items, config=config, cache=tmp_path / "cache", resume=True)

@@ -182,13 +182,16 @@ def run(args: argparse.Namespace) -> int:
             resume=args.resume,
             progress=progress,
         )
-    if args.output is not None:
-        for path in write_report(result, args.output):
-            err_console.print(f"wrote {path}", soft_wrap=True)
-    if args.format == "text":
-        _print_text(result)
-    else:
-        sys.stdout.write(render(result, args.format))
+    try:
+        if args.output is not None:
+            for path in write_report(result, args.output):
+                err_console.print(f"wrote {path}", soft_wrap=True)
+    finally:
+        # Of hours of work a full disk takes no more than the files.
+        if args.format == "text":
+            _print_text(result)
+        else:
+            sys.stdout.write(render(result, args.format))
     return result.verdict.exit_code
 
 

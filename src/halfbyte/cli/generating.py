@@ -119,8 +119,9 @@ def read_input(read: Callable[[], str]) -> str:
     Raises:
         ConfigError: It is no text.
     """
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        # As the arguments come: bytes that are no text are told by check_text.
+    if isinstance(sys.stdin, io.TextIOWrapper) and sys.stdin.errors != "surrogateescape":
+        # As the arguments come: bytes that are no text are told by check_text. Before the first
+        # line only: a pipe that was read from cannot be changed.
         sys.stdin.reconfigure(errors="surrogateescape")
     return check_text(read(), "standard input")
 

@@ -186,7 +186,8 @@ def _run(verb: Verb, args: argparse.Namespace) -> int:
             read_variable(variable)
         return verb.run(args)
     except KeyboardInterrupt:
-        _print_error("Interrupted.")
+        go_on = " The same command with --resume goes on." if hasattr(args, "resume") else ""
+        _print_error(f"Interrupted.{go_on}")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader (head, less) left. Python would complain again when it flushes at exit.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from halfbyte.cli.options import add_dataclass_options, dataclass_from_args
 from halfbyte.cli.output import err_console
+from halfbyte.errors import require_extra
 from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.engine.config import EngineConfig
 from halfbyte.serve.quality_config import QualityConfig
@@ -41,8 +42,10 @@ def run(args: argparse.Namespace) -> int:
     engine = dataclass_from_args(EngineConfig, args)
     quality = dataclass_from_args(QualityConfig, args)
 
-    from halfbyte.serve.assembly import open_service, read_keys
-    from halfbyte.serve.running import bind, run_server
+    with require_extra("starlette", "serve", "halfbyte serve"):
+        from halfbyte.serve.assembly import open_service, read_keys
+    with require_extra("uvicorn", "serve", "halfbyte serve"):
+        from halfbyte.serve.running import bind, run_server
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     for quiet in ("httpx2", "httpcore2", "uvicorn", "aiobotocore"):

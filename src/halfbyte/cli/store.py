@@ -238,7 +238,9 @@ def _diff(store: Store, args: argparse.Namespace) -> Outcome:
         texts = " -> ".join((digest or "unknown")[:12] for digest in (before, after))
         lines.append(f"recipe   calibration text: {texts}")
     before, after = found["bytes"]
-    return found, [*lines, f"size     {format_bytes(before)} -> {format_bytes(after)}"]
+    if before != after:
+        lines.append(f"size     {format_bytes(before)} -> {format_bytes(after)}")
+    return found, lines or ["no difference"]
 
 
 def _describe_change(path: str, before: int | None, after: int | None) -> str:

@@ -69,9 +69,9 @@ def describe_tokenizer(
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ConfigError(
-            f"Cannot write GGUF: {folder} has no tokenizer.json. Save the tokenizer there with "
-            "AutoTokenizer.from_pretrained(...).save_pretrained(...), or, where the source is a "
-            ".gguf file, give the original model's folder with --base."
+            f"Cannot write GGUF: the folder {folder} has no tokenizer.json. Save the tokenizer "
+            "there with AutoTokenizer.from_pretrained(...).save_pretrained(...), or, where the "
+            "source is a .gguf file, give the original model's folder with --base."
         )
     loaded, tokenizer = _load(path)
     model, kind = tokenizer["model"], type(loaded.model).__name__

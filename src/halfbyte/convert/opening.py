@@ -20,7 +20,7 @@ from halfbyte.convert.gguf_source import GgufSource
 from halfbyte.convert.gptq import GptqSource
 from halfbyte.convert.mlx import MlxSource
 from halfbyte.convert.source import Source
-from halfbyte.errors import CheckpointError
+from halfbyte.errors import CheckpointError, ConfigError
 
 GGUF_SUFFIX = ".gguf"
 
@@ -36,6 +36,7 @@ def open_source(path: Path, base: Path | None = None) -> Source:
         The model; no weight is in memory.
 
     Raises:
+        ConfigError: There is a base, and no .gguf file.
         CheckpointError: It is of no format that is read, or damaged.
     """
     if path.is_dir() and not any(path.glob("*.safetensors")):
@@ -44,6 +45,11 @@ def open_source(path: Path, base: Path | None = None) -> Source:
             path = files[0]
     if path.name.endswith(GGUF_SUFFIX):
         return GgufSource.open(path, base)
+    if base is not None:
+        raise ConfigError(
+            f"Cannot take {base} as the base of {path}: only a .gguf file needs one, a folder has "
+            "config and tokenizer of its own. Leave --base out."
+        )
     config = read_model_config(path)
     section = read_quantization_config(path)
     own = {key: value for key, value in config.items() if key not in (CONFIG_SECTION, mlx.SECTION)}

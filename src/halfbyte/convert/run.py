@@ -64,6 +64,18 @@ class ConversionConfig:
             value = getattr(self, name)
             if value not in allowed:
                 raise ConfigError(f"{name} is '{value}'; allowed are {', '.join(allowed)}.")
+        chosen = {
+            "embeddings": self.embeddings != KEPT,
+            "head": self.head != KEPT,
+            "widen": self.widen,
+            "pre_tokenizer": self.pre_tokenizer is not None,
+        }
+        unused = [name for name, given in chosen.items() if given]
+        if unused and self.to != "gguf":
+            raise ConfigError(
+                f"{', '.join(unused)} would change nothing in the format {self.to}, only in gguf. "
+                "Leave it out."
+            )
 
 
 def convert(

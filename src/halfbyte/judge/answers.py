@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+from halfbyte.errors import CheckpointError
 from halfbyte.judge.questions import Question
 
 VERSION = 2
@@ -97,13 +98,26 @@ class AnswerFile:
         return self._values.get(key)
 
     def keep(self, values: Mapping[str, Any]) -> None:
-        """Write values down; after this a killed process loses none of them."""
-        with self.path.open("a", encoding="utf-8") as handle:
-            for key, value in values.items():
-                record = {"v": VERSION, "key": key, "value": value}
-                handle.write(json.dumps(record, separators=(",", ":")) + "\n")
-            handle.flush()
-            os.fsync(handle.fileno())
+        """Write values down; after this a killed process loses none of them.
+
+        Args:
+            values: By what was asked.
+
+        Raises:
+            CheckpointError: The disk is full or the file cannot be written to.
+        """
+        try:
+            with self.path.open("a", encoding="utf-8") as handle:
+                for key, value in values.items():
+                    record = {"v": VERSION, "key": key, "value": value}
+                    handle.write(json.dumps(record, separators=(",", ":")) + "\n")
+                handle.flush()
+                os.fsync(handle.fileno())
+        except OSError as error:
+            raise CheckpointError(
+                f"Cannot keep answers in {self.path}: {error.strerror or error}. Free some space "
+                "or name another folder (--cache)."
+            ) from error
         self._values.update(values)
 
     def _read(self) -> None:

@@ -147,7 +147,7 @@ def _prepare(
         items = [item for item in items if not item.choices]
         notes.append(
             "One of the two is served: only what it writes is compared, no likelihoods"
-            + (f"; {skipped} items with choices were left out." if skipped else ".")
+            + (f"; items with choices, left out: {skipped}." if skipped else ".")
         )
     questions = [make_question(tokenizer, item) for item in name_documents(items)]
     for question in questions:

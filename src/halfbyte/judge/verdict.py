@@ -338,10 +338,11 @@ def _slices_claim(name: str, slices: Sequence[SliceResult], margins: Margins) ->
         found = f"no slice has the {FEWEST_ITEMS} items that a test needs"
         return [Claim(name=name, outcome=Outcome.PASS, found=found)]
     worst = min(tested, key=lambda s: s.flips.difference)
+    together = f"{len(tested)} were tested together, the lowest is " if len(tested) > 1 else ""
     found = (
-        f"no loss beyond {points(margins.slices, sign=False)} is shown; {len(tested)} were tested "
-        f"together, the lowest is {worst.name}: {percent(worst.base_accuracy)} → "
-        f"{percent(worst.candidate_accuracy)} on {worst.flips.num_items} items"
+        f"no loss beyond {points(margins.slices, sign=False)} is shown; {together}{worst.name}: "
+        f"{percent(worst.base_accuracy)} → {percent(worst.candidate_accuracy)} on "
+        f"{worst.flips.num_items} items"
     )
     return [Claim(name=name, outcome=Outcome.PASS, found=found)]
 

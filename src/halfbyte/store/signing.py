@@ -101,4 +101,8 @@ def _words_of(error: Exception) -> str:
 def _check_key(path: Path) -> None:
     """A key that is not there is none that does not fit."""
     if not path.is_file():
-        raise StoreError(f"There is no key {path}. Make one as docs/how-to/store.md says.")
+        raise StoreError(
+            f"There is no key {path}. A private one is made with: openssl ecparam -name prime256v1 "
+            "-genkey -noout -out key.pem; its public one with: openssl ec -in key.pem -pubout -out "
+            "key.pub"
+        )
