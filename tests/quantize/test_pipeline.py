@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,18 @@ def test_group_size_that_fits_no_layer_is_refused_before_the_run(tmp_path: Path)
     with pytest.raises(ConfigError, match=found):
         run(tmp_path, QuantConfig(group_size=7))
     assert not (tmp_path / "out" / ".halfbyte" / "journal.jsonl").exists()
+
+
+def test_a_disk_that_is_too_small_is_refused_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = shutil.disk_usage(tmp_path)._replace(free=3000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    with pytest.raises(ConfigError, match=r"has 3\.0 kB free; the checkpoint takes \d.* beside it"):
+        run(tmp_path, QuantConfig())
+    monkeypatch.undo()
+    # and nothing stands in the way of the next try
+    run(tmp_path, QuantConfig())
 
 
 def test_output_inside_the_models_folder_is_refused(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ kept in the journal: a resumed run takes the same decisions whatever the machine
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from typing import Any, Self
 import psutil
 import torch
 
+from halfbyte.errors import ConfigError
 from halfbyte.machine.arithmetic import has_fast_bf16
 from halfbyte.model.weights import ModelWeights
 from halfbyte.quant_config import SUPPORTED_BITS, CalibrationConfig, QuantConfig, ResourceConfig
@@ -103,9 +105,26 @@ class RunPlan:
             + "; ".join(settings.reasons),
             f"disk    {format_bytes(self.output_bytes)} for the checkpoint, "
             f"{format_bytes(self.work_bytes)} while it runs",
-            f"time    about {format_seconds(self.seconds)} "
+            f"time    at least {format_seconds(self.seconds)} "
             f"({self.flops / 1e12:.1f} TFLOP on {settings.threads} threads)",
         )
+
+    def check_disk(self, folder: Path) -> None:
+        """Refuse to begin what the disk cannot hold.
+
+        Args:
+            folder: On the disk of the output.
+
+        Raises:
+            ConfigError: There is too little space; says how much is needed.
+        """
+        free = shutil.disk_usage(folder).free
+        if free < self.output_bytes + self.work_bytes:
+            raise ConfigError(
+                f"The disk of {folder} has {format_bytes(free)} free; the checkpoint takes "
+                f"{format_bytes(self.output_bytes)}, and the run {format_bytes(self.work_bytes)} "
+                "beside it. Free some space, or choose an output on another disk."
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,7 +248,7 @@ def resolve_resources(
         memory_bytes=needed,
         budget_bytes=budget,
         work_bytes=2 * task.state_bytes + task.weight_bytes,
-        output_bytes=_output_bytes(weights, task.sizes),
+        output_bytes=_output_bytes(weights, task.sizes, config.bits),
         flops=flops,
         seconds=flops / (REACHED_RATE * measure_gemm_rate(dtype, weights.device)),
     )
@@ -364,6 +383,7 @@ def _outside_bytes(weights: ModelWeights) -> int:
     return sum(weights.files.infos[key].num_bytes for key in weights.outside_keys)
 
 
-def _output_bytes(weights: ModelWeights, sizes: Sizes) -> int:
-    """Near enough to see whether the disk will do: half a byte and a bit per weight."""
-    return _outside_bytes(weights) + int(0.53 * sizes.block_numbers * len(weights.blocks.modules))
+def _output_bytes(weights: ModelWeights, sizes: Sizes, bits: int) -> int:
+    """Near enough to see whether the disk will do: codes, and a bit per weight for the rest."""
+    rounded = sizes.block_numbers * len(weights.blocks.modules)
+    return _outside_bytes(weights) + int((bits / 8 + 0.03) * rounded)

@@ -200,6 +200,7 @@ class Run:
         )
         self._note_slow_ways(plan.settings)
         self.progress.started((*plan.lines(), *tokens.notes, *self.notes))
+        plan.check_disk(self.journal.folder)
         header = {"version": JOURNAL_VERSION, "inputs": inputs}
         self.journal.start({**header, "settings": plan.settings.to_dict()})
         return plan.settings
