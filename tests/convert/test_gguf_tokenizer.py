@@ -31,7 +31,12 @@ def test_ways_of_cutting_words_are_known_by_their_steps():
     }
     assert find_pre_tokenizer({"pre_tokenizer": steps}) == "qwen2"
     split["pattern"]["Regex"] = regex.replace(r"\p{N}|", r"\p{N}{1,3}|")
-    assert find_pre_tokenizer({"pre_tokenizer": steps}) == "llama-bpe"
+    whole_words = {"model": {"ignore_merges": True}}
+    assert find_pre_tokenizer({"pre_tokenizer": steps, **whole_words}) == "llama-bpe"
+    assert find_pre_tokenizer({"pre_tokenizer": steps}) == "dbrx"
+    # OLMo 2, Granite 4.1, Phi-4: what the pattern finds is what is left.
+    split |= {"behavior": "Removed", "invert": True}
+    assert find_pre_tokenizer({"pre_tokenizer": steps}) == "dbrx"
 
 
 def test_other_ways_are_refused_and_can_be_named(tmp_path):

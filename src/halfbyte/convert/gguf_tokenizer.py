@@ -36,6 +36,8 @@ PRE_TOKENIZERS: Mapping[tuple[str, ...], str] = {
     (f"Split {_PARTS}|{_LETTERS}|\\p{{N}}|{_REST}", "ByteLevel"): "qwen2",
 }
 """The steps of ``pre_tokenizer`` in tokenizer.json -> llama.cpp's name."""
+_MERGED = {"llama-bpe": "dbrx"}
+"""By a name under which llama.cpp looks a whole word up before it merges: the same without that."""
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
@@ -141,7 +143,8 @@ def find_pre_tokenizer(tokenizer: Mapping[str, Any]) -> str:
             f"llama.cpp ({' then '.join(names)}). Give it with --pre-tokenizer; llama.cpp lists "
             "the names in src/llama-vocab.cpp."
         )
-    return PRE_TOKENIZERS[names]
+    found, model = PRE_TOKENIZERS[names], tokenizer.get("model") or {}
+    return found if model.get("ignore_merges") else _MERGED.get(found, found)
 
 
 def _name_step(step: Mapping[str, Any]) -> str:
@@ -152,7 +155,9 @@ def _name_step(step: Mapping[str, Any]) -> str:
         return ("ByteLevel+regex" if step.get("use_regex", True) else "ByteLevel") + prefix
     if kind == "Split":
         pattern, how = step.get("pattern", {}), step.get("behavior")
-        how = "" if how == "Isolated" and not step.get("invert") else f" ({how}, inverted or not)"
+        # These two are one where a pattern leaves nothing out, and none that is known does.
+        is_usual = (how, bool(step.get("invert"))) in (("Isolated", False), ("Removed", True))
+        how = "" if is_usual else f" ({how}, inverted or not)"
         return f"Split {pattern.get('Regex') or pattern.get('String')}{how}"
     if kind == "Digits" and not step.get("individual_digits"):
         return "Digits in groups"
