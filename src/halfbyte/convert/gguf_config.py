@@ -7,7 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from halfbyte.checkpoint.labels import CONFIG_SECTION, MODEL_CONFIG, read_model_config
+from halfbyte.checkpoint.labels import (
+    MODEL_CONFIG,
+    drop_quantization_config,
+    read_model_config,
+)
 from halfbyte.convert.gguf_architecture import ARCHITECTURES, EMBEDDING, HEAD, Architecture
 from halfbyte.convert.gguf_fields import spell_out
 from halfbyte.convert.gguf_file import BF16, GgufFile
@@ -45,9 +49,7 @@ def read_config(file: GgufFile, base: Path | None) -> dict[str, Any]:
                 f"Cannot use {base} as the base of {file.path}: it has no {MODEL_CONFIG}. Give "
                 "the folder of the original model."
             )
-        config = read_model_config(base)
-        config.pop(CONFIG_SECTION, None)
-        return config
+        return drop_quantization_config(read_model_config(base))
     pairs, tensors = file.pairs, file.tensors
     name = pairs.get("general.architecture")
     family = next((family for family in ARCHITECTURES if family.name == name), None)
