@@ -207,6 +207,14 @@ def test_what_is_refused_for_its_tokenizer_leaves_no_folder(tmp_path):
     assert not (tmp_path / "b").exists()
 
 
+def test_what_is_refused_of_a_folder_is_refused_before_its_weights(tmp_path):
+    write_source(tmp_path / "a", linears())
+    (tmp_path / "a" / "LICENSE").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="missing the file LICENSE, which is a link to"):
+        convert(tmp_path / "a", tmp_path / "b", config=ConversionConfig(to="awq"))
+    assert not (tmp_path / "b").exists()
+
+
 @pytest.mark.parametrize("to", ["gguf", "awq"])
 def test_what_is_refused_half_way_leaves_no_file(tmp_path, to):
     write_source(tmp_path / "a", linears())
