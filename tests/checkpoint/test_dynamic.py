@@ -133,6 +133,13 @@ def test_pattern_that_is_no_expression_is_refused():
         resolve_dynamic({"-:(a": {}}, "x")
 
 
+def test_pattern_without_an_end_is_refused(monkeypatch):
+    monkeypatch.setattr("halfbyte.checkpoint.dynamic.SECONDS", 0.1)
+    pattern = r"(\w|\w\w|\.)+$"
+    with pytest.raises(CheckpointError, match=r"takes more than 0.1 s to match model.layers.0"):
+        resolve_dynamic({pattern: {}}, "model.layers.0.self_attn.q_proj.of.a.longer.name!")
+
+
 def test_patterns_do_not_depend_on_the_hash_seed() -> None:
     """Sets of strings are walked in another order in every process; the config must not be."""
     program = (

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import halfbyte
 from halfbyte.convert.gguf_architecture import find_architecture
-from halfbyte.convert.gguf_config import check_complete
+from halfbyte.convert.gguf_config import check_complete, read_config
 from halfbyte.convert.gguf_file import F32, Q4_0, Q8_0, open_gguf
 from halfbyte.convert.opening import open_source
 from halfbyte.convert.run import ConversionConfig, convert
@@ -152,6 +152,19 @@ def test_biases_that_no_config_can_say_ask_for_a_base(tmp_path):
     with pytest.raises(CheckpointError, match=r"attn_q of a block has a bias.* with --base"):
         open_source(report.output)
     assert open_source(report.output, tmp_path / "a").linears
+
+
+def test_a_config_is_made_of_single_numbers(tmp_path):
+    linears = {f"{ATTENTION}.q_proj": TinyLinear(out_features=64)}
+    write_source(tmp_path / "a", linears, is_whole=True)
+    report = convert(tmp_path / "a", tmp_path / "b", config=ConversionConfig(to="gguf"))
+    file = open_gguf(report.output)
+    plain = {**file.pairs, "llama.rope.scaling.type": "none"}
+    config = read_config(replace(file, pairs=plain), None)
+    assert config == read_config(file, None)
+    each = {**plain, "llama.attention.head_count_kv": [config["num_key_value_heads"]]}
+    with pytest.raises(CheckpointError, match=r"head_count_kv is \[.\]; one positive number"):
+        read_config(replace(file, pairs=each), None)
 
 
 @pytest.mark.parametrize(

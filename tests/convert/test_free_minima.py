@@ -77,6 +77,17 @@ def test_formats_with_zero_points_hold_them_dense_where_an_error_is_allowed(mlx,
     assert torch.equal(found, weight.half())
 
 
+def test_wider_codes_are_no_way_to_hold_minima_that_are_rounded(mlx, tmp_path):
+    folder, _ = mlx
+    tensors = load_file(folder / "model.safetensors")
+    for part in ("scales", "biases"):
+        tensors[f"{NAME}.{part}"] = tensors[f"{NAME}.{part}"].bfloat16()
+    tensors[f"{NAME}.biases"][0, 0] = 2.0**-30
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "mlx"})
+    with pytest.raises(ValueError, match=r"asymmetric: Q4_1 rounds the minimum to fp16\)"):
+        convert(folder, tmp_path / "b", config=ConversionConfig(to="gguf", widen=True))
+
+
 def test_q4_1_of_others_is_read(tmp_path):
     linears = {
         f"{ATTENTION}.q_proj": TinyLinear(out_features=64),

@@ -90,6 +90,13 @@ def test_factors_of_longrope_must_be_as_many_as_what_turns():
     assert pairs["phi3.rope.scaling.original_context_length"] == 32
     assert pairs["phi3.rope.scaling.attn_factor"] == pytest.approx((1 + 2 / 5) ** 0.5)
     assert "more than 32 it takes the long" in note_limits(BY_CLASS["Phi3ForCausalLM"], config)[0]
+    own = {**parameters, "factor": 2.0, "original_max_position_embeddings": 64}
+    config.pop("original_max_position_embeddings")
+    config["rope_parameters"] = own
+    pairs = describe_model(BY_CLASS["Phi3ForCausalLM"], config)
+    assert pairs["phi3.rope.scaling.attn_factor"] == pytest.approx((1 + 1 / 6) ** 0.5)
+    assert "more than 64 it takes the long" in note_limits(BY_CLASS["Phi3ForCausalLM"], config)[0]
+    config["rope_parameters"] = parameters
     parameters["short_factor"] = [1.0] * 5
     with pytest.raises(ValueError, match=r"short_factor has 5 numbers, .* turn 8 .* needs 4"):
         make_rope_factors(config)

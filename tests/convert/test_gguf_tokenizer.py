@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, normalizers, trainers
 from halfbyte.convert.gguf_tokenizer import (
     describe_tokenizer,
     find_pre_tokenizer,
-    note_normalizers,
+    note_tokenizer,
 )
 from halfbyte.errors import CheckpointError, ConfigError
 from halfbyte.sample_model import write_sample_model
@@ -31,7 +31,12 @@ def test_ways_of_cutting_words_are_known_by_their_steps():
     }
     assert find_pre_tokenizer({"pre_tokenizer": steps}) == "qwen2"
     split["pattern"]["Regex"] = regex.replace(r"\p{N}|", r"\p{N}{1,3}|")
-    assert find_pre_tokenizer({"pre_tokenizer": steps}) == "llama-bpe"
+    whole_words = {"model": {"ignore_merges": True}}
+    assert find_pre_tokenizer({"pre_tokenizer": steps, **whole_words}) == "llama-bpe"
+    assert find_pre_tokenizer({"pre_tokenizer": steps}) == "dbrx"
+    # OLMo 2, Granite 4.1, Phi-4: what the pattern finds is what is left.
+    split |= {"behavior": "Removed", "invert": True}
+    assert find_pre_tokenizer({"pre_tokenizer": steps}) == "dbrx"
 
 
 def test_other_ways_are_refused_and_can_be_named(tmp_path):
@@ -68,7 +73,7 @@ def test_words_cut_almost_as_llama_cpp_does_are_not_taken_for_the_same(tmp_path,
 def test_normalizers_are_noted_or_refused(tmp_path):
     change_tokenizer(tmp_path, lambda content: content.update(normalizer={"type": "NFC"}))
     assert describe_tokenizer(tmp_path, TINY_CONFIG)["tokenizer.ggml.pre"] == "gpt-2"
-    assert "one Unicode form (NFC)" in note_normalizers(tmp_path)[0]
+    assert "one Unicode form (NFC)" in note_tokenizer(tmp_path, TINY_CONFIG)[0]
     steps = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}
     change_tokenizer(tmp_path, lambda content: content.update(normalizer=steps))
     with pytest.raises(ConfigError, match=r"changes text before it cuts it \(Lowercase\)"):
@@ -131,6 +136,19 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     write_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="'the' has the id 259, and the model has 250 tokens"):
         describe_tokenizer(tmp_path, {**TINY_CONFIG, "vocab_size": 250})
+
+
+def test_added_tokens_that_the_model_has_not_are_left_out(tmp_path):
+    image = {"id": 260, "content": "<image>", "special": True, "single_word": False}
+    image |= {"lstrip": False, "rstrip": False, "normalized": False}
+    change_tokenizer(tmp_path, lambda content: content["added_tokens"].append(image))
+    config = {**TINY_CONFIG, "vocab_size": 260}
+    assert len(describe_tokenizer(tmp_path, config)["tokenizer.ggml.tokens"]) == 260
+    (note,) = note_tokenizer(tmp_path, config)
+    assert note.startswith(
+        "left out of the tokenizer: <image>, whose ids come after the model's 260"
+    )
+    assert note_tokenizer(tmp_path, {**config, "vocab_size": 261}) == ()
 
 
 def test_ids_without_a_token_are_unused(tmp_path):

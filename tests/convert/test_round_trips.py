@@ -207,6 +207,14 @@ def test_what_is_refused_for_its_tokenizer_leaves_no_folder(tmp_path):
     assert not (tmp_path / "b").exists()
 
 
+def test_what_is_refused_of_a_folder_is_refused_before_its_weights(tmp_path):
+    write_source(tmp_path / "a", linears())
+    (tmp_path / "a" / "LICENSE").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="missing the file LICENSE, which is a link to"):
+        convert(tmp_path / "a", tmp_path / "b", config=ConversionConfig(to="awq"))
+    assert not (tmp_path / "b").exists()
+
+
 @pytest.mark.parametrize("to", ["gguf", "awq"])
 def test_what_is_refused_half_way_leaves_no_file(tmp_path, to):
     write_source(tmp_path / "a", linears())
@@ -243,6 +251,18 @@ def test_dense_weights_have_one_type_in_the_config(tmp_path):
     convert(tmp_path / "a", tmp_path / "b", config=ConversionConfig(to="hf", dtype="bfloat16"))
     found = json.loads((tmp_path / "b" / "config.json").read_text())
     assert {key: found[key] for key in found if "dtype" in key} == {"dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("to", ["hf", "mlx"])
+def test_no_config_says_any_longer_how_the_source_was_quantized(tmp_path, to):
+    write_source(tmp_path / "a", {f"{ATTENTION}.q_proj": TinyLinear(out_features=64)})
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    section = config.pop("quantization_config")
+    config["text_config"] = {"hidden_size": 64, "quantization_config": section}
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    convert(tmp_path / "a", tmp_path / "b", config=ConversionConfig(to=to))
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert config["text_config"] == {"hidden_size": 64}
 
 
 def test_every_base_of_a_merge_is_named(tmp_path):

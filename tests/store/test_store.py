@@ -137,6 +137,16 @@ def test_a_file_that_changes_while_it_is_added_leaves_no_wrong_blob(store, tmp_p
     assert store.verify() == [version]
 
 
+def test_a_card_that_names_several_bases_keeps_them(local, tmp_path):
+    folder = write_folder(tmp_path / "model", card="---\nbase_model:\n- org/a\n- org/b\n---\n# M\n")
+    assert local.add(folder, "m").base.id == "org/a"
+    card = (checkout(local, "m") / "README.md").read_text()
+    assert "base_model:\n- org/a\n- org/b\nbase_model_relation: quantized\n" in card
+    write_folder(tmp_path / "again", card=card)
+    local.add(tmp_path / "again", "m")
+    assert (checkout(local, "m") / "README.md").read_text() == card
+
+
 @pytest.mark.parametrize("card", [b"---\ntitle: a: b\n---\nText\n", b"# caf\xe9\n"])
 def test_a_card_that_cannot_be_read_is_kept_below_the_front_matter(local, tmp_path, card):
     folder = write_folder(tmp_path / "model")

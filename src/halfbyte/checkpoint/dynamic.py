@@ -16,10 +16,14 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import regex
+
 from halfbyte.errors import CheckpointError
 
 SKIP = "-:"
 OVERRIDE = "+:"
+SECONDS = 1
+"""Longest time for one pattern and one name; some patterns would take years."""
 
 FUSED_LINEARS: Mapping[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -58,13 +62,19 @@ def resolve_dynamic(
         pattern says that the module is not quantized.
 
     Raises:
-        CheckpointError: A pattern is not a regular expression.
+        CheckpointError: A pattern is not a regular expression, or takes too long.
     """
     for key, overrides in dynamic.items():
         pattern = key.removeprefix(SKIP).removeprefix(OVERRIDE)
         try:
-            matched = re.match(pattern, module)
-        except (re.error, OverflowError, RecursionError) as error:
+            # vLLM's library too; Python's own knows no time limit.
+            matched = regex.match(pattern, module, timeout=SECONDS)
+        except TimeoutError as error:
+            raise CheckpointError(
+                f"Cannot use dynamic of the quantization config: '{key[:80]}' takes more than "
+                f"{SECONDS} s to match {module[:80]}. Correct the config, or remove the entry."
+            ) from error
+        except (regex.error, OverflowError, RecursionError) as error:
             raise CheckpointError(
                 f"Cannot use dynamic of the quantization config: '{key[:80]}' is not a regular "
                 f"expression: {error}. Correct the config, or remove the entry."

@@ -142,6 +142,21 @@ def read_quantization_config(folder: Path) -> dict[str, Any]:
     return found[0][1] if found else {}
 
 
+def drop_quantization_config(model_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Give a model's config as that of weights that are not quantized.
+
+    Args:
+        model_config: ``config.json``; left unchanged.
+
+    Returns:
+        The same without its quantization config, at the top and in ``text_config``.
+    """
+    own = {key: value for key, value in model_config.items() if key != CONFIG_SECTION}
+    if isinstance(own.get("text_config"), dict):
+        own["text_config"] = drop_quantization_config(own["text_config"])
+    return own
+
+
 def name_method(config: Mapping[str, Any]) -> str:
     """Name the method of a quantization config; AutoAWQ's own file says its form only."""
     is_awq = str(config.get("version", "")).lower() in AWQ_VERSIONS

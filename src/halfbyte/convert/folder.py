@@ -12,11 +12,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 
 from halfbyte.checkpoint.checksums import ShardDigest, write_checksums
+from halfbyte.checkpoint.companions import copy_companions
 from halfbyte.checkpoint.labels import CONFIG_SECTION, MODEL_CONFIG
 from halfbyte.checkpoint.new_folder import check_new_folder
 from halfbyte.checkpoint.shards import SINGLE_FILE
@@ -115,14 +117,31 @@ def write_folder(
     check_new_folder(output)
     fallback = DenseTarget.fit(dense_dtype, source.model_config)
     plan = plan_linears(specs, target, allow_error=allow_error, fallback=fallback)
-    output.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory() as aside:
+        # Before the weights, so that a tokenizer that is refused costs no conversion.
+        source.copy_companions(Path(aside))
+        output.mkdir(parents=True, exist_ok=True)
+        rounded: list[RoundedTensor] = []
+        digests = _write_shards(source, plan, output, shard_bytes, rounded)
+        _describe(source, plan, output, digests, Path(aside))
+    return Written(
+        path=output,
+        holds={name: describe_hold(plan.form_of(name), spec) for name, spec in specs.items()},
+        rounded=worst_first(rounded),
+        num_bytes=sum(digest.num_bytes for digest in digests),
+    )
+
+
+def _write_shards(
+    source: Source, plan: Plan, output: Path, shard_bytes: int, rounded: list[RoundedTensor]
+) -> list[ShardDigest]:
+    """Write the weights, with an index where they are more than one file."""
     shards = _split(source, plan, shard_bytes)
     metadata = {
-        **target.metadata(plan.coded),
+        **plan.target.metadata(plan.coded),
         "converted_by": f"halfbyte {__version__}",
         "converted_from": source.format,
     }
-    rounded: list[RoundedTensor] = []
     digests: list[ShardDigest] = []
     for number, units in enumerate(shards, start=1):
         name = SINGLE_FILE if len(shards) == 1 else shard_name(number, len(shards))
@@ -134,20 +153,14 @@ def write_folder(
                 specs_in_order,
                 tensors,
                 metadata,
-                with_digests=target.format == "gptq",
+                with_digests=plan.target.format == "gptq",
                 past_cache=True,
             )
         )
     if len(digests) > 1:
         weight_map = {name: digest.file_name for digest in digests for name in digest.tensors}
         write_index(output, weight_map, sum(digest.tensor_bytes for digest in digests))
-    _describe(source, plan, output, digests)
-    return Written(
-        path=output,
-        holds={name: describe_hold(plan.form_of(name), spec) for name, spec in specs.items()},
-        rounded=worst_first(rounded),
-        num_bytes=sum(digest.num_bytes for digest in digests),
-    )
+    return digests
 
 
 def plan_linears(
@@ -313,12 +326,14 @@ def _measure(name: str, how: str, linear: CodedLinear, form: FolderTarget) -> Ro
     return measure_rounding(name, how, sample.dequantize(), held)
 
 
-def _describe(source: Source, plan: Plan, output: Path, digests: list[ShardDigest]) -> None:
+def _describe(
+    source: Source, plan: Plan, output: Path, digests: list[ShardDigest], companions: Path
+) -> None:
     """Write configs, digests and tokenizer; ``config.json`` last, which makes it a model."""
     dense = [*plan.dense, *list_dense_linears(source.others)]
     config = plan.target.label(plan.coded, dense, source.model_config)
     section = config.get(CONFIG_SECTION, {})
-    source.copy_companions(output)
+    copy_companions(companions, output)
     _write_card(source, plan, output)
     if plan.target.format == "gptq":
         write_checksums(output, digests, section)

@@ -7,7 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from halfbyte.checkpoint.labels import CONFIG_SECTION, MODEL_CONFIG, read_model_config
+from halfbyte.checkpoint.labels import (
+    MODEL_CONFIG,
+    drop_quantization_config,
+    read_model_config,
+)
 from halfbyte.convert.gguf_architecture import ARCHITECTURES, EMBEDDING, HEAD, Architecture
 from halfbyte.convert.gguf_fields import spell_out
 from halfbyte.convert.gguf_file import BF16, GgufFile
@@ -45,16 +49,15 @@ def read_config(file: GgufFile, base: Path | None) -> dict[str, Any]:
                 f"Cannot use {base} as the base of {file.path}: it has no {MODEL_CONFIG}. Give "
                 "the folder of the original model."
             )
-        config = read_model_config(base)
-        config.pop(CONFIG_SECTION, None)
-        return config
+        return drop_quantization_config(read_model_config(base))
     pairs, tensors = file.pairs, file.tensors
     name = pairs.get("general.architecture")
     family = next((family for family in ARCHITECTURES if family.name == name), None)
     if family is None:
         return {}
     has_experts = f"{name}.expert_count" in pairs
-    scales = f"{name}.rope.scaling.type" in pairs or any(t in tensors for t in FACTOR_TENSORS)
+    scales = pairs.get(f"{name}.rope.scaling.type", "none") != "none"
+    scales = scales or any(tensor in tensors for tensor in FACTOR_TENSORS)
     if has_experts or scales or family.name not in BIASES:
         what = "it has experts" if has_experts else f"it is of the family '{name}'"
         error = _say_too_little(file, "it scales positions" if scales else what)
@@ -62,7 +65,6 @@ def read_config(file: GgufFile, base: Path | None) -> dict[str, Any]:
     get = partial(_need_number, file)
     heads = get("attention.head_count")
     embeddings = tensors.get(f"{EMBEDDING}.weight")
-    width = pairs.get(f"{name}.attention.key_length", get("embedding_length") // heads)
     return {
         "architectures": [family.model_class],
         "model_type": family.model_type,
@@ -71,10 +73,10 @@ def read_config(file: GgufFile, base: Path | None) -> dict[str, Any]:
         "hidden_size": get("embedding_length"),
         "intermediate_size": get("feed_forward_length"),
         "num_attention_heads": heads,
-        "num_key_value_heads": pairs.get(f"{name}.attention.head_count_kv", heads),
-        "head_dim": width,
+        "num_key_value_heads": get("attention.head_count_kv", default=heads),
+        "head_dim": get("attention.key_length", default=get("embedding_length") // heads),
         "rms_norm_eps": get("attention.layer_norm_rms_epsilon", float),
-        "rope_theta": pairs.get(f"{name}.rope.freq_base", 10000.0),
+        "rope_theta": get("rope.freq_base", float, default=10000.0),
         "vocab_size": len(pairs.get("tokenizer.ggml.tokens") or []),
         "bos_token_id": pairs.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": pairs.get("tokenizer.ggml.eos_token_id"),
@@ -152,13 +154,16 @@ def _say_too_little(file: GgufFile, what: str) -> CheckpointError:
     )
 
 
-def _need_number(file: GgufFile, key: str, kind: type[int | float] = int) -> Any:
+def _need_number(
+    file: GgufFile, key: str, kind: type[int | float] = int, default: float | None = None
+) -> Any:
     """Read one of a family's pairs that is a positive number."""
     name = f"{file.pairs.get('general.architecture')}.{key}"
-    value = file.pairs.get(name)
+    value = file.pairs.get(name, default)
     if type(value) is not kind or not value > 0:
         raise CheckpointError(
-            f"Cannot read {file.path}: its {name[:80]} is {str(value)[:40]}; a positive number is "
-            "needed. The file is damaged; give the original model's folder with --base."
+            f"Cannot read {file.path}: its {name[:80]} is {str(value)[:40]}; one positive number "
+            "is needed. The file is damaged, or its blocks differ; give the original model's "
+            "folder with --base."
         )
     return value

@@ -12,7 +12,12 @@ from typing import Any
 
 from halfbyte.convert.gguf_architecture import Architecture
 from halfbyte.convert.gguf_fields import head_size, need, spell_out
-from halfbyte.convert.gguf_positions import LONGROPE, describe_positions, rope_settings
+from halfbyte.convert.gguf_positions import (
+    LONGROPE,
+    describe_positions,
+    original_length,
+    rope_settings,
+)
 from halfbyte.errors import ConfigError
 
 GEMMA_27B = {"gemma2": 46, "gemma3": 62}
@@ -78,11 +83,10 @@ def note_limits(architecture: Architecture, config: Mapping[str, Any]) -> tuple[
             "0.0005 in each activation"
         )
     if architecture.has_longrope and rope_settings(config)["rope_type"] in LONGROPE:
-        original = config.get("original_max_position_embeddings")
         notes.append(
             "llama.cpp chooses between the factors for short and for long texts by the size of "
-            f"its context, not by the text's: with --ctx-size of more than {original} it takes the "
-            "long ones"
+            "its context, not by the text's: with --ctx-size of more than "
+            f"{original_length(config)} it takes the long ones"
         )
     return tuple(notes)
 

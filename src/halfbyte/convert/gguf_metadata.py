@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,8 +39,7 @@ def describe_file(
     Returns:
         The pairs.
     """
-    counts = list(kinds.values())
-    most = max(set(counts), key=counts.count)
+    most = Counter(kinds.values()).most_common(1)[0][0]
     config = source.model_config
     pairs: dict[str, Any] = {
         "general.architecture": architecture.name,

@@ -102,7 +102,8 @@ def _choose_type(spec: CodedSpec, widen: bool) -> tuple[BlockType, str | None]:
     if spec.can_recentre(8) and (widen or spec.bits > 4):
         return Q8_0, None
     if spec.bits <= 4:
-        return Q4_1, "asymmetric: Q4_1 rounds the minimum to fp16 (--widen: exact in Q8_0)"
+        exact = "" if spec.has_free_minima else " (--widen: exact in Q8_0)"
+        return Q4_1, f"asymmetric: Q4_1 rounds the minimum to fp16{exact}"
     return F16, f"asymmetric in {spec.bits} bits; Q8_0 is symmetric"
 
 

@@ -82,7 +82,7 @@ def make_rope_factors(config: Mapping[str, Any]) -> dict[str, Tensor]:
         torch.arange(0, width, 2, dtype=torch.float64) / width
     )
     lengths = 2 * math.pi / frequencies
-    original, factor = _original_length(config), need(settings, "factor", float, where=_WHERE)
+    original, factor = original_length(config), need(settings, "factor", float, where=_WHERE)
     low = need(settings, "low_freq_factor", float, where=_WHERE)
     high = need(settings, "high_freq_factor", float, where=_WHERE)
     smooth = ((original / lengths - low) / (high - low)).clamp(0, 1)
@@ -90,8 +90,18 @@ def make_rope_factors(config: Mapping[str, Any]) -> dict[str, Tensor]:
     return {"rope_freqs.weight": factors.to(torch.float32)}
 
 
-def _original_length(config: Mapping[str, Any]) -> int:
-    """Give the length that a model was first trained on, as Transformers finds it."""
+def original_length(config: Mapping[str, Any]) -> int:
+    """Give the length that a model was first trained on, as Transformers finds it.
+
+    Args:
+        config: ``config.json``.
+
+    Returns:
+        The length. Unit: tokens.
+
+    Raises:
+        ConfigError: The config says no length, or one that is no positive number.
+    """
     key = "original_max_position_embeddings"
     length = need(config, "max_position_embeddings", int)
     return need(config, key, int, need(rope_settings(config), key, int, length, where=_WHERE))
@@ -159,7 +169,7 @@ def describe_positions(architecture: Architecture, config: Mapping[str, Any]) ->
 
 def _describe_yarn(config: Mapping[str, Any]) -> dict[str, Any]:
     """Say how far positions are stretched, and by what attention grows beyond the usual."""
-    settings, original = rope_settings(config), _original_length(config)
+    settings, original = rope_settings(config), original_length(config)
     others = [
         f"{key} {settings[key]}"
         for key, usual in _YARN.items()
@@ -191,10 +201,10 @@ def _grow(factor: float, share: float = 1.0) -> float:
 
 def _describe_longrope(config: Mapping[str, Any]) -> dict[str, Any]:
     """Say from where on the long factors hold, and by what attention grows with them."""
-    original = _original_length(config)
+    settings, original = rope_settings(config), original_length(config)
     times = need(config, "max_position_embeddings", int) / original
+    times = need(settings, "factor", float, times, where=_WHERE)
     grown = math.sqrt(1 + math.log(times) / math.log(original)) if times > 1 else 1.0
-    settings = rope_settings(config)
     return {
         "original_context_length": original,
         "attn_factor": need(settings, "attention_factor", float, grown, where=_WHERE),

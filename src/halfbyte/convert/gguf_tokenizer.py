@@ -36,6 +36,8 @@ PRE_TOKENIZERS: Mapping[tuple[str, ...], str] = {
     (f"Split {_PARTS}|{_LETTERS}|\\p{{N}}|{_REST}", "ByteLevel"): "qwen2",
 }
 """The steps of ``pre_tokenizer`` in tokenizer.json -> llama.cpp's name."""
+_MERGED = {"llama-bpe": "dbrx"}
+"""By a name under which llama.cpp looks a whole word up before it merges: the same without that."""
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
@@ -101,23 +103,33 @@ def describe_tokenizer(
     return pairs | _describe_templates(folder, settings)
 
 
-def note_normalizers(folder: Path) -> tuple[str, ...]:
-    """Say what a tokenizer does to a text before it cuts it that llama.cpp does not.
+def note_tokenizer(folder: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Say what of a tokenizer llama.cpp does not do, and what is left out.
 
     Args:
         folder: Holds ``tokenizer.json``.
+        config: The model's.
 
     Returns:
-        A note, or none.
+        The notes.
     """
     _, tokenizer = _load(folder / "tokenizer.json")
+    notes = []
     found = [step["type"] for step in _list_normalizers(tokenizer) if step["type"] in _UNICODE]
-    if not found:
-        return ()
-    return (
-        f"the tokenizer brings text into one Unicode form ({', '.join(found)}) and llama.cpp does "
-        "not: accents written as characters of their own become other tokens",
-    )
+    if found:
+        notes.append(
+            f"the tokenizer brings text into one Unicode form ({', '.join(found)}) and llama.cpp "
+            "does not: accents written as characters of their own become other tokens"
+        )
+    size = need(config, "vocab_size", int)
+    beyond = [added["content"] for added in _list_added(tokenizer) if added["id"] >= size]
+    if beyond:
+        more = f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""
+        notes.append(
+            f"left out of the tokenizer: {beyond[0]}{more}, whose ids come after the model's "
+            f"{size} tokens"
+        )
+    return tuple(notes)
 
 
 def find_pre_tokenizer(tokenizer: Mapping[str, Any]) -> str:
@@ -141,7 +153,8 @@ def find_pre_tokenizer(tokenizer: Mapping[str, Any]) -> str:
             f"llama.cpp ({' then '.join(names)}). Give it with --pre-tokenizer; llama.cpp lists "
             "the names in src/llama-vocab.cpp."
         )
-    return PRE_TOKENIZERS[names]
+    found, model = PRE_TOKENIZERS[names], tokenizer.get("model") or {}
+    return found if model.get("ignore_merges") else _MERGED.get(found, found)
 
 
 def _name_step(step: Mapping[str, Any]) -> str:
@@ -152,7 +165,9 @@ def _name_step(step: Mapping[str, Any]) -> str:
         return ("ByteLevel+regex" if step.get("use_regex", True) else "ByteLevel") + prefix
     if kind == "Split":
         pattern, how = step.get("pattern", {}), step.get("behavior")
-        how = "" if how == "Isolated" and not step.get("invert") else f" ({how}, inverted or not)"
+        # These two are one where a pattern leaves nothing out, and none that is known does.
+        is_usual = (how, bool(step.get("invert"))) in (("Isolated", False), ("Removed", True))
+        how = "" if is_usual else f" ({how}, inverted or not)"
         return f"Split {pattern.get('Regex') or pattern.get('String')}{how}"
     if kind == "Digits" and not step.get("individual_digits"):
         return "Digits in groups"
@@ -200,25 +215,29 @@ def _list_tokens(tokenizer: Mapping[str, Any], size: int) -> tuple[list[str], li
     kinds = [UNUSED] * size
     unknown = tokenizer["model"].get("unk_token")
     is_spm = tokenizer["model"].get("byte_fallback")
-    numbers = {**tokenizer["model"]["vocab"]}
-    numbers |= {added["content"]: added["id"] for added in (tokenizer.get("added_tokens") or [])}
+    numbers = tokenizer["model"]["vocab"]
     last = max(numbers, key=lambda text: numbers[text])
     if numbers[last] >= size:
         raise ConfigError(
             f"Cannot write GGUF: token '{last}' has the id {numbers[last]}, and the model has "
             f"{size} tokens. The tokenizer belongs to another model."
         )
-    for text, number in tokenizer["model"]["vocab"].items():
+    for text, number in numbers.items():
         tokens[number] = text
         kinds[number] = NORMAL
         if is_spm and len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
             kinds[number] = BYTE
-    for added in tokenizer.get("added_tokens") or []:
-        tokens[added["id"]] = added["content"]
-        kinds[added["id"]] = CONTROL if added.get("special") else USER_DEFINED
+    for added in _list_added(tokenizer):
+        if added["id"] < size:  # Gemma 3 has a token for images, its models of text do not
+            tokens[added["id"]] = added["content"]
+            kinds[added["id"]] = CONTROL if added.get("special") else USER_DEFINED
     if is_spm and unknown in tokens:
         kinds[tokens.index(unknown)] = UNKNOWN
     return tokens, kinds
+
+
+def _list_added(tokenizer: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return tokenizer.get("added_tokens") or []
 
 
 def _make_scores(tokens: list[str], merges: list[Any]) -> list[float]:

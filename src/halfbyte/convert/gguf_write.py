@@ -29,7 +29,7 @@ from halfbyte.convert.gguf_plan import (
     plan_entries,
 )
 from halfbyte.convert.gguf_positions import make_rope_factors
-from halfbyte.convert.gguf_tokenizer import note_normalizers
+from halfbyte.convert.gguf_tokenizer import note_tokenizer
 from halfbyte.convert.report import RoundedTensor, measure_rounding, sample_rows, worst_first
 from halfbyte.convert.source import Source
 from halfbyte.errors import ConfigError
@@ -74,7 +74,7 @@ def write_gguf(
         num_bytes=size,
         notes=(
             *note_limits(architecture, source.model_config),
-            *note_normalizers(source.tokenizer_folder),
+            *note_tokenizer(source.tokenizer_folder, source.model_config),
             *_notes(source, entries),
             *_note_head(source, entries, options),
         ),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.checkpoint.labels import (
-    CONFIG_SECTION,
+    drop_quantization_config,
     name_method,
     read_model_config,
     read_quantization_config,
@@ -52,7 +52,8 @@ def open_source(path: Path, base: Path | None = None) -> Source:
         )
     config = read_model_config(path)
     section = read_quantization_config(path)
-    own = {key: value for key, value in config.items() if key not in (CONFIG_SECTION, mlx.SECTION)}
+    own = drop_quantization_config(config)
+    own.pop(mlx.SECTION, None)
     # mlx-lm writes the same dict under both names, without a method.
     if mlx.SECTION in config and "quant_method" not in section:
         return MlxSource.open(path, _section(path, config, mlx.SECTION), own)

@@ -28,7 +28,10 @@ def make_card(folder: Path, base: BaseModel) -> bytes | None:
     path = folder / CARD_FILE
     content = path.read_bytes() if path.is_file() else b""
     front = read_front_matter(folder)
-    wanted = {"base_model": base.id, "base_model_relation": RELATION}
+    # A card may name several: what a merged model was made of.
+    bases = front.get("base_model")
+    is_among = isinstance(bases, list) and base.id in bases
+    wanted = {"base_model": bases if is_among else base.id, "base_model_relation": RELATION}
     if {key: front.get(key) for key in wanted} == wanted:
         return None
     from huggingface_hub.repocard_data import CardData
