@@ -13,7 +13,7 @@ import openai
 import pytest
 from tests.serve.helpers_raw import chunk, raw_server, reply, stream
 from tests.serve.helpers_server import serve
-from tests.serve.helpers_upstream import FULL, HELLO, USAGE, make_call, refused
+from tests.serve.helpers_upstream import FULL, HELLO, NOBODY, USAGE, make_call, refused
 
 from halfbyte.errors import ConfigError
 from halfbyte.serve.api.gateway import Gateway
@@ -141,6 +141,27 @@ def test_limits_of_answers_hold_for_other_servers_too():
     assert sent(limited, max_tokens=9) == (9, None)
     refused = "max_completion_tokens is 11; this server gives 10 at most."
     assert sent(limited, max_completion_tokens=11) == (None, refused)
+
+
+def test_server_that_is_not_there_yet_falls_back_and_is_asked_once_it_is():
+    with raw_server(FULL) as late, raw_server(FULL) as other:
+        config = ServeConfig(upstreams=(late.address,))
+        quality = QualityConfig(fallback=(other.address,))
+        service = open_service(None, config, EngineConfig(), quality, ApiKeys())
+        host = service.gateway.backend.hosts[0]
+        host.address = NOBODY
+        with serve(service.gateway) as running:
+
+            def post(model="big"):
+                url, body = f"{running.v1}/chat/completions", {"model": model, "messages": HELLO}
+                return httpx2.post(url, json=body).status_code, len(late.seen), len(other.seen)
+
+            running.call(service.start())
+            assert post() == (200, 0, 1)
+            host.address = late.address
+            assert post() == (200, 1, 1)
+            assert post("other") == (404, 1, 1)
+            running.call(service.stop())
 
 
 @pytest.mark.parametrize("option", ["served_name", "chat_template"])

@@ -260,10 +260,11 @@ class Gateway:
             )
         model = call.body["model"]
         models = self.models
-        if model not in models:
+        # Another server that nobody has reached yet has told none: only asking it changes that.
+        if models and model not in models:
             raise ServeError(
                 f"The model '{str(model)[:80]}' does not exist here. There is: "
-                f"{', '.join(models[:20]) or 'none'}.",
+                f"{', '.join(models[:20])}.",
                 status=404,
                 code="model_not_found",
                 param="model",
