@@ -139,8 +139,8 @@ class Gateway:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """Names that clients may ask for; those of a model that was replaced go on to be known."""
-        return tuple(dict.fromkeys((*self.backend.models, *self.current.models)))
+        """Names that clients may ask for; a replaced model goes on to be known by its own."""
+        return tuple(dict.fromkeys((*self.backend.models[:1], *self.current.models)))
 
     @property
     def current(self) -> Backend:
