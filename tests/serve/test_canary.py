@@ -252,6 +252,33 @@ def test_request_that_both_models_refuse_is_left_out_and_told_in_the_words_of_th
     assert (canary.num_requests, large.calls) == (0, [])
 
 
+@pytest.mark.parametrize("status", [500, 429])
+def test_refusal_that_the_present_model_could_not_answer_either_is_left_out(status):
+    config = QualityConfig(canary_share=0.5, breaker_failures=2)
+    router = Router(ScriptedBackend("small", [failure(status)]), config=config)
+    canary = Canary("new", config)
+    canary.pick = lambda call: True
+    router.set_canary(ScriptedBackend("new", [ServeError("Too long.")]), canary)
+    router.add_observer(canary.observe)
+    for _ in range(5):
+        with pytest.raises(ServeError):
+            asyncio.run(collect(router, make_call()))
+    assert canary.num_requests == 0
+
+
+def test_candidate_answers_for_the_model_it_would_replace_and_for_no_adapter_of_it():
+    config = QualityConfig(canary_share=0.5)
+    present = ScriptedBackend("small", GOOD, models=("small", "law", "tax"))
+    router = Router(present, config=config)
+    canary = Canary("new", config)
+    canary.pick = lambda call: True
+    router.set_canary(ScriptedBackend("new", GOOD, models=("small-3bit", "tax")), canary)
+    router.add_observer(canary.observe)
+    for model, backend in (("law", "small"), ("small", "new"), ("tax", "new")):
+        assert asyncio.run(collect(router, make_call(model=model)))[1].backend == backend
+    assert canary.num_requests == 2
+
+
 def test_promotion_needs_requests_of_the_candidate_itself():
     canary = Canary("new", QualityConfig(canary_share=0.5, canary_margin=0.2), seed=1)
     for _ in range(1000):

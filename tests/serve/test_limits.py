@@ -127,26 +127,46 @@ def test_body_of_a_refused_request_does_not_go_on_for_ever(monkeypatch):
                 time.sleep(0.5)
 
 
-def test_client_that_does_not_read_gives_its_place_back(monkeypatch):
+class Flood:
+    def __init__(self, pieces, characters):
+        self.pieces, self.characters = pieces, characters
+
+    async def stream(self, call, served):
+        for _ in range(self.pieces):
+            yield Delta(text="x" * self.characters)
+        yield Finish()
+        yield Usage(prompt_tokens=1, completion_tokens=1)
+
+
+@contextlib.contextmanager
+def flooded(monkeypatch, *flood):
+    """A client to whom a long stream is sent, and the gateway that sends it."""
     monkeypatch.setattr("halfbyte.serve.api.connection.READ_SECONDS", 0.3)
-
-    class Flood:
-        async def stream(self, call, served):
-            for _ in range(100):
-                yield Delta(text="x" * 1_000_000)
-            yield Finish()
-            yield Usage(prompt_tokens=1, completion_tokens=1)
-
     gateway, _ = make_gateway()
-    gateway.router = Flood()
+    gateway.router = Flood(*flood)
     body = json.dumps(CHAT | {"stream": True}).encode()
     with serve(gateway) as server:
         address = ("127.0.0.1", int(server.address.rpartition(":")[2]))
-        with socket.create_connection(address) as client:
+        with socket.create_connection(address, timeout=10) as client:
             client.sendall((HEAD + f"Content-Length: {len(body)}\r\n\r\n").encode() + body)
-            deadline = time.monotonic() + 10
-            time.sleep(0.2)
-            assert gateway.limits.running == 1
-            while gateway.limits.running:
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
+            yield client, gateway
+
+
+def test_client_that_does_not_read_gives_its_place_back(monkeypatch):
+    with flooded(monkeypatch, 100, 1_000_000) as (_, gateway):
+        deadline = time.monotonic() + 10
+        time.sleep(0.2)
+        assert gateway.limits.running == 1
+        while gateway.limits.running:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_client_that_reads_slowly_gets_all_of_a_large_answer(monkeypatch):
+    with flooded(monkeypatch, 1, 20_000_000) as (client, _):
+        end = b""
+        while not end.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
+            part = client.recv(200_000)
+            assert part
+            end = (end + part)[-100:]
+            time.sleep(0.01)

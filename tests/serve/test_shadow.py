@@ -75,6 +75,12 @@ def test_request_that_only_the_candidate_refuses_counts_against_it():
     assert len(alarms) == 1
 
 
+def test_copy_that_takes_too_long_is_left_out(monkeypatch):
+    monkeypatch.setattr("halfbyte.serve.rollout.shadow.LONGEST_SECONDS", 0.01)
+    shadow, _, alarms, _ = shadowed([*GOOD[:1], 0.1, *GOOD[1:]], requests=3, pause=0.02)
+    assert (dict(shadow.counts), alarms) == ({"late": 3}, [])
+
+
 def test_agreement_is_the_share_before_the_first_other_word():
     assert agreement("a b c d", "a b x d") == 0.5
     assert agreement("", "") == 1.0

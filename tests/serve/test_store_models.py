@@ -210,3 +210,11 @@ def test_what_stands_beside_the_answers_follows_a_swap_and_a_promotion(store):
 
     assert asyncio.run(run()) == [{"by": "swapped"}, {"by": "promoted"}]
     assert gateway.text_tools is None
+
+
+def test_of_a_model_that_was_replaced_the_name_stays_known_and_no_adapter_does():
+    old = ScriptedBackend("old", answer("good"), models=("old", "law"))
+    service = assembly._wrap(old, ServeConfig(), EngineConfig(), QualityConfig(), ApiKeys())
+    assert service.gateway.models == ("old", "law")
+    service.quality.router.set_primary(ScriptedBackend("new", answer("good"), models=("new",)))
+    assert service.gateway.models == ("old", "new")

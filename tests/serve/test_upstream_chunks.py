@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 from dataclasses import replace
@@ -11,11 +12,11 @@ from pathlib import Path
 import httpx2
 import openai
 import pytest
-from tests.serve.helpers_raw import chunk, raw_server, reply, stream
+from tests.serve.helpers_raw import MODELS, chunk, raw_server, reply, stream
 from tests.serve.helpers_server import serve
-from tests.serve.helpers_upstream import FULL, HELLO, USAGE, make_call, refused
+from tests.serve.helpers_upstream import FULL, HELLO, NOBODY, USAGE, make_call, refused
 
-from halfbyte.errors import ConfigError
+from halfbyte.errors import ConfigError, ServeError
 from halfbyte.serve.api.gateway import Gateway
 from halfbyte.serve.assembly import open_service
 from halfbyte.serve.config import ServeConfig
@@ -141,6 +142,48 @@ def test_limits_of_answers_hold_for_other_servers_too():
     assert sent(limited, max_tokens=9) == (9, None)
     refused = "max_completion_tokens is 11; this server gives 10 at most."
     assert sent(limited, max_completion_tokens=11) == (None, refused)
+
+
+def test_server_that_is_not_there_yet_falls_back_and_is_asked_once_it_is():
+    with raw_server(FULL) as late, raw_server(FULL) as other:
+        config = ServeConfig(upstreams=(late.address,))
+        quality = QualityConfig(fallback=(other.address,))
+        service = open_service(None, config, EngineConfig(), quality, ApiKeys())
+        host = service.gateway.backend.hosts[0]
+        host.address = NOBODY
+        with serve(service.gateway) as running:
+
+            def post(model="big"):
+                url, body = f"{running.v1}/chat/completions", {"model": model, "messages": HELLO}
+                return httpx2.post(url, json=body).status_code, len(late.seen), len(other.seen)
+
+            running.call(service.start())
+            assert post() == (200, 0, 1)
+            host.address = late.address
+            assert post() == (200, 1, 1)
+            assert post("other") == (404, 1, 1)
+            running.call(service.stop())
+
+
+def test_host_that_comes_back_with_another_model_is_asked_for_its_name(monkeypatch):
+    async def ask(backend, address):
+        backend.hosts[0].address = address
+        with contextlib.suppress(ServeError):
+            _ = [event async for event in backend.stream(make_call(model="big"))]
+        return backend.models
+
+    async def run(address):
+        backend = UpstreamBackend.open([address])
+        found = [await ask(backend, address), await ask(backend, NOBODY)]
+        other = MODELS.replace(b"big", b"new")
+        monkeypatch.setattr("tests.serve.helpers_raw.MODELS", other)
+        found.append(await ask(backend, address))
+        await backend.close()
+        return found
+
+    with raw_server(FULL) as server:
+        assert asyncio.run(run(server.address)) == [("big",), (), ("new",)]
+    assert [json.loads(body)["model"] for _, body in server.seen] == ["big", "new"]
 
 
 @pytest.mark.parametrize("option", ["served_name", "chat_template"])

@@ -231,6 +231,8 @@ class UpstreamBackend:
             yield reader.finish()
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
             host.note_failure()
+            # It may come back with others.
+            host.models = ()
             raise _NotReached(_unreachable(host, error)) from error
         except (httpx2.TimeoutException, TimeoutError) as error:
             raise _too_slow(host, call) from error

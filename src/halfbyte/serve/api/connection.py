@@ -16,8 +16,8 @@ HEAD_SECONDS = 30.0
 """That they may take to arrive, from the connection or their first byte on."""
 REST_SECONDS = 5.0
 """That the rest of a body may take, when its request is answered already: it was refused."""
-READ_SECONDS = 30.0
-"""That a client may read nothing, while there is more than its connection holds."""
+READ_SECONDS, READ_BYTES = 30.0, 32_768
+"""So many bytes a client must read in so many seconds, while its connection holds too much."""
 
 
 class Connection(HttpToolsProtocol):
@@ -79,13 +79,24 @@ class Connection(HttpToolsProtocol):
     def pause_writing(self) -> None:
         """Begin to wait for the client to read."""
         super().pause_writing()
-        # To close it would first send what nobody reads.
-        self._unread = self.loop.call_later(READ_SECONDS, self.transport.abort)
+        self._wait_for_reader()
 
     def resume_writing(self) -> None:
         """Note that it has."""
         self._stop_waiting_for_reader()
         super().resume_writing()
+
+    def _wait_for_reader(self) -> None:
+        waiting = self.transport.get_write_buffer_size()
+        self._unread = self.loop.call_later(READ_SECONDS, self._look_at_reader, waiting)
+
+    def _look_at_reader(self, before: int) -> None:
+        """Go on where it reads: a large answer on a slow line takes its time."""
+        if before - self.transport.get_write_buffer_size() < READ_BYTES:
+            # To close it would first send what nobody reads.
+            self.transport.abort()
+        else:
+            self._wait_for_reader()
 
     def _stop_waiting_for_reader(self) -> None:
         if self._unread is not None:

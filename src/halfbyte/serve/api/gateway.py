@@ -139,8 +139,8 @@ class Gateway:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """Names that clients may ask for; those of a model that was replaced go on to be known."""
-        return tuple(dict.fromkeys((*self.backend.models, *self.current.models)))
+        """Names that clients may ask for; a replaced model goes on to be known by its own."""
+        return tuple(dict.fromkeys((*self.backend.models[:1], *self.current.models)))
 
     @property
     def current(self) -> Backend:
@@ -260,10 +260,11 @@ class Gateway:
             )
         model = call.body["model"]
         models = self.models
-        if model not in models:
+        # Another server that nobody has reached yet has told none: only asking it changes that.
+        if models and model not in models:
             raise ServeError(
                 f"The model '{str(model)[:80]}' does not exist here. There is: "
-                f"{', '.join(models[:20]) or 'none'}.",
+                f"{', '.join(models[:20])}.",
                 status=404,
                 code="model_not_found",
                 param="model",

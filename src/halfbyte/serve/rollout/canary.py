@@ -150,10 +150,9 @@ class Canary:
             # Not even asked: its breaker is open, because it failed before.
             return "breaker"
         if drawn.blame is Blame.REQUEST:
-            # The request's fault, unless the present model has another opinion.
+            # The request's fault, unless the present model could do what it asks for.
             present = next((a for a in seen.attempts if a.role == "primary"), None)
-            refused_too = present is not None and present.blame is Blame.REQUEST
-            return None if refused_too else drawn.cause
+            return drawn.cause if present is not None and present.blame is None else None
         if drawn.blame is Blame.CLIENT and not drawn.cause:
             # Who waits for the first token in vain was let down; later there may be other reasons.
             return "left" if drawn.first is None else None

@@ -218,6 +218,11 @@ class Router:
             return [*self._fallbacks, self._primary]
         if self._canary is None or self._rollout is None:
             return usual
+        asked = seen.call.body.get("model")
+        others = self._primary.backend.models[1:]
+        if asked in others and asked not in self._canary.backend.models:
+            # An adapter, or another model of the same server: the candidate would answer as itself.
+            return usual
         seen.arm = "canary" if self._rollout.pick(seen.call) else "primary"
         return [self._canary, *usual] if seen.arm == "canary" else usual
 
