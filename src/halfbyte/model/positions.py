@@ -18,8 +18,8 @@ def longest_text(config: Any) -> int | None:
     if not isinstance(limit, int) or limit < 1:
         return None
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "yarn":
-        # Qwen's model cards say to switch YaRN on by this alone, and leave the limit as it was.
+    if rope.get("rope_type") in ("yarn", "dynamic"):
+        # Both are switched on by this alone, as Qwen's cards say, and leave the limit as it was.
         original = rope.get("original_max_position_embeddings") or limit
         limit = max(limit, int(original * (rope.get("factor") or 1)))
     return limit
