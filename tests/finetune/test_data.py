@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.helpers.tiny_llama import build_model, build_tokenizer
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from halfbyte.errors import DataError
@@ -62,15 +62,20 @@ def test_prompt_is_masked_and_the_completion_with_its_end_is_not(tmp_path, token
     assert example.labels == (IGNORED, IGNORED, 7, 8, END)
 
 
-@pytest.fixture
-def bytes_tokenizer():
-    """Byte-level pairs whose tokens begin with a space, as GPT-2's, Llama 3's and Qwen's do."""
+@pytest.fixture(params=["spaces in places", "spaces left out of places"])
+def bytes_tokenizer(request):
+    """Byte-level pairs whose tokens begin with a space, as GPT-2's, Llama 3's and Qwen's do.
+
+    GPT-NeoX's tell of places without it.
+    """
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
         special_tokens=["</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     made.train_from_iterator(["capital of France: Paris is it: Paris"] * 9, trainer)
+    trim = request.param == "spaces left out of places"
+    made.post_processor = processors.ByteLevel(trim_offsets=trim)
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>")
 
 
@@ -82,6 +87,8 @@ def bytes_tokenizer():
         ("capital of France: ", "Paris", ["ĠParis", "</s>"], True),
         ("capital of Fra", "nce:", ["ĠFrance", ":", "</s>"], True),
         ("capital of", "", ["</s>"], False),
+        # A token of nothing but space is learned too.
+        ("capital of:", "  Paris", ["Ġ", "ĠParis", "</s>"], False),
     ],
 )
 def test_token_on_both_sides_counts_and_is_told(

@@ -76,6 +76,7 @@ def test_labels_and_weights_are_of_the_same_revision_and_subfolder(tmp_path):
     assert model.config.quantization_config.to_dict()["bits"] == 8
     assert model.model.layers[0].mlp.up_proj.spec.bits == 8
     assert load(other.parent, subfolder="small", device="cpu").name_or_path == str(other)
+    assert load(other, subfolder=None, device="cpu").name_or_path == str(other)
     with pytest.raises(ModelError, match=r"has no subfolder large"):
         load(other.parent, subfolder="large")
     with pytest.raises(ModelError, match=r"cannot be fetched .* at revision b3"):

@@ -26,6 +26,8 @@ from halfbyte.errors import DataError
 from halfbyte.json_lines import read_json_lines
 from halfbyte.quantize.calibration_source import IGNORED
 
+SPACE = "Ġ"
+"""In the tokens of byte-level tokenizers."""
 KINDS = "'messages', 'prompt' and 'completion', or 'text'"
 
 
@@ -297,7 +299,7 @@ def _tokenize(
         )
     # A plain text gets the tokenizer's own first token and an end; a template has written both.
     encoded = tokenizer(text, add_special_tokens=plain, return_offsets_mapping=True, verbose=False)
-    ids, places = list(encoded["input_ids"]), encoded["offset_mapping"]
+    ids, places = list(encoded["input_ids"]), _places(text, encoded)
     labels = [
         token if any(max(start, low) < min(stop, high) for low, high in counted) else IGNORED
         for token, (start, stop) in zip(ids, places, strict=True)
@@ -308,3 +310,13 @@ def _tokenize(
         ids.append(end)
         labels.append(end)
     return Example(tuple(ids), tuple(labels), joined)
+
+
+def _places(text: str, encoded: Any) -> list[tuple[int, int]]:
+    """Say where tokens stand; GPT-NeoX's tokenizer leaves out the spaces that one begins with."""
+    found, last = [], 0
+    for token, (start, stop) in zip(encoded.tokens(), encoded["offset_mapping"], strict=True):
+        spaces = len(token) - len(token.lstrip(SPACE))
+        found.append((last if spaces and text[last:start] == " " * spaces else start, stop))
+        last = max(last, stop)
+    return found

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from halfbyte.errors import ConfigError, first_line
 from halfbyte.integrations import graph_steps
 from halfbyte.integrations.graph_steps import GraphSteps
+from halfbyte.model.positions import longest_text
 from halfbyte.nn.native_decoder import NativeDecoder, cache_of, find_obstacle
 from halfbyte.nn.native_head import NativeHead
 
@@ -116,7 +117,7 @@ class Generator:
         ends = model.generation_config.eos_token_id
         self.ends: frozenset[int] = frozenset([ends] if isinstance(ends, int) else ends or [])
         config = model.config.get_text_config(decoder=True)
-        self._longest: int | None = getattr(config, "max_position_embeddings", None)
+        self._longest = longest_text(config)
 
     def describe_way(self) -> str:
         """Say how tokens come about, and why no faster."""

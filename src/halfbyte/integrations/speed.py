@@ -24,6 +24,7 @@ from halfbyte.integrations.activations import measure_rounding
 from halfbyte.integrations.generation import Generator, Sampling, Timing
 from halfbyte.kernels.native_library import open_library
 from halfbyte.machine.memory import resident_memory_bytes
+from halfbyte.model.positions import longest_text
 from halfbyte.nn.linear import QuantLinear
 
 READ_BYTES = 256 * 2**20
@@ -99,7 +100,7 @@ def measure_speed(
     generator = Generator(model, head_bits=head_bits)
     # Text that ends would end the measurement.
     generator.ends = frozenset()
-    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    longest = longest_text(model.config.get_text_config(decoder=True))
     if longest is not None:
         prompt_tokens = max(min(prompt_tokens, longest - new_tokens), 1)
     vocabulary = model.get_input_embeddings().weight.shape[0]

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from halfbyte.errors import ModelError
+from halfbyte.model.positions import longest_text
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -73,7 +74,7 @@ def find_drift(model: PreTrainedModel) -> str | None:
         far as rounding makes them.
     """
     config = model.config.get_text_config(decoder=True)
-    longest = getattr(config, "max_position_embeddings", None) or SHIFT_TOKENS
+    longest = longest_text(config) or SHIFT_TOKENS
     trained = _rope_of(model).get("original_max_position_embeddings") or 0
     starts = torch.tensor([0, 1, trained, max(longest - SHIFT_TOKENS, 0)])
     device = model.get_input_embeddings().weight.device

@@ -40,13 +40,15 @@ class HubOptions:
         """Take these options out of the settings for loading a model.
 
         Args:
-            settings: Keyword arguments of a ``from_pretrained``.
+            settings: Keyword arguments of a ``from_pretrained``; None is as not given.
 
         Returns:
             The options, and all other settings.
         """
         names = {field.name for field in fields(cls)}
-        own = {name: value for name, value in settings.items() if name in names}
+        own = {
+            name: value for name, value in settings.items() if name in names and value is not None
+        }
         return cls(**own), {name: settings[name] for name in settings if name not in names}
 
 

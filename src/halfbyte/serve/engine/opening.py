@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from halfbyte.errors import ConfigError
 from halfbyte.integrations.load import load_model
 from halfbyte.machine.memory import resident_memory_bytes
+from halfbyte.model.positions import longest_text
 from halfbyte.nn.gpu_step import find_mismatch
 from halfbyte.nn.native_decoder import find_obstacle
 from halfbyte.serve.engine.config import EngineConfig
@@ -148,9 +149,9 @@ def choose_runner(model: PreTrainedModel, config: EngineConfig) -> Runner:
 
 def _find_context(model: PreTrainedModel, config: EngineConfig) -> int:
     settings = model.config.get_text_config(decoder=True)
-    longest = getattr(settings, "max_position_embeddings", None) or 32768
+    longest = longest_text(settings) or 32768
     if config.context is not None and config.context > longest:
         raise ConfigError(
             f"context is {config.context}; the model has {longest} positions. Give no more."
         )
-    return config.context or int(longest)
+    return config.context or longest
