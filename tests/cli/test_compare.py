@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from unittest.mock import create_autospec
@@ -86,6 +87,30 @@ def test_without_options_everything_built_in_is_asked(compared):
     assert compared.call_args.kwargs["documents"] == {}
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--builtin -3", "builtin_items is -3; it must be 0 or more"),
+        ("--slice kind", "--slice kind divides the lines of task files, and there are none"),
+        ("-o here/file", "Cannot make the folder 'here/file'"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_asked(
+    compared, tmp_path, monkeypatch, capsys, words, told
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").touch()
+    assert main(["compare", "base", "small", *words.split()]) == 3
+    assert told in capsys.readouterr().err
+    compared.assert_not_called()
+
+
+def test_text_and_no_text_exclude_each_other(compared, capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "base", "small", "--text", "mine.txt", "--no-text"])
+    assert "not allowed with argument --text" in capsys.readouterr().err
+
+
 def test_output_folder_gets_every_form(compared, tmp_path, capsys):
     main(["compare", "base", "small", "-o", str(tmp_path / "out"), "--format", "md"])
     names = {path.name for path in (tmp_path / "out").iterdir()}
@@ -95,9 +120,14 @@ def test_output_folder_gets_every_form(compared, tmp_path, capsys):
     assert "wrote" in captured.err
 
 
-def test_a_report_that_cannot_be_written_does_not_hide_the_verdict(compared, tmp_path, capsys):
-    (tmp_path / "file").touch()
-    assert main(["compare", "base", "small", "-o", str(tmp_path / "file" / "report")]) == 3
+def test_a_report_that_cannot_be_written_does_not_hide_the_verdict(
+    compared, tmp_path, monkeypatch, capsys
+):
+    def full(path, chunks):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("halfbyte.judge.report.write_atomically", full)
+    assert main(["compare", "base", "small", "-o", str(tmp_path / "report")]) == 3
     captured = capsys.readouterr()
     assert "Inconclusive." in captured.out
-    assert "Cannot make the folder" in captured.err
+    assert "No space left on device" in captured.err

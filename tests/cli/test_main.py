@@ -144,11 +144,13 @@ def test_help_imports_neither_torch_nor_transformers(words):
     assert "usage: halfbyte" in done.stdout
 
 
-def test_reader_that_leaves_early_is_no_error(verb, tmp_path):
+@pytest.mark.parametrize("code", [1, 3])
+def test_reader_that_leaves_early_is_no_error_and_no_verdict(code):
     program = (
         "import sys, types\n"
         "from halfbyte.cli import main as cli\n"
         "verb = types.ModuleType('v')\n"
+        f"verb.EXIT_ERROR = {code}\n"
         "verb.HELP = ''\n"
         "verb.add_arguments = lambda parser: None\n"
         "verb.run = lambda args: [print('x' * 100) for _ in range(10000)] and 0\n"
@@ -162,7 +164,7 @@ def test_reader_that_leaves_early_is_no_error(verb, tmp_path):
         [sys.executable, "-c", program], stdout=write_end, stderr=subprocess.PIPE, check=False
     )
     os.close(write_end)
-    assert done.returncode == 1
+    assert done.returncode == code
     assert done.stderr == b""
 
 

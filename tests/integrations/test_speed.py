@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from tests.helpers.checkpoints import Recipe, tiny_llama_config, write_checkpoint
 
 import halfbyte
-from halfbyte.errors import ConfigError
+from halfbyte.errors import ConfigError, ModelError
 from halfbyte.integrations.generation import Generator
 from halfbyte.integrations.speed import count_read_bytes, measure_apart, measure_speed
 from halfbyte.kernels.native_library import open_library
@@ -55,6 +57,11 @@ def test_another_process_measures_the_same_model(tmp_path):
     here = measure(tmp_path, prompt_tokens=4, new_tokens=4)
     there = measure_apart(measure, tmp_path)
     assert there.read_bytes == here.read_bytes
+
+
+def test_killed_measurement_is_told():
+    with pytest.raises(ModelError, match="its process was killed"):
+        measure_apart(os._exit, 9)
 
 
 def test_too_few_tokens_are_refused():

@@ -20,6 +20,7 @@ from halfbyte.judge.local_model import LocalModel
 from halfbyte.judge.model_cache import subject_key
 from halfbyte.judge.tasks import Item
 from halfbyte.judge.verdict import Margins, Outcome
+from halfbyte.quantize.rotate import rotate
 
 
 @pytest.fixture
@@ -65,6 +66,20 @@ def test_little_noise_is_measured_as_little(base, run, make_candidate):
     assert result.text.noise_kl_nats < result.text.kl_nats
     assert 0 < max(linear.error for linear in result.layers.linears) < 1e-2
     assert not result.layers.suspects
+
+
+def test_model_in_another_basis_is_as_good_and_its_layers_are_not_held_against_the_bases(
+    base, run, config, tmp_path
+):
+    rotate(base, tmp_path / "turned")
+    result = run(
+        tmp_path / "turned", items=[], config=dataclasses.replace(config, edge_cases=False)
+    )
+    assert result.text.kl_nats < 1e-6
+    assert result.layers is None
+    (note,) = result.notes
+    assert note.startswith("Errors by layer were not measured: given the base's inputs")
+    assert "a model in another basis" in note
 
 
 def test_other_model_fails_and_its_flips_are_shown(run, make_candidate):

@@ -107,6 +107,14 @@ def test_a_model_computes_the_same_or_is_refused(family, tmp_path):
     assert [n for n in stream if torch.allclose(plain[n], turned[n])] == []
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_stored_in_16_bits_is_turned_too(tmp_path, dtype):
+    build_family("llama", tie_word_embeddings=True).to(dtype).save_pretrained(tmp_path / "base")
+    rotate(tmp_path / "base", tmp_path / "turned")
+    expected, found = logits(tmp_path / "base"), logits(tmp_path / "turned")
+    assert (found - expected).norm() < 0.02 * expected.norm()
+
+
 def test_tied_head_comes_apart(tmp_path):
     write_uneven(tmp_path / "base", "llama", tie_word_embeddings=True)
     report = rotate(tmp_path / "base", tmp_path / "out")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from halfbyte.cli.measuring import read_text
 from halfbyte.cli.options import EXACTLY, add_computing_arguments
 from halfbyte.cli.output import console, err_console, make_bars
+from halfbyte.errors import ConfigError
 
 if TYPE_CHECKING:
     from halfbyte.judge.compare import Progress
@@ -69,7 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="N items of each of the five built-in tasks (default: 60, or none beside others)",
     )
-    what.add_argument(
+    running = what.add_mutually_exclusive_group()
+    running.add_argument(
         "--text",
         type=Path,
         action="append",
@@ -77,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="UTF-8 running text; may be given again (default: held-out text of five kinds)",
     )
-    what.add_argument("--no-text", action="store_true", help="leave running text out")
+    running.add_argument("--no-text", action="store_true", help="leave running text out")
     what.add_argument("--no-edge-cases", action="store_true", help="leave odd inputs out")
     margins = parser.add_argument_group("what may be lost")
     for name, default, text in (
@@ -167,17 +169,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compare, print, and give the verdict's exit code."""
     from halfbyte.judge.compare import compare
-    from halfbyte.judge.report import render, write_report
+    from halfbyte.judge.report import make_folder, render, write_report
 
     items, functions = _items(args)
+    documents, config = _documents(args), _config(args)
+    if args.output is not None:
+        # Now: hours of answers would wait for it.
+        make_folder(args.output)
     with _progress() as progress:
         result = compare(
             args.base,
             args.candidate,
             items=items,
-            documents=_documents(args),
+            documents=documents,
             functions=functions,
-            config=_config(args),
+            config=config,
             cache=args.cache,
             resume=args.resume,
             progress=progress,
@@ -200,6 +206,11 @@ def _items(args: argparse.Namespace) -> tuple[list[Any] | None, dict[str, Any]]:
     from halfbyte.judge.checks import load_functions
     from halfbyte.judge.tasks import read_tasks
 
+    if args.slice and not args.tasks:
+        raise ConfigError(
+            f"--slice {args.slice[0]} divides the lines of task files, and there are none: give "
+            "--tasks, or leave it out."
+        )
     functions = load_functions(args.checks)
     items: list[Any] = []
     if args.tasks:

@@ -192,7 +192,7 @@ def _run(verb: Verb, args: argparse.Namespace) -> int:
     except BrokenPipeError:
         # The reader (head, less) left. Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILURE
+        return _error_code(verb, EXIT_FAILURE)
     except (HalfbyteError, OSError) as error:
         if args.debug:
             err_console.print_exception()

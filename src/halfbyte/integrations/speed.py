@@ -13,12 +13,13 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from halfbyte.errors import ConfigError
+from halfbyte.errors import ConfigError, ModelError
 from halfbyte.evaluate.divergence import DivergenceResult
 from halfbyte.integrations.activations import measure_rounding
 from halfbyte.integrations.generation import Generator, Sampling, Timing
@@ -143,10 +144,19 @@ def measure_apart(measure: Callable[..., SpeedResult], *arguments: Any) -> Speed
 
     Returns:
         What it returned.
+
+    Raises:
+        ModelError: The process was killed, for example for want of memory.
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        return pool.submit(measure, *arguments).result()
+        try:
+            return pool.submit(measure, *arguments).result()
+        except BrokenProcessPool as error:
+            raise ModelError(
+                "The measurement ended without a result: its process was killed, as a rule because "
+                "memory ran out. halfbyte plan says what a model takes."
+            ) from error
 
 
 def measure_memory_rate() -> float | None:

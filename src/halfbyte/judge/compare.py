@@ -108,9 +108,10 @@ def compare(
     functions = functions or {}
     work = _prepare(sides, items, documents, functions, config)
     compared: tuple[Any, LayerErrors | None] = (None, None)
+    device = resolve_device(config.device)
     for side, against in ((sides[0], None), (sides[1], sides[0])):
-        release_memory(resolve_device(config.device))
-        with MemoryMeter().watch(MEMORY_SAMPLE_SECONDS) as seen:
+        release_memory(device)
+        with MemoryMeter(device).watch(MEMORY_SAMPLE_SECONDS) as seen:
             compared = _run_side(side, work, config, tell, against=against)
         _with_memory(side, work, config, max(seen()))
     return conclude(sides, work, config, functions, *compared)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halfbyte.errors import ModelError
 from halfbyte.judge.local_model import LocalModel
 from halfbyte.judge.model_cache import ModelCache, read_tensors, write_tensors
 from halfbyte.judge.questions import Passage, digest
@@ -36,6 +37,8 @@ SUSPECT_GAIN_BELOW = 0.025
 """... or below it by this much, which rounding alone hardly ever reaches,"""
 SUSPECT_ERROR = 1.5
 """... or its error is this many times theirs."""
+LEAST_GAIN = 0.5
+"""Median of a candidate's linears: rounding takes little off it, another basis nearly all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +137,9 @@ def measure_layers(
 
     Returns:
         The errors, suspects marked; None where the base was not probed.
+
+    Raises:
+        ModelError: The candidate's linears do not take the base's inputs at all.
     """
     ids = probe_ids(passages)
     path = _probe_path(base, ids)
@@ -164,6 +170,11 @@ def measure_layers(
                 error=float((a - b).norm() / a.norm()),
                 gain=float((a * b).sum() / (a * a).sum()),
             )
+        )
+    if errors and median(one.gain for one in errors) < LEAST_GAIN:
+        raise ModelError(
+            "given the base's inputs, the candidate's linears give outputs that have nothing of "
+            "the base's, as those of a model in another basis do (halfbyte rotate)"
         )
     states = _block_states(model, blocks.modules, ids)
     distances = []

@@ -1,4 +1,4 @@
-"""How much memory this process, or the GPU, has in use while something runs."""
+"""How much memory this process, or the GPU that it computes on, has in use while something runs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,20 @@ SAMPLE_SECONDS = 0.005
 
 
 class MemoryMeter:
-    """Looks at this process's resident memory, or at the GPU's memory where there is one."""
+    """Looks at this process's resident memory, or at a GPU's."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Say where to look.
+
+        Args:
+            device: What computes; a GPU that stands idle beside it says nothing of the run.
+        """
+        self._device = device
 
     def now(self) -> int:
         """Give the present size. Unit: bytes."""
-        if torch.cuda.is_available():
-            free, total = torch.cuda.mem_get_info()
+        if self._device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self._device)
             return total - free
         return resident_memory_bytes()
 

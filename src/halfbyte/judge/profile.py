@@ -21,6 +21,7 @@ from torch import Tensor
 from halfbyte.errors import ConfigError, ModelError
 from halfbyte.evaluate.loading import Subject, load_tokenizer, open_subject
 from halfbyte.judge.meter import MemoryMeter
+from halfbyte.machine.devices import resolve_device
 from halfbyte.machine.memory import release_memory
 from halfbyte.model.blocks import build_skeleton
 from halfbyte.model.weights import load_model_config
@@ -214,7 +215,7 @@ def _run(
 ) -> Measured:
     """Load, run and look; called in a fresh process."""
     _warm_up(Path(folder))
-    meter = MemoryMeter()
+    meter = MemoryMeter(resolve_device(device))
     program = meter.now()
     with meter.watch() as loading:
         subject = open_subject(Path(folder), dtype=dtype, device=device)

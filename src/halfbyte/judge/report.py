@@ -35,6 +35,21 @@ FORMATS: Mapping[str, tuple[str, Callable[[Comparison], str]]] = {
 """Name -> file and writer."""
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder of a report where it is missing.
+
+    Args:
+        folder: Which.
+
+    Raises:
+        ConfigError: It cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"Cannot make the folder '{folder}': {error.strerror}.") from error
+
+
 def write_report(comparison: Comparison, folder: Path) -> list[Path]:
     """Write all forms of a comparison into a folder.
 
@@ -44,14 +59,8 @@ def write_report(comparison: Comparison, folder: Path) -> list[Path]:
 
     Returns:
         The files.
-
-    Raises:
-        ConfigError: The folder cannot be made.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"Cannot make the folder '{folder}': {error.strerror}.") from error
+    make_folder(folder)
     paths = []
     for name, (file, _) in FORMATS.items():
         write_atomically(folder / file, [render(comparison, name).encode()])

@@ -43,9 +43,14 @@ class CompareConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "noise_batch_size", "longest_edge"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+        for name, least in (
+            ("batch_size", 1),
+            ("noise_batch_size", 1),
+            ("longest_edge", 1),
+            ("builtin_items", 0),
+        ):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be {least} or more.")
         if self.windows is not None and self.windows < 1:
             raise ConfigError(
                 f"windows is {self.windows}; it must be 1 or more. Leave it out to use all."

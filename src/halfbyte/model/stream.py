@@ -182,7 +182,10 @@ class BlockStream:
             )
             stack.callback(before.remove)
             if module is not head:
-                after = module.register_forward_hook(lambda _m, _x, out: _cast(out, self.dtype))
+                # First of all: who watches the module sees the very tensor that others get.
+                after = module.register_forward_hook(
+                    lambda _m, _x, out: _cast(out, self.dtype), prepend=True
+                )
                 stack.callback(after.remove)
 
     def _watch_stages(self, stack: ExitStack, root: nn.Module, stages: Sequence[Stage]) -> None:
