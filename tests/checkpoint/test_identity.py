@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from halfbyte.checkpoint.identity import digest_all, digest_files
+from halfbyte.checkpoint.identity import digest_all, digest_files, name_folder
 
 
 def test_every_file_that_answers_depend_on_counts(tmp_path):
@@ -20,3 +20,15 @@ def test_every_file_that_answers_depend_on_counts(tmp_path):
         (tmp_path / name).write_text("other")
         assert digest_all(digest_files(tmp_path)) != digest_all(before)
         (tmp_path / name).write_text("one")
+
+
+def test_a_folder_has_the_name_that_it_was_called_by(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    monkeypatch.chdir(tmp_path / "model")
+    assert [name_folder(f) for f in ("../link", "../link/", tmp_path / "model", ".")] == [
+        "link",
+        "link",
+        "model",
+        "model",
+    ]

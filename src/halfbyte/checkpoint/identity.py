@@ -7,6 +7,7 @@ the version that it is to be attached to.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,6 +25,11 @@ MANIFEST_FILE = "halfbyte_manifest.json"
 REPORTS = ("checksums.json", "quantization_report.json", "report.json", MANIFEST_FILE)
 """What is said about a model and may lie beside it."""
 CONFIG = "config.json"
+
+
+def name_folder(folder: str | Path) -> str:
+    """Give the name that a model's folder was called by; of a link that is not what it leads to."""
+    return Path(os.path.abspath(folder)).name
 
 
 def digest_file(path: Path) -> str:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from halfbyte.checkpoint.identity import name_folder
 from halfbyte.convert.card import read_front_matter
 from halfbyte.convert.coded import CodedSpec
 from halfbyte.convert.gguf_architecture import Architecture
@@ -56,7 +57,7 @@ def describe_file(
 
 
 def _name_of(source: Source) -> str:
-    return source.tokenizer_folder.resolve().name
+    return name_folder(source.tokenizer_folder)
 
 
 def _describe_origin(source: Source) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from halfbyte.checkpoint.identity import name_folder
 from halfbyte.checkpoint.labels import read_labels
 from halfbyte.errors import CheckpointError
 from halfbyte.evaluate.loading import load_tokenizer, open_subject
@@ -94,7 +95,7 @@ def merge_and_quantize(
     work = target / WORK_FOLDER / MERGED_FOLDER
     shutil.rmtree(work, ignore_errors=True)
     # The model card will name it.
-    merged = work / f"{Path(base).resolve().name}-merged"
+    merged = work / f"{name_folder(base)}-merged"
     try:
         report = merge(base, adapter, merged, original=original, data=data, device=resources.device)
         release_memory()

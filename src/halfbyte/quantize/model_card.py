@@ -13,6 +13,7 @@ from statistics import fmean, median
 from typing import Any
 
 from halfbyte.checkpoint.front_matter import CARD_FILE, read_front_matter
+from halfbyte.checkpoint.identity import name_folder
 from halfbyte.quantize.picture import PICTURE_FILE
 from halfbyte.quantize.report import ExpertCoverage, ModuleReport, QuantizationReport, kind_of
 from halfbyte.units import format_bytes, format_error, format_seconds
@@ -70,7 +71,7 @@ def base_model_name(model: str) -> str:
             return part.removeprefix("models--").replace("--", "/")
     if len(parts) == 2 and not Path(model).exists():
         return model
-    return Path(model).resolve().name
+    return name_folder(model)
 
 
 def write_card_body(report: QuantizationReport, name: str) -> str:

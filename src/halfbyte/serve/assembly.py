@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from halfbyte.checkpoint.identity import name_folder
 from halfbyte.environment import API_KEYS, UPSTREAM_KEY, read_variable
 from halfbyte.errors import ConfigError, require_extra
 from halfbyte.serve.adapters import AdapterFolder
@@ -119,7 +120,7 @@ def open_service(
     if config.engine == "vllm":
         return _open_vllm(model, config, engine, quality, keys)
     stored = resolve_store_model(model) if is_store_reference(model) else None
-    name = config.served_name or (stored.name if stored else Path(model).resolve().name)
+    name = config.served_name or (stored.name if stored else name_folder(model))
 
     def load(place: str) -> EmbeddedBackend:
         return open_embedded(Path(place), config, engine, name=name)
@@ -198,7 +199,7 @@ def _open_vllm(
     folder = Path(model) if stored is None else stored.folder
     tokenizer = load_tokenizer(folder)
     check_for_vllm(folder, has_gpu=torch.cuda.is_available())
-    name = config.served_name or (stored.name if stored else folder.resolve().name)
+    name = config.served_name or (stored.name if stored else name_folder(folder))
     file = config.chat_template
     own = getattr(tokenizer, "chat_template", None)
     command = make_command(
@@ -323,7 +324,7 @@ def _wrap(
             others.append(_connect_upstream([place], config))
             return others[-1]
         folder = Path(place)
-        return open_embedded(folder, config, engine, name=folder.resolve().name)
+        return open_embedded(folder, config, engine, name=name_folder(folder))
 
     watched = open_quality(backend, quality, connect)
     gateway = Gateway(
