@@ -29,7 +29,7 @@ CONFIG = "config.json"
 
 def name_folder(folder: str | Path) -> str:
     """Give the name that a model's folder was called by; of a link that is not what it leads to."""
-    return Path(os.path.abspath(folder)).name
+    return Path(os.path.abspath(folder)).name  # noqa: PTH100 - resolve() follows links
 
 
 def digest_file(path: Path) -> str:
