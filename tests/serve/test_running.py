@@ -66,6 +66,15 @@ def test_draining_ends_in_time_whatever_runs():
     assert engine.running == 0
 
 
+@pytest.fixture
+def terminal():
+    """Whoever runs the tests may ignore that a terminal is closed, as nohup does."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("terminal")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_signal_lets_running_answers_finish(name):
     gateway, _ = make_gateway()
@@ -85,7 +94,7 @@ def test_signal_lets_running_answers_finish(name):
                     await asyncio.sleep(0)
                 os.kill(os.getpid(), getattr(signal, name))
                 reply = await asked
-            await serving
+            await asyncio.wait_for(serving, 30)
         return reply.status_code
 
     assert asyncio.run(run()) == 200
