@@ -175,7 +175,7 @@ def test_a_file_that_cannot_be_read_is_compiled_again(compiled, tmp_path, monkey
     assert len(compiled) == 2
 
 
-def test_a_full_disk_keeps_nothing_and_leaves_nothing(compiled, tmp_path, monkeypatch):
+def test_a_full_disk_keeps_nothing_and_leaves_nothing(compiled, tmp_path, monkeypatch, caplog):
     write = Path.write_bytes
 
     def run_full(self, data):
@@ -185,6 +185,7 @@ def test_a_full_disk_keeps_nothing_and_leaves_nothing(compiled, tmp_path, monkey
     monkeypatch.setattr(Path, "write_bytes", run_full)
     compile_four_bits()
     assert list_kept(tmp_path) == []
+    assert caplog.text.count("compiled GPU kernels are not kept") == 1
 
 
 def test_without_a_home_nothing_is_kept(compiled, monkeypatch):

@@ -267,19 +267,27 @@ def test_without_triton_the_cuda_kernel_takes_all_rows_that_it_can(runs, monkeyp
     assert runs == ["cuda", "cuda", "dequantize"]
 
 
-def test_everything_that_a_captured_graph_may_launch_is_compiled_before(gpu, monkeypatch):
-    gpu()
+STORED = Operands(
+    weight=(), qzeros=torch.empty(0), scales=torch.empty(0, dtype=torch.float16), g_idx=None
+)
+
+
+def watch_compiling(monkeypatch, kernel):
+    """Gives the configurations that a kernel is compiled with, for an H100."""
     compiled = []
-    monkeypatch.setattr(cuda_linear, "load_function", lambda config, *_: compiled.append(config))
+    monkeypatch.setattr(kernel, "load_function", lambda config, *_: compiled.append(config))
     monkeypatch.setattr(cuda_linear, "name_architecture", lambda device: "sm_90")
     monkeypatch.setattr(TritonLinear, "prepare", lambda self, stored, spec: ())
-    stored = Operands(
-        weight=(), qzeros=torch.empty(0), scales=torch.empty(0, dtype=torch.float16), g_idx=None
-    )
+    return compiled
+
+
+def test_everything_that_a_captured_graph_may_launch_is_compiled_before(gpu, monkeypatch):
+    gpu()
+    compiled = watch_compiling(monkeypatch, cuda_linear)
     for sizes, rows in (((4096, 6144), 8), ((4096, 4096), 16)):
         compiled.clear()
         spec = replace(SPEC, in_features=sizes[0], out_features=sizes[1])
-        CudaLinear().prepare(stored, spec)
+        CudaLinear().prepare(STORED, spec)
         needed = {
             cuda_linear.choose_config("sm_90", m + 1, spec, torch.float16) for m in range(rows)
         }
@@ -288,14 +296,8 @@ def test_everything_that_a_captured_graph_may_launch_is_compiled_before(gpu, mon
 
 def test_what_copies_in_bulk_is_compiled_before_for_one_row_too(gpu, streamed, monkeypatch):
     gpu()
-    compiled = []
-    monkeypatch.setattr(cuda_stream, "load_function", lambda config, *_: compiled.append(config))
-    monkeypatch.setattr(cuda_linear, "name_architecture", lambda device: "sm_90")
-    monkeypatch.setattr(TritonLinear, "prepare", lambda self, stored, spec: ())
-    stored = Operands(
-        weight=(), qzeros=torch.empty(0), scales=torch.empty(0, dtype=torch.float16), g_idx=None
-    )
-    CudaLinear().prepare(stored, SPEC)
+    compiled = watch_compiling(monkeypatch, cuda_stream)
+    CudaLinear().prepare(STORED, SPEC)
     needed = {cuda_stream.choose_config("sm_90", rows, SPEC, torch.float16) for rows in (1, 8)}
     assert len(needed) == 2
     assert needed <= set(compiled)

@@ -219,3 +219,15 @@ def test_slow_disk_fills_the_queue_and_holds_nobody_up(tmp_path, monkeypatch):
     blocker.close()
     log.close()
     assert len(rows(tmp_path / "log.sqlite")) + sum(dropped) == 1500
+
+
+def test_closing_tells_what_a_slow_disk_leaves_unwritten(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("halfbyte.serve.watch.request_log.CLOSE_SECONDS", 0.1)
+    log = RequestLog(tmp_path / "log.sqlite", dropped=lambda _: None)
+    blocker = sqlite3.connect(tmp_path / "log.sqlite")
+    blocker.execute("begin exclusive")
+    ask(log, 3)
+    log.close()
+    blocker.rollback()
+    blocker.close()
+    assert "requests that are not written" in caplog.text

@@ -9,13 +9,17 @@ from halfbyte.store.store import Store
 def store(request, tmp_path):
     """The same store in a folder, and in fsspec's memory, which stands for a bucket."""
     if request.param == "folder":
-        yield Store(tmp_path / "store")
-        return
+        return Store(tmp_path / "store")
+    return request.getfixturevalue("bucket")
+
+
+@pytest.fixture
+def bucket():
     from fsspec.implementations.memory import MemoryFileSystem
 
     MemoryFileSystem.store.clear()
     MemoryFileSystem.pseudo_dirs[:] = [""]
-    yield Store("memory://bucket/store")
+    return Store("memory://bucket/store")
 
 
 @pytest.fixture

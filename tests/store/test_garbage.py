@@ -5,7 +5,6 @@ from tests.helpers.stores import add
 
 from halfbyte.errors import StoreError
 from halfbyte.store import garbage
-from halfbyte.store.backend import FolderBackend
 from halfbyte.store.checkout import checkout
 from halfbyte.store.garbage import collect_garbage
 
@@ -30,14 +29,12 @@ def test_garbage_is_what_no_alias_and_no_recent_version_needs(local, tmp_path):
     assert collect_garbage(local, keep=1).versions == (versions[1],)
 
 
-def test_a_bucket_is_collected_only_when_nobody_writes(tmp_path, store):
-    if isinstance(store.backend, FolderBackend):
-        pytest.skip("a folder has a lock")
-    versions = [add(store, tmp_path, seed).version for seed in range(3)]
+def test_a_bucket_is_collected_only_when_nobody_writes(tmp_path, bucket):
+    versions = [add(bucket, tmp_path, seed).version for seed in range(3)]
     with pytest.raises(StoreError, match="--nobody-writes"):
-        collect_garbage(store, keep=1)
-    assert list(collect_garbage(store, keep=1, nobody_writes=True).versions) == versions[:2]
-    assert store.verify() == versions[2:]
+        collect_garbage(bucket, keep=1)
+    assert list(collect_garbage(bucket, keep=1, nobody_writes=True).versions) == versions[:2]
+    assert bucket.verify() == versions[2:]
 
 
 def test_stray_files_stop_nothing(local, tmp_path):

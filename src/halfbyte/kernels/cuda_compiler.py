@@ -16,6 +16,7 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
+import logging
 import os
 import re
 import threading
@@ -27,6 +28,8 @@ import torch
 
 from halfbyte.errors import ConfigError, KernelUnavailable
 from halfbyte.machine.cache import cache_folder
+
+log = logging.getLogger(__name__)
 
 OPTIONS = ("--std=c++17", "--use_fast_math")
 
@@ -77,7 +80,8 @@ def _find_place(key: str) -> Path | None:
     """Where machine code is kept; None: there is no folder for it."""
     try:
         folder = cache_folder()
-    except ConfigError:
+    except ConfigError as error:
+        _tell_not_kept(str(error))
         return None
     return folder / "kernels" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
 
@@ -97,9 +101,16 @@ def _keep(path: Path, cubin: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(cubin)
         partial.replace(path)
-    except OSError:
+    except OSError as error:
+        _tell_not_kept(f"{path.parent}: {error.strerror or error}")
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+@functools.cache
+def _tell_not_kept(why: str) -> None:
+    """Say once why every process compiles anew."""
+    log.warning("compiled GPU kernels are not kept, which makes each start slower: %s", why)
 
 
 @functools.cache

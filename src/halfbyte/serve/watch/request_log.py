@@ -6,7 +6,6 @@ and the log goes on when there is room again. The newest rows are kept, up to a 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import queue
@@ -217,9 +216,17 @@ class RequestLog:
 
     def close(self) -> None:
         """Write what waits, then stop; a disk that takes too long is not waited for."""
-        with contextlib.suppress(queue.Full):
+        try:
             self._queue.put(None, timeout=CLOSE_SECONDS)
             self._thread.join(timeout=CLOSE_SECONDS)
+        except queue.Full:
+            pass  # told below, as a thread that does not end is
+        if self._thread.is_alive():
+            log.warning(
+                "the request log '%s' is left with about %d requests that are not written",
+                self._path,
+                self._queue.qsize(),
+            )
 
 
 def redacted(row: Row) -> Row:
