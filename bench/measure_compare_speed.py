@@ -19,7 +19,7 @@ import torch
 from halfbyte.data import evaluation_text
 from halfbyte.evaluate.loading import load_tokenizer
 from halfbyte.judge.compare import compare
-from halfbyte.judge.sides import CompareConfig
+from halfbyte.judge.setup import CompareConfig
 from halfbyte.judge.tasks import Item
 from record import save_result
 

@@ -21,7 +21,7 @@ import halfbyte
 from halfbyte.serve.engine.config import EngineConfig
 from halfbyte.serve.engine.contract import Generated, TokenRequest
 from halfbyte.serve.engine.engine import EmbeddedEngine
-from halfbyte.serve.engine.opening import open_engine
+from halfbyte.serve.engine.loading import open_engine
 from record import save_result
 
 PROMPT_TOKENS = 32

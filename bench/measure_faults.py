@@ -19,7 +19,7 @@ from torch import Tensor
 
 from halfbyte.evaluate.loading import load_tokenizer
 from halfbyte.judge.compare import compare
-from halfbyte.judge.sides import CompareConfig
+from halfbyte.judge.setup import CompareConfig
 from record import save_result
 
 FAULTY = "model.layers.12.mlp.down_proj"

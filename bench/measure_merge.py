@@ -29,7 +29,7 @@ from halfbyte.finetune.progress import make_train_progress
 from halfbyte.finetune.requantize import merge_and_quantize, merging_config
 from halfbyte.finetune.train import finetune
 from halfbyte.judge.compare import compare
-from halfbyte.judge.sides import CompareConfig
+from halfbyte.judge.setup import CompareConfig
 from halfbyte.judge.tasks import read_tasks
 from halfbyte.quantize.progress import make_progress
 from halfbyte.quantize.report import load_report

@@ -17,7 +17,7 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
-from halfbyte.serve.exchange import Call, Delta, Event, Finish, Load, Served, Usage
+from halfbyte.serve.backend import Call, Delta, Event, Finish, Load, Served, Usage
 from halfbyte.serve.quality import Quality, open_quality
 from halfbyte.serve.quality_config import QualityConfig
 from record import save_result

@@ -1,7 +1,7 @@
 // The same codes in another format's order: what a conversion between formats does, one thread.
 //
 // Plain vectors of 16 bytes, which every processor has that this is compiled for: memory is the limit.
-// halfbyte/convert/respell.py says in torch what each of these computes, and stands in for it.
+// halfbyte/convert/bit_order.py says in torch what each of these computes, and stands in for it.
 #include "huge_pages.h"
 #include "layout.h"
 #include "numbers.h"

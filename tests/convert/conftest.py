@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from halfbyte.convert import respell
+from halfbyte.convert import bit_order
 from halfbyte.kernels.native_library import NativeLibrary, open_library
 
 NONE = NativeLibrary(functions=None, obstacle="left out by a test", isa="")
@@ -14,7 +14,7 @@ NONE = NativeLibrary(functions=None, obstacle="left out by a test", isa="")
 def way(request, monkeypatch):
     """Run a test in torch alone and, where the compiled library is, with it."""
     if request.param == "torch":
-        monkeypatch.setattr(respell, "open_library", lambda: NONE)
+        monkeypatch.setattr(bit_order, "open_library", lambda: NONE)
     else:  # marked as native, so that a missing library fails here as in every such test
         assert open_library().functions is not None, open_library().obstacle
     return request.param

@@ -14,10 +14,10 @@ from tests.helpers.tiny_gptq import TinyLinear
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import halfbyte
+from halfbyte.convert.detect import open_source
 from halfbyte.convert.gguf_architecture import find_architecture
 from halfbyte.convert.gguf_config import check_complete, read_config
 from halfbyte.convert.gguf_file import F32, Q4_0, Q8_0, open_gguf
-from halfbyte.convert.opening import open_source
 from halfbyte.convert.run import ConversionConfig, convert
 from halfbyte.errors import CheckpointError
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from tests.helpers.conversions import ATTENTION, MLP, TINY_CONFIG, write_source, write_tokenizer
 from tests.helpers.tiny_gptq import TinyLinear
 
+from halfbyte.convert.detect import open_source
 from halfbyte.convert.gguf_file import Q4_1, open_gguf
-from halfbyte.convert.opening import open_source
 from halfbyte.convert.run import ConversionConfig, convert
 from halfbyte.packing import pack_rows
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from halfbyte.convert.awq import AwqTarget, pack_outputs, unpack_outputs
-from halfbyte.convert.coded import CodedLinear
+from halfbyte.convert.coded_linear import CodedLinear
 from halfbyte.convert.compressed_tensors import CompressedTensorsTarget
 from halfbyte.convert.gguf_blocks import read_blocks, read_plain, spell_blocks, spell_plain
 from halfbyte.convert.gguf_file import BF16, F16, F32, Q4_0, Q4_1, Q6_K, Q8_0

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halfbyte.convert.coded import CodedLinear
+from halfbyte.convert.coded_linear import CodedLinear
 from halfbyte.convert.hints import read_hints, restore
 from halfbyte.errors import CheckpointError
 from halfbyte.packing import pack_rows

@@ -13,7 +13,7 @@ from tests.helpers.families import token_lists
 from transformers import AutoModelForCausalLM
 
 from halfbyte.checkpoint.read import open_checkpoint
-from halfbyte.convert.opening import open_source
+from halfbyte.convert.detect import open_source
 from halfbyte.convert.reorder import find_head_order, fold_act_order
 from halfbyte.convert.run import ConversionConfig, convert
 

@@ -20,8 +20,8 @@ from tests.helpers.conversions import (
 )
 from tests.helpers.tiny_gptq import TinyLinear
 
+from halfbyte.convert.detect import open_source
 from halfbyte.convert.gguf_file import open_gguf
-from halfbyte.convert.opening import open_source
 from halfbyte.convert.run import ConversionConfig, convert
 from halfbyte.errors import CheckpointError
 

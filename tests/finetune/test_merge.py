@@ -12,8 +12,8 @@ from tests.helpers.checkpoints import Recipe, tiny_llama_config, write_checkpoin
 import halfbyte
 from halfbyte.errors import ConfigError, VerificationError
 from halfbyte.finetune import merge as merging
-from halfbyte.finetune.judging import MergeReport, TaskScore, log_probs, mean_kl
 from halfbyte.finetune.merge import merge, merge_layers
+from halfbyte.finetune.merge_check import MergeReport, TaskScore, log_probs, mean_kl
 
 VARIANTS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -14,8 +14,8 @@ from halfbyte.cli.main import main
 from halfbyte.errors import CheckpointError, ConfigError, JournalError, ModelError
 from halfbyte.finetune import requantize
 from halfbyte.finetune.data import Example, Examples
-from halfbyte.finetune.judging import MOST_SCORED, divide_examples
 from halfbyte.finetune.merge import merge_layers
+from halfbyte.finetune.merge_check import MOST_SCORED, divide_examples
 from halfbyte.finetune.requantize import (
     MERGED_FOLDER,
     merge_and_quantize,

@@ -15,7 +15,7 @@ from tests.fuzz.mutations import LABEL_VALUES, MUTATORS, Damage
 from tests.helpers.conversions import ATTENTION, MLP, write_source
 from tests.helpers.tiny_gptq import TinyLinear
 
-from halfbyte.convert.opening import open_source
+from halfbyte.convert.detect import open_source
 from halfbyte.convert.run import ConversionConfig, convert
 from halfbyte.errors import HalfbyteError
 

@@ -20,7 +20,7 @@ from halfbyte.kernels import cuda_rows, cuda_stream
 from halfbyte.kernels.contract import LinearSpec, Operands
 from halfbyte.kernels.cuda_arguments import Arguments, fill_arguments
 from halfbyte.kernels.cuda_driver import Boxes
-from halfbyte.kernels.cuda_few import plan_work
+from halfbyte.kernels.cuda_few_rows import plan_work
 from halfbyte.kernels.cuda_linear import CudaConfig, CudaLinear, count_shared_bytes, define_macros
 from halfbyte.kernels.cuda_rows import RowsArguments, RowsConfig
 from halfbyte.kernels.cuda_stream import StreamArguments, StreamConfig

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests.helpers.tiny_llama import build_model, build_tokenizer
 
-from halfbyte.judge.sides import CompareConfig
+from halfbyte.judge.setup import CompareConfig
 from halfbyte.judge.tasks import read_tasks
 
 WORDS = 60

@@ -281,7 +281,7 @@ def test_quantized_checkpoint_is_a_candidate(tmp_path):
     from tests.helpers.checkpoints import Recipe, tiny_llama_config, write_checkpoint
     from tests.helpers.tiny_llama import build_tokenizer
 
-    from halfbyte.judge.sides import CompareConfig
+    from halfbyte.judge.setup import CompareConfig
 
     folder, base = tmp_path / "q", tmp_path / "b"
     model = write_checkpoint(folder, tiny_llama_config(), Recipe())

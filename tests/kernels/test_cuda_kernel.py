@@ -13,7 +13,7 @@ from tests.helpers.packed import make_linear
 
 from halfbyte.errors import KernelUnavailable
 from halfbyte.kernels import cuda_compiler
-from halfbyte.kernels.cuda_few import plan_work
+from halfbyte.kernels.cuda_few_rows import plan_work
 from halfbyte.kernels.cuda_linear import (
     ROWS_LIMIT,
     SHARED_LIMIT,

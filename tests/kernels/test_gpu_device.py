@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from halfbyte.kernels import gpu_device, triton_decode, triton_decode_programs
+from halfbyte.kernels import gpu_device, triton_decode, triton_decode_kernels
 from halfbyte.nn import gpu_step
 
 
@@ -73,7 +73,7 @@ def test_a_triton_program_is_launched_on_the_device_of_its_tensors(monkeypatch):
             return lambda *_, **__: entered.append("launched")
 
     monkeypatch.setattr(triton_decode, "on_device", note)
-    monkeypatch.setattr(triton_decode_programs, "gate_program", Program())
+    monkeypatch.setattr(triton_decode_kernels, "gate_program", Program())
     triton_decode.gate(torch.zeros(1, 8))
     assert entered == [torch.device("cpu"), "launched", "left"]
 

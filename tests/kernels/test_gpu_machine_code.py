@@ -203,7 +203,7 @@ def test_every_shipped_program_fits_the_gpu(config, bits, group_size, tmp_path):
 @pytest.mark.parametrize("page", [0, 16])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_programs_of_a_decode_step(architecture, page, tmp_path):
-    from halfbyte.kernels import triton_decode_programs as programs
+    from halfbyte.kernels import triton_decode_kernels as programs
 
     early = architecture == "sm_90"
     options = {"num_stages": 3} | ({"launch_pdl": True} if early else {})
@@ -273,7 +273,7 @@ def compile_triton(
     bits: int = 4,
 ) -> bytes:
     """Compile the product for a GPU that is not here."""
-    from halfbyte.kernels.triton_programs import multiply_program
+    from halfbyte.kernels.triton_kernels import multiply_program
 
     constants = {
         "BITS": bits,

@@ -15,7 +15,7 @@ from halfbyte.kernels.triton_decode import AttentionShape, add_norm, attend, cho
 
 pytest.importorskip("triton")
 
-NAME = "halfbyte.kernels.triton_decode_programs"
+NAME = "halfbyte.kernels.triton_decode_kernels"
 HALF = 2**-11
 """Half a unit in the last place of a float16, of a number between 1 and 2."""
 

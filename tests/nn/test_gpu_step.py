@@ -52,7 +52,7 @@ def make_model(kind):
 
 @pytest.fixture
 def on_the_cpu(monkeypatch):
-    interpret(monkeypatch, "halfbyte.kernels.triton_decode_programs")
+    interpret(monkeypatch, "halfbyte.kernels.triton_decode_kernels")
     monkeypatch.setattr(gpu_step, "DEVICES", ("cpu",))
     # Few programs: the interpreter runs them one after the other.
     monkeypatch.setattr(triton_decode, "choose_splits", lambda device, programs: 2)

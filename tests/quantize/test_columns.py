@@ -14,7 +14,7 @@ from halfbyte.quantize.columns import Steps, move_columns, round_columns
 
 pytest.importorskip("triton")
 
-NAME = "halfbyte.quantize.column_program"
+NAME = "halfbyte.quantize.column_kernel"
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_compiled_for_gpus_the_block_stays_in_registers(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from halfbyte.quantize.column_program import column_program
+    from halfbyte.quantize.column_kernel import column_program
 
     names = [parameter.name for parameter in column_program.params]
     kinds = dict.fromkeys(names[:9], "*fp32") | {"groups": "*i32", "num_columns": "i32"}

@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM
 import halfbyte
 from halfbyte.checkpoint.read import open_checkpoint
 from halfbyte.errors import ConfigError
-from halfbyte.model.chain import BlockChain
+from halfbyte.model.blockwise_backward import BlockChain
 from halfbyte.model.stream import BlockStream
 from halfbyte.model.weights import ModelWeights
 from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
-from halfbyte.quantize import end_to_end, whole_tuning
+from halfbyte.quantize import end_to_end, end_to_end_stage
 from halfbyte.quantize.end_to_end import EndToEndTuning, WholeData
 from halfbyte.quantize.progress import SilentProgress
 from halfbyte.quantize.report import QuantizationReport, load_report
@@ -229,7 +229,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(
         with pytest.raises(InterruptedError):
             tune(tmp_path, "killed", resume=True, progress=fail_at(look))
     # Then while the shards are written again.
-    real = whole_tuning.rewrite_block
+    real = end_to_end_stage.rewrite_block
     calls: list[int] = []
 
     def rewrite(*args: Any, **keywords: Any) -> Any:
@@ -239,7 +239,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(
             raise InterruptedError
         return entry
 
-    monkeypatch.setattr(whole_tuning, "rewrite_block", rewrite)
+    monkeypatch.setattr(end_to_end_stage, "rewrite_block", rewrite)
     with pytest.raises(InterruptedError):
         tune(tmp_path, "killed", resume=True)
     report: QuantizationReport = tune(tmp_path, "killed", resume=True)

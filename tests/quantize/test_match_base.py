@@ -15,7 +15,7 @@ from halfbyte.quant_config import PRESETS, CalibrationConfig, QuantConfig, Resou
 from halfbyte.quantize.attempt import Attempt
 from halfbyte.quantize.block_walk import BlockWalk
 from halfbyte.quantize.report import QuantizationReport
-from halfbyte.quantize.states import CALIBRATION, FULL
+from halfbyte.quantize.run_states import CALIBRATION, FULL
 
 IDS = token_lists(16, 32)
 CONFIG = QuantConfig(group_size=32, bits=3, **PRESETS["balanced"])

@@ -18,8 +18,8 @@ import halfbyte
 from halfbyte.checkpoint.read import open_checkpoint
 from halfbyte.errors import ConfigError
 from halfbyte.quant_config import CalibrationConfig, Override, QuantConfig, Scheme
-from halfbyte.quantize import choose_bits, survey
-from halfbyte.quantize.allocation import (
+from halfbyte.quantize import mixed_precision, sensitivity
+from halfbyte.quantize.bit_allocation import (
     Choice,
     Unit,
     allocate,
@@ -99,13 +99,13 @@ def test_predicted_losses_are_those_that_single_modules_cause(
     base = tmp_path / "base"
     write_decided_family(base, num_hidden_layers=2)
     seen: list[Unit] = []
-    real = survey.Survey.measure
+    real = sensitivity.Survey.measure
 
-    def measure(self: survey.Survey, batches: Any) -> list[Unit]:
+    def measure(self: sensitivity.Survey, batches: Any) -> list[Unit]:
         seen.extend(real(self, batches))
         return seen
 
-    monkeypatch.setattr(choose_bits.Survey, "measure", measure)
+    monkeypatch.setattr(mixed_precision.Survey, "measure", measure)
     quantize(base, tmp_path / "x", QuantConfig(group_size=32, target_bits=4.0), **TEXT)
     assert [len(unit.linears) for unit in seen] == [3, 1, 2, 1] * 2
     exact = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -235,7 +235,7 @@ def test_a_killed_run_keeps_its_choice(tmp_path: Path, monkeypatch: pytest.Monke
     assert {m.bits for m in whole.modules if "o_proj" in m.name} == {8}, "an override decides"
     with pytest.raises(InterruptedError):
         quantize(tmp_path / "base", tmp_path / "out", config, progress=StopAt(1), **TEXT)
-    monkeypatch.setattr(choose_bits, "Survey", None)  # it must not measure again
+    monkeypatch.setattr(mixed_precision, "Survey", None)  # it must not measure again
     report = quantize(tmp_path / "base", tmp_path / "out", config, resume=True, **TEXT)
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
     assert report.notes == whole.notes

@@ -18,9 +18,9 @@ from halfbyte.machine.memory import limit_device_memory
 from halfbyte.model.stream import _Passage
 from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
 from halfbyte.quantize import run as running
-from halfbyte.quantize import states, token_gradients
+from halfbyte.quantize import run_states, token_gradients
 from halfbyte.quantize.attempt import WEIGHTS_FOLDER
-from halfbyte.quantize.gentler import CPU_ALLOCATOR, find_gentler, is_out_of_memory
+from halfbyte.quantize.memory_fallback import CPU_ALLOCATOR, find_gentler, is_out_of_memory
 from halfbyte.quantize.resources import SMALLEST_HESSIAN_BYTES, RunSettings
 
 CONFIG = QuantConfig(group_size=32)
@@ -110,7 +110,7 @@ def test_states_that_were_held_on_the_device_go_through_files(base, tmp_path, de
         return replace(plan, settings=replace(plan.settings, hold_states=True))
 
     monkeypatch.setattr(running, "resolve_resources", hold)
-    monkeypatch.setattr(states, "SAVE_EVERY_SECONDS", 1e6)  # none is saved but what must be
+    monkeypatch.setattr(run_states, "SAVE_EVERY_SECONDS", 1e6)  # none is saved but what must be
     device(4, behind=2, of=tmp_path / "out")
     report = quantize(base, tmp_path / "out")
     told = [note for note in report.notes if "out of memory" in note]

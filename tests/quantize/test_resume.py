@@ -18,7 +18,7 @@ import halfbyte
 from halfbyte.errors import ConfigError, JournalError
 from halfbyte.quant_config import CalibrationConfig, Override, QuantConfig, ResourceConfig
 from halfbyte.quantize import run as running
-from halfbyte.quantize import states
+from halfbyte.quantize import run_states
 from halfbyte.quantize.journal import Journal
 from halfbyte.quantize.resources import RunPlan
 
@@ -29,7 +29,7 @@ CONFIG = QuantConfig(group_size=32)
 def work(job: dict[str, Any]) -> None:
     """Quantize, in a process of its own."""
     if "save_every" in job:
-        states.SAVE_EVERY_SECONDS = job["save_every"]
+        run_states.SAVE_EVERY_SECONDS = job["save_every"]
         resolve = running.resolve_resources
 
         def hold(*arguments: Any) -> RunPlan:

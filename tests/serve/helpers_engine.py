@@ -19,7 +19,7 @@ from halfbyte.kernels.native_library import open_library
 from halfbyte.serve.engine.config import EngineConfig
 from halfbyte.serve.engine.contract import Ended, Generated, Prompted, TokenRequest
 from halfbyte.serve.engine.engine import EmbeddedEngine
-from halfbyte.serve.engine.opening import make_engine
+from halfbyte.serve.engine.loading import make_engine
 
 POSITIONS = 256
 VOCABULARY = 384

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 
 from halfbyte.errors import ServeError
-from halfbyte.serve.exchange import Call, Delta, Event, Finish, Load, Served, TokenLogprob, Usage
+from halfbyte.serve.backend import Call, Delta, Event, Finish, Load, Served, TokenLogprob, Usage
 
 _numbers = itertools.count()
 

@@ -9,7 +9,7 @@ import pytest
 from tests.serve.helpers_raw import chunk, stream
 
 from halfbyte.errors import ServeError
-from halfbyte.serve.exchange import Call
+from halfbyte.serve.backend import Call
 from halfbyte.serve.upstream import UpstreamBackend, UpstreamTimeouts
 
 HELLO = [{"role": "user", "content": "hello"}]

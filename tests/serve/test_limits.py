@@ -14,8 +14,8 @@ from tests.serve.helpers_gateway import CHAT, HEAD, bearer, make_gateway
 from tests.serve.helpers_server import serve
 
 from halfbyte.errors import ServeError
+from halfbyte.serve.backend import Delta, Finish, Usage
 from halfbyte.serve.config import ServeConfig
-from halfbyte.serve.exchange import Delta, Finish, Usage
 from halfbyte.serve.limits import Limits
 
 

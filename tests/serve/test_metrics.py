@@ -9,9 +9,9 @@ from tests.serve.helpers_quality import Clock, ScriptedBackend, answer, collect,
 
 from halfbyte.errors import MissingExtraError, ServeError
 from halfbyte.serve.assembly import open_service
+from halfbyte.serve.backend import Delta, Finish, Load, Usage
 from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.engine.config import EngineConfig
-from halfbyte.serve.exchange import Delta, Finish, Load, Usage
 from halfbyte.serve.keys import ApiKeys
 from halfbyte.serve.metrics import Histogram, Metrics
 from halfbyte.serve.quality import open_quality

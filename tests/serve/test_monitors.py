@@ -6,7 +6,7 @@ import pytest
 from tests.serve.helpers_quality import make_call
 
 from halfbyte.data import calibration_documents, evaluation_documents
-from halfbyte.serve.exchange import Delta, Finish, ToolCall
+from halfbyte.serve.backend import Delta, Finish, ToolCall
 from halfbyte.serve.watch.language import language_of, switches
 from halfbyte.serve.watch.monitors import find_failures, is_repetitive
 from halfbyte.serve.watch.observation import Seen, content_text, prompt_text

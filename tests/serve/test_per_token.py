@@ -18,10 +18,10 @@ from tests.serve.helpers_text import make_tokenizer
 from halfbyte.errors import ServeError
 from halfbyte.serve.api.answers import AnswerForm, gather
 from halfbyte.serve.api.gateway import Gateway
+from halfbyte.serve.backend import Call, Delta, Finish, Served, Usage
 from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.embedded import EmbeddedBackend
 from halfbyte.serve.engine.contract import Ended, Generated, Prompted
-from halfbyte.serve.exchange import Call, Delta, Finish, Served, Usage
 from halfbyte.serve.routing.router import Router
 
 

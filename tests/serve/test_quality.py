@@ -17,9 +17,9 @@ from tests.serve.helpers_scripted import ScriptedEngine
 from tests.serve.helpers_servers import serving
 
 from halfbyte.errors import ConfigError, ServeError
+from halfbyte.serve.backend import Call
 from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.embedded import EmbeddedBackend
-from halfbyte.serve.exchange import Call
 from halfbyte.serve.quality import open_quality
 from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.rollout.store_models import StoreBackend, resolve_store_model

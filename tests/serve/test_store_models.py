@@ -8,9 +8,9 @@ from tests.serve.helpers_quality import ScriptedBackend, answer, collect, make_c
 
 from halfbyte.errors import ConfigError, StoreError
 from halfbyte.serve import assembly
+from halfbyte.serve.backend import Served
 from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.engine.config import EngineConfig
-from halfbyte.serve.exchange import Served
 from halfbyte.serve.keys import ApiKeys
 from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.rollout.store_models import (

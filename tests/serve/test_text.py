@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from halfbyte.errors import ServeError
 from halfbyte.integrations.generation import TextStream
 from halfbyte.serve.text.prompts import Prompts
-from halfbyte.serve.text.spelling import Spelling
 from halfbyte.serve.text.stops import StopFilter
+from halfbyte.serve.text.token_text import Spelling
 from halfbyte.serve.text.tool_calls import (
     FORCED,
     HERMES,

@@ -23,10 +23,10 @@ from tests.serve.helpers_upstream import FULL, HELLO, NOBODY, ask, make_call, re
 from halfbyte.errors import ConfigError, ServeError
 from halfbyte.serve.api.gateway import Gateway
 from halfbyte.serve.assembly import open_service
+from halfbyte.serve.backend import Delta, Finish, Usage
 from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.embedded import EmbeddedBackend
 from halfbyte.serve.engine.config import EngineConfig
-from halfbyte.serve.exchange import Delta, Finish, Usage
 from halfbyte.serve.keys import ApiKeys
 from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.server_sent_events import EventParser

@@ -19,9 +19,9 @@ from tests.serve.helpers_upstream import FULL, HELLO, NOBODY, USAGE, make_call, 
 from halfbyte.errors import ConfigError, ServeError
 from halfbyte.serve.api.gateway import Gateway
 from halfbyte.serve.assembly import open_service
+from halfbyte.serve.backend import Delta
 from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.engine.config import EngineConfig
-from halfbyte.serve.exchange import Delta
 from halfbyte.serve.keys import ApiKeys
 from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.upstream import UpstreamBackend

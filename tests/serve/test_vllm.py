@@ -19,7 +19,7 @@ from tests.serve.stand_in_vllm import ANSWER
 
 from halfbyte.errors import ConfigError, ServeError
 from halfbyte.serve.adapters import AdapterFolder
-from halfbyte.serve.exchange import Call, Delta
+from halfbyte.serve.backend import Call, Delta
 from halfbyte.serve.vllm import Supervision, VllmBackend
 from halfbyte.serve.vllm_command import check_for_vllm, find_rank, make_command
 

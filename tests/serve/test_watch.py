@@ -13,9 +13,9 @@ from transformers import AutoTokenizer
 
 from halfbyte.errors import ConfigError
 from halfbyte.serve.api.gateway import Gateway
+from halfbyte.serve.backend import Delta, Finish, Served, TokenLogprob, Usage
 from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.embedded import EmbeddedBackend
-from halfbyte.serve.exchange import Delta, Finish, Served, TokenLogprob, Usage
 from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.routing.router import Router
 from halfbyte.serve.upstream import UpstreamBackend

@@ -15,7 +15,7 @@ from tests.helpers.stores import check_store, kill_while_at_work, write_folder
 from tests.serve.helpers_quality import ScriptedBackend, answer, collect, make_call
 
 from halfbyte.errors import StoreError
-from halfbyte.serve.exchange import Served
+from halfbyte.serve.backend import Served
 from halfbyte.serve.rollout.store_models import StoreBackend, resolve_store_model
 from halfbyte.serve.routing.router import Router
 from halfbyte.store.checkout import checkout

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
-from halfbyte.checkpoint.direct import write_direct
+from halfbyte.checkpoint.direct_io import write_direct
 from halfbyte.errors import CheckpointError
 
 PARTIAL_SUFFIX = ".partial"

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from halfbyte.checkpoint.identity import MANIFEST_FILE
-from halfbyte.checkpoint.own_file import check_own_file
+from halfbyte.checkpoint.safe_path import check_own_file
 from halfbyte.errors import CheckpointError
 
 COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")

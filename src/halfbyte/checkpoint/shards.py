@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.checkpoint.header import TensorInfo, parse_json_object, read_header
-from halfbyte.checkpoint.own_file import check_own_file
+from halfbyte.checkpoint.safe_path import check_own_file
 from halfbyte.errors import CheckpointError
 
 __all__ = ["TensorFiles", "TensorInfo"]

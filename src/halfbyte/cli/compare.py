@@ -17,7 +17,7 @@ from halfbyte.errors import ConfigError
 if TYPE_CHECKING:
     from halfbyte.judge.compare import Progress
     from halfbyte.judge.comparison import Comparison
-    from halfbyte.judge.sides import CompareConfig
+    from halfbyte.judge.setup import CompareConfig
 
 HELP = (
     "say whether a model may replace its base: pass (exit code 0), fail (1) or inconclusive (2); "
@@ -235,7 +235,7 @@ def _documents(args: argparse.Namespace) -> dict[str, list[str]] | None:
 
 def _config(args: argparse.Namespace) -> CompareConfig:
     from halfbyte.judge.builtin_tasks import ITEMS_PER_TASK
-    from halfbyte.judge.sides import CompareConfig
+    from halfbyte.judge.setup import CompareConfig
     from halfbyte.judge.verdict import Margins
 
     return CompareConfig(

@@ -14,7 +14,7 @@ from halfbyte.errors import ConfigError
 from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
 
 if TYPE_CHECKING:
-    from halfbyte.finetune.judging import MergeReport
+    from halfbyte.finetune.merge_check import MergeReport
 
 HELP = "make one model of a base and its adapter, in 16 bits or quantized again"
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from halfbyte.plain import plain_values
+from halfbyte.jsonable import plain_values
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -28,9 +28,9 @@ from halfbyte.checkpoint.header import read_metadata
 from halfbyte.checkpoint.labels import CONFIG_SECTION
 from halfbyte.checkpoint.shards import TensorFiles
 from halfbyte.checkpoint.write import TensorSpec
-from halfbyte.convert.coded import FREE_MINIMA, CodedLinear, CodedSpec
+from halfbyte.convert.bit_order import ORDER, from_awq, to_awq
+from halfbyte.convert.coded_linear import FREE_MINIMA, CodedLinear, CodedSpec
 from halfbyte.convert.hints import HINT_KEY, describe_hints, read_hints, restore
-from halfbyte.convert.respell import ORDER, from_awq, to_awq
 from halfbyte.convert.source import (
     FolderSource,
     check_finite,

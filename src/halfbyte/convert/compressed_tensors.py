@@ -27,7 +27,7 @@ from torch import Tensor
 from halfbyte.checkpoint.labels import CONFIG_SECTION
 from halfbyte.checkpoint.shards import TensorFiles
 from halfbyte.checkpoint.write import TensorSpec
-from halfbyte.convert.coded import FREE_MINIMA, CodedLinear, CodedSpec, describe_grid
+from halfbyte.convert.coded_linear import FREE_MINIMA, CodedLinear, CodedSpec, describe_grid
 from halfbyte.convert.source import (
     FolderSource,
     check_finite,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.checkpoint.write import TensorSpec
-from halfbyte.convert.coded import CodedLinear, CodedSpec
+from halfbyte.convert.coded_linear import CodedLinear, CodedSpec
 
 DTYPES: Mapping[str, torch.dtype] = {
     "float16": torch.float16,

@@ -30,10 +30,10 @@ from halfbyte.checkpoint.write import (
     write_index,
     write_json,
 )
-from halfbyte.convert.ahead import run_ahead
 from halfbyte.convert.card import write_card
-from halfbyte.convert.coded import CodedLinear, CodedSpec
+from halfbyte.convert.coded_linear import CodedLinear, CodedSpec
 from halfbyte.convert.dense import DenseTarget
+from halfbyte.convert.prefetch import run_ahead
 from halfbyte.convert.report import RoundedTensor, measure_rounding, sample_rows, worst_first
 from halfbyte.convert.source import Source
 from halfbyte.convert.target import FolderTarget

@@ -18,10 +18,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from halfbyte.convert.coded import CodedLinear
+from halfbyte.convert.bit_order import BLOCK, from_blocks, to_blocks
+from halfbyte.convert.coded_linear import CodedLinear
 from halfbyte.convert.gguf_file import BF16, F16, F32, Q4_0, Q4_1, Q6_K, Q8_0, BlockType
 from halfbyte.convert.mlx import find_zeros
-from halfbyte.convert.respell import BLOCK, from_blocks, to_blocks
 from halfbyte.errors import CheckpointError
 
 PLAIN: Mapping[BlockType, torch.dtype] = {

@@ -8,7 +8,7 @@ from typing import Any
 
 from halfbyte.checkpoint.identity import name_folder
 from halfbyte.convert.card import read_front_matter
-from halfbyte.convert.coded import CodedSpec
+from halfbyte.convert.coded_linear import CodedSpec
 from halfbyte.convert.gguf_architecture import Architecture
 from halfbyte.convert.gguf_blocks import PLAIN
 from halfbyte.convert.gguf_file import BF16, F16, F32, Q4_0, Q4_1, Q8_0, BlockType

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from halfbyte.checkpoint.write import TensorSpec
-from halfbyte.convert.coded import CodedSpec
+from halfbyte.convert.bit_order import BLOCK
+from halfbyte.convert.coded_linear import CodedSpec
 from halfbyte.convert.folder import check_fit
 from halfbyte.convert.gguf_architecture import (
     COMPUTED,
@@ -21,7 +22,6 @@ from halfbyte.convert.gguf_architecture import (
 from halfbyte.convert.gguf_blocks import PLAIN
 from halfbyte.convert.gguf_file import F16, F32, Q4_0, Q4_1, Q6_K, Q8_0, BlockType
 from halfbyte.convert.gguf_positions import make_rope_factors
-from halfbyte.convert.respell import BLOCK
 from halfbyte.convert.source import Source
 from halfbyte.errors import ConfigError
 

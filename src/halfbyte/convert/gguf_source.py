@@ -12,7 +12,7 @@ from torch import Tensor
 
 from halfbyte.checkpoint.companions import copy_companions
 from halfbyte.checkpoint.write import TensorSpec
-from halfbyte.convert.coded import CodedLinear, CodedSpec
+from halfbyte.convert.coded_linear import CodedLinear, CodedSpec
 from halfbyte.convert.dense import DTYPES
 from halfbyte.convert.gguf_architecture import (
     ARCHITECTURES,

@@ -12,8 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from halfbyte.checkpoint.new_folder import check_new_folder
-from halfbyte.convert.ahead import run_ahead
-from halfbyte.convert.coded import CodedSpec
+from halfbyte.convert.coded_linear import CodedSpec
 from halfbyte.convert.folder import Written
 from halfbyte.convert.gguf_architecture import EMBEDDING, HEAD, Architecture, find_architecture
 from halfbyte.convert.gguf_blocks import read_plain, spell_blocks, spell_plain
@@ -30,6 +29,7 @@ from halfbyte.convert.gguf_plan import (
 )
 from halfbyte.convert.gguf_positions import make_rope_factors
 from halfbyte.convert.gguf_tokenizer import note_tokenizer
+from halfbyte.convert.prefetch import run_ahead
 from halfbyte.convert.report import RoundedTensor, measure_rounding, sample_rows, worst_first
 from halfbyte.convert.source import Source
 from halfbyte.errors import ConfigError

@@ -16,7 +16,7 @@ from halfbyte.checkpoint.labels import CONFIG_SECTION
 from halfbyte.checkpoint.layout import FORMAT_V1, FORMAT_V2, ZERO_OFFSETS
 from halfbyte.checkpoint.read import Checkpoint
 from halfbyte.checkpoint.write import TensorSpec, build_quantization_config
-from halfbyte.convert.coded import FREE_MINIMA, CodedLinear, CodedSpec, describe_grid
+from halfbyte.convert.coded_linear import FREE_MINIMA, CodedLinear, CodedSpec, describe_grid
 from halfbyte.errors import ConfigError
 from halfbyte.packing import pack_zeros, unpack_zeros
 from halfbyte.quant_config import SUPPORTED_BITS, QuantConfig, Scheme

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 
 from halfbyte.checkpoint.header import parse_json_object
-from halfbyte.convert.coded import CodedLinear, CodedSpec
+from halfbyte.convert.coded_linear import CodedLinear, CodedSpec
 from halfbyte.packing import pack_rows
 from halfbyte.quant_config import SUPPORTED_BITS
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from halfbyte.checkpoint.shards import TensorFiles
 from halfbyte.checkpoint.write import TensorSpec
-from halfbyte.convert.coded import CodedLinear, CodedSpec
+from halfbyte.convert.coded_linear import CodedLinear, CodedSpec
 from halfbyte.convert.source import (
     FolderSource,
     check_finite,

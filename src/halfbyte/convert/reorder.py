@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.checkpoint.write import TensorSpec
-from halfbyte.convert.coded import CodedLinear, CodedSpec
+from halfbyte.convert.coded_linear import CodedLinear, CodedSpec
 from halfbyte.convert.source import Source
 
 FEEDERS: Mapping[str, tuple[str, ...]] = {

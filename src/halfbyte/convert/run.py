@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.convert.awq import AwqTarget
-from halfbyte.convert.coded import CodedSpec
+from halfbyte.convert.coded_linear import CodedSpec
 from halfbyte.convert.compressed_tensors import CompressedTensorsTarget
 from halfbyte.convert.dense import DTYPES, DenseTarget
+from halfbyte.convert.detect import open_source
 from halfbyte.convert.folder import write_folder
 from halfbyte.convert.gguf_plan import EMBEDDING_TYPES, GgufOptions
 from halfbyte.convert.gguf_write import write_gguf
 from halfbyte.convert.gptq import GptqTarget
 from halfbyte.convert.mlx import MlxTarget
-from halfbyte.convert.opening import open_source
 from halfbyte.convert.reorder import fold_act_order
 from halfbyte.convert.report import ConversionReport
 from halfbyte.convert.source import Source

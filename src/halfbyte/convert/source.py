@@ -1,6 +1,6 @@
 """What a conversion reads: coded linears, other tensors, and what is said about them.
 
-Each format's file has a class that is a :class:`Source`; ``opening.py`` chooses one.
+Each format's file has a class that is a :class:`Source`; ``detect.py`` chooses one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from halfbyte.checkpoint.companions import copy_companions
 from halfbyte.checkpoint.shards import TensorFiles
 from halfbyte.checkpoint.write import TensorSpec
-from halfbyte.convert.coded import CodedLinear, CodedSpec
+from halfbyte.convert.coded_linear import CodedLinear, CodedSpec
 from halfbyte.errors import CheckpointError
 
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from halfbyte.checkpoint.write import TensorSpec
-from halfbyte.convert.coded import CodedLinear, CodedSpec
+from halfbyte.convert.coded_linear import CodedLinear, CodedSpec
 
 
 class FolderTarget(Protocol):

@@ -18,7 +18,7 @@ from halfbyte.data import evaluation_text
 from halfbyte.errors import CheckpointError, ConfigError, ModelError, first_line
 from halfbyte.evaluate.windows import DEFAULT_WINDOW, Windows, split_windows, tokenize_text
 from halfbyte.machine.devices import resolve_device
-from halfbyte.model.positions import longest_text
+from halfbyte.model.context_length import longest_text
 from halfbyte.run_config import DTYPES
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")

@@ -35,8 +35,8 @@ from halfbyte.errors import ConfigError, VerificationError
 from halfbyte.evaluate.loading import open_subject
 from halfbyte.finetune.adapter import check_adapter, require_peft
 from halfbyte.finetune.groups import find_groups, is_constant
-from halfbyte.finetune.judging import MergeReport, adapt
-from halfbyte.finetune.quiet import quiet_libraries
+from halfbyte.finetune.merge_check import MergeReport, adapt
+from halfbyte.finetune.third_party_output import quiet_libraries
 from halfbyte.nn.linear import QuantLinear
 from halfbyte.quantize.source import find_model
 

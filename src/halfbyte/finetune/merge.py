@@ -21,8 +21,8 @@ from halfbyte.checkpoint.new_folder import check_new_folder
 from halfbyte.errors import ModelError, VerificationError
 from halfbyte.evaluate.loading import open_subject
 from halfbyte.finetune.adapter import check_adapter, require_peft
-from halfbyte.finetune.judging import MergeReport, adapt
-from halfbyte.finetune.quiet import quiet_libraries
+from halfbyte.finetune.merge_check import MergeReport, adapt
+from halfbyte.finetune.third_party_output import quiet_libraries
 from halfbyte.model.weights import load_model_config
 from halfbyte.nn.linear import QuantLinear
 from halfbyte.nn.replace import quantized_linears

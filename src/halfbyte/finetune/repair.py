@@ -31,7 +31,7 @@ from halfbyte.evaluate.loading import open_subject
 from halfbyte.finetune.adapter import attach_adapter, require_peft
 from halfbyte.finetune.config import AdapterConfig
 from halfbyte.finetune.merge import stored_dtype
-from halfbyte.finetune.quiet import quiet_libraries
+from halfbyte.finetune.third_party_output import quiet_libraries
 from halfbyte.machine.devices import resolve_device
 from halfbyte.nn.linear import QuantLinear
 from halfbyte.nn.replace import quantized_linears

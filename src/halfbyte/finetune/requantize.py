@@ -24,7 +24,8 @@ from halfbyte.checkpoint.labels import read_labels
 from halfbyte.errors import CheckpointError
 from halfbyte.evaluate.loading import load_tokenizer, open_subject
 from halfbyte.finetune.data import Example
-from halfbyte.finetune.judging import (
+from halfbyte.finetune.merge import merge, stored_dtype
+from halfbyte.finetune.merge_check import (
     LONGEST,
     MergeReport,
     divide_examples,
@@ -32,8 +33,7 @@ from halfbyte.finetune.judging import (
     read_task,
     score_task,
 )
-from halfbyte.finetune.merge import merge, stored_dtype
-from halfbyte.finetune.quiet import quiet_libraries
+from halfbyte.finetune.third_party_output import quiet_libraries
 from halfbyte.machine.memory import release_memory
 from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
 from halfbyte.quantize.calibration import load_calibration

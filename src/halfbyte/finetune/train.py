@@ -31,8 +31,8 @@ from halfbyte.finetune.config import QALORA, AdapterConfig, TrainConfig
 from halfbyte.finetune.data import Example, Examples, collate, pack, read_examples, split_examples
 from halfbyte.finetune.groups import all_constant, hold_constant, settle
 from halfbyte.finetune.progress import SilentTrainProgress, TrainProgress
-from halfbyte.finetune.quiet import quiet_libraries
 from halfbyte.finetune.report import REPORT_FILE, TrainReport, save_report
+from halfbyte.finetune.third_party_output import quiet_libraries
 from halfbyte.finetune.trainer import DivergedError, make_trainer, read_history
 from halfbyte.machine.facts import installed_versions, machine_facts
 from halfbyte.machine.memory import peak_memory_bytes

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from halfbyte.errors import ConfigError, first_line
 from halfbyte.integrations import graph_steps
 from halfbyte.integrations.graph_steps import GraphSteps
-from halfbyte.model.positions import longest_text
+from halfbyte.model.context_length import longest_text
 from halfbyte.nn.native_decoder import NativeDecoder, cache_of, find_obstacle
 from halfbyte.nn.native_head import NativeHead
 

@@ -25,7 +25,7 @@ from halfbyte.integrations.activations import measure_rounding
 from halfbyte.integrations.generation import Generator, Sampling, Timing
 from halfbyte.kernels.native_library import open_library
 from halfbyte.machine.memory import resident_memory_bytes
-from halfbyte.model.positions import longest_text
+from halfbyte.model.context_length import longest_text
 from halfbyte.nn.linear import QuantLinear
 
 READ_BYTES = 256 * 2**20

@@ -23,7 +23,7 @@ from halfbyte.judge.answers import Answer, Respondent
 from halfbyte.judge.builtin_tasks import builtin_tasks
 from halfbyte.judge.checks import PythonCheck
 from halfbyte.judge.comparison import Comparison, Cost
-from halfbyte.judge.conclude import conclude
+from halfbyte.judge.conclusion import conclude
 from halfbyte.judge.edge_cases import (
     EdgeCase,
     build_edge_cases,
@@ -32,7 +32,7 @@ from halfbyte.judge.fidelity import compare_candidate, predict_base
 from halfbyte.judge.interview import Interview, is_right
 from halfbyte.judge.layers import LayerErrors, keep_base_layers, measure_layers
 from halfbyte.judge.local_model import LocalModel, unpack_reference_linears
-from halfbyte.judge.meter import MemoryMeter
+from halfbyte.judge.memory_meter import MemoryMeter
 from halfbyte.judge.model_cache import ModelCache, subject_key
 from halfbyte.judge.profile import plan_for
 from halfbyte.judge.questions import (
@@ -44,12 +44,12 @@ from halfbyte.judge.questions import (
     make_question,
 )
 from halfbyte.judge.remote_model import RemoteModel, is_address
-from halfbyte.judge.sides import CompareConfig, Side, Work
+from halfbyte.judge.setup import CompareConfig, Side, Work
 from halfbyte.judge.tasks import Item, name_documents
 from halfbyte.machine.cache import cache_folder
 from halfbyte.machine.devices import resolve_device
 from halfbyte.machine.memory import release_memory
-from halfbyte.model.positions import longest_text
+from halfbyte.model.context_length import longest_text
 from halfbyte.plan.shapes import read_shapes
 
 MEMORY_SAMPLE_SECONDS = 0.05

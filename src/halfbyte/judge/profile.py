@@ -20,7 +20,7 @@ from torch import Tensor
 
 from halfbyte.errors import ConfigError, ModelError
 from halfbyte.evaluate.loading import Subject, load_tokenizer, open_subject
-from halfbyte.judge.meter import MemoryMeter
+from halfbyte.judge.memory_meter import MemoryMeter
 from halfbyte.machine.devices import resolve_device
 from halfbyte.machine.memory import release_memory
 from halfbyte.model.blocks import build_skeleton

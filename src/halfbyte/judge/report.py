@@ -8,10 +8,10 @@ from pathlib import Path
 
 from halfbyte.checkpoint.atomic import write_atomically
 from halfbyte.errors import ConfigError
+from halfbyte.jsonable import plain_values
 from halfbyte.judge.comparison import Comparison
 from halfbyte.judge.report_html import write_html
 from halfbyte.judge.report_text import write_junit, write_markdown
-from halfbyte.plain import plain_values
 
 
 def write_json(comparison: Comparison) -> str:

@@ -33,7 +33,7 @@ from halfbyte.kernels.cuda_driver import (
     in_context,
     load_kernel,
 )
-from halfbyte.kernels.cuda_few import FewConfig, plan_work
+from halfbyte.kernels.cuda_few_rows import FewConfig, plan_work
 from halfbyte.kernels.cuda_rows import RowsConfig
 from halfbyte.kernels.cuda_stream import StreamConfig
 from halfbyte.kernels.fragments import (

@@ -34,7 +34,7 @@ from halfbyte.kernels.cuda_driver import (
     in_context,
     load_kernel,
 )
-from halfbyte.kernels.cuda_few import FewConfig, plan_work
+from halfbyte.kernels.cuda_few_rows import FewConfig, plan_work
 from halfbyte.kernels.cuda_rows import find_room
 from halfbyte.kernels.fragments import find_zeros
 from halfbyte.kernels.gpu_device import (

@@ -1,6 +1,6 @@
 """What a decode step does between its linears, each one launch: add and norm, attend, gate.
 
-Programs: :mod:`halfbyte.kernels.triton_decode_programs`. Rows are one token each of some sequences.
+Programs: :mod:`halfbyte.kernels.triton_decode_kernels`. Rows are one token each of some sequences.
 Arithmetic as in Transformers' Llama-like models: fp32 within, rounded to the model's type where
 they round; turning queries and keys rounds once instead of three times.
 """
@@ -55,7 +55,7 @@ def add_norm(
     Returns:
         The stream after it, and its root mean square norm: [rows, width] each, in the type of x.
     """
-    from halfbyte.kernels.triton_decode_programs import add_norm_program
+    from halfbyte.kernels.triton_decode_kernels import add_norm_program
 
     rows, width = x.shape
     total = x if delta is None else torch.empty_like(x)
@@ -86,7 +86,7 @@ def gate(gate_up: Tensor) -> Tensor:
     Returns:
         [rows, width].
     """
-    from halfbyte.kernels.triton_decode_programs import gate_program
+    from halfbyte.kernels.triton_decode_kernels import gate_program
 
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     result = gate_up.new_empty(rows, width)
@@ -121,7 +121,7 @@ def attend(
     Returns:
         [rows, heads * width].
     """
-    from halfbyte.kernels.triton_decode_programs import attend_program
+    from halfbyte.kernels.triton_decode_kernels import attend_program
 
     keys, values = cache
     assert keys.is_contiguous()

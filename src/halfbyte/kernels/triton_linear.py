@@ -1,7 +1,7 @@
 """Products on GPUs by Triton, on every device that Triton compiles for.
 
 Layout: :mod:`halfbyte.kernels.fragments`, for few rows and many. Up to ROWS_LIMIT rows
-:mod:`halfbyte.kernels.triton_programs` multiplies packed codes; more rows are multiplied by the
+:mod:`halfbyte.kernels.triton_kernels` multiplies packed codes; more rows are multiplied by the
 weight dequantized into a scratch tensor, which the vendor's library does faster than any kernel
 that has to take codes apart between its products.
 Arithmetic: code - zero is exact, its products with x are summed in fp32 and scaled in fp32 once for
@@ -143,7 +143,7 @@ def multiply(
     Returns:
         [rows, out].
     """
-    from halfbyte.kernels.triton_programs import multiply_program
+    from halfbyte.kernels.triton_kernels import multiply_program
 
     count = rows.shape[0]
     result = rows.new_empty(count, spec.out_features)
@@ -192,7 +192,7 @@ def multiply(
 
 def dequantize_fragments(operands: Operands, spec: LinearSpec, dtype: torch.dtype) -> Tensor:
     """Turn a repacked weight into numbers [out, in], each rounded once to ``dtype``."""
-    from halfbyte.kernels.triton_programs import dequantize_program
+    from halfbyte.kernels.triton_kernels import dequantize_program
 
     codes, scales = operands.weight[0], operands.scales
     shape = (spec.out_features, spec.in_features)

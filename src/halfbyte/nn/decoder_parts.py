@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from halfbyte.errors import ModelError
-from halfbyte.model.positions import longest_text
+from halfbyte.model.context_length import longest_text
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")

@@ -26,7 +26,7 @@ from halfbyte.quantize.block_walk import BlockWalk
 from halfbyte.quantize.block_work import BlockWork
 from halfbyte.quantize.block_writer import BlockWriter
 from halfbyte.quantize.calibration import CalibrationTokens
-from halfbyte.quantize.choose_bits import choose_bits
+from halfbyte.quantize.end_to_end_stage import WholeTuning, tune_whole
 from halfbyte.quantize.finish import (
     RoundedModules,
     collect_modules,
@@ -37,6 +37,7 @@ from halfbyte.quantize.finish import (
 from halfbyte.quantize.head import head_name, round_head
 from halfbyte.quantize.journal import Journal
 from halfbyte.quantize.meter import Meter
+from halfbyte.quantize.mixed_precision import choose_bits
 from halfbyte.quantize.probe import (
     KEPT_LOGITS,
     Probe,
@@ -53,9 +54,8 @@ from halfbyte.quantize.report import (
 )
 from halfbyte.quantize.resources import RunSettings
 from halfbyte.quantize.rounding import RoundedLinear
-from halfbyte.quantize.states import BASE, CALIBRATION, PROBE, TUNED, RunStates
+from halfbyte.quantize.run_states import BASE, CALIBRATION, PROBE, TUNED, RunStates
 from halfbyte.quantize.token_gradients import measure_token_weights
-from halfbyte.quantize.whole_tuning import WholeTuning, tune_whole
 
 WEIGHTS_FOLDER = "token-weights"
 

@@ -26,7 +26,7 @@ from halfbyte.quantize.probe import Probe
 from halfbyte.quantize.report import SkippedModule
 from halfbyte.quantize.resources import RunSettings
 from halfbyte.quantize.rounding import LinearTask, RoundedLinear
-from halfbyte.quantize.states import BASE, CALIBRATION, FULL, PROBE, RunStates
+from halfbyte.quantize.run_states import BASE, CALIBRATION, FULL, PROBE, RunStates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +76,7 @@ class BlockWalk:
         """Give what reads a batch as a stream has it in front of a block.
 
         Args:
-            stream: Of the calibration text; see :mod:`halfbyte.quantize.states`.
+            stream: Of the calibration text; see :mod:`halfbyte.quantize.run_states`.
             position: The block; behind the last one at their number.
 
         Returns:

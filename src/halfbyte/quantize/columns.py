@@ -163,7 +163,7 @@ def _run_program(
     groups: Sequence[int] | Tensor,
     polish: bool,
 ) -> None:
-    from halfbyte.quantize.column_program import column_program
+    from halfbyte.quantize.column_kernel import column_program
 
     columns, rows = values.shape
     for tensor in (values, plain, codes, errors):

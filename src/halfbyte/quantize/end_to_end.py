@@ -28,7 +28,7 @@ from torch.nn import functional
 from halfbyte.checkpoint.header import read_metadata
 from halfbyte.checkpoint.shards import read_shard
 from halfbyte.checkpoint.write import write_shard
-from halfbyte.model.chain import BlockChain
+from halfbyte.model.blockwise_backward import BlockChain
 from halfbyte.quantize.probe import run_tail
 from halfbyte.quantize.student import Student
 from halfbyte.quantize.target import CHECK_EVERY

@@ -22,7 +22,7 @@ from halfbyte.checkpoint.write import (
 from halfbyte.model.weights import ModelWeights, map_tensor
 from halfbyte.quant_config import QuantConfig, Scheme
 from halfbyte.quantize.model_card import save_model_card
-from halfbyte.quantize.picture import save_picture
+from halfbyte.quantize.plot import save_picture
 from halfbyte.quantize.report import ModuleReport, QuantizationReport, SkippedModule
 from halfbyte.quantize.rounding import RoundedLinear
 from halfbyte.version import __version__

@@ -340,7 +340,7 @@ def find_program_obstacle(device: torch.device, symmetric: bool) -> str | None:
 def _run_program(
     grouped: Tensor, weights: Tensor, bits: int, symmetric: bool
 ) -> tuple[Tensor, Tensor]:
-    from halfbyte.quantize.grid_program import grid_program
+    from halfbyte.quantize.grid_kernel import grid_program
 
     rows, groups, size = grouped.shape
     assert grouped.is_contiguous()

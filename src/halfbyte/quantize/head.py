@@ -8,7 +8,7 @@ from halfbyte.model.blocks import InputGroup, Stage, linear_tensors
 from halfbyte.quantize.block_plan import plan_tasks
 from halfbyte.quantize.block_walk import BlockWalk
 from halfbyte.quantize.rounding import RoundedLinear
-from halfbyte.quantize.states import FULL
+from halfbyte.quantize.run_states import FULL
 
 
 def round_head(walk: BlockWalk, stream: str) -> tuple[list[RoundedLinear], list[str]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from halfbyte.checkpoint.front_matter import CARD_FILE, read_front_matter
 from halfbyte.checkpoint.identity import name_folder
-from halfbyte.quantize.picture import PICTURE_FILE
+from halfbyte.quantize.plot import PICTURE_FILE
 from halfbyte.quantize.report import ExpertCoverage, ModuleReport, QuantizationReport, kind_of
 from halfbyte.units import format_bytes, format_error, format_seconds
 

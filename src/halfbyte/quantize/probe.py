@@ -18,7 +18,7 @@ from torch import Tensor
 from halfbyte.data import EVALUATION_FILES, PROSE, evaluation_text
 from halfbyte.evaluate.divergence import DivergenceAccumulator
 from halfbyte.evaluate.windows import split_windows, tokenize_text
-from halfbyte.model.hidden import HiddenStates
+from halfbyte.model.hidden_states import HiddenStates
 from halfbyte.model.stream import BlockStream
 from halfbyte.quantize.report import QualityReport
 

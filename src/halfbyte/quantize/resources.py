@@ -20,7 +20,7 @@ from halfbyte.errors import ConfigError
 from halfbyte.machine.arithmetic import has_fast_bf16
 from halfbyte.model.weights import ModelWeights
 from halfbyte.quant_config import SUPPORTED_BITS, CalibrationConfig, QuantConfig, ResourceConfig
-from halfbyte.quantize.sizes import Sizes, measure_sizes
+from halfbyte.quantize.block_sizes import Sizes, measure_sizes
 from halfbyte.quantize.target import CHECK_EVERY
 from halfbyte.units import format_bytes, format_seconds, parse_size
 

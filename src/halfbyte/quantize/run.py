@@ -21,10 +21,11 @@ from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
 from halfbyte.quantize.attempt import WEIGHTS_FOLDER, Attempt, RunTask
 from halfbyte.quantize.calibration import CalibrationTokens
 from halfbyte.quantize.calibration_source import CalibrationSource
-from halfbyte.quantize.device_ways import find_slow_ways
+from halfbyte.quantize.device_fallbacks import find_slow_ways
+from halfbyte.quantize.end_to_end_stage import STATE_FILE
 from halfbyte.quantize.fingerprint import fingerprint_model
-from halfbyte.quantize.gentler import explain_no_way, find_gentler, is_out_of_memory
 from halfbyte.quantize.journal import Journal
+from halfbyte.quantize.memory_fallback import explain_no_way, find_gentler, is_out_of_memory
 from halfbyte.quantize.meter import Meter
 from halfbyte.quantize.probe import Probe
 from halfbyte.quantize.progress import Progress
@@ -37,7 +38,6 @@ from halfbyte.quantize.source import (
     check_same_inputs,
     check_something_to_do,
 )
-from halfbyte.quantize.whole_tuning import STATE_FILE
 from halfbyte.version import __version__
 
 JOURNAL_VERSION = 2

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from halfbyte.evaluate.loading import load_tokenizer
 from halfbyte.machine.memory import release_memory
-from halfbyte.model.positions import longest_text
+from halfbyte.model.context_length import longest_text
 from halfbyte.model.weights import ModelWeights
 from halfbyte.quant_config import CalibrationConfig
 from halfbyte.quantize.calibration import (
@@ -27,7 +27,7 @@ from halfbyte.quantize.meter import Meter
 from halfbyte.quantize.probe import Probe, make_probe
 from halfbyte.quantize.progress import Progress
 from halfbyte.quantize.resources import resolve_dtype
-from halfbyte.quantize.self_text import SELF, generate_text, save_text
+from halfbyte.quantize.self_generated_text import SELF, generate_text, save_text
 
 
 def read_text(

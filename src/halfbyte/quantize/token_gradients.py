@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from halfbyte.checkpoint.shards import TensorFiles
 from halfbyte.checkpoint.write import shard_name, write_shard
 from halfbyte.machine.memory import release_memory
-from halfbyte.model.chain import BlockChain
+from halfbyte.model.blockwise_backward import BlockChain
 from halfbyte.model.stream import BlockStream
 from halfbyte.quantize.block_work import BlockWork
 from halfbyte.quantize.probe import run_tail

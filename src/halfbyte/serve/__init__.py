@@ -3,7 +3,7 @@
 ::
 
     HTTP ──api/──> Call ──routing/──> Backend ─┬─> embedded.py ──> engine/ (this process)
-              (exchange.py)  │                 └─> upstream.py ──> any OpenAI-compatible address
+              (backend.py)  │                 └─> upstream.py ──> any OpenAI-compatible address
                              ├─ fallback to a larger model, circuit breaker, budgets
                              ├─ rollout/: shadow and canary
                              └─ watch/: monitors of every answer, alerts, request log

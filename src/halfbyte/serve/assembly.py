@@ -21,11 +21,11 @@ from halfbyte.environment import API_KEYS, UPSTREAM_KEY, read_variable
 from halfbyte.errors import ConfigError, require_extra
 from halfbyte.serve.adapters import AdapterFolder
 from halfbyte.serve.api.gateway import Gateway
+from halfbyte.serve.backend import Backend
 from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.dashboard.routes import OPEN_PATHS as DASHBOARD_PATHS
 from halfbyte.serve.dashboard.routes import dashboard_routes
 from halfbyte.serve.engine.config import EngineConfig
-from halfbyte.serve.exchange import Backend
 from halfbyte.serve.keys import ApiKeys, read_key_file
 from halfbyte.serve.quality import Quality, open_quality
 from halfbyte.serve.quality_config import QualityConfig
@@ -238,7 +238,7 @@ def open_embedded(
     """
     # Torch and Transformers: a gateway before other servers does without their seconds.
     from halfbyte.serve.embedded import EmbeddedBackend
-    from halfbyte.serve.engine.opening import open_engine
+    from halfbyte.serve.engine.loading import open_engine
 
     template = config.chat_template
     # Before the engine, whose plan counts what the process has by then.

@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from halfbyte.errors import ServeError
+from halfbyte.serve.backend import Call, Delta, Event, Load, Usage
 from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.engine.contract import Ended, Engine, EngineInfo, Generated
-from halfbyte.serve.exchange import Call, Delta, Event, Load, Usage
 from halfbyte.serve.text.answer import AnswerText
-from halfbyte.serve.text.asked import Asked, count_characters, read_call
+from halfbyte.serve.text.choice_requests import ChoiceRequest, count_characters, read_call
 from halfbyte.serve.text.prompts import Prompts
-from halfbyte.serve.text.spelling import Spelling
+from halfbyte.serve.text.token_text import Spelling
 
 LONG_PROMPT = 20_000
 """Characters above which a prompt is tokenized beside the event loop: it takes milliseconds."""
@@ -169,7 +169,7 @@ class EmbeddedBackend:
         """Take an adapter away."""
         await self._engine.unload_adapter(name)
 
-    async def _read(self, call: Call) -> list[Asked]:
+    async def _read(self, call: Call) -> list[ChoiceRequest]:
         model = call.body.get("model")
         adapter = None if model == self._model else model
         if adapter is not None and adapter not in self._engine.adapters:
@@ -181,7 +181,7 @@ class EmbeddedBackend:
         return read_call(*arguments, adapter=adapter)
 
     async def _answer(
-        self, asked: Asked, took: _Took, is_alone: bool
+        self, asked: ChoiceRequest, took: _Took, is_alone: bool
     ) -> AsyncGenerator[Event, None]:
         """Run one choice to its end, and note what it took."""
         text = AnswerText(

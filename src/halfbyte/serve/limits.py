@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from halfbyte.errors import ServeError
-from halfbyte.serve.exchange import Delta, Event, Usage
+from halfbyte.serve.backend import Delta, Event, Usage
 
 MOST_RETRY_SECONDS = 60
 _MINUTE = 60.0

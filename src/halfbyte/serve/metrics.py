@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from halfbyte.errors import require_extra
 from halfbyte.machine.memory import peak_memory_bytes, resident_memory_bytes
-from halfbyte.serve.exchange import Backend
+from halfbyte.serve.backend import Backend
 from halfbyte.serve.routing.attempt import Route
 from halfbyte.serve.watch.observation import Observation, Seen
 from halfbyte.version import __version__

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halfbyte.serve.exchange import Backend
+from halfbyte.serve.backend import Backend
 from halfbyte.serve.metrics import PREFIX, Metrics
 from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.rollout.canary import Canary

@@ -19,10 +19,10 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 from halfbyte.errors import ServeError, require_extra
+from halfbyte.serve.backend import Call, Event, Load
 from halfbyte.serve.config import AnswerLimits
-from halfbyte.serve.exchange import Call, Event, Load
 from halfbyte.serve.server_sent_events import EventParser
-from halfbyte.serve.text.asked import add_limit, count_choices
+from halfbyte.serve.text.choice_requests import add_limit, count_choices
 from halfbyte.serve.upstream_chunks import (
     ChunkReader,
     broken,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from halfbyte.errors import ServeError
-from halfbyte.serve.exchange import (
+from halfbyte.serve.backend import (
     Delta,
     Event,
     Finish,

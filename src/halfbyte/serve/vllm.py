@@ -30,8 +30,8 @@ from halfbyte.environment import API_KEYS, UPSTREAM_KEY
 from halfbyte.errors import ConfigError, ServeError
 from halfbyte.serve import lifeline
 from halfbyte.serve.adapters import check_is_loaded
+from halfbyte.serve.backend import Call, Event, Load
 from halfbyte.serve.config import AnswerLimits
-from halfbyte.serve.exchange import Call, Event, Load
 from halfbyte.serve.upstream import UpstreamBackend
 from halfbyte.serve.upstream_hosts import Host
 

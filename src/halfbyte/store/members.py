@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from halfbyte.checkpoint.atomic import PARTIAL_SUFFIX
 from halfbyte.checkpoint.identity import MANIFEST_FILE
-from halfbyte.checkpoint.own_file import check_own_file
+from halfbyte.checkpoint.safe_path import check_own_file
 from halfbyte.checkpoint.shards import check_shards
 from halfbyte.errors import StoreError
 

@@ -12,7 +12,7 @@ from tests.serve.helpers_engine import all_tokens, generate_greedily, mixed_requ
 
 from halfbyte.errors import ModelError
 from halfbyte.serve.engine.config import EngineConfig
-from halfbyte.serve.engine.opening import make_engine
+from halfbyte.serve.engine.loading import make_engine
 
 REFUSED = {
     "falcon": r"its logits deviate by 0\.[0-9]+ of their size from the model's own",

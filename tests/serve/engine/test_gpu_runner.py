@@ -13,7 +13,7 @@ from halfbyte.nn import gpu_step
 from halfbyte.serve.engine import gpu_runner
 from halfbyte.serve.engine.config import EngineConfig
 from halfbyte.serve.engine.gpu_runner import GpuRunner
-from halfbyte.serve.engine.opening import choose_runner
+from halfbyte.serve.engine.loading import choose_runner
 from halfbyte.serve.engine.runner import Pages, Piece, sample_layers
 from halfbyte.serve.engine.transformers_runner import TransformersRunner
 
@@ -26,7 +26,7 @@ PAGE = 8
 
 @pytest.fixture
 def load(tmp_path, monkeypatch):
-    interpret(monkeypatch, "halfbyte.kernels.triton_decode_programs")
+    interpret(monkeypatch, "halfbyte.kernels.triton_decode_kernels")
     monkeypatch.setattr(gpu_step, "DEVICES", ("cpu",))
     monkeypatch.setattr(triton_decode, "choose_splits", lambda device, programs: 2)
     write_model(tmp_path)
@@ -95,5 +95,5 @@ def test_it_is_chosen_where_it_can_run(load, monkeypatch):
     plain = choose_runner(load(), EngineConfig(runner="transformers"))
     assert isinstance(plain, TransformersRunner)
     monkeypatch.setattr(gpu_runner, "find_mismatch", lambda model: "no")
-    monkeypatch.setattr("halfbyte.serve.engine.opening.find_mismatch", lambda model: "no")
+    monkeypatch.setattr("halfbyte.serve.engine.loading.find_mismatch", lambda model: "no")
     assert isinstance(choose_runner(load(), EngineConfig()), TransformersRunner)

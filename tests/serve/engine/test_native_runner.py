@@ -22,7 +22,7 @@ from halfbyte.errors import ConfigError
 from halfbyte.integrations.generation import Generator, Sampling
 from halfbyte.serve.engine.config import EngineConfig
 from halfbyte.serve.engine.contract import Generated
-from halfbyte.serve.engine.opening import make_engine
+from halfbyte.serve.engine.loading import make_engine
 
 pytestmark = NEEDS_LIBRARY
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from tests.serve.helpers_engine import ask
 
-from halfbyte.serve.engine.rating import Rater
 from halfbyte.serve.engine.sampler import Sampler
+from halfbyte.serve.engine.token_logprobs import Rater
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, 0.5, -1.0, 2.9])
 

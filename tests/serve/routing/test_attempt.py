@@ -17,7 +17,7 @@ from tests.serve.helpers_quality import (
 from tests.serve.helpers_router import BETTER, GOOD, LOOP, ask, make
 
 from halfbyte.errors import ServeError
-from halfbyte.serve.exchange import Delta, Finish, Served, Usage
+from halfbyte.serve.backend import Delta, Finish, Served, Usage
 from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.routing.confidence import Confidence
 from halfbyte.serve.routing.router import Router

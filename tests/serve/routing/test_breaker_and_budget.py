@@ -15,7 +15,7 @@ from tests.serve.helpers_quality import (
 from tests.serve.helpers_router import BETTER, GOOD, LOOP, ask, make
 
 from halfbyte.errors import ServeError
-from halfbyte.serve.exchange import Served
+from halfbyte.serve.backend import Served
 
 
 def test_breaker_sends_requests_past_a_dead_model_and_finds_it_again():

@@ -16,7 +16,7 @@ from tests.serve.helpers_quality import (
 from tests.serve.helpers_router import BETTER, GOOD, LOOP, ask, make
 
 from halfbyte.errors import ServeError
-from halfbyte.serve.exchange import Served
+from halfbyte.serve.backend import Served
 from halfbyte.serve.quality_config import CAUSES, QualityConfig
 
 

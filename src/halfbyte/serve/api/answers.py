@@ -11,7 +11,7 @@ from typing import Any
 
 from halfbyte.errors import ServeError
 from halfbyte.serve.api.streaming import write_event, write_json
-from halfbyte.serve.exchange import (
+from halfbyte.serve.backend import (
     Call,
     Delta,
     Event,

@@ -15,17 +15,17 @@ with require_extra("fastapi", "serve", "halfbyte serve"):
     from starlette.responses import JSONResponse, PlainTextResponse
     from starlette.types import ASGIApp, Receive, Scope, Send
 
-from halfbyte.serve.api.bodies import (
+from halfbyte.serve.api.access_control import Guard
+from halfbyte.serve.api.error_responses import error_response, internal_error
+from halfbyte.serve.api.gateway import Gateway
+from halfbyte.serve.api.request_body import read_body
+from halfbyte.serve.api.request_schemas import (
     AdapterRequest,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
 )
-from halfbyte.serve.api.gateway import Gateway
-from halfbyte.serve.api.guard import Guard
-from halfbyte.serve.api.reading import read_body
-from halfbyte.serve.api.refusals import error_response, internal_error
 
 logger = logging.getLogger(__name__)
 

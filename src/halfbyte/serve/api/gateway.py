@@ -18,7 +18,7 @@ from starlette.types import ASGIApp
 
 from halfbyte.errors import ServeError
 from halfbyte.serve.api.answers import AnswerForm, gather
-from halfbyte.serve.api.refusals import error_body, internal_error
+from halfbyte.serve.api.error_responses import error_body, internal_error
 from halfbyte.serve.api.streaming import (
     ClientLeft,
     EventStream,
@@ -26,11 +26,11 @@ from halfbyte.serve.api.streaming import (
     write_event,
     write_json,
 )
+from halfbyte.serve.backend import Backend, Call, Delta, Event, Kind, Served, TextTools, Usage
 from halfbyte.serve.config import ServeConfig
-from halfbyte.serve.exchange import Backend, Call, Delta, Event, Kind, Served, TextTools, Usage
 from halfbyte.serve.keys import ApiKeys
 from halfbyte.serve.limits import Limits, Tally
-from halfbyte.serve.text.asked import count_characters, count_choices, read_limit
+from halfbyte.serve.text.choice_requests import count_characters, count_choices, read_limit
 from halfbyte.serve.time_limit import TimeLimit
 
 logger = logging.getLogger(__name__)

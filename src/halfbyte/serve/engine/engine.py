@@ -27,7 +27,7 @@ import torch
 
 from halfbyte.errors import HalfbyteError, ServeError
 from halfbyte.serve.adapters import check_is_loaded
-from halfbyte.serve.engine.checks import check_request
+from halfbyte.serve.engine.admission import check_request
 from halfbyte.serve.engine.contract import (
     Ended,
     EngineInfo,

@@ -23,9 +23,9 @@ from halfbyte.serve.engine.contract import Ended, Generated, Prompted
 from halfbyte.serve.engine.failures import engine_failed, not_finite
 from halfbyte.serve.engine.job import MOST_FAILURES, Job
 from halfbyte.serve.engine.page_pool import PagePool
-from halfbyte.serve.engine.rating import Rater, Rating
 from halfbyte.serve.engine.runner import Piece, Runner
 from halfbyte.serve.engine.scheduler import Scheduler
+from halfbyte.serve.engine.token_logprobs import Rater, Rating
 
 log = logging.getLogger(__name__)
 

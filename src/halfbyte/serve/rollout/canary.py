@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from halfbyte.errors import ConfigError
-from halfbyte.serve.blame import Blame
-from halfbyte.serve.exchange import Call
+from halfbyte.serve.backend import Call
+from halfbyte.serve.fault import Blame
 from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.rollout.evidence import EvidenceFile
 from halfbyte.serve.rollout.sequential import TwoArmTest, requests_until_rejected

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from halfbyte.serve.exchange import Backend
+from halfbyte.serve.backend import Backend
 from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.rollout.evidence import EvidenceFile
 from halfbyte.serve.rollout.sequential import PairedTest

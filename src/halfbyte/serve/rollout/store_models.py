@@ -15,7 +15,7 @@ from typing import Any
 
 from halfbyte.environment import STORE, read_variable
 from halfbyte.errors import ConfigError, HalfbyteError, StoreError
-from halfbyte.serve.exchange import Backend, Call, Event, Load
+from halfbyte.serve.backend import Backend, Call, Event, Load
 from halfbyte.store.checkout import checkout
 from halfbyte.store.store import CHAMPION, SCHEME, SHORT, Store
 

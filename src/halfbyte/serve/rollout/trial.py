@@ -7,7 +7,7 @@ import logging
 import math
 
 from halfbyte.errors import HalfbyteError, ServeError
-from halfbyte.serve.exchange import Backend, Call
+from halfbyte.serve.backend import Backend, Call
 from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.rollout.canary import Canary
 from halfbyte.serve.rollout.store_models import (

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from halfbyte.errors import ServeError
-from halfbyte.serve.blame import Blame, find_blame
-from halfbyte.serve.exchange import Backend, Call, Delta, Event, Usage
+from halfbyte.serve.backend import Backend, Call, Delta, Event, Usage
+from halfbyte.serve.fault import Blame, find_blame
 from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.routing.breaker import CircuitBreaker
 from halfbyte.serve.routing.confidence import Confidence

@@ -15,8 +15,8 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Protocol
 
 from halfbyte.errors import ServeError
-from halfbyte.serve.blame import Blame
-from halfbyte.serve.exchange import Backend, Call, Event, Served
+from halfbyte.serve.backend import Backend, Call, Event, Served
+from halfbyte.serve.fault import Blame
 from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.routing.attempt import Attempt, Demands, Route
 from halfbyte.serve.routing.breaker import CircuitBreaker, Clock

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from halfbyte.integrations.generation import TextStream
+from halfbyte.serve.backend import Delta, Finish, FinishReason, TokenLogprob, ToolCall
 from halfbyte.serve.engine.contract import Ended, Generated, Prompted, Rated
-from halfbyte.serve.exchange import Delta, Finish, FinishReason, TokenLogprob, ToolCall
-from halfbyte.serve.text.spelling import Spelling
 from halfbyte.serve.text.stops import StopFilter
+from halfbyte.serve.text.token_text import Spelling
 from halfbyte.serve.text.tool_calls import ToolCallFilter
 
 

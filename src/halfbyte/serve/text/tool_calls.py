@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from halfbyte.serve.exchange import ToolCall
+from halfbyte.serve.backend import ToolCall
 from halfbyte.serve.text.stops import longest_start
 
 _FUNCTION = re.compile(r"<function=([^>\n]+)>(.*?)(?:</function>|\Z)", re.DOTALL)

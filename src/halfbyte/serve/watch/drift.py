@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from halfbyte.errors import ConfigError
-from halfbyte.serve.exchange import Call
+from halfbyte.serve.backend import Call
 from halfbyte.serve.quality_config import CHECKS
 from halfbyte.serve.watch.alerts import Alerts
 from halfbyte.serve.watch.monitors import find_failures

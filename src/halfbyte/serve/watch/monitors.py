@@ -20,7 +20,7 @@ from typing import Any
 
 from halfbyte.judge.checks import parse_json
 from halfbyte.judge.edge_cases import REFUSAL, is_looping
-from halfbyte.serve.exchange import Call
+from halfbyte.serve.backend import Call
 from halfbyte.serve.watch.language import switches
 from halfbyte.serve.watch.observation import Seen, prompt_text
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from halfbyte.serve.blame import Blame
-from halfbyte.serve.exchange import Call, Delta, Event, Finish, Served, ToolCall, Usage
+from halfbyte.serve.backend import Call, Delta, Event, Finish, Served, ToolCall, Usage
+from halfbyte.serve.fault import Blame
 
 Role = Literal["primary", "canary", "fallback"]
 Arm = Literal["", "primary", "canary"]

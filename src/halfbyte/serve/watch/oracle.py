@@ -17,7 +17,7 @@ from contextlib import aclosing
 from typing import Any
 
 from halfbyte.errors import ServeError
-from halfbyte.serve.exchange import Backend, Call, Delta, TextTools, TokenLogprob
+from halfbyte.serve.backend import Backend, Call, Delta, TextTools, TokenLogprob
 from halfbyte.serve.watch.drift import Drift
 from halfbyte.serve.watch.observation import Observation, content_text
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from halfbyte.errors import ConfigError
 from halfbyte.judge.tasks import Item, read_tasks
-from halfbyte.serve.exchange import Call
+from halfbyte.serve.backend import Call
 from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.routing.attempt import Attempt, Demands
 from halfbyte.serve.routing.breaker import Clock

@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from halfbyte.errors import ServeError
-from halfbyte.serve.api.refusals import error_response
+from halfbyte.serve.api.error_responses import error_response
 from halfbyte.serve.config import is_loopback
 from halfbyte.serve.keys import ApiKeys
 

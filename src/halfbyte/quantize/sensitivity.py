@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from halfbyte.errors import ConfigError
 from halfbyte.machine.memory import release_memory
 from halfbyte.model.blocks import InputGroup
-from halfbyte.model.chain import BlockChain
+from halfbyte.model.blockwise_backward import BlockChain
 from halfbyte.model.stream import BlockStream
 from halfbyte.model.weights import ModelWeights
 from halfbyte.quant_config import SUPPORTED_BITS, QuantConfig
-from halfbyte.quantize.allocation import HEADER_BYTES, Choice, Unit, stored_bits
+from halfbyte.quantize.bit_allocation import HEADER_BYTES, Choice, Unit, stored_bits
 from halfbyte.quantize.block_plan import plan_tasks
 from halfbyte.quantize.block_work import BlockWork
 from halfbyte.quantize.gptq import solve

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from halfbyte.convert.awq import pack_outputs
-from halfbyte.convert.respell import expand, from_awq, from_blocks, to_awq, to_blocks, transpose
+from halfbyte.convert.bit_order import expand, from_awq, from_blocks, to_awq, to_blocks, transpose
 from halfbyte.packing import pack_rows
 
 pytestmark = pytest.mark.usefixtures("way")

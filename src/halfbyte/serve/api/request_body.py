@@ -1,4 +1,4 @@
-"""A request's body, within its limits, as a checked body of :mod:`halfbyte.serve.api.bodies`."""
+"""Read a request body within its limits, and check it against ``request_schemas.py``."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pydantic_core import from_json
 from starlette.requests import Request
 
 from halfbyte.errors import ServeError
+from halfbyte.serve.api.error_responses import explain
 from halfbyte.serve.api.messages import Body
-from halfbyte.serve.api.refusals import explain
 from halfbyte.serve.config import ServeConfig
 
 

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from halfbyte.convert.ahead import run_ahead
+from halfbyte.convert.prefetch import run_ahead
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 7])

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from halfbyte.convert.coded import CodedLinear, fits_half
+from halfbyte.convert.coded_linear import CodedLinear, fits_half
 from halfbyte.packing import pack_rows, unpack_rows
 
 

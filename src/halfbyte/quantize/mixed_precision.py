@@ -14,7 +14,7 @@ from halfbyte.checkpoint.atomic import write_atomically
 from halfbyte.model.stream import BlockStream
 from halfbyte.model.weights import ModelWeights
 from halfbyte.quant_config import QuantConfig
-from halfbyte.quantize.allocation import (
+from halfbyte.quantize.bit_allocation import (
     HEADER_BYTES,
     Allocation,
     Unit,
@@ -24,7 +24,7 @@ from halfbyte.quantize.allocation import (
 )
 from halfbyte.quantize.block_work import BlockWork
 from halfbyte.quantize.progress import Progress
-from halfbyte.quantize.survey import Survey, survey_batches
+from halfbyte.quantize.sensitivity import Survey, survey_batches
 from halfbyte.units import parse_size
 
 ALLOCATION_FILE = "allocation.json"

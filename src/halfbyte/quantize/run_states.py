@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import JournalError
-from halfbyte.model.hidden import HeldStates, HiddenStates
+from halfbyte.model.hidden_states import HeldStates, HiddenStates
 from halfbyte.model.stream import BlockStream
 from halfbyte.quantize.probe import Probe, Trail
 

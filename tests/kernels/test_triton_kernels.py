@@ -24,7 +24,7 @@ from halfbyte.kernels.triton_linear import TritonLinear, dequantize_fragments, m
 
 pytest.importorskip("triton")
 
-NAME = "halfbyte.kernels.triton_programs"
+NAME = "halfbyte.kernels.triton_kernels"
 
 
 @pytest.fixture(autouse=True)

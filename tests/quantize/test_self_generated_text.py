@@ -15,7 +15,7 @@ from halfbyte.quant_config import CalibrationConfig, QuantConfig
 from halfbyte.quantize import run_text
 from halfbyte.quantize.attempt import Attempt
 from halfbyte.quantize.report import QuantizationReport
-from halfbyte.quantize.self_text import generate_text, save_text
+from halfbyte.quantize.self_generated_text import generate_text, save_text
 
 CONFIG = CalibrationConfig(samples=5, length=24, batch_size=2)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from halfbyte.checkpoint.consumers import can_recentre
 from halfbyte.checkpoint.write import TensorSpec, spec_of
-from halfbyte.convert.respell import expand, transpose
+from halfbyte.convert.bit_order import expand, transpose
 from halfbyte.packing import pack_rows, unpack_rows
 
 FREE_MINIMA = "minima that are no whole multiples of its scales, so that it has no zero points"

@@ -20,7 +20,7 @@ from halfbyte.judge.fidelity import PassageComparison, TextFidelity, summarize
 from halfbyte.judge.interview import is_right
 from halfbyte.judge.layers import LayerErrors
 from halfbyte.judge.questions import Question
-from halfbyte.judge.sides import CompareConfig, Side, Work
+from halfbyte.judge.setup import CompareConfig, Side, Work
 from halfbyte.judge.statistics import count_flips
 from halfbyte.judge.tasks import Item
 from halfbyte.judge.verdict import Evidence, Margins, SliceResult, decide, measure_slice

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from halfbyte.errors import ConfigError
 from halfbyte.integrations.load import load_model
 from halfbyte.machine.memory import resident_memory_bytes
-from halfbyte.model.positions import longest_text
+from halfbyte.model.context_length import longest_text
 from halfbyte.nn.gpu_step import find_mismatch
 from halfbyte.nn.native_decoder import find_obstacle
 from halfbyte.serve.engine.config import EngineConfig

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from halfbyte.checkpoint import direct
+from halfbyte.checkpoint import direct_io
 from halfbyte.checkpoint.atomic import write_atomically
 from halfbyte.errors import CheckpointError
 
@@ -24,7 +24,7 @@ def takes_direct(path):
 
 @pytest.fixture
 def small_buffers(monkeypatch):
-    monkeypatch.setattr(direct, "BUFFER_BYTES", 2 * BLOCK)
+    monkeypatch.setattr(direct_io, "BUFFER_BYTES", 2 * BLOCK)
 
 
 @pytest.mark.usefixtures("small_buffers")
@@ -43,13 +43,13 @@ def test_content_is_whole_whatever_the_sizes(tmp_path, size, chunk):
 @pytest.mark.usefixtures("small_buffers")
 def test_whole_buffers_go_past_the_cache_and_the_rest_does_not(tmp_path, monkeypatch):
     flags = []
-    write = direct._write_all
+    write = direct_io._write_all
 
     def note(handle, content):
         flags.append((len(content), bool(fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_DIRECT)))
         write(handle, content)
 
-    monkeypatch.setattr(direct, "_write_all", note)
+    monkeypatch.setattr(direct_io, "_write_all", note)
     can = takes_direct(tmp_path / "probe")
     write_atomically(tmp_path / "x", [b"x" * (4 * BLOCK + 5)], past_cache=True)
     assert flags == [(2 * BLOCK, can), (2 * BLOCK, can), (5, False)]
@@ -62,12 +62,12 @@ def test_a_file_system_that_cannot_is_written_through_its_cache(tmp_path, monkey
     with (tmp_path / "x").open("wb", buffering=0) as file:
         handle = file
         if without == "the system":
-            monkeypatch.setattr(direct, "_DIRECT", 0)
+            monkeypatch.setattr(direct_io, "_DIRECT", 0)
         elif without == "the flag":
-            monkeypatch.setattr(direct, "_set_direct", lambda handle, *, wanted: False)
+            monkeypatch.setattr(direct_io, "_set_direct", lambda handle, *, wanted: False)
         else:
             handle = RefusesDirect(file)
-        direct.write_direct(handle, [content])
+        direct_io.write_direct(handle, [content])
     assert (tmp_path / "x").read_bytes() == content
 
 
@@ -91,7 +91,7 @@ def test_a_full_disk_is_noticed_and_leaves_nothing(tmp_path, monkeypatch):
     def fail(handle, content):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(direct, "_write_all", fail)
+    monkeypatch.setattr(direct_io, "_write_all", fail)
     with pytest.raises(CheckpointError, match=r"Cannot write .*x: No space left on device"):
         write_atomically(tmp_path / "x", [b"x" * 9 * BLOCK], past_cache=True)
     assert list(tmp_path.iterdir()) == []

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from halfbyte.errors import ServeError
+from halfbyte.serve.backend import Call
 from halfbyte.serve.config import AnswerLimits
 from halfbyte.serve.engine.contract import EngineInfo, Grammar, GrammarKind, TokenRequest
-from halfbyte.serve.exchange import Call
 from halfbyte.serve.text.prompts import Prompts
 from halfbyte.serve.text.tool_calls import (
     FORCED,
@@ -49,7 +49,7 @@ _REFUSED_VALUES: dict[str, tuple[Any, ...]] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class ChoiceRequest:
     """One choice: what the engine is to do, and what becomes of its tokens."""
 
     choice: int
@@ -74,7 +74,7 @@ class Asked:
 
 def read_call(
     call: Call, prompts: Prompts, info: EngineInfo, limits: AnswerLimits, *, adapter: str | None
-) -> list[Asked]:
+) -> list[ChoiceRequest]:
     """Turn a call into what the engine is asked.
 
     Args:
@@ -103,12 +103,12 @@ def read_call(
             code="unsupported_parameter",
             param="response_format",
         )
-    asked: list[Asked] = []
+    asked: list[ChoiceRequest] = []
     for number, (ids, text) in enumerate(_read_prompts(call, prompts, info, tools.shown)):
         request = _make_request(call, ids, info, limits, grammar, adapter)
         for copy in range(body.get("n", 1)):
             asked.append(
-                Asked(
+                ChoiceRequest(
                     choice=len(asked),
                     prompt=number,
                     request=_reseed(request, copy),

@@ -9,21 +9,21 @@ import pytest
 from tests.serve.helpers_engine import write_model
 
 from halfbyte.errors import ConfigError
-from halfbyte.serve.engine import opening
+from halfbyte.serve.engine import loading
 from halfbyte.serve.engine.config import EngineConfig
 
 
 def test_a_model_is_loaded_in_a_thread_that_ends(tmp_path, monkeypatch):
     """Or OpenMP has more threads than there are processors, and they sleep between layers."""
     used = []
-    load = opening.load_model
+    load = loading.load_model
 
     def note(*arguments, **keywords):
         used.append(threading.current_thread())
         return load(*arguments, **keywords)
 
-    monkeypatch.setattr(opening, "load_model", note)
-    engine = opening.open_engine(write_model(tmp_path), EngineConfig(cache_gb=0.05))
+    monkeypatch.setattr(loading, "load_model", note)
+    engine = loading.open_engine(write_model(tmp_path), EngineConfig(cache_gb=0.05))
     (thread,) = used
     assert thread is not threading.current_thread()
     thread.join(10)
@@ -34,4 +34,4 @@ def test_a_model_is_loaded_in_a_thread_that_ends(tmp_path, monkeypatch):
 def test_what_is_wrong_reaches_whoever_opens(tmp_path):
     config = EngineConfig(cache_gb=0.05, context=10**6)
     with pytest.raises(ConfigError, match="context is 1000000; the model has"):
-        opening.open_engine(write_model(tmp_path), config)
+        loading.open_engine(write_model(tmp_path), config)

@@ -5,7 +5,7 @@ import sys
 import pytest
 from PIL import Image
 
-from halfbyte.quantize.picture import HEAD, PICTURE_FILE, build_error_grid, save_picture
+from halfbyte.quantize.plot import HEAD, PICTURE_FILE, build_error_grid, save_picture
 from halfbyte.quantize.report import SkippedModule
 
 

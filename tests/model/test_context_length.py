@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from transformers import BloomConfig, GPT2Config, LlamaConfig, Qwen3Config
 
-from halfbyte.model.positions import longest_text
+from halfbyte.model.context_length import longest_text
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}

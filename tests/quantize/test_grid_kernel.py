@@ -16,7 +16,7 @@ from halfbyte.quantize.grid import Grid, search_grid, sum_groups
 
 pytest.importorskip("triton")
 
-NAME = "halfbyte.quantize.grid_program"
+NAME = "halfbyte.quantize.grid_kernel"
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_compiled_for_gpus_groups_stay_in_registers(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from halfbyte.quantize.grid_program import grid_program
+    from halfbyte.quantize.grid_kernel import grid_program
 
     constants = {
         "COARSE": 36 if symmetric else 17,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from halfbyte.errors import CheckpointError
-from halfbyte.model.hidden import HeldStates, HiddenStates
+from halfbyte.model.hidden_states import HeldStates, HiddenStates
 
 SHAPES = [(2, 5), (1, 3), (2, 5)]
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from halfbyte.judge.meter import MemoryMeter
+from halfbyte.judge.memory_meter import MemoryMeter
 from halfbyte.machine.memory import resident_memory_bytes
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from halfbyte.model.chain import BlockChain
+from halfbyte.model.blockwise_backward import BlockChain
 from halfbyte.model.stream import BlockStream
 from halfbyte.model.weights import ModelWeights
 from halfbyte.quantize.block_shard import rewrite_block
@@ -24,7 +24,7 @@ from halfbyte.quantize.probe import Probe
 from halfbyte.quantize.progress import Progress
 from halfbyte.quantize.report import EndToEndReport
 from halfbyte.quantize.resources import RunSettings
-from halfbyte.quantize.states import CALIBRATION, FULL, PROBE, TUNED, RunStates
+from halfbyte.quantize.run_states import CALIBRATION, FULL, PROBE, TUNED, RunStates
 from halfbyte.quantize.student import Student
 
 STATE_FILE = "end-to-end.safetensors"
