@@ -65,6 +65,23 @@ def test_options_reach_the_comparison(compared, tmp_path, capsys):
     assert (more["resume"], more["cache"]) == (True, Path("c"))
 
 
+def test_progress_in_a_pipe_goes_to_stderr_as_lines(monkeypatch, capsys):
+    def working(base, candidate, *, progress, **more):
+        progress("base: loading", 0, 1)
+        progress("base: tasks", 0, 300)
+        progress("base: tasks", 8, 300)
+        return make_comparison()
+
+    monkeypatch.setattr(module, "compare", working)
+    main(["compare", "base", "small", "--json"])
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["outcome"] == "inconclusive"
+    first, second = captured.err.splitlines()
+    assert first.startswith("base: loading (")
+    assert second.startswith("base: tasks, 0 of 300 (")
+    assert "base: " not in captured.out
+
+
 def test_texts_of_one_name_are_told_apart_and_windows_are_counted_from_one(
     compared, tmp_path, capsys
 ):
@@ -91,8 +108,8 @@ def test_without_options_everything_built_in_is_asked(compared):
     ("words", "told"),
     [
         ("--builtin -3", "builtin_items is -3; it must be 0 or more"),
-        ("--slice kind", "--slice kind divides the lines of task files, and there are none"),
-        ("-o here/file", "Cannot make the folder 'here/file'"),
+        ("--slice kind", "--slice kind applies to task files, and none is given"),
+        ("-o here/file", "Cannot create the report folder 'here/file'"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_asked(

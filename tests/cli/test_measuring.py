@@ -6,9 +6,9 @@ import pytest
 from halfbyte.cli.measuring import (
     add_measuring_arguments,
     describe_text,
+    format_nats,
+    format_standard_error,
     measuring_keywords,
-    nats,
-    plus_minus,
     read_text,
     window_progress,
 )
@@ -69,13 +69,13 @@ def test_progress_is_silent_in_a_pipe(capsys):
 
 
 def test_numbers_are_written_so_that_they_say_something():
-    assert [nats(v) for v in (0, 0.17432, 0.00012, -0.00012)] == [
+    assert [format_nats(v) for v in (0, 0.17432, 0.00012, -0.00012)] == [
         "0.0000",
         "0.1743",
         "1.20e-04",
         "-1.20e-04",
     ]
-    assert [plus_minus(v, 2) for v in (None, 1.234)] == ["–", "± 1.23"]
+    assert [format_standard_error(v, 2) for v in (None, 1.234)] == ["–", "± 1.23"]
 
 
 def test_text_is_named():

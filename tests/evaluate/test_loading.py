@@ -22,7 +22,7 @@ def test_folder_brings_its_tokenizer(folder):
 def test_missing_folder_is_named(tmp_path):
     with pytest.raises(ModelError, match="nowhere': no such folder"):
         open_subject(tmp_path / "nowhere")
-    with pytest.raises(ModelError, match=r"no config.json in it"):
+    with pytest.raises(ModelError, match=r"it has no config.json"):
         open_subject(str(tmp_path))
 
 
@@ -48,7 +48,7 @@ def test_damaged_tokenizer_is_refused(folder):
 def test_unknown_dtype_and_device_are_refused(folder):
     with pytest.raises(ConfigError, match="dtype is 'int4'; allowed are auto, float32, bfloat16"):
         open_subject(folder, dtype="int4")
-    with pytest.raises(ConfigError, match="device is 'gpu0', which this machine or this torch"):
+    with pytest.raises(ConfigError, match="device is 'gpu0', which this machine or this build"):
         open_subject(folder, device="gpu0")
 
 
@@ -57,7 +57,7 @@ def test_dtype_can_be_torchs(folder):
 
 
 def test_text_without_a_tokenizer_is_refused(model):
-    with pytest.raises(ConfigError, match="'LlamaForCausalLM': it comes without a tokenizer"):
+    with pytest.raises(ConfigError, match="'LlamaForCausalLM': it has no tokenizer"):
         resolve_windows(open_subject(model), "w1", window=4, limit=None, add_bos=False)
 
 

@@ -81,5 +81,5 @@ def test_targets_must_fit_the_logits():
 
 @pytest.mark.parametrize("bad", [-1, 10])
 def test_target_outside_the_vocabulary_is_refused(bad):
-    with pytest.raises(ConfigError, match=f"token id {bad}: the model knows ids 0..9"):
+    with pytest.raises(ConfigError, match=f"token id {bad}: the model's vocabulary is 0..9"):
         measure_nll(torch.zeros(2, 10), torch.tensor([3, bad]))

@@ -117,7 +117,7 @@ def test_window_beyond_the_models_positions_is_refused(model, tokenizer, text):
 
 
 def test_ids_of_another_vocabulary_are_refused(model):
-    with pytest.raises(ConfigError, match=r"token id 99, and the model knows 0\.\.63"):
+    with pytest.raises(ConfigError, match=r"token id 99; the model's vocabulary is 0\.\.63"):
         perplexity(model, [1, 2, 99, 4], window=4)
 
 

@@ -23,7 +23,7 @@ def test_limit_takes_the_first_windows():
 def test_limit_beyond_the_text_is_noted():
     windows = split_windows(torch.arange(25), 10, limit=7)
     assert len(windows.ids) == 2
-    assert windows.note == "The text has 2 windows of 10 tokens; 7 were asked for."
+    assert windows.note == "The text has 2 windows of 10 tokens; 7 were requested."
 
 
 def test_short_text_becomes_one_shorter_window_with_a_note():
@@ -43,7 +43,7 @@ def test_impossible_settings_are_refused():
         split_windows([1, 2, 3], 1)
     with pytest.raises(ConfigError, match="windows is 0; it must be 1"):
         split_windows([1, 2, 3], 2, limit=0)
-    with pytest.raises(ConfigError, match=r"shape \[1, 4\] into windows: one dimension"):
+    with pytest.raises(ConfigError, match=r"shape \[1, 4\] into windows: they must have one"):
         split_windows(torch.zeros(1, 4, dtype=torch.long), 2)
 
 
@@ -56,5 +56,5 @@ def test_bos_comes_once_when_asked_for(tokenizer):
 
 
 def test_bos_of_a_tokenizer_without_one_is_refused(make_tokenizer):
-    with pytest.raises(ConfigError, match=r"BOS token before the text: .* has none"):
+    with pytest.raises(ConfigError, match=r"BOS token to the text: .* has none"):
         tokenize_text(make_tokenizer(bos=False), "w0", add_bos=True)

@@ -48,7 +48,7 @@ def test_model_against_itself_has_no_flip_and_no_divergence(base, run):
     # 40 items without a flip do not show that fewer than 2 in 100 are lost.
     assert result.verdict.outcome is Outcome.INCONCLUSIVE
     accuracy = next(c for c in result.verdict.claims if c.name.startswith("Accuracy"))
-    assert "items give it 80%" in accuracy.advice
+    assert "items it is 80%" in accuracy.advice
 
 
 def test_model_against_itself_passes_at_a_margin_that_the_items_can_show(base, run, config):
@@ -95,6 +95,25 @@ def test_other_model_fails_and_its_flips_are_shown(run, make_candidate):
     assert {s.name for s in result.slices} == {"kind choice", "kind written"}
 
 
+def test_progress_names_every_stage_of_both_models_in_order(base, run, make_candidate, config):
+    calls = []
+    run(
+        make_candidate(noise(0.01)),
+        config=dataclasses.replace(config, edge_cases=True),
+        progress=lambda stage, done, total: calls.append((stage, done, total)),
+    )
+    stages = ["loading", "tasks", "edge cases", "running text", "layers"]
+    stages += ["predictions of edge cases"]
+    assert list(dict.fromkeys(stage for stage, _, _ in calls)) == [
+        *(f"base: {stage}" for stage in [*stages, "noise floor"]),
+        *(f"candidate: {stage}" for stage in stages),
+    ]
+    assert all(0 <= done <= total for _, done, total in calls)
+    for stage, total in (("base: tasks", 40), ("candidate: tasks", 40), ("base: noise floor", 10)):
+        found = [call for call in calls if call[0] == stage]
+        assert (found[0], found[-1]) == ((stage, 0, total), (stage, total, total))
+
+
 def test_odd_inputs_go_through_both(base, run, config):
     result = run(base, config=dataclasses.replace(config, edge_cases=True))
     assert not [o for o in result.edge_outcomes if o.new_finds]
@@ -112,7 +131,7 @@ def test_logits_that_are_not_numbers_fail_whatever_the_rest(run, make_candidate,
 
     wide = dataclasses.replace(config, margins=Margins(accuracy=0.9, perplexity=0.9, slices=0.9))
     result = run(make_candidate(spoil), config=wide)
-    assert outcomes(result)["Every logit is a number"] is Outcome.FAIL
+    assert outcomes(result)["All logits are finite"] is Outcome.FAIL
     assert result.text.candidate_finite is False
 
 
@@ -123,17 +142,17 @@ def test_base_whose_logits_are_not_numbers_is_not_the_candidates_fault(base, run
     spoilt = make_candidate(spoil)
     result = run(base, base=spoilt)
     assert result.verdict.outcome is not Outcome.FAIL
-    assert outcomes(result)["Every logit is a number"] is Outcome.PASS
+    assert outcomes(result)["All logits are finite"] is Outcome.PASS
     (claim,) = [c for c in result.verdict.claims if c.name.startswith("Perplexity")]
-    assert (claim.outcome, "the base's own logits" in claim.advice) == (Outcome.INCONCLUSIVE, True)
-    assert outcomes(run(spoilt))["Every logit is a number"] is Outcome.FAIL
+    assert (claim.outcome, "The base's own logits" in claim.advice) == (Outcome.INCONCLUSIVE, True)
+    assert outcomes(run(spoilt))["All logits are finite"] is Outcome.FAIL
 
 
 def test_what_the_verdict_can_do_without_fails_with_a_note(base, run, monkeypatch):
     def fail(*_):
         raise ValueError("no such family")
 
-    for name in ("keep_base_layers", "measure_layers", "read_shapes"):
+    for name in ("save_base_layers", "measure_layers", "read_shapes"):
         monkeypatch.setattr(module, name, fail)
     result = run(base)
     assert result.text.kl_nats == 0
@@ -238,7 +257,7 @@ def test_what_cannot_be_asked_is_refused_before_a_model_is_loaded(
         run(base, items=[Item(name="x", prompt="w1", check=check)], **never)
     long = Item(name="long", prompt=words(100), choices=(" w1", " " + words(29)))
     with pytest.raises(
-        ConfigError, match=r"'long' takes 100 tokens and 29 for its answer.* 128 in"
+        ConfigError, match=r"'long' needs 100 tokens .* and 29 for its answer; .* 128 tog"
     ):
         run(base, items=[long])
     wide = dataclasses.replace(config, window=129)
@@ -259,7 +278,7 @@ def test_other_tokenizer_is_refused(run, make_candidate, base):
 
     candidate = make_candidate(noise(0.01))
     build_tokenizer(shift=3).save_pretrained(candidate)
-    with pytest.raises(ConfigError, match=r"read item .* differently"):
+    with pytest.raises(ConfigError, match=r"encode item .* differently"):
         run(candidate)
 
 

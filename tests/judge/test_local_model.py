@@ -165,8 +165,8 @@ def test_kept_states_give_the_logits_back(model, words, tmp_path):
     assert not prediction.are_logits
     assert prediction.states.shape == (len(ids), 32)
     cache = ModelCache(tmp_path, "m")
-    cache.keep_states("key", prediction)
-    cache.keep_head(model)
+    cache.save_states("key", prediction)
+    cache.save_head(model)
     again = ModelCache(tmp_path, "m").load_logits("key")
     assert torch.allclose(again, prediction.logits, atol=1e-5)
     last = model.predict([ids], last=2)[0]
@@ -183,15 +183,15 @@ def test_quantized_head_is_kept_as_numbers(words, tmp_path):
     model = LocalModel(open_subject(tmp_path / "q", dtype="float32"))
     prediction = model.predict([questions(words)[1].ids])[0]
     cache = ModelCache(tmp_path, "m")
-    cache.keep_states("key", prediction)
-    cache.keep_head(model)
+    cache.save_states("key", prediction)
+    cache.save_head(model)
     assert not prediction.are_logits
     assert torch.allclose(cache.load_logits("key"), prediction.logits, atol=1e-5)
 
 
 def test_cache_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ConfigError, match=r"Cannot keep answers in '.*file': Not a directory"):
+    with pytest.raises(ConfigError, match=r"Cannot create a cache in '.*file': Not a directory"):
         ModelCache(tmp_path / "file", "m")
 
 
@@ -209,7 +209,7 @@ def test_model_that_bends_its_logits_is_kept_by_its_logits(words, tmp_path):
     prediction = model.predict([questions(words)[0].ids])[0]
     assert prediction.are_logits
     cache = ModelCache(tmp_path, "m")
-    cache.keep_states("key", prediction)
+    cache.save_states("key", prediction)
     assert torch.equal(cache.load_logits("key"), prediction.logits)
 
 
@@ -227,7 +227,7 @@ def test_unpacked_linears_compute_the_same(tmp_path, monkeypatch):
         before = subject.model(ids).logits
         note = unpack_reference_linears(subject.model)
         after = subject.model(ids).logits
-    assert "14 linears were unpacked once" in note
+    assert "14 linears were dequantized once" in note
     assert torch.allclose(before, after, atol=1e-5)
     assert unpack_reference_linears(subject.model) is None
     monkeypatch.setenv("HALFBYTE_KERNEL", "torch_reference")
@@ -239,13 +239,13 @@ def test_answers_survive_a_kill_in_the_middle_of_a_line(tmp_path):
     path = tmp_path / "answers.jsonl"
     kept = AnswerFile(path)
     answer = Answer(choice_nats=(-1.5, -math.pi), text="ü\n", ids=(1, 2), finite=False)
-    kept.keep({"a": answer.to_dict()})
+    kept.add({"a": answer.to_dict()})
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"v":2,"key":"b","va')
     again = AnswerFile(path)
     assert Answer.from_dict(again.get("a")) == answer
     assert "b" not in again
-    again.keep({"b": answer.to_dict()})
+    again.add({"b": answer.to_dict()})
     assert len(AnswerFile(path)) == 2
     assert len(AnswerFile(path, fresh=True)) == 0
 
@@ -253,8 +253,10 @@ def test_answers_survive_a_kill_in_the_middle_of_a_line(tmp_path):
 def test_a_file_that_takes_no_answers_is_named(tmp_path):
     kept = AnswerFile(tmp_path / "answers.jsonl")
     kept.path.mkdir()
-    with pytest.raises(CheckpointError, match=r"Cannot keep answers in .*answers.jsonl: .*--cache"):
-        kept.keep({"a": 1})
+    with pytest.raises(
+        CheckpointError, match=r"Cannot write answers to .*answers.jsonl: .*--cache"
+    ):
+        kept.add({"a": 1})
 
 
 def test_answers_of_another_version_are_not_read(tmp_path):

@@ -72,7 +72,7 @@ def test_key_does_not_follow_to_another_server(serve, monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        with pytest.raises(ModelError, match=f"sends on to another server, {there}/models"):
+        with pytest.raises(ModelError, match=f"redirects to another server, {there}/models"):
             RemoteModel(f"http://127.0.0.1:{server.server_port}/v1")
     finally:
         server.shutdown()
@@ -117,9 +117,9 @@ def test_model_must_be_one_that_is_served(serve):
 @pytest.mark.parametrize(
     ("reply", "part"),
     [
-        (lambda p, b: (401, {"error": "no"}), "answered 401.*OPENAI_API_KEY"),
-        (lambda p, b: (200, {"choices": []}), "without a choice"),
-        (lambda p, b: (200, [1]), "no JSON object"),
+        (lambda p, b: (401, {"error": "no"}), "HTTP status 401.*OPENAI_API_KEY"),
+        (lambda p, b: (200, {"choices": []}), r"without choices\[0\]"),
+        (lambda p, b: (200, [1]), "did not answer with a JSON object"),
     ],
 )
 def test_server_that_answers_otherwise_is_named(serve, reply, part):

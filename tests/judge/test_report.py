@@ -58,11 +58,11 @@ def test_page_is_well_formed_and_asks_for_nothing_outside(comparison):
 
 def test_page_shows_the_verdict_first_and_then_all_evidence(comparison):
     page = write_html(comparison)
-    assert page.index(">Inconclusive<") < page.index("What must hold")
+    assert page.index(">Inconclusive<") < page.index(">Requirements<")
     for part in (
         "0.1200", "7.5", "models/base &lt;1&gt;", "9 (harmful flips)", "4 (beneficial flips)",
         "model.layers.7.mlp.down_proj", "endless repetition 1", "270.0 MB", "1.1 GB", "90 of 120",
-        "part after 3.5 tokens", "<mark>2</mark>", "&lt;angle brackets&gt;",
+        "after a median of 3.5 tokens", "<mark>2</mark>", "&lt;angle brackets&gt;",
     ):  # fmt: skip
         assert part in page, part
     # What a model wrote stays text, and control characters become visible.
@@ -119,7 +119,7 @@ def test_all_forms_are_written_into_a_folder(comparison, tmp_path):
     assert [path.name for path in paths] == [name for name, _ in FORMATS.values()]
     assert all(path.read_text(encoding="utf-8") for path in paths)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="Cannot make the folder"):
+    with pytest.raises(ConfigError, match="Cannot create the report folder"):
         write_report(comparison, tmp_path / "file" / "report")
 
 

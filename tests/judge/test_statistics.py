@@ -120,7 +120,7 @@ def test_one_document_says_nothing_of_others():
 
 @pytest.mark.parametrize(("degrees", "t"), [(2, 2.920), (4, 2.132), (15, 1.753), (1e9, 1.645)])
 def test_students_t_at_five_percent_is_as_in_its_table(degrees, t):
-    assert stats._as_normal(t, degrees) == pytest.approx(1.645, abs=0.015)
+    assert stats._t_to_normal(t, degrees) == pytest.approx(1.645, abs=0.015)
 
 
 def test_documents_of_unlike_size_count_as_the_fewer_that_weigh_as_much():

@@ -12,7 +12,7 @@ from halfbyte.errors import ConfigError
 from halfbyte.judge.answers import Answer
 from halfbyte.judge.builtin_tasks import builtin_tasks
 from halfbyte.judge.checks import Check
-from halfbyte.judge.interview import is_right
+from halfbyte.judge.interview import is_correct
 from halfbyte.judge.questions import Question, make_passages, make_question
 from halfbyte.judge.tasks import Item, name_documents, read_tasks
 
@@ -47,7 +47,7 @@ def test_three_forms_of_lines_become_items(write):
     ("line", "part"),
     [
         ("{", "line 1 is not JSON"),
-        ("[1]", "line 1 holds '[1]'. Give one object"),
+        ("[1]", "line 1 holds '[1]'. Write one JSON object"),
         ({"prompt": "x"}, "exactly one of 'answer' and 'check'"),
         ({"prompt": "x", "answer": "1", "check": {"equals": "1"}}, "exactly one of"),
         ({"answer": "1"}, "exactly one of 'prompt'"),
@@ -77,9 +77,9 @@ def test_file_without_lines_unknown_slice_and_double_id_are_refused(write):
     with pytest.raises(ConfigError, match="is empty"):
         read_tasks([write("")])
     line = {"prompt": "x", "answer": "1", "id": "a"}
-    with pytest.raises(ConfigError, match="'a' stands on 2 lines"):
+    with pytest.raises(ConfigError, match="'a' is on 2 lines"):
         read_tasks([write(line, line)])
-    with pytest.raises(ConfigError, match="has the key 'level'"):
+    with pytest.raises(ConfigError, match="slice by 'level': no line"):
         read_tasks([write(line)], slice_by=["level"])
 
 
@@ -127,7 +127,7 @@ def test_builtin_items_are_the_same_each_time_and_as_many_as_asked_for():
     assert len({item.name for item in items}) == len({item.prompt for item in items}) == 500
 
 
-def test_builtin_arithmetic_is_right():
+def test_builtin_arithmetic_is_correct():
     checked = 0
     for item in builtin_tasks(150):
         found = re.search(r"Q: (\d+ [-+*] \d+) =\nA:$", item.prompt)
@@ -173,7 +173,7 @@ def test_facts_have_one_right_answer_each():
 def test_likeliest_choice_counts_if_it_is_a_number(nats, finite, right):
     item = Item(name="x", prompt="p", choices=("a", "b"), right_choice=0)
     answer = Answer(choice_nats=nats, finite=finite)
-    assert is_right(Question(item=item, ids=(1,)), answer, {}) is right
+    assert is_correct(Question(item=item, ids=(1,)), answer, {}) is right
 
 
 @pytest.mark.parametrize("error", ["ValueError", "SystemExit"])
@@ -184,7 +184,7 @@ def test_check_that_fails_on_an_answer_is_named_with_the_item(error):
     item = Item(name="mine:7", prompt="p", check=Check(kind="python", value="bad"))
     question = Question(item=item, ids=(1,))
     with pytest.raises(ConfigError, match=f"'mine:7': the check 'bad' raised {error}"):
-        is_right(question, Answer(text="x"), {"bad": bad})
+        is_correct(question, Answer(text="x"), {"bad": bad})
 
 
 def test_prompt_and_choices_share_no_token():
@@ -222,7 +222,7 @@ def test_documents_are_cut_into_windows_that_know_where_they_come_from(words):
     assert [p.document for p in few] == ["a:0", "a:0"]
     few = make_passages(build_tokenizer(), {"a": [words(4096)]}, window=32, limit=3)
     assert [p.document for p in few] == ["a:0", "a:1", "a:2"]
-    with pytest.raises(ConfigError, match="'b' has no piece of 16 tokens"):
+    with pytest.raises(ConfigError, match="'b' has no document of 16 tokens"):
         make_passages(
             build_tokenizer(), {"a": [words(90)], "b": [words(15)]}, window=32, limit=None
         )

@@ -17,5 +17,5 @@ def test_a_device_may_be_given_as_one():
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "meta", ""])
 def test_a_device_that_is_not_there_is_named(name):
-    with pytest.raises(ConfigError, match=f"^device is '{name}', which this machine or this torch"):
+    with pytest.raises(ConfigError, match=f"^device is '{name}', which this machine or this build"):
         resolve_device(name)
