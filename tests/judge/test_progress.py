@@ -11,7 +11,7 @@ from halfbyte.judge.progress import PlainProgress
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The time in seconds; a test sets it."""
+    """A clock that the test sets, in seconds."""
     now = [100.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     return now

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -279,11 +279,6 @@ def _run_side(
         assert isinstance(model, LocalModel)
         return model
 
-    def load_for_layers() -> LocalModel:
-        model = load_local()
-        report(f"{role}: layers", 0, 1)
-        return model
-
     def stage(name: str) -> StepProgress:
         return lambda done, total: report(f"{role}: {name}", done, total)
 
@@ -294,16 +289,8 @@ def _run_side(
         work.edges, config.batch_size, config.seed, stage("edge cases")
     )
     passages, layers = None, None
-    if work.passages and base is None:
-        predict_base(load_local, side.cache, work.passages, stage("running text"))
-        with _optional(work, "Errors by layer were not measured"):
-            save_base_layers(load_for_layers, side.cache, work.passages)
-    elif work.passages and base is not None:
-        passages = compare_candidate(
-            load_local, side.cache, base.cache, work.passages, stage("running text")
-        )
-        with _optional(work, "Errors by layer were not measured"):
-            layers = measure_layers(load_for_layers(), base.cache, work.passages)
+    if work.passages:
+        passages, layers = _run_text(side, base, work, load_local, stage)
     if side.is_local:
         predicted = interview.predict_edges(
             work.edges,
@@ -326,6 +313,33 @@ def _run_side(
     load.cache_clear()
     for used in (side, *([] if base is None else [base])):
         used.cache.release_head()
+    return passages, layers
+
+
+def _run_text(
+    side: Side,
+    base: Side | None,
+    work: Workload,
+    load: Callable[[], LocalModel],
+    stage: Callable[[str], StepProgress],
+) -> tuple[list[PassageComparison] | None, LayerErrors | None]:
+    """Run one model over the running text, and its linears over a part of it."""
+
+    def load_for_layers() -> LocalModel:
+        model = load()
+        stage("layers")(0, 1)
+        return model
+
+    text_progress, failure = stage("running text"), "Errors by layer were not measured"
+    if base is None:
+        predict_base(load, side.cache, work.passages, text_progress)
+        with _optional(work, failure):
+            save_base_layers(load_for_layers, side.cache, work.passages)
+        return None, None
+    passages = compare_candidate(load, side.cache, base.cache, work.passages, text_progress)
+    layers = None
+    with _optional(work, failure):
+        layers = measure_layers(load_for_layers(), base.cache, work.passages)
     return passages, layers
 
 

@@ -67,7 +67,7 @@ def conclude(
     if outcomes:
         flips = edge_flips(outcomes)
         clean = sum(not o.base_finds for o in outcomes)
-        edges = measure_slice("edge cases", flips, clean, config.margins)
+        edges = measure_slice("edge cases without an issue", flips, clean, config.margins)
     noise = _noise_floor(work.questions, base, grades[0], functions, config, text)
     num_nonfinite = sum(
         base.answers[q.key].finite and not candidate.answers[q.key].finite for q in work.questions

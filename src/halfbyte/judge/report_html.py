@@ -12,7 +12,7 @@ from importlib import resources
 from halfbyte.judge.charts import histogram_chart, interval_chart, layer_chart, line_chart
 from halfbyte.judge.comparison import Comparison, Example
 from halfbyte.judge.edge_cases import ISSUES, EdgeOutcome
-from halfbyte.judge.fidelity import HISTOGRAM_EDGES
+from halfbyte.judge.fidelity import HISTOGRAM_EDGES, TextFidelity
 from halfbyte.judge.html_parts import (
     inline,
     last_part,
@@ -169,6 +169,24 @@ def _text(comparison: Comparison) -> str:
     text = comparison.text
     if text is None:
         return ""
+    note = (
+        f"{text.num_tokens:,} tokens of {text.num_documents} documents; confidence intervals are "
+        "over documents. The KL divergence is shown as a warning sign and does not affect the "
+        "verdict."
+    )
+    return (
+        _fidelity_table(text)
+        + remark(note)
+        + "<h3>KL divergence per token</h3>"
+        + histogram_chart(text.kl_histogram, HISTOGRAM_EDGES)
+        + "<h3>By kind of text</h3>"
+        + _kinds_table(text)
+        + "<h3>Tokens with the largest divergence</h3>"
+        + _worst_table(text)
+    )
+
+
+def _fidelity_table(text: TextFidelity) -> str:
     rows = [
         ["KL(base || candidate), nats per token", _value(text.kl_nats, text.kl_interval, 4)],
         ["top-1 agreement", _share(text.top1_agreement, text.top1_interval)],
@@ -190,7 +208,11 @@ def _text(comparison: Comparison) -> str:
                 f"{text.noise_kl_nats:.1e}, {text.noise_kl_largest:.1e}",
             ]
         )
-    kinds = make_table(
+    return make_table(["", "value"], rows, numbers=[1])
+
+
+def _kinds_table(text: TextFidelity) -> str:
+    return make_table(
         ["kind", "tokens", "documents", "KL", "top-1 agreement", "perplexity"],
         [
             [
@@ -205,28 +227,16 @@ def _text(comparison: Comparison) -> str:
         ],
         numbers=range(1, 6),
     )
-    worst = make_table(
+
+
+def _worst_table(text: TextFidelity) -> str:
+    return make_table(
         ["KL", "preceding text", "next token", "base", "candidate"],
         [
             [f"{w.kl_nats:.2f}", *(inline(t) for t in (w.before, w.actual, w.base, w.candidate))]
             for w in text.worst
         ],
         numbers=range(1),
-    )
-    note = (
-        f"{text.num_tokens:,} tokens of {text.num_documents} documents; confidence intervals are "
-        "over documents. The KL divergence is shown as a warning sign and does not affect the "
-        "verdict."
-    )
-    return (
-        make_table(["", "value"], rows, numbers=[1])
-        + remark(note)
-        + "<h3>KL divergence per token</h3>"
-        + histogram_chart(text.kl_histogram, HISTOGRAM_EDGES)
-        + "<h3>By kind of text</h3>"
-        + kinds
-        + "<h3>Tokens with the largest divergence</h3>"
-        + worst
     )
 
 
