@@ -100,9 +100,9 @@ def _add_question_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_margin_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("allowed losses")
     for name, default, help_text in (
-        ("margin", 2.0, "percentage points of accuracy over all items"),
-        ("slice-margin", 10.0, "percentage points of accuracy within one slice"),
-        ("perplexity-margin", 10.0, "percent of perplexity on running text"),
+        ("margin", 2.0, "loss of accuracy over all items, in percentage points"),
+        ("slice-margin", 10.0, "loss of accuracy within one slice, in percentage points"),
+        ("perplexity-margin", 10.0, "increase of perplexity on running text, in percent"),
     ):
         group.add_argument(
             f"--{name}",

@@ -232,7 +232,7 @@ def _accuracy_claim(overall: SliceResult | None, margins: Margins) -> list[Claim
     if overall.harm_p is not None and overall.harm_p < margins.alpha:
         outcome = Outcome.FAIL
     elif overall.base_accuracy <= margins.accuracy:
-        # A loss of the margin is impossible then, and any candidate would keep it.
+        # A loss beyond the margin is impossible, so any candidate would pass.
         advice = (
             f"The base itself gets only {format_percent(overall.base_accuracy)} right, so no loss "
             "beyond the margin is possible. Check its answers, and use tasks that it can solve."
