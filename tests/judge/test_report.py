@@ -102,6 +102,8 @@ def test_markdown_tables_have_as_many_cells_as_heads(comparison):
         width = cells
     assert "<script" not in text
     assert "| json:1 |" in text
+    for claim in comparison.verdict.claims:
+        assert claim.advice in text
 
 
 @pytest.mark.parametrize(("harmful", "failures"), [(60, 2), (9, 0)])
