@@ -1,8 +1,8 @@
-"""A task that a small model cannot do before it has seen it: a sentence into a record of fields.
+"""A synthetic task that a small model cannot do without training: extract a record from a sentence.
 
-The order of the fields, their names and the marks between them are told nowhere but in the
-training data; an answer counts only if it is the record, letter for letter. Held-out sentences are
-made of the same parts in combinations that training does not hold.
+Only the training data shows the order of the fields and the separators; an answer counts only if
+it equals the record exactly. Held-out sentences combine the same parts in ways that training does
+not contain.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Item:
 
 
 def make_items(count: int, *, seed: int) -> list[Item]:
-    """Make different items, always the same for a seed."""
+    """Make distinct items; the same seed gives the same items."""
     rng = random.Random(seed)
     items: dict[str, Item] = {}
     while len(items) < count:
@@ -62,40 +62,40 @@ def make_items(count: int, *, seed: int) -> list[Item]:
 
 
 def split_items(training: int, held_out: int) -> tuple[list[Item], list[Item]]:
-    """Make items to train on and others to judge by."""
+    """Make the training items and the held-out items."""
     items = make_items(training + held_out, seed=1)
     return items[:training], items[training:]
 
 
 def write_items(items: Sequence[Item], path: Path) -> None:
-    """Write them as halfbyte finetune reads them."""
+    """Write items in the format of ``halfbyte finetune``."""
     rows = [{"prompt": item.prompt, "completion": item.record} for item in items]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 @torch.no_grad()
 def measure_accuracy(model: Any, tokenizer: Any, items: Sequence[Item], batch: int = 50) -> float:
-    """Give the share of items whose greedy answer is the record, letter for letter."""
+    """Return the share of items whose greedy answer equals the record exactly."""
     model.eval()
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    longest = max(len(tokenizer(item.record)["input_ids"]) for item in items) + 2
-    right = 0
+    max_new_tokens = max(len(tokenizer(item.record)["input_ids"]) for item in items) + 2
+    num_correct = 0
     for start in range(0, len(items), batch):
         part = items[start : start + batch]
         encoded = tokenizer([item.prompt for item in part], return_tensors="pt", padding=True)
         encoded = encoded.to(model.device)
         ids = model.generate(
             **encoded,
-            max_new_tokens=longest,
+            max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
         )
         texts = tokenizer.batch_decode(
             ids[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True
         )
-        right += sum(
+        num_correct += sum(
             text.strip() == item.record.strip() for text, item in zip(texts, part, strict=True)
         )
-    return right / len(items)
+    return num_correct / len(items)

@@ -1,7 +1,6 @@
-"""One layer, many ways to run it on a GPU: ours, cuBLAS, and other tools' kernels.
+"""Kernels to compare on one layer on a GPU: halfbyte's, cuBLAS and those of other tools.
 
-Every arm owns enough copies of its weight that none is still in the cache when it comes round
-again. A peer is used where its library is found; a reason is kept where it is not.
+Each arm cycles through enough copies of its weight that none is still cached when it is read again.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ from halfbyte.kernels.triton_configs import TritonConfig
 from halfbyte.packing import pack_codes
 
 COLD_BYTES = 300e6
-"""More than twice any GPU's cache."""
+"""Total size of an arm's copies: more than twice the cache of any GPU."""
 
 UINT4B8 = 1125899907892224
-"""vLLM's number for unsigned 4 bits with a bias of 8 (its scalar_type.py)."""
+"""vLLM's identifier of unsigned 4-bit codes with a bias of 8 (its scalar_type.py)."""
 
 Run = Callable[[Tensor], list[Tensor]]
 
@@ -42,13 +41,13 @@ class Layer:
     spec: LinearSpec
     copies: list[Operands]
     dense: list[Tensor]
-    """[out, in] in the spec's dtype; copies of what the codes stand for."""
+    """Copies of the dequantized weight [out, in], in the spec's dtype."""
 
 
 def make_layer(
     in_features: int, out_features: int, dtype: torch.dtype, *, cold: bool = True
 ) -> Layer:
-    """Make a layer of random codes: any word is eight of them."""
+    """Make a layer of random codes: every 32-bit word is eight valid ones."""
     spec = LinearSpec(
         bits=4,
         group_size=128,
@@ -63,7 +62,7 @@ def make_layer(
     shape = (in_features // 64, out_features // 16, 128)
     words = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device="cuda")
     scales = torch.rand(spec.num_groups, out_features, device="cuda") * 0.01 + 0.005
-    # Rounded to what both 16-bit types hold, so that peers who cast them compute the same.
+    # Exact in both 16-bit dtypes, so that peers that cast the scales compute the same result.
     scales = scales.to(torch.bfloat16).to(dtype)
     zeros = torch.empty(0, dtype=torch.int32, device="cuda")
     first = Operands(weight=(words,), qzeros=zeros, scales=scales, g_idx=None)
@@ -79,17 +78,17 @@ def make_layer(
 
 
 def count_copies(num_bytes: int) -> int:
-    """Copies of a weight that do not fit the cache together."""
+    """Return how many copies of a weight exceed the cache together."""
     return max(int(COLD_BYTES / num_bytes) + 1, 2)
 
 
 def run_dense(layer: Layer) -> Run:
-    """Multiply by the dense weight: cuBLAS."""
+    """Run cuBLAS on the dense weight."""
     return lambda x: [functional.linear(x, weight) for weight in layer.dense]
 
 
 def run_triton(layer: Layer, config: TritonConfig | None = None) -> Run:
-    """Our Triton kernel, as chosen or as told."""
+    """Run halfbyte's Triton kernel; ``config`` None: the configuration it selects itself."""
     kernel = triton_linear.TritonLinear()
     if config is None:
         return lambda x: [kernel.apply(x, part, None, layer.spec) for part in layer.copies]
@@ -99,7 +98,7 @@ def run_triton(layer: Layer, config: TritonConfig | None = None) -> Run:
 
 
 def run_cuda(layer: Layer, config: CudaConfig | None = None, early_start: bool = True) -> Run:
-    """Our CUDA kernel, as chosen or as told."""
+    """Run halfbyte's CUDA kernel; ``config`` None: the configuration it selects itself."""
     kernel = cuda_linear.CudaLinear()
     if config is None:
         return lambda x: [kernel.apply(x, part, None, layer.spec) for part in layer.copies]
@@ -112,7 +111,7 @@ def run_cuda(layer: Layer, config: CudaConfig | None = None, early_start: bool =
 def run_config(
     module: ModuleType, layer: Layer, config: RowsConfig | StreamConfig, early_start: bool
 ) -> Run:
-    """A CUDA kernel of compute capability 9.0, cut as told: ``cuda_rows`` or ``cuda_stream``."""
+    """Run a CUDA kernel for compute capability 9.0: ``cuda_rows`` or ``cuda_stream``."""
     return lambda x: [
         module.multiply(x, part, None, layer.spec, config, early_start=early_start)
         for part in layer.copies
@@ -120,69 +119,69 @@ def run_config(
 
 
 def dequantize_exactly(layer: Layer) -> Tensor:
-    """The weight in fp32, which no kernel that rounds it to 16 bits computes with."""
+    """Return the weight in fp32: the reference for kernels that round it to 16 bits."""
     return triton_linear.dequantize_fragments(layer.copies[0], layer.spec, torch.float32)
 
 
 def run_dequantized(layer: Layer) -> Run:
-    """Dequantize, then cuBLAS."""
+    """Dequantize the weight, then run cuBLAS."""
 
-    def one(x: Tensor, part: Operands) -> Tensor:
+    def multiply(x: Tensor, part: Operands) -> Tensor:
         dense = triton_linear.dequantize_fragments(part, layer.spec, layer.spec.dtype)
         return functional.linear(x, dense)
 
-    return lambda x: [one(x, part) for part in layer.copies]
+    return lambda x: [multiply(x, part) for part in layer.copies]
 
 
 def load_vllm(folder: Path) -> None:
-    """Load vLLM's kernels from its library."""
+    """Load vLLM's kernels from its library in a folder."""
     torch.ops.load_library(str(folder / "_C_stable_libtorch.abi3.so"))
 
 
-def stored_words(layer: Layer) -> Tensor:
-    """The layer's qweight as on disk."""
+def unpack_to_disk_layout(layer: Layer) -> Tensor:
+    """Return the layer's qweight in its on-disk layout."""
     return pack_codes(unpack_fragments(layer.copies[0].weight[0], 4), 4)
 
 
 def run_marlin(layer: Layer) -> Run:
-    """VLLM's Marlin, called as its own ``apply_gptq_marlin_linear`` does."""
+    """Run vLLM's Marlin, as vLLM's ``apply_gptq_marlin_linear`` calls it."""
     spec = layer.spec
     k, n = spec.in_features, spec.out_features
     empty = torch.empty(0, dtype=torch.int32, device="cuda")
-    packed = torch.ops._C.gptq_marlin_repack(stored_words(layer), empty, k, n, 4, False)
+    packed = torch.ops._C.gptq_marlin_repack(unpack_to_disk_layout(layer), empty, k, n, 4, False)
     order = [i + 8 * j for i in range(8) for j in range(8)]
     scales = layer.copies[0].scales.reshape(-1, 64)[:, order].reshape(-1, n).contiguous()
     weights = [packed.clone() for _ in layer.copies]
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     workspace = torch.zeros(processors, dtype=torch.int32, device="cuda")
 
-    def one(x: Tensor, weight: Tensor) -> Tensor:
+    def multiply(x: Tensor, weight: Tensor) -> Tensor:
         return torch.ops._C.marlin_gemm(
             x, None, weight, None, scales, None, None, None, empty, empty, workspace, UINT4B8,
             x.shape[0], n, k, True, False, True, False,
         )  # fmt: skip
 
-    return lambda x: [one(x, weight) for weight in weights]
+    return lambda x: [multiply(x, weight) for weight in weights]
 
 
 def run_machete(layer: Layer) -> Run:
-    """VLLM's Machete, with its own choice of schedule."""
+    """Run vLLM's Machete with the schedule that it selects itself."""
     spec = layer.spec
-    words = stored_words(layer).t().contiguous().t()
+    words = unpack_to_disk_layout(layer).t().contiguous().t()
     packed = torch.ops._C.machete_prepack_B(words, spec.dtype, UINT4B8, spec.dtype)
     weights = [packed.clone(memory_format=torch.preserve_format) for _ in layer.copies]
     scales = layer.copies[0].scales
 
-    def one(x: Tensor, weight: Tensor) -> Tensor:
+    def multiply(x: Tensor, weight: Tensor) -> Tensor:
         return torch.ops._C.machete_mm(
             x, weight, UINT4B8, None, scales, None, spec.group_size, None, None, None
         )
 
-    return lambda x: [one(x, weight) for weight in weights]
+    return lambda x: [multiply(x, weight) for weight in weights]
 
 
 def run_tinygemm(layer: Layer) -> Run:
-    """Torch's own int4 product."""
+    """Run torch's int4 matrix product."""
     codes = unpack_fragments(layer.copies[0].weight[0], 4).t().contiguous()
     pairs = (codes[:, ::2] << 4) | codes[:, 1::2]
     packed = torch.ops.aten._convert_weight_to_int4pack(pairs, 8)
@@ -196,10 +195,10 @@ def run_tinygemm(layer: Layer) -> Run:
 
 
 def run_humming(layer: Layer, folder: Path) -> Run:
-    """Humming, quantizing our dense weight anew: the times are comparable, the results not."""
+    """Run Humming, which quantizes the dense weight itself: only its time is comparable."""
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
-        sys.path.append(str(folder.parent / "extra"))  # what it needs, where it is not installed
+        sys.path.append(str(folder.parent / "extra"))  # its dependencies, if not installed
     from humming.layer import HummingLayer
 
     spec = layer.spec

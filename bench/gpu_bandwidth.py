@@ -1,4 +1,4 @@
-"""How fast does a GPU read its memory? A kernel that reads 4 GB and nothing else, and a copy."""
+"""Measure a GPU's memory bandwidth: a kernel that only reads 4 GB, and a copy."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ extern "C" __global__ void __launch_bounds__(512) read_all(Arguments a) {
 
 
 class ReadArguments(ctypes.Structure):
-    """Of ``read_all``."""
+    """Parameter of the kernel ``read_all``."""
 
     _fields_ = (("source", ctypes.c_void_p), ("to", ctypes.c_void_p), ("count", ctypes.c_uint64))
 
 
 def measure_bandwidth() -> dict[str, float]:
-    """Read 4 GB, then copy 2 GB; TB/s."""
+    """Read 4 GB, then copy 2 GB. Unit: TB/s."""
     device = torch.device("cuda", 0)
     data = torch.randint(0, 2**31, (2**30,), dtype=torch.int32, device=device)
     sink = torch.zeros(1, dtype=torch.int32, device=device)
@@ -56,7 +56,7 @@ def measure_bandwidth() -> dict[str, float]:
         grid = blocks * count_processors(device)
         return lambda: function.launch(grid, arguments, stream)
 
-    for name, act, size in (
+    for name, run, size in (
         ("read, 2 blocks a multiprocessor", read(2), data.nbytes),
         ("read, 4 blocks a multiprocessor", read(4), data.nbytes),
         ("copy", lambda: target.copy_(half), 2 * half.nbytes),
@@ -65,7 +65,7 @@ def measure_bandwidth() -> dict[str, float]:
         for _ in range(8):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
-            act()
+            run()
             end.record()
             torch.cuda.synchronize()
             times.append(begin.elapsed_time(end))

@@ -1,4 +1,4 @@
-"""The CUDA kernels of compute capability 9.0, cut in every way that is worth a measurement."""
+"""Candidate configurations of the CUDA kernels for compute capability 9.0, for the sweep."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from halfbyte.kernels.cuda_stream import StreamConfig
 
 Config = RowsConfig | StreamConfig
 Check = tuple[Config, dict[str, Any]]
-"""A candidate, and what is other than usual of the layer."""
+"""A candidate, and the fields in which the layer differs from the default."""
 
-MOST_STAGES = 16
+MAX_STAGES = 16
 
 KINDS: list[dict[str, Any]] = [
     {},
@@ -35,31 +35,31 @@ KINDS: list[dict[str, Any]] = [
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """A kernel, and what is measured of it."""
+    """A kernel, and what to measure of it."""
 
     module: ModuleType
-    """Of halfbyte.kernels; it multiplies."""
+    """Module of halfbyte.kernels with ``multiply``."""
     config: type[Config]
     source: str
     architecture: str
     rows: tuple[int, ...]
-    """Of x, in the order of what is wanted most."""
+    """Numbers of rows of x, most important first."""
     early_start: bool
-    """Whether candidates are compared as they start early."""
+    """Whether candidates are compared with early start."""
     list_candidates: Callable[[], list[Config]]
     list_checks: Callable[[Sequence[Config]], list[Check]]
     list_check_rows: Callable[[Config], tuple[int, ...]]
-    cut: Callable[[Config, LinearSpec, int], Iterator[Config]]
-    """Every way to cut a product of so many rows that makes sense with a candidate."""
+    list_splits: Callable[[Config, LinearSpec, int], Iterator[Config]]
+    """Lists a candidate with every useful number of splits, for this many rows."""
 
 
 def name_config(config: Config) -> str:
-    """A configuration as the name of an arm."""
+    """Return the arm name of a configuration."""
     return json.dumps(asdict(config))
 
 
 def name_candidate(config: Config) -> str:
-    """The same of all ways to cut a product with it."""
+    """Return a configuration's name without its number of splits."""
     return json.dumps({name: value for name, value in asdict(config).items() if name != "splits"})
 
 
@@ -67,7 +67,7 @@ def name_candidate(config: Config) -> str:
 
 SPLITS = (0, 1, 2, 3, 4, 8)
 ROWS_BLOCKS = [
-    # rows, tiles, warpgroups, blocks, cluster; as many stages as there is room for, 16 at most
+    # rows, tiles, warpgroups, blocks, cluster; as many stages as fit, 16 at most
     (8, 2, 2, 1, 1), (8, 4, 2, 1, 1), (8, 2, 2, 2, 1), (8, 2, 4, 1, 1),
     (16, 2, 2, 1, 1), (16, 4, 2, 1, 1), (16, 1, 4, 1, 1), (16, 2, 2, 2, 1), (16, 2, 4, 1, 1),
     (32, 2, 2, 1, 1), (32, 1, 2, 2, 1), (32, 4, 2, 1, 1),
@@ -78,18 +78,18 @@ ROWS_BLOCKS = [
 ]  # fmt: skip
 JOINED = (2, 3, 4)
 JOINED_BLOCKS = ((64, 2), (128, 2), (128, 1), (256, 1))
-"""Rows and tiles, of two warpgroups, that are tried with clusters that share a tile too."""
+"""Rows and tiles, of two warpgroups, that are also tried with clusters that share a tile."""
 
 
 def list_rows_candidates() -> list[Config]:
-    """Every thread block of the sweep, with as many stages as there is room for."""
+    """List every thread block of the sweep, with as many stages as fit."""
     found = []
     for rows, tiles, warpgroups, blocks, cluster in ROWS_BLOCKS:
         config = RowsConfig(
             rows=rows,
             tiles=tiles,
             warpgroups=warpgroups,
-            stages=MOST_STAGES,
+            stages=MAX_STAGES,
             blocks=blocks,
             cluster=cluster,
         )
@@ -97,18 +97,18 @@ def list_rows_candidates() -> list[Config]:
         found.append(config)
         if warpgroups == 2 and (blocks, cluster) == (1, 1) and (rows, tiles) in JOINED_BLOCKS:
             found.extend(replace(config, splits=joined, joined=joined) for joined in JOINED)
-    turns = [config for config in found if takes_turns(config)]
+    turns = [config for config in found if can_take_turns(config)]
     return [*found, *(replace(config, turns=1) for config in turns)]
 
 
-def takes_turns(config: RowsConfig) -> bool:
-    """Whether it is tried with warpgroups that begin their products in turns."""
+def can_take_turns(config: RowsConfig) -> bool:
+    """Whether to also try it with warpgroups that start their products in turns."""
     alone = config.blocks == config.cluster == 1
     return config.rows >= 32 and config.warpgroups == 2 and config.tiles <= 2 and alone
 
 
 def list_rows_checks(candidates: Sequence[RowsConfig]) -> list[Check]:
-    """Each candidate on the plain kind of layer, some on all kinds."""
+    """List checks: all candidates on the default layer, some on all kinds."""
     plain = [
         (replace(config, splits=splits), KINDS[0])
         for config in candidates
@@ -120,12 +120,12 @@ def list_rows_checks(candidates: Sequence[RowsConfig]) -> list[Check]:
 
 
 def list_rows_check_rows(config: RowsConfig) -> tuple[int, ...]:
-    """Less than a tile, one, and several."""
+    """Return numbers of rows: less than a tile, exactly one, and several."""
     return 1, config.rows - 1, config.rows, 2 * config.rows + 3
 
 
-def cut_rows(config: RowsConfig, spec: LinearSpec, rows: int) -> Iterator[Config]:
-    """With every number of splits that keeps the processors busy."""
+def list_rows_splits(config: RowsConfig, spec: LinearSpec, rows: int) -> Iterator[Config]:
+    """Yield the candidate with every number of splits that keeps the processors busy."""
     if config.rows > max(rows, 8) or rows > (16 if config.rows >= 128 else 2) * config.rows:
         return
     tiles = config.count_tiles(spec, rows)
@@ -143,12 +143,12 @@ def cut_rows(config: RowsConfig, spec: LinearSpec, rows: int) -> Iterator[Config
 # ------------------------------------------------------------------------------- few rows
 
 STREAM_BLOCKS = [
-    # row tiles, tiles, warps out, warps in, blocks, spare; as many stages as there is room for
+    # row tiles, tiles, warps out, warps in, blocks, spare; as many stages as fit
     (1, 2, 1, 16, 1, 0), (1, 4, 1, 8, 1, 0), (1, 4, 1, 16, 1, 0), (1, 2, 1, 8, 1, 0),
     (1, 1, 16, 1, 1, 0), (1, 2, 8, 1, 1, 0), (1, 2, 4, 4, 1, 0), (1, 4, 2, 4, 1, 0),
     (1, 4, 4, 2, 1, 0), (1, 4, 1, 8, 2, 0), (1, 4, 1, 8, 2, 1), (1, 2, 1, 8, 2, 1),
     (1, 4, 2, 4, 2, 1),
-    # These cut some of the shapes into whole blocks for 128 multiprocessors.
+    # These divide some of the shapes into whole blocks for 128 multiprocessors.
     (1, 3, 1, 16, 1, 0), (1, 5, 1, 16, 1, 0), (1, 7, 1, 8, 1, 0), (1, 3, 1, 8, 2, 1),
     (2, 3, 1, 16, 1, 0), (2, 5, 1, 8, 1, 0), (2, 7, 1, 8, 1, 0), (2, 3, 1, 8, 2, 1),
     (2, 4, 1, 8, 1, 0), (2, 2, 2, 8, 1, 0), (2, 4, 2, 4, 1, 0), (2, 2, 4, 4, 1, 0),
@@ -158,10 +158,10 @@ STREAM_BLOCKS = [
 
 
 def list_stream_candidates() -> list[Config]:
-    """Every thread block of the sweep."""
+    """List every thread block of the sweep."""
     names = ("row_tiles", "tiles", "warps_out", "warps_in", "blocks", "spare")
     configs = [
-        StreamConfig(stages=MOST_STAGES, **dict(zip(names, block, strict=True)))
+        StreamConfig(stages=MAX_STAGES, **dict(zip(names, block, strict=True)))
         for block in STREAM_BLOCKS
     ]
     return [
@@ -170,7 +170,7 @@ def list_stream_candidates() -> list[Config]:
 
 
 def list_stream_checks(candidates: Sequence[StreamConfig]) -> list[Check]:
-    """Each candidate on the plain kind of layer, one of a size on all kinds."""
+    """List checks: all candidates on the default layer, one per size on all kinds."""
     blocks = ((1, 2, 1, 8), (2, 2, 2, 8))
     some = [
         config
@@ -182,12 +182,12 @@ def list_stream_checks(candidates: Sequence[StreamConfig]) -> list[Check]:
 
 
 def list_stream_check_rows(config: StreamConfig) -> tuple[int, ...]:
-    """One, and up to what a thread block takes."""
+    """Return numbers of rows: one, and around a full thread block."""
     return 1, 8 * config.row_tiles - 1, 8 * config.row_tiles
 
 
-def cut_stream(config: StreamConfig, spec: LinearSpec, rows: int) -> Iterator[Config]:
-    """There is one way, where the rows fill its tiles."""
+def list_stream_splits(config: StreamConfig, spec: LinearSpec, rows: int) -> Iterator[Config]:
+    """Yield the candidate if the rows fill its tiles."""
     fits = 8 * config.row_tiles - 8 < rows <= 8 * config.row_tiles
     if fits and cuda_stream.find_mismatch(config, spec) is None:
         yield config
@@ -204,7 +204,7 @@ KERNELS = {
         list_candidates=list_rows_candidates,
         list_checks=list_rows_checks,
         list_check_rows=list_rows_check_rows,
-        cut=cut_rows,
+        list_splits=list_rows_splits,
     ),
     "stream": Kernel(
         module=cuda_stream,
@@ -212,10 +212,10 @@ KERNELS = {
         source="multiply_stream.cu",
         architecture="sm_90",
         rows=(1, 16, 8, 4, 2),
-        early_start=True,  # what is left to the next launch shows only then
+        early_start=True,  # the work left to the next launch shows only then
         list_candidates=list_stream_candidates,
         list_checks=list_stream_checks,
         list_check_rows=list_stream_check_rows,
-        cut=cut_stream,
+        list_splits=list_stream_splits,
     ),
 }

@@ -1,7 +1,7 @@
-"""Is what the kernels for GPUs compute right? Against float64, for every kind of layer.
+"""Checks of the GPU kernels against float64, for every kind of layer.
 
-Every combination of bits, group size, dtype, zeros and order, each with every configuration that
-is shipped: a compiler that gets one of them wrong gets it wrong silently (docs/log.md, 2026-11-26).
+Covers all combinations of bits, group size, dtype, zeros and order, each with every shipped
+configuration: a compiler may miscompile a single one silently (docs/log.md, 2026-11-26).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from halfbyte.packing import pack_weight, pack_zeros
 
 DTYPES = (torch.bfloat16, torch.float16)
 SIZES = {"in_features": 1152, "out_features": 1056}
-"""Divided by no block of any configuration."""
+"""Not a multiple of any configuration's block."""
 
 Config = TritonConfig | CudaConfig | StreamConfig
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -38,20 +38,20 @@ Product = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One kind of layer, and the configurations to check on it; none: the kernels' own choice."""
+    """A kind of layer, and configurations to check on it; empty: the default of each kernel."""
 
     spec: LinearSpec
     configs: tuple[Config, ...] = ()
 
 
 def list_jobs(architecture: str) -> list[Job]:
-    """List every kind of layer: first with the kernels' own choice, then with every configuration.
+    """List jobs for every kind of layer: with the default configuration, then with each other one.
 
     Args:
-        architecture: Whose shipped table; ``sm_90``.
+        architecture: Of the shipped table, such as ``sm_90``.
 
     Returns:
-        In the order of what is wanted most; 4 bits before the others.
+        Most important first; 4 bits before the others.
     """
     specs = list(_list_specs())
     configs = [
@@ -59,18 +59,18 @@ def list_jobs(architecture: str) -> list[Job]:
         *list_cuda_configs(architecture),
         *list_stream_configs(architecture),
     ]
-    quick = [Job(spec=spec) for spec in specs]
+    default = [Job(spec=spec) for spec in specs]
     large = [replace(spec, in_features=4096, out_features=4096) for spec in specs[:8]]
     full = [
         Job(spec=spec, configs=tuple(configs[start : start + 8]))
         for spec in specs
         for start in range(0, len(configs), 8)
     ]
-    return [*quick, *(Job(spec=spec) for spec in large), *full]
+    return [*default, *(Job(spec=spec) for spec in large), *full]
 
 
-def make_spec(**changed: Any) -> LinearSpec:
-    """A layer of no round size: 4 bits, groups of 128, symmetric, bf16; or what is changed."""
+def make_spec(**changes: Any) -> LinearSpec:
+    """Make a spec of uneven sizes: 4 bits, groups of 128, symmetric, bf16, with changes."""
     base = LinearSpec(
         bits=4,
         group_size=128,
@@ -81,7 +81,7 @@ def make_spec(**changed: Any) -> LinearSpec:
         device_type="cuda",
         **SIZES,
     )
-    return replace(base, **changed)
+    return replace(base, **changes)
 
 
 def _list_specs() -> Iterator[LinearSpec]:
@@ -98,7 +98,7 @@ def _list_specs() -> Iterator[LinearSpec]:
 
 
 def list_triton_configs(architecture: str) -> list[TritonConfig]:
-    """Every configuration that may be chosen."""
+    """List every configuration that halfbyte may select."""
     measured = [TritonConfig(**config) for config in load_table(architecture).triton.values()]
     by_rule = [
         TritonConfig(rule.block_out, rule.block_rows, splits, rule.warps, rule.stages)
@@ -109,19 +109,19 @@ def list_triton_configs(architecture: str) -> list[TritonConfig]:
 
 
 def list_cuda_configs(architecture: str) -> list[CudaConfig]:
-    """Every configuration that may be chosen."""
+    """List every configuration that halfbyte may select."""
     measured = [CudaConfig(**config) for config in load_table(architecture).cuda.values()]
     return list(dict.fromkeys([*measured, *cuda_linear.PREFERRED]))
 
 
 def list_stream_configs(architecture: str) -> list[StreamConfig]:
-    """Every configuration that may be chosen."""
+    """List every configuration that halfbyte may select."""
     measured = load_table(architecture).stream.values()
     return list(dict.fromkeys(StreamConfig(**config) for config in measured))
 
 
 def make_operands(spec: LinearSpec, seed: int) -> tuple[Operands, Tensor]:
-    """Random stored tensors on the GPU, and the weight in float64 by torch alone."""
+    """Make random stored tensors on the GPU, and the float64 weight, computed by torch alone."""
     generator = torch.Generator().manual_seed(seed)
     high = 2**spec.bits
     codes = torch.randint(0, high, (spec.out_features, spec.in_features), generator=generator)
@@ -152,7 +152,7 @@ def make_operands(spec: LinearSpec, seed: int) -> tuple[Operands, Tensor]:
 
 
 def check_job(job: Job) -> list[dict[str, Any]]:
-    """Compare the kernels with float64 on one kind of layer, and with themselves."""
+    """Compare the kernels with float64 on one kind of layer, and repeated runs with each other."""
     spec = job.spec
     stored, weight = make_operands(spec, spec.group_size + spec.bits)
     operands = replace(stored, weight=prepare_fragments(stored, spec))
@@ -163,23 +163,28 @@ def check_job(job: Job) -> list[dict[str, Any]]:
             {"kernel": kernel.name, **layer, "restores_bits": restored}
             | _check_exact(kernel, operands, weight, spec)
             | check_product(
-                _own_choice(kernel, operands, spec), weight, spec, (1, 7, 16, 33, 64, 100, 200)
+                _multiply_by_default(kernel, operands, spec),
+                weight,
+                spec,
+                (1, 7, 16, 33, 64, 100, 200),
             )
             for kernel in (CudaLinear(), TritonLinear())
         ]
     return [
         {"kernel": str(config), **layer}
-        | check_product(_with_config(config, operands, spec), weight, spec, _rows_of(config))
+        | check_product(
+            _multiply_with_config(config, operands, spec), weight, spec, _list_rows(config)
+        )
         for config in job.configs
         if _fits(config, operands, spec)
     ]
 
 
-def _own_choice(kernel: TritonLinear, operands: Operands, spec: LinearSpec) -> Product:
+def _multiply_by_default(kernel: TritonLinear, operands: Operands, spec: LinearSpec) -> Product:
     return lambda x, bias: kernel.apply(x, operands, bias, spec)
 
 
-def _with_config(config: Config, operands: Operands, spec: LinearSpec) -> Product:
+def _multiply_with_config(config: Config, operands: Operands, spec: LinearSpec) -> Product:
     if isinstance(config, TritonConfig):
         return lambda x, bias: triton_linear.multiply(x, operands, bias, spec, config)
     order = find_order(operands, spec)
@@ -187,8 +192,8 @@ def _with_config(config: Config, operands: Operands, spec: LinearSpec) -> Produc
     def multiply(x: Tensor, bias: Tensor) -> Tensor:
         rows = x if order is None else x.index_select(1, order)
         if isinstance(config, StreamConfig):
-            smaller = cuda_stream.fit_memory(config, spec, operands.scales.dtype)
-            return cuda_stream.multiply(rows, operands, bias, spec, smaller)
+            fitting = cuda_stream.fit_memory(config, spec, operands.scales.dtype)
+            return cuda_stream.multiply(rows, operands, bias, spec, fitting)
         return cuda_linear.multiply(rows, operands, bias, spec, config)
 
     return multiply
@@ -203,7 +208,7 @@ def _fits(config: Config, operands: Operands, spec: LinearSpec) -> bool:
     return size <= cuda_linear.SHARED_LIMIT["sm_90"]
 
 
-def _rows_of(config: Config) -> tuple[int, ...]:
+def _list_rows(config: Config) -> tuple[int, ...]:
     if isinstance(config, TritonConfig):
         return 1, config.block_rows - 1, config.block_rows + 1, 2 * config.block_rows
     return 1, 8 * config.row_tiles - 1, 8 * config.row_tiles
@@ -219,29 +224,29 @@ def _check_exact(
 def check_product(
     product: Product, weight: Tensor, spec: LinearSpec, rows_list: tuple[int, ...]
 ) -> dict[str, Any]:
-    """Compare a product with float64 at several numbers of rows, and with itself five times."""
-    worst, same = 0.0, True
+    """Compare a product with float64 at several numbers of rows, and with five repetitions."""
+    max_error, is_repeatable = 0.0, True
     try:
         for rows in rows_list:
             x = torch.randn(rows, spec.in_features, device="cuda").to(spec.dtype)
             bias = torch.randn(spec.out_features, device="cuda").to(spec.dtype)
             found = product(x, bias)
             for _ in range(5):
-                same &= torch.equal(found, product(x, bias))
-            true = x.double() @ weight.t() + bias.double()
+                is_repeatable &= torch.equal(found, product(x, bias))
+            exact = x.double() @ weight.t() + bias.double()
             size = x.double().abs() @ weight.abs().t() + bias.double().abs()
             bound = TritonLinear().error_bound(spec)
-            ratio = ((found.double() - true).abs() / size).max() / bound
-            # Not-a-number must not pass for small.
-            worst = max(worst, float(ratio)) if bool(torch.isfinite(ratio)) else math.inf
+            ratio = ((found.double() - exact).abs() / size).max() / bound
+            # NaN must not count as a small error.
+            max_error = max(max_error, float(ratio)) if bool(torch.isfinite(ratio)) else math.inf
         problem = None
     except Exception as error:  # noqa: BLE001 - reported as this case's outcome
         problem = f"{type(error).__name__}: {str(error)[:400]}"
-    return {"error_over_bound": worst, "repeats_bit_for_bit": same, "problem": problem}
+    return {"error_over_bound": max_error, "repeats_bit_for_bit": is_repeatable, "problem": problem}
 
 
 def is_good(outcome: dict[str, Any]) -> bool:
-    """Whether nothing is wrong with an outcome."""
+    """Whether a check passed in every respect."""
     return (
         outcome.get("problem") is None
         and outcome.get("error_over_bound", math.inf) <= 1

@@ -1,10 +1,10 @@
-"""Keep what was measured on a GPU machine: results for the pages, and the kernels' shipped table.
+"""Turn GPU measurements into results for the docs and the kernels' shipped table.
 
     python bench/keep_gpu.py --kernels gpu-kernels.json --commit 0e60713 --date 2026-11-26
     python bench/keep_gpu.py --decode gpu-decode.json --commit 0e60713 --date 2026-11-26
     python bench/keep_gpu.py --humming gpu-kernels.json --commit 3db08fc --date 2026-11-26
 
-The measuring scripts run on a machine that has no repository; this one turns what they wrote into
+The measuring scripts run on a machine without the repository; this script converts their output to
 ``bench/results/`` and ``src/halfbyte/kernels/gpu_table/``.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 from halfbyte.kernels.triton_configs import RULES
 from halfbyte.kernels.triton_linear import ROWS_LIMIT
 from measure_gpu_kernels import ROWS, SHAPES
-from record import Elsewhere, save_result
+from record import Provenance, save_result
 
 TABLES = Path(__file__).parents[1] / "src" / "halfbyte" / "kernels" / "gpu_table"
 PEERS = ("tinygemm", "marlin", "machete", "humming")
@@ -30,32 +30,33 @@ Case = Mapping[str, Any]
 
 
 def main() -> None:
-    """Write the results that were given."""
+    """Write the given measurements."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kernels", type=Path)
-    parser.add_argument("--decode", type=Path)
-    parser.add_argument("--humming", type=Path, help="what measure_gpu_kernels.py --humming wrote")
+    parser.add_argument("--kernels", type=Path, help="output of measure_gpu_kernels.py")
+    parser.add_argument("--decode", type=Path, help="output of measure_gpu_decode.py")
+    parser.add_argument("--humming", type=Path, help="output of measure_gpu_kernels.py --humming")
     parser.add_argument(
-        "--suffix", default="", metavar="_GPU", help="of the decode step's result: another GPU's"
+        "--suffix", default="", metavar="_GPU", help="appended to the decode result's name"
     )
-    parser.add_argument("--commit", required=True, help="that was measured")
-    parser.add_argument("--date", required=True, help="of the measurement")
+    parser.add_argument("--commit", required=True, help="commit that was measured")
+    parser.add_argument("--date", required=True, help="date of the measurement")
     options = parser.parse_args()
     if options.kernels:
         measured = json.loads(options.kernels.read_text(encoding="utf-8"))
-        keep_table(measured, options.date)
-        keep_kernels(measured, _elsewhere(measured, options, "measure_gpu_kernels.py"))
+        write_table(measured, options.date)
+        save_kernels(measured, _describe_run(measured, options, "measure_gpu_kernels.py"))
     if options.decode:
         measured = json.loads(options.decode.read_text(encoding="utf-8"))
-        elsewhere = _elsewhere(measured, options, "measure_gpu_decode.py")
-        keep_decode(measured, elsewhere, f"gpu-decode{options.suffix}")
+        provenance = _describe_run(measured, options, "measure_gpu_decode.py")
+        save_decode(measured, provenance, f"gpu-decode{options.suffix}")
     if options.humming:
         measured = json.loads(options.humming.read_text(encoding="utf-8"))
-        keep_humming(measured, _elsewhere(measured, options, "measure_gpu_kernels.py --humming"))
+        provenance = _describe_run(measured, options, "measure_gpu_kernels.py --humming")
+        save_humming(measured, provenance)
 
 
-def _elsewhere(measured: Case, options: argparse.Namespace, script: str) -> Elsewhere:
-    return Elsewhere(
+def _describe_run(measured: Case, options: argparse.Namespace, script: str) -> Provenance:
+    return Provenance(
         date=options.date,
         commit=options.commit,
         command=f"python bench/{script}",
@@ -67,8 +68,8 @@ def _elsewhere(measured: Case, options: argparse.Namespace, script: str) -> Else
 # ------------------------------------------------------------------- the shipped table
 
 
-def keep_table(measured: Case, date: str) -> None:
-    """Write the best configurations, and up to how many rows the CUDA kernel is the faster one."""
+def write_table(measured: Case, date: str) -> None:
+    """Write the best configurations, and up to how many rows the CUDA kernel is faster."""
     best = measured["best"]
 
     def entries(tier: str) -> list[dict[str, Any]]:
@@ -94,19 +95,19 @@ def keep_table(measured: Case, date: str) -> None:
     }
     TABLES.mkdir(exist_ok=True)
     path = TABLES / f"{measured['architecture']}.json"
-    if path.is_file():  # keep_gpu_rows.py writes those parts
+    if path.is_file():  # keep parts that keep_gpu_rows.py wrote
         before = json.loads(path.read_text(encoding="utf-8"))
         for part in ("many_rows", "stream"):
             if part in before:
                 table[part], table["made_of"][part] = before[part], before["made_of"][part]
     lines = json.dumps(table, indent=1)
-    # An entry a line: a table of a hundred entries is read and compared by line.
+    # One entry per line keeps a table of a hundred entries readable, also in diffs.
     lines = "\n".join(join_entries(lines.splitlines()))
     path.write_text(lines + "\n", encoding="utf-8")
 
 
 def join_entries(lines: Iterable[str]) -> Iterable[str]:
-    """Give the lines of a table with each entry on one line."""
+    """Yield the lines of a table with each entry joined to one line."""
     entry: list[str] = []
     for line in lines:
         depth = len(line) - len(line.lstrip())
@@ -122,12 +123,12 @@ def join_entries(lines: Iterable[str]) -> Iterable[str]:
 
 
 def name_sizes(shape: str) -> dict[str, int]:
-    """Give the sizes of a shape by name."""
+    """Return the sizes of a shape by name."""
     return dict(zip(("in_features", "out_features"), SHAPES[shape], strict=True))
 
 
 def find_cuda_rows(measured: Case, shape: str) -> int:
-    """The most rows at which the CUDA kernel, started early as it is, beats the Triton program."""
+    """Return up to how many rows the CUDA kernel, with early start, beats the Triton kernel."""
     rows_list = [rows for rows in ROWS if rows <= 64]
     faster = 0
     for rows in rows_list:
@@ -141,25 +142,27 @@ def find_cuda_rows(measured: Case, shape: str) -> int:
 # ------------------------------------------------------------------------- the results
 
 
-def keep_kernels(measured: Case, elsewhere: Elsewhere) -> None:
-    """Write the geometric means, and the times by layer."""
+def save_kernels(measured: Case, provenance: Provenance) -> None:
+    """Save the geometric means, and the times by layer."""
     cases = measured["microseconds"]
     rows_of = {shape: find_cuda_rows(measured, shape) for shape in SHAPES}
     means = []
     for rows in ROWS:
-        here = {shape: cases[f"{shape}, rows {rows}"] for shape in SHAPES}
+        by_shape = {shape: cases[f"{shape}, rows {rows}"] for shape in SHAPES}
         chosen = {shape: choose_arm(rows, rows_of[shape]) for shape in SHAPES}
-        ratios = {s: find_peer(case)[1] / case[chosen[s]]["us"] for s, case in here.items()}
-        least = min(ratios, key=lambda shape: ratios[shape])
+        ratios = {s: find_peer(case)[1] / case[chosen[s]]["us"] for s, case in by_shape.items()}
+        worst = min(ratios, key=lambda shape: ratios[shape])
         means.append(
             [
                 rows,
-                _mean(ratios.values()),
-                f"{ratios[least]:.2f} ({least})",
+                geometric_mean(ratios.values()),
+                f"{ratios[worst]:.2f} ({worst})",
                 f"{sum(ratio < 1 for ratio in ratios.values())} of {len(SHAPES)}",
-                _mean_of(here, "cuda"),
-                _mean_of(here, "triton"),
-                _mean(case["cublas"]["us"] / case[chosen[s]]["us"] for s, case in here.items()),
+                _average_over_peers(by_shape, "cuda"),
+                _average_over_peers(by_shape, "triton"),
+                geometric_mean(
+                    case["cublas"]["us"] / case[chosen[s]]["us"] for s, case in by_shape.items()
+                ),
             ]
         )
     save_result(
@@ -189,7 +192,7 @@ def keep_kernels(measured: Case, elsewhere: Elsewhere) -> None:
             "correctness": measured.get("correctness"),
             "failed": {key: value for key, value in measured.items() if key.endswith(" failed")},
         },
-        elsewhere=elsewhere,
+        provenance=provenance,
     )
     layers = [
         [
@@ -209,37 +212,38 @@ def keep_kernels(measured: Case, elsewhere: Elsewhere) -> None:
         rows=layers,
         note="Microseconds; the same run as the table above.",
         data={},
-        elsewhere=elsewhere,
+        provenance=provenance,
     )
 
 
 def choose_arm(rows: int, cuda_rows: int) -> str:
-    """What halfbyte itself does with so many rows."""
+    """Return the arm that halfbyte selects for this many rows."""
     if rows <= cuda_rows:
         return "cuda, early start"
     return "triton" if rows <= ROWS_LIMIT else "dequantize + cublas"
 
 
 def find_peer(case: Case) -> tuple[str, float]:
-    """The fastest peer and its microseconds."""
+    """Return the fastest peer and its microseconds."""
     times = {peer: case[peer]["us"] for peer in PEERS if isinstance(case.get(peer), dict)}
     best = min(times, key=lambda peer: times[peer])
     return best, times[best]
 
 
-def _mean_of(here: Mapping[str, Case], arm: str) -> float | str:
-    if not all(arm in case for case in here.values()):
+def _average_over_peers(by_shape: Mapping[str, Case], arm: str) -> float | str:
+    if not all(arm in case for case in by_shape.values()):
         return "—"
-    return _mean(find_peer(case)[1] / case[arm]["us"] for case in here.values())
+    return geometric_mean(find_peer(case)[1] / case[arm]["us"] for case in by_shape.values())
 
 
-def _mean(ratios: Iterable[float]) -> float:
+def geometric_mean(ratios: Iterable[float]) -> float:
+    """Return the geometric mean, rounded to three digits."""
     logs = [math.log(ratio) for ratio in ratios]
     return round(math.exp(sum(logs) / len(logs)), 3)
 
 
 def _shorten(sweep: Case) -> dict[str, dict[str, list[str]]]:
-    """By tier and case, from the fastest on: the configuration's numbers and its microseconds."""
+    """List configurations and their microseconds by tier and case, fastest first."""
     return {
         tier: {
             key: [
@@ -257,21 +261,21 @@ def _timed(case: Case) -> list[tuple[str, Any]]:
 
 
 def _name_arm(arm: str, found: Case) -> str:
-    """The arm, and that it fell back where it did."""
+    """Name an arm; one that fell back to Transformers' forward is marked."""
     fell_back = found.get("own_forward_because") and not {"own", "compiled"} & {*arm.split()}
     return f"{arm} own" if fell_back else arm
 
 
-def keep_humming(measured: Case, elsewhere: Elsewhere) -> None:
-    """Write the times beside Humming's, and how near to the memory's speed each reads."""
+def save_humming(measured: Case, provenance: Provenance) -> None:
+    """Save the times next to Humming's, and each one's share of the read bandwidth."""
     speed = max(v for name, v in measured["terabytes_per_second"].items() if "read" in name)
     cases = measured["microseconds beside humming"]
     rows = []
     for name, case in cases.items():
         shape, _, count = name.partition(", rows ")
         bits = SHAPES[shape][0] * SHAPES[shape][1] * (4 + 16 / 128)
-        own = ("cuda, early start", "triton")
-        chosen = min((arm for arm in own if arm in case), key=lambda arm: case[arm]["us"])
+        kernels = ("cuda, early start", "triton")
+        chosen = min((arm for arm in kernels if arm in case), key=lambda arm: case[arm]["us"])
         times = [case[arm]["us"] for arm in (chosen, "cuda", "triton", "humming")]
         shares = [bits / 8 / us / 1e6 / speed for us in (times[0], times[-1])]
         rows.append(
@@ -301,12 +305,12 @@ def keep_humming(measured: Case, elsewhere: Elsewhere) -> None:
         ),
         data={key: measured[key] for key in ("terabytes_per_second", "peers left out")}
         | {"microseconds": cases},
-        elsewhere=elsewhere,
+        provenance=provenance,
     )  # fmt: skip
 
 
-def keep_decode(measured: Case, elsewhere: Elsewhere, claim: str) -> None:
-    """Write what a decode step takes."""
+def save_decode(measured: Case, provenance: Provenance, claim: str) -> None:
+    """Save the time of a decode step."""
     save_result(
         claim,
         columns=["arm", "ms a token", "tokens/s", "tokens/s, each given to the CPU"],
@@ -327,7 +331,7 @@ def keep_decode(measured: Case, elsewhere: Elsewhere, claim: str) -> None:
             "halfbyte's step of few launches; compiled: that through torch.compile."
         ),
         data=dict(measured),
-        elsewhere=elsewhere,
+        provenance=provenance,
     )
 
 

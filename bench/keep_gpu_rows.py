@@ -1,11 +1,10 @@
-"""Keep what measure_gpu_rows.py wrote on a GPU machine: a result, and the shipped configurations.
+"""Turn output of measure_gpu_rows.py into a result for the docs and shipped configurations.
 
     python bench/keep_gpu_rows.py gpu-rows.json --commit 0e60713 --date 2026-11-26
     python bench/keep_gpu_rows.py gpu-stream.json --commit 0e60713 --date 2026-11-26
 
-A file says of which kernel it is. For each number of rows one thread block is shipped for all
-shapes, the one with the best geometric mean, and another only for a shape on which it is 3% faster:
-every one of them has to be compiled.
+The file names its kernel. For each number of rows, all shapes share the thread block with the best
+geometric mean; a shape gets another one only if it is 3% faster, because each has to be compiled.
 """
 
 from __future__ import annotations
@@ -19,27 +18,27 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.kernels import cuda_rows, cuda_stream
-from keep_gpu import TABLES, join_entries, name_sizes
+from keep_gpu import TABLES, geometric_mean, join_entries, name_sizes
 from measure_gpu_kernels import SHAPES, find_microseconds
-from record import Elsewhere, save_result
+from record import Provenance, save_result
 
-OWN = "own, early start"
+KERNEL = "own, early start"
 BEFORE = ("as chosen", "triton", "dequantize + cublas")
 PEERS = ("tinygemm", "marlin", "machete", "humming")
-WORTH = 0.97
-"""Of the common thread block's time: what another must be faster than."""
+MAX_TIME_RATIO = 0.97
+"""Of another thread block's time to the shared one's, for it to be shipped."""
 
 Case = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Part:
-    """Of the shipped table, and of the page, what a kernel's measurement fills."""
+    """The part of the shipped table that a kernel's measurement fills."""
 
     name: str
     buckets: tuple[int, ...]
-    tells_slower: bool
-    """Whether a shape on which it is slower has an entry that says so."""
+    lists_slower: bool
+    """Whether shapes on which the kernel is slower get an entry (of None)."""
 
 
 PARTS = {
@@ -49,17 +48,17 @@ PARTS = {
 
 
 def main() -> None:
-    """Write the table and the result."""
+    """Write the table and save the result."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("rows", type=Path, nargs="+", help="the last run last")
-    parser.add_argument("--commit", required=True, help="that was measured")
-    parser.add_argument("--date", required=True, help="of the measurement")
+    parser.add_argument("rows", type=Path, nargs="+", help="output files, oldest first")
+    parser.add_argument("--commit", required=True, help="commit that was measured")
+    parser.add_argument("--date", required=True, help="date of the measurement")
     options = parser.parse_args()
     measured = join_runs([json.loads(run.read_text(encoding="utf-8")) for run in options.rows])
-    keep_table(measured, options.date)
-    keep_result(
+    write_table(measured, options.date)
+    save_means(
         measured,
-        Elsewhere(
+        Provenance(
             date=options.date,
             commit=options.commit,
             command=f"python bench/measure_gpu_rows.py --kernel {measured['kernel']}",
@@ -70,16 +69,16 @@ def main() -> None:
 
 
 def join_runs(runs: Sequence[Case]) -> Case:
-    """Take the cases that the last run did not reach from the ones before.
+    """Fill in cases that the last run did not reach from earlier runs.
 
     Args:
-        runs: Of one GPU, the last one last.
+        runs: Of one GPU, oldest first.
 
     Returns:
-        The last run with more cases.
+        The last run, with the added cases.
 
     Raises:
-        SystemExit: They are of several GPUs.
+        SystemExit: The runs are from different GPUs.
     """
     devices = sorted({run["device"] for run in runs})
     if len(devices) > 1:
@@ -93,26 +92,26 @@ def join_runs(runs: Sequence[Case]) -> Case:
     return joined
 
 
-def keep_table(measured: Case, date: str) -> None:
-    """Write the kernel's configurations into the architecture's table, and what they are of."""
+def write_table(measured: Case, date: str) -> None:
+    """Write the kernel's configurations and their origin into the architecture's table."""
     path = TABLES / f"{measured['architecture']}.json"
     table = json.loads(path.read_text(encoding="utf-8"))
-    kept = PARTS[measured["kernel"]]
-    table["made_of"][kept.name] = f"{measured['device']}, {date}"
-    table[kept.name] = [
+    part = PARTS[measured["kernel"]]
+    table["made_of"][part.name] = f"{measured['device']}, {date}"
+    table[part.name] = [
         {**name_sizes(shape), "rows": rows, "config": config}
-        for rows in kept.buckets
+        for rows in part.buckets
         for shape, config in choose_configs(measured, rows).items()
-        if config is not None or kept.tells_slower
+        if config is not None or part.lists_slower
     ]
     lines = json.dumps(table, indent=1).splitlines()
     path.write_text("\n".join(join_entries(lines)) + "\n", encoding="utf-8")
 
 
 def choose_configs(measured: Case, rows: int) -> dict[str, dict[str, int] | None]:
-    """Choose the configuration of each shape; None where what halfbyte had before is faster."""
+    """Choose the configuration of each shape; None if the kernels it had before are faster."""
     keys = {shape: f"{shape}, rows {rows}" for shape in SHAPES}
-    # A run that was cut off has the candidates of its last case, and nothing beside them.
+    # An interrupted run has timed the candidates of its last case, but not the other arms.
     times = {
         shape: _by_block(measured["sweep"][key])
         for shape, key in keys.items()
@@ -121,39 +120,45 @@ def choose_configs(measured: Case, rows: int) -> dict[str, dict[str, int] | None
     if not times:
         return {}
     blocks = set.intersection(*(set(case) for case in times.values()))
-    common = min(blocks, key=lambda block: _mean(case[block][0] for case in times.values()))
+    shared = min(
+        blocks, key=lambda block: geometric_mean(case[block][0] for case in times.values())
+    )
     chosen: dict[str, dict[str, int] | None] = {}
     for shape, case in times.items():
         best = min(case, key=lambda block: case[block][0])
-        block = best if case[best][0] < WORTH * case[common][0] else common
+        block = best if case[best][0] < MAX_TIME_RATIO * case[shared][0] else shared
         config = case[block][1]
-        before = _best(measured["microseconds"][keys[shape]], BEFORE)
+        before = _find_fastest(measured["microseconds"][keys[shape]], BEFORE)
         faster = find_time(measured, shape, rows, config) < before
         chosen[shape] = config if faster else None
     return chosen
 
 
 def find_time(measured: Case, shape: str, rows: int, config: Mapping[str, int]) -> float:
-    """Find a configuration's time beside the other tools' kernels.
+    """Find a configuration's time, comparable with those of other tools' kernels.
 
     Args:
         measured: The run.
         shape: The layer's name.
-        rows: Of x.
-        config: Of the kernel.
+        rows: Number of rows of x.
+        config: Configuration of the kernel.
 
     Returns:
-        Microseconds; of another than the fastest, which alone was timed in turn with the others,
-        the fastest one's by what the two took in the sweep. Infinity: it was not timed.
+        Microseconds. Only the fastest configuration was timed in turn with the other tools; the
+        time of another is scaled by the ratio of the two in the sweep. Infinity if not timed.
     """
     key = f"{shape}, rows {rows}"
     sweep = measured["sweep"][key]
     found = find_microseconds(sweep, json.dumps(config))
-    return found / _best(sweep, sweep) * _best(measured["microseconds"][key], (OWN,))
+    return (
+        found
+        / _find_fastest(sweep, sweep)
+        * _find_fastest(measured["microseconds"][key], (KERNEL,))
+    )
 
 
 def _by_block(case: Case) -> dict[str, tuple[float, dict[str, int]]]:
-    """By thread block: the time of its best splits, and the configuration."""
+    """Return the time and configuration with the best splits, by thread block."""
     found: dict[str, tuple[float, dict[str, int]]] = {}
     for name in case:
         config = json.loads(name)
@@ -164,36 +169,39 @@ def _by_block(case: Case) -> dict[str, tuple[float, dict[str, int]]]:
     return found
 
 
-def keep_result(measured: Case, elsewhere: Elsewhere) -> None:
-    """Write the geometric means by number of rows."""
+def save_means(measured: Case, provenance: Provenance) -> None:
+    """Save the geometric means by number of rows."""
     part = PARTS[measured["kernel"]]
     cases = measured["microseconds"]
     humming = any("humming" in case for case in cases.values())
     table = []
     for rows in sorted({int(key.rsplit(" ", 1)[1]) for key in cases}):
-        here = {s: cases[f"{s}, rows {rows}"] for s in SHAPES if f"{s}, rows {rows}" in cases}
-        if len(here) < len(SHAPES):
+        by_shape = {s: cases[f"{s}, rows {rows}"] for s in SHAPES if f"{s}, rows {rows}" in cases}
+        if len(by_shape) < len(SHAPES):
             continue
         bucket = next((size for size in part.buckets if rows <= size), None)
-        many = dict.fromkeys(SHAPES) | ({} if bucket is None else choose_configs(measured, bucket))
+        configs = dict.fromkeys(SHAPES) | (
+            {} if bucket is None else choose_configs(measured, bucket)
+        )
         ratios = {
-            s: _best(case, PEERS) / (find_time(measured, s, rows, config) if config else before)
-            for s, case in here.items()
-            for config, before in [(many[s], _best(case, BEFORE))]
+            s: _find_fastest(case, PEERS)
+            / (find_time(measured, s, rows, config) if config else before)
+            for s, case in by_shape.items()
+            for config, before in [(configs[s], _find_fastest(case, BEFORE))]
         }
         if not all(0 < ratio < math.inf for ratio in ratios.values()):
-            continue  # a shape has no peer, or what is shipped was not timed at so many rows
-        least = min(ratios, key=lambda shape: ratios[shape])
+            continue  # a shape has no peer, or its configuration was not timed at these rows
+        worst = min(ratios, key=lambda shape: ratios[shape])
         table.append(
             [
                 rows,
-                _mean(ratios.values()),
-                f"{ratios[least]:.2f} ({least})",
-                f"{sum(config is not None for config in many.values())} of {len(SHAPES)}",
-                _over(here, OWN, PEERS),
-                _over(here, "own", PEERS),
-                _over(here, OWN, BEFORE),
-                _over(here, OWN, ("cublas",)),
+                geometric_mean(ratios.values()),
+                f"{ratios[worst]:.2f} ({worst})",
+                f"{sum(config is not None for config in configs.values())} of {len(SHAPES)}",
+                _average_ratio(by_shape, KERNEL, PEERS),
+                _average_ratio(by_shape, "own", PEERS),
+                _average_ratio(by_shape, KERNEL, BEFORE),
+                _average_ratio(by_shape, KERNEL, ("cublas",)),
             ]
         )
     save_result(
@@ -218,7 +226,7 @@ def keep_result(measured: Case, elsewhere: Elsewhere) -> None:
             "run, with early start. The kernel: the fastest of its candidates, timed again in turn "
             "with the others; where another is shipped, halfbyte is as much slower as that was "
             "among the candidates. Weights cold, CUDA graphs, medians of 7 rounds (3 for 4096 "
-            "rows)." + _tell_earlier(measured["cases of earlier runs"])
+            "rows)." + _note_earlier_runs(measured["cases of earlier runs"])
         ),
         data={
             "microseconds": cases,
@@ -228,11 +236,11 @@ def keep_result(measured: Case, elsewhere: Elsewhere) -> None:
             "cases of earlier runs": measured["cases of earlier runs"],
             "failed": {key: value for key, value in measured.items() if key.endswith(" failed")},
         },
-        elsewhere=elsewhere,
+        provenance=provenance,
     )
 
 
-def _tell_earlier(cases: Sequence[str]) -> str:
+def _note_earlier_runs(cases: Sequence[str]) -> str:
     rows = sorted({int(case.rsplit(" ", 1)[1]) for case in cases})
     if not rows:
         return ""
@@ -245,17 +253,14 @@ def _tell_earlier(cases: Sequence[str]) -> str:
     )
 
 
-def _best(case: Case, arms: Iterable[str]) -> float:
+def _find_fastest(case: Case, arms: Iterable[str]) -> float:
     return min(find_microseconds(case, arm) for arm in arms)
 
 
-def _over(here: Mapping[str, Case], arm: str, others: Iterable[str]) -> float:
-    return _mean(_best(case, others) / case[arm]["us"] for case in here.values())
-
-
-def _mean(values: Iterable[float]) -> float:
-    logs = [math.log(value) for value in values]
-    return round(math.exp(sum(logs) / len(logs)), 3)
+def _average_ratio(by_shape: Mapping[str, Case], arm: str, others: Iterable[str]) -> float:
+    return geometric_mean(
+        _find_fastest(case, others) / case[arm]["us"] for case in by_shape.values()
+    )
 
 
 if __name__ == "__main__":

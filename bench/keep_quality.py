@@ -1,10 +1,10 @@
-"""Join what measure_quality.py wrote on several machines into one result.
+"""Join output of measure_quality.py from several machines into one result.
 
     python bench/keep_quality.py quality-3-bits cpu.json gpu.json --commit 3db08fc
 
-The quality of a tool does not depend on the machine, up to rounding; what it takes does. So each
-row says where it was made, and files of other settings are refused. A result that this made takes
-part as it is.
+The quality of a tool does not depend on the machine, up to rounding; its time and memory do. So
+each row names its machine, and files with different settings are refused. A joined result may be
+joined again.
 """
 
 from __future__ import annotations
@@ -15,28 +15,32 @@ from pathlib import Path
 from typing import Any
 
 from measure_quality import COLUMNS, HALFBYTE_CASES, PEER_CASES
-from record import Elsewhere, save_result
+from record import Provenance, save_result
 
 PLACE = "; on "
-"""In a note, what comes before it are the settings of a run; after it, where it was made."""
+"""Separates, in a note, the settings of a run from its machine."""
 RAGGED = "; group 128 with a ragged last group"
-"""In a note; said of what was made where there are such groups."""
+"""In the notes of runs that have such groups."""
 JOINED = ". Quality and cost"
-"""Stands there instead in the note of what this made."""
+"""Follows the settings in the note of a joined result."""
 
 
 def main() -> None:
-    """Join the files."""
+    """Join the files and save the result."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", help="of the result")
-    parser.add_argument("runs", type=Path, nargs="*", help="a later one's rows take precedence")
-    parser.add_argument("--commit", required=True, help="that was measured, of the last run")
+    parser.add_argument("name", help="name of the result")
+    parser.add_argument(
+        "runs", type=Path, nargs="*", help="output files; rows of later files take precedence"
+    )
+    parser.add_argument("--commit", required=True, help="commit that the last run measured")
     parser.add_argument(
         "--older", nargs="*", type=Path, default=(), help="runs of an earlier halfbyte"
     )
-    parser.add_argument("--as", dest="older_as", default="", help="what its rows are called")
     parser.add_argument(
-        "--without", nargs="*", default=(), help="leave rows with these words in their name out"
+        "--as", dest="older_as", default="", help="suffix of the names of their rows"
+    )
+    parser.add_argument(
+        "--without", nargs="*", default=(), help="leave out rows with these words in their names"
     )
     options = parser.parse_args()
     paths = [*options.older, *options.runs]
@@ -49,18 +53,22 @@ def main() -> None:
         run["note"].partition(JOINED)[0].partition(PLACE)[0].replace(RAGGED, "") for run in runs
     }
     if len(settings) > 1:
-        raise SystemExit("These runs differ in their settings:\n" + "\n".join(sorted(settings)))
+        raise SystemExit(
+            "Cannot join runs that differ in their settings:\n" + "\n".join(sorted(settings))
+        )
     rows: dict[str, list[Any]] = {}
     kept: dict[str, Any] = {}
     for path, run in zip(paths, runs, strict=True):
         if run["columns"][: len(COLUMNS) + 1] != ["tool", *COLUMNS]:
-            raise SystemExit(f"{path} has columns {run['columns']}, not {COLUMNS}.")
+            raise SystemExit(
+                f"Cannot join {path}: its columns are {run['columns']}, not {['tool', *COLUMNS]}."
+            )
         if JOINED in run["note"]:
             rows |= {row[0]: row for row in run["rows"]}
             kept |= run["data"]["rows"]
             continue
         for row in run["rows"]:
-            rows[row[0]] = [*row, name_place(run)]
+            rows[row[0]] = [*row, name_device(run)]
             kept[row[0]] = {
                 "of": {key: run[key] for key in ("date", "commit", "command", "machine")},
                 "result": run["data"].get("results", {}).get(row[0]),
@@ -71,15 +79,15 @@ def main() -> None:
     last = runs[-1]
     known = [*HALFBYTE_CASES, *PEER_CASES]
 
-    def place(name: str) -> int:
-        """Give the rank of the longest case that the name begins with."""
+    def rank(name: str) -> int:
+        """Return the rank of the longest case name that the name starts with."""
         return max(
-            (len(case), rank)
-            for rank, case in [(-1, ""), *enumerate(known)]
+            (len(case), index)
+            for index, case in [(-1, ""), *enumerate(known)]
             if name.startswith(case)
         )[1]
 
-    order = sorted(rows, key=place)
+    order = sorted(rows, key=rank)
     save_result(
         options.name,
         columns=["tool", *COLUMNS, "on"],
@@ -96,7 +104,7 @@ def main() -> None:
             )
         ),
         data={"rows": kept},
-        elsewhere=Elsewhere(
+        provenance=Provenance(
             date=last["date"],
             commit=options.commit,
             command="python bench/measure_quality.py",
@@ -106,8 +114,8 @@ def main() -> None:
     )
 
 
-def name_place(run: dict[str, Any]) -> str:
-    """Name what a run computed on."""
+def name_device(run: dict[str, Any]) -> str:
+    """Name the device that a run computed on."""
     device = run["note"].partition(PLACE)[2].partition(",")[0]
     return str(run["machine"].get("gpu", "GPU")) if device == "cuda" else "CPU"
 

@@ -1,10 +1,10 @@
-"""What does each step of quantizing bring, alone and in sequence, and what does it cost?
+"""Measure the gain and the cost of each quantization step, alone and combined.
 
     python bench/measure_ablation.py [MODEL] [--text FILE] [--test FILE] [--bits 4]
         [--group-size 128] [--tune-steps 200] [--end-to-end-steps 120] [--only NAME;NAME]
 
-Same token ids, same measure as ``measure_quality.py``: KL to the base in fp32, weights decoded from
-the files.
+Token ids and metric are those of ``measure_quality.py``: KL to the base in fp32, with weights
+decoded from the files.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from measure_quality import (
 from record import save_result
 
 SHARES = (0.0, 0.1, 0.2, 0.6)
-"""Of the Hessian's shrinkage, beside the preset's own."""
+"""Values of ``shrinkage`` to try, besides the preset's."""
 
 
 def main() -> None:
-    """Quantize with every set of steps, measure all, save one table."""
+    """Quantize with every set of steps, measure all models, save one table."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_common_arguments(parser)
     parser.add_argument("--bits", type=int, default=4)
@@ -46,9 +46,9 @@ def main() -> None:
     best = PRESETS["best"]
     parser.add_argument("--tune-steps", type=int, default=best["tune_steps"])
     parser.add_argument("--end-to-end-steps", type=int, default=best["end_to_end_steps"])
-    parser.add_argument("--work", type=Path, help="keep the checkpoints in this folder")
-    parser.add_argument("--only", help="names of cases, with semicolons")
-    parser.add_argument("--name", default="ablation", help="of the file in bench/results")
+    parser.add_argument("--work", type=Path, help="folder that keeps the checkpoints")
+    parser.add_argument("--only", help="names of cases, separated by semicolons")
+    parser.add_argument("--name", default="ablation", help="name of the file in bench/results")
     args = parser.parse_args()
     tokenizer, ids, prose = prepare(args)
     windows = windows_by_kind(tokenizer, prose)
@@ -71,7 +71,7 @@ def main() -> None:
             job = {"model": str(args.model), "ids": ids, "config": config, "device": args.device}
             command = [sys.executable, program, "--child"]
             run = run_tool(Path(work), f"case-{number}", job, command)
-            assert run is not None, "there is no limit"
+            assert run is not None, "runs have no time limit"
             runs[name] = run
         folders = {name: Path(work) / run["folder"] for name, run in runs.items()}
         results = compare(args.model, folders, windows, args.device)
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def cases(tune_steps: int, whole_steps: int) -> dict[str, dict[str, Any]]:
-    """Name every set of steps."""
+    """Return every set of steps by name."""
     base = {"match_base": True}
     weighed = {"weigh_tokens": True}
     balanced = {**base, "polish": 1}

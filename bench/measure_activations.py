@@ -1,9 +1,9 @@
-"""Activations in int8 on a CPU: what they save, by instruction set, and what they cost in quality.
+"""Measure int8 activations on a CPU: speedup by instruction set, and loss of quality.
 
     python bench/measure_activations.py MODEL [--rounds 7] [--windows 8]
 
-Layers are those of measure_cpu_layers.py, weights cold; both kinds run in turn. Quality is the
-divergence of a quantized model from itself without rounded activations, on the shipped texts.
+Layers are those of measure_cpu_layers.py, with cold weights; both kinds run in turn. The loss is
+the divergence of a quantized model from itself with float activations, on the shipped texts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path, metavar="MODEL")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--windows", type=int, default=8, help="of each kind of text")
+    parser.add_argument("--windows", type=int, default=8, help="windows of each kind of text")
     arguments = parser.parse_args()
     measure_cost(arguments)
     measure_layers(arguments.rounds)
@@ -85,7 +85,7 @@ def measure_layers(rounds: int) -> None:
 
 
 def measure_cost(arguments: Any) -> None:
-    """Divergence on every kind of text."""
+    """Measure the divergence on every kind of text."""
     model = halfbyte.load(arguments.model, dtype=torch.float32, activations="int8")
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     rows, data = [], {}

@@ -1,13 +1,15 @@
-"""The memory table of the article behind this project, by the arithmetic of `halfbyte plan`.
+"""Recompute the memory table of the article behind this project with `halfbyte plan`.
 
     python bench/measure_article_memory.py
 
-No model is needed. The article gives weights alone, in round numbers; beside them stand the bytes
-of a real checkpoint (groups of 128, embeddings and output layer in 16 bits), and what one request
-and sixteen requests of 4,096 tokens add.
+No model is needed. The article lists weights only, in round numbers. The table adds the size of a
+real checkpoint (groups of 128, embeddings and output layer in 16 bits) and the memory of one and of
+sixteen requests of 4,096 tokens.
 """
 
 from __future__ import annotations
+
+import argparse
 
 from halfbyte.plan.devices import GIB, SIZES
 from halfbyte.plan.memory import GPU_PROGRAM_BYTES, Load, plan_memory
@@ -28,7 +30,8 @@ ARTICLE_GB = {
 
 
 def main() -> None:
-    """Work out every cell."""
+    """Compute the table, print and save it."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     rows, data = [], {}
     for (name, bits), article in ARTICLE_GB.items():
         shapes = read_shapes(name)

@@ -1,9 +1,9 @@
-"""Does the canary's test keep its word? Simulated trials: false alarms, and how soon it decides.
+"""Simulate the canary's test: error rates, and number of requests until a decision.
 
-python bench/measure_canary.py [--trials 400] [--requests 20000]
+    python bench/measure_canary.py [--trials 400] [--requests 20000]
 
-Each trial is a run of requests with known failure rates through the test that `halfbyte serve`
-uses, looked at whenever it could have crossed its line, as the server does.
+Each trial feeds requests with known failure rates to the sequential test of `halfbyte serve`, which
+is evaluated whenever it can have crossed its threshold, as in the server.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ SHARE, MARGIN, ALPHA = 0.1, 0.02, 0.05
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is true in a trial."""
+    """True failure rates of a trial."""
 
     name: str
     base: float
     candidate: float
     waves: float = 0.0
-    """Added to both rates in every other thousand requests."""
+    """Added to both rates in every second thousand requests."""
 
 
 SCENARIOS = (
@@ -49,31 +49,31 @@ SCENARIOS = (
 
 
 def run_trial(scenario: Scenario, requests: int, seed: int) -> tuple[str, int]:
-    """Give how a trial ended, and after how many requests."""
+    """Return the outcome of a trial, and the number of requests it took."""
     rng = np.random.default_rng(seed)
     test = TwoArmTest(SHARE, MARGIN)
-    goal = math.log(1 / ALPHA)
+    threshold = math.log(1 / ALPHA)
     drawn = rng.random(requests) < SHARE
     waves = np.where(np.arange(requests) // 1000 % 2 == 1, scenario.waves, 0.0)
     rates = np.where(drawn, scenario.candidate, scenario.base) + waves
     failed = rng.random(requests) < rates
     for number in range(requests):
-        # Between failures the evidence for it only grows, and that against it stands still.
-        if (failed[number] or number % 10 == 0) and test.as_good.log_evidence >= goal:
+        # Without failures, evidence for the candidate grows; evidence against it is constant.
+        if (failed[number] or number % 10 == 0) and test.as_good.log_evidence >= threshold:
             return "promoted", number
         test.update(candidate=bool(drawn[number]), failed=bool(failed[number]))
-        if failed[number] and test.worse.log_evidence >= goal:
+        if failed[number] and test.worse.log_evidence >= threshold:
             return "rolled back", number + 1
     return "open", requests
 
 
 def quantile(values: Sequence[int], share: float) -> int:
-    """Give a quantile as a whole number."""
+    """Return a quantile, rounded down."""
     return int(np.quantile(values, share))
 
 
 def main() -> None:
-    """Simulate every scenario and write the table."""
+    """Simulate every scenario and save the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=400)
     parser.add_argument("--requests", type=int, default=20_000)

@@ -1,10 +1,10 @@
-"""How long does ``halfbyte compare`` take for items of 200 tokens?
+"""Measure the time of ``halfbyte compare`` for items of 200 tokens.
 
     python bench/measure_compare_speed.py BASE CANDIDATE [--items 64] [--length 200] [--threads 2]
 
-Items of choices (one prompt of that length, four choices of one to three tokens) go through both
-models, nothing from a cache. Wall time and processor time are given per 1,000 items; on a machine
-that others use only the second says something.
+Multiple-choice items (a prompt of that length, four choices of one to three tokens) run through
+both models without cached answers. Wall and CPU time are scaled to 1,000 items; on a shared
+machine, only CPU time is meaningful.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CHOICES = (" the", " of the", " in the city", " and")
 
 
 def main() -> None:
-    """Make the items, compare, keep."""
+    """Make the items, compare both models, save the times."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("base", type=Path)
     parser.add_argument("candidate", type=Path)

@@ -1,7 +1,7 @@
-"""Could Transformers' continuous batching be the engine? Its speed beside halfbyte's own.
+"""Compare Transformers' continuous batching with halfbyte's engine: speed and fault isolation.
 
-Greedy, the same prompts and lengths, 1 and 8 requests at the same time, arms in turn. Then one bad
-request beside good ones: who survives it.
+Greedy decoding of the same prompts and lengths with 1 and 8 concurrent requests, arms in turn. Then
+one invalid request among valid ones: how many of these are answered.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ PROMPT_TOKENS = 32
 PAGE_TOKENS = 32
 GOOD = 4
 LARGEST_BATCH = 256
-"""Its default of 8192 tokens makes a dense mask of gigabytes on a CPU."""
+"""The default of 8192 tokens allocates gigabytes for a dense mask on a CPU."""
 
 
 def main() -> None:
-    """Measure all arms in turn, save."""
+    """Measure all arms in turn, save the rates."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path, metavar="MODEL")
     parser.add_argument("--tokens", type=int, default=64)
@@ -42,20 +42,20 @@ def main() -> None:
     model = halfbyte.load(arguments.model)
     engine = open_engine(arguments.model, EngineConfig(cache_gb=0.2))
     manager = start_manager(model, 8 * (PROMPT_TOKENS + arguments.tokens) // PAGE_TOKENS + 16)
-    ways = {
+    engines = {
         "continuous batching": partial(run_manager, manager),
         "halfbyte": partial(run_engine, engine),
     }
     arms = {
         f"{name}, {count}": partial(run, count, arguments.tokens)
-        for name, run in ways.items()
+        for name, run in engines.items()
         for count in (1, 8)
     }
     rates: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(arguments.rounds + 1):
         for name, run in arms.items():
             rate = run(turn)
-            if turn:  # the first one warms up
+            if turn:  # the first round warms up
                 rates[name].append(rate)
     manager.stop(block=True)
     asyncio.run(engine.close())
@@ -72,16 +72,16 @@ def main() -> None:
     )
     for name, found in rates.items():
         print(name, [round(rate, 1) for rate in found])
-    print(f"of {GOOD} good requests answered: {beside} beside a bad one, {later} after it")
+    print(f"of {GOOD} valid requests answered: {beside} beside an invalid one, {later} after it")
 
 
 def make_prompt(index: int, turn: int) -> list[int]:
-    """Give ids that no other prompt begins with."""
+    """Return a prompt that shares no prefix with another one."""
     return [(7919 * (i + 1) + 31 * index + 1009 * turn) % 40000 + 100 for i in range(PROMPT_TOKENS)]
 
 
 def start_manager(model: torch.nn.Module, blocks: int):
-    """Start the manager with a cache and a batch that suit a CPU."""
+    """Start the manager with cache and batch sizes that suit a CPU."""
     manager = model.init_continuous_batching(
         generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=64),
         continuous_batching_config=ContinuousBatchingConfig(
@@ -93,21 +93,21 @@ def start_manager(model: torch.nn.Module, blocks: int):
 
 
 def run_manager(manager, requests: int, tokens: int, turn: int) -> float:
-    """Give tokens per second of so many requests together."""
+    """Return the tokens per second of concurrent requests in Transformers."""
     start = time.perf_counter()
     for index in range(requests):
         manager.add_request(make_prompt(index, turn), max_new_tokens=tokens)
     done = 0
     while done < requests:
         result = manager.get_result(timeout=60)
-        assert result is not None, "no answer within a minute"
+        assert result is not None, "no answer within 60 s"
         assert len(result.generated_tokens) == tokens
         done += 1
     return requests * tokens / (time.perf_counter() - start)
 
 
 def run_engine(engine: EmbeddedEngine, requests: int, tokens: int, turn: int) -> float:
-    """Give tokens per second of so many requests together by our engine."""
+    """Return the tokens per second of concurrent requests in halfbyte's engine."""
 
     async def ask(index: int) -> int:
         request = TokenRequest(
@@ -128,16 +128,18 @@ def run_engine(engine: EmbeddedEngine, requests: int, tokens: int, turn: int) ->
 
 
 def count_survivors(model: torch.nn.Module) -> tuple[int, int]:
-    """Ask things that fit the cache and one that does not; count good answers, then and later."""
+    """Count valid requests answered together with one that exceeds the cache, and after it."""
     manager = start_manager(model, 4 * GOOD)
 
     def ask(index: int) -> str | None:
         return manager.add_request(make_prompt(index, 0), max_new_tokens=40)
 
-    def count(wanted: list[str | None]) -> int:
+    def count(ids: list[str | None]) -> int:
         found = [manager.get_result(timeout=1) for _ in range(15)]
-        ours = [result for result in found if result is not None and result.request_id in wanted]
-        return sum(result.error is None and len(result.generated_tokens) == 40 for result in ours)
+        answers = [result for result in found if result is not None and result.request_id in ids]
+        return sum(
+            result.error is None and len(result.generated_tokens) == 40 for result in answers
+        )
 
     beside = [ask(index) for index in range(GOOD)]
     manager.add_request(make_prompt(9, 0) * 20, max_new_tokens=4)

@@ -1,18 +1,19 @@
-"""How fast does a model convert beside a plain copy of the same bytes, and in how much memory?
+"""Measure speed and memory of conversions, compared with a plain copy of the same bytes.
 
-Makes up GPTQ checkpoints (4 bits, group 128, random codes) and converts them to every format: one
-of 0.4 GB, which the system's cache could swallow, and one of 3 GB in the shapes of an 8B model. The
-copy reads the source and writes as many bytes as the conversion did, with fsync; once through the
-page cache, as programs copy, and once past it, which is what the disk itself can do. The source
-comes from the disk each time: it is put out of the page cache before. Copies and conversion run in
-turn; the fastest of the repeats is compared, as it is the least disturbed one. Each conversion is a
-process of its own, so that its peak memory is its own.
+    python bench/measure_conversion.py [FOLDER]
 
-    python bench/measure_conversion.py [FOLDER for the made-up models and the outputs]
+FOLDER holds the models and the outputs. Synthetic GPTQ checkpoints (4 bits, group 128, random
+codes) are converted to every format: one of 0.4 GB, which may fit the page cache, and one of 3 GB
+with the shapes of an 8B model. The copy reads the source and writes as many bytes as the
+conversion, with fsync: once through the page cache, as programs copy, and once with O_DIRECT, at
+the speed of the disk. The source is evicted from the page cache before each run. Copies and
+conversion run in turn; the fastest repeat counts, because it was disturbed least. Each conversion
+runs in its own process to measure its peak memory.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import mmap
 import os
@@ -46,7 +47,7 @@ CHUNK = 1 << 23
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A made-up model."""
+    """Sizes of a synthetic model."""
 
     name: str
     hidden: int
@@ -57,7 +58,7 @@ class Shape:
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """Outputs and inputs by name within a block."""
+        """Output and input features by name within a block."""
         hidden, intermediate = self.hidden, self.intermediate
         return {
             "self_attn.q_proj": (hidden, hidden),
@@ -111,14 +112,17 @@ print(json.dumps({"seconds": report.seconds, "bytes": report.num_bytes, "cpu_sec
 
 def main() -> None:
     """Measure every target, print and save the table."""
-    place = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.mkdtemp())
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, nargs="?", help="for models and outputs")
+    args = parser.parse_args()
+    work = args.folder or Path(tempfile.mkdtemp())
     rows, data = [], {}
     for shape in SHAPES:
-        source = place / shape.name.replace(" ", "")
+        source = work / shape.name.replace(" ", "")
         if not source.exists():
             make_model(source, shape)
         for to in FORMATS:
-            row, data[f"{shape.name} {to}"] = measure(place, source, shape, to)
+            row, data[f"{shape.name} {to}"] = measure(work, source, shape, to)
             rows.append(row)
             print(row, flush=True)
     save_result(
@@ -139,21 +143,21 @@ def main() -> None:
 
 
 def measure(
-    place: Path, source: Path, shape: Shape, to: str
+    work: Path, source: Path, shape: Shape, to: str
 ) -> tuple[list[str | float], dict[str, Any]]:
-    """Convert and copy in turn; a row of the table and what it was made of."""
+    """Convert and copy in turn; return the row of the table and the raw times."""
     files = sorted(source.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)
     copies: list[float] = []
     direct: list[float] = []
     runs = []
     for _ in range(shape.repeats):
-        forget(files)
-        runs.append(convert_once(source, place / "out", to))
-        forget(files)
-        copies.append(copy_once(files, place / "copy", runs[-1]["bytes"]))
-        forget(files)
-        direct.append(copy_once(files, place / "copy", runs[-1]["bytes"], os.O_DIRECT))
+        evict(files)
+        runs.append(convert_once(source, work / "out", to))
+        evict(files)
+        copies.append(copy_once(files, work / "copy", runs[-1]["bytes"]))
+        evict(files)
+        direct.append(copy_once(files, work / "copy", runs[-1]["bytes"], os.O_DIRECT))
     best = min(runs, key=lambda run: run["seconds"])
     matrix = shape.intermediate * shape.hidden
     largest = max(2 * matrix if to == "hf" else matrix // 2, 2 * shape.vocabulary * shape.hidden)
@@ -176,7 +180,7 @@ def measure(
 
 
 def make_model(folder: Path, shape: Shape) -> None:
-    """Write a checkpoint of random codes, a shard a block, with a small tokenizer."""
+    """Write a checkpoint of random codes, one shard per block, with a small tokenizer."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
     packed = {}
@@ -236,8 +240,8 @@ def make_tokenizer(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def forget(files: list[Path]) -> None:
-    """Put files out of the page cache."""
+def evict(files: list[Path]) -> None:
+    """Evict files from the page cache."""
     for file in files:
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
@@ -245,7 +249,7 @@ def forget(files: list[Path]) -> None:
 
 
 def convert_once(source: Path, output: Path, to: str) -> dict[str, float]:
-    """Convert in a process of its own."""
+    """Convert in a separate process; return its measurements."""
     shutil.rmtree(output, ignore_errors=True)
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(source), str(output), to],
@@ -258,11 +262,11 @@ def convert_once(source: Path, output: Path, to: str) -> dict[str, float]:
 
 
 def copy_once(files: list[Path], output: Path, num_bytes: int, flags: int = 0) -> float:
-    """Read the source and write as many bytes as the conversion did; seconds.
+    """Read the source and write as many bytes as the conversion did; return the seconds.
 
-    With O_DIRECT among the flags the ends of files are copied too, up to whole blocks.
+    With O_DIRECT in ``flags``, sizes are rounded up to whole blocks.
     """
-    buffer = memoryview(mmap.mmap(-1, CHUNK))  # at an address that O_DIRECT takes
+    buffer = memoryview(mmap.mmap(-1, CHUNK))  # page-aligned, as O_DIRECT requires
     block = mmap.PAGESIZE if flags else 1
     num_bytes = -(-num_bytes // block) * block
     started = time.perf_counter()

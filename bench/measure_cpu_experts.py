@@ -1,10 +1,10 @@
-"""A mixture of experts on a CPU: the compiled decoder beside Transformers' own forward.
+"""Compare the compiled decoder with Transformers' forward on a mixture of experts, on a CPU.
 
     python bench/measure_cpu_experts.py [--rounds 3] [--blocks 4]
 
 The blocks have the shape of Qwen3-30B-A3B's (128 experts of width 768, 8 per token) and random
-codes. There are only a few, because time per block is what counts. Both arms use the same packed
-weights and kernels; they run in turn, each in a process of its own.
+codes; a few suffice, because only the time per block matters. Both arms use the same packed weights
+and kernels; they run in turn, each in its own process.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ ARMS = {"compiled decoder": True, "Transformers' forward": False}
 
 
 def main() -> None:
-    """Measure, print, save."""
+    """Measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--blocks", type=int, default=4)
@@ -89,7 +89,10 @@ def measure_arm(folder: Path, is_compiled: bool) -> SpeedResult:
         repeats=3,
     )
     if result.compiled_decoder != is_compiled:
-        raise SystemExit(f"The decoder was not the one that was asked for: {result.why_not}")
+        raise SystemExit(
+            f"Cannot measure the arm: compiled_decoder is {result.compiled_decoder}, not "
+            f"{is_compiled}: {result.why_not}"
+        )
     return result
 
 

@@ -1,11 +1,11 @@
-"""Whole models on a CPU beside GPTQModel's backends: prompt and generated tokens per second.
+"""Compare halfbyte with GPTQModel's backends on a CPU: prompt and generated tokens per second.
 
     python bench/measure_cpu_gptqmodel.py [NAME=FOLDER ...] [--rounds 2] [--backends A,B]
 
-A 1B shape with random weights is made on the spot. GPTQModel runs in its environment of
-``make interop``, each backend in bfloat16 and in float32. One that refuses the checkpoint, dies or
-does not end in time is not in the table; the note names it, and the file has its words. Arms run in
-turn, each in a process of its own.
+A 1B shape with random weights is generated. GPTQModel runs in its environment of ``make interop``,
+each backend in bfloat16 and in float32. A backend that refuses the checkpoint, crashes or exceeds
+the time limit is not in the table; the note names it, and the result has its error message. Arms
+run in turn, each in its own process.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from tokenizers import models as models_of_words
+from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
 from halfbyte.integrations.speed import measure_apart
@@ -35,14 +35,14 @@ BACKENDS = (
     "GPTQ_TORCH_INT8",
     "GPTQ_TORCH",
 )
-"""Those that its 7.7.0 has for GPTQ on a CPU."""
+"""Backends of GPTQModel 7.7.0 for GPTQ on a CPU."""
 DTYPES = ("bfloat16", "float32")
 LIMIT_SECONDS = 300
-"""For a backend to compile, load and generate; longer, and it counts as not ending."""
+"""Time limit for a backend to compile, load and generate."""
 
 
 def main() -> None:
-    """Measure, print, save."""
+    """Measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", metavar="NAME=FOLDER")
     parser.add_argument("--rounds", type=int, default=2)
@@ -52,8 +52,8 @@ def main() -> None:
     left_out: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as made:
         models = {SHAPE: write_gptq(Path(made))} | split_pairs(arguments.models)
-        # GPTQModel does not load without one.
-        words = Tokenizer(models_of_words.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+        # GPTQModel requires a tokenizer.
+        words = Tokenizer(tokenizer_models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
         PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(made)
         for name, folder in models.items():
             arms: dict[str, list[dict[str, Any]]] = {"halfbyte": []}
@@ -67,7 +67,7 @@ def main() -> None:
                             found.append(run_peer(folder, backend, dtype, Path(made)))
             rates = {arm: median(runs, "rate") for arm, runs in arms.items() if "rate" in runs[0]}
             if len(rates) == 1:
-                raise SystemExit(f"No backend of GPTQModel ran: {arms}")
+                raise SystemExit(f"Cannot compare: no backend of GPTQModel ran: {arms}")
             best = max(rate for arm, rate in rates.items() if arm != "halfbyte")
             for arm, rate in rates.items():
                 rows.append([name, arm, median(arms[arm], "prompt"), rate, rate / best])
@@ -89,12 +89,12 @@ def main() -> None:
 
 
 def median(found: list[dict[str, Any]], key: str) -> float:
-    """Over the runs."""
+    """Return the median of a quantity over the runs."""
     return statistics.median(run[key] for run in found)
 
 
 def run_peer(folder: Path, backend: str, dtype: str, work: Path) -> dict[str, Any]:
-    """Run GPTQModel once."""
+    """Run GPTQModel once; return its rates, or why there are none."""
     output = work / "found.json"
     output.unlink(missing_ok=True)
     settings = {"prompt": PROMPT, "new": NEW, "repeats": 2, "output": str(output)}

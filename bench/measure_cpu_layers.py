@@ -1,9 +1,9 @@
-"""The compiled CPU kernel on single layers: against memory for few rows, against GEMM for many.
+"""Measure the CPU kernel on single layers: against memory bandwidth for few rows, GEMM for many.
 
-Weights are cold: every call reads another copy, and the copies of a layer are larger than any
-cache. Each was packed as when a model is loaded, on large pages where the system gives them; so is
-the stretch that tells how fast memory is. The arms of a case run in turn, so that another program's
-load falls on all of them; medians and quartiles over the rounds are kept.
+Weights are cold: each call reads another copy, and the copies of a layer exceed any cache. They are
+packed as when a model is loaded, on huge pages if available; so is the buffer that measures memory
+bandwidth. The arms of a case run in turn, so that other load affects all of them equally; medians
+and quartiles over the rounds are saved.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ SHAPES = {
     "8B gate/up": (4096, 14336),
     "8B down": (14336, 4096),
 }
-"""in, out."""
+"""Input and output features."""
 DECODE_ROWS = (1, 2, 4, 8)
 PROMPT_ROWS = 512
 GROUP_SIZE = 128
 COLD_BYTES = 700 * 2**20
-"""Bytes of each arm's copies."""
+"""Total size of an arm's copies of the weight."""
 
 
 def main() -> None:
@@ -45,30 +45,30 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--dry-run", action="store_true", help="print, do not save")
+    parser.add_argument("--dry-run", action="store_true", help="print without saving")
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
-    stream = make_stretch(COLD_BYTES)
+    buffer = allocate_buffer(COLD_BYTES)
     decode, prompt, data = [], [], {}
     for name in arguments.shapes:
         layer = ColdLayer(*SHAPES[name], dtype)
         for rows in DECODE_ROWS:
-            times = layer.measure(rows, arguments.rounds, stream)
+            times = layer.measure(rows, arguments.rounds, buffer)
             data[f"{name}, {rows} rows"] = spread(times)
-            middle = {arm: statistics.median(found) for arm, found in times.items()}
-            bandwidth = stream.nbytes / middle["read"] / 1e9
-            speed = layer.packed_bytes / middle["packed"] / 1e9
-            ratio = middle["dense"] / middle["packed"]
-            row = [name, rows, middle["packed"] * 1e6, middle["dense"] * 1e6, ratio]
-            alone = layer.packed_bytes / middle["library"] / 1e9
+            medians = {arm: statistics.median(found) for arm, found in times.items()}
+            bandwidth = buffer.nbytes / medians["read"] / 1e9
+            speed = layer.packed_bytes / medians["packed"] / 1e9
+            ratio = medians["dense"] / medians["packed"]
+            row = [name, rows, medians["packed"] * 1e6, medians["dense"] * 1e6, ratio]
+            alone = layer.packed_bytes / medians["library"] / 1e9
             decode.append([*row, speed, bandwidth, speed / bandwidth, alone / bandwidth])
             print(*[f"{v:.4g}" if isinstance(v, float) else v for v in decode[-1]], flush=True)
         times = layer.measure(PROMPT_ROWS, max(arguments.rounds // 3, 3), None)
         data[f"{name}, {PROMPT_ROWS} rows"] = spread(times)
-        middle = {arm: statistics.median(found) for arm, found in times.items()}
+        medians = {arm: statistics.median(found) for arm, found in times.items()}
         flops = 2 * PROMPT_ROWS * layer.weights / 1e9
-        ratio = middle["dense"] / middle["packed"]
-        prompt.append([name, flops / middle["packed"], flops / middle["dense"], ratio])
+        ratio = medians["dense"] / medians["packed"]
+        prompt.append([name, flops / medians["packed"], flops / medians["dense"], ratio])
         print(*[f"{v:.4g}" if isinstance(v, float) else v for v in prompt[-1]], flush=True)
     if arguments.dry_run:
         return
@@ -106,12 +106,12 @@ def main() -> None:
 
 
 def spread(times: dict[str, list[float]]) -> dict[str, list[float]]:
-    """Quartiles of each arm's seconds."""
+    """Return the quartiles of each arm's seconds."""
     return {arm: statistics.quantiles(found, n=4) for arm, found in times.items()}
 
 
-def make_stretch(num_bytes: int) -> Tensor:
-    """Memory to read, on pages like those of packed weights."""
+def allocate_buffer(num_bytes: int) -> Tensor:
+    """Allocate memory to read, on pages like those of packed weights."""
     memory = mmap.mmap(-1, num_bytes)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
@@ -119,14 +119,14 @@ def make_stretch(num_bytes: int) -> Tensor:
 
 
 class ColdLayer:
-    """One layer, packed and dense, in as many copies as no cache holds."""
+    """One layer, packed and dense, in more copies than any cache holds."""
 
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         """Make random weights.
 
         Args:
-            in_features: Columns.
-            out_features: Rows.
+            in_features: Columns of the weight.
+            out_features: Rows of the weight.
             dtype: Of x and of the dense weight.
         """
         self.kernel = CpuNative()
@@ -157,16 +157,16 @@ class ColdLayer:
         self.dense = [dense.clone() for _ in range(-(-COLD_BYTES // dense.nbytes))]
         self.calls = 0
 
-    def measure(self, rows: int, rounds: int, stream: Tensor | None) -> dict[str, list[float]]:
-        """Time every arm once a round.
+    def measure(self, rows: int, rounds: int, buffer: Tensor | None) -> dict[str, list[float]]:
+        """Time every arm once per round.
 
         Args:
-            rows: Of x.
-            rounds: How often.
-            stream: Read as a whole once a round; None: not.
+            rows: Number of rows of x.
+            rounds: Number of rounds.
+            buffer: Buffer to read once per round, or None.
 
         Returns:
-            Seconds by arm; per call, each over several calls.
+            Seconds per call by arm, one value per round, each averaged over several calls.
         """
         x = torch.randn(rows, self.spec.in_features).to(self.spec.dtype)
         functions = open_library().functions
@@ -177,37 +177,39 @@ class ColdLayer:
             "dense": lambda: functional.linear(x, self.dense[self.calls % len(self.dense)]),
         }
         times: dict[str, list[float]] = {arm: [] for arm in arms}
-        if stream is not None:
+        if buffer is not None:
             arms["library"] = self.call_library(x)
             times |= {"library": [], "read": []}
         threads = torch.get_num_threads()
         for _ in range(rounds):
             for arm, run in arms.items():
-                some = max(calls // 4, 2) if arm == "dense" else calls
-                times[arm].append(self.time(run, some))
-            if stream is not None:
+                num_calls = max(calls // 4, 2) if arm == "dense" else calls
+                times[arm].append(self.time(run, num_calls))
+            if buffer is not None:
                 start = time.perf_counter()
-                functions.hb_read(stream.data_ptr(), stream.nbytes, threads)
+                functions.hb_read(buffer.data_ptr(), buffer.nbytes, threads)
                 times["read"].append(time.perf_counter() - start)
         return times
 
     def call_library(self, x: Tensor) -> Callable[[], object]:
-        """Multiply the next copy by x without the kernel's Python."""
+        """Return a function that multiplies the next copy without the kernel's Python code."""
         functions = open_library().functions
         assert functions is not None
         out = x.new_empty(x.shape[0], self.spec.out_features)
-        places = [packed.weight[0].data_ptr() for packed in self.packed]
+        pointers = [packed.weight[0].data_ptr() for packed in self.packed]
         threads = torch.get_num_threads()
 
         def call() -> None:
-            place = places[self.calls % len(places)]
+            pointer = pointers[self.calls % len(pointers)]
             dtype, rows = DTYPES[x.dtype], x.shape[0]
-            functions.hb_linear(place, dtype, x.data_ptr(), rows, None, out.data_ptr(), 16, threads)
+            functions.hb_linear(
+                pointer, dtype, x.data_ptr(), rows, None, out.data_ptr(), 16, threads
+            )
 
         return call
 
     def time(self, run: Callable[[], object], calls: int) -> float:
-        """Seconds per call."""
+        """Return the seconds per call."""
         start = time.perf_counter()
         for _ in range(calls):
             run()
@@ -215,7 +217,7 @@ class ColdLayer:
         return (time.perf_counter() - start) / calls
 
     def next_packed(self) -> Operands:
-        """The operands with the next copy."""
+        """Return the next copy."""
         return self.packed[self.calls % len(self.packed)]
 
     def _pack(self) -> Operands:

@@ -1,7 +1,7 @@
-"""Whole models on a CPU beside llama.cpp: prompt and generated tokens per second.
+"""Compare halfbyte with llama.cpp on a CPU: prompt and generated tokens per second.
 
-A 1B shape with random weights is made on the spot, for both; other models are given as
-NAME=FOLDER and NAME=FILE.gguf. Arms run in turn, each in a process of its own.
+A 1B shape with random weights is generated for both; other models are given as NAME=FOLDER and
+NAME=FILE.gguf. Arms run in turn, each in its own process.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ LINEARS = {
     "mlp.up_proj": ("ffn_up", HIDDEN, INTERMEDIATE),
     "mlp.down_proj": ("ffn_down", INTERMEDIATE, HIDDEN),
 }
-"""Name in Transformers -> name in llama.cpp, in, out."""
+"""Name in Transformers to name in llama.cpp, input and output features."""
 SHAPE = "1B shape"
 PROMPT, NEW = 512, 64
 
 
 def main() -> None:
-    """Measure, print, save."""
+    """Measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ours", nargs="*", default=[], metavar="NAME=FOLDER")
-    parser.add_argument("--theirs", nargs="*", default=[], metavar="NAME=FILE")
+    parser.add_argument("--ours", nargs="*", default=[], metavar="NAME=FOLDER", help="GPTQ models")
+    parser.add_argument("--theirs", nargs="*", default=[], metavar="NAME=FILE", help="GGUF models")
     parser.add_argument("--llama-bench", type=Path, metavar="PROGRAM")
-    parser.add_argument("--llama-build", default="", help="how it was built, for the note")
+    parser.add_argument("--llama-build", default="", help="how llama.cpp was built, for the note")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as made:
@@ -90,12 +90,12 @@ def main() -> None:
 
 
 def split_pairs(pairs: list[str]) -> dict[str, Path]:
-    """NAME=PATH -> PATH by NAME."""
+    """Parse NAME=PATH arguments to paths by name."""
     return {name: Path(path) for name, _, path in (pair.partition("=") for pair in pairs)}
 
 
 def medians(measured: list[dict[str, float]]) -> list[float | str]:
-    """Of each quantity; a dash where a program does not say."""
+    """Return the median of each quantity; a dash if a program does not report it."""
     keys = ("prompt", "rate", "megabytes", "share")
     return [
         statistics.median(one[key] for one in measured) if key in measured[0] else "–"
@@ -104,7 +104,7 @@ def medians(measured: list[dict[str, float]]) -> list[float | str]:
 
 
 def measure_folder(folder: Path, head_bits: int) -> SpeedResult:
-    """Measure one of ours in this process."""
+    """Measure a GPTQ model with halfbyte, in this process."""
     return measure_speed(
         lambda: load_model(folder, dtype="auto", device="cpu"),
         prompt_tokens=PROMPT,
@@ -115,7 +115,7 @@ def measure_folder(folder: Path, head_bits: int) -> SpeedResult:
 
 
 def run_llama(program: Path, file: Path) -> dict[str, float]:
-    """Run llama-bench once."""
+    """Run llama-bench once; return its rates."""
     threads = str(torch.get_num_threads())
     options = ["-t", threads, "-p", str(PROMPT), "-n", str(NEW), "-r", "3", "-o", "json"]
     done = subprocess.run(
@@ -127,7 +127,7 @@ def run_llama(program: Path, file: Path) -> dict[str, float]:
 
 
 def write_gptq(folder: Path) -> Path:
-    """Write the shape as a GPTQ checkpoint of random codes."""
+    """Write the 1B shape as a GPTQ checkpoint of random codes."""
     generator = torch.Generator().manual_seed(0)
     tensors = {"model.norm.weight": torch.ones(HIDDEN, dtype=torch.bfloat16)}
     for layer in range(LAYERS):
@@ -164,7 +164,7 @@ def write_gptq(folder: Path) -> Path:
 
 
 def write_gguf(folder: Path) -> Path:
-    """Write the shape as Q4_0 with a Q6_K head, as llama.cpp's own quantizer would."""
+    """Write the 1B shape in GGUF: Q4_0 with a Q6_K head, as llama.cpp's quantizer does."""
     import gguf
 
     path = folder / "model.gguf"
@@ -188,7 +188,7 @@ def write_gguf(folder: Path) -> Path:
     def add(name: str, rows: int, columns: int, kind: Any) -> None:
         weights, size = gguf.GGML_QUANT_SIZES[kind]
         blocks = random.integers(0, 256, (rows, columns // weights, size), dtype=np.uint8)
-        # Random bytes may be a scale that is no number.
+        # Random bytes may encode a scale of NaN.
         place = slice(0, 2) if kind == kinds.Q4_0 else slice(-2, None)
         blocks[:, :, place] = np.array([0.001], dtype=np.float16).view(np.uint8)
         writer.add_tensor(f"{name}.weight", blocks.reshape(rows, -1), raw_dtype=kind)

@@ -1,7 +1,7 @@
-"""Prompts of several lengths on a CPU: the compiled decoder beside Transformers' own forward.
+"""Compare the compiled decoder with Transformers' forward on prompts of several lengths, on a CPU.
 
-The two ways run in turn over the same weights and kernels, so that another program's load falls on
-both; what is told of each is its median, and its best run for machines that are not quiet.
+Both use the same weights and kernels and run in turn, so that other load affects them equally. The
+median of each is reported, and its best run, for machines with other load.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ LENGTHS = (128, 512, 2048)
 
 
 def main() -> None:
-    """Measure, print, save."""
+    """Measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ours", nargs="*", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--lengths", type=int, nargs="*", default=list(LENGTHS))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dry-run", action="store_true", help="print, do not save")
+    parser.add_argument("--dry-run", action="store_true", help="print without saving")
     arguments = parser.parse_args()
     rows, data = [], {}
     with tempfile.TemporaryDirectory() as made:
@@ -40,7 +40,9 @@ def main() -> None:
             model = load_model(folder, dtype="auto", device="cpu")
             obstacle = find_obstacle(model)
             if obstacle:
-                raise SystemExit(f"{name} does not run in the compiled decoder: {obstacle}.")
+                raise SystemExit(
+                    f"Cannot measure {name}: the compiled decoder does not run it: {obstacle}."
+                )
             for length in arguments.lengths:
                 seconds, grown = measure(model, length, arguments.rounds)
                 rates = [length / statistics.median(found) for found in seconds.values()]
@@ -71,7 +73,7 @@ def main() -> None:
 
 
 def measure(model: Any, length: int, rounds: int) -> tuple[dict[str, list[float]], int]:
-    """Seconds of both ways, and bytes that the process grew by at the decoder's first prompt."""
+    """Return the seconds of both arms, and the bytes added by the decoder's first prompt."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     prompt = [(7919 * (i + 1)) % vocabulary for i in range(length)]
     ids = torch.tensor([prompt])
@@ -81,17 +83,17 @@ def measure(model: Any, length: int, rounds: int) -> tuple[dict[str, list[float]
         decoder = NativeDecoder(model, length)
         decoder.read(prompt)
         grown = process.memory_info().rss - before
-        ways: dict[str, Callable[[], Any]] = {
+        arms: dict[str, Callable[[], Any]] = {
             "decoder": lambda: decoder.read(prompt),
             "forward": lambda: base_of(model)(ids, use_cache=True),
         }
-        ways["forward"]()
-        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        arms["forward"]()
+        seconds: dict[str, list[float]] = {arm: [] for arm in arms}
         for _ in range(rounds):
-            for way, run in ways.items():
+            for arm, run in arms.items():
                 start = time.perf_counter()
                 run()
-                seconds[way].append(time.perf_counter() - start)
+                seconds[arm].append(time.perf_counter() - start)
     return seconds, grown
 
 

@@ -1,7 +1,8 @@
-"""Does the compiled decoder say the same as the dequantized model under Transformers' forward?
+"""Compare the tokens of the compiled decoder with those of Transformers' forward.
 
-Greedy, in float32, from pieces of the shipped evaluation text. Where two texts part, the
-reference's own logits say by how much: a tie within rounding, or an error.
+Greedy, in float32, from pieces of the shipped evaluation text; the reference is the dequantized
+model. Where two texts diverge, the gap between the reference's logits shows whether it is a tie
+within rounding or an error.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ PROMPT_TOKENS = 32
 
 
 def main() -> None:
-    """Generate both ways, compare, save."""
+    """Generate with both, compare, save."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path, metavar="MODEL")
     parser.add_argument("--prompts", type=int, default=20)
@@ -35,19 +36,19 @@ def main() -> None:
     sampling = Sampling(max_new_tokens=arguments.tokens)
     model = halfbyte.load(arguments.model, dtype=torch.float32)
     found = generate_all(Generator(model), prompts, sampling)
-    # The reference kernel's own weights, dequantized once instead of for every token.
+    # The weights that the reference kernel computes with, dequantized once and not per token.
     dequantize_linears(model, torch.float32)
     expected = generate_all(Generator(model, native=False), prompts, sampling)
-    partings = []
+    divergences = []
     for prompt, ours, theirs in zip(prompts, found, expected, strict=True):
         if ours != theirs:
-            place = next(i for i in range(len(ours)) if ours[i] != theirs[i])
+            position = next(i for i in range(len(ours)) if ours[i] != theirs[i])
             with torch.inference_mode():
-                logits = model(torch.tensor([prompt + theirs[:place]])).logits[0, -1]
-            gap = float(logits[theirs[place]] - logits[ours[place]])
-            partings.append({"at": place, "gap": gap, "largest": float(logits.abs().max())})
-    same = len(prompts) - len(partings)
-    print(f"{same} of {len(prompts)} the same; {partings}")
+                logits = model(torch.tensor([prompt + theirs[:position]])).logits[0, -1]
+            gap = float(logits[theirs[position]] - logits[ours[position]])
+            divergences.append({"at": position, "gap": gap, "largest": float(logits.abs().max())})
+    same = len(prompts) - len(divergences)
+    print(f"{same} of {len(prompts)} the same; {divergences}")
     save_result(
         "cpu-tokens",
         columns=["prompts", "tokens each", "the same", "largest gap between the two, logits"],
@@ -56,19 +57,19 @@ def main() -> None:
                 len(prompts),
                 arguments.tokens,
                 same,
-                max((parting["gap"] for parting in partings), default=0.0),
+                max((found["gap"] for found in divergences), default=0.0),
             ]
         ],
         note="Greedy, float32: the compiled decoder beside the dequantized model under "
         "Transformers' forward; the gap is that of the reference's logits where texts part.",
-        data={"partings": partings},
+        data={"partings": divergences},
     )
 
 
 def generate_all(
     generator: Generator, prompts: list[list[int]], sampling: Sampling
 ) -> list[list[int]]:
-    """Generate after each prompt; text that ends goes on."""
+    """Generate after each prompt, ignoring end-of-text tokens."""
     generator.ends = frozenset()
     return [list(generator.stream(prompt, sampling)) for prompt in prompts]
 

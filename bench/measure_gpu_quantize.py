@@ -42,7 +42,7 @@ from halfbyte.quantize import run as run_module
 from halfbyte.quantize.block_work import Meter
 from halfbyte.quantize.columns import find_program_obstacle
 from halfbyte.quantize.progress import SilentProgress
-from record import Elsewhere, save_result
+from record import Provenance, save_result
 
 SHAPES = {
     "8b": {
@@ -429,7 +429,7 @@ def keep(options: argparse.Namespace) -> None:
             f"({rates['fp32'] / 1e12:.0f})."
         ),
         data=measured,
-        elsewhere=Elsewhere(
+        provenance=Provenance(
             date=options.date,
             commit=options.commit,
             command="python bench/measure_gpu_quantize.py",

@@ -7,6 +7,7 @@ disturbed one.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -31,6 +32,7 @@ REPEATS = 7
 
 def main() -> None:
     """Measure every shape and row count, print and save the table."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     rows, crossings = [], {}
     for in_features, out_features in SHAPES:
         faster_from = None

@@ -5,6 +5,7 @@ python bench/measure_training_hardware.py
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import replace
 
 from halfbyte.plan.devices import SIZES, parse_device
@@ -20,6 +21,7 @@ BITS = (4, 16)
 
 def main() -> None:
     """Plan each, print, keep."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     rows = []
     for model in MODELS:
         shapes, row = read_shapes(model), [model]

@@ -1,7 +1,7 @@
-"""Keep a measurement: numbers, and everything needed to take it again, as JSON in bench/results/.
+"""Save a measurement, with everything needed to repeat it, as JSON in bench/results/.
 
-A script that measures is named ``measure_<claim>.py``, stands beside this file and ends in one
-call of :func:`save_result`. ``tables.py`` writes the results into the README and the docs.
+A measuring script is named ``measure_<claim>.py``, lies beside this file and ends in one call of
+:func:`save_result`. ``tables.py`` writes the results into the README and the docs.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Elsewhere:
-    """Where and of what a measurement was taken that is only kept here."""
+class Provenance:
+    """When, where and of which code a measurement was taken."""
 
     date: str
     commit: str
@@ -39,31 +39,31 @@ def save_result(
     rows: Sequence[Sequence[str | int | float]],
     note: str,
     data: dict[str, Any],
-    elsewhere: Elsewhere | None = None,
+    provenance: Provenance | None = None,
 ) -> Path:
-    """Write one result.
+    """Write one result to ``bench/results/``.
 
     Args:
-        claim: Names the file, and the block in the pages that shows it.
-        columns: Head of the table.
-        rows: The table; numbers are shown with four digits.
-        note: What a reader must know beside the table: text, setting, what it flatters.
-        data: Everything measured, with medians and spreads, for other uses than the table.
-        elsewhere: Facts of a run that was not here and now.
+        claim: Name of the file, and of the block in the pages that shows it.
+        columns: Names of the columns.
+        rows: Cells; numbers are shown with four digits.
+        note: What a reader must know to judge the table: data, settings, known bias.
+        data: All measured values, with medians and spreads, for uses other than the table.
+        provenance: Of a run on another machine; None: of this process.
 
     Returns:
-        The file.
+        Path of the file.
     """
-    facts = elsewhere or Elsewhere(
+    provenance = provenance or Provenance(
         date=datetime.now(UTC).date().isoformat(),
         commit=_commit(),
-        command=" ".join(["python", *_own_name(sys.argv)]),
+        command=" ".join(["python", *_strip_folders(sys.argv)]),
         machine=machine_facts(),
         versions=installed_versions(),
     )
     result = {
         "claim": claim,
-        **asdict(facts),
+        **asdict(provenance),
         "columns": list(columns),
         "rows": [list(row) for row in rows],
         "note": note,
@@ -75,14 +75,14 @@ def save_result(
     return path
 
 
-def _own_name(argv: Sequence[str]) -> list[str]:
-    """Give the command without the folders of this machine."""
+def _strip_folders(argv: Sequence[str]) -> list[str]:
+    """Return the command line without the folders of this machine."""
     names = [Path(word).name if os.sep in word else word for word in argv[1:]]
     return [f"bench/{Path(argv[0]).name}", *names]
 
 
 def _commit() -> str:
-    """Give the commit that was measured, with a plus where the tree differs from it."""
+    """Return the checked-out commit, with a plus if ``src`` has uncommitted changes."""
     git = ["git", "-C", str(RESULTS.parent)]
     try:
         commit = subprocess.run(

@@ -1,9 +1,9 @@
-"""Run the measurements that need nothing but this machine, each in a process of its own.
+"""Run the measurements that need no GPU and no other tools, each in its own process.
 
     python bench/run_all.py [--only measure_router measure_plan] [--work .bench]
 
-They take the sample model, and that quantized by the fastest preset. Those that need a GPU, other
-tools or hours of computing are not among them: each says in its own docstring how to run it.
+They use the sample model and its quantized version (preset ``fast``). Scripts that need a GPU,
+other tools or hours of computing are not included; their docstrings say how to run them.
 """
 
 from __future__ import annotations
@@ -42,14 +42,16 @@ RUNS: dict[str, tuple[str, ...]] = {
     "measure_training_memory": (),
     "measure_verdict": (),
 }
-"""Script -> its arguments."""
+"""Script name to arguments."""
 
 
 def main() -> int:
-    """Run the scripts; the exit code is the number of those that failed."""
+    """Run the scripts; return the number of failures as exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="*", default=list(RUNS), choices=list(RUNS))
-    parser.add_argument("--work", type=Path, default=Path(".bench"))
+    parser.add_argument(
+        "--only", nargs="*", default=list(RUNS), choices=list(RUNS), help="scripts (default: all)"
+    )
+    parser.add_argument("--work", type=Path, default=Path(".bench"), help="folder for models")
     options = parser.parse_args()
     models = make_models(options.work)
     failed = [name for name in options.only if run(name, options.work, models)]
@@ -59,7 +61,7 @@ def main() -> int:
 
 
 def make_models(work: Path) -> dict[str, Path]:
-    """Give the sample model and its quantized form, made where they are missing."""
+    """Return the folders of the sample model and its quantized version, created if missing."""
     base, quantized = work / "SmolLM2-135M", work / "q4"
     if not (base / "config.json").is_file():
         write_sample_model(base)
@@ -68,7 +70,7 @@ def make_models(work: Path) -> dict[str, Path]:
 
 
 def run(name: str, work: Path, models: dict[str, Path]) -> int:
-    """Run one script in a folder of its own; give its exit code."""
+    """Run one script with its own work folder; return its exit code."""
     folder = work / name
     folder.mkdir(parents=True, exist_ok=True)
     arguments = [argument.format(work=folder, **models) for argument in RUNS[name]]

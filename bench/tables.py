@@ -1,14 +1,14 @@
-"""Write the tables of README and docs from bench/results/, so that no number is typed by hand.
+"""Generate the tables of README and docs from bench/results/: no number is typed by hand.
 
-    python bench/tables.py            write them
-    python bench/tables.py --check    fail if any differs (part of make check)
+    python bench/tables.py            write the tables
+    python bench/tables.py --check    fail if a page is out of date (part of make check)
 
 A page shows the result ``bench/results/NAME.json`` between two lines::
 
     <!-- bench NAME -->
     <!-- end bench -->
 
-or an excerpt of it, rows being named by their first cell, without the result's note::
+or an excerpt of it, without the note; rows are named by their first cell::
 
     <!-- bench NAME; columns: tool | KL, nats; rows: ours | theirs -->
     <!-- end bench -->
@@ -33,7 +33,7 @@ BLOCK = re.compile(
 
 
 def main() -> int:
-    """Write or check the tables of every page."""
+    """Write or check the tables of all pages."""
     stale = []
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         text = page.read_text(encoding="utf-8")
@@ -45,13 +45,13 @@ def main() -> int:
             page.write_text(filled, encoding="utf-8")
     if stale and "--check" in sys.argv[1:]:
         names = ", ".join(map(str, stale))
-        print(f"Tables differ from bench/results in {names}. Run: make docs", file=sys.stderr)
+        print(f"Tables in {names} differ from bench/results. Run: make docs", file=sys.stderr)
         return 1
     return 0
 
 
 def fill(text: str, results: Path) -> str:
-    """Put the results into a page's blocks; a block without a result says so."""
+    """Fill a page's blocks with their results; a block without a result says so."""
 
     def replace(block: re.Match[str]) -> str:
         path = results / f"{block['name']}.json"
@@ -61,39 +61,39 @@ def fill(text: str, results: Path) -> str:
             result = json.loads(path.read_text(encoding="utf-8"))
             if block["columns"] or block["rows"]:
                 result = excerpt(result, block["columns"], block["rows"])
-            body = write_table(result)
+            body = format_table(result)
         return f"{block[1]}{body}{block['end']}"
 
     return BLOCK.sub(replace, text)
 
 
 def excerpt(result: dict[str, Any], columns: str | None, rows: str | None) -> dict[str, Any]:
-    """Keep the named columns and rows of a result, in the order in which they are named."""
-    wanted = columns.split(" | ") if columns else result["columns"]
-    indices = [result["columns"].index(name) for name in wanted]
+    """Select columns and rows of a result by name, in the given order."""
+    names = columns.split(" | ") if columns else result["columns"]
+    indices = [result["columns"].index(name) for name in names]
     by_name = {row[0]: row for row in result["rows"]}
-    kept = [by_name[name] for name in rows.split(" | ")] if rows else result["rows"]
+    selected = [by_name[name] for name in rows.split(" | ")] if rows else result["rows"]
     return {
         **result,
-        "columns": wanted,
-        "rows": [[row[index] for index in indices] for row in kept],
+        "columns": names,
+        "rows": [[row[index] for index in indices] for row in selected],
         "note": "Excerpt of a result",
     }
 
 
-def write_table(result: dict[str, Any]) -> str:
-    """Write one result as a table, with what it was measured on below."""
+def format_table(result: dict[str, Any]) -> str:
+    """Format a result as a Markdown table, followed by its note and provenance."""
     lines = ["| " + " | ".join(result["columns"]) + " |", "|" + "---|" * len(result["columns"])]
-    lines += ["| " + " | ".join(map(show, row)) + " |" for row in result["rows"]]
+    lines += ["| " + " | ".join(map(format_cell, row)) + " |" for row in result["rows"]]
     machine = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
-    made = f"`{result['command']}` at {result['commit']}, {result['date']}; {machine}"
+    source = f"`{result['command']}` at {result['commit']}, {result['date']}; {machine}"
     return (
-        "\n".join(lines) + f"\n\n{result['note']} ({made}, torch {result['versions']['torch']})\n"
+        "\n".join(lines) + f"\n\n{result['note']} ({source}, torch {result['versions']['torch']})\n"
     )
 
 
-def show(value: str | float) -> str:
-    """Write a cell: numbers with four digits at the most, large ones whole."""
+def format_cell(value: str | float) -> str:
+    """Format a cell: four significant digits at most, large numbers as integers."""
     if isinstance(value, float):
         return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return str(value)

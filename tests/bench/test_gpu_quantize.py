@@ -1,4 +1,4 @@
-"""The script that quantizes an 8B shape on a GPU, with a tiny one on the CPU."""
+"""Tests of measure_gpu_quantize.py with a tiny shape on the CPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BENCH = Path(__file__).parents[2] / "bench"
 @pytest.fixture
 def script(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
-    # The script measures with a meter of its own.
+    # Undoes the script's replacement of the meter.
     monkeypatch.setattr(run, "Meter", run.Meter)
     return importlib.import_module("measure_gpu_quantize")
 
@@ -38,7 +38,7 @@ def options(script, tmp_path: Path, *more: str):
     return script.parse([*small, *places, *more])
 
 
-def test_blocks_phases_floor_and_profile_are_kept(script, tmp_path):
+def test_output_has_blocks_phases_floor_and_profile(script, tmp_path):
     script.measure(options(script, tmp_path, "--profile", "1", "--memory", "auto", "1MB"))
     found = json.loads((tmp_path / "found.json").read_text())
     assert list(found["runs"]) == ["auto", "1MB"]
@@ -57,7 +57,7 @@ def test_blocks_phases_floor_and_profile_are_kept(script, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"found.json", *profiles}
 
 
-def test_a_run_that_is_ended_early_keeps_what_it_knows(script, tmp_path):
+def test_run_that_is_stopped_early_writes_partial_results(script, tmp_path):
     script.measure(options(script, tmp_path, "--limit-seconds", "0"))
     here = json.loads((tmp_path / "found.json").read_text())["runs"]["auto"]
     assert not here["finished"]

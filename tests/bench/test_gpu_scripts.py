@@ -1,4 +1,4 @@
-"""The scripts that measure on a GPU, as far as they go without one."""
+"""Tests of the GPU scripts, as far as they run without a GPU."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ BENCH = Path(__file__).parents[2] / "bench"
 
 @pytest.fixture
 def script(monkeypatch):
-    """Imports a script of bench/."""
+    """Imports a script of bench/ by name."""
     monkeypatch.syspath_prepend(str(BENCH))
     return importlib.import_module
 
 
-def test_the_kernel_that_reads_compiles(script, nvrtc):
+def test_bandwidth_kernel_compiles(script, nvrtc):
     source = script("gpu_bandwidth").READ_SOURCE
     assert b"read_all" in compile_source(source, {}, "sm_90")
 
@@ -54,12 +54,12 @@ def test_checks_cover_every_kind_of_layer_with_every_configuration(script):
             by_kind.setdefault(job.spec, set()).update(job.configs)
     assert len(by_kind) == len(kinds)
     assert all(configs == every for configs in by_kind.values())
-    # The one that was wrong: what a user gets comes first.
+    # A layer that a compiler once broke; what users run is checked first.
     wrong = replace(jobs[0].spec, group_size=32)
     assert wrong in [job.spec for job in jobs[:40] if not job.configs]
 
 
-def test_an_outcome_that_is_not_good_is_not(script):
+def test_is_good_rejects_every_kind_of_failure(script):
     is_good = script("gpu_checks").is_good
     fine = {"error_over_bound": 0.1, "repeats_bit_for_bit": True, "problem": None}
     assert is_good(fine)
@@ -74,7 +74,7 @@ def test_an_outcome_that_is_not_good_is_not(script):
     assert not is_good({"problem": None})
 
 
-def test_shipped_table_is_that_of_the_result(script):
+def test_shipped_table_matches_the_saved_result(script):
     keep = script("keep_gpu")
     result = json.loads((BENCH / "results" / "gpu-kernels.json").read_text())
     table = load_table("sm_90")
@@ -88,7 +88,7 @@ def test_shipped_table_is_that_of_the_result(script):
         assert keep.find_cuda_rows(result["data"], name) == rows
 
 
-def test_table_is_written_an_entry_a_line(script, tmp_path, monkeypatch):
+def test_table_has_one_entry_per_line(script, tmp_path, monkeypatch):
     keep = script("keep_gpu")
     monkeypatch.setattr(keep, "TABLES", tmp_path)
     arm = '{"block_out": 64, "block_rows": 16, "splits": 2, "warps": 4, "stages": 4}'
@@ -108,7 +108,7 @@ def test_table_is_written_an_entry_a_line(script, tmp_path, monkeypatch):
     }
     before = {"stream": [], "made_of": {"stream": "another GPU, 2026-11-25"}}
     (tmp_path / "sm_77.json").write_text(json.dumps(before))
-    keep.keep_table(measured, "2026-11-26")
+    keep.write_table(measured, "2026-11-26")
     text = (tmp_path / "sm_77.json").read_text()
     made_of = json.loads(text)["made_of"]
     assert made_of["triton"] == made_of["cuda"] == "a GPU, 2026-11-26"
@@ -120,14 +120,12 @@ def test_table_is_written_an_entry_a_line(script, tmp_path, monkeypatch):
 
 
 def write_table(folder):
-    """A table to which a kernel's part is added."""
+    """Write a table without the parts of single kernels."""
     table = {"made_of": {"triton": "a GPU, 2026-11-26"}, "triton": [], "cuda": [], "cuda_rows": []}
     (folder / "sm_77.json").write_text(json.dumps(table))
 
 
-def test_one_thread_block_is_shipped_for_all_shapes_unless_another_is_much_faster(
-    script, tmp_path, monkeypatch
-):
+def test_shapes_share_one_thread_block_unless_another_is_much_faster(script, tmp_path, monkeypatch):
     keep = script("keep_gpu_rows")
     monkeypatch.setattr(keep, "TABLES", tmp_path)
     small, large = (
@@ -147,7 +145,7 @@ def test_one_thread_block_is_shipped_for_all_shapes_unless_another_is_much_faste
     }
     write_table(tmp_path)
     measured = {"kernel": "rows", "architecture": "sm_77", "device": "a GPU"}
-    keep.keep_table(measured | {"sweep": sweep, "microseconds": times}, "2026-11-27")
+    keep.write_table(measured | {"sweep": sweep, "microseconds": times}, "2026-11-27")
     found = parse_table(json.loads((tmp_path / "sm_77.json").read_text())).many_rows
     by_name = {
         name: found[sizes, 128] for name, sizes in keep.SHAPES.items() if (sizes, 128) in found
@@ -157,7 +155,7 @@ def test_one_thread_block_is_shipped_for_all_shapes_unless_another_is_much_faste
     assert by_name["8B down"] is None
 
 
-def test_a_kernel_for_few_rows_is_shipped_only_where_it_is_faster(script, tmp_path, monkeypatch):
+def test_kernel_for_few_rows_is_shipped_only_where_faster(script, tmp_path, monkeypatch):
     keep = script("keep_gpu_rows")
     monkeypatch.setattr(keep, "TABLES", tmp_path)
     config = StreamConfig(row_tiles=1, tiles=2, warps_out=1, warps_in=16, stages=6)
@@ -183,7 +181,7 @@ def test_a_kernel_for_few_rows_is_shipped_only_where_it_is_faster(script, tmp_pa
         "cases of earlier runs": [],
     }
     write_table(tmp_path)
-    keep.keep_table(measured, "2026-11-27")
+    keep.write_table(measured, "2026-11-27")
     table = json.loads((tmp_path / "sm_77.json").read_text())
     assert table["made_of"] == {"triton": "a GPU, 2026-11-26", "stream": "a GPU, 2026-11-27"}
     found = parse_table(table).stream
@@ -194,7 +192,7 @@ def test_a_kernel_for_few_rows_is_shipped_only_where_it_is_faster(script, tmp_pa
     monkeypatch.setattr(
         keep, "save_result", lambda claim, **given: saved.update(given, claim=claim)
     )
-    keep.keep_result(measured, None)
+    keep.save_means(measured, None)
     assert saved["claim"] == "gpu-stream"
     assert [row[:4] for row in saved["rows"]] == [
         [1, 1.4, "1.40 (8B qkv)", "8 of 8"],
@@ -211,7 +209,7 @@ FAST, SLOW = (
 
 @pytest.fixture
 def keep(script, tmp_path, monkeypatch):
-    """Keeps a run of the kernel for few rows; gives what is shipped, and the rows of the page."""
+    """Processes a run of the kernel for few rows; returns the table and the result's rows."""
     rows_script = script("keep_gpu_rows")
     monkeypatch.setattr(rows_script, "TABLES", tmp_path)
     write_table(tmp_path)
@@ -235,29 +233,29 @@ def keep(script, tmp_path, monkeypatch):
             "microseconds": {case: timed for case in cases if case not in untimed},
             "cases of earlier runs": [],
         }
-        rows_script.keep_table(measured, "2026-11-27")
-        rows_script.keep_result(measured, None)
+        rows_script.write_table(measured, "2026-11-27")
+        rows_script.save_means(measured, None)
         table = parse_table(json.loads((tmp_path / "sm_77.json").read_text()))
         return table.stream, saved["rows"]
 
     return run
 
 
-def test_a_run_that_was_cut_off_within_a_case_is_kept(keep):
+def test_complete_cases_of_an_interrupted_run_are_used(keep):
     sweep = {1: [(FAST, 5.0)], 16: [(FAST, 5.0)]}
     stream, rows = keep(sweep, untimed=["70B down, rows 16"])
     assert len(stream) == 15
     assert [row[0] for row in rows] == [1]
 
 
-def test_a_row_without_a_peer_is_not_shown(keep):
+def test_rows_without_a_peer_are_left_out(keep):
     stream, rows = keep({1: [(FAST, 5.0)]}, marlin=math.inf)
     assert len(stream) == 8
     assert rows == []
 
 
-def test_the_time_that_is_told_is_that_of_what_is_shipped(keep):
-    # Up to 8 rows what is the fastest at 8 is shipped; at 4 it takes twice as long as another.
+def test_reported_time_is_that_of_the_shipped_configuration(keep):
+    # For up to 8 rows, the fastest at 8 is shipped; at 4 rows it takes twice as long as another.
     stream, rows = keep(
         {4: [(FAST, 9.0), (SLOW, 4.5)], 8: [(FAST, 4.0), (SLOW, 8.0)]},
     )
@@ -266,8 +264,8 @@ def test_the_time_that_is_told_is_that_of_what_is_shipped(keep):
     assert [row[4] for row in rows] == [1.6, 1.6]
 
 
-def test_what_is_shipped_for_all_shapes_must_itself_be_faster_than_before(keep):
-    # 2% slower than the fastest, which is 1% faster than what there was before.
+def test_shared_configuration_must_itself_be_faster_than_before(keep):
+    # 2% slower than the fastest, which is 1% faster than the kernel before it.
     sweep = {8: [(FAST, 1.0), (SLOW, 0.98)]}
     stream, _ = keep(sweep, **{"as chosen": 5.05})
     assert all(config == SLOW for config in stream.values())
@@ -289,7 +287,7 @@ GOOD = {"error_over_bound": 0.1, "repeats_bit_for_bit": True, "problem": None, "
 
 @pytest.fixture
 def collect(script, monkeypatch):
-    """What is taken of a process that sends this, and then ends or hangs."""
+    """Collects from a process that sends these outcomes, then ends or hangs."""
     rows_script = script("measure_gpu_rows")
     monkeypatch.setattr(rows_script, "START_SECONDS", 0.2)
     monkeypatch.setattr(rows_script, "HANG_SECONDS", 0.05)
@@ -308,7 +306,7 @@ def collect(script, monkeypatch):
     return run
 
 
-def test_a_process_that_hangs_once_cuda_has_started_is_soon_ended(collect):
+def test_hang_after_cuda_has_started_is_detected_soon(collect):
     problems, seconds = collect(None, GOOD, ends=False)
     assert problems == [None, "hangs"]
     assert seconds < 0.2
@@ -317,14 +315,14 @@ def test_a_process_that_hangs_once_cuda_has_started_is_soon_ended(collect):
     assert seconds >= 0.2
 
 
-def test_only_a_process_that_cannot_go_on_is_ended(collect):
+def test_only_a_process_that_cannot_continue_is_ended(collect):
     bad = GOOD | {"problem": "KernelUnavailable: The CUDA driver cannot describe boxes"}
     assert len(collect(None, bad, GOOD, GOOD, wanted=3)[0]) == 3
     assert len(collect(None, GOOD, bad | {"ends": True}, GOOD)[0]) == 2
     assert collect(None, GOOD)[0] == [None, "its process died"]
 
 
-def test_checks_that_all_fail_stop_at_the_first_few(collect, script):
+def test_checking_stops_early_if_the_first_checks_all_fail(collect, script):
     bad = GOOD | {"problem": "KernelUnavailable: The CUDA driver cannot describe boxes"}
     problems, _ = collect(None, *[bad] * 9)
     assert len(problems) == script("measure_gpu_rows").FIRST
@@ -348,5 +346,5 @@ def test_candidates_fit_the_gpu_and_are_all_checked(script, name):
         size = kernel.module.count_shared_bytes(config, spec, torch.float16)
         assert config.blocks * (size + 1024) <= SHARED_LIMIT + 1024
     for rows in kernel.rows:
-        cuts = [cut for config in candidates for cut in kernel.cut(config, spec, rows)]
-        assert cuts or rows in (1024, 4096), rows
+        splits = [s for config in candidates for s in kernel.list_splits(config, spec, rows)]
+        assert splits or rows in (1024, 4096), rows

@@ -1,4 +1,4 @@
-"""Joining measurements of several runs: nothing is mixed that was set differently."""
+"""Tests of keep_quality.py: joins runs of equal settings, refuses others."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def keep(script, monkeypatch, *words: str):
     return json.loads((script.save_result.__globals__["RESULTS"] / "joined.json").read_text())
 
 
-def test_later_rows_take_precedence_and_stand_in_the_order_of_cases(script, monkeypatch, tmp_path):
+def test_later_rows_take_precedence_and_are_in_the_order_of_cases(script, monkeypatch, tmp_path):
     first = write_run(
         tmp_path / "a.json",
         script,
@@ -71,7 +71,7 @@ def test_later_rows_take_precedence_and_stand_in_the_order_of_cases(script, monk
     assert again["rows"] == joined["rows"]
 
 
-def test_what_no_row_has_is_not_said(script, monkeypatch, tmp_path):
+def test_note_mentions_only_what_rows_have(script, monkeypatch, tmp_path):
     path = write_run(tmp_path / "a.json", script, {"halfbyte fast, group 64": 1})
     joined = keep(script, monkeypatch, path)
     assert script.RAGGED not in joined["note"]
@@ -80,8 +80,11 @@ def test_what_no_row_has_is_not_said(script, monkeypatch, tmp_path):
     assert left["rows"] == []
 
 
-def test_other_settings_are_refused(script, monkeypatch, tmp_path):
+def test_runs_with_different_settings_are_refused(script, monkeypatch, tmp_path):
     first = write_run(tmp_path / "a.json", script, {"halfbyte fast, group 128": 1})
     second = write_run(tmp_path / "b.json", script, {"AutoRound, group 128": 2}, "3 bits")
-    with pytest.raises(SystemExit, match="differ in their settings"):
+    with pytest.raises(
+        SystemExit,
+        match=r"^Cannot join runs that differ in their settings:\n3 bits\n4 bits; base 20\.1",
+    ):
         keep(script, monkeypatch, first, second)

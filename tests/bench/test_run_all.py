@@ -15,22 +15,22 @@ def runs(monkeypatch):
     return importlib.import_module("run_all").RUNS
 
 
-def list_needed(script: Path) -> int:
-    """Count the arguments without which a script does not start."""
+def count_required(script: Path) -> int:
+    """Count the required arguments of a script."""
     calls = [node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Call)]
-    asked = [
+    options = [
         c for c in calls if isinstance(c.func, ast.Attribute) and c.func.attr == "add_argument"
     ]
-    needed = 0
-    for call in asked:
+    required = 0
+    for call in options:
         first = ast.literal_eval(call.args[0])
-        options = {k.arg: ast.unparse(k.value) for k in call.keywords}
-        optional = options.get("nargs") in ("'?'", "'*'")
-        needed += "required" in options if first.startswith("-") else not optional
-    return needed
+        keywords = {k.arg: ast.unparse(k.value) for k in call.keywords}
+        optional = keywords.get("nargs") in ("'?'", "'*'")
+        required += "required" in keywords if first.startswith("-") else not optional
+    return required
 
 
-def test_every_script_gets_what_it_needs(runs):
+def test_every_script_gets_its_required_arguments(runs):
     for name, arguments in runs.items():
         positional = [argument for argument in arguments if not argument.startswith("-")]
-        assert len(positional) >= list_needed(BENCH / f"{name}.py"), name
+        assert len(positional) >= count_required(BENCH / f"{name}.py"), name

@@ -29,7 +29,7 @@ RESULT = {
 }
 
 
-def test_block_is_filled_and_the_text_around_it_kept(tables, tmp_path):
+def test_block_is_filled_and_the_text_around_it_is_unchanged(tables, tmp_path):
     (tmp_path / "x.json").write_text(json.dumps(RESULT))
     text = "before\n<!-- bench x -->\nold\n<!-- end bench -->\nafter\n"
     assert tables.fill(text, tmp_path) == (
@@ -48,19 +48,19 @@ def test_excerpt_has_the_named_columns_and_rows_in_that_order(tables, tmp_path):
 
 
 @pytest.mark.parametrize("choice", ["columns: tool | PPL", "rows: ours | nobody's"])
-def test_excerpt_of_what_is_not_there_fails(tables, tmp_path, choice):
+def test_excerpt_of_unknown_columns_or_rows_fails(tables, tmp_path, choice):
     (tmp_path / "x.json").write_text(json.dumps(RESULT))
     with pytest.raises((KeyError, ValueError), match=r"PPL|nobody"):
         tables.fill(f"<!-- bench x; {choice} -->\n<!-- end bench -->", tmp_path)
 
 
-def test_block_without_a_result_says_which_script_makes_it(tables, tmp_path):
+def test_block_without_a_result_names_its_script(tables, tmp_path):
     text = "<!-- bench flat-memory -->\n| made up | 1 |\n<!-- end bench -->"
     filled = tables.fill(text, tmp_path)
     assert "made up" not in filled
     assert "Not measured yet: `bench/measure_flat_memory.py`." in filled
 
 
-def test_tables_in_the_pages_are_those_of_the_results(tables, monkeypatch, capsys):
+def test_tables_in_the_docs_match_the_results(tables, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["tables.py", "--check"])
     assert tables.main() == 0, capsys.readouterr().err
