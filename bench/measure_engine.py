@@ -1,9 +1,10 @@
-"""How fast the serving engine is with several requests at the same time, and whether it errs.
+"""Measure throughput, memory and correctness of the serving engine with concurrent requests.
 
-Greedy answers of equal length to prompts that share nothing, as many at the same time as the arm
-says; arms in turn. Then the memory of the process while requests of mixed lengths come and go,
-beside what was planned. Then answers to pieces of the shipped evaluation text, all at once, beside
-those of `halfbyte generate` one by one; in float32 beside those of generate() as well.
+Throughput: greedy answers of equal length to prompts without a common prefix, at several numbers of
+concurrent requests, in turn. Memory: resident size of the process under requests of mixed lengths,
+compared with the plan. Correctness: concurrent answers to pieces of the shipped evaluation text,
+compared with those of `halfbyte generate` one at a time, and in float32 also with Transformers'
+generate().
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ CONCURRENT = (1, 2, 4, 8, 16)
 
 
 def main() -> None:
-    """Measure all arms in turn, save."""
+    """Parse the options and run all measurements."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path, metavar="MODEL")
     parser.add_argument("--tokens", type=int, default=64)
@@ -47,13 +48,13 @@ def main() -> None:
 
 
 async def measure(arguments: argparse.Namespace) -> None:
-    """Take all measurements with one engine."""
+    """Run all measurements and save the result."""
     engine = open_engine(arguments.model, EngineConfig(runner=arguments.runner, cache_gb=0.5))
     rates: dict[int, list[float]] = {count: [] for count in CONCURRENT}
     for turn in range(arguments.rounds + 1):
         for count in CONCURRENT:
             rate = await run_together(engine, count, arguments.tokens, turn)
-            if turn:  # the first one warms up
+            if turn:  # the first round warms up
                 rates[count].append(rate)
     memory = await run_mixed(engine, arguments.mixed_seconds)
     planned = engine.info.planned_bytes
@@ -91,19 +92,19 @@ async def measure(arguments: argparse.Namespace) -> None:
 
 
 def make_request(generator: random.Random, prompt_tokens: int, tokens: int) -> TokenRequest:
-    """Give a request whose prompt nobody had."""
+    """Make a request with a random prompt that is not in the cache."""
     prompt = tuple(generator.randrange(100, 40000) for _ in range(prompt_tokens))
     return TokenRequest(prompt=prompt, max_new_tokens=tokens, temperature=0.0, ignore_end=True)
 
 
 async def count_tokens(engine: EmbeddedEngine, request: TokenRequest) -> int:
-    """Take an answer."""
+    """Read an answer; return its number of tokens."""
     events = [event async for some in engine.generate(request) for event in some]
     return sum(isinstance(event, Generated) for event in events)
 
 
 async def run_together(engine: EmbeddedEngine, count: int, tokens: int, turn: int) -> float:
-    """Give tokens per second of so many requests together."""
+    """Return the tokens per second of ``count`` concurrent requests."""
     generator = random.Random(1000 * turn + count)
     requests = [make_request(generator, PROMPT_TOKENS, tokens) for _ in range(count)]
     start = time.perf_counter()
@@ -112,18 +113,18 @@ async def run_together(engine: EmbeddedEngine, count: int, tokens: int, turn: in
 
 
 async def run_mixed(engine: EmbeddedEngine, seconds: float) -> list[int]:
-    """Let 16 clients ask for mixed lengths, a tenth of them leaving; give memory over time."""
+    """Run 16 clients with mixed lengths, a tenth of them aborting; return memory over time."""
     end = time.monotonic() + seconds
     memory = []
 
-    async def ask(seed: int) -> None:
+    async def run_client(seed: int) -> None:
         generator = random.Random(seed)
         while time.monotonic() < end:
             lengths = generator.randrange(1, 400), generator.randrange(1, 100)
             answer = engine.generate(make_request(generator, *lengths))
-            leaves = generator.random() < 0.1
+            aborts = generator.random() < 0.1
             async for events in answer:
-                if leaves and any(isinstance(event, Generated) for event in events):
+                if aborts and any(isinstance(event, Generated) for event in events):
                     break
             await answer.aclose()
 
@@ -132,12 +133,12 @@ async def run_mixed(engine: EmbeddedEngine, seconds: float) -> list[int]:
             memory.append(psutil.Process().memory_info().rss)
             await asyncio.sleep(seconds / 20)
 
-    await asyncio.gather(watch(), *(ask(seed) for seed in range(16)))
+    await asyncio.gather(watch(), *(run_client(seed) for seed in range(16)))
     return memory
 
 
 async def count_same(folder: Path, dtype: str) -> dict[str, int]:
-    """Count answers, asked for all at once, that are those of other ways, asked one by one."""
+    """Count concurrent answers that equal those of other generators, one request at a time."""
     ids = AutoTokenizer.from_pretrained(folder)(evaluation_text())["input_ids"]
     draw = random.Random(5)
     requests = []
@@ -162,22 +163,22 @@ async def count_same(folder: Path, dtype: str) -> dict[str, int]:
     model = load_model(folder, dtype=dtype)
     model.generation_config.eos_token_id = None
     generator = Generator(model)
-    ways = {
+    references = {
         "halfbyte generate": [
             list(generator.stream(r.prompt, Sampling(max_new_tokens=r.max_new_tokens)))
             for r in requests
         ]
     }
     if dtype == "float32":
-        ways["generate()"] = [generate_alone(model, request) for request in requests]
+        references["generate()"] = [generate_alone(model, request) for request in requests]
     return {
         name: sum(ours == theirs for ours, theirs in zip(found, expected, strict=True))
-        for name, expected in ways.items()
+        for name, expected in references.items()
     }
 
 
 def generate_alone(model: Any, request: TokenRequest) -> list[int]:
-    """Let Transformers answer."""
+    """Generate an answer with Transformers."""
     prompt = torch.tensor([request.prompt])
     text = model.generate(
         prompt,

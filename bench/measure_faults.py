@@ -1,10 +1,10 @@
-"""Does ``halfbyte compare`` find faults that were put in, and pass a model against itself?
+"""Run ``halfbyte compare`` on candidates with known faults, and on the base itself.
 
     python bench/measure_faults.py MODEL QUANTIZED [--items 40] [--work DIR]
 
-MODEL is the base, QUANTIZED its GPTQ checkpoint. Made from them: the checkpoint with the scales of
-one linear 3% too large; the base rounded to nearest in 2 bits; the base with the embeddings of
-digits set to zero, which breaks numbers and nothing else.
+MODEL is the base, QUANTIZED its GPTQ checkpoint. The faulty candidates: the checkpoint with the
+scales of one linear 3% too large; the base rounded to nearest in 2 bits; the base with the
+embeddings of digits set to zero, which breaks only numbers.
 """
 
 from __future__ import annotations
@@ -28,15 +28,17 @@ RTN_GROUP = 64
 
 
 def main() -> None:
-    """Make the candidates, compare each, keep the verdicts."""
+    """Make the candidates, compare each, save the verdicts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("base", type=Path)
     parser.add_argument("quantized", type=Path)
-    parser.add_argument("--items", type=int, default=40, help="of each built-in task")
+    parser.add_argument("--items", type=int, default=40, help="items of each built-in task")
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--windows", type=int, default=8)
-    parser.add_argument("--work", type=Path, help="keeps the answers; resumed from there")
-    parser.add_argument("--only", default="", help="letters of the candidates, such as abc")
+    parser.add_argument(
+        "--work", type=Path, help="folder that keeps models and answers; reused by later runs"
+    )
+    parser.add_argument("--only", default="", help="letters of the candidates to run, such as abc")
     args = parser.parse_args()
     config = CompareConfig(
         builtin_items=args.items, window=args.window, windows=args.windows, edge_cases=False
@@ -121,7 +123,7 @@ def stretch_scales(source: Path, target: Path) -> Path:
 
 
 def round_to_nearest(source: Path, target: Path) -> Path:
-    """Copy a model with all linears in its blocks rounded to the nearest of four values."""
+    """Copy a model with all linears of its blocks rounded to the nearest of four values."""
 
     def change(name: str, weight: Tensor) -> Tensor:
         if not name.endswith("_proj.weight"):
@@ -137,7 +139,7 @@ def round_to_nearest(source: Path, target: Path) -> Path:
 
 
 def break_digits(source: Path, target: Path) -> Path:
-    """Copy a model whose embeddings of digits are zero."""
+    """Copy a model with the embeddings of digits set to zero."""
     tokenizer = load_tokenizer(source)
     digits = [i for word, i in tokenizer.get_vocab().items() if word.strip("Ġ▁ ").isdigit()]
 
@@ -151,7 +153,7 @@ def break_digits(source: Path, target: Path) -> Path:
 
 
 def copy_dense(source: Path, target: Path, change) -> Path:
-    """Copy a model folder, each tensor by way of a function of its name and value."""
+    """Copy a model folder, applying a function of name and value to each tensor."""
     if not target.exists():
         shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors"))
         for path in source.glob("*.safetensors"):

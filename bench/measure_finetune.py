@@ -1,10 +1,9 @@
-"""Does an adapter on a 4-bit base learn what one on the 16-bit base learns, in the same steps?
+"""Compare adapters trained on a 4-bit and on a 16-bit base, with the same number of steps.
 
     python bench/measure_finetune.py 4-bit=QUANTIZED 16-bit=BASE --work DIR
 
-Trains one adapter on each base with the same data, order and settings, and counts the answers to
-held-out items of bench/extraction_task.py that are right letter for letter. DIR keeps what is
-done: a second call goes on.
+Trains one adapter per base with the same data, order and settings, and counts exact answers to
+held-out items of bench/extraction_task.py. A second call with the same DIR resumes.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ TRAINING, HELD_OUT = 800, 100
 
 
 def main() -> None:
-    """Train, answer, compare."""
+    """Train and evaluate each adapter, save the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bases", nargs="+", metavar="NAME=FOLDER")
     parser.add_argument("--work", type=Path, required=True)
@@ -59,15 +58,15 @@ def main() -> None:
         )
         answers = args.work / f"{name}.accuracy.json"
         if not answers.exists():
-            answers.write_text(json.dumps(_judge(folder, args.work / name, held_out)))
+            answers.write_text(json.dumps(_evaluate(folder, args.work / name, held_out)))
         before, after = json.loads(answers.read_text())
         rows.append([name, f"{before:.0%}", f"{after:.0%}", f"{report.seconds / 60:.1f}"])
-        told = report.to_dict()
-        # No folder of this machine belongs in a result.
+        report_data = report.to_dict()
+        # Results must not contain folders of this machine.
         for key in ("model", "output"):
-            told[key] = Path(told[key]).name
-        told["data"]["file"] = data.name
-        found[name] = {"before": before, "after": after, "report": told}
+            report_data[key] = Path(report_data[key]).name
+        report_data["data"]["file"] = data.name
+        found[name] = {"before": before, "after": after, "report": report_data}
         print(rows[-1], flush=True)
     save_result(
         "finetune",
@@ -81,7 +80,7 @@ def main() -> None:
     )
 
 
-def _judge(folder: str, adapter: Path, held_out: list) -> tuple[float, float]:
+def _evaluate(folder: str, adapter: Path, held_out: list) -> tuple[float, float]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     before = measure_accuracy(model, tokenizer, held_out)

@@ -1,10 +1,10 @@
-"""Does peak memory grow with the number of blocks? And does a 3B model fit into 4 GB?
+"""Measure peak memory of quantizing models with more and more blocks, and of a 3B model.
 
     python bench/measure_flat_memory.py [--large] [--work DIR]
 
-Made-up Llama-shaped checkpoints of 4, 8, 16 and 32 blocks of hidden 2048 are quantized, each in a
-process of its own, whose largest resident size is the result. ``--large`` does the same for one of
-3B parameters (6 GB of fp16 on disk), which is told to stay within 4 GB.
+Random Llama-shaped checkpoints of 4, 8, 16 and 32 blocks of hidden size 2048 are quantized, each in
+its own process, whose peak resident size is recorded. ``--large`` does the same for one with 3B
+parameters (6 GB of fp16 on disk) and a memory limit of 4 GB.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def measure_blocks(work: Path) -> None:
-    """Quantize models that differ in their number of blocks only."""
+    """Quantize models that differ only in their number of blocks."""
     rows = []
     for blocks in BLOCKS:
         result = measure(work, {**SMALL, "num_hidden_layers": blocks}, None)
@@ -85,7 +85,7 @@ def measure_blocks(work: Path) -> None:
 
 
 def measure_large(work: Path) -> None:
-    """Quantize 3B parameters within 4 GB."""
+    """Quantize a 3B model within 4 GB."""
     result = measure(work, LARGE, LARGE_LIMIT, dtype="float16")
     print(result)
     save_result(
@@ -117,7 +117,7 @@ def measure(
 
 
 def run_child(model: str, output: str, memory: str | None) -> dict[str, float]:
-    """Quantize and tell this process's peak."""
+    """Quantize; return this process's peak memory and the seconds."""
     import halfbyte
     from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
 
@@ -136,7 +136,7 @@ def run_child(model: str, output: str, memory: str | None) -> dict[str, float]:
 
 
 def write_model(folder: Path, shape: dict[str, Any], dtype: torch.dtype) -> int:
-    """Write a checkpoint of random weights, one shard per block; give its size in bytes."""
+    """Write a checkpoint of random weights, one shard per block; return its size in bytes."""
     folder.mkdir()
     config = LlamaConfig(**shape, tie_word_embeddings=False, architectures=["LlamaForCausalLM"])
     config.save_pretrained(folder)
@@ -175,7 +175,7 @@ def write_model(folder: Path, shape: dict[str, Any], dtype: torch.dtype) -> int:
 
 
 def shard_name(index: int, count: int) -> str:
-    """Name one shard."""
+    """Return the file name of a shard."""
     return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 

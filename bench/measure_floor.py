@@ -1,11 +1,11 @@
-"""How near is a quantization run to the least that it has to compute?
+"""Compare the time of a quantization run with the floor of its arithmetic.
 
     python bench/measure_floor.py MODEL [--text FILE] [--samples 128] [--length 512]
 
-The floor is the floating-point operations that the run cannot do without (one forward pass through
-the linears, one Hessian per input, lower half only, one sweep and one factor per Hessian), at the
-rate of matrix products that is measured in the same minute: in the type in which the model
-computes for forward and Hessians, in float32 for the solver.
+The floor is the time of the floating-point operations that a run requires (one forward pass through
+the linears; per input, the lower half of one Hessian, one factorization and one sweep) at the rate
+of matrix products measured just before: in the model's compute dtype for forward and Hessians, in
+float32 for the solver.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ REPEATS = 7
 
 
 def main() -> None:
-    """Measure the rates, quantize, compare."""
+    """Measure the rates, quantize, compare, save."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", type=Path, help="calibration text (default: the built-in one)")
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def measure_rate(dtype: torch.dtype) -> float:
-    """Measure square matrix products; median of the repeats, FLOP/s."""
+    """Return the median rate of square matrix products. Unit: FLOP/s."""
     left, right = torch.randn(SIZE, SIZE).to(dtype), torch.randn(SIZE, SIZE).to(dtype)
     times = []
     for _ in range(REPEATS):

@@ -1,20 +1,19 @@
-"""What HTTP, JSON and text add to a request, over the engine called directly.
+"""Measure the overhead of HTTP, JSON and text per request, over calling the engine directly.
 
-One process serves and also calls its own engine, another is the client. The same prompt and the
-same number of greedy tokens go every way in turn, so that whatever else the machine does meets
-all alike:
+One process serves and also calls its own engine; another one is the client. All arms generate the
+same number of greedy tokens from the same prompt, in turn, so that other load affects them equally:
 
 ::
 
-    engine       called and read in its own process
-    fixed bytes  read in its own process; for each piece the client gets bytes that mean nothing
+    engine       called in the server's process
+    fixed bytes  called in the server's process; the client gets constant bytes for each chunk
     gateway      over HTTP, streamed
-    each token   the same, with a piece for every token
+    each token   over HTTP, streamed with one chunk per token
     whole        over HTTP, not streamed
 
-The second is what a reader in another process costs, whatever it reads. Beside the time on the
-clock, which jitters by milliseconds, stands the processor time of the event loop's thread, and how
-often it was woken.
+``fixed bytes`` is the cost of a client in another process, whatever it reads. Wall time jitters by
+milliseconds, so the CPU time of the event loop's thread and its number of wake-ups are reported
+too.
 """
 
 from __future__ import annotations
@@ -40,23 +39,25 @@ from halfbyte.serve.running import DrainingServer, bind, make_uvicorn_config
 from record import save_result
 
 TEXT = "The old lighthouse keeper climbed the stairs every evening, and while he climbed he counted"
-"""Goes on in plain letters: a character of several tokens would be sent with its last one only."""
-LATE = 0.99
+"""Continued in plain letters: a character of several tokens is sent only with its last token."""
+TAIL_QUANTILE = 0.99
 ARMS = ("engine", "fixed bytes", "gateway", "each token", "whole")
 WARM_UP = 10
-"""Rounds that do not count."""
-PIECE = b"data: " + b"." * 220 + b"\n\n"
-"""As long as one of the gateway's."""
+"""Rounds that are not recorded."""
+CHUNK = b"data: " + b"." * 220 + b"\n\n"
+"""A chunk of the same length as the gateway's."""
 LAST_CHUNK = b"\r\n0\r\n\r\n"
 
 
 def main() -> None:
-    """Be the client, or measure."""
+    """Measure, or run as the client."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--pairs", type=int, default=300)
-    parser.add_argument("--client", type=int, metavar="PORT", help="for the script's own use")
+    parser.add_argument(
+        "--client", type=int, metavar="PORT", help="internal: run as the client of this port"
+    )
     arguments = parser.parse_args()
     if arguments.client:
         run_client(arguments.client, arguments.model, arguments.tokens)
@@ -65,7 +66,7 @@ def main() -> None:
 
 
 async def measure(arguments: argparse.Namespace) -> None:
-    """Serve, call every way in turn, save."""
+    """Serve, run all arms in turn, save."""
     service = open_service(
         arguments.model, ServeConfig(), EngineConfig(cache_gb=0.2), QualityConfig(), ApiKeys()
     )
@@ -74,8 +75,8 @@ async def measure(arguments: argparse.Namespace) -> None:
     server = DrainingServer(make_uvicorn_config(service.gateway), service.gateway)
     serving = asyncio.create_task(server.serve(sockets=[bound]))
     backend = service.gateway.text_tools
-    engine, told = backend._engine, await backend.tokenize({"prompt": TEXT})
-    prompt = tuple(told["tokens"])
+    engine, tokenized = backend._engine, await backend.tokenize({"prompt": TEXT})
+    prompt = tuple(tokenized["tokens"])
     bare = await asyncio.get_running_loop().create_server(
         partial(FixedBytes, engine, prompt, arguments.tokens), sock=bind("127.0.0.1", 0)
     )
@@ -111,20 +112,20 @@ async def measure(arguments: argparse.Namespace) -> None:
 
 
 def count_wake_ups(loop: asyncio.AbstractEventLoop) -> list[float]:
-    """Let a loop note each time that it looks for something to do; give where it notes it."""
-    noted: list[float] = []
+    """Record the times at which a loop polls for events, in the returned list."""
+    times: list[float] = []
     select = loop._selector.select
 
-    def look(timeout=None):
-        noted.append(time.perf_counter())
+    def record_and_select(timeout=None):
+        times.append(time.perf_counter())
         return select(timeout)
 
-    loop._selector.select = look
-    return noted
+    loop._selector.select = record_and_select
+    return times
 
 
 async def start_client(port: int, model: str, tokens: int) -> asyncio.subprocess.Process:
-    """Start another process that asks when it is told to."""
+    """Start a client process that sends one request per line of its stdin."""
     return await asyncio.create_subprocess_exec(
         *(sys.executable, __file__, model, "--tokens", str(tokens), "--client", str(port)),
         stdin=asyncio.subprocess.PIPE,
@@ -133,12 +134,12 @@ async def start_client(port: int, model: str, tokens: int) -> asyncio.subprocess
 
 
 def make_request(prompt: tuple[int, ...], tokens: int) -> TokenRequest:
-    """Give what the engine is asked, directly."""
+    """Make the engine's form of the request."""
     return TokenRequest(prompt=prompt, max_new_tokens=tokens, temperature=0.0, ignore_end=True)
 
 
 async def call_engine(engine, prompt: tuple[int, ...], tokens: int) -> tuple[float, ...]:
-    """Give seconds until the first token and until the last, and in how many pieces they came."""
+    """Return the seconds until the first and the last token, and the number of chunks."""
     start = time.perf_counter()
     first, pieces = 0.0, 0
     async with aclosing(engine.generate(make_request(prompt, tokens))) as events:
@@ -150,31 +151,31 @@ async def call_engine(engine, prompt: tuple[int, ...], tokens: int) -> tuple[flo
 
 
 class FixedBytes(asyncio.Protocol):
-    """Answers whatever it is sent with the engine's pieces, as bytes that mean nothing."""
+    """Runs the engine for each request, and answers with constant bytes for each chunk."""
 
     def __init__(self, engine, prompt: tuple[int, ...], tokens: int) -> None:
-        """Take what is asked for every time."""
-        self.ask = partial(engine.generate, make_request(prompt, tokens))
+        """Set the request that is run every time."""
+        self.generate = partial(engine.generate, make_request(prompt, tokens))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Note where to write."""
+        """Store the transport to write to."""
         self.transport = transport
 
     def data_received(self, data: bytes) -> None:
-        """Answer; a request comes in one piece."""
+        """Answer the request, which arrives in one piece."""
         self.answering = asyncio.ensure_future(self.answer())
 
     async def answer(self) -> None:
-        """Write a piece for each of the engine's."""
-        async with aclosing(self.ask()) as events:
+        """Write a constant chunk for each one from the engine."""
+        async with aclosing(self.generate()) as events:
             async for found in events:
                 if any(isinstance(event, Generated) for event in found):
-                    self.transport.write(PIECE)
+                    self.transport.write(CHUNK)
         self.transport.write(b"data: [DONE]\n\n" + LAST_CHUNK)
 
 
 def run_client(port: int, model: str, tokens: int) -> None:
-    """Make a request for each line of stdin, streamed or whole, over one connection."""
+    """Send a request per line of stdin, streamed or not, over one connection."""
     body = {
         "model": model,
         "prompt": TEXT,
@@ -188,36 +189,36 @@ def run_client(port: int, model: str, tokens: int) -> None:
     }
     connection = None
     for line in sys.stdin:
-        # Only now: a server does not wait for ever for a first request.
+        # Not earlier: the server closes a connection without a first request.
         connection = connection or connect(port)
-        ask = read_whole if line == "whole\n" else read_stream
+        read = read_whole if line == "whole\n" else read_stream
         start = time.perf_counter()
         connection.sendall(requests[line])
-        print(json.dumps(ask(connection, start)), flush=True)
+        print(json.dumps(read(connection, start)), flush=True)
 
 
 def connect(port: int) -> socket.socket:
-    """Give a connection that sends small pieces at once."""
+    """Open a connection that sends small writes immediately (TCP_NODELAY)."""
     connection = socket.create_connection(("127.0.0.1", port))
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return connection
 
 
 def receive(connection: socket.socket) -> bytes:
-    """Give what there is, at least a byte."""
+    """Receive at least one byte, or exit."""
     return connection.recv(65536) or sys.exit("The server closed the connection.")
 
 
 def write_request(body: str) -> bytes:
-    """Put a body into a request."""
+    """Format an HTTP request with a body."""
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
 
 
 def read_stream(connection: socket.socket, start: float) -> tuple[float, float, int]:
-    """Give seconds until the first piece and until the last, and how many there were."""
+    """Return the seconds until the first and the last chunk, and the number of chunks."""
     received, first, done, pieces = b"", 0.0, 0.0, 0
-    # The last chunk of a chunked body: no client waits for it, but it must be read.
+    # The terminating chunk must be read, although clients do not wait for it.
     while not received.endswith(LAST_CHUNK):
         received += receive(connection)
         now = time.perf_counter() - start
@@ -228,7 +229,7 @@ def read_stream(connection: socket.socket, start: float) -> tuple[float, float, 
 
 
 def read_whole(connection: socket.socket, start: float) -> tuple[float, float, int]:
-    """Give seconds until the answer is there."""
+    """Return the seconds until the whole answer has arrived."""
     received, size = b"", None
     while size is None or len(received) < size:
         received += receive(connection)
@@ -241,13 +242,13 @@ def read_whole(connection: socket.socket, start: float) -> tuple[float, float, i
 
 
 def save(arguments: argparse.Namespace, times: dict[str, list[tuple[float, ...]]]) -> None:
-    """Write the table: milliseconds, each way and the difference."""
+    """Save the table: milliseconds of each pair of arms, and their difference."""
     rows, data = [], {}
     pieces, used, woken = (
-        {arm: statistics.median(found[place] for found in times[arm]) for arm in ARMS}
-        for place in (2, 3, 4)
+        {arm: statistics.median(found[column] for found in times[arm]) for arm in ARMS}
+        for column in (2, 3, 4)
     )
-    for place, what, base, arm in (
+    for column, event, base, arm in (
         (0, "first token", "engine", "gateway"),
         (1, "whole answer, streamed", "engine", "gateway"),
         (1, "whole answer, not streamed", "engine", "whole"),
@@ -257,18 +258,18 @@ def save(arguments: argparse.Namespace, times: dict[str, list[tuple[float, ...]]
         (0, "first token", "fixed bytes", "gateway"),
         (1, "whole answer, streamed", "fixed bytes", "gateway"),
     ):
-        found = {one: sorted(1000 * t[place] for t in times[one]) for one in (base, arm)}
+        found = {one: sorted(1000 * t[column] for t in times[one]) for one in (base, arm)}
         quantiles = [
-            (statistics.median(values), values[int(LATE * (len(values) - 1))])
+            (statistics.median(values), values[int(TAIL_QUANTILE * (len(values) - 1))])
             for values in found.values()
         ]
         added = [round(b - a, 2) for a, b in zip(*quantiles, strict=True)]
         paired = [
-            1000 * (b[place] - a[place]) for a, b in zip(times[base], times[arm], strict=True)
+            1000 * (b[column] - a[column]) for a, b in zip(times[base], times[arm], strict=True)
         ]
         rows.append(
             [
-                f"{what}: {arm} over {base}",
+                f"{event}: {arm} over {base}",
                 *quantiles[0],
                 *quantiles[1],
                 *added,
@@ -278,7 +279,7 @@ def save(arguments: argparse.Namespace, times: dict[str, list[tuple[float, ...]]
                 woken[arm] - woken[base],
             ]
         )
-        data[f"{what}: {arm} over {base}"] = found
+        data[f"{event}: {arm} over {base}"] = found
     save_result(
         "gateway",
         columns=[

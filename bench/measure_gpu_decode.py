@@ -1,13 +1,14 @@
-"""How many tokens a second does an 8B-shaped model write at batch 1, in 4 bits and in bf16?
+"""Measure decode speed of an 8B-shaped model at batch 1, in 4 bits and in bf16.
 
-A Llama of the 8B shape with random weights (nothing is downloaded), Transformers' static cache, one
-whole step as a CUDA graph (``halfbyte.integrations.graph_steps``). Arms: a kernel or ``bf16``, then
-``own`` (Transformers' own forward, not the step of few launches), ``apart`` (q, k, v and gate, up
-not fused), ``compiled`` (own, through torch.compile first). Each says how far the graph's logits
-are from a forward without cache or graph.
+The model is a Llama of the 8B shape with random weights (nothing is downloaded) and Transformers'
+static cache; a whole decode step is one CUDA graph (``halfbyte.integrations.graph_steps``). An arm
+is a kernel or ``bf16``, followed by options: ``own`` (Transformers' forward instead of the step
+with few launches), ``apart`` (q, k, v and gate, up not fused), ``compiled`` (own, with
+torch.compile). Each arm reports the distance of the graph's logits from a forward without cache and
+graph.
 
     python bench/measure_gpu_decode.py --arms cuda "cuda own" "cuda compiled" bf16 "bf16 compiled"
-    python bench/measure_gpu_decode.py --count      what the own forward launches; needs no GPU
+    python bench/measure_gpu_decode.py --count      launches of the own forward; needs no GPU
 """
 
 from __future__ import annotations
@@ -42,13 +43,13 @@ SHAPE = {
     "max_position_embeddings": 4096,
 }
 CONTEXT = 512
-"""Tokens in the cache; where the step is taken."""
+"""Tokens in the cache at the measured step."""
 
 
 def make_model(
     layers: int, kernel: str | None, *, fused: bool, device: str = "cuda", **shape: int
 ) -> LlamaForCausalLM:
-    """Make the model; ``kernel`` None: bf16."""
+    """Make the model; ``kernel`` None keeps it in bf16."""
     config = LlamaConfig(num_hidden_layers=layers, **SHAPE | shape)
     config._attn_implementation = "sdpa"
     with torch.device(device):
@@ -68,7 +69,7 @@ def make_model(
 
 
 def make_linear(dense: nn.Linear, kernel: str, device: str) -> QuantLinear:
-    """A random 4-bit layer in the place of a dense one."""
+    """Make a random 4-bit layer of a dense one's shape."""
     spec = LinearSpec(
         bits=4,
         group_size=128,
@@ -89,9 +90,9 @@ def make_linear(dense: nn.Linear, kernel: str, device: str) -> QuantLinear:
 
 
 class Launches(TorchDispatchMode):
-    """Counts the operations that a GPU would be sent: not those that only look differently."""
+    """Counts the operations that launch a kernel on a GPU, which views do not."""
 
-    LOOKS = (
+    VIEWS = (
         "view", "reshape", "t", "transpose", "slice", "expand", "unsqueeze", "squeeze", "split",
         "split_with_sizes", "detach", "alias", "select", "permute", "_unsafe_view", "empty",
         "lift_fresh",
@@ -106,21 +107,21 @@ class Launches(TorchDispatchMode):
     ) -> Any:
         name = func.overloadpacket.__name__
         result = func(*args, **(kwargs or {}))
-        # A cast to the dtype that is there is none.
-        nothing = name == "to" and result is args[0]
-        if name not in self.LOOKS and not nothing:
+        # A cast to the same dtype is a no-op.
+        is_noop = name == "to" and result is args[0]
+        if name not in self.VIEWS and not is_noop:
             self.counts[name] += 1
         return result
 
 
 def count_launches() -> dict[str, Any]:
-    """Count what a decode step launches for each block, with its linears fused and apart."""
+    """Count the launches of a decode step per block, with linears fused and apart."""
     sizes = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 1024}
     found: dict[str, Any] = {}
     fusion.FUSED_KERNELS = ("torch_reference",)
 
     def apply(self: object, x: Tensor, operands: object, bias: object, spec: LinearSpec) -> Tensor:
-        # One launch, as the CUDA kernel has where the groups lie in order.
+        # One launch, like the CUDA kernel without act-order.
         return x.new_zeros(*x.shape[:-1], spec.out_features)
 
     torch_reference.TorchReference.apply = apply  # type: ignore[assignment]
@@ -146,7 +147,7 @@ def count_launches() -> dict[str, Any]:
 
 
 def measure(arm: str, layers: int, *, profiled: bool) -> dict[str, Any]:
-    """Time the steps of an arm; and hold them to a forward without cache and graph."""
+    """Time the steps of an arm, and compare them with a forward without cache and graph."""
     start = time.monotonic()
     kernel, *how = arm.split()
     model = make_model(layers, None if kernel == "bf16" else kernel, fused="apart" not in how)
@@ -182,9 +183,9 @@ def measure(arm: str, layers: int, *, profiled: bool) -> dict[str, Any]:
 
 
 def _compile_steps(plain: Any, compiled: Any) -> Any:
-    """Compile steps alone: a prompt would be compiled for its one length."""
+    """Compile only decode steps: a prompt would be compiled for its length alone."""
 
-    # Its signature is looked at: which arguments there are differs between versions.
+    # wraps: callers inspect the signature, which differs between versions of Transformers.
     @functools.wraps(plain)
     def forward(ids: Tensor, **keywords: Any) -> Any:
         return (compiled if ids.shape[1] == 1 else plain)(ids, **keywords)
@@ -193,7 +194,7 @@ def _compile_steps(plain: Any, compiled: Any) -> Any:
 
 
 def time_steps(steps: GraphSteps, count: int) -> float:
-    """Milliseconds of a replay, the CPU's part left out."""
+    """Return the milliseconds of a replay, without the CPU's part."""
     assert steps._graph is not None
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
@@ -205,7 +206,7 @@ def time_steps(steps: GraphSteps, count: int) -> float:
 
 
 def time_tokens(steps: GraphSteps, prompt: Tensor, count: int) -> float:
-    """Milliseconds of a token as a user waits for it, each given to the CPU."""
+    """Return the milliseconds per token as a user sees them, each token copied to the CPU."""
     token = int(steps.read(prompt).argmax())
     start = time.perf_counter()
     assert len(list(steps.follow(token, count))) == count
@@ -213,7 +214,7 @@ def time_tokens(steps: GraphSteps, prompt: Tensor, count: int) -> float:
 
 
 def profile_step(steps: GraphSteps) -> str:
-    """What the launches of a replay take; those that overlap count twice."""
+    """Return a table of the launches' times in a replay; overlapping time counts twice."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as found:
         time_steps(steps, 2)
@@ -223,19 +224,19 @@ def profile_step(steps: GraphSteps) -> str:
 
 
 def main() -> None:
-    """Measure, and write after every arm."""
+    """Measure all arms; write the results after each one."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("gpu-decode.json"))
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--count", action="store_true", help="count launches, and nothing else")
+    parser.add_argument("--count", action="store_true", help="only count launches")
     parser.add_argument("--arms", nargs="*", default=["cuda", "cuda own", "triton", "bf16"])
-    parser.add_argument("--profile", action="store_true", help="print what each launch takes")
+    parser.add_argument("--profile", action="store_true", help="print the time of each launch")
     options = parser.parse_args()
     if options.count:
         print(json.dumps(count_launches(), indent=1))
         return
     if not torch.cuda.is_available():
-        print("Nothing measured: needs a GPU. What a block launches is counted with --count.")
+        print("Nothing measured: this needs a GPU. --count counts a block's launches without one.")
         return
     results: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
@@ -248,7 +249,7 @@ def main() -> None:
     for arm in options.arms:
         try:
             found: Any = measure(arm, options.layers, profiled=options.profile)
-        except Exception as error:  # noqa: BLE001 - the other arms are worth having
+        except Exception as error:  # noqa: BLE001 - the other arms still run
             found = f"{type(error).__name__}: {str(error)[:1000]}"
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -1,9 +1,9 @@
-"""How fast is a 4-bit layer on this GPU, beside bf16 cuBLAS and other tools' kernels?
+"""Measure 4-bit layers on a GPU: halfbyte's kernels, bf16 cuBLAS and other tools' kernels.
 
-Finds the best configurations for ``src/halfbyte/kernels/gpu_table`` too; ``keep_gpu.py`` puts what
-was measured where it belongs. Weights are cold (copies in turn, more than the cache holds), a run
-is a CUDA graph over all copies, the arms of a case run in turn, and the median of the rounds
-counts. What is known is written after every case, so that a run that is cut off loses nothing.
+Also finds the best configurations for ``src/halfbyte/kernels/gpu_table``; ``keep_gpu.py`` saves
+both. Weights are cold (copies in turn, larger than the cache together), a run is a CUDA graph over
+all copies, the arms of a case run in turn, and the median of the rounds is recorded. Results are
+written after every case, so that an interrupted run loses nothing.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ SPLITS = (1, 2, 4, 8)
 
 
 class Session:
-    """The results so far, and the time that is left."""
+    """The results so far, and the remaining time."""
 
     def __init__(self, path: Path, seconds: float) -> None:
         self.path = path
@@ -101,23 +101,23 @@ class Session:
             "driver": _driver_version(),
         }
 
-    def keep(self, key: str, value: Any) -> None:
-        """Write what is known."""
+    def save(self, key: str, value: Any) -> None:
+        """Set a result and write all results."""
         self.results[key] = value
         self.results["seconds"] = round(time.monotonic() - self.start, 1)
         self.path.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
 
-    def left(self) -> float:
-        """Seconds."""
+    def remaining_seconds(self) -> float:
+        """Return the seconds that are left."""
         return self.end - time.monotonic()
 
     def run(self, name: str, part: Callable[[], None]) -> None:
-        """Run a part; what goes wrong in it is a result."""
+        """Run a part; a failure is recorded as its result."""
         begin = time.monotonic()
         try:
             part()
-        except Exception as error:  # noqa: BLE001 - the other parts are worth having
-            self.keep(f"{name} failed", f"{type(error).__name__}: {error}"[:2000])
+        except Exception as error:  # noqa: BLE001 - the other parts still run
+            self.save(f"{name} failed", f"{type(error).__name__}: {error}"[:2000])
             print(f"{name}: {type(error).__name__}: {str(error)[:500]}", flush=True)
         print(f"-- {name}: {time.monotonic() - begin:.1f} s", flush=True)
 
@@ -138,7 +138,7 @@ def _driver_version() -> int:
 
 
 class Graph:
-    """A run captured once; a replay is one pass over all copies of the weight."""
+    """A captured run; one replay passes over all copies of the weight."""
 
     def __init__(self, run: Run, x: Tensor) -> None:
         self.calls = len(run(x))
@@ -156,7 +156,7 @@ class Graph:
         self.end = torch.cuda.Event(enable_timing=True)
 
     def time(self, replays: int) -> float:
-        """Microseconds of a call."""
+        """Return the microseconds per call."""
         self.begin.record()
         for _ in range(replays):
             self.graph.replay()
@@ -166,13 +166,13 @@ class Graph:
 
 
 def time_arms(arms: dict[str, Run], x: Tensor, rounds: int) -> dict[str, Any]:
-    """Time arms in turn; median and spread of the rounds, microseconds; or why an arm failed."""
+    """Time arms in turn; return median and spread of the rounds, or why an arm failed."""
     graphs: dict[str, Graph] = {}
     found: dict[str, Any] = {}
     for name, run in arms.items():
         try:
             graphs[name] = Graph(run, x)
-        except Exception as error:  # noqa: BLE001 - a peer that cannot is a result
+        except Exception as error:  # noqa: BLE001 - a failing peer is a result
             found[name] = f"{type(error).__name__}: {str(error)[:200]}"
     for name in ("cuda", "own"):
         if name in graphs and f"{name}, early start" in graphs:
@@ -192,7 +192,7 @@ def time_arms(arms: dict[str, Run], x: Tensor, rounds: int) -> dict[str, Any]:
 
 
 def find_microseconds(found: dict[str, Any], name: str) -> float:
-    """A time, or infinity where the arm failed or was left out."""
+    """Return an arm's time, or infinity if it failed or was left out."""
     value = found.get(name)
     return value["us"] if isinstance(value, dict) else math.inf
 
@@ -201,16 +201,16 @@ def find_microseconds(found: dict[str, Any], name: str) -> float:
 
 
 def check(session: Session, part: str, share: float) -> None:
-    """Check the kernels on all cores in a share of the time left; what is wrong is told in full.
+    """Check the kernels in a share of the remaining time, and report failures in full.
 
-    In processes of their own: Triton compiles on one core, and what crashes a device's context
-    must not crash the measurement.
+    Runs in separate processes: Triton compiles on one core, and a fault that breaks a CUDA context
+    must not end the measurement.
     """
     jobs = gpu_checks.list_jobs(session.results["architecture"])
     jobs = [job for job in jobs if bool(job.configs) == (part == "every")]
     outcomes: list[dict[str, Any]] = []
     bad: list[dict[str, Any]] = []
-    end = time.monotonic() + session.left() * share
+    end = time.monotonic() + session.remaining_seconds() * share
     with ProcessPoolExecutor(14, mp_context=multiprocessing.get_context("spawn")) as pool:
         checks = [pool.submit(gpu_checks.check_job, job) for job in jobs]
         for job, one in zip(jobs, checks, strict=True):
@@ -219,12 +219,12 @@ def check(session: Session, part: str, share: float) -> None:
                 continue
             try:
                 outcomes.extend(one.result(timeout=max(end - time.monotonic(), 1)))
-            except Exception as error:  # noqa: BLE001 - the other layers' outcomes are wanted
+            except Exception as error:  # noqa: BLE001 - the other layers are still checked
                 problem = f"{type(error).__name__}: {error}"[:400]
                 outcomes.append({"layer": describe_spec(job.spec), "problem": problem})
             bad = [outcome for outcome in outcomes if not gpu_checks.is_good(outcome)]
             layers = {outcome["layer"] for outcome in outcomes}
-            session.keep(
+            session.save(
                 f"correctness, {part}",
                 {"checks": len(outcomes), "layers": len(layers), "jobs": len(jobs), "bad": bad},
             )
@@ -235,7 +235,7 @@ def check(session: Session, part: str, share: float) -> None:
 
 
 def compile_candidates() -> None:
-    """Compile every candidate of the sweep, on all cores."""
+    """Compile every candidate of the sweep on all cores."""
     jobs = list_triton_candidates()
     with ProcessPoolExecutor(14, mp_context=multiprocessing.get_context("spawn")) as pool:
         compiled = [pool.submit(_compile_triton, jobs[start::8]) for start in range(8)]
@@ -258,7 +258,7 @@ def _compile_cuda() -> None:
 
 
 def list_triton_candidates() -> list[TritonConfig]:
-    """Every Triton candidate."""
+    """List every Triton candidate."""
     return [
         TritonConfig(out, rows, splits, warps, stages)
         for parts in TRITON_CANDIDATES.values()
@@ -276,13 +276,13 @@ def _compile_triton(configs: list[TritonConfig]) -> None:
 
 
 def sweep(session: Session, layers: dict[str, Layer]) -> None:
-    """Time every candidate on every shape, and keep the best for each rows bucket."""
+    """Time every candidate on every shape, and save the best for each bucket of rows."""
     limit = cuda_linear.SHARED_LIMIT[session.results["architecture"]]
     best: dict[str, Any] = {"cuda": {}, "triton": {}}
     every: dict[str, Any] = {"cuda": {}, "triton": {}}
     for name, layer in layers.items():
         for row_tiles in (1, 2, 4, 8):
-            if session.left() < 45:
+            if session.remaining_seconds() < 45:
                 return
             arms = {}
             for config in CUDA_CANDIDATES:
@@ -296,10 +296,10 @@ def sweep(session: Session, layers: dict[str, Layer]) -> None:
             chosen = min(found, key=lambda arm: find_microseconds(found, arm))
             best["cuda"][key] = chosen
             print(key, chosen, found[chosen], flush=True)
-            session.keep("best", best)
-            session.keep("sweep", every)
+            session.save("best", best)
+            session.save("sweep", every)
         for bucket, parts in TRITON_CANDIDATES.items():
-            if session.left() < 45:
+            if session.remaining_seconds() < 45:
                 return
             arms = {}
             for out, rows, warps, stages in parts:
@@ -313,15 +313,15 @@ def sweep(session: Session, layers: dict[str, Layer]) -> None:
             chosen = min(found, key=lambda arm: find_microseconds(found, arm))
             best["triton"][key] = chosen
             print(key, chosen, found[chosen], flush=True)
-            session.keep("best", best)
-            session.keep("sweep", every)
+            session.save("best", best)
+            session.save("sweep", every)
 
 
 # ------------------------------------------------------------------------- the comparison
 
 
 def list_arms(session: Session, name: str, layer: Layer, rows: int) -> dict[str, Run]:
-    """Our arms of a case, and cuBLAS."""
+    """List halfbyte's arms of a case, and cuBLAS."""
     arms: dict[str, Run] = {"cublas": gpu_arms.run_dense(layer)}
     best = session.results.get("best", {"cuda": {}, "triton": {}})
     bucket = next((size for size in (8, 16, 32, 64) if rows <= size), None)
@@ -347,7 +347,7 @@ def list_arms(session: Session, name: str, layer: Layer, rows: int) -> dict[str,
 def make_peers(
     session: Session, layer: Layer, folder: Path, wanted: Sequence[str]
 ) -> dict[str, Run]:
-    """Other tools' kernels on a layer; why one is missing is a result."""
+    """Make the arms of other tools' kernels; record why one is missing."""
     reasons = session.results.setdefault("peers left out", {})
     makers: dict[str, Callable[[], Run]] = {
         "tinygemm": lambda: gpu_arms.run_tinygemm(layer),
@@ -363,7 +363,7 @@ def make_peers(
             if peer in ("marlin", "machete"):
                 gpu_arms.load_vllm(folder)
             runs[peer] = make()
-        except Exception as error:  # noqa: BLE001 - a peer that cannot is a result
+        except Exception as error:  # noqa: BLE001 - a failing peer is a result
             reasons[peer] = f"{type(error).__name__}: {str(error)[:500]}"
             print(f"no {peer}: {reasons[peer]}", flush=True)
     return runs
@@ -378,13 +378,13 @@ def compare(
     rows_list: Sequence[int],
     wanted: Sequence[str],
 ) -> None:
-    """Time all arms in turn on every shape and number of rows; and check what they compute."""
+    """Time all arms in turn on every shape and number of rows, and compare their results."""
     table: dict[str, Any] = {}
     agreement: dict[str, Any] = {}
     for name, layer in layers.items():
         peers = make_peers(session, layer, folder, wanted)
         for rows in rows_list:
-            if session.left() < 5:
+            if session.remaining_seconds() < 5:
                 return
             x = torch.randn(rows, layer.spec.in_features, device="cuda", dtype=DTYPE)
             arms = list_arms(session, name, layer, rows) | peers
@@ -395,17 +395,17 @@ def compare(
                 agreement[f"{name}, rows {rows}"] = {
                     arm: find_distance(run, x, exact) for arm, run in arms.items()
                 }
-                session.keep(f"{key}, distance from fp32", agreement)
+                session.save(f"{key}, distance from fp32", agreement)
                 del exact
             found = time_arms(arms, x, 7 if rows <= 256 else 3)
             table[f"{name}, rows {rows}"] = found
-            session.keep(key, table)
+            session.save(key, table)
             speeds = {arm: round(one["us"], 1) for arm, one in found.items() if type(one) is dict}
             print(name, rows, speeds, flush=True)
 
 
 def find_distance(run: Run, x: Tensor, exact: Tensor) -> float | str:
-    """Relative distance of a run's last result from the exact one, or why there is none."""
+    """Return the relative distance of a run's last result from the exact one, or its error."""
     try:
         found = run(x)[-1].float()
     except Exception as error:  # noqa: BLE001 - reported as this arm's outcome
@@ -414,22 +414,28 @@ def find_distance(run: Run, x: Tensor, exact: Tensor) -> float | str:
 
 
 def main() -> None:
-    """Measure, in the order of what is wanted most."""
+    """Run all parts, most important first."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("gpu-kernels.json"))
     parser.add_argument("--seconds", type=float, default=240)
     parser.add_argument("--peers", type=Path, default=Path(".peers-gpu"))
-    parser.add_argument("--check-all", action="store_true", help="with every configuration too")
-    parser.add_argument("--humming", action="store_true", help="measure Humming too; it compiles")
+    parser.add_argument(
+        "--check-all", action="store_true", help="also check every shipped configuration"
+    )
+    parser.add_argument(
+        "--humming", action="store_true", help="also measure Humming, which compiles first"
+    )
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--skip", nargs="*", default=[], help="check, bandwidth, sweep, compare")
+    parser.add_argument(
+        "--skip", nargs="*", default=[], help="parts to skip: check, bandwidth, sweep, compare"
+    )
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        print("Nothing measured: needs a GPU.")
+        print("Nothing measured: this needs a GPU.")
         return
     session = Session(options.output, options.seconds)
     if "bandwidth" not in options.skip:
-        session.run("bandwidth", lambda: session.keep("terabytes_per_second", measure_bandwidth()))
+        session.run("bandwidth", lambda: session.save("terabytes_per_second", measure_bandwidth()))
     if "check" not in options.skip:
         session.run("check", lambda: check(session, "chosen", 0.6))
     if options.check_all:
@@ -451,7 +457,7 @@ def main() -> None:
             ),
         )
     if options.humming:
-        # Apart and last: it compiles for each shape and number of rows.
+        # Separately and last, because it compiles for each shape and number of rows.
         session.run(
             "humming",
             lambda: compare(

@@ -1,17 +1,17 @@
-"""How long does an 8B-shaped model take to quantize on a GPU, and where does the time go?
+"""Measure and profile quantizing an 8B-shaped model on a GPU.
 
-A Llama of the 8B shape with random bf16 weights (nothing is downloaded) is written to the disk and
-quantized with a preset, all steps of a user's run included: quality, reload, report. Beside the
-seconds stands the floor: the operations that the run cannot do without, at the rates of this GPU's
-own matrix products, measured in the same minute.
+A Llama of the 8B shape with random bf16 weights (nothing is downloaded) is written to disk and
+quantized with a preset, including all steps of a user's run: quality, reload, report. The floor is
+the time of the required operations at the rates of this GPU's matrix products, measured just
+before.
 
     python bench/measure_gpu_quantize.py --folder /fast/disk --output gpu-quantize.json
     python bench/measure_gpu_quantize.py --blocks 4                  fewer blocks
-    python bench/measure_gpu_quantize.py --memory 12GB auto          a run for each limit
-    python bench/measure_gpu_quantize.py --shape tiny --device cpu   that it runs at all
+    python bench/measure_gpu_quantize.py --memory 12GB auto          one run per limit
+    python bench/measure_gpu_quantize.py --shape tiny --device cpu   smoke test
     python bench/measure_gpu_quantize.py --keep-from FILE --commit 0e60713 --date 2026-11-26
 
-The file is written again after every block, so that a run which is cut off leaves what it knew.
+The file is rewritten after every block, so that an interrupted run leaves partial results.
 """
 
 from __future__ import annotations
@@ -65,16 +65,16 @@ SHAPES = {
 }
 FULL_BLOCKS = 32
 WEIGHT_SPREAD = 0.02
-"""Standard deviation of the random weights, Transformers' own for a fresh Llama."""
+"""Standard deviation of the random weights, as Transformers initializes a Llama."""
 TABLE_ROWS = 30
 
 
-class EnoughTime(Exception):
-    """The limit was reached between two blocks."""
+class TimeLimitReached(Exception):
+    """The time limit was reached between two blocks."""
 
 
 def make_model(folder: Path, shape: dict[str, Any], blocks: int, device: torch.device) -> None:
-    """Write a model folder, a shard per block, weights drawn on the device."""
+    """Write a model folder, one shard per block, with weights sampled on the device."""
     config = LlamaConfig(
         num_hidden_layers=blocks,
         tie_word_embeddings=False,
@@ -85,31 +85,31 @@ def make_model(folder: Path, shape: dict[str, Any], blocks: int, device: torch.d
     config.save_pretrained(folder)
     with torch.device("meta"):
         sizes = {n: p.shape for n, p in LlamaForCausalLM(config).named_parameters()}
-    dice = torch.Generator(device=device).manual_seed(0)
+    generator = torch.Generator(device=device).manual_seed(0)
     parts: dict[str, dict[str, torch.Size]] = {}
     for name, size in sizes.items():
         number = name.split(".")[2] if name.startswith("model.layers.") else "outside"
         parts.setdefault(number, {})[name] = size
-    where = {}
+    weight_map = {}
     for number, (part, members) in enumerate(parts.items(), 1):
         file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         tensors = {}
         for name, size in members.items():
             values = torch.ones(size, dtype=torch.bfloat16, device=device)
             if len(size) > 1:
-                values.normal_(0, WEIGHT_SPREAD, generator=dice)
+                values.normal_(0, WEIGHT_SPREAD, generator=generator)
             tensors[name] = values.cpu()
-            where[name] = file
+            weight_map[name] = file
         save_file(tensors, folder / file, {"format": "pt"})
         print(f"wrote {part}", end=" ", flush=True)
-    index = {"metadata": {"total_size": 0}, "weight_map": where}
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     make_tokenizer().save_pretrained(folder)
     print(flush=True)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A token per byte: enough to put the held-out text through the model."""
+    """Make a tokenizer with one token per byte, which suffices to run the held-out text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -124,7 +124,7 @@ def synchronize(device: torch.device) -> None:
 
 
 class SyncedMeter(Meter):
-    """Adds the time of a phase only when the device is done with it."""
+    """Synchronizes the device before it adds the time of a phase."""
 
     device = torch.device("cpu")
     last: Meter
@@ -135,19 +135,19 @@ class SyncedMeter(Meter):
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """As the meter does, device and all."""
+        """Add the time of a phase, including work queued on the device."""
         with super().timed(phase):
             yield
             synchronize(self.device)
 
 
-class Watch(SilentProgress):
-    """Takes the time of every block, profiles one, and stops the run where it takes too long."""
+class BlockTimer(SilentProgress):
+    """Times every block, profiles one, and stops the run at the time limit."""
 
     def __init__(
-        self, options: argparse.Namespace, results: dict[str, Any], whole: dict[str, Any]
+        self, options: argparse.Namespace, results: dict[str, Any], all_results: dict[str, Any]
     ) -> None:
-        self.options, self.results, self.whole = options, results, whole
+        self.options, self.results, self.all_results = options, results, all_results
         self.device = torch.device(options.device)
         self.start = time.perf_counter()
         self.before: dict[str, float] = {}
@@ -156,25 +156,25 @@ class Watch(SilentProgress):
         self.results.update(blocks=[], events=[], plan=[])
 
     def started(self, plan: tuple[str, ...]) -> None:
-        """Keep the plan."""
+        """Record the plan."""
         self.results["plan"] = list(plan)
         print("\n".join(plan), flush=True)
         self.phase("blocks")
 
     def phase(self, name: str) -> None:
-        """Note when it began; the blocks are over then."""
+        """Record the start of a phase after the blocks."""
         self._end_block()
         synchronize(self.device)
         self.results["events"].append([round(self.elapsed, 3), name])
         self.save()
 
     def block_started(self, index: int, count: int) -> None:
-        """Take the time of the one before."""
+        """Record the previous block, and start timing the next."""
         self._end_block()
         if self.elapsed > self.options.limit_seconds:
-            raise EnoughTime
+            raise TimeLimitReached
         if not self.results["blocks"]:
-            # Over already: what lies before the first block, such as the embeddings.
+            # The part before the first block, such as the embeddings, is done.
             self.results["events"].append([round(self.elapsed, 3), "first block"])
         self.block_start = time.perf_counter()
         self.before = dict(SyncedMeter.last.seconds)
@@ -183,7 +183,7 @@ class Watch(SilentProgress):
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the run began."""
+        """Seconds since the run started, without profiling overhead."""
         return time.perf_counter() - self.start
 
     def _end_block(self) -> None:
@@ -194,28 +194,30 @@ class Watch(SilentProgress):
         self.block_start = 0.0
         after = SyncedMeter.last.seconds
         phases = {name: round(after[name] - self.before.get(name, 0), 4) for name in after}
-        block = {"seconds": round(seconds, 4), "phases": phases, **peaks(self.device)}
+        block = {"seconds": round(seconds, 4), "phases": phases, **read_peaks(self.device)}
         if self.profiler is not None:
             began = time.perf_counter()
             self.profiler.__exit__(None, None, None)
             name = f"{self.options.output.stem}-{self.results['memory']}.profile.txt"
             path = self.options.output.with_name(name)
-            self.results["profile"] = keep_profile(self.profiler, path)
+            self.results["profile"] = write_profile(self.profiler, path)
             block["profiled"] = True
             self.profiler = None
-            # Not the run's own.
+            # Writing the profile is not part of the run.
             self.start += time.perf_counter() - began
         self.results["blocks"].append(block)
         print(len(self.results["blocks"]), block, flush=True)
         self.save()
 
     def save(self) -> None:
-        """Write what is known."""
-        self.options.output.write_text(json.dumps(self.whole, indent=1) + "\n", encoding="utf-8")
+        """Write all results so far."""
+        self.options.output.write_text(
+            json.dumps(self.all_results, indent=1) + "\n", encoding="utf-8"
+        )
 
 
-def peaks(device: torch.device) -> dict[str, float]:
-    """Largest memory so far. Unit: GB."""
+def read_peaks(device: torch.device) -> dict[str, float]:
+    """Return the peaks of memory so far. Unit: GB."""
     found = {"host_gb": round(peak_memory_bytes() / 1e9, 2)}
     if device.type == "cuda":
         found["gpu_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
@@ -224,7 +226,7 @@ def peaks(device: torch.device) -> dict[str, float]:
 
 
 def start_profiler(device: torch.device) -> Any:
-    """Look into what follows."""
+    """Start a profiler."""
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
@@ -233,8 +235,8 @@ def start_profiler(device: torch.device) -> Any:
     return profiler
 
 
-def keep_profile(profiler: Any, path: Path) -> dict[str, Any]:
-    """Write the tables; give the sums."""
+def write_profile(profiler: Any, path: Path) -> dict[str, Any]:
+    """Write the profile's tables; return its sums."""
     averages = profiler.key_averages()
     text = ""
     for key in ("self_device_time_total", "self_cpu_time_total"):
@@ -252,7 +254,7 @@ def keep_profile(profiler: Any, path: Path) -> dict[str, Any]:
 
 
 def measure_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of square matrix products on random numbers, median."""
+    """Return the median rate of square matrix products. Unit: FLOP/s."""
     size = 8192 if device.type == "cuda" else 512
     left = torch.randn(size, size, device=device).to(dtype)
     right = torch.randn(size, size, device=device).to(dtype)
@@ -267,7 +269,7 @@ def measure_rate(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def summarize(results: dict[str, Any], options: argparse.Namespace) -> None:
-    """Floor, ratio, and what a whole model would take."""
+    """Add the floor, its ratio, and the time of a whole model to a run's results."""
     blocks = [b["seconds"] for b in results["blocks"] if "profiled" not in b]
     done = len(results["blocks"])
     if not blocks or not done:
@@ -277,7 +279,7 @@ def summarize(results: dict[str, Any], options: argparse.Namespace) -> None:
     flops = {kind: value for kind, value in SyncedMeter.last.flops.items() if kind in by}
     floor = {kind: value / by[kind] / done for kind, value in flops.items()}
     typical = statistics.median(blocks)
-    # The reload check grows with the blocks, too; all of it is scaled, which is too much.
+    # The reload check also grows with the blocks; scaling all of it overestimates slightly.
     reload = results["seconds_by_phase"].get("reload", 0.0) / done
     outside = results["seconds"] - sum(b["seconds"] for b in results["blocks"])
     results["summary"] = {
@@ -291,12 +293,12 @@ def summarize(results: dict[str, Any], options: argparse.Namespace) -> None:
         "floor_seconds_full": round(FULL_BLOCKS * sum(floor.values()), 2),
         "measured_whole_run": results["finished"] and options.blocks == FULL_BLOCKS,
         "seconds_full": round(results["seconds"] + (FULL_BLOCKS - done) * (typical + reload), 1),
-        **peaks(torch.device(options.device)),
+        **read_peaks(torch.device(options.device)),
     }
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Make the model, quantize it within each limit of memory, keep everything."""
+    """Make the model, and quantize it within each memory limit."""
     device = torch.device(options.device)
     SyncedMeter.device = device
     results: dict[str, Any] = {
@@ -330,19 +332,19 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_once(base: Path, memory: str, options: argparse.Namespace, results: dict[str, Any]) -> None:
-    """Quantize within a limit of memory."""
+    """Quantize within one memory limit."""
     device = torch.device(options.device)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    dice = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(1)
     vocabulary = SHAPES[options.shape]["vocab_size"]
-    table = torch.randint(0, vocabulary, (options.samples, options.length), generator=dice)
+    table = torch.randint(0, vocabulary, (options.samples, options.length), generator=generator)
     run_module.Meter = SyncedMeter  # type: ignore[misc]
-    here: dict[str, Any] = {"memory": memory, "finished": False, "rates": results["rates"]}
-    results["runs"][memory] = here
+    run: dict[str, Any] = {"memory": memory, "finished": False, "rates": results["rates"]}
+    results["runs"][memory] = run
     output = base / f"out-{memory}"
-    watch = Watch(options, here, results)
+    timer = BlockTimer(options, run, results)
     try:
         report = halfbyte.quantize(
             base / "model",
@@ -354,10 +356,10 @@ def run_once(base: Path, memory: str, options: argparse.Namespace, results: dict
             ),
             text=table.tolist(),
             quality=not options.no_quality,
-            progress=watch,
+            progress=timer,
         )
-        here["finished"] = True
-        here["report"] = {
+        run["finished"] = True
+        run["report"] = {
             "seconds": report.seconds,
             "seconds_by_phase": report.seconds_by_phase,
             "checkpoint_bytes": report.checkpoint_bytes,
@@ -365,34 +367,34 @@ def run_once(base: Path, memory: str, options: argparse.Namespace, results: dict
                 m.name: [m.relative_error, m.round_to_nearest_error, *m.notes]
                 for m in report.modules[:14]
             },
-            "quality": None if report.quality is None else vars_of(report.quality),
+            "quality": None if report.quality is None else list_numbers(report.quality),
         }
-    except EnoughTime:
+    except TimeLimitReached:
         print("stopped by --limit-seconds", flush=True)
-    except Exception:  # noqa: BLE001 - another limit of memory may do
-        here["problem"] = traceback.format_exc()
-        print(here["problem"], flush=True)
-    here["seconds"] = round(watch.elapsed, 3)
-    here["seconds_by_phase"] = dict(SyncedMeter.last.seconds)
-    summarize(here, options)
-    watch.save()
+    except Exception:  # noqa: BLE001 - another memory limit may work
+        run["problem"] = traceback.format_exc()
+        print(run["problem"], flush=True)
+    run["seconds"] = round(timer.elapsed, 3)
+    run["seconds_by_phase"] = dict(SyncedMeter.last.seconds)
+    summarize(run, options)
+    timer.save()
     if not options.keep:
         shutil.rmtree(output, ignore_errors=True)
-    print(json.dumps({k: here.get(k) for k in ("summary", "events", "report")}, indent=1))
+    print(json.dumps({k: run.get(k) for k in ("summary", "events", "report")}, indent=1))
 
 
-def vars_of(quality: Any) -> dict[str, float]:
-    """Its numbers."""
+def list_numbers(quality: Any) -> dict[str, float]:
+    """Return the numbers of a quality report."""
     return {"kl_nats": quality.kl_nats_mean, "top1": quality.top1_agreement}
 
 
-def keep(options: argparse.Namespace) -> None:
-    """Put what a GPU machine wrote into bench/results/."""
+def save_from_file(options: argparse.Namespace) -> None:
+    """Save the output of a GPU machine to bench/results/."""
     measured = json.loads(options.keep_from.read_text(encoding="utf-8"))
     rows = []
-    for memory, here in measured["runs"].items():
-        found = here["summary"]
-        phases = [b["phases"] for b in here["blocks"][1:] if "profiled" not in b]
+    for memory, run in measured["runs"].items():
+        found = run["summary"]
+        phases = [b["phases"] for b in run["blocks"][1:] if "profiled" not in b]
         typical = {
             name: statistics.median(p.get(name, 0.0) for p in phases)
             for name in ("forward and Hessians", "solve")
@@ -443,7 +445,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("gpu-quantize.json"))
-    parser.add_argument("--folder", type=Path, help="where model and checkpoint go for a while")
+    parser.add_argument(
+        "--folder", type=Path, help="for the model and the checkpoint, which are deleted at the end"
+    )
     parser.add_argument("--shape", choices=list(SHAPES), default="8b")
     parser.add_argument("--blocks", type=int, default=FULL_BLOCKS)
     parser.add_argument("--samples", type=int, default=128)
@@ -451,17 +455,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--preset", default="fast")
     parser.add_argument(
-        "--memory", nargs="+", default=["auto"], help="limits such as 12GB, one run each"
+        "--memory", nargs="+", default=["auto"], help="memory limits such as 12GB, one run each"
     )
     parser.add_argument(
-        "--profile", type=int, help="block to look into, from 0 (default: the middle; -1: none)"
+        "--profile", type=int, help="index of the block to profile (default: the middle; -1: none)"
     )
     parser.add_argument("--limit-seconds", type=float, default=float("inf"))
     parser.add_argument("--no-quality", action="store_true")
-    parser.add_argument("--keep", action="store_true", help="leave model and checkpoint there")
-    parser.add_argument("--keep-from", type=Path, help="only put this file into bench/results/")
-    parser.add_argument("--commit", help="that was measured, for --keep-from")
-    parser.add_argument("--date", help="of the measurement, for --keep-from")
+    parser.add_argument(
+        "--keep", action="store_true", help="do not delete the model and the checkpoint"
+    )
+    parser.add_argument("--keep-from", type=Path, help="only save this file to bench/results/")
+    parser.add_argument("--commit", help="commit that was measured, for --keep-from")
+    parser.add_argument("--date", help="date of the measurement, for --keep-from")
     options = parser.parse_args(arguments)
     if options.profile is None:
         options.profile = options.blocks // 2
@@ -469,10 +475,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure, or save earlier output."""
     options = parse()
     if options.keep_from:
-        keep(options)
+        save_from_file(options)
     else:
         measure(options)
 

@@ -1,9 +1,9 @@
-"""How fast is a CUDA kernel of an H100, cut in which way, beside other tools' kernels?
+"""Find the fastest configurations of a CUDA kernel for an H100, and compare with other tools.
 
-First every candidate is compiled and checked against float64 in a process of its own: one that
-never ends is told, and not timed. Then, for every number of rows and shape, the candidates are
-timed, and the fastest once more, in turn with cuBLAS, with what halfbyte had before and with the
-peers. What is known is written after every case. Weights are cold, as in measure_gpu_kernels.py.
+First, every candidate is compiled and checked against float64 in a separate process; one that hangs
+is reported and not timed. Then, for every number of rows and shape, the candidates are timed, and
+the fastest again, in turn with cuBLAS, halfbyte's earlier kernels and the peers. Results are
+written after every case. Weights are cold, as in measure_gpu_kernels.py.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ from measure_gpu_kernels import (
 PEERS = ("tinygemm", "marlin", "machete", "humming")
 HANG_SECONDS = 8.0
 START_SECONDS = 30.0
-"""Of a process, until CUDA has started in it."""
-FIRST = 3
-"""Checks, of which one at least must be right: else it is not the candidates that are wrong."""
-MOST_BAD = 12
+"""Time limit for CUDA to start in a process."""
+MIN_CHECKS = 3
+"""If all of this many first checks fail, the cause is not the candidates, and checking stops."""
+MAX_FAILURES = 12
 
 # ------------------------------------------------------------------------------- checks
 
 
 def check_one(kernel: Kernel, config: Config, kind: dict[str, Any]) -> dict[str, Any]:
-    """Compare with float64 at several numbers of rows, and with itself."""
+    """Check a configuration against float64 at several numbers of rows, and for repeatability."""
     spec = gpu_checks.make_spec(**kind)
-    told = {"kernel": str(config), "layer": describe_spec(spec)}
+    case = {"kernel": str(config), "layer": describe_spec(spec)}
     config = kernel.module.fit_memory(config, spec, torch.float16)
     stored, weight = gpu_checks.make_operands(spec, spec.group_size + spec.bits)
     operands = replace(stored, weight=prepare_fragments(stored, spec))
@@ -68,7 +68,7 @@ def check_one(kernel: Kernel, config: Config, kind: dict[str, Any]) -> dict[str,
         rows = x if order is None else x.index_select(1, order)
         return kernel.module.multiply(rows, operands, bias, spec, config)
 
-    return told | gpu_checks.check_product(multiply, weight, spec, kernel.list_check_rows(config))
+    return case | gpu_checks.check_product(multiply, weight, spec, kernel.list_check_rows(config))
 
 
 def _check_from(connection: Connection, name: str, first: int) -> None:
@@ -88,7 +88,7 @@ def _check_from(connection: Connection, name: str, first: int) -> None:
 
 
 def _is_alive() -> bool:
-    """Whether this process can go on: after an access to what is not there every call fails."""
+    """Whether the CUDA context works: after an illegal memory access, every call fails."""
     try:
         torch.cuda.synchronize()
     except RuntimeError:
@@ -99,34 +99,34 @@ def _is_alive() -> bool:
 def collect(
     connection: Connection, outcomes: list[dict[str, Any]], wanted: int, end: float
 ) -> None:
-    """Take outcomes of a process until it ends or hangs, or there are enough of them."""
-    patience = START_SECONDS
+    """Receive outcomes from a process until it ends or hangs, or there are enough."""
+    timeout = START_SECONDS
     try:
         while len(outcomes) < wanted and time.monotonic() < end and not find_stop(outcomes):
-            if not connection.poll(patience):
+            if not connection.poll(timeout):
                 outcomes.append({"problem": "hangs"})
                 return
-            told = connection.recv()
-            patience = HANG_SECONDS
-            if told is None:
+            outcome = connection.recv()
+            timeout = HANG_SECONDS
+            if outcome is None:
                 continue
-            outcomes.append(told)
-            if told.pop("ends"):
+            outcomes.append(outcome)
+            if outcome.pop("ends"):
                 return
     except EOFError:
         outcomes.append({"problem": "its process died"})
 
 
 def find_stop(outcomes: Sequence[dict[str, Any]]) -> str | None:
-    """Say why no more need be checked, or None."""
+    """Return why checking should stop, or None."""
     bad = [outcome for outcome in outcomes if not gpu_checks.is_good(outcome)]
-    if len(outcomes) >= FIRST and len(bad) == len(outcomes):
+    if len(outcomes) >= MIN_CHECKS and len(bad) == len(outcomes):
         return f"the first {len(bad)} checks all failed; the last: {bad[-1]}"
-    return f"{len(bad)} checks failed" if len(bad) > MOST_BAD else None
+    return f"{len(bad)} checks failed" if len(bad) > MAX_FAILURES else None
 
 
 def check(session: Session, name: str, seconds: float) -> set[str]:
-    """Check in a process that is ended where it hangs; give the candidates that are right."""
+    """Check in a process that is killed if it hangs; return the correct candidates."""
     kernel = KERNELS[name]
     checks = kernel.list_checks(kernel.list_candidates())
     outcomes: list[dict[str, Any]] = []
@@ -144,9 +144,9 @@ def check(session: Session, name: str, seconds: float) -> set[str]:
         collect(connection, outcomes, len(checks), end)
         process.kill()
         process.join()
-        told = zip(checks, outcomes, strict=False)
-        bad = {f"{c} {k}": o for (c, k), o in told if not gpu_checks.is_good(o)}
-        session.keep("correctness", {"checks": len(outcomes), "of": len(checks), "bad": bad})
+        paired = zip(checks, outcomes, strict=False)
+        bad = {f"{c} {k}": o for (c, k), o in paired if not gpu_checks.is_good(o)}
+        session.save("correctness", {"checks": len(outcomes), "of": len(checks), "bad": bad})
         stop = find_stop(outcomes)
     if stop is None:
         for case, outcome in bad.items():
@@ -160,7 +160,7 @@ def check(session: Session, name: str, seconds: float) -> set[str]:
 
 
 def compile_candidates(kernel: Kernel) -> None:
-    """Compile every candidate for the layers that are timed, and for the checks."""
+    """Compile every candidate for the timed layers and for the checks."""
     source = read_source(kernel.source)
     define, fit = kernel.module.define_macros, kernel.module.fit_memory
     candidates = kernel.list_candidates()
@@ -176,13 +176,13 @@ def compile_candidates(kernel: Kernel) -> None:
 # ------------------------------------------------------------------------------- times
 
 
-def list_arms(kernel: Kernel, layer: Layer, rows: int, right: set[str]) -> dict[str, Run]:
-    """The candidates that are right and of a fitting size, cut in every way that makes sense."""
+def list_arms(kernel: Kernel, layer: Layer, rows: int, correct: set[str]) -> dict[str, Run]:
+    """List the correct candidates of a suitable size, with every useful number of splits."""
     return {
-        name_config(cut): gpu_arms.run_config(kernel.module, layer, cut, kernel.early_start)
+        name_config(split): gpu_arms.run_config(kernel.module, layer, split, kernel.early_start)
         for config in kernel.list_candidates()
-        if name_candidate(config) in right
-        for cut in kernel.cut(config, layer.spec, rows)
+        if name_candidate(config) in correct
+        for split in kernel.list_splits(config, layer.spec, rows)
     }
 
 
@@ -190,26 +190,26 @@ def measure(
     session: Session,
     kernel: Kernel,
     layers: dict[str, Layer],
-    right: set[str],
+    correct: set[str],
     peers: dict[str, dict[str, Run]],
 ) -> None:
-    """Find the fastest candidate of every case, and time it beside the others."""
+    """Find the fastest candidate of every case, and time it in turn with the others."""
     every: dict[str, Any] = {}
     best: dict[str, str] = {}
     table: dict[str, Any] = {}
     distances: dict[str, Any] = {}
     for rows in kernel.rows:
         for name, layer in layers.items():
-            if session.left() < 4:
+            if session.remaining_seconds() < 4:
                 return
             key = f"{name}, rows {rows}"
             x = torch.randn(rows, layer.spec.in_features, device="cuda", dtype=DTYPE)
-            found = time_arms(list_arms(kernel, layer, rows, right), x, 3 if rows < 4096 else 1)
+            found = time_arms(list_arms(kernel, layer, rows, correct), x, 3 if rows < 4096 else 1)
             chosen = min(found, key=lambda arm: find_microseconds(found, arm), default=None)
             every[key] = found
             arms = {"cublas": gpu_arms.run_dense(layer)} | peers[name]
             if rows > 16:
-                arms.pop("tinygemm", None)  # several times as slow by then
+                arms.pop("tinygemm", None)  # several times slower by then
             if chosen is not None:
                 best[key] = chosen
                 config = kernel.config(**json.loads(chosen))
@@ -225,11 +225,11 @@ def measure(
                 exact = x.float() @ gpu_arms.dequantize_exactly(layer).t()
                 distances[key] = {arm: find_distance(run, x, exact) for arm, run in arms.items()}
                 del exact
-                session.keep("distance from fp32", distances)
+                session.save("distance from fp32", distances)
             table[key] = time_arms(arms, x, 7 if rows < 4096 else 3)
-            session.keep("sweep", every)
-            session.keep("best", best)
-            session.keep("microseconds", table)
+            session.save("sweep", every)
+            session.save("best", best)
+            session.save("microseconds", table)
             speeds = {a: round(o["us"], 1) for a, o in table[key].items() if type(o) is dict}
             print(key, speeds, _shorten(chosen), flush=True)
 
@@ -239,37 +239,39 @@ def _shorten(chosen: str | None) -> str:
 
 
 def main() -> None:
-    """Compile, check, measure."""
+    """Compile, check and time the candidates."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kernel", choices=list(KERNELS), default="rows")
-    parser.add_argument("--output", type=Path, help="gpu-KERNEL.json if not given")
+    parser.add_argument("--output", type=Path, help="default: gpu-KERNEL.json")
     parser.add_argument("--seconds", type=float, default=150)
     parser.add_argument("--check-seconds", type=float, default=45)
     parser.add_argument("--peers", type=Path, default=Path(".peers-gpu"))
-    parser.add_argument("--humming", action="store_true", help="among the peers; it compiles")
+    parser.add_argument(
+        "--humming", action="store_true", help="also measure Humming, which compiles first"
+    )
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        print("Nothing measured: needs a GPU.")
+        print("Nothing measured: this needs a GPU.")
         return
     kernel = KERNELS[options.kernel]
     output = options.output or Path(f"gpu-{options.kernel}.json")
     session = Session(output, options.seconds)
-    session.keep("kernel", options.kernel)
-    right: set[str] = set()
+    session.save("kernel", options.kernel)
+    correct: set[str] = set()
     session.run("compile", lambda: compile_candidates(kernel))
     session.run(
-        "check", lambda: right.update(check(session, options.kernel, options.check_seconds))
+        "check", lambda: correct.update(check(session, options.kernel, options.check_seconds))
     )
-    if not right:
-        print("Nothing timed: no candidate is right.")
+    if not correct:
+        print("Nothing timed: no candidate passed its checks.")
         return
     layers = {name: gpu_arms.make_layer(*SHAPES[name], DTYPE) for name in options.shapes}
     wanted = PEERS if options.humming else PEERS[:-1]
     peers = {
         name: make_peers(session, layer, options.peers, wanted) for name, layer in layers.items()
     }
-    session.run("measure", lambda: measure(session, kernel, layers, right, peers))
+    session.run("measure", lambda: measure(session, kernel, layers, correct, peers))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""From how many rows of x on is dequantizing first faster than torch's int4 product?
+"""Find the number of rows of x from which dequantizing first beats torch's int4 product.
 
-Sets ROWS_LIMIT of halfbyte.kernels.torch_int4. The arms of a case run in turn, so that another
-program's load falls on all of them; the fastest of the repeats is compared, as it is the least
-disturbed one.
+This determines ROWS_LIMIT of halfbyte.kernels.torch_int4. The arms of a case run in turn, so that
+other load affects all of them equally; the fastest repeat counts, because it was disturbed least.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ def main() -> None:
 
 
 def measure_case(in_features: int, out_features: int, num_rows: int) -> dict[str, float]:
-    """Time the arms on one layer; microseconds of the fastest repeat."""
+    """Time the arms on one layer; return the microseconds of the fastest repeat."""
     spec = LinearSpec(
         bits=4,
         group_size=GROUP_SIZE,
@@ -98,7 +97,7 @@ def measure_case(in_features: int, out_features: int, num_rows: int) -> dict[str
 
 
 def measure_once(run: Callable[[], Tensor], seconds: float = 0.02) -> float:
-    """Seconds per call, over as many calls as fit in the time given."""
+    """Return the median seconds per call, over as many calls as fit in ``seconds``."""
     run()
     calls: list[float] = []
     end = time.perf_counter() + seconds

@@ -1,12 +1,11 @@
-"""How long a model takes to load on a CPU from a warm file cache: 4 bits beside 16.
+"""Measure the time to load a model on a CPU from a warm file cache, in 4 and in 16 bits.
 
     python bench/measure_loading.py [NAME=BASE,QUANTIZED ...] [--rounds 5]
 
-A 1B shape with random weights is made on the spot, in float16 and in 4 bits. Each load is a process
-of its own that has imported Transformers and halfbyte before the clock starts, though not what each
-imports while it loads; arms run in turn. A dense file
-is mapped rather than read, so that its weights arrive when a forward first touches them: therefore
-the time until a first token (16 of a prompt) is told as well.
+A 1B shape with random weights is generated in float16 and in 4 bits. Each load runs in its own
+process, which imports Transformers and halfbyte before timing starts (but not the modules that they
+import while loading); arms run in turn. A dense file is memory-mapped, so its weights are read when
+a forward pass first touches them: the time to the first token of a prompt of 16 is reported too.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ PROMPT = 16
 
 
 def main() -> None:
-    """Measure, print, save."""
+    """Measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", metavar="NAME=BASE,QUANTIZED")
     parser.add_argument("--rounds", type=int, default=5)
@@ -54,13 +53,14 @@ def main() -> None:
             for _ in range(arguments.rounds):
                 for arm, (place, dtype) in ARMS.items():
                     times[arm].append(measure_apart(load_once, folders[place], dtype))
-            middles = {
+            medians = {
                 arm: [statistics.median(column) for column in zip(*found, strict=True)]
                 for arm, found in times.items()
             }
-            own = middles["4 bits"]
-            for arm, middle in middles.items():
-                rows.append([name, arm, *middle, middle[0] / own[0], middle[1] / own[1]])
+            reference = medians["4 bits"]
+            for arm, values in medians.items():
+                ratios = [values[i] / reference[i] for i in (0, 1)]
+                rows.append([name, arm, *values, *ratios])
                 print(*rows[-1], flush=True)
             data[name] = times
     save_result(
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def load_once(folder: Path, dtype: str) -> tuple[float, float, float]:
-    """Seconds to load, seconds until a first token, and the peak of memory in GB."""
+    """Return the seconds to load and to the first token, and peak memory in GB."""
     start = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     loaded = time.perf_counter() - start
@@ -89,7 +89,7 @@ def load_once(folder: Path, dtype: str) -> tuple[float, float, float]:
 
 
 def write_pair(folder: Path) -> tuple[Path, Path]:
-    """Write the shape in float16 and in 4 bits."""
+    """Write the 1B shape in float16 and in 4 bits."""
     quantized, base = folder / "quantized", folder / "base"
     quantized.mkdir()
     write_gptq(quantized)

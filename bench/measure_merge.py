@@ -1,12 +1,12 @@
-"""What does each way to make one model of a base and its adapter keep of the task?
+"""Measure task accuracy after each way of merging an adapter into its base.
 
     python bench/measure_merge.py BASE --work DIR [--alone] [--exact]
 
-DIR is that of ``bench/measure_finetune.py``, with the adapter for BASE under ``4-bit``. All models
-answer the same held-out items of bench/extraction_task.py, right only letter for letter; those that
-were quantized again are held against the 16-bit merge by ``halfbyte compare``. ``--alone``
-quantizes once more without the unrounded model beside; ``--exact`` trains an adapter of --variant
-qalora in the same steps and merges it exactly. DIR keeps what is done: a second call goes on.
+DIR is that of ``bench/measure_finetune.py``, with the adapter for BASE in ``4-bit``. All models
+answer the same held-out items of bench/extraction_task.py; only exact answers count. Requantized
+models are compared with the 16-bit merge by ``halfbyte compare``. ``--alone`` also quantizes
+without matching the unrounded model; ``--exact`` also trains an adapter of --variant qalora with
+the same number of steps and merges it exactly. A second call with the same DIR resumes.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ from halfbyte.quantize.report import load_report
 from record import save_result
 
 TRAINING, HELD_OUT = 800, 300
-"""Of 300 right answers without a loss, ``compare`` can say that 2 points are not lost."""
+"""With 300 correct answers and none lost, ``compare`` can exclude a loss of 2 points."""
 
 
 def main() -> None:
-    """Merge in every way, answer, compare."""
+    """Merge in every way, evaluate, compare."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("base", type=Path, metavar="BASE")
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--alone", action="store_true")
-    parser.add_argument("--exact", action="store_true")
+    parser.add_argument("--alone", action="store_true", help="also quantize without --match-base")
+    parser.add_argument("--exact", action="store_true", help="also train and merge exactly")
     args = parser.parse_args()
     _, held_out = split_items(TRAINING, HELD_OUT)
     work, base, adapter = args.work, args.base, args.work / "4-bit"
     data = work / "train.jsonl"
-    answer = Answers(work, held_out)
+    answers = Answers(work, held_out)
     rows, found = [], {}
 
     def add(name: str, key: str, folder: Path, adapter: Path | None = None, **more: Any) -> None:
-        right = answer.of(key, folder, adapter)
+        right = answers.measure_accuracy(key, folder, adapter)
         found[key] = {"right": right, **more}
         rows.append([name, f"{right:.1%}", more.get("verdict", "")])
         print(rows[-1], flush=True)
@@ -64,15 +64,15 @@ def main() -> None:
         merge(base, adapter, dense, data=data)
     add("base plus adapter", "adapted", base, adapter)
     add("merged, 16 bits", "dense", dense)
-    ways: dict[str, tuple[str, dict[str, Any]]] = {
+    variants: dict[str, tuple[str, dict[str, Any]]] = {
         "quantized": ("quantized again (`--quantize`)", {})
     }
     if args.alone:
-        ways["alone"] = ("the same with `--no-match-base`", {"match_base": False})
-    for key, (name, settings) in ways.items():
+        variants["alone"] = ("the same with `--no-match-base`", {"match_base": False})
+    for key, (name, settings) in variants.items():
         folder = work / f"merged-{key}"
-        told = work / f"merged-{key}.json"
-        if not told.exists():
+        report_file = work / f"merged-{key}.json"
+        if not report_file.exists():
             report = merge_and_quantize(
                 base,
                 adapter,
@@ -81,14 +81,14 @@ def main() -> None:
                 config=merging_config(base, **settings),
                 progress=make_progress(err_console),
             )
-            told.write_text(json.dumps(report.to_dict()))
-        quantized, merged = load_report(folder), json.loads(told.read_text())
+            report_file.write_text(json.dumps(report.to_dict()))
+        quantized, merged = load_report(folder), json.loads(report_file.read_text())
         more = {
             "scores": merged["scores"],
             "minutes": quantized.seconds / 60,
             "quality": None if quantized.quality is None else quantized.quality.kl_nats_mean,
         }
-        add(name, key, folder, **more, verdict=answer.verdict(key, dense, folder))
+        add(name, key, folder, **more, verdict=answers.compare(key, dense, folder))
     if args.exact:
         _exact(base, work, data, add)
     save_result(
@@ -124,38 +124,38 @@ def _exact(base: Path, work: Path, data: Path, add: Any) -> None:
         progress=make_train_progress(err_console),
     )
     add("base plus adapter constant over groups", "qalora", base, adapter)
-    told = work / "merged-exact.json"
-    if not told.exists():
-        told.write_text(json.dumps(merge_exactly(base, adapter, merged).to_dict()))
-    report = json.loads(told.read_text())
+    report_file = work / "merged-exact.json"
+    if not report_file.exists():
+        report_file.write_text(json.dumps(merge_exactly(base, adapter, merged).to_dict()))
+    report = json.loads(report_file.read_text())
     add("that, merged exactly (`--exact`)", "exact", merged, kl=report["kl_to_adapted"])
 
 
 class Answers:
-    """What models answered, kept in the work folder."""
+    """Models' answers, cached in the work folder."""
 
     def __init__(self, work: Path, items: list[Item]) -> None:
-        """Write the items as ``halfbyte compare`` reads them."""
+        """Write the items in the format of ``halfbyte compare``."""
         self.work, self.items = work, items
         self.tasks = work / "held-out.jsonl"
         lines = [{"prompt": item.prompt, "answer": item.record.strip()} for item in items]
         self.tasks.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    def of(self, key: str, folder: Path, adapter: Path | None) -> float:
-        """Give the share of items that a model gets right."""
-        kept = self.work / f"right-{key}.json"
-        if not kept.exists():
+    def measure_accuracy(self, key: str, folder: Path, adapter: Path | None) -> float:
+        """Return the share of items that a model answers exactly."""
+        cached = self.work / f"right-{key}.json"
+        if not cached.exists():
             model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
             if adapter is not None:
                 model = PeftModel.from_pretrained(model, adapter)
             tokenizer = AutoTokenizer.from_pretrained(folder)
-            kept.write_text(json.dumps(measure_accuracy(model, tokenizer, self.items)))
-        return float(json.loads(kept.read_text()))
+            cached.write_text(json.dumps(measure_accuracy(model, tokenizer, self.items)))
+        return float(json.loads(cached.read_text()))
 
-    def verdict(self, key: str, dense: Path, folder: Path) -> str:
-        """Let ``halfbyte compare`` say whether a model may replace the 16-bit merge."""
-        kept = self.work / f"verdict-{key}.json"
-        if not kept.exists():
+    def compare(self, key: str, dense: Path, folder: Path) -> str:
+        """Return the verdict of ``halfbyte compare`` on replacing the 16-bit merge."""
+        cached = self.work / f"verdict-{key}.json"
+        if not cached.exists():
             comparison = compare(
                 dense,
                 folder,
@@ -164,8 +164,8 @@ class Answers:
                 config=CompareConfig(edge_cases=False, dtype="bfloat16", batch_size=50),
                 cache=self.work / "compare",
             )
-            kept.write_text(json.dumps(comparison.to_dict(), default=str))
-        return str(json.loads(kept.read_text())["outcome"])
+            cached.write_text(json.dumps(comparison.to_dict(), default=str))
+        return str(json.loads(cached.read_text())["outcome"])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How near is planned memory to measured memory under a peak load?
+"""Compare planned with measured memory under a peak load.
 
     python bench/measure_plan.py MODEL... [--shape-1b] [--requests 4] [--context 1024]
 
@@ -32,7 +32,7 @@ SHAPE_1B = {
 
 
 def main() -> None:
-    """Profile each, print, keep."""
+    """Profile each model, print and save."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", type=Path, nargs="+")
     parser.add_argument("--shape-1b", action="store_true")

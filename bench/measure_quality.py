@@ -1,15 +1,15 @@
-"""Halfbyte beside other tools on SmolLM2-135M: quality in one measure, processor time.
+"""Compare halfbyte with other tools on SmolLM2-135M: quality, CPU time and memory.
 
     python bench/measure_quality.py [MODEL] [--text FILE] [--test FILE] [--bits 4]
         [--peers gptqmodel,llmcompressor,autoround] [--only NAME;NAME] [--samples 128]
         [--length 512] [--windows 10] [--threads 2] [--device cpu] [--jobs 1] [--seconds N]
 
-All tools get the same token ids: the calibration text tokenised whole, without BOS, cut in order;
-one run of halfbyte gets its built-in mix instead. Each runs in a process of its own, whose user
-time and peak memory count, imports included. KL and perplexity are measured on windows of 2048
-tokens of the other text, KL also on the shipped texts of other kinds, in fp32, with the weights
-decoded from the files. Peers run in their environments of ``make interop``; left out, those that
-are installed (python -m bench.peers.environments gptqmodel llmcompressor autoround).
+All tools get the same token ids: the calibration text tokenized as a whole, without BOS, and cut in
+order; one run of halfbyte gets its built-in mix instead. Each tool runs in its own process, whose
+user time and peak memory are recorded, including imports. KL and perplexity are measured on windows
+of 2048 tokens of the test text, KL also on the shipped texts of other kinds, in fp32 with weights
+decoded from the files. Peers run in their environments of ``make interop`` (python -m
+bench.peers.environments gptqmodel llmcompressor autoround); by default, all installed ones.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ COLUMNS = [
     *("perplexity", "same first choice", "user CPU, s", "wall, s", "peak, GB"),
 ]
 MIX = ", built-in mix"
-"""Ends the name of a case that calibrates on it."""
+"""Suffix of cases that calibrate on the built-in mix."""
 ROTATED = ", rotated"
-"""Ends the name of a case that turns the model first (halfbyte rotate)."""
+"""Suffix of cases that rotate the model first (halfbyte rotate)."""
 _128 = {"group_size": 128, "ragged_groups": True}
 _64 = {"group_size": 64}
 HALFBYTE_CASES: dict[str, dict[str, Any]] = {
@@ -80,31 +80,38 @@ HALFBYTE_CASES: dict[str, dict[str, Any]] = {
 PEER_CASES = {
     "GPTQModel, group 128": ("gptqmodel", 128),
     "GPTQModel, group 64": ("gptqmodel", 64),
-    # It refuses groups that do not divide a width.
+    # It refuses group sizes that do not divide a layer's width.
     "llm-compressor, group 64": ("llmcompressor", 64),
     "AutoRound, group 128": ("autoround", 128),
     "AutoRound, group 64": ("autoround", 64),
 }
 AUTOROUND_STEPS = 200
-"""Its default."""
+"""AutoRound's default."""
 
 
 def main() -> None:
-    """Quantize with every tool, measure all of them, save one table."""
+    """Quantize with every tool, measure all models, save one table."""
     known = dict.fromkeys(peer for peer, _ in PEER_CASES.values())
     installed = ",".join(name for name in known if PEERS[name].is_installed())
     parser = argparse.ArgumentParser(description=__doc__)
     add_common_arguments(parser)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument(
-        "--jobs", type=int, default=1, help="tools at a time; with more, times mean little"
+        "--jobs",
+        type=int,
+        default=1,
+        help="tools to run in parallel; with more than 1, times mean little",
     )
     parser.add_argument(
-        "--seconds", type=float, help="a tool that takes longer is stopped and left out"
+        "--seconds", type=float, help="time limit of a tool; beyond it, the tool is left out"
     )
-    parser.add_argument("--peers", default=installed, help="default: those installed")
-    parser.add_argument("--only", help="names of cases, with semicolons (default: all)")
-    parser.add_argument("--name", default="quality", help="of the file in bench/results")
+    parser.add_argument(
+        "--peers",
+        default=installed,
+        help="other tools, separated by commas (default: those installed)",
+    )
+    parser.add_argument("--only", help="names of cases, separated by semicolons (default: all)")
+    parser.add_argument("--name", default="quality", help="name of the file in bench/results")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -112,7 +119,10 @@ def main() -> None:
         return
     for name in filter(None, args.peers.split(",")):
         if name not in known or not PEERS[name].is_installed():
-            raise SystemExit(f"No environment of {name}: python -m bench.peers.environments {name}")
+            raise SystemExit(
+                f"Cannot run {name}: its environment is not installed. "
+                f"Run: python -m bench.peers.environments {name}"
+            )
     tokenizer, ids, prose = prepare(args)
     mix = load_calibration(
         None, CalibrationConfig(samples=args.samples, length=args.length), tokenizer, None
@@ -123,14 +133,16 @@ def main() -> None:
         runs = {name: run for name, run in outcomes.items() if run is not None}
         args.stopped = [name for name, run in outcomes.items() if run is None]
         if not runs:
-            raise SystemExit(f"No tool ended within {args.seconds} s.")
+            raise SystemExit(
+                f"Nothing measured: no tool finished within {args.seconds} s. Raise --seconds."
+            )
         folders = {name: Path(work) / run["folder"] for name, run in runs.items()}
         results = compare(args.model, folders, windows, args.device)
     report(args, len(ids), len(prose), runs, results)
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what every comparison of quantized models needs to know."""
+    """Add the options that all comparisons of quantized models share."""
     parser.add_argument("model", type=Path, nargs="?", help="default: the sample model")
     parser.add_argument("--text", type=Path, help="calibration text (default: built-in prose)")
     parser.add_argument("--test", type=Path, help="held-out text (default: built-in prose)")
@@ -142,7 +154,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def prepare(args: argparse.Namespace) -> tuple[Any, list[list[int]], Tensor]:
-    """Set the threads, and give tokenizer, calibration ids and held-out windows."""
+    """Set the threads; return the tokenizer, calibration ids and held-out windows."""
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     torch.set_num_threads(args.threads)
     args.model = args.model or write_sample_model(FOLDER / "sample-model").folder
@@ -156,7 +168,7 @@ def prepare(args: argparse.Namespace) -> tuple[Any, list[list[int]], Tensor]:
 
 
 def windows_by_kind(tokenizer: Any, prose: Tensor) -> dict[str, Tensor]:
-    """Give windows of the shipped texts of other kinds, beside those of prose."""
+    """Return windows by kind of text: the given prose, and the shipped texts of other kinds."""
     windows = {PROSE: prose}
     for kind in OTHERS:
         other = tokenize_text(tokenizer, "\n\n".join(evaluation_documents(kind)))
@@ -170,13 +182,12 @@ def run_tools(
     """Run every tool on the same ids, ``args.jobs`` at a time."""
     jobs: dict[str, tuple[str, dict[str, Any], list[str]]] = {}
     for number, (name, settings) in enumerate(HALFBYTE_CASES.items()):
-        own = mix if name.endswith(MIX) else ids
-        job = {"ids": own, "config": {"bits": args.bits, **settings}}
+        job = {"ids": mix if name.endswith(MIX) else ids, "config": {"bits": args.bits, **settings}}
         job["rotated"] = name.endswith(ROTATED)
         jobs[name] = (f"halfbyte-{number}", job, [sys.executable, __file__, "--child"])
     for number, (name, (peer, group_size)) in enumerate(PEER_CASES.items()):
         if peer not in args.peers.split(",") or (peer == "llmcompressor" and args.bits != 4):
-            continue  # that one's files are read here at 4 bits only
+            continue  # decode() reads its files only at 4 bits
         folder = f"{peer}-{number}"
         settings = {"bits": args.bits, "group_size": group_size}
         job = {
@@ -191,7 +202,7 @@ def run_tools(
     chosen = args.only.split(";") if args.only else list(jobs)
     unknown = [name for name in chosen if name not in jobs]
     if unknown:
-        raise SystemExit(f"No case {unknown[0]!r}; there are: {'; '.join(jobs)}")
+        raise SystemExit(f"Unknown case {unknown[0]!r}. Available: {'; '.join(jobs)}")
     shared = {"model": str(args.model), "device": args.device}
     with ThreadPoolExecutor(args.jobs) as pool:
         running = {
@@ -205,7 +216,7 @@ def run_tools(
 def run_tool(
     work: Path, folder: str, job: dict[str, Any], command: list[str], limit: float | None = None
 ) -> dict[str, Any] | None:
-    """Run one tool in a process of its own and account for it; None where it was stopped."""
+    """Run one tool in its own process; return its costs, or None if it hit the time limit."""
     path = work / f"{folder}.json"
     path.write_text(json.dumps({**job, "output": str(work / folder)}))
     log = work / f"{folder}.log"
@@ -220,11 +231,11 @@ def run_tool(
         _, status, usage = os.wait4(process.pid, 0)
         stop.cancel()
     if status == signal.SIGKILL and limit and time.monotonic() - start >= limit:
-        print(f"{folder} was stopped after {limit:.0f} s", flush=True)
+        print(f"{folder} was stopped at the time limit of {limit:.0f} s", flush=True)
         return None
     if status:
-        said = log.read_text(errors="replace")[-4000:]
-        raise SystemExit(f"{folder} ended with status {status}:\n{said}")
+        output_tail = log.read_text(errors="replace")[-4000:]
+        raise SystemExit(f"{folder} failed with status {status}:\n{output_tail}")
     run = {
         "folder": folder,
         "user_seconds": usage.ru_utime,
@@ -262,7 +273,7 @@ def run_halfbyte(
 def compare(
     base: Path, folders: dict[str, Path], windows: dict[str, Tensor], device: str
 ) -> dict[str, dict[str, DivergenceResult]]:
-    """Run all models window by window in fp32, weights decoded from the files; by tool and kind."""
+    """Run all models window by window in fp32; return divergences by tool and kind of text."""
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).to(device)
     models = {name: decode(base, folder).to(device) for name, folder in folders.items()}
     accumulators = {name: {kind: DivergenceAccumulator() for kind in windows} for name in folders}
@@ -278,7 +289,7 @@ def compare(
 
 
 def decode(base: Path, folder: Path) -> Any:
-    """Load a quantized model as an ordinary fp32 one, whichever tool wrote it."""
+    """Load a quantized model of any tool as a dense fp32 model, decoded from its files."""
     labels = json.loads((folder / "config.json").read_text())["quantization_config"]
     if labels["quant_method"] == "gptq":
         return halfbyte.load(folder, dtype=torch.float32).dequantize(torch.float32)
@@ -289,22 +300,25 @@ def decode(base: Path, folder: Path) -> Any:
         if name.endswith(suffix)
     }
     if not weights:
-        raise SystemExit(f"{folder} holds no packed weights")
+        raise SystemExit(f"Cannot decode {folder}: it has no packed weights.")
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if model.load_state_dict(weights, strict=False).unexpected_keys:
-        raise SystemExit(f"{folder} holds weights that {base} has not")
+        raise SystemExit(f"Cannot decode {folder}: it has weights that {base} does not have.")
     return model
 
 
 def unpack_compressed(tensors: dict[str, Tensor], name: str) -> Tensor:
-    """Decode one linear of llm-compressor's: codes of 4 bits plus 8, packed along in, low first."""
+    """Decode a linear of llm-compressor: 4-bit codes plus 8, packed along in, low bits first."""
     shifts = torch.arange(0, 32, 4, dtype=torch.int32)
     codes = (tensors[f"{name}.weight_packed"][..., None] >> shifts) & 15
     scale = tensors[f"{name}.weight_scale"].float()
     grouped = codes.view(*scale.shape, -1).float() - 8
     weight = (grouped * scale[..., None]).flatten(1)
     if list(weight.shape) != tensors[f"{name}.weight_shape"].tolist():
-        raise SystemExit(f"{name} decodes to {list(weight.shape)}")
+        raise SystemExit(
+            f"Cannot decode {name}: its shape is {list(weight.shape)}, not "
+            f"{tensors[f'{name}.weight_shape'].tolist()}."
+        )
     return weight
 
 
@@ -333,7 +347,7 @@ def report(
 
 
 def as_plain(results: dict[str, dict[str, DivergenceResult]]) -> dict[str, dict[str, Any]]:
-    """Give every number that was measured, by tool and kind of text, for JSON."""
+    """Convert results to plain dicts for JSON, by tool and kind of text."""
     return {
         name: {kind: result.to_dict() for kind, result in by_kind.items()}
         for name, by_kind in results.items()
@@ -343,7 +357,7 @@ def as_plain(results: dict[str, dict[str, DivergenceResult]]) -> dict[str, dict[
 def make_rows(
     runs: dict[str, Any], results: dict[str, dict[str, DivergenceResult]]
 ) -> list[list[Any]]:
-    """Give a row of ``COLUMNS`` behind each name, and print it before anything can go wrong."""
+    """Return rows of a name and ``COLUMNS``; each is printed in case saving fails."""
     rows = []
     for name, by_kind in results.items():
         run, result = runs[name], by_kind[PROSE]
@@ -365,7 +379,7 @@ def make_rows(
 
 
 def describe(args: argparse.Namespace, samples: int, windows: int, base: float) -> str:
-    """Say what a reader must know beside the table."""
+    """Return the note of the table."""
     names = (args.text, "built-in prose"), (args.test, "the held-out built-in prose")
     text, test = (path.name if path else other for path, other in names)
     return (

@@ -1,8 +1,8 @@
-"""What does an adapter of halfbyte repair bring, on text that it did not see?
+"""Measure the gain of adapters of ``halfbyte repair`` on held-out text.
 
     python bench/measure_repair.py QUANTIZED ORIGINAL [--ranks 16 64] [--samples 32]
 
-KL to the original and perplexity over held-out windows, without and with an adapter of each rank.
+KL to the original and perplexity on held-out windows, without an adapter and with one of each rank.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from record import save_result
 
 
 def main() -> None:
-    """Repair at each rank, and compare each with the original."""
+    """Repair with each rank, and compare the results with the original."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("quantized", type=Path)
     parser.add_argument("original", type=Path)
@@ -32,14 +32,14 @@ def main() -> None:
     tokenizer = load_tokenizer(args.original)
     original = open_subject(args.original, dtype="bfloat16", device="cpu").model
 
-    def judge(model: object) -> dict[str, object]:
+    def measure(model: object) -> dict[str, object]:
         result = divergence(
             original, model, tokenizer=tokenizer, window=512, windows=args.windows
         ).to_dict()
         print(result, flush=True)
         return result
 
-    found = {"none": judge(open_subject(args.quantized, dtype="bfloat16", device="cpu").model)}
+    found = {"none": measure(open_subject(args.quantized, dtype="bfloat16", device="cpu").model)}
     left: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         for rank in args.ranks:
@@ -53,7 +53,7 @@ def main() -> None:
             )
             left[str(rank)] = report.mean_kept_error
             base = open_subject(args.quantized, dtype="bfloat16", device="cpu").model
-            found[str(rank)] = judge(PeftModel.from_pretrained(base, target))
+            found[str(rank)] = measure(PeftModel.from_pretrained(base, target))
     rows = [
         [name, f"{left.get(name, 1.0):.0%}", f["kl_nats"], f["quantized"]["perplexity"]]
         for name, f in found.items()

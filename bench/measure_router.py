@@ -1,9 +1,9 @@
-"""What everything between the interface and a model costs a request, beside the model itself.
+"""Measure the router's CPU time per request, without the model's.
 
-python bench/measure_router.py [--rounds 9]
+    python bench/measure_router.py [--rounds 9]
 
-A backend whose events are there at once is read directly, and through the router with more and more
-switched on; in turns, within one process. The difference is the router's.
+A backend whose events are ready immediately is read directly and through the router, with more and
+more features enabled, in turn in one process. The difference is the cost of the router.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WORDS = "the answer to this question is not as simple as it may seem at first be
 
 
 class ReadyBackend:
-    """Has every event at once, and lets others run between two, as a network does."""
+    """Has all events ready, and yields to the event loop between them like a network backend."""
 
     name = "ready"
     models = ("ready",)
@@ -42,32 +42,32 @@ class ReadyBackend:
         ]
 
     async def stream(self, call: Call) -> AsyncGenerator[Event, None]:
-        """Answer."""
+        """Yield the events."""
         for event in self.events:
             await asyncio.sleep(0)
             yield event
 
     async def is_ready(self) -> bool:
-        """Always."""
+        """Return True."""
         return True
 
     def load(self) -> Load:
-        """None."""
+        """Return an empty load."""
         return Load()
 
     async def close(self) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
 
 def make_call(number: int, stream: bool) -> Call:
-    """Give a chat request."""
+    """Make a chat request."""
     messages = [{"role": "user", "content": "What is the answer to this question, and why?"}]
     body = {"model": "ready", "messages": messages, "stream": stream}
     return Call(kind="chat", body=body, id=f"chatcmpl-{number}")
 
 
 async def read_directly(backend: ReadyBackend) -> float:
-    """Give seconds of processor time a request."""
+    """Return the CPU seconds per request of the backend alone."""
     start = time.process_time()
     for number in range(REQUESTS):
         async for _ in backend.stream(make_call(number, True)):
@@ -76,7 +76,7 @@ async def read_directly(backend: ReadyBackend) -> float:
 
 
 async def read_routed(quality: Quality, stream: bool) -> float:
-    """Give the same through the router."""
+    """Return the CPU seconds per request through the router."""
     start = time.process_time()
     for number in range(REQUESTS):
         async for _ in quality.router.stream(make_call(number, stream), Served()):
@@ -85,7 +85,7 @@ async def read_routed(quality: Quality, stream: bool) -> float:
 
 
 async def measure(rounds: int, folder: Path) -> dict[str, list[float]]:
-    """Give seconds a request over the backend alone, by arm, one value a round."""
+    """Return the CPU seconds per request added to the backend's, by arm, one value per round."""
     backend = ReadyBackend()
     settings: dict[str, tuple[dict[str, Any], bool]] = {
         "nothing switched on": ({}, True),
@@ -112,7 +112,7 @@ async def measure(rounds: int, folder: Path) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    """Measure and write the table."""
+    """Measure and save the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()

@@ -1,8 +1,8 @@
-"""`halfbyte serve` under load: 16 clients, mixed lengths, some leave early, some ask nonsense.
+"""Load test of `halfbyte serve`: 16 clients, mixed lengths, aborted and invalid requests.
 
-What must hold: every good request is answered whole, every bad one is refused with a 4xx, greedy
-answers are those that the same requests get alone afterwards, and the process takes no more memory
-after it has warmed up, and no more than planned.
+Expected: every valid request is answered completely, every invalid one gets a 4xx, greedy answers
+equal those of the same requests sent alone afterwards, and memory neither grows after warm-up nor
+exceeds the plan.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ import psutil
 from record import save_result
 
 WARM_SHARE = 0.2
-"""Of the time, before memory counts."""
-AGAIN = 64
-"""Greedy requests that are asked again."""
+"""Share of the time before memory is recorded."""
+NUM_REPEATED = 64
+"""Greedy requests that are sent again alone."""
 STORY = (
     "the sea was calm and the old man rowed on while gulls cried over the pier and children ran "
     "along the sand with kites of red paper that rose and fell"
@@ -47,8 +47,8 @@ BAD = (
 
 
 @dataclass
-class Found:
-    """What has happened."""
+class Outcome:
+    """What the clients observed."""
 
     counts: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
@@ -57,13 +57,13 @@ class Found:
     greedy: list[tuple[dict, list[str]]] = field(default_factory=list)
     """Requests and the lines of their answers."""
     same: int = 0
-    """Of AGAIN of them, asked again alone."""
+    """Repeated requests with the same answer."""
     planned: float = 0.0
-    """Bytes of the whole process, at its peak."""
+    """Planned peak of the whole process. Unit: bytes."""
 
 
 def main() -> None:
-    """Start the server, load it, save."""
+    """Start the server, run the load, save the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--minutes", type=float, default=10)
@@ -72,29 +72,29 @@ def main() -> None:
     command = [sys.executable, "-m", "halfbyte", "serve", arguments.model, "--port", "0"]
     command += ["--cache-gb", "0.5", "--context", "2048"]
     with tempfile.TemporaryDirectory() as folder:
-        said = Path(folder) / "said"
-        with said.open("w") as output, subprocess.Popen(command, stderr=output) as process:
+        log = Path(folder) / "server.log"
+        with log.open("w") as output, subprocess.Popen(command, stderr=output) as process:
             try:
-                address = wait_for_address(process, said)
+                address = wait_for_address(process, log)
                 found, memory = asyncio.run(load(address, process.pid, arguments))
             finally:
                 process.terminate()
             code = process.wait(60)
-        save(arguments, found, memory, code, said.read_text())
+        save(arguments, found, memory, code, log.read_text())
 
 
-def wait_for_address(process: subprocess.Popen, said: Path) -> str:
-    """Wait for the start message."""
+def wait_for_address(process: subprocess.Popen, log: Path) -> str:
+    """Wait for the start message; return the server's address."""
     while process.poll() is None:
-        if match := re.search(r"at (http://[\d.:]+)/v1", said.read_text()):
+        if match := re.search(r"at (http://[\d.:]+)/v1", log.read_text()):
             return match[1]
         time.sleep(0.2)
-    raise SystemExit(f"the server did not start:\n{said.read_text()}")
+    raise SystemExit(f"Cannot run the load test: the server did not start:\n{log.read_text()}")
 
 
 async def load(address: str, pid: int, arguments: argparse.Namespace):
-    """Run all clients until the time is over, and look at memory beside them."""
-    found, memory = Found(), []
+    """Run all clients until the time is over, recording memory meanwhile."""
+    found, memory = Outcome(), []
     end = time.monotonic() + 60 * arguments.minutes
     server = psutil.Process(pid)
     async with httpx2.AsyncClient(
@@ -112,7 +112,9 @@ async def load(address: str, pid: int, arguments: argparse.Namespace):
         for client in clients:
             client.result()
         state = (await http.get("/metrics")).text
-        for body, lines in random.Random(0).sample(found.greedy, min(AGAIN, len(found.greedy))):
+        for body, lines in random.Random(0).sample(
+            found.greedy, min(NUM_REPEATED, len(found.greedy))
+        ):
             alone = [line async for line in read_lines(http, body)]
             found.same += read_text(alone) == read_text(lines)
     planned = re.search(r'^halfbyte:memory_planned_bytes\{what="total"\} (\S+)', state, re.M)
@@ -123,8 +125,8 @@ async def load(address: str, pid: int, arguments: argparse.Namespace):
     return found, memory
 
 
-async def run_client(http, model: str, draw: random.Random, end: float, found: Found) -> None:
-    """Ask one thing after the other."""
+async def run_client(http, model: str, draw: random.Random, end: float, found: Outcome) -> None:
+    """Send requests one after the other."""
     while time.monotonic() < end:
         text = " ".join(draw.choices(STORY.split(), k=draw.choice((5, 20, 80, 300))))
         body = {
@@ -137,15 +139,15 @@ async def run_client(http, model: str, draw: random.Random, end: float, found: F
         }
         kind = draw.choices(("good", "leaves", "bad"), (0.8, 0.1, 0.1))[0]
         if kind == "bad":
-            await ask_badly(http, body | draw.choice(BAD), found)
+            await send_invalid(http, body | draw.choice(BAD), found)
         else:
-            await ask(
-                http, body, found, leaves_after=draw.randrange(12) if kind == "leaves" else None
+            await send(
+                http, body, found, abort_after=draw.randrange(12) if kind == "leaves" else None
             )
 
 
-async def ask(http, body: dict, found: Found, *, leaves_after: int | None) -> None:
-    """Read an answer to its end, or leave in the middle."""
+async def send(http, body: dict, found: Outcome, *, abort_after: int | None) -> None:
+    """Read an answer to its end, or abort after some lines."""
     start, lines, first = time.monotonic(), [], None
     try:
         async with http.stream("POST", "/v1/chat/completions", json=body) as reply:
@@ -154,7 +156,7 @@ async def ask(http, body: dict, found: Found, *, leaves_after: int | None) -> No
                     continue
                 lines.append(line)
                 first = first or time.monotonic() - start
-                if leaves_after is not None and len(lines) > leaves_after:
+                if abort_after is not None and len(lines) > abort_after:
                     found.counts["left"] += 1
                     return
         status = reply.status_code
@@ -173,31 +175,31 @@ async def ask(http, body: dict, found: Found, *, leaves_after: int | None) -> No
 
 
 async def read_lines(http, body: dict) -> AsyncIterator[str]:
-    """Give an answer's lines."""
+    """Yield an answer's lines."""
     async with http.stream("POST", "/v1/chat/completions", json=body) as reply:
         async for line in reply.aiter_lines():
             yield line
 
 
 def read_text(lines: list[str]) -> str:
-    """Give what an answer says."""
+    """Join the text of an answer's lines."""
     chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
     pieces = [choice["delta"].get("content") for chunk in chunks for choice in chunk["choices"]]
     return "".join(piece or "" for piece in pieces)
 
 
-async def ask_badly(http, body: dict, found: Found) -> None:
-    """Expect a refusal in OpenAI's form."""
+async def send_invalid(http, body: dict, found: Outcome) -> None:
+    """Send an invalid request, which must be refused in OpenAI's error format."""
     reply = await http.post("/v1/chat/completions", json=body)
     if not 400 <= reply.status_code < 500 or "error" not in reply.json():
         found.failures.append(f"a bad request got {reply.status_code}: {reply.text[:200]}")
     found.counts["bad"] += 1
 
 
-def save(arguments: argparse.Namespace, found: Found, memory, code: int, rest: str) -> None:
-    """Write the table, and fail where something failed."""
-    whole = memory[-1][0]
-    warm = [rss for seconds, rss in memory if seconds >= WARM_SHARE * whole]
+def save(arguments: argparse.Namespace, found: Outcome, memory, code: int, log: str) -> None:
+    """Save the table; exit with 1 if an expectation failed."""
+    total_seconds = memory[-1][0]
+    warm = [rss for seconds, rss in memory if seconds >= WARM_SHARE * total_seconds]
     half = len(warm) // 2
     growth = statistics.median(warm[half:]) / statistics.median(warm[:half]) - 1
     first = sorted(found.first_seconds)
@@ -206,14 +208,14 @@ def save(arguments: argparse.Namespace, found: Found, memory, code: int, rest: s
         ["of these failed", len(found.failures)],
         ["clients that left", found.counts["left"]],
         ["bad requests, all refused", found.counts["bad"]],
-        ["tokens/s, all together", found.tokens / whole],
+        ["tokens/s, all together", found.tokens / total_seconds],
         ["until the first token, median s", statistics.median(first)],
         ["p99", first[int(0.99 * (len(first) - 1))]],
         ["memory, median GB", statistics.median(warm) / 1e9],
         ["memory, largest over smallest", max(warm) / min(warm)],
         ["second half over first half, %", 100 * growth],
         ["memory, largest over planned", max(rss for _, rss in memory) / found.planned],
-        [f"of {min(AGAIN, len(found.greedy))} greedy answers, the same alone", found.same],
+        [f"of {min(NUM_REPEATED, len(found.greedy))} greedy answers, the same alone", found.same],
     ]
     save_result(
         "serve-load",
@@ -228,8 +230,8 @@ def save(arguments: argparse.Namespace, found: Found, memory, code: int, rest: s
     for row in rows:
         print(*row)
     print(*found.failures[:10], sep="\n")
-    print(rest[-2000:])
-    if found.failures or code or found.same < min(AGAIN, len(found.greedy)):
+    print(log[-2000:])
+    if found.failures or code or found.same < min(NUM_REPEATED, len(found.greedy)):
         raise SystemExit(1)
 
 

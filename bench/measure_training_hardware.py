@@ -1,4 +1,4 @@
-"""Which card trains which model? The planner's arithmetic; nothing is run.
+"""Plan which GPU is large enough to train which model; nothing is run.
 
 python bench/measure_training_hardware.py
 """
@@ -20,7 +20,7 @@ BITS = (4, 16)
 
 
 def main() -> None:
-    """Plan each, print, keep."""
+    """Plan each model, print and save."""
     argparse.ArgumentParser(description=__doc__).parse_args()
     rows = []
     for model in MODELS:

@@ -1,11 +1,11 @@
-"""What does a training step take on a base in 4 bits, against the same step on the base in bf16?
+"""Compare the peak memory of a training step on a 4-bit and on a bf16 base.
 
     python bench/measure_training_memory.py [--tokens 256] [--all-linear]
 
-A model of TinyLlama's shape (1.1 billion parameters) with random weights; adapters of rank 16 on
-the query and value projections (or every linear), activations computed again in the backward,
-the loss of ``halfbyte finetune``, AdamW. Each base in a process of its own, whose largest resident
-size during one step after the first is taken, less what it was before the model was made.
+The model has TinyLlama's shape (1.1 billion parameters) and random weights; adapters of rank 16 on
+the query and value projections (or every linear), gradient checkpointing, the loss of ``halfbyte
+finetune``, AdamW. Each base runs in its own process; the result is the peak resident size during
+the second step, minus the size before the model was made.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 import warnings
 from pathlib import Path
 
-import peft.tuners.lora  # noqa: F401 - before the first look at memory
+import peft.tuners.lora  # noqa: F401 - imported before memory is first read
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -47,7 +47,7 @@ GROUP_SIZE = 128
 
 
 def main() -> None:
-    """Measure both in processes of their own."""
+    """Measure both bases, each in its own process."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--all-linear", action="store_true")
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def plan(base: str, tokens: int, *, all_linear: bool) -> int:
-    """Give what `halfbyte plan --finetune` says, without the program. Unit: bytes."""
+    """Return the memory that `halfbyte plan --finetune` plans, without the program. Unit: bytes."""
     load = TrainingLoad(
         base=Load(
             bits=4 if base == "4-bit" else 16,
@@ -100,7 +100,7 @@ def plan(base: str, tokens: int, *, all_linear: bool) -> int:
 
 
 def measure(base: str, tokens: int, *, all_linear: bool) -> dict[str, float]:
-    """Build, step twice, and give the peak of the second step. Unit: bytes."""
+    """Build the model, run two steps, return the peak of the second one. Unit: bytes."""
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     map_large_blocks()
@@ -118,7 +118,7 @@ def measure(base: str, tokens: int, *, all_linear: bool) -> dict[str, float]:
     ids = torch.randint(0, CONFIG.vocab_size, (1, tokens))
     for step in range(2):
         if step:
-            # Resets VmHWM: loading and repacking are not what is asked.
+            # Resets VmHWM, to exclude the peaks of loading and repacking.
             release_memory()
             Path("/proc/self/clear_refs").write_text("5")
         start = time.perf_counter()
@@ -144,7 +144,7 @@ def _build(*, quantized: bool) -> LlamaForCausalLM:
     for module in model.modules():
         for key, parameter in list(module._parameters.items()):
             if parameter is not None:
-                # Touched, or the pages would not be there.
+                # Filled, so that the pages become resident.
                 made = torch.empty(parameter.shape, dtype=torch.bfloat16).fill_(0.01)
                 module._parameters[key] = nn.Parameter(made, requires_grad=False)
     model.model.rotary_emb = type(model.model.rotary_emb)(CONFIG)

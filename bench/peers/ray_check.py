@@ -1,4 +1,4 @@
-"""Let Ray read a configuration of its Serve LLM by its own classes; runs in Ray's environment."""
+"""Parse a configuration of Ray Serve LLM with Ray's classes. Runs in Ray's environment."""
 
 import json
 import sys
@@ -11,11 +11,11 @@ from ray.serve.schema import ServeDeploySchema
 
 
 def main(job_file: str) -> None:
-    """Write down what Ray understood, with its defaults."""
+    """Write the parsed configuration, with Ray's defaults, to a file."""
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     config = yaml.safe_load(Path(job["config"]).read_text(encoding="utf-8"))
     deployed = ServeDeploySchema.model_validate(config)
-    # The schema takes what it does not know without a word.
+    # The schema silently accepts unknown fields.
     unknown = sorted(set(config) - set(ServeDeploySchema.model_fields))
     (application,) = deployed.applications
     unknown += sorted(set(config["applications"][0]) - set(type(application).model_fields))

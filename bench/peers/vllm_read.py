@@ -1,10 +1,11 @@
-"""Read token ids with vLLM on a CPU; in its environment: python vllm_read.py JOB.json.
+"""Evaluate token ids with vLLM on a CPU. Run in its environment: python vllm_read.py JOB.json.
 
-The job: windows (equally long lists of token ids) and runs, each a checkpoint, a dtype, an output
-file and maybe the folder of a PEFT adapter. With an adapter each file gets the greedy replies to
-the windows, because vLLM's CPU build cannot rate a prompt with one; without, each file gets the
-negative log-likelihood (nats) and the first choice of every token but the first. Where vLLM refuses
-the checkpoint, its words go into a file of that name with .refused behind it.
+Fields of the job: windows (lists of token ids of equal length) and runs, each with a checkpoint, a
+dtype, an output file and optionally the folder of a PEFT adapter. With an adapter, the output has
+the greedy replies to the windows, because vLLM's CPU build does not return logprobs of a prompt
+with one; without, it has the negative log-likelihood (nats) and the top-1 prediction of every token
+but the first. If vLLM refuses the checkpoint, its error message is written to the output file's
+name plus .refused.
 """
 
 from __future__ import annotations
@@ -23,21 +24,21 @@ SETTINGS = {
 }
 
 NEW_TOKENS = 24
-"""Of a greedy reply."""
+"""Tokens of a greedy reply."""
 
 
 def main(job: dict[str, Any]) -> None:
-    """Read the windows once per run."""
+    """Evaluate the windows, once per run."""
     os.environ |= SETTINGS
     from vllm.distributed import cleanup_dist_env_and_memory
 
     for run in job["runs"]:
         try:
             result = read(run["checkpoint"], run["dtype"], job["windows"], run.get("adapter"))
-        # Some of its refusals are assertions.
+        # vLLM raises some refusals as assertions.
         except (ValueError, RuntimeError, AssertionError, KeyError) as error:
-            words = f"{type(error).__name__}: {error}"
-            Path(run["output"] + ".refused").write_text(words, encoding="utf-8")
+            message = f"{type(error).__name__}: {error}"
+            Path(run["output"] + ".refused").write_text(message, encoding="utf-8")
         else:
             Path(run["output"]).write_text(json.dumps(result), encoding="utf-8")
         cleanup_dist_env_and_memory()
@@ -46,7 +47,7 @@ def main(job: dict[str, Any]) -> None:
 def read(
     checkpoint: str, dtype: str, windows: list[list[int]], adapter: str | None
 ) -> dict[str, Any]:
-    """Load a checkpoint and read the windows, or answer them by its adapter."""
+    """Load a checkpoint; rate the windows, or reply to them with the adapter."""
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.lora.request import LoRARequest
 

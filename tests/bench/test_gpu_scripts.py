@@ -325,7 +325,7 @@ def test_only_a_process_that_cannot_continue_is_ended(collect):
 def test_checking_stops_early_if_the_first_checks_all_fail(collect, script):
     bad = GOOD | {"problem": "KernelUnavailable: The CUDA driver cannot describe boxes"}
     problems, _ = collect(None, *[bad] * 9)
-    assert len(problems) == script("measure_gpu_rows").FIRST
+    assert len(problems) == script("measure_gpu_rows").MIN_CHECKS
     stop = script("measure_gpu_rows").find_stop([bad] * 3)
     assert "the first 3 checks all failed" in stop
     assert "cannot describe boxes" in stop
