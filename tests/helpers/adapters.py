@@ -1,4 +1,4 @@
-"""Adapters of PEFT on tiny checkpoints."""
+"""PEFT adapters for tiny checkpoints."""
 
 from __future__ import annotations
 

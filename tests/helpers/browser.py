@@ -1,4 +1,4 @@
-"""Headless Chromium by the WebDriver protocol, which is plain HTTP: no package is needed."""
+"""Headless Chromium through the WebDriver protocol, which is plain HTTP and needs no package."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
 DRIVER = shutil.which("chromedriver")
-WHY_NOT = "no Chromium and chromedriver here (Debian: chromium, chromium-driver)"
+WHY_NOT = "Chromium and chromedriver are not installed (Debian: chromium, chromium-driver)"
 
 OPTIONS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -27,7 +27,7 @@ OPTIONS = [
 
 
 class Browser:
-    """One window."""
+    """A browser window."""
 
     def __init__(self, address: str, session: str) -> None:
         self._address = f"{address}/session/{session}"
@@ -42,13 +42,13 @@ class Browser:
         self.call("url", url=page.as_uri())
 
     def value(self, expression: str) -> object:
-        """Evaluate JavaScript beside the page, whatever its own policy allows it."""
+        """Evaluate JavaScript in the page, regardless of its content security policy."""
         found = self.cdp("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
     def look(self, *, width: int, height: int = 900, dark: bool = False, media: str = "") -> None:
-        """Show the page in a window of this size, light or dark, on a screen or for print."""
+        """Set the window size, the color scheme and the media type (screen or print)."""
         self.cdp(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -60,7 +60,7 @@ class Browser:
         self.cdp("Emulation.setEmulatedMedia", media=media, features=[scheme])
 
     def screenshot(self, path: Path) -> None:
-        """Save a picture of the whole page."""
+        """Save a screenshot of the whole page."""
         shot = self.cdp("Page.captureScreenshot", captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(shot["data"]))
 
@@ -86,15 +86,15 @@ def open_browser() -> Iterator[Browser]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
-    # Both write to pipes that nobody reads otherwise.
+    # Otherwise both could block on pipes that nobody reads.
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     driver = subprocess.Popen([DRIVER, f"--port={port}"], **quiet)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         try:
             _wait(address)
             chrome = {"binary": CHROMIUM, "args": [*OPTIONS, f"--user-data-dir={profile}"]}
-            wanted = {"goog:chromeOptions": chrome, "goog:loggingPrefs": {"browser": "ALL"}}
-            made = request(f"{address}/session", {"capabilities": {"alwaysMatch": wanted}})
+            capabilities = {"goog:chromeOptions": chrome, "goog:loggingPrefs": {"browser": "ALL"}}
+            made = request(f"{address}/session", {"capabilities": {"alwaysMatch": capabilities}})
             yield Browser(address, made["sessionId"])
             request(f"{address}/session/{made['sessionId']}", method="DELETE")
         finally:
@@ -109,4 +109,4 @@ def _wait(address: str) -> None:
                 return
         except (urllib.error.URLError, ConnectionError):
             time.sleep(0.1)
-    raise RuntimeError("chromedriver does not answer")
+    raise RuntimeError(f"chromedriver at {address} was not ready after 200 tries")

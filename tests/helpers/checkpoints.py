@@ -1,4 +1,4 @@
-"""Tiny GPTQ checkpoints on disk, made from random models and random codes."""
+"""Tiny GPTQ checkpoints on disk, with random models and random codes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from halfbyte.model.experts import unfuse_experts
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What to write; the defaults are halfbyte's own."""
+    """Properties of a checkpoint; the defaults are those of halfbyte."""
 
     bits: int = 4
     group_size: int = 32
@@ -30,19 +30,19 @@ class Recipe:
     act_order: bool = False
     zero_offset: int = 1
     skip: str = r"lm_head|gate$|router"
-    """Modules that stay dense, as a regular expression."""
+    """Regular expression of modules that stay dense."""
     bits_for: Mapping[str, int] = field(default_factory=dict)
-    """Other bits, by regular expression."""
+    """Other bits by regular expression of module names."""
     with_g_idx: bool = True
     size: float = 1.0
-    """Of the weights: random codes of 8 bits are 16 times as large as those of 4."""
+    """Scale of the weights: random 8-bit codes are 16 times as large as 4-bit ones."""
     dtype: torch.dtype = torch.float16
-    """Of the dense tensors and the biases."""
+    """Dtype of the dense tensors and the biases."""
     labels: Mapping[str, Any] = field(default_factory=dict)
     """Changes to the quantization config."""
     file_name: str = "model.safetensors"
     config_in: str = "config.json"
-    """Where the quantization config goes."""
+    """File of the quantization config."""
 
 
 TINY_SIZES: Mapping[str, int] = {
@@ -73,7 +73,7 @@ def build_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
 def write_checkpoint(
     folder: Path, config: PretrainedConfig, recipe: Recipe = Recipe()
 ) -> PreTrainedModel:
-    """Write a checkpoint; give the float32 model that it stands for (experts split)."""
+    """Write a checkpoint; return the equivalent float32 model (with experts split)."""
     model = build_model(config)
     unfuse_experts(model, lambda _: True)
     head = model.get_output_embeddings()
@@ -146,7 +146,7 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> N
 
 
 def _pack(name: str, module: nn.Module, recipe: Recipe, seed: int) -> dict[str, Tensor]:
-    """Random codes for one linear; the module gets the weight that they stand for."""
+    """Return tensors of random codes for a linear, and set its weight to the dequantized codes."""
     shape = module.weight.t().shape if isinstance(module, Conv1D) else module.weight.shape
     bits = next((b for p, b in recipe.bits_for.items() if re.search(p, name)), recipe.bits)
     group_size = shape[1] if recipe.group_size == -1 else recipe.group_size
@@ -177,7 +177,7 @@ def _pack(name: str, module: nn.Module, recipe: Recipe, seed: int) -> dict[str, 
 
 
 def _round_rest(model: nn.Module, packed: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """What is not packed is stored in 16 bits, so the model that it stands for has those values."""
+    """Round all other parameters to the 16-bit dtype in which they are stored."""
     for name, parameter in model.named_parameters():
         if f"{name.rpartition('.')[0]}.qweight" not in packed:
             parameter.data = parameter.data.to(dtype).to(parameter.dtype)

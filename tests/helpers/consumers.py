@@ -1,4 +1,4 @@
-"""Checkpoints of right shapes and no content, and what each consumer says of them."""
+"""Checkpoints with correct shapes but no content, to check which consumers load them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HIDDEN = 1024
 
 
 class Linear:
-    """Tensors of the right shapes; what the codes are is of no matter here."""
+    """Tensors of a quantized linear with correct shapes and arbitrary codes."""
 
     def __init__(self, in_features: int, out_features: int, **changes: Any) -> None:
         self.sizes = {"in_features": in_features, "out_features": out_features}
@@ -47,7 +47,7 @@ class Linear:
 
 
 def llama(**changes: Any) -> dict[str, Linear]:
-    """One block whose every size each consumer takes on up to 8 devices."""
+    """Return a block whose sizes every consumer supports on up to 8 devices."""
     return {
         "self_attn.q_proj": Linear(HIDDEN, HIDDEN, **changes),
         "self_attn.k_proj": Linear(HIDDEN, HIDDEN, **changes),

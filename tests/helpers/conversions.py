@@ -1,4 +1,4 @@
-"""Tiny quantized models with all that a conversion asks for, and how to compare two of them."""
+"""Tiny quantized models that can be converted, and comparisons of two of them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MLP = "model.layers.0.mlp"
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A byte-level BPE of 256 bytes, two merges and two special tokens."""
+    """Write a byte-level BPE with 256 bytes, two merges and two special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {symbol: number for number, symbol in enumerate(alphabet)}
     vocabulary |= {"th": 258, "the": 259}
@@ -79,9 +79,9 @@ def write_source(
     is_whole: bool = False,
     **labels: object,
 ) -> dict[str, torch.Tensor]:
-    """Write a GPTQ model; give its weights in float64 by module.
+    """Write a GPTQ model; return its weights in float64 by module.
 
-    ``is_whole`` adds what the block has beside these linears, without which GGUF is not read.
+    ``is_whole`` adds the rest of the block, which GGUF requires.
     """
     weights = write_model(folder, linears, labels=labels, seed=seed)
     if is_whole:
@@ -99,7 +99,7 @@ def write_source(
 
 
 def assert_same_checkpoint(first: Path, second: Path) -> None:
-    """Every tensor of two GPTQ checkpoints is the same, bit for bit."""
+    """Assert that all tensors of two GPTQ checkpoints are bitwise equal."""
     one, two = open_checkpoint(first), open_checkpoint(second)
     assert set(one.files.infos) == set(two.files.infos)
     for name in one.files.infos:
@@ -109,7 +109,7 @@ def assert_same_checkpoint(first: Path, second: Path) -> None:
 
 
 def assert_same_weights(first: Path, second: Path) -> None:
-    """Every linear of two GPTQ checkpoints stands for the same weight, bit for bit."""
+    """Assert that all dequantized weights of two GPTQ checkpoints are bitwise equal."""
     one, two = open_checkpoint(first), open_checkpoint(second)
     assert set(one.linears) == set(two.linears)
     for name in one.linears:

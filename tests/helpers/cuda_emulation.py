@@ -1,4 +1,4 @@
-"""The CUDA kernel's own source, compiled for a CPU by tests/kernels/cuda_emulator.h."""
+"""Runs the CUDA kernels' sources on a CPU, through tests/kernels/cuda_emulator.h."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ SOURCES = Path(__file__).parents[2] / "src" / "halfbyte" / "kernels" / "cuda"
 
 
 def find_compiler() -> str | None:
-    """A C++ compiler, if there is one."""
+    """Return the path of a C++ compiler, or None."""
     return shutil.which("g++") or shutil.which("clang++")
 
 
 @functools.cache
 def build(source: str, macros: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
-    """Compile a kernel for a CPU; once for each set of macros."""
+    """Compile a kernel for the CPU, once for each set of macros."""
     folder = tempfile.mkdtemp(prefix="halfbyte-emulator-")
     library = Path(folder) / "multiply.so"
     compiler = find_compiler()
@@ -69,7 +69,7 @@ def build(source: str, macros: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """What a launch reads and writes; what the kernel does not write is not a number."""
+    """Memory of a launch, with outputs initialized to NaN."""
 
     rows: Tensor
     result: Tensor
@@ -80,7 +80,7 @@ class Memory:
     def of(
         cls, x: Tensor, operands: Operands, spec: LinearSpec, floats: int, counters: int
     ) -> Self:
-        """Make it for a product, with room for sums of runs and with so many counters."""
+        """Allocate memory for a product, with ``floats`` partial sums and ``counters`` counters."""
         order = find_order(operands, spec)
         return cls(
             rows=x.contiguous() if order is None else x.index_select(1, order),
@@ -90,13 +90,13 @@ class Memory:
         )
 
     def fill(self, operands: Operands, bias: Tensor | None, spec: LinearSpec) -> Arguments:
-        """Give the parameter that all kernels have."""
+        """Fill in the argument struct that all kernels share."""
         return fill_arguments(
             self.rows, operands, bias, spec, self.result, self.partials, self.arrivals
         )
 
     def finish(self, fault: bytes | None) -> Tensor:
-        """Give the result; nothing was refused, and all counters must be 0 again."""
+        """Return the result; assert that there was no fault and all counters are 0 again."""
         assert fault is None, fault.decode()
         assert not self.arrivals.any()
         return self.result
@@ -112,9 +112,9 @@ def multiply_emulated(
     runs: int,
     backwards: bool = False,
 ) -> Tensor:
-    """As ``cuda_linear.multiply``, by ``runs`` thread blocks one after another.
+    """Emulate ``cuda_linear.multiply`` with ``runs`` thread blocks, one after another.
 
-    What the kernel does not write is not a number.
+    Elements that the kernel does not write are NaN.
     """
     macros = define_macros(config, spec, operands.scales.dtype)
     library = build("cuda_emulator.cpp", tuple(sorted(macros.items())))
@@ -138,11 +138,11 @@ def multiply_rows_emulated(
     resident: int = 3,
     order: int = 0,
 ) -> Tensor:
-    """As ``cuda_rows.multiply`` on a GPU with room for ``resident`` thread blocks.
+    """Emulate ``cuda_rows.multiply`` on a GPU that holds ``resident`` thread blocks at a time.
 
-    ``order`` 1: backwards; 2: copies happen as soon as they are asked for, not as late as possible;
-    3: and threads go on at different times after they met.
-    What the kernel does not write is not a number.
+    ``order`` 1: thread blocks run backwards; 2: copies complete as early as possible instead of as
+    late as possible; 3: also, threads resume at different times after a barrier.
+    Elements that the kernel does not write are NaN.
     """
     macros = cuda_rows.define_macros(config, spec, operands.scales.dtype)
     library = build("rows_emulator.cpp", tuple(sorted(macros.items())))
@@ -168,9 +168,10 @@ def multiply_stream_emulated(
     resident: int = 5,
     order: int = 0,
 ) -> Tensor:
-    """As ``cuda_stream.multiply`` on a GPU with room for ``resident`` thread blocks.
+    """Emulate ``cuda_stream.multiply`` on a GPU that holds ``resident`` thread blocks at a time.
 
-    ``order`` as of :func:`multiply_rows_emulated`. What the kernel does not write is not a number.
+    ``order`` is that of :func:`multiply_rows_emulated`. Elements that the kernel does not write
+    are NaN.
     """
     scale_dtype = operands.scales.dtype
     assert cuda_stream.find_mismatch(config, spec) is None
@@ -188,7 +189,7 @@ def multiply_stream_emulated(
 
 
 def _encode(boxes: Boxes) -> tuple[int, ...]:
-    """As ``Map`` in barrier_emulator.h, after what the driver asks for."""
+    """Check the driver's requirements and encode ``Map`` of barrier_emulator.h."""
     assert boxes.address % 16 == 0
     assert all(stride % 16 == 0 for stride in boxes.strides)
     assert all(0 < size <= cuda_stream.BOX_LIMIT for size in boxes.box)
@@ -200,20 +201,20 @@ def _encode(boxes: Boxes) -> tuple[int, ...]:
 def check_product(
     multiply: Callable[..., Tensor], rows: int, *, with_bias: bool = True, **layer: Any
 ) -> Tensor:
-    """Multiply a random layer, and hold the result to float64.
+    """Multiply a random layer and check the result against float64.
 
     Args:
         multiply: Called with x, operands, bias and spec.
-        rows: Of x.
-        with_bias: Whether the layer has one.
-        **layer: What is other than usual about it.
+        rows: Number of rows of x.
+        with_bias: Whether the layer has a bias.
+        **layer: Changes to the default layer.
 
     Returns:
         The product.
     """
     sizes = {"in_features": 576, "out_features": 144, "dtype": torch.bfloat16}
     if layer.get("bits", 4) == 3 or not layer.get("symmetric", True):
-        sizes["out_features"] = 160  # the zeros of 3 bits fill whole words then
+        sizes["out_features"] = 160  # so that 3-bit zeros fill whole words
     linear = make_linear(**sizes | layer)
     spec = linear.spec
     operands = replace(linear.stored, weight=prepare_fragments(linear.stored, spec))

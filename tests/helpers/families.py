@@ -1,4 +1,4 @@
-"""Tiny random models of many families, as folders on disk."""
+"""Tiny random models of many families."""
 
 from __future__ import annotations
 
@@ -95,14 +95,14 @@ def build_family(family: str, *, seed: int = 0, **changes: Any) -> PreTrainedMod
     config = AutoConfig.for_model(family, **{**FAMILIES[family], **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for parameter in model.parameters():
-        # Routers and other parameters that a fresh model leaves unset.
+        # Routers and other parameters that Transformers leaves uninitialized.
         if not bool(torch.isfinite(parameter).all()) or not bool(parameter.any()):
             torch.nn.init.normal_(parameter, std=0.02)
     return model
 
 
 def build_random(config: PretrainedConfig, *, std: float, seed: int = 0) -> PreTrainedModel:
-    """A model of any configuration, every parameter drawn anew."""
+    """Build a model of any configuration with all parameters sampled randomly."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for parameter in model.parameters():
@@ -111,14 +111,14 @@ def build_random(config: PretrainedConfig, *, std: float, seed: int = 0) -> PreT
 
 
 def write_family(folder: Path, family: str, **changes: Any) -> PreTrainedModel:
-    """Write a tiny model; give the model in memory."""
+    """Write a tiny model; return it."""
     model = build_family(family, **changes)
     model.save_pretrained(folder, max_shard_size="200KB")
     return model
 
 
 def write_decided_family(folder: Path, family: str = "llama", **changes: Any) -> PreTrainedModel:
-    """Write a tiny model whose predictions depend on its blocks, as a fresh one's hardly do."""
+    """Write a tiny model with weights large enough that predictions depend on its blocks."""
     model = build_family(family, **changes)
     for parameter in model.parameters():
         if parameter.dim() > 1:

@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face Hub on this machine: the calls that pushing and pulling make."""
+"""A local stand-in for the Hugging Face Hub, with the endpoints that push and pull use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 
 def put_into_cache(cache: Path, name: str, revision: str) -> Path:
-    """Make the folder that a revision of a repository would be fetched into."""
+    """Create the cache folder of a repository's revision, as huggingface_hub lays it out."""
     repository = cache / f"models--{name.replace('/', '--')}"
     commit = hashlib.sha1(revision.encode()).hexdigest()
     (repository / "refs").mkdir(parents=True, exist_ok=True)
@@ -26,7 +26,7 @@ def put_into_cache(cache: Path, name: str, revision: str) -> Path:
 
 
 class Hub:
-    """Repositories in memory, one branch each; large files come by the LFS protocol."""
+    """Repositories in memory with one branch each; large files use the LFS protocol."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, dict[str, bytes]] = {}
@@ -52,7 +52,7 @@ class Hub:
 
 @contextmanager
 def run_hub() -> Iterator[Hub]:
-    """Serve a hub on a free port of this machine."""
+    """Serve a hub on a free local port."""
     hub = Hub()
 
     class Handler(_Handler):
@@ -73,7 +73,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
     def _body(self) -> bytes:
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))

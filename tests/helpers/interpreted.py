@@ -1,4 +1,4 @@
-"""Triton programs that run in Triton's interpreter: modules made anew while it is switched on."""
+"""Runs Triton kernels in Triton's interpreter, by reloading their modules with it enabled."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 
 def interpret(monkeypatch, *names):
-    """Replace modules of Triton programs by interpreted ones, for a test."""
+    """Replace modules of Triton kernels by interpreted ones for a test."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     for name in names:
         spec = importlib.util.find_spec(name)

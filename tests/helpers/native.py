@@ -12,7 +12,7 @@ NEEDS_LIBRARY = [
     pytest.mark.native,
     pytest.mark.skipif(LIBRARY.functions is None, reason=str(LIBRARY.obstacle)),
 ]
-"""Marks of such a test's file."""
+"""Marks for test files that need the library (``pytestmark``)."""
 
 ISAS = [] if LIBRARY.functions is None else LIBRARY.functions.hb_isas().decode().split(",")
-"""That this machine has, best last."""
+"""Instruction sets of this machine, best last."""

@@ -1,4 +1,4 @@
-"""Random quantized linears: their stored tensors, their spec, and the weight in float64."""
+"""Random quantized linears: stored tensors, spec and the weight in float64."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from halfbyte.packing import pack_weight, pack_zeros
 class RandomLinear:
     spec: LinearSpec
     stored: Operands
-    """g_idx is None where the groups lie in order."""
+    """With a g_idx of None if the groups are in order."""
     g_idx: Tensor
     weight: Tensor
     """float64 [out, in], computed from codes, zeros and scales without packing.py."""
@@ -27,7 +27,7 @@ KINDS = ("symmetric", "asymmetric", "act-order")
 def make_linear_of(
     layer: tuple[int, int, int, int], kind: str, dtype: torch.dtype = torch.float32
 ) -> RandomLinear:
-    """Make one of KINDS; layer: bits, in, out, group size."""
+    """Make a linear of one of KINDS; ``layer`` is (bits, in, out, group size)."""
     bits, in_features, out_features, group_size = layer
     return make_linear(
         bits=bits,

@@ -1,7 +1,7 @@
-"""Processes to be killed, each forked from one that has imported everything already.
+"""A multiprocessing context for tests that kill processes: all imports are preloaded.
 
-Importing Transformers and all that a run needs takes seconds of a processor; killing a run at
-random and going on takes half a dozen processes a test.
+Importing everything that a run needs takes seconds of CPU time, and a test that kills and resumes
+runs starts about six processes.
 """
 
 from __future__ import annotations

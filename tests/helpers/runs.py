@@ -1,4 +1,4 @@
-"""Runs of the whole pipeline on tiny models."""
+"""Runs the whole pipeline on tiny models."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(
     changes: dict[str, Any] = SMALL,
     **keywords: Any,
 ) -> tuple[PreTrainedModel, QuantizationReport, Checkpoint]:
-    """Write a tiny model, quantize it, and open what was written."""
+    """Write a tiny model, quantize it, and open the checkpoint."""
     model = build_family(family, **changes)
     if prepare is not None:
         prepare(model)
@@ -48,7 +48,7 @@ def run(
 
 @torch.no_grad()
 def assert_loads_and_computes(base: PreTrainedModel, checkpoint: Checkpoint) -> None:
-    """Loaded through Transformers, the logits are those of the dequantized weights."""
+    """Assert that Transformers loads the checkpoint with the logits of the dequantized weights."""
     loaded = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32)
     base = base.float()
     unfuse_experts(base)
@@ -64,5 +64,6 @@ def assert_loads_and_computes(base: PreTrainedModel, checkpoint: Checkpoint) -> 
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
-    told = ("quantization_report.json", "README.md", "quantization_error.png")
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name not in told}
+    """Read all files of a checkpoint by name, except those that report times."""
+    reports = ("quantization_report.json", "README.md", "quantization_error.png")
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name not in reports}

@@ -1,9 +1,9 @@
-"""A stand-in for S3, moto's, as a process of its own; prints its port.
+"""Moto's stand-in for S3 as a separate process; prints its port.
 
     python -m tests.helpers.s3_server [exact | careless | forgetful]
 
-"careless" ignores conditions, as some S3-like servers do: it overwrites. "forgetful" does what it
-is told and says that it failed, once for each log entry: what a client sees whose answer is lost.
+"careless" ignores conditions and overwrites, as some S3-compatible servers do. "forgetful" executes
+the first write of each log entry but replies with an error, like a lost response.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Quiet(WSGIRequestHandler):
 
 
 class Server:
-    """Moto behind what goes wrong. One request at a time: moto's own condition is no atomic one."""
+    """Moto with injected faults, one request at a time: moto's conditions are not atomic."""
 
     def __init__(self):
         self.moto, self.failed = DomainDispatcherApplication(create_backend_app), set()

@@ -1,4 +1,4 @@
-"""Small model folders for a store, and processes that use it and are killed."""
+"""Small model folders for a store, and processes that are killed while using it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CARD = "---\nlicense: mit\nbase_model: org/base\n---\n\n# Model\n"
 
 
 def write_folder(folder: Path, seed: int = 0, *, card: str | None = CARD) -> Path:
-    """Weights of a kilobyte, a config, a report and a card."""
+    """Write 1 kB of weights, a config, a report and a model card."""
     folder.mkdir(parents=True, exist_ok=True)
     values = torch.randn(256, generator=torch.Generator().manual_seed(seed))
     save_file({"x": values}, folder / "model.safetensors")
@@ -39,7 +39,7 @@ def write_folder(folder: Path, seed: int = 0, *, card: str | None = CARD) -> Pat
 
 
 def add(store: Store, tmp_path: Path, seed: int = 0, **options: Any) -> Manifest:
-    """Add a folder, which stays at ``tmp_path / f"model{seed}"``, as a version of "m"."""
+    """Add a new folder ``tmp_path / f"model{seed}"`` as a version of "m"."""
     return store.add(write_folder(tmp_path / f"model{seed}", seed), "m", **options)
 
 
@@ -55,41 +55,41 @@ from halfbyte.store.checkout import checkout
 from halfbyte.store.garbage import collect_garbage
 from halfbyte.store.store import Store
 
-place, acts, seed, *folders = sys.argv[1:]
+place, actions, seed, *folders = sys.argv[1:]
 store, rng = Store(place), random.Random(seed)
 print("ready", flush=True)
 while True:
-    what = rng.choice(acts.split())
+    action = rng.choice(actions.split())
     try:
-        if what == "add":
+        if action == "add":
             store.add(rng.choice(folders), "m")
-        elif what == "gc":
+        elif action == "gc":
             collect_garbage(store, keep=2)
-        elif what == "rollback":
+        elif action == "rollback":
             store.rollback("m")
-        elif what == "checkout":
+        elif action == "checkout":
             checkout(store, "m")
         else:
             versions = store.history("m").versions
             store.promote("m@" + rng.choice(versions), force_reason="test")
     except StoreError as error:
-        # A version may be collected between the choice and the act; nothing else may fail.
+        # A version may be collected before it is used; no other error is allowed.
         text = str(error)
         allowed = ("was removed meanwhile", "no such version", "no earlier version", "is removed",
                    "Cannot read manifests/", "has no model", "has no version any more")
         if not any(part in text for part in allowed):
-            print("FAILED", what, text, flush=True)
+            print("FAILED", action, text, flush=True)
             raise
 """
 
 
 def kill_while_at_work(
-    place: str, acts: str, seeds: Sequence[str], folders: Sequence[Path], seconds: float
+    place: str, actions: str, seeds: Sequence[str], folders: Sequence[Path], seconds: float
 ) -> None:
-    """Let one process for each seed do random acts on a store at once, then kill them all."""
+    """Run one process per seed with random actions on a store, then kill all of them."""
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, place, acts, seed, *map(str, folders)],
+            [sys.executable, "-c", WORKER, place, actions, seed, *map(str, folders)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -107,7 +107,7 @@ def kill_while_at_work(
 
 
 def check_store(store: Store, output: Path | None = None) -> None:
-    """No dangling alias, no lost version, nothing half-written that counts."""
+    """Assert that no alias dangles, no version is lost and no version is incomplete."""
     history = store.history("m")
     assert set(history.aliases.values()) <= set(history.versions)
     assert store.verify() == history.versions
@@ -116,7 +116,7 @@ def check_store(store: Store, output: Path | None = None) -> None:
     assert folder.name == (champion if output is None else output.name)
     held = set()
     for entry in history.entries:
-        # What was collected may be added again: a version is its content.
+        # A removed version may be added again: a version is a digest of its content.
         if entry.event == "add":
             held.add(entry.version)
         elif entry.event == "remove":

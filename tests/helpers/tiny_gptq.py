@@ -1,7 +1,7 @@
-"""Tiny GPTQ checkpoints made with Python integers alone: an independent account of the format.
+"""Tiny GPTQ checkpoints made from Python integers: an independent implementation of the format.
 
-Nothing here calls ``halfbyte.packing`` or ``halfbyte.checkpoint``: words are built as one big
-integer per column, weights as Python floats of 64 bits.
+Does not use ``halfbyte.packing`` or ``halfbyte.checkpoint``: words are built as one big integer per
+column, weights as Python floats.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class TinyLinear:
 
 
 def pack_stream(codes: Sequence[int], bits: int) -> list[int]:
-    """Lay codes end to end, lowest bits first, and cut the result into signed 32-bit words."""
+    """Concatenate codes, lowest bits first, and split the result into signed 32-bit words."""
     stream = sum(code << (bits * place) for place, code in enumerate(codes))
     words = [(stream >> (32 * i)) % WORD for i in range(len(codes) * bits // 32)]
     return [word - WORD if word >= WORD // 2 else word for word in words]
 
 
 def make_linear(linear: TinyLinear, seed: int = 0) -> tuple[dict[str, Tensor], Tensor]:
-    """Give the tensors on disk by suffix, and the float64 weight [out, in]."""
+    """Return the tensors on disk by suffix, and the float64 weight [out, in]."""
     rng = random.Random(seed)
     rows, columns = range(linear.out_features), range(linear.in_features)
     num_groups = -(-linear.in_features // linear.group_size)
@@ -82,7 +82,7 @@ def make_linear(linear: TinyLinear, seed: int = 0) -> tuple[dict[str, Tensor], T
 def make_model(
     linears: Mapping[str, TinyLinear], seed: int = 0
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Give all tensors on disk, with an embedding and a norm beside, and the weights by module."""
+    """Return all tensors on disk, including an embedding and a norm, and the weights by module."""
     tensors = {
         "model.embed_tokens.weight": torch.arange(24.0).reshape(6, 4).to(torch.bfloat16),
         "model.norm.weight": torch.ones(5, dtype=torch.float16),
@@ -116,7 +116,7 @@ def write_model(
     file_name: str = "model.safetensors",
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Write a checkpoint of one file with the safetensors library; give the weights by module.
+    """Write a checkpoint of one file with the safetensors library; return the weights by module.
 
     ``labels`` changes the config made from the first linear; a value of ``...`` removes the key.
     """

@@ -1,4 +1,4 @@
-"""A Llama of two small blocks and a tokenizer of sixty words."""
+"""A Llama with two small blocks, and a tokenizer with sixty words."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ VOCABULARY = 64
 
 
 def build_tokenizer(*, shift=0, bos=True):
-    """Words w0..w59 get ids 4..63, moved round by `shift`; anything else is <unk>."""
+    """Build a tokenizer: words w0..w59 get ids 4..63, rotated by `shift`; others are <unk>."""
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3}
     vocabulary |= {f"w{i}": 4 + (i + shift) % 60 for i in range(60)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
