@@ -7,7 +7,8 @@ import pytest
 from tests.helpers.hub import run_hub
 from tests.helpers.stores import write_folder, write_verdict
 
-from halfbyte.checkpoint.identity import MANIFEST_FILE
+from halfbyte.checkpoint.identity import MANIFEST_FILE, VERDICT_FILE, digest_files
+from halfbyte.cli.main import main
 from halfbyte.errors import StoreError
 from halfbyte.store.checkout import checkout
 from halfbyte.store.hub import pull, push
@@ -90,6 +91,95 @@ def test_a_pulled_verdict_does_not_count_until_it_is_given_here(hub, store, tmp_
         other.promote("m")
     other.judge("m", verdict)
     assert other.promote("m").version == version
+
+
+def write_report(path, folder, verdict="pass"):
+    """A report of `compare` on a folder, with an answer that is nobody else's business."""
+    report = {
+        "outcome": verdict,
+        "candidate_files": digest_files(folder),
+        "base_files": {},
+        "items": [{"question": "SECRET"}],
+    }
+    path.write_text(json.dumps(report))
+    return path
+
+
+def test_a_verdict_is_pushed_without_its_report_and_shown_as_one_from_elsewhere(
+    hub, store, tmp_path, capsys
+):
+    version = store.resolve("m")[1]
+    store.judge("m", write_report(tmp_path / "report.json", tmp_path / "model"))
+    push(store, "m", "me/small", endpoint=hub.url, token="hf_x")
+    pushed = hub.repositories["me/small"][VERDICT_FILE]
+    assert b"SECRET" not in pushed
+    assert json.loads(pushed)["candidate_files"] == digest_files(tmp_path / "model")
+    other = Store(tmp_path / "other")
+    place = ["--store", str(tmp_path / "other")]
+    assert main(["store", "pull", "me/small", "--endpoint", hub.url, *place]) == 0
+    assert "verified; not judged here (elsewhere: pass)" in capsys.readouterr().out
+    assert other.history("m").entries[0].details == {"from": "me/small", "judged_elsewhere": "pass"}
+    assert other.verdict("m", version) is None
+    with pytest.raises(StoreError, match=r"is missing \('pass' from elsewhere does not count\)"):
+        other.promote("m")
+    assert main(["store", "show", "m", *place]) == 0
+    shown = capsys.readouterr().out
+    assert "verdict  not judged here (elsewhere: pass)" in shown
+    assert "add from me/small (judged pass there)" in shown
+    assert main(["store", "list", *place]) == 0
+    assert "not judged here (elsewhere: pass)" in capsys.readouterr().out
+    # What is pushed on is this store's own verdict, and it has none.
+    push(other, "m", "me/again", endpoint=hub.url, token="hf_x")
+    assert VERDICT_FILE not in hub.repositories["me/again"]
+    # The file is one that `store judge` takes.
+    (tmp_path / VERDICT_FILE).write_bytes(pushed)
+    assert other.judge("m", tmp_path / VERDICT_FILE) == "pass"
+    assert other.promote("m").version == version
+
+
+def test_a_verdict_that_came_later_is_known_after_another_pull(hub, store, tmp_path):
+    other = Store(tmp_path / "other")
+    for verdict in (None, "pass", "pass", "fail"):
+        if verdict is not None:
+            store.judge("m", write_report(tmp_path / "r.json", tmp_path / "model", verdict))
+        push(store, "m", "me/small", endpoint=hub.url, token="hf_x")
+        version = pull(other, "me/small", endpoint=hub.url).version
+        history = other.history("m")
+        assert history.verdict_elsewhere(version) == verdict
+        assert history.versions == [version]
+        assert other.verdict("m", version) is None
+    assert [entry.event for entry in other.history("m").entries] == ["add"] * 3
+
+
+def test_a_verdict_of_other_files_is_not_pulled(hub, store, tmp_path):
+    report = write_report(tmp_path / "r.json", write_folder(tmp_path / "other-model", 1))
+    push(store, "m", "me/small", endpoint=hub.url, token="hf_x")
+    hub.repositories["me/small"][VERDICT_FILE] = report.read_bytes()
+    other = Store(tmp_path / "other")
+    expected = f"{VERDICT_FILE} of me/small is not a verdict of this version: model.safetensors has"
+    with pytest.raises(StoreError, match=expected):
+        pull(other, "me/small", endpoint=hub.url)
+    assert other.names() == []
+
+
+def test_a_verdict_that_names_no_files_stays_in_its_store(hub, store, tmp_path):
+    store.judge("m", write_verdict(tmp_path / "v.json", "pass"))
+    push(store, "m", "me/small", endpoint=hub.url, token="hf_x")
+    assert VERDICT_FILE not in hub.repositories["me/small"]
+    hub.repositories["me/small"][VERDICT_FILE] = b'{"verdict": "pass"}'
+    other = Store(tmp_path / "other")
+    version = pull(other, "me/small", endpoint=hub.url).version
+    assert other.history("m").verdict_elsewhere(version) is None
+
+
+def test_a_damaged_report_is_not_pushed(hub, store, tmp_path):
+    store.judge("m", write_report(tmp_path / "r.json", tmp_path / "model"))
+    digest = store.history("m").entries[-1].details["sha256"]
+    path = store.backend.root / "blobs" / digest[:2] / digest
+    path.chmod(0o644)
+    path.write_bytes(b"{}")
+    with pytest.raises(StoreError, match=f"report blobs/{digest[:2]}/{digest}: its sha256 differs"):
+        push(store, "m", "me/small", endpoint=hub.url, token="hf_x")
 
 
 @pytest.mark.parametrize("name", ["modeling_x.py", "a.PY", "x.bin", ".git/hooks/post-checkout"])

@@ -255,20 +255,20 @@ def test_a_verdict_is_of_this_version_or_refused(local, tmp_path):
     version = add(local, tmp_path, base_folder=base).version
     folder = tmp_path / "model0"
     report = tmp_path / "report.json"
-    with pytest.raises(StoreError, match=r"report.json is no verdict of this version: model.safe"):
+    with pytest.raises(StoreError, match=r"report.json is not a verdict of this version: model"):
         local.judge("m", write_report_of(report, other, base))
     with pytest.raises(StoreError, match="compares with another base: its weights and config"):
         local.judge("m", write_report_of(report, folder, other))
     assert local.verdict("m", version) is None
     (folder / "added.safetensors").write_bytes(b"weights that nobody judged")
-    with pytest.raises(StoreError, match=r"added.safetensors is not in it"):
+    with pytest.raises(StoreError, match=r"added.safetensors is not in this version"):
         local.judge("m", write_report_of(report, folder, base))
     (folder / "added.safetensors").unlink()
     assert local.judge("m", write_report_of(report, folder, base)) == "pass"
     assert local.history("m").entries[-1].details["of"] == "these files"
     # a version with more weights than were judged
     (folder / "added.safetensors").write_bytes(b"weights that nobody judged")
-    with pytest.raises(StoreError, match=r"added.safetensors was not there"):
+    with pytest.raises(StoreError, match=r"added.safetensors was not judged"):
         local.add(folder, "m", verdict=report)
     (folder / "added.safetensors").unlink()
     assert local.add(folder, "m", verdict=report).verdict.verdict == "pass"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from halfbyte.checkpoint.identity import MANIFEST_FILE
+from halfbyte.checkpoint.identity import MANIFEST_FILE, VERDICT_FILE
 from halfbyte.checkpoint.safe_path import check_own_file
 from halfbyte.errors import CheckpointError
 
@@ -17,6 +17,7 @@ NOT_COPIED = (
     "checksums.json",
     "quantization_report.json",
     MANIFEST_FILE,
+    VERDICT_FILE,
 )
 MORE_TEMPLATES = "additional_chat_templates"
 """The folder of the chat templates that a model has beside its own."""

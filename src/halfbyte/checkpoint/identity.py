@@ -22,7 +22,15 @@ FILES = (
 """What decides about a model's answers. Pickled weights do not: they are never read."""
 MANIFEST_FILE = "halfbyte_manifest.json"
 """What a store's version is made of, beside its files where it was pushed to."""
-REPORTS = ("checksums.json", "quantization_report.json", "report.json", MANIFEST_FILE)
+VERDICT_FILE = "halfbyte_verdict.json"
+"""The verdict of the store that a version was pushed from, beside its manifest."""
+REPORTS = (
+    "checksums.json",
+    "quantization_report.json",
+    "report.json",
+    MANIFEST_FILE,
+    VERDICT_FILE,
+)
 """What is said about a model and may lie beside it."""
 CONFIG = "config.json"
 

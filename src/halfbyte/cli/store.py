@@ -184,10 +184,19 @@ def _describe_version(store: Store, name: str, version: str) -> list[str]:
     """Say when a version was made, its size and verdict; one that cannot be read hides no other."""
     try:
         manifest = store.manifest(version)
-        verdict = store.verdict(name, version) or "no verdict"
+        verdict = _describe_verdict(store, name, version) or "no verdict"
     except StoreError as error:
         return [f"cannot be read: {error}"]
     return [manifest.created, format_bytes(manifest.num_bytes), verdict]
+
+
+def _describe_verdict(store: Store, name: str, version: str) -> str | None:
+    """Return this store's verdict, else the one that came with a pulled version."""
+    verdict = store.verdict(name, version)
+    elsewhere = store.history(name).verdict_elsewhere(version)
+    if verdict is None and elsewhere is not None:
+        return f"not judged here (elsewhere: {elsewhere})"
+    return verdict
 
 
 def _show(store: Store, args: argparse.Namespace) -> Outcome:
@@ -201,7 +210,7 @@ def _show(store: Store, args: argparse.Namespace) -> Outcome:
         f"base     {base.id or 'unknown'}, revision {base.revision or 'unknown'}, digest "
         f"{(base.digest or 'unknown')[:12]}",
         f"recipe   {', '.join(f'{key} {value}' for key, value in manifest.recipe.items())}",
-        f"verdict  {store.verdict(name, version) or 'none'}",
+        f"verdict  {_describe_verdict(store, name, version) or 'none'}",
         *(
             f"file     {r.sha256[:12]}  {format_bytes(r.bytes):>9}  {p}"
             for p, r in manifest.files.items()
@@ -216,11 +225,14 @@ def _show(store: Store, args: argparse.Namespace) -> Outcome:
 
 
 def _describe_event(entry: Entry) -> str:
-    """Say what happened: which alias moved, which verdict was given of what, what was pulled."""
-    said = entry.details
-    judged = [said["verdict"], "of", said["of"]] if "of" in said else []
-    origin = ["from", said["from"]] if "from" in said else []
-    return " ".join([entry.event, *filter(None, [entry.alias]), *judged, *origin])
+    """Describe a log entry: the alias that moved, the verdict given, where a version came from."""
+    from halfbyte.store.log import ELSEWHERE, ORIGIN
+
+    details = entry.details
+    judged = [details["verdict"], "of", details["of"]] if "of" in details else []
+    origin = ["from", details[ORIGIN]] if ORIGIN in details else []
+    elsewhere = [f"(judged {details[ELSEWHERE]} there)"] if ELSEWHERE in details else []
+    return " ".join([entry.event, *filter(None, [entry.alias]), *judged, *origin, *elsewhere])
 
 
 def _diff(store: Store, args: argparse.Namespace) -> Outcome:
@@ -335,7 +347,9 @@ def _pull(store: Store, args: argparse.Namespace) -> Outcome:
     from halfbyte.store.hub import pull
 
     manifest = pull(store, args.repository, revision=args.revision, endpoint=args.endpoint)
-    return {"version": manifest.version}, [f"{manifest.name}@{manifest.version[:12]}, verified"]
+    name, version = manifest.name, manifest.version
+    verdict = _describe_verdict(store, name, version) or "no verdict"
+    return {"version": version}, [f"{name}@{version[:12]}, verified; {verdict}"]
 
 
 MAKES_STORE = ("add", "pull")

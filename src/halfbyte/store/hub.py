@@ -1,4 +1,8 @@
-"""Versions on the Hugging Face Hub: the files of one, with its manifest beside them."""
+"""Push versions to the Hugging Face Hub, and pull them.
+
+A repository holds a version's files, its manifest and, where this store has one, its verdict. The
+verdict is informational: the store that pulls it records it as somebody else's.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,17 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from halfbyte.checkpoint.identity import MANIFEST_FILE, digest_file
+from halfbyte.checkpoint.identity import MANIFEST_FILE, VERDICT_FILE, digest_file
 from halfbyte.errors import StoreError, first_line
 from halfbyte.store.checkout import checkout
 from halfbyte.store.manifest import Manifest
 from halfbyte.store.store import SHORT, Store
+from halfbyte.store.verdicts import (
+    check_judgement,
+    find_verdict,
+    parse_judgement,
+    summarize_verdict,
+)
 
 NOT_CONTENT = (".gitattributes",)
 """What the Hub itself puts into a new repository."""
@@ -57,6 +67,7 @@ def push(
     with tempfile.TemporaryDirectory() as temporary:
         folder = checkout(store, f"{name}@{version}", Path(temporary) / "model")
         (folder / MANIFEST_FILE).write_bytes(manifest.to_bytes())
+        _write_verdict(store, name, manifest, folder)
         try:
             api.create_repo(repository, private=private, exist_ok=True)
             if not replace:
@@ -80,7 +91,9 @@ def pull(
     endpoint: str | None = None,
     token: str | None = None,
 ) -> Manifest:
-    """Download a version, compare every file with its manifest, and add it as what it is.
+    """Download a version, check every file against its manifest, and add it unchanged.
+
+    A verdict that was pushed along is checked against the files and recorded as one from elsewhere.
 
     Args:
         store: Where it goes.
@@ -93,7 +106,8 @@ def pull(
         The manifest; the version is the same as where it was pushed from.
 
     Raises:
-        StoreError: The download failed, has no manifest, or a file is not what it says.
+        StoreError: The download failed, has no manifest, a file differs from it, or the verdict is
+            not one of these files.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
@@ -127,8 +141,28 @@ def pull(
             if not file.is_file() or digest_file(file) != record.sha256:
                 found = "is missing" if not file.is_file() else "has another sha256"
                 raise StoreError(f"{name} of {repository} {found}: not what was pushed.")
-        store.adopt(manifest, folder, repository)
+        verdict = _read_verdict(manifest, folder, repository)
+        store.adopt(manifest, folder, repository, verdict=verdict)
     return manifest
+
+
+def _write_verdict(store: Store, name: str, manifest: Manifest, folder: Path) -> None:
+    """Write this store's own verdict beside a version's files, if it may be published."""
+    verdict = find_verdict(store.backend, store.history(name), manifest)
+    summary = None if verdict is None else summarize_verdict(store.backend, verdict)
+    if summary is not None and VERDICT_FILE not in manifest.files:
+        (folder / VERDICT_FILE).write_bytes(summary)
+
+
+def _read_verdict(manifest: Manifest, folder: Path, repository: str) -> str | None:
+    """Read the verdict that was pushed along with a version; refuse one of other files."""
+    path = folder / VERDICT_FILE
+    if VERDICT_FILE in manifest.files or not path.is_file():
+        return None
+    source = f"{VERDICT_FILE} of {repository}"
+    judgement = parse_judgement(path.read_bytes(), source)
+    check_judgement(judgement, source, manifest.files, manifest.base)
+    return judgement.verdict if judgement.candidate_files else None
 
 
 def _check_pushed(repository: str, files: Sequence[str]) -> None:

@@ -24,6 +24,9 @@ EVENTS = ("add", "verdict", "promote", "rollback", "remove", "sign")
 DIGITS = 8
 ORIGIN = "from"
 """Key of the details of an added version that was not made here: where it was pulled from."""
+ELSEWHERE = "judged_elsewhere"
+"""Key of the details of a pulled version: the verdict of the store that it was pushed from. Not the
+key of this store's own verdicts ("verdict"), so that it never counts as one."""
 ATTEMPTS = 1000
 LISTINGS = 20
 _KEY = re.compile(rf"logs/([A-Za-z0-9][A-Za-z0-9._-]*)/\d{{{DIGITS}}}\.json")
@@ -97,10 +100,15 @@ class History:
                 past.append(entry.version)
         return past
 
-    def verdict_of(self, version: str) -> str | None:
-        """The last verdict that the log has for a version."""
-        found = [e for e in self.entries if "verdict" in e.details and e.version == version]
-        return found[-1].details["verdict"] if found else None
+    def last_detail(self, version: str, key: str) -> Entry | None:
+        """The newest entry of a version whose details have a key."""
+        found = [e for e in self.entries if key in e.details and e.version == version]
+        return found[-1] if found else None
+
+    def verdict_elsewhere(self, version: str) -> str | None:
+        """The verdict that came with a pulled version; it does not count as one of this store."""
+        entry = self.last_detail(version, ELSEWHERE)
+        return entry.details[ELSEWHERE] if entry else None
 
     def tells_origin(self, version: str) -> bool:
         """Whether the log says if a version was pulled, or judged when it was added."""

@@ -6,13 +6,15 @@ import re
 from pathlib import Path, PurePosixPath
 
 from halfbyte.checkpoint.atomic import PARTIAL_SUFFIX
-from halfbyte.checkpoint.identity import MANIFEST_FILE
+from halfbyte.checkpoint.identity import MANIFEST_FILE, VERDICT_FILE
 from halfbyte.checkpoint.safe_path import check_own_file
 from halfbyte.checkpoint.shards import check_shards
 from halfbyte.errors import StoreError
 
 UNSAFE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".py", ".npy", ".npz")
 """Reading or importing one can run any program."""
+PUSHED_BESIDE = (MANIFEST_FILE, VERDICT_FILE)
+"""Files that describe a version in a repository and are not part of it."""
 _NOT_PLAIN = re.compile(r"[\\:\x00-\x1f\x7f]")
 
 
@@ -50,8 +52,8 @@ def list_files(folder: Path) -> dict[str, Path]:
         folder: The model.
 
     Returns:
-        Files by their path in the folder, sorted; hidden ones are left out, and the manifest of the
-        version that the folder was downloaded as.
+        Files by their path in the folder, sorted; without hidden files, and without the manifest
+        and the verdict of the version that the folder was downloaded as.
 
     Raises:
         StoreError: There is no folder or no weights in it, or a file that a version cannot hold.
@@ -63,7 +65,7 @@ def list_files(folder: Path) -> dict[str, Path]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         hidden = any(part.startswith(".") for part in name.split("/"))
-        if hidden or name == MANIFEST_FILE or (path.is_dir() and not path.is_symlink()):
+        if hidden or name in PUSHED_BESIDE or (path.is_dir() and not path.is_symlink()):
             continue
         if name.endswith(PARTIAL_SUFFIX):
             raise StoreError(f"Cannot add {folder}: {name} is unfinished. Let the run end.")

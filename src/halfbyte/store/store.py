@@ -15,6 +15,7 @@ from halfbyte.store.blobs import check_complete, put_blob, put_bytes, verify_blo
 from halfbyte.store.bucket import open_backend
 from halfbyte.store.card import make_card
 from halfbyte.store.log import (
+    ELSEWHERE,
     ORIGIN,
     Entry,
     History,
@@ -148,18 +149,22 @@ class Store:
     ) -> dict[str, str]:
         """Check and keep a verdict's file; gives what the log says of it."""
         judgement = read_judgement(path)
-        check_judgement(judgement, path, files, base)
+        check_judgement(judgement, str(path), files, base)
         of = THESE_FILES if judgement.candidate_files else UNNAMED_FILES
         digest = put_blob(self.backend, path).sha256
         return {"verdict": judgement.verdict, "sha256": digest, "of": of}
 
     def _record(self, manifest: Manifest, details: Mapping[str, str]) -> None:
-        """Make a version exist, once all its blobs do: the manifest, then the log entry."""
-        version = manifest.version
+        """Make a version exist, once all its blobs do: the manifest, then the log entry.
+
+        A version that exists gets an entry only for a verdict from elsewhere that is news.
+        """
+        version, elsewhere = manifest.version, details.get(ELSEWHERE)
         self.backend.put_new(f"manifests/{version}.json", manifest.to_bytes())
 
         def decide(history: History) -> Entry | None:
-            if version in history.versions:
+            is_known = elsewhere in (None, history.verdict_elsewhere(version))
+            if version in history.versions and is_known:
                 return None
             return Entry(event="add", version=version, details=details)
 
@@ -216,8 +221,9 @@ class Store:
         return Manifest.from_bytes(content, key)
 
     def verdict(self, name: str, version: str) -> str | None:
-        """Give the last verdict that this store was given of a version; None where none."""
-        return find_verdict(self.backend, self.history(name), self.manifest(version))
+        """Return the newest verdict that this store was given for a version; None: it has none."""
+        found = find_verdict(self.backend, self.history(name), self.manifest(version))
+        return None if found is None else found.verdict
 
     def judge(self, reference: str, verdict: str | Path) -> str:
         """Attach a comparison's verdict to a version.
@@ -260,10 +266,12 @@ class Store:
         judged = self.verdict(name, version)
         # Only what serves traffic is guarded: a candidate is there to be compared.
         if alias != CANDIDATE and judged != "pass" and not force_reason:
+            elsewhere = self.history(name).verdict_elsewhere(version)
+            claim = f" ('{elsewhere}' from elsewhere does not count)" if elsewhere else ""
             raise StoreError(
                 f"Cannot promote {name}@{version[:SHORT]} to {alias}: its verdict is "
-                f"{judged or 'missing'}, and 'pass' is needed. Attach one with `store judge`, or "
-                "give a reason with --force."
+                f"{judged or 'missing'}{claim}, and 'pass' is needed. Attach one with `store "
+                "judge`, or give a reason with --force."
             )
         with self.backend.lock(exclusive=False):
             check_complete(self.backend, self.manifest(version))
@@ -331,19 +339,23 @@ class Store:
                     checked.add(record.sha256)
         return targets
 
-    def adopt(self, manifest: Manifest, folder: Path, origin: str) -> None:
-        """Add a version that was made elsewhere, as what it is; its verdict does not count here.
+    def adopt(
+        self, manifest: Manifest, folder: Path, origin: str, *, verdict: str | None = None
+    ) -> None:
+        """Add a version that was made elsewhere, unchanged.
 
         Args:
             manifest: The version.
-            folder: Its files, compared with the manifest already.
+            folder: Its files, already checked against the manifest.
             origin: Where it comes from, for the log.
+            verdict: What was judged there; it is recorded and does not count as one of this store.
         """
         check_name(manifest.name)
         with self.backend.lock(exclusive=False):
             for path in manifest.files:
                 put_blob(self.backend, folder / path)
-            self._record(manifest, {ORIGIN: origin})
+            details = {ORIGIN: origin} | ({} if verdict is None else {ELSEWHERE: verdict})
+            self._record(manifest, details)
 
     def append(
         self,
