@@ -71,7 +71,7 @@ def test_a_version_that_cannot_be_read_hides_no_other(call, tmp_path):
     path.write_bytes(b"{}")
     lines = call("list").splitlines()
     assert len(lines) == 3
-    told = f"  {path.name[:12]}  cannot be read: manifests/{path.name} is not what its name says"
+    told = f"  {path.name[:12]}  cannot be read: manifests/{path.name} is damaged: its sha256"
     assert sum(line.startswith(told) for line in lines) == 1
     assert sum("no verdict" in line for line in lines) == 1
 

@@ -67,7 +67,7 @@ def test_a_file_that_was_changed_on_the_way_is_refused(hub, store, tmp_path):
     push(store, "m", "me/small", endpoint=hub.url, token="hf_x")
     hub.repositories["me/small"]["config.json"] = b"{}"
     other = Store(tmp_path / "other")
-    with pytest.raises(StoreError, match=r"config.json of me/small has another sha256"):
+    with pytest.raises(StoreError, match=r"me/small: config.json has another sha256"):
         pull(other, "me/small", endpoint=hub.url)
     assert other.names() == []
 
@@ -211,7 +211,7 @@ def test_a_folder_that_was_downloaded_is_added_and_goes_there_and_back(hub, stor
 def test_what_else_a_repository_holds_is_deleted_only_if_that_is_said(hub, store):
     files = {".gitattributes": b"", "precious.gguf": b"GGUF", "README.md": b"by hand"}
     hub.repositories["me/other"], hub.commits["me/other"] = dict(files), ["0" * 40]
-    with pytest.raises(StoreError, match=r"holds \(README.md, precious.gguf\) .* say --replace"):
+    with pytest.raises(StoreError, match=r"files \(README.md, precious.gguf\) .* pass --replace"):
         push(store, "m", "me/other", endpoint=hub.url, token="hf_x")
     assert hub.repositories["me/other"] == files
     push(store, "m", "me/other", replace=True, endpoint=hub.url, token="hf_x")

@@ -64,7 +64,7 @@ def test_the_life_of_a_model(serve, tmp_path):
     assert store.verify() == versions
     folder = checkout(store, "m", tmp_path / "out")
     assert (folder / "config.json").read_bytes() == (tmp_path / "1" / "config.json").read_bytes()
-    with pytest.raises(StoreError, match="Say so with --nobody-writes"):
+    with pytest.raises(StoreError, match="Confirm that with --nobody-writes"):
         collect_garbage(store, keep=0)
     collected = collect_garbage(store, keep=0, nobody_writes=True)
     assert collected.versions == (versions[2],)

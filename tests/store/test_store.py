@@ -196,7 +196,7 @@ def test_a_changed_manifest_or_log_is_found(local, tmp_path):
     manifest_path = local.backend.root / "manifests" / f"{manifest.version}.json"
     manifest_path.chmod(0o644)
     manifest_path.write_bytes(manifest_path.read_bytes() + b" ")
-    with pytest.raises(StoreError, match="is not what its name says"):
+    with pytest.raises(StoreError, match="is damaged: its sha256 is not the one in its name"):
         local.verify()
 
 
@@ -205,7 +205,7 @@ def test_a_file_system_without_locks_is_named(local, tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(StoreError, match=r"Cannot lock .*: No locks available. .*has locks"):
+    with pytest.raises(StoreError, match=r"Cannot lock .*: No locks available. .*supports locks"):
         add(local, tmp_path)
 
 
@@ -277,7 +277,7 @@ def test_a_verdict_is_of_this_version_or_refused(local, tmp_path):
 
 
 def test_a_base_without_weights_has_no_digest(local, tmp_path):
-    with pytest.raises(StoreError, match=r"The base model .*none has no weights in safetensors"):
+    with pytest.raises(StoreError, match=r"The base model .*none has no .safetensors weights"):
         add(local, tmp_path, base_folder=tmp_path / "none")
 
 

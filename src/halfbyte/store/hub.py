@@ -22,8 +22,8 @@ from halfbyte.store.verdicts import (
     summarize_verdict,
 )
 
-NOT_CONTENT = (".gitattributes",)
-"""What the Hub itself puts into a new repository."""
+HUB_FILES = (".gitattributes",)
+"""Files that the Hub itself puts into a new repository."""
 
 
 def push(
@@ -39,13 +39,14 @@ def push(
     """Upload a version as one commit.
 
     Args:
-        store: Where it is.
+        store: The store.
         reference: The version.
-        repository: ``owner/name``; made where there is none.
-        private: For a repository that is made.
-        replace: Also where the repository holds something else, which is deleted.
-        endpoint: Another address than the Hub's.
-        token: None: the one that huggingface_hub finds by itself.
+        repository: ``owner/name``; created if it does not exist.
+        private: Whether a repository that is created is private.
+        replace: Push even if the repository holds files that did not come from a store; they are
+            deleted.
+        endpoint: Address of another server than the Hub.
+        token: Access token; None: the one that huggingface_hub finds.
 
     Returns:
         The commit's id.
@@ -60,9 +61,11 @@ def push(
     name, version = store.resolve(reference)
     manifest = store.manifest(version)
     if repository.lower() == (manifest.base.id or "").lower():
-        raise StoreError(f"Refusing to push over the base model {repository}. Name another.")
+        raise StoreError(
+            f"Refusing to push over the base model {repository}. Choose another repository."
+        )
     api = HfApi(endpoint=endpoint, token=token)
-    # The base of its own error is that of the HTTP client, whichever it uses.
+    # The base class is the error of whichever HTTP client huggingface_hub uses.
     client_error: type[Exception] = HfHubHTTPError.__bases__[0]
     with tempfile.TemporaryDirectory() as temporary:
         folder = checkout(store, f"{name}@{version}", Path(temporary) / "model")
@@ -96,14 +99,14 @@ def pull(
     A verdict that was pushed along is checked against the files and recorded as one from elsewhere.
 
     Args:
-        store: Where it goes.
-        repository: ``owner/name``, one that :func:`push` filled.
-        revision: Commit, branch or tag; None: the newest.
-        endpoint: Another address than the Hub's.
-        token: None: the one that huggingface_hub finds by itself.
+        store: The store to add it to.
+        repository: ``owner/name``, filled by :func:`push`.
+        revision: Commit, branch or tag; None: the newest commit of the default branch.
+        endpoint: Address of another server than the Hub.
+        token: Access token; None: the one that huggingface_hub finds.
 
     Returns:
-        The manifest; the version is the same as where it was pushed from.
+        The manifest; the version is the same as in the store that it was pushed from.
 
     Raises:
         StoreError: The download failed, has no manifest, a file differs from it, or the verdict is
@@ -121,7 +124,9 @@ def pull(
         try:
             folder = Path(api.snapshot_download(repository, revision=revision, local_dir=temporary))
         except RevisionNotFoundError as error:
-            raise StoreError(f"Cannot pull {repository}: it has no '{revision}'.") from error
+            raise StoreError(
+                f"Cannot pull {repository}: it has no commit, branch or tag '{revision}'."
+            ) from error
         except RepositoryNotFoundError as error:
             raise StoreError(
                 f"Cannot pull {repository}: there is no such repository, or it is private. Check "
@@ -133,14 +138,17 @@ def pull(
         if not path.is_file():
             raise StoreError(
                 f"{repository} has no {MANIFEST_FILE}: it was not pushed from a store. Download it "
-                "and add it with `store add`."
+                "yourself and add it with `store add`."
             )
         manifest = Manifest.from_bytes(path.read_bytes(), f"{MANIFEST_FILE} of {repository}")
         for name, record in manifest.files.items():
             file = folder / name
             if not file.is_file() or digest_file(file) != record.sha256:
-                found = "is missing" if not file.is_file() else "has another sha256"
-                raise StoreError(f"{name} of {repository} {found}: not what was pushed.")
+                found = "has another sha256" if file.is_file() else "is missing"
+                raise StoreError(
+                    f"Cannot pull {repository}: {name} {found}, so it is not what was pushed. Push "
+                    "the version again."
+                )
         verdict = _read_verdict(manifest, folder, repository)
         store.adopt(manifest, folder, repository, verdict=verdict)
     return manifest
@@ -166,10 +174,10 @@ def _read_verdict(manifest: Manifest, folder: Path, repository: str) -> str | No
 
 
 def _check_pushed(repository: str, files: Sequence[str]) -> None:
-    """Refuse a repository whose files are not a version's: pushing deletes them."""
-    found = [name for name in files if name not in NOT_CONTENT]
+    """Refuse a repository that was not filled from a store: pushing would delete its files."""
+    found = [name for name in files if name not in HUB_FILES]
     if found and MANIFEST_FILE not in found:
         raise StoreError(
-            f"Refusing to push to {repository}: what it holds ({', '.join(found[:3])}) was not "
-            "pushed from a store and would be deleted. Name another, or say --replace."
+            f"Refusing to push to {repository}: its files ({', '.join(found[:3])}) were not pushed "
+            "from a store and would be deleted. Choose another repository, or pass --replace."
         )

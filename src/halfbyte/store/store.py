@@ -1,9 +1,8 @@
-"""The store itself: add versions, find them, judge, promote, roll back, verify."""
+"""The store: add, resolve, judge, promote, roll back and verify versions."""
 
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from halfbyte.store.log import (
     Entry,
     History,
     append_entry,
+    check_name,
     list_names,
     now,
     read_history,
@@ -35,12 +35,11 @@ from halfbyte.store.manifest import (
 from halfbyte.store.members import list_files
 from halfbyte.store.verdicts import check_judgement, find_verdict, read_judgement
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 CHAMPION, CANDIDATE = "champion", "candidate"
 SHORT = 12
 SCHEME = "store:"
 THESE_FILES, UNNAMED_FILES = "these files", "files that are not named"
-"""What a verdict is of, in the log."""
+"""Which files a verdict is about, as the log records it."""
 
 
 class Store:
@@ -50,7 +49,7 @@ class Store:
         self.backend: Backend = open_backend(place)
 
     def names(self) -> list[str]:
-        """List the models, sorted."""
+        """List the names of all models, sorted."""
         return list_names(self.backend)
 
     def history(self, name: str) -> History:
@@ -86,19 +85,19 @@ class Store:
 
         Args:
             folder: A quantized model; it is copied.
-            name: The model's name in the store; not the base's.
+            name: The model's name in the store, which must differ from the base's.
             base: Id and revision of the base; None: from the model card.
-            base_folder: The base model, to take its digest.
+            base_folder: Folder of the base model, for its digest.
             verdict: ``report.json`` of ``compare``, or JSON with a key "verdict".
-            like: A version that this one is a conversion of: base, recipe, calibration and tools
-                are its own.
-            parent: The version that this one follows; None: the champion, if there is one.
+            like: The version that this one is a conversion of; its base, recipe, calibration and
+                tools are taken over.
+            parent: The version that this one replaces; None: the champion, if there is one.
 
         Returns:
-            The manifest. Adding the same content again gives another version: it has a time.
+            The manifest. It has a time, so adding the same content again makes another version.
 
         Raises:
-            StoreError: The folder cannot be added, or the name is the base's.
+            StoreError: The folder cannot be added, or the name is that of the base.
             CheckpointError: A file is a link to nowhere or elsewhere, or a shard is missing.
         """
         check_name(name)
@@ -147,7 +146,7 @@ class Store:
     def _keep_verdict(
         self, path: Path, files: Mapping[str, FileRecord], base: BaseModel
     ) -> dict[str, str]:
-        """Check and keep a verdict's file; gives what the log says of it."""
+        """Check and store a verdict's file; return the details for the log."""
         judgement = read_judgement(path)
         check_judgement(judgement, str(path), files, base)
         of = THESE_FILES if judgement.candidate_files else UNNAMED_FILES
@@ -155,9 +154,9 @@ class Store:
         return {"verdict": judgement.verdict, "sha256": digest, "of": of}
 
     def _record(self, manifest: Manifest, details: Mapping[str, str]) -> None:
-        """Make a version exist, once all its blobs do: the manifest, then the log entry.
+        """Write the manifest, then the log entry that makes the version exist.
 
-        A version that exists gets an entry only for a verdict from elsewhere that is news.
+        An existing version gets another entry only if its verdict from elsewhere has changed.
         """
         version, elsewhere = manifest.version, details.get(ELSEWHERE)
         self.backend.put_new(f"manifests/{version}.json", manifest.to_bytes())
@@ -175,14 +174,13 @@ class Store:
 
         Args:
             reference: ``name`` (the champion, else the newest version), ``name@alias`` or
-                ``name@version``, of which the first few digits are enough; "store:" may stand
-                before it.
+                ``name@version``, where the first few digits suffice. A prefix "store:" is ignored.
 
         Returns:
             Name and version.
 
         Raises:
-            StoreError: There is none, or more than one.
+            StoreError: No version matches, or more than one.
         """
         name, _, point = reference.removeprefix(SCHEME).partition("@")
         history = self.history(name)
@@ -192,7 +190,7 @@ class Store:
                 return name, aliases[CHAMPION]
             if versions:
                 return name, versions[-1]
-            raise StoreError(f"'{name}' has no version any more.")
+            raise StoreError(f"'{name}' has no version any more: all were removed.")
         if point in aliases:
             return name, aliases[point]
         matching = [version for version in versions if version.startswith(point)]
@@ -206,18 +204,18 @@ class Store:
         """Read a version's manifest.
 
         Args:
-            version: In full.
+            version: All 64 digits.
 
         Returns:
             The manifest.
 
         Raises:
-            StoreError: It is missing, or its content is not what its name says.
+            StoreError: It is missing, or its content does not match its name.
         """
         key = f"manifests/{version}.json"
         content = self.backend.read(key)
         if hashlib.sha256(content).hexdigest() != version:
-            raise StoreError(f"{key} is not what its name says: its sha256 differs. It is damaged.")
+            raise StoreError(f"{key} is damaged: its sha256 is not the one in its name.")
         return Manifest.from_bytes(content, key)
 
     def verdict(self, name: str, version: str) -> str | None:
@@ -236,7 +234,7 @@ class Store:
             The verdict.
 
         Raises:
-            StoreError: There is none, or it is of other files than the version's.
+            StoreError: The file holds no verdict, or one about other files than the version's.
         """
         name, version = self.resolve(reference)
         manifest = self.manifest(version)
@@ -248,12 +246,12 @@ class Store:
     def promote(
         self, reference: str, alias: str = CHAMPION, *, force_reason: str | None = None
     ) -> Entry:
-        """Let an alias point to a version.
+        """Point an alias to a version.
 
         Args:
             reference: The version.
-            alias: Champion, candidate, or any other word.
-            force_reason: Why the champion may change without a passing verdict.
+            alias: "champion", "candidate", or any other name.
+            force_reason: Why the alias may move without a passing verdict; goes into the log.
 
         Returns:
             The log entry.
@@ -264,7 +262,7 @@ class Store:
         check_name(alias)
         name, version = self.resolve(reference)
         judged = self.verdict(name, version)
-        # Only what serves traffic is guarded: a candidate is there to be compared.
+        # A candidate needs no verdict: it serves no traffic, and is there to be compared.
         if alias != CANDIDATE and judged != "pass" and not force_reason:
             elsewhere = self.history(name).verdict_elsewhere(version)
             claim = f" ('{elsewhere}' from elsewhere does not count)" if elsewhere else ""
@@ -278,18 +276,18 @@ class Store:
             return self.append(name, version, "promote", alias=alias, reason=force_reason)
 
     def rollback(self, name: str, alias: str = CHAMPION, *, reason: str | None = None) -> Entry:
-        """Let an alias point to what it pointed to before.
+        """Point an alias to the version that it pointed to before.
 
         Args:
             name: The model.
             alias: The alias.
-            reason: For the log.
+            reason: Goes into the log.
 
         Returns:
             The log entry.
 
         Raises:
-            StoreError: It never pointed to anything else, or that version is gone.
+            StoreError: There is no earlier version, or it was removed.
         """
 
         def decide(history: History) -> Entry:
@@ -307,16 +305,16 @@ class Store:
         return entry
 
     def verify(self, reference: str | None = None) -> list[str]:
-        """Compare every byte of a version, or of all, with its digest.
+        """Verify the digest of every file of a version, or of all versions.
 
         Args:
-            reference: The version; None: all of all models.
+            reference: The version; None: all versions of all models.
 
         Returns:
             The versions that were verified.
 
         Raises:
-            StoreError: Something is missing or differs; names version and file.
+            StoreError: A file is missing or damaged; names version and file.
         """
         targets: list[str] = []
         if reference is not None:
@@ -325,9 +323,10 @@ class Store:
             for name in self.names():
                 history = self.history(name)
                 targets += history.versions
-                missing = set(history.aliases.values()) - set(history.versions)
-                if missing:
-                    raise StoreError(f"An alias of '{name}' points to {missing}, which is removed.")
+                if removed := set(history.aliases.values()) - set(history.versions):
+                    raise StoreError(
+                        f"An alias of '{name}' points to {removed}, which was removed."
+                    )
         checked: set[str] = set()
         for version in targets:
             manifest = self.manifest(version)
@@ -384,25 +383,5 @@ class Store:
 def _digest_base(folder: Path) -> str:
     files = digest_files(folder)
     if not any(is_weights(name) for name in files):
-        raise StoreError(f"The base model {folder} has no weights in safetensors. Check the path.")
+        raise StoreError(f"The base model {folder} has no .safetensors weights. Check the path.")
     return digest_weights(files)
-
-
-def check_name(name: str) -> str:
-    """Check a model's name or an alias.
-
-    Args:
-        name: To be used in keys.
-
-    Returns:
-        The name.
-
-    Raises:
-        StoreError: It is not one plain word.
-    """
-    if not NAME.fullmatch(name):
-        raise StoreError(
-            f"'{name[:100]}' cannot be a name: letters, digits, '.', '_' and '-' are allowed, at "
-            "most 96, and a letter or digit first."
-        )
-    return name
