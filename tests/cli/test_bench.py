@@ -39,8 +39,8 @@ def test_activations_in_int8_are_measured_and_their_error_is_told(folders, capsy
     options = ["--base", base, "--activations", "int8", *SMALL]
     assert main(["bench", packed, *options]) == 0
     out = capsys.readouterr().out
-    assert f"{packed}: activations in int8 are 0.0" in out
-    assert f"{base}: activations" not in out
+    assert f"{packed}: with int8 activations the KL divergence is 0.0" in out
+    assert f"{base}: with int8 activations" not in out
     assert main(["bench", packed, "--json", *options]) == 0
     models = json.loads(capsys.readouterr().out)["models"]
     assert models[base]["rounding"] is None

@@ -54,7 +54,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, capsy
     assert "1 of 1 linears do not fit" in capsys.readouterr().err
     assert not (tmp_path / "x.gguf").exists()
     assert main([*arguments, "--allow-error"]) == 0
-    assert "Not exact: 1 tensor is rounded" in capsys.readouterr().out
+    assert "Not exact: 1 tensor was rounded" in capsys.readouterr().out
 
 
 def test_a_folder_with_files_is_not_written_into(model, capsys):

@@ -124,7 +124,7 @@ def test_text_beyond_the_output_s_characters_is_shown_as_far_as_it_goes(folder, 
 def test_bytes_that_are_no_text_are_told(folder, capsys, monkeypatch, verb, options):
     monkeypatch.setattr("sys.stdin", text_of(b"w1 \xff w2\n"))
     assert main([verb, str(folder), *options]) == 2
-    assert "is not utf-8: it has a byte 0xff behind 3 characters" in capsys.readouterr().err
+    assert "is not utf-8: it has a byte 0xff after 3 characters" in capsys.readouterr().err
 
 
 def test_a_template_that_refuses_is_told(folder, capsys):

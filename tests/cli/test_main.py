@@ -71,7 +71,7 @@ def test_interrupt_says_where_a_run_can_go_on(verb, capsys):
     verb.add_arguments = lambda parser: parser.add_argument("--resume", action="store_true")
     verb.run = raising(KeyboardInterrupt())
     assert cli.main(["try"]) == 130
-    assert "The same command with --resume goes on." in capsys.readouterr().err
+    assert "Run the same command with --resume to continue." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_defect_shows_its_traceback_and_ends_as_the_verb_says(verb, capsys, code
     told = capsys.readouterr().err
     assert "Traceback" in told
     assert "ZeroDivisionError: ours" in told
-    assert "a mistake in halfbyte" in told
+    assert "a bug in halfbyte" in told
 
 
 def test_unknown_verb_names_the_nearest(capsys):

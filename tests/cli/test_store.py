@@ -52,9 +52,9 @@ def test_the_life_of_a_version(call, tmp_path):
     shown = call("show", f"m@{second}")
     assert "promote champion" in shown
     assert "a test" in shown
-    assert "3 versions are as they were added" in call("verify")
-    assert "1 version is as it was added" in call("verify", "m")
-    assert "of one version: name it" in call("verify", "--public-key", "k.pub", code=2)
+    assert "3 versions verified" in call("verify")
+    assert "1 version verified" in call("verify", "m")
+    assert "of one version. Name the version" in call("verify", "--public-key", "k.pub", code=2)
     assert "removed 0 versions and 0 files" in call("gc")
     assert (tmp_path / "out").exists() is False
     call("get", "m", "-o", tmp_path / "out")
@@ -78,4 +78,4 @@ def test_a_version_that_cannot_be_read_hides_no_other(call, tmp_path):
 
 def test_no_store_is_a_wrong_setting(call, monkeypatch):
     monkeypatch.delenv("HALFBYTE_STORE")
-    assert "Give --store, or set HALFBYTE_STORE" in call("list", code=2)
+    assert "Use --store, or set HALFBYTE_STORE" in call("list", code=2)

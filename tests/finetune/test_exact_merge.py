@@ -181,5 +181,5 @@ def test_merge_that_computes_something_else_is_refused(trained, tmp_path, monkey
     monkeypatch.setattr(
         exact_merge, "find_offsets", lambda *a: {n: 0.8 * t for n, t in real(*a).items()}
     )
-    with pytest.raises(VerificationError, match=r"nats per token apart, the bare base and that 0"):
+    with pytest.raises(VerificationError, match=r"nats per token apart, the base alone 0"):
         merge_exactly(base, adapter, tmp_path / "out", data=data, device="cpu")

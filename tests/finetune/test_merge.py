@@ -178,7 +178,7 @@ def test_peft_refuses_where_halfbyte_merges(base, tmp_path):
         (
             (2.1, 0.0, 0.45),
             (2.2, 0.0, 0.44),
-            "Cannot tell whether it keeps the task, .* too little",
+            "Cannot tell whether it keeps the task, .* too few",
         ),
     ],
 )

@@ -53,7 +53,7 @@ class Told:
     def stepped(self, step, loss):
         self.out.send(("step", step))
 
-    def judged(self, step, loss, best): ...
+    def evaluated(self, step, loss, best): ...
 
     def finished(self): ...
 
@@ -268,7 +268,7 @@ def test_unknown_target_is_refused_with_its_name(base, data, tmp_path):
     [
         ({"learning_rate": 1e30}, r"failed: the loss is (nan|inf) after [12] steps\. No adapter "
          r"was written\. Remove .* with a lower --learning-rate \(it is 1e\+30\)\."),
-        ({"learning_rate": 1e30, "evaluate_every": 1}, r"loss on data kept apart is nan after 1 s"),
+        ({"learning_rate": 1e30, "evaluate_every": 1}, r"held-out loss is nan after 1 s"),
         ({"learning_rate": 1e30, "validation": 0.0, "max_steps": 2, "dtype": "bfloat16"},
          r"is (nan|inf) .* --dtype float32 \(it is bfloat16\)"),
     ],
@@ -290,7 +290,7 @@ def test_base_without_numbers_is_said_to_be_the_reason(base, data, tmp_path, mon
 
     monkeypatch.setattr(train, "open_base", open_broken)
     with pytest.raises(
-        ModelError, match=r"is nan after 0 steps\. .*on another base: this one gives no"
+        ModelError, match=r"is nan after 0 steps\. .*on another base: this one does not"
     ):
         finetune(base, tmp_path / "a", data=data, adapter=ADAPTER, config=CONFIG)
 
@@ -332,7 +332,7 @@ def test_tokens_of_another_model_are_refused(base, data, tmp_path, monkeypatch):
             examples=(train.Example((5, 900), (5, 900)), train.Example((6, 7), (6, 7))), notes=()
         ),
     )  # fmt: skip
-    with pytest.raises(DataError, match=r"token id 900, and .* knows 0\.\.63"):
+    with pytest.raises(DataError, match=r"token id 900, and .* has ids 0\.\.63"):
         finetune(base, tmp_path / "a", data=data, config=CONFIG)
 
 

@@ -126,7 +126,7 @@ def test_command_prints_bytes_as_json(capsys):
     assert values["bytes"] == plan_memory(read_shapes("7B"), load).to_dict()
     assert values["devices"][0]["name"] == "24 GB card"
     assert values["devices"][0]["fits"] is False
-    assert "times the weights" in values["notes"][0]
+    assert "times the memory of the weights" in values["notes"][0]
 
 
 @pytest.mark.parametrize("name", ["bits", "group-size", "context"])
@@ -138,7 +138,7 @@ def test_command_takes_a_zero_for_what_it_is(name, capsys):
 def test_command_prints_tables(capsys):
     assert main(["plan", "70B", "--gpu", "H100"]) == 0
     out = capsys.readouterr().out
-    for part in ("70B: 69 billion", "keys and values", "1.3 GB", "H100", "34.2 GB"):
+    for part in ("70B: 69 billion", "KV cache", "1.3 GB", "H100", "34.2 GB"):
         assert part in out
 
 

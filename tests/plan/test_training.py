@@ -102,4 +102,4 @@ def test_the_command_gives_bytes_and_batches(capsys):
     assert main(arguments) == 0
     shown = capsys.readouterr().out
     assert "rank 16 on q_proj" in shown
-    assert "rows at a time" in shown
+    assert "maximum batch size" in shown
