@@ -1,10 +1,10 @@
-"""Text that ships with halfbyte: some to calibrate on, other text to measure on.
+"""Built-in text, for calibration and for evaluation.
 
-Five kinds: prose (WikiText-2, see ``NOTICE`` beside this file for authors and licence), source
-code, dialogue, thirteen other languages, technical prose (written for halfbyte). Calibration and
-evaluation share no document; for prose they are the validation and the test split. They are of the
-same kinds all the same, so a model calibrated here looks a little better on the evaluation text
-than on text of a kind that is not here. Say so beside such numbers.
+There are five kinds: prose (WikiText-2; ``NOTICE`` in this folder names its authors and license),
+source code, dialogue, thirteen other languages and technical prose (written for halfbyte).
+Calibration and evaluation text share no document; for prose they are the validation and the test
+split. But they are of the same kinds, so a model that is calibrated on this text scores a little
+better on the evaluation text than on other kinds. Mention this when you publish such figures.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ EVALUATION_FILES = {
     "technical": "evaluation_technical.txt",
 }
 SEPARATOR = "\n\n%%\n\n"
-"""Between the documents of a file; the prose is one document."""
+"""Separates the documents of a file; the prose is one document."""
 
 
 def calibration_documents(kind: str) -> list[str]:
-    """Give the documents to calibrate on, of one kind.
+    """Return the calibration documents of one kind.
 
     Args:
         kind: A key of ``CALIBRATION_FILES``.
@@ -45,7 +45,7 @@ def calibration_documents(kind: str) -> list[str]:
 
 
 def evaluation_documents(kind: str) -> list[str]:
-    """Give the documents to measure on, of one kind.
+    """Return the evaluation documents of one kind.
 
     Args:
         kind: A key of ``EVALUATION_FILES``.
@@ -57,20 +57,21 @@ def evaluation_documents(kind: str) -> list[str]:
 
 
 def calibration_text() -> str:
-    """Give the prose to calibrate on: about 60,000 words of WikiText-2's validation split."""
+    """Return the prose for calibration: about 60,000 words of WikiText-2's validation split."""
     return _read(CALIBRATION_FILES[PROSE])
 
 
 def evaluation_text() -> str:
-    """Give the prose to measure on: the first eight articles of WikiText-2's test split."""
+    """Return the prose for evaluation: the first eight articles of WikiText-2's test split."""
     return _read(EVALUATION_FILES[PROSE])
 
 
 def builtin_facts() -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """Give the simple facts of the built-in tasks.
+    """Return the facts that the built-in tasks ask for.
 
     Returns:
-        Per table its kind, its question with ``{}`` for the subject, and (subject, answer) pairs.
+        For each table: its kind, its question with ``{}`` for the subject, and (subject, answer)
+        pairs.
     """
     tables = []
     for line in _read("builtin_facts.txt").splitlines():
@@ -83,8 +84,8 @@ def builtin_facts() -> list[tuple[str, str, list[tuple[str, str]]]]:
 
 
 def edge_cases() -> list[dict[str, Any]]:
-    """Give the odd inputs, one object with ``kind`` and ``prompt`` each."""
-    # Not splitlines: that also cuts at characters that are meant to be in there.
+    """Return the edge-case prompts, as objects with ``kind`` and ``prompt``."""
+    # Not splitlines, which also splits at characters that are part of the prompts.
     return [json.loads(line) for line in _read("edge_cases.jsonl").split("\n") if line]
 
 
