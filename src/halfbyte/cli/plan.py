@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--context",
         type=int,
         metavar="N",
-        help="tokens per request, prompt and answer (default: 4096 or the model's maximum)",
+        help="tokens per request, prompt and answer (default: 4096, at most the model's maximum)",
     )
     parser.add_argument(
         "--requests",
@@ -66,6 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="nominal memory of a GPU, such as 24GB, or its name, such as 'RTX 4090'; repeatable "
         "(default: common sizes, and this machine)",
     )
+    _add_training_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON, with sizes in bytes")
+
+
+def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
     training = parser.add_argument_group("training an adapter, instead of inference")
     training.add_argument(
         "--finetune",
@@ -95,7 +100,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="optimizer: adamw, adamw_8bit or paged_adamw_8bit (default: %(default)s)",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, with sizes in bytes")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -89,7 +89,7 @@ def _add_alias_actions(actions: Any) -> None:
     rollback = _action(actions, "rollback", "point an alias back to its previous version")
     rollback.add_argument("name", metavar="NAME", help="the model, or NAME@ALIAS")
     rollback.add_argument("--alias", help="the alias (default: champion)")
-    rollback.add_argument("--reason", help="is logged")
+    rollback.add_argument("--reason", help="reason for the log")
     collect = _action(
         actions, "gc", "garbage collection: remove versions that no alias needs, and unused files"
     )

@@ -60,6 +60,12 @@ class _Data:
         """Number of held-out examples."""
         return 0 if self.validation is None else len(self.validation.examples)
 
+    @property
+    def digests(self) -> dict[str, str | None]:
+        """Digests of both parts, by which --resume recognizes the data."""
+        held_out = None if self.validation is None else self.validation.digest
+        return {"data": self.training.digest, "validation": held_out}
+
     def describe(self, path: Path) -> dict[str, Any]:
         """Return what the report says about the data."""
         return {
@@ -119,13 +125,10 @@ def finetune(
         check_adapter(start_from)
     # The data first, so that an error in it shows before a large model is loaded.
     tokenizer = load_required_tokenizer(folder)
-    examples = _read_data(
-        tokenizer, Path(data), None if validation is None else Path(validation), config
-    )
+    examples = _read_data(tokenizer, data, validation, config)
     inputs = {
         "model": fingerprint_model(TensorFiles.open(folder)),
-        "data": examples.training.digest,
-        "validation": None if examples.validation is None else examples.validation.digest,
+        **examples.digests,
         "adapter": adapter.to_dict(),
         "config": config.to_dict(),
         "start_from": None if start_from is None else digest_files(Path(start_from)),
@@ -328,16 +331,18 @@ def count_steps(rows: int, config: TrainConfig) -> int:
     return steps if config.max_steps is None else min(steps, config.max_steps)
 
 
-def _read_data(tokenizer: Any, data: Path, validation: Path | None, config: TrainConfig) -> _Data:
+def _read_data(
+    tokenizer: Any, data: str | Path, validation: str | Path | None, config: TrainConfig
+) -> _Data:
     settings: dict[str, Any] = {
         "length": config.length,
         "everything": config.train_on == "everything",
     }
-    examples = read_examples(data, tokenizer, **settings)
+    examples = read_examples(Path(data), tokenizer, **settings)
     if validation is None:
         training, held_out = split_examples(examples, config.validation, config.seed)
     else:
-        training, held_out = examples, read_examples(validation, tokenizer, **settings)
+        training, held_out = examples, read_examples(Path(validation), tokenizer, **settings)
 
     def rows(side: Examples) -> list[list[Example]]:
         if config.packing:

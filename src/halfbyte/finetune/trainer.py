@@ -28,6 +28,8 @@ OPTIMIZERS = {
     "adamw_8bit": "adamw_8bit",
     "paged_adamw_8bit": "paged_adamw_8bit",
 }
+SCHEDULES = {"constant": "constant_with_warmup"}
+"""Our name -> Transformers', where they differ."""
 KEYS = {
     "loss": "loss",
     "learning_rate": "learning_rate",
@@ -73,6 +75,27 @@ def make_trainer(
     Returns:
         The Trainer.
     """
+    arguments = _make_arguments(config, steps, folder, device, evaluate=validation is not None)
+    callbacks: list[TrainerCallback] = [_Reporter(progress)]
+    if validation is not None:
+        callbacks.append(EarlyStoppingCallback(early_stopping_patience=config.patience))
+    trainer = _ChunkedTrainer(
+        model,
+        arguments,
+        data_collator=collator,
+        train_dataset=training,
+        eval_dataset=validation,
+        callbacks=callbacks,
+    )
+    for shown in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(shown)
+    return trainer
+
+
+def _make_arguments(
+    config: TrainConfig, steps: int, folder: Path, device: torch.device, *, evaluate: bool
+) -> TrainingArguments:
+    """Translate the settings of the training to the Trainer's."""
     every = config.evaluate_every or max(steps // EVALUATIONS, 1)
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -81,21 +104,19 @@ def make_trainer(
         per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulate,
         learning_rate=config.learning_rate,
-        lr_scheduler_type=config.schedule
-        if config.schedule != "constant"
-        else "constant_with_warmup",
+        lr_scheduler_type=SCHEDULES.get(config.schedule, config.schedule),
         warmup_steps=math.ceil(config.warmup * steps),
         optim=OPTIMIZERS[config.optimizer],
         weight_decay=0.0,
         logging_steps=1,
         # Otherwise a loss that is not finite would be logged as the mean of those before.
         logging_nan_inf_filter=False,
-        eval_strategy="no" if validation is None else "steps",
+        eval_strategy="steps" if evaluate else "no",
         eval_steps=every,
         save_strategy="steps",
         save_steps=every,
         save_total_limit=2,
-        load_best_model_at_end=validation is not None,
+        load_best_model_at_end=evaluate,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
         restore_callback_states_from_checkpoint=True,
@@ -112,20 +133,7 @@ def make_trainer(
     if arguments.n_gpu > 1:
         # Otherwise the Trainer would copy the model to every GPU.
         arguments._n_gpu = 1
-    callbacks: list[TrainerCallback] = [_Reporter(progress)]
-    if validation is not None:
-        callbacks.append(EarlyStoppingCallback(early_stopping_patience=config.patience))
-    trainer = _ChunkedTrainer(
-        model,
-        arguments,
-        data_collator=collator,
-        train_dataset=training,
-        eval_dataset=validation,
-        callbacks=callbacks,
-    )
-    for shown in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(shown)
-    return trainer
+    return arguments
 
 
 def read_history(log: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], ...]:
