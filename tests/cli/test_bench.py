@@ -33,7 +33,7 @@ def test_table_shows_the_base_first_and_how_many_times_faster(folders, capsys):
 
 
 @pytest.mark.native
-def test_activations_in_int8_are_measured_and_their_error_is_told(folders, capsys):
+def test_error_of_int8_activations_is_measured(folders, capsys):
     base, packed = map(str, folders)
     build_tokenizer().save_pretrained(packed)
     options = ["--base", base, "--activations", "int8", *SMALL]

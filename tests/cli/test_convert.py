@@ -69,7 +69,7 @@ def test_embeddings_that_do_not_fit_the_type_are_refused(model, tmp_path, capsys
 
 
 @pytest.mark.parametrize("is_tied", [True, False])
-def test_embeddings_and_head_are_held_as_chosen_and_cost_what_is_said(tmp_path, capsys, is_tied):
+def test_types_of_embeddings_and_head_are_applied_and_reported(tmp_path, capsys, is_tied):
     gguf = pytest.importorskip("gguf")
     source, output = tmp_path / "model", tmp_path / "x.gguf"
     write_source(source, {f"{ATTENTION}.q_proj": TinyLinear(out_features=64)})
@@ -110,7 +110,7 @@ def test_a_model_in_full_precision_is_refused(tmp_path, capsys):
     "words",
     [["--widen"], ["--head", "q8_0"], ["--embeddings", "f16"], ["--pre-tokenizer", "llama-bpe"]],
 )
-def test_what_only_gguf_knows_is_refused_elsewhere(model, tmp_path, capsys, words):
+def test_gguf_options_are_refused_for_other_formats(model, tmp_path, capsys, words):
     assert main(["convert", str(model), "--to", "awq", "-o", str(tmp_path / "out"), *words]) == 2
     name = words[0].removeprefix("--").replace("-", "_")
     assert f"{name} would change nothing in the format awq" in capsys.readouterr().err

@@ -63,7 +63,7 @@ def test_the_life_of_a_version(call, tmp_path):
     assert list(json.loads(call("list", "--json"))) == ["m", "n"]
 
 
-def test_a_version_that_cannot_be_read_hides_no_other(call, tmp_path):
+def test_unreadable_version_does_not_stop_the_list(call, tmp_path):
     for seed in range(2):
         call("add", write_folder(tmp_path / "model", seed), "--name", "m")
     path = next((tmp_path / "store" / "manifests").iterdir())
@@ -76,6 +76,6 @@ def test_a_version_that_cannot_be_read_hides_no_other(call, tmp_path):
     assert sum("no verdict" in line for line in lines) == 1
 
 
-def test_no_store_is_a_wrong_setting(call, monkeypatch):
+def test_missing_store_setting_is_a_usage_error(call, monkeypatch):
     monkeypatch.delenv("HALFBYTE_STORE")
     assert "Use --store, or set HALFBYTE_STORE" in call("list", code=2)

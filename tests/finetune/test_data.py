@@ -91,7 +91,7 @@ def bytes_tokenizer(request):
         ("capital of:", "  Paris", ["Ġ", "ĠParis", "</s>"], False),
     ],
 )
-def test_token_on_both_sides_counts_and_is_told(
+def test_token_across_the_border_counts_and_is_noted(
     tmp_path, bytes_tokenizer, prompt, completion, words, joined
 ):
     found = read(tmp_path, bytes_tokenizer, {"prompt": prompt, "completion": completion})
@@ -102,7 +102,7 @@ def test_token_on_both_sides_counts_and_is_told(
     assert whole.notes == ()
 
 
-def test_everything_counts_where_asked(tmp_path, tokenizer):
+def test_everything_counts_on_request(tmp_path, tokenizer):
     row = {"prompt": "w1 w2 ", "completion": "w3 w4"}
     (example,) = read(tmp_path, tokenizer, row, everything=True).examples
     assert example.labels == example.ids

@@ -127,7 +127,7 @@ def test_merged_checkpoint_saves_loads_and_dequantizes(trained, tmp_path):
     torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_no_other_program_takes_it_for_what_it_is_not(trained, tmp_path):
+def test_exact_merge_is_not_mistaken_for_a_standard_checkpoint(trained, tmp_path):
     base, adapter = trained
     merge_exactly(base, adapter, tmp_path / "out", device="cpu")
     for verdict in check_consumers(open_checkpoint(tmp_path / "out")).verdicts:
@@ -150,7 +150,7 @@ def test_adapters_that_are_not_constant_are_refused(trained, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_goes_on_only_from_a_constant_one(trained, tmp_path, data):
+def test_qalora_starts_only_from_a_group_constant_adapter(trained, tmp_path, data):
     base, adapter = trained
     settings = {"data": data, "config": TRAIN}
     plain = tmp_path / "plain"
@@ -162,7 +162,7 @@ def test_goes_on_only_from_a_constant_one(trained, tmp_path, data):
     merge_exactly(base, tmp_path / "more", tmp_path / "merged", device="cpu")
 
 
-def test_needs_groups(trained, tmp_path, data):
+def test_qalora_needs_packed_linears(trained, tmp_path, data):
     base, adapter = trained
     merge(base, adapter, tmp_path / "dense", device="cpu")
     with pytest.raises(ConfigError, match=r"with --variant qalora: it is a Linear"):

@@ -124,7 +124,7 @@ def test_repaired_model_is_nearer_to_the_original(folders, tmp_path, monkeypatch
     assert again.kept_error == pytest.approx(report.kept_error, rel=1e-6)
 
 
-def test_models_that_do_not_belong_together_are_refused(folders, tmp_path):
+def test_unrelated_models_are_refused(folders, tmp_path):
     base, original = folders
     with pytest.raises(ModelError, match=r"no linear in it is quantized"):
         repair(original, original, tmp_path / "a", text=TEXT, calibration=CALIBRATION)

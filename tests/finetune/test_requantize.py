@@ -76,7 +76,7 @@ def work(base, adapter, out, data, progress=None, resume=False):
     )  # fmt: skip
 
 
-def test_killed_run_leaves_all_in_its_folder_and_goes_on(base, tmp_path, data):
+def test_killed_run_is_resumed_and_leaves_nothing_outside_its_folder(base, tmp_path, data):
     adapter, out = write_adapter(base, tmp_path / "adapter"), tmp_path / "out" / "model"
     process = CONTEXT.Process(target=work, args=(base, adapter, out, data, Killing()))
     process.start()
@@ -96,7 +96,7 @@ def test_killed_run_leaves_all_in_its_folder_and_goes_on(base, tmp_path, data):
         assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
 
 
-def test_output_is_looked_at_before_the_merge_and_a_failed_one_leaves_nothing(
+def test_output_is_checked_first_and_a_failed_merge_leaves_nothing(
     base, tmp_path, data, monkeypatch
 ):
     def fail(*_args, **_keywords):
@@ -110,7 +110,7 @@ def test_output_is_looked_at_before_the_merge_and_a_failed_one_leaves_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_scheme_of_the_base_is_taken_over(base, tmp_path):
+def test_scheme_of_the_base_is_reused(base, tmp_path):
     config = merging_config(base, end_to_end_steps=7)
     assert (config.bits, config.group_size, config.symmetric, config.desc_act) == (
         4, 32, False, True,
@@ -123,7 +123,7 @@ def test_scheme_of_the_base_is_taken_over(base, tmp_path):
         scheme_of(tmp_path)
 
 
-def test_examples_stay_apart_with_their_labels_and_half_of_the_tokens(base):
+def test_examples_are_separate_sequences_with_half_of_the_tokens(base):
     examples = make_examples(40)
     calibration = CalibrationConfig(samples=10, length=16)
     text = task_calibration(examples, build_tokenizer(), calibration)
@@ -138,7 +138,7 @@ def test_examples_stay_apart_with_their_labels_and_half_of_the_tokens(base):
     assert sum("labels" in row for row in few) == 4
 
 
-def test_judges_by_examples_that_nothing_is_fitted_to(base, tmp_path, data, monkeypatch):
+def test_held_out_examples_are_not_in_the_calibration(base, tmp_path, data, monkeypatch):
     examples = Examples(examples=tuple(make_examples(50)), notes=())
     fitted, judging = split_task_examples(examples)
     assert len(judging) == 10

@@ -203,7 +203,7 @@ def test_resuming_a_finished_run_gives_its_report(trained, base, data):
         finetune(base, out, data=data, adapter=ADAPTER, config=CONFIG)
 
 
-def test_stops_early_where_nothing_gets_better(base, data, tmp_path):
+def test_stops_early_without_improvement(base, data, tmp_path):
     config = TrainConfig(
         **{**SETTINGS, "learning_rate": 1.0, "patience": 2, "epochs": 20, "evaluate_every": 2}
     )
@@ -213,7 +213,7 @@ def test_stops_early_where_nothing_gets_better(base, data, tmp_path):
     assert report.steps - report.kept_step == 2 * 2
 
 
-def test_goes_on_from_an_adapter(trained, base, data, tmp_path):
+def test_starts_from_an_adapter(trained, base, data, tmp_path):
     out, report = trained
     config = TrainConfig(**{**SETTINGS, "epochs": 1, "learning_rate": 1e-6, "evaluate_every": 1})
     again = finetune(
@@ -240,7 +240,7 @@ def test_variants_packing_and_no_validation(base, data, tmp_path, variant):
     assert len(tensors) == 4 * (3 if variant == "dora" else 2)
 
 
-def test_packing_is_refused_where_examples_would_see_each_other(base):
+def test_packing_is_refused_if_examples_see_each_other(base):
     subject = open_subject(base, dtype="float32", device="cpu")
     check_packing(subject)
     forward = subject.model.forward
@@ -282,7 +282,7 @@ def test_run_that_diverges_stops_there_and_writes_no_adapter(
     assert [path.name for path in (tmp_path / "a").iterdir()] == [".halfbyte"]
 
 
-def test_base_without_numbers_is_said_to_be_the_reason(base, data, tmp_path, monkeypatch):
+def test_base_with_values_that_are_not_finite_is_blamed(base, data, tmp_path, monkeypatch):
     def open_broken(*arguments):
         subject = open_base(*arguments)
         subject.model.model.norm.weight.data.fill_(torch.nan)
