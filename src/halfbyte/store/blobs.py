@@ -69,4 +69,7 @@ def check_complete(backend: Backend, manifest: Manifest) -> None:
     """
     for path, record in manifest.files.items():
         if not backend.exists(blob_key(record.sha256)):
-            raise StoreError(f"{path} of {manifest.version[:12]} is missing from the store.")
+            raise StoreError(
+                f"{path} of {manifest.version[:12]} is missing from the store. Add or pull the "
+                "version again."
+            )

@@ -36,7 +36,7 @@ def push(
     endpoint: str | None = None,
     token: str | None = None,
 ) -> str:
-    """Upload a version as one commit.
+    """Upload a version, with this store's verdict if it names its files, as one commit.
 
     Args:
         store: The store.
@@ -52,8 +52,8 @@ def push(
         The commit's id.
 
     Raises:
-        StoreError: The upload failed, or the repository is the base model's own or holds files that
-            were not pushed from a store.
+        StoreError: The upload failed, the verdict's report is damaged, or the repository is the base
+            model's own or holds files that were not pushed from a store.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError

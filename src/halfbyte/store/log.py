@@ -240,9 +240,13 @@ def _parse(content: bytes, key: str) -> Entry:
         values: dict[str, Any] = parse_json_object(content, key)
         entry = Entry(**values)
     except (CheckpointError, TypeError) as error:
-        raise StoreError(f"{key} is not a log entry: {error}. The store is damaged.") from error
+        raise StoreError(
+            f"{key} is not a log entry: {error}. It is damaged; restore it from a backup."
+        ) from error
     if entry.event not in EVENTS or entry.to_bytes() != content:
-        raise StoreError(f"{key} is not a valid log entry. The store is damaged.")
+        raise StoreError(
+            f"{key} is not a valid log entry. It is damaged; restore it from a backup."
+        )
     return entry
 
 

@@ -60,7 +60,7 @@ def list_files(folder: Path) -> dict[str, Path]:
         CheckpointError: A file is a link to nowhere or out of the folder, or a shard is missing.
     """
     if not folder.is_dir():
-        raise StoreError(f"Cannot add {folder}: there is no such folder.")
+        raise StoreError(f"Cannot add {folder}: there is no such folder. Check the path.")
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()

@@ -190,7 +190,7 @@ class Store:
                 return name, aliases[CHAMPION]
             if versions:
                 return name, versions[-1]
-            raise StoreError(f"'{name}' has no version any more: all were removed.")
+            raise StoreError(f"'{name}' has no version any more: all were removed. Add one first.")
         if point in aliases:
             return name, aliases[point]
         matching = [version for version in versions if version.startswith(point)]
@@ -293,9 +293,15 @@ class Store:
         def decide(history: History) -> Entry:
             past = history.past_of(alias)
             if len(past) < 2:
-                raise StoreError(f"Cannot roll back {name}@{alias}: it has no earlier version.")
+                raise StoreError(
+                    f"Cannot roll back {name}@{alias}: it has no earlier version. Promote another "
+                    "version instead."
+                )
             if past[-2] not in history.versions:
-                raise StoreError(f"Cannot roll back {name}@{alias}: {past[-2][:SHORT]} is removed.")
+                raise StoreError(
+                    f"Cannot roll back {name}@{alias}: {past[-2][:SHORT]} is removed. Promote "
+                    "another version instead."
+                )
             return Entry(event="rollback", version=past[-2], alias=alias, reason=reason)
 
         self.history(name)

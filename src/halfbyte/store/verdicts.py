@@ -48,7 +48,7 @@ def read_judgement(path: Path) -> Judgement:
         StoreError: There is no such file, or it holds no valid verdict.
     """
     if not path.is_file():
-        raise StoreError(f"There is no verdict file {path}.")
+        raise StoreError(f"There is no verdict file {path}. `halfbyte compare` writes one.")
     return parse_judgement(path.read_bytes(), str(path))
 
 
