@@ -52,8 +52,8 @@ def push(
         The commit's id.
 
     Raises:
-        StoreError: The upload failed, the verdict's report is damaged, or the repository is the base
-            model's own or holds files that were not pushed from a store.
+        StoreError: The upload failed, the verdict's report is damaged, or the repository is that of
+            the base model or holds files that were not pushed from a store.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
