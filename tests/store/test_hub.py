@@ -128,9 +128,9 @@ def test_push_publishes_the_verdict_without_its_report_and_it_does_not_count_els
     assert "add from me/small (judged pass there)" in shown
     assert main(["store", "list", *place]) == 0
     assert "not judged here (elsewhere: pass)" in capsys.readouterr().out
-    # What is pushed on is this store's own verdict, and it has none.
-    push(other, "m", "me/again", endpoint=hub.url, token="hf_x")
-    assert VERDICT_FILE not in hub.repositories["me/again"]
+    # A store pushes its own verdict only, and this one has none; the older file is deleted.
+    push(other, "m", "me/small", endpoint=hub.url, token="hf_x")
+    assert VERDICT_FILE not in hub.repositories["me/small"]
     # The file is one that `store judge` takes.
     (tmp_path / VERDICT_FILE).write_bytes(pushed)
     assert other.judge("m", tmp_path / VERDICT_FILE) == "pass"

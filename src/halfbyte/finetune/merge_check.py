@@ -80,7 +80,7 @@ class MergeReport:
             f"tokens {before.right_tokens:.1%} and {after.right_tokens:.1%}, at a loss of "
             f"{before.loss:.4f} and {after.loss:.4f}"
         )
-        # Long answers are rarely right to the last token, so their loss shows in the tokens.
+        # Long answers are rarely right to the last token: what they lose shows in the token share.
         lost = max(before.right - after.right, before.right_tokens - after.right_tokens)
         if not (lost <= MAX_LOST_SHARE and after.loss - before.loss <= MAX_LOSS_INCREASE):
             return f"Loses part of the task: {scores}. Serve the adapter unmerged instead."

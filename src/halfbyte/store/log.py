@@ -111,7 +111,7 @@ class History:
         entry = self.last_detail(version, ELSEWHERE)
         return entry.details[ELSEWHERE] if entry else None
 
-    def tells_origin(self, version: str) -> bool:
+    def records_origin(self, version: str) -> bool:
         """Whether the log records, for each time a version was added, where it came from."""
         added = [e for e in self.entries if e.event == "add" and e.version == version]
         return all(entry.details for entry in added)

@@ -103,29 +103,24 @@ class Store:
         check_name(name)
         folder = Path(folder)
         files = list_files(folder)
-        found = base or read_base(folder)
-        if found.id is not None and name == found.id:
+        base = base or read_base(folder)
+        if base.id is not None and name == base.id:
             raise StoreError(
                 f"'{name}' is the name of the base model. Choose another, such as {name}-4bit."
             )
         if base_folder is not None:
             digest = _digest_base(Path(base_folder))
-            found = BaseModel(id=found.id, revision=found.revision, digest=digest)
+            base = BaseModel(id=base.id, revision=base.revision, digest=digest)
         recipe, calibration, tools = read_recipe(folder)
         if like is not None:
             origin = self.manifest(self.resolve(like)[1])
-            found, recipe = origin.base, {**origin.recipe, "converted_from": origin.version}
+            base, recipe = origin.base, {**origin.recipe, "converted_from": origin.version}
             calibration, tools = origin.calibration, dict(origin.tools)
         with self.backend.lock(exclusive=False):
-            card = make_card(folder, found)
-            if card is not None:
-                files.pop(CARD_FILE, None)
-            records = {path: put_blob(self.backend, file) for path, file in files.items()}
-            if card is not None:
-                records[CARD_FILE] = put_bytes(self.backend, card)
+            records = self._put_files(folder, files, base)
             judged, details = None, {}
             if verdict is not None:
-                details = self._keep_verdict(Path(verdict), records, found)
+                details = self._keep_verdict(Path(verdict), records, base)
                 judged = Verdict(verdict=details["verdict"], sha256=details["sha256"])
             if parent is None:
                 parent = read_history(self.backend, name).aliases.get(CHAMPION)
@@ -134,7 +129,7 @@ class Store:
                 created=now(),
                 parent=parent,
                 files=records,
-                base=found,
+                base=base,
                 recipe=recipe,
                 calibration=calibration,
                 tools=tools,
@@ -142,6 +137,17 @@ class Store:
             )
             self._record(manifest, details)
         return manifest
+
+    def _put_files(
+        self, folder: Path, files: Mapping[str, Path], base: BaseModel
+    ) -> dict[str, FileRecord]:
+        """Store the files of a folder; the model card is completed with the base."""
+        card = make_card(folder, base)
+        if card is None:
+            return {path: put_blob(self.backend, file) for path, file in files.items()}
+        others = {path: file for path, file in files.items() if path != CARD_FILE}
+        records = {path: put_blob(self.backend, file) for path, file in others.items()}
+        return {**records, CARD_FILE: put_bytes(self.backend, card)}
 
     def _keep_verdict(
         self, path: Path, files: Mapping[str, FileRecord], base: BaseModel

@@ -137,7 +137,7 @@ def find_verdict(backend: Backend, history: History, manifest: Manifest) -> Verd
     if entry is not None:
         return Verdict(verdict=entry.details["verdict"], sha256=entry.details["sha256"])
     first = manifest.verdict
-    if first is None or history.tells_origin(manifest.version):
+    if first is None or history.records_origin(manifest.version):
         return None
     # The log is from before it recorded origins. Then the report decides: a pull does not bring it,
     # unless somebody put it among the version's files.
