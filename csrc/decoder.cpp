@@ -5,101 +5,20 @@
 
 #include <atomic>
 
+#include "experts.h"
 #include "isa.h"
 #include "numbers.h"
 #include "parallel.h"
+#include "products.h"
 #include "rows.h"
 
 namespace halfbyte {
 namespace {
 
-// A product by one packed weight, as a part of a parallel step.
-struct Product {
-  const void* packed;
-  const float* bias;
-  float* out;
-};
-
-constexpr int MOST_PRODUCTS = 3;
-
 // Rows that go through the blocks at a time; others wait, and read the weights again. On matrix units
 // decoding a weight costs as much as multiplying it by a hundred rows, so there they are as many as
 // WORK_BYTES hold.
 constexpr int64_t ROWS_AT_A_TIME = 128, MOST_TILED_ROWS = 512, WORK_BYTES = 64 << 20;
-
-// Numbers from which more than one thread prepares rows between two products.
-constexpr int64_t SHARED_NUMBERS = 1 << 14;
-
-// Whether ready_rows makes the same of an input for both.
-bool alike(const Packed& a, const Packed& b) {
-  return a.bits == b.bits && a.group_size == b.group_size && a.symmetric == b.symmetric &&
-         !a.order && !b.order;
-}
-
-// Several products of the same rows at once: threads share all of their blocks.
-template <int COUNT>
-int multiply_all(const Isa& isa, const float* x, int64_t rows, const Product (&products)[COUNT],
-                  float* scratch, const hb_decoder& d, int threads) {
-  static_assert(COUNT <= MOST_PRODUCTS, "the scratch is sized for so many");
-  // Of a model in bf16, inputs keep 17 bits at least.
-  const int most_parts = d.dtype == HB_BFLOAT16 ? 2 : 3;
-  Packed weights[COUNT];
-  Rows ready[COUNT];
-  int64_t ends[COUNT], blocks = 0;
-  for (int i = 0; i < COUNT; i++) {
-    if (!open_packed(products[i].packed, &weights[i])) return HB_BAD_BLOB;
-    // Products of one input share its rows, if they want them alike.
-    if (i && alike(weights[i], weights[i - 1])) {
-      ready[i] = ready[i - 1];
-    } else {
-      const bool integers = d.activation_bits == 8 && has_integers(weights[i]);
-      ready[i] = integers ? ready_integers(weights[i], HB_FLOAT32, x, rows, scratch)
-                          : ready_rows(weights[i], HB_FLOAT32, x, rows, scratch, most_parts);
-      scratch += scratch_floats(weights[i], rows);
-    }
-    if (!ready[i].rows) return HB_NO_MEMORY;
-    ends[i] = blocks += weights[i].blocks;
-  }
-  parallel_for(blocks, threads, [&](int64_t first, int64_t last) {
-    for (int i = 0; i < COUNT; i++) {
-      const int64_t start = ends[i] - weights[i].blocks;
-      const int64_t from = first > start ? first - start : 0;
-      const int64_t to = (last < ends[i] ? last : ends[i]) - start;
-      if (from >= to) continue;
-      const Target target = {HB_FLOAT32, products[i].bias, products[i].out,
-                             weights[i].out_features};
-      const auto multiply = ready[i].integers.codes ? isa.multiply_integers : isa.multiply;
-      multiply(weights[i], ready[i], target, from, to);
-    }
-  });
-  return HB_OK;
-}
-
-// The same on matrix units: inputs rounded to bf16, sums and results in fp32.
-template <int COUNT>
-int multiply_all_tiles(const Isa& isa, const float* x, int64_t rows,
-                        const Product (&products)[COUNT], float* scratch, int threads) {
-  uint16_t* const tiles = reinterpret_cast<uint16_t*>(scratch);
-  Packed last;
-  for (int i = 0; i < COUNT; i++) {
-    Packed w;
-    if (!open_packed(products[i].packed, &w)) return HB_BAD_BLOB;
-    // Products of one input share its rows, unless each wants the columns in an order of its own.
-    if (i == 0 || w.order || last.order) {
-      parallel_for((rows + 31) / 32 * 32, threads, [&](int64_t first, int64_t end) {
-        isa.round_rows(w, x, rows, tiles, first, end);
-      });
-    }
-    const Rows ready = {rows, nullptr, nullptr, tiles, 0};
-    last = w;
-    const Target target = {HB_FLOAT32, products[i].bias, products[i].out, w.out_features};
-    // Two blocks share the rows that a unit has loaded.
-    parallel_for((w.blocks + 1) / 2, threads, [&](int64_t first, int64_t end) {
-      isa.multiply_tiles(w, ready, target, first * 2, end * 2 < w.blocks ? end * 2 : w.blocks);
-    });
-  }
-  return HB_OK;
-}
 
 void normalise(const float* x, const float* weight, int count, float epsilon, float* out) {
   float lanes[8] = {}, sum = 0;
@@ -150,15 +69,24 @@ void add(float* to, const float* from, int64_t count) {
 
 // Where the numbers of one chunk of rows are kept.
 struct Work {
-  float *h, *q, *attended, *k, *v, *gate, *up, *part, *inputs;
+  float *h, *q, *attended, *k, *v, *gate, *up, *part, *routed, *logits, *inputs;
 };
 
 int64_t query_width(const hb_decoder& d) { return int64_t(d.heads) * d.head_dim; }
 int64_t kv_width(const hb_decoder& d) { return int64_t(d.kv_heads) * d.head_dim; }
 
+// Numbers of a row between the two stages of an MLP, or of all experts that it is routed to.
+int64_t middle_width(const hb_decoder& d) {
+  const int64_t routed = int64_t(d.experts_per_token) * d.expert_width;
+  return routed > d.intermediate ? routed : d.intermediate;
+}
+
+int64_t routed_width(const hb_decoder& d) { return int64_t(d.experts_per_token) * d.hidden; }
+
 // Numbers of one row that are kept apart from the inputs of products.
 int64_t work_of_row(const hb_decoder& d) {
-  return 2 * int64_t(d.hidden) + 2 * query_width(d) + 2 * kv_width(d) + 2 * int64_t(d.intermediate);
+  return 2 * int64_t(d.hidden) + 2 * query_width(d) + 2 * kv_width(d) + 2 * middle_width(d) +
+         routed_width(d) + d.experts;
 }
 
 // Rows that go through the blocks together, of so many.
@@ -176,8 +104,11 @@ bool borrow_work(const hb_decoder& d, int64_t rows, bool tiles, Work* work) {
   const int64_t query = query_width(d), kv = kv_width(d);
   int64_t widest = d.hidden > d.intermediate ? d.hidden : d.intermediate;
   if (query > widest) widest = query;
+  if (d.expert_width > widest) widest = d.expert_width;
   // Room for the inputs of three products: numbers or their parts, and at most as many sums.
-  int64_t input_floats = MOST_PRODUCTS * (widest * 5 / 2 * rows + 2 * LANES);
+  int64_t input_floats = 3 * (widest * 5 / 2 * rows + 2 * LANES);
+  const int64_t of_experts = expert_input_floats(d, rows);
+  if (of_experts > input_floats) input_floats = of_experts;
   if (tiles) {
     // Half numbers, in tiles of 32 rows and 32 columns.
     input_floats = (rows + 31) / 32 * 32 * ((widest + 31) / 32 * 32) / 2;
@@ -189,8 +120,9 @@ bool borrow_work(const hb_decoder& d, int64_t rows, bool tiles, Work* work) {
     at += width * rows;
     return taken;
   };
-  *work = {take(d.hidden), take(query),          take(query),          take(kv),      take(kv),
-           take(d.intermediate), take(d.intermediate), take(d.hidden), at};
+  *work = {take(d.hidden),       take(query),  take(query),           take(kv),        take(kv),
+           take(middle_width(d)), take(middle_width(d)), take(d.hidden), take(routed_width(d)),
+           take(d.experts),      at};
   return true;
 }
 
@@ -260,13 +192,14 @@ int decode_chunk(const hb_decoder& d, const Isa& isa, const hb_rows& rows, int t
   Work w;
   const bool tiles = takes_tiles(d, isa, rows);
   if (!borrow_work(d, rows.rows, tiles, &w)) return HB_NO_MEMORY;
-  const auto multiply = [&](const float* x, const auto& products) {
-    return tiles ? multiply_all_tiles(isa, x, rows.rows, products, w.inputs, threads)
-                 : multiply_all(isa, x, rows.rows, products, w.inputs, d, threads);
+  const Multiplier multiplier = {isa, d, w.inputs, threads};
+  const auto multiply = [&](const auto& products) {
+    const int count = int(sizeof products / sizeof products[0]);
+    return tiles ? multiplier.multiply_tiles(products, count) : multiplier.multiply(products, count);
   };
   const int64_t hidden = d.hidden, query = query_width(d), kv = kv_width(d), count = rows.rows;
   // Between two products: each row by itself.
-  const int some = count * hidden >= SHARED_NUMBERS ? threads : 1;
+  const int some = threads_for(count * hidden, threads);
   const auto each_row = [&](const auto& prepare) {
     parallel_for(count, some, [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; row++) prepare(row);
@@ -280,8 +213,10 @@ int decode_chunk(const hb_decoder& d, const Isa& isa, const hb_rows& rows, int t
       if (i) add(x, w.part + r * hidden, hidden);
       normalise(x, b.attention_norm, d.hidden, d.epsilon, w.h + r * hidden);
     });
-    const Product qkv[] = {{b.q, b.q_bias, w.q}, {b.k, b.k_bias, w.k}, {b.v, b.v_bias, w.v}};
-    if ((status = multiply(w.h, qkv)) != HB_OK) return status;
+    const Product qkv[] = {{b.q, w.h, count, b.q_bias, w.q},
+                           {b.k, w.h, count, b.k_bias, w.k},
+                           {b.v, w.h, count, b.v_bias, w.v}};
+    if ((status = multiply(qkv)) != HB_OK) return status;
     each_row([&](int64_t r) {
       const int64_t position = rows.positions[r];
       const int32_t* table = rows.tables + rows.starts[r];
@@ -291,20 +226,26 @@ int decode_chunk(const hb_decoder& d, const Isa& isa, const hb_rows& rows, int t
       cache_heads(d, table, position, w.v + r * kv, b.values);
     });
     if (!attend_all(d, isa, b, rows, tiles, w, threads)) return HB_NO_MEMORY;
-    const Product o[] = {{b.o, b.o_bias, w.part}};
-    if ((status = multiply(w.attended, o)) != HB_OK) return status;
+    const Product o[] = {{b.o, w.attended, count, b.o_bias, w.part}};
+    if ((status = multiply(o)) != HB_OK) return status;
     each_row([&](int64_t r) {
       float* x = rows.x + r * hidden;
       add(x, w.part + r * hidden, hidden);
       normalise(x, b.mlp_norm, d.hidden, d.epsilon, w.h + r * hidden);
     });
-    const Product mlp[] = {{b.gate, b.gate_bias, w.gate}, {b.up, b.up_bias, w.up}};
-    if ((status = multiply(w.h, mlp)) != HB_OK) return status;
+    if (b.experts) {
+      const Experts experts = {multiplier, b, w.h, w.gate, w.up, w.routed, w.logits, w.part};
+      if ((status = experts.run(count, tiles)) != HB_OK) return status;
+      continue;
+    }
+    const Product mlp[] = {{b.gate, w.h, count, b.gate_bias, w.gate},
+                           {b.up, w.h, count, b.up_bias, w.up}};
+    if ((status = multiply(mlp)) != HB_OK) return status;
     each_row([&](int64_t r) {
       isa.gate_silu(w.gate + r * d.intermediate, w.up + r * d.intermediate, d.intermediate);
     });
-    const Product down[] = {{b.down, b.down_bias, w.part}};
-    if ((status = multiply(w.gate, down)) != HB_OK) return status;
+    const Product down[] = {{b.down, w.gate, count, b.down_bias, w.part}};
+    if ((status = multiply(down)) != HB_OK) return status;
   }
   each_row([&](int64_t r) {
     float* x = rows.x + r * hidden;
@@ -323,6 +264,7 @@ extern "C" int hb_decode(const hb_decoder* decoder, const hb_rows* rows, int thr
   const hb_decoder& d = *decoder;
   if (d.dtype != HB_FLOAT32 && d.dtype != HB_BFLOAT16) return HB_BAD_ARGUMENT;
   if (d.head_dim % LANES || d.intermediate % LANES || d.heads % d.kv_heads) return HB_BAD_ARGUMENT;
+  if (d.expert_width % LANES || d.experts_per_token > d.experts) return HB_BAD_ARGUMENT;
   if (d.activation_bits != 16 && d.activation_bits != 8) return HB_BAD_ARGUMENT;
   if (d.page_tokens < 1) return HB_BAD_ARGUMENT;
   if (rows->rows <= 0) return HB_OK;

@@ -12,7 +12,7 @@ extern "C" {
 #define HB_API __attribute__((visibility("default")))
 
 // Raised whenever a signature, a struct or the packed layout changes; the caller compares.
-#define HB_ABI_VERSION 4
+#define HB_ABI_VERSION 5
 
 enum hb_status {
   HB_OK = 0,
@@ -77,7 +77,7 @@ HB_API int hb_dense(const void* weight, int dtype, const float* x, int64_t rows,
                     int64_t in_features, int64_t out_features, float* out, int threads);
 
 // Tokens through all blocks of a decoder: norm, attention with rotary positions over a cache of
-// keys and values, residual, norm, gated MLP, residual; then the last norm. All arrays belong to
+// keys and values, residual, norm, gated MLP or experts, residual; then the last norm. All arrays belong to
 // the caller. The cache is in pages of some positions each; which pages a sequence has, and in what
 // order, its table says.
 typedef struct {
@@ -86,12 +86,19 @@ typedef struct {
   const float *attention_norm, *mlp_norm;                                            // [hidden]
   const float *q_norm, *k_norm;  // [head_dim] of each head, or NULL
   void *keys, *values;           // [pages][kv_heads][page_tokens][head_dim] of `dtype`
+  // In place of gate, up and down, or NULL: packed weights [experts][3] in that order, and the router
+  // [experts][hidden] of `dtype`.
+  const void* const* experts;
+  const void* router;
 } hb_block;
 
 typedef struct {
   int32_t blocks, hidden, heads, kv_heads, head_dim, rotary_dim, intermediate;
   int32_t dtype;                 // of the cache: float32 or bfloat16
   int32_t activation_bits;       // as in hb_linear; a prompt on matrix units keeps 16
+  // Blocks with experts: how many, of what width between their stages, how many take a token. Their
+  // weights are the softmax of the router's scores, or the shares in it of those that take the token.
+  int32_t experts, expert_width, experts_per_token, normalise_routes;
   int64_t pages;                 // that the cache has
   int64_t page_tokens;           // positions to a page: a multiple of 16, or all are on one page
   int64_t capacity;              // positions that there are angles for

@@ -26,6 +26,7 @@ from halfbyte.integrations.generation import Generator, Sampling, Timing
 from halfbyte.kernels.native_library import open_library
 from halfbyte.machine.memory import resident_memory_bytes
 from halfbyte.model.context_length import longest_text
+from halfbyte.model.experts import UnfusedExperts
 from halfbyte.nn.linear import QuantLinear
 
 READ_BYTES = 256 * 2**20
@@ -181,23 +182,35 @@ def count_read_bytes(model: Any, generator: Generator) -> int:
 
     Returns:
         Bytes: every weight once but of the embeddings, of which one row is read, unless they are
-        the head too.
+        the head too, and of experts, of which a token has a few.
     """
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     apart = {id(tensor) for part in (head, embeddings) for tensor in part.parameters()}
     inside = {id(buffer) for buffer in head.buffers()}
     total: int = sum(p.nbytes for p in model.parameters() if id(p) not in apart)
-    for module in model.modules():
+    shares = _shares_of_experts(model)
+    for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
             # A repacked weight holds scales and zeros itself.
             names = module.weight_names if module.is_repacked else (*module.weight_names, "scales")
-            tensors = [module.get_buffer(name) for name in names]
+            tensors = [module.get_buffer(buffer) for buffer in names]
             tensors += [] if module.offsets is None else [module.offsets]
-            total += sum(tensor.nbytes for tensor in tensors if id(tensor) not in inside)
+            share = next((shares[part] for part in shares if name.startswith(part)), 1)
+            total += int(share * sum(t.nbytes for t in tensors if id(t) not in inside))
     if generator.head is not None:
         return total + generator.head.read_bytes
     dense: int = sum(tensor.nbytes for tensor in [*head.parameters(), *head.buffers()])
     return total + dense
+
+
+def _shares_of_experts(model: Any) -> dict[str, float]:
+    """Which share of its experts a token runs through, by the prefix of their names."""
+    per_token = getattr(model.config.get_text_config(decoder=True), "num_experts_per_tok", None)
+    return {
+        f"{name}.": per_token / module.num_experts
+        for name, module in model.named_modules()
+        if isinstance(module, UnfusedExperts) and per_token
+    }
 
 
 def _time(function: Callable[..., Any], *arguments: Any) -> float:

@@ -16,7 +16,7 @@ import halfbyte.kernels
 from halfbyte.environment import CPU_ISA, read_variable
 from halfbyte.errors import ConfigError
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 """HB_ABI_VERSION of the header that this code was written against."""
 
 FILE_NAMES = ("libhalfbyte_cpu.so", "libhalfbyte_cpu.dylib")
@@ -60,6 +60,7 @@ class Block(ctypes.Structure):
             *("q", "k", "v", "o", "gate", "up", "down"),
             *("q_bias", "k_bias", "v_bias", "o_bias", "gate_bias", "up_bias", "down_bias"),
             *("attention_norm", "mlp_norm", "q_norm", "k_norm", "keys", "values"),
+            *("experts", "router"),
         )
     )
 
@@ -77,6 +78,10 @@ class Decoder(ctypes.Structure):
         ("intermediate", ctypes.c_int32),
         ("dtype", ctypes.c_int32),
         ("activation_bits", ctypes.c_int32),
+        ("experts", ctypes.c_int32),
+        ("expert_width", ctypes.c_int32),
+        ("experts_per_token", ctypes.c_int32),
+        ("normalise_routes", ctypes.c_int32),
         ("pages", ctypes.c_int64),
         ("page_tokens", ctypes.c_int64),
         ("capacity", ctypes.c_int64),

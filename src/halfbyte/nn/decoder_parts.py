@@ -16,11 +16,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from halfbyte.errors import ModelError
 from halfbyte.model.context_length import longest_text
+from halfbyte.nn.expert_parts import find_experts_mismatch, has_experts
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -39,11 +41,12 @@ FAR = 2**24
 """A position behind all that a model was made for; float32 counts no further."""
 
 
-def find_structure_mismatch(model: PreTrainedModel) -> str | None:
+def find_structure_mismatch(model: PreTrainedModel, *, takes_experts: bool = False) -> str | None:
     """Say what a model lacks, or has besides.
 
     Args:
         model: Loaded.
+        takes_experts: Blocks may have experts in place of an MLP.
 
     Returns:
         The first difference; None: all parts are there.
@@ -58,8 +61,8 @@ def find_structure_mismatch(model: PreTrainedModel) -> str | None:
         return f"it looks back {config.sliding_window} tokens only"
     if ACT2FN[getattr(config, "hidden_act", "silu")].__class__ is not ACT2FN["silu"].__class__:
         return f"its activation is {config.hidden_act}, not silu"
-    reasons = (reason for layer in base.layers if (reason := _find_missing(layer)))
-    return next(reasons, None)
+    reasons = (_find_missing(layer, takes_experts) for layer in base.layers)
+    return next(filter(None, reasons), None)
 
 
 @torch.no_grad()
@@ -83,7 +86,7 @@ def find_drift(model: PreTrainedModel) -> str | None:
     output = base_of(model)(
         tokens.expand(len(starts), -1), position_ids=places, use_cache=False
     ).last_hidden_state.float()
-    noise, *drifts = ((output[1:] - output[0]).norm(dim=(1, 2)) / output[0].norm()).tolist()
+    noise, *drifts = (measure_deviation(model, late, output[0]) for late in output[1:])
     allowed = max(MOST_DRIFT, NOISE_FACTOR * noise)
     for start, drift in zip(starts[2:].tolist(), drifts, strict=True):
         if not drift <= allowed:
@@ -92,6 +95,23 @@ def find_drift(model: PreTrainedModel) -> str | None:
                 f"hidden states deviate by {drift:.3f} of their length, allowed are {allowed:.3f}"
             )
     return None
+
+
+def measure_deviation(model: PreTrainedModel, found: Tensor, expected: Tensor) -> float:
+    """Compare hidden states of the same tokens.
+
+    Args:
+        model: Which computes them.
+        found: [tokens, hidden].
+        expected: [tokens, hidden].
+
+    Returns:
+        The norm of the difference, relative to the expected norm. For a mixture of experts the
+        median over tokens: rounding alone sends single tokens to other experts.
+    """
+    if any(map(has_experts, base_of(model).layers)):
+        return float(((found - expected).norm(dim=1) / expected.norm(dim=1)).median())
+    return float((found - expected).norm() / expected.norm())
 
 
 @torch.no_grad()
@@ -122,19 +142,20 @@ def _rope_of(model: PreTrainedModel) -> dict[str, Any]:
     return getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
 
 
-def _find_missing(layer: Any) -> str | None:
+def _find_missing(layer: Any, takes_experts: bool) -> str | None:
     attention: Any = getattr(layer, "self_attn", None)
     mlp: Any = getattr(layer, "mlp", None)
+    is_mixture = takes_experts and has_experts(layer)
     wanted: Sequence[tuple[Any, Sequence[str]]] = (
         (attention, (*ATTENTION, "head_dim", "scaling")),
-        (mlp, MLP),
+        (mlp, () if is_mixture else MLP),
         (layer, NORMS),
     )
     for parent, names in wanted:
         for name in names:
             if not hasattr(parent, name):
                 return f"a block ({type(layer).__name__}) has no {name}"
-    return None
+    return find_experts_mismatch(layer) if is_mixture else None
 
 
 def base_of(model: PreTrainedModel) -> Any:

@@ -3,7 +3,7 @@
 ::
 
     model ──find_obstacle──> None: blocks of norm, attention (q, k, v, o; rotary), norm, gated MLP
-                                   with a silu, every linear on cpu_native
+                                   with a silu, or experts of such; every linear on cpu_native
           ──NativeDecoder(model, capacity)──> read(prompt) ──> step, step …
           ──NativeDecoder(model, capacity, pages)──> run(tokens of many sequences), run …
 
@@ -13,6 +13,7 @@ runs a few tokens beside the model's own forward and refuses a model that comput
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,7 +42,9 @@ from halfbyte.nn.decoder_parts import (
     find_moving_angles,
     find_structure_mismatch,
     make_probe_tokens,
+    measure_deviation,
 )
+from halfbyte.nn.expert_parts import expert_parts, has_experts
 from halfbyte.nn.linear import QuantLinear
 
 PROBE_TOKENS = 8
@@ -70,7 +73,7 @@ class NativeDecoder:
         """
         base = base_of(model)
         layers: list[Any] = list(base.layers)
-        attention, mlp = layers[0].self_attn, layers[0].mlp
+        attention = layers[0].self_attn
         query, key = bare_linear(attention.q_proj), bare_linear(attention.k_proj)
         self.capacity = capacity
         self._base = base
@@ -96,7 +99,7 @@ class NativeDecoder:
             kv_heads=kv_heads,
             head_dim=head_dim,
             rotary_dim=cosines.shape[-1],
-            intermediate=bare_linear(mlp.gate_proj).out_features,
+            **_mlp_sizes(layers),
             dtype=DTYPES[self.keys[0].dtype],
             activation_bits=min(map(_activation_bits, layers)),
             pages=self.keys[0].shape[0],
@@ -177,16 +180,24 @@ class NativeDecoder:
         return out
 
     def _make_block(self, index: int, layer: Any) -> Block:
-        linears = {name: bare_linear(getattr(layer.self_attn, name)) for name in ATTENTION}
-        linears |= {name: bare_linear(getattr(layer.mlp, name)) for name in MLP}
-        pointers = {}
-        for name, linear in linears.items():
-            short = name.removesuffix("_proj")
+        pointers: dict[str, Any] = {}
+        addresses: list[int] = []
+        for name, wrapped in _linears(layer).items():
+            linear = bare_linear(wrapped)
             packed = linear.operands.weight[0]
             # A layer may be repacked elsewhere; the library must not read what is gone.
             self._kept.append(packed)
+            if name.startswith("experts."):
+                addresses.append(packed.data_ptr())
+                continue
+            short = name.removesuffix("_proj")
             pointers[short] = packed.data_ptr()
             pointers[f"{short}_bias"] = self._keep(linear.bias)
+        if addresses:
+            array = (ctypes.c_void_p * len(addresses))(*addresses)
+            router = expert_parts(layer).router.detach().to(self.keys[0].dtype).contiguous()
+            self._kept += [array, router]
+            pointers |= {"experts": ctypes.addressof(array), "router": router.data_ptr()}
         norms = [getattr(layer, name).weight for name in NORMS]
         head_norms = [getattr(layer.self_attn, f"{name}_norm", None) for name in "qk"]
         return Block(
@@ -227,45 +238,71 @@ def find_obstacle(model: PreTrainedModel) -> str | None:
 
 
 def _find_mismatch(model: PreTrainedModel) -> str | None:
-    mismatch = find_structure_mismatch(model)
+    mismatch = find_structure_mismatch(model, takes_experts=True)
     if mismatch:
         return mismatch
     base = base_of(model)
     reasons = [reason for layer in base.layers if (reason := _layer_mismatch(layer))]
     if reasons:
         return reasons[0]
-    if len({_sizes(layer) for layer in base.layers}) != 1:
+    kinds = [[x for x in base.layers if has_experts(x) is mixture] for mixture in (False, True)]
+    if any(len({_sizes(layer) for layer in layers}) > 1 for layers in kinds):
         return "its blocks differ in size"
+    if len({_sizes(layer)[: len(ATTENTION)] for layer in base.layers}) > 1:
+        return "the attention of its blocks differs in size"
+    sizes = {"head_dim": base.layers[0].self_attn.head_dim, **_mlp_sizes(base.layers)}
+    for name in ("head_dim", "intermediate", "expert_width"):
+        if sizes.get(name, 0) % 16:
+            return f"{name} {sizes[name]} is no multiple of 16"
     return find_moving_angles(model)
 
 
-def _sizes(layer: Any) -> tuple[int, ...]:
-    linears = [getattr(layer.self_attn, name) for name in ATTENTION]
-    linears += [getattr(layer.mlp, name) for name in MLP]
-    return tuple(size for linear in linears for size in (linear.in_features, linear.out_features))
+def _linears(layer: Any) -> dict[str, Any]:
+    """All linears of a block by name, with adapters around them: attention, then MLP or experts."""
+    linears = {name: getattr(layer.self_attn, name) for name in ATTENTION}
+    if has_experts(layer):
+        return linears | dict(expert_parts(layer).linears)
+    return linears | {name: getattr(layer.mlp, name) for name in MLP}
+
+
+def _sizes(layer: Any) -> tuple[tuple[int, int], ...]:
+    """Widths of a block's linears, those of attention first."""
+    linears = _linears(layer).values()
+    return tuple((linear.in_features, linear.out_features) for linear in linears)
+
+
+def _mlp_sizes(layers: Sequence[Any]) -> dict[str, int]:
+    """What the decoder must know of MLPs and experts; 0 where there are none."""
+    mixtures = [layer for layer in layers if has_experts(layer)]
+    dense = [layer for layer in layers if not has_experts(layer)]
+    sizes = {"intermediate": bare_linear(dense[0].mlp.gate_proj).out_features} if dense else {}
+    if mixtures:
+        parts = expert_parts(mixtures[0])
+        sizes |= {
+            "experts": len(parts.router),
+            "expert_width": next(iter(parts.linears.values())).out_features,
+            "experts_per_token": parts.per_token,
+            "normalise_routes": int(parts.normalise),
+        }
+    return sizes
 
 
 def _activation_bits(layer: Any) -> int:
     """8 where a linear takes such activations; one that cannot is passed over by the library."""
-    linears = [bare_linear(getattr(layer.self_attn, name)) for name in ATTENTION]
-    linears += [bare_linear(getattr(layer.mlp, name)) for name in MLP]
+    linears = map(bare_linear, _linears(layer).values())
     kernels = [linear.selection.kernel for linear in linears if linear.selection]
     return min(kernel.activation_bits for kernel in kernels if isinstance(kernel, CpuNative))
 
 
 def _layer_mismatch(layer: Any) -> str | None:
-    for parent, names in ((layer.self_attn, ATTENTION), (layer.mlp, MLP)):
-        for name in names:
-            linear = getattr(parent, name)
-            chosen = linear.selection if isinstance(linear, QuantLinear) else None
-            if chosen is None or not isinstance(chosen.kernel, CpuNative):
-                return f"{name} does not run on {CpuNative.name}"
-            if linear.offsets is not None:
-                return f"{name} has offsets of a merged adapter"
-            if linear.spec.dtype not in (torch.float32, torch.bfloat16):
-                return f"{name} computes in {linear.spec.dtype}, not float32 or bfloat16"
-    if layer.self_attn.head_dim % 16 or layer.mlp.gate_proj.out_features % 16:
-        return f"head_dim {layer.self_attn.head_dim} or the MLP's width is no multiple of 16"
+    for name, linear in _linears(layer).items():
+        chosen = linear.selection if isinstance(linear, QuantLinear) else None
+        if chosen is None or not isinstance(chosen.kernel, CpuNative):
+            return f"{name} does not run on {CpuNative.name}"
+        if linear.offsets is not None:
+            return f"{name} has offsets of a merged adapter"
+        if linear.spec.dtype not in (torch.float32, torch.bfloat16):
+            return f"{name} computes in {linear.spec.dtype}, not float32 or bfloat16"
     return None
 
 
@@ -279,7 +316,7 @@ def _find_deviation(model: PreTrainedModel) -> str | None:
         decoder = NativeDecoder(model, PROBE_TOKENS)
         decoder.read(tokens[:half])
         found = torch.stack([decoder.step(tokens[i], i) for i in range(half, PROBE_TOKENS)])
-    deviation = float((found - expected.float()).norm() / expected.float().norm())
+    deviation = measure_deviation(model, found, expected.float())
     if deviation <= MOST_DEVIATION:
         return None
     return (
