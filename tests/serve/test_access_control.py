@@ -92,12 +92,12 @@ def test_key_entries():
     assert keys.find(hashed) is keys.find("") is keys.find("\udcff") is None
     assert SECRET not in repr(keys)
     for entries, said in (
-        (["ann:short"], "'ann' has 5 characters; it needs 8"),
-        (["a/b:long-enough-secret"], "name of API key 1 is not one"),
-        (["ann:long-enough-1", "ann:long-enough-2"], "Two API keys are called 'ann'"),
-        (["ann:with a space"], "holds a space"),
-        ([f"ann:sha256:{'ab' * 31}"], "come 64 hexadecimal digits, not 62 characters"),
-        ([f"ann:SHA256:{'xy' * 32}"], "come 64 hexadecimal digits, not 64 characters"),
+        (["ann:short"], "'ann' has 5 characters; it must have at least 8"),
+        (["a/b:long-enough-secret"], "API key 1 has an invalid name"),
+        (["ann:long-enough-1", "ann:long-enough-2"], "Two API keys are named 'ann'"),
+        (["ann:with a space"], "contains a space"),
+        ([f"ann:sha256:{'ab' * 31}"], "followed by 64 hexadecimal digits, found 62 characters"),
+        ([f"ann:SHA256:{'xy' * 32}"], "followed by 64 hexadecimal digits, found 64 characters"),
         ([f"sha256:{'ab' * 32}"], "API key 1 is a hash without a name"),
     ):
         with pytest.raises(ConfigError) as caught:
@@ -123,7 +123,7 @@ def test_key_file_and_environment(tmp_path, monkeypatch):
 def test_open_address_without_a_key_is_refused(monkeypatch):
     monkeypatch.delenv("HALFBYTE_API_KEYS", raising=False)
     for host in ("0.0.0.0", "::", "box.lan"):
-        with pytest.raises(ConfigError, match=f"Not listening on {host} without an API key"):
+        with pytest.raises(ConfigError, match=f"Cannot listen on {host} without an API key"):
             read_keys(ServeConfig(host=host))
     assert read_keys(ServeConfig(host="0.0.0.0", api_keys=(f"ann:{SECRET}",)))
     assert SECRET not in repr(ServeConfig(api_keys=(f"ann:{SECRET}",)))
@@ -177,7 +177,7 @@ def test_a_head_is_limited_in_size_and_in_time(monkeypatch):
         assert b"model" in raw(server, start, one * 30, one * 30 + end, wait=1)
         refused = raw(server, start, *[one * 33] * 2, wait=5)
         assert refused.startswith(b"HTTP/1.1 400 ")
-        assert refused.endswith(b"The request's head has more than 65536 bytes.")
+        assert refused.endswith(b"The request's headers have more than 65536 bytes.")
         for text in (b"", HEAD.encode(), b"POST"):
             begun = time.monotonic()
             assert raw(server, text, wait=10) == b""

@@ -20,13 +20,15 @@ from halfbyte.serve.limits import Limits
 
 
 def test_limits_of_a_key_do_not_touch_another():
-    told = []
-    limits = Limits(most=3, most_per_key=2, tokens_per_minute=100, refused=told.append)
+    exceeded = []
+    limits = Limits(
+        max_requests=3, max_requests_per_key=2, tokens_per_minute=100, on_rejection=exceeded.append
+    )
     with limits.enter("ann"), limits.enter("ann"):
-        with pytest.raises(ServeError, match="2 requests at once") as caught, limits.enter("ann"):
+        with pytest.raises(ServeError, match="2 running requests") as caught, limits.enter("ann"):
             pass
         assert (caught.value.status, caught.value.retry_after) == (429, 1.0)
-        refused = pytest.raises(ServeError, match="has 3 requests")
+        refused = pytest.raises(ServeError, match="has 3 running requests")
         with limits.enter("bob"), refused, limits.enter("carl"):
             pass
     assert limits.running == 0
@@ -41,10 +43,10 @@ def test_limits_of_a_key_do_not_touch_another():
         raise ServeError("Too long.")
     with limits.enter("carl"):
         pass
-    with pytest.raises(ServeError, match="took 120 tokens") as caught, limits.enter("ann"):
+    with pytest.raises(ServeError, match="used 120 tokens") as caught, limits.enter("ann"):
         pass
     assert 50 < caught.value.retry_after <= 60
-    assert told == ["key_requests", "requests", "key_tokens"]
+    assert exceeded == ["key_requests", "requests", "key_tokens"]
     with limits.enter("bob"):
         pass
 

@@ -16,7 +16,7 @@ from tests.serve.helpers_scripted import ScriptedEngine
 from tests.serve.helpers_text import make_tokenizer
 
 from halfbyte.errors import ServeError
-from halfbyte.serve.api.answers import AnswerForm, gather
+from halfbyte.serve.api.answers import AnswerFormatter, collect_answer
 from halfbyte.serve.api.gateway import Gateway
 from halfbyte.serve.backend import Call, Delta, Finish, Served, Usage
 from halfbyte.serve.config import ServeConfig
@@ -140,9 +140,9 @@ def test_usage_so_far_is_told_with_every_piece_where_it_is_asked_for(choices):
     async def events_of(**options):
         options = {"include_usage": True, **options}
         call = call_of(n=choices, stream=True, stream_options=options)
-        form = AnswerForm(call, "m")
+        formatter = AnswerFormatter(call, "m")
         events = [event async for event in backend.stream(call)]
-        chunks = [chunk for event in events for chunk in form.chunks(event)]
+        chunks = [chunk for event in events for chunk in formatter.format_chunks(event)]
         return [json.loads(chunk.removeprefix(b"data: ")) for chunk in chunks]
 
     usual = asyncio.run(events_of())
@@ -169,7 +169,7 @@ def test_an_answer_is_the_same_in_however_few_pieces_it_comes(stop):
         body = {"max_tokens": 64, "logprobs": 2} | ({"stop": stop} if stop else {})
 
         async def work():
-            return await gather(backend.stream(call_of(**body)))
+            return await collect_answer(backend.stream(call_of(**body)))
 
         return asyncio.run(work())
 

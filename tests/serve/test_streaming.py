@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from halfbyte.serve.api.streaming import ClientLeft, EventStream, WhileConnected
+from halfbyte.serve.api.streaming import CancelOnDisconnect, ClientDisconnected, EventStream
 
 
 class Client:
@@ -22,7 +22,7 @@ class Client:
 
 
 async def wait_for(client, begun, cleaned):
-    async with WhileConnected(client.receive):
+    async with CancelOnDisconnect(client.receive):
         try:
             begun.set()
             await asyncio.Event().wait()
@@ -34,7 +34,7 @@ def test_work_is_cancelled_when_the_client_leaves_and_the_task_goes_on():
     async def run():
         client, begun, cleaned = Client(), asyncio.Event(), []
         asyncio.get_running_loop().call_later(0.01, client.leaving.set)
-        with pytest.raises(ClientLeft):
+        with pytest.raises(ClientDisconnected):
             await wait_for(client, begun, cleaned)
         assert cleaned == [True]
         assert asyncio.current_task().cancelling() == 0
@@ -66,7 +66,7 @@ def test_a_task_that_somebody_else_cancels_is_cancelled(leaves):
 def test_a_client_that_leaves_afterwards_cancels_nobody():
     async def run():
         client = Client()
-        async with WhileConnected(client.receive):
+        async with CancelOnDisconnect(client.receive):
             await asyncio.sleep(0)
         client.leaving.set()
         await asyncio.sleep(0.01)
@@ -87,7 +87,7 @@ def test_a_stream_sends_its_head_its_pieces_and_its_end():
 
     async def run():
         async with AsyncExitStack() as stack:
-            await stack.enter_async_context(WhileConnected(Client().receive))
+            await stack.enter_async_context(CancelOnDisconnect(Client().receive))
             stream = EventStream(pieces(), {"X-Request-Id": "a"}, stack.pop_all())
         await stream({}, None, send)
 

@@ -31,11 +31,11 @@ def test_a_wait_that_takes_too_long_is_cancelled_and_others_are_not():
         with pytest.raises(TimeoutError):
             await limit.wait(stuck(), loop.time() + 0.05)
         assert cancelled.is_set()
-        assert limit.is_over
+        assert limit.has_expired
         # Set for the past wait, it goes off in the midst of this one, which has time left.
         await limit.wait(later(0), loop.time() + 0.02)
         assert await limit.wait(later(0.1), loop.time() + 5) == "done"
-        assert not limit.is_over
+        assert not limit.has_expired
         assert asyncio.current_task().cancelling() == 0
         limit.close()
 
@@ -50,7 +50,7 @@ def test_what_is_waited_for_may_raise_a_timeout_of_its_own():
         limit = TimeLimit()
         with pytest.raises(TimeoutError, match="its own"):
             await limit.wait(own(), asyncio.get_running_loop().time() + 5)
-        assert not limit.is_over
+        assert not limit.has_expired
 
     asyncio.run(work())
 

@@ -38,7 +38,7 @@ from tests.serve.helpers_openai import HELLO, ask
         ({"extra_body": {"messages": []}}, "invalid_value", "messages", "at least 1 item"),
         ({"stop": [""]}, "invalid_value", "stop.0", "at least 1 character"),
         ({"logit_bias": {"99999999": 1}}, "invalid_value", "logit_bias", "ids go from 0 to"),
-        ({"top_logprobs": 3}, "invalid_value", None, "only where logprobs is true"),
+        ({"top_logprobs": 3}, "invalid_value", None, "requires logprobs to be true"),
         ({"audio": {"voice": "x", "format": "wav"}}, "unsupported_parameter", "audio", "text only"),
         ({"modalities": ["text", "audio"]}, "unsupported_parameter", "modalities", "more than"),
         ({"store": True}, "unsupported_parameter", "store", "more than"),
@@ -49,7 +49,7 @@ from tests.serve.helpers_openai import HELLO, ask
             {"tool_choice": "required"},
             "invalid_value",
             None,
-            "tool_choice may be given only with tools",
+            "tool_choice requires tools",
         ),
         (
             {"extra_body": {"chat_template_kwargs": {"chat_template": "x"}}},

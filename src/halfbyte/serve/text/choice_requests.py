@@ -320,8 +320,8 @@ def add_limit(call: Call, limits: AnswerLimits) -> dict[str, int]:
     """
     if read_limit(call)[1] is not None:
         return {}
-    usual = DEFAULT_COMPLETION_TOKENS if limits.most_tokens else None
-    tokens = [limits.default_tokens if call.kind == "chat" else usual, limits.most_tokens]
+    usual = DEFAULT_COMPLETION_TOKENS if limits.max_tokens else None
+    tokens = [limits.default_tokens if call.kind == "chat" else usual, limits.max_tokens]
     found = [count for count in tokens if count is not None]
     return {"max_tokens": min(found)} if found else {}
 
@@ -333,7 +333,7 @@ def _read_max_tokens(call: Call, prompt: int, info: EngineInfo, limits: AnswerLi
         usual = limits.default_tokens or DEFAULT_CHAT_TOKENS
         wanted = usual if call.kind == "chat" else DEFAULT_COMPLETION_TOKENS
         fits = info.cache_bytes // info.bytes_per_token - prompt if info.bytes_per_token else room
-        wanted = max(1, min(wanted, room, fits, limits.most_tokens or room))
+        wanted = max(1, min(wanted, room, fits, limits.max_tokens or room))
     if wanted > room:
         raise ServeError(
             f"This model's maximum context length is {info.context} tokens. The prompt has "
