@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 import halfbyte
 from halfbyte.kernels.native_library import open_library
 from halfbyte.serve.engine.config import EngineConfig
-from halfbyte.serve.engine.contract import Ended, Generated, Prompted, TokenRequest
+from halfbyte.serve.engine.contract import Ended, Generated, Prefilled, TokenRequest
 from halfbyte.serve.engine.engine import EmbeddedEngine
 from halfbyte.serve.engine.loading import make_engine
 
@@ -76,10 +76,10 @@ async def collect(engine: EmbeddedEngine, request: TokenRequest) -> list[Any]:
 async def tokens_of(engine: EmbeddedEngine, request: TokenRequest) -> list[int]:
     """The tokens of an answer whose events come in the promised order."""
     events = await collect(engine, request)
-    assert isinstance(events[0], Prompted)
+    assert isinstance(events[0], Prefilled)
     assert isinstance(events[-1], Ended)
     assert all(isinstance(event, Generated) for event in events[1:-1])
-    return [event.rated.token for event in events[1:-1]]
+    return [event.scored.token for event in events[1:-1]]
 
 
 async def all_tokens(engine: EmbeddedEngine, requests: Sequence[TokenRequest]) -> list[list[int]]:

@@ -21,7 +21,7 @@ from halfbyte.serve.api.gateway import Gateway
 from halfbyte.serve.backend import Call, Delta, Finish, Served, Usage
 from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.embedded import EmbeddedBackend
-from halfbyte.serve.engine.contract import Ended, Generated, Prompted
+from halfbyte.serve.engine.contract import Ended, Generated, Prefilled
 from halfbyte.serve.routing.router import Router
 
 
@@ -118,16 +118,16 @@ def test_the_engine_hands_tokens_over_when_the_next_step_is_ready_to_run(tmp_pat
     async def work():
         async with open_tiny(folder) as engine:
             note(engine._scheduler, "plan")
-            note(engine, "_post")
+            note(engine, "_deliver_due")
             note(engine._runner, "run")
             assert len(await collect(engine, ask([5, 6, 7], 4))) == 6
 
     asyncio.run(work())
     while order[0] != "plan":
         order.pop(0)
-    assert order[:12] == ["plan", "_post", "run"] * 4
+    assert order[:12] == ["plan", "_deliver_due", "run"] * 4
     # The last token, with nothing left to run, is not kept.
-    assert order[12] == "_post"
+    assert order[12] == "_deliver_due"
 
 
 @pytest.mark.parametrize("choices", [1, 2])
@@ -193,7 +193,7 @@ def test_tokens_that_come_faster_than_pieces_may_go_out_together(tmp_path):
 
     # The first token waits for nobody, and nothing waits once the answer is over.
     first, rest = asyncio.run(pieces(10))
-    assert [type(event) for event in first] == [Prompted, Generated]
+    assert [type(event) for event in first] == [Prefilled, Generated]
     assert [type(event) for event in rest] == [Generated] * 8 + [Ended]
     each = asyncio.run(pieces(0))
     assert [sum(isinstance(e, Generated) for e in events) for events in each] == [1] * 9
@@ -206,14 +206,14 @@ def test_a_request_that_fails_gives_the_tokens_that_waited_before_it_says_so(tmp
     async def work():
         async with open_tiny(folder, piece_seconds=10) as engine:
             seen = []
-            steps, draw = engine._steps, engine._steps._note_token
+            steps, draw = engine._steps, engine._steps._add_token
 
             def break_after_five(job, *arguments):
-                if job.new_tokens == 5:
+                if job.num_new_tokens == 5:
                     raise ServeError("It broke.", status=500)
                 return draw(job, *arguments)
 
-            steps._note_token = break_after_five
+            steps._add_token = break_after_five
 
             async def read():
                 async for events in engine.generate(ask([5, 6, 7], 9)):
@@ -223,7 +223,7 @@ def test_a_request_that_fails_gives_the_tokens_that_waited_before_it_says_so(tmp
                 await read()
             return seen
 
-    assert [type(event) for event in asyncio.run(work())] == [Prompted, *[Generated] * 5]
+    assert [type(event) for event in asyncio.run(work())] == [Prefilled, *[Generated] * 5]
 
 
 def test_those_who_watch_look_at_an_answer_when_its_client_has_it():

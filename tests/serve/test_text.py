@@ -23,8 +23,8 @@ from halfbyte.serve.text.tool_calls import (
     LLAMA,
     MISTRAL,
     ToolCallFilter,
-    find_form,
-    read_calls,
+    detect_call_format,
+    parse_calls,
 )
 
 
@@ -84,7 +84,7 @@ def test_a_prompt_is_encoded_as_transformers_would(text, add_special):
 def test_arguments_that_no_template_can_write_are_the_requests_fault(arguments):
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
     messages = [{"role": "assistant", "content": None, "tool_calls": [call]}]
-    with pytest.raises(ServeError, match="does not take these messages") as caught:
+    with pytest.raises(ServeError, match="does not accept these messages") as caught:
         Prompts(make_tokenizer()).encode_chat(messages)
     assert (caught.value.status, caught.value.param) == (400, "messages")
 
@@ -178,26 +178,26 @@ def test_tagged_parameters_are_of_the_types_that_the_tool_asks_for():
 
 
 def test_no_more_calls_than_may_come():
-    tool_filter = ToolCallFilter(HERMES, {"add": {}}, most=1)
+    tool_filter = ToolCallFilter(HERMES, {"add": {}}, max_calls=1)
     _, calls = tool_filter.feed(f"<tool_call>{CALL}</tool_call>" * 2)
     assert len(calls) == 1
-    assert tool_filter.full
+    assert tool_filter.is_full
     assert tool_filter.finish() == ("", ())
 
 
 @given(st.text('{}[]":,a1 ', max_size=40))
 def test_reading_calls_never_fails(text):
-    assert isinstance(read_calls(text), list)
+    assert isinstance(parse_calls(text), list)
 
 
 def test_deep_nesting_is_no_call():
-    assert read_calls("[" * 100_000) == []
+    assert parse_calls("[" * 100_000) == []
 
 
 def test_form_by_template_and_ids():
-    assert find_form("... <tool_call> ...") is HERMES
-    assert find_form("... [TOOL_CALLS] ...") is MISTRAL
-    assert find_form("... tools ...") is LLAMA
+    assert detect_call_format("... <tool_call> ...") is HERMES
+    assert detect_call_format("... [TOOL_CALLS] ...") is MISTRAL
+    assert detect_call_format("... tools ...") is LLAMA
     _, calls = ToolCallFilter(MISTRAL, {"add": {}}).feed("")
     tool_filter = ToolCallFilter(MISTRAL, {"add": {}})
     tool_filter.feed(f"[TOOL_CALLS][{CALL}]")

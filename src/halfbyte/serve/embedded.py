@@ -212,7 +212,7 @@ class EmbeddedBackend:
                     else:
                         counts.cached_tokens = event.cached_tokens
                         if choice.echo is not None:
-                            yield text.begin(event, choice.request.prompt, choice.echo)
+                            yield text.echo_prompt(event, choice.request.prompt, choice.echo)
                 text.add(tokens)
                 counts.new_tokens = text.tokens
                 if ended is not None or text.is_complete:

@@ -83,7 +83,7 @@ def test_every_good_request_is_answered_rightly_whatever_the_others_do(tmp_path,
             start = time.monotonic()
             while engine.load().cache_used_bytes and time.monotonic() - start < 5:
                 await asyncio.sleep(0.001)
-            return found, engine.load(), len(engine._addresses), engine._scheduler._turns
+            return found, engine.load(), len(engine._consumers), engine._scheduler._key_queues
 
     found, load, addresses, turns = asyncio.run(run())
     assert found == expected

@@ -101,7 +101,7 @@ def test_a_long_prompt_does_not_stop_a_running_answer(folder, runner):
                 await asyncio.sleep(0)
             long = asyncio.create_task(note("long", ask(range(3, 203), 4)))
             await asyncio.gather(first, long)
-            read = order.index(("long", "Prompted"))
+            read = order.index(("long", "Prefilled"))
             began = order.index(("short", "Generated"))
             return order[began:read].count(("short", "Generated"))
 
@@ -122,19 +122,19 @@ def test_the_rating_of_the_prompt_is_the_models_own(folder, model, runner):
                 engine, ask(prompt, 1, prompt_logprobs=0, top_logprobs=2)
             )
 
-    (prompted, ended), (again, generated, _) = asyncio.run(run())
+    (prefilled, ended), (again, generated, _) = asyncio.run(run())
     assert ended == Ended(reason="length")
-    assert prompted.rated[0] is None
-    assert len(prompted.rated) == len(prompt) == len(again.rated)
-    for place, rated in enumerate(prompted.rated[1:]):
-        assert rated.token == prompt[place + 1]
-        assert math.isclose(rated.logprob, logprobs[place, rated.token], abs_tol=2e-3)
+    assert prefilled.scored_prompt[0] is None
+    assert len(prefilled.scored_prompt) == len(prompt) == len(again.scored_prompt)
+    for place, scored in enumerate(prefilled.scored_prompt[1:]):
+        assert scored.token == prompt[place + 1]
+        assert math.isclose(scored.logprob, logprobs[place, scored.token], abs_tol=2e-3)
         values, ids = logprobs[place].topk(3)
-        assert [token for token, _ in rated.top] == ids.tolist()
-        assert [p for _, p in rated.top] == pytest.approx(values.tolist(), abs=2e-3)
-    assert all(rated.top == () for rated in again.rated[1:])
-    assert generated.rated.logprob == pytest.approx(float(logprobs[-1].max()), abs=2e-3)
-    assert generated.rated.top[0] == (generated.rated.token, generated.rated.logprob)
+        assert [token for token, _ in scored.top] == ids.tolist()
+        assert [p for _, p in scored.top] == pytest.approx(values.tolist(), abs=2e-3)
+    assert all(scored.top == () for scored in again.scored_prompt[1:])
+    assert generated.scored.logprob == pytest.approx(float(logprobs[-1].max()), abs=2e-3)
+    assert generated.scored.top[0] == (generated.scored.token, generated.scored.logprob)
     entropy = float(-(logprobs[-1].exp() * logprobs[-1]).sum())
     assert generated.entropy == pytest.approx(entropy, abs=5e-3)
 
@@ -153,7 +153,7 @@ def test_the_models_end_of_text_and_stop_tokens_end_an_answer(folder, runner):
 
     free, stop, cut, over, on = asyncio.run(run())
     before = free[: free.index(stop)]
-    assert [event.rated.token for event in cut[1:-1]] == before
+    assert [event.scored.token for event in cut[1:-1]] == before
     assert cut[-1] == Ended(reason="stop_token", stop_token=stop)
     assert over[1:] == [Ended(reason="end")]
     assert on == [2, 2, 2]
@@ -182,9 +182,9 @@ def test_what_does_not_fit_is_refused_by_its_numbers_and_nobody_else_notices(fol
     assert len(good) == 40
     assert errors["long"].code == "context_length_exceeded"
     assert "needs 300 tokens (200 of the prompt, 100 of the answer)" in str(errors["long"])
-    assert "the model has 256 positions" in str(errors["long"])
+    assert "the model's context is 256 tokens" in str(errors["long"])
     assert errors["unknown"].param == "prompt"
-    assert "the model knows 0 to 383" in str(errors["unknown"])
+    assert "the model's vocabulary of 0 to 383" in str(errors["unknown"])
     assert errors["bias"].param == "logit_bias"
     assert "temperature is -1.0; it must be from 0 to 100" in str(errors["cold"])
     assert errors["nan"].param == "top_p"

@@ -15,9 +15,9 @@ from halfbyte.serve.engine.config import EngineConfig
 from halfbyte.serve.engine.loading import make_engine
 
 REFUSED = {
-    "falcon": r"its logits deviate by 0\.[0-9]+ of their size from the model's own",
-    "deepseek_v2": "its forward does not take other attention",
-    "deepseek_v3": "its forward does not take other attention",
+    "falcon": r"its logits deviate from the model's own by 0\.[0-9]+ of their norm",
+    "deepseek_v2": "its forward does not support custom attention",
+    "deepseek_v3": "its forward does not support custom attention",
 }
 """Falcon's attention is its own; the others keep a latent state and make keys of all of it."""
 

@@ -65,13 +65,13 @@ def test_answers_have_the_logits_of_transformers_forward(load, monkeypatch):
     runner = GpuRunner(model, Pages(sample_layers(model), PAGE))
     assert runner.obstacle is None
     assert runner.description.startswith("recorded steps on cpu")
-    plain = runner._plain._run_alike
+    plain = runner._plain._run_group
 
     def only_prompts(pieces):
         assert all(piece.is_prompt for piece in pieces), "an answer was not run by a step"
         return plain(pieces)
 
-    monkeypatch.setattr(runner._plain, "_run_alike", only_prompts)
+    monkeypatch.setattr(runner._plain, "_run_group", only_prompts)
     torch.testing.assert_close(begin(runner), expected, rtol=1e-2, atol=1e-2)
     # Three sequences are run as four; the row that nobody needs writes to no page of the pool.
     assert list(runner._recorded) == [4]

@@ -40,7 +40,7 @@ def answer(folder, grammar, runner="transformers", **settings):
             return await collect(engine, ask([20, 21], 120, grammar=grammar, **settings))
 
     events = asyncio.run(run())
-    ids = [event.rated.token for event in events if isinstance(event, Generated)]
+    ids = [event.scored.token for event in events if isinstance(event, Generated)]
     return AutoTokenizer.from_pretrained(folder).decode(ids), events[-1]
 
 
@@ -89,9 +89,9 @@ def test_json_object_begins_as_one(folder):
         (Grammar(kind="json_schema", text="{"), "this json_schema"),
         (Grammar(kind="json_schema", text='{"type": "nothing"}'), "nothing"),
         (Grammar(kind="choice", text="[]"), "a JSON list of at least one string"),
-        (Grammar(kind="choice", text='["a", 1]'), "every choice must be a string"),
+        (Grammar(kind="choice", text='["a", 1]'), "every choice must be a non-empty string"),
         (Grammar(kind="lark", text="start: missing"), "missing"),
-        (Grammar(kind="regex", text="a" * 100_001), "100001 characters, 100000 are allowed"),
+        (Grammar(kind="regex", text="a" * 100_001), "100001 characters, at most 100000 are"),
     ],
 )
 def test_what_is_no_grammar_is_refused_and_named(folder, grammar, words):

@@ -33,5 +33,5 @@ def test_a_model_is_loaded_in_a_thread_that_ends(tmp_path, monkeypatch):
 
 def test_what_is_wrong_reaches_whoever_opens(tmp_path):
     config = EngineConfig(cache_gb=0.05, context=10**6)
-    with pytest.raises(ConfigError, match="context is 1000000; the model has"):
+    with pytest.raises(ConfigError, match="context is 1000000; the model supports at most"):
         loading.open_engine(write_model(tmp_path), config)

@@ -90,8 +90,8 @@ def test_what_cannot_run_is_refused_with_the_reason(folder, monkeypatch):
     monkeypatch.setenv("HALFBYTE_KERNEL", "torch_reference")
     model = load_float32(folder)
     for settings, words in (
-        ({"runner": "native"}, "The compiled decoder was asked for and cannot run here: q_proj"),
-        ({"head_bits": 8}, "A rounded head was asked for and cannot run here: q_proj does not run"),
+        ({"runner": "native"}, "Cannot use the compiled decoder with this model: q_proj"),
+        ({"head_bits": 8}, "Cannot use a rounded head with this model: q_proj does not run"),
     ):
         with pytest.raises(ConfigError, match=words):
             make_engine(model, folder, EngineConfig(cache_gb=0.002, **settings))

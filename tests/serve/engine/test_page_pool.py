@@ -10,7 +10,7 @@ TEXT = list(range(100, 130))
 
 def compute(pool, tokens, room, **keywords):
     reservation = pool.reserve(tokens, room, **keywords)
-    pool.note_computed(reservation, tokens, len(tokens))
+    pool.register_computed(reservation, tokens, len(tokens))
     return reservation
 
 
@@ -34,11 +34,11 @@ def test_the_last_token_is_always_left_to_compute():
 
 def test_pages_of_another_family_or_of_another_beginning_are_not_shared():
     pool = PagePool(20, 4)
-    pool.release(compute(pool, TEXT[:12], 12, family="adapter"))
+    pool.release(compute(pool, TEXT[:12], 12, namespace="adapter"))
     assert pool.reserve(TEXT[:12], 12).cached_tokens == 0
     # The same page of tokens after another one.
-    assert pool.reserve([1, 2, 3, 4, *TEXT[4:12]], 12, family="adapter").cached_tokens == 0
-    assert pool.reserve(TEXT[:12], 12, family="adapter").cached_tokens == 8
+    assert pool.reserve([1, 2, 3, 4, *TEXT[4:12]], 12, namespace="adapter").cached_tokens == 0
+    assert pool.reserve(TEXT[:12], 12, namespace="adapter").cached_tokens == 8
 
 
 def test_what_does_not_fit_takes_nothing():
@@ -63,9 +63,9 @@ def test_the_longest_unused_page_goes_first_and_ends_of_texts_before_beginnings(
 def test_forgetting_shares_nothing_and_loses_no_page():
     pool = PagePool(6, 4)
     pool.release(compute(pool, TEXT[:12], 12))
-    pool.release(compute(pool, TEXT[:12], 12, family="a"))
+    pool.release(compute(pool, TEXT[:12], 12, namespace="a"))
     pool.forget("a")
-    assert pool.reserve(TEXT[:12], 4, family="a").cached_tokens == 0
+    assert pool.reserve(TEXT[:12], 4, namespace="a").cached_tokens == 0
     pool.forget()
     assert pool.reserve(TEXT[:12], 12).cached_tokens == 0
     assert pool.reserve([], 8) is not None
@@ -95,7 +95,7 @@ def test_no_page_is_ever_written_by_two_or_lost(data):
         assert not written & {page for other, _ in held for page in other.pages}
         for index, page in enumerate(reservation.pages[shared:], shared):
             contents[page] = tokens[: 2 * index + 2]
-        pool.note_computed(reservation, tokens, len(tokens))
+        pool.register_computed(reservation, tokens, len(tokens))
         held.append((reservation, tokens))
         used = {page for other, _ in held for page in other.pages}
         assert pool.used == len(used)

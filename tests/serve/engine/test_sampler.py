@@ -10,7 +10,7 @@ import torch
 from tests.serve.helpers_engine import ask
 
 from halfbyte.serve.engine.sampler import Sampler
-from halfbyte.serve.engine.token_logprobs import Rater
+from halfbyte.serve.engine.token_logprobs import LogitScorer
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, 0.5, -1.0, 2.9])
 
@@ -76,7 +76,7 @@ def test_penalties_are_those_of_their_definitions():
     request = ask([0], frequency_penalty=0.5, presence_penalty=0.25, repetition_penalty=2.0)
     sampler = Sampler(request)
     for token in (1, 1, 4):
-        sampler.note(token)
+        sampler.add(token)
     found = sampler._adjust(LOGITS, [0, 1, 1, 4])
     expected = [1.0 / 2, 3.0 / 2 - 0.25 - 1.0, 2.0, 0.5, -1.0 * 2 - 0.25 - 0.5, 2.9]
     torch.testing.assert_close(found, torch.tensor(expected))
@@ -89,28 +89,28 @@ def test_a_bias_moves_the_choice():
     assert Sampler(ask([0])).is_greedy
 
 
-def test_rating_is_the_models_own_distribution():
+def test_scores_are_the_models_own_distribution():
     even = torch.full((6,), 2.0)
     even[0] = float("-inf")
     broken = torch.full((6,), 2.0)
     broken[3] = float("nan")
-    rating = Rater().rate([LOGITS, even, broken, torch.full((6,), float("inf"))])
-    assert rating.is_finite == [True, True, False, False]
-    assert rating.likeliest[:2] == [1, 1]
-    assert rating.entropies[1] == pytest.approx(math.log(5))
+    scored = LogitScorer().score([LOGITS, even, broken, torch.full((6,), float("inf"))])
+    assert scored.is_finite == [True, True, False, False]
+    assert scored.argmax[:2] == [1, 1]
+    assert scored.entropies[1] == pytest.approx(math.log(5))
     exact = naive(LOGITS)
-    assert rating.entropies[0] == pytest.approx(-sum(p * math.log(p) for p in exact.values()))
-    rated = rating.rate_token(0, 2, 2)
-    assert rated.logprob == pytest.approx(math.log(exact[2]))
-    assert [token for token, _ in rated.top] == [1, 5]
-    assert [p for _, p in rated.top] == pytest.approx([math.log(exact[1]), math.log(exact[5])])
-    assert rating.rate_token(0, 2, 0).top == ()
-    assert math.isnan(rating.rate_token(0, 2, None).logprob)
+    assert scored.entropies[0] == pytest.approx(-sum(p * math.log(p) for p in exact.values()))
+    token = scored.score_token(0, 2, 2)
+    assert token.logprob == pytest.approx(math.log(exact[2]))
+    assert [token for token, _ in token.top] == [1, 5]
+    assert [p for _, p in token.top] == pytest.approx([math.log(exact[1]), math.log(exact[5])])
+    assert scored.score_token(0, 2, 0).top == ()
+    assert math.isnan(scored.score_token(0, 2, None).logprob)
 
 
-def test_a_rater_forgets_what_it_rated_before():
-    rater = Rater()
-    rater.rate([LOGITS] * 3)
-    again = rater.rate([LOGITS * 2])
+def test_scorer_forgets_what_it_scored_before():
+    scorer = LogitScorer()
+    scorer.score([LOGITS] * 3)
+    again = scorer.score([LOGITS * 2])
     assert again.logits.shape == (1, 6)
-    assert again.entropies == Rater().rate([LOGITS * 2]).entropies
+    assert again.entropies == LogitScorer().score([LOGITS * 2]).entropies

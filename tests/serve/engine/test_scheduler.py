@@ -30,10 +30,10 @@ def run_step(scheduler):
     scheduler.admit()
     work = scheduler.plan()
     for job, piece in work:
-        scheduler.note_computed(job, len(piece.tokens))
-        if job.computed == len(job.tokens):
+        scheduler.mark_computed(job, len(piece.tokens))
+        if job.num_computed == len(job.tokens):
             job.tokens.append(0)
-            if len(job.tokens) == job.room:
+            if len(job.tokens) == job.max_tokens:
                 scheduler.remove(job)
     return work
 
@@ -120,8 +120,8 @@ def test_after_a_failure_suspects_run_alone_and_before_all_others():
     run_step(scheduler)
     for job in jobs[:2]:
         job.is_suspect = True
-    for job in scheduler.repeat_all():
-        job.begin_again()
+    for job in scheduler.requeue_running():
+        job.restart()
     assert scheduler.pool.used == 0
     add(scheduler)
     scheduler.admit()
@@ -129,7 +129,7 @@ def test_after_a_failure_suspects_run_alone_and_before_all_others():
     assert [job for job, _ in scheduler.plan()] == [jobs[0]]
     (_, piece), *_ = scheduler.plan()
     assert (piece.is_prompt, len(piece.tokens), piece.logits) == (True, 4, 0)
-    scheduler.note_computed(jobs[0], 4)
+    scheduler.mark_computed(jobs[0], 4)
     # What it had answered already is run as an answer.
     (_, piece), *_ = scheduler.plan()
     assert (piece.is_prompt, len(piece.tokens), piece.logits) == (False, 1, 1)
@@ -147,4 +147,4 @@ def test_removing_gives_back_pages_and_forgets_keys():
     scheduler.remove(waiting)
     scheduler.remove(running)
     assert (scheduler.pool.used, scheduler.waiting, scheduler.is_idle) == (0, 0, True)
-    assert not scheduler._turns
+    assert not scheduler._key_queues

@@ -1,4 +1,4 @@
-"""What an engine takes in memory, worked out before it takes it."""
+"""Plan the memory of an engine before it is allocated."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ from halfbyte.serve.engine.config import EngineConfig
 from halfbyte.units import format_bytes
 
 FREE_SHARE = 0.5
-"""Of the free memory that the cache takes at most, unless told otherwise."""
+"""Max share of the free memory for the KV cache, if no size is set."""
 
 USUAL_CONTEXT = 4096
-"""Tokens of a request for which the cache has room `sequences` times, where the memory is there."""
+"""Without a configured size, the KV cache holds `sequences` requests of this length, memory
+permitting."""
 
 
 LOGITS_COPIES = 5
-"""That are kept, in float32: of answers and of prompts, and three in which they are rated."""
+"""float32 copies of the logits: of answers, of prompts, and three while they are scored."""
 
 GRAMMAR_BYTES = 12_000_000
 GRAMMAR_TOKEN_BYTES = 700
-"""llguidance's table, as measured on vocabularies of 8,192 and 49,152 tokens: 14.7 and 43.0 MB with
-the library, and 2.6 MB for a mask."""
+"""Size of llguidance's tables, as measured on vocabularies of 8,192 and 49,152 tokens: 14.7 and
+43.0 MB with the library, and 2.6 MB for a mask."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnginePlan:
-    """How much of what. Values in bytes but the first."""
+    """Memory of an engine. All values except `pages` are in bytes."""
 
     pages: int
     cache: int
     weights: int
     activations: int
-    """Of one step, and the logits of all that run."""
+    """Activations of one step, and the logits of all running requests."""
     program: int
-    """Of the process beside its weights, as measured with the model loaded; on a GPU of the device.
-    """
+    """The process without weights, measured after loading the model; on a GPU, CUDA's overhead."""
     grammars: int
-    """What holding answers to grammars takes, from the first one on."""
+    """Memory for constrained answers, used from the first one on."""
 
     @property
     def total(self) -> int:
-        """Of the process, or on the GPU of the device."""
+        """Memory of the process, or on a GPU of the device."""
         return self.cache + self.weights + self.activations + self.program + self.grammars
 
 
@@ -62,15 +62,15 @@ def plan_engine(
     *,
     before_bytes: int = 0,
 ) -> EnginePlan:
-    """Decide how large the cache is, and say what the engine takes with it.
+    """Decide the size of the KV cache, and estimate the engine's memory.
 
     Args:
-        model: Loaded: what is free now is free beside it.
-        folder: With its config.json.
-        bytes_per_token: Of keys and values.
-        context: Tokens of the longest request.
-        config: May say how much memory.
-        before_bytes: The process without the model.
+        model: The loaded model; memory that is free now remains free beside it.
+        folder: Folder with its config.json.
+        bytes_per_token: Size of a token's keys and values.
+        context: Max tokens of a request.
+        config: May set the size of the cache.
+        before_bytes: Memory of the process before the model was loaded.
 
     Returns:
         The plan.
@@ -94,9 +94,9 @@ def plan_engine(
     program = max(before_bytes, resident_memory_bytes() - weights)
     if pages < 1:
         raise ConfigError(
-            f"The cache of keys and values may have {format_bytes(max(available, 0))}; one page of "
-            f"{config.page_tokens} tokens takes {format_bytes(page_bytes)}. Give it more with "
-            "--cache-gb, or free memory."
+            f"The KV cache may use {format_bytes(max(available, 0))}, but one page of "
+            f"{config.page_tokens} tokens takes {format_bytes(page_bytes)}. Increase --cache-gb or "
+            "free some memory."
         )
     return EnginePlan(
         pages=pages,
@@ -109,13 +109,13 @@ def plan_engine(
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
-    """Count the bytes of a model's tensors, shared ones once."""
+    """Sum the bytes of a model's tensors, counting shared ones once."""
     storages = [t.untyped_storage() for t in (*model.parameters(), *model.buffers())]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _count_activations(model: PreTrainedModel, folder: str | Path, config: EngineConfig) -> int:
-    """Count what one step needs beside weights and cache; 0 where the config does not say."""
+    """Estimate the memory of one step beside weights and cache; 0 if its shapes are unknown."""
     try:
         shapes = read_shapes(folder)
     except ConfigError:
