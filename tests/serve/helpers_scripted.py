@@ -1,4 +1,4 @@
-"""An engine that says what it is told to say, token by token, over a real tokenizer."""
+"""An engine of scripted answers, token by token, over a real tokenizer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DEFAULT_ANSWER = "Hello! This is an answer, with a naïve café and 日本語 �
 
 @dataclass(kw_only=True)
 class ScriptedEngine:
-    """Answers by what stands in the prompt; the newest entry that fits wins."""
+    """Answers by what the prompt contains; the last matching entry wins."""
 
     tokenizer: object
     script: dict[str, object] = field(default_factory=dict)
@@ -33,7 +33,7 @@ class ScriptedEngine:
     delay: float = 0.0
     """Seconds between tokens."""
     together: int = 1
-    """Events that it gives at a time."""
+    """Events per batch."""
     context: int = 512
     requests: list[TokenRequest] = field(default_factory=list)
     running: int = 0

@@ -1,4 +1,4 @@
-"""Work that ends when its client leaves, and what a stream sends."""
+"""Cancellation when the client disconnects, and what a stream sends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from halfbyte.serve.api.streaming import CancelOnDisconnect, ClientDisconnected,
 
 
 class Client:
-    """Stays until it is told to leave."""
+    """A client that stays connected until it is told to disconnect."""
 
     def __init__(self):
         self.leaving = asyncio.Event()
@@ -30,7 +30,7 @@ async def wait_for(client, begun, cleaned):
             cleaned.append(True)
 
 
-def test_work_is_cancelled_when_the_client_leaves_and_the_task_goes_on():
+def test_work_is_cancelled_on_disconnect_and_the_task_continues():
     async def run():
         client, begun, cleaned = Client(), asyncio.Event(), []
         asyncio.get_running_loop().call_later(0.01, client.leaving.set)
@@ -45,7 +45,7 @@ def test_work_is_cancelled_when_the_client_leaves_and_the_task_goes_on():
 
 
 @pytest.mark.parametrize("leaves", [False, True])
-def test_a_task_that_somebody_else_cancels_is_cancelled(leaves):
+def test_external_cancellation_is_passed_on(leaves):
     async def run():
         client, begun, cleaned = Client(), asyncio.Event(), []
         task = asyncio.create_task(wait_for(client, begun, cleaned))
@@ -63,7 +63,7 @@ def test_a_task_that_somebody_else_cancels_is_cancelled(leaves):
     asyncio.run(run())
 
 
-def test_a_client_that_leaves_afterwards_cancels_nobody():
+def test_disconnect_after_the_block_cancels_nothing():
     async def run():
         client = Client()
         async with CancelOnDisconnect(client.receive):
@@ -75,7 +75,7 @@ def test_a_client_that_leaves_afterwards_cancels_nobody():
     assert asyncio.run(run()) == "done"
 
 
-def test_a_stream_sends_its_head_its_pieces_and_its_end():
+def test_stream_sends_headers_pieces_and_end():
     sent = []
 
     async def pieces():

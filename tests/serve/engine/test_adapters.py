@@ -1,4 +1,4 @@
-"""LoRA adapters that come and go while the engine serves."""
+"""LoRA adapters that are loaded and unloaded while the engine serves."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_rows_of_different_adapters_in_one_batch(folder, adapters, runner):
     assert before == expected[0]
 
 
-def test_the_same_prompt_is_read_anew_for_every_adapter(folder, adapters, runner):
+def test_prefixes_are_not_shared_between_adapters(folder, adapters, runner):
     prompt = list(range(10, 60))
 
     async def run():
@@ -109,7 +109,7 @@ def test_the_same_prompt_is_read_anew_for_every_adapter(folder, adapters, runner
     assert found == expect(folder, adapters, "blue", [ask(prompt, 2)])[0]
 
 
-def test_unloading_waits_for_answers_and_takes_no_new_ones(folder, adapters, runner):
+def test_unloading_waits_for_running_answers(folder, adapters, runner):
     async def run():
         async with open_tiny(folder, runner) as engine:
             await engine.load_adapter("red", str(adapters["red"]))
@@ -132,7 +132,7 @@ def test_unloading_waits_for_answers_and_takes_no_new_ones(folder, adapters, run
     assert (length, left) == (60, ())
 
 
-def test_what_is_no_adapter_of_this_model_is_refused(folder, adapters, tmp_path, runner):
+def test_unsuitable_adapters_are_rejected(folder, adapters, tmp_path, runner):
     async def run():
         async with open_tiny(folder, runner) as engine:
             await engine.load_adapter("red", str(adapters["red"]))

@@ -1,4 +1,4 @@
-"""Models of many families behind the engine: the same as generate(), or refused with the reason."""
+"""Models of many families in the engine: they match generate(), or are rejected with a reason."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ REFUSED = {
     "deepseek_v2": "its forward does not support custom attention",
     "deepseek_v3": "its forward does not support custom attention",
 }
-"""Falcon's attention is its own; the others keep a latent state and make keys of all of it."""
+"""Falcon has its own attention; the others cache a latent state and compute keys from all of it."""
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_six_at_once_say_what_generate_says(family, tmp_path):
+def test_six_concurrent_requests_match_generate(family, tmp_path):
     requests = [
         replace(r, prompt=tuple(3 + token % (VOCABULARY - 3) for token in r.prompt))
         for r in mixed_requests(6, seed=4, longest=30)

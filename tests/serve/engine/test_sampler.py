@@ -1,4 +1,4 @@
-"""Drawing against naive versions and counts."""
+"""Sampling, compared with naive implementations and counts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOGITS = torch.tensor([1.0, 3.0, 2.0, 0.5, -1.0, 2.9])
 
 
 def draws(count=4000, logits=LOGITS, tokens=(), **settings):
-    """How often each token is drawn, as shares."""
+    """Relative frequency of each drawn token."""
     sampler = Sampler(ask([1], **{"temperature": 1.0, "seed": 1, **settings}))
     found = Counter(sampler.draw(logits, tokens) for _ in range(count))
     return {token: number / count for token, number in found.items()}
@@ -37,11 +37,11 @@ def assert_near(found, expected, count=4000):
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
-def test_tokens_come_as_often_as_the_model_says(temperature):
+def test_token_frequencies_match_the_distribution(temperature):
     assert_near(draws(temperature=temperature), naive(LOGITS, temperature=temperature))
 
 
-def test_top_k_min_p_and_top_p_leave_the_likeliest():
+def test_top_k_min_p_and_top_p_keep_the_most_likely():
     assert_near(draws(top_k=3), naive(LOGITS, keep={1, 5, 2}))
     assert_near(draws(min_p=0.3), naive(LOGITS, keep={1, 5, 2}))
     # The likeliest two have .759 together.
@@ -50,14 +50,14 @@ def test_top_k_min_p_and_top_p_leave_the_likeliest():
     assert_near(draws(top_p=0.0), {1: 1.0})
 
 
-def test_top_p_looks_at_all_tokens_where_the_likeliest_fall_short():
+def test_top_p_falls_back_to_sorting_all_tokens():
     flat = torch.zeros(3000)
     flat[7] = 0.001
     found = draws(200, flat, top_p=0.9)
     assert len(found) > 150
 
 
-def test_a_seed_draws_the_same_and_none_another():
+def test_seed_is_reproducible_and_no_seed_is_random():
     def run(seed):
         sampler = Sampler(ask([1], temperature=2.0, seed=seed))
         return [sampler.draw(LOGITS, ()) for _ in range(40)]
@@ -72,7 +72,7 @@ def test_a_tiny_temperature_does_not_overflow():
     assert draws(5, temperature=1e-9) == {1: 1.0}
 
 
-def test_penalties_are_those_of_their_definitions():
+def test_penalties_match_their_definitions():
     request = ask([0], frequency_penalty=0.5, presence_penalty=0.25, repetition_penalty=2.0)
     sampler = Sampler(request)
     for token in (1, 1, 4):
@@ -83,7 +83,7 @@ def test_penalties_are_those_of_their_definitions():
     assert float(LOGITS[1]) == 3.0
 
 
-def test_a_bias_moves_the_choice():
+def test_logit_bias_changes_the_token():
     assert Sampler(ask([0], logit_bias={3: 2.6})).draw(LOGITS, [0]) == 3
     assert not Sampler(ask([0], logit_bias={3: 2.6})).is_greedy
     assert Sampler(ask([0])).is_greedy

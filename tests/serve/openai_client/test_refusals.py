@@ -1,4 +1,4 @@
-"""What is refused, what fails, and clients that leave, as OpenAI's own client sees it."""
+"""Invalid requests, failures and disconnects, through OpenAI's own client."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ from tests.serve.helpers_openai import HELLO, ask
         ),
     ],
 )
-def test_bad_request_is_refused_by_name(client, more, code, param, said):
+def test_invalid_requests_name_the_field(client, more, code, param, said):
     with pytest.raises(openai.BadRequestError) as caught:
         ask(client, **more)
     error = caught.value
@@ -67,14 +67,14 @@ def test_bad_request_is_refused_by_name(client, more, code, param, said):
     assert said in error.message
 
 
-def test_images_are_refused_by_name(client):
+def test_images_are_rejected_by_name(client):
     content = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}]
     with pytest.raises(openai.BadRequestError, match="'image_url' is not supported") as caught:
         ask(client, content)
     assert caught.value.param == "messages.0.content.0"
 
 
-def test_template_may_refuse(client):
+def test_template_can_reject_messages(client):
     with pytest.raises(openai.BadRequestError, match="a forbidden word") as caught:
         ask(client, "this is forbidden")
     assert caught.value.code == "chat_template_error"
@@ -97,7 +97,7 @@ def test_unknown_model_and_path(client, server):
         assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
 
 
-def test_busy_engine_is_a_rate_limit_with_a_time(client):
+def test_busy_engine_is_a_rate_limit_error_with_retry_after(client):
     for stream in (False, True):
         with pytest.raises(openai.RateLimitError) as caught:
             ask(client, "busy", stream=stream)
@@ -125,7 +125,7 @@ def wait_until(condition, seconds=5):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_leaving_client_frees_the_engine(server, engine, stream):
+def test_disconnect_frees_the_engine(server, engine, stream):
     engine.delay = 0.02
     before = engine.closed_early
     body = {"model": "tiny", "stream": stream, "messages": [{"role": "user", "content": "long"}]}
