@@ -31,6 +31,7 @@ from halfbyte.serve.quality import Quality, open_quality
 from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.rollout.store_models import (
     StoreBackend,
+    StoreModel,
     is_store_reference,
     resolve_store_model,
 )
@@ -119,13 +120,12 @@ def open_service(
         return _open_gateway(config, engine, quality, keys)
     if config.engine == "vllm":
         return _open_vllm(model, config, engine, quality, keys)
-    stored = resolve_store_model(model) if is_store_reference(model) else None
-    name = config.served_name or (stored.name if stored else name_folder(model))
+    stored, folder, name = _locate_model(model, config)
 
     def load(folder: str) -> EmbeddedBackend:
         return open_embedded(Path(folder), config, engine, name=name)
 
-    embedded = load(model if stored is None else str(stored.folder))
+    embedded = load(str(folder))
     primary: Backend = embedded
     if stored is not None:
         primary = StoreBackend(stored, embedded, load)
@@ -137,9 +137,21 @@ def open_service(
         cache=info.cache_bytes,
         total=info.planned_bytes,
     )
+    _serve_adapters(service, config)
+    return service
+
+
+def _locate_model(model: str, config: ServeConfig) -> tuple[StoreModel | None, Path, str]:
+    """Return the model's version in the store (None if it is a folder), its folder and its name."""
+    stored = resolve_store_model(model) if is_store_reference(model) else None
+    folder = Path(model) if stored is None else stored.folder
+    name = name_folder(folder) if stored is None else stored.name
+    return stored, folder, config.served_name or name
+
+
+def _serve_adapters(service: Service, config: ServeConfig) -> None:
     if config.adapters is not None:
         service.gateway.adapters = AdapterFolder(config.adapters, lambda: service.gateway.current)
-    return service
 
 
 def _check(model: str | None, config: ServeConfig, keys: ApiKeys) -> None:
@@ -195,11 +207,9 @@ def _open_vllm(
     from halfbyte.serve.vllm import VllmBackend
     from halfbyte.serve.vllm_command import check_for_vllm, make_command
 
-    stored = resolve_store_model(model) if is_store_reference(model) else None
-    folder = Path(model) if stored is None else stored.folder
+    _, folder, name = _locate_model(model, config)
     tokenizer = load_tokenizer(folder)
     check_for_vllm(folder, has_gpu=torch.cuda.is_available())
-    name = config.served_name or (stored.name if stored else name_folder(folder))
     file = config.chat_template
     default_template = getattr(tokenizer, "chat_template", None)
     command = make_command(
@@ -217,8 +227,7 @@ def _open_vllm(
     service = _wrap(backend, config, engine, quality, keys)
     service.description = f"running in vLLM: {' '.join(command)}"
     service.startup_steps.append(backend.start)
-    if config.adapters is not None:
-        service.gateway.adapters = AdapterFolder(config.adapters, lambda: service.gateway.current)
+    _serve_adapters(service, config)
     return service
 
 

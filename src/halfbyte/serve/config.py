@@ -24,7 +24,7 @@ class AnswerLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
-    """Address, access control, models and limits of the server."""
+    """Settings of the server, its models and limits."""
 
     host: str = option("127.0.0.1", "address to listen on", metavar="ADDRESS")
     port: int = option(8000, "port to listen on; 0 selects a free one", metavar="N")

@@ -303,5 +303,5 @@ class Gateway:
 
 
 def _sanitize_header(value: str) -> str:
-    """Replace characters that a header cannot contain, and truncate to 200."""
+    """Replace characters that a header cannot contain, and truncate to 200 characters."""
     return "".join(c if c.isascii() and c.isprintable() else "?" for c in value)[:200]

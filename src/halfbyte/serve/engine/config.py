@@ -13,7 +13,7 @@ RUNNERS = ("auto", "native", "transformers")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """Configuration of the embedded engine."""
+    """Settings of the embedded engine."""
 
     runner: str = option(
         "auto",

@@ -78,19 +78,18 @@ def plan_engine(
     Raises:
         ConfigError: Not even one page fits.
     """
-    device = model.get_input_embeddings().weight.device
-    on_gpu = device.type == "cuda"
-    activations = _count_activations(model, folder, config)
+    embeddings = model.get_input_embeddings().weight
+    on_gpu = embeddings.device.type == "cuda"
+    activations = _estimate_activations(model, folder, config)
     weights = weight_bytes(model)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
     page_bytes = config.page_tokens * bytes_per_token
     if config.cache_gb is not None:
-        available = wanted = int(config.cache_gb * 1e9)
+        available = requested = int(config.cache_gb * 1e9)
     else:
-        free = torch.cuda.mem_get_info(device)[0] if on_gpu else this_machine().bytes
+        free = torch.cuda.mem_get_info(embeddings.device)[0] if on_gpu else this_machine().bytes
         available = int((free - activations) * FREE_SHARE)
-        wanted = config.sequences * min(context, USUAL_CONTEXT) * bytes_per_token
-    pages = min(wanted, available) // page_bytes
+        requested = config.sequences * min(context, USUAL_CONTEXT) * bytes_per_token
+    pages = min(requested, available) // page_bytes
     program = max(before_bytes, resident_memory_bytes() - weights)
     if pages < 1:
         raise ConfigError(
@@ -104,7 +103,7 @@ def plan_engine(
         weights=weights,
         activations=activations,
         program=GPU_PROGRAM_BYTES if on_gpu else program,
-        grammars=0 if on_gpu else GRAMMAR_BYTES + GRAMMAR_TOKEN_BYTES * vocabulary,
+        grammars=0 if on_gpu else GRAMMAR_BYTES + GRAMMAR_TOKEN_BYTES * embeddings.shape[0],
     )
 
 
@@ -114,7 +113,7 @@ def weight_bytes(model: torch.nn.Module) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def _count_activations(model: PreTrainedModel, folder: str | Path, config: EngineConfig) -> int:
+def _estimate_activations(model: PreTrainedModel, folder: str | Path, config: EngineConfig) -> int:
     """Estimate the memory of one step beside weights and cache; 0 if its shapes are unknown."""
     try:
         shapes = read_shapes(folder)

@@ -102,17 +102,17 @@ class NativeRunner:
         positions: list[int] = []
         tables: list[int] = []
         starts: list[int] = []
-        wanted: list[int] = []
+        logit_rows: list[int] = []
         for piece in pieces:
             count = len(piece.tokens)
             starts += [len(tables)] * count
             tables += piece.pages
             tokens += piece.tokens
             positions += range(piece.start, piece.start + count)
-            wanted += range(len(tokens) - piece.logits, len(tokens))
+            logit_rows += range(len(tokens) - piece.logits, len(tokens))
         with torch.inference_mode():
             hidden = self._decoder.run(tokens, positions, tables, starts, prompt=prompt)
-            logits = self._multiply_head(hidden[wanted], prompt=prompt)
+            logits = self._multiply_head(hidden[logit_rows], prompt=prompt)
         return list(torch.split(logits, [piece.logits for piece in pieces]))
 
     def _multiply_head(self, hidden: Tensor, *, prompt: bool) -> Tensor:

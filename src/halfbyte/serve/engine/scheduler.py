@@ -52,7 +52,7 @@ class Scheduler:
     @property
     def waiting(self) -> int:
         """Number of requests that are not admitted yet."""
-        return len(self._requeued) + sum(len(key.waiting) for key in self._key_queues.values())
+        return len(self._requeued) + sum(len(queue.waiting) for queue in self._key_queues.values())
 
     @property
     def is_idle(self) -> bool:
@@ -63,30 +63,30 @@ class Scheduler:
         """Iterate over all requests, running or waiting."""
         yield from self.running
         yield from self._requeued
-        for key in self._key_queues.values():
-            yield from key.waiting
+        for queue in self._key_queues.values():
+            yield from queue.waiting
 
     def add(self, job: Job) -> None:
         """Queue a request."""
-        key = self._key_queues.get(job.request.key)
-        if key is None:
+        queue = self._key_queues.get(job.request.key)
+        if queue is None:
             start = min((other.used_tokens for other in self._key_queues.values()), default=0.0)
-            key = self._key_queues[job.request.key] = _KeyQueue(used_tokens=start)
-        key.waiting.append(job)
+            queue = self._key_queues[job.request.key] = _KeyQueue(used_tokens=start)
+        queue.waiting.append(job)
 
     def remove(self, job: Job) -> None:
         """Remove a request, running or waiting, and free its pages."""
-        key = self._key_queues.get(job.request.key)
+        queue = self._key_queues.get(job.request.key)
         if job in self.running:
             self.running.remove(job)
             self._release(job)
-            if key is not None:
+            if queue is not None:
                 # It was charged for an answer of maximum length.
-                key.used_tokens -= job.max_tokens - len(job.tokens)
+                queue.used_tokens -= job.max_tokens - len(job.tokens)
         elif job in self._requeued:
             self._requeued.remove(job)
-        elif key is not None and job in key.waiting:
-            key.waiting.remove(job)
+        elif queue is not None and job in queue.waiting:
+            queue.waiting.remove(job)
         self._drop_idle_keys()
 
     def requeue_running(self) -> list[Job]:
@@ -106,10 +106,10 @@ class Scheduler:
     def admit(self) -> None:
         """Admit requests in order while there is space."""
         while len(self.running) < self._max_running:
-            queue, key = self._find_next()
-            if queue is None:
+            waiting, queue = self._find_next()
+            if waiting is None:
                 return
-            job = queue[0]
+            job = waiting[0]
             if any(self._is_computing_prefix(other, job) for other in self.running):
                 return
             reservation = self.pool.reserve(
@@ -117,13 +117,13 @@ class Scheduler:
             )
             if reservation is None:
                 return
-            queue.popleft()
+            waiting.popleft()
             job.reservation = reservation
             job.num_computed = reservation.cached_tokens
             if job.cached_tokens is None:
                 job.cached_tokens = reservation.cached_tokens
-            if key is not None:
-                key.used_tokens += job.max_tokens - reservation.cached_tokens
+            if queue is not None:
+                queue.used_tokens += job.max_tokens - reservation.cached_tokens
             self.running.append(job)
 
     def plan(self) -> list[tuple[Job, Piece]]:
@@ -177,14 +177,14 @@ class Scheduler:
         )
 
     def _find_next(self) -> tuple[deque[Job] | None, _KeyQueue | None]:
-        """Return the queue to admit from, and the key to charge."""
+        """Return the requests to admit from, and the key's queue to charge."""
         if self._requeued:
             return self._requeued, None
-        keys = [key for key in self._key_queues.values() if key.waiting]
-        if not keys:
+        queues = [queue for queue in self._key_queues.values() if queue.waiting]
+        if not queues:
             return None, None
-        key = min(keys, key=lambda key: key.used_tokens)
-        return key.waiting, key
+        queue = min(queues, key=lambda queue: queue.used_tokens)
+        return queue.waiting, queue
 
     def _release(self, job: Job) -> None:
         if job.reservation is not None:
@@ -194,5 +194,5 @@ class Scheduler:
     def _drop_idle_keys(self) -> None:
         """Remove keys without requests, so that their number does not grow without limit."""
         busy = {job.request.key for job in self.jobs()}
-        for name in [name for name in self._key_queues if name not in busy]:
-            del self._key_queues[name]
+        for key in [key for key in self._key_queues if key not in busy]:
+            del self._key_queues[key]

@@ -301,17 +301,24 @@ def attend(
     for first, last, length, table in step.parts:
         keys = _gather(step.pages.keys[layer], table, length)
         values = _gather(step.pages.values[layer], table, length)
-        rows = last - first
-        mask = None
-        if rows > 1 or (sliding_window is not None and length > sliding_window):
-            at = torch.arange(length - rows, length, device=query.device)[:, None]
-            seen = torch.arange(length, device=query.device)[None]
-            mask = seen <= at
-            if sliding_window is not None:
-                mask &= seen > at - sliding_window
+        mask = _make_mask(last - first, length, sliding_window, query.device)
         part = query[:, :, first:last]
         outputs.append(_attend_one(part, keys, values, mask, scaling, softcap))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _make_mask(
+    rows: int, length: int, sliding_window: int | None, device: torch.device
+) -> Tensor | None:
+    """Make the causal mask [rows, length] of a sequence's last rows; None if all is visible."""
+    if rows == 1 and (sliding_window is None or length <= sliding_window):
+        return None
+    queries = torch.arange(length - rows, length, device=device)[:, None]
+    keys = torch.arange(length, device=device)[None]
+    mask = keys <= queries
+    if sliding_window is not None:
+        mask &= keys > queries - sliding_window
+    return mask
 
 
 def _gather(pages: Tensor, table: Tensor, length: int) -> Tensor:

@@ -116,10 +116,7 @@ def read_call(
                     echo=text if body.get("echo") else None,
                     stops=_read_stops(body),
                     call_format=tools.call_format,
-                    tools={
-                        tool["function"]["name"]: tool["function"].get("parameters") or {}
-                        for tool in tools.shown
-                    },
+                    tools=tools.schemas,
                     max_calls=tools.max_calls,
                 )
             )
@@ -161,6 +158,12 @@ class _Tools:
     """Tools of which one must be called; empty if calls are optional."""
     max_calls: int | None = None
     """Maximum number of calls; None for no limit."""
+
+    @property
+    def schemas(self) -> dict[str, Mapping[str, Any]]:
+        """Schemas of the tools' parameters, by name."""
+        functions = [tool["function"] for tool in self.shown]
+        return {function["name"]: function.get("parameters") or {} for function in functions}
 
 
 def _read_tools(body: Mapping[str, Any], prompts: Prompts) -> _Tools:
