@@ -1,8 +1,8 @@
 """Requests and answers checked against OpenAI's OpenAPI document, which comes with llm-comply.
 
-Schemathesis makes bodies out of the document, right ones and wrong ones. Whatever comes, there is
-no 5xx; a 200 is as the document says, chunk by chunk where it is a stream; everything else has
-OpenAI's form of an error.
+Schemathesis generates valid and invalid bodies from the document. No response may be a 5xx; a 200
+must conform to the document, each chunk of a stream too; all others must be errors in OpenAI's
+format.
 """
 
 from __future__ import annotations

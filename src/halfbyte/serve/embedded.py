@@ -23,9 +23,8 @@ from halfbyte.serve.text.choice_requests import ChoiceRequest, count_characters,
 from halfbyte.serve.text.prompts import Prompts
 from halfbyte.serve.text.token_text import Spelling
 
-LONG_PROMPT = 20_000
-"""Characters from which a prompt is tokenized in a thread, to not block the event loop for
-milliseconds."""
+LONG_PROMPT_CHARACTERS = 20_000
+"""Longer prompts are tokenized in a thread, so that they do not block the event loop."""
 
 
 class EmbeddedBackend:
@@ -184,7 +183,7 @@ class EmbeddedBackend:
             # As a fallback it receives calls with another model's name.
             adapter = None
         arguments = (call, self._prompts, self._engine.info, self._limits)
-        if count_characters(call.body) > LONG_PROMPT:
+        if count_characters(call.body) > LONG_PROMPT_CHARACTERS:
             return await asyncio.to_thread(read_call, *arguments, adapter=adapter)
         return read_call(*arguments, adapter=adapter)
 

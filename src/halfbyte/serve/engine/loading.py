@@ -99,9 +99,9 @@ def make_engine(
         context=context,
         vocabulary=vocabulary,
         bytes_per_token=runner.bytes_per_token,
-        cache_bytes=plan.cache,
-        weight_bytes=plan.weights,
-        planned_bytes=plan.total,
+        cache_bytes=plan.cache_bytes,
+        weight_bytes=plan.weight_bytes,
+        planned_bytes=plan.total_bytes,
         runner=runner.description,
     )
     return EmbeddedEngine(
@@ -152,6 +152,7 @@ def _find_context(model: PreTrainedModel, config: EngineConfig) -> int:
     longest = longest_text(settings) or 32768
     if config.context is not None and config.context > longest:
         raise ConfigError(
-            f"context is {config.context}; the model supports at most {longest} tokens."
+            f"context is {config.context}; the model supports at most {longest} tokens. Lower "
+            "--context."
         )
     return config.context or longest

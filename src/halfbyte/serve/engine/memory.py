@@ -35,22 +35,28 @@ GRAMMAR_TOKEN_BYTES = 700
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnginePlan:
-    """Memory of an engine. All values except `pages` are in bytes."""
+    """Memory of an engine."""
 
     pages: int
-    cache: int
-    weights: int
-    activations: int
+    cache_bytes: int
+    weight_bytes: int
+    activation_bytes: int
     """Activations of one step, and the logits of all running requests."""
-    program: int
+    program_bytes: int
     """The process without weights, measured after loading the model; on a GPU, CUDA's overhead."""
-    grammars: int
+    grammar_bytes: int
     """Memory for constrained answers, used from the first one on."""
 
     @property
-    def total(self) -> int:
+    def total_bytes(self) -> int:
         """Memory of the process, or on a GPU of the device."""
-        return self.cache + self.weights + self.activations + self.program + self.grammars
+        return (
+            self.cache_bytes
+            + self.weight_bytes
+            + self.activation_bytes
+            + self.program_bytes
+            + self.grammar_bytes
+        )
 
 
 def plan_engine(
@@ -81,7 +87,7 @@ def plan_engine(
     embeddings = model.get_input_embeddings().weight
     on_gpu = embeddings.device.type == "cuda"
     activations = _estimate_activations(model, folder, config)
-    weights = weight_bytes(model)
+    weights = count_weight_bytes(model)
     page_bytes = config.page_tokens * bytes_per_token
     if config.cache_gb is not None:
         available = requested = int(config.cache_gb * 1e9)
@@ -99,15 +105,15 @@ def plan_engine(
         )
     return EnginePlan(
         pages=pages,
-        cache=pages * page_bytes,
-        weights=weights,
-        activations=activations,
-        program=GPU_PROGRAM_BYTES if on_gpu else program,
-        grammars=0 if on_gpu else GRAMMAR_BYTES + GRAMMAR_TOKEN_BYTES * embeddings.shape[0],
+        cache_bytes=pages * page_bytes,
+        weight_bytes=weights,
+        activation_bytes=activations,
+        program_bytes=GPU_PROGRAM_BYTES if on_gpu else program,
+        grammar_bytes=0 if on_gpu else GRAMMAR_BYTES + GRAMMAR_TOKEN_BYTES * embeddings.shape[0],
     )
 
 
-def weight_bytes(model: torch.nn.Module) -> int:
+def count_weight_bytes(model: torch.nn.Module) -> int:
     """Sum the bytes of a model's tensors, counting shared ones once."""
     storages = [t.untyped_storage() for t in (*model.parameters(), *model.buffers())]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
