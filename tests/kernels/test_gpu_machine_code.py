@@ -44,7 +44,7 @@ SPEC = replace(
 
 
 def list_shipped() -> list[TritonConfig]:
-    """Every measured configuration; how the splits are cut changes little of the program."""
+    """Every measured configuration; how the splits are cut changes little of the code."""
     measured = [TritonConfig(**config) for config in load_table("sm_90").triton.values()]
     return list(dict.fromkeys(replace(config, splits=min(config.splits, 2)) for config in measured))
 
@@ -165,7 +165,7 @@ def test_cuda_kernel_for_many_rows(rows, tmp_path, nvrtc):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("config", [TritonConfig(64, 16, 1, 4, 4), TritonConfig(128, 64, 1, 8, 4)])
-def test_triton_program(architecture, zeros, config, tmp_path):
+def test_triton_kernel(architecture, zeros, config, tmp_path):
     found = disassemble(compile_triton(architecture, config, zeros=zeros), tmp_path)
     product = "HGMMA" if architecture == "sm_90" else "HMMA"
     assert count(found, product) > 0
@@ -174,13 +174,13 @@ def test_triton_program(architecture, zeros, config, tmp_path):
     assert count(found, "I2F", "I2FP") == 0, "codes are converted, not set into a mantissa"
     if architecture == "sm_90":
         weights = config.block_out * 64 // (32 * config.warps)
-        # Over the whole program: what stands outside the loop counts too.
+        # Over the whole kernel: what stands outside the loop counts too.
         assert count(found, *INTEGER) <= 3.0 * weights
         # The layout is the tensor core's own: no code passes through shared memory twice.
         assert count(found, "STS") <= 2
 
 
-def test_triton_program_with_two_groups_in_a_step(tmp_path):
+def test_triton_kernel_with_two_groups_in_a_step(tmp_path):
     config = TritonConfig(64, 16, 2, 4, 5)
     found = disassemble(compile_triton("sm_90", config, zeros=False, group_size=32), tmp_path)
     assert count(found, "HGMMA") == 4
@@ -191,7 +191,7 @@ def test_triton_program_with_two_groups_in_a_step(tmp_path):
 @pytest.mark.parametrize("group_size", [32, 128])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("config", list_shipped(), ids=str)
-def test_every_shipped_program_fits_the_gpu(config, bits, group_size, tmp_path):
+def test_every_shipped_kernel_fits_the_gpu(config, bits, group_size, tmp_path):
     cubin = compile_triton("sm_90", config, zeros=True, group_size=group_size, bits=bits)
     found = disassemble(cubin, tmp_path)
     assert count(found, "HGMMA") > 0
@@ -202,13 +202,13 @@ def test_every_shipped_program_fits_the_gpu(config, bits, group_size, tmp_path):
 
 @pytest.mark.parametrize("page", [0, 16])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_programs_of_a_decode_step(architecture, page, tmp_path):
-    from halfbyte.kernels import triton_decode_kernels as programs
+def test_kernels_of_a_decode_step(architecture, page, tmp_path):
+    from halfbyte.kernels import triton_decode_kernels as kernels
 
     early = architecture == "sm_90"
     options = {"num_stages": 3} | ({"launch_pdl": True} if early else {})
-    norm = compile_program(
-        programs.add_norm_program,
+    norm = compile_kernel(
+        kernels.add_norm_kernel,
         {"HAS_DELTA": True, "BLOCK": 4096, "EARLY": early},
         dict.fromkeys(("x", "delta", "weight", "total", "result"), "*bf16")
         | {"width": "i32", "epsilon": "fp32"},
@@ -216,16 +216,16 @@ def test_programs_of_a_decode_step(architecture, page, tmp_path):
         num_warps=8,
         **options,
     )
-    gate = compile_program(
-        programs.gate_program,
+    gate = compile_kernel(
+        kernels.gate_kernel,
         {"BLOCK": 256, "EARLY": early},
         {"gate_up": "*bf16", "result": "*bf16", "width": "i32"},
         architecture,
         num_warps=2,
         **options,
     )
-    attend = compile_program(
-        programs.attend_program,
+    attend = compile_kernel(
+        kernels.attend_kernel,
         {
             "q_norm": None,
             "k_norm": None,
@@ -273,7 +273,7 @@ def compile_triton(
     bits: int = 4,
 ) -> bytes:
     """Compile the product for a GPU that is not here."""
-    from halfbyte.kernels.triton_kernels import multiply_program
+    from halfbyte.kernels.triton_kernels import multiply_kernel
 
     constants = {
         "BITS": bits,
@@ -304,8 +304,8 @@ def compile_triton(
         "out_features": "i32",
         "steps_each": "i32",
     }
-    return compile_program(
-        multiply_program,
+    return compile_kernel(
+        multiply_kernel,
         constants,
         types,
         architecture,
@@ -315,8 +315,8 @@ def compile_triton(
     )
 
 
-def compile_program(
-    program: Any,
+def compile_kernel(
+    kernel: Any,
     constants: dict[str, Any],
     types: dict[str, str],
     architecture: str,
@@ -324,11 +324,11 @@ def compile_program(
     unaligned: tuple[str, ...] = (),
     **options: Any,
 ) -> bytes:
-    """Compile a Triton program for a GPU that is not here."""
+    """Compile a Triton kernel for a GPU that is not here."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = program.arg_names
+    names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     aligned = [
         index
@@ -336,7 +336,7 @@ def compile_program(
         if signature[name] not in ("constexpr", "fp32") and name not in unaligned
     ]
     source = ASTSource(
-        program,
+        kernel,
         signature,
         constexprs=constants,
         attrs={(index,): [["tt.divisibility", 16]] for index in aligned},

@@ -40,7 +40,7 @@ KERNELS = (
         name="triton",
         module="halfbyte.kernels.triton_linear",
         class_name="TritonLinear",
-        summary="Triton programs (GPUs of every maker that Triton compiles for)",
+        summary="Triton kernels (GPUs of every maker that Triton compiles for)",
     ),
     KernelEntry(
         name="cpu_native",

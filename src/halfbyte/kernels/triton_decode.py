@@ -55,13 +55,13 @@ def add_norm(
     Returns:
         The stream after it, and its root mean square norm: [rows, width] each, in the type of x.
     """
-    from halfbyte.kernels.triton_decode_kernels import add_norm_program
+    from halfbyte.kernels.triton_decode_kernels import add_norm_kernel
 
     rows, width = x.shape
     total = x if delta is None else torch.empty_like(x)
     result = torch.empty_like(x)
     with on_device(x.device):
-        add_norm_program[(rows,)](
+        add_norm_kernel[(rows,)](
             x,
             delta,
             weight,
@@ -86,13 +86,13 @@ def gate(gate_up: Tensor) -> Tensor:
     Returns:
         [rows, width].
     """
-    from halfbyte.kernels.triton_decode_kernels import gate_program
+    from halfbyte.kernels.triton_decode_kernels import gate_kernel
 
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     result = gate_up.new_empty(rows, width)
     block = 256
     with on_device(gate_up.device):
-        gate_program[(-(-width // block), rows)](
+        gate_kernel[(-(-width // block), rows)](
             gate_up, result, width, BLOCK=block, num_warps=2, **_early(gate_up.device)
         )
     return result
@@ -121,7 +121,7 @@ def attend(
     Returns:
         [rows, heads * width].
     """
-    from halfbyte.kernels.triton_decode_kernels import attend_program
+    from halfbyte.kernels.triton_decode_kernels import attend_kernel
 
     keys, values = cache
     assert keys.is_contiguous()
@@ -135,7 +135,7 @@ def attend(
         sizes = qkv.new_empty(splits, rows, shape.heads, 2, dtype=torch.float32)
         arrivals = find_arrivals(qkv.device)
     with on_device(qkv.device):
-        attend_program[(shape.key_heads, splits, rows)](
+        attend_kernel[(shape.key_heads, splits, rows)](
             qkv,
             None if norms is None else norms[0],
             None if norms is None else norms[1],

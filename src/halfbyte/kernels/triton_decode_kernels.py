@@ -26,7 +26,7 @@ def _larger(a, b):
 
 
 @triton.jit
-def add_norm_program(
+def add_norm_kernel(
     x,
     delta,
     weight,
@@ -58,7 +58,7 @@ def add_norm_program(
 
 
 @triton.jit
-def gate_program(gate_up, result, width, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+def gate_kernel(gate_up, result, width, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """Write result [rows, width] = silu(gate) * up, of gate_up [rows, 2 width]."""
     if EARLY:
         gdc_launch_dependents()
@@ -146,7 +146,7 @@ def _find_places(
 
 
 @triton.jit
-def attend_program(
+def attend_kernel(
     qkv,
     q_norm,
     k_norm,

@@ -155,7 +155,7 @@ def _load_weight(
 
 # Not by their values: a program for rows = 1 and another for 16 would be compiled.
 @triton.jit(do_not_specialize=["rows", "steps_each"])
-def multiply_program(
+def multiply_kernel(
     x,
     codes,
     zeros,
@@ -253,7 +253,7 @@ def _finish(total, bias, result, place, inside, n, out_features, HAS_BIAS: tl.co
 
 
 @triton.jit
-def dequantize_program(
+def dequantize_kernel(
     codes,
     zeros,
     scales,

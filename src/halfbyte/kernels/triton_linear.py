@@ -51,7 +51,7 @@ DEVICES = ("cuda", "xpu")
 
 
 class TritonLinear:
-    """The Triton programs behind the common contract."""
+    """The Triton kernels behind the common contract."""
 
     name = "triton"
     repacks = True
@@ -61,7 +61,7 @@ class TritonLinear:
         return find_triton_obstacle() or find_gpu_obstacle()
 
     def find_mismatch(self, spec: LinearSpec) -> str | None:
-        """Say why the programs cannot run such a layer, or None."""
+        """Say why the kernels cannot run such a layer, or None."""
         if spec.device_type not in DEVICES:
             return f"runs on {' and '.join(DEVICES)}, not on {spec.device_type}"
         return find_layout_mismatch(spec)
@@ -143,7 +143,7 @@ def multiply(
     Returns:
         [rows, out].
     """
-    from halfbyte.kernels.triton_kernels import multiply_program
+    from halfbyte.kernels.triton_kernels import multiply_kernel
 
     count = rows.shape[0]
     result = rows.new_empty(count, spec.out_features)
@@ -160,7 +160,7 @@ def multiply(
         workspace = rows.new_empty(config.splits, count, spec.out_features, dtype=torch.float32)
         arrivals = find_arrivals(rows.device)
     with on_device(rows.device):
-        multiply_program[grid](
+        multiply_kernel[grid](
             rows,
             operands.weight[0],
             zeros,
@@ -192,7 +192,7 @@ def multiply(
 
 def dequantize_fragments(operands: Operands, spec: LinearSpec, dtype: torch.dtype) -> Tensor:
     """Turn a repacked weight into numbers [out, in], each rounded once to ``dtype``."""
-    from halfbyte.kernels.triton_kernels import dequantize_program
+    from halfbyte.kernels.triton_kernels import dequantize_kernel
 
     codes, scales = operands.weight[0], operands.scales
     shape = (spec.out_features, spec.in_features)
@@ -203,7 +203,7 @@ def dequantize_fragments(operands: Operands, spec: LinearSpec, dtype: torch.dtyp
     zeros, order = find_zeros(operands, spec), find_order(operands, spec)
     block_out = 64
     with on_device(codes.device):
-        dequantize_program[(spec.in_features // 64, -(-spec.out_features // block_out))](
+        dequantize_kernel[(spec.in_features // 64, -(-spec.out_features // block_out))](
             codes,
             zeros,
             scales,

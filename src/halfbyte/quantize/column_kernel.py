@@ -21,7 +21,7 @@ def _add(a, b):
 
 
 @triton.jit
-def column_program(
+def column_kernel(
     values,
     plain,
     steps,

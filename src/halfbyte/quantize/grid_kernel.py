@@ -43,7 +43,7 @@ def _loss(x, weights, scales, lowest, highest):
 
 
 @triton.jit
-def grid_program(
+def grid_kernel(
     grouped,
     curvature,
     coarse,
