@@ -178,7 +178,7 @@ def multiply_stream_emulated(
     library = build("stream_emulator.cpp", tuple(sorted(macros.items())))
     assert library.shared_bytes() == cuda_stream.count_shared_bytes(config, spec, scale_dtype)
     assert library.arguments_bytes() == ctypes.sizeof(StreamArguments)
-    work = plan_work(config, spec, resident, cuda_stream.WHOLE_WORTH)
+    work = plan_work(config, spec, resident, cuda_stream.WHOLE_BLOCK_SLACK)
     floats = 2 * work.runs * config.partial_floats
     memory = Memory.of(x, operands, spec, floats, work.channel_blocks)
     arguments = cuda_stream.describe_tensors(

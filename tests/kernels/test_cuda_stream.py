@@ -1,4 +1,4 @@
-"""The CUDA kernel for few rows that copies in bulk on an emulated GPU, against float64."""
+"""The CUDA kernel with bulk copies for few rows on an emulated GPU, against float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mistakes that only a GPU would notice are noticed by the emulated one too."""
+"""The emulated GPU detects mistakes that otherwise only a real GPU would."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is asked of GPUs that are not there: counters, the current device, early starts."""
+"""Device queries with fake GPUs: arrival counters, the current device, early start."""
 
 from __future__ import annotations
 

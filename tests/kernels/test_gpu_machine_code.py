@@ -1,4 +1,4 @@
-"""Both GPU tiers compiled for GPUs that are not here, and their machine code looked at."""
+"""Checks the machine code of the CUDA and Triton kernels, compiled ahead of time."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def count(found: list[str], *names: str) -> int:
 
 
 def find_loop(found: list[str]) -> list[str]:
-    """From the first read of staged codes to the last product: one step of 64 inputs."""
+    """Return one step of 64 inputs, from the first read of staged codes to the last product."""
     products = [place for place, name in enumerate(found) if name.startswith("HMMA")]
     reads = [place for place, name in enumerate(found) if re.match(r"LDS\..*128|LDSM", name)]
     return found[min(reads) : products[-1] + 1]
@@ -157,7 +157,7 @@ def test_cuda_kernel_for_many_rows(rows, tmp_path, nvrtc):
     assert count(found, "UBLKCP", "UTMALDG") > 0, "nothing is copied in bulk"
     assert count(found, "USETMAXREG") == 2
     loop = found[products[0] : products[-1]]
-    # Between the products of a step: three of its four sixteens are taken apart.
+    # Three of the four 16-input parts of a step are decoded between its products.
     assert count(loop, *INTEGER) <= BUDGET * tiles * 24
     assert any(re.match(r"LDS\..*128", name) for name in found)
 
@@ -176,7 +176,7 @@ def test_triton_kernel(architecture, zeros, config, tmp_path):
         weights = config.block_out * 64 // (32 * config.warps)
         # Over the whole kernel: what stands outside the loop counts too.
         assert count(found, *INTEGER) <= 3.0 * weights
-        # The layout is the tensor core's own: no code passes through shared memory twice.
+        # The layout matches the tensor core: no code passes through shared memory twice.
         assert count(found, "STS") <= 2
 
 
@@ -260,7 +260,7 @@ def test_kernels_of_a_decode_step(architecture, page, tmp_path):
         assert wide
         assert all("128" in name or "64" in name for name in wide)
     assert count(found, "HMMA") > 0
-    # Keys and values are on their way while those before them are multiplied.
+    # Keys and values are loaded while the previous ones are multiplied.
     assert any(name.startswith("LDGSTS") and "128" in name for name in found)
 
 
@@ -272,7 +272,7 @@ def compile_triton(
     group_size: int = 128,
     bits: int = 4,
 ) -> bytes:
-    """Compile the product for a GPU that is not here."""
+    """Compile the product ahead of time."""
     from halfbyte.kernels.triton_kernels import multiply_kernel
 
     constants = {
@@ -324,7 +324,7 @@ def compile_kernel(
     unaligned: tuple[str, ...] = (),
     **options: Any,
 ) -> bytes:
-    """Compile a Triton kernel for a GPU that is not here."""
+    """Compile a Triton kernel ahead of time."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 

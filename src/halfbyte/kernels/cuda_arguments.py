@@ -1,4 +1,4 @@
-"""The parameter that the CUDA kernels share: ``Arguments`` in ``cuda/base.cu``."""
+"""The parameter struct that the CUDA kernels share: ``Arguments`` in ``cuda/base.cu``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCALE_KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 
 class Arguments(ctypes.Structure):
-    """The kernel's parameter; as ``Arguments`` there."""
+    """The ctypes mirror of ``Arguments`` in ``cuda/base.cu``."""
 
     _fields_ = (
         ("codes", ctypes.c_void_p),
@@ -45,7 +45,7 @@ def fill_arguments(
     partials: Tensor | None,
     arrivals: Tensor,
 ) -> Arguments:
-    """Put the tensors of a launch into the kernel's parameter; they must outlive it."""
+    """Fill in the parameter struct of a launch; the tensors must stay alive until the launch."""
     zeros = find_zeros(operands, spec)
     steps = max(spec.group_size // 64, 1)
     return Arguments(
@@ -66,8 +66,8 @@ def fill_arguments(
 
 
 @functools.lru_cache(maxsize=1024)
-def forget_shape(spec: LinearSpec) -> LinearSpec:
-    """The spec of every layer that the same machine code serves."""
+def strip_shape(spec: LinearSpec) -> LinearSpec:
+    """Return the spec that stands for all layers with the same machine code."""
     group_size = 32 if spec.group_size < 64 else 64
     return replace(
         spec, in_features=64, out_features=64, group_size=group_size, act_order=False, zero_offset=0
@@ -75,7 +75,7 @@ def forget_shape(spec: LinearSpec) -> LinearSpec:
 
 
 def define_layer_macros(spec: LinearSpec, scale_dtype: torch.dtype) -> dict[str, int]:
-    """The macros of ``cuda/base.cu``: what kind of layer it is."""
+    """Return the macros of ``cuda/base.cu``, which describe the kind of layer."""
     return {
         "BF16": int(spec.dtype == torch.bfloat16),
         "BITS": spec.bits,
@@ -96,4 +96,4 @@ SMALLEST_SPEC = LinearSpec(
     dtype=torch.bfloat16,
     device_type="cuda",
 )
-"""A layer to try a compiler with."""
+"""The layer that is compiled to test whether the compiler works."""
