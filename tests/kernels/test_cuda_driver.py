@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from halfbyte.errors import KernelUnavailable
-from halfbyte.kernels import cuda_driver, cuda_linear, cuda_rows, cuda_stream
+from halfbyte.kernels import cuda_config, cuda_driver, cuda_linear, cuda_rows, cuda_stream
 from halfbyte.kernels.contract import Operands
-from halfbyte.kernels.cuda_arguments import SMALLEST_SPEC
+from halfbyte.kernels.cuda_config import SMALLEST_SPEC
 from halfbyte.kernels.cuda_rows import RowsConfig
 from halfbyte.kernels.cuda_stream import StreamConfig
 
@@ -87,9 +87,7 @@ def driver(monkeypatch):
     caches = (
         cuda_driver._find_context,
         cuda_driver.encode_boxes,
-        cuda_linear.load_function,
-        cuda_rows.load_function,
-        cuda_stream.load_function,
+        cuda_config._load,
         cuda_stream._describe_weight,
     )
     for cache in caches:

@@ -19,7 +19,6 @@ from halfbyte.kernels.cuda_linear import (
     SHARED_LIMIT,
     CudaConfig,
     choose_config,
-    count_shared_bytes,
 )
 
 emulated = pytest.mark.skipif(find_compiler() is None, reason="needs a C++ compiler")
@@ -81,7 +80,7 @@ def test_chosen_blocks_fit_the_rows_and_the_memory_of_every_gpu(rows, bits):
         spec = make_linear(bits=bits, symmetric=False, dtype=torch.float16).spec
         config = choose_config(architecture, rows, spec, torch.float32)
         assert config.row_tiles * 8 >= rows
-        assert count_shared_bytes(config, spec, torch.float32) <= limit, architecture
+        assert config.count_shared_bytes(spec, torch.float32) <= limit, architecture
 
 
 def test_work_is_cut_into_equal_runs():

@@ -30,8 +30,8 @@ MISTAKES = {
         "x is copied while an earlier launch may write it",
     ),
     "counters that are still in use": (
-        "    wait_for_inputs();  // the results",
-        "    // the results",
+        "    wait_for_inputs();  // until then",
+        "    // until then",
         "a counter is counted up while an earlier launch may use it",
     ),
 }

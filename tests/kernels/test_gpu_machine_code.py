@@ -12,8 +12,9 @@ import pytest
 import torch
 from tests.helpers.packed import make_linear
 
-from halfbyte.kernels import cuda_linear, cuda_rows, cuda_stream
+from halfbyte.kernels import cuda_linear, cuda_stream
 from halfbyte.kernels.cuda_compiler import compile_source, read_source
+from halfbyte.kernels.cuda_config import define_macros
 from halfbyte.kernels.cuda_rows import RowsConfig
 from halfbyte.kernels.cuda_stream import StreamConfig
 from halfbyte.kernels.gpu_table import load_table
@@ -75,7 +76,7 @@ def find_loop(found: list[str]) -> list[str]:
 @pytest.mark.parametrize("rows", [1, 16, 32, 64])
 def test_cuda_kernel(architecture, rows, tmp_path, nvrtc):
     config = cuda_linear.choose_config(architecture, rows, SPEC, torch.float16)
-    macros = cuda_linear.define_macros(config, SPEC, torch.float16)
+    macros = define_macros(config, SPEC, torch.float16)
     cubin = compile_source(read_source("multiply.cu"), macros, architecture)
     found = disassemble(cubin, tmp_path)
     assert count(found, "HMMA") == 4 * config.tiles * config.row_tiles
@@ -93,7 +94,7 @@ def test_cuda_kernel(architecture, rows, tmp_path, nvrtc):
 def test_cuda_kernel_of_every_width_spills_nothing(bits, dtype, tmp_path, nvrtc):
     spec = replace(SPEC, bits=bits, dtype=dtype, symmetric=False, group_size=32)
     config = cuda_linear.choose_config("sm_90", 1, spec, torch.float16)
-    macros = cuda_linear.define_macros(config, spec, torch.float16)
+    macros = define_macros(config, spec, torch.float16)
     found = disassemble(compile_source(read_source("multiply.cu"), macros, "sm_90"), tmp_path)
     assert count(found, "HMMA") == 4 * config.tiles
     assert count(found, "LDL", "STL") == 0
@@ -108,7 +109,7 @@ def test_cuda_kernel_of_every_width_spills_nothing(bits, dtype, tmp_path, nvrtc)
     ],
 )
 def test_cuda_kernel_that_copies_in_bulk(config, most, tmp_path, nvrtc):
-    macros = cuda_stream.define_macros(config, SPEC, torch.bfloat16)
+    macros = define_macros(config, SPEC, torch.bfloat16)
     found = disassemble(
         compile_source(read_source("multiply_stream.cu"), macros, "sm_90"), tmp_path
     )
@@ -137,7 +138,7 @@ def test_bulk_copies_of_every_width_spill_nothing(bits, dtype, tmp_path, nvrtc):
     spec = replace(SPEC, bits=bits, dtype=dtype, symmetric=False, group_size=32)
     config = StreamConfig(row_tiles=1, tiles=2, warps_out=1, warps_in=16, stages=4)
     config = cuda_stream.fit_memory(config, spec, torch.float32)
-    macros = cuda_stream.define_macros(config, spec, torch.float32)
+    macros = define_macros(config, spec, torch.float32)
     found = disassemble(
         compile_source(read_source("multiply_stream.cu"), macros, "sm_90"), tmp_path
     )
@@ -148,7 +149,7 @@ def test_bulk_copies_of_every_width_spill_nothing(bits, dtype, tmp_path, nvrtc):
 def test_cuda_kernel_for_many_rows(rows, tmp_path, nvrtc):
     tiles = 1 if rows == 256 else 2
     config = RowsConfig(rows=rows, tiles=tiles, warpgroups=2, stages=5)
-    macros = cuda_rows.define_macros(config, SPEC, torch.bfloat16)
+    macros = define_macros(config, SPEC, torch.bfloat16)
     found = disassemble(compile_source(read_source("multiply_rows.cu"), macros, "sm_90a"), tmp_path)
     products = [place for place, name in enumerate(found) if name.startswith("HGMMA")]
     assert len(products) == 4 * tiles

@@ -6,6 +6,7 @@ The device code is ``cuda/few_rows.cu``.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from halfbyte.kernels.contract import LinearSpec
 
@@ -13,6 +14,8 @@ from halfbyte.kernels.contract import LinearSpec
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FewConfig:
     """Tile sizes of a thread block; named as the macros of the kernels, in lower case."""
+
+    architecture_suffix: ClassVar[str] = ""
 
     row_tiles: int
     tiles: int

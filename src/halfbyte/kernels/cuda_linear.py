@@ -13,7 +13,8 @@ while the previous one still runs (programmatic dependent launch).
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,18 +22,9 @@ from torch.nn import functional
 
 from halfbyte.kernels import cuda_rows, cuda_stream
 from halfbyte.kernels.contract import LinearSpec, Operands
-from halfbyte.kernels.cuda_arguments import (
-    SMALLEST_SPEC,
-    define_layer_macros,
-    fill_arguments,
-    strip_shape,
-)
-from halfbyte.kernels.cuda_driver import (
-    Function,
-    find_obstacle_to,
-    in_context,
-    load_kernel,
-)
+from halfbyte.kernels.cuda_arguments import fill_arguments
+from halfbyte.kernels.cuda_config import SMALLEST_SPEC, load_function
+from halfbyte.kernels.cuda_driver import find_obstacle_to, in_context
 from halfbyte.kernels.cuda_few_rows import FewConfig, plan_work
 from halfbyte.kernels.cuda_rows import RowsConfig
 from halfbyte.kernels.cuda_stream import StreamConfig
@@ -47,7 +39,6 @@ from halfbyte.kernels.gpu_device import (
     find_gpu_obstacle,
     is_nvidia,
     name_architecture,
-    starts_early,
 )
 from halfbyte.kernels.gpu_table import load_table
 from halfbyte.kernels.triton_linear import ROWS_LIMIT as TRITON_ROWS
@@ -70,15 +61,19 @@ MIN_SHARED_LIMIT = 99 * 1024
 class CudaConfig(FewConfig):
     """Tile sizes of a thread block of multiply.cu."""
 
+    source: ClassVar[str] = "multiply"
+    host_fields: ClassVar[tuple[str, ...]] = ()
+
     @property
     def threads(self) -> int:
         """Threads per block."""
         return 32 * self.warps_out * self.warps_in
 
-    def count_shared_bytes(self, bits: int, scale_size: int, has_zeros: bool, halves: int) -> int:
+    def count_shared_bytes(self, spec: LinearSpec, scale_dtype: torch.dtype) -> int:
         """Count the shared memory of a thread block in bytes, as multiply.cu does."""
-        grid_bytes = halves * self.tiles * 16 * (scale_size + has_zeros)
-        warp_bytes = self.tiles * 128 * bits + grid_bytes
+        halves = 2 if spec.group_size < 64 else 1
+        grid_bytes = halves * self.tiles * 16 * (scale_dtype.itemsize + (not spec.symmetric))
+        warp_bytes = self.tiles * 128 * spec.bits + grid_bytes
         warps = self.warps_out * self.warps_in
         stage = warps * warp_bytes + self.warps_in * self.row_tiles * 1024
         return self.stages * stage + self.warps_in * self.partial_floats * 4 + 16
@@ -141,25 +136,13 @@ def choose_config(
         best = CudaConfig(**measured)
     limit = SHARED_LIMIT.get(architecture, MIN_SHARED_LIMIT)
     config = best
-    while count_shared_bytes(config, spec, scale_dtype) > limit:
+    while config.count_shared_bytes(spec, scale_dtype) > limit:
         if config.stages > 2:
             config = replace(config, stages=config.stages - 1)
         else:
             best = replace(best, warps_in=best.warps_in // 2)
             config = best
     return config
-
-
-def define_macros(config: CudaConfig, spec: LinearSpec, scale_dtype: torch.dtype) -> dict[str, int]:
-    """Return the macros that multiply.cu is compiled with for a layer."""
-    macros = {name.upper(): value for name, value in asdict(config).items()}
-    return macros | define_layer_macros(spec, scale_dtype)
-
-
-def count_shared_bytes(config: CudaConfig, spec: LinearSpec, scale_dtype: torch.dtype) -> int:
-    """Count the shared memory of a thread block for a layer, in bytes."""
-    halves = 2 if spec.group_size < 64 else 1
-    return config.count_shared_bytes(spec.bits, scale_dtype.itemsize, not spec.symmetric, halves)
 
 
 class CudaLinear(TritonLinear):
@@ -202,12 +185,8 @@ class CudaLinear(TritonLinear):
         device, dtype = stored.scales.device, stored.scales.dtype
         for rows in BUCKETS:
             config = choose_tier(device, rows, spec, dtype)
-            if isinstance(config, RowsConfig):
-                cuda_rows.load_kernels(config, spec, dtype, device)
-            elif isinstance(config, StreamConfig):
-                cuda_stream.load_function(config, strip_shape(spec), dtype, device, True)
-            elif config is not None:
-                load_function(config, strip_shape(spec), dtype, device, True)
+            if config is not None:
+                load_function(config, spec, dtype, device)
         return super().prepare(stored, spec)
 
     def dequantize(self, operands: Operands, spec: LinearSpec, dtype: torch.dtype) -> Tensor:
@@ -298,7 +277,7 @@ def multiply(
     """
     device = rows.device
     function, resident = load_function(
-        config, strip_shape(spec), operands.scales.dtype, device, early_start
+        config, spec, operands.scales.dtype, device, early_start=early_start
     )
     work = plan_work(config, spec, resident * count_processors(device))
     result = rows.new_empty(rows.shape[0], spec.out_features)
@@ -313,26 +292,6 @@ def multiply(
 
 
 @functools.cache
-def load_function(
-    config: CudaConfig,
-    spec: LinearSpec,
-    scale_dtype: torch.dtype,
-    device: torch.device,
-    early_start: bool,
-) -> tuple[Function, int]:
-    """Compile and load a kernel; return it with its thread blocks per multiprocessor."""
-    return load_kernel(
-        "multiply",
-        define_macros(config, spec, scale_dtype),
-        name_architecture(device),
-        device,
-        threads=config.threads,
-        shared_bytes=count_shared_bytes(config, spec, scale_dtype),
-        early_start=early_start and starts_early(device),
-    )
-
-
-@functools.cache
 def _find_obstacle() -> str | None:
     device = torch.device("cuda", torch.cuda.current_device())
     if not is_nvidia(device):
@@ -343,5 +302,5 @@ def _find_obstacle() -> str | None:
         return f"needs compute capability {needed}; this GPU has {found}"
     # Load it too: a driver older than torch's NVRTC refuses the machine code.
     return find_obstacle_to(
-        lambda: load_function(PREFERRED[0], SMALLEST_SPEC, torch.float16, device, True)
+        lambda: load_function(PREFERRED[0], SMALLEST_SPEC, torch.float16, device)
     )

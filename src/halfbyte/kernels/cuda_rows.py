@@ -10,32 +10,20 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from halfbyte.kernels.contract import LinearSpec, Operands
-from halfbyte.kernels.cuda_arguments import (
-    SMALLEST_SPEC,
-    Arguments,
-    define_layer_macros,
-    fill_arguments,
-    strip_shape,
-)
-from halfbyte.kernels.cuda_driver import (
-    Boxes,
-    Function,
-    encode_boxes,
-    find_obstacle_to,
-    in_context,
-    load_kernel,
-)
+from halfbyte.kernels.cuda_arguments import Arguments, fill_arguments
+from halfbyte.kernels.cuda_config import SMALLEST_SPEC, load_function
+from halfbyte.kernels.cuda_driver import Boxes, encode_boxes, find_obstacle_to, in_context
 from halfbyte.kernels.gpu_device import (
     ARRIVALS,
     count_processors,
     find_arrivals,
-    name_architecture,
 )
 from halfbyte.kernels.gpu_table import load_table
 
@@ -67,6 +55,10 @@ class RowsArguments(ctypes.Structure):
 class RowsConfig:
     """Tile sizes of a product; named as the macros of multiply_rows.cu, in lower case."""
 
+    source: ClassVar[str] = "multiply_rows"
+    architecture_suffix: ClassVar[str] = "a"
+    host_fields: ClassVar[tuple[str, ...]] = ("splits",)
+
     rows: int
     tiles: int
     warpgroups: int
@@ -95,6 +87,14 @@ class RowsConfig:
     def partial_floats(self) -> int:
         """Partial sums of a tile, for all thread blocks of a cluster."""
         return self.channels * self.rows * self.cluster
+
+    def count_shared_bytes(self, spec: LinearSpec, scale_dtype: torch.dtype) -> int:
+        """Count the shared memory of a thread block in bytes, as multiply_rows.cu does."""
+        halves = 2 if spec.group_size < 64 else 1
+        grid = halves * self.channels * (scale_dtype.itemsize + (not spec.symmetric))
+        stage = self.rows * 128 + self.channels * 8 * spec.bits + grid
+        tail = self.warpgroups * 4 * 512 + 16 * self.stages + 16
+        return self.stages * -(-stage // 1024) * 1024 + tail + 1024
 
     def count_tiles(self, spec: LinearSpec, rows: int) -> int:
         """Count the tiles of a product; those of a cluster count as one."""
@@ -172,7 +172,7 @@ def choose_splits(tiles: int, steps: int, num_processors: int) -> int:
 def fit_memory(config: RowsConfig, spec: LinearSpec, scale_dtype: torch.dtype) -> RowsConfig:
     """Reduce the stages until the thread blocks fit on a multiprocessor."""
     limit = limit_shared_bytes(config.blocks)
-    while count_shared_bytes(config, spec, scale_dtype) > limit:
+    while config.count_shared_bytes(spec, scale_dtype) > limit:
         config = replace(config, stages=config.stages - 1)
     return config
 
@@ -181,21 +181,6 @@ def limit_shared_bytes(blocks: int) -> int:
     """Return the maximum shared memory per block for a number of blocks per multiprocessor."""
     # Each thread block occupies 1 KiB more than it requests; the limit accounts for one block.
     return (SHARED_LIMIT + 1024) // blocks - 1024
-
-
-def define_macros(config: RowsConfig, spec: LinearSpec, scale_dtype: torch.dtype) -> dict[str, int]:
-    """Return the macros that multiply_rows.cu is compiled with for a layer."""
-    macros = {name.upper(): value for name, value in asdict(config).items() if name != "splits"}
-    return macros | define_layer_macros(spec, scale_dtype)
-
-
-def count_shared_bytes(config: RowsConfig, spec: LinearSpec, scale_dtype: torch.dtype) -> int:
-    """Count the shared memory of a thread block in bytes, as multiply_rows.cu does."""
-    halves = 2 if spec.group_size < 64 else 1
-    grid = halves * config.channels * (scale_dtype.itemsize + (not spec.symmetric))
-    stage = config.rows * 128 + config.channels * 8 * spec.bits + grid
-    tail = config.warpgroups * 4 * 512 + 16 * config.stages + 16
-    return config.stages * -(-stage // 1024) * 1024 + tail + 1024
 
 
 def count_runs(config: RowsConfig, spec: LinearSpec, rows: int, resident: int) -> int:
@@ -252,7 +237,7 @@ def multiply(
     """
     device, count = rows.device, rows.shape[0]
     function, resident = load_function(
-        _strip_splits(config), strip_shape(spec), operands.scales.dtype, device, early_start
+        config, spec, operands.scales.dtype, device, early_start=early_start
     )
     runs = count_runs(config, spec, count, resident * count_processors(device))
     result = rows.new_empty(count, spec.out_features)
@@ -278,42 +263,8 @@ def multiply(
     return result
 
 
-def load_kernels(
-    config: RowsConfig, spec: LinearSpec, scale_dtype: torch.dtype, device: torch.device
-) -> None:
-    """Compile and load the kernel for a layer ahead of CUDA graph capture."""
-    load_function(_strip_splits(config), strip_shape(spec), scale_dtype, device, True)
-
-
 @functools.cache
 def find_obstacle(device: torch.device) -> str | None:
     """Return why the kernel cannot be compiled for a device of its architecture; None if it can."""
     config = RowsConfig(rows=64, tiles=1, warpgroups=2, stages=4)
-    return find_obstacle_to(lambda: load_kernels(config, SMALLEST_SPEC, torch.float16, device))
-
-
-@functools.lru_cache(maxsize=256)
-def _strip_splits(config: RowsConfig) -> RowsConfig:
-    """Return the config that stands for all with the same machine code."""
-    return RowsConfig(**asdict(config) | {"splits": 0})
-
-
-@functools.cache
-def load_function(
-    config: RowsConfig,
-    spec: LinearSpec,
-    scale_dtype: torch.dtype,
-    device: torch.device,
-    early_start: bool,
-) -> tuple[Function, int]:
-    """Compile and load a kernel; return it with its thread blocks per multiprocessor."""
-    return load_kernel(
-        "multiply_rows",
-        define_macros(config, spec, scale_dtype),
-        # "a": instructions that only this architecture has.
-        f"{name_architecture(device)}a",
-        device,
-        threads=config.threads,
-        shared_bytes=count_shared_bytes(config, spec, scale_dtype),
-        early_start=early_start,
-    )
+    return find_obstacle_to(lambda: load_function(config, SMALLEST_SPEC, torch.float16, device))

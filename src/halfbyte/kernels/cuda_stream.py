@@ -13,27 +13,16 @@ import ctypes
 import functools
 import struct
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from halfbyte.kernels.contract import LinearSpec, Operands
-from halfbyte.kernels.cuda_arguments import (
-    SMALLEST_SPEC,
-    Arguments,
-    define_layer_macros,
-    fill_arguments,
-    strip_shape,
-)
-from halfbyte.kernels.cuda_driver import (
-    Boxes,
-    Function,
-    encode_boxes,
-    find_obstacle_to,
-    in_context,
-    load_kernel,
-)
+from halfbyte.kernels.cuda_arguments import Arguments, fill_arguments
+from halfbyte.kernels.cuda_config import SMALLEST_SPEC, load_function
+from halfbyte.kernels.cuda_driver import Boxes, encode_boxes, find_obstacle_to, in_context
 from halfbyte.kernels.cuda_few_rows import FewConfig, plan_work
 from halfbyte.kernels.cuda_rows import limit_shared_bytes
 from halfbyte.kernels.fragments import find_zeros
@@ -41,7 +30,6 @@ from halfbyte.kernels.gpu_device import (
     ARRIVALS,
     count_processors,
     find_arrivals,
-    name_architecture,
 )
 from halfbyte.kernels.gpu_table import load_table
 
@@ -76,6 +64,9 @@ class StreamArguments(ctypes.Structure):
 class StreamConfig(FewConfig):
     """Tile sizes of a thread block of multiply_stream.cu."""
 
+    source: ClassVar[str] = "multiply_stream"
+    host_fields: ClassVar[tuple[str, ...]] = ("spare",)
+
     spare: int = 0
     """Thread blocks per multiprocessor that are left free for the next launch."""
 
@@ -83,6 +74,17 @@ class StreamConfig(FewConfig):
     def threads(self) -> int:
         """Threads per block, including one warp that copies and one that adds partial sums."""
         return 32 * (self.warps_out * self.warps_in + 2)
+
+    def count_shared_bytes(self, spec: LinearSpec, scale_dtype: torch.dtype) -> int:
+        """Count the shared memory of a thread block in bytes, as multiply_stream.cu does."""
+        groups = self.warps_in * (2 if spec.group_size < 64 else 1)
+        x = self.warps_in * self.row_tiles * 1024
+        codes = self.warps_in * self.channels * 8 * spec.bits
+        scales = _round_up(groups * self.channels * scale_dtype.itemsize, 128)
+        zeros = 0 if spec.symmetric else groups * self.channels
+        stage = _round_up(x + codes + scales + zeros, 1024)
+        exchange = self.warps_in * self.partial_floats * 4
+        return self.stages * stage + exchange + 16 * self.stages + 32 + 1024
 
 
 def choose_config(
@@ -126,33 +128,13 @@ def fit_memory(config: StreamConfig, spec: LinearSpec, scale_dtype: torch.dtype)
     """Reduce stages, then warps, until the thread blocks fit on a multiprocessor."""
     limit = limit_shared_bytes(config.blocks)
     smaller = config
-    while count_shared_bytes(smaller, spec, scale_dtype) > limit:
+    while smaller.count_shared_bytes(spec, scale_dtype) > limit:
         if smaller.stages > 2:
             smaller = replace(smaller, stages=smaller.stages - 1)
         else:
             config = replace(config, warps_in=config.warps_in // 2)
             smaller = config
     return smaller
-
-
-def define_macros(
-    config: StreamConfig, spec: LinearSpec, scale_dtype: torch.dtype
-) -> dict[str, int]:
-    """Return the macros that multiply_stream.cu is compiled with for a layer."""
-    macros = {name.upper(): value for name, value in asdict(config).items() if name != "spare"}
-    return macros | define_layer_macros(spec, scale_dtype)
-
-
-def count_shared_bytes(config: StreamConfig, spec: LinearSpec, scale_dtype: torch.dtype) -> int:
-    """Count the shared memory of a thread block in bytes, as multiply_stream.cu does."""
-    groups = config.warps_in * (2 if spec.group_size < 64 else 1)
-    x = config.warps_in * config.row_tiles * 1024
-    codes = config.warps_in * config.channels * 8 * spec.bits
-    scales = _round_up(groups * config.channels * scale_dtype.itemsize, 128)
-    zeros = 0 if spec.symmetric else groups * config.channels
-    stage = _round_up(x + codes + scales + zeros, 1024)
-    exchange = config.warps_in * config.partial_floats * 4
-    return config.stages * stage + exchange + 16 * config.stages + 32 + 1024
 
 
 def _round_up(size: int, multiple: int) -> int:
@@ -190,7 +172,7 @@ def multiply(
     """
     device = rows.device
     function, resident = load_function(
-        config, strip_shape(spec), operands.scales.dtype, device, early_start
+        config, spec, operands.scales.dtype, device, early_start=early_start
     )
     processors = count_processors(device) * max(resident - config.spare, 1)
     work = plan_work(config, spec, processors, WHOLE_BLOCK_SLACK)
@@ -292,26 +274,4 @@ def _describe_weight(
 def find_obstacle(device: torch.device) -> str | None:
     """Return why the kernel cannot be compiled for a device of its architecture; None if it can."""
     config = StreamConfig(row_tiles=1, tiles=1, warps_out=1, warps_in=2, stages=2)
-    return find_obstacle_to(
-        lambda: load_function(config, SMALLEST_SPEC, torch.float16, device, True)
-    )
-
-
-@functools.cache
-def load_function(
-    config: StreamConfig,
-    spec: LinearSpec,
-    scale_dtype: torch.dtype,
-    device: torch.device,
-    early_start: bool,
-) -> tuple[Function, int]:
-    """Compile and load a kernel; return it with its thread blocks per multiprocessor."""
-    return load_kernel(
-        "multiply_stream",
-        define_macros(config, spec, scale_dtype),
-        name_architecture(device),
-        device,
-        threads=config.threads,
-        shared_bytes=count_shared_bytes(config, spec, scale_dtype),
-        early_start=early_start,
-    )
+    return find_obstacle_to(lambda: load_function(config, SMALLEST_SPEC, torch.float16, device))
