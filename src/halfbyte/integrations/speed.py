@@ -104,19 +104,8 @@ def measure_speed(
     longest = longest_text(model.config.get_text_config(decoder=True))
     if longest is not None:
         prompt_tokens = max(min(prompt_tokens, longest - new_tokens), 1)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    settings = Sampling(max_new_tokens=new_tokens)
-    timings, memory_rates = [], []
-    for repeat in range(repeats + 1):
-        ids = [(7919 * (i + 1) + repeat) % vocabulary for i in range(prompt_tokens)]
-        timing = Timing(prompt_tokens=prompt_tokens)
-        for _ in generator.stream(ids, settings, timing):
-            pass
-        timings.append(timing)
-        memory_rates.append(measure_memory_rate())
-    timings = timings[1:]  # the first run is a warm-up
+    timings, memory_rates = _time_generations(generator, prompt_tokens, new_tokens, repeats)
     rates = tuple(timing.rate for timing in timings)
-    known = [rate for rate in memory_rates if rate is not None]
     return SpeedResult(
         load_seconds=load_seconds,
         memory_bytes=resident_memory_bytes(),
@@ -126,13 +115,30 @@ def measure_speed(
         rate=statistics.median(rates),
         rates=rates,
         read_bytes=count_read_bytes(model, generator),
-        memory_rate=statistics.median(known) if known else None,
+        memory_rate=statistics.median(memory_rates) if memory_rates else None,
         compiled_decoder=generator.obstacle is None,
         why_not=generator.obstacle,
         threads=torch.get_num_threads(),
         dtype=str(model.dtype).removeprefix("torch."),
         rounding=None if rounding is None else measure_rounding(model, rounding),
     )
+
+
+def _time_generations(
+    generator: Generator, prompt_tokens: int, new_tokens: int, repeats: int
+) -> tuple[list[Timing], list[float]]:
+    """Generate repeatedly after one warm-up run; return the timings and memory bandwidths."""
+    vocabulary = generator.model.get_input_embeddings().weight.shape[0]
+    settings = Sampling(max_new_tokens=new_tokens)
+    timings, memory_rates = [], []
+    for repeat in range(repeats + 1):
+        ids = [(7919 * (i + 1) + repeat) % vocabulary for i in range(prompt_tokens)]
+        timing = Timing(prompt_tokens=prompt_tokens)
+        for _ in generator.stream(ids, settings, timing):
+            pass
+        timings.append(timing)
+        memory_rates.append(measure_memory_rate())
+    return timings[1:], [rate for rate in memory_rates if rate is not None]
 
 
 def measure_apart(measure: Callable[..., SpeedResult], *arguments: Any) -> SpeedResult:
