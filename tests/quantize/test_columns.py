@@ -38,7 +38,7 @@ def problem(
 
 
 @pytest.mark.parametrize(("width", "rows", "bits"), [(64, 9, 4), (33, 7, 3), (1, 8, 2)])
-def test_kernel_rounds_as_the_loop_does(
+def test_program_rounds_as_the_loop_does(
     width: int, rows: int, bits: int, interpreted: None
 ) -> None:
     wanted, hessian, steps, groups = problem(width, rows, bits)
@@ -46,7 +46,7 @@ def test_kernel_rounds_as_the_loop_does(
     target = wanted.clone()
     expected, errors = round_columns(target, wanted, feedback, steps, groups)
     values, codes, off = wanted.clone(), torch.empty_like(wanted), torch.empty_like(wanted)
-    columns._run_kernel(values, wanted, codes, off, feedback, wanted, steps, groups, polish=False)
+    columns._run_program(values, wanted, codes, off, feedback, wanted, steps, groups, polish=False)
     # Sums are taken in another order: a code may differ where the other is as near.
     same = (codes == expected).all(0)
     assert float(same.float().mean()) > 0.7
@@ -55,7 +55,9 @@ def test_kernel_rounds_as_the_loop_does(
 
 
 @pytest.mark.parametrize(("width", "rows", "bits"), [(64, 9, 4), (33, 7, 2)])
-def test_kernel_moves_as_the_loop_does(width: int, rows: int, bits: int, interpreted: None) -> None:
+def test_program_moves_as_the_loop_does(
+    width: int, rows: int, bits: int, interpreted: None
+) -> None:
     wanted, hessian, steps, groups = problem(width, rows, bits)
     index = torch.tensor(groups)
     codes = torch.round(wanted / steps.scales[index])
@@ -66,7 +68,7 @@ def test_kernel_moves_as_the_loop_does(width: int, rows: int, bits: int, interpr
     moved = move_columns(gradient, codes, diagonal, hessian, steps, groups)
     assert not torch.equal(codes, start)
     found, off = start.clone(), torch.zeros_like(moved)
-    columns._run_kernel(
+    columns._run_program(
         gradient.clone(), gradient, found, off, -hessian, diagonal, steps, groups, polish=True
     )
     same = (found == codes).all(0)
@@ -77,18 +79,18 @@ def test_kernel_moves_as_the_loop_does(width: int, rows: int, bits: int, interpr
 def test_it_is_tried_before_it_is_trusted(
     interpreted: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    columns.find_kernel_obstacle.cache_clear()
-    assert columns.find_kernel_obstacle(torch.device("cpu")) is None
-    real = columns._run_kernel
+    columns.find_program_obstacle.cache_clear()
+    assert columns.find_program_obstacle(torch.device("cpu")) is None
+    real = columns._run_program
 
     def broken(values, plain, codes, *rest, **keywords):
         real(values, plain, codes, *rest, **keywords)
         codes += 1
 
-    columns.find_kernel_obstacle.cache_clear()
-    monkeypatch.setattr(columns, "_run_kernel", broken)
-    assert "others than the loop" in columns.find_kernel_obstacle(torch.device("cpu"))
-    columns.find_kernel_obstacle.cache_clear()
+    columns.find_program_obstacle.cache_clear()
+    monkeypatch.setattr(columns, "_run_program", broken)
+    assert "others than the loop" in columns.find_program_obstacle(torch.device("cpu"))
+    columns.find_program_obstacle.cache_clear()
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
@@ -100,13 +102,13 @@ def test_compiled_for_gpus_the_block_stays_in_registers(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from halfbyte.quantize.column_kernel import column_kernel
+    from halfbyte.quantize.column_kernel import column_program
 
-    names = [parameter.name for parameter in column_kernel.params]
+    names = [parameter.name for parameter in column_program.params]
     kinds = dict.fromkeys(names[:9], "*fp32") | {"groups": "*i32", "num_columns": "i32"}
     kinds |= {"num_rows": "i32", "POLISH": "constexpr", "COLUMNS": "constexpr", "ROWS": "constexpr"}
     constants = {"POLISH": polish, "COLUMNS": columns.WIDEST_BLOCK, "ROWS": columns.PROGRAM_ROWS}
-    source = ASTSource(fn=column_kernel, signature=kinds, constexprs=constants)
+    source = ASTSource(fn=column_program, signature=kinds, constexprs=constants)
     target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
     compiled = triton.compile(source, target=target, options={"num_warps": 1})
     found = disassemble(compiled.asm["cubin"], tmp_path)

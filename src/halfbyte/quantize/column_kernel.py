@@ -21,7 +21,7 @@ def _add(a, b):
 
 
 @triton.jit
-def column_kernel(
+def column_program(
     values,
     plain,
     steps,

@@ -52,8 +52,8 @@ def round_columns(
         Codes less zeros, and ``plain`` less what they stand for: fp32 [columns, rows] each.
     """
     rounded, errors = torch.empty_like(target), torch.empty_like(target)
-    if _uses_kernel(target):
-        _run_kernel(target, plain, rounded, errors, feedback, plain, steps, groups, polish=False)
+    if _by_program(target):
+        _run_program(target, plain, rounded, errors, feedback, plain, steps, groups, polish=False)
         return rounded, errors
     scales, lowest, highest = (t.unbind(0) for t in (steps.scales, steps.lowest, steps.highest))
     earlier = errors.t()
@@ -89,9 +89,9 @@ def move_columns(
         How far the weights moved, fp32 [columns, rows].
     """
     moved = torch.zeros_like(gradient)
-    if _uses_kernel(gradient):
+    if _by_program(gradient):
         values = gradient.clone()
-        _run_kernel(values, values, codes, moved, -hessian, curvature, steps, groups, polish=True)
+        _run_program(values, values, codes, moved, -hessian, curvature, steps, groups, polish=True)
         return moved
     scales, lowest, highest = (t.unbind(0) for t in (steps.scales, steps.lowest, steps.highest))
     earlier = moved.t()
@@ -107,16 +107,16 @@ def move_columns(
     return moved
 
 
-def _uses_kernel(block: Tensor) -> bool:
+def _by_program(block: Tensor) -> bool:
     return (
         block.device.type != "cpu"
         and block.shape[0] <= WIDEST_BLOCK
-        and find_kernel_obstacle(block.device) is None
+        and find_program_obstacle(block.device) is None
     )
 
 
 @functools.cache
-def find_kernel_obstacle(device: torch.device) -> str | None:
+def find_program_obstacle(device: torch.device) -> str | None:
     """Try the program on a device once, against the plain loops, before weights depend on it.
 
     Args:
@@ -143,7 +143,7 @@ def find_kernel_obstacle(device: torch.device) -> str | None:
     found, errors = torch.empty_like(target).to(device), torch.empty_like(target).to(device)
     start = target.to(device)
     try:
-        _run_kernel(
+        _run_program(
             start.clone(), start, found, errors, feedback.to(device), start, there, groups, False
         )
     except Exception as error:  # noqa: BLE001 - what stops Triton must not stop a run without it
@@ -152,7 +152,7 @@ def find_kernel_obstacle(device: torch.device) -> str | None:
     return None if differing < 0.01 else f"{differing:.0%} of its codes are others than the loop's"
 
 
-def _run_kernel(
+def _run_program(
     values: Tensor,
     plain: Tensor,
     codes: Tensor,
@@ -163,13 +163,13 @@ def _run_kernel(
     groups: Sequence[int] | Tensor,
     polish: bool,
 ) -> None:
-    from halfbyte.quantize.column_kernel import column_kernel
+    from halfbyte.quantize.column_kernel import column_program
 
     columns, rows = values.shape
     for tensor in (values, plain, codes, errors):
         assert tensor.is_contiguous()
     with on_device(values.device):
-        column_kernel[(-(-rows // PROGRAM_ROWS),)](
+        column_program[(-(-rows // PROGRAM_ROWS),)](
             values,
             plain,
             codes,

@@ -25,8 +25,8 @@ def find_slow_ways(device: torch.device, dtype: torch.dtype, *, symmetric: bool)
         "Hessians are summed without tensor cores": (
             None if dtype == torch.float32 else find_fp32_sum_obstacle(device, dtype)
         ),
-        "columns are rounded by single operations": columns.find_kernel_obstacle(device),
-        "grids are searched by single operations": grid.find_kernel_obstacle(device, symmetric),
+        "columns are rounded by single operations": columns.find_program_obstacle(device),
+        "grids are searched by single operations": grid.find_program_obstacle(device, symmetric),
     }
     return [
         f"{part} on {device.type}, which is slower: {obstacle}"

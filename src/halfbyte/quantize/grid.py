@@ -142,8 +142,8 @@ def search_grid(
     """
     grouped, weights, present = _into_groups(weight, curvature, g_idx)
     rows, groups, size = grouped.shape
-    if _uses_kernel(grouped, symmetric):
-        scales, zeros = _run_kernel(grouped, weights, bits, symmetric)
+    if _by_program(grouped, symmetric):
+        scales, zeros = _run_program(grouped, weights, bits, symmetric)
         return Grid(bits=bits, scales=scales, zeros=zeros, g_idx=g_idx)
     chunk = CHUNK_NUMBERS if weight.device.type == "cpu" else DEVICE_CHUNK_NUMBERS
     step = max(1, chunk // (groups * size))
@@ -293,16 +293,16 @@ def _fine_offsets() -> list[float]:
     return [step * i / (half + 1) for i in range(-half, half + 1) if i]
 
 
-def _uses_kernel(grouped: Tensor, symmetric: bool) -> bool:
+def _by_program(grouped: Tensor, symmetric: bool) -> bool:
     return (
         grouped.device.type != "cpu"
         and grouped.shape[-1] <= WIDEST_GROUP
-        and find_kernel_obstacle(grouped.device, symmetric) is None
+        and find_program_obstacle(grouped.device, symmetric) is None
     )
 
 
 @functools.cache
-def find_kernel_obstacle(device: torch.device, symmetric: bool) -> str | None:
+def find_program_obstacle(device: torch.device, symmetric: bool) -> str | None:
     """Try the Triton program on a device once, against the plain search.
 
     Args:
@@ -324,7 +324,7 @@ def find_kernel_obstacle(device: torch.device, symmetric: bool) -> str | None:
     grouped, weights, _ = _into_groups(weight, curvature, g_idx)
     expected = search_grid(weight, curvature, g_idx, bits=4, symmetric=symmetric)
     try:
-        scales, zeros = _run_kernel(grouped.to(device), weights.to(device), 4, symmetric)
+        scales, zeros = _run_program(grouped.to(device), weights.to(device), 4, symmetric)
     except Exception as problem:  # noqa: BLE001 - what stops Triton must not stop a run without it
         return f"{type(problem).__name__}: {first_line(problem)}"
     found = Grid(bits=4, scales=scales.cpu(), zeros=zeros.cpu(), g_idx=g_idx)
@@ -337,10 +337,10 @@ def find_kernel_obstacle(device: torch.device, symmetric: bool) -> str | None:
     return f"its grids lose {losses[0] / losses[1]:.3f} times as much as the plain search's"
 
 
-def _run_kernel(
+def _run_program(
     grouped: Tensor, weights: Tensor, bits: int, symmetric: bool
 ) -> tuple[Tensor, Tensor]:
-    from halfbyte.quantize.grid_kernel import grid_kernel
+    from halfbyte.quantize.grid_kernel import grid_program
 
     rows, groups, size = grouped.shape
     assert grouped.is_contiguous()
@@ -349,7 +349,7 @@ def _run_kernel(
     scales = torch.empty(rows, groups, device=grouped.device)
     zeros = torch.empty_like(scales)
     with on_device(grouped.device):
-        grid_kernel[(groups, -(-rows // PROGRAM_ROWS))](
+        grid_program[(groups, -(-rows // PROGRAM_ROWS))](
             grouped,
             weights.contiguous(),
             torch.tensor(shares, device=grouped.device),

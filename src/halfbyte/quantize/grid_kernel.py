@@ -43,7 +43,7 @@ def _loss(x, weights, scales, lowest, highest):
 
 
 @triton.jit
-def grid_kernel(
+def grid_program(
     grouped,
     curvature,
     coarse,
