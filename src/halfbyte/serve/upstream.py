@@ -30,6 +30,7 @@ from halfbyte.serve.upstream_chunks import (
     unreachable,
     upstream_error,
 )
+from halfbyte.serve.upstream_connections import RetryingTransport
 from halfbyte.serve.upstream_hosts import Host, order_hosts, read_addresses
 
 with require_extra("httpx2", "serve", "Asking another server"):
@@ -175,8 +176,8 @@ class UpstreamBackend:
         if self._client is None:
             longest = max(self.timeouts.first, self.timeouts.between)
             self._client = httpx2.AsyncClient(
+                transport=RetryingTransport(),
                 timeout=httpx2.Timeout(longest, connect=self.timeouts.connect, pool=None),
-                limits=httpx2.Limits(max_connections=None, max_keepalive_connections=64),
                 follow_redirects=False,
                 # A proxy of the environment is not meant for a server beside this one.
                 trust_env=False,
