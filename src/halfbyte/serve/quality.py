@@ -98,6 +98,8 @@ class Quality:
             health.observe,
         ):
             self.router.add_observer(observer)
+        if isinstance(primary, StoreBackend):
+            primary.tell = self._tell
         self._open_watchers()
         self._open_candidates()
 

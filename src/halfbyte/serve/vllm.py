@@ -107,8 +107,10 @@ class VllmBackend:
         """Ends with this process, killed or not, and vLLM with it."""
         self._watcher: asyncio.Task[None] | None = None
         self._is_up = False
-        self._adapters: dict[str, str] = {}
-        """Name -> folder of those that are loaded."""
+        self.adapter_folders: dict[str, str] = {}
+        """Folder of each loaded adapter, by name."""
+        self.missing_adapters: dict[str, str] = {}
+        """Adapters of the model that this one replaced which could not be loaded, and why."""
         self.restarts = 0
 
     @property
@@ -169,8 +171,9 @@ class VllmBackend:
     async def load_adapter(self, name: str, folder: str) -> None:
         """Serve an adapter under its name; the caller has checked the folder's place."""
         await self._change_adapter("load", name, folder)
-        self._adapters[name] = folder
-        self._upstream.adapters = tuple(self._adapters)
+        self.adapter_folders[name] = folder
+        self.missing_adapters.pop(name, None)
+        self._upstream.adapters = tuple(self.adapter_folders)
 
     async def unload_adapter(self, name: str) -> None:
         """Take an adapter away.
@@ -178,10 +181,10 @@ class VllmBackend:
         Args:
             name: Of it; a ServeError of 404 where there is none of that name.
         """
-        check_is_loaded(name, self._adapters)
+        check_is_loaded(name, self.adapter_folders)
         # Also where vLLM is away: started again, it has those that are noted here.
-        del self._adapters[name]
-        self._upstream.adapters = tuple(self._adapters)
+        del self.adapter_folders[name]
+        self._upstream.adapters = tuple(self.adapter_folders)
         if self._is_up:
             await self._change_adapter("unload", name)
 
@@ -212,13 +215,13 @@ class VllmBackend:
 
     async def _load_adapters_again(self) -> None:
         """Give a new process what the last one had."""
-        for name, folder in list(self._adapters.items()):
+        for name, folder in list(self.adapter_folders.items()):
             try:
                 await self._change_adapter("load", name, folder)
             except ServeError:
                 logger.exception("The adapter %s is not served any more", name)
-                self._adapters.pop(name, None)
-        self._upstream.adapters = tuple(self._adapters)
+                self.adapter_folders.pop(name, None)
+        self._upstream.adapters = tuple(self.adapter_folders)
 
     async def is_ready(self) -> bool:
         """Tell whether it answers."""

@@ -262,6 +262,15 @@ class Gateway:
         models = self.models
         # Another server that nobody has reached yet has told none: only asking it changes that.
         if models and model not in models:
+            if reason := getattr(self.current, "missing_adapters", {}).get(model):
+                raise ServeError(
+                    f"The adapter '{model}' is not available any more: it could not be loaded into "
+                    f"the model version that is served now. {reason} Ask for '{models[0]}', or "
+                    "load an adapter that fits.",
+                    status=404,
+                    code="model_not_found",
+                    param="model",
+                )
             raise ServeError(
                 f"The model '{str(model)[:80]}' does not exist here. There is: "
                 f"{', '.join(models[:20])}.",

@@ -16,6 +16,7 @@ from typing import Any
 from halfbyte.environment import STORE, read_variable
 from halfbyte.errors import ConfigError, HalfbyteError, StoreError
 from halfbyte.serve.backend import Backend, Call, Event, Load
+from halfbyte.serve.rollout.adapter_transfer import transfer_adapters
 from halfbyte.store.checkout import checkout
 from halfbyte.store.store import CHAMPION, SCHEME, SHORT, Store
 
@@ -111,7 +112,7 @@ class StoreBackend:
         self.model = model
         self._backend = backend
         self._connect = connect
-        self._tell = tell or (lambda name, message: None)
+        self.tell = tell or (lambda name, message: None)
         self._poll_seconds = poll_seconds
         self._refused: str | None = None
         """A version that could not be opened; it is not tried again."""
@@ -208,8 +209,10 @@ class StoreBackend:
         except Exception as error:
             log.exception("cannot serve %s@%s", model.name, version[:SHORT])
             self._refused = version
-            self._tell("version refused", f"{model.name}@{version[:SHORT]}: {error}")
+            self.tell("version refused", f"{model.name}@{version[:SHORT]}: {error}")
             return False
+        for name, reason in (await transfer_adapters(self._backend, backend)).items():
+            self.tell("adapter lost", f"{name}: {reason}")
         self.adopt(found, backend)
         return True
 
@@ -217,7 +220,7 @@ class StoreBackend:
         """Serve another version from now on; the one before is closed when it is idle."""
         old, self._backend = self._backend, backend
         before, self.model = self.model, model
-        self._tell("version changed", f"{before.reference} -> {model.reference}")
+        self.tell("version changed", f"{before.reference} -> {model.reference}")
         task = asyncio.get_running_loop().create_task(self._retire(old))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
@@ -227,6 +230,11 @@ class StoreBackend:
         while self._running[id(old)]:
             await asyncio.sleep(IDLE_POLL_SECONDS)
         await old.close()
+
+
+def find_current(backend: Backend) -> Backend:
+    """Return the backend that takes new requests: of a model in a store, its current version."""
+    return backend.current if isinstance(backend, StoreBackend) else backend
 
 
 class OpenModels:

@@ -9,10 +9,12 @@ import math
 from halfbyte.errors import HalfbyteError, ServeError
 from halfbyte.serve.backend import Backend, Call
 from halfbyte.serve.quality_config import QualityConfig
+from halfbyte.serve.rollout.adapter_transfer import transfer_adapters
 from halfbyte.serve.rollout.canary import Canary
 from halfbyte.serve.rollout.store_models import (
     OpenModels,
     StoreBackend,
+    find_current,
     is_store_reference,
     record_verdict,
     resolve_store_model,
@@ -123,6 +125,9 @@ class Trial:
     async def _take_over(self, candidate: Backend) -> None:
         """Let a candidate be asked first; the model that was finishes what it has and is closed."""
         primary = self._primary
+        lost = await transfer_adapters(find_current(primary), find_current(candidate))
+        for name, reason in lost.items():
+            self._alerts.tell("adapter lost", f"{name}: {reason}")
         if isinstance(primary, StoreBackend) and isinstance(candidate, StoreBackend):
             # It goes on following its own alias, which points to the candidate's version now.
             self._models.release(candidate)
