@@ -86,7 +86,7 @@ def test_adapters_are_loaded_into_the_next_version_and_what_does_not_fit_is_told
             server.call(gateway.adapters.load(name))
         assert [ask(name).status_code for name in ("red", "wide")] == [200, 200]
         promote()
-        assert server.call(backend.look())
+        assert server.call(backend.poll())
         assert gateway.models == ("tiny", "red")
         assert ask("red").status_code == 200
         refused = ask("wide")
@@ -116,7 +116,7 @@ def test_promoted_candidate_takes_over_the_adapters(candidate, caplog):
     async def run():
         await primary.load_adapter("red", "/adapters/red")
         await quality.start()
-        await quality.trial._take_over(made[0])
+        await quality.trial._promote(made[0])
         body = {"model": "red", "prompt": "w1", "max_tokens": 2}
         call = Call(kind="completion", body=body, id="cmpl-1")
         found = await collect(quality.router, call)

@@ -10,7 +10,7 @@ from halfbyte.cli.main import main
 from halfbyte.errors import ConfigError
 from halfbyte.serve.calibrate import Judged, calibrate, read_judged
 from halfbyte.serve.routing.confidence import measure_confidence, read_confidence
-from halfbyte.serve.watch.observation import Seen
+from halfbyte.serve.watch.observation import AttemptRecord
 
 
 def judged(count, *, informative=True, seed=0, sign=1.0):
@@ -138,7 +138,9 @@ def test_command_writes_what_the_server_reads(tmp_path, capsys):
     # The server doubts exactly the answers that the table counts.
     items = json.loads(report.read_text())["items"]
     doubted = sum(
-        found.doubts(Seen(backend="", role="primary", started=0, logprobs=i["candidate_logprobs"]))
+        found.is_unsure(
+            AttemptRecord(backend="", role="primary", started=0, logprobs=i["candidate_logprobs"])
+        )
         for i in items
     )
     assert doubted == round(kept["chosen"]["share"] * 199)
@@ -155,10 +157,10 @@ def test_report_that_cannot_be_used_is_named(tmp_path):
         read_judged(tmp_path / "old.json", "mean_logprob", None)
     with pytest.raises(ConfigError, match="share is 1; it must be above 0 and below 1"):
         calibrate(judged(100), share=1.0)
-    with pytest.raises(ConfigError, match=r"Cannot read thresholds from .*none"):
+    with pytest.raises(ConfigError, match=r"Cannot read a confidence threshold from .*none"):
         read_confidence(tmp_path / "none.json")
     (tmp_path / "other.json").write_text(
         '{"form": 9, "statistic": "mean_logprob", "threshold": -1, "first_tokens": null}'
     )
-    with pytest.raises(ConfigError, match="has thresholds of form 9 for 'mean_logprob'"):
+    with pytest.raises(ConfigError, match="it has format 9 and the statistic 'mean_logprob'"):
         read_confidence(tmp_path / "other.json")

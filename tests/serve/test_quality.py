@@ -93,7 +93,9 @@ def test_budget_of_fallback_outlives_the_process_and_comes_back_with_time(tmp_pa
     day[0] += 23 * 3600
     assert reasons(2) == ["critical", "critical"]
     (tmp_path / "evidence" / "budget.json").write_text('{"time": 0}')
-    with pytest.raises(ConfigError, match=r"Cannot go on from what was spent by .*budget\.json"):
+    with pytest.raises(
+        ConfigError, match=r"Cannot restore the fallback budget from .*budget\.json"
+    ):
         reasons(1)
 
 
@@ -192,7 +194,7 @@ def test_trial_of_a_version_ends_in_the_store(tmp_path, store, good):
 
 
 def test_alerts_reach_a_webhook_and_a_broken_one_costs_nothing(monkeypatch):
-    monkeypatch.setattr(alerts_module, "TRIES", 2)
+    monkeypatch.setattr(alerts_module, "MAX_TRIES", 2)
     got, broken = [], [True]
 
     async def hook(request):

@@ -130,7 +130,7 @@ def test_row_that_cannot_be_written_costs_itself_and_is_counted(tmp_path):
 
 def test_full_queue_holds_no_shutdown_up(tmp_path, monkeypatch):
     monkeypatch.setattr("halfbyte.serve.watch.request_log.CLOSE_SECONDS", 0.2)
-    monkeypatch.setattr("halfbyte.serve.watch.request_log.LONGEST_QUEUE", 1)
+    monkeypatch.setattr("halfbyte.serve.watch.request_log.MAX_QUEUE", 1)
     monkeypatch.setattr(RequestLog, "_write_all", lambda self: time.sleep(0.1))
     log = RequestLog(tmp_path / "log.sqlite")
     ask(log, 3)
@@ -231,4 +231,4 @@ def test_closing_tells_what_a_slow_disk_leaves_unwritten(tmp_path, monkeypatch, 
     log.close()
     blocker.rollback()
     blocker.close()
-    assert "requests that are not written" in caplog.text
+    assert "requests were not written" in caplog.text

@@ -9,7 +9,7 @@ from tests.serve.helpers_quality import ScriptedBackend, answer, collect, failur
 
 from halfbyte.errors import ServeError
 from halfbyte.serve.quality_config import QualityConfig
-from halfbyte.serve.rollout.shadow import AT_ONCE, Shadow, agreement
+from halfbyte.serve.rollout.shadow import MAX_RUNNING, Shadow, agreement
 from halfbyte.serve.routing.router import Router
 
 GOOD = answer("a good answer of several words")
@@ -57,9 +57,9 @@ def test_only_a_share_is_copied():
 
 def test_hung_candidate_holds_two_copies_and_nobody_up():
     shadow, candidate, _, running = shadowed([math.inf], requests=50, idle_timeout=30.0)
-    assert running == AT_ONCE
+    assert running == MAX_RUNNING
     assert shadow.counts["skipped"] == 48
-    assert (candidate.running, candidate.cancelled) == (0, AT_ONCE)
+    assert (candidate.running, candidate.cancelled) == (0, MAX_RUNNING)
 
 
 def test_candidate_that_fails_raises_one_alarm():
@@ -76,7 +76,7 @@ def test_request_that_only_the_candidate_refuses_counts_against_it():
 
 
 def test_copy_that_takes_too_long_is_left_out(monkeypatch):
-    monkeypatch.setattr("halfbyte.serve.rollout.shadow.LONGEST_SECONDS", 0.01)
+    monkeypatch.setattr("halfbyte.serve.rollout.shadow.TIMEOUT_SECONDS", 0.01)
     shadow, _, alarms, _ = shadowed([*GOOD[:1], 0.1, *GOOD[1:]], requests=3, pause=0.02)
     assert (dict(shadow.counts), alarms) == ({"late": 3}, [])
 

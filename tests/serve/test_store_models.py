@@ -54,7 +54,7 @@ def test_reference_is_resolved_to_a_verified_folder(store, monkeypatch):
     with pytest.raises(StoreError, match="no such version"):
         resolve_store_model("store:tiny@nobody")
     monkeypatch.delenv("HALFBYTE_STORE")
-    with pytest.raises(ConfigError, match=r"no store is named\. Set HALFBYTE_STORE"):
+    with pytest.raises(ConfigError, match=r"no store is configured\. Set HALFBYTE_STORE"):
         resolve_store_model("store:tiny")
 
 
@@ -73,7 +73,7 @@ def test_promotion_is_followed_without_dropping_a_request(store, tmp_path):
         return new
 
     backend, old = follower(
-        store, connect, tell=lambda *words: told.append(words), poll_seconds=0.02
+        store, connect, report=lambda *words: told.append(words), poll_seconds=0.02
     )
     second = store.history("tiny").versions[1]
     router = Router(backend)
@@ -124,7 +124,7 @@ def test_swap_under_load_drops_nothing_however_often(store):
     async def swap():
         for _ in range(40):
             await asyncio.sleep(0.002)
-            backend.adopt(model, another())
+            backend.switch(model, another())
 
     async def run():
         found = await asyncio.gather(*(ask() for _ in range(6)), swap())
@@ -144,13 +144,13 @@ def test_version_that_cannot_be_opened_is_told_once_and_the_old_one_stays(store,
     def connect(folder):
         raise ConfigError("it does not fit")
 
-    backend, _ = follower(store, connect, tell=lambda *words: told.append(words))
+    backend, _ = follower(store, connect, report=lambda *words: told.append(words))
     second = store.history("tiny").versions[1]
     store.judge(f"tiny@{second}", write_verdict(tmp_path / "v2.json", "pass"))
     store.promote(f"tiny@{second}")
 
     async def run():
-        return [await backend.look() for _ in range(3)], await collect(Router(backend), make_call())
+        return [await backend.poll() for _ in range(3)], await collect(Router(backend), make_call())
 
     looks, (text, _) = asyncio.run(run())
     assert (looks, text) == ([False] * 3, "old answer")
@@ -181,7 +181,7 @@ def test_evidence_becomes_the_verdict_and_moves_the_alias(store):
     model = resolve_store_model("store:tiny@candidate", place=place(store))
     record_verdict(model, {"verdict": "fail", "requests": 70}, promote_to=None)
     assert store.verdict("tiny", second) == "fail"
-    with pytest.raises(StoreError, match="its trial says fail"):
+    with pytest.raises(StoreError, match="the verdict of its trial is fail"):
         record_verdict(model, {"verdict": "fail"}, promote_to="champion")
     record_verdict(model, {"verdict": "pass", "requests": 900}, promote_to="champion")
     assert store.resolve("tiny") == ("tiny", second)
@@ -200,7 +200,7 @@ def test_what_stands_beside_the_answers_follows_a_swap_and_a_promotion(store):
     gateway = service.gateway
 
     async def run():
-        backend.adopt(backend.model, Tokenizing("swapped", answer("good")))
+        backend.switch(backend.model, Tokenizing("swapped", answer("good")))
         found = [await gateway.text_tools.tokenize({})]
         service.quality.router.set_primary(Tokenizing("promoted", answer("good")))
         found.append(await gateway.text_tools.tokenize({}))

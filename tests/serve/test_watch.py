@@ -19,16 +19,16 @@ from halfbyte.serve.embedded import EmbeddedBackend
 from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.routing.router import Router
 from halfbyte.serve.upstream import UpstreamBackend
-from halfbyte.serve.watch.alerts import QUIET_SECONDS, Alerts
-from halfbyte.serve.watch.drift import FEWEST, Drift, Window, read_reference
+from halfbyte.serve.watch.alerts import REPEAT_SECONDS, Alerts
+from halfbyte.serve.watch.drift import MIN_ANSWERS, Drift, RollingMoments, read_reference
 from halfbyte.serve.watch.history import NUM_SLICES, History, percentile
-from halfbyte.serve.watch.observation import Observation, Seen
-from halfbyte.serve.watch.oracle import Oracle, between, plain_text, rate_answer
-from halfbyte.serve.watch.probes import PATIENCE, Probes, read_probes
+from halfbyte.serve.watch.observation import AttemptRecord, Observation
+from halfbyte.serve.watch.oracle import Oracle, plain_text, rate_answer, select_by_bytes
+from halfbyte.serve.watch.probes import MIN_WRONG_ROUNDS, Probes, read_probes
 
 
 def observed(tokens=10, entropy=1.0, failures=(), *, ended=100.0, started=99.0, reason=""):
-    seen = Seen(
+    seen = AttemptRecord(
         backend="small",
         role="primary",
         started=started,
@@ -57,7 +57,7 @@ def names(alerts):
 def test_rate_of_failed_checks_raises_and_clears_an_alert():
     alerts = Alerts(clock=Clock())
     drift = Drift(alerts, alert_share=0.2)
-    for n in range(FEWEST - 1):
+    for n in range(MIN_ANSWERS - 1):
         drift.observe(observed(failures=("repetition",) if n % 4 == 0 else ()))
     assert names(alerts) == []
     drift.observe(observed(failures=("repetition",)))
@@ -112,17 +112,17 @@ def write_report(path, count=100, entropy=1.0):
 def test_reference_comes_from_a_comparison(tmp_path):
     reference = read_reference(write_report(tmp_path / "report.json"))
     assert reference.failures["refusal"] == 0.1
-    assert reference.spreads["entropy"].mean == pytest.approx(1.0, abs=0.05)
+    assert reference.moments["entropy"].mean == pytest.approx(1.0, abs=0.05)
     alerts = Alerts(clock=Clock())
     drift = Drift(alerts, reference=reference)
-    for _ in range(FEWEST):
+    for _ in range(MIN_ANSWERS):
         drift.observe(observed(24, 2.0, failures=("refusal",)))
     assert set(names(alerts)) == {"refusal", "entropy drift"}
     assert "30% are allowed" in next(a.message for a in alerts.active if a.name == "refusal")
 
 
 def test_reference_that_cannot_be_used_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"has 5 written answers; 32 are needed"):
+    with pytest.raises(ConfigError, match=r"has 5 generated answers; at least 32 are needed"):
         read_reference(write_report(tmp_path / "few.json", 5))
     (tmp_path / "old.json").write_text('{"outcome": "pass"}')
     with pytest.raises(ConfigError, match=r"Cannot read .*old\.json.*KeyError\('items'\)"):
@@ -132,25 +132,25 @@ def test_reference_that_cannot_be_used_is_named(tmp_path):
 def test_window_forgets_exactly():
     rng = random.Random(1)
     values = [rng.gauss(0, 1) for _ in range(1000)]
-    window = Window(100)
+    window = RollingMoments(100)
     for value in values:
         window.add(value)
-    last, spread = values[-100:], window.spread()
+    last, moments = values[-100:], window.moments()
     mean = sum(last) / 100
-    assert (spread.count, spread.mean) == (100, pytest.approx(mean))
-    assert spread.variance == pytest.approx(sum((v - mean) ** 2 for v in last) / 100)
+    assert (moments.count, moments.mean) == (100, pytest.approx(mean))
+    assert moments.variance == pytest.approx(sum((v - mean) ** 2 for v in last) / 100)
 
 
 def test_alert_is_told_once_and_again_only_after_a_while():
     clock, told = Clock(), []
     alerts = Alerts(count=lambda name, label: told.append((name, label)), clock=clock)
     for _ in range(3):
-        alerts.set("json", True, "bad")
-        alerts.set("json", False, "")
+        alerts.update("json", True, "bad")
+        alerts.update("json", False, "")
     assert told == [("alerts_raised", "json")]
-    clock.now += QUIET_SECONDS
-    alerts.set("json", True, "bad")
-    alerts.set("json", True, "worse")
+    clock.now += REPEAT_SECONDS
+    alerts.update("json", True, "bad")
+    alerts.update("json", True, "worse")
     assert len(told) == 2
     assert alerts.active[0].message == "worse"
 
@@ -175,7 +175,7 @@ def test_probes_tell_when_a_known_answer_is_lost(tmp_path):
     assert probes.last == {"paris": True, "hard": False}
     assert [call.kind for call in small.calls[:2]] == ["completion", "chat"]
     small.script = [failure()]
-    assert ask(PATIENCE - 1) == []
+    assert ask(MIN_WRONG_ROUNDS - 1) == []
     assert ask(1) == ["probes"]
     assert "1 of 1 questions" in alerts.active[0].message
     small.script = answer("Paris")
@@ -191,7 +191,11 @@ def test_probes_begin_with_the_first_answer_however_late_it_comes(tmp_path):
     alerts = Alerts(clock=Clock())
     items = read_probes(tmp_path / "probes.jsonl")
     probes = Probes(items, Router(small, config=config), config, alerts)
-    for said, rounds in ((None, PATIENCE), ("It is Paris .", 1), ("It is Rome .", PATIENCE)):
+    for said, rounds in (
+        (None, MIN_WRONG_ROUNDS),
+        ("It is Paris .", 1),
+        ("It is Rome .", MIN_WRONG_ROUNDS),
+    ):
         assert names(alerts) == []
         small.script = [failure()] if said is None else answer(said)
         for _ in range(rounds):
@@ -303,7 +307,7 @@ def test_a_chat_is_rated_after_the_bases_own_template(tmp_path):
 
 def test_tokens_are_told_apart_by_bytes():
     tokens = [TokenLogprob(token="?", logprob=0, bytes=(b,)) for b in "äb".encode()]
-    assert between(tokens, 2, 3) == tokens[2:]
+    assert select_by_bytes(tokens, 2, 3) == tokens[2:]
     chat = {"messages": [{"role": "user", "content": "Hi"}]}
     assert plain_text(chat) == "user: Hi\nassistant: "
     assert plain_text({"prompt": [1, 2]}) == ""

@@ -19,7 +19,7 @@ from halfbyte.errors import require_extra
 from halfbyte.machine.memory import peak_memory_bytes, resident_memory_bytes
 from halfbyte.serve.backend import Backend
 from halfbyte.serve.routing.attempt import Route
-from halfbyte.serve.watch.observation import Observation, Seen
+from halfbyte.serve.watch.observation import AttemptRecord, Observation
 from halfbyte.version import __version__
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ class Metrics:
         for gap in answer.gaps:
             between.observe(gap)
 
-    def _observe_attempt(self, attempt: Seen) -> None:
+    def _observe_attempt(self, attempt: AttemptRecord) -> None:
         if attempt.finished:
             self.count("monitored_answers", attempt.backend)
         for check in attempt.failures:

@@ -69,7 +69,7 @@ class Quality:
         self.config = config
         self._clock = clock
         self._started = clock()
-        self._models = OpenModels(connect, self._tell)
+        self._models = OpenModels(connect, self._report)
         confidence = None if config.confidence is None else read_confidence(Path(config.confidence))
         self.router = Router(
             primary,
@@ -99,7 +99,7 @@ class Quality:
         ):
             self.router.add_observer(observer)
         if isinstance(primary, StoreBackend):
-            primary.tell = self._tell
+            primary.report = self._report
         self._open_watchers()
         self._open_candidates()
 
@@ -108,8 +108,8 @@ class Quality:
         """The trial's evidence; None where there is no trial."""
         return None if self.trial is None else self.trial.canary
 
-    def _tell(self, name: str, message: str) -> None:
-        self.alerts.tell(name, message)
+    def _report(self, name: str, message: str) -> None:
+        self.alerts.report_event(name, message)
 
     def set_plan(self, *, weights: int, cache: int, total: int) -> None:
         """Note what the primary model was planned to take; the others' own is added. Unit: bytes.
@@ -153,7 +153,7 @@ class Quality:
                 candidate,
                 config,
                 name=config.shadow,
-                alarm=lambda message: self.alerts.tell("shadow", message),
+                alarm=lambda message: self.alerts.report_event("shadow", message),
                 clock=self._clock,
             )
             self.router.add_observer(self.shadow.observe)
