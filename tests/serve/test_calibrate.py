@@ -53,8 +53,8 @@ def test_table_is_what_counting_says():
 
 
 def test_confidence_that_tells_is_told_from_one_that_does_not():
-    assert calibrate(judged(1500), share=0.2).tells
-    assert not calibrate(judged(1500, informative=False), share=0.2).tells
+    assert calibrate(judged(1500), share=0.2).is_better_than_chance
+    assert not calibrate(judged(1500, informative=False), share=0.2).is_better_than_chance
 
 
 def test_entropy_falls_back_above_its_threshold():
@@ -150,7 +150,9 @@ def test_command_writes_what_the_server_reads(tmp_path, capsys):
 
 
 def test_report_that_cannot_be_used_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="has 9 written answers of known confidence; at least 16"):
+    with pytest.raises(
+        ConfigError, match="has 9 generated answers with known confidence; at least 16"
+    ):
         read_judged(write_report(tmp_path / "few.json", 10), "mean_logprob", None)
     (tmp_path / "old.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"Cannot read .*old\.json.*KeyError"):

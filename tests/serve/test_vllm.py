@@ -24,12 +24,12 @@ from halfbyte.serve.vllm import Supervision, VllmBackend
 from halfbyte.serve.vllm_command import check_for_vllm, find_rank, make_command
 
 QUICK = Supervision(
-    starts_within=60,
-    looks_every=0.1,
-    answers_within=0.3,
-    hung_after=1,
+    start_timeout=60,
+    check_interval=0.1,
+    check_timeout=0.3,
+    hang_timeout=1,
     first_pause=0.1,
-    ends_within=3,
+    stop_timeout=3,
 )
 
 
@@ -119,7 +119,7 @@ def test_crash_is_an_error_for_one_and_it_comes_back(vllm, caplog):
                 return not await backend.is_ready()
 
             await until(is_down)
-            with pytest.raises(ServeError, match="being started again") as caught:
+            with pytest.raises(ServeError, match="being restarted") as caught:
                 await ask(backend)
             assert (caught.value.status, caught.value.retry_after) == (503, 15.0)
             await until(backend.is_ready)
@@ -127,7 +127,7 @@ def test_crash_is_an_error_for_one_and_it_comes_back(vllm, caplog):
             assert backend.restarts == 1
 
     asyncio.run(run())
-    assert "ended with exit code 3" in caplog.text
+    assert "exited with code 3" in caplog.text
     assert len(starts(vllm)) == 2
 
 
@@ -229,7 +229,7 @@ def test_an_adapter_that_is_gone_does_not_keep_the_model_from_coming_back(vllm, 
             assert await ask(backend) == ANSWER
 
     asyncio.run(run())
-    assert "The adapter red is not served any more" in caplog.text
+    assert "The adapter red is not available any more" in caplog.text
 
 
 def test_rank_is_enough_for_the_adapters_that_are_there(adapters, vllm):
@@ -286,7 +286,7 @@ import asyncio, sys
 from halfbyte.serve.vllm import Supervision, VllmBackend
 
 async def main():
-    supervision = Supervision(looks_every=0.1, ends_within=1)
+    supervision = Supervision(check_interval=0.1, stop_timeout=1)
     backend = VllmBackend([sys.argv[1]], model="tiny", supervision=supervision)
     await backend.start()
     print(backend._process.pid, flush=True)
