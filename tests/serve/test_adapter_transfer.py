@@ -1,4 +1,4 @@
-"""What becomes of loaded adapters when another version of the model takes over."""
+"""Loaded adapters when another version of the model takes over."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TOKENIZER = build_tokenizer()
 
 
 class NarrowEngine(ScriptedEngine):
-    """Has another shape than the adapters called wide."""
+    """Rejects adapters called wide, as a model of another shape does."""
 
     async def load_adapter(self, name, folder):
         if name == "wide":
@@ -66,7 +66,7 @@ def adapters(tmp_path):
     return tmp_path / "adapters"
 
 
-def test_adapters_are_loaded_into_the_next_version_and_what_does_not_fit_is_told(
+def test_adapters_are_loaded_into_the_next_version_and_misfits_are_reported(
     versions, adapters, caplog
 ):
     model, promote = versions

@@ -46,7 +46,7 @@ def failures(text, asked="Say something.", *, whole=True, tools=(), **body):
         ("I'm sorry, but I cannot help with that.", {}, ("refusal",)),
     ],
 )
-def test_monitors_find_what_is_wrong_and_nothing_else(text, more, found):
+def test_checks_find_failures_and_nothing_else(text, more, found):
     assert failures(text, **more) == found
 
 
@@ -55,7 +55,7 @@ def test_refusal_counts_only_at_the_beginning():
     assert failures(text) == ()
 
 
-def test_arguments_of_tools_must_be_json_and_a_call_is_no_empty_answer():
+def test_tool_arguments_must_be_json_and_a_call_is_not_empty():
     def tool(arguments):
         return (ToolCall(index=0, id="1", name="f", arguments=arguments),)
 
@@ -63,7 +63,7 @@ def test_arguments_of_tools_must_be_json_and_a_call_is_no_empty_answer():
     assert failures("", tools=tool('{"x": ')) == ("json",)
 
 
-def test_every_choice_is_looked_at():
+def test_every_choice_is_checked():
     record = AttemptRecord(backend="x", role="primary", started=0.0)
     for choice, text in enumerate(("fine", "")):
         record.add(Delta(choice=choice, text=text), 1.0)
@@ -82,7 +82,7 @@ def test_prompt_is_found_in_every_form():
     assert content_text(None) == ""
 
 
-def test_long_answers_cost_no_more_than_their_ends():
+def test_long_answers_are_checked_quickly():
     text = " ".join(str(n) for n in range(200_000))
     start = time.process_time()
     assert not is_repetitive(text)
@@ -91,7 +91,7 @@ def test_long_answers_cost_no_more_than_their_ends():
 
 
 @pytest.mark.parametrize("documents", [calibration_documents, evaluation_documents])
-def test_languages_of_the_shipped_texts_are_told_and_none_wrongly(documents):
+def test_languages_of_the_shipped_texts_are_detected(documents):
     found = [detect_language(text) for text in documents("languages")]
     told = [language for language in found if language is not None]
     # Where the files have several texts of a language one after the other, they agree.
@@ -105,7 +105,7 @@ def test_languages_of_the_shipped_texts_are_told_and_none_wrongly(documents):
 
 
 @pytest.mark.parametrize("kind", ["prose", "code", "dialogue", "technical"])
-def test_english_texts_are_english_or_nothing(kind):
+def test_english_texts_are_english_or_unclear(kind):
     for documents in (calibration_documents, evaluation_documents):
         assert {detect_language(text) for text in documents(kind)} <= {"english", None}
 

@@ -103,7 +103,7 @@ def test_promotion_is_followed_without_dropping_a_request(store, tmp_path):
     assert [name for name, _ in told] == ["version changed"]
 
 
-def test_swap_under_load_drops_nothing_however_often(store):
+def test_repeated_switches_under_load_drop_no_request(store):
     model = resolve_store_model("store:tiny", place=place(store))
     made = []
 
@@ -138,7 +138,7 @@ def test_swap_under_load_drops_nothing_however_often(store):
     assert all(one.closed for one in made)
 
 
-def test_version_that_cannot_be_opened_is_told_once_and_the_old_one_stays(store, tmp_path):
+def test_version_that_cannot_be_opened_is_reported_once(store, tmp_path):
     told = []
 
     def connect(folder):
@@ -159,7 +159,7 @@ def test_version_that_cannot_be_opened_is_told_once_and_the_old_one_stays(store,
     assert second[:12] in told[0][1]
 
 
-def test_store_that_is_away_does_not_end_the_following(store, monkeypatch, caplog):
+def test_unreachable_store_does_not_stop_the_poller(store, monkeypatch, caplog):
     backend, _ = follower(store, pytest.fail, poll_seconds=0.01)
     monkeypatch.setattr(
         type(store), "resolve", lambda *_: (_ for _ in ()).throw(StoreError("away"))
@@ -187,7 +187,7 @@ def test_evidence_becomes_the_verdict_and_moves_the_alias(store):
     assert store.resolve("tiny") == ("tiny", second)
 
 
-def test_what_stands_beside_the_answers_follows_a_swap_and_a_promotion(store):
+def test_tokenize_follows_a_switch_and_a_promotion(store):
     class Tokenizing(ScriptedBackend):
         async def tokenize(self, body):
             return {"by": self.name}
@@ -212,7 +212,7 @@ def test_what_stands_beside_the_answers_follows_a_swap_and_a_promotion(store):
     assert gateway.text_tools is None
 
 
-def test_of_a_model_that_was_replaced_the_name_stays_known_and_no_adapter_does():
+def test_replaced_models_name_stays_known_but_not_its_adapters():
     old = ScriptedBackend("old", answer("good"), models=("old", "law"))
     service = assembly._wrap(old, ServeConfig(), EngineConfig(), QualityConfig(), ApiKeys())
     assert service.gateway.models == ("old", "law")

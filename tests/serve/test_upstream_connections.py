@@ -71,7 +71,7 @@ async def answer(backend):
     return [event async for event in backend.stream(make_call())]
 
 
-def test_request_on_a_connection_that_the_server_has_just_closed_is_sent_again():
+def test_request_on_a_closed_idle_connection_is_retried():
     async def test(server, backend):
         assert (await answer(backend))[-1].completion_tokens == 2
         assert (server.connections, server.posts) == (2, 2)
@@ -80,7 +80,7 @@ def test_request_on_a_connection_that_the_server_has_just_closed_is_sent_again()
     run(test, closes_first_posts=1)
 
 
-def test_request_is_repeated_once_at_most():
+def test_request_is_retried_only_once():
     async def test(server, backend):
         with pytest.raises(ServeError, match="Server disconnected without") as caught:
             await answer(backend)
@@ -89,7 +89,7 @@ def test_request_is_repeated_once_at_most():
     run(test, closes_first_posts=9)
 
 
-def test_request_on_a_new_connection_is_not_repeated():
+def test_request_on_a_new_connection_is_not_retried():
     async def test(server, backend):
         backend.model = "big"  # so that no list of models is asked for first
         with pytest.raises(ServeError, match="Server disconnected without"):
@@ -99,7 +99,7 @@ def test_request_on_a_new_connection_is_not_repeated():
     run(test, closes_first_posts=9)
 
 
-def test_request_that_fails_later_is_not_repeated(monkeypatch):
+def test_request_that_fails_later_is_not_retried(monkeypatch):
     monkeypatch.setattr(upstream_connections, "RETRY_WINDOW_SECONDS", 0.05)
 
     async def test(server, backend):
