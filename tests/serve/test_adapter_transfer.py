@@ -54,7 +54,7 @@ def versions(tmp_path):
     for version in (first, second):
         store.judge(f"tiny@{version}", write_verdict(tmp_path / f"{version}.json", "pass"))
     store.promote(f"tiny@{first}")
-    model = resolve_store_model("store:tiny", place=str(store.backend.root))
+    model = resolve_store_model("store:tiny", location=str(store.backend.root))
     return model, lambda: store.promote(f"tiny@{second}")
 
 

@@ -36,7 +36,7 @@ def store(tmp_path):
     return store
 
 
-def place(store):
+def location(store):
     return str(store.backend.root)
 
 
@@ -44,10 +44,10 @@ def test_reference_is_resolved_to_a_verified_folder(store, monkeypatch):
     first, second = store.history("tiny").versions
     assert is_store_reference("store:tiny")
     assert not is_store_reference("./tiny")
-    champion = resolve_store_model("store:tiny", place=place(store))
+    champion = resolve_store_model("store:tiny", location=location(store))
     assert (champion.version, champion.alias) == (first, "champion")
     assert (champion.folder / "model.safetensors").is_file()
-    monkeypatch.setenv("HALFBYTE_STORE", place(store))
+    monkeypatch.setenv("HALFBYTE_STORE", location(store))
     candidate = resolve_store_model("store:tiny@candidate")
     assert (candidate.version, candidate.alias) == (second, "candidate")
     assert resolve_store_model(f"store:tiny@{second[:10]}").alias is None
@@ -59,7 +59,7 @@ def test_reference_is_resolved_to_a_verified_folder(store, monkeypatch):
 
 
 def follower(store, connect, **more):
-    model = resolve_store_model("store:tiny", place=place(store))
+    model = resolve_store_model("store:tiny", location=location(store))
     old = ScriptedBackend("old", [0.05, *answer("old answer")])
     return StoreBackend(model, old, connect, **more), old
 
@@ -104,7 +104,7 @@ def test_promotion_is_followed_without_dropping_a_request(store, tmp_path):
 
 
 def test_repeated_switches_under_load_drop_no_request(store):
-    model = resolve_store_model("store:tiny", place=place(store))
+    model = resolve_store_model("store:tiny", location=location(store))
     made = []
 
     def another():
@@ -178,7 +178,7 @@ def test_unreachable_store_does_not_stop_the_poller(store, monkeypatch, caplog):
 
 def test_evidence_becomes_the_verdict_and_moves_the_alias(store):
     second = store.history("tiny").versions[1]
-    model = resolve_store_model("store:tiny@candidate", place=place(store))
+    model = resolve_store_model("store:tiny@candidate", location=location(store))
     record_verdict(model, {"verdict": "fail", "requests": 70}, promote_to=None)
     assert store.verdict("tiny", second) == "fail"
     with pytest.raises(StoreError, match="the verdict of its trial is fail"):

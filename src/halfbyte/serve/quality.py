@@ -73,7 +73,7 @@ class Quality:
         confidence = None if config.confidence is None else read_confidence(Path(config.confidence))
         self.router = Router(
             primary,
-            fallbacks=[self._models.open(place) for place in config.fallback],
+            fallbacks=[self._models.open(location) for location in config.fallback],
             config=config,
             confidence=confidence,
             clock=clock,

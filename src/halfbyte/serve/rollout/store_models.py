@@ -53,12 +53,12 @@ def is_store_reference(text: str) -> bool:
     return text.startswith(SCHEME)
 
 
-def resolve_store_model(text: str, *, place: str | None = None) -> StoreModel:
+def resolve_store_model(text: str, *, location: str | None = None) -> StoreModel:
     """Resolve a reference to a version, and check out its files.
 
     Args:
         text: ``store:NAME``, ``store:NAME@ALIAS`` or ``store:NAME@VERSION``.
-        place: The store; None: the one of the environment variable.
+        location: The store; None: the one of the environment variable.
 
     Returns:
         The version in a folder inside the store, with all files verified against their digests.
@@ -66,13 +66,13 @@ def resolve_store_model(text: str, *, place: str | None = None) -> StoreModel:
     Raises:
         ConfigError: No store is configured.
     """
-    place = place or read_variable(STORE)
-    if not place:
+    location = location or read_variable(STORE)
+    if not location:
         raise ConfigError(
             f"Cannot open '{text}': no store is configured. Set {STORE.name} to the store's folder "
             "or bucket."
         )
-    return _open(Store(place), text.removeprefix(SCHEME))
+    return _open(Store(location), text.removeprefix(SCHEME))
 
 
 def _open(store: Store, reference: str) -> StoreModel:
@@ -254,23 +254,23 @@ class OpenModels:
         self._report = report
         self.owned: list[Backend] = []
 
-    def open(self, place: str, model: StoreModel | None = None) -> Backend:
+    def open(self, location: str, model: StoreModel | None = None) -> Backend:
         """Open a model.
 
         Args:
-            place: An address, a folder, or a store reference.
+            location: An address, a folder, or a store reference.
             model: The resolved store reference, if it is known.
 
         Returns:
             The backend.
         """
         backend: Backend
-        if is_store_reference(place):
-            model = model or resolve_store_model(place)
+        if is_store_reference(location):
+            model = model or resolve_store_model(location)
             inner = self._connect(str(model.folder))
             backend = StoreBackend(model, inner, self._connect, report=self._report)
         else:
-            backend = self._connect(place)
+            backend = self._connect(location)
         self.owned.append(backend)
         return backend
 

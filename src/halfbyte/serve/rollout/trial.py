@@ -33,7 +33,7 @@ class Trial:
 
     def __init__(
         self,
-        place: str,
+        location: str,
         config: QualityConfig,
         router: Router,
         models: OpenModels,
@@ -46,7 +46,7 @@ class Trial:
         primary model at the start, unless it is served already.
 
         Args:
-            place: The candidate: an address, a folder, or a store reference.
+            location: The candidate: an address, a folder, or a store reference.
             config: Share, margin, alpha, and where the evidence is saved.
             router: Sends requests to the candidate.
             models: Opens and closes the candidate.
@@ -58,9 +58,9 @@ class Trial:
         self._alerts = alerts
         self._ending: asyncio.Task[None] | None = None
         self._promoted_earlier: Backend | None = None
-        model = resolve_store_model(place) if is_store_reference(place) else None
+        model = resolve_store_model(location) if is_store_reference(location) else None
         self.canary = Canary(
-            place if model is None else f"{place} {model.version}",
+            location if model is None else f"{location} {model.version}",
             config,
             decide=self._on_decision,
             rate=self._rate if config.canary_rating else None,
@@ -69,14 +69,14 @@ class Trial:
         in_use = model is not None and getattr(self._primary, "version", "") == model.version
         if self.canary.status == "rolled back" or in_use:
             reason = self.canary.reason or "it is in use"
-            log.warning("canary %s is not tried: %s", place, reason)
+            log.warning("canary %s is not tried: %s", location, reason)
             return
-        candidate = models.open(place, model)
+        candidate = models.open(location, model)
         if self.canary.status == "running":
             router.add_observer(self.canary.observe)
             router.set_canary(candidate, self.canary)
         else:
-            log.warning("canary %s was promoted before a restart: it becomes the primary", place)
+            log.warning("canary %s was promoted before a restart: it becomes the primary", location)
             self._promoted_earlier = candidate
 
     @property
