@@ -105,7 +105,7 @@ class ChunkReader:
             )
             raise failure
         return self._usage or Usage(
-            prompt_tokens=0, completion_tokens=self._num_deltas, is_told=False
+            prompt_tokens=0, completion_tokens=self._num_deltas, is_reported=False
         )
 
     def _read_choice(self, choice: Mapping[str, Any]) -> list[Event]:

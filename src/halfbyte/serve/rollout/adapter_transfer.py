@@ -1,10 +1,10 @@
-"""Loads the adapters of the model in use into the one that replaces it."""
+"""AdapterBackend the adapters of the model in use into the one that replaces it."""
 
 from __future__ import annotations
 
 import logging
 
-from halfbyte.serve.adapters import Loads
+from halfbyte.serve.adapters import AdapterBackend
 from halfbyte.serve.backend import Backend
 
 log = logging.getLogger(__name__)
@@ -21,14 +21,14 @@ async def transfer_adapters(source: Backend, target: Backend) -> dict[str, str]:
         The reason for each adapter that could not be loaded, by name.
     """
     missing: dict[str, str] = {}
-    if not isinstance(source, Loads):
+    if not isinstance(source, AdapterBackend):
         return missing
     tried: set[str] = set()
     # The folders are read again for each: another adapter may be loaded in the meantime.
     while names := [name for name in source.adapter_folders if name not in tried]:
         name = names[0]
         tried.add(name)
-        if not isinstance(target, Loads):
+        if not isinstance(target, AdapterBackend):
             missing[name] = f"{target.name} does not load adapters"
             log.warning("The adapter %s is not available any more: %s", name, missing[name])
         elif name not in target.models:

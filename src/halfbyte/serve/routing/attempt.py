@@ -202,7 +202,7 @@ class Attempt:
         except ServeError:
             raise
         except TimeoutError as error:
-            if not self._time_limit.is_over:
+            if not self._time_limit.has_expired:
                 raise self._make_failure(error) from error
             raise self._make_timeout(seconds, subject) from error
         except Exception as error:

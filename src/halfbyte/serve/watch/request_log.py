@@ -151,7 +151,7 @@ class RequestLog:
         """Return the values to write; the writer thread redacts the texts."""
         records, started = observation.attempts, observation.started
         answer = observation.answer or (records[-1] if records else None)
-        usage = answer.usage if answer and answer.usage and answer.usage.is_told else None
+        usage = answer.usage if answer and answer.usage and answer.usage.is_reported else None
         ended = observation.ended if observation.ended is not None else started
         first = observation.first
         attempts = [
