@@ -95,7 +95,7 @@ def test_adapters_are_loaded_into_the_next_version_and_misfits_are_reported(
         assert "The adapter 'wide' is not available any more" in message
         assert "8 x 64. Ask for 'tiny'" in message
         server.call(gateway.adapters.unload("red"))
-        assert "'red' does not exist here" in ask("red").json()["error"]["message"]
+        assert "'red' does not exist" in ask("red").json()["error"]["message"]
         server.call(service.stop())
     assert [name for name, _ in told] == ["adapter lost", "version changed"]
     assert "8 x 64" in told[0][1]
