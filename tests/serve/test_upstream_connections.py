@@ -23,8 +23,10 @@ class KeepAliveServer:
 
 
 @asynccontextmanager
-async def keep_alive_server(*, closes_first_posts: int = 0, closes_after: float = 0.0):
-    """Keeps connections open after GET; closes some at the request, and the others with FULL."""
+async def keep_alive_server(
+    *, closes_first_posts: int = 0, closes_after: float = 0.0, sends: bytes = b""
+):
+    """Keeps connections open after GET; after POST, closes some early, the others after FULL."""
     state = KeepAliveServer()
 
     async def handle(reader, writer):
@@ -41,6 +43,7 @@ async def keep_alive_server(*, closes_first_posts: int = 0, closes_after: float 
                     await writer.drain()
                 else:
                     await asyncio.sleep(closes_after)
+                    writer.write(sends)
                 return
         except asyncio.IncompleteReadError:
             pass
@@ -108,6 +111,15 @@ def test_request_that_fails_later_is_not_retried(monkeypatch):
         assert server.posts == 1
 
     run(test, closes_first_posts=9, closes_after=0.2)
+
+
+def test_request_with_an_invalid_response_is_not_retried():
+    async def test(server, backend):
+        with pytest.raises(ServeError, match="illegal"):
+            await answer(backend)
+        assert server.posts == 1
+
+    run(test, closes_first_posts=9, sends=b"this is not HTTP\r\n\r\n")
 
 
 def test_idle_connection_is_dropped_before_servers_close_it(monkeypatch):

@@ -75,7 +75,7 @@ class QualityConfig:
     )
     breaker_seconds: float = option(
         5.0,
-        "the first such pause in seconds; it doubles each time the model fails again, up to 16 "
+        "length of that pause in seconds; it doubles each time the model fails again, up to 16 "
         "times",
         metavar="S",
     )

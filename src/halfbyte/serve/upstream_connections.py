@@ -14,6 +14,8 @@ KEEPALIVE_SECONDS = 3.0
 """How long an idle connection is kept. Less than the 5 s of uvicorn, vLLM and other common servers,
 so that the client, not the server, closes it."""
 MAX_IDLE_CONNECTIONS = 64
+DISCONNECTED = "Server disconnected without sending a response."
+"""httpcore2's message for a connection that the server closed; others mean an invalid response."""
 RETRY_WINDOW_SECONDS = 1.0
 """A server that closes an idle connection just as it is reused shows it within a round trip. What
 fails later may have been caused by the request itself and is not repeated."""
@@ -65,8 +67,11 @@ class RetryingTransport(httpx2.AsyncBaseTransport):
         start = time.monotonic()
         try:
             return await self._pooled.handle_async_request(request)
-        except (httpx2.RemoteProtocolError, httpx2.ReadError, httpx2.WriteError):
-            if is_new or time.monotonic() - start > RETRY_WINDOW_SECONDS:
+        except (httpx2.RemoteProtocolError, httpx2.ReadError, httpx2.WriteError) as error:
+            was_answered = isinstance(error, httpx2.RemoteProtocolError) and (
+                str(error) != DISCONNECTED
+            )
+            if is_new or was_answered or time.monotonic() - start > RETRY_WINDOW_SECONDS:
                 raise
         return await self._fresh.handle_async_request(request)
 
