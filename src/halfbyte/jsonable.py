@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 
-def plain_values(value: Any) -> Any:
+def to_jsonable(value: Any) -> Any:
     """Turn a result into what JSON can hold.
 
     Args:
@@ -20,13 +20,13 @@ def plain_values(value: Any) -> Any:
         The same as dicts, lists, texts and numbers; infinity and not-a-number become None.
     """
     if hasattr(value, "to_dict"):
-        return plain_values(value.to_dict())
+        return to_jsonable(value.to_dict())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain_values(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: to_jsonable(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): plain_values(item) for key, item in value.items()}
+        return {str(key): to_jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [plain_values(item) for item in value]
+        return [to_jsonable(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value

@@ -35,7 +35,7 @@ def test_content_is_whole_whatever_the_sizes(tmp_path, size, chunk):
         size = min(size, 2 * BLOCK + 1)
     content = os.urandom(size)
     parts = [memoryview(content)[start : start + chunk] for start in range(0, size, chunk)]
-    write_atomically(tmp_path / "x", [b"", *parts], past_cache=True)
+    write_atomically(tmp_path / "x", [b"", *parts], bypass_cache=True)
     assert (tmp_path / "x").read_bytes() == content
     assert [file.name for file in tmp_path.iterdir()] == ["x"]
 
@@ -51,7 +51,7 @@ def test_whole_buffers_go_past_the_cache_and_the_rest_does_not(tmp_path, monkeyp
 
     monkeypatch.setattr(direct_io, "_write_all", note)
     can = takes_direct(tmp_path / "probe")
-    write_atomically(tmp_path / "x", [b"x" * (4 * BLOCK + 5)], past_cache=True)
+    write_atomically(tmp_path / "x", [b"x" * (4 * BLOCK + 5)], bypass_cache=True)
     assert flags == [(2 * BLOCK, can), (2 * BLOCK, can), (5, False)]
 
 
@@ -93,5 +93,5 @@ def test_a_full_disk_is_noticed_and_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(direct_io, "_write_all", fail)
     with pytest.raises(CheckpointError, match=r"Cannot write .*x: No space left on device"):
-        write_atomically(tmp_path / "x", [b"x" * 9 * BLOCK], past_cache=True)
+        write_atomically(tmp_path / "x", [b"x" * 9 * BLOCK], bypass_cache=True)
     assert list(tmp_path.iterdir()) == []

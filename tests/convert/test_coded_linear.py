@@ -102,9 +102,9 @@ def test_wider_codes_keep_the_weight(bits, wide):
 def test_recentred_codes_keep_the_weight_where_they_fit(bits, symmetric, fits, act_order):
     linear = make(bits=bits, symmetric=symmetric, act_order=act_order)
     spec = linear.describe()
-    assert next((wide for wide in (4, 8) if spec.can_recentre(wide)), None) == fits
+    assert next((wide for wide in (4, 8) if spec.can_recenter(wide)), None) == fits
     if fits is not None:
-        moved = linear.recentre(fits)
+        moved = linear.recenter(fits)
         assert moved.describe().is_symmetric
         assert torch.equal(moved.dequantize(), linear.dequantize())
 

@@ -14,7 +14,7 @@ from halfbyte.convert.gguf_architecture import (
     ARCHITECTURES,
     find_architecture,
 )
-from halfbyte.convert.gguf_hyperparameters import describe_model, note_limits
+from halfbyte.convert.gguf_hyperparameters import describe_model, list_limitations
 from halfbyte.convert.gguf_positions import make_rope_factors
 from halfbyte.errors import ConfigError
 from halfbyte.model.experts import unfuse_experts
@@ -89,13 +89,17 @@ def test_factors_of_longrope_must_be_as_many_as_what_turns():
     pairs = describe_model(BY_CLASS["Phi3ForCausalLM"], config)
     assert pairs["phi3.rope.scaling.original_context_length"] == 32
     assert pairs["phi3.rope.scaling.attn_factor"] == pytest.approx((1 + 2 / 5) ** 0.5)
-    assert "more than 32 it takes the long" in note_limits(BY_CLASS["Phi3ForCausalLM"], config)[0]
+    assert (
+        "more than 32 it takes the long" in list_limitations(BY_CLASS["Phi3ForCausalLM"], config)[0]
+    )
     own = {**parameters, "factor": 2.0, "original_max_position_embeddings": 64}
     config.pop("original_max_position_embeddings")
     config["rope_parameters"] = own
     pairs = describe_model(BY_CLASS["Phi3ForCausalLM"], config)
     assert pairs["phi3.rope.scaling.attn_factor"] == pytest.approx((1 + 1 / 6) ** 0.5)
-    assert "more than 64 it takes the long" in note_limits(BY_CLASS["Phi3ForCausalLM"], config)[0]
+    assert (
+        "more than 64 it takes the long" in list_limitations(BY_CLASS["Phi3ForCausalLM"], config)[0]
+    )
     config["rope_parameters"] = parameters
     parameters["short_factor"] = [1.0] * 5
     with pytest.raises(ValueError, match=r"short_factor has 5 numbers, .* turn 8 .* needs 4"):
@@ -145,8 +149,8 @@ def test_positions_that_cannot_be_written_are_refused(parameters, message):
 
 def test_what_llama_cpp_does_otherwise_is_said_or_refused():
     mistral = BY_CLASS["MistralForCausalLM"]
-    assert "beyond 4096 tokens" in note_limits(mistral, {"sliding_window": 4096})[0]
-    assert note_limits(mistral, {"sliding_window": None}) == ()
+    assert "beyond 4096 tokens" in list_limitations(mistral, {"sliding_window": 4096})[0]
+    assert list_limitations(mistral, {"sliding_window": None}) == ()
     config = build_family("gemma2").config.to_dict()
     with pytest.raises(ValueError, match=r"query_pre_attn_scalar is 256, .* head size 16"):
         describe_model(BY_CLASS["Gemma2ForCausalLM"], config)

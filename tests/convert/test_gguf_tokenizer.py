@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, normalizers, trainers
 from halfbyte.convert.gguf_tokenizer import (
     describe_tokenizer,
     find_pre_tokenizer,
-    note_tokenizer,
+    list_tokenizer_limitations,
 )
 from halfbyte.errors import CheckpointError, ConfigError
 from halfbyte.sample_model import write_sample_model
@@ -73,7 +73,7 @@ def test_words_cut_almost_as_llama_cpp_does_are_not_taken_for_the_same(tmp_path,
 def test_normalizers_are_noted_or_refused(tmp_path):
     change_tokenizer(tmp_path, lambda content: content.update(normalizer={"type": "NFC"}))
     assert describe_tokenizer(tmp_path, TINY_CONFIG)["tokenizer.ggml.pre"] == "gpt-2"
-    assert "one Unicode form (NFC)" in note_tokenizer(tmp_path, TINY_CONFIG)[0]
+    assert "one Unicode form (NFC)" in list_tokenizer_limitations(tmp_path, TINY_CONFIG)[0]
     steps = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}
     change_tokenizer(tmp_path, lambda content: content.update(normalizer=steps))
     with pytest.raises(ConfigError, match=r"changes text before it cuts it \(Lowercase\)"):
@@ -144,11 +144,11 @@ def test_added_tokens_that_the_model_has_not_are_left_out(tmp_path):
     change_tokenizer(tmp_path, lambda content: content["added_tokens"].append(image))
     config = {**TINY_CONFIG, "vocab_size": 260}
     assert len(describe_tokenizer(tmp_path, config)["tokenizer.ggml.tokens"]) == 260
-    (note,) = note_tokenizer(tmp_path, config)
+    (note,) = list_tokenizer_limitations(tmp_path, config)
     assert note.startswith(
         "left out of the tokenizer: <image>, whose ids come after the model's 260"
     )
-    assert note_tokenizer(tmp_path, {**config, "vocab_size": 261}) == ()
+    assert list_tokenizer_limitations(tmp_path, {**config, "vocab_size": 261}) == ()
 
 
 def test_ids_without_a_token_are_unused(tmp_path):

@@ -19,7 +19,7 @@ SYNC_BYTES = 32_000_000
 
 
 def write_atomically(
-    path: Path, chunks: Iterable[bytes | memoryview], *, past_cache: bool = False
+    path: Path, chunks: Iterable[bytes | memoryview], *, bypass_cache: bool = False
 ) -> None:
     """Write beside the final name, bring it to the disk, then rename.
 
@@ -29,14 +29,14 @@ def write_atomically(
     Args:
         path: The file. Its folder must exist.
         chunks: The content, in order.
-        past_cache: For a large file that is not read again at once: straight to the disk.
+        bypass_cache: For a large file that is not read again at once: straight to the disk.
 
     Raises:
         CheckpointError: The disk is full or the folder cannot be written to.
     """
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     try:
-        if past_cache:
+        if bypass_cache:
             with partial.open("wb", buffering=0) as file:
                 write_direct(file, chunks)
         else:

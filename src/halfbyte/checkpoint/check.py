@@ -15,12 +15,12 @@ from halfbyte.checkpoint.consumers import (
 )
 from halfbyte.checkpoint.dynamic import resolve_dynamic
 from halfbyte.checkpoint.labels import read_model_config
-from halfbyte.checkpoint.read import Checkpoint, LinearFacts
+from halfbyte.checkpoint.read import Checkpoint, LinearInfo
 from halfbyte.checkpoint.vllm_view import (
     ModelSizes,
     VllmView,
-    asks_act_order,
-    fused_siblings,
+    declares_act_order,
+    find_fused_siblings,
     split_linear,
     view_linear,
 )
@@ -99,7 +99,7 @@ def check_consumers(checkpoint: Checkpoint) -> CheckReport:
     Raises:
         CheckpointError: A value is out of range: nobody should load it. Names the tensor.
     """
-    facts = {name: checkpoint.load_facts(name) for name in checkpoint.linears}
+    facts = {name: checkpoint.load_info(name) for name in checkpoint.linears}
     verdicts: list[Verdict] = []
     for consumer in CONSUMERS:
         for size in TENSOR_PARALLEL_SIZES if consumer.is_vllm else (None,):
@@ -134,7 +134,7 @@ def check_consumers(checkpoint: Checkpoint) -> CheckReport:
     )
 
 
-def _count_schemes(facts: Mapping[str, LinearFacts]) -> dict[str, int]:
+def _count_schemes(facts: Mapping[str, LinearInfo]) -> dict[str, int]:
     schemes: dict[str, int] = {}
     for fact in facts.values():
         group = "per row" if fact.layout.num_groups == 1 else str(fact.layout.group_size)
@@ -147,7 +147,7 @@ def _count_schemes(facts: Mapping[str, LinearFacts]) -> dict[str, int]:
 
 
 def _check_plain(
-    checkpoint: Checkpoint, facts: Mapping[str, LinearFacts], consumer: Consumer, reasons: _Reasons
+    checkpoint: Checkpoint, facts: Mapping[str, LinearInfo], consumer: Consumer, reasons: _Reasons
 ) -> None:
     """Consumers that load one module at a time, under its own name."""
     for name, fact in facts.items():
@@ -173,7 +173,7 @@ def _makers(raw: Mapping[str, Any]) -> set[str]:
 
 
 def _explain_limits(
-    consumer: Consumer, fact: LinearFacts, in_features: float, out_features: float
+    consumer: Consumer, fact: LinearInfo, in_features: float, out_features: float
 ) -> Iterator[str]:
     """Give each limit of a consumer that a linear of these sizes per device does not keep."""
     layout = fact.layout
@@ -195,7 +195,7 @@ def _explain_limits(
         yield "it takes no act-order (g_idx is not in order)"
 
 
-def _check_label(checkpoint: Checkpoint, name: str, fact: LinearFacts, reasons: _Reasons) -> None:
+def _check_label(checkpoint: Checkpoint, name: str, fact: LinearInfo, reasons: _Reasons) -> None:
     """What a reader that believes the config gets wrong."""
     labels = checkpoint.labels
     overrides = resolve_dynamic(labels.dynamic, name)
@@ -216,7 +216,7 @@ def _check_label(checkpoint: Checkpoint, name: str, fact: LinearFacts, reasons: 
         )
 
 
-def _compare_view(view: VllmView, fact: LinearFacts, name: str, reasons: _Reasons) -> None:
+def _compare_view(view: VllmView, fact: LinearInfo, name: str, reasons: _Reasons) -> None:
     layout = fact.layout
     if view.bits != layout.bits:
         reasons.add(f"the config says {view.bits} bits, the tensors have {layout.bits}", name)
@@ -233,7 +233,7 @@ def _compare_view(view: VllmView, fact: LinearFacts, name: str, reasons: _Reason
 
 def _check_vllm(
     checkpoint: Checkpoint,
-    facts: Mapping[str, LinearFacts],
+    facts: Mapping[str, LinearInfo],
     consumer: Consumer,
     tensor_parallel: int,
     reasons: _Reasons,
@@ -247,7 +247,7 @@ def _check_vllm(
         kind = "symmetric" if labels.symmetric else "asymmetric"
         reasons.add(f"it takes a config of 4 or 8 bits, symmetric; this says {labels.bits}, {kind}")
         return
-    if asks_act_order(labels):
+    if declares_act_order(labels):
         reasons.add("it takes no desc_act: true in the config, unless group_size is -1")
     sizes = ModelSizes.from_config(read_model_config(checkpoint.folder))
     heads = sizes.explain_heads(tensor_parallel)
@@ -277,13 +277,13 @@ def _all_linears(checkpoint: Checkpoint) -> dict[str, None]:
 
 def _check_vllm_linear(
     name: str,
-    facts: Mapping[str, LinearFacts],
+    facts: Mapping[str, LinearInfo],
     view: VllmView | None,
     linears: Mapping[str, None],
     reasons: _Reasons,
 ) -> None:
     fact = facts[name]
-    _, siblings = fused_siblings(name, linears)
+    _, siblings = find_fused_siblings(name, linears)
     in_full = [sibling for sibling in siblings if sibling not in facts]
     if in_full:
         reasons.add(
@@ -306,7 +306,7 @@ def _check_vllm_linear(
     _compare_view(view, fact, name, reasons)
 
 
-def _kind_of(fact: LinearFacts) -> str:
+def _kind_of(fact: LinearInfo) -> str:
     kind = "symmetric" if fact.zeros.is_symmetric else "asymmetric"
     return f"{fact.layout.bits} bits, group {fact.layout.group_size}, {kind}"
 
@@ -314,14 +314,14 @@ def _kind_of(fact: LinearFacts) -> str:
 def _check_split(
     consumer: Consumer,
     name: str,
-    facts: Mapping[str, LinearFacts],
+    facts: Mapping[str, LinearInfo],
     linears: Mapping[str, None],
     sizes: ModelSizes,
     tensor_parallel: int,
     reasons: _Reasons,
 ) -> None:
     """Check the sizes of one device; of fused linears together, once."""
-    _, siblings = fused_siblings(name, linears)
+    _, siblings = find_fused_siblings(name, linears)
     if name != siblings[0] or any(sibling not in facts for sibling in siblings):
         return
     fact, layout = facts[name], facts[name].layout

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from halfbyte.checkpoint.identity import MANIFEST_FILE
-from halfbyte.checkpoint.safe_path import check_own_file
+from halfbyte.checkpoint.safe_path import check_model_file
 from halfbyte.errors import CheckpointError
 
 COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
@@ -18,7 +18,7 @@ NOT_COPIED = (
     "quantization_report.json",
     MANIFEST_FILE,
 )
-MORE_TEMPLATES = "additional_chat_templates"
+EXTRA_TEMPLATES_FOLDER = "additional_chat_templates"
 """The folder of the chat templates that a model has beside its own."""
 
 
@@ -35,11 +35,11 @@ def find_companions(folder: Path) -> list[Path]:
         CheckpointError: One is a link to nowhere or out of the folder.
     """
     found: list[Path] = []
-    for path in sorted([*folder.iterdir(), *(folder / MORE_TEMPLATES).glob("*.jinja")]):
+    for path in sorted([*folder.iterdir(), *(folder / EXTRA_TEMPLATES_FOLDER).glob("*.jinja")]):
         named = path.name.endswith(COPIED_SUFFIXES) or path.name.upper().startswith("LICENSE")
         left = path.name in NOT_COPIED or path.name.endswith(".index.json")
         if named and not left and not path.is_dir():
-            found.append(check_own_file(folder, str(path.relative_to(folder))))
+            found.append(check_model_file(folder, str(path.relative_to(folder))))
     return found
 
 

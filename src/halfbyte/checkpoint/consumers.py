@@ -43,7 +43,7 @@ class Consumer:
     """The one maker whose asymmetric v1 checkpoints it takes, as ``meta.quantizer`` names it."""
 
 
-def can_recentre(bits: int, held: int, *, zero_low: int, zero_high: int) -> bool:
+def can_recenter(bits: int, held: int, *, zero_low: int, zero_high: int) -> bool:
     """Tell whether symmetric blocks hold codes exactly, wherever within a range their zeros are.
 
     Args:
@@ -122,7 +122,7 @@ CONSUMERS = (
         symmetric_bits=tuple(
             bits
             for bits, held in _GGUF_BITS.items()
-            if not can_recentre(bits, held, zero_low=0, zero_high=2**bits - 1)
+            if not can_recenter(bits, held, zero_low=0, zero_high=2**bits - 1)
         ),
         in_multiple=32,
         group_multiple=32,

@@ -52,7 +52,7 @@ _LABEL_TYPES: Mapping[str, type] = {"bits": int, "group_size": int, "sym": bool}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LinearFacts:
+class LinearInfo:
     """What the small tensors of one quantized linear say, without its weights."""
 
     layout: LinearLayout
@@ -90,7 +90,7 @@ class Checkpoint:
     notes: tuple[str, ...]
     """What the labels and the tensors disagreed on, and which was believed."""
 
-    def load_facts(self, name: str) -> LinearFacts:
+    def load_info(self, name: str) -> LinearInfo:
         """Read and check a linear's zeros and groups, not its weights.
 
         Args:
@@ -197,7 +197,7 @@ class Checkpoint:
         tensors = self.files.load([f"{name}.{suffix}" for suffix in suffixes])
         return {suffix: tensors[f"{name}.{suffix}"] for suffix in suffixes}
 
-    def _check_facts(self, name: str, tensors: Mapping[str, Tensor]) -> LinearFacts:
+    def _check_facts(self, name: str, tensors: Mapping[str, Tensor]) -> LinearInfo:
         layout = self.linears[name]
         trivial = True
         if "g_idx" in tensors:
@@ -224,7 +224,7 @@ class Checkpoint:
                 f"{self.labels.disagreements['checkpoint_format']}, and asymmetric zeros fit both. "
                 "Correct the file that is wrong."
             )
-        return LinearFacts(layout=layout, zeros=zeros, has_trivial_groups=trivial)
+        return LinearInfo(layout=layout, zeros=zeros, has_trivial_groups=trivial)
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:

@@ -7,7 +7,7 @@ from pathlib import Path
 from halfbyte.errors import CheckpointError
 
 
-def check_own_file(folder: Path, name: str) -> Path:
+def check_model_file(folder: Path, name: str) -> Path:
     """Refuse a missing file, and a link that leaves the folder for other than the hub's blobs.
 
     Args:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.checkpoint.header import TensorInfo, parse_json_object, read_header
-from halfbyte.checkpoint.safe_path import check_own_file
+from halfbyte.checkpoint.safe_path import check_model_file
 from halfbyte.errors import CheckpointError
 
 __all__ = ["TensorFiles", "TensorInfo"]
@@ -77,7 +77,7 @@ class TensorFiles:
         weight_map = {} if index_name is None else _read_weight_map(folder / index_name)
         is_sharded = index_name is not None and SINGLE_FILE not in names
         file_names = sorted(set(weight_map.values())) if is_sharded else _find_files(folder, names)
-        files = tuple(check_own_file(folder, name) for name in file_names)
+        files = tuple(check_model_file(folder, name) for name in file_names)
         infos = _merge_headers(files)
         if index_name is not None and is_sharded:
             _check_index_agrees(folder / index_name, weight_map, infos)
@@ -180,7 +180,7 @@ def check_shards(folder: Path) -> None:
     if index_name is None or SINGLE_FILE in names:
         return
     for name in sorted(set(_read_weight_map(folder / index_name).values())):
-        check_own_file(folder, name)
+        check_model_file(folder, name)
 
 
 def _find_index(folder: Path, names: list[str]) -> str | None:
@@ -204,7 +204,7 @@ def _find_files(folder: Path, names: list[str]) -> list[str]:
     if not found and "consolidated.safetensors" in names:
         found = ["consolidated.safetensors"]
     if not found:
-        raise CheckpointError(explain_nothing_to_read(folder))
+        raise CheckpointError(explain_missing_weights(folder))
     shards = [match for name in found if (match := _SHARD_NAME.fullmatch(name))]
     if shards and len(shards) == len(found):
         stems = {match["stem"] for match in shards}
@@ -229,7 +229,7 @@ def _find_files(folder: Path, names: list[str]) -> list[str]:
     return found
 
 
-def explain_nothing_to_read(folder: Path) -> str:
+def explain_missing_weights(folder: Path) -> str:
     """Say why a folder without weights in safetensors is not read, and what can be done."""
     names = sorted(path.name for path in folder.iterdir())
     pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]

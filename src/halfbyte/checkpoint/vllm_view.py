@@ -70,7 +70,7 @@ class VllmView:
     symmetric: bool | None
 
 
-def fused_siblings(module: str, existing: Mapping[str, object]) -> tuple[str, tuple[str, ...]]:
+def find_fused_siblings(module: str, existing: Mapping[str, object]) -> tuple[str, tuple[str, ...]]:
     """Find the linears that vLLM runs together with one, and the name it gives them.
 
     Args:
@@ -106,7 +106,7 @@ def view_linear(
         The settings, or None where vLLM will load it in 16 bits.
     """
     listed = labels.modules_in_block or tuple(packed)
-    prefix, siblings = fused_siblings(module, existing)
+    prefix, siblings = find_fused_siblings(module, existing)
     expert = _EXPERT.fullmatch(module)
     if expert:
         prefix = expert["container"]
@@ -122,7 +122,7 @@ def view_linear(
     )
 
 
-def asks_act_order(labels: QuantizationLabels) -> bool:
+def declares_act_order(labels: QuantizationLabels) -> bool:
     """Whether a config says desc_act, for all or by a rule, so that vLLM 0.32 refuses it whole."""
     rules = [
         rule

@@ -37,7 +37,7 @@ from halfbyte.quant_config import QuantConfig, Scheme
 INDEX_FILE = "model.safetensors.index.json"
 LABEL_FILE = "quantize_config.json"
 
-DIGESTED_BEHIND = 32_000_000
+MAX_PENDING_DIGEST_BYTES = 32_000_000
 """Bytes that may be written before they are digested: they stay in memory until then."""
 
 _HEADER_ALIGNMENT = 8
@@ -153,7 +153,7 @@ def stream_shard(
     metadata: Mapping[str, str] | None = None,
     *,
     with_digests: bool = True,
-    past_cache: bool = False,
+    bypass_cache: bool = False,
 ) -> ShardDigest:
     """Write one safetensors file out of tensors that come one after another.
 
@@ -164,7 +164,7 @@ def stream_shard(
         tensors: Exactly these, on any device; none is kept.
         metadata: More strings for the header beside ``format: pt``.
         with_digests: Without, the digests are empty and only the sizes count.
-        past_cache: See :func:`halfbyte.checkpoint.atomic.write_atomically`.
+        bypass_cache: See :func:`halfbyte.checkpoint.atomic.write_atomically`.
 
     Returns:
         The digests for :func:`halfbyte.checkpoint.checksums.write_checksums`.
@@ -199,14 +199,14 @@ def stream_shard(
                     behind.append((len(data), [over_all.submit(whole.update, data), one]))
                 yield data
                 # By size, not by number: or the small tensors of a linear wait for its large one.
-                while sum(size for size, _ in behind) > DIGESTED_BEHIND:
+                while sum(size for size, _ in behind) > MAX_PENDING_DIGEST_BYTES:
                     for future in behind.popleft()[1]:
                         future.result()
             for _, futures in behind:
                 for future in futures:
                     future.result()
 
-    write_atomically(path, chunks(), past_cache=past_cache)
+    write_atomically(path, chunks(), bypass_cache=bypass_cache)
     tensor_bytes = sum(spec.num_bytes for spec in specs.values())
     return ShardDigest(
         file_name=path.name,

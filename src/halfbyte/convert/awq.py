@@ -35,7 +35,7 @@ from halfbyte.convert.source import (
     FolderSource,
     check_finite,
     check_shape,
-    need,
+    require_matrices,
     view_tensors,
 )
 from halfbyte.errors import CheckpointError
@@ -152,7 +152,7 @@ class AwqSource(FolderSource):
 
 
 def _check_parts(name: str, parts: Mapping[str, TensorSpec]) -> None:
-    need(name, parts, ("qweight", "qzeros", "scales"))
+    require_matrices(name, parts, ("qweight", "qzeros", "scales"))
     in_features, words = parts["qweight"].shape
     groups = parts["scales"].shape[0]
     check_shape(f"{name}.scales", parts["scales"], (groups, words * 8))
@@ -174,7 +174,7 @@ class AwqTarget:
     format: str = "awq"
 
     @classmethod
-    def fit(cls, specs: Mapping[str, CodedSpec]) -> AwqTarget:
+    def from_specs(cls, specs: Mapping[str, CodedSpec]) -> AwqTarget:
         """Choose the largest group size that no group of any linear straddles."""
         even = math.gcd(*(spec.even_group for spec in specs.values() if _is_codable(spec)))
         return cls(group_size=next((size for size in GROUP_SIZES if even % size == 0), even))
@@ -208,7 +208,7 @@ class AwqTarget:
         """Give None: what is not exact here has no better form than 16 bits."""
         return None
 
-    def announce(self, spec: CodedSpec) -> dict[str, TensorSpec]:
+    def list_tensors(self, spec: CodedSpec) -> dict[str, TensorSpec]:
         """Give the tensors that a linear will be, by suffix."""
         out, groups = spec.out_features, spec.in_features // self.group_size
         tensors = {
@@ -218,7 +218,7 @@ class AwqTarget:
         }
         return tensors if spec.bias is None else {**tensors, "bias": spec.bias}
 
-    def spell(self, linear: CodedLinear) -> dict[str, Tensor]:
+    def encode(self, linear: CodedLinear) -> dict[str, Tensor]:
         """Make them."""
         linear = linear.widen(BITS).split_groups(self.group_size)
         tensors = {
@@ -240,7 +240,7 @@ class AwqTarget:
             bias=tensors.get("bias"),
         )
 
-    def label(
+    def make_config(
         self, coded: Mapping[str, CodedSpec], dense: list[str], model_config: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Give the whole ``config.json``."""

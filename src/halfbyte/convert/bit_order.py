@@ -138,7 +138,7 @@ def to_blocks(words: Tensor, grid: Tensor, bits: int) -> Tensor:
     made[..., :head] = grid.repeat_interleave(blocks // groups, dim=1)
     for rows in row_tiles((out, blocks * BLOCK)):
         packed = words[rows].view(-1).view(torch.uint8)
-        codes = packed ^ 128 if bits == 8 else _pair_halves(packed.view(-1, BLOCK // 2))
+        codes = packed ^ 128 if bits == 8 else _join_halves(packed.view(-1, BLOCK // 2))
         made[rows, :, head:] = codes.view(-1, blocks, 4 * bits)
     return made
 
@@ -162,7 +162,7 @@ def from_blocks(blocks: Tensor, head: int, bits: int) -> Tensor:
         native.hb_from_blocks(ctypes.byref(facts), blocks.data_ptr(), words.data_ptr())
         return words
     codes = blocks[..., head:].contiguous()
-    packed = codes ^ 128 if bits == 8 else _part_halves(codes)
+    packed = codes ^ 128 if bits == 8 else _split_halves(codes)
     return packed.reshape(out, -1).contiguous().view(torch.int32)
 
 
@@ -204,7 +204,7 @@ def expand(
     return weight.to(dtype)
 
 
-def _pair_halves(packed: Tensor) -> Tensor:
+def _join_halves(packed: Tensor) -> Tensor:
     """Turn bytes of (code 2k, code 2k+1) into bytes of (code j, code j+16), uint8 [blocks, 16]."""
     lanes = packed.view(torch.int64)  # eight bytes at a time: [blocks, 2]
     low, high = lanes[:, 0], lanes[:, 1]
@@ -216,8 +216,8 @@ def _pair_halves(packed: Tensor) -> Tensor:
     return wide.view(torch.uint8)
 
 
-def _part_halves(paired: Tensor) -> Tensor:
-    """Undo :func:`_pair_halves`."""
+def _split_halves(paired: Tensor) -> Tensor:
+    """Undo :func:`_join_halves`."""
     parts = paired.view(*paired.shape[:-1], 8, 2)
     even = parts[..., 0].contiguous().view(torch.int64)
     odd = parts[..., 1].contiguous().view(torch.int64)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from halfbyte.checkpoint.consumers import can_recentre
+from halfbyte.checkpoint.consumers import can_recenter
 from halfbyte.checkpoint.write import TensorSpec, spec_of
 from halfbyte.convert.bit_order import expand, transpose
 from halfbyte.packing import pack_rows, unpack_rows
@@ -61,10 +61,10 @@ class CodedSpec:
             return self.in_features
         return math.gcd(self.group_size, self.in_features)
 
-    def can_recentre(self, bits: int) -> bool:
+    def can_recenter(self, bits: int) -> bool:
         """Whether all of (code - zero) lies within what ``bits`` bits hold around their middle."""
         zeros = {"zero_low": self.zero_low, "zero_high": self.zero_high}
-        return not self.has_free_minima and can_recentre(self.bits, bits, **zeros)
+        return not self.has_free_minima and can_recenter(self.bits, bits, **zeros)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +162,7 @@ class CodedLinear:
             return spec
         return replace(spec, has_free_minima=True, minima_fit_half=fits_half(self.free_minima))
 
-    def choose_groups(self, groups: Tensor, size: int) -> CodedLinear:
+    def select_groups(self, groups: Tensor, size: int) -> CodedLinear:
         """Give the linear the grid of those groups, each of another size; in order only."""
         free = self.free_minima
         return replace(
@@ -186,7 +186,7 @@ class CodedLinear:
         assert self.g_idx is None
         if size == self.group_size and self.in_features % size == 0:
             return self
-        return self.choose_groups(torch.arange(0, self.in_features, size) // self.group_size, size)
+        return self.select_groups(torch.arange(0, self.in_features, size) // self.group_size, size)
 
     def widen(self, bits: int) -> CodedLinear:
         """Store the same codes and zeros in more bits; the weight stays the same."""
@@ -194,11 +194,11 @@ class CodedLinear:
             return self
         return replace(self, words=pack_rows(self.codes(), bits), bits=bits)
 
-    def recentre(self, bits: int) -> CodedLinear:
+    def recenter(self, bits: int) -> CodedLinear:
         """Move every code by its group's zero, so that the zero is the middle of ``bits`` bits.
 
         Args:
-            bits: Wide enough: see :meth:`CodedSpec.can_recentre`.
+            bits: Wide enough: see :meth:`CodedSpec.can_recenter`.
 
         Returns:
             The same weight with symmetric zeros.

@@ -32,7 +32,7 @@ from halfbyte.convert.source import (
     FolderSource,
     check_finite,
     check_shape,
-    need,
+    require_matrices,
     view_tensors,
 )
 from halfbyte.errors import CheckpointError
@@ -191,7 +191,7 @@ def _names(target: str, name: str) -> bool:
 
 
 def _check_parts(name: str, parts: Mapping[str, TensorSpec], bits: int) -> None:
-    need(name, parts, ("weight_packed", "weight_scale"))
+    require_matrices(name, parts, ("weight_packed", "weight_scale"))
     out_features, words = parts["weight_packed"].shape
     groups = parts["weight_scale"].shape[1]
     in_features, rest = divmod(words * 32, bits)
@@ -242,7 +242,7 @@ class CompressedTensorsTarget:
         """Give None: what is not exact here has no better form than 16 bits."""
         return None
 
-    def announce(self, spec: CodedSpec) -> dict[str, TensorSpec]:
+    def list_tensors(self, spec: CodedSpec) -> dict[str, TensorSpec]:
         """Give the tensors that a linear will be, by suffix."""
         out, groups = spec.out_features, spec.in_features // spec.even_group
         packed = (out, spec.in_features * spec.bits // 32)
@@ -256,7 +256,7 @@ class CompressedTensorsTarget:
         tensors["weight_scale"] = TensorSpec(dtype=torch.float16, shape=(out, groups))
         return tensors if spec.bias is None else {**tensors, "bias": spec.bias}
 
-    def spell(self, linear: CodedLinear) -> dict[str, Tensor]:
+    def encode(self, linear: CodedLinear) -> dict[str, Tensor]:
         """Make them."""
         spec = linear.describe()
         linear = linear.split_groups(spec.even_group)
@@ -286,7 +286,7 @@ class CompressedTensorsTarget:
             bias=tensors.get("bias"),
         )
 
-    def label(
+    def make_config(
         self, coded: Mapping[str, CodedSpec], dense: list[str], model_config: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Give the whole ``config.json``."""

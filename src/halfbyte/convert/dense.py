@@ -38,15 +38,15 @@ class DenseTarget:
     format: str = "hf"
 
     @classmethod
-    def fit(cls, dtype: torch.dtype, model_config: Mapping[str, Any]) -> DenseTarget:
+    def from_config(cls, dtype: torch.dtype, model_config: Mapping[str, Any]) -> DenseTarget:
         """Choose the order of axes that a model's own blocks have."""
-        is_turned = model_config.get("model_type") in CONV1D_MODELS
-        return cls(dtype=dtype, stores_inputs_first=is_turned)
+        is_transposed = model_config.get("model_type") in CONV1D_MODELS
+        return cls(dtype=dtype, stores_inputs_first=is_transposed)
 
     def form_of(self, name: str) -> DenseTarget:
         """Give the order of axes of one module."""
-        is_turned = self.stores_inputs_first and name.rpartition(".")[2] in CONV1D
-        return replace(self, stores_inputs_first=is_turned)
+        is_transposed = self.stores_inputs_first and name.rpartition(".")[2] in CONV1D
+        return replace(self, stores_inputs_first=is_transposed)
 
     def metadata(self, coded: Mapping[str, CodedSpec]) -> dict[str, str]:
         """Give the name of the framework."""
@@ -63,14 +63,14 @@ class DenseTarget:
             return None
         return f"each weight rounded once to {str(self.dtype).removeprefix('torch.')}"
 
-    def announce(self, spec: CodedSpec) -> dict[str, TensorSpec]:
+    def list_tensors(self, spec: CodedSpec) -> dict[str, TensorSpec]:
         """Give the tensors that a linear will be, by suffix."""
         shape = (spec.out_features, spec.in_features)
         shape = shape[::-1] if self.stores_inputs_first else shape
         tensors = {"weight": TensorSpec(dtype=self.dtype, shape=shape)}
         return tensors if spec.bias is None else {**tensors, "bias": spec.bias}
 
-    def spell(self, linear: CodedLinear) -> dict[str, Tensor]:
+    def encode(self, linear: CodedLinear) -> dict[str, Tensor]:
         """Make them."""
         weight = linear.dequantize(self.dtype)
         tensors = {"weight": weight.t().contiguous() if self.stores_inputs_first else weight}
@@ -81,7 +81,7 @@ class DenseTarget:
         weight = tensors["weight"].float()
         return weight.t() if self.stores_inputs_first else weight
 
-    def label(
+    def make_config(
         self, coded: Mapping[str, CodedSpec], dense: list[str], model_config: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Give the whole ``config.json``."""

@@ -33,8 +33,8 @@ from halfbyte.checkpoint.write import (
 from halfbyte.convert.card import write_card
 from halfbyte.convert.coded_linear import CodedLinear, CodedSpec
 from halfbyte.convert.dense import DenseTarget
-from halfbyte.convert.prefetch import run_ahead
-from halfbyte.convert.report import RoundedTensor, measure_rounding, sample_rows, worst_first
+from halfbyte.convert.prefetch import prefetch
+from halfbyte.convert.report import RoundedTensor, measure_rounding, sample_rows, sort_by_error
 from halfbyte.convert.source import Source
 from halfbyte.convert.target import FolderTarget
 from halfbyte.errors import ConfigError
@@ -80,7 +80,7 @@ class Plan:
         form = self.fallback if name in self.dense else self.target
         return form.form_of(name) if isinstance(form, DenseTarget) else form
 
-    def rounding_of(self, name: str) -> str | None:
+    def explain_rounding(self, name: str) -> str | None:
         """Say what is rounded of a linear; None where nothing is."""
         rounding = self.form_of(name).find_rounding(self.specs[name])
         reason = self.dense.get(name)
@@ -115,7 +115,7 @@ def write_folder(
         ConfigError: Something does not fit and no error is allowed, or the output is not empty.
     """
     check_new_folder(output)
-    fallback = DenseTarget.fit(dense_dtype, source.model_config)
+    fallback = DenseTarget.from_config(dense_dtype, source.model_config)
     plan = plan_linears(specs, target, allow_error=allow_error, fallback=fallback)
     with TemporaryDirectory() as aside:
         # Before the weights, so that a tokenizer that is refused costs no conversion.
@@ -126,8 +126,8 @@ def write_folder(
         _describe(source, plan, output, digests, Path(aside))
     return Written(
         path=output,
-        holds={name: describe_hold(plan.form_of(name), spec) for name, spec in specs.items()},
-        rounded=worst_first(rounded),
+        holds={name: describe_encoding(plan.form_of(name), spec) for name, spec in specs.items()},
+        rounded=sort_by_error(rounded),
         num_bytes=sum(digest.num_bytes for digest in digests),
     )
 
@@ -154,7 +154,7 @@ def _write_shards(
                 tensors,
                 metadata,
                 with_digests=plan.target.format == "gptq",
-                past_cache=True,
+                bypass_cache=True,
             )
         )
     if len(digests) > 1:
@@ -193,7 +193,7 @@ def plan_linears(
         if reason is not None:
             obstacles[name] = reason
     if not allow_error:
-        check_fit(target.format, obstacles, len(specs))
+        check_exact(target.format, obstacles, len(specs))
     dense = {
         name: reason
         for name, reason in obstacles.items()
@@ -207,7 +207,7 @@ def plan_linears(
     return Plan(target=target, fallback=fallback, specs=specs, dense=dense)
 
 
-def check_fit(format_name: str, obstacles: Mapping[str, str], number: int) -> None:
+def check_exact(format_name: str, obstacles: Mapping[str, str], number: int) -> None:
     """Refuse a model that does not fit exactly.
 
     Args:
@@ -230,7 +230,7 @@ def check_fit(format_name: str, obstacles: Mapping[str, str], number: int) -> No
     )
 
 
-def describe_hold(form: FolderTarget, spec: CodedSpec) -> str:
+def describe_encoding(form: FolderTarget, spec: CodedSpec) -> str:
     """Say in a few words how a linear is held."""
     if isinstance(form, DenseTarget):
         return str(form.dtype).removeprefix("torch.")
@@ -256,7 +256,7 @@ def _split(source: Source, plan: Plan, shard_bytes: int) -> list[list[_Unit]]:
             is_linear=True,
             tensors={
                 f"{name}.{suffix}": tensor
-                for suffix, tensor in plan.form_of(name).announce(spec).items()
+                for suffix, tensor in plan.form_of(name).list_tensors(spec).items()
             },
         )
         for name, spec in plan.specs.items()
@@ -305,13 +305,13 @@ def _make_tensors(
             return {unit.name: source.load_other(unit.name)}
         linear = source.load_linear(unit.name)
         form = plan.form_of(unit.name)
-        tensors = form.spell(linear)
-        how = plan.rounding_of(unit.name)
+        tensors = form.encode(linear)
+        how = plan.explain_rounding(unit.name)
         if how is not None and first[unit.name] == number:
             rounded.append(_measure(unit.name, how, linear, form))
         return {f"{unit.name}.{suffix}": tensor for suffix, tensor in tensors.items()}
 
-    ahead = run_ahead(prepare, range(len(units)))
+    ahead = prefetch(prepare, range(len(units)))
     for (_, names), tensors in zip(order, ahead, strict=True):
         for name in names:
             yield name, tensors[name]
@@ -320,7 +320,7 @@ def _make_tensors(
 def _measure(name: str, how: str, linear: CodedLinear, form: FolderTarget) -> RoundedTensor:
     """Measure the rounding on rows from all over the linear: it is the same for every row."""
     sample = linear.take_rows(sample_rows(linear.out_features))
-    held = form.decode(form.spell(sample), sample.describe())
+    held = form.decode(form.encode(sample), sample.describe())
     if isinstance(held, CodedLinear):
         held = held.dequantize()
     return measure_rounding(name, how, sample.dequantize(), held)
@@ -331,7 +331,7 @@ def _describe(
 ) -> None:
     """Write configs, digests and tokenizer; ``config.json`` last, which makes it a model."""
     dense = [*plan.dense, *list_dense_linears(source.others)]
-    config = plan.target.label(plan.coded, dense, source.model_config)
+    config = plan.target.make_config(plan.coded, dense, source.model_config)
     section = config.get(CONFIG_SECTION, {})
     copy_companions(companions, output)
     _write_card(source, plan, output)
@@ -343,7 +343,7 @@ def _describe(
 
 def _write_card(source: Source, plan: Plan, output: Path) -> None:
     """Say in a README where the folder is from, and whether it is exact."""
-    rounded = sum(plan.rounding_of(name) is not None for name in plan.specs)
+    rounded = sum(plan.explain_rounding(name) is not None for name in plan.specs)
     how = "every weight is exact" if not rounded else f"{rounded} linears are rounded"
     text = (
         f"# {output.name}\n\nConverted from {source.format} to {plan.target.format} by halfbyte "

@@ -124,11 +124,11 @@ class Architecture:
     epsilon: str = "rms_norm_eps"
     """What the config calls the epsilon of its norms; RMS norms where that says so."""
     has_rotary: bool = True
-    turns_part: bool = False
+    has_partial_rotary: bool = False
     """Whether positions may turn a part of each head only."""
     has_longrope: bool = False
     """Whether llama.cpp knows the two sets of factors of this family."""
-    normalises_experts: bool | None = None
+    normalizes_experts: bool | None = None
     """Of a family with experts: whether the weights of those chosen are made to sum to one."""
     stores_inputs_first: bool = False
     """Whether matrices within its blocks are [in, out]: Transformers' Conv1D."""
@@ -164,7 +164,7 @@ class Architecture:
         """Whether a model's head is its embeddings."""
         return self.ties_embeddings or bool(config.get("tie_word_embeddings"))
 
-    def is_turned(self, name: str) -> bool:
+    def is_transposed(self, name: str) -> bool:
         """Whether a dense matrix of that name is stored [in, out]."""
         return self.stores_inputs_first and name.startswith(f"{self.blocks}.")
 
@@ -184,12 +184,12 @@ class Architecture:
         """
         leaf = name.rpartition(".")[2]
         if self.interleaves_qkv and leaf == "query_key_value":
-            heads = _need_heads(name, config.get("num_attention_heads"), rows, 3)
+            heads = _check_heads(name, config.get("num_attention_heads"), rows, 3)
             return torch.arange(rows).view(heads, 3, -1).transpose(0, 1).reshape(-1)
         if not self.reorders_heads or leaf not in ("q_proj", "k_proj"):
             return None
         key = "num_attention_heads" if leaf == "q_proj" else "num_key_value_heads"
-        heads = _need_heads(name, config.get(key) or config.get("num_attention_heads"), rows, 2)
+        heads = _check_heads(name, config.get(key) or config.get("num_attention_heads"), rows, 2)
         order = torch.arange(rows).view(heads, 2, rows // heads // 2)
         return order.transpose(1, 2).reshape(-1)
 
@@ -200,7 +200,7 @@ def find_expert(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def _need_heads(name: str, heads: object, rows: int, parts: int) -> int:
+def _check_heads(name: str, heads: object, rows: int, parts: int) -> int:
     """Check that rows are those of so many heads, each of equal parts."""
     if not isinstance(heads, int) or heads < 1 or rows % (parts * heads):
         raise ConfigError(
@@ -244,7 +244,7 @@ ARCHITECTURES = (
         has_window=True, **_GEMMA,
     ),
     _family("phi3", "Phi3", _NORMS_BEFORE, _FUSED_ATTENTION, _FUSED_MLP, writes_head_size=False,
-            turns_part=True, has_longrope=True),
+            has_partial_rotary=True, has_longrope=True),
     _family("granite", "Granite", *_LLAMA, **_LIKE_LLAMA),
     _family("olmo2", "Olmo2", _NORMS_AFTER, _ATTENTION, _HEAD_NORMS, _MLP, writes_head_size=False,
             needs_head=True),
@@ -259,14 +259,14 @@ ARCHITECTURES = (
             {"post_attention_layernorm": "post_attention_norm"}, _ATTENTION, _MLP,
             model_type="seed_oss"),
     _family("llama", "Mixtral", _NORMS_BEFORE, _ATTENTION, _MIXTRAL_EXPERTS,
-            normalises_experts=True, **_LIKE_LLAMA),
+            normalizes_experts=True, **_LIKE_LLAMA),
     _family("qwen2moe", "Qwen2Moe", _NORMS_BEFORE, _ATTENTION, _EXPERTS, _SHARED_EXPERT,
-            model_type="qwen2_moe", writes_head_size=False, normalises_experts=False,
+            model_type="qwen2_moe", writes_head_size=False, normalizes_experts=False,
             needs_head=True),
     _family("qwen3moe", "Qwen3Moe", _NORMS_BEFORE, _ATTENTION, _HEAD_NORMS, _EXPERTS,
-            model_type="qwen3_moe", normalises_experts=True),
+            model_type="qwen3_moe", normalizes_experts=True),
     _family("olmoe", "Olmoe", _NORMS_BEFORE, _ATTENTION, _HEAD_NORMS, _EXPERTS,
-            writes_head_size=False, normalises_experts=False, needs_head=True),
+            writes_head_size=False, normalizes_experts=False, needs_head=True),
     Architecture(
         name="gpt2", model_class="GPT2LMHeadModel", model_type="gpt2", names=_GPT2_BLOCK,
         top=_GPT2_TOP, blocks="transformer.h", activations=GELU[:2], epsilon="layer_norm_epsilon",
@@ -276,7 +276,7 @@ ARCHITECTURES = (
         name="gptneox", model_class="GPTNeoXForCausalLM", model_type="gpt_neox",
         names=_NEOX_BLOCK, top=_NEOX_TOP, blocks="gpt_neox.layers", interleaves_qkv=True,
         activations=(*GELU, "gelu_fast"), epsilon="layer_norm_eps", writes_head_size=False,
-        turns_part=True, needs_head=True,
+        has_partial_rotary=True, needs_head=True,
     ),
 )  # fmt: skip
 

@@ -31,7 +31,7 @@ PLAIN: Mapping[BlockType, torch.dtype] = {
 }
 
 
-def spell_blocks(linear: CodedLinear, kind: BlockType) -> Tensor:
+def encode_blocks(linear: CodedLinear, kind: BlockType) -> Tensor:
     """Write a linear as blocks.
 
     Args:
@@ -53,8 +53,8 @@ def spell_blocks(linear: CodedLinear, kind: BlockType) -> Tensor:
     return blocks.view(linear.out_features, -1)
 
 
-def read_blocks(name: str, data: Tensor, kind: BlockType, shape: tuple[int, ...]) -> CodedLinear:
-    """Undo :func:`spell_blocks`, with groups of 32.
+def decode_blocks(name: str, data: Tensor, kind: BlockType, shape: tuple[int, ...]) -> CodedLinear:
+    """Undo :func:`encode_blocks`, with groups of 32.
 
     Args:
         name: For messages.
@@ -95,7 +95,7 @@ def read_blocks(name: str, data: Tensor, kind: BlockType, shape: tuple[int, ...]
     )
 
 
-def read_plain(name: str, data: Tensor, kind: BlockType, shape: tuple[int, ...]) -> Tensor:
+def decode_plain(name: str, data: Tensor, kind: BlockType, shape: tuple[int, ...]) -> Tensor:
     """Read a tensor of plain numbers, or decode Q6_K, Q8_0, Q4_0 and Q4_1 into float32.
 
     Args:
@@ -110,7 +110,7 @@ def read_plain(name: str, data: Tensor, kind: BlockType, shape: tuple[int, ...])
     if kind in PLAIN:
         return data.view(PLAIN[kind]).view(shape)
     if kind == Q6_K:
-        return _read_q6_k(data, shape)
+        return _decode_q6_k(data, shape)
     blocks = data.view(-1, kind.num_bytes)
     scales = blocks[:, :2].contiguous().view(torch.float16).float()
     if kind == Q8_0:
@@ -122,7 +122,7 @@ def read_plain(name: str, data: Tensor, kind: BlockType, shape: tuple[int, ...])
     return (codes * scales + blocks[:, 2:4].contiguous().view(torch.float16).float()).view(shape)
 
 
-def spell_plain(tensor: Tensor, kind: BlockType) -> Tensor:
+def encode_plain(tensor: Tensor, kind: BlockType) -> Tensor:
     """Write numbers as plain numbers, Q8_0 or Q6_K, rounding to nearest.
 
     Args:
@@ -134,10 +134,10 @@ def spell_plain(tensor: Tensor, kind: BlockType) -> Tensor:
     """
     if kind in PLAIN:
         return tensor.to(PLAIN[kind]).contiguous().view(-1).view(torch.uint8)
-    return (_spell_q8_0 if kind == Q8_0 else _spell_q6_k)(tensor.float())
+    return (_encode_q8_0 if kind == Q8_0 else _encode_q6_k)(tensor.float())
 
 
-def _spell_q8_0(values: Tensor) -> Tensor:
+def _encode_q8_0(values: Tensor) -> Tensor:
     blocks = values.reshape(-1, BLOCK)
     scales = (blocks.abs().amax(dim=1, keepdim=True) / 127).to(torch.float16)
     codes = torch.where(scales == 0, 0.0, blocks / scales.float()).round().clamp(-127, 127)
@@ -145,7 +145,7 @@ def _spell_q8_0(values: Tensor) -> Tensor:
     return torch.cat(parts, dim=1).view(-1)
 
 
-def _spell_q6_k(values: Tensor) -> Tensor:
+def _encode_q6_k(values: Tensor) -> Tensor:
     """Sixteen sub-blocks of 16: the scale of each that gives the smallest error, of a few."""
     blocks = values.reshape(-1, 16, 16)
     largest = blocks.gather(-1, blocks.abs().argmax(dim=-1, keepdim=True))
@@ -175,7 +175,7 @@ def _spell_q6_k(values: Tensor) -> Tensor:
     return torch.cat(parts, dim=1).view(-1)
 
 
-def _read_q6_k(data: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _decode_q6_k(data: Tensor, shape: tuple[int, ...]) -> Tensor:
     blocks = data.view(-1, Q6_K.num_bytes)
     low = blocks[:, :128].view(-1, 2, 2, 32)
     pairs = blocks[:, 128:192].view(-1, 2, 1, 32)

@@ -13,7 +13,7 @@ from halfbyte.checkpoint.labels import (
     read_model_config,
 )
 from halfbyte.convert.gguf_architecture import ARCHITECTURES, EMBEDDING, HEAD, Architecture
-from halfbyte.convert.gguf_fields import spell_out
+from halfbyte.convert.gguf_fields import normalize_config
 from halfbyte.convert.gguf_file import BF16, GgufFile
 from halfbyte.convert.gguf_positions import FACTOR_TENSORS
 from halfbyte.errors import CheckpointError
@@ -60,9 +60,9 @@ def read_config(file: GgufFile, base: Path | None) -> dict[str, Any]:
     scales = scales or any(tensor in tensors for tensor in FACTOR_TENSORS)
     if has_experts or scales or family.name not in BIASES:
         what = "it has experts" if has_experts else f"it is of the family '{name}'"
-        error = _say_too_little(file, "it scales positions" if scales else what)
+        error = _describe_missing_metadata(file, "it scales positions" if scales else what)
         raise error
-    get = partial(_need_number, file)
+    get = partial(_require_number, file)
     heads = get("attention.head_count")
     embeddings = tensors.get(f"{EMBEDDING}.weight")
     return {
@@ -103,14 +103,14 @@ def check_complete(file: GgufFile, architecture: Architecture, config: Mapping[s
             f"Cannot read {file.path}: it is one of the {str(parts)[:40]} files of a model. Make "
             "one of them first, with: llama-gguf-split --merge FIRST-FILE ONE.gguf"
         )
-    blocks = _need_number(file, "block_count")
-    promised = spell_out(config).get("num_hidden_layers", blocks)
+    blocks = _require_number(file, "block_count")
+    promised = normalize_config(config).get("num_hidden_layers", blocks)
     if promised != blocks:
         raise CheckpointError(
             f"Cannot read {file.path}: it has {blocks} blocks, and the base's config says "
             f"{str(promised)[:40]}. Give the folder of the model that the file was made of."
         )
-    needed = _list_needed(file, architecture, config, blocks)
+    needed = _list_required_tensors(file, architecture, config, blocks)
     missing = next((name for name in needed if name not in file.tensors), None)
     if missing is not None:
         raise CheckpointError(
@@ -119,7 +119,7 @@ def check_complete(file: GgufFile, architecture: Architecture, config: Mapping[s
         )
 
 
-def _list_needed(
+def _list_required_tensors(
     file: GgufFile, architecture: Architecture, config: Mapping[str, Any], blocks: int
 ) -> Iterator[str]:
     """Name what a file must have: each block what its family has, and what any other block has."""
@@ -142,19 +142,19 @@ def _describe_biases(file: GgufFile, keys: Mapping[str, tuple[str, ...]]) -> dic
     given = {m for key, modules in keys.items() if flags.get(key, True) for m in modules}
     if given != found:
         names = ", ".join(sorted(found)) or "no linear"
-        error = _say_too_little(file, f"{names} of a block has a bias")
+        error = _describe_missing_metadata(file, f"{names} of a block has a bias")
         raise error
     return flags
 
 
-def _say_too_little(file: GgufFile, what: str) -> CheckpointError:
+def _describe_missing_metadata(file: GgufFile, what: str) -> CheckpointError:
     return CheckpointError(
         f"Cannot make a config out of {file.path}: {what}, and not all of how stands in the file. "
         "Give the original model's folder with --base."
     )
 
 
-def _need_number(
+def _require_number(
     file: GgufFile, key: str, kind: type[int | float] = int, default: float | None = None
 ) -> Any:
     """Read one of a family's pairs that is a positive number."""

@@ -24,7 +24,7 @@ OTHER_NAMES = {
 """What some families call what most call otherwise."""
 
 
-def spell_out(config: Mapping[str, Any]) -> dict[str, Any]:
+def normalize_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Give a config under the names that most families use.
 
     Args:
@@ -35,11 +35,11 @@ def spell_out(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     spelled = {OTHER_NAMES.get(key, key): value for key, value in config.items()}
     if "n_embd" in config and not spelled.get("intermediate_size"):
-        spelled["intermediate_size"] = 4 * need(config, "n_embd", int)
+        spelled["intermediate_size"] = 4 * require_number(config, "n_embd", int)
     return spelled
 
 
-def need(
+def require_number(
     config: Mapping[str, Any],
     key: str,
     kind: type[Number],
@@ -79,5 +79,7 @@ def need(
 
 def head_size(config: Mapping[str, Any]) -> int:
     """Give the width of an attention head."""
-    heads = need(config, "num_attention_heads", int)
-    return need(config, "head_dim", int, need(config, "hidden_size", int) // heads)
+    heads = require_number(config, "num_attention_heads", int)
+    return require_number(
+        config, "head_dim", int, require_number(config, "hidden_size", int) // heads
+    )

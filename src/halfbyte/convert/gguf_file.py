@@ -357,7 +357,7 @@ def write_gguf_file(
             yield bytes(-size % ALIGNMENT)
         assert next(pieces, None) is None
 
-    write_atomically(path, chunks(), past_cache=True)
+    write_atomically(path, chunks(), bypass_cache=True)
     return len(header) + offset
 
 

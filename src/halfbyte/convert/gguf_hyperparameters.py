@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from halfbyte.convert.gguf_architecture import Architecture
-from halfbyte.convert.gguf_fields import head_size, need, spell_out
+from halfbyte.convert.gguf_fields import head_size, normalize_config, require_number
 from halfbyte.convert.gguf_positions import (
     LONGROPE,
     describe_positions,
-    original_length,
-    rope_settings,
+    find_original_length,
+    read_rope_settings,
 )
 from halfbyte.errors import ConfigError
 
@@ -40,34 +40,36 @@ def describe_model(architecture: Architecture, config: Mapping[str, Any]) -> dic
     Raises:
         ConfigError: Something is missing, or the model computes what llama.cpp does not.
     """
-    config = spell_out(config)
-    name, heads = architecture.name, need(config, "num_attention_heads", int)
+    config = normalize_config(config)
+    name, heads = architecture.name, require_number(config, "num_attention_heads", int)
     _check_activation(architecture, config)
     pairs: dict[str, Any] = {
-        f"{name}.block_count": need(config, "num_hidden_layers", int),
-        f"{name}.context_length": need(config, "max_position_embeddings", int),
-        f"{name}.embedding_length": need(config, "hidden_size", int),
-        f"{name}.feed_forward_length": need(config, "intermediate_size", int),
+        f"{name}.block_count": require_number(config, "num_hidden_layers", int),
+        f"{name}.context_length": require_number(config, "max_position_embeddings", int),
+        f"{name}.embedding_length": require_number(config, "hidden_size", int),
+        f"{name}.feed_forward_length": require_number(config, "intermediate_size", int),
         f"{name}.attention.head_count": heads,
-        f"{name}.attention.head_count_kv": need(config, "num_key_value_heads", int, heads),
-        f"{name}.vocab_size": need(config, "vocab_size", int),
+        f"{name}.attention.head_count_kv": require_number(
+            config, "num_key_value_heads", int, heads
+        ),
+        f"{name}.vocab_size": require_number(config, "vocab_size", int),
     }
     norm = "layer_norm_rms" if architecture.epsilon == "rms_norm_eps" else "layer_norm"
-    pairs[f"{name}.attention.{norm}_epsilon"] = need(config, architecture.epsilon, float)
+    pairs[f"{name}.attention.{norm}_epsilon"] = require_number(config, architecture.epsilon, float)
     width = head_size(config)
     if architecture.writes_head_size:
         pairs[f"{name}.attention.key_length"] = width
         pairs[f"{name}.attention.value_length"] = width
     if architecture.has_rotary:
         pairs |= describe_positions(architecture, config)
-    if architecture.normalises_experts is not None:
+    if architecture.normalizes_experts is not None:
         pairs |= _describe_experts(architecture, config)
     if name in _MORE:
         pairs |= {f"{name}.{key}": value for key, value in _MORE[name](config).items()}
     return pairs
 
 
-def note_limits(architecture: Architecture, config: Mapping[str, Any]) -> tuple[str, ...]:
+def list_limitations(architecture: Architecture, config: Mapping[str, Any]) -> tuple[str, ...]:
     """Say what llama.cpp does not do of what the model does."""
     notes = []
     window = config.get("sliding_window")
@@ -82,11 +84,11 @@ def note_limits(architecture: Architecture, config: Mapping[str, Any]) -> tuple[
             "llama.cpp computes this model's GELU by the hyperbolic tangent: it differs by up to "
             "0.0005 in each activation"
         )
-    if architecture.has_longrope and rope_settings(config)["rope_type"] in LONGROPE:
+    if architecture.has_longrope and read_rope_settings(config)["rope_type"] in LONGROPE:
         notes.append(
             "llama.cpp chooses between the factors for short and for long texts by the size of "
             "its context, not by the text's: with --ctx-size of more than "
-            f"{original_length(config)} it takes the long ones"
+            f"{find_original_length(config)} it takes the long ones"
         )
     return tuple(notes)
 
@@ -103,12 +105,12 @@ def _check_activation(architecture: Architecture, config: Mapping[str, Any]) -> 
 def _describe_experts(architecture: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
     """Count the experts; llama.cpp has them in every block, and weighs them in one way."""
     name = architecture.name
-    asked = config.get("norm_topk_prob", architecture.normalises_experts)
-    sparse = need(config, "decoder_sparse_step", int, 1)
+    asked = config.get("norm_topk_prob", architecture.normalizes_experts)
+    sparse = require_number(config, "decoder_sparse_step", int, 1)
     others = [
         what
         for what, is_so in (
-            (f"norm_topk_prob {asked}", bool(asked) is not architecture.normalises_experts),
+            (f"norm_topk_prob {asked}", bool(asked) is not architecture.normalizes_experts),
             (f"decoder_sparse_step {sparse}", sparse != 1),
             ("mlp_only_layers", bool(config.get("mlp_only_layers"))),
         )
@@ -117,19 +119,19 @@ def _describe_experts(architecture: Architecture, config: Mapping[str, Any]) -> 
     if others:
         raise ConfigError(
             f"Cannot write GGUF: the config has {' and '.join(others)}, and llama.cpp's '{name}' "
-            f"has experts in every block, their weights {_SUMMED[architecture.normalises_experts]}."
+            f"has experts in every block, their weights {_SUMMED[architecture.normalizes_experts]}."
             " Choose another format."
         )
     pairs: dict[str, Any] = {
-        "expert_count": need(config, "num_local_experts", int),
-        "expert_used_count": need(config, "num_experts_per_tok", int),
+        "expert_count": require_number(config, "num_local_experts", int),
+        "expert_used_count": require_number(config, "num_experts_per_tok", int),
     }
     for ours, theirs in (
         ("moe_intermediate_size", "expert_feed_forward_length"),
         ("shared_expert_intermediate_size", "expert_shared_feed_forward_length"),
     ):
         if config.get(ours):
-            pairs[theirs] = need(config, ours, int)
+            pairs[theirs] = require_number(config, ours, int)
     return {f"{name}.{key}": value for key, value in pairs.items()}
 
 
@@ -139,7 +141,9 @@ _SUMMED = {True: "made to sum to one", False: "as the router gives them", None: 
 def _check_query_scale(name: str, config: Mapping[str, Any]) -> None:
     """llama.cpp scales by the head's width, of the 27B models by hidden size over heads."""
     if config["num_hidden_layers"] == GEMMA_27B[name]:
-        width = need(config, "hidden_size", int) // need(config, "num_attention_heads", int)
+        width = require_number(config, "hidden_size", int) // require_number(
+            config, "num_attention_heads", int
+        )
     else:
         width = head_size(config)
     scale = config.get("query_pre_attn_scalar", width)
@@ -160,8 +164,8 @@ def _describe_gemma2(config: Mapping[str, Any]) -> dict[str, Any]:
             "'gemma2' caps both logits. Choose another format."
         )
     return {
-        **{key: need(config, key, float) for key in caps},
-        "attention.sliding_window": need(config, "sliding_window", int),
+        **{key: require_number(config, key, float) for key in caps},
+        "attention.sliding_window": require_number(config, "sliding_window", int),
     }
 
 
@@ -175,10 +179,10 @@ def _describe_gemma3(config: Mapping[str, Any]) -> dict[str, Any]:
     local = config.get("rope_parameters", {}).get("sliding_attention", {}).get("rope_theta")
     pairs = _describe_window(config, config.get("sliding_window_pattern", GEMMA3_PATTERN))
     pairs["rope.freq_base_swa"] = float(
-        local or need(config, "rope_local_base_freq", float, 10000.0)
+        local or require_number(config, "rope_local_base_freq", float, 10000.0)
     )
     if config.get("final_logit_softcapping"):
-        pairs["final_logit_softcapping"] = need(config, "final_logit_softcapping", float)
+        pairs["final_logit_softcapping"] = require_number(config, "final_logit_softcapping", float)
     return pairs
 
 
@@ -191,12 +195,12 @@ def _describe_olmo(config: Mapping[str, Any]) -> dict[str, Any]:
 def _describe_window(config: Mapping[str, Any], pattern: int) -> dict[str, Any]:
     """Name the window, and the blocks that have it: all but each ``pattern``-th, if not listed."""
     kinds = config.get("layer_types")
-    count = need(config, "num_hidden_layers", int)
+    count = require_number(config, "num_hidden_layers", int)
     has_window = [(number + 1) % pattern != 0 for number in range(count)]
     if isinstance(kinds, list):
         has_window = [kind == "sliding_attention" for kind in kinds]
     return {
-        "attention.sliding_window": need(config, "sliding_window", int),
+        "attention.sliding_window": require_number(config, "sliding_window", int),
         "attention.sliding_window_pattern": has_window,
     }
 
@@ -208,11 +212,11 @@ def _describe_granite(config: Mapping[str, Any]) -> dict[str, Any]:
         "residual_multiplier": "residual_scale",
         "logits_scaling": "logit_scale",
     }
-    return {theirs: need(config, ours, float, 1.0) for ours, theirs in keys.items()}
+    return {theirs: require_number(config, ours, float, 1.0) for ours, theirs in keys.items()}
 
 
 def _check_smollm3(config: Mapping[str, Any]) -> dict[str, Any]:
-    count = need(config, "num_hidden_layers", int)
+    count = require_number(config, "num_hidden_layers", int)
     expected = [int((number + 1) % NO_ROPE_STEP != 0) for number in range(count)]
     found = config.get("no_rope_layers") or expected
     step = config.get("no_rope_layer_interval", NO_ROPE_STEP)

@@ -21,7 +21,7 @@ from halfbyte.version import __version__
 _FILE_TYPES = {F32: 0, F16: 1, Q4_0: 2, Q4_1: 3, Q8_0: 7, BF16: 32}
 
 
-def describe_file(
+def build_metadata(
     source: Source,
     specs: Mapping[str, CodedSpec],
     architecture: Architecture,

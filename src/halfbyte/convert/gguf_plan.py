@@ -10,7 +10,7 @@ from itertools import groupby
 from halfbyte.checkpoint.write import TensorSpec
 from halfbyte.convert.bit_order import BLOCK
 from halfbyte.convert.coded_linear import CodedSpec
-from halfbyte.convert.folder import check_fit
+from halfbyte.convert.folder import check_exact
 from halfbyte.convert.gguf_architecture import (
     COMPUTED,
     EMBEDDING,
@@ -83,7 +83,7 @@ def choose_types(
         if reason is not None:
             reasons[name] = reason
     if not options.allow_error:
-        check_fit("gguf", reasons, len(specs))
+        check_exact("gguf", reasons, len(specs))
     return kinds, reasons
 
 
@@ -95,11 +95,11 @@ def _choose_type(spec: CodedSpec, widen: bool) -> tuple[BlockType, str | None]:
         return F16, "a scale that fp16 cannot hold"
     if spec.even_group % BLOCK:
         return F16, f"groups of {spec.group_size}, which is no multiple of {BLOCK}"
-    if spec.can_recentre(4):
+    if spec.can_recenter(4):
         return Q4_0, None
     if spec.bits <= 4 and spec.minima_fit_half:
         return Q4_1, None
-    if spec.can_recentre(8) and (widen or spec.bits > 4):
+    if spec.can_recenter(8) and (widen or spec.bits > 4):
         return Q8_0, None
     if spec.bits <= 4:
         exact = "" if spec.has_free_minima else " (--widen: exact in Q8_0)"
@@ -189,7 +189,7 @@ def _plan_other(
     module, _, suffix = name.rpartition(".")
     theirs = _translate(architecture, module)
     shape = spec.shape
-    if len(shape) == 2 and architecture.is_turned(name):
+    if len(shape) == 2 and architecture.is_transposed(name):
         shape = shape[::-1]
     if len(shape) == 2 and shape[0] == 1:
         shape = shape[1:]  # the gate of a shared expert

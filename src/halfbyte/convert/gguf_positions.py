@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.convert.gguf_architecture import Architecture
-from halfbyte.convert.gguf_fields import head_size, need, spell_out
+from halfbyte.convert.gguf_fields import head_size, normalize_config, require_number
 from halfbyte.errors import ConfigError
 
 LONGROPE = ("longrope", "su")
@@ -32,7 +32,7 @@ FACTOR_TENSORS = {
 """Tensors of a file that are made from the config: what of it."""
 
 
-def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+def read_rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Gather what a config says of rotary positions, under Transformers 5's names.
 
     Of models with a sliding window these are the settings of the blocks that see everything.
@@ -67,30 +67,33 @@ def make_rope_factors(config: Mapping[str, Any]) -> dict[str, Tensor]:
         Transformers ``modeling_rope_utils.py``, ``_compute_llama3_parameters`` and
         ``_compute_longrope_parameters``.
     """
-    config = spell_out(config)
-    settings = rope_settings(config)
+    config = normalize_config(config)
+    settings = read_rope_settings(config)
     if settings["rope_type"] in LONGROPE:
         return {
-            name: _need_factors(settings.get(part), part, _turned_width(config))
+            name: _check_factors(settings.get(part), part, _rotary_dim(config))
             for name, part in FACTOR_TENSORS.items()
             if part in (LONG, SHORT)
         }
     if settings["rope_type"] != "llama3":
         return {}
     width = head_size(config)
-    frequencies = need(settings, "rope_theta", float, where=_WHERE) ** -(
+    frequencies = require_number(settings, "rope_theta", float, where=_WHERE) ** -(
         torch.arange(0, width, 2, dtype=torch.float64) / width
     )
     lengths = 2 * math.pi / frequencies
-    original, factor = original_length(config), need(settings, "factor", float, where=_WHERE)
-    low = need(settings, "low_freq_factor", float, where=_WHERE)
-    high = need(settings, "high_freq_factor", float, where=_WHERE)
+    original, factor = (
+        find_original_length(config),
+        require_number(settings, "factor", float, where=_WHERE),
+    )
+    low = require_number(settings, "low_freq_factor", float, where=_WHERE)
+    high = require_number(settings, "high_freq_factor", float, where=_WHERE)
     smooth = ((original / lengths - low) / (high - low)).clamp(0, 1)
     factors: Tensor = 1 / ((1 - smooth) / factor + smooth)
     return {"rope_freqs.weight": factors.to(torch.float32)}
 
 
-def original_length(config: Mapping[str, Any]) -> int:
+def find_original_length(config: Mapping[str, Any]) -> int:
     """Give the length that a model was first trained on, as Transformers finds it.
 
     Args:
@@ -103,11 +106,13 @@ def original_length(config: Mapping[str, Any]) -> int:
         ConfigError: The config says no length, or one that is no positive number.
     """
     key = "original_max_position_embeddings"
-    length = need(config, "max_position_embeddings", int)
-    return need(config, key, int, need(rope_settings(config), key, int, length, where=_WHERE))
+    length = require_number(config, "max_position_embeddings", int)
+    return require_number(
+        config, key, int, require_number(read_rope_settings(config), key, int, length, where=_WHERE)
+    )
 
 
-def _need_factors(values: object, part: str, width: int) -> Tensor:
+def _check_factors(values: object, part: str, width: int) -> Tensor:
     if not isinstance(values, list) or len(values) != width // 2:
         found = len(values) if isinstance(values, list) else "no list"
         raise ConfigError(
@@ -117,13 +122,13 @@ def _need_factors(values: object, part: str, width: int) -> Tensor:
     return torch.tensor(values, dtype=torch.float32)
 
 
-def _turned_width(config: Mapping[str, Any]) -> int:
+def _rotary_dim(config: Mapping[str, Any]) -> int:
     """Give how much of a head positions turn."""
-    return int(head_size(config) * _turned_share(rope_settings(config)))
+    return int(head_size(config) * _rotary_fraction(read_rope_settings(config)))
 
 
-def _turned_share(settings: Mapping[str, Any]) -> float:
-    return need(settings, "partial_rotary_factor", float, 1.0, where=_WHERE)
+def _rotary_fraction(settings: Mapping[str, Any]) -> float:
+    return require_number(settings, "partial_rotary_factor", float, 1.0, where=_WHERE)
 
 
 def describe_positions(architecture: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,13 +144,13 @@ def describe_positions(architecture: Architecture, config: Mapping[str, Any]) ->
     Raises:
         ConfigError: A number is missing, or positions turn as they do not in llama.cpp.
     """
-    name, settings = architecture.name, rope_settings(config)
-    base = need(settings, "rope_theta", float, where=_WHERE)
+    name, settings = architecture.name, read_rope_settings(config)
+    base = require_number(settings, "rope_theta", float, where=_WHERE)
     pairs: dict[str, Any] = {f"{name}.rope.freq_base": base}
-    share = _turned_share(settings)
-    if architecture.reorders_heads or architecture.turns_part:
-        pairs[f"{name}.rope.dimension_count"] = _turned_width(config)
-    if share != 1.0 and not architecture.turns_part:
+    share = _rotary_fraction(settings)
+    if architecture.reorders_heads or architecture.has_partial_rotary:
+        pairs[f"{name}.rope.dimension_count"] = _rotary_dim(config)
+    if share != 1.0 and not architecture.has_partial_rotary:
         raise ConfigError(
             f"Cannot write GGUF: positions turn {share:.0%} of each head, and llama.cpp's "
             f"'{name}' turns all of it. Choose another format."
@@ -153,7 +158,7 @@ def describe_positions(architecture: Architecture, config: Mapping[str, Any]) ->
     kind = settings["rope_type"]
     scaling: dict[str, Any] = {}
     if kind == "linear":
-        scaling = {"type": kind, "factor": need(settings, "factor", float, where=_WHERE)}
+        scaling = {"type": kind, "factor": require_number(settings, "factor", float, where=_WHERE)}
     elif kind == "yarn":
         scaling = _describe_yarn(config)
     elif kind in LONGROPE and architecture.has_longrope:
@@ -169,7 +174,7 @@ def describe_positions(architecture: Architecture, config: Mapping[str, Any]) ->
 
 def _describe_yarn(config: Mapping[str, Any]) -> dict[str, Any]:
     """Say how far positions are stretched, and by what attention grows beyond the usual."""
-    settings, original = rope_settings(config), original_length(config)
+    settings, original = read_rope_settings(config), find_original_length(config)
     others = [
         f"{key} {settings[key]}"
         for key, usual in _YARN.items()
@@ -181,13 +186,15 @@ def _describe_yarn(config: Mapping[str, Any]) -> dict[str, Any]:
             f"with {', '.join(f'{key} {usual}' for key, usual in _YARN.items())}. Choose another "
             "format."
         )
-    times = need(config, "max_position_embeddings", int) / original
-    factor = need(settings, "factor", float, times, where=_WHERE)
+    times = require_number(config, "max_position_embeddings", int) / original
+    factor = require_number(settings, "factor", float, times, where=_WHERE)
     grown = _grow(factor)
     if settings.get("mscale") and settings.get("mscale_all_dim"):
-        parts = [need(settings, k, float, where=_WHERE) for k in ("mscale", "mscale_all_dim")]
+        parts = [
+            require_number(settings, k, float, where=_WHERE) for k in ("mscale", "mscale_all_dim")
+        ]
         grown = _grow(factor, parts[0]) / _grow(factor, parts[1])
-    grown = need(settings, "attention_factor", float, grown, where=_WHERE)
+    grown = require_number(settings, "attention_factor", float, grown, where=_WHERE)
     # llama.cpp itself lets attention grow with the factor, and multiplies by this.
     extra = grown / _grow(factor)
     pairs = {"type": "yarn", "factor": factor, "original_context_length": original}
@@ -201,11 +208,11 @@ def _grow(factor: float, share: float = 1.0) -> float:
 
 def _describe_longrope(config: Mapping[str, Any]) -> dict[str, Any]:
     """Say from where on the long factors hold, and by what attention grows with them."""
-    settings, original = rope_settings(config), original_length(config)
-    times = need(config, "max_position_embeddings", int) / original
-    times = need(settings, "factor", float, times, where=_WHERE)
+    settings, original = read_rope_settings(config), find_original_length(config)
+    times = require_number(config, "max_position_embeddings", int) / original
+    times = require_number(settings, "factor", float, times, where=_WHERE)
     grown = math.sqrt(1 + math.log(times) / math.log(original)) if times > 1 else 1.0
     return {
         "original_context_length": original,
-        "attn_factor": need(settings, "attention_factor", float, grown, where=_WHERE),
+        "attn_factor": require_number(settings, "attention_factor", float, grown, where=_WHERE),
     }

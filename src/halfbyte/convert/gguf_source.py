@@ -21,7 +21,7 @@ from halfbyte.convert.gguf_architecture import (
     IN_FLOAT32,
     Architecture,
 )
-from halfbyte.convert.gguf_blocks import PLAIN, read_blocks, read_plain
+from halfbyte.convert.gguf_blocks import PLAIN, decode_blocks, decode_plain
 from halfbyte.convert.gguf_config import check_complete, read_config
 from halfbyte.convert.gguf_file import F32, Q4_0, Q4_1, Q8_0, GgufFile, GgufTensor, open_gguf
 from halfbyte.convert.gguf_positions import FACTOR_TENSORS
@@ -156,7 +156,7 @@ class GgufSource:
             CheckpointError: It is damaged.
         """
         info = self.linears[name]
-        linear = read_blocks(info.name, self.file.read(info), info.kind, info.shape)
+        linear = decode_blocks(info.name, self.file.read(info), info.kind, info.shape)
         if f"{name}.bias" in self.places:
             linear = replace(linear, bias=self._narrow(self._plain(f"{name}.bias")))
         order = self._order(name, linear.out_features)
@@ -172,7 +172,7 @@ class GgufSource:
         tensor = tensor if order is None else tensor[order]
         if self.architecture.norm_shift and name.endswith("norm.weight"):
             tensor = tensor - self.architecture.norm_shift
-        if tensor.dim() == 2 and self.architecture.is_turned(name):
+        if tensor.dim() == 2 and self.architecture.is_transposed(name):
             tensor = tensor.t().contiguous()
         spec = self.others[name]
         is_widened = _is_widened(self.places[name])
@@ -208,7 +208,7 @@ class GgufSource:
 
     def _plain(self, name: str) -> Tensor:
         info = self.places[name]
-        return read_plain(info.name, self.file.read(info), info.kind, info.shape)
+        return decode_plain(info.name, self.file.read(info), info.kind, info.shape)
 
     def _narrow(self, tensor: Tensor) -> Tensor:
         """Give the model's own type to what GGUF holds in 32 bits, unless that would round it."""
@@ -229,7 +229,7 @@ def _is_widened(info: GgufTensor) -> bool:
 def _describe_other(architecture: Architecture, name: str, info: GgufTensor) -> TensorSpec:
     """Say what a tensor is in Transformers' order of axes."""
     shape = info.shape
-    if len(shape) == 2 and architecture.is_turned(name):
+    if len(shape) == 2 and architecture.is_transposed(name):
         shape = shape[::-1]
     if name.endswith("shared_expert_gate.weight"):
         shape = (1, *shape)

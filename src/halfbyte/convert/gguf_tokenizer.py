@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halfbyte.checkpoint.companions import MORE_TEMPLATES
+from halfbyte.checkpoint.companions import EXTRA_TEMPLATES_FOLDER
 from halfbyte.checkpoint.header import parse_json_object
-from halfbyte.convert.gguf_fields import need
+from halfbyte.convert.gguf_fields import require_number
 from halfbyte.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def describe_tokenizer(
         )
     _check_normalizers(tokenizer)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    tokens, kinds = _list_tokens(tokenizer, need(config, "vocab_size", int))
+    tokens, kinds = _list_tokens(tokenizer, require_number(config, "vocab_size", int))
     pairs: dict[str, Any] = {}
     if model.get("byte_fallback"):
         pairs["tokenizer.ggml.model"] = "llama"
@@ -103,7 +103,7 @@ def describe_tokenizer(
     return pairs | _describe_templates(folder, settings)
 
 
-def note_tokenizer(folder: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
+def list_tokenizer_limitations(folder: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
     """Say what of a tokenizer llama.cpp does not do, and what is left out.
 
     Args:
@@ -121,7 +121,7 @@ def note_tokenizer(folder: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
             f"the tokenizer brings text into one Unicode form ({', '.join(found)}) and llama.cpp "
             "does not: accents written as characters of their own become other tokens"
         )
-    size = need(config, "vocab_size", int)
+    size = require_number(config, "vocab_size", int)
     beyond = [added["content"] for added in _list_added(tokenizer) if added["id"] >= size]
     if beyond:
         more = f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""
@@ -291,7 +291,7 @@ def _describe_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, 
         entry.get("name"): entry.get("template") for entry in listed if isinstance(entry, dict)
     }
     files = {DEFAULT: folder / CHAT_TEMPLATE}
-    files |= {path.stem: path for path in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
+    files |= {path.stem: path for path in sorted((folder / EXTRA_TEMPLATES_FOLDER).glob("*.jinja"))}
     templates |= {
         name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()
     }

@@ -15,10 +15,10 @@ from halfbyte.checkpoint.new_folder import check_new_folder
 from halfbyte.convert.coded_linear import CodedSpec
 from halfbyte.convert.folder import Written
 from halfbyte.convert.gguf_architecture import EMBEDDING, HEAD, Architecture, find_architecture
-from halfbyte.convert.gguf_blocks import read_plain, spell_blocks, spell_plain
+from halfbyte.convert.gguf_blocks import decode_plain, encode_blocks, encode_plain
 from halfbyte.convert.gguf_file import F32, Q4_1, Q8_0, write_gguf_file
-from halfbyte.convert.gguf_hyperparameters import note_limits
-from halfbyte.convert.gguf_metadata import describe_file
+from halfbyte.convert.gguf_hyperparameters import list_limitations
+from halfbyte.convert.gguf_metadata import build_metadata
 from halfbyte.convert.gguf_plan import (
     CHOICES,
     Entry,
@@ -28,9 +28,9 @@ from halfbyte.convert.gguf_plan import (
     plan_entries,
 )
 from halfbyte.convert.gguf_positions import make_rope_factors
-from halfbyte.convert.gguf_tokenizer import note_tokenizer
-from halfbyte.convert.prefetch import run_ahead
-from halfbyte.convert.report import RoundedTensor, measure_rounding, sample_rows, worst_first
+from halfbyte.convert.gguf_tokenizer import list_tokenizer_limitations
+from halfbyte.convert.prefetch import prefetch
+from halfbyte.convert.report import RoundedTensor, measure_rounding, sample_rows, sort_by_error
 from halfbyte.convert.source import Source
 from halfbyte.errors import ConfigError
 
@@ -62,7 +62,7 @@ def write_gguf(
     kinds, reasons = choose_types(specs, options)
     entries = plan_entries(source, specs, architecture, kinds, reasons, options)
     table = make_table(entries)
-    pairs = describe_file(source, specs, architecture, kinds, options.pre_tokenizer)
+    pairs = build_metadata(source, specs, architecture, kinds, options.pre_tokenizer)
     path.parent.mkdir(parents=True, exist_ok=True)
     rounded: list[RoundedTensor] = []
     tensors = _make_tensors(source, architecture, entries, rounded)
@@ -70,11 +70,11 @@ def write_gguf(
     return Written(
         path=path,
         holds={name: kind.name for name, kind in kinds.items()},
-        rounded=worst_first(rounded),
+        rounded=sort_by_error(rounded),
         num_bytes=size,
         notes=(
-            *note_limits(architecture, source.model_config),
-            *note_tokenizer(source.tokenizer_folder, source.model_config),
+            *list_limitations(architecture, source.model_config),
+            *list_tokenizer_limitations(source.tokenizer_folder, source.model_config),
             *_notes(source, entries),
             *_note_head(source, entries, options),
         ),
@@ -92,7 +92,7 @@ def _make_tensors(
     def prepare(entry: Entry) -> Tensor:
         return _make_tensor(source, architecture, entry, rounded)
 
-    return run_ahead(prepare, entries)
+    return prefetch(prepare, entries)
 
 
 def _make_tensor(
@@ -101,42 +101,42 @@ def _make_tensor(
     """Load and spell one tensor."""
     config = source.model_config
     if entry.part == "factors":
-        return spell_plain(make_rope_factors(config)[entry.source], F32)
+        return encode_plain(make_rope_factors(config)[entry.source], F32)
     module = entry.source if entry.part != "other" else entry.source.rpartition(".")[0]
     order = architecture.row_order(module, config, entry.shape[0])
     if entry.part == "other":
         tensor = source.load_other(entry.source)
-        if tensor.dim() == 2 and architecture.is_turned(entry.source):
+        if tensor.dim() == 2 and architecture.is_transposed(entry.source):
             tensor = tensor.t().contiguous()
         tensor = tensor if order is None else tensor[order]
         if architecture.norm_shift and entry.source.endswith("norm.weight"):
             tensor = tensor.float() + architecture.norm_shift
-        return _spell(entry, tensor, rounded)
+        return _encode(entry, tensor, rounded)
     linear = source.load_linear(entry.source)
     linear = linear if order is None else linear.take_rows(order)
     if entry.part == "bias":
         assert linear.bias is not None
-        return spell_plain(linear.bias, F32)
+        return encode_plain(linear.bias, F32)
     if entry.part == "weight":
-        return _spell(entry, linear.dequantize(), rounded)
+        return _encode(entry, linear.dequantize(), rounded)
     bits = 8 if entry.kind == Q8_0 else 4
-    held = linear.widen(bits) if entry.kind == Q4_1 else linear.recentre(bits)
-    data = spell_blocks(held, entry.kind).view(-1)
+    held = linear.widen(bits) if entry.kind == Q4_1 else linear.recenter(bits)
+    data = encode_blocks(held, entry.kind).view(-1)
     if entry.how is not None:
         rows = sample_rows(linear.out_features)
         shape = (len(rows), linear.in_features)
-        again = read_plain(entry.name, data.view(entry.shape[0], -1)[rows], entry.kind, shape)
+        again = decode_plain(entry.name, data.view(entry.shape[0], -1)[rows], entry.kind, shape)
         weight = linear.take_rows(rows).dequantize()
         rounded.append(measure_rounding(entry.source, entry.how, weight, again))
     return data
 
 
-def _spell(entry: Entry, tensor: Tensor, rounded: list[RoundedTensor]) -> Tensor:
-    data = spell_plain(tensor, entry.kind)
+def _encode(entry: Entry, tensor: Tensor, rounded: list[RoundedTensor]) -> Tensor:
+    data = encode_plain(tensor, entry.kind)
     if entry.how is not None:
         rows = sample_rows(entry.shape[0])
         shape = (len(rows), *entry.shape[1:])
-        again = read_plain(entry.name, data.view(entry.shape[0], -1)[rows], entry.kind, shape)
+        again = decode_plain(entry.name, data.view(entry.shape[0], -1)[rows], entry.kind, shape)
         found = measure_rounding(entry.source, entry.how, tensor[rows], again)
         if found.relative_error > 0:
             rounded.append(found)
@@ -159,7 +159,7 @@ def _notes(source: Source, entries: list[Entry]) -> tuple[str, ...]:
                 continue
             size = values.numel() // kind.block * kind.num_bytes
             shape = tuple(rows.shape)
-            again = read_plain("", spell_plain(rows, kind), kind, shape)
+            again = decode_plain("", encode_plain(rows, kind), kind, shape)
             error = measure_rounding("", "", rows, again).relative_error
             parts.append(f"{choice} {size / 1e6:.1f} MB with an error of {error:.2%}")
         kept = f"{module} is {entry.kind.name}, {entry.num_bytes / 1e6:.1f} MB"

@@ -59,7 +59,7 @@ class GptqSource:
         Raises:
             ConfigError: It has offsets.
         """
-        facts = self.checkpoint.load_facts(name)
+        facts = self.checkpoint.load_info(name)
         layout = facts.layout
         if layout.has_offsets:
             raise ConfigError(
@@ -119,7 +119,7 @@ class GptqTarget:
     format: str = "gptq"
 
     @classmethod
-    def fit(cls, specs: Mapping[str, CodedSpec]) -> GptqTarget:
+    def from_specs(cls, specs: Mapping[str, CodedSpec]) -> GptqTarget:
         """Choose the dialect that holds every zero."""
         zeros = (spec.zero_low for spec in specs.values() if not spec.has_free_minima)
         lowest = min(zeros, default=1)
@@ -143,7 +143,7 @@ class GptqTarget:
         """Give None: what is not exact here has no better form than 16 bits."""
         return None
 
-    def announce(self, spec: CodedSpec) -> dict[str, TensorSpec]:
+    def list_tensors(self, spec: CodedSpec) -> dict[str, TensorSpec]:
         """Give the tensors that a linear will be, by suffix."""
         bits, out = _stored_bits(spec.bits), spec.out_features
         tensors = {
@@ -154,7 +154,7 @@ class GptqTarget:
         }
         return tensors if spec.bias is None else {**tensors, "bias": spec.bias}
 
-    def spell(self, linear: CodedLinear) -> dict[str, Tensor]:
+    def encode(self, linear: CodedLinear) -> dict[str, Tensor]:
         """Make them."""
         linear = linear.widen(_stored_bits(linear.bits))
         tensors = {
@@ -178,7 +178,7 @@ class GptqTarget:
             bias=tensors.get("bias"),
         )
 
-    def label(
+    def make_config(
         self, coded: Mapping[str, CodedSpec], dense: list[str], model_config: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Give the whole ``config.json``."""

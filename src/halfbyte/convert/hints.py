@@ -78,8 +78,8 @@ def restore(linear: CodedLinear, bits: int, group_size: int) -> CodedLinear:
     """
     of_block = torch.arange(0, linear.in_features, linear.group_size) // group_size
     first = torch.arange(0, linear.in_features, group_size) // linear.group_size
-    merged = linear.choose_groups(first, group_size)
-    again = merged.choose_groups(of_block, linear.group_size)
+    merged = linear.select_groups(first, group_size)
+    again = merged.select_groups(of_block, linear.group_size)
     if not (
         torch.equal(again.scales, linear.scales)
         and torch.equal(again.zeros, linear.zeros)

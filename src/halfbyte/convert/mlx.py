@@ -29,7 +29,7 @@ from halfbyte.convert.source import (
     FolderSource,
     check_finite,
     check_shape,
-    need,
+    require_matrices,
     view_tensors,
 )
 from halfbyte.errors import CheckpointError
@@ -145,7 +145,7 @@ def _bits(parts: Mapping[str, TensorSpec], group_size: int) -> int:
 
 
 def _check_parts(name: str, parts: Mapping[str, TensorSpec], group_size: int) -> None:
-    need(name, parts, ("weight", "scales", "biases"))
+    require_matrices(name, parts, ("weight", "scales", "biases"))
     out_features, groups = parts["scales"].shape
     bits = _bits(parts, group_size)
     in_features = groups * group_size
@@ -195,7 +195,7 @@ class MlxTarget:
             return f"groups of {spec.group_size}; MLX takes equal groups of {GROUP_SIZES}"
         return None
 
-    def announce(self, spec: CodedSpec) -> dict[str, TensorSpec]:
+    def list_tensors(self, spec: CodedSpec) -> dict[str, TensorSpec]:
         """Give the tensors that a linear will be, by suffix."""
         words = spec.in_features * spec.bits // 32
         grid = (spec.out_features, spec.in_features // choose_group(spec))
@@ -206,7 +206,7 @@ class MlxTarget:
         }
         return tensors if spec.bias is None else {**tensors, "bias": spec.bias}
 
-    def spell(self, linear: CodedLinear) -> dict[str, Tensor]:
+    def encode(self, linear: CodedLinear) -> dict[str, Tensor]:
         """Make them."""
         linear = linear.split_groups(choose_group(linear.describe()))
         tensors = {
@@ -229,7 +229,7 @@ class MlxTarget:
             free_minima=tensors["biases"],
         )
 
-    def label(
+    def make_config(
         self, coded: Mapping[str, CodedSpec], dense: list[str], model_config: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Give the whole ``config.json``."""

@@ -14,7 +14,7 @@ WORKERS = 2
 """Reading waits and compiled code computes without the interpreter: two at a time use two cores."""
 
 
-def run_ahead(prepare: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+def prefetch(prepare: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """Give the results in order; the next ones are prepared in threads while the caller uses one.
 
     Args:

@@ -73,7 +73,7 @@ def sample_rows(number: int) -> Tensor:
     return (starts[:, None] * ROW_BLOCK + torch.arange(ROW_BLOCK)).flatten()
 
 
-def worst_first(rounded: Iterable[RoundedTensor]) -> tuple[RoundedTensor, ...]:
+def sort_by_error(rounded: Iterable[RoundedTensor]) -> tuple[RoundedTensor, ...]:
     """Order measurements by their error: they come in whatever order they were made."""
     return tuple(sorted(rounded, key=lambda found: (-found.relative_error, found.name)))
 

@@ -166,11 +166,11 @@ def choose_target(
         The target, with what it decides for the whole model.
     """
     if config.to == "awq":
-        return AwqTarget.fit(specs)
+        return AwqTarget.from_specs(specs)
     if config.to == "gptq":
-        return GptqTarget.fit(specs)
+        return GptqTarget.from_specs(specs)
     if config.to == "hf":
-        return DenseTarget.fit(DTYPES[config.dtype], model_config)
+        return DenseTarget.from_config(DTYPES[config.dtype], model_config)
     return MlxTarget() if config.to == "mlx" else CompressedTensorsTarget()
 
 

@@ -156,7 +156,7 @@ def view_tensors(
     return TensorFilesView(files=files, parts=parts, others=others)
 
 
-def need(name: str, parts: Mapping[str, TensorSpec], suffixes: tuple[str, ...]) -> None:
+def require_matrices(name: str, parts: Mapping[str, TensorSpec], suffixes: tuple[str, ...]) -> None:
     """Check that a module has its tensors, and that they are matrices.
 
     Args:

@@ -27,16 +27,16 @@ class FolderTarget(Protocol):
     def find_rounding(self, spec: CodedSpec) -> str | None:
         """Say what this format rounds of it; None where nothing, or where it cannot hold it."""
 
-    def announce(self, spec: CodedSpec) -> dict[str, TensorSpec]:
+    def list_tensors(self, spec: CodedSpec) -> dict[str, TensorSpec]:
         """Give the tensors that it will be, by suffix."""
 
-    def spell(self, linear: CodedLinear) -> dict[str, Tensor]:
+    def encode(self, linear: CodedLinear) -> dict[str, Tensor]:
         """Make them."""
 
     def decode(self, tensors: Mapping[str, Tensor], spec: CodedSpec) -> CodedLinear | Tensor:
         """Read them back: the linear, or its weight in float32 where it is no longer one."""
 
-    def label(
+    def make_config(
         self, coded: Mapping[str, CodedSpec], dense: list[str], model_config: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Give the whole ``config.json``."""

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from halfbyte.checkpoint.read import LinearFacts
+from halfbyte.checkpoint.read import LinearInfo
 from halfbyte.errors import CheckpointError
 from halfbyte.kernels.contract import LinearSpec
 from halfbyte.nn.linear import QuantLinear
@@ -25,7 +25,7 @@ from halfbyte.nn.linear import QuantLinear
 class StoredLinear:
     """One quantized linear of a checkpoint: what it is, and the dtypes of its tensors."""
 
-    facts: LinearFacts
+    facts: LinearInfo
     dtypes: Mapping[str, torch.dtype]
     """By suffix: "scales" and, where the file has them, "g_idx" and "bias"."""
 
