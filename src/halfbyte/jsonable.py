@@ -1,4 +1,4 @@
-"""Results as plain values, for JSON."""
+"""Conversion of results to values that JSON can represent."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 
 def to_jsonable(value: Any) -> Any:
-    """Turn a result into what JSON can hold.
+    """Convert a result to values that JSON can represent.
 
     Args:
-        value: Plain values, dataclasses (by ``to_dict`` where they have one) and paths, nested at
-            will.
+        value: Plain values, dataclasses (converted by their ``to_dict`` if they have one) and
+            paths, arbitrarily nested.
 
     Returns:
-        The same as dicts, lists, texts and numbers; infinity and not-a-number become None.
+        Dicts, lists, strings and numbers; infinity and NaN become None.
     """
     if hasattr(value, "to_dict"):
         return to_jsonable(value.to_dict())

@@ -64,7 +64,7 @@ def test_a_file_system_that_cannot_is_written_through_its_cache(tmp_path, monkey
         if without == "the system":
             monkeypatch.setattr(direct_io, "_DIRECT", 0)
         elif without == "the flag":
-            monkeypatch.setattr(direct_io, "_set_direct", lambda handle, *, wanted: False)
+            monkeypatch.setattr(direct_io, "_set_direct", lambda handle, *, enabled: False)
         else:
             handle = RefusesDirect(file)
         direct_io.write_direct(handle, [content])

@@ -53,6 +53,8 @@ def test_every_flipped_bit_of_the_weights_is_found_by_the_digests(bases, tmp_pat
             damaged = bytearray(content)
             damaged[place] ^= 1 << rng.randrange(8)
             info.file.write_bytes(damaged)
-            with pytest.raises(Exception, match=f"Tensor {info.name} of .* is not as it was"):
+            with pytest.raises(
+                Exception, match=f"Tensor {info.name} of .* was changed after writing"
+            ):
                 checkpoint.verify()
         info.file.write_bytes(content)

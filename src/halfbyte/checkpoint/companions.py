@@ -1,4 +1,4 @@
-"""What stands beside the weights of a model and goes with it: tokenizer, template, licence."""
+"""Auxiliary files of a model folder: tokenizer, chat templates, generation config, license."""
 
 from __future__ import annotations
 
@@ -19,39 +19,39 @@ NOT_COPIED = (
     MANIFEST_FILE,
 )
 EXTRA_TEMPLATES_FOLDER = "additional_chat_templates"
-"""The folder of the chat templates that a model has beside its own."""
+"""Folder of a model's chat templates other than the default one."""
 
 
 def find_companions(folder: Path) -> list[Path]:
-    """Find tokenizer, chat templates, generation settings and licence; never code, never weights.
+    """Find tokenizer, chat templates, generation config and license; never code or weights.
 
     Args:
-        folder: A model's.
+        folder: A model folder.
 
     Returns:
         The files, sorted.
 
     Raises:
-        CheckpointError: One is a link to nowhere or out of the folder.
+        CheckpointError: A file is a link that is broken or leaves the folder.
     """
     found: list[Path] = []
     for path in sorted([*folder.iterdir(), *(folder / EXTRA_TEMPLATES_FOLDER).glob("*.jinja")]):
-        named = path.name.endswith(COPIED_SUFFIXES) or path.name.upper().startswith("LICENSE")
-        left = path.name in NOT_COPIED or path.name.endswith(".index.json")
-        if named and not left and not path.is_dir():
+        is_included = path.name.endswith(COPIED_SUFFIXES) or path.name.upper().startswith("LICENSE")
+        is_excluded = path.name in NOT_COPIED or path.name.endswith(".index.json")
+        if is_included and not is_excluded and not path.is_dir():
             found.append(check_model_file(folder, str(path.relative_to(folder))))
     return found
 
 
 def copy_companions(source: Path, output: Path) -> None:
-    """Copy what :func:`find_companions` finds.
+    """Copy the files that :func:`find_companions` finds.
 
     Args:
-        source: The base model's folder.
-        output: The checkpoint's.
+        source: Folder of the base model.
+        output: Folder of the checkpoint.
 
     Raises:
-        CheckpointError: A file cannot be copied, or is a link to nowhere or out of the folder.
+        CheckpointError: A file cannot be copied, or is a link that is broken or leaves the folder.
     """
     for path in find_companions(source):
         place = output / path.relative_to(source)
