@@ -208,7 +208,7 @@ def test_pickled_weights_are_refused_even_where_answers_are_kept(base, run, make
         weights = folder / "model.safetensors"
         torch.save({}, folder / "pytorch_model.bin")
         weights.unlink()
-        with pytest.raises(CheckpointError, match=r"pickles only \(pytorch_model.bin\)"):
+        with pytest.raises(CheckpointError, match=r"stored only as pickles \(pytorch_model.bin\)"):
             run(folder)
 
 
