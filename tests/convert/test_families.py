@@ -199,10 +199,10 @@ def test_blocks_must_be_alike_and_as_many_as_the_base_says(tmp_path):
     architecture = find_architecture({"architectures": ["LlamaForCausalLM"]})
     with pytest.raises(CheckpointError, match=r"no tensor blk\.0\.attn_q\.bias"):
         check_complete(uneven, architecture, {})
-    with pytest.raises(CheckpointError, match="has 3 blocks, and the base's config says 4"):
+    with pytest.raises(CheckpointError, match="has 3 blocks, but the base's config says 4"):
         check_complete(file, architecture, {"n_layer": 4})
     split = replace(file, pairs={**file.pairs, "split.count": 2})
-    with pytest.raises(CheckpointError, match=r"one of the 2 files .* llama-gguf-split --merge"):
+    with pytest.raises(CheckpointError, match=r"one of 2 files .* llama-gguf-split --merge"):
         check_complete(split, architecture, {})
 
 

@@ -57,7 +57,9 @@ def test_heads_that_do_not_fit_are_refused(config):
 
 
 def test_other_architectures_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"PhiForCausalLM: written are LlamaForCausalLM, .*Qwen3"):
+    with pytest.raises(
+        ValueError, match=r"PhiForCausalLM: the supported classes are LlamaForCausalLM, .*Qwen3"
+    ):
         find_architecture({"architectures": ["PhiForCausalLM"]})
 
 
@@ -90,7 +92,8 @@ def test_factors_of_longrope_must_be_as_many_as_what_turns():
     assert pairs["phi3.rope.scaling.original_context_length"] == 32
     assert pairs["phi3.rope.scaling.attn_factor"] == pytest.approx((1 + 2 / 5) ** 0.5)
     assert (
-        "more than 32 it takes the long" in list_limitations(BY_CLASS["Phi3ForCausalLM"], config)[0]
+        "more than 32, it uses those for long"
+        in list_limitations(BY_CLASS["Phi3ForCausalLM"], config)[0]
     )
     own = {**parameters, "factor": 2.0, "original_max_position_embeddings": 64}
     config.pop("original_max_position_embeddings")
@@ -98,11 +101,14 @@ def test_factors_of_longrope_must_be_as_many_as_what_turns():
     pairs = describe_model(BY_CLASS["Phi3ForCausalLM"], config)
     assert pairs["phi3.rope.scaling.attn_factor"] == pytest.approx((1 + 1 / 6) ** 0.5)
     assert (
-        "more than 64 it takes the long" in list_limitations(BY_CLASS["Phi3ForCausalLM"], config)[0]
+        "more than 64, it uses those for long"
+        in list_limitations(BY_CLASS["Phi3ForCausalLM"], config)[0]
     )
     config["rope_parameters"] = parameters
     parameters["short_factor"] = [1.0] * 5
-    with pytest.raises(ValueError, match=r"short_factor has 5 numbers, .* turn 8 .* needs 4"):
+    with pytest.raises(
+        ValueError, match=r"short_factor in the config has 5 numbers, .* dimension of 8 needs 4"
+    ):
         make_rope_factors(config)
     parameters["partial_rotary_factor"] = 1.0
     with pytest.raises(ValueError, match="for 'llama' are default, linear, yarn and llama3"):
@@ -152,7 +158,9 @@ def test_what_llama_cpp_does_otherwise_is_said_or_refused():
     assert "beyond 4096 tokens" in list_limitations(mistral, {"sliding_window": 4096})[0]
     assert list_limitations(mistral, {"sliding_window": None}) == ()
     config = build_family("gemma2").config.to_dict()
-    with pytest.raises(ValueError, match=r"query_pre_attn_scalar is 256, .* head size 16"):
+    with pytest.raises(
+        ValueError, match=r"query_pre_attn_scalar in the config is 256, .* head size 16"
+    ):
         describe_model(BY_CLASS["Gemma2ForCausalLM"], config)
     pairs = describe_model(BY_CLASS["Gemma2ForCausalLM"], {**config, "query_pre_attn_scalar": 16})
     assert pairs["gemma2.attention.sliding_window"] == 16
@@ -161,9 +169,9 @@ def test_what_llama_cpp_does_otherwise_is_said_or_refused():
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("LlamaForCausalLM", {"hidden_act": "gelu"}, "is 'gelu', .* 'llama' computes silu"),
-        ("GemmaForCausalLM", {"hidden_activation": "relu"}, "computes gelu_pytorch_tanh"),
-        ("LlamaForCausalLM", {"partial_rotary_factor": 0.5}, "turn 50% of each head"),
+        ("LlamaForCausalLM", {"hidden_act": "gelu"}, "is 'gelu', .* 'llama' has silu"),
+        ("GemmaForCausalLM", {"hidden_activation": "relu"}, "has gelu_pytorch_tanh"),
+        ("LlamaForCausalLM", {"partial_rotary_factor": 0.5}, "RoPE on 50% of each head"),
         ("LlamaForCausalLM", {"rms_norm_eps": None}, "has no rms_norm_eps"),
         (
             "LlamaForCausalLM",
@@ -171,16 +179,20 @@ def test_what_llama_cpp_does_otherwise_is_said_or_refused():
             r"intermediate_size .*'\[96\]'; a pos",
         ),
         ("Gemma2ForCausalLM", {"final_logit_softcapping": None}, "no final_logit.* caps both"),
-        ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 0, 1, 0]}, "in each 4th block"),
+        ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 0, 1, 0]}, "in every 4th block"),
         ("SmolLM3ForCausalLM", {"no_rope_layers": None, "no_rope_layer_interval": 2}, "4th block"),
         ("Gemma3ForCausalLM", {"query_pre_attn_scalar": 168}, "is 168, .* head size 16"),
         ("Gemma3ForCausalLM", {"attn_logit_softcapping": 50.0}, "has attn_logit_softcapping"),
-        ("Qwen3MoeForCausalLM", {"norm_topk_prob": False}, "norm_topk_prob False, .* sum to one"),
+        (
+            "Qwen3MoeForCausalLM",
+            {"norm_topk_prob": False},
+            "norm_topk_prob False, .* with normalized weights",
+        ),
         ("Qwen2MoeForCausalLM", {"mlp_only_layers": [0]}, "has mlp_only_layers, .* every block"),
         ("MixtralForCausalLM", {"num_local_experts": None}, "has no num_local_experts"),
         ("OlmoeForCausalLM", {"clip_qkv": 8.0}, "has clip_qkv 8.0"),
         ("OlmoeForCausalLM", {"num_key_value_heads": 2}, "2 key and value heads for 4 heads"),
-        ("GPT2LMHeadModel", {"scale_attn_weights": False}, "scales attention in another way"),
+        ("GPT2LMHeadModel", {"scale_attn_weights": False}, "changes the scale of attention"),
     ],
 )
 def test_what_llama_cpp_takes_for_granted_is_checked(name, changes, message):

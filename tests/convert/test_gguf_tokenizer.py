@@ -73,10 +73,10 @@ def test_words_cut_almost_as_llama_cpp_does_are_not_taken_for_the_same(tmp_path,
 def test_normalizers_are_noted_or_refused(tmp_path):
     change_tokenizer(tmp_path, lambda content: content.update(normalizer={"type": "NFC"}))
     assert describe_tokenizer(tmp_path, TINY_CONFIG)["tokenizer.ggml.pre"] == "gpt-2"
-    assert "one Unicode form (NFC)" in list_tokenizer_limitations(tmp_path, TINY_CONFIG)[0]
+    assert "normalizes Unicode (NFC)" in list_tokenizer_limitations(tmp_path, TINY_CONFIG)[0]
     steps = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}
     change_tokenizer(tmp_path, lambda content: content.update(normalizer=steps))
-    with pytest.raises(ConfigError, match=r"changes text before it cuts it \(Lowercase\)"):
+    with pytest.raises(ConfigError, match=r"the tokenizer normalizes text \(Lowercase\)"):
         describe_tokenizer(tmp_path, TINY_CONFIG, "gpt-2")
 
 
@@ -87,7 +87,7 @@ def test_files_that_are_no_tokenizers_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"tokenizer_config.json: it is not valid JSON"):
         describe_tokenizer(tmp_path, TINY_CONFIG)
     (tmp_path / "tokenizer.json").write_text(pointer)
-    with pytest.raises(ConfigError, match=r"tokenizer.json is no tokenizer \(expected"):
+    with pytest.raises(ConfigError, match=r"tokenizer.json is not a valid tokenizer \(expected"):
         describe_tokenizer(tmp_path, TINY_CONFIG)
     change_tokenizer(tmp_path, lambda content: content["model"].update(merges=[]))
     with pytest.raises(ConfigError, match="the tokenizer has no merges"):
@@ -134,7 +134,7 @@ def test_every_chat_template_is_written(tmp_path, in_files):
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     write_tokenizer(tmp_path)
-    with pytest.raises(ValueError, match="'the' has the id 259, and the model has 250 tokens"):
+    with pytest.raises(ValueError, match="'the' has the id 259, but the model has only 250 tokens"):
         describe_tokenizer(tmp_path, {**TINY_CONFIG, "vocab_size": 250})
 
 
@@ -145,9 +145,7 @@ def test_added_tokens_that_the_model_has_not_are_left_out(tmp_path):
     config = {**TINY_CONFIG, "vocab_size": 260}
     assert len(describe_tokenizer(tmp_path, config)["tokenizer.ggml.tokens"]) == 260
     (note,) = list_tokenizer_limitations(tmp_path, config)
-    assert note.startswith(
-        "left out of the tokenizer: <image>, whose ids come after the model's 260"
-    )
+    assert note.startswith("left out of the tokenizer: <image>, with ids beyond the model's 260")
     assert list_tokenizer_limitations(tmp_path, {**config, "vocab_size": 261}) == ()
 
 

@@ -242,8 +242,9 @@ def explain_missing_weights(folder: Path) -> str:
         )
     return (
         f"Cannot open checkpoint {folder}: its weights are stored only as pickles "
-        f"({', '.join(pickles[:2])}), and loading a pickle can run arbitrary code. If you trust their source, convert each "
-        "of them once, in an isolated environment (a container without network): "
+        f"({', '.join(pickles[:2])}), and loading a pickle can run arbitrary code. "
+        "If you trust their source, convert each of them once, in an isolated environment (a "
+        "container without network): "
         'python -c "import torch; from safetensors.torch import save_file; save_file({k: '
         f"v.clone().contiguous() for k, v in torch.load('{pickles[0]}', weights_only=True).items()"
         "}, 'model.safetensors', metadata={'format': 'pt'})\""

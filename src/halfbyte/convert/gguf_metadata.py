@@ -1,4 +1,4 @@
-"""What a GGUF file says of itself: origin, hyperparameters, tokenizer."""
+"""The metadata of a GGUF file: origin, hyperparameters, tokenizer."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ def build_metadata(
     kinds: Mapping[str, BlockType],
     pre_tokenizer: str | None,
 ) -> dict[str, Any]:
-    """Gather all pairs of a file.
+    """Build the metadata of a file.
 
     Args:
         source: The model; tokenizer and model card are in its folder.
-        specs: Its linears' facts.
-        architecture: Its family.
-        kinds: By linear: the block type.
-        pre_tokenizer: llama.cpp's name of the way of cutting words; None: found out.
+        specs: Properties of its linears.
+        architecture: Its architecture.
+        kinds: Block type by linear.
+        pre_tokenizer: llama.cpp's name of the pre-tokenizer; None to detect it.
 
     Returns:
-        The pairs.
+        The key-value pairs.
     """
-    most = Counter(kinds.values()).most_common(1)[0][0]
+    most_common = Counter(kinds.values()).most_common(1)[0][0]
     config = source.model_config
     pairs: dict[str, Any] = {
         "general.architecture": architecture.name,
         "general.type": "model",
-        "general.name": _name_of(source),
+        "general.name": name_folder(source.tokenizer_folder),
         "general.quantization_version": 2,
-        "general.file_type": _FILE_TYPES[most],
+        "general.file_type": _FILE_TYPES[most_common],
         "general.quantized_by": f"halfbyte {__version__}",
         HINT_KEY: describe_hints({n: s for n, s in specs.items() if kinds[n] not in PLAIN}),
     }
@@ -56,12 +56,8 @@ def build_metadata(
     return pairs | describe_tokenizer(source.tokenizer_folder, config, pre_tokenizer)
 
 
-def _name_of(source: Source) -> str:
-    return name_folder(source.tokenizer_folder)
-
-
 def _describe_origin(source: Source) -> dict[str, Any]:
-    """Carry base model and licence over from the front matter of the README."""
+    """Copy base model and license from the front matter of the README."""
     front = read_front_matter(source.tokenizer_folder)
     pairs: dict[str, Any] = {}
     if isinstance(front.get("license"), str):

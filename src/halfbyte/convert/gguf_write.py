@@ -1,7 +1,8 @@
 """Write a GGUF file: metadata and tokenizer, then one tensor after another.
 
-Linears become Q4_0 where (code - zero) fits -8..7, Q8_0 where it fits -128..127: exact. Other
-tensors keep their type, vectors become F32: exact too. Embeddings and head by choice.
+Linears become Q4_0 if (code - zero) is in -8..7, or Q8_0 if it is in -128..127; both are exact.
+Other matrices keep their type, and vectors become F32, also exactly. The types of embeddings and
+head can be chosen.
 """
 
 from __future__ import annotations
@@ -42,16 +43,16 @@ def write_gguf(
 
     Args:
         source: The model.
-        specs: Its linears' facts.
+        specs: Properties of its linears.
         output: The file, or a folder for ``model.gguf``.
-        options: Choices.
+        options: Options.
 
     Returns:
         What was written.
 
     Raises:
-        ConfigError: llama.cpp has no such architecture or tensor, something does not fit exactly
-            and no error is allowed, or the output exists.
+        ConfigError: llama.cpp does not support the architecture or a tensor, a linear cannot be
+            represented exactly and no error is allowed, or the output exists.
     """
     path = output if output.suffix == ".gguf" else output / "model.gguf"
     if path == output and path.exists():
@@ -75,8 +76,8 @@ def write_gguf(
         notes=(
             *list_limitations(architecture, source.model_config),
             *list_tokenizer_limitations(source.tokenizer_folder, source.model_config),
-            *_notes(source, entries),
-            *_note_head(source, entries, options),
+            *_describe_type_choices(source, entries),
+            *_note_unused_head_option(entries, options),
         ),
     )
 
@@ -87,7 +88,7 @@ def _make_tensors(
     entries: list[Entry],
     rounded: list[RoundedTensor],
 ) -> Iterator[Tensor]:
-    """Load and spell one entry after another, the next while one is being written."""
+    """Load and encode the entries in order; the next one while one is written."""
 
     def prepare(entry: Entry) -> Tensor:
         return _make_tensor(source, architecture, entry, rounded)
@@ -98,7 +99,7 @@ def _make_tensors(
 def _make_tensor(
     source: Source, architecture: Architecture, entry: Entry, rounded: list[RoundedTensor]
 ) -> Tensor:
-    """Load and spell one tensor."""
+    """Load and encode one tensor."""
     config = source.model_config
     if entry.part == "factors":
         return encode_plain(make_rope_factors(config)[entry.source], F32)
@@ -120,14 +121,13 @@ def _make_tensor(
     if entry.part == "weight":
         return _encode(entry, linear.dequantize(), rounded)
     bits = 8 if entry.kind == Q8_0 else 4
-    held = linear.widen(bits) if entry.kind == Q4_1 else linear.recenter(bits)
-    data = encode_blocks(held, entry.kind).view(-1)
+    converted = linear.widen(bits) if entry.kind == Q4_1 else linear.recenter(bits)
+    data = encode_blocks(converted, entry.kind).view(-1)
     if entry.how is not None:
         rows = sample_rows(linear.out_features)
-        shape = (len(rows), linear.in_features)
-        again = decode_plain(entry.name, data.view(entry.shape[0], -1)[rows], entry.kind, shape)
+        decoded = _decode_rows(entry, data, rows)
         weight = linear.take_rows(rows).dequantize()
-        rounded.append(measure_rounding(entry.source, entry.how, weight, again))
+        rounded.append(measure_rounding(entry.source, entry.how, weight, decoded))
     return data
 
 
@@ -135,16 +135,21 @@ def _encode(entry: Entry, tensor: Tensor, rounded: list[RoundedTensor]) -> Tenso
     data = encode_plain(tensor, entry.kind)
     if entry.how is not None:
         rows = sample_rows(entry.shape[0])
-        shape = (len(rows), *entry.shape[1:])
-        again = decode_plain(entry.name, data.view(entry.shape[0], -1)[rows], entry.kind, shape)
-        found = measure_rounding(entry.source, entry.how, tensor[rows], again)
-        if found.relative_error > 0:
-            rounded.append(found)
+        decoded = _decode_rows(entry, data, rows)
+        measured = measure_rounding(entry.source, entry.how, tensor[rows], decoded)
+        if measured.relative_error > 0:
+            rounded.append(measured)
     return data
 
 
-def _notes(source: Source, entries: list[Entry]) -> tuple[str, ...]:
-    """Say what embeddings and head would take in each type."""
+def _decode_rows(entry: Entry, data: Tensor, rows: Tensor) -> Tensor:
+    """Decode some rows of an encoded tensor."""
+    shape = (len(rows), *entry.shape[1:])
+    return decode_plain(entry.name, data.view(entry.shape[0], -1)[rows], entry.kind, shape)
+
+
+def _describe_type_choices(source: Source, entries: list[Entry]) -> tuple[str, ...]:
+    """Describe the size and error of embeddings and head in each type."""
     notes = []
     for entry in entries:
         module = entry.name.removesuffix(".weight")
@@ -159,19 +164,19 @@ def _notes(source: Source, entries: list[Entry]) -> tuple[str, ...]:
                 continue
             size = values.numel() // kind.block * kind.num_bytes
             shape = tuple(rows.shape)
-            again = decode_plain("", encode_plain(rows, kind), kind, shape)
-            error = measure_rounding("", "", rows, again).relative_error
+            decoded = decode_plain("", encode_plain(rows, kind), kind, shape)
+            error = measure_rounding("", "", rows, decoded).relative_error
             parts.append(f"{choice} {size / 1e6:.1f} MB with an error of {error:.2%}")
         kept = f"{module} is {entry.kind.name}, {entry.num_bytes / 1e6:.1f} MB"
         notes.append(f"{kept}; as {', '.join(parts)}")
     return tuple(notes)
 
 
-def _note_head(source: Source, entries: list[Entry], options: GgufOptions) -> tuple[str, ...]:
-    """Say where a choice for the head is none."""
+def _note_unused_head_option(entries: list[Entry], options: GgufOptions) -> tuple[str, ...]:
+    """Note that the option for the head has no effect, if the head is tied."""
     if options.head == "keep" or any(entry.name == f"{HEAD}.weight" for entry in entries):
         return ()
     return (
-        f"the head is tied to the embeddings, which --embeddings chooses: --head {options.head} "
-        "changed nothing",
+        f"--head {options.head} has no effect: the head is tied to the embeddings, whose type is "
+        "set by --embeddings",
     )
