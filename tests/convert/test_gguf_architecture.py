@@ -111,7 +111,7 @@ def test_factors_of_longrope_must_be_as_many_as_what_turns():
     ):
         make_rope_factors(config)
     parameters["partial_rotary_factor"] = 1.0
-    with pytest.raises(ValueError, match="for 'llama' are default, linear, yarn and llama3"):
+    with pytest.raises(ValueError, match="'llama' supports default, linear, yarn and llama3"):
         describe_model(BY_CLASS["LlamaForCausalLM"], config)
 
 

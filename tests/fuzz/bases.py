@@ -1,4 +1,4 @@
-"""Small whole checkpoints to damage, one for each kind that a reader meets."""
+"""Small complete checkpoints for fuzzing, one for each kind that exists in practice."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Files = dict[str, bytes]
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """A checkpoint as bytes, and what its format cannot tell by itself."""
+    """The files of a checkpoint as bytes, and the properties of its linears."""
 
     name: str
     files: Mapping[str, bytes]
