@@ -1,4 +1,4 @@
-"""Each rule of each consumer, by one checkpoint that just keeps it and one that just does not."""
+"""Each rule of each consumer, with checkpoints that just meet and just violate it."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def test_skips_stand_first_and_blocks_are_listed():
 
 @pytest.mark.parametrize("rule", [SKIPPED, EIGHT])
 def test_fused_name_follows_when_all_its_parts_agree(rule):
-    """vLLM asks for the rule of qkv_proj, which is in no file."""
+    """vLLM looks up the rule of qkv_proj, which is in no file."""
     rules = attention(lambda layer, name: rule if layer == 1 and "o_proj" not in name else SAME)
     dynamic = assert_describes(rules)
     fused = settings_of(dynamic, "model.layers.1.self_attn.qkv_proj")
@@ -90,7 +90,7 @@ def experts(rule_of, layers=2, count=3):
 
 
 def test_container_of_experts_follows_when_all_agree():
-    """vLLM asks for the rule of the container, GPTQModel for that of each expert."""
+    """vLLM looks up the rule of the container, GPTQModel that of each expert."""
     dynamic = assert_describes(experts(lambda layer, *_: EIGHT if layer else SAME))
     assert settings_of(dynamic, "model.layers.1.mlp.experts") == dict(EIGHT)
     assert settings_of(dynamic, "model.layers.0.mlp.experts") == BASE
@@ -186,7 +186,7 @@ def test_pattern_with_an_unreadable_count_is_refused():
 
 
 def test_patterns_do_not_depend_on_the_hash_seed() -> None:
-    """Sets of strings are walked in another order in every process; the config must not be."""
+    """The iteration order of sets differs between processes; that of the config must not."""
     program = (
         "from halfbyte.checkpoint.dynamic import build_dynamic; import json;"
         "names = ['m.%d.%s' % (i, n) for i in range(2) for n in ('a.q', 'a.o', 'b.u', 'b.d')];"

@@ -56,7 +56,7 @@ DIALECTS = {
 
 
 @pytest.mark.parametrize("linear", DIALECTS.values(), ids=DIALECTS.keys())
-def test_every_dialect_gives_the_weights_it_stands_for(tmp_path, linear):
+def test_every_dialect_is_dequantized_correctly(tmp_path, linear):
     weights = write_model(tmp_path, {Q: linear, D: linear})
     checkpoint = assert_weights(tmp_path, weights)
     assert checkpoint.notes == ()

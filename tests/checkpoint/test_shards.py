@@ -157,7 +157,7 @@ def test_folder_without_weights_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "x.pth"])
-def test_pickles_are_refused_with_a_way_out(tmp_path, name):
+def test_pickles_are_refused_with_conversion_instructions(tmp_path, name):
     (tmp_path / name).write_bytes(b"\x80\x04.")
     with pytest.raises(CheckpointError, match="stored only as pickles") as caught:
         TensorFiles.open(tmp_path)
@@ -165,7 +165,7 @@ def test_pickles_are_refused_with_a_way_out(tmp_path, name):
     assert "weights_only=True" in str(caught.value)
 
 
-def test_way_out_of_pickles_works_as_printed(tmp_path):
+def test_printed_conversion_of_pickles_works(tmp_path):
     torch.save({"a": A, "b": A.t()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError) as caught:
         TensorFiles.open(tmp_path)

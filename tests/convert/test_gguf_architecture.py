@@ -23,8 +23,8 @@ BY_CLASS = {architecture.model_class: architecture for architecture in ARCHITECT
 
 
 @pytest.mark.parametrize("name", BY_CLASS)
-def test_names_are_those_of_the_gguf_package(name):
-    """Every parameter of a real model of the family has a name, the one that gguf-py gives it."""
+def test_names_match_the_gguf_package(name):
+    """Every parameter of a real model has the name that gguf-py gives it."""
     gguf = pytest.importorskip("gguf")
     architecture = BY_CLASS[name]
     kind = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == architecture.name)
@@ -63,7 +63,7 @@ def test_other_architectures_are_refused_by_name():
         find_architecture({"architectures": ["PhiForCausalLM"]})
 
 
-def test_llama3_factors_are_those_of_transformers():
+def test_llama3_factors_match_transformers():
     parameters = {
         "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
         "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
@@ -81,7 +81,7 @@ def test_llama3_factors_are_those_of_transformers():
     assert make_rope_factors(plain) == {}
 
 
-def test_factors_of_longrope_must_be_as_many_as_what_turns():
+def test_number_of_longrope_factors_must_match_the_rotary_dimension():
     phi3 = build_family("phi3").config.to_dict()
     parameters = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
     parameters |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
@@ -119,7 +119,7 @@ def test_factors_of_longrope_must_be_as_many_as_what_turns():
     "changes",
     [{}, {"attention_factor": 1.5}, {"mscale": 1.0, "mscale_all_dim": 0.5}, {"factor": None}],
 )
-def test_yarn_grows_attention_as_transformers_does(changes):
+def test_yarn_attention_factor_matches_transformers(changes):
     parameters = {
         "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
         "original_max_position_embeddings": 16, "beta_fast": 32, "beta_slow": 1, **changes,
@@ -144,7 +144,7 @@ def test_yarn_grows_attention_as_transformers_does(changes):
         ({"rope_type": "llama3", "factor": 8.0}, "rope_parameters has no low_freq_factor"),
     ],
 )
-def test_positions_that_cannot_be_written_are_refused(parameters, message):
+def test_unsupported_rope_settings_are_refused(parameters, message):
     config = LlamaConfig(**FAMILIES["llama"]).to_dict() | {"rope_parameters": parameters}
     write = partial(describe_model, BY_CLASS["LlamaForCausalLM"])
     if parameters["rope_type"] == "llama3":
@@ -153,7 +153,7 @@ def test_positions_that_cannot_be_written_are_refused(parameters, message):
         write(config)
 
 
-def test_what_llama_cpp_does_otherwise_is_said_or_refused():
+def test_differences_to_llama_cpp_are_noted_or_refused():
     mistral = BY_CLASS["MistralForCausalLM"]
     assert "beyond 4096 tokens" in list_limitations(mistral, {"sliding_window": 4096})[0]
     assert list_limitations(mistral, {"sliding_window": None}) == ()
@@ -195,7 +195,7 @@ def test_what_llama_cpp_does_otherwise_is_said_or_refused():
         ("GPT2LMHeadModel", {"scale_attn_weights": False}, "changes the scale of attention"),
     ],
 )
-def test_what_llama_cpp_takes_for_granted_is_checked(name, changes, message):
+def test_assumptions_of_llama_cpp_are_checked(name, changes, message):
     config = {
         "num_attention_heads": 4, "num_hidden_layers": 4, "max_position_embeddings": 64,
         "hidden_size": 64, "intermediate_size": 96, "vocab_size": 99, "rms_norm_eps": 1e-6,
@@ -209,7 +209,7 @@ def test_what_llama_cpp_takes_for_granted_is_checked(name, changes, message):
         describe_model(BY_CLASS[name], {**config, **changes})
 
 
-def test_windows_and_bases_of_gemma3_are_read_in_both_spellings():
+def test_windows_and_rope_bases_of_gemma3_are_read_from_old_and_new_keys():
     changes = {"query_pre_attn_scalar": 16, "num_hidden_layers": 7}
     new = build_family("gemma3_text", **changes).config.to_dict()
     old = {key: new[key] for key in new if key not in ("rope_parameters", "layer_types")}

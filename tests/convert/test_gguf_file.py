@@ -111,7 +111,7 @@ def test_a_tensor_of_another_size_is_not_written(tmp_path):
     assert not (tmp_path / "x.gguf").exists()
 
 
-def test_of_a_file_no_more_than_its_header_is_read(tmp_path):
+def test_only_the_header_is_read(tmp_path):
     path = tmp_path / "x.gguf"
     write_gguf_file(path, {}, [("one", F16, (4096, 4096))], [torch.zeros(2**25, dtype=torch.uint8)])
     tracemalloc.start()

@@ -15,7 +15,7 @@ from halfbyte.errors import CheckpointError, ConfigError
 from halfbyte.sample_model import write_sample_model
 
 
-def test_ways_of_cutting_words_are_known_by_their_steps():
+def test_pre_tokenizers_are_recognized_by_their_steps():
     assert find_pre_tokenizer({"pre_tokenizer": {"type": "ByteLevel"}}) == "gpt-2"
     digits = {"type": "Digits", "individual_digits": True}
     steps = {"type": "Sequence", "pretokenizers": [digits, {"type": "ByteLevel"}]}
@@ -39,7 +39,7 @@ def test_ways_of_cutting_words_are_known_by_their_steps():
     assert find_pre_tokenizer({"pre_tokenizer": steps}) == "dbrx"
 
 
-def test_other_ways_are_refused_and_can_be_named(tmp_path):
+def test_unknown_pre_tokenizer_is_refused_unless_named(tmp_path):
     write_tokenizer(tmp_path)
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     content["pre_tokenizer"] = {"type": "Whitespace"}
@@ -64,7 +64,7 @@ def test_other_ways_are_refused_and_can_be_named(tmp_path):
         ),
     ],
 )
-def test_words_cut_almost_as_llama_cpp_does_are_not_taken_for_the_same(tmp_path, changes, message):
+def test_similar_pre_tokenizers_are_not_confused(tmp_path, changes, message):
     change_tokenizer(tmp_path, lambda content: content["pre_tokenizer"].update(changes))
     with pytest.raises(ConfigError, match=message):
         describe_tokenizer(tmp_path, TINY_CONFIG)
@@ -80,7 +80,7 @@ def test_normalizers_are_noted_or_refused(tmp_path):
         describe_tokenizer(tmp_path, TINY_CONFIG, "gpt-2")
 
 
-def test_files_that_are_no_tokenizers_are_refused(tmp_path):
+def test_invalid_tokenizer_files_are_refused(tmp_path):
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n"
     write_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(pointer)
@@ -94,7 +94,7 @@ def test_files_that_are_no_tokenizers_are_refused(tmp_path):
         describe_tokenizer(tmp_path, TINY_CONFIG)
 
 
-def test_a_model_of_vocabulary_and_merges_is_bpe_without_saying_so(tmp_path):
+def test_vocabulary_with_merges_is_bpe_without_a_type(tmp_path):
     change_tokenizer(tmp_path, lambda content: content["model"].pop("type"))
     assert describe_tokenizer(tmp_path, TINY_CONFIG)["tokenizer.ggml.model"] == "gpt2"
 
@@ -138,7 +138,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
         describe_tokenizer(tmp_path, {**TINY_CONFIG, "vocab_size": 250})
 
 
-def test_added_tokens_that_the_model_has_not_are_left_out(tmp_path):
+def test_added_tokens_beyond_the_vocabulary_are_left_out(tmp_path):
     image = {"id": 260, "content": "<image>", "special": True, "single_word": False}
     image |= {"lstrip": False, "rstrip": False, "normalized": False}
     change_tokenizer(tmp_path, lambda content: content["added_tokens"].append(image))
@@ -156,7 +156,7 @@ def test_ids_without_a_token_are_unused(tmp_path):
     assert pairs["tokenizer.ggml.token_type"][260:] == [5, 5]
 
 
-def test_byte_fallback_gets_scores_that_follow_the_merges(tmp_path):
+def test_byte_fallback_gets_scores_in_merge_order(tmp_path):
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]

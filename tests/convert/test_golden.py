@@ -1,4 +1,4 @@
-"""The bytes of each format for a linear that is written out here, by each format's own account."""
+"""The expected bytes of each format for a small linear, from the formats' specifications."""
 
 from __future__ import annotations
 
@@ -114,6 +114,6 @@ def test_plain_numbers_read_back_within_their_rounding(kind, bound):
     assert torch.equal(torch.from_numpy(theirs).view(3, 512), again.float())
 
 
-def test_q6_k_of_nothing_is_nothing():
+def test_q6_k_of_zeros_is_zero():
     data = encode_plain(torch.zeros(1, 256), Q6_K)
     assert not bool(decode_plain("x", data, Q6_K, (1, 256)).any())

@@ -12,7 +12,7 @@ def test_results_come_in_order(number):
     assert list(prefetch(lambda item: item * 2, range(number))) == [2 * n for n in range(number)]
 
 
-def test_the_next_two_are_prepared_while_one_is_used_and_no_more():
+def test_at_most_two_results_are_prepared_ahead():
     started, both = [], threading.Barrier(3)
 
     def prepare(item):
@@ -28,7 +28,7 @@ def test_the_next_two_are_prepared_while_one_is_used_and_no_more():
     assert list(results) == [1, 2, 3, 4]
 
 
-def test_an_error_comes_out_where_its_result_was_due():
+def test_error_is_raised_in_place_of_its_result():
     def prepare(item):
         if item == 1:
             raise ValueError("one")
