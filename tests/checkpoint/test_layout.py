@@ -48,7 +48,7 @@ def test_label_counts_only_where_shapes_leave_a_choice(
 
 @pytest.mark.parametrize("suffix", ["qzeros", "scales", "qweight"])
 def test_missing_tensor_is_named(suffix):
-    with pytest.raises(CheckpointError, match=rf"no m\.{suffix} beside .*\(bias, g_idx, q|s"):
+    with pytest.raises(CheckpointError, match=rf"no m\.{suffix}, only .*\(bias, g_idx, [qs]"):
         infer_linear_layout("m", shapes(**{suffix: None, "bias": (32,)}), 32)
 
 

@@ -6,7 +6,7 @@ versions may lift a limit: vLLM's Marlin has begun to pad shapes that it rejecte
 Source:
     vLLM 0.32/0.33: ``quantization/utils/marlin_utils.py``, ``kernels/linear/mixed_precision``;
     GPTQModel 7: ``nn_modules/qlinear/torch.py``, ``models/loader.py``; llama.cpp's Q4_0 and Q8_0
-    blocks of 32. The same table stands in docs/concepts/checkpoint.md.
+    blocks of 32. The table in docs/concepts/checkpoint.md is the same.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ _ANY_EXPERT = ".*"
 """Suffix of a parent name that stands for all experts of a layer."""
 
 _REPEAT_COUNT = re.compile(r"\{([0-9\s]*)(#?)")
-"""Minimum count of a repeat; in verbose mode, spaces and comments may stand in it."""
+"""Minimum count of a repeat; in verbose mode, it may contain spaces and comments."""
 
 _EXPERTS = re.compile(r"(?P<container>.+\.experts)\.\d+\.(?P<leaf>[^.]+)")
 

@@ -150,7 +150,7 @@ def _check_matrices(module: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
     for suffix in ("qweight", "qzeros", "scales"):
         if suffix not in shapes:
             raise CheckpointError(
-                f"Checkpoint has no {module}.{suffix} beside the layer's other tensors "
+                f"Checkpoint has no {module}.{suffix}, only the layer's other tensors "
                 f"({', '.join(sorted(shapes))}). It is incomplete; download or quantize it again."
             )
         if len(shapes[suffix]) != 2 or 0 in shapes[suffix]:

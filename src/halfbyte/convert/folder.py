@@ -54,7 +54,7 @@ class Written:
     """The result of writing a model."""
 
     path: Path
-    holds: Mapping[str, str]
+    encodings: Mapping[str, str]
     """Representation of each linear, by name."""
     rounded: tuple[RoundedTensor, ...]
     num_bytes: int
@@ -128,7 +128,9 @@ def write_folder(
         _describe(source, plan, output, digests, Path(aside))
     return Written(
         path=output,
-        holds={name: describe_encoding(plan.target_of(name), spec) for name, spec in specs.items()},
+        encodings={
+            name: describe_encoding(plan.target_of(name), spec) for name, spec in specs.items()
+        },
         rounded=sort_by_error(rounded),
         num_bytes=sum(digest.num_bytes for digest in digests),
     )

@@ -70,7 +70,7 @@ def write_gguf(
     size = write_gguf_file(path, pairs, table, tensors)
     return Written(
         path=path,
-        holds={name: kind.name for name, kind in kinds.items()},
+        encodings={name: kind.name for name, kind in kinds.items()},
         rounded=sort_by_error(rounded),
         num_bytes=size,
         notes=(

@@ -8,7 +8,7 @@
 
 Source:
     MLX ``mlx/ops.cpp`` (``affine_quantize``) and the documentation of ``mx.quantize``; mlx-lm
-    ``utils.py`` (``load_model``): per-module settings stand in "quantization" under its path.
+    ``utils.py`` (``load_model``): per-module settings are in "quantization" under its path.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ def convert(
         target_format=config.to,
         output=written.path,
         num_linears=len(specs),
-        holds=dict(Counter(written.holds.values())),
+        holds=dict(Counter(written.encodings.values())),
         rounded=written.rounded,
         folded=folded,
         num_bytes=written.num_bytes,

@@ -170,7 +170,7 @@ def require_matrices(name: str, parts: Mapping[str, TensorSpec], suffixes: tuple
     for suffix in suffixes:
         if suffix not in parts:
             raise CheckpointError(
-                f"The checkpoint has no {name}.{suffix} beside {', '.join(sorted(parts))}. "
+                f"The checkpoint has no {name}.{suffix}, only {', '.join(sorted(parts))}. "
                 "It is incomplete; download it again."
             )
         shape = parts[suffix].shape
