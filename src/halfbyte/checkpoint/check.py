@@ -105,7 +105,7 @@ def check_consumers(checkpoint: Checkpoint) -> CheckReport:
     for consumer in CONSUMERS:
         for size in TENSOR_PARALLEL_SIZES if consumer.is_vllm else (None,):
             reasons = _Reasons()
-            if not consumer.takes_offsets:
+            if not consumer.supports_offsets:
                 for name, layout in checkpoint.linears.items():
                     if layout.has_offsets:
                         reasons.add("it cannot read the offsets of a merged adapter", name)
@@ -155,7 +155,7 @@ def _check_plain(
         in_features, out_features = info.layout.in_features, info.layout.out_features
         for reason in _explain_limits(consumer, info, in_features, out_features):
             reasons.add(reason, name)
-        if consumer.follows_labels:
+        if consumer.trusts_config:
             _check_label(checkpoint, name, info, reasons)
     labels, maker = checkpoint.labels, consumer.v1_zeros_from
     if maker and not labels.symmetric and labels.zero_offset and maker not in _makers(labels.raw):
@@ -194,7 +194,7 @@ def _explain_limits(
         yield f"group size {group_size} is not one of {', '.join(map(str, consumer.group_sizes))}"
     if group_size % consumer.group_multiple and group_size != PER_CHANNEL:
         yield f"group size {group_size} is not a multiple of {consumer.group_multiple}"
-    if not consumer.takes_g_idx and not info.has_trivial_groups:
+    if not consumer.supports_g_idx and not info.has_trivial_groups:
         yield "it does not support act-order (g_idx is not in order)"
 
 

@@ -33,11 +33,11 @@ class Consumer:
     group_sizes: tuple[int, ...] | None = None
     """Allowed values, -1 for one group per row; None if all are allowed."""
     group_multiple: int = 1
-    takes_g_idx: bool = True
+    supports_g_idx: bool = True
     """Whether ``g_idx`` may be out of order."""
     is_vllm: bool = False
-    takes_offsets: bool = False
-    follows_labels: bool = True
+    supports_offsets: bool = False
+    trusts_config: bool = True
     """Whether it trusts the config where the tensors contradict it."""
     v1_zeros_from: str | None = None
     """The only tool, as in ``meta.quantizer``, whose asymmetric v1 checkpoints it accepts."""
@@ -67,8 +67,8 @@ CONSUMERS = (
         name="transformers",
         label="Transformers, with halfbyte imported",
         evidence="ran",
-        takes_offsets=True,
-        follows_labels=False,
+        supports_offsets=True,
+        trusts_config=False,
     ),
     Consumer(
         name="gptqmodel",
@@ -87,7 +87,7 @@ CONSUMERS = (
         out_multiple=32,
         # Its kernel supports more, but vLLM first checks every linear against Marlin's limits.
         group_sizes=(PER_CHANNEL, 32, 64, 128),
-        takes_g_idx=False,
+        supports_g_idx=False,
         is_vllm=True,
     ),
     Consumer(
@@ -99,7 +99,7 @@ CONSUMERS = (
         in_multiple=128,
         out_multiple=64,
         group_sizes=(PER_CHANNEL, 32, 64, 128),
-        takes_g_idx=False,
+        supports_g_idx=False,
         is_vllm=True,
     ),
     Consumer(
@@ -111,7 +111,7 @@ CONSUMERS = (
         in_multiple=64,
         out_multiple=128,
         group_sizes=(PER_CHANNEL, 64, 128),
-        takes_g_idx=False,
+        supports_g_idx=False,
         is_vllm=True,
     ),
     Consumer(
@@ -126,8 +126,8 @@ CONSUMERS = (
         ),
         in_multiple=32,
         group_multiple=32,
-        takes_g_idx=False,
-        follows_labels=False,
+        supports_g_idx=False,
+        trusts_config=False,
     ),
 )
 

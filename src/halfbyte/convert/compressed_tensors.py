@@ -188,7 +188,8 @@ def _matches_target(target: str, name: str) -> bool:
         return re.match(target.removeprefix("re:"), name) is not None
     except (re.error, OverflowError, RecursionError) as error:
         raise CheckpointError(
-            f"Cannot use the target '{target[:80]}': it is not a regular expression: {error}."
+            f"Cannot use the target '{target[:80]}': it is not a regular expression: {error}. "
+            "Correct the config, or download it again."
         ) from error
 
 
