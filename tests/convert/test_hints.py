@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfbyte.convert.coded_linear import CodedLinear
-from halfbyte.convert.hints import read_hints, restore
+from halfbyte.convert.hints import read_hints, restore_groups
 from halfbyte.errors import CheckpointError
 from halfbyte.packing import pack_rows
 
@@ -47,13 +47,13 @@ def coded(seed: int, bits: int, group_size: int, *, symmetric: bool, same: int) 
 )
 def test_hints_never_change_a_weight(seed, bits, group_size, symmetric, same, hint):
     linear = coded(seed, bits, group_size, symmetric=symmetric, same=same)
-    found = restore(linear, *hint)
+    found = restore_groups(linear, *hint)
     assert torch.equal(found.dequantize(), linear.dequantize())
 
 
 def test_valid_hints_are_applied():
     linear = coded(1, 8, 32, symmetric=True, same=4)
-    found = restore(linear, 2, 128)
+    found = restore_groups(linear, 2, 128)
     assert (found.bits, found.group_size, found.scales.shape[1]) == (2, 128, 2)
     assert torch.equal(found.dequantize(), linear.dequantize())
 

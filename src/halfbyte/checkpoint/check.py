@@ -76,12 +76,12 @@ class _Reasons:
 
     def summarize(self) -> tuple[str, ...]:
         return tuple(
-            reason + (f": {found[0]}" if found else "") + _and_more(len(found))
+            reason + (f": {found[0]}" if found else "") + _format_more(len(found))
             for reason, found in self.modules.items()
         )
 
 
-def _and_more(count: int) -> str:
+def _format_more(count: int) -> str:
     return f" and {count - 1} more" if count > 1 else ""
 
 
@@ -158,14 +158,19 @@ def _check_plain(
         if consumer.trusts_config:
             _check_label(checkpoint, name, info, reasons)
     labels, maker = checkpoint.labels, consumer.v1_zeros_from
-    if maker and not labels.symmetric and labels.zero_offset and maker not in _makers(labels.raw):
+    if (
+        maker
+        and not labels.symmetric
+        and labels.zero_offset
+        and maker not in _list_makers(labels.raw)
+    ):
         reasons.add(
             f"it accepts asymmetric zeros in the dialect 'gptq' only from {maker}, which "
             "meta.quantizer does not name"
         )
 
 
-def _makers(raw: Mapping[str, Any]) -> set[str]:
+def _list_makers(raw: Mapping[str, Any]) -> set[str]:
     """Return the names of the tools that wrote the config, in lower case."""
     meta = raw.get("meta")
     named = meta.get("quantizer") if isinstance(meta, dict) else None

@@ -57,7 +57,7 @@ def detect_zero_dialect(
     """
     for offset in (1, 0):
         stored = 2 ** (bits - 1) - offset
-        run = _uniform_run(bits, stored).to(qzeros.device)
+        run = _pack_uniform_run(bits, stored).to(qzeros.device)
         if not torch.equal(qzeros, run.repeat(qzeros.shape[1] // len(run)).expand_as(qzeros)):
             continue
         if declared_symmetric is False:
@@ -82,7 +82,7 @@ def detect_zero_dialect(
 
 
 @cache
-def _uniform_run(bits: int, code: int) -> Tensor:
+def _pack_uniform_run(bits: int, code: int) -> Tensor:
     """Pack a run of one code into words; cached, as all linears of a model need the same."""
     codes = torch.full((codes_per_run(bits), 1), code, device="cpu")
     return pack_codes(codes, bits).flatten()

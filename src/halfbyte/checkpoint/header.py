@@ -181,24 +181,26 @@ def _check_metadata(file: Path, metadata: object) -> None:
 def _read_entry(file: Path, name: str, entry: object, data_start: int) -> TensorInfo:
     """Validate one tensor's entry: its keys, dtype, shape and size."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise _damaged(file, name, "does not have exactly the keys dtype, shape and data_offsets")
+        raise _make_error(
+            file, name, "does not have exactly the keys dtype, shape and data_offsets"
+        )
     dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
         raise CheckpointError(
-            f"Cannot read {file}: tensor {name} has the element type {_short(entry['dtype'])}; "
+            f"Cannot read {file}: tensor {name} has the element type {_shorten(entry['dtype'])}; "
             f"allowed are {', '.join(DTYPES)}. Convert the checkpoint, or download it again."
         )
     shape, offsets = entry["shape"], entry["data_offsets"]
-    if not _is_sizes(shape):
-        raise _damaged(file, name, f"has the shape {_short(shape)}, not a list of sizes")
-    if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _damaged(file, name, f"has the data offsets {_short(offsets)}, not [begin, end]")
+    if not _are_sizes(shape):
+        raise _make_error(file, name, f"has the shape {_shorten(shape)}, not a list of sizes")
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise _make_error(file, name, f"has the data offsets {_shorten(offsets)}, not [begin, end]")
     num_bytes = math.prod(shape) * dtype.itemsize
     if offsets[1] - offsets[0] != num_bytes:
-        raise _damaged(
+        raise _make_error(
             file,
             name,
-            f"has shape {_short(shape)} of {entry['dtype']}, which is {num_bytes} bytes, "
+            f"has shape {_shorten(shape)} of {entry['dtype']}, which is {num_bytes} bytes, "
             f"but {offsets[1] - offsets[0]} bytes of data",
         )
     return TensorInfo(
@@ -217,7 +219,7 @@ def _check_tiling(file: Path, infos: list[TensorInfo], data_start: int, file_byt
     for info in infos:
         if info.offset != position:
             kind = "overlaps the tensor before it" if info.offset < position else "follows a gap"
-            raise _damaged(
+            raise _make_error(
                 file, info.name, f"starts at byte {info.offset}, {kind}; {position} was expected"
             )
         position += info.num_bytes
@@ -233,7 +235,7 @@ def _check_tiling(file: Path, infos: list[TensorInfo], data_start: int, file_byt
         )
 
 
-def _is_sizes(value: object) -> bool:
+def _are_sizes(value: object) -> bool:
     # type() and not isinstance(): JSON's true is an int to Python. The upper bounds keep the
     # product of a forged shape small enough to compute and to print.
     return (
@@ -243,14 +245,14 @@ def _is_sizes(value: object) -> bool:
     )
 
 
-def _damaged(file: Path, name: str, finding: str) -> CheckpointError:
+def _make_error(file: Path, name: str, finding: str) -> CheckpointError:
     return CheckpointError(
         f"Cannot read {file}: tensor {name} {finding}. "
         "The header is damaged; download or write the file again."
     )
 
 
-def _short(value: object) -> str:
+def _shorten(value: object) -> str:
     try:
         text = repr(value)
     except ValueError:  # an integer too long for Python to print

@@ -102,7 +102,7 @@ class Checkpoint:
         Raises:
             CheckpointError: There is no such module, or a value is out of range; names the tensor.
         """
-        layout = self._layout_of(name)
+        layout = self._get_layout(name)
         wanted = ["qzeros", *(["g_idx"] if layout.has_g_idx else [])]
         return self._make_info(name, self._load(name, wanted))
 
@@ -118,7 +118,7 @@ class Checkpoint:
         Raises:
             CheckpointError: There is no such module, or a value is out of range; names the tensor.
         """
-        layout = self._layout_of(name)
+        layout = self._get_layout(name)
         optional = {
             "g_idx": layout.has_g_idx,
             "bias": layout.has_bias,
@@ -185,7 +185,7 @@ class Checkpoint:
         """
         return verify_checksums(self.files, self.labels.raw)
 
-    def _layout_of(self, name: str) -> LinearLayout:
+    def _get_layout(self, name: str) -> LinearLayout:
         if name not in self.linears:
             raise CheckpointError(
                 f"Checkpoint {self.folder} has no quantized module {name}; it has "
@@ -217,7 +217,7 @@ class Checkpoint:
             tensors["qzeros"],
             layout.bits,
             declared_offset=self.labels.zero_offset,
-            declared_symmetric=_declared(self.labels, name, "sym", self.labels.symmetric),
+            declared_symmetric=_find_label(self.labels, name, "sym", self.labels.symmetric),
         )
         if not zeros.is_symmetric and "checkpoint_format" in self.labels.disagreements:
             raise CheckpointError(
@@ -252,7 +252,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         )
     linears = {
         module: infer_linear_layout(
-            module, found, _declared(labels, module, "group_size", labels.group_size)
+            module, found, _find_label(labels, module, "group_size", labels.group_size)
         )
         for module, found in shapes.items()
     }
@@ -275,7 +275,7 @@ def _collect_shapes(files: TensorFiles) -> dict[str, dict[str, tuple[int, ...]]]
         is_packed = f"{module}.qweight" in files.infos
         if suffix not in (LINEAR_SUFFIXES if is_packed else QUANTIZED_SUFFIXES):
             if is_packed:
-                raise _unknown_tensor(files, module, suffix)
+                raise _make_unknown_tensor_error(files, module, suffix)
             continue
         if info.dtype not in ALLOWED_DTYPES[suffix]:
             allowed = ", ".join(str(d).removeprefix("torch.") for d in ALLOWED_DTYPES[suffix])
@@ -287,7 +287,7 @@ def _collect_shapes(files: TensorFiles) -> dict[str, dict[str, tuple[int, ...]]]
     return shapes
 
 
-def _unknown_tensor(files: TensorFiles, module: str, suffix: str) -> CheckpointError:
+def _make_unknown_tensor_error(files: TensorFiles, module: str, suffix: str) -> CheckpointError:
     what = (
         f"there is also {module}.qweight, and it is unclear which of the two is valid"
         if suffix == "weight"
@@ -299,7 +299,7 @@ def _unknown_tensor(files: TensorFiles, module: str, suffix: str) -> CheckpointE
     )
 
 
-def _declared(labels: QuantizationLabels, module: str, key: str, default: Any) -> Any:
+def _find_label(labels: QuantizationLabels, module: str, key: str, default: Any) -> Any:
     """Return the label of one module; an override of the wrong type is ignored."""
     value = (resolve_dynamic(labels.dynamic, module) or {}).get(key, default)
     return value if type(value) is _LABEL_TYPES[key] else default
@@ -323,7 +323,7 @@ def _compare_bits(labels: QuantizationLabels, linears: Mapping[str, LinearLayout
     differing = [
         module
         for module, layout in linears.items()
-        if _declared(labels, module, "bits", labels.bits) != layout.bits
+        if _find_label(labels, module, "bits", labels.bits) != layout.bits
     ]
     if not differing:
         return []

@@ -191,7 +191,7 @@ def stream_shard(
                         f"Cannot write {path}: got tensor {name} as {spec_of(tensor)}, but "
                         f"expected {expected} as {specs[expected]}."
                     )
-                data = _bytes_of(tensor)
+                data = _view_bytes(tensor)
                 digests[name] = ""
                 if with_digests:
                     futures = [
@@ -275,7 +275,7 @@ def build_quantization_config(
     """
     _check_assignment(quantized, skipped)
     base = _choose_base(config, quantized)
-    rules: dict[str, Rule] = {name: _rule_of(scheme) for name, scheme in quantized.items()}
+    rules: dict[str, Rule] = {name: _make_rule(scheme) for name, scheme in quantized.items()}
     rules |= dict.fromkeys(skipped)
     groups, heads = _list_modules(quantized, module_groups)
     return {
@@ -287,7 +287,7 @@ def build_quantization_config(
         "checkpoint_format": FORMAT_V1,
         "lm_head": bool(heads),
         "pack_dtype": "int32",
-        "dynamic": build_dynamic(rules, dict(_settings_of(base))),
+        "dynamic": build_dynamic(rules, dict(_list_settings(base))),
         "modules_in_block_to_quantize": [*groups, *([head] for head in heads)],
         "damp_percent": config.damping,
         "static_groups": not config.desc_act,
@@ -334,11 +334,11 @@ def _choose_base(config: QuantConfig, quantized: Mapping[str, Scheme]) -> Scheme
     return requested if requested in counts else counts.most_common(1)[0][0]
 
 
-def _rule_of(scheme: Scheme) -> Rule:
-    return tuple(sorted(_settings_of(scheme)))
+def _make_rule(scheme: Scheme) -> Rule:
+    return tuple(sorted(_list_settings(scheme)))
 
 
-def _settings_of(scheme: Scheme) -> tuple[tuple[str, Any], ...]:
+def _list_settings(scheme: Scheme) -> tuple[tuple[str, Any], ...]:
     return (
         ("bits", scheme.bits),
         ("group_size", scheme.group_size),
@@ -366,7 +366,7 @@ def _make_header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -
     return len(text).to_bytes(8, "little") + text
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def _view_bytes(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
 

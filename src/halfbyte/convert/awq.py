@@ -30,7 +30,7 @@ from halfbyte.checkpoint.shards import TensorFiles
 from halfbyte.checkpoint.write import TensorSpec
 from halfbyte.convert.bit_order import ORDER, from_awq, to_awq
 from halfbyte.convert.coded_linear import FREE_MINIMA, CodedLinear, CodedSpec
-from halfbyte.convert.hints import HINT_KEY, describe_hints, read_hints, restore
+from halfbyte.convert.hints import HINT_KEY, format_hints, read_hints, restore_groups
 from halfbyte.convert.source import (
     FolderSource,
     check_finite,
@@ -149,7 +149,7 @@ class AwqSource(FolderSource):
             g_idx=None,
             bias=tensors.get("bias"),
         )
-        return restore(linear, *self.hints[name]) if name in self.hints else linear
+        return restore_groups(linear, *self.hints[name]) if name in self.hints else linear
 
 
 def _check_parts(name: str, parts: Mapping[str, TensorSpec]) -> None:
@@ -187,7 +187,7 @@ class AwqTarget:
             for name, spec in coded.items()
             if spec.bits == BITS and spec.group_size != self.group_size
         }
-        return {"format": "pt"} | ({HINT_KEY: describe_hints(split)} if split else {})
+        return {"format": "pt"} | ({HINT_KEY: format_hints(split)} if split else {})
 
     def find_obstacle(self, spec: CodedSpec) -> str | None:
         """Explain why a linear cannot be represented exactly; None if it can."""

@@ -87,7 +87,7 @@ class CompressedTensorsSource(FolderSource):
 
     def describe(self, name: str) -> CodedSpec:
         """Describe a linear; its codes are not read."""
-        scales, zeros, in_features = self._grid(name, self.view.load(name, _GRID))
+        scales, zeros, in_features = self._check_grid(name, self.view.load(name, _GRID))
         return describe_grid(
             scales,
             zeros,
@@ -101,7 +101,7 @@ class CompressedTensorsSource(FolderSource):
     def load_linear(self, name: str) -> CodedLinear:
         """Read one quantized linear."""
         tensors = self.view.load(name, tuple(_TENSORS))
-        scales, zeros, in_features = self._grid(name, tensors)
+        scales, zeros, in_features = self._check_grid(name, tensors)
         if "bias" in tensors:
             check_finite(f"{name}.bias", tensors["bias"])
         return CodedLinear(
@@ -114,7 +114,7 @@ class CompressedTensorsSource(FolderSource):
             bias=tensors.get("bias"),
         )
 
-    def _grid(self, name: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, int]:
+    def _check_grid(self, name: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, int]:
         """Validate a module's small tensors; returns scales, zeros and the number of inputs."""
         bits, parts = self.bits[name], self.view.parts[name]
         scales = check_finite(f"{name}.weight_scale", tensors["weight_scale"])

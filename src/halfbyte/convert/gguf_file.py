@@ -379,16 +379,16 @@ def _pack_value(value: Any) -> bytes:
             return struct.pack("<IIQ", _ARRAY, _STRING, len(value)) + b"".join(
                 _pack_text(text) for text in value
             )
-        kind = _kind_of(first, inside=True)
+        kind = _find_kind(first, inside=True)
         packed = struct.pack(f"<{len(value)}{_SCALARS[kind]}", *value)
         return struct.pack("<IIQ", _ARRAY, kind, len(value)) + packed
     if isinstance(value, str):
         return struct.pack("<I", _STRING) + _pack_text(value)
-    kind = _kind_of(value)
+    kind = _find_kind(value)
     return struct.pack(f"<I{_SCALARS[kind]}", kind, value)
 
 
-def _kind_of(value: object, *, inside: bool = False) -> int:
+def _find_kind(value: object, *, inside: bool = False) -> int:
     """Return the type of a value: integers are u32, or i32 in lists, as llama.cpp expects."""
     if isinstance(value, bool):
         return _BOOL

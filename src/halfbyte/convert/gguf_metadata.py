@@ -14,7 +14,7 @@ from halfbyte.convert.gguf_blocks import PLAIN
 from halfbyte.convert.gguf_file import BF16, F16, F32, Q4_0, Q4_1, Q8_0, BlockType
 from halfbyte.convert.gguf_hyperparameters import describe_model
 from halfbyte.convert.gguf_tokenizer import describe_tokenizer
-from halfbyte.convert.hints import HINT_KEY, describe_hints
+from halfbyte.convert.hints import HINT_KEY, format_hints
 from halfbyte.convert.source import Source
 from halfbyte.version import __version__
 
@@ -49,7 +49,7 @@ def build_metadata(
         "general.quantization_version": 2,
         "general.file_type": _FILE_TYPES[most_common],
         "general.quantized_by": f"halfbyte {__version__}",
-        HINT_KEY: describe_hints({n: s for n, s in specs.items() if kinds[n] not in PLAIN}),
+        HINT_KEY: format_hints({n: s for n, s in specs.items() if kinds[n] not in PLAIN}),
     }
     pairs |= _describe_origin(source)
     pairs |= describe_model(architecture, config)

@@ -71,7 +71,7 @@ def make_rope_factors(config: Mapping[str, Any]) -> dict[str, Tensor]:
     settings = read_rope_settings(config)
     if settings["rope_type"] in LONGROPE:
         return {
-            name: _check_factors(settings.get(part), part, _rotary_dim(config))
+            name: _check_factors(settings.get(part), part, _compute_rotary_dim(config))
             for name, part in FACTOR_TENSORS.items()
             if part in (LONG, SHORT)
         }
@@ -122,12 +122,12 @@ def _check_factors(values: object, part: str, width: int) -> Tensor:
     return torch.tensor(values, dtype=torch.float32)
 
 
-def _rotary_dim(config: Mapping[str, Any]) -> int:
+def _compute_rotary_dim(config: Mapping[str, Any]) -> int:
     """Return the number of dimensions of each head with rotary embeddings."""
-    return int(head_size(config) * _rotary_fraction(read_rope_settings(config)))
+    return int(head_size(config) * _read_rotary_fraction(read_rope_settings(config)))
 
 
-def _rotary_fraction(settings: Mapping[str, Any]) -> float:
+def _read_rotary_fraction(settings: Mapping[str, Any]) -> float:
     return require_number(settings, "partial_rotary_factor", float, 1.0, where=_WHERE)
 
 
@@ -147,9 +147,9 @@ def describe_positions(architecture: Architecture, config: Mapping[str, Any]) ->
     name, settings = architecture.name, read_rope_settings(config)
     base = require_number(settings, "rope_theta", float, where=_WHERE)
     pairs: dict[str, Any] = {f"{name}.rope.freq_base": base}
-    fraction = _rotary_fraction(settings)
+    fraction = _read_rotary_fraction(settings)
     if architecture.reorders_heads or architecture.has_partial_rotary:
-        pairs[f"{name}.rope.dimension_count"] = _rotary_dim(config)
+        pairs[f"{name}.rope.dimension_count"] = _compute_rotary_dim(config)
     if fraction != 1.0 and not architecture.has_partial_rotary:
         raise ConfigError(
             f"Cannot write GGUF: the model has RoPE on {fraction:.0%} of each head, but "
@@ -188,14 +188,14 @@ def _describe_yarn(config: Mapping[str, Any]) -> dict[str, Any]:
         )
     length_ratio = require_number(config, "max_position_embeddings", int) / original
     factor = require_number(settings, "factor", float, length_ratio, where=_WHERE)
-    default_attention = _yarn_attention_factor(factor)
+    default_attention = _compute_yarn_attention(factor)
     attention = default_attention
     if settings.get("mscale") and settings.get("mscale_all_dim"):
         parts = [
             require_number(settings, k, float, where=_WHERE) for k in ("mscale", "mscale_all_dim")
         ]
-        attention = _yarn_attention_factor(factor, parts[0])
-        attention /= _yarn_attention_factor(factor, parts[1])
+        attention = _compute_yarn_attention(factor, parts[0])
+        attention /= _compute_yarn_attention(factor, parts[1])
     attention = require_number(settings, "attention_factor", float, attention, where=_WHERE)
     # llama.cpp multiplies the default factor by this.
     extra = attention / default_attention
@@ -203,7 +203,7 @@ def _describe_yarn(config: Mapping[str, Any]) -> dict[str, Any]:
     return pairs if math.isclose(extra, 1, rel_tol=1e-6) else {**pairs, "attn_factor": extra}
 
 
-def _yarn_attention_factor(factor: float, mscale: float = 1.0) -> float:
+def _compute_yarn_attention(factor: float, mscale: float = 1.0) -> float:
     """Compute by how much YaRN scales attention for a scaling factor."""
     return 1 + 0.1 * mscale * math.log(factor) if factor > 1 else 1.0
 

@@ -25,7 +25,7 @@ from halfbyte.convert.gguf_blocks import PLAIN, decode_blocks, decode_plain
 from halfbyte.convert.gguf_config import check_complete, read_config
 from halfbyte.convert.gguf_file import F32, Q4_0, Q4_1, Q8_0, GgufFile, GgufTensor, open_gguf
 from halfbyte.convert.gguf_positions import FACTOR_TENSORS
-from halfbyte.convert.hints import HINT_KEY, read_hints, restore
+from halfbyte.convert.hints import HINT_KEY, read_hints, restore_groups
 from halfbyte.errors import CheckpointError, require_extra
 
 CODED = (Q4_0, Q4_1, Q8_0)
@@ -128,17 +128,17 @@ class GgufSource:
         info = self.linears[name]
         linear = decode_blocks(info.name, self.file.read(info), info.kind, info.shape)
         if f"{name}.bias" in self.places:
-            linear = replace(linear, bias=self._narrow(self._plain(f"{name}.bias")))
-        order = self._order(name, linear.out_features)
+            linear = replace(linear, bias=self._narrow(self._load_plain(f"{name}.bias")))
+        order = self._find_row_order(name, linear.out_features)
         if order is not None:
             linear = linear.take_rows(order)
-        return restore(linear, *self.hints[name]) if name in self.hints else linear
+        return restore_groups(linear, *self.hints[name]) if name in self.hints else linear
 
     def load_other(self, name: str) -> Tensor:
         """Read one other tensor."""
         module = name.rpartition(".")[0]
-        tensor = self._plain(name)
-        order = self._order(module, tensor.shape[0])
+        tensor = self._load_plain(name)
+        order = self._find_row_order(module, tensor.shape[0])
         tensor = tensor if order is None else tensor[order]
         if self.architecture.norm_shift and name.endswith("norm.weight"):
             tensor = tensor - self.architecture.norm_shift
@@ -176,7 +176,7 @@ class GgufSource:
             ) from error
         tokenizer.save_pretrained(output)
 
-    def _plain(self, name: str) -> Tensor:
+    def _load_plain(self, name: str) -> Tensor:
         info = self.places[name]
         return decode_plain(info.name, self.file.read(info), info.kind, info.shape)
 
@@ -185,7 +185,7 @@ class GgufSource:
         narrow = tensor.to(self.dtype)
         return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
 
-    def _order(self, module: str, rows: int) -> Tensor | None:
+    def _find_row_order(self, module: str, rows: int) -> Tensor | None:
         order = self.architecture.row_order(module, self.model_config, rows)
         return None if order is None else torch.argsort(order)
 

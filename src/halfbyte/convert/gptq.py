@@ -145,7 +145,7 @@ class GptqTarget:
 
     def list_tensors(self, spec: CodedSpec) -> dict[str, TensorSpec]:
         """List the tensors of an encoded linear, by suffix."""
-        bits, out = _stored_bits(spec.bits), spec.out_features
+        bits, out = _find_stored_bits(spec.bits), spec.out_features
         tensors = {
             "qweight": TensorSpec(dtype=torch.int32, shape=(spec.in_features * bits // 32, out)),
             "qzeros": TensorSpec(dtype=torch.int32, shape=(spec.num_groups, out * bits // 32)),
@@ -156,7 +156,7 @@ class GptqTarget:
 
     def encode(self, linear: CodedLinear) -> dict[str, Tensor]:
         """Encode a linear as these tensors."""
-        linear = linear.widen(_stored_bits(linear.bits))
+        linear = linear.widen(_find_stored_bits(linear.bits))
         tensors = {
             "qweight": linear.words_in_columns(),
             "qzeros": pack_zeros(linear.zeros, linear.bits, ZERO_OFFSETS[self.dialect]),
@@ -167,7 +167,7 @@ class GptqTarget:
 
     def decode(self, tensors: Mapping[str, Tensor], spec: CodedSpec) -> CodedLinear:
         """Decode a linear from its tensors."""
-        bits = _stored_bits(spec.bits)
+        bits = _find_stored_bits(spec.bits)
         return CodedLinear(
             words=tensors["qweight"].t(),
             scales=tensors["scales"].t(),
@@ -182,7 +182,7 @@ class GptqTarget:
         self, coded: Mapping[str, CodedSpec], dense: list[str], model_config: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Make the content of ``config.json``."""
-        schemes = {name: _scheme_of(spec) for name, spec in coded.items()}
+        schemes = {name: _make_scheme(spec) for name, spec in coded.items()}
         has_act_order = any(not spec.is_ordered for spec in coded.values())
         first = next(iter(schemes.values()))
         config = QuantConfig(
@@ -195,7 +195,7 @@ class GptqTarget:
             config,
             quantized=schemes,
             skipped=dict.fromkeys(dense, "not quantized in the source"),
-            module_groups=[[name] for name in _names_in_block(coded)],
+            module_groups=[[name] for name in _list_names_in_block(coded)],
             version=__version__,
         )
         # The settings of the original quantization are unknown.
@@ -205,19 +205,19 @@ class GptqTarget:
         return {**model_config, CONFIG_SECTION: section}
 
 
-def _stored_bits(bits: int) -> int:
+def _find_stored_bits(bits: int) -> int:
     """Return the smallest width in GPTQ for codes of ``bits`` bits: 8 for 5 and 6."""
     return next(width for width in SUPPORTED_BITS if width >= bits)
 
 
-def _scheme_of(spec: CodedSpec) -> Scheme:
-    bits = _stored_bits(spec.bits)
+def _make_scheme(spec: CodedSpec) -> Scheme:
+    bits = _find_stored_bits(spec.bits)
     symmetric = spec.zero_low == spec.zero_high == 2 ** (bits - 1)
     group_size = -1 if spec.num_groups == 1 else spec.group_size
     return Scheme(bits=bits, group_size=group_size, symmetric=symmetric)
 
 
-def _names_in_block(names: Mapping[str, object]) -> list[str]:
+def _list_names_in_block(names: Mapping[str, object]) -> list[str]:
     """List the names of modules inside a block: the part after the first number."""
     inner = [re.split(r"\.\d+\.", name, maxsplit=1) for name in names]
     return list(dict.fromkeys(parts[1] for parts in inner if len(parts) == 2))

@@ -23,7 +23,7 @@ HINT_KEY = "halfbyte.groups"
 LARGEST_GROUP = 1 << 24
 
 
-def describe_hints(specs: Mapping[str, CodedSpec]) -> str:
+def format_hints(specs: Mapping[str, CodedSpec]) -> str:
     """Make the note.
 
     Args:
@@ -64,7 +64,7 @@ def read_hints(text: object, where: str) -> dict[str, tuple[int, int]]:
     return hints
 
 
-def restore(linear: CodedLinear, bits: int, group_size: int) -> CodedLinear:
+def restore_groups(linear: CodedLinear, bits: int, group_size: int) -> CodedLinear:
     """Restore the original bits and groups of a linear.
 
     Args:

@@ -77,7 +77,7 @@ class MlxSource(FolderSource):
                 "supported. Convert it with the tool that made it."
             )
         view = view_tensors(TensorFiles.open(folder), "scales", _TENSORS, "MLX")
-        sizes = {name: _group_size(name, labels) for name in view.parts}
+        sizes = {name: _read_group_size(name, labels) for name in view.parts}
         for name, parts in view.parts.items():
             _check_parts(name, parts, sizes[name])
         return cls(folder=folder, view=view, group_sizes=sizes, model_config=model_config)
@@ -92,7 +92,7 @@ class MlxSource(FolderSource):
         for suffix in ("scales", "biases", "bias"):
             if suffix in tensors:
                 check_finite(f"{name}.{suffix}", tensors[suffix])
-        scales, bits = tensors["scales"], _bits(self.view.parts[name], self.group_sizes[name])
+        scales, bits = tensors["scales"], _infer_bits(self.view.parts[name], self.group_sizes[name])
         zeros, free_minima = find_zeros(scales, tensors["biases"], bits)
         return CodedLinear(
             words=tensors["weight"].view(torch.int32),
@@ -128,7 +128,7 @@ def find_zeros(scales: Tensor, minima: Tensor, bits: int) -> tuple[Tensor, Tenso
     return zeros.to(torch.int16), None
 
 
-def _group_size(name: str, labels: Mapping[str, Any]) -> int:
+def _read_group_size(name: str, labels: Mapping[str, Any]) -> int:
     override = labels.get(name)
     size = (override if isinstance(override, dict) else labels).get("group_size")
     if type(size) is not int or not 0 < size <= 2**24:
@@ -139,7 +139,7 @@ def _group_size(name: str, labels: Mapping[str, Any]) -> int:
     return size
 
 
-def _bits(parts: Mapping[str, TensorSpec], group_size: int) -> int:
+def _infer_bits(parts: Mapping[str, TensorSpec], group_size: int) -> int:
     """Infer the width of a code from the number of words per row."""
     in_features = parts["scales"].shape[1] * group_size
     return parts["weight"].shape[1] * 32 // in_features
@@ -148,7 +148,7 @@ def _bits(parts: Mapping[str, TensorSpec], group_size: int) -> int:
 def _check_parts(name: str, parts: Mapping[str, TensorSpec], group_size: int) -> None:
     require_matrices(name, parts, ("weight", "scales", "biases"))
     out_features, groups = parts["scales"].shape
-    bits = _bits(parts, group_size)
+    bits = _infer_bits(parts, group_size)
     in_features = groups * group_size
     if parts["weight"].dtype != torch.uint32 or bits not in BITS or in_features * bits % 32:
         raise CheckpointError(
@@ -241,9 +241,11 @@ class MlxTarget:
         """Make the content of ``config.json``."""
         settings = {name: (choose_group(spec), spec.bits) for name, spec in coded.items()}
         default = Counter(settings.values()).most_common(1)[0][0]
-        section = _settings(default)
+        section = _make_settings(default)
         section |= {
-            name: _settings(setting) for name, setting in settings.items() if setting != default
+            name: _make_settings(setting)
+            for name, setting in settings.items()
+            if setting != default
         }
         return {**model_config, SECTION: section, "quantization_config": section}
 
@@ -253,5 +255,5 @@ def choose_group(spec: CodedSpec) -> int:
     return next(size for size in GROUP_SIZES if spec.even_group % size == 0)
 
 
-def _settings(setting: tuple[int, int]) -> dict[str, Any]:
+def _make_settings(setting: tuple[int, int]) -> dict[str, Any]:
     return {"group_size": setting[0], "bits": setting[1], "mode": "affine"}
