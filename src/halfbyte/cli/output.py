@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from halfbyte.jsonable import plain_values
+from halfbyte.jsonable import to_jsonable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -70,4 +70,4 @@ def print_json(value: Any) -> None:
         value: Plain values, dataclasses (by ``to_dict`` where they have one) and paths, nested at
             will. Numbers that JSON does not know (infinity, not-a-number) become null.
     """
-    sys.stdout.write(json.dumps(plain_values(value), indent=2) + "\n")
+    sys.stdout.write(json.dumps(to_jsonable(value), indent=2) + "\n")

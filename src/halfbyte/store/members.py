@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from halfbyte.checkpoint.atomic import PARTIAL_SUFFIX
 from halfbyte.checkpoint.identity import MANIFEST_FILE
-from halfbyte.checkpoint.safe_path import check_own_file
+from halfbyte.checkpoint.safe_path import check_model_file
 from halfbyte.checkpoint.shards import check_shards
 from halfbyte.errors import StoreError
 
@@ -67,7 +67,7 @@ def list_files(folder: Path) -> dict[str, Path]:
             continue
         if name.endswith(PARTIAL_SUFFIX):
             raise StoreError(f"Cannot add {folder}: {name} is unfinished. Let the run end.")
-        found[check_member(name, str(folder))] = check_own_file(folder, name)
+        found[check_member(name, str(folder))] = check_model_file(folder, name)
     if not any(name.endswith((".safetensors", ".gguf")) for name in found):
         raise StoreError(f"Cannot add {folder}: it has no .safetensors or .gguf file.")
     check_shards(folder)
