@@ -18,7 +18,7 @@ def test_table_has_every_program_and_reason(tmp_path, capsys):
     for consumer in CONSUMERS:
         assert consumer.label in out
     assert "1 quantized linears (1 x 3 bits, group 32, symmetric)" in out
-    assert "this says 3, symmetric" in out
+    assert "this one has 3" in out
 
 
 def test_json_has_one_verdict_for_each_program_and_size(tmp_path, capsys):

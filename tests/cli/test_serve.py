@@ -281,7 +281,7 @@ def test_vllm_is_started_fronted_and_ended(model, tmp_path):
         (["no-such-folder", "--engine", "vllm"], "'no-such-folder': it is not a model folder"),
         (["--port", "99999"], "port is 99999"),
         (["--api-key", "ann:short"], "'ann' has 5 characters"),
-        (["--upstream", "localhost:8000"], "is no address of a server"),
+        (["--upstream", "localhost:8000"], "is not the address of a server"),
     ],
 )
 def test_wrong_settings_end_at_once(model, monkeypatch, capsys, arguments, said):

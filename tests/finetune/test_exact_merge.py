@@ -131,7 +131,7 @@ def test_exact_merge_is_not_mistaken_for_a_standard_checkpoint(trained, tmp_path
     base, adapter = trained
     merge_exactly(base, adapter, tmp_path / "out", device="cpu")
     for verdict in check_consumers(open_checkpoint(tmp_path / "out")).verdicts:
-        refused = any("merged into offsets" in reason for reason in verdict.reasons)
+        refused = any("offsets of a merged adapter" in reason for reason in verdict.reasons)
         assert refused == (verdict.consumer != "transformers"), verdict
     with pytest.raises(ConfigError, match="has offsets of a merged adapter"):
         convert(tmp_path / "out", tmp_path / "other", config=ConversionConfig(to="gptq"))

@@ -52,7 +52,7 @@ def test_every_kind_of_grid_loads_and_computes(
     }
     assert {layout.bits for layout in checkpoint.linears.values()} == {bits}
     for name, layout in checkpoint.linears.items():
-        facts = checkpoint.load_facts(name)
+        facts = checkpoint.load_info(name)
         groups = 1 if group_size == -1 else layout.in_features // group_size
         assert layout.num_groups == groups
         assert facts.has_trivial_groups == (not desc_act or groups == 1), name

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from halfbyte.jsonable import plain_values
+from halfbyte.jsonable import to_jsonable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -70,4 +70,4 @@ def print_json(value: Any) -> None:
         value: Plain values, dataclasses (through ``to_dict`` if they have it) and paths, nested at
             will. Infinity and NaN become null.
     """
-    sys.stdout.write(json.dumps(plain_values(value), indent=2) + "\n")
+    sys.stdout.write(json.dumps(to_jsonable(value), indent=2) + "\n")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.checkpoint.shards import explain_nothing_to_read
+from halfbyte.checkpoint.shards import explain_missing_weights
 from halfbyte.data import evaluation_text
 from halfbyte.errors import CheckpointError, ConfigError, ModelError, first_line
 from halfbyte.evaluate.windows import DEFAULT_WINDOW, Windows, split_windows, tokenize_text
@@ -110,7 +110,7 @@ def check_folder(folder: Path) -> None:
             "or halfbyte, or a downloaded Hugging Face repository."
         )
     if not any(folder.glob("*.safetensors")):
-        raise CheckpointError(explain_nothing_to_read(folder))
+        raise CheckpointError(explain_missing_weights(folder))
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -109,8 +109,8 @@ def measure_deviation(model: PreTrainedModel, found: Tensor, expected: Tensor) -
         expected: [tokens, hidden].
 
     Returns:
-        The relative deviation (L2). For mixtures of experts the median over tokens, because rounding
-        alone routes single tokens to other experts.
+        The relative deviation (L2). For mixtures of experts the median over tokens, because
+        rounding alone routes single tokens to other experts.
     """
     if any(map(has_experts, get_decoder(model).layers)):
         return float(((found - expected).norm(dim=1) / expected.norm(dim=1)).median())

@@ -98,7 +98,7 @@ def collect_linears(model: PreTrainedModel, files: Sequence[Path]) -> FoundLinea
         dtypes = {suffix: infos[key].dtype for suffix, key in keys.items() if key in infos}
         # Transformers builds models under torch.device("meta"), but these tensors must be read.
         with torch.device("cpu"):
-            facts = checkpoint.load_facts(disk_name)
+            facts = checkpoint.load_info(disk_name)
         stored[name] = StoredLinear(facts=facts, dtypes=dtypes)
     if not stored:
         raise CheckpointError(

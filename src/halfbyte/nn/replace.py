@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from halfbyte.checkpoint.read import LinearFacts
+from halfbyte.checkpoint.read import LinearInfo
 from halfbyte.errors import CheckpointError
 from halfbyte.kernels.contract import LinearSpec
 from halfbyte.nn.linear import QuantLinear
@@ -25,7 +25,7 @@ from halfbyte.nn.linear import QuantLinear
 class StoredLinear:
     """A quantized linear of a checkpoint: its layout, and the dtypes of its tensors."""
 
-    facts: LinearFacts
+    facts: LinearInfo
     dtypes: Mapping[str, torch.dtype]
     """By suffix: "scales" and, if present in the file, "g_idx" and "bias"."""
 

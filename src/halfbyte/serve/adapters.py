@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -38,6 +38,14 @@ class AdapterBackend(Protocol):
     @property
     def models(self) -> tuple[str, ...]:
         """Names of the models and adapters that are served."""
+
+    @property
+    def adapter_folders(self) -> Mapping[str, str]:
+        """Folder of each loaded adapter, by name."""
+
+    @property
+    def missing_adapters(self) -> dict[str, str]:
+        """Adapters of the model that this one replaced which could not be loaded, and why."""
 
     async def load_adapter(self, name: str, folder: str) -> None:
         """Load the adapter in a folder and serve it under a name."""

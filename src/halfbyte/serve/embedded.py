@@ -54,6 +54,10 @@ class EmbeddedBackend:
         self._spelling = Spelling(tokenizer)
         self._limits = config.answer_limits
         self._closed = False
+        self.adapter_folders: dict[str, str] = {}
+        """Folder of each loaded adapter, by name."""
+        self.missing_adapters: dict[str, str] = {}
+        """Adapters of the model that this one replaced which could not be loaded, and why."""
 
     @property
     def name(self) -> str:
@@ -171,9 +175,12 @@ class EmbeddedBackend:
     async def load_adapter(self, name: str, folder: str) -> None:
         """Load an adapter; the caller has checked that its folder may be loaded."""
         await self._engine.load_adapter(name, folder)
+        self.adapter_folders[name] = folder
+        self.missing_adapters.pop(name, None)
 
     async def unload_adapter(self, name: str) -> None:
         """Unload an adapter."""
+        self.adapter_folders.pop(name, None)
         await self._engine.unload_adapter(name)
 
     async def _read(self, call: Call) -> list[ChoiceRequest]:

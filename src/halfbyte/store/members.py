@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from halfbyte.checkpoint.atomic import PARTIAL_SUFFIX
 from halfbyte.checkpoint.identity import MANIFEST_FILE, VERDICT_FILE
-from halfbyte.checkpoint.safe_path import check_own_file
+from halfbyte.checkpoint.safe_path import check_model_file
 from halfbyte.checkpoint.shards import check_shards
 from halfbyte.errors import StoreError
 
@@ -71,7 +71,7 @@ def list_files(folder: Path) -> dict[str, Path]:
             raise StoreError(
                 f"Cannot add {folder}: {name} is unfinished. Let the run finish first."
             )
-        found[check_member(name, str(folder))] = check_own_file(folder, name)
+        found[check_member(name, str(folder))] = check_model_file(folder, name)
     if not any(name.endswith((".safetensors", ".gguf")) for name in found):
         raise StoreError(
             f"Cannot add {folder}: it has no .safetensors or .gguf file. Check the path."

@@ -266,6 +266,15 @@ class Gateway:
         models = self.models
         # The models of an upstream server are unknown until it was first reached.
         if models and model not in models:
+            if reason := getattr(self.current, "missing_adapters", {}).get(model):
+                raise ServeError(
+                    f"The adapter '{model}' is not available any more: it could not be loaded into "
+                    f"the model version that is served now. {reason} Ask for '{models[0]}', or "
+                    "load an adapter that fits.",
+                    status=404,
+                    code="model_not_found",
+                    param="model",
+                )
             raise ServeError(
                 f"The model '{str(model)[:80]}' does not exist on this server. Available: "
                 f"{', '.join(models[:20])}.",
