@@ -110,10 +110,10 @@ def make_engine(
         info,
         ends=ends,
         grammars=Grammars(folder, vocabulary, ends),
-        sequences=config.sequences,
-        step_tokens=config.step_tokens,
-        queue=config.queue,
-        piece_seconds=config.piece_seconds,
+        max_sequences=config.max_sequences,
+        max_batched_tokens=config.max_batched_tokens,
+        max_queue=config.max_queue,
+        chunk_interval=config.chunk_interval,
     )
 
 
