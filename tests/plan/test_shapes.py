@@ -163,7 +163,7 @@ def test_counts_are_those_of_the_model_that_transformers_builds(name, tmp_path):
 def test_other_families_are_said_to_be_unchecked():
     assert {changes.get("model_type", name) for name, changes in FAMILIES.items()} == CHECKED
     (note,) = parse_config({**SMALL, "model_type": "jamba"}, "m").notes
-    assert note.startswith("Not checked against models of type jamba")
+    assert note.startswith("Model type jamba is not among the tested ones")
     assert not parse_config({**SMALL, "model_type": "llama"}, "m").notes
 
 
@@ -199,7 +199,7 @@ def test_layer_types_in_the_config_come_first():
         {**SMALL, "model_type": "x", "layer_types": types, "sliding_window": 8}, "m"
     )
     assert {layers.kind: layers.count for layers in shapes.cache} == {"full": 2, "sliding": 2}
-    assert "2 of 6 layers keep a state" in shapes.notes[0]
+    assert "2 of 6 layers keep a recurrent state" in shapes.notes[0]
 
 
 def test_latent_attention_keeps_one_small_vector_per_token():
