@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from transformers import BloomConfig, GPT2Config, LlamaConfig, Qwen3Config
 
-from halfbyte.model.context_length import longest_text
+from halfbyte.model.context_length import max_context_length
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
@@ -26,4 +26,4 @@ LINEAR = {"rope_type": "linear", "factor": 4.0}
     ],
 )
 def test_longest_text_is_what_positions_reach(config, longest):
-    assert longest_text(config) == longest
+    assert max_context_length(config) == longest

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from halfbyte.errors import CheckpointError
-from halfbyte.model.hidden_states import HeldStates, HiddenStates
+from halfbyte.model.hidden_states import DeviceHiddenStates, HiddenStates
 
 SHAPES = [(2, 5), (1, 3), (2, 5)]
 
@@ -71,7 +71,7 @@ def test_file_cut_short_by_another_program_is_no_endless_loop(tmp_path: Path) ->
 
 def test_held_states_reach_the_file_when_they_are_saved(tmp_path: Path) -> None:
     old, new = torch.randn(2, 5, 4), torch.randn(2, 5, 4)
-    with HeldStates(tmp_path / "h.bin", SHAPES, 4, torch.float32) as states:
+    with DeviceHiddenStates(tmp_path / "h.bin", SHAPES, 4, torch.float32) as states:
         states.write(0, old)
         states.write(1, torch.ones(1, 3, 4))
         states.write(2, old)
@@ -86,8 +86,8 @@ def test_held_states_reach_the_file_when_they_are_saved(tmp_path: Path) -> None:
 
 def test_of_two_held_files_one_lets_go_as_the_other_takes_over(tmp_path: Path) -> None:
     with (
-        HeldStates(tmp_path / "0.bin", SHAPES, 4, torch.float32) as before,
-        HeldStates(tmp_path / "1.bin", SHAPES, 4, torch.float32) as behind,
+        DeviceHiddenStates(tmp_path / "0.bin", SHAPES, 4, torch.float32) as before,
+        DeviceHiddenStates(tmp_path / "1.bin", SHAPES, 4, torch.float32) as behind,
     ):
         behind.replaced = before
         for batch, (sequences, tokens) in enumerate(SHAPES):

@@ -6,7 +6,7 @@ from torch import nn
 from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
 
 from halfbyte.errors import CheckpointError
-from halfbyte.model.renaming import SparingConverter, align_renamings
+from halfbyte.model.renaming import ExcludingConverter, align_renamings
 
 
 class Model(nn.Module):
@@ -44,7 +44,7 @@ def test_dense_tensor_beside_packed_ones_is_spared_from_merging():
     keys = ["specialists.0.qweight", "specialists.1.weight"]
     found = align_renamings(Model(), rules, {"experts.0": "specialists.0"}, keys)
     assert found[0] is rules[0]
-    assert isinstance(found[1], SparingConverter)
+    assert isinstance(found[1], ExcludingConverter)
     assert found[1].rename_source_key("experts.1.weight") == ("experts.1.weight", None)
     # Others are still merged.
     assert found[1].rename_source_key("experts.7.weight")[0] == "experts.fused"

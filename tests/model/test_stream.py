@@ -13,7 +13,7 @@ from torch import Tensor
 from halfbyte.errors import ModelError
 from halfbyte.model.blocks import Stage, find_stages
 from halfbyte.model.experts import unfuse_experts
-from halfbyte.model.stream import BlockStream, Passages
+from halfbyte.model.stream import BlockStream, ForwardPasses
 from halfbyte.model.weights import ModelWeights
 
 TOKENS = 40
@@ -143,7 +143,7 @@ def test_block_that_gives_several_states_per_token_is_refused(tmp_path: Path) ->
     block.forward = lambda *args, **kwargs: args[0][:, :, None].expand(-1, -1, 4, -1)
     with (
         stream.at(0),
-        pytest.raises(ModelError, match=r"shape \[1, 8, 4, 64\] for tokens \[1, 8\], where one v"),
+        pytest.raises(ModelError, match=r"shape \[1, 8, 4, 64\] for tokens \[1, 8\], but one v"),
     ):
         stream.run(torch.tensor(token_lists(1, 8)), None)
 
@@ -186,7 +186,9 @@ def test_passages_stop_at_every_stage_and_end_as_without_stops(
     stream, stages, ids = paused(tmp_path, family)
     with stream.at(0, stages):
         plain = [stream.run(part, None) for part in torch.split(ids, 2)]
-        passages = Passages(stream, 2, lambda b: (torch.split(ids, 2)[b], None), keep_paused=keep)
+        passages = ForwardPasses(
+            stream, 2, lambda b: (torch.split(ids, 2)[b], None), keep_paused=keep
+        )
         for number, stage in enumerate(stages):
             for batch in range(2):
                 inputs = passages.reach(batch, number)
@@ -205,7 +207,7 @@ def test_weights_changed_at_a_stage_count_for_what_follows(tmp_path: Path) -> No
     stream, stages, ids = paused(tmp_path, "llama")
     block = stream.blocks.modules[0]
     with stream.at(0, stages):
-        passages = Passages(stream, 1, lambda _: (ids, None), keep_paused=True)
+        passages = ForwardPasses(stream, 1, lambda _: (ids, None), keep_paused=True)
         for number, stage in enumerate(stages):
             assert passages.reach(0, number) is not None
             for name in stage.groups[0].linears:
@@ -218,7 +220,7 @@ def test_weights_changed_at_a_stage_count_for_what_follows(tmp_path: Path) -> No
 def test_closed_passages_run_no_further(tmp_path: Path) -> None:
     stream, stages, ids = paused(tmp_path, "llama")
     with stream.at(0, stages):
-        passages = Passages(stream, 1, lambda _: (ids, None), keep_paused=True)
+        passages = ForwardPasses(stream, 1, lambda _: (ids, None), keep_paused=True)
         assert passages.reach(0, 0) is not None
         passages.close()
         last = stream.blocks.modules[0].mlp.down_proj

@@ -25,7 +25,7 @@ from halfbyte.integrations.activations import measure_rounding
 from halfbyte.integrations.generation import Generator, Sampling, Timing
 from halfbyte.kernels.native_library import open_library
 from halfbyte.machine.memory import resident_memory_bytes
-from halfbyte.model.context_length import longest_text
+from halfbyte.model.context_length import max_context_length
 from halfbyte.nn.linear import QuantLinear
 
 READ_BYTES = 256 * 2**20
@@ -101,7 +101,7 @@ def measure_speed(
     generator = Generator(model, head_bits=head_bits)
     # Text that ends would end the measurement.
     generator.ends = frozenset()
-    longest = longest_text(model.config.get_text_config(decoder=True))
+    longest = max_context_length(model.config.get_text_config(decoder=True))
     if longest is not None:
         prompt_tokens = max(min(prompt_tokens, longest - new_tokens), 1)
     vocabulary = model.get_input_embeddings().weight.shape[0]

@@ -143,6 +143,9 @@ class Attempt:
                 for index in range(len(self.journal.blocks), self.num_blocks):
                     self.progress.block_started(index, self.num_blocks)
                     walk.do_block(index, writer)
+                    if index == 0:
+                        first_window = self.probe.ids[:1].to(self.weights.device)
+                        self.stream.check_block_order(first_window)
                 with self.meter.timed("write"):
                     writer.wait()
                 tuning = self._tune_whole(states)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from halfbyte.machine.memory import release_memory
 from halfbyte.model.blocks import LinearTensors
-from halfbyte.model.stream import Passages
+from halfbyte.model.stream import ForwardPasses
 from halfbyte.quantize.block_plan import plan_tasks
 from halfbyte.quantize.block_shard import gather_block
 from halfbyte.quantize.block_tuning import TuningData, tune_rounded
@@ -55,7 +55,7 @@ class BlockWalk:
         with work.meter.timed("load"):
             block, exact = work.load(index)
             if self.settings.hold_states and index + 1 < len(weights.blocks.modules):
-                weights.fetch_block(index + 1)
+                weights.prefetch_block(index + 1)
         work.find_stages(index, block, self.loader(CALIBRATION, index))
         if self.states.has_base:
             with work.meter.timed("quality"), stream.at(index):
@@ -92,19 +92,19 @@ class BlockWalk:
 
         return load
 
-    def passages(self, stream: str, position: int, *, keep_paused: bool) -> Passages:
+    def passages(self, stream: str, position: int, *, keep_paused: bool) -> ForwardPasses:
         """Send a stream's batches on their way from in front of a block.
 
         Args:
             stream: Of the calibration text.
             position: The block.
-            keep_paused: See :class:`halfbyte.model.stream.Passages`.
+            keep_paused: See :class:`halfbyte.model.stream.ForwardPasses`.
 
         Returns:
             The passages, none of which has begun.
         """
         load = self.loader(stream, position)
-        return Passages(self.work.stream, len(self.batches), load, keep_paused=keep_paused)
+        return ForwardPasses(self.work.stream, len(self.batches), load, keep_paused=keep_paused)
 
     def _round(
         self,
@@ -133,7 +133,7 @@ class BlockWalk:
                 self._pass_on(CALIBRATION, index, passages)
         return rounded
 
-    def _pass_on(self, stream: str, index: int, passages: Passages) -> None:
+    def _pass_on(self, stream: str, index: int, passages: ForwardPasses) -> None:
         behind = self.states.at(stream, index + 1)
         for batch in range(len(self.batches)):
             behind.write(batch, passages.finish(batch))

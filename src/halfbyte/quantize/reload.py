@@ -115,7 +115,7 @@ def check_outputs(
     for index in range(len(weights.blocks.modules)):
         block = weights.load_block(index)
         if device.type != "cpu" and index + 1 < len(weights.blocks.modules):
-            weights.fetch_block(index + 1)
+            weights.prefetch_block(index + 1)
         for _, linear in quantized_linears(block):
             linear.prepare(kernel=TorchReference.name)
         with stream.at(index):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import JournalError
-from halfbyte.model.hidden_states import HeldStates, HiddenStates
+from halfbyte.model.hidden_states import DeviceHiddenStates, HiddenStates
 from halfbyte.model.stream import BlockStream
 from halfbyte.quantize.probe import Probe, Trail
 
@@ -77,7 +77,7 @@ class RunStates:
         self._held = held
         self._saved_at = time.monotonic()
         self._saved: int | None = None
-        kind = HeldStates if held else HiddenStates
+        kind = DeviceHiddenStates if held else HiddenStates
         self._files = {
             name: [
                 self._stack.enter_context(kind(folder / f"{name}-{k}.bin", shape, width, dtype))
@@ -86,7 +86,7 @@ class RunStates:
             for name, shape in shapes.items()
         }
         for one, other in self._files.values():
-            if isinstance(one, HeldStates) and isinstance(other, HeldStates):
+            if isinstance(one, DeviceHiddenStates) and isinstance(other, DeviceHiddenStates):
                 one.replaced, other.replaced = other, one
         self.trail = Trail(folder / "trail.bin", num_blocks, probe.shape[1], width, dtype)
         self._stack.callback(self.trail.close)
@@ -127,7 +127,9 @@ class RunStates:
         found = {}
         for name in self._checked:
             states = self.at(name, position)
-            found[name] = states.save() if isinstance(states, HeldStates) else states.digest()
+            found[name] = (
+                states.save() if isinstance(states, DeviceHiddenStates) else states.digest()
+            )
         return found
 
     def check(self, position: int, expected: Mapping[str, int]) -> None:

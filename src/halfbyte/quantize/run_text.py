@@ -12,7 +12,7 @@ from pathlib import Path
 
 from halfbyte.evaluate.loading import load_tokenizer
 from halfbyte.machine.memory import release_memory
-from halfbyte.model.context_length import longest_text
+from halfbyte.model.context_length import max_context_length
 from halfbyte.model.weights import ModelWeights
 from halfbyte.quant_config import CalibrationConfig
 from halfbyte.quantize.calibration import (
@@ -61,7 +61,7 @@ def read_text(
     progress.phase("reading the text")
     tokenizer = load_tokenizer(weights.folder)
     text_config = weights.config.get_text_config()
-    longest = longest_text(text_config)
+    longest = max_context_length(text_config)
     tokens = load_calibration(text, calibration, tokenizer, longest)
     vocabulary = int(text_config.vocab_size)
     check_ids(tokens, vocabulary)
