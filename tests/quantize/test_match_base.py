@@ -15,7 +15,7 @@ from halfbyte.quant_config import PRESETS, CalibrationConfig, QuantConfig, Resou
 from halfbyte.quantize.attempt import Attempt
 from halfbyte.quantize.block_walk import BlockWalk
 from halfbyte.quantize.report import QuantizationReport
-from halfbyte.quantize.run_states import CALIBRATION, FULL
+from halfbyte.quantize.run_states import BASE_CALIBRATION, CALIBRATION
 
 IDS = token_lists(16, 32)
 CONFIG = QuantConfig(group_size=32, bits=3, **PRESETS["balanced"])
@@ -41,7 +41,7 @@ def test_the_base_stream_is_the_base_model(
     finish = Attempt._finish
 
     def look(self: Attempt, walk: BlockWalk, *rest: object) -> QuantizationReport:
-        for name in (FULL, CALIBRATION):
+        for name in (BASE_CALIBRATION, CALIBRATION):
             files = walk.states.at(name, self.num_blocks)
             seen[name] = torch.cat([files.read(i) for i in range(len(files))])
         return finish(self, walk, *rest)
@@ -56,7 +56,7 @@ def test_the_base_stream_is_the_base_model(
     )
     with torch.no_grad():
         model(torch.tensor(IDS))
-    torch.testing.assert_close(seen[FULL], expected[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(seen[BASE_CALIBRATION], expected[0], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(seen[CALIBRATION], expected[0], rtol=1e-3, atol=1e-3)
 
 
@@ -79,7 +79,7 @@ def test_each_module_says_what_was_done(base: Path, tmp_path: Path) -> None:
     notes = {m.name: " ".join(m.notes) for m in report.modules}
     assert "base model's outputs" not in notes["model.layers.0.self_attn.q_proj"]
     assert all("rows polished" in text for text in notes.values())
-    assert "aimed at" in notes["model.layers.2.mlp.down_proj"]
+    assert "targets" in notes["model.layers.2.mlp.down_proj"]
 
 
 def test_experts_are_left_out_with_the_reason(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_experts_are_left_out_with_the_reason(tmp_path: Path) -> None:
     report = quantize(tmp_path / "base", tmp_path / "out", CONFIG)
     experts = [m for m in report.modules if "experts" in m.name]
     assert experts
-    assert all("aimed at its own outputs" in " ".join(m.notes) for m in experts)
+    assert all("targets its own outputs" in " ".join(m.notes) for m in experts)
 
 
 def test_too_little_text_is_said(base: Path, tmp_path: Path) -> None:

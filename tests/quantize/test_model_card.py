@@ -49,7 +49,7 @@ def test_card_holds_recipe_quality_versions_and_size(make_report):
     assert f"`{'ab' * 32}`" in body
     assert "2048 in 4 samples of 512" in body
     assert "halfbyte 0.1.0, torch 2.13.0." in body
-    assert "In 2 min 10 s, with 1.2 GB of memory" in body
+    assert "In 2 min 10 s, with 1.2 GB of peak memory" in body
 
 
 def test_card_says_that_quality_was_not_measured(make_report):
@@ -66,7 +66,7 @@ def test_experts_and_training_are_told(make_report):
     )
     body = write_card_body(make_report(modules=modules, end_to_end=tuning), "owner/Tiny-1M")
     assert "| 1 | 3 | 0 | 7 | 14 | 0 |" in body
-    assert "step 30 of 40 kept: KL on calibration text kept apart 0.0500 to 0.0461" in body
+    assert "step 30 of 40 kept: KL on held-out calibration text 0.0500 to 0.0461" in body
     assert "Calibration tokens by expert" not in write_card_body(make_report(), "owner/Tiny-1M")
 
 

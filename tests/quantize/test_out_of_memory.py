@@ -193,7 +193,7 @@ def test_training_end_to_end_keeps_its_batches(base, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("halfbyte.quantize.end_to_end.EndToEndTuning._gradient", run_out)
-        with pytest.raises(ConfigError, match=r"out of memory behind the last block, with 2 of"):
+        with pytest.raises(ConfigError, match=r"out of memory after the last block, with 2 of"):
             quantize(base, tmp_path / "out", config=config, batch_size=2)
     quantize(base, tmp_path / "out", config=config, batch_size=2, resume=True)
     quantize(base, tmp_path / "whole", config=config, batch_size=2)

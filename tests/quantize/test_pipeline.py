@@ -176,7 +176,9 @@ def test_a_disk_that_is_too_small_is_refused_before_the_run(
 ) -> None:
     free = shutil.disk_usage(tmp_path)._replace(free=3000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
-    with pytest.raises(ConfigError, match=r"has 3\.0 kB free; the checkpoint takes \d.* beside it"):
+    with pytest.raises(
+        ConfigError, match=r"has 3\.0 kB free; the checkpoint needs \d.* temporarily"
+    ):
         run(tmp_path, QuantConfig())
     monkeypatch.undo()
     # and nothing stands in the way of the next try

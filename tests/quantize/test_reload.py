@@ -114,7 +114,7 @@ def test_other_weight_is_found_and_names_its_module(
 ) -> None:
     with pytest.raises(
         VerificationError,
-        match=rf"does not give back the weight of {Q_PROJ} that the run computed with",
+        match=rf"does not reproduce the weight of {Q_PROJ} that the run used",
     ):
         quantize_and_change(
             tmp_path,
@@ -139,8 +139,8 @@ def test_other_norm_in_a_block_is_found_by_its_output(
 
     with pytest.raises(
         VerificationError,
-        match=r"The saved model\.layers\.1 does not compute what the run computed: its output "
-        r"differs by .* relative, allowed is 0\.01",
+        match=r"The saved model\.layers\.1 does not reproduce the run: its output "
+        r"has a relative difference of .*, allowed is 0\.01",
     ):
         quantize_and_change(tmp_path, monkeypatch, lambda f: change_tensors(f, change))
 
@@ -154,7 +154,7 @@ def test_other_tail_is_found_by_the_logits(
 
     with pytest.raises(
         VerificationError,
-        match=r"logits differ from the run's by .* relative, allowed is 0\.02; its blocks agree",
+        match=r"logits have a relative difference .*, allowed is 0\.02\. Its blocks agree",
     ):
         quantize_and_change(tmp_path, monkeypatch, lambda f: change_tensors(f, change))
 
@@ -165,7 +165,7 @@ def test_tensor_that_is_not_finite_any_more_is_found(
     def change(tensors: Tensors) -> None:
         tensors["model.layers.0.input_layernorm.weight"][0] = float("nan")
 
-    with pytest.raises(VerificationError, match=r"The saved model\.layers\.0 does not compute"):
+    with pytest.raises(VerificationError, match=r"The saved model\.layers\.0 does not reproduce"):
         quantize_and_change(tmp_path, monkeypatch, lambda f: change_tensors(f, change))
 
 

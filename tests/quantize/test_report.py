@@ -69,7 +69,7 @@ def test_folder_without_a_report_says_what_to_do(tmp_path):
 
 def test_damaged_report_is_refused(tmp_path):
     (tmp_path / REPORT_FILE).write_text('{"model": ')
-    with pytest.raises(CheckpointError, match="it is not JSON"):
+    with pytest.raises(CheckpointError, match="it is not valid JSON"):
         load_report(tmp_path)
 
 

@@ -47,7 +47,7 @@ def plan(weights: ModelWeights, *, lengths: list[int] | None = None, **asked: An
 @pytest.mark.parametrize(
     ("asked", "stored", "device", "fast", "dtype", "reason"),
     [
-        ("float16", torch.float32, "cpu", True, torch.float16, "float16, as asked for"),
+        ("float16", torch.float32, "cpu", True, torch.float16, "float16, as requested"),
         ("auto", torch.float32, "cpu", True, torch.float32, "float32, as the model is stored"),
         ("auto", torch.bfloat16, "cpu", True, torch.bfloat16, "bfloat16, which this processor"),
         ("auto", torch.float16, "cpu", True, torch.bfloat16, "bfloat16, which this processor"),
@@ -75,7 +75,7 @@ def test_much_memory_lets_batches_wait(weights: ModelWeights) -> None:
     assert found.settings.keep_paused
     assert found.settings.batch_size == 2, "4096 tokens"
     assert found.settings.reasons == (
-        "the limit is yours",
+        "the requested limit",
         "computes in float32, as the model is stored",
         "2 sequences a batch",
         "each block runs once",
@@ -120,7 +120,7 @@ def test_plan_counts_what_there_is(weights: ModelWeights) -> None:
     linears = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96
     assert found.output_bytes == outside + int(0.53 * 3 * (linears + 2 * 64))
     assert found.flops > 2 * tokens * 3 * linears
-    assert found.seconds == pytest.approx(found.flops / (resources.REACHED_RATE * 1e9))
+    assert found.seconds == pytest.approx(found.flops / (resources.ACHIEVED_RATE * 1e9))
     assert found.memory_bytes > PROGRAM_BYTES
     assert found.settings.hessian_bytes > SMALLEST_HESSIAN_BYTES
     assert plan(weights, memory="1MB").settings.hessian_bytes == SMALLEST_HESSIAN_BYTES
@@ -147,7 +147,7 @@ def test_tokens_go_through_their_experts_only(tmp_path: Path) -> None:
 def test_plan_in_words(weights: ModelWeights) -> None:
     memory, disk, time = plan(weights, memory="64GB").lines()
     assert memory.startswith("memory  ")
-    assert "of 64.0 GB; the limit is yours; computes in float32" in memory
+    assert "of 64.0 GB; the requested limit; computes in float32" in memory
     assert "for the checkpoint, 134.2 MB while it runs" in disk
     assert time.startswith("time    at least ")
     assert f"on {torch.get_num_threads()} threads" in time
@@ -162,7 +162,7 @@ def test_default_budget_is_a_share_of_what_is_free(
     monkeypatch.setattr(resources.psutil, "virtual_memory", lambda: Memory)
     found = plan(weights)
     assert 0 < found.budget_bytes <= 6 * 10**9
-    assert found.settings.reasons[0] == "60% of what is free"
+    assert found.settings.reasons[0] == "60% of the free memory"
 
 
 def test_settings_survive_the_journal(weights: ModelWeights) -> None:

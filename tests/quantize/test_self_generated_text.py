@@ -62,7 +62,7 @@ def test_tokens_follow_the_models_own_distribution() -> None:
 def test_broken_model_is_refused() -> None:
     model = build_family("llama")
     model.lm_head.weight.data.fill_(float("nan"))
-    with pytest.raises(ModelError, match=r"cannot write text in float32: .*Look for damaged"):
+    with pytest.raises(ModelError, match=r"cannot generate text in float32: .*for damage"):
         generate_text(model, CONFIG)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from halfbyte.quantize.target import CHECK_EVERY, MomentAccumulator, Moments, aim
+from halfbyte.quantize.target import CHECK_EVERY, MomentAccumulator, Moments, compute_target
 
 WIDTH, ROWS, TOKENS = 24, 10, 4000
 
@@ -32,7 +32,7 @@ def weight() -> torch.Tensor:
 
 def test_target_is_the_damped_least_squares_solution_over_all_text() -> None:
     (fit_base, fit_seen), (check_base, check_seen) = inputs(0), inputs(1, TOKENS // 3)
-    found = aim(
+    found = compute_target(
         weight(), moments(fit_base, fit_seen), moments(check_base, check_seen), damping=0.01
     )
     base, seen = torch.cat([fit_base, check_base]).double(), torch.cat([fit_seen, check_seen])
@@ -50,7 +50,7 @@ def test_target_is_the_damped_least_squares_solution_over_all_text() -> None:
 
 
 def test_target_comes_nearer_to_the_base_outputs_on_text_that_nobody_saw() -> None:
-    found = aim(weight(), moments(*inputs(0)), moments(*inputs(1)), damping=0.01)
+    found = compute_target(weight(), moments(*inputs(0)), moments(*inputs(1)), damping=0.01)
     base, seen = inputs(2)
     wanted = base @ weight().t()
     before = (seen @ weight().t() - wanted).square().mean()
@@ -62,8 +62,8 @@ def test_share_is_the_best_one_on_the_check_text() -> None:
     """Where the two texts disagree in part, against a search by hand."""
     fit, (base, seen) = inputs(0), inputs(1)
     base = seen + 0.4 * (base - seen)
-    found = aim(weight(), moments(*fit), moments(base, seen), damping=1e-4)
-    step = aim(weight(), moments(*fit), moments(*fit), damping=1e-4).weight - weight()
+    found = compute_target(weight(), moments(*fit), moments(base, seen), damping=1e-4)
+    step = compute_target(weight(), moments(*fit), moments(*fit), damping=1e-4).weight - weight()
     shares = torch.linspace(0, 1, 101)
     losses = [
         float((seen @ (weight() + a * step).t() - base @ weight().t()).square().mean())
@@ -75,14 +75,14 @@ def test_share_is_the_best_one_on_the_check_text() -> None:
 def test_step_that_other_text_does_not_confirm_is_not_taken() -> None:
     base, seen = inputs(1)
     against = moments(seen - (base - seen), seen)
-    found = aim(weight(), moments(*inputs(0)), against, damping=0.01)
+    found = compute_target(weight(), moments(*inputs(0)), against, damping=0.01)
     assert found.share == 0
     assert torch.equal(found.weight, weight())
 
 
 def test_singular_hessian_leaves_the_weight() -> None:
     broken = Moments(hessian=-torch.eye(WIDTH), drift=torch.randn(WIDTH, WIDTH), num_tokens=TOKENS)
-    found = aim(weight(), broken, moments(*inputs(1)), damping=0.01)
+    found = compute_target(weight(), broken, moments(*inputs(1)), damping=0.01)
     assert found.share == 0
 
 

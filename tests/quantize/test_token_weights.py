@@ -19,7 +19,7 @@ from halfbyte.quantize.attempt import WEIGHTS_FOLDER
 from halfbyte.quantize.hessian import HessianAccumulator
 from halfbyte.quantize.progress import SilentProgress
 from halfbyte.quantize.target import CHECK_EVERY, MomentAccumulator
-from halfbyte.quantize.token_weights import MOST, TokenWeights
+from halfbyte.quantize.token_weights import MAX_WEIGHT, TokenWeights
 
 CPU = torch.device("cpu")
 CONFIG = QuantConfig(group_size=32, weigh_tokens=True)
@@ -51,7 +51,7 @@ def naive_squares(base: Path, sequences: list[list[int]], counted: Tensor | None
     with torch.no_grad():  # what is drawn follows the run's own type
         for row in sequences:
             probabilities = model(torch.tensor([row])).logits[0].float().softmax(-1)
-            drawn.append(token_gradients.draw_tokens(probabilities, dice))
+            drawn.append(token_gradients.sample_tokens(probabilities, dice))
     model = model.double()
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and "layers" in name:
@@ -91,7 +91,7 @@ def test_weights_are_the_gradient_norms_of_the_whole_model(
         assert roots is not None
         assert [len(part) for part in roots] == [64] * 4
         norms = torch.stack([squares[name] for name in names]).sum(0).sqrt()
-        expected = (norms / norms.mean()).clamp(max=MOST)
+        expected = (norms / norms.mean()).clamp(max=MAX_WEIGHT)
         expected = (expected / expected.mean()).sqrt().float()
         torch.testing.assert_close(torch.cat(roots), expected, rtol=1e-3, atol=1e-4)
         assert float(torch.cat(roots).std()) > 0.02, "they do differ"
@@ -101,7 +101,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     wanted = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3 - 1e-3, 1e-3, 0.0])
     dice = torch.Generator().manual_seed(0)
     number = 100_000
-    drawn = token_gradients.draw_tokens(wanted.repeat(number, 1), dice)
+    drawn = token_gradients.sample_tokens(wanted.repeat(number, 1), dice)
     counts = torch.bincount(drawn[:, 0], minlength=len(wanted))
     assert int(counts.sum()) == number
     assert not counts[wanted == 0].any(), "what cannot be is never drawn"
@@ -124,7 +124,7 @@ def test_portions_give_what_each_gives_alone(
     roots = found[("model.layers.1.mlp.down_proj",)]
     assert roots is not None
     norms = torch.cat([part["model.layers.1.mlp.down_proj"] for part in parts]).sqrt()
-    expected = (norms / norms.mean()).clamp(max=MOST)
+    expected = (norms / norms.mean()).clamp(max=MAX_WEIGHT)
     expected = (expected / expected.mean()).sqrt().float()
     torch.testing.assert_close(torch.cat(roots), expected, rtol=1e-3, atol=1e-4)
 
@@ -211,5 +211,5 @@ def test_a_killed_run_goes_on_with_the_parts_that_it_has(
     told: list[str] = []
     monkeypatch.setattr(SilentProgress, "phase", lambda _self, name: told.append(name))
     quantize(tmp_path / "base", tmp_path / "out", CONFIG, resume=True, **TEXT)
-    assert [name[-6:] for name in told if "count" in name] == ["3 of 4", "4 of 4"]
+    assert [name[-6:] for name in told if "token weights" in name] == ["3 of 4", "4 of 4"]
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
