@@ -165,7 +165,7 @@ def test_everything_skipped_is_refused(tmp_path: Path) -> None:
 
 
 def test_group_size_that_fits_no_layer_is_refused_before_the_run(tmp_path: Path) -> None:
-    found = r"group_size is 7, and none of the 14 linears .* 7 divides \d+ inputs\. .*--group-size"
+    found = r"group_size is 7, but none of the 14 linears .* 7 divides \d+ inputs\. .*--group-size"
     with pytest.raises(ConfigError, match=found):
         run(tmp_path, QuantConfig(group_size=7))
     assert not (tmp_path / "out" / ".halfbyte" / "journal.jsonl").exists()

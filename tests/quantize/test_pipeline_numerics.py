@@ -120,7 +120,7 @@ def test_weights_too_small_for_scales_are_noted(tmp_path: Path) -> None:
         model.model.layers[1].self_attn.q_proj.weight.data.mul_(2e-5)
 
     _, report, _ = run(tmp_path, QuantConfig(group_size=32), prepare=shrink)
-    told = "4096 weights lie in groups of scale 1e-05, the smallest there is"
+    told = "4096 weights are in groups with the smallest possible scale, 1e-05"
     noted = [m.name for m in report.modules if any(told in note for note in m.notes)]
     assert noted == ["model.layers.1.self_attn.q_proj"]
 

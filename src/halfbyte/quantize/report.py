@@ -88,7 +88,7 @@ class CalibrationReport:
     """The text that the Hessians were measured on."""
 
     source: str
-    """File name, or what the text was in words."""
+    """File name, or a description of the text."""
     digest: str
     """sha256 of the token ids, in hex; equal digests mean equal calibration data."""
     samples: int
@@ -103,7 +103,7 @@ class QualityReport:
     """Quality of the quantized model compared with the base model, on held-out text."""
 
     text: str
-    """File name, or what the text was in words."""
+    """File name, or a description of the text."""
     text_digest: str
     """sha256 of the text, in hex."""
     windows: int
@@ -124,7 +124,7 @@ class QualityReport:
 
         Args:
             result: From :func:`halfbyte.evaluate.divergence.divergence`.
-            text: File name, or what the text was in words.
+            text: File name, or a description of the text.
             text_digest: sha256 of the text, in hex.
 
         Returns:

@@ -230,31 +230,12 @@ def _finish(
     target_notes: tuple[str, ...],
     rounds: int,
 ) -> RoundedLinear:
-    grid = solution.grid
     size = float(solution.size.sum())
-    kept = int(solution.kept_nearest.sum())
     notes = [*task.notes, *statistics.notes, *factor.notes, *target_notes]
-    clipped = int((grid.scales.abs() >= LARGEST_SCALE).sum())
-    if clipped:
-        notes.append(
-            f"{clipped} groups need a scale above {LARGEST_SCALE:g}, fp16's largest: their largest "
-            "weights are clipped"
-        )
-    at_minimum = grid.scales.abs() <= round_to_stored(grid.scales.new_tensor(SMALLEST_SCALE))
-    if bool(at_minimum.any()):
-        coarse = at_minimum[:, grid.g_idx] & (task.weight != 0).to(at_minimum.device)
-        notes.append(
-            f"{int(coarse.sum())} weights are in groups with the smallest possible scale, "
-            f"{SMALLEST_SCALE:g}: those below half of it become zero"
-        )
-    if rounds:
-        polished = int(solution.polished.sum())
-        notes.append(f"{polished} of {len(solution.polished)} rows polished")
-    if kept:
-        notes.append(f"{kept} of {len(solution.kept_nearest)} rows kept at round-to-nearest")
+    notes += _make_notes(task, solution, rounds)
     return pack_rounded(
         task.module,
-        grid,
+        solution.grid,
         solution.codes,
         bias=task.bias,
         report=ModuleReport(
@@ -272,6 +253,31 @@ def _finish(
             seconds=seconds,
         ),
     )
+
+
+def _make_notes(task: LinearTask, solution: Solution, rounds: int) -> list[str]:
+    """Describe clipping, underflow, polishing and rows that stayed at round-to-nearest."""
+    grid, notes = solution.grid, []
+    clipped = int((grid.scales.abs() >= LARGEST_SCALE).sum())
+    if clipped:
+        notes.append(
+            f"{clipped} groups need a scale above {LARGEST_SCALE:g}, fp16's largest: their largest "
+            "weights are clipped"
+        )
+    at_minimum = grid.scales.abs() <= round_to_stored(grid.scales.new_tensor(SMALLEST_SCALE))
+    if bool(at_minimum.any()):
+        coarse = at_minimum[:, grid.g_idx] & (task.weight != 0).to(at_minimum.device)
+        notes.append(
+            f"{int(coarse.sum())} weights are in groups with the smallest possible scale, "
+            f"{SMALLEST_SCALE:g}: those below half of it become zero"
+        )
+    if rounds:
+        polished = int(solution.polished.sum())
+        notes.append(f"{polished} of {len(solution.polished)} rows polished")
+    kept = int(solution.kept_nearest.sum())
+    if kept:
+        notes.append(f"{kept} of {len(solution.kept_nearest)} rows kept at round-to-nearest")
+    return notes
 
 
 def pack_rounded(

@@ -2,8 +2,9 @@
 
 ::
 
-    text -> tokens -> plan -> journal -> attempt ──────────────────────────────> report
-                                            └─ out of memory -> lower memory use ─┘
+    text -> tokens -> plan -> journal -> attempt -> report
+                                           └─ out of memory: attempt again from the last saved
+                                              block, with settings that need less memory
 """
 
 from __future__ import annotations
