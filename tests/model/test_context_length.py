@@ -25,5 +25,5 @@ LINEAR = {"rope_type": "linear", "factor": 4.0}
         (LlamaConfig(max_position_embeddings=16384, rope_scaling=LINEAR), 16384),
     ],
 )
-def test_longest_text_is_what_positions_reach(config, longest):
+def test_max_context_length_follows_the_positions(config, longest):
     assert max_context_length(config) == longest

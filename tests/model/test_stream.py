@@ -1,4 +1,4 @@
-"""Block by block gives exactly what the whole model gives, whatever the family."""
+"""Running a model block by block gives exactly the outputs of the whole model."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def stream_logits(folder: Path, ids: Tensor, *, unfuse: bool = False) -> Tensor:
     ],
 )
 @torch.no_grad()
-def test_streamed_logits_are_the_models_own(
+def test_streamed_logits_equal_the_models(
     family: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:
     base = write_family(tmp_path, family, **changes)
@@ -94,7 +94,7 @@ def test_split_experts_compute_what_the_fused_ones_do(family: str, tmp_path: Pat
 
 
 @torch.no_grad()
-def test_block_ahead_of_its_turn_is_refused(tmp_path: Path) -> None:
+def test_block_out_of_order_is_refused(tmp_path: Path) -> None:
     write_family(tmp_path, "llama")
     weights, stream = open_stream(tmp_path)
     weights.load_block(1)
@@ -149,7 +149,7 @@ def test_block_that_gives_several_states_per_token_is_refused(tmp_path: Path) ->
 
 
 @torch.no_grad()
-def test_leaving_a_block_puts_every_forward_back(tmp_path: Path) -> None:
+def test_leaving_a_block_restores_every_forward(tmp_path: Path) -> None:
     base = write_family(tmp_path, "llama")
     weights, stream = open_stream(tmp_path)
     for index in range(3):
@@ -180,7 +180,7 @@ def paused(tmp_path: Path, family: str) -> tuple[BlockStream, list[Stage], Tenso
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "run again"])
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gpt_neox"])
 @torch.no_grad()
-def test_passages_stop_at_every_stage_and_end_as_without_stops(
+def test_forward_passes_pause_at_every_stage_without_changing_the_result(
     family: str, keep: bool, tmp_path: Path
 ) -> None:
     stream, stages, ids = paused(tmp_path, family)
@@ -203,7 +203,7 @@ def test_passages_stop_at_every_stage_and_end_as_without_stops(
 
 
 @torch.no_grad()
-def test_weights_changed_at_a_stage_count_for_what_follows(tmp_path: Path) -> None:
+def test_weights_replaced_at_a_stage_affect_later_stages(tmp_path: Path) -> None:
     stream, stages, ids = paused(tmp_path, "llama")
     block = stream.blocks.modules[0]
     with stream.at(0, stages):
@@ -217,7 +217,7 @@ def test_weights_changed_at_a_stage_count_for_what_follows(tmp_path: Path) -> No
 
 
 @torch.no_grad()
-def test_closed_passages_run_no_further(tmp_path: Path) -> None:
+def test_closed_forward_passes_do_not_continue(tmp_path: Path) -> None:
     stream, stages, ids = paused(tmp_path, "llama")
     with stream.at(0, stages):
         passages = ForwardPasses(stream, 1, lambda _: (ids, None), keep_paused=True)

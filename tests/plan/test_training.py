@@ -33,7 +33,7 @@ LOAD = TrainingLoad(base=Load(context=32))
 
 @pytest.mark.parametrize("targets", [(), ("q_proj", "v_proj"), ("down_proj",)])
 @pytest.mark.parametrize("rank", [4, 16])
-def test_counts_the_numbers_that_peft_makes(targets, rank):
+def test_adapter_parameters_match_peft(targets, rank):
     with torch.device("meta"):
         model = LlamaForCausalLM(CONFIG)
     adapted = attach_adapter(model, AdapterConfig(rank=rank, targets=targets))
@@ -46,7 +46,7 @@ def test_counts_the_numbers_that_peft_makes(targets, rank):
     assert plan.optimizer == 8 * trained
 
 
-def test_the_articles_65b_trains_on_a_card_of_48_gb_and_not_of_32():
+def test_65b_of_the_article_trains_on_48_gb_and_not_on_32():
     shapes = read_shapes("65B")
     load = TrainingLoad(base=Load(context=512), targets=("q_proj", "v_proj"))
     assert max_batch_size(shapes, load, parse_device("48GB")) >= 1
@@ -79,7 +79,7 @@ def test_unknown_names_are_refused():
         replace(LOAD, rank=0)
 
 
-def test_the_command_gives_bytes_and_batches(capsys):
+def test_command_prints_bytes_and_batch_sizes(capsys):
     arguments = [
         "plan",
         "8B",

@@ -52,7 +52,7 @@ def test_quantized_model_computes_with_the_dequantized_weights(family: str, tmp_
     ("stored", "computing"),
     [("float16", "float32"), ("bfloat16", "float32"), ("float32", "bfloat16")],
 )
-def test_model_computes_in_another_type_than_it_is_stored_in(
+def test_model_computes_in_another_dtype_than_stored(
     family: str, stored: str, computing: str, tmp_path: Path
 ) -> None:
     model = build_family(family, num_hidden_layers=1)

@@ -1,4 +1,4 @@
-"""What calibration tokens count: the gradients are the model's own, and Hessians sum by them."""
+"""Token weights: correct gradients, and Hessians weighted by them."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_weights_are_the_gradient_norms_of_the_whole_model(
         assert float(torch.cat(roots).std()) > 0.02, "they do differ"
 
 
-def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
+def test_tokens_are_sampled_by_their_probability() -> None:
     wanted = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3 - 1e-3, 1e-3, 0.0])
     dice = torch.Generator().manual_seed(0)
     number = 100_000
@@ -109,9 +109,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     assert bool((error <= 5 * (wanted * (1 - wanted) / number).sqrt()).all())
 
 
-def test_portions_give_what_each_gives_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_portions_are_independent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Text that does not fit in memory at once goes in portions, each with its own draws."""
     write_decided_family(tmp_path / "base")
     found = record_roots(monkeypatch)
@@ -129,7 +127,7 @@ def test_portions_give_what_each_gives_alone(
     torch.testing.assert_close(torch.cat(roots), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_sums_are_weighted_as_in_float64() -> None:
+def test_weighted_sums_match_float64() -> None:
     dice = torch.Generator().manual_seed(0)
     plain = HessianAccumulator(40, CPU)
     moments = MomentAccumulator(40, CPU, drift=True)
@@ -155,9 +153,7 @@ def test_sums_are_weighted_as_in_float64() -> None:
         torch.testing.assert_close(half.drift.double(), drift, rtol=1e-4, atol=1e-4)
 
 
-def test_tokens_that_count_alike_change_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_equal_weights_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_decided_family(tmp_path / "base")
     quantize(tmp_path / "base", tmp_path / "plain", QuantConfig(group_size=32), **TEXT)
     quantize(tmp_path / "base", tmp_path / "weighted", CONFIG, **TEXT)
@@ -197,7 +193,7 @@ class StopAt(SilentProgress):
             raise InterruptedError
 
 
-def test_a_killed_run_goes_on_with_the_parts_that_it_has(
+def test_resumed_run_reuses_finished_portions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_decided_family(tmp_path / "base")
