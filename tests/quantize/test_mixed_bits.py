@@ -1,4 +1,4 @@
-"""Mixed precision: sensitivities are accurate, the allocation is good, the budget holds."""
+"""Bits chosen by what they cost: the measure is true, the choice is good, the budget holds."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def test_overrides_fix_bits(
     assert len(counted) == 1, report.notes
 
 
-def test_overrides_that_split_fused_linears_are_refused(tmp_path: Path) -> None:
+def test_overrides_that_part_what_is_fused_are_refused(tmp_path: Path) -> None:
     write_decided_family(tmp_path / "base", num_hidden_layers=1)
     fixed = (Override(pattern="q_proj", bits=8), Override(pattern="k_proj", bits=4))
     config = QuantConfig(group_size=32, target_bits=6.0, overrides=fixed)
@@ -226,7 +226,7 @@ class StopAt(SilentProgress):
             raise InterruptedError
 
 
-def test_resumed_run_keeps_its_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_keeps_its_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_decided_family(tmp_path / "base")
     config = QuantConfig(
         group_size=32, target_bits=4.0, overrides=(Override(pattern="o_proj", bits=8),)

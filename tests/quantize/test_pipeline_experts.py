@@ -53,7 +53,7 @@ def test_routers_stay_in_16_bits_with_a_reason(tmp_path: Path) -> None:
     assert all(m.reason == "it routes tokens to experts" for m in gates)
 
 
-def test_experts_with_few_tokens_borrow_statistics_and_note_it(tmp_path: Path) -> None:
+def test_starved_experts_are_helped_and_say_so(tmp_path: Path) -> None:
     # About 192 tokens for each expert: too few for a width of 64, enough for one of 32.
     _, report, _ = run(
         tmp_path,
@@ -91,11 +91,11 @@ def test_experts_with_few_tokens_borrow_statistics_and_note_it(tmp_path: Path) -
         ("model.layers.3.mlp.shared_experts.up_proj", None),
     ],
 )
-def test_expert_index_in_a_name(name: str, expert: int | None) -> None:
+def test_number_of_an_expert_in_a_name(name: str, expert: int | None) -> None:
     assert expert_of(name) == expert
 
 
-def test_experts_of_an_undeclared_layout_are_listed(tmp_path: Path) -> None:
+def test_experts_of_a_layout_that_is_not_declared_are_listed(tmp_path: Path) -> None:
     config = AutoConfig.for_model(
         "llama4_text",
         vocab_size=VOCABULARY,

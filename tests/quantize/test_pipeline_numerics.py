@@ -52,7 +52,7 @@ def test_dead_columns_are_noted_and_keep_their_weights(tmp_path: Path) -> None:
     assert_loads_and_computes(model, checkpoint)
 
 
-def test_input_without_signal_uses_round_to_nearest(tmp_path: Path) -> None:
+def test_no_signal_at_all_is_round_to_nearest(tmp_path: Path) -> None:
     def kill(model: PreTrainedModel) -> None:
         model.model.layers[1].post_attention_layernorm.weight.data.zero_()
 
@@ -72,7 +72,7 @@ def set_weight(name: str, value: float) -> Callable[[PreTrainedModel], object]:
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_non_finite_weight_is_named(value: float, tmp_path: Path) -> None:
+def test_weight_that_is_not_finite_is_named(value: float, tmp_path: Path) -> None:
     name = "model.layers.1.mlp.up_proj"
     with pytest.raises(
         CheckpointError,
@@ -81,7 +81,7 @@ def test_non_finite_weight_is_named(value: float, tmp_path: Path) -> None:
         run(tmp_path, QuantConfig(group_size=32), prepare=set_weight(name, value))
 
 
-def test_non_finite_inputs_name_their_module(tmp_path: Path) -> None:
+def test_inputs_that_are_not_finite_name_the_module_behind_them(tmp_path: Path) -> None:
     prepare = set_weight("model.layers.1.post_attention_layernorm", float("inf"))
     with pytest.raises(
         CalibrationError,
@@ -93,7 +93,7 @@ def test_non_finite_inputs_name_their_module(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sums_first", [False, True], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("memory", ["64GB", "1MB"], ids=["paused", "again"])
-def test_partially_dropped_batches_are_noted_by_module(
+def test_batches_dropped_in_part_are_noted_by_module(
     sums_first: bool, memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(InputCollector, "_sums_first", sums_first)
@@ -167,7 +167,9 @@ def test_solver_gets_the_exact_weights_whatever_the_model_computes_in(
 
 
 @pytest.mark.parametrize(("stored", "computing"), [("float16", "bfloat16"), ("float16", "float32")])
-def test_biases_keep_their_stored_values(stored: str, computing: str, tmp_path: Path) -> None:
+def test_biases_are_written_as_they_were_stored(
+    stored: str, computing: str, tmp_path: Path
+) -> None:
     model = build_family("qwen2", num_hidden_layers=1).to(getattr(torch, stored))
     biases = {name: p for name, p in model.named_parameters() if name.endswith(".bias")}
     for bias in biases.values():

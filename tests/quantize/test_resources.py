@@ -77,7 +77,7 @@ def test_much_memory_keeps_paused_passes(weights: ModelWeights) -> None:
     assert found.settings.reasons == (
         "the requested limit",
         "computes in float32, as the model is stored",
-        "2 sequences a batch",
+        "2 sequences per batch",
         "each block runs once",
     )
     assert found.memory_bytes < found.budget_bytes == 64 * 10**9

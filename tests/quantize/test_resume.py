@@ -1,4 +1,4 @@
-"""A run killed anywhere can be resumed and writes the same bytes."""
+"""A run killed anywhere goes on and writes the same bytes."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_killed_at_random_points_the_run_ends_with_the_same_bytes(
     assert weight_digests(tmp_path / "killed") == weight_digests(tmp_path / "whole")
 
 
-def test_killed_run_with_states_on_the_device_ends_with_the_same_bytes(
+def test_killed_where_the_device_holds_the_states_it_ends_with_the_same_bytes(
     tmp_path: Path,
 ) -> None:
     """As on a GPU: states in memory, saved now and then; the last block written by a thread."""
@@ -189,7 +189,7 @@ def unfinished(tmp_path: Path) -> tuple[Path, Path]:
     return base, output
 
 
-def test_unfinished_run_is_not_overwritten_without_resume(unfinished: tuple[Path, Path]) -> None:
+def test_unfinished_run_is_not_overwritten_unasked(unfinished: tuple[Path, Path]) -> None:
     base, output = unfinished
     with pytest.raises(JournalError, match=r"holds an unfinished run\. Add --resume"):
         quantize(base, output)
@@ -221,7 +221,7 @@ def test_other_weights_are_refused(unfinished: tuple[Path, Path]) -> None:
         quantize(base, output, resume=True)
 
 
-def test_damaged_hidden_states_are_detected(unfinished: tuple[Path, Path]) -> None:
+def test_damaged_hidden_states_are_recognised(unfinished: tuple[Path, Path]) -> None:
     base, output = unfinished
     for path in (output / ".halfbyte").glob("calibration-*.bin"):
         data = bytearray(path.read_bytes())
@@ -231,7 +231,7 @@ def test_damaged_hidden_states_are_detected(unfinished: tuple[Path, Path]) -> No
         quantize(base, output, resume=True)
 
 
-def test_blocks_with_unsaved_states_are_repeated(unfinished: tuple[Path, Path]) -> None:
+def test_blocks_whose_states_were_not_saved_are_done_again(unfinished: tuple[Path, Path]) -> None:
     _, output = unfinished
     journal = output / ".halfbyte" / "journal.jsonl"
     lines = journal.read_text(encoding="utf-8").splitlines()
@@ -244,7 +244,7 @@ def test_blocks_with_unsaved_states_are_repeated(unfinished: tuple[Path, Path]) 
     assert len(journal.read_text(encoding="utf-8").splitlines()) == 2
 
 
-def test_torn_last_line_is_ignored(unfinished: tuple[Path, Path]) -> None:
+def test_torn_last_line_is_as_if_it_had_never_been_written(unfinished: tuple[Path, Path]) -> None:
     base, output = unfinished
     journal = output / ".halfbyte" / "journal.jsonl"
     whole = journal.read_bytes()
@@ -265,7 +265,7 @@ def test_journal_damaged_in_its_middle_is_refused(unfinished: tuple[Path, Path])
         quantize(base, output, resume=True)
 
 
-def test_finished_run_is_returned_and_not_overwritten(tmp_path: Path) -> None:
+def test_finished_run_is_given_back_and_not_overwritten(tmp_path: Path) -> None:
     write_family(tmp_path / "base", "llama")
     report = quantize(tmp_path / "base", tmp_path / "out")
     digests = weight_digests(tmp_path / "out")
@@ -285,7 +285,7 @@ def test_second_process_on_the_same_output_is_refused(tmp_path: Path) -> None:
         raise AssertionError("both hold the lock")
 
 
-def test_keeping_and_rerunning_passes_write_the_same_bytes(tmp_path: Path) -> None:
+def test_both_ways_of_running_write_the_same_bytes(tmp_path: Path) -> None:
     """ForwardPasses that wait and passages that start again: the fast way against the plain one."""
     for family in ("llama", "qwen3_moe", "gpt_neox"):
         write_family(tmp_path / family, family)

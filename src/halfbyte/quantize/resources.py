@@ -247,7 +247,7 @@ def resolve_resources(
         reasons=(
             budget_reason,
             f"computes in {dtype_reason}",
-            f"{batch_size} sequences a batch",
+            f"{batch_size} sequences per batch",
             passes,
         ),
     )
