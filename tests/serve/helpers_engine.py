@@ -55,7 +55,7 @@ def runners() -> tuple[str, ...]:
 async def open_tiny(folder: Path, runner: str = "transformers", **settings: Any):
     """An engine of a tiny model; closed at the end."""
     # Every token is delivered at once: tests check the order.
-    settings = {"cache_gb": 0.002, "runner": runner, "piece_seconds": 0.0, **settings}
+    settings = {"cache_gb": 0.002, "runner": runner, "chunk_interval": 0.0, **settings}
     engine = make_engine(load_float32(folder), folder, EngineConfig(**settings))
     try:
         yield engine

@@ -150,7 +150,7 @@ def raw(server, *packets, wait=5.0):
 
 
 def test_body_is_limited_while_it_is_read():
-    config = ServeConfig(body_bytes=2000, body_seconds=0.5)
+    config = ServeConfig(max_body_bytes=2000, body_timeout=0.5)
     with serve(make_gateway(config)[0]) as server:
         large = dict(CHAT, user="x" * 3000)
         reply = httpx2.post(f"{server.v1}/chat/completions", json=large)
@@ -187,7 +187,7 @@ def test_headers_are_limited_in_size_and_time(monkeypatch):
 
 
 def test_body_in_the_same_packet_is_not_counted_as_headers():
-    with serve(make_gateway(ServeConfig(body_bytes=10**6))[0]) as server:
+    with serve(make_gateway(ServeConfig(max_body_bytes=10**6))[0]) as server:
         body = json.dumps(dict(CHAT, user="x" * 200_000)).encode()
         head = HEAD + f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
         assert raw(server, head.encode() + body).startswith(b"HTTP/1.1 200 ")
@@ -233,7 +233,7 @@ def test_no_body_breaks_the_server(body):
 
 
 def test_choices_are_limited():
-    with serve(make_gateway(ServeConfig(most_choices=4))[0]) as server:
+    with serve(make_gateway(ServeConfig(max_choices=4))[0]) as server:
         reply = httpx2.post(f"{server.v1}/chat/completions", json=dict(CHAT, n=5))
         assert reply.status_code == 400
         assert "5 choices" in reply.json()["error"]["message"]
@@ -245,7 +245,7 @@ def test_choices_are_limited():
 @pytest.mark.parametrize("stream", [False, True])
 def test_answer_is_cancelled_at_its_deadline(stream, monkeypatch):
     monkeypatch.setattr("halfbyte.serve.api.gateway.GRACE_SECONDS", 0.1)
-    gateway, engine = make_gateway(ServeConfig(request_seconds=0.3), delay=0.1)
+    gateway, engine = make_gateway(ServeConfig(request_timeout=0.3), delay=0.1)
     with serve(gateway) as server:
         reply = httpx2.post(
             f"{server.v1}/chat/completions", json=dict(CHAT, stream=stream), timeout=20

@@ -46,14 +46,16 @@ def test_limits_are_counted_per_key():
     with pytest.raises(ServeError, match="used 120 tokens") as caught, limits.enter("ann"):
         pass
     assert 50 < caught.value.retry_after <= 60
-    assert exceeded == ["key_requests", "requests", "key_tokens"]
+    assert exceeded == ["max_requests_per_key", "requests", "tokens_per_minute_per_key"]
     with limits.enter("bob"):
         pass
 
 
 def test_requests_over_a_keys_limit_get_429():
     gateway, _ = make_gateway(
-        ServeConfig(key_requests=2), keys=["ann:first-secret", "bob:second-secret"], delay=0.02
+        ServeConfig(max_requests_per_key=2),
+        keys=["ann:first-secret", "bob:second-secret"],
+        delay=0.02,
     )
     with serve(gateway) as server, ThreadPoolExecutor(8) as pool:
 
@@ -73,7 +75,7 @@ def test_requests_over_a_keys_limit_get_429():
 
 
 def test_tokens_count_against_the_keys_limit():
-    gateway, _ = make_gateway(ServeConfig(key_tokens=50), keys=["ann:first-secret"])
+    gateway, _ = make_gateway(ServeConfig(tokens_per_minute_per_key=50), keys=["ann:first-secret"])
     with serve(gateway) as server:
         codes = [
             httpx2.post(
@@ -87,7 +89,7 @@ def test_tokens_count_against_the_keys_limit():
 @pytest.mark.parametrize("stream", [False, True])
 def test_tokens_of_an_abandoned_answer_count(stream):
     gateway, engine = make_gateway(
-        ServeConfig(key_tokens=10), keys=["ann:first-secret"], delay=0.05
+        ServeConfig(tokens_per_minute_per_key=10), keys=["ann:first-secret"], delay=0.05
     )
     body = json.dumps(CHAT | {"stream": stream}).encode()
     head = HEAD + "Authorization: Bearer first-secret\r\n" + f"Content-Length: {len(body)}\r\n\r\n"

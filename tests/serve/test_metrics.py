@@ -141,7 +141,7 @@ def test_missing_package_is_named_with_the_command(monkeypatch):
 
 
 def test_requests_over_a_limit_are_counted_by_the_limit():
-    config = ServeConfig(upstreams=("http://127.0.0.1:9",), most_requests=2, key_requests=1)
+    config = ServeConfig(upstreams=("http://127.0.0.1:9",), max_requests=2, max_requests_per_key=1)
     service = open_service(None, config, EngineConfig(), QualityConfig(), ApiKeys())
     limits = service.gateway.limits
     with limits.enter("ann"):
@@ -150,7 +150,7 @@ def test_requests_over_a_limit_are_counted_by_the_limit():
         with limits.enter("bob"), pytest.raises(ServeError), limits.enter("carl"):
             pass
     found = scrape(service.quality.metrics)
-    assert found("admission_rejections_total", "key_requests") == 1
+    assert found("admission_rejections_total", "max_requests_per_key") == 1
     assert found("admission_rejections_total", "requests") == 1
-    assert service.quality.snapshot()["rejections"] == {"key_requests": 1, "requests": 1}
+    assert service.quality.snapshot()["rejections"] == {"max_requests_per_key": 1, "requests": 1}
     asyncio.run(service.stop())

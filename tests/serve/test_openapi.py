@@ -126,7 +126,7 @@ def server():
     tokenizer = make_tokenizer()
     # The empty text stands in every prompt. Requests for 128 choices are among the made ones.
     script = {"": "Hi, 日本 🙂!", "San Francisco": FORCED}
-    config = ServeConfig(default_tokens=100)
+    config = ServeConfig(default_max_tokens=100)
     engine = ScriptedEngine(tokenizer=tokenizer, script=script, context=4096)
     backend = EmbeddedBackend(engine, tokenizer, model="tiny", config=config)
     with serve(Gateway(backend=backend, config=config)) as running:

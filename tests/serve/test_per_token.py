@@ -188,7 +188,7 @@ def test_fast_tokens_are_delivered_together(tmp_path):
     folder = write_model(tmp_path)
 
     async def pieces(seconds):
-        async with open_tiny(folder, piece_seconds=seconds) as engine:
+        async with open_tiny(folder, chunk_interval=seconds) as engine:
             return [list(events) async for events in engine.generate(ask([5, 6, 7], 9))]
 
     # The first token waits for nobody, and nothing waits once the answer is over.
@@ -204,7 +204,7 @@ def test_pending_tokens_are_delivered_before_an_error(tmp_path):
     folder = write_model(tmp_path)
 
     async def work():
-        async with open_tiny(folder, piece_seconds=10) as engine:
+        async with open_tiny(folder, chunk_interval=10) as engine:
             seen = []
             steps, draw = engine._steps, engine._steps._add_token
 

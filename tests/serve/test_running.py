@@ -46,7 +46,7 @@ def test_draining_rejects_new_requests_and_finishes_running_ones():
 
 def test_draining_ends_at_its_timeout():
     gateway, engine = make_gateway(
-        ServeConfig(drain_seconds=0.3), delay=0.2, script={"hello": "word " * 200}
+        ServeConfig(drain_timeout=0.3), delay=0.2, script={"hello": "word " * 200}
     )
     start = time.monotonic()
     with serve(gateway) as server:

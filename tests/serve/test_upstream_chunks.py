@@ -135,10 +135,10 @@ def test_answer_limits_apply_to_upstreams():
             asked = json.loads(server.seen[-1][1]) if told.status_code == 200 else told.json()
             return asked.get("max_tokens"), asked.get("error", {}).get("message")
 
-    limited = ServeConfig(most_tokens=10, default_tokens=7)
+    limited = ServeConfig(max_tokens=10, default_max_tokens=7)
     assert sent(ServeConfig()) == (None, None)
     assert sent(limited) == (7, None)
-    assert sent(ServeConfig(most_tokens=10)) == (10, None)
+    assert sent(ServeConfig(max_tokens=10)) == (10, None)
     assert sent(limited, max_tokens=9) == (9, None)
     refused = "max_completion_tokens is 11; this server allows at most 10."
     assert sent(limited, max_completion_tokens=11) == (None, refused)

@@ -144,7 +144,7 @@ def run(args: argparse.Namespace) -> int:
 def _plan_training(
     args: argparse.Namespace, shapes: ModelShapes, base: Load, devices: list[Device]
 ) -> int:
-    from halfbyte.plan.training import TrainingLoad, largest_batch, plan_training
+    from halfbyte.plan.training import TrainingLoad, max_batch_size, plan_training
     from halfbyte.units import format_bytes
 
     load = TrainingLoad(
@@ -155,7 +155,7 @@ def _plan_training(
         optimizer=args.optimizer,
     )
     plan = plan_training(shapes, load)
-    rows = [(device, largest_batch(shapes, load, device)) for device in devices]
+    rows = [(device, max_batch_size(shapes, load, device)) for device in devices]
     if args.json:
         fits = [{"name": d.name, "usable_bytes": d.bytes, "max_batch_size": n} for d, n in rows]
         values = {"model": shapes.name, "load": load, "bytes": plan, "devices": fits}

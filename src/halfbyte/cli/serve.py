@@ -89,7 +89,7 @@ def _announce(service: Service, bound: socket.socket) -> None:
     for line in (
         service.description,
         *others,
-        f"{access}; at most {config.most_requests} requests at once, {config.request_seconds:g} s "
+        f"{access}; at most {config.max_requests} requests at once, {config.request_timeout:g} s "
         "each; Ctrl-C finishes running requests and stops",
     ):
         err_console.print(line, soft_wrap=True, style="dim")

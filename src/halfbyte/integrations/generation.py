@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from halfbyte.errors import ConfigError, first_line
 from halfbyte.integrations import graph_steps
 from halfbyte.integrations.graph_steps import GraphSteps
-from halfbyte.model.context_length import longest_text
+from halfbyte.model.context_length import max_context_length
 from halfbyte.nn.native_decoder import NativeDecoder, cache_of, find_obstacle
 from halfbyte.nn.native_head import NativeHead
 
@@ -117,7 +117,7 @@ class Generator:
         ends = model.generation_config.eos_token_id
         self.ends: frozenset[int] = frozenset([ends] if isinstance(ends, int) else ends or [])
         config = model.config.get_text_config(decoder=True)
-        self._max_positions = longest_text(config)
+        self._max_positions = max_context_length(config)
 
     def describe_decoding(self) -> str:
         """Describe the method that generates tokens, and why no faster one is used."""

@@ -24,7 +24,7 @@ from halfbyte.integrations.activations import measure_rounding
 from halfbyte.integrations.generation import Generator, Sampling, Timing
 from halfbyte.kernels.native_library import open_library
 from halfbyte.machine.memory import resident_memory_bytes
-from halfbyte.model.context_length import longest_text
+from halfbyte.model.context_length import max_context_length
 from halfbyte.model.experts import UnfusedExperts
 from halfbyte.nn.linear import QuantLinear
 
@@ -102,7 +102,7 @@ def measure_speed(
     generator = Generator(model, head_bits=head_bits)
     # Do not stop at end-of-text tokens.
     generator.ends = frozenset()
-    longest = longest_text(model.config.get_text_config(decoder=True))
+    longest = max_context_length(model.config.get_text_config(decoder=True))
     if longest is not None:
         prompt_tokens = max(min(prompt_tokens, longest - new_tokens), 1)
     timings, memory_rates = _time_generations(generator, prompt_tokens, new_tokens, repeats)

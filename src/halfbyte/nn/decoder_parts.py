@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from halfbyte.errors import ModelError
-from halfbyte.model.context_length import longest_text
+from halfbyte.model.context_length import max_context_length
 from halfbyte.nn.expert_parts import find_experts_mismatch, has_experts
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -80,7 +80,7 @@ def find_drift(model: PreTrainedModel) -> str | None:
         than rounding explains.
     """
     config = model.config.get_text_config(decoder=True)
-    longest = longest_text(config) or SHIFT_TOKENS
+    longest = max_context_length(config) or SHIFT_TOKENS
     trained = _rope_of(model).get("original_max_position_embeddings") or 0
     starts = torch.tensor([0, 1, trained, max(longest - SHIFT_TOKENS, 0)])
     device = model.get_input_embeddings().weight.device

@@ -16,7 +16,7 @@ ENGINES = ("embedded", "vllm")
 class AnswerLimits:
     """Limits on the length of an answer."""
 
-    default_tokens: int | None = None
+    default_max_tokens: int | None = None
     """Limit of a chat's answer if the client sets none."""
     max_tokens: int | None = None
     """Highest limit that a client may set."""
@@ -78,35 +78,35 @@ class ServeConfig:
         flag="--allowed-host",
         metavar="NAME",
     )
-    default_tokens: int | None = option(
+    default_max_tokens: int | None = option(
         None,
         "max tokens of a chat answer if the client sets no limit (default: 1024 for a local model; "
         "other servers use their own)",
         metavar="N",
     )
-    most_tokens: int | None = option(
+    max_tokens: int | None = option(
         None,
         "highest token limit that a client may set (default: the model's context)",
         metavar="N",
     )
-    most_choices: int = option(
+    max_choices: int = option(
         128, "max choices per request: the number of prompts times n", metavar="N"
     )
-    body_bytes: int = option(4_000_000, "max size of a request body", metavar="BYTES")
-    body_seconds: float = option(30.0, "timeout for receiving a request body", metavar="SECONDS")
-    request_seconds: float = option(
+    max_body_bytes: int = option(4_000_000, "max size of a request body", metavar="BYTES")
+    body_timeout: float = option(30.0, "timeout for receiving a request body", metavar="SECONDS")
+    request_timeout: float = option(
         600.0, "timeout for an answer, including its time in the queue", metavar="SECONDS"
     )
-    most_requests: int = option(512, "max concurrent requests, including queued ones", metavar="N")
-    key_requests: int = option(
+    max_requests: int = option(512, "max concurrent requests, including queued ones", metavar="N")
+    max_requests_per_key: int = option(
         128, "max concurrent requests per API key, including queued ones", metavar="N"
     )
-    key_tokens: int | None = option(
+    tokens_per_minute_per_key: int | None = option(
         None,
         "max tokens per minute and API key, prompts and answers together (default: no limit)",
         metavar="N",
     )
-    drain_seconds: float = option(
+    drain_timeout: float = option(
         30.0, "time for running answers to finish when the server shuts down", metavar="SECONDS"
     )
 
@@ -114,17 +114,22 @@ class ServeConfig:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port}; it must be from 0 to 65535.")
         check_choice(self, "engine", ENGINES)
-        minimums = {"default_tokens": 1, "most_choices": 1, "most_requests": 1}
-        minimums |= {"key_requests": 1, "body_bytes": 1024, "most_tokens": 1, "key_tokens": 1}
+        minimums = {"default_max_tokens": 1, "max_choices": 1, "max_requests": 1}
+        minimums |= {
+            "max_requests_per_key": 1,
+            "max_body_bytes": 1024,
+            "max_tokens": 1,
+            "tokens_per_minute_per_key": 1,
+        }
         for name, minimum in minimums.items():
             check_least(self, name, minimum)
-        for name in ("body_seconds", "request_seconds", "drain_seconds"):
+        for name in ("body_timeout", "request_timeout", "drain_timeout"):
             check_positive(self, name)
 
     @property
     def answer_limits(self) -> AnswerLimits:
         """The limits on an answer's length."""
-        return AnswerLimits(default_tokens=self.default_tokens, max_tokens=self.most_tokens)
+        return AnswerLimits(default_max_tokens=self.default_max_tokens, max_tokens=self.max_tokens)
 
     @property
     def upstream_addresses(self) -> tuple[str, ...]:

@@ -59,7 +59,7 @@ class Limits:
     max_requests_per_key: int
     tokens_per_minute: int | None = None
     on_rejection: Callable[[str], None] = lambda limit: None
-    """Called with the exceeded limit: "requests", "key_requests" or "key_tokens"."""
+    """Called with the exceeded limit: its name in the settings, or "requests"."""
     running: int = 0
     _running_per_key: dict[str, int] = field(default_factory=dict)
     _tokens: dict[str, deque[tuple[float, int]]] = field(default_factory=dict)
@@ -112,7 +112,7 @@ class Limits:
         running = self._running_per_key.get(key, 0)
         if running >= self.max_requests_per_key:
             message = f"This API key has {running} running requests, its maximum."
-            return "key_requests", _too_many(message, 1)
+            return "max_requests_per_key", _too_many(message, 1)
         if self.tokens_per_minute is None:
             return None
         spent = self._tokens.get(key, deque())
@@ -126,7 +126,7 @@ class Limits:
             f"This API key used {total} tokens within the last minute; its limit is "
             f"{self.tokens_per_minute}."
         )
-        return "key_tokens", _too_many(message, spent[0][0] + _MINUTE - now)
+        return "tokens_per_minute_per_key", _too_many(message, spent[0][0] + _MINUTE - now)
 
 
 def _too_many(message: str, seconds: float) -> ServeError:

@@ -3,7 +3,7 @@
 ::
 
     SIGTERM, SIGINT or SIGHUP ──> not ready, new requests rejected, running ones finish ──> exit 0
-    a second signal, or drain_seconds passed ──> running requests are cancelled ──> exit 0
+    a second signal, or drain_timeout passed ──> running requests are cancelled ──> exit 0
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class DrainingServer(uvicorn.Server):
     def drain(self) -> None:
         """Reject new requests, and exit when the running ones are done."""
         self._gateway.draining = True
-        self._drain_deadline = time.monotonic() + self._gateway.config.drain_seconds
+        self._drain_deadline = time.monotonic() + self._gateway.config.drain_timeout
 
     async def on_tick(self, counter: int) -> bool:
         """Return whether to exit; uvicorn calls this ten times a second."""
@@ -81,9 +81,9 @@ class DrainingServer(uvicorn.Server):
                 self.should_exit = True
             elif time.monotonic() > self._drain_deadline:
                 logger.warning(
-                    "Cancelling %d answers that did not finish within %g s (--drain-seconds).",
+                    "Cancelling %d answers that did not finish within %g s (--drain-timeout).",
                     running,
-                    self._gateway.config.drain_seconds,
+                    self._gateway.config.drain_timeout,
                 )
                 self.should_exit = True
         return await super().on_tick(counter)

@@ -58,7 +58,7 @@ def test_valid_requests_are_unaffected_by_bad_ones_and_failures(tmp_path, runner
 
     async def run():
         async with open_tiny(
-            folder, runner, cache_gb=1024 * 512 / 1e9, step_tokens=32, sequences=8
+            folder, runner, cache_gb=1024 * 512 / 1e9, max_batched_tokens=32, max_sequences=8
         ) as engine:
             run_pieces, steps = engine._runner.run, iter(range(10**6))
 

@@ -44,7 +44,7 @@ def test_sixteen_concurrent_requests_match_generate(folder, model, runner):
     expected = [generate_greedily(model, request) for request in requests]
 
     async def run():
-        async with open_tiny(folder, runner, step_tokens=24) as engine:
+        async with open_tiny(folder, runner, max_batched_tokens=24) as engine:
             return await all_tokens(engine, requests)
 
     assert asyncio.run(run()) == expected
@@ -57,7 +57,7 @@ def test_sequential_and_concurrent_answers_match(folder, runner):
     ]
 
     async def run():
-        async with open_tiny(folder, runner, step_tokens=16, share_prefixes=False) as engine:
+        async with open_tiny(folder, runner, max_batched_tokens=16, share_prefixes=False) as engine:
             together = await all_tokens(engine, requests)
             one_by_one = [await tokens_of(engine, request) for request in requests]
             return together, one_by_one
@@ -74,7 +74,7 @@ def test_concurrent_identical_prompts_are_prefilled_once(folder, runner):
     prompt = list(range(10, 80))
 
     async def run():
-        async with open_tiny(folder, runner, step_tokens=16) as engine:
+        async with open_tiny(folder, runner, max_batched_tokens=16) as engine:
             requests = [ask(prompt, 8, temperature=1.0, seed=seed) for seed in range(4)]
             answers = await asyncio.gather(*(collect(engine, request) for request in requests))
             return [events[0].cached_tokens for events in answers], engine.load()
@@ -86,7 +86,7 @@ def test_concurrent_identical_prompts_are_prefilled_once(folder, runner):
 
 def test_long_prompt_does_not_stall_a_running_answer(folder, runner):
     async def run():
-        async with open_tiny(folder, runner, step_tokens=16, sequences=4) as engine:
+        async with open_tiny(folder, runner, max_batched_tokens=16, max_sequences=4) as engine:
             times = {}
 
             async def note(name, request):
@@ -116,7 +116,7 @@ def test_prompt_logprobs_match_the_model(folder, model, runner):
     logprobs = torch.log_softmax(logits, -1)
 
     async def run():
-        async with open_tiny(folder, runner, step_tokens=16) as engine:
+        async with open_tiny(folder, runner, max_batched_tokens=16) as engine:
             await tokens_of(engine, ask(prompt, 1))
             return await collect(engine, ask(prompt, 0, prompt_logprobs=3)), await collect(
                 engine, ask(prompt, 1, prompt_logprobs=0, top_logprobs=2)
@@ -253,7 +253,7 @@ def test_a_deadline_ends_an_answer_with_408(folder, runner):
 
 def test_full_queue_is_rejected_with_retry_after(folder, runner):
     async def run():
-        async with open_tiny(folder, runner, sequences=1, queue=2) as engine:
+        async with open_tiny(folder, runner, max_sequences=1, max_queue=2) as engine:
             tasks = [asyncio.create_task(tokens_of(engine, ask([5], 60))) for _ in range(12)]
             return await asyncio.gather(*tasks, return_exceptions=True)
 

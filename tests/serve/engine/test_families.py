@@ -33,7 +33,7 @@ def test_six_concurrent_requests_match_generate(family, tmp_path):
         # Sharper choices than those of a fresh model: no ties within rounding.
         parameter.data *= 1.5 if parameter.dim() > 1 else 1.0
     expected = [generate_greedily(model, request) for request in requests]
-    config = EngineConfig(cache_gb=0.01, step_tokens=24)
+    config = EngineConfig(cache_gb=0.01, max_batched_tokens=24)
 
     async def run():
         engine = make_engine(model, tmp_path, config)

@@ -44,7 +44,7 @@ def test_sixteen_concurrent_requests_match_generate_in_bfloat16(folder, head_bit
 
     async def run():
         model = halfbyte.load(folder, dtype=torch.bfloat16)
-        config = EngineConfig(cache_gb=0.002, step_tokens=32, head_bits=head_bits)
+        config = EngineConfig(cache_gb=0.002, max_batched_tokens=32, head_bits=head_bits)
         engine = make_engine(model, folder, config)
         assert engine.info.runner.startswith("compiled decoder")
         found = await all_tokens(engine, requests)
@@ -76,9 +76,9 @@ def test_results_are_bitwise_independent_of_cache_batch_and_failures(folder):
             twice = [[e for e in events if isinstance(e, Generated)] for events in again]
             return found, twice, cached, engine.load().restarts
 
-    one, _, none, _ = asyncio.run(run(sequences=1, share_prefixes=False))
-    many, twice, cached, _ = asyncio.run(run(sequences=6, step_tokens=16))
-    killed, _, _, restarts = asyncio.run(run(sequences=6, kill=(3, 9)))
+    one, _, none, _ = asyncio.run(run(max_sequences=1, share_prefixes=False))
+    many, twice, cached, _ = asyncio.run(run(max_sequences=6, max_batched_tokens=16))
+    killed, _, _, restarts = asyncio.run(run(max_sequences=6, kill=(3, 9)))
     # Logprobs and entropies among them, which are not rounded to tokens.
     assert one == many == twice == killed
     assert none == [0] * 6

@@ -13,9 +13,9 @@ from halfbyte.serve.engine.sampler import Sampler
 from halfbyte.serve.engine.scheduler import Scheduler
 
 
-def make(pages=100, sequences=4, step_tokens=16):
+def make(pages=100, max_sequences=4, max_batched_tokens=16):
     pool = PagePool(pages, 4, share=False)
-    return Scheduler(pool, sequences=sequences, step_tokens=step_tokens)
+    return Scheduler(pool, max_sequences=max_sequences, max_batched_tokens=max_batched_tokens)
 
 
 def add(scheduler, key="", prompt=4, answer=4):
@@ -39,7 +39,7 @@ def run_step(scheduler):
 
 
 def test_keys_get_equal_tokens_whatever_their_number_of_requests():
-    scheduler = make(sequences=2)
+    scheduler = make(max_sequences=2)
     for _ in range(60):
         add(scheduler, "many", prompt=4, answer=4)
     for _ in range(20):
@@ -52,7 +52,7 @@ def test_keys_get_equal_tokens_whatever_their_number_of_requests():
 
 
 def test_new_key_gets_no_credit_for_the_past():
-    scheduler = make(sequences=1)
+    scheduler = make(max_sequences=1)
     for _ in range(50):
         add(scheduler, "old")
     for _ in range(40):
@@ -69,7 +69,7 @@ def test_new_key_gets_no_credit_for_the_past():
 
 
 def test_within_a_key_first_come_first_served():
-    scheduler = make(sequences=1)
+    scheduler = make(max_sequences=1)
     jobs = [add(scheduler, "a") for _ in range(5)]
     order = []
     while not scheduler.is_idle:
@@ -78,7 +78,7 @@ def test_within_a_key_first_come_first_served():
 
 
 def test_large_request_is_not_starved():
-    scheduler = make(pages=10, sequences=8)
+    scheduler = make(pages=10, max_sequences=8)
     small = [add(scheduler, prompt=4, answer=12) for _ in range(2)]
     scheduler.admit()
     large = add(scheduler, prompt=20, answer=12)
@@ -92,7 +92,7 @@ def test_large_request_is_not_starved():
 
 
 def test_decode_has_priority_and_prefill_is_chunked():
-    scheduler = make(step_tokens=10)
+    scheduler = make(max_batched_tokens=10)
     answer = add(scheduler, prompt=2)
     run_step(scheduler)
     first, second = add(scheduler, prompt=25), add(scheduler, prompt=3)
@@ -103,7 +103,7 @@ def test_decode_has_priority_and_prefill_is_chunked():
 
 
 def test_only_the_newest_token_has_logits_unless_the_prompt_is_scored():
-    scheduler = make(step_tokens=10)
+    scheduler = make(max_batched_tokens=10)
     add(scheduler, prompt=12)
     request = replace(ask(range(12), 4), prompt_logprobs=0)
     scheduler.add(Job(request, Sampler(request)))
@@ -140,7 +140,7 @@ def test_after_a_failure_suspects_run_alone_and_before_all_others():
 
 
 def test_removing_frees_pages_and_idle_keys():
-    scheduler = make(sequences=1)
+    scheduler = make(max_sequences=1)
     running, waiting = add(scheduler, "a"), add(scheduler, "b")
     scheduler.admit()
     assert (scheduler.pool.used, scheduler.waiting) == (2, 1)

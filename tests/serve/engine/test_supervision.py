@@ -67,7 +67,7 @@ def test_random_step_failures_change_no_answer(folder, runner, after):
     deaths = set(itertools.accumulate(dice.randint(10, 16) for _ in range(10**4)))
 
     async def run():
-        async with open_tiny(folder, runner, step_tokens=24, sequences=6) as engine:
+        async with open_tiny(folder, runner, max_batched_tokens=24, max_sequences=6) as engine:
             break_steps(engine, lambda _: next(steps) in deaths, after=after)
             return await all_tokens(engine, requests), engine.load()
 

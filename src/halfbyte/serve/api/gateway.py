@@ -130,9 +130,9 @@ class Gateway:
 
     def __post_init__(self) -> None:
         self.limits = Limits(
-            max_requests=self.config.most_requests,
-            max_requests_per_key=self.config.key_requests,
-            tokens_per_minute=self.config.key_tokens,
+            max_requests=self.config.max_requests,
+            max_requests_per_key=self.config.max_requests_per_key,
+            tokens_per_minute=self.config.tokens_per_minute_per_key,
             on_rejection=self.on_rejection,
         )
         self.started = int(time.time())
@@ -242,7 +242,7 @@ class Gateway:
         """Return the timeout: the server's, or the client's if that is shorter."""
         timeout = request.headers.get("x-halfbyte-timeout")
         try:
-            seconds = self.config.request_seconds if timeout is None else float(timeout)
+            seconds = self.config.request_timeout if timeout is None else float(timeout)
         except ValueError:
             seconds = -1.0
         if not 0 < seconds < float("inf"):
@@ -251,7 +251,7 @@ class Gateway:
                 "seconds above 0.",
                 code="invalid_value",
             )
-        return min(seconds, self.config.request_seconds)
+        return min(seconds, self.config.request_timeout)
 
     def _check(self, call: Call) -> None:
         if self.draining:
@@ -283,7 +283,7 @@ class Gateway:
                 param="model",
             )
         param, wanted = read_limit(call)
-        max_tokens = self.config.most_tokens
+        max_tokens = self.config.max_tokens
         if max_tokens is not None and wanted is not None and wanted > max_tokens:
             raise ServeError(
                 f"{param} is {wanted}; this server allows at most {max_tokens}.",
@@ -291,11 +291,11 @@ class Gateway:
                 param=param,
             )
         choices = count_choices(call)
-        if choices > self.config.most_choices:
+        if choices > self.config.max_choices:
             prompts = choices // call.body.get("n", 1)
             raise ServeError(
                 f"The request asks for {choices} choices ({prompts} prompts); this server allows "
-                f"at most {self.config.most_choices}.",
+                f"at most {self.config.max_choices}.",
                 code="invalid_value",
                 param="n" if prompts == 1 else "prompt",
             )

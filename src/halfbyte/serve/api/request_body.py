@@ -67,16 +67,16 @@ def _check_numbers(body: Any) -> None:
 
 async def _receive(request: Request, config: ServeConfig) -> bytes:
     too_large = ServeError(
-        f"The body has more than {config.body_bytes} bytes, the server's maximum.",
+        f"The body has more than {config.max_body_bytes} bytes, the server's maximum.",
         status=413,
         code="request_too_large",
     )
     announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > config.body_bytes:
+    if announced.isdecimal() and int(announced) > config.max_body_bytes:
         raise too_large
     parts = bytearray()
     try:
-        async with asyncio.timeout(config.body_seconds):
+        async with asyncio.timeout(config.body_timeout):
             has_more = True
             while has_more:
                 message = await request.receive()
@@ -85,12 +85,12 @@ async def _receive(request: Request, config: ServeConfig) -> bytes:
                         "The client has disconnected.", status=499, code="client_disconnected"
                     )
                 parts += message.get("body", b"")
-                if len(parts) > config.body_bytes:
+                if len(parts) > config.max_body_bytes:
                     raise too_large
                 has_more = message.get("more_body", False)
     except TimeoutError as error:
         raise ServeError(
-            f"The body did not arrive within {config.body_seconds:g} s.",
+            f"The body did not arrive within {config.body_timeout:g} s.",
             status=408,
             kind="timeout_error",
             code="request_timeout",

@@ -45,15 +45,17 @@ class EngineConfig:
         "the free memory)",
         metavar="GB",
     )
-    sequences: int = option(16, "max requests in a batch", metavar="N")
-    step_tokens: int = option(
+    max_sequences: int = option(16, "max requests in a batch", metavar="N")
+    max_batched_tokens: int = option(
         128,
         "max tokens per step; longer prompts are prefilled in chunks, so that running answers do "
         "not stall",
         metavar="N",
     )
-    queue: int = option(256, "max queued requests; further ones are rejected with 429", metavar="N")
-    piece_seconds: float = option(
+    max_queue: int = option(
+        256, "max queued requests; further ones are rejected with 429", metavar="N"
+    )
+    chunk_interval: float = option(
         0.04,
         "min time between two pieces of a streamed answer: faster tokens are sent together, "
         "because each piece slows the model down; 0 sends each token separately",
@@ -66,21 +68,22 @@ class EngineConfig:
     """Tokens per page of the KV cache."""
 
     def __post_init__(self) -> None:
-        for name in ("sequences", "step_tokens", "page_tokens"):
+        for name in ("max_sequences", "max_batched_tokens", "page_tokens"):
             check_least(self, name, 1)
-        check_least(self, "queue", 0)
+        check_least(self, "max_queue", 0)
         check_least(self, "context", 2)
         check_positive(self, "cache_gb")
-        if not 0 <= self.piece_seconds <= 10:
+        if not 0 <= self.chunk_interval <= 10:
             raise ConfigError(
-                f"piece_seconds is {self.piece_seconds!r}; it must be from 0 to 10 seconds."
+                f"chunk_interval is {self.chunk_interval!r}; it must be from 0 to 10 seconds."
             )
         if self.page_tokens % 16:
             raise ConfigError(f"page_tokens is {self.page_tokens}; it must be a multiple of 16.")
-        if self.step_tokens < self.sequences:
+        if self.max_batched_tokens < self.max_sequences:
             raise ConfigError(
-                f"step_tokens is {self.step_tokens}; it must be at least sequences "
-                f"({self.sequences}), because each running sequence needs one token per step."
+                f"max_batched_tokens is {self.max_batched_tokens}; it must be at least "
+                f"max_sequences ({self.max_sequences}), because each running sequence needs one "
+                "token per step."
             )
         for name, allowed in (
             ("runner", RUNNERS),

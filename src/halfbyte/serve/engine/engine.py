@@ -6,7 +6,7 @@
     closing the iterator ──> commands: removed, its pages freed before the next step
 
 Outboxes are delivered once the next step is planned, or if there is none; to each answer at most
-every piece_seconds. Only the worker touches steps, pages and scheduler, so they need no locks.
+every chunk_interval. Only the worker touches steps, pages and scheduler, so they need no locks.
 """
 
 from __future__ import annotations
@@ -95,10 +95,10 @@ class EmbeddedEngine:
         *,
         ends: frozenset[int],
         grammars: Grammars,
-        sequences: int,
-        step_tokens: int,
-        queue: int,
-        piece_seconds: float = 0.0,
+        max_sequences: int,
+        max_batched_tokens: int,
+        max_queue: int,
+        chunk_interval: float = 0.0,
     ) -> None:
         """Start the worker thread.
 
@@ -108,19 +108,21 @@ class EmbeddedEngine:
             info: The engine's constant properties.
             ends: The model's end-of-text tokens.
             grammars: Compiles grammars for the model's tokenizer.
-            sequences: Max number of running requests.
-            step_tokens: Max tokens per step.
-            queue: Max number of queued requests.
-            piece_seconds: Min time between two pieces of an answer; faster tokens are delivered
+            max_sequences: Max number of running requests.
+            max_batched_tokens: Max tokens per step.
+            max_queue: Max number of queued requests.
+            chunk_interval: Min time between two pieces of an answer; faster tokens are delivered
                 together.
         """
         self.info = info
         self._runner = runner
         self._pool = pool
         self._grammars = grammars
-        self._max_waiting = queue
-        self._piece_seconds = piece_seconds
-        self._scheduler = Scheduler(pool, sequences=sequences, step_tokens=step_tokens)
+        self._max_waiting = max_queue
+        self._piece_seconds = chunk_interval
+        self._scheduler = Scheduler(
+            pool, max_sequences=max_sequences, max_batched_tokens=max_batched_tokens
+        )
         self._page_bytes = pool.page_tokens * info.bytes_per_token
         self._consumers: dict[Job, _Consumer] = {}
         self._adapters: tuple[str, ...] = ()

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from halfbyte.errors import ConfigError
 from halfbyte.integrations.load import load_model
 from halfbyte.machine.memory import resident_memory_bytes
-from halfbyte.model.context_length import longest_text
+from halfbyte.model.context_length import max_context_length
 from halfbyte.nn.gpu_step import find_mismatch
 from halfbyte.nn.native_decoder import find_obstacle
 from halfbyte.serve.engine.config import EngineConfig
@@ -110,10 +110,10 @@ def make_engine(
         info,
         ends=ends,
         grammars=Grammars(folder, vocabulary, ends),
-        sequences=config.sequences,
-        step_tokens=config.step_tokens,
-        queue=config.queue,
-        piece_seconds=config.piece_seconds,
+        max_sequences=config.max_sequences,
+        max_batched_tokens=config.max_batched_tokens,
+        max_queue=config.max_queue,
+        chunk_interval=config.chunk_interval,
     )
 
 
@@ -149,7 +149,7 @@ def choose_runner(model: PreTrainedModel, config: EngineConfig) -> Runner:
 
 def _find_context(model: PreTrainedModel, config: EngineConfig) -> int:
     settings = model.config.get_text_config(decoder=True)
-    longest = longest_text(settings) or 32768
+    longest = max_context_length(settings) or 32768
     if config.context is not None and config.context > longest:
         raise ConfigError(
             f"context is {config.context}; the model supports at most {longest} tokens. Lower "

@@ -20,7 +20,7 @@ FREE_SHARE = 0.5
 """Max share of the free memory for the KV cache, if no size is set."""
 
 USUAL_CONTEXT = 4096
-"""Without a configured size, the KV cache holds `sequences` requests of this length, memory
+"""Without a configured size, the KV cache holds `max_sequences` requests of this length, memory
 permitting."""
 
 
@@ -94,7 +94,7 @@ def plan_engine(
     else:
         free = torch.cuda.mem_get_info(embeddings.device)[0] if on_gpu else this_machine().bytes
         available = int((free - activations) * FREE_SHARE)
-        requested = config.sequences * min(context, USUAL_CONTEXT) * bytes_per_token
+        requested = config.max_sequences * min(context, USUAL_CONTEXT) * bytes_per_token
     pages = min(requested, available) // page_bytes
     program = max(before_bytes, resident_memory_bytes() - weights)
     if pages < 1:
@@ -126,10 +126,10 @@ def _estimate_activations(model: PreTrainedModel, folder: str | Path, config: En
     except ConfigError:
         return 0
     load = Load(
-        context=config.step_tokens,
-        requests=config.sequences,
-        prefill_tokens=config.step_tokens,
+        context=config.max_batched_tokens,
+        requests=config.max_sequences,
+        prefill_tokens=config.max_batched_tokens,
         compute_bytes=model.dtype.itemsize,
     )
-    logits = 4 * LOGITS_COPIES * config.sequences * shapes.vocabulary
+    logits = 4 * LOGITS_COPIES * config.max_sequences * shapes.vocabulary
     return activation_bytes(shapes, load) + logits

@@ -34,18 +34,18 @@ class _KeyQueue:
 class Scheduler:
     """Schedules the requests of one engine; used only by its worker thread."""
 
-    def __init__(self, pool: PagePool, *, sequences: int, step_tokens: int) -> None:
+    def __init__(self, pool: PagePool, *, max_sequences: int, max_batched_tokens: int) -> None:
         """Start without requests.
 
         Args:
             pool: Pages of the KV cache.
-            sequences: Max number of running requests.
-            step_tokens: Max tokens per step.
+            max_sequences: Max number of running requests.
+            max_batched_tokens: Max tokens per step.
         """
         self.pool = pool
         self.running: list[Job] = []
-        self._max_running = sequences
-        self._step_tokens = step_tokens
+        self._max_running = max_sequences
+        self._step_tokens = max_batched_tokens
         self._key_queues: dict[str, _KeyQueue] = {}
         self._requeued: deque[Job] = deque()
 

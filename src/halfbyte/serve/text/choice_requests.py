@@ -325,7 +325,7 @@ def add_limit(call: Call, limits: AnswerLimits) -> dict[str, int]:
     """
     if read_limit(call)[1] is not None:
         return {}
-    default = limits.default_tokens
+    default = limits.default_max_tokens
     if call.kind != "chat":
         default = DEFAULT_COMPLETION_TOKENS if limits.max_tokens else None
     found = [count for count in (default, limits.max_tokens) if count is not None]
@@ -339,7 +339,7 @@ def _read_max_tokens(call: Call, prompt: int, info: EngineInfo, limits: AnswerLi
     if max_tokens is None:
         max_tokens = DEFAULT_COMPLETION_TOKENS
         if call.kind == "chat":
-            max_tokens = limits.default_tokens or DEFAULT_CHAT_TOKENS
+            max_tokens = limits.default_max_tokens or DEFAULT_CHAT_TOKENS
         fits = info.cache_bytes // info.bytes_per_token - prompt if info.bytes_per_token else room
         max_tokens = max(1, min(max_tokens, room, fits, limits.max_tokens or room))
     if max_tokens > room:
