@@ -351,7 +351,12 @@ def test_missing_packages_are_named_with_the_command(base, data, tmp_path, monke
 
 @pytest.mark.parametrize(
     ("rows", "changes", "steps"),
-    [(10, {}, 9), (10, {"accumulate": 2}, 6), (10, {"epochs": 0.5}, 2), (10, {"max_steps": 4}, 4)],
+    [
+        (10, {}, 9),
+        (10, {"gradient_accumulation_steps": 2}, 6),
+        (10, {"epochs": 0.5}, 2),
+        (10, {"max_steps": 4}, 4),
+    ],
 )
 def test_counts_steps(rows, changes, steps):
     assert count_steps(rows, TrainConfig(**{"epochs": 3, "batch_size": 4, **changes})) == steps

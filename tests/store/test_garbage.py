@@ -29,11 +29,11 @@ def test_garbage_collection_keeps_recent_and_aliased_versions(local, tmp_path):
     assert collect_garbage(local, keep=1).versions == (versions[1],)
 
 
-def test_bucket_is_collected_only_with_nobody_writes(tmp_path, bucket):
+def test_bucket_is_collected_only_with_no_other_writers(tmp_path, bucket):
     versions = [add(bucket, tmp_path, seed).version for seed in range(3)]
-    with pytest.raises(StoreError, match="--nobody-writes"):
+    with pytest.raises(StoreError, match="--no-other-writers"):
         collect_garbage(bucket, keep=1)
-    assert list(collect_garbage(bucket, keep=1, nobody_writes=True).versions) == versions[:2]
+    assert list(collect_garbage(bucket, keep=1, no_other_writers=True).versions) == versions[:2]
     assert bucket.verify() == versions[2:]
 
 

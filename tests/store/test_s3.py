@@ -64,9 +64,9 @@ def test_the_life_of_a_model(serve, tmp_path):
     assert store.verify() == versions
     folder = checkout(store, "m", tmp_path / "out")
     assert (folder / "config.json").read_bytes() == (tmp_path / "1" / "config.json").read_bytes()
-    with pytest.raises(StoreError, match="Confirm that with --nobody-writes"):
+    with pytest.raises(StoreError, match="Confirm that with --no-other-writers"):
         collect_garbage(store, keep=0)
-    collected = collect_garbage(store, keep=0, nobody_writes=True)
+    collected = collect_garbage(store, keep=0, no_other_writers=True)
     assert collected.versions == (versions[2],)
     check_store(store, tmp_path / "again")
 
@@ -173,7 +173,7 @@ def test_killed_processes_leave_a_consistent_bucket(serve, tmp_path, part, round
         kill_while_at_work(PLACE, acts, seeds, folders, rng.uniform(0.5, 3))
         check_store(store, tmp_path / f"out{number}")
         if number % 4 == 1:
-            collect_garbage(store, keep=2, nobody_writes=True)
+            collect_garbage(store, keep=2, no_other_writers=True)
             check_store(store, tmp_path / f"collected{number}")
     assert store.history("m").entries[0].version == first
     assert len(store.history("m").entries) > 2, "nobody was at work when killed"

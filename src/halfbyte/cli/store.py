@@ -101,7 +101,7 @@ def _add_alias_actions(actions: Any) -> None:
         help="newest versions of each model to keep (default: 3)",
     )
     collect.add_argument(
-        "--nobody-writes",
+        "--no-other-writers",
         action="store_true",
         help="for a bucket: confirm that no other process writes",
     )
@@ -342,7 +342,7 @@ def _rollback(store: Store, args: argparse.Namespace) -> Outcome:
 def _collect(store: Store, args: argparse.Namespace) -> Outcome:
     from halfbyte.store.garbage import collect_garbage
 
-    found = collect_garbage(store, keep=args.keep, nobody_writes=args.nobody_writes)
+    found = collect_garbage(store, keep=args.keep, no_other_writers=args.no_other_writers)
     versions = f"{len(found.versions)} version{'' if len(found.versions) == 1 else 's'}"
     files = f"{found.blobs} file{'' if found.blobs == 1 else 's'}"
     line = f"removed {versions} and {files} ({format_bytes(found.num_bytes)})"

@@ -56,9 +56,7 @@ class TrainConfig:
         None, "maximum number of steps (default: by epochs)", metavar="N"
     )
     batch_size: int = option(8, "examples (rows, with --packing) per forward pass", metavar="N")
-    accumulate: int = option(
-        1, "forward passes per optimizer step (gradient accumulation)", metavar="N"
-    )
+    gradient_accumulation_steps: int = option(1, "forward passes per optimizer step", metavar="N")
     learning_rate: float = option(2e-4, "peak learning rate", metavar="RATE")
     schedule: str = option("cosine", "learning rate schedule after the warmup", choices=SCHEDULES)
     warmup: float = option(0.05, "share of the steps for learning rate warmup", metavar="SHARE")
@@ -87,7 +85,13 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate", "patience", "max_steps", "evaluate_every"):
+        for name in (
+            "batch_size",
+            "gradient_accumulation_steps",
+            "patience",
+            "max_steps",
+            "evaluate_every",
+        ):
             check_least(self, name, 1)
         check_least(self, "length", 2)
         check_positive(self, "epochs")

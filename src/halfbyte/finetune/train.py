@@ -327,7 +327,9 @@ def count_steps(rows: int, config: TrainConfig) -> int:
         The steps, at least one.
     """
     passes = math.ceil(rows / config.batch_size)
-    steps = max(math.ceil(math.ceil(passes / config.accumulate) * config.epochs), 1)
+    steps = max(
+        math.ceil(math.ceil(passes / config.gradient_accumulation_steps) * config.epochs), 1
+    )
     return steps if config.max_steps is None else min(steps, config.max_steps)
 
 

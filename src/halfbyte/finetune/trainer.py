@@ -102,7 +102,7 @@ def _make_arguments(
         max_steps=steps,
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.accumulate,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
         learning_rate=config.learning_rate,
         lr_scheduler_type=SCHEDULES.get(config.schedule, config.schedule),
         warmup_steps=math.ceil(config.warmup * steps),

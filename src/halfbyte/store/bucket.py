@@ -124,7 +124,7 @@ class BucketBackend:
         if exclusive:
             raise StoreError(
                 f"{self.place} is a bucket, which cannot be locked: removing from it is safe only "
-                "while nobody else writes. Confirm that with --nobody-writes."
+                "while nobody else writes. Confirm that with --no-other-writers."
             )
         yield
 

@@ -24,7 +24,7 @@ class Collected:
     num_bytes: int
 
 
-def collect_garbage(store: Store, *, keep: int = KEEP, nobody_writes: bool = False) -> Collected:
+def collect_garbage(store: Store, *, keep: int = KEEP, no_other_writers: bool = False) -> Collected:
     """Remove unneeded versions and blobs under an exclusive lock.
 
     A version is removed from its log first, then its manifest and blobs. If the process is killed
@@ -34,7 +34,7 @@ def collect_garbage(store: Store, *, keep: int = KEEP, nobody_writes: bool = Fal
         store: The store.
         keep: How many of the newest versions of each model to keep, beside those that an alias
             points to or can roll back to.
-        nobody_writes: For a bucket, which has no lock: the caller guarantees that nobody writes.
+        no_other_writers: For a bucket, which has no lock: the caller guarantees that nobody writes.
 
     Returns:
         What was removed.
@@ -42,7 +42,7 @@ def collect_garbage(store: Store, *, keep: int = KEEP, nobody_writes: bool = Fal
     Raises:
         StoreError: A version to keep cannot be read. Nothing is removed.
     """
-    if nobody_writes and not isinstance(store.backend, FolderBackend):
+    if no_other_writers and not isinstance(store.backend, FolderBackend):
         return _collect(store, keep)
     with store.backend.lock(exclusive=True):
         return _collect(store, keep)
