@@ -298,7 +298,7 @@ def save(arguments: argparse.Namespace, times: dict[str, list[tuple[float, ...]]
         rows=rows,
         note=f"{arguments.pairs} requests each way, in turn; {len(TEXT)} characters of prompt, "
         f"found in the cache, {arguments.tokens} tokens generated, streamed in pieces at least "
-        f"{1000 * EngineConfig().piece_seconds:g} ms apart; the client is another process on the "
+        f"{1000 * EngineConfig().chunk_interval:g} ms apart; the client is another process on the "
         f"same machine ({Path(arguments.model).name}). Fixed bytes: what such a client costs, "
         "whatever it reads. The loop's CPU: of its thread, for the whole answer, what watches it "
         "afterwards among it; medians.",

@@ -1,6 +1,6 @@
-// Tokens of several sequences through all blocks of a decoder, without a word of Python in between.
+// hb_decode: runs tokens of several sequences through all blocks of a decoder.
 //
-// Everything is fp32 but the cache, which is rounded to the model's own type.
+// Everything is fp32 except the KV cache, which has the model's dtype.
 #include <math.h>
 
 #include <atomic>
@@ -15,9 +15,9 @@
 namespace halfbyte {
 namespace {
 
-// Rows that go through the blocks at a time; others wait, and read the weights again. On matrix units
-// decoding a weight costs as much as multiplying it by a hundred rows, so there they are as many as
-// WORK_BYTES hold.
+// Rows that go through all blocks at a time; the weights are read again for the next ones. On
+// matrix units decoding a weight costs as much as multiplying it by a hundred rows, so there the
+// number is limited only by WORK_BYTES.
 constexpr int64_t ROWS_AT_A_TIME = 128, MOST_TILED_ROWS = 512, WORK_BYTES = 64 << 20;
 
 void normalise(const float* x, const float* weight, int count, float epsilon, float* out) {
@@ -32,7 +32,8 @@ void normalise(const float* x, const float* weight, int count, float epsilon, fl
   for (i = 0; i < count; i++) out[i] = x[i] * factor * weight[i];
 }
 
-// Each head by its position: the first half of the rotary columns turns with the second.
+// Applies rotary embedding to each head: the first half of the rotary columns pairs with the
+// second.
 void rotate(const hb_decoder& d, int64_t position, const float* norm, int heads, float* x) {
   const float* cosines = d.cosines + position * d.rotary_dim;
   const float* sines = d.sines + position * d.rotary_dim;
@@ -47,7 +48,7 @@ void rotate(const hb_decoder& d, int64_t position, const float* norm, int heads,
   }
 }
 
-// Where a position's keys or values of head 0 lie in the cache; other heads follow by pages.
+// Offset of a position's key or value of head 0 in the cache; other heads are whole pages apart.
 int64_t place_of(const hb_decoder& d, const int32_t* table, int64_t position) {
   const int64_t page = table[position / d.page_tokens], at = position % d.page_tokens;
   return (page * d.kv_heads * d.page_tokens + at) * d.head_dim;
@@ -67,7 +68,7 @@ void add(float* to, const float* from, int64_t count) {
   for (int64_t i = 0; i < count; i++) to[i] += from[i];
 }
 
-// Where the numbers of one chunk of rows are kept.
+// Buffers for one chunk of rows.
 struct Work {
   float *h, *q, *attended, *k, *v, *gate, *up, *part, *routed, *logits, *inputs;
 };
@@ -75,7 +76,7 @@ struct Work {
 int64_t query_width(const hb_decoder& d) { return int64_t(d.heads) * d.head_dim; }
 int64_t kv_width(const hb_decoder& d) { return int64_t(d.kv_heads) * d.head_dim; }
 
-// Numbers of a row between the two stages of an MLP, or of all experts that it is routed to.
+// Floats per row between the two stages of an MLP, or of all experts that the row is routed to.
 int64_t middle_width(const hb_decoder& d) {
   const int64_t routed = int64_t(d.experts_per_token) * d.expert_width;
   return routed > d.intermediate ? routed : d.intermediate;
@@ -83,19 +84,19 @@ int64_t middle_width(const hb_decoder& d) {
 
 int64_t routed_width(const hb_decoder& d) { return int64_t(d.experts_per_token) * d.hidden; }
 
-// Numbers of one row that are kept apart from the inputs of products.
+// Floats per row, besides the inputs of products.
 int64_t work_of_row(const hb_decoder& d) {
   return 2 * int64_t(d.hidden) + 2 * query_width(d) + 2 * kv_width(d) + 2 * middle_width(d) +
          routed_width(d) + d.experts;
 }
 
-// Rows that go through the blocks together, of so many.
+// Number of rows that go through the blocks together.
 int64_t rows_at_a_time(const hb_decoder& d, int64_t rows, bool tiles) {
   if (!tiles) return ROWS_AT_A_TIME;
   int64_t most = WORK_BYTES / 4 / work_of_row(d);
   if (most > MOST_TILED_ROWS) most = MOST_TILED_ROWS;
   if (most < ROWS_AT_A_TIME) most = ROWS_AT_A_TIME;
-  // Equal parts: a last one of few rows would decode all weights for those alone.
+  // Equal chunks: a small last chunk would decode all weights for a few rows.
   const int64_t parts = (rows + most - 1) / most;
   return (rows + parts - 1) / parts;
 }
@@ -105,12 +106,12 @@ bool borrow_work(const hb_decoder& d, int64_t rows, bool tiles, Work* work) {
   int64_t widest = d.hidden > d.intermediate ? d.hidden : d.intermediate;
   if (query > widest) widest = query;
   if (d.expert_width > widest) widest = d.expert_width;
-  // Room for the inputs of three products: numbers or their parts, and at most as many sums.
+  // Space for the inputs of three products: values or their parts, and at most as many sums.
   int64_t input_floats = 3 * (widest * 5 / 2 * rows + 2 * LANES);
   const int64_t of_experts = expert_input_floats(d, rows);
   if (of_experts > input_floats) input_floats = of_experts;
   if (tiles) {
-    // Half numbers, in tiles of 32 rows and 32 columns.
+    // 16-bit values, in tiles of 32 rows and 32 columns.
     input_floats = (rows + 31) / 32 * 32 * ((widest + 31) / 32 * 32) / 2;
   }
   float* at = borrow(work_of_row(d) * rows + input_floats);
@@ -126,8 +127,8 @@ bool borrow_work(const hb_decoder& d, int64_t rows, bool tiles, Work* work) {
   return true;
 }
 
-// Rows of one sequence that attend together: keys and values are read once for them. On matrix units
-// so many that turning the keys and values round for them is little beside multiplying.
+// Rows of one sequence that attend together, so that keys and values are read once for them. On
+// matrix units enough rows that the cost of transposing keys and values is small.
 constexpr int ROWS_TOGETHER = 8, QUERIES_TOGETHER = 256;
 
 int rows_together(const hb_decoder& d, bool tiles) {
@@ -136,7 +137,7 @@ int rows_together(const hb_decoder& d, bool tiles) {
   return (QUERIES_TOGETHER / shared + LANES) / LANES * LANES;
 }
 
-// Every row over its own sequence's cache, the heads that share keys and values together.
+// Attention of every row over its sequence's cache; heads that share keys and values run together.
 bool attend_all(const hb_decoder& d, const Isa& isa, const hb_block& b, const hb_rows& rows,
                 bool tiles, const Work& work, int threads) {
   const int shared = d.heads / d.kv_heads, each = d.dtype == HB_FLOAT32 ? 4 : 2;
@@ -152,7 +153,7 @@ bool attend_all(const hb_decoder& d, const Isa& isa, const hb_block& b, const hb
   std::atomic<bool> failed{false};
   const auto attend = [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; i++) {
-      // The last ones first: they have most to look back on.
+      // Last rows first: they attend to the most positions.
       const int64_t group = groups - 1 - i / d.kv_heads;
       const int64_t row = starts[group], end = starts[group + 1];
       const int64_t head = i % d.kv_heads, at = head * head_stride * each;
@@ -198,7 +199,7 @@ int decode_chunk(const hb_decoder& d, const Isa& isa, const hb_rows& rows, int t
     return tiles ? multiplier.multiply_tiles(products, count) : multiplier.multiply(products, count);
   };
   const int64_t hidden = d.hidden, query = query_width(d), kv = kv_width(d), count = rows.rows;
-  // Between two products: each row by itself.
+  // Work on each row between two products.
   const int some = threads_for(count * hidden, threads);
   const auto each_row = [&](const auto& prepare) {
     parallel_for(count, some, [&](int64_t first, int64_t last) {
@@ -277,7 +278,7 @@ extern "C" int hb_decode(const hb_decoder* decoder, const hb_rows* rows, int thr
       if (table[i] < 0 || table[i] >= d.pages) return HB_BAD_ARGUMENT;
     }
   }
-  // One chunk after the other through all blocks: a later one finds the earlier in the cache.
+  // Chunks run through all blocks in order, so that later ones find earlier ones in the cache.
   const Isa& isa = current_isa();
   const int64_t most = rows_at_a_time(d, rows->rows, takes_tiles(d, isa, *rows));
   for (int64_t first = 0; first < rows->rows; first += most) {

@@ -1,7 +1,7 @@
-// A mixture of experts in place of an MLP; a part of decoder.cpp.
+// A mixture of experts in place of an MLP; part of decoder.cpp.
 //
-//   rows -> router -> softmax -> the best few experts of each row
-//        -> rows gathered by expert -> gate, up -> silu -> down -> summed by row, weighted
+//   rows -> router -> softmax -> top experts per row
+//        -> rows gathered by expert -> gate, up -> silu -> down -> weighted sum per row
 #pragma once
 #include <math.h>
 #include <string.h>
@@ -15,7 +15,7 @@
 namespace halfbyte {
 namespace {
 
-// Floats for the prepared inputs of all products of a stage.
+// Space for the prepared inputs of all products of one stage.
 int64_t expert_input_floats(const hb_decoder& d, int64_t rows) {
   const int64_t routed = rows * d.experts_per_token;
   const int64_t busy = routed < d.experts ? routed : d.experts;
@@ -32,18 +32,18 @@ struct Experts {
   float* logits;     // [rows][experts]
   float* out;        // [rows][hidden]
 
-  // Where the rows go. A route is a row and one of its experts.
+  // A route is a row and one of its experts.
   struct Routes {
-    std::vector<int32_t> expert;  // [rows][experts_per_token], ascending for each row
+    std::vector<int32_t> expert;  // [rows][experts_per_token], ascending per row
     std::vector<float> weight;    // [rows][experts_per_token]
-    std::vector<int64_t> place;   // [rows][experts_per_token]: where the route lies by expert
-    std::vector<int64_t> first;   // [experts + 1]: the first place of each
+    std::vector<int64_t> place;   // [rows][experts_per_token]: index among routes sorted by expert
+    std::vector<int64_t> first;   // [experts + 1]: index of each expert's first route
     std::vector<Product> products;
   };
 
   int run(int64_t rows, bool tiles) const {
     const hb_decoder& d = multiplier.d;
-    // A decode step must not allocate: the lists keep their room.
+    // The vectors keep their capacity, so that a decode step does not allocate.
     static thread_local Routes kept;
     Routes& routes = kept;
     route(rows, routes);
@@ -56,7 +56,7 @@ struct Experts {
       });
     }
     int status = stage(routes, tiles, [&](int32_t expert, int64_t at, int64_t n) {
-      // A single row is the input of all of its experts, and prepared once.
+      // A single row is the input of all of its experts, so it is prepared only once.
       const float* x = rows > 1 ? routed + at * hidden : h;
       routes.products.push_back({b.experts[3 * expert], x, n, nullptr, gate + at * width});
       routes.products.push_back({b.experts[3 * expert + 1], x, n, nullptr, up + at * width});
@@ -99,7 +99,7 @@ struct Experts {
     });
     for (int32_t expert : routes.expert) routes.first[size_t(expert) + 1]++;
     for (int32_t e = 0; e < d.experts; e++) routes.first[size_t(e) + 1] += routes.first[size_t(e)];
-    // Rows of an expert follow each other; its first place moves on, and is put back after.
+    // Counting sort: `first` advances past each expert's routes and is shifted back afterwards.
     for (size_t i = 0; i < count; i++) {
       routes.place[i] = routes.first[size_t(routes.expert[i])]++;
     }
@@ -107,7 +107,7 @@ struct Experts {
     routes.first[0] = 0;
   }
 
-  // The best experts of a row, ascending, and their shares. Not-a-number counts as the largest.
+  // Selects the top experts of a row, in ascending order, and their weights. NaN ranks highest.
   void choose(const float* scores, int32_t* chosen, float* weights) const {
     const hb_decoder& d = multiplier.d;
     const int wanted = d.experts_per_token;
@@ -134,11 +134,11 @@ struct Experts {
       weights[i] = expf(scores[chosen[i]] - largest);
       of_chosen += weights[i];
     }
-    const float total = d.normalise_routes ? of_chosen : of_all;
+    const float total = d.normalize_weights ? of_chosen : of_all;
     for (int i = 0; i < wanted; i++) weights[i] /= total;
   }
 
-  // One stage of all experts that have rows; `append` adds the products of one.
+  // Runs one stage of all experts that have rows; `append` adds the products of one expert.
   template <class F>
   int stage(Routes& routes, bool tiles, const F& append) const {
     const int32_t experts = multiplier.d.experts;
@@ -152,7 +152,7 @@ struct Experts {
                  : multiplier.multiply(routes.products.data(), count);
   }
 
-  // In the order of the experts, whatever other rows there are.
+  // Sums in the order of the experts, so that the result does not depend on other rows.
   void sum(const Routes& routes, int64_t row) const {
     const hb_decoder& d = multiplier.d;
     float* to = out + row * d.hidden;

@@ -1,4 +1,4 @@
-// Several products by packed weights in one parallel step; a part of decoder.cpp.
+// Several products with packed weights in one parallel step; part of decoder.cpp.
 #pragma once
 #include <vector>
 
@@ -9,7 +9,7 @@
 namespace halfbyte {
 namespace {
 
-// Numbers from which more than one thread prepares rows between two products.
+// Elements from which several threads prepare the rows between two products.
 constexpr int64_t SHARED_NUMBERS = 1 << 14;
 
 int threads_for(int64_t numbers, int threads) { return numbers >= SHARED_NUMBERS ? threads : 1; }
@@ -22,7 +22,7 @@ struct Product {
   float* out;         // [rows][out]
 };
 
-// Whether ready_rows makes the same of an input for both.
+// Whether ready_rows gives the same result for both weights.
 bool alike(const Packed& a, const Packed& b) {
   return a.bits == b.bits && a.group_size == b.group_size && a.symmetric == b.symmetric &&
          !a.order && !b.order;
@@ -30,7 +30,7 @@ bool alike(const Packed& a, const Packed& b) {
 
 bool same_input(const Product& a, const Product& b) { return a.x == b.x && a.rows == b.rows; }
 
-// Multiplies for one decoder.
+// Runs the products of one decoder.
 struct Multiplier {
   const Isa& isa;
   const hb_decoder& d;
@@ -40,13 +40,13 @@ struct Multiplier {
   struct Step {
     Packed weight;
     Rows ready;
-    float* scratch;      // null where the input is the last one's
-    int64_t first, end;  // among the blocks of all products
+    float* scratch;      // null if the prepared input is that of the previous step
+    int64_t first, end;  // range among the blocks of all products
   };
 
-  // Threads share the blocks of all products.
+  // Computes all products in one parallel loop over their blocks.
   int multiply(const Product* products, int count) const {
-    // A decode step must not allocate: the list keeps its room.
+    // The vector keeps its capacity, so that a decode step does not allocate.
     static thread_local std::vector<Step> kept;
     std::vector<Step>& steps = kept;
     steps.resize(size_t(count));
@@ -64,7 +64,7 @@ struct Multiplier {
       at += scratch_floats(step.weight, products[i].rows);
       numbers += products[i].rows * step.weight.in_features;
     }
-    // One input is not worth a second thread.
+    // The few products of a dense block mostly share one input.
     const int preparers = count > 3 ? threads_for(numbers, threads) : 1;
     parallel_for(count, preparers, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; i++) {
@@ -99,7 +99,7 @@ struct Multiplier {
       const Product& product = products[i];
       Packed w;
       if (!open_packed(product.packed, &w)) return HB_BAD_BLOB;
-      // Products of one input share its rows, unless each wants the columns in an order of its own.
+      // Products of the same input share its rows, unless their column orders differ.
       if (i == 0 || !same_input(product, products[i - 1]) || w.order || last.order) {
         parallel_for((product.rows + 31) / 32 * 32, threads, [&](int64_t first, int64_t end) {
           isa.round_rows(w, product.x, product.rows, tiles, first, end);
@@ -108,7 +108,7 @@ struct Multiplier {
       const Rows ready = {product.rows, nullptr, nullptr, tiles, 0};
       last = w;
       const Target target = {HB_FLOAT32, product.bias, product.out, w.out_features};
-      // Two blocks share the rows that a unit has loaded.
+      // Two blocks share the loaded rows.
       parallel_for((w.blocks + 1) / 2, threads, [&](int64_t first, int64_t end) {
         isa.multiply_tiles(w, ready, target, first * 2, end * 2 < w.blocks ? end * 2 : w.blocks);
       });
@@ -118,7 +118,7 @@ struct Multiplier {
 
  private:
   void prepare(const Product& product, Step& step) const {
-    // Of a model in bf16, inputs keep 17 bits at least.
+    // For a bf16 model, inputs keep at least 17 bits.
     const int most_parts = d.dtype == HB_BFLOAT16 ? 2 : 3;
     const bool integers = d.activation_bits == 8 && has_integers(step.weight);
     step.ready = integers ? ready_integers(step.weight, HB_FLOAT32, product.x, product.rows,

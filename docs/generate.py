@@ -1,7 +1,7 @@
-"""Write the parts of docs/ that follow from the code: cli.md and environment.md.
+"""Generate the parts of docs/ that follow from the code: cli.md and environment.md.
 
 python docs/generate.py            write them
-python docs/generate.py --check    fail where they differ (part of make check)
+python docs/generate.py --check    fail if they are out of date (part of make check)
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from halfbyte.cli.main import VERBS, build_parser
 from halfbyte.environment import VARIABLES
 
 DOCS = Path(__file__).parent
-NOTICE = "<!-- Written by docs/generate.py out of the code; edit that instead. -->\n"
+NOTICE = "<!-- Generated from the code by docs/generate.py. Do not edit. -->\n"
 
 
 def main() -> int:
@@ -23,7 +23,7 @@ def main() -> int:
     stale = [name for name, text in pages.items() if read(name) != text]
     if "--check" in sys.argv[1:]:
         for name in stale:
-            sys.stderr.write(f"docs/{name} is not what the code says. Run: make docs\n")
+            sys.stderr.write(f"docs/{name} is out of date. Run: make docs\n")
         return 1 if stale else 0
     for name in stale:
         (DOCS / name).write_text(pages[name], encoding="utf-8")
@@ -31,22 +31,19 @@ def main() -> int:
 
 
 def read(name: str) -> str:
-    """Give a page's present text; empty where there is none."""
+    """Return a page's current text; empty if it does not exist."""
     path = DOCS / name
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def describe_cli() -> str:
-    """Write cli.md from the parsers themselves.
-
-    Not from their help: its layout differs between Python versions.
-    """
+    """Generate cli.md from the parsers; their help output differs between Python versions."""
     parser = build_parser()
     verbs = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     parts = [
         f"# Commands\n\n{NOTICE}",
-        "Every verb takes `--help`, which says the same, and `--debug`, which shows the traceback "
-        "of an error. Exit codes: 0 done, 1 failed, 2 a wrong option or setting, 130 "
+        "Every verb takes `--help`, which shows its options, and `--debug`, which shows the "
+        "traceback of an error. Exit codes: 0 success, 1 failure, 2 invalid option or setting, 130 "
         "interrupted.\n",
         "\n".join(f"- [`halfbyte {name}`](#halfbyte-{name.replace(' ', '-')})" for name in VERBS)
         + "\n",

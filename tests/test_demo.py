@@ -13,7 +13,7 @@ import torch
 from tests.helpers.tiny_llama import build_model, build_tokenizer
 
 from halfbyte import demo
-from halfbyte.demo import CALIBRATION, QUANT_CONFIG, Step, answer, earlier_bits_per_weight, run_demo
+from halfbyte.demo import CALIBRATION, QUANT_CONFIG, Step, answer, find_earlier_result, run_demo
 from halfbyte.errors import ConfigError, ModelError
 from halfbyte.evaluate.divergence import DivergenceAccumulator
 from halfbyte.quant_config import CalibrationConfig, QuantConfig
@@ -74,7 +74,7 @@ def test_steps_run_in_order_and_their_values_are_put_together(tmp_path, monkeypa
         calls.append((function, arguments))
         return values[function], Step(name=name, seconds=1.0, peak_memory_bytes=5, note="")
 
-    monkeypatch.setattr(demo, "_run_apart", run_apart)
+    monkeypatch.setattr(demo, "_run_in_process", run_apart)
     for name, size in ((demo.BASE_NAME, 40), (demo.QUANTIZED_NAME, 10)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(b"x" * size)
@@ -99,7 +99,7 @@ def test_steps_run_in_order_and_their_values_are_put_together(tmp_path, monkeypa
 
 def test_step_runs_in_a_process_of_its_own():
     # divmod gives (value, note), as a step does.
-    value, step = demo._run_apart("Divide", divmod, 17, 5)
+    value, step = demo._run_in_process("Divide", divmod, 17, 5)
     assert (value, step.name, step.note) == (3, "Divide", 2)
     assert step.peak_memory_bytes > 10e6
     assert step.seconds > 0
@@ -107,7 +107,7 @@ def test_step_runs_in_a_process_of_its_own():
 
 def test_killed_step_is_reported_by_name():
     with pytest.raises(ModelError, match=r"The step 'Quantize' of the demo .* was killed"):
-        demo._run_apart("Quantize", os._exit, 9)
+        demo._run_in_process("Quantize", os._exit, 9)
 
 
 STEP_THAT_HOLDS_A_LOCK = """
@@ -122,7 +122,7 @@ def hold(path):
         time.sleep(60)
 
 if __name__ == "__main__":
-    demo._run_apart("Hold", hold, sys.argv[1])
+    demo._run_in_process("Hold", hold, sys.argv[1])
 """
 
 
@@ -154,7 +154,7 @@ def test_step_ends_when_the_demo_is_killed(tmp_path):
 def test_error_of_a_step_comes_through(tmp_path):
     (tmp_path / "README.md").write_text("mine")
     with pytest.raises(ConfigError, match="something else is there"):
-        demo._run_apart("Get", demo._get_model, tmp_path, None)
+        demo._run_in_process("Get", demo._get_model, tmp_path, None)
 
 
 def test_answer_is_greedy_and_marks_where_it_was_cut(chat_folder):
@@ -174,9 +174,9 @@ def test_model_without_a_chat_template_is_refused(chat_folder):
 
 def test_finished_checkpoint_is_used_again(tmp_path):
     write_report(tmp_path / "q")
-    assert earlier_bits_per_weight(tmp_path / "q", QUANT_CONFIG, CALIBRATION) == 4.25
+    assert find_earlier_result(tmp_path / "q", QUANT_CONFIG, CALIBRATION) == 4.25
     value, note = demo._quantize(tmp_path / "base", tmp_path / "q", None)
-    assert (value, note) == (4.25, "there already, used again")
+    assert (value, note) == (4.25, "existed already, reused")
 
 
 @pytest.mark.parametrize(
@@ -189,12 +189,12 @@ def test_finished_checkpoint_is_used_again(tmp_path):
 )
 def test_checkpoint_made_in_another_way_is_not_used(tmp_path, other):
     write_report(tmp_path / "q", **other)
-    assert earlier_bits_per_weight(tmp_path / "q", QUANT_CONFIG, CALIBRATION) is None
+    assert find_earlier_result(tmp_path / "q", QUANT_CONFIG, CALIBRATION) is None
 
 
 def test_missing_and_unfinished_checkpoints_are_not_used(tmp_path):
-    assert earlier_bits_per_weight(tmp_path / "no", QUANT_CONFIG, CALIBRATION) is None
-    assert earlier_bits_per_weight(tmp_path, QUANT_CONFIG, CalibrationConfig()) is None
+    assert find_earlier_result(tmp_path / "no", QUANT_CONFIG, CALIBRATION) is None
+    assert find_earlier_result(tmp_path, QUANT_CONFIG, CalibrationConfig()) is None
 
 
 @pytest.fixture
@@ -228,6 +228,6 @@ def test_unfinished_quantization_is_resumed(tmp_path, quantize_calls, exists, no
 def test_checkpoint_with_other_settings_is_made_again(tmp_path, quantize_calls):
     write_report(tmp_path / "q", config=QuantConfig(bits=3, group_size=64))
     _, note = demo._quantize(tmp_path / "base", tmp_path / "q", None)
-    assert note.startswith("redone: the earlier one had other settings")
+    assert note.startswith("repeated: the earlier one had other settings")
     assert not (tmp_path / "q").exists()
     assert quantize_calls[0][1]["resume"] is False

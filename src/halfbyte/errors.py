@@ -1,22 +1,22 @@
-"""Every exception that halfbyte raises on purpose.
+"""Exceptions raised by halfbyte.
 
 ::
 
     HalfbyteError
     ├── ConfigError            a setting is wrong                     (also ValueError)
-    ├── ModelError             the model is one that cannot be streamed or quantized
-    ├── CheckpointError        a file is missing, damaged, or of another dialect
-    ├── CalibrationError       the data cannot support the maths
-    ├── DataError              training data cannot be read, or teaches nothing
-    ├── JournalError           the work to resume belongs to another run
-    ├── VerificationError      what was written does not compute what was measured
-    ├── StoreError             a version is unknown, damaged, or not to be promoted
+    ├── ModelError             the model cannot be streamed or quantized
+    ├── CheckpointError        a file is missing, damaged, or of an unsupported dialect
+    ├── CalibrationError       the calibration data is insufficient
+    ├── DataError              training data cannot be read, or has no tokens to train on
+    ├── JournalError           the run to resume had other inputs or options
+    ├── VerificationError      the saved checkpoint does not reproduce the results of the run
+    ├── StoreError             a version is unknown, damaged, or may not be promoted
     ├── ServeError             a request cannot be served; carries the HTTP status
-    ├── KernelUnavailable      no kernel fits, or the forced one does not
-    └── MissingExtraError      an optional part of halfbyte is not installed (also ImportError)
+    ├── KernelUnavailable      no kernel supports the layer, or the forced one does not
+    └── MissingExtraError      an optional dependency is not installed (also ImportError)
 
-A message says what was being done to which named thing, what was found against what is allowed,
-and what to do. A fallback is never an exception: it is recorded and reported.
+A message says what was being done to which named thing, what was found and what is allowed, and
+what to do. A fallback is never an exception: it is recorded and reported.
 """
 
 from __future__ import annotations
@@ -26,43 +26,43 @@ from contextlib import contextmanager
 
 
 class HalfbyteError(Exception):
-    """Base of all errors that halfbyte raises on purpose."""
+    """Base class of the exceptions raised by halfbyte."""
 
 
 class ConfigError(HalfbyteError, ValueError):
-    """A setting is wrong; the message names it, its value and what is allowed."""
+    """A setting is wrong; names it, its value and the allowed values."""
 
 
 class ModelError(HalfbyteError):
-    """The model's structure or files do not allow what was asked."""
+    """The model's structure or files do not support the requested operation."""
 
 
 class CheckpointError(HalfbyteError):
-    """A checkpoint file is missing, damaged, or of a dialect that is not read; names the tensor."""
+    """A checkpoint file is missing, damaged, or of an unsupported dialect; names the tensor."""
 
 
 class CalibrationError(HalfbyteError):
-    """The calibration data cannot support the maths; names the module or the text."""
+    """The calibration data is insufficient or unusable; names the module or the text."""
 
 
 class DataError(HalfbyteError):
-    """Training data cannot be read, or teaches nothing; names the file and the line."""
+    """Training data cannot be read or has no tokens to train on; names the file and the line."""
 
 
 class JournalError(HalfbyteError):
-    """An unfinished run does not belong to these inputs or options; names the difference."""
+    """The run to resume had other inputs or options; names the difference."""
 
 
 class VerificationError(HalfbyteError):
-    """The saved checkpoint does not compute what the run computed in memory; names the module."""
+    """The saved checkpoint does not reproduce what the run computed; names the module."""
 
 
 class StoreError(HalfbyteError):
-    """A store of versions is damaged, or does not hold or allow what was asked; names it."""
+    """A version is unknown, damaged, or may not be changed or promoted as requested; names it."""
 
 
 class ServeError(HalfbyteError):
-    """A request cannot be served: what OpenAI's clients get as ``{"error": {…}}``."""
+    """A request cannot be served; sent to the client as ``{"error": {…}}``, as OpenAI does."""
 
     def __init__(
         self,
@@ -74,15 +74,16 @@ class ServeError(HalfbyteError):
         param: str | None = None,
         retry_after: float | None = None,
     ) -> None:
-        """Keep what the client is told.
+        """Create the error.
 
         Args:
             message: What was found, what is allowed, what to do.
             status: HTTP status.
             kind: OpenAI's ``type``.
-            code: OpenAI's ``code``, such as ``context_length_exceeded``; None where there is none.
-            param: The request's field at fault; None where there is none.
-            retry_after: Seconds after which it may work; None where it never will.
+            code: OpenAI's ``code``, such as ``context_length_exceeded``; None if it has none.
+            param: The invalid field of the request; None if it is not about a field.
+            retry_after: Delay after which a retry may succeed; None if retrying is useless.
+                Unit: seconds.
         """
         super().__init__(message)
         self.status = status
@@ -93,21 +94,21 @@ class ServeError(HalfbyteError):
 
 
 class KernelUnavailable(HalfbyteError):
-    """No kernel can run this layer, or the one that was forced cannot; one reason per kernel."""
+    """No kernel supports this layer, or the forced one does not; gives a reason per kernel."""
 
 
 class MissingExtraError(HalfbyteError, ImportError):
-    """An optional dependency is missing; the message holds the exact install command."""
+    """An optional dependency is missing; the message contains the install command."""
 
 
 def first_line(error: BaseException) -> str:
-    """Give the first line of an error's message, without its full stop.
+    """Return the first line of an exception's message, without the final period.
 
     Args:
-        error: Somebody else's, to be told within a message of ours.
+        error: An exception of another library, to be quoted in a message.
 
     Returns:
-        The line; the error's type where it has none.
+        The line; the name of the exception's type if the message is empty.
     """
     lines = str(error).strip().splitlines()
     return lines[0].strip().rstrip(".") if lines else type(error).__name__
@@ -115,23 +116,23 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def require_extra(module: str, extra: str, purpose: str) -> Iterator[None]:
-    """Say how to install an optional dependency, where importing it fails.
+    """Turn the failed import of an optional dependency into an error with the install command.
 
     Args:
-        module: The Python package that is imported within.
-        extra: The extra of halfbyte that brings it.
-        purpose: What it is needed for, for the start of the message.
+        module: The Python package imported inside the context.
+        extra: The extra of halfbyte that installs it.
+        purpose: What needs the package; the message starts with it.
 
     Yields:
         Nothing.
 
     Raises:
-        MissingExtraError: It is not installed; the message has the install command.
+        MissingExtraError: The package is not installed.
     """
     try:
         yield
     except MissingExtraError:
-        # What is imported within says more exactly what it lacks.
+        # A nested import names its missing dependency more precisely.
         raise
     except ImportError as error:
         raise MissingExtraError(

@@ -1,4 +1,4 @@
-"""Objects in a file that people or programs wrote: JSON lines, or one list."""
+"""Read JSON objects from a file: JSON lines, or a single JSON list."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from halfbyte.errors import HalfbyteError
 
 
 class JsonLine(NamedTuple):
-    """One object, and where it stands."""
+    """One JSON object and its position in the file."""
 
     number: int
-    """Of its line, or its place in the list; from 1."""
+    """Line number, or position in the list; from 1."""
     where: str
-    """The same with the file's name, for messages."""
+    """File name and position, for messages."""
     values: dict[str, Any]
 
 
 def read_json_lines(
     path: Path, error: type[HalfbyteError], *, what: str, wanted: str
 ) -> list[JsonLine]:
-    """Read a file of objects, one per line; a ``.json`` file may hold one list of them instead.
+    """Read a file with one JSON object per line, or a ``.json`` file with a list of objects.
 
     Args:
         path: The file, in UTF-8.
-        error: What is raised.
-        what: What the file is, for messages, such as "the data".
-        wanted: A sentence that says what to give, for messages.
+        error: Type of the exception to raise.
+        what: Name of the file's content in messages, such as "the data".
+        wanted: Sentence appended to messages that says what is expected.
 
     Returns:
-        The objects, at least one; empty lines are left out.
+        The objects, at least one. Empty lines are skipped.
 
     Raises:
-        HalfbyteError: As ``error``: the file cannot be read, is empty, or holds something else;
-            names the line.
+        HalfbyteError: Of type ``error``: the file cannot be read, is empty, or contains something
+            other than objects; names the line.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -45,7 +45,7 @@ def read_json_lines(
         reason = f"byte {fault.start} is not UTF-8"
         raise error(f"Cannot read {what} {path}: {reason}. {wanted}") from fault
     whole = path.suffix.lower() == ".json" and text.lstrip().startswith("[")
-    # Not splitlines: that also cuts at U+2028 and the like, which may stand in a JSON string.
+    # Not splitlines(), which also splits at U+2028 and the like; JSON strings may contain those.
     lines = [text] if whole else text.split("\n")
     found: list[JsonLine] = []
     for number, line in enumerate(lines, start=1):

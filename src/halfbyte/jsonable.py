@@ -1,4 +1,4 @@
-"""Results as plain values, for JSON."""
+"""Conversion of results to values that JSON can represent."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from pathlib import Path
 from typing import Any
 
 
-def plain_values(value: Any) -> Any:
-    """Turn a result into what JSON can hold.
+def to_jsonable(value: Any) -> Any:
+    """Convert a result to values that JSON can represent.
 
     Args:
-        value: Plain values, dataclasses (by ``to_dict`` where they have one) and paths, nested at
-            will.
+        value: Plain values, dataclasses (converted by their ``to_dict`` if they have one) and
+            paths, arbitrarily nested.
 
     Returns:
-        The same as dicts, lists, texts and numbers; infinity and not-a-number become None.
+        Dicts, lists, strings and numbers; infinity and NaN become None.
     """
     if hasattr(value, "to_dict"):
-        return plain_values(value.to_dict())
+        return to_jsonable(value.to_dict())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain_values(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: to_jsonable(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): plain_values(item) for key, item in value.items()}
+        return {str(key): to_jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [plain_values(item) for item in value]
+        return [to_jsonable(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value

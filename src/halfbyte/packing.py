@@ -1,11 +1,11 @@
-"""Codes <-> int32 words. The only file that knows the bit order of GPTQ.
+"""Packing of codes into int32 words. The only module that knows GPTQ's bit order.
 
 A word stream is plain little-endian: code ``j`` of a run occupies bits ``[bits*j, bits*j + bits)``
 counted from the lowest bit of the first word. For 2, 4 and 8 bits a word holds whole codes; for 3
 bits 32 codes fill 3 words, and two of them straddle a word boundary.
 
-On disk weights run along ``in`` (:func:`pack_weight`), zeros along ``out`` (:func:`pack_zeros`).
-The same stream with a row of words per output (:func:`pack_rows`) is a transposed weight.
+On disk, weights are packed along ``in`` (:func:`pack_weight`) and zeros along ``out``
+(:func:`pack_zeros`). :func:`pack_rows` packs the transposed layout, one row of words per output.
 
 Source:
     AutoGPTQ and GPTQModel ``pack_original``; one routine covers 2, 3, 4 and 8 bits because all of
@@ -24,18 +24,18 @@ from halfbyte.errors import CheckpointError
 WORD_BITS = 32
 
 CACHED_CODES = 2**19
-"""Codes unpacked at a time; as int32, on their way to uint8, they fit a CPU's cache."""
+"""Codes unpacked at a time; their int32 intermediates fit a CPU's cache."""
 DEVICE_CODES = 2**25
-"""The same on a GPU, where small pieces cost a launch each."""
+"""The same on a GPU, where each piece costs a kernel launch."""
 
 
 def codes_per_run(bits: int) -> int:
-    """Give the fewest codes that fill whole words: 16, 32, 8 and 4 for 2, 3, 4 and 8 bits."""
+    """Return the fewest codes that fill whole words: 16, 32, 8 and 4 for 2, 3, 4 and 8 bits."""
     return WORD_BITS // math.gcd(WORD_BITS, bits)
 
 
 def words_per_run(bits: int) -> int:
-    """Give the words that :func:`codes_per_run` codes fill: 3 for 3 bits, else 1."""
+    """Return the number of words that :func:`codes_per_run` codes fill: 3 for 3 bits, else 1."""
     return bits // math.gcd(WORD_BITS, bits)
 
 
@@ -61,7 +61,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 2**bits):
         raise CheckpointError(
             f"Cannot pack codes {int(codes.min())}..{int(codes.max())} in {bits} bits: allowed are "
-            f"0..{2**bits - 1}; more would spill into the neighbours."
+            f"0..{2**bits - 1}; larger ones would overwrite neighboring codes."
         )
     runs = codes.reshape(rows // run, run, columns)
     shape = (rows // run, words_in_run, columns)
@@ -76,7 +76,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_codes(words: Tensor, bits: int) -> Tensor:
-    """Undo :func:`pack_codes`.
+    """Unpack words made by :func:`pack_codes`.
 
     Args:
         words: int32, shape [n * bits / 32, columns].
@@ -86,7 +86,7 @@ def unpack_codes(words: Tensor, bits: int) -> Tensor:
         uint8 codes, shape [n, columns].
 
     Raises:
-        CheckpointError: The number of words is no whole number of runs.
+        CheckpointError: The number of words is not a multiple of :func:`words_per_run`.
     """
     run, words_in_run = codes_per_run(bits), words_per_run(bits)
     rows, columns = words.shape
@@ -103,7 +103,7 @@ def unpack_codes(words: Tensor, bits: int) -> Tensor:
     mask = 2**bits - 1
     for j in range(run):
         word, shift = divmod(bits * j, WORD_BITS)
-        # The shift is arithmetic; the mask removes the copies of the sign bit that it brings in.
+        # The shift is arithmetic; the mask removes the copies of the sign bit.
         if shift + bits <= WORD_BITS:
             code = (runs[:, word] >> shift) & mask
         else:
@@ -115,13 +115,13 @@ def unpack_codes(words: Tensor, bits: int) -> Tensor:
 
 
 def _unpack_whole_words(words: Tensor, bits: int) -> Tensor:
-    """Where no code straddles two words: all codes of a word at once, a cache's worth at a time."""
+    """Unpack words that no code straddles: all codes of a word at once, in cache-sized pieces."""
     rows, columns = words.shape
     run = codes_per_run(bits)
     shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int32, device=words.device)[:, None]
     codes = torch.empty((rows, run, columns), dtype=torch.uint8, device=words.device)
-    at_once = CACHED_CODES if words.device.type == "cpu" else DEVICE_CODES
-    step = max(at_once // (run * columns), 1)
+    codes_at_once = CACHED_CODES if words.device.type == "cpu" else DEVICE_CODES
+    step = max(codes_at_once // (run * columns), 1)
     for start in range(0, rows, step):
         part = words[start : start + step, None]
         codes[start : start + step] = (part >> shifts) & (2**bits - 1)
@@ -130,9 +130,9 @@ def _unpack_whole_words(words: Tensor, bits: int) -> Tensor:
 
 def pack_weight(codes: Tensor, bits: int) -> Tensor:
     """Pack weight codes [out, in] into the disk layout int32 [in * bits / 32, out]."""
-    turned = codes.t()
-    # A GPU reads side by side or not at all; a CPU turns codes as it packs them.
-    return pack_codes(turned if codes.device.type == "cpu" else turned.contiguous(), bits)
+    transposed = codes.t()
+    # A GPU needs contiguous (coalesced) reads; a CPU transposes while it packs.
+    return pack_codes(transposed if codes.device.type == "cpu" else transposed.contiguous(), bits)
 
 
 def unpack_weight(qweight: Tensor, bits: int) -> Tensor:
@@ -148,7 +148,7 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
         bits: 2 to 8.
 
     Returns:
-        The words, contiguous: ``pack_codes(codes.t(), bits).t()``, made faster for 4 and 8 bits.
+        The words, contiguous; as ``pack_codes(codes.t(), bits).t()``, but faster for 4 and 8 bits.
 
     Raises:
         CheckpointError: The codes of a row do not fill whole words, or a code has more bits.
@@ -156,12 +156,15 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
     if bits not in (4, 8) or codes.shape[1] % codes_per_run(bits) or codes.dtype != torch.uint8:
         return pack_codes(codes.t(), bits).t().contiguous()
     if codes.numel() and int(codes.max()) >= 2**bits:
-        raise CheckpointError(f"Cannot pack codes up to {int(codes.max())} in {bits} bits.")
+        raise CheckpointError(
+            f"Cannot pack codes up to {int(codes.max())} in {bits} bits: allowed are "
+            f"0..{2**bits - 1}."
+        )
     if bits == 8:
         return codes.contiguous().view(-1).view(torch.int32).view(codes.shape[0], -1)
     words = torch.empty(codes.shape[0], codes.shape[1] // 8, dtype=torch.int32)
     for rows in row_tiles(codes.shape):
-        # Two codes to a number of 16 bits: whole lanes, where single bytes would be strided.
+        # Two codes per 16-bit lane, because access to single bytes would be strided.
         pairs = codes[rows].contiguous().view(-1).view(torch.int16)
         packed = ((pairs & 15) | (pairs >> 4)).to(torch.uint8)
         words[rows] = packed.view(torch.int32).view(-1, words.shape[1])
@@ -169,10 +172,10 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_rows(words: Tensor, bits: int) -> Tensor:
-    """Undo :func:`pack_rows`: int32 [rows, n * bits / 32] into uint8 codes [rows, n]."""
+    """Unpack words made by :func:`pack_rows` into uint8 codes [rows, n]."""
     if bits not in (4, 8):
         return unpack_codes(words.t(), bits).t().contiguous()
-    # Flat first: a single column counts as contiguous whatever its stride.
+    # Flatten first: a tensor with one column counts as contiguous whatever its stride.
     if bits == 8:
         return words.contiguous().view(-1).view(torch.uint8).view(words.shape[0], -1)
     codes = torch.empty(words.shape[0], words.shape[1] * 8, dtype=torch.uint8)
@@ -184,7 +187,7 @@ def unpack_rows(words: Tensor, bits: int) -> Tensor:
 
 
 def row_tiles(shape: torch.Size | tuple[int, ...], tile: int = CACHED_CODES) -> list[slice]:
-    """Cut the rows of a matrix into tiles of so many elements, which a CPU's cache holds."""
+    """Split a matrix's rows into slices of about ``tile`` elements, which fit a CPU's cache."""
     rows, columns = shape
     step = max(tile // max(columns, 1) // 8, 1) * 8
     return [slice(start, start + step) for start in range(0, rows, step)]
@@ -196,13 +199,13 @@ def pack_zeros(zeros: Tensor, bits: int, zero_offset: int) -> Tensor:
     Args:
         zeros: Integer zero points, each in zero_offset..2**bits-1.
         bits: 2, 3, 4 or 8.
-        zero_offset: What the dialect subtracts before storing: 1 in v1, 0 in v2.
+        zero_offset: Subtracted before storing: 1 in dialect v1, 0 in v2.
 
     Returns:
         int32 words.
 
     Raises:
-        CheckpointError: A zero does not fit the dialect; readers would not agree on it.
+        CheckpointError: The dialect cannot represent a zero; readers would disagree on it.
     """
     if zeros.numel() and (int(zeros.min()) < zero_offset or int(zeros.max()) >= 2**bits):
         raise CheckpointError(
@@ -216,9 +219,9 @@ def pack_zeros(zeros: Tensor, bits: int, zero_offset: int) -> Tensor:
 def unpack_zeros(qzeros: Tensor, bits: int, zero_offset: int) -> Tensor:
     """Unpack int32 [groups, out * bits / 32] from disk into int16 zero points [out, groups].
 
-    A zero of 0 does not fit v1, yet GPTQModel writes it by subtracting 0x1111... from whole words,
-    which borrows from the neighbours; adding the same to whole words gives all of them back, and
-    changes nothing where no zero was 0. At 3 bits it subtracts from each zero by itself.
+    v1 cannot represent a zero of 0, yet GPTQModel writes it by subtracting 0x1111... from whole
+    words, which borrows from neighboring zeros. Adding the same value to whole words restores them
+    all, and is also correct if no zero was 0. At 3 bits it subtracts from each zero separately.
 
     Args:
         qzeros: As on disk.

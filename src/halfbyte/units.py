@@ -1,4 +1,4 @@
-"""Numbers as people read them: durations, sizes, errors."""
+"""Formatting and parsing of durations, sizes and errors for display."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 
 def format_seconds(seconds: float) -> str:
-    """Write a duration in the units that a reader thinks in: "8.2 s", "3 min 20 s", "2 h 5 min"."""
+    """Format a duration: "8.2 s", "3 min 20 s", "2 h 5 min"."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -20,7 +20,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_bytes(size: float) -> str:
-    """Write a size in decimal units: "112.7 MB", "6.0 GB"."""
+    """Format a size in decimal units: "112.7 MB", "6.0 GB"."""
     for unit in ("B", "kB", "MB"):
         if size < 1000:
             return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
@@ -29,22 +29,22 @@ def format_bytes(size: float) -> str:
 
 
 def format_error(relative_error: float | None) -> str:
-    """Write a relative error with three digits."""
+    """Format a relative error with three significant digits."""
     return "none" if relative_error is None else f"{relative_error:.3g}"
 
 
 def parse_size(text: str, name: str) -> int:
-    """Read a size such as ``4GB`` or ``800 MB``.
+    """Parse a size such as ``4GB`` or ``800 MB``.
 
     Args:
         text: Number and unit.
-        name: Of the option, for messages.
+        name: Name of the option, for messages.
 
     Returns:
-        Bytes.
+        The size. Unit: bytes.
 
     Raises:
-        ConfigError: It is not of that form.
+        ConfigError: The text is not a number followed by a unit.
     """
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kKmMgGtT][bB])\s*", text)
     if match is None:

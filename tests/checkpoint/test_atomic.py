@@ -34,15 +34,15 @@ def test_write_replaces_and_leaves_nothing_else(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_is_synced_meanwhile_is_whole(tmp_path, monkeypatch):
+def test_content_synced_during_writing_is_complete(tmp_path, monkeypatch):
     monkeypatch.setattr(atomic, "SYNC_BYTES", 1000)
     parts = [os.urandom(700) for _ in range(200)]
     write_atomically(tmp_path / "x", parts)
     assert (tmp_path / "x").read_bytes() == b"".join(parts)
 
 
-def test_a_disk_that_fails_meanwhile_is_noticed(tmp_path, monkeypatch):
-    """The system tells of an error once only: the sync that hears of it must pass it on."""
+def test_failed_sync_during_writing_is_reported(tmp_path, monkeypatch):
+    """The system reports an error only once, so the sync that gets it must raise it."""
     monkeypatch.setattr(atomic, "SYNC_BYTES", 1000)
     calls, sync = [], os.fsync
 

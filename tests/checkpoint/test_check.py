@@ -1,4 +1,4 @@
-"""Each rule of each consumer, by one checkpoint that just keeps it and one that just does not."""
+"""Each rule of each consumer, with checkpoints that just meet and just violate it."""
 
 from __future__ import annotations
 
@@ -30,33 +30,33 @@ def test_default_of_halfbyte_loads_everywhere_on_any_number_of_devices(tmp_path)
     [
         (
             {"bits": 8},
-            {"vllm-cpu": f"it takes 4 bits, not 8: {BLOCK}"},
+            {"vllm-cpu": f"it supports 4 bits, not 8: {BLOCK}"},
         ),
         (
             {"bits": 3},
             {
-                "vllm-cpu": "4 or 8 bits, symmetric; this says 3, symmetric",
-                "vllm-marlin": "this says 3",
-                "vllm-machete": "this says 3",
+                "vllm-cpu": "4 or 8 bits, symmetric; this one has 3, symmetric",
+                "vllm-marlin": "this one has 3",
+                "vllm-machete": "this one has 3",
             },
         ),
         (
             {"symmetric": False},
             {
-                "gptqmodel": "in the dialect 'gptq' from gptqmodel only",
-                "vllm-cpu": "this says 4, asymmetric",
+                "gptqmodel": "in the dialect 'gptq' only from gptqmodel",
+                "vllm-cpu": "this one has 4, asymmetric",
                 "vllm-marlin": "asymmetric",
                 "vllm-machete": "asymmetric",
-                "gguf": "symmetric grids only: model.layers.0.mlp.down_proj and 6 more",
+                "gguf": "only symmetric quantization: model.layers.0.mlp.down_proj and 6 more",
             },
         ),
         (
             {"bits": 3, "symmetric": False},
             {
-                "gptqmodel": "in the dialect 'gptq' from gptqmodel only",
-                "vllm-cpu": "this says 3, asymmetric",
-                "vllm-marlin": "this says 3",
-                "vllm-machete": "this says 3",
+                "gptqmodel": "in the dialect 'gptq' only from gptqmodel",
+                "vllm-cpu": "this one has 3, asymmetric",
+                "vllm-marlin": "this one has 3",
+                "vllm-machete": "this one has 3",
             },
         ),
         ({"group_size": 64}, {}),
@@ -67,17 +67,17 @@ def test_default_of_halfbyte_loads_everywhere_on_any_number_of_devices(tmp_path)
                 "vllm-cpu": "group size 16 is not one of -1, 32, 64, 128",
                 "vllm-marlin": "group size 16 is not one of -1, 32, 64, 128",
                 "vllm-machete": "group size 16",
-                "gguf": "group size 16 is no multiple of 32",
+                "gguf": "group size 16 is not a multiple of 32",
             },
         ),
         ({"group_size": -1}, {}),
         (
             {"act_order": True},
             {
-                "gguf": "no act-order (g_idx is not in order)",
-                "vllm-cpu": "it takes no desc_act: true in the config",
-                "vllm-marlin": "no act-order (g_idx is not in order)",
-                "vllm-machete": "no act-order (g_idx is not in order)",
+                "gguf": "it does not support act-order (g_idx is not in order)",
+                "vllm-cpu": "it does not support desc_act: true in the config",
+                "vllm-marlin": "it does not support act-order (g_idx is not in order)",
+                "vllm-machete": "it does not support act-order (g_idx is not in order)",
             },
         ),
     ],
@@ -95,34 +95,44 @@ def test_settings_that_one_device_refuses(tmp_path, changes, refusals):
     ("in_features", "out_features", "consumer", "reason"),
     [
         (HIDDEN + 32, 2 * HIDDEN, "vllm-cpu", ""),
-        (HIDDEN + 16, 2 * HIDDEN, "vllm-cpu", "in_features 1040 per device is no multiple of 32"),
-        (HIDDEN, 2 * HIDDEN + 16, "vllm-cpu", "out_features 2064 per device is no multiple of 32"),
+        (
+            HIDDEN + 16,
+            2 * HIDDEN,
+            "vllm-cpu",
+            "in_features 1040 per device is not a multiple of 32",
+        ),
+        (
+            HIDDEN,
+            2 * HIDDEN + 16,
+            "vllm-cpu",
+            "out_features 2064 per device is not a multiple of 32",
+        ),
         (
             HIDDEN + 64,
             2 * HIDDEN,
             "vllm-marlin",
-            "in_features 1088 per device is no multiple of 128",
+            "in_features 1088 per device is not a multiple of 128",
         ),
         (
             HIDDEN,
             2 * HIDDEN + 32,
             "vllm-marlin",
-            "out_features 2080 per device is no multiple of 64",
+            "out_features 2080 per device is not a multiple of 64",
         ),
         (HIDDEN + 64, 2 * HIDDEN, "vllm-machete", ""),
         (
             HIDDEN + 32,
             2 * HIDDEN,
             "vllm-machete",
-            "in_features 1056 per device is no multiple of 64",
+            "in_features 1056 per device is not a multiple of 64",
         ),
         (
             HIDDEN,
             2 * HIDDEN + 64,
             "vllm-machete",
-            "out_features 2112 per device is no multiple of 128",
+            "out_features 2112 per device is not a multiple of 128",
         ),
-        (HIDDEN + 16, 2 * HIDDEN, "gguf", "in_features 1040 per device is no multiple of 32"),
+        (HIDDEN + 16, 2 * HIDDEN, "gguf", "in_features 1040 per device is not a multiple of 32"),
         (HIDDEN, 2 * HIDDEN + 16, "gguf", ""),
     ],
 )
@@ -135,7 +145,9 @@ def test_widths_that_each_kernel_takes(tmp_path, in_features, out_features, cons
 def test_ragged_groups_are_refused_by_vllm_alone(tmp_path):
     report = check(tmp_path, {"mlp.fc1": Linear(HIDDEN + 64, HIDDEN)})
     assert why(report, "gptqmodel") == why(report, "gguf") == ""
-    assert "in_features 1088 per device is no multiple of group size 128" in why(report, "vllm-cpu")
+    assert "in_features 1088 per device is not a multiple of group size 128" in why(
+        report, "vllm-cpu"
+    )
     assert report.schemes == {"4 bits, group 128, ragged, symmetric": 1}
 
 
@@ -157,7 +169,7 @@ def test_asymmetric_zeros_in_v1_are_refused_by_gptqmodel_unless_it_wrote_them(
     v2 = "checkpoint_format" in labels
     linear = Linear(HIDDEN, HIDDEN, symmetric=labels["sym"], zero_offset=0 if v2 else 1)
     found = why(check(tmp_path, {"mlp.fc1": linear}, labels=labels), "gptqmodel")
-    reason = "it takes asymmetric zeros in the dialect 'gptq' from gptqmodel only"
+    reason = "it accepts asymmetric zeros in the dialect 'gptq' only from gptqmodel"
     assert found == (f"{reason}, which meta.quantizer does not name" if refused else "")
 
 
@@ -167,7 +179,7 @@ def test_down_projection_is_split_along_in_and_gate_along_out(tmp_path):
     report = check(tmp_path, linears)
     assert why(report, "vllm-cpu", 4) == ""
     assert why(report, "vllm-cpu", 8) == (
-        f"in_features 192 per device is no multiple of group size 128: {BLOCK}mlp.down_proj"
+        f"in_features 192 per device is not a multiple of group size 128: {BLOCK}mlp.down_proj"
     )
 
 
@@ -176,7 +188,7 @@ def test_square_output_projection_is_split_along_in(tmp_path):
     report = check(tmp_path, attention, config={"hidden_size": 512})
     assert why(report, "vllm-cpu", 4) == ""
     assert why(report, "vllm-cpu", 8) == (
-        f"in_features 64 per device is no multiple of group size 128: {BLOCK}self_attn.o_proj"
+        f"in_features 64 per device is not a multiple of group size 128: {BLOCK}self_attn.o_proj"
     )
 
 
@@ -199,19 +211,19 @@ def test_fused_linears_are_split_as_one(tmp_path):
     report = check(tmp_path, linears | {"self_attn.k_proj": Linear(HIDDEN, 2 * HIDDEN)})
     assert why(report, "vllm-machete", 8) == ""
     report = check(tmp_path, {"self_attn.q_proj": Linear(HIDDEN, HIDDEN // 2)})
-    assert "out_features 64 per device is no multiple of 128" in why(report, "vllm-machete", 8)
+    assert "out_features 64 per device is not a multiple of 128" in why(report, "vllm-machete", 8)
 
 
 def test_key_value_heads_are_repeated_rather_than_split(tmp_path):
     config = {"num_attention_heads": 8, "num_key_value_heads": 2}
     report = check(tmp_path, {"self_attn.k_proj": Linear(HIDDEN, 128)}, config=config)
     for devices in (2, 8):
-        assert f"out_features 64 per device is no multiple of 128: {BLOCK}" in why(
+        assert f"out_features 64 per device is not a multiple of 128: {BLOCK}" in why(
             report, "vllm-machete", devices
         )
 
 
-DESC_ACT = "it takes no desc_act: true in the config, unless group_size is -1"
+DESC_ACT = "it does not support desc_act: true in the config, unless group_size is -1"
 
 
 @pytest.mark.parametrize(
@@ -242,9 +254,8 @@ def test_fused_linears_with_different_grids_are_refused(tmp_path):
     linears = llama() | {"self_attn.k_proj": Linear(HIDDEN, HIDDEN, bits=8)}
     report = check(tmp_path, linears, labels={"dynamic": {"+:.*k_proj": {"bits": 8}}})
     assert why(report, "gptqmodel") == ""
-    assert (
-        "it runs q_proj, k_proj, v_proj as one linear, which have different grids (4 bits"
-        in why(report, "vllm-marlin")
+    assert "it fuses q_proj, k_proj, v_proj, which have different grids (4 bits" in why(
+        report, "vllm-marlin"
     )
 
 
@@ -258,7 +269,9 @@ def test_fused_linears_of_which_one_is_dense_are_refused(tmp_path):
         dense={f"{BLOCK}self_attn.v_proj": (HIDDEN, HIDDEN)},
     )
     assert why(report, "gptqmodel") == ""
-    assert "as one linear, of which v_proj is in 16 bits" in why(report, "vllm-marlin")
+    assert "it fuses q_proj, k_proj, v_proj, of which v_proj is in 16 bits" in why(
+        report, "vllm-marlin"
+    )
 
 
 def test_mixed_bits_without_rules_load_where_the_tensors_are_believed(tmp_path):
@@ -281,25 +294,28 @@ def test_other_group_size_without_rule_is_named(tmp_path):
 
 def test_zeros_of_the_other_dialect_matter_to_gptqmodel_alone(tmp_path):
     report = check(tmp_path, llama(zero_offset=0))
-    assert "it believes checkpoint_format, which is 'gptq' but not true of qzeros" in why(
+    assert "it trusts checkpoint_format, which is 'gptq' and does not match qzeros" in why(
         report, "gptqmodel"
     )
     assert [v.consumer for v in report.verdicts if not v.loads] == ["gptqmodel"]
     assert "stores 8 everywhere" in report.notes[0]
-    assert report.notes[1] == "The same of 6 more linears."
+    assert report.notes[1] == "The same for 6 more linears."
 
 
 def test_skip_rule_on_a_quantized_linear_is_named(tmp_path):
     report = check(tmp_path, llama(), labels={"dynamic": {"-:.*down_proj": {}}})
-    assert "dynamic says that it is not quantized" in why(report, "gptqmodel")
-    assert "by its config it would load the linear in 16 bits" in why(report, "vllm-marlin")
+    assert "dynamic in the config says that it is not quantized" in why(report, "gptqmodel")
+    assert "according to the config, it would load the linear in 16 bits" in why(
+        report, "vllm-marlin"
+    )
 
 
 def test_dense_linear_that_the_list_covers_is_named(tmp_path):
     dense = {"visual.blocks.0.mlp.down_proj": (64, 64), "model.embed_tokens": (10, 64)}
     report = check(tmp_path, llama(), dense=dense)
     assert why(report, "vllm-marlin") == (
-        "it would look for packed weights of a linear in 16 bits: visual.blocks.0.mlp.down_proj"
+        "it would expect packed weights, but the linear is in 16 bits: "
+        "visual.blocks.0.mlp.down_proj"
     )
     labels = {"dynamic": {"-:visual.*": {}}}
     assert why(check(tmp_path, llama(), dense=dense, labels=labels), "vllm-marlin") == ""
@@ -307,7 +323,7 @@ def test_dense_linear_that_the_list_covers_is_named(tmp_path):
 
 def test_order_that_the_config_denies_is_named(tmp_path):
     report = check(tmp_path, llama(act_order=True), labels={"desc_act": False})
-    assert "it takes no act-order (g_idx is not in order)" in why(report, "vllm-cpu")
+    assert "it does not support act-order (g_idx is not in order)" in why(report, "vllm-cpu")
     assert why(report, "gptqmodel") == ""
 
 
@@ -321,7 +337,7 @@ def test_keys_that_vllm_demands(tmp_path, key):
 def test_quantized_head_must_be_declared(tmp_path):
     linears = llama() | {"lm_head": Linear(HIDDEN, 4 * HIDDEN)}
     report = check(tmp_path, linears)
-    assert "output head is quantized, but the config's lm_head is false" in why(report, "vllm-cpu")
+    assert "output head is quantized, but lm_head in the config is false" in why(report, "vllm-cpu")
     assert why(check(tmp_path, linears, labels={"lm_head": True}), "vllm-cpu", 8) == ""
 
 
@@ -350,8 +366,8 @@ def test_dense_expert_beside_quantized_ones_is_named(tmp_path):
     del linears["mlp.experts.1.down_proj"]
     report = check(tmp_path, linears, dense={f"{BLOCK}mlp.experts.1.down_proj": (HIDDEN, 512)})
     assert (
-        f"it would look for packed weights of a linear in 16 bits: {BLOCK}mlp.experts.1.down_proj"
-        in why(report, "vllm-marlin")
+        "it would expect packed weights, but the linear is in 16 bits: "
+        f"{BLOCK}mlp.experts.1.down_proj" in why(report, "vllm-marlin")
     )
 
 

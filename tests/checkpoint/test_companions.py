@@ -17,7 +17,7 @@ def write_model(folder):
     return folder
 
 
-def test_tokenizer_and_licence_go_along_and_a_stores_manifest_does_not(tmp_path):
+def test_tokenizer_and_license_are_copied_but_no_store_manifest(tmp_path):
     source = write_model(tmp_path / "model")
     (source / "LICENSE").write_text("MIT")
     (tmp_path / "out").mkdir()
@@ -27,7 +27,7 @@ def test_tokenizer_and_licence_go_along_and_a_stores_manifest_does_not(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "notes.txt"])
-def test_a_link_that_brings_in_what_lies_elsewhere_is_refused(tmp_path, name):
+def test_link_out_of_the_folder_is_refused_as_companion(tmp_path, name):
     source = write_model(tmp_path / "model")
     (tmp_path / "id_rsa").write_text("PRIVATE")
     (source / name).symlink_to(tmp_path / "id_rsa")
@@ -40,7 +40,7 @@ def test_a_link_that_brings_in_what_lies_elsewhere_is_refused(tmp_path, name):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_links_of_the_hubs_cache_are_its_own(tmp_path):
+def test_links_in_the_hub_cache_are_accepted(tmp_path):
     write_model(tmp_path / "models--a--b" / "blobs")
     snapshot = tmp_path / "models--a--b" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
@@ -63,6 +63,6 @@ def test_links_of_the_hubs_cache_are_its_own(tmp_path):
         (b"# A\n", {}),
     ],
 )
-def test_front_matter_that_cannot_be_read_is_none(tmp_path, card, found):
+def test_invalid_front_matter_is_empty(tmp_path, card, found):
     (tmp_path / "README.md").write_bytes(card)
     assert read_front_matter(tmp_path) == found

@@ -24,7 +24,7 @@ def row_of(consumer: Consumer) -> str:
         ", ".join(map(str, consumer.symmetric_bits)) or "no",
         *widths,
         groups,
-        "yes" if consumer.takes_g_idx else "no",
+        "yes" if consumer.supports_g_idx else "no",
         consumer.evidence,
     ]
     return f"| {' | '.join(cells)} |"

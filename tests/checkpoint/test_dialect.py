@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from halfbyte.checkpoint.dialect import detect_zero_dialect, make_trivial_g_idx, measure_groups
+from halfbyte.checkpoint.dialect import detect_zero_dialect, infer_group_size, make_trivial_g_idx
 from halfbyte.checkpoint.layout import LinearLayout
 from halfbyte.errors import CheckpointError
 from halfbyte.packing import pack_zeros
@@ -66,7 +66,7 @@ def test_one_odd_zero_in_a_symmetric_file_is_refused():
     [([0, 0, 1, 1], 2, 2), ([0, 0, 0, 1], 2, 3), ([1, 0, 1, 0], 2, 2), ([0, 0], 1, 2)],
 )
 def test_group_size_is_measured(g_idx, groups, size):
-    assert measure_groups("m", torch.tensor(g_idx), groups) == size
+    assert infer_group_size("m", torch.tensor(g_idx), groups) == size
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_group_size_is_measured(g_idx, groups, size):
 )
 def test_impossible_groups_are_refused(g_idx, groups, message):
     with pytest.raises(CheckpointError, match=message):
-        measure_groups("m", torch.tensor(g_idx), groups)
+        infer_group_size("m", torch.tensor(g_idx), groups)
 
 
 def test_trivial_g_idx_of_a_ragged_layer():

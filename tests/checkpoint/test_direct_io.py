@@ -14,7 +14,7 @@ BLOCK = 4096
 
 
 def takes_direct(path):
-    """Ask the file system itself."""
+    """Check whether the file system supports direct I/O."""
     try:
         os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_DIRECT))
     except OSError:
@@ -30,18 +30,18 @@ def small_buffers(monkeypatch):
 @pytest.mark.usefixtures("small_buffers")
 @pytest.mark.parametrize("size", [0, 1, BLOCK, 2 * BLOCK - 1, 2 * BLOCK, 2 * BLOCK + 1, 99_999])
 @pytest.mark.parametrize("chunk", [1, 700, 3 * BLOCK, 100_000])
-def test_content_is_whole_whatever_the_sizes(tmp_path, size, chunk):
+def test_content_is_complete_for_any_sizes(tmp_path, size, chunk):
     if chunk == 1:
         size = min(size, 2 * BLOCK + 1)
     content = os.urandom(size)
     parts = [memoryview(content)[start : start + chunk] for start in range(0, size, chunk)]
-    write_atomically(tmp_path / "x", [b"", *parts], past_cache=True)
+    write_atomically(tmp_path / "x", [b"", *parts], bypass_cache=True)
     assert (tmp_path / "x").read_bytes() == content
     assert [file.name for file in tmp_path.iterdir()] == ["x"]
 
 
 @pytest.mark.usefixtures("small_buffers")
-def test_whole_buffers_go_past_the_cache_and_the_rest_does_not(tmp_path, monkeypatch):
+def test_only_whole_buffers_use_direct_io(tmp_path, monkeypatch):
     flags = []
     write = direct_io._write_all
 
@@ -51,20 +51,20 @@ def test_whole_buffers_go_past_the_cache_and_the_rest_does_not(tmp_path, monkeyp
 
     monkeypatch.setattr(direct_io, "_write_all", note)
     can = takes_direct(tmp_path / "probe")
-    write_atomically(tmp_path / "x", [b"x" * (4 * BLOCK + 5)], past_cache=True)
+    write_atomically(tmp_path / "x", [b"x" * (4 * BLOCK + 5)], bypass_cache=True)
     assert flags == [(2 * BLOCK, can), (2 * BLOCK, can), (5, False)]
 
 
 @pytest.mark.usefixtures("small_buffers")
 @pytest.mark.parametrize("without", ["the flag", "the system", "the write"])
-def test_a_file_system_that_cannot_is_written_through_its_cache(tmp_path, monkeypatch, without):
+def test_page_cache_is_used_without_direct_io(tmp_path, monkeypatch, without):
     content = os.urandom(9 * BLOCK + 1)
     with (tmp_path / "x").open("wb", buffering=0) as file:
         handle = file
         if without == "the system":
             monkeypatch.setattr(direct_io, "_DIRECT", 0)
         elif without == "the flag":
-            monkeypatch.setattr(direct_io, "_set_direct", lambda handle, *, wanted: False)
+            monkeypatch.setattr(direct_io, "_set_direct", lambda handle, *, enabled: False)
         else:
             handle = RefusesDirect(file)
         direct_io.write_direct(handle, [content])
@@ -72,7 +72,7 @@ def test_a_file_system_that_cannot_is_written_through_its_cache(tmp_path, monkey
 
 
 class RefusesDirect:
-    """A file that refuses writes past the cache with EINVAL, as some file systems do."""
+    """A file that rejects direct I/O with EINVAL, as some file systems do."""
 
     def __init__(self, file):
         self.file = file
@@ -93,5 +93,5 @@ def test_a_full_disk_is_noticed_and_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(direct_io, "_write_all", fail)
     with pytest.raises(CheckpointError, match=r"Cannot write .*x: No space left on device"):
-        write_atomically(tmp_path / "x", [b"x" * 9 * BLOCK], past_cache=True)
+        write_atomically(tmp_path / "x", [b"x" * 9 * BLOCK], bypass_cache=True)
     assert list(tmp_path.iterdir()) == []

@@ -66,7 +66,7 @@ def test_skips_stand_first_and_blocks_are_listed():
 
 @pytest.mark.parametrize("rule", [SKIPPED, EIGHT])
 def test_fused_name_follows_when_all_its_parts_agree(rule):
-    """vLLM asks for the rule of qkv_proj, which is in no file."""
+    """vLLM looks up the rule of qkv_proj, which is in no file."""
     rules = attention(lambda layer, name: rule if layer == 1 and "o_proj" not in name else SAME)
     dynamic = assert_describes(rules)
     fused = settings_of(dynamic, "model.layers.1.self_attn.qkv_proj")
@@ -90,7 +90,7 @@ def experts(rule_of, layers=2, count=3):
 
 
 def test_container_of_experts_follows_when_all_agree():
-    """vLLM asks for the rule of the container, GPTQModel for that of each expert."""
+    """vLLM looks up the rule of the container, GPTQModel that of each expert."""
     dynamic = assert_describes(experts(lambda layer, *_: EIGHT if layer else SAME))
     assert settings_of(dynamic, "model.layers.1.mlp.experts") == dict(EIGHT)
     assert settings_of(dynamic, "model.layers.0.mlp.experts") == BASE
@@ -128,20 +128,65 @@ def test_first_pattern_that_matches_counts():
     assert resolve_dynamic(dynamic, "x.a") == {}
 
 
-def test_pattern_that_is_no_expression_is_refused():
+def test_pattern_that_is_not_a_regular_expression_is_refused():
     with pytest.raises(CheckpointError, match=r"'-:\(a' is not a regular expression"):
         resolve_dynamic({"-:(a": {}}, "x")
 
 
-def test_pattern_without_an_end_is_refused(monkeypatch):
-    monkeypatch.setattr("halfbyte.checkpoint.dynamic.SECONDS", 0.1)
+def test_pattern_that_backtracks_endlessly_is_refused(monkeypatch):
+    monkeypatch.setattr("halfbyte.checkpoint.dynamic.MAX_MATCH_SECONDS", 0.1)
     pattern = r"(\w|\w\w|\.)+$"
     with pytest.raises(CheckpointError, match=r"takes more than 0.1 s to match model.layers.0"):
         resolve_dynamic({pattern: {}}, "model.layers.0.self_attn.q_proj.of.a.longer.name!")
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "(a?){4000000000}",
+        "((a{1000}){1000}){1000}",
+        "+:(a?){3000000000,}",
+        "(?x)(a?){ 4 0 0 0 0 0 0 0 0 }",
+        "#(?x:(a?){4#{\n00000000})",
+        "(a?){0000000000000000000004000000000}",
+        f"a{{{'9' * 5000}}}",
+    ],
+)
+def test_pattern_with_too_many_repeats_is_refused_before_it_is_compiled(pattern):
+    """Compiling one of them would take gigabytes, or crash the interpreter."""
+    with pytest.raises(CheckpointError) as caught:
+        resolve_dynamic({"b": {}, pattern: {}}, "a")
+    assert f"'{pattern[:80]}' has too many counted repeats" in str(caught.value)
+    assert "200000 are allowed" in str(caught.value)
+
+
+def test_pattern_that_runs_out_of_memory_is_refused(monkeypatch):
+    def run_out(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr("halfbyte.checkpoint.dynamic.regex.match", run_out)
+    with pytest.raises(CheckpointError, match=r"'-:\(\?R\)' takes too much memory to match a.b"):
+        resolve_dynamic({"-:(?R)": {}}, "a.b")
+
+
+def test_repeats_of_all_patterns_count_together():
+    dynamic = {f"b{{19000}}{letter}": {} for letter in "acdefghijklm"}
+    with pytest.raises(CheckpointError, match=r"'b\{19000\}c' has .* at least 342000 characters"):
+        resolve_dynamic(dynamic, "a")
+
+
+def test_usual_repeats_are_allowed():
+    pattern = r"model\.layers\.(\d{2}|1\d{2})\.mlp\.[a-z_]{1,4000000000}"
+    assert resolve_dynamic({pattern: {"bits": 8}}, "model.layers.17.mlp.up_proj") == {"bits": 8}
+
+
+def test_pattern_with_an_unreadable_count_is_refused():
+    with pytest.raises(CheckpointError, match="is not a regular expression: Exceeds the limit"):
+        resolve_dynamic({f"a{{1,{'9' * 5000}}}": {}}, "a")
+
+
 def test_patterns_do_not_depend_on_the_hash_seed() -> None:
-    """Sets of strings are walked in another order in every process; the config must not be."""
+    """The iteration order of sets differs between processes; that of the config must not."""
     program = (
         "from halfbyte.checkpoint.dynamic import build_dynamic; import json;"
         "names = ['m.%d.%s' % (i, n) for i in range(2) for n in ('a.q', 'a.o', 'b.u', 'b.d')];"

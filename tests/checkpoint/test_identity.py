@@ -3,7 +3,7 @@ from __future__ import annotations
 from halfbyte.checkpoint.identity import digest_all, digest_files, name_folder
 
 
-def test_every_file_that_answers_depend_on_counts(tmp_path):
+def test_digest_depends_on_every_relevant_file(tmp_path):
     names = {
         "model.safetensors",
         "config.json",
@@ -22,7 +22,7 @@ def test_every_file_that_answers_depend_on_counts(tmp_path):
         (tmp_path / name).write_text("one")
 
 
-def test_a_folder_has_the_name_that_it_was_called_by(tmp_path, monkeypatch):
+def test_folder_name_is_that_of_the_link(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "model")
     monkeypatch.chdir(tmp_path / "model")

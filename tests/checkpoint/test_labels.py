@@ -84,9 +84,18 @@ def test_where_files_disagree_config_json_wins_with_a_note(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ({"quant_method": "awq"}, "says that it is of the method 'awq'; only 'gptq' is read"),
-        ({"w_bit": 4, "q_group_size": 128, "version": "GEMM"}, "of the method 'awq'"),
-        (FULL | {"quant_method": "bitsandbytes"}, "of the method 'bitsandbytes'"),
+        (
+            {"quant_method": "awq"},
+            "method in quantize_config.json is 'awq'; only 'gptq' is supported",
+        ),
+        (
+            {"w_bit": 4, "q_group_size": 128, "version": "GEMM"},
+            "method in quantize_config.json is 'awq'",
+        ),
+        (
+            FULL | {"quant_method": "bitsandbytes"},
+            "method in quantize_config.json is 'bitsandbytes'",
+        ),
         (FULL | {"checkpoint_format": "marlin"}, "checkpoint_format 'marlin'; allowed are gptq, "),
         (FULL | {"pack_dtype": "int16"}, "pack_dtype 'int16'; only int32"),
         (FULL | {"bits": "four"}, "Cannot use bits of quantize_config.json: it is 'four'; a int"),

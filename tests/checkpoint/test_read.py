@@ -56,7 +56,7 @@ DIALECTS = {
 
 
 @pytest.mark.parametrize("linear", DIALECTS.values(), ids=DIALECTS.keys())
-def test_every_dialect_gives_the_weights_it_stands_for(tmp_path, linear):
+def test_every_dialect_is_dequantized_correctly(tmp_path, linear):
     weights = write_model(tmp_path, {Q: linear, D: linear})
     checkpoint = assert_weights(tmp_path, weights)
     assert checkpoint.notes == ()
@@ -65,7 +65,7 @@ def test_every_dialect_gives_the_weights_it_stands_for(tmp_path, linear):
     assert packed.zero_offset == linear.zero_offset
     assert packed.g_idx.dtype == torch.int32
     assert (packed.bias is not None) == linear.with_bias
-    facts = checkpoint.load_facts(Q)
+    facts = checkpoint.load_info(Q)
     assert facts.zeros.is_symmetric == linear.symmetric
     assert facts.has_trivial_groups != linear.act_order
 
@@ -104,7 +104,7 @@ def test_wrong_group_size_label_does_not_matter_where_g_idx_is_there(tmp_path):
     linear = TinyLinear(in_features=96, group_size=64)
     weights = write_model(tmp_path, {Q: linear}, labels={"group_size": 48})
     checkpoint = assert_weights(tmp_path, weights)
-    assert checkpoint.load_facts(Q).layout.group_size == 64
+    assert checkpoint.load_info(Q).layout.group_size == 64
 
 
 def test_no_config_at_all_is_read_as_v1(tmp_path):
@@ -175,7 +175,7 @@ def test_wrong_element_type_is_named(tmp_path, suffix, dtype, message):
 
 @pytest.mark.parametrize(
     ("suffix", "message"),
-    [("weight", "cannot be told which of the two counts"), ("bjas", "and no 'bjas'")],
+    [("weight", "unclear which of the two is valid"), ("bjas", "but no 'bjas'")],
 )
 def test_unknown_tensor_beside_packed_ones_is_refused(tmp_path, suffix, message):
     write_model(tmp_path, {Q: TinyLinear()})
@@ -199,14 +199,14 @@ def test_group_out_of_range_is_refused(tmp_path):
     write_model(tmp_path, {Q: TinyLinear()})
     change_tensors(tmp_path, lambda t: t[f"{Q}.g_idx"][5:6].fill_(2))
     with pytest.raises(CheckpointError, match=rf"{Q}.g_idx has values 0\.\.2; allowed are 0\.\.1"):
-        open_checkpoint(tmp_path).load_facts(Q)
+        open_checkpoint(tmp_path).load_info(Q)
 
 
 def test_group_that_took_a_column_of_the_next_is_refused(tmp_path):
     write_model(tmp_path, {Q: TinyLinear()})
     change_tensors(tmp_path, lambda t: t[f"{Q}.g_idx"][32:33].fill_(0))
-    with pytest.raises(CheckpointError, match=rf"{Q}.g_idx makes groups of 33 columns .* say 32"):
-        open_checkpoint(tmp_path).load_facts(Q)
+    with pytest.raises(CheckpointError, match=rf"{Q}.g_idx divides .* into groups of 33; .* 32"):
+        open_checkpoint(tmp_path).load_info(Q)
 
 
 def test_odd_zero_of_a_symmetric_linear_is_refused(tmp_path):
@@ -222,7 +222,7 @@ def test_act_order_without_its_tensor_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=rf"no {Q}.g_idx, .*desc_act: true: .* its 2 groups"):
         open_checkpoint(tmp_path)
     write_model(tmp_path, {Q: TinyLinear(act_order=True, with_g_idx=False, group_size=64)})
-    assert open_checkpoint(tmp_path).load_facts(Q).has_trivial_groups
+    assert open_checkpoint(tmp_path).load_info(Q).has_trivial_groups
 
 
 def test_unknown_module_is_named(tmp_path):

@@ -72,7 +72,9 @@ def test_single_model_file_beside_an_index_of_the_same_tensors_is_read(tmp_path)
 def test_single_model_file_beside_the_index_of_another_model_is_refused(tmp_path):
     write_sharded(tmp_path)
     save_file({"c": A}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"has 1 tensors and model.*index.json names 2, not"):
+    with pytest.raises(
+        CheckpointError, match=r"has 1 tensors and model.*index.json lists 2, .* not"
+    ):
         TensorFiles.open(tmp_path)
 
 
@@ -130,7 +132,7 @@ def test_missing_folder_and_file_in_its_place_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="no such folder"):
         TensorFiles.open(tmp_path / "none")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(CheckpointError, match="it is a file; give the folder it is in"):
+    with pytest.raises(CheckpointError, match="it is a file; give the folder that contains it"):
         TensorFiles.open(tmp_path / "file")
 
 
@@ -155,15 +157,15 @@ def test_folder_without_weights_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "x.pth"])
-def test_pickles_are_refused_with_a_way_out(tmp_path, name):
+def test_pickles_are_refused_with_conversion_instructions(tmp_path, name):
     (tmp_path / name).write_bytes(b"\x80\x04.")
-    with pytest.raises(CheckpointError, match="pickles only") as caught:
+    with pytest.raises(CheckpointError, match="stored only as pickles") as caught:
         TensorFiles.open(tmp_path)
     assert name in str(caught.value)
     assert "weights_only=True" in str(caught.value)
 
 
-def test_way_out_of_pickles_works_as_printed(tmp_path):
+def test_printed_conversion_of_pickles_works(tmp_path):
     torch.save({"a": A, "b": A.t()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError) as caught:
         TensorFiles.open(tmp_path)
@@ -212,7 +214,7 @@ def test_two_indexes_without_a_standard_one_are_refused(tmp_path):
 )
 def test_index_that_leaves_the_folder_is_refused(tmp_path, name):
     write_sharded(tmp_path, {"a": name, "b": SHARDS[1]})
-    with pytest.raises(CheckpointError, match=r"Refusing .*tensor a is in .*only the plain name"):
+    with pytest.raises(CheckpointError, match=r"Refusing .*tensor a is in .*only the name"):
         TensorFiles.open(tmp_path)
 
 
@@ -240,7 +242,7 @@ def test_tensor_that_the_index_does_not_name_is_refused(tmp_path):
     write_sharded(tmp_path)
     save_file({"b": B, "extra": A}, tmp_path / SHARDS[1])
     with pytest.raises(
-        CheckpointError, match=r"has tensor extra, which .* does not name .3 tensors"
+        CheckpointError, match=r"has tensor extra, which .* does not list .3 tensors"
     ):
         TensorFiles.open(tmp_path)
 
@@ -248,7 +250,7 @@ def test_tensor_that_the_index_does_not_name_is_refused(tmp_path):
 def test_tensor_in_two_shards_is_refused(tmp_path):
     write_sharded(tmp_path)
     save_file({"a": A, "b": B}, tmp_path / SHARDS[1])
-    with pytest.raises(CheckpointError, match="Tensor a stands in two files"):
+    with pytest.raises(CheckpointError, match="Tensor a is in two files"):
         TensorFiles.open(tmp_path)
 
 

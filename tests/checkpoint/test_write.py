@@ -125,7 +125,7 @@ def test_index_and_shards_open_together(tmp_path):
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_linear_is_packed_as_an_independent_account_of_the_format_does(bits, symmetric):
+def test_packing_matches_an_independent_implementation(bits, symmetric):
     linear = TinyLinear(bits=bits, symmetric=symmetric, with_bias=True, act_order=True)
     expected, _ = make_linear(linear)
     tensors = pack_linear(
@@ -202,7 +202,7 @@ def test_both_config_files_say_the_same(tmp_path):
     assert labels.raw == config
 
 
-def test_layers_with_a_smaller_group_stand_in_dynamic():
+def test_layers_with_a_smaller_group_are_in_dynamic():
     narrow = {n: s for n, s in schemes(group_size=64).items() if "down_proj" not in n}
     config = build(quantized={**schemes(), **narrow})
     assert config["group_size"] == 128
@@ -213,7 +213,7 @@ def test_layers_with_a_smaller_group_stand_in_dynamic():
     assert "qkv_proj" in next(iter(config["dynamic"]))
 
 
-def test_group_size_that_no_layer_got_gives_way_to_the_most_common():
+def test_unused_group_size_is_replaced_by_the_most_common():
     config = build(quantized=schemes(group_size=64))
     assert config["group_size"] == 64
     assert config["dynamic"] == {}
@@ -245,7 +245,7 @@ def test_desc_act_is_declared():
     ("quantized", "skipped", "message"),
     [({}, {"a": "x"}, "no linear is quantized"), ({"a": scheme()}, {"a": "x"}, "a is both")],
 )
-def test_config_that_says_nothing_true_is_refused(quantized, skipped, message):
+def test_inconsistent_config_is_refused(quantized, skipped, message):
     with pytest.raises(CheckpointError, match=message):
         build(quantized=quantized, skipped=skipped)
 
@@ -266,7 +266,7 @@ def test_what_is_written_is_what_is_read(tmp_path):
     assert torch.equal(checkpoint.dequantize(name), weight.float())
 
 
-def test_a_shard_of_tensors_that_come_one_by_one_is_the_same_file(tmp_path):
+def test_streamed_shard_is_identical(tmp_path):
     order = sorted(TENSORS, key=lambda name: (-TENSORS[name].element_size(), name))
     specs = {name: spec_of(TENSORS[name]) for name in order}
     write_shard(tmp_path / "whole.safetensors", TENSORS)
@@ -281,10 +281,10 @@ def test_a_shard_of_tensors_that_come_one_by_one_is_the_same_file(tmp_path):
     assert plain.sha256 == ""
 
 
-def test_a_tensor_that_was_not_announced_is_not_written(tmp_path):
+def test_tensor_that_differs_from_its_spec_is_refused(tmp_path):
     specs = {"a": spec_of(torch.zeros(2))}
-    with pytest.raises(CheckpointError, match=r"tensor b came as .* where a was announced"):
+    with pytest.raises(CheckpointError, match=r"got tensor b as .* but expected a as"):
         stream_shard(tmp_path / "x.safetensors", specs, iter([("b", torch.zeros(2))]))
-    with pytest.raises(CheckpointError, match=r"tensor a came as .*shape=\(3,\)"):
+    with pytest.raises(CheckpointError, match=r"got tensor a as .*shape=\(3,\)"):
         stream_shard(tmp_path / "x.safetensors", specs, iter([("a", torch.zeros(3))]))
     assert not (tmp_path / "x.safetensors").exists()

@@ -11,17 +11,17 @@ from halfbyte.cli.main import main
 NAME = "model.layers.0.mlp.down_proj"
 
 
-def test_table_has_every_reader_and_reason(tmp_path, capsys):
+def test_table_has_every_program_and_reason(tmp_path, capsys):
     write_model(tmp_path, {NAME: TinyLinear(bits=3)})
     assert main(["check", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     for consumer in CONSUMERS:
         assert consumer.label in out
     assert "1 quantized linears (1 x 3 bits, group 32, symmetric)" in out
-    assert "this says 3, symmetric" in out
+    assert "this one has 3" in out
 
 
-def test_json_has_one_verdict_for_each_reader_and_size(tmp_path, capsys):
+def test_json_has_one_verdict_for_each_program_and_size(tmp_path, capsys):
     write_model(tmp_path, {NAME: TinyLinear(zero_offset=0)}, labels={"checkpoint_format": "gptq"})
     assert main(["check", str(tmp_path), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

@@ -31,7 +31,7 @@ def test_json_has_every_section(examined):
     assert found["environment"]["HALFBYTE_TRANSFORMERS"] in ("auto", "on", "off")
 
 
-def test_each_case_has_a_kernel_and_says_why_none_before_it(examined, monkeypatch):
+def test_each_case_has_a_kernel_and_the_reasons_against_others(examined, monkeypatch):
     absent = native_library.NativeLibrary(functions=None, obstacle="not built", isa="")
     monkeypatch.setattr(cpu_native, "open_library", lambda: absent)
     cases = {case["layer"]: case for case in examined()["cases"] if case["device"] == "cpu"}
@@ -45,7 +45,7 @@ def test_each_case_has_a_kernel_and_says_why_none_before_it(examined, monkeypatc
     assert all(case["kernel"] for case in cases.values())
 
 
-def test_forced_kernel_that_cannot_is_shown_and_not_raised(examined, monkeypatch):
+def test_forced_kernel_that_cannot_run_is_shown(examined, monkeypatch):
     monkeypatch.setenv("HALFBYTE_KERNEL", "torch_int4")
     found = examined()
     assert found["environment"]["HALFBYTE_KERNEL"] == "torch_int4"

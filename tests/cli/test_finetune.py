@@ -58,7 +58,7 @@ def test_from_data_to_one_model(folder, capsys):
         capsys, "finetune", folder / "base", "--data", data, "-o", adapter, *TRAIN, "--resume"
     )
     assert code == 0, err
-    assert "5; kept is that of step" in out
+    assert "5; kept: step" in out
 
     code, out, err = run(
         capsys, "merge", folder / "base", adapter, "-o", folder / "merged", "--data", data
@@ -94,7 +94,7 @@ def test_repair(folder, capsys):
 def test_quantizing_a_merge_needs_the_tasks_data(folder, capsys):
     code, _, err = run(capsys, "merge", folder / "base", "x", "-o", folder / "x", "--quantize")
     assert code == 2
-    assert "--quantize is given without --data" in err
+    assert "--quantize needs --data" in err
 
 
 def test_wrong_setting_is_a_usage_error(folder, capsys):

@@ -104,7 +104,7 @@ def text_of(content, encoding="utf-8"):
     return io.TextIOWrapper(io.BytesIO(content), encoding=encoding, write_through=True)
 
 
-def test_text_beyond_the_output_s_characters_is_shown_as_far_as_it_goes(folder, monkeypatch):
+def test_characters_that_the_output_lacks_are_replaced(folder, monkeypatch):
     rename_words(folder, "é{}")
     out = text_of(b"", "ascii")
     monkeypatch.setattr("sys.stdout", out)
@@ -121,43 +121,43 @@ def test_text_beyond_the_output_s_characters_is_shown_as_far_as_it_goes(folder, 
         ("chat", ["--system", "w1 \udcff"]),
     ],
 )
-def test_bytes_that_are_no_text_are_told(folder, capsys, monkeypatch, verb, options):
+def test_invalid_bytes_are_reported(folder, capsys, monkeypatch, verb, options):
     monkeypatch.setattr("sys.stdin", text_of(b"w1 \xff w2\n"))
     assert main([verb, str(folder), *options]) == 2
-    assert "is not utf-8: it has a byte 0xff behind 3 characters" in capsys.readouterr().err
+    assert "is not utf-8: it has a byte 0xff after 3 characters" in capsys.readouterr().err
 
 
-def test_a_template_that_refuses_is_told(folder, capsys):
+def test_error_of_a_template_is_reported(folder, capsys):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     tokenizer.save_pretrained(folder)
     assert main(["generate", str(folder), "--prompt", "w1", "--answer"]) == 2
-    assert "does not take this conversation: roles must alternate." in capsys.readouterr().err
+    assert "rejects this conversation: roles must alternate." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (("--temperature", "nan"), "temperature is nan; it must be 0 or more"),
+        (("--temperature", "nan"), "temperature is nan; it must be at least 0"),
         (("--temperature", "inf"), "temperature is inf; it must be"),
         (("--seed", str(2**64)), "seed is 18446744073709551616; it must be from -2**63 to"),
         (("--prompt", "w1 " * 70), "The prompt has 70 tokens; the model has 64 positions"),
     ],
 )
-def test_what_cannot_be_drawn_is_told_by_its_numbers(folder, capsys, option, message):
+def test_invalid_sampling_options_are_reported(folder, capsys, option, message):
     set_positions(folder, 64)
     assert main(["generate", str(folder), "--prompt", "w1", *option]) == 2
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("temperature", ["1e-45", "1e-320"])
-def test_a_tiny_temperature_takes_the_likeliest(folder, capsys, temperature):
+def test_tiny_temperature_is_greedy(folder, capsys, temperature):
     likeliest = generate(capsys, folder, "--prompt", "w1 w2")[0]
     drawn = generate(capsys, folder, "--prompt", "w1 w2", "--temperature", temperature)[0]
     assert drawn == likeliest
 
 
-def test_the_model_s_last_position_ends_a_text(folder, capsys):
+def test_text_ends_at_the_last_position_of_the_model(folder, capsys):
     set_positions(folder, 64)
     arguments = [str(folder), "--prompt", "w1 w2 w3", "--max-new-tokens", str(10**15), "--json"]
     assert main(["generate", *arguments]) == 0
@@ -167,7 +167,7 @@ def test_the_model_s_last_position_ends_a_text(folder, capsys):
 
 
 @pytest.mark.parametrize("verb", ["generate", "chat"])
-def test_what_was_held_back_comes_at_the_end(folder, capsys, monkeypatch, verb):
+def test_buffered_text_is_flushed_at_the_end(folder, capsys, monkeypatch, verb):
     monkeypatch.setattr("sys.stdin", io.StringIO("w1\n"))
     monkeypatch.setattr(TextStream, "add", lambda *_: "")
     monkeypatch.setattr(TextStream, "finish", lambda _: "the rest")
@@ -178,4 +178,4 @@ def test_what_was_held_back_comes_at_the_end(folder, capsys, monkeypatch, verb):
 
 def test_a_folder_without_a_model_is_refused(tmp_path, capsys):
     assert main(["generate", str(tmp_path), "--prompt", "x"]) == 2
-    assert "is no model folder: it has no config.json" in capsys.readouterr().err
+    assert "it is not a model folder, as it has no config.json" in capsys.readouterr().err

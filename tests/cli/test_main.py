@@ -46,7 +46,7 @@ def test_verb_gets_its_options_and_gives_the_exit_code(verb):
         (MissingExtraError('needs gguf: pip install "halfbyte[convert]"'), 1),
     ],
 )
-def test_own_error_is_one_line_without_traceback(verb, capsys, error, code):
+def test_halfbyte_error_is_one_line_without_traceback(verb, capsys, error, code):
     verb.run = raising(error)
     assert cli.main(["try"]) == code
     captured = capsys.readouterr()
@@ -67,11 +67,11 @@ def test_interrupt_exits_with_130(verb, capsys):
     assert capsys.readouterr().err == "halfbyte: Interrupted.\n"
 
 
-def test_interrupt_says_where_a_run_can_go_on(verb, capsys):
+def test_interrupt_hints_at_resume(verb, capsys):
     verb.add_arguments = lambda parser: parser.add_argument("--resume", action="store_true")
     verb.run = raising(KeyboardInterrupt())
     assert cli.main(["try"]) == 130
-    assert "The same command with --resume goes on." in capsys.readouterr().err
+    assert "Run the same command with --resume to continue." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -82,14 +82,14 @@ def test_interrupt_says_where_a_run_can_go_on(verb, capsys):
          "Cannot use a/b: Permission denied."),
     ],
 )  # fmt: skip
-def test_what_the_system_refuses_is_told_by_its_file(verb, capsys, error, told):
+def test_os_error_names_the_file(verb, capsys, error, told):
     verb.run = raising(error)
     assert cli.main(["try"]) == 1
     assert capsys.readouterr().err == f"halfbyte: {told}\n"
 
 
 @pytest.mark.parametrize("code", [1, 3])
-def test_defect_shows_its_traceback_and_ends_as_the_verb_says(verb, capsys, code):
+def test_bug_shows_its_traceback_and_uses_the_verbs_exit_code(verb, capsys, code):
     if code != 1:
         verb.EXIT_ERROR = code
     verb.run = raising(ZeroDivisionError("ours"))
@@ -97,7 +97,7 @@ def test_defect_shows_its_traceback_and_ends_as_the_verb_says(verb, capsys, code
     told = capsys.readouterr().err
     assert "Traceback" in told
     assert "ZeroDivisionError: ours" in told
-    assert "a mistake in halfbyte" in told
+    assert "a bug in halfbyte" in told
 
 
 def test_unknown_verb_names_the_nearest(capsys):
@@ -145,7 +145,7 @@ def test_help_imports_neither_torch_nor_transformers(words):
 
 
 @pytest.mark.parametrize("code", [1, 3])
-def test_reader_that_leaves_early_is_no_error_and_no_verdict(code):
+def test_closed_pipe_is_no_error_and_no_verdict(code):
     program = (
         "import sys, types\n"
         "from halfbyte.cli import main as cli\n"

@@ -52,9 +52,9 @@ def test_the_life_of_a_version(call, tmp_path):
     shown = call("show", f"m@{second}")
     assert "promote champion" in shown
     assert "a test" in shown
-    assert "3 versions are as they were added" in call("verify")
-    assert "1 version is as it was added" in call("verify", "m")
-    assert "of one version: name it" in call("verify", "--public-key", "k.pub", code=2)
+    assert "3 versions verified" in call("verify")
+    assert "1 version verified" in call("verify", "m")
+    assert "of one version. Name the version" in call("verify", "--public-key", "k.pub", code=2)
     assert "removed 0 versions and 0 files" in call("gc")
     assert (tmp_path / "out").exists() is False
     call("get", "m", "-o", tmp_path / "out")
@@ -63,7 +63,7 @@ def test_the_life_of_a_version(call, tmp_path):
     assert list(json.loads(call("list", "--json"))) == ["m", "n"]
 
 
-def test_a_version_that_cannot_be_read_hides_no_other(call, tmp_path):
+def test_unreadable_version_does_not_stop_the_list(call, tmp_path):
     for seed in range(2):
         call("add", write_folder(tmp_path / "model", seed), "--name", "m")
     path = next((tmp_path / "store" / "manifests").iterdir())
@@ -71,11 +71,11 @@ def test_a_version_that_cannot_be_read_hides_no_other(call, tmp_path):
     path.write_bytes(b"{}")
     lines = call("list").splitlines()
     assert len(lines) == 3
-    told = f"  {path.name[:12]}  cannot be read: manifests/{path.name} is not what its name says"
+    told = f"  {path.name[:12]}  cannot be read: manifests/{path.name} is damaged: its sha256"
     assert sum(line.startswith(told) for line in lines) == 1
     assert sum("no verdict" in line for line in lines) == 1
 
 
-def test_no_store_is_a_wrong_setting(call, monkeypatch):
+def test_missing_store_setting_is_a_usage_error(call, monkeypatch):
     monkeypatch.delenv("HALFBYTE_STORE")
-    assert "Give --store, or set HALFBYTE_STORE" in call("list", code=2)
+    assert "Use --store, or set HALFBYTE_STORE" in call("list", code=2)

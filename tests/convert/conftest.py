@@ -1,4 +1,4 @@
-"""What is held to the same bits with the compiled library and without it."""
+"""Fixtures that run tests with and without the compiled library."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ NONE = NativeLibrary(functions=None, obstacle="left out by a test", isa="")
 
 
 @pytest.fixture(params=["torch", pytest.param("compiled", marks=pytest.mark.native)])
-def way(request, monkeypatch):
-    """Run a test in torch alone and, where the compiled library is, with it."""
+def backend(request, monkeypatch):
+    """Run a test in torch and, if available, with the compiled library."""
     if request.param == "torch":
         monkeypatch.setattr(bit_order, "open_library", lambda: NONE)
     else:  # marked as native, so that a missing library fails here as in every such test

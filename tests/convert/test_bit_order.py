@@ -1,4 +1,4 @@
-"""Each respelling against codes that are moved one by one, in torch and compiled."""
+"""Repacking compared with moving codes one by one, in torch and compiled."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from halfbyte.convert.awq import pack_outputs
 from halfbyte.convert.bit_order import expand, from_awq, from_blocks, to_awq, to_blocks, transpose
 from halfbyte.packing import pack_rows
 
-pytestmark = pytest.mark.usefixtures("way")
+pytestmark = pytest.mark.usefixtures("backend")
 
 SHAPES = [(1, 1), (1, 40), (16, 16), (17, 5), (96, 33), (160, 48)]
 
@@ -24,7 +24,7 @@ def codes_of(rows, columns, bits):
 
 
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
-def test_a_matrix_is_turned_over(rows, columns):
+def test_matrix_is_transposed(rows, columns):
     words = draw(rows, columns).view(torch.int32)
     turned = transpose(words)
     assert turned.is_contiguous()
@@ -32,13 +32,13 @@ def test_a_matrix_is_turned_over(rows, columns):
     assert torch.equal(transpose(turned), words)
 
 
-def test_what_lies_turned_over_already_is_not_copied():
+def test_transposed_view_is_not_copied():
     words = draw(40, 24).view(torch.int32)
     assert transpose(words.t()).data_ptr() == words.data_ptr()
 
 
 @pytest.mark.parametrize(("out", "inputs"), [(8, 8), (16, 40), (40, 8), (96, 4096), (4096, 64)])
-def test_words_along_in_become_words_along_out(out, inputs):
+def test_words_are_repacked_for_awq_and_back(out, inputs):
     codes = codes_of(out, inputs, 4)
     words = pack_rows(codes, 4).t().contiguous()
     turned = to_awq(words)
@@ -51,7 +51,7 @@ def test_words_along_in_become_words_along_out(out, inputs):
 @pytest.mark.parametrize(
     ("rows", "blocks", "groups"), [(1, 1, 1), (3, 6, 2), (5, 7, 7), (64, 8, 1)]
 )
-def test_blocks_have_the_grid_of_their_group_before_their_codes(bits, head, rows, blocks, groups):
+def test_blocks_contain_grid_and_codes(bits, head, rows, blocks, groups):
     codes = codes_of(rows, blocks * 32, bits)
     grid = codes_of(rows, groups * head, 8).view(rows, groups, head)
     made = to_blocks(pack_rows(codes, bits), grid, bits)
@@ -73,7 +73,7 @@ def test_blocks_have_the_grid_of_their_group_before_their_codes(bits, head, rows
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("group", [32, 40, 96, 192])
-def test_codes_become_numbers_that_are_rounded_once(bits, dtype, scale_dtype, group):
+def test_dequantized_codes_are_rounded_once(bits, dtype, scale_dtype, group):
     generator = torch.Generator().manual_seed(0)
     codes, groups = codes_of(6, 192, bits), -(-192 // group)
     scales = torch.randn(6, groups, generator=generator)

@@ -33,7 +33,7 @@ def make(bits=4, out=8, inputs=96, group=32, symmetric=False, act_order=False, s
 
 
 def naive(linear):
-    """The weight by the formula, one number at a time, in Python's own floats."""
+    """Compute the weight by the formula, one value at a time, in Python floats."""
     codes, groups = linear.codes().tolist(), linear.groups().tolist()
     scales, zeros = linear.scales.tolist(), linear.zeros.tolist()
     return torch.tensor(
@@ -81,7 +81,7 @@ def test_split_groups_keep_the_weight(group, size):
 @pytest.mark.parametrize(
     ("inputs", "group", "even"), [(96, 32, 32), (96, 64, 32), (96, 96, 96), (576, 128, 64)]
 )
-def test_even_group_straddles_no_group(inputs, group, even):
+def test_even_group_divides_every_group(inputs, group, even):
     assert make(inputs=inputs, group=group).describe().even_group == even
 
 
@@ -99,23 +99,23 @@ def test_wider_codes_keep_the_weight(bits, wide):
     [(2, False, 4), (3, False, 4), (4, True, 4), (4, False, 8), (8, True, 8), (8, False, None)],
 )
 @pytest.mark.parametrize("act_order", [False, True])
-def test_recentred_codes_keep_the_weight_where_they_fit(bits, symmetric, fits, act_order):
+def test_recentered_codes_keep_the_weight_if_in_range(bits, symmetric, fits, act_order):
     linear = make(bits=bits, symmetric=symmetric, act_order=act_order)
     spec = linear.describe()
-    assert next((wide for wide in (4, 8) if spec.can_recentre(wide)), None) == fits
+    assert next((wide for wide in (4, 8) if spec.can_recenter(wide)), None) == fits
     if fits is not None:
-        moved = linear.recentre(fits)
+        moved = linear.recenter(fits)
         assert moved.describe().is_symmetric
         assert torch.equal(moved.dequantize(), linear.dequantize())
 
 
-def test_columns_in_the_order_of_their_groups_are_the_same_weight_reordered():
+def test_columns_sorted_by_group_give_the_reordered_weight():
     linear = make(act_order=True)
     order = torch.argsort(linear.groups(), stable=True)
     assert torch.equal(linear.take_columns(order).dequantize(), linear.dequantize()[:, order])
 
 
-def test_rows_carry_scales_zeros_and_bias_along():
+def test_reordered_rows_include_scales_zeros_and_bias():
     linear = make()
     order = torch.randperm(8, generator=torch.Generator().manual_seed(1))
     moved = linear.take_rows(order)
@@ -123,7 +123,7 @@ def test_rows_carry_scales_zeros_and_bias_along():
     assert torch.equal(moved.bias, linear.bias[order])
 
 
-def test_facts_tell_what_half_precision_holds():
+def test_spec_says_whether_fp16_represents_the_grid():
     linear = make(symmetric=True)
     assert linear.describe().minima_fit_half
     assert not make(seed=3).describe().minima_fit_half

@@ -1,4 +1,4 @@
-"""Families that keep their weights in another order than most: there and back, and run."""
+"""Round trips through GGUF for architectures with special weight layouts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def write(folder, family, recipe=IN_FLOAT32, **changes):
 @pytest.mark.parametrize(
     "family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt2", "gpt_neox", "olmo2"]
 )
-def test_gguf_gives_every_tensor_back(tmp_path, family, tied):
+def test_gguf_round_trip_restores_every_tensor(tmp_path, family, tied):
     write(tmp_path / "a", family, tie_word_embeddings=tied)
     report = convert(tmp_path / "a", tmp_path / "b", config=ConversionConfig(to="gguf"))
     assert report.is_exact
@@ -51,7 +51,7 @@ def test_gguf_gives_every_tensor_back(tmp_path, family, tied):
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "olmoe", "gpt_neox"])
-def test_a_tied_head_is_written_where_llama_cpp_asks_for_one(tmp_path, family):
+def test_tied_head_is_written_if_llama_cpp_requires_it(tmp_path, family):
     write(tmp_path / "a", family, tie_word_embeddings=True)
     config = ConversionConfig(to="gguf", head="q8_0")
     report = convert(tmp_path / "a", tmp_path / "b", config=config)
@@ -69,7 +69,7 @@ def test_the_experts_of_a_block_are_one_tensor(tmp_path):
     assert tensors["blk.0.ffn_down_exps.weight"].kind == Q4_0
 
 
-def test_experts_that_are_not_alike_are_refused(tmp_path):
+def test_experts_of_different_types_are_refused(tmp_path):
     bits = {r"experts\.2\.w1": 8}
     write(tmp_path / "a", "mixtral", Recipe(dtype=torch.float32, bits_for=bits))
     with pytest.raises(
@@ -81,7 +81,7 @@ def test_experts_that_are_not_alike_are_refused(tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("with_head", [False, True])
-def test_dense_weights_of_gpt2_are_stored_as_it_reads_them(tmp_path, with_head):
+def test_dense_weights_of_gpt2_are_stored_inputs_first(tmp_path, with_head):
     skip = "nothing" if with_head else Recipe().skip
     recipe = Recipe(dtype=torch.float32, skip=skip)
     write(tmp_path / "a", "gpt2", recipe, tie_word_embeddings=not with_head)
@@ -107,7 +107,7 @@ def test_buffers_of_older_files_are_left_out_of_gguf(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_without_a_base_vectors_have_the_type_of_the_embeddings(tmp_path, family, dtype):
+def test_vectors_have_the_type_of_the_embeddings_without_base(tmp_path, family, dtype):
     write(tmp_path / "a", family, Recipe(dtype=getattr(torch, dtype)))
     report = convert(tmp_path / "a", tmp_path / "b", config=ConversionConfig(to="gguf"))
     assert open_gguf(report.output).tensors["blk.0.attn_norm.weight"].kind == F32
@@ -145,7 +145,7 @@ def test_biases_of_attention_and_mlp_come_back_without_a_base(tmp_path):
     torch.testing.assert_close(found, expected)
 
 
-def test_biases_that_no_config_can_say_ask_for_a_base(tmp_path):
+def test_biases_without_a_config_key_need_a_base(tmp_path):
     linears = {f"{ATTENTION}.q_proj": TinyLinear(out_features=64, with_bias=True)}
     write_source(tmp_path / "a", linears, is_whole=True)
     report = convert(tmp_path / "a", tmp_path / "b", config=ConversionConfig(to="gguf"))
@@ -154,7 +154,7 @@ def test_biases_that_no_config_can_say_ask_for_a_base(tmp_path):
     assert open_source(report.output, tmp_path / "a").linears
 
 
-def test_a_config_is_made_of_single_numbers(tmp_path):
+def test_metadata_with_a_number_per_block_is_refused(tmp_path):
     linears = {f"{ATTENTION}.q_proj": TinyLinear(out_features=64)}
     write_source(tmp_path / "a", linears, is_whole=True)
     report = convert(tmp_path / "a", tmp_path / "b", config=ConversionConfig(to="gguf"))
@@ -177,7 +177,7 @@ def test_a_config_is_made_of_single_numbers(tmp_path):
         ("model.norm.weight", r"no tensor output_norm\.weight"),
     ],
 )
-def test_a_file_without_all_of_a_model_is_refused(tmp_path, lost, missing):
+def test_incomplete_model_is_refused(tmp_path, lost, missing):
     linears = {f"{ATTENTION}.q_proj": TinyLinear(out_features=64)}
     write_source(tmp_path / "a", linears, is_whole=True)
     file = tmp_path / "a" / "model.safetensors"
@@ -190,7 +190,7 @@ def test_a_file_without_all_of_a_model_is_refused(tmp_path, lost, missing):
             open_source(report.output, base)
 
 
-def test_blocks_must_be_alike_and_as_many_as_the_base_says(tmp_path):
+def test_blocks_must_have_the_same_tensors_and_the_number_of_the_base(tmp_path):
     write(tmp_path / "a", "llama")
     report = convert(tmp_path / "a", tmp_path / "b", config=ConversionConfig(to="gguf"))
     file = open_gguf(report.output)
@@ -199,10 +199,10 @@ def test_blocks_must_be_alike_and_as_many_as_the_base_says(tmp_path):
     architecture = find_architecture({"architectures": ["LlamaForCausalLM"]})
     with pytest.raises(CheckpointError, match=r"no tensor blk\.0\.attn_q\.bias"):
         check_complete(uneven, architecture, {})
-    with pytest.raises(CheckpointError, match="has 3 blocks, and the base's config says 4"):
+    with pytest.raises(CheckpointError, match="has 3 blocks, but the base's config says 4"):
         check_complete(file, architecture, {"n_layer": 4})
     split = replace(file, pairs={**file.pairs, "split.count": 2})
-    with pytest.raises(CheckpointError, match=r"one of the 2 files .* llama-gguf-split --merge"):
+    with pytest.raises(CheckpointError, match=r"one of 2 files .* llama-gguf-split --merge"):
         check_complete(split, architecture, {})
 
 

@@ -1,4 +1,4 @@
-"""Minima that are no products of a zero and a scale, as MLX and llama.cpp round."""
+"""Minima that are not products of a zero and a scale, as MLX and llama.cpp quantize."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from halfbyte.convert.run import ConversionConfig, convert
 from halfbyte.packing import pack_rows
 
 NAME = f"{MLP}.down_proj"
-FREE = "minima that are no whole multiples"
+FREE = "minima that are not integer multiples"
 
 
 @pytest.fixture
 def mlx(tmp_path):
-    """A model of two linears, one with minima of its own; the weight of that one beside."""
+    """A model with two linears, and the weight of the one with arbitrary minima."""
     dice = torch.Generator().manual_seed(0)
     tensors = {"model.norm.weight": torch.ones(64)}
     for name, is_free in ((NAME, True), (f"{MLP}.up_proj", False)):
@@ -44,7 +44,7 @@ def mlx(tmp_path):
     return folder, weight
 
 
-def test_they_are_decoded_as_they_are(mlx, tmp_path):
+def test_stored_minima_are_decoded_exactly(mlx, tmp_path):
     folder, weight = mlx
     convert(folder, tmp_path / "b", config=ConversionConfig(to="hf", dtype="float32"))
     found = load_file(tmp_path / "b" / "model.safetensors")[f"{NAME}.weight"]
@@ -55,7 +55,7 @@ def test_they_are_decoded_as_they_are(mlx, tmp_path):
 
 
 @pytest.mark.parametrize("to", ["mlx", "gguf"])
-def test_formats_with_minima_hold_them_exactly(mlx, tmp_path, to):
+def test_formats_with_minima_store_them_exactly(mlx, tmp_path, to):
     folder, weight = mlx
     report = convert(folder, tmp_path / "b", config=ConversionConfig(to=to))
     assert report.is_exact
@@ -67,9 +67,11 @@ def test_formats_with_minima_hold_them_exactly(mlx, tmp_path, to):
 
 
 @pytest.mark.parametrize("to", ["gptq", "awq", "compressed-tensors"])
-def test_formats_with_zero_points_hold_them_dense_where_an_error_is_allowed(mlx, tmp_path, to):
+def test_formats_with_zero_points_fall_back_to_dense_if_errors_are_allowed(mlx, tmp_path, to):
     folder, weight = mlx
-    with pytest.raises(ValueError, match=rf"1 of 2 linears do not fit \(.*down_proj has {FREE}"):
+    with pytest.raises(
+        ValueError, match=rf"cannot represent 1 of 2 linears \(.*down_proj has {FREE}"
+    ):
         convert(folder, tmp_path / "b", config=ConversionConfig(to=to))
     report = convert(folder, tmp_path / "b", config=ConversionConfig(to=to, allow_error=True))
     assert [found.name for found in report.rounded] == [NAME]
@@ -77,18 +79,18 @@ def test_formats_with_zero_points_hold_them_dense_where_an_error_is_allowed(mlx,
     assert torch.equal(found, weight.half())
 
 
-def test_wider_codes_are_no_way_to_hold_minima_that_are_rounded(mlx, tmp_path):
+def test_widening_does_not_represent_rounded_minima(mlx, tmp_path):
     folder, _ = mlx
     tensors = load_file(folder / "model.safetensors")
     for part in ("scales", "biases"):
         tensors[f"{NAME}.{part}"] = tensors[f"{NAME}.{part}"].bfloat16()
     tensors[f"{NAME}.biases"][0, 0] = 2.0**-30
     save_file(tensors, folder / "model.safetensors", metadata={"format": "mlx"})
-    with pytest.raises(ValueError, match=r"asymmetric: Q4_1 rounds the minimum to fp16\)"):
+    with pytest.raises(ValueError, match=r"an asymmetric grid: Q4_1 rounds the minimum to fp16\)"):
         convert(folder, tmp_path / "b", config=ConversionConfig(to="gguf", widen=True))
 
 
-def test_q4_1_of_others_is_read(tmp_path):
+def test_q4_1_with_arbitrary_minima_is_read(tmp_path):
     linears = {
         f"{ATTENTION}.q_proj": TinyLinear(out_features=64),
         NAME: TinyLinear(in_features=96, out_features=64, symmetric=False),

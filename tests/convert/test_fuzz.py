@@ -1,4 +1,4 @@
-"""Some hundreds of damaged models of each format; `make fuzz` reads ten thousand of each."""
+"""Some hundred damaged models of each format; `make fuzz` tests ten thousand of each."""
 
 from __future__ import annotations
 

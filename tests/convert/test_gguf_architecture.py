@@ -14,7 +14,7 @@ from halfbyte.convert.gguf_architecture import (
     ARCHITECTURES,
     find_architecture,
 )
-from halfbyte.convert.gguf_hyperparameters import describe_model, note_limits
+from halfbyte.convert.gguf_hyperparameters import describe_model, list_limitations
 from halfbyte.convert.gguf_positions import make_rope_factors
 from halfbyte.errors import ConfigError
 from halfbyte.model.experts import unfuse_experts
@@ -23,8 +23,8 @@ BY_CLASS = {architecture.model_class: architecture for architecture in ARCHITECT
 
 
 @pytest.mark.parametrize("name", BY_CLASS)
-def test_names_are_those_of_the_gguf_package(name):
-    """Every parameter of a real model of the family has a name, the one that gguf-py gives it."""
+def test_names_match_the_gguf_package(name):
+    """Every parameter of a real model has the name that gguf-py gives it."""
     gguf = pytest.importorskip("gguf")
     architecture = BY_CLASS[name]
     kind = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == architecture.name)
@@ -57,11 +57,13 @@ def test_heads_that_do_not_fit_are_refused(config):
 
 
 def test_other_architectures_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"PhiForCausalLM: written are LlamaForCausalLM, .*Qwen3"):
+    with pytest.raises(
+        ValueError, match=r"PhiForCausalLM: the supported classes are LlamaForCausalLM, .*Qwen3"
+    ):
         find_architecture({"architectures": ["PhiForCausalLM"]})
 
 
-def test_llama3_factors_are_those_of_transformers():
+def test_llama3_factors_match_transformers():
     parameters = {
         "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
         "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
@@ -79,7 +81,7 @@ def test_llama3_factors_are_those_of_transformers():
     assert make_rope_factors(plain) == {}
 
 
-def test_factors_of_longrope_must_be_as_many_as_what_turns():
+def test_number_of_longrope_factors_must_match_the_rotary_dimension():
     phi3 = build_family("phi3").config.to_dict()
     parameters = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
     parameters |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
@@ -89,19 +91,27 @@ def test_factors_of_longrope_must_be_as_many_as_what_turns():
     pairs = describe_model(BY_CLASS["Phi3ForCausalLM"], config)
     assert pairs["phi3.rope.scaling.original_context_length"] == 32
     assert pairs["phi3.rope.scaling.attn_factor"] == pytest.approx((1 + 2 / 5) ** 0.5)
-    assert "more than 32 it takes the long" in note_limits(BY_CLASS["Phi3ForCausalLM"], config)[0]
+    assert (
+        "more than 32, it uses those for long"
+        in list_limitations(BY_CLASS["Phi3ForCausalLM"], config)[0]
+    )
     own = {**parameters, "factor": 2.0, "original_max_position_embeddings": 64}
     config.pop("original_max_position_embeddings")
     config["rope_parameters"] = own
     pairs = describe_model(BY_CLASS["Phi3ForCausalLM"], config)
     assert pairs["phi3.rope.scaling.attn_factor"] == pytest.approx((1 + 1 / 6) ** 0.5)
-    assert "more than 64 it takes the long" in note_limits(BY_CLASS["Phi3ForCausalLM"], config)[0]
+    assert (
+        "more than 64, it uses those for long"
+        in list_limitations(BY_CLASS["Phi3ForCausalLM"], config)[0]
+    )
     config["rope_parameters"] = parameters
     parameters["short_factor"] = [1.0] * 5
-    with pytest.raises(ValueError, match=r"short_factor has 5 numbers, .* turn 8 .* needs 4"):
+    with pytest.raises(
+        ValueError, match=r"short_factor in the config has 5 numbers, .* dimension of 8 needs 4"
+    ):
         make_rope_factors(config)
     parameters["partial_rotary_factor"] = 1.0
-    with pytest.raises(ValueError, match="for 'llama' are default, linear, yarn and llama3"):
+    with pytest.raises(ValueError, match="'llama' supports default, linear, yarn and llama3"):
         describe_model(BY_CLASS["LlamaForCausalLM"], config)
 
 
@@ -109,7 +119,7 @@ def test_factors_of_longrope_must_be_as_many_as_what_turns():
     "changes",
     [{}, {"attention_factor": 1.5}, {"mscale": 1.0, "mscale_all_dim": 0.5}, {"factor": None}],
 )
-def test_yarn_grows_attention_as_transformers_does(changes):
+def test_yarn_attention_factor_matches_transformers(changes):
     parameters = {
         "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
         "original_max_position_embeddings": 16, "beta_fast": 32, "beta_slow": 1, **changes,
@@ -134,7 +144,7 @@ def test_yarn_grows_attention_as_transformers_does(changes):
         ({"rope_type": "llama3", "factor": 8.0}, "rope_parameters has no low_freq_factor"),
     ],
 )
-def test_positions_that_cannot_be_written_are_refused(parameters, message):
+def test_unsupported_rope_settings_are_refused(parameters, message):
     config = LlamaConfig(**FAMILIES["llama"]).to_dict() | {"rope_parameters": parameters}
     write = partial(describe_model, BY_CLASS["LlamaForCausalLM"])
     if parameters["rope_type"] == "llama3":
@@ -143,12 +153,14 @@ def test_positions_that_cannot_be_written_are_refused(parameters, message):
         write(config)
 
 
-def test_what_llama_cpp_does_otherwise_is_said_or_refused():
+def test_differences_to_llama_cpp_are_noted_or_refused():
     mistral = BY_CLASS["MistralForCausalLM"]
-    assert "beyond 4096 tokens" in note_limits(mistral, {"sliding_window": 4096})[0]
-    assert note_limits(mistral, {"sliding_window": None}) == ()
+    assert "beyond 4096 tokens" in list_limitations(mistral, {"sliding_window": 4096})[0]
+    assert list_limitations(mistral, {"sliding_window": None}) == ()
     config = build_family("gemma2").config.to_dict()
-    with pytest.raises(ValueError, match=r"query_pre_attn_scalar is 256, .* head size 16"):
+    with pytest.raises(
+        ValueError, match=r"query_pre_attn_scalar in the config is 256, .* head size 16"
+    ):
         describe_model(BY_CLASS["Gemma2ForCausalLM"], config)
     pairs = describe_model(BY_CLASS["Gemma2ForCausalLM"], {**config, "query_pre_attn_scalar": 16})
     assert pairs["gemma2.attention.sliding_window"] == 16
@@ -157,9 +169,9 @@ def test_what_llama_cpp_does_otherwise_is_said_or_refused():
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("LlamaForCausalLM", {"hidden_act": "gelu"}, "is 'gelu', .* 'llama' computes silu"),
-        ("GemmaForCausalLM", {"hidden_activation": "relu"}, "computes gelu_pytorch_tanh"),
-        ("LlamaForCausalLM", {"partial_rotary_factor": 0.5}, "turn 50% of each head"),
+        ("LlamaForCausalLM", {"hidden_act": "gelu"}, "is 'gelu', .* 'llama' has silu"),
+        ("GemmaForCausalLM", {"hidden_activation": "relu"}, "has gelu_pytorch_tanh"),
+        ("LlamaForCausalLM", {"partial_rotary_factor": 0.5}, "RoPE on 50% of each head"),
         ("LlamaForCausalLM", {"rms_norm_eps": None}, "has no rms_norm_eps"),
         (
             "LlamaForCausalLM",
@@ -167,19 +179,23 @@ def test_what_llama_cpp_does_otherwise_is_said_or_refused():
             r"intermediate_size .*'\[96\]'; a pos",
         ),
         ("Gemma2ForCausalLM", {"final_logit_softcapping": None}, "no final_logit.* caps both"),
-        ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 0, 1, 0]}, "in each 4th block"),
+        ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 0, 1, 0]}, "in every 4th block"),
         ("SmolLM3ForCausalLM", {"no_rope_layers": None, "no_rope_layer_interval": 2}, "4th block"),
         ("Gemma3ForCausalLM", {"query_pre_attn_scalar": 168}, "is 168, .* head size 16"),
         ("Gemma3ForCausalLM", {"attn_logit_softcapping": 50.0}, "has attn_logit_softcapping"),
-        ("Qwen3MoeForCausalLM", {"norm_topk_prob": False}, "norm_topk_prob False, .* sum to one"),
+        (
+            "Qwen3MoeForCausalLM",
+            {"norm_topk_prob": False},
+            "norm_topk_prob False, .* with normalized weights",
+        ),
         ("Qwen2MoeForCausalLM", {"mlp_only_layers": [0]}, "has mlp_only_layers, .* every block"),
         ("MixtralForCausalLM", {"num_local_experts": None}, "has no num_local_experts"),
         ("OlmoeForCausalLM", {"clip_qkv": 8.0}, "has clip_qkv 8.0"),
         ("OlmoeForCausalLM", {"num_key_value_heads": 2}, "2 key and value heads for 4 heads"),
-        ("GPT2LMHeadModel", {"scale_attn_weights": False}, "scales attention in another way"),
+        ("GPT2LMHeadModel", {"scale_attn_weights": False}, "changes the scale of attention"),
     ],
 )
-def test_what_llama_cpp_takes_for_granted_is_checked(name, changes, message):
+def test_assumptions_of_llama_cpp_are_checked(name, changes, message):
     config = {
         "num_attention_heads": 4, "num_hidden_layers": 4, "max_position_embeddings": 64,
         "hidden_size": 64, "intermediate_size": 96, "vocab_size": 99, "rms_norm_eps": 1e-6,
@@ -193,7 +209,7 @@ def test_what_llama_cpp_takes_for_granted_is_checked(name, changes, message):
         describe_model(BY_CLASS[name], {**config, **changes})
 
 
-def test_windows_and_bases_of_gemma3_are_read_in_both_spellings():
+def test_windows_and_rope_bases_of_gemma3_are_read_from_old_and_new_keys():
     changes = {"query_pre_attn_scalar": 16, "num_hidden_layers": 7}
     new = build_family("gemma3_text", **changes).config.to_dict()
     old = {key: new[key] for key in new if key not in ("rope_parameters", "layer_types")}

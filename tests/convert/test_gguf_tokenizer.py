@@ -9,13 +9,13 @@ from tokenizers import Tokenizer, models, normalizers, trainers
 from halfbyte.convert.gguf_tokenizer import (
     describe_tokenizer,
     find_pre_tokenizer,
-    note_tokenizer,
+    list_tokenizer_limitations,
 )
 from halfbyte.errors import CheckpointError, ConfigError
 from halfbyte.sample_model import write_sample_model
 
 
-def test_ways_of_cutting_words_are_known_by_their_steps():
+def test_pre_tokenizers_are_recognized_by_their_steps():
     assert find_pre_tokenizer({"pre_tokenizer": {"type": "ByteLevel"}}) == "gpt-2"
     digits = {"type": "Digits", "individual_digits": True}
     steps = {"type": "Sequence", "pretokenizers": [digits, {"type": "ByteLevel"}]}
@@ -39,7 +39,7 @@ def test_ways_of_cutting_words_are_known_by_their_steps():
     assert find_pre_tokenizer({"pre_tokenizer": steps}) == "dbrx"
 
 
-def test_other_ways_are_refused_and_can_be_named(tmp_path):
+def test_unknown_pre_tokenizer_is_refused_unless_named(tmp_path):
     write_tokenizer(tmp_path)
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     content["pre_tokenizer"] = {"type": "Whitespace"}
@@ -64,7 +64,7 @@ def test_other_ways_are_refused_and_can_be_named(tmp_path):
         ),
     ],
 )
-def test_words_cut_almost_as_llama_cpp_does_are_not_taken_for_the_same(tmp_path, changes, message):
+def test_similar_pre_tokenizers_are_not_confused(tmp_path, changes, message):
     change_tokenizer(tmp_path, lambda content: content["pre_tokenizer"].update(changes))
     with pytest.raises(ConfigError, match=message):
         describe_tokenizer(tmp_path, TINY_CONFIG)
@@ -73,28 +73,28 @@ def test_words_cut_almost_as_llama_cpp_does_are_not_taken_for_the_same(tmp_path,
 def test_normalizers_are_noted_or_refused(tmp_path):
     change_tokenizer(tmp_path, lambda content: content.update(normalizer={"type": "NFC"}))
     assert describe_tokenizer(tmp_path, TINY_CONFIG)["tokenizer.ggml.pre"] == "gpt-2"
-    assert "one Unicode form (NFC)" in note_tokenizer(tmp_path, TINY_CONFIG)[0]
+    assert "normalizes Unicode (NFC)" in list_tokenizer_limitations(tmp_path, TINY_CONFIG)[0]
     steps = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}
     change_tokenizer(tmp_path, lambda content: content.update(normalizer=steps))
-    with pytest.raises(ConfigError, match=r"changes text before it cuts it \(Lowercase\)"):
+    with pytest.raises(ConfigError, match=r"the tokenizer normalizes text \(Lowercase\)"):
         describe_tokenizer(tmp_path, TINY_CONFIG, "gpt-2")
 
 
-def test_files_that_are_no_tokenizers_are_refused(tmp_path):
+def test_invalid_tokenizer_files_are_refused(tmp_path):
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n"
     write_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(pointer)
     with pytest.raises(CheckpointError, match=r"tokenizer_config.json: it is not valid JSON"):
         describe_tokenizer(tmp_path, TINY_CONFIG)
     (tmp_path / "tokenizer.json").write_text(pointer)
-    with pytest.raises(ConfigError, match=r"tokenizer.json is no tokenizer \(expected"):
+    with pytest.raises(ConfigError, match=r"tokenizer.json is not a valid tokenizer \(expected"):
         describe_tokenizer(tmp_path, TINY_CONFIG)
     change_tokenizer(tmp_path, lambda content: content["model"].update(merges=[]))
     with pytest.raises(ConfigError, match="the tokenizer has no merges"):
         describe_tokenizer(tmp_path, TINY_CONFIG)
 
 
-def test_a_model_of_vocabulary_and_merges_is_bpe_without_saying_so(tmp_path):
+def test_vocabulary_with_merges_is_bpe_without_a_type(tmp_path):
     change_tokenizer(tmp_path, lambda content: content["model"].pop("type"))
     assert describe_tokenizer(tmp_path, TINY_CONFIG)["tokenizer.ggml.model"] == "gpt2"
 
@@ -134,21 +134,19 @@ def test_every_chat_template_is_written(tmp_path, in_files):
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     write_tokenizer(tmp_path)
-    with pytest.raises(ValueError, match="'the' has the id 259, and the model has 250 tokens"):
+    with pytest.raises(ValueError, match="'the' has the id 259, but the model has only 250 tokens"):
         describe_tokenizer(tmp_path, {**TINY_CONFIG, "vocab_size": 250})
 
 
-def test_added_tokens_that_the_model_has_not_are_left_out(tmp_path):
+def test_added_tokens_beyond_the_vocabulary_are_left_out(tmp_path):
     image = {"id": 260, "content": "<image>", "special": True, "single_word": False}
     image |= {"lstrip": False, "rstrip": False, "normalized": False}
     change_tokenizer(tmp_path, lambda content: content["added_tokens"].append(image))
     config = {**TINY_CONFIG, "vocab_size": 260}
     assert len(describe_tokenizer(tmp_path, config)["tokenizer.ggml.tokens"]) == 260
-    (note,) = note_tokenizer(tmp_path, config)
-    assert note.startswith(
-        "left out of the tokenizer: <image>, whose ids come after the model's 260"
-    )
-    assert note_tokenizer(tmp_path, {**config, "vocab_size": 261}) == ()
+    (note,) = list_tokenizer_limitations(tmp_path, config)
+    assert note.startswith("left out of the tokenizer: <image>, with ids beyond the model's 260")
+    assert list_tokenizer_limitations(tmp_path, {**config, "vocab_size": 261}) == ()
 
 
 def test_ids_without_a_token_are_unused(tmp_path):
@@ -158,7 +156,7 @@ def test_ids_without_a_token_are_unused(tmp_path):
     assert pairs["tokenizer.ggml.token_type"][260:] == [5, 5]
 
 
-def test_byte_fallback_gets_scores_that_follow_the_merges(tmp_path):
+def test_byte_fallback_gets_scores_in_merge_order(tmp_path):
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]

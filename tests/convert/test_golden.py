@@ -1,4 +1,4 @@
-"""The bytes of each format for a linear that is written out here, by each format's own account."""
+"""The expected bytes of each format for a small linear, from the formats' specifications."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from halfbyte.convert.awq import AwqTarget, pack_outputs, unpack_outputs
 from halfbyte.convert.coded_linear import CodedLinear
 from halfbyte.convert.compressed_tensors import CompressedTensorsTarget
-from halfbyte.convert.gguf_blocks import read_blocks, read_plain, spell_blocks, spell_plain
+from halfbyte.convert.gguf_blocks import decode_blocks, decode_plain, encode_blocks, encode_plain
 from halfbyte.convert.gguf_file import BF16, F16, F32, Q4_0, Q4_1, Q6_K, Q8_0
 from halfbyte.convert.gptq import GptqTarget
 from halfbyte.convert.mlx import MlxTarget
@@ -36,19 +36,19 @@ def linear(codes=(CODES,), zero=8, bits=4, scale=0.5):
 
 def test_q4_0_pairs_the_halves_of_a_block():
     # byte j: code j in the low half, code j + 16 in the high half
-    data = spell_blocks(linear(), Q4_0)
+    data = encode_blocks(linear(), Q4_0)
     assert bytes(data.flatten().tolist()) == HALF + bytes(0x11 * j for j in range(16))
-    mixed = spell_blocks(linear([[*range(16), *reversed(range(16))]]), Q4_0)
+    mixed = encode_blocks(linear([[*range(16), *reversed(range(16))]]), Q4_0)
     assert bytes(mixed.flatten().tolist()) == HALF + bytes(j | (15 - j) << 4 for j in range(16))
 
 
 def test_q4_1_has_the_minimum_after_the_scale():
-    data = spell_blocks(linear(zero=3), Q4_1)
+    data = encode_blocks(linear(zero=3), Q4_1)
     assert bytes(data.flatten().tolist()[:4]) == HALF + struct.pack("<e", -1.5)
 
 
 def test_q8_0_has_signed_bytes():
-    data = spell_blocks(linear([[0, 127, 128, 255] * 8], zero=128, bits=8), Q8_0)
+    data = encode_blocks(linear([[0, 127, 128, 255] * 8], zero=128, bits=8), Q8_0)
     assert bytes(data.flatten().tolist()) == HALF + struct.pack("<32b", *[-128, -1, 0, 127] * 8)
 
 
@@ -61,44 +61,44 @@ def test_awq_word_has_outputs_in_the_order_of_its_kernels():
 
 def test_awq_linear():
     codes = [[(o + i) % 16 for i in range(32)] for o in range(8)]
-    tensors = AwqTarget(group_size=32).spell(linear(codes, zero=5))
+    tensors = AwqTarget(group_size=32).encode(linear(codes, zero=5))
     assert [tensors[s].shape for s in ("qweight", "qzeros", "scales")] == [(32, 1), (1, 1), (1, 8)]
     assert tensors["qweight"][0].item() % 2**32 == 0x75316420
     assert tensors["qzeros"].item() == 0x55555555
 
 
 def test_gptq_linear():
-    tensors = GptqTarget(dialect="gptq").spell(linear([CODES] * 32))
+    tensors = GptqTarget(dialect="gptq").encode(linear([CODES] * 32))
     assert tensors["qweight"].shape == (4, 32)
     assert [w % 2**32 for w in tensors["qweight"][:2, 0].tolist()] == [0x76543210, 0xFEDCBA98]
     assert set(tensors["qzeros"].flatten().tolist()) == {0x77777777}
-    assert GptqTarget(dialect="gptq_v2").spell(linear([CODES] * 32, zero=0))["qzeros"].sum() == 0
+    assert GptqTarget(dialect="gptq_v2").encode(linear([CODES] * 32, zero=0))["qzeros"].sum() == 0
 
 
 def test_mlx_linear():
-    tensors = MlxTarget().spell(linear())
+    tensors = MlxTarget().encode(linear())
     assert tensors["weight"].dtype == torch.uint32
     assert tensors["weight"].tolist() == [[0x76543210, 0xFEDCBA98] * 2]
     assert tensors["biases"].tolist() == [[-4.0]]
 
 
 def test_compressed_tensors_linear():
-    tensors = CompressedTensorsTarget().spell(linear([CODES] * 8, zero=3))
+    tensors = CompressedTensorsTarget().encode(linear([CODES] * 8, zero=3))
     assert [w % 2**32 for w in tensors["weight_packed"][0].tolist()] == [0x76543210, 0xFEDCBA98] * 2
     assert tensors["weight_shape"].tolist() == [8, 32]
     assert tensors["weight_zero_point"].tolist() == [[0x33333333]]
-    assert "weight_zero_point" not in CompressedTensorsTarget().spell(linear())
+    assert "weight_zero_point" not in CompressedTensorsTarget().encode(linear())
 
 
 @pytest.mark.parametrize(("kind", "zero", "bits"), [(Q4_0, 8, 4), (Q4_1, 3, 4), (Q8_0, 128, 8)])
 def test_blocks_read_back(kind, zero, bits):
     first = linear([CODES, CODES[::-1]], zero=zero, bits=bits)
-    data = spell_blocks(first, kind)
-    again = read_blocks("x", data.view(-1), kind, (2, 32))
+    data = encode_blocks(first, kind)
+    again = decode_blocks("x", data.view(-1), kind, (2, 32))
     assert torch.equal(again.words, first.words)
     assert torch.equal(again.scales, first.scales)
     assert torch.equal(again.zeros, first.zeros)
-    assert torch.equal(read_plain("x", data.view(-1), kind, (2, 32)), first.dequantize())
+    assert torch.equal(decode_plain("x", data.view(-1), kind, (2, 32)), first.dequantize())
 
 
 @pytest.mark.parametrize(
@@ -107,13 +107,13 @@ def test_blocks_read_back(kind, zero, bits):
 def test_plain_numbers_read_back_within_their_rounding(kind, bound):
     gguf = pytest.importorskip("gguf")
     values = torch.randn(3, 512, generator=torch.Generator().manual_seed(0))
-    data = spell_plain(values, kind)
-    again = read_plain("x", data, kind, (3, 512))
+    data = encode_plain(values, kind)
+    again = decode_plain("x", data, kind, (3, 512))
     assert float((again.float() - values).norm() / values.norm()) <= bound
     theirs = gguf.dequantize(data.numpy().reshape(3, -1), gguf.GGMLQuantizationType(kind.number))
     assert torch.equal(torch.from_numpy(theirs).view(3, 512), again.float())
 
 
-def test_q6_k_of_nothing_is_nothing():
-    data = spell_plain(torch.zeros(1, 256), Q6_K)
-    assert not bool(read_plain("x", data, Q6_K, (1, 256)).any())
+def test_q6_k_of_zeros_is_zero():
+    data = encode_plain(torch.zeros(1, 256), Q6_K)
+    assert not bool(decode_plain("x", data, Q6_K, (1, 256)).any())

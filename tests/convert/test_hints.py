@@ -1,4 +1,4 @@
-"""Notes on what was cut: the way back is the same, and no note, true or false, changes a weight."""
+"""Hints restore the original groups; no hint, valid or not, changes a weight."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfbyte.convert.coded_linear import CodedLinear
-from halfbyte.convert.hints import read_hints, restore
+from halfbyte.convert.hints import read_hints, restore_groups
 from halfbyte.errors import CheckpointError
 from halfbyte.packing import pack_rows
 
 
 def coded(seed: int, bits: int, group_size: int, *, symmetric: bool, same: int) -> CodedLinear:
-    """A linear of 192 inputs, each `same` neighbouring groups alike."""
+    """Make a linear with 192 inputs in which each `same` neighboring groups are equal."""
     dice = torch.Generator().manual_seed(seed)
     groups = -(-192 // group_size)
     codes = torch.randint(0, 2**bits, (8, 192), generator=dice)
@@ -43,22 +43,22 @@ def coded(seed: int, bits: int, group_size: int, *, symmetric: bool, same: int) 
     group_size=st.sampled_from([32, 64, 96]),
     symmetric=st.booleans(),
     same=st.integers(1, 4),
-    told=st.tuples(st.sampled_from([2, 3, 4, 8]), st.integers(1, 10).map(lambda n: 32 * n)),
+    hint=st.tuples(st.sampled_from([2, 3, 4, 8]), st.integers(1, 10).map(lambda n: 32 * n)),
 )
-def test_no_note_changes_a_weight(seed, bits, group_size, symmetric, same, told):
+def test_hints_never_change_a_weight(seed, bits, group_size, symmetric, same, hint):
     linear = coded(seed, bits, group_size, symmetric=symmetric, same=same)
-    found = restore(linear, *told)
+    found = restore_groups(linear, *hint)
     assert torch.equal(found.dequantize(), linear.dequantize())
 
 
-def test_true_notes_are_followed():
+def test_valid_hints_are_applied():
     linear = coded(1, 8, 32, symmetric=True, same=4)
-    found = restore(linear, 2, 128)
+    found = restore_groups(linear, 2, 128)
     assert (found.bits, found.group_size, found.scales.shape[1]) == (2, 128, 2)
     assert torch.equal(found.dequantize(), linear.dequantize())
 
 
-def test_notes_of_others_are_ignored_and_damaged_ones_told():
+def test_unknown_hints_are_ignored_and_damaged_ones_refused():
     text = '{"a": [4, 128], "b": [5, 128], "c": [4, 48], "d": "x", "e": [4, true], "f": [4, 1e9]}'
     assert read_hints(text, "file") == {"a": (4, 128)}
     assert read_hints(None, "file") == {}

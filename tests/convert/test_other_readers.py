@@ -1,4 +1,4 @@
-"""What other people's packages make of our files: the weights that the codes stand for."""
+"""Converted files read with other packages, compared with the dequantized weights."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_gguf_wider_blocks_hold_asymmetric_codes_exactly(tmp_path):
     assert torch.equal(read.double(), weights[f"{MLP}.up_proj"])
 
 
-def test_gguf_minima_are_off_by_no_more_than_their_own_rounding(tmp_path):
+def test_gguf_minima_differ_only_by_rounding(tmp_path):
     gguf = pytest.importorskip("gguf")
     weights, report = write(tmp_path, "gguf", KINDS["asymmetric"], allow_error=True)
     assert report.holds == {"Q4_1": 4}
@@ -127,8 +127,8 @@ def test_compressed_tensors_decompresses_the_weights(tmp_path, facts):
 
 
 @pytest.mark.parametrize("facts", [KINDS[k] for k in ("symmetric", "asymmetric", "group 64")])
-def test_awq_by_autoawqs_own_rule(tmp_path, facts):
-    """One word at a time, as AutoAWQ's WQLinear_GEMM packs: nibble i holds output order_map[i]."""
+def test_awq_matches_the_packing_of_autoawq(tmp_path, facts):
+    """Unpack word by word as AutoAWQ's WQLinear_GEMM: nibble i has output order_map[i]."""
     weights, report = write(tmp_path, "awq", facts)
     assert report.is_exact
     config = json.loads((tmp_path / "b" / "config.json").read_text())["quantization_config"]
@@ -165,7 +165,7 @@ def test_transformers_takes_the_awq_config(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 @torch.no_grad()
 def test_transformers_computes_the_same_from_compressed_tensors(tmp_path):
-    """With the library that owns the format; symmetric, as its 0.20 loads no packed zeros."""
+    """With the compressed-tensors library; symmetric, as 0.20 loads no packed zeros."""
     pytest.importorskip("compressed_tensors")
     from tests.helpers.checkpoints import Recipe, tiny_llama_config, write_checkpoint
     from transformers import AutoModelForCausalLM

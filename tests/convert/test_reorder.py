@@ -22,7 +22,7 @@ IDS = torch.tensor(token_lists(2, 24))
 
 @pytest.fixture
 def reordered(tmp_path):
-    """Down projections with groups in an order of their own; everything else in order."""
+    """A model with act-order in the down projections only."""
     recipe = Recipe(act_order=True, skip="lm_head|self_attn|gate_proj|up_proj")
     write_checkpoint(tmp_path / "a", tiny_llama_config(), recipe)
     return tmp_path / "a"
@@ -56,7 +56,7 @@ def test_down_projections_fold_into_gate_and_up(tmp_path, to, dense_feeders):
     )
 
 
-def test_every_weight_moves_to_its_place_and_none_changes(reordered, tmp_path):
+def test_folding_reorders_weights_without_changing_them(reordered, tmp_path):
     convert(reordered, tmp_path / "b", config=ConversionConfig(to="compressed-tensors"))
     convert(tmp_path / "b", tmp_path / "c", config=ConversionConfig(to="gptq"))
     before, after = open_checkpoint(reordered), open_checkpoint(tmp_path / "c")
@@ -69,15 +69,15 @@ def test_every_weight_moves_to_its_place_and_none_changes(reordered, tmp_path):
             assert torch.equal(after.files.load([key])[key], before.files.load([key])[key][order])
 
 
-def test_what_does_not_fold_is_refused_by_number(tmp_path):
+def test_unfoldable_act_order_is_refused_with_counts(tmp_path):
     write_checkpoint(tmp_path / "a", tiny_llama_config(), Recipe(act_order=True))
-    with pytest.raises(ValueError, match=r"12 of 14 linears do not fit .*no g_idx") as error:
+    with pytest.raises(ValueError, match=r"cannot represent 12 of 14 linears .*no g_idx") as error:
         convert(tmp_path / "a", tmp_path / "b", config=ConversionConfig(to="awq"))
     assert "and 9 more" in str(error.value)
     assert not (tmp_path / "b").exists()
 
 
-def test_heads_fold_where_groups_stay_within_them():
+def test_heads_fold_if_groups_stay_within_them():
     # two heads of 8 share one value head; groups of 4: even and odd channels of each head
     within = [0, 1, 0, 1, 0, 1, 0, 1]
     groups = torch.tensor(within + [group + 2 for group in within])
@@ -123,8 +123,8 @@ def test_attention_output_folds_into_the_values(tmp_path):
     torch.testing.assert_close(logits(tmp_path / "c"), logits(tmp_path / "a"), rtol=0, atol=1e-9)
 
 
-def test_gates_beside_the_queries_keep_attention_from_folding(tmp_path):
-    """Qwen3-Next: what comes out of attention is gated by rows of q_proj, which nobody reorders."""
+def test_output_gates_prevent_folding(tmp_path):
+    """Qwen3-Next gates the attention output by rows of q_proj, which are not reordered."""
     from transformers import Qwen3NextConfig
 
     sizes = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64}
@@ -150,7 +150,7 @@ def test_gates_beside_the_queries_keep_attention_from_folding(tmp_path):
     assert fold_act_order(source, specs) is None
 
 
-def test_a_norm_between_keeps_it_from_folding(tmp_path, reordered):
+def test_norm_in_the_mlp_prevents_folding(tmp_path, reordered):
     edit_tensors(
         reordered, lambda t: t.update({"model.layers.0.mlp.ffn_norm.weight": torch.ones(96)})
     )

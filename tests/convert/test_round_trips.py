@@ -1,4 +1,4 @@
-"""GPTQ -> X -> GPTQ gives every tensor back, bit for bit."""
+"""GPTQ -> other format -> GPTQ restores every tensor bit for bit."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FORMATS = ("gguf", "awq", "mlx", "compressed-tensors", "gptq")
 
 
 def there_and_back(folder: Path, to: str, **options: object):
-    """Convert ``folder/a`` to another format and back; give the report of the way there."""
+    """Convert ``folder/a`` to another format and back; return the first report."""
     report = convert(folder / "a", folder / "b", config=ConversionConfig(to=to, **options))
     base = folder / "a" if to == "gguf" else None
     back = convert(report.output, folder / "c", config=ConversionConfig(to="gptq"), base=base)
@@ -57,7 +57,7 @@ def linears(**facts):
 def test_every_exact_pair_gives_every_weight_back(
     to, bits, symmetric, zero_offset, blocks, rows, seed
 ):
-    """Over bits, shapes, groups and both dialects; what is refused is refused for a reason."""
+    """Over bits, shapes, groups and both dialects; refusals give a reason."""
     inputs, group = blocks[0] * 32, blocks[1] * 32
     linear = TinyLinear(
         bits=bits, in_features=inputs, out_features=rows, group_size=group, symmetric=symmetric,
@@ -107,8 +107,8 @@ def test_every_tensor_comes_back_bit_for_bit(tmp_path, to, facts):
 
 
 @pytest.mark.parametrize(("to", "bits"), [("awq", 4), ("gguf", 2), ("gguf", 3), ("gguf", 4)])
-def test_larger_groups_and_fewer_bits_are_remembered(tmp_path, to, bits):
-    """Groups of 64 beside some of 128, the last one ragged: AWQ has one size for all."""
+def test_larger_groups_and_fewer_bits_are_restored(tmp_path, to, bits):
+    """Groups of 64 and of 128, the last one ragged: AWQ has one size for all."""
     source = {
         f"{MLP}.down_proj": TinyLinear(in_features=128, out_features=64, group_size=64, bits=bits),
         f"{MLP}.up_proj": TinyLinear(in_features=256, out_features=64, group_size=128, bits=bits),
@@ -119,7 +119,7 @@ def test_larger_groups_and_fewer_bits_are_remembered(tmp_path, to, bits):
     assert_same_checkpoint(tmp_path / "a", tmp_path / "c")
 
 
-def test_a_zero_of_zero_goes_into_version_2(tmp_path):
+def test_zero_of_0_is_written_as_v2(tmp_path):
     source = linears(symmetric=False, zero_offset=0)
     write_source(tmp_path / "a", source, is_whole=True)
     there_and_back(tmp_path, "awq")
@@ -135,7 +135,7 @@ def test_ragged_groups_become_even_ones(tmp_path, to):
     assert_same_weights(tmp_path / "a", tmp_path / "c")
 
 
-def test_mixed_bits_and_groups_keep_each_its_own(tmp_path):
+def test_mixed_bits_and_groups_are_kept(tmp_path):
     source = {
         f"{MLP}.up_proj": TinyLinear(bits=8),
         f"{MLP}.down_proj": TinyLinear(bits=3, group_size=64),
@@ -146,7 +146,7 @@ def test_mixed_bits_and_groups_keep_each_its_own(tmp_path):
     assert_same_checkpoint(tmp_path / "a", tmp_path / "c")
 
 
-def test_float32_holds_every_product_exactly(tmp_path):
+def test_float32_is_exact(tmp_path):
     weights = write_source(tmp_path / "a", linears(symmetric=False, act_order=True))
     config = ConversionConfig(to="hf", dtype="float32")
     report = convert(tmp_path / "a", tmp_path / "b", config=config)
@@ -179,7 +179,7 @@ def test_shards_are_cut_between_linears(tmp_path):
     assert_same_checkpoint(tmp_path / "a", tmp_path / "c")
 
 
-def test_the_card_carries_base_and_licence_and_says_what_was_done(tmp_path):
+def test_card_has_base_model_license_and_description(tmp_path):
     write_source(tmp_path / "a", linears())
     card = "---\nlicense: mit\nbase_model: org/base\nbase_model_relation: quantized\n---\n# A\n"
     (tmp_path / "a" / "README.md").write_text(card)
@@ -190,7 +190,7 @@ def test_the_card_carries_base_and_licence_and_says_what_was_done(tmp_path):
     assert "every weight is exact" in text
 
 
-def test_templates_beside_the_chat_template_are_copied(tmp_path):
+def test_additional_chat_templates_are_copied(tmp_path):
     write_source(tmp_path / "a", linears())
     (tmp_path / "a" / "additional_chat_templates").mkdir()
     (tmp_path / "a" / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
@@ -199,7 +199,7 @@ def test_templates_beside_the_chat_template_are_copied(tmp_path):
     assert copy.read_text() == "{{ tools }}"
 
 
-def test_what_is_refused_for_its_tokenizer_leaves_no_folder(tmp_path):
+def test_invalid_tokenizer_leaves_no_folder(tmp_path):
     write_source(tmp_path / "a", linears())
     (tmp_path / "a" / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
@@ -207,7 +207,7 @@ def test_what_is_refused_for_its_tokenizer_leaves_no_folder(tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-def test_what_is_refused_of_a_folder_is_refused_before_its_weights(tmp_path):
+def test_invalid_companions_are_refused_before_writing_weights(tmp_path):
     write_source(tmp_path / "a", linears())
     (tmp_path / "a" / "LICENSE").symlink_to(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="missing the file LICENSE, which is a link to"):
@@ -216,7 +216,7 @@ def test_what_is_refused_of_a_folder_is_refused_before_its_weights(tmp_path):
 
 
 @pytest.mark.parametrize("to", ["gguf", "awq"])
-def test_what_is_refused_half_way_leaves_no_file(tmp_path, to):
+def test_error_during_writing_leaves_no_file(tmp_path, to):
     write_source(tmp_path / "a", linears())
     tensors = load_file(tmp_path / "a" / "model.safetensors")
     tensors[f"{MLP}.down_proj.bias"][0] = float("nan")
@@ -227,8 +227,8 @@ def test_what_is_refused_half_way_leaves_no_file(tmp_path, to):
 
 
 @pytest.mark.parametrize("file", ["config.json", "quant_config.json"])
-def test_awq_is_known_by_either_of_its_files(tmp_path, file):
-    """AutoAWQ's first versions wrote a file of their own, with other names and no method."""
+def test_awq_is_detected_by_either_config_file(tmp_path, file):
+    """Early versions of AutoAWQ wrote a separate file, with other names and no method."""
     write_source(tmp_path / "a", linears())
     convert(tmp_path / "a", tmp_path / "b", config=ConversionConfig(to="awq"))
     config = json.loads((tmp_path / "b" / "config.json").read_text())
@@ -254,7 +254,7 @@ def test_dense_weights_have_one_type_in_the_config(tmp_path):
 
 
 @pytest.mark.parametrize("to", ["hf", "mlx"])
-def test_no_config_says_any_longer_how_the_source_was_quantized(tmp_path, to):
+def test_quantization_config_of_the_source_is_removed(tmp_path, to):
     write_source(tmp_path / "a", {f"{ATTENTION}.q_proj": TinyLinear(out_features=64)})
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     section = config.pop("quantization_config")
@@ -265,7 +265,7 @@ def test_no_config_says_any_longer_how_the_source_was_quantized(tmp_path, to):
     assert config["text_config"] == {"hidden_size": 64}
 
 
-def test_every_base_of_a_merge_is_named(tmp_path):
+def test_all_base_models_of_a_merge_are_named(tmp_path):
     write_source(tmp_path / "a", linears())
     card = "---\nbase_model:\n- a/x\n- b/y\n---\n# A\n"
     (tmp_path / "a" / "README.md").write_text(card)

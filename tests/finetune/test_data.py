@@ -91,7 +91,7 @@ def bytes_tokenizer(request):
         ("capital of:", "  Paris", ["Ġ", "ĠParis", "</s>"], False),
     ],
 )
-def test_token_on_both_sides_counts_and_is_told(
+def test_token_across_the_border_counts_and_is_noted(
     tmp_path, bytes_tokenizer, prompt, completion, words, joined
 ):
     found = read(tmp_path, bytes_tokenizer, {"prompt": prompt, "completion": completion})
@@ -102,7 +102,7 @@ def test_token_on_both_sides_counts_and_is_told(
     assert whole.notes == ()
 
 
-def test_everything_counts_where_asked(tmp_path, tokenizer):
+def test_everything_counts_on_request(tmp_path, tokenizer):
     row = {"prompt": "w1 w2 ", "completion": "w3 w4"}
     (example,) = read(tmp_path, tokenizer, row, everything=True).examples
     assert example.labels == example.ids
@@ -129,7 +129,7 @@ def test_template_that_rewrites_earlier_turns_is_refused(tmp_path, tokenizer):
     tokenizer.chat_template = (
         "{% for m in messages %}{% if loop.last %}{{ m['content'] }} {% endif %}{% endfor %}"
     )
-    with pytest.raises(DataError, match=r"line 1: the chat template writes message 2 in another"):
+    with pytest.raises(DataError, match=r"line 1: the chat template writes message 2 differently"):
         read(tmp_path, tokenizer, {"messages": chat("w1", "w2", "w3", "w4")})
 
 
@@ -142,8 +142,8 @@ def test_long_examples_are_cut_and_those_without_an_answer_left_out(tmp_path, to
     found = read(tmp_path, tokenizer, *rows, length=4)
     assert [len(example.ids) for example in found.examples] == [4, 3]
     assert found.notes == (
-        "2 of 3 examples cut to 4 tokens",
-        "1 of 3 examples left out: nothing to learn in their first 4 tokens",
+        "2 of 3 examples truncated to 4 tokens",
+        "1 of 3 examples left out: no counted token in their first 4 tokens",
     )
     assert (found.num_tokens, found.num_counted) == (7, 5)
 
@@ -157,7 +157,10 @@ def test_long_examples_are_cut_and_those_without_an_answer_left_out(tmp_path, to
         ({"messages": [{"role": "user"}]}, "line 1 holds messages that the chat template"),
         ("", "is empty"),
         ('{"text": "w1 \\ud83d"}', r"data\.jsonl, line 1 holds half a character, '\\ud83d': "),
-        ({"messages": chat("w1")}, "holds 1 examples, and none has anything to learn within 64"),
+        (
+            {"messages": chat("w1")},
+            "holds 1 examples, and none has a counted token within its first 64",
+        ),
     ],
 )
 def test_bad_lines_are_refused_by_number(tmp_path, tokenizer, row, message):
@@ -200,7 +203,7 @@ def test_split_is_the_same_each_time_and_keeps_equal_examples_together():
 
 
 def test_split_of_too_few_is_refused():
-    with pytest.raises(DataError, match=r"keep 10% of the data apart: it holds 1 different"):
+    with pytest.raises(DataError, match=r"hold out 10% of the data: it has 1 distinct"):
         split_examples(examples_of(3, 3), 0.1, seed=0)
     assert split_examples(examples_of(3, 3), 0, seed=0) == (examples_of(3, 3), None)
 

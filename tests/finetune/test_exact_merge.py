@@ -127,11 +127,11 @@ def test_merged_checkpoint_saves_loads_and_dequantizes(trained, tmp_path):
     torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_no_other_program_takes_it_for_what_it_is_not(trained, tmp_path):
+def test_exact_merge_is_not_mistaken_for_a_standard_checkpoint(trained, tmp_path):
     base, adapter = trained
     merge_exactly(base, adapter, tmp_path / "out", device="cpu")
     for verdict in check_consumers(open_checkpoint(tmp_path / "out")).verdicts:
-        refused = any("merged into offsets" in reason for reason in verdict.reasons)
+        refused = any("offsets of a merged adapter" in reason for reason in verdict.reasons)
         assert refused == (verdict.consumer != "transformers"), verdict
     with pytest.raises(ConfigError, match="has offsets of a merged adapter"):
         convert(tmp_path / "out", tmp_path / "other", config=ConversionConfig(to="gptq"))
@@ -150,7 +150,7 @@ def test_adapters_that_are_not_constant_are_refused(trained, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_goes_on_only_from_a_constant_one(trained, tmp_path, data):
+def test_qalora_starts_only_from_a_group_constant_adapter(trained, tmp_path, data):
     base, adapter = trained
     settings = {"data": data, "config": TRAIN}
     plain = tmp_path / "plain"
@@ -162,7 +162,7 @@ def test_goes_on_only_from_a_constant_one(trained, tmp_path, data):
     merge_exactly(base, tmp_path / "more", tmp_path / "merged", device="cpu")
 
 
-def test_needs_groups(trained, tmp_path, data):
+def test_qalora_needs_packed_linears(trained, tmp_path, data):
     base, adapter = trained
     merge(base, adapter, tmp_path / "dense", device="cpu")
     with pytest.raises(ConfigError, match=r"with --variant qalora: it is a Linear"):
@@ -181,5 +181,5 @@ def test_merge_that_computes_something_else_is_refused(trained, tmp_path, monkey
     monkeypatch.setattr(
         exact_merge, "find_offsets", lambda *a: {n: 0.8 * t for n, t in real(*a).items()}
     )
-    with pytest.raises(VerificationError, match=r"nats per token apart, the bare base and that 0"):
+    with pytest.raises(VerificationError, match=r"nats per token apart, the base alone 0"):
         merge_exactly(base, adapter, tmp_path / "out", data=data, device="cpu")

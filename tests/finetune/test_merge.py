@@ -124,7 +124,7 @@ def test_computing_in_float32_changes_no_weight(base):
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, of tied weights
-def test_head_stays_where_the_table_that_it_shares_has_an_adapter(tmp_path):
+def test_head_is_untied_if_only_the_embeddings_have_an_adapter(tmp_path):
     folder = tmp_path / "base"
     config = tiny_llama_config(vocab_size=64, hidden_size=128, tie_word_embeddings=True)
     write_checkpoint(folder, config, Recipe(dtype=torch.bfloat16))
@@ -155,7 +155,7 @@ def test_folder_that_is_no_adapter_is_refused(base, tmp_path):
         merge(base, tmp_path, tmp_path / "out", device="cpu")
 
 
-def test_peft_refuses_where_halfbyte_merges(base, tmp_path):
+def test_peft_refuses_to_merge_packed_codes(base, tmp_path):
     adapter = write_adapter(base, tmp_path / "adapter")
     model = peft.PeftModel.from_pretrained(halfbyte.load(base), adapter)
     with pytest.raises(ValueError, match="gptq quantized"):
@@ -178,7 +178,7 @@ def test_peft_refuses_where_halfbyte_merges(base, tmp_path):
         (
             (2.1, 0.0, 0.45),
             (2.2, 0.0, 0.44),
-            "Cannot tell whether it keeps the task, .* too little",
+            "Cannot tell whether it keeps the task, .* too few",
         ),
     ],
 )

@@ -15,7 +15,7 @@ from halfbyte.errors import CheckpointError, ConfigError, JournalError, ModelErr
 from halfbyte.finetune import requantize
 from halfbyte.finetune.data import Example, Examples
 from halfbyte.finetune.merge import merge_layers
-from halfbyte.finetune.merge_check import MOST_SCORED, divide_examples
+from halfbyte.finetune.merge_check import MAX_SCORED, split_task_examples
 from halfbyte.finetune.requantize import (
     MERGED_FOLDER,
     merge_and_quantize,
@@ -76,7 +76,7 @@ def work(base, adapter, out, data, progress=None, resume=False):
     )  # fmt: skip
 
 
-def test_killed_run_leaves_all_in_its_folder_and_goes_on(base, tmp_path, data):
+def test_killed_run_is_resumed_and_leaves_nothing_outside_its_folder(base, tmp_path, data):
     adapter, out = write_adapter(base, tmp_path / "adapter"), tmp_path / "out" / "model"
     process = CONTEXT.Process(target=work, args=(base, adapter, out, data, Killing()))
     process.start()
@@ -96,7 +96,7 @@ def test_killed_run_leaves_all_in_its_folder_and_goes_on(base, tmp_path, data):
         assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
 
 
-def test_output_is_looked_at_before_the_merge_and_a_failed_one_leaves_nothing(
+def test_output_is_checked_first_and_a_failed_merge_leaves_nothing(
     base, tmp_path, data, monkeypatch
 ):
     def fail(*_args, **_keywords):
@@ -110,7 +110,7 @@ def test_output_is_looked_at_before_the_merge_and_a_failed_one_leaves_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_scheme_of_the_base_is_taken_over(base, tmp_path):
+def test_scheme_of_the_base_is_reused(base, tmp_path):
     config = merging_config(base, end_to_end_steps=7)
     assert (config.bits, config.group_size, config.symmetric, config.desc_act) == (
         4, 32, False, True,
@@ -123,7 +123,7 @@ def test_scheme_of_the_base_is_taken_over(base, tmp_path):
         scheme_of(tmp_path)
 
 
-def test_examples_stay_apart_with_their_labels_and_half_of_the_tokens(base):
+def test_examples_are_separate_sequences_with_half_of_the_tokens(base):
     examples = make_examples(40)
     calibration = CalibrationConfig(samples=10, length=16)
     text = task_calibration(examples, build_tokenizer(), calibration)
@@ -138,16 +138,16 @@ def test_examples_stay_apart_with_their_labels_and_half_of_the_tokens(base):
     assert sum("labels" in row for row in few) == 4
 
 
-def test_judges_by_examples_that_nothing_is_fitted_to(base, tmp_path, data, monkeypatch):
+def test_held_out_examples_are_not_in_the_calibration(base, tmp_path, data, monkeypatch):
     examples = Examples(examples=tuple(make_examples(50)), notes=())
-    fitted, judging = divide_examples(examples)
+    fitted, judging = split_task_examples(examples)
     assert len(judging) == 10
     assert len(fitted) == 40
     assert not {e.ids for e in fitted} & {e.ids for e in judging}
     many = Examples(examples=tuple(make_examples(4000)), notes=())
-    assert len(divide_examples(many)[1]) <= MOST_SCORED
+    assert len(split_task_examples(many)[1]) <= MAX_SCORED
     same = Examples(examples=(make_examples(1)[0],) * 3, notes=())
-    assert divide_examples(same) == (same.examples, same.examples)
+    assert split_task_examples(same) == (same.examples, same.examples)
 
     seen = []
     real = run_text.load_calibration
@@ -172,17 +172,17 @@ def test_judges_by_examples_that_nothing_is_fitted_to(base, tmp_path, data, monk
 def test_an_exact_merge_keeps_the_codes(capsys, tmp_path, other):
     code = main(["merge", "base", "adapter", "-o", str(tmp_path / "out"), "--exact", *other])
     assert code != 0
-    assert f"--exact is given with {other[0]}" in capsys.readouterr().err
+    assert f"--exact cannot be combined with {other[0]}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("given", "named"),
     [
-        (["--bits", "2", "--group-size", "32"], "bits, group_size is given without --quantize"),
-        (["--samples", "4"], "samples is given"),
-        (["--memory", "4GB"], "memory is given"),
-        (["--resume"], "resume is given"),
-        (["--exact", "--seed", "1"], "seed is given"),
+        (["--bits", "2", "--group-size", "32"], "Options without effect: bits, group_size. They"),
+        (["--samples", "4"], "effect: samples."),
+        (["--memory", "4GB"], "effect: memory."),
+        (["--resume"], "effect: resume."),
+        (["--exact", "--seed", "1"], "effect: seed."),
     ],
 )
 def test_options_of_quantizing_are_refused_without_it(capsys, tmp_path, given, named):

@@ -53,7 +53,7 @@ class Told:
     def stepped(self, step, loss):
         self.out.send(("step", step))
 
-    def judged(self, step, loss, best): ...
+    def evaluated(self, step, loss, best): ...
 
     def finished(self): ...
 
@@ -203,7 +203,7 @@ def test_resuming_a_finished_run_gives_its_report(trained, base, data):
         finetune(base, out, data=data, adapter=ADAPTER, config=CONFIG)
 
 
-def test_stops_early_where_nothing_gets_better(base, data, tmp_path):
+def test_stops_early_without_improvement(base, data, tmp_path):
     config = TrainConfig(
         **{**SETTINGS, "learning_rate": 1.0, "patience": 2, "epochs": 20, "evaluate_every": 2}
     )
@@ -213,7 +213,7 @@ def test_stops_early_where_nothing_gets_better(base, data, tmp_path):
     assert report.steps - report.kept_step == 2 * 2
 
 
-def test_goes_on_from_an_adapter(trained, base, data, tmp_path):
+def test_starts_from_an_adapter(trained, base, data, tmp_path):
     out, report = trained
     config = TrainConfig(**{**SETTINGS, "epochs": 1, "learning_rate": 1e-6, "evaluate_every": 1})
     again = finetune(
@@ -240,7 +240,7 @@ def test_variants_packing_and_no_validation(base, data, tmp_path, variant):
     assert len(tensors) == 4 * (3 if variant == "dora" else 2)
 
 
-def test_packing_is_refused_where_examples_would_see_each_other(base):
+def test_packing_is_refused_if_examples_see_each_other(base):
     subject = open_subject(base, dtype="float32", device="cpu")
     check_packing(subject)
     forward = subject.model.forward
@@ -268,7 +268,7 @@ def test_unknown_target_is_refused_with_its_name(base, data, tmp_path):
     [
         ({"learning_rate": 1e30}, r"failed: the loss is (nan|inf) after [12] steps\. No adapter "
          r"was written\. Remove .* with a lower --learning-rate \(it is 1e\+30\)\."),
-        ({"learning_rate": 1e30, "evaluate_every": 1}, r"loss on data kept apart is nan after 1 s"),
+        ({"learning_rate": 1e30, "evaluate_every": 1}, r"held-out loss is nan after 1 s"),
         ({"learning_rate": 1e30, "validation": 0.0, "max_steps": 2, "dtype": "bfloat16"},
          r"is (nan|inf) .* --dtype float32 \(it is bfloat16\)"),
     ],
@@ -282,7 +282,7 @@ def test_run_that_diverges_stops_there_and_writes_no_adapter(
     assert [path.name for path in (tmp_path / "a").iterdir()] == [".halfbyte"]
 
 
-def test_base_without_numbers_is_said_to_be_the_reason(base, data, tmp_path, monkeypatch):
+def test_base_with_values_that_are_not_finite_is_blamed(base, data, tmp_path, monkeypatch):
     def open_broken(*arguments):
         subject = open_base(*arguments)
         subject.model.model.norm.weight.data.fill_(torch.nan)
@@ -290,7 +290,7 @@ def test_base_without_numbers_is_said_to_be_the_reason(base, data, tmp_path, mon
 
     monkeypatch.setattr(train, "open_base", open_broken)
     with pytest.raises(
-        ModelError, match=r"is nan after 0 steps\. .*on another base: this one gives no"
+        ModelError, match=r"is nan after 0 steps\. .*on another base: this one does not"
     ):
         finetune(base, tmp_path / "a", data=data, adapter=ADAPTER, config=CONFIG)
 
@@ -332,7 +332,7 @@ def test_tokens_of_another_model_are_refused(base, data, tmp_path, monkeypatch):
             examples=(train.Example((5, 900), (5, 900)), train.Example((6, 7), (6, 7))), notes=()
         ),
     )  # fmt: skip
-    with pytest.raises(DataError, match=r"token id 900, and .* knows 0\.\.63"):
+    with pytest.raises(DataError, match=r"token id 900, and .* has ids 0\.\.63"):
         finetune(base, tmp_path / "a", data=data, config=CONFIG)
 
 
@@ -351,7 +351,12 @@ def test_missing_packages_are_named_with_the_command(base, data, tmp_path, monke
 
 @pytest.mark.parametrize(
     ("rows", "changes", "steps"),
-    [(10, {}, 9), (10, {"accumulate": 2}, 6), (10, {"epochs": 0.5}, 2), (10, {"max_steps": 4}, 4)],
+    [
+        (10, {}, 9),
+        (10, {"gradient_accumulation_steps": 2}, 6),
+        (10, {"epochs": 0.5}, 2),
+        (10, {"max_steps": 4}, 4),
+    ],
 )
 def test_counts_steps(rows, changes, steps):
     assert count_steps(rows, TrainConfig(**{"epochs": 3, "batch_size": 4, **changes})) == steps

@@ -1,4 +1,4 @@
-"""Small whole checkpoints to damage, one for each kind that a reader meets."""
+"""Small complete checkpoints for fuzzing, one for each kind that exists in practice."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Files = dict[str, bytes]
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """A checkpoint as bytes, and what its format cannot tell by itself."""
+    """The files of a checkpoint as bytes, and the properties of its linears."""
 
     name: str
     files: Mapping[str, bytes]
@@ -62,7 +62,7 @@ def make_bases(folder: Path) -> list[Base]:
     asymmetric = TinyLinear(symmetric=False, zero_offset=0, act_order=True)
     old = TinyLinear(bits=3, with_g_idx=False, scale_dtype=torch.bfloat16)
     bare = TinyLinear(bits=2, symmetric=False)
-    bases = [_make_our_own(folder / "ours")]
+    bases = [_make_halfbyte_checkpoint(folder / "ours")]
     for name, linear, config_file, file_name in (
         ("v2 act-order", asymmetric, "quantize_config.json", "model.safetensors"),
         ("AutoGPTQ", old, "quantize_config.json", "gptq_model-3bit-32g.safetensors"),
@@ -83,8 +83,8 @@ def make_bases(folder: Path) -> list[Base]:
     return bases
 
 
-def _make_our_own(folder: Path) -> Base:
-    """Two shards with an index, both configs, digests; mixed bits, ragged groups, a bias."""
+def _make_halfbyte_checkpoint(folder: Path) -> Base:
+    """Make two shards with an index, configs and digests; mixed bits, ragged groups, a bias."""
     linears = {
         f"{BLOCK}.self_attn.q_proj": TinyLinear(with_bias=True),
         f"{BLOCK}.mlp.up_proj": TinyLinear(bits=8),

@@ -1,4 +1,4 @@
-"""Damage small models in every format that a conversion reads, and read what is left."""
+"""Damage small models in every source format of conversions, and read the result."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.fuzz.bases import Base, Files, read_files
+from tests.fuzz.damage import Damage
+from tests.fuzz.folder_mutations import LABEL_VALUES
 from tests.fuzz.judge import write_files
-from tests.fuzz.mutations import LABEL_VALUES, MUTATORS, Damage
+from tests.fuzz.mutations import MUTATORS
 from tests.helpers.conversions import ATTENTION, MLP, write_source
 from tests.helpers.tiny_gptq import TinyLinear
 
@@ -58,7 +60,7 @@ def damage(rng: random.Random, base: Base) -> tuple[Damage, Files]:
 
 
 def change_config(rng: random.Random, base: Base, files: Files) -> Damage:
-    """Put an odd value anywhere in the config."""
+    """Replace any value in the config by an unexpected one."""
     content = json.loads(files["config.json"])
     place: Any = content
     path: list[Any] = []
@@ -76,7 +78,7 @@ def change_config(rng: random.Random, base: Base, files: Files) -> Damage:
 
 
 def header_bytes(content: bytes) -> int:
-    """Everything of a GGUF file before its data: up to the last tensor's name, about."""
+    """Estimate the size of a GGUF file's header, which ends soon after the last tensor's name."""
     return content.rfind(b"blk.0") + 60
 
 
@@ -90,7 +92,7 @@ def flip_bits(rng: random.Random, files: Files) -> Damage:
 
 
 def change_number(rng: random.Random, files: Files) -> Damage:
-    """Put a forged count, length, type or offset anywhere in the header."""
+    """Overwrite a position in the header with a forged count, length, type or offset."""
     content = bytearray(files["model.gguf"])
     place = rng.randrange(4, header_bytes(content))
     code = rng.choice("IQ")
@@ -117,7 +119,7 @@ def flip_data(rng: random.Random, files: Files) -> Damage:
 
 
 def move_bytes(rng: random.Random, files: Files) -> Damage:
-    """Lose or double a run of bytes."""
+    """Remove or duplicate a run of bytes."""
     content = files["model.gguf"]
     place, length = rng.randrange(len(content)), rng.choice([1, 4, 8, 32])
     lost = rng.random() < 0.5
@@ -133,12 +135,12 @@ def judge(folder: Path, files: Files, source: Path | None) -> str:
     """Read a damaged model in every way that a conversion does.
 
     Args:
-        folder: Is emptied and filled.
+        folder: Where to write it; existing content is removed.
         files: The damaged model.
-        source: Where a config and a tokenizer are, to convert it whole; None: only read it.
+        source: Folder of a config and a tokenizer, to convert the model; None to only read it.
 
     Returns:
-        "refused" or "read"; anything but one of halfbyte's own errors comes through.
+        "refused" or "read". Exceptions other than halfbyte's are not caught.
     """
     write_files(folder / "x", files)
     shutil.rmtree(folder / "out", ignore_errors=True)

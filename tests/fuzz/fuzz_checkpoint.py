@@ -1,4 +1,4 @@
-"""Damage checkpoints by the thousand: each must be refused, or give the weights of the intact one.
+"""Fuzz the checkpoint reader: a damaged checkpoint must be refused or give the original weights.
 
 Run from the root of the project: ``python -m tests.fuzz.fuzz_checkpoint --mutations 10000``.
 """
@@ -41,7 +41,7 @@ def main() -> int:
             write_files(folder / "x", dict(base.files))
             intact[base.name] = digest_weights(open_checkpoint(folder / "x"))
         for number in range(args.mutations):
-            # One generator per mutation: any of them can be run again by itself.
+            # One generator per mutation, so that any of them can be repeated alone.
             rng = random.Random(f"{args.seed}/{number}")
             base = rng.choice(bases)
             done, files = damage(rng, base)
@@ -49,7 +49,7 @@ def main() -> int:
             signal.alarm(HANG_SECONDS)
             try:
                 outcome = judge(folder / "x", base, intact[base.name], done, files)
-            except Exception:  # noqa: BLE001 - whatever it is, it is what is looked for
+            except Exception:  # noqa: BLE001 - any other exception is a defect
                 outcome = "FAILED"
                 failures.append(f"mutation {number}: {base.name}: {done}\n{traceback.format_exc()}")
             signal.alarm(0)
@@ -61,7 +61,7 @@ def main() -> int:
 
 
 def _report_hang(*_: object) -> None:
-    raise TimeoutError(f"no end after {HANG_SECONDS} s")
+    raise TimeoutError(f"not finished after {HANG_SECONDS} s")
 
 
 def _count_lines(counts: dict[str, Counter[str]]) -> list[str]:

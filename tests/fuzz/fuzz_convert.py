@@ -1,7 +1,7 @@
-"""Damage models in every format by the thousand: a clear error or a model, and nothing else.
+"""Fuzz the sources of conversions: a damaged model must be refused or read, without a crash.
 
-Run from the root of the project: ``python -m tests.fuzz.fuzz_convert --mutations 10000``, which is
-that many for each format.
+Run from the root of the project: ``python -m tests.fuzz.fuzz_convert --mutations 10000``; the
+number is that for each format.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ def main() -> int:
         folder = Path(temporary)
         bases = make_bases(folder / "bases")
         for base in bases:
-            for number in range(args.mutations // 2):  # two bases of each format
+            for number in range(args.mutations // 2):  # there are two bases per format
                 rng = random.Random(f"{args.seed}/{base.name}/{number}")
                 done, files = damage(rng, base)
                 source = folder / "bases" / "sourceTrue" if number % 10 == 0 else None
                 signal.alarm(HANG_SECONDS)
                 try:
                     outcome = judge(folder / "work", files, source)
-                except Exception:  # noqa: BLE001 - whatever it is, it is what is looked for
+                except Exception:  # noqa: BLE001 - any other exception is a defect
                     outcome = "FAILED"
                     failures.append(f"{base.name} {number}: {done}\n{traceback.format_exc()}")
                 signal.alarm(0)
@@ -50,7 +50,7 @@ def main() -> int:
 
 
 def _report_hang(*_: object) -> None:
-    raise TimeoutError(f"no end after {HANG_SECONDS} s")
+    raise TimeoutError(f"not finished after {HANG_SECONDS} s")
 
 
 if __name__ == "__main__":

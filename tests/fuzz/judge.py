@@ -1,4 +1,4 @@
-"""Read a damaged checkpoint in every way there is, and judge what came of it."""
+"""Read a damaged checkpoint in every possible way, and judge the result."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from tests.fuzz.bases import Base, Files
-from tests.fuzz.mutations import Damage
+from tests.fuzz.damage import Damage
 
 from halfbyte.checkpoint.check import check_consumers
 from halfbyte.checkpoint.read import Checkpoint, open_checkpoint
@@ -20,7 +20,7 @@ Weights = Mapping[str, str]
 
 
 def digest_weights(checkpoint: Checkpoint) -> Weights:
-    """Digest what every linear computes with: its weight and its bias."""
+    """Compute a digest of every linear's weight and bias."""
     digests = {}
     for name in checkpoint.linears:
         bias = checkpoint.load_linear(name).bias
@@ -41,18 +41,18 @@ def judge(folder: Path, base: Base, intact: Weights, done: Damage, files: Files)
     """Write the damaged checkpoint and read it.
 
     Args:
-        folder: Is emptied and filled.
-        base: What was damaged.
+        folder: Where to write it; existing content is removed.
+        base: The checkpoint before the mutation.
         intact: :func:`digest_weights` of the base.
-        done: How it was damaged.
-        files: The result.
+        done: The mutation.
+        files: The damaged checkpoint.
 
     Returns:
-        "refused", "same" (all weights as before), "digest" (other weights, and the digests told)
-        or "fooled" (other weights in a file that is as valid as before).
+        "refused", "same" (weights unchanged), "digest" (weights changed, detected by the digests)
+        or "fooled" (weights changed in a file that is still valid).
 
     Raises:
-        AssertionError: Other weights came out and nothing told, though something could.
+        AssertionError: The weights changed without an error, although it was detectable.
     """
     write_files(folder, files)
     try:
@@ -66,15 +66,15 @@ def judge(folder: Path, base: Base, intact: Weights, done: Damage, files: Files)
             checkpoint.verify()
         except HalfbyteError:
             return "same" if weights == intact else "digest"
-        raise AssertionError(f"{base.name}: {done}: the digests did not tell")
+        raise AssertionError(f"{base.name}: {done}: not detected by the digests")
     if weights == intact:
         return "same"
-    assert done.may_fool, f"{base.name}: {done}: other weights, and nothing told"
+    assert done.may_fool, f"{base.name}: {done}: the weights changed without an error"
     return "fooled"
 
 
 def _should_not_verify(base: Base, files: Files, checkpoint: Checkpoint) -> bool:
-    """Whether weight files or the config are not what was written."""
+    """Return whether weight files or the config differ from the original."""
     config = json.loads(base.files["config.json"])["quantization_config"]
     return checkpoint.labels.raw != config or any(
         files.get(name) != base.files[name] for name in base.weight_files

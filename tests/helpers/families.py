@@ -92,7 +92,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 def build_family(family: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**FAMILIES[family], **changes})
+    config = AutoConfig.for_model(family, **{**FAMILIES.get(family, _COMMON), **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for parameter in model.parameters():
         # Routers and other parameters that Transformers leaves uninitialized.

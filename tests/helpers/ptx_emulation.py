@@ -1,4 +1,4 @@
-"""Emulates on numpy arrays the inline PTX instructions of the Triton kernels."""
+"""The few PTX instructions that the Triton kernels use inline, on numpy arrays."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 
 def run_ptx(text: str, inputs: list[np.ndarray], num_outputs: int) -> list[np.ndarray]:
-    """Run inline assembly elementwise; its operands are the outputs, then the inputs.
+    """Run inline assembly whose outputs come first; one element of each array at a time.
 
     Returns:
-        Outputs of dtype uint32, or uint16 if the output is half of a ``mov.b32``.
+        uint32, or uint16 where the output is half of a ``mov.b32``.
     """
     registers: dict[str, np.ndarray] = {
         f"${num_outputs + index}": value.astype(np.uint32) for index, value in enumerate(inputs)

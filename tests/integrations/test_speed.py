@@ -81,5 +81,7 @@ def test_killed_measurement_is_told():
 
 
 def test_too_few_tokens_are_refused():
-    with pytest.raises(ConfigError, match="512 prompt tokens, 1 new ones, 3 times; 1, 2 and 1"):
+    with pytest.raises(
+        ConfigError, match="512 prompt tokens and 1 new tokens 3 times; use at least 1, 2"
+    ):
         measure_speed(lambda: None, new_tokens=1)

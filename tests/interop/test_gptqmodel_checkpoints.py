@@ -134,7 +134,7 @@ def test_check_says_whether_gptqmodel_takes_our_checkpoint(ours_decoded, name):
 def test_checkpoints_of_gptqmodel_are_not_all_trivial(theirs):
     """What was asked of GPTQModel is in the files: else the tests above would prove less."""
     module = "model.layers.0.self_attn.q_proj"
-    q_proj = {n: open_checkpoint(folder).load_facts(module) for n, (folder, _) in theirs.items()}
+    q_proj = {n: open_checkpoint(folder).load_info(module) for n, (folder, _) in theirs.items()}
     assert not q_proj["desc_act"].has_trivial_groups
     assert not q_proj["v2, asymmetric"].zeros.is_symmetric
     assert q_proj["v2, asymmetric"].zeros.zero_offset == 0

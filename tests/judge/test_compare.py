@@ -225,7 +225,7 @@ def test_pickled_weights_are_rejected_even_with_cached_answers(base, run, make_c
         weights = folder / "model.safetensors"
         torch.save({}, folder / "pytorch_model.bin")
         weights.unlink()
-        with pytest.raises(CheckpointError, match=r"pickles only \(pytorch_model.bin\)"):
+        with pytest.raises(CheckpointError, match=r"stored only as pickles \(pytorch_model.bin\)"):
             run(folder)
 
 

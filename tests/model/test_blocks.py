@@ -1,4 +1,4 @@
-"""Blocks and shared inputs are found by structure and by running, never by family."""
+"""Finding blocks by structure, and shared inputs by running a block."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ def test_blocks_are_the_longest_list(family: str, prefix: str) -> None:
     assert blocks.name(2) == f"{prefix}.2"
 
 
-def test_one_block_with_a_list_inside_is_still_the_block() -> None:
+def test_single_block_with_an_inner_list_is_found() -> None:
     blocks = find_blocks(build_family("mixtral", num_hidden_layers=1))
     assert blocks.prefix == "model.layers"
 
 
-def test_blocks_are_found_where_linears_hold_no_parameters() -> None:
+def test_blocks_are_found_if_linears_have_no_parameters() -> None:
     # OLMo's norms have no weights either.
     model = build_family("olmo")
     for name, linear in quantizable_linears(find_blocks(model).modules[0]).items():
@@ -77,7 +77,7 @@ def test_blocks_are_found_where_linears_hold_no_parameters() -> None:
     assert not sum(p.numel() for p in model.model.layers.parameters())
 
 
-def test_blocks_are_the_text_decoders_beside_a_larger_vision_tower() -> None:
+def test_blocks_of_the_text_decoder_are_found_beside_a_larger_vision_tower() -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
     text = {**sizes, "num_hidden_layers": 2, "num_key_value_heads": 2, "vocab_size": 128}
     config = Gemma3Config(
@@ -111,7 +111,7 @@ def test_skeleton_holds_buffers_but_no_parameters() -> None:
     assert not model.training
 
 
-def test_queries_keys_and_values_share_an_input_and_so_do_gate_and_up() -> None:
+def test_qkv_share_an_input_and_so_do_gate_and_up() -> None:
     assert names(stages_of("llama")) == [
         [("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")],
         [("self_attn.o_proj",)],
@@ -124,7 +124,7 @@ def test_stages_know_how_wide_their_input_is() -> None:
     assert [stage.input_features for stage in stages_of("llama")] == [64, 64, 64, 96]
 
 
-def test_parallel_attention_and_feed_forward_have_inputs_of_their_own() -> None:
+def test_parallel_attention_and_feed_forward_have_separate_inputs() -> None:
     """GPT-NeoX runs both on the block's input, behind two norms."""
     assert names(stages_of("gpt_neox")) == [
         [("attention.query_key_value",)],
@@ -162,7 +162,7 @@ def test_stage_of_experts_has_one_group_each(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral", "deepseek_v2", "gpt2", "falcon", "bloom"])
-def test_every_linear_stands_in_exactly_one_stage(family: str) -> None:
+def test_every_linear_is_in_exactly_one_stage(family: str) -> None:
     model = build_family(family)
     unfuse_experts(model)
     expected = sorted(quantizable_linears(find_blocks(model).modules[1]))
@@ -170,7 +170,7 @@ def test_every_linear_stands_in_exactly_one_stage(family: str) -> None:
     assert sorted(found) == expected
 
 
-def test_linear_that_did_not_run_comes_last_on_its_own() -> None:
+def test_linear_that_did_not_run_gets_the_last_stage() -> None:
     block = nn.ModuleDict({"unused": nn.Linear(4, 4), "used": nn.Linear(4, 4)})
 
     def run() -> int:
@@ -180,7 +180,7 @@ def test_linear_that_did_not_run_comes_last_on_its_own() -> None:
     assert names(find_stages(block, run)) == [[("used",)], [("unused",)]]
 
 
-def test_equal_numbers_in_two_tensors_are_not_a_shared_input() -> None:
+def test_equal_values_in_two_tensors_are_not_a_shared_input() -> None:
     block = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "c": nn.Linear(4, 4)})
     x = torch.ones(3, 4)
 
@@ -195,7 +195,7 @@ def test_equal_numbers_in_two_tensors_are_not_a_shared_input() -> None:
 
 
 @pytest.mark.parametrize("linear", [nn.Linear(6, 4), Conv1D(4, 6)], ids=["Linear", "Conv1D"])
-def test_weight_goes_in_and_comes_out_the_same_way_round(linear: nn.Module) -> None:
+def test_set_weight_and_get_weight_use_the_same_orientation(linear: nn.Module) -> None:
     weight = torch.randn(4, 6)
     set_linear_weight(linear, weight)
     assert torch.equal(linear_weight(linear), weight)
@@ -203,7 +203,7 @@ def test_weight_goes_in_and_comes_out_the_same_way_round(linear: nn.Module) -> N
     torch.testing.assert_close(linear(x), x @ weight.t() + linear.bias)
 
 
-def test_set_weight_keeps_the_modules_type() -> None:
+def test_set_weight_keeps_the_modules_dtype() -> None:
     linear = nn.Linear(6, 4, dtype=torch.bfloat16)
     set_linear_weight(linear, torch.randn(4, 6))
     assert linear.weight.dtype == torch.bfloat16

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from transformers import BloomConfig, GPT2Config, LlamaConfig, Qwen3Config
 
-from halfbyte.model.context_length import longest_text
+from halfbyte.model.context_length import max_context_length
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
@@ -25,5 +25,5 @@ LINEAR = {"rope_type": "linear", "factor": 4.0}
         (LlamaConfig(max_position_embeddings=16384, rope_scaling=LINEAR), 16384),
     ],
 )
-def test_longest_text_is_what_positions_reach(config, longest):
-    assert longest_text(config) == longest
+def test_max_context_length_follows_the_positions(config, longest):
+    assert max_context_length(config) == longest

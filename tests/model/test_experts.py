@@ -1,4 +1,4 @@
-"""Fused experts and the linears that they are split into compute the same."""
+"""Split experts compute the same as the fused ones."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_split_experts_equal_the_fused_ones_in_every_layout(layout: dict[str, bo
 
 
 @torch.no_grad()
-def test_split_takes_the_fused_memory_and_leaves_none_behind() -> None:
+def test_split_experts_are_views_of_the_fused_memory() -> None:
     fused = FusedExperts(gate=True, bias=True, transposed=False, concatenated=True)
     address = fused.gate_up_proj.data_ptr()
     split = UnfusedExperts(fused, ProjectionNames(gate="w1", up="w3", down="w2"))
@@ -112,7 +112,7 @@ def test_split_takes_the_fused_memory_and_leaves_none_behind() -> None:
     ("observer", "gradient", "called"),
     [(None, False, [1, 3]), (lambda *_: None, False, range(EXPERTS)), (None, True, range(EXPERTS))],
 )
-def test_experts_without_tokens_run_only_where_someone_waits_for_them(
+def test_experts_without_tokens_run_only_for_an_observer_or_gradients(
     observer: Any, gradient: bool, called: Sequence[int]
 ) -> None:
     fused = FusedExperts(gate=True, bias=True, transposed=False, concatenated=True)
@@ -180,13 +180,11 @@ def test_stages_without_a_gate() -> None:
         ("deepseek_v3", ProjectionNames()),
     ],
 )
-def test_projections_are_called_what_the_files_call_them(
-    family: str, expected: ProjectionNames
-) -> None:
+def test_projections_are_named_as_on_disk(family: str, expected: ProjectionNames) -> None:
     assert projection_names(Renaming(build_family(family))) == expected
 
 
-def test_only_the_experts_asked_for_are_split() -> None:
+def test_only_selected_experts_are_split() -> None:
     model = build_family("qwen3_moe")
     assert len(find_fused_experts(model)) == 3
     replaced = unfuse_experts(model, lambda name: ".1." in name)
@@ -194,7 +192,7 @@ def test_only_the_experts_asked_for_are_split() -> None:
     assert len(find_fused_experts(model)) == 2
 
 
-def test_model_without_experts_is_left_alone() -> None:
+def test_model_without_experts_is_unchanged() -> None:
     assert unfuse_experts(build_family("llama")) == []
 
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from halfbyte.errors import CheckpointError
-from halfbyte.model.hidden_states import HeldStates, HiddenStates
+from halfbyte.model.hidden_states import DeviceHiddenStates, HiddenStates
 
 SHAPES = [(2, 5), (1, 3), (2, 5)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_batches_come_back_bit_by_bit(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_batches_round_trip_bit_identically(dtype: torch.dtype, tmp_path: Path) -> None:
     batches = [torch.randn(*shape, 4).to(dtype) for shape in SHAPES]
     with HiddenStates(tmp_path / "h.bin", SHAPES, 4, dtype) as states:
         for index in (2, 0, 1):
@@ -26,7 +26,7 @@ def test_batches_come_back_bit_by_bit(dtype: torch.dtype, tmp_path: Path) -> Non
     assert (tmp_path / "h.bin").stat().st_size == (10 + 3 + 10) * 4 * dtype.itemsize
 
 
-def test_file_is_found_again(tmp_path: Path) -> None:
+def test_existing_file_is_reused(tmp_path: Path) -> None:
     with HiddenStates(tmp_path / "h.bin", SHAPES, 4, torch.float32) as states:
         states.write(1, torch.full((1, 3, 4), 7.0))
         digest = states.digest()
@@ -35,14 +35,14 @@ def test_file_is_found_again(tmp_path: Path) -> None:
         assert bool((states.read(1) == 7).all())
 
 
-def test_what_is_read_is_a_copy(tmp_path: Path) -> None:
+def test_read_returns_a_copy(tmp_path: Path) -> None:
     with HiddenStates(tmp_path / "h.bin", [(1, 2)], 4, torch.float32) as states:
         states.write(0, torch.ones(1, 2, 4))
         states.read(0).zero_()
         assert bool((states.read(0) == 1).all())
 
 
-def test_digest_sees_every_bit(tmp_path: Path) -> None:
+def test_digest_depends_on_every_bit(tmp_path: Path) -> None:
     with HiddenStates(tmp_path / "h.bin", SHAPES, 4, torch.float32) as states:
         for index, shape in enumerate(SHAPES):
             states.write(index, torch.randn(*shape, 4))
@@ -53,7 +53,7 @@ def test_digest_sees_every_bit(tmp_path: Path) -> None:
         assert states.digest() != before
 
 
-def test_other_type_is_cast_and_other_shape_refused(tmp_path: Path) -> None:
+def test_other_dtype_is_cast_and_other_shape_refused(tmp_path: Path) -> None:
     with HiddenStates(tmp_path / "h.bin", [(1, 2)], 4, torch.bfloat16) as states:
         states.write(0, torch.full((1, 2, 4), 1.5, dtype=torch.float32))
         assert bool((states.read(0) == 1.5).all())
@@ -61,7 +61,7 @@ def test_other_type_is_cast_and_other_shape_refused(tmp_path: Path) -> None:
             states.write(0, torch.zeros(2, 2, 4))
 
 
-def test_file_cut_short_by_another_program_is_no_endless_loop(tmp_path: Path) -> None:
+def test_truncated_file_raises(tmp_path: Path) -> None:
     with HiddenStates(tmp_path / "h.bin", [(1, 2)], 4, torch.float32) as states:
         states.write(0, torch.ones(1, 2, 4))
         (tmp_path / "h.bin").write_bytes(b"1234")
@@ -69,9 +69,9 @@ def test_file_cut_short_by_another_program_is_no_endless_loop(tmp_path: Path) ->
             states.read(0)
 
 
-def test_held_states_reach_the_file_when_they_are_saved(tmp_path: Path) -> None:
+def test_device_states_are_written_to_the_file_by_save(tmp_path: Path) -> None:
     old, new = torch.randn(2, 5, 4), torch.randn(2, 5, 4)
-    with HeldStates(tmp_path / "h.bin", SHAPES, 4, torch.float32) as states:
+    with DeviceHiddenStates(tmp_path / "h.bin", SHAPES, 4, torch.float32) as states:
         states.write(0, old)
         states.write(1, torch.ones(1, 3, 4))
         states.write(2, old)
@@ -84,10 +84,10 @@ def test_held_states_reach_the_file_when_they_are_saved(tmp_path: Path) -> None:
         assert torch.equal(states.read(2), old)
 
 
-def test_of_two_held_files_one_lets_go_as_the_other_takes_over(tmp_path: Path) -> None:
+def test_writing_device_states_frees_the_replaced_batch(tmp_path: Path) -> None:
     with (
-        HeldStates(tmp_path / "0.bin", SHAPES, 4, torch.float32) as before,
-        HeldStates(tmp_path / "1.bin", SHAPES, 4, torch.float32) as behind,
+        DeviceHiddenStates(tmp_path / "0.bin", SHAPES, 4, torch.float32) as before,
+        DeviceHiddenStates(tmp_path / "1.bin", SHAPES, 4, torch.float32) as behind,
     ):
         behind.replaced = before
         for batch, (sequences, tokens) in enumerate(SHAPES):
@@ -98,7 +98,7 @@ def test_of_two_held_files_one_lets_go_as_the_other_takes_over(tmp_path: Path) -
         assert float(before.read(1)[0, 0, 0]) == 0, "only the file, which has nothing, is left"
 
 
-def test_a_disk_that_is_full_is_told(tmp_path: Path) -> None:
+def test_full_disk_raises_with_the_size(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:

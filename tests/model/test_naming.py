@@ -23,7 +23,9 @@ from halfbyte.model.naming import Renaming, module_key_map
         ),
     ],
 )
-def test_renaming_alone_keeps_tensors_apart(family: str, disk: str, model: str) -> None:
+def test_renaming_without_conversion_keeps_tensors_separate(
+    family: str, disk: str, model: str
+) -> None:
     assert Renaming(build_family(family)).model_key(disk, convert=False) == model
 
 
@@ -60,6 +62,6 @@ def test_a_fused_tensor_becomes_several_parameters() -> None:
     assert rules.parameters_of("model.norm.weight") == ["model.norm.weight"]
 
 
-def test_unknown_name_is_handed_through() -> None:
+def test_unknown_name_is_unchanged() -> None:
     rules = Renaming(build_family("llama"))
     assert rules.model_key("rotary.inv_freq", convert=True).endswith("rotary.inv_freq")

@@ -6,7 +6,7 @@ from torch import nn
 from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
 
 from halfbyte.errors import CheckpointError
-from halfbyte.model.renaming import SparingConverter, align_renamings
+from halfbyte.model.renaming import ExcludingConverter, align_renamings
 
 
 class Model(nn.Module):
@@ -31,7 +31,7 @@ def test_rule_that_moves_a_packed_tensor_elsewhere_is_refused_by_both_names():
         align_renamings(Model(), rules, {"experts.0": "specialists.0"}, ["specialists.0.qweight"])
 
 
-def test_rules_that_fit_are_left_as_they_are():
+def test_matching_rules_are_unchanged():
     rules = [WeightRenaming("old", "new"), merge()]
     found = align_renamings(
         Model(), rules, {"experts.0": "experts.0"}, ["experts.0.qweight", "experts.1.weight"]
@@ -39,12 +39,12 @@ def test_rules_that_fit_are_left_as_they_are():
     assert found == rules
 
 
-def test_dense_tensor_beside_packed_ones_is_spared_from_merging():
+def test_dense_tensor_beside_packed_ones_is_excluded_from_merging():
     rules = [WeightRenaming("specialists", "experts"), merge()]
     keys = ["specialists.0.qweight", "specialists.1.weight"]
     found = align_renamings(Model(), rules, {"experts.0": "specialists.0"}, keys)
     assert found[0] is rules[0]
-    assert isinstance(found[1], SparingConverter)
+    assert isinstance(found[1], ExcludingConverter)
     assert found[1].rename_source_key("experts.1.weight") == ("experts.1.weight", None)
     # Others are still merged.
     assert found[1].rename_source_key("experts.7.weight")[0] == "experts.fused"

@@ -1,4 +1,4 @@
-"""Who reads and who writes the residual stream of a block."""
+"""Finding the readers and writers of the residual stream."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def test_experts_and_their_router_read_what_the_norm_gives():
     assert roles.routed
 
 
-def test_norms_behind_linears_feed_none():
+def test_norms_after_linears_have_no_readers():
     assert roles_of("olmo2").readers == {}
 
 
-def test_only_what_counts_is_looked_at():
+def test_only_included_modules_are_considered():
     model = build_family("llama")
     prefix = f"{find_blocks(model).prefix}."
     output, roles = find_roles(

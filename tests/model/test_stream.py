@@ -1,4 +1,4 @@
-"""Block by block gives exactly what the whole model gives, whatever the family."""
+"""Running a model block by block gives exactly the outputs of the whole model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from halfbyte.errors import ModelError
 from halfbyte.model.blocks import Stage, find_stages
 from halfbyte.model.experts import unfuse_experts
-from halfbyte.model.stream import BlockStream, Passages
+from halfbyte.model.stream import BlockStream, ForwardPasses
 from halfbyte.model.weights import ModelWeights
 
 TOKENS = 40
@@ -58,7 +58,7 @@ def stream_logits(folder: Path, ids: Tensor, *, unfuse: bool = False) -> Tensor:
     ],
 )
 @torch.no_grad()
-def test_streamed_logits_are_the_models_own(
+def test_streamed_logits_equal_the_models(
     family: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:
     base = write_family(tmp_path, family, **changes)
@@ -94,7 +94,7 @@ def test_split_experts_compute_what_the_fused_ones_do(family: str, tmp_path: Pat
 
 
 @torch.no_grad()
-def test_block_ahead_of_its_turn_is_refused(tmp_path: Path) -> None:
+def test_block_out_of_order_is_refused(tmp_path: Path) -> None:
     write_family(tmp_path, "llama")
     weights, stream = open_stream(tmp_path)
     weights.load_block(1)
@@ -143,13 +143,13 @@ def test_block_that_gives_several_states_per_token_is_refused(tmp_path: Path) ->
     block.forward = lambda *args, **kwargs: args[0][:, :, None].expand(-1, -1, 4, -1)
     with (
         stream.at(0),
-        pytest.raises(ModelError, match=r"shape \[1, 8, 4, 64\] for tokens \[1, 8\], where one v"),
+        pytest.raises(ModelError, match=r"shape \[1, 8, 4, 64\] for tokens \[1, 8\], but one v"),
     ):
         stream.run(torch.tensor(token_lists(1, 8)), None)
 
 
 @torch.no_grad()
-def test_leaving_a_block_puts_every_forward_back(tmp_path: Path) -> None:
+def test_leaving_a_block_restores_every_forward(tmp_path: Path) -> None:
     base = write_family(tmp_path, "llama")
     weights, stream = open_stream(tmp_path)
     for index in range(3):
@@ -180,13 +180,15 @@ def paused(tmp_path: Path, family: str) -> tuple[BlockStream, list[Stage], Tenso
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "run again"])
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gpt_neox"])
 @torch.no_grad()
-def test_passages_stop_at_every_stage_and_end_as_without_stops(
+def test_forward_passes_pause_at_every_stage_without_changing_the_result(
     family: str, keep: bool, tmp_path: Path
 ) -> None:
     stream, stages, ids = paused(tmp_path, family)
     with stream.at(0, stages):
         plain = [stream.run(part, None) for part in torch.split(ids, 2)]
-        passages = Passages(stream, 2, lambda b: (torch.split(ids, 2)[b], None), keep_paused=keep)
+        passages = ForwardPasses(
+            stream, 2, lambda b: (torch.split(ids, 2)[b], None), keep_paused=keep
+        )
         for number, stage in enumerate(stages):
             for batch in range(2):
                 inputs = passages.reach(batch, number)
@@ -201,11 +203,11 @@ def test_passages_stop_at_every_stage_and_end_as_without_stops(
 
 
 @torch.no_grad()
-def test_weights_changed_at_a_stage_count_for_what_follows(tmp_path: Path) -> None:
+def test_weights_replaced_at_a_stage_affect_later_stages(tmp_path: Path) -> None:
     stream, stages, ids = paused(tmp_path, "llama")
     block = stream.blocks.modules[0]
     with stream.at(0, stages):
-        passages = Passages(stream, 1, lambda _: (ids, None), keep_paused=True)
+        passages = ForwardPasses(stream, 1, lambda _: (ids, None), keep_paused=True)
         for number, stage in enumerate(stages):
             assert passages.reach(0, number) is not None
             for name in stage.groups[0].linears:
@@ -215,10 +217,10 @@ def test_weights_changed_at_a_stage_count_for_what_follows(tmp_path: Path) -> No
 
 
 @torch.no_grad()
-def test_closed_passages_run_no_further(tmp_path: Path) -> None:
+def test_closed_forward_passes_do_not_continue(tmp_path: Path) -> None:
     stream, stages, ids = paused(tmp_path, "llama")
     with stream.at(0, stages):
-        passages = Passages(stream, 1, lambda _: (ids, None), keep_paused=True)
+        passages = ForwardPasses(stream, 1, lambda _: (ids, None), keep_paused=True)
         assert passages.reach(0, 0) is not None
         passages.close()
         last = stream.blocks.modules[0].mlp.down_proj

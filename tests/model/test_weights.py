@@ -1,4 +1,4 @@
-"""Weights come from the shards block by block; wrong files are refused by name."""
+"""Loading weights block by block; wrong files are refused by name."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def edit_tensors(folder: Path, **changes: torch.Tensor | None) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "bloom"])
-def test_a_block_holds_the_models_own_weights(family: str, tmp_path: Path) -> None:
+def test_loaded_block_has_the_models_weights(family: str, tmp_path: Path) -> None:
     base = write_family(tmp_path, family)
     weights = ModelWeights(tmp_path, CPU)
     block = weights.load_block(1)
@@ -47,7 +47,7 @@ def test_a_block_holds_the_models_own_weights(family: str, tmp_path: Path) -> No
         assert torch.equal(tensor, expected[name]), name
 
 
-def test_of_the_other_blocks_nothing_is_in_memory(tmp_path: Path) -> None:
+def test_other_blocks_are_not_in_memory(tmp_path: Path) -> None:
     write_family(tmp_path, "llama")
     weights = ModelWeights(tmp_path, CPU)
     assert all(p.is_meta for p in weights.model.parameters())
@@ -57,9 +57,7 @@ def test_of_the_other_blocks_nothing_is_in_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral", "bloom"])
-def test_dropped_block_gives_its_memory_back_and_can_be_loaded_again(
-    family: str, tmp_path: Path
-) -> None:
+def test_dropped_block_is_freed_and_can_be_reloaded(family: str, tmp_path: Path) -> None:
     write_family(tmp_path, family)
     weights = ModelWeights(tmp_path, CPU)
     first = {name: p.clone() for name, p in weights.load_block(0).named_parameters()}
@@ -69,7 +67,7 @@ def test_dropped_block_gives_its_memory_back_and_can_be_loaded_again(
     assert all(torch.equal(again[name], first[name]) for name in first)
 
 
-def test_outside_is_mapped_and_tied(tmp_path: Path) -> None:
+def test_weights_outside_the_blocks_are_mapped_and_tied(tmp_path: Path) -> None:
     base = write_family(tmp_path, "llama", tie_word_embeddings=True)
     weights = ModelWeights(tmp_path, CPU)
     weights.load_outside()
@@ -83,7 +81,7 @@ def test_outside_is_mapped_and_tied(tmp_path: Path) -> None:
     assert torch.equal(weights.model.model.norm.weight, base.model.norm.weight)
 
 
-def test_changing_a_mapped_tensor_leaves_the_file_as_it_is(tmp_path: Path) -> None:
+def test_changing_a_mapped_tensor_does_not_change_the_file(tmp_path: Path) -> None:
     write_family(tmp_path, "llama")
     before = {path: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
     weights = ModelWeights(tmp_path, CPU)
@@ -124,7 +122,7 @@ def test_disk_names_are_those_of_the_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_dtype_is_the_one_that_most_is_stored_in(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_dtype_is_the_most_common_stored_one(dtype: torch.dtype, tmp_path: Path) -> None:
     base = write_family(tmp_path / "a", "llama").to(dtype)
     base.save_pretrained(tmp_path / "b")
     assert ModelWeights(tmp_path / "b", CPU).dtype == dtype

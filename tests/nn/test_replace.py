@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from halfbyte.checkpoint.dialect import ZeroDialect
 from halfbyte.checkpoint.layout import LinearLayout
-from halfbyte.checkpoint.read import LinearFacts
+from halfbyte.checkpoint.read import LinearInfo
 from halfbyte.errors import CheckpointError
 from halfbyte.nn.linear import QuantLinear
 from halfbyte.nn.replace import (
@@ -30,7 +30,7 @@ LAYOUT = LinearLayout(
     has_bias=True,
 )
 STORED = StoredLinear(
-    facts=LinearFacts(
+    facts=LinearInfo(
         layout=LAYOUT,
         zeros=ZeroDialect(zero_offset=0, is_symmetric=False),
         has_trivial_groups=False,

@@ -1,4 +1,4 @@
-"""Bytes against files on disk, against hand arithmetic, and against the published tables."""
+"""Planned bytes compared with files on disk, manual calculations and published tables."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GIB = 1 << 30
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_weights_take_what_the_checkpoint_takes(tmp_path, bits):
+def test_weight_bytes_match_the_checkpoint(tmp_path, bits):
     write_checkpoint(tmp_path, tiny_llama_config(), Recipe(bits=bits, group_size=32))
     shapes = read_shapes(tmp_path)
     assert (shapes.stored_bits, shapes.stored_group_size) == (bits, 32)
@@ -38,7 +38,7 @@ def test_weights_take_what_the_checkpoint_takes(tmp_path, bits):
         ("8B", 5.33, 5.72, 128),
     ],
 )
-def test_sizes_are_those_of_the_planning_table(name, g128, g32, token_kib):
+def test_sizes_match_the_planning_table(name, g128, g32, token_kib):
     shapes = read_shapes(name)
     for group, gib in ((128, g128), (32, g32)):
         plan = plan_memory(shapes, Load(group_size=group))
@@ -60,7 +60,7 @@ def test_bits_per_weight_are_four_and_twenty_over_the_group():
     assert bits_per_weight(shapes, Load(group_size=128)) == pytest.approx(4 + 20 / 128, abs=indices)
 
 
-def test_sliding_layers_keep_no_more_than_their_window():
+def test_sliding_layers_cache_at_most_their_window():
     config = json.loads(tiny_llama_config().to_json_string(use_diff=False))
     config |= {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
     shapes = parse_config(config, "m")
@@ -70,7 +70,7 @@ def test_sliding_layers_keep_no_more_than_their_window():
     assert cache_bytes(shapes, 50, "fp8") * 2 == cache_bytes(shapes, 50, "float16")
 
 
-def test_what_is_said_to_fit_fits_and_one_more_does_not():
+def test_reported_maximum_fits_and_one_more_does_not():
     shapes = read_shapes("8B")
     load = Load(context=8192, requests=8)
     device = parse_device("24GB")
@@ -84,7 +84,7 @@ def test_what_is_said_to_fit_fits_and_one_more_does_not():
     assert fit.free_bytes == device.bytes - plan_memory(shapes, load).total
 
 
-def test_70b_needs_the_cards_that_it_needs():
+def test_number_of_gpus_for_70b():
     load = Load(context=4096, requests=1)
     fits = fit_devices(read_shapes("70B"), load, [parse_device("80GB"), parse_device("24GB")])
     assert [fit.cards for fit in fits] == [1, 2]
@@ -99,7 +99,7 @@ def test_device_by_size_or_name(text, gib):
     assert parse_device(text).bytes == int(gib * GIB * 0.92)
 
 
-def test_unknown_device_lists_cards():
+def test_unknown_device_lists_known_gpus():
     with pytest.raises(ConfigError, match=r"24GB.*RTX 4090"):
         parse_device("toaster")
 
@@ -113,7 +113,7 @@ def test_unknown_device_lists_cards():
         ({"cache_type": "int3"}, "'int3'"),
     ],
 )
-def test_wrong_load_is_refused(changes, part):
+def test_invalid_load_is_refused(changes, part):
     with pytest.raises(ConfigError, match=part):
         Load(**changes)
 
@@ -126,11 +126,11 @@ def test_command_prints_bytes_as_json(capsys):
     assert values["bytes"] == plan_memory(read_shapes("7B"), load).to_dict()
     assert values["devices"][0]["name"] == "24 GB card"
     assert values["devices"][0]["fits"] is False
-    assert "times the weights" in values["notes"][0]
+    assert "times the memory of the weights" in values["notes"][0]
 
 
 @pytest.mark.parametrize("name", ["bits", "group-size", "context"])
-def test_command_takes_a_zero_for_what_it_is(name, capsys):
+def test_command_does_not_replace_zero_by_a_default(name, capsys):
     assert main(["plan", "7B", f"--{name}", "0"]) == 2
     assert f"{name.replace('-', '_')} is 0; " in capsys.readouterr().err
 
@@ -138,7 +138,7 @@ def test_command_takes_a_zero_for_what_it_is(name, capsys):
 def test_command_prints_tables(capsys):
     assert main(["plan", "70B", "--gpu", "H100"]) == 0
     out = capsys.readouterr().out
-    for part in ("70B: 69 billion", "keys and values", "1.3 GB", "H100", "34.2 GB"):
+    for part in ("70B: 69 billion", "KV cache", "1.3 GB", "H100", "34.2 GB"):
         assert part in out
 
 

@@ -1,4 +1,4 @@
-"""Counts from config.json alone against the models that Transformers builds from it."""
+"""Counts from config.json compared with the models that Transformers builds from it."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def build(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_counts_are_those_of_the_model_that_transformers_builds(name, tmp_path):
+def test_counts_match_the_model_that_transformers_builds(name, tmp_path):
     model = build(name)
     model.config.save_pretrained(tmp_path)
     shapes = read_shapes(tmp_path)
@@ -160,10 +160,10 @@ def test_counts_are_those_of_the_model_that_transformers_builds(name, tmp_path):
     assert shapes.numbers == pytest.approx(total, rel=0.02)
 
 
-def test_other_families_are_said_to_be_unchecked():
+def test_untested_families_get_a_note():
     assert {changes.get("model_type", name) for name, changes in FAMILIES.items()} == CHECKED
     (note,) = parse_config({**SMALL, "model_type": "jamba"}, "m").notes
-    assert note.startswith("Not checked against models of type jamba")
+    assert note.startswith("Model type jamba is not among the tested ones")
     assert not parse_config({**SMALL, "model_type": "llama"}, "m").notes
 
 
@@ -187,27 +187,27 @@ def _stays(key):
         ),
     ],
 )
-def test_sliding_layers_are_told_from_full_ones(changes, window, kinds):
+def test_sliding_and_full_layers_are_distinguished(changes, window, kinds):
     shapes = parse_config({**SMALL, **changes}, "m")
     assert {layers.kind: layers.count for layers in shapes.cache} == kinds
     assert {layers.window for layers in shapes.cache} >= ({window} if window else {None})
 
 
-def test_layer_types_in_the_config_come_first():
+def test_layer_types_in_the_config_take_precedence():
     types = ["sliding_attention", "full_attention", "linear_attention"] * 2
     shapes = parse_config(
         {**SMALL, "model_type": "x", "layer_types": types, "sliding_window": 8}, "m"
     )
     assert {layers.kind: layers.count for layers in shapes.cache} == {"full": 2, "sliding": 2}
-    assert "2 of 6 layers keep a state" in shapes.notes[0]
+    assert "2 of 6 layers keep a recurrent state" in shapes.notes[0]
 
 
-def test_latent_attention_keeps_one_small_vector_per_token():
+def test_latent_attention_caches_one_small_vector_per_token():
     shapes = parse_config({**SMALL, "model_type": "deepseek_v3", **FAMILIES["deepseek_v3"]}, "m")
     assert [layers.numbers_per_token for layers in shapes.cache] == [24 + 8]
 
 
-def test_active_weights_are_those_of_the_chosen_experts():
+def test_active_weights_count_only_routed_experts():
     dense = parse_config({**SMALL, "model_type": "llama"}, "m")
     sparse = parse_config({**SMALL, "model_type": "mixtral", **FAMILIES["mixtral"]}, "m")
     attention = 6 * (64 * 64 * 2 + 64 * 32 * 2)
@@ -219,23 +219,23 @@ def test_active_weights_are_those_of_the_chosen_experts():
 @pytest.mark.parametrize(
     ("name", "billions"), [("7B", 6.738), ("13B", 13.016), ("70B", 68.977), ("8B", 8.030)]
 )
-def test_known_sizes_are_those_of_the_published_models(name, billions):
+def test_known_sizes_match_the_published_models(name, billions):
     assert read_shapes(name).numbers / 1e9 == pytest.approx(billions, abs=0.002)
 
 
-def test_unknown_name_lists_what_is_known():
+def test_unknown_name_lists_known_sizes():
     with pytest.raises(ConfigError, match="7B, 8B, 13B") as error:
         read_shapes("9000B")
     assert all(name in str(error.value) for name in KNOWN)
 
 
-def test_config_without_a_size_names_what_is_missing(tmp_path):
+def test_config_without_a_dimension_names_the_missing_fields(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "resnet"}))
     with pytest.raises(ConfigError, match="hidden_size, n_embd, d_model"):
         read_shapes(tmp_path)
 
 
-def test_damaged_config_is_named(tmp_path):
+def test_damaged_config_is_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="is not JSON"):
         read_shapes(tmp_path)

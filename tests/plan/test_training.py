@@ -15,7 +15,7 @@ from halfbyte.finetune.config import AdapterConfig
 from halfbyte.plan.devices import Device, parse_device
 from halfbyte.plan.memory import Load
 from halfbyte.plan.shapes import parse_config, read_shapes
-from halfbyte.plan.training import TrainingLoad, find_targets, largest_batch, plan_training
+from halfbyte.plan.training import TrainingLoad, find_targets, max_batch_size, plan_training
 
 # PEFT asks Transformers by an old name.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -33,7 +33,7 @@ LOAD = TrainingLoad(base=Load(context=32))
 
 @pytest.mark.parametrize("targets", [(), ("q_proj", "v_proj"), ("down_proj",)])
 @pytest.mark.parametrize("rank", [4, 16])
-def test_counts_the_numbers_that_peft_makes(targets, rank):
+def test_adapter_parameters_match_peft(targets, rank):
     with torch.device("meta"):
         model = LlamaForCausalLM(CONFIG)
     adapted = attach_adapter(model, AdapterConfig(rank=rank, targets=targets))
@@ -46,17 +46,17 @@ def test_counts_the_numbers_that_peft_makes(targets, rank):
     assert plan.optimizer == 8 * trained
 
 
-def test_the_articles_65b_trains_on_a_card_of_48_gb_and_not_of_32():
+def test_65b_of_the_article_trains_on_48_gb_and_not_on_32():
     shapes = read_shapes("65B")
     load = TrainingLoad(base=Load(context=512), targets=("q_proj", "v_proj"))
-    assert largest_batch(shapes, load, parse_device("48GB")) >= 1
-    assert largest_batch(shapes, load, parse_device("32GB")) == 0
+    assert max_batch_size(shapes, load, parse_device("48GB")) >= 1
+    assert max_batch_size(shapes, load, parse_device("32GB")) == 0
 
 
 @pytest.mark.parametrize("gigabytes", [8, 12, 24])
-def test_the_largest_batch_fits_and_one_more_does_not(gigabytes):
+def test_max_batch_size_fits_and_one_more_does_not(gigabytes):
     shapes, device = read_shapes("8B"), Device(name="card", bytes=gigabytes * 10**9)
-    most = largest_batch(shapes, TrainingLoad(base=Load(context=512)), device)
+    most = max_batch_size(shapes, TrainingLoad(base=Load(context=512)), device)
     for rows, fits in ((most, True), (most + 1, False)):
         load = TrainingLoad(base=Load(context=512), batch_size=rows)
         assert (plan_training(shapes, load).total <= device.bytes) == fits
@@ -79,7 +79,7 @@ def test_unknown_names_are_refused():
         replace(LOAD, rank=0)
 
 
-def test_the_command_gives_bytes_and_batches(capsys):
+def test_command_prints_bytes_and_batch_sizes(capsys):
     arguments = [
         "plan",
         "8B",
@@ -96,10 +96,10 @@ def test_the_command_gives_bytes_and_batches(capsys):
     load = TrainingLoad(base=Load(context=512), targets=("q_proj",))
     expected = plan_training(read_shapes("8B"), load)
     assert found["bytes"] == expected.to_dict()
-    assert found["devices"][0]["max_batch_size"] == largest_batch(
+    assert found["devices"][0]["max_batch_size"] == max_batch_size(
         read_shapes("8B"), load, parse_device("24GB")
     )
     assert main(arguments) == 0
     shown = capsys.readouterr().out
     assert "rank 16 on q_proj" in shown
-    assert "rows at a time" in shown
+    assert "maximum batch size" in shown

@@ -25,7 +25,7 @@ from halfbyte.quantize import end_to_end, end_to_end_stage
 from halfbyte.quantize.end_to_end import EndToEndTuning, WholeData
 from halfbyte.quantize.progress import SilentProgress
 from halfbyte.quantize.report import QuantizationReport, load_report
-from halfbyte.quantize.student import Student, TrainedNumber
+from halfbyte.quantize.student import Student, TrainableTensor
 
 CONFIG = QuantConfig(bits=2, group_size=32, match_base=True, end_to_end_steps=12)
 TEXT: dict[str, Any] = {
@@ -102,7 +102,7 @@ def test_gradients_are_those_of_the_whole_model_at_once(tmp_path: Path, weighted
     checkpoint = open_checkpoint(folder)
     parameters = dict(whole.named_parameters())
     leaves = {}
-    for name, number in student.numbers.items():
+    for name, number in student.trainable.items():
         leaves[name] = number.start.clone().requires_grad_()
         if name.endswith(".scales"):
             linear = name.removesuffix(".scales")
@@ -121,11 +121,11 @@ def test_gradients_are_those_of_the_whole_model_at_once(tmp_path: Path, weighted
     assert tuning.held_out() == pytest.approx(float(expected.detach()), rel=1e-4)
     assert float(expected.detach()) > 1e-3
     for name, leaf in leaves.items():
-        change = student.numbers[name].change.grad
+        change = student.trainable[name].change.grad
         assert change is not None, name
         assert leaf.grad is not None
         torch.testing.assert_close(
-            change, leaf.grad * student.numbers[name].unit, rtol=2e-3, atol=1e-6, msg=name
+            change, leaf.grad * student.trainable[name].unit, rtol=2e-3, atol=1e-6, msg=name
         )
 
 
@@ -273,7 +273,7 @@ def test_too_little_text_to_judge_by(tmp_path: Path) -> None:
 
 
 def test_numbers_are_judged_as_they_will_be_stored() -> None:
-    scales = TrainedNumber.of_scales(torch.tensor([[0.01, -0.02]]))
+    scales = TrainableTensor.of_scales(torch.tensor([[0.01, -0.02]]))
     with torch.no_grad():
         scales.change.fill_(1e-3)
     value = scales.value()
@@ -281,7 +281,7 @@ def test_numbers_are_judged_as_they_will_be_stored() -> None:
     value.sum().backward()
     assert scales.change.grad is not None
     torch.testing.assert_close(scales.change.grad, torch.tensor([[0.01, -0.02]]))
-    gains = TrainedNumber.of_gains(torch.tensor([0.0, 2.0], dtype=torch.bfloat16))
+    gains = TrainableTensor.of_gains(torch.tensor([0.0, 2.0], dtype=torch.bfloat16))
     with torch.no_grad():
         gains.change.fill_(0.1)
     value = gains.value().detach()

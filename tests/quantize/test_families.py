@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import halfbyte
 from halfbyte.checkpoint.read import open_checkpoint
+from halfbyte.errors import ModelError
 from halfbyte.model.blocks import find_blocks, quantizable_linears, set_linear_weight
 from halfbyte.model.experts import unfuse_experts
 from halfbyte.model.naming import module_key_map
@@ -51,7 +52,7 @@ def test_quantized_model_computes_with_the_dequantized_weights(family: str, tmp_
     ("stored", "computing"),
     [("float16", "float32"), ("bfloat16", "float32"), ("float32", "bfloat16")],
 )
-def test_model_computes_in_another_type_than_it_is_stored_in(
+def test_model_computes_in_another_dtype_than_stored(
     family: str, stored: str, computing: str, tmp_path: Path
 ) -> None:
     model = build_family(family, num_hidden_layers=1)
@@ -65,6 +66,22 @@ def test_model_computes_in_another_type_than_it_is_stored_in(
         resources=ResourceConfig(dtype=computing),
     )
     assert len(report.modules) >= 4
+
+
+def test_model_that_loops_over_its_blocks_is_refused_after_the_first(tmp_path: Path) -> None:
+    looped = {"num_hidden_layers": 2, "H_cycles": 2, "L_cycles": 3}
+    write_family(tmp_path / "base", "hrm_text", **looped)
+    with pytest.raises(
+        ModelError,
+        match=r"model\.L_module\.layers: the model runs block 0 after blocks \[0, 1\], but every",
+    ):
+        halfbyte.quantize(
+            tmp_path / "base",
+            tmp_path / "out",
+            config=QuantConfig(group_size=32),
+            calibration=CALIBRATION,
+            text=token_lists(),
+        )
 
 
 def _assert_every_linear_is_accounted_for(

@@ -85,7 +85,7 @@ def test_the_command_prints_and_draws(
         (tmp_path / name).write_text("\n".join(lines))
     words = ["calibration", "inspect", str(tmp_path / "mine.jsonl")]
     words += ["--against", str(tmp_path / "theirs.jsonl"), "--model", str(tmp_path / "model")]
-    words += ["--length", "32", "--picture", str(tmp_path / "picture.png")]
+    words += ["--length", "32", "--plot", str(tmp_path / "picture.png")]
     assert cli.main(words) == 0
     assert "Verdict: close" in capsys.readouterr().out
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""The base model beside the quantized one: its states are the base's, and what comes of it."""
+"""match_base: the base model's hidden states as the target of rounding."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from halfbyte.quant_config import PRESETS, CalibrationConfig, QuantConfig, Resou
 from halfbyte.quantize.attempt import Attempt
 from halfbyte.quantize.block_walk import BlockWalk
 from halfbyte.quantize.report import QuantizationReport
-from halfbyte.quantize.run_states import CALIBRATION, FULL
+from halfbyte.quantize.run_states import BASE_CALIBRATION, CALIBRATION
 
 IDS = token_lists(16, 32)
 CONFIG = QuantConfig(group_size=32, bits=3, **PRESETS["balanced"])
@@ -34,14 +34,14 @@ def base(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
 
 @pytest.mark.parametrize("base", ["llama", "gpt2", "gpt_neox", "mixtral"], indirect=True)
 @pytest.mark.parametrize("memory", ["64GB", "1MB"], ids=["paused", "again"])
-def test_the_base_stream_is_the_base_model(
+def test_base_stream_equals_the_base_model(
     base: Path, memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, torch.Tensor] = {}
     finish = Attempt._finish
 
     def look(self: Attempt, walk: BlockWalk, *rest: object) -> QuantizationReport:
-        for name in (FULL, CALIBRATION):
+        for name in (BASE_CALIBRATION, CALIBRATION):
             files = walk.states.at(name, self.num_blocks)
             seen[name] = torch.cat([files.read(i) for i in range(len(files))])
         return finish(self, walk, *rest)
@@ -56,11 +56,11 @@ def test_the_base_stream_is_the_base_model(
     )
     with torch.no_grad():
         model(torch.tensor(IDS))
-    torch.testing.assert_close(seen[FULL], expected[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(seen[BASE_CALIBRATION], expected[0], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(seen[CALIBRATION], expected[0], rtol=1e-3, atol=1e-3)
 
 
-def test_the_quantized_stream_comes_nearer_to_the_base(base: Path, tmp_path: Path) -> None:
+def test_quantized_stream_gets_closer_to_the_base(base: Path, tmp_path: Path) -> None:
     """Wide enough noise: two bits, so that the drift is large."""
     distances = {}
     for name, settings in PRESETS.items():
@@ -74,12 +74,12 @@ def test_the_quantized_stream_comes_nearer_to_the_base(base: Path, tmp_path: Pat
     assert distances["balanced"] < 0.9 * distances["fast"]
 
 
-def test_each_module_says_what_was_done(base: Path, tmp_path: Path) -> None:
+def test_each_module_has_a_note_on_its_target(base: Path, tmp_path: Path) -> None:
     report = quantize(base, tmp_path / "out", CONFIG)
     notes = {m.name: " ".join(m.notes) for m in report.modules}
     assert "base model's outputs" not in notes["model.layers.0.self_attn.q_proj"]
     assert all("rows polished" in text for text in notes.values())
-    assert "aimed at" in notes["model.layers.2.mlp.down_proj"]
+    assert "targets" in notes["model.layers.2.mlp.down_proj"]
 
 
 def test_experts_are_left_out_with_the_reason(tmp_path: Path) -> None:
@@ -87,10 +87,10 @@ def test_experts_are_left_out_with_the_reason(tmp_path: Path) -> None:
     report = quantize(tmp_path / "base", tmp_path / "out", CONFIG)
     experts = [m for m in report.modules if "experts" in m.name]
     assert experts
-    assert all("aimed at its own outputs" in " ".join(m.notes) for m in experts)
+    assert all("targets its own outputs" in " ".join(m.notes) for m in experts)
 
 
-def test_too_little_text_is_said(base: Path, tmp_path: Path) -> None:
+def test_too_little_text_is_noted(base: Path, tmp_path: Path) -> None:
     report = halfbyte.quantize(
         base,
         tmp_path / "out",
@@ -102,7 +102,7 @@ def test_too_little_text_is_said(base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("base", ["llama", "mixtral"], indirect=True)
-def test_both_ways_of_running_write_the_same_bytes(base: Path, tmp_path: Path) -> None:
+def test_keeping_and_rerunning_passes_write_the_same_bytes(base: Path, tmp_path: Path) -> None:
     config = QuantConfig(group_size=32, **{**PRESETS["best"], "tune_steps": 4})
     for name, memory in (("paused", "64GB"), ("again", "1MB")):
         quantize(base, tmp_path / name, config, resources=ResourceConfig(memory=memory))

@@ -99,13 +99,13 @@ def test_predicted_losses_are_those_that_single_modules_cause(
     base = tmp_path / "base"
     write_decided_family(base, num_hidden_layers=2)
     seen: list[Unit] = []
-    real = sensitivity.Survey.measure
+    real = sensitivity.SensitivityAnalysis.measure
 
-    def measure(self: sensitivity.Survey, batches: Any) -> list[Unit]:
+    def measure(self: sensitivity.SensitivityAnalysis, batches: Any) -> list[Unit]:
         seen.extend(real(self, batches))
         return seen
 
-    monkeypatch.setattr(mixed_precision.Survey, "measure", measure)
+    monkeypatch.setattr(mixed_precision.SensitivityAnalysis, "measure", measure)
     quantize(base, tmp_path / "x", QuantConfig(group_size=32, target_bits=4.0), **TEXT)
     assert [len(unit.linears) for unit in seen] == [3, 1, 2, 1] * 2
     exact = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -143,7 +143,7 @@ def test_mean_bits_stay_below_the_target_and_beat_the_same_bits_everywhere(tmp_p
         attention = f"model.layers.{block}.self_attn"
         assert len({bits[f"{attention}.{n}_proj"] for n in "qkv"}) == 1, "readers fuse them"
         assert len({bits[f"model.layers.{block}.mlp.{n}_proj"] for n in ("gate", "up")}) == 1
-    assert any("bits chosen by what they measurably cost" in note for note in report.notes)
+    assert any("bits chosen by measured sensitivity" in note for note in report.notes)
     assert_loads_and_computes(base, open_checkpoint(tmp_path / "out"))
     quantize(tmp_path / "base", tmp_path / "same", QuantConfig(bits=3, group_size=32), **TEXT)
     ids = torch.tensor(token_lists(32, 32, seed=7))
@@ -235,7 +235,7 @@ def test_a_killed_run_keeps_its_choice(tmp_path: Path, monkeypatch: pytest.Monke
     assert {m.bits for m in whole.modules if "o_proj" in m.name} == {8}, "an override decides"
     with pytest.raises(InterruptedError):
         quantize(tmp_path / "base", tmp_path / "out", config, progress=StopAt(1), **TEXT)
-    monkeypatch.setattr(mixed_precision, "Survey", None)  # it must not measure again
+    monkeypatch.setattr(mixed_precision, "SensitivityAnalysis", None)  # it must not measure again
     report = quantize(tmp_path / "base", tmp_path / "out", config, resume=True, **TEXT)
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
     assert report.notes == whole.notes

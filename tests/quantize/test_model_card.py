@@ -11,7 +11,7 @@ from halfbyte.quantize.model_card import base_model_name, save_model_card, write
 from halfbyte.quantize.report import EndToEndReport, SkippedModule
 
 
-def test_front_matter_names_base_relation_and_licence(make_report, tmp_path):
+def test_front_matter_names_base_relation_and_license(make_report, tmp_path):
     base = tmp_path / "base"
     base.mkdir()
     (base / "README.md").write_text("---\nlicense: apache-2.0\nlanguage:\n- en\ntags:\n- x\n---\n")
@@ -28,7 +28,7 @@ def test_front_matter_names_base_relation_and_licence(make_report, tmp_path):
 
 
 @pytest.mark.parametrize("readme", [None, "# No front matter\n"])
-def test_base_without_a_licence_gives_none(make_report, tmp_path, readme):
+def test_base_without_a_license_gives_none(make_report, tmp_path, readme):
     base = tmp_path / "base"
     base.mkdir()
     if readme is not None:
@@ -49,7 +49,7 @@ def test_card_holds_recipe_quality_versions_and_size(make_report):
     assert f"`{'ab' * 32}`" in body
     assert "2048 in 4 samples of 512" in body
     assert "halfbyte 0.1.0, torch 2.13.0." in body
-    assert "In 2 min 10 s, with 1.2 GB of memory" in body
+    assert "In 2 min 10 s, with 1.2 GB of peak memory" in body
 
 
 def test_card_says_that_quality_was_not_measured(make_report):
@@ -57,7 +57,7 @@ def test_card_says_that_quality_was_not_measured(make_report):
     assert "Not measured." in body
 
 
-def test_experts_and_training_are_told(make_report):
+def test_experts_and_training_are_listed(make_report):
     names = [f"model.layers.1.mlp.experts.{e}.up_proj" for e in range(3)]
     some = make_report().modules[0]
     modules = tuple(replace(some, name=n, num_tokens=7 * e) for e, n in enumerate(names))
@@ -66,7 +66,7 @@ def test_experts_and_training_are_told(make_report):
     )
     body = write_card_body(make_report(modules=modules, end_to_end=tuning), "owner/Tiny-1M")
     assert "| 1 | 3 | 0 | 7 | 14 | 0 |" in body
-    assert "step 30 of 40 kept: KL on calibration text kept apart 0.0500 to 0.0461" in body
+    assert "step 30 of 40 kept: KL on held-out calibration text 0.0500 to 0.0461" in body
     assert "Calibration tokens by expert" not in write_card_body(make_report(), "owner/Tiny-1M")
 
 
@@ -77,7 +77,7 @@ def test_overrides_and_skips_are_readable_and_keep_the_table_whole(make_report):
     assert "| overrides | pattern `down` bits 8 |" in body
 
 
-def test_errors_are_summed_up_by_kind_and_the_worst_named(make_report):
+def test_errors_are_summarized_by_kind_and_the_worst_listed(make_report):
     body = write_card_body(make_report(), "x")
     assert "| `attn.q_proj` | 3 | 4 | 64 | 0.003 | 0.005 | 0.006 |" in body
     worst = re.findall(r"\| `(model\.layers\.\S+)` \| (\S+) \|", body)
@@ -87,7 +87,7 @@ def test_errors_are_summed_up_by_kind_and_the_worst_named(make_report):
     )
 
 
-def test_only_ten_are_named_and_a_kind_shows_all_its_settings(make_report, make_module):
+def test_only_ten_are_listed_and_a_kind_shows_all_its_settings(make_report, make_module):
     modules = [make_module(f"l.{i}.up", 0.01 * i, bits=4 if i else 8) for i in range(12)]
     body = write_card_body(make_report(modules=tuple(modules)), "x")
     assert "| `up` | 12 | 4, 8 | 64 |" in body
@@ -95,7 +95,7 @@ def test_only_ten_are_named_and_a_kind_shows_all_its_settings(make_report, make_
     assert "The worst 10:" in body
 
 
-def test_skipped_and_notes_are_told_once_per_kind(make_report, make_module):
+def test_skipped_modules_and_notes_are_listed_once_per_kind(make_report, make_module):
     notes = ("group 128 does not divide 576; 64 used",)
     modules = [make_module(f"l.{i}.up", notes=notes) for i in range(3)]
     modules.append(make_module("l.0.down", notes=("float64 retry",)))
@@ -109,7 +109,7 @@ def test_skipped_and_notes_are_told_once_per_kind(make_report, make_module):
     assert "- resumed" in body
 
 
-def test_module_without_an_error_leaves_a_card_without_a_picture(make_report, make_module):
+def test_card_without_errors_has_no_plot(make_report, make_module):
     body = write_card_body(make_report(modules=(make_module("l.0.up", None),)), "x")
     assert "| `up` | 1 | 4 | 64 | none | none | none |" in body
     assert ".png" not in body

@@ -15,7 +15,7 @@ from tests.quantize.test_resume import weight_digests
 import halfbyte
 from halfbyte.errors import ConfigError
 from halfbyte.machine.memory import limit_device_memory
-from halfbyte.model.stream import _Passage
+from halfbyte.model.stream import _ForwardPass
 from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
 from halfbyte.quantize import run as running
 from halfbyte.quantize import run_states, token_gradients
@@ -36,7 +36,7 @@ def base(tmp_path_factory) -> Path:
 @pytest.fixture
 def device(monkeypatch) -> Callable[..., None]:
     """Makes forwards of more sequences than fit run out of memory, once so many blocks are done."""
-    run = _Passage.run
+    run = _ForwardPass.run
 
     def hold(
         most: int | None = None,
@@ -45,13 +45,13 @@ def device(monkeypatch) -> Callable[..., None]:
         of: Path = Path(),
         error: Exception | None = None,
     ) -> None:
-        def run_if_it_fits(self: _Passage) -> None:
+        def run_if_it_fits(self: _ForwardPass) -> None:
             done = len(list(of.glob("model-*.safetensors"))) if behind else 0
             if most is not None and done >= behind and len(self.input_ids) > most:
                 raise error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
             run(self)
 
-        monkeypatch.setattr(_Passage, "run", run_if_it_fits)
+        monkeypatch.setattr(_ForwardPass, "run", run_if_it_fits)
 
     return hold
 
@@ -193,7 +193,7 @@ def test_training_end_to_end_keeps_its_batches(base, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("halfbyte.quantize.end_to_end.EndToEndTuning._gradient", run_out)
-        with pytest.raises(ConfigError, match=r"out of memory behind the last block, with 2 of"):
+        with pytest.raises(ConfigError, match=r"out of memory after the last block, with 2 of"):
             quantize(base, tmp_path / "out", config=config, batch_size=2)
     quantize(base, tmp_path / "out", config=config, batch_size=2, resume=True)
     quantize(base, tmp_path / "whole", config=config, batch_size=2)

@@ -52,7 +52,7 @@ def test_every_kind_of_grid_loads_and_computes(
     }
     assert {layout.bits for layout in checkpoint.linears.values()} == {bits}
     for name, layout in checkpoint.linears.items():
-        facts = checkpoint.load_facts(name)
+        facts = checkpoint.load_info(name)
         groups = 1 if group_size == -1 else layout.in_features // group_size
         assert layout.num_groups == groups
         assert facts.has_trivial_groups == (not desc_act or groups == 1), name
@@ -92,7 +92,7 @@ def test_calibration_is_used(tmp_path: Path) -> None:
 # ── skips and overrides ───────────────────────────────────────────────────────
 
 
-def test_skipped_modules_stay_as_they_are(tmp_path: Path) -> None:
+def test_skipped_modules_are_unchanged(tmp_path: Path) -> None:
     model, report, checkpoint = run(
         tmp_path, QuantConfig(group_size=32, skip=(r"layers\.0\.", "v_proj"))
     )
@@ -106,7 +106,7 @@ def test_skipped_modules_stay_as_they_are(tmp_path: Path) -> None:
     assert_loads_and_computes(model, checkpoint)
 
 
-def test_overrides_change_single_modules_and_are_written_down(tmp_path: Path) -> None:
+def test_overrides_change_single_modules_and_are_recorded(tmp_path: Path) -> None:
     config = QuantConfig(
         group_size=32,
         overrides=(
@@ -144,7 +144,7 @@ def test_override_of_one_among_linears_that_share_an_input(tmp_path: Path) -> No
     assert_loads_and_computes(model, checkpoint)
 
 
-def test_patterns_that_match_nothing_are_told(tmp_path: Path) -> None:
+def test_patterns_that_match_nothing_are_noted(tmp_path: Path) -> None:
     config = QuantConfig(
         group_size=32,
         skip=("o_proj", "wo_proj"),
@@ -165,7 +165,7 @@ def test_everything_skipped_is_refused(tmp_path: Path) -> None:
 
 
 def test_group_size_that_fits_no_layer_is_refused_before_the_run(tmp_path: Path) -> None:
-    found = r"group_size is 7, and none of the 14 linears .* 7 divides \d+ inputs\. .*--group-size"
+    found = r"group_size is 7, but none of the 14 linears .* 7 divides \d+ inputs\. .*--group-size"
     with pytest.raises(ConfigError, match=found):
         run(tmp_path, QuantConfig(group_size=7))
     assert not (tmp_path / "out" / ".halfbyte" / "journal.jsonl").exists()
@@ -176,7 +176,9 @@ def test_a_disk_that_is_too_small_is_refused_before_the_run(
 ) -> None:
     free = shutil.disk_usage(tmp_path)._replace(free=3000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
-    with pytest.raises(ConfigError, match=r"has 3\.0 kB free; the checkpoint takes \d.* beside it"):
+    with pytest.raises(
+        ConfigError, match=r"has 3\.0 kB free; the checkpoint needs \d.* temporarily"
+    ):
         run(tmp_path, QuantConfig())
     monkeypatch.undo()
     # and nothing stands in the way of the next try
@@ -218,7 +220,7 @@ def test_ragged_last_group(desc_act: bool, tmp_path: Path) -> None:
     assert_loads_and_computes(model, checkpoint)
 
 
-def test_linear_that_cannot_be_packed_is_left_with_its_reason(tmp_path: Path) -> None:
+def test_linear_that_cannot_be_packed_is_skipped_with_a_reason(tmp_path: Path) -> None:
     changes = {**SMALL, "intermediate_size": 80}
     model, report, checkpoint = run(tmp_path, QuantConfig(group_size=32), changes=changes)
     assert {m.name.rpartition(".")[2]: m.reason for m in report.skipped} == {
@@ -249,7 +251,7 @@ def write_tokenizer(folder: Path, vocabulary: int = VOCABULARY) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
 
 
-def test_folder_has_all_that_a_checkpoint_needs(tmp_path: Path) -> None:
+def test_folder_has_all_files_of_a_checkpoint(tmp_path: Path) -> None:
     base = tmp_path / "base"
     write_family(base, "llama", **SMALL)
     write_tokenizer(base)
@@ -317,7 +319,7 @@ def test_quality_is_measured_on_held_out_text(tmp_path: Path) -> None:
         (VOCABULARY + 5, "the tokenizer gives ids up to 132, the embedding has 128 rows"),
     ],
 )
-def test_quality_that_cannot_be_measured_says_why(
+def test_unmeasured_quality_is_noted_with_the_reason(
     vocabulary: int | None, reason: str, tmp_path: Path
 ) -> None:
     base = tmp_path / "base"
@@ -332,7 +334,7 @@ def test_quality_that_cannot_be_measured_says_why(
 # ── refusals ──────────────────────────────────────────────────────────────────
 
 
-def test_output_that_is_in_use_is_refused(tmp_path: Path) -> None:
+def test_output_folder_in_use_is_refused(tmp_path: Path) -> None:
     write_family(tmp_path / "base", "llama", **SMALL)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("irreplaceable")
@@ -347,14 +349,14 @@ def test_output_that_is_in_use_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["no-such-folder-here", "./no/where", "a/b/c", "~/no-such-folder"])
-def test_model_that_is_not_there_is_refused(name: str, tmp_path: Path) -> None:
+def test_missing_model_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="There is no model folder"):
         halfbyte.quantize(name, tmp_path / "o")
     assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize("device", ["nonsense", "cuda:99", "meta"])
-def test_device_that_is_not_there_is_refused(device: str, tmp_path: Path) -> None:
+def test_missing_device_is_refused(device: str, tmp_path: Path) -> None:
     write_family(tmp_path / "base", "llama", **SMALL)
     with pytest.raises(ConfigError, match=f"device is '{device}', which this machine"):
         quantize(
@@ -370,13 +372,13 @@ def test_ids_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
         run(tmp_path, QuantConfig(), text=[[5, 500]])
 
 
-def test_a_failed_run_can_be_started_again_in_the_same_folder(tmp_path: Path) -> None:
+def test_failed_run_can_be_restarted_in_the_same_folder(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError):
         run(tmp_path, QuantConfig(group_size=32), text=[[5, 500]])
     assert quantize(tmp_path / "base", tmp_path / "out", QuantConfig(group_size=32)).modules
 
 
-def test_complete_run_is_given_back_for_the_same_inputs_only(tmp_path: Path) -> None:
+def test_complete_run_is_returned_only_for_the_same_inputs(tmp_path: Path) -> None:
     config = QuantConfig(group_size=32)
     _, report, _ = run(tmp_path, config, changes={"num_hidden_layers": 1})
     plans: list[str] = []
@@ -410,7 +412,7 @@ def test_quantized_model_is_not_quantized_again(tmp_path: Path) -> None:
         quantize(tmp_path / "out", tmp_path / "again", QuantConfig())
 
 
-def test_source_is_left_as_it_was(tmp_path: Path) -> None:
+def test_source_folder_is_unchanged(tmp_path: Path) -> None:
     write_family(tmp_path / "base", "llama", **SMALL)
     before = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()}
     quantize(tmp_path / "base", tmp_path / "out", QuantConfig(group_size=32, lm_head=True))
@@ -428,7 +430,7 @@ def test_weights_and_embedding_dtype_survive(tmp_path: Path) -> None:
     assert linear_weight(model.lm_head).dtype == torch.bfloat16
 
 
-def test_a_licence_that_cannot_be_copied_is_refused_before_the_run(tmp_path: Path) -> None:
+def test_license_that_cannot_be_copied_is_refused_before_the_run(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "LICENSE").symlink_to("../elsewhere")
     with pytest.raises(CheckpointError, match=r"missing the file LICENSE, which is a link to"):

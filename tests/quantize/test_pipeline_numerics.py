@@ -120,7 +120,7 @@ def test_weights_too_small_for_scales_are_noted(tmp_path: Path) -> None:
         model.model.layers[1].self_attn.q_proj.weight.data.mul_(2e-5)
 
     _, report, _ = run(tmp_path, QuantConfig(group_size=32), prepare=shrink)
-    told = "4096 weights lie in groups of scale 1e-05, the smallest there is"
+    told = "4096 weights are in groups with the smallest possible scale, 1e-05"
     noted = [m.name for m in report.modules if any(told in note for note in m.notes)]
     assert noted == ["model.layers.1.self_attn.q_proj"]
 
@@ -130,7 +130,7 @@ def test_weights_too_large_for_fp16_scales_are_noted(tmp_path: Path) -> None:
     _, report, _ = run(tmp_path, QuantConfig(group_size=32), prepare=set_weight(name, 1e9))
     noted = {m.name: [n for n in m.notes if "fp16" in n] for m in report.modules}
     assert noted.pop(name) == [
-        "1 groups need a scale above 65504, fp16's largest: their largest weights are cut"
+        "1 groups need a scale above 65504, fp16's largest: their largest weights are clipped"
     ]
     assert not any(noted.values())
 
@@ -155,7 +155,7 @@ def test_solver_gets_the_exact_weights_whatever_the_model_computes_in(
         changes={"num_hidden_layers": 1},
         resources=ResourceConfig(dtype=computing),
     )
-    assert f"computes in {computing}, as asked for" in report.notes
+    assert f"computes in {computing}, as requested" in report.notes
     # The first column is rounded before any error has reached it.
     exact = model.get_submodule(name).weight.detach().float()[:, 0]
     scale = checkpoint.load_linear(name).scales[0].float()

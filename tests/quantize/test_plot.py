@@ -5,7 +5,7 @@ import sys
 import pytest
 from PIL import Image
 
-from halfbyte.quantize.plot import HEAD, PICTURE_FILE, build_error_grid, save_picture
+from halfbyte.quantize.plot import HEAD, PLOT_FILE, build_error_grid, save_plot
 from halfbyte.quantize.report import SkippedModule
 
 
@@ -35,7 +35,7 @@ def test_experts_share_a_mean_and_a_worst_row(make_report, make_module):
     assert grid.errors["experts.*.up worst", 0] == 0.6
 
 
-def test_skipped_cells_are_kept_apart_from_missing_ones(make_report, make_module):
+def test_skipped_cells_differ_from_missing_ones(make_report, make_module):
     skipped = (
         SkippedModule(name="l.1.q", reason="r"),
         SkippedModule(name="l.0.experts.4.up", reason="r"),
@@ -47,12 +47,10 @@ def test_skipped_cells_are_kept_apart_from_missing_ones(make_report, make_module
 
 
 @pytest.mark.parametrize("blocks", [1, 12, 80])
-def test_picture_is_an_image_that_widens_with_the_blocks(
-    make_report, make_module, tmp_path, blocks
-):
+def test_plot_widens_with_the_number_of_blocks(make_report, make_module, tmp_path, blocks):
     modules = tuple(make_module(f"l.{b}.q", 0.01 * (b + 1)) for b in range(blocks))
-    path = save_picture(make_report(modules=modules), tmp_path)
-    assert path == tmp_path / PICTURE_FILE
+    path = save_plot(make_report(modules=modules), tmp_path)
+    assert path == tmp_path / PLOT_FILE
     with Image.open(path) as image:
         assert image.format == "PNG"
         width, height = image.size
@@ -61,16 +59,16 @@ def test_picture_is_an_image_that_widens_with_the_blocks(
 
 
 @pytest.mark.parametrize("error", [0.0, 1e-7])
-def test_equal_errors_and_zero_can_be_drawn(make_report, make_module, tmp_path, error):
+def test_equal_and_zero_errors_can_be_plotted(make_report, make_module, tmp_path, error):
     modules = (make_module("l.0.q", error), make_module("l.1.q", error))
-    assert save_picture(make_report(modules=modules), tmp_path).stat().st_size > 1000
+    assert save_plot(make_report(modules=modules), tmp_path).stat().st_size > 1000
 
 
-def test_nothing_to_draw_gives_no_file(make_report, make_module, tmp_path):
-    assert save_picture(make_report(modules=(make_module("l.0.q", None),)), tmp_path) is None
+def test_no_errors_give_no_file(make_report, make_module, tmp_path):
+    assert save_plot(make_report(modules=(make_module("l.0.q", None),)), tmp_path) is None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_drawing_leaves_pyplot_alone(make_report, tmp_path):
-    save_picture(make_report(), tmp_path)
+def test_plotting_does_not_import_pyplot(make_report, tmp_path):
+    save_plot(make_report(), tmp_path)
     assert "matplotlib.pyplot" not in sys.modules

@@ -1,4 +1,4 @@
-"""Polishing: never worse where it decides, kept only where other text agrees, as a naive loop."""
+"""Polishing: no worse on the fitting text, kept only if other text confirms, equal to a loop."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_no_row_gets_worse_on_either_text_and_some_get_better(bits: int, symmetr
     assert torch.equal(better.grid.scales[unchanged], grid.scales[unchanged])
 
 
-def test_rows_that_other_text_does_not_confirm_stay() -> None:
+def test_rows_that_other_text_does_not_confirm_are_unchanged() -> None:
     weight, codes, grid = start(bits=4, symmetric=True)
     best_there = correlated(0)
     # On white inputs the sweep's answer is worse than plain rounding; moving it further from the
@@ -65,7 +65,7 @@ def test_rows_that_other_text_does_not_confirm_stay() -> None:
     assert not bool(better.changed.all())
 
 
-def test_many_rounds_end_where_no_single_code_can_be_moved() -> None:
+def test_many_rounds_reach_a_local_optimum() -> None:
     weight, codes, grid = start(bits=3, symmetric=False)
     hessian = correlated(0)
     end = polish(weight, codes, grid, hessian, hessian, rounds=15)

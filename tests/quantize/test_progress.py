@@ -38,7 +38,7 @@ def run_two_of_three_blocks(progress, clock, make_module) -> None:
         progress.module_done(make_module(f"l.{block}.down", 0.03))
 
 
-def test_plain_lines_tell_plan_block_worst_module_time_left_and_memory(clock, make_module):
+def test_plain_lines_show_plan_block_worst_module_time_left_and_memory(clock, make_module):
     progress, out = plain()
     run_two_of_three_blocks(progress, clock, make_module)
     progress.phase("saving")
@@ -63,13 +63,13 @@ def test_last_block_and_head_are_printed_by_finished(clock, make_module):
     assert lines[-1].startswith("head: 1 modules, worst lm_head 0.01")
 
 
-def test_fallback_is_told_at_once_by_module(clock, make_module):
+def test_fallback_is_printed_immediately_by_module(clock, make_module):
     progress, out = plain()
     progress.module_done(make_module("l.0.q", notes=("damping raised to 0.1",)))
     assert out.getvalue() == "l.0.q: damping raised to 0.1\n"
 
 
-def test_same_fallback_of_the_next_block_is_not_told_again(clock, make_module):
+def test_same_fallback_of_the_next_block_is_not_repeated(clock, make_module):
     progress, out = plain()
     for name, note in (("l.0.q", "raised"), ("l.1.q", "raised"), ("l.1.q", "other")):
         progress.module_done(make_module(name, notes=(note,)))
@@ -120,7 +120,7 @@ def test_display_follows_the_console(terminal, kind):
     assert isinstance(make_progress(console), kind)
 
 
-def test_silence(capsys, make_module):
+def test_silent_progress_prints_nothing(capsys, make_module):
     progress = SilentProgress()
     progress.started(("plan",))
     progress.phase("p")

@@ -1,4 +1,4 @@
-"""What differs between the saved checkpoint and the run is found and named.
+"""The reload check detects and names differences between checkpoint and run.
 
 Checksums are rewritten after each change, so that only the comparison under test can see it.
 """
@@ -109,12 +109,12 @@ def swap(tensors: Tensors) -> None:
 @pytest.mark.parametrize(
     "change", [flip_code, change_scale, change_zero, shift_groups, swap], ids=lambda f: f.__name__
 )
-def test_other_weight_is_found_and_names_its_module(
+def test_changed_weight_is_reported_by_module(
     change: Callable[[Tensors], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(
         VerificationError,
-        match=rf"does not give back the weight of {Q_PROJ} that the run computed with",
+        match=rf"does not reproduce the weight of {Q_PROJ} that the run used",
     ):
         quantize_and_change(
             tmp_path,
@@ -125,13 +125,11 @@ def test_other_weight_is_found_and_names_its_module(
         )
 
 
-def test_nothing_changed_passes_the_same_way(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unchanged_checkpoint_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quantize_and_change(tmp_path, monkeypatch, lambda f: change_tensors(f, lambda _: None))
 
 
-def test_other_norm_in_a_block_is_found_by_its_output(
+def test_changed_norm_in_a_block_is_detected_by_its_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def change(tensors: Tensors) -> None:
@@ -139,14 +137,14 @@ def test_other_norm_in_a_block_is_found_by_its_output(
 
     with pytest.raises(
         VerificationError,
-        match=r"The saved model\.layers\.1 does not compute what the run computed: its output "
-        r"differs by .* relative, allowed is 0\.01",
+        match=r"The saved model\.layers\.1 does not reproduce the run: its output "
+        r"has a relative difference of .*, allowed is 0\.01",
     ):
         quantize_and_change(tmp_path, monkeypatch, lambda f: change_tensors(f, change))
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight"])
-def test_other_tail_is_found_by_the_logits(
+def test_changed_tail_is_detected_by_the_logits(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def change(tensors: Tensors) -> None:
@@ -154,22 +152,20 @@ def test_other_tail_is_found_by_the_logits(
 
     with pytest.raises(
         VerificationError,
-        match=r"logits differ from the run's by .* relative, allowed is 0\.02; its blocks agree",
+        match=r"logits have a relative difference .*, allowed is 0\.02\. Its blocks agree",
     ):
         quantize_and_change(tmp_path, monkeypatch, lambda f: change_tensors(f, change))
 
 
-def test_tensor_that_is_not_finite_any_more_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_non_finite_tensor_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def change(tensors: Tensors) -> None:
         tensors["model.layers.0.input_layernorm.weight"][0] = float("nan")
 
-    with pytest.raises(VerificationError, match=r"The saved model\.layers\.0 does not compute"):
+    with pytest.raises(VerificationError, match=r"The saved model\.layers\.0 does not reproduce"):
         quantize_and_change(tmp_path, monkeypatch, lambda f: change_tensors(f, change))
 
 
-def test_byte_that_the_disk_changed_is_found_and_names_its_tensor(
+def test_changed_byte_is_reported_by_tensor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def change(folder: Path) -> None:
@@ -184,7 +180,7 @@ def test_byte_that_the_disk_changed_is_found_and_names_its_tensor(
         quantize_and_change(tmp_path, monkeypatch, change)
 
 
-def test_shard_that_is_gone_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_shard_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def change(folder: Path) -> None:
         (folder / "model-00001-of-00003.safetensors").unlink()
 
@@ -192,7 +188,7 @@ def test_shard_that_is_gone_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyP
         quantize_and_change(tmp_path, monkeypatch, change)
 
 
-def test_modules_that_are_not_both_here_and_there_are_found(
+def test_missing_and_extra_modules_are_detected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sums: dict[str, int] = {}
@@ -206,7 +202,7 @@ def test_modules_that_are_not_both_here_and_there_are_found(
         attempt.check_bytes(tmp_path / "out", {**sums, "extra": 1}, torch.device("cpu"))
 
 
-def test_failed_comparison_leaves_a_run_that_can_go_on(
+def test_run_can_be_resumed_after_a_failed_check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was wrong may have been the disk: the finished blocks are not lost, but not trusted."""

@@ -17,7 +17,7 @@ from halfbyte.quantize.report import (
 )
 
 
-def test_report_survives_the_disk(make_report, make_module, tmp_path):
+def test_report_round_trips_through_a_file(make_report, make_module, tmp_path):
     module = make_module("model.layers.3.mlp.up", None, notes=("float64 retry",))
     report = make_report(modules=(module,), notes=("resumed at block 2",))
     assert report.save(tmp_path) == tmp_path / REPORT_FILE
@@ -27,7 +27,7 @@ def test_report_survives_the_disk(make_report, make_module, tmp_path):
     assert replace(loaded, config=report.config) == report
 
 
-def test_report_without_quality_survives_json(make_report):
+def test_report_without_quality_round_trips_through_json(make_report):
     report = make_report(quality=None, config={"bits": 4})
     assert QuantizationReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
 
@@ -69,11 +69,11 @@ def test_folder_without_a_report_says_what_to_do(tmp_path):
 
 def test_damaged_report_is_refused(tmp_path):
     (tmp_path / REPORT_FILE).write_text('{"model": ')
-    with pytest.raises(CheckpointError, match="it is not JSON"):
+    with pytest.raises(CheckpointError, match="it is not valid JSON"):
         load_report(tmp_path)
 
 
-def test_quality_takes_its_numbers_from_a_comparison():
+def test_quality_report_is_made_from_a_comparison():
     class Comparison:
         num_windows, window = 7, 128
         kl_nats, kl_standard_error, top1_agreement = 0.25, None, 0.8

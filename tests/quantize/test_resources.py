@@ -1,4 +1,4 @@
-"""What a run may use is decided once, with its reasons."""
+"""Planning of a run's settings and needs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def plan(weights: ModelWeights, *, lengths: list[int] | None = None, **asked: An
 @pytest.mark.parametrize(
     ("asked", "stored", "device", "fast", "dtype", "reason"),
     [
-        ("float16", torch.float32, "cpu", True, torch.float16, "float16, as asked for"),
+        ("float16", torch.float32, "cpu", True, torch.float16, "float16, as requested"),
         ("auto", torch.float32, "cpu", True, torch.float32, "float32, as the model is stored"),
         ("auto", torch.bfloat16, "cpu", True, torch.bfloat16, "bfloat16, which this processor"),
         ("auto", torch.float16, "cpu", True, torch.bfloat16, "bfloat16, which this processor"),
@@ -55,7 +55,7 @@ def plan(weights: ModelWeights, *, lengths: list[int] | None = None, **asked: An
         ("auto", torch.float16, "cuda", False, torch.float16, "float16, as the model is stored"),
     ],
 )
-def test_computing_type_is_chosen_with_a_reason(
+def test_compute_dtype_is_chosen_with_a_reason(
     asked: str,
     stored: torch.dtype,
     device: str,
@@ -70,14 +70,14 @@ def test_computing_type_is_chosen_with_a_reason(
     assert reason in why
 
 
-def test_much_memory_lets_batches_wait(weights: ModelWeights) -> None:
+def test_much_memory_keeps_paused_passes(weights: ModelWeights) -> None:
     found = plan(weights, memory="64GB")
     assert found.settings.keep_paused
     assert found.settings.batch_size == 2, "4096 tokens"
     assert found.settings.reasons == (
-        "the limit is yours",
+        "the requested limit",
         "computes in float32, as the model is stored",
-        "2 sequences a batch",
+        "2 sequences per batch",
         "each block runs once",
     )
     assert found.memory_bytes < found.budget_bytes == 64 * 10**9
@@ -93,7 +93,7 @@ def test_less_memory_makes_each_block_run_once_per_stage(weights: ModelWeights) 
     assert less.flops > much.flops
 
 
-def test_little_memory_makes_batches_small_but_never_empty(weights: ModelWeights) -> None:
+def test_little_memory_gives_small_but_nonempty_batches(weights: ModelWeights) -> None:
     fixed = plan(weights, memory="1MB", batch_size=1)
     room = fixed.memory_bytes
     sizes = [
@@ -105,11 +105,11 @@ def test_little_memory_makes_batches_small_but_never_empty(weights: ModelWeights
     assert sizes[-1] == 2
 
 
-def test_batch_size_that_was_asked_for_is_taken(weights: ModelWeights) -> None:
+def test_requested_batch_size_is_used(weights: ModelWeights) -> None:
     assert plan(weights, memory="1MB", batch_size=9).settings.batch_size == 9
 
 
-def test_plan_counts_what_there_is(weights: ModelWeights) -> None:
+def test_plan_counts_disk_flops_and_memory(weights: ModelWeights) -> None:
     found = plan(weights, memory="64GB", lengths=[100] * 10)
     tokens, hidden = 1000, 64
     assert found.work_bytes == 2 * tokens * hidden * 4
@@ -120,7 +120,7 @@ def test_plan_counts_what_there_is(weights: ModelWeights) -> None:
     linears = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96
     assert found.output_bytes == outside + int(0.53 * 3 * (linears + 2 * 64))
     assert found.flops > 2 * tokens * 3 * linears
-    assert found.seconds == pytest.approx(found.flops / (resources.REACHED_RATE * 1e9))
+    assert found.seconds == pytest.approx(found.flops / (resources.ACHIEVED_RATE * 1e9))
     assert found.memory_bytes > PROGRAM_BYTES
     assert found.settings.hessian_bytes > SMALLEST_HESSIAN_BYTES
     assert plan(weights, memory="1MB").settings.hessian_bytes == SMALLEST_HESSIAN_BYTES
@@ -135,7 +135,7 @@ def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path) -> None:
     assert needs[1].flops == pytest.approx(4 * needs[0].flops)
 
 
-def test_tokens_go_through_their_experts_only(tmp_path: Path) -> None:
+def test_plan_counts_only_routed_experts(tmp_path: Path) -> None:
     flops = []
     for experts in (4, 8):
         folder = tmp_path / str(experts)
@@ -147,13 +147,13 @@ def test_tokens_go_through_their_experts_only(tmp_path: Path) -> None:
 def test_plan_in_words(weights: ModelWeights) -> None:
     memory, disk, time = plan(weights, memory="64GB").lines()
     assert memory.startswith("memory  ")
-    assert "of 64.0 GB; the limit is yours; computes in float32" in memory
+    assert "of 64.0 GB; the requested limit; computes in float32" in memory
     assert "for the checkpoint, 134.2 MB while it runs" in disk
     assert time.startswith("time    at least ")
     assert f"on {torch.get_num_threads()} threads" in time
 
 
-def test_default_budget_is_a_share_of_what_is_free(
+def test_default_budget_is_a_fraction_of_free_memory(
     weights: ModelWeights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Memory:
@@ -162,10 +162,10 @@ def test_default_budget_is_a_share_of_what_is_free(
     monkeypatch.setattr(resources.psutil, "virtual_memory", lambda: Memory)
     found = plan(weights)
     assert 0 < found.budget_bytes <= 6 * 10**9
-    assert found.settings.reasons[0] == "60% of what is free"
+    assert found.settings.reasons[0] == "60% of the free memory"
 
 
-def test_settings_survive_the_journal(weights: ModelWeights) -> None:
+def test_settings_round_trip_through_the_journal(weights: ModelWeights) -> None:
     settings = plan(weights, memory="64GB").settings
     assert RunSettings.from_dict(settings.to_dict()) == settings
     assert settings.torch_dtype == torch.float32
@@ -188,12 +188,12 @@ def test_each_preset_needs_more_than_the_one_before(weights: ModelWeights) -> No
     assert plans[1].work_bytes == 2 * plans[0].work_bytes, "two streams"
 
 
-def test_text_that_confirms_is_whole_batches(weights: ModelWeights) -> None:
+def test_checking_text_is_whole_batches(weights: ModelWeights) -> None:
     found = plan(weights, memory="64GB", lengths=[32] * 16, config=PRESETS["balanced"])
     assert found.settings.batch_size == 2, "of 16 sequences 8 batches, 2 of which confirm"
 
 
-def test_a_gpu_holds_states_where_they_fit(weights: ModelWeights) -> None:
+def test_gpu_keeps_states_if_they_fit(weights: ModelWeights) -> None:
     weights.device = torch.device("cuda")  # nothing is loaded
     much = plan(weights, memory="64GB")
     assert much.settings.hold_states
@@ -207,17 +207,17 @@ def test_a_gpu_holds_states_where_they_fit(weights: ModelWeights) -> None:
     assert not little.settings.keep_paused
 
 
-def test_training_the_whole_model_goes_through_files(weights: ModelWeights) -> None:
+def test_end_to_end_training_keeps_states_in_files(weights: ModelWeights) -> None:
     weights.device = torch.device("cuda")
     assert not plan(weights, memory="64GB", config=PRESETS["best"]).settings.hold_states
     assert plan(weights, memory="64GB", config=PRESETS["balanced"]).settings.hold_states
 
 
-def test_a_cpu_never_holds_states(weights: ModelWeights) -> None:
+def test_cpu_never_keeps_states_in_memory(weights: ModelWeights) -> None:
     assert not plan(weights, memory="64GB").settings.hold_states
 
 
-def test_a_limit_is_the_allocators_where_the_plan_fits(weights):
+def test_limit_is_passed_to_the_allocator_if_the_plan_fits(weights):
     assert plan(weights).settings.limit_bytes is None
     fits = plan(weights, memory="64GB").settings
     assert fits.limit_bytes == 64 * 10**9 - PROGRAM_BYTES

@@ -286,7 +286,7 @@ def test_second_process_on_the_same_output_is_refused(tmp_path: Path) -> None:
 
 
 def test_both_ways_of_running_write_the_same_bytes(tmp_path: Path) -> None:
-    """Passages that wait and passages that start again: the fast way against the plain one."""
+    """ForwardPasses that wait and passages that start again: the fast way against the plain one."""
     for family in ("llama", "qwen3_moe", "gpt_neox"):
         write_family(tmp_path / family, family)
         for name, memory in (("fast", "64GB"), ("plain", "1MB")):

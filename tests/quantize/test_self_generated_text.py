@@ -1,4 +1,4 @@
-"""Text that the model writes: of its own distribution, the same for a seed, kept for a resume."""
+"""Self-generated calibration text: its distribution, seed, and reuse by a resumed run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_an_end_of_text_does_not_end_a_sequence() -> None:
     assert [len(ids) for ids in generate_text(model, CONFIG)] == [24] * 5
 
 
-def test_the_seed_chooses_the_text() -> None:
+def test_seed_determines_the_text() -> None:
     model = build_family("llama")
     first, again = (generate_text(model, CONFIG) for _ in range(2))
     other = generate_text(model, CalibrationConfig(samples=5, length=24, seed=1))
@@ -62,11 +62,11 @@ def test_tokens_follow_the_models_own_distribution() -> None:
 def test_broken_model_is_refused() -> None:
     model = build_family("llama")
     model.lm_head.weight.data.fill_(float("nan"))
-    with pytest.raises(ModelError, match=r"cannot write text in float32: .*Look for damaged"):
+    with pytest.raises(ModelError, match=r"cannot generate text in float32: .*for damage"):
         generate_text(model, CONFIG)
 
 
-def test_a_table_of_ids_is_not_taken_for_the_word(tmp_path: Path) -> None:
+def test_array_of_ids_is_not_mistaken_for_self(tmp_path: Path) -> None:
     build_family("llama").save_pretrained(tmp_path / "base")
     report = halfbyte.quantize(
         tmp_path / "base",
@@ -78,13 +78,13 @@ def test_a_table_of_ids_is_not_taken_for_the_word(tmp_path: Path) -> None:
     assert report.calibration.tokens == 5 * 24
 
 
-def test_what_is_saved_is_read_again(tmp_path: Path) -> None:
+def test_saved_text_can_be_loaded(tmp_path: Path) -> None:
     save_text([[1, 2, 3], [4, 5]], tmp_path / "own.jsonl")
     lines = (tmp_path / "own.jsonl").read_text().splitlines()
     assert lines == ['{"input_ids": [1, 2, 3]}', '{"input_ids": [4, 5]}']
 
 
-def test_a_resumed_run_uses_the_text_that_was_written(
+def test_resumed_run_reuses_the_generated_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build_family("llama").save_pretrained(tmp_path / "base")

@@ -1,11 +1,11 @@
-"""The shifted target against the float64 least-squares problem that it solves."""
+"""The target compared with the float64 least-squares problem that it solves."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from halfbyte.quantize.target import CHECK_EVERY, MomentAccumulator, Moments, aim
+from halfbyte.quantize.target import CHECK_EVERY, MomentAccumulator, Moments, compute_target
 
 WIDTH, ROWS, TOKENS = 24, 10, 4000
 
@@ -32,7 +32,7 @@ def weight() -> torch.Tensor:
 
 def test_target_is_the_damped_least_squares_solution_over_all_text() -> None:
     (fit_base, fit_seen), (check_base, check_seen) = inputs(0), inputs(1, TOKENS // 3)
-    found = aim(
+    found = compute_target(
         weight(), moments(fit_base, fit_seen), moments(check_base, check_seen), damping=0.01
     )
     base, seen = torch.cat([fit_base, check_base]).double(), torch.cat([fit_seen, check_seen])
@@ -49,8 +49,8 @@ def test_target_is_the_damped_least_squares_solution_over_all_text() -> None:
     assert 0.95 < found.share <= 1.0
 
 
-def test_target_comes_nearer_to_the_base_outputs_on_text_that_nobody_saw() -> None:
-    found = aim(weight(), moments(*inputs(0)), moments(*inputs(1)), damping=0.01)
+def test_target_gets_closer_to_the_base_outputs_on_unseen_text() -> None:
+    found = compute_target(weight(), moments(*inputs(0)), moments(*inputs(1)), damping=0.01)
     base, seen = inputs(2)
     wanted = base @ weight().t()
     before = (seen @ weight().t() - wanted).square().mean()
@@ -58,12 +58,12 @@ def test_target_comes_nearer_to_the_base_outputs_on_text_that_nobody_saw() -> No
     assert float(after) < 0.2 * float(before)
 
 
-def test_share_is_the_best_one_on_the_check_text() -> None:
+def test_share_minimizes_the_error_on_the_check_text() -> None:
     """Where the two texts disagree in part, against a search by hand."""
     fit, (base, seen) = inputs(0), inputs(1)
     base = seen + 0.4 * (base - seen)
-    found = aim(weight(), moments(*fit), moments(base, seen), damping=1e-4)
-    step = aim(weight(), moments(*fit), moments(*fit), damping=1e-4).weight - weight()
+    found = compute_target(weight(), moments(*fit), moments(base, seen), damping=1e-4)
+    step = compute_target(weight(), moments(*fit), moments(*fit), damping=1e-4).weight - weight()
     shares = torch.linspace(0, 1, 101)
     losses = [
         float((seen @ (weight() + a * step).t() - base @ weight().t()).square().mean())
@@ -75,19 +75,19 @@ def test_share_is_the_best_one_on_the_check_text() -> None:
 def test_step_that_other_text_does_not_confirm_is_not_taken() -> None:
     base, seen = inputs(1)
     against = moments(seen - (base - seen), seen)
-    found = aim(weight(), moments(*inputs(0)), against, damping=0.01)
+    found = compute_target(weight(), moments(*inputs(0)), against, damping=0.01)
     assert found.share == 0
     assert torch.equal(found.weight, weight())
 
 
-def test_singular_hessian_leaves_the_weight() -> None:
+def test_singular_hessian_keeps_the_weight() -> None:
     broken = Moments(hessian=-torch.eye(WIDTH), drift=torch.randn(WIDTH, WIDTH), num_tokens=TOKENS)
-    found = aim(weight(), broken, moments(*inputs(1)), damping=0.01)
+    found = compute_target(weight(), broken, moments(*inputs(1)), damping=0.01)
     assert found.share == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_accumulated_moments_are_the_float64_ones(dtype: torch.dtype) -> None:
+def test_accumulated_moments_match_float64(dtype: torch.dtype) -> None:
     accumulator = MomentAccumulator(WIDTH, torch.device("cpu"), drift=True)
     batches = [[t.to(dtype) for t in inputs(seed, 200)] for seed in range(9)]
     for number, (base, seen) in enumerate(batches):
@@ -117,7 +117,7 @@ def test_too_few_batches_have_no_check_half() -> None:
     assert accumulator.moments() is None
 
 
-def test_batch_that_is_not_finite_enters_neither_sum() -> None:
+def test_non_finite_batch_enters_neither_sum() -> None:
     accumulator = MomentAccumulator(2, torch.device("cpu"), drift=True)
     accumulator.update(0, torch.tensor([[1.0, float("nan")]]), torch.ones(1, 2))
     accumulator.update(1, torch.ones(1, 2), torch.full((1, 2), 3.0))

@@ -1,4 +1,4 @@
-"""What calibration tokens count: the gradients are the model's own, and Hessians sum by them."""
+"""Token weights: correct gradients, and Hessians weighted by them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from halfbyte.quantize.attempt import WEIGHTS_FOLDER
 from halfbyte.quantize.hessian import HessianAccumulator
 from halfbyte.quantize.progress import SilentProgress
 from halfbyte.quantize.target import CHECK_EVERY, MomentAccumulator
-from halfbyte.quantize.token_weights import MOST, TokenWeights
+from halfbyte.quantize.token_weights import MAX_WEIGHT, TokenWeights
 
 CPU = torch.device("cpu")
 CONFIG = QuantConfig(group_size=32, weigh_tokens=True)
@@ -51,7 +51,7 @@ def naive_squares(base: Path, sequences: list[list[int]], counted: Tensor | None
     with torch.no_grad():  # what is drawn follows the run's own type
         for row in sequences:
             probabilities = model(torch.tensor([row])).logits[0].float().softmax(-1)
-            drawn.append(token_gradients.draw_tokens(probabilities, dice))
+            drawn.append(token_gradients.sample_tokens(probabilities, dice))
     model = model.double()
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and "layers" in name:
@@ -91,17 +91,17 @@ def test_weights_are_the_gradient_norms_of_the_whole_model(
         assert roots is not None
         assert [len(part) for part in roots] == [64] * 4
         norms = torch.stack([squares[name] for name in names]).sum(0).sqrt()
-        expected = (norms / norms.mean()).clamp(max=MOST)
+        expected = (norms / norms.mean()).clamp(max=MAX_WEIGHT)
         expected = (expected / expected.mean()).sqrt().float()
         torch.testing.assert_close(torch.cat(roots), expected, rtol=1e-3, atol=1e-4)
         assert float(torch.cat(roots).std()) > 0.02, "they do differ"
 
 
-def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
+def test_tokens_are_sampled_by_their_probability() -> None:
     wanted = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3 - 1e-3, 1e-3, 0.0])
     dice = torch.Generator().manual_seed(0)
     number = 100_000
-    drawn = token_gradients.draw_tokens(wanted.repeat(number, 1), dice)
+    drawn = token_gradients.sample_tokens(wanted.repeat(number, 1), dice)
     counts = torch.bincount(drawn[:, 0], minlength=len(wanted))
     assert int(counts.sum()) == number
     assert not counts[wanted == 0].any(), "what cannot be is never drawn"
@@ -109,9 +109,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     assert bool((error <= 5 * (wanted * (1 - wanted) / number).sqrt()).all())
 
 
-def test_portions_give_what_each_gives_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_portions_are_independent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Text that does not fit in memory at once goes in portions, each with its own draws."""
     write_decided_family(tmp_path / "base")
     found = record_roots(monkeypatch)
@@ -124,12 +122,12 @@ def test_portions_give_what_each_gives_alone(
     roots = found[("model.layers.1.mlp.down_proj",)]
     assert roots is not None
     norms = torch.cat([part["model.layers.1.mlp.down_proj"] for part in parts]).sqrt()
-    expected = (norms / norms.mean()).clamp(max=MOST)
+    expected = (norms / norms.mean()).clamp(max=MAX_WEIGHT)
     expected = (expected / expected.mean()).sqrt().float()
     torch.testing.assert_close(torch.cat(roots), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_sums_are_weighted_as_in_float64() -> None:
+def test_weighted_sums_match_float64() -> None:
     dice = torch.Generator().manual_seed(0)
     plain = HessianAccumulator(40, CPU)
     moments = MomentAccumulator(40, CPU, drift=True)
@@ -155,9 +153,7 @@ def test_sums_are_weighted_as_in_float64() -> None:
         torch.testing.assert_close(half.drift.double(), drift, rtol=1e-4, atol=1e-4)
 
 
-def test_tokens_that_count_alike_change_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_equal_weights_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_decided_family(tmp_path / "base")
     quantize(tmp_path / "base", tmp_path / "plain", QuantConfig(group_size=32), **TEXT)
     quantize(tmp_path / "base", tmp_path / "weighted", CONFIG, **TEXT)
@@ -197,7 +193,7 @@ class StopAt(SilentProgress):
             raise InterruptedError
 
 
-def test_a_killed_run_goes_on_with_the_parts_that_it_has(
+def test_resumed_run_reuses_finished_portions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_decided_family(tmp_path / "base")
@@ -211,5 +207,5 @@ def test_a_killed_run_goes_on_with_the_parts_that_it_has(
     told: list[str] = []
     monkeypatch.setattr(SilentProgress, "phase", lambda _self, name: told.append(name))
     quantize(tmp_path / "base", tmp_path / "out", CONFIG, resume=True, **TEXT)
-    assert [name[-6:] for name in told if "count" in name] == ["3 of 4", "4 of 4"]
+    assert [name[-6:] for name in told if "token weights" in name] == ["3 of 4", "4 of 4"]
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")

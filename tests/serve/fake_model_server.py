@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server that misbehaves when it is told to.
+"""An OpenAI-compatible server that misbehaves on command.
 
 python fake_model_server.py PORT NAME; POST /mode with a word changes what later requests get.
 """

@@ -1,4 +1,4 @@
-"""Backends made of a script, calls, and a clock that a test moves."""
+"""Scripted backends, calls, and a fake clock."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def make_call(
 
 
 def answer(text: str, *, logprob: float = -0.1, entropy: float | None = None) -> list[Event]:
-    """The events of a good answer, a word a token."""
+    """Return the events of a good answer, one token per word."""
     words = text.split(" ")
     words = [word if n == 0 else " " + word for n, word in enumerate(words)]
     entropies = () if entropy is None else (entropy,)
@@ -56,7 +56,7 @@ def answer(text: str, *, logprob: float = -0.1, entropy: float | None = None) ->
 
 
 class ScriptedBackend:
-    """Does what it is told: events, exceptions to raise, seconds or an Event to wait for."""
+    """Plays a script: events, exceptions to raise, seconds or an Event to wait for."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ def failure(status: int = 500, **more) -> ServeError:
 
 
 async def collect(router, call: Call, served: Served | None = None) -> tuple[str, Served]:
-    """The text of an answer and who gave it."""
+    """Return the text of an answer and which model gave it."""
     served = served or Served()
     text = ""
     async for event in router.stream(call, served):

@@ -1,4 +1,4 @@
-"""A server that sends exactly the bytes it is told to: broken, slow, half."""
+"""A server that sends given bytes: invalid, slow, or incomplete."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def reply(body=b"", *, status="200 OK", media="application/json", more=""):
 
 
 def stream(*lines):
-    """The start of a stream without a length: it lasts until the connection closes."""
+    """Return a stream without a length, which lasts until the connection closes."""
     head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
     return head.encode() + b"".join(
         f"data: {line if isinstance(line, str) else json.dumps(line)}\n\n".encode()
@@ -37,7 +37,7 @@ def chunk(text=None, finish=None, index=0, **more):
 class RawServer:
     address: str
     plays: list = field(default_factory=list)
-    """Of each POST in turn, the last one for ever: bytes to send, or seconds to wait."""
+    """For each POST, the last one repeated: bytes to send, or seconds to wait."""
     seen: list = field(default_factory=list)
     """Head and body of each request."""
     left: int = 0

@@ -1,4 +1,4 @@
-"""A router over models that do as they are told."""
+"""A router with scripted models."""
 
 from __future__ import annotations
 

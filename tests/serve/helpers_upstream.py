@@ -1,4 +1,4 @@
-"""Calls to other servers, and what these say."""
+"""Calls to upstream servers, and their answers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def make_call(kind="chat", seconds=None, **body):
 
 
 def ask(addresses, call=None, *, key=None, **timeouts):
-    """Give all events, or the error."""
+    """Return all events; raises the error."""
 
     async def run():
         backend = UpstreamBackend.open(addresses, key=key, timeouts=UpstreamTimeouts(**timeouts))

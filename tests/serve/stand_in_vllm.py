@@ -18,7 +18,7 @@ from pathlib import Path
 
 ANSWER = "An answer of vLLM's."
 ADAPTERS = {}
-"""Name -> folder of those that are loaded."""
+"""Folders of the loaded adapters, by name."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -52,7 +52,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send("text/event-stream", "".join(f"data: {line}\n\n" for line in lines).encode())
 
     def change_adapter(self, body):
-        """As vLLM does, whose success is no JSON."""
+        """Reply like vLLM, whose success response is not JSON."""
         name, path = body["lora_name"], body.get("lora_path")
         if "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in os.environ or "--enable-lora" not in sys.argv:
             self.send("application/json", b"{}", 404)

@@ -10,7 +10,7 @@ from halfbyte.cli.main import main
 from halfbyte.errors import ConfigError
 from halfbyte.serve.calibrate import Judged, calibrate, read_judged
 from halfbyte.serve.routing.confidence import measure_confidence, read_confidence
-from halfbyte.serve.watch.observation import Seen
+from halfbyte.serve.watch.observation import AttemptRecord
 
 
 def judged(count, *, informative=True, seed=0, sign=1.0):
@@ -31,7 +31,7 @@ def judged(count, *, informative=True, seed=0, sign=1.0):
     return items
 
 
-def test_table_is_what_counting_says():
+def test_table_agrees_with_counting():
     items = judged(300)
     found = calibrate(items, share=0.1)
     assert found.chosen in found.choices
@@ -52,9 +52,9 @@ def test_table_is_what_counting_says():
     assert [c.share for c in found.choices] == sorted(c.share for c in found.choices)
 
 
-def test_confidence_that_tells_is_told_from_one_that_does_not():
-    assert calibrate(judged(1500), share=0.2).tells
-    assert not calibrate(judged(1500, informative=False), share=0.2).tells
+def test_informative_confidence_is_distinguished_from_chance():
+    assert calibrate(judged(1500), share=0.2).is_better_than_chance
+    assert not calibrate(judged(1500, informative=False), share=0.2).is_better_than_chance
 
 
 def test_entropy_falls_back_above_its_threshold():
@@ -75,13 +75,13 @@ def test_entropy_falls_back_above_its_threshold():
         ("mean_entropy", None, 0.5),
     ],
 )
-def test_figures_are_those_of_their_names(statistic, first, expected):
+def test_statistics_are_computed_correctly(statistic, first, expected):
     found = measure_confidence(statistic, first, [-1.0, -2.0, -3.0], [0.5, 0.5])
     assert found == expected
     assert measure_confidence(statistic, first, [], []) is None
 
 
-def test_of_equal_confidences_none_falls_back_rather_than_too_many():
+def test_ties_do_not_exceed_the_share():
     items = [
         Judged(document=str(n), confidence=-1.0 if n < 30 else -2.0, base_right=True,
                candidate_right=False)
@@ -91,7 +91,7 @@ def test_of_equal_confidences_none_falls_back_rather_than_too_many():
     assert calibrate(items, share=0.25).chosen.share == 0.25
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say(monkeypatch):
+def test_intervals_have_their_nominal_coverage(monkeypatch):
     monkeypatch.setattr("halfbyte.serve.calibrate.SHARES", ())
     truth = calibrate(judged(60_000, seed=999), share=0.2).chosen.gain
     inside = 0
@@ -138,7 +138,9 @@ def test_command_writes_what_the_server_reads(tmp_path, capsys):
     # The server doubts exactly the answers that the table counts.
     items = json.loads(report.read_text())["items"]
     doubted = sum(
-        found.doubts(Seen(backend="", role="primary", started=0, logprobs=i["candidate_logprobs"]))
+        found.is_unsure(
+            AttemptRecord(backend="", role="primary", started=0, logprobs=i["candidate_logprobs"])
+        )
         for i in items
     )
     assert doubted == round(kept["chosen"]["share"] * 199)
@@ -147,18 +149,20 @@ def test_command_writes_what_the_server_reads(tmp_path, capsys):
     assert "falls back" in text
 
 
-def test_report_that_cannot_be_used_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="has 9 written answers of known confidence; at least 16"):
+def test_unusable_report_is_named(tmp_path):
+    with pytest.raises(
+        ConfigError, match="has 9 generated answers with known confidence; at least 16"
+    ):
         read_judged(write_report(tmp_path / "few.json", 10), "mean_logprob", None)
     (tmp_path / "old.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"Cannot read .*old\.json.*KeyError"):
         read_judged(tmp_path / "old.json", "mean_logprob", None)
     with pytest.raises(ConfigError, match="share is 1; it must be above 0 and below 1"):
         calibrate(judged(100), share=1.0)
-    with pytest.raises(ConfigError, match=r"Cannot read thresholds from .*none"):
+    with pytest.raises(ConfigError, match=r"Cannot read a confidence threshold from .*none"):
         read_confidence(tmp_path / "none.json")
     (tmp_path / "other.json").write_text(
         '{"form": 9, "statistic": "mean_logprob", "threshold": -1, "first_tokens": null}'
     )
-    with pytest.raises(ConfigError, match="has thresholds of form 9 for 'mean_logprob'"):
+    with pytest.raises(ConfigError, match="it has format 9 and the statistic 'mean_logprob'"):
         read_confidence(tmp_path / "other.json")

@@ -18,7 +18,7 @@ LOOP = answer("again and again " + "so it goes " * 12)
 
 
 def trial(candidate_script, tmp_path=None, *, seed=1, requests=4000, **settings):
-    """A router with a canary, asked until the trial is over."""
+    """Run requests through a router with a canary until the trial is decided."""
     config = QualityConfig(
         canary_share=0.2,
         evidence=None if tmp_path is None else str(tmp_path),
@@ -42,7 +42,7 @@ def trial(candidate_script, tmp_path=None, *, seed=1, requests=4000, **settings)
 
 
 @pytest.mark.parametrize("script", [[failure()], LOOP, GOOD[:3]], ids=["error", "loop", "cut"])
-def test_candidate_that_is_worse_on_purpose_goes_within_the_promise_and_no_client_notices(script):
+def test_worse_candidate_is_rolled_back_in_time_and_no_client_notices(script):
     canary, decisions, texts, new = trial(script)
     promised = requests_until_rejected((0.0, 1.0), 0.2, 0.05)
     assert canary.status == "rolled back"
@@ -55,7 +55,7 @@ def test_candidate_that_is_worse_on_purpose_goes_within_the_promise_and_no_clien
     assert not any(canary.pick(make_call()) for _ in range(100))
 
 
-def test_candidate_that_is_as_good_is_promoted_with_the_evidence_kept(tmp_path):
+def test_equally_good_candidate_is_promoted_and_its_evidence_saved(tmp_path):
     canary, decisions, _, new = trial(GOOD, tmp_path)
     assert (canary.status, decisions) == ("promoted", [canary])
     kept = json.loads((tmp_path / "canary.json").read_text())
@@ -76,13 +76,13 @@ def test_slightly_worse_candidate_is_not_promoted():
     assert canary.status == "rolled back"
 
 
-def test_without_a_decision_it_goes_after_the_last_request():
+def test_undecided_candidate_is_rolled_back_after_the_last_request():
     canary, *_ = trial(GOOD, canary_requests=50)
     assert (canary.status, canary.num_requests) == ("rolled back", 50)
     assert canary.reason == "no decision within 50 requests"
 
 
-def test_trial_goes_on_after_a_restart_and_a_decided_one_stays_decided(tmp_path):
+def test_trial_resumes_after_a_restart_and_a_decision_is_final(tmp_path):
     first, _, _, _ = trial(GOOD, tmp_path, requests=300)
     assert first.status == "running"
     first.save(wait=True)
@@ -97,7 +97,7 @@ def test_trial_goes_on_after_a_restart_and_a_decided_one_stays_decided(tmp_path)
     assert (after.status, decisions, new.calls) == ("rolled back", [], [])
 
 
-def test_other_candidate_or_other_settings_begin_anew_and_keep_the_old_evidence(tmp_path):
+def test_other_candidate_or_settings_start_anew_and_keep_the_old_evidence(tmp_path):
     trial([failure()], tmp_path)
     canary, *_ = trial(GOOD, tmp_path, canary_margin=0.1)
     assert canary.status == "promoted"
@@ -113,9 +113,7 @@ def test_damaged_evidence_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(("likelihood", "status"), [(-3.8, "promoted"), (-11.0, "rolled back")])
-def test_candidate_that_writes_nonsense_is_found_by_what_the_present_model_makes_of_it(
-    likelihood, status
-):
+def test_candidate_that_writes_nonsense_is_detected_by_rating(likelihood, status):
     # The figures of a real 4-bit model: its own answers -3.5 +- 1, another good model's -3.8,
     # those of one with noise in its scales -11, which look like text to every monitor.
     rng = random.Random(3)
@@ -147,7 +145,7 @@ def test_candidate_that_writes_nonsense_is_found_by_what_the_present_model_makes
         assert canary.num_requests < 300
 
 
-def test_present_model_that_cannot_rate_is_asked_a_few_times_only(caplog):
+def test_rating_stops_after_a_few_failures(caplog):
     asked = []
 
     async def rate(call, said):
@@ -170,7 +168,7 @@ def test_present_model_that_cannot_rate_is_asked_a_few_times_only(caplog):
     assert "without ratings" in caplog.text
 
 
-def test_slow_ratings_leave_requests_out_whether_they_failed_or_not():
+def test_slow_ratings_skip_requests_whether_they_failed_or_not():
     async def rate(call, said):
         await asyncio.sleep(3600)
 
@@ -191,7 +189,7 @@ def test_slow_ratings_leave_requests_out_whether_they_failed_or_not():
 
 
 def leave_early(script, *, requests=10):
-    """Clients that leave a trial's models, and a critical request that takes no part in it."""
+    """Run a trial whose clients disconnect, and a critical request that is not part of it."""
     config = QualityConfig(canary_share=0.5)
     router = Router(
         ScriptedBackend("small", script),
@@ -214,28 +212,28 @@ def leave_early(script, *, requests=10):
     return canary
 
 
-def test_client_that_leaves_before_the_first_token_was_let_down_by_either_model():
+def test_client_disconnect_before_the_first_token_is_a_failure():
     arms = leave_early([30.0]).arms
     assert [arms[name].causes["left"] for name in arms] == [arms[name].requests for name in arms]
     assert sum(arm.requests for arm in arms.values()) == 10
     assert all(arm.requests for arm in arms.values())
 
 
-def test_client_that_leaves_in_the_middle_tells_nothing():
+def test_client_disconnect_after_the_first_token_does_not_count():
     assert leave_early([*GOOD[:2], 30.0]).num_requests == 0
 
 
 @pytest.mark.parametrize(
     ("status", "cause"), [(404, "refused"), (400, "refused"), (429, "overload")]
 )
-def test_candidate_that_answers_nothing_goes_and_no_client_notices(status, cause):
+def test_failing_candidate_is_rolled_back_and_no_client_notices(status, cause):
     canary, _, texts, _ = trial([failure(status)])
     assert canary.status == "rolled back"
     assert texts == {"a good answer of several words"}
     assert canary.arms["canary"].causes == {cause: canary.arms["canary"].requests}
 
 
-def test_request_that_both_models_refuse_is_left_out_and_told_in_the_words_of_the_present_one():
+def test_request_that_both_models_refuse_does_not_count():
     config = QualityConfig(canary_share=0.5)
     large = ScriptedBackend("large", GOOD)
     router = Router(
@@ -253,7 +251,7 @@ def test_request_that_both_models_refuse_is_left_out_and_told_in_the_words_of_th
 
 
 @pytest.mark.parametrize("status", [500, 429])
-def test_refusal_that_the_present_model_could_not_answer_either_is_left_out(status):
+def test_refusal_does_not_count_if_the_present_model_fails_too(status):
     config = QualityConfig(canary_share=0.5, breaker_failures=2)
     router = Router(ScriptedBackend("small", [failure(status)]), config=config)
     canary = Canary("new", config)
@@ -266,7 +264,7 @@ def test_refusal_that_the_present_model_could_not_answer_either_is_left_out(stat
     assert canary.num_requests == 0
 
 
-def test_candidate_answers_for_the_model_it_would_replace_and_for_no_adapter_of_it():
+def test_candidate_gets_no_requests_for_adapters():
     config = QualityConfig(canary_share=0.5)
     present = ScriptedBackend("small", GOOD, models=("small", "law", "tax"))
     router = Router(present, config=config)
@@ -279,7 +277,7 @@ def test_candidate_answers_for_the_model_it_would_replace_and_for_no_adapter_of_
     assert canary.num_requests == 2
 
 
-def test_promotion_needs_requests_of_the_candidate_itself():
+def test_promotion_needs_enough_requests_of_the_candidate():
     canary = Canary("new", QualityConfig(canary_share=0.5, canary_margin=0.2), seed=1)
     for _ in range(1000):
         canary._count("primary", "")
@@ -291,7 +289,7 @@ def test_promotion_needs_requests_of_the_candidate_itself():
     assert canary.status == "promoted"
 
 
-def test_candidate_with_an_open_breaker_counts_as_failing():
+def test_open_breaker_of_the_candidate_counts_as_failure():
     config = QualityConfig(canary_share=0.5, breaker_failures=2, breaker_seconds=1000.0)
     router = Router(ScriptedBackend("small", GOOD), config=config)
     canary = Canary("new", config, seed=1)

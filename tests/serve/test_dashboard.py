@@ -27,7 +27,7 @@ LOOP = answer("again and again " + "so it goes " * 12)
 
 
 def make_quality(tmp_path):
-    """A server's quality after some minutes with everything in it, at a clock of its own."""
+    """A server's quality after some minutes with all features, with a fake clock."""
     clock = Clock(50_000.0)
     rng = random.Random(3)
 
@@ -81,7 +81,7 @@ def quality(tmp_path_factory):
 
 
 class Guard:
-    """What the server's own guard does: everything but the open paths wants the key."""
+    """Require the key for all but the open paths, as the server does."""
 
     def __init__(self, app):
         self.app, self.asked = app, []
@@ -108,7 +108,7 @@ def test_snapshot_is_plain_and_complete(quality):
     assert found["totals"]["request_failure"] == 1
 
 
-def test_files_ask_for_nothing_outside_and_carry_their_policy(quality):
+def test_files_load_nothing_external_and_have_a_security_policy(quality):
     app = Starlette(routes=dashboard_routes(quality.snapshot))
     with serving(app) as address:
         for path in (*OPEN_PATHS, DATA):
@@ -125,7 +125,7 @@ def test_files_ask_for_nothing_outside_and_carry_their_policy(quality):
             assert "eval(" not in text
 
 
-def test_page_is_there_with_a_slash_behind_it_too(quality):
+def test_page_is_served_with_a_trailing_slash(quality):
     app = Starlette(routes=dashboard_routes(quality.snapshot))
     app.router.redirect_slashes = False  # as the server has it
     with (
@@ -143,7 +143,7 @@ def test_files_are_in_the_package():
 
 
 @pytest.mark.skipif(not (CHROMIUM and DRIVER), reason=WHY_NOT)
-def test_page_asks_for_the_key_shows_the_figures_and_goes_on_after_an_outage(quality, tmp_path):
+def test_page_asks_for_the_key_shows_data_and_recovers_from_an_outage(quality, tmp_path):
     snapshots = [quality.snapshot]
     app = Guard(Starlette(routes=dashboard_routes(lambda: snapshots[0]())))
     with serving(app) as address, open_browser() as browser:
@@ -151,13 +151,13 @@ def test_page_asks_for_the_key_shows_the_figures_and_goes_on_after_an_outage(qua
         browser.call("url", url=address + "/dashboard")
         wait(browser, "!document.getElementById('key-form').hidden")
         enter(browser, "wrong")
-        wait(browser, "document.getElementById('state').textContent.includes('not take')")
+        wait(browser, "document.getElementById('state').textContent.includes('rejected')")
         enter(browser, KEY)
         wait(browser, "!document.getElementById('main').hidden")
         text = browser.value("document.body.innerText")
         for part in (
             "smol-4bit", NASTY, "Tokens per second", "check:repetition", "critical", "Canary",
-            "it is as good", "shade", "of 900 MB", "aaaaaaaaaaaa", "ffffffffffff", "0 of 1",
+            "as good", "shade", "of 900 MB", "aaaaaaaaaaaa", "ffffffffffff", "0 of 1",
             "answers fail the check repetition",
         ):  # fmt: skip
             assert part in text, part
@@ -166,7 +166,7 @@ def test_page_asks_for_the_key_shows_the_figures_and_goes_on_after_an_outage(qua
         snapshots[0] = lambda: {**quality.snapshot(), "fallbacks": {"one-of-a-kind": 7}}
         wait(browser, "document.getElementById('fallbacks').innerText.includes('one-of-a-kind')")
         snapshots[0] = lambda: 1 / 0
-        wait(browser, "document.getElementById('state').textContent.includes('Trying again')")
+        wait(browser, "document.getElementById('state').textContent.includes('Retrying')")
         snapshots[0] = quality.snapshot
         wait(browser, "!document.getElementById('state').classList.contains('lost')")
         for width, dark in ((1200, False), (1200, True), (390, False), (390, True)):

@@ -29,7 +29,7 @@ def scrape(metrics):
 
 
 class Ticking:
-    """A model whose every event takes half a second of a clock that nobody waits for."""
+    """A model whose every event takes half a second of a fake clock."""
 
     name, models, version = "small", ("small",), ""
 
@@ -43,7 +43,7 @@ class Ticking:
             yield event
 
 
-def test_latencies_tokens_and_ends_of_answers_are_counted():
+def test_latencies_tokens_and_finish_reasons_are_counted():
     clock = Clock()
     quality = open_quality(
         Ticking(clock, answer("one two three")), QualityConfig(), pytest.fail, clock=clock
@@ -66,7 +66,7 @@ def test_latencies_tokens_and_ends_of_answers_are_counted():
     assert found("memory_bytes", "process_peak") > 1e6
 
 
-def test_tokens_of_one_piece_share_the_time_since_the_piece_before():
+def test_tokens_that_arrive_together_share_the_time():
     clock = Clock()
     pieces = [
         Delta(text="one", entropies=(1.0,)),
@@ -81,7 +81,7 @@ def test_tokens_of_one_piece_share_the_time_since_the_piece_before():
     assert found("inter_token_latency_seconds_sum", "small") == 0.5
 
 
-def test_fallbacks_failures_and_rejections_have_their_causes():
+def test_fallbacks_failures_and_rejections_are_counted_by_cause():
     backends = {"large": ScriptedBackend("large", answer("larger"), models=("big",))}
     small = ScriptedBackend("small", [failure()])
     config = QualityConfig(fallback=("large",), breaker_failures=2)
@@ -108,7 +108,7 @@ def test_fallbacks_failures_and_rejections_have_their_causes():
     assert not small.closed
 
 
-def test_models_of_one_kind_have_names_of_their_own_and_all_count_as_memory():
+def test_models_have_unique_names_and_all_count_as_memory():
     class Heavy(ScriptedBackend):
         def load(self):
             return Load(weight_bytes=100, cache_bytes=50)
@@ -141,7 +141,7 @@ def test_missing_package_is_named_with_the_command(monkeypatch):
 
 
 def test_requests_over_a_limit_are_counted_by_the_limit():
-    config = ServeConfig(upstreams=("http://127.0.0.1:9",), most_requests=2, key_requests=1)
+    config = ServeConfig(upstreams=("http://127.0.0.1:9",), max_requests=2, max_requests_per_key=1)
     service = open_service(None, config, EngineConfig(), QualityConfig(), ApiKeys())
     limits = service.gateway.limits
     with limits.enter("ann"):
@@ -150,7 +150,7 @@ def test_requests_over_a_limit_are_counted_by_the_limit():
         with limits.enter("bob"), pytest.raises(ServeError), limits.enter("carl"):
             pass
     found = scrape(service.quality.metrics)
-    assert found("admission_rejections_total", "key_requests") == 1
+    assert found("admission_rejections_total", "max_requests_per_key") == 1
     assert found("admission_rejections_total", "requests") == 1
-    assert service.quality.snapshot()["rejections"] == {"key_requests": 1, "requests": 1}
+    assert service.quality.snapshot()["rejections"] == {"max_requests_per_key": 1, "requests": 1}
     asyncio.run(service.stop())

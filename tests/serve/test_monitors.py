@@ -7,9 +7,9 @@ from tests.serve.helpers_quality import make_call
 
 from halfbyte.data import calibration_documents, evaluation_documents
 from halfbyte.serve.backend import Delta, Finish, ToolCall
-from halfbyte.serve.watch.language import language_of, switches
+from halfbyte.serve.watch.language import detect_language, is_other_language
 from halfbyte.serve.watch.monitors import find_failures, is_repetitive
-from halfbyte.serve.watch.observation import Seen, content_text, prompt_text
+from halfbyte.serve.watch.observation import AttemptRecord, content_text, prompt_text
 
 ENGLISH = "What is the capital of France, and why is it the city that all of the roads lead to?"
 GERMAN = (
@@ -19,10 +19,10 @@ JSON = {"response_format": {"type": "json_object"}}
 
 
 def failures(text, asked="Say something.", *, whole=True, tools=(), **body):
-    seen = Seen(backend="x", role="primary", started=0.0)
-    seen.feed(Delta(text=text, tool_calls=tools), 1.0)
-    seen.feed(Finish(), 2.0)
-    return find_failures(make_call(asked, **body), seen, whole=whole)
+    record = AttemptRecord(backend="x", role="primary", started=0.0)
+    record.add(Delta(text=text, tool_calls=tools), 1.0)
+    record.add(Finish(), 2.0)
+    return find_failures(make_call(asked, **body), record, whole=whole)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def failures(text, asked="Say something.", *, whole=True, tools=(), **body):
         ("I'm sorry, but I cannot help with that.", {}, ("refusal",)),
     ],
 )
-def test_monitors_find_what_is_wrong_and_nothing_else(text, more, found):
+def test_checks_find_failures_and_nothing_else(text, more, found):
     assert failures(text, **more) == found
 
 
@@ -55,7 +55,7 @@ def test_refusal_counts_only_at_the_beginning():
     assert failures(text) == ()
 
 
-def test_arguments_of_tools_must_be_json_and_a_call_is_no_empty_answer():
+def test_tool_arguments_must_be_json_and_a_call_is_not_empty():
     def tool(arguments):
         return (ToolCall(index=0, id="1", name="f", arguments=arguments),)
 
@@ -63,12 +63,12 @@ def test_arguments_of_tools_must_be_json_and_a_call_is_no_empty_answer():
     assert failures("", tools=tool('{"x": ')) == ("json",)
 
 
-def test_every_choice_is_looked_at():
-    seen = Seen(backend="x", role="primary", started=0.0)
+def test_every_choice_is_checked():
+    record = AttemptRecord(backend="x", role="primary", started=0.0)
     for choice, text in enumerate(("fine", "")):
-        seen.feed(Delta(choice=choice, text=text), 1.0)
-        seen.feed(Finish(choice=choice), 1.0)
-    assert find_failures(make_call(n=2), seen) == ("empty",)
+        record.add(Delta(choice=choice, text=text), 1.0)
+        record.add(Finish(choice=choice), 1.0)
+    assert find_failures(make_call(n=2), record) == ("empty",)
 
 
 def test_prompt_is_found_in_every_form():
@@ -82,7 +82,7 @@ def test_prompt_is_found_in_every_form():
     assert content_text(None) == ""
 
 
-def test_long_answers_cost_no_more_than_their_ends():
+def test_long_answers_are_checked_quickly():
     text = " ".join(str(n) for n in range(200_000))
     start = time.process_time()
     assert not is_repetitive(text)
@@ -91,8 +91,8 @@ def test_long_answers_cost_no_more_than_their_ends():
 
 
 @pytest.mark.parametrize("documents", [calibration_documents, evaluation_documents])
-def test_languages_of_the_shipped_texts_are_told_and_none_wrongly(documents):
-    found = [language_of(text) for text in documents("languages")]
+def test_languages_of_the_shipped_texts_are_detected(documents):
+    found = [detect_language(text) for text in documents("languages")]
     told = [language for language in found if language is not None]
     # Where the files have several texts of a language one after the other, they agree.
     assert len(told) >= 0.9 * len(found)
@@ -105,12 +105,12 @@ def test_languages_of_the_shipped_texts_are_told_and_none_wrongly(documents):
 
 
 @pytest.mark.parametrize("kind", ["prose", "code", "dialogue", "technical"])
-def test_english_texts_are_english_or_nothing(kind):
+def test_english_texts_are_english_or_unclear(kind):
     for documents in (calibration_documents, evaluation_documents):
-        assert {language_of(text) for text in documents(kind)} <= {"english", None}
+        assert {detect_language(text) for text in documents(kind)} <= {"english", None}
 
 
 def test_no_text_switches_language_within_itself():
     for text in evaluation_documents("languages") + evaluation_documents("code"):
         middle = len(text) // 2
-        assert not switches(text[:middle], text[middle:])
+        assert not is_other_language(text[:middle], text[middle:])

@@ -32,7 +32,7 @@ NEW = answer("the new model's good answer")
 
 
 def opening(**scripts):
-    """A connect() that makes scripted backends, and what it made by place."""
+    """Return a connect() that creates scripted backends, and what it created by place."""
     made = {}
 
     def connect(place):
@@ -59,7 +59,7 @@ def wide(tmp_path, **more):
     )
 
 
-def test_budget_of_fallback_outlives_the_process_and_comes_back_with_time(tmp_path, monkeypatch):
+def test_fallback_budget_survives_a_restart_and_expires(tmp_path, monkeypatch):
     day = [1_800_000_000.0]
     monkeypatch.setattr(spending_file.time, "time", lambda: day[0])
     connect, _ = opening(large=GOOD)
@@ -68,7 +68,7 @@ def test_budget_of_fallback_outlives_the_process_and_comes_back_with_time(tmp_pa
     )
 
     def reasons(count, *, killed=False):
-        """In a process of its own, whose other clock begins anywhere."""
+        """As in a new process, whose monotonic clock starts anywhere."""
 
         async def run():
             small = ScriptedBackend("small", GOOD)
@@ -93,11 +93,13 @@ def test_budget_of_fallback_outlives_the_process_and_comes_back_with_time(tmp_pa
     day[0] += 23 * 3600
     assert reasons(2) == ["critical", "critical"]
     (tmp_path / "evidence" / "budget.json").write_text('{"time": 0}')
-    with pytest.raises(ConfigError, match=r"Cannot go on from what was spent by .*budget\.json"):
+    with pytest.raises(
+        ConfigError, match=r"Cannot restore the fallback budget from .*budget\.json"
+    ):
         reasons(1)
 
 
-def test_good_candidate_takes_the_place_of_the_model_that_was(tmp_path):
+def test_good_candidate_replaces_the_primary(tmp_path):
     connect, made = opening(new=NEW)
     old = ScriptedBackend("old", GOOD)
     quality = open_quality(old, wide(tmp_path, canary="new"), connect)
@@ -130,7 +132,7 @@ def test_good_candidate_takes_the_place_of_the_model_that_was(tmp_path):
     assert asyncio.run(once())[1].backend == "new"
 
 
-def test_bad_candidate_is_closed_and_after_a_restart_not_even_opened(tmp_path):
+def test_bad_candidate_is_closed_and_not_opened_after_a_restart(tmp_path):
     connect, made = opening(new=[failure()])
     old = ScriptedBackend("old", GOOD)
     quality = open_quality(old, wide(tmp_path, canary="new"), connect)
@@ -157,7 +159,7 @@ def store(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("good", [True, False])
-def test_trial_of_a_version_ends_in_the_store(tmp_path, store, good):
+def test_trial_of_a_version_is_recorded_in_the_store(tmp_path, store, good):
     first, second = store.history("tiny").versions
     connect, made = opening(**{second: NEW if good else [failure()]})
     old = ScriptedBackend("old", GOOD)
@@ -191,8 +193,8 @@ def test_trial_of_a_version_ends_in_the_store(tmp_path, store, good):
     assert len(restarted.router.routes) == 1
 
 
-def test_alerts_reach_a_webhook_and_a_broken_one_costs_nothing(monkeypatch):
-    monkeypatch.setattr(alerts_module, "TRIES", 2)
+def test_alerts_reach_a_webhook_and_a_broken_one_slows_nothing(monkeypatch):
+    monkeypatch.setattr(alerts_module, "MAX_TRIES", 2)
     got, broken = [], [True]
 
     async def hook(request):
@@ -232,7 +234,7 @@ def test_alerts_reach_a_webhook_and_a_broken_one_costs_nothing(monkeypatch):
     assert quality.metrics.value("dropped", "webhook") == 1
 
 
-def test_everything_at_once_starts_works_and_ends(tmp_path):
+def test_all_features_work_together(tmp_path):
     (tmp_path / "probes.jsonl").write_text('{"id": "p", "prompt": "a", "answer": "b"}\n')
     connect, made = opening(larger=GOOD, shade=GOOD, base=GOOD, new=GOOD)
     config = QualityConfig(
@@ -261,7 +263,7 @@ def test_everything_at_once_starts_works_and_ends(tmp_path):
     assert json.loads((tmp_path / "e" / "canary.json").read_text())["requests"] == 50
 
 
-def test_dead_model_a_spent_budget_and_too_much_memory_are_alerts():
+def test_dead_model_used_up_budget_and_high_memory_raise_alerts():
     clock = Clock()
     connect, _ = opening(larger=GOOD)
     config = QualityConfig(
@@ -286,7 +288,7 @@ def test_dead_model_a_spent_budget_and_too_much_memory_are_alerts():
     assert quality.alerts.active == []
 
 
-def test_alert_of_a_candidate_ends_with_the_candidate():
+def test_alert_of_a_candidate_is_cleared_with_the_candidate():
     clock = Clock()
     quality = open_quality(
         ScriptedBackend("small", GOOD), QualityConfig(), opening()[0], clock=clock
@@ -309,7 +311,7 @@ def test_alert_of_a_candidate_ends_with_the_candidate():
     assert quality.alerts.active == []
 
 
-def test_engine_that_breaks_in_the_middle_is_made_up_for(tmp_path):
+def test_engine_failure_in_mid_answer_falls_back(tmp_path):
     connect, _ = opening(larger=GOOD)
     tokenizer = build_tokenizer()
     engine = ScriptedEngine(tokenizer=tokenizer, script={"": "w1 w2 w3 w4 w5 w6"}, fail_after=3)

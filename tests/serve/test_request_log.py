@@ -42,14 +42,14 @@ def rows(path):
 
 
 def count_rows(path):
-    """Of a log that may not have been begun."""
+    """Return the rows of a log that may not exist yet."""
     try:
         return len(rows(path)) if path.exists() else 0
     except sqlite3.OperationalError:
         return 0
 
 
-def test_requests_are_written_redacted_and_for_their_owner_only(tmp_path):
+def test_requests_are_redacted_and_readable_by_the_owner_only(tmp_path):
     path = tmp_path / "log.sqlite"
     log = RequestLog(path)
     ask(log, text="My key is sk-abcdefghijklmnop1234 and I am at bob@example.com", script=None)
@@ -66,7 +66,7 @@ def test_requests_are_written_redacted_and_for_their_owner_only(tmp_path):
     assert json.loads(row["answer"])["0"] == "Write to [email] or call [phone] ."
 
 
-def test_without_texts_there_are_only_figures(tmp_path):
+def test_without_texts_only_numbers_are_stored(tmp_path):
     log = RequestLog(tmp_path / "log.sqlite", texts=False)
     ask(log)
     log.close()
@@ -92,7 +92,7 @@ def test_without_texts_there_are_only_figures(tmp_path):
         ("version 1.2.3", None),
     ],
 )
-def test_redaction_knows_forms_and_leaves_plain_numbers(text, expected):
+def test_redaction_matches_patterns_and_leaves_plain_numbers(text, expected):
     assert redact(text) == (text if expected is None else expected)
 
 
@@ -106,7 +106,7 @@ def test_redaction_knows_forms_and_leaves_plain_numbers(text, expected):
         ("mail\nbob@example.com", "mail\n[email]"),
     ],
 )
-def test_what_begins_a_line_is_redacted_too_and_the_row_stays_json(tmp_path, text, expected):
+def test_redaction_at_the_start_of_a_line_keeps_the_row_valid_json(tmp_path, text, expected):
     log = RequestLog(tmp_path / "log.sqlite")
     ask(log, text=text, script=answer(text))
     log.close()
@@ -115,7 +115,7 @@ def test_what_begins_a_line_is_redacted_too_and_the_row_stays_json(tmp_path, tex
     assert json.loads(row["answer"])["0"] == expected
 
 
-def test_row_that_cannot_be_written_costs_itself_and_is_counted(tmp_path):
+def test_row_that_cannot_be_written_is_dropped_and_counted(tmp_path):
     dropped = []
     log = RequestLog(tmp_path / "log.sqlite", dropped=dropped.append)
     for number in (1, 2):
@@ -128,9 +128,9 @@ def test_row_that_cannot_be_written_costs_itself_and_is_counted(tmp_path):
     assert len(rows(tmp_path / "log.sqlite")) == 1
 
 
-def test_full_queue_holds_no_shutdown_up(tmp_path, monkeypatch):
+def test_full_queue_does_not_block_shutdown(tmp_path, monkeypatch):
     monkeypatch.setattr("halfbyte.serve.watch.request_log.CLOSE_SECONDS", 0.2)
-    monkeypatch.setattr("halfbyte.serve.watch.request_log.LONGEST_QUEUE", 1)
+    monkeypatch.setattr("halfbyte.serve.watch.request_log.MAX_QUEUE", 1)
     monkeypatch.setattr(RequestLog, "_write_all", lambda self: time.sleep(0.1))
     log = RequestLog(tmp_path / "log.sqlite")
     ask(log, 3)
@@ -139,7 +139,7 @@ def test_full_queue_holds_no_shutdown_up(tmp_path, monkeypatch):
     assert time.perf_counter() - start < 2
 
 
-def test_old_rows_make_room(tmp_path):
+def test_oldest_rows_are_deleted(tmp_path):
     log = RequestLog(tmp_path / "log.sqlite", rows=10)
     ask(log, 35)
     log.close()
@@ -149,7 +149,7 @@ def test_old_rows_make_room(tmp_path):
     assert found[-1]["id"] > found[0]["id"]
 
 
-def test_full_disk_costs_rows_and_no_request(tmp_path):
+def test_full_disk_drops_rows_but_fails_no_request(tmp_path):
     dropped, path = [], tmp_path / "log.sqlite"
     log = RequestLog(path, dropped=dropped.append, max_pages=12)
     ask(log, 5)
@@ -167,7 +167,7 @@ def test_full_disk_costs_rows_and_no_request(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A real file system with room for next to nothing."""
+    """A real, nearly full file system."""
     place = tmp_path / "disk"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)]
@@ -177,7 +177,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-def test_log_goes_on_when_there_is_room_again(small_disk):
+def test_log_continues_when_there_is_space_again(small_disk):
     dropped = []
     log = RequestLog(small_disk / "log.sqlite", dropped=dropped.append)
     filler = small_disk / "filler"
@@ -202,12 +202,12 @@ def test_log_goes_on_when_there_is_room_again(small_disk):
     assert "after" in rows(small_disk / "log.sqlite")[-1]["request"]
 
 
-def test_log_that_cannot_be_made_is_named(tmp_path):
+def test_log_that_cannot_be_created_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"Cannot write the request log .*none/log"):
         RequestLog(tmp_path / "none" / "log.sqlite")
 
 
-def test_slow_disk_fills_the_queue_and_holds_nobody_up(tmp_path, monkeypatch):
+def test_slow_disk_fills_the_queue_and_blocks_no_request(tmp_path, monkeypatch):
     dropped = []
     log = RequestLog(tmp_path / "log.sqlite", dropped=dropped.append)
     blocker = sqlite3.connect(tmp_path / "log.sqlite")
@@ -222,7 +222,7 @@ def test_slow_disk_fills_the_queue_and_holds_nobody_up(tmp_path, monkeypatch):
     assert len(rows(tmp_path / "log.sqlite")) + sum(dropped) == 1500
 
 
-def test_closing_tells_what_a_slow_disk_leaves_unwritten(tmp_path, monkeypatch, caplog):
+def test_closing_reports_rows_that_were_not_written(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("halfbyte.serve.watch.request_log.CLOSE_SECONDS", 0.1)
     log = RequestLog(tmp_path / "log.sqlite", dropped=lambda _: None)
     blocker = sqlite3.connect(tmp_path / "log.sqlite")
@@ -231,4 +231,4 @@ def test_closing_tells_what_a_slow_disk_leaves_unwritten(tmp_path, monkeypatch, 
     log.close()
     blocker.rollback()
     blocker.close()
-    assert "requests that are not written" in caplog.text
+    assert "requests were not written" in caplog.text

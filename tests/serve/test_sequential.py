@@ -26,14 +26,14 @@ def test_evidence_is_the_mean_wealth_of_all_bets():
     assert again.log_evidence == test.log_evidence
 
 
-def test_no_run_of_bad_luck_breaks_the_bank():
+def test_wealth_stays_positive():
     test = BettingTest(-10.0, 0.0)
     for _ in range(5000):
         test.update(-10.0)
     assert math.isfinite(test.log_evidence)
 
 
-def test_a_fair_game_earns_nothing_on_average():
+def test_fair_bets_win_nothing_on_average():
     # The expected factor of one step, exactly, for both tests of a pair of equally good models.
     share, rate, margin = 0.1, 0.3, 0.02
     cases = [
@@ -54,7 +54,7 @@ def test_a_fair_game_earns_nothing_on_average():
 
 
 @pytest.mark.parametrize("bad", [False, True])
-def test_false_alarms_stay_at_alpha_however_often_one_looks(bad):
+def test_false_alarm_rate_is_at_most_alpha(bad):
     # Traffic gets worse for both arms half way; the margin itself is the border of "as good".
     rng = np.random.default_rng(3)
     share, margin, alpha, runs = 0.2, 0.05, 0.1, 300
@@ -74,7 +74,7 @@ def test_false_alarms_stay_at_alpha_however_often_one_looks(bad):
 
 
 @pytest.mark.parametrize(("base", "candidate"), [(0.02, 0.3), (0.0, 0.2), (0.1, 0.6)])
-def test_worse_candidate_is_found_within_the_promised_number(base, candidate):
+def test_worse_candidate_is_rejected_within_the_estimate(base, candidate):
     rng = np.random.default_rng(7)
     share, alpha = 0.1, 0.05
     promised = requests_until_rejected((base, candidate), share, alpha)
@@ -92,7 +92,7 @@ def test_worse_candidate_is_found_within_the_promised_number(base, candidate):
     assert promised < 1500
 
 
-def test_nothing_is_promised_for_a_candidate_that_is_not_worse():
+def test_no_estimate_for_a_candidate_that_is_not_worse():
     assert requests_until_rejected((0.1, 0.1), 0.1, 0.05) is None
     # Worse, but by less than any bet would notice.
     assert requests_until_rejected((0.1, 0.1 + 1e-9), 0.1, 0.05) is None

@@ -9,7 +9,7 @@ from tests.serve.helpers_quality import ScriptedBackend, answer, collect, failur
 
 from halfbyte.errors import ServeError
 from halfbyte.serve.quality_config import QualityConfig
-from halfbyte.serve.rollout.shadow import AT_ONCE, Shadow, agreement
+from halfbyte.serve.rollout.shadow import MAX_RUNNING, Shadow, agreement
 from halfbyte.serve.routing.router import Router
 
 GOOD = answer("a good answer of several words")
@@ -37,7 +37,7 @@ def shadowed(script, *, requests=30, tmp_path=None, pause=0.0, **settings):
     return shadow, candidate, alarms, asyncio.run(run())
 
 
-def test_copies_are_compared_and_never_given(tmp_path):
+def test_copies_are_compared_and_discarded(tmp_path):
     other = answer("a good answer of other words")
     shadow, candidate, alarms, _ = shadowed(other, tmp_path=tmp_path, pause=0.001)
     assert shadow.counts["compared"] == len(candidate.calls) == 30
@@ -55,33 +55,33 @@ def test_only_a_share_is_copied():
     assert shadow.evidence()["identical"] == 1.0
 
 
-def test_hung_candidate_holds_two_copies_and_nobody_up():
+def test_hung_candidate_blocks_two_copies_and_no_request():
     shadow, candidate, _, running = shadowed([math.inf], requests=50, idle_timeout=30.0)
-    assert running == AT_ONCE
+    assert running == MAX_RUNNING
     assert shadow.counts["skipped"] == 48
-    assert (candidate.running, candidate.cancelled) == (0, AT_ONCE)
+    assert (candidate.running, candidate.cancelled) == (0, MAX_RUNNING)
 
 
-def test_candidate_that_fails_raises_one_alarm():
+def test_failing_candidate_raises_one_alarm():
     shadow, _, alarms, _ = shadowed([failure()], pause=0.001)
     assert shadow.counts["candidate:error"] == 30
     assert len(alarms) == 1
     assert "of the same" in alarms[0]
 
 
-def test_request_that_only_the_candidate_refuses_counts_against_it():
+def test_refusal_of_the_candidate_alone_is_a_failure():
     shadow, _, alarms, _ = shadowed([ServeError("too long", status=400)], pause=0.001)
     assert (shadow.counts["candidate:refused"], shadow.counts["candidate_failed"]) == (30, 30)
     assert len(alarms) == 1
 
 
-def test_copy_that_takes_too_long_is_left_out(monkeypatch):
-    monkeypatch.setattr("halfbyte.serve.rollout.shadow.LONGEST_SECONDS", 0.01)
+def test_copy_that_takes_too_long_is_not_compared(monkeypatch):
+    monkeypatch.setattr("halfbyte.serve.rollout.shadow.TIMEOUT_SECONDS", 0.01)
     shadow, _, alarms, _ = shadowed([*GOOD[:1], 0.1, *GOOD[1:]], requests=3, pause=0.02)
     assert (dict(shadow.counts), alarms) == ({"late": 3}, [])
 
 
-def test_agreement_is_the_share_before_the_first_other_word():
+def test_agreement_is_the_share_of_equal_leading_words():
     assert agreement("a b c d", "a b x d") == 0.5
     assert agreement("", "") == 1.0
     assert agreement("a", "") == 0.0

@@ -36,7 +36,7 @@ def store(tmp_path):
     return store
 
 
-def place(store):
+def location(store):
     return str(store.backend.root)
 
 
@@ -44,22 +44,22 @@ def test_reference_is_resolved_to_a_verified_folder(store, monkeypatch):
     first, second = store.history("tiny").versions
     assert is_store_reference("store:tiny")
     assert not is_store_reference("./tiny")
-    champion = resolve_store_model("store:tiny", place=place(store))
+    champion = resolve_store_model("store:tiny", location=location(store))
     assert (champion.version, champion.alias) == (first, "champion")
     assert (champion.folder / "model.safetensors").is_file()
-    monkeypatch.setenv("HALFBYTE_STORE", place(store))
+    monkeypatch.setenv("HALFBYTE_STORE", location(store))
     candidate = resolve_store_model("store:tiny@candidate")
     assert (candidate.version, candidate.alias) == (second, "candidate")
     assert resolve_store_model(f"store:tiny@{second[:10]}").alias is None
     with pytest.raises(StoreError, match="no such version"):
         resolve_store_model("store:tiny@nobody")
     monkeypatch.delenv("HALFBYTE_STORE")
-    with pytest.raises(ConfigError, match=r"no store is named\. Set HALFBYTE_STORE"):
+    with pytest.raises(ConfigError, match=r"no store is configured\. Set HALFBYTE_STORE"):
         resolve_store_model("store:tiny")
 
 
 def follower(store, connect, **more):
-    model = resolve_store_model("store:tiny", place=place(store))
+    model = resolve_store_model("store:tiny", location=location(store))
     old = ScriptedBackend("old", [0.05, *answer("old answer")])
     return StoreBackend(model, old, connect, **more), old
 
@@ -73,7 +73,7 @@ def test_promotion_is_followed_without_dropping_a_request(store, tmp_path):
         return new
 
     backend, old = follower(
-        store, connect, tell=lambda *words: told.append(words), poll_seconds=0.02
+        store, connect, report=lambda *words: told.append(words), poll_seconds=0.02
     )
     second = store.history("tiny").versions[1]
     router = Router(backend)
@@ -103,8 +103,8 @@ def test_promotion_is_followed_without_dropping_a_request(store, tmp_path):
     assert [name for name, _ in told] == ["version changed"]
 
 
-def test_swap_under_load_drops_nothing_however_often(store):
-    model = resolve_store_model("store:tiny", place=place(store))
+def test_repeated_switches_under_load_drop_no_request(store):
+    model = resolve_store_model("store:tiny", location=location(store))
     made = []
 
     def another():
@@ -124,7 +124,7 @@ def test_swap_under_load_drops_nothing_however_often(store):
     async def swap():
         for _ in range(40):
             await asyncio.sleep(0.002)
-            backend.adopt(model, another())
+            backend.switch(model, another())
 
     async def run():
         found = await asyncio.gather(*(ask() for _ in range(6)), swap())
@@ -138,19 +138,19 @@ def test_swap_under_load_drops_nothing_however_often(store):
     assert all(one.closed for one in made)
 
 
-def test_version_that_cannot_be_opened_is_told_once_and_the_old_one_stays(store, tmp_path):
+def test_version_that_cannot_be_opened_is_reported_once(store, tmp_path):
     told = []
 
     def connect(folder):
         raise ConfigError("it does not fit")
 
-    backend, _ = follower(store, connect, tell=lambda *words: told.append(words))
+    backend, _ = follower(store, connect, report=lambda *words: told.append(words))
     second = store.history("tiny").versions[1]
     store.judge(f"tiny@{second}", write_verdict(tmp_path / "v2.json", "pass"))
     store.promote(f"tiny@{second}")
 
     async def run():
-        return [await backend.look() for _ in range(3)], await collect(Router(backend), make_call())
+        return [await backend.poll() for _ in range(3)], await collect(Router(backend), make_call())
 
     looks, (text, _) = asyncio.run(run())
     assert (looks, text) == ([False] * 3, "old answer")
@@ -159,7 +159,7 @@ def test_version_that_cannot_be_opened_is_told_once_and_the_old_one_stays(store,
     assert second[:12] in told[0][1]
 
 
-def test_store_that_is_away_does_not_end_the_following(store, monkeypatch, caplog):
+def test_unreachable_store_does_not_stop_the_poller(store, monkeypatch, caplog):
     backend, _ = follower(store, pytest.fail, poll_seconds=0.01)
     monkeypatch.setattr(
         type(store), "resolve", lambda *_: (_ for _ in ()).throw(StoreError("away"))
@@ -178,16 +178,16 @@ def test_store_that_is_away_does_not_end_the_following(store, monkeypatch, caplo
 
 def test_evidence_becomes_the_verdict_and_moves_the_alias(store):
     second = store.history("tiny").versions[1]
-    model = resolve_store_model("store:tiny@candidate", place=place(store))
+    model = resolve_store_model("store:tiny@candidate", location=location(store))
     record_verdict(model, {"verdict": "fail", "requests": 70}, promote_to=None)
     assert store.verdict("tiny", second) == "fail"
-    with pytest.raises(StoreError, match="its trial says fail"):
+    with pytest.raises(StoreError, match="the verdict of its trial is fail"):
         record_verdict(model, {"verdict": "fail"}, promote_to="champion")
     record_verdict(model, {"verdict": "pass", "requests": 900}, promote_to="champion")
     assert store.resolve("tiny") == ("tiny", second)
 
 
-def test_what_stands_beside_the_answers_follows_a_swap_and_a_promotion(store):
+def test_tokenize_follows_a_switch_and_a_promotion(store):
     class Tokenizing(ScriptedBackend):
         async def tokenize(self, body):
             return {"by": self.name}
@@ -200,7 +200,7 @@ def test_what_stands_beside_the_answers_follows_a_swap_and_a_promotion(store):
     gateway = service.gateway
 
     async def run():
-        backend.adopt(backend.model, Tokenizing("swapped", answer("good")))
+        backend.switch(backend.model, Tokenizing("swapped", answer("good")))
         found = [await gateway.text_tools.tokenize({})]
         service.quality.router.set_primary(Tokenizing("promoted", answer("good")))
         found.append(await gateway.text_tools.tokenize({}))
@@ -212,7 +212,7 @@ def test_what_stands_beside_the_answers_follows_a_swap_and_a_promotion(store):
     assert gateway.text_tools is None
 
 
-def test_of_a_model_that_was_replaced_the_name_stays_known_and_no_adapter_does():
+def test_replaced_models_name_stays_known_but_not_its_adapters():
     old = ScriptedBackend("old", answer("good"), models=("old", "law"))
     service = assembly._wrap(old, ServeConfig(), EngineConfig(), QualityConfig(), ApiKeys())
     assert service.gateway.models == ("old", "law")

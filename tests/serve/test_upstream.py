@@ -1,4 +1,4 @@
-"""Other servers as a backend: real ones, and some that send broken, slow or half answers."""
+"""Upstream servers: real ones, and some with invalid, slow or incomplete answers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from halfbyte.serve.upstream import UpstreamBackend
     ends=st.sampled_from(["\n", "\r\n", "\r"]),
     places=st.lists(st.integers(0, 500), max_size=8),
 )
-def test_events_are_the_same_however_the_bytes_are_cut(texts, ends, places):
+def test_events_do_not_depend_on_how_bytes_are_split(texts, ends, places):
     lines = [f": note{ends}event: x{ends}data: {text}{ends}{ends}" for text in texts]
     # Something has to follow a last \r, or it could be half of \r\n.
     raw = ("".join(lines) + ":").encode()
@@ -49,7 +49,7 @@ def test_events_are_the_same_however_the_bytes_are_cut(texts, ends, places):
 
 
 def test_event_without_an_end_is_refused(monkeypatch):
-    monkeypatch.setattr("halfbyte.serve.server_sent_events.MOST_BYTES", 100)
+    monkeypatch.setattr("halfbyte.serve.server_sent_events.MAX_EVENT_BYTES", 100)
     parser = EventParser()
     with pytest.raises(ValueError, match="more than 100 bytes"):
         parser.feed(b"data: " + b"x" * 200)
@@ -80,11 +80,11 @@ def test_answer_is_streamed_and_counted():
     assert "authorization" not in head.lower()
 
 
-def test_usage_that_nobody_told_is_left_out_and_not_made_up():
+def test_missing_usage_is_omitted():
     untold = stream(chunk("Hel"), chunk("lo"), chunk(finish="stop"), "[DONE]")
     with raw_server(untold) as server:
         assert ask([server.address])[-1] == Usage(
-            prompt_tokens=0, completion_tokens=2, is_told=False
+            prompt_tokens=0, completion_tokens=2, is_reported=False
         )
         upstream = UpstreamBackend.open([server.address])
         with serve(Gateway(backend=upstream, config=ServeConfig())) as running:
@@ -100,7 +100,7 @@ def test_usage_that_nobody_told_is_left_out_and_not_made_up():
     assert all(chunk.choices for chunk in chunks)
 
 
-def test_tokens_of_a_text_are_asked_of_whoever_has_the_model():
+def test_tokenize_is_forwarded():
     engine = ScriptedEngine(tokenizer=make_tokenizer())
     config = ServeConfig()
     back = EmbeddedBackend(engine, engine.tokenizer, model="tiny", config=config)
@@ -118,7 +118,7 @@ def test_tokens_of_a_text_are_asked_of_whoever_has_the_model():
                 assert [reply.status_code for reply in replies] == [200, 200]
             refused = client.post(outer.address + "/detokenize", json={"tokens": [10**6]})
             assert refused.status_code == 400
-            assert "1000000 is none of the model's" in refused.json()["error"]["message"]
+            assert "1000000 is outside the model's vocabulary" in refused.json()["error"]["message"]
             outer.call(upstream.close())
     with raw_server(reply(b"{}", status="404 Not Found")) as server:
         upstream = UpstreamBackend.open([server.address])
@@ -129,12 +129,12 @@ def test_tokens_of_a_text_are_asked_of_whoever_has_the_model():
             finally:
                 await upstream.close()
 
-        with pytest.raises(ServeError, match="knows no /tokenize") as caught:
+        with pytest.raises(ServeError, match="does not support /tokenize") as caught:
             asyncio.run(tokenize())
     assert (caught.value.status, caught.value.code) == (404, "not_supported")
 
 
-def test_key_is_this_servers_own():
+def test_upstream_gets_the_servers_key_and_not_the_clients():
     with raw_server(FULL) as server:
         ask([server.address], key="key-of-the-gateway")
         gateway = Gateway(
@@ -154,7 +154,7 @@ def test_key_is_this_servers_own():
     assert "key-of-the-gateway" not in repr(gateway)
 
 
-def test_tool_calls_in_pieces_come_out_whole():
+def test_tool_call_parts_are_joined():
     pieces = [
         {
             "index": 0,
@@ -177,7 +177,7 @@ def test_tool_calls_in_pieces_come_out_whole():
     assert Finish(reason="tool_calls") in events
 
 
-def test_logprobs_of_both_kinds_are_read():
+def test_chat_and_completion_logprobs_are_parsed():
     top = [{"token": "Hi", "logprob": -0.5, "bytes": [72, 105]}]
     content = [{"token": "Hi", "logprob": -0.5, "bytes": [72, 105], "top_logprobs": top}]
     chat = chunk("Hi", logprobs={"content": content})
@@ -202,21 +202,21 @@ def test_logprobs_of_both_kinds_are_read():
     ("play", "status", "code", "said"),
     [
         (stream(chunk("Hel")), 502, "upstream_broken", "0 of 1 choices were finished"),
-        (stream(chunk("Hel"), "[DONE]"), 502, "upstream_broken", "broke off"),
-        (stream(), 502, "upstream_broken", "broke off"),
-        (stream("no json"), 502, "upstream_broken", "something else: 'no json'"),
-        (stream("[1, 2]"), 502, "upstream_broken", "something else"),
-        (stream({"choices": [{"delta": {"content": 5}}]}), 502, "upstream_broken", "else"),
-        (stream({"choices": "x"}), 502, "upstream_broken", "something else"),
+        (stream(chunk("Hel"), "[DONE]"), 502, "upstream_broken", "is incomplete"),
+        (stream(), 502, "upstream_broken", "is incomplete"),
+        (stream("no json"), 502, "upstream_broken", "cannot be parsed: 'no json'"),
+        (stream("[1, 2]"), 502, "upstream_broken", "cannot be parsed"),
+        (stream({"choices": [{"delta": {"content": 5}}]}), 502, "upstream_broken", "parsed"),
+        (stream({"choices": "x"}), 502, "upstream_broken", "cannot be parsed"),
         (stream({"error": {"message": "no memory", "code": 500}}), 502, "upstream_error", "memory"),
-        (reply(b"<html>"), 502, "upstream_broken", "no stream of events"),
+        (reply(b"<html>"), 502, "upstream_broken", "not text/event-stream"),
         (reply(b"{}", media="text/html"), 502, "upstream_broken", "'text/html'"),
         (b"this is not HTTP\r\n\r\n", 502, "upstream_broken", ""),
         (b"", 502, "upstream_broken", ""),
         (reply(b"oops", status="500 Internal"), 502, "upstream_error", "oops"),
         (reply(b"", status="503 Busy"), 503, "upstream_error", ""),
         (reply(b"", status="302 Found", more="Location: http://x\r\n"), 502, "upstream_error", ""),
-        (reply(b"{}", status="401 No"), 502, "upstream_key_refused", "refuses the key"),
+        (reply(b"{}", status="401 No"), 502, "upstream_key_refused", "rejected the API key"),
         (
             reply(
                 b'{"error": {"message": "too long", "code": 400, "param": "n"}}', status="400 Bad"
@@ -227,21 +227,21 @@ def test_logprobs_of_both_kinds_are_read():
         ),
     ],
 )
-def test_what_is_no_answer_is_an_error(play, status, code, said):
+def test_invalid_response_is_an_error(play, status, code, said):
     with raw_server(play) as server:
         error = refused([server.address])
     assert (error.status, error.code) == (status, code)
     assert said in str(error)
 
 
-def test_limits_of_the_other_server_are_passed_on():
+def test_rate_limit_of_the_upstream_is_passed_on():
     body = json.dumps({"error": {"message": "slow down", "type": "x", "code": "rate"}}).encode()
     with raw_server(reply(body, status="429 Many", more="Retry-After: 9\r\n")) as server:
         error = refused([server.address])
     assert (error.status, error.code, error.retry_after) == (429, "rate", 9.0)
 
 
-def test_hung_and_slow_servers_are_given_up():
+def test_hung_and_slow_servers_time_out():
     with raw_server((30,)) as server:
         start = time.monotonic()
         error = refused([server.address], first=0.3)
@@ -255,7 +255,7 @@ def test_hung_and_slow_servers_are_given_up():
         assert (error.status, error.code) == (408, "request_timeout")
 
 
-def test_closing_the_answer_closes_the_connection():
+def test_closing_the_stream_closes_the_connection():
     async def run(address):
         backend = UpstreamBackend.open([address])
         async with aclosing(backend.stream(make_call())) as events:
@@ -272,7 +272,7 @@ def test_closing_the_answer_closes_the_connection():
         assert server.left == 1
 
 
-def test_hosts_take_turns_and_one_that_is_down_is_left_out():
+def test_hosts_are_used_round_robin_without_one_that_is_down():
     async def run(addresses):
         backend = UpstreamBackend.open(addresses)
         for _ in range(4):
@@ -309,7 +309,7 @@ def test_host_that_comes_back_is_asked_again(monkeypatch):
         asyncio.run(run(server.address))
 
 
-def test_other_server_that_cannot_be_reached_is_told_at_the_start(caplog):
+def test_unreachable_upstream_is_logged_at_the_start(caplog):
     with raw_server(FULL) as other:
         config = QualityConfig(fallback=(NOBODY, other.address))
         upstream = ServeConfig(upstreams=(other.address,))
@@ -328,7 +328,7 @@ def test_other_server_that_cannot_be_reached_is_told_at_the_start(caplog):
 
 
 def test_addresses_are_checked():
-    with pytest.raises(ConfigError, match="'localhost:8000' is no address"):
+    with pytest.raises(ConfigError, match="'localhost:8000' is not the address"):
         UpstreamBackend.open(["localhost:8000"])
     with pytest.raises(ConfigError, match="No upstream"):
         UpstreamBackend.open([])

@@ -1,4 +1,4 @@
-"""What other servers send, as events and as what clients get; and who is asked next."""
+"""Parsing of upstream streams, and the order of hosts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from halfbyte.serve.upstream import UpstreamBackend
 from halfbyte.serve.upstream_chunks import ChunkReader
 
 
-def test_halves_of_characters_and_endless_numbers_never_reach_a_client():
+def test_unpaired_surrogates_and_infinite_numbers_never_reach_a_client():
     token = {"token": "x", "bytes": None, "top_logprobs": []}
     odd = chunk("hi \ud83d", logprobs={"content": [token | {"logprob": math.inf}]})
     with raw_server(stream(odd, chunk(finish="stop"), USAGE, "[DONE]")) as server:
@@ -44,7 +44,7 @@ def test_halves_of_characters_and_endless_numbers_never_reach_a_client():
         assert refused([server.address]).code == "upstream_broken"
 
 
-def test_host_that_has_no_time_is_left_alone_for_as_long_as_it_says_and_the_next_one_asked():
+def test_busy_host_is_skipped_until_its_retry_after():
     async def run(addresses):
         backend = UpstreamBackend.open(addresses)
         answers = [[event async for event in backend.stream(make_call())] for _ in range(4)]
@@ -78,7 +78,7 @@ def test_host_that_has_no_time_is_left_alone_for_as_long_as_it_says_and_the_next
         ("soon", None),
     ],
 )
-def test_retry_after_is_seconds_or_a_date_and_never_for_ever(header, seconds):
+def test_retry_after_is_seconds_or_a_date_and_limited(header, seconds):
     with raw_server(reply(b"{}", status="429 Many", more=f"Retry-After: {header}\r\n")) as server:
         assert refused([server.address]).retry_after == seconds
 
@@ -91,7 +91,7 @@ THOUGHT = {**USAGE["usage"], "completion_tokens_details": {"reasoning_tokens": 1
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
-def test_what_a_model_thinks_and_refuses_reaches_the_client(name):
+def test_reasoning_and_refusal_reach_the_client(name):
     chunks = (say(**{name: "Hm. "}), say(**{name: "No."}), say(refusal="I will not."))
     usage = {"choices": [], "usage": THOUGHT}
     with raw_server(stream(*chunks, chunk(finish="stop"), usage, "[DONE]")) as server:
@@ -110,7 +110,7 @@ def test_what_a_model_thinks_and_refuses_reaches_the_client(name):
     assert "".join(d.refusal or "" for d in deltas) == "I will not."
 
 
-def test_thoughts_and_pieces_of_a_call_are_signs_of_life():
+def test_reasoning_and_tool_call_parts_give_events():
     part = {"index": 0, "function": {"name": "f", "arguments": "{}"}}
     reader = ChunkReader("chat", "h", 1)
     for delta in ({"reasoning_content": "Hm."}, {"tool_calls": [part]}):
@@ -120,7 +120,7 @@ def test_thoughts_and_pieces_of_a_call_are_signs_of_life():
     assert reader.read(json.dumps(say(role="assistant"))) == []
 
 
-def test_limits_of_answers_hold_for_other_servers_too():
+def test_answer_limits_apply_to_upstreams():
     def sent(config, **body):
         with raw_server(FULL) as server:
             upstream = replace(config, upstreams=(server.address,))
@@ -135,16 +135,16 @@ def test_limits_of_answers_hold_for_other_servers_too():
             asked = json.loads(server.seen[-1][1]) if told.status_code == 200 else told.json()
             return asked.get("max_tokens"), asked.get("error", {}).get("message")
 
-    limited = ServeConfig(most_tokens=10, default_tokens=7)
+    limited = ServeConfig(max_tokens=10, default_max_tokens=7)
     assert sent(ServeConfig()) == (None, None)
     assert sent(limited) == (7, None)
-    assert sent(ServeConfig(most_tokens=10)) == (10, None)
+    assert sent(ServeConfig(max_tokens=10)) == (10, None)
     assert sent(limited, max_tokens=9) == (9, None)
-    refused = "max_completion_tokens is 11; this server gives 10 at most."
+    refused = "max_completion_tokens is 11; this server allows at most 10."
     assert sent(limited, max_completion_tokens=11) == (None, refused)
 
 
-def test_server_that_is_not_there_yet_falls_back_and_is_asked_once_it_is():
+def test_upstream_that_starts_late_is_used_once_it_is_up():
     with raw_server(FULL) as late, raw_server(FULL) as other:
         config = ServeConfig(upstreams=(late.address,))
         quality = QualityConfig(fallback=(other.address,))
@@ -165,7 +165,7 @@ def test_server_that_is_not_there_yet_falls_back_and_is_asked_once_it_is():
             running.call(service.stop())
 
 
-def test_host_that_comes_back_with_another_model_is_asked_for_its_name(monkeypatch):
+def test_models_are_read_again_from_a_restarted_host(monkeypatch):
     async def ask(backend, address):
         backend.hosts[0].address = address
         with contextlib.suppress(ServeError):
@@ -187,7 +187,7 @@ def test_host_that_comes_back_with_another_model_is_asked_for_its_name(monkeypat
 
 
 @pytest.mark.parametrize("option", ["served_name", "chat_template"])
-def test_what_other_servers_have_of_their_own_is_refused(option):
+def test_model_options_are_refused_for_upstreams(option):
     config = ServeConfig(upstreams=("http://h:1/v1",), **{option: Path("x")})
     with pytest.raises(ConfigError, match=f"--{option.replace('_', '-')} needs a MODEL"):
         open_service(None, config, EngineConfig(), QualityConfig(), ApiKeys())

@@ -1,4 +1,4 @@
-"""vLLM started, watched and stopped; a stand-in program takes its place."""
+"""Supervision of vLLM, with a stand-in program."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from halfbyte.serve.vllm import Supervision, VllmBackend
 from halfbyte.serve.vllm_command import check_for_vllm, find_rank, make_command
 
 QUICK = Supervision(
-    starts_within=60,
-    looks_every=0.1,
-    answers_within=0.3,
-    hung_after=1,
+    start_timeout=60,
+    check_interval=0.1,
+    check_timeout=0.3,
+    hang_timeout=1,
     first_pause=0.1,
-    ends_within=3,
+    stop_timeout=3,
 )
 
 
 @pytest.fixture
 def vllm(tmp_path, monkeypatch):
-    """Give the stand-in's place; what it saw is written beside it."""
+    """Return the stand-in's path; it writes what it received beside it."""
     program = tmp_path / "vllm"
     script = Path(__file__).with_name("stand_in_vllm.py")
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{script}" "$@"\n')
@@ -77,7 +77,7 @@ async def until(condition, seconds=30):
         await asyncio.sleep(0.05)
 
 
-def test_started_asked_and_stopped(vllm, caplog):
+def test_vllm_is_started_queried_and_stopped(vllm, caplog):
     async def run():
         async with running(vllm) as backend:
             assert await backend.is_ready()
@@ -97,7 +97,7 @@ def test_started_asked_and_stopped(vllm, caplog):
     assert start["int8"] == "0"
 
 
-def test_who_wants_int8_activations_gets_them(vllm, monkeypatch):
+def test_int8_activations_can_be_enabled(vllm, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_INT4_W4A8", "1")
 
     async def run():
@@ -108,7 +108,7 @@ def test_who_wants_int8_activations_gets_them(vllm, monkeypatch):
     assert [start["int8"] for start in starts(vllm)] == ["1"]
 
 
-def test_crash_is_an_error_for_one_and_it_comes_back(vllm, caplog):
+def test_crash_fails_one_request_and_vllm_is_restarted(vllm, caplog):
     async def run():
         async with running(vllm) as backend:
             with pytest.raises(ServeError) as caught:
@@ -119,7 +119,7 @@ def test_crash_is_an_error_for_one_and_it_comes_back(vllm, caplog):
                 return not await backend.is_ready()
 
             await until(is_down)
-            with pytest.raises(ServeError, match="being started again") as caught:
+            with pytest.raises(ServeError, match="being restarted") as caught:
                 await ask(backend)
             assert (caught.value.status, caught.value.retry_after) == (503, 15.0)
             await until(backend.is_ready)
@@ -127,11 +127,11 @@ def test_crash_is_an_error_for_one_and_it_comes_back(vllm, caplog):
             assert backend.restarts == 1
 
     asyncio.run(run())
-    assert "ended with exit code 3" in caplog.text
+    assert "exited with code 3" in caplog.text
     assert len(starts(vllm)) == 2
 
 
-def test_hung_process_is_killed_and_started_again(vllm, caplog):
+def test_hung_process_is_killed_and_restarted(vllm, caplog):
     async def run():
         async with running(vllm) as backend:
             hung = asyncio.create_task(ask(backend, "hang"))
@@ -146,7 +146,7 @@ def test_hung_process_is_killed_and_started_again(vllm, caplog):
     assert "has not answered for 1 s" in caplog.text
 
 
-def test_refusal_at_the_start_is_told_with_its_last_words(vllm):
+def test_failed_start_is_reported_with_the_last_output(vllm):
     (vllm.parent / "refuse").touch()
 
     async def run():
@@ -157,7 +157,7 @@ def test_refusal_at_the_start_is_told_with_its_last_words(vllm):
         asyncio.run(run())
 
 
-def test_process_that_cannot_come_back_is_tried_ever_more_slowly(vllm):
+def test_pause_between_restarts_grows(vllm):
     async def run():
         async with running(vllm) as backend:
             (vllm.parent / "refuse").touch()
@@ -174,7 +174,7 @@ def test_process_that_cannot_come_back_is_tried_ever_more_slowly(vllm):
 
 @pytest.fixture
 def adapters(tmp_path):
-    """One adapter, and one that lacks its tensors."""
+    """A folder with one adapter, and one without tensors."""
     for name in ("red", "broken"):
         (tmp_path / "adapters" / name).mkdir(parents=True)
         (tmp_path / "adapters" / name / "adapter_config.json").write_text('{"r": 24}')
@@ -182,7 +182,7 @@ def adapters(tmp_path):
     return tmp_path / "adapters"
 
 
-def test_adapters_come_and_go_and_are_there_again_after_a_crash(vllm, adapters, caplog):
+def test_adapters_are_loaded_unloaded_and_restored_after_a_crash(vllm, adapters, caplog):
     async def run():
         async with running(vllm, adapters=adapters) as backend:
             control = AdapterFolder(adapters, lambda: backend)
@@ -194,7 +194,7 @@ def test_adapters_come_and_go_and_are_there_again_after_a_crash(vllm, adapters, 
                 await control.load("broken")
             assert caught.value.status == 400
             assert str(adapters) not in str(caught.value)
-            with pytest.raises(ServeError, match="served already"):
+            with pytest.raises(ServeError, match="already served"):
                 await control.load("red")
             with pytest.raises(ServeError):
                 await ask(backend, "crash")
@@ -209,13 +209,13 @@ def test_adapters_come_and_go_and_are_there_again_after_a_crash(vllm, adapters, 
             assert backend.models == ("tiny",)
             # By another name than its own it is what the fallbacks of other servers ask for.
             assert await ask(backend, model="red") == ANSWER
-            with pytest.raises(ServeError, match="no adapter red; loaded are: none"):
+            with pytest.raises(ServeError, match=r"red is not loaded\. Loaded adapters: none"):
                 await control.unload("red")
 
     asyncio.run(run())
 
 
-def test_an_adapter_that_is_gone_does_not_keep_the_model_from_coming_back(vllm, adapters, caplog):
+def test_missing_adapter_does_not_prevent_a_restart(vllm, adapters, caplog):
     async def run():
         async with running(vllm, adapters=adapters) as backend:
             await AdapterFolder(adapters, lambda: backend).load("red")
@@ -229,10 +229,10 @@ def test_an_adapter_that_is_gone_does_not_keep_the_model_from_coming_back(vllm, 
             assert await ask(backend) == ANSWER
 
     asyncio.run(run())
-    assert "The adapter red is not served any more" in caplog.text
+    assert "The adapter red is not available any more" in caplog.text
 
 
-def test_rank_is_enough_for_the_adapters_that_are_there(adapters, vllm):
+def test_rank_is_enough_for_all_adapters(adapters, vllm):
     assert find_rank(adapters) == 32
     words = make_command(
         Path("m"), executable=str(vllm), name="n", template=None, adapters=adapters
@@ -248,7 +248,7 @@ def test_rank_is_enough_for_the_adapters_that_are_there(adapters, vllm):
         find_rank(adapters / "none")
 
 
-def test_flags_follow_from_the_checkpoint(vllm):
+def test_flags_are_derived_from_the_checkpoint(vllm):
     words = make_command(
         Path("m"),
         executable=str(vllm),
@@ -266,7 +266,7 @@ def test_flags_follow_from_the_checkpoint(vllm):
         make_command(Path("m"), executable="no-such-vllm", name="n", template=None)
 
 
-def test_checkpoint_that_vllm_refuses_is_refused_before(tmp_path):
+def test_checkpoint_unsupported_by_vllm_is_rejected_early(tmp_path):
     good = {"model.layers.0.mlp.down_proj": TinyLinear(in_features=128, out_features=64)}
     write_model(tmp_path / "good", good)
     check_for_vllm(tmp_path / "good", has_gpu=False)
@@ -286,7 +286,7 @@ import asyncio, sys
 from halfbyte.serve.vllm import Supervision, VllmBackend
 
 async def main():
-    supervision = Supervision(looks_every=0.1, ends_within=1)
+    supervision = Supervision(check_interval=0.1, stop_timeout=1)
     backend = VllmBackend([sys.argv[1]], model="tiny", supervision=supervision)
     await backend.start()
     print(backend._process.pid, flush=True)
@@ -297,7 +297,7 @@ asyncio.run(main())
 
 
 @pytest.mark.parametrize("stubborn", [False, True])
-def test_gateway_that_is_killed_leaves_no_vllm(vllm, stubborn):
+def test_killed_gateway_leaves_no_vllm_process(vllm, stubborn):
     if stubborn:
         (vllm.parent / "stubborn").touch()
     command = [sys.executable, "-c", GATEWAY, str(vllm)]

@@ -19,16 +19,16 @@ from halfbyte.serve.embedded import EmbeddedBackend
 from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.routing.router import Router
 from halfbyte.serve.upstream import UpstreamBackend
-from halfbyte.serve.watch.alerts import QUIET_SECONDS, Alerts
-from halfbyte.serve.watch.drift import FEWEST, Drift, Window, read_reference
+from halfbyte.serve.watch.alerts import REPEAT_SECONDS, Alerts
+from halfbyte.serve.watch.drift import MIN_ANSWERS, Drift, RollingMoments, read_reference
 from halfbyte.serve.watch.history import NUM_SLICES, History, percentile
-from halfbyte.serve.watch.observation import Observation, Seen
-from halfbyte.serve.watch.oracle import Oracle, between, plain_text, rate_answer
-from halfbyte.serve.watch.probes import PATIENCE, Probes, read_probes
+from halfbyte.serve.watch.observation import AttemptRecord, Observation
+from halfbyte.serve.watch.oracle import Oracle, plain_text, rate_answer, select_by_bytes
+from halfbyte.serve.watch.probes import MIN_WRONG_ROUNDS, Probes, read_probes
 
 
 def observed(tokens=10, entropy=1.0, failures=(), *, ended=100.0, started=99.0, reason=""):
-    seen = Seen(
+    seen = AttemptRecord(
         backend="small",
         role="primary",
         started=started,
@@ -57,7 +57,7 @@ def names(alerts):
 def test_rate_of_failed_checks_raises_and_clears_an_alert():
     alerts = Alerts(clock=Clock())
     drift = Drift(alerts, alert_share=0.2)
-    for n in range(FEWEST - 1):
+    for n in range(MIN_ANSWERS - 1):
         drift.observe(observed(failures=("repetition",) if n % 4 == 0 else ()))
     assert names(alerts) == []
     drift.observe(observed(failures=("repetition",)))
@@ -79,7 +79,7 @@ def test_rate_of_failed_checks_raises_and_clears_an_alert():
     ],
     ids=str,
 )
-def test_lengths_and_entropies_are_held_against_the_first_answers(change, raised):
+def test_lengths_and_entropies_are_compared_with_the_first_answers(change, raised):
     rng = random.Random(2)
     alerts = Alerts(clock=Clock())
     drift = Drift(alerts)
@@ -112,50 +112,50 @@ def write_report(path, count=100, entropy=1.0):
 def test_reference_comes_from_a_comparison(tmp_path):
     reference = read_reference(write_report(tmp_path / "report.json"))
     assert reference.failures["refusal"] == 0.1
-    assert reference.spreads["entropy"].mean == pytest.approx(1.0, abs=0.05)
+    assert reference.moments["entropy"].mean == pytest.approx(1.0, abs=0.05)
     alerts = Alerts(clock=Clock())
     drift = Drift(alerts, reference=reference)
-    for _ in range(FEWEST):
+    for _ in range(MIN_ANSWERS):
         drift.observe(observed(24, 2.0, failures=("refusal",)))
     assert set(names(alerts)) == {"refusal", "entropy drift"}
     assert "30% are allowed" in next(a.message for a in alerts.active if a.name == "refusal")
 
 
-def test_reference_that_cannot_be_used_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"has 5 written answers; 32 are needed"):
+def test_unusable_reference_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"has 5 generated answers; at least 32 are needed"):
         read_reference(write_report(tmp_path / "few.json", 5))
     (tmp_path / "old.json").write_text('{"outcome": "pass"}')
     with pytest.raises(ConfigError, match=r"Cannot read .*old\.json.*KeyError\('items'\)"):
         read_reference(tmp_path / "old.json")
 
 
-def test_window_forgets_exactly():
+def test_rolling_moments_are_exact():
     rng = random.Random(1)
     values = [rng.gauss(0, 1) for _ in range(1000)]
-    window = Window(100)
+    window = RollingMoments(100)
     for value in values:
         window.add(value)
-    last, spread = values[-100:], window.spread()
+    last, moments = values[-100:], window.moments()
     mean = sum(last) / 100
-    assert (spread.count, spread.mean) == (100, pytest.approx(mean))
-    assert spread.variance == pytest.approx(sum((v - mean) ** 2 for v in last) / 100)
+    assert (moments.count, moments.mean) == (100, pytest.approx(mean))
+    assert moments.variance == pytest.approx(sum((v - mean) ** 2 for v in last) / 100)
 
 
-def test_alert_is_told_once_and_again_only_after_a_while():
+def test_alert_is_not_reported_again_too_soon():
     clock, told = Clock(), []
     alerts = Alerts(count=lambda name, label: told.append((name, label)), clock=clock)
     for _ in range(3):
-        alerts.set("json", True, "bad")
-        alerts.set("json", False, "")
+        alerts.update("json", True, "bad")
+        alerts.update("json", False, "")
     assert told == [("alerts_raised", "json")]
-    clock.now += QUIET_SECONDS
-    alerts.set("json", True, "bad")
-    alerts.set("json", True, "worse")
+    clock.now += REPEAT_SECONDS
+    alerts.update("json", True, "bad")
+    alerts.update("json", True, "worse")
     assert len(told) == 2
     assert alerts.active[0].message == "worse"
 
 
-def test_probes_tell_when_a_known_answer_is_lost(tmp_path):
+def test_probes_raise_an_alert_when_a_known_answer_is_lost(tmp_path):
     (tmp_path / "probes.jsonl").write_text(
         '{"id": "paris", "prompt": "The capital of France is", "check": {"contains": "Paris"}}\n'
         '{"id": "hard", "messages": [{"role": "user", "content": "?"}], "answer": "never"}\n'
@@ -175,14 +175,14 @@ def test_probes_tell_when_a_known_answer_is_lost(tmp_path):
     assert probes.last == {"paris": True, "hard": False}
     assert [call.kind for call in small.calls[:2]] == ["completion", "chat"]
     small.script = [failure()]
-    assert ask(PATIENCE - 1) == []
+    assert ask(MIN_WRONG_ROUNDS - 1) == []
     assert ask(1) == ["probes"]
     assert "1 of 1 questions" in alerts.active[0].message
     small.script = answer("Paris")
     assert ask(1) == []
 
 
-def test_probes_begin_with_the_first_answer_however_late_it_comes(tmp_path):
+def test_probes_use_the_first_answer_even_if_it_comes_late(tmp_path):
     (tmp_path / "probes.jsonl").write_text(
         '{"id": "paris", "prompt": "The capital of France is", "check": {"contains": "Paris"}}\n'
     )
@@ -191,7 +191,11 @@ def test_probes_begin_with_the_first_answer_however_late_it_comes(tmp_path):
     alerts = Alerts(clock=Clock())
     items = read_probes(tmp_path / "probes.jsonl")
     probes = Probes(items, Router(small, config=config), config, alerts)
-    for said, rounds in ((None, PATIENCE), ("It is Paris .", 1), ("It is Rome .", PATIENCE)):
+    for said, rounds in (
+        (None, MIN_WRONG_ROUNDS),
+        ("It is Paris .", 1),
+        ("It is Rome .", MIN_WRONG_ROUNDS),
+    ):
         assert names(alerts) == []
         small.script = [failure()] if said is None else answer(said)
         for _ in range(rounds):
@@ -206,7 +210,7 @@ def test_probe_with_choices_is_refused(tmp_path):
 
 
 def rating_base(nats):
-    """Rates every character as one token, and writes one more."""
+    """A base model that rates every character as one token, and generates one more."""
 
     def script(call):
         text = call.body["prompt"] + "!"
@@ -220,7 +224,7 @@ def rating_base(nats):
     return ScriptedBackend("base", script, models=("base",))
 
 
-def test_base_model_rates_the_answers_tokens_only():
+def test_only_the_answers_tokens_are_rated():
     base = rating_base(-2.0)
     alerts = Alerts(clock=Clock())
     drift = Drift(alerts)
@@ -247,7 +251,7 @@ def test_base_model_rates_the_answers_tokens_only():
     assert oracle.counts["failed"] == 1
 
 
-def test_likelihood_is_that_of_plain_forward_passes(tmp_path):
+def test_likelihood_equals_that_of_a_forward_pass(tmp_path):
     folder = write_model(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
@@ -265,7 +269,7 @@ def test_likelihood_is_that_of_plain_forward_passes(tmp_path):
     assert found == pytest.approx(sum(expected) / 7, abs=1e-3)
 
 
-def test_a_chat_is_rated_after_the_bases_own_template(tmp_path):
+def test_chat_is_rated_with_the_base_models_template(tmp_path):
     folder = write_model(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
@@ -301,15 +305,15 @@ def test_a_chat_is_rated_after_the_bases_own_template(tmp_path):
     assert plain != pytest.approx(found, abs=1e-3)
 
 
-def test_tokens_are_told_apart_by_bytes():
+def test_tokens_are_selected_by_bytes():
     tokens = [TokenLogprob(token="?", logprob=0, bytes=(b,)) for b in "äb".encode()]
-    assert between(tokens, 2, 3) == tokens[2:]
+    assert select_by_bytes(tokens, 2, 3) == tokens[2:]
     chat = {"messages": [{"role": "user", "content": "Hi"}]}
     assert plain_text(chat) == "user: Hi\nassistant: "
     assert plain_text({"prompt": [1, 2]}) == ""
 
 
-def test_history_spreads_tokens_over_the_time_in_which_they_came():
+def test_history_distributes_tokens_over_time():
     clock = Clock(1000.0)
     history = History(clock)
     seen = observed(100, started=1004.5, ended=1025.0, reason="critical")
@@ -331,7 +335,7 @@ def test_history_spreads_tokens_over_the_time_in_which_they_came():
     json.dumps(series)
 
 
-def test_percentile_is_a_value_that_occurred():
+def test_percentile_is_one_of_the_values():
     assert percentile([], 50) is None
     assert percentile([3.0, 1.0, 2.0], 50) == 2.0
     assert percentile(list(range(100)), 99) == 98

@@ -17,7 +17,7 @@ def manifest(tmp_path):
     return store.add(folder, "m", verdict=verdict, base_folder=folder)
 
 
-def test_it_names_the_model_its_base_and_every_file(manifest):
+def test_bom_names_the_model_its_base_and_every_file(manifest):
     bom = make_bom(manifest, "pass")
     model = bom["metadata"]["component"]
     assert model["type"] == "machine-learning-model"
@@ -31,7 +31,7 @@ def test_it_names_the_model_its_base_and_every_file(manifest):
     assert make_bom(manifest, "pass") == bom
 
 
-def test_it_is_valid_by_the_schema(manifest):
+def test_bom_is_valid_by_the_schema(manifest):
     pytest.importorskip("cyclonedx")
     pytest.importorskip("jsonschema")
     from cyclonedx.exception import MissingOptionalDependencyException

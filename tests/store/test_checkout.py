@@ -13,7 +13,7 @@ from halfbyte.store.checkout import checkout
 from halfbyte.store.garbage import collect_garbage
 
 
-def test_a_checkout_is_the_folder_and_is_made_once(store, tmp_path, monkeypatch):
+def test_checkout_equals_the_folder_and_is_reused(store, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     add(store, tmp_path)
     folder = checkout(store, "m")
@@ -31,7 +31,7 @@ def test_a_checkout_is_the_folder_and_is_made_once(store, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("output", [".", "/", "a/..", "taken"])
-def test_a_checkout_goes_into_a_new_folder_only(local, tmp_path, monkeypatch, output):
+def test_checkout_requires_a_new_folder(local, tmp_path, monkeypatch, output):
     add(local, tmp_path)
     (tmp_path / "here" / "taken").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
@@ -40,7 +40,7 @@ def test_a_checkout_goes_into_a_new_folder_only(local, tmp_path, monkeypatch, ou
     assert [path.name for path in Path().iterdir()] == ["taken"]
 
 
-def test_a_folder_that_appears_meanwhile_is_no_checkout(local, tmp_path, monkeypatch):
+def test_checkout_fails_if_the_folder_appears_meanwhile(local, tmp_path, monkeypatch):
     add(local, tmp_path)
     output = tmp_path / "out"
 
@@ -55,7 +55,7 @@ def test_a_folder_that_appears_meanwhile_is_no_checkout(local, tmp_path, monkeyp
     assert not list(tmp_path.glob(".out*"))
 
 
-def test_a_store_that_can_only_be_read_is_read(local, tmp_path, monkeypatch):
+def test_read_only_store_can_be_read(local, tmp_path, monkeypatch):
     add(local, tmp_path)
     real = Path.open
 

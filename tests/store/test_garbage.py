@@ -9,7 +9,7 @@ from halfbyte.store.checkout import checkout
 from halfbyte.store.garbage import collect_garbage
 
 
-def test_garbage_is_what_no_alias_and_no_recent_version_needs(local, tmp_path):
+def test_garbage_collection_keeps_recent_and_aliased_versions(local, tmp_path):
     versions = [add(local, tmp_path, seed).version for seed in range(6)]
     for version in versions[:2]:
         local.promote(f"m@{version}", force_reason="test")
@@ -29,15 +29,15 @@ def test_garbage_is_what_no_alias_and_no_recent_version_needs(local, tmp_path):
     assert collect_garbage(local, keep=1).versions == (versions[1],)
 
 
-def test_a_bucket_is_collected_only_when_nobody_writes(tmp_path, bucket):
+def test_bucket_is_collected_only_with_no_other_writers(tmp_path, bucket):
     versions = [add(bucket, tmp_path, seed).version for seed in range(3)]
-    with pytest.raises(StoreError, match="--nobody-writes"):
+    with pytest.raises(StoreError, match="--no-other-writers"):
         collect_garbage(bucket, keep=1)
-    assert list(collect_garbage(bucket, keep=1, nobody_writes=True).versions) == versions[:2]
+    assert list(collect_garbage(bucket, keep=1, no_other_writers=True).versions) == versions[:2]
     assert bucket.verify() == versions[2:]
 
 
-def test_stray_files_stop_nothing(local, tmp_path):
+def test_stray_files_are_ignored(local, tmp_path):
     version = add(local, tmp_path).version
     for folder in ("logs", "logs/m", "logs/.Trash", "manifests", "blobs", "checkouts"):
         (local.backend.root / folder).mkdir(exist_ok=True)
@@ -48,20 +48,20 @@ def test_stray_files_stop_nothing(local, tmp_path):
     assert local.verify() == [version]
 
 
-def test_garbage_of_what_cannot_be_read_is_left_until_it_is_let_go(local, tmp_path):
+def test_nothing_is_collected_while_a_kept_manifest_is_unreadable(local, tmp_path):
     versions = [add(local, tmp_path, seed).version for seed in range(4)]
     path = local.backend.root / "manifests" / f"{versions[2]}.json"
     path.chmod(0o644)
     path.write_bytes(b"{}")
     before = local.backend.list("")
-    with pytest.raises(StoreError, match=f"which files m@{versions[2][:12]} needs cannot be read"):
+    with pytest.raises(StoreError, match=f"m@{versions[2][:12]} is to be kept, and its manifest"):
         collect_garbage(local, keep=2)
     assert local.backend.list("") == before
     assert collect_garbage(local, keep=1).versions == tuple(versions[:3])
     assert local.verify() == [versions[3]]
 
 
-def test_a_checkout_is_whole_though_collecting_was_killed(local, tmp_path, monkeypatch):
+def test_checkout_is_complete_after_killed_garbage_collection(local, tmp_path, monkeypatch):
     manifests = [add(local, tmp_path, seed) for seed in range(2)]
     folder = checkout(local, f"m@{manifests[0].version}")
 

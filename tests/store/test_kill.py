@@ -14,7 +14,7 @@ ACTS = "add add promote promote rollback gc checkout"
 
 
 @pytest.mark.parametrize(("part", "rounds"), [(0, 4), pytest.param(1, 40, marks=pytest.mark.slow)])
-def test_killed_processes_leave_a_store_that_is_whole(tmp_path, part, rounds):
+def test_killed_processes_leave_a_consistent_store(tmp_path, part, rounds):
     place = tmp_path / "store"
     folders = [write_folder(tmp_path / f"model{n}", n) for n in range(3)]
     store = Store(place)

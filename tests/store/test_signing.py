@@ -50,7 +50,7 @@ def test_a_signature_holds_for_its_key_and_its_files_only(tmp_path):
         sign(store, "m", tmp_path / "nowhere.pem")
 
 
-def test_what_is_signed_is_what_the_reference_meant_at_first(tmp_path, monkeypatch):
+def test_sign_resolves_its_reference_once(tmp_path, monkeypatch):
     store = Store(tmp_path / "store")
     first = store.add(write_folder(tmp_path / "a"), "m").version
     store.promote("m", force_reason="test")

@@ -18,7 +18,7 @@ from halfbyte.store.manifest import BaseModel
 from halfbyte.store.store import Store
 
 
-def test_a_version_is_all_that_it_is_made_of(store, tmp_path):
+def test_manifest_describes_the_version(store, tmp_path):
     base = write_folder(tmp_path / "base", 9)
     verdict = write_verdict(tmp_path / "v.json", "pass")
     manifest = add(store, tmp_path, base_folder=base, verdict=verdict)
@@ -48,7 +48,7 @@ def test_the_card_says_which_model_was_quantized(local, tmp_path):
     assert second.files["README.md"] == manifest.files["README.md"]
 
 
-def test_same_files_are_kept_once(local, tmp_path):
+def test_equal_files_are_stored_once(local, tmp_path):
     add(local, tmp_path)
     before = local.backend.list("blobs")
     add(local, tmp_path)
@@ -78,7 +78,7 @@ def test_promotion_needs_a_passing_verdict_or_a_reason(store, tmp_path):
                       "rollback"]  # fmt: skip
 
 
-def test_rolling_back_twice_goes_two_steps_and_no_further(store, tmp_path):
+def test_rollback_goes_back_one_step_each_time(store, tmp_path):
     versions = [add(store, tmp_path, seed).version for seed in range(3)]
     for version in versions:
         store.promote(f"m@{version}", force_reason="test")
@@ -89,7 +89,7 @@ def test_rolling_back_twice_goes_two_steps_and_no_further(store, tmp_path):
     assert store.rollback("m").version == versions[0]
 
 
-def test_differences_are_told_by_file_and_setting(store, tmp_path):
+def test_diff_lists_files_and_settings(store, tmp_path):
     one, two = add(store, tmp_path), add(store, tmp_path, 1)
     found = diff_versions(store, f"m@{one.version}", f"m@{two.version}")
     assert set(found["files"]) == {"model.safetensors", "quantization_report.json"}
@@ -97,7 +97,7 @@ def test_differences_are_told_by_file_and_setting(store, tmp_path):
     assert found["base"] == {}
 
 
-def test_references_that_mean_nothing_say_what_there_is(store, tmp_path):
+def test_unknown_reference_lists_the_known_ones(store, tmp_path):
     with pytest.raises(StoreError, match="has no model 'm'; it has: none yet"):
         store.resolve("m")
     version = add(store, tmp_path).version
@@ -113,7 +113,7 @@ def test_names_are_plain_words(local, tmp_path, name):
         local.add(write_folder(tmp_path / "model"), name)
 
 
-def test_a_version_never_has_its_bases_name(local, tmp_path):
+def test_name_of_the_base_is_refused(local, tmp_path):
     with pytest.raises(StoreError, match="'base' is the name of the base model"):
         local.add(write_folder(tmp_path / "model"), "base", base=BaseModel(id="base"))
 
@@ -196,7 +196,7 @@ def test_a_changed_manifest_or_log_is_found(local, tmp_path):
     manifest_path = local.backend.root / "manifests" / f"{manifest.version}.json"
     manifest_path.chmod(0o644)
     manifest_path.write_bytes(manifest_path.read_bytes() + b" ")
-    with pytest.raises(StoreError, match="is not what its name says"):
+    with pytest.raises(StoreError, match="is damaged: its sha256 is not the one in its name"):
         local.verify()
 
 
@@ -205,7 +205,7 @@ def test_a_file_system_without_locks_is_named(local, tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(StoreError, match=r"Cannot lock .*: No locks available. .*has locks"):
+    with pytest.raises(StoreError, match=r"Cannot lock .*: No locks available. .*supports locks"):
         add(local, tmp_path)
 
 
@@ -217,7 +217,7 @@ def test_a_store_is_made_when_something_is_added(local, tmp_path):
         add(Store(tmp_path / "file" / "store"), tmp_path)
 
 
-def test_a_verdict_of_before_the_log_told_of_it_counts_where_its_file_is(local, tmp_path):
+def test_verdict_in_an_old_manifest_counts_if_its_report_is_stored(local, tmp_path):
     verdict = write_verdict(tmp_path / "v.json", "pass")
     manifest = add(local, tmp_path, verdict=verdict)
     assert local.history("m").entries[0].details["verdict"] == "pass"
@@ -250,25 +250,25 @@ def write_report_of(path, folder, base):
     return path
 
 
-def test_a_verdict_is_of_this_version_or_refused(local, tmp_path):
+def test_verdict_of_another_version_is_refused(local, tmp_path):
     base, other = (write_folder(tmp_path / name, seed) for name, seed in (("b", 8), ("o", 9)))
     version = add(local, tmp_path, base_folder=base).version
     folder = tmp_path / "model0"
     report = tmp_path / "report.json"
-    with pytest.raises(StoreError, match=r"report.json is no verdict of this version: model.safe"):
+    with pytest.raises(StoreError, match=r"report.json is not a verdict of this version: model"):
         local.judge("m", write_report_of(report, other, base))
     with pytest.raises(StoreError, match="compares with another base: its weights and config"):
         local.judge("m", write_report_of(report, folder, other))
     assert local.verdict("m", version) is None
     (folder / "added.safetensors").write_bytes(b"weights that nobody judged")
-    with pytest.raises(StoreError, match=r"added.safetensors is not in it"):
+    with pytest.raises(StoreError, match=r"added.safetensors is not in this version"):
         local.judge("m", write_report_of(report, folder, base))
     (folder / "added.safetensors").unlink()
     assert local.judge("m", write_report_of(report, folder, base)) == "pass"
     assert local.history("m").entries[-1].details["of"] == "these files"
     # a version with more weights than were judged
     (folder / "added.safetensors").write_bytes(b"weights that nobody judged")
-    with pytest.raises(StoreError, match=r"added.safetensors was not there"):
+    with pytest.raises(StoreError, match=r"added.safetensors was not judged"):
         local.add(folder, "m", verdict=report)
     (folder / "added.safetensors").unlink()
     assert local.add(folder, "m", verdict=report).verdict.verdict == "pass"
@@ -277,7 +277,7 @@ def test_a_verdict_is_of_this_version_or_refused(local, tmp_path):
 
 
 def test_a_base_without_weights_has_no_digest(local, tmp_path):
-    with pytest.raises(StoreError, match=r"The base model .*none has no weights in safetensors"):
+    with pytest.raises(StoreError, match=r"The base model .*none has no .safetensors weights"):
         add(local, tmp_path, base_folder=tmp_path / "none")
 
 
@@ -289,7 +289,7 @@ def test_verdicts_are_one_of_three(local, tmp_path):
         local.judge("m", tmp_path / "none.json")
 
 
-def test_a_conversion_has_the_base_and_recipe_of_what_it_was_made_of(store, tmp_path):
+def test_conversion_takes_over_base_and_recipe(store, tmp_path):
     origin = add(store, tmp_path, base_folder=write_folder(tmp_path / "base", 9))
     folder = tmp_path / "gguf"
     folder.mkdir()

@@ -1,1 +1,4 @@
-"""Codes <-> files on disk, in the standard GPTQ layout: layout -> write -> read -> check."""
+"""Reading, writing and checking checkpoints in the standard GPTQ layout.
+
+``layout`` -> ``write`` -> ``read`` -> ``check``
+"""

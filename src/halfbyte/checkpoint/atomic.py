@@ -1,4 +1,4 @@
-"""Write a file whole or not at all, whatever stops the program."""
+"""Atomic writes: after a crash, a file is complete or absent."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from halfbyte.checkpoint.direct_io import write_direct
 from halfbyte.errors import CheckpointError
 
 PARTIAL_SUFFIX = ".partial"
-"""Ends the name of a file that is being written; a leftover may be overwritten or removed."""
+"""Suffix of a file that is being written; a leftover may be overwritten or removed."""
 
 SYNC_BYTES = 32_000_000
-"""Written before the disk is made to begin with it."""
+"""Number of bytes written between two calls of fsync."""
 
 
 def write_atomically(
-    path: Path, chunks: Iterable[bytes | memoryview], *, past_cache: bool = False
+    path: Path, chunks: Iterable[bytes | memoryview], *, bypass_cache: bool = False
 ) -> None:
-    """Write beside the final name, bring it to the disk, then rename.
+    """Write to a temporary file beside the final one, sync it to disk, then rename it.
 
-    After ``kill -9`` or a power cut there is the old file, or the new one, or none. A leftover of
-    a killed run has a fixed name, which the next run overwrites.
+    After ``kill -9`` or a power failure there is the old file, the new one, or none. The temporary
+    file has a fixed name, so that the next run overwrites a leftover.
 
     Args:
         path: The file. Its folder must exist.
         chunks: The content, in order.
-        past_cache: For a large file that is not read again at once: straight to the disk.
+        bypass_cache: Write without the page cache: for a large file that is not read soon.
 
     Raises:
-        CheckpointError: The disk is full or the folder cannot be written to.
+        CheckpointError: The disk is full or the folder is not writable.
     """
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     try:
-        if past_cache:
+        if bypass_cache:
             with partial.open("wb", buffering=0) as file:
                 write_direct(file, chunks)
         else:
@@ -55,28 +55,28 @@ def write_atomically(
 
 
 def _write(handle: BinaryIO, chunks: Iterable[bytes | memoryview]) -> None:
-    """Write and sync; the disk works on what is written while the next chunk is being made."""
-    waiting = 0
-    under_way: Future[None] | None = None
-    with ThreadPoolExecutor(1) as behind:
+    """Write and sync; a thread syncs what is written while the next chunks are produced."""
+    unsynced_bytes = 0
+    pending: Future[None] | None = None
+    with ThreadPoolExecutor(1) as executor:
         for chunk in chunks:
             handle.write(chunk)
-            waiting += len(chunk)
-            if waiting < SYNC_BYTES or not (under_way is None or under_way.done()):
+            unsynced_bytes += len(chunk)
+            if unsynced_bytes < SYNC_BYTES or not (pending is None or pending.done()):
                 continue
-            if under_way is not None:
-                under_way.result()
+            if pending is not None:
+                pending.result()
             handle.flush()
-            under_way = behind.submit(os.fsync, handle.fileno())
-            waiting = 0
+            pending = executor.submit(os.fsync, handle.fileno())
+            unsynced_bytes = 0
         handle.flush()
-        if under_way is not None:
-            under_way.result()
+        if pending is not None:
+            pending.result()
         os.fsync(handle.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring a folder's list of names to the disk: a rename is durable only then."""
+    """Sync a directory to disk, which makes renames in it durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

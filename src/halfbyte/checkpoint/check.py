@@ -1,4 +1,4 @@
-"""Who can load a checkpoint, and for each no, why: module names and numbers."""
+"""Check which programs can load a checkpoint, with reasons for each that cannot."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from halfbyte.checkpoint.consumers import (
 )
 from halfbyte.checkpoint.dynamic import resolve_dynamic
 from halfbyte.checkpoint.labels import read_model_config
-from halfbyte.checkpoint.read import Checkpoint, LinearFacts
+from halfbyte.checkpoint.read import Checkpoint, LinearInfo
 from halfbyte.checkpoint.vllm_view import (
     ModelSizes,
     VllmView,
-    asks_act_order,
-    fused_siblings,
+    declares_act_order,
+    find_fused_siblings,
     split_linear,
     view_linear,
 )
@@ -33,26 +33,26 @@ class Verdict:
     consumer: str
     label: str
     tensor_parallel: int | None
-    """Number of devices that share each linear; None where the consumer does not split."""
+    """Number of devices; None if the consumer has no tensor parallelism."""
     loads: bool
     reasons: tuple[str, ...]
     evidence: str
-    """How the rules behind it are known: "ran" or "read" (in the consumer's source)."""
+    """Basis of the rules: "ran" (tried) or "read" (in the consumer's source)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckReport:
-    """What `halfbyte check` prints."""
+    """The result of `halfbyte check`."""
 
     folder: str
     num_linears: int
     schemes: Mapping[str, int]
-    """How many linears have which bits, group size and symmetry."""
+    """Number of linears by bits, group size and symmetry."""
     verdicts: tuple[Verdict, ...]
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain values for JSON."""
+        """Convert to plain values for JSON."""
         return {
             "folder": self.folder,
             "num_linears": self.num_linears,
@@ -67,7 +67,7 @@ class CheckReport:
 
 @dataclass(slots=True)
 class _Reasons:
-    """Collects reasons, with the modules each is true of."""
+    """Collects reasons, with the modules each applies to."""
 
     modules: dict[str, list[str]] = field(default_factory=dict)
 
@@ -76,17 +76,17 @@ class _Reasons:
 
     def summarize(self) -> tuple[str, ...]:
         return tuple(
-            reason + (f": {found[0]}" if found else "") + _and_more(len(found))
+            reason + (f": {found[0]}" if found else "") + _format_more(len(found))
             for reason, found in self.modules.items()
         )
 
 
-def _and_more(count: int) -> str:
+def _format_more(count: int) -> str:
     return f" and {count - 1} more" if count > 1 else ""
 
 
 def check_consumers(checkpoint: Checkpoint) -> CheckReport:
-    """Hold a checkpoint against the rules of every consumer.
+    """Check a checkpoint against the rules of every consumer.
 
     Reads the zeros and group indices of every linear, not the weights.
 
@@ -94,24 +94,25 @@ def check_consumers(checkpoint: Checkpoint) -> CheckReport:
         checkpoint: An open checkpoint.
 
     Returns:
-        One verdict for each consumer and tensor-parallel size.
+        One verdict per consumer and tensor-parallel size.
 
     Raises:
-        CheckpointError: A value is out of range: nobody should load it. Names the tensor.
+        CheckpointError: A value is out of range, so that no program should load the checkpoint;
+            names the tensor.
     """
-    facts = {name: checkpoint.load_facts(name) for name in checkpoint.linears}
+    infos = {name: checkpoint.load_info(name) for name in checkpoint.linears}
     verdicts: list[Verdict] = []
     for consumer in CONSUMERS:
         for size in TENSOR_PARALLEL_SIZES if consumer.is_vllm else (None,):
             reasons = _Reasons()
-            if not consumer.takes_offsets:
+            if not consumer.supports_offsets:
                 for name, layout in checkpoint.linears.items():
                     if layout.has_offsets:
-                        reasons.add("an adapter is merged into offsets, which it cannot read", name)
+                        reasons.add("it cannot read the offsets of a merged adapter", name)
             if consumer.is_vllm:
-                _check_vllm(checkpoint, facts, consumer, size or 1, reasons)
+                _check_vllm(checkpoint, infos, consumer, size or 1, reasons)
             else:
-                _check_plain(checkpoint, facts, consumer, reasons)
+                _check_plain(checkpoint, infos, consumer, reasons)
             found = reasons.summarize()
             verdicts.append(
                 Verdict(
@@ -123,49 +124,54 @@ def check_consumers(checkpoint: Checkpoint) -> CheckReport:
                     evidence=consumer.evidence,
                 )
             )
-    notes = [fact.zeros.note for fact in facts.values() if fact.zeros.note]
-    shown = (*notes[:1], *([f"The same of {len(notes) - 1} more linears."] if notes[1:] else []))
+    notes = [info.zeros.note for info in infos.values() if info.zeros.note]
+    shown = (*notes[:1], *([f"The same for {len(notes) - 1} more linears."] if notes[1:] else []))
     return CheckReport(
         folder=str(checkpoint.folder),
-        num_linears=len(facts),
-        schemes=_count_schemes(facts),
+        num_linears=len(infos),
+        schemes=_count_schemes(infos),
         verdicts=tuple(verdicts),
         notes=(*checkpoint.notes, *shown),
     )
 
 
-def _count_schemes(facts: Mapping[str, LinearFacts]) -> dict[str, int]:
+def _count_schemes(infos: Mapping[str, LinearInfo]) -> dict[str, int]:
     schemes: dict[str, int] = {}
-    for fact in facts.values():
-        group = "per row" if fact.layout.num_groups == 1 else str(fact.layout.group_size)
-        kind = "symmetric" if fact.zeros.is_symmetric else "asymmetric"
-        ragged = ", ragged" if fact.layout.is_ragged else ""
-        order = "" if fact.has_trivial_groups else ", act-order"
-        name = f"{fact.layout.bits} bits, group {group}{ragged}, {kind}{order}"
+    for info in infos.values():
+        group = "per row" if info.layout.num_groups == 1 else str(info.layout.group_size)
+        kind = "symmetric" if info.zeros.is_symmetric else "asymmetric"
+        ragged = ", ragged" if info.layout.is_ragged else ""
+        order = "" if info.has_trivial_groups else ", act-order"
+        name = f"{info.layout.bits} bits, group {group}{ragged}, {kind}{order}"
         schemes[name] = schemes.get(name, 0) + 1
     return schemes
 
 
 def _check_plain(
-    checkpoint: Checkpoint, facts: Mapping[str, LinearFacts], consumer: Consumer, reasons: _Reasons
+    checkpoint: Checkpoint, infos: Mapping[str, LinearInfo], consumer: Consumer, reasons: _Reasons
 ) -> None:
-    """Consumers that load one module at a time, under its own name."""
-    for name, fact in facts.items():
-        in_features, out_features = fact.layout.in_features, fact.layout.out_features
-        for reason in _explain_limits(consumer, fact, in_features, out_features):
+    """Check a consumer that loads one module at a time, under its own name."""
+    for name, info in infos.items():
+        in_features, out_features = info.layout.in_features, info.layout.out_features
+        for reason in _explain_limits(consumer, info, in_features, out_features):
             reasons.add(reason, name)
-        if consumer.follows_labels:
-            _check_label(checkpoint, name, fact, reasons)
+        if consumer.trusts_config:
+            _check_label(checkpoint, name, info, reasons)
     labels, maker = checkpoint.labels, consumer.v1_zeros_from
-    if maker and not labels.symmetric and labels.zero_offset and maker not in _makers(labels.raw):
+    if (
+        maker
+        and not labels.symmetric
+        and labels.zero_offset
+        and maker not in _list_makers(labels.raw)
+    ):
         reasons.add(
-            f"it takes asymmetric zeros in the dialect 'gptq' from {maker} only, which "
+            f"it accepts asymmetric zeros in the dialect 'gptq' only from {maker}, which "
             "meta.quantizer does not name"
         )
 
 
-def _makers(raw: Mapping[str, Any]) -> set[str]:
-    """Give the tools that a config names as its makers, in lower case."""
+def _list_makers(raw: Mapping[str, Any]) -> set[str]:
+    """Return the names of the tools that wrote the config, in lower case."""
     meta = raw.get("meta")
     named = meta.get("quantizer") if isinstance(meta, dict) else None
     listed = named if isinstance(named, list) else [named]
@@ -173,55 +179,57 @@ def _makers(raw: Mapping[str, Any]) -> set[str]:
 
 
 def _explain_limits(
-    consumer: Consumer, fact: LinearFacts, in_features: float, out_features: float
+    consumer: Consumer, info: LinearInfo, in_features: float, out_features: float
 ) -> Iterator[str]:
-    """Give each limit of a consumer that a linear of these sizes per device does not keep."""
-    layout = fact.layout
+    """Yield each limit of a consumer that a linear with these sizes per device violates."""
+    layout = info.layout
     if layout.bits not in consumer.bits:
         allowed = " or ".join(map(str, consumer.bits))
-        yield f"it takes {allowed} bits, not {layout.bits}"
-    if layout.bits in consumer.symmetric_bits and not fact.zeros.is_symmetric:
-        yield "it takes symmetric grids only"
-    if in_features % consumer.in_multiple:
-        yield f"in_features {in_features:g} per device is no multiple of {consumer.in_multiple}"
-    if out_features % consumer.out_multiple:
-        yield f"out_features {out_features:g} per device is no multiple of {consumer.out_multiple}"
+        yield f"it supports {allowed} bits, not {layout.bits}"
+    if layout.bits in consumer.symmetric_bits and not info.zeros.is_symmetric:
+        yield "it supports only symmetric quantization"
+    for axis, size, multiple in (
+        ("in_features", in_features, consumer.in_multiple),
+        ("out_features", out_features, consumer.out_multiple),
+    ):
+        if size % multiple:
+            yield f"{axis} {size:g} per device is not a multiple of {multiple}"
     group_size = PER_CHANNEL if layout.num_groups == 1 else layout.group_size
     if consumer.group_sizes is not None and group_size not in consumer.group_sizes:
         yield f"group size {group_size} is not one of {', '.join(map(str, consumer.group_sizes))}"
     if group_size % consumer.group_multiple and group_size != PER_CHANNEL:
-        yield f"group size {group_size} is no multiple of {consumer.group_multiple}"
-    if not consumer.takes_g_idx and not fact.has_trivial_groups:
-        yield "it takes no act-order (g_idx is not in order)"
+        yield f"group size {group_size} is not a multiple of {consumer.group_multiple}"
+    if not consumer.supports_g_idx and not info.has_trivial_groups:
+        yield "it does not support act-order (g_idx is not in order)"
 
 
-def _check_label(checkpoint: Checkpoint, name: str, fact: LinearFacts, reasons: _Reasons) -> None:
-    """What a reader that believes the config gets wrong."""
+def _check_label(checkpoint: Checkpoint, name: str, info: LinearInfo, reasons: _Reasons) -> None:
+    """Check what a consumer gets wrong that trusts the config over the tensors."""
     labels = checkpoint.labels
     overrides = resolve_dynamic(labels.dynamic, name)
     if overrides is None:
-        reasons.add("the config's dynamic says that it is not quantized", name)
+        reasons.add("dynamic in the config says that it is not quantized", name)
         return
-    found = VllmView(
+    view = VllmView(
         bits=overrides.get("bits", labels.bits),
         group_size=overrides.get("group_size", labels.group_size),
         symmetric=overrides.get("sym", labels.symmetric),
     )
-    _compare_view(found, fact, name, reasons)
-    if fact.zeros.zero_offset != labels.zero_offset:
+    _compare_view(view, info, name, reasons)
+    if info.zeros.zero_offset != labels.zero_offset:
         reasons.add(
-            "it believes checkpoint_format, which is "
-            f"'{labels.checkpoint_format or 'gptq'}' but not true of qzeros",
+            "it trusts checkpoint_format, which is "
+            f"'{labels.checkpoint_format or 'gptq'}' and does not match qzeros",
             name,
         )
 
 
-def _compare_view(view: VllmView, fact: LinearFacts, name: str, reasons: _Reasons) -> None:
-    layout = fact.layout
+def _compare_view(view: VllmView, info: LinearInfo, name: str, reasons: _Reasons) -> None:
+    layout = info.layout
     if view.bits != layout.bits:
         reasons.add(f"the config says {view.bits} bits, the tensors have {layout.bits}", name)
     declared = layout.in_features if view.group_size == PER_CHANNEL else view.group_size
-    # A group as wide as the layer or wider is one group per row, whatever it is called.
+    # A group size of at least the layer's width means one group per row.
     if declared != layout.group_size and not (
         declared and layout.num_groups == 1 and declared >= layout.in_features
     ):
@@ -233,7 +241,7 @@ def _compare_view(view: VllmView, fact: LinearFacts, name: str, reasons: _Reason
 
 def _check_vllm(
     checkpoint: Checkpoint,
-    facts: Mapping[str, LinearFacts],
+    infos: Mapping[str, LinearInfo],
     consumer: Consumer,
     tensor_parallel: int,
     reasons: _Reasons,
@@ -245,29 +253,31 @@ def _check_vllm(
         return
     if labels.bits not in (4, 8) or not labels.symmetric:
         kind = "symmetric" if labels.symmetric else "asymmetric"
-        reasons.add(f"it takes a config of 4 or 8 bits, symmetric; this says {labels.bits}, {kind}")
+        reasons.add(
+            f"it supports configs with 4 or 8 bits, symmetric; this one has {labels.bits}, {kind}"
+        )
         return
-    if asks_act_order(labels):
-        reasons.add("it takes no desc_act: true in the config, unless group_size is -1")
+    if declares_act_order(labels):
+        reasons.add("it does not support desc_act: true in the config, unless group_size is -1")
     sizes = ModelSizes.from_config(read_model_config(checkpoint.folder))
     heads = sizes.explain_heads(tensor_parallel)
     if heads:
         reasons.add(heads)
-    linears = _all_linears(checkpoint)
+    linears = _list_linears(checkpoint)
     for name in linears:
         view = view_linear(labels, name, linears, checkpoint.linears)
-        if name in facts:
-            _check_vllm_linear(name, facts, view, linears, reasons)
-            _check_split(consumer, name, facts, linears, sizes, tensor_parallel, reasons)
+        if name in infos:
+            _check_vllm_linear(name, infos, view, linears, reasons)
+            _check_split(consumer, name, infos, linears, sizes, tensor_parallel, reasons)
         elif view is not None:
-            reasons.add("it would look for packed weights of a linear in 16 bits", name)
-    heads_listed = [n for n in facts if n.rpartition(".")[2] == "lm_head"]
+            reasons.add("it would expect packed weights, but the linear is in 16 bits", name)
+    heads_listed = [n for n in infos if n.rpartition(".")[2] == "lm_head"]
     if heads_listed and not labels.lm_head:
-        reasons.add("the output head is quantized, but the config's lm_head is false")
+        reasons.add("the output head is quantized, but lm_head in the config is false")
 
 
-def _all_linears(checkpoint: Checkpoint) -> dict[str, None]:
-    """List every module with packed weights or with a matrix as its weight."""
+def _list_linears(checkpoint: Checkpoint) -> dict[str, None]:
+    """List every module with packed weights or with a 2-D weight."""
     names = dict.fromkeys(checkpoint.linears)
     for name, info in checkpoint.files.infos.items():
         if name.endswith(".weight") and len(info.shape) == 2:
@@ -277,61 +287,58 @@ def _all_linears(checkpoint: Checkpoint) -> dict[str, None]:
 
 def _check_vllm_linear(
     name: str,
-    facts: Mapping[str, LinearFacts],
+    infos: Mapping[str, LinearInfo],
     view: VllmView | None,
     linears: Mapping[str, None],
     reasons: _Reasons,
 ) -> None:
-    fact = facts[name]
-    _, siblings = fused_siblings(name, linears)
-    in_full = [sibling for sibling in siblings if sibling not in facts]
-    if in_full:
+    info = infos[name]
+    _, siblings = find_fused_siblings(name, linears)
+    fused = ", ".join(sibling.rpartition(".")[2] for sibling in siblings)
+    unquantized = [sibling for sibling in siblings if sibling not in infos]
+    if unquantized:
         reasons.add(
-            f"it runs {', '.join(s.rpartition('.')[2] for s in siblings)} as one linear, of which "
-            f"{in_full[0].rpartition('.')[2]} is in 16 bits",
-            name,
+            f"it fuses {fused}, of which {unquantized[0].rpartition('.')[2]} is in 16 bits", name
         )
         return
-    kinds = {_kind_of(facts[sibling]) for sibling in siblings}
+    kinds = {_describe_grid(infos[sibling]) for sibling in siblings}
     if len(kinds) > 1:
         reasons.add(
-            f"it runs {', '.join(s.rpartition('.')[2] for s in siblings)} as one linear, which "
-            f"have different grids ({'; '.join(sorted(kinds))})",
-            name,
+            f"it fuses {fused}, which have different grids ({'; '.join(sorted(kinds))})", name
         )
         return
     if view is None:
-        reasons.add("by its config it would load the linear in 16 bits", name)
+        reasons.add("according to the config, it would load the linear in 16 bits", name)
         return
-    _compare_view(view, fact, name, reasons)
+    _compare_view(view, info, name, reasons)
 
 
-def _kind_of(fact: LinearFacts) -> str:
-    kind = "symmetric" if fact.zeros.is_symmetric else "asymmetric"
-    return f"{fact.layout.bits} bits, group {fact.layout.group_size}, {kind}"
+def _describe_grid(info: LinearInfo) -> str:
+    kind = "symmetric" if info.zeros.is_symmetric else "asymmetric"
+    return f"{info.layout.bits} bits, group {info.layout.group_size}, {kind}"
 
 
 def _check_split(
     consumer: Consumer,
     name: str,
-    facts: Mapping[str, LinearFacts],
+    infos: Mapping[str, LinearInfo],
     linears: Mapping[str, None],
     sizes: ModelSizes,
     tensor_parallel: int,
     reasons: _Reasons,
 ) -> None:
-    """Check the sizes of one device; of fused linears together, once."""
-    _, siblings = fused_siblings(name, linears)
-    if name != siblings[0] or any(sibling not in facts for sibling in siblings):
+    """Check the sizes on one device; fused linears are checked together, once."""
+    _, siblings = find_fused_siblings(name, linears)
+    if name != siblings[0] or any(sibling not in infos for sibling in siblings):
         return
-    fact, layout = facts[name], facts[name].layout
-    parts = [split_linear(s, facts[s].layout, sizes, tensor_parallel) for s in siblings]
+    info, layout = infos[name], infos[name].layout
+    parts = [split_linear(s, infos[s].layout, sizes, tensor_parallel) for s in siblings]
     in_features, out_features = parts[0][0], sum(out for _, out in parts)
-    for reason in _explain_limits(consumer, fact, in_features, out_features):
+    for reason in _explain_limits(consumer, info, in_features, out_features):
         reasons.add(reason, name)
     if layout.num_groups > 1 and in_features % layout.group_size:
         reasons.add(
-            f"in_features {in_features:g} per device is no multiple of group size "
+            f"in_features {in_features:g} per device is not a multiple of group size "
             f"{layout.group_size}",
             name,
         )

@@ -1,4 +1,4 @@
-"""Digests beside a checkpoint: which byte is not as it was written, and in which tensor.
+"""Checksums of a checkpoint, to detect damaged files and name the damaged tensor.
 
 ``checksums.json``::
 
@@ -31,21 +31,21 @@ TENSOR_DIGITS = 16
 
 _CHUNK_BYTES = 1 << 22
 VERIFY_THREADS = max(1, min(8, (os.cpu_count() or 1) // 2))
-"""Files that are read at the same time: a digest takes a core longer than reading takes a disk."""
+"""Number of files read in parallel: computing a digest takes longer than reading the data."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardDigest:
-    """What was written into one shard."""
+    """Sizes and digests of one shard."""
 
     file_name: str
     sha256: str
     num_bytes: int
-    """Of the whole file."""
+    """Size of the whole file."""
     tensor_bytes: int
-    """Of the tensors alone."""
+    """Size of the tensors alone."""
     tensors: Mapping[str, str]
-    """By tensor name: the first 16 hex digits of the SHA-256 of its data."""
+    """First 16 hex digits of the SHA-256 of each tensor's data, by name."""
 
 
 def write_checksums(
@@ -55,8 +55,8 @@ def write_checksums(
 
     Args:
         folder: The checkpoint.
-        shards: What :func:`halfbyte.checkpoint.write.write_shard` returned, for every shard.
-        quantization_config: As written into the config files.
+        shards: What :func:`halfbyte.checkpoint.write.write_shard` returned for each shard.
+        quantization_config: The one in the config files.
     """
     content = {
         "version": CHECKSUMS_VERSION,
@@ -74,7 +74,7 @@ def write_checksums(
 
 
 def digest_config(quantization_config: Mapping[str, Any]) -> str:
-    """Digest a config so that spacing and the order of keys do not count."""
+    """Compute a config's SHA-256, independent of whitespace and key order."""
     text = json.dumps(quantization_config, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -84,30 +84,30 @@ def verify_checksums(files: TensorFiles, quantization_config: Mapping[str, Any])
 
     Args:
         files: The open checkpoint.
-        quantization_config: As read from its config files.
+        quantization_config: The one in its config files.
 
     Returns:
-        How many tensors were compared.
+        The number of tensors compared.
 
     Raises:
-        CheckpointError: There is no ``checksums.json``, it belongs to other files, or something
+        CheckpointError: There is no ``checksums.json``, it belongs to other files, or a digest
             differs; names the file and the tensor.
     """
     recorded = _read_checksums(files.folder)
     if digest_config(quantization_config) != recorded["quantization_config"]:
         raise CheckpointError(
-            f"The quantization config of {files.folder} is not the one that was written: its "
-            f"digest differs from {CHECKSUMS_FILE}. Restore config.json, or download it again."
+            f"The quantization config of {files.folder} was changed after writing: its digest "
+            f"differs from {CHECKSUMS_FILE}. Restore config.json, or download it again."
         )
     names = {file.name for file in files.files}
     if names != set(recorded["files"]):
         odd = sorted(names ^ set(recorded["files"]))
         raise CheckpointError(
-            f"Cannot verify {files.folder}: {CHECKSUMS_FILE} and the folder do not have the same "
-            f"weight files ({', '.join(odd[:3])}). Download the checkpoint again."
+            f"Cannot verify {files.folder}: {CHECKSUMS_FILE} does not list the same weight files "
+            f"as the folder ({', '.join(odd[:3])}). Download the checkpoint again."
         )
     with ThreadPoolExecutor(min(len(files.files), VERIFY_THREADS)) as pool:
-        # In order, so that of several damaged files the first is named.
+        # In order, so that the first of several damaged files is named.
         for _ in pool.map(lambda f: _verify_file(files, f, recorded["files"][f.name]), files.files):
             pass
     return len(files.infos)
@@ -119,8 +119,8 @@ def _read_checksums(folder: Path) -> dict[str, Any]:
         text = path.read_bytes()
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"Cannot verify {folder}: it has no {CHECKSUMS_FILE}. Only checkpoints that halfbyte "
-            "wrote have one; compare the files with those of the download page instead."
+            f"Cannot verify {folder}: it has no {CHECKSUMS_FILE}, which only halfbyte writes. "
+            "Compare the files with the checksums on the download page instead."
         ) from error
     except OSError as error:
         raise CheckpointError(f"Cannot read {path}: {error.strerror or error}.") from error
@@ -133,7 +133,7 @@ def _read_checksums(folder: Path) -> dict[str, Any]:
         or not all(_is_file_record(record) for record in files.values())
     ):
         raise CheckpointError(
-            f"Cannot use {path}: it is not a version {CHECKSUMS_VERSION} list of digests. "
+            f"Cannot use {path}: it is not a list of digests of version {CHECKSUMS_VERSION}. "
             "The file is damaged; download it again."
         )
     return recorded
@@ -156,11 +156,11 @@ def _verify_file(files: TensorFiles, file: Path, recorded: Mapping[str, Any]) ->
     for info in files.infos.values():
         if info.file == file and _digest_tensor(info) != recorded["tensors"].get(info.name):
             raise CheckpointError(
-                f"Tensor {info.name} of {file} is not as it was written: its SHA-256 differs from "
+                f"Tensor {info.name} of {file} was changed after writing: its SHA-256 differs from "
                 f"{CHECKSUMS_FILE}. The file is damaged; download or quantize it again."
             )
     raise CheckpointError(
-        f"The header of {file} is not as it was written: the file's SHA-256 differs from "
+        f"The header of {file} was changed after writing: the SHA-256 of the file differs from "
         f"{CHECKSUMS_FILE}, those of its tensors do not. Download or quantize it again."
     )
 
@@ -176,12 +176,13 @@ def _read_range(file: Path, start: int, num_bytes: int | None) -> Iterator[bytes
     try:
         with file.open("rb") as handle:
             handle.seek(start)
-            left = num_bytes
-            while left is None or left > 0:
-                chunk = handle.read(_CHUNK_BYTES if left is None else min(left, _CHUNK_BYTES))
+            remaining = num_bytes
+            while remaining is None or remaining > 0:
+                size = _CHUNK_BYTES if remaining is None else min(remaining, _CHUNK_BYTES)
+                chunk = handle.read(size)
                 if not chunk:
                     return
-                left = None if left is None else left - len(chunk)
+                remaining = None if remaining is None else remaining - len(chunk)
                 yield chunk
     except OSError as error:
         raise CheckpointError(

@@ -1,12 +1,12 @@
-"""Who reads GPTQ checkpoints, and what each asks of a linear: facts as data.
+"""Programs that load GPTQ checkpoints, and what each requires of a linear.
 
-Evidence: "ran" was executed on a small model, "read" was read in the consumer's source. A limit
-may fall in a later version: vLLM's Marlin has begun to pad shapes that it refused before.
+Evidence: "ran" was tried with a small model, "read" was read in the consumer's source. Later
+versions may lift a limit: vLLM's Marlin has begun to pad shapes that it rejected before.
 
 Source:
     vLLM 0.32/0.33: ``quantization/utils/marlin_utils.py``, ``kernels/linear/mixed_precision``;
     GPTQModel 7: ``nn_modules/qlinear/torch.py``, ``models/loader.py``; llama.cpp's Q4_0 and Q8_0
-    blocks of 32. The same table stands in docs/concepts/checkpoint.md.
+    blocks of 32. The table in docs/concepts/checkpoint.md is the same.
 """
 
 from __future__ import annotations
@@ -20,55 +20,55 @@ TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Consumer:
-    """One reader and its limits; every number is per device, after tensor-parallel splitting."""
+    """A program and its limits; sizes are per device, after tensor-parallel splitting."""
 
     name: str
     label: str
     evidence: str
     bits: tuple[int, ...] = (2, 3, 4, 8)
     symmetric_bits: tuple[int, ...] = ()
-    """Of those bits, the ones of which it takes symmetric grids only."""
+    """The bits for which it supports only symmetric grids."""
     in_multiple: int = 1
     out_multiple: int = 1
     group_sizes: tuple[int, ...] | None = None
-    """Allowed values, -1 for one group per row; None: any."""
+    """Allowed values, -1 for one group per row; None if all are allowed."""
     group_multiple: int = 1
-    takes_g_idx: bool = True
+    supports_g_idx: bool = True
     """Whether ``g_idx`` may be out of order."""
     is_vllm: bool = False
-    takes_offsets: bool = False
-    follows_labels: bool = True
-    """Whether it believes the config where the tensors say otherwise."""
+    supports_offsets: bool = False
+    trusts_config: bool = True
+    """Whether it trusts the config where the tensors contradict it."""
     v1_zeros_from: str | None = None
-    """The one maker whose asymmetric v1 checkpoints it takes, as ``meta.quantizer`` names it."""
+    """The only tool, as in ``meta.quantizer``, whose asymmetric v1 checkpoints it accepts."""
 
 
-def can_recentre(bits: int, held: int, *, zero_low: int, zero_high: int) -> bool:
-    """Tell whether symmetric blocks hold codes exactly, wherever within a range their zeros are.
+def can_recenter(bits: int, block_bits: int, *, zero_low: int, zero_high: int) -> bool:
+    """Check whether symmetric blocks can represent asymmetric codes exactly.
 
     Args:
-        bits: Of a code.
-        held: Bits of a code of the blocks.
+        bits: Width of a code.
+        block_bits: Width of a code of the blocks.
         zero_low: The smallest zero.
         zero_high: The largest zero.
 
     Returns:
-        Whether every (code - zero) lies within what ``held`` bits hold around their middle.
+        Whether every (code - zero) is in the signed range of ``block_bits`` bits.
     """
-    middle = 1 << (held - 1)
+    middle = 1 << (block_bits - 1)
     return zero_high <= middle and (1 << bits) - 1 - zero_low < middle
 
 
 _GGUF_BITS = {2: 4, 3: 4, 4: 4, 8: 8}
-"""By bits of a code: those of the blocks that ``halfbyte convert`` puts it into (Q4_0, Q8_0)."""
+"""Width of the codes in GGUF blocks (Q4_0, Q8_0), by width of a GPTQ code."""
 
 CONSUMERS = (
     Consumer(
         name="transformers",
         label="Transformers, with halfbyte imported",
         evidence="ran",
-        takes_offsets=True,
-        follows_labels=False,
+        supports_offsets=True,
+        trusts_config=False,
     ),
     Consumer(
         name="gptqmodel",
@@ -85,9 +85,9 @@ CONSUMERS = (
         symmetric_bits=(4,),
         in_multiple=32,
         out_multiple=32,
-        # Its kernel takes more, but every linear is first held against Marlin's, CPU or not.
+        # Its kernel supports more, but vLLM first checks every linear against Marlin's limits.
         group_sizes=(PER_CHANNEL, 32, 64, 128),
-        takes_g_idx=False,
+        supports_g_idx=False,
         is_vllm=True,
     ),
     Consumer(
@@ -99,7 +99,7 @@ CONSUMERS = (
         in_multiple=128,
         out_multiple=64,
         group_sizes=(PER_CHANNEL, 32, 64, 128),
-        takes_g_idx=False,
+        supports_g_idx=False,
         is_vllm=True,
     ),
     Consumer(
@@ -111,7 +111,7 @@ CONSUMERS = (
         in_multiple=64,
         out_multiple=128,
         group_sizes=(PER_CHANNEL, 64, 128),
-        takes_g_idx=False,
+        supports_g_idx=False,
         is_vllm=True,
     ),
     Consumer(
@@ -121,13 +121,13 @@ CONSUMERS = (
         bits=tuple(_GGUF_BITS),
         symmetric_bits=tuple(
             bits
-            for bits, held in _GGUF_BITS.items()
-            if not can_recentre(bits, held, zero_low=0, zero_high=2**bits - 1)
+            for bits, block_bits in _GGUF_BITS.items()
+            if not can_recenter(bits, block_bits, zero_low=0, zero_high=2**bits - 1)
         ),
         in_multiple=32,
         group_multiple=32,
-        takes_g_idx=False,
-        follows_labels=False,
+        supports_g_idx=False,
+        trusts_config=False,
     ),
 )
 
@@ -145,8 +145,8 @@ ROW_PARALLEL_NAMES = (
     "wo",
     "w2",
 )
-"""Last parts of names of linears that vLLM splits along ``in``; asked only of square ones, whose
-shape does not tell."""
+"""Last name parts of linears that vLLM splits along ``in``; only used for square ones, for which
+the shape does not decide."""
 
 REPLICATED_NAMES = ("q_a_proj", "kv_a_proj_with_mqa", "fused_qkv_a_proj")
 """Linears that vLLM keeps whole on every device."""

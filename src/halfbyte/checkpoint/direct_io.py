@@ -1,9 +1,9 @@
-"""Write a large file straight to the disk: the page cache neither copies it nor gives room for it.
+"""Write large files with direct I/O, without evicting other data from the page cache.
 
 ::
 
-    chunks -> gathered in one of two buffers -> written past the cache by a thread while the other
-    fills -> the last, odd part through the cache
+    chunks -> collected in one of two buffers -> written with O_DIRECT by a thread, while the other
+    buffer fills -> the last, incomplete block written through the page cache
 """
 
 from __future__ import annotations
@@ -18,42 +18,42 @@ from typing import BinaryIO
 import numpy as np
 
 BUFFER_BYTES = 1 << 23
-"""Of each buffer: whole blocks of any disk, as the system asks of what goes past the cache."""
+"""Size of each buffer: a multiple of any disk's block size, as direct I/O requires."""
 
 _DIRECT = getattr(os, "O_DIRECT", 0)
-"""Linux has it; elsewhere everything goes through the cache."""
+"""Exists on Linux only; 0 elsewhere, where everything is written through the page cache."""
 
 
 def write_direct(handle: BinaryIO, chunks: Iterable[bytes | memoryview]) -> None:
-    """Write chunks one after another and bring them to the disk.
+    """Write chunks in order and sync them to disk.
 
     Args:
-        handle: An empty file, open for writing without a buffer.
+        handle: An empty file, opened for unbuffered writing.
         chunks: The content, in order.
     """
     buffers = [mmap.mmap(-1, BUFFER_BYTES) for _ in range(2)]
     filled = 0
-    under_way: Future[None] | None = None
-    _set_direct(handle, wanted=True)
-    with ThreadPoolExecutor(1) as behind:
+    pending: Future[None] | None = None
+    _set_direct(handle, enabled=True)
+    with ThreadPoolExecutor(1) as executor:
         for chunk in chunks:
             content = np.frombuffer(chunk, dtype=np.uint8)
             while len(content):
                 part = content[: BUFFER_BYTES - filled]
-                # By numpy, which lets Python's other threads run meanwhile.
+                # numpy releases the GIL while it copies.
                 np.copyto(np.frombuffer(buffers[0], np.uint8, len(part), filled), part)
                 content = content[len(part) :]
                 filled += len(part)
                 if filled < BUFFER_BYTES:
                     continue
-                if under_way is not None:
-                    under_way.result()
-                under_way = behind.submit(_write_all, handle, memoryview(buffers[0]))
+                if pending is not None:
+                    pending.result()
+                pending = executor.submit(_write_all, handle, memoryview(buffers[0]))
                 buffers.reverse()
                 filled = 0
-        if under_way is not None:
-            under_way.result()
-    _set_direct(handle, wanted=False)
+        if pending is not None:
+            pending.result()
+    _set_direct(handle, enabled=False)
     _write_all(handle, memoryview(buffers[0])[:filled])
     os.fsync(handle.fileno())
 
@@ -63,22 +63,22 @@ def _write_all(handle: BinaryIO, content: memoryview) -> None:
         try:
             content = content[handle.write(content) :]
         except OSError as error:
-            # A file system that asks for more than whole blocks, or a disk that filled up in one.
-            if error.errno != errno.EINVAL or not _set_direct(handle, wanted=False):
+            # The file system has further requirements, or a full disk ended a write within a block.
+            if error.errno != errno.EINVAL or not _set_direct(handle, enabled=False):
                 raise
 
 
-def _set_direct(handle: BinaryIO, *, wanted: bool) -> bool:
-    """Send what is written past the cache from here on, or no longer; False: nothing changed."""
+def _set_direct(handle: BinaryIO, *, enabled: bool) -> bool:
+    """Switch direct I/O on or off; returns whether this changed anything."""
     if not _DIRECT:
         return False
-    import fcntl  # Windows has neither
+    import fcntl  # does not exist on Windows, where _DIRECT is 0
 
     flags = fcntl.fcntl(handle, fcntl.F_GETFL)
-    if bool(flags & _DIRECT) == wanted:
+    if bool(flags & _DIRECT) == enabled:
         return False
     try:
         fcntl.fcntl(handle, fcntl.F_SETFL, flags ^ _DIRECT)
-    except OSError:  # the file system cannot
+    except OSError:  # not supported by the file system
         return False
     return True

@@ -1,8 +1,8 @@
-"""The ``dynamic`` rules of a quantization config: which module differs from the rest, and how.
+"""Per-module overrides of a quantization config: its ``dynamic`` section.
 
-A key is a regular expression, matched from the start of a module's full name; ``-:`` before it
-means that the module is not quantized, ``+:`` or nothing that the value overrides the top-level
-settings. The first pattern that matches counts.
+A key is a regular expression, matched from the start of a module's full name. With the prefix
+``-:`` the module is not quantized; with ``+:`` or no prefix, the value overrides the top-level
+settings. The first matching pattern wins.
 
 Source:
     vLLM ``quantization/utils/gptq_utils.py`` (``get_dynamic_override``) and GPTQModel
@@ -22,8 +22,14 @@ from halfbyte.errors import CheckpointError
 
 SKIP = "-:"
 OVERRIDE = "+:"
-SECONDS = 1
-"""Longest time for one pattern and one name; some patterns would take years."""
+MAX_MATCH_SECONDS = 1
+"""Time limit for matching one pattern against one name: backtracking can take years."""
+MAX_EXPANDED_CHARS = 200_000
+"""Total length of the patterns with counted repeats (``a{3}``) written out (``aaa``).
+
+`regex` compiles a repeat by copying its operand as often as its minimum count says, at about 300
+bytes per character: ``((a{1000}){1000}){1000}`` would exhaust memory before any time limit.
+"""
 
 FUSED_LINEARS: Mapping[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -33,17 +39,20 @@ FUSED_LINEARS: Mapping[str, tuple[str, ...]] = {
     "in_proj_ba": ("in_proj_b", "in_proj_a"),
     "w13": ("w1", "w3"),
 }
-"""Linears that vLLM runs as one, under a name of its own which its patterns are matched against.
+"""Linears that vLLM fuses, by the fused name, which it matches against the patterns.
 
 Source:
     vLLM ``model_executor/models``, the ``packed_modules_mapping`` of its model classes.
 """
 
 Rule = tuple[tuple[str, Any], ...] | None
-"""The overrides of one module as sorted items; None: it is not quantized."""
+"""The overrides of one module as sorted items; None if it is not quantized."""
 
 _ANY_EXPERT = ".*"
-"""Ends a parent that stands for a layer's experts, one and all."""
+"""Suffix of a parent name that stands for all experts of a layer."""
+
+_REPEAT_COUNT = re.compile(r"\{([0-9\s]*)(#?)")
+"""Minimum count of a repeat; in verbose mode, it may contain spaces and comments."""
 
 _EXPERTS = re.compile(r"(?P<container>.+\.experts)\.\d+\.(?P<leaf>[^.]+)")
 
@@ -51,53 +60,84 @@ _EXPERTS = re.compile(r"(?P<container>.+\.experts)\.\d+\.(?P<leaf>[^.]+)")
 def resolve_dynamic(
     dynamic: Mapping[str, Mapping[str, Any]], module: str
 ) -> Mapping[str, Any] | None:
-    """Say what the rules make of a module, as vLLM and GPTQModel do.
+    """Find the overrides of one module, by the rules of vLLM and GPTQModel.
 
     Args:
-        dynamic: The rules.
+        dynamic: Overrides by pattern.
         module: Full dotted name.
 
     Returns:
-        The overrides of the first pattern that matches, empty where none does; None where that
-        pattern says that the module is not quantized.
+        The overrides of the first matching pattern, empty if none matches; None if that pattern
+        excludes the module from quantization.
 
     Raises:
-        CheckpointError: A pattern is not a regular expression, or takes too long.
+        CheckpointError: A pattern is not a regular expression, or takes too much time or memory.
     """
+    expanded_chars = 0
     for key, overrides in dynamic.items():
         pattern = key.removeprefix(SKIP).removeprefix(OVERRIDE)
+        expanded_chars += _count_expanded_chars(pattern)
+        if expanded_chars > MAX_EXPANDED_CHARS:
+            finding = (
+                "has too many counted repeats: written out, it and the patterns before it have "
+                f"at least {expanded_chars} characters; {MAX_EXPANDED_CHARS} are allowed"
+            )
+            raise CheckpointError(_describe_bad_rule(key, finding))
         try:
-            # vLLM's library too; Python's own knows no time limit.
-            matched = regex.match(pattern, module, timeout=SECONDS)
+            # vLLM uses `regex` too; `re` has no timeout.
+            matched = regex.match(pattern, module, timeout=MAX_MATCH_SECONDS)
         except TimeoutError as error:
-            raise CheckpointError(
-                f"Cannot use dynamic of the quantization config: '{key[:80]}' takes more than "
-                f"{SECONDS} s to match {module[:80]}. Correct the config, or remove the entry."
-            ) from error
-        except (regex.error, OverflowError, RecursionError) as error:
-            raise CheckpointError(
-                f"Cannot use dynamic of the quantization config: '{key[:80]}' is not a regular "
-                f"expression: {error}. Correct the config, or remove the entry."
-            ) from error
+            finding = f"takes more than {MAX_MATCH_SECONDS} s to match {module[:80]}"
+            raise CheckpointError(_describe_bad_rule(key, finding)) from error
+        except MemoryError as error:
+            finding = f"takes too much memory to match {module[:80]}"
+            raise CheckpointError(_describe_bad_rule(key, finding)) from error
+        except (regex.error, OverflowError, RecursionError, ValueError) as error:
+            finding = f"is not a regular expression: {error}"
+            raise CheckpointError(_describe_bad_rule(key, finding)) from error
         if matched:
             return None if key.startswith(SKIP) else overrides
     return {}
 
 
-def build_dynamic(rules: Mapping[str, Rule], base: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Write the rules that make every module what it is, in as few patterns as its names allow.
+def _count_expanded_chars(pattern: str) -> int:
+    """Bound the length of a pattern with its repeats written out; 0 if it has none.
 
-    Modules that differ only in the number of their block share a pattern. So do those of one
-    parent, and where all linears that vLLM fuses are among them, the fused name is added; where
-    all experts of a layer are alike, so is the name of their container.
+    All minimum counts are multiplied, as if every repeat contained the others: what contains what
+    depends on inline flags, and the patterns of real configs have few counts.
+    """
+    factor = 1
+    for count, comment in _REPEAT_COUNT.findall(pattern):
+        # The first ten digits are enough to exceed the limit. A comment may hide more of them.
+        digits = "".join(count.split()).lstrip("0")[:10]
+        factor *= MAX_EXPANDED_CHARS if comment else int(digits or 1)
+        if factor > MAX_EXPANDED_CHARS:
+            break
+    return 0 if factor == 1 else factor * len(pattern)
+
+
+def _describe_bad_rule(key: str, finding: str) -> str:
+    return (
+        f"Cannot use dynamic of the quantization config: '{key[:80]}' {finding}. "
+        "Correct the config, or remove the entry."
+    )
+
+
+def build_dynamic(rules: Mapping[str, Rule], base: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Build ``dynamic`` from the settings of every linear, with as few patterns as possible.
+
+    Modules that differ only in their block number share a pattern, and so do modules with the same
+    parent. If these include all linears that vLLM fuses, the fused name is added; if all experts
+    of a layer are alike, the name of their container is added.
 
     Args:
-        rules: For every linear: its settings, or None where it is not quantized. Linears whose
-            settings are those of ``base`` get no pattern.
+        rules: Settings by linear, None if it is not quantized. Linears with the settings of
+            ``base`` get no pattern.
         base: The top-level settings, by the same keys.
 
     Returns:
-        ``dynamic``: skips first, then overrides, each with only the keys that differ from base.
+        ``dynamic``: exclusions first, then overrides, each with only the keys that differ from
+        ``base``.
     """
     differing: dict[str, Rule] = {}
     for module, rule in rules.items():
@@ -106,39 +146,41 @@ def build_dynamic(rules: Mapping[str, Rule], base: Mapping[str, Any]) -> dict[st
     for rule in sorted(set(differing.values()) - {()}, key=lambda rule: (rule is not None, rule)):
         members = [module for module, other in differing.items() if other == rule]
         sign = SKIP if rule is None else OVERRIDE
-        for pattern in _patterns_for(members, differing):
+        for pattern in _make_patterns(members, differing):
             dynamic[sign + pattern] = dict(rule or ())
     return dynamic
 
 
-def _patterns_for(members: list[str], everything: Iterable[str]) -> list[str]:
-    """Give anchored patterns that match exactly the members among everything.
+def _make_patterns(members: list[str], all_modules: Iterable[str]) -> list[str]:
+    """Make anchored patterns that match the members and no other module.
 
-    In the members' order, never a set's: the same checkpoint must give the same bytes.
+    They are in the order of the members, not of a set: the output must be deterministic.
     """
-    templates = _group_by_template(everything)
+    templates = _group_by_template(all_modules)
     chosen = _group_by_template(members)
     # parent with its index pattern -> the names of its children
     children: dict[tuple[str, str], list[str]] = {}
-    containers = _whole_containers(set(members), everything)
+    containers = _find_whole_containers(set(members), all_modules)
     for template, indices in chosen.items():
         experts = _EXPERTS.fullmatch(template)
-        whole = {i for i in indices if experts and _fill(experts["container"], i) in containers}
+        whole = {
+            i for i in indices if experts and _insert_number(experts["container"], i) in containers
+        }
         for part in (whole, indices - whole):
             if not part:
                 continue
             parent, _, leaf = template.rpartition(".")
             if experts and part is whole:
                 parent, leaf = experts["container"] + _ANY_EXPERT, experts["leaf"]
-            numbers = _number_pattern(part, templates[template])
+            numbers = _make_number_pattern(part, templates[template])
             leaves = children.setdefault((parent, numbers), [])
             if leaf not in leaves:
                 leaves.append(leaf)
-    return [_write_pattern(parent, number, leaves) for (parent, number), leaves in children.items()]
+    return [_join_pattern(parent, number, leaves) for (parent, number), leaves in children.items()]
 
 
 def _group_by_template(modules: Iterable[str]) -> dict[str, set[str]]:
-    """Map each name without its first number to the numbers that stand there."""
+    """Map each name with its first number replaced by ``{}`` to the set of these numbers."""
     groups: dict[str, set[str]] = {}
     for module in modules:
         parts = module.split(".")
@@ -150,33 +192,33 @@ def _group_by_template(modules: Iterable[str]) -> dict[str, set[str]]:
     return groups
 
 
-def _whole_containers(members: set[str], everything: Iterable[str]) -> set[str]:
-    """List the expert containers all of whose linears are members."""
-    all_in: dict[str, bool] = {}
-    for module in everything:
+def _find_whole_containers(members: set[str], all_modules: Iterable[str]) -> set[str]:
+    """Find the expert containers all of whose linears are members."""
+    is_whole: dict[str, bool] = {}
+    for module in all_modules:
         experts = _EXPERTS.fullmatch(module)
         if experts:
             container = experts["container"]
-            all_in[container] = all_in.get(container, True) and module in members
-    return {container for container, whole in all_in.items() if whole}
+            is_whole[container] = is_whole.get(container, True) and module in members
+    return {container for container, whole in is_whole.items() if whole}
 
 
-def _number_pattern(chosen: set[str], existing: set[str]) -> str:
+def _make_number_pattern(chosen: set[str], existing: set[str]) -> str:
     if chosen == existing:
         return "" if chosen == {""} else r"\d+"
     numbers = sorted(chosen, key=int)
     return numbers[0] if len(numbers) == 1 else f"(?:{'|'.join(numbers)})"
 
 
-def _fill(template: str, number: str) -> str:
+def _insert_number(template: str, number: str) -> str:
     return template.replace("{}", number, 1)
 
 
-def _write_pattern(parent: str, numbers: str, leaves: list[str]) -> str:
+def _join_pattern(parent: str, numbers: str, leaves: list[str]) -> str:
     for fused, parts in FUSED_LINEARS.items():
         if set(parts) <= set(leaves):
             leaves = [*leaves, fused]
-    path, last = re.escape(parent.removesuffix(_ANY_EXPERT)), _alternatives(leaves)
+    path, last = re.escape(parent.removesuffix(_ANY_EXPERT)), _join_alternatives(leaves)
     if parent.endswith(_ANY_EXPERT):
         pattern = rf"{path}(?:\.\d+\.{last})?"
     else:
@@ -184,6 +226,6 @@ def _write_pattern(parent: str, numbers: str, leaves: list[str]) -> str:
     return f"^{pattern.replace(re.escape('{}'), numbers, 1)}$"
 
 
-def _alternatives(names: list[str]) -> str:
+def _join_alternatives(names: list[str]) -> str:
     escaped = [re.escape(name) for name in names]
     return escaped[0] if len(escaped) == 1 else f"(?:{'|'.join(escaped)})"

@@ -1,4 +1,4 @@
-"""The front matter of a model card: the YAML at the head of a folder's README."""
+"""The front matter of a model card: the YAML header of a folder's README."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ def read_front_matter(folder: Path) -> dict[str, Any]:
     """Read the front matter of a folder's model card.
 
     Args:
-        folder: The model's.
+        folder: The model folder.
 
     Returns:
-        Its values by key; empty where there is none that can be read. People write cards by hand.
+        Its values by key; empty if there is none or it is not valid YAML, as cards are written by
+        hand.
     """
     path = folder / CARD_FILE
     if not path.is_file():
         return {}
-    # Imported here: it costs half a second, and most commands read no card.
+    # Imported here because it takes half a second, and most commands read no card.
     from huggingface_hub.repocard import metadata_load
     from yaml import YAMLError
 

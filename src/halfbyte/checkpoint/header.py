@@ -1,4 +1,4 @@
-"""The header of a safetensors file, checked before a single byte of data is believed.
+"""Read and validate the header of a safetensors file, without reading the data.
 
 ::
 
@@ -47,7 +47,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
-"""safetensors' names for the element types that torch has as whole bytes."""
+"""The element types of safetensors that are whole bytes and exist in torch, by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +64,7 @@ class TensorInfo:
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """Read and check the header of one safetensors file; the data is not touched.
+    """Read and validate the header of a safetensors file; the data is not read.
 
     Args:
         file: An existing file.
@@ -73,8 +73,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         Its tensors by name, in the order of their data.
 
     Raises:
-        CheckpointError: The file cannot be read, is cut short, or its header is not one that a
-            safetensors writer makes; names the file and the tensor.
+        CheckpointError: The file cannot be read, is truncated, or its header is invalid; names the
+            file and the tensor.
     """
     entries, _, data_start, file_bytes = _read_entries(file)
     infos = [_read_entry(file, name, entry, data_start) for name, entry in entries.items()]
@@ -84,13 +84,13 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 
 def read_metadata(file: Path) -> dict[str, str]:
-    """Read the strings that a safetensors file carries beside its tensors.
+    """Read the metadata of a safetensors file.
 
     Args:
         file: An existing file.
 
     Returns:
-        The strings by name.
+        The strings of ``__metadata__`` by key.
 
     Raises:
         CheckpointError: The file cannot be read or its header is damaged.
@@ -99,7 +99,7 @@ def read_metadata(file: Path) -> dict[str, str]:
 
 
 def _read_entries(file: Path) -> tuple[dict[str, Any], dict[str, str], int, int]:
-    """Give tensors' entries, metadata, where the data starts, and where the file ends."""
+    """Return the tensors' entries, the metadata, the offset of the data and the file size."""
     try:
         with file.open("rb") as handle:
             file_bytes = handle.seek(0, 2)
@@ -118,17 +118,17 @@ def _read_entries(file: Path) -> tuple[dict[str, Any], dict[str, str], int, int]
 
 
 def parse_json_object(text: bytes | str, what: str) -> dict[str, Any]:
-    """Parse JSON that must be one object without repeated keys.
+    """Parse JSON that must be one object without duplicate keys.
 
     Args:
         text: The JSON.
-        what: What it is, for messages: "the header of x.safetensors".
+        what: Name of the text in messages, such as "the header of x.safetensors".
 
     Returns:
         The object.
 
     Raises:
-        CheckpointError: It is not JSON, not an object, or names a key twice.
+        CheckpointError: It is not JSON, not an object, or has a duplicate key.
     """
     try:
         value = json.loads(text, object_pairs_hook=_unique_keys)
@@ -149,7 +149,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in pairs:
         if key in values:
-            raise ValueError(f"'{key}' stands there twice")
+            raise ValueError(f"duplicate key '{key}'")
         values[key] = value
     return values
 
@@ -163,7 +163,7 @@ def _check_header_length(file: Path, file_bytes: int, header_bytes: int) -> None
     if header_bytes > min(MAX_HEADER_BYTES, file_bytes - LENGTH_BYTES):
         raise CheckpointError(
             f"Cannot read {file}: it declares a header of {header_bytes} bytes in a file of "
-            f"{file_bytes}. It is cut short or not a safetensors file (a Git LFS pointer, an error "
+            f"{file_bytes}. It is truncated or not a safetensors file (a Git LFS pointer, an error "
             "page); download it again."
         )
 
@@ -179,26 +179,28 @@ def _check_metadata(file: Path, metadata: object) -> None:
 
 
 def _read_entry(file: Path, name: str, entry: object, data_start: int) -> TensorInfo:
-    """Check one tensor's entry by itself: its keys, dtype, shape and size."""
+    """Validate one tensor's entry: its keys, dtype, shape and size."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise _damaged(file, name, "has not exactly the entries dtype, shape and data_offsets")
+        raise _make_error(
+            file, name, "does not have exactly the keys dtype, shape and data_offsets"
+        )
     dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
         raise CheckpointError(
-            f"Cannot read {file}: tensor {name} has the element type {_short(entry['dtype'])}; "
+            f"Cannot read {file}: tensor {name} has the element type {_shorten(entry['dtype'])}; "
             f"allowed are {', '.join(DTYPES)}. Convert the checkpoint, or download it again."
         )
     shape, offsets = entry["shape"], entry["data_offsets"]
-    if not _is_sizes(shape):
-        raise _damaged(file, name, f"has the shape {_short(shape)}, not a list of sizes")
-    if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _damaged(file, name, f"has the data offsets {_short(offsets)}, not [begin, end]")
+    if not _are_sizes(shape):
+        raise _make_error(file, name, f"has the shape {_shorten(shape)}, not a list of sizes")
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise _make_error(file, name, f"has the data offsets {_shorten(offsets)}, not [begin, end]")
     num_bytes = math.prod(shape) * dtype.itemsize
     if offsets[1] - offsets[0] != num_bytes:
-        raise _damaged(
+        raise _make_error(
             file,
             name,
-            f"has shape {_short(shape)} of {entry['dtype']}, which is {num_bytes} bytes, "
+            f"has shape {_shorten(shape)} of {entry['dtype']}, which is {num_bytes} bytes, "
             f"but {offsets[1] - offsets[0]} bytes of data",
         )
     return TensorInfo(
@@ -212,12 +214,12 @@ def _read_entry(file: Path, name: str, entry: object, data_start: int) -> Tensor
 
 
 def _check_tiling(file: Path, infos: list[TensorInfo], data_start: int, file_bytes: int) -> None:
-    """Let the tensors cover the data exactly: a gap, an overlap or a cut tail is damage."""
+    """Check that the tensors cover the data exactly, without gaps or overlaps."""
     position = data_start
     for info in infos:
         if info.offset != position:
             kind = "overlaps the tensor before it" if info.offset < position else "follows a gap"
-            raise _damaged(
+            raise _make_error(
                 file, info.name, f"starts at byte {info.offset}, {kind}; {position} was expected"
             )
         position += info.num_bytes
@@ -233,7 +235,7 @@ def _check_tiling(file: Path, infos: list[TensorInfo], data_start: int, file_byt
         )
 
 
-def _is_sizes(value: object) -> bool:
+def _are_sizes(value: object) -> bool:
     # type() and not isinstance(): JSON's true is an int to Python. The upper bounds keep the
     # product of a forged shape small enough to compute and to print.
     return (
@@ -243,14 +245,14 @@ def _is_sizes(value: object) -> bool:
     )
 
 
-def _damaged(file: Path, name: str, finding: str) -> CheckpointError:
+def _make_error(file: Path, name: str, finding: str) -> CheckpointError:
     return CheckpointError(
         f"Cannot read {file}: tensor {name} {finding}. "
         "The header is damaged; download or write the file again."
     )
 
 
-def _short(value: object) -> str:
+def _shorten(value: object) -> str:
     try:
         text = repr(value)
     except ValueError:  # an integer too long for Python to print

@@ -1,7 +1,7 @@
-"""Which model a folder holds: the digests of the files that its answers depend on.
+"""Identify a model by the digests of the files that its outputs depend on.
 
-A comparison writes them down, its cache is ordered by them, and the store holds a verdict against
-the version that it is to be attached to.
+A comparison records them, its cache uses them as keys, and the store checks by them that a verdict
+is about the version it is attached to.
 """
 
 from __future__ import annotations
@@ -19,33 +19,41 @@ FILES = (
     "*.txt",
     "additional_chat_templates/*.jinja",
 )
-"""What decides about a model's answers. Pickled weights do not: they are never read."""
+"""Patterns of the files that affect a model's outputs. Pickled weights are never read."""
 MANIFEST_FILE = "halfbyte_manifest.json"
-"""What a store's version is made of, beside its files where it was pushed to."""
-REPORTS = ("checksums.json", "quantization_report.json", "report.json", MANIFEST_FILE)
-"""What is said about a model and may lie beside it."""
+"""Manifest of a store's version, among its files where it was pushed."""
+VERDICT_FILE = "halfbyte_verdict.json"
+"""Verdict of the store that a version was pushed from, beside its manifest."""
+REPORTS = (
+    "checksums.json",
+    "quantization_report.json",
+    "report.json",
+    MANIFEST_FILE,
+    VERDICT_FILE,
+)
+"""Files about a model, which do not affect its outputs."""
 CONFIG = "config.json"
 
 
 def name_folder(folder: str | Path) -> str:
-    """Give the name that a model's folder was called by; of a link that is not what it leads to."""
+    """Return a folder's own name; for a symbolic link, that of the link, not of its target."""
     return Path(os.path.abspath(folder)).name  # noqa: PTH100 - resolve() follows links
 
 
 def digest_file(path: Path) -> str:
-    """Give a file's sha256 in hex."""
+    """Compute a file's SHA-256, in hex."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def digest_files(folder: Path) -> dict[str, str]:
-    """Digest every file in a model's folder that its answers depend on.
+    """Compute the digest of every file in a model folder that its outputs depend on.
 
     Args:
-        folder: A Hugging Face folder.
+        folder: A Hugging Face model folder.
 
     Returns:
-        sha256 in hex by path in the folder, sorted.
+        SHA-256 in hex by path relative to the folder, sorted.
     """
     found = [path for pattern in FILES for path in folder.glob(pattern)]
     files = {path.relative_to(folder).as_posix(): path for path in found}
@@ -53,18 +61,18 @@ def digest_files(folder: Path) -> dict[str, str]:
 
 
 def is_weights(name: str) -> bool:
-    """Say whether a file holds weights."""
+    """Return whether a file contains weights."""
     return name.endswith(".safetensors")
 
 
 def digest_weights(files: Mapping[str, str]) -> str:
-    """Give one digest of a model: of the names and digests of its weights and config.
+    """Compute one digest of a model's weights and config.
 
     Args:
-        files: As :func:`digest_files` gives them.
+        files: Digests by path, from :func:`digest_files`.
 
     Returns:
-        sha256 in hex; the same for the same model with another tokenizer or card.
+        SHA-256 in hex of their names and digests; independent of tokenizer and model card.
     """
     counted = sorted(name for name in files if is_weights(name) or name == CONFIG)
     text = "".join(f"{files[name]}  {name}\n" for name in counted)
@@ -72,6 +80,6 @@ def digest_weights(files: Mapping[str, str]) -> str:
 
 
 def digest_all(files: Mapping[str, str]) -> str:
-    """Give one digest of everything in ``files``; sha256 in hex."""
+    """Compute one digest of all ``files``; SHA-256 in hex."""
     text = "".join(f"{name} {files[name]}\n" for name in sorted(files))
     return hashlib.sha256(text.encode()).hexdigest()

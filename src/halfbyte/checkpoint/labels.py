@@ -1,7 +1,7 @@
-"""What a checkpoint says of itself: the quantization config, under all its names and in all places.
+"""The quantization config of a checkpoint ("labels"), from all files and under all key names.
 
-The labels are hints. Shapes decide bits and groups, ``g_idx`` decides the order, and symmetric
-zeros decide the dialect; a label counts only where the tensors leave a choice.
+Labels are hints: shapes determine bits and groups, ``g_idx`` the order, and symmetric zeros the
+dialect. A label is used only if the tensors leave a choice.
 
 ::
 
@@ -11,7 +11,7 @@ zeros decide the dialect; a label counts only where the tensors leave a choice.
 
 Source:
     Transformers and vLLM read ``config.json`` first; GPTQModel reads ``quantize_config.json``
-    first. Where both are there and disagree, ``config.json`` wins here and a note says so.
+    first. If both exist and disagree, ``config.json`` wins here, with a note.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ _KEY_TYPES: Mapping[str, tuple[type, ...]] = {
     "dynamic": (dict,),
     "modules_in_block_to_quantize": (list,),
 }
-"""The keys that are read, and what their values may be; null counts as absent."""
+"""The keys that are read, with their types; null counts as absent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizationLabels:
-    """The quantization config of a checkpoint, checked and under one set of names."""
+    """The quantization config of a checkpoint, validated and with normalized key names."""
 
     source: str | None
-    """The file it is from; None where the checkpoint has no config at all."""
+    """The file it was read from; None if the checkpoint has no config."""
     bits: int | None = None
     group_size: int | None = None
     symmetric: bool | None = None
@@ -68,37 +68,37 @@ class QuantizationLabels:
     modules_in_block: tuple[str, ...] = ()
     """Names inside a block, flattened, in execution order."""
     raw: Mapping[str, Any] = field(default_factory=dict)
-    """The dict as it stands in the file."""
+    """The dict as in the file."""
     disagreements: Mapping[str, str] = field(default_factory=dict)
-    """By key: how the folder's config files contradict each other."""
+    """How the folder's config files contradict each other, by key."""
     notes: tuple[str, ...] = ()
-    """What was decided where the files left a choice."""
+    """Choices made where the files were incomplete or contradictory."""
 
     @property
     def zero_offset(self) -> int:
-        """What the declared dialect subtracts from each zero; v1 where none is declared."""
+        """What the declared dialect (v1 by default) subtracts from each zero."""
         return ZERO_OFFSETS[self.checkpoint_format or FORMAT_V1]
 
 
 def read_labels(folder: Path) -> QuantizationLabels:
-    """Read the quantization config of a checkpoint from wherever it stands.
+    """Read the quantization config of a checkpoint from any of its possible files.
 
     Args:
         folder: The checkpoint.
 
     Returns:
-        The labels, with a note for each key on which the files disagree. No config at all gives
-        labels without values: old checkpoints have none, and the shapes tell most of it.
+        The labels, with a note for each key on which the files disagree. Without a config, as in
+        old checkpoints, the labels have no values: the shapes determine most of them.
 
     Raises:
-        CheckpointError: A file is not valid JSON, a value has the wrong type, or the config is of
+        CheckpointError: A file is not valid JSON, a value has the wrong type, or the config is for
             another method (AWQ, Marlin, bitsandbytes); names the file and the key.
     """
     found = _find_configs(folder)
     if not found:
         note = (
             f"No quantization config in {MODEL_CONFIG}, {' or '.join(CONFIG_FILES)}: bits and "
-            "groups are taken from the shapes, and asymmetric zeros are read as v1."
+            "groups are inferred from the shapes, and asymmetric zeros are read as v1."
         )
         return QuantizationLabels(source=None, notes=(note,))
     source, raw = found[0]
@@ -112,7 +112,7 @@ def read_labels(folder: Path) -> QuantizationLabels:
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
-    """Read ``config.json``; an empty dict where there is none.
+    """Read ``config.json``; an empty dict if there is none.
 
     Args:
         folder: A model folder.
@@ -127,13 +127,13 @@ def read_model_config(folder: Path) -> dict[str, Any]:
 
 
 def read_quantization_config(folder: Path) -> dict[str, Any]:
-    """Read the quantization config as it stands, of whatever method; empty where there is none.
+    """Read the quantization config unchanged, for any method; empty if there is none.
 
     Args:
         folder: A model folder.
 
     Returns:
-        The config that wins where there are several.
+        The config; if there are several, the one that takes precedence.
 
     Raises:
         CheckpointError: A file cannot be read or is not a JSON object.
@@ -143,28 +143,28 @@ def read_quantization_config(folder: Path) -> dict[str, Any]:
 
 
 def drop_quantization_config(model_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Give a model's config as that of weights that are not quantized.
+    """Remove the quantization config from a model config.
 
     Args:
         model_config: ``config.json``; left unchanged.
 
     Returns:
-        The same without its quantization config, at the top and in ``text_config``.
+        A copy without it, at the top level and in ``text_config``.
     """
-    own = {key: value for key, value in model_config.items() if key != CONFIG_SECTION}
-    if isinstance(own.get("text_config"), dict):
-        own["text_config"] = drop_quantization_config(own["text_config"])
-    return own
+    remaining = {key: value for key, value in model_config.items() if key != CONFIG_SECTION}
+    if isinstance(remaining.get("text_config"), dict):
+        remaining["text_config"] = drop_quantization_config(remaining["text_config"])
+    return remaining
 
 
 def name_method(config: Mapping[str, Any]) -> str:
-    """Name the method of a quantization config; AutoAWQ's own file says its form only."""
+    """Return the method of a quantization config; AutoAWQ's own file has only a version."""
     is_awq = str(config.get("version", "")).lower() in AWQ_VERSIONS
     return "awq" if is_awq else str(config.get("quant_method") or METHOD).lower()
 
 
 def _find_configs(folder: Path) -> list[tuple[str, dict[str, Any]]]:
-    """List the configs that the folder has, the winner first."""
+    """List the configs in the folder, in order of precedence."""
     found: list[tuple[str, dict[str, Any]]] = []
     model_config = read_model_config(folder)
     text_config = model_config.get("text_config")
@@ -202,11 +202,11 @@ def _read_json(file: Path) -> dict[str, Any] | None:
 
 
 def _check_labels(source: str, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Bring the keys to one name, check their types, refuse other methods."""
+    """Normalize the key names, check the types, and reject other methods."""
     labels: dict[str, Any] = {}
     for key, value in raw.items():
         name = CONFIG_ALIASES.get(key, key)
-        # A dialect's own name beats its alias: GPTQModel writes both.
+        # The standard name takes precedence over its alias: GPTQModel writes both.
         if name not in _KEY_TYPES or value is None or (name != key and raw.get(name) is not None):
             continue
         if type(value) not in _KEY_TYPES[name]:
@@ -225,8 +225,8 @@ def _check_method(source: str, raw: Mapping[str, Any], labels: Mapping[str, Any]
     found = name_method(raw)
     if found not in METHODS:
         raise CheckpointError(
-            f"Cannot read the checkpoint: {source} says that it is of the method '{found}'; only "
-            "'gptq' is read. Use the tool that made it, or quantize the base model again."
+            f"Cannot read the checkpoint: the quantization method in {source} is '{found}'; only "
+            "'gptq' is supported. Use the tool that made it, or quantize the base model again."
         )
     kind = labels.get("checkpoint_format", FORMAT_V1)
     if kind not in ZERO_OFFSETS:
@@ -237,7 +237,7 @@ def _check_method(source: str, raw: Mapping[str, Any], labels: Mapping[str, Any]
     if labels.get("pack_dtype", "int32") != "int32":
         raise CheckpointError(
             f"Cannot read the checkpoint: {source} has pack_dtype '{labels['pack_dtype']}'; only "
-            "int32 is read. Save it again with pack_dtype int32."
+            "int32 is supported. Save it again with pack_dtype int32."
         )
 
 

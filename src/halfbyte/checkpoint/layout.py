@@ -1,4 +1,4 @@
-"""The GPTQ format as data: tensor names, shapes, dialects, config keys. A layer never knows them.
+"""The GPTQ format: tensor names, shapes, dialects and config keys.
 
 ::
 
@@ -7,16 +7,16 @@
     <module>.scales   fp16   [groups, out]
     <module>.g_idx    int32  [in]                       group of each input column
     <module>.bias     float  [out]                      where the layer has one
-    <module>.offsets  fp32   [groups, out]              halfbyte's own; see below
+    <module>.offsets  fp32   [groups, out]              halfbyte's extension; see below
 
     weight[o, i] = scales[g_idx[i], o] * (code[o, i] - zero[g_idx[i], o]) + offsets[g_idx[i], o]
 
 Two dialects differ in what ``qzeros`` stores: v1 (``checkpoint_format: "gptq"``) stores zero - 1,
-v2 (``"gptq_v2"``) stores zero. Files that name one and hold the other exist.
+v2 (``"gptq_v2"``) stores zero. Some files declare one and contain the other.
 
-Offsets are what an adapter adds that is constant over every group: a zero point that need not be
-whole. No other reader knows them, and most would pass over them in silence, so a checkpoint that
-has some is of the method "halfbyte", which the others refuse.
+Offsets hold the part of a merged adapter that is constant within each group, like a zero point that
+is not an integer. Other programs do not know them, and most would silently ignore them, so a
+checkpoint with offsets declares the method "halfbyte", which the others reject.
 
 Source:
     AutoGPTQ ``qlinear`` modules and GPTQModel 7 ``looper`` / ``utils``; mislabelled files: vLLM
@@ -32,7 +32,7 @@ from halfbyte.errors import CheckpointError
 from halfbyte.quant_config import SUPPORTED_BITS
 
 QUANTIZED_SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
-"""Tensors of one quantized linear; ``bias`` may stand beside them."""
+"""Tensors of every quantized linear; some also have ``bias``."""
 
 OFFSETS = "offsets"
 LINEAR_SUFFIXES = (*QUANTIZED_SUFFIXES, "bias", OFFSETS)
@@ -40,10 +40,10 @@ LINEAR_SUFFIXES = (*QUANTIZED_SUFFIXES, "bias", OFFSETS)
 METHOD = "gptq"
 OWN_METHOD = "halfbyte"
 METHODS = (METHOD, OWN_METHOD)
-"""Values of ``quant_method`` that are read; the second is the first with offsets."""
+"""Supported values of ``quant_method``; the second is the first plus offsets."""
 
 CONFIG_FILES = ("quantize_config.json", "quant_config.json")
-"""Separate files that may hold the quantization config, newest name first."""
+"""Separate files that may contain the quantization config, newest name first."""
 
 FORMAT_V1 = "gptq"
 FORMAT_V2 = "gptq_v2"
@@ -55,50 +55,50 @@ CONFIG_ALIASES = {
     "format": "checkpoint_format",
     "method": "quant_method",
 }
-"""Older or other tools' names for the same keys."""
+"""Names of the same keys in older versions or other tools."""
 
 PACK_MULTIPLE = 32
-"""Both dimensions of a linear must be a multiple of this to be packed for every reader."""
+"""Both dimensions of a linear must be a multiple of this for every consumer to load it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearLayout:
-    """Sizes of one quantized linear, as its tensors on disk imply them."""
+    """Sizes of one quantized linear, inferred from its tensors on disk."""
 
     bits: int
     in_features: int
     out_features: int
     num_groups: int
     group_size: int
-    """Nominal: the last group is shorter where this does not divide ``in_features``."""
+    """Nominal: the last group is smaller if this does not divide ``in_features``."""
     has_g_idx: bool
     has_bias: bool
     has_offsets: bool = False
 
     @property
     def is_ragged(self) -> bool:
-        """Whether the last group is shorter than the others."""
+        """Whether the last group is smaller than the others."""
         return self.in_features % self.group_size != 0
 
 
 def infer_linear_layout(
     module: str, shapes: Mapping[str, tuple[int, ...]], declared_group_size: int | None
 ) -> LinearLayout:
-    """Work out one linear's sizes from its tensors' shapes; labels are only used to break ties.
+    """Infer one linear's sizes from the shapes of its tensors; the config only breaks ties.
 
-    Bits follow from ``qzeros`` ([groups, out * bits / 32]) against ``scales`` ([groups, out]), so
-    mixed-bit checkpoints need no pattern list.
+    The bits follow from the shapes of ``qzeros`` ([groups, out * bits / 32]) and ``scales``
+    ([groups, out]), so mixed-precision checkpoints need no rules.
 
     Args:
         module: Full dotted module name; used in messages.
         shapes: Tensor shapes by suffix ("qweight", "qzeros", "scales", maybe "g_idx", "bias").
-        declared_group_size: From the config; None or -1 where unknown or per channel.
+        declared_group_size: From the config; None if unknown, -1 for one group per row.
 
     Returns:
-        The layout, checked: every shape fits every other.
+        The layout; all shapes are consistent.
 
     Raises:
-        CheckpointError: A tensor is missing, or the shapes do not fit each other; names the tensor.
+        CheckpointError: A tensor is missing, or the shapes are inconsistent; names the tensor.
     """
     _check_matrices(module, shapes)
     word_rows, out_features = shapes["qweight"]
@@ -121,8 +121,8 @@ def infer_linear_layout(
     in_features, remainder = divmod(word_rows * 32, bits)
     if remainder or in_features < num_groups:
         raise CheckpointError(
-            f"{module}.qweight has {word_rows} rows, which is no whole number of {bits}-bit inputs "
-            f"for {num_groups} groups."
+            f"{module}.qweight has {word_rows} rows, which is not a whole number of {bits}-bit "
+            f"inputs for {num_groups} groups."
         )
     optional = {
         "g_idx": (in_features,),
@@ -150,7 +150,7 @@ def _check_matrices(module: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
     for suffix in ("qweight", "qzeros", "scales"):
         if suffix not in shapes:
             raise CheckpointError(
-                f"Checkpoint has no {module}.{suffix} beside the layer's other tensors "
+                f"Checkpoint has no {module}.{suffix}, only the layer's other tensors "
                 f"({', '.join(sorted(shapes))}). It is incomplete; download or quantize it again."
             )
         if len(shapes[suffix]) != 2 or 0 in shapes[suffix]:
@@ -160,7 +160,7 @@ def _check_matrices(module: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def _infer_group_size(module: str, in_features: int, num_groups: int, declared: int | None) -> int:
-    """Even division first; else the declared size where it gives this many groups (ragged)."""
+    """Use the declared size if it gives this many groups; otherwise, find one that does."""
     if declared and declared > 0 and -(-in_features // declared) == num_groups:
         return declared
     if in_features % num_groups == 0:

@@ -1,4 +1,4 @@
-"""A folder that is to be written must be new, or empty."""
+"""Check that an output folder is new or empty."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from halfbyte.errors import ConfigError
 
 
 def check_new_folder(output: Path) -> None:
-    """Refuse to write among other files.
+    """Check that an output folder does not exist or is empty.
 
     Args:
         output: The folder.

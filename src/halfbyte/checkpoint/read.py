@@ -1,4 +1,4 @@
-"""Read a GPTQ checkpoint of any dialect: one linear at a time, every value checked that can be.
+"""Read and validate a GPTQ checkpoint of any dialect, one linear at a time.
 
 ::
 
@@ -21,8 +21,8 @@ from halfbyte.checkpoint.checksums import verify_checksums
 from halfbyte.checkpoint.dialect import (
     ZeroDialect,
     detect_zero_dialect,
+    infer_group_size,
     make_trivial_g_idx,
-    measure_groups,
 )
 from halfbyte.checkpoint.dynamic import resolve_dynamic
 from halfbyte.checkpoint.labels import QuantizationLabels, read_labels
@@ -52,25 +52,25 @@ _LABEL_TYPES: Mapping[str, type] = {"bits": int, "group_size": int, "sym": bool}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LinearFacts:
-    """What the small tensors of one quantized linear say, without its weights."""
+class LinearInfo:
+    """Properties of one quantized linear that are read from its small tensors, not the weights."""
 
     layout: LinearLayout
-    """Its group size is the one that ``g_idx`` shows, where there is one."""
+    """With the group size from ``g_idx``, if there is one."""
     zeros: ZeroDialect
     has_trivial_groups: bool
-    """Whether the groups lie one after another, so that ``g_idx`` says nothing new."""
+    """Whether the groups are contiguous and in order, so that ``g_idx`` is redundant."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedLinear:
-    """The tensors of one quantized linear as on disk, and how to read them."""
+    """The tensors of one quantized linear as on disk, and how to interpret them."""
 
     qweight: Tensor
     qzeros: Tensor
     scales: Tensor
     g_idx: Tensor
-    """int32 [in]; made where the file has none."""
+    """int32 [in]; created if the file has none."""
     bias: Tensor | None
     offsets: Tensor | None
     """float32 [groups, out]."""
@@ -80,7 +80,7 @@ class PackedLinear:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """An open checkpoint: headers and labels are checked, no weight is in memory."""
+    """An open checkpoint: headers and config are validated, no weight is in memory."""
 
     folder: Path
     files: TensorFiles
@@ -88,44 +88,44 @@ class Checkpoint:
     linears: Mapping[str, LinearLayout]
     """Every quantized module, in the order of the files."""
     notes: tuple[str, ...]
-    """What the labels and the tensors disagreed on, and which was believed."""
+    """Contradictions between config and tensors, and which of the two was used."""
 
-    def load_facts(self, name: str) -> LinearFacts:
-        """Read and check a linear's zeros and groups, not its weights.
+    def load_info(self, name: str) -> LinearInfo:
+        """Read and validate a linear's zeros and groups, not its weights.
 
         Args:
             name: A module of :attr:`linears`.
 
         Returns:
-            The facts.
+            Its properties.
 
         Raises:
             CheckpointError: There is no such module, or a value is out of range; names the tensor.
         """
-        layout = self._layout_of(name)
+        layout = self._get_layout(name)
         wanted = ["qzeros", *(["g_idx"] if layout.has_g_idx else [])]
-        return self._check_facts(name, self._load(name, wanted))
+        return self._make_info(name, self._load(name, wanted))
 
     def load_linear(self, name: str) -> PackedLinear:
-        """Read and check one quantized linear.
+        """Read and validate one quantized linear.
 
         Args:
             name: A module of :attr:`linears`.
 
         Returns:
-            Its tensors, in memory of their own.
+            Its tensors, copied into memory.
 
         Raises:
             CheckpointError: There is no such module, or a value is out of range; names the tensor.
         """
-        layout = self._layout_of(name)
+        layout = self._get_layout(name)
         optional = {
             "g_idx": layout.has_g_idx,
             "bias": layout.has_bias,
             OFFSETS: layout.has_offsets,
         }
         tensors = self._load(name, [s for s in LINEAR_SUFFIXES if optional.get(s, True)])
-        facts = self._check_facts(name, tensors)
+        info = self._make_info(name, tensors)
         for suffix in ("scales", "bias", OFFSETS):
             if suffix in tensors and not bool(torch.isfinite(tensors[suffix]).all()):
                 bad = int((~torch.isfinite(tensors[suffix])).sum())
@@ -138,19 +138,19 @@ class Checkpoint:
             qweight=tensors["qweight"],
             qzeros=tensors["qzeros"],
             scales=tensors["scales"],
-            g_idx=make_trivial_g_idx(facts.layout) if g_idx is None else g_idx.to(torch.int32),
+            g_idx=make_trivial_g_idx(info.layout) if g_idx is None else g_idx.to(torch.int32),
             bias=tensors.get("bias"),
             offsets=tensors.get(OFFSETS),
-            layout=facts.layout,
-            zero_offset=facts.zeros.zero_offset,
+            layout=info.layout,
+            zero_offset=info.zeros.zero_offset,
         )
 
     def dequantize(self, name: str, device: torch.device | None = None) -> Tensor:
-        """Read one linear and give the weight that its codes stand for.
+        """Read one linear and dequantize its weight.
 
         Args:
             name: A module of :attr:`linears`.
-            device: Where to; None: the CPU.
+            device: Device of the result; None for the CPU.
 
         Returns:
             float32 [out, in].
@@ -175,17 +175,17 @@ class Checkpoint:
         return weight.contiguous()
 
     def verify(self) -> int:
-        """Compare every byte with the digests written beside the checkpoint.
+        """Compare every byte with the digests in ``checksums.json``.
 
         Returns:
-            How many tensors were compared.
+            The number of tensors compared.
 
         Raises:
-            CheckpointError: There are no digests, or something differs; names file and tensor.
+            CheckpointError: There are no digests, or one differs; names file and tensor.
         """
         return verify_checksums(self.files, self.labels.raw)
 
-    def _layout_of(self, name: str) -> LinearLayout:
+    def _get_layout(self, name: str) -> LinearLayout:
         if name not in self.linears:
             raise CheckpointError(
                 f"Checkpoint {self.folder} has no quantized module {name}; it has "
@@ -197,17 +197,18 @@ class Checkpoint:
         tensors = self.files.load([f"{name}.{suffix}" for suffix in suffixes])
         return {suffix: tensors[f"{name}.{suffix}"] for suffix in suffixes}
 
-    def _check_facts(self, name: str, tensors: Mapping[str, Tensor]) -> LinearFacts:
+    def _make_info(self, name: str, tensors: Mapping[str, Tensor]) -> LinearInfo:
+        """Validate a linear's groups and zeros against its layout and the config."""
         layout = self.linears[name]
         trivial = True
         if "g_idx" in tensors:
-            size = measure_groups(name, tensors["g_idx"], layout.num_groups)
-            # Shapes and label may be wrong about a ragged layer, but not for just any size.
+            size = infer_group_size(name, tensors["g_idx"], layout.num_groups)
+            # Shapes and config may be ambiguous for a ragged layer, but only for some sizes.
             if size != layout.group_size and layout.in_features % size and size.bit_count() != 1:
                 raise CheckpointError(
-                    f"{name}.g_idx makes groups of {size} columns out of {layout.in_features}, "
-                    f"where the config and the shapes say {layout.group_size}. The file is "
-                    "damaged; download or quantize it again."
+                    f"{name}.g_idx divides {layout.in_features} columns into groups of {size}; "
+                    f"according to the config and the shapes they have {layout.group_size}. The "
+                    "file is damaged; download or quantize it again."
                 )
             layout = replace(layout, group_size=size)
             trivial = torch.equal(tensors["g_idx"].to(torch.int32), make_trivial_g_idx(layout))
@@ -216,28 +217,28 @@ class Checkpoint:
             tensors["qzeros"],
             layout.bits,
             declared_offset=self.labels.zero_offset,
-            declared_symmetric=_declared(self.labels, name, "sym", self.labels.symmetric),
+            declared_symmetric=_find_label(self.labels, name, "sym", self.labels.symmetric),
         )
         if not zeros.is_symmetric and "checkpoint_format" in self.labels.disagreements:
             raise CheckpointError(
-                f"Cannot tell how {name}.qzeros is stored: "
+                f"Cannot determine how {name}.qzeros is stored: "
                 f"{self.labels.disagreements['checkpoint_format']}, and asymmetric zeros fit both. "
-                "Correct the file that is wrong."
+                "Correct the wrong file."
             )
-        return LinearFacts(layout=layout, zeros=zeros, has_trivial_groups=trivial)
+        return LinearInfo(layout=layout, zeros=zeros, has_trivial_groups=trivial)
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """Open a GPTQ checkpoint: find its files, read headers and labels, check every shape.
+    """Open a GPTQ checkpoint: find its files, read headers and config, validate every shape.
 
     Args:
-        folder: Holds the safetensors files and, as a rule, ``config.json``.
+        folder: Folder of the safetensors files and usually ``config.json``.
 
     Returns:
-        The checkpoint; tensors are read when asked for.
+        The checkpoint; tensors are read on demand.
 
     Raises:
-        CheckpointError: It is no GPTQ checkpoint, of a dialect that is not read, or a file is
+        CheckpointError: It is not a GPTQ checkpoint, is of an unsupported dialect, or a file is
             missing or damaged; names the tensor.
     """
     folder = Path(folder)
@@ -247,11 +248,11 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     if not shapes:
         raise CheckpointError(
             f"{folder} has no quantized linear among its {len(files.infos)} tensors (no .qweight). "
-            f"It is a model in full precision: quantize it with: halfbyte quantize {folder} -o OUT"
+            f"It is an unquantized model. Quantize it with: halfbyte quantize {folder} -o OUT"
         )
     linears = {
         module: infer_linear_layout(
-            module, found, _declared(labels, module, "group_size", labels.group_size)
+            module, found, _find_label(labels, module, "group_size", labels.group_size)
         )
         for module, found in shapes.items()
     }
@@ -267,62 +268,62 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
 
 
 def _collect_shapes(files: TensorFiles) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Gather each quantized module's shapes; refuse odd element types and orphans."""
+    """Collect the shapes of each quantized module; reject unexpected types and tensors."""
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, info in files.infos.items():
         module, _, suffix = name.rpartition(".")
         is_packed = f"{module}.qweight" in files.infos
         if suffix not in (LINEAR_SUFFIXES if is_packed else QUANTIZED_SUFFIXES):
             if is_packed:
-                raise _unknown_tensor(files, module, suffix)
+                raise _make_unknown_tensor_error(files, module, suffix)
             continue
         if info.dtype not in ALLOWED_DTYPES[suffix]:
             allowed = ", ".join(str(d).removeprefix("torch.") for d in ALLOWED_DTYPES[suffix])
             raise CheckpointError(
                 f"{name} has the element type {str(info.dtype).removeprefix('torch.')}; allowed "
-                f"are {allowed}. The file is damaged or of another format than GPTQ."
+                f"are {allowed}. The file is damaged or not in GPTQ format."
             )
         shapes.setdefault(module, {})[suffix] = info.shape
     return shapes
 
 
-def _unknown_tensor(files: TensorFiles, module: str, suffix: str) -> CheckpointError:
+def _make_unknown_tensor_error(files: TensorFiles, module: str, suffix: str) -> CheckpointError:
     what = (
-        f"it stands beside {module}.qweight, and it cannot be told which of the two counts"
+        f"there is also {module}.qweight, and it is unclear which of the two is valid"
         if suffix == "weight"
-        else f"a GPTQ linear has {', '.join(LINEAR_SUFFIXES)} and no '{suffix}'"
+        else f"a GPTQ linear has {', '.join(LINEAR_SUFFIXES)}, but no '{suffix}'"
     )
     return CheckpointError(
-        f"Cannot read {module}.{suffix} of {files.folder}: {what}. The file is damaged, or of a "
-        "format that is not read; download it again, or remove the tensor."
+        f"Cannot read {module}.{suffix} of {files.folder}: {what}. The file is damaged, or its "
+        "format is not supported; download it again, or remove the tensor."
     )
 
 
-def _declared(labels: QuantizationLabels, module: str, key: str, default: Any) -> Any:
-    """Give the label that counts for one module; an override of the wrong type is ignored."""
+def _find_label(labels: QuantizationLabels, module: str, key: str, default: Any) -> Any:
+    """Return the label of one module; an override of the wrong type is ignored."""
     value = (resolve_dynamic(labels.dynamic, module) or {}).get(key, default)
     return value if type(value) is _LABEL_TYPES[key] else default
 
 
 def _check_order(labels: QuantizationLabels, linears: Mapping[str, LinearLayout]) -> None:
-    """Refuse act-order without the tensor that holds the order."""
+    """Reject act-order without the tensor that contains the order."""
     for module, layout in linears.items():
         if labels.desc_act and not layout.has_g_idx and layout.num_groups > 1:
             raise CheckpointError(
                 f"Checkpoint has no {module}.g_idx, but {labels.source} says desc_act: true: the "
-                f"order of its {layout.num_groups} groups is not known. The file is incomplete; "
+                f"order of its {layout.num_groups} groups is unknown. The file is incomplete; "
                 "download it again, or correct desc_act."
             )
 
 
 def _compare_bits(labels: QuantizationLabels, linears: Mapping[str, LinearLayout]) -> list[str]:
-    """Take mixed bits as the shapes show them, but refuse a label that fits no linear at all."""
+    """Note linears with other bits than the config says; reject a config that fits none."""
     if labels.bits is None:
         return []
     differing = [
         module
         for module, layout in linears.items()
-        if _declared(labels, module, "bits", labels.bits) != layout.bits
+        if _find_label(labels, module, "bits", labels.bits) != layout.bits
     ]
     if not differing:
         return []
@@ -330,10 +331,10 @@ def _compare_bits(labels: QuantizationLabels, linears: Mapping[str, LinearLayout
     if len(differing) == len(linears):
         raise CheckpointError(
             f"{labels.source} says {labels.bits} bits, but {first}.qzeros and all other linears "
-            f"have another width ({first}: {linears[first].bits} bits). The config or the "
+            f"have a different width ({first}: {linears[first].bits} bits). The config or the "
             "tensors belong to another model; download both again."
         )
     return [
         f"{len(differing)} of {len(linears)} linears have other bits than {labels.source} says "
-        f"({first}: {linears[first].bits}). The shapes are believed."
+        f"({first}: {linears[first].bits}). The shapes are used."
     ]

@@ -1,4 +1,4 @@
-"""A file of a model lies in the model's folder: a link must not bring in what lies elsewhere."""
+"""Prevent symbolic links in a model folder from including files outside it."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ from pathlib import Path
 from halfbyte.errors import CheckpointError
 
 
-def check_own_file(folder: Path, name: str) -> Path:
-    """Refuse a missing file, and a link that leaves the folder for other than the hub's blobs.
+def check_model_file(folder: Path, name: str) -> Path:
+    """Check that a file exists inside a model folder, or in the blobs of the Hub's cache.
 
     Args:
-        folder: The model's.
-        name: The file's path in it.
+        folder: The model folder.
+        name: Path of the file, relative to the folder.
 
     Returns:
         The file.
 
     Raises:
-        CheckpointError: There is no such file, or it is a link to nowhere or out of the folder.
+        CheckpointError: The file is missing, or is a link that is broken or leaves the folder.
     """
     file = folder / name
     if not file.is_file():
-        leads = f", which is a link to {file.readlink()}" if file.is_symlink() else ""
+        target = f", which is a link to {file.readlink()}" if file.is_symlink() else ""
         raise CheckpointError(
-            f"Checkpoint {folder} is missing the file {name}{leads}. "
+            f"Checkpoint {folder} is missing the file {name}{target}. "
             "The download is incomplete; download it again."
         )
-    target, home = file.resolve(), folder.resolve()
-    # The hub's cache is <repo>/snapshots/<revision>/<file> -> ../../blobs/<hash>.
-    blobs = [up.parent / "blobs" for up in (home, *home.parents) if up.name == "snapshots"]
-    if not any(target.is_relative_to(allowed) for allowed in (home, *blobs)):
+    resolved, root = file.resolve(), folder.resolve()
+    # The Hub's cache is <repo>/snapshots/<revision>/<file> -> ../../blobs/<hash>.
+    blobs = [up.parent / "blobs" for up in (root, *root.parents) if up.name == "snapshots"]
+    if not any(resolved.is_relative_to(allowed) for allowed in (root, *blobs)):
         raise CheckpointError(
-            f"Refusing {file}: it is a link to {target}, outside its folder. "
-            "Copy the file into the folder if you mean it."
+            f"Refusing {file}: it is a link to {resolved}, outside its folder. "
+            "If this is intended, copy the file into the folder."
         )
     return file

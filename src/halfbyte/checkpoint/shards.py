@@ -1,9 +1,9 @@
-"""A lazy index over the safetensors files of a model folder: headers first, data on request.
+"""A lazy index over the safetensors files of a model folder: reads headers first, data on demand.
 
 ::
 
-    folder -> which files belong to the model -> checked headers -> TensorInfo by name
-                                                                 -> load(names): copies in memory
+    folder -> files of the model -> validated headers -> TensorInfo by name
+                                                      -> load(names): copies in memory
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.checkpoint.header import TensorInfo, parse_json_object, read_header
-from halfbyte.checkpoint.safe_path import check_own_file
+from halfbyte.checkpoint.safe_path import check_model_file
 from halfbyte.errors import CheckpointError
 
 __all__ = ["TensorFiles", "TensorInfo"]
@@ -27,28 +27,28 @@ SINGLE_FILE = "model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 NOT_WEIGHTS = ("adapter_model.safetensors", "optimizer.safetensors", "consolidated.safetensors")
-"""Files that stand beside a model's own weights under a fixed name."""
+"""Files under fixed names that are not the model's weights in Transformers' format."""
 
 _SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorFiles:
-    """The tensors of a model folder, known by their headers and read only when asked for."""
+    """The tensors of a model folder: their headers are in memory, data is read on demand."""
 
     folder: Path
     infos: Mapping[str, TensorInfo]
     files: tuple[Path, ...]
-    """Every file that holds a tensor, in the order of their names."""
+    """Every file that contains a tensor, sorted by name."""
 
     @classmethod
     def open(cls, folder: str | Path) -> TensorFiles:
-        """Find and check the safetensors files of a model folder; no tensor is read.
+        """Find and validate the safetensors files of a model folder; no tensor is read.
 
-        Takes ``model.safetensors``, an index with its shards, AutoGPTQ's
-        ``gptq_model-4bit-128g.safetensors``, or a single file of any other name. Where
-        ``model.safetensors`` and an index stand together, the former is read, as in Transformers;
-        both must have the same tensors.
+        Accepts ``model.safetensors``, an index with its shards, AutoGPTQ's
+        ``gptq_model-4bit-128g.safetensors``, or a single file of any other name. If both
+        ``model.safetensors`` and an index exist, the former is read, as in Transformers; both must
+        have the same tensors.
 
         Args:
             folder: A base model or a quantized one.
@@ -63,7 +63,9 @@ class TensorFiles:
         folder = Path(folder)
         if not folder.is_dir():
             found = (
-                "it is a file; give the folder it is in" if folder.exists() else "no such folder"
+                "it is a file; give the folder that contains it"
+                if folder.exists()
+                else "no such folder"
             )
             raise CheckpointError(f"Cannot open checkpoint {folder}: {found}.")
         try:
@@ -77,30 +79,30 @@ class TensorFiles:
         weight_map = {} if index_name is None else _read_weight_map(folder / index_name)
         is_sharded = index_name is not None and SINGLE_FILE not in names
         file_names = sorted(set(weight_map.values())) if is_sharded else _find_files(folder, names)
-        files = tuple(check_own_file(folder, name) for name in file_names)
+        files = tuple(check_model_file(folder, name) for name in file_names)
         infos = _merge_headers(files)
         if index_name is not None and is_sharded:
             _check_index_agrees(folder / index_name, weight_map, infos)
         elif index_name is not None and set(infos) != set(weight_map):
             raise CheckpointError(
                 f"Cannot open checkpoint {folder}: {SINGLE_FILE} has {len(infos)} tensors and "
-                f"{index_name} names {len(weight_map)}, not the same ones. One of them is left "
-                "over from another model; remove it."
+                f"{index_name} lists {len(weight_map)}, which are not the same. One of them is "
+                "left over from another model; remove it."
             )
         return cls(folder=folder, infos=MappingProxyType(infos), files=files)
 
     def load(self, names: Iterable[str], *, pinned: bool = False) -> dict[str, Tensor]:
-        """Read tensors into memory of their own.
+        """Read tensors into memory.
 
-        Nothing stays mapped or open afterwards, so resident memory does not grow with what was
-        read earlier.
+        They are copies, not memory maps, so that resident memory does not grow with what was read
+        earlier.
 
         Args:
             names: Tensors of :attr:`infos`.
-            pinned: Into memory that a GPU copies from at full speed.
+            pinned: Allocate pinned memory, from which a GPU copies at full speed.
 
         Returns:
-            The tensors on the CPU in their stored dtype, in the order asked for.
+            The tensors on the CPU in their stored dtype, in the order of ``names``.
 
         Raises:
             CheckpointError: There is no such tensor, or its file changed or cannot be read.
@@ -123,7 +125,7 @@ class TensorFiles:
 
 
 def read_shard(file: Path) -> dict[str, Tensor]:
-    """Read every tensor of one file into memory of its own.
+    """Read every tensor of one file into memory.
 
     Args:
         file: A safetensors file.
@@ -140,7 +142,7 @@ def read_shard(file: Path) -> dict[str, Tensor]:
 def _read_tensors(
     file: Path, infos: list[TensorInfo], *, pinned: bool = False
 ) -> dict[str, Tensor]:
-    """Read straight into each tensor's own memory: no mapping, no second copy."""
+    """Read directly into each tensor's memory, without a memory map or a second copy."""
     tensors: dict[str, Tensor] = {}
     try:
         with file.open("rb", buffering=0) as handle:
@@ -149,7 +151,7 @@ def _read_tensors(
                 view = data.numpy().data
                 handle.seek(info.offset)
                 position = 0
-                # One read call gives 2 GB at most on Linux.
+                # On Linux, one read call returns at most 2 GB.
                 while position < info.num_bytes:
                     count = handle.readinto(view[position:])
                     if not count:
@@ -167,20 +169,20 @@ def _read_tensors(
 
 
 def check_shards(folder: Path) -> None:
-    """Check that every shard that a folder's index names is there, without opening one.
+    """Check that every shard listed in a folder's index exists, without opening any.
 
     Args:
-        folder: A model's, of any format.
+        folder: A model folder of any format.
 
     Raises:
-        CheckpointError: A shard is missing or lies elsewhere, or the index is damaged.
+        CheckpointError: A shard is missing or outside the folder, or the index is damaged.
     """
     names = [path.name for path in folder.iterdir()]
     index_name = _find_index(folder, names)
     if index_name is None or SINGLE_FILE in names:
         return
     for name in sorted(set(_read_weight_map(folder / index_name).values())):
-        check_own_file(folder, name)
+        check_model_file(folder, name)
 
 
 def _find_index(folder: Path, names: list[str]) -> str | None:
@@ -204,7 +206,7 @@ def _find_files(folder: Path, names: list[str]) -> list[str]:
     if not found and "consolidated.safetensors" in names:
         found = ["consolidated.safetensors"]
     if not found:
-        raise CheckpointError(explain_nothing_to_read(folder))
+        raise CheckpointError(explain_missing_weights(folder))
     shards = [match for name in found if (match := _SHARD_NAME.fullmatch(name))]
     if shards and len(shards) == len(found):
         stems = {match["stem"] for match in shards}
@@ -229,8 +231,8 @@ def _find_files(folder: Path, names: list[str]) -> list[str]:
     return found
 
 
-def explain_nothing_to_read(folder: Path) -> str:
-    """Say why a folder without weights in safetensors is not read, and what can be done."""
+def explain_missing_weights(folder: Path) -> str:
+    """Explain why a folder without safetensors files cannot be read, and what to do."""
     names = sorted(path.name for path in folder.iterdir())
     pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
     if not pickles:
@@ -239,9 +241,10 @@ def explain_nothing_to_read(folder: Path) -> str:
             "files. Give the folder of a downloaded model."
         )
     return (
-        f"Cannot open checkpoint {folder}: its weights are pickles only ({', '.join(pickles[:2])})"
-        ", and a pickle can run any program when it is read. If you trust where they come from, "
-        "convert each once, where it can do no harm (a container without network): "
+        f"Cannot open checkpoint {folder}: its weights are stored only as pickles "
+        f"({', '.join(pickles[:2])}), and loading a pickle can run arbitrary code. "
+        "If you trust their source, convert each of them once, in an isolated environment (a "
+        "container without network): "
         'python -c "import torch; from safetensors.torch import save_file; save_file({k: '
         f"v.clone().contiguous() for k, v in torch.load('{pickles[0]}', weights_only=True).items()"
         "}, 'model.safetensors', metadata={'format': 'pt'})\""
@@ -265,8 +268,8 @@ def _read_weight_map(index: Path) -> dict[str, str]:
         if not isinstance(name, str) or not re.fullmatch(r"[^/\\:\0]+\.safetensors", name):
             raise CheckpointError(
                 f"Refusing {index}: it says that tensor {tensor} is in {str(name)[:80]!r}; only "
-                "the plain name of a .safetensors file in the same folder is allowed. "
-                "Do not use this checkpoint unless you know who made it."
+                "the name of a .safetensors file in the same folder is allowed. "
+                "Do not use this checkpoint unless you trust its source."
             )
     return weight_map
 
@@ -277,8 +280,8 @@ def _merge_headers(files: Iterable[Path]) -> dict[str, TensorInfo]:
         for name, info in read_header(file).items():
             if name in infos:
                 raise CheckpointError(
-                    f"Tensor {name} stands in two files, {infos[name].file.name} and {file.name}, "
-                    f"of {file.parent}. Remove the file that does not belong to the model."
+                    f"Tensor {name} is in two files of {file.parent}, {infos[name].file.name} and "
+                    f"{file.name}. Remove the file that does not belong to the model."
                 )
             infos[name] = info
     return infos
@@ -301,7 +304,7 @@ def _check_index_agrees(
     if len(infos) != len(weight_map):
         extra = next(name for name in infos if name not in weight_map)
         raise CheckpointError(
-            f"{infos[extra].file} has tensor {extra}, which {index.name} does not name "
+            f"{infos[extra].file} has tensor {extra}, which {index.name} does not list "
             f"({len(infos)} tensors in the files, {len(weight_map)} in the index). "
             "The index and the shards are of different versions; download both again."
         )

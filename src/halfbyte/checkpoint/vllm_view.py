@@ -1,7 +1,7 @@
-"""What vLLM will make of a checkpoint: which linears it takes as quantized, and how it splits them.
+"""Predict how vLLM interprets a checkpoint: which linears are quantized, and how they are split.
 
-vLLM decides from the config, never from the tensors; what it decides wrongly fails at loading, or
-worse, does not.
+vLLM decides by the config, never by the tensors; a wrong decision fails at loading or, worse, goes
+unnoticed.
 
 Source:
     vLLM ``quantization/auto_gptq.py`` and ``quantization/utils/gptq_utils.py``
@@ -26,7 +26,7 @@ _EXPERT = re.compile(r"(?P<container>.+\.experts)\.\d+\..+")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSizes:
-    """The few sizes of ``config.json`` that decide how a model is split."""
+    """The sizes in ``config.json`` that determine how tensor parallelism splits a model."""
 
     hidden_size: int | None
     num_heads: int | None
@@ -50,7 +50,7 @@ class ModelSizes:
         )
 
     def explain_heads(self, tensor_parallel: int) -> str | None:
-        """Say why the attention heads cannot be split over this many devices, if they cannot."""
+        """Explain why the attention heads cannot be split over the devices; None if they can."""
         if self.num_heads and self.num_heads % tensor_parallel:
             return (
                 f"{self.num_heads} attention heads cannot be split over {tensor_parallel} devices"
@@ -63,22 +63,22 @@ class ModelSizes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VllmView:
-    """The settings that vLLM will use for one linear."""
+    """The settings that vLLM uses for one linear."""
 
     bits: int | None
     group_size: int | None
     symmetric: bool | None
 
 
-def fused_siblings(module: str, existing: Mapping[str, object]) -> tuple[str, tuple[str, ...]]:
-    """Find the linears that vLLM runs together with one, and the name it gives them.
+def find_fused_siblings(module: str, existing: Mapping[str, object]) -> tuple[str, tuple[str, ...]]:
+    """Find the linears that vLLM fuses with a module, and the name of the fused linear.
 
     Args:
         module: Full dotted name.
         existing: Every linear of the model by name, quantized or not.
 
     Returns:
-        vLLM's name, and the names on disk of all its parts; the module alone where it is not fused.
+        vLLM's name, and the names on disk of all its parts; the module alone if it is not fused.
     """
     parent, dot, leaf = module.rpartition(".")
     for fused, parts in FUSED_LINEARS.items():
@@ -94,19 +94,19 @@ def view_linear(
     existing: Mapping[str, object],
     packed: Mapping[str, object],
 ) -> VllmView | None:
-    """Say which settings vLLM will use for a linear.
+    """Determine the settings that vLLM uses for a linear.
 
     Args:
         labels: The config.
         module: Full dotted name.
         existing: Every linear of the model by name, quantized or not.
-        packed: Those that are quantized on disk; vLLM looks at them where the config lists none.
+        packed: The linears that are quantized on disk; used if the config lists none.
 
     Returns:
-        The settings, or None where vLLM will load it in 16 bits.
+        The settings; None if vLLM loads it in 16 bits.
     """
     listed = labels.modules_in_block or tuple(packed)
-    prefix, siblings = fused_siblings(module, existing)
+    prefix, siblings = find_fused_siblings(module, existing)
     expert = _EXPERT.fullmatch(module)
     if expert:
         prefix = expert["container"]
@@ -122,8 +122,8 @@ def view_linear(
     )
 
 
-def asks_act_order(labels: QuantizationLabels) -> bool:
-    """Whether a config says desc_act, for all or by a rule, so that vLLM 0.32 refuses it whole."""
+def declares_act_order(labels: QuantizationLabels) -> bool:
+    """Return whether the config or one of its rules sets desc_act, which vLLM 0.32 rejects."""
     rules = [
         rule
         for pattern, rule in labels.dynamic.items()
@@ -139,7 +139,7 @@ def asks_act_order(labels: QuantizationLabels) -> bool:
 def split_linear(
     module: str, layout: LinearLayout, sizes: ModelSizes, tensor_parallel: int
 ) -> tuple[float, float]:
-    """Give a linear's sizes on one device.
+    """Compute a linear's sizes on one device.
 
     Args:
         module: Full dotted name.
@@ -163,8 +163,9 @@ def split_linear(
 
 
 def _is_row_parallel(leaf: str, layout: LinearLayout, sizes: ModelSizes) -> bool:
-    """Tell by shape: what ends in the residual stream without starting there is split along in."""
-    starts, ends = (size == sizes.hidden_size for size in (layout.in_features, layout.out_features))
-    if sizes.hidden_size is None or starts == ends:
+    """Return whether a linear writes to the residual stream without reading from it."""
+    reads = layout.in_features == sizes.hidden_size
+    writes = layout.out_features == sizes.hidden_size
+    if sizes.hidden_size is None or reads == writes:
         return leaf in ROW_PARALLEL_NAMES
-    return ends
+    return writes

@@ -1,4 +1,4 @@
-"""Write a GPTQ checkpoint that every reader takes: v1, both config files from one dict, digests.
+"""Write a GPTQ checkpoint for all consumers: dialect v1, both config files, checksums.
 
 ::
 
@@ -6,7 +6,7 @@
     build_quantization_config         -> one dict -> write_configs
     ShardDigests                      -> write_index, write_checksums
 
-Every file appears whole or not at all; the same content gives the same bytes.
+Files are written atomically, and the output is deterministic.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from halfbyte.quant_config import QuantConfig, Scheme
 INDEX_FILE = "model.safetensors.index.json"
 LABEL_FILE = "quantize_config.json"
 
-DIGESTED_BEHIND = 32_000_000
-"""Bytes that may be written before they are digested: they stay in memory until then."""
+MAX_PENDING_DIGEST_BYTES = 32_000_000
+"""Tensor data that may be in memory while it waits for its digest."""
 
 _HEADER_ALIGNMENT = 8
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def shard_name(number: int, count: int) -> str:
-    """Name shard ``number`` (from 1) of ``count`` as Transformers does."""
+    """Return Transformers' name for shard ``number`` (from 1) of ``count``."""
     return f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
@@ -58,22 +58,22 @@ def pack_linear(
     g_idx: Tensor,
     bias: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Make the tensors on disk of one linear, in the v1 dialect.
+    """Pack one linear into the tensors of the v1 dialect.
 
     Args:
         codes: 0..2**bits-1, shape [out, in], in the order of the weight's columns.
         zeros: 1..2**bits-1, shape [out, groups].
-        scales: float [out, groups]; what fp16 holds of them is what is written.
+        scales: float [out, groups]; rounded to fp16.
         bits: 2, 3, 4 or 8.
-        g_idx: Group of each input column, shape [in]; written even where it is trivial.
+        g_idx: Group of each input column, shape [in]; written even if it is trivial.
         bias: float [out], or None.
 
     Returns:
-        qweight, qzeros, scales, g_idx and maybe bias, contiguous, where the codes are.
+        qweight, qzeros, scales, g_idx and maybe bias, contiguous, on the device of the codes.
 
     Raises:
         CheckpointError: Codes or zeros are out of range, a scale is not finite in fp16, or the
-            shapes do not fit each other.
+            shapes are inconsistent.
     """
     _check_parts(codes, zeros, scales, g_idx)
     half = scales.to(torch.float16)
@@ -108,7 +108,7 @@ def _check_parts(codes: Tensor, zeros: Tensor, scales: Tensor, g_idx: Tensor) ->
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
-    """What a tensor will be, before it is there."""
+    """Type and shape of a tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -120,27 +120,27 @@ class TensorSpec:
 
 
 def spec_of(tensor: Tensor) -> TensorSpec:
-    """Describe a tensor that is there."""
+    """Return the type and shape of a tensor."""
     return TensorSpec(dtype=tensor.dtype, shape=tuple(tensor.shape))
 
 
 def write_shard(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> ShardDigest:
-    """Write one safetensors file, whole or not at all.
+    """Write one safetensors file atomically.
 
     Args:
         path: The file; its folder must exist.
-        tensors: By full name, on any device. The order does not count.
-        metadata: More strings for the header beside ``format: pt``, which Transformers asks for.
+        tensors: By full name, on any device. The order does not matter.
+        metadata: Strings for the header besides ``format: pt``, which Transformers requires.
 
     Returns:
         The digests for :func:`halfbyte.checkpoint.checksums.write_checksums`.
 
     Raises:
-        CheckpointError: A tensor has an element type that safetensors has no name for.
+        CheckpointError: safetensors does not support the type of a tensor.
     """
-    # Widest elements first, as safetensors does it: every tensor then starts aligned.
+    # Widest elements first, as in safetensors, so that every tensor is aligned.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     specs = {name: spec_of(tensors[name]) for name in order}
     return stream_shard(path, specs, ((name, tensors[name]) for name in order), metadata)
@@ -153,64 +153,66 @@ def stream_shard(
     metadata: Mapping[str, str] | None = None,
     *,
     with_digests: bool = True,
-    past_cache: bool = False,
+    bypass_cache: bool = False,
 ) -> ShardDigest:
-    """Write one safetensors file out of tensors that come one after another.
+    """Write one safetensors file from an iterable of tensors.
 
     Args:
         path: The file; its folder must exist.
-        specs: What will come, by full name, in the order in which it comes. A tensor that does
-            not start at a multiple of its element size is read by few: put odd sizes last.
-        tensors: Exactly these, on any device; none is kept.
-        metadata: More strings for the header beside ``format: pt``.
-        with_digests: Without, the digests are empty and only the sizes count.
-        past_cache: See :func:`halfbyte.checkpoint.atomic.write_atomically`.
+        specs: Types and shapes by full name, in the order of ``tensors``. Some programs need every
+            tensor to start at a multiple of its element size: put odd sizes last.
+        tensors: Names and tensors as in ``specs``, on any device. No reference is kept.
+        metadata: Strings for the header besides ``format: pt``.
+        with_digests: Whether to compute digests; otherwise they are empty.
+        bypass_cache: See :func:`halfbyte.checkpoint.atomic.write_atomically`.
 
     Returns:
         The digests for :func:`halfbyte.checkpoint.checksums.write_checksums`.
 
     Raises:
-        CheckpointError: A tensor is not what was announced, or has an element type that
-            safetensors has no name for.
+        CheckpointError: A tensor differs from its spec, or safetensors does not support its type.
     """
     header = _make_header(specs, {"format": "pt", **(metadata or {})})
-    whole = hashlib.sha256(header)
+    file_digest = hashlib.sha256(header)
     digests: dict[str, str] = {}
 
-    def digest_one(name: str, data: memoryview) -> None:
+    def digest_tensor(name: str, data: memoryview) -> None:
         digests[name] = hashlib.sha256(data).hexdigest()[:TENSOR_DIGITS]
 
     def chunks() -> Iterator[bytes | memoryview]:
         yield header
-        # Both digests are taken while this tensor is being written and the next ones made. One
-        # thread each: the whole file's takes the tensors in their order.
-        behind: deque[tuple[int, list[Future[Any]]]] = deque()
-        with ThreadPoolExecutor(1) as over_all, ThreadPoolExecutor(1) as over_one:
+        # Digests are computed while this tensor is written and the next ones are produced. The file
+        # digest has a thread of its own, so that it takes the tensors in order.
+        pending: deque[tuple[int, list[Future[Any]]]] = deque()
+        with ThreadPoolExecutor(1) as file_executor, ThreadPoolExecutor(1) as tensor_executor:
             for (name, tensor), expected in zip(tensors, specs, strict=True):
                 if name != expected or spec_of(tensor) != specs[name]:
                     raise CheckpointError(
-                        f"Cannot write {path}: tensor {name} came as {spec_of(tensor)} where "
-                        f"{expected} was announced as {specs[expected]}."
+                        f"Cannot write {path}: got tensor {name} as {spec_of(tensor)}, but "
+                        f"expected {expected} as {specs[expected]}."
                     )
-                data = _bytes_of(tensor)
+                data = _view_bytes(tensor)
                 digests[name] = ""
                 if with_digests:
-                    one = over_one.submit(digest_one, name, data)
-                    behind.append((len(data), [over_all.submit(whole.update, data), one]))
+                    futures = [
+                        file_executor.submit(file_digest.update, data),
+                        tensor_executor.submit(digest_tensor, name, data),
+                    ]
+                    pending.append((len(data), futures))
                 yield data
-                # By size, not by number: or the small tensors of a linear wait for its large one.
-                while sum(size for size, _ in behind) > DIGESTED_BEHIND:
-                    for future in behind.popleft()[1]:
+                # Limited by size, so that a linear's small tensors do not wait for its large one.
+                while sum(size for size, _ in pending) > MAX_PENDING_DIGEST_BYTES:
+                    for future in pending.popleft()[1]:
                         future.result()
-            for _, futures in behind:
+            for _, futures in pending:
                 for future in futures:
                     future.result()
 
-    write_atomically(path, chunks(), past_cache=past_cache)
+    write_atomically(path, chunks(), bypass_cache=bypass_cache)
     tensor_bytes = sum(spec.num_bytes for spec in specs.values())
     return ShardDigest(
         file_name=path.name,
-        sha256=whole.hexdigest() if with_digests else "",
+        sha256=file_digest.hexdigest() if with_digests else "",
         num_bytes=len(header) + tensor_bytes,
         tensor_bytes=tensor_bytes,
         tensors=digests,
@@ -223,7 +225,7 @@ def write_index(folder: Path, weight_map: Mapping[str, str], total_bytes: int) -
     Args:
         folder: The checkpoint.
         weight_map: File name by tensor name.
-        total_bytes: Of all tensors, without headers.
+        total_bytes: Size of all tensors, without headers.
     """
     content = {
         "metadata": {"total_size": total_bytes},
@@ -235,7 +237,7 @@ def write_index(folder: Path, weight_map: Mapping[str, str], total_bytes: int) -
 def write_configs(
     folder: Path, model_config: Mapping[str, Any], quantization_config: Mapping[str, Any]
 ) -> None:
-    """Write ``config.json`` and ``quantize_config.json``, which say the same.
+    """Write ``config.json`` and ``quantize_config.json`` with the same quantization config.
 
     Args:
         folder: The checkpoint.
@@ -255,15 +257,15 @@ def build_quantization_config(
     module_groups: Sequence[Sequence[str]],
     version: str,
 ) -> dict[str, Any]:
-    """Describe what was done so that vLLM, GPTQModel and Transformers build the right modules.
+    """Build the quantization config by which vLLM, GPTQModel and Transformers create modules.
 
     Args:
-        config: What was asked for.
-        quantized: What each linear got, by full name on disk: actual bits and group size.
-        skipped: Linears that stay in 16 bits, by full name, with the reason.
-        module_groups: Names inside a block ("self_attn.q_proj"), those that share an input
-            together, in execution order.
-        version: Of halfbyte.
+        config: The requested settings.
+        quantized: Actual bits and group size of each linear, by full name on disk.
+        skipped: Reason for each linear that stays in 16 bits, by full name.
+        module_groups: Names inside a block ("self_attn.q_proj"), grouped by shared input, in
+            execution order.
+        version: Version of halfbyte.
 
     Returns:
         The dict for :func:`write_configs`.
@@ -273,7 +275,7 @@ def build_quantization_config(
     """
     _check_assignment(quantized, skipped)
     base = _choose_base(config, quantized)
-    rules: dict[str, Rule] = {name: _rule_of(scheme) for name, scheme in quantized.items()}
+    rules: dict[str, Rule] = {name: _make_rule(scheme) for name, scheme in quantized.items()}
     rules |= dict.fromkeys(skipped)
     groups, heads = _list_modules(quantized, module_groups)
     return {
@@ -285,7 +287,7 @@ def build_quantization_config(
         "checkpoint_format": FORMAT_V1,
         "lm_head": bool(heads),
         "pack_dtype": "int32",
-        "dynamic": build_dynamic(rules, dict(_settings_of(base))),
+        "dynamic": build_dynamic(rules, dict(_list_settings(base))),
         "modules_in_block_to_quantize": [*groups, *([head] for head in heads)],
         "damp_percent": config.damping,
         "static_groups": not config.desc_act,
@@ -300,43 +302,43 @@ def _check_assignment(quantized: Mapping[str, Scheme], skipped: Mapping[str, str
         found = f"{both[0]} is both quantized and skipped" if both else "no linear is quantized"
         raise CheckpointError(
             f"Cannot write the quantization config: {found}. Loosen the skip patterns, or choose a "
-            "model whose layers are multiples of 32 wide."
+            "model whose layer sizes are multiples of 32."
         )
 
 
 def _list_modules(
     quantized: Mapping[str, Scheme], module_groups: Sequence[Sequence[str]]
 ) -> tuple[list[list[str]], list[str]]:
-    """Split what is quantized into the groups inside blocks, and output heads.
+    """Split the quantized linears into the groups inside blocks and the output heads.
 
-    vLLM looks for the head in the same list, so it is given there too.
+    vLLM expects the heads in the same list, so the caller appends them.
     """
     groups = [
         kept
         for group in module_groups
-        if (kept := [name for name in group if any(_is_named(q, name) for q in quantized)])
+        if (kept := [name for name in group if any(_has_suffix(q, name) for q in quantized)])
     ]
     names = [name for group in groups for name in group]
-    heads = [q for q in quantized if not any(_is_named(q, name) for name in names)]
+    heads = [q for q in quantized if not any(_has_suffix(q, name) for name in names)]
     return groups, heads
 
 
-def _is_named(module: str, name: str) -> bool:
+def _has_suffix(module: str, name: str) -> bool:
     return module == name or module.endswith("." + name)
 
 
 def _choose_base(config: QuantConfig, quantized: Mapping[str, Scheme]) -> Scheme:
-    """Keep what was asked for where any linear got it; else say what most of them got."""
-    asked = Scheme(bits=config.bits, group_size=config.group_size, symmetric=config.symmetric)
+    """Choose the requested settings if any linear has them, else the most frequent ones."""
+    requested = Scheme(bits=config.bits, group_size=config.group_size, symmetric=config.symmetric)
     counts = Counter(quantized.values())
-    return asked if asked in counts else counts.most_common(1)[0][0]
+    return requested if requested in counts else counts.most_common(1)[0][0]
 
 
-def _rule_of(scheme: Scheme) -> Rule:
-    return tuple(sorted(_settings_of(scheme)))
+def _make_rule(scheme: Scheme) -> Rule:
+    return tuple(sorted(_list_settings(scheme)))
 
 
-def _settings_of(scheme: Scheme) -> tuple[tuple[str, Any], ...]:
+def _list_settings(scheme: Scheme) -> tuple[tuple[str, Any], ...]:
     return (
         ("bits", scheme.bits),
         ("group_size", scheme.group_size),
@@ -350,7 +352,7 @@ def _make_header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -
     for name, spec in specs.items():
         if spec.dtype not in _DTYPE_NAMES:
             raise CheckpointError(
-                f"Cannot write tensor {name}: safetensors has no name for {spec.dtype}."
+                f"Cannot write tensor {name}: safetensors does not support {spec.dtype}."
             )
         end = offset + spec.num_bytes
         entries[name] = {
@@ -364,12 +366,12 @@ def _make_header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -
     return len(text).to_bytes(8, "little") + text
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def _view_bytes(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file atomically."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     write_atomically(path, [text.encode()])

@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from halfbyte.evaluate.divergence import DivergenceResult
     from halfbyte.integrations.speed import SpeedResult
 
-HELP = "measure how fast models run here: loading, prompts, generating, memory"
+HELP = "benchmark models on this machine: load time, prompt and generation speed, memory"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     parser.add_argument(
-        "models", type=Path, nargs="+", metavar="MODEL", help="folders of models, GPTQ or not"
+        "models", type=Path, nargs="+", metavar="MODEL", help="model folders, quantized or not"
     )
     parser.add_argument(
-        "--base", type=Path, metavar="BASE", help="the model that they were made from, shown first"
+        "--base", type=Path, metavar="BASE", help="the original model to compare with; listed first"
     )
     parser.add_argument(
         "--prompt-tokens",
@@ -40,25 +40,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=64,
         metavar="N",
-        help="generated after it (default: %(default)s)",
+        help="tokens to generate (default: %(default)s)",
     )
     parser.add_argument(
-        "--repeats", type=int, default=3, metavar="N", help="of both (default: %(default)s)"
+        "--repeats",
+        type=int,
+        default=3,
+        metavar="N",
+        help="repetitions; medians are shown (default: %(default)s)",
     )
     parser.add_argument(
         "--head-bits",
         type=int,
         default=16,
         choices=HEAD_BITS,
-        help="of quantized models on a CPU: 8 or 4 rounds the head too (default: %(default)s)",
+        help="bits of the output layer (head) of quantized models on a CPU (default: %(default)s)",
     )
     add_activations_argument(parser)
     add_computing_arguments(parser, auto=FAST)
-    parser.add_argument("--json", action="store_true", help="print JSON for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure every model in a process of its own, and print."""
+    """Benchmark each model in a separate process, and print the results."""
     from halfbyte.integrations.speed import measure_apart
 
     folders = [*([args.base] if args.base else []), *args.models]
@@ -75,14 +79,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure_folder(args: argparse.Namespace, folder: Path) -> SpeedResult:
-    """Measure one model in this process.
+    """Benchmark one model in this process.
 
     Args:
-        args: What the parser returned.
-        folder: Of the model.
+        args: The parsed options.
+        folder: The model's.
 
     Returns:
-        Its speed.
+        The measurements.
     """
     from transformers import AutoTokenizer
 
@@ -101,26 +105,26 @@ def measure_folder(args: argparse.Namespace, folder: Path) -> SpeedResult:
 
 
 def describe_rounding(rounding: DivergenceResult) -> str:
-    """Say what activations in int8 cost.
+    """Describe the error that int8 activations cause.
 
     Args:
-        rounding: The divergence from the model without.
+        rounding: The divergence from the same model with activations in its own dtype.
 
     Returns:
-        A sentence without its end.
+        A sentence without a full stop.
     """
     return (
-        f"activations in int8 are {rounding.kl_nats:.4f} ± {rounding.kl_standard_error or 0:.4f} "
-        f"nats from those of its own type, {rounding.top1_agreement:.1%} the same first choice "
-        f"({rounding.num_tokens} tokens of the built-in text)"
+        f"with int8 activations the KL divergence is {rounding.kl_nats:.4f} ± "
+        f"{rounding.kl_standard_error or 0:.4f} nats per token, the top-1 agreement "
+        f"{rounding.top1_agreement:.1%} ({rounding.num_tokens} tokens of the built-in text)"
     )
 
 
 def _print(results: dict[str, SpeedResult]) -> None:
     table = Table()
     table.add_column("model", overflow="fold")
-    headings = ("prompt tok/s", "first token", "tok/s", "times", "load", "memory", "read/token")
-    for heading in (*headings, "of memory's speed"):
+    headings = ("prompt tok/s", "first token", "tok/s", "speedup", "load", "memory", "read/token")
+    for heading in (*headings, "of bandwidth"):
         table.add_column(heading, justify="right")
     first = next(iter(results.values()))
     for name, result in results.items():
@@ -138,7 +142,7 @@ def _print(results: dict[str, SpeedResult]) -> None:
         )
     console.print(table)
     rates = [result.memory_rate for result in results.values() if result.memory_rate]
-    memory = f"; memory is read at {max(rates) / 1e9:.1f} GB/s" if rates else ""
+    memory = f"; memory bandwidth {max(rates) / 1e9:.1f} GB/s" if rates else ""
     console.print(
         f"Prompts of {first.prompt_tokens} tokens, batch 1, {first.threads} threads, "
         f"{first.dtype}; medians{memory}.",

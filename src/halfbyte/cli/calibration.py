@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--length", type=int, default=512, metavar="N", help="tokens per sequence (default: 512)"
     )
     inspect.add_argument(
-        "--picture",
+        "--plot",
         type=Path,
         metavar="PNG",
         help="plot the distance of each layer's inputs to this PNG file",
@@ -59,12 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Inspect and print."""
     config = CalibrationConfig(samples=args.samples, length=args.length)
-    from halfbyte.quantize.inspection import inspect_calibration, save_inspection_picture
+    from halfbyte.quantize.inspection import inspect_calibration, save_inspection_plot
 
     source = None if args.file == BUILT_IN else Path(args.file)
     found = inspect_calibration(args.model, source, args.against, config=config)
-    if args.picture:
-        save_inspection_picture(found, args.picture)
+    if args.plot:
+        save_inspection_plot(found, args.plot)
     if args.json:
         print_json(found)
     else:

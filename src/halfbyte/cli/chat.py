@@ -16,20 +16,20 @@ from halfbyte.cli.generating import (
 )
 from halfbyte.cli.output import console, err_console
 
-HELP = "talk with a model"
+HELP = "chat with a model"
 
-HINT = "/new starts afresh, /exit or the end of input leaves."
+HINT = "/new starts a new conversation; /exit or end of input (Ctrl-D) quits."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     add_model_arguments(parser)
-    parser.add_argument("--system", metavar="TEXT", help="what the model is told first")
+    parser.add_argument("--system", metavar="TEXT", help="system prompt")
     add_sampling_arguments(parser, temperature=0.7, max_new_tokens=1024)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read a line, answer it, until the input ends."""
+    """Answer line by line until the input ends."""
     from halfbyte.integrations.generation import TextStream, Timing, encode_chat
 
     sampling = make_sampling(args)
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _read_line() -> str | None:
-    """One line of the user, or None where there are no more."""
+    """Read one line of input; None at its end."""
     try:
         if sys.stdin.isatty():
             return read_input(lambda: err_console.input("> ")).strip()

@@ -1,4 +1,4 @@
-"""`halfbyte check`: who can load a checkpoint, and for each no, why."""
+"""The verb `check`: which programs can load a checkpoint, and why the others cannot."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from halfbyte.checkpoint.consumers import CONSUMERS
 if TYPE_CHECKING:
     from halfbyte.checkpoint.check import CheckReport
 
-HELP = "say who can load a quantized checkpoint, and why not"
+HELP = "report which programs can load a quantized checkpoint, and why others cannot"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="read every byte and compare it with checksums.json",
+        help="also check every byte against checksums.json",
     )
     names = [consumer.name for consumer in CONSUMERS]
     parser.add_argument(
@@ -29,20 +29,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         choices=names,
         metavar="NAME",
-        help="fail unless NAME can load it on one device; may be given again. "
+        help="exit with 1 unless program NAME can load it on one device; repeatable. "
         f"One of: {', '.join(names)}",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check, print, and give the exit code.
+    """Check, print the report, and return the exit code.
 
     Args:
         args: From the parser.
 
     Returns:
-        0, or 1 where a consumer that was required cannot load it.
+        0, or 1 if a required program cannot load the checkpoint.
     """
     from halfbyte.checkpoint.check import check_consumers
     from halfbyte.checkpoint.read import open_checkpoint
@@ -69,22 +69,22 @@ def _print_report(report: CheckReport, verified: int | None) -> None:
     schemes = "; ".join(f"{count} x {name}" for name, count in report.schemes.items())
     console.print(f"{report.folder}: {report.num_linears} quantized linears ({schemes})")
     if verified is not None:
-        console.print(f"{verified} tensors are as they were written, byte for byte")
-    table = Table(title="Who can load it")
-    for heading in ("reader", "devices", "loads", "why not"):
+        console.print(f"{verified} tensors verified, byte for byte")
+    table = Table(title="Programs that can load it")
+    for heading in ("program", "devices", "loads", "why not"):
         table.add_column(heading)
-    told: set[tuple[str, str]] = set()
+    shown: set[tuple[str, str]] = set()
     for verdict in report.verdicts:
         devices = "" if verdict.tensor_parallel is None else str(verdict.tensor_parallel)
-        # More devices add reasons; those of one device need not stand there four times.
-        fresh = [why for why in verdict.reasons if (verdict.consumer, why) not in told]
-        told |= {(verdict.consumer, why) for why in fresh}
-        lines = fresh if len(fresh) == len(verdict.reasons) else ["as above", *fresh]
+        # More devices only add reasons: show each reason once per program.
+        new = [why for why in verdict.reasons if (verdict.consumer, why) not in shown]
+        shown |= {(verdict.consumer, why) for why in new}
+        lines = new if len(new) == len(verdict.reasons) else ["as above", *new]
         table.add_row(verdict.label, devices, "yes" if verdict.loads else "no", "\n".join(lines))
     console.print(table)
     known = sorted(
         {verdict.label.split(",")[0] for verdict in report.verdicts if verdict.evidence == "read"}
     )
-    console.print(f"The limits of {' and '.join(known)} are as read in their sources.")
+    console.print(f"The limits of {' and '.join(known)} were taken from their source code.")
     for note in report.notes:
         console.print(f"Note: {note}")

@@ -1,4 +1,4 @@
-"""`halfbyte convert`: the same codes and scales in another runtime's format."""
+"""The verb `convert`: the same codes and scales in another runtime's format."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from halfbyte.convert.report import ConversionReport
 
-HELP = "write a quantized model in another runtime's format, without rounding again"
+HELP = "convert a quantized model to another runtime's format, without rounding again"
 
 FORMATS = ("gguf", "awq", "mlx", "compressed-tensors", "hf", "gptq")
 TYPES = ("keep", "f16", "q8_0", "q6_k")
@@ -18,7 +18,7 @@ SHOWN = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the verb's options and positionals."""
+    """Add the verb's options."""
     parser.add_argument(
         "model",
         type=Path,
@@ -37,19 +37,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-error",
         action="store_true",
-        help="hold what does not fit exactly in the closest form, and measure the error",
+        help="store what the format cannot hold exactly in the closest form, and report the error",
     )
     parser.add_argument(
         "--base",
         type=Path,
         metavar="FOLDER",
-        help="with a .gguf file: folder of the model's config.json and tokenizer",
+        help="for a .gguf MODEL: folder with the model's config.json and tokenizer",
     )
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
         default="float16",
-        help="of dense weights: all with --to hf, else those that cannot be coded "
+        help="dtype of dense weights: of all with --to hf, else of those that are not quantized "
         "(default: float16; float32 is exact)",
     )
     gguf = parser.add_argument_group("GGUF only")
@@ -62,18 +62,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gguf.add_argument(
         "--widen",
         action="store_true",
-        help="hold asymmetric 4-bit codes exactly in Q8_0, at twice the size",
+        help="store asymmetric 4-bit codes exactly, as Q8_0, at twice the size",
     )
     gguf.add_argument(
         "--pre-tokenizer",
         metavar="NAME",
-        help="llama.cpp's name for how the tokenizer cuts words (default: found out)",
+        help="llama.cpp's name of the pre-tokenizer (default: detected)",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert, print, and give the exit code."""
+    """Convert, print the report, and return the exit code."""
     from halfbyte.cli.output import print_json
     from halfbyte.convert.run import ConversionConfig, convert
 
@@ -104,15 +104,15 @@ def _print_report(report: ConversionReport) -> None:
     if report.folded:
         console.print(f"act-order of {report.folded} linears folded into the layers before them")
     if report.is_exact:
-        console.print("Exact: every weight is what its codes stood for, bit for bit.")
+        console.print("Exact: every weight has the same value as before, bit for bit.")
     else:
         worst = sorted(report.rounded, key=lambda found: -found.relative_error)
-        rounded = "1 tensor is" if len(worst) == 1 else f"{len(worst)} tensors are"
-        console.print(f"Not exact: {rounded} rounded; the worst:")
+        rounded = "1 tensor was" if len(worst) == 1 else f"{len(worst)} tensors were"
+        console.print(f"Not exact: {rounded} rounded. The largest errors:")
         for found in worst[:SHOWN]:
             console.print(
-                f"  {found.name}: {found.relative_error:.2e} of its size, at most "
-                f"{found.largest_error:.2e} of its largest weight; {found.how}",
+                f"  {found.name}: relative error {found.relative_error:.2e}, at most "
+                f"{found.largest_error:.2e} of the largest weight; {found.how}",
                 soft_wrap=True,
             )
     for note in report.notes:

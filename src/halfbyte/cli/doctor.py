@@ -1,4 +1,4 @@
-"""The verb `doctor`: what is installed, what can run here, and what would be chosen."""
+"""The verb `doctor`: versions, usable kernels, and the kernel chosen for typical layers."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from halfbyte.cli.output import console, print_json
 if TYPE_CHECKING:
     from halfbyte.kernels.contract import LinearSpec
 
-HELP = "show versions, which kernels can run here, and which would be chosen"
+HELP = "show versions, the kernels that can run here, and the one chosen for typical layers"
 
 OTHER_PACKAGES = ("peft", "optimum", "gptqmodel")
-"""Packages that change what a quantized model can be used for, where they are there."""
+"""Optional packages that a quantized model can be used with."""
 
 CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("4 bits, group 128, bfloat16", {}),
@@ -29,21 +29,21 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("3 bits", {"bits": 3}),
     ("8 bits", {"bits": 8}),
 )
-"""Typical layers, as changes to a 4096 -> 4096 linear of 4 bits."""
+"""Typical layers, as changes to a 4-bit 4096 -> 4096 linear."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """What would be chosen for one typical layer."""
+    """The kernel chosen for a typical layer."""
 
     layer: str
     device: str
     kernel: str | None
-    """None where none can run it."""
+    """None if no kernel can run the layer."""
     reason: str
     rejected: dict[str, str]
     division: str | None = None
-    """Up to how many rows of x what runs, where that differs."""
+    """What the kernel runs for how many rows of x; None if it is always the same."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Examine and print."""
+    """Collect the information and print it."""
     examined = examine()
     if args.json:
         print_json(examined)
@@ -62,11 +62,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """Find out everything that the verb shows.
+    """Collect everything that the verb shows.
 
     Returns:
-        By section: versions, machine, environment, kernels (name -> None or why not), cases,
-        transformers.
+        By section: versions, machine, environment, kernels (name -> None, or why it cannot run),
+        cases, transformers.
     """
     import torch
 
@@ -127,7 +127,7 @@ def _make_spec(device: str, dtype: str = "bfloat16", **changes: Any) -> LinearSp
 
 def _choose(name: str, spec: LinearSpec) -> Case:
     from halfbyte.errors import KernelUnavailable
-    from halfbyte.kernels.contract import DividesByRows
+    from halfbyte.kernels.contract import RowTieredKernel
     from halfbyte.kernels.registry import select
 
     try:
@@ -143,7 +143,7 @@ def _choose(name: str, spec: LinearSpec) -> Case:
         kernel=kernel.name,
         reason=choice.reason,
         rejected=dict(choice.rejected),
-        division=kernel.describe_division(spec) if isinstance(kernel, DividesByRows) else None,
+        division=kernel.describe_row_tiers(spec) if isinstance(kernel, RowTieredKernel) else None,
     )
 
 
@@ -159,13 +159,13 @@ def _print(examined: dict[str, Any]) -> None:
     for name, obstacle in examined["kernels"].items():
         kernels.add_row(name, "yes" if obstacle is None else f"no: {obstacle}")
     console.print(kernels)
-    cases = Table(title="what would run a typical layer", title_justify="left")
-    for heading in ("layer", "device", "kernel", "why"):
+    cases = Table(title="kernel chosen for typical layers", title_justify="left")
+    for heading in ("layer", "device", "kernel", "reason"):
         cases.add_column(heading)
     for case in examined["cases"]:
-        passed_over = [f"{name}: {reason}" for name, reason in case.rejected.items()]
+        rejected = [f"{name}: {reason}" for name, reason in case.rejected.items()]
         division = [case.division] if case.division else []
-        why = "; ".join([case.reason, *division, *passed_over])
+        why = "; ".join([case.reason, *division, *rejected])
         cases.add_row(case.layer, case.device, case.kernel or "none", why)
     console.print(cases)
     found = examined["transformers"]

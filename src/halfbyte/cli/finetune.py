@@ -15,7 +15,7 @@ from halfbyte.finetune.config import AdapterConfig, TrainConfig
 if TYPE_CHECKING:
     from halfbyte.finetune.report import TrainReport
 
-HELP = "train an adapter (LoRA) on a quantized model, which stays as it is"
+HELP = "train a LoRA adapter on a quantized model, whose weights stay frozen"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,24 +37,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--validation-data",
         type=Path,
         metavar="FILE",
-        help="data kept apart, instead of a share of FILE",
+        help="held-out data (default: a share of the training data)",
     )
     parser.add_argument(
         "--start-from",
         type=Path,
         metavar="ADAPTER",
-        help="go on from an adapter, such as one of halfbyte repair",
+        help="adapter to start from, such as one made by halfbyte repair",
     )
     add_dataclass_options(parser, AdapterConfig)
     add_dataclass_options(parser, TrainConfig)
     parser.add_argument(
-        "--resume", action="store_true", help="go on with the unfinished run in ADAPTER"
+        "--resume", action="store_true", help="resume the unfinished run in ADAPTER"
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train and print what came of it."""
+    """Train and print the report."""
     adapter = dataclass_from_args(AdapterConfig, args)
     config = dataclass_from_args(TrainConfig, args)
     from halfbyte.finetune.progress import make_train_progress
@@ -88,10 +88,10 @@ def _print_report(report: TrainReport) -> None:
     size = format_bytes(report.adapter_bytes)
     table.add_row("size", f"{report.trained_parameters:,} parameters, {size}")
     early = ", stopped early" if report.stopped_early else ""
-    table.add_row("steps", f"{report.steps}{early}; kept is that of step {report.kept_step}")
+    table.add_row("steps", f"{report.steps}{early}; kept: step {report.kept_step}")
     if report.validation_before is not None and report.validation_after is not None:
         before, after = report.validation_before, report.validation_after
-        table.add_row("loss on data kept apart", f"{before:.4f} -> {after:.4f}")
+        table.add_row("held-out loss", f"{before:.4f} -> {after:.4f}")
     table.add_row("time", format_seconds(report.seconds))
     table.add_row("peak memory", format_bytes(report.peak_memory_bytes))
     console.print(table)

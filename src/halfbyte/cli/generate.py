@@ -16,24 +16,26 @@ from halfbyte.cli.generating import (
 )
 from halfbyte.cli.output import print_json
 
-HELP = "continue a prompt, or answer it"
+HELP = "generate text from a prompt"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     add_model_arguments(parser)
     parser.add_argument(
-        "--prompt", required=True, metavar="TEXT", help="what to go on from; - reads it from stdin"
+        "--prompt", required=True, metavar="TEXT", help="the prompt; - reads it from stdin"
     )
     parser.add_argument(
-        "--answer", action="store_true", help="put the prompt to a chat model as a question"
+        "--answer",
+        action="store_true",
+        help="apply the chat template, so that a chat model answers",
     )
     add_sampling_arguments(parser, temperature=0.0, max_new_tokens=256)
-    parser.add_argument("--json", action="store_true", help="print JSON for programs, at the end")
+    parser.add_argument("--json", action="store_true", help="print JSON at the end")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generate and print while it comes."""
+    """Generate, and print the text as it is generated."""
     from halfbyte.integrations.generation import TextStream, Timing, encode_chat
 
     sampling = make_sampling(args)
@@ -49,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     timing = Timing(prompt_tokens=len(ids))
     stream, pieces, tokens = TextStream(tokenizer), [], []
 
-    def put_out(piece: str) -> None:
+    def emit(piece: str) -> None:
         pieces.append(piece)
         if not args.json:
             sys.stdout.write(piece)
@@ -57,8 +59,8 @@ def run(args: argparse.Namespace) -> int:
 
     for token in generator.stream(ids, sampling, timing):
         tokens.append(token)
-        put_out(stream.add(token))
-    put_out(stream.finish())
+        emit(stream.add(token))
+    emit(stream.finish())
     if args.json:
         print_json(
             {
@@ -70,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
                 "first_token_seconds": timing.prompt_seconds,
                 "compiled_decoder": generator.obstacle is None,
                 "why_not": generator.obstacle,
-                "way": generator.describe_way(),
+                "way": generator.describe_decoding(),
             }
         )
     else:

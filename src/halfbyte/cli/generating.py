@@ -1,4 +1,4 @@
-"""Options and steps that the generating verbs share: generate, chat and bench."""
+"""Options and steps shared by the verbs that generate text: generate, chat and bench."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ if TYPE_CHECKING:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say which model and how to run it.
+    """Add the options that select a model and how to run it.
 
     Args:
         parser: The verb's parser.
     """
-    parser.add_argument("model", type=Path, metavar="MODEL", help="folder of a model, GPTQ or not")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="model folder, quantized or not")
     parser.add_argument(
         "--head-bits",
         type=int,
         default=16,
         choices=HEAD_BITS,
-        help="on a CPU: 16 keeps the head as stored, 8 or 4 rounds a copy, which is read faster "
-        "(default: %(default)s)",
+        help="bits of the output layer (head) on a CPU: 16 keeps it as stored; 8 and 4 use a "
+        "rounded copy, which is faster (default: %(default)s)",
     )
     add_activations_argument(parser)
     add_computing_arguments(parser, auto=FAST)
 
 
 def add_activations_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the option that says what quantized layers multiply by.
+    """Add the option for the dtype of the inputs of quantized layers.
 
     Args:
         parser: The verb's parser.
@@ -47,15 +47,15 @@ def add_activations_argument(parser: argparse.ArgumentParser) -> None:
         "--activations",
         default="float",
         choices=ACTIVATIONS,
-        help="on a CPU: int8 rounds the input of quantized layers, which is less exact, and faster "
-        "where there are no matrix units (`halfbyte bench` says by how much; default: %(default)s)",
+        help="inputs of quantized layers on a CPU: int8 rounds them, which is less exact, but "
+        "faster without matrix units; `halfbyte bench` measures both (default: %(default)s)",
     )
 
 
 def add_sampling_arguments(
     parser: argparse.ArgumentParser, *, temperature: float, max_new_tokens: int
 ) -> None:
-    """Add the options that say how tokens are drawn.
+    """Add the sampling options.
 
     Args:
         parser: The verb's parser.
@@ -67,32 +67,32 @@ def add_sampling_arguments(
         type=int,
         default=max_new_tokens,
         metavar="N",
-        help="stop after so many tokens (default: %(default)s)",
+        help="maximum number of tokens to generate (default: %(default)s)",
     )
     parser.add_argument(
         "--temperature",
         type=float,
         default=temperature,
         metavar="T",
-        help="0 takes the likeliest token, 1 draws as the model says (default: %(default)s)",
+        help="sampling temperature; 0 takes the most likely token (default: %(default)s)",
     )
     parser.add_argument(
         "--top-p",
         type=float,
         default=1.0,
         metavar="P",
-        help="draw among the likeliest tokens of this total probability (default: %(default)s)",
+        help="sample from the most likely tokens of this total probability (default: %(default)s)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the drawing (default: %(default)s)"
+        "--seed", type=int, default=0, metavar="N", help="seed for sampling (default: %(default)s)"
     )
 
 
 def make_sampling(args: argparse.Namespace) -> Sampling:
-    """Put the drawing options together.
+    """Make the sampling settings from the options.
 
     Args:
-        args: What the parser returned.
+        args: The parsed options.
 
     Returns:
         The settings.
@@ -108,53 +108,53 @@ def make_sampling(args: argparse.Namespace) -> Sampling:
 
 
 def read_input(read: Callable[[], str]) -> str:
-    """Read from the standard input.
+    """Read text from the standard input.
 
     Args:
-        read: Reads as much as is wanted.
+        read: Reads a line, or everything.
 
     Returns:
         The text.
 
     Raises:
-        ConfigError: It is no text.
+        ConfigError: The input is not valid text.
     """
     if isinstance(sys.stdin, io.TextIOWrapper) and sys.stdin.errors != "surrogateescape":
-        # As the arguments come: bytes that are no text are told by check_text. Before the first
-        # line only: a pipe that was read from cannot be changed.
+        # As for command-line arguments, so that check_text can name an invalid byte. Only before
+        # the first line: a pipe cannot be reconfigured once it was read from.
         sys.stdin.reconfigure(errors="surrogateescape")
     return check_text(read(), "standard input")
 
 
 def check_text(text: str, source: str) -> str:
-    """Refuse bytes that are no text, which the system passes on as they are.
+    """Refuse text with bytes that could not be decoded (surrogate escapes).
 
     Args:
         text: From outside.
-        source: Where it is from, for the message.
+        source: Where it comes from, for the message.
 
     Returns:
         The same text.
 
     Raises:
-        ConfigError: A character of it stands for such a byte.
+        ConfigError: The text holds such a byte.
     """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ConfigError(
             f"The text from {source} is not {sys.stdin.encoding or 'UTF-8'}: it has a byte "
-            f"0x{ord(text[error.start]) & 0xFF:02x} behind {error.start} characters. Convert it "
+            f"0x{ord(text[error.start]) & 0xFF:02x} after {error.start} characters. Convert it "
             "(iconv -t UTF-8), or set PYTHONUTF8=1."
         ) from error
     return text
 
 
 def open_generator(args: argparse.Namespace) -> tuple[Generator, Any]:
-    """Load the model and choose how it generates.
+    """Load a model for generation.
 
     Args:
-        args: What the parser returned.
+        args: The parsed options.
 
     Returns:
         The generator and the model's tokenizer.
@@ -172,11 +172,11 @@ def open_generator(args: argparse.Namespace) -> tuple[Generator, Any]:
 
 
 def report_timing(generator: Generator, timing: Timing, num_tokens: int) -> None:
-    """Say on stderr how fast it was, and why no faster."""
+    """Print the speed, and what ran the model, on stderr."""
     err_console.print(
         f"{timing.prompt_tokens} prompt tokens at {timing.prompt_rate:.0f}/s, first token after "
         f"{timing.prompt_seconds * 1000:.0f} ms; {num_tokens} generated at {timing.rate:.1f}/s; "
-        f"{generator.describe_way()}",
+        f"{generator.describe_decoding()}",
         style="dim",
         soft_wrap=True,
     )

@@ -1,10 +1,10 @@
-"""The `halfbyte` command: finds the verb, parses its options, turns errors into exit codes.
+"""Entry point of the `halfbyte` command: dispatches to a verb and maps errors to exit codes.
 
-A verb is a module with ``HELP``, ``add_arguments(parser)`` and ``run(args) -> int``. It is imported
-only when it is asked for, and imports torch only inside ``run``: help is there at once.
+A verb is a module with ``HELP``, ``add_arguments(parser)`` and ``run(args) -> int``. Only the
+module that is needed is imported, and it imports torch only inside ``run``, so that help is fast.
 
-Exit codes: 0 done; 1 failed; 2 a wrong option or setting; 130 interrupted. A verb whose own exit
-codes mean something else has ``EXIT_ERROR``, which then stands for both kinds of error.
+Exit codes: 0 success; 1 failure; 2 invalid option or setting; 130 interrupted. A verb that gives
+its exit codes another meaning defines ``EXIT_ERROR``, which replaces 1 and 2.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ VERBS = {
     "sample-model": "halfbyte.cli.sample_model",
     "demo": "halfbyte.cli.demo",
 }
-"""Verb -> module, in the order in which help lists them."""
+"""Verb -> module, in the order of the help text."""
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
@@ -56,15 +56,15 @@ EXIT_INTERRUPTED = 130
 
 
 class Verb(Protocol):
-    """What the module of a verb has to offer."""
+    """Interface of a verb's module."""
 
     HELP: str
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Add the verb's options and positionals."""
+        """Add the verb's options."""
 
     def run(self, args: argparse.Namespace) -> int:
-        """Do it, and give the exit code."""
+        """Run the verb and return the exit code."""
 
 
 def load_verb(name: str) -> Verb:
@@ -73,13 +73,13 @@ def load_verb(name: str) -> Verb:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose verbs refuse unknown options themselves, with what was probably meant.
+    """A parser that reports unknown options with the verb's own usage and a suggestion.
 
-    argparse leaves that to the outermost parser, which shows how to use that one alone.
+    argparse leaves unknown options to the outermost parser, which shows only its own usage.
     """
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse, as argparse does; whatever is not known is an error."""
+        """Parse as argparse does, but raise an error for unknown arguments."""
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
@@ -90,7 +90,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser(verbs: Sequence[str] = tuple(VERBS)) -> argparse.ArgumentParser:
-    """Build the parser with the verbs that are needed.
+    """Build the parser for the given verbs.
 
     Args:
         verbs: Names from VERBS; only their modules are imported.
@@ -100,7 +100,7 @@ def build_parser(verbs: Sequence[str] = tuple(VERBS)) -> argparse.ArgumentParser
     """
     parser = Parser(
         prog="halfbyte",
-        description="Make language models small: 2, 3, 4 or 8 bits per weight, measured.",
+        description="Quantize language models to 2, 3, 4 or 8 bits, measure and run them.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"halfbyte {__version__}")
@@ -112,7 +112,7 @@ def build_parser(verbs: Sequence[str] = tuple(VERBS)) -> argparse.ArgumentParser
             name, help=verb.HELP, description=verb.HELP, allow_abbrev=False
         )
         verb.add_arguments(subparser)
-        # SUPPRESS: or the verb's default would overwrite a --debug given before the verb.
+        # SUPPRESS: otherwise the default would overwrite a --debug given before the verb.
         subparser.add_argument(
             "--debug",
             action="store_true",
@@ -126,16 +126,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        argv: Arguments without the program's name; by default those of the process.
+        argv: Arguments without the program's name; None: those of the process.
 
     Returns:
         The exit code.
 
     Raises:
-        SystemExit: argparse has told what is wrong, or shown its help.
+        SystemExit: argparse has printed an error or the help text.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A terminal or locale without a character shows a question mark, and the run goes on.
+        # Print "?" for characters that the terminal's encoding lacks, instead of failing.
         sys.stdout.reconfigure(errors="replace")
     arguments = join_verb(list(sys.argv[1:] if argv is None else argv))
     name = next((word for word in arguments if not word.startswith("-")), None)
@@ -155,13 +155,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def join_verb(arguments: list[str]) -> list[str]:
-    """Make one argument of a verb of two words, such as ``serve calibrate``.
+    """Join the words of a two-word verb, such as ``serve calibrate``, into one argument.
 
     Args:
         arguments: Without the program's name.
 
     Returns:
-        The arguments; as they were where there is no such verb.
+        The arguments; unchanged if they hold no such verb.
     """
     for place, word in enumerate(arguments[:-1]):
         if word.startswith("-"):
@@ -186,11 +186,12 @@ def _run(verb: Verb, args: argparse.Namespace) -> int:
             read_variable(variable)
         return verb.run(args)
     except KeyboardInterrupt:
-        go_on = " The same command with --resume goes on." if hasattr(args, "resume") else ""
-        _print_error(f"Interrupted.{go_on}")
+        can_resume = hasattr(args, "resume")
+        hint = " Run the same command with --resume to continue." if can_resume else ""
+        _print_error(f"Interrupted.{hint}")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader (head, less) left. Python would complain again when it flushes at exit.
+        # The reader (head, less) exited. Python would raise again when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _error_code(verb, EXIT_FAILURE)
     except (HalfbyteError, OSError) as error:
@@ -198,20 +199,20 @@ def _run(verb: Verb, args: argparse.Namespace) -> int:
             err_console.print_exception()
         _print_error(str(error) if isinstance(error, HalfbyteError) else _describe_os_error(error))
         return _error_code(verb, EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILURE)
-    except Exception:  # noqa: BLE001 - whatever nobody foresaw
-        # The code stays the verb's own: 1 of `compare` is a verdict.
+    except Exception:  # noqa: BLE001 - a bug: report it as one
+        # With the verb's own exit code: 1 of `compare` would be a verdict.
         traceback.print_exc()
-        _print_error("This is a mistake in halfbyte. Please report it with the lines above.")
+        _print_error("This is a bug in halfbyte. Please report it with the lines above.")
         return _error_code(verb, EXIT_FAILURE)
 
 
-def _error_code(verb: Verb, usual: int) -> int:
-    code: int = getattr(verb, "EXIT_ERROR", usual)
+def _error_code(verb: Verb, default: int) -> int:
+    code: int = getattr(verb, "EXIT_ERROR", default)
     return code
 
 
 def _describe_os_error(error: OSError) -> str:
-    """Say which file the system refused, and why."""
+    """Describe an OSError: the file and the reason."""
     what = f"Cannot use {error.filename}: " if error.filename else ""
     return f"{what}{error.strerror or str(error) or type(error).__name__}."
 

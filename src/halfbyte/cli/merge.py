@@ -16,7 +16,7 @@ from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
 if TYPE_CHECKING:
     from halfbyte.finetune.merge_check import MergeReport
 
-HELP = "make one model of a base and its adapter, in 16 bits or quantized again"
+HELP = "merge an adapter into its base model, in 16 bits or quantized again"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,18 +24,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("base", metavar="BASE", help="model that the adapter was trained on")
     parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="folder of a PEFT adapter")
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="OUT", help="folder for the model"
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="OUT",
+        help="folder for the merged model",
     )
     parser.add_argument(
         "--original",
         metavar="MODEL",
-        help="the 16-bit model that BASE was made from, to merge into instead",
+        help="merge into this 16-bit model instead, the one that BASE was made from",
     )
     parser.add_argument(
         "--data",
         type=Path,
         metavar="FILE",
-        help="the task's JSON lines: what the merge is judged by, and calibrated on",
+        help="JSON lines of the task, to evaluate on; with --quantize also to calibrate on",
     )
     parser.add_argument(
         "--quantize", action="store_true", help="quantize the merged model; needs --data"
@@ -43,32 +48,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--exact",
         action="store_true",
-        help="keep the codes of BASE and put an adapter of --variant qalora beside them, exactly; "
-        "for halfbyte only",
+        help="merge an adapter of --variant qalora without changing the codes of BASE; only "
+        "halfbyte loads the result",
     )
     add_dataclass_options(parser, QuantConfig)
     add_dataclass_options(parser, CalibrationConfig)
     add_dataclass_options(parser, ResourceConfig)
     parser.add_argument(
-        "--resume", action="store_true", help="go on with the unfinished run in OUT (--quantize)"
+        "--resume", action="store_true", help="resume the unfinished run in OUT (with --quantize)"
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Merge and print what it cost."""
+    """Merge and print the report."""
     if args.exact and (args.quantize or args.original):
         raise ConfigError(
-            f"--exact is given with {'--quantize' if args.quantize else '--original'}: an exact "
-            "merge keeps the codes of BASE. Leave one of them out."
+            f"--exact cannot be combined with {'--quantize' if args.quantize else '--original'}: "
+            "an exact merge keeps the codes of BASE. Remove one of the two."
         )
     if args.quantize and args.data is None:
         raise ConfigError(
-            "--quantize is given without --data. Name the task's JSON lines: the merged model is "
-            "calibrated on them and judged by them."
+            "--quantize needs --data: the merged model is calibrated and evaluated on the task's "
+            "JSON lines."
         )
     if not args.quantize:
-        _check_only_merging(args)
+        _check_no_quantizing_options(args)
     calibration = dataclass_from_args(CalibrationConfig, args, {"length": 512})
     resources = dataclass_from_args(ResourceConfig, args)
     from halfbyte.finetune.exact_merge import merge_exactly
@@ -110,15 +115,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_only_merging(args: argparse.Namespace) -> None:
-    """Refuse what would change nothing, as it is for quantizing; device is for merging too."""
+def _check_no_quantizing_options(args: argparse.Namespace) -> None:
+    """Refuse options that only apply to quantizing; --device applies to merging too."""
     given = [name for cls in (QuantConfig, CalibrationConfig) for name in given_values(cls, args)]
     given += [name for name in given_values(ResourceConfig, args) if name != "device"]
     given += ["resume"] if args.resume else []
     if given:
         raise ConfigError(
-            f"{', '.join(given)} is given without --quantize, and a merge in 16 bits has no use "
-            "for it. Add --quantize, or leave it out."
+            f"Options without effect: {', '.join(given)}. They only apply to quantizing: add "
+            "--quantize, or remove them."
         )
 
 
@@ -129,13 +134,13 @@ def _print_report(report: MergeReport) -> None:
     table.add_row("model", report.output)
     table.add_row(
         "KL to base plus adapter",
-        f"{report.kl_to_adapted:.4f} nats per token (the bare base: {report.kl_without:.4f})",
+        f"{report.kl_to_adapted:.4f} nats per token (the base alone: {report.kl_without:.4f})",
     )
     names = {"adapted": "base plus adapter", "merged": "in 16 bits", "quantized": "quantized"}
     for key, score in report.scores.items():
         table.add_row(
             f"{names[key]}, on the task",
-            f"{score.right:.1%} of the examples right throughout, loss {score.loss:.4f}",
+            f"{score.right:.1%} of the examples entirely right, loss {score.loss:.4f}",
         )
     console.print(table)
     if report.scores:

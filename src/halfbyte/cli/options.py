@@ -1,10 +1,9 @@
-"""Command-line options made from a config dataclass, so that each option lives once.
+"""Command-line options generated from a config dataclass, so that each is defined once.
 
-A field with ``help`` in its metadata becomes an option. Further metadata: ``flag`` (where the
-option's name is not the field's), ``choices``, ``metavar``, ``both`` (a switch with its opposite).
-Any other bool becomes a switch that turns the default over; a tuple becomes an option that may be
-given again and again. What is not given on the command line stands in no namespace, so that
-something else, such as a preset, may decide it.
+A field with ``help`` in its metadata becomes an option. Further metadata: ``flag`` (if the option
+is not named after the field), ``choices``, ``metavar`` and ``both`` (a flag with a ``--no-`` form).
+Any other bool becomes a flag that inverts the default; a tuple becomes an option that may be
+repeated. An option that is not given is absent from the namespace, so that a preset can set it.
 """
 
 from __future__ import annotations
@@ -21,26 +20,26 @@ from halfbyte.run_config import DTYPES
 
 Config = TypeVar("Config")
 
-EXACTLY = "float32 on a CPU, as stored elsewhere"
-FAST = "on a CPU bfloat16 where that is fast, else float32; as stored elsewhere"
-"""What ``--dtype auto`` comes to, for verbs that measure and for verbs that generate."""
+EXACTLY = "float32 on a CPU; as stored on other devices"
+FAST = "bfloat16 on a CPU if that is fast there, else float32; as stored on other devices"
+"""Meaning of ``--dtype auto``, for verbs that measure and for verbs that generate."""
 
 
 def add_computing_arguments(parser: argparse._ActionsContainer, *, auto: str) -> None:
-    """Add the options that say in what and where to compute.
+    """Add the options --dtype and --device.
 
     Args:
         parser: The verb's parser, or a group of it.
-        auto: What the verb takes by itself: ``EXACTLY`` or ``FAST``.
+        auto: Meaning of ``--dtype auto``: ``EXACTLY`` or ``FAST``.
     """
     parser.add_argument(
         "--dtype",
         default="auto",
         choices=DTYPES,
-        help=f"what to compute in (default: auto: {auto})",
+        help=f"dtype to compute in (default: auto: {auto})",
     )
     parser.add_argument(
-        "--device", default="auto", help="auto, cpu or cuda:N (default: %(default)s)"
+        "--device", default="auto", help="device: auto, cpu or cuda:N (default: %(default)s)"
     )
 
 
@@ -48,7 +47,7 @@ def add_dataclass_options(parser: argparse.ArgumentParser, cls: type[Any]) -> No
     """Add one option per documented field of a config dataclass.
 
     Args:
-        parser: Gets the options, as a group of their own.
+        parser: Gets the options, as a group.
         cls: A dataclass whose fields carry ``help`` in their metadata.
     """
     group = parser.add_argument_group(_group_title(cls))
@@ -61,37 +60,37 @@ def add_dataclass_options(parser: argparse.ArgumentParser, cls: type[Any]) -> No
 def dataclass_from_args(
     cls: type[Config], args: argparse.Namespace, preset: Mapping[str, Any] | None = None
 ) -> Config:
-    """Make the config that the command line describes.
+    """Make a config from the command line.
 
     Args:
         cls: The dataclass given to :func:`add_dataclass_options`.
-        args: What the parser returned.
-        preset: Settings that hold where the command line gives no others.
+        args: The parsed options.
+        preset: Values for the options that are not given.
 
     Returns:
-        The config, which has checked itself: a value out of range is its ConfigError.
+        The config; it validates itself and raises ConfigError for a value out of range.
     """
     return cls(**{**(preset or {}), **given_values(cls, args)})
 
 
 def given_values(cls: type[Any], args: argparse.Namespace) -> dict[str, Any]:
-    """Give what the command line says of a config, and nothing else.
+    """Return the config fields that the command line sets.
 
     Args:
         cls: The dataclass given to :func:`add_dataclass_options`.
-        args: What the parser returned.
+        args: The parsed options.
 
     Returns:
         Values by field.
     """
     names = [option.name for option in _option_fields(cls)]
     given = {name: getattr(args, name) for name in names if hasattr(args, name)}
-    # An option that may repeat comes as a list; the config is frozen all the way down.
+    # A repeatable option arrives as a list; the frozen config holds tuples.
     return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
 
 
 def _group_title(cls: type[Any]) -> str:
-    """Give the first part of the class's docstring: "how weights are rounded"."""
+    """Return the beginning of the class's docstring, such as "how weights are rounded"."""
     title = (cls.__doc__ or cls.__name__).partition(".")[0].partition(",")[0]
     return title[:1].lower() + title[1:]
 
@@ -101,7 +100,7 @@ def _option_fields(cls: type[Any]) -> list[Field[Any]]:
 
 
 def _argument(option: Field[Any], hint: Any) -> dict[str, Any]:
-    """Give the keywords for ``add_argument``."""
+    """Return the keyword arguments for ``add_argument``."""
     help_text = option.metadata["help"].replace("%", "%%")
     keywords: dict[str, Any] = {"help": help_text, "default": argparse.SUPPRESS}
     if hint is bool:
@@ -121,7 +120,7 @@ def _argument(option: Field[Any], hint: Any) -> dict[str, Any]:
 
 
 def _converter(hint: Any) -> Callable[[str], Any]:
-    """Give the function that reads one value from the command line."""
+    """Return the function that parses one value of the command line."""
     if isinstance(hint, types.UnionType):
         hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
     parse: Callable[[str], Any] = getattr(hint, "parse", hint)

@@ -1,7 +1,7 @@
-"""Where text leaves the program: results to stdout, everything about the run to stderr.
+"""Console output: results go to stdout, progress and messages to stderr.
 
-Both consoles take text literally (no markup, no emoji), so that a path or a tensor shape in square
-brackets comes out as it is; styles are given with ``style=``.
+Both consoles print text literally (no markup, no emoji), so that a path or a tensor shape in square
+brackets stays unchanged; styles are given with ``style=``.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from halfbyte.jsonable import plain_values
+from halfbyte.jsonable import to_jsonable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 PLAIN_WIDTH = 160
-"""Columns for tables where the output is a file or a pipe, which has no width of its own."""
+"""Columns of tables that are written to a file or a pipe, which has no width."""
 
 
 def make_console(*, stderr: bool = False) -> Console:
-    """Make a console that is plain and wide where it does not write to a terminal.
+    """Make a console; its output is plain and wide if it is not a terminal.
 
     Args:
         stderr: Write to stderr instead of stdout.
@@ -40,7 +40,7 @@ err_console = make_console(stderr=True)
 
 
 def make_bars() -> Progress:
-    """Make bars of steps done, shown on stderr while that is a terminal."""
+    """Make a progress bar on stderr, which is hidden if that is not a terminal."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -50,7 +50,7 @@ def make_bars() -> Progress:
     )
     from transformers.utils import logging
 
-    # Its bar for reading a file would come in between.
+    # Transformers' own bar for loading files would interfere.
     logging.disable_progress_bar()
     return Progress(
         TextColumn("{task.description}"),
@@ -64,10 +64,10 @@ def make_bars() -> Progress:
 
 
 def print_json(value: Any) -> None:
-    """Print a value as indented JSON, for programs to read.
+    """Print a value as indented JSON.
 
     Args:
-        value: Plain values, dataclasses (by ``to_dict`` where they have one) and paths, nested at
-            will. Numbers that JSON does not know (infinity, not-a-number) become null.
+        value: Plain values, dataclasses (through ``to_dict`` if they have it) and paths, nested at
+            will. Infinity and NaN become null.
     """
-    sys.stdout.write(json.dumps(plain_values(value), indent=2) + "\n")
+    sys.stdout.write(json.dumps(to_jsonable(value), indent=2) + "\n")

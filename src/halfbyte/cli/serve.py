@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from halfbyte.serve.assembly import Service
     from halfbyte.serve.routing.attempt import Route
 
-HELP = "serve a model, or guard others', by OpenAI's interface"
+HELP = "serve a model with an OpenAI-compatible API, or act as a gateway for other servers"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model",
         nargs="?",
         metavar="MODEL",
-        help="folder of a model, GPTQ or not, or store:NAME@ALIAS; left out with --upstream",
+        help="folder of a model, quantized or not, or store:NAME@ALIAS; omit it with --upstream",
     )
     add_dataclass_options(parser, ServeConfig)
     add_dataclass_options(parser, EngineConfig)
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Load, listen, answer, until a signal says stop."""
+    """Load the model and serve until a signal stops the server."""
     config = dataclass_from_args(ServeConfig, args)
     engine = dataclass_from_args(EngineConfig, args)
     quality = dataclass_from_args(QualityConfig, args)
@@ -48,10 +48,10 @@ def run(args: argparse.Namespace) -> int:
         from halfbyte.serve.running import bind, run_server
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    for quiet in ("httpx2", "httpcore2", "uvicorn", "aiobotocore"):
-        logging.getLogger(quiet).setLevel(logging.WARNING)
+    for noisy in ("httpx2", "httpcore2", "uvicorn", "aiobotocore"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
     keys = read_keys(config)
-    # Before the model: its minutes are not spent where the port is taken.
+    # Before the model is loaded, which may take minutes: the port may be in use.
     with bind(config.host, config.port) as bound:
         service = open_service(args.model, config, engine, quality, keys)
         asyncio.run(
@@ -68,28 +68,28 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _name(route: Route) -> str:
-    """Say which models answer, once their server has told, and where."""
+    """Return the models of a route, if its server has reported them, and where they run."""
     models = ", ".join(route.backend.models)
     return f"{models} at {route.name}" if models not in ("", route.name) else route.name
 
 
 def _announce(service: Service, bound: socket.socket) -> None:
-    """Say once where the server is and what it gives."""
+    """Print the server's address and what it serves."""
     config = service.gateway.config
     host, port = bound.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     keys = len(service.gateway.keys.hashes)
-    who = f"{keys} API key{'s' if keys > 1 else ''}" if keys else "no API keys: this machine only"
-    models = ", ".join(service.gateway.models) or "no model yet"
-    here = f"http://{shown}:{port}"
-    err_console.print(
-        f"Serving {models} at {here}/v1, dashboard at {here}/dashboard", soft_wrap=True
+    access = (
+        f"{keys} API key{'s' if keys > 1 else ''}" if keys else "no API keys: this machine only"
     )
+    models = ", ".join(service.gateway.models) or "no model yet"
+    url = f"http://{shown}:{port}"
+    err_console.print(f"Serving {models} at {url}/v1, dashboard at {url}/dashboard", soft_wrap=True)
     others = [f"{route.role}: {_name(route)}" for route in service.quality.router.routes[1:]]
     for line in (
         service.description,
         *others,
-        f"{who}; {config.most_requests} requests at once, {config.request_seconds:g} s each at "
-        "most; Ctrl-C finishes what runs, and ends",
+        f"{access}; at most {config.max_requests} requests at once, {config.request_timeout:g} s "
+        "each; Ctrl-C finishes running requests and stops",
     ):
         err_console.print(line, soft_wrap=True, style="dim")

@@ -1,4 +1,4 @@
-"""`halfbyte serve calibrate`: from a comparison, how unsure an answer must be to fall back."""
+"""The verb `serve calibrate`: chooses the confidence threshold for a fallback."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from halfbyte.judge.statistics import Interval
     from halfbyte.serve.calibrate import Calibration
 
-HELP = "choose from a comparison how unsure an answer must be for a larger model to be asked"
+HELP = "choose the confidence threshold below which a request falls back to a larger model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,41 +28,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="FILE",
-        help="JSON for `halfbyte serve --confidence` (default: only the table)",
+        help="JSON file for `halfbyte serve --confidence` (default: only print the table)",
     )
     parser.add_argument(
         "--share",
         type=float,
         default=0.1,
         metavar="SHARE",
-        help="of the requests that may go to the larger model (default: 0.1)",
+        help="maximum share of the requests that fall back to the larger model (default: 0.1)",
     )
     parser.add_argument(
         "--statistic",
         choices=STATISTICS,
         default=STATISTICS[0],
-        help="what tells how sure the model is (default: mean_logprob)",
+        help="how confidence is measured (default: mean_logprob)",
     )
     parser.add_argument(
         "--first-tokens",
         type=int,
         metavar="N",
-        help="only so many tokens count, which is what a streamed answer is held back for "
-        "(default: the whole answer, which helps answers that are not streamed)",
+        help="use only the first N tokens, as needed for streamed answers, of which only the "
+        "beginning is buffered (default: the whole answer; for answers that are not streamed)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Choose, write the file, print the table.
+    """Choose the threshold, write the file, print the table.
 
     Args:
-        args: From the parser.
+        args: The parsed arguments.
 
     Returns:
         0.
 
     Raises:
-        ConfigError: The report or an option cannot be used.
+        ConfigError: The report or an option is invalid.
     """
     import json
 
@@ -74,45 +74,46 @@ def run(args: argparse.Namespace) -> int:
     if args.first_tokens is not None and args.first_tokens < 1:
         raise ConfigError(f"first_tokens is {args.first_tokens}; it must be 1 or more.")
     items = read_judged(args.report, args.statistic, args.first_tokens)
-    found = calibrate(
+    result = calibrate(
         items, statistic=args.statistic, first_tokens=args.first_tokens, share=args.share
     )
     if args.output is not None:
-        text = json.dumps(found.to_dict(), indent=2) + "\n"
+        text = json.dumps(result.to_dict(), indent=2) + "\n"
         write_atomically(args.output, [text.encode()])
-    _print_table(found)
+    _print_table(result)
     if args.output is not None:
-        console.print(f"wrote {args.output}", soft_wrap=True)
+        console.print(f"Wrote {args.output}", soft_wrap=True)
     return 0
 
 
-def _print_table(found: Calibration) -> None:
+def _print_table(result: Calibration) -> None:
     from rich.table import Table
 
     from halfbyte.cli.output import console
 
     console.print(
-        f"{found.num_items} answers: right {_percent(found.candidate_accuracy)} by the served "
-        f"model, {_percent(found.base_accuracy)} by the larger one.",
+        f"{result.num_items} answers: the served model is right in "
+        f"{_percent(result.candidate_accuracy)}, the larger one in "
+        f"{_percent(result.base_accuracy)}.",
         soft_wrap=True,
     )
-    table = Table(title=f"Falling back by {found.confidence.statistic}")
+    table = Table(title=f"Fallback by {result.confidence.statistic}")
     for heading in ("threshold", "falls back", "accuracy", "gain, points", "over chance"):
         table.add_column(heading, justify="right")
-    for one in found.choices:
-        mark = "> " if one is found.chosen else ""
+    for choice in result.choices:
+        mark = "> " if choice is result.chosen else ""
         table.add_row(
-            f"{mark}{one.threshold:.4f}",
-            _percent(one.share),
-            _percent(one.accuracy),
-            _points(one.gain, one.gain_interval),
-            _points(one.over_chance, one.over_chance_interval),
+            f"{mark}{choice.threshold:.4f}",
+            _percent(choice.share),
+            _percent(choice.accuracy),
+            _points(choice.gain, choice.gain_interval),
+            _points(choice.over_chance, choice.over_chance_interval),
         )
     console.print(table)
-    if not found.tells:
+    if not result.is_better_than_chance:
         console.print(
-            "Here low confidence does not find wrong answers better than chance, as far as these "
-            "items tell. Compare on more, or leave --confidence out.",
+            "On these items, low confidence does not find wrong answers significantly better than "
+            "chance. Compare on more items, or do not use --confidence.",
             soft_wrap=True,
         )
 

@@ -1,4 +1,4 @@
-"""`halfbyte store`: versions of quantized models, which one is in use, and how that came to be."""
+"""The verb `store`: keep versions of quantized models, and record which one is in use."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from halfbyte.store.log import Entry
     from halfbyte.store.store import Store
 
-HELP = "keep versions of quantized models: add, compare, promote, roll back"
+HELP = "keep versions of quantized models: add, judge, promote, roll back"
 REFERENCE = "NAME, NAME@ALIAS or NAME@VERSION"
 VERDICT_FILE = "report.json of `compare`, or JSON with a key 'verdict'"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the verb's actions."""
+    """Add the subcommands and their options."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     _add_version_actions(actions)
     _add_alias_actions(actions)
@@ -39,31 +39,37 @@ def _add_version_actions(actions: Any) -> None:
     add = _action(actions, "add", "add a folder as a version")
     add.add_argument("folder", type=Path, metavar="FOLDER", help="a quantized model")
     add.add_argument("--name", required=True, help="the model's name in the store")
-    add.add_argument("--base-id", metavar="ID", help="of the base model (default: model card)")
-    add.add_argument("--base-revision", metavar="REV", help="of the base model")
-    add.add_argument("--base", type=Path, metavar="FOLDER", help="base model, for its digest")
     add.add_argument(
-        "--like", metavar="VERSION", help="this is a conversion of it: same base and recipe"
+        "--base-id", metavar="ID", help="name of the base model (default: from the model card)"
+    )
+    add.add_argument("--base-revision", metavar="REV", help="revision of the base model")
+    add.add_argument(
+        "--base", type=Path, metavar="FOLDER", help="folder of the base model, to record its digest"
+    )
+    add.add_argument(
+        "--like",
+        metavar="VERSION",
+        help="version that this is a conversion of: same base and recipe",
     )
     add.add_argument("--verdict", type=Path, metavar="FILE", help=VERDICT_FILE)
     show_all = _action(actions, "list", "list models, or the versions of one")
     show_all.add_argument("name", nargs="?", metavar="NAME", help="a model (default: all)")
-    show = _action(actions, "show", "what a version is made of, and the log of its name")
+    show = _action(actions, "show", "show the files, base, recipe, verdict and log of a version")
     show.add_argument("reference", metavar="VERSION", help=REFERENCE)
-    diff = _action(actions, "diff", "in what two versions differ")
+    diff = _action(actions, "diff", "show the differences between two versions")
     diff.add_argument("reference", metavar="BEFORE", help=REFERENCE)
     diff.add_argument("other", metavar="AFTER", help=REFERENCE)
-    verify = _action(actions, "verify", "compare every byte with its digest")
+    verify = _action(actions, "verify", "check every file against its digest")
     verify.add_argument(
         "reference", nargs="?", metavar="VERSION", help=f"{REFERENCE} (default: all)"
     )
     verify.add_argument("--public-key", type=Path, metavar="PEM", help="also check the signature")
-    get = _action(actions, "get", "copy a version into a folder, verified")
+    get = _action(actions, "get", "copy a version into a folder, and verify it")
     get.add_argument("reference", metavar="VERSION", help=REFERENCE)
     get.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="new folder")
     bom = _action(actions, "bom", "print a CycloneDX bill of materials")
     bom.add_argument("reference", metavar="VERSION", help=REFERENCE)
-    sign = _action(actions, "sign", "sign a version with a key that stays offline")
+    sign = _action(actions, "sign", "sign a version with a private key, which is not stored")
     sign.add_argument("reference", metavar="VERSION", help=REFERENCE)
     sign.add_argument("--private-key", type=Path, required=True, metavar="PEM", help="EC key")
 
@@ -72,36 +78,50 @@ def _add_alias_actions(actions: Any) -> None:
     judge = _action(actions, "judge", "attach a comparison's verdict to a version")
     judge.add_argument("reference", metavar="VERSION", help=REFERENCE)
     judge.add_argument("--verdict", type=Path, required=True, metavar="FILE", help=VERDICT_FILE)
-    promote = _action(actions, "promote", "let an alias point to a version")
+    promote = _action(actions, "promote", "point an alias to a version")
     promote.add_argument("reference", metavar="VERSION", help=REFERENCE)
-    promote.add_argument("--to", default="champion", metavar="ALIAS", help="(default: champion)")
     promote.add_argument(
-        "--force", metavar="REASON", help="without a passing verdict; goes into the log"
+        "--to", default="champion", metavar="ALIAS", help="the alias (default: champion)"
     )
-    rollback = _action(actions, "rollback", "let an alias point to what it pointed to before")
+    promote.add_argument(
+        "--force", metavar="REASON", help="promote without a passing verdict; the reason is logged"
+    )
+    rollback = _action(actions, "rollback", "point an alias back to its previous version")
     rollback.add_argument("name", metavar="NAME", help="the model, or NAME@ALIAS")
-    rollback.add_argument("--alias", help="which alias (default: champion)")
-    rollback.add_argument("--reason", help="for the log")
-    collect = _action(actions, "gc", "remove versions that no alias needs, and what is left over")
-    collect.add_argument(
-        "--keep", type=int, default=3, metavar="N", help="newest versions (default: 3)"
+    rollback.add_argument("--alias", help="the alias (default: champion)")
+    rollback.add_argument("--reason", help="reason for the log")
+    collect = _action(
+        actions, "gc", "garbage collection: remove versions that no alias needs, and unused files"
     )
-    collect.add_argument("--nobody-writes", action="store_true", help="for a bucket: you made sure")
+    collect.add_argument(
+        "--keep",
+        type=int,
+        default=3,
+        metavar="N",
+        help="newest versions of each model to keep (default: 3)",
+    )
+    collect.add_argument(
+        "--no-other-writers",
+        action="store_true",
+        help="for a bucket: confirm that no other process writes",
+    )
 
 
 def _add_hub_actions(actions: Any) -> None:
-    push = _action(actions, "push", "upload a version to the Hugging Face Hub")
+    push = _action(actions, "push", "upload a version and its verdict to the Hugging Face Hub")
     push.add_argument("reference", metavar="VERSION", help=REFERENCE)
     push.add_argument("repository", metavar="OWNER/NAME", help="repository on the Hub")
     push.add_argument("--public", action="store_true", help="make a new repository public")
     push.add_argument(
-        "--replace", action="store_true", help="delete what a repository holds beside versions"
+        "--replace", action="store_true", help="push even if files that no store pushed are deleted"
     )
     pull = _action(actions, "pull", "download a version that was pushed, and verify it")
     pull.add_argument("repository", metavar="OWNER/NAME", help="repository on the Hub")
     pull.add_argument("--revision", metavar="REV", help="commit, branch or tag")
     for action in (push, pull):
-        action.add_argument("--endpoint", metavar="URL", help="another address than the Hub's")
+        action.add_argument(
+            "--endpoint", metavar="URL", help="address of another server than the Hub"
+        )
 
 
 def _action(actions: Any, name: str, text: str) -> argparse.ArgumentParser:
@@ -112,7 +132,7 @@ def _action(actions: Any, name: str, text: str) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do the action, print, and give the exit code.
+    """Run the subcommand, print its result, and return the exit code.
 
     Args:
         args: From the parser.
@@ -121,19 +141,19 @@ def run(args: argparse.Namespace) -> int:
         0.
 
     Raises:
-        ConfigError: No store is named.
-        StoreError: There is none at that place, and the action does not make one.
+        ConfigError: No store is given.
+        StoreError: The store does not exist, and the subcommand does not create one.
     """
     place = args.store or read_variable(STORE)
     if not place:
-        raise ConfigError(f"No store is named. Give --store, or set {STORE.name}.")
+        raise ConfigError(f"No store is given. Use --store, or set {STORE.name}.")
     from halfbyte.cli.output import console, print_json
     from halfbyte.store.store import Store
 
     store = Store(place)
-    if args.action not in MAKES_STORE and not store.backend.is_there():
+    if args.action not in CREATES_STORE and not store.backend.is_there():
         raise StoreError(
-            f"There is no store {place}. Check --store and {STORE.name}; `store add` makes one."
+            f"There is no store {place}. Check --store and {STORE.name}; `store add` creates one."
         )
     result, lines = ACTIONS[args.action](store, args)
     if args.json or args.action == "bom":
@@ -145,7 +165,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 Outcome = tuple[Any, list[str]]
-"""What goes out as JSON, and the lines for people."""
+"""The value to print as JSON, and the lines to print otherwise."""
 
 
 def _add(store: Store, args: argparse.Namespace) -> Outcome:
@@ -181,13 +201,22 @@ def _list(store: Store, args: argparse.Namespace) -> Outcome:
 
 
 def _describe_version(store: Store, name: str, version: str) -> list[str]:
-    """Say when a version was made, its size and verdict; one that cannot be read hides no other."""
+    """Return date, size and verdict; an unreadable version does not stop the list."""
     try:
         manifest = store.manifest(version)
-        verdict = store.verdict(name, version) or "no verdict"
+        verdict = _describe_verdict(store, name, version) or "no verdict"
     except StoreError as error:
         return [f"cannot be read: {error}"]
     return [manifest.created, format_bytes(manifest.num_bytes), verdict]
+
+
+def _describe_verdict(store: Store, name: str, version: str) -> str | None:
+    """Return this store's verdict, else the one that came with a pulled version."""
+    verdict = store.verdict(name, version)
+    elsewhere = store.history(name).verdict_elsewhere(version)
+    if verdict is None and elsewhere is not None:
+        return f"not judged here (elsewhere: {elsewhere})"
+    return verdict
 
 
 def _show(store: Store, args: argparse.Namespace) -> Outcome:
@@ -201,7 +230,7 @@ def _show(store: Store, args: argparse.Namespace) -> Outcome:
         f"base     {base.id or 'unknown'}, revision {base.revision or 'unknown'}, digest "
         f"{(base.digest or 'unknown')[:12]}",
         f"recipe   {', '.join(f'{key} {value}' for key, value in manifest.recipe.items())}",
-        f"verdict  {store.verdict(name, version) or 'none'}",
+        f"verdict  {_describe_verdict(store, name, version) or 'none'}",
         *(
             f"file     {r.sha256[:12]}  {format_bytes(r.bytes):>9}  {p}"
             for p, r in manifest.files.items()
@@ -216,11 +245,14 @@ def _show(store: Store, args: argparse.Namespace) -> Outcome:
 
 
 def _describe_event(entry: Entry) -> str:
-    """Say what happened: which alias moved, which verdict was given of what, what was pulled."""
-    said = entry.details
-    judged = [said["verdict"], "of", said["of"]] if "of" in said else []
-    origin = ["from", said["from"]] if "from" in said else []
-    return " ".join([entry.event, *filter(None, [entry.alias]), *judged, *origin])
+    """Describe a log entry: the alias that moved, the verdict given, where a version came from."""
+    from halfbyte.store.log import ELSEWHERE, ORIGIN
+
+    details = entry.details
+    judged = [details["verdict"], "of", details["of"]] if "of" in details else []
+    origin = ["from", details[ORIGIN]] if ORIGIN in details else []
+    elsewhere = [f"(judged {details[ELSEWHERE]} there)"] if ELSEWHERE in details else []
+    return " ".join([entry.event, *filter(None, [entry.alias]), *judged, *origin, *elsewhere])
 
 
 def _diff(store: Store, args: argparse.Namespace) -> Outcome:
@@ -244,7 +276,7 @@ def _diff(store: Store, args: argparse.Namespace) -> Outcome:
 
 
 def _describe_change(path: str, before: int | None, after: int | None) -> str:
-    """Say what became of a file: one of the same size has other bytes."""
+    """Describe how a file changed; the content may change while the size stays the same."""
     if before is None or after is None:
         kind = "new" if before is None else "gone"
         return f"{kind:8} {path}, {format_bytes(before or after or 0)}"
@@ -254,18 +286,18 @@ def _describe_change(path: str, before: int | None, after: int | None) -> str:
 
 def _verify(store: Store, args: argparse.Namespace) -> Outcome:
     if args.public_key and args.reference is None:
-        raise ConfigError("--public-key checks the signature of one version: name it.")
+        raise ConfigError("--public-key checks the signature of one version. Name the version.")
     reference = args.reference and "@".join(store.resolve(args.reference))
     versions = store.verify(reference)
     if not versions:
         raise StoreError(f"There is nothing to verify: {store.backend.place} has no versions.")
-    are = "version is as it was" if len(versions) == 1 else "versions are as they were"
-    lines = [f"{len(versions)} {are} added, byte for byte"]
+    count = f"{len(versions)} version{'' if len(versions) == 1 else 's'}"
+    lines = [f"{count} verified, byte for byte"]
     if args.public_key:
         from halfbyte.store.signing import verify_signature
 
         verify_signature(store, reference, args.public_key)
-        lines.append(f"the signature holds for {args.public_key}")
+        lines.append(f"the signature is valid for {args.public_key}")
     return {"verified": versions}, lines
 
 
@@ -310,10 +342,10 @@ def _rollback(store: Store, args: argparse.Namespace) -> Outcome:
 def _collect(store: Store, args: argparse.Namespace) -> Outcome:
     from halfbyte.store.garbage import collect_garbage
 
-    found = collect_garbage(store, keep=args.keep, nobody_writes=args.nobody_writes)
+    found = collect_garbage(store, keep=args.keep, no_other_writers=args.no_other_writers)
     versions = f"{len(found.versions)} version{'' if len(found.versions) == 1 else 's'}"
     files = f"{found.blobs} file{'' if found.blobs == 1 else 's'}"
-    line = f"removed {versions} and {files} of no other version, {format_bytes(found.num_bytes)}"
+    line = f"removed {versions} and {files} ({format_bytes(found.num_bytes)})"
     return found, [line]
 
 
@@ -335,10 +367,12 @@ def _pull(store: Store, args: argparse.Namespace) -> Outcome:
     from halfbyte.store.hub import pull
 
     manifest = pull(store, args.repository, revision=args.revision, endpoint=args.endpoint)
-    return {"version": manifest.version}, [f"{manifest.name}@{manifest.version[:12]}, verified"]
+    name, version = manifest.name, manifest.version
+    verdict = _describe_verdict(store, name, version) or "no verdict"
+    return {"version": version}, [f"{name}@{version[:12]}, verified; {verdict}"]
 
 
-MAKES_STORE = ("add", "pull")
+CREATES_STORE = ("add", "pull")
 ACTIONS: dict[str, Callable[[Any, argparse.Namespace], Outcome]] = {
     "add": _add,
     "list": _list,

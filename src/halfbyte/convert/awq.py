@@ -1,12 +1,12 @@
-"""AWQ in its GEMM form: codes packed along ``out``, in an order that suits its kernels.
+"""AWQ in the GEMM version: codes packed along ``out``, interleaved for its kernels.
 
 ::
 
     <module>.qweight  int32 [in, out / 8]      nibble i of word c: output 8 * c + ORDER[i]
-    <module>.qzeros   int32 [groups, out / 8]  in the same order, as they are
+    <module>.qzeros   int32 [groups, out / 8]  zeros in the same order
     <module>.scales   fp16  [groups, out]
 
-Four bits only, one group size for the whole model, zeros anywhere from 0 to 15.
+Only four bits, one group size for the whole model, zeros from 0 to 15.
 
 Source:
     AutoAWQ ``awq/modules/linear/gemm.py`` (``order_map``) and ``utils/packing_utils.py``; vLLM
@@ -30,12 +30,12 @@ from halfbyte.checkpoint.shards import TensorFiles
 from halfbyte.checkpoint.write import TensorSpec
 from halfbyte.convert.bit_order import ORDER, from_awq, to_awq
 from halfbyte.convert.coded_linear import FREE_MINIMA, CodedLinear, CodedSpec
-from halfbyte.convert.hints import HINT_KEY, describe_hints, read_hints, restore
+from halfbyte.convert.hints import HINT_KEY, format_hints, read_hints, restore_groups
 from halfbyte.convert.source import (
     FolderSource,
     check_finite,
     check_shape,
-    need,
+    require_matrices,
     view_tensors,
 )
 from halfbyte.errors import CheckpointError
@@ -70,45 +70,46 @@ def pack_outputs(values: Tensor) -> Tensor:
 
 
 def unpack_outputs(words: Tensor) -> Tensor:
-    """Undo :func:`pack_outputs`: int32 [n, out / 8] into uint8 [out, n]."""
-    turned = words.t().contiguous()
+    """Invert :func:`pack_outputs`: int32 [n, out / 8] to uint8 [out, n]."""
+    transposed = words.t().contiguous()
     values = torch.empty((words.shape[1], 8, words.shape[0]), dtype=torch.uint8)
     for place, output in enumerate(ORDER):
-        values[:, output] = (turned >> (BITS * place)) & 15
+        values[:, output] = (transposed >> (BITS * place)) & 15
     return values.view(-1, words.shape[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AwqSource(FolderSource):
-    """An AWQ checkpoint of the GEMM form."""
+    """An AWQ checkpoint of the GEMM version."""
 
     hints: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """By module: bits and group size that it had in another format, where the file says so."""
+    """Original bits and group size by module, from the notes of a halfbyte conversion."""
     format: str = "awq"
 
     @classmethod
     def open(
         cls, folder: Path, labels: Mapping[str, Any], model_config: Mapping[str, Any]
     ) -> AwqSource:
-        """Check labels and shapes; no tensor is read.
+        """Open a checkpoint and validate its config and shapes; no tensor is read.
 
         Args:
             folder: The checkpoint.
-            labels: Its quantization section.
-            model_config: ``config.json`` without it.
+            labels: Its quantization config.
+            model_config: ``config.json`` without the quantization config.
 
         Returns:
             The source.
 
         Raises:
-            CheckpointError: It is of another form than GEMM, or a shape does not fit.
+            CheckpointError: It is not of the GEMM version, or a shape is inconsistent.
         """
         version = str(labels.get("version", labels.get("format", "gemm"))).lower()
         bits = labels.get("bits", labels.get("w_bit", BITS))
         if version != "gemm" or bits != BITS:
             raise CheckpointError(
                 f"Cannot read {folder}: it is AWQ of version '{version}' with {bits} bits; only "
-                "'gemm' with 4 bits is read. Save it in that form with the tool that made it."
+                "'gemm' with 4 bits is supported. Save it in that version with the tool that made "
+                "it."
             )
         files = TensorFiles.open(folder)
         view = view_tensors(files, "qweight", _TENSORS, "AWQ")
@@ -120,18 +121,18 @@ class AwqSource(FolderSource):
         return cls(folder=folder, view=view, model_config=model_config, hints=hints)
 
     def describe(self, name: str) -> CodedSpec:
-        """Give a linear's facts; its codes are read only if it had other bits before."""
+        """Describe a linear; its codes are read only if it originally had other bits."""
         hint = self.hints.get(name)
         if hint is not None and hint[0] != BITS:
             return self.load_linear(name).describe()
         parts = self.view.parts[name]
         inputs, words = parts["qweight"].shape
-        unread = torch.empty(words * PER_WORD, inputs // PER_WORD, device="meta")
-        found = self._assemble(name, self.view.load(name, ("scales", "qzeros")), unread)
-        return replace(found.describe(), bias=parts.get("bias"))
+        placeholder = torch.empty(words * PER_WORD, inputs // PER_WORD, device="meta")
+        linear = self._assemble(name, self.view.load(name, ("scales", "qzeros")), placeholder)
+        return replace(linear.describe(), bias=parts.get("bias"))
 
     def load_linear(self, name: str) -> CodedLinear:
-        """Read one coded linear, as it was before it became AWQ where the file tells."""
+        """Read one quantized linear, with its original bits and groups if the file notes them."""
         tensors = self.view.load(name, tuple(_TENSORS))
         return self._assemble(name, tensors, from_awq(tensors["qweight"]).t())
 
@@ -148,11 +149,11 @@ class AwqSource(FolderSource):
             g_idx=None,
             bias=tensors.get("bias"),
         )
-        return restore(linear, *self.hints[name]) if name in self.hints else linear
+        return restore_groups(linear, *self.hints[name]) if name in self.hints else linear
 
 
 def _check_parts(name: str, parts: Mapping[str, TensorSpec]) -> None:
-    need(name, parts, ("qweight", "qzeros", "scales"))
+    require_matrices(name, parts, ("qweight", "qzeros", "scales"))
     in_features, words = parts["qweight"].shape
     groups = parts["scales"].shape[0]
     check_shape(f"{name}.scales", parts["scales"], (groups, words * 8))
@@ -161,55 +162,55 @@ def _check_parts(name: str, parts: Mapping[str, TensorSpec]) -> None:
         check_shape(f"{name}.bias", parts["bias"], (words * 8,))
     if in_features % groups or in_features % 8:
         raise CheckpointError(
-            f"{name}.scales has {groups} groups for {in_features} inputs; equal groups and a "
-            "multiple of 8 are needed. The file is damaged; download it again."
+            f"{name}.scales has {groups} groups for {in_features} inputs; groups of equal size and "
+            "a multiple of 8 inputs are needed. The file is damaged; download it again."
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AwqTarget:
-    """Writes the GEMM form, with one group size for the whole model."""
+    """The AWQ GEMM version, with one group size for the whole model."""
 
     group_size: int
     format: str = "awq"
 
     @classmethod
-    def fit(cls, specs: Mapping[str, CodedSpec]) -> AwqTarget:
-        """Choose the largest group size that no group of any linear straddles."""
-        even = math.gcd(*(spec.even_group for spec in specs.values() if _is_codable(spec)))
+    def from_specs(cls, specs: Mapping[str, CodedSpec]) -> AwqTarget:
+        """Choose the largest group size into which the groups of all linears can be split."""
+        even = math.gcd(*(spec.even_group for spec in specs.values() if _is_encodable(spec)))
         return cls(group_size=next((size for size in GROUP_SIZES if even % size == 0), even))
 
     def metadata(self, coded: Mapping[str, CodedSpec]) -> dict[str, str]:
-        """Note whose groups are cut, for the way back; fewer bits come back as four."""
-        cut = {
+        """Note the linears whose groups are split, so that converting back restores them."""
+        split = {
             name: spec
             for name, spec in coded.items()
             if spec.bits == BITS and spec.group_size != self.group_size
         }
-        return {"format": "pt"} | ({HINT_KEY: describe_hints(cut)} if cut else {})
+        return {"format": "pt"} | ({HINT_KEY: format_hints(split)} if split else {})
 
     def find_obstacle(self, spec: CodedSpec) -> str | None:
-        """Say why a linear cannot be held exactly; None where it can."""
+        """Explain why a linear cannot be represented exactly; None if it can."""
         if spec.has_free_minima:
             return FREE_MINIMA
         if spec.bits > BITS:
-            return f"{spec.bits} bits; AWQ holds 4"
+            return f"{spec.bits} bits; AWQ has 4"
         if not spec.is_ordered:
-            return "groups in the order of activations (desc_act); AWQ has no g_idx"
+            return "act-order (desc_act); AWQ has no g_idx"
         if not spec.scales_fit_half:
-            return "a scale that fp16 cannot hold"
+            return "a scale that fp16 cannot represent"
         if spec.out_features % 8:
-            return f"{spec.out_features} outputs, which is no multiple of 8"
+            return f"{spec.out_features} outputs, which is not a multiple of 8"
         if self.group_size not in GROUP_SIZES:
-            return f"groups of {spec.group_size}; AWQ's readers take equal groups of {GROUP_SIZES}"
+            return f"groups of {spec.group_size}; AWQ's kernels need equal groups of {GROUP_SIZES}"
         return None
 
     def find_rounding(self, spec: CodedSpec) -> str | None:
-        """Give None: what is not exact here has no better form than 16 bits."""
+        """Return None: the format has no approximate representation."""
         return None
 
-    def announce(self, spec: CodedSpec) -> dict[str, TensorSpec]:
-        """Give the tensors that a linear will be, by suffix."""
+    def list_tensors(self, spec: CodedSpec) -> dict[str, TensorSpec]:
+        """List the tensors of an encoded linear, by suffix."""
         out, groups = spec.out_features, spec.in_features // self.group_size
         tensors = {
             "qweight": TensorSpec(dtype=torch.int32, shape=(spec.in_features, out // 8)),
@@ -218,8 +219,8 @@ class AwqTarget:
         }
         return tensors if spec.bias is None else {**tensors, "bias": spec.bias}
 
-    def spell(self, linear: CodedLinear) -> dict[str, Tensor]:
-        """Make them."""
+    def encode(self, linear: CodedLinear) -> dict[str, Tensor]:
+        """Encode a linear as these tensors."""
         linear = linear.widen(BITS).split_groups(self.group_size)
         tensors = {
             "qweight": to_awq(linear.words_in_columns()),
@@ -229,7 +230,7 @@ class AwqTarget:
         return tensors if linear.bias is None else {**tensors, "bias": linear.bias}
 
     def decode(self, tensors: Mapping[str, Tensor], spec: CodedSpec) -> CodedLinear:
-        """Read a linear back."""
+        """Decode a linear from its tensors."""
         return CodedLinear(
             words=from_awq(tensors["qweight"]).t(),
             scales=tensors["scales"].t(),
@@ -240,10 +241,10 @@ class AwqTarget:
             bias=tensors.get("bias"),
         )
 
-    def label(
+    def make_config(
         self, coded: Mapping[str, CodedSpec], dense: list[str], model_config: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Give the whole ``config.json``."""
+        """Make the content of ``config.json``."""
         section = {
             "quant_method": "awq",
             "version": "gemm",
@@ -255,5 +256,5 @@ class AwqTarget:
         return {**model_config, CONFIG_SECTION: section}
 
 
-def _is_codable(spec: CodedSpec) -> bool:
+def _is_encodable(spec: CodedSpec) -> bool:
     return spec.bits <= BITS and spec.is_ordered and not spec.has_free_minima

@@ -1,4 +1,4 @@
-"""The README of a converted folder: the source's front matter, and what was converted."""
+"""The README of a converted model: the source's front matter, and what was converted."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ CARRIED_KEYS = (
     "license", "license_name", "license_link", "language", "base_model", "base_model_relation",
     "pipeline_tag",
 )  # fmt: skip
-"""Of the source's front matter: they hold for every spelling of the same codes."""
+"""Keys of the source's front matter that remain valid after a conversion."""
 
 
 def write_card(source: Path | None, output: Path, text: str, tag: str) -> None:
     """Write the README of a converted folder.
 
     Args:
-        source: The source's folder; None where it has none.
+        source: Folder of the source; None if there is none.
         output: The new folder.
-        text: What was done.
-        tag: The format, for the Hub's tags.
+        text: Description of the conversion.
+        tag: Name of the format, for the Hub's tags.
     """
     from huggingface_hub.repocard_data import CardData
 

@@ -1,12 +1,13 @@
-"""One linear as whole numbers and a grid: what every format here is a spelling of.
+"""A quantized linear as codes and a grid, independent of the format.
 
 ::
 
     weight[o, i] = scales[o, g(i)] * (code[o, i] - zeros[o, g(i)])
-                 = scales[o, g(i)] * code[o, i] + minima[o, g(i)]   where no whole zero gives these
+                 = scales[o, g(i)] * code[o, i] + minima[o, g(i)]   if no integer zero gives these
 
-The codes stay packed as they are most often needed: a row of words per output, codes along ``in``,
-lowest bits first. That is a GPTQ ``qweight`` turned over, and MLX's and compressed-tensors' own.
+The codes stay packed in the most common order: a row of words per output, codes along ``in``,
+lowest bits first. This is the order of MLX and compressed-tensors, and the transpose of a GPTQ
+``qweight``.
 """
 
 from __future__ import annotations
@@ -17,36 +18,36 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from halfbyte.checkpoint.consumers import can_recentre
+from halfbyte.checkpoint.consumers import can_recenter
 from halfbyte.checkpoint.write import TensorSpec, spec_of
 from halfbyte.convert.bit_order import expand, transpose
 from halfbyte.packing import pack_rows, unpack_rows
 
-FREE_MINIMA = "minima that are no whole multiples of its scales, so that it has no zero points"
-"""Why a format with zero points cannot hold a linear."""
+FREE_MINIMA = "minima that are not integer multiples of its scales, so that it has no zero points"
+"""Why a format with zero points cannot represent a linear."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CodedSpec:
-    """What must be known of a linear to tell who can hold it, without its codes."""
+    """The properties of a linear, without its codes, that decide which formats can represent it."""
 
     bits: int
     in_features: int
     out_features: int
     group_size: int
-    """Nominal: the last group is shorter where this does not divide ``in_features``."""
+    """Nominal: the last group is smaller if this does not divide ``in_features``."""
     num_groups: int
     zero_low: int
     zero_high: int
     is_ordered: bool
-    """Whether the groups lie one after another along ``in``."""
+    """Whether the groups are contiguous and in order along ``in``."""
     scales_fit_half: bool
-    """Whether fp16 holds every scale exactly."""
+    """Whether fp16 represents every scale exactly."""
     minima_fit_half: bool
-    """Whether fp16 holds every minimum exactly: what a code of 0 stands for."""
+    """Whether fp16 represents every minimum, the value of code 0, exactly."""
     bias: TensorSpec | None
     has_free_minima: bool = False
-    """Whether its minima are no products of zero and scale; its zeros are all 0 then."""
+    """Whether the minima are stored, not derived from zeros; then all zeros are 0."""
 
     @property
     def is_symmetric(self) -> bool:
@@ -56,24 +57,24 @@ class CodedSpec:
 
     @property
     def even_group(self) -> int:
-        """The largest size of equal groups that none of these groups straddles."""
+        """The largest size of equal groups into which these groups can be split."""
         if self.num_groups == 1:
             return self.in_features
         return math.gcd(self.group_size, self.in_features)
 
-    def can_recentre(self, bits: int) -> bool:
-        """Whether all of (code - zero) lies within what ``bits`` bits hold around their middle."""
+    def can_recenter(self, bits: int) -> bool:
+        """Return whether every (code - zero) is in the signed range of ``bits`` bits."""
         zeros = {"zero_low": self.zero_low, "zero_high": self.zero_high}
-        return not self.has_free_minima and can_recentre(self.bits, bits, **zeros)
+        return not self.has_free_minima and can_recenter(self.bits, bits, **zeros)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CodedLinear:
-    """One linear: packed codes, scales, zeros and maybe a bias, in memory of its own."""
+    """One quantized linear in memory: packed codes, scales, zeros and maybe a bias."""
 
     words: Tensor
-    """int32 [out, in * bits / 32], a little-endian stream of codes along ``in``; of any strides, so
-    that what GPTQ stores the other way need not be turned for those that store it so too."""
+    """int32 [out, in * bits / 32], a little-endian stream of codes along ``in``. It may have any
+    strides, which avoids transposing twice between formats with the transposed layout."""
     scales: Tensor
     """Float [out, groups], as stored."""
     zeros: Tensor
@@ -81,28 +82,28 @@ class CodedLinear:
     bits: int
     group_size: int
     g_idx: Tensor | None
-    """int32 [in]: the group of each input; None where the groups lie one after another."""
+    """int32 [in]: the group of each input; None if the groups are contiguous and in order."""
     bias: Tensor | None
     free_minima: Tensor | None = None
-    """Float [out, groups], as stored: what a code of 0 stands for; None where the zeros say that.
-    With these the zeros are all 0 and the groups in order."""
+    """Float [out, groups], as stored: the value of code 0; None if it follows from the zeros.
+    Otherwise, all zeros are 0 and the groups are in order."""
 
     @property
     def in_features(self) -> int:
-        """Width of the input."""
+        """Number of inputs."""
         return self.words.shape[1] * 32 // self.bits
 
     @property
     def out_features(self) -> int:
-        """Width of the output."""
+        """Number of outputs."""
         return self.words.shape[0]
 
     def words_in_rows(self) -> Tensor:
-        """Give the words as they are, contiguous."""
+        """Return the words as int32 [out, in * bits / 32], contiguous."""
         return self.words if self.words.is_contiguous() else transpose(self.words.t())
 
     def words_in_columns(self) -> Tensor:
-        """Give the words turned over, int32 [in * bits / 32, out], contiguous."""
+        """Return the words as int32 [in * bits / 32, out], contiguous."""
         return transpose(self.words)
 
     def codes(self) -> Tensor:
@@ -110,16 +111,16 @@ class CodedLinear:
         return unpack_rows(self.words_in_rows(), self.bits)
 
     def groups(self) -> Tensor:
-        """Give the group of each input, int64 [in]."""
+        """Return the group of each input, int64 [in]."""
         if self.g_idx is not None:
             return self.g_idx.long()
         return torch.arange(self.in_features) // self.group_size
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Give the weight that the codes stand for; in float32 it is exact for fp16 scales.
+        """Dequantize the weight; in float32 it is exact for fp16 scales.
 
         Args:
-            dtype: float32, float16 or bfloat16; each weight is rounded to it once.
+            dtype: float32, float16 or bfloat16; each weight is rounded once.
 
         Returns:
             [out, in].
@@ -142,13 +143,13 @@ class CodedLinear:
         return weight.to(dtype)
 
     def minima(self) -> Tensor:
-        """Give what a code of 0 stands for, float32 [out, groups]."""
+        """Return the value of code 0, float32 [out, groups]."""
         if self.free_minima is not None:
             return self.free_minima.float()
         return -(self.zeros.float() * self.scales.float())
 
     def describe(self) -> CodedSpec:
-        """Give the facts that decide who can hold it."""
+        """Return the properties that decide which formats can represent it."""
         spec = describe_grid(
             self.scales,
             self.zeros,
@@ -162,8 +163,8 @@ class CodedLinear:
             return spec
         return replace(spec, has_free_minima=True, minima_fit_half=fits_half(self.free_minima))
 
-    def choose_groups(self, groups: Tensor, size: int) -> CodedLinear:
-        """Give the linear the grid of those groups, each of another size; in order only."""
+    def select_groups(self, groups: Tensor, size: int) -> CodedLinear:
+        """Replace the groups by ``groups`` of these, each of a new size; needs groups in order."""
         free = self.free_minima
         return replace(
             self,
@@ -174,31 +175,30 @@ class CodedLinear:
         )
 
     def split_groups(self, size: int) -> CodedLinear:
-        """Repeat scales and zeros over smaller groups; the weight stays the same.
+        """Split groups into smaller ones with the same scales and zeros.
 
         Args:
-            size: Divides ``in_features`` and straddles no group: a divisor of
-                :attr:`CodedSpec.even_group`.
+            size: A divisor of :attr:`CodedSpec.even_group`.
 
         Returns:
-            The linear with groups of that size.
+            The same weight with groups of that size.
         """
         assert self.g_idx is None
         if size == self.group_size and self.in_features % size == 0:
             return self
-        return self.choose_groups(torch.arange(0, self.in_features, size) // self.group_size, size)
+        return self.select_groups(torch.arange(0, self.in_features, size) // self.group_size, size)
 
     def widen(self, bits: int) -> CodedLinear:
-        """Store the same codes and zeros in more bits; the weight stays the same."""
+        """Store the same codes and zeros in more bits."""
         if bits == self.bits:
             return self
         return replace(self, words=pack_rows(self.codes(), bits), bits=bits)
 
-    def recentre(self, bits: int) -> CodedLinear:
-        """Move every code by its group's zero, so that the zero is the middle of ``bits`` bits.
+    def recenter(self, bits: int) -> CodedLinear:
+        """Shift codes and zeros so that every zero is the middle code of ``bits`` bits.
 
         Args:
-            bits: Wide enough: see :meth:`CodedSpec.can_recentre`.
+            bits: A sufficient width: see :meth:`CodedSpec.can_recenter`.
 
         Returns:
             The same weight with symmetric zeros.
@@ -206,13 +206,13 @@ class CodedLinear:
         middle = 2 ** (bits - 1)
         if bits == self.bits and bool((self.zeros == middle).all()):
             return self
-        moves = (middle - self.zeros)[:, self.groups()]
-        codes = (self.codes().to(torch.int16) + moves).to(torch.uint8)
+        shifts = (middle - self.zeros)[:, self.groups()]
+        codes = (self.codes().to(torch.int16) + shifts).to(torch.uint8)
         zeros = torch.full_like(self.zeros, middle)
         return replace(self, words=pack_rows(codes, bits), zeros=zeros, bits=bits)
 
     def take_rows(self, order: Tensor) -> CodedLinear:
-        """Put the outputs into another order: new row ``r`` is old row ``order[r]``."""
+        """Select or reorder outputs: new row ``r`` is old row ``order[r]``."""
         return replace(
             self,
             words=self.words[order],
@@ -223,13 +223,13 @@ class CodedLinear:
         )
 
     def take_columns(self, order: Tensor) -> CodedLinear:
-        """Put the inputs into an order in which the groups lie one after another.
+        """Reorder the inputs so that the groups are contiguous.
 
         Args:
             order: New column ``c`` is old column ``order[c]``.
 
         Returns:
-            The linear without ``g_idx``. The groups themselves may change places.
+            The linear without ``g_idx``. The order of the groups may change too.
         """
         groups = self.groups()[order]
         labels = groups[:: self.group_size]
@@ -253,19 +253,19 @@ def describe_grid(
     is_ordered: bool,
     bias: TensorSpec | None,
 ) -> CodedSpec:
-    """Work out the facts of a linear from its grid.
+    """Compute the properties of a linear from its grid.
 
     Args:
         scales: Float [out, groups].
-        zeros: Integers [out, groups], or [1, 1] where all are the same.
+        zeros: Integers [out, groups], or [1, 1] if all are the same.
         bits: Width of a code.
-        in_features: Width of the input.
+        in_features: Number of inputs.
         group_size: Nominal.
-        is_ordered: Whether the groups lie one after another.
-        bias: Of its bias, where it has one.
+        is_ordered: Whether the groups are contiguous and in order.
+        bias: Type and shape of the bias; None if there is none.
 
     Returns:
-        The facts.
+        The properties.
     """
     return CodedSpec(
         bits=bits,
@@ -283,7 +283,7 @@ def describe_grid(
 
 
 def fits_half(values: Tensor) -> bool:
-    """Tell whether fp16 holds every value exactly."""
+    """Return whether fp16 represents every value exactly."""
     if values.dtype == torch.float16:
         return True
     return torch.equal(values.to(torch.float16).to(values.dtype), values)

@@ -1,13 +1,13 @@
-"""compressed-tensors, format "pack-quantized": what llm-compressor writes and vLLM reads.
+"""compressed-tensors, format "pack-quantized": written by llm-compressor and read by vLLM.
 
 ::
 
     <module>.weight_packed      int32 [out, in * bits / 32]      codes, a stream along ``in``
     <module>.weight_scale       float [out, groups]
-    <module>.weight_zero_point  int32 [out * bits / 32, groups]  where asymmetric; along ``out``
+    <module>.weight_zero_point  int32 [out * bits / 32, groups]  if asymmetric; packed along ``out``
     <module>.weight_shape       int64 [2]                        out, in
 
-Codes are stored as they are here: the library's signed values plus half the range.
+The stored codes are unsigned: the library's signed values plus half the range.
 
 Source:
     compressed-tensors 0.20 ``compressors/pack_quantized`` and ``quantization/quant_config.py``.
@@ -32,7 +32,7 @@ from halfbyte.convert.source import (
     FolderSource,
     check_finite,
     check_shape,
-    need,
+    require_matrices,
     view_tensors,
 )
 from halfbyte.errors import CheckpointError
@@ -55,7 +55,7 @@ _GRID = ("weight_scale", "weight_zero_point", "weight_shape")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressedTensorsSource(FolderSource):
-    """A checkpoint of llm-compressor with packed whole-number weights."""
+    """A compressed-tensors checkpoint with packed integer weights."""
 
     bits: Mapping[str, int]
     format: str = METHOD
@@ -64,19 +64,19 @@ class CompressedTensorsSource(FolderSource):
     def open(
         cls, folder: Path, labels: Mapping[str, Any], model_config: Mapping[str, Any]
     ) -> CompressedTensorsSource:
-        """Check labels and shapes; no weight is read.
+        """Open a checkpoint and validate its config and shapes; no weight is read.
 
         Args:
             folder: The checkpoint.
-            labels: Its quantization section.
-            model_config: ``config.json`` without it.
+            labels: Its quantization config.
+            model_config: ``config.json`` without the quantization config.
 
         Returns:
             The source.
 
         Raises:
-            CheckpointError: It is of another format than pack-quantized, has activations in fewer
-                bits or an order of groups, or a shape does not fit.
+            CheckpointError: Its format is not pack-quantized, it has quantized activations or
+                act-order, or a shape is inconsistent.
         """
         widths = _read_schemes(folder, labels)
         view = view_tensors(TensorFiles.open(folder), "weight_packed", _TENSORS, METHOD)
@@ -86,8 +86,8 @@ class CompressedTensorsSource(FolderSource):
         return cls(folder=folder, view=view, bits=bits, model_config=model_config)
 
     def describe(self, name: str) -> CodedSpec:
-        """Give a linear's facts; its codes are not read."""
-        scales, zeros, in_features = self._grid(name, self.view.load(name, _GRID))
+        """Describe a linear; its codes are not read."""
+        scales, zeros, in_features = self._check_grid(name, self.view.load(name, _GRID))
         return describe_grid(
             scales,
             zeros,
@@ -99,9 +99,9 @@ class CompressedTensorsSource(FolderSource):
         )
 
     def load_linear(self, name: str) -> CodedLinear:
-        """Read one coded linear."""
+        """Read one quantized linear."""
         tensors = self.view.load(name, tuple(_TENSORS))
-        scales, zeros, in_features = self._grid(name, tensors)
+        scales, zeros, in_features = self._check_grid(name, tensors)
         if "bias" in tensors:
             check_finite(f"{name}.bias", tensors["bias"])
         return CodedLinear(
@@ -114,15 +114,15 @@ class CompressedTensorsSource(FolderSource):
             bias=tensors.get("bias"),
         )
 
-    def _grid(self, name: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, int]:
-        """Check a module's small tensors against each other; give scales, zeros and width."""
+    def _check_grid(self, name: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, int]:
+        """Validate a module's small tensors; returns scales, zeros and the number of inputs."""
         bits, parts = self.bits[name], self.view.parts[name]
         scales = check_finite(f"{name}.weight_scale", tensors["weight_scale"])
         in_features = parts["weight_packed"].shape[1] * 32 // bits
         shape = tensors["weight_shape"].tolist()
         if shape != [scales.shape[0], in_features]:
             raise CheckpointError(
-                f"{name}.weight_shape says {str(shape)[:80]}, the tensors are of "
+                f"{name}.weight_shape says {str(shape)[:80]}, but the tensors have "
                 f"{[scales.shape[0], in_features]}. The file is damaged; download it again."
             )
         if "weight_zero_point" in tensors:
@@ -133,13 +133,13 @@ class CompressedTensorsSource(FolderSource):
 
 
 def _read_schemes(folder: Path, labels: Mapping[str, Any]) -> list[tuple[list[str], int]]:
-    """List the targets and the bits of each scheme; refuse what is more than packed weights."""
+    """List the targets and bits of each scheme; reject schemes other than packed weights."""
     groups = labels.get("config_groups")
     kind = labels.get("format")
     if kind != PACKED or not isinstance(groups, dict):
         raise CheckpointError(
-            f"Cannot read {folder}: it is compressed-tensors of the format '{str(kind)[:40]}'; "
-            f"only '{PACKED}' with config_groups is read."
+            f"Cannot read {folder}: its compressed-tensors format is '{str(kind)[:40]}'; only "
+            f"'{PACKED}' with config_groups is supported."
         )
     found: list[tuple[list[str], int]] = []
     for key, scheme in groups.items():
@@ -154,13 +154,13 @@ def _read_schemes(folder: Path, labels: Mapping[str, Any]) -> list[tuple[list[st
         for part in ("input_activations", "output_activations"):
             if scheme.get(part) is not None:
                 raise CheckpointError(
-                    f"Cannot read {folder}: config_groups.{key} rounds activations too "
-                    f"({part}), which no other format here does."
+                    f"Cannot read {folder}: config_groups.{key} also quantizes activations "
+                    f"({part}), which no other supported format does."
                 )
         if weights.get("actorder") in ("group", "dynamic", True):
             raise CheckpointError(
-                f"Cannot read {folder}: its groups follow the order of activations (actorder "
-                f"'{weights['actorder']}'), which is not read from compressed-tensors."
+                f"Cannot read {folder}: it has act-order (actorder '{weights['actorder']}'), which "
+                "is not supported for compressed-tensors."
             )
         found.append(([str(target) for target in targets], int(bits)))
     return found
@@ -169,36 +169,39 @@ def _read_schemes(folder: Path, labels: Mapping[str, Any]) -> list[tuple[list[st
 def _choose_bits(
     name: str, parts: Mapping[str, TensorSpec], widths: list[tuple[list[str], int]]
 ) -> int:
-    """Take the bits of the scheme that names a module, else of the one for its class."""
+    """Return the bits of the scheme that names a module, else of the one for its class."""
     for targets, bits in widths:
-        if any(_names(target, name) for target in targets):
+        if any(_matches_target(target, name) for target in targets):
             return bits
     for targets, bits in widths:
         if "Linear" in targets:
             return bits
-    raise CheckpointError(f"No scheme of the quantization config is for {name}.")
+    raise CheckpointError(
+        f"The quantization config has no scheme for {name}. Download config.json again."
+    )
 
 
-def _names(target: str, name: str) -> bool:
+def _matches_target(target: str, name: str) -> bool:
     if not target.startswith("re:"):
         return target == name
     try:
         return re.match(target.removeprefix("re:"), name) is not None
     except (re.error, OverflowError, RecursionError) as error:
         raise CheckpointError(
-            f"Cannot use the target '{target[:80]}': it is not a regular expression: {error}."
+            f"Cannot use the target '{target[:80]}': it is not a regular expression: {error}. "
+            "Correct the config, or download it again."
         ) from error
 
 
 def _check_parts(name: str, parts: Mapping[str, TensorSpec], bits: int) -> None:
-    need(name, parts, ("weight_packed", "weight_scale"))
+    require_matrices(name, parts, ("weight_packed", "weight_scale"))
     out_features, words = parts["weight_packed"].shape
     groups = parts["weight_scale"].shape[1]
     in_features, rest = divmod(words * 32, bits)
     if rest or in_features % groups or words * 32 % (codes_per_run(bits) * bits):
         raise CheckpointError(
-            f"{name}.weight_packed has {words} words for {bits} bits and {groups} groups; whole "
-            "runs of codes and equal groups are needed. The file is damaged, or padded."
+            f"{name}.weight_packed has {words} words for {bits} bits and {groups} groups; codes "
+            "without padding and groups of equal size are needed. The file is damaged, or padded."
         )
     check_shape(f"{name}.weight_scale", parts["weight_scale"], (out_features, groups))
     if "weight_shape" not in parts:
@@ -207,8 +210,8 @@ def _check_parts(name: str, parts: Mapping[str, TensorSpec], bits: int) -> None:
     if "weight_zero_point" in parts:
         if out_features % codes_per_run(bits):
             raise CheckpointError(
-                f"{name} has {out_features} outputs with zero points; a multiple of "
-                f"{codes_per_run(bits)} is read."
+                f"{name} has {out_features} outputs with zero points; only a multiple of "
+                f"{codes_per_run(bits)} is supported."
             )
         shape = (out_features * bits // 32, groups)
         check_shape(f"{name}.weight_zero_point", parts["weight_zero_point"], shape)
@@ -218,32 +221,33 @@ def _check_parts(name: str, parts: Mapping[str, TensorSpec], bits: int) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressedTensorsTarget:
-    """Writes pack-quantized weights with fp16 scales."""
+    """The format pack-quantized, with fp16 scales."""
 
     format: str = METHOD
 
     def metadata(self, coded: Mapping[str, CodedSpec]) -> dict[str, str]:
-        """Give the name of the framework."""
+        """Return the metadata of each file: the framework."""
         return {"format": "pt"}
 
     def find_obstacle(self, spec: CodedSpec) -> str | None:
-        """Say why a linear cannot be held exactly; None where it can."""
+        """Explain why a linear cannot be represented exactly; None if it can."""
         if spec.has_free_minima:
             return FREE_MINIMA
         if not spec.is_ordered:
-            return "groups in the order of activations (desc_act); the library reads no g_idx"
+            return "act-order (desc_act); the library reads no g_idx"
         if not spec.scales_fit_half:
-            return "a scale that fp16 cannot hold"
-        if not spec.is_symmetric and spec.out_features % codes_per_run(spec.bits):
-            return f"{spec.out_features} outputs with zero points, no multiple of a run of codes"
+            return "a scale that fp16 cannot represent"
+        multiple = codes_per_run(spec.bits)
+        if not spec.is_symmetric and spec.out_features % multiple:
+            return f"{spec.out_features} outputs with zero points, not a multiple of {multiple}"
         return None
 
     def find_rounding(self, spec: CodedSpec) -> str | None:
-        """Give None: what is not exact here has no better form than 16 bits."""
+        """Return None: the format has no approximate representation."""
         return None
 
-    def announce(self, spec: CodedSpec) -> dict[str, TensorSpec]:
-        """Give the tensors that a linear will be, by suffix."""
+    def list_tensors(self, spec: CodedSpec) -> dict[str, TensorSpec]:
+        """List the tensors of an encoded linear, by suffix."""
         out, groups = spec.out_features, spec.in_features // spec.even_group
         packed = (out, spec.in_features * spec.bits // 32)
         tensors = {
@@ -256,8 +260,8 @@ class CompressedTensorsTarget:
         tensors["weight_scale"] = TensorSpec(dtype=torch.float16, shape=(out, groups))
         return tensors if spec.bias is None else {**tensors, "bias": spec.bias}
 
-    def spell(self, linear: CodedLinear) -> dict[str, Tensor]:
-        """Make them."""
+    def encode(self, linear: CodedLinear) -> dict[str, Tensor]:
+        """Encode a linear as these tensors."""
         spec = linear.describe()
         linear = linear.split_groups(spec.even_group)
         tensors = {
@@ -270,7 +274,7 @@ class CompressedTensorsTarget:
         return tensors if linear.bias is None else {**tensors, "bias": linear.bias}
 
     def decode(self, tensors: Mapping[str, Tensor], spec: CodedSpec) -> CodedLinear:
-        """Read a linear back."""
+        """Decode a linear from its tensors."""
         scales = tensors["weight_scale"]
         if "weight_zero_point" in tensors:
             zeros = unpack_codes(tensors["weight_zero_point"], spec.bits).to(torch.int16)
@@ -286,18 +290,18 @@ class CompressedTensorsTarget:
             bias=tensors.get("bias"),
         )
 
-    def label(
+    def make_config(
         self, coded: Mapping[str, CodedSpec], dense: list[str], model_config: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Give the whole ``config.json``."""
+        """Make the content of ``config.json``."""
         members: dict[tuple[int, int | None, bool], list[str]] = {}
         for name, spec in coded.items():
             size = None if spec.even_group == spec.in_features else spec.even_group
             members.setdefault((spec.bits, size, spec.is_symmetric), []).append(name)
-        # One scheme is for all linears but those named under ignore; several are by name.
+        # A single scheme applies to all linears except those in "ignore"; several need names.
         targets = [["Linear"]] if len(members) == 1 else list(members.values())
         groups = {
-            f"group_{number}": _scheme(setting, names)
+            f"group_{number}": _make_scheme(setting, names)
             for number, (setting, names) in enumerate(zip(members, targets, strict=True))
         }
         section = {
@@ -305,18 +309,18 @@ class CompressedTensorsTarget:
             "format": PACKED,
             "quantization_status": "compressed",
             "config_groups": groups,
-            "ignore": [*dense, *_unnamed_heads(coded, dense)],
+            "ignore": [*dense, *_list_tied_heads(coded, dense)],
             "kv_cache_scheme": None,
         }
         return {**model_config, CONFIG_SECTION: section}
 
 
-def _unnamed_heads(coded: Mapping[str, CodedSpec], dense: list[str]) -> list[str]:
-    """A head that is tied to the embeddings has no tensor of its own, but it is a linear."""
+def _list_tied_heads(coded: Mapping[str, CodedSpec], dense: list[str]) -> list[str]:
+    """List the head if it is tied to the embeddings: it has no tensor, but is a linear."""
     return [] if "lm_head" in coded or "lm_head" in dense else ["lm_head"]
 
 
-def _scheme(setting: tuple[int, int | None, bool], targets: list[str]) -> dict[str, Any]:
+def _make_scheme(setting: tuple[int, int | None, bool], targets: list[str]) -> dict[str, Any]:
     bits, group_size, symmetric = setting
     return {
         "targets": targets,

@@ -1,6 +1,7 @@
-"""Plain weights in 16 or 32 bits: what every program reads, at four times the size.
+"""Dequantized weights in 16 or 32 bits, for any program, at four times the size.
 
-fp32 holds the product of any code and fp16 scale exactly; 16 bits round it once, to nearest.
+fp32 represents the product of any code and fp16 scale exactly; 16-bit types round it once, to
+nearest.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 
 CONV1D_MODELS = ("gpt2",)
-"""Model types whose blocks have Transformers' Conv1D, which stores [in, out]."""
+"""Model types whose blocks use Transformers' Conv1D, which stores [in, out]."""
 CONV1D = ("c_attn", "q_attn", "c_fc", "c_proj")
-"""What these are called; the head is a linear there too."""
+"""Names of these modules; the output head is a Linear in these models too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseTarget:
-    """Writes ``<module>.weight`` in one floating-point type."""
+    """Dense weights, ``<module>.weight``, in one floating-point type."""
 
     dtype: torch.dtype
     stores_inputs_first: bool = False
@@ -38,54 +39,54 @@ class DenseTarget:
     format: str = "hf"
 
     @classmethod
-    def fit(cls, dtype: torch.dtype, model_config: Mapping[str, Any]) -> DenseTarget:
-        """Choose the order of axes that a model's own blocks have."""
-        is_turned = model_config.get("model_type") in CONV1D_MODELS
-        return cls(dtype=dtype, stores_inputs_first=is_turned)
+    def from_config(cls, dtype: torch.dtype, model_config: Mapping[str, Any]) -> DenseTarget:
+        """Choose the order of axes that the model's blocks have."""
+        stores_inputs_first = model_config.get("model_type") in CONV1D_MODELS
+        return cls(dtype=dtype, stores_inputs_first=stores_inputs_first)
 
-    def form_of(self, name: str) -> DenseTarget:
-        """Give the order of axes of one module."""
-        is_turned = self.stores_inputs_first and name.rpartition(".")[2] in CONV1D
-        return replace(self, stores_inputs_first=is_turned)
+    def for_module(self, name: str) -> DenseTarget:
+        """Return the target with the order of axes of one module."""
+        is_conv1d = name.rpartition(".")[2] in CONV1D
+        return replace(self, stores_inputs_first=self.stores_inputs_first and is_conv1d)
 
     def metadata(self, coded: Mapping[str, CodedSpec]) -> dict[str, str]:
-        """Give the name of the framework."""
+        """Return the metadata of each file: the framework."""
         return {"format": "pt"}
 
     def find_obstacle(self, spec: CodedSpec) -> str | None:
-        """Give None: rounding each weight once is what this format is for."""
+        """Return None: rounding each weight once is expected in this format."""
         return None
 
     def find_rounding(self, spec: CodedSpec) -> str | None:
-        """Say how a linear is held; None where that is exact."""
-        # (code - zero) has 9 bits at most and an fp16 scale 11; fp32 has 24.
+        """Describe how a linear is rounded; None if it is represented exactly."""
+        # (code - zero) has at most 9 bits and an fp16 scale 11; fp32 has 24.
         if self.dtype == torch.float32 and spec.scales_fit_half and not spec.has_free_minima:
             return None
         return f"each weight rounded once to {str(self.dtype).removeprefix('torch.')}"
 
-    def announce(self, spec: CodedSpec) -> dict[str, TensorSpec]:
-        """Give the tensors that a linear will be, by suffix."""
+    def list_tensors(self, spec: CodedSpec) -> dict[str, TensorSpec]:
+        """List the tensors of an encoded linear, by suffix."""
         shape = (spec.out_features, spec.in_features)
         shape = shape[::-1] if self.stores_inputs_first else shape
         tensors = {"weight": TensorSpec(dtype=self.dtype, shape=shape)}
         return tensors if spec.bias is None else {**tensors, "bias": spec.bias}
 
-    def spell(self, linear: CodedLinear) -> dict[str, Tensor]:
-        """Make them."""
+    def encode(self, linear: CodedLinear) -> dict[str, Tensor]:
+        """Encode a linear as these tensors."""
         weight = linear.dequantize(self.dtype)
         tensors = {"weight": weight.t().contiguous() if self.stores_inputs_first else weight}
         return tensors if linear.bias is None else {**tensors, "bias": linear.bias}
 
     def decode(self, tensors: Mapping[str, Tensor], spec: CodedSpec) -> Tensor:
-        """Give the weight in float32."""
+        """Return the weight in float32."""
         weight = tensors["weight"].float()
         return weight.t() if self.stores_inputs_first else weight
 
-    def label(
+    def make_config(
         self, coded: Mapping[str, CodedSpec], dense: list[str], model_config: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Give the whole ``config.json``."""
+        """Make the content of ``config.json``."""
         name = str(self.dtype).removeprefix("torch.")
-        # Transformers 4 called it torch_dtype, which would stand beside it and say another.
+        # Transformers 4 called it torch_dtype, which could contradict the new key.
         kept = {key: value for key, value in model_config.items() if key != "torch_dtype"}
         return {**kept, "dtype": name}

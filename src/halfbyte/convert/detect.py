@@ -1,4 +1,4 @@
-"""Find out what a folder or a file holds, and open it as a source of a conversion."""
+"""Detect the format of a model folder or file, and open it as the source of a conversion."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GGUF_SUFFIX = ".gguf"
 
 
 def open_source(path: Path, base: Path | None = None) -> Source:
-    """Open a quantized model of any format that is read here.
+    """Open a quantized model of any supported format.
 
     Args:
         path: A folder, or a .gguf file.
@@ -36,8 +36,8 @@ def open_source(path: Path, base: Path | None = None) -> Source:
         The model; no weight is in memory.
 
     Raises:
-        ConfigError: There is a base, and no .gguf file.
-        CheckpointError: It is of no format that is read, or damaged.
+        ConfigError: There is a base, but the source is not a .gguf file.
+        CheckpointError: The format is not supported, or a file is damaged.
     """
     if path.is_dir() and not any(path.glob("*.safetensors")):
         files = sorted(path.glob(f"*{GGUF_SUFFIX}"))
@@ -47,22 +47,22 @@ def open_source(path: Path, base: Path | None = None) -> Source:
         return GgufSource.open(path, base)
     if base is not None:
         raise ConfigError(
-            f"Cannot take {base} as the base of {path}: only a .gguf file needs one, a folder has "
-            "config and tokenizer of its own. Leave --base out."
+            f"Cannot use {base} as the base of {path}: only a .gguf file needs one, as a folder "
+            "has its own config and tokenizer. Leave --base out."
         )
     config = read_model_config(path)
     section = read_quantization_config(path)
-    own = drop_quantization_config(config)
-    own.pop(mlx.SECTION, None)
+    model_config = drop_quantization_config(config)
+    model_config.pop(mlx.SECTION, None)
     # mlx-lm writes the same dict under both names, without a method.
     if mlx.SECTION in config and "quant_method" not in section:
-        return MlxSource.open(path, _section(path, config, mlx.SECTION), own)
+        return MlxSource.open(path, _read_section(path, config, mlx.SECTION), model_config)
     method = name_method(section)
     if method == "awq":
-        return AwqSource.open(path, section, own)
+        return AwqSource.open(path, section, model_config)
     if method == METHOD:
-        return CompressedTensorsSource.open(path, section, own)
-    return _open_gptq(path, own)
+        return CompressedTensorsSource.open(path, section, model_config)
+    return _open_gptq(path, model_config)
 
 
 def _open_gptq(path: Path, config: dict[str, Any]) -> GptqSource:
@@ -75,7 +75,7 @@ def _open_gptq(path: Path, config: dict[str, Any]) -> GptqSource:
     return GptqSource(checkpoint=checkpoint, model_config=config, others=others)
 
 
-def _section(path: Path, config: dict[str, Any], key: str) -> dict[str, Any]:
+def _read_section(path: Path, config: dict[str, Any], key: str) -> dict[str, Any]:
     section = config.get(key) or {}
     if not isinstance(section, dict):
         raise CheckpointError(

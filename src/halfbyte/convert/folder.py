@@ -1,9 +1,9 @@
-"""Write a folder of safetensors in another format: one linear in memory at a time.
+"""Write a model folder of safetensors files in another format, one linear at a time.
 
 ::
 
-    specs -> per linear: coded, coded with an error, or dense -> names, types and shapes of all
-          -> shards, each header first -> one linear after another: load, spell, write
+    specs -> per linear: exact, rounded, or dense -> names, types and shapes of all tensors
+          -> shards, each header first -> one linear after another: load, encode, write
           -> digests, index, config, tokenizer
 """
 
@@ -33,8 +33,8 @@ from halfbyte.checkpoint.write import (
 from halfbyte.convert.card import write_card
 from halfbyte.convert.coded_linear import CodedLinear, CodedSpec
 from halfbyte.convert.dense import DenseTarget
-from halfbyte.convert.prefetch import run_ahead
-from halfbyte.convert.report import RoundedTensor, measure_rounding, sample_rows, worst_first
+from halfbyte.convert.prefetch import prefetch
+from halfbyte.convert.report import RoundedTensor, measure_rounding, sample_rows, sort_by_error
 from halfbyte.convert.source import Source
 from halfbyte.convert.target import FolderTarget
 from halfbyte.errors import ConfigError
@@ -42,7 +42,8 @@ from halfbyte.version import __version__
 
 SHARD_BYTES = 5_000_000_000
 ALIGNMENT = 8
-"""Bytes; tensors of another size come last, so that every other one starts aligned."""
+"""Alignment of tensors. Tensors of other sizes come last, so that all others are aligned.
+Unit: bytes."""
 
 EMBEDDING_NAMES = ("embed_tokens", "wte", "word_embeddings", "embed_in")
 NAMES_SHOWN = 3
@@ -50,11 +51,11 @@ NAMES_SHOWN = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """What a writer put on the disk."""
+    """The result of writing a model."""
 
     path: Path
-    holds: Mapping[str, str]
-    """By linear: how it is held."""
+    encodings: Mapping[str, str]
+    """Representation of each linear, by name."""
     rounded: tuple[RoundedTensor, ...]
     num_bytes: int
     notes: tuple[str, ...] = ()
@@ -62,27 +63,27 @@ class Written:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Which form each linear gets."""
+    """The target that encodes each linear."""
 
     target: FolderTarget
     fallback: FolderTarget
     specs: Mapping[str, CodedSpec]
     dense: Mapping[str, str]
-    """Linears that become dense though the target is not, with the reason."""
+    """Reason for each linear that becomes dense although the target is not, by name."""
 
     @property
     def coded(self) -> dict[str, CodedSpec]:
-        """Linears that the target itself holds."""
+        """Linears encoded by the target, not by the fallback."""
         return {name: spec for name, spec in self.specs.items() if name not in self.dense}
 
-    def form_of(self, name: str) -> FolderTarget:
-        """Give the format that spells a linear."""
-        form = self.fallback if name in self.dense else self.target
-        return form.form_of(name) if isinstance(form, DenseTarget) else form
+    def target_of(self, name: str) -> FolderTarget:
+        """Return the target that encodes a linear."""
+        target = self.fallback if name in self.dense else self.target
+        return target.for_module(name) if isinstance(target, DenseTarget) else target
 
-    def rounding_of(self, name: str) -> str | None:
-        """Say what is rounded of a linear; None where nothing is."""
-        rounding = self.form_of(name).find_rounding(self.specs[name])
+    def explain_rounding(self, name: str) -> str | None:
+        """Describe how a linear is rounded; None if it is exact."""
+        rounding = self.target_of(name).find_rounding(self.specs[name])
         reason = self.dense.get(name)
         return f"{rounding} ({reason})" if rounding and reason else rounding
 
@@ -97,28 +98,29 @@ def write_folder(
     dense_dtype: torch.dtype = torch.float16,
     shard_bytes: int = SHARD_BYTES,
 ) -> Written:
-    """Write a model in a format of safetensors files.
+    """Write a model in a format based on safetensors files.
 
     Args:
         source: The model.
-        specs: Its linears' facts.
+        specs: Properties of its linears.
         target: The format.
         output: A folder that does not exist or is empty.
-        allow_error: Hold what does not fit exactly in the closest form.
-        dense_dtype: Of linears that the target cannot code at all.
-        shard_bytes: Largest size of a file, but for a larger tensor. Unit: bytes.
+        allow_error: Use the closest representation for linears that cannot be exact.
+        dense_dtype: Type of linears that the target cannot represent at all.
+        shard_bytes: Maximum size of a file, unless a single tensor is larger. Unit: bytes.
 
     Returns:
         What was written.
 
     Raises:
-        ConfigError: Something does not fit and no error is allowed, or the output is not empty.
+        ConfigError: A linear cannot be represented exactly and no error is allowed, or the output
+            is not empty.
     """
     check_new_folder(output)
-    fallback = DenseTarget.fit(dense_dtype, source.model_config)
+    fallback = DenseTarget.from_config(dense_dtype, source.model_config)
     plan = plan_linears(specs, target, allow_error=allow_error, fallback=fallback)
     with TemporaryDirectory() as aside:
-        # Before the weights, so that a tokenizer that is refused costs no conversion.
+        # Before the weights, so that an invalid tokenizer fails early.
         source.copy_companions(Path(aside))
         output.mkdir(parents=True, exist_ok=True)
         rounded: list[RoundedTensor] = []
@@ -126,8 +128,10 @@ def write_folder(
         _describe(source, plan, output, digests, Path(aside))
     return Written(
         path=output,
-        holds={name: describe_hold(plan.form_of(name), spec) for name, spec in specs.items()},
-        rounded=worst_first(rounded),
+        encodings={
+            name: describe_encoding(plan.target_of(name), spec) for name, spec in specs.items()
+        },
+        rounded=sort_by_error(rounded),
         num_bytes=sum(digest.num_bytes for digest in digests),
     )
 
@@ -135,7 +139,7 @@ def write_folder(
 def _write_shards(
     source: Source, plan: Plan, output: Path, shard_bytes: int, rounded: list[RoundedTensor]
 ) -> list[ShardDigest]:
-    """Write the weights, with an index where they are more than one file."""
+    """Write the weights, with an index if there is more than one file."""
     shards = _split(source, plan, shard_bytes)
     metadata = {
         **plan.target.metadata(plan.coded),
@@ -154,7 +158,7 @@ def _write_shards(
                 tensors,
                 metadata,
                 with_digests=plan.target.format == "gptq",
-                past_cache=True,
+                bypass_cache=True,
             )
         )
     if len(digests) > 1:
@@ -170,30 +174,31 @@ def plan_linears(
     allow_error: bool,
     fallback: DenseTarget,
 ) -> Plan:
-    """Decide how each linear is held.
+    """Decide how each linear is represented.
 
     Args:
-        specs: The linears' facts.
+        specs: Properties of the linears.
         target: The format.
-        allow_error: Hold what does not fit exactly in the closest form.
-        fallback: For linears that the target cannot code at all.
+        allow_error: Use the closest representation for linears that cannot be exact.
+        fallback: Target for linears that the format cannot represent at all.
 
     Returns:
         The plan.
 
     Raises:
-        ConfigError: Something does not fit and no error is allowed; says what, and how many.
+        ConfigError: Linears cannot be represented exactly and no error is allowed; names some of
+            them and their number.
     """
     obstacles: dict[str, str] = {}
     for name, spec in specs.items():
         reason = target.find_obstacle(spec)
         is_embedding = name.rpartition(".")[2] in EMBEDDING_NAMES
         if is_embedding and target.format not in ("mlx", "hf"):
-            reason = f"coded embeddings; {target.format} codes linears only"
+            reason = f"quantized embeddings; {target.format} quantizes only linears"
         if reason is not None:
             obstacles[name] = reason
     if not allow_error:
-        check_fit(target.format, obstacles, len(specs))
+        check_exact(target.format, obstacles, len(specs))
     dense = {
         name: reason
         for name, reason in obstacles.items()
@@ -201,22 +206,22 @@ def plan_linears(
     }
     if len(dense) == len(specs):
         raise ConfigError(
-            f"Cannot convert to {target.format}: none of {len(specs)} linears fits "
+            f"Cannot convert to {target.format}: it can represent none of {len(specs)} linears "
             f"({next(iter(dense.values()))}). Use --to hf for dense weights."
         )
     return Plan(target=target, fallback=fallback, specs=specs, dense=dense)
 
 
-def check_fit(format_name: str, obstacles: Mapping[str, str], number: int) -> None:
-    """Refuse a model that does not fit exactly.
+def check_exact(format_name: str, obstacles: Mapping[str, str], number: int) -> None:
+    """Check that a format represents all linears exactly.
 
     Args:
-        format_name: The target.
-        obstacles: Reason by linear.
-        number: Of all linears.
+        format_name: The target format.
+        obstacles: Reason for each linear that cannot be exact, by name.
+        number: Number of all linears.
 
     Raises:
-        ConfigError: There are obstacles; says what, and how many.
+        ConfigError: There are obstacles; names some of them and their number.
     """
     if not obstacles:
         return
@@ -224,39 +229,39 @@ def check_fit(format_name: str, obstacles: Mapping[str, str], number: int) -> No
     more = len(obstacles) - len(first)
     rest = f", and {more} more" if more else ""
     raise ConfigError(
-        f"Cannot convert to {format_name} without an error: {len(obstacles)} of {number} linears "
-        f"do not fit ({'; '.join(first)}{rest}). Add --allow-error to hold these in the closest "
-        "form and have the error measured, or choose another format."
+        f"Cannot convert to {format_name} exactly: it cannot represent {len(obstacles)} of "
+        f"{number} linears ({'; '.join(first)}{rest}). Add --allow-error to use the closest "
+        "representation for these and measure the error, or choose another format."
     )
 
 
-def describe_hold(form: FolderTarget, spec: CodedSpec) -> str:
-    """Say in a few words how a linear is held."""
-    if isinstance(form, DenseTarget):
-        return str(form.dtype).removeprefix("torch.")
+def describe_encoding(target: FolderTarget, spec: CodedSpec) -> str:
+    """Describe the representation of a linear in a few words."""
+    if isinstance(target, DenseTarget):
+        return str(target.dtype).removeprefix("torch.")
     grid = "symmetric" if spec.is_symmetric else "asymmetric"
     return f"{spec.bits} bits, {grid}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Unit:
-    """What is loaded at once: a linear or one other tensor, and the tensors it becomes."""
+    """A linear or another tensor of the source, and the tensors it is encoded as."""
 
     name: str
     is_linear: bool
     tensors: Mapping[str, TensorSpec]
-    """By full name."""
+    """Types and shapes by full name."""
 
 
 def _split(source: Source, plan: Plan, shard_bytes: int) -> list[list[_Unit]]:
-    """Share the tensors out over files, in the source's order."""
+    """Distribute the tensors over shards, in the source's order."""
     units = [
         _Unit(
             name=name,
             is_linear=True,
             tensors={
                 f"{name}.{suffix}": tensor
-                for suffix, tensor in plan.form_of(name).announce(spec).items()
+                for suffix, tensor in plan.target_of(name).list_tensors(spec).items()
             },
         )
         for name, spec in plan.specs.items()
@@ -266,27 +271,27 @@ def _split(source: Source, plan: Plan, shard_bytes: int) -> list[list[_Unit]]:
         for name, spec in source.others.items()
     ]
     shards: list[list[_Unit]] = [[]]
-    filled = 0
+    current_bytes = 0
     for unit in units:
         size = sum(spec.num_bytes for spec in unit.tensors.values())
-        if shards[-1] and filled + size > shard_bytes:
+        if shards[-1] and current_bytes + size > shard_bytes:
             shards.append([])
-            filled = 0
+            current_bytes = 0
         shards[-1].append(unit)
-        filled += size
+        current_bytes += size
     return shards
 
 
 def _lay_out(units: list[_Unit]) -> tuple[dict[str, TensorSpec], list[tuple[_Unit, list[str]]]]:
-    """Order a file's tensors: as they are made, but odd sizes last, widest elements first."""
-    everything = {name: spec for unit in units for name, spec in unit.tensors.items()}
-    odd = [name for name, spec in everything.items() if spec.num_bytes % ALIGNMENT]
-    odd.sort(key=lambda name: -everything[name].dtype.itemsize)
-    order = [(unit, [name for name in unit.tensors if name not in odd]) for unit in units]
+    """Order a file's tensors: as they are encoded, but odd sizes last, widest elements first."""
+    specs = {name: spec for unit in units for name, spec in unit.tensors.items()}
+    unaligned = [name for name, spec in specs.items() if spec.num_bytes % ALIGNMENT]
+    unaligned.sort(key=lambda name: -specs[name].dtype.itemsize)
+    order = [(unit, [name for name in unit.tensors if name not in unaligned]) for unit in units]
     owner = {name: unit for unit in units for name in unit.tensors}
-    order += [(owner[name], [name]) for name in odd]
+    order += [(owner[name], [name]) for name in unaligned]
     order = [(unit, names) for unit, names in order if names]
-    return {name: everything[name] for _, names in order for name in names}, order
+    return {name: specs[name] for _, names in order for name in names}, order
 
 
 def _make_tensors(
@@ -295,7 +300,7 @@ def _make_tensors(
     order: list[tuple[_Unit, list[str]]],
     rounded: list[RoundedTensor],
 ) -> Iterator[tuple[str, Tensor]]:
-    """Load, spell and measure one unit after another, the next while one is being written."""
+    """Load, encode and measure the units in order; the next one while one is written."""
     units = [unit for unit, _ in order]
     first = {unit.name: number for number, unit in reversed(list(enumerate(units)))}
 
@@ -304,34 +309,34 @@ def _make_tensors(
         if not unit.is_linear:
             return {unit.name: source.load_other(unit.name)}
         linear = source.load_linear(unit.name)
-        form = plan.form_of(unit.name)
-        tensors = form.spell(linear)
-        how = plan.rounding_of(unit.name)
+        target = plan.target_of(unit.name)
+        tensors = target.encode(linear)
+        how = plan.explain_rounding(unit.name)
         if how is not None and first[unit.name] == number:
-            rounded.append(_measure(unit.name, how, linear, form))
+            rounded.append(_measure(unit.name, how, linear, target))
         return {f"{unit.name}.{suffix}": tensor for suffix, tensor in tensors.items()}
 
-    ahead = run_ahead(prepare, range(len(units)))
-    for (_, names), tensors in zip(order, ahead, strict=True):
+    prepared = prefetch(prepare, range(len(units)))
+    for (_, names), tensors in zip(order, prepared, strict=True):
         for name in names:
             yield name, tensors[name]
 
 
-def _measure(name: str, how: str, linear: CodedLinear, form: FolderTarget) -> RoundedTensor:
-    """Measure the rounding on rows from all over the linear: it is the same for every row."""
+def _measure(name: str, how: str, linear: CodedLinear, target: FolderTarget) -> RoundedTensor:
+    """Measure the rounding error on a sample of rows, as all rows are rounded alike."""
     sample = linear.take_rows(sample_rows(linear.out_features))
-    held = form.decode(form.spell(sample), sample.describe())
-    if isinstance(held, CodedLinear):
-        held = held.dequantize()
-    return measure_rounding(name, how, sample.dequantize(), held)
+    decoded = target.decode(target.encode(sample), sample.describe())
+    if isinstance(decoded, CodedLinear):
+        decoded = decoded.dequantize()
+    return measure_rounding(name, how, sample.dequantize(), decoded)
 
 
 def _describe(
     source: Source, plan: Plan, output: Path, digests: list[ShardDigest], companions: Path
 ) -> None:
-    """Write configs, digests and tokenizer; ``config.json`` last, which makes it a model."""
+    """Write tokenizer, README, digests and configs; ``config.json`` last marks completion."""
     dense = [*plan.dense, *list_dense_linears(source.others)]
-    config = plan.target.label(plan.coded, dense, source.model_config)
+    config = plan.target.make_config(plan.coded, dense, source.model_config)
     section = config.get(CONFIG_SECTION, {})
     copy_companions(companions, output)
     _write_card(source, plan, output)
@@ -342,8 +347,8 @@ def _describe(
 
 
 def _write_card(source: Source, plan: Plan, output: Path) -> None:
-    """Say in a README where the folder is from, and whether it is exact."""
-    rounded = sum(plan.rounding_of(name) is not None for name in plan.specs)
+    """Write a README with the origin of the folder, and whether it is exact."""
+    rounded = sum(plan.explain_rounding(name) is not None for name in plan.specs)
     how = "every weight is exact" if not rounded else f"{rounded} linears are rounded"
     text = (
         f"# {output.name}\n\nConverted from {source.format} to {plan.target.format} by halfbyte "
@@ -353,10 +358,10 @@ def _write_card(source: Source, plan: Plan, output: Path) -> None:
 
 
 def list_dense_linears(others: Mapping[str, TensorSpec]) -> list[str]:
-    """Name what may be linears among the tensors that are not coded: matrices within blocks, heads.
+    """List the unquantized tensors that may be linears: matrices in blocks, and heads.
 
     Args:
-        others: The tensors.
+        others: The unquantized tensors.
 
     Returns:
         Module names.

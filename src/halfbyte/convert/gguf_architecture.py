@@ -1,9 +1,9 @@
-"""Which models llama.cpp knows by which names, and in what order it has their rows.
+"""The architectures that llama.cpp supports: tensor names and differences in storage.
 
 Source:
-    llama.cpp ``gguf-py`` (tensor names) and ``conversion/`` (rows of q and k that are reordered,
-    norms that are shifted by one, experts in one tensor), as read in November 2026; tests hold the
-    names against the gguf package, and what is computed against llama.cpp itself.
+    llama.cpp ``gguf-py`` (tensor names) and ``conversion/`` (reordered rows of q and k, norms
+    shifted by one, experts in one tensor), as of November 2026; tests compare the names with the
+    gguf package, and the outputs with llama.cpp itself.
 """
 
 from __future__ import annotations
@@ -91,138 +91,142 @@ _NEOX_BLOCK = {
 }
 
 IN_FLOAT32 = ("ffn_gate_inp", "ffn_gate_inp_shexp", POSITIONS)
-"""What llama.cpp computes with in float32 only, or decides by."""
+"""Tensors that llama.cpp needs in float32, and routers, which are kept in it."""
 
 SILU = ("silu", "swish")
 GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu")
-"""llama.cpp computes GELU by the hyperbolic tangent, and so do Gemma's models whatever they say."""
+"""llama.cpp computes GELU with the tanh approximation; so do Gemma models, whatever their config
+says."""
 
 COMPUTED = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.(masked_)?bias|attention\.(masked_)?bias)")
-"""Buffers in the files of older Transformers that every program computes for itself."""
+"""Buffers stored by older versions of Transformers, which every program computes itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """One family as llama.cpp has it."""
+    """A model architecture as llama.cpp represents it."""
 
     name: str
     model_class: str
     model_type: str
-    names: Mapping[str, str]
-    """Within a block: Transformers' name -> GGUF's. "*" is the number of an expert, of which GGUF
-    has all in one tensor."""
-    top: Mapping[str, str]
+    block_names: Mapping[str, str]
+    """Names inside a block: Transformers' -> GGUF's. "*" stands for an expert's number; GGUF stores
+    all experts in one tensor."""
+    top_names: Mapping[str, str]
     """The same outside the blocks."""
-    blocks: str
-    """What the blocks are called."""
+    block_prefix: str
+    """Transformers' name of the list of blocks."""
     reorders_heads: bool = False
     """Whether rows of q and k alternate between the halves of a head."""
     interleaves_qkv: bool = False
-    """Whether rows of query_key_value have a head's query, key and value together."""
+    """Whether rows of query_key_value are grouped by head: its query, key and value."""
     norm_shift: float = 0.0
-    """What is added to the weights of norms."""
+    """Constant added to the weights of norms."""
     epsilon: str = "rms_norm_eps"
-    """What the config calls the epsilon of its norms; RMS norms where that says so."""
+    """Config key of the norms' epsilon; also determines whether they are RMS norms."""
     has_rotary: bool = True
-    turns_part: bool = False
-    """Whether positions may turn a part of each head only."""
+    has_partial_rotary: bool = False
+    """Whether llama.cpp supports rotary embeddings on a part of each head."""
     has_longrope: bool = False
-    """Whether llama.cpp knows the two sets of factors of this family."""
-    normalises_experts: bool | None = None
-    """Of a family with experts: whether the weights of those chosen are made to sum to one."""
+    """Whether llama.cpp supports longrope for this architecture."""
+    normalizes_experts: bool | None = None
+    """Whether the weights of the selected experts sum to one; None without experts."""
     stores_inputs_first: bool = False
-    """Whether matrices within its blocks are [in, out]: Transformers' Conv1D."""
+    """Whether matrices in its blocks are [in, out]: Transformers' Conv1D."""
     activations: tuple[str, ...] = SILU
-    """Of its MLP: what a config may name of what llama.cpp computes."""
+    """Names in configs of the MLP activation that llama.cpp computes."""
     writes_head_size: bool = True
     ties_embeddings: bool = False
-    """Whether it never has a head of its own."""
+    """Whether the output head is always tied to the embeddings."""
     needs_head: bool = False
-    """Whether llama.cpp asks for a head even where it is the embeddings over again."""
+    """Whether llama.cpp requires a head tensor even if it is tied to the embeddings."""
     has_window: bool = False
-    """Whether llama.cpp knows its sliding window."""
+    """Whether llama.cpp supports its sliding window."""
 
     def to_gguf(self, name: str) -> str | None:
-        """Translate a module's name; None where llama.cpp has none for it."""
-        if name in self.top:
-            return self.top[name]
-        match = re.fullmatch(re.escape(self.blocks) + r"\.(\d+)\.(.+)", name)
-        inner = self.names.get(re.sub(r"experts\.\d+\.", "experts.*.", match[2])) if match else None
-        return f"blk.{match[1]}.{inner}" if match and inner else None
+        """Translate a module name to GGUF's; None if llama.cpp has none for it."""
+        if name in self.top_names:
+            return self.top_names[name]
+        match = re.fullmatch(re.escape(self.block_prefix) + r"\.(\d+)\.(.+)", name)
+        if match is None:
+            return None
+        inner = self.block_names.get(re.sub(r"experts\.\d+\.", "experts.*.", match[2]))
+        return f"blk.{match[1]}.{inner}" if inner else None
 
     def from_gguf(self, name: str) -> str | None:
-        """Translate a GGUF name back, experts with "*"; None where it is none of this family."""
-        top = {theirs: ours for ours, theirs in self.top.items()}
-        if name in top:
-            return top[name]
+        """Translate a GGUF name to a module name, experts as "*"; None if it is unknown."""
+        top_names = {theirs: ours for ours, theirs in self.top_names.items()}
+        if name in top_names:
+            return top_names[name]
         match = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
-        inner = {theirs: ours for ours, theirs in self.names.items()}
-        found = inner.get(match[2]) if match else None
-        return f"{self.blocks}.{match[1]}.{found}" if match and found else None
+        if match is None:
+            return None
+        inner = {theirs: ours for ours, theirs in self.block_names.items()}.get(match[2])
+        return f"{self.block_prefix}.{match[1]}.{inner}" if inner else None
 
     def is_tied(self, config: Mapping[str, Any]) -> bool:
-        """Whether a model's head is its embeddings."""
+        """Return whether a model's head is tied to its embeddings."""
         return self.ties_embeddings or bool(config.get("tie_word_embeddings"))
 
-    def is_turned(self, name: str) -> bool:
-        """Whether a dense matrix of that name is stored [in, out]."""
-        return self.stores_inputs_first and name.startswith(f"{self.blocks}.")
+    def is_transposed(self, name: str) -> bool:
+        """Return whether the dense matrix of that name is stored as [in, out]."""
+        return self.stores_inputs_first and name.startswith(f"{self.block_prefix}.")
 
     def row_order(self, name: str, config: Mapping[str, Any], rows: int) -> Tensor | None:
-        """Give the order of a module's rows: GGUF's row r is row order[r]; None: as they are.
+        """Return the order of a module's rows in GGUF: row r is Transformers' row order[r].
 
         Args:
             name: Transformers' name of the module.
-            config: The model's.
-            rows: That the module has.
+            config: The model config.
+            rows: Number of rows of the module.
 
         Returns:
-            int64 [rows], or None.
+            int64 [rows]; None if the order is the same.
 
         Raises:
-            ConfigError: The config's heads do not have that many rows.
+            ConfigError: The number of rows does not match the config's heads.
         """
         leaf = name.rpartition(".")[2]
         if self.interleaves_qkv and leaf == "query_key_value":
-            heads = _need_heads(name, config.get("num_attention_heads"), rows, 3)
+            heads = _check_heads(name, config.get("num_attention_heads"), rows, 3)
             return torch.arange(rows).view(heads, 3, -1).transpose(0, 1).reshape(-1)
         if not self.reorders_heads or leaf not in ("q_proj", "k_proj"):
             return None
         key = "num_attention_heads" if leaf == "q_proj" else "num_key_value_heads"
-        heads = _need_heads(name, config.get(key) or config.get("num_attention_heads"), rows, 2)
+        heads = _check_heads(name, config.get(key) or config.get("num_attention_heads"), rows, 2)
         order = torch.arange(rows).view(heads, 2, rows // heads // 2)
         return order.transpose(1, 2).reshape(-1)
 
 
 def find_expert(name: str) -> int | None:
-    """Give the number of the expert that a module belongs to; None where it is of none."""
+    """Return the number of the expert that a module belongs to; None if it is not in one."""
     match = re.search(r"\.experts\.(\d+)\.", name)
     return int(match[1]) if match else None
 
 
-def _need_heads(name: str, heads: object, rows: int, parts: int) -> int:
-    """Check that rows are those of so many heads, each of equal parts."""
+def _check_heads(name: str, heads: object, rows: int, parts: int) -> int:
+    """Check that rows are divisible into heads of equal parts; returns the number of heads."""
     if not isinstance(heads, int) or heads < 1 or rows % (parts * heads):
         raise ConfigError(
-            f"{name} has {rows} rows, and the config says {str(heads)[:40]} heads of "
-            f"{'an even width' if parts == 2 else 'three parts'}. The config or the weights belong "
+            f"{name} has {rows} rows, but the config says {str(heads)[:40]} heads of "
+            f"{'an even size' if parts == 2 else 'three parts'}. The config or the weights belong "
             "to another model."
         )
     return heads
 
 
 def _family(
-    name: str, model: str, *parts: Mapping[str, str], model_type: str = "", **facts: Any
+    name: str, model: str, *parts: Mapping[str, str], model_type: str = "", **options: Any
 ) -> Architecture:
-    names = {key: value for part in parts for key, value in part.items()}
+    """Create an architecture with Llama's names outside the blocks."""
     return Architecture(
         name=name,
         model_class=f"{model}ForCausalLM",
         model_type=model_type or model.lower(),
-        names=names,
-        top=_TOP,
-        blocks="model.layers",
-        **facts,
+        block_names={key: value for part in parts for key, value in part.items()},
+        top_names=_TOP,
+        block_prefix="model.layers",
+        **options,
     )
 
 
@@ -230,7 +234,7 @@ _GEMMA: Mapping[str, Any] = {"norm_shift": 1.0, "ties_embeddings": True, "activa
 _LIKE_LLAMA: Mapping[str, Any] = {"reorders_heads": True}
 
 _LLAMA = (_NORMS_BEFORE, _ATTENTION, _MLP)
-"""What most blocks are made of."""
+"""The modules of most blocks."""
 
 ARCHITECTURES = (
     _family("llama", "Llama", *_LLAMA, **_LIKE_LLAMA),
@@ -244,7 +248,7 @@ ARCHITECTURES = (
         has_window=True, **_GEMMA,
     ),
     _family("phi3", "Phi3", _NORMS_BEFORE, _FUSED_ATTENTION, _FUSED_MLP, writes_head_size=False,
-            turns_part=True, has_longrope=True),
+            has_partial_rotary=True, has_longrope=True),
     _family("granite", "Granite", *_LLAMA, **_LIKE_LLAMA),
     _family("olmo2", "Olmo2", _NORMS_AFTER, _ATTENTION, _HEAD_NORMS, _MLP, writes_head_size=False,
             needs_head=True),
@@ -259,39 +263,41 @@ ARCHITECTURES = (
             {"post_attention_layernorm": "post_attention_norm"}, _ATTENTION, _MLP,
             model_type="seed_oss"),
     _family("llama", "Mixtral", _NORMS_BEFORE, _ATTENTION, _MIXTRAL_EXPERTS,
-            normalises_experts=True, **_LIKE_LLAMA),
+            normalizes_experts=True, **_LIKE_LLAMA),
     _family("qwen2moe", "Qwen2Moe", _NORMS_BEFORE, _ATTENTION, _EXPERTS, _SHARED_EXPERT,
-            model_type="qwen2_moe", writes_head_size=False, normalises_experts=False,
+            model_type="qwen2_moe", writes_head_size=False, normalizes_experts=False,
             needs_head=True),
     _family("qwen3moe", "Qwen3Moe", _NORMS_BEFORE, _ATTENTION, _HEAD_NORMS, _EXPERTS,
-            model_type="qwen3_moe", normalises_experts=True),
+            model_type="qwen3_moe", normalizes_experts=True),
     _family("olmoe", "Olmoe", _NORMS_BEFORE, _ATTENTION, _HEAD_NORMS, _EXPERTS,
-            writes_head_size=False, normalises_experts=False, needs_head=True),
+            writes_head_size=False, normalizes_experts=False, needs_head=True),
     Architecture(
-        name="gpt2", model_class="GPT2LMHeadModel", model_type="gpt2", names=_GPT2_BLOCK,
-        top=_GPT2_TOP, blocks="transformer.h", activations=GELU[:2], epsilon="layer_norm_epsilon",
-        writes_head_size=False, has_rotary=False, stores_inputs_first=True,
+        name="gpt2", model_class="GPT2LMHeadModel", model_type="gpt2", block_names=_GPT2_BLOCK,
+        top_names=_GPT2_TOP, block_prefix="transformer.h", activations=GELU[:2],
+        epsilon="layer_norm_epsilon", writes_head_size=False, has_rotary=False,
+        stores_inputs_first=True,
     ),
     Architecture(
         name="gptneox", model_class="GPTNeoXForCausalLM", model_type="gpt_neox",
-        names=_NEOX_BLOCK, top=_NEOX_TOP, blocks="gpt_neox.layers", interleaves_qkv=True,
+        block_names=_NEOX_BLOCK, top_names=_NEOX_TOP, block_prefix="gpt_neox.layers",
+        interleaves_qkv=True,
         activations=(*GELU, "gelu_fast"), epsilon="layer_norm_eps", writes_head_size=False,
-        turns_part=True, needs_head=True,
+        has_partial_rotary=True, needs_head=True,
     ),
 )  # fmt: skip
 
 
 def find_architecture(config: Mapping[str, Any]) -> Architecture:
-    """Find a model's family by the class that its config names.
+    """Find a model's architecture by the class that its config names.
 
     Args:
         config: ``config.json``.
 
     Returns:
-        The family.
+        The architecture.
 
     Raises:
-        ConfigError: It is none that is written here.
+        ConfigError: The architecture is not supported.
     """
     classes = config.get("architectures") or []
     for architecture in ARCHITECTURES:
@@ -300,5 +306,5 @@ def find_architecture(config: Mapping[str, Any]) -> Architecture:
     known = ", ".join(architecture.model_class for architecture in ARCHITECTURES)
     raise ConfigError(
         f"Cannot write GGUF for {', '.join(map(str, classes)) or 'a model without architectures'}: "
-        f"written are {known}. Choose another format."
+        f"the supported classes are {known}. Choose another format."
     )

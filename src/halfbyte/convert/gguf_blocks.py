@@ -1,8 +1,8 @@
-"""GGUF's blocks of 32: codes of two halves in one byte, the scale in front.
+"""Encode and decode GGUF blocks: a scale, followed by the codes of 32 or 256 weights.
 
 ::
 
-    Q4_0  fp16 d, 16 bytes         weight = d * (code - 8)     byte j: code j, code j + 16
+    Q4_0  fp16 d, 16 bytes         weight = d * (code - 8)     byte j: codes j and j + 16
     Q4_1  fp16 d, fp16 m, 16 bytes weight = d * code + m
     Q8_0  fp16 d, 32 int8          weight = d * value
     Q6_K  256 weights: 128 bytes low nibbles, 64 bytes high pairs, 16 int8 scales, fp16 d
@@ -31,16 +31,16 @@ PLAIN: Mapping[BlockType, torch.dtype] = {
 }
 
 
-def spell_blocks(linear: CodedLinear, kind: BlockType) -> Tensor:
-    """Write a linear as blocks.
+def encode_blocks(linear: CodedLinear, kind: BlockType) -> Tensor:
+    """Encode a linear as blocks.
 
     Args:
-        linear: For Q4_0 and Q8_0 symmetric in 4 and 8 bits, for Q4_1 any in 4 bits; its groups
-            are equal multiples of 32.
+        linear: Symmetric in 4 bits for Q4_0, symmetric in 8 bits for Q8_0, any in 4 bits for
+            Q4_1; all groups have the same size, a multiple of 32.
         kind: Q4_0, Q4_1 or Q8_0.
 
     Returns:
-        uint8 [out, in / 32 * bytes of a block].
+        uint8 [out, in / 32 * bytes per block].
     """
     if linear.in_features % linear.group_size:
         linear = linear.split_groups(BLOCK)
@@ -53,8 +53,8 @@ def spell_blocks(linear: CodedLinear, kind: BlockType) -> Tensor:
     return blocks.view(linear.out_features, -1)
 
 
-def read_blocks(name: str, data: Tensor, kind: BlockType, shape: tuple[int, ...]) -> CodedLinear:
-    """Undo :func:`spell_blocks`, with groups of 32.
+def decode_blocks(name: str, data: Tensor, kind: BlockType, shape: tuple[int, ...]) -> CodedLinear:
+    """Decode blocks to a linear with groups of 32.
 
     Args:
         name: For messages.
@@ -77,7 +77,8 @@ def read_blocks(name: str, data: Tensor, kind: BlockType, shape: tuple[int, ...]
     scales = values[0]
     if not all(bool(torch.isfinite(part).all()) for part in values):
         raise CheckpointError(
-            f"{name} has scales that are infinite or not a number. The file is damaged."
+            f"{name} has scales that are infinite or not a number. The file is damaged; download "
+            "it again."
         )
     bits = 8 if kind == Q8_0 else 4
     zeros, free_minima = torch.full(scales.shape, 2 ** (bits - 1), dtype=torch.int16), None
@@ -95,14 +96,14 @@ def read_blocks(name: str, data: Tensor, kind: BlockType, shape: tuple[int, ...]
     )
 
 
-def read_plain(name: str, data: Tensor, kind: BlockType, shape: tuple[int, ...]) -> Tensor:
-    """Read a tensor of plain numbers, or decode Q6_K, Q8_0, Q4_0 and Q4_1 into float32.
+def decode_plain(name: str, data: Tensor, kind: BlockType, shape: tuple[int, ...]) -> Tensor:
+    """Decode a tensor: floats as they are, Q6_K, Q8_0, Q4_0 and Q4_1 to float32.
 
     Args:
-        name: For messages.
+        name: Name of the tensor, for messages.
         data: uint8 [bytes].
-        kind: Its type.
-        shape: Outermost first.
+        kind: Type of the tensor.
+        shape: Outermost dimension first.
 
     Returns:
         The tensor.
@@ -110,7 +111,7 @@ def read_plain(name: str, data: Tensor, kind: BlockType, shape: tuple[int, ...])
     if kind in PLAIN:
         return data.view(PLAIN[kind]).view(shape)
     if kind == Q6_K:
-        return _read_q6_k(data, shape)
+        return _decode_q6_k(data, shape)
     blocks = data.view(-1, kind.num_bytes)
     scales = blocks[:, :2].contiguous().view(torch.float16).float()
     if kind == Q8_0:
@@ -122,11 +123,11 @@ def read_plain(name: str, data: Tensor, kind: BlockType, shape: tuple[int, ...])
     return (codes * scales + blocks[:, 2:4].contiguous().view(torch.float16).float()).view(shape)
 
 
-def spell_plain(tensor: Tensor, kind: BlockType) -> Tensor:
-    """Write numbers as plain numbers, Q8_0 or Q6_K, rounding to nearest.
+def encode_plain(tensor: Tensor, kind: BlockType) -> Tensor:
+    """Encode a float tensor as floats, Q8_0 or Q6_K, rounding to nearest.
 
     Args:
-        tensor: Float, any shape whose last axis is a multiple of the type's block.
+        tensor: Float, any shape whose last dimension is a multiple of the type's block size.
         kind: F32, F16, BF16, Q8_0 or Q6_K.
 
     Returns:
@@ -134,10 +135,10 @@ def spell_plain(tensor: Tensor, kind: BlockType) -> Tensor:
     """
     if kind in PLAIN:
         return tensor.to(PLAIN[kind]).contiguous().view(-1).view(torch.uint8)
-    return (_spell_q8_0 if kind == Q8_0 else _spell_q6_k)(tensor.float())
+    return (_encode_q8_0 if kind == Q8_0 else _encode_q6_k)(tensor.float())
 
 
-def _spell_q8_0(values: Tensor) -> Tensor:
+def _encode_q8_0(values: Tensor) -> Tensor:
     blocks = values.reshape(-1, BLOCK)
     scales = (blocks.abs().amax(dim=1, keepdim=True) / 127).to(torch.float16)
     codes = torch.where(scales == 0, 0.0, blocks / scales.float()).round().clamp(-127, 127)
@@ -145,8 +146,8 @@ def _spell_q8_0(values: Tensor) -> Tensor:
     return torch.cat(parts, dim=1).view(-1)
 
 
-def _spell_q6_k(values: Tensor) -> Tensor:
-    """Sixteen sub-blocks of 16: the scale of each that gives the smallest error, of a few."""
+def _encode_q6_k(values: Tensor) -> Tensor:
+    """Encode as Q6_K: 16 sub-blocks of 16, each with the best of five candidate scales."""
     blocks = values.reshape(-1, 16, 16)
     largest = blocks.gather(-1, blocks.abs().argmax(dim=-1, keepdim=True))
     best = torch.zeros_like(largest)
@@ -162,7 +163,7 @@ def _spell_q6_k(values: Tensor) -> Tensor:
     sub = torch.where(d == 0, 0.0, best / d.float()).round().clamp(-128, 127)
     steps = sub * d.float()
     codes = torch.where(steps == 0, 0.0, blocks / steps).round().clamp(-32, 31) + 32
-    quants = codes.to(torch.uint8).view(-1, 2, 4, 32)  # halves of 128, four quarters of 32 each
+    quants = codes.to(torch.uint8).view(-1, 2, 4, 32)  # two halves of four quarters of 32
     low = (quants[:, :, :2] & 15) | ((quants[:, :, 2:] & 15) << 4)
     high = quants >> 4
     pairs = high[:, :, 0] | (high[:, :, 1] << 2) | (high[:, :, 2] << 4) | (high[:, :, 3] << 6)
@@ -175,7 +176,7 @@ def _spell_q6_k(values: Tensor) -> Tensor:
     return torch.cat(parts, dim=1).view(-1)
 
 
-def _read_q6_k(data: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _decode_q6_k(data: Tensor, shape: tuple[int, ...]) -> Tensor:
     blocks = data.view(-1, Q6_K.num_bytes)
     low = blocks[:, :128].view(-1, 2, 2, 32)
     pairs = blocks[:, 128:192].view(-1, 2, 1, 32)

@@ -1,4 +1,4 @@
-"""The config of a model that is a GGUF file: the base's, or one made out of the file's pairs."""
+"""The model config for a GGUF file: the base model's, or one made from the file's metadata."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from halfbyte.checkpoint.labels import (
     read_model_config,
 )
 from halfbyte.convert.gguf_architecture import ARCHITECTURES, EMBEDDING, HEAD, Architecture
-from halfbyte.convert.gguf_fields import spell_out
+from halfbyte.convert.gguf_fields import normalize_config
 from halfbyte.convert.gguf_file import BF16, GgufFile
 from halfbyte.convert.gguf_positions import FACTOR_TENSORS
 from halfbyte.errors import CheckpointError
@@ -27,21 +27,21 @@ BIASES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "qwen3": {"attention_bias": _ATTENTION},
     "olmo2": {"attention_bias": _ATTENTION},
 }
-"""By family whose files say all: which linears have a bias where the config has a key."""
+"""Linears with a bias by config key, for the architectures whose metadata is complete."""
 
 
 def read_config(file: GgufFile, base: Path | None) -> dict[str, Any]:
-    """Take the base's config, or make one out of the pairs.
+    """Read the base model's config, or make one from the file's metadata.
 
     Args:
         file: The model.
         base: A folder with ``config.json``, or None.
 
     Returns:
-        The config; empty where the file is of no family that is known.
+        The config; empty if the file's architecture is unknown.
 
     Raises:
-        CheckpointError: The base has no config, or the file does not say all that one needs.
+        CheckpointError: The base has no config, or the file's metadata is insufficient.
     """
     if base is not None:
         if not (base / MODEL_CONFIG).is_file():
@@ -56,13 +56,13 @@ def read_config(file: GgufFile, base: Path | None) -> dict[str, Any]:
     if family is None:
         return {}
     has_experts = f"{name}.expert_count" in pairs
-    scales = pairs.get(f"{name}.rope.scaling.type", "none") != "none"
-    scales = scales or any(tensor in tensors for tensor in FACTOR_TENSORS)
-    if has_experts or scales or family.name not in BIASES:
-        what = "it has experts" if has_experts else f"it is of the family '{name}'"
-        error = _say_too_little(file, "it scales positions" if scales else what)
-        raise error
-    get = partial(_need_number, file)
+    scales_rope = pairs.get(f"{name}.rope.scaling.type", "none") != "none"
+    scales_rope = scales_rope or any(tensor in tensors for tensor in FACTOR_TENSORS)
+    if has_experts or scales_rope or family.name not in BIASES:
+        what = "it has experts" if has_experts else f"its architecture is '{name}'"
+        what = "it has RoPE scaling" if scales_rope else what
+        raise CheckpointError(_describe_missing_metadata(file, what))
+    get = partial(_require_number, file)
     heads = get("attention.head_count")
     embeddings = tensors.get(f"{EMBEDDING}.weight")
     return {
@@ -87,12 +87,12 @@ def read_config(file: GgufFile, base: Path | None) -> dict[str, Any]:
 
 
 def check_complete(file: GgufFile, architecture: Architecture, config: Mapping[str, Any]) -> None:
-    """Refuse a part of a model: one file of a split one, or one without all of its tensors.
+    """Check that a file is not one of several and has all tensors of the model.
 
     Args:
         file: The file.
-        architecture: Its family.
-        config: The model's.
+        architecture: Its architecture.
+        config: The model config.
 
     Raises:
         CheckpointError: Something is missing; names it.
@@ -100,34 +100,35 @@ def check_complete(file: GgufFile, architecture: Architecture, config: Mapping[s
     parts = file.pairs.get("split.count", 1)
     if parts != 1:
         raise CheckpointError(
-            f"Cannot read {file.path}: it is one of the {str(parts)[:40]} files of a model. Make "
-            "one of them first, with: llama-gguf-split --merge FIRST-FILE ONE.gguf"
+            f"Cannot read {file.path}: it is one of {str(parts)[:40]} files of a split model. "
+            "Merge them first with: llama-gguf-split --merge FIRST-FILE MERGED.gguf"
         )
-    blocks = _need_number(file, "block_count")
-    promised = spell_out(config).get("num_hidden_layers", blocks)
-    if promised != blocks:
+    blocks = _require_number(file, "block_count")
+    expected = normalize_config(config).get("num_hidden_layers", blocks)
+    if expected != blocks:
         raise CheckpointError(
-            f"Cannot read {file.path}: it has {blocks} blocks, and the base's config says "
-            f"{str(promised)[:40]}. Give the folder of the model that the file was made of."
+            f"Cannot read {file.path}: it has {blocks} blocks, but the base's config says "
+            f"{str(expected)[:40]}. Give the folder of the model that the file was made from."
         )
-    needed = _list_needed(file, architecture, config, blocks)
-    missing = next((name for name in needed if name not in file.tensors), None)
+    required = _list_required_tensors(file, architecture, config, blocks)
+    missing = next((name for name in required if name not in file.tensors), None)
     if missing is not None:
         raise CheckpointError(
-            f"Cannot read {file.path}: it has no tensor {missing}, which a model of the family "
-            f"'{architecture.name}' with {blocks} blocks has. It is incomplete; download it again."
+            f"Cannot read {file.path}: it has no tensor {missing}, which a model of the "
+            f"architecture '{architecture.name}' with {blocks} blocks has. It is incomplete; "
+            "download it again."
         )
 
 
-def _list_needed(
+def _list_required_tensors(
     file: GgufFile, architecture: Architecture, config: Mapping[str, Any], blocks: int
 ) -> Iterator[str]:
-    """Name what a file must have: each block what its family has, and what any other block has."""
-    for module in architecture.top.values():
-        is_own = architecture.needs_head or config.get("tie_word_embeddings") is False
-        if module != HEAD or is_own:
+    """List the required tensors; each block must also have those that any other block has."""
+    needs_head = architecture.needs_head or config.get("tie_word_embeddings") is False
+    for module in architecture.top_names.values():
+        if module != HEAD or needs_head:
             yield f"{module}.weight"
-    in_block = dict.fromkeys(f"{module}.weight" for module in architecture.names.values())
+    in_block = dict.fromkeys(f"{module}.weight" for module in architecture.block_names.values())
     for name in file.tensors:
         if name.startswith("blk."):
             in_block.setdefault(name.split(".", 2)[-1])
@@ -136,34 +137,34 @@ def _list_needed(
 
 
 def _describe_biases(file: GgufFile, keys: Mapping[str, tuple[str, ...]]) -> dict[str, bool]:
-    """Say in a config's words which linears of the first block have a bias."""
-    found = {module for module in (*_ATTENTION, *_MLP) if f"blk.0.{module}.bias" in file.tensors}
-    flags = {key: bool(found & set(modules)) for key, modules in keys.items() if key != _ALWAYS}
-    given = {m for key, modules in keys.items() if flags.get(key, True) for m in modules}
-    if given != found:
-        names = ", ".join(sorted(found)) or "no linear"
-        error = _say_too_little(file, f"{names} of a block has a bias")
-        raise error
+    """Make the config keys that say which linears of a block have a bias."""
+    biased = {module for module in (*_ATTENTION, *_MLP) if f"blk.0.{module}.bias" in file.tensors}
+    flags = {key: bool(biased & set(modules)) for key, modules in keys.items() if key != _ALWAYS}
+    expressed = {m for key, modules in keys.items() if flags.get(key, True) for m in modules}
+    if expressed != biased:
+        names = ", ".join(sorted(biased)) or "no linear"
+        what = f"{names} of a block has a bias"
+        raise CheckpointError(_describe_missing_metadata(file, what))
     return flags
 
 
-def _say_too_little(file: GgufFile, what: str) -> CheckpointError:
-    return CheckpointError(
-        f"Cannot make a config out of {file.path}: {what}, and not all of how stands in the file. "
-        "Give the original model's folder with --base."
+def _describe_missing_metadata(file: GgufFile, what: str) -> str:
+    return (
+        f"Cannot make a config from {file.path}: {what}, which the file's metadata does not fully "
+        "describe. Give the original model's folder with --base."
     )
 
 
-def _need_number(
+def _require_number(
     file: GgufFile, key: str, kind: type[int | float] = int, default: float | None = None
 ) -> Any:
-    """Read one of a family's pairs that is a positive number."""
+    """Read a positive number from the metadata of the file's architecture."""
     name = f"{file.pairs.get('general.architecture')}.{key}"
     value = file.pairs.get(name, default)
     if type(value) is not kind or not value > 0:
         raise CheckpointError(
-            f"Cannot read {file.path}: its {name[:80]} is {str(value)[:40]}; one positive number "
-            "is needed. The file is damaged, or its blocks differ; give the original model's "
-            "folder with --base."
+            f"Cannot read {file.path}: {name[:80]} is {str(value)[:40]}; one positive number is "
+            "needed. The file is damaged, or its blocks differ; give the original model's folder "
+            "with --base."
         )
     return value

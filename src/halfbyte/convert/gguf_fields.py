@@ -1,4 +1,4 @@
-"""What a model's config says, under the names that most families use."""
+"""Read model configs under the key names that most architectures use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from halfbyte.errors import ConfigError
 
 Number = TypeVar("Number", int, float)
 
-OTHER_NAMES = {
+KEY_ALIASES = {
     "n_embd": "hidden_size",
     "n_layer": "num_hidden_layers",
     "n_head": "num_attention_heads",
@@ -21,25 +21,25 @@ OTHER_NAMES = {
     "rotary_pct": "partial_rotary_factor",
     "rotary_emb_base": "rope_theta",
 }
-"""What some families call what most call otherwise."""
+"""Standard key name by the name that some architectures use instead."""
 
 
-def spell_out(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Give a config under the names that most families use.
+def normalize_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Rename the keys of a config to their standard names.
 
     Args:
         config: ``config.json``.
 
     Returns:
-        The same values, and GPT-2's width of the MLP where it says none.
+        The same values, with GPT-2's default for ``intermediate_size``.
     """
-    spelled = {OTHER_NAMES.get(key, key): value for key, value in config.items()}
-    if "n_embd" in config and not spelled.get("intermediate_size"):
-        spelled["intermediate_size"] = 4 * need(config, "n_embd", int)
-    return spelled
+    normalized = {KEY_ALIASES.get(key, key): value for key, value in config.items()}
+    if "n_embd" in config and not normalized.get("intermediate_size"):
+        normalized["intermediate_size"] = 4 * require_number(config, "n_embd", int)
+    return normalized
 
 
-def need(
+def require_number(
     config: Mapping[str, Any],
     key: str,
     kind: type[Number],
@@ -47,20 +47,20 @@ def need(
     *,
     where: str = "config.json",
 ) -> Number:
-    """Read a positive number of a config.
+    """Read a positive number from a config.
 
     Args:
-        config: ``config.json``, or a part of it.
-        key: Its name.
+        config: ``config.json``, or a section of it.
+        key: Name of the value.
         kind: int or float.
-        default: Where the config has none.
-        where: What the config is, for messages.
+        default: Value if the config has none.
+        where: Name of the config, for messages.
 
     Returns:
         The number.
 
     Raises:
-        ConfigError: It is missing without a default, or no positive number.
+        ConfigError: It is missing and has no default, or is not a positive number.
     """
     value = default if config.get(key) is None else config[key]
     if value is None:
@@ -78,6 +78,8 @@ def need(
 
 
 def head_size(config: Mapping[str, Any]) -> int:
-    """Give the width of an attention head."""
-    heads = need(config, "num_attention_heads", int)
-    return need(config, "head_dim", int, need(config, "hidden_size", int) // heads)
+    """Return the dimension of an attention head."""
+    heads = require_number(config, "num_attention_heads", int)
+    return require_number(
+        config, "head_dim", int, require_number(config, "hidden_size", int) // heads
+    )

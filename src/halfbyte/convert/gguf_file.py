@@ -1,8 +1,8 @@
-"""The GGUF container: header, key-value pairs, tensor table; checked before any data is believed.
+"""Read and write GGUF files; the header is validated before any tensor is read.
 
 ::
 
-    4 bytes "GGUF", u32 version, u64 tensors, u64 pairs
+    4 bytes "GGUF", u32 version, u64 number of tensors, u64 number of pairs
     pairs    string key, u32 type, value            strings: u64 length, UTF-8
     tensors  string name, u32 dimensions, u64 each (innermost first), u32 type, u64 offset
     padding to the alignment, then the data, each tensor at a multiple of the alignment
@@ -35,12 +35,14 @@ MAX_HEADER_BYTES = 500_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockType:
-    """One of GGUF's element types: how many weights share how many bytes."""
+    """A tensor type of GGUF."""
 
     name: str
     number: int
     block: int
+    """Number of weights per block."""
     num_bytes: int
+    """Size of a block. Unit: bytes."""
 
 
 F32 = BlockType(name="F32", number=0, block=1, num_bytes=4)
@@ -63,12 +65,12 @@ _U32, _I32, _FLOAT, _BOOL = 4, 5, 6, 7
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufTensor:
-    """One tensor of a GGUF file, as its table describes it."""
+    """One tensor of a GGUF file, as described in its header."""
 
     name: str
     kind: BlockType
     shape: tuple[int, ...]
-    """Outermost first, as torch has it."""
+    """Outermost dimension first, as in torch."""
     offset: int
     """First byte, from the start of the file."""
 
@@ -81,17 +83,18 @@ class GgufTensor:
         return count // self.kind.block * self.kind.num_bytes
 
     def part(self, number: int) -> GgufTensor:
-        """Give one of those along the outermost axis, such as one expert's."""
+        """Return one slice along the outermost dimension, such as one expert."""
         one = replace(self, shape=self.shape[1:])
         return replace(one, offset=self.offset + number * one.num_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufFile:
-    """An open GGUF file: the header is checked, no tensor is in memory."""
+    """An open GGUF file: the header is validated, no tensor is in memory."""
 
     path: Path
     pairs: Mapping[str, Any]
+    """The metadata."""
     tensors: Mapping[str, GgufTensor]
 
     def load(self, name: str) -> Tensor:
@@ -107,11 +110,13 @@ class GgufFile:
             CheckpointError: The file has no such tensor, changed, or cannot be read.
         """
         if name not in self.tensors:
-            raise CheckpointError(f"{self.path} has no tensor {name}. It is incomplete.")
+            raise CheckpointError(
+                f"{self.path} has no tensor {name}. It is incomplete; download it again."
+            )
         return self.read(self.tensors[name])
 
     def read(self, info: GgufTensor) -> Tensor:
-        """Read the bytes of a tensor, or of a part of one.
+        """Read the bytes of a tensor, or of a slice of one.
 
         Args:
             info: From :attr:`tensors`, or :meth:`GgufTensor.part` of one.
@@ -141,67 +146,70 @@ class GgufFile:
 
 
 class _Cursor:
-    """Reads the header front to back; every length is held against what is left."""
+    """Reads a header sequentially; checks every length against the remaining bytes."""
 
     def __init__(self, path: Path, handle: BinaryIO) -> None:
-        self.path, self.handle, self.place = path, handle, 0
+        self.path, self.handle, self.position = path, handle, 0
         self.file_bytes = handle.seek(0, 2)
         handle.seek(0)
 
     @property
-    def left(self) -> int:
-        """How much of a header may follow. Unit: bytes."""
-        return min(self.file_bytes, MAX_HEADER_BYTES) - self.place
+    def remaining(self) -> int:
+        """Maximum size of the rest of the header. Unit: bytes."""
+        return min(self.file_bytes, MAX_HEADER_BYTES) - self.position
 
-    def fail(self, what: str) -> CheckpointError:
+    def make_error(self, what: str) -> CheckpointError:
         return CheckpointError(
-            f"Cannot read {self.path}: {what}. The file is cut short or damaged; download it again."
+            f"Cannot read {self.path}: {what}. The file is truncated or damaged; download it again."
         )
 
-    def take(self, count: int) -> bytes:
-        data = self.handle.read(count) if count <= self.left else b""
+    def read_bytes(self, count: int) -> bytes:
+        data = self.handle.read(count) if count <= self.remaining else b""
         if len(data) < count:
-            raise self.fail(f"its header goes on for {count} bytes at byte {self.place}, past the "
-                            f"end of the file ({self.file_bytes} bytes)")  # fmt: skip
-        self.place += count
+            raise self.make_error(
+                f"its header needs {count} more bytes at byte {self.position}, past the end of the "
+                f"file ({self.file_bytes} bytes)"
+            )
+        self.position += count
         return data
 
-    def number(self, code: str) -> Any:
-        return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0]
+    def read_number(self, code: str) -> Any:
+        return struct.unpack(f"<{code}", self.read_bytes(struct.calcsize(f"<{code}")))[0]
 
-    def count(self, what: str, least_bytes: int) -> int:
-        """Read how many things follow, each of which takes some bytes."""
-        found = int(self.number("Q"))
-        if found * least_bytes > self.left:
-            raise self.fail(f"it declares {found} {what} with {self.left} bytes left")
-        return found
+    def read_count(self, what: str, min_bytes: int) -> int:
+        """Read the number of items that follow, each of at least ``min_bytes`` bytes."""
+        count = int(self.read_number("Q"))
+        if count * min_bytes > self.remaining:
+            raise self.make_error(f"it declares {count} {what} with {self.remaining} bytes left")
+        return count
 
-    def text(self) -> str:
-        raw = self.take(self.count("characters", 1))
+    def read_text(self) -> str:
+        raw = self.read_bytes(self.read_count("characters", 1))
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise self.fail(f"a string before byte {self.place} is not UTF-8") from error
+            raise self.make_error(f"a string before byte {self.position} is not UTF-8") from error
 
-    def value(self, kind: int) -> Any:
+    def read_value(self, kind: int) -> Any:
         if kind in _SCALARS:
-            return self.number(_SCALARS[kind])
+            return self.read_number(_SCALARS[kind])
         if kind == _STRING:
-            return self.text()
+            return self.read_text()
         if kind != _ARRAY:
-            raise self.fail(f"byte {self.place} declares a value of the unknown type {kind}")
-        inner = int(self.number("I"))
+            raise self.make_error(f"byte {self.position} declares a value of unknown type {kind}")
+        inner = int(self.read_number("I"))
         if inner in _SCALARS:
             size = struct.calcsize(f"<{_SCALARS[inner]}")
-            count = self.count("values", size)
-            return list(struct.unpack(f"<{count}{_SCALARS[inner]}", self.take(count * size)))
+            count = self.read_count("values", size)
+            data = self.read_bytes(count * size)
+            return list(struct.unpack(f"<{count}{_SCALARS[inner]}", data))
         if inner != _STRING:
-            raise self.fail(f"byte {self.place} declares an array of the unknown type {inner}")
-        return [self.text() for _ in range(self.count("strings", 8))]
+            raise self.make_error(f"byte {self.position} declares an array of unknown type {inner}")
+        return [self.read_text() for _ in range(self.read_count("strings", 8))]
 
 
 def open_gguf(path: Path) -> GgufFile:
-    """Read and check the header of a GGUF file; the data is not touched.
+    """Read and validate the header of a GGUF file; the data is not read.
 
     Args:
         path: The file.
@@ -210,8 +218,7 @@ def open_gguf(path: Path) -> GgufFile:
         The open file.
 
     Raises:
-        CheckpointError: It cannot be read, is cut short, or its header is not one that a GGUF
-            writer makes.
+        CheckpointError: The file cannot be read, is truncated, or its header is invalid.
     """
     try:
         with path.open("rb") as handle:
@@ -223,16 +230,16 @@ def open_gguf(path: Path) -> GgufFile:
 
 
 def _read_header(cursor: _Cursor) -> GgufFile:
-    if cursor.left < len(MAGIC) or cursor.take(len(MAGIC)) != MAGIC:
-        raise cursor.fail("it does not begin with 'GGUF'")
-    version = cursor.number("I")
+    if cursor.remaining < len(MAGIC) or cursor.read_bytes(len(MAGIC)) != MAGIC:
+        raise cursor.make_error("it does not begin with 'GGUF'")
+    version = cursor.read_number("I")
     if version not in VERSIONS:
         raise CheckpointError(
             f"Cannot read {cursor.path}: it is GGUF version {version}; versions {VERSIONS} in "
-            "little-endian order are read. Convert it again with a present llama.cpp."
+            "little-endian order are supported. Convert it again with a current llama.cpp."
         )
-    num_tensors = cursor.count("tensors", 24)
-    num_pairs = cursor.count("pairs", 13)
+    num_tensors = cursor.read_count("tensors", 24)
+    num_pairs = cursor.read_count("pairs", 13)
     pairs = _read_pairs(cursor, num_pairs)
     return GgufFile(path=cursor.path, pairs=pairs, tensors=_read_table(cursor, num_tensors, pairs))
 
@@ -240,47 +247,47 @@ def _read_header(cursor: _Cursor) -> GgufFile:
 def _read_pairs(cursor: _Cursor, number: int) -> dict[str, Any]:
     pairs: dict[str, Any] = {}
     for _ in range(number):
-        key = cursor.text()
+        key = cursor.read_text()
         if key in pairs:
-            raise cursor.fail(f"the key '{key[:80]}' stands there twice")
+            raise cursor.make_error(f"the key '{key[:80]}' is duplicated")
         try:
-            pairs[key] = cursor.value(int(cursor.number("I")))
+            pairs[key] = cursor.read_value(int(cursor.read_number("I")))
         except struct.error as error:
-            raise cursor.fail(f"the value of '{key[:80]}' is not readable") from error
+            raise cursor.make_error(f"the value of '{key[:80]}' is invalid") from error
     return pairs
 
 
 def _read_table(cursor: _Cursor, number: int, pairs: Mapping[str, Any]) -> dict[str, GgufTensor]:
     alignment = pairs.get("general.alignment", ALIGNMENT)
     if type(alignment) is not int or not 0 < alignment <= 2**20 or alignment % 8:
-        raise cursor.fail(f"its alignment is {str(alignment)[:40]}")
+        raise cursor.make_error(f"its alignment is {str(alignment)[:40]}")
     raw = []
     for _ in range(number):
-        name, dimensions = cursor.text(), int(cursor.number("I"))
+        name, dimensions = cursor.read_text(), int(cursor.read_number("I"))
         if not 0 < dimensions <= MAX_DIMENSIONS:
-            raise cursor.fail(f"tensor {name[:80]} has {dimensions} dimensions")
-        shape = tuple(int(cursor.number("Q")) for _ in range(dimensions))[::-1]
-        raw.append((name, shape, int(cursor.number("I")), int(cursor.number("Q"))))
-    start = -(-cursor.place // alignment) * alignment
+            raise cursor.make_error(f"tensor {name[:80]} has {dimensions} dimensions")
+        shape = tuple(int(cursor.read_number("Q")) for _ in range(dimensions))[::-1]
+        raw.append((name, shape, int(cursor.read_number("I")), int(cursor.read_number("Q"))))
+    start = -(-cursor.position // alignment) * alignment
     tensors: dict[str, GgufTensor] = {}
     position = start
     for name, shape, kind, offset in sorted(raw, key=lambda entry: entry[3]):
         info = _check_tensor(cursor, name, shape, kind, start + offset)
         if name in tensors:
-            raise cursor.fail(f"tensor {name[:80]} stands there twice")
+            raise cursor.make_error(f"tensor {name[:80]} is duplicated")
         if info.offset != position:
-            raise cursor.fail(
+            raise cursor.make_error(
                 f"tensor {name[:80]} starts at byte {info.offset}, {position} was expected"
             )
         if info.offset + info.num_bytes > cursor.file_bytes:
-            raise cursor.fail(
+            raise cursor.make_error(
                 f"tensor {name[:80]} ends at byte {info.offset + info.num_bytes} of "
                 f"{cursor.file_bytes}"
             )
         position = start + -(-(offset + info.num_bytes) // alignment) * alignment
         tensors[name] = info
     if tensors and cursor.file_bytes > position:
-        raise cursor.fail(f"its tensors end at byte {position} of {cursor.file_bytes}")
+        raise cursor.make_error(f"its tensors end at byte {position} of {cursor.file_bytes}")
     return {name: tensors[name] for name, *_ in raw}
 
 
@@ -290,17 +297,18 @@ def _check_tensor(
     if kind not in TYPES:
         known = ", ".join(found.name for found in TYPES.values())
         raise CheckpointError(
-            f"Cannot read {cursor.path}: tensor {name[:80]} is of GGUF type {kind}; read are "
-            f"{known}. Convert it to one of them first, for example with llama-quantize."
+            f"Cannot read {cursor.path}: tensor {name[:80]} has GGUF type {kind}; the "
+            f"supported types are {known}. Convert it to one of them first, for example with "
+            "llama-quantize."
         )
     count = 1
     for size in shape:
         count *= size
         if count > 2**48 or size == 0:
-            raise cursor.fail(f"tensor {name[:80]} has the shape {str(shape)[:80]}")
+            raise cursor.make_error(f"tensor {name[:80]} has the shape {str(shape)[:80]}")
     if shape[-1] % TYPES[kind].block:
-        raise cursor.fail(
-            f"tensor {name[:80]} has rows of {shape[-1]}, no multiple of {TYPES[kind].block}"
+        raise cursor.make_error(
+            f"tensor {name[:80]} has rows of {shape[-1]}, not a multiple of {TYPES[kind].block}"
         )
     return GgufTensor(name=name, kind=TYPES[kind], shape=shape, offset=offset)
 
@@ -311,21 +319,19 @@ def write_gguf_file(
     table: Sequence[tuple[str, BlockType, tuple[int, ...]]],
     data: Iterable[Tensor],
 ) -> int:
-    """Write a GGUF file out of tensors that come one after another, whole or not at all.
-
-    A tensor may come in several pieces.
+    """Write a GGUF file atomically from an iterable of tensors.
 
     Args:
         path: The file; its folder must exist.
-        pairs: Strings, whole numbers, floats, bools, and lists of one of these.
-        table: Name, type and shape (outermost first) of each tensor, in order.
-        data: Each tensor's bytes, or those of its pieces, uint8, in the same order.
+        pairs: Metadata: strings, integers, floats, bools, and lists of one of these.
+        table: Name, type and shape (outermost dimension first) of each tensor, in order.
+        data: Bytes of each tensor, uint8, in the same order, in one or more pieces.
 
     Returns:
         Size of the file. Unit: bytes.
 
     Raises:
-        CheckpointError: A tensor is of another size than announced, or the disk is full.
+        CheckpointError: A tensor does not have the size given in the table, or the disk is full.
     """
     header = bytearray(MAGIC + struct.pack("<IQQ", VERSION, len(table), len(pairs)))
     for key, value in pairs.items():
@@ -344,20 +350,20 @@ def write_gguf_file(
         pieces = iter(data)
         for name, kind, shape in table:
             size = GgufTensor(name=name, kind=kind, shape=shape, offset=0).num_bytes
-            came = 0
-            while came < size and (piece := next(pieces, None)) is not None:
-                came += piece.numel()
-                if came <= size:
+            written = 0
+            while written < size and (piece := next(pieces, None)) is not None:
+                written += piece.numel()
+                if written <= size:
                     yield piece.contiguous().flatten().numpy().data
-            if came != size:
+            if written != size:
                 raise CheckpointError(
-                    f"Cannot write {path}: tensor {name} came with {came} bytes where "
-                    f"{size} were announced."
+                    f"Cannot write {path}: got {written} bytes for tensor {name}, but expected "
+                    f"{size}."
                 )
             yield bytes(-size % ALIGNMENT)
         assert next(pieces, None) is None
 
-    write_atomically(path, chunks(), past_cache=True)
+    write_atomically(path, chunks(), bypass_cache=True)
     return len(header) + offset
 
 
@@ -373,17 +379,17 @@ def _pack_value(value: Any) -> bytes:
             return struct.pack("<IIQ", _ARRAY, _STRING, len(value)) + b"".join(
                 _pack_text(text) for text in value
             )
-        kind = _kind_of(first, inside=True)
+        kind = _find_kind(first, inside=True)
         packed = struct.pack(f"<{len(value)}{_SCALARS[kind]}", *value)
         return struct.pack("<IIQ", _ARRAY, kind, len(value)) + packed
     if isinstance(value, str):
         return struct.pack("<I", _STRING) + _pack_text(value)
-    kind = _kind_of(value)
+    kind = _find_kind(value)
     return struct.pack(f"<I{_SCALARS[kind]}", kind, value)
 
 
-def _kind_of(value: object, *, inside: bool = False) -> int:
-    """Whole numbers are u32, and i32 within lists, as llama.cpp asks of its own keys."""
+def _find_kind(value: object, *, inside: bool = False) -> int:
+    """Return the type of a value: integers are u32, or i32 in lists, as llama.cpp expects."""
     if isinstance(value, bool):
         return _BOOL
     if isinstance(value, int):

@@ -1,4 +1,4 @@
-"""Which tensors a GGUF file will have, in which types, and what is rounded for that."""
+"""Plan the tensors of a GGUF file: names, types, and which are rounded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from itertools import groupby
 from halfbyte.checkpoint.write import TensorSpec
 from halfbyte.convert.bit_order import BLOCK
 from halfbyte.convert.coded_linear import CodedSpec
-from halfbyte.convert.folder import check_fit
+from halfbyte.convert.folder import check_exact
 from halfbyte.convert.gguf_architecture import (
     COMPUTED,
     EMBEDDING,
@@ -32,7 +32,7 @@ _KEPT = {dtype: kind for kind, dtype in PLAIN.items()}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufOptions:
-    """What is to be decided for a GGUF file."""
+    """Options for writing a GGUF file."""
 
     embeddings: str = "keep"
     head: str = "keep"
@@ -43,20 +43,20 @@ class GgufOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One tensor of the file, or what one expert is of it, and where it comes from."""
+    """One tensor of the file, or one expert's slice of it, and its origin."""
 
     name: str
     kind: BlockType
     shape: tuple[int, ...]
-    """Of this expert alone, where it is of one."""
+    """Shape of the tensor, or of the expert's slice."""
     source: str
-    """The module, or the tensor where it is not of a coded module."""
+    """Name of the quantized module, or of the unquantized tensor."""
     part: str
-    """"blocks", "weight" (dense, of a coded module), "bias", "other" or "factors"."""
+    """"blocks", "weight" (dense, of a quantized module), "bias", "other" or "factors"."""
     how: str | None = None
-    """What is rounded."""
+    """How it is rounded; None if it is exact."""
     expert: int | None = None
-    """Number of the expert; those of one tensor follow each other."""
+    """Number of the expert; the slices of one tensor are consecutive."""
 
     @property
     def num_bytes(self) -> int:
@@ -70,11 +70,11 @@ def choose_types(
     """Choose a block type for each linear.
 
     Args:
-        specs: The linears' facts.
-        options: Whether an error, and whether a wider type, is allowed.
+        specs: Properties of the linears.
+        options: Whether errors and wider types are allowed.
 
     Returns:
-        The types, and by linear what is rounded.
+        The types by linear, and for each rounded linear, how.
     """
     kinds: dict[str, BlockType] = {}
     reasons: dict[str, str] = {}
@@ -83,28 +83,28 @@ def choose_types(
         if reason is not None:
             reasons[name] = reason
     if not options.allow_error:
-        check_fit("gguf", reasons, len(specs))
+        check_exact("gguf", reasons, len(specs))
     return kinds, reasons
 
 
 def _choose_type(spec: CodedSpec, widen: bool) -> tuple[BlockType, str | None]:
-    """Give the narrowest type that is exact, else the closest one and why it is not."""
+    """Return the narrowest exact type, else the closest one and why it is not exact."""
     if not spec.is_ordered:
-        return F16, "groups in the order of activations (desc_act); GGUF has no g_idx"
+        return F16, "act-order (desc_act); GGUF has no g_idx"
     if not spec.scales_fit_half:
-        return F16, "a scale that fp16 cannot hold"
+        return F16, "a scale that fp16 cannot represent"
     if spec.even_group % BLOCK:
-        return F16, f"groups of {spec.group_size}, which is no multiple of {BLOCK}"
-    if spec.can_recentre(4):
+        return F16, f"groups of {spec.group_size}, which is not a multiple of {BLOCK}"
+    if spec.can_recenter(4):
         return Q4_0, None
     if spec.bits <= 4 and spec.minima_fit_half:
         return Q4_1, None
-    if spec.can_recentre(8) and (widen or spec.bits > 4):
+    if spec.can_recenter(8) and (widen or spec.bits > 4):
         return Q8_0, None
     if spec.bits <= 4:
         exact = "" if spec.has_free_minima else " (--widen: exact in Q8_0)"
-        return Q4_1, f"asymmetric: Q4_1 rounds the minimum to fp16{exact}"
-    return F16, f"asymmetric in {spec.bits} bits; Q8_0 is symmetric"
+        return Q4_1, f"an asymmetric grid: Q4_1 rounds the minimum to fp16{exact}"
+    return F16, f"an asymmetric grid in {spec.bits} bits; Q8_0 is symmetric"
 
 
 def plan_entries(
@@ -119,14 +119,14 @@ def plan_entries(
 
     Args:
         source: The model.
-        specs: Its linears' facts.
-        architecture: Its family.
-        kinds: By linear: the block type.
-        reasons: By linear: what is rounded.
-        options: Choices.
+        specs: Properties of its linears.
+        architecture: Its architecture.
+        kinds: Block type by linear.
+        reasons: How each rounded linear is rounded, by name.
+        options: Options.
 
     Returns:
-        The tensors, and after them what experts are of theirs.
+        The tensors, followed by the slices of experts.
     """
     entries: list[Entry] = []
     for name, spec in specs.items():
@@ -151,9 +151,9 @@ def plan_entries(
     entries += [
         _plan_other(name, spec, architecture, options)
         for name, spec in source.others.items()
-        if not _is_repeated(name, source, architecture) and not COMPUTED.fullmatch(name)
+        if not _is_tied_head(name, source, architecture) and not COMPUTED.fullmatch(name)
     ]
-    entries += _repeat_embeddings(entries, source, architecture, options)
+    entries += _copy_embeddings_as_head(entries, source, architecture, options)
     entries += [
         Entry(name=name, kind=F32, shape=tuple(factors.shape), source=name, part="factors")
         for name, factors in make_rope_factors(source.model_config).items()
@@ -163,16 +163,16 @@ def plan_entries(
     return [entry for entry in entries if entry.expert is None] + experts
 
 
-def _is_repeated(name: str, source: Source, architecture: Architecture) -> bool:
-    """Whether a tensor is a head that is tied to the embeddings, stored all the same."""
+def _is_tied_head(name: str, source: Source, architecture: Architecture) -> bool:
+    """Return whether a tensor is a redundant copy of tied embeddings as the head."""
     is_head = architecture.to_gguf(name.removesuffix(".weight")) == HEAD
     return is_head and architecture.is_tied(source.model_config)
 
 
-def _repeat_embeddings(
+def _copy_embeddings_as_head(
     entries: list[Entry], source: Source, architecture: Architecture, options: GgufOptions
 ) -> list[Entry]:
-    """Give the head of a model that is tied, where llama.cpp asks for one all the same."""
+    """Plan the head of a model with tied embeddings if llama.cpp requires one."""
     if not (architecture.needs_head and architecture.is_tied(source.model_config)):
         return []
     embeddings = next(entry for entry in entries if entry.name == f"{EMBEDDING}.weight")
@@ -189,7 +189,7 @@ def _plan_other(
     module, _, suffix = name.rpartition(".")
     theirs = _translate(architecture, module)
     shape = spec.shape
-    if len(shape) == 2 and architecture.is_turned(name):
+    if len(shape) == 2 and architecture.is_transposed(name):
         shape = shape[::-1]
     if len(shape) == 2 and shape[0] == 1:
         shape = shape[1:]  # the gate of a shared expert
@@ -210,14 +210,14 @@ def _plan_other(
 
 
 def _choose_plain(name: str, spec: TensorSpec, choice: str) -> tuple[BlockType, str | None]:
-    """Keep a matrix's type, or take the chosen one."""
+    """Return a matrix's own type, or the chosen one."""
     if choice == "keep":
         return _KEPT.get(spec.dtype, F32), None
     kind = CHOICES[choice]
     if spec.shape[-1] % kind.block:
         raise ConfigError(
-            f"Cannot hold {name} in {kind.name}: its rows of {spec.shape[-1]} are no multiple of "
-            f"{kind.block}. Use q8_0 or f16."
+            f"Cannot store {name} as {kind.name}: its rows of {spec.shape[-1]} are not a multiple "
+            f"of {kind.block}. Use q8_0 or f16."
         )
     return kind, f"chosen: {kind.name}"
 
@@ -226,14 +226,14 @@ def _translate(architecture: Architecture, module: str) -> str:
     found = architecture.to_gguf(module)
     if found is None:
         raise ConfigError(
-            f"Cannot write GGUF: llama.cpp's '{architecture.name}' has no place for {module}. "
+            f"Cannot write GGUF: llama.cpp's '{architecture.name}' has no tensor for {module}. "
             "Choose another format."
         )
     return found
 
 
 def make_table(entries: list[Entry]) -> list[tuple[str, BlockType, tuple[int, ...]]]:
-    """Describe the file's tensors: experts that follow each other are one.
+    """List the file's tensors, with the experts of a block merged into one.
 
     Args:
         entries: From :func:`plan_entries`.
@@ -242,7 +242,7 @@ def make_table(entries: list[Entry]) -> list[tuple[str, BlockType, tuple[int, ..
         Name, type and shape of each.
 
     Raises:
-        ConfigError: The experts of a block are not alike.
+        ConfigError: The experts of a block have different types or shapes, or one is missing.
     """
     table: list[tuple[str, BlockType, tuple[int, ...]]] = []
     for name, group in groupby(entries, key=lambda entry: entry.name):
@@ -254,9 +254,9 @@ def make_table(entries: list[Entry]) -> list[tuple[str, BlockType, tuple[int, ..
         ):
             kinds = sorted({part.kind.name for part in parts})
             raise ConfigError(
-                f"Cannot write GGUF: the {len(parts)} experts of {name} are one tensor there, and "
-                f"these are not alike ({', '.join(kinds)}; the last is expert {parts[-1].expert}). "
-                "Quantize all experts of a block in the same way, or choose another format."
+                f"Cannot write GGUF: it stores the {len(parts)} experts of {name} as one tensor, "
+                f"but they differ ({', '.join(kinds)}; the last is expert {parts[-1].expert}). "
+                "Quantize all experts of a block alike, or choose another format."
             )
         table.append((name, first.kind, shape))
     return table

@@ -1,9 +1,9 @@
-"""Rotary positions under GGUF's keys and tensors, and what of them llama.cpp does otherwise.
+"""Rotary position embeddings (RoPE) as GGUF metadata and tensors.
 
 Source:
-    llama.cpp ``src/llama-model.cpp`` (keys that every family reads), ``src/llama-context.cpp`` and
-    ``ggml/src/ggml.c`` (how YaRN is computed), as read in November 2026; Transformers
-    ``modeling_rope_utils.py`` (what its settings mean).
+    llama.cpp ``src/llama-model.cpp`` (keys read for every architecture), ``src/llama-context.cpp``
+    and ``ggml/src/ggml.c`` (how YaRN is computed), as of November 2026; Transformers
+    ``modeling_rope_utils.py`` (meaning of its settings).
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ import torch
 from torch import Tensor
 
 from halfbyte.convert.gguf_architecture import Architecture
-from halfbyte.convert.gguf_fields import head_size, need, spell_out
+from halfbyte.convert.gguf_fields import head_size, normalize_config, require_number
 from halfbyte.errors import ConfigError
 
 LONGROPE = ("longrope", "su")
 _WHERE = "the config's rope_parameters"
 _YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
-"""Of YaRN: what llama.cpp takes for granted."""
+"""The YaRN settings that llama.cpp assumes."""
 LONG, SHORT = "long_factor", "short_factor"
 FACTOR_TENSORS = {
     "rope_freqs.weight": "llama3",
     "rope_factors_long.weight": LONG,
     "rope_factors_short.weight": SHORT,
 }
-"""Tensors of a file that are made from the config: what of it."""
+"""Tensors of a file that are computed from the config, and from which part of it."""
 
 
-def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Gather what a config says of rotary positions, under Transformers 5's names.
+def read_rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Read a config's RoPE settings, under the key names of Transformers 5.
 
-    Of models with a sliding window these are the settings of the blocks that see everything.
+    For models with a sliding window, these are the settings of the blocks with full attention.
     """
     settings = {"rope_theta": config.get("rope_theta", 10000.0), "rope_type": "default"}
     scaling = config.get("rope_scaling")
@@ -43,55 +43,58 @@ def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         settings |= {"rope_type": scaling.get("type", "default"), **scaling}
     if "partial_rotary_factor" in config:
         settings["partial_rotary_factor"] = config["partial_rotary_factor"]
-    own = config.get("rope_parameters")
-    if not isinstance(own, dict):
+    parameters = config.get("rope_parameters")
+    if not isinstance(parameters, dict):
         return settings
-    full = own.get("full_attention", own)
-    return settings | (full if isinstance(full, dict) else {})
+    full_attention = parameters.get("full_attention", parameters)
+    return settings | (full_attention if isinstance(full_attention, dict) else {})
 
 
 def make_rope_factors(config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Make the divisors of the rotary frequencies, which GGUF keeps as tensors.
+    """Compute the divisors of the rotary frequencies, which GGUF stores as tensors.
 
     Args:
         config: ``config.json``.
 
     Returns:
-        By the name in :data:`FACTOR_TENSORS`, float32 [turned width / 2]: one for Llama 3's
-        scaling, two for longrope, none where positions are not scaled in such a way.
+        float32 [rotary dimension / 2] by name in :data:`FACTOR_TENSORS`: one for Llama 3's
+        scaling, two for longrope, none for other types.
 
     Raises:
-        ConfigError: longrope's factors are missing or not as many as they must be.
+        ConfigError: longrope's factors are missing or have the wrong number of values.
 
     Source:
         Transformers ``modeling_rope_utils.py``, ``_compute_llama3_parameters`` and
         ``_compute_longrope_parameters``.
     """
-    config = spell_out(config)
-    settings = rope_settings(config)
+    config = normalize_config(config)
+    settings = read_rope_settings(config)
     if settings["rope_type"] in LONGROPE:
         return {
-            name: _need_factors(settings.get(part), part, _turned_width(config))
+            name: _check_factors(settings.get(part), part, _compute_rotary_dim(config))
             for name, part in FACTOR_TENSORS.items()
             if part in (LONG, SHORT)
         }
     if settings["rope_type"] != "llama3":
         return {}
     width = head_size(config)
-    frequencies = need(settings, "rope_theta", float, where=_WHERE) ** -(
+    frequencies = require_number(settings, "rope_theta", float, where=_WHERE) ** -(
         torch.arange(0, width, 2, dtype=torch.float64) / width
     )
     lengths = 2 * math.pi / frequencies
-    original, factor = original_length(config), need(settings, "factor", float, where=_WHERE)
-    low = need(settings, "low_freq_factor", float, where=_WHERE)
-    high = need(settings, "high_freq_factor", float, where=_WHERE)
+    original, factor = (
+        find_original_length(config),
+        require_number(settings, "factor", float, where=_WHERE),
+    )
+    low = require_number(settings, "low_freq_factor", float, where=_WHERE)
+    high = require_number(settings, "high_freq_factor", float, where=_WHERE)
     smooth = ((original / lengths - low) / (high - low)).clamp(0, 1)
     factors: Tensor = 1 / ((1 - smooth) / factor + smooth)
     return {"rope_freqs.weight": factors.to(torch.float32)}
 
 
-def original_length(config: Mapping[str, Any]) -> int:
-    """Give the length that a model was first trained on, as Transformers finds it.
+def find_original_length(config: Mapping[str, Any]) -> int:
+    """Find the context length before RoPE scaling, as Transformers does.
 
     Args:
         config: ``config.json``.
@@ -100,112 +103,118 @@ def original_length(config: Mapping[str, Any]) -> int:
         The length. Unit: tokens.
 
     Raises:
-        ConfigError: The config says no length, or one that is no positive number.
+        ConfigError: The config has no length, or one that is not a positive number.
     """
     key = "original_max_position_embeddings"
-    length = need(config, "max_position_embeddings", int)
-    return need(config, key, int, need(rope_settings(config), key, int, length, where=_WHERE))
+    length = require_number(config, "max_position_embeddings", int)
+    return require_number(
+        config, key, int, require_number(read_rope_settings(config), key, int, length, where=_WHERE)
+    )
 
 
-def _need_factors(values: object, part: str, width: int) -> Tensor:
+def _check_factors(values: object, part: str, width: int) -> Tensor:
     if not isinstance(values, list) or len(values) != width // 2:
         found = len(values) if isinstance(values, list) else "no list"
         raise ConfigError(
-            f"Cannot write GGUF: the config's {part} has {found} numbers, and positions turn "
-            f"{width} of each head, which needs {width // 2}. The config is damaged."
+            f"Cannot write GGUF: {part} in the config has {found} numbers, but a rotary dimension "
+            f"of {width} needs {width // 2}. The config is damaged; download it again."
         )
     return torch.tensor(values, dtype=torch.float32)
 
 
-def _turned_width(config: Mapping[str, Any]) -> int:
-    """Give how much of a head positions turn."""
-    return int(head_size(config) * _turned_share(rope_settings(config)))
+def _compute_rotary_dim(config: Mapping[str, Any]) -> int:
+    """Return the number of dimensions of each head with rotary embeddings."""
+    return int(head_size(config) * _read_rotary_fraction(read_rope_settings(config)))
 
 
-def _turned_share(settings: Mapping[str, Any]) -> float:
-    return need(settings, "partial_rotary_factor", float, 1.0, where=_WHERE)
+def _read_rotary_fraction(settings: Mapping[str, Any]) -> float:
+    return require_number(settings, "partial_rotary_factor", float, 1.0, where=_WHERE)
 
 
 def describe_positions(architecture: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Give what GGUF says of rotary positions.
+    """Describe the RoPE settings as GGUF metadata.
 
     Args:
-        architecture: The family.
-        config: ``config.json`` with its names spelled out.
+        architecture: The architecture.
+        config: ``config.json`` with normalized key names.
 
     Returns:
-        The pairs.
+        The key-value pairs.
 
     Raises:
-        ConfigError: A number is missing, or positions turn as they do not in llama.cpp.
+        ConfigError: A number is missing, or llama.cpp does not support a setting.
     """
-    name, settings = architecture.name, rope_settings(config)
-    base = need(settings, "rope_theta", float, where=_WHERE)
+    name, settings = architecture.name, read_rope_settings(config)
+    base = require_number(settings, "rope_theta", float, where=_WHERE)
     pairs: dict[str, Any] = {f"{name}.rope.freq_base": base}
-    share = _turned_share(settings)
-    if architecture.reorders_heads or architecture.turns_part:
-        pairs[f"{name}.rope.dimension_count"] = _turned_width(config)
-    if share != 1.0 and not architecture.turns_part:
+    fraction = _read_rotary_fraction(settings)
+    if architecture.reorders_heads or architecture.has_partial_rotary:
+        pairs[f"{name}.rope.dimension_count"] = _compute_rotary_dim(config)
+    if fraction != 1.0 and not architecture.has_partial_rotary:
         raise ConfigError(
-            f"Cannot write GGUF: positions turn {share:.0%} of each head, and llama.cpp's "
-            f"'{name}' turns all of it. Choose another format."
+            f"Cannot write GGUF: the model has RoPE on {fraction:.0%} of each head, but "
+            f"llama.cpp's '{name}' has it on all of it. Choose another format."
         )
     kind = settings["rope_type"]
     scaling: dict[str, Any] = {}
     if kind == "linear":
-        scaling = {"type": kind, "factor": need(settings, "factor", float, where=_WHERE)}
+        scaling = {"type": kind, "factor": require_number(settings, "factor", float, where=_WHERE)}
     elif kind == "yarn":
         scaling = _describe_yarn(config)
     elif kind in LONGROPE and architecture.has_longrope:
         scaling = _describe_longrope(config)
     elif kind not in ("default", "llama3"):
         raise ConfigError(
-            f"Cannot write GGUF for positions of the type '{kind}'; written for '{name}' are "
-            f"default, linear, yarn{', longrope' if architecture.has_longrope else ''} and llama3. "
+            f"Cannot write GGUF for the RoPE type '{kind}'; '{name}' supports default, linear, "
+            f"yarn{', longrope' if architecture.has_longrope else ''} and llama3. "
             "Choose another format."
         )
     return pairs | {f"{name}.rope.scaling.{key}": value for key, value in scaling.items()}
 
 
 def _describe_yarn(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Say how far positions are stretched, and by what attention grows beyond the usual."""
-    settings, original = rope_settings(config), original_length(config)
-    others = [
+    """Describe YaRN: the scaling factor, and the attention factor if it is not the default."""
+    settings, original = read_rope_settings(config), find_original_length(config)
+    unsupported = [
         f"{key} {settings[key]}"
-        for key, usual in _YARN.items()
-        if settings.get(key) is not None and settings[key] != usual
+        for key, value in _YARN.items()
+        if settings.get(key) is not None and settings[key] != value
     ]
-    if others:
+    if unsupported:
         raise ConfigError(
-            f"Cannot write GGUF: {_WHERE} have {' and '.join(others)}, and llama.cpp computes YaRN "
-            f"with {', '.join(f'{key} {usual}' for key, usual in _YARN.items())}. Choose another "
-            "format."
+            f"Cannot write GGUF: {_WHERE} have {' and '.join(unsupported)}, but llama.cpp computes "
+            f"YaRN with {', '.join(f'{key} {value}' for key, value in _YARN.items())}. Choose "
+            "another format."
         )
-    times = need(config, "max_position_embeddings", int) / original
-    factor = need(settings, "factor", float, times, where=_WHERE)
-    grown = _grow(factor)
+    length_ratio = require_number(config, "max_position_embeddings", int) / original
+    factor = require_number(settings, "factor", float, length_ratio, where=_WHERE)
+    default_attention = _compute_yarn_attention(factor)
+    attention = default_attention
     if settings.get("mscale") and settings.get("mscale_all_dim"):
-        parts = [need(settings, k, float, where=_WHERE) for k in ("mscale", "mscale_all_dim")]
-        grown = _grow(factor, parts[0]) / _grow(factor, parts[1])
-    grown = need(settings, "attention_factor", float, grown, where=_WHERE)
-    # llama.cpp itself lets attention grow with the factor, and multiplies by this.
-    extra = grown / _grow(factor)
+        parts = [
+            require_number(settings, k, float, where=_WHERE) for k in ("mscale", "mscale_all_dim")
+        ]
+        attention = _compute_yarn_attention(factor, parts[0])
+        attention /= _compute_yarn_attention(factor, parts[1])
+    attention = require_number(settings, "attention_factor", float, attention, where=_WHERE)
+    # llama.cpp multiplies the default factor by this.
+    extra = attention / default_attention
     pairs = {"type": "yarn", "factor": factor, "original_context_length": original}
     return pairs if math.isclose(extra, 1, rel_tol=1e-6) else {**pairs, "attn_factor": extra}
 
 
-def _grow(factor: float, share: float = 1.0) -> float:
-    """By what YaRN lets attention grow with the factor."""
-    return 1 + 0.1 * share * math.log(factor) if factor > 1 else 1.0
+def _compute_yarn_attention(factor: float, mscale: float = 1.0) -> float:
+    """Compute by how much YaRN scales attention for a scaling factor."""
+    return 1 + 0.1 * mscale * math.log(factor) if factor > 1 else 1.0
 
 
 def _describe_longrope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Say from where on the long factors hold, and by what attention grows with them."""
-    settings, original = rope_settings(config), original_length(config)
-    times = need(config, "max_position_embeddings", int) / original
-    times = need(settings, "factor", float, times, where=_WHERE)
-    grown = math.sqrt(1 + math.log(times) / math.log(original)) if times > 1 else 1.0
+    """Describe longrope: the length from which the long factors apply, and the attention factor."""
+    settings, original = read_rope_settings(config), find_original_length(config)
+    length_ratio = require_number(config, "max_position_embeddings", int) / original
+    factor = require_number(settings, "factor", float, length_ratio, where=_WHERE)
+    attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     return {
         "original_context_length": original,
-        "attn_factor": need(settings, "attention_factor", float, grown, where=_WHERE),
+        "attn_factor": require_number(settings, "attention_factor", float, attention, where=_WHERE),
     }

@@ -1,7 +1,7 @@
-"""A Hugging Face tokenizer as GGUF pairs, so that llama.cpp cuts text as Transformers does.
+"""Convert a Hugging Face tokenizer to GGUF metadata, for the same tokenization in llama.cpp.
 
-Byte-level BPE becomes "gpt2" with the name of its way of cutting words; BPE with byte fallback,
-which is SentencePiece's, becomes "llama" with scores that follow from the order of the merges.
+Byte-level BPE becomes "gpt2" with the name of a pre-tokenizer; BPE with byte fallback, as in
+SentencePiece, becomes "llama" with scores derived from the order of the merges.
 
 Source:
     llama.cpp ``src/llama-vocab.cpp`` (names and regular expressions of the pre-tokenizers).
@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halfbyte.checkpoint.companions import MORE_TEMPLATES
+from halfbyte.checkpoint.companions import EXTRA_TEMPLATES_FOLDER
 from halfbyte.checkpoint.header import parse_json_object
-from halfbyte.convert.gguf_fields import need
+from halfbyte.convert.gguf_fields import require_number
 from halfbyte.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,17 +35,18 @@ PRE_TOKENIZERS: Mapping[tuple[str, ...], str] = {
     (f"Split {_PARTS}|{_LETTERS}|\\p{{N}}{{1,3}}|{_REST}", "ByteLevel"): "llama-bpe",
     (f"Split {_PARTS}|{_LETTERS}|\\p{{N}}|{_REST}", "ByteLevel"): "qwen2",
 }
-"""The steps of ``pre_tokenizer`` in tokenizer.json -> llama.cpp's name."""
-_MERGED = {"llama-bpe": "dbrx"}
-"""By a name under which llama.cpp looks a whole word up before it merges: the same without that."""
+"""llama.cpp's pre-tokenizer name by the steps of ``pre_tokenizer`` in tokenizer.json."""
+_ALWAYS_MERGING = {"llama-bpe": "dbrx"}
+"""Equivalents of pre-tokenizers with ``ignore_merges`` (whole words are looked up before merging)
+that always merge."""
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
 _SPACED = ({"type": "Prepend", "prepend": SPACE},
            {"type": "Replace", "pattern": {"String": " "}, "content": SPACE})  # fmt: skip
-"""What SentencePiece does before it cuts, and llama.cpp as well."""
+"""Normalizers of SentencePiece that llama.cpp applies too."""
 _UNICODE = ("NFC", "NFKC", "Precompiled")
-"""Normalizers that leave most text as it is, so that a note is enough."""
+"""Normalizers that do not change most text, so that a note is enough."""
 
 
 DEFAULT, CHAT_TEMPLATE = "default", "chat_template.jinja"
@@ -54,18 +55,18 @@ DEFAULT, CHAT_TEMPLATE = "default", "chat_template.jinja"
 def describe_tokenizer(
     folder: Path, config: Mapping[str, Any], pre_tokenizer: str | None = None
 ) -> dict[str, Any]:
-    """Read a folder's tokenizer.
+    """Describe a folder's tokenizer as GGUF metadata.
 
     Args:
-        folder: Holds ``tokenizer.json``.
-        config: The model's; gives the size of the vocabulary and special ids.
-        pre_tokenizer: llama.cpp's name of the way of cutting words; None: found out.
+        folder: Folder with ``tokenizer.json``.
+        config: The model config: vocabulary size and special token ids.
+        pre_tokenizer: llama.cpp's name of the pre-tokenizer; None to detect it.
 
     Returns:
-        The pairs.
+        The key-value pairs.
 
     Raises:
-        ConfigError: There is no tokenizer.json, or it is of a kind that is not written.
+        ConfigError: There is no tokenizer.json, or its kind is not supported.
         CheckpointError: tokenizer_config.json is not JSON.
     """
     path = folder / "tokenizer.json"
@@ -80,12 +81,12 @@ def describe_tokenizer(
     if kind != "BPE" or not model["merges"]:
         what = f"is of the type '{kind}'" if kind != "BPE" else "has no merges"
         raise ConfigError(
-            f"Cannot write GGUF: the tokenizer {what}; written is BPE, byte-level or with byte "
-            "fallback. Choose another format."
+            f"Cannot write GGUF: the tokenizer {what}; only BPE is supported, byte-level or with "
+            "byte fallback. Choose another format."
         )
     _check_normalizers(tokenizer)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    tokens, kinds = _list_tokens(tokenizer, need(config, "vocab_size", int))
+    tokens, kinds = _list_tokens(tokenizer, require_number(config, "vocab_size", int))
     pairs: dict[str, Any] = {}
     if model.get("byte_fallback"):
         pairs["tokenizer.ggml.model"] = "llama"
@@ -103,12 +104,12 @@ def describe_tokenizer(
     return pairs | _describe_templates(folder, settings)
 
 
-def note_tokenizer(folder: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Say what of a tokenizer llama.cpp does not do, and what is left out.
+def list_tokenizer_limitations(folder: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """List the differences between a tokenizer and what llama.cpp does.
 
     Args:
-        folder: Holds ``tokenizer.json``.
-        config: The model's.
+        folder: Folder with ``tokenizer.json``.
+        config: The model config.
 
     Returns:
         The notes.
@@ -118,22 +119,22 @@ def note_tokenizer(folder: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
     found = [step["type"] for step in _list_normalizers(tokenizer) if step["type"] in _UNICODE]
     if found:
         notes.append(
-            f"the tokenizer brings text into one Unicode form ({', '.join(found)}) and llama.cpp "
-            "does not: accents written as characters of their own become other tokens"
+            f"the tokenizer normalizes Unicode ({', '.join(found)}), but llama.cpp does not: "
+            "combining accents are tokenized differently"
         )
-    size = need(config, "vocab_size", int)
+    size = require_number(config, "vocab_size", int)
     beyond = [added["content"] for added in _list_added(tokenizer) if added["id"] >= size]
     if beyond:
         more = f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""
         notes.append(
-            f"left out of the tokenizer: {beyond[0]}{more}, whose ids come after the model's "
-            f"{size} tokens"
+            f"left out of the tokenizer: {beyond[0]}{more}, with ids beyond the model's {size} "
+            "tokens"
         )
     return tuple(notes)
 
 
 def find_pre_tokenizer(tokenizer: Mapping[str, Any]) -> str:
-    """Find llama.cpp's name for the way a tokenizer cuts words.
+    """Find llama.cpp's name of a tokenizer's pre-tokenizer.
 
     Args:
         tokenizer: ``tokenizer.json``.
@@ -142,53 +143,53 @@ def find_pre_tokenizer(tokenizer: Mapping[str, Any]) -> str:
         The name.
 
     Raises:
-        ConfigError: It has none that is known here; shows the steps.
+        ConfigError: The pre-tokenizer is unknown; shows its steps.
     """
     step = tokenizer.get("pre_tokenizer") or {}
     steps = step.get("pretokenizers", []) if step.get("type") == "Sequence" else [step]
     names = tuple(_name_step(step) for step in steps)
     if names not in PRE_TOKENIZERS:
         raise ConfigError(
-            f"Cannot write GGUF: the tokenizer cuts words in a way without a known name in "
-            f"llama.cpp ({' then '.join(names)}). Give it with --pre-tokenizer; llama.cpp lists "
-            "the names in src/llama-vocab.cpp."
+            f"Cannot write GGUF: llama.cpp's name of the tokenizer's pre-tokenizer is unknown "
+            f"({' then '.join(names)}). Give it with --pre-tokenizer; llama.cpp lists the names "
+            "in src/llama-vocab.cpp."
         )
     found, model = PRE_TOKENIZERS[names], tokenizer.get("model") or {}
-    return found if model.get("ignore_merges") else _MERGED.get(found, found)
+    return found if model.get("ignore_merges") else _ALWAYS_MERGING.get(found, found)
 
 
 def _name_step(step: Mapping[str, Any]) -> str:
-    """Name a step by all of it that changes how words are cut."""
+    """Name a pre-tokenizer step by all of its settings that change the result."""
     kind = str(step.get("type"))
     if kind == "ByteLevel":
         prefix = " with a space in front" if step.get("add_prefix_space") else ""
         return ("ByteLevel+regex" if step.get("use_regex", True) else "ByteLevel") + prefix
     if kind == "Split":
-        pattern, how = step.get("pattern", {}), step.get("behavior")
-        # These two are one where a pattern leaves nothing out, and none that is known does.
-        is_usual = (how, bool(step.get("invert"))) in (("Isolated", False), ("Removed", True))
-        how = "" if is_usual else f" ({how}, inverted or not)"
-        return f"Split {pattern.get('Regex') or pattern.get('String')}{how}"
+        pattern, behavior = step.get("pattern", {}), step.get("behavior")
+        # These two are equivalent if the pattern matches all text, as all known ones do.
+        is_usual = (behavior, bool(step.get("invert"))) in (("Isolated", False), ("Removed", True))
+        suffix = "" if is_usual else f" ({behavior}, inverted or not)"
+        return f"Split {pattern.get('Regex') or pattern.get('String')}{suffix}"
     if kind == "Digits" and not step.get("individual_digits"):
         return "Digits in groups"
     return kind
 
 
 def _load(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
-    """Read tokenizer.json by the library that owns it, and as it stands there."""
+    """Read tokenizer.json with the tokenizers library and as JSON."""
     from tokenizers import Tokenizer
 
     try:
         return Tokenizer.from_file(str(path)), json.loads(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises nothing narrower
         raise ConfigError(
-            f"Cannot write GGUF: {path} is no tokenizer ({error}). Download it again, or save the "
-            "tokenizer there with AutoTokenizer.from_pretrained(...).save_pretrained(...)."
+            f"Cannot write GGUF: {path} is not a valid tokenizer ({error}). Download it again, or "
+            "save the tokenizer there with AutoTokenizer.from_pretrained(...).save_pretrained(...)."
         ) from error
 
 
 def _list_normalizers(tokenizer: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """List what is done to a text first, step by step."""
+    """List the normalizers of a tokenizer, with sequences flattened."""
     steps = [tokenizer.get("normalizer") or {"type": "Sequence", "normalizers": []}]
     while any(step["type"] == "Sequence" for step in steps):
         steps = [part for step in steps for part in step.get("normalizers", [step])]
@@ -204,13 +205,13 @@ def _check_normalizers(tokenizer: Mapping[str, Any]) -> None:
     ]
     if others:
         raise ConfigError(
-            f"Cannot write GGUF: the tokenizer changes text before it cuts it "
-            f"({', '.join(others)}), and llama.cpp would not. Choose another format."
+            f"Cannot write GGUF: the tokenizer normalizes text ({', '.join(others)}), which "
+            "llama.cpp does not. Choose another format."
         )
 
 
 def _list_tokens(tokenizer: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
-    """Give text and kind of every id; ids without a token are padding."""
+    """Return text and kind of every token id; ids without a token become padding."""
     tokens = [f"[PAD{number}]" for number in range(size)]
     kinds = [UNUSED] * size
     unknown = tokenizer["model"].get("unk_token")
@@ -219,7 +220,7 @@ def _list_tokens(tokenizer: Mapping[str, Any], size: int) -> tuple[list[str], li
     last = max(numbers, key=lambda text: numbers[text])
     if numbers[last] >= size:
         raise ConfigError(
-            f"Cannot write GGUF: token '{last}' has the id {numbers[last]}, and the model has "
+            f"Cannot write GGUF: token '{last}' has the id {numbers[last]}, but the model has only "
             f"{size} tokens. The tokenizer belongs to another model."
         )
     for text, number in numbers.items():
@@ -228,7 +229,7 @@ def _list_tokens(tokenizer: Mapping[str, Any], size: int) -> tuple[list[str], li
         if is_spm and len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
             kinds[number] = BYTE
     for added in _list_added(tokenizer):
-        if added["id"] < size:  # Gemma 3 has a token for images, its models of text do not
+        if added["id"] < size:  # text-only Gemma 3 models have no embedding of the image token
             tokens[added["id"]] = added["content"]
             kinds[added["id"]] = CONTROL if added.get("special") else USER_DEFINED
     if is_spm and unknown in tokens:
@@ -241,7 +242,7 @@ def _list_added(tokenizer: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _make_scores(tokens: list[str], merges: list[Any]) -> list[float]:
-    """Earlier merges have higher scores, as in the SentencePiece model they came from."""
+    """Compute scores: earlier merges have higher ones, as in the original SentencePiece model."""
     parts = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in merges]
     ranks = {"".join(pair): float(-rank) for rank, pair in reversed(list(enumerate(parts)))}
     lowest = float(-len(parts))
@@ -249,7 +250,7 @@ def _make_scores(tokens: list[str], merges: list[Any]) -> list[float]:
 
 
 def _adds_space(tokenizer: Mapping[str, Any]) -> bool:
-    """Whether a space is put before a text, by the normalizer or the pre-tokenizer."""
+    """Return whether the normalizer or the pre-tokenizer adds a space before a text."""
     if _SPACED[0] in _list_normalizers(tokenizer):
         return True
     step = tokenizer.get("pre_tokenizer") or {}
@@ -259,7 +260,7 @@ def _adds_space(tokenizer: Mapping[str, Any]) -> bool:
 def _describe_special(
     settings: Mapping[str, Any], loaded: Tokenizer, config: Mapping[str, Any], tokens: list[str]
 ) -> dict[str, Any]:
-    """Give special ids, and whether they are added by themselves."""
+    """Describe the special tokens, and which of them are added automatically."""
     numbers = {token: number for number, token in enumerate(tokens)}
     pairs: dict[str, Any] = {}
     keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
@@ -278,20 +279,20 @@ def _describe_special(
 
 
 def _describe_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the chat template, and those that a model has beside it.
+    """Describe the chat templates: the default one and any others.
 
-    A file of its own comes before what the settings say, as Transformers has it.
+    Template files take precedence over tokenizer_config.json, as in Transformers.
 
     Source:
         llama.cpp ``gguf-py/gguf/gguf_writer.py``, ``add_chat_template`` (keys and their names).
     """
-    said = settings.get("chat_template")
-    listed = said if isinstance(said, list) else [{"name": DEFAULT, "template": said}]
+    value = settings.get("chat_template")
+    listed = value if isinstance(value, list) else [{"name": DEFAULT, "template": value}]
     templates = {
         entry.get("name"): entry.get("template") for entry in listed if isinstance(entry, dict)
     }
     files = {DEFAULT: folder / CHAT_TEMPLATE}
-    files |= {path.stem: path for path in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
+    files |= {path.stem: path for path in sorted((folder / EXTRA_TEMPLATES_FOLDER).glob("*.jinja"))}
     templates |= {
         name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()
     }

@@ -25,7 +25,7 @@ from halfbyte.version import __version__
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GptqSource:
-    """A GPTQ checkpoint of any dialect."""
+    """A GPTQ checkpoint of any dialect as the source of a conversion."""
 
     checkpoint: Checkpoint
     model_config: Mapping[str, Any]
@@ -39,33 +39,33 @@ class GptqSource:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the labels and the tensors disagreed on."""
+        """Contradictions between config and tensors."""
         return self.checkpoint.notes
 
     @property
     def tokenizer_folder(self) -> Path:
-        """Where tokenizer and model card are."""
+        """Folder of tokenizer and model card."""
         return self.checkpoint.folder
 
     def describe(self, name: str) -> CodedSpec:
-        """Give a linear's facts; its codes are not read.
+        """Describe a linear; its codes are not read.
 
         Args:
             name: A module of :attr:`linears`.
 
         Returns:
-            The facts.
+            Its properties.
 
         Raises:
             ConfigError: It has offsets.
         """
-        facts = self.checkpoint.load_facts(name)
+        facts = self.checkpoint.load_info(name)
         layout = facts.layout
         if layout.has_offsets:
             raise ConfigError(
                 f"Cannot convert {self.checkpoint.folder}: {name} has offsets of a merged adapter, "
-                "which only halfbyte reads. Convert the base and serve the adapter beside it, or "
-                "merge into 16 bits with: halfbyte merge BASE ADAPTER -o OUT"
+                "which no other format supports. Convert the base and serve it with the adapter, "
+                "or merge into 16 bits with: halfbyte merge BASE ADAPTER -o OUT"
             )
         wanted = [f"{name}.scales"]
         if not facts.zeros.is_symmetric:
@@ -107,45 +107,45 @@ class GptqSource:
         return self.checkpoint.files.load([name])[name]
 
     def copy_companions(self, output: Path) -> None:
-        """Copy tokenizer, chat template and licence."""
+        """Copy tokenizer, chat template and license."""
         copy_companions(self.checkpoint.folder, output)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GptqTarget:
-    """Writes v1, or v2 where a zero of 0 has no place in v1."""
+    """The GPTQ format: dialect v1, or v2 if a zero is 0, which v1 cannot represent."""
 
     dialect: str
     format: str = "gptq"
 
     @classmethod
-    def fit(cls, specs: Mapping[str, CodedSpec]) -> GptqTarget:
-        """Choose the dialect that holds every zero."""
+    def from_specs(cls, specs: Mapping[str, CodedSpec]) -> GptqTarget:
+        """Choose the dialect that represents every zero."""
         zeros = (spec.zero_low for spec in specs.values() if not spec.has_free_minima)
         lowest = min(zeros, default=1)
         return cls(dialect=FORMAT_V1 if lowest >= ZERO_OFFSETS[FORMAT_V1] else FORMAT_V2)
 
     def metadata(self, coded: Mapping[str, CodedSpec]) -> dict[str, str]:
-        """Give the name of the framework."""
+        """Return the metadata of each file: the framework."""
         return {"format": "pt"}
 
     def find_obstacle(self, spec: CodedSpec) -> str | None:
-        """Say why a linear cannot be held exactly; None where it can."""
+        """Explain why a linear cannot be represented exactly; None if it can."""
         if spec.has_free_minima:
             return FREE_MINIMA
         if not spec.scales_fit_half:
-            return "a scale that fp16 cannot hold"
+            return "a scale that fp16 cannot represent"
         if spec.out_features % 32:
-            return f"{spec.out_features} outputs, which is no multiple of 32"
+            return f"{spec.out_features} outputs, which is not a multiple of 32"
         return None
 
     def find_rounding(self, spec: CodedSpec) -> str | None:
-        """Give None: what is not exact here has no better form than 16 bits."""
+        """Return None: the format has no approximate representation."""
         return None
 
-    def announce(self, spec: CodedSpec) -> dict[str, TensorSpec]:
-        """Give the tensors that a linear will be, by suffix."""
-        bits, out = _stored_bits(spec.bits), spec.out_features
+    def list_tensors(self, spec: CodedSpec) -> dict[str, TensorSpec]:
+        """List the tensors of an encoded linear, by suffix."""
+        bits, out = _find_stored_bits(spec.bits), spec.out_features
         tensors = {
             "qweight": TensorSpec(dtype=torch.int32, shape=(spec.in_features * bits // 32, out)),
             "qzeros": TensorSpec(dtype=torch.int32, shape=(spec.num_groups, out * bits // 32)),
@@ -154,9 +154,9 @@ class GptqTarget:
         }
         return tensors if spec.bias is None else {**tensors, "bias": spec.bias}
 
-    def spell(self, linear: CodedLinear) -> dict[str, Tensor]:
-        """Make them."""
-        linear = linear.widen(_stored_bits(linear.bits))
+    def encode(self, linear: CodedLinear) -> dict[str, Tensor]:
+        """Encode a linear as these tensors."""
+        linear = linear.widen(_find_stored_bits(linear.bits))
         tensors = {
             "qweight": linear.words_in_columns(),
             "qzeros": pack_zeros(linear.zeros, linear.bits, ZERO_OFFSETS[self.dialect]),
@@ -166,8 +166,8 @@ class GptqTarget:
         return tensors if linear.bias is None else {**tensors, "bias": linear.bias}
 
     def decode(self, tensors: Mapping[str, Tensor], spec: CodedSpec) -> CodedLinear:
-        """Read a linear back."""
-        bits = _stored_bits(spec.bits)
+        """Decode a linear from its tensors."""
+        bits = _find_stored_bits(spec.bits)
         return CodedLinear(
             words=tensors["qweight"].t(),
             scales=tensors["scales"].t(),
@@ -178,46 +178,46 @@ class GptqTarget:
             bias=tensors.get("bias"),
         )
 
-    def label(
+    def make_config(
         self, coded: Mapping[str, CodedSpec], dense: list[str], model_config: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Give the whole ``config.json``."""
-        schemes = {name: _scheme_of(spec) for name, spec in coded.items()}
-        is_reordered = any(not spec.is_ordered for spec in coded.values())
+        """Make the content of ``config.json``."""
+        schemes = {name: _make_scheme(spec) for name, spec in coded.items()}
+        has_act_order = any(not spec.is_ordered for spec in coded.values())
         first = next(iter(schemes.values()))
         config = QuantConfig(
             bits=first.bits,
             group_size=first.group_size,
             symmetric=first.symmetric,
-            desc_act=is_reordered,
+            desc_act=has_act_order,
         )
         section = build_quantization_config(
             config,
             quantized=schemes,
-            skipped=dict.fromkeys(dense, "not coded in the source"),
-            module_groups=[[name] for name in _names_in_block(coded)],
+            skipped=dict.fromkeys(dense, "not quantized in the source"),
+            module_groups=[[name] for name in _list_names_in_block(coded)],
             version=__version__,
         )
-        # How it was rounded is not known here, and said of no checkpoint that was only respelled.
+        # The settings of the original quantization are unknown.
         for key in ("damp_percent", "static_groups", "true_sequential"):
             del section[key]
         section["checkpoint_format"] = self.dialect
         return {**model_config, CONFIG_SECTION: section}
 
 
-def _stored_bits(bits: int) -> int:
-    """The narrowest width that GPTQ has for codes of ``bits`` bits: 5 and 6 take 8."""
+def _find_stored_bits(bits: int) -> int:
+    """Return the smallest width in GPTQ for codes of ``bits`` bits: 8 for 5 and 6."""
     return next(width for width in SUPPORTED_BITS if width >= bits)
 
 
-def _scheme_of(spec: CodedSpec) -> Scheme:
-    bits = _stored_bits(spec.bits)
+def _make_scheme(spec: CodedSpec) -> Scheme:
+    bits = _find_stored_bits(spec.bits)
     symmetric = spec.zero_low == spec.zero_high == 2 ** (bits - 1)
     group_size = -1 if spec.num_groups == 1 else spec.group_size
     return Scheme(bits=bits, group_size=group_size, symmetric=symmetric)
 
 
-def _names_in_block(names: Mapping[str, object]) -> list[str]:
-    """Name modules as they are within a block: what follows the first number."""
+def _list_names_in_block(names: Mapping[str, object]) -> list[str]:
+    """List the names of modules inside a block: the part after the first number."""
     inner = [re.split(r"\.\d+\.", name, maxsplit=1) for name in names]
     return list(dict.fromkeys(parts[1] for parts in inner if len(parts) == 2))

@@ -1,8 +1,8 @@
-"""What linears were before a format cut them finer: a note in our own files, for the way back.
+"""Notes of the original bits and group sizes, in files that halfbyte writes.
 
-Blocks of 32, or one group size for a whole model, hold larger groups exactly by saying the same
-scale several times. With the note the way back gives the very tensors again, not only the same
-weights.
+Formats with blocks of 32, or one group size for the whole model, represent larger groups exactly by
+repeating their scales. With the note, converting back restores the original tensors, not only the
+same weights.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from halfbyte.packing import pack_rows
 from halfbyte.quant_config import SUPPORTED_BITS
 
 HINT_KEY = "halfbyte.groups"
-"""Names the note: JSON of bits and group size by linear."""
+"""Metadata key of the note: JSON of bits and group size by linear."""
 LARGEST_GROUP = 1 << 24
 
 
-def describe_hints(specs: Mapping[str, CodedSpec]) -> str:
-    """Write the note.
+def format_hints(specs: Mapping[str, CodedSpec]) -> str:
+    """Make the note.
 
     Args:
-        specs: Facts of the linears that are cut.
+        specs: Properties of the linears whose groups are split.
 
     Returns:
         JSON.
@@ -36,10 +36,10 @@ def describe_hints(specs: Mapping[str, CodedSpec]) -> str:
 
 
 def read_hints(text: object, where: str) -> dict[str, tuple[int, int]]:
-    """Read what our own writer noted; anything else there is ignored.
+    """Read the note; invalid entries are ignored.
 
     Args:
-        text: The note, or None where there is none.
+        text: The note; None if there is none.
         where: The file, for messages.
 
     Returns:
@@ -64,31 +64,31 @@ def read_hints(text: object, where: str) -> dict[str, tuple[int, int]]:
     return hints
 
 
-def restore(linear: CodedLinear, bits: int, group_size: int) -> CodedLinear:
-    """Give a linear the bits and groups that it had before it was cut finer.
+def restore_groups(linear: CodedLinear, bits: int, group_size: int) -> CodedLinear:
+    """Restore the original bits and groups of a linear.
 
     Args:
-        linear: In smaller groups.
-        bits: What it had.
-        group_size: What it had.
+        linear: The linear with split groups.
+        bits: Original bits.
+        group_size: Original group size.
 
     Returns:
-        The same weight with these; as it is where the groups do not agree, and with its own bits
-        where its zeros or codes do not.
+        The same weight with these; unchanged if the grids within a group differ, and with its
+        current bits if its zeros or codes do not allow the original ones.
     """
-    of_block = torch.arange(0, linear.in_features, linear.group_size) // group_size
+    merged_index = torch.arange(0, linear.in_features, linear.group_size) // group_size
     first = torch.arange(0, linear.in_features, group_size) // linear.group_size
-    merged = linear.choose_groups(first, group_size)
-    again = merged.choose_groups(of_block, linear.group_size)
+    merged = linear.select_groups(first, group_size)
+    split_again = merged.select_groups(merged_index, linear.group_size)
     if not (
-        torch.equal(again.scales, linear.scales)
-        and torch.equal(again.zeros, linear.zeros)
-        and torch.equal(again.minima(), linear.minima())
+        torch.equal(split_again.scales, linear.scales)
+        and torch.equal(split_again.zeros, linear.zeros)
+        and torch.equal(split_again.minima(), linear.minima())
     ):
         return linear
     zeros = merged.zeros
     if bits == linear.bits or bool((zeros != 2 ** (linear.bits - 1)).any()):
-        return merged  # only codes around the middle one can be moved to another middle
+        return merged  # only symmetric codes can be shifted to another middle code
     narrow = replace(merged, zeros=torch.full_like(zeros, 2 ** (bits - 1)))
     codes = merged.codes().to(torch.int16) - (2 ** (linear.bits - 1) - 2 ** (bits - 1))
     if int(codes.min()) < 0 or int(codes.max()) >= 2**bits:

@@ -8,7 +8,7 @@
 
 Source:
     MLX ``mlx/ops.cpp`` (``affine_quantize``) and the documentation of ``mx.quantize``; mlx-lm
-    ``utils.py`` (``load_model``): per-module settings stand in "quantization" under its path.
+    ``utils.py`` (``load_model``): per-module settings are in "quantization" under its path.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from halfbyte.convert.source import (
     FolderSource,
     check_finite,
     check_shape,
-    need,
+    require_matrices,
     view_tensors,
 )
 from halfbyte.errors import CheckpointError
@@ -49,7 +49,7 @@ _TENSORS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MlxSource(FolderSource):
-    """A checkpoint of mlx-lm with affine quantization."""
+    """An mlx-lm checkpoint with affine quantization."""
 
     group_sizes: Mapping[str, int]
     format: str = "mlx"
@@ -58,41 +58,41 @@ class MlxSource(FolderSource):
     def open(
         cls, folder: Path, labels: Mapping[str, Any], model_config: Mapping[str, Any]
     ) -> MlxSource:
-        """Check labels and shapes; no tensor is read.
+        """Open a checkpoint and validate its config and shapes; no tensor is read.
 
         Args:
             folder: The checkpoint.
             labels: Its "quantization" section.
-            model_config: ``config.json`` without it.
+            model_config: ``config.json`` without that section.
 
         Returns:
             The source.
 
         Raises:
-            CheckpointError: It is of another mode than affine, or a shape does not fit.
+            CheckpointError: Its mode is not affine, or a shape is inconsistent.
         """
         if labels.get("mode", "affine") != "affine":
             raise CheckpointError(
-                f"Cannot read {folder}: its MLX mode is '{labels['mode']}'; only 'affine' is read. "
-                "Convert it with the tool that made it."
+                f"Cannot read {folder}: its MLX mode is '{labels['mode']}'; only 'affine' is "
+                "supported. Convert it with the tool that made it."
             )
         view = view_tensors(TensorFiles.open(folder), "scales", _TENSORS, "MLX")
-        sizes = {name: _group_size(name, labels) for name in view.parts}
+        sizes = {name: _read_group_size(name, labels) for name in view.parts}
         for name, parts in view.parts.items():
             _check_parts(name, parts, sizes[name])
         return cls(folder=folder, view=view, group_sizes=sizes, model_config=model_config)
 
     def describe(self, name: str) -> CodedSpec:
-        """Give a linear's facts."""
+        """Describe a linear."""
         return self.load_linear(name).describe()
 
     def load_linear(self, name: str) -> CodedLinear:
-        """Read one coded linear."""
+        """Read one quantized linear."""
         tensors = self.view.load(name, tuple(_TENSORS))
         for suffix in ("scales", "biases", "bias"):
             if suffix in tensors:
                 check_finite(f"{name}.{suffix}", tensors[suffix])
-        scales, bits = tensors["scales"], _bits(self.view.parts[name], self.group_sizes[name])
+        scales, bits = tensors["scales"], _infer_bits(self.view.parts[name], self.group_sizes[name])
         zeros, free_minima = find_zeros(scales, tensors["biases"], bits)
         return CodedLinear(
             words=tensors["weight"].view(torch.int32),
@@ -107,29 +107,30 @@ class MlxSource(FolderSource):
 
 
 def find_zeros(scales: Tensor, minima: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
-    """Find the whole zeros whose product with the scale, rounded as stored, gives the minima.
+    """Find integer zeros that give the minima: -zero * scale, rounded to their type.
 
     Args:
         scales: Float, any shape.
-        minima: Of the same shape and type: what a code of 0 stands for.
+        minima: The values of code 0, of the same shape and type.
         bits: Width of a code.
 
     Returns:
-        int16 zeros 0..2**bits-1, and None; where some minimum has none, zeros of 0 and the minima.
+        int16 zeros 0..2**bits-1, and None; if some minimum has no such zero, zeros of 0 and the
+        minima.
     """
     middle = 2 ** (bits - 1)
-    # A scale of 0 makes every code 0: any zero will do.
+    # With a scale of 0, every weight is 0 for any zero.
     ratio = torch.where(scales == 0, float(middle), -minima.double() / scales.double())
     zeros = torch.nan_to_num(ratio).round().clamp(0, 2**bits - 1)
-    again = -(zeros.float() * scales.float())
-    if not torch.equal(again.to(minima.dtype), minima):
+    recomputed = -(zeros.float() * scales.float())
+    if not torch.equal(recomputed.to(minima.dtype), minima):
         return torch.zeros_like(scales, dtype=torch.int16), minima
     return zeros.to(torch.int16), None
 
 
-def _group_size(name: str, labels: Mapping[str, Any]) -> int:
-    own = labels.get(name)
-    size = (own if isinstance(own, dict) else labels).get("group_size")
+def _read_group_size(name: str, labels: Mapping[str, Any]) -> int:
+    override = labels.get(name)
+    size = (override if isinstance(override, dict) else labels).get("group_size")
     if type(size) is not int or not 0 < size <= 2**24:
         raise CheckpointError(
             f"Cannot read the MLX settings of {name}: group_size is {str(size)[:40]!r}; a positive "
@@ -138,16 +139,16 @@ def _group_size(name: str, labels: Mapping[str, Any]) -> int:
     return size
 
 
-def _bits(parts: Mapping[str, TensorSpec], group_size: int) -> int:
-    """Width of a code: words against inputs."""
+def _infer_bits(parts: Mapping[str, TensorSpec], group_size: int) -> int:
+    """Infer the width of a code from the number of words per row."""
     in_features = parts["scales"].shape[1] * group_size
     return parts["weight"].shape[1] * 32 // in_features
 
 
 def _check_parts(name: str, parts: Mapping[str, TensorSpec], group_size: int) -> None:
-    need(name, parts, ("weight", "scales", "biases"))
+    require_matrices(name, parts, ("weight", "scales", "biases"))
     out_features, groups = parts["scales"].shape
-    bits = _bits(parts, group_size)
+    bits = _infer_bits(parts, group_size)
     in_features = groups * group_size
     if parts["weight"].dtype != torch.uint32 or bits not in BITS or in_features * bits % 32:
         raise CheckpointError(
@@ -158,45 +159,50 @@ def _check_parts(name: str, parts: Mapping[str, TensorSpec], group_size: int) ->
     check_shape(f"{name}.weight", parts["weight"], (out_features, in_features * bits // 32))
     check_shape(f"{name}.biases", parts["biases"], (out_features, groups))
     if parts["biases"].dtype != parts["scales"].dtype:
-        raise CheckpointError(f"{name}.biases and {name}.scales are of different types.")
+        raise CheckpointError(
+            f"{name}.biases and {name}.scales have different types. The file is damaged; download "
+            "it again."
+        )
     if "bias" in parts:
         check_shape(f"{name}.bias", parts["bias"], (out_features,))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MlxTarget:
-    """Writes affine quantization with scales and minima in fp16."""
+    """MLX's affine quantization, with scales and minima in fp16."""
 
     format: str = "mlx"
 
     def metadata(self, coded: Mapping[str, CodedSpec]) -> dict[str, str]:
-        """Give the name of the framework."""
+        """Return the metadata of each file: the framework."""
         return {"format": "mlx"}
 
     def find_obstacle(self, spec: CodedSpec) -> str | None:
-        """Say why a linear cannot be held exactly; None where it can."""
-        if reason := self._find_misfit(spec):
+        """Explain why a linear cannot be represented exactly; None if it can."""
+        if reason := self._find_incompatibility(spec):
             return reason
         if not spec.minima_fit_half:
-            return "minima (zero times scale) that fp16 cannot hold"
+            return "minima (zero times scale) that fp16 cannot represent"
         return None
 
     def find_rounding(self, spec: CodedSpec) -> str | None:
-        """Say how it would be held with an error: minima rounded to fp16."""
-        is_exact = spec.minima_fit_half or self._find_misfit(spec)
-        return None if is_exact else "minima rounded to fp16"
+        """Describe how a linear is rounded; None if it is exact or not representable."""
+        if spec.minima_fit_half or self._find_incompatibility(spec):
+            return None
+        return "minima rounded to fp16"
 
-    def _find_misfit(self, spec: CodedSpec) -> str | None:
+    def _find_incompatibility(self, spec: CodedSpec) -> str | None:
+        """Explain why a linear cannot be represented, even with rounding; None if it can."""
         if not spec.is_ordered:
-            return "groups in the order of activations (desc_act); MLX has no g_idx"
+            return "act-order (desc_act); MLX has no g_idx"
         if not spec.scales_fit_half:
-            return "a scale that fp16 cannot hold"
+            return "a scale that fp16 cannot represent"
         if spec.even_group % GROUP_SIZES[-1]:
-            return f"groups of {spec.group_size}; MLX takes equal groups of {GROUP_SIZES}"
+            return f"groups of {spec.group_size}; MLX needs equal groups of {GROUP_SIZES}"
         return None
 
-    def announce(self, spec: CodedSpec) -> dict[str, TensorSpec]:
-        """Give the tensors that a linear will be, by suffix."""
+    def list_tensors(self, spec: CodedSpec) -> dict[str, TensorSpec]:
+        """List the tensors of an encoded linear, by suffix."""
         words = spec.in_features * spec.bits // 32
         grid = (spec.out_features, spec.in_features // choose_group(spec))
         tensors = {
@@ -206,8 +212,8 @@ class MlxTarget:
         }
         return tensors if spec.bias is None else {**tensors, "bias": spec.bias}
 
-    def spell(self, linear: CodedLinear) -> dict[str, Tensor]:
-        """Make them."""
+    def encode(self, linear: CodedLinear) -> dict[str, Tensor]:
+        """Encode a linear as these tensors."""
         linear = linear.split_groups(choose_group(linear.describe()))
         tensors = {
             "weight": linear.words_in_rows().view(torch.uint32),
@@ -217,7 +223,7 @@ class MlxTarget:
         return tensors if linear.bias is None else {**tensors, "bias": linear.bias}
 
     def decode(self, tensors: Mapping[str, Tensor], spec: CodedSpec) -> CodedLinear:
-        """Read a linear back, computed as MLX does."""
+        """Decode a linear from its tensors, with stored minima as in MLX."""
         return CodedLinear(
             words=tensors["weight"].view(torch.int32),
             scales=tensors["scales"],
@@ -229,21 +235,25 @@ class MlxTarget:
             free_minima=tensors["biases"],
         )
 
-    def label(
+    def make_config(
         self, coded: Mapping[str, CodedSpec], dense: list[str], model_config: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Give the whole ``config.json``."""
+        """Make the content of ``config.json``."""
         settings = {name: (choose_group(spec), spec.bits) for name, spec in coded.items()}
-        most = Counter(settings.values()).most_common(1)[0][0]
-        section = _settings(most)
-        section |= {name: _settings(own) for name, own in settings.items() if own != most}
+        default = Counter(settings.values()).most_common(1)[0][0]
+        section = _make_settings(default)
+        section |= {
+            name: _make_settings(setting)
+            for name, setting in settings.items()
+            if setting != default
+        }
         return {**model_config, SECTION: section, "quantization_config": section}
 
 
 def choose_group(spec: CodedSpec) -> int:
-    """The largest of MLX's group sizes that straddles no group."""
+    """Choose the largest of MLX's group sizes into which the groups can be split."""
     return next(size for size in GROUP_SIZES if spec.even_group % size == 0)
 
 
-def _settings(setting: tuple[int, int]) -> dict[str, Any]:
+def _make_settings(setting: tuple[int, int]) -> dict[str, Any]:
     return {"group_size": setting[0], "bits": setting[1], "mode": "affine"}

@@ -1,4 +1,4 @@
-"""Prepare the next tensors while the last one is being written."""
+"""Prepare the next tensors in threads while the current one is written."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 WORKERS = 2
-"""Reading waits and compiled code computes without the interpreter: two at a time use two cores."""
+"""Number of threads. Reading and compiled code release the GIL, so that two use two cores."""
 
 
-def run_ahead(prepare: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Give the results in order; the next ones are prepared in threads while the caller uses one.
+def prefetch(prepare: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Map a function over items in threads, ahead of the consumer; yields results in order.
 
     Args:
-        prepare: Called for :data:`WORKERS` items at once.
+        prepare: The function, called for up to :data:`WORKERS` items at once.
         items: Its arguments.
 
     Yields:
-        Each result. At most one more than :data:`WORKERS` are in memory: the caller's and the next.
+        Each result. At most :data:`WORKERS` + 1 are in memory: the caller's and the next ones.
     """
     with ThreadPoolExecutor(WORKERS) as pool:
-        following: deque[Future[Result]] = deque()
+        pending: deque[Future[Result]] = deque()
         for item in items:
-            following.append(pool.submit(prepare, item))
-            if len(following) > WORKERS:
-                # In one expression: no name here keeps a result alive while others are made.
-                yield following.popleft().result()
-        while following:
-            yield following.popleft().result()
+            pending.append(pool.submit(prepare, item))
+            if len(pending) > WORKERS:
+                # In one expression, so that no variable keeps the result alive.
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()

@@ -1,16 +1,16 @@
-"""Act-order folded away: columns sorted by group, and the layer before made to match.
+"""Fold act-order into neighboring layers: sort columns by group, and permute the layer before.
 
-A linear whose groups follow the order of activations (``g_idx``) is a linear with groups in order
-behind a permutation of its inputs. Where the inputs come from other linears with nothing between
-that mixes them, their outputs take the permutation:
+A linear with act-order (``g_idx``) is equivalent to a permutation of the inputs followed by a
+linear with contiguous groups. If the inputs come from other linears through elementwise functions
+only, the permutation can be applied to the outputs of these:
 
 ::
 
     down_proj(act(gate_proj(x)) * up_proj(x))     rows of gate_proj and up_proj
     o_proj(attention(q, k, v_proj(x)))            rows of v_proj, within each head
 
-Inputs that come out of a norm (q, k, v, gate, up) are the residual stream, which every layer reads
-in its own order: there it does not fold.
+The inputs of q, k, v, gate and up are the normalized residual stream, for which each linear would
+need another permutation: their act-order cannot be folded.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from halfbyte.checkpoint.write import TensorSpec
 from halfbyte.convert.coded_linear import CodedLinear, CodedSpec
 from halfbyte.convert.source import Source
 
-FEEDERS: Mapping[str, tuple[str, ...]] = {
+PRODUCERS: Mapping[str, tuple[str, ...]] = {
     "down_proj": ("gate_proj", "up_proj"),
     "w2": ("w1", "w3"),
     "fc2": ("fc1",),
     "c_proj": ("c_fc",),
     "dense_4h_to_h": ("dense_h_to_4h",),
 }
-"""Last names of linears whose inputs are elementwise functions of their siblings' outputs."""
+"""Siblings of whose outputs a linear's inputs are elementwise functions, by last name part."""
 
 QUERY, VALUE, OUTPUT = "q_proj", "v_proj", "o_proj"
 ATTENTION_PARTS = (QUERY, "k_proj", VALUE, OUTPUT, "q_norm", "k_norm", "rotary_emb")
@@ -42,13 +42,13 @@ ATTENTION_PARTS = (QUERY, "k_proj", VALUE, OUTPUT, "q_norm", "k_norm", "rotary_e
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoldedSource:
-    """A source whose act-order is folded away where that changes nothing the model computes."""
+    """A source with act-order folded into the neighboring layers; the model computes the same."""
 
     source: Source
     columns: Mapping[str, Tensor] = field(default_factory=dict)
-    """By linear: new column c is old column order[c]."""
+    """Order of columns by linear: new column c is old column order[c]."""
     rows: Mapping[str, Tensor] = field(default_factory=dict)
-    """By module, coded or not: new row r is old row order[r]."""
+    """Order of rows by module, quantized or not: new row r is old row order[r]."""
 
     @property
     def format(self) -> str:
@@ -57,31 +57,31 @@ class FoldedSource:
 
     @property
     def model_config(self) -> Mapping[str, Any]:
-        """``config.json`` without its quantization section."""
+        """``config.json`` without the quantization config."""
         return self.source.model_config
 
     @property
     def linears(self) -> Mapping[str, object]:
-        """Every coded module."""
+        """Every quantized module."""
         return self.source.linears
 
     @property
     def others(self) -> Mapping[str, TensorSpec]:
-        """Every tensor that belongs to no coded module."""
+        """Every tensor outside the quantized modules."""
         return self.source.others
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was decided or rounded while reading."""
+        """Choices and rounding while reading."""
         return self.source.notes
 
     @property
     def tokenizer_folder(self) -> Path:
-        """Where tokenizer and model card are."""
+        """Folder of tokenizer and model card."""
         return self.source.tokenizer_folder
 
     def describe(self, name: str) -> CodedSpec:
-        """Give a linear's facts as they are after folding."""
+        """Describe a linear after folding."""
         spec = self.source.describe(name)
         return replace(spec, is_ordered=True) if name in self.columns else spec
 
@@ -100,19 +100,19 @@ class FoldedSource:
         return tensor[self.rows[module]] if is_part else tensor
 
     def copy_companions(self, output: Path) -> None:
-        """Put tokenizer, chat template and licence into a folder."""
+        """Copy tokenizer, chat template and license to a folder."""
         self.source.copy_companions(output)
 
 
 def fold_act_order(source: Source, specs: Mapping[str, CodedSpec]) -> FoldedSource | None:
-    """Fold act-order into the neighbouring layers, where it folds.
+    """Fold act-order into the neighboring layers, where possible.
 
     Args:
         source: The model.
-        specs: Its linears' facts.
+        specs: Properties of its linears.
 
     Returns:
-        The same model in another order of channels; None where nothing folds.
+        The same model with another order of channels; None if nothing can be folded.
     """
     columns: dict[str, Tensor] = {}
     rows: dict[str, Tensor] = {}
@@ -122,36 +122,36 @@ def fold_act_order(source: Source, specs: Mapping[str, CodedSpec]) -> FoldedSour
         if spec.is_ordered:
             continue
         parent, _, leaf = name.rpartition(".")
-        feeders = [f"{parent}.{feeder}" for feeder in FEEDERS.get(leaf, ())]
-        # Nothing but these under a parent: a norm between would mix channels.
-        is_alone = siblings[parent] <= {leaf, *FEEDERS.get(leaf, ())}
-        if feeders and is_alone and all(num_rows.get(f) == spec.in_features for f in feeders):
+        producers = [f"{parent}.{producer}" for producer in PRODUCERS.get(leaf, ())]
+        # Only these under the parent, as a norm between them would mix channels.
+        is_alone = siblings[parent] <= {leaf, *PRODUCERS.get(leaf, ())}
+        if producers and is_alone and all(num_rows.get(p) == spec.in_features for p in producers):
             order = torch.argsort(source.load_linear(name).groups(), stable=True)
             columns[name] = order
-            rows |= dict.fromkeys(feeders, order)
+            rows |= dict.fromkeys(producers, order)
         elif leaf == OUTPUT and siblings[parent] <= set(ATTENTION_PARTS):
             groups = source.load_linear(name).groups()
-            found = find_head_order(groups, spec.group_size, source.model_config)
-            # More queries than inputs are gates beside them, which go by the old order.
-            is_plain = num_rows.get(f"{parent}.{QUERY}") == spec.in_features
-            if found and is_plain and num_rows.get(f"{parent}.{VALUE}") == len(found[1]):
-                columns[name], rows[f"{parent}.{VALUE}"] = found
+            orders = find_head_order(groups, spec.group_size, source.model_config)
+            # If q_proj has more rows, these are output gates, which would need the order too.
+            has_no_gate = num_rows.get(f"{parent}.{QUERY}") == spec.in_features
+            if orders and has_no_gate and num_rows.get(f"{parent}.{VALUE}") == len(orders[1]):
+                columns[name], rows[f"{parent}.{VALUE}"] = orders
     return FoldedSource(source=source, columns=columns, rows=rows) if columns else None
 
 
 def find_head_order(
     groups: Tensor, group_size: int, config: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor] | None:
-    """Find an order of channels within the heads that brings each group together.
+    """Find an order of channels within the heads that makes the groups contiguous.
 
     Args:
-        groups: Of each input of the output projection, int64 [heads * head_dim].
-        group_size: Every group's.
-        config: The model's: heads, key and value heads.
+        groups: Group of each input of the output projection, int64 [heads * head_dim].
+        group_size: Size of every group.
+        config: The model config: numbers of heads and of key and value heads.
 
     Returns:
-        The order of the projection's columns and that of the value's rows; None where there is
-        none that every query head of a value head can share.
+        The orders of the projection's columns and of the value's rows; None if the query heads of
+        a value head have no common order.
     """
     heads = config.get("num_attention_heads")
     if not isinstance(heads, int) or heads < 1 or len(groups) % heads:
@@ -174,7 +174,7 @@ def find_head_order(
 
 
 def _list_siblings(source: Source) -> dict[str, set[str]]:
-    """Map each parent to the first names of all that stands under it."""
+    """Map each parent to the names of its children that have tensors."""
     children: dict[str, set[str]] = {}
     for name in [*source.linears, *(other.rpartition(".")[0] for other in source.others)]:
         parent, _, leaf = name.rpartition(".")
@@ -183,7 +183,7 @@ def _list_siblings(source: Source) -> dict[str, set[str]]:
 
 
 def _count_rows(source: Source, specs: Mapping[str, CodedSpec]) -> dict[str, int]:
-    """Count the outputs of each module whose outputs are rows: GPT-2's dense ones are columns."""
+    """Count the outputs of each module, except GPT-2's dense ones, whose outputs are columns."""
     dense = {
         name.removesuffix(".weight"): tensor.shape[0]
         for name, tensor in source.others.items()

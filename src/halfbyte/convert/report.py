@@ -1,4 +1,4 @@
-"""What a conversion did: what is exact, what is not and by how much, where it is, how big."""
+"""The report of a conversion: location, size, representations, and rounding errors."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ ROW_BLOCK = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundedTensor:
-    """One tensor that the target could not hold exactly, and what that cost.
+    """A tensor that the target could not represent exactly, and its error.
 
-    Measured on :data:`SAMPLED_ROWS` rows from all over it where it has more.
+    Measured on a sample of :data:`SAMPLED_ROWS` rows if it has more.
     """
 
     name: str
     how: str
     relative_error: float
-    """Root of the squared error over the squared weights. Unitless."""
+    """Norm of the error divided by the norm of the weights. Unitless."""
     largest_error: float
-    """Largest absolute error over the largest absolute weight. Unitless."""
+    """Largest absolute error divided by the largest absolute weight. Unitless."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConversionReport:
-    """A finished conversion."""
+    """The result of a conversion."""
 
     source: str
     source_format: str
@@ -39,33 +39,33 @@ class ConversionReport:
     output: Path
     num_linears: int
     holds: Mapping[str, int]
-    """How many linears are held in which way, such as "Q4_0" or "4 bits, group 64"."""
+    """Number of linears by representation, such as "Q4_0" or "4 bits, symmetric"."""
     rounded: tuple[RoundedTensor, ...]
     folded: int
-    """Linears whose act-order was folded into their neighbours."""
+    """Number of linears whose act-order was folded into their neighbors."""
     num_bytes: int
-    """Of the weight files."""
+    """Size of the weight files."""
     seconds: float
     notes: tuple[str, ...]
 
     @property
     def is_exact(self) -> bool:
-        """Whether every weight is bit for bit what the source's codes stand for."""
+        """Whether every weight is bit-identical to the dequantized source."""
         return not self.rounded
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain values for JSON."""
+        """Convert to plain values for JSON."""
         return {**asdict(self), "output": str(self.output), "is_exact": self.is_exact}
 
 
 def sample_rows(number: int) -> Tensor:
-    """Choose rows to measure on: all, or blocks of 32 from beginning to end.
+    """Choose the rows to measure: all, or evenly spaced blocks of 32.
 
     Args:
-        number: Of rows.
+        number: Number of rows.
 
     Returns:
-        int64, ascending.
+        Row indices, int64, ascending.
     """
     if number <= SAMPLED_ROWS:
         return torch.arange(number)
@@ -73,30 +73,30 @@ def sample_rows(number: int) -> Tensor:
     return (starts[:, None] * ROW_BLOCK + torch.arange(ROW_BLOCK)).flatten()
 
 
-def worst_first(rounded: Iterable[RoundedTensor]) -> tuple[RoundedTensor, ...]:
-    """Order measurements by their error: they come in whatever order they were made."""
+def sort_by_error(rounded: Iterable[RoundedTensor]) -> tuple[RoundedTensor, ...]:
+    """Sort measurements by error, largest first: threads make them in any order."""
     return tuple(sorted(rounded, key=lambda found: (-found.relative_error, found.name)))
 
 
-def measure_rounding(name: str, how: str, weight: Tensor, held: Tensor) -> RoundedTensor:
-    """Compare what is held with what it stands for.
+def measure_rounding(name: str, how: str, weight: Tensor, rounded: Tensor) -> RoundedTensor:
+    """Measure the error of a rounded weight.
 
     Args:
-        name: The tensor.
-        how: What was done to it.
-        weight: As it should be, float.
-        held: As it is, of the same shape.
+        name: Name of the tensor.
+        how: How it was rounded.
+        weight: The exact weight, float.
+        rounded: The rounded weight, of the same shape.
 
     Returns:
-        The errors; both 0 where they are equal.
+        The errors; both are 0 if the weights are equal.
     """
     weight = weight.to(torch.float32)
-    difference = held.to(torch.float32) - weight
-    size = float(weight.norm()) or 1.0
+    difference = rounded.to(torch.float32) - weight
+    norm = float(weight.norm()) or 1.0
     largest = float(weight.abs().max()) or 1.0
     return RoundedTensor(
         name=name,
         how=how,
-        relative_error=float(difference.norm()) / size,
+        relative_error=float(difference.norm()) / norm,
         largest_error=float(difference.abs().max()) / largest,
     )

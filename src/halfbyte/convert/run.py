@@ -1,4 +1,4 @@
-"""Convert a quantized model: plan from its small tensors, refuse or write, one linear at a time."""
+"""Convert a quantized model: plan by its small tensors, then write one linear at a time."""
 
 from __future__ import annotations
 
@@ -31,27 +31,26 @@ FORMATS = ("gguf", "awq", "mlx", "compressed-tensors", "hf", "gptq")
 KEPT = "keep"
 
 DESCRIBED_AT_ONCE = 4
-"""Linears; what takes the time is waiting for a disk that could answer more than one."""
+"""Number of linears described in parallel: most of the time is spent waiting for the disk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConversionConfig:
-    """What to convert into, and how far from exact it may be."""
+    """Target format of a conversion, and its options."""
 
     to: str
     allow_error: bool = False
-    """Hold what the target cannot hold exactly in the closest form it has."""
+    """Use the closest representation for linears that the target cannot represent exactly."""
     widen: bool = False
-    """GGUF: hold asymmetric 4-bit codes exactly in 8 bits."""
+    """GGUF: store asymmetric 4-bit codes exactly in 8 bits."""
     dtype: str = "float16"
-    """Of dense weights: all of them for "hf", those that cannot be coded elsewhere."""
+    """Type of dense weights: all for "hf", otherwise those that the format cannot represent."""
     embeddings: str = KEPT
     """GGUF: type of the embeddings."""
     head: str = KEPT
-    """GGUF: type of the output head, where it is not tied to the embeddings."""
-
+    """GGUF: type of the output head, if it is not tied to the embeddings."""
     pre_tokenizer: str | None = None
-    """GGUF: llama.cpp's name for how the tokenizer cuts words; None: found out."""
+    """GGUF: llama.cpp's name of the pre-tokenizer; None to detect it."""
 
     def __post_init__(self) -> None:
         choices = {
@@ -64,16 +63,16 @@ class ConversionConfig:
             value = getattr(self, name)
             if value not in allowed:
                 raise ConfigError(f"{name} is '{value}'; allowed are {', '.join(allowed)}.")
-        chosen = {
+        gguf_options = {
             "embeddings": self.embeddings != KEPT,
             "head": self.head != KEPT,
             "widen": self.widen,
             "pre_tokenizer": self.pre_tokenizer is not None,
         }
-        unused = [name for name, given in chosen.items() if given]
-        if unused and self.to != "gguf":
+        given = [name for name, is_given in gguf_options.items() if is_given]
+        if given and self.to != "gguf":
             raise ConfigError(
-                f"{', '.join(unused)} would change nothing in the format {self.to}, only in gguf. "
+                f"{', '.join(given)} has no effect for the format {self.to}, only for gguf. "
                 "Leave it out."
             )
 
@@ -90,16 +89,16 @@ def convert(
     Args:
         model: A folder (GPTQ, AWQ, MLX, compressed-tensors) or a .gguf file.
         output: A folder that does not exist or is empty; for GGUF also a name ending in .gguf.
-        config: The target.
+        config: Target format and options.
         base: For a .gguf file: a folder with the model's ``config.json`` and tokenizer.
 
     Returns:
-        What was done.
+        The report.
 
     Raises:
-        ConfigError: The target cannot hold the model exactly, and no error is allowed; or the
+        ConfigError: The target cannot represent the model exactly, and no error is allowed; or the
             output is not empty.
-        CheckpointError: The source is damaged or of no format that is read, or the disk is full.
+        CheckpointError: The source is damaged, its format is not supported, or the disk is full.
     """
     started = time.monotonic()
     source = open_source(Path(model), None if base is None else Path(base))
@@ -130,7 +129,7 @@ def convert(
         target_format=config.to,
         output=written.path,
         num_linears=len(specs),
-        holds=dict(Counter(written.holds.values())),
+        holds=dict(Counter(written.encodings.values())),
         rounded=written.rounded,
         folded=folded,
         num_bytes=written.num_bytes,
@@ -140,13 +139,13 @@ def convert(
 
 
 def describe_linears(source: Source) -> dict[str, CodedSpec]:
-    """Read what must be known of every linear: many small tensors, so several at a time.
+    """Read the properties of every linear, several in parallel.
 
     Args:
         source: The model.
 
     Returns:
-        The facts by name, in the source's order.
+        The properties by name, in the source's order.
     """
     with ThreadPoolExecutor(DESCRIBED_AT_ONCE) as pool:
         return dict(zip(source.linears, pool.map(source.describe, source.linears), strict=True))
@@ -155,29 +154,29 @@ def describe_linears(source: Source) -> dict[str, CodedSpec]:
 def choose_target(
     config: ConversionConfig, specs: Mapping[str, CodedSpec], model_config: Mapping[str, Any]
 ) -> FolderTarget:
-    """Make the target for a model.
+    """Create the target for a model.
 
     Args:
-        config: Names it.
-        specs: The model's linears.
+        config: The options, with the name of the format.
+        specs: Properties of the model's linears.
         model_config: ``config.json``.
 
     Returns:
-        The target, with what it decides for the whole model.
+        The target, with its settings for the whole model.
     """
     if config.to == "awq":
-        return AwqTarget.fit(specs)
+        return AwqTarget.from_specs(specs)
     if config.to == "gptq":
-        return GptqTarget.fit(specs)
+        return GptqTarget.from_specs(specs)
     if config.to == "hf":
-        return DenseTarget.fit(DTYPES[config.dtype], model_config)
+        return DenseTarget.from_config(DTYPES[config.dtype], model_config)
     return MlxTarget() if config.to == "mlx" else CompressedTensorsTarget()
 
 
 def _fold(
     source: Source, specs: dict[str, CodedSpec], config: ConversionConfig
 ) -> tuple[Source, dict[str, CodedSpec], int]:
-    """Fold act-order away for a target that has no place for it."""
+    """Fold act-order if the target does not support it."""
     if config.to in ("gptq", "hf") or all(spec.is_ordered for spec in specs.values()):
         return source, specs, 0
     folded = fold_act_order(source, specs)

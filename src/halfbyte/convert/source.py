@@ -1,6 +1,6 @@
-"""What a conversion reads: coded linears, other tensors, and what is said about them.
+"""The interface of sources of a conversion, and the code that folder formats share.
 
-Each format's file has a class that is a :class:`Source`; ``detect.py`` chooses one.
+Each format's module has a class with the interface :class:`Source`; ``detect.py`` chooses one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from halfbyte.errors import CheckpointError
 
 
 class Source(Protocol):
-    """A quantized model that is open: names and sizes are known, no weight is in memory."""
+    """An open quantized model: names and sizes are known, no weight is in memory."""
 
     @property
     def format(self) -> str:
@@ -29,60 +29,60 @@ class Source(Protocol):
 
     @property
     def model_config(self) -> Mapping[str, Any]:
-        """``config.json`` without its quantization section."""
+        """``config.json`` without the quantization config."""
 
     @property
     def linears(self) -> Mapping[str, object]:
-        """Every coded module by its full name, in the order of the files."""
+        """Every quantized module by its full name, in the order of the files."""
 
     @property
     def others(self) -> Mapping[str, TensorSpec]:
-        """Every tensor that belongs to no coded module."""
+        """Every tensor outside the quantized modules."""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was decided or rounded while reading."""
+        """Choices and rounding while reading."""
 
     @property
     def tokenizer_folder(self) -> Path:
-        """Where tokenizer and model card are."""
+        """Folder of tokenizer and model card."""
 
     def describe(self, name: str) -> CodedSpec:
-        """Give a linear's facts; reads no more than its small tensors where they stand apart."""
+        """Describe a linear; reads only its small tensors if the format has separate ones."""
 
     def load_linear(self, name: str) -> CodedLinear:
-        """Read one coded linear."""
+        """Read one quantized linear."""
 
     def load_other(self, name: str) -> Tensor:
         """Read one other tensor."""
 
     def copy_companions(self, output: Path) -> None:
-        """Put tokenizer, chat template and licence into a folder."""
+        """Copy tokenizer, chat template and license to a folder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorFilesView:
-    """The tensors of a safetensors folder, read one at a time; names the file in its errors."""
+    """The tensors of a safetensors folder, sorted into quantized modules and others."""
 
     files: TensorFiles
     parts: Mapping[str, Mapping[str, TensorSpec]]
-    """By coded module: its tensors by suffix."""
+    """Tensors by suffix, by quantized module."""
     others: Mapping[str, TensorSpec]
 
     def load(self, name: str, suffixes: tuple[str, ...]) -> dict[str, Tensor]:
-        """Read those of a module's tensors that it has."""
+        """Read the tensors of a module with these suffixes, if it has them."""
         present = [suffix for suffix in suffixes if suffix in self.parts[name]]
         tensors = self.files.load([f"{name}.{suffix}" for suffix in present])
         return {suffix: tensors[f"{name}.{suffix}"] for suffix in present}
 
     def load_other(self, name: str) -> Tensor:
-        """Read one tensor that belongs to no coded module."""
+        """Read one tensor outside the quantized modules."""
         return self.files.load([name])[name]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FolderSource:
-    """What all safetensors folders have in common; a format adds how its linears are read."""
+    """Base class of sources in safetensors folders; formats add the reading of linears."""
 
     folder: Path
     view: TensorFilesView
@@ -91,17 +91,17 @@ class FolderSource:
 
     @property
     def linears(self) -> Mapping[str, object]:
-        """Every coded module."""
+        """Every quantized module."""
         return self.view.parts
 
     @property
     def others(self) -> Mapping[str, TensorSpec]:
-        """Every tensor that belongs to no coded module."""
+        """Every tensor outside the quantized modules."""
         return self.view.others
 
     @property
     def tokenizer_folder(self) -> Path:
-        """Where tokenizer and model card are."""
+        """Folder of tokenizer and model card."""
         return self.folder
 
     def load_other(self, name: str) -> Tensor:
@@ -109,27 +109,26 @@ class FolderSource:
         return self.view.load_other(name)
 
     def copy_companions(self, output: Path) -> None:
-        """Copy tokenizer, chat template and licence."""
+        """Copy tokenizer, chat template and license."""
         copy_companions(self.folder, output)
 
 
 def view_tensors(
     files: TensorFiles, marker: str, allowed: Mapping[str, tuple[torch.dtype, ...]], method: str
 ) -> TensorFilesView:
-    """Sort a folder's tensors into coded modules and others; check names and element types.
+    """Sort a folder's tensors into quantized modules and others; check names and types.
 
     Args:
         files: The folder.
-        marker: The suffix that makes a module a coded one, such as "weight_packed".
-        allowed: Element types by suffix; all but "bias" are needed where they are first, second
-            and third.
-        method: The format's name, for messages.
+        marker: Suffix that identifies a quantized module, such as "weight_packed".
+        allowed: Allowed element types by suffix.
+        method: Name of the format, for messages.
 
     Returns:
-        The tensors, sorted.
+        The sorted tensors.
 
     Raises:
-        CheckpointError: No module is coded, or one has a tensor that does not belong to it.
+        CheckpointError: No module is quantized, or one has an unexpected tensor.
     """
     parts: dict[str, dict[str, TensorSpec]] = {
         name.removesuffix(f".{marker}"): {} for name in files.infos if name.endswith(f".{marker}")
@@ -143,34 +142,35 @@ def view_tensors(
             continue
         if suffix not in allowed or info.dtype not in allowed[suffix]:
             raise CheckpointError(
-                f"Cannot read {name} of {files.folder} as {method}: it has the element type "
-                f"{str(info.dtype).removeprefix('torch.')}, and such a module has "
-                f"{', '.join(allowed)} of fixed types. The file is damaged or of another format."
+                f"Cannot read {name} of {files.folder} as {method}: a quantized module has only "
+                f"{', '.join(allowed)}, each with certain element types, but this has "
+                f"{str(info.dtype).removeprefix('torch.')}. The file is damaged or of another "
+                "format."
             )
         parts[module][suffix] = spec
     if not parts:
         raise CheckpointError(
-            f"{files.folder} says that it is {method}, but it has no tensor that ends in "
-            f".{marker}. The config or the weights belong to another model."
+            f"{files.folder} is {method} according to its config, but has no tensor whose name "
+            f"ends in .{marker}. The config or the weights belong to another model."
         )
     return TensorFilesView(files=files, parts=parts, others=others)
 
 
-def need(name: str, parts: Mapping[str, TensorSpec], suffixes: tuple[str, ...]) -> None:
-    """Check that a module has its tensors, and that they are matrices.
+def require_matrices(name: str, parts: Mapping[str, TensorSpec], suffixes: tuple[str, ...]) -> None:
+    """Check that a module has the required tensors, and that they are matrices.
 
     Args:
         name: The module.
         parts: Its tensors.
-        suffixes: Those needed.
+        suffixes: Suffixes of the required tensors.
 
     Raises:
-        CheckpointError: One is missing or is no matrix.
+        CheckpointError: A tensor is missing or not a matrix.
     """
     for suffix in suffixes:
         if suffix not in parts:
             raise CheckpointError(
-                f"The checkpoint has no {name}.{suffix} beside {', '.join(sorted(parts))}. "
+                f"The checkpoint has no {name}.{suffix}, only {', '.join(sorted(parts))}. "
                 "It is incomplete; download it again."
             )
         shape = parts[suffix].shape
@@ -182,15 +182,15 @@ def need(name: str, parts: Mapping[str, TensorSpec], suffixes: tuple[str, ...]) 
 
 
 def check_shape(name: str, spec: TensorSpec, expected: tuple[int, ...]) -> None:
-    """Compare a tensor's shape with the one that its neighbours imply.
+    """Check a tensor's shape.
 
     Args:
         name: The tensor.
-        spec: What it is.
-        expected: What it must be.
+        spec: Its type and shape.
+        expected: The expected shape.
 
     Raises:
-        CheckpointError: They differ; names both.
+        CheckpointError: The shapes differ; names both.
     """
     if spec.shape != expected:
         raise CheckpointError(
@@ -200,7 +200,7 @@ def check_shape(name: str, spec: TensorSpec, expected: tuple[int, ...]) -> None:
 
 
 def check_finite(name: str, tensor: Tensor) -> Tensor:
-    """Refuse values that are infinite or not a number.
+    """Check that all values are finite.
 
     Args:
         name: The tensor.
@@ -210,7 +210,7 @@ def check_finite(name: str, tensor: Tensor) -> Tensor:
         The tensor.
 
     Raises:
-        CheckpointError: Some are not finite; says how many.
+        CheckpointError: Some values are not finite; says how many.
     """
     bad = int((~torch.isfinite(tensor)).sum())
     if bad:

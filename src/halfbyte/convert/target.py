@@ -1,4 +1,4 @@
-"""What a conversion into a folder of safetensors asks of a format."""
+"""The interface of target formats that are folders of safetensors files."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from halfbyte.convert.coded_linear import CodedLinear, CodedSpec
 
 
 class FolderTarget(Protocol):
-    """A format that spells a linear as a few named tensors, and describes them in a config."""
+    """A format that encodes a linear as named tensors and describes them in a config."""
 
     @property
     def format(self) -> str:
         """Name of the format, such as "awq"."""
 
     def metadata(self, coded: Mapping[str, CodedSpec]) -> dict[str, str]:
-        """Give what the header of each file says beside the tensors, "format" at least."""
+        """Return the metadata of each file's header, at least "format"."""
 
     def find_obstacle(self, spec: CodedSpec) -> str | None:
-        """Say why a linear is not to be held in this format unless asked for; None: it is."""
+        """Explain why a linear cannot be written without ``allow_error``; None if it can."""
 
     def find_rounding(self, spec: CodedSpec) -> str | None:
-        """Say what this format rounds of it; None where nothing, or where it cannot hold it."""
+        """Describe how a linear is rounded; None if it is exact or not representable."""
 
-    def announce(self, spec: CodedSpec) -> dict[str, TensorSpec]:
-        """Give the tensors that it will be, by suffix."""
+    def list_tensors(self, spec: CodedSpec) -> dict[str, TensorSpec]:
+        """List the tensors of an encoded linear, by suffix."""
 
-    def spell(self, linear: CodedLinear) -> dict[str, Tensor]:
-        """Make them."""
+    def encode(self, linear: CodedLinear) -> dict[str, Tensor]:
+        """Encode a linear as these tensors."""
 
     def decode(self, tensors: Mapping[str, Tensor], spec: CodedSpec) -> CodedLinear | Tensor:
-        """Read them back: the linear, or its weight in float32 where it is no longer one."""
+        """Decode the tensors: a linear, or the weight in float32 if the format is dense."""
 
-    def label(
+    def make_config(
         self, coded: Mapping[str, CodedSpec], dense: list[str], model_config: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Give the whole ``config.json``."""
+        """Make the content of ``config.json``."""

@@ -1,10 +1,10 @@
-"""Calibration and evaluation texts that ship with halfbyte.
+"""Built-in text, for calibration and for evaluation.
 
-There are five kinds: prose (WikiText-2; ``NOTICE`` in this folder names authors and license),
-source code, dialogue, thirteen other languages, and technical prose (written for halfbyte).
-Calibration and evaluation texts share no document; for prose they are the validation and the test
-split. Since both are of the same kinds, a model calibrated on these texts scores slightly better on
-the evaluation texts than on other kinds of text. State this next to such numbers.
+There are five kinds: prose (WikiText-2; ``NOTICE`` in this folder names its authors and license),
+source code, dialogue, thirteen other languages and technical prose (written for halfbyte).
+Calibration and evaluation text share no document; for prose they are the validation and the test
+split. But they are of the same kinds, so a model that is calibrated on this text scores a little
+better on the evaluation text than on other kinds. Mention this when you publish such figures.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SEPARATOR = "\n\n%%\n\n"
 
 
 def calibration_documents(kind: str) -> list[str]:
-    """Read the calibration documents of one kind.
+    """Return the calibration documents of one kind.
 
     Args:
         kind: A key of ``CALIBRATION_FILES``.
@@ -45,7 +45,7 @@ def calibration_documents(kind: str) -> list[str]:
 
 
 def evaluation_documents(kind: str) -> list[str]:
-    """Read the evaluation documents of one kind.
+    """Return the evaluation documents of one kind.
 
     Args:
         kind: A key of ``EVALUATION_FILES``.
@@ -57,20 +57,20 @@ def evaluation_documents(kind: str) -> list[str]:
 
 
 def calibration_text() -> str:
-    """Read the calibration prose: about 60,000 words of WikiText-2's validation split."""
+    """Return the prose for calibration: about 60,000 words of WikiText-2's validation split."""
     return _read(CALIBRATION_FILES[PROSE])
 
 
 def evaluation_text() -> str:
-    """Read the evaluation prose: the first eight articles of WikiText-2's test split."""
+    """Return the prose for evaluation: the first eight articles of WikiText-2's test split."""
     return _read(EVALUATION_FILES[PROSE])
 
 
 def builtin_facts() -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """Read the simple facts of the built-in tasks.
+    """Return the facts that the built-in tasks ask for.
 
     Returns:
-        For each table, its kind, its question with ``{}`` for the subject, and (subject, answer)
+        For each table: its kind, its question with ``{}`` for the subject, and (subject, answer)
         pairs.
     """
     tables = []
@@ -84,8 +84,8 @@ def builtin_facts() -> list[tuple[str, str, list[tuple[str, str]]]]:
 
 
 def edge_cases() -> list[dict[str, Any]]:
-    """Read the edge cases, each an object with ``kind`` and ``prompt``."""
-    # Not splitlines, which also splits at characters that belong to the prompts.
+    """Return the edge-case prompts, as objects with ``kind`` and ``prompt``."""
+    # Not splitlines, which also splits at characters that are part of the prompts.
     return [json.loads(line) for line in _read("edge_cases.jsonl").split("\n") if line]
 
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.checkpoint.shards import explain_nothing_to_read
+from halfbyte.checkpoint.shards import explain_missing_weights
 from halfbyte.data import evaluation_text
 from halfbyte.errors import CheckpointError, ConfigError, ModelError, first_line
 from halfbyte.evaluate.windows import DEFAULT_WINDOW, Windows, split_windows, tokenize_text
 from halfbyte.machine.devices import resolve_device
-from halfbyte.model.context_length import longest_text
+from halfbyte.model.context_length import max_context_length
 from halfbyte.run_config import DTYPES
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -55,7 +55,7 @@ class Subject:
     @property
     def longest(self) -> int | None:
         """Context length in tokens; None if the model has no limit."""
-        return longest_text(_text_config(self.model))
+        return max_context_length(_text_config(self.model))
 
 
 def open_subject(
@@ -110,7 +110,7 @@ def check_folder(folder: Path) -> None:
             "or halfbyte, or a downloaded Hugging Face repository."
         )
     if not any(folder.glob("*.safetensors")):
-        raise CheckpointError(explain_nothing_to_read(folder))
+        raise CheckpointError(explain_missing_weights(folder))
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -1,4 +1,4 @@
-"""PEFT's adapters on a base of ours: a new one to train, or a finished one to look at."""
+"""PEFT adapters on a base model: attach a new one to train, or load a finished one."""
 
 from __future__ import annotations
 
@@ -14,54 +14,54 @@ PEFT_VARIANTS: dict[str, dict[str, bool]] = {
     "lora": {},
     "rslora": {"use_rslora": True},
     "dora": {"use_dora": True},
-    # To PEFT an ordinary one: groups.py does the rest.
+    # An ordinary LoRA for PEFT; groups.py adds the constraint.
     QALORA: {},
 }
 
 
 def require_peft(purpose: str) -> None:
-    """Make sure that PEFT is there.
+    """Check that PEFT is installed.
 
     Args:
-        purpose: What it is needed for, for the message.
+        purpose: What needs it, for the message.
 
     Raises:
-        MissingExtraError: It is not; the message has the install command.
+        MissingExtraError: It is not installed; the message has the install command.
     """
     with require_extra("peft", "finetune", purpose):
-        import peft  # noqa: F401 - looked for before a model is loaded
+        import peft  # noqa: F401 - checked before a model is loaded
 
 
 def check_adapter(folder: str | Path) -> None:
-    """Make sure that a folder holds an adapter: PEFT would look for any other name on the Hub.
+    """Check that a folder holds an adapter; PEFT would look up any other name on the Hub.
 
     Args:
-        folder: PEFT's.
+        folder: Of a PEFT adapter.
 
     Raises:
-        ConfigError: It holds none.
+        ConfigError: The folder holds no adapter.
     """
     if not (Path(folder) / CONFIG_FILE).is_file():
         found = f"no {CONFIG_FILE} in it" if Path(folder).is_dir() else "no such folder"
         raise ConfigError(
             f"There is no adapter in {folder}: {found}. Give the folder of a PEFT adapter, such as "
-            "halfbyte finetune or halfbyte repair writes."
+            "one written by halfbyte finetune or halfbyte repair."
         )
 
 
 def attach_adapter(model: Any, adapter: AdapterConfig, start_from: str | Path | None = None) -> Any:
-    """Put an adapter to be trained on a model, whose own weights are frozen.
+    """Attach a trainable adapter to a model, and freeze the model's own weights.
 
     Args:
         model: Changed in place.
-        adapter: What to make.
-        start_from: An adapter's folder, taken instead.
+        adapter: Settings of a new adapter.
+        start_from: Folder of an adapter to load instead.
 
     Returns:
         PEFT's model.
 
     Raises:
-        ConfigError: The model has no such linears, or the folder no such adapter.
+        ConfigError: The model lacks the target linears, or the adapter does not fit it.
     """
     import peft
 
@@ -82,26 +82,26 @@ def attach_adapter(model: Any, adapter: AdapterConfig, start_from: str | Path | 
             ),
         )
     except (ValueError, OSError, RuntimeError) as error:
-        what, advice = "an adapter", "Name linears of this model with --target, or none for all."
+        what, advice = "an adapter", "Use --target with linears of this model, or omit it for all."
         if start_from is not None:
-            what, advice = f"the adapter {start_from}", "Give one that was trained on this model."
+            what, advice = f"the adapter {start_from}", "Use one that was trained on this model."
         raise ConfigError(
             f"Cannot put {what} on a {type(model).__name__}: {_sentence(error)} {advice}"
         ) from error
 
 
 def load_adapter(subject: Subject, adapter: str | Path) -> Any:
-    """Put a finished adapter on its base.
+    """Attach a trained adapter to its base.
 
     Args:
         subject: The base.
-        adapter: PEFT's folder.
+        adapter: Folder of a PEFT adapter.
 
     Returns:
         PEFT's model, in evaluation mode.
 
     Raises:
-        ConfigError: It is none, or does not fit.
+        ConfigError: It is no adapter, or does not fit the base.
     """
     import peft
 
@@ -115,6 +115,5 @@ def load_adapter(subject: Subject, adapter: str | Path) -> Any:
 
 
 def _sentence(error: Exception) -> str:
-    """Give what an error says, with an end to it."""
-    said = str(error).strip()[:300].rstrip(".")
-    return f"{said}."
+    """Return an error's message, shortened, with one full stop."""
+    return str(error).strip()[:300].rstrip(".") + "."

@@ -1,4 +1,4 @@
-"""The frozen model that an adapter is trained on: loaded, and tried where training relies on it."""
+"""Load the frozen model that an adapter is trained on, and check what training relies on."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from halfbyte.machine.memory import map_large_blocks, release_memory
 PROBE_TOKENS = 8
 
 
-def load_own_tokenizer(folder: Path) -> Any:
-    """Load the tokenizer of a model that is to be trained on.
+def load_required_tokenizer(folder: Path) -> Any:
+    """Load the tokenizer of a model, which must have one.
 
     Args:
         folder: The model's.
@@ -28,7 +28,7 @@ def load_own_tokenizer(folder: Path) -> Any:
         The tokenizer.
 
     Raises:
-        ModelError: There is none.
+        ModelError: The folder has no tokenizer.
     """
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
@@ -40,19 +40,19 @@ def load_own_tokenizer(folder: Path) -> Any:
 
 
 def open_base(folder: Path, tokenizer: Any, config: TrainConfig) -> Subject:
-    """Load a model to be trained on, in the type and place that were asked for.
+    """Load the base model with the configured dtype and device.
 
     Args:
         folder: The model's.
         tokenizer: The model's.
-        config: Says type, device, optimizer and length.
+        config: Provides dtype, device, optimizer and length.
 
     Returns:
         The model, with its tokenizer.
 
     Raises:
-        ConfigError: It takes no sequences that long, there is no such device, or the optimizer's
-            package is missing.
+        ConfigError: The length exceeds the model's context, the device does not exist, or the
+            optimizer's package is not installed.
     """
     _check_optimizer(config)
     dtype = config.dtype
@@ -63,7 +63,7 @@ def open_base(folder: Path, tokenizer: Any, config: TrainConfig) -> Subject:
     if on_cpu:
         map_large_blocks()
     subject = open_subject(folder, tokenizer=tokenizer, dtype=dtype, device=device)
-    # What repacking the weights left behind would stay beside the training for good.
+    # Buffers of repacking the weights would otherwise stay allocated during training.
     release_memory()
     if subject.longest is not None and config.length > subject.longest:
         raise ConfigError(
@@ -83,13 +83,13 @@ def _check_optimizer(config: TrainConfig) -> None:
 
 @torch.no_grad()
 def check_packing(subject: Subject) -> None:
-    """Make sure that the model keeps examples apart which stand in one row.
+    """Check that packed examples in one row do not attend to each other.
 
     Args:
         subject: The model.
 
     Raises:
-        ConfigError: What comes first in a row changes what the model says of the next example.
+        ConfigError: The first example of a row changes the logits of the next one.
     """
     model = subject.model
     first = torch.arange(2 * PROBE_TOKENS, device=subject.input_device).view(2, -1) + 5
@@ -101,6 +101,6 @@ def check_packing(subject: Subject) -> None:
     if float((one - other).abs().max()) > 1e-2 * float(one.std()):
         raise ConfigError(
             f"Cannot train {subject.name} with --packing: examples in one row see each other in a "
-            f"{type(model).__name__} with {model.config._attn_implementation} attention. Leave "
-            "out --packing."
+            f"{type(model).__name__} with {model.config._attn_implementation} attention. "
+            "Train without --packing."
         )

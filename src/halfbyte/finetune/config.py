@@ -1,4 +1,4 @@
-"""What a fine-tuning run is asked to do; the command line is made from the fields."""
+"""Settings of a fine-tuning run; the command-line options are generated from the fields."""
 
 from __future__ import annotations
 
@@ -18,21 +18,20 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterConfig:
-    """What the adapter is."""
+    """Settings of the adapter."""
 
-    rank: int = option(16, "columns of the two factors", metavar="N")
-    alpha: float = option(32.0, "the product of the factors counts alpha / rank", metavar="A")
-    dropout: float = option(0.05, "share of the adapter's inputs that is left out", metavar="P")
+    rank: int = option(16, "rank of the adapter", metavar="N")
+    alpha: float = option(32.0, "the adapter's output is scaled by alpha / rank", metavar="A")
+    dropout: float = option(0.05, "dropout probability of the adapter's inputs", metavar="P")
     variant: str = option(
         "lora",
-        "rslora: counts alpha / sqrt(rank); dora: also learns each row's length; qalora: the same "
-        "for all columns of a group, so that it merges exactly",
+        "rslora: scaled by alpha / sqrt(rank); dora: also learns the norm of each row; qalora: "
+        "constant over the columns of a group, so that it merges exactly",
         choices=VARIANTS,
     )
     targets: tuple[str, ...] = option(
         (),
-        "a linear that gets an adapter, such as q_proj; may be given again (default: every linear "
-        "but the head)",
+        "linear layer to adapt, such as q_proj; repeatable (default: all but the head)",
         flag="--target",
         metavar="NAME",
     )
@@ -44,45 +43,55 @@ class AdapterConfig:
         check_choice(self, "variant", VARIANTS)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain values for JSON."""
+        """Return plain values for JSON."""
         return {**asdict(self), "targets": list(self.targets)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """How the adapter is trained."""
+    """Settings of the training."""
 
-    epochs: float = option(3.0, "times through the data", metavar="N")
-    max_steps: int | None = option(None, "steps at most (default: by epochs)", metavar="N")
-    batch_size: int = option(8, "examples (rows, with --packing) per pass", metavar="N")
-    accumulate: int = option(1, "passes per step of the optimizer", metavar="N")
-    learning_rate: float = option(2e-4, "at its highest", metavar="RATE")
-    schedule: str = option("cosine", "how the learning rate falls", choices=SCHEDULES)
-    warmup: float = option(0.05, "share of the steps in which it rises", metavar="SHARE")
+    epochs: float = option(3.0, "passes over the training data", metavar="N")
+    max_steps: int | None = option(
+        None, "maximum number of steps (default: by epochs)", metavar="N"
+    )
+    batch_size: int = option(8, "examples (rows, with --packing) per forward pass", metavar="N")
+    gradient_accumulation_steps: int = option(1, "forward passes per optimizer step", metavar="N")
+    learning_rate: float = option(2e-4, "peak learning rate", metavar="RATE")
+    schedule: str = option("cosine", "learning rate schedule after the warmup", choices=SCHEDULES)
+    warmup: float = option(0.05, "share of the steps for learning rate warmup", metavar="SHARE")
     optimizer: str = option(
-        "adamw", "those of 8 bits need bitsandbytes and a GPU", choices=OPTIMIZERS
+        "adamw", "the 8-bit ones need bitsandbytes and a GPU", choices=OPTIMIZERS
     )
-    length: int = option(1024, "longest example in tokens; longer ones are cut", metavar="N")
-    packing: bool = option(False, "put several examples into one row, kept apart")
+    length: int = option(1024, "maximum tokens per example; longer ones are truncated", metavar="N")
+    packing: bool = option(False, "put several examples into a row; they do not see each other")
     train_on: str = option(
-        "answers", "what the loss counts: the assistant's words, or every token", choices=TRAINED
+        "answers", "tokens that the loss counts: the assistant's, or all", choices=TRAINED
     )
-    validation: float = option(0.1, "share of the data that is kept apart", metavar="SHARE")
+    validation: float = option(0.1, "share of the data that is held out", metavar="SHARE")
     evaluate_every: int | None = option(
-        None, "steps between looks at the data kept apart (default: ten looks)", metavar="N"
+        None, "steps between evaluations on held-out data (default: ten evaluations)", metavar="N"
     )
-    patience: int = option(3, "looks without progress before the run ends", metavar="N")
+    patience: int = option(3, "evaluations without improvement before early stopping", metavar="N")
     checkpointing: bool = option(
         True,
-        "keep no activations within a block, compute them again: less memory, a third slower",
+        "gradient checkpointing: recompute activations; less memory, about a third slower",
         both=True,
     )
-    dtype: str = option("auto", "type in which the model computes", choices=DTYPES)
-    device: str = option("auto", "where to compute: cpu or cuda", metavar="NAME")
-    seed: int = option(0, "order of the data, dropout and the adapter's start", metavar="N")
+    dtype: str = option("auto", "dtype to compute in", choices=DTYPES)
+    device: str = option("auto", "device to compute on: cpu or cuda", metavar="NAME")
+    seed: int = option(
+        0, "seed of the data order, the dropout and the adapter's initialization", metavar="N"
+    )
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate", "patience", "max_steps", "evaluate_every"):
+        for name in (
+            "batch_size",
+            "gradient_accumulation_steps",
+            "patience",
+            "max_steps",
+            "evaluate_every",
+        ):
             check_least(self, name, 1)
         check_least(self, "length", 2)
         check_positive(self, "epochs")
@@ -95,5 +104,5 @@ class TrainConfig:
         check_choice(self, "dtype", DTYPES)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain values for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)

@@ -1,13 +1,13 @@
-"""Examples in a JSON-lines file -> token ids, with a mark on those that the loss counts.
+"""Training examples: JSON lines -> token ids and labels that mark the tokens that the loss counts.
 
 ::
 
-    {"messages": [...]}                     chat: counted is what the assistant says
-    {"prompt": ..., "completion": ...}      two texts, or two lists of messages: the completion
-    {"text": ...}                           plain text: all of it
+    {"messages": [...]}                   a chat: the assistant's messages are counted
+    {"prompt": ..., "completion": ...}    two texts or lists of messages: the completion is counted
+    {"text": ...}                         plain text: all of it is counted
 
-What is counted is found in the text, by its place in characters, and only then in the tokens: a
-tokenizer may join what a template puts side by side. A token that stands on both sides counts.
+The counted part is located in the text, by character offsets, and then mapped to tokens, because a
+tokenizer may merge characters across its border. A token that spans the border is counted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from halfbyte.json_lines import read_json_lines
 from halfbyte.quantize.calibration_source import IGNORED
 
 SPACE = "Ġ"
-"""In the tokens of byte-level tokenizers."""
+"""A space in the tokens of byte-level tokenizers."""
 KINDS = "'messages', 'prompt' and 'completion', or 'text'"
 
 
@@ -37,54 +37,54 @@ class Example:
 
     ids: tuple[int, ...]
     labels: tuple[int, ...]
-    """The id where the loss counts it, IGNORED elsewhere."""
+    """The token id where the loss counts it, else IGNORED."""
     joined: bool = False
-    """Whether a token stands in both a prompt and its answer."""
+    """Whether a token spans the border of a prompt and its answer."""
 
     @property
     def digest(self) -> str:
-        """The same example has the same digest, on every machine."""
+        """Digest of ids and labels, the same on every machine."""
         return hashlib.sha256(json.dumps([self.ids, self.labels]).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Examples:
-    """The examples of a file, and what had to be done to them."""
+    """The examples of a file, and notes on how they were changed."""
 
     examples: tuple[Example, ...]
     notes: tuple[str, ...]
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in all of them."""
+        """Number of tokens in all examples."""
         return sum(len(example.ids) for example in self.examples)
 
     @property
     def num_counted(self) -> int:
-        """Tokens that the loss counts."""
+        """Number of tokens that the loss counts."""
         return sum(label != IGNORED for e in self.examples for label in e.labels)
 
     @property
     def digest(self) -> str:
-        """Of all examples, in order."""
+        """Digest of all examples, in order."""
         return hashlib.sha256("".join(e.digest for e in self.examples).encode()).hexdigest()
 
 
 def read_examples(path: Path, tokenizer: Any, *, length: int, everything: bool) -> Examples:
-    """Read and tokenise a file.
+    """Read and tokenize a file.
 
     Args:
-        path: JSON lines; see the top of this module.
+        path: JSON lines, as the module docstring describes.
         tokenizer: The model's.
-        length: Longer examples are cut to so many tokens.
-        everything: Count every token, prompts too.
+        length: Longer examples are truncated to this many tokens.
+        everything: Count every token, including prompts.
 
     Returns:
         The examples, in the file's order.
 
     Raises:
-        DataError: The file cannot be read, a line is of no known kind, or nothing is left to
-            learn.
+        DataError: The file cannot be read, a line has an unknown format, or no example has a
+            counted token.
     """
     wanted = f"Give one object per line, with {KINDS}."
     lines = read_json_lines(path, DataError, what="the data", wanted=wanted)
@@ -92,43 +92,43 @@ def read_examples(path: Path, tokenizer: Any, *, length: int, everything: bool) 
     notes = []
     longer = sum(len(example.ids) > length for example in made)
     if longer:
-        notes.append(f"{longer} of {len(made)} examples cut to {length} tokens")
+        notes.append(f"{longer} of {len(made)} examples truncated to {length} tokens")
     joined = sum(example.joined for example in made)
     if joined:
         notes.append(
             f"in {joined} of {len(made)} examples the answer's first token begins in the prompt, "
-            "as where a prompt ends with a space: put the space before the answer, or the model "
-            "is asked in other tokens than it learns"
+            "for example because the prompt ends with a space: move the space to the answer, or "
+            "the model is trained on other tokens than it will see"
         )
     cut = [Example(e.ids[:length], e.labels[:length]) for e in made]
-    # The first token of a row is predicted from nothing, so its label alone teaches nothing.
+    # The first token of a row is not predicted, so its label does not count.
     kept = [e for e in cut if any(label != IGNORED for label in e.labels[1:])]
     if len(kept) < len(cut):
         notes.append(
             f"{len(cut) - len(kept)} of {len(cut)} examples left out: "
-            f"nothing to learn in their first {length} tokens"
+            f"no counted token in their first {length} tokens"
         )
     if not kept:
         raise DataError(
-            f"{path} holds {len(made)} examples, and none has anything to learn within {length} "
-            "tokens. Give longer answers, or a larger --length."
+            f"{path} holds {len(made)} examples, and none has a counted token within its first "
+            f"{length} tokens. Use longer answers, or a larger --length."
         )
     return Examples(examples=tuple(kept), notes=tuple(notes))
 
 
 def split_examples(examples: Examples, share: float, seed: int) -> tuple[Examples, Examples | None]:
-    """Keep some examples apart; equal ones are never on both sides.
+    """Split examples into training and held-out ones; equal examples stay together.
 
     Args:
-        examples: All of them.
-        share: Of the different examples, how many to keep apart; 0: none.
-        seed: Chooses them.
+        examples: All examples.
+        share: Share of the distinct examples to hold out; 0: none.
+        seed: Seed of the split.
 
     Returns:
-        Those to train on and those kept apart; None where there are none.
+        The training examples, and the held-out ones; None if the share is 0.
 
     Raises:
-        DataError: There are too few different examples to split.
+        DataError: There are too few distinct examples to split.
     """
     if share == 0:
         return examples, None
@@ -139,8 +139,8 @@ def split_examples(examples: Examples, share: float, seed: int) -> tuple[Example
     count = max(round(len(order) * share), 1)
     if count >= len(order):
         raise DataError(
-            f"Cannot keep {share:.0%} of the data apart: it holds {len(order)} different "
-            "example(s). Give more, or --validation 0."
+            f"Cannot hold out {share:.0%} of the data: it has {len(order)} distinct example(s). "
+            "Provide more, or use --validation 0."
         )
     apart = set(order[:count])
     sides: tuple[list[Example], list[Example]] = ([], [])
@@ -152,11 +152,11 @@ def split_examples(examples: Examples, share: float, seed: int) -> tuple[Example
 
 
 def pack(examples: Sequence[Example], length: int) -> list[list[Example]]:
-    """Put examples into rows, each example into the first row that has room (longest first).
+    """Pack examples into rows: first fit, longest example first.
 
     Args:
         examples: Each of at most ``length`` tokens.
-        length: Tokens in a row, at most.
+        length: Maximum tokens per row.
 
     Returns:
         The rows, in the order of the first example of each.
@@ -177,21 +177,21 @@ def pack(examples: Sequence[Example], length: int) -> list[list[Example]]:
 
 
 def collate(rows: Sequence[Sequence[Example]], padding: int) -> dict[str, Tensor]:
-    """Make a batch of rows of one or more examples.
+    """Make a padded batch from rows of one or more examples.
 
     Args:
-        rows: Examples that stand in one row do not see each other.
-        padding: Token id to fill up with.
+        rows: Examples in the same row do not attend to each other.
+        padding: Token id for padding.
 
     Returns:
-        input_ids and labels, int64 [rows, tokens]. With them attention_mask where every row is one
-        example; position_ids, which begin again with each example, where one is more.
+        input_ids and labels, int64 [rows, tokens]. Also attention_mask if every row is one example;
+        otherwise position_ids, which restart with each example.
     """
     width = max(sum(len(example.ids) for example in row) for row in rows)
     shape = (len(rows), width)
     ids = torch.full(shape, padding, dtype=torch.int64)
     labels = torch.full(shape, IGNORED, dtype=torch.int64)
-    # Positions that do not go up by one begin a sequence of their own: padding is seen by none.
+    # A position that does not follow the one before starts a new sequence: padding is not seen.
     positions = torch.zeros(shape, dtype=torch.int64)
     mask = torch.zeros(shape, dtype=torch.int64)
     for place, row in enumerate(rows):
@@ -215,8 +215,8 @@ def _make_example(where: str, row: Mapping[str, Any], tokenizer: Any, everything
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{where} holds half a character, {error.object[error.start]!a}: it is one of a pair. "
-            "Write the pair, or the character itself."
+            f"{where} holds half a character, {error.object[error.start]!a}: an unpaired "
+            "surrogate. Write the full surrogate pair, or the character itself."
         ) from error
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(row.get("messages"), list):
@@ -233,7 +233,7 @@ def _make_example(where: str, row: Mapping[str, Any], tokenizer: Any, everything
         return _tokenize(text, [(0, len(text))], tokenizer, plain=True)
     raise DataError(
         f"{where} has the keys {', '.join(map(repr, row)) or 'of an empty object'}. "
-        f"Give an object with {KINDS}; messages are a list, the others text."
+        f"Give an object with {KINDS}; messages are a list, the others are strings."
     )
 
 
@@ -247,8 +247,8 @@ def _from_chat(
 ) -> Example:
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
-            f"{where} is a chat, and the tokenizer has no chat template. Give 'prompt' and "
-            "'completion', or the chat model's own tokenizer."
+            f"{where} is a chat, and the tokenizer has no chat template. Use 'prompt' and "
+            "'completion', or a chat model with its tokenizer."
         )
 
     def render(count: int, *, opened: bool = False) -> str:
@@ -268,18 +268,18 @@ def _from_chat(
                 before, after = render(index, opened=True), render(index + 1)
                 if not (whole.startswith(after) and after.startswith(before)):
                     raise DataError(
-                        f"{where}: the chat template writes message {index + 1} in another way "
-                        "when more follow, so the answer cannot be found in the text. Give one "
-                        "line per answer, or train with --train-on everything."
+                        f"{where}: the chat template writes message {index + 1} differently when "
+                        "more messages follow, so the answer cannot be located in the text. Use "
+                        "one line per answer, or train with --train-on everything."
                     )
                 counted.append((len(before), len(after)))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataError(
-            f"{where} holds messages that the chat template cannot write: {str(error)[:200]}. "
-            "Each needs 'role' and 'content'."
+            f"{where} holds messages that the chat template cannot render: {str(error)[:200]}. "
+            "Each message needs 'role' and 'content'."
         ) from error
     except Exception as error:
-        # Templates are programs of jinja2, which is no dependency of ours by name.
+        # A template may raise any error of jinja2, which is not a direct dependency.
         if type(error).__module__.partition(".")[0] != "jinja2":
             raise
         raise DataError(
@@ -291,20 +291,20 @@ def _from_chat(
 def _tokenize(
     text: str, counted: Sequence[tuple[int, int]], tokenizer: Any, *, plain: bool
 ) -> Example:
-    """Tokenise, and count the tokens that stand, even in part, in a counted stretch."""
+    """Tokenize, and label the tokens that overlap a counted character span."""
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(
-            f"The tokenizer {type(tokenizer).__name__} does not tell where its tokens stand in "
-            "the text, which is needed to mask prompts. Add the model's tokenizer.json."
+            f"The tokenizer {type(tokenizer).__name__} gives no character offsets of its tokens, "
+            "which are needed to mask prompts. Add the model's tokenizer.json."
         )
-    # A plain text gets the tokenizer's own first token and an end; a template has written both.
+    # Plain text gets the BOS and EOS tokens here; a chat template writes them itself.
     encoded = tokenizer(text, add_special_tokens=plain, return_offsets_mapping=True, verbose=False)
-    ids, places = list(encoded["input_ids"]), _places(text, encoded)
+    ids, spans = list(encoded["input_ids"]), _token_spans(text, encoded)
     labels = [
         token if any(max(start, low) < min(stop, high) for low, high in counted) else IGNORED
-        for token, (start, stop) in zip(ids, places, strict=True)
+        for token, (start, stop) in zip(ids, spans, strict=True)
     ]
-    joined = any(start < low < min(stop, high) for low, high in counted for start, stop in places)
+    joined = any(start < low < min(stop, high) for low, high in counted for start, stop in spans)
     end = tokenizer.eos_token_id
     if plain and end is not None and (not ids or ids[-1] != end):
         ids.append(end)
@@ -312,8 +312,8 @@ def _tokenize(
     return Example(tuple(ids), tuple(labels), joined)
 
 
-def _places(text: str, encoded: Any) -> list[tuple[int, int]]:
-    """Say where tokens stand; GPT-NeoX's tokenizer leaves out the spaces that one begins with."""
+def _token_spans(text: str, encoded: Any) -> list[tuple[int, int]]:
+    """Return tokens' character spans; GPT-NeoX's tokenizer omits their leading spaces."""
     found, last = [], 0
     for token, (start, stop) in zip(encoded.tokens(), encoded["offset_mapping"], strict=True):
         spaces = len(token) - len(token.lstrip(SPACE))

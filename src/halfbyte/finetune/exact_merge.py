@@ -1,14 +1,14 @@
-"""Base and a group-constant adapter -> one checkpoint with the base's own codes, exactly.
+"""Merge a group-constant adapter exactly, without changing the codes of the base.
 
 ::
 
     A constant over each group: B A x = B a (sums of x over the groups)
     base's files + offsets = alpha / rank * (B a)^T [groups, out] per linear ──> checkpoint
 
-Such an adapter (QA-LoRA) adds the same to every weight of a group: it moves the group's zero point,
-which then need not be whole. The standard format holds whole ones only, so the offsets are tensors
-of halfbyte's own, and the checkpoint is one for halfbyte only. For other programs the adapter is
-what it was: an ordinary LoRA beside the base.
+Such an adapter (QA-LoRA) adds the same value to every weight of a group, so it only moves the
+group's zero point, which is then no longer an integer. The standard format stores integer zero
+points only. So the offsets are extra tensors, and only halfbyte loads the checkpoint. With other
+programs, use the adapter unmerged, as an ordinary LoRA.
 
 Source:
     Xu et al. 2023, "QA-LoRA", https://arxiv.org/abs/2309.14717
@@ -41,16 +41,16 @@ from halfbyte.nn.linear import QuantLinear
 from halfbyte.quantize.source import find_model
 
 LOST_SHARE = 1e-3
-"""Of what losing the adapter would cost: what an exact merge may cost, computed in float32."""
+"""Divergence that an exact merge may have in float32, as a share of that without the adapter."""
 FLOAT_KL = 1e-7
-"""Nats per token that two orders of the same sums may differ by."""
-BEYOND = {
+"""Divergence that another order of summation may cause. Unit: nats per token."""
+NO_EXTRAS = {
     "bias": "none",
     "lora_bias": False,
     "modules_to_save": None,
     "trainable_token_indices": None,
 }
-"""What else an adapter may have: PEFT's setting, and its value where there is nothing."""
+"""PEFT settings that add more than A and B to an adapter, with their values for "nothing"."""
 
 
 @quiet_libraries()
@@ -66,17 +66,17 @@ def merge_exactly(
 
     Args:
         base: The quantized model that the adapter was trained on.
-        adapter: PEFT's folder, of ``halfbyte finetune --variant qalora``.
+        adapter: Folder of an adapter from ``halfbyte finetune --variant qalora``.
         output: New folder for the checkpoint.
-        data: Examples of the task, to be judged by.
-        device: Where to compare.
+        data: Examples of the task, to evaluate the merge on.
+        device: Device for the comparison.
 
     Returns:
-        What it came to.
+        The report.
 
     Raises:
         MissingExtraError: PEFT is not installed.
-        ConfigError: The output is in use, or the adapter cannot be merged so; says why.
+        ConfigError: The output is not empty, or the adapter cannot be merged exactly; says why.
         CheckpointError: The base is no GPTQ checkpoint.
         VerificationError: The checkpoint does not compute what base plus adapter does.
     """
@@ -98,27 +98,27 @@ def merge_exactly(
     kl = expected.kl_of(merged)
     if not kl <= max(FLOAT_KL, LOST_SHARE * expected.kl_without):
         raise VerificationError(
-            f"{target} does not compute what {folder} with {adapter} does: they are {kl:.2g} nats "
-            f"per token apart, the bare base and that {expected.kl_without:.2g}. Do not use it, "
-            "and report this."
+            f"{target} does not compute the same as {folder} with {adapter}: they are {kl:.2g} "
+            f"nats per token apart, the base alone {expected.kl_without:.2g}. Do not use it, and "
+            "report this bug."
         )
     return expected.report(merged, kl, base=folder, adapter=adapter, output=target)
 
 
 @torch.no_grad()
 def find_offsets(adapted: Any, adapter: str) -> dict[str, Tensor]:
-    """Work out what a group-constant adapter adds to each group.
+    """Compute the offset that a group-constant adapter adds to each group.
 
     Args:
         adapted: PEFT's model.
         adapter: For messages.
 
     Returns:
-        float32 [groups, out], by the linear's name in the base model; what was there before
-        included.
+        float32 [groups, out] by the linear's name in the base model, including offsets that the
+        base already has.
 
     Raises:
-        ConfigError: The adapter is not of that kind, or not on packed linears only.
+        ConfigError: The adapter is not group-constant, or not on packed linears only.
     """
     from peft.tuners.lora import Linear as LoraLinear
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -133,19 +133,19 @@ def find_offsets(adapted: Any, adapter: str) -> dict[str, Tensor]:
         if not plain or not isinstance(linear, QuantLinear):
             raise ConfigError(
                 f"Cannot merge {adapter} exactly: {name} has a {type(module).__name__} on a "
-                f"{type(linear).__name__}; only an ordinary LoRA on a packed linear fits. Merge "
-                "into 16 bits instead (without --exact)."
+                f"{type(linear).__name__}; only an ordinary LoRA on a packed linear can be merged "
+                "exactly. Merge into 16 bits instead (without --exact)."
             )
         found[name] = _offsets_of(name, module, linear, adapter)
-    more = [
-        f"it also brings {key} {value}"
+    extras = [
+        f"it also has {key} {value}"
         for config in adapted.peft_config.values()
-        for key, none in BEYOND.items()
+        for key, none in NO_EXTRAS.items()
         if (value := getattr(config, key, none)) not in (none, [], None)
     ]
-    if more or not found:
+    if extras or not found:
         raise ConfigError(
-            f"Cannot merge {adapter} exactly: {[*more, 'it adapts nothing'][0]}. Merge into 16 "
+            f"Cannot merge {adapter} exactly: {[*extras, 'it adapts nothing'][0]}. Merge into 16 "
             "bits instead (without --exact)."
         )
     return found
@@ -161,7 +161,7 @@ def _offsets_of(name: str, module: Any, linear: QuantLinear, adapter: str) -> Te
         if not is_constant(a, groups):
             raise ConfigError(
                 f"Cannot merge {adapter} exactly: its A on {name} is not constant over the groups "
-                f"of {linear.spec.group_size} columns. Train it with --variant qalora on this very "
+                f"of {linear.spec.group_size} columns. Train it with --variant qalora on this "
                 "base, or merge into 16 bits (without --exact)."
             )
         b = module.lora_B[active].weight.double().cpu()
@@ -170,7 +170,7 @@ def _offsets_of(name: str, module: Any, linear: QuantLinear, adapter: str) -> Te
 
 
 def _write(checkpoint: Checkpoint, offsets: Mapping[str, Tensor], target: Path) -> None:
-    """Write the base's files again, each linear's offsets beside its codes."""
+    """Copy the base's files, and add the offsets of each linear next to its codes."""
     shards: list[ShardDigest] = []
     places: dict[str, str] = {}
     for file in checkpoint.files.files:

@@ -1,9 +1,8 @@
-"""Adapters that are constant over the groups of the linear that they are on (QA-LoRA).
+"""Adapters that are constant over the quantization groups of their linear (QA-LoRA).
 
-The columns of A [rank, in] are equal within a group: the adapter sees the sums of its input over
-the groups. To any program it is an ordinary LoRA; it can be merged exactly (exact_merge.py).
-
-Columns that begin equal and are given equal gradients take equal steps, so equal they stay.
+The columns of A [rank, in] are equal within a group, so the adapter only sees the sum of its input
+over each group. For other programs it is an ordinary LoRA; it can be merged exactly
+(exact_merge.py). Columns that start equal and get equal gradients stay equal during training.
 """
 
 from __future__ import annotations
@@ -21,38 +20,38 @@ from halfbyte.nn.offsets import sum_groups
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """Which columns belong together."""
+    """The quantization groups of a linear's input columns."""
 
     of_column: Tensor
-    """int64 [in]."""
+    """The group of each column, int64 [in]."""
     first: Tensor
     """The first column of each group, int64 [groups]."""
     sizes: Tensor
-    """Columns of each group, int64 [groups]."""
+    """Number of columns of each group, int64 [groups]."""
 
 
 def find_groups(linear: QuantLinear) -> Groups:
-    """Give the groups of a packed linear."""
+    """Return the groups of a packed linear."""
     spec = linear.spec
     if spec.act_order and linear.g_idx is not None:
         of_column = linear.g_idx.long().cpu()
     else:
         of_column = torch.arange(spec.in_features) // spec.group_size
     sizes = torch.bincount(of_column, minlength=spec.num_groups)
-    # A stable sort keeps each group's first column in front.
+    # A stable sort puts the first column of each group first.
     order = torch.argsort(of_column, stable=True)
     first = order[sizes.cumsum(0) - sizes]
     return Groups(of_column, first, sizes)
 
 
 def is_constant(a: Tensor, groups: Groups) -> bool:
-    """Whether the columns of A [rank, in] are equal within each group."""
+    """Return whether the columns of A [rank, in] are equal within each group."""
     a = a.detach().cpu()
     return torch.equal(a, a[:, groups.first][:, groups.of_column])
 
 
 def all_constant(model: Any) -> bool:
-    """Whether all adapters of PEFT's model are constant over their linears' groups."""
+    """Return whether all adapters of a PEFT model are constant over their linears' groups."""
     return all(
         isinstance(linear := module.get_base_layer(), QuantLinear)
         and all(is_constant(a.weight, find_groups(linear)) for a in module.lora_A.values())
@@ -61,11 +60,11 @@ def all_constant(model: Any) -> bool:
 
 
 @torch.no_grad()
-def hold_constant(model: Any) -> None:
-    """Make the adapters of a model constant over groups, and keep them so while they are trained.
+def tie_columns(model: Any) -> None:
+    """Make a model's adapters constant over groups, and keep them so during training.
 
     Args:
-        model: PEFT's, with LoRA on packed linears only; :func:`settle` it before it is saved.
+        model: PEFT's, with LoRA on packed linears only; call :func:`equalize_columns` last.
 
     Raises:
         ConfigError: An adapted linear is not packed.
@@ -75,33 +74,33 @@ def hold_constant(model: Any) -> None:
         if not isinstance(linear, QuantLinear):
             raise ConfigError(
                 f"Cannot train {name} with --variant qalora: it is a {type(linear).__name__}, and "
-                "only packed linears have groups. Choose packed ones with --target, or another "
-                "variant."
+                "only packed linears have groups. Select packed linears with --target, or use "
+                "another variant."
             )
         groups = find_groups(linear)
         for a in module.lora_A.values():
-            # Not the mean, which would start smaller the larger the group.
-            a.weight.copy_(_spread(a.weight, groups))
-            a.weight.register_hook(_Pool(groups, linear.spec.group_size))
+            # Not the mean of the group: its scale would depend on the group size.
+            a.weight.copy_(_repeat_first(a.weight, groups))
+            a.weight.register_hook(_GroupMean(groups, linear.spec.group_size))
 
 
 @torch.no_grad()
-def settle(model: Any) -> None:
-    """Make columns equal to the last bit, before they are saved.
+def equalize_columns(model: Any) -> None:
+    """Make the columns of each group equal to the last bit, before they are saved.
 
-    An optimizer that works on several values at once may round the last few in another way.
+    A vectorized optimizer may round the last few values differently.
 
     Args:
-        model: Given to :func:`hold_constant`.
+        model: After :func:`tie_columns` and training.
     """
     for _, module in _adapted(model):
         groups = find_groups(module.get_base_layer())
         for a in module.lora_A.values():
-            a.weight.copy_(_spread(a.weight, groups))
+            a.weight.copy_(_repeat_first(a.weight, groups))
 
 
-class _Pool:
-    """Takes the mean of a gradient [rank, in] over each group."""
+class _GroupMean:
+    """A gradient hook that averages a gradient [rank, in] over each group."""
 
     def __init__(self, groups: Groups, group_size: int) -> None:
         self.groups, self.group_size = groups, group_size
@@ -112,7 +111,7 @@ class _Pool:
         return (sums / self.groups.sizes.to(gradient))[:, of_column]
 
 
-def _spread(a: Tensor, groups: Groups) -> Tensor:
+def _repeat_first(a: Tensor, groups: Groups) -> Tensor:
     return a[:, groups.first.to(a.device)][:, groups.of_column.to(a.device)]
 
 

@@ -1,13 +1,13 @@
-"""The loss of a batch, with logits for a few counted tokens at a time.
+"""Cross-entropy loss that computes logits for a few counted tokens at a time.
 
 ::
 
     ids ──decoder──> states ──those before a counted label──> head, a chunk at a time ──> loss
 
-The logits of a whole batch in float32, their softmax and their gradient are what training takes
-most memory for once the base is in 4 bits: 4 GB for 2,048 tokens of Llama 3. Here a chunk's logits
-live as long as the chunk, and are computed again on the way back; tokens that are not counted, such
-as a prompt's, have none.
+With a 4-bit base, the logits of a whole batch in float32, their softmax and their gradient take
+most of the training memory: 4 GB for 2,048 tokens of Llama 3. Here logits exist for one chunk at a
+time and are recomputed in the backward pass. Tokens that are not counted, such as those of a
+prompt, have none.
 
 Source:
     The idea of computing the head and its loss in pieces is Liger Kernel's fused linear
@@ -27,34 +27,34 @@ from torch.utils.checkpoint import checkpoint
 from halfbyte.quantize.calibration_source import IGNORED
 
 CHUNK_VALUES = 2**22
-"""Logits at a time: 16 MB in float32, a few times over."""
+"""Logits per chunk: 16 MB in float32, of which a few copies exist."""
 
 PROBE_TOKENS = 8
-MOST_DEVIATION = 1e-3
-"""Relative, of logits: the same product in another order; a model that scales or caps its logits
-differs by far more."""
+MAX_DEVIATION = 1e-3
+"""Relative deviation of the logits due to another order of summation; a model that scales or caps
+its logits deviates far more."""
 
 
 class ChunkedLoss:
-    """Mean negative log-likelihood of the counted labels, by a model's decoder and its head."""
+    """Mean negative log-likelihood of the counted labels, from a model's decoder and head."""
 
     def __init__(self, model: Any) -> None:
-        """Look whether a model's logits are its head's product and nothing else.
+        """Check whether a model's logits are the plain output of its head.
 
         Args:
             model: A causal language model, or PEFT's around one.
         """
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.obstacle = self._find_obstacle()
-        """Why the model's own loss must be used; None where it need not."""
+        """Why the model's own loss must be used instead; None if chunks can be used."""
 
     def __call__(self, inputs: Mapping[str, Tensor], count: Tensor | int | None = None) -> Tensor:
         """Compute the loss of a batch.
 
         Args:
             inputs: What the model takes, with ``labels`` [rows, tokens].
-            count: What the sum is divided by: the counted labels of all batches of a step; None:
-                those of this one.
+            count: Divisor of the sum: the counted labels of all batches of a step; None: those of
+                this batch.
 
         Returns:
             The loss. Unit: nats per counted token.
@@ -65,7 +65,7 @@ class ChunkedLoss:
         counted = labels != IGNORED
         states, targets = states[counted], labels[counted]
         head = self._head
-        # Of no counted label one empty chunk: the loss must have a gradient even so.
+        # Without counted labels there is one empty chunk, so that the loss still has a gradient.
         chunks = zip(torch.split(states, self._rows), torch.split(targets, self._rows), strict=True)
         total = torch.stack([checkpoint(_sum_loss, head, *c, use_reentrant=False) for c in chunks])
         return total.sum() / (len(targets) if count is None else count)
@@ -104,7 +104,7 @@ class ChunkedLoss:
             self.model.train(training)
         if expected.shape != found.shape:
             return "the model's logits have another shape than its head's"
-        if not (expected - found).norm() <= MOST_DEVIATION * found.norm():
+        if not (expected - found).norm() <= MAX_DEVIATION * found.norm():
             return "the model changes its head's logits"
         return None
 

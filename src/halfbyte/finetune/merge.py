@@ -1,10 +1,10 @@
-"""Base and adapter -> one model in 16 bits.
+"""Merge an adapter into 16-bit weights.
 
 ::
 
     base (dequantized, or its 16-bit original) + adapter ──float32, layer by layer──> 16-bit folder
 
-Every merge is held against base plus adapter before it is written: an adapter cannot be lost.
+Every merge is compared with base plus adapter before it is written, so an adapter cannot get lost.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from halfbyte.nn.replace import quantized_linears
 from halfbyte.quantize.source import find_model
 
 LOST_SHARE = 0.1
-"""A merge must be at least ten times nearer to base plus adapter than the bare base is."""
+"""Divergence from base plus adapter that a merge may have, as a share of that of the base alone."""
 ROUNDING_KL = 0.005
-"""Nats per token that rounding to 16 bits may cost where the adapter itself changes little.
+"""Divergence that is always allowed for rounding to 16 bits. Unit: nats per token.
 
-It costs SmolLM2-135M 0.0001 to 0.0004. A weak adapter that is lost shows in its layers.
+SmolLM2-135M has 0.0001 to 0.0004. A weak adapter that gets lost is found layer by layer instead.
 """
-MOST_DEVIATION = 1e-3
-"""Of what an adapter changes in a layer's output: what its merge may change in that, unrounded."""
+MAX_DEVIATION = 1e-3
+"""Error that an unrounded merge may have, as a share of the adapter's effect on a layer."""
 FLOAT_NOISE = 1e-5
-"""The same of the output itself: two orders of the same sums in float32."""
+"""Additional error allowed for the order of float32 sums, as a share of the layer's output."""
 PROBE_ROWS = 8
 
 
@@ -56,19 +56,19 @@ def merge(
 
     Args:
         base: The quantized model (or a 16-bit one) that the adapter was trained on.
-        adapter: PEFT's folder.
+        adapter: Folder of a PEFT adapter.
         output: New folder for the model.
         original: The 16-bit model that ``base`` was made from, to merge into instead. The adapter
-            has learned to live with the rounding of ``base``, so compare both.
-        data: Examples of the task, to be judged by.
-        device: Where to compute.
+            was trained with the rounding errors of ``base``, so compare both.
+        data: Examples of the task, to evaluate the merge on.
+        device: Device to compute on.
 
     Returns:
-        What it came to.
+        The report.
 
     Raises:
         MissingExtraError: PEFT is not installed.
-        ConfigError: The output is in use, or the adapter does not fit the model.
+        ConfigError: The output is not empty, or the adapter does not fit the model.
         ModelError: A folder cannot be loaded.
         VerificationError: The merged model does not compute what base plus adapter does.
     """
@@ -80,15 +80,15 @@ def merge(
     dtype = stored_dtype(folder)
     subject = open_subject(folder, dtype=dtype, device=device)
     for _, linear in quantized_linears(subject.model):
-        linear.to(torch.float32)  # what it computes in: see computing_in_float32
+        linear.to(torch.float32)  # computes in float32, as computing_in_float32 explains
     adapted, expected = adapt(subject, adapter, data)
     merged = merge_layers(adapted, dtype)
     kl = expected.kl_of(merged)
     if not kl <= max(ROUNDING_KL, LOST_SHARE * expected.kl_without):
         raise VerificationError(
             f"Merging {adapter} into {folder} lost it: the merged model is {kl:.4f} nats per token "
-            f"from base plus adapter, the bare base {expected.kl_without:.4f}. Serve the adapter "
-            "beside the base instead, and report this."
+            f"from base plus adapter, the base alone {expected.kl_without:.4f}. Serve the adapter "
+            "unmerged, and report this bug."
         )
     report = expected.report(merged, kl, base=folder, adapter=adapter, output=target)
     target.mkdir(parents=True, exist_ok=True)
@@ -102,11 +102,11 @@ def merge_layers(adapted: Any, dtype: torch.dtype) -> Any:
     """Merge every adapted layer in float32, and round once.
 
     Args:
-        adapted: PEFT's model; it is used up.
-        dtype: Of the merged weights.
+        adapted: PEFT's model; it is consumed.
+        dtype: Dtype of the merged weights.
 
     Returns:
-        The plain model, without a trace of quantization.
+        The plain model, without adapters and quantization.
     """
     from peft.tuners.lora import Linear as LoraLinear
 
@@ -124,16 +124,16 @@ def merge_layers(adapted: Any, dtype: torch.dtype) -> Any:
         if dense.bias is not None:
             dense.bias = nn.Parameter(dense.bias.data.to(dtype), requires_grad=False)
     if getattr(inner, "hf_quantizer", None) is not None:
-        # The layers without an adapter; and PEFT refuses what bears the mark of quantization.
+        # Layers without an adapter; also, PEFT refuses to unload a model marked as quantized.
         inner.dequantize()
     with warnings.catch_warnings():
-        # What is left to PEFT is to take its layers away; it remarks that all are merged.
+        # PEFT only has to remove its layers; it warns that all are merged already.
         warnings.filterwarnings("ignore", "All adapters are already merged")
         return adapted.merge_and_unload(safe_merge=True)
 
 
 def _untie(model: Any) -> None:
-    """Give a head without an adapter its own weight where the table that it shares has one."""
+    """Untie the head from the embeddings if only the embeddings have an adapter."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -145,33 +145,33 @@ def _untie(model: Any) -> None:
 
 
 def _merge_layer(module: Any) -> None:
-    """Merge a layer in float32, and make sure that it still computes base plus adapter."""
+    """Merge a layer in float32, and check that it computes the same as base plus adapter."""
     weight = module.base_layer.weight
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(PROBE_ROWS, weight.shape[1], generator=generator).to(weight.device)
     bare, expected = module.base_layer(x), module.eval()(x)
     module.merge(safe_merge=True)
     error = (module.base_layer(x) - expected).norm()
-    if not error <= MOST_DEVIATION * (expected - bare).norm() + FLOAT_NOISE * bare.norm():
+    if not error <= MAX_DEVIATION * (expected - bare).norm() + FLOAT_NOISE * bare.norm():
         raise VerificationError(
             f"Merging an adapter into a linear of {tuple(weight.shape)} lost it: the output is "
-            f"{error:.2g} from base plus adapter, the bare base {(expected - bare).norm():.2g}. "
-            "Serve the adapter beside the base instead, and report this."
+            f"{error:.2g} from base plus adapter, the base alone {(expected - bare).norm():.2g}. "
+            "Serve the adapter unmerged, and report this bug."
         )
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """Give the 16-bit type that a model folder names; bfloat16 where it names none."""
+    """Return the 16-bit dtype that a model's config names; bfloat16 if it names none."""
     dtype = getattr(load_model_config(folder), "dtype", None)
     return dtype if dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
 
 
 def _as_dense(base: nn.Module) -> nn.Linear:
-    """Give a linear with its weight in float32."""
+    """Return a linear with the same weight in float32."""
     if not isinstance(base, nn.Linear):
         raise ModelError(
-            f"Cannot merge an adapter on a {type(base).__name__}: only linears are merged. Serve "
-            "the adapter beside the base."
+            f"Cannot merge an adapter on a {type(base).__name__}: only linears can be merged. "
+            "Serve the adapter unmerged."
         )
     if isinstance(base, QuantLinear):
         weight = base.dequantize(torch.float32)

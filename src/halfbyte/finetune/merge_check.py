@@ -1,8 +1,8 @@
-"""How a merge is held against base plus adapter: what both make of text, and of the task.
+"""Compare a merged model with base plus adapter, on text and on the task.
 
 ::
 
-    bare base, base + adapter -> Expected;  merged model against it -> MergeReport
+    base alone, base + adapter -> Expected;  merged model compared with it -> MergeReport
 """
 
 from __future__ import annotations
@@ -25,106 +25,107 @@ from halfbyte.quantize.calibration_source import IGNORED
 
 PROBE_TOKENS = 256
 PROBE_ROWS = 16
-"""Examples of the task that a merge is held against."""
-LONGEST = 1024
-"""Tokens of an example that are looked at."""
-MOST_SCORED = 200
-"""Examples that models are scored on; of more, every second, third, ... is taken."""
-JUDGING_SHARE = 0.2
-"""Of the task's examples: kept apart from calibration and training, to judge by."""
-MOST_LOST = 0.02
-"""Share of the task's examples, and of their tokens, that a merge may lose and still be good."""
-MOST_WORSE = 0.2
-"""Nats per token by which the loss on the task may rise: a fifth of the perplexity."""
-LEAST_RIGHT = 0.1
-"""Share of the examples that are right before a merge, below which what it lost hardly shows."""
-BATCH = 8
+"""Examples of the task that a merge is compared on."""
+MAX_TOKENS = 1024
+"""Longer examples are truncated to this many tokens."""
+MAX_SCORED = 200
+"""Examples that models are scored on; if there are more, every n-th is taken."""
+HELD_OUT_SHARE = 0.2
+"""Share of the task's examples that is held out of calibration and training."""
+MAX_LOST_SHARE = 0.02
+"""Share of the task's examples, and of their tokens, that a good merge may lose."""
+MAX_LOSS_INCREASE = 0.2
+"""Allowed increase of the loss on the task, nats per token: a fifth of the perplexity."""
+MIN_RIGHT_SHARE = 0.1
+"""If fewer examples are right before a merge, a loss of the task would hardly show."""
+BATCH_SIZE = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskScore:
-    """How a model does on the task's examples, told the right words up to each token."""
+    """Scores of a model on the task's examples, with teacher forcing."""
 
     loss: float
     """Nats per counted token."""
     right: float
-    """Share of the examples in which every counted token is the model's first choice."""
+    """Share of the examples in which every counted token is the top-1 prediction."""
     right_tokens: float
-    """Share of the counted tokens that are the model's first choice."""
+    """Share of the counted tokens that are the top-1 prediction."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeReport:
-    """What a merge came to."""
+    """Report of a merge."""
 
     base: str
     adapter: str
     output: str
     kl_to_adapted: float
-    """Of the 16-bit merge, to base plus adapter. Unit: nats per token."""
+    """KL divergence of the 16-bit merge from base plus adapter. Unit: nats per token."""
     kl_without: float
-    """Of the bare base, to base plus adapter: what losing the adapter would cost."""
+    """The same of the base alone: the divergence if the adapter were lost."""
     quantized: bool
     scores: dict[str, TaskScore]
-    """On the examples that were given: "adapted", "merged" and, where quantized, "quantized"."""
+    """Scores on the task by model: "adapted", "merged" and, if quantized, "quantized"."""
 
     @property
     def verdict(self) -> str:
-        """Whether the model that was written keeps what the adapter learned, in one sentence."""
+        """Whether the written model keeps what the adapter learned, in one sentence."""
         if not self.scores:
-            return "Not judged on the task: no data was given."
+            return "Not evaluated on the task: no data was given."
         before = self.scores["adapted"]
         after = self.scores["quantized" if self.quantized else "merged"]
-        told = (
+        scores = (
             f"{before.right:.1%} of the examples right before, {after.right:.1%} after; of their "
             f"tokens {before.right_tokens:.1%} and {after.right_tokens:.1%}, at a loss of "
             f"{before.loss:.4f} and {after.loss:.4f}"
         )
-        # Long answers are hardly ever right throughout: what is lost of them shows in their tokens.
+        # Long answers are rarely right to the last token: what they lose shows in the token share.
         lost = max(before.right - after.right, before.right_tokens - after.right_tokens)
-        if not (lost <= MOST_LOST and after.loss - before.loss <= MOST_WORSE):
-            return f"Loses part of the task: {told}. Serve the adapter beside the base instead."
-        if before.right < LEAST_RIGHT:
+        if not (lost <= MAX_LOST_SHARE and after.loss - before.loss <= MAX_LOSS_INCREASE):
+            return f"Loses part of the task: {scores}. Serve the adapter unmerged instead."
+        if before.right < MIN_RIGHT_SHARE:
             return (
-                f"Cannot tell whether it keeps the task, of which too little is right: {told}. Ask "
-                "both models with halfbyte compare."
+                f"Cannot tell whether it keeps the task, as too few examples are right: {scores}. "
+                "Compare both models with halfbyte compare."
             )
-        return f"Keeps the task: {told}."
+        return f"Keeps the task: {scores}."
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain values for JSON."""
+        """Return plain values for JSON."""
         return {**asdict(self), "verdict": self.verdict}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expected:
-    """What base plus adapter computes, for a merge to be held against."""
+    """The outputs of base plus adapter, which a merge is compared with."""
 
     examples: Sequence[Example]
-    """Of the task, that nothing was fitted to; empty where no data was given."""
+    """Held-out examples of the task; empty if no data was given."""
     probe: Sequence[Tensor]
+    """Token ids, from :func:`make_probe`."""
     log_probs: Sequence[Tensor]
-    """Of the probe, from :func:`log_probs`."""
+    """Log probabilities on the probe, from :func:`log_probs`."""
     kl_without: float
-    """Of the bare base: what losing the adapter would cost. Unit: nats per token."""
+    """Divergence of the base alone, as if the adapter were lost. Unit: nats per token."""
     score: TaskScore | None
-    """On the examples."""
+    """Scores on the examples; None if there are none."""
 
     def kl_of(self, merged: Any) -> float:
-        """Give the divergence of a merged model. Unit: nats per token."""
+        """Return the KL divergence of a merged model. Unit: nats per token."""
         return mean_kl(self.log_probs, log_probs(merged, self.probe))
 
     def report(
         self, merged: Any, kl: float, *, base: Path, adapter: str | Path, output: Path
     ) -> MergeReport:
-        """Say what a merge came to.
+        """Make the report of a merge.
 
         Args:
             merged: The merged model.
-            kl: What :meth:`kl_of` said of it.
+            kl: Its divergence, from :meth:`kl_of`.
             base: The folder that was merged into.
-            adapter: PEFT's folder.
-            output: Where the merged model is or will be.
+            adapter: Folder of the PEFT adapter.
+            output: Folder of the merged model.
 
         Returns:
             The report, with the scores of both.
@@ -144,17 +145,17 @@ class Expected:
 
 
 def adapt(subject: Subject, adapter: str | Path, data: str | Path | None) -> tuple[Any, Expected]:
-    """Put a finished adapter on its base, and keep what that computes.
+    """Attach a trained adapter to its base, and record the outputs.
 
     Args:
         subject: The base; changed in place.
-        adapter: PEFT's folder.
+        adapter: Folder of a PEFT adapter.
         data: Examples of the task; None: none.
 
     Returns:
-        PEFT's model, and what is expected of a merge.
+        PEFT's model, and its outputs.
     """
-    examples = judging_examples(data, subject)
+    examples = held_out_examples(data, subject)
     probe = make_probe(subject, examples)
     without = log_probs(subject.model, probe)
     adapted = load_adapter(subject, adapter)
@@ -170,19 +171,19 @@ def adapt(subject: Subject, adapter: str | Path, data: str | Path | None) -> tup
 
 @torch.no_grad()
 def score_task(model: Any, examples: Sequence[Example]) -> TaskScore:
-    """Run a model over the examples.
+    """Score a model on the examples.
 
     Args:
         model: Any causal language model.
         examples: Of the task.
 
     Returns:
-        Loss, and what is right of examples and tokens.
+        Loss, and the share of right examples and tokens.
     """
     device = model.get_input_embeddings().weight.device
     total, tokens, right, right_tokens = 0.0, 0, 0, 0
-    for start in range(0, len(examples), BATCH):
-        batch = collate([[example] for example in examples[start : start + BATCH]], 0)
+    for start in range(0, len(examples), BATCH_SIZE):
+        batch = collate([[example] for example in examples[start : start + BATCH_SIZE]], 0)
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         labels = batch.pop("labels")[:, 1:]
         with computing_in_float32(model):
@@ -198,58 +199,59 @@ def score_task(model: Any, examples: Sequence[Example]) -> TaskScore:
     )
 
 
-def read_task(data: str | Path, tokenizer: Any, longest: int | None) -> Examples:
+def read_task(data: str | Path, tokenizer: Any, context: int | None) -> Examples:
     """Read the task's examples.
 
     Args:
         data: JSON lines.
         tokenizer: The model's.
-        longest: Sequence that the model takes.
+        context: Maximum tokens of the model; None: unknown.
 
     Returns:
-        The examples, of 1024 tokens at most.
+        The examples, truncated to 1024 tokens.
     """
-    length = min(longest or LONGEST, LONGEST)
+    length = min(context or MAX_TOKENS, MAX_TOKENS)
     return read_examples(Path(data), tokenizer, length=length, everything=False)
 
 
-def judging_examples(data: str | Path | None, subject: Subject) -> Sequence[Example]:
-    """Read the examples that models are judged by.
+def held_out_examples(data: str | Path | None, subject: Subject) -> Sequence[Example]:
+    """Read the held-out examples, which models are scored on.
 
     Args:
-        data: The task's; None: none.
+        data: JSON lines of the task; None: none.
         subject: Any of the models.
 
     Returns:
-        Those that nothing is fitted to.
+        The examples.
     """
     if data is None:
         return []
-    return divide_examples(read_task(data, subject.tokenizer, subject.longest))[1]
+    return split_task_examples(read_task(data, subject.tokenizer, subject.longest))[1]
 
 
-def divide_examples(examples: Examples) -> tuple[Sequence[Example], Sequence[Example]]:
-    """Divide a task's examples.
+def split_task_examples(examples: Examples) -> tuple[Sequence[Example], Sequence[Example]]:
+    """Split a task's examples into calibration and held-out ones.
 
     Args:
-        examples: All of them.
+        examples: All examples.
 
     Returns:
-        Those to fit to, and those to judge by: at most ``MOST_SCORED``.
+        Examples for calibration and training, and held-out ones, at most ``MAX_SCORED``. Both are
+        all examples if these are all equal.
     """
     if len({e.digest for e in examples.examples}) < 2:
         return examples.examples, examples.examples
-    fitted, apart = split_examples(examples, JUDGING_SHARE, seed=0)
-    judging = examples.examples if apart is None else apart.examples
-    return fitted.examples, judging[:: -(-len(judging) // MOST_SCORED)]
+    fitted, rest = split_examples(examples, HELD_OUT_SHARE, seed=0)
+    held_out = examples.examples if rest is None else rest.examples
+    return fitted.examples, held_out[:: -(-len(held_out) // MAX_SCORED)]
 
 
 def make_probe(subject: Subject, examples: Sequence[Example]) -> list[Tensor]:
-    """Choose token ids to hold models against each other on.
+    """Choose token ids to compare models on.
 
     Args:
         subject: Any of the models.
-        examples: Of the task; where there are none, built-in text is taken.
+        examples: Of the task; if there are none, built-in text is used.
 
     Returns:
         int64 [tokens] each.
@@ -271,7 +273,7 @@ def log_probs(model: Any, probe: Sequence[Tensor]) -> list[Tensor]:
         probe: From :func:`make_probe`.
 
     Returns:
-        Logarithms of its probabilities, float32 [tokens, vocabulary] each.
+        Log probabilities, float32 [tokens, vocabulary] each.
     """
     device = model.get_input_embeddings().weight.device
     with computing_in_float32(model):
@@ -283,19 +285,19 @@ def log_probs(model: Any, probe: Sequence[Tensor]) -> list[Tensor]:
 
 @contextmanager
 def computing_in_float32(model: Any) -> Iterator[None]:
-    """Have a model of 16-bit weights compute in float32; linears are wide one at a time.
+    """Make a model with 16-bit weights compute in float32, converting one linear at a time.
 
-    Computing in 16 bits moves the predictions of a merge twenty times as far as rounding its
-    weights does, and a weak adapter is lost in that.
+    Computing in 16 bits changes the predictions of a merge twenty times as much as rounding its
+    weights does, which would hide a weak adapter.
 
     Args:
-        model: Any model; packed linears compute in what they were loaded for.
+        model: Any model; packed linears keep the dtype that they were loaded with.
 
     Yields:
         Nothing.
     """
     hooks, narrow = [], []
-    # What is no linear first: it may share its weight with one, as a table does with the head.
+    # Linears last: another module may share a weight with one, as the embeddings with the head.
     for module in sorted(model.modules(), key=lambda module: type(module) is nn.Linear):
         for parameter in module.parameters(recurse=False):
             if parameter.dtype not in (torch.float16, torch.bfloat16):
@@ -305,7 +307,7 @@ def computing_in_float32(model: Any) -> Iterator[None]:
                 hooks.append(module.register_forward_pre_hook(widen))
                 hooks.append(module.register_forward_hook(back, always_call=True))
             else:
-                # Not for its own run only: others may read it, as a head reads new tokens' rows.
+                # For the whole context: another module may read the weight, as a head does.
                 widen()
                 narrow.append(back)
     try:
@@ -318,7 +320,7 @@ def computing_in_float32(model: Any) -> Iterator[None]:
 
 
 class _Cast:
-    """A hook that gives a parameter another type; from 16 bits to 32 and back changes no value."""
+    """A hook that casts a parameter; from 16 bits to 32 and back is lossless."""
 
     def __init__(self, parameter: nn.Parameter, dtype: torch.dtype) -> None:
         self.parameter, self.dtype = parameter, dtype
@@ -328,7 +330,7 @@ class _Cast:
 
 
 def mean_kl(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    """Give the mean over tokens of the divergence of ``found`` from ``expected``, in nats."""
+    """Return the mean KL divergence of ``found`` from ``expected``, in nats per token."""
     parts = [
         (one.exp() * (one - other)).sum(-1) for one, other in zip(expected, found, strict=True)
     ]

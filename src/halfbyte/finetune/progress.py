@@ -1,4 +1,4 @@
-"""How far a training run is, on a terminal or as lines."""
+"""Progress display of a training run: a bar on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -11,43 +11,43 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from halfbyte.units import format_seconds
 
 LINES = 20
-"""Steps that a run prints where it writes no live display."""
+"""Number of steps that are printed as lines, without a live display."""
 
 
 class TrainProgress(Protocol):
-    """What a run reports, in this order; ``finished`` comes last even after an error."""
+    """Callbacks of a run, in this order; ``finished`` is called last even after an error."""
 
     def started(self, plan: tuple[str, ...], steps: int, done: int) -> None:
-        """Tell what is about to run, one fact per line; a resumed run has done some steps."""
+        """Show the plan, one fact per line; a resumed run has ``done`` some steps already."""
 
     def stepped(self, step: int, loss: float) -> None:
-        """Tell the loss of a step."""
+        """Show the training loss of a step."""
 
-    def judged(self, step: int, loss: float, best: float) -> None:
-        """Tell the loss on the data kept apart, now and at best."""
+    def evaluated(self, step: int, loss: float, best: float) -> None:
+        """Show the held-out loss of a step, and the best so far."""
 
     def finished(self) -> None:
         """End the display."""
 
 
 class SilentTrainProgress:
-    """Says nothing."""
+    """Shows nothing."""
 
     def started(self, plan: tuple[str, ...], steps: int, done: int) -> None:
-        """Say nothing."""
+        """Do nothing."""
 
     def stepped(self, step: int, loss: float) -> None:
-        """Say nothing."""
+        """Do nothing."""
 
-    def judged(self, step: int, loss: float, best: float) -> None:
-        """Say nothing."""
+    def evaluated(self, step: int, loss: float, best: float) -> None:
+        """Do nothing."""
 
     def finished(self) -> None:
-        """Say nothing."""
+        """Do nothing."""
 
 
 class PlainTrainProgress:
-    """Lines, for logs and pipes."""
+    """Prints lines, for logs and pipes."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -68,19 +68,19 @@ class PlainTrainProgress:
         left = format_seconds(pace * (self._steps - step))
         self._print(f"step {step} of {self._steps}: loss {loss:.4f}, {left} left")
 
-    def judged(self, step: int, loss: float, best: float) -> None:
+    def evaluated(self, step: int, loss: float, best: float) -> None:
         """Print one line."""
-        self._print(f"step {step}: loss on data kept apart {loss:.4f}, best {best:.4f}")
+        self._print(f"step {step}: held-out loss {loss:.4f}, best {best:.4f}")
 
     def finished(self) -> None:
-        """Nothing is left to print."""
+        """Do nothing."""
 
     def _print(self, line: str) -> None:
         self._console.print(line, soft_wrap=True)
 
 
 class LiveTrainProgress:
-    """One line that stays in place: bar, step, losses, time left."""
+    """A live progress bar with step, losses and remaining time."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -96,7 +96,7 @@ class LiveTrainProgress:
         self._held_out = ""
 
     def started(self, plan: tuple[str, ...], steps: int, done: int) -> None:
-        """Print the plan above the bar, which starts now."""
+        """Print the plan and start the bar."""
         for line in plan:
             self._console.print(line, style="dim")
         self._task = self._bar.add_task("", total=steps, completed=done, losses="")
@@ -108,22 +108,22 @@ class LiveTrainProgress:
             losses = f"loss {loss:.4f}{self._held_out}"
             self._bar.update(self._task, completed=step, losses=losses)
 
-    def judged(self, step: int, loss: float, best: float) -> None:
-        """Show the loss on the data kept apart."""
-        self._held_out = f", kept apart {loss:.4f} (best {best:.4f})"
+    def evaluated(self, step: int, loss: float, best: float) -> None:
+        """Show the held-out loss next to the training loss."""
+        self._held_out = f", held-out {loss:.4f} (best {best:.4f})"
 
     def finished(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._bar.stop()
 
 
 def make_train_progress(console: Console) -> TrainProgress:
-    """Pick how progress is shown.
+    """Make the progress display for a console.
 
     Args:
-        console: Where it goes, stderr as a rule.
+        console: Usually stderr.
 
     Returns:
-        The bar on a terminal, lines elsewhere.
+        A bar on a terminal, lines elsewhere.
     """
     return LiveTrainProgress(console) if console.is_terminal else PlainTrainProgress(console)

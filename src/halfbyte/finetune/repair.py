@@ -1,13 +1,13 @@
-"""An adapter that gives back part of what rounding took, without training.
+"""Make an adapter that corrects part of the quantization error, without training.
 
 ::
 
     original weight - dequantized weight = error E [out, in]
     text ──original model──> second moments of each linear's input, H [in, in]
-    E in the metric of H ──SVD, rank r──> B [out, r], A [r, in] with B A ~ E
+    E weighted by H ──SVD, rank r──> B [out, r], A [r, in] with B A ~ E
 
-Of all products of that rank, B A is the one that leaves the least squared error in the outputs of
-the layer over the text: with H = S Sᵀ, it is the best approximation of E S, times the inverse of S.
+Among all products of rank r, B A minimizes the squared error of the layer's outputs over the text:
+with H = S Sᵀ, it is the best rank-r approximation of E S, times the inverse of S.
 
 Source:
     Liu et al. 2024, "EoRA: Training-free Compensation for Compressed LLM with Eigenspace Low-Rank
@@ -41,18 +41,18 @@ from halfbyte.quantize.calibration_source import CalibrationSource
 from halfbyte.quantize.hessian import HessianAccumulator
 from halfbyte.quantize.source import find_model
 
-SMALLEST = 1e-6
-"""Share of the largest eigenvalue below which a direction of the input counts as this much.
+MIN_EIGENVALUE_SHARE = 1e-6
+"""Smaller eigenvalues are raised to this share of the largest one.
 
-Such directions hardly occur in the text; dividing by less would fill the adapter with noise.
+Such directions of the input hardly occur in the text; dividing by them would amplify noise.
 """
 MOMENT_BYTES = 2**30
-"""Second moments held at a time; more of them take another pass over the text."""
+"""Limit for second moments in memory; more of them take another pass over the text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RepairReport:
-    """What a repair came to."""
+    """Report of a repair."""
 
     base: str
     original: str
@@ -60,7 +60,7 @@ class RepairReport:
     rank: int
     tokens: int
     kept_error: dict[str, float]
-    """By linear: share of its squared output error over the text that is left."""
+    """By linear: remaining share of its squared output error over the text."""
     seconds: float
 
     @property
@@ -69,7 +69,7 @@ class RepairReport:
         return sum(self.kept_error.values()) / len(self.kept_error)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain values for JSON."""
+        """Return plain values for JSON."""
         return {**asdict(self), "mean_kept_error": self.mean_kept_error}
 
 
@@ -90,18 +90,18 @@ def repair(
         base: A quantized model.
         original: The 16-bit model that it was made from.
         output: New folder for the adapter.
-        rank: Of the adapter.
-        text: What the outputs are to be right on; None: the built-in text.
-        calibration: How much of it.
-        device: Where to compute.
+        rank: Rank of the adapter.
+        text: Text to minimize the output error on; None: the built-in text.
+        calibration: Amount of text.
+        device: Device to compute on.
 
     Returns:
-        What it came to.
+        The report.
 
     Raises:
         MissingExtraError: PEFT is not installed.
-        ConfigError: The output is in use, or a setting is wrong.
-        ModelError: The two models have other layers.
+        ConfigError: The output is not empty, or a setting is invalid.
+        ModelError: The layers of the two models do not match.
         CalibrationError: The text cannot be used.
     """
     require_peft("Repairing a quantized model")
@@ -112,18 +112,18 @@ def repair(
     folder, source = find_model(base), find_model(original)
     quantized = open_subject(folder, dtype=stored_dtype(folder), device=device)
     dense = open_subject(source, dtype=stored_dtype(source), device=device)
-    pairs = _pair(quantized.model, dense.model, folder, source)
+    pairs = _pair_linears(quantized.model, dense.model, folder, source)
     calibration = calibration or CalibrationConfig(length=min(512, dense.longest or 512))
     tokens = load_calibration(text, calibration, dense.tokenizer, dense.longest)
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     kept: dict[str, float] = {}
-    for names in _portions(pairs):
+    for names in _split_by_memory(pairs):
         moments = measure_moments(dense.model, names, tokens.batches(4))
         for name in names:
             packed, exact = pairs[name]
             error = exact.weight.detach().float() - packed.dequantize(torch.float32)
             factors[name] = approximate(error, moments[name], rank)
-            kept[name] = _kept(error, factors[name], moments[name])
+            kept[name] = _remaining_error(error, factors[name], moments[name])
     _write(quantized.model, adapter, factors, target)
     return RepairReport(
         base=str(base),
@@ -137,21 +137,21 @@ def repair(
 
 
 def approximate(error: Tensor, moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Find the product of two factors that is nearest to an error, over inputs of given moments.
+    """Approximate an error matrix by a low-rank product, weighted by the inputs' second moment.
 
     Args:
         error: [out, in].
         moment: Mean of x xᵀ over the inputs, [in, in].
-        rank: Columns of the factors; more than the error has are filled with zeros.
+        rank: Rank of the product; columns beyond the rank of the error are zero.
 
     Returns:
         B [out, rank] and A [rank, in], in the error's dtype.
     """
     values, vectors = torch.linalg.eigh(moment.double())
-    values = values.clamp_min(float(values[-1]) * SMALLEST).sqrt()
+    values = values.clamp_min(float(values[-1]) * MIN_EIGENVALUE_SHARE).sqrt()
     left, sizes, right = torch.linalg.svd((error.double() @ vectors) * values, full_matrices=False)
     left, sizes, right = left[:, :rank], sizes[:rank], right[:rank]
-    # The size is shared evenly, so that training may go on from both factors.
+    # Both factors get the same scale, so that training can continue from them.
     root = sizes.sqrt()
     b = left * root
     a = (root[:, None] * right / values) @ vectors.t()
@@ -165,15 +165,15 @@ def approximate(error: Tensor, moment: Tensor, rank: int) -> tuple[Tensor, Tenso
 def measure_moments(
     model: nn.Module, names: Sequence[str], batches: Sequence[Tensor]
 ) -> dict[str, Tensor]:
-    """Run text through a model and sum x xᵀ of the inputs of some linears.
+    """Run text through a model and accumulate x xᵀ of the inputs of linears.
 
     Args:
         model: In evaluation mode.
-        names: Its linears.
+        names: Names of the linears.
         batches: Token ids [rows, tokens] each.
 
     Returns:
-        [in, in] by name; linears that are given the same tensor share one.
+        [in, in] by name; linears with the same input tensor share one.
     """
     device = next(model.parameters()).device
     sums: dict[str, HessianAccumulator] = {}
@@ -204,10 +204,10 @@ def measure_moments(
     return {name: sums[owner[name]].total() for name in names}
 
 
-def _pair(
+def _pair_linears(
     quantized: nn.Module, dense: nn.Module, folder: Path, source: Path
 ) -> dict[str, tuple[QuantLinear, nn.Linear]]:
-    """By name: each packed linear with its original."""
+    """Return each packed linear with its original, by name."""
     modules = dict(dense.named_modules())
     pairs = {}
     for name, packed in quantized_linears(quantized):
@@ -215,37 +215,37 @@ def _pair(
         if not isinstance(other, nn.Linear) or other.weight.shape != packed.weight.shape:
             raise ModelError(
                 f"Cannot repair {folder} with {source}: {name} is "
-                f"{packed.in_features} -> {packed.out_features} there, and here "
-                f"{'not a linear' if other is None else str(other)}. Give the model that it was "
+                f"{packed.in_features} -> {packed.out_features} in the first, and in the second "
+                f"{'not a linear' if other is None else str(other)}. Use the model that it was "
                 "quantized from."
             )
         if isinstance(other, QuantLinear):
             raise ModelError(
-                f"Cannot repair {folder} with {source}: that is quantized too. Give the 16-bit "
-                "model."
+                f"Cannot repair {folder} with {source}: the second is quantized too. Use the "
+                "16-bit model."
             )
         pairs[name] = (packed, other)
     if not pairs:
-        raise ModelError(f"Cannot repair {folder}: no linear in it is quantized.")
+        raise ModelError(f"Cannot repair {folder}: no linear in it is quantized. Check the path.")
     return pairs
 
 
-def _portions(pairs: Mapping[str, tuple[QuantLinear, nn.Linear]]) -> list[list[str]]:
-    """Split the linears, in order, so that the moments of each portion fit."""
-    portions: list[list[str]] = [[]]
+def _split_by_memory(pairs: Mapping[str, tuple[QuantLinear, nn.Linear]]) -> list[list[str]]:
+    """Split the linears, in order, so that the moments of each part fit into ``MOMENT_BYTES``."""
+    parts: list[list[str]] = [[]]
     held = 0
     for name, (packed, _) in pairs.items():
         size = 4 * packed.in_features**2
-        if held + size > MOMENT_BYTES and portions[-1]:
-            portions.append([])
+        if held + size > MOMENT_BYTES and parts[-1]:
+            parts.append([])
             held = 0
-        portions[-1].append(name)
+        parts[-1].append(name)
         held += size
-    return portions
+    return parts
 
 
-def _kept(error: Tensor, factors: tuple[Tensor, Tensor], moment: Tensor) -> float:
-    """Share of the squared output error that the factors leave."""
+def _remaining_error(error: Tensor, factors: tuple[Tensor, Tensor], moment: Tensor) -> float:
+    """Return the share of the squared output error that the factors leave."""
     b, a = factors
     left = error - b @ a
     before = float(((error @ moment) * error).sum())

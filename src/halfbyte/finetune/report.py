@@ -1,4 +1,4 @@
-"""What a training run was and came to: JSON, a picture of its losses, a card for the adapter."""
+"""Report of a training run: JSON, a plot of the losses, and a model card for the adapter."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CARD_FILE = "README.md"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainReport:
-    """A finished run."""
+    """Report of a finished run."""
 
     model: str
     output: str
@@ -27,24 +27,24 @@ class TrainReport:
     adapter_bytes: int
     steps: int
     kept_step: int
-    """The step whose adapter was kept: the best on the data kept apart, else the last."""
+    """The step whose adapter was kept: the best on held-out data, or the last without such data."""
     stopped_early: bool
     validation_before: float | None
-    """Mean loss of the bare base on the data kept apart. Unit: nats per counted token."""
+    """Mean held-out loss of the base without an adapter. Unit: nats per counted token."""
     validation_after: float | None
     history: tuple[dict[str, float], ...]
     """By step: ``step``, ``loss``, ``learning_rate``, ``grad_norm``; ``validation`` at some."""
     notes: tuple[str, ...]
     seconds: float
-    """Of this process; a resumed run counts from where it went on."""
+    """Time of this process; a resumed run counts from where it was resumed."""
     peak_memory_bytes: int
     versions: dict[str, str]
     machine: dict[str, str]
     inputs: dict[str, Any] = field(default_factory=dict)
-    """What the run was given, by which --resume knows it again."""
+    """Inputs of the run, which --resume compares."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain values for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
     @classmethod
@@ -63,7 +63,7 @@ class TrainReport:
 
 
 def save_report(report: TrainReport, folder: Path) -> None:
-    """Write picture, card and report; the report comes last and marks the run as complete.
+    """Write the plot, the card and the report, whose presence marks the run as complete.
 
     Args:
         report: The run.
@@ -76,7 +76,7 @@ def save_report(report: TrainReport, folder: Path) -> None:
 
 
 def _save_picture(report: TrainReport, path: Path) -> None:
-    # Imported here: most commands draw nothing.
+    # Imported here because most commands do not plot.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -91,7 +91,7 @@ def _save_picture(report: TrainReport, path: Path) -> None:
     if judged:
         before = [] if report.validation_before is None else [(0.0, report.validation_before)]
         points = [*before, *((entry["step"], entry["validation"]) for entry in judged)]
-        losses.plot(*zip(*points, strict=True), "o-", ms=3, label="data kept apart")
+        losses.plot(*zip(*points, strict=True), "o-", ms=3, label="held-out data")
         losses.axvline(report.kept_step, lw=0.8, ls=":", color="grey", label="kept")
     losses.set_ylabel("loss, nats per token")
     losses.set_ylim(bottom=0)
@@ -107,7 +107,7 @@ def _write_card(report: TrainReport) -> str:
     quality = ""
     if report.validation_before is not None and report.validation_after is not None:
         quality = (
-            f"\nLoss on data kept apart: {report.validation_before:.4f} without the adapter, "
+            f"\nLoss on held-out data: {report.validation_before:.4f} without the adapter, "
             f"{report.validation_after:.4f} with it, in nats per token.\n"
         )
     front = "\n".join(lines)
@@ -131,5 +131,5 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(halfbyte.load("BASE"), "ADAPTER")
 ```
 
-One model out of the two: `halfbyte merge BASE ADAPTER -o OUT`.
+To merge the adapter into its base: `halfbyte merge BASE ADAPTER -o OUT`.
 """

@@ -1,14 +1,14 @@
-"""Base and adapter -> one model, quantized again, that still does the adapter's task.
+"""Merge an adapter and quantize the result, calibrated on the adapter's task.
 
 ::
 
     base + adapter ──merge.py──> 16-bit folder
     16-bit folder + task's examples and built-in text ──halfbyte.quantize──> GPTQ checkpoint
 
-Rounding can undo what an adapter learned. What keeps it is calibration on the task as it is asked:
-every example a sequence of its own, beside the unrounded model. Behind one another, examples show
-how the task is done, and codes that are right there are not right for the first answer. Where that
-is not enough, ``end_to_end_steps`` trains scales and norm gains on the tokens of the answers.
+Rounding can undo what an adapter learned. To prevent that, calibration uses the task's examples,
+matching the outputs of the unrounded model (``match_base``). Each example is a sequence of its own:
+in a concatenated text, earlier examples would serve as demonstrations, which the real prompts lack.
+If that is not enough, ``end_to_end_steps`` trains scales and norm gains on the answers' tokens.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from halfbyte.evaluate.loading import load_tokenizer, open_subject
 from halfbyte.finetune.data import Example
 from halfbyte.finetune.merge import merge, stored_dtype
 from halfbyte.finetune.merge_check import (
-    LONGEST,
+    MAX_TOKENS,
     MergeReport,
-    divide_examples,
-    judging_examples,
+    held_out_examples,
     read_task,
     score_task,
+    split_task_examples,
 )
 from halfbyte.finetune.third_party_output import quiet_libraries
 from halfbyte.machine.memory import release_memory
@@ -43,9 +43,9 @@ from halfbyte.quantize.progress import Progress
 from halfbyte.quantize.source import check_output, find_model
 
 MERGED_FOLDER = f"{KEPT_PREFIX}merged"
-"""In the work folder: the merge in 16 bits, while it is quantized."""
+"""In the work folder: the 16-bit merge, while it is quantized."""
 REQUANTIZING = {"match_base": True}
-"""Settings of a merge that is quantized again, where no others are given."""
+"""Default settings for quantizing a merge."""
 
 
 @quiet_libraries()
@@ -62,45 +62,45 @@ def merge_and_quantize(
     resume: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
-    """Merge an adapter and quantize the result, calibrated on the task's text.
+    """Merge an adapter and quantize the result, calibrated on the task.
 
     Args:
         base: As in :func:`merge`.
         adapter: As in :func:`merge`.
         output: Folder for the checkpoint; it must be new, empty, or hold an unfinished run.
-        data: Examples of the task: half of the calibration text, trained on, and judged by; those
-            that judge are kept apart from the rest.
-        config: How to round; None: :func:`merging_config`.
+        data: Examples of the task. A fifth is held out for evaluation; the others are half of the
+            calibration text.
+        config: Quantization settings; None: :func:`merging_config`.
         original: As in :func:`merge`.
-        calibration: How much text; None: 128 sequences of 512 tokens.
-        resources: What the run may use.
-        resume: Go on with the unfinished run in ``output``. The merge is made again, the blocks
-            that are done are not.
-        progress: Told how far quantizing is.
+        calibration: Amount of calibration text; None: 128 sequences of 512 tokens.
+        resources: Limits of the run.
+        resume: Resume the unfinished run in ``output``. The merge is repeated, finished blocks are
+            not.
+        progress: Receives the progress of quantizing.
 
     Returns:
-        What it came to, with the scores of all three models.
+        The report, with the scores of all three models.
 
     Raises:
         CheckpointError: ``config`` is None and ``base`` is not quantized.
-        ConfigError: The output is in use.
-        JournalError: It holds an unfinished run of something else, or ``resume`` was not given.
+        ConfigError: The output is not empty.
+        JournalError: It holds an unfinished run with other inputs, or ``resume`` was not given.
     """
     target = Path(output)
     check_output(target, resume=resume)
     config = config or merging_config(find_model(base))
     calibration = calibration or CalibrationConfig(length=512)
     resources = resources or ResourceConfig()
-    # In the run's own folder: what a kill leaves there, the next run finds and replaces.
+    # In the run's work folder, so that the next run replaces what a killed one left.
     work = target / WORK_FOLDER / MERGED_FOLDER
     shutil.rmtree(work, ignore_errors=True)
-    # The model card will name it.
+    # The model card uses this folder name.
     merged = work / f"{name_folder(base)}-merged"
     try:
         report = merge(base, adapter, merged, original=original, data=data, device=resources.device)
         release_memory()
         tokenizer = load_tokenizer(merged)
-        fitted, _ = divide_examples(read_task(data, tokenizer, LONGEST))
+        fitted, _ = split_task_examples(read_task(data, tokenizer, MAX_TOKENS))
         text = task_calibration(fitted, tokenizer, calibration)
         quantize(
             merged,
@@ -117,18 +117,18 @@ def merge_and_quantize(
     subject = open_subject(target, dtype=stored_dtype(target), device=resources.device)
     scores = {
         **report.scores,
-        "quantized": score_task(subject.model, judging_examples(data, subject)),
+        "quantized": score_task(subject.model, held_out_examples(data, subject)),
     }
     values = {**asdict(report), "output": str(target), "quantized": True, "scores": scores}
     return MergeReport(**values)
 
 
 def merging_config(folder: Path, **settings: Any) -> QuantConfig:
-    """Give the settings to quantize a merge with: the base's scheme, and what keeps the task.
+    """Return the settings to quantize a merge with: the base's scheme and ``REQUANTIZING``.
 
     Args:
         folder: The base.
-        **settings: Fields of ``QuantConfig`` that are given.
+        **settings: Fields of ``QuantConfig`` to override.
 
     Returns:
         The config.
@@ -141,7 +141,7 @@ def merging_config(folder: Path, **settings: Any) -> QuantConfig:
 
 
 def scheme_of(folder: Path) -> dict[str, Any]:
-    """Give the settings that a checkpoint was quantized with.
+    """Return the settings that a checkpoint was quantized with.
 
     Args:
         folder: The checkpoint.
@@ -155,8 +155,8 @@ def scheme_of(folder: Path) -> dict[str, Any]:
     labels = read_labels(folder).raw
     if "bits" not in labels or "group_size" not in labels:
         raise CheckpointError(
-            f"{folder} names no bits and group size, so its settings cannot be taken over. "
-            "Give --bits and --group-size."
+            f"{folder} names no bits and group size, so its settings cannot be reused. Use --bits "
+            "and --group-size."
         )
     return {
         "bits": int(labels["bits"]),
@@ -170,16 +170,15 @@ def scheme_of(folder: Path) -> dict[str, Any]:
 def task_calibration(
     examples: Sequence[Example], tokenizer: Any, calibration: CalibrationConfig
 ) -> list[dict[str, list[int]]]:
-    """Make calibration sequences of which half are the task's and the rest the built-in text.
+    """Make calibration sequences: one half from the task, the other from the built-in text.
 
     Args:
-        examples: Of the task. Each stays a sequence of its own, as it was trained and will be
-            asked: behind another one, which shows how it is done, the task is an easier one.
+        examples: Of the task. Each becomes a sequence of its own, as in training.
         tokenizer: The model's.
-        calibration: How many of what length; the task's may have as many tokens as the others.
+        calibration: Number and length of the sequences; the task's examples get half of the tokens.
 
     Returns:
-        Token ids; the task's with labels.
+        Token ids, with labels for the task's examples.
     """
     half = max(calibration.samples // 2, 1)
     rest = load_calibration(None, replace(calibration, samples=half), tokenizer, None).sequences

@@ -1,4 +1,4 @@
-"""Keeps what Transformers and PEFT tell the users of their own API from our display."""
+"""Suppress messages of Transformers and PEFT that are meant for users of their own APIs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keep their remarks, warnings and bars from stderr; also a decorator.
+    """Suppress their log messages, warnings and progress bars; also usable as a decorator.
 
     Yields:
         Nothing.

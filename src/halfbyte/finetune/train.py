@@ -1,11 +1,11 @@
-"""Train an adapter on a frozen base, quantized or not, and write it in PEFT's format.
+"""Train an adapter on a frozen base model and write it in PEFT's format.
 
 ::
 
     folder ──> base, frozen ──PEFT──> + adapter ──Transformers' Trainer──> best adapter ──> folder
 
-The loop, optimizers and state of a run are Transformers'; here is what it is given, how an
-unfinished run is found again, and what is written in the end.
+Transformers' Trainer provides the loop, the optimizers and the saved state of a run. This module
+prepares its inputs, resumes unfinished runs and writes the results.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from halfbyte.checkpoint.shards import TensorFiles
 from halfbyte.errors import ConfigError, DataError, ModelError
 from halfbyte.evaluate.loading import Subject
 from halfbyte.finetune.adapter import attach_adapter, check_adapter, require_peft
-from halfbyte.finetune.base import check_packing, load_own_tokenizer, open_base
+from halfbyte.finetune.base import check_packing, load_required_tokenizer, open_base
 from halfbyte.finetune.config import QALORA, AdapterConfig, TrainConfig
 from halfbyte.finetune.data import Example, Examples, collate, pack, read_examples, split_examples
-from halfbyte.finetune.groups import all_constant, hold_constant, settle
+from halfbyte.finetune.groups import all_constant, equalize_columns, tie_columns
 from halfbyte.finetune.progress import SilentTrainProgress, TrainProgress
 from halfbyte.finetune.report import REPORT_FILE, TrainReport, save_report
 from halfbyte.finetune.third_party_output import quiet_libraries
@@ -41,28 +41,40 @@ from halfbyte.quantize.journal import Journal
 from halfbyte.quantize.source import COMPLETE, check_output, check_same_inputs, find_model
 
 STEPS_FOLDER = "steps"
-"""In the work folder: what Trainer saves on the way."""
-BEFORE = "validation_before"
+"""Folder for the Trainer's checkpoints, in the work folder."""
+BASE_LOSS = "validation_before"
+"""Key of the base's held-out loss in the journal."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Data:
-    """Rows of examples, and where they came from."""
+    """Training and held-out examples, and the rows that they are packed into."""
 
     training: Examples
     validation: Examples | None
     training_rows: list[list[Example]]
     validation_rows: list[list[Example]] | None
 
+    @property
+    def num_held_out(self) -> int:
+        """Number of held-out examples."""
+        return 0 if self.validation is None else len(self.validation.examples)
+
+    @property
+    def digests(self) -> dict[str, str | None]:
+        """Digests of both parts, by which --resume recognizes the data."""
+        held_out = None if self.validation is None else self.validation.digest
+        return {"data": self.training.digest, "validation": held_out}
+
     def describe(self, path: Path) -> dict[str, Any]:
-        apart = 0 if self.validation is None else len(self.validation.examples)
+        """Return what the report says about the data."""
         return {
             "file": str(path),
             "examples": len(self.training.examples),
             "rows": len(self.training_rows),
             "tokens": self.training.num_tokens,
             "counted_tokens": self.training.num_counted,
-            "validation_examples": apart,
+            "validation_examples": self.num_held_out,
         }
 
 
@@ -85,23 +97,23 @@ def finetune(
         model: A model folder, quantized or not, or a name on the Hub.
         output: Folder for the adapter; it must be new, empty, or hold an unfinished run.
         data: JSON lines; see :mod:`halfbyte.finetune.data`.
-        validation: More of them, kept apart; None: a share of ``data``.
-        adapter: What the adapter is; not looked at where ``start_from`` brings one.
-        config: How it is trained.
-        start_from: An adapter to go on from, such as one of ``halfbyte repair``.
-        resume: Go on with the unfinished run in ``output``; it ends with the same adapter, on a
-            CPU bit for bit.
-        progress: Told how far the run is.
+        validation: Held-out data, also JSON lines; None: a share of ``data``.
+        adapter: Settings of the adapter; those of ``start_from`` take precedence.
+        config: Settings of the training.
+        start_from: Folder of an adapter to start from, such as one of ``halfbyte repair``.
+        resume: Resume the unfinished run in ``output``; it ends with the same adapter, on a CPU bit
+            for bit.
+        progress: Receives the progress of the run.
 
     Returns:
-        The report, which also stands in ``output``.
+        The report, which is also written to ``output``.
 
     Raises:
         MissingExtraError: PEFT is not installed.
-        ConfigError: A setting is wrong, or the output folder is in use.
-        DataError: The data cannot be read or teaches nothing.
-        ModelError: The model cannot be loaded or trained so.
-        JournalError: The run in the folder belongs to other inputs or options.
+        ConfigError: A setting is invalid, or the output folder is not empty.
+        DataError: The data cannot be read, or has no token that the loss counts.
+        ModelError: The model cannot be loaded, or the training diverged.
+        JournalError: The run in the folder has other inputs or settings.
     """
     require_peft("Fine-tuning")
     adapter, config = adapter or AdapterConfig(), config or TrainConfig()
@@ -111,15 +123,12 @@ def finetune(
     folder = find_model(model)
     if start_from is not None:
         check_adapter(start_from)
-    # The data first: what is wrong with it shows before a large model is read.
-    tokenizer = load_own_tokenizer(folder)
-    held = _read_data(
-        tokenizer, Path(data), None if validation is None else Path(validation), config
-    )
+    # The data first, so that an error in it shows before a large model is loaded.
+    tokenizer = load_required_tokenizer(folder)
+    examples = _read_data(tokenizer, data, validation, config)
     inputs = {
         "model": fingerprint_model(TensorFiles.open(folder)),
-        "data": held.training.digest,
-        "validation": None if held.validation is None else held.validation.digest,
+        **examples.digests,
         "adapter": adapter.to_dict(),
         "config": config.to_dict(),
         "start_from": None if start_from is None else digest_files(Path(start_from)),
@@ -131,18 +140,18 @@ def finetune(
         progress.finished()
         return finished
     subject = open_base(folder, tokenizer, config)
-    _check_ids(subject, held, data)
+    _check_ids(subject, examples, data)
     output.mkdir(parents=True, exist_ok=True)
     with Journal(output) as journal:
         threads = torch.get_num_threads()
-        # Sums depend on how many threads share them.
+        # The number of threads changes the order of sums, so a resumed run uses the same.
         header: dict[str, Any] = {"inputs": inputs, "threads": threads}
         if journal.exists and _load(journal):
             journal.check_same(inputs)
             header = journal.header
         torch.set_num_threads(header["threads"])
         try:
-            run = _Run(str(model), output, subject, held, adapter, config, journal, progress)
+            run = _Run(str(model), output, subject, examples, adapter, config, journal, progress)
             return run.execute(start_from, header, Path(data), start)
         finally:
             torch.set_num_threads(threads)
@@ -179,13 +188,13 @@ class _Run:
         model = attach_adapter(self.subject.model, self.adapter, start_from)
         if self.adapter.variant == QALORA:
             _check_start(model, start_from)
-            hold_constant(model)
+            tie_columns(model)
         if not self.journal.header:
-            # Only now: a model that takes no such adapter leaves no unfinished run behind.
+            # Only now, so that an adapter that does not fit leaves no unfinished run.
             shutil.rmtree(steps_folder, ignore_errors=True)
             self.journal.start(header)
         if config.checkpointing:
-            # The cache of past keys cannot be kept beside it.
+            # Gradient checkpointing does not work with a KV cache.
             model.config.use_cache = False
             model.gradient_checkpointing_enable({"use_reentrant": False})
         steps = count_steps(len(self.data.training_rows), config)
@@ -205,23 +214,23 @@ class _Run:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.progress.started(self._plan(trained, steps), steps, done or 0)
         try:
-            before = self._judge_base(trainer)
-            # What came before (the base's loss, a resumed start) must not change the dropout.
+            before = self._evaluate_base(trainer)
+            # Evaluating the base or resuming must not change the dropout.
             set_seed(config.seed)
             saved = None if done is None else str(steps_folder / f"checkpoint-{done}")
             trainer.train(resume_from_checkpoint=saved)
-            _check_numbers(model, trainer.state.global_step)
+            _check_finite_parameters(model, trainer.state.global_step)
         except DivergedError as error:
-            raise self._explain(error) from error
+            raise self._describe_divergence(error) from error
         return self._finish(trainer, model, trained, before, path, start)
 
-    def _explain(self, error: DivergedError) -> ModelError:
-        """Say what to do about a number that is none."""
+    def _describe_divergence(self, error: DivergedError) -> ModelError:
+        """Make the error for a run that diverged, with advice."""
         dtype = self.subject.dtype_name
         other = "" if dtype == "float32" else f", or with --dtype float32 (it is {dtype})"
         advice = f"with a lower --learning-rate (it is {self.config.learning_rate:g}){other}"
         if not error.steps:
-            advice = f"on another base{other}: this one gives no numbers by itself"
+            advice = f"on another base{other}: this one does not compute finite values by itself"
         return ModelError(
             f"Training {self.name} failed: {error}. No adapter was written. Remove {self.output} "
             f"and train {advice}."
@@ -235,24 +244,23 @@ class _Run:
 
     def _plan(self, trained: int, steps: int) -> tuple[str, ...]:
         data = self.data
-        apart = 0 if data.validation is None else len(data.validation.examples)
         return (
             f"{len(data.training.examples)} examples in {len(data.training_rows)} rows, "
             f"{data.training.num_counted:,} of {data.training.num_tokens:,} tokens counted; "
-            f"{apart} kept apart",
+            f"{data.num_held_out} held out",
             *data.training.notes,
             f"{trained:,} parameters to train, {steps} steps, in {self.subject.dtype_name}",
         )
 
-    def _judge_base(self, trainer: Any) -> float | None:
-        """Give the loss before training; an unfinished run has it in its journal."""
+    def _evaluate_base(self, trainer: Any) -> float | None:
+        """Return the held-out loss before training; a resumed run has it in its journal."""
         if self.data.validation is None:
             return None
         for entry in self.journal.blocks:
-            if BEFORE in entry:
-                return float(entry[BEFORE])
+            if BASE_LOSS in entry:
+                return float(entry[BASE_LOSS])
         loss = float(trainer.evaluate()["eval_loss"])
-        self.journal.add_block({BEFORE: loss})
+        self.journal.add_block({BASE_LOSS: loss})
         return loss
 
     def _finish(
@@ -260,10 +268,10 @@ class _Run:
     ) -> TrainReport:
         state = trainer.state
         history = read_history(state.log_history)
-        # As the user named it: PEFT would name the folder in this machine's cache.
+        # The name that the user gave; PEFT would write the folder in this machine's cache.
         model.peft_config["default"].base_model_name_or_path = self.name
         if self.adapter.variant == QALORA:
-            settle(model)
+            equalize_columns(model)
         model.save_pretrained(self.output)
         kept = state.best_global_step if self.data.validation is not None else state.global_step
         report = TrainReport(
@@ -292,47 +300,51 @@ class _Run:
         return report
 
 
-def _check_numbers(model: Any, steps: int) -> None:
-    """Refuse an adapter that the last step ruined; no loss tells of it."""
+def _check_finite_parameters(model: Any, steps: int) -> None:
+    """Check the parameters after the last step, which no later loss would show."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not parameter.isfinite().all():
-            raise DivergedError(f"{name} holds values that are no numbers", steps)
+            raise DivergedError(f"{name} has values that are not finite", steps)
 
 
 def _check_start(model: Any, start_from: str | Path | None) -> None:
-    """Refuse to go on, constant over groups, from an adapter that is not."""
+    """Check that an adapter to start a qalora run from is constant over groups."""
     if start_from is not None and not all_constant(model):
         raise ConfigError(
-            f"Cannot train {start_from} on with --variant qalora: it is not constant over the "
-            "base's groups. Start from one that is, from none, or use --variant lora."
+            f"Cannot continue training {start_from} with --variant qalora: it is not constant over "
+            "the base's groups. Start from one that is, omit --start-from, or use --variant lora."
         )
 
 
 def count_steps(rows: int, config: TrainConfig) -> int:
-    """Give the number of optimizer steps.
+    """Return the number of optimizer steps.
 
     Args:
-        rows: Of training data.
-        config: Epochs, portions and the limit.
+        rows: Number of rows of training data.
+        config: Provides epochs, batch size, accumulation and the limit.
 
     Returns:
-        Steps, one at least.
+        The steps, at least one.
     """
     passes = math.ceil(rows / config.batch_size)
-    steps = max(math.ceil(math.ceil(passes / config.accumulate) * config.epochs), 1)
+    steps = max(
+        math.ceil(math.ceil(passes / config.gradient_accumulation_steps) * config.epochs), 1
+    )
     return steps if config.max_steps is None else min(steps, config.max_steps)
 
 
-def _read_data(tokenizer: Any, data: Path, validation: Path | None, config: TrainConfig) -> _Data:
+def _read_data(
+    tokenizer: Any, data: str | Path, validation: str | Path | None, config: TrainConfig
+) -> _Data:
     settings: dict[str, Any] = {
         "length": config.length,
         "everything": config.train_on == "everything",
     }
-    examples = read_examples(data, tokenizer, **settings)
+    examples = read_examples(Path(data), tokenizer, **settings)
     if validation is None:
-        training, apart = split_examples(examples, config.validation, config.seed)
+        training, held_out = split_examples(examples, config.validation, config.seed)
     else:
-        training, apart = examples, read_examples(validation, tokenizer, **settings)
+        training, held_out = examples, read_examples(Path(validation), tokenizer, **settings)
 
     def rows(side: Examples) -> list[list[Example]]:
         if config.packing:
@@ -341,30 +353,33 @@ def _read_data(tokenizer: Any, data: Path, validation: Path | None, config: Trai
 
     return _Data(
         training=training,
-        validation=apart,
+        validation=held_out,
         training_rows=rows(training),
-        validation_rows=None if apart is None else rows(apart),
+        validation_rows=None if held_out is None else rows(held_out),
     )
 
 
-def _check_ids(subject: Subject, held: _Data, data: str | Path) -> None:
-    sides = [held.training, *([] if held.validation is None else [held.validation])]
+def _check_ids(subject: Subject, examples: _Data, data: str | Path) -> None:
+    sides = filter(None, [examples.training, examples.validation])
     highest = max(max(example.ids) for side in sides for example in side.examples)
     if subject.vocabulary is not None and highest >= subject.vocabulary:
         raise DataError(
-            f"{data} becomes token id {highest}, and {subject.name} knows 0.."
-            f"{subject.vocabulary - 1}. The tokenizer belongs to another model."
+            f"Tokenizing {data} gives token id {highest}, and {subject.name} has ids 0.."
+            f"{subject.vocabulary - 1}. The tokenizer belongs to another model; replace it."
         )
 
 
 def _load(journal: Journal) -> bool:
-    """Load the journal; a header that was torn by a kill is as none."""
+    """Load the journal; return False if a killed run left its header incomplete."""
     journal.load()
     return bool(journal.header)
 
 
 def _find_saved(folder: Path) -> int | None:
-    """Find the last complete save and remove what was torn; Trainer writes its state last."""
+    """Return the step of the last complete checkpoint, and remove incomplete ones.
+
+    The Trainer writes ``trainer_state.json`` last.
+    """
     saved = []
     for path in folder.glob("checkpoint-*"):
         try:

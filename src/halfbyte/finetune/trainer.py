@@ -1,4 +1,4 @@
-"""Transformers' Trainer, set up for adapters, with its steps told to our progress."""
+"""Transformers' Trainer, configured for adapters and connected to the progress display."""
 
 from __future__ import annotations
 
@@ -21,24 +21,26 @@ from halfbyte.finetune.config import TrainConfig
 from halfbyte.finetune.loss import ChunkedLoss
 from halfbyte.finetune.progress import TrainProgress
 
-LOOKS = 10
-"""Looks at the data kept apart, where the user names no distance."""
+EVALUATIONS = 10
+"""Evaluations on held-out data, if the user sets no interval."""
 OPTIMIZERS = {
     "adamw": "adamw_torch",
     "adamw_8bit": "adamw_8bit",
     "paged_adamw_8bit": "paged_adamw_8bit",
 }
+SCHEDULES = {"constant": "constant_with_warmup"}
+"""Our name -> Transformers', where they differ."""
 KEYS = {
     "loss": "loss",
     "learning_rate": "learning_rate",
     "grad_norm": "grad_norm",
     "eval_loss": "validation",
 }
-"""Trainer's name -> ours, of what the history keeps."""
+"""Trainer's name -> name in the history; other values are dropped."""
 
 
 class DivergedError(Exception):
-    """A number of a run is none; ``what`` says which, ``steps`` after how many steps."""
+    """A value (``what``) is not finite after ``steps`` steps."""
 
     def __init__(self, what: str, steps: int) -> None:
         super().__init__(f"{what} after {steps} steps")
@@ -57,61 +59,23 @@ def make_trainer(
     device: torch.device,
     progress: TrainProgress,
 ) -> Trainer:
-    """Set a Trainer up; it raises DivergedError at the first number that is none.
+    """Make a Trainer; it raises DivergedError at the first loss or gradient that is not finite.
 
     Args:
         model: PEFT's.
-        training: Rows.
-        validation: Rows kept apart; with them the best adapter is kept and the run may end early.
-        collator: Makes a batch of rows.
-        config: How to train.
-        steps: Of the optimizer, in all.
-        folder: For what is saved on the way.
-        device: Where the model is.
-        progress: Told each step.
+        training: Rows to train on.
+        validation: Held-out rows. With them, the best adapter is kept and the run may stop early.
+        collator: Makes a batch from rows.
+        config: Settings of the training.
+        steps: Total optimizer steps.
+        folder: Folder for checkpoints.
+        device: The model's device.
+        progress: Receives each step.
 
     Returns:
         The Trainer.
     """
-    every = config.evaluate_every or max(steps // LOOKS, 1)
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.accumulate,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.schedule
-        if config.schedule != "constant"
-        else "constant_with_warmup",
-        warmup_steps=math.ceil(config.warmup * steps),
-        optim=OPTIMIZERS[config.optimizer],
-        weight_decay=0.0,
-        logging_steps=1,
-        # Or a loss that is no number would be told as the mean of those before.
-        logging_nan_inf_filter=False,
-        eval_strategy="no" if validation is None else "steps",
-        eval_steps=every,
-        save_strategy="steps",
-        save_steps=every,
-        save_total_limit=2,
-        load_best_model_at_end=validation is not None,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
-        restore_callback_states_from_checkpoint=True,
-        seed=config.seed,
-        data_seed=config.seed,
-        use_cpu=device.type == "cpu",
-        dataloader_pin_memory=device.type == "cuda",
-        remove_unused_columns=False,
-        label_names=["labels"],
-        prediction_loss_only=True,
-        report_to=[],
-        disable_tqdm=True,
-    )
-    if arguments.n_gpu > 1:
-        # Or the model would be copied to every GPU; it is where it was put.
-        arguments._n_gpu = 1
+    arguments = _make_arguments(config, steps, folder, device, evaluate=validation is not None)
     callbacks: list[TrainerCallback] = [_Reporter(progress)]
     if validation is not None:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=config.patience))
@@ -128,11 +92,55 @@ def make_trainer(
     return trainer
 
 
+def _make_arguments(
+    config: TrainConfig, steps: int, folder: Path, device: torch.device, *, evaluate: bool
+) -> TrainingArguments:
+    """Translate the settings of the training to the Trainer's."""
+    every = config.evaluate_every or max(steps // EVALUATIONS, 1)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=SCHEDULES.get(config.schedule, config.schedule),
+        warmup_steps=math.ceil(config.warmup * steps),
+        optim=OPTIMIZERS[config.optimizer],
+        weight_decay=0.0,
+        logging_steps=1,
+        # Otherwise a loss that is not finite would be logged as the mean of those before.
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if evaluate else "no",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        load_best_model_at_end=evaluate,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        restore_callback_states_from_checkpoint=True,
+        seed=config.seed,
+        data_seed=config.seed,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type == "cuda",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        prediction_loss_only=True,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    if arguments.n_gpu > 1:
+        # Otherwise the Trainer would copy the model to every GPU.
+        arguments._n_gpu = 1
+    return arguments
+
+
 def read_history(log: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], ...]:
-    """Take what is worth keeping from Trainer's log.
+    """Extract losses, learning rates and gradient norms from the Trainer's log.
 
     Args:
-        log: Its ``state.log_history``.
+        log: The Trainer's ``state.log_history``.
 
     Returns:
         One entry per step, in order.
@@ -146,7 +154,7 @@ def read_history(log: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], ..
 
 
 class _ChunkedTrainer(Trainer):
-    """Computes the loss without all logits at once, where the model allows it."""
+    """A Trainer that computes the loss in chunks, if the model allows it."""
 
     def __init__(self, model: Any, *args: Any, **keywords: Any) -> None:
         super().__init__(model, *args, **keywords)
@@ -159,7 +167,7 @@ class _ChunkedTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Compute the loss of a batch; the outputs, which nobody here reads, are left empty."""
+        """Compute the loss of a batch; the outputs are empty, because they are not used."""
         if self._loss.obstacle is not None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self.loss_is_scaled_for_ga = num_items_in_batch is not None
@@ -169,7 +177,7 @@ class _ChunkedTrainer(Trainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> Any:
-        """Begin to rise with the first step: Transformers' own has a rate of 0 there."""
+        """Make a warmup whose first step has a rate above 0, unlike that of Transformers."""
         if not self.args.warmup_steps:
             return super().create_scheduler(num_training_steps, optimizer)
         scheduler = super().create_scheduler(num_training_steps + 1, optimizer)
@@ -178,7 +186,7 @@ class _ChunkedTrainer(Trainer):
 
 
 class _Reporter(TrainerCallback):
-    """Tells a progress what Trainer logs, as long as it is numbers."""
+    """Forwards the Trainer's log to a progress display, and checks that values are finite."""
 
     def __init__(self, progress: TrainProgress) -> None:
         self._progress = progress
@@ -187,21 +195,21 @@ class _Reporter(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **kwargs: Any
     ) -> None:
-        """Tell a step's loss."""
+        """Report the training loss of a step."""
         if "loss" in logs:
-            for what, key in (("loss", "loss"), ("gradient's norm", "grad_norm")):
-                # Both were computed before the step changed anything.
+            for what, key in (("loss", "loss"), ("gradient norm", "grad_norm")):
+                # Both were computed before this step changed the parameters.
                 _check_finite(what, logs.get(key, 0.0), state.global_step - 1)
             self._progress.stepped(state.global_step, float(logs["loss"]))
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: Mapping[str, float], **kwargs: Any
     ) -> None:
-        """Tell the loss on the data kept apart."""
+        """Report the held-out loss."""
         loss = float(metrics["eval_loss"])
-        _check_finite("loss on data kept apart", loss, state.global_step)
+        _check_finite("held-out loss", loss, state.global_step)
         self._best = min(self._best, loss)
-        self._progress.judged(state.global_step, loss, self._best)
+        self._progress.evaluated(state.global_step, loss, self._best)
 
 
 def _check_finite(what: str, value: float, steps: int) -> None:

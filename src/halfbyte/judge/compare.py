@@ -47,7 +47,7 @@ from halfbyte.judge.tasks import Item, name_documents
 from halfbyte.machine.cache import cache_folder
 from halfbyte.machine.devices import resolve_device
 from halfbyte.machine.memory import release_memory
-from halfbyte.model.context_length import longest_text
+from halfbyte.model.context_length import max_context_length
 from halfbyte.plan.shapes import read_shapes
 
 MEMORY_SAMPLE_SECONDS = 0.05
@@ -202,7 +202,7 @@ def _find_context(local: list[Side]) -> int | None:
             raise ConfigError(
                 f"Cannot read the config of '{side.name}': {first_line(error)}."
             ) from error
-        limit = longest_text(values.get_text_config())
+        limit = max_context_length(values.get_text_config())
         limits += [] if limit is None else [limit]
     return min(limits, default=None)
 

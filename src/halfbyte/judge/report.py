@@ -8,7 +8,7 @@ from pathlib import Path
 
 from halfbyte.checkpoint.atomic import write_atomically
 from halfbyte.errors import ConfigError
-from halfbyte.jsonable import plain_values
+from halfbyte.jsonable import to_jsonable
 from halfbyte.judge.comparison import Comparison
 from halfbyte.judge.report_html import write_html
 from halfbyte.judge.report_text import write_junit, write_markdown
@@ -23,7 +23,7 @@ def write_json(comparison: Comparison) -> str:
     Returns:
         Indented JSON; infinity and NaN become null.
     """
-    return json.dumps(plain_values(comparison), indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(to_jsonable(comparison), indent=2, ensure_ascii=False) + "\n"
 
 
 FORMATS: Mapping[str, tuple[str, Callable[[Comparison], str]]] = {

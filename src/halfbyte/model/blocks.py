@@ -1,7 +1,7 @@
-"""Find the repeated decoder blocks of a model, and which linears of a block share an input.
+"""Finds the decoder blocks of a model, and which linears of a block share an input.
 
-Nothing here knows a model family: blocks are the longest-lived repeated part of the module tree,
-and sharing is found by running the block once and comparing the tensors that reach its linears.
+No model family is special-cased: the blocks are the largest module list of the decoder, and shared
+inputs are found by running a block once and comparing the tensors that reach its linears.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -31,22 +32,22 @@ class Blocks:
     modules: tuple[nn.Module, ...]
 
     def name(self, index: int) -> str:
-        """Give the dotted name of one block."""
+        """Return the dotted name of one block."""
         return f"{self.prefix}.{index}"
 
 
 class LinearTensors(NamedTuple):
-    """What a linear holds."""
+    """Weight and bias of a linear."""
 
     weight: Tensor
-    """[out, in], whichever way round the module stores it."""
+    """[out, in], also for modules that store it transposed."""
     bias: Tensor | None
     """[out]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputGroup:
-    """Linears that read the very same input tensor; they share one Hessian."""
+    """Linears that get the same input tensor, and therefore share one Hessian."""
 
     linears: tuple[str, ...]
     """Names within the block."""
@@ -54,21 +55,21 @@ class InputGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """Input groups whose inputs are known at the same moment, before any of their linears runs.
+    """Input groups whose inputs are all available before any of their linears runs.
 
-    A dense layer's stage has one group; a stage of experts has one per expert.
+    A stage of dense linears has one group; a stage of experts has one group per expert.
     """
 
     groups: tuple[InputGroup, ...]
     experts: str | None = None
-    """Name of the experts module within the block that announces this stage, if one does."""
+    """Name, within the block, of the experts module that reports this stage; None for linears."""
     experts_stage: str = ""
     input_features: int = 0
-    """Input numbers per token that a forward pass holds while it waits at this stage."""
+    """Input elements per token that a forward pass holds while it is paused at this stage."""
 
 
 def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Build a causal LM whose parameters hold no memory; buffers (rotary tables, …) are real.
+    """Build a causal LM with parameters on the meta device and real buffers (rotary tables, …).
 
     Args:
         config: The model's configuration.
@@ -89,7 +90,7 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
             f"{first_line(error)}."
         ) from error
     for name, parameter in model.named_parameters():
-        # What Transformers keeps in fp32 whatever the model's type (routers' biases, …).
+        # Parameters that Transformers keeps in fp32 regardless of dtype (router biases, …).
         if any(pattern in name for pattern in model._get_dtype_plan(dtype)):
             parameter.data = parameter.data.float()
     model.eval()
@@ -98,9 +99,9 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
 
 
 def find_blocks(model: nn.Module) -> Blocks:
-    """Find the list of decoder blocks: the module list of the text decoder with most modules in it.
+    """Find the decoder blocks: the module list of the text decoder that contains most modules.
 
-    Modules are counted, not parameters: a quantized linear has none.
+    Modules are counted instead of parameters, because a quantized linear has no parameters.
 
     Args:
         model: A causal LM, possibly on the meta device, before or after linears were replaced.
@@ -111,7 +112,7 @@ def find_blocks(model: nn.Module) -> Blocks:
     Raises:
         ModelError: There is no module list.
     """
-    # Beside the decoder there may be a vision tower, of more and larger blocks.
+    # A vision tower outside the decoder may have more and larger blocks.
     decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else model
     inside = set(decoder.modules())
     best_name, best_list, best_count = "", None, 0
@@ -134,19 +135,19 @@ def quantizable_linears(block: nn.Module) -> dict[str, nn.Module]:
 
 
 def linear_weight(linear: nn.Module) -> Tensor:
-    """Give a linear's weight as [out, in], whichever way round the module stores it."""
+    """Return a linear's weight as [out, in], also for modules that store it transposed."""
     weight: Tensor = linear.weight.data  # type: ignore[assignment]
     return weight.t() if isinstance(linear, Conv1D) else weight
 
 
 def linear_tensors(linear: nn.Module) -> LinearTensors:
-    """Give what a linear holds, as it is now: it may be cast or rounded later."""
+    """Return a linear's current weight and bias."""
     bias: Tensor | None = getattr(linear, "bias", None)
     return LinearTensors(linear_weight(linear), None if bias is None else bias.data)
 
 
 def set_linear_weight(linear: nn.Module, weight: Tensor) -> None:
-    """Replace a linear's weight, given as [out, in], in the module's own type and layout."""
+    """Set a linear's weight, given as [out, in], in the module's dtype and layout."""
     stored = weight.t() if isinstance(linear, Conv1D) else weight
     current: Tensor = linear.weight  # type: ignore[assignment]
     linear.weight = nn.Parameter(
@@ -162,14 +163,14 @@ def find_stages(block: nn.Module, run_block: Callable[[], Any]) -> list[Stage]:
         run_block: Runs the block's forward on a few tokens.
 
     Returns:
-        Stages in execution order; linears that did not run follow, each on its own.
+        Stages in execution order, followed by one stage for each linear that did not run.
     """
     linears = quantizable_linears(block)
     experts = {n: m for n, m in block.named_modules() if isinstance(m, UnfusedExperts)}
     staged: set[str] = set()
     stages: list[Stage] = []
     groups: dict[tuple[Any, ...], list[str]] = {}
-    kept: list[Tensor] = []  # so that no address is used twice
+    kept: list[Tensor] = []  # keeps the tensors alive, so that no address is reused
     order: list[tuple[Any, ...] | Stage] = []
 
     def on_linear(name: str, inputs: tuple[Tensor, ...]) -> None:
@@ -198,7 +199,7 @@ def find_stages(block: nn.Module, run_block: Callable[[], Any]) -> list[Stage]:
     with ExitStack() as stack:
         for name, module in experts.items():
             staged.update(f"{name}.{n}" for s in module.stages().values() for g in s for n in g)
-            module.observer = _bind(on_experts, name, module)
+            module.observer = partial(on_experts, name, module)
             stack.callback(setattr, module, "observer", None)
         for name, linear in linears.items():
             hook = linear.register_forward_pre_hook(lambda _, x, n=name: on_linear(n, x))
@@ -222,7 +223,3 @@ def _per_token(stage: Stage, tokens: int) -> Stage:
         experts_stage=stage.experts_stage,
         input_features=-(-stage.input_features // max(tokens, 1)),
     )
-
-
-def _bind(function: Callable[..., None], *first: Any) -> Callable[..., None]:
-    return lambda *rest: function(*first, *rest)

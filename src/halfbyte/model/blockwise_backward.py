@@ -1,8 +1,8 @@
-"""The whole model, forwards and backwards, with one block at work at a time.
+"""Forward and backward passes through the whole model with one block in memory at a time.
 
-Going forwards, the hidden states between blocks are kept. Going backwards, each block runs again
-from its kept input, with gradients, and hands the gradient of that input to the block before. So a
-backward pass through a model of any size needs one block and the states between blocks.
+This is gradient checkpointing per block: the forward pass keeps the hidden states between blocks;
+the backward pass recomputes each block from its kept input and hands the input's gradient to the
+block before. The memory needed is that of one block plus the states between blocks.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from torch import Tensor
 from halfbyte.model.stream import BlockStream
 
 EnterBlock = Callable[[int], AbstractContextManager[None]]
-"""Makes a block's weights usable for a while."""
+"""Context manager that loads a block's weights on entry and frees them on exit."""
 
 
 class BlockChain:
-    """All blocks of a model, one after the other."""
+    """All blocks of a model, run one after the other."""
 
     def __init__(self, stream: BlockStream, enter: EnterBlock) -> None:
-        """Take what runs blocks.
+        """Wrap a stream.
 
         Args:
-            stream: Runs one block; what is outside the blocks is loaded.
-            enter: Puts a block's weights in place, and takes them away again.
+            stream: Runs single blocks; the weights outside the blocks must be loaded.
+            enter: Loads a block's weights and frees them again.
         """
         self.stream = stream
         self.enter = enter
@@ -41,7 +41,7 @@ class BlockChain:
             batches: Token ids, [sequences, tokens] each.
 
         Returns:
-            Hidden states behind every block, by block and batch: [sequences, tokens, hidden].
+            Output of every block, by block and batch: [sequences, tokens, hidden].
         """
         states: list[list[Tensor]] = []
         for index in range(self.num_blocks):
@@ -53,17 +53,17 @@ class BlockChain:
     def backward(
         self, batches: Sequence[Tensor], states: list[list[Tensor]], gradients: Sequence[Tensor]
     ) -> Iterator[int]:
-        """Let gradients flow through all blocks; what requires one in them gets it.
+        """Backpropagate through all blocks, accumulating the gradients of what requires one.
 
         Args:
             batches: As given to :meth:`forward`.
-            states: What it returned; given back block by block, so empty afterwards.
-            gradients: Of the loss by the states behind the last block, by batch.
+            states: The result of :meth:`forward`; freed block by block and empty afterwards.
+            gradients: Gradients of the loss with respect to the last block's output, by batch.
 
         Yields:
-            Each block's number, from the last to the first, while the block is still in place.
+            Each block's index, from the last to the first, while the block is still loaded.
         """
-        flowing = list(gradients)
+        current = list(gradients)
         for index in reversed(range(self.num_blocks)):
             states.pop()
             with torch.enable_grad(), self.enter(index), self.stream.at(index):
@@ -71,7 +71,7 @@ class BlockChain:
                     before = states[-1][k].detach().requires_grad_() if states else None
                     output = self.stream.run(ids, before)
                     if output.requires_grad:
-                        output.backward(flowing[k])
+                        output.backward(current[k])
                     if before is not None and before.grad is not None:
-                        flowing[k] = before.grad
+                        current[k] = before.grad
                 yield index

@@ -1,25 +1,25 @@
-"""How long a text a model's positions reach."""
+"""The maximum context length of a model."""
 
 from __future__ import annotations
 
 from typing import Any
 
 
-def longest_text(config: Any) -> int | None:
-    """Say how many tokens a model takes.
+def max_context_length(config: Any) -> int | None:
+    """Return the most tokens that a model's positions support.
 
     Args:
-        config: Of its text decoder, as Transformers reads it.
+        config: The Transformers configuration of its text decoder.
 
     Returns:
-        The most; None where its positions have no limit.
+        The number of tokens; None if there is no limit.
     """
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit < 1:
         return None
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") in ("yarn", "dynamic"):
-        # Both are switched on by this alone, as Qwen's cards say, and leave the limit as it was.
+        # Qwen's cards enable these by rope parameters alone, without raising the limit above.
         original = rope.get("original_max_position_embeddings") or limit
         limit = max(limit, int(original * (rope.get("factor") or 1)))
     return limit

@@ -1,8 +1,8 @@
-"""Fused 3-D experts -> one linear per expert and projection, so that each can be quantized.
+"""Splits fused 3-D experts into one linear per expert and projection, so that each is quantizable.
 
 Transformers 5 keeps all experts of a layer in two 3-D parameters and describes their layout by
 flags (``has_gate``, ``has_bias``, ``is_transposed``, ``is_concatenated``) on the class. One module
-here covers all of them; the names of the per-expert linears are those of the files on disk.
+here handles all layouts; the per-expert linears are named as in the checkpoint files.
 
 Source:
     Transformers 5, ``integrations/moe.py`` (``use_experts_implementation``).
@@ -25,15 +25,15 @@ _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
 
 class StageObserver(Protocol):
-    """Told of the inputs of a stage of linears before any of them runs."""
+    """Callback that receives the inputs of a stage of linears before any of them runs."""
 
     def __call__(self, stage: str, inputs: Sequence[Callable[[], Tensor]]) -> None:
-        """Take one lazily gathered input [tokens, in] per expert."""
+        """Receive one lazily gathered input [tokens, in] per expert."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProjectionNames:
-    """What the three projections of one expert are called on disk."""
+    """Names of an expert's three projections in the checkpoint files."""
 
     gate: str = "gate_proj"
     up: str = "up_proj"
@@ -43,17 +43,17 @@ class ProjectionNames:
 class UnfusedExperts(nn.Module):
     """The experts of one layer as separate linears: ``<experts>.<n>.<projection>``.
 
-    All experts run their first stage (gate and up) before any runs its second (down). Where an
-    observer or a gradient waits for them, every expert is called, even one that no token was routed
-    to: so a quantizer sees the inputs of a whole stage at once. Elsewhere those are passed over.
+    All experts run their first stage (gate and up) before any runs its second (down). With an
+    observer or with gradients enabled, every expert is called, even without tokens routed to it, so
+    that a quantizer sees the inputs of a whole stage at once. Otherwise idle experts are skipped.
     """
 
     def __init__(self, fused: nn.Module, names: ProjectionNames) -> None:
-        """Split a fused experts module; its parameters become views, on whatever device they are.
+        """Split a fused experts module; the new parameters are views of the fused ones.
 
         Args:
             fused: A module with Transformers' experts flags.
-            names: What to call the projections.
+            names: Names of the projections.
         """
         super().__init__()
         self.num_experts = int(fused.num_experts)  # type: ignore[arg-type]
@@ -62,7 +62,7 @@ class UnfusedExperts(nn.Module):
         self.observer: StageObserver | None = None
         for expert in range(self.num_experts):
             self.add_module(str(expert), _split_expert(fused, expert, names))
-        # The gate's formula stays the model's own; only its activation's settings are kept.
+        # The fused module is kept without its parameters, for the model's own gate formula.
         for name in [name for name, _ in fused.named_parameters(recurse=False)]:
             delattr(fused, name)
         self._gate = [fused]
@@ -70,11 +70,14 @@ class UnfusedExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Route tokens [tokens, hidden] through their experts and sum, weighted."""
         routes = {
-            expert: torch.where(top_k_index == expert) for expert in self._wanted(top_k_index)
+            expert: torch.where(top_k_index == expert)
+            for expert in self._experts_to_call(top_k_index)
         }
         first = [partial(hidden_states.__getitem__, tokens) for tokens, _ in routes.values()]
         self._observe("first", first)
-        middle = [self._first(expert, get()) for expert, get in zip(routes, first, strict=True)]
+        middle = [
+            self._run_first_stage(expert, get()) for expert, get in zip(routes, first, strict=True)
+        ]
         self._observe("second", [lambda m=m: m for m in middle])  # type: ignore[misc]
         output = torch.zeros(
             hidden_states.shape, dtype=top_k_weights.dtype, device=hidden_states.device
@@ -85,11 +88,11 @@ class UnfusedExperts(nn.Module):
         return output.to(hidden_states.dtype)
 
     def projection(self, expert: int, name: str) -> nn.Module:
-        """Give one expert's linear by its name on disk."""
+        """Return one expert's linear by its name on disk."""
         return self.get_submodule(f"{expert}.{name}")
 
     def stages(self) -> dict[str, list[list[str]]]:
-        """Name the linears of each stage, one list per expert; those of a list share an input."""
+        """Return the linears of each stage by name, one list per expert that shares an input."""
         first = [self.names.gate, self.names.up] if self.has_gate else [self.names.up]
         experts = range(self.num_experts)
         return {
@@ -97,16 +100,15 @@ class UnfusedExperts(nn.Module):
             "second": [[f"{e}.{self.names.down}"] for e in experts],
         }
 
-    def _wanted(self, top_k_index: Tensor) -> list[int]:
-        """The experts to call."""
-        everyone = range(self.num_experts)
+    def _experts_to_call(self, top_k_index: Tensor) -> list[int]:
+        experts = range(self.num_experts)
         if self.observer is not None or torch.is_grad_enabled():
-            return list(everyone)
-        # Of 128 experts, a token that is decoded goes to eight.
+            return list(experts)
+        # In a decode step only a few of many experts, such as 8 of 128, get a token.
         routed = set(top_k_index.flatten().tolist())
-        return [expert for expert in everyone if expert in routed]
+        return [expert for expert in experts if expert in routed]
 
-    def _first(self, expert: int, states: Tensor) -> Tensor:
+    def _run_first_stage(self, expert: int, states: Tensor) -> Tensor:
         fused = self._gate[0]
         up = self.projection(expert, self.names.up)(states)
         if not self.has_gate:
@@ -124,13 +126,13 @@ class UnfusedExperts(nn.Module):
 
 
 def find_fused_experts(module: nn.Module) -> dict[str, nn.Module]:
-    """Find the modules that hold all experts of a layer in 3-D parameters.
+    """Find the modules that hold all experts of a layer in fused 3-D parameters.
 
     Args:
         module: A model or a part of one.
 
     Returns:
-        Name -> module, for those whose layout Transformers declares.
+        Modules by name, for those whose layout Transformers declares by flags.
     """
     return {
         name: child
@@ -140,9 +142,9 @@ def find_fused_experts(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def why_not_unfused(fused: nn.Module) -> str | None:
-    """Say why an experts module cannot be split, or None where it can."""
+    """Return why an experts module cannot be split, or None if it can."""
     if getattr(fused, "has_post_expert_norm", False):
-        return "its experts are followed by a norm that the split form has no place for"
+        return "its experts are followed by a norm, which the split form does not support"
     return None
 
 
@@ -151,13 +153,13 @@ def unfuse_experts(model: nn.Module, wanted: Callable[[str], bool] | None = None
 
     Args:
         model: A Transformers model, on any device (meta too).
-        wanted: Called with each experts module's name; None: all that can be split.
+        wanted: Filter by the experts module's name; None: all that can be split.
 
     Returns:
         The names of the modules that were replaced.
 
     Raises:
-        ModelError: One that was asked for by name cannot be split.
+        ModelError: A module selected by ``wanted`` cannot be split.
     """
     replaced: list[str] = []
     found = find_fused_experts(model)
@@ -179,7 +181,7 @@ def unfuse_experts(model: nn.Module, wanted: Callable[[str], bool] | None = None
 
 
 def projection_names(rules: Renaming) -> ProjectionNames:
-    """Take the per-expert names from the rules by which Transformers fuses them."""
+    """Derive the per-expert names from Transformers' rules for fusing them."""
     names: dict[str, str] = {}
     for converter in rules.converters:
         target = converter.target_patterns[0]
@@ -217,7 +219,7 @@ def _split_expert(fused: nn.Module, expert: int, names: ProjectionNames) -> nn.M
 
 
 def _matrix(fused: nn.Module, name: str, expert: int) -> Tensor:
-    """One expert's weight as [out, in]."""
+    """Return one expert's weight as [out, in]."""
     weight: Tensor = getattr(fused, name).data[expert]
     return weight.t() if fused.is_transposed else weight
 

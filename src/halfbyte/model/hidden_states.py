@@ -1,8 +1,8 @@
-"""Hidden states between two blocks, in a file: batch by batch, whatever their number.
+"""Hidden states between two blocks, stored in a file batch by batch.
 
-A file and not memory, for two reasons: the resident size of a run does not depend on how much
-calibration text there is, and a killed run finds them again. Recently written pages are in the
-system's cache anyway, so this costs a copy, not a disk access.
+There are two reasons for a file: the memory of a run does not grow with the amount of calibration
+text, and a killed run can resume from it. Recently written pages are in the page cache, so reading
+them costs a copy and no disk access.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from halfbyte.units import format_bytes
 
 
 class HiddenStates:
-    """One tensor [sequences, tokens, hidden] per batch, all of one dtype, in one file."""
+    """A file with one tensor [sequences, tokens, hidden] of the same dtype per batch."""
 
     def __init__(
         self, path: Path, batches: Sequence[tuple[int, int]], width: int, dtype: torch.dtype
     ) -> None:
-        """Open the file, making or resizing it where needed.
+        """Open the file, creating or resizing it if needed.
 
         Args:
             path: The file.
@@ -35,7 +35,7 @@ class HiddenStates:
             dtype: Element type.
 
         Raises:
-            CheckpointError: The file cannot be made so large, here or where it is written to.
+            CheckpointError: The file cannot be created or resized. Writing raises it as well.
         """
         self.path = path
         self.dtype = dtype
@@ -50,7 +50,7 @@ class HiddenStates:
             undo.pop_all()
 
     def __enter__(self) -> Self:
-        """Do nothing; the file is open."""
+        """Return self; the file is already open."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -58,7 +58,7 @@ class HiddenStates:
         self.close()
 
     def __len__(self) -> int:
-        """Count batches."""
+        """Return the number of batches."""
         return len(self._shapes)
 
     def write(self, batch: int, states: Tensor) -> None:
@@ -66,7 +66,7 @@ class HiddenStates:
         self._store(batch, states)
 
     def _store(self, batch: int, states: Tensor) -> memoryview:
-        """Write one batch into the file; give the bytes."""
+        """Write one batch into the file and return its bytes."""
         data = states.detach().to(device="cpu", dtype=self.dtype).contiguous()
         if tuple(data.shape) != self._shapes[batch]:
             raise AssertionError(f"batch {batch}: {tuple(data.shape)} != {self._shapes[batch]}")
@@ -84,12 +84,12 @@ class HiddenStates:
         except OSError as error:
             raise CheckpointError(
                 f"Cannot write {self.path}, the hidden states of {format_bytes(self.num_bytes)}: "
-                f"{error.strerror}. Free disk space, or give less calibration text; what is done "
-                "is kept for --resume."
+                f"{error.strerror}. Free disk space, or use less calibration text. Finished blocks "
+                "are kept for --resume."
             ) from error
 
     def read(self, batch: int) -> Tensor:
-        """Load one batch into memory of its own."""
+        """Read one batch into newly allocated memory."""
         shape = self._shapes[batch]
         data = torch.empty(shape, dtype=self.dtype)
         view = data.reshape(-1).view(torch.uint8).numpy().data
@@ -102,7 +102,7 @@ class HiddenStates:
         return data
 
     def digest(self) -> int:
-        """Compute a CRC-32 over the whole file, to recognise a damaged one."""
+        """Compute a CRC-32 over the whole file, to detect damage."""
         crc = 0
         for batch in range(len(self)):
             data = self.read(batch)
@@ -110,42 +110,43 @@ class HiddenStates:
         return crc
 
     def close(self) -> None:
-        """Close the file; it stays on disk."""
+        """Close the file without deleting it."""
         self._file.close()
 
 
-class HeldStates(HiddenStates):
-    """Hidden states that stay on the device; the file gets them when it is told to.
+class DeviceHiddenStates(HiddenStates):
+    """Hidden states that stay on the device and are written to the file only by :meth:`save`.
 
-    A GPU computes a block faster than its states go to a disk and back. Of the two files of a
-    stream one takes the other's place batch by batch, so that both hold one stream's worth.
+    A GPU computes a block faster than its states can be written to disk and read back. The two
+    objects of a stream, input and output of a block, replace each other's batches one by one, so
+    that together they hold no more than one set of states.
     """
 
     def __init__(
         self, path: Path, batches: Sequence[tuple[int, int]], width: int, dtype: torch.dtype
     ) -> None:
-        """Open the file, making or resizing it where needed; nothing is held yet."""
+        """Open the file, creating or resizing it if needed; no states are held yet."""
         super().__init__(path, batches, width, dtype)
         self._held: list[Tensor | None] = [None] * len(batches)
-        self.replaced: HeldStates | None = None
-        """Whose batches are let go of as those of the same number come in here."""
+        self.replaced: DeviceHiddenStates | None = None
+        """The other object, whose batch is freed when the same batch is written here."""
 
     def write(self, batch: int, states: Tensor) -> None:
-        """Hold one batch."""
+        """Keep one batch on the device."""
         self._held[batch] = states.detach().to(self.dtype)
         if self.replaced is not None:
             self.replaced._held[batch] = None
 
     def read(self, batch: int) -> Tensor:
-        """Give one batch: the one that is held, or what the file has."""
+        """Return one batch, from the device if it is held there, else from the file."""
         held = self._held[batch]
         return super().read(batch) if held is None else held
 
     def save(self) -> int:
-        """Bring what is held into the file.
+        """Write all batches to the file.
 
         Returns:
-            The file's digest.
+            The file's CRC-32.
         """
         crc = 0
         for batch in range(len(self)):
@@ -153,7 +154,7 @@ class HeldStates(HiddenStates):
         return crc
 
     def digest(self) -> int:
-        """Compute a CRC-32 over what the file holds."""
+        """Compute a CRC-32 over the file's content."""
         held, self._held = self._held, [None] * len(self)
         try:
             return super().digest()

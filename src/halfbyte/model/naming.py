@@ -1,8 +1,8 @@
-"""Names on disk <-> names in the model, by Transformers' own renaming rules.
+"""Maps tensor names on disk to names in the model by Transformers' own renaming rules.
 
-Transformers renames keys while it loads (``block_sparse_moe`` -> ``mlp``, a missing or superfluous
-base prefix) and merges some tensors (one per expert -> one fused). Both tables come from the
-library, so no model family is named here.
+While loading, Transformers renames keys (``block_sparse_moe`` -> ``mlp``, a missing or extra base
+prefix) and merges some tensors (one per expert -> one fused). Both kinds of rules come from the
+library, so no model family is special-cased here.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from halfbyte.checkpoint.layout import OFFSETS, QUANTIZED_SUFFIXES
 
 
 class Renaming:
-    """Transformers' renaming rules for one model class, applied to names only."""
+    """Transformers' renaming rules for one model, applied to names only."""
 
     def __init__(self, model: nn.Module) -> None:
-        """Read the rules that Transformers has for this model.
+        """Get Transformers' rules for a model.
 
         Args:
             model: A Transformers model; its parameters may be on the meta device.
@@ -48,15 +48,15 @@ class Renaming:
         return self._converters
 
     def model_key(self, disk_key: str, *, convert: bool) -> str:
-        """Give the model's name for a tensor on disk.
+        """Return the name in the model of a tensor on disk.
 
         Args:
             disk_key: Name in a safetensors file.
-            convert: True: the name of the (first) parameter that the tensor ends up in, after
-                merging or splitting. False: renamed only, as a packed tensor is.
+            convert: True: apply merging and splitting too, and return the (first) parameter that
+                the tensor becomes part of. False: rename only, as for packed tensors.
 
         Returns:
-            The name in the model; it need not exist there.
+            The name in the model; no such parameter needs to exist.
         """
         converters = self._converters if convert else []
         renamed, _ = rename_source_key(
@@ -67,13 +67,13 @@ class Renaming:
         return str(renamed)
 
     def parameters_of(self, disk_key: str) -> list[str]:
-        """Name every parameter that a tensor on disk, or a part of it, ends up in.
+        """Return every parameter that a tensor on disk becomes, or becomes part of.
 
         Args:
             disk_key: Name in a safetensors file.
 
         Returns:
-            The names, :meth:`model_key`'s first: a fused q, k and v has three.
+            The names, that of :meth:`model_key` first; three for a fused q, k and v.
         """
         first = self.model_key(disk_key, convert=True)
         _, source = rename_source_key(
@@ -87,7 +87,7 @@ class Renaming:
 
 
 def module_key_map(model: nn.Module, disk_keys: Iterable[str]) -> dict[str, str]:
-    """Map every tensor name on disk to the name that it has in the model.
+    """Map tensor names on disk to names in the model.
 
     Packed tensors (``.qweight`` …) follow the renaming of the ``.weight`` they replace and are
     never merged or split.
@@ -98,11 +98,11 @@ def module_key_map(model: nn.Module, disk_keys: Iterable[str]) -> dict[str, str]
         disk_keys: Tensor names in safetensors files.
 
     Returns:
-        Disk name -> model name, for every name given.
+        Model names by disk name.
     """
     rules = Renaming(model)
     keys = {}
-    # Natural order, because some of Transformers' rules look at earlier keys.
+    # Natural order, because some of Transformers' rules depend on earlier keys.
     for key in sorted(disk_keys, key=dot_natural_key):
         module, _, suffix = key.rpartition(".")
         if suffix in (*QUANTIZED_SUFFIXES, OFFSETS):

@@ -1,9 +1,9 @@
-"""Where Transformers' renaming rules go wrong for packed tensors, and what is added to them.
+"""Adapts Transformers' renaming rules to checkpoints with packed tensors.
 
-The rules are written for models whose tensors are all called ``.weight`` and whose experts are all
-fused. Two things can differ in a quantized checkpoint, and both would leave a tensor out with no
-more than a warning: a rule that does not fire for ``.qweight`` (refused), and a dense expert linear
-beside packed ones, which a rule would still merge into a fused parameter that is gone (spared).
+The rules assume that all weights are named ``.weight`` and that all experts are fused. A quantized
+checkpoint can break them in two ways, each of which would drop a tensor with only a warning. A rule
+may not match ``.qweight``: such a checkpoint is refused. And a rule may merge an unquantized expert
+linear into a fused parameter that no longer exists: such tensors are excluded from the rule.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from transformers.core_model_loading import (
 from halfbyte.errors import CheckpointError
 
 
-class SparingConverter(WeightConverter):
-    """A rule of Transformers that leaves some tensors alone."""
+class ExcludingConverter(WeightConverter):
+    """A conversion rule of Transformers that skips some tensors."""
 
-    __slots__ = ("spared",)
+    __slots__ = ("excluded",)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Take what WeightConverter takes; nothing is spared at first."""
+        """Create the rule with WeightConverter's arguments; nothing is excluded at first."""
         super().__init__(*args, **kwargs)
-        self.spared: frozenset[str] = frozenset()
+        self.excluded: frozenset[str] = frozenset()
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        """Rename as usual, unless the tensor is spared."""
-        if source_key in self.spared:
+        """Rename as WeightConverter does, unless the tensor is excluded."""
+        if source_key in self.excluded:
             return source_key, None
         renamed: tuple[str, str | None] = super().rename_source_key(source_key)
         return renamed
@@ -48,19 +48,19 @@ def align_renamings(
     disk_names: Mapping[str, str],
     disk_keys: Iterable[str],
 ) -> list[WeightTransform]:
-    """Make Transformers' rules bring every tensor of the files to its place in the model.
+    """Adapt Transformers' rules so that every tensor on disk reaches its place in the model.
 
     Args:
-        model: With its linears replaced.
+        model: The model, with its linears already replaced.
         conversions: Transformers' rules for this model.
-        disk_names: Module in the model -> module on disk, of the packed linears.
-        disk_keys: Every tensor of the files.
+        disk_names: Names on disk of the packed linears, by name in the model.
+        disk_keys: Names of all tensors on disk.
 
     Returns:
-        The rules, changed only where one does not fit.
+        The rules, modified only where needed.
 
     Raises:
-        CheckpointError: A packed tensor would not get to its place; names both.
+        CheckpointError: A packed tensor would be renamed wrongly; names source and target.
     """
     state = model.state_dict()
     renamings = [rule for rule in conversions if isinstance(rule, WeightRenaming)]
@@ -81,23 +81,23 @@ def align_renamings(
             )
     if not converters:
         return list(conversions)
-    spared = frozenset(
+    excluded = frozenset(
         apply_renamings(key, renamings)
         for key in disk_keys
         if place(key, converters) not in state and place(key, []) in state
     )
-    return [_spare(rule, spared) for rule in conversions] if spared else list(conversions)
+    return [_exclude(rule, excluded) for rule in conversions] if excluded else list(conversions)
 
 
-def _spare(rule: WeightTransform, spared: frozenset[str]) -> WeightTransform:
+def _exclude(rule: WeightTransform, excluded: frozenset[str]) -> WeightTransform:
     if not isinstance(rule, WeightConverter):
         return rule
-    sparing = SparingConverter(
+    converter = ExcludingConverter(
         list(rule._original_source_patterns),
         list(rule._original_target_patterns),
         list(rule.operations),
         force_cpu=rule.force_cpu,
     )
-    sparing.scope_prefix, sparing.base_model_prefix = rule.scope_prefix, rule.base_model_prefix
-    sparing.spared = spared
-    return sparing
+    converter.scope_prefix, converter.base_model_prefix = rule.scope_prefix, rule.base_model_prefix
+    converter.excluded = excluded
+    return converter

@@ -1,8 +1,8 @@
-"""Which parts of a block read the residual stream, and which write it: found by running it.
+"""Finds the linears that read and write the residual stream by running a block.
 
-A linear reads the stream where its input is what a norm gives; any other linear whose outputs are
-as wide as the stream is taken to write it. Nothing here knows a model family, so what is found is a
-proposal: whoever builds on it checks that it holds.
+A linear whose input is the output of a norm reads the stream; any other linear whose output is as
+wide as the stream is assumed to write it. No model family is special-cased, so the result is a
+hypothesis that the caller must verify.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ from halfbyte.model.experts import UnfusedExperts
 
 @dataclass(slots=True, kw_only=True)
 class ResidualRoles:
-    """What the parts of a block have to do with the residual stream, by name within it."""
+    """Readers and writers of the residual stream in a block, by name within the block."""
 
     readers: dict[str, list[str]] = field(default_factory=dict)
-    """Linears and routers by the norm that feeds them."""
+    """Linears and routers, by the norm whose output they read."""
     writers: list[str] = field(default_factory=list)
     routed: bool = False
-    """Whether tokens are routed to experts; the last digit may send one elsewhere."""
+    """Whether tokens are routed to experts, where a rounding difference may change the route."""
 
 
 def find_roles(
-    root: nn.Module, width: int, run: Callable[[], Any], counts: Callable[[str], bool]
+    root: nn.Module, width: int, run: Callable[[], Any], include: Callable[[str], bool]
 ) -> tuple[Any, ResidualRoles]:
-    """Run a part of a model and see who reads and writes the stream.
+    """Run a part of a model and find the readers and writers of the stream.
 
     Args:
         root: A block with its experts split, or a model.
-        width: Of the stream.
-        run: Runs it.
-        counts: Whether a module is looked at, by name.
+        width: Width of the stream.
+        run: Runs the part.
+        include: Whether to consider a module, by name.
 
     Returns:
-        What ``run`` gave, and the roles.
+        The output of ``run``, and the roles.
     """
-    given: list[tuple[str, Tensor]] = []  # outputs stay, so that no address is used twice
-    taken: list[tuple[str, Tensor]] = []
-    modules = {n: m for n, m in root.named_modules() if counts(n)}
+    outputs: list[tuple[str, Tensor]] = []  # kept alive, so that no address is reused
+    inputs: list[tuple[str, Tensor]] = []
+    modules = {n: m for n, m in root.named_modules() if include(n)}
     experts = {n: m for n, m in modules.items() if isinstance(m, UnfusedExperts)}
     inside = tuple(f"{name}." for name in experts)
     matrices = {
@@ -54,29 +54,31 @@ def find_roles(
     }
     with ExitStack() as stack:
         for name, module in modules.items():
-            own = dict(module.named_parameters(recurse=False))
-            if [*own] == ["weight"] and own["weight"].shape == (width,):
+            parameters = dict(module.named_parameters(recurse=False))
+            if [*parameters] == ["weight"] and parameters["weight"].shape == (width,):
                 after = module.register_forward_hook(
-                    lambda _m, _x, out, n=name: given.append((n, out))
+                    lambda _m, _x, out, n=name: outputs.append((n, out))
                 )
                 stack.callback(after.remove)
         for name, module in (matrices | experts).items():
-            before = module.register_forward_pre_hook(lambda _m, x, n=name: taken.append((n, x[0])))
+            before = module.register_forward_pre_hook(
+                lambda _m, x, n=name: inputs.append((n, x[0]))
+            )
             stack.callback(before.remove)
         output = run()
-    norms = {_address(out): name for name, out in given}
-    return output, _assign(norms, taken, matrices, experts, width)
+    norms = {_address(out): name for name, out in outputs}
+    return output, _assign(norms, inputs, matrices, experts, width)
 
 
 def _assign(
     norms: Mapping[int, str],
-    taken: list[tuple[str, Tensor]],
+    inputs: list[tuple[str, Tensor]],
     matrices: Mapping[str, nn.Module],
     experts: Mapping[str, UnfusedExperts],
     width: int,
 ) -> ResidualRoles:
     roles = ResidualRoles(routed=bool(experts))
-    for name, tensor in taken:
+    for name, tensor in inputs:
         norm = norms.get(_address(tensor))
         if name in experts:
             reading, writing = (
@@ -95,12 +97,12 @@ def _assign(
 
 
 def _address(tensor: Tensor) -> int:
-    """Where a tensor's numbers lie; a view or a slice of it lies there, too."""
+    """Return the address of a tensor's storage, which its views and slices share."""
     return tensor.untyped_storage().data_ptr()
 
 
 def _is_matrix(module: nn.Module, width: int) -> bool:
-    """Whether a module multiplies with a matrix of its own: a linear, or a router."""
+    """Whether a module multiplies by a weight matrix: a linear or a router."""
     if isinstance(module, nn.Linear | Conv1D):
         return True
     weight = module._parameters.get("weight")

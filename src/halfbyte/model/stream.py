@@ -1,13 +1,13 @@
-"""Run one block of a model with exactly the arguments that the model gives it.
+"""Runs single blocks of a model with exactly the arguments that the model passes to them.
 
-The model's own forward runs each time: blocks before the current one are stubs, the current one
-gets the cached hidden state instead of theirs, and the forward ends right behind it. Rotary
-tables, masks and sliding windows are therefore the model's, whatever its family.
+The model's own forward runs each time: blocks before the current one are replaced by stubs, the
+current one gets the cached hidden states as input, and the forward ends right after it. Rotary
+tables, masks and sliding windows therefore come from the model itself, whatever its family.
 
-Each calibration batch makes its way through a block as a *passage*: a forward that pauses where a
-stage of linears begins, so that their Hessian can be collected from all batches and their weights
-replaced before any batch goes on. Paused passages cost memory, not time; where they would cost
-too much they are thrown away and run again from the start of the block, with the same numbers.
+Each calibration batch goes through a block as a pausable forward pass: it pauses before each stage
+of linears, so that their Hessians can be collected from all batches and their weights replaced
+before any batch continues. Paused passes cost memory but no time; if they would need too much
+memory, they are discarded and run again from the start of the block, with identical results.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class _BlockDone(Exception):  # ends a forward, reports no error
     output: Any
 
 
-class _Passage(greenlet):
-    """One batch's way through the model's forward."""
+class _ForwardPass(greenlet):
+    """A forward pass of one batch that can pause inside the model."""
 
     def __init__(self, model: nn.Module, input_ids: Tensor, hidden: Tensor | None) -> None:
         super().__init__()
@@ -57,43 +57,43 @@ class _Passage(greenlet):
             return
 
     def pause(self, stage: int, inputs: Sequence[InputGetter]) -> None:
-        """Wait at a stage, if anybody waits for this one or an earlier one."""
+        """Pause at a stage, if the caller of :meth:`resume` waits for this or an earlier one."""
         if self.target is None or stage < self.target or stage <= self.stage:
             return
         self.stage, self.inputs = stage, inputs
         self.parent.switch()
         self.inputs = ()
 
-    def go_on(self, target: int | None) -> None:
-        """Run until a stage at or behind the target, or to the end."""
+    def resume(self, target: int | None) -> None:
+        """Run to the first stage at or after the target; to the end if the target is None."""
         self.target = target
         self.switch()
 
 
 class BlockStream:
-    """A model whose blocks run one at a time, on cached hidden states."""
+    """Runs a model's blocks one at a time on cached hidden states."""
 
     def __init__(self, model: PreTrainedModel, blocks: Blocks, dtype: torch.dtype) -> None:
-        """Wrap a model; its weights outside the blocks must be loaded.
+        """Wrap a model, whose weights outside the blocks must be loaded before anything runs.
 
         Args:
             model: The model.
             blocks: Its decoder blocks.
-            dtype: The type in which hidden states are computed and kept.
+            dtype: Dtype in which hidden states are computed and kept.
         """
         self.model = model
         self.blocks = blocks
         self.dtype = dtype
         self.output_sizes: dict[int, int] = {}
-        """Per block: 0 where it returns a tensor, else the length of the tuple it returns."""
+        """By block: the length of the tuple that it returns, or 0 if it returns a tensor."""
 
     @contextmanager
     def at(self, index: int, stages: Sequence[Stage] = ()) -> Iterator[None]:
         """Make one block the current one.
 
         Args:
-            index: The block; ``len(blocks)`` means the model's tail behind the last block.
-            stages: Where passages can pause.
+            index: The block; ``len(blocks)`` is the model's tail, everything after the last block.
+            stages: Where forward passes can pause.
         """
         with ExitStack() as stack:
             for j, block in enumerate(self.blocks.modules):
@@ -112,44 +112,73 @@ class BlockStream:
 
         Args:
             input_ids: [sequences, tokens].
-            hidden: [sequences, tokens, hidden], or None in front of the first block.
+            hidden: Input of the block, [sequences, tokens, hidden]; None for the first block.
 
         Returns:
-            The block's hidden states, or the model's own output behind the last block.
+            The block's output hidden states, or the model's own output after the tail.
         """
-        passage = _Passage(self.model, input_ids, hidden)
-        passage.go_on(None)
-        return passage.output
+        forward_pass = _ForwardPass(self.model, input_ids, hidden)
+        forward_pass.resume(None)
+        return forward_pass.output
+
+    def check_block_order(self, input_ids: Tensor) -> None:
+        """Check that the model runs its blocks once each, in order; call it after the first block.
+
+        Runs the tail up to the head, which is cheap.
+
+        Args:
+            input_ids: [1, tokens].
+
+        Raises:
+            ModelError: The model runs its blocks in another order, or repeatedly.
+        """
+
+        def stop(*_: Any) -> None:
+            raise _BlockDone(None)
+
+        width = self.model.config.get_text_config().hidden_size
+        hidden = torch.zeros((*input_ids.shape, width), dtype=self.dtype, device=input_ids.device)
+        with self.at(len(self.blocks.modules)), ExitStack() as stack:
+            head = self.model.get_output_embeddings()
+            if head is not None:
+                stack.callback(head.register_forward_pre_hook(stop, prepend=True).remove)
+            self.run(input_ids, hidden)
 
     def _forward_of(self, j: int, current: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         tail = current == len(self.blocks.modules)
 
         def stub(*args: Any, **kwargs: Any) -> Any:
-            passage = _current_passage()
-            passage.stubs_run.append(j)
+            forward_pass = _current_pass()
+            if tail and forward_pass.stubs_run != list(range(j)):
+                raise ModelError(
+                    f"Cannot stream {self.blocks.prefix}: the model runs block {j} after blocks "
+                    f"{forward_pass.stubs_run[:8]}, but every block must run once, in order. A "
+                    "model that loops over its blocks cannot be quantized."
+                )
+            forward_pass.stubs_run.append(j)
             hidden = _hidden_of(args, kwargs)
             if tail and j == current - 1:
-                hidden = passage.hidden
-            size = self.output_sizes.get(j, 0)
+                hidden = forward_pass.hidden
+            size = self.output_sizes.get(j, self.output_sizes.get(0, 0))
             return (hidden, *[None] * (size - 1)) if size else hidden
 
         def run_block(*args: Any, **kwargs: Any) -> Any:
-            passage = _current_passage()
-            if passage.stubs_run != list(range(current)):
+            forward_pass = _current_pass()
+            if forward_pass.stubs_run != list(range(current)):
                 raise ModelError(
                     f"Cannot stream {self.blocks.name(current)}: the model ran blocks "
-                    f"{passage.stubs_run[:8]} before it instead of 0..{current - 1} in order."
+                    f"{forward_pass.stubs_run[:8]} before it instead of 0..{current - 1} in order."
                 )
-            if passage.hidden is not None:
-                args, kwargs = _with_hidden(args, kwargs, passage.hidden)
+            if forward_pass.hidden is not None:
+                args, kwargs = _with_hidden(args, kwargs, forward_pass.hidden)
             output = self._hidden_output(j, forward(*args, **kwargs))
             width = self.model.config.get_text_config().hidden_size
-            if output.shape != (*passage.input_ids.shape, width):
+            if output.shape != (*forward_pass.input_ids.shape, width):
                 raise ModelError(
-                    f"Cannot stream {self.blocks.name(j)}: it gives states of shape "
-                    f"{list(output.shape)} for tokens {list(passage.input_ids.shape)}, where one "
-                    f"vector of {width} numbers per token is needed. This kind of model cannot be "
-                    "quantized."
+                    f"Cannot stream {self.blocks.name(j)}: it returns states of shape "
+                    f"{list(output.shape)} for tokens {list(forward_pass.input_ids.shape)}, but "
+                    f"one vector of {width} numbers per token is needed. This kind of model cannot "
+                    "be quantized."
                 )
             raise _BlockDone(output)
 
@@ -166,23 +195,23 @@ class BlockStream:
         return hidden
 
     def _cast_outside(self, stack: ExitStack) -> None:
-        """Outside the blocks parameters keep their stored type; what goes in is brought into it.
+        """Cast inputs of modules outside the blocks to their parameters' dtype, and outputs back.
 
-        They are mapped, not read: the head may even be the embedding. A norm with a bias does not
-        compute in two types at once.
+        Their parameters keep the stored dtype, because they are memory-mapped and may be tied, and
+        some modules, such as a norm with a bias, do not accept mixed dtypes.
         """
         inside = f"{self.blocks.prefix}."
         head = self.model.get_output_embeddings()
         for name, module in self.model.named_modules():
-            own = next(module.parameters(recurse=False), None)
-            if own is None or name.startswith(inside):
+            parameter = next(module.parameters(recurse=False), None)
+            if parameter is None or name.startswith(inside):
                 continue
             before = module.register_forward_pre_hook(
-                lambda _m, x, dtype=own.dtype: tuple(_cast(value, dtype) for value in x)
+                lambda _m, x, dtype=parameter.dtype: tuple(_cast(value, dtype) for value in x)
             )
             stack.callback(before.remove)
             if module is not head:
-                # First of all: who watches the module sees the very tensor that others get.
+                # Prepended, so that other hooks see the tensor that the next module gets.
                 after = module.register_forward_hook(
                     lambda _m, _x, out: _cast(out, self.dtype), prepend=True
                 )
@@ -197,19 +226,19 @@ class BlockStream:
                 numbers = {
                     s.experts_stage: n for n, s in enumerate(stages) if s.experts == stage.experts
                 }
-                experts.observer = lambda name, inputs, n=numbers: _current_passage().pause(
+                experts.observer = lambda name, inputs, n=numbers: _current_pass().pause(
                     n[name], inputs
                 )
             else:
                 linear = root.get_submodule(stage.groups[0].linears[0])
                 hook = linear.register_forward_pre_hook(
-                    lambda _m, x, n=number: _current_passage().pause(n, [lambda: x[0]])
+                    lambda _m, x, n=number: _current_pass().pause(n, [lambda: x[0]])
                 )
                 stack.callback(hook.remove)
 
 
-class Passages:
-    """All batches on their way through the current block."""
+class ForwardPasses:
+    """The pausable forward passes of all batches through the current block."""
 
     def __init__(
         self,
@@ -219,72 +248,74 @@ class Passages:
         *,
         keep_paused: bool,
     ) -> None:
-        """Prepare; nothing runs yet.
+        """Create the passes; nothing runs yet.
 
         Args:
-            stream: The stream, standing at the block.
-            num_batches: How many batches there are.
-            load: Gives one batch's input ids and hidden states.
-            keep_paused: True: passages wait at a stage. False: they are run again from the start
-                of the block for each stage, which holds one batch in memory at a time.
+            stream: The stream, positioned at the block.
+            num_batches: Number of batches.
+            load: Returns the input ids and hidden states of a batch.
+            keep_paused: True: keep paused passes in memory. False: rerun them from the start of the
+                block for each stage, which holds only one batch in memory at a time.
         """
         self._stream = stream
         self._load = load
         self._keep = keep_paused
-        self._live: dict[int, _Passage] = {}
+        self._active: dict[int, _ForwardPass] = {}
         self.num_batches = num_batches
 
     def reach(self, batch: int, stage: int) -> Sequence[InputGetter] | None:
-        """Bring a batch to a stage.
+        """Run a batch until it pauses at a stage.
 
         Args:
-            batch: Which batch.
-            stage: Which stage; never one before a stage already reached.
+            batch: Index of the batch.
+            stage: Index of the stage; not smaller than that of a stage already reached.
 
         Returns:
-            The inputs of the stage's groups, valid until the next call; None where the batch does
-            not run this stage.
+            The inputs of the stage's groups, valid until the next call; None if the batch does not
+            run this stage.
         """
-        passage = self._passage(batch)
-        if passage.stage < stage and not passage.dead:
-            passage.go_on(stage)
-        return passage.inputs if passage.stage == stage and not passage.dead else None
+        forward_pass = self._get_pass(batch)
+        if forward_pass.stage < stage and not forward_pass.dead:
+            forward_pass.resume(stage)
+        return (
+            forward_pass.inputs if forward_pass.stage == stage and not forward_pass.dead else None
+        )
 
     def release(self, batch: int) -> None:
-        """Say that the inputs of :meth:`reach` are used; forget the passage unless it is kept."""
+        """Declare the inputs of :meth:`reach` unused; drop the pass unless paused ones are kept."""
         if not self._keep:
-            self._kill(batch)
+            self._abort(batch)
 
     def finish(self, batch: int) -> Any:
-        """Run a batch to the end of the block and give the hidden states behind it."""
-        passage = self._passage(batch)
-        if not passage.dead:
-            passage.go_on(None)
-        output = passage.output
-        self._live.pop(batch, None)
+        """Run a batch to the end of the block and return the block's output."""
+        forward_pass = self._get_pass(batch)
+        if not forward_pass.dead:
+            forward_pass.resume(None)
+        output = forward_pass.output
+        self._active.pop(batch, None)
         return output
 
     def close(self) -> None:
-        """End every passage."""
-        for batch in list(self._live):
-            self._kill(batch)
+        """Abort every pass."""
+        for batch in list(self._active):
+            self._abort(batch)
 
-    def _passage(self, batch: int) -> _Passage:
-        if batch not in self._live:
+    def _get_pass(self, batch: int) -> _ForwardPass:
+        if batch not in self._active:
             input_ids, hidden = self._load(batch)
-            self._live[batch] = _Passage(self._stream.model, input_ids, hidden)
-        return self._live[batch]
+            self._active[batch] = _ForwardPass(self._stream.model, input_ids, hidden)
+        return self._active[batch]
 
-    def _kill(self, batch: int) -> None:
-        passage = self._live.pop(batch, None)
-        if passage is not None and passage:
-            passage.throw(GreenletExit)
+    def _abort(self, batch: int) -> None:
+        forward_pass = self._active.pop(batch, None)
+        if forward_pass is not None and forward_pass:
+            forward_pass.throw(GreenletExit)
 
 
-def _current_passage() -> _Passage:
-    passage = getcurrent()
-    assert isinstance(passage, _Passage)
-    return passage
+def _current_pass() -> _ForwardPass:
+    forward_pass = getcurrent()
+    assert isinstance(forward_pass, _ForwardPass)
+    return forward_pass
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

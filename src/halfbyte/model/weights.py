@@ -1,7 +1,7 @@
-"""Read one block's weights from the shards on disk; of the other blocks nothing is in memory.
+"""Loads a model's weights from the shards on disk, one block at a time.
 
-Embeddings, head and norms outside the blocks are mapped, not read: only the rows that the
-calibration text touches become resident.
+Embeddings, head and norms outside the blocks are memory-mapped: only the rows that the calibration
+text uses become resident.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def load_model_config(folder: Path) -> PretrainedConfig:
-    """Read ``config.json`` of a model folder; code that a repository brings along is never run.
+    """Read the ``config.json`` of a model folder; a repository's own code is never run.
 
     Args:
         folder: A Hugging Face model folder.
@@ -43,7 +43,7 @@ def load_model_config(folder: Path) -> PretrainedConfig:
         The configuration.
 
     Raises:
-        ModelError: There is no usable configuration, or it needs the repository's own code.
+        ModelError: There is no usable configuration, or it requires the repository's own code.
     """
     if not (folder / "config.json").is_file():
         raise ModelError(
@@ -55,12 +55,12 @@ def load_model_config(folder: Path) -> PretrainedConfig:
     except (ValueError, OSError, KeyError) as error:
         raise ModelError(
             f"Cannot read the configuration in {folder}: {first_line(error)}. "
-            "Only models that Transformers knows are supported; a repository's code is never run."
+            "Only models built into Transformers are supported; a repository's code is never run."
         ) from error
 
 
 class ModelWeights:
-    """A model folder and an empty model to put its weights into, block by block."""
+    """A model folder, and an empty model that its weights are loaded into block by block."""
 
     def __init__(
         self,
@@ -74,13 +74,13 @@ class ModelWeights:
 
         Args:
             folder: A Hugging Face model folder with safetensors files.
-            device: Where blocks are put.
-            dtype: In which parameters are loaded; None: the one they are stored in.
-            prepare: Changes the empty model before anything is loaded. Given for a quantized
-                model, whose linears it replaces; without it a quantized model is refused.
+            device: Device of the loaded blocks.
+            dtype: Dtype that parameters are loaded in; None: that in which most are stored.
+            prepare: Modifies the empty model before anything is loaded. Required for a quantized
+                model, whose linears it replaces; without it, quantized models are refused.
 
         Raises:
-            ModelError: The model is quantized already or is not one that can be streamed.
+            ModelError: The model is already quantized or cannot be streamed.
             CheckpointError: The files are damaged or incomplete.
         """
         self.folder = folder
@@ -104,8 +104,8 @@ class ModelWeights:
         self._block_keys: list[list[str]] = [[] for _ in self.blocks.modules]
         self._outside_keys: list[str] = []
         self._parameters: dict[str, list[str]] = {}
-        self._fetching: dict[int, Future[dict[str, Tensor]]] = {}
-        # Natural order, because some of Transformers' rules look at earlier keys.
+        self._prefetched: dict[int, Future[dict[str, Tensor]]] = {}
+        # Natural order, because some of Transformers' rules depend on earlier keys.
         for key in sorted(self.files.infos, key=dot_natural_key):
             self._renamed[rules.model_key(key, convert=False)] = key
             self._parameters[key] = rules.parameters_of(key)
@@ -117,8 +117,8 @@ class ModelWeights:
 
         Args:
             index: Which block.
-            without: Modules, by name in the model, whose tensors are left out, with everything
-                in them; so is what one of them shares with other modules.
+            without: Modules, by name in the model, whose tensors are left out, including those
+                of their submodules and tensors that they share with other modules.
 
         Returns:
             The names, in natural order.
@@ -131,28 +131,28 @@ class ModelWeights:
         ]
 
     def parameters_of(self, key: str) -> list[str]:
-        """Name the parameters of the model that a tensor on disk becomes; several where split."""
+        """Return the parameters that a tensor on disk becomes; several if it is split."""
         return self._parameters[key]
 
     @property
     def outside_keys(self) -> list[str]:
-        """Disk names of the tensors that belong to no block."""
+        """Names on disk of the tensors outside the blocks."""
         return self._outside_keys
 
     def disk_name(self, module: str) -> str:
-        """Give the name under which a linear's packed tensors are to be written.
+        """Return the name on disk for a linear's packed tensors.
 
         Args:
             module: Dotted name in the model.
 
         Returns:
-            The name that the source files use for it, or the model's own where they hold it fused.
+            The linear's name in the source files, or its name in the model if they hold it fused.
         """
         key = self._renamed.get(f"{module}.weight")
         return module if key is None else key.removesuffix(".weight")
 
     def load_outside(self) -> None:
-        """Map everything outside the blocks and tie what the model ties.
+        """Load (on a CPU: memory-map) everything outside the blocks, and tie tied weights.
 
         Raises:
             CheckpointError: A tensor is missing; names it.
@@ -162,7 +162,7 @@ class ModelWeights:
         tensors = {i.name: map_tensor(i) for i in infos} if mapped else {}
         if not mapped:
             tensors = self.files.load(self._outside_keys)
-        self._put(tensors)
+        self._set_tensors(tensors)
         self.model.tie_weights()
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
@@ -173,23 +173,23 @@ class ModelWeights:
             if parameter.is_meta and not name.startswith(inside):
                 raise self._missing(name)
 
-    def fetch_block(self, index: int) -> None:
-        """Begin to read a block that will be loaded next, beside whatever else is done."""
+    def prefetch_block(self, index: int) -> None:
+        """Start reading the block that will be loaded next in a background thread."""
         pinned = self.device.type == "cuda"
         keys = self.block_keys(index)
         pool = ThreadPoolExecutor(1)
-        self._fetching = {index: pool.submit(self.files.load, keys, pinned=pinned)}
+        self._prefetched = {index: pool.submit(self.files.load, keys, pinned=pinned)}
         pool.shutdown(wait=False)
 
     def load_block(self, index: int, without: Collection[str] = ()) -> nn.Module:
-        """Read one block's weights into memory of their own.
+        """Read one block's weights into memory.
 
         Args:
             index: Which block.
-            without: Modules, by name within the block, that are left without weights.
+            without: Modules, by name within the block, whose weights are not loaded.
 
         Returns:
-            The block, on the device, in the stored dtype.
+            The block, on the device.
 
         Raises:
             CheckpointError: A tensor of the block is missing; names it.
@@ -197,9 +197,9 @@ class ModelWeights:
         prefix = self.blocks.name(index)
         left_out = tuple(f"{prefix}.{name}." for name in without)
         keys = self.block_keys(index, [name.removesuffix(".") for name in left_out])
-        fetched = self._fetching.pop(index, None)
+        fetched = self._prefetched.pop(index, None)
         tensors = self.files.load(keys) if fetched is None else fetched.result()
-        self._put({key: tensors[key] for key in keys})
+        self._set_tensors({key: tensors[key] for key in keys})
         del tensors
         block: nn.Module = self.model.get_submodule(prefix)
         for name, tensor in (*block.named_parameters(), *block.named_buffers()):
@@ -212,7 +212,7 @@ class ModelWeights:
         return block
 
     def drop_block(self, index: int) -> None:
-        """Give one block's memory back."""
+        """Free one block's weights."""
         block = self.model.get_submodule(self.blocks.name(index))
         for module in block.modules():
             for name, parameter in list(module._parameters.items()):
@@ -231,11 +231,11 @@ class ModelWeights:
         number = model_key.removeprefix(inside).partition(".")[0]
         return int(number) if number.isdigit() and int(number) < len(self._block_keys) else None
 
-    def _put(self, tensors: dict[str, Tensor]) -> None:
-        """Let Transformers rename, merge and set them, as it does in ``from_pretrained``."""
+    def _set_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Rename, merge and assign tensors by Transformers' loader, as ``from_pretrained`` does."""
         rules = Renaming(self.model)
         config = LoadStateDictConfig(
-            # Packed experts are linears of their own, and so is a dense one beside them.
+            # Split experts stay separate linears, whether packed or not.
             weight_mapping=align_renamings(self.model, rules.transforms, {}, tensors),
             device_map={"": self.device},
             dtype=self.dtype,
@@ -263,13 +263,13 @@ class ModelWeights:
 
 
 def map_tensor(info: TensorInfo) -> Tensor:
-    """Map one tensor's bytes: pages become resident as they are read, and the file stays as it is.
+    """Memory-map one tensor copy-on-write: pages are loaded on access, the file never changes.
 
     Args:
-        info: The tensor, from a checked header.
+        info: The tensor's entry in a validated header.
 
     Returns:
-        The tensor; writing to it would change a private copy only.
+        The tensor.
     """
     raw = np.memmap(info.file, mode="c", offset=info.offset, shape=(max(info.num_bytes, 1),))
     flat = torch.from_numpy(raw)[: info.num_bytes]
@@ -293,7 +293,7 @@ def _main_dtype(folder: Path, infos: Iterable[TensorInfo]) -> torch.dtype:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Transformers' bar and its load report, which it would show once per block."""
+    """Suppress Transformers' progress bar and load report, which would appear once per block."""
     logger = logging.getLogger("transformers.modeling_utils")
     level, bars = logger.level, transformers_logging.is_progress_bar_enabled()
     logger.setLevel(logging.ERROR)

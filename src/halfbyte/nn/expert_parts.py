@@ -1,7 +1,7 @@
-"""The experts of a block, as parts of a faster decode step: a router and three linears per expert.
+"""The mixture of experts of a block, as parts for the compiled decoder.
 
-As in :mod:`halfbyte.nn.decoder_parts`, parts are recognised by structure. Supported is what most
-families compute: softmax over the router's logits, the top k experts, no bias, no shared expert.
+As in :mod:`halfbyte.nn.decoder_parts`, parts are recognized by structure. Supported are mixtures
+with a softmax over the router's logits, the top k experts, no biases and no shared expert.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from halfbyte.model.experts import UnfusedExperts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertParts:
-    """What a block with experts has in place of an MLP."""
+    """A mixture of experts: its router and linears."""
 
     router: Tensor
     """[experts, hidden]."""
     per_token: int
-    """Experts that compute a token."""
-    normalise: bool
-    """Whether the weights of those sum to one."""
+    """Experts that run per token."""
+    normalize: bool
+    """Whether the weights of these experts are normalized to a sum of one."""
     linears: Mapping[str, Any]
-    """Gate, up and down of each expert in turn, by name."""
+    """Gate, up and down projection of expert 0, 1, …, by name."""
 
 
 def has_experts(layer: Any) -> bool:
-    """Whether a block has separate experts in place of an MLP."""
+    """Return whether a block has separate linears per expert in place of an MLP."""
     mlp = getattr(layer, "mlp", None)
     return isinstance(getattr(mlp, "experts", None), UnfusedExperts)
 
 
 def find_experts_mismatch(layer: Any) -> str | None:
-    """Name what the experts of a block have besides, or lack.
+    """Return how a block's mixture of experts differs from the supported one.
 
     Args:
-        layer: A block of which :func:`has_experts` is true.
+        layer: A block for which :func:`has_experts` is true.
 
     Returns:
-        The first difference; None: :func:`expert_parts` takes them.
+        The first difference; None if there is none.
     """
     others = [name for name, _ in layer.mlp.named_children() if name not in ("gate", "experts")]
     if others:
@@ -61,10 +61,10 @@ def find_experts_mismatch(layer: Any) -> str | None:
 
 
 def expert_parts(layer: Any) -> ExpertParts:
-    """Gather the parts of a block's experts.
+    """Collect the parts of a block's mixture of experts.
 
     Args:
-        layer: A block of which :func:`has_experts` is true.
+        layer: A block for which :func:`has_experts` is true.
 
     Returns:
         Its router and linears.
@@ -75,7 +75,7 @@ def expert_parts(layer: Any) -> ExpertParts:
     return ExpertParts(
         router=router.weight,
         per_token=int(router.top_k),
-        normalise=bool(getattr(router, "norm_topk_prob", True)),
+        normalize=bool(getattr(router, "norm_topk_prob", True)),
         linears={
             f"experts.{number}.{name}": experts.projection(number, name)
             for number in range(experts.num_experts)

@@ -1,4 +1,4 @@
-"""Will it fit, and on what? config.json -> shapes -> bytes of weights and cache -> devices.
+"""Estimates of the memory a model needs: config.json -> shapes -> bytes -> devices it fits on.
 
-Arithmetic only: nothing is downloaded, nothing is loaded, torch is not imported.
+Arithmetic only: nothing is downloaded or loaded, and torch is not imported.
 """

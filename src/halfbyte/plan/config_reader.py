@@ -1,4 +1,4 @@
-"""What families call the numbers in config.json, and what they mean where they say nothing."""
+"""Reads model dimensions from a config.json, whatever field names the model family uses."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ NAMES = {
     "experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
     "active": ("num_experts_per_tok", "experts_per_token", "num_experts_per_token", "moe_topk"),
 }
-"""What families call the same number."""
+"""Field names that different families use for the same quantity, in order of lookup."""
 
 FULL, SLIDING, NONE = "full", "sliding", "none"
 
 
 class ConfigReader:
-    """Finds what every model has under whatever name a family gives it."""
+    """Looks up dimensions in a config under the field names of any model family."""
 
     def __init__(self, values: Mapping[str, Any], name: str) -> None:
-        """Take a config.
+        """Wrap the content of a config.json.
 
         Args:
-            values: Its content, that of the language model on top.
-            name: For messages.
+            values: The content, with the language model's fields at the top level.
+            name: The model's name in error messages.
         """
         self.values = values
         self.model_type = str(values.get("model_type", "?"))
         self._name = name
 
     def get(self, key: str) -> int:
-        """Give a whole number, 0 where it is missing."""
+        """Return an integer field, or 0 if it is missing."""
         for alias in NAMES.get(key, (key,)):
             value = self.values.get(alias)
-            # Some families give one number per layer or expert kind.
+            # Some families give one number per layer or per kind of expert.
             if isinstance(value, list) and value and all(isinstance(v, int) for v in value):
                 value = max(value)
             if isinstance(value, int) and not isinstance(value, bool):
                 return value
         return 0
 
-    def need(self, key: str) -> int:
-        """Give a number that every model has.
+    def require(self, key: str) -> int:
+        """Return a number that every language model must define.
 
         Args:
             key: One of ``NAMES``.
@@ -56,7 +56,7 @@ class ConfigReader:
             The number, above 0.
 
         Raises:
-            ConfigError: It is missing; gives the names that were looked for.
+            ConfigError: It is missing; the message lists the names that were looked up.
         """
         value = self.get(key)
         if value <= 0:
@@ -67,15 +67,15 @@ class ConfigReader:
         return value
 
     def layer_kinds(self, layers: int) -> list[str]:
-        """Give what each layer keeps."""
+        """Return the kind of KV cache of each layer: ``FULL``, ``SLIDING`` or ``NONE``."""
         values = self.values
         types = values.get("layer_types")
         window = self.get("sliding_window") or self.get("attention_chunk_size")
         if isinstance(types, list) and len(types) == layers:
-            words = {"full_attention": FULL, "attention": FULL, "sliding_attention": SLIDING,
-                     "chunked_attention": SLIDING, "linear_attention": NONE, "mamba": NONE,
-                     "conv": NONE}  # fmt: skip
-            kinds = [words.get(str(kind), FULL) for kind in types]
+            kind_of = {"full_attention": FULL, "attention": FULL, "sliding_attention": SLIDING,
+                       "chunked_attention": SLIDING, "linear_attention": NONE, "mamba": NONE,
+                       "conv": NONE}  # fmt: skip
+            kinds = [kind_of.get(str(kind), FULL) for kind in types]
             return [FULL if kind == SLIDING and not window else kind for kind in kinds]
         if not window or values.get("use_sliding_window") is False:
             return [FULL] * layers
@@ -92,7 +92,7 @@ class ConfigReader:
         return [SLIDING] * layers
 
     def sparse_layers(self, layers: int) -> int:
-        """Count the layers with experts."""
+        """Count the mixture-of-experts layers."""
         first = self.get("first_k_dense_replace") or self.get("num_dense_layers")
         types = self.values.get("mlp_layer_types")
         if isinstance(types, list) and len(types) == layers:
@@ -104,7 +104,7 @@ class ConfigReader:
         return sum(i >= first and i % every == 0 and i not in dense for i in range(layers))
 
     def kv_heads(self, heads: int) -> int:
-        """Count the heads of keys and values."""
+        """Return the number of key-value heads."""
         values = self.values
         if self.model_type == "falcon" and not values.get("new_decoder_architecture"):
             return 1 if values.get("multi_query", True) else heads
@@ -113,5 +113,5 @@ class ConfigReader:
         return self.get("num_key_value_heads") or self.get("num_kv_heads") or heads
 
     def head_size(self, hidden: int, heads: int) -> int:
-        """Give the width of a head."""
+        """Return the width of one attention head."""
         return self.get("head_dim") or hidden // heads

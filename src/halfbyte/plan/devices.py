@@ -1,4 +1,4 @@
-"""Devices with their memory, and what fits on them."""
+"""Devices by memory size, and what fits on each."""
 
 from __future__ import annotations
 
@@ -17,68 +17,70 @@ GPUS = {
     "A10G": 24, "L4": 24, "RTX 3090": 24, "RTX 4090": 24, "RTX 5090": 32, "A100 40GB": 40,
     "L40S": 48, "RTX A6000": 48, "A100": 80, "H100": 80, "H200": 141, "MI300X": 192, "B200": 180,
 }  # fmt: skip
-"""Well-known cards and their memory in GiB, as makers print it ("GB")."""
+"""Common GPUs and their memory in GiB, as vendors state it ("GB")."""
 
 SIZES = (6, 8, 10, 12, 16, 24, 32, 40, 48, 80, 141)
-"""What is shown where no card was named."""
+"""GPU sizes in GiB that are listed when the user names no GPU."""
 USABLE = 0.92
-"""Of a card's memory: the rest is the driver's, or lost between pieces."""
+"""Usable fraction of a GPU's memory; the rest goes to the driver and to fragmentation."""
 COUNTS = (1, 2, 4, 8)
-"""Cards over which a model can be split by heads."""
+"""Numbers of GPUs that a model can be split over (tensor parallelism)."""
 SPLIT_OVERHEAD_BYTES = 300_000_000
-"""Per card: buffers for talking to the others."""
+"""Communication buffers per GPU."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """Memory that a model could go into."""
+    """Memory that a model could be placed in."""
 
     name: str
     bytes: int
-    """That can be used."""
+    """Usable memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """One device under one load."""
+    """How a model fits one device under a given load."""
 
     device: Device
     fits: bool
     free_bytes: int
-    """Left over; negative where it does not fit."""
+    """Memory left over; negative if the model does not fit."""
     max_requests: int
-    """At the asked context; 0 where not even the weights fit."""
+    """Concurrent requests that fit at the requested context; 0 if not even one does."""
     max_context: int
-    """For the asked number of requests."""
+    """Longest context that fits for the requested number of requests."""
     bits: int | None
-    """Most bits of ``BITS`` up to 16 that fit under this load; None: none does."""
+    """Largest of ``BITS``, up to 16, that fits under this load; None if none does."""
     cards: int | None
-    """Cards of this size that hold it together, of 1, 2, 4, 8; None: more than that."""
+    """How many GPUs of this size hold the model together, of ``COUNTS``; None if 8 are too few."""
 
 
 def parse_device(text: str) -> Device:
-    """Read a device as the user writes it.
+    """Parse a GPU given by memory size or by name.
 
     Args:
-        text: A size such as "24GB" (as printed on the card, so GiB), or a card such as "RTX 4090".
+        text: A size such as "24GB" (as vendors state it, so GiB), or a name such as "RTX 4090".
 
     Returns:
-        The device, with the share of its memory that can be used.
+        The device, with its usable memory.
 
     Raises:
-        ConfigError: It is neither.
+        ConfigError: The text is neither.
     """
 
-    def plain(name: str) -> str:
+    def normalize(name: str) -> str:
         return re.sub(r"[^a-z0-9]", "", name.casefold())
 
     for name, size in GPUS.items():
-        if plain(text) in (plain(name), plain(name).removeprefix("rtx")):
+        if normalize(text) in (normalize(name), normalize(name).removeprefix("rtx")):
             return _gpu(name, size)
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:[gG]i?[bB]?)?\s*", text)
     if match:
         return _gpu(f"{float(match[1]):g} GB card", float(match[1]))
-    raise ConfigError(f"gpu is '{text}'; write a size such as 24GB, or one of {', '.join(GPUS)}.")
+    raise ConfigError(
+        f"gpu is '{text}'; use a memory size such as 24GB, or one of {', '.join(GPUS)}."
+    )
 
 
 def _gpu(name: str, size: float) -> Device:
@@ -86,27 +88,27 @@ def _gpu(name: str, size: float) -> Device:
 
 
 def usual_devices() -> list[Device]:
-    """Give cards of the usual sizes."""
+    """Return GPUs of common memory sizes."""
     return [_gpu(f"{size} GB card", size) for size in SIZES]
 
 
 def this_machine() -> Device:
-    """Give the memory of this machine that programs can have now."""
+    """Return this machine, with the memory that is available now."""
     import psutil
 
     return Device(name="this machine", bytes=int(psutil.virtual_memory().available))
 
 
 def fit_devices(shapes: ModelShapes, load: Load, devices: Sequence[Device]) -> list[Fit]:
-    """Say for each device whether the model fits under the load, and what would.
+    """Determine for each device whether the model fits under a load, and what would fit.
 
     Args:
         shapes: The model.
-        load: How it is to be used.
-        devices: Where it could run.
+        load: The expected workload.
+        devices: Candidate devices.
 
     Returns:
-        One answer per device.
+        One result per device, in their order.
     """
     return [_fit(shapes, load, device) for device in devices]
 
@@ -123,28 +125,30 @@ def _fit(shapes: ModelShapes, load: Load, device: Device) -> Fit:
         device=device,
         fits=free >= 0,
         free_bytes=free,
-        max_requests=_largest(lambda n: _needs(shapes, replace(load, requests=n)) <= device.bytes),
+        max_requests=_largest(
+            lambda n: _total_bytes(shapes, replace(load, requests=n)) <= device.bytes
+        ),
         max_context=min(
-            _largest(lambda n: _needs(shapes, replace(load, context=n)) <= device.bytes),
+            _largest(lambda n: _total_bytes(shapes, replace(load, context=n)) <= device.bytes),
             shapes.context or 1 << 40,
         ),
         bits=max(bits, default=None),
-        cards=next((n for n in COUNTS if _share(plan, n, shapes) <= device.bytes), None),
+        cards=next((n for n in COUNTS if _bytes_per_card(plan, n) <= device.bytes), None),
     )
 
 
-def _needs(shapes: ModelShapes, load: Load) -> int:
+def _total_bytes(shapes: ModelShapes, load: Load) -> int:
     return plan_memory(shapes, load).total
 
 
-def _share(plan: MemoryPlan, cards: int, shapes: ModelShapes) -> int:
-    """Give what one of several cards holds: blocks and cache are divided, embeddings are too."""
-    talk = SPLIT_OVERHEAD_BYTES if cards > 1 else 0
-    return (plan.weights + plan.cache) // cards + plan.activations + plan.program + talk
+def _bytes_per_card(plan: MemoryPlan, cards: int) -> int:
+    """Return what each of several GPUs holds: weights and cache are divided, the rest is not."""
+    communication = SPLIT_OVERHEAD_BYTES if cards > 1 else 0
+    return (plan.weights + plan.cache) // cards + plan.activations + plan.program + communication
 
 
 def _largest(fits: Callable[[int], bool]) -> int:
-    """Give the largest whole number that fits, by doubling and halving; 0 where 1 does not."""
+    """Return the largest integer that fits, by binary search up to 2**25; 0 if 1 does not fit."""
     if not fits(1):
         return 0
     high = 1

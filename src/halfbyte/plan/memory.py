@@ -1,4 +1,4 @@
-"""Bytes of a model that runs: weights, cache, activations and what the program itself takes."""
+"""Memory of a running model: weights, KV cache, activations and the program itself."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from halfbyte.plan.shapes import ModelShapes
 
 BITS = (2, 3, 4, 8, 16, 32)
 CACHE_TYPES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "fp8": 1.0, "int8": 1.0}
-"""Bytes of one number in the cache."""
+"""Bytes per element of the KV cache."""
 SCALE_BYTES = 2
 INDEX_BYTES = 4
-"""Of ``g_idx``, which the standard format keeps per input."""
+"""Bytes per element of ``g_idx``, which the standard format stores for each input feature."""
 PREFILL_TOKENS = 8192
-"""Prompt tokens that run at once, as servers limit them; a long prompt goes in pieces."""
+"""Tokens per prefill step, a usual limit of servers; longer prompts are prefilled in chunks."""
 GPU_PROGRAM_BYTES = 700_000_000
-"""CUDA context, libraries and workspaces on the device: 0.5 to 0.9 GB on current cards."""
+"""CUDA context, libraries and workspaces on the device: 0.5 to 0.9 GB on current GPUs."""
 CPU_PROGRAM_BYTES = 380_000_000
 """Python, torch and Transformers in memory, as measured by ``halfbyte profile``."""
 HIDDEN_COPIES = 4
@@ -25,34 +25,32 @@ HIDDEN_COPIES = 4
 INNER_COPIES = 4
 """Tensors of the MLP's width: gate, up, the activation, their product."""
 NORM_COPIES = 3
-"""Hidden-sized tensors in fp32, where norms are computed although the rest is in 16 bits."""
-
-
+"""Hidden-sized tensors in fp32, in which norms are computed even if the rest is in 16 bits."""
 GROWTH_SHARE = 0.75
-"""Of a growing cache that stays behind as pieces of its earlier sizes: between none and all of it
-from run to run on glibc, by bench/measure_plan.py."""
+"""Fraction of a growing cache that the allocator retains from its earlier, smaller copies. On glibc
+it varies between 0 and 1 from run to run (bench/measure_plan.py)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """How the model is to be used."""
+    """The workload to plan for."""
 
     bits: int = 4
-    """Of the weights in the blocks; 16 and 32: not quantized."""
+    """Bits per weight in the blocks; 16 and 32 mean not quantized."""
     group_size: int = 128
-    """Inputs that share a scale; -1: all of a row."""
+    """Input features that share a scale; -1 for one group per row."""
     context: int = 4096
-    """Tokens per request, prompt and answer together."""
+    """Tokens per request, prompt and completion together."""
     requests: int = 1
-    """At the same time."""
+    """Concurrent requests."""
     cache_type: str = "float16"
     compute_bytes: int = 2
-    """Of one activation, and of what is not quantized."""
+    """Bytes per element of activations and of weights that are not quantized."""
     quantize_head: bool = False
     prefill_tokens: int = PREFILL_TOKENS
     program_bytes: int = GPU_PROGRAM_BYTES
     growing_cache: bool = False
-    """The cache grows by being copied, as Transformers' does; servers keep it in pages."""
+    """Whether the cache grows by reallocation, as Transformers' does; servers use a paged cache."""
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -64,50 +62,50 @@ class Load:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
         if self.cache_type not in CACHE_TYPES:
             raise ConfigError(
-                f"The cache type is '{self.cache_type}'; allowed are {', '.join(CACHE_TYPES)}."
+                f"cache_type is '{self.cache_type}'; allowed are {', '.join(CACHE_TYPES)}."
             )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """What a model takes under one load. All values in bytes."""
+    """Memory of a model under a given load, by part. All values in bytes."""
 
     codes: int
-    """Weights of the blocks: packed codes, or 16 bits each."""
+    """Weights of the blocks: packed codes, or unquantized values."""
     grids: int
     """Scales, zeros and group indices."""
     embeddings: int
-    """Token embeddings and the output layer, where it is another one."""
+    """Token embeddings and, unless tied to them, the output layer."""
     other: int
     """Norms, biases, routers."""
     cache: int
-    """Keys and values of all requests at their full length."""
+    """KV cache of all requests at full length."""
     cache_per_token: int
-    """While a request is shorter than every window."""
+    """KV cache of one token, while a request is shorter than every sliding window."""
     activations: int
     program: int
 
     @property
     def weights(self) -> int:
-        """Everything that is in the checkpoint."""
+        """All tensors in the checkpoint."""
         return self.codes + self.grids + self.embeddings + self.other
 
     @property
     def total(self) -> int:
-        """Everything together."""
+        """Sum of all parts."""
         return self.weights + self.cache + self.activations + self.program
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain values for JSON, in bytes."""
+        """Return JSON-serializable values, in bytes."""
         return {**asdict(self), "weights": self.weights, "total": self.total}
 
 
 def plan_memory(shapes: ModelShapes, load: Load) -> MemoryPlan:
-    """Work out what a model takes under a load.
+    """Estimate the memory of a model under a load.
 
     Args:
         shapes: The model.
-        load: How it is to be used.
+        load: The workload.
 
     Returns:
         Bytes by part.
@@ -136,7 +134,7 @@ def plan_memory(shapes: ModelShapes, load: Load) -> MemoryPlan:
 
 
 def _matrix_bytes(out_features: int, in_features: int, load: Load) -> tuple[int, int]:
-    """Give bytes of codes, and of scales, zeros and group indices."""
+    """Return the bytes of the codes, and of scales, zeros and group indices."""
     numbers = out_features * in_features
     if load.bits >= 16:
         return numbers * load.bits // 8, 0
@@ -147,15 +145,15 @@ def _matrix_bytes(out_features: int, in_features: int, load: Load) -> tuple[int,
 
 
 def cache_bytes(shapes: ModelShapes, tokens: int, cache_type: str) -> int:
-    """Give the bytes that one request of this many tokens keeps.
+    """Return the KV cache size of one request.
 
     Args:
         shapes: The model.
-        tokens: Prompt and answer.
+        tokens: Prompt and completion.
         cache_type: A key of ``CACHE_TYPES``.
 
     Returns:
-        Bytes; a sliding layer keeps no more than its window.
+        Bytes; sliding-window layers keep at most their window.
     """
     numbers = sum(
         layers.count * layers.numbers_per_token * min(tokens, layers.window or tokens)
@@ -165,16 +163,16 @@ def cache_bytes(shapes: ModelShapes, tokens: int, cache_type: str) -> int:
 
 
 def activation_bytes(shapes: ModelShapes, load: Load) -> int:
-    """Give the bytes of one forward pass beside weights and cache.
+    """Return the memory of one forward pass besides weights and cache.
 
     Args:
         shapes: The model.
-        load: How it is used.
+        load: The workload.
 
     Returns:
-        The tensors of the widest block for the prompt tokens that run at once, or the logits of
-        the last token of every request in fp32, twice (as they are, and as probabilities); and
-        the copy of a growing cache.
+        Bytes: the larger of the widest block's tensors for one prefill step and two fp32 copies
+        (logits, probabilities) of the last token's logits of every request; plus what a growing
+        cache leaves behind.
     """
     tokens = min(load.prefill_tokens, load.context * load.requests)
     block = load.compute_bytes * (HIDDEN_COPIES * shapes.hidden + INNER_COPIES * shapes.inner)
@@ -189,6 +187,6 @@ def activation_bytes(shapes: ModelShapes, load: Load) -> int:
 
 
 def bits_per_weight(shapes: ModelShapes, load: Load) -> float:
-    """Give the mean bits of a quantized weight, with scales, zeros and indices."""
+    """Return the mean bits per quantized weight, including scales, zeros and indices."""
     plan = plan_memory(shapes, load)
     return 8 * (plan.codes + plan.grids) / max(shapes.linear_numbers, 1)

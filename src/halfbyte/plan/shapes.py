@@ -1,7 +1,7 @@
-"""What a config.json says about a model's size: its matrices, and what it caches per token.
+"""A model's dimensions from its config.json: weight matrices and KV cache per token.
 
-Nothing is asked of Transformers, so that a plan takes milliseconds and needs no torch. Tests hold
-the counts against the models that Transformers builds from the same configs.
+Transformers is not used, so planning takes milliseconds and needs no torch. The tests compare the
+counts with the models that Transformers builds from the same configs.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ UNGATED = {
     "apertus", "arcee", "bloom", "codegen", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox",
     "gptj", "mpt", "nanochat", "nemotron", "opt", "persimmon", "phi", "starcoder2", "xglm",
 }  # fmt: skip
-"""Model types whose MLP has two matrices, not three."""
+"""Model types whose MLP has two matrices (no gate) instead of three."""
 
 BIASED = {"bloom", "gpt2", "gpt_neox", "opt", "persimmon", "xglm"}
-"""Types whose linears have biases though their configs name none."""
+"""Model types whose linears have biases although their configs do not say so."""
 
 LEARNED_POSITIONS = {"gpt2", "gpt_bigcode", "gpt_neo", "opt"}
+"""Model types with a learned position embedding."""
 
 CHECKED = {
     "apertus", "arcee", "bitnet", "bloom", "cohere", "cohere2", "deepseek_v2", "deepseek_v3",
@@ -33,13 +34,13 @@ CHECKED = {
     "olmo", "olmo2", "opt", "persimmon", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
     "seed_oss", "smollm3", "stablelm", "starcoder2", "xglm",
 }  # fmt: skip
-"""Types whose counts tests hold against the models that Transformers builds."""
+"""Model types whose counts are tested against the models that Transformers builds."""
 
 TIED_BY_DEFAULT = {
     "bloom", "cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_bigcode",
     "gpt_neo", "mpt", "opt",
 }  # fmt: skip
-"""Types whose configs may leave ``tie_word_embeddings`` out and mean true."""
+"""Model types for which a missing ``tie_word_embeddings`` means true."""
 
 KNOWN: Mapping[str, Mapping[str, Any]] = {
     name: {
@@ -66,37 +67,37 @@ KNOWN: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matrix:
-    """A kind of weight matrix and how often it occurs."""
+    """A weight matrix of given shape, and how many of them the model has."""
 
     name: str
     out_features: int
     in_features: int
     count: int
     active: int
-    """How many of them one token goes through."""
+    """How many of them process one token."""
     bias: bool = False
 
     @property
     def numbers(self) -> int:
-        """Weights of all of them."""
+        """Number of weights of all of them."""
         return self.out_features * self.in_features * self.count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheLayers:
-    """Layers that keep the same amount per token."""
+    """Layers that cache the same amount per token."""
 
     kind: str
     """"full", "sliding", or "none" for layers that keep a state of fixed size instead."""
     count: int
     numbers_per_token: int
     window: int | None = None
-    """Tokens that a sliding layer keeps at the most."""
+    """Tokens that a sliding-window layer keeps at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShapes:
-    """A model's size, as its config.json gives it."""
+    """A model's dimensions, as derived from its config.json."""
 
     name: str
     model_type: str
@@ -104,41 +105,41 @@ class ModelShapes:
     layers: int
     vocabulary: int
     inner: int
-    """Widest input of a matrix that a token goes through."""
+    """Largest input width of any matrix."""
     context: int | None
     linears: tuple[Matrix, ...]
-    """Matrices within the blocks, which are quantized."""
+    """Matrices inside the blocks; these are quantized."""
     embedding_numbers: int
     """Token and learned position embeddings."""
     head_numbers: int
-    """Of the output layer; 0 where it is the embedding itself."""
+    """Weights of the output layer; 0 if it is tied to the embedding."""
     other_numbers: int
-    """Norms, biases and routers, which stay in 16 bits."""
+    """Norms, biases and routers; these stay in 16 bits."""
     cache: tuple[CacheLayers, ...]
     stored_bits: int | None
-    """Bits of its weights where it is quantized already."""
+    """Bits per weight, if the model is already quantized."""
     stored_group_size: int | None
     notes: tuple[str, ...]
 
     @property
     def linear_numbers(self) -> int:
-        """Weights that are quantized."""
+        """Number of weights that are quantized."""
         return sum(matrix.numbers for matrix in self.linears)
 
     @property
     def numbers(self) -> int:
-        """All parameters, each counted once."""
+        """Number of parameters, tied ones counted once."""
         outside = self.embedding_numbers + self.head_numbers + self.other_numbers
         return self.linear_numbers + outside
 
     @property
     def active_numbers(self) -> int:
-        """Weights of linears that one token goes through."""
+        """Number of linear weights that process one token."""
         return sum(m.numbers // m.count * m.active for m in self.linears)
 
 
 def read_shapes(model: str | Path) -> ModelShapes:
-    """Read a model's size.
+    """Read a model's dimensions.
 
     Args:
         model: A folder with a config.json, that file itself, or one of ``KNOWN``, such as "7B".
@@ -147,7 +148,7 @@ def read_shapes(model: str | Path) -> ModelShapes:
         Its shapes.
 
     Raises:
-        ConfigError: There is no such thing, or the config is none of a language model.
+        ConfigError: The file does not exist, or is not the config of a language model.
     """
     name = str(model)
     if not Path(model).exists():
@@ -155,9 +156,9 @@ def read_shapes(model: str | Path) -> ModelShapes:
         if name.casefold() in known:
             return parse_config(KNOWN[known[name.casefold()]], name)
         raise ConfigError(
-            f"Cannot plan for '{name}': there is no such folder, and it is none of the known sizes "
-            f"{', '.join(KNOWN)}. Give a folder with config.json, or that file; the weights are "
-            "not needed."
+            f"Cannot plan for '{name}': there is no such file or folder, and it is not one of the "
+            f"known sizes {', '.join(KNOWN)}. Give a folder with a config.json, or that file; the "
+            "weights are not needed."
         )
     path = Path(model) / "config.json" if Path(model).is_dir() else Path(model)
     try:
@@ -167,22 +168,22 @@ def read_shapes(model: str | Path) -> ModelShapes:
     except ValueError as error:
         raise ConfigError(f"'{path}' is not JSON: {error}.") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"'{path}' holds no object; a model's config.json is needed.")
+        raise ConfigError(f"'{path}' does not hold a JSON object. Give a model's config.json.")
     return parse_config(values, name)
 
 
 def parse_config(config: Mapping[str, Any], name: str) -> ModelShapes:
-    """Work out a model's size from its config.
+    """Derive a model's dimensions from its config.
 
     Args:
         config: The content of a config.json.
-        name: For messages.
+        name: The model's name in messages.
 
     Returns:
         Its shapes.
 
     Raises:
-        ConfigError: A number that every language model has is missing.
+        ConfigError: A required number is missing.
     """
     notes: list[str] = []
     inner_config = config.get("text_config") or config.get("llm_config")
@@ -190,9 +191,9 @@ def parse_config(config: Mapping[str, Any], name: str) -> ModelShapes:
         {**config, **inner_config} if isinstance(inner_config, dict) else {**config}
     )
     if isinstance(inner_config, dict):
-        notes.append("Only the language model is counted, not what reads pictures or sound.")
+        notes.append("Only the language model is counted, not the vision or audio encoders.")
     reader = ConfigReader(values, name)
-    hidden, layers, heads = (reader.need(key) for key in ("hidden", "layers", "heads"))
+    hidden, layers, heads = (reader.require(key) for key in ("hidden", "layers", "heads"))
     model_type = reader.model_type
     attention = _attention(reader, hidden, layers, heads, notes)
     mlp, routers = _mlp(reader, hidden, layers)
@@ -208,7 +209,8 @@ def parse_config(config: Mapping[str, Any], name: str) -> ModelShapes:
     cache = _cache(reader, layers, heads, hidden, notes)
     if model_type not in CHECKED:
         notes.append(
-            f"Not checked against models of type {model_type}: counted as a usual transformer."
+            f"Model type {model_type} is not among the tested ones; it is counted as a standard "
+            "transformer."
         )
     biases = sum(m.out_features * m.count for m in linears if m.bias)
     norms = (2 * layers + 1) * hidden * (2 if model_type in UNGATED else 1)
@@ -239,8 +241,8 @@ def _attention(
     count = layers - kinds.count(NONE)
     if count < layers:
         notes.append(
-            f"{layers - count} of {layers} layers keep a state instead of a cache (linear "
-            "attention, Mamba); their matrices are not counted."
+            f"{layers - count} of {layers} layers keep a recurrent state instead of a KV cache "
+            "(linear attention, Mamba); their matrices are not counted."
         )
     if reader.get("kv_lora_rank"):
         return _latent_attention(reader, hidden, heads, count)
@@ -250,7 +252,7 @@ def _attention(
     bias = bool(values.get("attention_bias") or values.get("bias") or values.get("use_bias"))
     out_bias = bias or reader.model_type in BIASED
     qkv_bias = out_bias or reader.model_type in ("qwen2", "qwen2_moe")
-    # Some types gate the attention's output by a second half of the query.
+    # In these types the second half of the query projection gates the attention output.
     gate = 2 if reader.model_type in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text") else 1
 
     def matrix(name: str, rows: int, columns: int, has_bias: bool) -> Matrix:
@@ -268,7 +270,7 @@ def _attention(
 
 
 def _latent_attention(reader: ConfigReader, hidden: int, heads: int, count: int) -> list[Matrix]:
-    """Multi-head latent attention (DeepSeek V2): keys and values come out of one small vector."""
+    """Multi-head latent attention (DeepSeek V2): keys and values are projected from one latent."""
     rank, query_rank = reader.get("kv_lora_rank"), reader.get("q_lora_rank")
     plain, rotary = reader.get("qk_nope_head_dim"), reader.get("qk_rope_head_dim")
     value = reader.get("v_head_dim")
@@ -289,7 +291,7 @@ def _latent_attention(reader: ConfigReader, hidden: int, heads: int, count: int)
 
 
 def _mlp(reader: ConfigReader, hidden: int, layers: int) -> tuple[list[Matrix], int]:
-    """Give the matrices of the MLPs, and the numbers of routers."""
+    """Return the matrices of the MLPs, and the number of router weights."""
     inner = reader.get("inner") or 4 * hidden
     experts = reader.get("experts")
     gates = 1 if reader.model_type in UNGATED else 2
@@ -336,8 +338,8 @@ def _cache(
 ) -> tuple[CacheLayers, ...]:
     if rank := reader.get("kv_lora_rank"):
         notes.append(
-            "The cache holds the latent vector of multi-head latent attention, as servers keep it; "
-            "Transformers itself keeps whole keys and values, many times as much."
+            "The KV cache holds the latent vector of multi-head latent attention, as in servers; "
+            "Transformers itself caches full keys and values, which takes many times as much."
         )
         per_token = rank + reader.get("qk_rope_head_dim")
     else:

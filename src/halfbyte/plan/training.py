@@ -1,4 +1,4 @@
-"""Bytes of a training step of an adapter on a frozen base: QLoRA where the base is quantized."""
+"""Memory of training an adapter on a frozen base model (QLoRA if the base is quantized)."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from halfbyte.plan.memory import Load, plan_memory
 from halfbyte.plan.shapes import Matrix, ModelShapes
 
 OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2}
-"""Two moments of each trained number. A paged optimizer can leave the device for the host."""
+"""Two moments per trained parameter. A paged optimizer can move to host memory."""
 ADAPTER_BYTES = 8
-"""A trained number and its gradient, in fp32."""
+"""A trained parameter and its gradient, in fp32."""
 KEPT_SHARE = 1.5
-"""Hidden-sized tensors kept for each block: what it was given, and half of one in its norms."""
+"""Hidden-sized tensors kept per block: its input, and half a tensor in its norms."""
 HIDDEN_COPIES, INNER_COPIES, NORM_COPIES = 5, 5, 4
-"""Tensors of one block alive while it is computed again and taken back: in the computing type as
-wide as the hidden state and as the MLP, and fp32 ones of norms. Fitted to
+"""Tensors of one block alive during its recomputation and backward pass: hidden-sized and MLP-sized
+ones in the compute dtype, and hidden-sized fp32 ones of norms. Fitted to
 bench/measure_training_memory.py."""
 LOGITS_AT_ONCE = 2**22
-"""Numbers that the loss makes logits of at a time (``finetune/loss.py``)."""
+"""Logits that the loss computes at a time (``finetune/loss.py``)."""
 LOGIT_COPIES = 3
-"""Of those in fp32: themselves, their softmax, their gradient."""
+"""Their fp32 copies: logits, softmax, gradient."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingLoad:
-    """What is trained, and on how much at a time."""
+    """The training workload to plan for."""
 
     base: Load
-    """The base; its context is the tokens of a row."""
+    """The base model; its context is the tokens per row."""
     rank: int = 16
     targets: tuple[str, ...] = ()
-    """Names of linears with an adapter; empty: all in the blocks."""
+    """Names of linears with an adapter; empty means all in the blocks."""
     batch_size: int = 1
     optimizer: str = "adamw"
     checkpointing: bool = True
-    """Activations of a block are computed again on the way back."""
+    """Gradient checkpointing: a block's activations are recomputed in the backward pass."""
 
     def __post_init__(self) -> None:
         for name in ("rank", "batch_size"):
@@ -52,33 +52,33 @@ class TrainingLoad:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingPlan:
-    """What a training step takes. All values in bytes but the first."""
+    """Memory of a training step, by part. All values in bytes except the first."""
 
     trained: int
-    """Numbers of the adapter."""
+    """Number of adapter parameters."""
     weights: int
     adapter: int
-    """Its numbers and their gradients."""
+    """Adapter parameters and their gradients."""
     optimizer: int
     activations: int
     program: int
 
     @property
     def total(self) -> int:
-        """Everything together."""
+        """Sum of all parts."""
         return self.weights + self.adapter + self.optimizer + self.activations + self.program
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain values for JSON, in bytes."""
+        """Return JSON-serializable values, in bytes."""
         return {**asdict(self), "total": self.total}
 
 
 def plan_training(shapes: ModelShapes, load: TrainingLoad) -> TrainingPlan:
-    """Work out what a training step takes.
+    """Estimate the memory of a training step.
 
     Args:
         shapes: The base model.
-        load: What is trained on it.
+        load: The training workload.
 
     Returns:
         Bytes by part.
@@ -101,28 +101,28 @@ def find_targets(shapes: ModelShapes, names: tuple[str, ...]) -> list[Matrix]:
 
     Args:
         shapes: The model.
-        names: Such as ``q_proj``; none: all.
+        names: Such as ``q_proj``; empty means all.
 
     Returns:
         The matrices.
 
     Raises:
-        ConfigError: The model has no matrix of a name.
+        ConfigError: The model has no matrix of one of the names.
     """
     known = {matrix.name.rpartition(".")[2] for matrix in shapes.linears}
     for name in names:
         if name not in known:
             raise ConfigError(
                 f"There is no linear '{name}' in '{shapes.name}'; it has "
-                f"{', '.join(sorted(known))}."
+                f"{', '.join(sorted(known))}. Use one of these."
             )
     return [m for m in shapes.linears if not names or m.name.rpartition(".")[2] in names]
 
 
 def _activation_bytes(shapes: ModelShapes, load: TrainingLoad, adapted: list[Matrix]) -> int:
-    """Give what the blocks keep, the widest moment of one block, and the logits of a chunk.
+    """Return what all blocks keep, plus the peak of one block and the logits of one chunk.
 
-    Adapters compute in fp32, so the inputs of the adapted linears are there once more.
+    Adapters compute in fp32, so each adapted linear keeps an fp32 copy of its input.
     """
     base = load.base
     tokens = load.batch_size * base.context
@@ -135,16 +135,16 @@ def _activation_bytes(shapes: ModelShapes, load: TrainingLoad, adapted: list[Mat
     return tokens * (kept * shapes.layers + at_once) + 4 * LOGIT_COPIES * logits
 
 
-def largest_batch(shapes: ModelShapes, load: TrainingLoad, device: Device) -> int:
-    """Give the most rows at a time that fit a device; 0 where not one does.
+def max_batch_size(shapes: ModelShapes, load: TrainingLoad, device: Device) -> int:
+    """Return the largest batch size that fits a device; 0 if not even one row does.
 
     Args:
         shapes: The base model.
-        load: What is trained; its batch size is not looked at.
-        device: Where.
+        load: The training workload; its batch size is ignored.
+        device: The device.
 
     Returns:
-        Rows.
+        Rows per step.
     """
     one, two = (plan_training(shapes, replace(load, batch_size=rows)).total for rows in (1, 2))
     if one > device.bytes:

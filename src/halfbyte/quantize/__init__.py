@@ -1,6 +1,6 @@
-"""Text, weights -> checkpoint: calibration -> hessian -> grid -> gptq -> journal -> run.
+"""Quantizes a model with GPTQ: calibration -> hessian -> grid -> gptq -> journal -> run.
 
-The package can be called: ``halfbyte.quantize(model, output, ...)`` is
+The package itself is callable: ``halfbyte.quantize(model, output, ...)`` calls
 :func:`halfbyte.quantize.pipeline.quantize`.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 class _CallablePackage(ModuleType):
-    """Both names are wanted: the function is what users call, the package is where it lives."""
+    """A package that can be called like its main function, which has the same name."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         from halfbyte.quantize.pipeline import quantize

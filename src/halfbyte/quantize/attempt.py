@@ -41,7 +41,7 @@ from halfbyte.quantize.mixed_precision import choose_bits
 from halfbyte.quantize.probe import (
     KEPT_LOGITS,
     Probe,
-    Trail,
+    ProbeTrace,
     compute_logits,
     measure_quality,
 )
@@ -54,7 +54,7 @@ from halfbyte.quantize.report import (
 )
 from halfbyte.quantize.resources import RunSettings
 from halfbyte.quantize.rounding import RoundedLinear
-from halfbyte.quantize.run_states import BASE, CALIBRATION, PROBE, TUNED, RunStates
+from halfbyte.quantize.run_states import BASE_PROBE, CALIBRATION, PROBE, TUNED, RunStates
 from halfbyte.quantize.token_gradients import measure_token_weights
 
 WEIGHTS_FOLDER = "token-weights"
@@ -143,6 +143,9 @@ class Attempt:
                 for index in range(len(self.journal.blocks), self.num_blocks):
                     self.progress.block_started(index, self.num_blocks)
                     walk.do_block(index, writer)
+                    if index == 0:
+                        first_window = self.probe.ids[:1].to(self.weights.device)
+                        self.stream.check_block_order(first_window)
                 with self.meter.timed("write"):
                     writer.wait()
                 tuning = self._tune_whole(states)
@@ -190,7 +193,7 @@ class Attempt:
             dtype=self.settings.torch_dtype,
             match_base=self.config.match_base,
             tuned=self._tuned_streams,
-            held=self.settings.hold_states,
+            on_device=self.settings.hold_states,
         )
 
     @property
@@ -206,7 +209,7 @@ class Attempt:
         with self.meter.timed("end to end"):
             # Before training, since that changes what is behind the last block, too.
             if states.has_base:
-                self._base_logits = self._logits(states, BASE)
+                self._base_logits = self._logits(states, BASE_PROBE)
             return tune_whole(
                 self.weights,
                 self.stream,
@@ -229,7 +232,7 @@ class Attempt:
         quantized = {PROBE: PROBE, CALIBRATION: CALIBRATION} | (TUNED if tuning.changed else {})
         base_logits = self._base_logits
         if walk.states.has_base and not base_logits:
-            base_logits = self._logits(walk.states, BASE)
+            base_logits = self._logits(walk.states, BASE_PROBE)
         head: list[RoundedLinear] = []
         if self.config.lm_head:
             self.progress.phase("quantizing the head")
@@ -249,7 +252,7 @@ class Attempt:
         shards = self._write_rest(
             found, head, outside or partial(self._write_outside, head, tuning.outside)
         )
-        self._check(walk.states.trail, head, kept_logits)
+        self._check(walk.states.trace, head, kept_logits)
         report = self._make_report(found, quality, sum(s.num_bytes for s in shards))
         report = replace(report, end_to_end=tuning.report)
         save_report(report, self.weights.folder, self.journal.output)
@@ -273,7 +276,7 @@ class Attempt:
             )
         return shards
 
-    def _check(self, trail: Trail, head: Sequence[RoundedLinear], kept_logits: Tensor) -> None:
+    def _check(self, trace: ProbeTrace, head: Sequence[RoundedLinear], kept_logits: Tensor) -> None:
         """Load what was written again and compare it with what was computed."""
         self.progress.phase("reloading and comparing")
         output, device, dtype = self.journal.output, self.weights.device, self.settings.torch_dtype
@@ -282,14 +285,14 @@ class Attempt:
             for entry in self.journal.blocks:
                 sums |= entry["checksums"]
             check_bytes(output, sums, device)
-            check_outputs(output, self.probe, trail, kept_logits, dtype, device)
+            check_outputs(output, self.probe, trace, kept_logits, dtype, device)
 
     def _logits(self, states: RunStates, stream: str) -> list[Tensor]:
         """What a model makes of the probe: logits [tokens, vocabulary] per window."""
         behind, device = states.at(stream, self.num_blocks), self.weights.device
-        held = self.settings.hold_states
+        keep = self.settings.hold_states
         with self.meter.timed("quality"):
-            return compute_logits(self.stream, self.probe, behind, device, held=held)
+            return compute_logits(self.stream, self.probe, behind, device, keep_on_device=keep)
 
     def _make_report(
         self, found: RoundedModules, quality: QualityReport | None, checkpoint_bytes: int

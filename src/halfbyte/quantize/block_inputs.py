@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import CalibrationError
-from halfbyte.model.stream import Passages
+from halfbyte.model.stream import ForwardPasses
 from halfbyte.quant_config import QuantConfig
 from halfbyte.quantize.hessian import HessianAccumulator, shrink_to_diagonal, shrink_to_pool
 from halfbyte.quantize.rounding import InputStatistics, LinearTask
@@ -50,8 +50,8 @@ class InputCollector:
         self,
         config: QuantConfig,
         device: torch.device,
-        passages: Passages,
-        base_passages: Passages | None,
+        passages: ForwardPasses,
+        base_passages: ForwardPasses | None,
         base_weights: Callable[[], AbstractContextManager[None]],
         token_weights: TokenWeights | None,
     ) -> None:
@@ -129,7 +129,7 @@ class InputCollector:
         self,
         stage: int,
         groups: Sequence[GroupTasks],
-        base_passages: Passages | None,
+        base_passages: ForwardPasses | None,
         roots: Sequence[list[Tensor] | None],
         *,
         checked: bool,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from halfbyte.machine.memory import release_memory
 from halfbyte.model.blocks import LinearTensors
-from halfbyte.model.stream import Passages
+from halfbyte.model.stream import ForwardPasses
 from halfbyte.quantize.block_plan import plan_tasks
 from halfbyte.quantize.block_shard import gather_block
 from halfbyte.quantize.block_tuning import TuningData, tune_rounded
@@ -26,7 +26,7 @@ from halfbyte.quantize.probe import Probe
 from halfbyte.quantize.report import SkippedModule
 from halfbyte.quantize.resources import RunSettings
 from halfbyte.quantize.rounding import LinearTask, RoundedLinear
-from halfbyte.quantize.run_states import BASE, CALIBRATION, FULL, PROBE, RunStates
+from halfbyte.quantize.run_states import BASE_CALIBRATION, BASE_PROBE, CALIBRATION, PROBE, RunStates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,11 +55,11 @@ class BlockWalk:
         with work.meter.timed("load"):
             block, exact = work.load(index)
             if self.settings.hold_states and index + 1 < len(weights.blocks.modules):
-                weights.fetch_block(index + 1)
+                weights.prefetch_block(index + 1)
         work.find_stages(index, block, self.loader(CALIBRATION, index))
         if self.states.has_base:
             with work.meter.timed("quality"), stream.at(index):
-                self.states.run_probe(BASE, index, stream, probe_ids)
+                self.states.run_probe(BASE_PROBE, index, stream, probe_ids)
         prefix = f"{weights.blocks.name(index)}."
         tasks, skipped = plan_tasks(prefix, block, exact, work.config, weights.disk_name)
         rounded = self._round(index, block, tasks, exact)
@@ -92,19 +92,19 @@ class BlockWalk:
 
         return load
 
-    def passages(self, stream: str, position: int, *, keep_paused: bool) -> Passages:
+    def passages(self, stream: str, position: int, *, keep_paused: bool) -> ForwardPasses:
         """Send a stream's batches on their way from in front of a block.
 
         Args:
             stream: Of the calibration text.
             position: The block.
-            keep_paused: See :class:`halfbyte.model.stream.Passages`.
+            keep_paused: See :class:`halfbyte.model.stream.ForwardPasses`.
 
         Returns:
             The passages, none of which has begun.
         """
         load = self.loader(stream, position)
-        return Passages(self.work.stream, len(self.batches), load, keep_paused=keep_paused)
+        return ForwardPasses(self.work.stream, len(self.batches), load, keep_paused=keep_paused)
 
     def _round(
         self,
@@ -119,11 +119,11 @@ class BlockWalk:
             passages = self.passages(CALIBRATION, index, keep_paused=keep)
             base_passages = None
             if work.config.match_base:
-                base_passages = self.passages(FULL, index, keep_paused=keep)
+                base_passages = self.passages(BASE_CALIBRATION, index, keep_paused=keep)
             rounded = work.round_block(block, tasks, passages, base_passages)
             if base_passages is not None:
                 with work.meter.timed("forward and Hessians"), work.base_weights(block):
-                    self._pass_on(FULL, index, base_passages)
+                    self._pass_on(BASE_CALIBRATION, index, base_passages)
             if work.config.tune_steps and rounded:
                 # They went through the block as it was before.
                 passages.close()
@@ -133,7 +133,7 @@ class BlockWalk:
                 self._pass_on(CALIBRATION, index, passages)
         return rounded
 
-    def _pass_on(self, stream: str, index: int, passages: Passages) -> None:
+    def _pass_on(self, stream: str, index: int, passages: ForwardPasses) -> None:
         behind = self.states.at(stream, index + 1)
         for batch in range(len(self.batches)):
             behind.write(batch, passages.finish(batch))
@@ -146,7 +146,7 @@ class BlockWalk:
         exact: Mapping[str, LinearTensors],
     ) -> list[RoundedLinear]:
         work = self.work
-        load, wanted = self.loader(CALIBRATION, index), self.states.at(FULL, index + 1)
+        load, wanted = self.loader(CALIBRATION, index), self.states.at(BASE_CALIBRATION, index + 1)
         data = TuningData(
             run=lambda batch: work.stream.run(*load(batch)),
             wanted=lambda batch: wanted.read(batch).to(work.weights.device),

@@ -24,7 +24,7 @@ from halfbyte.model.blocks import (
     set_linear_weight,
 )
 from halfbyte.model.experts import UnfusedExperts, unfuse_experts, why_not_unfused
-from halfbyte.model.stream import BlockStream, Passages
+from halfbyte.model.stream import BlockStream, ForwardPasses
 from halfbyte.model.weights import ModelWeights
 from halfbyte.quant_config import QuantConfig
 from halfbyte.quantize.block_inputs import (
@@ -120,8 +120,8 @@ class BlockWork:
         self,
         root: nn.Module,
         tasks: Iterable[LinearTask],
-        passages: Passages,
-        base_passages: Passages | None = None,
+        passages: ForwardPasses,
+        base_passages: ForwardPasses | None = None,
     ) -> list[RoundedLinear]:
         """Round all linears of a block, stage by stage, and put the results in place.
 

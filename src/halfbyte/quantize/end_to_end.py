@@ -125,7 +125,7 @@ class EndToEndTuning:
         self.chain, self.student, self.data = chain, student, data
         self.path = path
         self.steps, self.seed = steps, seed
-        self.changes = {name: number.change for name, number in student.numbers.items()}
+        self.changes = {name: number.change for name, number in student.trainable.items()}
         self.best = {name: torch.zeros_like(change) for name, change in self.changes.items()}
         fit = [data.ids(batch) for batch in data.fit]
         weights = [
@@ -261,7 +261,7 @@ class EndToEndTuning:
             tensors[f"now.{name}"] = change.detach()
             tensors[f"best.{name}"] = self.best[name]
             # The shards may hold trained scales by the time that this is read.
-            tensors[f"start.{name}"] = self.student.numbers[name].start
+            tensors[f"start.{name}"] = self.student.trainable[name].start
             for key, value in self.optimizer.state.get(change, {}).items():
                 tensors[f"{key}.{name}"] = value
         state = self.state
@@ -284,7 +284,7 @@ class EndToEndTuning:
             for name, change in self.changes.items():
                 change.copy_(tensors[f"now.{name}"])
                 self.best[name].copy_(tensors[f"best.{name}"])
-                self.student.numbers[name].start.copy_(tensors[f"start.{name}"])
+                self.student.trainable[name].start.copy_(tensors[f"start.{name}"])
                 if f"step.{name}" in tensors:
                     self.optimizer.state[change] = {
                         "step": tensors[f"step.{name}"],

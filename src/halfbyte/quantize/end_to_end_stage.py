@@ -24,7 +24,7 @@ from halfbyte.quantize.probe import Probe
 from halfbyte.quantize.progress import Progress
 from halfbyte.quantize.report import EndToEndReport
 from halfbyte.quantize.resources import RunSettings
-from halfbyte.quantize.run_states import CALIBRATION, FULL, PROBE, TUNED, RunStates
+from halfbyte.quantize.run_states import BASE_CALIBRATION, CALIBRATION, PROBE, TUNED, RunStates
 from halfbyte.quantize.student import Student
 
 STATE_FILE = "end-to-end.safetensors"
@@ -83,7 +83,7 @@ def tune_whole(
     device, end = weights.device, len(weights.blocks.modules)
     data = WholeData(
         ids=lambda batch: batches[batch].to(device),
-        base=lambda batch: states.at(FULL, end).read(batch).to(device),
+        base=lambda batch: states.at(BASE_CALIBRATION, end).read(batch).to(device),
         num_batches=len(batches),
         weights=None if weights_of_tokens is None else weights_of_tokens.__getitem__,
     )
@@ -124,14 +124,14 @@ def tune_whole(
             return WholeTuning(report=report, notes=(told,))
         progress.phase("writing the trained scales")
         for index in range(end):
-            changed, dequantized = student.settled(index)
+            changed, dequantized = student.export_block(index)
             entry = rewrite_block(journal.output, journal.blocks[index], changed, dequantized, NOTE)
             journal.replace_block(index, entry)
             with torch.no_grad(), student.enter(index), stream.at(index):
                 states.run_probe(TUNED[PROBE], index, stream, probe.ids.to(device))
                 if with_calibration:
                     _pass_on(states, index, stream, batches, device)
-        return WholeTuning(report=report, outside=student.settle_outside())
+        return WholeTuning(report=report, outside=student.export_outside())
     finally:
         student.close()
 

@@ -22,7 +22,7 @@ from halfbyte.checkpoint.write import (
 from halfbyte.model.weights import ModelWeights, map_tensor
 from halfbyte.quant_config import QuantConfig, Scheme
 from halfbyte.quantize.model_card import save_model_card
-from halfbyte.quantize.plot import save_picture
+from halfbyte.quantize.plot import save_plot
 from halfbyte.quantize.report import ModuleReport, QuantizationReport, SkippedModule
 from halfbyte.quantize.rounding import RoundedLinear
 from halfbyte.version import __version__
@@ -113,7 +113,7 @@ def save_report(report: QuantizationReport, base: Path, output: Path) -> Quantiz
     Returns:
         The report as saved.
     """
-    save_picture(report, output)
+    save_plot(report, output)
     save_model_card(report, base, output)
     report.save(output)
     return report

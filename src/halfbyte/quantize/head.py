@@ -8,7 +8,7 @@ from halfbyte.model.blocks import InputGroup, Stage, linear_tensors
 from halfbyte.quantize.block_plan import plan_tasks
 from halfbyte.quantize.block_walk import BlockWalk
 from halfbyte.quantize.rounding import RoundedLinear
-from halfbyte.quantize.run_states import FULL
+from halfbyte.quantize.run_states import BASE_CALIBRATION
 
 
 def round_head(walk: BlockWalk, stream: str) -> tuple[list[RoundedLinear], list[str]]:
@@ -37,7 +37,7 @@ def round_head(walk: BlockWalk, stream: str) -> tuple[list[RoundedLinear], list[
         passages = walk.passages(stream, end, keep_paused=False)
         base_passages = None
         if work.config.match_base:
-            base_passages = walk.passages(FULL, end, keep_paused=False)
+            base_passages = walk.passages(BASE_CALIBRATION, end, keep_paused=False)
         rounded = work.round_block(model, tasks, passages, base_passages)
     note = "the head was untied from the embeddings, which stay as they are"
     return rounded, [note] if tied else []

@@ -240,7 +240,7 @@ def _coverage(known: Sequence[Tensor], seen: Sequence[Tensor]) -> float:
     return float(torch.isin(tokens, vocabulary).double().mean())
 
 
-def save_inspection_picture(inspection: Inspection, path: Path) -> Path:
+def save_inspection_plot(inspection: Inspection, path: Path) -> Path:
     """Draw the distance of every linear beside its floor.
 
     Args:

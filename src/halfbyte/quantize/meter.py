@@ -1,4 +1,4 @@
-"""Where a run's time and arithmetic go."""
+"""Counters of a run's time and floating-point operations."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Meter:
-    """Seconds and floating-point operations by kind of work."""
+    """Seconds and floating-point operations, by kind of work."""
 
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     flops: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Add the time of a stretch of work to a phase."""
+        """Add the wall time of the ``with`` block to a phase."""
         start = time.perf_counter()
         try:
             yield

@@ -1,4 +1,4 @@
-"""Mixed precision: survey the base model once, then give every module its bits."""
+"""Mixed precision: measures the sensitivity of every module once, then assigns bits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from halfbyte.quantize.bit_allocation import (
 )
 from halfbyte.quantize.block_work import BlockWork
 from halfbyte.quantize.progress import Progress
-from halfbyte.quantize.sensitivity import Survey, survey_batches
+from halfbyte.quantize.sensitivity import SensitivityAnalysis, select_batches
 from halfbyte.units import parse_size
 
 ALLOCATION_FILE = "allocation.json"
@@ -41,24 +41,24 @@ def choose_bits(
     folder: Path,
     progress: Progress,
 ) -> tuple[QuantConfig, tuple[str, ...]]:
-    """Choose bits for every module, or read what an earlier process of this run chose.
+    """Choose the bits of every module, or load the choice of an earlier process of this run.
 
     Args:
-        weights: The base model; what is outside the blocks is loaded.
+        weights: The base model; the weights outside the blocks must be loaded.
         stream: Runs blocks.
         work: Loads blocks.
-        config: What was asked for.
-        batches: Calibration ids, of which a part is used.
-        seed: Draws tokens from the model's predictions.
-        folder: The run's work folder.
-        progress: Told what is done.
+        config: The requested configuration, with the target.
+        batches: Calibration ids, of which a subset is used.
+        seed: Seed for sampling tokens from the model's predictions.
+        folder: The run's work folder, where the choice is kept.
+        progress: Reports the phase.
 
     Returns:
         The config with an override for every module that had none, and notes for the report.
 
     Raises:
-        ConfigError: The target is below what the fewest bits need, or overrides fix linears that
-            runtimes fuse differently.
+        ConfigError: The target is too small even for the fewest bits, or overrides assign different
+            bits to linears that runtimes fuse.
     """
     path = folder / ALLOCATION_FILE
     if path.exists():
@@ -67,9 +67,9 @@ def choose_bits(
         target_bytes = None
         if config.target_size is not None:
             target_bytes = parse_size(config.target_size, "target_size")
-        progress.phase("measuring what each module's bits cost")
-        survey = Survey(weights, stream, work, config, seed=seed)
-        units = survey.measure(survey_batches(batches))
+        progress.phase("measuring the sensitivity of each module")
+        analysis = SensitivityAnalysis(weights, stream, work, config, seed=seed)
+        units = analysis.measure(select_batches(batches))
         if target_bytes is not None:
             budget = budget_for_size(target_bytes, _dense_bytes(weights, units), units)
         else:
@@ -78,9 +78,9 @@ def choose_bits(
         allocation = allocate(units, budget)
         write_atomically(path, [json.dumps(asdict(allocation)).encode()])
     counts = Counter(allocation.bits.values())
-    told = ", ".join(f"{counts[bits]} in {bits}" for bits in sorted(counts))
+    summary = ", ".join(f"{counts[bits]} in {bits}" for bits in sorted(counts))
     note = (
-        f"bits chosen by what they measurably cost: {told} bits, "
+        f"bits chosen by measured sensitivity: {summary} bits, "
         f"{allocation.bits_per_weight:.3f} per weight; predicted KL {allocation.predicted_kl:.4f}"
     )
     progress.phase(note)
@@ -88,6 +88,6 @@ def choose_bits(
 
 
 def _dense_bytes(weights: ModelWeights, units: Sequence[Unit]) -> int:
-    """Count what is written as it is: everything but the weights that are rounded."""
-    whole = sum(info.num_bytes + HEADER_BYTES for info in weights.files.infos.values())
-    return whole - weights.dtype.itemsize * sum(unit.num_weights for unit in units)
+    """Return the bytes that are written unquantized: all tensors except the rounded weights."""
+    total = sum(info.num_bytes + HEADER_BYTES for info in weights.files.infos.values())
+    return total - weights.dtype.itemsize * sum(unit.num_weights for unit in units)

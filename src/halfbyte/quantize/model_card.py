@@ -1,6 +1,7 @@
-"""The README of a quantized checkpoint: recipe, measured quality, errors, versions, how to load it.
+"""Writes the model card (README.md) of a quantized checkpoint.
 
-Its front matter is what the Hugging Face Hub reads: base model, relation, licence, tags.
+It contains usage, measured quality, recipe, errors and versions; its front matter gives the Hugging
+Face Hub the base model, license and tags.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from typing import Any
 
 from halfbyte.checkpoint.front_matter import CARD_FILE, read_front_matter
 from halfbyte.checkpoint.identity import name_folder
-from halfbyte.quantize.plot import PICTURE_FILE
+from halfbyte.quantize.plot import PLOT_FILE
 from halfbyte.quantize.report import ExpertCoverage, ModuleReport, QuantizationReport, kind_of
 from halfbyte.units import format_bytes, format_error, format_seconds
 
 CARRIED_KEYS = ("license", "license_name", "license_link", "language")
-"""Of the base's front matter: they hold for its quantized form too."""
+"""Front matter keys that are copied from the base model's card."""
 
 WORST_SHOWN = 10
+"""Number of modules with the largest errors that are listed."""
 
 
 def save_model_card(report: QuantizationReport, base_folder: Path | None, folder: Path) -> Path:
@@ -29,14 +31,14 @@ def save_model_card(report: QuantizationReport, base_folder: Path | None, folder
 
     Args:
         report: The run.
-        base_folder: Where the base model's files are; its README gives the licence. None where
-            it is not on this machine.
+        base_folder: Folder of the base model, whose README gives the license; None if it is not on
+            this machine.
         folder: The checkpoint's folder, which exists.
 
     Returns:
         The file.
     """
-    # Imported here: it costs half a second, and most commands write no card.
+    # Imported here, because it takes half a second and most commands write no card.
     from huggingface_hub import ModelCardData
 
     name = base_model_name(report.model)
@@ -56,13 +58,13 @@ def save_model_card(report: QuantizationReport, base_folder: Path | None, folder
 
 
 def base_model_name(model: str) -> str:
-    """Give the name by which others know a model.
+    """Return the public name of a model.
 
     Args:
-        model: As it was named to the run: a Hub name, a folder, or a folder of the Hub's cache.
+        model: The model as the user named it: a Hub name, a folder, or a folder of the Hub's cache.
 
     Returns:
-        ``owner/name`` where that can be told, else the folder's name. Never a path.
+        ``owner/name`` if it can be determined, else the folder's name; never a path.
     """
     parts = Path(model).parts
     for part in parts:
@@ -75,7 +77,7 @@ def base_model_name(model: str) -> str:
 
 
 def write_card_body(report: QuantizationReport, name: str) -> str:
-    """Write the card below its front matter.
+    """Return the card's text after the front matter.
 
     Args:
         report: The run.
@@ -120,7 +122,8 @@ inputs = tokenizer("The capital of France is", return_tensors="pt").to(model.dev
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))
 ```
 
-The files are in the standard GPTQ layout. `halfbyte check` tells which other programs load them."""
+The files are in the standard GPTQ layout. `halfbyte check` lists the programs that
+can load them."""
 
 
 def _quality(report: QuantizationReport) -> str:
@@ -133,7 +136,7 @@ def _quality(report: QuantizationReport) -> str:
         ("perplexity, base", f"{quality.base_perplexity:.3f}"),
         ("perplexity, this", f"{quality.quantized_perplexity:.3f}"),
         ("KL to the base", f"{quality.kl_nats_mean:.4f} nats per token{spread}"),
-        ("same first choice as the base", f"{quality.top1_agreement:.1%} of tokens"),
+        ("same top token as the base", f"{quality.top1_agreement:.1%} of tokens"),
     ]
     return (
         f"On {quality.windows} windows of {quality.window} tokens of {quality.text} "
@@ -157,8 +160,8 @@ def _recipe(report: QuantizationReport) -> str:
         rows.append(
             (
                 "trained end to end",
-                f"step {tuning.kept_step} of {tuning.steps} kept: KL on calibration text kept "
-                f"apart {tuning.kl_before:.4f} to {tuning.kl_after:.4f}",
+                f"step {tuning.kept_step} of {tuning.steps} kept: KL on held-out calibration text "
+                f"{tuning.kl_before:.4f} to {tuning.kl_after:.4f}",
             )
         )
     return _table(("setting", "value"), rows)
@@ -175,13 +178,13 @@ def _value(value: Any) -> str:
 
 
 def _errors(report: QuantizationReport) -> str:
-    """Summarise by kind, then name the worst modules one by one."""
+    """Summarize the errors by kind, then list the modules with the largest errors."""
     by_kind: dict[str, list[ModuleReport]] = defaultdict(list)
     for module in report.modules:
         by_kind[module.kind].append(module)
     parts = [
-        "Relative error: squared error of a module's outputs over their squared size, on the "
-        "calibration text. RTN: the same for plain rounding to nearest on the min-max grid.",
+        "Relative error: squared error of a module's outputs relative to their squared norm, on "
+        "the calibration text. RTN: the same for round-to-nearest on the min-max grid.",
         _table(
             ("modules", "number", "bits", "group", "median", "worst", "mean RTN"),
             [_kind_row(kind, modules) for kind, modules in by_kind.items()],
@@ -195,7 +198,7 @@ def _errors(report: QuantizationReport) -> str:
             for m in worst
         ]
         parts += [f"The worst {len(worst)}:", _table(("module", "relative error", "RTN"), rows)]
-        parts.append(f"![Relative error by block and module]({PICTURE_FILE})")
+        parts.append(f"![Relative error by block and module]({PLOT_FILE})")
     return "\n\n".join(parts)
 
 
@@ -214,7 +217,7 @@ def _kind_row(kind: str, modules: Sequence[ModuleReport]) -> tuple[str, ...]:
 
 
 def _experts(coverage: Sequence[ExpertCoverage]) -> str:
-    """One row per block: an expert that few tokens reached was rounded on little evidence."""
+    """Return a table of calibration tokens per expert, with one row per block."""
     rows = [
         (
             str(block.block),
@@ -228,13 +231,13 @@ def _experts(coverage: Sequence[ExpertCoverage]) -> str:
     ]
     head = ("block", "experts", "fewest", "median", "most", "not reached")
     return (
-        "An expert that few tokens reached borrows from what all experts of its layer saw; the "
-        "notes below say how much.\n\n" + _table(head, rows)
+        "For an expert that few tokens reached, statistics of all experts of its layer are mixed "
+        "in; the notes below say how much.\n\n" + _table(head, rows)
     )
 
 
 def _skipped(report: QuantizationReport) -> str:
-    """One row per kind and reason; blocks rarely differ."""
+    """Return a table with one row per kind and reason; blocks rarely differ."""
     groups: dict[tuple[str, str], int] = defaultdict(int)
     for module in report.skipped:
         groups[kind_of(module.name), module.reason] += 1
@@ -243,7 +246,7 @@ def _skipped(report: QuantizationReport) -> str:
 
 
 def _notes(report: QuantizationReport) -> str:
-    """One line per note, with the number of modules that it holds for."""
+    """Return one line per note, with the number of modules that it applies to."""
     holders: dict[tuple[str, str], list[str]] = defaultdict(list)
     for module in report.modules:
         for note in module.notes:
@@ -260,12 +263,12 @@ def _made_with(report: QuantizationReport) -> str:
     versions = ", ".join(f"{package} {version}" for package, version in report.versions.items())
     return (
         f"{versions}.\n\nIn {format_seconds(report.seconds)}, with "
-        f"{format_bytes(report.peak_memory_bytes)} of memory at the most, on: {machine}."
+        f"{format_bytes(report.peak_memory_bytes)} of peak memory, on: {machine}."
     )
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    # A bar inside a cell would end it; regular expressions in --skip have them.
+    # Escape bars, which occur in regular expressions of --skip and would end a cell.
     lines += ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows]
     return "\n".join(lines)

@@ -1,7 +1,7 @@
-"""From a Hugging Face folder to a checkpoint, in one call.
+"""The entry point of quantization: from a Hugging Face model folder to a checkpoint.
 
-Checks what is read and what may be written, takes the output folder for itself, and lets
-:class:`halfbyte.quantize.run.Run` do the work.
+Checks the input and output folders, locks the output folder, and starts a
+:class:`halfbyte.quantize.run.Run`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from halfbyte.quantize.report import QuantizationReport, load_report
 from halfbyte.quantize.run import Run
 from halfbyte.quantize.source import (
     HubOptions,
-    check_apart,
     check_output,
+    check_output_outside_model,
     find_model,
 )
 
@@ -42,32 +42,32 @@ def quantize(
     """Quantize a model folder into a standard GPTQ checkpoint.
 
     Args:
-        model: A Hugging Face model folder, or a name on the Hub that is fetched there.
-        output: Folder for the checkpoint; it must be new, empty, or hold an unfinished run.
+        model: A Hugging Face model folder, or the name of a model on the Hub.
+        output: Folder of the checkpoint; it must be new, empty, or hold an unfinished run.
         config: How weights are rounded.
-        calibration: How much text, in what portions.
-        resources: What the run may use.
+        calibration: Number, length and batch size of the calibration sequences.
+        resources: Device, dtype and memory of the run.
         text: Calibration data; None: the built-in text.
-        resume: Go on with the unfinished run in ``output``.
-        quality: Run held-out text through both models beside the calibration text.
-        progress: Told how far the run is.
-        hub: Which files of the model are meant, and how to fetch them.
+        resume: Resume the unfinished run in ``output``.
+        quality: Measure quality by running held-out text through both models.
+        progress: Reports the progress of the run.
+        hub: Which files of the model to use, and how to download them.
 
     Returns:
-        The report, which also stands in ``output``.
+        The report, which is also saved in ``output``.
 
     Raises:
         ConfigError: A setting is wrong, or the output folder is in use.
         ModelError: The model cannot be streamed or quantized.
         CheckpointError: The model's files are damaged, or the disk is full.
-        CalibrationError: The text cannot support the maths.
-        JournalError: The run in the folder belongs to other inputs or options.
-        VerificationError: What was saved does not compute what was measured.
+        CalibrationError: The calibration text is unsuitable or too short.
+        JournalError: The unfinished run in the folder has other inputs or options.
+        VerificationError: The saved checkpoint does not reproduce the run's results.
     """
     source, target = find_model(model, hub or HubOptions()), Path(output)
-    check_apart(source, target)
+    check_output_outside_model(source, target)
     complete = check_output(target, resume=resume)
-    find_companions(source)  # copied at the end of the run, refused at its beginning
+    find_companions(source)  # fails early if a file that is copied at the end is unusable
     device = resolve_device((resources or ResourceConfig()).device)
     progress = progress or SilentProgress()
     journal = Journal(target)

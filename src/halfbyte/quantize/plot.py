@@ -1,8 +1,8 @@
-"""The run's errors as a picture: relative error by block and module, and what the solver gained.
+"""Plots the relative error of a run by block and module.
 
-Above, the mean over each block, beside that of rounding to nearest. Below, one cell per module,
-its colour the logarithm of its error. The experts of a block share two rows: their mean and their
-worst. Grey is a module that was left in 16 bits, white one that does not exist.
+The upper plot shows the mean error of each block and, as a baseline, that of round-to-nearest. The
+lower one is a heat map with one cell per module, colored by the logarithm of its error. The experts
+of a block share two rows: mean and worst. Gray modules were left in 16 bits, white cells are empty.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from halfbyte.quantize.report import ModuleReport, QuantizationReport, block_of,
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PICTURE_FILE = "quantization_error.png"
+PLOT_FILE = "quantization_error.png"
 
 HEAD = -1
-"""Column of the modules that no block holds."""
+"""Column of the modules outside the blocks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ErrorGrid:
-    """The numbers behind the picture."""
+    """The data of the plot."""
 
     rows: tuple[str, ...]
-    """Kinds of module, in the order in which they run."""
+    """Kinds of modules, in the order in which they run."""
     columns: tuple[int, ...]
-    """Block numbers; HEAD last where there is one."""
+    """Block indices, then HEAD if there is one."""
     errors: dict[tuple[str, int], float]
-    """By row and column; a missing cell does not exist, or was skipped."""
+    """Errors by row and column, without cells that do not exist or were skipped."""
     skipped: frozenset[tuple[str, int]]
-    """Row and column of the modules that were left in 16 bits."""
+    """Row and column of modules that were left in 16 bits."""
 
 
 def build_error_grid(report: QuantizationReport) -> ErrorGrid:
-    """Sort the modules' errors into rows and columns.
+    """Arrange the modules' errors in rows and columns.
 
     Args:
-        report: Its modules stand in the order in which they were quantized.
+        report: The run, with modules in the order in which they were quantized.
 
     Returns:
-        The grid. Modules whose kind holds an expert's number become a mean and a worst row.
+        The grid. Experts are combined into a row of means and a row of maxima.
     """
     cells: dict[tuple[str, int], list[float]] = defaultdict(list)
     for module in report.modules:
@@ -79,28 +79,28 @@ def _column(module: str) -> int:
 
 
 def _rows_of(kind: str) -> tuple[str, ...]:
-    """Give the rows that a kind of module fills: mean and worst for experts."""
+    """Return the rows of a kind of module: mean and worst for experts."""
     return (f"{kind} mean", f"{kind} worst") if "*" in kind else (kind,)
 
 
-def save_picture(report: QuantizationReport, folder: Path) -> Path | None:
-    """Draw the picture into a folder.
+def save_plot(report: QuantizationReport, folder: Path) -> Path | None:
+    """Save the plot in a folder.
 
     Args:
         report: The run.
         folder: The checkpoint's folder, which exists.
 
     Returns:
-        The file, or None where no module has an error to draw.
+        The file, or None if no module has an error.
     """
     grid = build_error_grid(report)
     if not grid.rows:
         return None
-    # Imported here: most commands draw nothing.
+    # Imported here, because most commands plot nothing.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figure = _draw(report, grid)
-    path = folder / PICTURE_FILE
+    path = folder / PLOT_FILE
     FigureCanvasAgg(figure)
     figure.savefig(path, format="png")
     return path
@@ -126,7 +126,7 @@ def _draw(report: QuantizationReport, grid: ErrorGrid) -> Figure:
 
 
 def _draw_lines(axes: Any, modules: Iterable[ModuleReport], grid: ErrorGrid) -> None:
-    """Draw each block's mean error, as solved and as rounded to nearest."""
+    """Draw each block's mean error, for GPTQ and for round-to-nearest."""
     solved: dict[int, list[float]] = defaultdict(list)
     rounded: dict[int, list[float]] = defaultdict(list)
     for module in modules:
@@ -139,7 +139,7 @@ def _draw_lines(axes: Any, modules: Iterable[ModuleReport], grid: ErrorGrid) -> 
         (rounded, "rounded to nearest", "0.6"),
         (solved, "GPTQ", "#1f4e8c"),
     ):
-        # A logarithmic axis has no place for a block without any error.
+        # A logarithmic axis cannot show a block with zero error.
         places = [i for i, column in enumerate(grid.columns) if any(values.get(column, ()))]
         means = [fmean(values[grid.columns[i]]) for i in places]
         axes.plot(places, means, color=color, marker=".", markersize=4, lw=1.2, label=label)
@@ -155,7 +155,7 @@ def _draw_lines(axes: Any, modules: Iterable[ModuleReport], grid: ErrorGrid) -> 
 
 
 def _draw_cells(axes: Any, grid: ErrorGrid) -> Any:
-    """Draw the heat map and give the image that the colour bar explains."""
+    """Draw the heat map and return its image, for the color bar."""
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
     from matplotlib.patches import Rectangle
@@ -166,7 +166,7 @@ def _draw_cells(axes: Any, grid: ErrorGrid) -> Any:
         [max(grid.errors.get((row, column), math.nan), low) for column in grid.columns]
         for row in grid.rows
     ]
-    # A scale of no length has no colours.
+    # LogNorm needs a range of nonzero length.
     norm = LogNorm(vmin=low, vmax=high if high > low * 1.01 else low * 1.01)
     colors = colormaps["viridis"].with_extremes(bad="white")
     image = axes.imshow(values, norm=norm, cmap=colors, aspect="auto", interpolation="nearest")
@@ -181,7 +181,7 @@ def _draw_cells(axes: Any, grid: ErrorGrid) -> Any:
     axes.set_xticks(places, labels, fontsize=7)
     axes.set_xlabel("block", fontsize=8)
     axes.tick_params(length=0)
-    # White lines between the cells keep rows apart for the eye.
+    # White lines separate the cells.
     axes.set_xticks([i - 0.5 for i in range(1, len(grid.columns))], minor=True)
     axes.set_yticks([i - 0.5 for i in range(1, len(grid.rows))], minor=True)
     axes.grid(which="minor", color="white", lw=0.6)
@@ -192,7 +192,7 @@ def _draw_cells(axes: Any, grid: ErrorGrid) -> Any:
 
 
 def _label_in_percent(axis: Any) -> None:
-    """Put ticks at 1, 2 and 5 of each decade, written as percentages."""
+    """Place ticks at 1, 2 and 5 of each decade, formatted as percentages."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))

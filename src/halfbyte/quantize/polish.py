@@ -1,9 +1,9 @@
-"""Codes and scales of a finished sweep -> nearer ones, kept where other text confirms them.
+"""Polishing: improves the codes and scales of a GPTQ sweep by coordinate descent.
 
-A sweep decides each code once, before the later ones are known. Polishing goes over them again:
-scales are refitted group by group, then every code moves to the best value given all others. Both
-steps lower the loss on the Hessian that they are given; a row keeps them only where its loss on a
-second Hessian does not rise.
+A sweep decides each code once, before the later ones are known. Polishing revisits them: scales are
+refitted group by group, then every code moves to its best value given all others. Both steps lower
+the loss on one Hessian; a row keeps the result only if its loss on a second Hessian, from other
+text, does not rise.
 
 Source:
     Coordinate descent on codes: Behdin et al. 2023, "QuantEase", https://arxiv.org/abs/2309.01885.
@@ -20,13 +20,13 @@ from halfbyte.quantize.columns import Steps, move_columns
 from halfbyte.quantize.grid import Grid, round_to_stored
 
 BLOCK_COLUMNS = 128
-LARGEST_CHANGE = 2.0
-"""A scale that would grow or shrink by more than this is left as it is."""
+MAX_SCALE_CHANGE = 2.0
+"""A scale that would grow or shrink by more than this factor is not changed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Polished:
-    """What polishing gave."""
+    """The result of polishing."""
 
     grid: Grid
     codes: Tensor
@@ -38,18 +38,18 @@ class Polished:
 def polish(
     target: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, check: Tensor, *, rounds: int
 ) -> Polished:
-    """Refit scales, move codes, refit scales; keep rows that other text confirms.
+    """Refit scales and move codes repeatedly; keep the rows that other text confirms.
 
     Args:
-        target: What the rounded weight should come near to, fp32 [out, in].
+        target: The weight to approximate, fp32 [out, in].
         codes: uint8 [out, in].
         grid: Scales and zeros.
-        hessian: Mean of x xᵀ over the text that decides, [in, in].
-        check: The same over other text.
-        rounds: How often.
+        hessian: Mean of x xᵀ over the fitting text, [in, in].
+        check: The same over the checking text.
+        rounds: Number of rounds.
 
     Returns:
-        Codes and grid, row by row the better ones.
+        Codes and grid, polished in the rows that changed.
     """
     state = _State(target, codes, grid, hessian)
     before, before_check = state.loss(), state.loss_on(check)
@@ -73,7 +73,7 @@ def polish(
 
 
 class _State:
-    """Everything turned round, [in, out], so that one column of the weight is contiguous."""
+    """All tensors transposed, [in, out], so that a column of the weight is contiguous."""
 
     def __init__(self, target: Tensor, codes: Tensor, grid: Grid, hessian: Tensor) -> None:
         self.hessian = hessian
@@ -84,9 +84,9 @@ class _State:
         self.scales = grid.scales.t().clone(memory_format=torch.contiguous_format)
         self.group_zeros = grid.zeros.t().contiguous()
         self.zeros = self.group_zeros[grid.g_idx]
-        self.top = float(2**grid.bits - 1)
+        self.max_code = float(2**grid.bits - 1)
         self.steps = codes.t().contiguous().float() - self.zeros
-        """Codes counted from the zero."""
+        """Codes minus zeros."""
         self.error = target.t().contiguous() - self.scales[grid.g_idx] * self.steps
         self.gradient = hessian @ self.error
 
@@ -97,31 +97,31 @@ class _State:
         return (self.error * (hessian @ self.error)).sum(0)
 
     def refit_scales(self) -> None:
-        """Give each group the scale that is best with its codes and all other groups."""
+        """Set each group's scale to the best one, given its codes and all other groups."""
         for group, members in enumerate(self.members):
             steps = self.steps[members]
-            own = self.hessian[members][:, members]
+            group_hessian = self.hessian[members][:, members]
             slope = (steps * self.gradient[members]).sum(0)
-            bend = (steps * (own @ steps)).sum(0)
+            curvature = (steps * (group_hessian @ steps)).sum(0)
             old = self.scales[group]
-            new = round_to_stored(old + torch.where(bend > 0, slope / bend, 0.0))
+            new = round_to_stored(old + torch.where(curvature > 0, slope / curvature, 0.0))
             ratio = new / old
-            sound = (ratio > 1 / LARGEST_CHANGE) & (ratio < LARGEST_CHANGE)
-            new = torch.where(sound, new, old)
+            accepted = (ratio > 1 / MAX_SCALE_CHANGE) & (ratio < MAX_SCALE_CHANGE)
+            new = torch.where(accepted, new, old)
             change = (new - old) * steps
             self.scales[group] = new
             self.error[members] -= change
             self.gradient.addmm_(self.hessian[:, members], change, alpha=-1)
 
     def move_codes(self) -> None:
-        """Move each code, one column after the other, to the best value given all others."""
+        """Move each code, column by column, to its best value given all others."""
         diagonal = self.hessian.diagonal()
         safe = torch.where(diagonal > 0, diagonal, torch.inf)
         groups = self.g_idx.tolist()
         steps = Steps(
             scales=self.scales,
             lowest=-self.group_zeros,
-            highest=self.top - self.group_zeros,
+            highest=self.max_code - self.group_zeros,
         )
         for start in range(0, len(groups), BLOCK_COLUMNS):
             block = slice(start, start + BLOCK_COLUMNS)

@@ -1,8 +1,8 @@
-"""Held-out text through the base and the quantized model, beside the calibration text.
+"""The probe: held-out text that runs through the base and the quantized model during a run.
 
-While a block's original weights are in memory, its base form runs on the probe; when they are
-rounded, its quantized form does. So the run measures what it cost without a second pass over
-either model, and knows what the saved checkpoint must compute.
+While a block's original weights are in memory, the block runs on the probe; once they are rounded,
+it runs again. So the run measures quality without a second pass over either model, and has
+reference outputs for checking the saved checkpoint.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from halfbyte.quantize.report import QualityReport
 WINDOWS = 8
 WINDOW = 512
 KEPT_LOGITS = 32
-"""Positions whose logits are kept to compare a reload with; all of them would be large."""
+"""Last positions whose logits are kept for the reload check, to save memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """Token windows that are not calibrated on, or calibration text where there is no other."""
+    """Windows of held-out tokens, or one calibration sequence if no held-out text can be used."""
 
     ids: Tensor
     """int64 [windows, tokens]."""
@@ -38,7 +38,7 @@ class Probe:
     text: str = ""
     text_digest: str = ""
     note: str = ""
-    """Why it is not held-out text, where that is so."""
+    """Why the probe is not held-out text; empty if it is."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -48,32 +48,32 @@ class Probe:
 
 
 def make_probe(
-    tokenizer: Any | None, fallback: Tensor, longest: int | None, vocabulary: int
+    tokenizer: Any | None, fallback: Tensor, max_length: int | None, vocabulary: int
 ) -> Probe:
-    """Take the shipped evaluation text, or a calibration sequence where no tokenizer fits.
+    """Tokenize the bundled evaluation text, or use a calibration sequence if that is impossible.
 
     Args:
-        tokenizer: The model's, or None.
-        fallback: A calibration sequence [tokens]; never used to measure quality.
-        longest: Longest sequence that the model takes, or None.
+        tokenizer: The model's tokenizer, or None.
+        fallback: A calibration sequence [tokens]; used for the reload check, not for quality.
+        max_length: Maximum context length of the model, or None.
         vocabulary: Rows of the embedding.
 
     Returns:
         The probe.
     """
-    instead = fallback[: min(len(fallback), WINDOW)][None]
+    fallback_ids = fallback[: min(len(fallback), WINDOW)][None]
     if tokenizer is None:
         note = "quality was not measured: the model folder has no tokenizer"
-        return Probe(ids=instead, is_held_out=False, note=note)
+        return Probe(ids=fallback_ids, is_held_out=False, note=note)
     text = evaluation_text()
-    window = min(WINDOW, longest or WINDOW)
+    window = min(WINDOW, max_length or WINDOW)
     ids = split_windows(tokenize_text(tokenizer, text), window, limit=WINDOWS).ids
     if int(ids.max()) >= vocabulary:
         note = (
             f"quality was not measured: the tokenizer gives ids up to {int(ids.max())}, the "
             f"embedding has {vocabulary} rows"
         )
-        return Probe(ids=instead, is_held_out=False, note=note)
+        return Probe(ids=fallback_ids, is_held_out=False, note=note)
     return Probe(
         ids=ids,
         is_held_out=True,
@@ -82,19 +82,19 @@ def make_probe(
     )
 
 
-class Trail:
-    """The first probe window's hidden states behind every block of the quantized model."""
+class ProbeTrace:
+    """Outputs of all blocks of the quantized model for the first probe window, in a file."""
 
     def __init__(self, path: Path, num_blocks: int, tokens: int, width: int, dtype: torch.dtype):
-        """Open or make the file."""
+        """Open or create the file."""
         self._states = HiddenStates(path, [(1, tokens)] * num_blocks, width, dtype)
 
     def write(self, block: int, states: Tensor) -> None:
-        """Keep the states of the first window behind a block."""
+        """Store a block's output for the first window."""
         self._states.write(block, states[:1])
 
     def read(self, block: int) -> Tensor:
-        """Give the states behind a block: [1, tokens, hidden]."""
+        """Return a block's output: [1, tokens, hidden]."""
         return self._states.read(block)
 
     def close(self) -> None:
@@ -103,12 +103,12 @@ class Trail:
 
 
 def run_tail(stream: BlockStream, ids: Tensor, states: Tensor) -> Tensor:
-    """Run what is behind the last block; the stream must stand there.
+    """Run the model's tail: final norm and head.
 
     Args:
-        stream: The stream.
+        stream: The stream, positioned at the tail.
         ids: [windows, tokens].
-        states: [windows, tokens, hidden], behind the last block.
+        states: Output of the last block, [windows, tokens, hidden].
 
     Returns:
         Logits [windows, tokens, vocabulary].
@@ -118,29 +118,34 @@ def run_tail(stream: BlockStream, ids: Tensor, states: Tensor) -> Tensor:
 
 
 def compute_logits(
-    stream: BlockStream, probe: Probe, states: HiddenStates, device: torch.device, *, held: bool
+    stream: BlockStream,
+    probe: Probe,
+    states: HiddenStates,
+    device: torch.device,
+    *,
+    keep_on_device: bool,
 ) -> list[Tensor]:
     """Run the tail on every window of the probe.
 
     Args:
-        stream: The stream, standing anywhere.
+        stream: The stream, not positioned at any block.
         probe: The probe.
-        states: Its hidden states behind the last block.
-        device: Where to compute.
-        held: Whether the logits stay there; else they go to the CPU, where there is more room.
+        states: Output of the last block.
+        device: Device to compute on.
+        keep_on_device: Keep the logits on the device instead of moving them to the CPU.
 
     Returns:
         [tokens, vocabulary] per window.
     """
     hidden = states.read(0).to(device)
-    found = []
+    results = []
     with stream.at(len(stream.blocks.modules)):
-        # One window at a time: logits are as wide as the vocabulary.
+        # One window at a time, because logits are as wide as the vocabulary.
         windows = zip(torch.split(probe.ids, 1), torch.split(hidden, 1), strict=True)
         for ids, window in windows:
             logits = run_tail(stream, ids.to(device), window)[0]
-            found.append(logits if held else logits.cpu())
-    return found
+            results.append(logits if keep_on_device else logits.cpu())
+    return results
 
 
 def measure_quality(
@@ -149,16 +154,16 @@ def measure_quality(
     quantized_logits: list[Tensor],
     device: torch.device,
 ) -> QualityReport:
-    """Compare both models' logits window by window.
+    """Compare the logits of both models window by window.
 
     Args:
         probe: Held-out windows.
         base_logits: [tokens, vocabulary] per window.
-        quantized_logits: The same.
-        device: Where to compare.
+        quantized_logits: The same for the quantized model.
+        device: Device to compute on.
 
     Returns:
-        Perplexities, divergence, agreement.
+        Perplexities, divergence and agreement.
     """
     accumulator = DivergenceAccumulator()
     for ids, base, quantized in zip(probe.ids, base_logits, quantized_logits, strict=True):

@@ -1,7 +1,7 @@
-"""How a run tells how far it is: one small interface, three ways to show it.
+"""Progress displays of a run.
 
 The pipeline calls a :class:`Progress`; :func:`make_progress` picks the live display on a terminal
-and plain lines elsewhere. :class:`SilentProgress` says nothing.
+and plain lines elsewhere. :class:`SilentProgress` shows nothing.
 """
 
 from __future__ import annotations
@@ -22,64 +22,64 @@ from halfbyte.units import format_bytes, format_error, format_seconds
 
 
 class Progress(Protocol):
-    """What the pipeline reports, in this order; ``finished`` comes last even after an error."""
+    """Callbacks of the pipeline; ``finished`` is always called last, even after an error."""
 
     def started(self, plan: tuple[str, ...]) -> None:
         """Show the plan (memory, disk, time), one fact per line."""
 
     def phase(self, name: str) -> None:
-        """Name what is done now, in words: "reading text", "saving", "comparing with the base"."""
+        """Show what is being done, such as "reading the calibration text"."""
 
     def block_started(self, index: int, count: int) -> None:
-        """Start on block ``index`` (from 0) of ``count``; a resumed run starts in the middle."""
+        """Show that block ``index`` (from 0) of ``count`` starts; a resumed run skips the first."""
 
     def module_done(self, module: ModuleReport) -> None:
-        """Tell that one linear is quantized."""
+        """Show that one linear has been quantized."""
 
     def tuned(self, step: int, steps: int, kl: float, best: float) -> None:
-        """Tell how far training the whole model is: held-out KL now and at best, in nats."""
+        """Show the step of end-to-end training, and the current and best held-out KL in nats."""
 
     def finished(self) -> None:
         """End the display."""
 
 
-class _Notes:
-    """Fallbacks to tell: each once per kind of module, or thirty blocks would say the same."""
+class _NoteFilter:
+    """Selects notes that are new for their kind of module, to avoid repeating them per block."""
 
     def __init__(self) -> None:
-        self._told: set[tuple[str, str]] = set()
+        self._seen: set[tuple[str, str]] = set()
 
-    def take(self, module: ModuleReport) -> list[str]:
-        new = [note for note in module.notes if (module.kind, note) not in self._told]
-        self._told.update((module.kind, note) for note in new)
+    def new_lines(self, module: ModuleReport) -> list[str]:
+        new = [note for note in module.notes if (module.kind, note) not in self._seen]
+        self._seen.update((module.kind, note) for note in new)
         return [f"{module.name}: {note}" for note in new]
 
 
 class SilentProgress:
-    """Says nothing."""
+    """Shows nothing."""
 
     def started(self, plan: tuple[str, ...]) -> None:
-        """Say nothing."""
+        """Show nothing."""
 
     def phase(self, name: str) -> None:
-        """Say nothing."""
+        """Show nothing."""
 
     def block_started(self, index: int, count: int) -> None:
-        """Say nothing."""
+        """Show nothing."""
 
     def module_done(self, module: ModuleReport) -> None:
-        """Say nothing."""
+        """Show nothing."""
 
     def tuned(self, step: int, steps: int, kl: float, best: float) -> None:
-        """Say nothing."""
+        """Show nothing."""
 
     def finished(self) -> None:
-        """Say nothing."""
+        """Show nothing."""
 
 
 @dataclass(slots=True)
 class _Position:
-    """Where the run is; both displays are drawn from it."""
+    """State of the run that both displays show."""
 
     start: float = field(default_factory=lambda: time.monotonic())
     phase: str = "starting"
@@ -102,7 +102,7 @@ class _Position:
 
     @property
     def seconds_left(self) -> float | None:
-        """Time for the blocks that are left at the pace of those done in this run."""
+        """Estimated time for the remaining blocks, from the pace of those done in this process."""
         if self.block is None or self.first_block is None or self.block == self.first_block:
             return None
         if self.tuning is not None:
@@ -117,7 +117,7 @@ class PlainProgress:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._position = _Position()
-        self._notes = _Notes()
+        self._notes = _NoteFilter()
         self._modules: list[ModuleReport] = []
         self._block_start = 0.0
 
@@ -127,29 +127,29 @@ class PlainProgress:
             self._print(line)
 
     def phase(self, name: str) -> None:
-        """Print the phase, after the block that it ends."""
+        """Print the phase, after the line of the last block."""
         self._end_block()
         self._print(f"{name} ({format_seconds(self._position.elapsed)})")
 
     def block_started(self, index: int, count: int) -> None:
-        """Print the block before this one."""
+        """Print the line of the block before."""
         self._end_block()
         self._position.enter_block(index, count)
         self._block_start = time.monotonic()
 
     def module_done(self, module: ModuleReport) -> None:
-        """Keep the module for its block's line; a new fallback gets a line at once."""
+        """Record the module for its block's line; print a new note immediately."""
         self._modules.append(module)
-        for line in self._notes.take(module):
+        for line in self._notes.new_lines(module):
             self._print(line)
 
     def tuned(self, step: int, steps: int, kl: float, best: float) -> None:
         """Print one line."""
-        took = format_seconds(self._position.elapsed)
-        self._print(f"step {step} of {steps}: held-out KL {kl:.4f}, best {best:.4f} ({took})")
+        elapsed = format_seconds(self._position.elapsed)
+        self._print(f"step {step} of {steps}: held-out KL {kl:.4f}, best {best:.4f} ({elapsed})")
 
     def finished(self) -> None:
-        """Print the last block."""
+        """Print the line of the last block."""
         self._end_block()
 
     def _end_block(self) -> None:
@@ -174,18 +174,18 @@ class PlainProgress:
 
 
 class LiveProgress:
-    """A display that stays in place: bar, block, module, loss, elapsed, time left, memory."""
+    """A live display: progress bar, block, module, error, elapsed and remaining time, memory."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._position = _Position()
-        self._notes = _Notes()
+        self._notes = _NoteFilter()
         self._live = Live(
             console=console, get_renderable=self.render, refresh_per_second=4, transient=True
         )
 
     def started(self, plan: tuple[str, ...]) -> None:
-        """Print the plan above the display, which starts now."""
+        """Print the plan and start the display below it."""
         for line in plan:
             self._console.print(line, style="dim")
         self._live.start()
@@ -199,21 +199,21 @@ class LiveProgress:
         self._position.enter_block(index, count)
 
     def module_done(self, module: ModuleReport) -> None:
-        """Show the module; a new fallback is printed above the display and stays."""
+        """Show the module; print a new note permanently above the display."""
         self._position.module = module
-        for line in self._notes.take(module):
+        for line in self._notes.new_lines(module):
             self._console.print(line, style="yellow")
 
     def tuned(self, step: int, steps: int, kl: float, best: float) -> None:
-        """Move the bar again, and show the KL."""
+        """Show the training step on the bar, and the KL."""
         self._position.tuning = (step, steps, kl, best)
 
     def finished(self) -> None:
-        """Take the display away."""
+        """Remove the display."""
         self._live.stop()
 
     def render(self) -> Table:
-        """Draw the display; rich calls it four times a second."""
+        """Render the display; rich calls this four times a second."""
         position = self._position
         grid = Table.grid(padding=(0, 2))
         done = position.block or 0
@@ -241,10 +241,10 @@ class LiveProgress:
 
 
 def make_progress(console: Console) -> Progress:
-    """Pick how progress is shown.
+    """Select the progress display for a console.
 
     Args:
-        console: Where it goes, stderr as a rule.
+        console: The console, usually stderr.
 
     Returns:
         The live display on a terminal, plain lines elsewhere.

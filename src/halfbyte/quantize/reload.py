@@ -1,8 +1,8 @@
-"""Read the saved checkpoint again and compute with it what the run computed in memory.
+"""The reload check: loads the saved checkpoint and compares it with what the run computed.
 
-Three comparisons, each of which names what differs: every byte with its digest (tensor), every
-dequantized weight with the one that the run computed with (module), and the hidden states behind
-every block and the logits with the run's own (block). One block is in memory at a time.
+It compares all bytes with their digests, every dequantized weight with the one used in the run, and
+the outputs of every block and the logits with those of the run. Errors name the tensor, module or
+block that differs. One block is in memory at a time.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from halfbyte.model.stream import BlockStream
 from halfbyte.model.weights import ModelWeights
 from halfbyte.nn.model_loading import collect_linears, untie
 from halfbyte.nn.replace import quantized_linears, replace_linears
-from halfbyte.quantize.probe import KEPT_LOGITS, Probe, Trail, run_tail
+from halfbyte.quantize.probe import KEPT_LOGITS, Probe, ProbeTrace, run_tail
 from halfbyte.quantize.rounding import weight_checksum
 
 HIDDEN_TOLERANCE = 1e-2
-"""Relative difference of a block's output. The weights are compared bit by bit before; what is
-left is the order in which sums are taken, a few units of bfloat16's last place (2^-8)."""
+"""Allowed relative difference of a block's output. The weights were already found identical, so
+only the order of summation can differ: a few units in the last place of bfloat16 (2^-8)."""
 LOGITS_TOLERANCE = 2e-2
 READERS = 4
-"""Linears that are read at the same time for a GPU to take apart."""
+"""Threads that read linears for a GPU to dequantize."""
 
 
 def check_bytes(folder: Path, checksums: Mapping[str, int], device: torch.device) -> None:
-    """Compare a saved checkpoint's bytes and weights with what the run wrote.
+    """Compare the bytes and the dequantized weights of a checkpoint with what the run wrote.
 
     Args:
         folder: The checkpoint.
-        checksums: Of the fp32 weight of every quantized linear, by name on disk.
-        device: Where weights are taken apart again.
+        checksums: Checksum of the fp32 weight of every quantized linear, by name on disk.
+        device: Device to dequantize on.
 
     Raises:
         VerificationError: Something differs; names the module or the tensor.
@@ -53,14 +53,14 @@ def check_bytes(folder: Path, checksums: Mapping[str, int], device: torch.device
             verified = pool.submit(checkpoint.verify)
             found: Iterable[int] = ()
             if device.type != "cpu" and checksums.keys() == checkpoint.linears.keys():
-                # A GPU takes weights apart while the CPU digests files.
+                # A GPU dequantizes while the CPU hashes the files.
                 found = pool.map(lambda n: _checksum(checkpoint, n, device), checksums)
             verified.result()
         except CheckpointError as error:
             pool.shutdown(cancel_futures=True)
             raise VerificationError(
                 f"The saved checkpoint is not what was written: {error} The disk or another "
-                "program changed it; quantize again."
+                "program changed it. Quantize again."
             ) from error
         missing = sorted(set(checksums) ^ set(checkpoint.linears))
         if missing:
@@ -74,8 +74,8 @@ def check_bytes(folder: Path, checksums: Mapping[str, int], device: torch.device
             if here != checksums[name]:
                 pool.shutdown(cancel_futures=True)
                 raise VerificationError(
-                    f"The saved checkpoint does not give back the weight of {name} that the run "
-                    "computed with. Please report this with the model's name."
+                    f"The saved checkpoint does not reproduce the weight of {name} that the run "
+                    "used. Please report this with the model's name."
                 )
 
 
@@ -86,23 +86,23 @@ def _checksum(checkpoint: Checkpoint, name: str, device: torch.device) -> int:
 def check_outputs(
     folder: Path,
     probe: Probe,
-    trail: Trail,
+    trace: ProbeTrace,
     logits: Tensor,
     dtype: torch.dtype,
     device: torch.device,
 ) -> float:
-    """Run the saved checkpoint on the first probe window and compare with the run.
+    """Run the saved checkpoint on the first probe window and compare its outputs with the run's.
 
     Args:
         folder: The checkpoint.
-        probe: What was run.
-        trail: The run's hidden states behind every block.
+        probe: The run's probe.
+        trace: The run's outputs of every block.
         logits: The run's logits of the last positions, [positions, vocabulary].
-        dtype: In which the run computed.
-        device: Where to compute.
+        dtype: Dtype of the run's computation.
+        device: Device to compute on.
 
     Returns:
-        The largest difference of the logits, relative to their spread.
+        The relative difference of the logits (norm of the difference over norm).
 
     Raises:
         VerificationError: A block's output or the logits differ; names the block.
@@ -115,18 +115,18 @@ def check_outputs(
     for index in range(len(weights.blocks.modules)):
         block = weights.load_block(index)
         if device.type != "cpu" and index + 1 < len(weights.blocks.modules):
-            weights.fetch_block(index + 1)
+            weights.prefetch_block(index + 1)
         for _, linear in quantized_linears(block):
             linear.prepare(kernel=TorchReference.name)
         with stream.at(index):
             found = stream.run(ids, hidden)
-        expected = trail.read(index).to(device)
-        difference = _relative(found, expected)
+        expected = trace.read(index).to(device)
+        difference = _relative_difference(found, expected)
         if not difference <= HIDDEN_TOLERANCE:
             raise VerificationError(
-                f"The saved {weights.blocks.name(index)} does not compute what the run computed: "
-                f"its output differs by {difference:.2g} relative, allowed is "
-                f"{HIDDEN_TOLERANCE:g}. Please report this with the model's name."
+                f"The saved {weights.blocks.name(index)} does not reproduce the run: its output "
+                f"has a relative difference of {difference:.2g}, allowed is {HIDDEN_TOLERANCE:g}. "
+                "Please report this with the model's name."
             )
         weights.drop_block(index)
         release_memory()
@@ -136,12 +136,12 @@ def check_outputs(
             linear.prepare(kernel=TorchReference.name)
     with stream.at(len(weights.blocks.modules)):
         found = run_tail(stream, ids, hidden)[0, -KEPT_LOGITS:]  # type: ignore[arg-type]
-    difference = _relative(found, logits.to(device))
+    difference = _relative_difference(found, logits.to(device))
     if not difference <= LOGITS_TOLERANCE:
         raise VerificationError(
-            f"The saved checkpoint's logits differ from the run's by {difference:.2g} relative, "
-            f"allowed is {LOGITS_TOLERANCE:g}; its blocks agree, so the difference lies behind "
-            "them (final norm or head). Please report this with the model's name."
+            "The saved checkpoint's logits have a relative difference from the run's of "
+            f"{difference:.2g}, allowed is {LOGITS_TOLERANCE:g}. Its blocks agree, so the cause is "
+            "the final norm or the head. Please report this with the model's name."
         )
     return difference
 
@@ -155,7 +155,7 @@ def _make_prepare(dtype: torch.dtype) -> Callable[[PreTrainedModel, TensorFiles]
     return prepare
 
 
-def _relative(found: Tensor, expected: Tensor) -> float:
+def _relative_difference(found: Tensor, expected: Tensor) -> float:
     found, expected = found.double(), expected.double()
     finite = torch.isfinite(expected)
     if not torch.equal(finite, torch.isfinite(found)):

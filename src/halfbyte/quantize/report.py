@@ -1,7 +1,7 @@
-"""What a quantization run did and what it cost, as data: written to ``quantization_report.json``.
+"""The report of a quantization run, saved as ``quantization_report.json``.
 
-The run fills these dataclasses; the model card, the picture and the command line read them. Every
-fallback stands in the ``notes`` of the module that it happened to.
+The run fills these dataclasses; the model card, the plot and the command line read them. Every
+fallback is recorded in the ``notes`` of the module that it affected.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ Part = TypeVar("Part")
 
 
 def block_of(module: str) -> int | None:
-    """Give the number of the decoder block in a module's dotted name; None where it has none."""
+    """Return the index of the decoder block in a module's dotted name, or None."""
     return next((int(part) for part in module.split(".") if part.isdigit()), None)
 
 
 def expert_of(module: str) -> int | None:
-    """Give the number of the expert in a module's dotted name; None where it has none."""
+    """Return the index of the expert in a module's dotted name, or None."""
     parts = module.split(".")
     after = parts[parts.index("experts") + 1 :] if "experts" in parts else []
     return int(after[0]) if after and after[0].isdigit() else None
 
 
 def kind_of(module: str) -> str:
-    """Give a module's name within any block, with ``*`` for the number of an expert."""
+    """Return a module's name within its block, with ``*`` for the index of an expert."""
     parts = module.split(".")
     first = next((i for i, part in enumerate(parts) if part.isdigit()), -1)
     return ".".join("*" if part.isdigit() else part for part in parts[first + 1 :])
@@ -49,29 +49,29 @@ class ModuleReport:
     """Full dotted name, as in the checkpoint."""
     bits: int
     group_size: int
-    """What was used, which is less than what was asked for where that does not divide the width."""
+    """Group size used; smaller than requested if that does not divide the width."""
     symmetric: bool
     num_tokens: int
     """Calibration tokens that reached this module."""
     relative_error: float | None
-    """Squared error of its outputs over their squared size, 0 at best; on the calibration Hessian
-    as the solver saw it, shrunk towards its diagonal. None where all its outputs are zero."""
+    """Squared error of its outputs relative to their squared norm, on the calibration Hessian that
+    the solver used, which is shrunk toward its diagonal. None if all outputs are zero."""
     round_to_nearest_error: float | None
-    """The same measure for plain rounding on the min-max grid: what the solver had to beat."""
+    """The same for round-to-nearest on the min-max grid, as a baseline."""
     damping_used: float
-    """As a fraction of the mean diagonal; more than what was asked for after an escalation."""
+    """As a fraction of the mean diagonal; more than configured if it had to be raised."""
     notes: tuple[str, ...] = ()
-    """Every fallback that was taken for this module, in words."""
+    """Descriptions of every fallback for this module."""
     seconds: float = 0.0
 
     @property
     def block(self) -> int | None:
-        """Number of the decoder block that holds it; None for the head."""
+        """Index of its decoder block; None for the head."""
         return block_of(self.name)
 
     @property
     def kind(self) -> str:
-        """Its name within any block, with ``*`` for the number of an expert."""
+        """Its name within its block, with ``*`` for the index of an expert."""
         return kind_of(self.name)
 
 
@@ -85,25 +85,25 @@ class SkippedModule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationReport:
-    """Which text the Hessians were measured on."""
+    """The text that the Hessians were measured on."""
 
     source: str
-    """File name, or what the text was in words."""
+    """File name, or a description of the text."""
     digest: str
-    """sha256 of the token ids, in hex: the same digest is the same calibration."""
+    """sha256 of the token ids, in hex; equal digests mean equal calibration data."""
     samples: int
     length: int
-    """Tokens per sample, at most."""
+    """Maximum tokens per sample."""
     tokens: int
-    """Tokens in all, padding left out."""
+    """Total number of tokens, without padding."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QualityReport:
-    """What quantizing cost, measured on a text that was not calibrated on."""
+    """Quality of the quantized model compared with the base model, on held-out text."""
 
     text: str
-    """File name, or what the text was in words."""
+    """File name, or a description of the text."""
     text_digest: str
     """sha256 of the text, in hex."""
     windows: int
@@ -114,17 +114,17 @@ class QualityReport:
     kl_nats_mean: float
     """Mean of KL(base || quantized) per token. Unit: nats."""
     kl_standard_error: float | None
-    """Of ``kl_nats_mean``, over windows; None where there is only one."""
+    """Standard error of ``kl_nats_mean`` over windows; None if there is only one."""
     top1_agreement: float
-    """Share of positions where both models rank the same token first, 0..1."""
+    """Fraction of positions where both models rank the same token first, 0..1."""
 
     @classmethod
     def from_divergence(cls, result: DivergenceResult, *, text: str, text_digest: str) -> Self:
-        """Take what the report keeps out of a full comparison of base and quantized model.
+        """Create the report from a full comparison of base and quantized model.
 
         Args:
             result: From :func:`halfbyte.evaluate.divergence.divergence`.
-            text: File name, or what the text was in words.
+            text: File name, or a description of the text.
             text_digest: sha256 of the text, in hex.
 
         Returns:
@@ -145,42 +145,42 @@ class QualityReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertCoverage:
-    """How much calibration text reached the experts of one block."""
+    """Number of calibration tokens that reached the experts of one block."""
 
     block: int
     tokens: tuple[int, ...]
-    """By expert."""
+    """Number of tokens, by expert."""
 
     @property
     def unreached(self) -> tuple[int, ...]:
-        """Experts that no token reached; they were rounded on what all others saw."""
+        """Experts that no token reached; they were rounded with the statistics of all others."""
         return tuple(expert for expert, count in enumerate(self.tokens) if count == 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EndToEndReport:
-    """What training scales and norm gains of the whole model brought."""
+    """Result of end-to-end training of scales and norm gains."""
 
     steps: int
-    """Taken."""
+    """Number of steps taken."""
     kept_step: int
-    """The step that was kept; 0: none helped, and everything was left as it was."""
+    """The step whose result was kept; 0 if none helped and nothing was changed."""
     kl_before: float
-    """To the base model, nats per token, on calibration text that was not trained on."""
+    """KL to the base model in nats per token, on calibration text that was not trained on."""
     kl_after: float
-    """The same for what was kept."""
+    """The same for the step that was kept."""
     looks: tuple[tuple[int, float], ...]
-    """Step and KL of every look."""
+    """Step and KL of every evaluation."""
     stopped: bool
-    """Whether the user ended it early."""
+    """Whether the user stopped the training early."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizationReport:
-    """One run, from start to finish."""
+    """The report of one run."""
 
     model: str
-    """What was quantized, as it was named to the run."""
+    """The base model, as the user named it."""
     output: str
     config: dict[str, Any]
     """The QuantConfig."""
@@ -189,29 +189,29 @@ class QuantizationReport:
     """In the order in which they were quantized."""
     skipped: tuple[SkippedModule, ...]
     quality: QualityReport | None
-    """None where it was not measured."""
+    """None if not measured."""
     seconds: float
-    """Wall time in all, of the last run only where it was resumed."""
+    """Total wall time; of a resumed run, only that of the last process."""
     seconds_by_phase: dict[str, float]
     peak_memory_bytes: int
-    """Largest resident size of the process."""
+    """Peak resident memory of the process."""
     checkpoint_bytes: int
-    """Size of all weight files."""
+    """Total size of the weight files."""
     bits_per_weight: float
-    """Mean over the quantized modules, with their scales and zeros."""
+    """Mean over the quantized modules, including scales and zeros."""
     versions: dict[str, str]
     machine: dict[str, str]
     notes: tuple[str, ...] = ()
-    """What concerns the whole run."""
+    """Notes on the whole run."""
     flops: dict[str, float] = field(default_factory=dict)
-    """Floating-point operations that the run could not do without, by kind of work."""
+    """Minimum floating-point operations of the run, by kind of work."""
     end_to_end: EndToEndReport | None = None
-    """None where it was not asked for or could not be done."""
+    """None if it was not requested or not possible."""
     inputs: dict[str, Any] = field(default_factory=dict)
-    """What the run was given, by which --resume knows it again."""
+    """Inputs and options of the run, compared when it is resumed."""
 
     def expert_coverage(self) -> list[ExpertCoverage]:
-        """Collect the tokens that reached each expert, block by block; empty without experts."""
+        """Return the number of tokens that reached each expert, by block; empty without experts."""
         found: dict[int, dict[int, int]] = {}
         for module in self.modules:
             expert = expert_of(module.name)
@@ -223,15 +223,15 @@ class QuantizationReport:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain values for JSON."""
+        """Return JSON-serializable values."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Undo :meth:`to_dict`.
+        """Create a report from the values of :meth:`to_dict`.
 
         Args:
-            values: What :meth:`to_dict` gave, perhaps by way of JSON.
+            values: The values, possibly after a JSON round trip.
 
         Returns:
             The report.
@@ -269,7 +269,7 @@ class QuantizationReport:
 
 
 def load_report(folder: Path) -> QuantizationReport:
-    """Read the report of a checkpoint that halfbyte made.
+    """Load the report of a checkpoint that was made by halfbyte.
 
     Args:
         folder: The checkpoint's folder.
@@ -278,24 +278,24 @@ def load_report(folder: Path) -> QuantizationReport:
         The report.
 
     Raises:
-        CheckpointError: There is none, or it is damaged.
+        CheckpointError: There is no report, or it is damaged.
     """
     path = folder / REPORT_FILE
     try:
         return QuantizationReport.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{folder} has no {REPORT_FILE}: halfbyte did not make it, or the run did not finish. "
-            "Quantize with halfbyte, or resume the run."
+            f"{folder} has no {REPORT_FILE}: it was not made by halfbyte, or the run did not "
+            "finish. Quantize with halfbyte, or resume the run."
         ) from error
     except ValueError as error:
         raise CheckpointError(
-            f"Cannot read {path}: it is not JSON ({error}). Copy the file again."
+            f"Cannot read {path}: it is not valid JSON ({error}). Copy the file again."
         ) from error
 
 
 def _build(cls: type[Part], values: Mapping[str, Any]) -> Part:
-    """Make a part of the report; lists from JSON become the tuples that the fields are."""
+    """Create a part of the report, converting lists from JSON to tuples."""
     allowed = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - set(allowed))
     missing = [
@@ -306,6 +306,6 @@ def _build(cls: type[Part], values: Mapping[str, Any]) -> Part:
     if unknown or missing:
         raise CheckpointError(
             f"Cannot read {cls.__name__} of a quantization report: unknown {unknown}, missing "
-            f"{missing}. It comes from another version of halfbyte; read it with that one."
+            f"{missing}. It was written by another version of halfbyte; read it with that version."
         )
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

@@ -1,7 +1,7 @@
-"""What a run may use and what it will need: memory, disk, time; planned before it starts.
+"""Plans a run's settings (dtype, batch size, memory use) and its needs (memory, disk, time).
 
-Everything that would otherwise be decided along the way is decided here once, with its reason, and
-kept in the journal: a resumed run takes the same decisions whatever the machine's state.
+All settings are decided once, with reasons, before the run starts, and are kept in the journal, so
+that a resumed run uses the same ones whatever the state of the machine.
 """
 
 from __future__ import annotations
@@ -25,60 +25,63 @@ from halfbyte.quantize.target import CHECK_EVERY
 from halfbyte.units import format_bytes, format_seconds, parse_size
 
 TOKENS_PER_BATCH = 4096
-"""Enough for matrix products at full rate; more only costs memory."""
+"""Tokens for which matrix products reach their full rate; more would only need more memory."""
 DEVICE_TOKENS_PER_BATCH = 16384
-"""The same on a GPU, where a batch must take longer than Python takes to send it there."""
-REACHED_RATE = 0.45
-"""Share of the rate of large matrix products that whole runs reached (docs/log.md, floor)."""
-SHARE_OF_FREE_MEMORY = 0.6
+"""The same on a GPU, where a batch must take longer than Python needs to launch its kernels."""
+ACHIEVED_RATE = 0.45
+"""Fraction of the rate of large matrix products that whole runs achieve (docs/log.md, floor)."""
+FREE_MEMORY_SHARE = 0.6
+"""Fraction of the free memory that a run uses by default."""
 PROGRAM_BYTES = 600_000_000
 """Python, torch and Transformers themselves, as measured."""
 TUNING_COPIES = 8
+"""fp32 copies of a block's weights that training the block needs."""
 TUNING_ACTIVATIONS = 4
-"""Activations that training a block holds, in those of a forward pass."""
+"""Activation memory of training a block, relative to that of a forward pass."""
 LOGITS_COPIES = 5
+"""fp32 copies of a sequence's logits during training and sensitivity analysis."""
 HESSIAN_SHARE = 0.5
-"""Of the memory that is left, for the Hessians of one stage; more experts go in portions."""
+"""Fraction of the remaining memory for the Hessians of one stage; experts that exceed it are
+processed in portions."""
 SMALLEST_HESSIAN_BYTES = 1 << 28
-
+"""Minimum memory for the Hessians of one stage."""
 BACKWARD_TOKENS = 8192
-"""That go backwards through the base model at a time; enough to rank modules by what their bits
-cost."""
+"""Tokens per backward pass through the base model; enough to rank modules by sensitivity."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSettings:
-    """Decisions that the numbers may depend on, in the last bit at least."""
+    """Settings of a run that its numerical results may depend on, at least in the last bit."""
 
     dtype: str
-    """In which the model computes."""
+    """Dtype of the model's computation."""
     device: str
     threads: int
     batch_size: int
     keep_paused: bool
-    """Whether batches wait in memory in the middle of a block, or start it again per stage."""
+    """Whether forward passes pause in memory between stages, instead of running once per stage."""
     hessian_bytes: int
-    """For the Hessians that are collected at the same time."""
+    """Memory for the Hessians that are collected at the same time."""
     hold_states: bool = False
-    """Whether hidden states stay on the device between blocks, or go through files."""
+    """Whether hidden states stay on the device between blocks, instead of in files."""
     keep_codes: bool = False
-    """Whether training the whole model holds all codes in memory, or reads block by block."""
+    """Whether end-to-end training keeps all codes in memory, instead of reading them by block."""
     limit_bytes: int | None = None
-    """What a device's memory is limited to for the run, where the user asked and the plan fits."""
+    """Limit of the device's memory for the run, if the user set one and the plan fits."""
     reasons: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain values for JSON."""
+        """Return JSON-serializable values."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Undo :meth:`to_dict`."""
+        """Create settings from the values of :meth:`to_dict`."""
         return cls(**{**values, "reasons": tuple(values["reasons"])})
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype as torch's."""
+        """The dtype as a ``torch.dtype``."""
         dtype = getattr(torch, self.dtype)
         assert isinstance(dtype, torch.dtype)
         return dtype
@@ -86,19 +89,19 @@ class RunSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunPlan:
-    """What the run will need."""
+    """Settings and estimated needs of a run."""
 
     settings: RunSettings
     memory_bytes: int
     budget_bytes: int
     work_bytes: int
-    """Disk for hidden states and token weights, given back at the end."""
+    """Temporary disk space for hidden states and token weights."""
     output_bytes: int
     flops: float
     seconds: float
 
     def lines(self) -> tuple[str, ...]:
-        """Put the plan into words, one fact per line."""
+        """Describe the plan, one fact per line."""
         settings = self.settings
         return (
             f"memory  {format_bytes(self.memory_bytes)} of {format_bytes(self.budget_bytes)}; "
@@ -110,81 +113,82 @@ class RunPlan:
         )
 
     def check_disk(self, folder: Path) -> None:
-        """Refuse to begin what the disk cannot hold.
+        """Check that the disk has enough free space.
 
         Args:
-            folder: On the disk of the output.
+            folder: A folder on the output's disk.
 
         Raises:
-            ConfigError: There is too little space; says how much is needed.
+            ConfigError: There is too little space; the message says how much is needed.
         """
         free = shutil.disk_usage(folder).free
         if free < self.output_bytes + self.work_bytes:
             raise ConfigError(
-                f"The disk of {folder} has {format_bytes(free)} free; the checkpoint takes "
-                f"{format_bytes(self.output_bytes)}, and the run {format_bytes(self.work_bytes)} "
-                "beside it. Free some space, or choose an output on another disk."
+                f"The disk of {folder} has {format_bytes(free)} free; the checkpoint needs "
+                f"{format_bytes(self.output_bytes)}, and the run another "
+                f"{format_bytes(self.work_bytes)} temporarily. Free some space, or choose an "
+                "output folder on another disk."
             )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Task:
-    """What is to be computed, in numbers."""
+class _Workload:
+    """The quantities that the needs of a run are computed from."""
 
     sizes: Sizes
     config: QuantConfig
     dtype: torch.dtype
     on_device: bool
     lengths: Sequence[int]
-    """Tokens of every calibration sequence."""
+    """Length of every calibration sequence."""
     num_blocks: int
     vocabulary: int
 
     @property
     def streams(self) -> int:
-        """Models that the calibration text goes through."""
+        """Number of models that the calibration text runs through."""
         return 2 if self.config.match_base else 1
 
     @property
     def tokens(self) -> int:
-        """Of all calibration sequences."""
+        """Total number of calibration tokens."""
         return sum(self.lengths)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence."""
+        """Length of the longest sequence."""
         return max(self.lengths)
 
     @property
     def survey_tokens(self) -> int:
-        """That bits are chosen by; 0 where they are given."""
+        """Tokens of the sensitivity analysis; 0 if it is not needed."""
         return min(BACKWARD_TOKENS, self.tokens) if self.config.chooses_bits else 0
 
     @property
     def backward_tokens(self) -> int:
-        """That go backwards through the base model at a time."""
+        """Tokens per backward pass through the base model; 0 if none is needed."""
         backward = self.config.chooses_bits or self.config.weigh_tokens
         return min(BACKWARD_TOKENS, self.tokens) if backward else 0
 
     @property
     def bytes_per_token(self) -> int:
-        """Of activations while a batch goes through a block."""
+        """Activation memory per token while a batch runs through a block."""
         sizes = self.sizes
         return self.dtype.itemsize * (4 * sizes.hidden + 4 * sizes.widest_input * sizes.routed)
 
     @property
     def state_bytes(self) -> int:
-        """Of all hidden states in front of a block."""
+        """Size of all hidden states between two blocks."""
         return self.streams * self.tokens * self.sizes.hidden * self.dtype.itemsize
 
     @property
     def weight_bytes(self) -> int:
-        """Of what the tokens count at each linear, in fp32."""
+        """Size of the token weights of each linear, in fp32."""
         return 4 * self.tokens * self.sizes.linears if self.config.weigh_tokens else 0
 
     @property
-    def waiting_bytes(self) -> int:
-        """Of all batches where they wait in the middle of a block."""
+    def paused_bytes(self) -> int:
+        """Memory of the paused forward passes of all batches."""
         sizes = self.sizes
         per_token = self.dtype.itemsize * (3 * sizes.hidden + sizes.widest_input * sizes.routed)
         return self.streams * self.tokens * per_token
@@ -197,22 +201,22 @@ def resolve_resources(
     config: QuantConfig,
     lengths: Sequence[int],
 ) -> RunPlan:
-    """Decide type, batch size and way of running, and plan what they need.
+    """Choose the settings of a run and plan its needs.
 
     Args:
-        weights: The model, nothing of it loaded.
-        resources: What was asked for.
-        calibration: For the batch size that was asked for.
-        config: For what runs beside.
-        lengths: Tokens of every calibration sequence.
+        weights: The model; nothing needs to be loaded.
+        resources: Requested device, dtype and memory.
+        calibration: Requested batch size.
+        config: Which optional steps the run has.
+        lengths: Length of every calibration sequence.
 
     Returns:
         The plan.
     """
-    dtype, why_dtype = resolve_dtype(resources.dtype, weights.dtype, weights.device)
-    budget, why_budget = _budget(resources.memory, weights.device)
+    dtype, dtype_reason = resolve_dtype(resources.dtype, weights.dtype, weights.device)
+    budget, budget_reason = _resolve_budget(resources.memory, weights.device)
     streams = 2 if config.match_base else 1
-    task = _Task(
+    workload = _Workload(
         sizes=measure_sizes(weights, matrices=(3 * streams if config.needs_check else 0)),
         config=config,
         dtype=dtype,
@@ -221,15 +225,15 @@ def resolve_resources(
         num_blocks=len(weights.blocks.modules),
         vocabulary=int(weights.config.get_text_config().vocab_size),
     )
-    fixed, hold = _fixed_bytes(task, weights, budget)
-    batch_size = calibration.batch_size or _choose_batch_size(task, budget - fixed)
-    batch, keep_codes = _batch_bytes(task, batch_size, budget - fixed)
-    if task.on_device:
-        # A device's memory is one heap: what the solver has given back serves the next batch.
-        fixed -= min(batch, task.sizes.solver_bytes)
-    keep = fixed + batch + task.waiting_bytes <= budget
-    needed = fixed + batch + (task.waiting_bytes if keep else 0)
-    how = "each block runs once" if keep else "each block runs once per stage, to save memory"
+    fixed, hold_states = _fixed_bytes(workload, weights, budget)
+    batch_size = calibration.batch_size or _choose_batch_size(workload, budget - fixed)
+    batch, keep_codes = _batch_bytes(workload, batch_size, budget - fixed)
+    if workload.on_device:
+        # On a device, memory freed by the solver is reused for the next batch.
+        fixed -= min(batch, workload.sizes.solver_bytes)
+    keep = fixed + batch + workload.paused_bytes <= budget
+    needed = fixed + batch + (workload.paused_bytes if keep else 0)
+    passes = "each block runs once" if keep else "each block runs once per stage, to save memory"
     settings = RunSettings(
         dtype=str(dtype).removeprefix("torch."),
         device=str(weights.device),
@@ -237,111 +241,118 @@ def resolve_resources(
         batch_size=int(batch_size),
         keep_paused=keep,
         hessian_bytes=max(int((budget - needed) * HESSIAN_SHARE), SMALLEST_HESSIAN_BYTES),
-        hold_states=hold,
+        hold_states=hold_states,
         keep_codes=keep_codes,
         limit_bytes=budget - PROGRAM_BYTES if resources.memory and needed <= budget else None,
-        reasons=(why_budget, f"computes in {why_dtype}", f"{batch_size} sequences a batch", how),
+        reasons=(
+            budget_reason,
+            f"computes in {dtype_reason}",
+            f"{batch_size} sequences per batch",
+            passes,
+        ),
     )
-    flops = _count_flops(task, batch_size, keep=keep)
+    flops = _count_flops(workload, batch_size, keep=keep)
     return RunPlan(
         settings=settings,
         memory_bytes=needed,
         budget_bytes=budget,
-        work_bytes=2 * task.state_bytes + task.weight_bytes,
-        output_bytes=_output_bytes(weights, task.sizes, config.bits),
+        work_bytes=2 * workload.state_bytes + workload.weight_bytes,
+        output_bytes=_output_bytes(weights, workload.sizes, config.bits),
         flops=flops,
-        seconds=flops / (REACHED_RATE * measure_gemm_rate(dtype, weights.device)),
+        seconds=flops / (ACHIEVED_RATE * measure_gemm_rate(dtype, weights.device)),
     )
 
 
-def _fixed_bytes(task: _Task, weights: ModelWeights, budget: int) -> tuple[int, bool]:
-    """Memory that no batch changes; and whether hidden states stay on the device in it."""
-    computed = task.dtype.itemsize / weights.dtype.itemsize
-    copies = 1 if task.dtype == weights.dtype else 1 + computed
-    copies += (task.streams - 1) * computed
-    fixed = PROGRAM_BYTES + int(task.sizes.block_bytes * copies) + task.sizes.solver_bytes
-    if not task.on_device:
+def _fixed_bytes(workload: _Workload, weights: ModelWeights, budget: int) -> tuple[int, bool]:
+    """Return the memory that does not depend on the batch size, and whether it holds the states."""
+    relative_size = workload.dtype.itemsize / weights.dtype.itemsize
+    copies = 1 if workload.dtype == weights.dtype else 1 + relative_size
+    copies += (workload.streams - 1) * relative_size
+    fixed = PROGRAM_BYTES + int(workload.sizes.block_bytes * copies) + workload.sizes.solver_bytes
+    if not workload.on_device:
         return fixed, False
     fixed += _outside_bytes(weights)
-    # Training goes through the states of all blocks by way of the files.
-    hold = not task.config.end_to_end_steps and fixed + task.state_bytes <= budget
-    return fixed + (task.state_bytes if hold else 0), hold
+    # End-to-end training reads the states from the files.
+    hold = not workload.config.end_to_end_steps and fixed + workload.state_bytes <= budget
+    return fixed + (workload.state_bytes if hold else 0), hold
 
 
-def _choose_batch_size(task: _Task, left: int) -> int:
-    """Sequences that keep the processor busy, as far as memory allows."""
-    wanted = DEVICE_TOKENS_PER_BATCH if task.on_device else TOKENS_PER_BATCH
-    size = max(1, wanted // task.longest)
-    if task.config.needs_check:
-        # Whole batches are kept apart to confirm: there must be some.
-        size = max(1, min(size, len(task.lengths) // (2 * CHECK_EVERY)))
-    room = max(left + (task.sizes.solver_bytes if task.on_device else 0), 0) // 2
-    return max(1, min(size, room // (task.bytes_per_token * task.longest)))
+def _choose_batch_size(workload: _Workload, free: int) -> int:
+    """Return a batch size that keeps the processor busy, as far as memory allows."""
+    tokens = DEVICE_TOKENS_PER_BATCH if workload.on_device else TOKENS_PER_BATCH
+    size = max(1, tokens // workload.longest)
+    if workload.config.needs_check:
+        # Checking uses whole batches, so there must be enough of them.
+        size = max(1, min(size, len(workload.lengths) // (2 * CHECK_EVERY)))
+    usable = max(free + (workload.sizes.solver_bytes if workload.on_device else 0), 0) // 2
+    return max(1, min(size, usable // (workload.bytes_per_token * workload.longest)))
 
 
-def _batch_bytes(task: _Task, batch_size: int, left: int) -> tuple[int, bool]:
-    """Memory that a batch takes at most; and whether training keeps all codes in what is left."""
-    sizes, config = task.sizes, task.config
-    forward = task.bytes_per_token * task.longest * batch_size
+def _batch_bytes(workload: _Workload, batch_size: int, free: int) -> tuple[int, bool]:
+    """Return the peak memory of a batch, and whether training keeps all codes in memory."""
+    sizes, config = workload.sizes, workload.config
+    forward = workload.bytes_per_token * workload.longest * batch_size
     training = TUNING_ACTIVATIONS * forward
-    per_state = task.dtype.itemsize * sizes.hidden
-    found = forward
+    per_state = workload.dtype.itemsize * sizes.hidden
+    peak = forward
     if config.tune_steps:
-        # Latents, their gradients and bounds in fp32, and what a backward pass remembers.
-        found = max(found, TUNING_COPIES * 4 * sizes.block_numbers + training)
+        # Latents, their gradients and bounds in fp32, and saved activations.
+        peak = max(peak, TUNING_COPIES * 4 * sizes.block_numbers + training)
     keep_codes = False
     if config.end_to_end_steps:
-        # The states between all blocks, and the logits of one sequence: base, own, gradient.
-        between = batch_size * task.longest * per_state * task.num_blocks
-        whole = between + LOGITS_COPIES * 4 * task.vocabulary * task.longest + training
-        codes = sizes.block_numbers * task.num_blocks
-        keep_codes = whole + codes <= left
-        found = max(found, whole + (codes if keep_codes else 0))
-    if task.backward_tokens:
-        between = task.backward_tokens * per_state * task.num_blocks
-        head = LOGITS_COPIES * 4 * task.vocabulary * task.longest
-        found = max(found, between + head + training)
-    return found, keep_codes
+        # The states between all blocks, and the logits of one sequence: base, student, gradient.
+        between = batch_size * workload.longest * per_state * workload.num_blocks
+        whole = between + LOGITS_COPIES * 4 * workload.vocabulary * workload.longest + training
+        codes = sizes.block_numbers * workload.num_blocks
+        keep_codes = whole + codes <= free
+        peak = max(peak, whole + (codes if keep_codes else 0))
+    if workload.backward_tokens:
+        between = workload.backward_tokens * per_state * workload.num_blocks
+        head = LOGITS_COPIES * 4 * workload.vocabulary * workload.longest
+        peak = max(peak, between + head + training)
+    return peak, keep_codes
 
 
-def _count_flops(task: _Task, batch_size: int, *, keep: bool) -> float:
-    """Operations of the whole run."""
-    sizes, config = task.sizes, task.config
-    passes = task.streams * (1.0 if keep else 2.2)
-    # Hessians cost half a product each, drifts a whole one.
+def _count_flops(workload: _Workload, batch_size: int, *, keep: bool) -> float:
+    """Return the floating-point operations of the whole run."""
+    sizes, config = workload.sizes, workload.config
+    passes = workload.streams * (1.0 if keep else 2.2)
+    # A Hessian costs half a matrix product, being symmetric; a drift costs a whole one.
     products = 1.5 if config.match_base else 0.5
-    forward = 2.0 * task.tokens * (sizes.numbers * passes + sizes.hessian_macs * products)
+    forward = 2.0 * workload.tokens * (sizes.numbers * passes + sizes.hessian_macs * products)
     solve = sizes.solve_macs * (4 + 4 * config.polish)
-    batch = batch_size * task.longest
+    batch = batch_size * workload.longest
     tune = 6.0 * config.tune_steps * batch * sizes.numbers
-    # Forwards, forwards again and twice that backwards; the head for both models.
-    per_token = 8.0 * sizes.numbers + 8.0 * task.vocabulary * sizes.hidden
+    # Forward, recomputation, and a backward pass of twice the cost; the head for both models.
+    per_token = 8.0 * sizes.numbers + 8.0 * workload.vocabulary * sizes.hidden
     tune += config.end_to_end_steps * batch * per_token
     survey = 0.0
-    if task.survey_tokens:
-        survey = task.survey_tokens * (per_token + 2.0 * sizes.hessian_macs)
+    if workload.survey_tokens:
+        survey = workload.survey_tokens * (per_token + 2.0 * sizes.hessian_macs)
         survey += 4 * len(SUPPORTED_BITS) * sizes.solve_macs
     if config.weigh_tokens:
-        # Forwards, forwards again and backwards, by activations alone.
-        survey += 6.0 * task.tokens * (sizes.numbers + task.vocabulary * sizes.hidden)
+        # Forward, recomputation, and a backward pass for activations only.
+        survey += 6.0 * workload.tokens * (sizes.numbers + workload.vocabulary * sizes.hidden)
     return forward + solve + tune + survey
 
 
-def resolve_dtype(asked: str, stored: torch.dtype, device: torch.device) -> tuple[torch.dtype, str]:
-    """Choose the type in which the model computes.
+def resolve_dtype(
+    requested: str, stored: torch.dtype, device: torch.device
+) -> tuple[torch.dtype, str]:
+    """Choose the dtype of the model's computation.
 
     Args:
-        asked: "auto" or a type's name.
-        stored: What the weights are stored in.
-        device: Where it computes.
+        requested: "auto" or the name of a dtype.
+        stored: Dtype of the stored weights.
+        device: Device to compute on.
 
     Returns:
-        The type, and why in words.
+        The dtype, and the reason as text.
     """
-    if asked != "auto":
-        dtype = getattr(torch, asked)
+    if requested != "auto":
+        dtype = getattr(torch, requested)
         assert isinstance(dtype, torch.dtype)
-        return dtype, f"{asked}, as asked for"
+        return dtype, f"{requested}, as requested"
     if stored == torch.float32:
         return stored, "float32, as the model is stored"
     if device.type != "cpu":
@@ -352,7 +363,7 @@ def resolve_dtype(asked: str, stored: torch.dtype, device: torch.device) -> tupl
 
 
 def measure_gemm_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Measure the rate of matrix products in FLOP/s, on sizes like a model's, in a moment."""
+    """Measure the rate of matrix products in FLOP/s by a short benchmark of typical sizes."""
     size = 1024 if device.type == "cpu" else 4096
     left = torch.ones(size, size, dtype=dtype, device=device)
     right = torch.ones(size, size, dtype=dtype, device=device)
@@ -364,19 +375,17 @@ def measure_gemm_rate(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * size**3 / best
 
 
-def _budget(asked: str | None, device: torch.device) -> tuple[int, str]:
-    if asked is not None:
-        return parse_size(asked, "memory"), "the limit is yours"
+def _resolve_budget(requested: str | None, device: torch.device) -> tuple[int, str]:
+    if requested is not None:
+        return parse_size(requested, "memory"), "the requested limit"
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return int(
-            free * SHARE_OF_FREE_MEMORY
-        ), f"{SHARE_OF_FREE_MEMORY:.0%} of the GPU's that is free"
+        return int(free * FREE_MEMORY_SHARE), f"{FREE_MEMORY_SHARE:.0%} of the GPU's free memory"
     free = psutil.virtual_memory().available
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.is_file() and (text := limit.read_text(encoding="ascii").strip()).isdigit():
         free = min(free, int(text))
-    return int(free * SHARE_OF_FREE_MEMORY), f"{SHARE_OF_FREE_MEMORY:.0%} of what is free"
+    return int(free * FREE_MEMORY_SHARE), f"{FREE_MEMORY_SHARE:.0%} of the free memory"
 
 
 def _outside_bytes(weights: ModelWeights) -> int:
@@ -384,6 +393,6 @@ def _outside_bytes(weights: ModelWeights) -> int:
 
 
 def _output_bytes(weights: ModelWeights, sizes: Sizes, bits: int) -> int:
-    """Near enough to see whether the disk will do: codes, and a bit per weight for the rest."""
+    """Estimate the checkpoint's size: codes, plus 0.03 bytes per weight for scales and zeros."""
     rounded = sizes.block_numbers * len(weights.blocks.modules)
     return _outside_bytes(weights) + int((bits / 8 + 0.03) * rounded)

@@ -1,13 +1,13 @@
-"""A model folder -> the same model in a turned residual stream, one block in memory at a time.
+"""Rotates the residual stream of a model without changing its outputs, one block at a time.
 
 ::
 
     block -> run it -> which norms feed which linears, which linears write the stream
-          -> gains and rotation into the weights -> run it on the turned stream, compare -> shard
+          -> fold gains and rotation into the weights -> run it again, compare -> shard
     ... x n -> embeddings and head -> index, tokenizer, config
 
-Nothing here knows a model family. What reads the stream is found by running each block, and a
-model for which the turned block computes anything else is refused.
+No model family is special-cased. The readers and writers of the stream are found by running each
+block, and a model is refused if a rotated block does not compute the same as before.
 """
 
 from __future__ import annotations
@@ -39,19 +39,20 @@ from halfbyte.version import __version__
 
 ROTATION_FILE = "rotation.json"
 TOKENS = 64
-"""That every block is checked with."""
+"""Tokens that every block is checked with."""
 BLOCK_TOLERANCE = 1e-3
-"""Of a block's outputs in fp32, by token; a part that does not turn is off by their own size."""
+"""Allowed relative error of a block's fp32 outputs per token; a wrong rotation gives about 1."""
 STORED_TOLERANCE = 0.03
-"""Of embeddings and logits, which are checked as they will be stored."""
+"""Allowed relative error of embeddings and logits, which are checked in the stored dtype."""
 ROUTED_SHARE = 0.9
-"""Of the tokens are checked where the last digit may send one to another expert."""
+"""Fraction of tokens that must pass in blocks with experts, whose routing may flip by rounding."""
 ROWS = 8192
+"""Rows of a large matrix that are rotated at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RotationReport:
-    """What was written."""
+    """Result of a rotation."""
 
     model: str
     output: str
@@ -59,15 +60,15 @@ class RotationReport:
     width: int
     num_blocks: int
     largest_error: float
-    """Of a block's outputs, relative, in fp32, before its weights are rounded to be stored."""
+    """Largest relative error of a block's outputs, in fp32, before rounding to the stored dtype."""
     untied_bytes: int
-    """What the head takes that was tied to the embeddings before; 0 where it was not."""
+    """Size of the head if it was tied to the embeddings before; 0 if it was not."""
     num_bytes: int
     seconds: float
     version: str = __version__
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain values for JSON."""
+        """Return JSON-serializable values."""
         return asdict(self)
 
 
@@ -79,38 +80,38 @@ def rotate(
     device: str = "cpu",
     on_block: Callable[[int, int], None] = lambda index, count: None,
 ) -> RotationReport:
-    """Write a model folder that computes the same with its residual stream turned.
+    """Write a model with a rotated residual stream that computes the same outputs.
 
-    The result is an ordinary 16-bit model: quantize it, and compare with it, as with any other.
+    The result is an ordinary 16-bit model, to be quantized and compared like any other.
 
     Args:
         model: A Hugging Face model folder, or a name on the Hub.
-        output: New folder.
-        seed: Draws the rotation.
-        device: Where to compute.
-        on_block: Told of every block that is taken up, from 0, and their number.
+        output: A new folder.
+        seed: Random seed of the rotation.
+        device: Device to compute on.
+        on_block: Called before every block with its index and the number of blocks.
 
     Returns:
-        What was written; it also stands in the folder.
+        The report, which is also saved in the folder.
 
     Raises:
         ConfigError: The output is in use, or there is no such device.
-        ModelError: The model does not compute the same when its stream is turned.
+        ModelError: The model does not compute the same with a rotated stream.
         CheckpointError: The model's files are damaged, or the disk is full.
     """
     source, target = find_model(model), Path(output)
     check_new_folder(target)
     with torch.no_grad():
-        return _Turning(str(model), source, target, seed, resolve_device(device)).run(on_block)
+        return _Rotator(str(model), source, target, seed, resolve_device(device)).run(on_block)
 
 
 @dataclass(slots=True)
-class _Reached(Exception):  # ends a forward, reports no error
+class _FirstBlockReached(Exception):  # ends a forward pass; not an error
     hidden: Tensor
 
 
-class _Turning:
-    """One model on its way into another basis."""
+class _Rotator:
+    """The rotation of one model."""
 
     def __init__(
         self, name: str, source: Path, target: Path, seed: int, device: torch.device
@@ -136,8 +137,8 @@ class _Turning:
             embedded = hidden = self._embed()
             for index in range(self.num_blocks):
                 on_block(index, self.num_blocks)
-                hidden = self._turn_block(index, hidden)
-            untied = self._turn_outside(embedded, hidden)
+                hidden = self._rotate_block(index, hidden)
+            untied = self._rotate_outside(embedded, hidden)
             report = RotationReport(
                 model=self.name,
                 output=str(self.target),
@@ -149,15 +150,15 @@ class _Turning:
                 num_bytes=self.num_bytes,
                 seconds=time.monotonic() - self.start,
             )
-            self._describe(report)
+            self._write_metadata(report)
         except BaseException:
-            for path in self.target.iterdir():  # it was empty, or new
+            for path in self.target.iterdir():  # it was new or empty before
                 path.unlink()
             raise
         return report
 
     def _check_outside(self) -> None:
-        """Refuse what else may stand beside the blocks: it would have to be turned, too."""
+        """Refuse unknown parameters outside the blocks, which might have to be rotated as well."""
         model = self.weights.model
         head = model.get_output_embeddings()
         known = {id(p) for m in (model.get_input_embeddings(), head) if m for p in m.parameters()}
@@ -165,24 +166,26 @@ class _Turning:
             inside = name.startswith(f"{self.weights.blocks.prefix}.")
             gains = name.endswith(".weight") and tuple(parameter.shape) == (self.width,)
             if not inside and not gains and id(parameter) not in known:
-                raise self._refusal(f"{name} is outside its blocks and not known to turn with it")
+                raise self._error(
+                    f"how to rotate {name}, which is outside its blocks, is not known"
+                )
 
     def _embed(self) -> Tensor:
-        """Give what reaches the first block."""
+        """Return the input of the first block."""
 
         def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            raise _Reached(args[0] if args else kwargs["hidden_states"])
+            raise _FirstBlockReached(args[0] if args else kwargs["hidden_states"])
 
         first = self.weights.blocks.modules[0]
         with self.stream.at(0), first.register_forward_pre_hook(stop, with_kwargs=True):
             try:
                 self.stream.run(self.ids, None)
-            except _Reached as reached:
+            except _FirstBlockReached as reached:
                 return reached.hidden
-        raise self._refusal("it does not run its first block")
+        raise self._error("it does not run its first block")
 
-    def _turn_block(self, index: int, hidden: Tensor) -> Tensor:
-        """Turn one block and write it; give what the base model makes of the hidden states."""
+    def _rotate_block(self, index: int, hidden: Tensor) -> Tensor:
+        """Rotate one block and write it; return the output of the original block."""
         weights, prefix = self.weights, self.weights.blocks.name(index)
         block = weights.load_block(index)
         split_experts(weights, index)
@@ -190,12 +193,12 @@ class _Turning:
         expected: Tensor
         expected, roles = self._find_roles(index, block, hidden, lambda name: True)
         if not roles.readers or not roles.writers:
-            raise self._refusal(f"no norm feeds a linear of {prefix}, or none of them writes it")
+            raise self._error(f"in {prefix}, no norm feeds a linear or no linear writes the stream")
         changed = self._fold(block, roles)
         with self.stream.at(index):
-            found: Tensor = self.stream.run(self.ids, self.rotation.turn(hidden))
+            actual: Tensor = self.stream.run(self.ids, self.rotation.rotate(hidden))
         error = self._check(
-            prefix, found, self.rotation.turn(expected), BLOCK_TOLERANCE, routed=roles.routed
+            prefix, actual, self.rotation.rotate(expected), BLOCK_TOLERANCE, routed=roles.routed
         )
         self.largest_error = max(self.largest_error, error)
         inside = {f"{prefix}.{name}": tensor for name, tensor in changed.items()}
@@ -203,8 +206,8 @@ class _Turning:
         weights.drop_block(index)
         return expected
 
-    def _turn_outside(self, embedded: Tensor, hidden: Tensor) -> int:
-        """Turn embeddings and head, and write what no block holds; give the bytes of untying."""
+    def _rotate_outside(self, embedded: Tensor, hidden: Tensor) -> int:
+        """Rotate and write everything outside the blocks; return the bytes that untying adds."""
         weights, model = self.weights, self.weights.model
         inside = f"{weights.blocks.prefix}."
         logits, roles = self._find_roles(
@@ -212,45 +215,45 @@ class _Turning:
         )
         name = head_name(model)
         if name is None or list(roles.readers.values()) != [[name]]:
-            raise self._refusal("its head does not read what its last norm gives, and that alone")
+            raise self._error("the output of its last norm is not read by the head alone")
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         tied = head.weight is embedding.weight
         norm = next(iter(roles.readers))
         gains, unit = self._take_gains(norm, model.get_submodule(norm))
-        turned = _by_rows(head.weight, lambda rows: self.rotation.turn_reader(rows, gains))
-        head.weight = nn.Parameter(turned, requires_grad=False)
+        rotated = _map_rows(head.weight, lambda rows: self.rotation.rotate_reader(rows, gains))
+        head.weight = nn.Parameter(rotated, requires_grad=False)
         with self.stream.at(self.num_blocks):
-            found = self.stream.run(self.ids, self.rotation.turn(hidden)).logits
-        self._check("its head", found, logits.logits, STORED_TOLERANCE)
-        vectors = _by_rows(embedding.weight, self.rotation.turn)
+            actual = self.stream.run(self.ids, self.rotation.rotate(hidden)).logits
+        self._check("its head", actual, logits.logits, STORED_TOLERANCE)
+        vectors = _map_rows(embedding.weight, self.rotation.rotate)
         embedding.weight = nn.Parameter(vectors, requires_grad=False)
-        expected = self.rotation.turn(embedded)
+        expected = self.rotation.rotate(embedded)
         self._check("its embedding", self._embed(), expected, STORED_TOLERANCE)
-        place = next(n for n, m in model.named_modules() if m is embedding)
-        changed = {f"{place}.weight": vectors, f"{norm}.weight": unit}
+        embedding_name = next(n for n, m in model.named_modules() if m is embedding)
+        changed = {f"{embedding_name}.weight": vectors, f"{norm}.weight": unit}
         # The files of a tied model need not hold the head.
-        added = {f"{weights.disk_name(name)}.weight": turned} if tied else {}
+        added = {f"{weights.disk_name(name)}.weight": rotated} if tied else {}
         if not tied:
-            changed[f"{name}.weight"] = turned
+            changed[f"{name}.weight"] = rotated
         self._write(self.num_blocks, weights.outside_keys, changed, added)
-        return turned.numel() * turned.element_size() if tied else 0
+        return rotated.numel() * rotated.element_size() if tied else 0
 
     def _find_roles(
-        self, index: int, root: nn.Module, hidden: Tensor, counts: Callable[[str], bool]
+        self, index: int, root: nn.Module, hidden: Tensor, include: Callable[[str], bool]
     ) -> tuple[Any, ResidualRoles]:
-        """Run a block, or what is behind the last one, and see who reads and writes the stream."""
+        """Run a block, or the tail, and find the readers and writers of the stream."""
 
         def run() -> Any:
             with self.stream.at(index):
                 return self.stream.run(self.ids, hidden)
 
-        return find_roles(root, self.width, run, counts)
+        return find_roles(root, self.width, run, include)
 
     def _fold(self, block: nn.Module, roles: ResidualRoles) -> dict[str, Tensor]:
-        """Move gains and rotation into the weights of a block; give them by name within it."""
+        """Fold gains and rotation into the weights of a block; return those by name within it."""
         changed: dict[str, Tensor] = {}
 
-        def put(name: str, weight: Tensor) -> None:
+        def replace_weight(name: str, weight: Tensor) -> None:
             linear = block.get_submodule(name)
             set_linear_weight(linear, weight)
             changed[f"{name}.weight"] = linear.weight.data  # type: ignore[assignment]
@@ -259,56 +262,56 @@ class _Turning:
             gains, changed[f"{norm}.weight"] = self._take_gains(norm, block.get_submodule(norm))
             for name in readers:
                 weight = linear_weight(block.get_submodule(name))
-                put(name, self.rotation.turn_reader(weight, gains))
+                replace_weight(name, self.rotation.rotate_reader(weight, gains))
         for name in roles.writers:
             linear = block.get_submodule(name)
-            put(name, self.rotation.turn_writer(linear_weight(linear)))
+            replace_weight(name, self.rotation.rotate_writer(linear_weight(linear)))
             bias: Tensor | None = linear.bias  # type: ignore[assignment]
             if bias is not None:
-                bias.data = changed[f"{name}.bias"] = self.rotation.turn(bias.data)
+                bias.data = changed[f"{name}.bias"] = self.rotation.rotate(bias.data)
         return changed
 
     def _take_gains(self, name: str, norm: nn.Module) -> tuple[Tensor, Tensor]:
-        """Leave a norm without gains; give them, and the weight that it has now."""
+        """Remove the gains of a norm; return them, and the norm's new weight."""
         weight: Tensor = norm.weight.data  # type: ignore[assignment]
         gains = weight.float().clone()
         probe = torch.linspace(-1, 2, self.width, device=weight.device)[None]
         plain = probe / probe.square().mean().sqrt()
-        # Some norms multiply with their weight, some with 1 more.
+        # Some norms multiply by their weight, some by 1 + weight.
         for unit in (1.0, 0.0):
             weight = torch.full_like(weight, unit)
             norm.weight = nn.Parameter(weight, requires_grad=False)
             if torch.allclose(norm(probe), plain, rtol=1e-3, atol=1e-3):
                 return gains + (1 - unit), weight
-        raise self._refusal(f"{name} ({type(norm).__name__}) is not an RMS norm")
+        raise self._error(f"{name} ({type(norm).__name__}) is not an RMS norm")
 
     def _check(
         self,
-        what: str,
-        found: Tensor,
+        part: str,
+        actual: Tensor,
         expected: Tensor,
         tolerance: float,
         *,
         routed: bool = False,
     ) -> float:
-        """Compare what a turned part computes with what it should; give the relative error."""
-        # A token whose embedding is zero, as of padding, stays so.
+        """Check the outputs of a rotated part; return their relative error."""
+        # Avoid a division by zero for zero embeddings, such as those of padding tokens.
         sizes = expected.float().norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
-        errors = (found.float() - expected.float()).norm(dim=-1) / sizes
+        errors = (actual.float() - expected.float()).norm(dim=-1) / sizes
         error = float(errors.flatten().quantile(ROUTED_SHARE) if routed else errors.max())
         if not error < tolerance:
-            raise self._refusal(
-                f"turned, {what} computes something else (off by {error:.2g} of its outputs)"
+            raise self._error(
+                f"the outputs of {part} change by {error:.2g} relative, allowed is {tolerance:g}"
             )
         return error
 
     def _key(self, parameter: str, tensor: Tensor) -> str:
-        """Give a parameter's name on disk."""
+        """Return a parameter's name on disk."""
         module, _, suffix = parameter.rpartition(".")
         key = f"{self.weights.disk_name(module)}.{suffix}"
         info = self.weights.files.infos.get(key)
         if info is None or tuple(info.shape) != tuple(tensor.shape):
-            raise self._refusal(f"its files hold {parameter} in another form")
+            raise self._error(f"its files store {parameter} under another name or shape")
         return key
 
     def _write(
@@ -318,7 +321,7 @@ class _Turning:
         changed: Mapping[str, Tensor],
         added: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Write a shard: tensors on disk as they are or, by name in the model, as they are now."""
+        """Write a shard of unchanged tensors, changed ones by name in the model, and added ones."""
         infos = self.weights.files.infos
         tensors = {key: map_tensor(infos[key]) for key in keys} | dict(added or {})
         for name, tensor in changed.items():
@@ -329,8 +332,8 @@ class _Turning:
         self.files |= dict.fromkeys(tensors, path.name)
         self.num_bytes += digest.tensor_bytes
 
-    def _describe(self, report: RotationReport) -> None:
-        """Write what makes the shards a model, the config at last: a part of one has none."""
+    def _write_metadata(self, report: RotationReport) -> None:
+        """Write index, companion files and report, and config.json last, to mark completion."""
         source = self.weights.folder
         config = json.loads((source / "config.json").read_text(encoding="utf-8"))
         if report.untied_bytes:
@@ -340,17 +343,18 @@ class _Turning:
         write_json(self.target / ROTATION_FILE, report.to_dict())
         write_json(self.target / "config.json", config)
 
-    def _refusal(self, why: str) -> ModelError:
+    def _error(self, reason: str) -> ModelError:
         return ModelError(
-            f"Cannot turn the residual stream of {self.name}: {why}. A model can be rotated that "
-            "reads it through RMS norms in front of linears, and writes it by linears: Llama, "
-            "Mistral, Qwen, DeepSeek and the like. Quantize this one as it is."
+            f"Cannot rotate the residual stream of {self.name}: {reason}. Only models that read "
+            "the stream through RMS norms followed by linears, and write it by linears, can be "
+            "rotated: Llama, Mistral, Qwen, DeepSeek and similar. Quantize this model without "
+            "rotating it."
         )
 
 
-def _by_rows(weight: Tensor, turn: Callable[[Tensor], Tensor]) -> Tensor:
-    """Turn a large matrix in parts: in fp32 it would take twice its memory."""
-    turned = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    for before, after in zip(torch.split(weight, ROWS), torch.split(turned, ROWS), strict=True):
-        after.copy_(turn(before))
-    return turned
+def _map_rows(weight: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply a function to a large matrix in chunks of rows, to limit the memory of fp32 copies."""
+    result = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    for before, after in zip(torch.split(weight, ROWS), torch.split(result, ROWS), strict=True):
+        after.copy_(function(before))
+    return result

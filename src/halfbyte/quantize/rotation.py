@@ -1,12 +1,12 @@
-"""An orthogonal matrix for a residual stream, and how the linears beside it take it up.
+"""An orthogonal rotation of the residual stream, and its fusion into the linears around it.
 
-A model that reads its stream through RMS norms only, their gains moved into the linears behind
-them, computes the same when the whole stream is turned: what reads it, ``W``, becomes ``W Q``, what
-writes it ``Qᵀ W``. The few directions with huge numbers are then spread over all channels, and so
-is what is special about a weight's columns.
+If a model reads its residual stream only through RMS norms, whose gains are folded into the
+following linears, its outputs do not change when the stream is rotated: weights that read the
+stream become ``W Q``, and weights that write it ``Qᵀ W``. The rotation spreads the few channels
+with very large activations, and outlier columns of weights, over all channels.
 
 Source:
-    Turning a stream and moving gains: Ashkboos et al. 2024, "SliceGPT",
+    Rotating the stream and folding gains: Ashkboos et al. 2024, "SliceGPT",
     https://arxiv.org/abs/2401.15024. Hadamard matrices with random signs against outliers:
     Ashkboos et al. 2024, "QuaRot", https://arxiv.org/abs/2404.00456; this rotation is R1 in Liu et
     al. 2024, "SpinQuant", https://arxiv.org/abs/2405.16406.
@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 LARGEST_HADAMARD = 64
-"""A larger one is a product of several: as good, and less to compute."""
+"""Larger sizes use a Kronecker product of several: equally good and cheaper to apply."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rotation:
-    """An orthogonal matrix Q: random signs, then the Kronecker product of its factors."""
+    """An orthogonal matrix Q: random signs followed by the Kronecker product of the factors."""
 
     signs: Tensor
     """fp32 [width] of -1 and 1."""
@@ -35,23 +35,23 @@ class Rotation:
 
     @classmethod
     def random(cls, width: int, seed: int, device: torch.device | str = "cpu") -> Self:
-        """Draw one: Hadamard factors as far as 2 divides the width, else a random factor.
+        """Draw a rotation: Hadamard factors for the width's power of 2, a random one for the rest.
 
         Args:
-            width: Of the stream.
-            seed: The same one gives the same matrix on every device.
-            device: Where it is to be used.
+            width: Width of the stream.
+            seed: Random seed; the result does not depend on the device.
+            device: Device of the result.
 
         Returns:
             The rotation.
         """
-        dice = torch.Generator().manual_seed(seed)
-        signs = 2.0 * torch.randint(0, 2, (width,), generator=dice) - 1
+        generator = torch.Generator().manual_seed(seed)
+        signs = 2.0 * torch.randint(0, 2, (width,), generator=generator) - 1
         power = width & -width
         factors = []
         if width > power:
             odd = width // power
-            drawn = torch.randn(odd, odd, generator=dice, dtype=torch.float64)
+            drawn = torch.randn(odd, odd, generator=generator, dtype=torch.float64)
             factors.append(torch.linalg.qr(drawn).Q.float().contiguous())
         while power > 1:
             size = min(power, LARGEST_HADAMARD)
@@ -59,8 +59,8 @@ class Rotation:
             power //= size
         return cls(signs=signs.to(device), factors=tuple(f.to(device) for f in factors))
 
-    def turn(self, vectors: Tensor) -> Tensor:
-        """Multiply with Q from the right.
+    def rotate(self, vectors: Tensor) -> Tensor:
+        """Multiply by Q from the right.
 
         Args:
             vectors: [..., width]; computed in fp32.
@@ -68,30 +68,30 @@ class Rotation:
         Returns:
             fp32 [..., width].
         """
-        turned = vectors.float() * self.signs
-        left, right = 1, turned.shape[-1]
+        rotated = vectors.float() * self.signs
+        left, right = 1, rotated.shape[-1]
         for factor in self.factors:
             size = len(factor)
             right //= size
-            parts = turned.reshape(-1, left, size, right)
-            turned = torch.einsum("nlir,ij->nljr", parts, factor)
+            parts = rotated.reshape(-1, left, size, right)
+            rotated = torch.einsum("nlir,ij->nljr", parts, factor)
             left *= size
-        return turned.reshape(vectors.shape)
+        return rotated.reshape(vectors.shape)
 
-    def turn_reader(self, weight: Tensor, gains: Tensor) -> Tensor:
-        """Give the weight of a linear that reads the turned stream.
+    def rotate_reader(self, weight: Tensor, gains: Tensor) -> Tensor:
+        """Return the weight of a linear that reads the rotated stream.
 
         Args:
             weight: [out, width].
-            gains: [width], of the norm in front of it, which loses them.
+            gains: [width], of the norm before it, which are folded into the weight.
 
         Returns:
             fp32 [out, width].
         """
-        return self.turn(weight.float() * gains.float())
+        return self.rotate(weight.float() * gains.float())
 
-    def turn_writer(self, weight: Tensor) -> Tensor:
-        """Give the weight of a linear that writes into the turned stream.
+    def rotate_writer(self, weight: Tensor) -> Tensor:
+        """Return the weight of a linear that writes the rotated stream.
 
         Args:
             weight: [width, in].
@@ -99,11 +99,11 @@ class Rotation:
         Returns:
             fp32 [width, in].
         """
-        return self.turn(weight.t()).t()
+        return self.rotate(weight.t()).t()
 
 
 def _hadamard(size: int) -> Tensor:
-    """Give Sylvester's matrix of a power of 2, with rows of length 1."""
+    """Return Sylvester's Hadamard matrix of a power of 2, with rows of norm 1."""
     matrix = torch.ones(1, 1)
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])

@@ -1,4 +1,4 @@
-"""One group of linears that share an input: their Hessian -> codes, tensors to write, reports."""
+"""Rounds a group of linears that share an input: Hessian -> codes, tensors to write, reports."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from halfbyte.quantize.grid import SMALLEST_SCALE, Grid, assign_groups, round_to
 from halfbyte.quantize.hessian import Factor, factorize, shrink_to_diagonal
 from halfbyte.quantize.polish import polish
 from halfbyte.quantize.report import ModuleReport
-from halfbyte.quantize.target import Moments, aim
+from halfbyte.quantize.target import Moments, compute_target
 
 ROWS_AT_A_TIME = 4096
-"""Output rows solved together: rows do not depend on each other, and a head has very many."""
+"""Output rows solved together on a CPU. Rows are independent; a head would have too many."""
 DEVICE_NUMBERS = 1 << 26
-"""Weights solved together on a GPU, which wants more rows at once where they are short."""
+"""Weights solved together on a GPU; the shorter the rows, the more of them."""
 ROWS_MULTIPLE = 1024
 CHECKSUM_NUMBERS, DEVICE_CHECKSUM_NUMBERS = 1 << 17, 1 << 24
-"""Weights turned to int64 at a time: what a CPU's cache holds; on a GPU, enough to fill it."""
+"""Weights converted to int64 at a time: what fits a CPU's cache; enough to occupy a GPU."""
 LARGEST_SCALE = torch.finfo(torch.float16).max
 
 
@@ -38,7 +38,7 @@ class LinearTask:
     name: str
     """Full name on disk."""
     weight: Tensor
-    """[out, in], in the stored type."""
+    """[out, in], in the stored dtype."""
     bias: Tensor | None
     scheme: Scheme
     notes: tuple[str, ...] = ()
@@ -53,9 +53,9 @@ class RoundedLinear:
     name: str
     """Full name on disk."""
     checksum: int
-    """Of the weight, by which a reload is checked: :func:`weight_checksum`."""
+    """Checksum of the dequantized weight for the reload check: :func:`weight_checksum`."""
     tensors: Mapping[str, Tensor]
-    """As they go to disk, by suffix."""
+    """Tensors to be written to disk, by suffix."""
     report: ModuleReport
     grid: Grid
     codes: Tensor
@@ -63,31 +63,31 @@ class RoundedLinear:
 
     @property
     def weight(self) -> Tensor:
-        """What the codes stand for: fp32 [out, in]."""
+        """The dequantized weight: fp32 [out, in]."""
         return self.grid.dequantize(self.codes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputStatistics:
-    """What calibration says of one input."""
+    """Calibration statistics of one input."""
 
     hessian: Tensor
     """Mean of x xᵀ: fp32 [in, in]."""
     num_tokens: int
     halves: tuple[Moments, Moments] | None = None
-    """The text that proposes and the text that confirms; None where only the whole is known."""
+    """Moments for fitting and for checking; None if only the total is known."""
     notes: tuple[str, ...] = ()
 
 
 def round_group(
     tasks: Sequence[LinearTask], statistics: InputStatistics, config: QuantConfig
 ) -> list[RoundedLinear]:
-    """Round linears that share an input; those of one scheme are solved as one matrix.
+    """Round linears that share an input; those of the same scheme are solved as one matrix.
 
     Args:
         tasks: The linears.
-        statistics: Of their input.
-        config: Damping and order.
+        statistics: Statistics of their input.
+        config: Damping, column order, target and polishing.
 
     Returns:
         One result per task, in their order.
@@ -104,7 +104,7 @@ def round_group(
     rounded: dict[str, RoundedLinear] = {}
     for scheme, same in by_scheme.items():
         weight = torch.cat([task.weight for task in same]).to(factor.upper.device)
-        target, notes = _aim(weight, statistics, config)
+        target, notes = _choose_target(weight, statistics, config)
         solution = _solve_rows(target, statistics, factor, scheme, config)
         seconds = (time.monotonic() - start) / len(tasks)
         first = 0
@@ -118,34 +118,36 @@ def round_group(
     return [rounded[task.name] for task in tasks]
 
 
-def _aim(
+def _choose_target(
     weight: Tensor, statistics: InputStatistics, config: QuantConfig
 ) -> tuple[Tensor, tuple[str, ...]]:
-    """Shift the weight towards the base model's outputs, where that was asked for and helps."""
+    """Shift the weight toward the base model's outputs, if this is enabled and helps."""
     if not config.match_base:
         return weight, ()
     halves = statistics.halves
     if halves is None:
-        return weight, ("aimed at its own outputs: too little text to confirm anything else",)
+        return weight, ("targets its own outputs: too little text to confirm another target",)
     if any(half.drift is None for half in halves):
-        return weight, ("aimed at its own outputs: experts see other tokens in the base model",)
+        return weight, ("targets its own outputs: experts see other tokens in the base model",)
     if not any(bool(half.drift.any()) for half in halves if half.drift is not None):
-        return weight, ()  # nothing before it was rounded
-    target = aim(weight.float(), *halves, damping=config.damping, shrinkage=config.shrinkage)
+        return weight, ()  # no layer before it is quantized
+    target = compute_target(
+        weight.float(), *halves, damping=config.damping, shrinkage=config.shrinkage
+    )
     if target.share == 0:
-        return weight, ("aimed at its own outputs: the base model's did not help on other text",)
-    return target.weight, (f"aimed at the base model's outputs, {target.share:.0%} of the way",)
+        return weight, ("targets its own outputs: the base model's did not help on other text",)
+    return target.weight, (f"targets the base model's outputs, {target.share:.0%} of the way",)
 
 
 def rows_at_a_time(device: torch.device, in_features: int) -> int:
-    """Give how many output rows are solved together.
+    """Return how many output rows are solved together.
 
     Args:
-        device: Where.
+        device: The device.
         in_features: Width of the rows.
 
     Returns:
-        Rows.
+        Number of rows.
     """
     if device.type == "cpu":
         return ROWS_AT_A_TIME
@@ -163,12 +165,12 @@ def _solve_rows(
     g_idx = assign_groups(weight.shape[1], scheme.group_size, order).to(weight.device)
     parts = []
     for rows in torch.split(weight, rows_at_a_time(weight.device, weight.shape[1])):
-        exact = rows.float()
+        rows = rows.float()
         grid = search_grid(
-            exact, factor.curvature, g_idx, bits=scheme.bits, symmetric=scheme.symmetric
+            rows, factor.curvature, g_idx, bits=scheme.bits, symmetric=scheme.symmetric
         )
-        found = solve(exact, statistics.hessian, factor, grid, scheme.symmetric)
-        parts.append(_polish(exact, found, statistics, config))
+        solution = solve(rows, statistics.hessian, factor, grid, scheme.symmetric)
+        parts.append(_polish(rows, solution, statistics, config))
     if len(parts) == 1:
         return parts[0]
     return Solution(
@@ -188,22 +190,22 @@ def _solve_rows(
 
 
 def _polish(
-    target: Tensor, found: Solution, statistics: InputStatistics, config: QuantConfig
+    target: Tensor, solution: Solution, statistics: InputStatistics, config: QuantConfig
 ) -> Solution:
     if not config.polish or statistics.halves is None:
-        return found
+        return solution
     fit, check = (half.hessian for half in statistics.halves)
     if config.shrinkage:
         fit = fit.clone()
         shrink_to_diagonal(fit, config.shrinkage)
-    better = polish(target, found.codes, found.grid, fit, check, rounds=config.polish)
-    error = target - better.grid.dequantize(better.codes)
+    polished = polish(target, solution.codes, solution.grid, fit, check, rounds=config.polish)
+    error = target - polished.grid.dequantize(polished.codes)
     return replace(
-        found,
-        grid=better.grid,
-        codes=better.codes,
-        loss=torch.where(better.changed, output_loss(error, statistics.hessian), found.loss),
-        polished=better.changed,
+        solution,
+        grid=polished.grid,
+        codes=polished.codes,
+        loss=torch.where(polished.changed, output_loss(error, statistics.hessian), solution.loss),
+        polished=polished.changed,
     )
 
 
@@ -228,31 +230,12 @@ def _finish(
     target_notes: tuple[str, ...],
     rounds: int,
 ) -> RoundedLinear:
-    grid = solution.grid
     size = float(solution.size.sum())
-    kept = int(solution.kept_nearest.sum())
     notes = [*task.notes, *statistics.notes, *factor.notes, *target_notes]
-    limited = int((grid.scales.abs() >= LARGEST_SCALE).sum())
-    if limited:
-        notes.append(
-            f"{limited} groups need a scale above {LARGEST_SCALE:g}, fp16's largest: their largest "
-            "weights are cut"
-        )
-    smallest = grid.scales.abs() <= round_to_stored(grid.scales.new_tensor(SMALLEST_SCALE))
-    if bool(smallest.any()):
-        coarse = smallest[:, grid.g_idx] & (task.weight != 0).to(smallest.device)
-        notes.append(
-            f"{int(coarse.sum())} weights lie in groups of scale {SMALLEST_SCALE:g}, the smallest "
-            "there is: those below half of it become zero"
-        )
-    if rounds:
-        polished = int(solution.polished.sum())
-        notes.append(f"{polished} of {len(solution.polished)} rows polished")
-    if kept:
-        notes.append(f"{kept} of {len(solution.kept_nearest)} rows kept at round to nearest")
+    notes += _make_notes(task, solution, rounds)
     return pack_rounded(
         task.module,
-        grid,
+        solution.grid,
         solution.codes,
         bias=task.bias,
         report=ModuleReport(
@@ -272,17 +255,42 @@ def _finish(
     )
 
 
+def _make_notes(task: LinearTask, solution: Solution, rounds: int) -> list[str]:
+    """Describe clipping, underflow, polishing and rows that stayed at round-to-nearest."""
+    grid, notes = solution.grid, []
+    clipped = int((grid.scales.abs() >= LARGEST_SCALE).sum())
+    if clipped:
+        notes.append(
+            f"{clipped} groups need a scale above {LARGEST_SCALE:g}, fp16's largest: their largest "
+            "weights are clipped"
+        )
+    at_minimum = grid.scales.abs() <= round_to_stored(grid.scales.new_tensor(SMALLEST_SCALE))
+    if bool(at_minimum.any()):
+        coarse = at_minimum[:, grid.g_idx] & (task.weight != 0).to(at_minimum.device)
+        notes.append(
+            f"{int(coarse.sum())} weights are in groups with the smallest possible scale, "
+            f"{SMALLEST_SCALE:g}: those below half of it become zero"
+        )
+    if rounds:
+        polished = int(solution.polished.sum())
+        notes.append(f"{polished} of {len(solution.polished)} rows polished")
+    kept = int(solution.kept_nearest.sum())
+    if kept:
+        notes.append(f"{kept} of {len(solution.kept_nearest)} rows kept at round-to-nearest")
+    return notes
+
+
 def pack_rounded(
     module: str, grid: Grid, codes: Tensor, *, bias: Tensor | None, report: ModuleReport
 ) -> RoundedLinear:
-    """Make a result out of final codes.
+    """Build the result of a linear from its final codes.
 
     Args:
         module: Name within its block.
         grid: Scales and zeros.
         codes: uint8 [out, in].
-        bias: The linear's.
-        report: Has its full name.
+        bias: The linear's bias, or None.
+        report: The linear's report, with its full name.
 
     Returns:
         Codes, checksum and tensors for the disk.
@@ -302,20 +310,20 @@ def pack_rounded(
 
 
 def weight_checksum(weight: Tensor) -> int:
-    """Compute a checksum over a weight's fp32 numbers [out, in], on whichever device it lies.
+    """Compute a checksum of a weight's fp32 elements [out, in], on the weight's device.
 
-    The bits of every number, times an odd factor of its row and one of its column, summed modulo
-    2**64: one number that differs always shows, and several cancel by accident once in 2**60 or so.
-    Whole numbers, so the order of summing does not matter.
+    The bit pattern of every element, times an odd factor of its row and one of its column, is
+    summed modulo 2**64. A single differing element is always detected; several cancel with a
+    probability of about 2**-60. Integer sums do not depend on the order of summation.
     """
     rows, columns = weight.shape
     by_row, by_column = (_odd_factors(n, seed) for seed, n in enumerate((rows, columns)))
     by_row, by_column = by_row.to(weight.device), by_column.to(weight.device)
     total = torch.zeros((), dtype=torch.int64, device=weight.device)
-    numbers = CHECKSUM_NUMBERS if weight.device.type == "cpu" else DEVICE_CHECKSUM_NUMBERS
-    step = max(numbers // max(columns, 1), 1)
+    elements_at_once = CHECKSUM_NUMBERS if weight.device.type == "cpu" else DEVICE_CHECKSUM_NUMBERS
+    step = max(elements_at_once // max(columns, 1), 1)
     for start in range(0, rows, step):
-        # -0.0 and 0.0 are the same weight.
+        # Adding 0.0 turns -0.0 into 0.0, which is the same weight.
         bits = (weight[start : start + step].detach().float() + 0.0).view(torch.int32)
         sums = bits.to(torch.int64).mul_(by_column).sum(1)
         total += (sums * by_row[start : start + step]).sum()
@@ -323,7 +331,7 @@ def weight_checksum(weight: Tensor) -> int:
 
 
 def _odd_factors(count: int, seed: int) -> Tensor:
-    """Odd int64 [count], scattered by SplitMix64, the same on every machine."""
+    """Return odd pseudorandom int64 [count] from SplitMix64, the same on every machine."""
     z = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z += np.uint64(seed) * np.uint64(0xD1B54A32D192ED03)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -1,9 +1,10 @@
-"""One run: reads its text, decides how, and attempts it until it is done.
+"""One quantization run: loads the text, plans, and retries with less memory until it is done.
 
 ::
 
-    text -> tokens -> plan -> journal -> attempt ──────────────────────────────> report
-                                            └─ out of memory -> gentler settings ─┘
+    text -> tokens -> plan -> journal -> attempt -> report
+                                           └─ out of memory: attempt again from the last saved
+                                              block, with settings that need less memory
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from halfbyte.quantize.probe import Probe
 from halfbyte.quantize.progress import Progress
 from halfbyte.quantize.report import QuantizationReport
 from halfbyte.quantize.resources import RunSettings, resolve_resources
-from halfbyte.quantize.run_text import find_own_text, is_own_text, read_text
+from halfbyte.quantize.run_text import generated_text_path, is_self_generated, read_text
 from halfbyte.quantize.source import (
     COMPLETE,
     VERSIONS,
@@ -44,7 +45,7 @@ JOURNAL_VERSION = 2
 
 
 class Run:
-    """One run: what it was given, and where it stands."""
+    """One run, with its inputs and state."""
 
     def __init__(
         self,
@@ -58,17 +59,17 @@ class Run:
         device: torch.device,
         progress: Progress,
     ) -> None:
-        """Read names and shapes of the model; nothing is loaded or written yet.
+        """Read names and shapes of the model's tensors; nothing is loaded or written yet.
 
         Args:
-            name: What the user called the model.
-            source: Its folder.
-            journal: Of the output folder, locked.
+            name: The model as the user named it.
+            source: The model's folder.
+            journal: The journal of the output folder.
             config: How weights are rounded.
-            calibration: How much text.
-            resources: What the run may use.
-            device: Where to compute.
-            progress: Told how far the run is.
+            calibration: Amount of calibration text.
+            resources: Device, dtype and memory of the run.
+            device: Device to compute on.
+            progress: Reports the progress of the run.
         """
         self.name = name
         self.journal = journal
@@ -87,15 +88,15 @@ class Run:
     def execute(
         self, text: CalibrationSource, *, resume: bool, quality: bool
     ) -> QuantizationReport:
-        """Do everything that is not done yet.
+        """Do all work that is not done yet.
 
         Args:
             text: Calibration data.
-            resume: Go on with an unfinished run, where there is one.
-            quality: Measure what quantizing costs, on held-out text.
+            resume: Resume an unfinished run, if there is one.
+            quality: Measure quality on held-out text.
 
         Returns:
-            The report, which also stands in the output folder.
+            The report, which is also saved in the output folder.
         """
         check_something_to_do(self.weights, self.config)
         tokens, probe = self._read_text(text, quality)
@@ -115,7 +116,7 @@ class Run:
             start=self.start,
         )
         weights: ModelWeights | None = self.weights
-        del self.weights  # an attempt's own from here on: one that fails leaves nothing behind
+        del self.weights  # owned by the attempt from here on, so that a failed one frees it
         while True:
             try:
                 weights = weights or ModelWeights(self.source, self.device)
@@ -123,16 +124,16 @@ class Run:
                     return Attempt(task, settings, weights).go_through()
             except RuntimeError as error:
                 gentler, why = self._find_gentler(error, settings, max(map(len, tokens.sequences)))
-            # Not in the handler, where the error still holds on to what it was raised among.
+            # After the handler, since inside it the traceback still references the tensors.
             weights = None
             release_memory(self.device)
-            self._go_back(settings, gentler, why)
+            self._restart_from_journal(settings, gentler, why)
             settings = gentler
 
     def recall(
         self, finished: QuantizationReport, text: CalibrationSource, *, quality: bool
     ) -> QuantizationReport:
-        """Give back what a complete run reported, if it was given the same.
+        """Return the report of a complete run, after checking that it had the same inputs.
 
         Args:
             finished: Its report.
@@ -143,12 +144,12 @@ class Run:
             The report.
 
         Raises:
-            JournalError: It was given something else; names each difference.
+            JournalError: Its inputs were different; names each difference.
         """
         then = finished.inputs
-        if is_own_text(text):
-            # Its name tells of which model and settings it is; it is not written once more.
-            name = find_own_text(self.weights, self.calibration, self.journal.folder).name
+        if is_self_generated(text):
+            # The name identifies the text, which therefore need not be generated again.
+            name = generated_text_path(self.weights, self.calibration, self.journal.folder).name
             same = name == finished.calibration.source
             now = self._inputs(finished.calibration.digest if same else name, then.get("probe"))
         else:
@@ -181,7 +182,7 @@ class Run:
         }
 
     def _begin(self, tokens: CalibrationTokens, probe: Probe, *, resume: bool) -> RunSettings:
-        """Take the settings of the journal, or plan and start one."""
+        """Return the settings in the journal; for a new run, plan them and start a journal."""
         inputs = self._inputs(tokens.digest, _describe_probe(probe))
         if resume and self.journal.exists:
             self.journal.load()
@@ -189,49 +190,49 @@ class Run:
             self.journal.check_same(inputs)
             settings = RunSettings.from_dict(self.journal.header["settings"])
             done = len(self.journal.blocks)
-            self._note_slow_ways(settings)
+            self._note_fallbacks(settings)
             self.progress.started(
-                (f"resuming behind block {done} of {self.num_blocks}", *self.notes)
+                (f"resuming after block {done} of {self.num_blocks}", *self.notes)
             )
             return settings
         lengths = [len(sequence) for sequence in tokens.sequences]
         plan = resolve_resources(
             self.weights, self.resources, self.calibration, self.config, lengths
         )
-        self._note_slow_ways(plan.settings)
+        self._note_fallbacks(plan.settings)
         self.progress.started((*plan.lines(), *tokens.notes, *self.notes))
         plan.check_disk(self.journal.folder)
         header = {"version": JOURNAL_VERSION, "inputs": inputs}
         self.journal.start({**header, "settings": plan.settings.to_dict()})
         return plan.settings
 
-    def _note_slow_ways(self, settings: RunSettings) -> None:
+    def _note_fallbacks(self, settings: RunSettings) -> None:
         device, dtype = self.weights.device, settings.torch_dtype
         self.notes += find_slow_ways(device, dtype, symmetric=self.config.symmetric)
 
     def _find_gentler(
         self, error: RuntimeError, settings: RunSettings, longest: int
     ) -> tuple[RunSettings, str]:
-        """Choose settings that take less memory; anything but a lack of it is raised again."""
+        """Choose settings that need less memory; re-raise any error but out of memory."""
         if not is_out_of_memory(error):
             raise error
         done = len(self.journal.blocks)
         where = f"in block {done + 1} of {self.num_blocks}"
         if done == self.num_blocks:
-            where = "behind the last block"
-        # Training end to end is judged by whole batches: they cannot be others on the way.
+            where = "after the last block"
+        # End-to-end training evaluates whole batches, so their size must not change midway.
         trained = (self.journal.folder / STATE_FILE).exists()
         found = None if trained else find_gentler(settings)
         if found is None:
             raise explain_no_way(settings, where, longest) from error
         return found[0], f"out of memory {where}: {found[1]} from there on"
 
-    def _go_back(self, settings: RunSettings, gentler: RunSettings, why: str) -> None:
-        """Go back to the last saved block, as a run that was killed does."""
+    def _restart_from_journal(self, settings: RunSettings, gentler: RunSettings, why: str) -> None:
+        """Prepare to continue from the last saved block, as a resumed run does."""
         self.notes.append(why)
         self.progress.phase(why)
         if gentler.batch_size != settings.batch_size:
-            # They are kept by parts of the text that begin and end where batches do.
+            # They are stored by portions of the text, whose bounds depend on the batches.
             shutil.rmtree(self.journal.folder / WEIGHTS_FOLDER, ignore_errors=True)
         self.journal.change_settings(gentler.to_dict())
 

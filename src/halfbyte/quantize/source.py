@@ -1,4 +1,4 @@
-"""Which folder a run reads, which it may write into, and whether there is work at all."""
+"""Locates and downloads the model, and checks the output folder and the work to do."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from halfbyte.quantize.report import REPORT_FILE
 
 COMPLETE = "complete already; nothing was done"
 VERSIONS = "versions"
-"""Key of what a run was given: the software that it began with."""
+"""Key, among a run's inputs, of the software versions that it was started with."""
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken", "README.md"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubOptions:
-    """Which files of a model are meant, and how to fetch them; the words are Transformers'."""
+    """Which files of a model to use, and how to download them; named as in ``from_pretrained``."""
 
     revision: str | None = None
-    """Branch, tag or commit; of a name on the Hub."""
+    """Branch, tag or commit of a model on the Hub."""
     subfolder: str = ""
-    """Of the repository or of the local folder."""
+    """Subfolder of the repository or of the local folder."""
     cache_dir: str | Path | None = None
     token: str | bool | None = None
     local_files_only: bool = False
@@ -37,36 +37,36 @@ class HubOptions:
 
     @classmethod
     def split(cls, settings: Mapping[str, Any]) -> tuple[Self, dict[str, Any]]:
-        """Take these options out of the settings for loading a model.
+        """Separate these options from other settings for loading a model.
 
         Args:
-            settings: Keyword arguments of a ``from_pretrained``; None is as not given.
+            settings: Keyword arguments of ``from_pretrained``; None means not given.
 
         Returns:
             The options, and all other settings.
         """
         names = {field.name for field in fields(cls)}
-        own = {
+        options = {
             name: value for name, value in settings.items() if name in names and value is not None
         }
-        return cls(**own), {name: settings[name] for name in settings if name not in names}
+        return cls(**options), {name: settings[name] for name in settings if name not in names}
 
 
 def find_model(
     model: str | Path, hub: HubOptions = HubOptions(), *, with_code: bool = False
 ) -> Path:
-    """Give the folder of a model: a local one, or a snapshot fetched from the Hugging Face Hub.
+    """Return the folder of a model, downloading it from the Hugging Face Hub if it is not local.
 
     Args:
         model: A folder, or a name such as ``org/model``.
-        hub: Which of its files, and how to fetch them.
-        with_code: Fetch the code that the repository brings, too.
+        hub: Which of its files to use, and how to download them.
+        with_code: Also download the repository's Python code.
 
     Returns:
         The folder.
 
     Raises:
-        ModelError: There is no such folder, and it cannot be fetched.
+        ModelError: There is no such folder, and it cannot be downloaded.
     """
     path = Path(model).expanduser()
     if not path.is_dir():
@@ -108,37 +108,37 @@ def _fetch(model: str | Path, hub: HubOptions, with_code: bool) -> Path:
         ) from error
 
 
-def check_apart(source: Path, output: Path) -> None:
-    """Refuse to write into the folder of the model that is read, or under it.
+def check_output_outside_model(source: Path, output: Path) -> None:
+    """Check that the output folder is not the model's folder or inside it.
 
     Args:
         source: The model's folder.
-        output: The checkpoint's.
+        output: The checkpoint's folder.
 
     Raises:
-        ConfigError: It is there.
+        ConfigError: It is.
     """
     if output.resolve().is_relative_to(source.resolve()):
         raise ConfigError(
-            f"The output {output} is inside the model's own folder {source}, which is left as it "
-            "is. Choose a folder outside of it."
+            f"The output {output} is inside the model's own folder {source}, which must stay "
+            "unchanged. Choose a folder outside of it."
         )
 
 
 def check_output(output: Path, *, resume: bool, report_file: str = REPORT_FILE) -> bool:
-    """Make sure that a run may write into a folder.
+    """Check that a run may write into a folder.
 
     Args:
         output: The folder.
-        resume: Whether an unfinished run is to go on.
-        report_file: What a complete run of this kind leaves in its folder.
+        resume: Whether an unfinished run is to be resumed.
+        report_file: Name of the report that a complete run of this kind writes.
 
     Returns:
-        Whether the run that was to be resumed is complete already.
+        Whether the run to be resumed is already complete.
 
     Raises:
-        ConfigError: The folder holds something else.
-        JournalError: It holds an unfinished run, and it was not said to go on with it.
+        ConfigError: The folder holds other files, or the path is a file.
+        JournalError: It holds an unfinished run, and ``resume`` is false.
     """
     for path in (output, *output.parents):
         if path.exists() and not path.is_dir():
@@ -148,7 +148,7 @@ def check_output(output: Path, *, resume: bool, report_file: str = REPORT_FILE) 
     if (output / WORK_FOLDER / JOURNAL_FILE).is_file():
         if not resume:
             raise JournalError(
-                f"{output} holds an unfinished run. Add --resume to go on with it, or remove the "
+                f"{output} holds an unfinished run. Add --resume to continue it, or remove the "
                 "folder to start again."
             )
         return False
@@ -163,15 +163,15 @@ def check_output(output: Path, *, resume: bool, report_file: str = REPORT_FILE) 
 
 
 def check_same_inputs(output: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to give a complete run back for one with other inputs or options.
+    """Check that a complete run had the same inputs and options as those given now.
 
     Args:
-        output: Of the run that is complete.
-        then: What it was given.
-        now: What is given now. The versions of the software may be others: nothing is computed.
+        output: The folder of the complete run.
+        then: Its inputs.
+        now: The inputs given now. Software versions may differ, because nothing is computed.
 
     Raises:
-        JournalError: Something differs; names each difference with both values.
+        JournalError: An input differs; names each difference with both values.
     """
     kept, given = ({k: v for k, v in side.items() if k != VERSIONS} for side in (then, now))
     differences = describe_differences(kept, given)
@@ -183,17 +183,17 @@ def check_same_inputs(output: Path, then: Mapping[str, Any], now: Mapping[str, A
 
 
 def check_something_to_do(weights: ModelWeights, config: QuantConfig) -> None:
-    """Refuse to stream a whole model of which nothing is to be rounded, or can be.
+    """Check, before streaming a model, that at least one linear will be quantized.
 
     Args:
-        weights: The model, nothing of it loaded.
-        config: With the skip patterns and the group size.
+        weights: The model; nothing needs to be loaded.
+        config: The configuration, with skip patterns and group size.
 
     Raises:
-        ConfigError: They match every linear, or it fits none; says how many.
+        ConfigError: The skip patterns match every linear, or the group size fits none.
     """
     if find_fused_experts(weights.model) or config.lm_head:
-        return  # names of experts are known when they are split
+        return  # the names of experts are known only once they are split
     linears = {
         weights.disk_name(f"{weights.blocks.name(index)}.{name}"): linear_weight(linear).shape
         for index, block in enumerate(weights.blocks.modules)
@@ -203,7 +203,7 @@ def check_something_to_do(weights: ModelWeights, config: QuantConfig) -> None:
     if not schemes:
         raise ConfigError(
             f"The skip patterns match all {len(linears)} linears of {weights.folder.name}: nothing "
-            "is left to quantize. Loosen them."
+            "is left to quantize. Remove a pattern or make it match less."
         )
     reasons = {}
     for name, scheme in schemes.items():
@@ -214,7 +214,7 @@ def check_something_to_do(weights: ModelWeights, config: QuantConfig) -> None:
         reasons[name] = why
     name, why = next(iter(reasons.items()))
     raise ConfigError(
-        f"group_size is {schemes[name].group_size}, and none of the {len(reasons)} linears of "
-        f"{weights.folder.name} can be quantized so, {name} because {why}. Use another "
-        "--group-size, such as 32, 64 or 128."
+        f"group_size is {schemes[name].group_size}, but none of the {len(reasons)} linears of "
+        f"{weights.folder.name} can be quantized with it, for example {name} because {why}. Use "
+        "another --group-size, such as 32, 64 or 128."
     )

@@ -1,8 +1,8 @@
-"""The quantized model of a run as something to train: its scales and the gains of its norms.
+"""The quantized model as a trainable student: its scales and the gains of its norms are trained.
 
-Codes stay. Each block is put together from its finished shard (codes) and the base model's files
-(everything else), with weights that are computed from the trained numbers, rounded as they will be
-stored; the gradient takes that rounding for the identity.
+Codes stay fixed. Each block is assembled from its finished shard (codes) and the base model's files
+(everything else), with weights that are computed from the trained values, rounded as they will be
+stored. The gradient treats that rounding as the identity (straight-through estimator).
 """
 
 from __future__ import annotations
@@ -28,34 +28,35 @@ from halfbyte.quantize.grid import Grid, round_to_stored, sum_groups
 
 
 @dataclass(slots=True)
-class TrainedNumber:
-    """A tensor that is trained: where it starts, and how far it has gone from there."""
+class TrainableTensor:
+    """A trained tensor, ``start + unit * change``."""
 
     start: Tensor
-    """fp32."""
+    """Initial value, fp32."""
     unit: Tensor
-    """What a change of 1 means, in the tensor's own numbers; broadcasts over it."""
+    """Scale of ``change``; broadcasts over ``start``."""
     change: Tensor
-    """fp32, of ``start``'s shape; the leaf that the optimizer moves."""
+    """fp32, of ``start``'s shape; the leaf that the optimizer updates."""
     stored: torch.dtype
+    """Dtype that the value is stored in."""
 
     @classmethod
-    def of_scales(cls, scales: Tensor) -> TrainedNumber:
-        """Train scales, each in parts of itself: its size says how fine it must be."""
+    def of_scales(cls, scales: Tensor) -> TrainableTensor:
+        """Train scales, each relative to its own initial value."""
         start = scales.float()
         change = torch.zeros_like(start).requires_grad_()
         return cls(start=start, unit=start, change=change, stored=torch.float16)
 
     @classmethod
-    def of_gains(cls, gains: Tensor) -> TrainedNumber:
-        """Train a norm's gains, in parts of their common size: single ones may be zero."""
+    def of_gains(cls, gains: Tensor) -> TrainableTensor:
+        """Train a norm's gains relative to their RMS, because single gains may be zero."""
         start = gains.detach().float().clone()
         change = torch.zeros_like(start).requires_grad_()
         unit = start.square().mean().sqrt()
         return cls(start=start, unit=unit, change=change, stored=gains.dtype)
 
     def value(self) -> Tensor:
-        """Give what it is now, rounded as stored; differentiable by ``change``."""
+        """Return the current value, rounded as stored; differentiable by ``change``."""
         exact = torch.addcmul(self.start, self.unit, self.change)
         with torch.no_grad():
             if self.stored == torch.float16:
@@ -66,8 +67,8 @@ class TrainedNumber:
 
 
 @dataclass(slots=True)
-class _Part:
-    """A block that is put together."""
+class _LoadedBlock:
+    """A block assembled for training."""
 
     module: nn.Module
     linears: dict[str, tuple[Grid, Tensor]]
@@ -75,11 +76,11 @@ class _Part:
     gains: list[str]
     """Names of the norms' gains, within the block."""
     emptied: dict[str, nn.Parameter]
-    """The linears' own parameters, which hold nothing, for when this is over."""
+    """The linears' original, empty weight parameters, to be put back when the block is freed."""
 
 
 class Student:
-    """The quantized model, its scales and gains trainable, one block in use at a time."""
+    """The quantized model with trainable scales and gains, used one block at a time."""
 
     def __init__(
         self,
@@ -93,151 +94,151 @@ class Student:
         """Read scales and gains of all blocks.
 
         Args:
-            weights: The base model; what is outside the blocks is loaded.
-            shards: One finished file per block.
-            packed: Disk names of every block's rounded linears.
-            dtype: In which the model computes.
-            resident: Keep all blocks' codes in memory, a byte per weight, instead of reading each
-                block again when it is needed.
+            weights: The base model; the weights outside the blocks must be loaded.
+            shards: One finished shard per block.
+            packed: Names on disk of every block's quantized linears.
+            dtype: Dtype of the model's computation.
+            resident: Keep all blocks' codes in memory, one byte per weight, instead of reading a
+                block again each time it is needed.
         """
         self.weights = weights
         self.shards = shards
         self.packed = packed
         self.dtype = dtype
         self.resident = resident
-        self.numbers: dict[str, TrainedNumber] = {}
+        self.trainable: dict[str, TrainableTensor] = {}
         """By name on disk: ``<linear>.scales``, ``<norm>.weight``."""
-        self._parts: dict[int, _Part] = {}
+        self._loaded: dict[int, _LoadedBlock] = {}
         for index in range(len(shards)):
-            with self._part(index) as part:
-                for module, (grid, _) in part.linears.items():
-                    self.numbers[f"{self._disk_name(index, module)}.scales"] = (
-                        TrainedNumber.of_scales(grid.scales)
+            with self._load(index) as block:
+                for module, (grid, _) in block.linears.items():
+                    self.trainable[f"{self._disk_name(index, module)}.scales"] = (
+                        TrainableTensor.of_scales(grid.scales)
                     )
-                for name in part.gains:
-                    gains = part.module.get_parameter(name)
-                    self.numbers[self._gain_name(index, name)] = TrainedNumber.of_gains(gains)
+                for name in block.gains:
+                    gains = block.module.get_parameter(name)
+                    self.trainable[self._gain_name(index, name)] = TrainableTensor.of_gains(gains)
         for name, gains in self._outside_gains().items():
-            self.numbers[f"{name}.weight"] = TrainedNumber.of_gains(gains)
+            self.trainable[f"{name}.weight"] = TrainableTensor.of_gains(gains)
 
     @contextmanager
     def enter(self, index: int) -> Iterator[None]:
-        """Put a block's weights in place, computed from what the trained numbers are now."""
-        with self._part(index) as part:
-            for module, (grid, codes) in part.linears.items():
-                scales = self.numbers[f"{self._disk_name(index, module)}.scales"].value()
+        """Set a block's weights, computed from the current trained values, within the context."""
+        with self._load(index) as block:
+            for module, (grid, codes) in block.linears.items():
+                scales = self.trainable[f"{self._disk_name(index, module)}.scales"].value()
                 weight = _ScaledCodes.apply(  # type: ignore[no-untyped-call]
                     scales, codes, grid.zeros, grid.g_idx, self.dtype
                 )
-                linear = part.module.get_submodule(module)
-                # A plain attribute: a Parameter would cut the gradient's way to the scales.
+                linear = block.module.get_submodule(module)
+                # A plain attribute, because a Parameter would detach the weight from the scales.
                 linear.__dict__["weight"] = weight.t() if isinstance(linear, Conv1D) else weight
-            kept: list[tuple[nn.Module, nn.Parameter]] = []
-            for name in part.gains:
-                owner = part.module.get_submodule(name.removesuffix(".weight"))
-                kept.append((owner, owner._parameters.pop("weight")))  # type: ignore[arg-type]
-                value = self.numbers[self._gain_name(index, name)].value()
-                owner.__dict__["weight"] = value.to(kept[-1][1].dtype)
+            replaced: list[tuple[nn.Module, nn.Parameter]] = []
+            for name in block.gains:
+                owner = block.module.get_submodule(name.removesuffix(".weight"))
+                replaced.append((owner, owner._parameters.pop("weight")))  # type: ignore[arg-type]
+                value = self.trainable[self._gain_name(index, name)].value()
+                owner.__dict__["weight"] = value.to(replaced[-1][1].dtype)
             try:
                 yield
             finally:
-                for module in part.linears:
-                    part.module.get_submodule(module).__dict__.pop("weight", None)
-                for owner, parameter in kept:
+                for module in block.linears:
+                    block.module.get_submodule(module).__dict__.pop("weight", None)
+                for owner, parameter in replaced:
                     owner.__dict__.pop("weight", None)
                     owner._parameters["weight"] = parameter
 
     @contextmanager
     def enter_outside(self) -> Iterator[None]:
-        """Put what is trained outside the blocks in place."""
-        kept = []
+        """Set the trained values outside the blocks within the context."""
+        replaced = []
         for name, parameter in self._outside_gains().items():
             owner = self.weights.model.get_submodule(name)
-            kept.append((owner, parameter))
+            replaced.append((owner, parameter))
             owner._parameters.pop("weight")
-            value = self.numbers[f"{name}.weight"].value()
+            value = self.trainable[f"{name}.weight"].value()
             owner.__dict__["weight"] = value.to(parameter.dtype)
         try:
             yield
         finally:
-            for owner, parameter in kept:
+            for owner, parameter in replaced:
                 owner.__dict__.pop("weight", None)
                 owner._parameters["weight"] = parameter
 
-    def settle_outside(self) -> dict[str, Tensor]:
-        """Leave what was trained outside the blocks in the model.
+    def export_outside(self) -> dict[str, Tensor]:
+        """Set the trained tensors outside the blocks in the model permanently.
 
         Returns:
-            The tensors by name on disk, as they are to be stored.
+            The tensors to be stored, by name on disk.
         """
-        settled = {}
+        exported = {}
         for name, parameter in self._outside_gains().items():
-            value = self.numbers[f"{name}.weight"].value().detach().to(parameter.dtype)
+            value = self.trainable[f"{name}.weight"].value().detach().to(parameter.dtype)
             self.weights.model.get_submodule(name)._parameters["weight"] = nn.Parameter(
                 value, requires_grad=False
             )
             stored = self.weights.files.infos[f"{self.weights.disk_name(name)}.weight"].dtype
-            settled[f"{self.weights.disk_name(name)}.weight"] = value.to(stored).cpu()
-        return settled
+            exported[f"{self.weights.disk_name(name)}.weight"] = value.to(stored).cpu()
+        return exported
 
-    def settled(self, index: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Give a block's tensors that training changed.
+    def export_block(self, index: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the tensors of a block that training changed.
 
         Args:
-            index: Which block.
+            index: Index of the block.
 
         Returns:
-            By name on disk: what replaces tensors of the shard; and the dequantized weights, fp32
-            [out, in], of its linears.
+            Two dicts by name on disk: tensors that replace those of the shard, and the dequantized
+            weights of the block's linears, fp32 [out, in].
         """
         changed: dict[str, Tensor] = {}
         weights: dict[str, Tensor] = {}
-        with self._part(index) as part, torch.no_grad():
-            for module, (grid, codes) in part.linears.items():
+        with self._load(index) as block, torch.no_grad():
+            for module, (grid, codes) in block.linears.items():
                 name = self._disk_name(index, module)
-                scales = self.numbers[f"{name}.scales"].value()
+                scales = self.trainable[f"{name}.scales"].value()
                 changed[f"{name}.scales"] = scales.half().t().contiguous().cpu()
                 tuned = Grid(bits=grid.bits, scales=scales, zeros=grid.zeros, g_idx=grid.g_idx)
                 weights[name] = tuned.dequantize(codes)
-            for gain in part.gains:
+            for gain in block.gains:
                 name = self._gain_name(index, gain)
                 stored = self.weights.files.infos[name].dtype
-                changed[name] = self.numbers[name].value().to(stored).cpu()
+                changed[name] = self.trainable[name].value().to(stored).cpu()
         return changed, weights
 
     def close(self) -> None:
-        """Give the blocks' memory back."""
-        for index in list(self._parts):
-            self._drop(self._parts.pop(index), index)
+        """Free the blocks' memory."""
+        for index in list(self._loaded):
+            self._drop(self._loaded.pop(index), index)
 
     @contextmanager
-    def _part(self, index: int) -> Iterator[_Part]:
-        if index in self._parts:
-            yield self._parts[index]
+    def _load(self, index: int) -> Iterator[_LoadedBlock]:
+        if index in self._loaded:
+            yield self._loaded[index]
             return
-        part = self._build(index)
+        block = self._build(index)
         if self.resident:
-            self._parts[index] = part
-            yield part
+            self._loaded[index] = block
+            yield block
             return
         try:
-            yield part
+            yield block
         finally:
-            self._drop(part, index)
+            self._drop(block, index)
             release_memory()
 
-    def _build(self, index: int) -> _Part:
+    def _build(self, index: int) -> _LoadedBlock:
         split = split_experts(self.weights, index)
         tensors = read_shard(self.shards[index])
         block = self.weights.blocks.modules[index]
         names = {n: self._disk_name(index, n) for n in quantizable_linears(block)}
         packed = {n: name for n, name in names.items() if name in self.packed[index]}
-        alone = [n for n, name in names.items() if f"{name}.weight" in tensors]
-        block = self.weights.load_block(index, [*packed, *alone, *split])
+        dense = [n for n, name in names.items() if f"{name}.weight" in tensors]
+        block = self.weights.load_block(index, [*packed, *dense, *split])
         cast_block(block, self.weights.dtype, self.dtype)
         for module, name in names.items():
             linear = block.get_submodule(module)
-            # What load_block left out stands in the shard: biases, linears that stayed dense.
+            # Tensors that load_block left out are in the shard: biases, unquantized linears.
             for key, parameter in linear._parameters.items():
                 if parameter is not None and parameter.is_meta and f"{name}.{key}" in tensors:
                     stored = tensors[f"{name}.{key}"].to(self.weights.device, self.dtype)
@@ -245,14 +246,18 @@ class Student:
         linears = {}
         emptied = {}
         for module, name in packed.items():
-            own = {s: tensors[f"{name}.{s}"] for s in ("qweight", "qzeros", "scales", "g_idx")}
-            linears[module] = _unpack({s: t.to(self.weights.device) for s, t in own.items()})
+            linears[module] = _unpack(
+                {
+                    suffix: tensors[f"{name}.{suffix}"].to(self.weights.device)
+                    for suffix in ("qweight", "qzeros", "scales", "g_idx")
+                }
+            )
             emptied[module] = block.get_submodule(module)._parameters.pop("weight")
-        return _Part(module=block, linears=linears, gains=_gains(block), emptied=emptied)  # type: ignore[arg-type]
+        return _LoadedBlock(module=block, linears=linears, gains=_gains(block), emptied=emptied)  # type: ignore[arg-type]
 
-    def _drop(self, part: _Part, index: int) -> None:
-        for module, parameter in part.emptied.items():
-            part.module.get_submodule(module)._parameters["weight"] = parameter
+    def _drop(self, block: _LoadedBlock, index: int) -> None:
+        for module, parameter in block.emptied.items():
+            block.module.get_submodule(module)._parameters["weight"] = parameter
         self.weights.drop_block(index)
 
     def _disk_name(self, index: int, module: str) -> str:
@@ -262,20 +267,21 @@ class Student:
         return f"{self._disk_name(index, name.removesuffix('.weight'))}.weight"
 
     def _outside_gains(self) -> dict[str, nn.Parameter]:
-        """Norms behind the blocks, by module name; a norm in front of them has no part in this."""
+        """Return the gains of norms after the blocks by module name; others are not trained."""
         model, blocks = self.weights.model, f"{self.weights.blocks.prefix}."
         found = {}
-        behind = False
+        seen_blocks = False
         for name, module in model.named_modules():
-            behind = behind or name.startswith(blocks)
+            inside = name.startswith(blocks)
+            seen_blocks = seen_blocks or inside
             weight = module._parameters.get("weight")
-            if behind and not name.startswith(blocks) and weight is not None and weight.dim() == 1:
+            if seen_blocks and not inside and weight is not None and weight.dim() == 1:
                 found[name] = weight
         return found
 
 
 def _gains(block: nn.Module) -> list[str]:
-    """Name the one-dimensional weights of a block: the gains of its norms."""
+    """Return the names of a block's one-dimensional weights: the gains of its norms."""
     return [
         name
         for name, parameter in block.named_parameters()
@@ -284,7 +290,7 @@ def _gains(block: nn.Module) -> list[str]:
 
 
 def _unpack(tensors: Mapping[str, Tensor]) -> tuple[Grid, Tensor]:
-    """Read grid and codes out of a linear's tensors as the run wrote them."""
+    """Unpack grid and codes from a linear's tensors on disk."""
     g_idx = tensors["g_idx"].long()
     bits = 32 * tensors["qweight"].shape[0] // g_idx.numel()
     zeros = unpack_zeros(tensors["qzeros"], bits, ZERO_OFFSETS[FORMAT_V1])
@@ -298,7 +304,7 @@ def _unpack(tensors: Mapping[str, Tensor]) -> tuple[Grid, Tensor]:
 
 
 class _ScaledCodes(torch.autograd.Function):
-    """scale * (code - zero), differentiable by the scales [out, groups]."""
+    """scale * (code - zero), differentiable with respect to the scales [out, groups]."""
 
     @staticmethod
     def forward(

@@ -1,9 +1,9 @@
-"""From a comparison to a threshold: how unsure must an answer be for the larger model to be asked?
+"""Calibrates from a comparison the confidence threshold below which a request falls back.
 
 Base and candidate answered the same questions, and the candidate's confidence in each answer is
-known. Where the unsure ones are answered by the base instead, some get better, and the larger model
-has that share of the work. A threshold is chosen by that share, never by the accuracy that it seems
-to bring: so what the table says about accuracy is not flattered by the choice.
+known. If the base answers the unsure ones instead, accuracy improves, and the larger model gets
+that share of the requests. The threshold is chosen by the share, never by accuracy, so that the
+accuracy in the table has no selection bias.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judged:
-    """One item: how sure the candidate was, and who was right."""
+    """One item: the candidate's confidence, and which models were right."""
 
     document: str
     confidence: float
@@ -42,25 +42,25 @@ class Judged:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """What one threshold brings."""
+    """One threshold and its effect."""
 
     threshold: float
     share: float
-    """Of the requests that fall back."""
+    """Share of the requests that fall back."""
     share_interval: Interval | None
     accuracy: float
-    """Of both models together."""
+    """Accuracy of both models together."""
     gain: float
-    """Over the candidate alone."""
+    """Accuracy gain over the candidate alone."""
     gain_interval: Interval | None
     over_chance: float
-    """Of that gain, what as many requests drawn at random would not bring."""
+    """Gain over falling back for as many requests drawn at random."""
     over_chance_interval: Interval | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """A threshold, and the table that it was chosen from."""
+    """The chosen threshold, and all candidates for it."""
 
     confidence: Confidence
     num_items: int
@@ -70,25 +70,25 @@ class Calibration:
     chosen: Choice
 
     @property
-    def tells(self) -> bool:
-        """Whether low confidence finds wrong answers better than chance does, beyond doubt."""
+    def is_better_than_chance(self) -> bool:
+        """Whether low confidence finds wrong answers significantly better than chance."""
         interval = self.chosen.over_chance_interval
         return interval is not None and interval.low > 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain values for JSON; `halfbyte serve --confidence` reads the first ones."""
+        """Return JSON-serializable values; `halfbyte serve --confidence` reads the first ones."""
         return {
             **self.confidence.to_dict(),
             "items": self.num_items,
             "base_accuracy": self.base_accuracy,
             "candidate_accuracy": self.candidate_accuracy,
             "interval": INTERVAL,
-            "chosen": _plain(self.chosen),
-            "choices": [_plain(choice) for choice in self.choices],
+            "chosen": _to_dict(self.chosen),
+            "choices": [_to_dict(choice) for choice in self.choices],
         }
 
 
-def _plain(choice: Choice) -> dict[str, Any]:
+def _to_dict(choice: Choice) -> dict[str, Any]:
     values = {name: getattr(choice, name) for name in choice.__dataclass_fields__}
     return {
         name: {"low": value.low, "high": value.high} if isinstance(value, Interval) else value
@@ -97,23 +97,23 @@ def _plain(choice: Choice) -> dict[str, Any]:
 
 
 def read_judged(path: Path, statistic: str, first_tokens: int | None) -> list[Judged]:
-    """Read a comparison's written answers.
+    """Read a comparison's generated answers.
 
     Args:
-        path: ``report.json`` of `halfbyte compare`: its base is the larger model, its candidate
-            the one that is served.
-        statistic: What confidence is.
-        first_tokens: Of each answer that count; None: all.
+        path: ``report.json`` of `halfbyte compare`, whose base is the larger model and whose
+            candidate is the served model.
+        statistic: The confidence statistic.
+        first_tokens: Number of leading tokens that it uses; None: all.
 
     Returns:
-        Those items of which the confidence is known.
+        The items whose confidence is known.
 
     Raises:
-        ConfigError: It is no such file, or there are too few.
+        ConfigError: The file cannot be read, or has too few items.
     """
     try:
         items = json.loads(path.read_bytes())["items"]
-        found = [
+        judged = [
             Judged(
                 document=item["document"] or item["name"],
                 confidence=value,
@@ -133,17 +133,17 @@ def read_judged(path: Path, statistic: str, first_tokens: int | None) -> list[Ju
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"Cannot read '{path}' as the report.json of a comparison: {error!r}. Write it with "
+            f"Cannot read '{path}' as the report.json of a comparison: {error!r}. Create it with "
             "`halfbyte compare LARGER SERVED -o FOLDER` of this version."
         ) from error
-    documents = len({one.document for one in found})
+    documents = len({item.document for item in judged})
     if documents < MIN_DOCUMENTS:
         raise ConfigError(
-            f"'{path}' has {documents} written answers of known confidence; at least "
-            f"{MIN_DOCUMENTS} are needed, and hundreds for narrow intervals. Compare on more "
-            "items, with the candidate in this machine and not behind an address."
+            f"Cannot calibrate from '{path}': it has {documents} generated answers with known "
+            f"confidence; at least {MIN_DOCUMENTS} are needed, and hundreds for narrow "
+            "intervals. Compare on more items, with the candidate as a folder, not as an address."
         )
-    return found
+    return judged
 
 
 def calibrate(
@@ -153,55 +153,55 @@ def calibrate(
     first_tokens: int | None = None,
     share: float = 0.1,
 ) -> Calibration:
-    """Choose the threshold below which at most a share of the requests falls.
+    """Choose the threshold at which at most a given share of the requests falls back.
 
     Args:
         items: Judged answers.
-        statistic: What their confidence is.
-        first_tokens: That it was taken of.
-        share: Of the requests that may fall back.
+        statistic: Their confidence statistic.
+        first_tokens: Number of leading tokens that it uses; None: all.
+        share: Maximum share of the requests that fall back.
 
     Returns:
-        The threshold and the table around it.
+        The threshold, and a table of other shares.
 
     Raises:
-        ConfigError: The share is none.
+        ConfigError: The share is not between 0 and 1.
     """
     if not 0 < share < 1:
         raise ConfigError(f"share is {share:g}; it must be above 0 and below 1.")
     shares = sorted({*SHARES, share})
-    choices = {one: _choose(items, statistic, one) for one in shares}
+    choices = {value: _choose(items, statistic, value) for value in shares}
     return Calibration(
         confidence=Confidence(
             statistic=statistic, threshold=choices[share].threshold, first_tokens=first_tokens
         ),
         num_items=len(items),
-        base_accuracy=float(np.mean([one.base_right for one in items])),
-        candidate_accuracy=float(np.mean([one.candidate_right for one in items])),
-        choices=tuple(choices[one] for one in shares),
+        base_accuracy=float(np.mean([item.base_right for item in items])),
+        candidate_accuracy=float(np.mean([item.candidate_right for item in items])),
+        choices=tuple(choices[value] for value in shares),
         chosen=choices[share],
     )
 
 
 def _choose(items: Sequence[Judged], statistic: str, share: float) -> Choice:
-    """Find the threshold of a share, and what it brings."""
-    # The higher, the less sure.
+    """Find the threshold for a share, and its effect."""
+    # Uncertainty: higher means less confident, for every statistic.
     sign = 1.0 if statistic == "mean_entropy" else -1.0
-    doubt = sign * np.array([one.confidence for one in items])
-    ordered = np.sort(doubt)
+    uncertainty = sign * np.array([item.confidence for item in items])
+    ordered = np.sort(uncertainty)
     allowed = math.floor(share * len(items))
-    # Those strictly above the threshold fall back: of equal ones none, rather than too many.
+    # Only items strictly above the threshold fall back, so that ties do not exceed the share.
     threshold = float(ordered[len(items) - allowed - 1])
-    falls = doubt > threshold
-    better = np.array([float(one.base_right) - one.candidate_right for one in items])
-    right = np.array([float(one.candidate_right) for one in items])
-    gains = falls * better
-    chance = float(falls.mean()) * better
-    documents = [one.document for one in items]
+    falls_back = uncertainty > threshold
+    improvement = np.array([float(item.base_right) - item.candidate_right for item in items])
+    right = np.array([float(item.candidate_right) for item in items])
+    gains = falls_back * improvement
+    chance = float(falls_back.mean()) * improvement
+    documents = [item.document for item in items]
     return Choice(
         threshold=sign * threshold,
-        share=float(falls.mean()),
-        share_interval=_interval(falls.astype(np.float64), documents),
+        share=float(falls_back.mean()),
+        share_interval=_interval(falls_back.astype(np.float64), documents),
         accuracy=float((right + gains).mean()),
         gain=float(gains.mean()),
         gain_interval=_interval(gains, documents),
@@ -211,9 +211,9 @@ def _choose(items: Sequence[Judged], statistic: str, share: float) -> Choice:
 
 
 def _interval(values: Floats, documents: Sequence[str]) -> Interval | None:
-    """Give the bootstrap interval of a mean; items of a document are resampled together."""
+    """Return the bootstrap interval of a mean; a document's items are resampled together."""
     names = {name: number for number, name in enumerate(dict.fromkeys(documents))}
     index = np.array([names[name] for name in documents])
     totals, counts = np.bincount(index, weights=values), np.bincount(index)
-    found = bootstrap_ratio(totals.tolist(), counts.tolist())
-    return None if found is None else found.interval(INTERVAL)
+    ratio = bootstrap_ratio(totals.tolist(), counts.tolist())
+    return None if ratio is None else ratio.interval(INTERVAL)

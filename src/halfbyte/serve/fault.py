@@ -1,7 +1,7 @@
-"""Who is to blame for an answer that did not come: told in one place, for everybody who asks.
+"""Classifies errors by whose fault they are.
 
-The breaker counts what is the model's own fault, fallback asks another model for what one of them
-can mend, and a candidate is judged by what it, and not its client, did wrong.
+The circuit breaker counts only faults of the model, fallback asks another model where that may
+help, and a canary's candidate is not judged by what its clients did wrong.
 """
 
 from __future__ import annotations
@@ -11,32 +11,32 @@ from enum import Enum
 from halfbyte.errors import ServeError
 
 
-class Blame(Enum):
-    """Whose fault it is."""
+class Fault(Enum):
+    """Whose fault it is that a request was not answered."""
 
-    OURS = "ours"
-    """The model's: it failed, or was late."""
+    MODEL = "model"
+    """The model failed or timed out."""
     LOAD = "load"
-    """Nobody's: the model has too much to do, and another one may have less."""
+    """The model is overloaded; another one may not be."""
     REQUEST = "request"
-    """It asks for what the model cannot do."""
+    """The request asks for something that the model cannot do."""
     CLIENT = "client"
-    """It did not wait, or allowed too little time."""
+    """The client disconnected, or set too short a deadline."""
 
 
-def find_blame(error: ServeError) -> tuple[str, Blame]:
-    """Tell why an answer did not come.
+def classify_error(error: ServeError) -> tuple[str, Fault]:
+    """Classify the error of a model.
 
     Args:
-        error: Of the model that was asked.
+        error: What the model raised.
 
     Returns:
-        A word for the cause, and whose fault it is.
+        The cause, as in metrics and logs, and whose fault it is.
     """
     if error.status == 408:
-        return "deadline", Blame.CLIENT
+        return "deadline", Fault.CLIENT
     if error.status == 429:
-        return "overload", Blame.LOAD
+        return "overload", Fault.LOAD
     if error.status == 504:
-        return "timeout", Blame.OURS
-    return ("error", Blame.OURS) if error.status >= 500 else ("refused", Blame.REQUEST)
+        return "timeout", Fault.MODEL
+    return ("error", Fault.MODEL) if error.status >= 500 else ("refused", Fault.REQUEST)

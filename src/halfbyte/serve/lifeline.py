@@ -1,13 +1,13 @@
-"""Runs a command that must not outlive the program that started it, however that one ends.
+"""Runs a command that must not outlive the process that started it, even if that is killed.
 
 ::
 
     python lifeline.py READ_END SECONDS COMMAND...
 
-A process that is killed takes nobody along. So this forks a watcher, which waits for the end of a
-pipe whose other end the starter alone holds, and then becomes the command: its process id, exit
-code and output are the command's own. At the pipe's end the watcher asks the whole process group to
-end, and after some seconds makes it. Imports nothing but what Python brings.
+When a process is killed, its children keep running. This program therefore forks a watcher and then
+executes the command in its own process, so that process ID, exit code and output are the command's.
+The watcher waits for the end of a pipe whose write end only the parent holds. When the pipe closes,
+it sends SIGTERM to the process group, and SIGKILL after SECONDS. Imports only the standard library.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import time
 
 
 def main() -> None:
-    """Fork the watcher, and become the command."""
+    """Fork the watcher, and execute the command."""
     pipe, seconds, command = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]
     if os.fork() == 0:
         watch(pipe, seconds)
         os._exit(0)
-    # Or the command itself, and its children, would hold on to it.
+    # Otherwise the command and its children would inherit it.
     os.close(pipe)
     try:
         os.execvp(command[0], command)
@@ -33,19 +33,19 @@ def main() -> None:
 
 
 def watch(pipe: int, seconds: float) -> None:
-    """Wait until the starter is gone, then end the process group, this watcher with it.
+    """Wait until the parent is gone, then end the process group, including this watcher.
 
     Args:
-        pipe: Nothing is ever written to it; it ends with its last writer.
-        seconds: Between asking and making.
+        pipe: Read end of the pipe. Nothing is written to it; it closes with its last writer.
+        seconds: Time from SIGTERM to SIGKILL.
     """
-    # Whoever reads the command's output waits for its end, not for the watcher's.
-    nowhere = os.open(os.devnull, os.O_RDWR)
+    # The command's output must end with the command, not with the watcher.
+    devnull = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
-        os.dup2(nowhere, stream)
-    # Those are for the command; the watcher itself goes with SIGKILL.
-    for sign in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(sign, signal.SIG_IGN)
+        os.dup2(devnull, stream)
+    # These signals are for the command; the watcher is ended by SIGKILL.
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
     while os.read(pipe, 1):
         pass
     os.killpg(0, signal.SIGTERM)

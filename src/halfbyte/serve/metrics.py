@@ -1,7 +1,7 @@
-"""Counters, gauges and histograms for Prometheus, with vLLM's stems and our own prefix.
+"""Counters, gauges and histograms for Prometheus, named like vLLM's but with our own prefix.
 
-Numbers are kept as plain Python and turned into families only when somebody asks: a token costs a
-list entry, a request some dictionary updates.
+Values are kept in plain Python objects and turned into metric families only when they are scraped:
+a token costs a list entry, a request some dictionary updates.
 
 Source:
     Names and buckets: vLLM 0.32, docs/design/metrics.md and vllm/v1/metrics/loggers.py.
@@ -12,14 +12,14 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, cast
 
 from halfbyte.errors import require_extra
 from halfbyte.machine.memory import peak_memory_bytes, resident_memory_bytes
 from halfbyte.serve.backend import Backend
 from halfbyte.serve.routing.attempt import Route
-from halfbyte.serve.watch.observation import Observation, Seen
+from halfbyte.serve.watch.observation import AttemptRecord, Observation
 from halfbyte.version import __version__
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
 PREFIX = "halfbyte:"
-NOBODY = "none"
-"""Stands for the model of a request that none answered; what clients ask for is no label."""
+NO_MODEL = "none"
+"""Label of a request that no model answered. What clients request must not become a label."""
 
 FIRST_TOKEN_BUCKETS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
@@ -47,11 +47,11 @@ BREAKER_STATES = ("closed", "half-open", "open")
 
 Labels = tuple[str, ...]
 Source = Callable[[], Iterable["Metric"]]
-"""Gives further families when somebody asks."""
+"""Returns further metric families when they are scraped."""
 
 
 class Histogram:
-    """How often a value fell into which bucket."""
+    """A histogram with fixed buckets."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self.bounds = bounds
@@ -64,31 +64,28 @@ class Histogram:
         self.total += value
 
     def cumulative(self) -> list[tuple[str, float]]:
-        """Give (upper bound, values up to it), as Prometheus wants them."""
-        found, below = [], 0
-        for bound, count in zip((*self.bounds, float("inf")), self.counts, strict=True):
-            below += count
-            found.append(("+Inf" if bound == float("inf") else str(bound), float(below)))
-        return found
+        """Return (upper bound, cumulative count) for each bucket, as Prometheus expects."""
+        labels = [*map(str, self.bounds), "+Inf"]
+        return list(zip(labels, map(float, accumulate(self.counts)), strict=True))
 
 
 class Metrics:
-    """Everything that is counted about one server."""
+    """All metrics of one server."""
 
     def __init__(
         self,
         routes: Callable[[], Sequence[Route]],
-        beside: Callable[[], Sequence[Backend]] = list,
+        further_backends: Callable[[], Sequence[Backend]] = list,
     ) -> None:
         """Start with zeros.
 
         Args:
-            routes: Gives the models that may be asked now.
-            beside: Gives those that are in memory beside them, such as a shadow.
+            routes: Returns the models that requests can be sent to now.
+            further_backends: Returns other models in memory, such as a shadow.
         """
         self._prometheus = prometheus_client = _load_prometheus()
         self._routes = routes
-        self._beside = beside
+        self._further_backends = further_backends
         self._counters: dict[str, Counter[Labels]] = {name: Counter() for name in COUNTERS}
         self._histograms: dict[str, dict[Labels, Histogram]] = {name: {} for name in HISTOGRAMS}
         self._planned: dict[str, int] = {}
@@ -98,7 +95,7 @@ class Metrics:
         prometheus_client.ProcessCollector(registry=self.registry)
 
     def render(self) -> bytes:
-        """Give everything in Prometheus' text form (``text/plain; version=1.0.0``)."""
+        """Return all metrics in Prometheus' text format (``text/plain; version=1.0.0``)."""
         return cast(bytes, self._prometheus.generate_latest(self.registry))
 
     def count(self, name: str, *labels: str, by: float = 1) -> None:
@@ -106,52 +103,52 @@ class Metrics:
 
         Args:
             name: One of ``COUNTERS``.
-            *labels: Its labels' values.
-            by: How much.
+            *labels: Values of its labels.
+            by: The increment.
         """
         self._counters[name][labels] += by  # type: ignore[assignment]
 
     def value(self, name: str, *labels: str) -> float:
-        """Give a counter's value."""
+        """Return a counter's value."""
         return self._counters[name][labels]
 
     def counts(self, name: str) -> Mapping[Labels, float]:
-        """Give a counter's values by its labels."""
+        """Return a counter's values by label values."""
         return dict(self._counters[name])
 
     def count_rejection(self, reason: str) -> None:
-        """Note that a request was refused before any model saw it.
+        """Count a request that was rejected before it reached a model.
 
         Args:
-            reason: A word of the server's own, as in :class:`halfbyte.serve.limits.Limits`.
+            reason: The exceeded limit, as in :class:`halfbyte.serve.limits.Limits`.
         """
         self.count("admission_rejections", reason)
 
     def set_plan(self, **planned_bytes: int) -> None:
-        """Note what the plan says.
+        """Set the planned memory.
 
         Args:
-            **planned_bytes: ``weights``, ``cache`` and ``total`` (the process at its peak).
+            **planned_bytes: ``weights``, ``cache`` and ``total`` (peak of the process).
         """
         self._planned = dict(planned_bytes)
 
     def add_source(self, source: Source) -> None:
-        """Let somebody give further families."""
+        """Add a source of further metric families."""
         self._sources.append(source)
 
-    def observe(self, seen: Observation) -> None:
-        """Count a request that is over."""
-        model = seen.served.model or NOBODY
-        answer = seen.answer
-        for attempt in seen.attempts:
+    def observe(self, observation: Observation) -> None:
+        """Count a finished request."""
+        model = observation.served.model or NO_MODEL
+        answer, started = observation.answer, observation.started
+        for attempt in observation.attempts:
             self._observe_attempt(attempt)
-        for before, _ in pairwise(seen.attempts):
-            self.count("fallbacks", before.cause, before.backend)
-        if answer is not None and answer.role == "fallback" and len(seen.attempts) == 1:
-            # Nobody had to fail for this one: critical, or a breaker is open.
-            self.count("fallbacks", seen.served.reason, answer.backend)
-        if seen.status != 200 or answer is None:
-            self.count("request_failure", str(seen.status), model)
+        for failed, _ in pairwise(observation.attempts):
+            self.count("fallbacks", failed.cause, failed.backend)
+        if answer is not None and answer.role == "fallback" and len(observation.attempts) == 1:
+            # Fallback without a failed attempt: a critical request, or an open breaker.
+            self.count("fallbacks", observation.served.reason, answer.backend)
+        if observation.status != 200 or answer is None:
+            self.count("request_failure", str(observation.status), model)
             return
         for reason in answer.finished.values():
             self.count("request_success", reason, model)
@@ -160,28 +157,30 @@ class Metrics:
             self.count("generation_tokens", model, by=answer.usage.completion_tokens)
             self.count("prefix_cache_queries", model, by=answer.usage.prompt_tokens)
             self.count("prefix_cache_hits", model, by=answer.usage.cached_tokens)
-        if seen.first is not None:
-            self._histogram("time_to_first_token_seconds", model).observe(seen.first - seen.started)
-        if seen.ended is not None:
-            self._histogram("e2e_request_latency_seconds", model).observe(seen.ended - seen.started)
-        between = self._histogram("inter_token_latency_seconds", model)
+        if observation.first is not None:
+            seconds = observation.first - started
+            self._histogram("time_to_first_token_seconds", model).observe(seconds)
+        if observation.ended is not None:
+            seconds = observation.ended - started
+            self._histogram("e2e_request_latency_seconds", model).observe(seconds)
+        gaps = self._histogram("inter_token_latency_seconds", model)
         for gap in answer.gaps:
-            between.observe(gap)
+            gaps.observe(gap)
 
-    def _observe_attempt(self, attempt: Seen) -> None:
+    def _observe_attempt(self, attempt: AttemptRecord) -> None:
         if attempt.finished:
             self.count("monitored_answers", attempt.backend)
         for check in attempt.failures:
             self.count("monitor_failures", check, attempt.backend)
 
     def _histogram(self, name: str, model: str) -> Histogram:
-        found = self._histograms[name].get((model,))
-        if found is None:
-            found = self._histograms[name][model,] = Histogram(HISTOGRAMS[name][1])
-        return found
+        histograms = self._histograms[name]
+        if (model,) not in histograms:
+            histograms[model,] = Histogram(HISTOGRAMS[name][1])
+        return histograms[model,]
 
     def collect(self) -> Iterator[Metric]:
-        """Give all families; called by the registry."""
+        """Yield all metric families; called by the registry."""
         from prometheus_client.core import (
             CounterMetricFamily,
             GaugeMetricFamily,
@@ -227,13 +226,14 @@ class Metrics:
 
     @property
     def planned(self) -> Mapping[str, int]:
-        """What the plan says, in bytes; empty where there is none."""
+        """The planned memory in bytes; empty if there is no plan."""
         return self._planned
 
     def memory(self) -> dict[str, int]:
-        """Give what is in memory now: weights, cache, the process and its peak. Unit: bytes."""
-        backends = {id(b): b for b in (*(r.backend for r in self._routes()), *self._beside())}
-        loads = [backend.load() for backend in backends.values()]
+        """Return the memory in use by weights, cache, and the process and its peak, in bytes."""
+        backends = [*(route.backend for route in self._routes()), *self._further_backends()]
+        unique = {id(backend): backend for backend in backends}
+        loads = [backend.load() for backend in unique.values()]
         return {
             "weights": sum(load.weight_bytes for load in loads),
             "cache": sum(load.cache_bytes for load in loads),
@@ -244,43 +244,58 @@ class Metrics:
 
 
 def _load_prometheus() -> Any:
-    """Import prometheus-client, which the extra ``serve`` brings."""
-    with require_extra("prometheus_client", "serve", "Counting what is served"):
+    """Import prometheus-client, which the extra ``serve`` installs."""
+    with require_extra("prometheus_client", "serve", "Collecting metrics"):
         import prometheus_client
     return prometheus_client
 
 
 COUNTERS: Mapping[str, tuple[str, Labels]] = {
     "request_success": (
-        "Choices that were answered, by how they ended.",
+        "Answered choices by finish reason.",
         ("finished_reason", "model_name"),
     ),
-    "request_failure": ("Requests that were not answered.", ("status", "model_name")),
+    "request_failure": ("Failed requests by HTTP status.", ("status", "model_name")),
     "prompt_tokens": ("Prompt tokens of answered requests.", ("model_name",)),
-    "generation_tokens": ("Tokens of given answers.", ("model_name",)),
-    "prefix_cache_queries": ("Prompt tokens looked up in the cache.", ("model_name",)),
-    "prefix_cache_hits": ("Prompt tokens found in the cache.", ("model_name",)),
-    "admission_rejections": ("Requests refused before any model saw them.", ("reason",)),
-    "fallbacks": ("Times that the next model was asked.", ("cause", "backend")),
-    "monitored_answers": ("Answers that the monitors looked at.", ("backend",)),
-    "monitor_failures": ("Answers that a monitor objected to.", ("check", "backend")),
+    "generation_tokens": ("Generated tokens of answered requests.", ("model_name",)),
+    "prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", ("model_name",)),
+    "prefix_cache_hits": ("Prompt tokens found in the prefix cache.", ("model_name",)),
+    "admission_rejections": (
+        "Requests rejected before they reached a model, by limit.",
+        ("reason",),
+    ),
+    "fallbacks": ("Fallbacks to another model, by cause.", ("cause", "backend")),
+    "monitored_answers": ("Answers that were checked.", ("backend",)),
+    "monitor_failures": ("Answers that failed a check.", ("check", "backend")),
     "alerts_raised": ("Alerts that were raised.", ("name",)),
-    "dropped": ("What was dropped so that no request waits.", ("what",)),
+    "dropped": (
+        "Log rows and webhook messages that were dropped so that no request waits.",
+        ("what",),
+    ),
 }
 HISTOGRAMS: Mapping[str, tuple[str, Sequence[float]]] = {
     "time_to_first_token_seconds": (
-        "From the request to its first token out, what is held back included.",
+        "Time from the request to its first token, buffering included.",
         FIRST_TOKEN_BUCKETS,
     ),
-    "inter_token_latency_seconds": ("Between two tokens of an answer.", BETWEEN_TOKENS_BUCKETS),
-    "e2e_request_latency_seconds": ("From the request to the end of its answer.", WHOLE_BUCKETS),
+    "inter_token_latency_seconds": (
+        "Time between two tokens of an answer.",
+        BETWEEN_TOKENS_BUCKETS,
+    ),
+    "e2e_request_latency_seconds": (
+        "Time from the request to the end of its answer.",
+        WHOLE_BUCKETS,
+    ),
 }
 GAUGES: Mapping[str, tuple[str, Labels]] = {
-    "num_requests_running": ("Requests that a model works on.", ("backend", "role")),
-    "num_requests_waiting": ("Requests that wait in line.", ("backend", "role")),
-    "kv_cache_usage_perc": ("Share of the cache in use; 1 is full.", ("backend", "role")),
-    "breaker_state": ("0 closed, 1 half-open, 2 open.", ("backend", "role")),
-    "memory_bytes": ("In memory now.", ("what",)),
-    "memory_planned_bytes": ("What the plan says.", ("what",)),
-    "version_info": ("Of halfbyte.", ("version",)),
+    "num_requests_running": ("Requests that a model is running.", ("backend", "role")),
+    "num_requests_waiting": ("Requests in the queue.", ("backend", "role")),
+    "kv_cache_usage_perc": ("Share of the KV cache in use; 1 is full.", ("backend", "role")),
+    "breaker_state": (
+        "State of the circuit breaker: 0 closed, 1 half-open, 2 open.",
+        ("backend", "role"),
+    ),
+    "memory_bytes": ("Memory in use.", ("what",)),
+    "memory_planned_bytes": ("Planned memory.", ("what",)),
+    "version_info": ("Version of halfbyte.", ("version",)),
 }

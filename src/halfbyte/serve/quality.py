@@ -1,9 +1,9 @@
-"""Everything around the models, put together: the API asks this, and this asks the models.
+"""Combines router, monitors, metrics and rollouts around the served model.
 
 ::
 
     quality = open_quality(primary, config, connect)
-    await quality.start()                      # what runs beside the requests
+    await quality.start()                      # background tasks
     async for event in quality.router.stream(call, served): ...
     quality.metrics.render()                   # for Prometheus
     quality.snapshot()                         # for the dashboard
@@ -48,7 +48,7 @@ CANARY_STATES = ("running", "promoted", "rolled back")
 
 
 class Quality:
-    """A router with all that watches it."""
+    """A router with its monitors, metrics and rollouts."""
 
     def __init__(
         self,
@@ -58,22 +58,22 @@ class Quality:
         *,
         clock: Clock = time.monotonic,
     ) -> None:
-        """Make everything that the settings ask for; nothing runs yet.
+        """Create everything that the settings enable; no background task is started yet.
 
         Args:
-            primary: The model that is served; stays its owner's, until a canary takes its place.
-            config: What is asked for.
-            connect: Opens the other models: an address, a folder.
-            clock: The time.
+            primary: The served model. Its owner closes it, unless a canary replaces it.
+            config: The settings.
+            connect: Opens further models by address or folder.
+            clock: Returns monotonic seconds.
         """
         self.config = config
         self._clock = clock
         self._started = clock()
-        self._models = OpenModels(connect, self._tell)
+        self._models = OpenModels(connect, self._report)
         confidence = None if config.confidence is None else read_confidence(Path(config.confidence))
         self.router = Router(
             primary,
-            fallbacks=[self._models.open(place) for place in config.fallback],
+            fallbacks=[self._models.open(location) for location in config.fallback],
             config=config,
             confidence=confidence,
             clock=clock,
@@ -98,29 +98,34 @@ class Quality:
             health.observe,
         ):
             self.router.add_observer(observer)
+        if isinstance(primary, StoreBackend):
+            primary.report = self._report
         self._open_watchers()
         self._open_candidates()
 
     @property
     def canary(self) -> Canary | None:
-        """The trial's evidence; None where there is no trial."""
+        """The canary trial; None if there is none."""
         return None if self.trial is None else self.trial.canary
 
-    def _tell(self, name: str, message: str) -> None:
-        self.alerts.tell(name, message)
+    def _report(self, name: str, message: str) -> None:
+        self.alerts.report_event(name, message)
 
     def set_plan(self, *, weights: int, cache: int, total: int) -> None:
-        """Note what the primary model was planned to take; the others' own is added. Unit: bytes.
+        """Set the planned memory, in bytes; that of the other models is added.
 
         Args:
-            weights: Of its weights.
-            cache: Of keys and values.
-            total: The process with it, at its peak.
+            weights: The primary model's weights.
+            cache: The primary model's KV cache.
+            total: Peak of the process with the primary model.
         """
         loads = [backend.load() for backend in self._models.owned]
-        more = sum(load.weight_bytes for load in loads), sum(load.cache_bytes for load in loads)
+        other_weights = sum(load.weight_bytes for load in loads)
+        other_cache = sum(load.cache_bytes for load in loads)
         self.metrics.set_plan(
-            weights=weights + more[0], cache=cache + more[1], total=total + sum(more)
+            weights=weights + other_weights,
+            cache=cache + other_cache,
+            total=total + other_weights + other_cache,
         )
 
     def _open_watchers(self) -> None:
@@ -151,7 +156,7 @@ class Quality:
                 candidate,
                 config,
                 name=config.shadow,
-                alarm=lambda message: self.alerts.tell("shadow", message),
+                alarm=lambda message: self.alerts.report_event("shadow", message),
                 clock=self._clock,
             )
             self.router.add_observer(self.shadow.observe)
@@ -161,19 +166,19 @@ class Quality:
             )
 
     async def start(self) -> None:
-        """Begin what runs beside the requests. Needs a running event loop."""
+        """Start the background tasks. Needs a running event loop."""
         await self.alerts.start()
         if self.trial is not None:
             await self.trial.start()
         if self.probes is not None:
             await self.probes.start()
         for route in self.router.routes:
-            # A candidate is tried as the version that it was; a model in use follows its alias.
+            # A candidate keeps its version during the trial; the other models follow their aliases.
             if isinstance(route.backend, StoreBackend) and route.role != "canary":
                 await route.backend.start()
 
     async def close(self) -> None:
-        """End it, write down what is to be kept, and close the models that this opened."""
+        """Stop the background tasks, save the evidence, and close the models opened here."""
         for part in (self.trial, self.probes, self.oracle, self.shadow):
             if part is not None:
                 await part.close()
@@ -184,7 +189,7 @@ class Quality:
                 await asyncio.to_thread(file.close)
 
     def snapshot(self) -> dict[str, Any]:
-        """Give what the dashboard shows, as plain values."""
+        """Return what the dashboard shows, as JSON-serializable values."""
         metrics = self.metrics
         return {
             "version": __version__,
@@ -223,32 +228,38 @@ class Quality:
         }
 
     def _families(self) -> Iterator[Metric]:
-        """Give Prometheus what is not counted by requests: alerts, canary, shadow."""
+        """Yield the metric families of alerts and canary."""
         from prometheus_client.core import GaugeMetricFamily
 
         alerts = GaugeMetricFamily(
-            PREFIX + "alert_active", "1 while an alert is on.", labels=("name",)
+            PREFIX + "alert_active", "1 while an alert is active.", labels=("name",)
         )
         for alert in self.alerts.active:
             alerts.add_metric((alert.name,), 1)
         yield alerts
         if self.canary is None:
             return
-        found = self.canary.summary()
-        state = GaugeMetricFamily(PREFIX + "canary_state", "Of the trial.", labels=("state",))
+        summary = self.canary.summary()
+        state = GaugeMetricFamily(
+            PREFIX + "canary_state", "1 for the state of the trial.", labels=("state",)
+        )
         for name in CANARY_STATES:
             state.add_metric((name,), float(self.canary.status == name))
         yield state
         evidence = GaugeMetricFamily(
-            PREFIX + "canary_evidence_nats", "Against it, for it, and needed.", labels=("of",)
+            PREFIX + "canary_evidence_nats",
+            "Evidence that the candidate is worse, that it is as good, and needed for a decision.",
+            labels=("of",),
         )
         for of in ("worse", "as_good", "needed"):
-            evidence.add_metric((of,), found[f"evidence_{of}"])
+            evidence.add_metric((of,), summary[f"evidence_{of}"])
         yield evidence
         requests = GaugeMetricFamily(
-            PREFIX + "canary_requests", "Of each arm.", labels=("arm", "outcome")
+            PREFIX + "canary_requests",
+            "Requests of the trial by arm and outcome.",
+            labels=("arm", "outcome"),
         )
-        for arm, counts in found["arms"].items():
+        for arm, counts in summary["arms"].items():
             requests.add_metric((arm, "failed"), counts["failures"])
             requests.add_metric((arm, "good"), counts["requests"] - counts["failures"])
         yield requests
@@ -261,16 +272,16 @@ def open_quality(
     *,
     clock: Clock = time.monotonic,
 ) -> Quality:
-    """Make everything that the settings ask for around a model.
+    """Create everything that the settings enable around a model.
 
     Args:
-        primary: The model that is served.
-        config: What is asked for.
-        connect: Opens the other models.
-        clock: The time.
+        primary: The served model.
+        config: The settings.
+        connect: Opens further models by address or folder.
+        clock: Returns monotonic seconds.
 
     Returns:
-        All of it; nothing runs yet.
+        The result; no background task is started yet.
     """
     return Quality(primary, config, connect, clock=clock)
 
@@ -291,8 +302,8 @@ def _describe(route: Route) -> dict[str, Any]:
 
 
 def _sum_by_first(counts: Mapping[tuple[str, ...], float]) -> dict[str, float]:
-    """Add up what differs in the first label only."""
-    found: dict[str, float] = {}
+    """Sum counts by their first label."""
+    sums: dict[str, float] = {}
     for labels, count in counts.items():
-        found[labels[0]] = found.get(labels[0], 0.0) + count
-    return found
+        sums[labels[0]] = sums.get(labels[0], 0.0) + count
+    return sums

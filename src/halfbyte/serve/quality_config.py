@@ -1,4 +1,4 @@
-"""What is asked of everything around the model; the command line is made from the fields."""
+"""Settings for fallback, monitoring and rollouts; the fields become command line options."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from halfbyte.config_fields import check_least, check_positive, check_share, opt
 from halfbyte.errors import ConfigError
 
 CHECKS = ("empty", "repetition", "json", "language", "refusal")
-"""What a monitor may find wrong with an answer by its text alone."""
+"""Checks of an answer's text."""
 
 CAUSES = ("critical", "error", "timeout", "overload", "confidence", *CHECKS)
-"""Why a request may go on to the next model."""
+"""Causes for a fallback to the next model."""
 
 USUAL_CAUSES = ("critical", "error", "timeout", "overload", "confidence", "empty", "repetition",
                 "json")  # fmt: skip
@@ -19,126 +19,135 @@ USUAL_CAUSES = ("critical", "error", "timeout", "overload", "confidence", "empty
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QualityConfig:
-    """How answers are watched, and what happens when one is not good enough."""
+    """How answers are monitored, and what happens if a model fails."""
 
     fallback: tuple[str, ...] = option(
         (),
-        "a larger model that takes over: an OpenAI-compatible address up to /v1, or a folder; may "
-        "be given again, for the next choice",
+        "a larger model to fall back to: an OpenAI-compatible address up to /v1, or a folder; may "
+        "be repeated, to be asked in this order",
         metavar="URL",
     )
     fallback_on: tuple[str, ...] = option(
         USUAL_CAUSES,
-        "when it takes over; may be given again (default: all but language and refusal; "
-        "confidence only with --confidence)",
+        "cause for a fallback; may be repeated (default: all but language and refusal; confidence "
+        "only with --confidence)",
         choices=CAUSES,
     )
     hold_back: int = option(
         16,
-        "tokens of a streamed answer that wait until it is sure that the model need not be "
-        "changed; only where there is another; 0: none",
+        "tokens of a streamed answer that are buffered and checked before the client gets the "
+        "first one, if there is a fallback model; 0: none",
         metavar="N",
     )
     confidence: str | None = option(
-        None, "thresholds written by `halfbyte serve calibrate`", metavar="FILE"
+        None, "confidence threshold, written by `halfbyte serve calibrate`", metavar="FILE"
     )
     first_token_timeout: float = option(
-        120.0, "seconds until the first token, waiting in line included", metavar="S"
+        120.0, "timeout for the first token in seconds, including time in the queue", metavar="S"
     )
-    idle_timeout: float = option(30.0, "seconds between two tokens", metavar="S")
+    idle_timeout: float = option(30.0, "timeout between two tokens in seconds", metavar="S")
     answer_timeout: float | None = option(
-        None, "seconds for a whole answer from one model (default: no limit)", metavar="S"
+        None, "timeout for a whole answer from one model in seconds (default: none)", metavar="S"
     )
     retry_share: float = option(
         0.5,
-        "failed requests may be sent on to another model up to this share of all requests",
+        "maximum retries on another model, as a share of all requests",
         metavar="SHARE",
     )
     fallback_requests_per_minute: int | None = option(
-        None, "budget of the larger model (default: no limit)", metavar="N"
+        None, "maximum requests to fallback models per minute (default: no limit)", metavar="N"
     )
     fallback_requests_per_day: int | None = option(
-        None, "budget of the larger model (default: no limit)", metavar="N"
+        None, "maximum requests to fallback models per day (default: no limit)", metavar="N"
     )
     fallback_tokens_per_minute: int | None = option(
-        None, "budget of the larger model, prompt and answer (default: no limit)", metavar="N"
+        None,
+        "maximum prompt and completion tokens of fallback models per minute (default: no limit)",
+        metavar="N",
     )
     fallback_tokens_per_day: int | None = option(
-        None, "budget of the larger model, prompt and answer (default: no limit)", metavar="N"
+        None,
+        "maximum prompt and completion tokens of fallback models per day (default: no limit)",
+        metavar="N",
     )
     breaker_failures: int = option(
-        5, "failures in a row after which a model is left alone for a while", metavar="N"
+        5, "consecutive failures after which a model gets no requests for a while", metavar="N"
     )
     breaker_seconds: float = option(
-        5.0, "that while; it doubles with every failed try, up to 16 times", metavar="S"
+        5.0,
+        "length of that pause in seconds; it doubles each time the model fails again, up to 16 "
+        "times",
+        metavar="S",
     )
     shadow: str | None = option(
         None,
-        "a candidate that gets a copy of some requests; its answers are compared and thrown away",
+        "a candidate that gets a copy of some requests; its answers are compared and discarded",
         metavar="URL",
     )
-    shadow_share: float = option(0.1, "of the requests", metavar="SHARE")
+    shadow_share: float = option(0.1, "share of the requests that are copied", metavar="SHARE")
     canary: str | None = option(
         None,
-        "a candidate that answers some requests until a sequential test promotes it or takes it "
+        "a candidate that answers some requests until a sequential test promotes it or rolls it "
         "back",
         metavar="URL",
     )
-    canary_share: float = option(0.1, "of the requests", metavar="SHARE")
+    canary_share: float = option(
+        0.1, "share of the requests that the candidate answers", metavar="SHARE"
+    )
     canary_margin: float = option(
         0.02,
-        "by how much more of its requests may fail than of the present model's, at most, for a "
+        "maximum difference between the candidate's failure rate and the present model's for a "
         "promotion",
         metavar="SHARE",
     )
     canary_rating: bool = option(
         True,
-        "the present model rates every answer of the trial, and one that it finds far less likely "
-        "than its own counts as failed; where it can (echo with logprobs)",
+        "let the present model rate every answer of the trial; one that it finds far less likely "
+        "than its own counts as failed. Needs echo with logprobs",
         both=True,
     )
     canary_alpha: float = option(
-        0.05, "chance of a wrong rollback, and of a wrong promotion, at most", metavar="P"
+        0.05, "maximum probability of a wrong rollback, and of a wrong promotion", metavar="P"
     )
     canary_requests: int = option(
-        50_000, "without a decision after so many requests, it is taken back", metavar="N"
+        50_000, "requests after which a candidate is rolled back without a decision", metavar="N"
     )
     evidence: str | None = option(
         None,
-        "folder for what canary and shadow found and fallback spent, as JSON; a restart goes on "
-        "from there",
+        "folder for the state of canary, shadow and fallback budget, as JSON; a restart resumes "
+        "from it",
         metavar="DIR",
     )
     reference: str | None = option(
         None,
-        "report.json of `halfbyte compare`: how long and how sure answers usually are",
+        "report.json of `halfbyte compare`: the reference for drift of lengths and entropies",
         metavar="FILE",
     )
     probes: str | None = option(
-        None, "task file of questions with known answers, asked again and again", metavar="FILE"
+        None, "task file of questions with known answers, asked regularly", metavar="FILE"
     )
-    probe_minutes: float = option(10.0, "between two rounds of them", metavar="N")
+    probe_minutes: float = option(10.0, "minutes between two rounds of probes", metavar="N")
     oracle: str | None = option(
         None,
         "the base model, which rates how likely it finds some of the answers: an address whose "
-        "/completions knows echo and logprobs",
+        "/completions supports echo and logprobs",
         metavar="URL",
     )
-    oracle_share: float = option(0.01, "of the answers", metavar="SHARE")
-    webhook: str | None = option(None, "gets every alert, as JSON by POST", metavar="URL")
+    oracle_share: float = option(0.01, "share of the answers that it rates", metavar="SHARE")
+    webhook: str | None = option(
+        None, "address to which every alert is posted as JSON", metavar="URL"
+    )
     alert_share: float = option(
-        0.2, "of the last answers that fail one check, for an alert", metavar="SHARE"
+        0.2, "share of recent answers failing a check that raises an alert", metavar="SHARE"
     )
     request_log: str | None = option(
         None,
-        "SQLite file that every request and answer is written to, redacted (default: none)",
+        "SQLite file to which requests and answers are written, redacted (default: none)",
         metavar="FILE",
     )
-    request_log_texts: bool = option(
-        True, "keep the redacted texts, not only the figures", both=True
-    )
+    request_log_texts: bool = option(True, "log the redacted texts, not only numbers", both=True)
     request_log_rows: int = option(
-        1_000_000, "requests in the log; the oldest make room", metavar="N"
+        1_000_000, "requests kept in the log; the oldest are deleted", metavar="N"
     )
 
     def __post_init__(self) -> None:

@@ -1,11 +1,11 @@
-"""A backend at one or several OpenAI-compatible addresses, which take turns.
+"""A backend for one or several OpenAI-compatible servers with the same models.
 
 ::
 
-    Call ──POST, always streamed──> a host in turn ──bytes──> EventParser ──> ChunkReader ──> events
-                                    └─ unreachable or busy: the next one is asked for a while
+    Call ──POST, always streamed──> next host ──bytes──> EventParser ──> ChunkReader ──> events
+                                    └─ if it is unreachable or overloaded: another host
 
-A client's key never goes there: the hosts have a key of this server's own.
+Clients' API keys are never forwarded: the hosts get this server's own key.
 """
 
 from __future__ import annotations
@@ -25,50 +25,51 @@ from halfbyte.serve.server_sent_events import EventParser
 from halfbyte.serve.text.choice_requests import add_limit, count_choices
 from halfbyte.serve.upstream_chunks import (
     ChunkReader,
-    broken,
+    invalid_response,
     read_json,
     unreachable,
     upstream_error,
 )
+from halfbyte.serve.upstream_connections import RetryingTransport
 from halfbyte.serve.upstream_hosts import Host, order_hosts, read_addresses
 
-with require_extra("httpx2", "serve", "Asking another server"):
+with require_extra("httpx2", "serve", "Connecting to an upstream server"):
     import httpx2
 
 PATHS = {"chat": "/chat/completions", "completion": "/completions"}
-MOST_ERROR_BYTES = 65_536
-LONGEST_RETRY_SECONDS = 3600.0
-"""That another server may ask to be left alone for."""
-BUSY = (429, 502, 503)
-"""Statuses of a host that has begun nothing, so that another one may."""
-OWN_FIELDS = frozenset({"metadata", "stream", "stream_options"})
-"""Of the request; meant for this server."""
+MAX_ERROR_BYTES = 65_536
+MAX_RETRY_AFTER_SECONDS = 3600.0
+"""Longest Retry-After of a host that is respected."""
+BUSY_STATUSES = (429, 502, 503)
+"""Statuses of a host that has not started the request, so that another host may be asked."""
+GATEWAY_FIELDS = frozenset({"metadata", "stream", "stream_options"})
+"""Request fields that are meant for this server and not forwarded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpstreamTimeouts:
-    """How long another server may take; seconds."""
+    """Timeouts for upstream servers, in seconds."""
 
     connect: float = 5.0
     first: float = 300.0
     """Until the first event."""
     between: float = 60.0
-    """From one event to the next."""
+    """Between two events."""
 
 
 @dataclass(slots=True, kw_only=True)
 class UpstreamBackend:
-    """Other servers that all have the same models."""
+    """Upstream servers that all have the same models; requests are distributed round robin."""
 
     hosts: list[Host]
     key: str | None = field(default=None, repr=False)
     model: str | None = None
-    """Asked for where a call names a model that the hosts do not have; None: their first."""
+    """Used if a call names a model that the hosts do not have; None: their first model."""
     adapters: tuple[str, ...] = ()
-    """Further names, beside `model`, that the hosts answer to."""
+    """Names of loaded adapters, in addition to `model`."""
     timeouts: UpstreamTimeouts = field(default_factory=UpstreamTimeouts)
     limits: AnswerLimits = field(default_factory=AnswerLimits)
-    """Of this server's answers."""
+    """This server's limits on answers."""
     name: str = "upstream"
     _turn: int = -1
     _closed: bool = False
@@ -83,16 +84,16 @@ class UpstreamBackend:
         timeouts: UpstreamTimeouts | None = None,
         limits: AnswerLimits | None = None,
     ) -> UpstreamBackend:
-        """Take addresses; nobody is asked yet.
+        """Create the backend; no connection is made yet.
 
         Args:
-            addresses: Up to and with ``/v1``; a model's name may follow after ``#``.
-            key: Of this server for those.
-            timeouts: How long they may take.
-            limits: Of this server's answers.
+            addresses: URLs up to and including ``/v1``; a model's name may follow after ``#``.
+            key: API key for these servers.
+            timeouts: Timeouts for these servers.
+            limits: This server's limits on answers.
 
         Returns:
-            The backend; a ConfigError where there is none, or one is no address.
+            The backend. A ConfigError is raised if there is no address, or one is invalid.
         """
         hosts, model = read_addresses(addresses)
         backend = cls(hosts=hosts, key=key, model=model)
@@ -102,7 +103,7 @@ class UpstreamBackend:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """Names that the hosts have told, each once."""
+        """Names of the hosts' models, without duplicates; empty until a host has been asked."""
         if self.model is not None:
             return (self.model, *self.adapters)
         return tuple(dict.fromkeys(name for host in self.hosts for name in host.models))
@@ -111,44 +112,44 @@ class UpstreamBackend:
         """Ask every host for its models.
 
         Returns:
-            Why which host could not be asked; empty where all answered.
+            An error message for each host that could not be asked.
         """
-        found = await asyncio.gather(
-            *(self._learn_models(host) for host in self.hosts), return_exceptions=True
+        results = await asyncio.gather(
+            *(self._load_models(host) for host in self.hosts), return_exceptions=True
         )
-        return [str(error) for error in found if isinstance(error, Exception)]
+        return [str(error) for error in results if isinstance(error, Exception)]
 
     async def stream(self, call: Call) -> AsyncGenerator[Event, None]:
-        """Answer by a host that can be reached; closing ends the request there."""
+        """Answer with the first host that can; closing the iterator cancels the request there."""
         if self._closed:
             raise unreachable(self.name, "it is being closed")
         last: ServeError | None = None
-        for host in self._in_turn():
+        for host in self._order_hosts():
             try:
-                await self._learn_models(host)
-                opened = self._ask(host, call)
-                first = await anext(opened)
-            except _NotReached as error:
-                # Nothing was begun there, so somebody else may do it.
-                last = error.refusal
+                await self._load_models(host)
+                events = self._send(host, call)
+                first = await anext(events)
+            except _NotStartedError as error:
+                # The host has not started the request, so another one may.
+                last = error.reason
                 continue
-            async with aclosing(opened):
+            async with aclosing(events):
                 yield first
-                async for event in opened:
+                async for event in events:
                     yield event
             return
         raise last or unreachable(self.name, "no host is left")
 
     async def tokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Let a host tell a text's token ids; halfbyte and vLLM know how."""
-        return await self._ask_beside("/tokenize", body)
+        """Forward /tokenize, which halfbyte and vLLM support."""
+        return await self._forward("/tokenize", body)
 
     async def detokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Let a host tell the text of token ids."""
-        return await self._ask_beside("/detokenize", body)
+        """Forward /detokenize, which halfbyte and vLLM support."""
+        return await self._forward("/detokenize", body)
 
     async def is_ready(self) -> bool:
-        """Tell whether any host answers; those that did not are asked again."""
+        """Return whether any host can be reached; if none was, all are asked again."""
         if self._closed:
             return False
         if not any(host.is_up and host.models for host in self.hosts):
@@ -156,18 +157,18 @@ class UpstreamBackend:
         return any(host.is_up and host.models for host in self.hosts)
 
     def load(self) -> Load:
-        """Tell how many requests of ours are there."""
+        """Return the number of this server's running requests."""
         return Load(running=sum(host.running for host in self.hosts))
 
     async def close(self) -> None:
-        """Take nothing new, and close the connections."""
+        """Refuse new requests, and close the connections."""
         self._closed = True
         if self._client is not None:
             await self._client.aclose()
             self._client = None
 
-    def _in_turn(self) -> list[Host]:
-        """Those that may be asked, in this request's order."""
+    def _order_hosts(self) -> list[Host]:
+        """Return the hosts in the order to ask them for the next request."""
         self._turn += 1
         return order_hosts(self.hosts, self._turn)
 
@@ -175,10 +176,10 @@ class UpstreamBackend:
         if self._client is None:
             longest = max(self.timeouts.first, self.timeouts.between)
             self._client = httpx2.AsyncClient(
+                transport=RetryingTransport(),
                 timeout=httpx2.Timeout(longest, connect=self.timeouts.connect, pool=None),
-                limits=httpx2.Limits(max_connections=None, max_keepalive_connections=64),
                 follow_redirects=False,
-                # A proxy of the environment is not meant for a server beside this one.
+                # A proxy set in the environment is not meant for model servers.
                 trust_env=False,
             )
         return self._client
@@ -186,30 +187,30 @@ class UpstreamBackend:
     def _headers(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self.key}"} if self.key else {}
 
-    async def _learn_models(self, host: Host) -> None:
-        """Ask a host once which models it has; where one was named, that is enough."""
+    async def _load_models(self, host: Host) -> None:
+        """Ask a host once for its models, unless the command line named the model."""
         if self.model is not None:
             host.models = self.models
         if host.models:
             return
         try:
-            reply = await self._open_client().get(
+            response = await self._open_client().get(
                 f"{host.address}/models", headers=self._headers(), timeout=self.timeouts.connect
             )
-            if reply.status_code != 200:
-                raise _make_refusal(host, reply, reply.content)
-            host.models = tuple(str(entry["id"]) for entry in reply.json()["data"])
+            if response.status_code != 200:
+                raise _make_error(host, response, response.content)
+            host.models = tuple(str(entry["id"]) for entry in response.json()["data"])
         except httpx2.HTTPError as error:
-            host.note_failure()
-            raise _NotReached(_unreachable(host, error)) from error
+            host.record_failure()
+            raise _NotStartedError(_unreachable(host, error)) from error
         except (ValueError, TypeError, LookupError) as error:
-            raise broken(host.name, "its list of models is none") from error
-        host.note_success()
+            raise invalid_response(host.name, "its list of models cannot be parsed") from error
+        host.record_success()
 
-    async def _ask(self, host: Host, call: Call) -> AsyncGenerator[Event, None]:
-        """Ask one host, and read what it sends."""
-        body = {key: value for key, value in call.body.items() if key not in OWN_FIELDS}
-        body["model"] = self._name_model(host, body)
+    async def _send(self, host: Host, call: Call) -> AsyncGenerator[Event, None]:
+        """Send a call to one host, and read its answer."""
+        body = {key: value for key, value in call.body.items() if key not in GATEWAY_FIELDS}
+        body["model"] = self._find_model(host, body)
         body |= {"stream": True, "stream_options": {"include_usage": True}}
         body |= add_limit(call, self.limits)
         reader = ChunkReader(call.kind, host.name, count_choices(call))
@@ -219,127 +220,133 @@ class UpstreamBackend:
         host.running += 1
         try:
             async with AsyncExitStack() as stack:
-                async with _limit(self.timeouts.first, call):
-                    reply = await stack.enter_async_context(request)
-                    await _check_reply(reply, host)
+                async with _timeout(self.timeouts.first, call):
+                    response = await stack.enter_async_context(request)
+                    await _check_response(response, host)
                 events = await stack.enter_async_context(
-                    aclosing(self._read(reply, reader, host, call))
+                    aclosing(self._read(response, reader, host, call))
                 )
                 async for event in events:
                     yield event
-            host.note_success()
+            host.record_success()
             yield reader.finish()
         except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
-            host.note_failure()
-            # It may come back with others.
+            host.record_failure()
+            # It may come back with other models.
             host.models = ()
-            raise _NotReached(_unreachable(host, error)) from error
+            raise _NotStartedError(_unreachable(host, error)) from error
         except (httpx2.TimeoutException, TimeoutError) as error:
-            raise _too_slow(host, call) from error
+            raise _make_timeout(host, call) from error
         except httpx2.HTTPError as error:
-            raise broken(host.name, str(error) or type(error).__name__) from error
+            raise invalid_response(host.name, str(error) or type(error).__name__) from error
         finally:
             host.running -= 1
 
-    async def _ask_beside(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Ask a host in turn for something that stands beside OpenAI's interface."""
+    async def _forward(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Forward a request that is not part of OpenAI's API to the first host that can answer."""
         last: ServeError | None = None
-        for host in self._in_turn():
+        for host in self._order_hosts():
             try:
-                await self._learn_models(host)
-                asked = {**body, "model": self._name_model(host, body)}
-                reply = await self._open_client().post(
-                    host.address.removesuffix("/v1") + path, json=asked, headers=self._headers()
+                await self._load_models(host)
+                response = await self._open_client().post(
+                    host.address.removesuffix("/v1") + path,
+                    json={**body, "model": self._find_model(host, body)},
+                    headers=self._headers(),
                 )
-            except _NotReached as error:
-                last = error.refusal
+                if response.status_code in (404, 405):
+                    raise ServeError(
+                        f"The model server at {host.name} does not support {path}.",
+                        status=404,
+                        code="not_supported",
+                    )
+                if response.status_code != 200:
+                    raise _make_error(host, response, response.content)
+            except _NotStartedError as error:
+                last = error.reason
                 continue
             except httpx2.HTTPError as error:
-                host.note_failure()
+                host.record_failure()
                 last = _unreachable(host, error)
                 continue
-            told = _read_json(reply.content)
-            if reply.status_code in (404, 405):
-                raise ServeError(
-                    f"The model at {host.name} knows no {path}.", status=404, code="not_supported"
-                )
-            if reply.status_code != 200:
-                refusal = _make_refusal(host, reply, reply.content)
-                if isinstance(refusal, _NotReached):
-                    last = refusal.refusal
-                    continue
-                raise refusal
-            if not isinstance(told, dict):
-                raise broken(host.name, f"its answer to {path} is no object")
-            return told
+            values = _parse_body(response.content)
+            if not isinstance(values, dict):
+                raise invalid_response(host.name, f"its response to {path} is not a JSON object")
+            return values
         raise last or unreachable(self.name, "no host is left")
 
-    def _name_model(self, host: Host, body: Mapping[str, Any]) -> Any:
-        """Give the model that is asked for, or the host's own name for it."""
+    def _find_model(self, host: Host, body: Mapping[str, Any]) -> Any:
+        """Return the requested model if the host has it, else the host's model."""
         model = body.get("model")
         if model in host.models:
             return model
         return self.model or (host.models[0] if host.models else model)
 
     async def _read(
-        self, reply: httpx2.Response, reader: ChunkReader, host: Host, call: Call
+        self, response: httpx2.Response, reader: ChunkReader, host: Host, call: Call
     ) -> AsyncGenerator[Event, None]:
         parser = EventParser()
-        limit = self.timeouts.first
-        received = reply.aiter_bytes()
+        seconds = self.timeouts.first
+        received = response.aiter_bytes()
         while not reader.done:
             try:
-                async with _limit(limit, call):
-                    part = await anext(received)
-                chunks = parser.feed(part)
+                async with _timeout(seconds, call):
+                    data = await anext(received)
+                chunks = parser.feed(data)
             except StopAsyncIteration:
                 return
             except ValueError as error:
-                raise broken(host.name, str(error)) from error
+                raise invalid_response(host.name, str(error)) from error
             for chunk in chunks:
                 for event in reader.read(chunk):
-                    limit = self.timeouts.between
+                    seconds = self.timeouts.between
                     yield event
 
 
-class _NotReached(Exception):
-    """Nobody answered at an address, or had no time, so nothing was begun there."""
+class _NotStartedError(Exception):
+    """A host is unreachable or overloaded and has not started the request."""
 
-    def __init__(self, refusal: ServeError) -> None:
-        super().__init__(str(refusal))
-        self.refusal = refusal
+    def __init__(self, reason: ServeError) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
 
 
 def _unreachable(host: Host, error: Exception) -> ServeError:
     return unreachable(host.name, str(error) or type(error).__name__)
 
 
-async def _check_reply(reply: httpx2.Response, host: Host) -> None:
-    media = reply.headers.get("content-type", "")
-    if reply.status_code == 200 and media.startswith("text/event-stream"):
+async def _check_response(response: httpx2.Response, host: Host) -> None:
+    """Raise unless the response is an event stream."""
+    media_type = response.headers.get("content-type", "")
+    if response.status_code == 200 and media_type.startswith("text/event-stream"):
         return
     content = bytearray()
-    async for part in reply.aiter_bytes():
+    async for part in response.aiter_bytes():
         content += part
-        if len(content) > MOST_ERROR_BYTES:
+        if len(content) > MAX_ERROR_BYTES:
             break
-    if reply.status_code == 200:
-        raise broken(host.name, f"its answer is '{media[:60]}' and no stream of events")
-    raise _make_refusal(host, reply, bytes(content))
+    if response.status_code == 200:
+        raise invalid_response(
+            host.name, f"its content type is '{media_type[:60]}', not text/event-stream"
+        )
+    raise _make_error(host, response, bytes(content))
 
 
-def _make_refusal(host: Host, reply: httpx2.Response, content: bytes) -> ServeError | _NotReached:
-    """Build the error of a refusal; a host that has no time is left alone as long as it says."""
-    after = _read_retry_after(reply.headers.get("retry-after", ""))
-    refusal = upstream_error(reply.status_code, _read_json(content), host.name, retry_after=after)
-    if reply.status_code not in BUSY:
-        return refusal
-    host.note_busy(after)
-    return _NotReached(refusal)
+def _make_error(
+    host: Host, response: httpx2.Response, content: bytes
+) -> ServeError | _NotStartedError:
+    """Build the error for an error response; an overloaded host is recorded as busy."""
+    retry_after = _read_retry_after(response.headers.get("retry-after", ""))
+    error = upstream_error(
+        response.status_code, _parse_body(content), host.name, retry_after=retry_after
+    )
+    if response.status_code not in BUSY_STATUSES:
+        return error
+    host.record_busy(retry_after)
+    return _NotStartedError(error)
 
 
 def _read_retry_after(text: str) -> float | None:
-    """Read the header's seconds or date; None where it is neither, at most an hour."""
+    """Parse a Retry-After header (seconds or a date), at most an hour; None if it is invalid."""
     try:
         seconds = (
             float(text)
@@ -348,16 +355,17 @@ def _read_retry_after(text: str) -> float | None:
         )
     except (ValueError, OverflowError):
         return None
-    return min(max(seconds, 0.0), LONGEST_RETRY_SECONDS)
+    return min(max(seconds, 0.0), MAX_RETRY_AFTER_SECONDS)
 
 
-def _limit(seconds: float, call: Call) -> asyncio.Timeout:
-    """End what takes longer than this, or than the call may."""
+def _timeout(seconds: float, call: Call) -> asyncio.Timeout:
+    """Return a timeout after some seconds, or at the call's deadline if that is earlier."""
     left = call.seconds_left
     return asyncio.timeout(seconds if left is None else max(0.0, min(seconds, left)))
 
 
-def _read_json(content: bytes) -> Any:
+def _parse_body(content: bytes) -> Any:
+    """Parse a body as JSON; if it is not JSON, return its beginning as text."""
     text = content.decode("utf-8", "replace")
     try:
         return read_json(text)
@@ -365,18 +373,19 @@ def _read_json(content: bytes) -> Any:
         return text[:200]
 
 
-def _too_slow(host: Host, call: Call) -> ServeError:
+def _make_timeout(host: Host, call: Call) -> ServeError:
     left = call.seconds_left
     if left is not None and left <= 0:
         return ServeError(
-            "The answer was not done in the time that it may take.",
+            "The request's deadline passed before the answer was complete. Request fewer tokens "
+            "or allow more time.",
             status=408,
             kind="timeout_error",
             code="request_timeout",
         )
-    host.note_failure()
+    host.record_failure()
     return ServeError(
-        f"The model at {host.name} did not go on in time.",
+        f"The model server at {host.name} timed out. Try again later.",
         status=504,
         kind="server_error",
         code="upstream_timeout",

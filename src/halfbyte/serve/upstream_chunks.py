@@ -1,4 +1,4 @@
-"""What an OpenAI-compatible server streams, as events; whatever is no such stream is an error."""
+"""Parses the stream of an OpenAI-compatible server into events, and builds upstream errors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from halfbyte.environment import UPSTREAM_KEY
 from halfbyte.errors import ServeError
 from halfbyte.serve.backend import (
     Delta,
@@ -20,8 +21,8 @@ from halfbyte.serve.backend import (
 )
 
 DONE = "[DONE]"
-MOST_TOKENS = 2**53
-"""From here on JSON's readers count no more one by one; no answer has so many."""
+MAX_TOKENS = 2**53
+"""Token counts from here on are invalid: JSON readers cannot represent them exactly."""
 _FINISHES: dict[str, FinishReason] = {
     "stop": "stop",
     "length": "length",
@@ -31,43 +32,43 @@ _FINISHES: dict[str, FinishReason] = {
 }
 
 
-_NO_CHUNK = (
+_INVALID_CHUNK_ERRORS = (
     ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError,
 )  # fmt: skip
 
 
 class ChunkReader:
-    """Chunks of one answer in, events out."""
+    """Turns the chunks of one answer into events."""
 
     def __init__(self, kind: Kind, host: str, num_choices: int) -> None:
-        """Start.
+        """Start a new answer.
 
         Args:
-            kind: Of the call.
-            host: Who answers, for messages.
-            num_choices: That must come.
+            kind: Kind of the call.
+            host: The server's name, for error messages.
+            num_choices: Number of choices that the answer must have.
         """
         self._kind = kind
         self._host = host
         self._num_choices = num_choices
         self._finished: set[int] = set()
         self._calls: dict[int, dict[int, dict[str, str]]] = {}
-        self._pieces = 0
+        self._num_deltas = 0
         self._usage: Usage | None = None
         self.done = False
-        """The server has said that it is."""
+        """Whether the server has sent ``[DONE]``."""
 
     def read(self, data: str) -> list[Event]:
-        """Take one chunk.
+        """Parse one chunk.
 
         Args:
-            data: Of a server-sent event.
+            data: Data of a server-sent event.
 
         Returns:
-            What it means.
+            The events.
 
         Raises:
-            ServeError: 502: it is no chunk, or it tells an error.
+            ServeError: 502: the chunk is invalid, or contains an error.
         """
         if data.strip() == DONE:
             self.done = True
@@ -82,27 +83,30 @@ class ChunkReader:
                 events += self._read_choice(choice)
             if usage := chunk.get("usage"):
                 self._usage = _read_usage(usage)
-        except _NO_CHUNK as error:
-            failure = broken(self._host, f"it sent something else: {data[:100]!r}")
+        except _INVALID_CHUNK_ERRORS as error:
+            failure = invalid_response(self._host, f"a chunk cannot be parsed: {data[:100]!r}")
             raise failure from error
         return events
 
     def finish(self) -> Usage:
-        """Close the answer.
+        """Finish the answer.
 
         Returns:
-            What it took; counted by its pieces where the server did not say.
+            The usage; if the server sent none, the number of deltas stands for that of tokens.
 
         Raises:
-            ServeError: 502: it broke off.
+            ServeError: 502: the answer is incomplete.
         """
         if len(self._finished) < self._num_choices:
-            failure = broken(
+            failure = invalid_response(
                 self._host,
-                f"it broke off: {len(self._finished)} of {self._num_choices} choices were finished",
+                f"it is incomplete: {len(self._finished)} of {self._num_choices} choices were "
+                "finished",
             )
             raise failure
-        return self._usage or Usage(prompt_tokens=0, completion_tokens=self._pieces, is_told=False)
+        return self._usage or Usage(
+            prompt_tokens=0, completion_tokens=self._num_deltas, is_reported=False
+        )
 
     def _read_choice(self, choice: Mapping[str, Any]) -> list[Event]:
         index = int(choice.get("index") or 0)
@@ -112,30 +116,30 @@ class ChunkReader:
             parts = delta.get("tool_calls") or ()
             for part in parts:
                 self._add_call(index, part)
-            piece = Delta(
+            event = Delta(
                 choice=index,
                 text=_text(delta, "content"),
                 refusal=_text(delta, "refusal"),
-                # vLLM's newer name for it is the second one.
+                # The second one is vLLM's newer name.
                 reasoning=_text(delta, "reasoning_content") or _text(delta, "reasoning"),
                 logprobs=_read_chat_logprobs(choice),
             )
         else:
             parts = ()
-            piece = Delta(
+            event = Delta(
                 choice=index,
                 text=_text(choice, "text"),
                 logprobs=_read_completion_logprobs(choice),
             )
-        # Of a call nothing is given before its end, but it shows that the model goes on.
-        if piece.text or piece.refusal or piece.reasoning or piece.logprobs or parts:
-            self._pieces += 1
-            events.append(piece)
+        # Parts of a tool call give an empty event, which shows that the model is generating.
+        if event.text or event.refusal or event.reasoning or event.logprobs or parts:
+            self._num_deltas += 1
+            events.append(event)
         reason = choice.get("finish_reason")
         if reason is not None and index not in self._finished:
             self._finished.add(index)
             if calls := self._calls.pop(index, {}):
-                events.append(Delta(choice=index, tool_calls=_whole_calls(calls)))
+                events.append(Delta(choice=index, tool_calls=_join_calls(calls)))
             events.append(Finish(choice=index, reason=_FINISHES.get(str(reason), "stop")))
         return events
 
@@ -151,13 +155,13 @@ class ChunkReader:
 
 
 def read_json(text: str) -> Any:
-    """Read what another server wrote.
+    """Parse JSON from another server.
 
     Args:
-        text: JSON; for anything else there is a ValueError or a RecursionError.
+        text: JSON; for anything else a ValueError or a RecursionError is raised.
 
     Returns:
-        The value. Half a character, which JSON can write and UTF-8 cannot, is a question mark.
+        The value. Unpaired surrogates, which UTF-8 cannot encode, are replaced by question marks.
     """
     value = json.loads(text)
     if "\\ud" not in text.lower():
@@ -165,10 +169,11 @@ def read_json(text: str) -> Any:
     return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
 
 
-def broken(host: str, reason: str) -> ServeError:
-    """Build the error of an answer that is none."""
+def invalid_response(host: str, reason: str) -> ServeError:
+    """Build the error for an invalid or incomplete response."""
     return ServeError(
-        f"The model at {host} did not answer as OpenAI's servers do: {reason}.",
+        f"Invalid response from the model server at {host}: {reason.rstrip('.')}. Try again, or "
+        "check that server's log.",
         status=502,
         kind="server_error",
         code="upstream_broken",
@@ -176,9 +181,10 @@ def broken(host: str, reason: str) -> ServeError:
 
 
 def unreachable(host: str, reason: str) -> ServeError:
-    """Build the error of a server that nobody answers at."""
+    """Build the error for a server that cannot be reached."""
     return ServeError(
-        f"The model at {host} cannot be reached: {reason}.",
+        f"Cannot reach the model server at {host}: {reason.rstrip('.')}. Check that it is running, "
+        "or try again later.",
         status=503,
         kind="server_error",
         code="upstream_unreachable",
@@ -189,25 +195,26 @@ def unreachable(host: str, reason: str) -> ServeError:
 def upstream_error(
     status: int, body: Any, host: str, *, retry_after: float | None = None
 ) -> ServeError:
-    """Turn another server's refusal into ours.
+    """Translate another server's error response into an error of this server.
 
     Args:
         status: Its HTTP status.
-        body: Its JSON, whatever that is.
-        host: Who it was.
-        retry_after: Seconds, where it said so.
+        body: Its parsed JSON, of any form.
+        host: Its name.
+        retry_after: Its Retry-After in seconds, if it sent one.
 
     Returns:
-        The error: what the request is to blame for stays so; a refused key is ours to mend, so
-        the client is not told that its own is wrong.
+        The error. Errors of the request keep their status. A rejected API key becomes a 502: it is
+        this server's key, not the client's.
     """
-    told = body.get("error") if isinstance(body, Mapping) else None
-    told = told if isinstance(told, Mapping) else {"message": told or body}
-    message = str(told.get("message") or f"status {status}")[:1000]
-    param, code = told.get("param"), told.get("code")
+    details = body.get("error") if isinstance(body, Mapping) else None
+    details = details if isinstance(details, Mapping) else {"message": details or body}
+    message = str(details.get("message") or f"status {status}")[:1000]
+    param, code = details.get("param"), details.get("code")
     if status in (401, 403):
         return ServeError(
-            f"The model at {host} refuses the key of this server.",
+            f"The model server at {host} rejected the API key of this server. Check "
+            f"{UPSTREAM_KEY.name}.",
             status=502,
             kind="server_error",
             code="upstream_key_refused",
@@ -216,13 +223,13 @@ def upstream_error(
         return ServeError(
             message,
             status=status,
-            kind=str(told.get("type") or "invalid_request_error"),
+            kind=str(details.get("type") or "invalid_request_error"),
             code=None if code is None else str(code),
             param=None if param is None else str(param),
             retry_after=retry_after,
         )
     return ServeError(
-        f"The model at {host} failed: {message}",
+        f"The model server at {host} failed: {message}",
         status={408: 504, 503: 503, 504: 504}.get(status, 502),
         kind="server_error",
         code="upstream_error",
@@ -237,32 +244,32 @@ def _text(values: Mapping[str, Any], name: str) -> str:
     return text
 
 
-def _whole_calls(calls: Mapping[int, Mapping[str, str]]) -> tuple[ToolCall, ...]:
+def _join_calls(calls: Mapping[int, Mapping[str, str]]) -> tuple[ToolCall, ...]:
     return tuple(
         ToolCall(
-            index=place,
-            id=call["id"] or f"call_{place}",
+            index=index,
+            id=call["id"] or f"call_{index}",
             name=call["name"],
             arguments=call["arguments"],
         )
-        for place, (_, call) in enumerate(sorted(calls.items()))
+        for index, (_, call) in enumerate(sorted(calls.items()))
     )
 
 
 def _read_usage(usage: Mapping[str, Any]) -> Usage:
     details = usage.get("prompt_tokens_details") or {}
-    written = usage.get("completion_tokens_details") or {}
+    completion = usage.get("completion_tokens_details") or {}
     return Usage(
         prompt_tokens=_count(usage.get("prompt_tokens")),
         completion_tokens=_count(usage.get("completion_tokens")),
         cached_tokens=_count(details.get("cached_tokens")),
-        reasoning_tokens=_count(written.get("reasoning_tokens")),
+        reasoning_tokens=_count(completion.get("reasoning_tokens")),
     )
 
 
 def _count(value: Any) -> int:
     count = int(value or 0)
-    if not 0 <= count < MOST_TOKENS:
+    if not 0 <= count < MAX_TOKENS:
         raise ValueError(f"{count} tokens")
     return count
 
@@ -299,8 +306,8 @@ def _read_completion_logprobs(choice: Mapping[str, Any]) -> tuple[TokenLogprob, 
             logprob=_number(value),
             bytes=None,
             top=tuple(
-                TokenLogprob(token=str(other), logprob=_number(rate), bytes=None)
-                for other, rate in sorted(
+                TokenLogprob(token=str(other), logprob=_number(logprob), bytes=None)
+                for other, logprob in sorted(
                     (top or {}).items(), key=lambda item: _number(item[1]), reverse=True
                 )
             ),

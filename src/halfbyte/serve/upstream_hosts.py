@@ -1,4 +1,4 @@
-"""The addresses of other servers: whose turn it is, and who is left alone for a while."""
+"""The addresses of upstream servers, their state, and the order in which they are asked."""
 
 from __future__ import annotations
 
@@ -10,23 +10,27 @@ from urllib.parse import urlsplit
 from halfbyte.errors import ConfigError
 
 FIRST_PAUSE_SECONDS = 1.0
-LONGEST_PAUSE_SECONDS = 30.0
+MAX_PAUSE_SECONDS = 30.0
 
 
 @dataclass(slots=True)
 class Host:
-    """One address, and how it does."""
+    """One upstream server and its state."""
 
     address: str
     models: tuple[str, ...] = ()
     running: int = 0
+    """Requests of this process that are running there."""
     pause: float = 0.0
+    """Length of the last pause after a failure, in seconds."""
     down_until: float = 0.0
+    """Until then it is not asked; seconds of :func:`time.monotonic`, like `busy_until`."""
     busy_until: float = 0.0
+    """Until then other hosts are asked first."""
 
     @property
     def name(self) -> str:
-        """Host and port."""
+        """Host and port, without credentials."""
         return urlsplit(self.address).netloc.rpartition("@")[2]
 
     @property
@@ -36,59 +40,63 @@ class Host:
 
     @property
     def is_free(self) -> bool:
-        """Whether it may be asked, and has not said that it has too much to do."""
+        """Whether it may be asked and has not reported that it is overloaded."""
         return time.monotonic() >= max(self.down_until, self.busy_until)
 
-    def note_busy(self, seconds: float | None) -> None:
-        """Ask others first for as long as it says; it answers, so it is not down."""
+    def record_busy(self, seconds: float | None) -> None:
+        """Record that it is overloaded.
+
+        Args:
+            seconds: Its Retry-After; None: it sent none.
+        """
         self.busy_until = time.monotonic() + (FIRST_PAUSE_SECONDS if seconds is None else seconds)
 
-    def note_failure(self) -> None:
-        """Leave it alone for a while, each time for longer."""
-        self.pause = min(LONGEST_PAUSE_SECONDS, self.pause * 2 or FIRST_PAUSE_SECONDS)
+    def record_failure(self) -> None:
+        """Record that it cannot be reached; the pause doubles each time."""
+        self.pause = min(MAX_PAUSE_SECONDS, self.pause * 2 or FIRST_PAUSE_SECONDS)
         self.down_until = time.monotonic() + self.pause
 
-    def note_success(self) -> None:
-        """It answers."""
+    def record_success(self) -> None:
+        """Record that it answered."""
         self.pause = self.down_until = 0.0
 
 
 def read_addresses(addresses: Sequence[str]) -> tuple[list[Host], str | None]:
-    """Read addresses as they are given on the command line.
+    """Parse addresses given on the command line.
 
     Args:
-        addresses: Up to and with ``/v1``; a model's name may follow after ``#``.
+        addresses: URLs up to and including ``/v1``; a model's name may follow after ``#``.
 
     Returns:
-        The hosts, and the model that was named last; None where none was.
+        The hosts, and the last model that was named; None if none was.
 
     Raises:
-        ConfigError: There is none, or one is no address.
+        ConfigError: There is no address, or one is invalid.
     """
     if not addresses:
-        raise ConfigError("No upstream address was given.")
+        raise ConfigError("No upstream address was given. Give one with --upstream.")
     hosts, model = [], None
     for entry in addresses:
-        address, _, wanted = entry.partition("#")
+        address, _, named = entry.partition("#")
         parts = urlsplit(address)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError(
-                f"'{entry}' is no address of a server. One looks like http://host:8000/v1."
+                f"'{entry}' is not the address of a server. Use the form http://host:8000/v1."
             )
         hosts.append(Host(address.rstrip("/")))
-        model = wanted or model
+        model = named or model
     return hosts, model
 
 
 def order_hosts(hosts: Sequence[Host], turn: int) -> list[Host]:
-    """Give those that are up, one after the other, those that have too much to do last.
+    """Order the hosts for one request: round robin, overloaded ones last, without those down.
 
     Args:
         hosts: At least one.
-        turn: Of how many requests this is; the next one begins with the next host.
+        turn: Number of the request; each one starts with the next host.
 
     Returns:
-        In the order in which they are asked; where none is up, the one that comes back first.
+        The hosts in the order to ask them. If all are down, the one whose pause ends first.
     """
     first = turn % len(hosts)
     order = [*hosts[first:], *hosts[:first]]

@@ -1,4 +1,4 @@
-"""The command line of ``vllm serve`` for a checkpoint, and whether vLLM takes it at all."""
+"""Builds the command line of ``vllm serve`` for a checkpoint, and checks that vLLM supports it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 from halfbyte.checkpoint.check import check_consumers
 from halfbyte.checkpoint.read import open_checkpoint
 from halfbyte.errors import CheckpointError, ConfigError
-from halfbyte.serve.text.tool_calls import HERMES, LLAMA, MISTRAL, find_form
+from halfbyte.serve.text.tool_calls import HERMES, LLAMA, MISTRAL, detect_call_format
 
 PARSERS = {HERMES.name: "hermes", MISTRAL.name: "mistral", LLAMA.name: "llama3_json"}
-"""Our names of the forms of tool calls -> vLLM's."""
+"""vLLM's tool call parsers, by our names of the formats."""
 
 RANKS = (16, 32, 64, 128, 256, 320, 512)
-"""That vLLM's --max-lora-rank may be; the least is its default."""
+"""Allowed values of vLLM's --max-lora-rank; the smallest one is its default."""
 
 
 def make_command(
@@ -31,34 +31,34 @@ def make_command(
     adapters: Path | None = None,
     more: Sequence[str] = (),
 ) -> list[str]:
-    """Write the command line of ``vllm serve`` for a checkpoint.
+    """Build the command line of ``vllm serve`` for a checkpoint.
 
     Args:
-        folder: Of the model.
-        executable: ``vllm``, or where it is.
-        name: That clients call it by.
-        template: Source of its chat template; None: it has none.
-        template_file: Where that takes the place of the model's own.
-        context: Longest request in tokens; None: as long as the model has positions.
-        dtype: To compute in.
-        adapters: Holds a folder for each adapter that may be loaded; None: none may.
-        more: Arguments of the user, which come last.
+        folder: The model's folder.
+        executable: ``vllm``, or its path.
+        name: The model's name for clients.
+        template: Source of the chat template; None: the model has none.
+        template_file: File that replaces the model's chat template.
+        context: Maximum length of a request in tokens; None: the model's maximum.
+        dtype: Data type for the computation.
+        adapters: Folder with one subfolder for each adapter; None: no adapters.
+        more: Further arguments from the user, which come last.
 
     Returns:
-        The words, without host and port.
+        The command and its arguments, without host and port.
 
     Raises:
-        ConfigError: There is no such program, or folder.
+        ConfigError: The program or a folder does not exist.
     """
-    found = shutil.which(executable)
-    if found is None:
+    path = shutil.which(executable)
+    if path is None:
         raise ConfigError(
-            f"There is no program '{executable}'. Install vLLM in an environment of its own, and "
-            "say where it is: --vllm-command /path/to/vllm."
+            f"Cannot start vLLM: there is no program '{executable}'. Install vLLM in a separate "
+            "environment, and give its path: --vllm-command /path/to/vllm."
         )
-    # The model's own sampling settings would not be OpenAI's defaults.
+    # "vllm" ignores the model's own sampling settings, which are not OpenAI's defaults.
     words = [
-        found,
+        path,
         "serve",
         str(folder),
         "--served-model-name",
@@ -73,7 +73,7 @@ def make_command(
     if template_file is not None:
         words += ["--chat-template", str(template_file)]
     if template is not None and "tools" in template:
-        parser = PARSERS[find_form(template).name]
+        parser = PARSERS[detect_call_format(template).name]
         words += ["--enable-auto-tool-choice", "--tool-call-parser", parser]
     if adapters is not None:
         words += ["--enable-lora", "--max-lora-rank", str(find_rank(adapters))]
@@ -81,19 +81,19 @@ def make_command(
 
 
 def check_for_vllm(folder: Path, *, has_gpu: bool) -> None:
-    """Refuse a checkpoint that vLLM would refuse after a minute of loading.
+    """Reject a checkpoint that vLLM would reject after a minute of loading.
 
     Args:
-        folder: Of the model.
-        has_gpu: Whether vLLM will run on one.
+        folder: The model's folder.
+        has_gpu: Whether vLLM will run on a GPU.
 
     Raises:
-        ConfigError: None of vLLM's kernels takes it, with the reasons of each.
+        ConfigError: None of vLLM's kernels supports it; with the reasons for each kernel.
     """
     try:
         checkpoint = open_checkpoint(folder)
     except CheckpointError:
-        return  # Not GPTQ: vLLM knows more kinds of models than this program.
+        return  # not GPTQ: vLLM supports formats that this program does not know
     kernels = ("vllm-marlin", "vllm-machete") if has_gpu else ("vllm-cpu",)
     verdicts = [
         verdict
@@ -104,32 +104,32 @@ def check_for_vllm(folder: Path, *, has_gpu: bool) -> None:
         return
     reasons = "; ".join(f"{verdict.label}: {', '.join(verdict.reasons)}" for verdict in verdicts)
     raise ConfigError(
-        f"vLLM cannot load '{folder}': {reasons}. Serve it with --engine embedded, or quantize it "
-        "again with 4 bits, symmetric, groups of 64."
+        f"vLLM cannot load '{folder}': {reasons}. Use --engine embedded, or quantize the model "
+        "again with 4 bits, symmetric, group size 64."
     )
 
 
 def find_rank(adapters: Path) -> int:
-    """Choose the most that an adapter's rank may be: enough for those that are there now.
+    """Choose the maximum adapter rank: enough for all adapters in a folder.
 
     Args:
-        adapters: Holds one folder for each adapter.
+        adapters: Folder with one subfolder for each adapter.
 
     Returns:
         One of :data:`RANKS`.
 
     Raises:
-        ConfigError: There is no such folder.
+        ConfigError: The folder does not exist.
     """
     if not adapters.is_dir():
         raise ConfigError(f"The folder of adapters '{adapters}' does not exist.")
-    found = [_read_rank(file) for file in adapters.glob("*/adapter_config.json")]
-    most = max(found, default=0)
-    return next((rank for rank in RANKS if rank >= most), RANKS[-1])
+    ranks = [_read_rank(file) for file in adapters.glob("*/adapter_config.json")]
+    largest = max(ranks, default=0)
+    return next((rank for rank in RANKS if rank >= largest), RANKS[-1])
 
 
 def _read_rank(file: Path) -> int:
-    """Give an adapter's largest rank; 0 where it is none, which it is told when it is loaded."""
+    """Return an adapter's largest rank; 0 if the file is invalid, which loading will report."""
     try:
         config = json.loads(file.read_bytes())
         return max(int(config["r"]), *map(int, (config.get("rank_pattern") or {0: 0}).values()))

@@ -1,7 +1,7 @@
-"""Where a store keeps its bytes: a folder here, a bucket in ``bucket.py``. Nothing is overwritten.
+"""Storage backends of a store: a folder here, a bucket in ``bucket.py``. No file is overwritten.
 
-Both offer the same few operations; the one that everything rests on is :meth:`Backend.put_new`,
-which creates a whole file or finds that there already is one.
+Everything relies on :meth:`Backend.put_new`, which creates a file atomically or reports that it
+exists.
 """
 
 from __future__ import annotations
@@ -25,44 +25,44 @@ CHUNK_BYTES = 1 << 22
 
 
 class Backend(Protocol):
-    """A place for immutable files, by slash-separated keys."""
+    """Storage of immutable files under slash-separated keys."""
 
     place: str
-    """For messages."""
+    """The path or URL, for messages."""
 
     def is_there(self) -> bool:
-        """Tell whether there is such a place to read from."""
+        """Return whether the store exists, so that it can be read."""
 
     def read(self, key: str) -> bytes:
-        """Give a small file's content."""
+        """Read a small file."""
 
     def exists(self, key: str) -> bool:
-        """Tell whether there is such a file."""
+        """Return whether a key exists."""
 
     def list(self, prefix: str) -> list[str]:
         """List the keys under a folder, sorted."""
 
     def put_new(self, key: str, content: bytes) -> bool:
-        """Create a file whole; False where there is one already, which stays as it is."""
+        """Create a file atomically; return False, without a change, if the key exists."""
 
     def put_file(self, key: str, path: Path, sha256: str) -> None:
-        """Copy a local file that has this digest to a key; one that is there stays as it is."""
+        """Copy a local file that has this digest to a key; a no-op if the key exists."""
 
     def fetch(self, key: str, path: Path) -> None:
-        """Copy a file out to a local path."""
+        """Copy a file to a local path."""
 
     def open_read(self, key: str) -> contextlib.AbstractContextManager[Any]:
-        """Open a file for reading bytes."""
+        """Open a file for reading, in binary mode."""
 
     def delete(self, key: str) -> None:
-        """Remove a file; one that is not there is no error."""
+        """Remove a file; a no-op if it does not exist."""
 
     def lock(self, *, exclusive: bool) -> contextlib.AbstractContextManager[None]:
-        """Hold off whoever removes things, or, exclusively, everybody."""
+        """Hold the store's lock: shared to write, exclusive to remove."""
 
 
 def digest_chunks(source: IO[bytes], copy: IO[bytes] | None = None) -> str:
-    """Give the sha256 in hex of what is read, and write it to the copy on the way."""
+    """Return the sha256, in hex, of a stream; also write the stream to ``copy``."""
     digest = hashlib.sha256()
     while chunk := source.read(CHUNK_BYTES):
         digest.update(chunk)
@@ -72,30 +72,32 @@ def digest_chunks(source: IO[bytes], copy: IO[bytes] | None = None) -> str:
 
 
 def check_unchanged(path: Path, copied: str, sha256: str) -> None:
-    """Refuse a copy of a file that was written to after its digest was taken."""
+    """Raise StoreError if a file changed between taking its digest and copying it."""
     if copied != sha256:
-        raise StoreError(f"{path} changed while it was added. Add it when nobody writes to it.")
+        raise StoreError(
+            f"{path} changed while it was added. Add it again once no other program writes to it."
+        )
 
 
 class FolderBackend:
-    """A folder on one machine. Files appear by an exclusive link, after their bytes are on disk."""
+    """A folder on one machine. A file is synced to disk, then hard-linked to its key."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.place = root, str(root)
 
     def is_there(self) -> bool:
-        """Tell whether there is such a folder; the first write makes it."""
+        """Return whether the folder exists; the first write creates it."""
         return self.root.is_dir()
 
     def read(self, key: str) -> bytes:
-        """Give a small file's content."""
+        """Read a small file."""
         try:
             return (self.root / key).read_bytes()
         except OSError as error:
             raise StoreError(f"Cannot read {key} of {self.place}: {error.strerror}.") from error
 
     def exists(self, key: str) -> bool:
-        """Tell whether there is such a file."""
+        """Return whether a key exists."""
         return (self.root / key).is_file()
 
     def list(self, prefix: str) -> list[str]:
@@ -104,7 +106,7 @@ class FolderBackend:
         return sorted(p.relative_to(self.root).as_posix() for p in base.rglob("*") if p.is_file())
 
     def put_new(self, key: str, content: bytes) -> bool:
-        """Create a file whole; False where there is one already."""
+        """Create a file atomically; return False if the key exists."""
         with self._temporary() as temporary:
             with temporary.open("wb") as handle:
                 handle.write(content)
@@ -123,11 +125,11 @@ class FolderBackend:
             self._link(temporary, key)
 
     def fetch(self, key: str, path: Path) -> None:
-        """Copy a file out to a local path."""
+        """Copy a file to a local path."""
         shutil.copyfile(self.root / key, path)
 
     def open_read(self, key: str) -> contextlib.AbstractContextManager[Any]:
-        """Open a file for reading bytes."""
+        """Open a file for reading, in binary mode."""
         return (self.root / key).open("rb")
 
     def delete(self, key: str) -> None:
@@ -136,7 +138,7 @@ class FolderBackend:
 
     @contextlib.contextmanager
     def lock(self, *, exclusive: bool) -> Iterator[None]:
-        """Hold the store's lock, which the system lets go of when the process ends."""
+        """Hold the store's lock (flock), which the system releases when the process ends."""
         with contextlib.ExitStack() as held:
             try:
                 handle = held.enter_context(self._open_lock(exclusive=exclusive))
@@ -144,7 +146,7 @@ class FolderBackend:
             except OSError as error:
                 raise StoreError(
                     f"Cannot lock {self.place}: {error.strerror or error}. Check the permissions, "
-                    "and that its file system has locks (flock)."
+                    "and that its file system supports locks (flock)."
                 ) from error
             yield
 
@@ -156,7 +158,7 @@ class FolderBackend:
         except OSError:
             if exclusive:
                 raise
-            return path.open()  # to read from a store that cannot be written to
+            return path.open()  # a read-only store can still be read
 
     @contextlib.contextmanager
     def _temporary(self) -> Iterator[Path]:

@@ -1,4 +1,4 @@
-"""Files by the digest of their content."""
+"""Content-addressed storage: files under the digest of their content."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from halfbyte.store.manifest import FileRecord, Manifest
 
 
 def blob_key(digest: str) -> str:
-    """Give the key of a blob."""
+    """Return the key of a blob."""
     return f"blobs/{digest[:2]}/{digest}"
 
 
 def put_blob(backend: Backend, path: Path) -> FileRecord:
-    """Store a file under its digest, and make sure that those bytes arrived."""
+    """Store a file under its digest, and verify the copy."""
     try:
         record = FileRecord(sha256=digest_file(path), bytes=path.stat().st_size)
     except OSError as error:
@@ -39,11 +39,11 @@ def verify_blob(backend: Backend, record: FileRecord, what: str) -> None:
 
     Args:
         backend: Where it is.
-        record: What it should be.
-        what: For messages: the file, and of which version.
+        record: Its expected digest.
+        what: The file and its version, for messages.
 
     Raises:
-        StoreError: It is missing, or differs.
+        StoreError: It is missing, or its digest differs.
     """
     key = blob_key(record.sha256)
     if not backend.exists(key):
@@ -52,21 +52,24 @@ def verify_blob(backend: Backend, record: FileRecord, what: str) -> None:
         found = digest_chunks(handle)
     if found != record.sha256:
         raise StoreError(
-            f"{what} is not as it was added: its sha256 differs. The disk or the bucket changed "
-            "it; remove the blob and add the version again."
+            f"{what} is not as it was added: its sha256 differs, so it is damaged. Remove the blob "
+            f"{key} and add the version again."
         )
 
 
 def check_complete(backend: Backend, manifest: Manifest) -> None:
-    """Check that all blobs of a version are there, without reading them.
+    """Check that all blobs of a version exist, without reading them.
 
     Args:
         backend: Where they are.
         manifest: The version.
 
     Raises:
-        StoreError: One is missing; names the file.
+        StoreError: A blob is missing; names the file.
     """
     for path, record in manifest.files.items():
         if not backend.exists(blob_key(record.sha256)):
-            raise StoreError(f"{path} of {manifest.version[:12]} is missing from the store.")
+            raise StoreError(
+                f"{path} of {manifest.version[:12]} is missing from the store. Add or pull the "
+                "version again."
+            )

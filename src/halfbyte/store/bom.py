@@ -1,4 +1,4 @@
-"""A bill of materials for a version: CycloneDX 1.6, with the model, its base and every file.
+"""Software bill of materials of a version, in CycloneDX 1.6: the model, its base and every file.
 
 Source:
     CycloneDX 1.6 JSON schema: ``machine-learning-model`` components and ``modelCard``.
@@ -21,10 +21,10 @@ def make_bom(manifest: Manifest, verdict: str | None) -> dict[str, Any]:
 
     Args:
         manifest: The version.
-        verdict: What a comparison with the base came to.
+        verdict: The result of its comparison with the base.
 
     Returns:
-        The document; the same version gives the same one.
+        The document, which is the same each time.
     """
     version = manifest.version
     model = {

@@ -1,8 +1,8 @@
-"""A store in a bucket, through fsspec: S3 by s3fs, and whatever else has a driver.
+"""A store in a bucket, accessed through fsspec: S3 with s3fs, others with their own driver.
 
-Everything rests on one operation of the bucket, that of creating an object only where there is none
-(S3: ``If-None-Match: *``). A driver or a server that does not know it overwrites without a word, so
-it is tried out before the first entry is written.
+Everything relies on a conditional write: create an object only if there is none (S3:
+``If-None-Match: *``). Drivers and servers that do not support it overwrite silently, so it is
+tested before the first entry is written.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from halfbyte.store.backend import (
 )
 
 PROBE = "create-check"
-"""Key of an object that is there to be found there."""
+"""Key of the object that tests conditional writes."""
 
 
 def open_backend(place: str | Path) -> Backend:
-    """Choose by the place: a path is a folder, ``scheme://...`` is opened through fsspec.
+    """Open a path as a folder, and ``scheme://...`` through fsspec.
 
     Args:
         place: Such as ``./store`` or ``s3://bucket/store``.
 
     Returns:
-        The backend; a folder is made at the first write.
+        The backend; a folder is created by the first write.
     """
     text = str(place)
     if "://" not in text or text.startswith("file://"):
@@ -41,7 +41,7 @@ def open_backend(place: str | Path) -> Backend:
 
 
 class BucketBackend:
-    """An object store. It has no lock, and needs none for all but removing."""
+    """An object store. It has no lock, which only garbage collection would need."""
 
     def __init__(self, url: str) -> None:
         import fsspec
@@ -49,25 +49,25 @@ class BucketBackend:
         self.place = url
         self._creates_exclusively = False
         try:
-            # Listings are never remembered: others write too.
+            # No cached listings: other processes write too.
             self.files, self.root = fsspec.core.url_to_fs(url, use_listings_cache=False)
         except (ImportError, ValueError) as error:
             raise StoreError(
-                f"Cannot use {url} as a store: {str(error).rstrip('.')}. Each kind of bucket has a "
-                "driver to be installed; that of s3:// is s3fs."
+                f"Cannot use {url} as a store: {str(error).rstrip('.')}. Install the fsspec "
+                "driver of this kind of bucket; for s3:// that is: pip install s3fs"
             ) from error
 
     def is_there(self) -> bool:
-        """Leave it to the first listing to tell: a bucket's folders exist once they hold a file."""
+        """Return True: a folder in a bucket exists once it holds an object."""
         return True
 
     def read(self, key: str) -> bytes:
-        """Give a small file's content."""
+        """Read a small file."""
         with self._driver(f"read {key}"):
             return bytes(self.files.cat_file(self._path(key)))
 
     def exists(self, key: str) -> bool:
-        """Tell whether there is such a file."""
+        """Return whether a key exists."""
         with self._driver(f"look for {key}"):
             return bool(self.files.exists(self._path(key)))
 
@@ -80,15 +80,16 @@ class BucketBackend:
         return sorted(path.strip("/").removeprefix(root).strip("/") for path in found)
 
     def put_new(self, key: str, content: bytes) -> bool:
-        """Create a file whole; False where there is one already with another content.
+        """Create a file atomically; return False if the key exists with other content.
 
-        A driver that gets no answer asks again, and then finds what it has created itself.
+        The same content counts as created: a driver that retries after a lost response finds the
+        object that its first request created.
         """
-        self._check_creating()
+        self._check_conditional_writes()
         return self._create(key, content) or self.read(key) == content
 
     def put_file(self, key: str, path: Path, sha256: str) -> None:
-        """Copy a local file that has this digest to a key, and read back what arrived."""
+        """Copy a local file that has this digest to a key, then read it back to verify it."""
         if self.exists(key):
             return
         with self._driver(f"write {key}"):
@@ -101,13 +102,13 @@ class BucketBackend:
             raise
 
     def fetch(self, key: str, path: Path) -> None:
-        """Copy a file out to a local path."""
+        """Copy a file to a local path."""
         with self._driver(f"read {key}"):
             self.files.get_file(self._path(key), str(path))
 
     @contextlib.contextmanager
     def open_read(self, key: str) -> Iterator[Any]:
-        """Open a file for reading bytes."""
+        """Open a file for reading, in binary mode."""
         with self._driver(f"read {key}"), self.files.open(self._path(key), "rb") as handle:
             yield handle
 
@@ -119,11 +120,11 @@ class BucketBackend:
 
     @contextlib.contextmanager
     def lock(self, *, exclusive: bool) -> Iterator[None]:
-        """Do nothing but refuse to be exclusive: a bucket has no lock."""
+        """Refuse an exclusive lock, which a bucket does not have; a shared one is a no-op."""
         if exclusive:
             raise StoreError(
                 f"{self.place} is a bucket, which cannot be locked: removing from it is safe only "
-                "while nobody writes. Say so with --nobody-writes."
+                "while nobody else writes. Confirm that with --no-other-writers."
             )
         yield
 
@@ -137,28 +138,28 @@ class BucketBackend:
         except FileExistsError:
             return False
         except StoreError:
-            # S3 may answer 409 instead where two create at once, or its answer may have been lost.
+            # Of two concurrent writers S3 may answer one with 409; or its response was lost.
             if self.exists(key):
                 return False
             raise
         return True
 
-    def _check_creating(self) -> None:
-        """Refuse a bucket that overwrites what it was told to create, before it does."""
+    def _check_conditional_writes(self) -> None:
+        """Refuse a bucket that overwrites an object instead of failing to create it."""
         if self._creates_exclusively:
             return
         self._create(PROBE, b"")
         if self._create(PROBE, uuid.uuid4().bytes):
             raise StoreError(
-                f"Cannot write to {self.place}: it overwrites an object where it was told to "
-                "create one only if there is none (S3: If-None-Match), so two writers would lose "
-                "each other's entries. Use a bucket that knows this condition, or a folder."
+                f"Cannot write to {self.place}: it overwrites an object that it was told to "
+                "create only if there is none (S3: If-None-Match), so two writers would lose each "
+                "other's entries. Use a bucket that supports this condition, or a folder."
             )
         self._creates_exclusively = True
 
     @contextlib.contextmanager
     def _driver(self, action: str) -> Iterator[None]:
-        """Say what was being done where a driver fails: each has exceptions of its own."""
+        """Turn a driver's exceptions, which differ by driver, into StoreError."""
         try:
             yield
         except (StoreError, FileExistsError):

@@ -1,4 +1,4 @@
-"""A version's model card: its front matter says which model it is a quantization of."""
+"""Model card of a version, whose front matter names the base model."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ def make_card(folder: Path, base: BaseModel) -> bytes | None:
 
     Args:
         folder: The model.
-        base: What was quantized.
+        base: The model that was quantized.
 
     Returns:
-        The card with ``base_model`` and ``base_model_relation``; None where the folder's own has
-        both already, or where the base is not known.
+        The card with ``base_model`` and ``base_model_relation``; None if the folder's card has
+        both, or if the base is unknown.
     """
     if base.id is None:
         return None
     path = folder / CARD_FILE
     content = path.read_bytes() if path.is_file() else b""
     front = read_front_matter(folder)
-    # A card may name several: what a merged model was made of.
+    # The card of a merged model may name several bases.
     bases = front.get("base_model")
     is_among = isinstance(bases, list) and base.id in bases
     wanted = {"base_model": bases if is_among else base.id, "base_model_relation": RELATION}
@@ -37,6 +37,6 @@ def make_card(folder: Path, base: BaseModel) -> bytes | None:
     from huggingface_hub.repocard_data import CardData
 
     merged = CardData(**{**front, **wanted}).to_yaml()
-    # Front matter that cannot be read stays in the text: nothing that somebody wrote is lost.
+    # Front matter that cannot be parsed stays in the text, so that nothing is lost.
     body = _FRONT.sub(b"", content) if front else content
     return f"---\n{merged}\n---\n".encode() + (body or f"# {folder.name}\n".encode())

@@ -1,4 +1,4 @@
-"""A version as a folder that models are loaded from."""
+"""Copy a version out of a store into a folder to load it from."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ CHECKOUTS = "checkouts"
 
 
 def checkout(store: Store, reference: str, output: Path | None = None) -> Path:
-    """Give a folder with a version's files, each compared with its digest as it is copied.
+    """Copy a version's files into a folder, and verify each against its digest.
 
     Args:
         store: The store.
         reference: The version.
-        output: A new folder; None: one inside the store, of a store that cannot be written to or a
-            bucket one in the user's cache, made once and used again.
+        output: A new folder. None: a shared folder, made once and reused; it is in the store, or in
+            the user's cache if the store is a bucket or read-only.
 
     Returns:
         The folder.
@@ -37,14 +37,14 @@ def checkout(store: Store, reference: str, output: Path | None = None) -> Path:
         return _checkout_once(store, version)
     target = output.resolve()
     if target.exists():
-        raise StoreError(f"The output {output} exists. Choose a new folder.")
+        raise StoreError(f"The output {output} already exists. Choose a new folder.")
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     _make_folder(store, version, partial, target)
     return output
 
 
 def _checkout_once(store: Store, version: str) -> Path:
-    """Find a version's folder where it is kept, or make it."""
+    """Return the shared folder of a version, and make it if it does not exist."""
     roots = [store.backend.root] if isinstance(store.backend, FolderBackend) else []
     roots.append(cache_folder())
     for root in roots:
@@ -59,7 +59,7 @@ def _checkout_once(store: Store, version: str) -> Path:
 def _make_folder(
     store: Store, version: str, partial: Path, folder: Path, *, shared: bool = False
 ) -> None:
-    """Copy the files beside the folder, and let it appear whole."""
+    """Copy the files next to the folder, then rename, so that it is never incomplete."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with store.backend.lock(exclusive=False):
@@ -69,7 +69,7 @@ def _make_folder(
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
-        # That another process made the same shared folder meanwhile is as good.
+        # Another process may have made the same shared folder meanwhile.
         if not (shared and folder.is_dir()):
             raise StoreError(
                 f"Cannot write {folder}: {error.strerror or error}. Free some space or choose "

@@ -1,4 +1,4 @@
-"""In what two versions differ."""
+"""Differences between two versions."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from halfbyte.store.store import Store
 
 
 def diff_versions(store: Store, first: str, second: str) -> dict[str, Any]:
-    """Say in what two versions differ.
+    """Compare the manifests of two versions.
 
     Args:
         store: The store.
-        first: The older one.
-        second: The newer one.
+        first: Reference of the older version.
+        second: Reference of the newer version.
 
     Returns:
-        Files with their sizes, and settings of recipe, base and tools: [before, after] for each
-        that differs, None where it is not there; both sizes, both calibrations.
+        [before, after] for each file (its size) and each setting of recipe, base and tools that
+        differs, with None where it does not exist; and the total size and calibration of both.
     """
     one, two = (store.manifest(store.resolve(reference)[1]) for reference in (first, second))
     return {
@@ -35,7 +35,7 @@ def diff_versions(store: Store, first: str, second: str) -> dict[str, Any]:
 def diff_mappings(
     one: Mapping[str, Any], two: Mapping[str, Any], show: Callable[[Any], Any] = lambda value: value
 ) -> dict[str, Any]:
-    """Give [before, after] for each key whose values differ; None where it is not there."""
+    """Return [before, after] by key where the values differ; None stands for a missing key."""
 
     def pairs() -> Iterator[tuple[str, list[Any]]]:
         for key in sorted({*one, *two}):

@@ -1,4 +1,4 @@
-"""Remove versions that no alias needs, and blobs that no version needs."""
+"""Garbage collection: remove versions that no alias needs, and blobs that no version needs."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ class Collected:
     num_bytes: int
 
 
-def collect_garbage(store: Store, *, keep: int = KEEP, nobody_writes: bool = False) -> Collected:
-    """Remove what is not needed, while nobody else adds or promotes.
+def collect_garbage(store: Store, *, keep: int = KEEP, no_other_writers: bool = False) -> Collected:
+    """Remove unneeded versions and blobs under an exclusive lock.
 
-    A version is first removed from its log, then its manifest and blobs: killed at any point, what
-    is left is collected the next time.
+    A version is removed from its log first, then its manifest and blobs. If the process is killed
+    in between, the next run collects what is left.
 
     Args:
         store: The store.
-        keep: For each model, also keep this many of the newest versions; and what each alias
-            pointed to before, so that it can be rolled back.
-        nobody_writes: For a bucket, which has no lock: you know that nobody writes.
+        keep: How many of the newest versions of each model to keep, beside those that an alias
+            points to or can roll back to.
+        no_other_writers: For a bucket, which has no lock: the caller guarantees that nobody writes.
 
     Returns:
         What was removed.
 
     Raises:
-        StoreError: A version that is needed cannot be read; nothing is removed then.
+        StoreError: A version to keep cannot be read. Nothing is removed.
     """
-    if nobody_writes and not isinstance(store.backend, FolderBackend):
+    if no_other_writers and not isinstance(store.backend, FolderBackend):
         return _collect(store, keep)
     with store.backend.lock(exclusive=True):
         return _collect(store, keep)
@@ -77,13 +77,14 @@ def _collect(store: Store, keep: int) -> Collected:
 
 
 def _list_blobs(store: Store, name: str, version: str) -> set[str]:
-    """List the digests that a version needs; of one that cannot be read nobody knows them."""
+    """Return the digests of the blobs that a version needs."""
     try:
         manifest = store.manifest(version)
     except StoreError as error:
         raise StoreError(
-            f"Cannot collect garbage: which files {name}@{version[:SHORT]} needs cannot be read. "
-            f"{error} To let the version go, move its aliases and leave it out with --keep."
+            f"Cannot collect garbage: {name}@{version[:SHORT]} is to be kept, and its manifest, "
+            f"which lists its files, cannot be read. {error} To give the version up, move its "
+            "aliases to others and lower --keep."
         ) from error
     verdict = {manifest.verdict.sha256} if manifest.verdict else set()
     return {record.sha256 for record in manifest.files.values()} | verdict
@@ -102,9 +103,9 @@ def _delete_blobs(store: Store, needed: set[str]) -> tuple[int, int]:
 
 
 def _clear_leftovers(store: Store, needed: set[str]) -> None:
-    """Remove what killed processes left, and checkouts of removed versions.
+    """Remove temporary files of killed processes, and checkouts of removed versions.
 
-    Nobody else writes while the lock is exclusive; a model that is loaded keeps its files.
+    Safe under the exclusive lock; a process that has a checkout's files open keeps them.
     """
     if not isinstance(store.backend, FolderBackend):
         return
@@ -112,7 +113,7 @@ def _clear_leftovers(store: Store, needed: set[str]) -> None:
     temporary.mkdir(exist_ok=True)
     for path in (store.backend.root / CHECKOUTS).glob("*"):
         if path.name not in needed:
-            # Out of the way at once: half a folder under its name would pass for the version.
+            # Rename first: a partly deleted folder must not pass for the version.
             path.rename(temporary / uuid.uuid4().hex)
     for path in temporary.glob("*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()

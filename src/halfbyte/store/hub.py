@@ -1,4 +1,8 @@
-"""Versions on the Hugging Face Hub: the files of one, with its manifest beside them."""
+"""Push versions to the Hugging Face Hub, and pull them.
+
+A repository holds a version's files, its manifest and, where this store has one, its verdict. The
+verdict is informational: the store that pulls it records it as somebody else's.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,20 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from halfbyte.checkpoint.identity import MANIFEST_FILE, digest_file
+from halfbyte.checkpoint.identity import MANIFEST_FILE, VERDICT_FILE, digest_file
 from halfbyte.errors import StoreError, first_line
 from halfbyte.store.checkout import checkout
 from halfbyte.store.manifest import Manifest
 from halfbyte.store.store import SHORT, Store
+from halfbyte.store.verdicts import (
+    check_judgement,
+    find_verdict,
+    parse_judgement,
+    summarize_verdict,
+)
 
-NOT_CONTENT = (".gitattributes",)
-"""What the Hub itself puts into a new repository."""
+HUB_FILES = (".gitattributes",)
+"""Files that the Hub itself puts into a new repository."""
 
 
 def push(
@@ -26,23 +36,24 @@ def push(
     endpoint: str | None = None,
     token: str | None = None,
 ) -> str:
-    """Upload a version as one commit.
+    """Upload a version, with this store's verdict if it names its files, as one commit.
 
     Args:
-        store: Where it is.
+        store: The store.
         reference: The version.
-        repository: ``owner/name``; made where there is none.
-        private: For a repository that is made.
-        replace: Also where the repository holds something else, which is deleted.
-        endpoint: Another address than the Hub's.
-        token: None: the one that huggingface_hub finds by itself.
+        repository: ``owner/name``; created if it does not exist.
+        private: Whether a repository that is created is private.
+        replace: Push even if the repository holds files that did not come from a store; they are
+            deleted.
+        endpoint: Address of another server than the Hub.
+        token: Access token; None: the one that huggingface_hub finds.
 
     Returns:
         The commit's id.
 
     Raises:
-        StoreError: The upload failed, or the repository is the base model's own or holds files that
-            were not pushed from a store.
+        StoreError: The upload failed, the verdict's report is damaged, or the repository is that of
+            the base model or holds files that were not pushed from a store.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -50,13 +61,16 @@ def push(
     name, version = store.resolve(reference)
     manifest = store.manifest(version)
     if repository.lower() == (manifest.base.id or "").lower():
-        raise StoreError(f"Refusing to push over the base model {repository}. Name another.")
+        raise StoreError(
+            f"Refusing to push over the base model {repository}. Choose another repository."
+        )
     api = HfApi(endpoint=endpoint, token=token)
-    # The base of its own error is that of the HTTP client, whichever it uses.
+    # The base class is the error of whichever HTTP client huggingface_hub uses.
     client_error: type[Exception] = HfHubHTTPError.__bases__[0]
     with tempfile.TemporaryDirectory() as temporary:
         folder = checkout(store, f"{name}@{version}", Path(temporary) / "model")
         (folder / MANIFEST_FILE).write_bytes(manifest.to_bytes())
+        _write_verdict(store, name, manifest, folder)
         try:
             api.create_repo(repository, private=private, exist_ok=True)
             if not replace:
@@ -80,20 +94,23 @@ def pull(
     endpoint: str | None = None,
     token: str | None = None,
 ) -> Manifest:
-    """Download a version, compare every file with its manifest, and add it as what it is.
+    """Download a version, check every file against its manifest, and add it unchanged.
+
+    A verdict that was pushed along is checked against the files and recorded as one from elsewhere.
 
     Args:
-        store: Where it goes.
-        repository: ``owner/name``, one that :func:`push` filled.
-        revision: Commit, branch or tag; None: the newest.
-        endpoint: Another address than the Hub's.
-        token: None: the one that huggingface_hub finds by itself.
+        store: The store to add it to.
+        repository: ``owner/name``, filled by :func:`push`.
+        revision: Commit, branch or tag; None: the newest commit of the default branch.
+        endpoint: Address of another server than the Hub.
+        token: Access token; None: the one that huggingface_hub finds.
 
     Returns:
-        The manifest; the version is the same as where it was pushed from.
+        The manifest; the version is the same as in the store that it was pushed from.
 
     Raises:
-        StoreError: The download failed, has no manifest, or a file is not what it says.
+        StoreError: The download failed, has no manifest, a file differs from it, or the verdict is
+            not one of these files.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
@@ -107,7 +124,9 @@ def pull(
         try:
             folder = Path(api.snapshot_download(repository, revision=revision, local_dir=temporary))
         except RevisionNotFoundError as error:
-            raise StoreError(f"Cannot pull {repository}: it has no '{revision}'.") from error
+            raise StoreError(
+                f"Cannot pull {repository}: it has no commit, branch or tag '{revision}'."
+            ) from error
         except RepositoryNotFoundError as error:
             raise StoreError(
                 f"Cannot pull {repository}: there is no such repository, or it is private. Check "
@@ -119,23 +138,46 @@ def pull(
         if not path.is_file():
             raise StoreError(
                 f"{repository} has no {MANIFEST_FILE}: it was not pushed from a store. Download it "
-                "and add it with `store add`."
+                "yourself and add it with `store add`."
             )
         manifest = Manifest.from_bytes(path.read_bytes(), f"{MANIFEST_FILE} of {repository}")
         for name, record in manifest.files.items():
             file = folder / name
             if not file.is_file() or digest_file(file) != record.sha256:
-                found = "is missing" if not file.is_file() else "has another sha256"
-                raise StoreError(f"{name} of {repository} {found}: not what was pushed.")
-        store.adopt(manifest, folder, repository)
+                found = "has another sha256" if file.is_file() else "is missing"
+                raise StoreError(
+                    f"Cannot pull {repository}: {name} {found}, so it is not what was pushed. Push "
+                    "the version again."
+                )
+        verdict = _read_verdict(manifest, folder, repository)
+        store.adopt(manifest, folder, repository, verdict=verdict)
     return manifest
 
 
+def _write_verdict(store: Store, name: str, manifest: Manifest, folder: Path) -> None:
+    """Write this store's own verdict beside a version's files, if it may be published."""
+    verdict = find_verdict(store.backend, store.history(name), manifest)
+    summary = None if verdict is None else summarize_verdict(store.backend, verdict)
+    if summary is not None and VERDICT_FILE not in manifest.files:
+        (folder / VERDICT_FILE).write_bytes(summary)
+
+
+def _read_verdict(manifest: Manifest, folder: Path, repository: str) -> str | None:
+    """Read the verdict that was pushed along with a version; refuse one of other files."""
+    path = folder / VERDICT_FILE
+    if VERDICT_FILE in manifest.files or not path.is_file():
+        return None
+    source = f"{VERDICT_FILE} of {repository}"
+    judgement = parse_judgement(path.read_bytes(), source)
+    check_judgement(judgement, source, manifest.files, manifest.base)
+    return judgement.verdict if judgement.candidate_files else None
+
+
 def _check_pushed(repository: str, files: Sequence[str]) -> None:
-    """Refuse a repository whose files are not a version's: pushing deletes them."""
-    found = [name for name in files if name not in NOT_CONTENT]
+    """Refuse a repository that was not filled from a store: pushing would delete its files."""
+    found = [name for name in files if name not in HUB_FILES]
     if found and MANIFEST_FILE not in found:
         raise StoreError(
-            f"Refusing to push to {repository}: what it holds ({', '.join(found[:3])}) was not "
-            "pushed from a store and would be deleted. Name another, or say --replace."
+            f"Refusing to push to {repository}: its files ({', '.join(found[:3])}) were not pushed "
+            "from a store and would be deleted. Choose another repository, or pass --replace."
         )

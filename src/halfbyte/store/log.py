@@ -1,7 +1,7 @@
-"""A name's log: one file an entry, created exclusively, each with the digest of the one before.
+"""The append-only log of a name: one file per entry, each with the digest of the one before.
 
-Two processes that write the same entry number cannot both succeed; the second reads again and
-decides anew. Aliases are what the log says last, so there is no second place that could disagree.
+An entry's file is created exclusively: of two processes that write the same number one fails, reads
+the log again and retries. Aliases are derived from the log, so the two cannot disagree.
 """
 
 from __future__ import annotations
@@ -23,16 +23,20 @@ from halfbyte.store.backend import Backend
 EVENTS = ("add", "verdict", "promote", "rollback", "remove", "sign")
 DIGITS = 8
 ORIGIN = "from"
-"""Key of the details of an added version that was not made here: where it was pulled from."""
+"""Key in the details of "add" for a pulled version: the repository that it came from."""
+ELSEWHERE = "judged_elsewhere"
+"""Key in the details of "add" for a pulled version: the verdict of the store that pushed it. It is
+not "verdict", so that it never counts as a verdict of this store."""
 ATTEMPTS = 1000
 LISTINGS = 20
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _KEY = re.compile(rf"logs/([A-Za-z0-9][A-Za-z0-9._-]*)/\d{{{DIGITS}}}\.json")
-"""Whatever else lies there, such as .DS_Store, is no entry."""
+"""Other files, such as .DS_Store, are ignored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One event in the life of a name."""
+    """One entry of a log."""
 
     event: str
     version: str
@@ -46,10 +50,10 @@ class Entry:
     previous: str = ""
     """sha256 of the entry before, in hex; empty for the first."""
     token: str = ""
-    """Random: tells an entry from one that another process wrote in the same second."""
+    """Random, so that two entries written in the same second differ."""
 
     def to_bytes(self) -> bytes:
-        """Give the stored form."""
+        """Return the stored form."""
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()
 
     @property
@@ -60,7 +64,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class History:
-    """A name's log, read to its end."""
+    """All entries of a name's log."""
 
     name: str
     entries: Sequence[Entry]
@@ -86,7 +90,7 @@ class History:
         return found
 
     def past_of(self, alias: str) -> list[str]:
-        """Versions that an alias pointed to and can go back to, the present one last."""
+        """Versions that an alias can roll back to, oldest first, then the current one."""
         past: list[str] = []
         for entry in self.entries:
             if entry.alias != alias:
@@ -97,15 +101,40 @@ class History:
                 past.append(entry.version)
         return past
 
-    def verdict_of(self, version: str) -> str | None:
-        """The last verdict that the log has for a version."""
-        found = [e for e in self.entries if "verdict" in e.details and e.version == version]
-        return found[-1].details["verdict"] if found else None
+    def last_detail(self, version: str, key: str) -> Entry | None:
+        """The newest entry of a version whose details have a key."""
+        found = [e for e in self.entries if key in e.details and e.version == version]
+        return found[-1] if found else None
 
-    def tells_origin(self, version: str) -> bool:
-        """Whether the log says if a version was pulled, or judged when it was added."""
+    def verdict_elsewhere(self, version: str) -> str | None:
+        """The verdict that came with a pulled version; it does not count as one of this store."""
+        entry = self.last_detail(version, ELSEWHERE)
+        return entry.details[ELSEWHERE] if entry else None
+
+    def records_origin(self, version: str) -> bool:
+        """Whether the log records, for each time a version was added, where it came from."""
         added = [e for e in self.entries if e.event == "add" and e.version == version]
         return all(entry.details for entry in added)
+
+
+def check_name(name: str) -> str:
+    """Check a model's name or an alias.
+
+    Args:
+        name: Becomes part of a key.
+
+    Returns:
+        The name.
+
+    Raises:
+        StoreError: It has other characters than allowed, or is too long.
+    """
+    if not _NAME.fullmatch(name):
+        raise StoreError(
+            f"'{name[:100]}' cannot be a name. Use at most 96 letters, digits, '.', '_' and '-', "
+            "beginning with a letter or digit."
+        )
+    return name
 
 
 def list_names(backend: Backend) -> list[str]:
@@ -114,27 +143,33 @@ def list_names(backend: Backend) -> list[str]:
 
 
 def read_history(backend: Backend, name: str) -> History:
-    """Read a name's log and check that no entry is missing or changed.
+    """Read a name's log, and check that no entry is missing or changed.
 
     Args:
         backend: The store.
         name: The model.
 
     Returns:
-        The log; empty where there is none.
+        The log; without entries if the name is unknown.
 
     Raises:
-        StoreError: An entry is missing, damaged or does not follow from the one before.
+        StoreError: An entry is missing or damaged, or does not follow the one before.
     """
     entries: list[Entry] = []
     for key in _list_keys(backend, name):
         number = len(entries) + 1
         if key != _key(name, number):
-            raise StoreError(f"The log of {name} has {key} where {_key(name, number)} is due.")
+            raise StoreError(
+                f"The log of {name} has {key} where {_key(name, number)} is expected. An entry is "
+                "missing; restore it from a backup."
+            )
         entry = _parse(backend.read(key), key)
         previous = entries[-1].digest if entries else ""
         if entry.number != number or entry.previous != previous:
-            raise StoreError(f"{key} does not follow from the entry before. The log was changed.")
+            raise StoreError(
+                f"{key} does not follow from the entry before it, so the log was changed. Restore "
+                "it from a backup."
+            )
         entries.append(entry)
     return History(name=name, entries=entries)
 
@@ -142,18 +177,19 @@ def read_history(backend: Backend, name: str) -> History:
 def append_entry(
     backend: Backend, name: str, decide: Callable[[History], Entry | None]
 ) -> Entry | None:
-    """Append what follows from the log as it is; where another process was faster, decide anew.
+    """Append an entry that depends on the current log, and retry if another process was first.
 
     Args:
         backend: The store.
         name: The model.
-        decide: Gives the entry (event, version, alias, reason, details) or None for nothing.
+        decide: Maps the log to the entry to append (event, version, alias, reason and details are
+            used), or to None to append nothing. Called again for each retry.
 
     Returns:
         The entry as written, or None.
 
     Raises:
-        StoreError: Others kept being faster.
+        StoreError: Every attempt failed because another process was first.
     """
     for _ in range(ATTEMPTS):
         history = read_history(backend, name)
@@ -174,16 +210,19 @@ def append_entry(
         )
         if backend.put_new(_key(name, entry.number), entry.to_bytes()):
             return entry
-    raise StoreError(f"Cannot write to the log of {name}: {ATTEMPTS} others were faster.")
+    raise StoreError(
+        f"Cannot write to the log of {name}: in each of {ATTEMPTS} attempts another process was "
+        "first. Try again."
+    )
 
 
 def now() -> str:
-    """Give the time in UTC, to the second."""
+    """Return the current time in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _list_keys(backend: Backend, name: str) -> list[str]:
-    """List a log's entries. One that is made while the folder is read may hide an earlier one."""
+    """List a log's keys; retry if there is a gap, which a concurrent write may cause."""
     keys: list[str] = []
     for _ in range(LISTINGS):
         keys = [key for key in backend.list(f"logs/{name}") if _KEY.fullmatch(key)]
@@ -201,9 +240,13 @@ def _parse(content: bytes, key: str) -> Entry:
         values: dict[str, Any] = parse_json_object(content, key)
         entry = Entry(**values)
     except (CheckpointError, TypeError) as error:
-        raise StoreError(f"{key} is no log entry: {error}. The store is damaged.") from error
+        raise StoreError(
+            f"{key} is not a log entry: {error}. It is damaged; restore it from a backup."
+        ) from error
     if entry.event not in EVENTS or entry.to_bytes() != content:
-        raise StoreError(f"{key} is no log entry. The store is damaged.")
+        raise StoreError(
+            f"{key} is not a valid log entry. It is damaged; restore it from a backup."
+        )
     return entry
 
 

@@ -1,4 +1,4 @@
-"""What a version is made of. Its digest names the version, so it is never edited, only followed.
+"""Manifest of a version: its files, base and recipe. Its digest is the version's name.
 
 ::
 
@@ -37,7 +37,7 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseModel:
-    """The model that was quantized, as far as it is known."""
+    """The model that was quantized; unknown fields are None."""
 
     id: str | None = None
     revision: str | None = None
@@ -47,16 +47,16 @@ class BaseModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What a comparison of base and quantized model came to."""
+    """The result of a comparison of base and quantized model."""
 
     verdict: str
     sha256: str
-    """Of the file that says it, which the store keeps."""
+    """Digest of the report, which the store keeps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """Everything that a version is."""
+    """The immutable description of a version."""
 
     name: str
     created: str
@@ -69,7 +69,7 @@ class Manifest:
     verdict: Verdict | None
 
     def __post_init__(self) -> None:
-        """Refuse what no store writes, wherever it comes from."""
+        """Validate all fields: a manifest may come from outside."""
         _check_types(self)
         for record in (self.base, *self.files.values(), *filter(None, [self.verdict])):
             _check_types(record)
@@ -88,7 +88,7 @@ class Manifest:
         return sum(record.bytes for record in self.files.values())
 
     def to_bytes(self) -> bytes:
-        """Give the canonical form: sorted keys, no spaces."""
+        """Return the canonical form: JSON with sorted keys and no spaces."""
         content = {"format": FORMAT, **asdict(self)}
         return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
 
@@ -98,20 +98,23 @@ class Manifest:
 
         Args:
             content: Its canonical form.
-            what: For messages.
+            what: Its name, for messages.
 
         Returns:
             The manifest.
 
         Raises:
-            StoreError: It is damaged, or of a later format.
+            StoreError: It is damaged, or its format is newer.
         """
         try:
             values = parse_json_object(content, what)
         except CheckpointError as error:
             raise StoreError(str(error)) from error
         if values.pop("format", None) != FORMAT or set(values) != {f.name for f in fields(cls)}:
-            raise StoreError(f"{what} is no manifest of format {FORMAT}. It is damaged.")
+            raise StoreError(
+                f"{what} is no manifest of format {FORMAT}. It is damaged, or a newer version of "
+                "halfbyte wrote it."
+            )
         try:
             verdict = values.pop("verdict")
             manifest = cls(
@@ -132,7 +135,7 @@ class Manifest:
 
 
 def _check_types(record: Any) -> None:
-    """Refuse a field of another type than is declared: the manifest may come from elsewhere."""
+    """Check the fields of a dataclass against their declared types."""
     for name, kind in get_type_hints(type(record)).items():
         value = getattr(record, name)
         if not isinstance(value, Mapping if get_origin(kind) is Mapping else kind):
@@ -142,13 +145,13 @@ def _check_types(record: Any) -> None:
 
 
 def read_recipe(folder: Path) -> tuple[dict[str, Any], str | None, dict[str, str]]:
-    """Read how a model was made: from its report, else from its config.
+    """Read how a model was quantized: from its report, else from its config.
 
     Args:
         folder: The model.
 
     Returns:
-        Recipe, digest of the calibration's token ids, versions of the tools.
+        The recipe, the digest of the calibration token ids, and the versions of the tools.
     """
     report = _read(folder / REPORT_FILE)
     if report:
@@ -164,7 +167,7 @@ def read_recipe(folder: Path) -> tuple[dict[str, Any], str | None, dict[str, str
 
 
 def read_base(folder: Path) -> BaseModel:
-    """Read which model was quantized from the front matter of the model card."""
+    """Read the base model from the front matter of the model card."""
     base = read_front_matter(folder).get("base_model")
     base = base[0] if isinstance(base, list) and base else base
     return BaseModel(id=base if isinstance(base, str) else None)

@@ -1,7 +1,7 @@
-"""Signatures of a version's files with the model-signing package, by keys that stay offline.
+"""Sign a version's files with the model-signing package; the private key stays outside the store.
 
-The signature is detached, in the format of the OpenSSF Model Signing specification: other tools
-verify it without halfbyte.
+The signature is detached and follows the OpenSSF Model Signing specification, so other tools can
+verify it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def sign(store: Store, reference: str, private_key: Path) -> str:
     """Sign a version.
 
     Args:
-        store: Where it is.
+        store: The store.
         reference: The version.
         private_key: An elliptic-curve key in PEM, without a password.
 
@@ -43,21 +43,21 @@ def sign(store: Store, reference: str, private_key: Path) -> str:
             config = signing.Config().use_elliptic_key_signer(private_key=private_key)
             config.sign(folder, path)
         except (ValueError, OSError, TypeError) as error:
-            raise StoreError(f"Cannot sign with {private_key}: {_words_of(error)}") from error
+            raise StoreError(f"Cannot sign with {private_key}: {_format_error(error)}") from error
         return _attach(store, name, version, path)
 
 
 def verify_signature(store: Store, reference: str, public_key: Path) -> None:
-    """Check that a version's files are those that somebody signed.
+    """Verify the newest signature of a version.
 
     Args:
-        store: Where it is.
+        store: The store.
         reference: The version.
         public_key: In PEM.
 
     Raises:
         MissingExtraError: The model-signing package is not installed.
-        StoreError: There is no signature, or it is of another key or other files.
+        StoreError: There is no signature, or the key or the files do not match it.
     """
     with require_extra("model_signing", "sign", "Verifying a signature"):
         from model_signing import verifying
@@ -73,7 +73,7 @@ def verify_signature(store: Store, reference: str, public_key: Path) -> None:
         except (ValueError, OSError, TypeError) as error:
             raise StoreError(
                 f"The signature of {name}@{version[:SHORT]} does not hold for {public_key}: "
-                f"{_words_of(error)}"
+                f"{_format_error(error)}"
             ) from error
 
 
@@ -85,7 +85,7 @@ def _attach(store: Store, name: str, version: str, signature: Path) -> str:
 
 
 def _fetch(store: Store, name: str, version: str, output: Path) -> None:
-    """Copy the newest signature of a version out."""
+    """Copy the newest signature of a version to a local path."""
     entries = store.history(name).entries
     found = [e for e in entries if e.event == "sign" and e.version == version]
     if not found:
@@ -93,16 +93,16 @@ def _fetch(store: Store, name: str, version: str, output: Path) -> None:
     store.backend.fetch(blob_key(found[-1].details["sha256"]), output)
 
 
-def _words_of(error: Exception) -> str:
-    """Give an error's words with one full stop, whatever they end in."""
+def _format_error(error: Exception) -> str:
+    """Return an error's message with exactly one full stop at its end."""
     return str(error).rstrip(" .?") + "."
 
 
 def _check_key(path: Path) -> None:
-    """A key that is not there is none that does not fit."""
+    """Raise a clear error for a missing key file, before anything is copied."""
     if not path.is_file():
         raise StoreError(
-            f"There is no key {path}. A private one is made with: openssl ecparam -name prime256v1 "
-            "-genkey -noout -out key.pem; its public one with: openssl ec -in key.pem -pubout -out "
-            "key.pub"
+            f"There is no key {path}. Create a private key with: openssl ecparam -name prime256v1 "
+            "-genkey -noout -out key.pem; and its public key with: openssl ec -in key.pem -pubout "
+            "-out key.pub"
         )

@@ -1,9 +1,8 @@
-"""The store itself: add versions, find them, judge, promote, roll back, verify."""
+"""The store: add, resolve, judge, promote, roll back and verify versions."""
 
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,10 +14,12 @@ from halfbyte.store.blobs import check_complete, put_blob, put_bytes, verify_blo
 from halfbyte.store.bucket import open_backend
 from halfbyte.store.card import make_card
 from halfbyte.store.log import (
+    ELSEWHERE,
     ORIGIN,
     Entry,
     History,
     append_entry,
+    check_name,
     list_names,
     now,
     read_history,
@@ -34,12 +35,11 @@ from halfbyte.store.manifest import (
 from halfbyte.store.members import list_files
 from halfbyte.store.verdicts import check_judgement, find_verdict, read_judgement
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 CHAMPION, CANDIDATE = "champion", "candidate"
 SHORT = 12
 SCHEME = "store:"
 THESE_FILES, UNNAMED_FILES = "these files", "files that are not named"
-"""What a verdict is of, in the log."""
+"""Which files a verdict is about, as the log records it."""
 
 
 class Store:
@@ -49,7 +49,7 @@ class Store:
         self.backend: Backend = open_backend(place)
 
     def names(self) -> list[str]:
-        """List the models, sorted."""
+        """List the names of all models, sorted."""
         return list_names(self.backend)
 
     def history(self, name: str) -> History:
@@ -85,47 +85,42 @@ class Store:
 
         Args:
             folder: A quantized model; it is copied.
-            name: The model's name in the store; not the base's.
+            name: The model's name in the store, which must differ from the base's.
             base: Id and revision of the base; None: from the model card.
-            base_folder: The base model, to take its digest.
+            base_folder: Folder of the base model, for its digest.
             verdict: ``report.json`` of ``compare``, or JSON with a key "verdict".
-            like: A version that this one is a conversion of: base, recipe, calibration and tools
-                are its own.
-            parent: The version that this one follows; None: the champion, if there is one.
+            like: The version that this one is a conversion of; its base, recipe, calibration and
+                tools are taken over.
+            parent: The version that this one replaces; None: the champion, if there is one.
 
         Returns:
-            The manifest. Adding the same content again gives another version: it has a time.
+            The manifest. It has a time, so adding the same content again makes another version.
 
         Raises:
-            StoreError: The folder cannot be added, or the name is the base's.
+            StoreError: The folder cannot be added, or the name is that of the base.
             CheckpointError: A file is a link to nowhere or elsewhere, or a shard is missing.
         """
         check_name(name)
         folder = Path(folder)
         files = list_files(folder)
-        found = base or read_base(folder)
-        if found.id is not None and name == found.id:
+        base = base or read_base(folder)
+        if base.id is not None and name == base.id:
             raise StoreError(
                 f"'{name}' is the name of the base model. Choose another, such as {name}-4bit."
             )
         if base_folder is not None:
             digest = _digest_base(Path(base_folder))
-            found = BaseModel(id=found.id, revision=found.revision, digest=digest)
+            base = BaseModel(id=base.id, revision=base.revision, digest=digest)
         recipe, calibration, tools = read_recipe(folder)
         if like is not None:
             origin = self.manifest(self.resolve(like)[1])
-            found, recipe = origin.base, {**origin.recipe, "converted_from": origin.version}
+            base, recipe = origin.base, {**origin.recipe, "converted_from": origin.version}
             calibration, tools = origin.calibration, dict(origin.tools)
         with self.backend.lock(exclusive=False):
-            card = make_card(folder, found)
-            if card is not None:
-                files.pop(CARD_FILE, None)
-            records = {path: put_blob(self.backend, file) for path, file in files.items()}
-            if card is not None:
-                records[CARD_FILE] = put_bytes(self.backend, card)
+            records = self._put_files(folder, files, base)
             judged, details = None, {}
             if verdict is not None:
-                details = self._keep_verdict(Path(verdict), records, found)
+                details = self._keep_verdict(Path(verdict), records, base)
                 judged = Verdict(verdict=details["verdict"], sha256=details["sha256"])
             if parent is None:
                 parent = read_history(self.backend, name).aliases.get(CHAMPION)
@@ -134,7 +129,7 @@ class Store:
                 created=now(),
                 parent=parent,
                 files=records,
-                base=found,
+                base=base,
                 recipe=recipe,
                 calibration=calibration,
                 tools=tools,
@@ -143,23 +138,38 @@ class Store:
             self._record(manifest, details)
         return manifest
 
+    def _put_files(
+        self, folder: Path, files: Mapping[str, Path], base: BaseModel
+    ) -> dict[str, FileRecord]:
+        """Store the files of a folder; the model card is completed with the base."""
+        card = make_card(folder, base)
+        if card is None:
+            return {path: put_blob(self.backend, file) for path, file in files.items()}
+        others = {path: file for path, file in files.items() if path != CARD_FILE}
+        records = {path: put_blob(self.backend, file) for path, file in others.items()}
+        return {**records, CARD_FILE: put_bytes(self.backend, card)}
+
     def _keep_verdict(
         self, path: Path, files: Mapping[str, FileRecord], base: BaseModel
     ) -> dict[str, str]:
-        """Check and keep a verdict's file; gives what the log says of it."""
+        """Check and store a verdict's file; return the details for the log."""
         judgement = read_judgement(path)
-        check_judgement(judgement, path, files, base)
+        check_judgement(judgement, str(path), files, base)
         of = THESE_FILES if judgement.candidate_files else UNNAMED_FILES
         digest = put_blob(self.backend, path).sha256
         return {"verdict": judgement.verdict, "sha256": digest, "of": of}
 
     def _record(self, manifest: Manifest, details: Mapping[str, str]) -> None:
-        """Make a version exist, once all its blobs do: the manifest, then the log entry."""
-        version = manifest.version
+        """Write the manifest, then the log entry that makes the version exist.
+
+        An existing version gets another entry only if its verdict from elsewhere has changed.
+        """
+        version, elsewhere = manifest.version, details.get(ELSEWHERE)
         self.backend.put_new(f"manifests/{version}.json", manifest.to_bytes())
 
         def decide(history: History) -> Entry | None:
-            if version in history.versions:
+            is_known = elsewhere in (None, history.verdict_elsewhere(version))
+            if version in history.versions and is_known:
                 return None
             return Entry(event="add", version=version, details=details)
 
@@ -170,14 +180,13 @@ class Store:
 
         Args:
             reference: ``name`` (the champion, else the newest version), ``name@alias`` or
-                ``name@version``, of which the first few digits are enough; "store:" may stand
-                before it.
+                ``name@version``, where the first few digits suffice. A prefix "store:" is ignored.
 
         Returns:
             Name and version.
 
         Raises:
-            StoreError: There is none, or more than one.
+            StoreError: No version matches, or more than one.
         """
         name, _, point = reference.removeprefix(SCHEME).partition("@")
         history = self.history(name)
@@ -187,7 +196,7 @@ class Store:
                 return name, aliases[CHAMPION]
             if versions:
                 return name, versions[-1]
-            raise StoreError(f"'{name}' has no version any more.")
+            raise StoreError(f"'{name}' has no version any more: all were removed. Add one first.")
         if point in aliases:
             return name, aliases[point]
         matching = [version for version in versions if version.startswith(point)]
@@ -201,23 +210,24 @@ class Store:
         """Read a version's manifest.
 
         Args:
-            version: In full.
+            version: All 64 digits.
 
         Returns:
             The manifest.
 
         Raises:
-            StoreError: It is missing, or its content is not what its name says.
+            StoreError: It is missing, or its content does not match its name.
         """
         key = f"manifests/{version}.json"
         content = self.backend.read(key)
         if hashlib.sha256(content).hexdigest() != version:
-            raise StoreError(f"{key} is not what its name says: its sha256 differs. It is damaged.")
+            raise StoreError(f"{key} is damaged: its sha256 is not the one in its name.")
         return Manifest.from_bytes(content, key)
 
     def verdict(self, name: str, version: str) -> str | None:
-        """Give the last verdict that this store was given of a version; None where none."""
-        return find_verdict(self.backend, self.history(name), self.manifest(version))
+        """Return the newest verdict that this store was given for a version; None: it has none."""
+        found = find_verdict(self.backend, self.history(name), self.manifest(version))
+        return None if found is None else found.verdict
 
     def judge(self, reference: str, verdict: str | Path) -> str:
         """Attach a comparison's verdict to a version.
@@ -230,7 +240,7 @@ class Store:
             The verdict.
 
         Raises:
-            StoreError: There is none, or it is of other files than the version's.
+            StoreError: The file holds no verdict, or one about other files than the version's.
         """
         name, version = self.resolve(reference)
         manifest = self.manifest(version)
@@ -242,12 +252,12 @@ class Store:
     def promote(
         self, reference: str, alias: str = CHAMPION, *, force_reason: str | None = None
     ) -> Entry:
-        """Let an alias point to a version.
+        """Point an alias to a version.
 
         Args:
             reference: The version.
-            alias: Champion, candidate, or any other word.
-            force_reason: Why the champion may change without a passing verdict.
+            alias: "champion", "candidate", or any other name.
+            force_reason: Why the alias may move without a passing verdict; goes into the log.
 
         Returns:
             The log entry.
@@ -258,38 +268,46 @@ class Store:
         check_name(alias)
         name, version = self.resolve(reference)
         judged = self.verdict(name, version)
-        # Only what serves traffic is guarded: a candidate is there to be compared.
+        # A candidate needs no verdict: it serves no traffic, and is there to be compared.
         if alias != CANDIDATE and judged != "pass" and not force_reason:
+            elsewhere = self.history(name).verdict_elsewhere(version)
+            claim = f" ('{elsewhere}' from elsewhere does not count)" if elsewhere else ""
             raise StoreError(
                 f"Cannot promote {name}@{version[:SHORT]} to {alias}: its verdict is "
-                f"{judged or 'missing'}, and 'pass' is needed. Attach one with `store judge`, or "
-                "give a reason with --force."
+                f"{judged or 'missing'}{claim}, and 'pass' is needed. Attach one with `store "
+                "judge`, or give a reason with --force."
             )
         with self.backend.lock(exclusive=False):
             check_complete(self.backend, self.manifest(version))
             return self.append(name, version, "promote", alias=alias, reason=force_reason)
 
     def rollback(self, name: str, alias: str = CHAMPION, *, reason: str | None = None) -> Entry:
-        """Let an alias point to what it pointed to before.
+        """Point an alias to the version that it pointed to before.
 
         Args:
             name: The model.
             alias: The alias.
-            reason: For the log.
+            reason: Goes into the log.
 
         Returns:
             The log entry.
 
         Raises:
-            StoreError: It never pointed to anything else, or that version is gone.
+            StoreError: There is no earlier version, or it was removed.
         """
 
         def decide(history: History) -> Entry:
             past = history.past_of(alias)
             if len(past) < 2:
-                raise StoreError(f"Cannot roll back {name}@{alias}: it has no earlier version.")
+                raise StoreError(
+                    f"Cannot roll back {name}@{alias}: it has no earlier version. Promote another "
+                    "version instead."
+                )
             if past[-2] not in history.versions:
-                raise StoreError(f"Cannot roll back {name}@{alias}: {past[-2][:SHORT]} is removed.")
+                raise StoreError(
+                    f"Cannot roll back {name}@{alias}: {past[-2][:SHORT]} is removed. Promote "
+                    "another version instead."
+                )
             return Entry(event="rollback", version=past[-2], alias=alias, reason=reason)
 
         self.history(name)
@@ -299,16 +317,16 @@ class Store:
         return entry
 
     def verify(self, reference: str | None = None) -> list[str]:
-        """Compare every byte of a version, or of all, with its digest.
+        """Verify the digest of every file of a version, or of all versions.
 
         Args:
-            reference: The version; None: all of all models.
+            reference: The version; None: all versions of all models.
 
         Returns:
             The versions that were verified.
 
         Raises:
-            StoreError: Something is missing or differs; names version and file.
+            StoreError: A file is missing or damaged; names version and file.
         """
         targets: list[str] = []
         if reference is not None:
@@ -317,9 +335,10 @@ class Store:
             for name in self.names():
                 history = self.history(name)
                 targets += history.versions
-                missing = set(history.aliases.values()) - set(history.versions)
-                if missing:
-                    raise StoreError(f"An alias of '{name}' points to {missing}, which is removed.")
+                if removed := set(history.aliases.values()) - set(history.versions):
+                    raise StoreError(
+                        f"An alias of '{name}' points to {removed}, which was removed."
+                    )
         checked: set[str] = set()
         for version in targets:
             manifest = self.manifest(version)
@@ -331,19 +350,23 @@ class Store:
                     checked.add(record.sha256)
         return targets
 
-    def adopt(self, manifest: Manifest, folder: Path, origin: str) -> None:
-        """Add a version that was made elsewhere, as what it is; its verdict does not count here.
+    def adopt(
+        self, manifest: Manifest, folder: Path, origin: str, *, verdict: str | None = None
+    ) -> None:
+        """Add a version that was made elsewhere, unchanged.
 
         Args:
             manifest: The version.
-            folder: Its files, compared with the manifest already.
+            folder: Its files, already checked against the manifest.
             origin: Where it comes from, for the log.
+            verdict: What was judged there; it is recorded and does not count as one of this store.
         """
         check_name(manifest.name)
         with self.backend.lock(exclusive=False):
             for path in manifest.files:
                 put_blob(self.backend, folder / path)
-            self._record(manifest, {ORIGIN: origin})
+            details = {ORIGIN: origin} | ({} if verdict is None else {ELSEWHERE: verdict})
+            self._record(manifest, details)
 
     def append(
         self,
@@ -372,25 +395,5 @@ class Store:
 def _digest_base(folder: Path) -> str:
     files = digest_files(folder)
     if not any(is_weights(name) for name in files):
-        raise StoreError(f"The base model {folder} has no weights in safetensors. Check the path.")
+        raise StoreError(f"The base model {folder} has no .safetensors weights. Check the path.")
     return digest_weights(files)
-
-
-def check_name(name: str) -> str:
-    """Check a model's name or an alias.
-
-    Args:
-        name: To be used in keys.
-
-    Returns:
-        The name.
-
-    Raises:
-        StoreError: It is not one plain word.
-    """
-    if not NAME.fullmatch(name):
-        raise StoreError(
-            f"'{name[:100]}' cannot be a name: letters, digits, '.', '_' and '-' are allowed, at "
-            "most 96, and a letter or digit first."
-        )
-    return name

@@ -1,9 +1,15 @@
-"""What a comparison came to, and whether it was one of this very version."""
+"""Verdicts of comparisons, and the check that a verdict belongs to a version.
+
+A verdict given to this store counts: it allows ``promote``. One that came with a pulled version is
+shown and does not count.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,114 +19,167 @@ from halfbyte.errors import CheckpointError, StoreError
 from halfbyte.store.backend import Backend
 from halfbyte.store.blobs import blob_key
 from halfbyte.store.log import History
-from halfbyte.store.manifest import BaseModel, FileRecord, Manifest
+from halfbyte.store.manifest import BaseModel, FileRecord, Manifest, Verdict
 
 VERDICTS = ("pass", "fail", "inconclusive")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judgement:
-    """What a file says of a model."""
+    """A verdict and the files that it is about."""
 
     verdict: str
     candidate_files: Mapping[str, str]
-    """sha256 by name of what was judged; empty where the file does not say."""
+    """sha256 by name of the files that were judged; empty where the report does not name them."""
     base_files: Mapping[str, str]
-    """The same of what it was compared with."""
+    """The same for the model that they were compared with."""
 
 
 def read_judgement(path: Path) -> Judgement:
-    """Read a comparison's verdict.
+    """Read a comparison's verdict from a file.
 
     Args:
-        path: ``report.json`` of ``compare``, or JSON with a key "verdict"; other keys are kept and
-            not looked at.
+        path: ``report.json`` of ``compare``, or JSON with a key "verdict"; other keys are ignored.
 
     Returns:
-        "pass", "fail" or "inconclusive", and of what.
+        The verdict and the files that it is about.
 
     Raises:
-        StoreError: There is no such file, or no such verdict in it.
+        StoreError: There is no such file, or it holds no valid verdict.
     """
     if not path.is_file():
-        raise StoreError(f"There is no verdict file {path}.")
+        raise StoreError(f"There is no verdict file {path}. `halfbyte compare` writes one.")
+    return parse_judgement(path.read_bytes(), str(path))
+
+
+def parse_judgement(content: bytes, source: str) -> Judgement:
+    """Parse a comparison's verdict.
+
+    Args:
+        content: JSON, as for :func:`read_judgement`.
+        source: Where it comes from, for messages.
+
+    Returns:
+        The verdict and the files that it is about.
+
+    Raises:
+        StoreError: It holds no valid verdict.
+    """
     try:
-        report = parse_json_object(path.read_bytes(), str(path))
+        report = parse_json_object(content, source)
     except CheckpointError as error:
         raise StoreError(str(error)) from error
     found = report.get("outcome", report.get("verdict"))
     if found not in VERDICTS:
         raise StoreError(
-            f"The verdict of {path} is {str(found)[:40]!r}; allowed are {', '.join(VERDICTS)}."
+            f"The verdict of {source} is {str(found)[:40]!r}; allowed are {', '.join(VERDICTS)}."
         )
     return Judgement(
         verdict=str(found),
-        candidate_files=_read_files(report, "candidate_files", path),
-        base_files=_read_files(report, "base_files", path),
+        candidate_files=_read_files(report, "candidate_files", source),
+        base_files=_read_files(report, "base_files", source),
     )
 
 
 def check_judgement(
-    judgement: Judgement, path: Path, files: Mapping[str, FileRecord], base: BaseModel
+    judgement: Judgement, source: str, files: Mapping[str, FileRecord], base: BaseModel
 ) -> None:
-    """Refuse a verdict that was given of another model, or against another base.
+    """Refuse a verdict about another model, or against another base.
 
     Args:
-        judgement: What the file says.
-        path: For messages.
-        files: Of the version.
-        base: Of the version; compared where both digests are known.
+        judgement: The verdict and the files that it is about.
+        source: Where it comes from, for messages.
+        files: The version's files.
+        base: The version's base; compared where both digests are known.
 
     Raises:
-        StoreError: A file that was judged is not in the version or has other bytes there, the
-            version has weights that were not judged, or the bases differ.
+        StoreError: A judged file is not in the version or has other content there, the version has
+            weights that were not judged, or the bases differ.
     """
     judged = judgement.candidate_files
-    own = {name: record.sha256 for name, record in files.items()}
-    missed = [name for name in own if is_weights(name)] if judged else []
-    for name in sorted({*judged, *missed}):
-        if own.get(name) != judged.get(name):
-            found = "has other bytes there"
-            if name not in own or name not in judged:
-                found = "is not in it" if name not in own else "was not there"
-            raise StoreError(
-                f"{path} is no verdict of this version: {name} {found}. Compare the version "
-                "itself: `store get` it, then `halfbyte compare` its base with that folder."
-            )
+    stored = {name: record.sha256 for name, record in files.items()}
+    weights = [name for name in stored if is_weights(name)] if judged else []
+    for name in sorted({*judged, *weights}):
+        if stored.get(name) == judged.get(name):
+            continue
+        if name not in stored:
+            problem = "is not in this version"
+        elif name not in judged:
+            problem = "was not judged"
+        else:
+            problem = "has other content in this version"
+        raise StoreError(
+            f"{source} is not a verdict of this version: {name} {problem}. Compare the version "
+            "itself: copy it out with `store get`, then run `halfbyte compare` on its base and "
+            "that folder."
+        )
     against = digest_weights(judgement.base_files) if judgement.base_files else None
     if against and base.digest and against != base.digest:
         raise StoreError(
-            f"{path} compares with another base: its weights and config have digest "
+            f"{source} compares with another base: its weights and config have digest "
             f"{against[:12]}, those of the version's base {base.digest[:12]}. Compare with that "
             "base, or add the version again with the right --base."
         )
 
 
-def find_verdict(backend: Backend, history: History, manifest: Manifest) -> str | None:
-    """Find the last verdict that a store was given of a version.
+def find_verdict(backend: Backend, history: History, manifest: Manifest) -> Verdict | None:
+    """Find the newest verdict that this store was given for a version.
 
     Args:
         backend: The store.
         history: The log of the version's name.
-        manifest: The version. Where it was pulled, the verdict in it is what somebody else says.
+        manifest: The version. Where it was pulled, the verdict in it is somebody else's claim.
 
     Returns:
-        The verdict; None where the store was given none.
+        The verdict, and the digest of the report that holds it; None where the store has none.
     """
-    late, first = history.verdict_of(manifest.version), manifest.verdict
-    if late or first is None or history.tells_origin(manifest.version):
-        return late
-    # Then the verdict's file says it: none was pulled, unless somebody put it among the version's.
+    entry = history.last_detail(manifest.version, "verdict")
+    if entry is not None:
+        return Verdict(verdict=entry.details["verdict"], sha256=entry.details["sha256"])
+    first = manifest.verdict
+    if first is None or history.records_origin(manifest.version):
+        return None
+    # The log is from before it recorded origins. Then the report decides: a pull does not bring it,
+    # unless somebody put it among the version's files.
     came_along = first.sha256 in {record.sha256 for record in manifest.files.values()}
     is_kept = backend.exists(blob_key(first.sha256))
-    return first.verdict if is_kept and not came_along else None
+    return first if is_kept and not came_along else None
 
 
-def _read_files(report: Mapping[str, Any], key: str, path: Path) -> Mapping[str, str]:
+def summarize_verdict(backend: Backend, verdict: Verdict) -> bytes | None:
+    """Reduce a verdict's report to what may be published: the verdict, and digests of files.
+
+    The report itself holds questions and answers, which may be confidential.
+
+    Args:
+        backend: The store.
+        verdict: From :func:`find_verdict`.
+
+    Returns:
+        JSON that :func:`parse_judgement` reads; None where the report does not name the files that
+        it judged, so that nobody could check the summary.
+
+    Raises:
+        StoreError: The report is missing or damaged.
+    """
+    key = blob_key(verdict.sha256)
+    content = backend.read(key)
+    if hashlib.sha256(content).hexdigest() != verdict.sha256:
+        raise StoreError(
+            f"Cannot read the verdict's report {key}: its sha256 differs, so it is damaged. Remove "
+            "it and attach the verdict again with `store judge`."
+        )
+    judgement = parse_judgement(content, key)
+    if not judgement.candidate_files:
+        return None
+    return json.dumps(asdict(judgement), sort_keys=True, indent=2).encode()
+
+
+def _read_files(report: Mapping[str, Any], key: str, source: str) -> Mapping[str, str]:
     found = report.get(key) or {}
     if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
         raise StoreError(
-            f"{key} of {path} must map file names to their sha256. Take the report as `halfbyte "
+            f"{key} of {source} must map file names to their sha256. Use the report as `halfbyte "
             "compare` wrote it."
         )
     return found

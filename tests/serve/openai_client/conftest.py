@@ -1,4 +1,4 @@
-"""A gateway on a real port; the engine under it says fixed things."""
+"""A gateway on a real port, with an engine of scripted answers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def engine():
 
 @pytest.fixture(scope="module")
 def server(engine):
-    config = ServeConfig(default_tokens=200)
+    config = ServeConfig(default_max_tokens=200)
     backend = EmbeddedBackend(engine, engine.tokenizer, model="tiny", config=config)
     with serve(Gateway(backend=backend, config=config)) as running:
         yield running

@@ -1,4 +1,4 @@
-"""One model's try: held back, doubted, late, left by its client."""
+"""One attempt: buffering, confidence, timeouts, client disconnects."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from halfbyte.serve.routing.confidence import Confidence
 from halfbyte.serve.routing.router import Router
 
 
-def test_failure_after_the_first_tokens_are_out_is_told_in_the_stream():
+def test_failure_after_the_first_tokens_is_an_error_in_the_stream():
     script = [*GOOD[:4], failure()]
     seen = []
     router, _, large = make(script, BETTER, hold_back=2, observers=[seen.append])
@@ -44,7 +44,7 @@ def test_failure_after_the_first_tokens_are_out_is_told_in_the_stream():
     assert (seen[0].status, seen[0].answer, seen[0].attempts[0].cause) == (500, None, "error")
 
 
-def test_tokens_are_held_back_and_no_longer():
+def test_only_the_configured_number_of_tokens_is_buffered():
     async def run(hold_back):
         gate = asyncio.Event()
         small = ScriptedBackend("small", [])
@@ -76,7 +76,7 @@ def test_tokens_are_held_back_and_no_longer():
     assert not asyncio.run(run(5))
 
 
-def test_with_nobody_to_switch_to_nothing_is_held_back():
+def test_nothing_is_buffered_without_a_fallback():
     router, _ = make([GOOD[0], math.inf], idle_timeout=0.05)
 
     async def run():
@@ -92,7 +92,7 @@ def test_with_nobody_to_switch_to_nothing_is_held_back():
     assert "0.05 s, after 1 tokens" in str(error)
 
 
-def test_rejected_attempt_is_cancelled_when_another_has_begun():
+def test_rejected_attempt_is_cancelled_when_another_has_started():
     seen = []
     script = [*LOOP[:30], 0.05, *LOOP[30:]]
     router, small, _ = make(script, BETTER, hold_back=24, observers=[seen.append])
@@ -106,7 +106,7 @@ def test_rejected_attempt_is_cancelled_when_another_has_begun():
     assert seen[0].answer.backend == "large0"
 
 
-def test_two_choices_are_both_held_back_and_checked():
+def test_two_choices_are_both_buffered_and_checked():
     events = []
     for word_good, word_bad in zip("abcdefghijkl", ["x "] * 12, strict=True):
         events += [Delta(choice=0, text=word_good), Delta(choice=1, text=word_bad)]
@@ -115,7 +115,7 @@ def test_two_choices_are_both_held_back_and_checked():
     assert ask(router, make_call(stream=True, n=2))[1].reason == "check:repetition"
 
 
-def test_low_confidence_asks_the_larger_model_and_hides_the_logprobs():
+def test_low_confidence_falls_back_and_logprobs_are_hidden():
     confidence = Confidence(statistic="mean_logprob", threshold=-1.0, first_tokens=3)
 
     async def events(router, **body):
@@ -134,7 +134,7 @@ def test_low_confidence_asks_the_larger_model_and_hides_the_logprobs():
     assert (served.backend, served.reason) == ("large0", "confidence")
 
 
-def test_logprobs_that_the_client_asked_for_as_0_stay_its_own():
+def test_logprobs_0_of_the_client_is_not_overwritten():
     confidence = Confidence(statistic="mean_logprob", threshold=-1.0)
     router, small, _ = make(GOOD, BETTER, confidence=confidence)
     ask(router, make_call(logprobs=0))
@@ -142,7 +142,7 @@ def test_logprobs_that_the_client_asked_for_as_0_stay_its_own():
     assert [call.body["logprobs"] for call in small.calls] == [0, True]
 
 
-def test_entropy_needs_no_logprobs_and_a_model_that_tells_none_is_not_doubted():
+def test_entropy_needs_no_logprobs_and_a_missing_one_is_not_unsure():
     confidence = Confidence(statistic="mean_entropy", threshold=2.0)
     router, small, _ = make(answer("a b c", entropy=3.0), BETTER, confidence=confidence)
     assert ask(router)[1].reason == "confidence"
@@ -151,7 +151,7 @@ def test_entropy_needs_no_logprobs_and_a_model_that_tells_none_is_not_doubted():
     assert ask(router)[1].reason == ""
 
 
-def test_deadline_ends_the_request_with_408_and_asks_nobody_else():
+def test_deadline_ends_the_request_with_408_and_without_a_fallback():
     router, small, large = make([GOOD[0], math.inf], BETTER)
     for _ in range(8):
         with pytest.raises(ServeError) as found:
@@ -163,7 +163,7 @@ def test_deadline_ends_the_request_with_408_and_asks_nobody_else():
     assert router.routes[0].breaker.state == "closed"
 
 
-def test_client_that_leaves_cancels_the_model_and_blames_nobody():
+def test_client_disconnect_cancels_the_request_and_is_no_failure():
     seen = []
     router, small, _ = make([*GOOD[:3], math.inf], BETTER, observers=[seen.append], hold_back=2)
 

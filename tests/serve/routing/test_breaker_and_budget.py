@@ -1,4 +1,4 @@
-"""What keeps requests away from a model: that it failed, and what is spent."""
+"""Circuit breaker, fallback budget and retry budget."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from halfbyte.errors import ServeError
 from halfbyte.serve.backend import Served
 
 
-def test_breaker_sends_requests_past_a_dead_model_and_finds_it_again():
+def test_breaker_skips_a_dead_model_until_it_recovers():
     clock = Clock()
     router, small, _ = make([failure()], BETTER, clock=clock, breaker_seconds=5.0)
     reasons = [ask(router)[1].reason for _ in range(8)]
@@ -35,7 +35,7 @@ def test_breaker_sends_requests_past_a_dead_model_and_finds_it_again():
     assert router.routes[0].breaker.state == "closed"
 
 
-def test_open_breaker_without_another_model_says_when_to_come_back():
+def test_open_breaker_without_a_fallback_returns_retry_after():
     clock = Clock()
     router, small = make([failure()], clock=clock, breaker_seconds=8.0, breaker_failures=2)
     for _ in range(2):
@@ -49,7 +49,7 @@ def test_open_breaker_without_another_model_says_when_to_come_back():
     assert len(small.calls) == 2
 
 
-def test_half_open_try_that_its_client_leaves_lets_the_next_one_try():
+def test_half_open_test_is_released_when_its_client_disconnects():
     clock = Clock()
     router, small, _ = make([failure()], BETTER, clock=clock, breaker_failures=1)
     ask(router)
@@ -70,7 +70,7 @@ def test_half_open_try_that_its_client_leaves_lets_the_next_one_try():
     assert asyncio.run(run())[1].backend == "small"
 
 
-def test_budget_of_requests_and_tokens_is_kept_and_comes_back():
+def test_budget_of_requests_and_tokens_is_enforced_and_expires():
     clock = Clock()
     router, *_ = make(GOOD, BETTER, clock=clock, fallback_requests_per_minute=2)
     call = make_call(tags=["critical"])
@@ -86,7 +86,7 @@ def test_budget_of_requests_and_tokens_is_kept_and_comes_back():
     assert ask(router, call)[1].reason == "critical"
 
 
-def test_tokens_of_a_fallback_that_its_client_left_count_too():
+def test_tokens_of_a_cancelled_fallback_count():
     clock = Clock()
     router, *_ = make(
         GOOD, [*BETTER[:3], math.inf], clock=clock, fallback_tokens_per_day=3, hold_back=0
@@ -103,7 +103,7 @@ def test_tokens_of_a_fallback_that_its_client_left_count_too():
     assert all(route.running == 0 for route in router.routes)
 
 
-def test_second_tries_are_a_share_of_requests_once_the_reserve_is_used_up():
+def test_retries_are_a_share_of_requests_once_the_reserve_is_used_up():
     # The larger model answers nothing useful either, and the breakers are out of the way.
     router, small, large = make([failure()], [failure()], retry_share=0.25, breaker_failures=10**9)
     for _ in range(400):
@@ -113,7 +113,7 @@ def test_second_tries_are_a_share_of_requests_once_the_reserve_is_used_up():
     assert len(large.calls) == pytest.approx(64 + 100, abs=2)
 
 
-def test_answers_that_fail_checks_do_not_use_up_what_saves_requests_from_an_outage():
+def test_failed_checks_do_not_use_up_the_retries_for_errors():
     router, small, _ = make(LOOP, BETTER, retry_share=0.25, breaker_failures=10**9)
     served = [ask(router)[1].backend for _ in range(400)]
     assert served.count("large0") == pytest.approx(64 + 100, abs=2)

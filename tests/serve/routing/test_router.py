@@ -1,4 +1,4 @@
-"""Who answers, in which order, and what its client is told."""
+"""Which model answers, in which order, and what the client gets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from halfbyte.serve.backend import Served
 from halfbyte.serve.quality_config import CAUSES, QualityConfig
 
 
-def test_good_answer_passes_through_untouched_and_unnamed():
+def test_good_answer_is_passed_through_unchanged():
     seen = []
     router, small, large = make(GOOD, BETTER, observers=[seen.append])
 
@@ -54,7 +54,7 @@ def test_good_answer_passes_through_untouched_and_unnamed():
     ids=str,
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_larger_model_takes_over_before_anything_is_out(script, reason, stream):
+def test_fallback_answers_if_the_primary_fails_before_the_first_token(script, reason, stream):
     router, small, large = make(
         script, BETTER, first_token_timeout=0.05, idle_timeout=0.05, hold_back=48
     )
@@ -66,7 +66,7 @@ def test_larger_model_takes_over_before_anything_is_out(script, reason, stream):
 
 
 @pytest.mark.parametrize("cause", [c for c in CAUSES if c in ("error", "timeout", "overload")])
-def test_cause_that_is_not_asked_for_is_an_error_as_it_came(cause):
+def test_disabled_cause_returns_the_original_error(cause):
     script = {"error": [failure()], "timeout": [math.inf], "overload": [failure(429)]}[cause]
     others = tuple(c for c in CAUSES if c != cause)
     router, _, large = make(script, BETTER, fallback_on=others, first_token_timeout=0.05)
@@ -76,7 +76,7 @@ def test_cause_that_is_not_asked_for_is_an_error_as_it_came(cause):
     assert large.calls == []
 
 
-def test_what_the_request_is_to_blame_for_goes_to_nobody_else():
+def test_error_of_the_request_causes_no_fallback():
     router, _, large = make([ServeError("Too long.", status=400)], BETTER)
     for _ in range(20):
         with pytest.raises(ServeError, match=r"Too long\."):
@@ -85,14 +85,14 @@ def test_what_the_request_is_to_blame_for_goes_to_nobody_else():
     assert router.routes[0].breaker.state == "closed"
 
 
-def test_json_that_was_asked_for_is_checked():
+def test_requested_json_is_checked():
     router, *_ = make(answer('{"a": 1'), answer('{"a": 1}'))
     text, served = ask(router, make_call(response_format={"type": "json_object"}))
     assert (text, served.reason) == ('{"a": 1}', "check:json")
     assert ask(router)[1].reason == ""
 
 
-def test_critical_request_goes_to_the_larger_model_at_once_and_back_where_that_fails():
+def test_critical_request_asks_the_fallback_first_and_then_the_primary():
     router, small, large = make(GOOD, BETTER)
     text, served = ask(router, make_call(tags=["critical"]))
     assert (served.backend, served.reason) == ("large0", "critical")
@@ -103,7 +103,7 @@ def test_critical_request_goes_to_the_larger_model_at_once_and_back_where_that_f
     assert (served.backend, served.reason) == ("small", "error")
 
 
-def test_model_that_is_told_with_the_first_answer_only_is_named_right():
+def test_model_name_known_only_after_the_first_answer_is_reported():
     router, _, large = make(GOOD, BETTER)
     large.models = ()
 
@@ -116,7 +116,7 @@ def test_model_that_is_told_with_the_first_answer_only_is_named_right():
     assert (served.backend, served.model) == ("large0", "large-model")
 
 
-def test_answer_that_failed_a_check_is_given_where_no_other_model_can():
+def test_answer_that_failed_a_check_is_given_if_no_other_model_can():
     for stream in (False, True):
         router, small, large = make(LOOP, [failure()], hold_back=20)
         text, served = ask(router, make_call(stream=stream))
@@ -128,7 +128,7 @@ def test_answer_that_failed_a_check_is_given_where_no_other_model_can():
         assert len(large.calls) == 1
 
 
-def test_one_observer_that_fails_does_not_blind_the_others(caplog):
+def test_failing_observer_does_not_stop_the_others(caplog):
     seen = []
     router, *_ = make(GOOD, observers=[lambda _: 1 / 0, seen.append])
     ask(router)
@@ -136,7 +136,7 @@ def test_one_observer_that_fails_does_not_blind_the_others(caplog):
     assert "ZeroDivisionError" in caplog.text
 
 
-def test_bystanders_of_failing_requests_get_their_own_answers():
+def test_concurrent_requests_get_their_own_answers():
     def script(call):
         number = int(call.body["messages"][0]["content"])
         words = answer(" ".join(f"{number}-{i}" for i in range(20)))
@@ -157,7 +157,7 @@ def test_bystanders_of_failing_requests_get_their_own_answers():
             assert text == " ".join(f"{number}-{i}" for i in range(20))
 
 
-def test_observer_that_fails_costs_no_request(caplog):
+def test_failing_observer_does_not_fail_the_request(caplog):
     def broken(seen):
         raise RuntimeError("disk full")
 
@@ -166,7 +166,7 @@ def test_observer_that_fails_costs_no_request(caplog):
     assert "disk full" in caplog.text
 
 
-def test_primary_can_be_exchanged_while_requests_run():
+def test_primary_can_be_replaced_while_requests_run():
     go_on = asyncio.Event()
     router, small = make([go_on, *GOOD])
     new = ScriptedBackend("new", BETTER, version="v2")
@@ -191,7 +191,7 @@ def test_primary_can_be_exchanged_while_requests_run():
     assert (old_text, old.backend) == ("a good answer of several words", "small")
 
 
-def test_config_names_what_is_wrong():
+def test_config_names_the_invalid_field():
     with pytest.raises(ValueError, match="fallback_on has 'errors'; allowed are critical, error"):
         QualityConfig(fallback_on=("errors",))
     with pytest.raises(ValueError, match=r"canary_share is 1\.0; it must be a share, above 0 and"):

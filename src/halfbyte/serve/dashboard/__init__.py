@@ -1,7 +1,7 @@
-"""A page that shows what the server does, live.
+"""A web page that shows the server's state, updated every second.
 
 ::
 
-    page.html, page.css, page.js   open: they hold no figures
-    /dashboard/data                behind the key: `Quality.snapshot()` as JSON, asked every second
+    page.html, page.css, page.js   need no API key: they contain no data
+    /dashboard/data                needs a key: `Quality.snapshot()` as JSON, polled every second
 """

@@ -1,6 +1,6 @@
 "use strict";
-// Asks the server for its figures every second and draws them. What a server says is text: it is
-// put into the page as text only, and nothing is loaded from anywhere else.
+// Polls the server every second and draws its data. Values from the server are inserted as text
+// only, never as HTML, and nothing is loaded from other hosts.
 
 const PERIOD = 1000;
 const WIDTH = 480;
@@ -20,7 +20,7 @@ function element(tag, text, className) {
   return made;
 }
 
-function drawn(tag, attributes, text) {
+function svg(tag, attributes, text) {
   const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
   for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
   if (text !== undefined) made.textContent = text;
@@ -55,25 +55,25 @@ function niceTop(value) {
   return [1, 2, 2.5, 5, 10].map((step) => step * unit).find((step) => step >= value);
 }
 
-// Lines over the last quarter of an hour; a gap where nothing happened.
+// Lines over the last 15 minutes; gaps where there were no requests.
 function chart(place, lines, form, sliceSeconds) {
   const count = lines[0].values.length;
   const top = niceTop(Math.max(...lines.flatMap((line) => line.values.map((v) => v ?? 0))));
   const x = (index) => LEFT + ((WIDTH - LEFT - 8) * index) / (count - 1);
   const y = (value) => TOP + (HEIGHT - TOP - BOTTOM) * (1 - value / top);
   const words = lines.map((line) => `${line.name} ${form(last(line.values))}`).join(", ");
-  const picture = drawn("svg", {
+  const picture = svg("svg", {
     viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": words });
   for (const part of [0, 0.5, 1]) {
     const level = y(part * top);
-    picture.append(drawn("line", { class: "grid", x1: LEFT, x2: WIDTH - 8, y1: level, y2: level }));
-    picture.append(drawn("text", { x: LEFT - 5, y: level + 4, "text-anchor": "end" },
+    picture.append(svg("line", { class: "grid", x1: LEFT, x2: WIDTH - 8, y1: level, y2: level }));
+    picture.append(svg("text", { x: LEFT - 5, y: level + 4, "text-anchor": "end" },
       form(part * top)));
   }
   const minutes = Math.round((count * sliceSeconds) / 60);
   for (const [share, text, anchor] of [
     [0, `${minutes} min ago`, "start"], [0.5, `${minutes / 2} min`, "middle"], [1, "now", "end"]]) {
-    picture.append(drawn("text",
+    picture.append(svg("text",
       { x: x(share * (count - 1)), y: HEIGHT - 4, "text-anchor": anchor }, text));
   }
   lines.forEach((line, number) => {
@@ -83,12 +83,12 @@ function chart(place, lines, form, sliceSeconds) {
       const before = index > 0 && line.values[index - 1] !== null;
       const after = index + 1 < count && line.values[index + 1] !== null;
       if (!before && !after) {
-        picture.append(drawn("circle",
+        picture.append(svg("circle",
           { class: COLOURS[number], cx: x(index), cy: y(value), r: 2 }));
       }
       path += `${before ? "L" : "M"}${x(index).toFixed(1)} ${y(value).toFixed(1)}`;
     });
-    if (path) picture.append(drawn("path", { class: COLOURS[number], d: path, fill: "none" }));
+    if (path) picture.append(svg("path", { class: COLOURS[number], d: path, fill: "none" }));
   });
   const legend = element("div", undefined, "legend");
   lines.forEach((line, number) => {
@@ -146,19 +146,19 @@ function tile(name, value) {
 function drawTiles(data) {
   const { totals, series } = data;
   const answered = totals.request_success;
-  const asked = answered + totals.request_failure;
+  const requests = answered + totals.request_failure;
   const running = data.backends.reduce((sum, one) => sum + one.running, 0);
   const waiting = data.backends.reduce((sum, one) => sum + one.waiting, 0);
-  const fell = Object.values(data.fallbacks).reduce((sum, count) => sum + count, 0);
-  const looked = totals.prefix_cache_queries;
+  const fallbacks = Object.values(data.fallbacks).reduce((sum, count) => sum + count, 0);
+  const lookups = totals.prefix_cache_queries;
   const tiles = [
     tile("running", number(running)), tile("waiting", number(waiting)),
     tile("tokens/s", number(series.tokens_per_second.at(-1))),
     tile("first token, p95", seconds(last(series.first_token.p95))),
     tile("answered", number(answered)),
-    tile("failed", asked ? percent(totals.request_failure / asked) : "–"),
-    tile("fell back", asked ? percent(fell / asked) : "–"),
-    tile("prompt from cache", looked ? percent(totals.prefix_cache_hits / looked) : "–"),
+    tile("failed", requests ? percent(totals.request_failure / requests) : "–"),
+    tile("fallbacks", requests ? percent(fallbacks / requests) : "–"),
+    tile("prompt from cache", lookups ? percent(totals.prefix_cache_hits / lookups) : "–"),
   ];
   byId("tiles").replaceChildren(...tiles);
 }
@@ -175,7 +175,7 @@ function drawCharts({ series }) {
 }
 
 function drawModels(data) {
-  const word = { closed: "ok", open: "left alone", "half-open": "being tried" };
+  const word = { closed: "ok", open: "paused", "half-open": "testing" };
   table("backends", ["role", "model", "version", "state", "now"], data.backends.map((one) => [
     one.role, one.models[0] || one.name, one.version.slice(0, 12) || "–",
     element("span", word[one.breaker], one.breaker === "closed" ? "good-word" : "bad-word"),
@@ -193,15 +193,15 @@ function drawMemory({ memory, planned }) {
   ].map(([name, size, plan]) => bar(name, size / top,
     plan ? `${bytes(size)} of ${bytes(plan)}` : bytes(size),
     { mark: plan ? plan / top : undefined, bad: Boolean(plan) && size > 1.1 * plan }));
-  if (planned.total) rows.push(element("p", "The marks are what the plan says.", "soft"));
+  if (planned.total) rows.push(element("p", "The marks show the plan.", "soft"));
   byId("memory").replaceChildren(...rows);
 }
 
 function drawMonitors({ monitors }) {
   const rows = Object.entries(monitors.last_rates).map(([check, rate]) => bar(
     check, rate, percent(rate), { bad: rate >= monitors.alert_share, mark: monitors.alert_share }));
-  rows.push(element("p", `Share of the last answers that fail; ${number(monitors.answers)} were ` +
-    "looked at in all. The mark raises an alert.", "soft"));
+  rows.push(element("p", `Share of recent answers that fail, of ${number(monitors.answers)} checked in total. ` +
+    "The mark shows the alert threshold.", "soft"));
   for (const [name, score] of Object.entries(monitors.drift)) {
     rows.push(element("p", `${name}: ${score >= 0 ? "+" : "−"}${Math.abs(score).toFixed(2)} ` +
       "standard deviations from the reference", "soft"));
@@ -221,11 +221,11 @@ function drawCanary({ canary }) {
     name, arm.rate, `${arm.failures} of ${arm.requests}`, { bad: arm.failures > 0 }));
   byId("canary").replaceChildren(
     element("p", canary.candidate, "soft"), state,
-    bar("it is worse", canary.evidence_worse / needed,
+    bar("worse", canary.evidence_worse / needed,
       `${canary.evidence_worse.toFixed(2)} of ${needed.toFixed(2)}`, { bad: true }),
-    bar("it is as good", canary.evidence_as_good / needed,
+    bar("as good", canary.evidence_as_good / needed,
       `${canary.evidence_as_good.toFixed(2)} of ${needed.toFixed(2)}`, { good: true }),
-    element("p", "Evidence in nats; where a bar is full, it is decided. Failed requests:", "soft"),
+    element("p", "Evidence in nats; a full bar is a decision. Failed requests:", "soft"),
     ...arms);
 }
 
@@ -238,7 +238,7 @@ function drawShadow({ shadow }) {
     rows.push(
       bar("identical", shadow.identical, percent(shadow.identical)),
       bar("agreement", shadow.agreement, percent(shadow.agreement)),
-      bar("it failed", (shadow.counts.candidate_failed || 0) / all,
+      bar("candidate failed", (shadow.counts.candidate_failed || 0) / all,
         number(shadow.counts.candidate_failed || 0), { bad: true }),
       bar("present failed", (shadow.counts.base_failed || 0) / all,
         number(shadow.counts.base_failed || 0), { bad: true }));
@@ -287,19 +287,19 @@ function draw(data) {
   byId("main").hidden = false;
 }
 
-function tell(text) {
+function showStatus(text) {
   byId("state").textContent = text;
   byId("state").classList.toggle("lost", Boolean(text));
 }
 
-async function look() {
+async function poll() {
   try {
     const headers = key ? { Authorization: `Bearer ${key}` } : {};
     const reply = await fetch("/dashboard/data", { headers, cache: "no-store" });
     if (reply.status === 401 || reply.status === 403) {
       byId("key-form").hidden = false;
       byId("main").hidden = true;
-      tell(key ? "The server does not take this key." : "A key is needed.");
+      showStatus(key ? "The server rejected this API key." : "An API key is required.");
       return;
     }
     if (!reply.ok) throw new Error(`status ${reply.status}`);
@@ -308,15 +308,15 @@ async function look() {
     byId("state").classList.remove("lost");
     draw(data);
   } catch (error) {
-    tell(`No answer (${error.message}); what is shown is old. Trying again.`);
+    showStatus(`No response (${error.message}); the data shown is out of date. Retrying.`);
   }
-  setTimeout(look, PERIOD);
+  setTimeout(poll, PERIOD);
 }
 
 byId("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   key = byId("key").value;
   sessionStorage.setItem("halfbyte-key", key);
-  look();
+  poll();
 });
-look();
+poll();

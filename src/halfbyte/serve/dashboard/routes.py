@@ -1,4 +1,4 @@
-"""The dashboard's paths, for the application to mount."""
+"""The HTTP routes of the dashboard."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FILES = {
     "/dashboard/page.js": ("page.js", "text/javascript; charset=utf-8"),
 }
 OPEN_PATHS = tuple(FILES)
-"""Need no key: a browser cannot send one when it opens a page, and there are no figures in them."""
+"""Need no API key: a browser cannot send one when it opens a page, and they contain no data."""
 
 HEADERS = {
     "Content-Security-Policy": (
@@ -37,13 +37,13 @@ Snapshot = Callable[[], dict[str, Any]]
 
 
 def dashboard_routes(snapshot: Snapshot) -> list[Route]:
-    """Make the routes; all but ``OPEN_PATHS`` belong behind the key.
+    """Create the routes; all except ``OPEN_PATHS`` must require an API key.
 
     Args:
-        snapshot: Gives what is shown.
+        snapshot: Returns the data to show.
 
     Returns:
-        Routes for GET.
+        The routes.
     """
     return [
         *(Route(path, _file(name, kind), methods=["GET"]) for path, (name, kind) in FILES.items()),
@@ -61,7 +61,7 @@ def _file(name: str, kind: str) -> Callable[[Request], Response]:
 
 
 def _data(snapshot: Snapshot) -> Callable[[Request], Any]:
-    # On the event loop, where the figures are written; a thread would read them half changed.
+    # On the event loop, which updates the data; a thread could read a partial update.
     async def send(request: Request) -> Response:
         return JSONResponse(snapshot(), headers={"Cache-Control": "no-store"})
 

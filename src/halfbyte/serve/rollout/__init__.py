@@ -1,9 +1,11 @@
-"""A candidate beside the model in use: shadowed, tried on some requests, promoted or taken back.
+"""Rolls out a candidate: shadows it, tries it on some requests, promotes it or rolls it back.
 
 ::
 
-    Observation ──shadow.py──> the candidate answers too ──> compared, thrown away
-                ──canary.py──> who failed, by the arm that was drawn
-                                 └─> sequential.py: evidence at every request ──> decision
-    store_models.py   which version an alias means, and following it when it moves
+    Observation ──shadow.py──> the candidate answers a copy ──> compared, discarded
+                ──canary.py──> failures, by the arm that was drawn
+                                 └─> sequential.py: evidence after every request ──> decision
+    trial.py              a canary from start to end: opens, promotes or closes the candidate
+    store_models.py       resolves versions in a store, and switches when their alias moves
+    adapter_transfer.py   loads adapters into the model that takes over
 """

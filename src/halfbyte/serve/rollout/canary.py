@@ -1,9 +1,9 @@
-"""A candidate gets a share of the requests until a sequential test decides about it.
+"""A canary: a candidate answers a share of the requests until a sequential test decides about it.
 
-What counts is whether the drawn model failed the request: an error, too much to do, a timeout, a
-client that left before the first token, a refusal of what the present model answers, a monitor that
-the settings let it be replaced for (the client does not see it: the present model answers then), or
-an answer that the present model finds far less likely than its own.
+What counts is whether the drawn model failed the request: an error, overload, a timeout, a client
+that disconnected before the first token, a refusal of what the present model answers, a failed
+check that causes a fallback (the client does not see it: the present model answers then), or an
+answer that the present model finds far less likely than its own.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from typing import Any, Literal
 
 from halfbyte.errors import ConfigError
 from halfbyte.serve.backend import Call
-from halfbyte.serve.fault import Blame
+from halfbyte.serve.fault import Fault
 from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.rollout.evidence import EvidenceFile
 from halfbyte.serve.rollout.sequential import TwoArmTest, requests_until_rejected
 from halfbyte.serve.routing.breaker import Clock
-from halfbyte.serve.watch.drift import Window
+from halfbyte.serve.watch.drift import RollingMoments
 from halfbyte.serve.watch.observation import Observation
 
 log = logging.getLogger(__name__)
@@ -36,32 +36,32 @@ log = logging.getLogger(__name__)
 Status = Literal["running", "promoted", "rolled back"]
 Decide = Callable[["Canary"], None]
 Rate = Callable[[Call, str], Awaitable[float | None]]
-"""Gives the mean log-likelihood of an answer, in nats a token; not-a-number where this one is not
-to be rated, None where the model cannot."""
+"""Returns the mean log-likelihood of an answer in nats per token; NaN if this answer cannot be
+rated, None if the model cannot rate."""
 
 FILE = "canary.json"
-FORM = 1
+FORMAT_VERSION = 1
 SAVE_SECONDS = 5.0
-"""Between two writes of the evidence; a decision is written at once."""
-USUAL, FEWEST_USUAL = 512, 32
-"""Last ratings of the present model's own answers, and how many there must be."""
-FAR = 4.0
-"""Standard deviations below what is usual from which an answer counts as unlikely."""
-RATED_AT_ONCE = 2
-"""Answers; requests that end meanwhile are not counted, so that no client waits for ratings."""
-MOST_UNRATED = 5
-"""Ratings in a row that fail, before they are given up."""
+"""Minimum time between two writes of the evidence. A decision is written at once."""
+BASELINE_RATINGS, MIN_BASELINE_RATINGS = 512, 32
+"""Most recent ratings of the present model's own answers, and the minimum number of them."""
+UNLIKELY_DEVIATIONS = 4.0
+"""An answer is unlikely if it is this many standard deviations below the baseline."""
+MAX_RATINGS_RUNNING = 2
+"""While this many answers are being rated, other requests do not count, so that no client waits."""
+MAX_FAILED_RATINGS = 5
+"""Consecutive ratings that fail before rating is given up."""
 VERDICTS: dict[Status, str] = {
     "running": "inconclusive",
     "promoted": "pass",
     "rolled back": "fail",
 }
-"""As the store calls them."""
+"""The store's verdict for each status."""
 
 
 @dataclass(slots=True)
 class ArmCount:
-    """What one of the two models did."""
+    """Requests and failures of one of the two models."""
 
     requests: int = 0
     failures: int = 0
@@ -74,7 +74,7 @@ class ArmCount:
 
 
 class Canary:
-    """The trial of one candidate, and all evidence about it."""
+    """The trial of one candidate, with its evidence."""
 
     def __init__(
         self,
@@ -86,15 +86,15 @@ class Canary:
         clock: Clock = time.monotonic,
         seed: int | None = None,
     ) -> None:
-        """Begin, or go on where a file of the same trial says.
+        """Start the trial, or resume it from its file.
 
         Args:
-            candidate: Names it, its version included: another one begins anew.
-            config: Share, margin, alpha, where evidence is kept.
-            decide: Called once, with the decision in :attr:`status`.
-            rate: Lets the present model rate an answer; None: nobody does.
-            clock: The time.
-            seed: Of the draw of requests.
+            candidate: Identifies the candidate, with its version. Another one starts a new trial.
+            config: Share, margin, alpha, and where the evidence is saved.
+            decide: Called once, when :attr:`status` is decided.
+            rate: Lets the present model rate an answer; None: answers are not rated.
+            clock: Returns monotonic seconds.
+            seed: For drawing the requests.
         """
         self.candidate = candidate
         self.status: Status = "running"
@@ -102,91 +102,97 @@ class Canary:
         self._config = config
         self._decide = decide
         self._rate = rate
-        self._rating: set[asyncio.Task[None]] = set()
-        self._unrated = 0
+        self._rating_tasks: set[asyncio.Task[None]] = set()
+        self._failed_ratings = 0
         self.skipped = 0
-        """Requests that were not counted because others were being rated."""
+        """Requests that did not count because other answers were being rated."""
         self._clock = clock
         self._random = random.Random(seed)
         self._file = EvidenceFile(Path(config.evidence) / FILE) if config.evidence else None
-        self._saved = -math.inf
+        self._saved_at = -math.inf
         self.arms = {"primary": ArmCount(), "canary": ArmCount()}
-        self._usual = Window(USUAL)
+        self._baseline = RollingMoments(BASELINE_RATINGS)
         self._test = TwoArmTest(config.canary_share, config.canary_margin)
         self.started = datetime.now(UTC).isoformat(timespec="seconds")
         if self._file is not None and self._file.path.is_file():
             self._resume(self._file.path)
 
     def pick(self, call: Call) -> bool:
-        """Tell whether the candidate answers this request."""
+        """Draw at random whether the candidate answers this request."""
         return self.status == "running" and self._random.random() < self._config.canary_share
 
     @property
     def num_requests(self) -> int:
-        """Of both arms."""
+        """Requests of both arms."""
         return sum(arm.requests for arm in self.arms.values())
 
-    def observe(self, seen: Observation) -> None:
-        """Take a request in that is over, and decide where that is possible."""
-        if not seen.arm or self.status != "running":
+    def observe(self, observation: Observation) -> None:
+        """Count a finished request, and decide if the evidence is sufficient."""
+        if not observation.arm or self.status != "running":
             return
-        cause = self._failure(seen)
+        cause = self._find_failure(observation)
         if cause is None:
             return
-        if self._rate is not None and len(self._rating) >= RATED_AT_ONCE:
-            # Failed or not: to leave out only those that need a rating would bend the rates.
+        if self._rate is not None and len(self._rating_tasks) >= MAX_RATINGS_RUNNING:
+            # Failed or not: skipping only those that need a rating would bias the failure rates.
             self.skipped += 1
         elif cause or self._rate is None:
-            self._count(seen.arm, cause)
+            self._count(observation.arm, cause)
         else:
-            task = asyncio.get_running_loop().create_task(self._rate_and_count(seen))
-            self._rating.add(task)
-            task.add_done_callback(self._rating.discard)
+            task = asyncio.get_running_loop().create_task(self._rate_and_count(observation))
+            self._rating_tasks.add(task)
+            task.add_done_callback(self._rating_tasks.discard)
 
-    def _failure(self, seen: Observation) -> str | None:
-        """Tell why the drawn model failed; empty: it did not; None: nobody can tell."""
-        drawn = next((a for a in seen.attempts if a.role == seen.arm), None)
+    def _find_failure(self, observation: Observation) -> str | None:
+        """Return why the drawn model failed; empty if it did not; None if that is unknown."""
+        attempts = observation.attempts
+        drawn = next((a for a in attempts if a.role == observation.arm), None)
         if drawn is None:
-            # Not even asked: its breaker is open, because it failed before.
+            # Not asked because its breaker is open: it failed before.
             return "breaker"
-        if drawn.blame is Blame.REQUEST:
-            # The request's fault, unless the present model could do what it asks for.
-            present = next((a for a in seen.attempts if a.role == "primary"), None)
-            return drawn.cause if present is not None and present.blame is None else None
-        if drawn.blame is Blame.CLIENT and not drawn.cause:
-            # Who waits for the first token in vain was let down; later there may be other reasons.
+        if drawn.fault is Fault.REQUEST:
+            # The request is invalid, unless the present model could answer it.
+            present = next((a for a in attempts if a.role == "primary"), None)
+            return drawn.cause if present is not None and present.fault is None else None
+        if drawn.fault is Fault.CLIENT and not drawn.cause:
+            # Before the first token, the wait was too long; later there may be other reasons.
             return "left" if drawn.first is None else None
-        if drawn.blame is not None or drawn.cause.startswith("check:"):
+        if drawn.fault is not None or drawn.cause.startswith("check:"):
             return drawn.cause
-        replaced = [f for f in drawn.failures if f in self._config.fallback_on]
-        return f"check:{replaced[0]}" if replaced else ""
+        rejected = [check for check in drawn.failures if check in self._config.fallback_on]
+        return f"check:{rejected[0]}" if rejected else ""
 
-    async def _rate_and_count(self, seen: Observation) -> None:
-        """Let the present model rate an answer, and count the request by that."""
-        drawn = next(a for a in seen.attempts if a.role == seen.arm)
+    async def _rate_and_count(self, observation: Observation) -> None:
+        """Let the present model rate an answer, and count the request by the result."""
+        drawn = next(a for a in observation.attempts if a.role == observation.arm)
         assert self._rate is not None
         try:
-            nats = await self._rate(seen.call, drawn.text())
+            nats = await self._rate(observation.call, drawn.text())
         except Exception:
-            log.exception("the canary's rating of %s failed", seen.call.id)
+            log.exception("rating the canary's answer to %s failed", observation.call.id)
             nats = None
-        self._unrated = self._unrated + 1 if nats is None else 0
-        if self._unrated == MOST_UNRATED:
-            log.warning("the present model rates no answers: the trial goes on without ratings")
+        self._failed_ratings = self._failed_ratings + 1 if nats is None else 0
+        if self._failed_ratings == MAX_FAILED_RATINGS:
+            log.warning(
+                "the present model cannot rate answers: the trial continues without ratings"
+            )
             self._rate = None
-        far = nats is not None and math.isfinite(nats) and self._is_far(seen, nats)
-        self._count(seen.arm, "unlikely" if far else "")
+        is_unlikely = (
+            nats is not None and math.isfinite(nats) and self._is_unlikely(observation, nats)
+        )
+        self._count(observation.arm, "unlikely" if is_unlikely else "")
 
-    def _is_far(self, seen: Observation, nats: float) -> bool:
-        """Whether an answer is far less likely than the present model's own usually are.
+    def _is_unlikely(self, observation: Observation, nats: float) -> bool:
+        """Return whether an answer is far less likely than the present model's own usually are.
 
-        Nonsense passes every look at the text, and a model that writes it may be sure of it. The
-        line comes from earlier answers, so that it never depends on the one that is judged.
+        Nonsense may pass all checks of the text, and a model that writes it may be confident. The
+        baseline comes from earlier answers, so that it never depends on the one that is judged.
         """
-        usual = self._usual.spread()
-        if seen.arm == "primary":
-            self._usual.add(nats)
-        return usual.count >= FEWEST_USUAL and nats < usual.mean - FAR * math.sqrt(usual.variance)
+        baseline = self._baseline.moments()
+        if observation.arm == "primary":
+            self._baseline.add(nats)
+        limit = baseline.mean - UNLIKELY_DEVIATIONS * math.sqrt(baseline.variance)
+        return baseline.count >= MIN_BASELINE_RATINGS and nats < limit
 
     def _count(self, drawn: str, cause: str) -> None:
         if self.status != "running":
@@ -197,13 +203,13 @@ class Canary:
             arm.failures += 1
             arm.causes[cause] += 1
         self._test.update(candidate=drawn == "canary", failed=bool(cause))
-        self._look()
+        self._check_decision()
 
-    def _look(self) -> None:
-        goal = math.log(1 / self._config.canary_alpha)
-        if self._test.worse.log_evidence >= goal:
+    def _check_decision(self) -> None:
+        needed = math.log(1 / self._config.canary_alpha)
+        if self._test.worse.log_evidence >= needed:
             self._end("rolled back", "it fails more often than the present model")
-        elif self._test.as_good.log_evidence >= goal and self._has_answered_enough:
+        elif self._test.as_good.log_evidence >= needed and self._has_enough_requests:
             self._end(
                 "promoted",
                 "it fails less than "
@@ -211,14 +217,14 @@ class Canary:
             )
         elif self.num_requests >= self._config.canary_requests:
             self._end("rolled back", f"no decision within {self.num_requests} requests")
-        elif self._clock() - self._saved >= SAVE_SECONDS:
+        elif self._clock() - self._saved_at >= SAVE_SECONDS:
             self.save()
 
     @property
-    def _has_answered_enough(self) -> bool:
-        """Whether the candidate's own requests could tell, if none of them had failed.
+    def _has_enough_requests(self) -> bool:
+        """Whether the candidate's own requests would suffice for a promotion if none had failed.
 
-        Those of the present model are evidence too, and must not be all of it.
+        The present model's requests are evidence too, but must not be all of it.
         """
         alpha, margin = self._config.canary_alpha, self._config.canary_margin
         return self.arms["canary"].requests >= math.log(alpha) / math.log1p(-margin)
@@ -231,14 +237,14 @@ class Canary:
             self._decide(self)
 
     def evidence(self) -> dict[str, Any]:
-        """Give everything that the decision rests on, as plain values.
+        """Return everything that the decision is based on, as JSON-serializable values.
 
-        Its key "verdict" makes the file one that `halfbyte store judge` takes.
+        With its key "verdict", the file is accepted by `halfbyte store judge`.
         """
         base, candidate = self.arms["primary"], self.arms["canary"]
         config = self._config
         return {
-            "form": FORM,
+            "form": FORMAT_VERSION,
             "verdict": VERDICTS[self.status],
             "status": self.status,
             "reason": self.reason,
@@ -270,10 +276,10 @@ class Canary:
         }
 
     def summary(self) -> dict[str, Any]:
-        """Give the evidence without what only a restart needs."""
-        found = self.evidence()
-        del found["log_wealth"]
-        return found
+        """Return the evidence without the values that only a restart needs."""
+        evidence = self.evidence()
+        del evidence["log_wealth"]
+        return evidence
 
     def _settings(self) -> dict[str, float]:
         config = self._config
@@ -284,28 +290,27 @@ class Canary:
         }
 
     async def close(self) -> None:
-        """Leave what is being rated, and write the evidence down."""
-        for task in self._rating:
+        """Cancel running ratings, and save the evidence."""
+        for task in self._rating_tasks:
             task.cancel()
-        await asyncio.gather(*self._rating, return_exceptions=True)
+        await asyncio.gather(*self._rating_tasks, return_exceptions=True)
         await asyncio.to_thread(self.save, wait=True)
 
     def save(self, *, wait: bool = False) -> None:
-        """Write the evidence down, where a place for it is set.
+        """Save the evidence, if a folder is configured.
 
         Args:
-            wait: Until it is on the disk.
+            wait: Wait until it is written.
         """
-        self._saved = self._clock()
+        self._saved_at = self._clock()
         if self._file is not None:
             self._file.write(self.evidence(), wait=wait)
 
     def _resume(self, path: Path) -> None:
-        """Go on from a file, if it is of this candidate under these settings; else put it aside."""
+        """Resume a trial of the same candidate and settings; rename the file of another one."""
         try:
             values = json.loads(path.read_bytes())
-            same = values["candidate"] == self.candidate and values["settings"] == self._settings()
-            if not same:
+            if values["candidate"] != self.candidate or values["settings"] != self._settings():
                 path.replace(path.with_name(f"canary-{values['started'].replace(':', '')}.json"))
                 return
             for name, arm in values["arms"].items():
@@ -317,6 +322,6 @@ class Canary:
             self.started = values["started"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"Cannot go on from the canary's evidence in '{path}': {error!r}. Move the file "
-                "away to begin anew."
+                f"Cannot resume the canary trial from '{path}': {error!r}. Move the file away to "
+                "start a new trial."
             ) from error

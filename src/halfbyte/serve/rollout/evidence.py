@@ -1,4 +1,4 @@
-"""Evidence on disk, as JSON, without a request waiting for the disk."""
+"""Saves evidence as JSON in the background, so that no request waits for the disk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class EvidenceFile:
-    """One JSON file that is written again and again, whole each time."""
+    """One JSON file, rewritten atomically each time."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -24,16 +24,16 @@ class EvidenceFile:
         self._last: Future[None] | None = None
 
     def write(self, values: Mapping[str, Any], *, wait: bool = False) -> None:
-        """Write values; a full disk is logged and costs nothing else.
+        """Write the file; errors, such as a full disk, are logged only.
 
         Args:
-            values: Plain.
-            wait: Until they are on the disk; else one write that is under way is enough.
+            values: JSON-serializable values.
+            wait: Wait until they are written; else they are skipped while a write is running.
         """
         if not wait and self._last is not None and not self._last.done():
             return
         text = json.dumps(values, indent=2) + "\n"
-        # One thread: a later write never comes before an earlier one.
+        # A single thread keeps the writes in order.
         self._last = self._writer.submit(self._write, text.encode())
         if wait:
             self._last.result()
@@ -43,4 +43,4 @@ class EvidenceFile:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path, [content])
         except (OSError, CheckpointError) as error:
-            log.warning("evidence is not written: %s", error)
+            log.warning("cannot save evidence: %s", error)

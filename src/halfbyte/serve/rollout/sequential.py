@@ -1,7 +1,7 @@
-"""Tests that may be looked at after every request: their false alarms stay at alpha all the same.
+"""Sequential tests: they may be evaluated after every request, with a type I error below alpha.
 
-Evidence is the money of a gambler who bets against a hypothesis at fair odds: if the hypothesis is
-true, the money reaches 1 / alpha with a chance of at most alpha, at whatever time one looks.
+Evidence is the wealth of a gambler who bets against a hypothesis at fair odds: if the hypothesis is
+true, the wealth ever reaches 1 / alpha with a probability of at most alpha (Ville's inequality).
 
 Source:
     Waudby-Smith and Ramdas 2024, "Estimating means of bounded random variables by betting", JRSS B
@@ -20,26 +20,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 NUM_BETS = 24
-LARGEST_BET = 0.95
-"""Of what may be bet at all: at 1 a single loss takes everything."""
-STEP = 0.75
-"""From one bet of the grid to the next smaller one."""
+MAX_BET = 0.95
+"""Largest bet, as a share of the largest one possible; at 1 a single loss would take everything."""
+BET_RATIO = 0.75
+"""Ratio of one bet of the grid to the next larger one."""
 
 
 class BettingTest:
-    """Evidence against "the mean is at most ``bound``", for values in [low, high].
+    """Evidence against the hypothesis "the mean is at most ``bound``".
 
-    It stays valid when the values' distribution changes over time, as long as the mean of each,
-    given the past, is at most the bound.
+    It stays valid if the values' distribution changes over time, as long as the conditional mean of
+    each value, given the past, is at most the bound under the hypothesis.
     """
 
     def __init__(self, low: float, bound: float, *, log_wealth: Sequence[float] = ()) -> None:
-        """Start with nothing known.
+        """Start without evidence, or resume.
 
         Args:
-            low: The smallest value there can be.
-            bound: Of the mean, if the hypothesis is true; above ``low``.
-            log_wealth: What :attr:`log_wealth` was, to go on from there.
+            low: The smallest possible value.
+            bound: Upper bound of the mean under the hypothesis; above ``low``.
+            log_wealth: A saved :attr:`log_wealth` to resume from.
         """
         self._bound = bound
         self._bets = bet_sizes(low, bound)
@@ -48,12 +48,12 @@ class BettingTest:
             self._log_wealth = np.array(log_wealth, dtype=np.float64)
 
     def update(self, value: float) -> None:
-        """Take one value in."""
+        """Add one value."""
         self._log_wealth += np.log1p(self._bets * (value - self._bound))
 
     @property
     def log_wealth(self) -> list[float]:
-        """Of each bet."""
+        """Natural logarithm of each bet's wealth."""
         return [float(value) for value in self._log_wealth]
 
     @property
@@ -64,17 +64,17 @@ class BettingTest:
 
 
 def bet_sizes(low: float, bound: float) -> NDArray[np.float64]:
-    """Give the grid of bets, the largest first."""
-    largest = LARGEST_BET / (bound - low)
-    return np.array([largest * STEP**step for step in range(NUM_BETS)])
+    """Return the grid of bets, largest first."""
+    largest = MAX_BET / (bound - low)
+    return np.array([largest * BET_RATIO**step for step in range(NUM_BETS)])
 
 
 class TwoArmTest:
-    """Does a candidate fail more often than the present model, or not much more often?
+    """Tests whether a candidate fails more often than the present model, or not by a margin.
 
-    Each request is drawn at random for one of the two arms. A failure counts 1 / share for the
-    candidate's arm and -1 / (1 - share) for the other: its mean is the difference of the two rates,
-    whatever the traffic is like at that time.
+    Each request is assigned at random to one of the two arms. A failure counts 1 / share in the
+    candidate's arm and -1 / (1 - share) in the other, so that its mean is the difference of the two
+    failure rates, also if the traffic changes.
     """
 
     def __init__(
@@ -85,22 +85,22 @@ class TwoArmTest:
         worse: Sequence[float] = (),
         as_good: Sequence[float] = (),
     ) -> None:
-        """Start with nothing known.
+        """Start without evidence, or resume.
 
         Args:
-            share: Chance that a request is drawn for the candidate.
-            margin: How much more often it may fail and still count as good.
-            worse: Log wealth of :attr:`worse`, to go on from there.
-            as_good: The same of :attr:`as_good`.
+            share: Probability that a request is assigned to the candidate.
+            margin: Difference of failure rates up to which the candidate counts as good.
+            worse: Saved log wealth of :attr:`worse` to resume from.
+            as_good: Saved log wealth of :attr:`as_good` to resume from.
         """
         self._share = share
         self.worse = BettingTest(-1 / (1 - share), 0.0, log_wealth=worse)
-        """Against "it fails no more often"."""
+        """Evidence against "the candidate fails no more often"."""
         self.as_good = BettingTest(-1 / share, -margin, log_wealth=as_good)
-        """Against "it fails more often by the margin, or by more"."""
+        """Evidence against "the candidate fails more often by at least the margin"."""
 
     def update(self, *, candidate: bool, failed: bool) -> None:
-        """Take one request in."""
+        """Add one request."""
         weight = 1 / self._share if candidate else -1 / (1 - self._share)
         value = weight if failed else 0.0
         self.worse.update(value)
@@ -108,19 +108,19 @@ class TwoArmTest:
 
 
 class PairedTest:
-    """The same where both models answered the same request."""
+    """The same test for requests that both models answered."""
 
     def __init__(self, margin: float) -> None:
-        """Start with nothing known.
+        """Start without evidence.
 
         Args:
-            margin: How much more often the candidate may fail and still count as good.
+            margin: Difference of failure rates up to which the candidate counts as good.
         """
         self.worse = BettingTest(-1.0, 0.0)
         self.as_good = BettingTest(-1.0, -margin)
 
     def update(self, *, base_failed: bool, candidate_failed: bool) -> None:
-        """Take one pair in."""
+        """Add one request."""
         value = float(candidate_failed) - float(base_failed)
         self.worse.update(value)
         self.as_good.update(-value)
@@ -129,33 +129,35 @@ class PairedTest:
 def requests_until_rejected(
     rates: tuple[float, float], share: float, alpha: float, *, power: float = 0.95
 ) -> int | None:
-    """Give after how many requests a worse candidate is found out.
+    """Estimate after how many requests a worse candidate is rejected.
+
+    Uses the normal approximation of one bet's log wealth, for the fastest bet of the grid; the
+    mixture has at least 1 / ``NUM_BETS`` of its wealth.
 
     Args:
-        rates: Share of requests that fail: of the present model, of the candidate.
-        share: Of the requests that the candidate gets.
-        alpha: Chance of a false alarm.
-        power: Chance that it is found within the number.
+        rates: Failure rates of the present model and of the candidate.
+        share: Share of the requests that the candidate gets.
+        alpha: Probability of a false alarm.
+        power: Probability that the candidate is rejected within the estimate.
 
     Returns:
-        Requests of both arms together; None where the candidate is not worse, or by so little that
-        even the smallest bet on it does not grow. The normal approximation of one bet's log wealth,
-        for the bet with which it is soonest; the mixture has at least 1 / ``NUM_BETS`` of its
-        wealth.
+        Requests of both arms together; None if the candidate is not worse, or by so little that
+        even the smallest bet does not grow.
     """
     base, candidate = rates
     if candidate <= base:
         return None
     z = NormalDist().inv_cdf(power)
-    goal = math.log(NUM_BETS / alpha)
+    needed = math.log(NUM_BETS / alpha)
     best = math.inf
-    chances = np.array([share * candidate, (1 - share) * base])
+    probabilities = np.array([share * candidate, (1 - share) * base])
     for bet in bet_sizes(-1 / (1 - share), 0.0):
         gains = np.log1p(bet * np.array([1 / share, -1 / (1 - share)]))
-        growth = float(chances @ gains)
+        growth = float(probabilities @ gains)
         if growth <= 0:
             continue
-        spread = math.sqrt(float(chances @ gains**2) - growth**2)
-        root = (z * spread + math.sqrt((z * spread) ** 2 + 4 * growth * goal)) / (2 * growth)
+        deviation = math.sqrt(float(probabilities @ gains**2) - growth**2)
+        root = z * deviation + math.sqrt((z * deviation) ** 2 + 4 * growth * needed)
+        root /= 2 * growth
         best = min(best, root**2)
     return math.ceil(best) if math.isfinite(best) else None

@@ -1,7 +1,7 @@
-"""A candidate answers a copy of some requests; what it says is compared and thrown away.
+"""Shadow traffic: a candidate answers a copy of some requests; its answers are only compared.
 
-The copy is sent when the client has its answer. Few run at a time: what comes meanwhile is not
-copied, so that the candidate never makes the requests of others wait in this process.
+The copy is sent after the client got its answer. Only few copies run at a time, and meanwhile other
+requests are not copied, so that a candidate in this process does not slow down other requests.
 """
 
 from __future__ import annotations
@@ -17,27 +17,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from halfbyte.serve.backend import Backend
+from halfbyte.serve.backend import Backend, Call
 from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.rollout.evidence import EvidenceFile
 from halfbyte.serve.rollout.sequential import PairedTest
-from halfbyte.serve.routing.attempt import Attempt, Demands, Route
+from halfbyte.serve.routing.attempt import Attempt, HoldBack, Route
 from halfbyte.serve.routing.breaker import Clock
 from halfbyte.serve.watch.monitors import find_failures
-from halfbyte.serve.watch.observation import Observation, Seen
+from halfbyte.serve.watch.observation import AttemptRecord, Observation
 
 log = logging.getLogger(__name__)
 
 FILE = "shadow.json"
-AT_ONCE = 2
-LONGEST_SECONDS = 120.0
-"""That a copy may take; one that takes longer is not compared."""
+MAX_RUNNING = 2
+TIMEOUT_SECONDS = 120.0
+"""A copy that takes longer is not compared."""
 
 Alarm = Callable[[str], None]
+"""Called with a message."""
 
 
 class Shadow:
-    """Copies of requests to a candidate."""
+    """Sends copies of requests to a candidate, and compares the answers."""
 
     def __init__(
         self,
@@ -49,15 +50,15 @@ class Shadow:
         clock: Clock = time.monotonic,
         seed: int | None = None,
     ) -> None:
-        """Begin with nothing compared.
+        """Start with nothing compared.
 
         Args:
-            candidate: Gets the copies.
-            config: Share, margin, alpha, where the comparison is kept.
-            name: Of the candidate for people; empty: the backend's.
-            alarm: Called once, with words, when it is sure that the candidate fails more often.
-            clock: The time.
-            seed: Of the draw of requests.
+            candidate: The model that gets the copies.
+            config: Share, margin, alpha, and where the evidence is saved.
+            name: The candidate's name in reports; empty: the backend's.
+            alarm: Called once, when it is shown that the candidate fails more often.
+            clock: Returns monotonic seconds.
+            seed: For drawing the requests.
         """
         self._route = Route(candidate, "canary", name or candidate.name)
         self._config = config
@@ -72,68 +73,70 @@ class Shadow:
         self._agreement = 0.0
         self._seconds = {"base": 0.0, "candidate": 0.0}
 
-    def observe(self, seen: Observation) -> None:
-        """Copy a request that is over, if it is drawn."""
-        if seen.status != 200 or seen.answer is None or seen.answer.role == "canary":
+    def observe(self, observation: Observation) -> None:
+        """Copy a finished request, if it is drawn."""
+        answer = observation.answer
+        if observation.status != 200 or answer is None or answer.role == "canary":
             return
         if self._random.random() >= self._config.shadow_share:
             return
-        if len(self._running) >= AT_ONCE:
+        if len(self._running) >= MAX_RUNNING:
             self.counts["skipped"] += 1
             return
-        task = asyncio.get_running_loop().create_task(self._copy(seen, seen.answer))
+        task = asyncio.get_running_loop().create_task(self._copy(observation.call, answer))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
-    async def _copy(self, seen: Observation, base: Seen) -> None:
-        """Let the candidate answer, and hold it against what the client got.
+    async def _copy(self, call: Call, base: AttemptRecord) -> None:
+        """Let the candidate answer, and compare it with the answer that the client got.
 
-        What it refuses counts against it: another model has answered the same request.
+        A refusal counts as a failure, because another model has answered the same request.
         """
-        call = replace(seen.call, deadline=time.monotonic() + LONGEST_SECONDS)
+        call = replace(call, deadline=time.monotonic() + TIMEOUT_SECONDS)
         attempt = Attempt(
-            self._route, call, self._config, demands=Demands(tokens=None), clock=self._clock
+            self._route, call, self._config, hold_back=HoldBack(tokens=None), clock=self._clock
         )
         try:
-            cause = await attempt.hold()
+            cause = await attempt.fill_buffer()
         except Exception:
-            log.exception("the shadow of %s failed", call.id)
+            log.exception("the shadow copy of %s failed", call.id)
             cause = "error"
         finally:
             await attempt.close()
         if cause == "deadline":
-            # Slow is not wrong: the client had no such deadline.
+            # Not a failure: the client's request did not have this deadline.
             self.counts["late"] += 1
             return
-        attempt.seen.failures = find_failures(call, attempt.seen)
-        self._compare(base, attempt.seen, cause)
+        attempt.record.failures = find_failures(call, attempt.record)
+        self._compare(base, attempt.record, cause)
 
-    def _compare(self, base: Seen, other: Seen, cause: str) -> None:
-        failed = [bool(set(one.failures) & set(self._config.fallback_on)) for one in (base, other)]
-        failed[1] = failed[1] or bool(cause)
+    def _compare(self, base: AttemptRecord, candidate: AttemptRecord, cause: str) -> None:
+        causes = set(self._config.fallback_on)
+        base_failed = not causes.isdisjoint(base.failures)
+        candidate_failed = bool(cause) or not causes.isdisjoint(candidate.failures)
         self.counts["compared"] += 1
-        for name, value in zip(("base_failed", "candidate_failed"), failed, strict=True):
-            self.counts[name] += value
-        for check in [cause] if cause else other.failures:
+        self.counts["base_failed"] += base_failed
+        self.counts["candidate_failed"] += candidate_failed
+        for check in [cause] if cause else candidate.failures:
             self.counts[f"candidate:{check}"] += 1
-        self.counts["identical"] += base.text() == other.text()
-        self._agreement += agreement(base.text(), other.text())
-        for name, one in (("base", base), ("candidate", other)):
-            self._seconds[name] += (one.ended or one.last) - one.started
-        self._test.update(base_failed=failed[0], candidate_failed=failed[1])
-        sure = self._test.worse.log_evidence >= math.log(1 / self._config.canary_alpha)
-        if sure and not self._alarmed and self._alarm is not None:
+        self.counts["identical"] += base.text() == candidate.text()
+        self._agreement += agreement(base.text(), candidate.text())
+        for name, record in (("base", base), ("candidate", candidate)):
+            self._seconds[name] += (record.ended or record.last) - record.started
+        self._test.update(base_failed=base_failed, candidate_failed=candidate_failed)
+        is_worse = self._test.worse.log_evidence >= math.log(1 / self._config.canary_alpha)
+        if is_worse and not self._alarmed and self._alarm is not None:
             self._alarm(
-                f"the shadowed candidate failed {self.counts['candidate_failed']} of "
+                f"the shadow candidate failed {self.counts['candidate_failed']} of "
                 f"{self.counts['compared']} requests, the present model "
                 f"{self.counts['base_failed']} of the same"
             )
-        self._alarmed = self._alarmed or sure
+        self._alarmed = self._alarmed or is_worse
         if self._file is not None:
             self._file.write(self.evidence())
 
     def evidence(self) -> dict[str, Any]:
-        """Give what was found, as plain values."""
+        """Return the results, as JSON-serializable values."""
         compared = self.counts["compared"]
         return {
             "candidate": self._route.name,
@@ -150,7 +153,7 @@ class Shadow:
         }
 
     async def close(self) -> None:
-        """Stop the copies and write down what was found."""
+        """Cancel running copies, and save the evidence."""
         for task in self._running:
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
@@ -159,13 +162,13 @@ class Shadow:
 
 
 def agreement(left: str, right: str) -> float:
-    """Give the share of the longer text's words before the first one that differs; 1: the same."""
+    """Return the number of equal leading words as a share of the longer text's words."""
     if left == right:
         return 1.0
     a, b = left.split(), right.split()
-    same = 0
-    for one, other in zip(a, b, strict=False):
-        if one != other:
+    num_equal = 0
+    for left_word, right_word in zip(a, b, strict=False):
+        if left_word != right_word:
             break
-        same += 1
-    return same / max(len(a), len(b), 1)
+        num_equal += 1
+    return num_equal / max(len(a), len(b), 1)

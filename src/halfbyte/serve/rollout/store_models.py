@@ -1,4 +1,4 @@
-"""Models out of a store of versions: what a reference means now, and following it when it moves."""
+"""Serves models from a version store: resolves references, and switches when an alias moves."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any
 from halfbyte.environment import STORE, read_variable
 from halfbyte.errors import ConfigError, HalfbyteError, StoreError
 from halfbyte.serve.backend import Backend, Call, Event, Load
+from halfbyte.serve.rollout.adapter_transfer import transfer_adapters
 from halfbyte.store.checkout import checkout
 from halfbyte.store.store import CHAMPION, SCHEME, SHORT, Store
 
@@ -25,50 +26,53 @@ POLL_SECONDS = 10.0
 IDLE_POLL_SECONDS = 0.05
 
 Connect = Callable[[str], Backend]
-"""Makes a backend of a folder; may take long, and runs in a thread of its own."""
-Tell = Callable[[str, str], None]
-"""Called with a name and a message when something happened that people should know."""
+"""Creates a backend for a folder or an address. May take minutes; is called in a worker thread."""
+Report = Callable[[str, str], None]
+"""Called with the name of an event and a message."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreModel:
-    """One version of a model, as a folder."""
+    """One version of a model, checked out to a folder."""
 
     store: Store
     name: str
     version: str
     folder: Path
     alias: str | None
-    """That was asked for and may move; None: a fixed version was."""
+    """The requested alias, which may move; None if a fixed version was requested."""
 
     @property
     def reference(self) -> str:
-        """Names the version for good."""
+        """The version's permanent reference."""
         return f"{self.name}@{self.version[:SHORT]}"
 
 
 def is_store_reference(text: str) -> bool:
-    """Tell whether a text means a model in a store."""
+    """Return whether a text is a reference to a model in a store."""
     return text.startswith(SCHEME)
 
 
-def resolve_store_model(text: str, *, place: str | None = None) -> StoreModel:
-    """Find the version that a reference means, and its files.
+def resolve_store_model(text: str, *, location: str | None = None) -> StoreModel:
+    """Resolve a reference to a version, and check out its files.
 
     Args:
         text: ``store:NAME``, ``store:NAME@ALIAS`` or ``store:NAME@VERSION``.
-        place: The store; None: what the environment variable says.
+        location: The store; None: the one of the environment variable.
 
     Returns:
-        The version in a folder inside the store, each file compared with its digest.
+        The version in a folder inside the store, with all files verified against their digests.
 
     Raises:
-        ConfigError: No store is named.
+        ConfigError: No store is configured.
     """
-    place = place or read_variable(STORE)
-    if not place:
-        raise ConfigError(f"'{text}' is in a store, and no store is named. Set {STORE.name}.")
-    return _open(Store(place), text.removeprefix(SCHEME))
+    location = location or read_variable(STORE)
+    if not location:
+        raise ConfigError(
+            f"Cannot open '{text}': no store is configured. Set {STORE.name} to the store's folder "
+            "or bucket."
+        )
+    return _open(Store(location), text.removeprefix(SCHEME))
 
 
 def _open(store: Store, reference: str) -> StoreModel:
@@ -85,9 +89,9 @@ def _open(store: Store, reference: str) -> StoreModel:
 
 
 class StoreBackend:
-    """A backend of one version that becomes one of the next version when the alias moves.
+    """A backend that switches to another version when the alias moves.
 
-    Requests on their way stay with the version that they began with; it is closed after the last.
+    Running requests finish on the version that they started with, which is closed after the last.
     """
 
     def __init__(
@@ -96,45 +100,45 @@ class StoreBackend:
         backend: Backend,
         connect: Connect,
         *,
-        tell: Tell | None = None,
+        report: Report | None = None,
         poll_seconds: float = POLL_SECONDS,
     ) -> None:
         """Serve a version.
 
         Args:
             model: The version.
-            backend: Of its folder.
-            connect: Makes backends of further versions.
-            tell: Told of swaps, and of versions that cannot be opened.
-            poll_seconds: Between two looks at the alias.
+            backend: The backend for its folder.
+            connect: Creates backends for further versions.
+            report: Called when versions were switched, or one cannot be opened.
+            poll_seconds: Interval at which the alias is checked.
         """
         self.model = model
         self._backend = backend
         self._connect = connect
-        self._tell = tell or (lambda name, message: None)
+        self.report = report or (lambda name, message: None)
         self._poll_seconds = poll_seconds
         self._refused: str | None = None
-        """A version that could not be opened; it is not tried again."""
+        """A version that could not be opened and is not tried again."""
         self._poller: asyncio.Task[None] | None = None
         self._closing: set[asyncio.Task[None]] = set()
         self._running: Counter[int] = Counter()
-        """Requests by the identity of the backend that they began with."""
-        self.changing = asyncio.Lock()
-        """Held while the alias is moved by this process, so that nobody follows it half way."""
+        """Number of running requests, by `id` of their backend."""
+        self.switch_lock = asyncio.Lock()
+        """Held while this process moves the alias, so that the poller does not react to it."""
 
     @property
     def name(self) -> str:
-        """Of the backend."""
+        """For logs and metrics."""
         return self._backend.name
 
     @property
     def models(self) -> tuple[str, ...]:
-        """Names that it answers to."""
+        """Names of the model and its adapters."""
         return self._backend.models
 
     @property
     def version(self) -> str:
-        """Of the store."""
+        """The version's digest in the store."""
         return self.model.version
 
     @property
@@ -143,7 +147,7 @@ class StoreBackend:
         return self._backend
 
     async def stream(self, call: Call) -> AsyncGenerator[Event, None]:
-        """Answer by the version of now."""
+        """Answer with the current version."""
         backend = self._backend
         self._running[id(backend)] += 1
         try:
@@ -154,21 +158,21 @@ class StoreBackend:
             self._running[id(backend)] -= 1
 
     async def is_ready(self) -> bool:
-        """Tell whether it could answer now."""
+        """Return whether requests would be answered now."""
         return await self._backend.is_ready()
 
     def load(self) -> Load:
-        """Tell how busy it is."""
+        """Return the current version's load."""
         return self._backend.load()
 
     def __getattr__(self, name: str) -> Any:
-        # What the server's other parts ask of a model beyond the protocol, such as to tokenize.
+        # Methods beyond the Backend protocol, such as tokenize.
         return getattr(self._backend, name)
 
     async def start(self) -> None:
-        """Begin to follow the alias, where one was asked for. Needs a running event loop."""
+        """Start to follow the alias, if there is one. Needs a running event loop."""
         if self.model.alias is not None:
-            self._poller = asyncio.create_task(self._follow())
+            self._poller = asyncio.create_task(self._poll_forever())
 
     async def close(self) -> None:
         """Stop following, and close every version."""
@@ -178,98 +182,105 @@ class StoreBackend:
         await asyncio.gather(*self._closing, return_exceptions=True)
         await self._backend.close()
 
-    async def _follow(self) -> None:
+    async def _poll_forever(self) -> None:
         while True:
             await asyncio.sleep(self._poll_seconds)
             try:
-                await self.look()
+                await self.poll()
             except (HalfbyteError, OSError) as error:
-                # The version in use goes on; a store that is away may come back.
-                log.warning("cannot follow %s: %s", self.model.name, error)
+                # The current version stays in use; the store may be reachable again later.
+                log.warning("cannot check the alias of %s: %s", self.model.name, error)
 
-    async def look(self) -> bool:
-        """Look once whether the alias has moved, and follow it.
+    async def poll(self) -> bool:
+        """Check once whether the alias has moved, and switch to its version.
 
         Returns:
             Whether another version is served now.
         """
-        async with self.changing:
-            return await self._look()
+        async with self.switch_lock:
+            return await self._poll()
 
-    async def _look(self) -> bool:
+    async def _poll(self) -> bool:
         model = self.model
         reference = f"{model.name}@{model.alias}"
         _, version = await asyncio.to_thread(model.store.resolve, reference)
         if version in (model.version, self._refused):
             return False
         try:
-            found = await asyncio.to_thread(_open, model.store, reference)
-            backend = await asyncio.to_thread(self._connect, str(found.folder))
+            next_model = await asyncio.to_thread(_open, model.store, reference)
+            backend = await asyncio.to_thread(self._connect, str(next_model.folder))
         except Exception as error:
             log.exception("cannot serve %s@%s", model.name, version[:SHORT])
             self._refused = version
-            self._tell("version refused", f"{model.name}@{version[:SHORT]}: {error}")
+            self.report("version refused", f"{model.name}@{version[:SHORT]}: {error}")
             return False
-        self.adopt(found, backend)
+        for name, reason in (await transfer_adapters(self._backend, backend)).items():
+            self.report("adapter lost", f"{name}: {reason}")
+        self.switch(next_model, backend)
         return True
 
-    def adopt(self, model: StoreModel, backend: Backend) -> None:
-        """Serve another version from now on; the one before is closed when it is idle."""
+    def switch(self, model: StoreModel, backend: Backend) -> None:
+        """Serve another version from now on; the previous one is closed when it is idle."""
         old, self._backend = self._backend, backend
-        before, self.model = self.model, model
-        self._tell("version changed", f"{before.reference} -> {model.reference}")
+        previous, self.model = self.model, model
+        self.report("version changed", f"{previous.reference} -> {model.reference}")
         task = asyncio.get_running_loop().create_task(self._retire(old))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
     async def _retire(self, old: Backend) -> None:
-        """Close a version after its last request: one on its way to it must not find it closed."""
+        """Close a version after its last request."""
         while self._running[id(old)]:
             await asyncio.sleep(IDLE_POLL_SECONDS)
         await old.close()
 
 
-class OpenModels:
-    """The models that a server opened beside its own, to be closed with it."""
+def find_current(backend: Backend) -> Backend:
+    """Return the backend that takes new requests: of a model in a store, its current version."""
+    return backend.current if isinstance(backend, StoreBackend) else backend
 
-    def __init__(self, connect: Connect, tell: Tell) -> None:
-        """Start with none.
+
+class OpenModels:
+    """Opens a server's further models (fallbacks, candidates, base), and closes them with it."""
+
+    def __init__(self, connect: Connect, report: Report) -> None:
+        """Start with no model.
 
         Args:
-            connect: Makes a backend of an address or a folder.
-            tell: Told what happens to versions of a store.
+            connect: Creates a backend for an address or a folder.
+            report: Called on events of models in a store, such as a version switch.
         """
         self._connect = connect
-        self._tell = tell
+        self._report = report
         self.owned: list[Backend] = []
 
-    def open(self, place: str, model: StoreModel | None = None) -> Backend:
+    def open(self, location: str, model: StoreModel | None = None) -> Backend:
         """Open a model.
 
         Args:
-            place: An address, a folder, or a reference to a store.
-            model: What the reference means, where that is known.
+            location: An address, a folder, or a store reference.
+            model: The resolved store reference, if it is known.
 
         Returns:
             The backend.
         """
         backend: Backend
-        if is_store_reference(place):
-            model = model or resolve_store_model(place)
+        if is_store_reference(location):
+            model = model or resolve_store_model(location)
             inner = self._connect(str(model.folder))
-            backend = StoreBackend(model, inner, self._connect, tell=self._tell)
+            backend = StoreBackend(model, inner, self._connect, report=self._report)
         else:
-            backend = self._connect(place)
+            backend = self._connect(location)
         self.owned.append(backend)
         return backend
 
     def release(self, backend: Backend) -> Backend:
-        """Leave a model to somebody else to close; gives it."""
+        """Transfer ownership of a model: the caller must close it."""
         self.owned.remove(backend)
         return backend
 
     async def close(self) -> None:
-        """Close all of them."""
+        """Close all owned models."""
         for backend in self.owned:
             await backend.close()
 
@@ -277,20 +288,20 @@ class OpenModels:
 def record_verdict(
     model: StoreModel, evidence: Mapping[str, Any], *, promote_to: str | None
 ) -> None:
-    """Attach a trial's evidence to a version, and promote it where the trial says so.
+    """Attach a trial's evidence to a version as its verdict, and promote the version if requested.
 
     Args:
         model: The candidate.
-        evidence: With a key "verdict".
-        promote_to: The alias to move; None: none.
+        evidence: The evidence, with a key "verdict".
+        promote_to: The alias to move to the version; None: no alias.
 
     Raises:
-        StoreError: The store does not take it.
+        StoreError: The store rejects the verdict or the promotion.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "verdict.json"
-        served = model.store.manifest(model.version).files
-        digests = {name: record.sha256 for name, record in served.items()}
+        files = model.store.manifest(model.version).files
+        digests = {name: record.sha256 for name, record in files.items()}
         content = {**evidence, "candidate_files": digests}
         path.write_text(json.dumps(content, indent=2), encoding="utf-8")
         reference = f"{model.name}@{model.version}"
@@ -298,5 +309,7 @@ def record_verdict(
         if promote_to is None:
             return
         if judged != "pass":
-            raise StoreError(f"{model.reference} is not promoted: its trial says {judged}.")
+            raise StoreError(
+                f"Cannot promote {model.reference}: the verdict of its trial is {judged}."
+            )
         model.store.promote(reference, promote_to)

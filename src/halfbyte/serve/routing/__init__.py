@@ -1,10 +1,10 @@
-"""Which model answers, and what happens where it cannot.
+"""Decides which model answers a request, and falls back to the next one if it fails.
 
 ::
 
-    Call ──router.py──> attempt.py (held back, watched, timed) ──> events
-              │             on a cause: the next model
-              ├─ breaker.py     a model that keeps failing is left alone
-              ├─ budget.py      of the larger model, and of second tries
+    Call ──router.py──> attempt.py (buffers, monitors, enforces timeouts) ──> events
+              │             on failure: the next model
+              ├─ breaker.py     stops sending requests to a model that keeps failing
+              ├─ budget.py      limits fallback and retries
               └─ confidence.py  a threshold from `halfbyte serve calibrate`
 """

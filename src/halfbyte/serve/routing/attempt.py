@@ -1,4 +1,4 @@
-"""One model's try at a request: held back as far as asked, watched, timed, cut off when late."""
+"""One model's attempt at a request: buffers its first tokens, monitors it, enforces timeouts."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ from dataclasses import dataclass, field, replace
 
 from halfbyte.errors import ServeError
 from halfbyte.serve.backend import Backend, Call, Delta, Event, Usage
-from halfbyte.serve.fault import Blame, find_blame
+from halfbyte.serve.fault import Fault, classify_error
 from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.routing.breaker import CircuitBreaker
 from halfbyte.serve.routing.confidence import Confidence
 from halfbyte.serve.time_limit import TimeLimit
 from halfbyte.serve.watch.monitors import find_failures
-from halfbyte.serve.watch.observation import Role, Seen
+from halfbyte.serve.watch.observation import AttemptRecord, Role
 
 log = logging.getLogger(__name__)
 
 IDLE_POLL_SECONDS = 0.05
 
 CLOSE_SECONDS = 5.0
-"""That a model may take to cancel a request."""
+"""Timeout for a model to cancel a request."""
 
 
 @dataclass(slots=True, eq=False)
 class Route:
-    """A model that may be asked, and what is known of its health."""
+    """A model that requests can be sent to, with its circuit breaker."""
 
     backend: Backend
     role: Role
     name: str
-    """Of the backend, made unique among those of one server."""
+    """The backend's name, made unique within the server."""
     breaker: CircuitBreaker = field(default_factory=CircuitBreaker)
     running: int = 0
-    """Attempts that have begun and are not closed."""
+    """Attempts that have started and are not closed."""
 
     async def retire(self) -> None:
-        """Close the model when its last attempt is over; nobody sends it new ones any more.
+        """Close the backend after its last attempt. No new attempts may be started.
 
-        A backend that is closed earlier may refuse a request that is on its way to it.
+        If it were closed earlier, it could refuse a request that has not reached it yet.
         """
         while self.running:
             await asyncio.sleep(IDLE_POLL_SECONDS)
@@ -49,17 +49,18 @@ class Route:
 
 
 @dataclass(slots=True, kw_only=True)
-class Demands:
-    """What an attempt must stand up to before its first event is let out."""
+class HoldBack:
+    """How much of an answer is buffered and checked before the client gets its first event."""
 
     tokens: int | None = 0
-    """So many are held back; None: the whole answer."""
+    """Number of tokens; None: the whole answer."""
     causes: frozenset[str] = frozenset()
+    """Failed checks that cause a fallback."""
     confidence: Confidence | None = None
 
 
 class Attempt:
-    """A request on its way through one model."""
+    """One request sent to one model."""
 
     def __init__(
         self,
@@ -67,151 +68,151 @@ class Attempt:
         call: Call,
         config: QualityConfig,
         *,
-        demands: Demands,
+        hold_back: HoldBack,
         clock: Callable[[], float],
     ) -> None:
-        """Start it; the breaker has let it through.
+        """Start the attempt. The route's breaker must have allowed it.
 
         Args:
-            route: Who is asked.
-            call: What is asked.
+            route: The model.
+            call: The request.
             config: The timeouts.
-            demands: What is held back and looked at.
-            clock: The time.
+            hold_back: What is buffered and checked.
+            clock: Returns monotonic seconds.
         """
         self.route = route
         route.running += 1
-        self.seen = Seen(backend=route.name, role=route.role, started=clock())
+        self.record = AttemptRecord(backend=route.name, role=route.role, started=clock())
         self.error: ServeError | None = None
-        self._demands = demands
+        self._hold_back = hold_back
         self._config = config
         self._clock = clock
-        self._held: deque[Event] = deque()
+        self._buffer: deque[Event] = deque()
         self._ended = False
-        self._settled = False
-        """Whether the breaker has been told."""
+        self._is_settled = False
+        """Whether the breaker has been given a result."""
         self._closed = False
         self._hides_logprobs = False
         self._call = self._adapt(call)
-        # Together: a moment later the backend may serve another version.
+        # Read together: a moment later the backend may have switched to another version.
         self.version = str(getattr(route.backend, "version", ""))
         self._events = route.backend.stream(self._call)
-        self._time = TimeLimit()
+        self._time_limit = TimeLimit()
 
     def _adapt(self, call: Call) -> Call:
-        """Name this model, and ask for logprobs where confidence needs them."""
+        """Use this model's name, and request logprobs if the confidence statistic needs them."""
         body = dict(call.body)
         models = self.route.backend.models
         if models and body.get("model") not in models:
             body["model"] = models[0]
-        confidence, asked = self._demands.confidence, body.get("logprobs")
+        confidence, requested = self._hold_back.confidence, body.get("logprobs")
         needed = confidence is not None and confidence.needs_logprobs
-        # 0 is an answer too: of the drawn tokens, and of no others.
-        if needed and (asked is None or asked is False):
+        # In a completion, 0 requests logprobs too: those of the sampled tokens only.
+        if needed and (requested is None or requested is False):
             body["logprobs"] = True if call.kind == "chat" else 1
             self._hides_logprobs = True
         return replace(call, body=body)
 
     @property
     def model(self) -> str:
-        """Its name as this model's server knows it, which some tell with their first answer."""
-        asked, known = str(self._call.body.get("model", "")), self.route.backend.models
-        return asked if asked in known or not known else known[0]
+        """The model's name at its own server, which may be known only after the first answer."""
+        requested, models = str(self._call.body.get("model", "")), self.route.backend.models
+        return requested if requested in models or not models else models[0]
 
-    async def hold(self) -> str:
-        """Read until enough is there to be sure of this answer.
+    async def fill_buffer(self) -> str:
+        """Read until enough of the answer is there to accept or reject it.
 
         Returns:
-            Why the next model should be asked: a cause; empty: nothing against this one. With
-            ``error``, ``timeout`` and ``overload`` the exception is in :attr:`error`.
+            The cause for a fallback to the next model; empty if there is none. For ``error``,
+            ``timeout`` and ``overload`` the exception is in :attr:`error`.
         """
-        limit = self._demands.tokens
+        limit = self._hold_back.tokens
         try:
             while not self._ended:
-                enough = limit is not None and self.seen.num_tokens >= limit
-                if self._held and enough and self._is_decided():
+                is_full = limit is not None and self.record.num_tokens >= limit
+                if self._buffer and is_full and self._is_confidence_known():
                     break
-                event = await self._next()
+                event = await self._read_event()
                 if event is not None:
-                    self._held.append(event)
+                    self._buffer.append(event)
         except ServeError as error:
             self.error = error
-            self._note(error)
-            return self.seen.cause
-        self.seen.cause = self._find_cause()
-        return self.seen.cause
+            self._record_error(error)
+            return self.record.cause
+        self.record.cause = self._find_cause()
+        return self.record.cause
 
-    def _is_decided(self) -> bool:
-        confidence = self._demands.confidence
+    def _is_confidence_known(self) -> bool:
+        """Return whether reading more tokens would not help to compute the confidence."""
+        confidence = self._hold_back.confidence
         if confidence is None or confidence.first_tokens is None:
             return True
-        return confidence.is_decided(self.seen) or not self._tells(confidence)
-
-    def _tells(self, confidence: Confidence) -> bool:
-        """Whether the model gives what confidence is computed of."""
-        return bool(self.seen.logprobs if confidence.needs_logprobs else self.seen.entropies)
+        values = self.record.logprobs if confidence.needs_logprobs else self.record.entropies
+        return confidence.has_enough_tokens(self.record) or not values
 
     def _find_cause(self) -> str:
-        demands = self._demands
-        if not demands.causes:
+        """Return why the buffered answer is rejected; empty if it is accepted."""
+        hold_back = self._hold_back
+        if not hold_back.causes:
             return ""
-        for failure in find_failures(self._call, self.seen, whole=self._ended):
-            if failure in demands.causes:
+        for failure in find_failures(self._call, self.record, whole=self._ended):
+            if failure in hold_back.causes:
                 return f"check:{failure}"
-        confidence = demands.confidence
-        if confidence is not None and (self._ended or confidence.is_decided(self.seen)):
-            return "confidence" if confidence.doubts(self.seen) else ""
+        confidence = hold_back.confidence
+        if confidence is not None and (self._ended or confidence.has_enough_tokens(self.record)):
+            return "confidence" if confidence.is_unsure(self.record) else ""
         return ""
 
     async def next(self) -> Event | None:
-        """Let out what was held back, then what follows.
+        """Return the next event, those in the buffer first.
 
         Returns:
-            The next event; None at the end.
+            The event; None at the end.
 
         Raises:
-            ServeError: The model failed, or was late.
+            ServeError: The model failed or timed out.
         """
-        self.seen.cause = ""
-        if self._held:
-            return self._held.popleft()
+        self.record.cause = ""
+        if self._buffer:
+            return self._buffer.popleft()
         if self._ended:
             return None
         try:
-            return await self._next()
+            return await self._read_event()
         except ServeError as error:
-            self._note(error)
+            self._record_error(error)
             raise
 
-    def _note(self, error: ServeError) -> None:
-        """Note whose fault an error is; the breaker is told of the model's own only."""
-        self.seen.cause, self.seen.blame = find_blame(error)
-        if self.seen.blame is Blame.OURS:
+    def _record_error(self, error: ServeError) -> None:
+        """Record an error's cause and fault; only faults of the model count for the breaker."""
+        self.record.cause, self.record.fault = classify_error(error)
+        if self.record.fault is Fault.MODEL:
             self._settle(failed=True)
 
-    async def _next(self) -> Event | None:
-        """Give the next event; None at the end."""
-        limit, what = self._limit()
-        late = None if limit is None else asyncio.get_running_loop().time() + limit
+    async def _read_event(self) -> Event | None:
+        """Read the model's next event; None at the end."""
+        seconds, subject = self._find_timeout()
+        loop = asyncio.get_running_loop()
+        deadline = None if seconds is None else loop.time() + seconds
         try:
-            event = await self._time.wait(anext(self._events), late)
+            event = await self._time_limit.wait(anext(self._events), deadline)
         except StopAsyncIteration:
             self._end()
             return None
         except ServeError:
             raise
         except TimeoutError as error:
-            if not self._time.is_over:
-                raise self._failed(error) from error
-            raise self._late(limit, what) from error
+            if not self._time_limit.has_expired:
+                raise self._make_failure(error) from error
+            raise self._make_timeout(seconds, subject) from error
         except Exception as error:
-            # A backend is somebody else's code: whatever it raises, another one may still answer.
-            raise self._failed(error) from error
-        if self.seen.first is None and self.route.breaker.state == "half-open":
+            # A backend may raise anything; another one may still answer.
+            raise self._make_failure(error) from error
+        if self.record.first is None and self.route.breaker.state == "half-open":
             self._settle(failed=False)
-        self.seen.feed(event, self._clock())
+        self.record.add(event, self._clock())
         if type(event) is Usage:
-            # Before it is passed on: to a client it is the end.
+            # Checked before it is passed on: for the client this is the end of the answer.
             self._check_finished()
         if self._hides_logprobs and type(event) is Delta and event.logprobs is not None:
             return replace(event, logprobs=None)
@@ -219,89 +220,94 @@ class Attempt:
 
     def _end(self) -> None:
         self._ended = True
-        self.seen.ended = self._clock()
+        self.record.ended = self._clock()
         self._check_finished()
         self._settle(failed=False)
 
     def _check_finished(self) -> None:
-        """Raise where the answer has no end."""
-        if not self.seen.finished:
+        """Raise if no choice of the answer was finished."""
+        if not self.record.finished:
             raise ServeError(
-                f"The model behind '{self.seen.backend}' stopped after {self.seen.num_tokens} "
-                "tokens without finishing its answer. Try again.",
+                f"The model behind '{self.record.backend}' stopped after "
+                f"{self.record.num_tokens} tokens without finishing its answer. Try again.",
                 status=502,
                 kind="server_error",
                 code="incomplete_answer",
             )
 
-    def _limit(self) -> tuple[float | None, str]:
-        """Give the seconds that the next event may take, and what ends with them."""
+    def _find_timeout(self) -> tuple[float | None, str]:
+        """Return the seconds allowed for the next event, and which limit that is."""
         config, now = self._config, self._clock()
-        waits = config.first_token_timeout if self.seen.first is None else config.idle_timeout
-        limits = [(waits, "first token" if self.seen.first is None else "next token")]
+        if self.record.first is None:
+            limits = [(config.first_token_timeout, "first token")]
+        else:
+            limits = [(config.idle_timeout, "next token")]
         if config.answer_timeout is not None:
-            limits.append((config.answer_timeout - (now - self.seen.started), "whole answer"))
+            elapsed = now - self.record.started
+            limits.append((config.answer_timeout - elapsed, "whole answer"))
         left = self._call.seconds_left
         if left is not None:
             limits.append((left, "deadline"))
         return min(limits)
 
-    def _late(self, limit: float | None, what: str) -> ServeError:
-        if what == "deadline":
+    def _make_timeout(self, seconds: float | None, subject: str) -> ServeError:
+        if subject == "deadline":
             return ServeError(
-                "The answer was not finished before the request's deadline, after "
-                f"{self.seen.num_tokens} tokens. Ask for fewer tokens or allow more time.",
+                "The request's deadline passed before the answer was complete, after "
+                f"{self.record.num_tokens} tokens. Request fewer tokens or allow more time.",
                 status=408,
                 kind="timeout_error",
                 code="deadline_exceeded",
             )
         return ServeError(
-            f"The model behind '{self.seen.backend}' took too long for the {what}: more than "
-            f"{limit:.3g} s, after {self.seen.num_tokens} tokens. Try again later.",
+            f"Timed out waiting for the {subject} from the model behind '{self.record.backend}': "
+            f"more than {seconds:.3g} s, after {self.record.num_tokens} tokens. Try again later.",
             status=504,
             kind="server_error",
             code="timeout",
         )
 
-    def _failed(self, error: Exception) -> ServeError:
-        log.error("backend %s failed: %r", self.seen.backend, error, exc_info=error)
+    def _make_failure(self, error: Exception) -> ServeError:
+        log.error("backend %s failed: %r", self.record.backend, error, exc_info=error)
         return ServeError(
-            f"The model behind '{self.seen.backend}' failed. Try again.",
+            f"The model behind '{self.record.backend}' failed. Try again.",
             status=500,
             kind="server_error",
             code="backend_failure",
         )
 
     def _settle(self, *, failed: bool) -> None:
-        """Tell the breaker, once."""
-        if not self._settled or failed:
-            (self.route.breaker.fail if failed else self.route.breaker.succeed)()
-        self._settled = True
+        """Give the breaker this attempt's result: success once, failure always."""
+        if failed:
+            self.route.breaker.record_failure()
+        elif not self._is_settled:
+            self.route.breaker.record_success()
+        self._is_settled = True
 
     async def close(self) -> None:
-        """Cancel what still runs."""
+        """Cancel the attempt if it is still running."""
         if self._closed:
             return
         self._closed = True
-        self._time.close()
+        self._time_limit.close()
         try:
             await self._close()
         finally:
             self.route.running -= 1
 
     async def _close(self) -> None:
-        if not self._settled:
-            self.route.breaker.leave()
-            self._settled = True
-        if not (self._ended or self.seen.usage or self.seen.cause):
-            # Nothing was wrong with it: nobody waits for the rest.
-            self.seen.blame = Blame.CLIENT
-        if self.seen.ended is None:
-            self.seen.ended = self._clock()
+        if not self._is_settled:
+            self.route.breaker.release()
+            self._is_settled = True
+        if not (self._ended or self.record.usage or self.record.cause):
+            # The model did nothing wrong: the client disconnected.
+            self.record.fault = Fault.CLIENT
+        if self.record.ended is None:
+            self.record.ended = self._clock()
         if not self._ended:
             try:
                 async with asyncio.timeout(CLOSE_SECONDS):
                     await self._events.aclose()
             except Exception:
-                # What the model does with the work is its own affair; the client has its answer.
-                log.exception("backend %s could not cancel a request", self.seen.backend)
+                # The client has its answer; a failed cancellation must not fail the request.
+                log.exception("backend %s could not cancel a request", self.record.backend)

@@ -1,9 +1,9 @@
-"""A circuit breaker: a model that keeps failing is left alone, then tried with one request.
+"""A circuit breaker: a model that keeps failing gets no requests for a while, then one to test it.
 
 ::
 
-    closed ──failures in a row──> open ──after a while──> half-open ──success──> closed
-                                    ^──────────────────────── failure, twice the while
+    closed ──consecutive failures──> open ──pause──> half-open ──success──> closed
+                                      ^──────────────── failure, twice the pause
 
 Source:
     Nygard 2018, "Release It!", second edition, chapter 5.
@@ -17,15 +17,15 @@ from typing import Literal
 
 State = Literal["closed", "open", "half-open"]
 
-LONGEST = 16
-"""Times the first pause; a model that is back is found within so long."""
+MAX_PAUSE_FACTOR = 16
+"""The longest pause, as a multiple of the first one."""
 
 Clock = Callable[[], float]
-"""Seconds that only go forward: the time of day may jump and does not matter."""
+"""Returns monotonic seconds, like :func:`time.monotonic`."""
 
 
 class CircuitBreaker:
-    """Whether a model may be asked now."""
+    """Decides whether requests may be sent to one model."""
 
     def __init__(
         self, *, failures: int = 5, seconds: float = 5.0, clock: Clock = time.monotonic
@@ -33,62 +33,65 @@ class CircuitBreaker:
         """Start closed.
 
         Args:
-            failures: In a row, until it opens.
-            seconds: First pause; it doubles with every failed try.
-            clock: The time.
+            failures: Consecutive failures that open it.
+            seconds: The first pause; it doubles each time the test request fails.
+            clock: Returns monotonic seconds.
         """
-        self._limit = failures
-        self._seconds = seconds
+        self._max_failures = failures
+        self._first_pause = seconds
         self._clock = clock
         self._failures = 0
         self._pause = seconds
-        self._until: float | None = None
-        """End of the pause; None: closed."""
-        self._trying = False
+        self._open_until: float | None = None
+        """End of the pause; None while closed."""
+        self._is_testing = False
+        """Whether a test request is running."""
 
     @property
     def state(self) -> State:
-        """Where it stands."""
-        if self._until is None:
+        """The current state."""
+        if self._open_until is None:
             return "closed"
-        return "open" if self._clock() < self._until else "half-open"
+        return "open" if self._clock() < self._open_until else "half-open"
 
     @property
     def seconds_left(self) -> float:
-        """Until it lets a request try; 0 where one may."""
-        return 0.0 if self._until is None else max(0.0, self._until - self._clock())
+        """Seconds until a test request is allowed; 0 if one is allowed now."""
+        return 0.0 if self._open_until is None else max(0.0, self._open_until - self._clock())
 
     @property
-    def allows(self) -> bool:
-        """Whether :meth:`enter` would let a request through."""
-        return self._until is None or (not self._trying and self._clock() >= self._until)
+    def allows_request(self) -> bool:
+        """Whether :meth:`try_acquire` would allow a request."""
+        return self._open_until is None or (
+            not self._is_testing and self._clock() >= self._open_until
+        )
 
-    def enter(self) -> bool:
-        """Ask to send a request; where it is allowed, one of the three below must follow.
+    def try_acquire(self) -> bool:
+        """Ask to send a request; if allowed, call one of the three methods below when it ends.
 
         Returns:
-            Whether it is allowed. Half-open, only one at a time is.
+            Whether the request may be sent. While half-open, only one at a time may.
         """
-        if not self.allows:
+        if not self.allows_request:
             return False
-        self._trying = self._until is not None
+        self._is_testing = self._open_until is not None
         return True
 
-    def succeed(self) -> None:
-        """Note that the model answered."""
-        self._failures, self._until, self._trying = 0, None, False
-        self._pause = self._seconds
+    def record_success(self) -> None:
+        """Record that the model answered, and close."""
+        self._failures, self._open_until, self._is_testing = 0, None, False
+        self._pause = self._first_pause
 
-    def fail(self) -> None:
-        """Note that the model failed; what the request is to blame for is no failure."""
+    def record_failure(self) -> None:
+        """Record a failure of the model. Errors caused by the request do not count as failures."""
         self._failures += 1
-        if self._trying:
-            self._pause = min(2 * self._pause, LONGEST * self._seconds)
-            self._until = self._clock() + self._pause
-            self._trying = False
-        elif self._until is None and self._failures >= self._limit:
-            self._until = self._clock() + self._pause
+        if self._is_testing:
+            self._pause = min(2 * self._pause, MAX_PAUSE_FACTOR * self._first_pause)
+            self._open_until = self._clock() + self._pause
+            self._is_testing = False
+        elif self._open_until is None and self._failures >= self._max_failures:
+            self._open_until = self._clock() + self._pause
 
-    def leave(self) -> None:
-        """Note that the request ended without telling anything, such as by its client."""
-        self._trying = False
+    def release(self) -> None:
+        """Record that the request ended without a result, such as when its client disconnected."""
+        self._is_testing = False

@@ -1,4 +1,4 @@
-"""How much may be spent on other models: per minute and day, and on second tries."""
+"""Limits on fallback (requests and tokens per minute and per day) and on retries."""
 
 from __future__ import annotations
 
@@ -13,73 +13,75 @@ from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.routing.breaker import Clock
 
 MINUTE, DAY = 60.0, 86_400.0
-PARTS = 60
-"""Of a window: what was spent leaves it in so many steps."""
+NUM_SLOTS = 60
+"""Slots of a sliding window. Spending expires one slot at a time."""
 
 RETRY_RESERVE = 64.0
-"""Second tries that are there at once, so that a failure under a burst of requests loses none."""
+"""Retries available at the start, so that a failure during a burst of requests loses none."""
 
 
 class SpendingWindow:
-    """What was spent in the last so many seconds, against a limit."""
+    """A sliding window of what was spent, with a limit."""
 
     def __init__(self, limit: int | None, seconds: float, clock: Clock = time.monotonic) -> None:
         """Start with nothing spent.
 
         Args:
-            limit: None: no limit.
-            seconds: Length.
-            clock: The time.
+            limit: The most that may be spent within the window; None: no limit.
+            seconds: Length of the window.
+            clock: Returns monotonic seconds.
         """
         self._limit = limit
-        self._part = seconds / PARTS
+        self._slot_seconds = seconds / NUM_SLOTS
         self._clock = clock
-        self._spent: deque[list[float]] = deque()
-        """[number of the part, amount], oldest first."""
+        self._slots: deque[list[float]] = deque()
+        """[slot number, amount], oldest first."""
         self._total = 0.0
 
     @property
     def spent(self) -> float:
-        """In the window that ends now."""
-        first = math.floor(self._clock() / self._part) - PARTS
-        while self._spent and self._spent[0][0] <= first:
-            self._total -= self._spent.popleft()[1]
+        """What was spent in the window that ends now."""
+        last_expired = math.floor(self._clock() / self._slot_seconds) - NUM_SLOTS
+        while self._slots and self._slots[0][0] <= last_expired:
+            self._total -= self._slots.popleft()[1]
         return self._total
 
     @property
     def has_left(self) -> bool:
-        """Whether something is left."""
+        """Whether the limit is not reached."""
         return self._limit is None or self.spent < self._limit
 
     def spend(self, amount: float, *, seconds_ago: float = 0.0) -> None:
-        """Note that something was spent; what was spent longer ago is noted first."""
-        part = math.floor((self._clock() - seconds_ago) / self._part)
-        if not self._spent or self._spent[-1][0] != part:
-            self._spent.append([part, 0.0])
-        self._spent[-1][1] += amount
+        """Record spending. Past spending must be recorded oldest first."""
+        slot = math.floor((self._clock() - seconds_ago) / self._slot_seconds)
+        if not self._slots or self._slots[-1][0] != slot:
+            self._slots.append([slot, 0.0])
+        self._slots[-1][1] += amount
         self._total += amount
 
     def ages(self) -> list[tuple[float, float]]:
-        """Give what counts in the window that ends now: (seconds ago, amount), oldest first."""
+        """Return the spending within the window as (seconds ago, amount), oldest first."""
         if not self.spent:
             return []
         now = self._clock()
-        return [(now - part * self._part, amount) for part, amount in self._spent]
+        return [(now - slot * self._slot_seconds, amount) for slot, amount in self._slots]
 
 
 @dataclass(frozen=True, slots=True)
 class FallbackBudget:
-    """Requests and tokens that the larger model may take.
+    """The requests and tokens that fallback models may use.
 
-    A request that has begun is finished: the tokens of the last ones may go over the limit.
+    A request that has started is always finished, so the last ones may exceed the token limit.
     """
 
     requests: tuple[SpendingWindow, SpendingWindow]
+    """Per minute and per day."""
     tokens: tuple[SpendingWindow, SpendingWindow]
+    """Per minute and per day."""
 
     @classmethod
-    def of(cls, config: QualityConfig, clock: Clock = time.monotonic) -> FallbackBudget:
-        """Make the budget that the settings give."""
+    def from_config(cls, config: QualityConfig, clock: Clock = time.monotonic) -> FallbackBudget:
+        """Create the budget that the settings define."""
         return cls(
             requests=(
                 SpendingWindow(config.fallback_requests_per_minute, MINUTE, clock),
@@ -93,41 +95,41 @@ class FallbackBudget:
 
     @property
     def has_left(self) -> bool:
-        """Whether one more request may be sent."""
+        """Whether another request may be sent to a fallback model."""
         return all(window.has_left for window in self._windows)
 
     def spend_request(self) -> None:
-        """Note a request as it is sent."""
+        """Record a request when it is sent."""
         for window in self.requests:
             window.spend(1)
 
     def spend_tokens(self, count: int) -> None:
-        """Note the tokens that one took."""
+        """Record the prompt and completion tokens of a request."""
         for window in self.tokens:
             window.spend(count)
 
     def state(self, now: float) -> dict[str, Any]:
-        """Give what was spent, for a restart to go on from.
+        """Return what was spent, so that it can be saved for a restart.
 
         Args:
-            now: The time of day, in seconds: the other clock begins anew with a machine.
+            now: Unix time in seconds. The monotonic clock does not survive a reboot.
 
         Returns:
-            Plain values.
+            JSON-serializable values.
         """
         return {"time": now, "spent": [window.ages() for window in self._windows]}
 
     def restore(self, state: Mapping[str, Any], now: float) -> None:
-        """Take back what was spent before.
+        """Restore what was spent before a restart.
 
         Args:
-            state: Of :meth:`state`.
-            now: The time of day. Where it was set back, no time has passed.
+            state: From :meth:`state`.
+            now: Unix time in seconds. If it was set back, no time counts as elapsed.
         """
-        passed = max(0.0, now - float(state["time"]))
+        elapsed = max(0.0, now - float(state["time"]))
         for window, spent in zip(self._windows, state["spent"], strict=True):
             for seconds_ago, amount in spent:
-                window.spend(float(amount), seconds_ago=float(seconds_ago) + passed)
+                window.spend(float(amount), seconds_ago=float(seconds_ago) + elapsed)
 
     @property
     def _windows(self) -> tuple[SpendingWindow, ...]:
@@ -135,30 +137,30 @@ class FallbackBudget:
 
 
 class RetryBudget:
-    """Second tries as a share of requests: when everything fails, load does not double.
+    """Limits retries to a share of the requests, so that an outage does not double the load.
 
     Source:
-        Finagle's RetryBudget: a token bucket that every request puts a share into.
+        Finagle's RetryBudget: a token bucket to which each request adds a share.
     """
 
     def __init__(self, share: float) -> None:
         """Start with the reserve.
 
         Args:
-            share: That each request adds.
+            share: Retries that each request adds.
         """
         self._share = share
         self._left = RETRY_RESERVE if share else 0.0
 
     def add_request(self) -> None:
-        """Note a request."""
+        """Record a request."""
         self._left = min(RETRY_RESERVE, self._left + self._share)
 
-    def take(self) -> bool:
-        """Take one second try.
+    def try_spend(self) -> bool:
+        """Spend one retry.
 
         Returns:
-            Whether there was one.
+            Whether one was left.
         """
         if self._left < 1:
             return False

@@ -1,4 +1,4 @@
-"""Was the model sure of its answer? One number per answer, and a threshold from a comparison."""
+"""Measures how confident a model was in an answer, and compares it with a calibrated threshold."""
 
 from __future__ import annotations
 
@@ -9,50 +9,53 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import ConfigError
-from halfbyte.serve.watch.observation import Seen
+from halfbyte.serve.watch.observation import AttemptRecord
 
 STATISTICS = ("mean_logprob", "sum_logprob", "least_logprob", "mean_entropy")
-"""Of the drawn tokens, or of the distributions that they were drawn from; in nats."""
+"""Computed from the log-probabilities of the sampled tokens, or the entropies of the distributions
+they were sampled from; in nats."""
 
-FORM = 1
-"""Of the file; another one is not read."""
+FORMAT_VERSION = 1
+"""Version of the file format."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Confidence:
-    """What counts as sure."""
+    """A confidence statistic and the threshold that separates confident from unsure answers."""
 
     statistic: str
     threshold: float
-    """An answer is unsure with logprobs below it, or an entropy above it."""
+    """An answer is unsure if its log-probability is below this, or its entropy above it."""
     first_tokens: int | None = None
-    """How many tokens count, from the first; None: all of the answer."""
+    """Number of leading tokens that the statistic uses; None: the whole answer."""
 
-    def value(self, seen: Seen) -> float | None:
-        """Give an answer's confidence; None where the model told nothing."""
-        return measure_confidence(self.statistic, self.first_tokens, seen.logprobs, seen.entropies)
+    def measure(self, record: AttemptRecord) -> float | None:
+        """Return an answer's confidence; None if the model reported no values."""
+        return measure_confidence(
+            self.statistic, self.first_tokens, record.logprobs, record.entropies
+        )
 
-    def doubts(self, seen: Seen) -> bool:
-        """Tell whether an answer is not sure enough."""
-        found = self.value(seen)
-        if found is None:
+    def is_unsure(self, record: AttemptRecord) -> bool:
+        """Return whether an answer's confidence is beyond the threshold. Unknown is not unsure."""
+        value = self.measure(record)
+        if value is None:
             return False
-        return found < self.threshold if self.needs_logprobs else found > self.threshold
+        return value < self.threshold if self.needs_logprobs else value > self.threshold
 
     @property
     def needs_logprobs(self) -> bool:
-        """Whether a model must be asked for logprobs."""
+        """Whether the model must be asked for log-probabilities."""
         return self.statistic != "mean_entropy"
 
-    def is_decided(self, seen: Seen) -> bool:
-        """Tell whether enough of an answer is there, before it is complete."""
-        values = seen.logprobs if self.needs_logprobs else seen.entropies
+    def has_enough_tokens(self, record: AttemptRecord) -> bool:
+        """Return whether a partial answer has all tokens that the statistic uses."""
+        values = record.logprobs if self.needs_logprobs else record.entropies
         return self.first_tokens is not None and len(values) >= self.first_tokens
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain values for JSON."""
+        """Return JSON-serializable values."""
         return {
-            "form": FORM,
+            "form": FORMAT_VERSION,
             "statistic": self.statistic,
             "threshold": self.threshold,
             "first_tokens": self.first_tokens,
@@ -65,16 +68,16 @@ def measure_confidence(
     logprobs: Sequence[float],
     entropies: Sequence[float],
 ) -> float | None:
-    """Give one figure for how sure a model was.
+    """Compute a confidence statistic.
 
     Args:
         statistic: One of ``STATISTICS``.
-        first_tokens: How many count; None: all.
-        logprobs: Of the drawn tokens.
-        entropies: Of their distributions.
+        first_tokens: Number of leading tokens to use; None: all.
+        logprobs: Log-probability of each sampled token.
+        entropies: Entropy of each token's distribution.
 
     Returns:
-        The figure in nats; None where there is nothing to take it of.
+        The statistic in nats; None if there are no values.
     """
     values = (entropies if statistic == "mean_entropy" else logprobs)[:first_tokens]
     if not values:
@@ -89,33 +92,33 @@ def measure_confidence(
 
 
 def read_confidence(path: Path) -> Confidence:
-    """Read what `halfbyte serve calibrate` wrote.
+    """Read the file that `halfbyte serve calibrate` writes.
 
     Args:
         path: The file.
 
     Returns:
-        The threshold.
+        The statistic and its threshold.
 
     Raises:
-        ConfigError: It is no such file.
+        ConfigError: The file cannot be read, or has another format.
     """
     try:
         values = json.loads(path.read_bytes())
-        found = Confidence(
+        confidence = Confidence(
             statistic=values["statistic"],
             threshold=float(values["threshold"]),
             first_tokens=values["first_tokens"],
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"Cannot read thresholds from '{path}': {error!r}. Write it with `halfbyte serve "
-            "calibrate`."
-        ) from error
-    if values.get("form") != FORM or found.statistic not in STATISTICS:
-        raise ConfigError(
-            f"'{path}' has thresholds of form {values.get('form')} for {found.statistic!r}; this "
-            f"version reads form {FORM} for {' or '.join(STATISTICS)}. Write it anew with "
+            f"Cannot read a confidence threshold from '{path}': {error!r}. Create the file with "
             "`halfbyte serve calibrate`."
+        ) from error
+    if values.get("form") != FORMAT_VERSION or confidence.statistic not in STATISTICS:
+        raise ConfigError(
+            f"Cannot use '{path}': it has format {values.get('form')} and the statistic "
+            f"{confidence.statistic!r}; this version reads format {FORMAT_VERSION} and "
+            f"{' or '.join(STATISTICS)}. Create it again with `halfbyte serve calibrate`."
         )
-    return found
+    return confidence

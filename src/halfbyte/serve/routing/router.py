@@ -1,10 +1,10 @@
-"""The way of a request: which model is asked first, and which next where that was not good enough.
+"""Chooses the model that answers a request, and the next one if it fails.
 
-Usually the primary model. A canary gets its share, a critical request goes to the larger model at
-once. An attempt that fails before its first token is out, or whose held-back beginning (of an
-answer that is not streamed: all of it) does not pass the checks, is followed by the next model. An
-answer that only failed a check stays at hand until another one has begun, and is given after all
-where no other model can.
+Usually the primary model is asked first. A canary gets its share of the requests; a critical
+request goes to the fallback model first. If an attempt fails before the client got a token, or its
+buffered beginning (for an answer that is not streamed: all of it) fails a check, the next model is
+asked. An answer that only failed a check is kept until another model has started to answer, and is
+given to the client if no other model can.
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ from typing import Protocol
 
 from halfbyte.errors import ServeError
 from halfbyte.serve.backend import Backend, Call, Event, Served
-from halfbyte.serve.fault import Blame
+from halfbyte.serve.fault import Fault
 from halfbyte.serve.quality_config import QualityConfig
-from halfbyte.serve.routing.attempt import Attempt, Demands, Route
+from halfbyte.serve.routing.attempt import Attempt, HoldBack, Route
 from halfbyte.serve.routing.breaker import CircuitBreaker, Clock
 from halfbyte.serve.routing.budget import FallbackBudget, RetryBudget
 from halfbyte.serve.routing.confidence import Confidence
 from halfbyte.serve.watch.monitors import find_failures
-from halfbyte.serve.watch.observation import Observation, Role, Seen
+from halfbyte.serve.watch.observation import AttemptRecord, Observation, Role
 
 log = logging.getLogger(__name__)
 
 CRITICAL = "critical"
 CLIENT_LEFT = 499
-"""nginx's number for a client that closed the connection."""
+"""nginx's status for a client that closed the connection."""
 
 Observer = Callable[[Observation], None]
-"""Told of every request when it is over. Must be quick."""
+"""Called with each finished request, on the event loop: it must return quickly."""
 
 
 class Rollout(Protocol):
-    """Who decides whether a candidate answers."""
+    """Decides which requests a candidate model answers."""
 
     def pick(self, call: Call) -> bool:
-        """Tell whether this request goes to the candidate."""
+        """Return whether this request goes to the candidate."""
 
 
 class Router:
-    """Answers calls, by whichever model can."""
+    """Answers requests with the first model that can."""
 
     def __init__(
         self,
@@ -55,34 +55,35 @@ class Router:
         observers: Sequence[Observer] = (),
         clock: Clock = time.monotonic,
     ) -> None:
-        """Put the models in order.
+        """Set up the models.
 
         Args:
             primary: Asked first.
             fallbacks: Asked next, in this order.
-            config: When, and how much.
-            confidence: What counts as sure; None: nobody asks.
-            observers: Told of every request when it is over.
-            clock: The time; never that of day.
+            config: Causes for a fallback, timeouts and budgets.
+            confidence: Threshold for confident answers; None: confidence is not checked.
+            observers: Called with each finished request.
+            clock: Returns monotonic seconds.
         """
         self.config = config or QualityConfig()
         self._clock = clock
         self._confidence = confidence if "confidence" in self.config.fallback_on else None
         self._causes = frozenset(self.config.fallback_on)
         self._observers = list(observers)
-        self.budget = FallbackBudget.of(self.config, clock)
-        # Apart: answers that fail a check must not use up what saves requests from an outage.
-        self._retries = {fault: RetryBudget(self.config.retry_share) for fault in (False, True)}
-        self._primary = self._route(primary, "primary", [])
+        self.budget = FallbackBudget.from_config(self.config, clock)
+        # Two budgets, so that failed checks do not use up the retries that an outage needs.
+        self._error_retries = RetryBudget(self.config.retry_share)
+        self._check_retries = RetryBudget(self.config.retry_share)
+        self._primary = self._make_route(primary, "primary", [])
         self._fallbacks: list[Route] = []
         for backend in fallbacks:
             others = [self._primary, *self._fallbacks]
-            self._fallbacks.append(self._route(backend, "fallback", others))
+            self._fallbacks.append(self._make_route(backend, "fallback", others))
         self._canary: Route | None = None
         self._rollout: Rollout | None = None
 
-    def _route(self, backend: Backend, role: Role, others: Sequence[Route]) -> Route:
-        """Give a model a breaker and a name that none of the others has."""
+    def _make_route(self, backend: Backend, role: Role, others: Sequence[Route]) -> Route:
+        """Give a model a circuit breaker and a name that none of the others has."""
         breaker = CircuitBreaker(
             failures=self.config.breaker_failures,
             seconds=self.config.breaker_seconds,
@@ -94,102 +95,103 @@ class Router:
 
     @property
     def routes(self) -> list[Route]:
-        """Every model that may be asked, the primary first."""
+        """All models: the primary, the canary if there is one, the fallbacks."""
         return [self._primary, *([self._canary] if self._canary else []), *self._fallbacks]
 
     def add_observer(self, observer: Observer) -> None:
-        """Tell one more of every request."""
+        """Call another observer with each finished request."""
         self._observers.append(observer)
 
     def set_primary(self, backend: Backend) -> Route:
-        """Ask another model first from now on; requests on their way are not touched.
+        """Replace the primary model for new requests; running ones are not affected.
 
         Args:
-            backend: The new one.
+            backend: The new primary model.
 
         Returns:
-            The old one, to be retired.
+            The route of the old one, which the caller must retire.
         """
         old = self._primary
-        self._primary = self._route(backend, "primary", self.routes[1:])
+        self._primary = self._make_route(backend, "primary", self.routes[1:])
         return old
 
     def set_canary(self, backend: Backend | None, rollout: Rollout | None = None) -> None:
-        """Let a candidate answer some requests; None: no more."""
+        """Let a candidate answer some of the requests; None ends that."""
         others = [self._primary, *self._fallbacks]
-        self._canary = None if backend is None else self._route(backend, "canary", others)
+        self._canary = None if backend is None else self._make_route(backend, "canary", others)
         self._rollout = rollout
 
     async def stream(self, call: Call, served: Served) -> AsyncGenerator[Event, None]:
-        """Answer a call.
+        """Answer a request.
 
         Args:
-            call: What is asked.
+            call: The request.
             served: Filled in before the first event.
 
         Yields:
             The answer's events.
 
         Raises:
-            ServeError: No model can answer; after the first event, the one that began failed.
+            ServeError: No model can answer, or the model failed after the first event.
         """
-        seen = Observation(call=call, served=served, started=self._clock())
+        observation = Observation(call=call, served=served, started=self._clock())
         attempt: Attempt | None = None
         try:
-            attempt = await self._choose(seen)
-            served.backend, served.model = attempt.seen.backend, attempt.model
+            attempt = await self._choose_attempt(observation)
+            served.backend, served.model = attempt.record.backend, attempt.model
             served.version = attempt.version
-            seen.first = self._clock()
+            observation.first = self._clock()
             while (event := await attempt.next()) is not None:
                 yield event
         except ServeError as error:
-            seen.status, seen.error = error.status, str(error)
+            observation.status, observation.error = error.status, str(error)
             raise
         except BaseException:
-            # Cancelled, or the generator was closed: nobody waits for the rest.
-            if attempt is None or attempt.seen.usage is None:
-                seen.status = CLIENT_LEFT
+            # Cancelled, or the generator was closed: the client disconnected.
+            if attempt is None or attempt.record.usage is None:
+                observation.status = CLIENT_LEFT
             raise
         finally:
             if attempt is not None:
                 await attempt.close()
-            self._finish(seen)
+            self._finish(observation)
 
-    async def _choose(self, seen: Observation) -> Attempt:
-        """Give the attempt that the client gets, its beginning checked; the others are closed."""
-        call, served = seen.call, seen.served
-        routes = self._order(seen)
-        for retries in self._retries.values():
-            retries.add_request()
+    async def _choose_attempt(self, observation: Observation) -> Attempt:
+        """Return the attempt whose answer the client gets; all others are closed."""
+        call, served = observation.call, observation.served
+        routes = self._order_routes(observation)
+        self._error_retries.add_request()
+        self._check_retries.add_request()
         kept: Attempt | None = None
         first_error: ServeError | None = None
-        candidates_error: ServeError | None = None
+        canary_error: ServeError | None = None
         cause = served.reason
         attempt: Attempt | None = None
         try:
             for number, route in enumerate(routes):
                 attempt = None
-                why_not = self._blocked(route, seen.attempts)
-                if why_not:
-                    served.notes.append(f"{route.role} {route.name} not asked: {why_not}")
-                    cause = why_not if cause in ("", CRITICAL) else cause
+                blocked_by = self._acquire(route, observation.attempts)
+                if blocked_by:
+                    served.notes.append(f"{route.role} {route.name} not asked: {blocked_by}")
+                    cause = blocked_by if cause in ("", CRITICAL) else cause
                     continue
-                # An error of a later model hides neither the first one's nor its answer.
-                seen_before = first_error is not None or kept is not None
-                attempt = self._start(seen, route, has_next=number + 1 < len(routes))
-                found = await attempt.hold()
-                if not self._goes_on(attempt) and not (attempt.error and seen_before):
+                # An error of a later model hides neither the first one's error nor its answer.
+                has_earlier_result = first_error is not None or kept is not None
+                has_next = number + 1 < len(routes)
+                attempt = self._start_attempt(observation, route, has_next=has_next)
+                found = await attempt.fill_buffer()
+                if not self._needs_fallback(attempt) and not (attempt.error and has_earlier_result):
                     if attempt.error is not None:
                         raise attempt.error
-                    served.reason = self._reason(route, routes, cause)
+                    served.reason = self._find_reason(route, routes, cause)
                     if kept is not None:
                         await kept.close()
                     return attempt
                 log.info("%s: %s by %s", call.id, found, route.name)
                 cause = found
                 if route.role == "canary":
-                    # The client is not told that there was one, where another model can be asked.
-                    candidates_error = attempt.error
+                    # Clients do not see a canary's error if another model can be asked.
+                    canary_error = attempt.error
                 else:
                     first_error = first_error or attempt.error
                 if attempt.error is None and kept is None:
@@ -197,110 +199,115 @@ class Router:
                 else:
                     await attempt.close()
         except BaseException:
-            for one in (attempt, kept):
-                if one is not None:
-                    await one.close()
+            for unfinished in (attempt, kept):
+                if unfinished is not None:
+                    await unfinished.close()
             raise
         if kept is not None:
             served.notes.append(f"{cause}, and no other model could answer")
-            served.reason = self._reason(kept.route, routes, "")
-            # Its place as the answer is the last one.
-            seen.attempts.remove(kept.seen)
-            seen.attempts.append(kept.seen)
+            served.reason = self._find_reason(kept.route, routes, "")
+            # The last attempt is the answer.
+            observation.attempts.remove(kept.record)
+            observation.attempts.append(kept.record)
             return kept
-        raise first_error or candidates_error or self._nobody(routes)
+        raise first_error or canary_error or self._no_model_error(routes)
 
-    def _order(self, seen: Observation) -> list[Route]:
-        """Give the models in the order in which they are asked."""
+    def _order_routes(self, observation: Observation) -> list[Route]:
+        """Return the models in the order in which they are asked, and draw the canary's arm."""
         usual = [self._primary, *self._fallbacks]
-        if CRITICAL in seen.call.tags and CRITICAL in self._causes and self._fallbacks:
-            seen.served.reason = CRITICAL
+        if CRITICAL in observation.call.tags and CRITICAL in self._causes and self._fallbacks:
+            observation.served.reason = CRITICAL
             return [*self._fallbacks, self._primary]
         if self._canary is None or self._rollout is None:
             return usual
-        asked = seen.call.body.get("model")
+        model = observation.call.body.get("model")
         others = self._primary.backend.models[1:]
-        if asked in others and asked not in self._canary.backend.models:
-            # An adapter, or another model of the same server: the candidate would answer as itself.
+        if model in others and model not in self._canary.backend.models:
+            # An adapter, or another model of the same server: the candidate does not have it.
             return usual
-        seen.arm = "canary" if self._rollout.pick(seen.call) else "primary"
-        return [self._canary, *usual] if seen.arm == "canary" else usual
+        observation.arm = "canary" if self._rollout.pick(observation.call) else "primary"
+        return [self._canary, *usual] if observation.arm == "canary" else usual
 
-    def _blocked(self, route: Route, before: Sequence[Seen]) -> str:
-        """Tell why a model may not be asked now; empty: it may. What it takes is taken.
+    def _acquire(self, route: Route, earlier: Sequence[AttemptRecord]) -> str:
+        """Acquire permission to ask a model, which may use up a retry.
 
         Args:
             route: The model.
-            before: Attempts that were not enough. One of a candidate makes no second try of the
-                next: without the trial that model would have been asked at once.
+            earlier: Failed attempts at this request. After a canary's attempt the next one is not
+                a retry: without the canary that model would have been asked first.
 
         Returns:
-            A word for it.
+            What blocks the model: ``breaker``, ``budget`` or ``retries``; empty if it may be asked.
         """
-        if not route.breaker.allows:
+        if not route.breaker.allows_request:
             return "breaker"
         if route.role == "fallback" and not self.budget.has_left:
             return "budget"
-        tried = [attempt for attempt in before if attempt.role != "canary"]
-        if tried and not self._retries[tried[-1].blame is not None].take():
-            return "retries"
-        return "" if route.breaker.enter() else "breaker"
+        failed = [record for record in earlier if record.role != "canary"]
+        if failed:
+            retries = self._check_retries if failed[-1].fault is None else self._error_retries
+            if not retries.try_spend():
+                return "retries"
+        return "" if route.breaker.try_acquire() else "breaker"
 
-    def _start(self, seen: Observation, route: Route, *, has_next: bool) -> Attempt:
-        demands = Demands()
+    def _start_attempt(self, observation: Observation, route: Route, *, has_next: bool) -> Attempt:
+        hold_back = HoldBack()
         if has_next:
-            streamed = bool(seen.call.body.get("stream"))
-            tokens = self.config.hold_back * (seen.call.body.get("n") or 1)
-            demands.tokens = tokens if streamed else None
-            demands.causes = self._causes
-            demands.confidence = None if route.role == "fallback" else self._confidence
+            body = observation.call.body
+            tokens = self.config.hold_back * (body.get("n") or 1)
+            hold_back.tokens = tokens if body.get("stream") else None
+            hold_back.causes = self._causes
+            hold_back.confidence = None if route.role == "fallback" else self._confidence
         if route.role == "fallback":
             self.budget.spend_request()
-        attempt = Attempt(route, seen.call, self.config, demands=demands, clock=self._clock)
-        seen.attempts.append(attempt.seen)
+        attempt = Attempt(
+            route, observation.call, self.config, hold_back=hold_back, clock=self._clock
+        )
+        observation.attempts.append(attempt.record)
         return attempt
 
-    def _goes_on(self, attempt: Attempt) -> bool:
-        """Tell whether another model should be asked because of what was found."""
-        found, blame = attempt.seen.cause, attempt.seen.blame
-        if attempt.route.role == "canary" and blame is not None:
-            # What it refuses may be its own limit: the present model tells.
-            return blame is not Blame.CLIENT
-        return bool(found) and found.removeprefix("check:") in self._causes
+    def _needs_fallback(self, attempt: Attempt) -> bool:
+        """Return whether the next model should be asked after this attempt."""
+        cause, fault = attempt.record.cause, attempt.record.fault
+        if attempt.route.role == "canary" and fault is not None:
+            # A refusal may be the candidate's own limit: the present model decides.
+            return fault is not Fault.CLIENT
+        return bool(cause) and cause.removeprefix("check:") in self._causes
 
-    def _reason(self, route: Route, routes: list[Route], cause: str) -> str:
+    def _find_reason(self, route: Route, routes: list[Route], cause: str) -> str:
+        """Return what `X-Halfbyte-Reason` says; empty for an answer of the first model."""
         if route.role == "canary":
             return "canary"
         return cause if cause else ("" if route is routes[0] else "fallback")
 
-    def _nobody(self, routes: list[Route]) -> ServeError:
+    def _no_model_error(self, routes: list[Route]) -> ServeError:
         left = min((route.breaker.seconds_left for route in routes), default=0.0)
         return ServeError(
-            f"None of {len(routes)} models can be asked now: they failed too often, or their "
-            f"budget is spent. Try again in {left:.0f} s.",
+            f"None of the {len(routes)} models can answer now: they failed too often, or their "
+            f"budget is used up. Try again in {left:.0f} s.",
             status=503,
             kind="server_error",
             code="no_model_available",
             retry_after=max(1.0, left),
         )
 
-    def _finish(self, seen: Observation) -> None:
-        """Look at the whole answer, settle what it took, and tell everybody."""
-        seen.ended = self._clock()
-        for attempt in seen.attempts:
-            if attempt.role == "fallback":
-                prompt = attempt.usage.prompt_tokens if attempt.usage else 0
-                self.budget.spend_tokens(prompt + attempt.num_tokens)
-        for observer in (_note_failures, *self._observers):
+    def _finish(self, observation: Observation) -> None:
+        """Check the whole answer, record fallback tokens, and call the observers."""
+        observation.ended = self._clock()
+        for record in observation.attempts:
+            if record.role == "fallback":
+                prompt = record.usage.prompt_tokens if record.usage else 0
+                self.budget.spend_tokens(prompt + record.num_tokens)
+        for observer in (_check_answers, *self._observers):
             try:
-                observer(seen)
+                observer(observation)
             except Exception:
-                # A request that was answered is not lost to somebody who only watches.
-                log.exception("watching %s failed", seen.call.id)
+                # An observer that fails must not fail the request, nor hide it from the others.
+                log.exception("observing %s failed", observation.call.id)
 
 
-def _note_failures(seen: Observation) -> None:
-    """Let the monitors look at every answer that came to an end."""
-    for attempt in seen.attempts:
-        if attempt.finished:
-            attempt.failures = find_failures(seen.call, attempt)
+def _check_answers(observation: Observation) -> None:
+    """Run the monitors on every finished answer."""
+    for record in observation.attempts:
+        if record.finished:
+            record.failures = find_failures(observation.call, record)

@@ -1,4 +1,4 @@
-"""What fallback has cost, on disk: a restart does not begin with a full budget."""
+"""Saves what fallback has spent, so that a restart does not begin with a full budget."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ FILE = "budget.json"
 
 
 class SpendingFile:
-    """Keeps one budget."""
+    """The file of one budget."""
 
     def __init__(self, folder: Path, budget: FallbackBudget) -> None:
-        """Go on from the file, if there is one.
+        """Restore the budget from the file if it exists.
 
         Args:
-            folder: Of it.
-            budget: Nothing is spent of it yet.
+            folder: Where the file is.
+            budget: A budget from which nothing has been spent.
 
         Raises:
-            ConfigError: The file is none of these.
+            ConfigError: The file cannot be read.
         """
         path = folder / FILE
         self._file = EvidenceFile(path)
@@ -36,15 +36,15 @@ class SpendingFile:
             budget.restore(json.loads(path.read_bytes()), time.time())
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"Cannot go on from what was spent by '{path}': {error!r}. Move the file away to "
-                "begin with a full budget."
+                f"Cannot restore the fallback budget from '{path}': {error!r}. Move the file away "
+                "to start with a full budget."
             ) from error
 
-    def observe(self, seen: Observation) -> None:
-        """Write down what a request has cost, where it cost anything."""
-        if any(attempt.role == "fallback" for attempt in seen.attempts):
+    def observe(self, observation: Observation) -> None:
+        """Save the budget after a request that used a fallback model."""
+        if any(attempt.role == "fallback" for attempt in observation.attempts):
             self._file.write(self._budget.state(time.time()))
 
     def close(self) -> None:
-        """Write the last of it."""
+        """Save the budget, and wait until it is written."""
         self._file.write(self._budget.state(time.time()), wait=True)

@@ -1,12 +1,12 @@
-"""What is noticed about answers, and who is told.
+"""Monitors answers, and reports what is wrong.
 
 ::
 
-    events ──observation.py──> Observation ─┬─> monitors.py   what is wrong with this answer
-                                            ├─> drift.py      what has changed over many
-                                            ├─> request_log.py   kept, redacted
+    events ──observation.py──> Observation ─┬─> monitors.py      checks of one answer
+                                            ├─> drift.py         changes over many answers
+                                            ├─> request_log.py   stored, redacted
                                             └─> ../metrics.py    counted
-    probes.py, oracle.py   ask now and then ──> alerts.py ──> log, metric, webhook
+    probes.py, oracle.py   run from time to time ──> alerts.py ──> log, metric, webhook
 
-Nothing here may fail or slow a request: what cannot be written or sent is counted and dropped.
+Nothing here may fail or slow down a request: what cannot be written or sent is counted and dropped.
 """

@@ -1,8 +1,8 @@
-"""What has changed over the last answers: rates of failed checks, lengths, entropies.
+"""Detects drift over the last answers: rates of failed checks, lengths, entropies.
 
-Lengths and entropies are held against a reference: the answers of a comparison, or, where there is
-none, the first ones that were served. They have drifted where the difference of means is both
-beyond chance and large; with many answers a difference that nobody would notice is beyond chance.
+Lengths and entropies are compared with a reference: the answers of a comparison, or else the first
+answers that were served. A metric has drifted if the difference of means is both statistically
+significant and large. With many answers, a difference too small to matter is significant too.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from halfbyte.serve.backend import Call
 from halfbyte.serve.quality_config import CHECKS
 from halfbyte.serve.watch.alerts import Alerts
 from halfbyte.serve.watch.monitors import find_failures
-from halfbyte.serve.watch.observation import Observation, Seen
+from halfbyte.serve.watch.observation import AttemptRecord, Observation
 
 WINDOW = 256
-"""Last answers that are looked at."""
-FEWEST = 32
-"""Answers before anything is said."""
-FIRST = 512
-"""Answers that become the reference where none is given."""
-SURE = 4.0
-"""Standard errors; with a look at every answer 2 would be crossed all the time."""
-LARGE = 0.5
-"""Standard deviations of the reference (Cohen's medium effect)."""
+"""Number of recent answers that are compared."""
+MIN_ANSWERS = 32
+"""Answers needed before anything is compared."""
+REFERENCE_ANSWERS = 512
+"""Number of first answers that become the reference if none is given."""
+MIN_STANDARD_ERRORS = 4.0
+"""For significance. The comparison is repeated after every answer, so 2 would be exceeded often."""
+MIN_STANDARD_DEVIATIONS = 0.5
+"""For a large difference, in standard deviations of the reference (Cohen's medium effect size)."""
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
-    """Mean and variance of a figure."""
+class Moments:
+    """Count, mean and variance of a metric."""
 
     count: int
     mean: float
@@ -44,16 +44,16 @@ class Spread:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reference:
-    """What answers usually are like."""
+    """What answers are usually like."""
 
-    spreads: dict[str, Spread]
-    """By figure: ``length`` (log of 1 + tokens), ``entropy`` (mean nats of a token)."""
+    moments: dict[str, Moments]
+    """By metric: ``length`` (log of 1 + tokens), ``entropy`` (mean over the tokens, in nats)."""
     failures: dict[str, float]
-    """Usual share by check."""
+    """Share of answers that fail each check."""
 
 
-class Window:
-    """Mean and variance of the last values."""
+class RollingMoments:
+    """Mean and variance of the most recent values."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -61,7 +61,7 @@ class Window:
         self._sum = self._squares = 0.0
 
     def add(self, value: float) -> None:
-        """Take a value in, and forget one where there are too many."""
+        """Add a value, and drop the oldest one if there are too many."""
         self._values.append(value)
         self._sum += value
         self._squares += value * value
@@ -72,18 +72,20 @@ class Window:
 
     @property
     def is_full(self) -> bool:
-        """Whether the next value makes it forget one."""
+        """Whether the next value replaces the oldest one."""
         return len(self._values) >= self._size
 
-    def spread(self) -> Spread:
-        """Give mean and variance."""
+    def moments(self) -> Moments:
+        """Return count, mean and variance."""
         count = len(self._values)
-        mean = self._sum / count if count else 0.0
-        return Spread(count, mean, max(0.0, self._squares / count - mean * mean) if count else 0.0)
+        if not count:
+            return Moments(0, 0.0, 0.0)
+        mean = self._sum / count
+        return Moments(count, mean, max(0.0, self._squares / count - mean * mean))
 
 
 class Drift:
-    """The last answers against what is usual."""
+    """Compares recent answers with the reference, and raises alerts."""
 
     def __init__(
         self, alerts: Alerts, *, reference: Reference | None = None, alert_share: float = 0.2
@@ -91,108 +93,113 @@ class Drift:
         """Start without answers.
 
         Args:
-            alerts: Told of what is wrong.
-            reference: What is usual; None: the first answers become it.
-            alert_share: Of the last answers that may fail one check, above the usual share.
+            alerts: Where drift is reported.
+            reference: What is usual; None: the first answers become the reference.
+            alert_share: Share of recent answers that may fail a check, on top of the usual share.
         """
         self._alerts = alerts
         self._reference = reference
         self._alert_share = alert_share
-        self._figures: dict[str, Window] = {}
-        self._first: dict[str, Window] = {}
-        self._failures = {check: Window(WINDOW) for check in CHECKS}
+        self._recent: dict[str, RollingMoments] = {}
+        self._first: dict[str, RollingMoments] = {}
+        self._failures = {check: RollingMoments(WINDOW) for check in CHECKS}
         self.scores: dict[str, float] = {}
-        """By figure: the difference from what is usual, in standard deviations of the reference."""
+        """Difference from the reference by metric, in standard deviations of the reference."""
 
     @property
     def rates(self) -> dict[str, float]:
-        """Share of the last answers that failed each check."""
-        return {check: window.spread().mean for check, window in self._failures.items()}
+        """Share of recent answers that failed each check."""
+        return {check: window.moments().mean for check, window in self._failures.items()}
 
-    def observe(self, seen: Observation) -> None:
-        """Take a request in that is over: the first attempt is the model that is watched."""
-        attempt = seen.attempts[0] if seen.attempts else None
+    def observe(self, observation: Observation) -> None:
+        """Add a finished request, if the primary model answered it first."""
+        attempt = observation.attempts[0] if observation.attempts else None
         if attempt is None or attempt.role != "primary" or not attempt.finished:
             return
         for check, window in self._failures.items():
             window.add(float(check in attempt.failures))
-            self._check_rate(check, window.spread())
-        for name, value in figures(attempt):
-            self.note(name, value)
+            self._check_rate(check, window.moments())
+        for name, value in measure_answer(attempt):
+            self.add_value(name, value)
 
-    def note(self, name: str, value: float, *, first: int = FIRST) -> None:
-        """Take one value of a figure in.
+    def add_value(
+        self, name: str, value: float, *, reference_size: int = REFERENCE_ANSWERS
+    ) -> None:
+        """Add one value of a metric, and check the metric for drift.
 
         Args:
-            name: Of the figure.
-            value: Of one answer.
-            first: So many first values are what is usual, where no reference says it.
+            name: The metric.
+            value: Its value for one answer.
+            reference_size: Number of first values that become the reference if none is given.
         """
-        if name not in self._figures:
-            self._figures[name], self._first[name] = Window(WINDOW), Window(first)
-        self._figures[name].add(value)
+        if name not in self._recent:
+            self._recent[name] = RollingMoments(WINDOW)
+            self._first[name] = RollingMoments(reference_size)
+        self._recent[name].add(value)
         if not self._first[name].is_full:
             self._first[name].add(value)
-        self._check_figure(name)
+        self._check_metric(name)
 
-    def _check_rate(self, check: str, found: Spread) -> None:
+    def _check_rate(self, check: str, recent: Moments) -> None:
         usual = self._reference.failures.get(check, 0.0) if self._reference else 0.0
         allowed = min(1.0, usual + self._alert_share)
-        self._alerts.set(
+        self._alerts.update(
             check,
-            found.count >= FEWEST and found.mean >= allowed,
-            f"{100 * found.mean:.0f}% of the last {found.count} answers fail the check {check}; "
+            recent.count >= MIN_ANSWERS and recent.mean >= allowed,
+            f"{100 * recent.mean:.0f}% of the last {recent.count} answers fail the check {check}; "
             f"{100 * allowed:.0f}% are allowed",
-            found.mean,
+            recent.mean,
         )
 
-    def _check_figure(self, name: str) -> None:
-        usual, found = self._usual(name), self._figures[name].spread()
-        if usual is None or found.count < FEWEST:
+    def _check_metric(self, name: str) -> None:
+        usual, recent = self._find_reference(name), self._recent[name].moments()
+        if usual is None or recent.count < MIN_ANSWERS:
             return
         deviation = math.sqrt(usual.variance) or 1e-9
-        error = math.sqrt(usual.variance / usual.count + found.variance / found.count) or 1e-9
-        difference = found.mean - usual.mean
+        error = math.sqrt(usual.variance / usual.count + recent.variance / recent.count) or 1e-9
+        difference = recent.mean - usual.mean
         self.scores[name] = difference / deviation
-        drifted = abs(difference) > SURE * error and abs(difference) > LARGE * deviation
-        self._alerts.set(
+        is_significant = abs(difference) > MIN_STANDARD_ERRORS * error
+        is_large = abs(difference) > MIN_STANDARD_DEVIATIONS * deviation
+        self._alerts.update(
             f"{name} drift",
-            drifted,
-            f"the {name} of the last {found.count} answers is {difference / deviation:+.1f} "
-            f"standard deviations from the reference's; {LARGE:g} are allowed",
+            is_significant and is_large,
+            f"the {name} of the last {recent.count} answers differs from the reference by "
+            f"{difference / deviation:+.1f} standard deviations; {MIN_STANDARD_DEVIATIONS:g} are "
+            "allowed",
             difference / deviation,
         )
 
-    def _usual(self, name: str) -> Spread | None:
-        if self._reference is not None and name in self._reference.spreads:
-            return self._reference.spreads[name]
+    def _find_reference(self, name: str) -> Moments | None:
+        if self._reference is not None and name in self._reference.moments:
+            return self._reference.moments[name]
         first = self._first[name]
-        return first.spread() if first.is_full else None
+        return first.moments() if first.is_full else None
 
 
-def figures(attempt: Seen) -> Iterator[tuple[str, float]]:
-    """Give the figures of an answer that drift is watched in."""
+def measure_answer(attempt: AttemptRecord) -> Iterator[tuple[str, float]]:
+    """Yield name and value of each metric of an answer that is checked for drift."""
     yield "length", math.log1p(attempt.num_tokens)
     if attempt.entropies:
         yield "entropy", sum(attempt.entropies) / len(attempt.entropies)
 
 
 def read_reference(path: Path) -> Reference:
-    """Read what is usual from a comparison: the candidate's written answers.
+    """Read the reference from a comparison: the candidate's generated answers.
 
     Args:
-        path: ``report.json`` of `halfbyte compare`; the candidate is the model that is served.
+        path: ``report.json`` of `halfbyte compare`, whose candidate is the served model.
 
     Returns:
         The reference.
 
     Raises:
-        ConfigError: It is no such file, or has too few written answers.
+        ConfigError: The file cannot be read, or has too few generated answers.
     """
     try:
         items = json.loads(path.read_bytes())["items"]
         answers = [
-            Seen(
+            AttemptRecord(
                 backend="",
                 role="primary",
                 started=0.0,
@@ -204,23 +211,23 @@ def read_reference(path: Path) -> Reference:
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"Cannot read '{path}' as the report.json of a comparison: {error!r}. Write it with "
+            f"Cannot read '{path}' as the report.json of a comparison: {error!r}. Create it with "
             "`halfbyte compare BASE MODEL -o FOLDER` of this version."
         ) from error
-    if len(answers) < FEWEST:
+    if len(answers) < MIN_ANSWERS:
         raise ConfigError(
-            f"'{path}' has {len(answers)} written answers; {FEWEST} are needed to know what is "
-            "usual. Compare on more items."
+            f"Cannot use '{path}' as a reference: it has {len(answers)} generated answers; at "
+            f"least {MIN_ANSWERS} are needed. Compare on more items."
         )
-    windows = {name: Window(len(answers)) for name in ("length", "entropy")}
+    windows = {name: RollingMoments(len(answers)) for name in ("length", "entropy")}
     failing = dict.fromkeys(CHECKS, 0)
     for answer in answers:
-        for name, value in figures(answer):
+        for name, value in measure_answer(answer):
             windows[name].add(value)
         for check in find_failures(Call(kind="completion", body={}, id=""), answer):
             failing[check] += 1
-    spreads = {name: window.spread() for name, window in windows.items()}
+    moments = {name: window.moments() for name, window in windows.items()}
     return Reference(
-        spreads={name: spread for name, spread in spreads.items() if spread.count >= FEWEST},
+        moments={name: found for name, found in moments.items() if found.count >= MIN_ANSWERS},
         failures={check: count / len(answers) for check, count in failing.items()},
     )

@@ -1,4 +1,4 @@
-"""Alerts about the server itself: models left alone, a budget that is spent, too much memory."""
+"""Alerts about the server itself: open circuit breakers, a used-up budget, high memory use."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from halfbyte.serve.routing.router import Router
 from halfbyte.serve.watch.alerts import Alerts
 from halfbyte.serve.watch.observation import Observation
 
-LOOK_SECONDS = 1.0
-"""Between two looks, which requests bring about."""
-MEMORY_SLACK, MEMORY_BESIDE = 1.25, 250e6
-"""Of the plan, and bytes beside it, that the process may take before it is an alert: libraries and
-what was freed after loading are in no plan."""
+CHECK_SECONDS = 1.0
+"""Minimum time between two checks, which finished requests trigger."""
+MEMORY_FACTOR, MEMORY_EXTRA_BYTES = 1.25, 250e6
+"""The process may use the planned memory times the factor plus the extra bytes before an alert: the
+plan does not include libraries, nor memory that was freed after loading."""
 
 
 class Health:
-    """Looks at the server now and then."""
+    """Checks the server regularly."""
 
     def __init__(
         self, router: Router, metrics: Metrics, alerts: Alerts, *, clock: Clock = time.monotonic
@@ -28,37 +28,39 @@ class Health:
         self._metrics = metrics
         self._alerts = alerts
         self._clock = clock
-        self._looked = clock()
-        self._watched: set[str] = set()
-        """Alerts of the models that there were at the last look."""
+        self._checked_at = clock()
+        self._model_alerts: set[str] = set()
+        """Alerts of the models at the last check."""
 
-    def observe(self, seen: Observation) -> None:
-        """Look, if it is time to."""
+    def observe(self, observation: Observation) -> None:
+        """Check the server if the last check is long enough ago."""
         now = self._clock()
-        if now - self._looked < LOOK_SECONDS:
+        if now - self._checked_at < CHECK_SECONDS:
             return
-        self._looked = now
-        before, self._watched = self._watched, {f"model {r.name}" for r in self._router.routes}
-        for gone in before - self._watched:
-            # A candidate that was taken back is nobody's trouble any more.
-            self._alerts.set(gone, False, "")
+        self._checked_at = now
+        earlier = self._model_alerts
+        self._model_alerts = {f"model {route.name}" for route in self._router.routes}
+        for name in earlier - self._model_alerts:
+            # The model, such as a candidate that was rolled back, gets no requests any more.
+            self._alerts.update(name, False, "")
         for route in self._router.routes:
-            self._alerts.set(
+            self._alerts.update(
                 f"model {route.name}",
                 route.breaker.state != "closed",
-                f"the {route.role} model '{route.name}' failed too often and is left alone",
+                f"the {route.role} model '{route.name}' failed too often and gets no requests now",
             )
-        self._alerts.set(
+        self._alerts.update(
             "fallback budget",
             not self._router.budget.has_left,
-            "the larger model's budget is spent: no request falls back until it comes back",
+            "the fallback budget is used up: no request falls back until some of it is available "
+            "again",
         )
         planned, peak = self._metrics.planned.get("total"), peak_memory_bytes()
         if planned:
-            self._alerts.set(
+            self._alerts.update(
                 "memory",
-                peak > MEMORY_SLACK * planned + MEMORY_BESIDE,
-                f"the process had {peak / 1e9:.2f} GB at its peak; {planned / 1e9:.2f} GB are "
+                peak > MEMORY_FACTOR * planned + MEMORY_EXTRA_BYTES,
+                f"the process used {peak / 1e9:.2f} GB at its peak; {planned / 1e9:.2f} GB were "
                 "planned",
                 float(peak),
             )

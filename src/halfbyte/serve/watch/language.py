@@ -1,7 +1,7 @@
-"""In which language is a text? By its script, and within the Latin one by its smallest words.
+"""Detects a text's language: by its script, and for the Latin script by its stop words.
 
-Those words make up a third of any running text and hardly occur in other languages. A text that is
-too short, or mixed, or code, is of no language: only what is clear may count against an answer.
+Stop words make up a third of any running text and are rare in other languages. For a text that is
+short, mixed, or code, no language is detected: an answer must not fail the check by mistake.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from collections.abc import Mapping
 
 from halfbyte.judge.edge_cases import script_of
 
-FEWEST_WORDS = 12
-LEAST_SHARE = 0.15
-"""Of the words that must be a language's small ones."""
-LEAD = 2.0
-"""Times the next language's."""
-LOOKED_AT = 800
-"""Characters."""
+MIN_WORDS = 12
+MIN_SHARE = 0.15
+"""Share of the words that must be stop words of the language."""
+MIN_LEAD = 2.0
+"""How many times more stop words the language must have than the next one."""
+MAX_CHARACTERS = 800
+"""Characters of a text that are examined."""
 
-SMALL_WORDS = {
+STOP_WORDS = {
     "english": "the of and to in is that it for was with as on be at by this are from or an not "
     "which have you they his but has were their will would can what there if all who been when "
     "its how do does we so your",
@@ -56,58 +56,59 @@ SMALL_WORDS = {
 WORD = re.compile(r"[^\W\d_]+")
 
 
-def _by_word() -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for name, words in SMALL_WORDS.items():
+def _index_by_word() -> dict[str, list[str]]:
+    languages: dict[str, list[str]] = {}
+    for name, words in STOP_WORDS.items():
         for word in words.split():
-            found.setdefault(word, []).append(name)
-    return found
+            languages.setdefault(word, []).append(name)
+    return languages
 
 
-LANGUAGES: Mapping[str, list[str]] = _by_word()
-"""Small word -> languages that have it."""
+LANGUAGES: Mapping[str, list[str]] = _index_by_word()
+"""The languages that have a stop word, by word."""
 
 
-def language_of(text: str) -> str | None:
-    """Tell a text's language.
+def detect_language(text: str) -> str | None:
+    """Detect a text's language.
 
     Args:
-        text: An answer or a question; of a long one the beginning counts.
+        text: An answer or a question; only its beginning is examined.
 
     Returns:
-        A script in capitals, such as "CYRILLIC"; within the Latin one a language, such as
-        "german"; None where it is not clear.
+        A script in capitals, such as "CYRILLIC"; for the Latin script a language, such as
+        "german"; None if it is not clear.
     """
-    script = script_of(text[:LOOKED_AT])
-    return _latin_language(text) if script == "LATIN" else script
+    script = script_of(text[:MAX_CHARACTERS])
+    return _detect_latin_language(text) if script == "LATIN" else script
 
 
-def _latin_language(text: str) -> str | None:
-    words = [word.lower() for word in WORD.findall(text[:LOOKED_AT])]
-    if len(words) < FEWEST_WORDS:
+def _detect_latin_language(text: str) -> str | None:
+    words = [word.lower() for word in WORD.findall(text[:MAX_CHARACTERS])]
+    if len(words) < MIN_WORDS:
         return None
     counts = Counter(name for word in words for name in LANGUAGES.get(word, ()))
     if not counts:
         return None
-    (first, most), *others = counts.most_common(2)
-    clear = most >= LEAST_SHARE * len(words) and (not others or most >= LEAD * others[0][1])
-    return first if clear else None
+    (language, count), *others = counts.most_common(2)
+    is_clear = count >= MIN_SHARE * len(words) and (not others or count >= MIN_LEAD * others[0][1])
+    return language if is_clear else None
 
 
-def switches(asked: str, said: str) -> bool:
-    """Tell whether an answer is in another language than its question, both being clear.
+def is_other_language(question: str, answer: str) -> bool:
+    """Return whether an answer is in another language than its question.
 
     Args:
-        asked: The question.
-        said: The answer.
+        question: The question.
+        answer: The answer.
 
     Returns:
-        Whether it is. Between a Latin text of unclear language and another script it is, too.
+        True if the scripts differ, or if both are Latin and of different languages; False if that
+        is not clear.
     """
-    scripts = script_of(asked[:LOOKED_AT]), script_of(said[:LOOKED_AT])
+    scripts = script_of(question[:MAX_CHARACTERS]), script_of(answer[:MAX_CHARACTERS])
     if None in scripts:
         return False
     if scripts[0] != scripts[1] or scripts[0] != "LATIN":
         return scripts[0] != scripts[1]
-    ours = _latin_language(asked)
-    return ours is not None and _latin_language(said) not in (None, ours)
+    expected = _detect_latin_language(question)
+    return expected is not None and _detect_latin_language(answer) not in (None, expected)

@@ -1,4 +1,4 @@
-"""What is seen of one request: each model's attempt at it, as its events pass."""
+"""Records of one request and of each model's attempt at it, filled as events pass."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from halfbyte.serve.backend import Call, Delta, Event, Finish, Served, ToolCall, Usage
-from halfbyte.serve.fault import Blame
+from halfbyte.serve.fault import Fault
 
 Role = Literal["primary", "canary", "fallback"]
 Arm = Literal["", "primary", "canary"]
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Seen:
-    """One model's answer, as far as it came. All times are seconds of a clock that never jumps."""
+class AttemptRecord:
+    """One model's answer, complete or not. Times are seconds of a monotonic clock."""
 
     backend: str
     role: Role
@@ -23,29 +23,30 @@ class Seen:
     first: float | None = None
     """When the first event came."""
     last: float = 0.0
+    """When the last event came."""
     ended: float | None = None
     num_tokens: int = 0
     texts: dict[int, list[str]] = field(default_factory=dict)
-    """Pieces by choice."""
+    """Text pieces of each choice."""
     tool_calls: list[ToolCall] = field(default_factory=list)
     finished: dict[int, str] = field(default_factory=dict)
-    """Reason by choice."""
+    """Finish reason of each finished choice."""
     usage: Usage | None = None
     gaps: list[float] = field(default_factory=list)
-    """Seconds between two tokens; those of one piece share the time since the one before."""
+    """Seconds between consecutive tokens. Tokens that arrive together share the time equally."""
     logprobs: list[float] = field(default_factory=list)
-    """Of the drawn tokens, in nats; empty where the model did not tell."""
+    """Log-probabilities of the sampled tokens, in nats; empty if the model reports none."""
     entropies: list[float] = field(default_factory=list)
-    """In nats; empty where the model did not tell."""
+    """Entropies of the tokens' distributions, in nats; empty if the model reports none."""
     cause: str = ""
-    """Why the next model was asked, or why the request failed; empty: this answer was given."""
-    blame: Blame | None = None
-    """Whose fault it is that there is no answer, or no whole one; None: there is."""
+    """Why the next model was asked, or the request failed; empty if the client got this answer."""
+    fault: Fault | None = None
+    """Whose fault it is that the answer is missing or incomplete; None if it is complete."""
     failures: tuple[str, ...] = ()
-    """Monitors that it did not pass."""
+    """Failed checks."""
 
-    def feed(self, event: Event, now: float) -> None:
-        """Take an event in."""
+    def add(self, event: Event, now: float) -> None:
+        """Record an event that arrived at time `now`."""
         tokens = 0
         if type(event) is Delta:
             tokens = len(event.entropies) or len(event.logprobs or ()) or 1
@@ -58,7 +59,7 @@ class Seen:
             pieces = self.texts.get(event.choice)
             if pieces is None:
                 pieces = self.texts[event.choice] = []
-            # To who watches, a refusal is what the model says; what it thinks is not.
+            # Monitors treat a refusal as text of the answer; reasoning is not part of it.
             pieces.append(event.text or event.refusal)
             if event.logprobs:
                 self.logprobs.extend(token.logprob for token in event.logprobs)
@@ -74,52 +75,52 @@ class Seen:
             self.num_tokens = event.completion_tokens
 
     def text(self, choice: int = 0) -> str:
-        """Give what a choice says so far."""
+        """Return the text of a choice so far."""
         return "".join(self.texts.get(choice, ()))
 
     @property
     def choices(self) -> list[int]:
-        """Numbers of the choices that have begun or ended."""
+        """Indices of the choices that have started or finished."""
         return sorted({*self.texts, *self.finished})
 
 
 @dataclass(slots=True, kw_only=True)
 class Observation:
-    """One request from its arrival to its end."""
+    """One request from its arrival to its end. Times are seconds of a monotonic clock."""
 
     call: Call
     served: Served
     started: float
     arm: Arm = ""
-    """Of a canary: who was drawn to answer; empty: the request takes no part in the trial."""
-    attempts: list[Seen] = field(default_factory=list)
-    """In order; the last one is the answer, where there was one."""
+    """The arm of a canary trial that was drawn for it; empty: it is not part of a trial."""
+    attempts: list[AttemptRecord] = field(default_factory=list)
+    """In order. The last one is the answer, if there is one."""
     first: float | None = None
-    """When the first event was let out."""
+    """When the client got the first event."""
     ended: float | None = None
     status: int = 200
-    """What the client got: 200, an error's status, or 499 where it left."""
+    """HTTP status that the client got, or 499 if it disconnected."""
     error: str = ""
 
     @property
-    def answer(self) -> Seen | None:
-        """The attempt that the client got; None where every one failed."""
+    def answer(self) -> AttemptRecord | None:
+        """The attempt whose answer the client got; None if all of them failed."""
         return next((a for a in reversed(self.attempts) if not a.cause), None)
 
 
 def prompt_text(body: Mapping[str, Any]) -> str:
-    """Give what was asked, as one text: the last user message, or the prompt.
+    """Return the last user message, or the prompt, as text.
 
     Args:
-        body: Of a request.
+        body: The body of a request.
 
     Returns:
-        The text; empty where the prompt is token ids.
+        The text; empty if the prompt is token ids.
     """
     messages = body.get("messages")
     if isinstance(messages, Sequence) and not isinstance(messages, str):
-        asked = [m for m in messages if isinstance(m, Mapping) and m.get("role") == "user"]
-        return content_text(asked[-1].get("content")) if asked else ""
+        users = [m for m in messages if isinstance(m, Mapping) and m.get("role") == "user"]
+        return content_text(users[-1].get("content")) if users else ""
     prompt = body.get("prompt", "")
     if isinstance(prompt, str):
         return prompt
@@ -127,7 +128,7 @@ def prompt_text(body: Mapping[str, Any]) -> str:
 
 
 def content_text(content: object) -> str:
-    """Give a message's content as text: it may come in parts."""
+    """Return the text of a message's content, which may be a list of parts."""
     if isinstance(content, str):
         return content
     if not isinstance(content, Sequence):

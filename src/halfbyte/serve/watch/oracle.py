@@ -1,7 +1,7 @@
-"""The base model rates some answers: how likely would it have written them?
+"""Lets the base model rate some answers: how likely would it have generated them?
 
-A quantized model that drifts into nonsense may still write fluent, well-formed text; its base finds
-such text unlikely. One figure per answer, in nats per token, watched by ``drift.py``.
+A quantized model that degrades may still write fluent, well-formed text; its base model finds such
+text unlikely. The rating is the mean log-likelihood per token, in nats, watched by ``drift.py``.
 """
 
 from __future__ import annotations
@@ -23,27 +23,28 @@ from halfbyte.serve.watch.observation import Observation, content_text
 
 log = logging.getLogger(__name__)
 
-LONGEST_TEXT = 8000
+MAX_CHARACTERS = 8000
 """Characters of question and answer together; longer ones are not rated."""
-LONGEST_SECONDS = 120.0
-AT_ONCE = 1
-FIRST = 64
-"""Ratings that become what is usual: with one answer in a hundred, 512 would take too long."""
+TIMEOUT_SECONDS = 120.0
+MAX_RUNNING = 1
+REFERENCE_RATINGS = 64
+"""Number of first ratings that become the reference. Only few answers are rated, so that the 512 of
+``drift.py`` would take too long."""
 
 
 class Oracle:
-    """Asks the base model about some answers."""
+    """Rates a random sample of the answers with the base model."""
 
     def __init__(
         self, base: Backend, share: float, drift: Drift, *, seed: int | None = None
     ) -> None:
-        """Begin with nothing rated.
+        """Set up the oracle.
 
         Args:
-            base: Its completions know ``echo`` and ``logprobs``.
-            share: Of the answers.
-            drift: Watches the likelihood.
-            seed: Of the draw.
+            base: The base model; its completions must support ``echo`` with ``logprobs``.
+            share: Share of the answers that are rated.
+            drift: Where the ratings are added.
+            seed: For the random sample.
         """
         self._base = base
         self._share = share
@@ -52,125 +53,127 @@ class Oracle:
         self._running: set[asyncio.Task[None]] = set()
         self.counts: Counter[str] = Counter()
 
-    def observe(self, seen: Observation) -> None:
-        """Rate a request that is over, if it is drawn."""
-        answer = seen.answer
+    def observe(self, observation: Observation) -> None:
+        """Rate a finished request in the background, if it is in the sample."""
+        answer = observation.answer
         if answer is None or answer.role != "primary" or self._random.random() >= self._share:
             return
-        body, said = seen.call.body, answer.text()
-        if not can_be_rated(body, said):
+        body, text = observation.call.body, answer.text()
+        if not can_be_rated(body, text):
             return
-        if len(self._running) >= AT_ONCE:
+        if len(self._running) >= MAX_RUNNING:
             self.counts["skipped"] += 1
             return
-        task = asyncio.get_running_loop().create_task(self._rate(seen.call.id, body, said))
+        task = asyncio.get_running_loop().create_task(self._rate(observation.call.id, body, text))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
-    async def _rate(self, name: str, body: Mapping[str, Any], said: str) -> None:
+    async def _rate(self, id: str, body: Mapping[str, Any], text: str) -> None:
         try:
-            nats = await rate_answer(self._base, f"rate-{name}", body, said)
+            nats = await rate_answer(self._base, f"rate-{id}", body, text)
         except Exception as error:
             if not isinstance(error, ServeError):
-                log.exception("rating %s failed", name)
+                log.exception("rating the answer to %s failed", id)
             self.counts["failed"] += 1
             return
         if nats is None:
             self.counts["failed"] += 1
             return
         self.counts["rated"] += 1
-        self._drift.note("likelihood", nats, first=FIRST)
+        self._drift.add_value("likelihood", nats, reference_size=REFERENCE_RATINGS)
 
     async def close(self) -> None:
-        """Stop."""
+        """Cancel what is running."""
         for task in self._running:
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
 
 
-def can_be_rated(body: Mapping[str, Any], said: str) -> bool:
-    """Tell whether there are a question and an answer, and not too long ones."""
-    asked = plain_text(body)
-    return bool(said.strip() and asked) and len(asked) + len(said) <= LONGEST_TEXT
+def can_be_rated(body: Mapping[str, Any], answer: str) -> bool:
+    """Return whether question and answer are text, not empty and not too long."""
+    question = plain_text(body)
+    return bool(answer.strip() and question) and len(question) + len(answer) <= MAX_CHARACTERS
 
 
-async def rate_answer(base: Backend, id: str, asked: Mapping[str, Any], said: str) -> float | None:
-    """Ask a model how likely an answer is.
+async def rate_answer(
+    base: Backend, id: str, request: Mapping[str, Any], answer: str
+) -> float | None:
+    """Compute how likely a model finds an answer.
 
     Args:
-        base: Its completions know ``echo`` and ``logprobs``. Where it knows /tokenize too, a
-            conversation is put by its own chat template; else it is read as plain text.
-        id: Of the call.
-        asked: Body of the request that was answered.
-        said: The answer.
+        base: The model; its completions must support ``echo`` with ``logprobs``. If it supports
+            /tokenize too, its chat template is applied to a chat; else a chat is plain text.
+        id: ID of the call.
+        request: Body of the request that was answered.
+        answer: The answer.
 
     Returns:
-        Mean log-likelihood of its tokens, in nats; None where the model told none.
+        Mean log-likelihood of the answer's tokens, in nats; None if the model reports none.
     """
-    ids = await _in_tokens(base, asked, said)
-    plain = plain_text(asked)
+    ids = await _tokenize(base, request, answer)
+    question = plain_text(request)
     body = {
         "model": base.models[0] if base.models else "",
-        "prompt": plain + said if ids is None else [*ids[0], *ids[1]],
+        "prompt": question + answer if ids is None else [*ids[0], *ids[1]],
         "echo": True,
         "logprobs": 1,
-        "max_tokens": 1,  # some servers take no 0
+        "max_tokens": 1,  # some servers do not accept 0
         "temperature": 0,
     }
-    deadline = time.monotonic() + LONGEST_SECONDS
+    deadline = time.monotonic() + TIMEOUT_SECONDS
     call = Call(kind="completion", body=body, id=id, deadline=deadline)
     tokens: list[TokenLogprob] = []
-    async with asyncio.timeout(LONGEST_SECONDS), aclosing(base.stream(call)) as events:
+    async with asyncio.timeout(TIMEOUT_SECONDS), aclosing(base.stream(call)) as events:
         async for event in events:
             if isinstance(event, Delta):
                 tokens += event.logprobs or ()
     if ids is None:
-        answer = between(tokens, len(plain.encode()), len((plain + said).encode()))
+        start, end = len(question.encode()), len((question + answer).encode())
+        rated = select_by_bytes(tokens, start, end)
     else:
-        answer = tokens[len(ids[0]) : len(ids[0]) + len(ids[1])]
-    rated = [token.logprob for token in answer if math.isfinite(token.logprob)]
-    return sum(rated) / len(rated) if rated else None
+        rated = tokens[len(ids[0]) : len(ids[0]) + len(ids[1])]
+    logprobs = [token.logprob for token in rated if math.isfinite(token.logprob)]
+    return sum(logprobs) / len(logprobs) if logprobs else None
 
 
-async def _in_tokens(
-    base: Backend, asked: Mapping[str, Any], said: str
+async def _tokenize(
+    base: Backend, request: Mapping[str, Any], answer: str
 ) -> tuple[list[int], list[int]] | None:
-    """Give what was asked and what was said in the base's token ids; None where it tells none."""
+    """Return question and answer as token ids of the base model; None if it cannot tokenize."""
     if not isinstance(base, TextTools):
         return None
-    ways: list[dict[str, Any]] = [{"prompt": plain_text(asked)}]
-    if asked.get("messages"):
+    prompts: list[dict[str, Any]] = [{"prompt": plain_text(request)}]
+    if request.get("messages"):
         names = ("messages", "tools", "chat_template_kwargs")
-        ways.insert(0, {name: asked[name] for name in names if asked.get(name)})
-    for way in ways:
+        prompts.insert(0, {name: request[name] for name in names if request.get(name)})
+    for prompt in prompts:
         try:
-            before = await base.tokenize(way)
-            answer = await base.tokenize({"prompt": said, "add_special_tokens": False})
-            return list(map(int, before["tokens"])), list(map(int, answer["tokens"]))
+            before = await base.tokenize(prompt)
+            after = await base.tokenize({"prompt": answer, "add_special_tokens": False})
+            return list(map(int, before["tokens"])), list(map(int, after["tokens"]))
         except (ServeError, LookupError, TypeError, ValueError) as error:
-            log.info("an answer cannot be rated by %s: %s", " and ".join(way), error)
+            log.info("cannot tokenize an answer from %s: %s", " and ".join(prompt), error)
     return None
 
 
-def between(tokens: Sequence[TokenLogprob], start: int, end: int) -> list[TokenLogprob]:
-    """Give the tokens of a text that begin in a range of bytes."""
-    found, place = [], 0
+def select_by_bytes(tokens: Sequence[TokenLogprob], start: int, end: int) -> list[TokenLogprob]:
+    """Return the tokens that begin in a byte range of the text."""
+    selected, offset = [], 0
     for token in tokens:
-        if start <= place < end:
-            found.append(token)
-        place += len(token.token.encode()) if token.bytes is None else len(token.bytes)
-    return found
+        if start <= offset < end:
+            selected.append(token)
+        offset += len(token.token.encode()) if token.bytes is None else len(token.bytes)
+    return selected
 
 
 def plain_text(body: Mapping[str, Any]) -> str:
-    """Give a request as one plain text, without any model's chat template.
+    """Return a request as plain text, without a chat template.
 
-    For a base that has none; what counts is that the same is rated every time.
+    For base models that have none. The exact form does not matter as long as it is always the same.
     """
     messages = body.get("messages")
     if isinstance(messages, Sequence):
-        return "".join(f"{m.get('role')}: {content_text(m.get('content'))}\n" for m in messages) + (
-            "assistant: "
-        )
+        lines = [f"{m.get('role')}: {content_text(m.get('content'))}\n" for m in messages]
+        return "".join(lines) + "assistant: "
     prompt = body.get("prompt", "")
     return prompt if isinstance(prompt, str) else ""

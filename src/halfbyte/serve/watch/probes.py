@@ -1,6 +1,6 @@
-"""Questions with known answers, asked again and again: a model that forgets one has changed.
+"""Probes: questions with known answers, asked regularly to detect that the model has changed.
 
-They go to the primary model itself, one at a time, past fallback and canary.
+They are sent to the primary model directly, one at a time, without fallback and canary.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from halfbyte.errors import ConfigError
 from halfbyte.judge.tasks import Item, read_tasks
 from halfbyte.serve.backend import Call
 from halfbyte.serve.quality_config import QualityConfig
-from halfbyte.serve.routing.attempt import Attempt, Demands
+from halfbyte.serve.routing.attempt import Attempt, HoldBack
 from halfbyte.serve.routing.breaker import Clock
 from halfbyte.serve.routing.router import Router
 from halfbyte.serve.watch.alerts import Alerts
 
 log = logging.getLogger(__name__)
 
-LONGEST_SECONDS = 120.0
-"""For one answer."""
-PATIENCE = 2
-"""Rounds that a question must be wrong in, after it was right in the first one, for an alert."""
+TIMEOUT_SECONDS = 120.0
+"""Timeout of one answer."""
+MIN_WRONG_ROUNDS = 2
+"""Consecutive rounds in which a question must be answered wrong before there is an alert."""
 
 
 class Probes:
-    """The questions and how they were answered."""
+    """Asks the probes and raises an alert."""
 
     def __init__(
         self,
@@ -42,14 +42,14 @@ class Probes:
         *,
         clock: Clock = time.monotonic,
     ) -> None:
-        """Keep what is asked.
+        """Set up the probes; nothing is asked yet.
 
         Args:
-            items: Questions whose written answers can be checked.
+            items: Questions whose generated answers can be checked.
             router: Knows the primary model.
-            config: How often, and the timeouts.
-            alerts: Told when a question that was answered right is not any more.
-            clock: The time.
+            config: The interval and the timeouts.
+            alerts: Where it is reported that a question is not answered correctly any more.
+            clock: Returns monotonic seconds.
         """
         self._items = items
         self._router = router
@@ -57,16 +57,16 @@ class Probes:
         self._alerts = alerts
         self._clock = clock
         self._numbers = itertools.count(1)
-        self._right_at_first: dict[str, bool] = {}
-        """By question: whether its first answer, however late it came, was right."""
-        self._wrong: dict[str, int] = {}
-        """Rounds in a row, by question."""
+        self._initially_correct: dict[str, bool] = {}
+        """Whether the first answer to a question was correct, by question."""
+        self._wrong_rounds: dict[str, int] = {}
+        """Consecutive rounds with a wrong answer, by question."""
         self.last: dict[str, bool] = {}
-        """Whether each was right in the last round; one that got no answer was not."""
+        """Results of the last round, by question. A request that failed counts as wrong."""
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Begin. Needs a running event loop."""
+        """Start asking. Needs a running event loop."""
         self._task = asyncio.create_task(self._ask_forever())
 
     async def close(self) -> None:
@@ -84,26 +84,27 @@ class Probes:
             await asyncio.sleep(60.0 * self._config.probe_minutes)
 
     async def ask_all(self) -> None:
-        """Ask every question once, and raise or clear the alert."""
-        found = {item.name: await self._ask(item) for item in self._items}
-        self.last = {name: bool(right) for name, right in found.items()}
-        for name, right in found.items():
-            if right is not None:
-                self._right_at_first.setdefault(name, right)
-        known = [name for name, right in self._right_at_first.items() if right]
+        """Ask every question once, and update the alert."""
+        results = {item.name: await self._ask(item) for item in self._items}
+        self.last = {name: bool(correct) for name, correct in results.items()}
+        for name, correct in results.items():
+            if correct is not None:
+                self._initially_correct.setdefault(name, correct)
+        known = [name for name, correct in self._initially_correct.items() if correct]
         for name in known:
-            self._wrong[name] = 0 if found[name] else self._wrong.get(name, 0) + 1
-        lost = sorted(name for name, rounds in self._wrong.items() if rounds >= PATIENCE)
-        self._alerts.set(
+            rounds = self._wrong_rounds.get(name, 0)
+            self._wrong_rounds[name] = 0 if results[name] else rounds + 1
+        lost = sorted(n for n, rounds in self._wrong_rounds.items() if rounds >= MIN_WRONG_ROUNDS)
+        self._alerts.update(
             "probes",
             bool(lost),
-            f"{len(lost)} of {len(known)} questions that were answered right at "
-            f"first are answered wrong now: {', '.join(lost[:5])}",
+            f"{len(lost)} of {len(known)} questions that were answered correctly at first are "
+            f"answered wrong now: {', '.join(lost[:5])}",
             float(len(lost)),
         )
 
     async def _ask(self, item: Item) -> bool | None:
-        """Tell whether an answer is right; None: there is none."""
+        """Return whether the answer is correct; None if the request failed."""
         body: dict[str, Any] = {"temperature": 0, "max_tokens": item.max_new_tokens}
         if item.stop:
             body["stop"] = list(item.stop[:4])
@@ -115,37 +116,37 @@ class Probes:
             kind="chat" if item.messages else "completion",
             body=body,
             id=f"probe-{next(self._numbers)}",
-            deadline=time.monotonic() + LONGEST_SECONDS,
+            deadline=time.monotonic() + TIMEOUT_SECONDS,
         )
         route = self._router.routes[0]
         attempt = Attempt(
-            route, call, self._config, demands=Demands(tokens=None), clock=self._clock
+            route, call, self._config, hold_back=HoldBack(tokens=None), clock=self._clock
         )
         try:
-            cause = await attempt.hold()
+            cause = await attempt.fill_buffer()
         finally:
             await attempt.close()
         assert item.check is not None
-        return None if cause else item.check.passes(attempt.seen.text(), item.line, {})
+        return None if cause else item.check.passes(attempt.record.text(), item.line, {})
 
 
 def read_probes(path: Path) -> list[Item]:
-    """Read the questions.
+    """Read probes from a task file.
 
     Args:
-        path: A task file as `halfbyte compare --tasks` takes it.
+        path: A task file in the format of `halfbyte compare --tasks`.
 
     Returns:
         The questions.
 
     Raises:
-        ConfigError: A question has choices, which a served model cannot rate.
+        ConfigError: A question has choices, which probes cannot score.
     """
     items = read_tasks([path])
     for item in items:
         if item.check is None:
             raise ConfigError(
-                f"'{path}': question '{item.name}' has choices. Probes are written answers: give "
-                '"answer" or "check" instead.'
+                f"Cannot use question '{item.name}' of '{path}' as a probe: it has choices. Probes "
+                'check generated answers: give "answer" or "check" instead.'
             )
     return items

@@ -1,7 +1,7 @@
-"""Requests and answers in SQLite, redacted; written by a thread that no request waits for.
+"""A log of requests and answers in SQLite, redacted, written by a background thread.
 
-A disk that is full, or any other trouble, costs rows and nothing else: they are counted as dropped
-and the log goes on when there is room again. The newest rows are kept, up to a number.
+If the disk is full, or writing fails for another reason, rows are dropped and counted; requests are
+not affected, and logging continues when writing works again. Only the newest rows are kept.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from halfbyte.serve.watch.observation import Observation
 
 log = logging.getLogger(__name__)
 
-LONGEST_QUEUE = 1000
-MOST_AT_ONCE = 200
-"""Rows of one transaction."""
+MAX_QUEUE = 1000
+"""Rows waiting to be written; more are dropped."""
+MAX_BATCH = 200
+"""Rows written in one transaction."""
 TRIM_EVERY = 1000
-"""Rows between two looks at how many there are."""
-LONGEST_TEXT = 100_000
-"""Characters kept of one text."""
+"""Rows after which the oldest ones are deleted."""
+MAX_TEXT_CHARACTERS = 100_000
+"""Characters stored of one text."""
 CLOSE_SECONDS = 10.0
-"""For what waits to be written."""
+"""Time for writing the queued rows when the log is closed."""
 
 TABLE = """
 create table if not exists requests (
@@ -42,9 +43,10 @@ create table if not exists requests (
 )
 """
 COLUMNS = 18
+ERROR_COLUMN = 9
 
 _AFTER_ESCAPE = r"(?<=\\[nrt])"
-"""Where JSON within a text, such as a tool call's arguments, writes the start of a line."""
+"""Start of a line in JSON within a text, such as a tool call's arguments."""
 _START = rf"(?:\b|{_AFTER_ESCAPE})"
 
 REDACTIONS: tuple[tuple[str, re.Pattern[str]], ...] = (
@@ -64,20 +66,20 @@ REDACTIONS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ),
     ("address", re.compile(_START + r"(?:\d{1,3}\.){3}\d{1,3}\b")),
 )
-"""What is replaced by ``[name]``. A safety net: it knows forms, not meanings, such as names."""
+"""Patterns replaced by ``[name]``. A safety net only: it recognizes formats, not, say, names."""
 
 Row = tuple[Any, ...]
 
 
 def redact(text: str) -> str:
-    """Replace what looks like a person's or a secret's mark.
+    """Replace what looks like personal data or a secret.
 
     Args:
-        text: Anything.
+        text: Any text.
 
     Returns:
         The text with ``[email]``, ``[secret]``, ``[iban]``, ``[card]``, ``[phone]`` and
-        ``[address]`` in their places.
+        ``[address]`` instead.
     """
     for name, pattern in REDACTIONS:
         text = pattern.sub(f"[{name}]", text)
@@ -85,7 +87,7 @@ def redact(text: str) -> str:
 
 
 class RequestLog:
-    """The log, and the thread that writes it."""
+    """The log and its writer thread."""
 
     def __init__(
         self,
@@ -96,32 +98,34 @@ class RequestLog:
         dropped: Callable[[int], None] | None = None,
         max_pages: int | None = None,
     ) -> None:
-        """Open it.
+        """Open the log.
 
         Args:
-            path: The SQLite file; made where it is missing, readable by its owner only.
-            texts: Keep texts, redacted; else figures only.
-            rows: That are kept, the newest.
-            dropped: Told how many rows were lost.
-            max_pages: Of 4096 bytes that the file may have; None: no limit but the disk's.
+            path: The SQLite file; if it is missing it is created, readable by its owner only.
+            texts: Store the redacted texts; else numbers only.
+            rows: Number of rows kept, the newest.
+            dropped: Called with the number of dropped rows.
+            max_pages: Maximum size of the file in pages of 4096 bytes; None: no limit.
 
         Raises:
-            ConfigError: It cannot be written.
+            ConfigError: The file cannot be written.
         """
         self._path = path
         self._texts = texts
         self._rows = rows
         self._dropped = dropped or (lambda count: None)
         self._max_pages = max_pages
-        self._queue: queue.Queue[Row | None] = queue.Queue(LONGEST_QUEUE)
+        self._queue: queue.Queue[Row | None] = queue.Queue(MAX_QUEUE)
         self._since_trim = 0
-        self._told = False
+        self._has_reported = False
+        """Whether the current failure to write has been logged."""
         try:
             path.touch(mode=0o600, exist_ok=True)
             self._connect().close()
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(
-                f"Cannot write the request log '{path}': {error}. Choose another file."
+                f"Cannot write the request log '{path}': {error}. Choose another file with "
+                "--request-log."
             ) from error
         self._thread = threading.Thread(target=self._write_all, name="request-log", daemon=True)
         self._thread.start()
@@ -136,39 +140,41 @@ class RequestLog:
         connection.commit()
         return connection
 
-    def observe(self, seen: Observation) -> None:
-        """Note a request that is over; returns at once."""
+    def observe(self, observation: Observation) -> None:
+        """Queue a finished request; does not block."""
         try:
-            self._queue.put_nowait(self._row(seen))
+            self._queue.put_nowait(self._make_row(observation))
         except queue.Full:
             self._dropped(1)
 
-    def _row(self, seen: Observation) -> Row:
-        """Give what is written, but for redaction, which the thread does."""
-        answer = seen.answer or (seen.attempts[-1] if seen.attempts else None)
-        usage = answer.usage if answer and answer.usage and answer.usage.is_told else None
-        ended = seen.ended if seen.ended is not None else seen.started
+    def _make_row(self, observation: Observation) -> Row:
+        """Return the values to write; the writer thread redacts the texts."""
+        records, started = observation.attempts, observation.started
+        answer = observation.answer or (records[-1] if records else None)
+        usage = answer.usage if answer and answer.usage and answer.usage.is_reported else None
+        ended = observation.ended if observation.ended is not None else started
+        first = observation.first
         attempts = [
             {"backend": a.backend, "role": a.role, "cause": a.cause, "checks": a.failures}
-            for a in seen.attempts
+            for a in records
         ]
         texts: tuple[Any, Any] = (None, None)
         if self._texts:
             answers = {choice: answer.text(choice) for choice in answer.choices} if answer else {}
-            texts = (seen.call.body, answers)
+            texts = (observation.call.body, answers)
         return (
             datetime.now(UTC).isoformat(timespec="milliseconds"),
-            seen.call.id,
-            seen.call.key,
-            seen.call.kind,
-            seen.served.model,
-            seen.served.backend,
-            seen.served.version,
-            seen.served.reason,
-            seen.status,
-            seen.error,
-            ended - seen.started,
-            None if seen.first is None else seen.first - seen.started,
+            observation.call.id,
+            observation.call.key,
+            observation.call.kind,
+            observation.served.model,
+            observation.served.backend,
+            observation.served.version,
+            observation.served.reason,
+            observation.status,
+            observation.error,
+            ended - started,
+            None if first is None else first - started,
             usage.prompt_tokens if usage else None,
             usage.completion_tokens if usage else None,
             json.dumps(answer.failures if answer else ()),
@@ -180,19 +186,19 @@ class RequestLog:
         connection: sqlite3.Connection | None = None
         while True:
             rows = [self._queue.get()]
-            while len(rows) < MOST_AT_ONCE and not self._queue.empty():
+            while len(rows) < MAX_BATCH and not self._queue.empty():
                 rows.append(self._queue.get_nowait())
-            wanted = [row for row in rows if row is not None]
+            batch = [row for row in rows if row is not None]
             try:
                 connection = connection or self._connect()
-                self._write(connection, [redacted(row) for row in wanted])
-                self._told = False
+                self._write(connection, [redact_row(row) for row in batch])
+                self._has_reported = False
             except Exception:
-                # Whatever it is: a log that ended would fill the queue, and tell nobody.
-                if not self._told:
-                    log.exception("the request log '%s' is not written", self._path)
-                self._told = True
-                self._dropped(len(wanted))
+                # Any error: if the thread ended, later rows would be lost without a message.
+                if not self._has_reported:
+                    log.exception("cannot write to the request log '%s'", self._path)
+                self._has_reported = True
+                self._dropped(len(batch))
                 if connection is not None:
                     connection.close()
                 connection = None
@@ -203,8 +209,8 @@ class RequestLog:
 
     def _write(self, connection: sqlite3.Connection, rows: list[Row]) -> None:
         with connection:
-            marks = ", ".join("?" * COLUMNS)
-            connection.executemany(f"insert into requests values ({marks})", rows)
+            placeholders = ", ".join("?" * COLUMNS)
+            connection.executemany(f"insert into requests values ({placeholders})", rows)
         self._since_trim += len(rows)
         if self._since_trim >= min(TRIM_EVERY, self._rows):
             self._since_trim = 0
@@ -215,39 +221,40 @@ class RequestLog:
                 )  # fmt: skip
 
     def close(self) -> None:
-        """Write what waits, then stop; a disk that takes too long is not waited for."""
+        """Write the queued rows, within the time limit, and stop."""
         try:
             self._queue.put(None, timeout=CLOSE_SECONDS)
             self._thread.join(timeout=CLOSE_SECONDS)
         except queue.Full:
-            pass  # told below, as a thread that does not end is
+            pass  # reported below, like a thread that does not end
         if self._thread.is_alive():
             log.warning(
-                "the request log '%s' is left with about %d requests that are not written",
+                "closing the request log '%s': about %d requests were not written",
                 self._path,
                 self._queue.qsize(),
             )
 
 
-def redacted(row: Row) -> Row:
-    """Give a row with its texts redacted, as JSON."""
-    *figures, request, answer = row
-    figures[9] = redact(figures[9])
-    texts = [None if text is None else _as_json(text) for text in (request, answer)]
-    return (*figures, *texts)
+def redact_row(row: Row) -> Row:
+    """Redact the error message and the texts of a row; the texts become JSON."""
+    *values, request, answer = row
+    values[ERROR_COLUMN] = redact(values[ERROR_COLUMN])
+    texts = [None if text is None else _to_json(text) for text in (request, answer)]
+    return (*values, *texts)
 
 
-def _as_json(value: Any) -> str:
-    # Redacted first: in JSON the start of a line is an "n", and what follows no word of its own.
-    return json.dumps(_redact_within(value), ensure_ascii=False, default=str)[:LONGEST_TEXT]
+def _to_json(value: Any) -> str:
+    # Redacted before: JSON writes a line break as \n, and that "n" would join the next word.
+    text = json.dumps(_redact_nested(value), ensure_ascii=False, default=str)
+    return text[:MAX_TEXT_CHARACTERS]
 
 
-def _redact_within(value: Any) -> Any:
-    """Redact every text of a structure, keys too."""
+def _redact_nested(value: Any) -> Any:
+    """Redact every text of a nested structure, including keys."""
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, Mapping):
-        return {_redact_within(key): _redact_within(entry) for key, entry in value.items()}
+        return {_redact_nested(key): _redact_nested(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_redact_within(entry) for entry in value]
+        return [_redact_nested(entry) for entry in value]
     return value
