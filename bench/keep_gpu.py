@@ -145,26 +145,7 @@ def find_cuda_rows(measured: Case, shape: str) -> int:
 def save_kernels(measured: Case, provenance: Provenance) -> None:
     """Save the geometric means, and the times by layer."""
     cases = measured["microseconds"]
-    rows_of = {shape: find_cuda_rows(measured, shape) for shape in SHAPES}
-    means = []
-    for rows in ROWS:
-        by_shape = {shape: cases[f"{shape}, rows {rows}"] for shape in SHAPES}
-        chosen = {shape: choose_arm(rows, rows_of[shape]) for shape in SHAPES}
-        ratios = {s: find_peer(case)[1] / case[chosen[s]]["us"] for s, case in by_shape.items()}
-        worst = min(ratios, key=lambda shape: ratios[shape])
-        means.append(
-            [
-                rows,
-                geometric_mean(ratios.values()),
-                f"{ratios[worst]:.2f} ({worst})",
-                f"{sum(ratio < 1 for ratio in ratios.values())} of {len(SHAPES)}",
-                _average_over_peers(by_shape, "cuda"),
-                _average_over_peers(by_shape, "triton"),
-                geometric_mean(
-                    case["cublas"]["us"] / case[chosen[s]]["us"] for s, case in by_shape.items()
-                ),
-            ]
-        )
+    cuda_rows = {shape: find_cuda_rows(measured, shape) for shape in SHAPES}
     save_result(
         "gpu-kernels",
         columns=[
@@ -176,7 +157,7 @@ def save_kernels(measured: Case, provenance: Provenance) -> None:
             "Triton programs",
             "halfbyte over bf16 cuBLAS",
         ],
-        rows=means,
+        rows=[_average_case(cases, cuda_rows, rows) for rows in ROWS],
         note=(
             "Speed as a ratio, above 1 is faster; geometric means over the eight linears of the 8B "
             "and the 70B Llama; 4 bits, groups of 128, symmetric, bf16. Peers: the fastest of "
@@ -194,26 +175,47 @@ def save_kernels(measured: Case, provenance: Provenance) -> None:
         },
         provenance=provenance,
     )
-    layers = [
-        [
-            f"{shape} {SHAPES[shape][0]} → {SHAPES[shape][1]}",
-            rows,
-            case[choose_arm(rows, rows_of[shape])]["us"],
-            choose_arm(rows, rows_of[shape]),
-            *(case[peer]["us"] if peer in case else "—" for peer in (*PEERS[:3], "cublas")),
-        ]
-        for shape in SHAPES
-        for rows in SHOWN_ROWS
-        for case in [cases[f"{shape}, rows {rows}"]]
-    ]
     save_result(
         "gpu-layers",
         columns=["layer", "rows", "halfbyte", "by", "tinygemm", "Marlin", "Machete", "bf16 cuBLAS"],
-        rows=layers,
+        rows=_list_layers(cases, cuda_rows),
         note="Microseconds; the same run as the table above.",
         data={},
         provenance=provenance,
     )
+
+
+def _average_case(
+    cases: Mapping[str, Case], cuda_rows: Mapping[str, int], rows: int
+) -> list[str | int | float]:
+    """Return a row of geometric means over the shapes."""
+    by_shape = {shape: cases[f"{shape}, rows {rows}"] for shape in SHAPES}
+    times = {s: case[choose_arm(rows, cuda_rows[s])]["us"] for s, case in by_shape.items()}
+    ratios = {s: find_peer(case)[1] / times[s] for s, case in by_shape.items()}
+    worst = min(ratios, key=lambda shape: ratios[shape])
+    return [
+        rows,
+        geometric_mean(ratios.values()),
+        f"{ratios[worst]:.2f} ({worst})",
+        f"{sum(ratio < 1 for ratio in ratios.values())} of {len(SHAPES)}",
+        _average_over_peers(by_shape, "cuda"),
+        _average_over_peers(by_shape, "triton"),
+        geometric_mean(case["cublas"]["us"] / times[s] for s, case in by_shape.items()),
+    ]
+
+
+def _list_layers(
+    cases: Mapping[str, Case], cuda_rows: Mapping[str, int]
+) -> list[list[str | int | float]]:
+    """Return a row of microseconds for each shape and number of rows that is shown."""
+    table: list[list[str | int | float]] = []
+    for shape, (in_features, out_features) in SHAPES.items():
+        for rows in SHOWN_ROWS:
+            case, arm = cases[f"{shape}, rows {rows}"], choose_arm(rows, cuda_rows[shape])
+            peers = [case[peer]["us"] if peer in case else "—" for peer in (*PEERS[:3], "cublas")]
+            name = f"{shape} {in_features} → {out_features}"
+            table.append([name, rows, case[arm]["us"], arm, *peers])
+    return table
 
 
 def choose_arm(rows: int, cuda_rows: int) -> str:

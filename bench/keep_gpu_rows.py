@@ -171,39 +171,9 @@ def _by_block(case: Case) -> dict[str, tuple[float, dict[str, int]]]:
 
 def save_means(measured: Case, provenance: Provenance) -> None:
     """Save the geometric means by number of rows."""
-    part = PARTS[measured["kernel"]]
     cases = measured["microseconds"]
     humming = any("humming" in case for case in cases.values())
-    table = []
-    for rows in sorted({int(key.rsplit(" ", 1)[1]) for key in cases}):
-        by_shape = {s: cases[f"{s}, rows {rows}"] for s in SHAPES if f"{s}, rows {rows}" in cases}
-        if len(by_shape) < len(SHAPES):
-            continue
-        bucket = next((size for size in part.buckets if rows <= size), None)
-        configs = dict.fromkeys(SHAPES) | (
-            {} if bucket is None else choose_configs(measured, bucket)
-        )
-        ratios = {
-            s: _find_fastest(case, PEERS)
-            / (find_time(measured, s, rows, config) if config else before)
-            for s, case in by_shape.items()
-            for config, before in [(configs[s], _find_fastest(case, BEFORE))]
-        }
-        if not all(0 < ratio < math.inf for ratio in ratios.values()):
-            continue  # a shape has no peer, or its configuration was not timed at these rows
-        worst = min(ratios, key=lambda shape: ratios[shape])
-        table.append(
-            [
-                rows,
-                geometric_mean(ratios.values()),
-                f"{ratios[worst]:.2f} ({worst})",
-                f"{sum(config is not None for config in configs.values())} of {len(SHAPES)}",
-                _average_ratio(by_shape, KERNEL, PEERS),
-                _average_ratio(by_shape, "own", PEERS),
-                _average_ratio(by_shape, KERNEL, BEFORE),
-                _average_ratio(by_shape, KERNEL, ("cublas",)),
-            ]
-        )
+    rows_list = sorted({int(key.rsplit(" ", 1)[1]) for key in cases})
     save_result(
         f"gpu-{measured['kernel']}",
         columns=[
@@ -216,7 +186,7 @@ def save_means(measured: Case, provenance: Provenance) -> None:
             "over what halfbyte had before",
             "over bf16 cuBLAS",
         ],
-        rows=table,
+        rows=[row for rows in rows_list if (row := _average_case(measured, rows)) is not None],
         note=(
             "Speed as a ratio, above 1 is faster; geometric means over the eight linears of the 8B "
             "and the 70B Llama; 4 bits, groups of 128, symmetric, bf16. Peers: the fastest of vLLM "
@@ -238,6 +208,35 @@ def save_means(measured: Case, provenance: Provenance) -> None:
         },
         provenance=provenance,
     )
+
+
+def _average_case(measured: Case, rows: int) -> list[str | int | float] | None:
+    """Return a row of geometric means over the shapes; None if a time is missing."""
+    cases = measured["microseconds"]
+    by_shape = {s: cases[f"{s}, rows {rows}"] for s in SHAPES if f"{s}, rows {rows}" in cases}
+    if len(by_shape) < len(SHAPES):
+        return None
+    buckets = PARTS[measured["kernel"]].buckets
+    bucket = next((size for size in buckets if rows <= size), None)
+    configs = dict.fromkeys(SHAPES) | ({} if bucket is None else choose_configs(measured, bucket))
+    ratios = {
+        s: _find_fastest(case, PEERS) / (find_time(measured, s, rows, config) if config else before)
+        for s, case in by_shape.items()
+        for config, before in [(configs[s], _find_fastest(case, BEFORE))]
+    }
+    if not all(0 < ratio < math.inf for ratio in ratios.values()):
+        return None  # a shape has no peer, or its configuration was not timed at these rows
+    worst = min(ratios, key=lambda shape: ratios[shape])
+    return [
+        rows,
+        geometric_mean(ratios.values()),
+        f"{ratios[worst]:.2f} ({worst})",
+        f"{sum(config is not None for config in configs.values())} of {len(SHAPES)}",
+        _average_ratio(by_shape, KERNEL, PEERS),
+        _average_ratio(by_shape, "own", PEERS),
+        _average_ratio(by_shape, KERNEL, BEFORE),
+        _average_ratio(by_shape, KERNEL, ("cublas",)),
+    ]
 
 
 def _note_earlier_runs(cases: Sequence[str]) -> str:

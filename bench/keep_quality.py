@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,61 +50,27 @@ def main() -> None:
         for row in run["rows"]:
             if row[0] in HALFBYTE_CASES:
                 row[0] += options.older_as
-    settings = {
-        run["note"].partition(JOINED)[0].partition(PLACE)[0].replace(RAGGED, "") for run in runs
-    }
-    if len(settings) > 1:
-        raise SystemExit(
-            "Cannot join runs that differ in their settings:\n" + "\n".join(sorted(settings))
-        )
-    rows: dict[str, list[Any]] = {}
-    kept: dict[str, Any] = {}
-    for path, run in zip(paths, runs, strict=True):
-        if run["columns"][: len(COLUMNS) + 1] != ["tool", *COLUMNS]:
-            raise SystemExit(
-                f"Cannot join {path}: its columns are {run['columns']}, not {['tool', *COLUMNS]}."
-            )
-        if JOINED in run["note"]:
-            rows |= {row[0]: row for row in run["rows"]}
-            kept |= run["data"]["rows"]
-            continue
-        for row in run["rows"]:
-            rows[row[0]] = [*row, name_device(run)]
-            kept[row[0]] = {
-                "of": {key: run[key] for key in ("date", "commit", "command", "machine")},
-                "result": run["data"].get("results", {}).get(row[0]),
-                "kept from": run["data"].get("kept from", "the script's file"),
-            }
-    left_out = [name for name in rows if any(words in name for words in options.without)]
-    rows, kept = ({n: v for n, v in d.items() if n not in left_out} for d in (rows, kept))
+    settings = find_settings(runs)
+    rows, sources = join_rows(list(zip(paths, runs, strict=True)))
+    names = [name for name in rows if not any(words in name for words in options.without)]
+    names.sort(key=rank_case)
     last = runs[-1]
-    known = [*HALFBYTE_CASES, *PEER_CASES]
-
-    def rank(name: str) -> int:
-        """Return the rank of the longest case name that the name starts with."""
-        return max(
-            (len(case), index)
-            for index, case in [(-1, ""), *enumerate(known)]
-            if name.startswith(case)
-        )[1]
-
-    order = sorted(rows, key=rank)
     save_result(
         options.name,
         columns=["tool", *COLUMNS, "on"],
-        rows=[rows[name] for name in order],
+        rows=[rows[name] for name in names],
         note=(
-            settings.pop()
-            + (RAGGED if "group 128" in str(order) else "")
+            settings
+            + (RAGGED if "group 128" in str(names) else "")
             + f"{JOINED} were measured on the machine named in each row, some of several at a time "
             "on a GPU, so that seconds compare only roughly; ± is the standard error over windows"
             + (
                 "; AutoRound with its default of 200 iterations"
-                if "AutoRound" in str(order)
+                if "AutoRound" in str(names)
                 else ""
             )
         ),
-        data={"rows": kept},
+        data={"rows": {name: source for name, source in sources.items() if name in names}},
         provenance=Provenance(
             date=last["date"],
             commit=options.commit,
@@ -112,6 +79,69 @@ def main() -> None:
             versions=last["versions"],
         ),
     )
+
+
+def find_settings(runs: Sequence[dict[str, Any]]) -> str:
+    """Return the settings that all runs share, as their notes state them.
+
+    Args:
+        runs: Results of measure_quality.py or of this script.
+
+    Returns:
+        The part of the note before the machine.
+
+    Raises:
+        SystemExit: The settings differ.
+    """
+    settings = {
+        run["note"].partition(JOINED)[0].partition(PLACE)[0].replace(RAGGED, "") for run in runs
+    }
+    if len(settings) > 1:
+        raise SystemExit(
+            "Cannot join runs that differ in their settings:\n" + "\n".join(sorted(settings))
+        )
+    return settings.pop()
+
+
+def join_rows(
+    runs: Sequence[tuple[Path, dict[str, Any]]],
+) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+    """Join the rows of runs by name; later rows take precedence.
+
+    Args:
+        runs: File and content of each, in order.
+
+    Returns:
+        Rows and their sources, by name.
+
+    Raises:
+        SystemExit: A run has other columns.
+    """
+    rows: dict[str, list[Any]] = {}
+    sources: dict[str, Any] = {}
+    for path, run in runs:
+        if run["columns"][: len(COLUMNS) + 1] != ["tool", *COLUMNS]:
+            raise SystemExit(
+                f"Cannot join {path}: its columns are {run['columns']}, not {['tool', *COLUMNS]}."
+            )
+        if JOINED in run["note"]:
+            rows |= {row[0]: row for row in run["rows"]}
+            sources |= run["data"]["rows"]
+            continue
+        for row in run["rows"]:
+            rows[row[0]] = [*row, name_device(run)]
+            sources[row[0]] = {
+                "of": {key: run[key] for key in ("date", "commit", "command", "machine")},
+                "result": run["data"].get("results", {}).get(row[0]),
+                "kept from": run["data"].get("kept from", "the script's file"),
+            }
+    return rows, sources
+
+
+def rank_case(name: str) -> int:
+    """Return the rank of the longest case name that a row's name starts with."""
+    cases = [(-1, ""), *enumerate([*HALFBYTE_CASES, *PEER_CASES])]
+    return max((len(case), rank) for rank, case in cases if name.startswith(case))[1]
 
 
 def name_device(run: dict[str, Any]) -> str:

@@ -55,21 +55,12 @@ def main() -> None:
         for rows in DECODE_ROWS:
             times = layer.measure(rows, arguments.rounds, buffer)
             data[f"{name}, {rows} rows"] = spread(times)
-            medians = {arm: statistics.median(found) for arm, found in times.items()}
-            bandwidth = buffer.nbytes / medians["read"] / 1e9
-            speed = layer.packed_bytes / medians["packed"] / 1e9
-            ratio = medians["dense"] / medians["packed"]
-            row = [name, rows, medians["packed"] * 1e6, medians["dense"] * 1e6, ratio]
-            alone = layer.packed_bytes / medians["library"] / 1e9
-            decode.append([*row, speed, bandwidth, speed / bandwidth, alone / bandwidth])
-            print(*[f"{v:.4g}" if isinstance(v, float) else v for v in decode[-1]], flush=True)
+            decode.append([name, rows, *compare_with_memory(layer, times, buffer.nbytes)])
+            print_row(decode[-1])
         times = layer.measure(PROMPT_ROWS, max(arguments.rounds // 3, 3), None)
         data[f"{name}, {PROMPT_ROWS} rows"] = spread(times)
-        medians = {arm: statistics.median(found) for arm, found in times.items()}
-        flops = 2 * PROMPT_ROWS * layer.weights / 1e9
-        ratio = medians["dense"] / medians["packed"]
-        prompt.append([name, flops / medians["packed"], flops / medians["dense"], ratio])
-        print(*[f"{v:.4g}" if isinstance(v, float) else v for v in prompt[-1]], flush=True)
+        prompt.append([name, *compare_with_dense(layer, times)])
+        print_row(prompt[-1])
     if arguments.dry_run:
         return
     setting = (
@@ -103,6 +94,41 @@ def main() -> None:
         note=f"{setting}; {PROMPT_ROWS} rows, weights cold.",
         data={},
     )
+
+
+def compare_with_memory(
+    layer: ColdLayer, times: dict[str, list[float]], buffer_bytes: int
+) -> list[float]:
+    """Return times, speedup, and bandwidths relative to that of memory."""
+    medians = {arm: statistics.median(found) for arm, found in times.items()}
+    bandwidth = buffer_bytes / medians["read"] / 1e9
+    speed = layer.packed_bytes / medians["packed"] / 1e9
+    library_speed = layer.packed_bytes / medians["library"] / 1e9
+    return [
+        medians["packed"] * 1e6,
+        medians["dense"] * 1e6,
+        medians["dense"] / medians["packed"],
+        speed,
+        bandwidth,
+        speed / bandwidth,
+        library_speed / bandwidth,
+    ]
+
+
+def compare_with_dense(layer: ColdLayer, times: dict[str, list[float]]) -> list[float]:
+    """Return the rates of both arms in GFLOP/s, and their ratio."""
+    medians = {arm: statistics.median(found) for arm, found in times.items()}
+    gflop = 2 * PROMPT_ROWS * layer.weights / 1e9
+    return [
+        gflop / medians["packed"],
+        gflop / medians["dense"],
+        medians["dense"] / medians["packed"],
+    ]
+
+
+def print_row(row: list[str | float]) -> None:
+    """Print a row with four significant digits."""
+    print(*[f"{v:.4g}" if isinstance(v, float) else v for v in row], flush=True)
 
 
 def spread(times: dict[str, list[float]]) -> dict[str, list[float]]:

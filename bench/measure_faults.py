@@ -19,6 +19,7 @@ from torch import Tensor
 
 from halfbyte.evaluate.loading import load_tokenizer
 from halfbyte.judge.compare import compare
+from halfbyte.judge.comparison import Comparison
 from halfbyte.judge.setup import CompareConfig
 from record import save_result
 
@@ -64,24 +65,7 @@ def main() -> None:
                 cache=work / "cache",
                 resume=True,
             )
-            harmed = [s.name for s in result.slices if s.harm_p is not None and s.harm_p < 0.05]
-            suspects = [s.name for s in result.layers.suspects]
-            flips = result.overall.flips
-            interval = result.overall.interval
-            ratio = result.text.perplexity_ratio
-            rows.append(
-                [
-                    f"({letter}) {name}",
-                    result.verdict.outcome.value,
-                    f"{flips.harmful} / {flips.beneficial} of {flips.num_items}",
-                    f"{100 * flips.difference:+.1f} [{100 * interval.low:+.1f}, "
-                    f"{100 * interval.high:+.1f}]",
-                    f"{100 * (ratio - 1):+.1f}%",
-                    round(result.text.kl_nats, 4),
-                    ", ".join(harmed) or "none",
-                    ", ".join(suspects) or "none",
-                ]
-            )
+            rows.append([f"({letter}) {name}", *make_cells(result)])
             gains = sorted(linear.gain for linear in result.layers.linears)
             data[letter] = {
                 "sentence": result.verdict.sentence,
@@ -107,6 +91,22 @@ def main() -> None:
         "10 points per slice, 10% perplexity; 90% intervals",
         data=data,
     )
+
+
+def make_cells(result: Comparison) -> list[str | float]:
+    """Return the cells of a comparison, without the candidate's name."""
+    flips, interval = result.overall.flips, result.overall.interval
+    harmed = [s.name for s in result.slices if s.harm_p is not None and s.harm_p < 0.05]
+    suspects = [s.name for s in result.layers.suspects]
+    return [
+        result.verdict.outcome.value,
+        f"{flips.harmful} / {flips.beneficial} of {flips.num_items}",
+        f"{100 * flips.difference:+.1f} [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]",
+        f"{100 * (result.text.perplexity_ratio - 1):+.1f}%",
+        round(result.text.kl_nats, 4),
+        ", ".join(harmed) or "none",
+        ", ".join(suspects) or "none",
+    ]
 
 
 def stretch_scales(source: Path, target: Path) -> Path:
