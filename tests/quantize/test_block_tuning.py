@@ -61,7 +61,7 @@ def data(block: Block, num_batches: int = 8) -> TuningData:
     exact = Block(0)
     return TuningData(
         run=lambda batch: block(x[batch]),
-        wanted=lambda batch: exact(x[batch]),
+        target=lambda batch: exact(x[batch]),
         num_batches=num_batches,
     )
 
@@ -82,7 +82,7 @@ def test_held_out_error_falls_and_is_what_the_result_gives(bits: int) -> None:
         assert bool((tuned.codes != linears[name][1]).any())
         weight = tuned.grid.dequantize(tuned.codes)
         block.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
-    assert text.held_out() == pytest.approx(found.after, rel=1e-4)
+    assert text.measure_held_out_error() == pytest.approx(found.after, rel=1e-4)
 
 
 def test_codes_move_by_one_at_most() -> None:
@@ -107,10 +107,10 @@ def test_same_seed_same_result() -> None:
 def test_nothing_better_on_other_text_changes_nothing() -> None:
     block, linears = rounded_block(8)
     text = data(block)
-    wanted = text.wanted
+    target = text.target
     # The text to judge by wants what the block gives already.
-    start = {batch: text.run(batch).clone() for batch in text.check}
-    text.wanted = lambda batch: start.get(batch, wanted(batch))
+    start = {batch: text.run(batch).clone() for batch in text.held_out}
+    text.target = lambda batch: start.get(batch, target(batch))
     found = tune_block(block, linears, text, steps=10, seed=0)
     assert not found.linears
     assert found.after == found.before
@@ -174,7 +174,7 @@ def test_what_is_found_is_written_and_computed_with(
     quantize(tmp_path / "base", tmp_path / "plain")
     monkeypatch.setattr(block_tuning, "tune_block", turn)
     report = quantize(tmp_path / "base", tmp_path / "out")
-    assert all("became 50.0% of what" in " ".join(m.notes) for m in report.modules)
+    assert all("held-out error 50.0% of that before" in " ".join(m.notes) for m in report.modules)
     plain, turned = (halfbyte.open_checkpoint(tmp_path / name) for name in ("plain", "out"))
     first = next(name for name in turned.linears if ".0." in name)
     assert set(turned.linears) == set(plain.linears)

@@ -20,7 +20,7 @@ from halfbyte.quant_config import CalibrationConfig
 from halfbyte.quantize.calibration import (
     BUILT_IN,
     CalibrationTokens,
-    _shares,
+    _count_by_kind,
     check_ids,
     load_calibration,
 )
@@ -247,14 +247,14 @@ def test_text_shorter_than_a_sequence_is_one_short_sequence() -> None:
 def test_length_is_limited_to_what_the_model_takes() -> None:
     tokens = load(["abcdefgh" * 4], length=100, longest=16, samples=2)
     assert [len(sequence) for sequence in tokens.sequences] == [16, 16]
-    assert tokens.notes == ("sequences of 16 tokens instead of 100: the model takes no more",)
+    assert tokens.notes == ("sequences of 16 tokens instead of 100: the model supports no more",)
 
 
 def test_ids_cut_and_left_out_are_noted() -> None:
     tokens = load([list(range(12)), [1], [], [5, 6]], samples=2, tokenizer=None)
     assert lists(tokens) == [[0, 1, 2, 3, 4, 5, 6, 7], [5, 6]]
     assert tokens.notes == (
-        "1 of 4 sequences cut to 8 tokens",
+        "1 of 4 sequences truncated to 8 tokens",
         "2 of 4 sequences left out: fewer than 2 tokens",
     )
 
@@ -301,15 +301,15 @@ def test_digest_tells_lengths_order_and_ids_apart() -> None:
         ([[1]], "a list given in Python holds no sequence of 2 tokens or more"),
         (["a"], "holds no sequence of 2 tokens or more"),
         ([""], "holds no sequence of 2 tokens or more"),
-        ([[1, 2], "text"], "mixes 1 token id lists with 1 texts. Give one kind"),
-        ([["a", "b"]], "an item of type list that is neither text"),
-        ([None], "an item of type NoneType that is neither text"),
-        (5, "an item of type int that is neither text"),
-        ([{"input_ids": "abc"}], "'abc', which are no token ids"),
+        ([[1, 2], "text"], "mixes 1 token id lists with 1 texts. Use one kind"),
+        ([["a", "b"]], "an item of type list, which is neither text"),
+        ([None], "an item of type NoneType, which is neither text"),
+        (5, "an item of type int, which is neither text"),
+        ([{"input_ids": "abc"}], "'abc', which are not token ids"),
         ([{"input_ids": None}], "neither text, nor chat messages, nor token ids"),
-        ([[1, 2.5]], r"'\[1, 2.5\]', which are no token ids. Give lists of whole numbers"),
-        ([torch.tensor([0.25, 0.5, 0.75, 1.0])], "'tensor.*', which are no token ids"),
-        ([torch.zeros(2, 2, 2, dtype=torch.int64)], "which are no token ids"),
+        ([[1, 2.5]], r"'\[1, 2.5\]', which are not token ids. Give lists of integers"),
+        ([torch.tensor([0.25, 0.5, 0.75, 1.0])], "'tensor.*', which are not token ids"),
+        ([torch.zeros(2, 2, 2, dtype=torch.int64)], "which are not token ids"),
         (
             [{"input_ids": [1, 2, 3], "attention_mask": [1, 1]}],
             "holds 3 token ids with an attention mask of 2",
@@ -327,13 +327,13 @@ def test_unusable_data_is_refused(source: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.txt", " \n", r"Calibration file .*a\.txt is empty. Give a text of some pages"),
+        ("a.txt", " \n", r"Calibration file .*a\.txt is empty. Use a text of several pages"),
         ("a.jsonl", "\n\n", r"Calibration file .*a\.jsonl is empty. Give one object per line"),
         ("a.jsonl", '{"text": "x"}\n{"text"', r"a\.jsonl, line 2 is not JSON"),
         ("a.jsonl", '{"prompt": "x"}', r"a\.jsonl, line 1 has none of 'text', 'messages'"),
         ("a.jsonl", "[1, 2]", r"a\.jsonl, line 1 holds '\[1, 2\]'"),
         ("a.jsonl", '{"text": null}', r"a\.jsonl, line 1 has none of 'text', 'messages'"),
-        ("a.ndjson", '{"text": "x"}', r"a\.ndjson ends in \.ndjson: name a file of JSON lines"),
+        ("a.ndjson", '{"text": "x"}', r"a\.ndjson has the unknown extension \.ndjson. Use \.jsonl"),
         ("a.jsonl", '{"input_ids": [1, 2]}\n{"text": "x"}', "mixes 1 token id lists with 1 texts"),
     ],
 )
@@ -354,7 +354,7 @@ def test_missing_and_unreadable_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_text_without_a_tokenizer_is_refused() -> None:
-    with pytest.raises(CalibrationError, match="is text, and the model folder has no tokenizer"):
+    with pytest.raises(CalibrationError, match="is text, but the model folder has no tokenizer"):
         load(["some text"], tokenizer=None)
 
 
@@ -409,12 +409,12 @@ def test_built_in_text_is_a_mix_in_any_stretch_of_it() -> None:
 
 
 def test_kinds_that_run_out_are_made_up_for_by_the_others() -> None:
-    assert _shares({"prose": 100, "code": 2, "dialogue": 50}, 60) == {
+    assert _count_by_kind({"prose": 100, "code": 2, "dialogue": 50}, 60) == {
         "prose": 33,
         "code": 2,
         "dialogue": 25,
     }
-    assert _shares({"prose": 3, "code": 2}, 60) == {"prose": 3, "code": 2}
+    assert _count_by_kind({"prose": 3, "code": 2}, 60) == {"prose": 3, "code": 2}
 
 
 def test_built_in_text_that_holds_less_is_noted() -> None:

@@ -22,7 +22,7 @@ from halfbyte.model.stream import BlockStream
 from halfbyte.model.weights import ModelWeights
 from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
 from halfbyte.quantize import end_to_end, end_to_end_stage
-from halfbyte.quantize.end_to_end import EndToEndTuning, WholeData
+from halfbyte.quantize.end_to_end import EndToEndData, EndToEndTuning
 from halfbyte.quantize.progress import SilentProgress
 from halfbyte.quantize.report import QuantizationReport, load_report
 from halfbyte.quantize.student import Student, TrainedNumber
@@ -88,7 +88,7 @@ def test_gradients_are_those_of_the_whole_model_at_once(tmp_path: Path, weighted
     if weighted:
         weights_of_tokens = torch.rand(ids.shape, generator=torch.Generator().manual_seed(1))
         weights_of_tokens[weights_of_tokens < 0.5] = 0.0
-    data = WholeData(
+    data = EndToEndData(
         ids=lambda _: ids,
         base=lambda _: hidden[0].detach(),
         num_batches=4,
@@ -118,7 +118,7 @@ def test_gradients_are_those_of_the_whole_model_at_once(tmp_path: Path, weighted
     expected = (each * weights_of_tokens).sum() / weights_of_tokens.sum()
     # The first batch weighs half of what the three to train on weigh in the mean, so it moves half.
     (expected / 2 if weighted else expected).backward()
-    assert tuning.held_out() == pytest.approx(float(expected.detach()), rel=1e-4)
+    assert tuning.measure_held_out_kl() == pytest.approx(float(expected.detach()), rel=1e-4)
     assert float(expected.detach()) > 1e-3
     for name, leaf in leaves.items():
         change = student.numbers[name].change.grad
@@ -140,7 +140,7 @@ def test_held_out_kl_falls_and_the_checkpoint_holds_what_was_kept(tmp_path: Path
         dict(tuning.looks)[tuning.kept_step] == tuning.kl_after == min(k for _, k in tuning.looks)
     )
     assert load_report(tmp_path / "tuned") == report
-    assert all("trained with the whole model" in " ".join(m.notes) for m in report.modules)
+    assert all("scales were trained end to end" in " ".join(m.notes) for m in report.modules)
     plain = tune(tmp_path, "plain", QuantConfig(bits=2, group_size=32, match_base=True))
     assert plain.end_to_end is None
     ids = torch.tensor(token_lists(8, 24, seed=9))
@@ -179,7 +179,7 @@ def test_where_nothing_helps_nothing_is_changed(
     report = tune(tmp_path, "tuned")
     assert report.end_to_end is not None
     assert report.end_to_end.kept_step == 0
-    assert any("training end to end did not help" in note for note in report.notes)
+    assert any("end-to-end training did not help" in note for note in report.notes)
     assert report.end_to_end.steps == end_to_end.PATIENCE * 4, "it gave up early"
     tune(tmp_path, "plain", QuantConfig(bits=2, group_size=32, match_base=True))
     assert bytes_of(tmp_path / "tuned") == bytes_of(tmp_path / "plain")
@@ -269,7 +269,7 @@ def test_too_little_text_to_judge_by(tmp_path: Path) -> None:
     few = {"calibration": CalibrationConfig(samples=2, length=24, batch_size=1)}
     report = tune(tmp_path, "out", **{**few, "text": token_lists(2, 24)})
     assert report.end_to_end is None
-    assert "not trained end to end: too little text to confirm it" in report.notes
+    assert "not trained end to end: too little text to hold some out" in report.notes
 
 
 def test_numbers_are_judged_as_they_will_be_stored() -> None:

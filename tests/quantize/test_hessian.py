@@ -155,7 +155,7 @@ def test_hopeless_hessian_has_its_eigenvalues_lifted() -> None:
     hessian = torch.eye(4)
     hessian[0, 1] = hessian[1, 0] = 30.0
     factor = factorize(hessian, damping=0.01, act_order=False)
-    assert factor.notes == ("negative eigenvalues lifted",)
+    assert factor.notes == ("small and negative eigenvalues raised",)
     assert torch.isfinite(factor.upper).all()
     assert bool((factor.upper.diagonal() > 0).all())
 

@@ -20,7 +20,7 @@ from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
 from halfbyte.quantize import run as running
 from halfbyte.quantize import run_states, token_gradients
 from halfbyte.quantize.attempt import WEIGHTS_FOLDER
-from halfbyte.quantize.memory_fallback import CPU_ALLOCATOR, find_gentler, is_out_of_memory
+from halfbyte.quantize.memory_fallback import CPU_ALLOCATOR, is_out_of_memory, reduce_memory
 from halfbyte.quantize.resources import SMALLEST_HESSIAN_BYTES, RunSettings
 
 CONFIG = QuantConfig(group_size=32)
@@ -73,8 +73,8 @@ def test_less_from_the_first_block_on_is_a_run_with_less(base, tmp_path, device,
     report = quantize(base, tmp_path / "out", config=config)
     assert [note for note in report.notes if "out of memory" in note] == [
         "out of memory in block 1 of 3: each block runs once per stage from there on",
-        "out of memory in block 1 of 3: 4 sequences a batch instead of 8 from there on",
-        "out of memory in block 1 of 3: 2 sequences a batch instead of 4 from there on",
+        "out of memory in block 1 of 3: 4 sequences per batch instead of 8 from there on",
+        "out of memory in block 1 of 3: 2 sequences per batch instead of 4 from there on",
     ]
     assert not (tmp_path / "out" / ".halfbyte").exists()
     device()
@@ -94,7 +94,7 @@ def test_blocks_that_are_done_are_not_done_again(base, tmp_path, device):
     report = quantize(base, tmp_path / "out")
     assert [note for note in report.notes if "out of memory" in note] == [
         "out of memory in block 3 of 3: each block runs once per stage from there on",
-        "out of memory in block 3 of 3: 4 sequences a batch instead of 8 from there on",
+        "out of memory in block 3 of 3: 4 sequences per batch instead of 8 from there on",
     ]
     one, other = (weight_digests(tmp_path / name) for name in ("whole", "out"))
     for number in (1, 2):
@@ -114,8 +114,8 @@ def test_states_that_were_held_on_the_device_go_through_files(base, tmp_path, de
     device(4, behind=2, of=tmp_path / "out")
     report = quantize(base, tmp_path / "out")
     told = [note for note in report.notes if "out of memory" in note]
-    assert "hidden states go through files" in told[1]
-    assert "4 sequences a batch" in told[2]
+    assert "hidden states are kept in files" in told[1]
+    assert "4 sequences per batch" in told[2]
     device()
     once_per_stage = ResourceConfig(memory="1MB")
     quantize(base, tmp_path / "small", batch_size=4, resources=once_per_stage)
@@ -155,8 +155,8 @@ def test_what_has_no_way_out_is_told_and_loses_nothing(base, tmp_path, device):
     device(0, behind=1, of=tmp_path / "out")
     with pytest.raises(
         ConfigError,
-        match=r"cpu ran out of memory in block 2 of 3, with 1 of the sequences of up to 40 tokens "
-        r"at a time\. Free memory on it and go on with --resume, or .* \(--length\)",
+        match=r"cpu ran out of memory in block 2 of 3, with a batch size of 1 and sequences of up "
+        r"to 40 tokens\. Free memory on it and continue with --resume, or .* \(--length\)",
     ):
         quantize(base, tmp_path / "out", batch_size=1)
     device()
@@ -167,7 +167,7 @@ def test_what_has_no_way_out_is_told_and_loses_nothing(base, tmp_path, device):
 def test_bits_are_chosen_once_and_told_once(base, tmp_path, device):
     device(4, behind=1, of=tmp_path / "out")
     report = quantize(base, tmp_path / "out", config=replace(CONFIG, target_bits=3.5))
-    assert any("4 sequences a batch" in note for note in report.notes)
+    assert any("4 sequences per batch" in note for note in report.notes)
     assert len(report.notes) == len(set(report.notes))
     assert {module.bits for module in report.modules} > {3}
 
@@ -178,7 +178,7 @@ def test_tokens_are_weighed_again_by_other_batches(base, tmp_path, device, monke
     config = replace(CONFIG, weigh_tokens=True)
     device(4, behind=1, of=tmp_path / "out" / ".halfbyte" / WEIGHTS_FOLDER)
     report = quantize(base, tmp_path / "out", config=config)
-    assert any("4 sequences a batch" in note for note in report.notes)
+    assert any("4 sequences per batch" in note for note in report.notes)
     device()
     once_per_stage = ResourceConfig(memory="1MB")
     quantize(base, tmp_path / "small", config=config, batch_size=4, resources=once_per_stage)
@@ -193,7 +193,9 @@ def test_training_end_to_end_keeps_its_batches(base, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("halfbyte.quantize.end_to_end.EndToEndTuning._gradient", run_out)
-        with pytest.raises(ConfigError, match=r"out of memory behind the last block, with 2 of"):
+        with pytest.raises(
+            ConfigError, match=r"out of memory behind the last block, with a batch size of 2"
+        ):
             quantize(base, tmp_path / "out", config=config, batch_size=2)
     quantize(base, tmp_path / "out", config=config, batch_size=2, resume=True)
     quantize(base, tmp_path / "whole", config=config, batch_size=2)
@@ -231,14 +233,14 @@ def test_everything_is_given_up_in_turn():
         keep_codes=True,
     )
     told = []
-    while (found := find_gentler(settings)) is not None:
+    while (found := reduce_memory(settings)) is not None:
         assert found[0] != settings
         settings, why = found
         told.append(why)
     assert told == [
         "each block runs once per stage",
-        "hidden states go through files",
-        "1 sequence a batch instead of 3",
+        "hidden states are kept in files",
+        "1 sequence per batch instead of 3",
         "fewer Hessians at a time",
         "fewer Hessians at a time",
     ]

@@ -91,12 +91,12 @@ def test_inputs_that_are_not_finite_name_the_module_behind_them(tmp_path: Path) 
         run(tmp_path, QuantConfig(group_size=32), prepare=prepare)
 
 
-@pytest.mark.parametrize("sums_first", [False, True], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("checks_afterwards", [False, True], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("memory", ["64GB", "1MB"], ids=["paused", "again"])
 def test_batches_dropped_in_part_are_noted_by_module(
-    sums_first: bool, memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checks_afterwards: bool, memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(InputCollector, "_sums_first", sums_first)
+    monkeypatch.setattr(InputCollector, "_checks_afterwards", checks_afterwards)
 
     def spoil(model: PreTrainedModel) -> None:
         model.model.embed_tokens.weight.data[7] = float("inf")

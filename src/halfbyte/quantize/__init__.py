@@ -12,7 +12,7 @@ from typing import Any
 
 
 class _CallablePackage(ModuleType):
-    """Both names are wanted: the function is what users call, the package is where it lives."""
+    """A package that can be called, because the function and its package share one name."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         from halfbyte.quantize.pipeline import quantize

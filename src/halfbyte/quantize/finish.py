@@ -1,4 +1,4 @@
-"""The last steps: what is outside the blocks, index and configs, a reload, the report."""
+"""Write what belongs to the whole checkpoint: remaining tensors, index, configs, and the report."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def write_outside(
     head: Sequence[RoundedLinear],
     changed: Mapping[str, Tensor],
 ) -> ShardDigest:
-    """Write the last shard: embeddings, norms and head, as they are or, the head, packed.
+    """Write the last shard: embeddings, norms and head; the head packed if it was rounded.
 
     Args:
         weights: The base model.
         output: The checkpoint's folder.
-        head: The rounded head, or nothing.
-        changed: Tensors that training changed, by name on disk.
+        head: The rounded head; empty if it stays as it is.
+        changed: Tensors changed by end-to-end training, by name on disk.
 
     Returns:
         The shard's digest.
@@ -63,15 +63,15 @@ def write_descriptions(
     *,
     head: bool,
 ) -> dict[str, Any]:
-    """Write everything that says what the shards are, and copy the tokenizer.
+    """Write index, checksums and configs, and copy the tokenizer and other companion files.
 
     Args:
         weights: The base model.
         output: The checkpoint's folder.
-        config: What was asked for.
+        config: The quantization settings.
         shards: Digests of all shards.
         blocks: The journal's entries.
-        found: What is in them.
+        found: Summary of the modules in them.
         head: Whether the head was rounded too.
 
     Returns:
@@ -103,15 +103,15 @@ def write_descriptions(
 
 
 def save_report(report: QuantizationReport, base: Path, output: Path) -> QuantizationReport:
-    """Write the report, the model card and the picture.
+    """Write the report, the model card and the plot.
 
     Args:
-        report: The run.
-        base: The base model's folder, whose licence the card carries on.
+        report: Report of the run.
+        base: The base model's folder, whose license the card repeats.
         output: The checkpoint's folder.
 
     Returns:
-        The report as saved.
+        The same report.
     """
     save_picture(report, output)
     save_model_card(report, base, output)
@@ -121,30 +121,30 @@ def save_report(report: QuantizationReport, base: Path, output: Path) -> Quantiz
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundedModules:
-    """What all blocks and the head came to."""
+    """Summary of the modules in all blocks and the head."""
 
     modules: tuple[ModuleReport, ...]
     skipped: tuple[SkippedModule, ...]
     bits_per_weight: float
-    """Codes, scales and zeros over the weights they stand for."""
+    """Storage of codes, scales and zeros per quantized weight."""
 
     @property
     def names(self) -> set[str]:
-        """Every linear that was looked at, by its name on disk."""
+        """Names on disk of all rounded and skipped modules."""
         return {m.name for m in self.modules} | {s.name for s in self.skipped}
 
 
 def collect_modules(
     blocks: Sequence[Mapping[str, Any]], head: Sequence[RoundedLinear]
 ) -> RoundedModules:
-    """Put together what the journal says of the blocks and what came of the head.
+    """Summarize the modules in the journal's entries and the head.
 
     Args:
         blocks: The journal's entries.
-        head: The rounded head, or nothing.
+        head: The rounded head; empty if it stays as it is.
 
     Returns:
-        Modules in the order of their rounding.
+        The summary, with modules in the order of rounding.
     """
     modules = [
         ModuleReport(**{**values, "notes": tuple(values["notes"])})
@@ -161,13 +161,13 @@ def collect_modules(
 
 
 def count_packed_bits(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Count what a packed linear takes on disk for its weights.
+    """Count the bits of storage and the weights of a packed linear.
 
     Args:
-        tensors: By suffix.
+        tensors: Its tensors by suffix.
 
     Returns:
-        Bits of codes, scales and zeros; and weights.
+        Bits of codes, scales and zeros; number of weights.
     """
     parts = ("qweight", "scales", "qzeros")
     bits = 8 * sum(tensors[s].numel() * tensors[s].element_size() for s in parts)
@@ -175,7 +175,7 @@ def count_packed_bits(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
 
 
 def _module_groups(blocks: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Collect groups of linears that share an input over all blocks, in execution order."""
+    """Collect the groups of linears that share an input from all blocks, in execution order."""
     groups: list[list[str]] = []
     seen: set[str] = set()
     for entry in blocks:
