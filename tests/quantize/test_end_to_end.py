@@ -290,5 +290,5 @@ def test_numbers_are_judged_as_they_will_be_stored() -> None:
 
 
 def test_steps_without_a_base_to_match_are_refused() -> None:
-    with pytest.raises(ConfigError, match="end_to_end_steps is 5 and match_base False"):
+    with pytest.raises(ConfigError, match="end_to_end_steps is 5 and match_base is False"):
         QuantConfig(end_to_end_steps=5)

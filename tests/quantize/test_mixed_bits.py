@@ -244,7 +244,7 @@ def test_a_killed_run_keeps_its_choice(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"target_bits": 3.0, "target_size": "4GB"}, "target_bits is 3 and target_size 4GB"),
+        ({"target_bits": 3.0, "target_size": "4GB"}, "target_bits is 3 and target_size is 4GB"),
         ({"target_size": "4"}, "target_size is '4'; write a number and a unit"),
         ({"target_bits": 2.0}, "target_bits is 2; allowed is more than 2, and 9 at most"),
     ],
