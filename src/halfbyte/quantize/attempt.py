@@ -28,9 +28,9 @@ from halfbyte.quantize.block_writer import BlockWriter
 from halfbyte.quantize.calibration import CalibrationTokens
 from halfbyte.quantize.end_to_end_stage import EndToEndResult, tune_end_to_end
 from halfbyte.quantize.finish import (
-    RoundedModules,
-    collect_modules,
+    ModuleSummary,
     save_report,
+    summarize_modules,
     write_descriptions,
     write_outside,
 )
@@ -235,9 +235,9 @@ class Attempt:
             self.progress.phase("quantizing the head")
             head, notes = round_head(walk, quantized[CALIBRATION])
             self.notes += notes
-        found = collect_modules(self.journal.blocks, head)
+        summary = summarize_modules(self.journal.blocks, head)
         head_module = head_name(self.weights.model)
-        names = found.names if head_module is None else found.names | {head_module}
+        names = summary.names if head_module is None else summary.names | {head_module}
         self.notes += [*tuning.notes, *self.config.unmatched_patterns(names)]
         self.progress.phase("measuring quality")
         logits = self._logits(walk.states, quantized[PROBE])
@@ -247,10 +247,10 @@ class Attempt:
         kept_logits = logits[0][-KEPT_LOGITS:].clone()
         del base_logits, logits
         shards = self._write_rest(
-            found, head, outside or partial(self._write_outside, head, tuning.outside)
+            summary, head, outside or partial(self._write_outside, head, tuning.outside)
         )
         self._check(walk.states.trail, head, kept_logits)
-        report = self._make_report(found, quality, sum(s.num_bytes for s in shards))
+        report = self._make_report(summary, quality, sum(s.num_bytes for s in shards))
         report = replace(report, end_to_end=tuning.report)
         save_report(report, self.weights.folder, self.journal.output)
         self.journal.remove()
@@ -258,7 +258,7 @@ class Attempt:
 
     def _write_rest(
         self,
-        found: RoundedModules,
+        summary: ModuleSummary,
         head: Sequence[RoundedLinear],
         outside: Callable[[], ShardDigest],
     ) -> list[ShardDigest]:
@@ -269,7 +269,7 @@ class Attempt:
             shards = [ShardDigest(**entry["shard"]) for entry in blocks]
             shards.append(outside())
             write_descriptions(
-                self.weights, output, self.config, shards, blocks, found, head=bool(head)
+                self.weights, output, self.config, shards, blocks, summary, head=bool(head)
             )
         return shards
 
@@ -292,7 +292,7 @@ class Attempt:
             return compute_logits(self.stream, self.probe, hidden, device, held=held)
 
     def _make_report(
-        self, found: RoundedModules, quality: QualityReport | None, checkpoint_bytes: int
+        self, summary: ModuleSummary, quality: QualityReport | None, checkpoint_bytes: int
     ) -> QuantizationReport:
         return QuantizationReport(
             model=self.task.name,
@@ -305,14 +305,14 @@ class Attempt:
                 length=max(len(s) for s in self.tokens.sequences),
                 tokens=self.tokens.num_tokens,
             ),
-            modules=found.modules,
-            skipped=found.skipped,
+            modules=summary.modules,
+            skipped=summary.skipped,
             quality=quality,
             seconds=time.monotonic() - self.task.start,
             seconds_by_phase=dict(self.meter.seconds),
             peak_memory_bytes=peak_memory_bytes(),
             checkpoint_bytes=checkpoint_bytes,
-            bits_per_weight=found.bits_per_weight,
+            bits_per_weight=summary.bits_per_weight,
             versions=installed_versions(),
             machine=machine_facts(),
             # Without duplicates: a second attempt repeats the notes of the first.

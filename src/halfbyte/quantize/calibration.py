@@ -136,22 +136,9 @@ def load_calibration(
             sequences=tuple(sequences), source=BUILT_IN, notes=(*notes, *mix_notes)
         )
     name, items = read_source(source)
-    tables = [table for item in items if (table := as_ids(name, item)) is not None]
-    if tables and len(tables) != len(items):
-        raise CalibrationError(
-            f"Calibration data {name} mixes {len(tables)} token id lists with "
-            f"{len(items) - len(tables)} texts. Use one kind only."
-        )
-    if tables:
-        rows, trim_notes = _trim([row for table in tables for row in table], length)
-        notes += trim_notes
-    else:
-        # Only a random choice needs the whole text.
-        min_tokens = None if config.seed else config.samples * length
-        ids = tokenize(name, items, tokenizer, min_tokens)
-        rows = [CalibrationRow(sequence) for sequence in _split(ids, length)]
+    rows, row_notes = _make_rows(name, items, config, length, tokenizer)
     rows, choice_notes = _choose(rows, config)
-    notes += choice_notes
+    notes += [*row_notes, *choice_notes]
     if not rows:
         raise CalibrationError(
             f"Calibration data {name} holds no sequence of {MIN_TOKENS} tokens or more. "
@@ -164,6 +151,24 @@ def load_calibration(
         notes=tuple(notes),
         counted=masks if any(mask is not None for mask in masks) else (),
     )
+
+
+def _make_rows(
+    name: str, items: list[Any], config: CalibrationConfig, length: int, tokenizer: Any | None
+) -> tuple[list[CalibrationRow], list[str]]:
+    """Turn the items of a source into rows of at most ``length`` tokens, with notes."""
+    tables = [table for item in items if (table := as_ids(name, item)) is not None]
+    if tables and len(tables) != len(items):
+        raise CalibrationError(
+            f"Calibration data {name} mixes {len(tables)} token id lists with "
+            f"{len(items) - len(tables)} texts. Use one kind only."
+        )
+    if tables:
+        return _trim([row for table in tables for row in table], length)
+    # Only a random choice needs the whole text.
+    min_tokens = None if config.seed else config.samples * length
+    ids = tokenize(name, items, tokenizer, min_tokens)
+    return [CalibrationRow(sequence) for sequence in _split(ids, length)], []
 
 
 def check_ids(tokens: CalibrationTokens, vocabulary: int) -> None:

@@ -87,7 +87,7 @@ class TuningState:
     best_step: int = 0
     rate: float = 0.0
     """Learning rate before the cosine schedule."""
-    looks: list[tuple[int, float]] = field(default_factory=list)
+    checks: list[tuple[int, float]] = field(default_factory=list)
     """Step and held-out KL, in nats per token, of every check; the first is before training."""
     is_finished: bool = False
     stopped: bool = False
@@ -96,7 +96,7 @@ class TuningState:
     @property
     def best(self) -> float:
         """The held-out KL of the best step."""
-        return dict(self.looks)[self.best_step]
+        return dict(self.checks)[self.best_step]
 
 
 class EndToEndTuning:
@@ -152,7 +152,7 @@ class EndToEndTuning:
         """
         state = self.state
         try:
-            if not state.looks:
+            if not state.checks:
                 self._check(on_check)
             while not state.is_finished:
                 self._step()
@@ -160,7 +160,7 @@ class EndToEndTuning:
                     self._check(on_check)
         except KeyboardInterrupt:
             state.stopped = state.is_finished = True
-            if not state.looks:
+            if not state.checks:
                 raise  # nothing to keep yet
         self._restore_best()
         self._save()
@@ -238,8 +238,8 @@ class EndToEndTuning:
         """Measure the held-out KL; keep the current step if it improved, else back off."""
         state = self.state
         kl = self.measure_held_out_kl()
-        state.looks.append((state.step, kl))
-        is_first = len(state.looks) == 1
+        state.checks.append((state.step, kl))
+        is_first = len(state.checks) == 1
         if not is_first and kl < state.best * (1 - MIN_IMPROVEMENT):
             state.best_step = state.step
             self.best = {name: c.detach().clone() for name, c in self.changes.items()}
@@ -248,7 +248,7 @@ class EndToEndTuning:
             self._restore_best()
             # Adam's moments come from steps that led to a worse model.
             self.optimizer.state.clear()
-        checks_since_best = sum(step > state.best_step for step, _ in state.looks)
+        checks_since_best = sum(step > state.best_step for step, _ in state.checks)
         state.is_finished = state.step >= self.steps or checks_since_best >= PATIENCE
         self._save()
         on_check(state)
@@ -272,7 +272,7 @@ class EndToEndTuning:
             "step": state.step,
             "best_step": state.best_step,
             "rate": state.rate,
-            "looks": state.looks,
+            "looks": state.checks,
             "is_finished": state.is_finished,
             "stopped": state.stopped,
         }
@@ -281,8 +281,8 @@ class EndToEndTuning:
     def _load(self) -> None:
         tensors = read_shard(self.path)
         values = json.loads(read_metadata(self.path)["state"])
-        values["looks"] = [(int(step), float(kl)) for step, kl in values["looks"]]
-        self.state = TuningState(**values)
+        checks = [(int(step), float(kl)) for step, kl in values.pop("looks")]
+        self.state = TuningState(checks=checks, **values)
         with torch.no_grad():
             for name, change in self.changes.items():
                 change.copy_(tensors[f"now.{name}"])

@@ -108,32 +108,37 @@ def tune_end_to_end(
         )
 
         def on_check(state: TuningState) -> None:
-            progress.tuned(state.step, steps, state.looks[-1][1], state.best)
+            progress.tuned(state.step, steps, state.checks[-1][1], state.best)
 
         state = tuning.run(on_check)
-        report = EndToEndReport(
-            steps=state.step,
-            kept_step=state.best_step,
-            kl_before=state.looks[0][1],
-            kl_after=state.best,
-            looks=tuple(state.looks),
-            stopped=state.stopped,
-        )
+        report = _make_report(state)
         if not state.best_step:
             note = f"end-to-end training did not help: held-out KL stayed at {state.best:.4f}"
             return EndToEndResult(report=report, notes=(note,))
         progress.phase("writing the trained scales")
+        probe_ids = probe.ids.to(device)
         for index in range(end):
             changed, dequantized = student.settled(index)
             entry = rewrite_block(journal.output, journal.blocks[index], changed, dequantized, NOTE)
             journal.replace_block(index, entry)
             with torch.no_grad(), student.enter(index), stream.at(index):
-                states.run_probe(TUNED[PROBE], index, stream, probe.ids.to(device))
+                states.run_probe(TUNED[PROBE], index, stream, probe_ids)
                 if with_calibration:
                     _run_calibration(states, index, stream, batches, device)
         return EndToEndResult(report=report, outside=student.settle_outside())
     finally:
         student.close()
+
+
+def _make_report(state: TuningState) -> EndToEndReport:
+    return EndToEndReport(
+        steps=state.step,
+        kept_step=state.best_step,
+        kl_before=state.checks[0][1],
+        kl_after=state.best,
+        looks=tuple(state.checks),
+        stopped=state.stopped,
+    )
 
 
 def _run_calibration(

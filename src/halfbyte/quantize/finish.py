@@ -59,10 +59,10 @@ def write_descriptions(
     config: QuantConfig,
     shards: Sequence[ShardDigest],
     blocks: Sequence[Mapping[str, Any]],
-    found: RoundedModules,
+    summary: ModuleSummary,
     *,
     head: bool,
-) -> dict[str, Any]:
+) -> None:
     """Write index, checksums and configs, and copy the tokenizer and other companion files.
 
     Args:
@@ -71,20 +71,17 @@ def write_descriptions(
         config: The quantization settings.
         shards: Digests of all shards.
         blocks: The journal's entries.
-        found: Summary of the modules in them.
+        summary: Summary of the modules in them.
         head: Whether the head was rounded too.
-
-    Returns:
-        The quantization config as written.
     """
     quantized = {
         m.name: Scheme(bits=m.bits, group_size=m.group_size, symmetric=m.symmetric)
-        for m in found.modules
+        for m in summary.modules
     }
     labels = build_quantization_config(
         config,
         quantized=quantized,
-        skipped={s.name: s.reason for s in found.skipped},
+        skipped={s.name: s.reason for s in summary.skipped},
         module_groups=_module_groups(blocks),
         version=__version__,
     )
@@ -99,28 +96,23 @@ def write_descriptions(
     write_checksums(output, shards, labels)
     copy_companions(weights.folder, output)
     write_configs(output, model_config, labels)
-    return labels
 
 
-def save_report(report: QuantizationReport, base: Path, output: Path) -> QuantizationReport:
+def save_report(report: QuantizationReport, base: Path, output: Path) -> None:
     """Write the report, the model card and the plot.
 
     Args:
         report: Report of the run.
         base: The base model's folder, whose license the card repeats.
         output: The checkpoint's folder.
-
-    Returns:
-        The same report.
     """
     save_picture(report, output)
     save_model_card(report, base, output)
     report.save(output)
-    return report
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RoundedModules:
+class ModuleSummary:
     """Summary of the modules in all blocks and the head."""
 
     modules: tuple[ModuleReport, ...]
@@ -134,9 +126,9 @@ class RoundedModules:
         return {m.name for m in self.modules} | {s.name for s in self.skipped}
 
 
-def collect_modules(
+def summarize_modules(
     blocks: Sequence[Mapping[str, Any]], head: Sequence[RoundedLinear]
-) -> RoundedModules:
+) -> ModuleSummary:
     """Summarize the modules in the journal's entries and the head.
 
     Args:
@@ -153,7 +145,7 @@ def collect_modules(
     ]
     counts = [tuple(entry["packed_bits"]) for entry in blocks]
     counts += [count_packed_bits(r.tensors) for r in head]
-    return RoundedModules(
+    return ModuleSummary(
         modules=(*modules, *(r.report for r in head)),
         skipped=tuple(SkippedModule(name=n, reason=r) for e in blocks for n, r in e["skipped"]),
         bits_per_weight=sum(b for b, _ in counts) / max(sum(n for _, n in counts), 1),
