@@ -1,4 +1,4 @@
-"""The column program in Triton's interpreter, against the plain loops."""
+"""The column kernel in Triton's interpreter, compared with the plain loops."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAME = "halfbyte.quantize.column_kernel"
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The program, made anew while Triton interprets."""
+    """The kernel, re-imported while Triton interprets."""
     interpret(monkeypatch, NAME)
 
 
@@ -38,16 +38,14 @@ def problem(
 
 
 @pytest.mark.parametrize(("width", "rows", "bits"), [(64, 9, 4), (33, 7, 3), (1, 8, 2)])
-def test_program_rounds_as_the_loop_does(
-    width: int, rows: int, bits: int, interpreted: None
-) -> None:
+def test_kernel_rounds_like_the_loop(width: int, rows: int, bits: int, interpreted: None) -> None:
     wanted, hessian, steps, groups = problem(width, rows, bits)
     feedback = (hessian / hessian.diagonal()).tril(-1)
     target = wanted.clone()
     expected, errors = round_columns(target, wanted, feedback, steps, groups)
     values, codes, off = wanted.clone(), torch.empty_like(wanted), torch.empty_like(wanted)
     columns._run_kernel(values, wanted, codes, off, feedback, wanted, steps, groups, polish=False)
-    # Sums are taken in another order: a code may differ where the other is as near.
+    # Sums have another order, so codes may differ at ties.
     same = (codes == expected).all(0)
     assert float(same.float().mean()) > 0.7
     torch.testing.assert_close(off[:, same], errors[:, same], rtol=1e-4, atol=1e-5)
@@ -55,9 +53,7 @@ def test_program_rounds_as_the_loop_does(
 
 
 @pytest.mark.parametrize(("width", "rows", "bits"), [(64, 9, 4), (33, 7, 2)])
-def test_program_moves_as_the_loop_does(
-    width: int, rows: int, bits: int, interpreted: None
-) -> None:
+def test_kernel_moves_like_the_loop(width: int, rows: int, bits: int, interpreted: None) -> None:
     wanted, hessian, steps, groups = problem(width, rows, bits)
     index = torch.tensor(groups)
     codes = torch.round(wanted / steps.scales[index])
@@ -76,9 +72,7 @@ def test_program_moves_as_the_loop_does(
     torch.testing.assert_close(off[:, same], moved[:, same], rtol=1e-4, atol=1e-5)
 
 
-def test_it_is_tried_before_it_is_trusted(
-    interpreted: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kernel_is_checked_before_use(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
     columns.find_kernel_obstacle.cache_clear()
     assert columns.find_kernel_obstacle(torch.device("cpu")) is None
     real = columns._run_kernel
@@ -95,7 +89,7 @@ def test_it_is_tried_before_it_is_trusted(
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("polish", [False, True])
-def test_compiled_for_gpus_the_block_stays_in_registers(
+def test_block_stays_in_registers_when_compiled_for_gpus(
     architecture: str, polish: bool, tmp_path: Path
 ) -> None:
     import triton

@@ -1,4 +1,4 @@
-"""Slower ways are told."""
+"""Slower fallbacks of a device are listed."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from halfbyte.quantize import device_fallbacks
 from halfbyte.quantize.device_fallbacks import find_device_fallbacks
 
 
-def test_what_is_slower_and_why_is_told(monkeypatch):
-    # No device but a CPU is needed to be told that there is no Triton for it.
+def test_fallbacks_are_listed_with_reasons(monkeypatch):
+    # The meta device suffices: without Triton no kernel is launched.
     monkeypatch.setattr(device_fallbacks.columns, "find_triton_obstacle", lambda: "needs Triton")
     monkeypatch.setattr(device_fallbacks.grid, "find_kernel_obstacle", lambda *_: None)
     monkeypatch.setattr(device_fallbacks, "find_fp32_sum_obstacle", lambda *_: "RuntimeError: no")
@@ -23,5 +23,5 @@ def test_what_is_slower_and_why_is_told(monkeypatch):
     ]
 
 
-def test_a_cpu_has_no_other_ways():
+def test_a_cpu_has_no_fallbacks():
     assert find_device_fallbacks(torch.device("cpu"), torch.bfloat16, symmetric=True) == []

@@ -1,4 +1,4 @@
-"""The search for grids in Triton's interpreter, against the plain one."""
+"""The grid kernel in Triton's interpreter, compared with the plain search."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAME = "halfbyte.quantize.grid_kernel"
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The program, made anew while Triton interprets."""
+    """The kernel, re-imported while Triton interprets."""
     interpret(monkeypatch, NAME)
     module = sys.modules[NAME]
     from triton.runtime.interpreter import ReduceOps
@@ -46,7 +46,7 @@ def losses(weight: torch.Tensor, curvature: torch.Tensor, grid: Grid) -> torch.T
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_it_finds_the_grids_that_the_plain_search_finds(
+def test_kernel_finds_the_same_grids_as_the_plain_search(
     bits: int, symmetric: bool, interpreted: None
 ) -> None:
     torch.manual_seed(bits)
@@ -62,14 +62,14 @@ def test_it_finds_the_grids_that_the_plain_search_finds(
     scales, zeros = grids._run_kernel(grouped, weights, bits, symmetric)
     found = Grid(bits=bits, scales=scales, zeros=zeros, g_idx=g_idx)
     assert torch.equal(scales, scales.half().float()), "scales are those that are stored"
-    # Sums are taken in another order: of two grids that are as good the other may win.
+    # Sums have another order, so of two equally good grids either may be chosen.
     assert float((scales == expected.scales).double().mean()) > 0.97
     worse = losses(weight, curvature, found) / losses(weight, curvature, expected).clamp(min=1e-30)
     assert float(worse.max()) < 1 + 1e-5
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_it_is_tried_before_it_is_trusted(
+def test_kernel_is_checked_before_use(
     symmetric: bool, interpreted: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grids.find_kernel_obstacle.cache_clear()
@@ -89,7 +89,7 @@ def test_it_is_tried_before_it_is_trusted(
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("size", [128, grids.MAX_GROUP_SIZE])
-def test_compiled_for_gpus_groups_stay_in_registers(
+def test_groups_stay_in_registers_when_compiled_for_gpus(
     architecture: str, symmetric: bool, size: int, tmp_path: Path
 ) -> None:
     import triton

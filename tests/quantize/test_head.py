@@ -1,4 +1,4 @@
-"""The output head: quantized where that was asked for; else as it was, with the reason."""
+"""The output head: quantized if configured, otherwise unchanged with a reason."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_head_is_quantized_and_untied(tied: bool, family: str, tmp_path: Path) -
     assert_loads_and_computes(model, checkpoint)
 
 
-def test_head_that_was_not_asked_for_stays_tied(tmp_path: Path) -> None:
+def test_head_stays_tied_by_default(tmp_path: Path) -> None:
     changes = {**SMALL, "tie_word_embeddings": True}
     model, _, checkpoint = run(tmp_path, QuantConfig(group_size=32), changes=changes)
     assert "lm_head" not in checkpoint.linears

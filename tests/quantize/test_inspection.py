@@ -1,4 +1,4 @@
-"""A calibration text held against a workload: its own kind is close, another is not."""
+"""Comparing a calibration text with a workload: the same kind is close, another is not."""
 
 from __future__ import annotations
 

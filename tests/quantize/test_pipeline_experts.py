@@ -53,7 +53,7 @@ def test_routers_stay_in_16_bits_with_a_reason(tmp_path: Path) -> None:
     assert all(m.reason == "it routes tokens to experts" for m in gates)
 
 
-def test_starved_experts_are_helped_and_say_so(tmp_path: Path) -> None:
+def test_experts_with_few_tokens_use_the_pool_and_note_it(tmp_path: Path) -> None:
     # About 192 tokens for each expert: too few for a width of 64, enough for one of 32.
     _, report, _ = run(
         tmp_path,
