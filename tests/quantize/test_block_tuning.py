@@ -183,5 +183,5 @@ def test_tuned_codes_are_written_and_used_in_the_run(
 
 
 def test_tuning_needs_match_base() -> None:
-    with pytest.raises(ConfigError, match="Add match_base"):
+    with pytest.raises(ConfigError, match="Set match_base"):
         QuantConfig(tune_steps=10)

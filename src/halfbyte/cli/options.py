@@ -91,7 +91,7 @@ def given_values(cls: type[Any], args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _group_title(cls: type[Any]) -> str:
-    """Give the first part of the class's docstring: "quantization settings"."""
+    """Give the first part of the class's docstring: "how weights are rounded"."""
     title = (cls.__doc__ or cls.__name__).partition(".")[0].partition(",")[0]
     return title[:1].lower() + title[1:]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 
 class _CallablePackage(ModuleType):
-    """A package that can be called, because the function and its package share one name."""
+    """A package that can be called like its main function, which has the same name."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         from halfbyte.quantize.pipeline import quantize
