@@ -199,7 +199,7 @@ def _fits(config: Config, operands: Operands, spec: LinearSpec) -> bool:
         return True
     if isinstance(config, StreamConfig):
         return cuda_stream.find_mismatch(config, spec) is None
-    size = cuda_linear.count_shared_bytes(config, spec, operands.scales.dtype)
+    size = config.count_shared_bytes(spec, operands.scales.dtype)
     return size <= cuda_linear.SHARED_LIMIT["sm_90"]
 
 

@@ -127,7 +127,7 @@ def name_sizes(shape: str) -> dict[str, int]:
 
 
 def find_cuda_rows(measured: Case, shape: str) -> int:
-    """The most rows at which the CUDA kernel, started early as it is, beats the Triton program."""
+    """The most rows at which the CUDA kernel, started early as it is, beats the Triton kernel."""
     rows_list = [rows for rows in ROWS if rows <= 64]
     faster = 0
     for rows in rows_list:

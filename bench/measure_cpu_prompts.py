@@ -18,7 +18,7 @@ import psutil
 import torch
 
 from halfbyte.integrations.load import load_model
-from halfbyte.nn.decoder_parts import base_of
+from halfbyte.nn.decoder_parts import get_decoder
 from halfbyte.nn.native_decoder import NativeDecoder, find_obstacle
 from measure_cpu_models import SHAPE, split_pairs, write_gptq
 from record import save_result
@@ -79,11 +79,11 @@ def measure(model: Any, length: int, rounds: int) -> tuple[dict[str, list[float]
     with torch.inference_mode():
         before = process.memory_info().rss
         decoder = NativeDecoder(model, length)
-        decoder.read(prompt)
+        decoder.prefill(prompt)
         grown = process.memory_info().rss - before
         ways: dict[str, Callable[[], Any]] = {
-            "decoder": lambda: decoder.read(prompt),
-            "forward": lambda: base_of(model)(ids, use_cache=True),
+            "decoder": lambda: decoder.prefill(prompt),
+            "forward": lambda: get_decoder(model)(ids, use_cache=True),
         }
         ways["forward"]()
         seconds: dict[str, list[float]] = {way: [] for way in ways}

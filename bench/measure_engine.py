@@ -154,7 +154,7 @@ async def count_same(folder: Path, dtype: str) -> dict[str, int]:
 
     async def answer(request: TokenRequest) -> list[int]:
         events = [event async for some in engine.generate(request) for event in some]
-        return [event.rated.token for event in events if isinstance(event, Generated)]
+        return [event.scored.token for event in events if isinstance(event, Generated)]
 
     engine = open_engine(folder, EngineConfig(dtype=dtype, cache_gb=0.4))
     found = await asyncio.gather(*(answer(request) for request in requests))

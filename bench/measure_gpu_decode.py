@@ -129,7 +129,7 @@ def count_launches() -> dict[str, Any]:
         for layers in (1, 2):
             model = make_model(layers, "torch_reference", fused=fused, device="cpu", **sizes)
             steps = GraphSteps(model, 8, own_forward=True)
-            steps.read(torch.zeros(1, 4, dtype=torch.int64))
+            steps.prefill(torch.zeros(1, 4, dtype=torch.int64))
             with torch.inference_mode(), Launches() as launches:
                 steps._run()
             totals.append(launches.counts)
@@ -158,7 +158,7 @@ def measure(arm: str, layers: int, *, profiled: bool) -> dict[str, Any]:
     if "compiled" in how:
         model.forward = _compile_steps(plain, torch.compile(plain, fullgraph=True))
     steps = GraphSteps(model, 2 * CONTEXT, own_forward=bool({"own", "compiled"} & {*how}))
-    steps.read(prompt)
+    steps.prefill(prompt)
     captured = time.monotonic()
     found = steps(int(prompt[0, 0]), CONTEXT)
     distance = float((found - expected.float()).norm() / expected.float().norm())
@@ -168,7 +168,7 @@ def measure(arm: str, layers: int, *, profiled: bool) -> dict[str, Any]:
     if profiled:
         print(profile_step(steps), flush=True)
     return {
-        "own_forward_because": steps.own_forward_because,
+        "own_forward_because": steps.fallback_reason,
         "ms_with_host": round(host, 4),
         "ms": round(statistics.median(times), 4),
         "spread": round((max(times) - min(times)) / statistics.median(times), 4),
@@ -206,9 +206,9 @@ def time_steps(steps: GraphSteps, count: int) -> float:
 
 def time_tokens(steps: GraphSteps, prompt: Tensor, count: int) -> float:
     """Milliseconds of a token as a user waits for it, each given to the CPU."""
-    token = int(steps.read(prompt).argmax())
+    token = int(steps.prefill(prompt).argmax())
     start = time.perf_counter()
-    assert len(list(steps.follow(token, count))) == count
+    assert len(list(steps.decode_greedily(token, count))) == count
     return (time.perf_counter() - start) / count * 1e3
 
 

@@ -29,7 +29,8 @@ import gpu_checks
 from gpu_arms import Layer, Run
 from gpu_bandwidth import measure_bandwidth
 from halfbyte.kernels import cuda_linear, triton_linear
-from halfbyte.kernels.cuda_compiler import compile_source
+from halfbyte.kernels.cuda_compiler import compile_source, read_source
+from halfbyte.kernels.cuda_config import define_macros
 from halfbyte.kernels.cuda_linear import CudaConfig
 from halfbyte.kernels.gpu_device import name_architecture
 from halfbyte.kernels.registry import describe_spec
@@ -246,12 +247,12 @@ def compile_candidates() -> None:
 
 def _compile_cuda() -> None:
     spec = gpu_arms.make_layer(256, 256, DTYPE, cold=False).spec
-    source = cuda_linear.read_source("multiply.cu")
+    source = read_source("multiply.cu")
     architecture = name_architecture(torch.device("cuda", 0))
     candidates = {*CUDA_CANDIDATES, *cuda_linear.PREFERRED}
 
     def compile_one(config: CudaConfig) -> None:
-        compile_source(source, cuda_linear.define_macros(config, spec, DTYPE), architecture)
+        compile_source(source, define_macros(config, spec, DTYPE), architecture)
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(compile_one, candidates))
@@ -286,7 +287,7 @@ def sweep(session: Session, layers: dict[str, Layer]) -> None:
                 return
             arms = {}
             for config in CUDA_CANDIDATES:
-                size = cuda_linear.count_shared_bytes(config, layer.spec, DTYPE)
+                size = config.count_shared_bytes(layer.spec, DTYPE)
                 if config.row_tiles == row_tiles and size <= limit:
                     arms[json.dumps(asdict(config))] = gpu_arms.run_cuda(layer, config, False)
             x = torch.randn(row_tiles * 8, layer.spec.in_features, device="cuda", dtype=DTYPE)

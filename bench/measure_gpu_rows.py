@@ -32,6 +32,7 @@ from gpu_candidates import (
     name_config,
 )
 from halfbyte.kernels.cuda_compiler import compile_source, read_source
+from halfbyte.kernels.cuda_config import define_macros
 from halfbyte.kernels.fragments import find_order, prepare_fragments
 from halfbyte.kernels.registry import describe_spec
 from measure_gpu_kernels import (
@@ -162,12 +163,12 @@ def check(session: Session, name: str, seconds: float) -> set[str]:
 def compile_candidates(kernel: Kernel) -> None:
     """Compile every candidate for the layers that are timed, and for the checks."""
     source = read_source(kernel.source)
-    define, fit = kernel.module.define_macros, kernel.module.fit_memory
+    fit = kernel.module.fit_memory
     candidates = kernel.list_candidates()
-    jobs = [define(config, gpu_checks.make_spec(), DTYPE) for config in candidates]
+    jobs = [define_macros(config, gpu_checks.make_spec(), DTYPE) for config in candidates]
     for config, kind in kernel.list_checks(candidates):
         spec = gpu_checks.make_spec(**kind)
-        jobs.append(define(fit(config, spec, torch.float16), spec, torch.float16))
+        jobs.append(define_macros(fit(config, spec, torch.float16), spec, torch.float16))
     distinct = {tuple(macros.items()): macros for macros in jobs}.values()
     with ThreadPoolExecutor(14) as pool:
         list(pool.map(lambda macros: compile_source(source, macros, kernel.architecture), distinct))

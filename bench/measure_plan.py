@@ -50,7 +50,7 @@ def main() -> None:
                 result = profile(path, requests=args.requests, context=args.context, dtype=dtype)
                 values = {part: (p, m) for part, p, m in result.parts()}
                 row = [name, dtype]
-                for part in ("weights", "keys and values", "together"):
+                for part in ("weights", "KV cache", "total"):
                     row += [f"{v / 1e6:,.0f}" for v in values[part]]
                 rows.append([*row, round(result.ratio, 3)])
                 data[f"{name} {dtype}"] = values

@@ -25,6 +25,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "measure_compare_speed": (BASE, QUANTIZED),
     "measure_continuous_batching": (QUANTIZED,),
     "measure_conversion": (WORK,),
+    "measure_cpu_experts": (),
     "measure_cpu_layers": (),
     "measure_cpu_tokens": (QUANTIZED,),
     "measure_engine": (QUANTIZED,),

@@ -1,11 +1,16 @@
-"""Write the tables of README and docs out of bench/results/, so that no number is typed by hand.
+"""Write the tables of README and docs from bench/results/, so that no number is typed by hand.
 
     python bench/tables.py            write them
-    python bench/tables.py --check    fail where they differ (part of make check)
+    python bench/tables.py --check    fail if any differs (part of make check)
 
 A page shows the result ``bench/results/NAME.json`` between two lines::
 
     <!-- bench NAME -->
+    <!-- end bench -->
+
+or an excerpt of it, rows being named by their first cell, without the result's note::
+
+    <!-- bench NAME; columns: tool | KL, nats; rows: ours | theirs -->
     <!-- end bench -->
 """
 
@@ -19,7 +24,12 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
-BLOCK = re.compile(r"(<!-- bench (?P<name>[\w-]+) -->\n).*?(<!-- end bench -->)", re.DOTALL)
+BLOCK = re.compile(
+    r"(<!-- bench (?P<name>[\w-]+)"
+    r"(?:; columns: (?P<columns>[^;\n]+))?(?:; rows: (?P<rows>[^;\n]+))? -->\n)"
+    r".*?(?P<end><!-- end bench -->)",
+    re.DOTALL,
+)
 
 
 def main() -> int:
@@ -48,10 +58,27 @@ def fill(text: str, results: Path) -> str:
         if not path.exists():
             body = f"Not measured yet: `bench/measure_{block['name'].replace('-', '_')}.py`.\n"
         else:
-            body = write_table(json.loads(path.read_text(encoding="utf-8")))
-        return f"{block[1]}{body}{block[3]}"
+            result = json.loads(path.read_text(encoding="utf-8"))
+            if block["columns"] or block["rows"]:
+                result = excerpt(result, block["columns"], block["rows"])
+            body = write_table(result)
+        return f"{block[1]}{body}{block['end']}"
 
     return BLOCK.sub(replace, text)
+
+
+def excerpt(result: dict[str, Any], columns: str | None, rows: str | None) -> dict[str, Any]:
+    """Keep the named columns and rows of a result, in the order in which they are named."""
+    wanted = columns.split(" | ") if columns else result["columns"]
+    indices = [result["columns"].index(name) for name in wanted]
+    by_name = {row[0]: row for row in result["rows"]}
+    kept = [by_name[name] for name in rows.split(" | ")] if rows else result["rows"]
+    return {
+        **result,
+        "columns": wanted,
+        "rows": [[row[index] for index in indices] for row in kept],
+        "note": "Excerpt of a result",
+    }
 
 
 def write_table(result: dict[str, Any]) -> str:

@@ -1,13 +1,13 @@
-// AMX with bfloat16: 16 x 16 sums of 32 products an instruction.
+// AMX with bfloat16: 16 x 16 sums of 32 products per instruction.
 //
-// Few rows: amx_few.h. Many rows: the weight is rounded once to bf16, 512 columns of 32 channels at a
-// time, which stay in the first-level cache while all rows pass over them. The rest goes as in
-// avx512.cpp. The unit takes subnormal numbers for zero.
+// Few rows: amx_few.h. Many rows: the weight is rounded once to bf16, 512 columns of 32 channels at
+// a time, which stay in the L1 cache while all rows are multiplied by them. Everything else is as
+// in avx512.cpp. AMX treats subnormal numbers as zero.
 #include <immintrin.h>
 
 #define VECTOR 16
 #define MAX_SHARED_ROWS 8
-#define PREFETCH_WORDS 2048  // 8 KiB ahead: 2 KiB lose a tenth of the speed of memory
+#define PREFETCH_WORDS 2048  // 8 KiB ahead: 2 KiB lose 10% of the bandwidth
 #define HAS_DECODE
 #define HAS_DOT
 #define HAS_STORE
@@ -19,7 +19,7 @@ typedef __m512i IntVector;
 namespace halfbyte {
 namespace {
 
-// Every processor with matrix units has this (VNNI).
+// Every CPU with AMX has this (VNNI).
 template <int BITS>
 inline __m512i dot(__m512i acc, __m512i codes, int32_t x) {
   return _mm512_dpbusd_epi32(acc, codes, _mm512_set1_epi32(x));
@@ -35,9 +35,9 @@ inline __m512i dot(__m512i acc, __m512i codes, int32_t x) {
 namespace halfbyte {
 namespace {
 
-constexpr int64_t SUMS_BYTES = 1 << 22;  // they come from further away than the rows
+constexpr int64_t SUMS_BYTES = 1 << 22;  // these come from a farther cache than the rows
 
-// Columns of one chunk of one block as tiles of bf16, one every `stride` numbers: [pair of
+// Decodes the columns of a chunk of a block to bf16 tiles `stride` elements apart: [pair of
 // columns][channel][2].
 template <int BITS>
 void fill_tiles(const Packed& w, int64_t block, int64_t first, int64_t last, uint16_t* out) {
@@ -53,7 +53,7 @@ void fill_tiles(const Packed& w, int64_t block, int64_t first, int64_t last, uin
     const Floats scale = load_scales(w, at);
     const Floats offset = w.symmetric ? Floats{} : load_offsets(w, at);
     for (; k < end; k += RUN, codes += WORDS * LANES) {
-      // The block that this thread decodes next.
+      // Prefetch the block that this thread decodes next.
       for (int i = 0; i < WORDS; i++) __builtin_prefetch(codes + 2 * w.block_words + i * LANES);
       Words words[WORDS];
       for (int i = 0; i < WORDS; i++) words[i] = load<Words>(codes + i * LANES);
@@ -76,7 +76,7 @@ void fill_tiles(const Packed& w, int64_t block, int64_t first, int64_t last, uin
   if (w.bits == 2) fill_tiles<2>(w, block, first, last, out);
 }
 
-// Two blocks side by side; zeros after the last column, so that steps are whole.
+// The same for two adjacent blocks; zero-padded to whole steps after the last column.
 void fill_pair(const Packed& w, int64_t block, int64_t step, int64_t steps, uint16_t* out) {
   const int64_t first = step * STEP;
   const int64_t last = first + steps * STEP < w.in_features ? first + steps * STEP : w.in_features;
@@ -88,7 +88,7 @@ void fill_pair(const Packed& w, int64_t block, int64_t step, int64_t steps, uint
   }
 }
 
-// Sums of up to 32 rows of two blocks, from four tiles.
+// Stores the sums of up to 32 rows of two blocks from four tiles.
 void store_sums(const Packed& w, const Target& target, int64_t row, int64_t rows, int64_t block,
                 const float* sums) {
   for (int64_t m = 0; m < rows && m < 2 * TILE; m++) {
@@ -111,7 +111,8 @@ void fetch_target(const Target& target, int64_t row, int64_t rows, int64_t block
 constexpr int64_t SUMS_OF_PANEL = 4 * TILE * LANES;
 constexpr int64_t NEXT_BYTES = SUMS_OF_PANEL * 4 / CHUNK;
 
-// Adds up to 32 rows times two blocks over the columns of a chunk to four tiles of sums.
+// Adds the products of up to 32 rows and two blocks over the columns of a chunk to four tiles of
+// sums.
 void multiply_panel(const uint16_t* x, const uint16_t* weights, int64_t steps, bool first,
                     float* sums) {
   const uint16_t* below = x + steps * TILE_HALVES;
@@ -144,9 +145,8 @@ void multiply_panel(const uint16_t* x, const uint16_t* weights, int64_t steps, b
   _tile_stored(3, sums + 3 * TILE * LANES, SIXTEEN);
 }
 
-// A chunk of columns of two blocks is decoded into the first-level cache and meets all rows there.
-// Between the chunks of some pairs of blocks, sums and a chunk of all rows stay in the second-level
-// cache.
+// Decodes a chunk of columns of two blocks into the L1 cache and multiplies all rows by it. For
+// some pairs of blocks at a time, sums and a chunk of all rows stay in the L2 cache between chunks.
 void multiply_many(const Packed& w, const Rows& rows, const Target& target, int64_t first,
                    int64_t last) {
   const int64_t steps = (w.in_features + STEP - 1) / STEP;
@@ -176,7 +176,7 @@ void multiply_many(const Packed& w, const Rows& rows, const Target& target, int6
   }
 }
 
-// Rows [first, last) of x, of as many as whole tiles have, as ready_tiles does it from bf16.
+// Converts rows [first, last) of x, padded to whole tiles, as ready_tiles does for bf16.
 void round_rows(const Packed& w, const float* x, int64_t rows, uint16_t* tiles, int64_t first,
                 int64_t last) {
   const int64_t columns = w.in_features, steps = (columns + STEP - 1) / STEP;

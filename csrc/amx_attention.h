@@ -1,10 +1,10 @@
 // Attention of a prompt on matrix units, included by amx.cpp.
 //
-// Turned round: scores [keys][queries] = keys . queries, outputs [width][queries] = values . shares,
-// so that a lane is a query and nothing is added up across lanes. BLOCK keys at a time, with the
-// largest score, the sum of shares and the outputs so far carried on (Dao et al. 2022,
-// "FlashAttention", https://arxiv.org/abs/2205.14135). Queries, keys, values and shares are bf16;
-// scores, sums and outputs are fp32. A query's result does not depend on the other queries.
+// Transposed: scores [keys][queries] = keys . queries, outputs [width][queries] = values . weights,
+// so that a lane is a query and nothing is summed across lanes. Processes BLOCK keys at a time and
+// carries the maximum score, the sum of weights and the outputs (Dao et al. 2022, "FlashAttention",
+// https://arxiv.org/abs/2205.14135). Queries, keys, values and attention weights are bf16; scores,
+// sums and outputs are fp32. A query's result does not depend on the other queries.
 #pragma once
 #include "amx_tiles.h"
 #include "vector_attention.h"
@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t BLOCK = 128;  // keys at a time
 constexpr float LEAST = -1e38f;
 
-// Turns 16 x 16 numbers of 32 bits.
+// Transposes 16 x 16 values of 32 bits.
 inline void transpose(__m512i (&rows)[16]) {
   __m512i turned[16];
   for (int i = 0; i < 16; i += 2) {
@@ -40,7 +40,7 @@ inline void transpose(__m512i (&rows)[16]) {
   }
 }
 
-// 2^x for x <= 0 to three millionths, by a polynomial of the part behind the point.
+// 2^x for x <= 0 with relative error 3e-6, by a polynomial of the fractional part.
 inline __m512 power_of_two(__m512 x) {
   const __m512 part = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   __m512 value = _mm512_set1_ps(1.342669e-2f);
@@ -51,11 +51,11 @@ inline __m512 power_of_two(__m512 x) {
   return _mm512_scalef_ps(value, x);
 }
 
-// What a unit of attention works on, all in one piece of scratch. Queries of one head lie in tiles
-// of 16 rows, the heads behind one another, two tiles at a time.
+// The buffers of one attention task, in a single scratch allocation. Queries of a head are in tiles
+// of 16 rows, one head after another, two tiles at a time.
 struct TiledAttention {
   const Attention& a;
-  int64_t row_tiles, tiles, steps;  // steps: of 32 numbers of the width, padded with zeros
+  int64_t row_tiles, tiles, steps;  // steps: of 32 elements of the width, zero-padded
   uint16_t *queries, *keys, *values, *shares;
   float *scores, *largest, *sums, *outputs;
 
@@ -83,7 +83,7 @@ struct TiledAttention {
     outputs = take(output_floats);
   }
 
-  // Of the query in a lane of a tile; 0: there is none.
+  // Number of positions visible to the query in a lane of a tile; 0: no query.
   int64_t length_of(int64_t tile, int lane) const {
     const int64_t row = tile % row_tiles * TILE + lane;
     return tile < a.heads * row_tiles && row < a.rows ? a.length_of(int(row)) : 0;
@@ -116,7 +116,7 @@ struct TiledAttention {
     __builtin_memset(outputs, 0, size_t(tiles * steps) * 512 * 4);
   }
 
-  // Keys as they are, values turned round: `count` of them from position t on, zeros after those.
+  // Copies keys and transposes values: `count` of them from position t on, then zeros.
   void load_block(int64_t t, int64_t count) const {
     int64_t places[BLOCK];
     for (int64_t key = 0; key < count; key++) {
@@ -152,7 +152,7 @@ struct TiledAttention {
     }
   }
 
-  // Scores of two tiles of queries: [tile][key][query].
+  // Computes the scores of two tiles of queries: [tile][key][query].
   void score(int64_t tile, int64_t key_steps) const {
     const uint16_t* query = queries + tile * steps * TILE_HALVES;
     for (int64_t pair = 0; pair < key_steps; pair++) {
@@ -179,8 +179,8 @@ struct TiledAttention {
     }
   }
 
-  // Scores of a tile to shares in the order of a unit's second factor; what came before is weighed
-  // anew where a larger score was found. Lanes see keys up to `length` of them.
+  // Converts the scores of a tile to attention weights in the order of the second AMX operand, and
+  // rescales earlier results if a larger score was found. Lanes see the first `length` keys.
   template <bool MASKED>
   void share(int64_t tile, int64_t key_steps, __m512i length) const {
     float* from = scores + tile % 2 * BLOCK * LANES;
@@ -218,7 +218,7 @@ struct TiledAttention {
     }
     const __m512 sum = _mm512_add_ps(total[0], total[1]);
     const __m512 old = _mm512_load_ps(sums + tile * LANES);
-    // Exactly 1 where nothing larger was found: other queries decide whether it is multiplied by.
+    // Exactly 1 if no larger score was found, as other queries decide whether rescaling happens.
     const __m512 factor = power_of_two(_mm512_mul_ps(_mm512_sub_ps(before, now), turns));
     _mm512_store_ps(sums + tile * LANES, _mm512_fmadd_ps(old, factor, sum));
     if (!_mm512_cmp_ps_mask(now, before, _CMP_NEQ_UQ)) return;
@@ -229,7 +229,7 @@ struct TiledAttention {
     }
   }
 
-  // Adds the shares of the values of two tiles of queries.
+  // Adds the weighted values for two tiles of queries.
   void add_values(int64_t tile, int64_t key_steps) const {
     float* one = outputs + tile * steps * STEP * LANES;
     float* two = one + steps * STEP * LANES;

@@ -1,11 +1,11 @@
-// Few rows on matrix units, of any number format: so little work for each weight that memory is what
-// takes the time.
+// Few rows on matrix units, in any number format, with so little work per weight that memory
+// bandwidth is the limit.
 //
-// A code becomes bf16 by two instructions on pairs of codes: its bits are moved into the mantissa of
-// 2^BITS, which gives 2^BITS + code exactly. That is taken off again by the sum of x in the group, as
-// an asymmetric zero is. A row of x is the sum of one, two or three bf16 parts (bfloat16, float16,
-// float32), each a row of its own for the unit: nothing is rounded but the fp32 sums. As there, an
-// infinite x gives not-a-number, and so does one above 3.39e38.
+// A pair of codes becomes bf16 by two instructions: the bits are moved into the mantissa of 2^BITS,
+// which gives exactly 2^BITS + code. The offset is subtracted through the sum of x in the group, as
+// an asymmetric zero is (vector_kernel.h). A row of x is the sum of one, two or three bf16 parts
+// (bfloat16, float16, float32), each a separate row for the matrix unit, so only the fp32 sums are
+// rounded. An infinite x gives NaN, as there, and so does one above 3.39e38.
 #pragma once
 #include "amx_tiles.h"
 #include "numbers.h"
@@ -16,12 +16,12 @@ namespace {
 template <int BITS>
 struct Few {
   static constexpr int RUN = 32 / BITS, PAIRS = RUN / 2, RUNS = STEP / RUN;
-  static constexpr int UP = 7 - BITS;  // from the lowest bits of a half to the mantissa's highest
+  static constexpr int UP = 7 - BITS;  // shift to the highest bits of the mantissa
   static constexpr uint32_t MASK = (((1u << BITS) - 1) << UP) * 0x10001u;
   static constexpr uint32_t POWER = uint32_t(127 + BITS) << 7;
   static constexpr float BIAS = float((1 << BITS) + (1 << (BITS - 1)));
 
-  // A step of one block as a tile: pairs of columns j and j + PAIRS of a run.
+  // Decodes a step of a block to a tile: pairs of columns j and j + PAIRS of a run.
   static inline void decode(const uint32_t* codes, uint16_t* to) {
     const __m512i mask = _mm512_set1_epi32(int(MASK));
     const __m512i power = _mm512_set1_epi32(int(POWER * 0x10001u));
@@ -38,7 +38,7 @@ struct Few {
     }
   }
 
-  // Order of 32 columns of x that pairs them so.
+  // Order of 32 columns of x that matches these pairs.
   static inline __m512i paired_order() {
     alignas(64) uint16_t order[STEP];
     for (int i = 0; i < STEP; i++) order[i] = uint16_t(i / RUN * RUN + i % RUN / 2 + i % 2 * PAIRS);
@@ -46,8 +46,8 @@ struct Few {
   }
 };
 
-// One row of float32, or bfloat16 where HALF, in packed order as `parts` rows of each step's tile,
-// `stride` numbers from one step to the next, and the sums of its groups.
+// Splits a row of float32, or of bfloat16 if HALF, in packed order into `parts` rows of each step's
+// tile, steps `stride` elements apart, and computes the sums of its groups.
 template <int BITS, bool HALF>
 void split_row_bits(const Packed& w, const void* x, int parts, uint16_t* tiles, int64_t stride,
                     float* sums) {
@@ -78,7 +78,7 @@ void split_row(const Packed& w, int dtype, const void* x, int parts, uint16_t* t
   split(w, x, parts, tiles, stride, sums);
 }
 
-// Rows that pass over the weights together: one or two tiles of them.
+// Rows processed in one pass over the weights: one or two tiles.
 struct Pass {
   int64_t row;
   int rows[2];
@@ -100,7 +100,7 @@ inline void add_products(const uint16_t* const (&x)[2], const uint16_t (*weights
   if (TILES == 2) _tile_dpbf16ps(3, 5, 7);
 }
 
-// Scales the sums of a group and adds them to those of the groups before.
+// Scales the sums of a group and adds them to those of the previous groups.
 template <int BITS, int TILES, int BLOCKS>
 inline void add_group(const Packed& w, const Rows& rows, const Pass& pass, int64_t block, int64_t g,
                       float (*sums)[TILE * LANES], Floats (*total)[TILES * TILE]) {
@@ -123,12 +123,13 @@ inline void add_group(const Packed& w, const Rows& rows, const Pass& pass, int64
   }
 }
 
-// Decoding runs LAG steps ahead of multiplying, and both go on without a pause: memory must not wait
-// for either.
+// Decoding runs LAG steps ahead of multiplication without a pause in either, so that memory is
+// always busy.
 template <int BITS, int TILES, int BLOCKS>
 void multiply_pass(const Packed& w, const Rows& rows, const Target& target, const Pass& pass,
                    int64_t block) {
-  // A tile cannot be loaded while its rows are being stored; more than these miss in the first level.
+  // A tile cannot be loaded while its rows are being stored; more buffers would exceed the L1
+  // cache.
   constexpr int SLOTS = 4, LAG = 2;
   constexpr int64_t STEP_WORDS = Few<BITS>::RUNS * LANES;
   alignas(64) uint16_t weights[SLOTS][BLOCKS][TILE_HALVES];
@@ -160,7 +161,7 @@ void multiply_pass(const Packed& w, const Rows& rows, const Target& target, cons
     x[1] += pass.rows[1] * pass.parts * STEP;
     if (--left && step < steps + LAG - 1) continue;
     take_sums<TILES, BLOCKS>(sums[g % 2]);
-    // The group before: this one's sums are still on their way.
+    // Scale the previous group, because the sums of this one are still being computed.
     if (g) add_group<BITS, TILES, BLOCKS>(w, rows, pass, block, g - 1, sums[(g - 1) % 2], total);
     begin_sums();
     left = group_steps;
@@ -174,7 +175,7 @@ void multiply_pass(const Packed& w, const Rows& rows, const Target& target, cons
   }
 }
 
-// So many rows as two tiles hold at a time; the blocks are in the cache for the others.
+// Processes as many rows as two tiles hold at a time; further passes find the blocks in the cache.
 template <int BITS>
 void multiply_few(const Packed& w, const Rows& rows, const Target& target, int64_t first,
                   int64_t last) {

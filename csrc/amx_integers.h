@@ -1,8 +1,8 @@
-// Several rows of whole numbers on matrix units: 16 x 16 sums of 64 products an instruction.
+// Several int8 rows on matrix units: 16 x 16 sums of 64 products per instruction.
 //
-// Two and more rows of integer_kernel.h, to the last bit what one gets there: the products of a
-// group are summed in integers, and the groups in the same order. As in amx_few.h, decoding runs
-// ahead of multiplying.
+// Two or more rows, with results bit-identical to integer_kernel.h: the products of a group are
+// summed in integers, and groups are added in the same order. As in amx_few.h, decoding runs ahead
+// of multiplication.
 #pragma once
 #include "amx_tiles.h"
 #include "integer_kernel.h"
@@ -14,7 +14,7 @@ constexpr int FEWEST_INTEGER_ROWS = 2;
 constexpr int INTEGER_STEP = 64;  // columns of a tile
 constexpr int TILE_BYTES = 1024;
 
-// Sixty-four columns of one block as a tile: four columns of a channel to a lane.
+// Decodes 64 columns of a block to a tile: four columns of a channel per lane.
 template <int BITS>
 inline void decode_quads(const uint32_t* codes, uint8_t* to) {
   const __m512i mask = _mm512_set1_epi32(int(Quads<BITS>::MASK));
@@ -96,7 +96,7 @@ void multiply_integer_pass(const Packed& w, const Rows& rows, const Target& targ
     add_integers<TILES, BLOCKS>(x, columns, weights[(step - LAG) % SLOTS]);
     x[0] += INTEGER_STEP;
     x[1] += INTEGER_STEP;
-    // A last group may be shorter.
+    // The last group may be shorter.
     if (--left && step < steps + LAG - 1) continue;
     take_sums<TILES, BLOCKS>(sums[g % 2]);
     if (g) {
@@ -136,7 +136,7 @@ void multiply_integer_tiles(const Packed& w, const Rows& rows, const Target& tar
   }
 }
 
-// One row, and groups that are no whole steps, by vectors.
+// Single rows, and groups that are not whole steps, use vectors.
 void multiply_all_integers(const Packed& w, const Rows& rows, const Target& target, int64_t first,
                            int64_t last) {
   const bool whole = w.groups == 1 || w.group_size % INTEGER_STEP == 0;

@@ -1,4 +1,4 @@
-// The tile registers of a thread.
+// Configuration and use of a thread's tile registers.
 #pragma once
 #include <immintrin.h>
 
@@ -16,12 +16,12 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {0, 0, 0, 0, 0, 0, 16, 16};
 };
 
-// Tiles belong to a thread; others (torch's own products) configure them too.
+// Tile configuration is per thread, and other code (torch's products) changes it too.
 struct Tiles {
   Tiles() { configure(TILE, TILE); }
 
-  // Time goes with the rows of x and of the sums: of x in tile 4 and its sums in 0 and 1, of x in 5
-  // and its sums in 2 and 3.
+  // Instruction time depends on the number of rows: x in tile 4 with sums in 0 and 1, x in 5 with
+  // sums in 2 and 3.
   void configure(int first, int second) {
     if (config.rows[4] == first && config.rows[5] == second) return;
     config.rows[0] = config.rows[1] = config.rows[4] = uint8_t(first);
@@ -34,8 +34,8 @@ struct Tiles {
   TileConfig config;
 };
 
-// For few rows: x in tiles 4 and 5, weights of two blocks in 6 and 7, sums of block b in b and 2 +
-// b.
+// For few rows: x in tiles 4 and 5, weights of two blocks in 6 and 7, sums of block b in tiles b
+// and 2 + b.
 inline void begin_sums() {
   _tile_zero(0);
   _tile_zero(1);
@@ -43,7 +43,7 @@ inline void begin_sums() {
   _tile_zero(3);
 }
 
-// Of float or int32_t.
+// T is float or int32_t.
 template <int TILES, int BLOCKS, class T>
 inline void take_sums(T (*sums)[TILE * LANES]) {
   _tile_stored(0, sums[0], SIXTEEN);
@@ -54,8 +54,8 @@ inline void take_sums(T (*sums)[TILE * LANES]) {
 
 constexpr int64_t BYTES_AHEAD = 8192;
 
-// What is fetched while a step of BLOCKS blocks is decoded: codes further on, or of the blocks
-// behind.
+// Prefetches during the decoding of a step of BLOCKS blocks: codes ahead, or of the following
+// blocks.
 template <int BLOCKS, int64_t STEP_WORDS>
 inline const uint32_t* codes_ahead(const Packed& w, const uint32_t* codes, int64_t step,
                                    int64_t steps) {
@@ -69,7 +69,7 @@ inline void fetch_step(const uint32_t* codes) {
   for (int64_t i = 0; i < STEP_WORDS; i += LANES) __builtin_prefetch(codes + i);
 }
 
-// As store_block, quick where there is nothing special about it.
+// As store_block, with a fast path for the common case.
 inline void store_channels(const Packed& w, const Target& target, int64_t row, int64_t block,
                            __m512 sums) {
   const int64_t first = block * LANES;

@@ -1,7 +1,7 @@
-// AVX2 with FMA: eight floats to a vector, sixteen registers.
+// AVX2 with FMA: eight floats per vector, sixteen registers.
 #define VECTOR 8
 #define MAX_SHARED_ROWS 4
-#define PREFETCH_WORDS 2048  // 8 KiB ahead: 2 KiB lose a tenth of the speed of memory
+#define PREFETCH_WORDS 2048  // 8 KiB ahead: 2 KiB lose 10% of the bandwidth
 #define HAS_PAIRS
 
 #include <immintrin.h>

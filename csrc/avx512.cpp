@@ -1,7 +1,7 @@
-// AVX-512 (F, BW, DQ, VL): sixteen floats to a vector, codes to numbers by look-up.
+// AVX-512 (F, BW, DQ, VL): sixteen floats per vector; codes are decoded by table lookup.
 #define VECTOR 16
 #define MAX_SHARED_ROWS 8
-#define PREFETCH_WORDS 2048  // 8 KiB ahead: 2 KiB lose a tenth of the speed of memory
+#define PREFETCH_WORDS 2048  // 8 KiB ahead: 2 KiB lose 10% of the bandwidth
 #define HAS_DECODE
 
 #include "avx512_decode.h"

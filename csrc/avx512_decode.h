@@ -1,4 +1,4 @@
-// Codes to numbers by one table look-up, which reads the low four bits of a lane and no more.
+// Decodes codes by one table lookup, which uses only the low four bits of a lane.
 #pragma once
 #include <immintrin.h>
 
@@ -12,7 +12,7 @@ inline __m512 decode(__m512i words) {
     const __m512i codes = _mm512_and_si512(words, _mm512_set1_epi32(MASK));
     return _mm512_cvtepi32_ps(_mm512_sub_epi32(codes, _mm512_set1_epi32(MIDDLE)));
   } else {
-    // Narrower codes repeat in the table, so that the bits above them do not count.
+    // Entries for narrower codes repeat, so that the bits above them are ignored.
 #define HB_ENTRY(i) float(((i) & MASK) - MIDDLE)
     const __m512 table =
         _mm512_setr_ps(HB_ENTRY(0), HB_ENTRY(1), HB_ENTRY(2), HB_ENTRY(3), HB_ENTRY(4), HB_ENTRY(5),

@@ -1,105 +1,24 @@
-// Tokens of several sequences through all blocks of a decoder, without a word of Python in between.
+// hb_decode: runs tokens of several sequences through all blocks of a decoder.
 //
-// Everything is fp32 but the cache, which is rounded to the model's own type.
+// Everything is fp32 except the KV cache, which has the model's dtype.
 #include <math.h>
 
 #include <atomic>
 
+#include "experts.h"
 #include "isa.h"
 #include "numbers.h"
 #include "parallel.h"
+#include "products.h"
 #include "rows.h"
 
 namespace halfbyte {
 namespace {
 
-// A product by one packed weight, as a part of a parallel step.
-struct Product {
-  const void* packed;
-  const float* bias;
-  float* out;
-};
-
-constexpr int MOST_PRODUCTS = 3;
-
-// Rows that go through the blocks at a time; others wait, and read the weights again. On matrix units
-// decoding a weight costs as much as multiplying it by a hundred rows, so there they are as many as
-// WORK_BYTES hold.
+// Rows that go through all blocks at a time; the weights are read again for the next ones. On
+// matrix units decoding a weight costs as much as multiplying it by a hundred rows, so there the
+// number is limited only by WORK_BYTES.
 constexpr int64_t ROWS_AT_A_TIME = 128, MOST_TILED_ROWS = 512, WORK_BYTES = 64 << 20;
-
-// Numbers from which more than one thread prepares rows between two products.
-constexpr int64_t SHARED_NUMBERS = 1 << 14;
-
-// Whether ready_rows makes the same of an input for both.
-bool alike(const Packed& a, const Packed& b) {
-  return a.bits == b.bits && a.group_size == b.group_size && a.symmetric == b.symmetric &&
-         !a.order && !b.order;
-}
-
-// Several products of the same rows at once: threads share all of their blocks.
-template <int COUNT>
-int multiply_all(const Isa& isa, const float* x, int64_t rows, const Product (&products)[COUNT],
-                  float* scratch, const hb_decoder& d, int threads) {
-  static_assert(COUNT <= MOST_PRODUCTS, "the scratch is sized for so many");
-  // Of a model in bf16, inputs keep 17 bits at least.
-  const int most_parts = d.dtype == HB_BFLOAT16 ? 2 : 3;
-  Packed weights[COUNT];
-  Rows ready[COUNT];
-  int64_t ends[COUNT], blocks = 0;
-  for (int i = 0; i < COUNT; i++) {
-    if (!open_packed(products[i].packed, &weights[i])) return HB_BAD_BLOB;
-    // Products of one input share its rows, if they want them alike.
-    if (i && alike(weights[i], weights[i - 1])) {
-      ready[i] = ready[i - 1];
-    } else {
-      const bool integers = d.activation_bits == 8 && has_integers(weights[i]);
-      ready[i] = integers ? ready_integers(weights[i], HB_FLOAT32, x, rows, scratch)
-                          : ready_rows(weights[i], HB_FLOAT32, x, rows, scratch, most_parts);
-      scratch += scratch_floats(weights[i], rows);
-    }
-    if (!ready[i].rows) return HB_NO_MEMORY;
-    ends[i] = blocks += weights[i].blocks;
-  }
-  parallel_for(blocks, threads, [&](int64_t first, int64_t last) {
-    for (int i = 0; i < COUNT; i++) {
-      const int64_t start = ends[i] - weights[i].blocks;
-      const int64_t from = first > start ? first - start : 0;
-      const int64_t to = (last < ends[i] ? last : ends[i]) - start;
-      if (from >= to) continue;
-      const Target target = {HB_FLOAT32, products[i].bias, products[i].out,
-                             weights[i].out_features};
-      const auto multiply = ready[i].integers.codes ? isa.multiply_integers : isa.multiply;
-      multiply(weights[i], ready[i], target, from, to);
-    }
-  });
-  return HB_OK;
-}
-
-// The same on matrix units: inputs rounded to bf16, sums and results in fp32.
-template <int COUNT>
-int multiply_all_tiles(const Isa& isa, const float* x, int64_t rows,
-                        const Product (&products)[COUNT], float* scratch, int threads) {
-  uint16_t* const tiles = reinterpret_cast<uint16_t*>(scratch);
-  Packed last;
-  for (int i = 0; i < COUNT; i++) {
-    Packed w;
-    if (!open_packed(products[i].packed, &w)) return HB_BAD_BLOB;
-    // Products of one input share its rows, unless each wants the columns in an order of its own.
-    if (i == 0 || w.order || last.order) {
-      parallel_for((rows + 31) / 32 * 32, threads, [&](int64_t first, int64_t end) {
-        isa.round_rows(w, x, rows, tiles, first, end);
-      });
-    }
-    const Rows ready = {rows, nullptr, nullptr, tiles, 0};
-    last = w;
-    const Target target = {HB_FLOAT32, products[i].bias, products[i].out, w.out_features};
-    // Two blocks share the rows that a unit has loaded.
-    parallel_for((w.blocks + 1) / 2, threads, [&](int64_t first, int64_t end) {
-      isa.multiply_tiles(w, ready, target, first * 2, end * 2 < w.blocks ? end * 2 : w.blocks);
-    });
-  }
-  return HB_OK;
-}
 
 void normalise(const float* x, const float* weight, int count, float epsilon, float* out) {
   float lanes[8] = {}, sum = 0;
@@ -113,7 +32,8 @@ void normalise(const float* x, const float* weight, int count, float epsilon, fl
   for (i = 0; i < count; i++) out[i] = x[i] * factor * weight[i];
 }
 
-// Each head by its position: the first half of the rotary columns turns with the second.
+// Applies rotary embedding to each head: the first half of the rotary columns pairs with the
+// second.
 void rotate(const hb_decoder& d, int64_t position, const float* norm, int heads, float* x) {
   const float* cosines = d.cosines + position * d.rotary_dim;
   const float* sines = d.sines + position * d.rotary_dim;
@@ -128,7 +48,7 @@ void rotate(const hb_decoder& d, int64_t position, const float* norm, int heads,
   }
 }
 
-// Where a position's keys or values of head 0 lie in the cache; other heads follow by pages.
+// Offset of a position's key or value of head 0 in the cache; other heads are whole pages apart.
 int64_t place_of(const hb_decoder& d, const int32_t* table, int64_t position) {
   const int64_t page = table[position / d.page_tokens], at = position % d.page_tokens;
   return (page * d.kv_heads * d.page_tokens + at) * d.head_dim;
@@ -148,26 +68,35 @@ void add(float* to, const float* from, int64_t count) {
   for (int64_t i = 0; i < count; i++) to[i] += from[i];
 }
 
-// Where the numbers of one chunk of rows are kept.
+// Buffers for one chunk of rows.
 struct Work {
-  float *h, *q, *attended, *k, *v, *gate, *up, *part, *inputs;
+  float *h, *q, *attended, *k, *v, *gate, *up, *part, *routed, *logits, *inputs;
 };
 
 int64_t query_width(const hb_decoder& d) { return int64_t(d.heads) * d.head_dim; }
 int64_t kv_width(const hb_decoder& d) { return int64_t(d.kv_heads) * d.head_dim; }
 
-// Numbers of one row that are kept apart from the inputs of products.
-int64_t work_of_row(const hb_decoder& d) {
-  return 2 * int64_t(d.hidden) + 2 * query_width(d) + 2 * kv_width(d) + 2 * int64_t(d.intermediate);
+// Floats per row between the two stages of an MLP, or of all experts that the row is routed to.
+int64_t middle_width(const hb_decoder& d) {
+  const int64_t routed = int64_t(d.experts_per_token) * d.expert_width;
+  return routed > d.intermediate ? routed : d.intermediate;
 }
 
-// Rows that go through the blocks together, of so many.
+int64_t routed_width(const hb_decoder& d) { return int64_t(d.experts_per_token) * d.hidden; }
+
+// Floats per row, besides the inputs of products.
+int64_t work_of_row(const hb_decoder& d) {
+  return 2 * int64_t(d.hidden) + 2 * query_width(d) + 2 * kv_width(d) + 2 * middle_width(d) +
+         routed_width(d) + d.experts;
+}
+
+// Number of rows that go through the blocks together.
 int64_t rows_at_a_time(const hb_decoder& d, int64_t rows, bool tiles) {
   if (!tiles) return ROWS_AT_A_TIME;
   int64_t most = WORK_BYTES / 4 / work_of_row(d);
   if (most > MOST_TILED_ROWS) most = MOST_TILED_ROWS;
   if (most < ROWS_AT_A_TIME) most = ROWS_AT_A_TIME;
-  // Equal parts: a last one of few rows would decode all weights for those alone.
+  // Equal chunks: a small last chunk would decode all weights for a few rows.
   const int64_t parts = (rows + most - 1) / most;
   return (rows + parts - 1) / parts;
 }
@@ -176,10 +105,13 @@ bool borrow_work(const hb_decoder& d, int64_t rows, bool tiles, Work* work) {
   const int64_t query = query_width(d), kv = kv_width(d);
   int64_t widest = d.hidden > d.intermediate ? d.hidden : d.intermediate;
   if (query > widest) widest = query;
-  // Room for the inputs of three products: numbers or their parts, and at most as many sums.
-  int64_t input_floats = MOST_PRODUCTS * (widest * 5 / 2 * rows + 2 * LANES);
+  if (d.expert_width > widest) widest = d.expert_width;
+  // Space for the inputs of three products: values or their parts, and at most as many sums.
+  int64_t input_floats = 3 * (widest * 5 / 2 * rows + 2 * LANES);
+  const int64_t of_experts = expert_input_floats(d, rows);
+  if (of_experts > input_floats) input_floats = of_experts;
   if (tiles) {
-    // Half numbers, in tiles of 32 rows and 32 columns.
+    // 16-bit values, in tiles of 32 rows and 32 columns.
     input_floats = (rows + 31) / 32 * 32 * ((widest + 31) / 32 * 32) / 2;
   }
   float* at = borrow(work_of_row(d) * rows + input_floats);
@@ -189,13 +121,14 @@ bool borrow_work(const hb_decoder& d, int64_t rows, bool tiles, Work* work) {
     at += width * rows;
     return taken;
   };
-  *work = {take(d.hidden), take(query),          take(query),          take(kv),      take(kv),
-           take(d.intermediate), take(d.intermediate), take(d.hidden), at};
+  *work = {take(d.hidden),       take(query),  take(query),           take(kv),        take(kv),
+           take(middle_width(d)), take(middle_width(d)), take(d.hidden), take(routed_width(d)),
+           take(d.experts),      at};
   return true;
 }
 
-// Rows of one sequence that attend together: keys and values are read once for them. On matrix units
-// so many that turning the keys and values round for them is little beside multiplying.
+// Rows of one sequence that attend together, so that keys and values are read once for them. On
+// matrix units enough rows that the cost of transposing keys and values is small.
 constexpr int ROWS_TOGETHER = 8, QUERIES_TOGETHER = 256;
 
 int rows_together(const hb_decoder& d, bool tiles) {
@@ -204,7 +137,7 @@ int rows_together(const hb_decoder& d, bool tiles) {
   return (QUERIES_TOGETHER / shared + LANES) / LANES * LANES;
 }
 
-// Every row over its own sequence's cache, the heads that share keys and values together.
+// Attention of every row over its sequence's cache; heads that share keys and values run together.
 bool attend_all(const hb_decoder& d, const Isa& isa, const hb_block& b, const hb_rows& rows,
                 bool tiles, const Work& work, int threads) {
   const int shared = d.heads / d.kv_heads, each = d.dtype == HB_FLOAT32 ? 4 : 2;
@@ -220,7 +153,7 @@ bool attend_all(const hb_decoder& d, const Isa& isa, const hb_block& b, const hb
   std::atomic<bool> failed{false};
   const auto attend = [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; i++) {
-      // The last ones first: they have most to look back on.
+      // Last rows first: they attend to the most positions.
       const int64_t group = groups - 1 - i / d.kv_heads;
       const int64_t row = starts[group], end = starts[group + 1];
       const int64_t head = i % d.kv_heads, at = head * head_stride * each;
@@ -260,13 +193,14 @@ int decode_chunk(const hb_decoder& d, const Isa& isa, const hb_rows& rows, int t
   Work w;
   const bool tiles = takes_tiles(d, isa, rows);
   if (!borrow_work(d, rows.rows, tiles, &w)) return HB_NO_MEMORY;
-  const auto multiply = [&](const float* x, const auto& products) {
-    return tiles ? multiply_all_tiles(isa, x, rows.rows, products, w.inputs, threads)
-                 : multiply_all(isa, x, rows.rows, products, w.inputs, d, threads);
+  const Multiplier multiplier = {isa, d, w.inputs, threads};
+  const auto multiply = [&](const auto& products) {
+    const int count = int(sizeof products / sizeof products[0]);
+    return tiles ? multiplier.multiply_tiles(products, count) : multiplier.multiply(products, count);
   };
   const int64_t hidden = d.hidden, query = query_width(d), kv = kv_width(d), count = rows.rows;
-  // Between two products: each row by itself.
-  const int some = count * hidden >= SHARED_NUMBERS ? threads : 1;
+  // Work on each row between two products.
+  const int some = threads_for(count * hidden, threads);
   const auto each_row = [&](const auto& prepare) {
     parallel_for(count, some, [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; row++) prepare(row);
@@ -280,8 +214,10 @@ int decode_chunk(const hb_decoder& d, const Isa& isa, const hb_rows& rows, int t
       if (i) add(x, w.part + r * hidden, hidden);
       normalise(x, b.attention_norm, d.hidden, d.epsilon, w.h + r * hidden);
     });
-    const Product qkv[] = {{b.q, b.q_bias, w.q}, {b.k, b.k_bias, w.k}, {b.v, b.v_bias, w.v}};
-    if ((status = multiply(w.h, qkv)) != HB_OK) return status;
+    const Product qkv[] = {{b.q, w.h, count, b.q_bias, w.q},
+                           {b.k, w.h, count, b.k_bias, w.k},
+                           {b.v, w.h, count, b.v_bias, w.v}};
+    if ((status = multiply(qkv)) != HB_OK) return status;
     each_row([&](int64_t r) {
       const int64_t position = rows.positions[r];
       const int32_t* table = rows.tables + rows.starts[r];
@@ -291,20 +227,26 @@ int decode_chunk(const hb_decoder& d, const Isa& isa, const hb_rows& rows, int t
       cache_heads(d, table, position, w.v + r * kv, b.values);
     });
     if (!attend_all(d, isa, b, rows, tiles, w, threads)) return HB_NO_MEMORY;
-    const Product o[] = {{b.o, b.o_bias, w.part}};
-    if ((status = multiply(w.attended, o)) != HB_OK) return status;
+    const Product o[] = {{b.o, w.attended, count, b.o_bias, w.part}};
+    if ((status = multiply(o)) != HB_OK) return status;
     each_row([&](int64_t r) {
       float* x = rows.x + r * hidden;
       add(x, w.part + r * hidden, hidden);
       normalise(x, b.mlp_norm, d.hidden, d.epsilon, w.h + r * hidden);
     });
-    const Product mlp[] = {{b.gate, b.gate_bias, w.gate}, {b.up, b.up_bias, w.up}};
-    if ((status = multiply(w.h, mlp)) != HB_OK) return status;
+    if (b.experts) {
+      const Experts experts = {multiplier, b, w.h, w.gate, w.up, w.routed, w.logits, w.part};
+      if ((status = experts.run(count, tiles)) != HB_OK) return status;
+      continue;
+    }
+    const Product mlp[] = {{b.gate, w.h, count, b.gate_bias, w.gate},
+                           {b.up, w.h, count, b.up_bias, w.up}};
+    if ((status = multiply(mlp)) != HB_OK) return status;
     each_row([&](int64_t r) {
       isa.gate_silu(w.gate + r * d.intermediate, w.up + r * d.intermediate, d.intermediate);
     });
-    const Product down[] = {{b.down, b.down_bias, w.part}};
-    if ((status = multiply(w.gate, down)) != HB_OK) return status;
+    const Product down[] = {{b.down, w.gate, count, b.down_bias, w.part}};
+    if ((status = multiply(down)) != HB_OK) return status;
   }
   each_row([&](int64_t r) {
     float* x = rows.x + r * hidden;
@@ -323,6 +265,7 @@ extern "C" int hb_decode(const hb_decoder* decoder, const hb_rows* rows, int thr
   const hb_decoder& d = *decoder;
   if (d.dtype != HB_FLOAT32 && d.dtype != HB_BFLOAT16) return HB_BAD_ARGUMENT;
   if (d.head_dim % LANES || d.intermediate % LANES || d.heads % d.kv_heads) return HB_BAD_ARGUMENT;
+  if (d.expert_width % LANES || d.experts_per_token > d.experts) return HB_BAD_ARGUMENT;
   if (d.activation_bits != 16 && d.activation_bits != 8) return HB_BAD_ARGUMENT;
   if (d.page_tokens < 1) return HB_BAD_ARGUMENT;
   if (rows->rows <= 0) return HB_OK;
@@ -335,7 +278,7 @@ extern "C" int hb_decode(const hb_decoder* decoder, const hb_rows* rows, int thr
       if (table[i] < 0 || table[i] >= d.pages) return HB_BAD_ARGUMENT;
     }
   }
-  // One chunk after the other through all blocks: a later one finds the earlier in the cache.
+  // Chunks run through all blocks in order, so that later ones find earlier ones in the cache.
   const Isa& isa = current_isa();
   const int64_t most = rows_at_a_time(d, rows->rows, takes_tiles(d, isa, *rows));
   for (int64_t first = 0; first < rows->rows; first += most) {

@@ -1,4 +1,4 @@
-// Memory that is about to be filled for the first time.
+// Huge pages for memory that is about to be filled for the first time.
 #pragma once
 #include <stdint.h>
 
@@ -9,7 +9,7 @@
 namespace halfbyte {
 namespace {
 
-// The first touch of these pages decides their size; large ones save page faults and misses.
+// Must be called before first touch; large pages save page faults and TLB misses.
 inline void prefer_huge_pages(void* bytes, int64_t count) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t PAGE = 2 << 20;

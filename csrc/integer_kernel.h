@@ -1,10 +1,10 @@
-// Whole numbers of 8 bits for x: each row's group is rounded to multiples of a step of its own,
-// -127 to 127 of them, and multiplied by the codes in integers, exactly.
+// int8 activations: each group of a row is rounded to integers -127..127 times a step of its own,
+// and multiplied by the codes in exact integer arithmetic.
 //
-// Included by each instruction set's file after vector_kernel.h, and after it defined HAS_DOT where
-// it has a dot product of four bytes, or HAS_PAIRS where it has one of two bytes and one of two
-// halves, and HAS_STORE where it has store_channels. A lane is a channel, its four bytes are codes
-// p * V + j of a run for one j < V, V being a quarter of a run's codes; x is kept in that order.
+// Included by the file of each instruction set after vector_kernel.h. The file defines HAS_DOT if
+// it has a dot product of four bytes, or HAS_PAIRS if it has one of two bytes and one of two 16-bit
+// values, and HAS_STORE if it has store_channels. A lane is a channel; its four bytes are codes p *
+// V + j of a run for one j < V, where V is a quarter of a run's codes. x is stored in that order.
 #pragma once
 #include "numbers.h"
 
@@ -21,13 +21,13 @@ struct Quads {
   static constexpr int RUN = 32 / BITS, COUNT = RUN / 4;
   static constexpr uint32_t MASK = ((1u << BITS) - 1) * 0x01010101u;
 
-  // Where column i of a run goes.
+  // Position of column i of a run.
   static constexpr int place(int i) { return i / RUN * RUN + i % COUNT * 4 + i % RUN / COUNT; }
-  // Which column stands at place i.
+  // Column at position i.
   static constexpr int column(int i) { return i / RUN * RUN + i % 4 * COUNT + i % RUN / 4; }
 };
 
-// acc + the four products of bytes in each lane; codes are 0 to 2^BITS - 1.
+// acc + the sum of the four byte products of each lane; codes are 0 to 2^BITS - 1.
 template <int BITS>
 inline Ints add_quads(Ints acc, Words codes, int32_t x) {
 #if defined(HAS_DOT)
@@ -38,7 +38,7 @@ inline Ints add_quads(Ints acc, Words codes, int32_t x) {
     const IntVector pairs = multiply_pairs((IntVector)codes, (IntVector)four);
     return acc + (Ints)add_pairs(pairs, (IntVector)(Shorts{} + int16_t(1)));
   }
-  // A pair of products has 17 bits: two by two in 32, the even bytes and the odd ones.
+  // A sum of two products needs 17 bits, so even and odd bytes are summed separately in 32 bits.
   const Shorts high = (Shorts)((Words)codes >> 8 & 0x00FF00FF), low = (Shorts)(codes & 0x00FF00FF);
   acc += (Ints)add_pairs((IntVector)low, (IntVector)((Shorts)(four << 8) >> 8));
   return acc + (Ints)add_pairs((IntVector)high, (IntVector)(four >> 8));
@@ -50,7 +50,7 @@ inline Ints add_quads(Ints acc, Words codes, int32_t x) {
 #endif
 }
 
-// Sixteen whole numbers as bytes, each at its place.
+// Stores sixteen integers as bytes, each at its position.
 template <int BITS>
 inline void store_places(int8_t* to, Ints16 whole) {
 #define HB_C(i) Quads<BITS>::column(i)
@@ -60,7 +60,7 @@ inline void store_places(int8_t* to, Ints16 whole) {
       HB_C(9), HB_C(10), HB_C(11), HB_C(12), HB_C(13), HB_C(14), HB_C(15));
   store(to, _mm512_cvtepi32_epi8((__m512i)placed));
 #else
-  // Compilers narrow sixteen lanes one by one.
+  // Compilers would narrow sixteen lanes one by one.
 #define HB_BYTES(p) \
   (Words4) __builtin_shufflevector(whole, whole, HB_C(p), HB_C(4 + p), HB_C(8 + p), HB_C(12 + p))
   const Words4 quads = (HB_BYTES(0) & 0xFF) | (HB_BYTES(1) & 0xFF) << 8 |
@@ -71,7 +71,7 @@ inline void store_places(int8_t* to, Ints16 whole) {
 #undef HB_C
 }
 
-// All sixteen lanes added up, or the largest of them.
+// The sum or the maximum of all sixteen lanes.
 template <bool LARGEST>
 inline int32_t fold_lanes(Ints16 v) {
 #define HB_FOLD(...)                                                 \
@@ -87,13 +87,13 @@ inline int32_t fold_lanes(Ints16 v) {
   return v[0];
 }
 
-// One row in packed order, [in]: `codes` [in], and for each group the step and the sum of the
-// codes.
+// Rounds a row in packed order, [in], to `codes` [in], with the step and the sum of codes per
+// group.
 template <int BITS>
 void round_row_bits(const Packed& w, const float* x, int8_t* codes, float* steps, int32_t* sums) {
   for (int64_t g = 0, k = 0; g < w.groups; g++) {
     const int64_t end = group_end(w, k);
-    // As bits, numbers without their sign are in order, infinite ones and no numbers at the end.
+    // The bits of absolute values are ordered like integers, with infinity and NaN at the end.
     Ints16 sizes = {};
     int64_t i = k;
     for (; i + 16 <= end; i += 16) {
@@ -106,8 +106,8 @@ void round_row_bits(const Packed& w, const float* x, int8_t* codes, float* steps
       largest = largest > size ? largest : size;
     }
     const float most = from_bits(uint32_t(largest));
-    // Below 1e-30 everything is zero: there 127 / most would overflow. What is not finite makes the
-    // whole group not-a-number.
+    // A maximum below 1e-30 counts as zero, because 127 / most would overflow. A non-finite value
+    // makes the whole group NaN.
     if (largest >= 0x7F800000 || most < 1e-30f) {
       steps[g] = largest >= 0x7F800000 ? from_bits(0x7FC00000) : 0.0f;
       sums[g] = 0;
@@ -117,7 +117,7 @@ void round_row_bits(const Packed& w, const float* x, int8_t* codes, float* steps
     }
     const float inverse = 127.0f / most;
     steps[g] = most / 127.0f;
-    // Added to a number it leaves the nearest whole one in the lowest bits of the sum.
+    // Adding it leaves the nearest integer in the lowest bits of the sum.
     const float shift = 12582912.0f;
     const int32_t shift_bits = int32_t(to_bits(shift));
     int32_t sum = 0;
@@ -148,7 +148,7 @@ inline Ints load_zeros(const Packed& w, int64_t at) {
   return __builtin_convertvector(load<Bytes>(w.zeros + at), Ints);
 }
 
-// Adds a group's sum of codes times x, scaled, to those of the groups before; `of`: row and group.
+// Adds a group's scaled sum of codes times x to that of the previous groups; `of`: row and group.
 inline void add_scaled(Ints sum, Ints zero, Floats scale, const Integers& x, int64_t of,
                        Floats* total) {
   const Floats step = scale * x.steps[of];
@@ -158,7 +158,7 @@ inline void add_scaled(Ints sum, Ints zero, Floats scale, const Integers& x, int
 template <int BITS, int ROWS, int BLOCKS>
 void multiply_integer_block(const Packed& w, const Rows& rows, const Target& target, int64_t row,
                             int64_t block) {
-  // Sums of integers are exact in any order, so how many chains there are is nobody's business.
+  // Integer sums are exact in any order, so the number of chains does not affect the result.
   constexpr int RUN = Quads<BITS>::RUN, QUADS = Quads<BITS>::COUNT;
   constexpr int CHAINS = ROWS * BLOCKS * PARTS <= 2 && QUADS >= 2 ? 2 : 1;
   const int64_t columns = w.in_features;
@@ -239,7 +239,7 @@ void multiply_integer_rows(const Packed& w, const Rows& rows, const Target& targ
 template <int BITS>
 void multiply_integer_bits(const Packed& w, const Rows& rows, const Target& target, int64_t first,
                            int64_t last) {
-  // Two blocks side by side where there are registers for them.
+  // Two blocks at a time if there are enough registers.
   constexpr int BLOCKS = PARTS == 1 ? 2 : 1;
   int64_t block = first;
   for (; block + BLOCKS <= last; block += BLOCKS) {

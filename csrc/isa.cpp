@@ -1,4 +1,4 @@
-// Which instruction set runs: the best that this processor and its operating system have.
+// Selects the best instruction set that the CPU and the operating system support.
 #include <string.h>
 #if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
@@ -17,7 +17,7 @@ struct Choice {
 };
 
 #if defined(__x86_64__)
-// The kernel gives a process its tile registers when it asks for them.
+// Linux grants tile registers to a process on request.
 bool allow_tiles() {
 #if defined(__linux__)
   constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -28,7 +28,7 @@ bool allow_tiles() {
 }
 #endif
 
-// Compiled without any of the instructions that it asks about.
+// Compiled without any of the instructions that it tests for.
 const Choice* choices(int* count) {
 #if defined(__x86_64__)
   static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");

@@ -5,9 +5,9 @@
 //   zeros   uint8  [out / 16][groups][16]                     asymmetric only
 //   order   int32  [in]                                       act-order only
 //
-// A run is the fewest codes that fill whole words: 16, 32, 8 and 4 codes at 2, 3, 4 and 8 bits. The
-// words are those of the GPTQ format itself; only the channels are regrouped, so that one 64-byte
-// load brings the next codes of 16 channels and a thread reads one unbroken stream.
+// A run is the smallest number of codes that fills whole words: 16, 32, 8 and 4 codes at 2, 3, 4
+// and 8 bits. The words are those of the GPTQ format; only the channels are regrouped, so that one
+// 64-byte load fetches the next codes of 16 channels and a thread reads one contiguous stream.
 #pragma once
 #include <stdint.h>
 
@@ -31,49 +31,49 @@ static_assert(sizeof(Header) <= CODES_AT, "codes begin after the header");
 static inline int run_codes(int bits) { return bits == 3 ? 32 : 32 / bits; }
 static inline int run_words(int bits) { return bits == 3 ? 3 : 1; }
 
-// A packed weight, opened.
+// A view of a packed weight.
 struct Packed {
   const Header* header;
   int bits, in_features, out_features, group_size, groups, blocks, scale_dtype;
   bool symmetric;
   const uint32_t* codes;
   const uint8_t* scales;
-  const uint8_t* zeros;  // null where symmetric
-  const int32_t* order;  // null without
-  int64_t block_words;   // of one block of 16 channels
+  const uint8_t* zeros;  // null if symmetric
+  const int32_t* order;  // null without act-order
+  int64_t block_words;   // words per block of 16 channels
 
   int scale_bytes() const { return scale_dtype == HB_FLOAT32 ? 4 : 2; }
 };
 
-// Where the group that begins at a column ends; the last one may be shorter.
+// End of the group that starts at a column; the last group may be shorter.
 static inline int64_t group_end(const Packed& w, int64_t first) {
   return first + w.group_size < w.in_features ? first + w.group_size : w.in_features;
 }
 
-// False where the bytes are not a packed weight of this version.
+// Returns false if the bytes are not a packed weight of this version.
 bool open_packed(const void* bytes, Packed* packed);
 
-// Rows of x as whole numbers of -127 to 127, in the order of integer_kernel.h.
+// Rows of x quantized to integers -127..127, in the order of integer_kernel.h.
 struct Integers {
   const int8_t* codes = nullptr;  // [rows][in]
-  const float* steps = nullptr;   // [rows][groups]: what one is worth
-  const int32_t* sums = nullptr;  // [rows][groups]: of the codes
+  const float* steps = nullptr;   // [rows][groups]: scales
+  const int32_t* sums = nullptr;  // [rows][groups]: sums of codes
 };
 
-// Rows of x, made ready for a kernel: columns in packed order.
+// Rows of x prepared for a kernel, with columns in packed order.
 struct Rows {
   int64_t rows;
   const float* x;     // [rows][in]
-  const float* sums;  // [rows][groups]: sums of x; null where nothing needs them
-  // For matrix units, in place of x: bf16 tiles in the order of rows.h. With `parts`, those for few
-  // rows; without, padded with zeros to 32 rows and whole steps of columns.
+  const float* sums;  // [rows][groups]: sums of x; null if not needed
+  // For matrix units, instead of x: bf16 tiles in the order of rows.h. With `parts`, those for few
+  // rows; without, zero-padded to 32 rows and whole steps of columns.
   const uint16_t* tiles;
   int parts;
-  // With activations of 8 bits, in place of all of these.
+  // With int8 activations, instead of all of these.
   Integers integers = {};
 };
 
-// Where a kernel puts its results.
+// The output of a kernel.
 struct Target {
   int dtype;
   const void* bias;
@@ -81,7 +81,7 @@ struct Target {
   int64_t stride;
 };
 
-// out[m, n] = weight[n, :] . x[m, :]; an instruction set computes channels [first, last) of it.
+// out[m, n] = weight[n, :] . x[m, :]; each instruction set computes channels [first, last).
 struct Dense {
   const void* weight;  // [out][columns]
   int dtype;
@@ -91,52 +91,52 @@ struct Dense {
   int64_t stride;
 };
 
-// The query heads of some rows that share a head of keys and values. Rows are positions of one
-// sequence that follow each other; each sees one more than the row before it.
+// Attention of the query heads that share a key-value head. Rows are consecutive positions of one
+// sequence; each row attends to one more position than the previous row.
 struct Attention {
-  const float* query;  // [rows][heads][width], a row every row_stride numbers
+  const float* query;  // [rows][heads][width], rows row_stride elements apart
   const void* keys;    // page p: [page_tokens][width] at p * page_stride, float32 or bfloat16
   const void* values;
-  const int32_t* table;              // pages in the order of their positions
-  int64_t page_tokens, page_stride;  // page_tokens: a multiple of 16, or all are on one page
+  const int32_t* table;              // page table of the sequence
+  int64_t page_tokens, page_stride;  // page_tokens: a multiple of 16, unless there is one page
   float* out;                        // as query
   int64_t row_stride;
-  int64_t length;  // that the last row sees
+  int64_t length;  // positions that the last row attends to
   int rows, heads, width, dtype;
   float scale;
 
-  // Of one head's scores, with room for a whole vector after the last.
+  // Scores per head, padded by a whole vector after the last.
   int64_t scores_stride() const { return (length + 2 * LANES) / LANES * LANES; }
-  // Numbers that a kernel wants to write to: all scores, and 16 positions as float32.
+  // Floats of scratch memory: all scores, and 16 positions as float32.
   int64_t scratch() const { return rows * heads * scores_stride() + LANES * width; }
   int64_t length_of(int row) const { return length - rows + 1 + row; }
 };
 
-// What one instruction set offers.
+// The kernels of an instruction set.
 struct Isa {
   const char* name;
-  // Blocks [first, last) of all rows.
+  // Computes blocks [first, last) for all rows.
   void (*multiply)(const Packed&, const Rows&, const Target&, int64_t first, int64_t last);
-  // Block b as numbers, into out[k * stride + lane].
+  // Dequantizes a block to out[k * stride + lane].
   void (*dequantize)(const Packed&, int64_t block, int dtype, void* out, int64_t stride);
   void (*multiply_dense)(const Dense&, int64_t first, int64_t last);
   // Widths and counts are multiples of 16.
   void (*attend)(const Attention&, float* scratch);
   void (*gate_silu)(float* gate, const float* up, int64_t count);
-  // With activations of 8 bits: one row of x in packed order, rounded; and blocks [first, last).
+  // With int8 activations: rounds one row of x in packed order; computes blocks [first, last).
   void (*round_row)(const Packed&, const float* x, int8_t* codes, float* steps, int32_t* sums);
   void (*multiply_integers)(const Packed&, const Rows&, const Target&, int64_t first, int64_t last);
-  // The rest is null where there are no matrix units. One row of x, float32 or bfloat16, in packed
-  // order, as `parts` rows of bf16 whose sum it is, in each of the tiles `stride` numbers apart; and
-  // the sums of its groups.
+  // The rest is null without matrix units. Splits a row of x, float32 or bfloat16, in packed order,
+  // into `parts` bf16 rows whose sum it is, in each of the tiles `stride` elements apart; and
+  // computes the sums of its groups.
   void (*split_row)(const Packed&, int dtype, const void* x, int parts, uint16_t* tiles,
                     int64_t stride, float* sums);
-  // Rows [first, last) of x in tiles of bf16:
+  // Converts rows [first, last) of x to tiles of bf16.
   void (*round_rows)(const Packed&, const float* x, int64_t rows, uint16_t* tiles, int64_t first,
                      int64_t last);
   // As `multiply`, from tiles of many rows.
   void (*multiply_tiles)(const Packed&, const Rows&, const Target&, int64_t first, int64_t last);
-  // As `attend`, of a bfloat16 cache, with scratch of its own; false without memory for it.
+  // As `attend`, for a bfloat16 cache, with its own scratch; false if out of memory.
   bool (*attend_tiles)(const Attention&);
 };
 

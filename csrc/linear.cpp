@@ -1,5 +1,4 @@
-// hb_linear, hb_dequantize and hb_dense: make the rows of x ready, then hand out blocks to the
-// threads.
+// hb_linear, hb_dequantize and hb_dense: prepare the rows of x, then distribute blocks to threads.
 #include <stdlib.h>
 
 #include "isa.h"
@@ -10,14 +9,14 @@
 namespace halfbyte {
 namespace {
 
-// Rows that are made ready at a time; more passes over a block that is in the cache.
+// Rows prepared at a time; further passes find the block in the cache.
 constexpr int64_t ROWS_AT_A_TIME = 32;
 
-// The same of whole numbers where matrix units multiply them: a quarter of the bytes.
+// The same for int8 rows on matrix units: a quarter of the bytes.
 constexpr int64_t INTEGER_ROWS_AT_A_TIME = 256;
 
-// Rows of bf16 from which matrix units round the weight too, which is less work for many
-// (bench/measure_cpu_layers.py), and how many are copied into tiles at a time.
+// bf16 rows from which matrix units round the weight too, which is less work for many rows
+// (bench/measure_cpu_layers.py), and the number of rows copied into tiles at a time.
 constexpr int64_t FEWEST_TILED_ROWS = 2, MOST_FEW_ROWS = 16, TILED_ROWS_AT_A_TIME = 1024;
 
 }  // namespace
@@ -97,14 +96,14 @@ void sum_groups(const Packed& w, const float* x, float* sums) {
 
 namespace {
 
-// Whether amx_few.h can take the weight: whole steps of columns in each group.
+// Whether amx_few.h supports the weight: each group is a whole number of steps.
 bool has_few(const Packed& w) {
   const bool whole = w.group_size % STEP == 0 || w.groups == 1;
   return current_isa().split_row && (w.bits == 4 || w.bits == 2) && whole &&
          w.in_features % STEP == 0;
 }
 
-// Numbers in bf16 whose sum is any number of the type.
+// bf16 parts whose sum represents any value of the type exactly.
 int parts_of(int dtype) { return dtype == HB_BFLOAT16 ? 1 : dtype == HB_FLOAT16 ? 2 : 3; }
 
 Rows split_rows(const Packed& w, int dtype, const void* x, int64_t rows, int parts,
@@ -212,7 +211,7 @@ using namespace halfbyte;
 
 namespace {
 
-// Few rows at a time: they share a pass over blocks that are then in the cache.
+// Processes a few rows at a time, which share a pass over the weights.
 int multiply_rows(const Packed& w, int dtype, const void* x, int64_t rows, const void* bias,
                   void* out, bool integers, int threads) {
   const Isa& isa = current_isa();
@@ -242,13 +241,13 @@ int multiply_tiles(const Packed& w, const uint16_t* x, int64_t rows, const void*
   for (int64_t first = 0; first < rows; first += TILED_ROWS_AT_A_TIME) {
     const int64_t rest = rows - first;
     const int64_t count = rest < TILED_ROWS_AT_A_TIME ? rest : TILED_ROWS_AT_A_TIME;
-    // Kept as well: new pages for a long prompt would cost as much as a tenth of the product.
+    // Also kept by the thread: fresh pages for a long prompt would cost 10% of the product.
     static thread_local Scratch scratch;
     uint16_t* tiles = static_cast<uint16_t*>(scratch.grow(tile_halves(w, count) * 2));
     if (!tiles) return HB_NO_MEMORY;
     const Rows ready = ready_tiles(w, x + first * w.in_features, count, tiles, threads);
     const Target target = {HB_BFLOAT16, bias, out + first * w.out_features, w.out_features};
-    // Two blocks share the rows that a unit has loaded.
+    // Two blocks share the loaded rows.
     parallel_for((w.blocks + 1) / 2, threads, [&](int64_t begin, int64_t end) {
       isa.multiply_tiles(w, ready, target, begin * 2, end * 2 < w.blocks ? end * 2 : w.blocks);
     });
@@ -264,7 +263,7 @@ extern "C" int hb_linear(const void* packed, int dtype, const void* x, int64_t r
   if (!open_packed(packed, &w)) return HB_BAD_BLOB;
   if (dtype < HB_FLOAT32 || dtype > HB_FLOAT16) return HB_BAD_ARGUMENT;
   if (activation_bits != 16 && activation_bits != 8) return HB_BAD_ARGUMENT;
-  // An expert that no token came to.
+  // An expert without tokens.
   if (rows <= 0) return HB_OK;
   if (activation_bits == 8 && has_integers(w)) {
     return multiply_rows(w, dtype, x, rows, bias, out, true, threads);
@@ -295,7 +294,7 @@ extern "C" int hb_dequantize(const void* packed, int64_t first, int64_t last, in
         isa.dequantize(w, first / LANES + b, dtype, to, stride);
         continue;
       }
-      // The last block's missing channels must not land on the next row.
+      // Padding channels of the last block must not overwrite the next row.
       const int64_t lanes = stride - b * LANES;
       char* block = static_cast<char*>(malloc(size_t(w.in_features) * LANES * each));
       isa.dequantize(w, first / LANES + b, dtype, block, LANES);

@@ -1,4 +1,4 @@
-// NEON, which every 64-bit ARM has: four floats to a vector, 32 registers.
+// NEON, available on every 64-bit ARM CPU: four floats per vector, 32 registers.
 #define VECTOR 4
 #define MAX_SHARED_ROWS 4
 #define PREFETCH_WORDS 512
@@ -16,13 +16,13 @@ inline int32x4_t dot(int32x4_t acc, int32x4_t codes, int32_t x) {
   const int8x16_t four = vreinterpretq_s8_s32(vdupq_n_s32(x));
   int8x16_t bytes = vreinterpretq_s8_s32(codes);
   if (BITS == 8) {
-    // Signed: less 128, which the sum of x brings back.
+    // Signed: code - 128, which the sum of x corrects.
     bytes = veorq_s8(bytes, vdupq_n_s8(-128));
     acc = vaddq_s32(acc, vshlq_n_s32(vpaddlq_s16(vpaddlq_s8(four)), 7));
   }
   const int16x8_t low = vmull_s8(vget_low_s8(bytes), vget_low_s8(four));
   const int16x8_t high = vmull_high_s8(bytes, four);
-  return vpadalq_s16(acc, vpaddq_s16(low, high));  // two products have 16 bits with their sign
+  return vpadalq_s16(acc, vpaddq_s16(low, high));  // a sum of two products fits 16 bits with sign
 }
 
 }  // namespace

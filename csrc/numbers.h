@@ -1,6 +1,6 @@
-// Numbers and vectors in memory, and conversions between the formats, for every instruction set's
-// file: static, no templates of the standard library, so that the linker cannot hand one file's
-// machine code to another.
+// Loads, stores and number format conversions, for the file of each instruction set. Everything is
+// static and no templates of the standard library are used, so that the linker cannot substitute
+// machine code compiled for another instruction set.
 #pragma once
 #include <stdint.h>
 #include <string.h>
@@ -10,7 +10,7 @@
 namespace halfbyte {
 namespace {
 
-// A vector from anywhere, aligned or not, and back.
+// Loads and stores a vector, aligned or not.
 template <class V>
 inline V load(const void* from) {
   V value;
@@ -37,7 +37,7 @@ inline uint32_t to_bits(float value) {
 
 inline float from_bf16(uint16_t half) { return from_bits(uint32_t(half) << 16); }
 
-// Round to nearest even; not-a-number stays one.
+// Rounds to nearest even; NaN stays NaN.
 inline uint16_t to_bf16(float value) {
   const uint32_t bits = to_bits(value);
   const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
@@ -46,7 +46,7 @@ inline uint16_t to_bf16(float value) {
 
 inline float from_f16(uint16_t half) {
   const uint32_t sign = uint32_t(half & 0x8000) << 16, rest = half & 0x7FFF;
-  // The exponent is rebiased by a product, which also serves subnormals.
+  // Multiplication rebiases the exponent, which also handles subnormals.
   const float size = from_bits(rest << 13) * from_bits(0x77800000);
   return from_bits(sign | (rest >= 0x7C00 ? 0x7F800000 | rest << 13 : to_bits(size)));
 }
@@ -54,9 +54,9 @@ inline float from_f16(uint16_t half) {
 inline uint16_t to_f16(float value) {
   const uint32_t bits = to_bits(value), sign = (bits >> 16) & 0x8000, size = bits & 0x7FFFFFFF;
   if (size > 0x7F800000) return uint16_t(sign | 0x7E00);
-  if (size >= 0x477FF000) return uint16_t(sign | 0x7C00);  // 65520 and more round to infinity
+  if (size >= 0x477FF000) return uint16_t(sign | 0x7C00);  // 65520 and above round to infinity
   if (size < 0x38800000) {
-    // Subnormal: the sum's own rounding is the rounding to multiples of 2^-24.
+    // Subnormal: the addition rounds to multiples of 2^-24.
     return uint16_t(sign | (to_bits(from_bits(size) + 0.5f) - 0x3F000000));
   }
   return uint16_t(sign | ((size + 0xFFF + ((size >> 13) & 1) - 0x38000000) >> 13));
@@ -76,7 +76,7 @@ inline void store_number(void* to, int64_t at, int dtype, float value) {
   }
 }
 
-// One block's results of one row: bias added, rounded once, only the channels that exist.
+// Stores a block's results of one row: adds the bias, rounds once, skips padding channels.
 inline void store_block(const Packed& w, const Target& target, int64_t row, int64_t block,
                         const float* sums) {
   const int64_t first = block * LANES;

@@ -1,4 +1,4 @@
-// The GPTQ format <-> the packed layout.
+// Conversion between the GPTQ format and the packed layout.
 #include "huge_pages.h"
 #include "layout.h"
 #include "numbers.h"
@@ -56,7 +56,7 @@ bool make_header(const hb_linear_shape& shape, Header* header) {
   return true;
 }
 
-// Code k of one channel, whose words lie `stride` apart.
+// Reads code k of a channel whose words are `stride` apart.
 uint32_t get_code(const uint32_t* words, int64_t stride, int64_t k, int bits) {
   const int64_t bit = k % run_codes(bits) * bits;
   const uint32_t* from = words + (k / run_codes(bits) * run_words(bits) + bit / 32) * stride;
@@ -65,7 +65,7 @@ uint32_t get_code(const uint32_t* words, int64_t stride, int64_t k, int bits) {
   return uint32_t(two >> (bit % 32)) & ((1u << bits) - 1);
 }
 
-// Into words that were zero.
+// Writes a code into words that are initially zero.
 void put_code(uint32_t* words, int64_t stride, int64_t k, int bits, uint32_t code) {
   const int64_t bit = k % run_codes(bits) * bits;
   uint32_t* to = words + (k / run_codes(bits) * run_words(bits) + bit / 32) * stride;
@@ -117,7 +117,7 @@ void unpack_codes(const Packed& w, int64_t block, uint32_t* qweight) {
   }
 }
 
-// One block's scales or zeros out of [groups, out]; the channels that do not exist get zeros.
+// Copies a block's scales or zeros from [groups, out]; padding channels get zeros.
 void pack_grid(const Header& header, const void* from, int64_t bytes_each, int64_t block,
                char* to) {
   const int64_t out = header.shape.out_features, first = block * LANES;

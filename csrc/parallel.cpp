@@ -18,8 +18,8 @@ struct Work {
   void* data;
 };
 
-// As a rule one piece for each thread: a stream from memory is fast once it runs, and pieces an
-// eighth as large cost a decode step a fifth more. A thread that comes late finds its piece taken.
+// Usually one piece per thread: long streams from memory are fast, and pieces an eighth as large
+// make a decode step 20% slower. If a thread starts late, others take its piece.
 void take_pieces(void* from) {
   Work& work = *static_cast<Work*>(from);
   for (;;) {

@@ -1,11 +1,11 @@
-// Threads: one function, behind which stands the pool that the process already has.
+// A parallel loop on the process's existing thread pool.
 #pragma once
 #include <stdint.h>
 
 namespace halfbyte {
 
-// Calls body(data, first, last) for pieces of [0, count) on up to `threads` threads at once;
-// returns when all are done. Threads take pieces in order, as they come free; piece 0: one for each
+// Calls body(data, first, last) for pieces of [0, count) on up to `threads` threads and returns
+// when all are done. Threads take pieces of `piece` elements in order; piece 0: one piece per
 // thread.
 void parallel_for(int64_t count, int threads, void (*body)(void*, int64_t, int64_t), void* data,
                   int64_t piece);

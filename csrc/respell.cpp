@@ -1,7 +1,7 @@
-// The same codes in another format's order: what a conversion between formats does, one thread.
+// Lossless conversion of codes to the order of another format, single-threaded.
 //
-// Plain vectors of 16 bytes, which every processor has that this is compiled for: memory is the limit.
-// halfbyte/convert/bit_order.py says in torch what each of these computes, and stands in for it.
+// Uses 16-byte vectors, which every supported CPU has; memory bandwidth is the limit.
+// halfbyte/convert/bit_order.py implements the same in torch, as the reference and the fallback.
 #include "huge_pages.h"
 #include "layout.h"
 #include "numbers.h"
@@ -12,7 +12,7 @@ namespace {
 typedef uint32_t Words __attribute__((vector_size(16)));
 typedef uint8_t Bytes __attribute__((vector_size(16)));
 
-// Four words of four vectors change places.
+// Transposes 4 x 4 words.
 inline void turn(Words& a, Words& b, Words& c, Words& d) {
   const Words ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
   const Words ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
@@ -24,8 +24,8 @@ inline void turn(Words& a, Words& b, Words& c, Words& d) {
   d = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
 }
 
-// A tile of 16 x 16 words: whole cache lines are read and whole ones are written. Read into a copy
-// first, because rows a power of two apart push each other out of the cache.
+// Transposes a tile of 16 x 16 words: reads and writes whole cache lines. Reads into a copy first,
+// because rows a power of two apart evict each other from the cache.
 void transpose_tile(const uint32_t* from, int64_t from_stride, uint32_t* to, int64_t to_stride) {
   uint32_t tile[16][16];
   for (int row = 0; row < 16; row++) memcpy(tile[row], from + row * from_stride, sizeof(tile[row]));
@@ -43,8 +43,8 @@ void transpose_tile(const uint32_t* from, int64_t from_stride, uint32_t* to, int
   }
 }
 
-// Word k's nibble i and word i's nibble k change places, in four squares at once: halves, then
-// quarters (Warren, Hacker's Delight, 2nd ed., section 7-3).
+// Swaps nibble i of word k with nibble k of word i, in four squares at once: halves, then quarters
+// (Warren, Hacker's Delight, 2nd ed., section 7-3).
 inline void turn_nibbles(Words (&words)[8]) {
   for (int half = 4; half; half /= 2) {
     const int shift = 4 * half;
@@ -58,10 +58,10 @@ inline void turn_nibbles(Words (&words)[8]) {
   }
 }
 
-// AWQ's order of eight outputs in a word.
+// AWQ's order of the eight outputs in a word.
 constexpr int ORDER[8] = {0, 2, 4, 6, 1, 3, 5, 7};
 
-// Of [8 * count] words, four squares of eight at a time; the last up to three by themselves.
+// Processes [8 * count] words, four squares of eight at a time; the last up to three singly.
 template <class Get, class Put>
 inline void turn_squares(int64_t count, const Get& get, const Put& put) {
   int64_t at = 0;
@@ -103,7 +103,7 @@ inline void round_all(const float* from, int count, int, float* to) {
   memcpy(to, from, size_t(count) * 4);
 }
 
-// numbers.h's conversions without a branch, so that they become vectors.
+// Branch-free versions of the conversions in numbers.h, so that they vectorize.
 inline void round_all(const float* from, int count, int dtype, uint16_t* to) {
   if (dtype == HB_BFLOAT16) {
     for (int i = 0; i < count; i++) to[i] = to_bf16(from[i]);
@@ -121,7 +121,7 @@ inline void round_all(const float* from, int count, int dtype, uint16_t* to) {
   }
 }
 
-// Takes codes off a stream of words, lowest bits first.
+// Reads codes from a stream of words, lowest bits first.
 struct Stream {
   const uint32_t* words;
   uint64_t left;
@@ -177,7 +177,7 @@ void expand(const hb_codes& codes, int dtype, T* out) {
 using namespace halfbyte;
 
 extern "C" void hb_transpose(const uint32_t* from, int64_t rows, int64_t columns, uint32_t* to) {
-  constexpr int64_t STRIP = 64;  // columns at a time: what is written of them stays in the cache
+  constexpr int64_t STRIP = 64;  // columns at a time, so that the output stays in the cache
   prefer_huge_pages(to, rows * columns * 4);
   for (int64_t first = 0; first < columns; first += STRIP) {
     const int64_t end = columns - first < STRIP ? columns : first + STRIP;
@@ -206,7 +206,7 @@ extern "C" void hb_to_awq(const uint32_t* words, int64_t rows, int64_t columns, 
     turn_squares(
         count,
         [&](int64_t at, int number, Words (&parts)[8]) {
-          // Eight words of each square -> one vector for each place in a square.
+          // Eight words of each square -> one vector per position in a square.
           Words low[4] = {}, high[4] = {};
           for (int c = 0; c < number; c++) {
             low[c] = load<Words>(words + (at + c) * 8);
@@ -248,7 +248,7 @@ extern "C" void hb_to_blocks(const hb_blocks* blocks, const uint8_t* codes, cons
                              uint8_t* to) {
   const int width = 4 * blocks->bits, head = blocks->grid_bytes;
   prefer_huge_pages(to, blocks->count * (width + head));
-  int64_t used = 0;  // how often this grid was
+  int64_t used = 0;  // blocks that used this grid so far
   for (int64_t at = 0; at < blocks->count; at++, codes += width, to += width + head) {
     if (used++ == blocks->per_group) {
       used = 1;

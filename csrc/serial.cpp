@@ -1,7 +1,6 @@
-// The specification: what every other file computes, in plain loops.
+// The reference implementation in plain loops, which the other files must match.
 //
-// Accumulates in fp32: codes times x within a group, the group's sum times its scale. Runs
-// anywhere.
+// Accumulates in fp32: codes times x within a group, the group's sum times its scale. Portable.
 #include <math.h>
 
 #include "numbers.h"

@@ -1,9 +1,9 @@
-// Attention in vectors of VECTOR floats, over pages; included by each instruction set's file in place
-// of vector_kernel.h, which it brings.
+// Attention over pages in vectors of VECTOR floats; included by the file of each instruction set
+// instead of vector_kernel.h, which it includes.
 //
-// Scores, shares and sums are fp32. VECTOR positions at a time: their keys as float32 once for all
-// rows and heads that share them, scores by adding up all lanes of VECTOR products at once. Sums run
-// strip by strip, the same for any number of rows and wherever the pages are.
+// Scores, probabilities and sums are fp32. VECTOR positions are processed at a time: their keys are
+// converted to float32 once for all rows and heads that share them, and scores are the lane sums of
+// VECTOR products. The order of summation does not depend on the number of rows or on the pages.
 #pragma once
 #include "vector_kernel.h"
 
@@ -21,7 +21,7 @@ typedef LaneList<0, 1, 2, 3, 4, 5, 6, 7> AllLanes;
 typedef LaneList<0, 1, 2, 3> AllLanes;
 #endif
 
-// Of a and b side by side in blocks of HALF lanes: where a lane's first summand is.
+// Index of a lane's first summand in the concatenation of a and b, in blocks of HALF lanes.
 template <int HALF>
 constexpr int fold_from(int lane) {
   const int block = lane / (2 * HALF) * (2 * HALF), place = lane % (2 * HALF);
@@ -34,7 +34,7 @@ inline Floats fold(Floats a, Floats b, LaneList<LANE...>) {
          __builtin_shufflevector(a, b, (fold_from<HALF>(LANE) + HALF)...);
 }
 
-// Lane j of the result is the sum of all lanes of parts[j], which are overwritten.
+// Lane j of the result is the sum of all lanes of parts[j]; overwrites parts.
 inline Floats add_each(Floats (&parts)[VECTOR]) {
 #if VECTOR >= 16
   for (int j = 0; j < 8; j++) parts[j] = fold<8>(parts[j], parts[j + 8], AllLanes());
@@ -50,9 +50,9 @@ inline void prefetch(const char* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
 }
 
-// Calls use(t, numbers, count) for VECTOR positions from t on at a time, fewer at the end of the
-// text: their keys or values [count][width] as float32. Pages are whole numbers of such strips, so
-// sums run in the same order wherever the pages are.
+// Calls use(t, values, count) for strips of VECTOR positions from t on, fewer at the end of the
+// text, with their keys or values [count][width] as float32. Pages consist of whole strips, so the
+// order of summation does not depend on the pages.
 template <bool HALF, class F>
 inline void walk_strips(const Attention& a, const void* cache, float* numbers, const F& use) {
   const int64_t width = a.width;
@@ -62,7 +62,7 @@ inline void walk_strips(const Attention& a, const void* cache, float* numbers, c
     for (int64_t t = start; t < end; t += VECTOR) {
       const int count = int(end - t < VECTOR ? end - t : VECTOR);
       const int64_t at = from + (t - start) * width;
-      // Pages lie anywhere; the processor foresees no step from one to the next.
+      // The hardware prefetcher cannot predict the next page.
       if (t + VECTOR < a.length) {
         const int64_t next =
             t + VECTOR < end ? at + VECTOR * width : a.table[page + 1] * a.page_stride;
@@ -81,7 +81,7 @@ inline void walk_strips(const Attention& a, const void* cache, float* numbers, c
   }
 }
 
-// The largest score, or not-a-number where one is none.
+// The largest score, or NaN if any score is NaN.
 inline float find_largest(const float* scores, int64_t length) {
   Floats largest = Floats{} - 3e38f;
   for (int64_t t = 0; t < length; t += VECTOR) {
@@ -96,7 +96,7 @@ inline float find_largest(const float* scores, int64_t length) {
   return found;
 }
 
-// parts[j] = query times key j, lane by lane, WIDE vectors side by side; `first`: nothing is added to.
+// parts[j] += query times key j, lane by lane, WIDE vectors at a time; `first`: initializes parts.
 template <int WIDE>
 inline void multiply_keys(const float* query, const float* keys, int64_t width, int count,
                           bool first, Floats (&parts)[VECTOR]) {
@@ -110,14 +110,14 @@ inline void multiply_keys(const float* query, const float* keys, int64_t width, 
   }
 }
 
-// out += the sum of `count` values, each times its share, WIDE vectors side by side.
+// out += the sum of `count` values, weighted by their probabilities, WIDE vectors at a time.
 template <int WIDE>
 inline void add_values(const float* shares, const float* values, int64_t width, int count,
                        float* out) {
   Floats sums[2][WIDE] = {};
   for (int j = 0; j < count; j += 2) {
     const float* one = values + j * width;
-    // Beyond the text: nothing, of the same value.
+    // Beyond the text: probability 0, with a valid value.
     const float* other = j + 1 < count ? one + width : one;
     const float share = j + 1 < count ? shares[j + 1] : 0.0f;
 #pragma GCC unroll 4
@@ -170,7 +170,7 @@ void attend_to(const Attention& a, float* scratch) {
       store(scores + t, share);
       total += share;
     }
-    scores[length + VECTOR - 1] = 1.0f / add_lanes(total);  // kept for the end
+    scores[length + VECTOR - 1] = 1.0f / add_lanes(total);  // used at the end
     for (int64_t i = 0; i < width; i += VECTOR) store(a.out + at + i, Floats{});
   });
   walk_strips<HALF>(a, a.values, numbers, [&](int64_t t, const float* values, int all) {

@@ -1,11 +1,11 @@
-// The kernel in vectors of VECTOR floats, included by each instruction set's file after it defined
-// that, MAX_SHARED_ROWS (rows of x that share one decoding of the weights), PREFETCH_WORDS and,
-// where it has something better, HAS_DECODE and its own `decode`.
+// The kernel in vectors of VECTOR floats, included by the file of each instruction set after it
+// defines VECTOR, MAX_SHARED_ROWS (rows of x that share one decoding of the weights),
+// PREFETCH_WORDS and, optionally, HAS_DECODE with a faster `decode`.
 //
-// Accumulates in fp32, fused where the processor can: (code - middle) times x within a group over
-// independent chains, the group's sum times its scale. An asymmetric zero is folded in through the
-// sum of x: its error is a multiple of |x| times 2^bits * scale instead of |x| times |W|, and an
-// infinite x gives not-a-number where the reference would give infinity.
+// Accumulates in fp32, with FMA if available: (code - middle) times x within a group in independent
+// chains, then the group's sum times its scale. An asymmetric zero is applied through the sum of x:
+// its error is proportional to |x| times 2^bits * scale instead of |x| times |W|, and an infinite x
+// gives NaN where the reference would give infinity.
 #pragma once
 #include "numbers.h"
 
@@ -22,13 +22,13 @@ constexpr int PARTS = LANES / VECTOR;
 
 inline Words widen(Halves halves) {
 #ifdef HAS_DECODE
-  return (Words)_mm512_cvtepu16_epi32((__m256i)halves);  // compilers split the general form in two
+  return (Words)_mm512_cvtepu16_epi32((__m256i)halves);  // compilers split the generic form in two
 #else
   return __builtin_convertvector(halves, Words);
 #endif
 }
 
-// Codes in the low bits of each lane, whatever lies above, as numbers less the middle code.
+// Decodes the code in the low bits of each lane to code - middle; higher bits are ignored.
 template <int BITS>
 inline Floats number(Words words) {
 #ifdef HAS_DECODE
@@ -44,7 +44,7 @@ inline Halves round_to_bf16(Floats value) {
   return __builtin_convertvector((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, Halves);
 }
 
-// Code j of a run, from its words, in the low bits.
+// Moves code j of a run to the low bits of its words.
 template <int BITS, int WORDS>
 inline Words shift_down(const Words (&words)[WORDS], int j) {
   const int bit = j * BITS, word = bit / 32, shift = bit % 32;
@@ -57,19 +57,19 @@ inline Floats load_scales(const Packed& w, int64_t at) {
   if (w.scale_dtype == HB_FLOAT32) return load<Floats>(w.scales + 4 * at);
   const Words halves = widen(load<Halves>(w.scales + 2 * at));
   if (w.scale_dtype == HB_BFLOAT16) return (Floats)(halves << 16);
-  // Finite float16; the exponent is rebiased by a product, which also serves subnormals.
+  // Finite float16 only; multiplication rebiases the exponent, which also handles subnormals.
   const Floats size = (Floats)((halves & 0x7FFF) << 13) * from_bits(0x77800000);
   return (Floats)((Words)size | (halves & 0x8000) << 16);
 }
 
-// Middle code less zero.
+// Middle code minus zero.
 inline Floats load_offsets(const Packed& w, int64_t at) {
   const Ints zeros = __builtin_convertvector(load<Bytes>(w.zeros + at), Ints);
   return float(1 << (w.bits - 1)) - __builtin_convertvector(zeros, Floats);
 }
 
-// Words from where BLOCKS blocks are read side by side to what is fetched meanwhile: the same place in
-// the next ones, unless that is far.
+// Prefetch distance in words while BLOCKS blocks are read together: the same position in the next
+// blocks, unless that is too far.
 template <int BLOCKS>
 inline int64_t words_ahead(const Packed& w) {
   const int64_t next = BLOCKS * w.block_words;
@@ -80,8 +80,8 @@ template <int BITS, int ROWS, int BLOCKS>
 void multiply_block(const Packed& w, const Rows& rows, const Target& target, int64_t row,
                     int64_t block) {
   constexpr int RUN = BITS == 3 ? 32 : 32 / BITS, WORDS = BITS == 3 ? 3 : 1;
-  // The same for any number of rows: so a row's result does not depend on its neighbours. Where it
-  // takes more to hide the latency of a multiply-add, that comes from blocks side by side.
+  // Independent of the number of rows, so that a row's result does not depend on the others. If
+  // hiding FMA latency needs more chains, they come from processing several blocks together.
   constexpr int CHAINS = PARTS >= 2 ? 1 : 2;
   const int64_t columns = w.in_features;
   const uint32_t* codes = w.codes + block * w.block_words;
@@ -136,7 +136,7 @@ void multiply_block(const Packed& w, const Rows& rows, const Target& target, int
   }
 }
 
-// A block's codes stay in the cache between the passes over them.
+// A block's codes stay in the cache between passes.
 template <int BITS>
 void multiply_bits(const Packed& w, const Rows& rows, const Target& target, int64_t first,
                    int64_t last) {
@@ -178,7 +178,7 @@ void dequantize_bits(const Packed& w, int64_t block, int dtype, void* out, int64
         for (int i = 0; i < WORDS; i++) words[i] = load<Words>(codes + i * LANES);
 #pragma GCC unroll 32
         for (int j = 0; j < RUN; j++) {
-          // The difference is exact; the product is rounded once more at most.
+          // The difference is exact; the product is rounded at most once more.
           const Floats weight = (number<BITS>(shift_down<BITS, WORDS>(words, j)) + offset) * scale;
           const int64_t to = (k + j) * stride + p * VECTOR;
           if (dtype == HB_FLOAT32) {
@@ -199,13 +199,13 @@ void dequantize_floats(const Packed& w, int64_t block, int dtype, void* out, int
   if (w.bits == 2) dequantize_bits<2>(w, block, dtype, out, stride);
 }
 
-// e^x for x <= 0 to 2 units in the last place; what is below e^-87 becomes 0.
+// e^x for x <= 0, accurate to 2 ulp; below e^-87 it is 0.
 inline Floats exp_of_negative(Floats x) {
   constexpr float LOW = -87.0f;
   const Ints below = x < LOW;
   x = (Floats)(((Ints)x & ~below) | ((Ints)(Floats{} + LOW) & below));
   const Floats turns = (x * 1.44269504f - 0.5f);
-  const Ints whole = __builtin_convertvector(turns, Ints);  // cut towards zero: rounds to nearest
+  const Ints whole = __builtin_convertvector(turns, Ints);  // truncates: rounds to nearest
   const Floats n = __builtin_convertvector(whole, Floats);
   const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -236,8 +236,8 @@ inline Floats load_numbers(const void* from, int64_t at) {
   return (Floats)(widen(load<Halves>(static_cast<const uint16_t*>(from) + at)) << 16);
 }
 
-// Each row's sums run in the same order however many rows share the weights: so a row's result does
-// not depend on its neighbours.
+// The order of a row's sums does not depend on how many rows share the weights, so neither does its
+// result.
 template <bool HALF, int ROWS>
 void multiply_dense_rows(const Dense& d, int64_t row, int64_t n) {
   constexpr int CHAINS = 2;

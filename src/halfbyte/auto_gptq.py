@@ -1,4 +1,4 @@
-"""AutoGPTQ's classes under the name that its users know: change the import, nothing else."""
+"""Drop-in replacement for AutoGPTQ: the same classes under ``halfbyte.auto_gptq``."""
 
 from __future__ import annotations
 

@@ -345,7 +345,7 @@ def test_candidates_fit_the_gpu_and_are_all_checked(script, name):
     assert checked == set(map(named, candidates))
     spec = script("gpu_checks").make_spec()
     for config in candidates:
-        size = kernel.module.count_shared_bytes(config, spec, torch.float16)
+        size = config.count_shared_bytes(spec, torch.float16)
         assert config.blocks * (size + 1024) <= SHARED_LIMIT + 1024
     for rows in kernel.rows:
         cuts = [cut for config in candidates for cut in kernel.cut(config, spec, rows)]

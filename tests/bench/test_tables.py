@@ -40,6 +40,20 @@ def test_block_is_filled_and_the_text_around_it_kept(tables, tmp_path):
     )
 
 
+def test_excerpt_has_the_named_columns_and_rows_in_that_order(tables, tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps(RESULT | {"columns": ["tool", "KL, nats"]}))
+    text = "<!-- bench x; columns: KL, nats | tool; rows: n | ours -->\n<!-- end bench -->"
+    lines = tables.fill(text, tmp_path).splitlines()
+    assert lines[1:5] == ["| KL, nats | tool |", "|---|---|", "| 7 | n |", "| 0.1235 | ours |"]
+
+
+@pytest.mark.parametrize("choice", ["columns: tool | PPL", "rows: ours | nobody's"])
+def test_excerpt_of_what_is_not_there_fails(tables, tmp_path, choice):
+    (tmp_path / "x.json").write_text(json.dumps(RESULT))
+    with pytest.raises((KeyError, ValueError), match=r"PPL|nobody"):
+        tables.fill(f"<!-- bench x; {choice} -->\n<!-- end bench -->", tmp_path)
+
+
 def test_block_without_a_result_says_which_script_makes_it(tables, tmp_path):
     text = "<!-- bench flat-memory -->\n| made up | 1 |\n<!-- end bench -->"
     filled = tables.fill(text, tmp_path)

@@ -31,13 +31,13 @@ def test_exit_code_is_the_verdict(monkeypatch, harmful, code, capsys):
 
 
 @pytest.mark.parametrize("words", [["compare", "base"], ["compare", "a", "b", "--windows", "x"]])
-def test_wrong_options_are_no_verdict(words, capsys):
+def test_wrong_options_do_not_exit_with_a_verdicts_code(words, capsys):
     with pytest.raises(SystemExit) as stop:
         main(words)
     assert stop.value.code == 3
 
 
-def test_errors_are_no_verdict(capsys):
+def test_errors_do_not_exit_with_a_verdicts_code(capsys):
     assert main(["compare", "no-such-folder", "b"]) == 3
     assert "Cannot load the model 'no-such-folder'" in capsys.readouterr().err
     assert main(["compare", "a", "b", "--margin", "200"]) == 3
@@ -65,7 +65,24 @@ def test_options_reach_the_comparison(compared, tmp_path, capsys):
     assert (more["resume"], more["cache"]) == (True, Path("c"))
 
 
-def test_texts_of_one_name_are_told_apart_and_windows_are_counted_from_one(
+def test_progress_in_a_pipe_goes_to_stderr_as_lines(monkeypatch, capsys):
+    def working(base, candidate, *, progress, **more):
+        progress("base: loading", 0, 1)
+        progress("base: tasks", 0, 300)
+        progress("base: tasks", 8, 300)
+        return make_comparison()
+
+    monkeypatch.setattr(module, "compare", working)
+    main(["compare", "base", "small", "--json"])
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["outcome"] == "inconclusive"
+    first, second = captured.err.splitlines()
+    assert first.startswith("base: loading (")
+    assert second.startswith("base: tasks, 0 of 300 (")
+    assert "base: " not in captured.out
+
+
+def test_texts_with_the_same_stem_are_named_by_path_and_windows_must_be_positive(
     compared, tmp_path, capsys
 ):
     texts = [tmp_path / language / "held.txt" for language in ("en", "de")]
@@ -79,7 +96,7 @@ def test_texts_of_one_name_are_told_apart_and_windows_are_counted_from_one(
     assert "windows is -3; it must be 1 or more" in capsys.readouterr().err
 
 
-def test_without_options_everything_built_in_is_asked(compared):
+def test_defaults_use_all_builtin_tasks_and_texts(compared):
     main(["compare", "base", "small"])
     more = compared.call_args.kwargs
     assert (more["items"], more["documents"], more["config"].builtin_items) == (None, None, 60)
@@ -91,11 +108,11 @@ def test_without_options_everything_built_in_is_asked(compared):
     ("words", "told"),
     [
         ("--builtin -3", "builtin_items is -3; it must be 0 or more"),
-        ("--slice kind", "--slice kind divides the lines of task files, and there are none"),
-        ("-o here/file", "Cannot make the folder 'here/file'"),
+        ("--slice kind", "--slice kind applies to task files, and none is given"),
+        ("-o here/file", "Cannot create the report folder 'here/file'"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_asked(
+def test_invalid_options_are_rejected_before_the_comparison(
     compared, tmp_path, monkeypatch, capsys, words, told
 ):
     monkeypatch.chdir(tmp_path)
@@ -111,7 +128,7 @@ def test_text_and_no_text_exclude_each_other(compared, capsys):
     assert "not allowed with argument --text" in capsys.readouterr().err
 
 
-def test_output_folder_gets_every_form(compared, tmp_path, capsys):
+def test_output_folder_gets_every_format(compared, tmp_path, capsys):
     main(["compare", "base", "small", "-o", str(tmp_path / "out"), "--format", "md"])
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"report.html", "report.json", "report.md", "junit.xml"}

@@ -132,13 +132,13 @@ def test_a_template_that_refuses_is_told(folder, capsys):
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     tokenizer.save_pretrained(folder)
     assert main(["generate", str(folder), "--prompt", "w1", "--answer"]) == 2
-    assert "does not take this conversation: roles must alternate." in capsys.readouterr().err
+    assert "rejects this conversation: roles must alternate." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (("--temperature", "nan"), "temperature is nan; it must be 0 or more"),
+        (("--temperature", "nan"), "temperature is nan; it must be at least 0"),
         (("--temperature", "inf"), "temperature is inf; it must be"),
         (("--seed", str(2**64)), "seed is 18446744073709551616; it must be from -2**63 to"),
         (("--prompt", "w1 " * 70), "The prompt has 70 tokens; the model has 64 positions"),
@@ -178,4 +178,4 @@ def test_what_was_held_back_comes_at_the_end(folder, capsys, monkeypatch, verb):
 
 def test_a_folder_without_a_model_is_refused(tmp_path, capsys):
     assert main(["generate", str(tmp_path), "--prompt", "x"]) == 2
-    assert "is no model folder: it has no config.json" in capsys.readouterr().err
+    assert "it is not a model folder, as it has no config.json" in capsys.readouterr().err

@@ -6,9 +6,9 @@ import pytest
 from halfbyte.cli.measuring import (
     add_measuring_arguments,
     describe_text,
+    format_nats,
+    format_standard_error,
     measuring_keywords,
-    nats,
-    plus_minus,
     read_text,
     window_progress,
 )
@@ -48,12 +48,12 @@ def test_options_reach_the_function(tmp_path):
     }
 
 
-def test_line_ends_come_out_as_lf(tmp_path):
+def test_line_endings_are_converted_to_lf(tmp_path):
     (tmp_path / "t.txt").write_bytes(b"a\r\nb\n")
     assert read_text(tmp_path / "t.txt") == "a\nb\n"
 
 
-def test_unreadable_texts_are_refused_by_name(tmp_path):
+def test_unreadable_texts_are_rejected_by_name(tmp_path):
     with pytest.raises(ConfigError, match=r"Cannot read the text '.*no\.txt': No such file"):
         read_text(tmp_path / "no.txt")
     (tmp_path / "latin.txt").write_bytes(b"abc\xe9")
@@ -68,14 +68,14 @@ def test_progress_is_silent_in_a_pipe(capsys):
     assert captured.out + captured.err == ""
 
 
-def test_numbers_are_written_so_that_they_say_something():
-    assert [nats(v) for v in (0, 0.17432, 0.00012, -0.00012)] == [
+def test_small_divergences_are_formatted_in_scientific_notation():
+    assert [format_nats(v) for v in (0, 0.17432, 0.00012, -0.00012)] == [
         "0.0000",
         "0.1743",
         "1.20e-04",
         "-1.20e-04",
     ]
-    assert [plus_minus(v, 2) for v in (None, 1.234)] == ["–", "± 1.23"]
+    assert [format_standard_error(v, 2) for v in (None, 1.234)] == ["–", "± 1.23"]
 
 
 def test_text_is_named():

@@ -102,7 +102,7 @@ def ask(client, **more):
 def test_start_message_says_what_is_served(server):
     text = "".join(server[2])
     assert "Serving tiny at http://127.0.0.1:" in text
-    assert re.search(r"cache 10\.0 MB = \d+ tokens, 1024 in one request", text)
+    assert re.search(r"KV cache 10\.0 MB = \d+ tokens, at most 1024 per request", text)
     assert "no API keys: this machine only" in text
 
 
@@ -257,7 +257,7 @@ def test_vllm_is_started_fronted_and_ended(model, tmp_path):
     ) as (process, address, lines):
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="x", max_retries=0)
         assert ask(client).choices[0].message.content == stand_in_vllm.ANSWER
-        assert "vLLM runs it: " in "".join(lines)
+        assert "running in vLLM: " in "".join(lines)
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
     words = json.loads((tmp_path / "start-0").read_text())["argv"]
@@ -273,12 +273,12 @@ def test_vllm_is_started_fronted_and_ended(model, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--host", "0.0.0.0"], "Not listening on 0.0.0.0 without an API key"),
-        ([], "none of them was given"),
+        (["--host", "0.0.0.0"], "Cannot listen on 0.0.0.0 without an API key"),
+        ([], "neither was given"),
         (["MODEL", "--upstream", "http://h/v1"], "both were given"),
         (["MODEL", "--adapters", "."], "--adapters needs an API key"),
-        (["no-such-folder"], "'no-such-folder' is no model folder"),
-        (["no-such-folder", "--engine", "vllm"], "'no-such-folder' is no model folder"),
+        (["no-such-folder"], "'no-such-folder': it is not a model folder"),
+        (["no-such-folder", "--engine", "vllm"], "'no-such-folder': it is not a model folder"),
         (["--port", "99999"], "port is 99999"),
         (["--api-key", "ann:short"], "'ann' has 5 characters"),
         (["--upstream", "localhost:8000"], "is no address of a server"),

@@ -1,8 +1,11 @@
 // A decoder of random layers through the library, and the same in plain double precision.
 #pragma once
+#include <algorithm>
+
 #include "random_layer.h"
 
 constexpr int HIDDEN = 64, HEADS = 4, KV_HEADS = 2, HEAD = 16, ROTARY = 8, MIDDLE = 96;
+constexpr int EXPERTS = 5, CHOSEN = 2, WIDTH = 48;
 constexpr int BLOCKS = 2, CAPACITY = 48, PAGE = 16, PAGES = 12;
 constexpr double EPSILON = 1e-5, SCALE = 0.25;
 
@@ -29,9 +32,27 @@ struct TestBlock {
   std::vector<float> q_norm = draw_many(HEAD, .5f, 1.5f), k_norm = draw_many(HEAD, .5f, 1.5f);
   std::vector<float> bias = draw_many(HEADS * HEAD, -.1f, .1f);
   std::vector<uint8_t> keys, values;
+  // In place of the last three layers, where there are any: gate, up and down of each.
+  std::vector<Layer> experts;
+  std::vector<std::unique_ptr<void, Freed>> packed_experts;
+  std::vector<const void*> expert_addresses;
+  std::vector<float> router;  // scores far apart: no rounding may choose another expert
+  std::vector<uint16_t> half_router;
 
-  explicit TestBlock(int dtype) {
+  TestBlock(int dtype, bool has_experts) {
     for (int i = 0; i < 7; i++) packed[i] = pack(layers[i]);
+    for (int i = 0; has_experts && i < 3 * EXPERTS; i++) {
+      const bool down = i % 3 == 2;
+      experts.push_back(make_layer(4, down ? WIDTH : HIDDEN, down ? HIDDEN : WIDTH,
+                                   down ? 48 : 32, i % 2 == 0, i % 3 == 1));
+      packed_experts.push_back(pack(experts.back()));
+      expert_addresses.push_back(packed_experts.back().get());
+    }
+    router = draw_many(EXPERTS * HIDDEN, -2, 2);
+    for (float& number : router) {
+      half_router.push_back(to_bf16(number));
+      if (dtype == HB_BFLOAT16) number = from_bf16(half_router.back());
+    }
     // What was never written must not matter: a byte pattern that is no number in either type.
     keys.assign(size_t(PAGES) * KV_HEADS * PAGE * HEAD * (dtype == HB_FLOAT32 ? 4 : 2), 0xFF);
     values = keys;
@@ -67,6 +88,33 @@ inline void turn(Numbers& x, const float* cosines, const float* sines) {
       x[head + i + ROTARY / 2] = high * cosines[i + ROTARY / 2] + low * sines[i + ROTARY / 2];
     }
   }
+}
+
+inline Numbers mlp(const Layer* layers, const Numbers& x) {
+  Numbers gate = multiply(layers[0], x);
+  const Numbers up = multiply(layers[1], x);
+  for (size_t i = 0; i < gate.size(); i++) gate[i] = gate[i] / (1 + exp(-gate[i])) * up[i];
+  return multiply(layers[2], gate);
+}
+
+// The best experts, weighted by their shares among each other.
+inline Numbers mixture(const TestBlock& b, const Numbers& x) {
+  std::vector<std::pair<double, int>> scores;
+  for (int e = 0; e < EXPERTS; e++) {
+    double score = 0;
+    for (int k = 0; k < HIDDEN; k++) score += b.router[e * HIDDEN + k] * x[k];
+    scores.emplace_back(-score, e);
+  }
+  std::sort(scores.begin(), scores.end());
+  double total = 0;
+  for (int i = 0; i < CHOSEN; i++) total += exp(scores[0].first - scores[i].first);
+  Numbers sum(HIDDEN);
+  for (int i = 0; i < CHOSEN; i++) {
+    const Numbers one = mlp(&b.experts[3 * scores[i].second], x);
+    const double share = exp(scores[0].first - scores[i].first) / total;
+    for (int k = 0; k < HIDDEN; k++) sum[k] += share * one[k];
+  }
+  return sum;
 }
 
 // The last states [tokens][hidden] of one sequence.
@@ -106,10 +154,7 @@ inline std::vector<Numbers> decode_exactly(const std::vector<TestBlock>& blocks,
       const Numbers o = multiply(b.layers[3], attended);
       for (int i = 0; i < HIDDEN; i++) x[i] += o[i];
       const Numbers m = normed(x, b.norms[1]);
-      Numbers gate = multiply(b.layers[4], m);
-      const Numbers up = multiply(b.layers[5], m);
-      for (int i = 0; i < MIDDLE; i++) gate[i] = gate[i] / (1 + exp(-gate[i])) * up[i];
-      const Numbers down = multiply(b.layers[6], gate);
+      const Numbers down = b.experts.empty() ? mlp(&b.layers[4], m) : mixture(b, m);
       for (int i = 0; i < HIDDEN; i++) x[i] += down[i];
     }
   }
@@ -121,7 +166,7 @@ inline std::vector<Numbers> decode_exactly(const std::vector<TestBlock>& blocks,
 // together in pieces, over pages in no order.
 inline double check_decoder(int dtype) {
   std::vector<TestBlock> blocks;
-  for (int i = 0; i < BLOCKS; i++) blocks.emplace_back(dtype);
+  for (int i = 0; i < BLOCKS; i++) blocks.emplace_back(dtype, i == 1);
   const auto last_norm = draw_many(HIDDEN, .5f, 1.5f);
   std::vector<float> cosines, sines;
   for (int i = 0; i < CAPACITY * ROTARY; i++) {
@@ -144,12 +189,22 @@ inline double check_decoder(int dtype) {
     part.k_norm = b.k_norm.data();
     part.keys = b.keys.data();
     part.values = b.values.data();
+    if (!b.experts.empty()) {
+      for (const void* address : b.expert_addresses) {
+        if (!address) return INFINITY;
+      }
+      part.experts = b.expert_addresses.data();
+      part.router = dtype == HB_FLOAT32 ? static_cast<const void*>(b.router.data())
+                                        : b.half_router.data();
+    }
     parts.push_back(part);
   }
-  const hb_decoder decoder = {BLOCKS,         HIDDEN,       HEADS,          KV_HEADS, HEAD,
-                              ROTARY,         MIDDLE,       dtype,          16,       PAGES,    PAGE,
-                              CAPACITY,       float(EPSILON), float(SCALE), cosines.data(),
-                              sines.data(),   last_norm.data(), parts.data()};
+  const hb_decoder decoder = {BLOCKS,        HIDDEN,         HEADS,        KV_HEADS,
+                              HEAD,          ROTARY,         MIDDLE,       dtype,
+                              16,            EXPERTS,        WIDTH,        CHOSEN,
+                              1,             PAGES,          PAGE,         CAPACITY,
+                              float(EPSILON), float(SCALE),  cosines.data(), sines.data(),
+                              last_norm.data(), parts.data()};
   const int lengths[] = {40, 9, 17}, tables[] = {7, 2, 11, 5, 0, 9, 4}, starts[] = {0, 3, 5};
   std::vector<float> inputs[3];
   std::vector<std::vector<Numbers>> exact;

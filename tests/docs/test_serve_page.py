@@ -26,7 +26,7 @@ def server(model, tmp_path_factory):  # noqa: F811
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
 def test_curl_examples(server):
     blocks = [block for block in code_blocks(PAGE, "sh") if block.startswith("curl")]
-    # That of the adapters needs one; tests/serve/test_guard.py loads them.
+    # That of the adapters needs one; tests/serve/test_adapters_over_http.py loads them.
     blocks = [block for block in blocks if "$KEY" not in block]
     assert len(blocks) == 2
     for block in blocks:

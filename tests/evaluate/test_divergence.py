@@ -55,7 +55,7 @@ def test_matches_naive_float64(model, quantized, tokenizer, text):
     assert (result.num_windows, result.num_tokens, result.window) == (6, 90, 16)
 
 
-def test_perplexities_are_those_measured_alone(model, quantized, tokenizer, text):
+def test_perplexities_equal_those_measured_separately(model, quantized, tokenizer, text):
     result = divergence(model, quantized, text, tokenizer=tokenizer, window=16)
     for one, alone in ((result.base, model), (result.quantized, quantized)):
         expected = perplexity(alone, text, tokenizer=tokenizer, window=16)
@@ -106,9 +106,7 @@ def test_result_can_be_written_as_json(model, quantized, tokenizer, text):
     assert values["perplexity_ratio"] == result.perplexity_ratio
 
 
-def test_tokenizers_that_read_the_text_differently_are_refused(
-    tmp_path, folder, quantized, make_tokenizer
-):
+def test_different_tokenizers_are_rejected(tmp_path, folder, quantized, make_tokenizer):
     other = tmp_path / "other"
     quantized.save_pretrained(other)
     make_tokenizer(shift=1).save_pretrained(other)
@@ -122,7 +120,7 @@ def test_quantized_folder_without_a_tokenizer_uses_the_bases(tmp_path, folder, q
     assert divergence(folder, other, text, window=16).num_windows == 6
 
 
-def test_models_of_different_vocabularies_are_refused(model, make_model, tokenizer, text):
+def test_different_vocabularies_are_rejected(model, make_model, tokenizer, text):
     padded = make_model(vocabulary=72)
     with pytest.raises(ConfigError, match=r"\[1, 15, 64\] \(base\) with \[1, 15, 72\]"):
         divergence(model, padded, text, tokenizer=tokenizer, window=16)
@@ -135,12 +133,12 @@ def test_window_must_fit_both_models(model, make_model, tokenizer, text):
         divergence(model, short, text, tokenizer=tokenizer, window=64)
 
 
-def test_nothing_measured_is_refused():
+def test_result_without_a_window_is_an_error():
     with pytest.raises(ModelError, match="no window was measured"):
         DivergenceAccumulator().result()
 
 
-def test_nan_logits_are_refused(model):
+def test_nan_logits_are_rejected(model):
     accumulator = DivergenceAccumulator()
     bad = torch.zeros(3, 5)
     bad[2] = math.nan

@@ -10,7 +10,7 @@ IDS = torch.randint(0, 128, (96,), generator=torch.Generator().manual_seed(2))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_gptq_folder_is_measured_as_the_model_that_it_stands_for(tmp_path, bits):
+def test_gptq_folder_gives_the_perplexity_of_its_dense_model(tmp_path, bits):
     dense = write_checkpoint(tmp_path, tiny_llama_config(), Recipe(bits=bits))
     result = divergence(dense, tmp_path, IDS, window=32)
     assert result.kl_nats == pytest.approx(0, abs=1e-5)
@@ -20,7 +20,7 @@ def test_gptq_folder_is_measured_as_the_model_that_it_stands_for(tmp_path, bits)
     assert alone.perplexity == pytest.approx(result.base.perplexity, rel=1e-4)
 
 
-def test_folder_that_lost_a_tensor_is_refused_by_name(tmp_path):
+def test_missing_tensor_is_named(tmp_path):
     write_checkpoint(tmp_path, tiny_llama_config())
     lost = "model.layers.0.mlp.down_proj.scales"
     edit_tensors(tmp_path, lambda tensors: tensors.pop(lost))

@@ -58,18 +58,18 @@ def test_large_logits_do_not_overflow():
     assert float(compare_logits(logits, logits, torch.tensor([0])).kl_nats) == 0.0
 
 
-def test_word_that_both_exclude_adds_nothing():
+def test_token_with_probability_zero_in_both_adds_nothing():
     logits = torch.tensor([[1.0, 2.0, -math.inf]])
     assert float(compare_logits(logits, logits, torch.tensor([0])).kl_nats) == 0.0
 
 
-def test_word_that_only_the_quantized_excludes_is_infinitely_far():
+def test_token_with_probability_zero_in_the_quantized_model_gives_infinite_kl():
     base = torch.tensor([[1.0, 2.0, 0.0]])
     quantized = torch.tensor([[1.0, 2.0, -math.inf]])
     assert float(compare_logits(base, quantized, torch.tensor([0])).kl_nats) == math.inf
 
 
-def test_different_vocabularies_are_refused():
+def test_different_vocabularies_are_rejected():
     with pytest.raises(ConfigError, match=r"\[4, 10\] \(base\) with \[4, 12\] \(quantized\)"):
         compare_logits(torch.zeros(4, 10), torch.zeros(4, 12), torch.zeros(4, dtype=torch.long))
 
@@ -80,6 +80,6 @@ def test_targets_must_fit_the_logits():
 
 
 @pytest.mark.parametrize("bad", [-1, 10])
-def test_target_outside_the_vocabulary_is_refused(bad):
-    with pytest.raises(ConfigError, match=f"token id {bad}: the model knows ids 0..9"):
+def test_target_outside_the_vocabulary_is_rejected(bad):
+    with pytest.raises(ConfigError, match=f"token id {bad}: the model's vocabulary is 0..9"):
         measure_nll(torch.zeros(2, 10), torch.tensor([3, bad]))

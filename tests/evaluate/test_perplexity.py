@@ -10,7 +10,7 @@ from halfbyte.evaluate.windows import tokenize_text
 
 
 class UniformModel(torch.nn.Module):
-    """Knows nothing: gives every word the same chance."""
+    """A model that gives every token the same probability."""
 
     def __init__(self, vocabulary):
         super().__init__()
@@ -85,7 +85,7 @@ def test_bos_shifts_the_text_by_one(model, tokenizer, text):
     assert with_bos == perplexity(model, ids, window=16)
 
 
-def test_default_window_is_the_models_longest_where_that_is_less(model, text, tokenizer):
+def test_default_window_is_at_most_the_context_length(model, text, tokenizer):
     result = perplexity(model, text + " " + text, tokenizer=tokenizer)
     assert (result.window, result.num_windows) == (128, 1)
     assert result.standard_error is None
@@ -111,27 +111,27 @@ def test_progress_counts_windows(model, tokenizer, text):
     assert seen == [(2, 5), (4, 5), (5, 5)]
 
 
-def test_window_beyond_the_models_positions_is_refused(model, tokenizer, text):
+def test_window_beyond_the_context_length_is_rejected(model, tokenizer, text):
     with pytest.raises(ConfigError, match="windows of 256 tokens: it takes at most 128"):
         perplexity(model, text, tokenizer=tokenizer, window=256)
 
 
-def test_ids_of_another_vocabulary_are_refused(model):
-    with pytest.raises(ConfigError, match=r"token id 99, and the model knows 0\.\.63"):
+def test_ids_outside_the_vocabulary_are_rejected(model):
+    with pytest.raises(ConfigError, match=r"token id 99; the model's vocabulary is 0\.\.63"):
         perplexity(model, [1, 2, 99, 4], window=4)
 
 
-def test_empty_text_is_refused(model, tokenizer):
+def test_empty_text_is_rejected(model, tokenizer):
     with pytest.raises(ConfigError, match="a text of 0 tokens"):
         perplexity(model, "", tokenizer=tokenizer)
 
 
-def test_batch_size_of_zero_is_refused(model):
+def test_batch_size_of_zero_is_rejected(model):
     with pytest.raises(ConfigError, match="batch_size is 0; it must be 1 or more"):
         perplexity(model, [1, 2, 3, 4], batch_size=0)
 
 
-def test_nan_logits_are_refused_with_their_place():
+def test_nan_logits_are_rejected_with_their_position():
     accumulator = PerplexityAccumulator()
     logits = torch.zeros(1, 6, 5)
     accumulator.update(logits, torch.ones(1, 6, dtype=torch.long))
@@ -140,7 +140,7 @@ def test_nan_logits_are_refused_with_their_place():
         accumulator.update(logits, torch.ones(1, 6, dtype=torch.long))
 
 
-def test_nothing_measured_is_refused():
+def test_result_without_a_window_is_an_error():
     with pytest.raises(ModelError, match="no window was measured"):
         PerplexityAccumulator().result()
 

@@ -3,7 +3,7 @@ from halfbyte.evaluate import divergence as divergence_module
 from halfbyte.evaluate import perplexity as perplexity_module
 
 
-def test_measuring_functions_are_reached_from_the_package():
+def test_measuring_functions_are_exported_by_the_package():
     assert halfbyte.perplexity is perplexity_module.perplexity
     assert halfbyte.divergence is divergence_module.divergence
     assert halfbyte.DivergenceResult is divergence_module.DivergenceResult

@@ -33,5 +33,5 @@ def test_unequal_windows_weigh_by_their_tokens():
     assert mean.standard_error == pytest.approx(math.sqrt(2 * sum(s * s for s in spread)) / 12)
 
 
-def test_one_window_tells_nothing_about_the_error():
+def test_one_window_has_no_standard_error():
     assert collect([(10.0, 10)]).standard_error is None

@@ -1,4 +1,4 @@
-"""Machines with a GPU are lent by the minute: what fails is told at once, not at the end."""
+"""Report failures at once, because time on GPU machines is limited."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What only a GPU can show: every part of halfbyte that computes on one, run on one.
+"""Runs every part of halfbyte that computes on a GPU, on a real GPU.
 
 Left out unless asked for: ``pytest -m gpu``. Kernels are measured and checked in every
 configuration by ``bench/gpu_session.sh``; this is what stands between them and a user.
@@ -84,7 +84,7 @@ def test_recorded_steps_write_what_transformers_writes(tmp_path, config):
     generator = Generator(model)
     generator.ends = frozenset()
     found = list(generator.stream(PROMPT, Sampling(max_new_tokens=60)))
-    assert generator.describe_way() == "a CUDA graph a token"
+    assert generator.describe_decoding() == "one CUDA graph per token"
     # Logits are held to each other along the text that was found: where two tokens are nearly as
     # likely, rounding may choose.
     ids = torch.tensor([PROMPT + found], device="cuda")

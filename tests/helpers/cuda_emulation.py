@@ -19,9 +19,10 @@ from torch import Tensor
 from halfbyte.kernels import cuda_rows, cuda_stream
 from halfbyte.kernels.contract import LinearSpec, Operands
 from halfbyte.kernels.cuda_arguments import Arguments, fill_arguments
+from halfbyte.kernels.cuda_config import define_macros
 from halfbyte.kernels.cuda_driver import Boxes
 from halfbyte.kernels.cuda_few_rows import plan_work
-from halfbyte.kernels.cuda_linear import CudaConfig, CudaLinear, count_shared_bytes, define_macros
+from halfbyte.kernels.cuda_linear import CudaConfig, CudaLinear
 from halfbyte.kernels.cuda_rows import RowsArguments, RowsConfig
 from halfbyte.kernels.cuda_stream import StreamArguments, StreamConfig
 from halfbyte.kernels.fragments import find_order, prepare_fragments
@@ -118,7 +119,7 @@ def multiply_emulated(
     """
     macros = define_macros(config, spec, operands.scales.dtype)
     library = build("cuda_emulator.cpp", tuple(sorted(macros.items())))
-    assert library.shared_bytes() == count_shared_bytes(config, spec, operands.scales.dtype)
+    assert library.shared_bytes() == config.count_shared_bytes(spec, operands.scales.dtype)
     blocks = -(-spec.out_features // config.channels)
     units = blocks * -(-spec.in_features // (64 * config.warps_in))
     runs = min(runs, units)
@@ -144,10 +145,9 @@ def multiply_rows_emulated(
     3: and threads go on at different times after they met.
     What the kernel does not write is not a number.
     """
-    macros = cuda_rows.define_macros(config, spec, operands.scales.dtype)
+    macros = define_macros(config, spec, operands.scales.dtype)
     library = build("rows_emulator.cpp", tuple(sorted(macros.items())))
-    size = cuda_rows.count_shared_bytes(config, spec, operands.scales.dtype)
-    assert library.shared_bytes() == size
+    assert library.shared_bytes() == config.count_shared_bytes(spec, operands.scales.dtype)
     assert library.arguments_bytes() == ctypes.sizeof(RowsArguments)
     runs = cuda_rows.count_runs(config, spec, x.shape[0], resident)
     counters = config.count_tiles(spec, x.shape[0]) * config.cluster * config.warpgroups
@@ -174,11 +174,11 @@ def multiply_stream_emulated(
     """
     scale_dtype = operands.scales.dtype
     assert cuda_stream.find_mismatch(config, spec) is None
-    macros = cuda_stream.define_macros(config, spec, scale_dtype)
+    macros = define_macros(config, spec, scale_dtype)
     library = build("stream_emulator.cpp", tuple(sorted(macros.items())))
-    assert library.shared_bytes() == cuda_stream.count_shared_bytes(config, spec, scale_dtype)
+    assert library.shared_bytes() == config.count_shared_bytes(spec, scale_dtype)
     assert library.arguments_bytes() == ctypes.sizeof(StreamArguments)
-    work = plan_work(config, spec, resident, cuda_stream.WHOLE_WORTH)
+    work = plan_work(config, spec, resident, cuda_stream.WHOLE_BLOCK_SLACK)
     floats = 2 * work.runs * config.partial_floats
     memory = Memory.of(x, operands, spec, floats, work.channel_blocks)
     arguments = cuda_stream.describe_tensors(

@@ -1,4 +1,4 @@
-"""Triton programs that run in Triton's interpreter: modules made anew while it is switched on."""
+"""Run Triton kernels in Triton's interpreter: reload their modules while it is switched on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 
 def interpret(monkeypatch, *names):
-    """Replace modules of Triton programs by interpreted ones, for a test."""
+    """Replace modules of Triton kernels with interpreted ones, for one test."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     for name in names:
         spec = importlib.util.find_spec(name)

@@ -1,4 +1,4 @@
-"""The few PTX instructions that the Triton programs hold inline, on numpy arrays."""
+"""The few PTX instructions that the Triton kernels use inline, on numpy arrays."""
 
 from __future__ import annotations
 

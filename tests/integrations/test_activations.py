@@ -1,4 +1,4 @@
-"""Activations in int8 on whole models."""
+"""int8 activations in whole models."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_compiled_decoder_rounds_too(tmp_path, dtype):
         assert find_obstacle(model) is None
         decoder = NativeDecoder(model, 40)
         with torch.inference_mode():
-            decoder.read(TOKENS[0, :4].tolist())
+            decoder.prefill(TOKENS[0, :4].tolist())
             states.append(torch.stack([decoder.step(int(TOKENS[0, i]), i) for i in range(4, 40)]))
             expected = model.model(TOKENS).last_hidden_state[0, 4:].float()
         # A number near the middle of two steps may go either way in the two.
@@ -76,7 +76,7 @@ def test_what_it_writes_is_the_stored_checkpoint(tmp_path):
 
 def test_layers_of_3_bits_stay_as_they_are(tmp_path):
     write_checkpoint(tmp_path, tiny_llama_config(), Recipe(bits=3))
-    with pytest.raises(ConfigError, match=r"no layer can take them: .*needs bits of 2, 4 or 8"):
+    with pytest.raises(ConfigError, match=r"no layer supports them: .*needs bits of 2, 4 or 8"):
         halfbyte.load(tmp_path, activations="int8")
 
 
@@ -85,7 +85,7 @@ def test_a_model_that_is_not_quantized_cannot(tmp_path):
     with pytest.raises(ConfigError, match="the model has no quantized layers"):
         round_activations(model)
     assert round_activations(model, "float") == 0
-    with pytest.raises(ConfigError, match="activations is 'int4'; allowed are 'float', 'int8'"):
+    with pytest.raises(ConfigError, match="activations is 'int4'; allowed: 'float', 'int8'"):
         round_activations(model, "int4")
 
 

@@ -155,11 +155,11 @@ def test_old_switches_are_taken_with_one_line(base, tmp_path, fake_quantize, cap
             tmp_path / "out", device="cpu", use_triton=True, disable_exllama=True
         )
     lines = [record.getMessage() for record in caplog.records]
-    assert [line.partition(" have no effect")[0] for line in lines] == [
-        "from_pretrained: of AutoGPTQ's options, max_memory",
-        "quantize: of AutoGPTQ's options, use_triton, cache_examples_on_gpu",
-        "save_quantized: of AutoGPTQ's options, use_safetensors=False",
-        "from_quantized: of AutoGPTQ's options, use_triton, disable_exllama",
+    assert [line.partition(". halfbyte")[0] for line in lines] == [
+        "from_pretrained: these AutoGPTQ options have no effect: max_memory",
+        "quantize: these AutoGPTQ options have no effect: use_triton, cache_examples_on_gpu",
+        "save_quantized: these AutoGPTQ options have no effect: use_safetensors=False",
+        "from_quantized: these AutoGPTQ options have no effect: use_triton, disable_exllama",
     ]
 
 
@@ -270,7 +270,7 @@ def test_wrong_order_of_calls_is_an_error(base, tmp_path, fake_quantize):
     with pytest.raises(ConfigError, match="not quantized yet"):
         model.save_quantized(tmp_path / "out")
     model.quantize(make_examples())
-    with pytest.raises(ConfigError, match="quantized already"):
+    with pytest.raises(ConfigError, match="already quantized"):
         model.quantize(make_examples())
     model.save_quantized(tmp_path / "out")
 

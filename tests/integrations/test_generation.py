@@ -52,7 +52,9 @@ def test_recorded_steps_give_the_same_text_and_room_for_longer_ones(model, monke
     for count in (5, 40, 20):
         found = list(generator.stream(PROMPT, Sampling(max_new_tokens=count)))
         assert found == [token for token in expected[:count] if token != 2]
-    assert generator.describe_way().startswith("a CUDA graph a token, of Transformers' own forward")
+    assert generator.describe_decoding().startswith(
+        "one CUDA graph per token of Transformers' forward"
+    )
 
 
 def test_stops_before_the_end_of_text_token(model):
@@ -84,8 +86,8 @@ def test_a_small_top_p_leaves_the_likeliest_token_only(model):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be 1 or more"),
-        ({"temperature": -1.0}, "temperature is -1.0; it must be 0 or more"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be at least 1"),
+        ({"temperature": -1.0}, "temperature is -1.0; it must be at least 0"),
         ({"top_p": 0.0}, "top_p is 0.0; it must be above 0 and at most 1"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Steps over a static cache, without a GPU: unrecorded, and held to what a recording needs."""
+"""Decode steps over a static cache on a CPU: not captured, but checked for what that requires."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def model():
 
 
 class Launches(TorchDispatchMode):
-    """The operations that a GPU would be sent, in order."""
+    """Records the operations that a GPU would run, in order."""
 
     def __init__(self):
         super().__init__()
@@ -51,17 +51,17 @@ def test_steps_give_the_logits_of_the_whole_sequence(model):
     with torch.inference_mode():
         expected = model(ids).logits[0]
     steps = GraphSteps(model, 6)
-    torch.testing.assert_close(steps.read(ids[:, :3]), expected[2], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(steps.prefill(ids[:, :3]), expected[2], rtol=1e-4, atol=1e-4)
     for position in range(3, 6):
         found = steps(int(ids[0, position]), position)
         torch.testing.assert_close(found, expected[position], rtol=1e-4, atol=1e-4)
 
 
-def test_a_step_behind_warm_ups_is_the_same(model):
+def test_warm_ups_do_not_change_a_step(model):
     ids = torch.tensor([[3, 14, 15, 9]])
     steps, other = GraphSteps(model, 8), GraphSteps(model, 8)
     for one in (steps, other):
-        one.read(ids)
+        one.prefill(ids)
     with torch.inference_mode():
         other._position.fill_(4)
         for _ in range(2):
@@ -70,9 +70,9 @@ def test_a_step_behind_warm_ups_is_the_same(model):
     assert torch.equal(steps(7, 4), other(7, 4))
 
 
-def test_every_step_is_the_same_operations_and_asks_the_device_nothing(model):
+def test_every_step_runs_the_same_operations_without_waiting_for_the_device(model):
     steps = GraphSteps(model, 12)
-    steps.read(torch.tensor([[3, 14, 15, 9]]))
+    steps.prefill(torch.tensor([[3, 14, 15, 9]]))
     lists = []
     for position in (4, 5, 6):
         with torch.inference_mode():
@@ -86,35 +86,35 @@ def test_every_step_is_the_same_operations_and_asks_the_device_nothing(model):
     assert [name for name in lists[0] if any(wait in name for wait in waits)] == []
 
 
-def test_following_the_likeliest_is_choosing_it_each_time(model):
+def test_greedy_decoding_is_the_same_as_single_steps(model):
     prompt = torch.tensor([[3, 14, 15]])
     steps, other = GraphSteps(model, 12), GraphSteps(model, 12)
-    token, expected = int(steps.read(prompt).argmax()), []
-    other.read(prompt)
-    found = list(other.follow(token, 6))
+    token, expected = int(steps.prefill(prompt).argmax()), []
+    other.prefill(prompt)
+    found = list(other.decode_greedily(token, 6))
     for position in range(3, 9):
         token = int(steps(token, position).argmax())
         expected.append(token)
     assert found == expected
-    with pytest.raises(ConfigError, match="no room for 4 tokens behind 9 of 12"):
-        next(other.follow(token, 4))
+    with pytest.raises(ConfigError, match="generate 4 tokens after 9: the capacity is 12"):
+        next(other.decode_greedily(token, 4))
 
 
 def test_positions_must_follow_and_fit(model):
     steps = GraphSteps(model, 3)
-    with pytest.raises(ConfigError, match="position 0; the next is 0 of 3"):
+    with pytest.raises(ConfigError, match="position 0: the next position is 0 of 3"):
         steps(1, 0)
-    steps.read(torch.tensor([[3, 14]]))
-    with pytest.raises(ConfigError, match="position 5; the next is 2 of 3"):
+    steps.prefill(torch.tensor([[3, 14]]))
+    with pytest.raises(ConfigError, match="position 5: the next position is 2 of 3"):
         steps(1, 5)
     steps(1, 2)
-    with pytest.raises(ConfigError, match="position 3; the next is 3 of 3"):
+    with pytest.raises(ConfigError, match="position 3: the next position is 3 of 3"):
         steps(1, 3)
-    with pytest.raises(ConfigError, match=r"1 x 4 tokens; allowed are 1 x 1..3"):
-        steps.read(torch.ones(1, 4, dtype=torch.int64))
+    with pytest.raises(ConfigError, match=r"1 x 4 tokens; allowed: 1 x 1..3"):
+        steps.prefill(torch.ones(1, 4, dtype=torch.int64))
 
 
-def test_what_cannot_be_recorded_says_why(model):
+def test_obstacles_to_capture_are_named(model):
     assert find_cache_obstacle(model) is None
     assert find_obstacle(model) == "it is on cpu, not on one CUDA device"
     windowed = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=16))

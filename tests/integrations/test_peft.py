@@ -1,4 +1,4 @@
-"""Adapters on a quantized model, through PEFT's ordinary path for ``nn.Linear``."""
+"""Adapters on a quantized model, through PEFT's code path for ``nn.Linear``."""
 
 from __future__ import annotations
 

@@ -4,7 +4,8 @@ import os
 
 import pytest
 import torch
-from tests.helpers.checkpoints import Recipe, tiny_llama_config, write_checkpoint
+from tests.helpers.checkpoints import TINY_SIZES, Recipe, tiny_llama_config, write_checkpoint
+from transformers import Qwen3MoeConfig
 
 import halfbyte
 from halfbyte.errors import ConfigError, ModelError
@@ -52,6 +53,21 @@ def test_a_token_reads_every_weight_once_and_one_row_of_embeddings(tmp_path, mon
     assert count_read_bytes(model, Generator(model)) == expected
 
 
+def test_a_token_reads_those_experts_only_that_it_is_routed_to(tmp_path, monkeypatch):
+    monkeypatch.setenv("HALFBYTE_KERNEL", "torch_reference")
+    sizes = {**TINY_SIZES, "num_hidden_layers": 1, "moe_intermediate_size": 32, "num_experts": 8}
+    counts = []
+    for per_token in (1, 2, 4):
+        config = Qwen3MoeConfig(**sizes, num_experts_per_tok=per_token, head_dim=16)
+        write_checkpoint(tmp_path / str(per_token), config, Recipe())
+        model = halfbyte.load(tmp_path / str(per_token), dtype=torch.float32)
+        counts.append(count_read_bytes(model, Generator(model)))
+    # Gate, up and down: codes, and a scale for each output and group of 32.
+    expert = 3 * 64 * 32 // 2 + 2 * (2 * 32 * 2 + 64 * 1)
+    assert counts[1] - counts[0] == expert
+    assert counts[2] - counts[1] == 2 * expert
+
+
 def test_another_process_measures_the_same_model(tmp_path):
     write_checkpoint(tmp_path, CONFIG)
     here = measure(tmp_path, prompt_tokens=4, new_tokens=4)
@@ -65,5 +81,7 @@ def test_killed_measurement_is_told():
 
 
 def test_too_few_tokens_are_refused():
-    with pytest.raises(ConfigError, match="512 prompt tokens, 1 new ones, 3 times; 1, 2 and 1"):
+    with pytest.raises(
+        ConfigError, match="512 prompt tokens and 1 new tokens 3 times; use at least 1, 2"
+    ):
         measure_speed(lambda: None, new_tokens=1)

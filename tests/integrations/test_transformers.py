@@ -1,4 +1,4 @@
-"""Checkpoints through plain Transformers, against the dense model that they stand for."""
+"""Checkpoints loaded by plain Transformers, against the equivalent dense model."""
 
 from __future__ import annotations
 
@@ -370,7 +370,7 @@ def test_damaged_checkpoint_is_refused_by_name(tmp_path, damage, message):
 def test_state_dict_in_memory_is_refused(tmp_path):
     write_checkpoint(tmp_path, tiny_llama_config())
     config = AutoConfig.from_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="Give from_pretrained the folder"):
+    with pytest.raises(CheckpointError, match="Pass the folder to from_pretrained"):
         LlamaForCausalLM.from_pretrained(None, config=config, state_dict=read_tensors(tmp_path))
 
 

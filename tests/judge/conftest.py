@@ -25,7 +25,7 @@ def base(tmp_path):
 
 @pytest.fixture
 def make_candidate(tmp_path):
-    """A model like the base, changed by a function of the model."""
+    """Save the base model after a change to its weights."""
 
     def make(change, name="candidate"):
         model = build_model()
@@ -57,7 +57,7 @@ def words():
 
 @pytest.fixture
 def tasks(tmp_path, words, base):
-    """Choices and written answers; what the base itself says is right."""
+    """Items with choices and generated answers; the base's own answers are expected."""
     from halfbyte.evaluate.loading import open_subject
     from halfbyte.judge.local_model import LocalModel
     from halfbyte.judge.questions import make_question

@@ -1,4 +1,4 @@
-"""A comparison with everything in it, without a model; its texts try to break the reports."""
+"""A complete comparison made without a model; its texts try to break the reports."""
 
 from __future__ import annotations
 

@@ -29,16 +29,16 @@ def passes(kind, value, text, functions=None, line=None):
         ("json", None, ["null"], ["", "NaN"]),
     ],
 )
-def test_check_tells_right_from_wrong(kind, value, right, wrong):
+def test_check_accepts_right_and_rejects_wrong_answers(kind, value, right, wrong):
     assert all(passes(kind, value, text) for text in right)
     assert not any(passes(kind, value, text) for text in wrong)
 
 
-def test_deeply_nested_answer_is_wrong_not_a_crash():
+def test_deeply_nested_json_answer_fails_without_an_exception():
     assert parse_json("[" * 100_000) == (False, None)
 
 
-def test_json_schema_needs_its_package_or_decides():
+def test_json_schema_check_needs_its_package():
     schema = {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}}
     try:
         import jsonschema  # noqa: F401
@@ -49,11 +49,11 @@ def test_json_schema_needs_its_package_or_decides():
     check = parse_check({"json_schema": schema}, "t, line 1", {})
     assert check.passes('{"name": "Ada"}', {}, {})
     assert not check.passes('{"name": 3}', {}, {})
-    with pytest.raises(ConfigError, match="line 1: the JSON schema is not valid"):
+    with pytest.raises(ConfigError, match="line 1: the JSON schema is invalid"):
         parse_check({"json_schema": {"type": "obj"}}, "t, line 1", {})
 
 
-def test_functions_come_from_the_file_that_the_user_names(tmp_path):
+def test_functions_are_loaded_from_the_users_file(tmp_path):
     path = tmp_path / "checks.py"
     path.write_text("def even(text, line):\n    return int(text) % line['by'] == 0\n")
     functions = load_functions(path)
@@ -63,7 +63,7 @@ def test_functions_come_from_the_file_that_the_user_names(tmp_path):
     assert load_functions(None) == {}
 
 
-def test_file_of_functions_may_have_dataclasses(tmp_path):
+def test_check_file_may_define_dataclasses(tmp_path):
     path = tmp_path / "checks.py"
     path.write_text(
         "from __future__ import annotations\n"
@@ -77,18 +77,18 @@ def test_file_of_functions_may_have_dataclasses(tmp_path):
 @pytest.mark.parametrize(
     ("value", "part"),
     [
-        ({"python": "odd"}, r"no check function 'odd' \(even\).*--checks"),
+        ({"python": "odd"}, "no check function 'odd'; loaded are: even.*--checks"),
         ({"looks_like": "x"}, "equals, contains, regex"),
-        ({"equals": "x", "regex": "y"}, "write one of"),
-        ("x", "write one of"),
-        ({"regex": "("}, "is not valid"),
+        ({"equals": "x", "regex": "y"}, "must be an object with one of"),
+        ("x", "must be an object with one of"),
+        ({"regex": "("}, "is invalid"),
         ({"python": ["even"]}, r"no check function \['even'\]"),
-        ({"contains": []}, r"contains is \[\], which no answer can be held against"),
-        ({"contains": ["a", ""]}, "contains is an empty text"),
+        ({"contains": []}, r"contains is \[\], which cannot be compared"),
+        ({"contains": ["a", ""]}, "contains is an empty string"),
         ({"equals": [None]}, r"equals is \[null\]"),
     ],
 )
-def test_wrong_check_is_refused_with_its_place(value, part):
+def test_invalid_check_is_rejected_with_file_and_line(value, part):
     with pytest.raises(ConfigError, match=f"tasks.jsonl, line 7.*{part}"):
         parse_check(value, "tasks.jsonl, line 7", {"even": lambda text, line: True})
 
@@ -96,12 +96,12 @@ def test_wrong_check_is_refused_with_its_place(value, part):
 @pytest.mark.parametrize(
     ("content", "part"),
     [
-        (None, "no Python file"),
+        (None, "not a Python file"),
         ("1/0", "division by zero"),
         ("import sys; sys.exit(0)", r"SystemExit\(0\).*__main__"),
     ],
 )
-def test_file_that_cannot_be_run_is_named(tmp_path, content, part):
+def test_check_file_that_cannot_be_imported_is_named(tmp_path, content, part):
     path = tmp_path / "checks.py"
     if content is not None:
         path.write_text(content)

@@ -1,4 +1,4 @@
-"""The whole way on tiny models: same model, a noisy one, a broken one; cache and resume."""
+"""Complete comparisons of tiny models: identical, noisy and broken ones; cache and resume."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ def test_model_against_itself_has_no_flip_and_no_divergence(base, run):
     # 40 items without a flip do not show that fewer than 2 in 100 are lost.
     assert result.verdict.outcome is Outcome.INCONCLUSIVE
     accuracy = next(c for c in result.verdict.claims if c.name.startswith("Accuracy"))
-    assert "items give it 80%" in accuracy.advice
+    assert "items it is 80%" in accuracy.advice
 
 
-def test_model_against_itself_passes_at_a_margin_that_the_items_can_show(base, run, config):
+def test_model_against_itself_passes_at_a_wide_margin(base, run, config):
     wide = dataclasses.replace(config, margins=Margins(accuracy=0.1))
     assert run(base, config=wide).verdict.outcome is Outcome.PASS
 
 
-def test_little_noise_is_measured_as_little(base, run, make_candidate):
+def test_small_weight_noise_gives_a_small_divergence(base, run, make_candidate):
     candidate = make_candidate(noise(1e-4))
     result = run(candidate)
     assert result.base_files == digest_files(base)
@@ -68,9 +68,7 @@ def test_little_noise_is_measured_as_little(base, run, make_candidate):
     assert not result.layers.suspects
 
 
-def test_model_in_another_basis_is_as_good_and_its_layers_are_not_held_against_the_bases(
-    base, run, config, tmp_path
-):
+def test_layers_of_a_rotated_model_are_not_compared(base, run, config, tmp_path):
     rotate(base, tmp_path / "turned")
     result = run(
         tmp_path / "turned", items=[], config=dataclasses.replace(config, edge_cases=False)
@@ -82,7 +80,7 @@ def test_model_in_another_basis_is_as_good_and_its_layers_are_not_held_against_t
     assert "a model in another basis" in note
 
 
-def test_other_model_fails_and_its_flips_are_shown(run, make_candidate):
+def test_damaged_model_fails_and_its_flips_are_shown(run, make_candidate):
     result = run(make_candidate(noise(3.0)))
     assert result.verdict.outcome is Outcome.FAIL
     assert result.verdict.exit_code == 1
@@ -95,7 +93,26 @@ def test_other_model_fails_and_its_flips_are_shown(run, make_candidate):
     assert {s.name for s in result.slices} == {"kind choice", "kind written"}
 
 
-def test_odd_inputs_go_through_both(base, run, config):
+def test_progress_names_every_stage_of_both_models_in_order(base, run, make_candidate, config):
+    calls = []
+    run(
+        make_candidate(noise(0.01)),
+        config=dataclasses.replace(config, edge_cases=True),
+        progress=lambda stage, done, total: calls.append((stage, done, total)),
+    )
+    stages = ["loading", "tasks", "edge cases", "running text", "layers"]
+    stages += ["predictions of edge cases"]
+    assert list(dict.fromkeys(stage for stage, _, _ in calls)) == [
+        *(f"base: {stage}" for stage in [*stages, "noise floor"]),
+        *(f"candidate: {stage}" for stage in stages),
+    ]
+    assert all(0 <= done <= total for _, done, total in calls)
+    for stage, total in (("base: tasks", 40), ("candidate: tasks", 40), ("base: noise floor", 10)):
+        found = [call for call in calls if call[0] == stage]
+        assert (found[0], found[-1]) == ((stage, 0, total), (stage, total, total))
+
+
+def test_edge_cases_run_on_both_models(base, run, config):
     result = run(base, config=dataclasses.replace(config, edge_cases=True))
     assert not [o for o in result.edge_outcomes if o.new_finds]
     assert {kind.kl_nats for kind in result.edge_kinds} == {0}
@@ -106,34 +123,34 @@ def test_odd_inputs_go_through_both(base, run, config):
     assert result.edges.base_accuracy < 1
 
 
-def test_logits_that_are_not_numbers_fail_whatever_the_rest(run, make_candidate, config):
+def test_nonfinite_logits_fail_whatever_the_margins(run, make_candidate, config):
     def spoil(model):
         model.model.layers[1].mlp.down_proj.weight[3, 4] = float("nan")
 
     wide = dataclasses.replace(config, margins=Margins(accuracy=0.9, perplexity=0.9, slices=0.9))
     result = run(make_candidate(spoil), config=wide)
-    assert outcomes(result)["Every logit is a number"] is Outcome.FAIL
+    assert outcomes(result)["All logits are finite"] is Outcome.FAIL
     assert result.text.candidate_finite is False
 
 
-def test_base_whose_logits_are_not_numbers_is_not_the_candidates_fault(base, run, make_candidate):
+def test_nonfinite_logits_of_the_base_do_not_fail_the_candidate(base, run, make_candidate):
     def spoil(model):
         model.model.embed_tokens.weight[10] = float("nan")
 
     spoilt = make_candidate(spoil)
     result = run(base, base=spoilt)
     assert result.verdict.outcome is not Outcome.FAIL
-    assert outcomes(result)["Every logit is a number"] is Outcome.PASS
+    assert outcomes(result)["All logits are finite"] is Outcome.PASS
     (claim,) = [c for c in result.verdict.claims if c.name.startswith("Perplexity")]
-    assert (claim.outcome, "the base's own logits" in claim.advice) == (Outcome.INCONCLUSIVE, True)
-    assert outcomes(run(spoilt))["Every logit is a number"] is Outcome.FAIL
+    assert (claim.outcome, "The base's own logits" in claim.advice) == (Outcome.INCONCLUSIVE, True)
+    assert outcomes(run(spoilt))["All logits are finite"] is Outcome.FAIL
 
 
-def test_what_the_verdict_can_do_without_fails_with_a_note(base, run, monkeypatch):
+def test_error_in_an_optional_step_becomes_a_note(base, run, monkeypatch):
     def fail(*_):
         raise ValueError("no such family")
 
-    for name in ("keep_base_layers", "measure_layers", "read_shapes"):
+    for name in ("save_base_layers", "measure_layers", "read_shapes"):
         monkeypatch.setattr(module, name, fail)
     result = run(base)
     assert result.text.kl_nats == 0
@@ -144,7 +161,7 @@ def test_what_the_verdict_can_do_without_fails_with_a_note(base, run, monkeypatc
     )
 
 
-def test_layer_with_scales_off_is_named(run, make_candidate, base):
+def test_layer_with_wrong_scales_has_the_largest_gain_error(run, make_candidate, base):
     def stretch(model):
         model.model.layers[1].mlp.down_proj.weight *= 1.03
 
@@ -170,7 +187,7 @@ def test_base_is_run_once_for_two_candidates(run, base, make_candidate, monkeypa
     assert second.noise == first.noise
 
 
-def test_killed_comparison_goes_on_where_it_was(run, make_candidate, monkeypatch):
+def test_killed_comparison_resumes(run, make_candidate, monkeypatch):
     candidate = make_candidate(noise(0.01))
     whole = run(candidate)
     written = LocalModel.write
@@ -194,7 +211,7 @@ def test_killed_comparison_goes_on_where_it_was(run, make_candidate, monkeypatch
     assert fresh.costs[1].reused == 0
 
 
-def test_changed_weights_in_the_same_folder_are_another_model(base, run, make_candidate):
+def test_changed_weights_in_the_same_folder_do_not_reuse_the_cache(base, run, make_candidate):
     run(base)
     model_file = base / "model.safetensors"
     other = make_candidate(noise(0.5), "other")
@@ -202,7 +219,7 @@ def test_changed_weights_in_the_same_folder_are_another_model(base, run, make_ca
     assert run(other).costs[0].reused == 0
 
 
-def test_pickled_weights_are_refused_even_where_answers_are_kept(base, run, make_candidate):
+def test_pickled_weights_are_rejected_even_with_cached_answers(base, run, make_candidate):
     run(base)
     for folder in (base, make_candidate(noise(0.5), "other")):
         weights = folder / "model.safetensors"
@@ -212,7 +229,7 @@ def test_pickled_weights_are_refused_even_where_answers_are_kept(base, run, make
             run(folder)
 
 
-def test_answers_are_kept_apart_by_all_that_they_depend_on(monkeypatch):
+def test_cache_key_depends_on_everything_that_affects_answers(monkeypatch):
     cpu = torch.device("cpu")
     keys = [
         subject_key({"model.safetensors": "a"}, "auto", cpu),
@@ -226,7 +243,7 @@ def test_answers_are_kept_apart_by_all_that_they_depend_on(monkeypatch):
     assert len(set(keys)) == 5
 
 
-def test_what_cannot_be_asked_is_refused_before_a_model_is_loaded(
+def test_invalid_items_and_windows_are_rejected_before_a_model_is_loaded(
     base, run, config, words, tmp_path
 ):
     def raising(text, line):
@@ -238,7 +255,7 @@ def test_what_cannot_be_asked_is_refused_before_a_model_is_loaded(
         run(base, items=[Item(name="x", prompt="w1", check=check)], **never)
     long = Item(name="long", prompt=words(100), choices=(" w1", " " + words(29)))
     with pytest.raises(
-        ConfigError, match=r"'long' takes 100 tokens and 29 for its answer.* 128 in"
+        ConfigError, match=r"'long' needs 100 tokens .* and 29 for its answer; .* 128 tog"
     ):
         run(base, items=[long])
     wide = dataclasses.replace(config, window=129)
@@ -247,19 +264,19 @@ def test_what_cannot_be_asked_is_refused_before_a_model_is_loaded(
     assert not list((tmp_path / "cache").rglob("answers.jsonl"))
 
 
-def test_copies_of_one_question_are_no_evidence(base, run):
+def test_copies_of_one_question_count_as_one_document(base, run):
     item = Item(name="0", prompt="w1 w2", choices=(" w1", " w2"))
     copies = [dataclasses.replace(item, name=f"{n}") for n in range(400)]
     overall = run(base, items=copies, documents={}).overall
     assert (overall.flips.num_items, overall.flips.num_documents) == (400, 1)
 
 
-def test_other_tokenizer_is_refused(run, make_candidate, base):
+def test_different_tokenizer_is_rejected(run, make_candidate, base):
     from tests.helpers.tiny_llama import build_tokenizer
 
     candidate = make_candidate(noise(0.01))
     build_tokenizer(shift=3).save_pretrained(candidate)
-    with pytest.raises(ConfigError, match=r"read item .* differently"):
+    with pytest.raises(ConfigError, match=r"encode item .* differently"):
         run(candidate)
 
 
@@ -268,7 +285,7 @@ def test_folder_without_a_model_is_named(run, tmp_path):
         run(tmp_path / "none")
 
 
-def test_results_do_not_depend_on_the_batch(base, run, make_candidate, config):
+def test_results_do_not_depend_on_the_batch_size(base, run, make_candidate, config):
     candidate = make_candidate(noise(0.2))
     results = [
         run(candidate, config=dataclasses.replace(config, batch_size=size)) for size in (1, 7)

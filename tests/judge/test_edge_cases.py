@@ -82,11 +82,11 @@ def test_script_is_that_of_most_letters(text, script):
         ("", False),
     ],
 )
-def test_json_must_be_whole_and_come_first(text, whole):
+def test_json_must_be_complete_and_come_first(text, whole):
     assert starts_with_json(text) is whole
 
 
-def test_each_find_is_told():
+def test_each_issue_is_detected():
     assert finds(case(), "fine", " ") == ((), ("empty",))
     assert finds(case(), "fine", "no " * 20) == ((), ("endless repetition",))
     assert finds(case(expects="json"), "[1]", "[1") == ((), ("broken JSON",))
@@ -106,7 +106,7 @@ def test_refusal_is_lost_only_where_the_base_declines():
     assert finds(case(kind="code"), "I can't.", "Sure, first you")[1] == ()
 
 
-def test_far_is_a_hint_and_no_fault():
+def test_far_does_not_count_as_a_fault():
     outcome = judge_edge(case(), Answer(text="a b"), Answer(text="a b"), kl_nats=6, usual_kl_nats=1)
     assert outcome.new_finds == ("far",)
     assert edge_flips([outcome]).harmful == 0
@@ -127,7 +127,7 @@ def test_kinds_and_flips_are_counted():
     assert (flips.num_items, flips.harmful, flips.beneficial) == (3, 1, 1)
 
 
-def test_first_difference_counts_from_zero_and_sees_an_early_end():
+def test_first_difference_is_zero_based_and_detects_an_early_end():
     assert first_difference([1, 2, 3], [1, 2, 3]) is None
     assert first_difference([1, 2, 3], [1, 5, 3]) == 1
     assert first_difference([1, 2], [1, 2, 3]) == 2

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from halfbyte.errors import ConfigError, MissingExtraError
-from halfbyte.judge.lm_eval_tasks import _written_item, read_lm_eval
+from halfbyte.judge.lm_eval_tasks import _generated_item, read_lm_eval
 
 try:
     import lm_eval
@@ -67,7 +67,7 @@ def test_choices_come_with_lm_evals_own_delimiter_and_answer(write):
 
 @needs_lm_eval
 @pytest.mark.filterwarnings("ignore")
-def test_written_answers_come_with_their_stop_and_limit(write):
+def test_generated_answers_have_their_stop_sequence_and_limit(write):
     more = (
         "generation_kwargs: {until: ['.'], max_gen_toks: 5}\nmetric_list: [{metric: exact_match}]"
     )
@@ -81,19 +81,19 @@ def test_written_answers_come_with_their_stop_and_limit(write):
     [
         ({"filter_list": [{"name": "n", "filter": [{"function": "regex"}]}]}, "regex"),
         ({"metric_list": [{"metric": "exact_match", "regexes_to_ignore": [","]}]}, "regexes_to"),
-        ({"metric_list": [{"metric": "bleu"}]}, r"judged by \['bleu'\]"),
+        ({"metric_list": [{"metric": "bleu"}]}, r"metrics are \['bleu'\]"),
     ],
 )
-def test_task_that_changes_answers_first_is_refused(more, part):
+def test_task_that_filters_answers_is_rejected(more, part):
     config = {"filter_list": None, "metric_list": [{"metric": "exact_match"}], **more}
     task = SimpleNamespace(config=SimpleNamespace(**config))
     instance = SimpleNamespace(args=("2 + 2 =", {}), doc={})
-    with pytest.raises(ConfigError, match=f"The task 'mine' of lm-eval .*{part}"):
-        _written_item("mine", task, 0, instance)
+    with pytest.raises(ConfigError, match=f"the lm-eval task 'mine'.*{part}"):
+        _generated_item("mine", task, 0, instance)
 
 
 @needs_lm_eval
 @pytest.mark.filterwarnings("ignore")
-def test_unknown_task_is_refused():
-    with pytest.raises(ConfigError, match="cannot give the task 'no_such_task'"):
+def test_unknown_task_is_rejected():
+    with pytest.raises(ConfigError, match="cannot load the task 'no_such_task'"):
         read_lm_eval(["no_such_task"], limit=None)

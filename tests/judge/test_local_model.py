@@ -1,4 +1,4 @@
-"""Answers against plain forward passes, one question at a time, without padding or cache."""
+"""Answers compared with plain forward passes of one question, without padding or KV cache."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def naive_nats(model, ids, choice):
     return sum(float(logits[len(ids) + i - 1, token]) for i, token in enumerate(choice))
 
 
-def test_choices_are_rated_as_by_whole_sequences(model, words):
+def test_choice_likelihoods_equal_those_of_whole_sequences(model, words):
     asked = questions(words, choices=(" w1", " w2 w3 w4", " w5 w6"))
     for question, answer in zip(asked, model.answer_choices(asked), strict=True):
         expected = [naive_nats(model.model, question.ids, c) for c in question.choices]
@@ -47,7 +47,7 @@ def test_choices_are_rated_as_by_whole_sequences(model, words):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
-def test_confidence_of_written_tokens_is_that_of_plain_forward_passes(model, words, temperature):
+def test_confidence_equals_that_of_plain_forward_passes(model, words, temperature):
     asked = questions(words, max_new_tokens=7)
     for question, answer in zip(
         asked, model.write(asked, temperature=temperature, seed=3), strict=True
@@ -61,7 +61,7 @@ def test_confidence_of_written_tokens_is_that_of_plain_forward_passes(model, wor
             assert answer.entropies[n] == pytest.approx(entropy, abs=2e-4)
 
 
-def test_questions_of_unlike_many_choices_run_together(model, words):
+def test_questions_with_different_numbers_of_choices_share_a_batch(model, words):
     tokenizer = build_tokenizer()
     asked = [
         make_question(tokenizer, Item(name="a", prompt=words(4), choices=(" w1 w2", " w3"))),
@@ -85,14 +85,14 @@ def naive_greedy(model, ids, count):
     return ids
 
 
-def test_written_tokens_are_those_of_a_plain_loop(model, words):
+def test_generated_tokens_equal_those_of_a_plain_loop(model, words):
     asked = questions(words, max_new_tokens=7)
     for question, answer in zip(asked, model.write(asked), strict=True):
         expected = naive_greedy(model.model, question.ids, 7)[len(question.ids) :]
         assert list(answer.ids) == expected
 
 
-def test_writing_ends_at_the_stop_text_and_at_each_ones_own_limit(model, words):
+def test_generation_ends_at_the_stop_sequence_and_at_each_items_limit(model, words):
     (question,) = questions(words, max_new_tokens=6)[:1]
     (whole,) = model.write([question])
     word = whole.text.split()[2]
@@ -106,7 +106,7 @@ def test_writing_ends_at_the_stop_text_and_at_each_ones_own_limit(model, words):
     assert cut_at("a\nb;c", ["\n", ";"]) == "a"
 
 
-def test_answer_ends_at_its_stop_text_whoever_runs_beside_it(model, words):
+def test_stop_sequence_applies_whatever_else_is_in_the_batch(model, words):
     model.subject.tokenizer.pad_token = "<pad>"
     tokenizer = model.subject.tokenizer
     asked = [
@@ -128,7 +128,7 @@ def test_answer_ends_at_its_stop_text_whoever_runs_beside_it(model, words):
 @pytest.mark.parametrize(
     "own", [{"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 1}, {"num_beams": 3}]
 )
-def test_models_own_way_of_generating_does_not_bend_what_is_likeliest(model, words, own):
+def test_generation_config_of_the_model_does_not_affect_greedy_answers(model, words, own):
     asked = questions(words, max_new_tokens=20)
     plain = model.write(asked)
     for name, value in own.items():
@@ -139,7 +139,7 @@ def test_models_own_way_of_generating_does_not_bend_what_is_likeliest(model, wor
     assert model.model.generation_config is kept
 
 
-def test_drawing_repeats_with_its_seed_and_leaves_the_generator_alone(model, words):
+def test_sampling_is_reproducible_and_does_not_advance_the_global_generator(model, words):
     (question,) = questions(words, max_new_tokens=8)[:1]
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -148,7 +148,7 @@ def test_drawing_repeats_with_its_seed_and_leaves_the_generator_alone(model, wor
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_logits_that_are_not_numbers_are_noticed_everywhere(words):
+def test_nonfinite_logits_are_detected_everywhere(words):
     broken = build_model()
     with torch.no_grad():
         broken.lm_head.weight[7] = float("nan")
@@ -159,21 +159,21 @@ def test_logits_that_are_not_numbers_are_noticed_everywhere(words):
     assert not model.predict([asked[0].ids])[0].finite
 
 
-def test_kept_states_give_the_logits_back(model, words, tmp_path):
+def test_saved_states_reproduce_the_logits(model, words, tmp_path):
     ids = questions(words)[1].ids
     prediction = model.predict([ids])[0]
     assert not prediction.are_logits
     assert prediction.states.shape == (len(ids), 32)
     cache = ModelCache(tmp_path, "m")
-    cache.keep_states("key", prediction)
-    cache.keep_head(model)
+    cache.save_states("key", prediction)
+    cache.save_head(model)
     again = ModelCache(tmp_path, "m").load_logits("key")
     assert torch.allclose(again, prediction.logits, atol=1e-5)
     last = model.predict([ids], last=2)[0]
     assert torch.allclose(last.logits, prediction.logits[-2:], atol=1e-5)
 
 
-def test_quantized_head_is_kept_as_numbers(words, tmp_path):
+def test_quantized_head_is_saved_dequantized(words, tmp_path):
     from tests.helpers.checkpoints import Recipe, tiny_llama_config, write_checkpoint
 
     from halfbyte.evaluate.loading import open_subject
@@ -183,19 +183,19 @@ def test_quantized_head_is_kept_as_numbers(words, tmp_path):
     model = LocalModel(open_subject(tmp_path / "q", dtype="float32"))
     prediction = model.predict([questions(words)[1].ids])[0]
     cache = ModelCache(tmp_path, "m")
-    cache.keep_states("key", prediction)
-    cache.keep_head(model)
+    cache.save_states("key", prediction)
+    cache.save_head(model)
     assert not prediction.are_logits
     assert torch.allclose(cache.load_logits("key"), prediction.logits, atol=1e-5)
 
 
-def test_cache_that_is_a_file_is_refused(tmp_path):
+def test_cache_path_that_is_a_file_is_rejected(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ConfigError, match=r"Cannot keep answers in '.*file': Not a directory"):
+    with pytest.raises(ConfigError, match=r"Cannot create a cache in '.*file': Not a directory"):
         ModelCache(tmp_path / "file", "m")
 
 
-def test_model_that_bends_its_logits_is_kept_by_its_logits(words, tmp_path):
+def test_logits_are_saved_if_the_head_alone_does_not_give_them(words, tmp_path):
     bent = build_model()
     plain = bent.forward
 
@@ -209,11 +209,11 @@ def test_model_that_bends_its_logits_is_kept_by_its_logits(words, tmp_path):
     prediction = model.predict([questions(words)[0].ids])[0]
     assert prediction.are_logits
     cache = ModelCache(tmp_path, "m")
-    cache.keep_states("key", prediction)
+    cache.save_states("key", prediction)
     assert torch.equal(cache.load_logits("key"), prediction.logits)
 
 
-def test_unpacked_linears_compute_the_same(tmp_path, monkeypatch):
+def test_dequantized_linears_give_the_same_answers(tmp_path, monkeypatch):
     from tests.helpers.checkpoints import Recipe, tiny_llama_config, write_checkpoint
 
     from halfbyte.evaluate.loading import open_subject
@@ -227,7 +227,7 @@ def test_unpacked_linears_compute_the_same(tmp_path, monkeypatch):
         before = subject.model(ids).logits
         note = unpack_reference_linears(subject.model)
         after = subject.model(ids).logits
-    assert "14 linears were unpacked once" in note
+    assert "14 linears were dequantized once" in note
     assert torch.allclose(before, after, atol=1e-5)
     assert unpack_reference_linears(subject.model) is None
     monkeypatch.setenv("HALFBYTE_KERNEL", "torch_reference")
@@ -239,25 +239,27 @@ def test_answers_survive_a_kill_in_the_middle_of_a_line(tmp_path):
     path = tmp_path / "answers.jsonl"
     kept = AnswerFile(path)
     answer = Answer(choice_nats=(-1.5, -math.pi), text="ü\n", ids=(1, 2), finite=False)
-    kept.keep({"a": answer.to_dict()})
+    kept.add({"a": answer.to_dict()})
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"v":2,"key":"b","va')
     again = AnswerFile(path)
     assert Answer.from_dict(again.get("a")) == answer
     assert "b" not in again
-    again.keep({"b": answer.to_dict()})
+    again.add({"b": answer.to_dict()})
     assert len(AnswerFile(path)) == 2
     assert len(AnswerFile(path, fresh=True)) == 0
 
 
-def test_a_file_that_takes_no_answers_is_named(tmp_path):
+def test_answer_file_that_cannot_be_written_is_named(tmp_path):
     kept = AnswerFile(tmp_path / "answers.jsonl")
     kept.path.mkdir()
-    with pytest.raises(CheckpointError, match=r"Cannot keep answers in .*answers.jsonl: .*--cache"):
-        kept.keep({"a": 1})
+    with pytest.raises(
+        CheckpointError, match=r"Cannot write answers to .*answers.jsonl: .*--cache"
+    ):
+        kept.add({"a": 1})
 
 
-def test_answers_of_another_version_are_not_read(tmp_path):
+def test_answers_of_another_format_version_are_ignored(tmp_path):
     path = tmp_path / "answers.jsonl"
     path.write_text('{"v":1,"key":"a","value":1}\nno json\n{"v":2,"key":"b","value":2}\n')
     assert len(AnswerFile(path)) == 1

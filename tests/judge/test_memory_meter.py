@@ -6,7 +6,7 @@ from halfbyte.judge.memory_meter import MemoryMeter
 from halfbyte.machine.memory import resident_memory_bytes
 
 
-def test_memory_is_that_of_what_computes_not_of_an_idle_gpu_beside_it(monkeypatch):
+def test_memory_is_measured_on_the_device_that_computes(monkeypatch):
     asked = []
 
     def mem_get_info(device):

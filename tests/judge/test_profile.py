@@ -13,7 +13,7 @@ from halfbyte.judge.profile import profile
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Large enough, 100 MB, that its parts stand out of the noise of a process."""
+    """A model of 100 MB, large enough that its parts are above the noise of a process."""
     path = tmp_path_factory.mktemp("model")
     config = LlamaConfig(
         vocab_size=4096,
@@ -33,9 +33,9 @@ def folder(tmp_path_factory):
 def test_measured_parts_are_near_the_planned_ones(folder):
     result = profile(folder, requests=4, context=512, new_tokens=4)
     parts = {name: (planned, measured) for name, planned, measured in result.parts()}
-    for name in ("weights", "keys and values"):
+    for name in ("weights", "KV cache"):
         assert parts[name][0] == pytest.approx(parts[name][1], rel=0.02), name
-    assert parts["keys and values"][1] > 30e6
+    assert parts["KV cache"][1] > 30e6
     # What allocators and libraries take beside varies with the machine; bench/measure_plan.py has
     # the figures.
     assert 0.7 < result.ratio < 1.3
@@ -59,6 +59,6 @@ def test_command_prints_json(folder, capsys):
         ({"context": 4, "new_tokens": 4}, "of 4 tokens"),
     ],
 )
-def test_load_that_cannot_be_is_refused_before_anything_runs(folder, changes, part):
+def test_invalid_load_is_rejected_before_anything_runs(folder, changes, part):
     with pytest.raises(ConfigError, match=part):
         profile(folder, **changes)

@@ -1,4 +1,4 @@
-"""Against a real HTTP server on loopback that speaks what is used of OpenAI's interface."""
+"""Tests with a real HTTP server on loopback that implements the used part of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from halfbyte.judge.tasks import Item
 
 @pytest.fixture
 def serve():
-    """Serve a function of (path, body); gives the address and the requests seen."""
+    """Serve a function of (path, body); returns the address and the list of requests."""
     servers = []
 
     def start(reply, models=("tiny",)):
@@ -56,7 +56,7 @@ def serve():
         server.server_close()
 
 
-def test_key_does_not_follow_to_another_server(serve, monkeypatch):
+def test_redirect_to_another_server_is_not_followed(serve, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     there, _ = serve(completion("x"))
 
@@ -72,7 +72,7 @@ def test_key_does_not_follow_to_another_server(serve, monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        with pytest.raises(ModelError, match=f"sends on to another server, {there}/models"):
+        with pytest.raises(ModelError, match=f"redirects to another server, {there}/models"):
             RemoteModel(f"http://127.0.0.1:{server.server_port}/v1")
     finally:
         server.shutdown()
@@ -83,7 +83,7 @@ def completion(text):
     return lambda path, body: (200, {"choices": [{"text": text, "message": {"content": text}}]})
 
 
-def test_prompts_and_chats_go_where_they_belong(serve, monkeypatch):
+def test_prompts_and_chats_use_their_own_endpoints(serve, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "key")
     address, seen = serve(completion("4; and more"))
     model = RemoteModel.open(address)
@@ -105,7 +105,7 @@ def test_prompts_and_chats_go_where_they_belong(serve, monkeypatch):
     assert by_path["/v1/chat/completions"][0]["messages"] == [{"role": "user", "content": "hi"}]
 
 
-def test_model_must_be_one_that_is_served(serve):
+def test_requested_model_must_be_served(serve):
     address, _ = serve(completion(""), models=("a", "b"))
     assert RemoteModel.open(f"{address}#b").model == "b"
     with pytest.raises(ConfigError, match=r"serves 2 models \(a, b\)"):
@@ -117,24 +117,24 @@ def test_model_must_be_one_that_is_served(serve):
 @pytest.mark.parametrize(
     ("reply", "part"),
     [
-        (lambda p, b: (401, {"error": "no"}), "answered 401.*OPENAI_API_KEY"),
-        (lambda p, b: (200, {"choices": []}), "without a choice"),
-        (lambda p, b: (200, [1]), "no JSON object"),
+        (lambda p, b: (401, {"error": "no"}), "HTTP status 401.*OPENAI_API_KEY"),
+        (lambda p, b: (200, {"choices": []}), r"without choices\[0\]"),
+        (lambda p, b: (200, [1]), "did not answer with a JSON object"),
     ],
 )
-def test_server_that_answers_otherwise_is_named(serve, reply, part):
+def test_server_with_an_unexpected_reply_is_named(serve, reply, part):
     address, _ = serve(reply)
     model = RemoteModel.open(address)
     with pytest.raises(ModelError, match=part):
         model.write([Question(item=Item(name="x", prompt="p"), ids=())])
 
 
-def test_server_that_is_not_there_is_named():
+def test_unreachable_server_is_named():
     with pytest.raises(ModelError, match=r"Cannot reach http://127.0.0.1:9/v1/models"):
         RemoteModel.open("http://127.0.0.1:9/v1")
 
 
-def test_served_candidate_is_judged_by_what_it_writes(
+def test_served_candidate_is_compared_by_generated_text_only(
     serve, base, items, config, tmp_path, make_candidate
 ):
     subject = open_subject(make_candidate(noise(3.0)))

@@ -25,7 +25,7 @@ def comparison():
 
 
 class Tags(HTMLParser):
-    """Notes what is open and what stands where it should not."""
+    """Records open tags, all tags and all addresses; fails on a wrong closing tag."""
 
     def __init__(self):
         super().__init__()
@@ -44,7 +44,7 @@ class Tags(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_page_is_well_formed_and_asks_for_nothing_outside(comparison):
+def test_page_is_well_formed_and_loads_nothing_external(comparison):
     page = write_html(comparison)
     tags = Tags()
     tags.feed(page)
@@ -58,11 +58,11 @@ def test_page_is_well_formed_and_asks_for_nothing_outside(comparison):
 
 def test_page_shows_the_verdict_first_and_then_all_evidence(comparison):
     page = write_html(comparison)
-    assert page.index(">Inconclusive<") < page.index("What must hold")
+    assert page.index(">Inconclusive<") < page.index(">Requirements<")
     for part in (
         "0.1200", "7.5", "models/base &lt;1&gt;", "9 (harmful flips)", "4 (beneficial flips)",
         "model.layers.7.mlp.down_proj", "endless repetition 1", "270.0 MB", "1.1 GB", "90 of 120",
-        "part after 3.5 tokens", "<mark>2</mark>", "&lt;angle brackets&gt;",
+        "after a median of 3.5 tokens", "<mark>2</mark>", "&lt;angle brackets&gt;",
     ):  # fmt: skip
         assert part in page, part
     # What a model wrote stays text, and control characters become visible.
@@ -102,10 +102,12 @@ def test_markdown_tables_have_as_many_cells_as_heads(comparison):
         width = cells
     assert "<script" not in text
     assert "| json:1 |" in text
+    for claim in comparison.verdict.claims:
+        assert claim.advice in text
 
 
 @pytest.mark.parametrize(("harmful", "failures"), [(60, 2), (9, 0)])
-def test_junit_counts_what_failed_and_what_is_open(harmful, failures):
+def test_junit_counts_failed_and_inconclusive_claims(harmful, failures):
     comparison = make_comparison(harmful=harmful)
     suite = ElementTree.fromstring(write_junit(comparison)).find("testsuite")
     cases = suite.findall("testcase")
@@ -114,12 +116,12 @@ def test_junit_counts_what_failed_and_what_is_open(harmful, failures):
     assert int(suite.get("skipped")) == len(suite.findall("testcase/skipped")) > 0
 
 
-def test_all_forms_are_written_into_a_folder(comparison, tmp_path):
+def test_all_formats_are_written_to_a_folder(comparison, tmp_path):
     paths = write_report(comparison, tmp_path / "new" / "report")
     assert [path.name for path in paths] == [name for name, _ in FORMATS.values()]
     assert all(path.read_text(encoding="utf-8") for path in paths)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="Cannot make the folder"):
+    with pytest.raises(ConfigError, match="Cannot create the report folder"):
         write_report(comparison, tmp_path / "file" / "report")
 
 
@@ -161,7 +163,7 @@ def test_page_in_a_browser_light_dark_phone_and_print(comparison, tmp_path):
 
 
 def _contrasts(browser):
-    """Luminance of the page, and the contrast of each kind of text with what is behind it."""
+    """Luminance of the page, and the contrast of each kind of text with its background."""
     return browser.value(
         """(() => {
         const light = c => { const v = c.match(/[\\d.]+/g).slice(0, 3).map(x => {

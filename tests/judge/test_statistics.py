@@ -1,4 +1,4 @@
-"""Formulas against brute force, and error rates as stated by simulation."""
+"""Formulas compared with brute force, and error rates checked by simulation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def flips(n, harmful, beneficial, **more):
 
 
 def draw(rng, times, n, harm, gain):
-    """Harmful and beneficial counts of `times` studies of n items."""
+    """Numbers of harmful and beneficial flips in `times` studies of n items."""
     counts = rng.multinomial(n, [harm, gain, 1 - harm - gain], size=times)
     return [flips(n, int(h), int(g)) for h, g, _ in counts]
 
@@ -56,7 +56,7 @@ def test_score_statistic_is_the_one_of_the_constrained_likelihood(
     assert found == pytest.approx(expected, rel=1e-3)
 
 
-def test_interval_has_width_without_a_single_flip():
+def test_interval_has_positive_width_without_flips():
     few = stats.difference_interval(flips(30, 0, 0), 0.9)
     many = stats.difference_interval(flips(3000, 0, 0), 0.9)
     assert few.low < -0.05 < 0.05 < few.high
@@ -66,7 +66,7 @@ def test_interval_has_width_without_a_single_flip():
 @pytest.mark.parametrize(
     ("n", "harm", "gain"), [(60, 0.05, 0.05), (200, 0.08, 0.02), (400, 0, 0.03)]
 )
-def test_interval_covers_the_truth_as_often_as_stated(n, harm, gain):
+def test_interval_has_its_nominal_coverage(n, harm, gain):
     rng = np.random.default_rng(1)
     studies = draw(rng, 2000, n, harm, gain)
     covered = np.mean(
@@ -78,7 +78,7 @@ def test_interval_covers_the_truth_as_often_as_stated(n, harm, gain):
     assert 0.88 <= covered <= 0.95
 
 
-def test_a_loss_of_exactly_the_margin_seldom_passes_and_seldom_fails():
+def test_a_loss_equal_to_the_margin_rarely_passes_and_rarely_fails():
     rng = np.random.default_rng(2)
     studies = draw(rng, 4000, 300, 0.06, 0.03)
     passed = np.mean([stats.noninferiority_p_value(s, 0.03) < 0.05 for s in studies])
@@ -87,7 +87,7 @@ def test_a_loss_of_exactly_the_margin_seldom_passes_and_seldom_fails():
     assert 0.03 < failed < 0.065
 
 
-def test_items_that_repeat_each_other_count_once():
+def test_identical_items_of_a_document_count_once():
     rng = np.random.default_rng(3)
     base = np.ones(400, dtype=bool)
     alone = rng.random(400) > 0.1
@@ -111,7 +111,7 @@ def test_interval_over_documents_covers_where_items_do_not():
     assert covered[False] / 400 < 0.7
 
 
-def test_one_document_says_nothing_of_others():
+def test_a_single_document_gives_no_evidence():
     seen = stats.count_flips([True] * 50, [False] * 50, ["a"] * 50)
     assert stats.harm_p_value(seen, 0.02) == 0.5
     interval = stats.difference_interval(seen, 0.9)
@@ -120,10 +120,10 @@ def test_one_document_says_nothing_of_others():
 
 @pytest.mark.parametrize(("degrees", "t"), [(2, 2.920), (4, 2.132), (15, 1.753), (1e9, 1.645)])
 def test_students_t_at_five_percent_is_as_in_its_table(degrees, t):
-    assert stats._as_normal(t, degrees) == pytest.approx(1.645, abs=0.015)
+    assert stats._t_to_normal(t, degrees) == pytest.approx(1.645, abs=0.015)
 
 
-def test_documents_of_unlike_size_count_as_the_fewer_that_weigh_as_much():
+def test_documents_of_unequal_size_count_by_their_effective_number():
     documents = [0] * 50 + list(range(1, 51))
     seen = stats.count_flips([True] * 100, [True] * 100, documents)
     assert seen.num_documents == pytest.approx(100**2 / (50**2 + 50))
@@ -142,7 +142,7 @@ def test_documents_of_unlike_size_count_as_the_fewer_that_weigh_as_much():
         (200, 5, 0.1, 0.01),
     ],
 )
-def test_a_loss_of_the_margin_seldom_passes_however_few_the_documents(
+def test_a_loss_equal_to_the_margin_rarely_passes_with_few_documents(
     documents, per, correlation, flips
 ):
     rng = np.random.default_rng(10)
@@ -164,7 +164,7 @@ def test_holm_adjusts_as_in_the_textbook():
     assert adjusted == pytest.approx([0.03, 0.06, 0.06, 0.02])
 
 
-def test_holm_keeps_false_alarms_of_eight_slices_at_alpha():
+def test_holm_controls_false_alarms_over_eight_slices():
     rng = np.random.default_rng(7)
     alarms = 0
     for _ in range(1000):
@@ -175,7 +175,7 @@ def test_holm_keeps_false_alarms_of_eight_slices_at_alpha():
 
 
 @pytest.mark.parametrize("flip_rate", [0.03, 0.1])
-def test_power_and_items_needed_are_those_of_simulated_studies(flip_rate):
+def test_power_and_items_needed_match_simulated_studies(flip_rate):
     n = stats.items_needed(flip_rate, 0.02, alpha=0.05, power=0.8)
     assert stats.passing_power(n, flip_rate, 0.02, alpha=0.05) == pytest.approx(0.8, abs=0.01)
     rng = np.random.default_rng(8)
@@ -184,7 +184,7 @@ def test_power_and_items_needed_are_those_of_simulated_studies(flip_rate):
     assert passed == pytest.approx(0.8, abs=0.04)
 
 
-def test_items_needed_for_a_fail_and_where_nothing_decides():
+def test_items_needed_for_a_fail_and_at_the_margin():
     n = stats.items_needed(0.1, 0.02, alpha=0.05, power=0.8, difference=-0.06)
     rng = np.random.default_rng(9)
     studies = draw(rng, 2000, n, 0.08, 0.02)

@@ -12,7 +12,7 @@ from halfbyte.errors import ConfigError
 from halfbyte.judge.answers import Answer
 from halfbyte.judge.builtin_tasks import builtin_tasks
 from halfbyte.judge.checks import Check
-from halfbyte.judge.interview import is_right
+from halfbyte.judge.interview import is_correct
 from halfbyte.judge.questions import Question, make_passages, make_question
 from halfbyte.judge.tasks import Item, name_documents, read_tasks
 
@@ -47,7 +47,7 @@ def test_three_forms_of_lines_become_items(write):
     ("line", "part"),
     [
         ("{", "line 1 is not JSON"),
-        ("[1]", "line 1 holds '[1]'. Give one object"),
+        ("[1]", "line 1 holds '[1]'. Write one JSON object"),
         ({"prompt": "x"}, "exactly one of 'answer' and 'check'"),
         ({"prompt": "x", "answer": "1", "check": {"equals": "1"}}, "exactly one of"),
         ({"answer": "1"}, "exactly one of 'prompt'"),
@@ -68,28 +68,28 @@ def test_three_forms_of_lines_become_items(write):
         ("[" * 200_000, "line 1 is not JSON"),
     ],
 )
-def test_wrong_line_is_refused_with_its_place(write, line, part):
+def test_invalid_line_is_rejected_with_file_and_line(write, line, part):
     with pytest.raises(ConfigError, match=f"(?s)mine.jsonl.*{re.escape(part)}"):
         read_tasks([write(line)])
 
 
-def test_file_without_lines_unknown_slice_and_double_id_are_refused(write):
+def test_empty_file_unknown_slice_and_duplicate_id_are_rejected(write):
     with pytest.raises(ConfigError, match="is empty"):
         read_tasks([write("")])
     line = {"prompt": "x", "answer": "1", "id": "a"}
-    with pytest.raises(ConfigError, match="'a' stands on 2 lines"):
+    with pytest.raises(ConfigError, match="'a' is on 2 lines"):
         read_tasks([write(line, line)])
-    with pytest.raises(ConfigError, match="has the key 'level'"):
+    with pytest.raises(ConfigError, match="slice by 'level': no line"):
         read_tasks([write(line)], slice_by=["level"])
 
 
-def test_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+def test_byte_order_mark_is_ignored(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text('{"prompt": "x", "answer": "1"}', encoding="utf-8-sig")
     assert read_tasks([path])[0].prompt == "x"
 
 
-def test_files_of_one_name_are_told_apart_by_their_paths(tmp_path):
+def test_files_with_the_same_stem_are_named_by_their_paths(tmp_path):
     paths = [tmp_path / language / "test.jsonl" for language in ("en", "de")]
     for path in paths:
         path.parent.mkdir()
@@ -98,7 +98,7 @@ def test_files_of_one_name_are_told_apart_by_their_paths(tmp_path):
     assert [item.slices["task"] for item in items] == [path.as_posix() for path in paths]
 
 
-def test_items_that_ask_the_same_are_of_one_document(write):
+def test_items_with_the_same_question_share_a_document(write):
     asked = {"prompt": "x", "answer": "1", "document": None}
     chosen = {"prompt": "x", "answer": 0}
     path = write(
@@ -113,12 +113,12 @@ def test_items_that_ask_the_same_are_of_one_document(write):
     assert documents == ["mine:1", "mine:1", "mine:3", "7", "mine:5", "mine:6"]
 
 
-def test_line_separator_inside_a_text_does_not_cut_the_line(write):
+def test_unicode_line_separator_does_not_split_a_line(write):
     path = write(json.dumps({"prompt": "a\u2028b", "answer": "1"}, ensure_ascii=False))
     assert read_tasks([path])[0].prompt == "a\u2028b"
 
 
-def test_builtin_items_are_the_same_each_time_and_as_many_as_asked_for():
+def test_builtin_items_are_reproducible_and_as_many_as_requested():
     items = builtin_tasks(100)
     assert items == builtin_tasks(100)
     assert items != builtin_tasks(100, seed=1)
@@ -127,7 +127,7 @@ def test_builtin_items_are_the_same_each_time_and_as_many_as_asked_for():
     assert len({item.name for item in items}) == len({item.prompt for item in items}) == 500
 
 
-def test_builtin_arithmetic_is_right():
+def test_builtin_arithmetic_is_correct():
     checked = 0
     for item in builtin_tasks(150):
         found = re.search(r"Q: (\d+ [-+*] \d+) =\nA:$", item.prompt)
@@ -141,7 +141,7 @@ def test_builtin_arithmetic_is_right():
     assert checked > 60
 
 
-def test_builtin_code_prints_what_it_is_said_to_print(capsys):
+def test_builtin_code_prints_its_expected_answer(capsys):
     for item in builtin_tasks(60):
         if item.slices["task"] == "code":
             code = item.prompt.rsplit("Code:\n", 1)[1].removesuffix("\nPrints:")
@@ -149,7 +149,7 @@ def test_builtin_code_prints_what_it_is_said_to_print(capsys):
             assert capsys.readouterr().out.strip() == item.check.value
 
 
-def test_builtin_json_names_only_what_its_text_says():
+def test_builtin_json_contains_only_what_its_text_says():
     for item in builtin_tasks(60):
         if item.slices["task"] == "json":
             text = item.prompt.rsplit("Text: ", 1)[1]
@@ -170,21 +170,21 @@ def test_facts_have_one_right_answer_each():
     ("nats", "finite", "right"),
     [((-1.0, -2.0), True, True), ((-2.0, -1.0), True, False), ((-1.0, -2.0), False, False)],
 )
-def test_likeliest_choice_counts_if_it_is_a_number(nats, finite, right):
+def test_likeliest_choice_counts_if_its_logits_are_finite(nats, finite, right):
     item = Item(name="x", prompt="p", choices=("a", "b"), right_choice=0)
     answer = Answer(choice_nats=nats, finite=finite)
-    assert is_right(Question(item=item, ids=(1,)), answer, {}) is right
+    assert is_correct(Question(item=item, ids=(1,)), answer, {}) is right
 
 
 @pytest.mark.parametrize("error", ["ValueError", "SystemExit"])
-def test_check_that_fails_on_an_answer_is_named_with_the_item(error):
+def test_check_that_raises_is_named_with_the_item(error):
     def bad(text, line):
         raise {"ValueError": ValueError, "SystemExit": SystemExit}[error]("no number")
 
     item = Item(name="mine:7", prompt="p", check=Check(kind="python", value="bad"))
     question = Question(item=item, ids=(1,))
     with pytest.raises(ConfigError, match=f"'mine:7': the check 'bad' raised {error}"):
-        is_right(question, Answer(text="x"), {"bad": bad})
+        is_correct(question, Answer(text="x"), {"bad": bad})
 
 
 def test_prompt_and_choices_share_no_token():
@@ -195,19 +195,19 @@ def test_prompt_and_choices_share_no_token():
     assert question.choices == ((7,), (7, 8), (9,))
 
 
-def test_choice_that_adds_no_token_is_refused():
+def test_choice_that_adds_no_token_is_rejected():
     item = Item(name="x", prompt="w1", choices=("  ", " w2"))
     with pytest.raises(ConfigError, match="'x': a choice adds no token"):
         make_question(build_tokenizer(), item)
 
 
-def test_chat_without_a_template_is_refused():
+def test_chat_without_a_template_is_rejected():
     item = Item(name="x", messages=({"role": "user", "content": "w1"},))
     with pytest.raises(ConfigError, match="has no chat template"):
         make_question(build_tokenizer(), item)
 
 
-def test_documents_are_cut_into_windows_that_know_where_they_come_from(words):
+def test_documents_are_split_into_windows_with_their_document(words):
     passages = make_passages(
         build_tokenizer(), {"a": [words(50), words(20)], "b": [words(70)]}, window=32, limit=None
     )
@@ -222,7 +222,7 @@ def test_documents_are_cut_into_windows_that_know_where_they_come_from(words):
     assert [p.document for p in few] == ["a:0", "a:0"]
     few = make_passages(build_tokenizer(), {"a": [words(4096)]}, window=32, limit=3)
     assert [p.document for p in few] == ["a:0", "a:1", "a:2"]
-    with pytest.raises(ConfigError, match="'b' has no piece of 16 tokens"):
+    with pytest.raises(ConfigError, match="'b' has no document of 16 tokens"):
         make_passages(
             build_tokenizer(), {"a": [words(90)], "b": [words(15)]}, window=32, limit=None
         )

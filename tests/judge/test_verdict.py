@@ -39,12 +39,12 @@ def test_flips_decide(n, harmful, beneficial, outcome, code):
     )
 
 
-def test_open_question_says_how_many_items_decide_it():
+def test_inconclusive_accuracy_says_how_many_items_are_needed():
     (claim,) = [c for c in verdict(overall=part(200, 8, 4)).claims if c.advice]
     # 12.5 of 201 flip; the score test at 2 points needs about 6.2 * .062 / .02**2.
-    assert "6.2% of them flipping" in claim.advice
+    assert "200 items, of which 6.2% flip" in claim.advice
     assert "1,0" in claim.advice
-    assert "leads to" not in claim.advice or "-2.0 points" not in claim.advice
+    assert "the observed -2.0 points" not in claim.advice
 
 
 def test_one_harmed_slice_fails_an_otherwise_good_model():
@@ -65,15 +65,15 @@ def test_p_values_of_slices_are_adjusted_for_their_number():
     assert among == pytest.approx(10 * alone)
 
 
-def test_small_slice_is_shown_and_not_tested():
+def test_small_slice_is_reported_but_not_tested():
     _, evidence = decide(Evidence(slices=(part(9, 9, 0, name="tiny", right=9),)), MARGINS)
     assert evidence.slices[0].harm_p is None
     assert evidence.slices[0].candidate_accuracy == 0
 
 
-def test_numbers_that_are_not_fail_and_a_suspect_layer_leaves_open():
+def test_nonfinite_logits_fail_and_a_suspect_layer_is_inconclusive():
     good = part(3000, 60, 60)
-    assert verdict(overall=good, not_numbers=1).outcome is Outcome.FAIL
+    assert verdict(overall=good, num_nonfinite=1).outcome is Outcome.FAIL
     linears = [
         LinearError(name=f"b{i}.o", block=i, kind="o", error=0.1, gain=1.03 if i == 3 else 0.995)
         for i in range(8)
@@ -118,18 +118,18 @@ def test_perplexity_alone_decides_where_there_are_no_tasks():
         assert found.outcome is outcome
 
 
-def test_base_that_is_never_right_can_lose_nothing_and_shows_nothing():
+def test_base_that_is_never_right_gives_no_pass():
     (claim, *_) = verdict(overall=part(3000, 0, 0, right=0)).claims
     assert claim.outcome is Outcome.INCONCLUSIVE
-    assert "the base itself gets 0.0% right" in claim.advice
+    assert "The base itself gets only 0.0% right" in claim.advice
     assert verdict(overall=part(3000, 0, 0, right=61)).outcome is Outcome.PASS
 
 
-def test_items_of_few_documents_leave_open_and_say_so():
+def test_too_few_documents_are_inconclusive():
     flips = count_flips([True] * 1000, [True] * 1000, [i // 100 for i in range(1000)])
     (claim, *_) = verdict(overall=measure_slice("all items", flips, 1000, MARGINS)).claims
     assert claim.outcome is Outcome.INCONCLUSIVE
-    assert "the items are of 10 documents; a pass takes 16" in claim.advice
+    assert "The items are from 10 documents; a pass needs at least 16" in claim.advice
 
 
 def test_nothing_measured_is_inconclusive():
@@ -144,6 +144,6 @@ def test_nothing_measured_is_inconclusive():
         ({"alpha": 0.5}, "alpha is 0.5"),
     ],
 )
-def test_wrong_margin_is_refused(changes, part):
+def test_invalid_margin_is_rejected(changes, part):
     with pytest.raises(ConfigError, match=part):
         Margins(**changes)

@@ -29,11 +29,11 @@ def test_last_group_may_be_shorter():
     ("change", "message"),
     [
         ({"bits": 5}, r"bits=5; allowed: \(2, 3, 4, 8\)"),
-        ({"in_features": 0}, r"a 0 -> 64 linear; both must be 1 or more"),
-        ({"group_size": 81}, r"group_size=81 on 80 inputs; allowed are 1\.\.80"),
-        ({"group_size": 0}, r"group_size=0 on 80 inputs"),
-        ({"zero_offset": 2}, r"zero_offset=2; 0 or 1"),
-        ({"dtype": torch.int8}, r"torch\.int8; a floating dtype"),
+        ({"in_features": 0}, r"0 -> 64; both sizes must be at least 1"),
+        ({"group_size": 81}, r"group_size=81 and in_features=80; allowed group sizes: 1\.\.80"),
+        ({"group_size": 0}, r"group_size=0 and in_features=80"),
+        ({"zero_offset": 2}, r"zero_offset=2; allowed: 0, 1"),
+        ({"dtype": torch.int8}, r"torch\.int8; it needs a floating dtype"),
     ],
 )
 def test_impossible_layer_is_refused_by_its_numbers(change, message):

@@ -1,4 +1,4 @@
-"""Activations of 8 bits on every instruction set that this machine has."""
+"""int8 activations on every instruction set of this machine."""
 
 from __future__ import annotations
 

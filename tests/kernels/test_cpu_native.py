@@ -1,4 +1,4 @@
-"""The compiled kernel on every instruction set that this machine has."""
+"""The compiled kernel on every instruction set of this machine."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_environment_lowers_the_instruction_set_or_is_refused(wanted):
     if wanted in ISAS:
         assert done.stdout.strip() == wanted
     else:
-        assert f"HALFBYTE_CPU_ISA is '{wanted}'; this processor can use {ISAS[0]}" in done.stderr
+        assert f"HALFBYTE_CPU_ISA is '{wanted}'; this CPU can use {ISAS[0]}" in done.stderr
 
 
 def test_without_the_file_the_reason_says_what_to_do(monkeypatch):

@@ -1,4 +1,4 @@
-"""What the driver is told, by one that is not there: whose context, which launch, which code."""
+"""Calls of the CUDA driver, recorded by a fake driver: contexts, launches and machine code."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import pytest
 import torch
 
 from halfbyte.errors import KernelUnavailable
-from halfbyte.kernels import cuda_driver, cuda_linear, cuda_rows, cuda_stream
+from halfbyte.kernels import cuda_config, cuda_driver, cuda_linear, cuda_rows, cuda_stream
 from halfbyte.kernels.contract import Operands
-from halfbyte.kernels.cuda_arguments import SMALLEST_SPEC
+from halfbyte.kernels.cuda_config import SMALLEST_SPEC
 from halfbyte.kernels.cuda_rows import RowsConfig
 from halfbyte.kernels.cuda_stream import StreamConfig
 
 OURS = 77
-"""The context of the device that everything is on."""
+"""The context of the device that all tensors are on."""
 
 
 class Driver:
-    """Notes which context was the thread's when something was asked for that needs one."""
+    """A fake driver that records the current context of each call that needs one."""
 
     def __init__(self):
         self.threads = threading.local()
@@ -32,7 +32,7 @@ class Driver:
 
     @property
     def stack(self):
-        """The thread's contexts; a thread has none at first."""
+        """The thread's context stack, initially empty."""
         if not hasattr(self.threads, "stack"):
             self.threads.stack = []
         return self.threads.stack
@@ -79,17 +79,15 @@ class Driver:
 
 @pytest.fixture
 def driver(monkeypatch):
-    """A driver, a compiler and torch's streams that are not there."""
+    """Replace the driver, the compiler and torch's streams by fakes."""
     found = Driver()
     monkeypatch.setattr(cuda_driver, "load_driver", lambda: found)
-    monkeypatch.setattr(cuda_driver, "compile_source", lambda *_, anew=False: b"fresh")
+    monkeypatch.setattr(cuda_driver, "compile_source", lambda *_, force=False: b"fresh")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(cuda_stream=0))
     caches = (
         cuda_driver._find_context,
         cuda_driver.encode_boxes,
-        cuda_linear.load_function,
-        cuda_rows.load_function,
-        cuda_stream.load_function,
+        cuda_config._load,
         cuda_stream._describe_weight,
     )
     for cache in caches:
@@ -142,14 +140,14 @@ def test_a_product_runs_in_the_context_of_its_device(driver, product, before):
     assert ("encode", OURS) in driver.seen or product == "few rows"
 
 
-def test_launches_of_threads_do_not_meet(driver):
+def test_concurrent_launches_do_not_interfere(driver):
     met = threading.Barrier(2, timeout=10)
     launched = []
 
     def launch(config, function, parameters, extra):
-        told = ctypes.cast(parameters[0], ctypes.POINTER(ctypes.c_uint))[0]
-        met.wait()  # the other one has filled its launch in too
-        launched.append((told, config._obj.blocks, config._obj.stream, config._obj.block[0]))
+        blocks = ctypes.cast(parameters[0], ctypes.POINTER(ctypes.c_uint))[0]
+        met.wait()  # until the other thread has filled in its launch too
+        launched.append((blocks, config._obj.blocks, config._obj.stream, config._obj.block[0]))
         return 0
 
     driver.cuLaunchKernelEx = launch
@@ -157,11 +155,13 @@ def test_launches_of_threads_do_not_meet(driver):
         b"fresh", "multiply", threads=64, shared_bytes=0, early_start=True
     )
 
-    class Told(ctypes.Structure):
+    class Parameters(ctypes.Structure):
         _fields_ = (("blocks", ctypes.c_uint),)
 
     threads = [
-        threading.Thread(target=function.launch, args=(blocks, Told(blocks=blocks), blocks + 1))
+        threading.Thread(
+            target=function.launch, args=(blocks, Parameters(blocks=blocks), blocks + 1)
+        )
         for blocks in (100, 200)
     ]
     for thread in threads:
@@ -174,9 +174,9 @@ def test_launches_of_threads_do_not_meet(driver):
 def test_machine_code_that_does_not_load_is_compiled_once_more(driver, monkeypatch):
     asked = []
 
-    def compile_source(source, definitions, architecture, *, anew=False):
-        asked.append(anew)
-        return b"fresh" if anew else b"damaged"
+    def compile_source(source, definitions, architecture, *, force=False):
+        asked.append(force)
+        return b"fresh" if force else b"damaged"
 
     def load():
         return cuda_driver.load_kernel(
@@ -196,8 +196,8 @@ def test_machine_code_that_does_not_load_is_compiled_once_more(driver, monkeypat
     driver.refused = (b"damaged", b"fresh")
     with pytest.raises(KernelUnavailable, match=r"cannot load multiply: .* \(300\)"):
         load()
-    # What the compiler gives again would not load either.
-    monkeypatch.setattr(cuda_driver, "compile_source", lambda *_, anew=False: b"fresh")
+    # Identical machine code is not loaded a second time.
+    monkeypatch.setattr(cuda_driver, "compile_source", lambda *_, force=False: b"fresh")
     seen = len(driver.seen)
     with pytest.raises(KernelUnavailable, match="cannot load"):
         load()

@@ -1,4 +1,4 @@
-"""The CUDA kernel's source on an emulated GPU, against float64; and what surrounds it."""
+"""The CUDA kernel for few rows on an emulated GPU, against float64; its compilation and cache."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from halfbyte.kernels.cuda_linear import (
     SHARED_LIMIT,
     CudaConfig,
     choose_config,
-    count_shared_bytes,
 )
 
 emulated = pytest.mark.skipif(find_compiler() is None, reason="needs a C++ compiler")
@@ -81,7 +80,7 @@ def test_chosen_blocks_fit_the_rows_and_the_memory_of_every_gpu(rows, bits):
         spec = make_linear(bits=bits, symmetric=False, dtype=torch.float16).spec
         config = choose_config(architecture, rows, spec, torch.float32)
         assert config.row_tiles * 8 >= rows
-        assert count_shared_bytes(config, spec, torch.float32) <= limit, architecture
+        assert config.count_shared_bytes(spec, torch.float32) <= limit, architecture
 
 
 def test_work_is_cut_into_equal_runs():
@@ -112,7 +111,7 @@ def test_a_source_that_does_not_compile_is_a_reason(nvrtc):
 
 @pytest.fixture
 def compiled(monkeypatch, tmp_path):
-    """What a compiler that is not there was asked for, and nothing on disk yet."""
+    """Record the calls of a fake compiler, with an empty disk cache."""
     asked = []
 
     def compile_once(nvrtc, source, options):
@@ -142,7 +141,7 @@ def test_machine_code_is_kept_on_disk(compiled, tmp_path):
     cuda_compiler.compile_source("source", {"BITS": 4}, "sm_80")
     assert len(compiled) == 3
     assert [path.suffix for path in list_kept(tmp_path)] == [".cubin"] * 3
-    compile_four_bits(anew=True)
+    compile_four_bits(force=True)
     assert len(compiled) == 4
 
 
@@ -185,7 +184,7 @@ def test_a_full_disk_keeps_nothing_and_leaves_nothing(compiled, tmp_path, monkey
     monkeypatch.setattr(Path, "write_bytes", run_full)
     compile_four_bits()
     assert list_kept(tmp_path) == []
-    assert caplog.text.count("compiled GPU kernels are not kept") == 1
+    assert caplog.text.count("compiled GPU kernels cannot be cached") == 1
 
 
 def test_without_a_home_nothing_is_kept(compiled, monkeypatch):

@@ -1,4 +1,4 @@
-"""The CUDA kernel for few rows that copies in bulk on an emulated GPU, against float64."""
+"""The CUDA kernel with bulk copies for few rows on an emulated GPU, against float64."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from halfbyte.kernels.cuda_stream import (
     StreamConfig,
     choose_config,
     count_group_rows,
-    count_shared_bytes,
     find_mismatch,
     fit_memory,
 )
@@ -156,7 +155,7 @@ def test_thread_blocks_fit_a_multiprocessor(bits, blocks):
     spec = replace(make_spec(symmetric=False), bits=bits, group_size=32)
     config = fit_memory(large, spec, torch.float32)
     assert config.stages >= 2
-    assert blocks * (count_shared_bytes(config, spec, torch.float32) + 1024) <= SHARED_LIMIT + 1024
+    assert blocks * (config.count_shared_bytes(spec, torch.float32) + 1024) <= SHARED_LIMIT + 1024
 
 
 def test_boxes_are_described_to_the_driver(monkeypatch):

@@ -1,4 +1,4 @@
-"""Mistakes that only a GPU would notice are noticed by the emulated one too."""
+"""The emulated GPU detects mistakes that otherwise only a real GPU would."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ MISTAKES = {
         "x is copied while an earlier launch may write it",
     ),
     "counters that are still in use": (
-        "    wait_for_inputs();  // the results",
-        "    // the results",
+        "    wait_for_inputs();  // until then",
+        "    // until then",
         "a counter is counted up while an earlier launch may use it",
     ),
 }

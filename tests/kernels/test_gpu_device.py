@@ -1,4 +1,4 @@
-"""What is asked of GPUs that are not there: counters, the current device, early starts."""
+"""Device queries with fake GPUs: arrival counters, the current device, early start."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_device_is_the_current_one_where_it_is_not_already(device):
         assert device.current == 0
 
 
-def test_a_triton_program_is_launched_on_the_device_of_its_tensors(monkeypatch):
+def test_a_triton_kernel_is_launched_on_the_device_of_its_tensors(monkeypatch):
     entered = []
 
     @contextmanager
@@ -68,12 +68,12 @@ def test_a_triton_program_is_launched_on_the_device_of_its_tensors(monkeypatch):
         yield
         entered.append("left")
 
-    class Program:
+    class Kernel:
         def __getitem__(self, grid):
             return lambda *_, **__: entered.append("launched")
 
     monkeypatch.setattr(triton_decode, "on_device", note)
-    monkeypatch.setattr(triton_decode_kernels, "gate_program", Program())
+    monkeypatch.setattr(triton_decode_kernels, "gate_kernel", Kernel())
     triton_decode.gate(torch.zeros(1, 8))
     assert entered == [torch.device("cpu"), "launched", "left"]
 

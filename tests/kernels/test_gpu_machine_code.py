@@ -1,4 +1,4 @@
-"""Both GPU tiers compiled for GPUs that are not here, and their machine code looked at."""
+"""Checks the machine code of the CUDA and Triton kernels, compiled ahead of time."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import pytest
 import torch
 from tests.helpers.packed import make_linear
 
-from halfbyte.kernels import cuda_linear, cuda_rows, cuda_stream
+from halfbyte.kernels import cuda_linear, cuda_stream
 from halfbyte.kernels.cuda_compiler import compile_source, read_source
+from halfbyte.kernels.cuda_config import define_macros
 from halfbyte.kernels.cuda_rows import RowsConfig
 from halfbyte.kernels.cuda_stream import StreamConfig
 from halfbyte.kernels.gpu_table import load_table
@@ -44,7 +45,7 @@ SPEC = replace(
 
 
 def list_shipped() -> list[TritonConfig]:
-    """Every measured configuration; how the splits are cut changes little of the program."""
+    """Every measured configuration; how the splits are cut changes little of the code."""
     measured = [TritonConfig(**config) for config in load_table("sm_90").triton.values()]
     return list(dict.fromkeys(replace(config, splits=min(config.splits, 2)) for config in measured))
 
@@ -65,7 +66,7 @@ def count(found: list[str], *names: str) -> int:
 
 
 def find_loop(found: list[str]) -> list[str]:
-    """From the first read of staged codes to the last product: one step of 64 inputs."""
+    """Return one step of 64 inputs, from the first read of staged codes to the last product."""
     products = [place for place, name in enumerate(found) if name.startswith("HMMA")]
     reads = [place for place, name in enumerate(found) if re.match(r"LDS\..*128|LDSM", name)]
     return found[min(reads) : products[-1] + 1]
@@ -75,7 +76,7 @@ def find_loop(found: list[str]) -> list[str]:
 @pytest.mark.parametrize("rows", [1, 16, 32, 64])
 def test_cuda_kernel(architecture, rows, tmp_path, nvrtc):
     config = cuda_linear.choose_config(architecture, rows, SPEC, torch.float16)
-    macros = cuda_linear.define_macros(config, SPEC, torch.float16)
+    macros = define_macros(config, SPEC, torch.float16)
     cubin = compile_source(read_source("multiply.cu"), macros, architecture)
     found = disassemble(cubin, tmp_path)
     assert count(found, "HMMA") == 4 * config.tiles * config.row_tiles
@@ -93,7 +94,7 @@ def test_cuda_kernel(architecture, rows, tmp_path, nvrtc):
 def test_cuda_kernel_of_every_width_spills_nothing(bits, dtype, tmp_path, nvrtc):
     spec = replace(SPEC, bits=bits, dtype=dtype, symmetric=False, group_size=32)
     config = cuda_linear.choose_config("sm_90", 1, spec, torch.float16)
-    macros = cuda_linear.define_macros(config, spec, torch.float16)
+    macros = define_macros(config, spec, torch.float16)
     found = disassemble(compile_source(read_source("multiply.cu"), macros, "sm_90"), tmp_path)
     assert count(found, "HMMA") == 4 * config.tiles
     assert count(found, "LDL", "STL") == 0
@@ -108,7 +109,7 @@ def test_cuda_kernel_of_every_width_spills_nothing(bits, dtype, tmp_path, nvrtc)
     ],
 )
 def test_cuda_kernel_that_copies_in_bulk(config, most, tmp_path, nvrtc):
-    macros = cuda_stream.define_macros(config, SPEC, torch.bfloat16)
+    macros = define_macros(config, SPEC, torch.bfloat16)
     found = disassemble(
         compile_source(read_source("multiply_stream.cu"), macros, "sm_90"), tmp_path
     )
@@ -137,7 +138,7 @@ def test_bulk_copies_of_every_width_spill_nothing(bits, dtype, tmp_path, nvrtc):
     spec = replace(SPEC, bits=bits, dtype=dtype, symmetric=False, group_size=32)
     config = StreamConfig(row_tiles=1, tiles=2, warps_out=1, warps_in=16, stages=4)
     config = cuda_stream.fit_memory(config, spec, torch.float32)
-    macros = cuda_stream.define_macros(config, spec, torch.float32)
+    macros = define_macros(config, spec, torch.float32)
     found = disassemble(
         compile_source(read_source("multiply_stream.cu"), macros, "sm_90"), tmp_path
     )
@@ -148,7 +149,7 @@ def test_bulk_copies_of_every_width_spill_nothing(bits, dtype, tmp_path, nvrtc):
 def test_cuda_kernel_for_many_rows(rows, tmp_path, nvrtc):
     tiles = 1 if rows == 256 else 2
     config = RowsConfig(rows=rows, tiles=tiles, warpgroups=2, stages=5)
-    macros = cuda_rows.define_macros(config, SPEC, torch.bfloat16)
+    macros = define_macros(config, SPEC, torch.bfloat16)
     found = disassemble(compile_source(read_source("multiply_rows.cu"), macros, "sm_90a"), tmp_path)
     products = [place for place, name in enumerate(found) if name.startswith("HGMMA")]
     assert len(products) == 4 * tiles
@@ -157,7 +158,7 @@ def test_cuda_kernel_for_many_rows(rows, tmp_path, nvrtc):
     assert count(found, "UBLKCP", "UTMALDG") > 0, "nothing is copied in bulk"
     assert count(found, "USETMAXREG") == 2
     loop = found[products[0] : products[-1]]
-    # Between the products of a step: three of its four sixteens are taken apart.
+    # Three of the four 16-input parts of a step are decoded between its products.
     assert count(loop, *INTEGER) <= BUDGET * tiles * 24
     assert any(re.match(r"LDS\..*128", name) for name in found)
 
@@ -165,7 +166,7 @@ def test_cuda_kernel_for_many_rows(rows, tmp_path, nvrtc):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("config", [TritonConfig(64, 16, 1, 4, 4), TritonConfig(128, 64, 1, 8, 4)])
-def test_triton_program(architecture, zeros, config, tmp_path):
+def test_triton_kernel(architecture, zeros, config, tmp_path):
     found = disassemble(compile_triton(architecture, config, zeros=zeros), tmp_path)
     product = "HGMMA" if architecture == "sm_90" else "HMMA"
     assert count(found, product) > 0
@@ -174,13 +175,13 @@ def test_triton_program(architecture, zeros, config, tmp_path):
     assert count(found, "I2F", "I2FP") == 0, "codes are converted, not set into a mantissa"
     if architecture == "sm_90":
         weights = config.block_out * 64 // (32 * config.warps)
-        # Over the whole program: what stands outside the loop counts too.
+        # Over the whole kernel: what stands outside the loop counts too.
         assert count(found, *INTEGER) <= 3.0 * weights
-        # The layout is the tensor core's own: no code passes through shared memory twice.
+        # The layout matches the tensor core: no code passes through shared memory twice.
         assert count(found, "STS") <= 2
 
 
-def test_triton_program_with_two_groups_in_a_step(tmp_path):
+def test_triton_kernel_with_two_groups_in_a_step(tmp_path):
     config = TritonConfig(64, 16, 2, 4, 5)
     found = disassemble(compile_triton("sm_90", config, zeros=False, group_size=32), tmp_path)
     assert count(found, "HGMMA") == 4
@@ -191,7 +192,7 @@ def test_triton_program_with_two_groups_in_a_step(tmp_path):
 @pytest.mark.parametrize("group_size", [32, 128])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("config", list_shipped(), ids=str)
-def test_every_shipped_program_fits_the_gpu(config, bits, group_size, tmp_path):
+def test_every_shipped_kernel_fits_the_gpu(config, bits, group_size, tmp_path):
     cubin = compile_triton("sm_90", config, zeros=True, group_size=group_size, bits=bits)
     found = disassemble(cubin, tmp_path)
     assert count(found, "HGMMA") > 0
@@ -202,13 +203,13 @@ def test_every_shipped_program_fits_the_gpu(config, bits, group_size, tmp_path):
 
 @pytest.mark.parametrize("page", [0, 16])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_programs_of_a_decode_step(architecture, page, tmp_path):
-    from halfbyte.kernels import triton_decode_kernels as programs
+def test_kernels_of_a_decode_step(architecture, page, tmp_path):
+    from halfbyte.kernels import triton_decode_kernels as kernels
 
     early = architecture == "sm_90"
     options = {"num_stages": 3} | ({"launch_pdl": True} if early else {})
-    norm = compile_program(
-        programs.add_norm_program,
+    norm = compile_kernel(
+        kernels.add_norm_kernel,
         {"HAS_DELTA": True, "BLOCK": 4096, "EARLY": early},
         dict.fromkeys(("x", "delta", "weight", "total", "result"), "*bf16")
         | {"width": "i32", "epsilon": "fp32"},
@@ -216,16 +217,16 @@ def test_programs_of_a_decode_step(architecture, page, tmp_path):
         num_warps=8,
         **options,
     )
-    gate = compile_program(
-        programs.gate_program,
+    gate = compile_kernel(
+        kernels.gate_kernel,
         {"BLOCK": 256, "EARLY": early},
         {"gate_up": "*bf16", "result": "*bf16", "width": "i32"},
         architecture,
         num_warps=2,
         **options,
     )
-    attend = compile_program(
-        programs.attend_program,
+    attend = compile_kernel(
+        kernels.attend_kernel,
         {
             "q_norm": None,
             "k_norm": None,
@@ -260,7 +261,7 @@ def test_programs_of_a_decode_step(architecture, page, tmp_path):
         assert wide
         assert all("128" in name or "64" in name for name in wide)
     assert count(found, "HMMA") > 0
-    # Keys and values are on their way while those before them are multiplied.
+    # Keys and values are loaded while the previous ones are multiplied.
     assert any(name.startswith("LDGSTS") and "128" in name for name in found)
 
 
@@ -272,8 +273,8 @@ def compile_triton(
     group_size: int = 128,
     bits: int = 4,
 ) -> bytes:
-    """Compile the product for a GPU that is not here."""
-    from halfbyte.kernels.triton_kernels import multiply_program
+    """Compile the product ahead of time."""
+    from halfbyte.kernels.triton_kernels import multiply_kernel
 
     constants = {
         "BITS": bits,
@@ -304,8 +305,8 @@ def compile_triton(
         "out_features": "i32",
         "steps_each": "i32",
     }
-    return compile_program(
-        multiply_program,
+    return compile_kernel(
+        multiply_kernel,
         constants,
         types,
         architecture,
@@ -315,8 +316,8 @@ def compile_triton(
     )
 
 
-def compile_program(
-    program: Any,
+def compile_kernel(
+    kernel: Any,
     constants: dict[str, Any],
     types: dict[str, str],
     architecture: str,
@@ -324,11 +325,11 @@ def compile_program(
     unaligned: tuple[str, ...] = (),
     **options: Any,
 ) -> bytes:
-    """Compile a Triton program for a GPU that is not here."""
+    """Compile a Triton kernel ahead of time."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = program.arg_names
+    names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     aligned = [
         index
@@ -336,7 +337,7 @@ def compile_program(
         if signature[name] not in ("constexpr", "fp32") and name not in unaligned
     ]
     source = ASTSource(
-        program,
+        kernel,
         signature,
         constexprs=constants,
         attrs={(index,): [["tt.divisibility", 16]] for index in aligned},

@@ -1,4 +1,4 @@
-"""Which tier runs a layer on which GPU, and how it is cut: decided here with GPUs that are not."""
+"""Kernel selection and tile sizes on various GPUs, all of them fake."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ H100 = ("sm_90", 132)
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Makes torch, Triton and the compiler tell of a GPU that is not there."""
+    """Make torch, Triton and the compiler report a fake GPU."""
 
     def make(capability=(9, 0), *, hip=None, triton=None, compiles=None):
         def load_function(*_):
@@ -139,7 +139,7 @@ def test_doctor_tells_each_reason_and_who_takes_which_rows(gpu, capsys):
 
 @pytest.fixture
 def runs(gpu, monkeypatch):
-    """Who multiplied, in order; nothing is computed."""
+    """The kernels that multiplied, in order; nothing is computed."""
     gpu()
     called = []
 
@@ -190,7 +190,7 @@ def test_rows_go_where_they_were_measured_to_be_faster(runs, sizes, crossing):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """A table that knows the kernel for many rows: faster at 128 and at 1024, slower at 256."""
+    """A table with the kernel for many rows: faster at 128 and at 1024 rows, slower at 256."""
     config = {"rows": 128, "tiles": 2, "warpgroups": 2, "stages": 8}
     shape = (SPEC.in_features, SPEC.out_features)
     many = {(shape, 128): config, (shape, 256): None, (shape, 1024): config}
@@ -218,7 +218,7 @@ def test_many_rows_that_cannot_be_compiled_go_elsewhere(runs, measured, gpu, mon
 
 @pytest.fixture
 def streamed(monkeypatch):
-    """A table that knows the kernel that copies in bulk as the fastest up to 8 rows."""
+    """A table with the kernel with bulk copies as the fastest up to 8 rows."""
     config = {"row_tiles": 1, "tiles": 2, "warps_out": 1, "warps_in": 16, "stages": 6}
     shape = (SPEC.in_features, SPEC.out_features)
     stream = {(shape, 1): config, (shape, 8): config | {"tiles": 4, "warps_in": 8}}
@@ -243,9 +243,9 @@ def test_few_rows_go_to_bulk_copies_where_those_are_faster(runs, streamed, gpu, 
 
 
 def test_a_kernel_that_cannot_be_compiled_is_told_with_its_reason(runs, streamed, gpu):
-    assert "without" not in CudaLinear().describe_division(SPEC)
+    assert "without" not in CudaLinear().describe_row_tiers(SPEC)
     gpu(compiles="too old a compiler")
-    told = CudaLinear().describe_division(SPEC)
+    told = CudaLinear().describe_row_tiers(SPEC)
     assert "without CUDA for many (too old a compiler)" in told
     assert "without CUDA with bulk copies (too old a compiler)" in told
 
@@ -256,7 +256,7 @@ def test_a_layer_with_larger_steps_gets_fewer_stages(measured):
     config = cuda_rows.choose_config(*H100, 100, large, torch.float32)
     assert plain.stages == 8
     assert 2 <= config.stages < 8
-    assert cuda_rows.count_shared_bytes(config, large, torch.float32) <= cuda_rows.SHARED_LIMIT
+    assert config.count_shared_bytes(large, torch.float32) <= cuda_rows.SHARED_LIMIT
 
 
 def test_without_triton_the_cuda_kernel_takes_all_rows_that_it_can(runs, monkeypatch):
@@ -272,10 +272,10 @@ STORED = Operands(
 )
 
 
-def watch_compiling(monkeypatch, kernel):
-    """Gives the configurations that a kernel is compiled with, for an H100."""
+def watch_compiling(monkeypatch):
+    """Record the configurations that kernels are compiled with, for an H100."""
     compiled = []
-    monkeypatch.setattr(kernel, "load_function", lambda config, *_: compiled.append(config))
+    monkeypatch.setattr(cuda_linear, "load_function", lambda config, *_: compiled.append(config))
     monkeypatch.setattr(cuda_linear, "name_architecture", lambda device: "sm_90")
     monkeypatch.setattr(TritonLinear, "prepare", lambda self, stored, spec: ())
     return compiled
@@ -283,7 +283,7 @@ def watch_compiling(monkeypatch, kernel):
 
 def test_everything_that_a_captured_graph_may_launch_is_compiled_before(gpu, monkeypatch):
     gpu()
-    compiled = watch_compiling(monkeypatch, cuda_linear)
+    compiled = watch_compiling(monkeypatch)
     for sizes, rows in (((4096, 6144), 8), ((4096, 4096), 16)):
         compiled.clear()
         spec = replace(SPEC, in_features=sizes[0], out_features=sizes[1])
@@ -291,19 +291,19 @@ def test_everything_that_a_captured_graph_may_launch_is_compiled_before(gpu, mon
         needed = {
             cuda_linear.choose_config("sm_90", m + 1, spec, torch.float16) for m in range(rows)
         }
-        assert set(compiled) == needed
+        assert {config for config in compiled if isinstance(config, CudaConfig)} == needed
 
 
 def test_what_copies_in_bulk_is_compiled_before_for_one_row_too(gpu, streamed, monkeypatch):
     gpu()
-    compiled = watch_compiling(monkeypatch, cuda_stream)
+    compiled = watch_compiling(monkeypatch)
     CudaLinear().prepare(STORED, SPEC)
     needed = {cuda_stream.choose_config("sm_90", rows, SPEC, torch.float16) for rows in (1, 8)}
     assert len(needed) == 2
     assert needed <= set(compiled)
 
 
-# ----------------------------------------------------------------------- how they are cut
+# ----------------------------------------------------------------------- tile sizes
 
 
 def test_shipped_table_has_every_measured_shape_and_fits_the_gpu():
@@ -320,7 +320,7 @@ def test_shipped_table_has_every_measured_shape_and_fits_the_gpu():
         for rows in (8, 16, 32, 64):
             config = CudaConfig(**table.cuda[shape, rows])
             assert 8 * config.row_tiles == rows
-            size = cuda_linear.count_shared_bytes(config, SPEC, torch.bfloat16)
+            size = config.count_shared_bytes(SPEC, torch.bfloat16)
             assert size <= cuda_linear.SHARED_LIMIT["sm_90"]
 
 

@@ -1,4 +1,4 @@
-"""The library built in other ways than this installation's: checked, for ARM, or not at all."""
+"""Other builds of the library: with a sanitizer, for ARM, and without a compiler."""
 
 from __future__ import annotations
 

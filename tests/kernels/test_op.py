@@ -1,4 +1,4 @@
-"""The contract that every registered kernel is held to; a new one is tested by being registered."""
+"""The contract test of all registered kernels; registering a new kernel is enough to test it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.helpers.packed import RandomLinear, make_linear
 from halfbyte.errors import ConfigError
 from halfbyte.kernels import cpu_native, torch_int4, torch_reference
 from halfbyte.kernels.op import dequantize, quantized_linear
-from halfbyte.kernels.registry import KERNELS, find_kernel, why_not
+from halfbyte.kernels.registry import KERNELS, find_kernel, find_rejection
 
 NAMES = [entry.name for entry in KERNELS]
 SHAPES = [
@@ -33,7 +33,7 @@ def fitting_cases():
     for name, bits, dtype, shape in itertools.product(NAMES, (2, 3, 4, 8), DTYPES, SHAPES):
         sizes = dict(zip(("in_features", "out_features", "group_size"), shape, strict=True))
         layer = {"bits": bits, "dtype": dtype, **sizes}
-        if why_not(find_kernel(name), make_linear(**layer).spec) is None:
+        if find_rejection(find_kernel(name), make_linear(**layer).spec) is None:
             kind = str(dtype).removeprefix("torch.")
             yield pytest.param(name, layer, id=f"{name}-{bits}-{kind}-{'x'.join(map(str, shape))}")
 
@@ -41,7 +41,7 @@ def fitting_cases():
 def prepared(name: str, linear: RandomLinear):
     """The kernel and its operands, or skip."""
     kernel = find_kernel(name)
-    reason = why_not(kernel, linear.spec)
+    reason = find_rejection(kernel, linear.spec)
     if reason is not None:
         pytest.skip(reason)
     operands = replace(linear.stored, weight=kernel.prepare(linear.stored, linear.spec))
@@ -231,7 +231,7 @@ def test_dequantize_runs_inside_a_compiled_graph():
     [
         (torch.zeros(2, 64), r"128 -> 64 in torch.float32: the input is torch.float32 with 64 col"),
         (torch.zeros(2, 128).half(), r"the input is torch.float16 with 128 columns"),
-        (torch.zeros(2, 128, device="meta"), r"that is on cpu: the input is on meta"),
+        (torch.zeros(2, 128, device="meta"), r"on cpu: the input is on meta"),
     ],
 )
 def test_wrong_input_is_refused_by_its_numbers(x, message):

@@ -57,7 +57,7 @@ def test_offloaded_layers_keep_their_layout(fakes):
     entries = fakes(FakeKernel("repacking", repacks=True), FakeKernel("plain"))
     choice = select(SPEC, stored_layout=True, kernels=entries)
     assert choice.kernel.name == "plain"
-    assert "not in memory to be repacked" in choice.rejected["repacking"]
+    assert "those of this layer are offloaded" in choice.rejected["repacking"]
 
 
 def test_environment_forces_a_kernel(fakes, monkeypatch):

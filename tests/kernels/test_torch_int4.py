@@ -26,7 +26,7 @@ def kernel():
     ("change", "reason"),
     [
         ({"bits": 3}, "supports 4 bits, not 3"),
-        ({"dtype": torch.float16}, "fast in bfloat16 only; torch runs float16 in a plain loop"),
+        ({"dtype": torch.float16}, "fast only in bfloat16; torch runs float16 in a plain loop"),
         ({"group_size": 16}, "supports group_size 32, 64, 128, 256, not 16"),
         ({"group_size": 32, "in_features": 80}, "group_size 32 does not divide 80 inputs"),
         ({"device_type": "cuda"}, "runs on cpu, not on cuda"),
@@ -70,7 +70,7 @@ def test_stands_aside_where_the_layout_is_unknown(monkeypatch):
     reason = TorchInt4().find_obstacle()
     torch_int4._find_layout.cache_clear()
     assert reason is not None
-    assert "packs int4 in a layout that is not known here" in reason
+    assert "packs int4 in an unknown layout" in reason
 
 
 @pytest.mark.parametrize("halves", [True, False])

@@ -1,6 +1,6 @@
 """What a decode step does between its linears, in Triton's interpreter, against float64.
 
-The interpreter multiplies no bfloat16 and has no early start: programs run here in float16, and
+The interpreter multiplies no bfloat16 and has no early start: the kernels run here in float16, and
 test_gpu_machine_code.py looks at both as they are compiled.
 """
 

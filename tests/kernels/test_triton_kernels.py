@@ -1,7 +1,7 @@
-"""The Triton programs in Triton's interpreter, against float64.
+"""The Triton kernels in Triton's interpreter, against float64.
 
-The interpreter has no inline assembly, so that is emulated, and it multiplies no bfloat16: programs
-run here in float16, and test_gpu_machine_code.py looks at both as they are compiled.
+The interpreter has no inline assembly, which is emulated, and cannot multiply bfloat16: the kernels
+run here in float16, and test_gpu_machine_code.py checks both as compiled.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NAME = "halfbyte.kernels.triton_kernels"
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    """The programs, made anew while Triton interprets."""
+    """Reload the kernels with Triton's interpreter switched on."""
     interpret(monkeypatch, NAME)
 
 
@@ -174,10 +174,10 @@ def test_assembly_takes_the_same_codes_apart(assembly, group_size, symmetric):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_assembly_gives_code_minus_zero_for_every_code_and_zero(dtype):
-    programs = sys.modules[NAME]
+    kernels = sys.modules[NAME]
     half = dtype == torch.float16
-    text = (programs.ASM_FP16 if half else programs.ASM_BF16).value
-    negated = (programs.NEGATED_FP16 if half else programs.NEGATED_BF16).value
+    text = (kernels.ASM_FP16 if half else kernels.ASM_BF16).value
+    negated = (kernels.NEGATED_FP16 if half else kernels.NEGATED_BF16).value
     codes = np.random.default_rng(0).integers(0, 16, (8, 4096))
     places = np.array([0, 16, 4, 20, 8, 24, 12, 28])
     words = (codes << places[:, None]).sum(0).astype(np.uint32)

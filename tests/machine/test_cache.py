@@ -8,18 +8,18 @@ from halfbyte.errors import ConfigError
 from halfbyte.machine.cache import cache_folder
 
 
-def test_the_user_says_where(monkeypatch, tmp_path):
+def test_cache_folder_follows_xdg_cache_home(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "halfbyte"
 
 
 @pytest.mark.parametrize("said", ["", "  ", "relative/path"])
-def test_what_is_no_absolute_path_does_not_count(monkeypatch, said):
+def test_relative_or_empty_xdg_cache_home_is_ignored(monkeypatch, said):
     monkeypatch.setenv("XDG_CACHE_HOME", said)
     assert cache_folder() == Path.home() / ".cache" / "halfbyte"
 
 
-def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
+def test_missing_home_folder_names_the_variable_to_set(monkeypatch):
     def refuse():
         raise RuntimeError("Could not determine home directory.")
 

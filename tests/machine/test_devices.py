@@ -7,15 +7,15 @@ from halfbyte.errors import ConfigError
 from halfbyte.machine.devices import resolve_device
 
 
-def test_auto_is_a_device_that_is_there():
+def test_auto_is_an_existing_device():
     assert torch.ones(1, device=resolve_device("auto")).item() == 1
 
 
-def test_a_device_may_be_given_as_one():
+def test_device_may_be_a_torch_device():
     assert resolve_device(torch.device("cpu")) == torch.device("cpu")
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "meta", ""])
-def test_a_device_that_is_not_there_is_named(name):
-    with pytest.raises(ConfigError, match=f"^device is '{name}', which this machine or this torch"):
+def test_missing_device_is_named(name):
+    with pytest.raises(ConfigError, match=f"^device is '{name}', which this machine or this build"):
         resolve_device(name)

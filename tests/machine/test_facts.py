@@ -8,7 +8,7 @@ from halfbyte.machine import facts
 from halfbyte.version import __version__
 
 
-def test_versions_name_us_python_and_what_can_change_the_numbers(monkeypatch):
+def test_versions_name_halfbyte_python_and_relevant_packages(monkeypatch):
     monkeypatch.setattr(facts, "PACKAGES", ("torch", "no-such-package"))
     versions = facts.installed_versions()
     assert versions["halfbyte"] == __version__

@@ -16,7 +16,7 @@ print(before, resident_memory_bytes(), peak_memory_bytes())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_grows_with_what_is_held():
+def test_resident_memory_grows_with_allocations():
     # In a process of its own: here, what earlier tests freed might serve for it.
     found = subprocess.run(
         [sys.executable, "-c", HOLDER], capture_output=True, text=True, check=True
@@ -35,7 +35,7 @@ print(subprocess.run([sys.executable, "-c", {CHILD!r}], capture_output=True, tex
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
-def test_the_peak_is_not_that_of_the_process_that_started_this_one():
+def test_peak_memory_is_not_inherited_from_the_parent_process():
     done = subprocess.run(
         [sys.executable, "-c", PARENT], capture_output=True, text=True, check=True
     )

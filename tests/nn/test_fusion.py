@@ -14,7 +14,7 @@ from halfbyte.kernels.fragments import dequantize_in_torch, find_layout_mismatch
 from halfbyte.kernels.registry import find_kernel
 from halfbyte.kernels.triton_linear import TritonLinear
 from halfbyte.nn import fusion
-from halfbyte.nn.fusion import NAMES, Fusion, find_difference, fuse_linears
+from halfbyte.nn.fusion import NAMES, Fusion, find_fusion_obstacle, fuse_linears
 from halfbyte.nn.linear import QuantLinear
 
 QKV = NAMES[0]
@@ -154,7 +154,7 @@ def test_one_product_for_all_and_nothing_is_kept_afterwards(products):
     for _ in range(2):
         model(torch.randn(3, 128))
     assert products == [256, 256]
-    assert model.q_proj.fusion._kept is None
+    assert model.q_proj.fusion._pending is None
 
 
 def test_parts_are_contiguous_as_a_linears_result_is():
@@ -285,7 +285,7 @@ def test_tensors_are_counted_once():
 def test_linears_that_differ_stay_apart(change, reason):
     model = Attention().prepare("torch_reference")
     change(model)
-    assert find_difference([model.get_submodule(name) for name in QKV]) == reason
+    assert find_fusion_obstacle([model.get_submodule(name) for name in QKV]) == reason
     assert fuse_linears(model) == (reason is None)
 
 
@@ -293,7 +293,7 @@ def test_inputs_in_different_orders_stay_apart():
     layers = [make_layer(make_linear(act_order=True, symmetric=False, seed=s)) for s in (1, 2)]
     for layer in layers:
         layer.prepare(kernel="torch_reference")
-    assert find_difference(layers) == "their inputs are in different orders"
+    assert find_fusion_obstacle(layers) == "their inputs are in different orders"
 
 
 def test_a_kernel_that_does_not_gain_is_left_alone(monkeypatch):

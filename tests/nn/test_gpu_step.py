@@ -1,4 +1,4 @@
-"""A step of few launches, interpreted on the CPU, against the model's own forward."""
+"""The GPU decode step in Triton's interpreter, against the model's forward."""
 
 from __future__ import annotations
 
@@ -64,15 +64,15 @@ def test_it_gives_the_logits_of_the_whole_sequence(on_the_cpu, kind):
     with torch.inference_mode():
         expected = model.float()(IDS).logits[0]
     steps = GraphSteps(model.half(), 8)
-    steps.read(IDS[:, :4])
-    assert steps.own_forward_because is None
+    steps.prefill(IDS[:, :4])
+    assert steps.fallback_reason is None
     for position in range(4, 8):
         found = steps(int(IDS[0, position]), position)
         torch.testing.assert_close(found, expected[position], rtol=1e-2, atol=1e-2)
     # A second sequence finds nothing of the first.
-    steps.read(IDS[:, 2:4])
+    steps.prefill(IDS[:, 2:4])
     own = GraphSteps(model, 8, own_forward=True)
-    own.read(IDS[:, 2:4])
+    own.prefill(IDS[:, 2:4])
     torch.testing.assert_close(steps(7, 2), own(7, 2), rtol=1e-2, atol=1e-2)
 
 
@@ -81,10 +81,10 @@ def test_a_model_that_computes_something_else_keeps_its_own_forward(on_the_cpu, 
     plain = model.model.layers[1].mlp.forward
     monkeypatch.setattr(model.model.layers[1].mlp, "forward", lambda x: plain(x) * 3)
     steps = GraphSteps(model, 8)
-    steps.read(IDS[:, :4])
-    assert "computes something else" in steps.own_forward_because
+    steps.prefill(IDS[:, :4])
+    assert "computes differently" in steps.fallback_reason
     own = GraphSteps(model, 8, own_forward=True)
-    own.read(IDS[:, :4])
+    own.prefill(IDS[:, :4])
     assert torch.equal(steps(7, 4), own(7, 4))
 
 
@@ -97,8 +97,8 @@ def test_a_model_that_computes_something_else_late_in_a_text_is_found_out(on_the
 
     model.model.layers[1].register_forward_pre_hook(change, with_kwargs=True)
     steps = GraphSteps(model, 8)
-    steps.read(IDS[:, :4])
-    assert "something else from position 56 on" in steps.own_forward_because
+    steps.prefill(IDS[:, :4])
+    assert "computes differently from position 56 on" in steps.fallback_reason
 
 
 def test_what_is_in_the_way_is_named(on_the_cpu, monkeypatch):
@@ -108,6 +108,6 @@ def test_what_is_in_the_way_is_named(on_the_cpu, monkeypatch):
     assert "has no layers or norm or rotary_emb" in gpu_step.find_mismatch(other)
     model = make_model("qwen3, with norms of heads")
     model.model.layers[0].self_attn.q_norm.weight = torch.nn.Parameter(torch.ones(4 * 32).half())
-    assert "not over one head" in gpu_step.find_mismatch(model)
+    assert "norms are not per head" in gpu_step.find_mismatch(model)
     monkeypatch.setattr(gpu_step, "DEVICES", ("cuda",))
     assert gpu_step.find_mismatch(make_model("llama")) == "it is on cpu"

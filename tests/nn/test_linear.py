@@ -9,7 +9,7 @@ from tests.helpers.packed import RandomLinear, make_linear
 from torch import nn
 
 from halfbyte.errors import CheckpointError, ConfigError, KernelUnavailable, ModelError
-from halfbyte.kernels.registry import KERNELS, find_kernel, why_not
+from halfbyte.kernels.registry import KERNELS, find_kernel, find_rejection
 from halfbyte.nn.linear import QuantLinear
 
 
@@ -34,7 +34,7 @@ def make_layer(linear: RandomLinear, *, with_bias: bool = True) -> QuantLinear:
 def layer(request):
     """A bf16 layer prepared for each kernel in turn."""
     linear = make_linear(dtype=torch.bfloat16, symmetric=False, act_order=True)
-    reason = why_not(find_kernel(request.param), linear.spec)
+    reason = find_rejection(find_kernel(request.param), linear.spec)
     if reason is not None:
         pytest.skip(reason)
     made = make_layer(linear)
@@ -107,9 +107,9 @@ def test_loads_a_state_dict_while_prepared(layer):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"symmetric": False}, "up has symmetric zeros, but the state dict's is of another"),
+        ({"symmetric": False}, "up has symmetric zeros, but the state dict is of another"),
         ({"zero_offset": 0}, "up has symmetric zeros, but"),
-        ({"act_order": True}, "up has its groups in order, but"),
+        ({"act_order": True}, "up has contiguous groups, but"),
     ],
 )
 @pytest.mark.parametrize("prepared", [False, True])

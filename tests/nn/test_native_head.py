@@ -71,7 +71,7 @@ def test_a_rounded_head_is_off_by_half_a_step_at_most(bits):
 
 
 def test_other_bits_and_widths_are_refused():
-    with pytest.raises(ConfigError, match=r"The head can have \(16, 8, 4\) bits, not 5"):
+    with pytest.raises(ConfigError, match=r"the head to 5 bits; allowed: \(16, 8, 4\)"):
         NativeHead(make_head(torch.float32), 5)
-    with pytest.raises(ConfigError, match="A head of width 7 cannot be rounded"):
+    with pytest.raises(ConfigError, match="head of width 7 to 8 bits: the width is not a mult"):
         round_weight(torch.randn(4, 7), 8)

@@ -1,4 +1,4 @@
-"""What offsets add: against float64 loops, in every order of groups, with its gradient."""
+"""Offsets against float64 loops, in every order of groups, with their gradient."""
 
 from __future__ import annotations
 

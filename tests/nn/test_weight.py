@@ -12,7 +12,7 @@ from halfbyte.nn.weight import QuantizedWeight
 
 
 class Layer:
-    """Counts how often its weight is made."""
+    """Counts how often its weight is dequantized."""
 
     def __init__(self):
         self.numbers = torch.arange(12.0).view(3, 4)

@@ -1,4 +1,4 @@
-"""Engines of tiny models, and requests to them, for tests that need no server."""
+"""Engines of tiny models and requests to them, for tests without a server."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from transformers import PreTrainedTokenizerFast
 import halfbyte
 from halfbyte.kernels.native_library import open_library
 from halfbyte.serve.engine.config import EngineConfig
-from halfbyte.serve.engine.contract import Ended, Generated, Prompted, TokenRequest
+from halfbyte.serve.engine.contract import Ended, Generated, Prefilled, TokenRequest
 from halfbyte.serve.engine.engine import EmbeddedEngine
 from halfbyte.serve.engine.loading import make_engine
 
 POSITIONS = 256
 VOCABULARY = 384
-"""Three special tokens, 256 bytes, and some that nobody writes."""
+"""Three special tokens, 256 bytes, and some unused ids."""
 
 
 def write_model(folder: Path, *, positions: int = POSITIONS) -> Path:
-    """A Llama of random codes with a tokenizer of bytes."""
+    """Write a Llama with random codes and a byte tokenizer."""
     config = tiny_llama_config(max_position_embeddings=positions, vocab_size=VOCABULARY)
     write_checkpoint(folder, config, Recipe())
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -47,14 +47,14 @@ def load_float32(folder: Path) -> Any:
 
 
 def runners() -> tuple[str, ...]:
-    """Those that this installation has."""
+    """The runners that this installation has."""
     return ("transformers",) if open_library().functions is None else ("transformers", "native")
 
 
 @asynccontextmanager
 async def open_tiny(folder: Path, runner: str = "transformers", **settings: Any):
-    """An engine of a tiny model; closed in the end."""
-    # Each token as it comes: tests look at the order in which they do.
+    """An engine of a tiny model; closed at the end."""
+    # Every token is delivered at once: tests check the order.
     settings = {"cache_gb": 0.002, "runner": runner, "piece_seconds": 0.0, **settings}
     engine = make_engine(load_float32(folder), folder, EngineConfig(**settings))
     try:
@@ -64,7 +64,7 @@ async def open_tiny(folder: Path, runner: str = "transformers", **settings: Any)
 
 
 def ask(prompt: Sequence[int], max_new_tokens: int = 8, **settings: Any) -> TokenRequest:
-    """A greedy request that does not end by itself."""
+    """A greedy request that ignores the end-of-text token."""
     values = {"temperature": 0.0, "ignore_end": True, **settings}
     return TokenRequest(prompt=tuple(prompt), max_new_tokens=max_new_tokens, **values)
 
@@ -74,12 +74,12 @@ async def collect(engine: EmbeddedEngine, request: TokenRequest) -> list[Any]:
 
 
 async def tokens_of(engine: EmbeddedEngine, request: TokenRequest) -> list[int]:
-    """The tokens of an answer whose events come in the promised order."""
+    """The tokens of an answer; checks the order of its events."""
     events = await collect(engine, request)
-    assert isinstance(events[0], Prompted)
+    assert isinstance(events[0], Prefilled)
     assert isinstance(events[-1], Ended)
     assert all(isinstance(event, Generated) for event in events[1:-1])
-    return [event.rated.token for event in events[1:-1]]
+    return [event.scored.token for event in events[1:-1]]
 
 
 async def all_tokens(engine: EmbeddedEngine, requests: Sequence[TokenRequest]) -> list[list[int]]:
@@ -101,7 +101,7 @@ def mixed_requests(count: int, *, seed: int = 0, longest: int = 40, **settings: 
 
 
 def generate_greedily(model: Any, request: TokenRequest) -> list[int]:
-    """What Transformers' own generate() gives, past ends of text as well."""
+    """The tokens of Transformers' generate(), also after the end of the text."""
     model.generation_config.eos_token_id = None
     ids = torch.tensor([request.prompt])
     found = model.generate(

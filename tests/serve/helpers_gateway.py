@@ -1,4 +1,4 @@
-"""A gateway with keys, over an engine that says fixed things."""
+"""A gateway with keys, over an engine of scripted answers."""
 
 from __future__ import annotations
 

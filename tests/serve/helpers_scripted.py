@@ -1,4 +1,4 @@
-"""An engine that says what it is told to say, token by token, over a real tokenizer."""
+"""An engine of scripted answers, token by token, over a real tokenizer."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from halfbyte.serve.engine.contract import (
     EngineInfo,
     EngineLoad,
     Generated,
-    Prompted,
-    Rated,
+    Prefilled,
+    ScoredToken,
     TokenEvent,
     TokenRequest,
 )
@@ -25,7 +25,7 @@ DEFAULT_ANSWER = "Hello! This is an answer, with a naïve café and 日本語 �
 
 @dataclass(kw_only=True)
 class ScriptedEngine:
-    """Answers by what stands in the prompt; the newest entry that fits wins."""
+    """Answers by what the prompt contains; the last matching entry wins."""
 
     tokenizer: object
     script: dict[str, object] = field(default_factory=dict)
@@ -33,7 +33,7 @@ class ScriptedEngine:
     delay: float = 0.0
     """Seconds between tokens."""
     together: int = 1
-    """Events that it gives at a time."""
+    """Events per batch."""
     context: int = 512
     requests: list[TokenRequest] = field(default_factory=list)
     running: int = 0
@@ -96,7 +96,7 @@ class ScriptedEngine:
             answer = self._find_answer(request)
             if isinstance(answer, Exception):
                 raise answer
-            yield Prompted(cached_tokens=1, rated=self._rate_prompt(request))
+            yield Prefilled(cached_tokens=1, scored_prompt=self._score_prompt(request))
             for number, token in enumerate(answer):
                 if number == request.max_new_tokens:
                     finished = True
@@ -109,7 +109,7 @@ class ScriptedEngine:
                     finished = True
                     yield Ended(reason="stop_token", stop_token=token)
                     return
-                yield Generated(rated=self._rate(token, request.top_logprobs), entropy=1.5)
+                yield Generated(scored=self._score(token, request.top_logprobs), entropy=1.5)
             finished = True
             yield Ended(reason="end")
         except ServeError:
@@ -129,15 +129,15 @@ class ScriptedEngine:
             return self.tokenizer(answer, add_special_tokens=False)["input_ids"]
         return answer
 
-    def _rate_prompt(self, request):
+    def _score_prompt(self, request):
         if request.prompt_logprobs is None:
             return None
-        rest = [self._rate(token, request.prompt_logprobs) for token in request.prompt[1:]]
+        rest = [self._score(token, request.prompt_logprobs) for token in request.prompt[1:]]
         return (None, *rest)
 
-    def _rate(self, token, top):
+    def _score(self, token, top):
         if top is None:
-            return Rated(token=token, logprob=math.nan)
+            return ScoredToken(token=token, logprob=math.nan)
         others = [(token, -0.25), ((token + 1) % len(self.tokenizer), -2.0)]
         others += [((token + k) % len(self.tokenizer), -2.0 - k) for k in range(2, top)]
-        return Rated(token=token, logprob=-0.25, top=tuple(others[:top]))
+        return ScoredToken(token=token, logprob=-0.25, top=tuple(others[:top]))

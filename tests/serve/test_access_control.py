@@ -1,4 +1,4 @@
-"""Who may ask, and how much."""
+"""Access control, and limits on requests."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_every_path_but_health_needs_a_key(caplog):
     assert SECRET not in caplog.text
 
 
-def test_engine_learns_the_keys_name_and_never_the_secret():
+def test_engine_gets_the_keys_name_but_not_the_secret():
     gateway, engine = make_gateway(keys=[f"ann:{SECRET}"])
     with serve(gateway) as server:
         httpx2.post(f"{server.v1}/chat/completions", json=CHAT, headers=bearer(SECRET))
@@ -53,7 +53,7 @@ def test_engine_learns_the_keys_name_and_never_the_secret():
     assert SECRET not in repr(gateway)
 
 
-def test_without_keys_only_names_of_this_machine_are_answered():
+def test_without_keys_only_local_host_names_are_accepted():
     with serve(make_gateway(ServeConfig(allowed_hosts=("box.lan",)))[0]) as server:
         port = server.address.rpartition(":")[2]
         for host, status in (
@@ -70,7 +70,7 @@ def test_without_keys_only_names_of_this_machine_are_answered():
             assert reply.status_code == status, host
 
 
-def test_page_in_a_browser_cannot_post():
+def test_cross_site_post_is_rejected():
     with serve(make_gateway()[0]) as server:
         for media in ("text/plain", "application/x-www-form-urlencoded", ""):
             reply = httpx2.post(
@@ -92,12 +92,12 @@ def test_key_entries():
     assert keys.find(hashed) is keys.find("") is keys.find("\udcff") is None
     assert SECRET not in repr(keys)
     for entries, said in (
-        (["ann:short"], "'ann' has 5 characters; it needs 8"),
-        (["a/b:long-enough-secret"], "name of API key 1 is not one"),
-        (["ann:long-enough-1", "ann:long-enough-2"], "Two API keys are called 'ann'"),
-        (["ann:with a space"], "holds a space"),
-        ([f"ann:sha256:{'ab' * 31}"], "come 64 hexadecimal digits, not 62 characters"),
-        ([f"ann:SHA256:{'xy' * 32}"], "come 64 hexadecimal digits, not 64 characters"),
+        (["ann:short"], "'ann' has 5 characters; it must have at least 8"),
+        (["a/b:long-enough-secret"], "API key 1 has an invalid name"),
+        (["ann:long-enough-1", "ann:long-enough-2"], "Two API keys are named 'ann'"),
+        (["ann:with a space"], "contains a space"),
+        ([f"ann:sha256:{'ab' * 31}"], "followed by 64 hexadecimal digits, found 62 characters"),
+        ([f"ann:SHA256:{'xy' * 32}"], "followed by 64 hexadecimal digits, found 64 characters"),
         ([f"sha256:{'ab' * 32}"], "API key 1 is a hash without a name"),
     ):
         with pytest.raises(ConfigError) as caught:
@@ -120,10 +120,10 @@ def test_key_file_and_environment(tmp_path, monkeypatch):
         read_key_file(tmp_path / "none")
 
 
-def test_open_address_without_a_key_is_refused(monkeypatch):
+def test_public_address_requires_a_key(monkeypatch):
     monkeypatch.delenv("HALFBYTE_API_KEYS", raising=False)
     for host in ("0.0.0.0", "::", "box.lan"):
-        with pytest.raises(ConfigError, match=f"Not listening on {host} without an API key"):
+        with pytest.raises(ConfigError, match=f"Cannot listen on {host} without an API key"):
             read_keys(ServeConfig(host=host))
     assert read_keys(ServeConfig(host="0.0.0.0", api_keys=(f"ann:{SECRET}",)))
     assert SECRET not in repr(ServeConfig(api_keys=(f"ann:{SECRET}",)))
@@ -133,7 +133,7 @@ def test_open_address_without_a_key_is_refused(monkeypatch):
 
 
 def raw(server, *packets, wait=5.0):
-    """Send packets as they are; give what comes back until the server closes or `wait` is over."""
+    """Send raw packets; return what is received until the server closes or `wait` seconds pass."""
     host, port = server.address.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=wait) as client:
         for number, packet in enumerate(packets):
@@ -168,7 +168,7 @@ def test_body_is_limited_while_it_is_read():
         assert reply.status_code == 200
 
 
-def test_a_head_is_limited_in_size_and_in_time(monkeypatch):
+def test_headers_are_limited_in_size_and_time(monkeypatch):
     monkeypatch.setattr(connection, "HEAD_SECONDS", 0.5)
     with serve(make_gateway()[0]) as server:
         one = b"X-Padding: " + b"x" * 1000 + b"\r\n"
@@ -177,7 +177,7 @@ def test_a_head_is_limited_in_size_and_in_time(monkeypatch):
         assert b"model" in raw(server, start, one * 30, one * 30 + end, wait=1)
         refused = raw(server, start, *[one * 33] * 2, wait=5)
         assert refused.startswith(b"HTTP/1.1 400 ")
-        assert refused.endswith(b"The request's head has more than 65536 bytes.")
+        assert refused.endswith(b"The request's headers have more than 65536 bytes.")
         for text in (b"", HEAD.encode(), b"POST"):
             begun = time.monotonic()
             assert raw(server, text, wait=10) == b""
@@ -186,14 +186,14 @@ def test_a_head_is_limited_in_size_and_in_time(monkeypatch):
         assert reply.status_code == 200
 
 
-def test_a_body_in_the_same_packet_is_not_counted_as_head():
+def test_body_in_the_same_packet_is_not_counted_as_headers():
     with serve(make_gateway(ServeConfig(body_bytes=10**6))[0]) as server:
         body = json.dumps(dict(CHAT, user="x" * 200_000)).encode()
         head = HEAD + f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
         assert raw(server, head.encode() + body).startswith(b"HTTP/1.1 200 ")
 
 
-def test_requests_that_come_in_one_packet_are_answered_in_turn():
+def test_pipelined_requests_are_answered_in_order():
     with serve(make_gateway()[0]) as server:
         body = json.dumps(CHAT).encode()
         one = (HEAD + f"Content-Length: {len(body)}\r\n\r\n").encode() + body
@@ -243,7 +243,7 @@ def test_choices_are_limited():
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_answer_that_takes_too_long_is_ended(stream, monkeypatch):
+def test_answer_is_cancelled_at_its_deadline(stream, monkeypatch):
     monkeypatch.setattr("halfbyte.serve.api.gateway.GRACE_SECONDS", 0.1)
     gateway, engine = make_gateway(ServeConfig(request_seconds=0.3), delay=0.1)
     with serve(gateway) as server:
@@ -302,7 +302,7 @@ def test_adapters_load_by_name_from_their_folder_only(tmp_path):
         assert post("unload", "good").status_code == 404
 
 
-def test_failure_inside_says_nothing_of_it(caplog):
+def test_internal_errors_reveal_no_details(caplog):
     gateway, _ = make_gateway(script={"hello": RuntimeError("secret path")})
     with serve(gateway) as server:
         reply = httpx2.post(f"{server.v1}/chat/completions", json=CHAT)

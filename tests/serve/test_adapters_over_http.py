@@ -1,4 +1,4 @@
-"""A real adapter, loaded into a running server by its name, asked, and taken away again."""
+"""A real adapter, loaded into a running server by name, used, and unloaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KEY = "secret-of-the-test"
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """A model, and a folder with one adapter for it and one for nothing."""
+    """A model, and a folder with one adapter that fits it and one that does not."""
     model = write_model(tmp_path_factory.mktemp("models") / "tiny")
     adapters = tmp_path_factory.mktemp("adapters")
     settings = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
@@ -31,7 +31,7 @@ def places(tmp_path_factory):
     return model, adapters
 
 
-def test_adapter_comes_and_goes(places):
+def test_adapter_is_loaded_used_and_unloaded(places):
     model, adapters = places
     with running(model, "--adapters", adapters, HALFBYTE_API_KEYS=f"ann:{KEY}") as (_, address, _):
         client = openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0, timeout=60)

@@ -1,4 +1,4 @@
-"""How much each key may ask for, and how long a connection may hold its place."""
+"""Limits per key, and timeouts of stalled connections."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.limits import Limits
 
 
-def test_limits_of_a_key_do_not_touch_another():
-    told = []
-    limits = Limits(most=3, most_per_key=2, tokens_per_minute=100, refused=told.append)
+def test_limits_are_counted_per_key():
+    exceeded = []
+    limits = Limits(
+        max_requests=3, max_requests_per_key=2, tokens_per_minute=100, on_rejection=exceeded.append
+    )
     with limits.enter("ann"), limits.enter("ann"):
-        with pytest.raises(ServeError, match="2 requests at once") as caught, limits.enter("ann"):
+        with pytest.raises(ServeError, match="2 running requests") as caught, limits.enter("ann"):
             pass
         assert (caught.value.status, caught.value.retry_after) == (429, 1.0)
-        refused = pytest.raises(ServeError, match="has 3 requests")
+        refused = pytest.raises(ServeError, match="has 3 running requests")
         with limits.enter("bob"), refused, limits.enter("carl"):
             pass
     assert limits.running == 0
@@ -41,15 +43,15 @@ def test_limits_of_a_key_do_not_touch_another():
         raise ServeError("Too long.")
     with limits.enter("carl"):
         pass
-    with pytest.raises(ServeError, match="took 120 tokens") as caught, limits.enter("ann"):
+    with pytest.raises(ServeError, match="used 120 tokens") as caught, limits.enter("ann"):
         pass
     assert 50 < caught.value.retry_after <= 60
-    assert told == ["key_requests", "requests", "key_tokens"]
+    assert exceeded == ["key_requests", "requests", "key_tokens"]
     with limits.enter("bob"):
         pass
 
 
-def test_requests_over_a_keys_limit_get_429_and_the_others_an_answer():
+def test_requests_over_a_keys_limit_get_429():
     gateway, _ = make_gateway(
         ServeConfig(key_requests=2), keys=["ann:first-secret", "bob:second-secret"], delay=0.02
     )
@@ -70,7 +72,7 @@ def test_requests_over_a_keys_limit_get_429_and_the_others_an_answer():
     assert all(reply.headers["retry-after"] == "1" for reply in refused)
 
 
-def test_key_pays_for_its_tokens():
+def test_tokens_count_against_the_keys_limit():
     gateway, _ = make_gateway(ServeConfig(key_tokens=50), keys=["ann:first-secret"])
     with serve(gateway) as server:
         codes = [
@@ -83,7 +85,7 @@ def test_key_pays_for_its_tokens():
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_key_pays_for_an_answer_that_it_leaves(stream):
+def test_tokens_of_an_abandoned_answer_count(stream):
     gateway, engine = make_gateway(
         ServeConfig(key_tokens=10), keys=["ann:first-secret"], delay=0.05
     )
@@ -104,7 +106,7 @@ def test_key_pays_for_an_answer_that_it_leaves(stream):
     assert (reply.status_code, engine.closed_early) == (429, 1)
 
 
-def test_body_of_a_refused_request_does_not_go_on_for_ever(monkeypatch):
+def test_endless_body_of_a_rejected_request_is_cut_off(monkeypatch):
     monkeypatch.setattr("halfbyte.serve.api.connection.REST_SECONDS", 0.3)
     gateway, _ = make_gateway(keys=["ann:first-secret"])
     with serve(gateway) as server:
@@ -152,7 +154,7 @@ def flooded(monkeypatch, *flood):
             yield client, gateway
 
 
-def test_client_that_does_not_read_gives_its_place_back(monkeypatch):
+def test_stalled_reader_is_disconnected(monkeypatch):
     with flooded(monkeypatch, 100, 1_000_000) as (_, gateway):
         deadline = time.monotonic() + 10
         time.sleep(0.2)
@@ -162,7 +164,7 @@ def test_client_that_does_not_read_gives_its_place_back(monkeypatch):
             time.sleep(0.01)
 
 
-def test_client_that_reads_slowly_gets_all_of_a_large_answer(monkeypatch):
+def test_slow_reader_gets_a_large_answer(monkeypatch):
     with flooded(monkeypatch, 1, 20_000_000) as (client, _):
         end = b""
         while not end.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):

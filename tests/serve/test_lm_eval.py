@@ -1,4 +1,4 @@
-"""lm-eval's `local-completions` against our server: likelihoods are those of the model itself."""
+"""lm-eval's `local-completions` against our server: log-likelihoods match the model's own."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def served(model):
 
 
 def rate(model, ids, start):
-    """The log-likelihood of what comes from a place on, and whether each token was likeliest."""
+    """The log-likelihood of the tokens from a position on, and whether each was the argmax."""
     with torch.inference_mode():
         logits = model(torch.tensor([ids])).logits[0].double()
     rated = logits.log_softmax(-1)[start - 1 : -1]
@@ -61,7 +61,7 @@ def test_likelihoods_are_the_models_own(served, model):
         assert greedy == is_greedy
 
 
-def test_generation_stops_where_lm_eval_says(served, model):
+def test_generation_stops_at_lm_evals_stop_strings(served, model):
     arguments = ("hello", {"until": ["\n\n"], "max_gen_toks": 8, "do_sample": False})
     (text,) = served.generate_until([Instance("generate_until", {}, arguments, 0)])
     own, tokenizer = load_float32(model), AutoTokenizer.from_pretrained(model)

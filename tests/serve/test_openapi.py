@@ -1,8 +1,8 @@
-"""Requests and answers against OpenAI's own OpenAPI document, which comes with llm-comply.
+"""Requests and answers checked against OpenAI's OpenAPI document, which comes with llm-comply.
 
-Schemathesis makes bodies out of the document, right ones and wrong ones. Whatever comes, there is
-no 5xx; a 200 is as the document says, chunk by chunk where it is a stream; everything else has
-OpenAI's form of an error.
+Schemathesis generates valid and invalid bodies from the document. No response may be a 5xx; a 200
+must conform to the document, each chunk of a stream too; all others must be errors in OpenAI's
+format.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ FORCED = '[{"name": "get_weather", "arguments": {"location": "Rome"}}]'
 
 @cache
 def document():
-    """The document, cut down to three paths, with our model's name in it."""
+    """The document, reduced to three paths, with our model's name in it."""
     spec = json.loads(SPEC.read_text())
     paths = {path: {"post": spec["paths"][path]["post"]} for path in POSTS}
     paths["/models"] = {"get": spec["paths"]["/models"]["get"]}
@@ -69,7 +69,7 @@ def document():
 
 
 def close_requests(schemas):
-    """Let made requests have the document's fields alone, or most would be refused by the first.
+    """Let generated requests have only the document's fields; else most would be rejected.
 
     The document leaves objects open; a chat's request is several, which are put together here.
     """
@@ -103,7 +103,7 @@ def close(node):
 
 @cache
 def validator(name):
-    """Of a named schema, with OpenAPI's `nullable` written as JSON Schema does."""
+    """A validator of a named schema, with OpenAPI's `nullable` converted to JSON Schema."""
 
     def convert(node):
         if isinstance(node, list):
@@ -136,7 +136,7 @@ def server():
 
 
 def check(path, reply):
-    """Whether an answer is as the document says."""
+    """Check that an answer conforms to the document."""
     assert reply.status_code < 500, reply.text
     if reply.status_code != 200:
         assert 400 <= reply.status_code < 500, reply.status_code
@@ -153,7 +153,7 @@ def check(path, reply):
 
 
 def run_cases(server, path, mode, count):
-    """Send so many made bodies; give how many answers had which status."""
+    """Send generated bodies; return how many answers had which status."""
     schema = schemathesis.openapi.from_dict(document())
     schema.config.update(base_url=server.v1)
     statuses = Counter()
@@ -178,7 +178,7 @@ def run_cases(server, path, mode, count):
 
 
 def post(client, case):
-    """Send a case by a client that reads a stream to its end; schemathesis' own does not."""
+    """Send a case with a client that reads streams to their end; schemathesis' own does not."""
     made = case.as_transport_kwargs()
     content = json.dumps(made["json"]).encode() if "json" in made else made.get("data")
     headers = {"Content-Type": "application/json"}
@@ -187,7 +187,7 @@ def post(client, case):
 
 @pytest.mark.parametrize("path", POSTS)
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
-def test_made_bodies(server, path, mode):
+def test_generated_bodies(server, path, mode):
     statuses = run_cases(server, path, mode, 75)
     assert sum(statuses.values()) >= 70
 
@@ -195,7 +195,7 @@ def test_made_bodies(server, path, mode):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", POSTS)
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
-def test_ten_thousand_made_bodies(server, path, mode):
+def test_ten_thousand_generated_bodies(server, path, mode):
     statuses = run_cases(server, path, mode, 2500)
     assert sum(statuses.values()) >= 2500, statuses
 
@@ -216,7 +216,7 @@ def test_list_of_models(server):
     tokens=st.integers(0, 5),
 )
 @settings(max_examples=40, deadline=None)
-def test_answers_of_right_requests(server, stream, include_usage, logprobs, n, echo, tokens):
+def test_answers_of_valid_requests(server, stream, include_usage, logprobs, n, echo, tokens):
     more = {"n": n, "stream": stream}
     if stream:
         more["stream_options"] = {"include_usage": include_usage}

@@ -1,4 +1,4 @@
-"""What an answer costs for every token: no task, no timer, no more pieces than it has to have.
+"""The cost of an answer per token: no task, no timer, no unnecessary pieces.
 
 And that an answer says the same, in however few pieces its tokens come.
 """
@@ -16,12 +16,12 @@ from tests.serve.helpers_scripted import ScriptedEngine
 from tests.serve.helpers_text import make_tokenizer
 
 from halfbyte.errors import ServeError
-from halfbyte.serve.api.answers import AnswerForm, gather
+from halfbyte.serve.api.answers import AnswerFormatter, collect_answer
 from halfbyte.serve.api.gateway import Gateway
 from halfbyte.serve.backend import Call, Delta, Finish, Served, Usage
 from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.embedded import EmbeddedBackend
-from halfbyte.serve.engine.contract import Ended, Generated, Prompted
+from halfbyte.serve.engine.contract import Ended, Generated, Prefilled
 from halfbyte.serve.routing.router import Router
 
 
@@ -31,7 +31,7 @@ def call_of(**body):
 
 
 class TellingEngine(ScriptedEngine):
-    """Notes in whose task it is read."""
+    """Records in which task it is read."""
 
     def generate(self, request):
         async def generate():
@@ -43,7 +43,7 @@ class TellingEngine(ScriptedEngine):
 
 
 @pytest.mark.parametrize("choices", [1, 3])
-def test_a_single_choice_is_read_by_whoever_wants_it(choices):
+def test_single_choice_runs_in_the_callers_task(choices):
     tokenizer = make_tokenizer()
     engine = TellingEngine(tokenizer=tokenizer)
     engine.readers = set()
@@ -60,7 +60,7 @@ def test_a_single_choice_is_read_by_whoever_wants_it(choices):
 
 
 async def stream_to(gateway, send):
-    """Ask a gateway for a completion, streamed with its usage."""
+    """Request a completion from a gateway, streamed with usage."""
     left = asyncio.Event()
 
     async def receive():
@@ -79,7 +79,7 @@ async def stream_to(gateway, send):
 
 
 @pytest.mark.parametrize("together", [1, 4, 99])
-def test_a_stream_is_sent_in_a_piece_for_what_comes_together_and_its_end_with_the_last(together):
+def test_simultaneous_events_are_sent_as_one_piece(together):
     tokenizer = make_tokenizer()
     script = {"hello": "one two three"}
     engine = ScriptedEngine(tokenizer=tokenizer, script=script, together=together)
@@ -102,7 +102,7 @@ def test_a_stream_is_sent_in_a_piece_for_what_comes_together_and_its_end_with_th
     assert (done, nothing) == ("data: [DONE]", "")
 
 
-def test_the_engine_hands_tokens_over_when_the_next_step_is_ready_to_run(tmp_path):
+def test_engine_delivers_tokens_when_the_next_step_is_planned(tmp_path):
     folder = write_model(tmp_path)
     order = []
 
@@ -118,20 +118,20 @@ def test_the_engine_hands_tokens_over_when_the_next_step_is_ready_to_run(tmp_pat
     async def work():
         async with open_tiny(folder) as engine:
             note(engine._scheduler, "plan")
-            note(engine, "_post")
+            note(engine, "_deliver_due")
             note(engine._runner, "run")
             assert len(await collect(engine, ask([5, 6, 7], 4))) == 6
 
     asyncio.run(work())
     while order[0] != "plan":
         order.pop(0)
-    assert order[:12] == ["plan", "_post", "run"] * 4
+    assert order[:12] == ["plan", "_deliver_due", "run"] * 4
     # The last token, with nothing left to run, is not kept.
-    assert order[12] == "_post"
+    assert order[12] == "_deliver_due"
 
 
 @pytest.mark.parametrize("choices", [1, 2])
-def test_usage_so_far_is_told_with_every_piece_where_it_is_asked_for(choices):
+def test_continuous_usage_is_sent_with_every_piece(choices):
     tokenizer = make_tokenizer()
     backend = EmbeddedBackend(
         ScriptedEngine(tokenizer=tokenizer), tokenizer, model="m", config=ServeConfig()
@@ -140,9 +140,9 @@ def test_usage_so_far_is_told_with_every_piece_where_it_is_asked_for(choices):
     async def events_of(**options):
         options = {"include_usage": True, **options}
         call = call_of(n=choices, stream=True, stream_options=options)
-        form = AnswerForm(call, "m")
+        formatter = AnswerFormatter(call, "m")
         events = [event async for event in backend.stream(call)]
-        chunks = [chunk for event in events for chunk in form.chunks(event)]
+        chunks = [chunk for event in events for chunk in formatter.format_chunks(event)]
         return [json.loads(chunk.removeprefix(b"data: ")) for chunk in chunks]
 
     usual = asyncio.run(events_of())
@@ -159,7 +159,7 @@ def test_usage_so_far_is_told_with_every_piece_where_it_is_asked_for(choices):
 
 
 @pytest.mark.parametrize("stop", ["wo", "three", None])
-def test_an_answer_is_the_same_in_however_few_pieces_it_comes(stop):
+def test_answer_does_not_depend_on_its_pieces(stop):
     tokenizer = make_tokenizer()
 
     def told(together):
@@ -169,7 +169,7 @@ def test_an_answer_is_the_same_in_however_few_pieces_it_comes(stop):
         body = {"max_tokens": 64, "logprobs": 2} | ({"stop": stop} if stop else {})
 
         async def work():
-            return await gather(backend.stream(call_of(**body)))
+            return await collect_answer(backend.stream(call_of(**body)))
 
         return asyncio.run(work())
 
@@ -184,7 +184,7 @@ def test_an_answer_is_the_same_in_however_few_pieces_it_comes(stop):
         assert usage == one_by_one[1]
 
 
-def test_tokens_that_come_faster_than_pieces_may_go_out_together(tmp_path):
+def test_fast_tokens_are_delivered_together(tmp_path):
     folder = write_model(tmp_path)
 
     async def pieces(seconds):
@@ -193,27 +193,27 @@ def test_tokens_that_come_faster_than_pieces_may_go_out_together(tmp_path):
 
     # The first token waits for nobody, and nothing waits once the answer is over.
     first, rest = asyncio.run(pieces(10))
-    assert [type(event) for event in first] == [Prompted, Generated]
+    assert [type(event) for event in first] == [Prefilled, Generated]
     assert [type(event) for event in rest] == [Generated] * 8 + [Ended]
     each = asyncio.run(pieces(0))
     assert [sum(isinstance(e, Generated) for e in events) for events in each] == [1] * 9
     assert [e for events in each for e in events] == [*first, *rest]
 
 
-def test_a_request_that_fails_gives_the_tokens_that_waited_before_it_says_so(tmp_path):
+def test_pending_tokens_are_delivered_before_an_error(tmp_path):
     folder = write_model(tmp_path)
 
     async def work():
         async with open_tiny(folder, piece_seconds=10) as engine:
             seen = []
-            steps, draw = engine._steps, engine._steps._note_token
+            steps, draw = engine._steps, engine._steps._add_token
 
             def break_after_five(job, *arguments):
-                if job.new_tokens == 5:
+                if job.num_new_tokens == 5:
                     raise ServeError("It broke.", status=500)
                 return draw(job, *arguments)
 
-            steps._note_token = break_after_five
+            steps._add_token = break_after_five
 
             async def read():
                 async for events in engine.generate(ask([5, 6, 7], 9)):
@@ -223,10 +223,10 @@ def test_a_request_that_fails_gives_the_tokens_that_waited_before_it_says_so(tmp
                 await read()
             return seen
 
-    assert [type(event) for event in asyncio.run(work())] == [Prompted, *[Generated] * 5]
+    assert [type(event) for event in asyncio.run(work())] == [Prefilled, *[Generated] * 5]
 
 
-def test_those_who_watch_look_at_an_answer_when_its_client_has_it():
+def test_monitors_run_after_the_client_has_the_answer():
     tokenizer = make_tokenizer()
     backend = EmbeddedBackend(
         ScriptedEngine(tokenizer=tokenizer), tokenizer, model="m", config=ServeConfig()
@@ -239,7 +239,7 @@ def test_those_who_watch_look_at_an_answer_when_its_client_has_it():
     assert order[-1] == 200
 
 
-def test_a_client_that_leaves_with_the_whole_answer_has_not_left():
+def test_disconnect_after_the_whole_answer_is_not_an_abort():
     seen = []
     router = Router(ScriptedBackend("small", answer("one two")), observers=[seen.append])
 
@@ -253,7 +253,7 @@ def test_a_client_that_leaves_with_the_whole_answer_has_not_left():
     assert [one.status for one in seen] == [200]
 
 
-def test_an_answer_without_an_end_is_told_to_be_broken_and_not_done():
+def test_incomplete_answer_is_an_error():
     seen = []
     events = [event for event in answer("one two") if not isinstance(event, Finish)]
     backend = ScriptedBackend("small", events, models=("m",))

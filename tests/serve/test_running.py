@@ -1,4 +1,4 @@
-"""How a server begins to listen, keeps connections, drains and stops."""
+"""How a server starts to listen, keeps connections, drains and stops."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from halfbyte.serve.config import ServeConfig
 from halfbyte.serve.running import bind, run_server
 
 
-def test_draining_refuses_new_requests_and_finishes_running_ones():
+def test_draining_rejects_new_requests_and_finishes_running_ones():
     gateway, _ = make_gateway(delay=0.03)
     with serve(gateway) as server, ThreadPoolExecutor(1) as pool:
 
@@ -44,7 +44,7 @@ def test_draining_refuses_new_requests_and_finishes_running_ones():
     assert answer.json()["choices"][0]["message"]["content"] == DEFAULT_ANSWER
 
 
-def test_draining_ends_in_time_whatever_runs():
+def test_draining_ends_at_its_timeout():
     gateway, engine = make_gateway(
         ServeConfig(drain_seconds=0.3), delay=0.2, script={"hello": "word " * 200}
     )
@@ -68,7 +68,7 @@ def test_draining_ends_in_time_whatever_runs():
 
 @pytest.fixture
 def terminal():
-    """Whoever runs the tests may ignore that a terminal is closed, as nohup does."""
+    """The tests may run with SIGHUP ignored, as under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
@@ -100,14 +100,14 @@ def test_signal_lets_running_answers_finish(name):
     assert asyncio.run(run()) == 200
 
 
-def test_socket_is_one_that_asyncio_sends_small_pieces_over_at_once():
+def test_asyncio_sends_small_pieces_without_delay():
     # Asyncio sets TCP_NODELAY only where the socket says that it is TCP; without it every answer's
     # first token waits 40 ms for an acknowledgement.
     with bind("127.0.0.1", 0) as bound:
         assert bound.proto == socket.IPPROTO_TCP
 
 
-def test_port_that_is_taken_while_the_model_loads_is_told():
+def test_port_taken_while_the_model_loads_is_an_error():
     gateway, _ = make_gateway()
     with bind("127.0.0.1", 0) as other, bind(*other.getsockname()) as ours:
         other.listen()
@@ -126,7 +126,7 @@ def test_one_connection_serves_many_requests():
         connection.close()
 
 
-def test_many_at_once_are_all_answered():
+def test_many_concurrent_requests_are_answered():
     gateway, _ = make_gateway(delay=0.001)
 
     async def ask_all(address):

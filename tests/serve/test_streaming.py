@@ -1,4 +1,4 @@
-"""Work that ends when its client leaves, and what a stream sends."""
+"""Cancellation when the client disconnects, and what a stream sends."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from halfbyte.serve.api.streaming import ClientLeft, EventStream, WhileConnected
+from halfbyte.serve.api.streaming import CancelOnDisconnect, ClientDisconnected, EventStream
 
 
 class Client:
-    """Stays until it is told to leave."""
+    """A client that stays connected until it is told to disconnect."""
 
     def __init__(self):
         self.leaving = asyncio.Event()
@@ -22,7 +22,7 @@ class Client:
 
 
 async def wait_for(client, begun, cleaned):
-    async with WhileConnected(client.receive):
+    async with CancelOnDisconnect(client.receive):
         try:
             begun.set()
             await asyncio.Event().wait()
@@ -30,11 +30,11 @@ async def wait_for(client, begun, cleaned):
             cleaned.append(True)
 
 
-def test_work_is_cancelled_when_the_client_leaves_and_the_task_goes_on():
+def test_work_is_cancelled_on_disconnect_and_the_task_continues():
     async def run():
         client, begun, cleaned = Client(), asyncio.Event(), []
         asyncio.get_running_loop().call_later(0.01, client.leaving.set)
-        with pytest.raises(ClientLeft):
+        with pytest.raises(ClientDisconnected):
             await wait_for(client, begun, cleaned)
         assert cleaned == [True]
         assert asyncio.current_task().cancelling() == 0
@@ -45,7 +45,7 @@ def test_work_is_cancelled_when_the_client_leaves_and_the_task_goes_on():
 
 
 @pytest.mark.parametrize("leaves", [False, True])
-def test_a_task_that_somebody_else_cancels_is_cancelled(leaves):
+def test_external_cancellation_is_passed_on(leaves):
     async def run():
         client, begun, cleaned = Client(), asyncio.Event(), []
         task = asyncio.create_task(wait_for(client, begun, cleaned))
@@ -63,10 +63,10 @@ def test_a_task_that_somebody_else_cancels_is_cancelled(leaves):
     asyncio.run(run())
 
 
-def test_a_client_that_leaves_afterwards_cancels_nobody():
+def test_disconnect_after_the_block_cancels_nothing():
     async def run():
         client = Client()
-        async with WhileConnected(client.receive):
+        async with CancelOnDisconnect(client.receive):
             await asyncio.sleep(0)
         client.leaving.set()
         await asyncio.sleep(0.01)
@@ -75,7 +75,7 @@ def test_a_client_that_leaves_afterwards_cancels_nobody():
     assert asyncio.run(run()) == "done"
 
 
-def test_a_stream_sends_its_head_its_pieces_and_its_end():
+def test_stream_sends_headers_pieces_and_end():
     sent = []
 
     async def pieces():
@@ -87,7 +87,7 @@ def test_a_stream_sends_its_head_its_pieces_and_its_end():
 
     async def run():
         async with AsyncExitStack() as stack:
-            await stack.enter_async_context(WhileConnected(Client().receive))
+            await stack.enter_async_context(CancelOnDisconnect(Client().receive))
             stream = EventStream(pieces(), {"X-Request-Id": "a"}, stack.pop_all())
         await stream({}, None, send)
 

@@ -1,4 +1,4 @@
-"""Stop strings, tool calls and spelling, against any cut of the text into pieces."""
+"""Stop strings, tool calls and token texts, for any split of the text into pieces."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from halfbyte.serve.text.tool_calls import (
     LLAMA,
     MISTRAL,
     ToolCallFilter,
-    find_form,
-    read_calls,
+    detect_call_format,
+    parse_calls,
 )
 
 
@@ -52,14 +52,14 @@ def test_stop_filter_equals_a_search_in_the_whole_text(text, stops, places):
 
 
 class SlowTokenizer(PreTrainedTokenizerFast):
-    """Turns texts round before it reads them, as no Rust tokenizer would."""
+    """Reverses texts before it encodes them, which the Rust tokenizer does not."""
 
     def _encode_plus(self, text, **settings):
         return super()._encode_plus(text[::-1], **settings)
 
 
 @given(st.text(max_size=40), st.booleans())
-def test_a_prompt_is_encoded_as_transformers_would(text, add_special):
+def test_prompt_is_encoded_as_by_transformers(text, add_special):
     trained = make_tokenizer()
     # What a file says of these is meant for training: nothing of a prompt is cut off or filled up.
     trained.backend_tokenizer.enable_truncation(3)
@@ -81,16 +81,16 @@ def test_a_prompt_is_encoded_as_transformers_would(text, add_special):
 @pytest.mark.parametrize(
     "arguments", [r'{"x": "\ud83d"}', "[" * 900 + "]" * 900], ids=["half a character", "deep"]
 )
-def test_arguments_that_no_template_can_write_are_the_requests_fault(arguments):
+def test_unencodable_arguments_are_a_client_error(arguments):
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
     messages = [{"role": "assistant", "content": None, "tool_calls": [call]}]
-    with pytest.raises(ServeError, match="does not take these messages") as caught:
+    with pytest.raises(ServeError, match="does not accept these messages") as caught:
         Prompts(make_tokenizer()).encode_chat(messages)
     assert (caught.value.status, caught.value.param) == (400, "messages")
 
 
 @given(st.text(max_size=40))
-def test_text_stream_gives_the_text_back_whole(text):
+def test_text_stream_returns_the_whole_text(text):
     tokenizer = make_tokenizer()
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     stream = TextStream(tokenizer)
@@ -98,7 +98,7 @@ def test_text_stream_gives_the_text_back_whole(text):
     assert "".join(pieces) + stream.finish() == tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def test_text_stream_lets_broken_bytes_go_and_keeps_characters():
+def test_text_stream_replaces_broken_bytes_and_keeps_characters():
     tokenizer = make_tokenizer()
     broken = tokenizer.convert_tokens_to_ids("Ł")  # a byte that begins nothing
     smile = tokenizer("🙂", add_special_tokens=False)["input_ids"]
@@ -146,7 +146,7 @@ FORMS = {
 
 @pytest.mark.parametrize("name", FORMS)
 @given(places=st.lists(st.integers(0, 200), max_size=20))
-def test_calls_are_found_however_the_text_is_cut(name, places):
+def test_calls_are_found_however_the_text_is_split(name, places):
     form, text, content, calls = FORMS[name]
     tool_filter = ToolCallFilter(form, {"add": {}})
     texts, found = [], []
@@ -161,13 +161,13 @@ def test_calls_are_found_however_the_text_is_cut(name, places):
     assert [call.index for call in found] == list(range(len(calls)))
 
 
-def test_call_of_a_tool_that_was_not_given_is_text():
+def test_call_of_an_unknown_tool_is_content():
     tool_filter = ToolCallFilter(HERMES, {"other": {}})
     text = f"<tool_call>{CALL}</tool_call>"
     assert tool_filter.feed(text) == (text, ())
 
 
-def test_tagged_parameters_are_of_the_types_that_the_tool_asks_for():
+def test_tagged_parameters_have_the_types_of_the_schema():
     properties = {"zip": {"type": "string"}, "count": {"type": "integer"}}
     tool_filter = ToolCallFilter(HERMES, {"add": {"type": "object", "properties": properties}})
     values = {"zip": "01234", "count": "5", "other": "true", "half": '{"x": "\\ud83d"}'}
@@ -177,27 +177,27 @@ def test_tagged_parameters_are_of_the_types_that_the_tool_asks_for():
     assert json.loads(calls[0].arguments) == found
 
 
-def test_no_more_calls_than_may_come():
-    tool_filter = ToolCallFilter(HERMES, {"add": {}}, most=1)
+def test_number_of_calls_is_limited():
+    tool_filter = ToolCallFilter(HERMES, {"add": {}}, max_calls=1)
     _, calls = tool_filter.feed(f"<tool_call>{CALL}</tool_call>" * 2)
     assert len(calls) == 1
-    assert tool_filter.full
+    assert tool_filter.is_full
     assert tool_filter.finish() == ("", ())
 
 
 @given(st.text('{}[]":,a1 ', max_size=40))
-def test_reading_calls_never_fails(text):
-    assert isinstance(read_calls(text), list)
+def test_parsing_calls_never_fails(text):
+    assert isinstance(parse_calls(text), list)
 
 
-def test_deep_nesting_is_no_call():
-    assert read_calls("[" * 100_000) == []
+def test_deep_nesting_is_not_a_call():
+    assert parse_calls("[" * 100_000) == []
 
 
-def test_form_by_template_and_ids():
-    assert find_form("... <tool_call> ...") is HERMES
-    assert find_form("... [TOOL_CALLS] ...") is MISTRAL
-    assert find_form("... tools ...") is LLAMA
+def test_call_format_is_detected_and_ids_match_it():
+    assert detect_call_format("... <tool_call> ...") is HERMES
+    assert detect_call_format("... [TOOL_CALLS] ...") is MISTRAL
+    assert detect_call_format("... tools ...") is LLAMA
     _, calls = ToolCallFilter(MISTRAL, {"add": {}}).feed("")
     tool_filter = ToolCallFilter(MISTRAL, {"add": {}})
     tool_filter.feed(f"[TOOL_CALLS][{CALL}]")

@@ -1,4 +1,4 @@
-"""One timer for many waits does what a timer for each would do."""
+"""One timer for many waits behaves like a timer for each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ async def later(seconds, value="done"):
     return value
 
 
-def test_a_wait_that_takes_too_long_is_cancelled_and_others_are_not():
+def test_only_a_wait_past_its_deadline_is_cancelled():
     async def work():
         loop, limit = asyncio.get_running_loop(), TimeLimit()
         assert await limit.wait(later(0), loop.time() + 5) == "done"
@@ -31,18 +31,18 @@ def test_a_wait_that_takes_too_long_is_cancelled_and_others_are_not():
         with pytest.raises(TimeoutError):
             await limit.wait(stuck(), loop.time() + 0.05)
         assert cancelled.is_set()
-        assert limit.is_over
+        assert limit.has_expired
         # Set for the past wait, it goes off in the midst of this one, which has time left.
         await limit.wait(later(0), loop.time() + 0.02)
         assert await limit.wait(later(0.1), loop.time() + 5) == "done"
-        assert not limit.is_over
+        assert not limit.has_expired
         assert asyncio.current_task().cancelling() == 0
         limit.close()
 
     asyncio.run(work())
 
 
-def test_what_is_waited_for_may_raise_a_timeout_of_its_own():
+def test_timeout_of_the_awaited_work_is_passed_on():
     async def own():
         raise TimeoutError("its own")
 
@@ -50,12 +50,12 @@ def test_what_is_waited_for_may_raise_a_timeout_of_its_own():
         limit = TimeLimit()
         with pytest.raises(TimeoutError, match="its own"):
             await limit.wait(own(), asyncio.get_running_loop().time() + 5)
-        assert not limit.is_over
+        assert not limit.has_expired
 
     asyncio.run(work())
 
 
-def test_a_task_that_somebody_else_cancels_is_cancelled():
+def test_external_cancellation_is_passed_on():
     async def work():
         limit = TimeLimit()
         late = asyncio.get_running_loop().time() + 0.05
@@ -70,7 +70,7 @@ def test_a_task_that_somebody_else_cancels_is_cancelled():
     asyncio.run(work())
 
 
-def test_a_thousand_waits_take_one_timer(monkeypatch):
+def test_a_thousand_waits_use_one_timer(monkeypatch):
     async def work():
         loop, limit = asyncio.get_running_loop(), TimeLimit()
         timers, call_at = [], loop.call_at

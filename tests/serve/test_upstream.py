@@ -49,7 +49,7 @@ def test_events_are_the_same_however_the_bytes_are_cut(texts, ends, places):
 
 
 def test_event_without_an_end_is_refused(monkeypatch):
-    monkeypatch.setattr("halfbyte.serve.server_sent_events.MOST_BYTES", 100)
+    monkeypatch.setattr("halfbyte.serve.server_sent_events.MAX_EVENT_BYTES", 100)
     parser = EventParser()
     with pytest.raises(ValueError, match="more than 100 bytes"):
         parser.feed(b"data: " + b"x" * 200)
@@ -84,7 +84,7 @@ def test_usage_that_nobody_told_is_left_out_and_not_made_up():
     untold = stream(chunk("Hel"), chunk("lo"), chunk(finish="stop"), "[DONE]")
     with raw_server(untold) as server:
         assert ask([server.address])[-1] == Usage(
-            prompt_tokens=0, completion_tokens=2, is_told=False
+            prompt_tokens=0, completion_tokens=2, is_reported=False
         )
         upstream = UpstreamBackend.open([server.address])
         with serve(Gateway(backend=upstream, config=ServeConfig())) as running:
@@ -118,7 +118,7 @@ def test_tokens_of_a_text_are_asked_of_whoever_has_the_model():
                 assert [reply.status_code for reply in replies] == [200, 200]
             refused = client.post(outer.address + "/detokenize", json={"tokens": [10**6]})
             assert refused.status_code == 400
-            assert "1000000 is none of the model's" in refused.json()["error"]["message"]
+            assert "1000000 is outside the model's vocabulary" in refused.json()["error"]["message"]
             outer.call(upstream.close())
     with raw_server(reply(b"{}", status="404 Not Found")) as server:
         upstream = UpstreamBackend.open([server.address])

@@ -140,7 +140,7 @@ def test_limits_of_answers_hold_for_other_servers_too():
     assert sent(limited) == (7, None)
     assert sent(ServeConfig(most_tokens=10)) == (10, None)
     assert sent(limited, max_tokens=9) == (9, None)
-    refused = "max_completion_tokens is 11; this server gives 10 at most."
+    refused = "max_completion_tokens is 11; this server allows at most 10."
     assert sent(limited, max_completion_tokens=11) == (None, refused)
 
 

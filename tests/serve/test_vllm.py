@@ -194,7 +194,7 @@ def test_adapters_come_and_go_and_are_there_again_after_a_crash(vllm, adapters, 
                 await control.load("broken")
             assert caught.value.status == 400
             assert str(adapters) not in str(caught.value)
-            with pytest.raises(ServeError, match="served already"):
+            with pytest.raises(ServeError, match="already served"):
                 await control.load("red")
             with pytest.raises(ServeError):
                 await ask(backend, "crash")
@@ -209,7 +209,7 @@ def test_adapters_come_and_go_and_are_there_again_after_a_crash(vllm, adapters, 
             assert backend.models == ("tiny",)
             # By another name than its own it is what the fallbacks of other servers ask for.
             assert await ask(backend, model="red") == ANSWER
-            with pytest.raises(ServeError, match="no adapter red; loaded are: none"):
+            with pytest.raises(ServeError, match=r"red is not loaded\. Loaded adapters: none"):
                 await control.unload("red")
 
     asyncio.run(run())

@@ -1,4 +1,4 @@
-"""The verb `calibration`: what to know of a calibration text before it is used."""
+"""The verb `calibration`: inspects a calibration text before it is used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from halfbyte.quant_config import CalibrationConfig
 if TYPE_CHECKING:
     from halfbyte.quantize.inspection import Inspection
 
-HELP = "inspect a calibration text before it is used"
+HELP = "inspect a calibration text before quantizing with it"
 BUILT_IN = "built-in"
 
 
@@ -23,30 +23,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     inspect = actions.add_parser(
         "inspect",
-        help="how far a calibration text is from the text that the model will see",
+        help="measure how far a calibration text is from the text that the model will see",
         allow_abbrev=False,
     )
     inspect.add_argument(
-        "file", metavar="FILE", help=f"the calibration text, or '{BUILT_IN}' for what ships"
+        "file",
+        metavar="FILE",
+        help=f"calibration text, or '{BUILT_IN}' for the text that ships with halfbyte",
     )
     inspect.add_argument(
         "--against",
         type=Path,
         required=True,
         metavar="WORKLOAD",
-        help="text of the kind that the model will see: text file or JSON lines",
+        help="text of the kind that the model will see: a text file or JSON lines",
     )
     inspect.add_argument(
         "--model", type=Path, required=True, metavar="MODEL", help="folder of the model"
     )
     inspect.add_argument(
-        "--samples", type=int, default=32, metavar="N", help="sequences of each (default: 32)"
+        "--samples", type=int, default=32, metavar="N", help="sequences of each text (default: 32)"
     )
     inspect.add_argument(
         "--length", type=int, default=512, metavar="N", help="tokens per sequence (default: 512)"
     )
-    inspect.add_argument("--picture", type=Path, metavar="PNG", help="draw the layers' distances")
-    inspect.add_argument("--json", action="store_true", help="print the result as JSON")
+    inspect.add_argument(
+        "--picture",
+        type=Path,
+        metavar="PNG",
+        help="plot the distance of each layer's inputs to this PNG file",
+    )
+    inspect.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -76,9 +83,9 @@ def _print_table(found: Inspection) -> None:
         "perplexity", f"{found.calibration_perplexity:.1f}", f"{found.workload_perplexity:.1f}"
     )
     table.add_row(
-        "share of the workload's tokens that occur",
+        "share of the workload's tokens that occur in the text",
         f"{found.coverage:.1%}",
-        f"{found.coverage_floor:.1%} (half in half)",
+        f"{found.coverage_floor:.1%} (one half in the other)",
     )
     console.print(table)
     console.print(f"Verdict: {found.verdict}. " + "; ".join(found.reasons) + ".", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The verb `compare`: may a quantized model replace its base?"""
+"""The verb `compare`: decides whether a quantized model may replace its base."""
 
 from __future__ import annotations
 
@@ -15,168 +15,194 @@ from halfbyte.cli.output import console, err_console, make_bars
 from halfbyte.errors import ConfigError
 
 if TYPE_CHECKING:
-    from halfbyte.judge.compare import Progress
     from halfbyte.judge.comparison import Comparison
+    from halfbyte.judge.progress import Progress
     from halfbyte.judge.setup import CompareConfig
 
 HELP = (
-    "say whether a model may replace its base: pass (exit code 0), fail (1) or inconclusive (2); "
-    "3 where the comparison itself failed"
+    "decide whether a model may replace its base: pass (exit code 0), fail (1) or inconclusive "
+    "(2); 3 if the comparison itself failed"
 )
 
 EXIT_ERROR = 3
-"""1 and 2 are verdicts."""
+"""For all errors, because 1 and 2 are verdicts."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options and positionals."""
     parser.add_argument(
-        "base", metavar="BASE", help="folder of the base, or an OpenAI-compatible http address"
+        "base",
+        metavar="BASE",
+        help="folder of the base model, or the address of an OpenAI-compatible server",
     )
     parser.add_argument(
         "candidate",
         metavar="CANDIDATE",
-        help="folder of the model to judge, or an address such as http://localhost:8000/v1#NAME",
+        help="folder of the model to compare, or an address such as http://localhost:8000/v1#NAME",
     )
-    what = parser.add_argument_group("what is asked")
-    what.add_argument(
+    _add_question_arguments(parser)
+    _add_margin_arguments(parser)
+    _add_measurement_arguments(parser)
+    _add_output_arguments(parser)
+
+
+def _add_question_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("questions and texts")
+    group.add_argument(
         "--tasks",
         type=Path,
         action="append",
         default=[],
         metavar="FILE",
-        help="JSONL of prompts and answers; may be given again (default: the built-in tasks)",
+        help="JSONL file of prompts and answers; repeatable (default: the built-in tasks)",
     )
-    what.add_argument(
+    group.add_argument(
         "--slice",
         action="append",
         default=[],
         metavar="KEY",
-        help="divide the tasks by this key of their lines; may be given again",
+        help="divide the task items into slices by this key; repeatable",
     )
-    what.add_argument(
-        "--checks", type=Path, metavar="FILE", help="Python file with check functions; it is run"
+    group.add_argument(
+        "--checks",
+        type=Path,
+        metavar="FILE",
+        help="Python file with check functions; its code is run",
     )
-    what.add_argument(
+    group.add_argument(
         "--lm-eval",
         action="append",
         default=[],
         metavar="TASK",
-        help="a task of lm-eval (extra 'evaluate'), by name or YAML file; may be given again",
+        help="lm-eval task, by name or YAML file; repeatable (needs the extra 'evaluate')",
     )
-    what.add_argument(
+    group.add_argument(
         "--builtin",
         type=int,
         metavar="N",
-        help="N items of each of the five built-in tasks (default: 60, or none beside others)",
+        help="N items of each of the five built-in tasks (default: 60, or 0 with other tasks)",
     )
-    running = what.add_mutually_exclusive_group()
-    running.add_argument(
+    text = group.add_mutually_exclusive_group()
+    text.add_argument(
         "--text",
         type=Path,
         action="append",
         default=[],
         metavar="FILE",
-        help="UTF-8 running text; may be given again (default: held-out text of five kinds)",
+        help="UTF-8 file of running text; repeatable (default: held-out text of five kinds)",
     )
-    running.add_argument("--no-text", action="store_true", help="leave running text out")
-    what.add_argument("--no-edge-cases", action="store_true", help="leave odd inputs out")
-    margins = parser.add_argument_group("what may be lost")
-    for name, default, text in (
-        ("margin", 2.0, "points of accuracy over all items"),
-        ("slice-margin", 10.0, "points of accuracy within one slice"),
-        ("perplexity-margin", 10.0, "percent of perplexity"),
+    text.add_argument("--no-text", action="store_true", help="skip running text")
+    group.add_argument(
+        "--no-edge-cases", action="store_true", help="skip edge cases (unusual inputs)"
+    )
+
+
+def _add_margin_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("allowed losses")
+    for name, default, help_text in (
+        ("margin", 2.0, "loss of accuracy over all items, in percentage points"),
+        ("slice-margin", 10.0, "loss of accuracy within one slice, in percentage points"),
+        ("perplexity-margin", 10.0, "increase of perplexity on running text, in percent"),
     ):
-        margins.add_argument(
+        group.add_argument(
             f"--{name}",
             type=float,
             default=default,
             metavar="N",
-            help=f"{text} (default: %(default)g)",
+            help=f"{help_text} (default: %(default)g)",
         )
-    margins.add_argument(
+    group.add_argument(
         "--alpha",
         type=float,
         default=0.05,
         metavar="P",
-        help="chance of a wrong verdict (default: %(default)g)",
+        help="upper bound on the probability of a wrong verdict (default: %(default)g)",
     )
-    how = parser.add_argument_group("how")
-    how.add_argument(
+
+
+def _add_measurement_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("measurement")
+    group.add_argument(
         "--window",
         type=int,
         default=256,
         metavar="N",
         help="tokens per window of running text (default: %(default)s)",
     )
-    how.add_argument(
+    group.add_argument(
         "--windows",
         type=int,
         default=20,
         metavar="N",
-        help="windows of each text, spread over it; 0 for all (default: %(default)s)",
+        help="windows of each kind of text, evenly spread; 0 for all (default: %(default)s)",
     )
-    how.add_argument(
+    group.add_argument(
         "--longest",
         type=int,
         default=8192,
         metavar="N",
-        help="tokens of the longest odd input, at most the model's (default: %(default)s)",
+        help="tokens of the longest edge case; at most the model's context (default: %(default)s)",
     )
-    how.add_argument(
+    group.add_argument(
         "--batch-size",
         type=int,
         default=8,
         metavar="N",
-        help="questions at a time (default: %(default)s)",
+        help="questions per batch (default: %(default)s)",
     )
-    add_computing_arguments(how, auto=EXACTLY)
-    how.add_argument(
-        "--seed", type=int, default=0, help="of items and draws (default: %(default)s)"
+    add_computing_arguments(group, auto=EXACTLY)
+    group.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of built-in items and sampling (default: %(default)s)",
     )
-    how.add_argument(
+    group.add_argument(
         "--cache",
         type=Path,
         metavar="DIR",
-        help="where answers are kept (default: the user's cache)",
+        help="folder of cached answers (default: the user's cache folder)",
     )
-    how.add_argument(
-        "--resume", action="store_true", help="go on with the candidate's answers of an earlier run"
+    group.add_argument(
+        "--resume", action="store_true", help="reuse the candidate's answers of an interrupted run"
     )
-    out = parser.add_argument_group("what comes out")
-    out.add_argument(
+
+
+def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument(
         "-o",
         "--output",
         type=Path,
         metavar="DIR",
-        help="write report.html, report.json, report.md and junit.xml there",
+        help="write report.html, report.json, report.md and junit.xml to this folder",
     )
-    out.add_argument(
+    group.add_argument(
         "--format",
         default="text",
         choices=("text", "json", "md", "junit", "html"),
-        help="what is printed (default: %(default)s)",
+        help="format of the printed report (default: %(default)s)",
     )
-    out.add_argument(
+    group.add_argument(
         "--json",
         action="store_const",
         const="json",
         dest="format",
-        help="the same as --format json",
+        help="same as --format json",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compare, print, and give the verdict's exit code."""
+    """Compare, print, and return the verdict's exit code."""
     from halfbyte.judge.compare import compare
-    from halfbyte.judge.report import make_folder, render, write_report
+    from halfbyte.judge.report import create_folder, render, write_report
 
     items, functions = _items(args)
     documents, config = _documents(args), _config(args)
     if args.output is not None:
-        # Now: hours of answers would wait for it.
-        make_folder(args.output)
-    with _progress() as progress:
+        # Fail now, not after hours of answers.
+        create_folder(args.output)
+    with _show_progress() as progress:
         result = compare(
             args.base,
             args.candidate,
@@ -193,7 +219,7 @@ def run(args: argparse.Namespace) -> int:
             for path in write_report(result, args.output):
                 err_console.print(f"wrote {path}", soft_wrap=True)
     finally:
-        # Of hours of work a full disk takes no more than the files.
+        # Print the result even if the files cannot be written, for example to a full disk.
         if args.format == "text":
             _print_text(result)
         else:
@@ -208,8 +234,8 @@ def _items(args: argparse.Namespace) -> tuple[list[Any] | None, dict[str, Any]]:
 
     if args.slice and not args.tasks:
         raise ConfigError(
-            f"--slice {args.slice[0]} divides the lines of task files, and there are none: give "
-            "--tasks, or leave it out."
+            f"--slice {args.slice[0]} applies to task files, and none is given. Add --tasks, or "
+            "leave --slice out."
         )
     functions = load_functions(args.checks)
     items: list[Any] = []
@@ -258,30 +284,35 @@ def _config(args: argparse.Namespace) -> CompareConfig:
 
 
 @contextmanager
-def _progress() -> Iterator[Progress]:
-    """Show what is being done on a terminal, one bar per stage."""
+def _show_progress() -> Iterator[Progress]:
+    """Show progress on stderr: one bar per stage on a terminal, plain lines elsewhere."""
+    from halfbyte.judge.progress import PlainProgress
+
     bars = make_bars()
+    if not err_console.is_terminal:
+        yield PlainProgress(err_console)
+        return
     stages: dict[str, Any] = {}
 
-    def tell(what: str, done: int, total: int) -> None:
-        if what not in stages:
+    def update_bar(stage: str, done: int, total: int) -> None:
+        if stage not in stages:
             for earlier in stages.values():
                 bars.stop_task(earlier)
-            stages[what] = bars.add_task(what, total=total)
-        bars.update(stages[what], completed=done, total=total)
+            stages[stage] = bars.add_task(stage, total=total)
+        bars.update(stages[stage], completed=done, total=total)
 
     with bars:
-        yield tell
+        yield update_bar
 
 
 def _print_text(result: Comparison) -> None:
     from rich.table import Table
 
-    from halfbyte.judge.verdict import percent, points
+    from halfbyte.judge.verdict import format_percent, format_points
 
     console.print(result.verdict.sentence, soft_wrap=True)
-    table = Table(title=f"{result.candidate} in place of {result.base}")
-    for heading in ("what must hold", "", "found"):
+    table = Table(title=f"{result.candidate} compared with {result.base}")
+    for heading in ("requirement", "outcome", "evidence"):
         table.add_column(heading, overflow="fold")
     for claim in result.verdict.claims:
         advice = f"\n{claim.advice}" if claim.advice else ""
@@ -296,18 +327,18 @@ def _print_text(result: Comparison) -> None:
             table.add_row(
                 one.name,
                 str(one.flips.num_items),
-                percent(one.base_accuracy),
-                percent(one.candidate_accuracy),
-                f"{points(one.flips.difference)} {interval}",
+                format_percent(one.base_accuracy),
+                format_percent(one.candidate_accuracy),
+                f"{format_points(one.flips.difference)} {interval}",
                 f"{one.flips.harmful}/{one.flips.beneficial}",
             )
         console.print(table)
     if result.text is not None:
         text = result.text
         console.print(
-            f"Running text: KL {text.kl_nats:.4f} nats, same first choice "
-            f"{percent(text.top1_agreement)}, on {text.num_tokens} tokens of {text.num_documents} "
-            "documents.",
+            f"Running text: KL {text.kl_nats:.4f} nats, top-1 agreement "
+            f"{format_percent(text.top1_agreement)}, on {text.num_tokens} tokens of "
+            f"{text.num_documents} documents.",
             soft_wrap=True,
         )
     for note in result.notes:

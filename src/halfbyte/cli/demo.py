@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from halfbyte.cli.measuring import SHIPPED_TEXT, nats, plus_minus
+from halfbyte.cli.measuring import SHIPPED_TEXT, format_nats, format_standard_error
 from halfbyte.cli.output import console, err_console, print_json
 
 if TYPE_CHECKING:
@@ -88,14 +88,14 @@ def _quality_table(result: DemoResult) -> Table:
     table.add_row(
         "perplexity",
         *(
-            f"{one.perplexity:.2f} {plus_minus(one.standard_error, 2)}"
+            f"{one.perplexity:.2f} {format_standard_error(one.standard_error, 2)}"
             for one in (compared.base, compared.quantized)
         ),
     )
     kl_error, top1_error = compared.kl_standard_error, compared.top1_standard_error
-    kl = nats(compared.kl_nats) + ("" if kl_error is None else f" ± {nats(kl_error)}")
+    kl = format_nats(compared.kl_nats) + ("" if kl_error is None else f" ± {format_nats(kl_error)}")
     table.add_row("KL(16 bits || 4 bits), nats per token", "", kl)
-    top1 = plus_minus(None if top1_error is None else 100 * top1_error, 1)
+    top1 = format_standard_error(None if top1_error is None else 100 * top1_error, 1)
     table.add_row("same first choice, %", "", f"{100 * compared.top1_agreement:.1f} {top1}")
     return table
 

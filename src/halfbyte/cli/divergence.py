@@ -1,4 +1,4 @@
-"""The verb `divergence`."""
+"""The verb `divergence`: measures how far a quantized model is from its base."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from rich.table import Table
 from halfbyte.cli.measuring import (
     add_measuring_arguments,
     describe_text,
+    format_nats,
+    format_standard_error,
     measuring_keywords,
-    nats,
-    plus_minus,
     window_progress,
 )
 from halfbyte.cli.output import console, print_json
@@ -21,14 +21,14 @@ from halfbyte.cli.output import console, print_json
 if TYPE_CHECKING:
     from halfbyte.evaluate.divergence import DivergenceResult
 
-HELP = "measure how far a quantized model is from its base on a text"
+HELP = "measure the divergence of a quantized model from its base on a text"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
     parser.add_argument("base", type=Path, metavar="BASE", help="folder of the base model")
     parser.add_argument(
-        "quantized", type=Path, metavar="QUANTIZED", help="folder of the model to judge"
+        "quantized", type=Path, metavar="QUANTIZED", help="folder of the quantized model"
     )
     add_measuring_arguments(parser)
 
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_table(args: argparse.Namespace, result: DivergenceResult) -> None:
-    table = Table(title=f"{args.quantized} against {args.base}")
+    table = Table(title=f"{args.quantized} compared with {args.base}")
     table.add_column("")
     table.add_column("value", justify="right")
     table.add_column("standard error", justify="right")
@@ -61,7 +61,7 @@ def _print_table(args: argparse.Namespace, result: DivergenceResult) -> None:
     console.print(
         f"{result.num_windows} windows of {result.window} tokens ({result.num_tokens} predicted) "
         f"of {describe_text(args.text)}; base {result.base.dtype}, quantized "
-        f"{result.quantized.dtype}. Standard errors over windows.",
+        f"{result.quantized.dtype}. Standard errors are over windows.",
         soft_wrap=True,
     )
     if result.note:
@@ -69,13 +69,13 @@ def _print_table(args: argparse.Namespace, result: DivergenceResult) -> None:
 
 
 def divergence_rows(result: DivergenceResult) -> list[tuple[str, str, str]]:
-    """Write a result as rows of name, value and standard error.
+    """Format a result as rows of name, value and standard error.
 
     Args:
         result: The measurement.
 
     Returns:
-        The rows of the table.
+        Rows of the table.
     """
     kl_error = result.kl_standard_error
     agreement_error = result.top1_standard_error
@@ -83,33 +83,35 @@ def divergence_rows(result: DivergenceResult) -> list[tuple[str, str, str]]:
     rows = [
         (
             "KL(base || quantized), nats per token",
-            nats(result.kl_nats),
-            "–" if kl_error is None else f"± {nats(kl_error)}",
+            format_nats(result.kl_nats),
+            "–" if kl_error is None else f"± {format_nats(kl_error)}",
         )
     ]
     for name, value in result.kl_percentiles.items():
-        label = "  largest" if name == "100" else f"  {name}% of tokens are below"
-        rows.append((label, nats(value), ""))
+        label = "  maximum" if name == "100" else f"  {name}th percentile"
+        rows.append((label, format_nats(value), ""))
     return [
         *rows,
         (
             "top-1 agreement, %",
             f"{100 * result.top1_agreement:.1f}",
-            plus_minus(None if agreement_error is None else 100 * agreement_error, 1),
+            format_standard_error(None if agreement_error is None else 100 * agreement_error, 1),
         ),
         (
             "perplexity of the base",
             f"{result.base.perplexity:.3f}",
-            plus_minus(result.base.standard_error, 3),
+            format_standard_error(result.base.standard_error, 3),
         ),
         (
-            "perplexity of the quantized",
+            "perplexity of the quantized model",
             f"{result.quantized.perplexity:.3f}",
-            plus_minus(result.quantized.standard_error, 3),
+            format_standard_error(result.quantized.standard_error, 3),
         ),
         (
             "perplexity, quantized / base",
             f"{result.perplexity_ratio:.4f}",
-            plus_minus(None if ratio_error is None else ratio_error * result.perplexity_ratio, 4),
+            format_standard_error(
+                None if ratio_error is None else ratio_error * result.perplexity_ratio, 4
+            ),
         ),
     ]

@@ -127,7 +127,7 @@ def _make_spec(device: str, dtype: str = "bfloat16", **changes: Any) -> LinearSp
 
 def _choose(name: str, spec: LinearSpec) -> Case:
     from halfbyte.errors import KernelUnavailable
-    from halfbyte.kernels.contract import DividesByRows
+    from halfbyte.kernels.contract import RowTieredKernel
     from halfbyte.kernels.registry import select
 
     try:
@@ -143,7 +143,7 @@ def _choose(name: str, spec: LinearSpec) -> Case:
         kernel=kernel.name,
         reason=choice.reason,
         rejected=dict(choice.rejected),
-        division=kernel.describe_division(spec) if isinstance(kernel, DividesByRows) else None,
+        division=kernel.describe_row_tiers(spec) if isinstance(kernel, RowTieredKernel) else None,
     )
 
 

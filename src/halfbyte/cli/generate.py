@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
                 "first_token_seconds": timing.prompt_seconds,
                 "compiled_decoder": generator.obstacle is None,
                 "why_not": generator.obstacle,
-                "way": generator.describe_way(),
+                "way": generator.describe_decoding(),
             }
         )
     else:

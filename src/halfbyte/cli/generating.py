@@ -176,7 +176,7 @@ def report_timing(generator: Generator, timing: Timing, num_tokens: int) -> None
     err_console.print(
         f"{timing.prompt_tokens} prompt tokens at {timing.prompt_rate:.0f}/s, first token after "
         f"{timing.prompt_seconds * 1000:.0f} ms; {num_tokens} generated at {timing.rate:.1f}/s; "
-        f"{generator.describe_way()}",
+        f"{generator.describe_decoding()}",
         style="dim",
         soft_wrap=True,
     )

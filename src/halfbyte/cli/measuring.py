@@ -1,4 +1,4 @@
-"""Options and output that the measuring verbs share: perplexity and divergence."""
+"""Options and output shared by the verbs `perplexity` and `divergence`."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ SHIPPED_TEXT = "the evaluation text of halfbyte (WikiText-2 test, first eight ar
 
 
 def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say on which text and how to measure.
+    """Add the options that select the text and how it is measured.
 
     Args:
         parser: The verb's parser.
     """
     parser.add_argument(
-        "--text", type=Path, metavar="FILE", help=f"UTF-8 text (default: {SHIPPED_TEXT})"
+        "--text", type=Path, metavar="FILE", help=f"UTF-8 text file (default: {SHIPPED_TEXT})"
     )
     parser.add_argument(
         "--window",
         type=int,
         metavar="N",
-        help="tokens per window (default: 2048, or the model's longest where that is less)",
+        help="tokens per window (default: 2048, or the model's context length if shorter)",
     )
     parser.add_argument(
         "--windows",
         type=int,
         metavar="N",
-        help="use the first N windows only; 0 for all (default: all)",
+        help="use only the first N windows; 0 for all (default: all)",
     )
     parser.add_argument(
         "--batch-size",
@@ -43,22 +43,24 @@ def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="windows per forward pass (default: %(default)s)",
     )
-    parser.add_argument("--add-bos", action="store_true", help="put a BOS token before the text")
+    parser.add_argument(
+        "--add-bos", action="store_true", help="add a BOS token at the start of the text"
+    )
     add_computing_arguments(parser, auto=EXACTLY)
-    parser.add_argument("--json", action="store_true", help="print JSON for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def measuring_keywords(args: argparse.Namespace) -> dict[str, Any]:
-    """Give the keywords of the measuring functions that the command line asks for.
+    """Return the arguments of the measuring functions, from the command line.
 
     Args:
-        args: What the parser returned.
+        args: Parsed arguments.
 
     Returns:
-        Keywords of ``perplexity`` and ``divergence``, with the text read.
+        Keyword arguments of ``perplexity`` and ``divergence``, with the content of the text file.
 
     Raises:
-        ConfigError: The text cannot be read.
+        ConfigError: The text file cannot be read.
     """
     return {
         "text": None if args.text is None else read_text(args.text),
@@ -72,7 +74,7 @@ def measuring_keywords(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_text(path: Path) -> str:
-    """Read a text file; line ends come out as LF whatever the file has.
+    """Read a text file, with all line endings converted to LF.
 
     Args:
         path: A UTF-8 file.
@@ -96,22 +98,22 @@ def read_text(path: Path) -> str:
 
 @contextmanager
 def window_progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Show windows done on a terminal; give the function to call with (done, in all)."""
+    """Show a progress bar on a terminal; yields a function to call with (done, total)."""
     with make_bars() as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def describe_text(path: Path | None) -> str:
-    """Name the text in a table's caption."""
+    """Describe the text in a table's caption."""
     return SHIPPED_TEXT if path is None else str(path)
 
 
-def nats(value: float) -> str:
-    """Write a divergence with 4 decimals, or in powers of ten where these would show nothing."""
+def format_nats(value: float) -> str:
+    """Format a divergence with 4 decimals, or in scientific notation if below 0.001."""
     return f"{value:.4f}" if value == 0 or abs(value) >= 0.001 else f"{value:.2e}"
 
 
-def plus_minus(error: float | None, digits: int) -> str:
-    """Write a standard error, or a dash where one window leaves it unknown."""
+def format_standard_error(error: float | None, digits: int) -> str:
+    """Format a standard error, or a dash if there is none (a single window)."""
     return "–" if error is None else f"± {error:.{digits}f}"

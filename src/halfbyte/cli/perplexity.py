@@ -1,4 +1,4 @@
-"""The verb `perplexity`."""
+"""The verb `perplexity`: measures a model's perplexity on a text."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from rich.table import Table
 from halfbyte.cli.measuring import (
     add_measuring_arguments,
     describe_text,
+    format_standard_error,
     measuring_keywords,
-    plus_minus,
     window_progress,
 )
 from halfbyte.cli.output import console, print_json
@@ -20,12 +20,14 @@ from halfbyte.cli.output import console, print_json
 if TYPE_CHECKING:
     from halfbyte.evaluate.perplexity import PerplexityResult
 
-HELP = "measure how surprised a model is by a text"
+HELP = "measure a model's perplexity on a text"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's options."""
-    parser.add_argument("model", type=Path, metavar="MODEL", help="folder of a model, GPTQ or not")
+    parser.add_argument(
+        "model", type=Path, metavar="MODEL", help="folder of a model, quantized or not"
+    )
     add_measuring_arguments(parser)
 
 
@@ -52,13 +54,13 @@ def _print_table(args: argparse.Namespace, result: PerplexityResult) -> None:
     table.add_row(
         str(args.model),
         f"{result.perplexity:.3f}",
-        plus_minus(result.standard_error, 3),
+        format_standard_error(result.standard_error, 3),
         f"{result.nll_nats:.4f}",
     )
     console.print(table)
     console.print(
         f"{result.num_windows} windows of {result.window} tokens ({result.num_tokens} predicted) "
-        f"of {describe_text(args.text)}; {result.dtype}. Standard error over windows.",
+        f"of {describe_text(args.text)}; {result.dtype}. The standard error is over windows.",
         soft_wrap=True,
     )
     if result.note:

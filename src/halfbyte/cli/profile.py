@@ -1,4 +1,4 @@
-"""The verb `profile`: measured memory under a peak load beside the planned one."""
+"""The verb `profile`: measures memory under a peak load and compares it with the plan."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.table import Table
 from halfbyte.cli.options import EXACTLY, add_computing_arguments
 from halfbyte.cli.output import console, print_json
 
-HELP = "run a model under a peak load and put measured memory beside planned"
+HELP = "measure a model's memory under a peak load and compare it with the plan"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,28 +21,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=4,
         metavar="N",
-        help="requests at the same time (default: %(default)s)",
+        help="concurrent requests (default: %(default)s)",
     )
     parser.add_argument(
         "--context",
         type=int,
         default=1024,
         metavar="N",
-        help="tokens of each request, prompt and answer (default: %(default)s)",
+        help="tokens of each request, prompt and answer together (default: %(default)s)",
     )
     parser.add_argument(
         "--new-tokens",
         type=int,
         default=8,
         metavar="N",
-        help="tokens that each request writes at the end (default: %(default)s)",
+        help="tokens that each request generates (default: %(default)s)",
     )
     add_computing_arguments(parser, auto=EXACTLY)
-    parser.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
+    parser.add_argument("--json", action="store_true", help="print JSON, with sizes in bytes")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the load and print."""
+    """Measure and print."""
     from halfbyte.judge.profile import profile
     from halfbyte.units import format_bytes, format_seconds
 
@@ -66,9 +66,9 @@ def run(args: argparse.Namespace) -> int:
         table.add_row(name, format_bytes(planned), format_bytes(measured), ratio)
     console.print(table)
     console.print(
-        f"Prompts {result.prefill_tokens_per_second:,.0f} tokens/s "
-        f"({format_seconds(found.prefill_seconds)}), writing "
-        f"{result.decode_tokens_per_second:,.1f} tokens/s. While loading it took up to "
+        f"Prefill: {result.prefill_tokens_per_second:,.0f} tokens/s "
+        f"({format_seconds(found.prefill_seconds)}); decode: "
+        f"{result.decode_tokens_per_second:,.1f} tokens/s. Peak memory while loading: "
         f"{format_bytes(found.load_peak)}.",
         soft_wrap=True,
     )

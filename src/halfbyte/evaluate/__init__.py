@@ -1,1 +1,1 @@
-"""What quantization cost: loading, windows -> logits -> window_mean -> perplexity, divergence."""
+"""Measures the loss from quantization: loading, windows -> logits -> perplexity, divergence."""

@@ -1,9 +1,9 @@
-"""Divergence: how far a quantized model's predictions are from its base's, token by token.
+"""Divergence of a quantized model's predictions from its base's, token by token.
 
-Far more telling than two perplexities: each token is compared with itself, so the texts' own
-ups and downs cancel, and a model that is wrong in new ways cannot hide behind one that is right
-in others. ``DivergenceAccumulator`` takes logits window by window; :func:`divergence` runs both
-models on the same token ids.
+More sensitive than comparing two perplexities: predictions are paired per token, so the variation
+of the text cancels, and new errors cannot be offset by improvements elsewhere.
+``DivergenceAccumulator`` takes logits window by window; :func:`divergence` runs both models on the
+same token ids.
 """
 
 from __future__ import annotations
@@ -28,55 +28,55 @@ from halfbyte.evaluate.perplexity import (
     PerplexityResult,
     Progress,
     check_not_nan,
-    each_window,
-    exponential,
     run_windows,
+    safe_exp,
+    split_by_window,
 )
 from halfbyte.evaluate.window_mean import WindowMean
 
 PERCENTILES = (50.0, 90.0, 95.0, 99.0, 99.9, 100.0)
-"""Of the divergence over tokens; 100 is the largest."""
+"""Of the divergence over tokens; 100 is the maximum."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DivergenceResult:
-    """How far a quantized model is from its base on one text."""
+    """Divergence of a quantized model from its base on one text."""
 
     kl_nats: float
     """Mean of KL(base || quantized) per token. Unit: nats."""
     kl_standard_error: float | None
-    """Of ``kl_nats``, over windows; None where there is only one window. Unit: nats."""
+    """Of ``kl_nats``, over windows; None for a single window. Unit: nats."""
     kl_percentiles: dict[str, float]
-    """By percentile over tokens, "100" the largest. Unit: nats."""
+    """By percentile over tokens; "100" is the maximum. Unit: nats."""
     top1_agreement: float
-    """Share of positions where both rank the same token first, 0..1."""
+    """Share of positions where both models rank the same token first, 0..1."""
     top1_standard_error: float | None
     """Of ``top1_agreement``, over windows."""
     base: PerplexityResult
     quantized: PerplexityResult
     nll_increase_nats: float
-    """Mean by which the quantized model is more surprised per token. Unit: nats."""
+    """Mean increase of the negative log-likelihood per token. Unit: nats."""
     nll_increase_standard_error: float | None
-    """Of ``nll_increase_nats``, over windows; paired, so far below those of the perplexities."""
+    """Of ``nll_increase_nats``, over windows; paired, so smaller than those of the perplexities."""
     num_tokens: int
     num_windows: int
     window: int
-    """Tokens per window, the first included, which is not predicted."""
+    """Tokens per window, including the first, which is not predicted."""
     note: str | None = None
-    """What a reader of the numbers should know, or None."""
+    """A caveat about the numbers, or None."""
 
     @property
     def perplexity_ratio(self) -> float:
-        """Perplexity of the quantized model over that of the base."""
-        return exponential(self.nll_increase_nats)
+        """Perplexity of the quantized model divided by that of the base."""
+        return safe_exp(self.nll_increase_nats)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain values for JSON."""
+        """Return plain values for JSON."""
         return {**asdict(self), "perplexity_ratio": self.perplexity_ratio}
 
 
 class DivergenceAccumulator:
-    """Collect the divergence of a quantized model from its base, window by window."""
+    """Accumulates the divergence of a quantized model from its base, window by window."""
 
     def __init__(self) -> None:
         self._kl = WindowMean()
@@ -87,7 +87,7 @@ class DivergenceAccumulator:
         self._kl_tokens: list[Tensor] = []
 
     def update(self, base_logits: Tensor, quantized_logits: Tensor, target_ids: Tensor) -> None:
-        """Add windows that both models were run on.
+        """Add the logits of one or several windows.
 
         Args:
             base_logits: [tokens, vocabulary] of one window or [windows, tokens, vocabulary] of
@@ -96,8 +96,8 @@ class DivergenceAccumulator:
             target_ids: [tokens] or [windows, tokens].
 
         Raises:
-            ConfigError: The shapes do not fit each other, or an id is outside the vocabulary.
-            ModelError: A model's logits are not numbers; says where.
+            ConfigError: The shapes do not match, or an id is outside the vocabulary.
+            ModelError: A model's logits are NaN; says where.
         """
         if base_logits.shape != quantized_logits.shape:
             raise ConfigError(
@@ -105,7 +105,7 @@ class DivergenceAccumulator:
                 f"{list(quantized_logits.shape)} (quantized): both models need the same "
                 "vocabulary and the same tokens."
             )
-        for base, quantized, targets in each_window(base_logits, quantized_logits, target_ids):
+        for base, quantized, targets in split_by_window(base_logits, quantized_logits, target_ids):
             self._add(compare_logits(base, quantized, targets))
 
     def _add(self, tokens: TokenComparison) -> None:
@@ -121,7 +121,7 @@ class DivergenceAccumulator:
 
     @property
     def num_windows(self) -> int:
-        """How many windows were added."""
+        """Number of windows added."""
         return self._kl.num_windows
 
     def result(
@@ -131,12 +131,12 @@ class DivergenceAccumulator:
         quantized_dtype: str | None = None,
         note: str | None = None,
     ) -> DivergenceResult:
-        """Give the divergence over all windows so far.
+        """Return the divergence over all windows so far.
 
         Args:
-            base_dtype: What the base computed in; copied into the result.
-            quantized_dtype: What the quantized model computed in; copied into the result.
-            note: What a reader should know; copied into the result.
+            base_dtype: Compute dtype of the base; copied into the result.
+            quantized_dtype: Compute dtype of the quantized model; copied into the result.
+            note: A caveat; copied into the result.
 
         Returns:
             The result.
@@ -145,7 +145,9 @@ class DivergenceAccumulator:
             ModelError: No window was added.
         """
         if not self.num_windows:
-            raise ModelError("Cannot give a divergence: no window was measured. Add one first.")
+            raise ModelError(
+                "Cannot compute a divergence: no window was measured. Call update first."
+            )
         base = self._base.result(dtype=base_dtype)
         return DivergenceResult(
             kl_nats=self._kl.mean,
@@ -165,8 +167,8 @@ class DivergenceAccumulator:
 
 
 def percentiles(values: Tensor) -> dict[str, float]:
-    """Give ``PERCENTILES`` of one-dimensional values, interpolated linearly, by name."""
-    # Sorted by hand: torch.quantile refuses more than 16 million values.
+    """Return ``PERCENTILES`` of one-dimensional values by name, with linear interpolation."""
+    # torch.quantile does not support more than 16 million values.
     ordered = values.double().sort().values
     result = {}
     for percentile in PERCENTILES:
@@ -193,43 +195,55 @@ def divergence(
     device: str = "auto",
     progress: Progress | None = None,
 ) -> DivergenceResult:
-    """Measure how far a quantized model is from its base on a text: same token ids through both.
+    """Measure the divergence of a quantized model from its base on a text.
 
-    Both models are in memory together, and each window goes through both before the next: the
-    quantized one adds about a quarter to what the base needs, and no logits need to be kept.
+    Both models get the same token ids and are in memory together. Each window runs through both
+    before the next one, so no logits are stored; the quantized model adds about a quarter to the
+    base's memory.
 
     Args:
         base: A loaded Hugging Face causal language model, or the folder of one.
-        quantized: The model to judge: loaded, or a folder (a GPTQ checkpoint, or any other model
-            of the same vocabulary).
+        quantized: The model to measure: loaded, or a folder (a GPTQ checkpoint, or any other model
+            with the same vocabulary).
         text: The text, or its token ids; None: the evaluation text that ships with halfbyte.
-        tokenizer: Needed with loaded models and a text; the base's folder brings its own.
-        window: Tokens per window; None: 2048, or the models' longest where that is less.
+        tokenizer: Needed for loaded models and a text; a folder of the base has its own.
+        window: Tokens per window; None: 2048, or the models' context length if that is shorter.
         windows: Use at most this many windows, from the start of the text; None: all.
-        batch_size: Windows per forward pass. Changes speed and memory, not the result.
-        add_bos: Put a BOS token before the text. It stands once at its start, not in each window.
-        dtype: What models from folders compute in; "auto": float32 on a CPU, as stored elsewhere.
-            Loaded models stay as they are.
+        batch_size: Windows per forward pass. Affects speed and memory, not the result.
+        add_bos: Add a BOS token once at the start of the text, not in each window.
+        dtype: Compute dtype of models from folders; "auto": float32 on a CPU, as stored elsewhere.
+            Loaded models are not changed.
         device: Where models from folders run; "auto": the first GPU, or the CPU.
-        progress: Called after each pair of forward passes.
+        progress: Called after each pair of forward passes with (windows done, total).
 
     Returns:
         Divergence, agreement and both perplexities, with standard errors over windows.
 
     Raises:
-        ConfigError: A setting, a text that does not fit the models, or models that do not share
-            their vocabulary; nothing was run but perhaps the first window.
-        ModelError: A model cannot be loaded, or it computes what is not a number.
+        ConfigError: An invalid setting, a text that the models cannot take, or models with
+            different vocabularies.
+        ModelError: A model cannot be loaded, or its logits are NaN.
     """
-    first = open_subject(base, tokenizer=tokenizer, dtype=dtype, device=device)
-    second = open_subject(quantized, dtype=dtype, device=device)
-    cut = resolve_windows(first, text, window=window, limit=windows, add_bos=add_bos, also=second)
-    check_same_tokenizer(first, second, text)
+    base_subject = open_subject(base, tokenizer=tokenizer, dtype=dtype, device=device)
+    quantized_subject = open_subject(quantized, dtype=dtype, device=device)
+    split = resolve_windows(
+        base_subject,
+        text,
+        window=window,
+        limit=windows,
+        add_bos=add_bos,
+        second=quantized_subject,
+    )
+    check_same_tokenizer(base_subject, quantized_subject, text)
     accumulator = DivergenceAccumulator()
-    for ids in cut.batches(batch_size):
-        accumulator.update(run_windows(first, ids), run_windows(second, ids), ids[:, 1:])
+    for ids in split.batches(batch_size):
+        accumulator.update(
+            run_windows(base_subject, ids), run_windows(quantized_subject, ids), ids[:, 1:]
+        )
         if progress is not None:
-            progress(accumulator.num_windows, len(cut.ids))
+            progress(accumulator.num_windows, len(split.ids))
     return accumulator.result(
-        base_dtype=first.dtype_name, quantized_dtype=second.dtype_name, note=cut.note
+        base_dtype=base_subject.dtype_name,
+        quantized_dtype=quantized_subject.dtype_name,
+        note=split.note,
     )

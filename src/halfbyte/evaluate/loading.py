@@ -1,6 +1,6 @@
-"""What to measure: a loaded model or the folder of one, with its tokenizer and its limits.
+"""Loads the model to measure, with its tokenizer and its limits.
 
-GPTQ folders open like any other, because ``import halfbyte`` has taught Transformers to read them.
+GPTQ folders load like any other, because ``import halfbyte`` registers the format in Transformers.
 """
 
 from __future__ import annotations
@@ -22,39 +22,39 @@ from halfbyte.model.context_length import max_context_length
 from halfbyte.run_config import DTYPES
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-"""A folder with one of these has a tokenizer."""
+"""A folder with one of these files has a tokenizer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """A model to be measured."""
+    """A loaded model to measure, with its tokenizer."""
 
     name: str
-    """For messages."""
+    """Folder or class of the model, for messages."""
     model: Any
     tokenizer: Any
-    """None where neither the caller nor the folder has one."""
+    """None if neither the caller nor the folder has one."""
 
     @property
     def dtype_name(self) -> str:
-        """What the model computes in, for example "float32"."""
+        """Compute dtype of the model, for example "float32"."""
         return str(self.model.dtype).removeprefix("torch.")
 
     @property
     def input_device(self) -> torch.device:
-        """Where token ids must be."""
+        """Device of the token ids."""
         device: torch.device = self.model.get_input_embeddings().weight.device
         return device
 
     @property
     def vocabulary(self) -> int | None:
-        """How many token ids the model knows; None where its config does not say."""
+        """Size of the vocabulary; None if the config does not say."""
         size = getattr(_text_config(self.model), "vocab_size", None)
         return size if isinstance(size, int) else None
 
     @property
     def longest(self) -> int | None:
-        """The most tokens that the model's positions allow; None where they have no limit."""
+        """Context length in tokens; None if the model has no limit."""
         return max_context_length(_text_config(self.model))
 
 
@@ -65,19 +65,19 @@ def open_subject(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
 ) -> Subject:
-    """Take a loaded model as it is, or load one from a folder.
+    """Wrap a loaded model, or load one from a folder.
 
     Args:
         model: A Hugging Face model, or a folder.
         tokenizer: Used instead of the folder's.
-        dtype: For a folder: what to compute in; "auto": float32 on a CPU, as stored elsewhere.
-        device: For a folder: "auto": the first GPU, or the CPU.
+        dtype: Compute dtype for a folder; "auto": float32 on a CPU, as stored elsewhere.
+        device: Device for a folder; "auto": the first GPU, or the CPU.
 
     Returns:
         The model, in evaluation mode, with its tokenizer.
 
     Raises:
-        ConfigError: dtype is none that torch knows, or there is no such device.
+        ConfigError: The dtype is unknown, or there is no such device.
         ModelError: Transformers cannot load the folder; says why.
     """
     if not isinstance(model, str | Path):
@@ -85,16 +85,16 @@ def open_subject(
         return Subject(name=type(model).__name__, model=model, tokenizer=tokenizer)
     folder = Path(model)
     check_folder(folder)
-    place = resolve_device(device)
+    resolved = resolve_device(device)
     return Subject(
         name=str(folder),
-        model=_load_model(folder, _resolve_dtype(dtype, place), place),
+        model=_load_model(folder, _resolve_dtype(dtype, resolved), resolved),
         tokenizer=tokenizer if tokenizer is not None else load_tokenizer(folder),
     )
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that holds no model, or one whose weights only a pickle holds.
+    """Reject a folder without a model, or with weights only in pickle files.
 
     Args:
         folder: A Hugging Face folder.
@@ -104,10 +104,10 @@ def check_folder(folder: Path) -> None:
         CheckpointError: It has no weights in safetensors.
     """
     if not (folder / "config.json").is_file():
-        found = "no config.json in it" if folder.is_dir() else "no such folder"
+        reason = "it has no config.json" if folder.is_dir() else "no such folder"
         raise ModelError(
-            f"Cannot load the model '{folder}': {found}. Give a folder that save_pretrained or "
-            "halfbyte wrote, or a downloaded Hugging Face repository."
+            f"Cannot load the model '{folder}': {reason}. Give a folder written by save_pretrained "
+            "or halfbyte, or a downloaded Hugging Face repository."
         )
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(explain_nothing_to_read(folder))
@@ -120,7 +120,7 @@ def load_tokenizer(folder: Path) -> Any:
         folder: A Hugging Face folder.
 
     Returns:
-        The tokenizer, or None where the folder has none.
+        The tokenizer, or None if the folder has none.
 
     Raises:
         ModelError: Its files are damaged.
@@ -145,26 +145,26 @@ def resolve_windows(
     window: int | None,
     limit: int | None,
     add_bos: bool,
-    also: Subject | None = None,
+    second: Subject | None = None,
 ) -> Windows:
-    """Turn what the caller gave into windows of token ids that the models can take.
+    """Tokenize a text and split it into windows that the models can take.
 
     Args:
-        subject: Its tokenizer turns text into ids.
+        subject: The model; its tokenizer encodes the text.
         text: A text, token ids, or None for the text that ships with halfbyte.
-        window: Tokens per window; None: 2048, or the longest that the models take.
-        limit: At most this many windows; None: all.
-        add_bos: Put a BOS token before a text.
-        also: A second model that is to take the same windows.
+        window: Tokens per window; None: 2048, or the models' context length if that is shorter.
+        limit: Use at most this many windows; None: all.
+        add_bos: Add a BOS token at the start of the text.
+        second: A second model that gets the same windows.
 
     Returns:
         The windows.
 
     Raises:
-        ConfigError: No tokenizer, a window beyond a model's positions, an id that a model does
-            not know, or a text too short.
+        ConfigError: There is no tokenizer, a window exceeds a model's context length, an id is
+            outside a vocabulary, or the text is too short.
     """
-    subjects = [subject] if also is None else [subject, also]
+    subjects = [subject] if second is None else [subject, second]
     limits = [s.longest for s in subjects if s.longest is not None]
     if window is None:
         window = min([DEFAULT_WINDOW, *limits])
@@ -174,21 +174,22 @@ def resolve_windows(
                 f"Cannot measure '{one.name}' on windows of {window} tokens: it takes at most "
                 f"{one.longest}. Use window {one.longest} or less."
             )
-    cut = split_windows(_token_ids(subject, text, add_bos), window, limit=limit)
+    windows = split_windows(_token_ids(subject, text, add_bos), window, limit=limit)
     for one in subjects:
-        _check_ids(one, cut.ids)
-    return cut
+        _check_ids(one, windows.ids)
+    return windows
 
 
 def check_same_tokenizer(
     base: Subject, quantized: Subject, text: str | Tensor | Sequence[int] | None
 ) -> None:
-    """Refuse two models whose tokenizers read the text differently.
+    """Reject two models whose tokenizers encode the text differently.
 
     Args:
         base: The base.
-        quantized: The quantized model; one without a tokenizer of its own passes.
-        text: What is measured on; token ids pass, as no tokenizer is asked.
+        quantized: The quantized model; accepted if it has no tokenizer.
+        text: The text to measure on; None: the one that ships with halfbyte. Token ids are accepted
+            without a check.
 
     Raises:
         ConfigError: The token ids differ; says where first.
@@ -197,17 +198,17 @@ def check_same_tokenizer(
         text = evaluation_text()
     if not isinstance(text, str) or base.tokenizer is None or quantized.tokenizer is None:
         return
-    ours = tokenize_text(base.tokenizer, text)
-    theirs = tokenize_text(quantized.tokenizer, text)
-    if torch.equal(ours, theirs):
+    base_ids = tokenize_text(base.tokenizer, text)
+    quantized_ids = tokenize_text(quantized.tokenizer, text)
+    if torch.equal(base_ids, quantized_ids):
         return
-    common = min(len(ours), len(theirs))
-    differing = (ours[:common] != theirs[:common]).nonzero()
-    where = int(differing[0]) if len(differing) else common
+    common = min(len(base_ids), len(quantized_ids))
+    differing = (base_ids[:common] != quantized_ids[:common]).nonzero()
+    first = int(differing[0]) if len(differing) else common
     raise ConfigError(
-        f"Cannot compare '{base.name}' with '{quantized.name}': their tokenizers give {len(ours)} "
-        f"and {len(theirs)} tokens for the same text, and differ from token {where} on. "
-        "Compare a model with its own quantized version."
+        f"Cannot compare '{base.name}' with '{quantized.name}': their tokenizers give "
+        f"{len(base_ids)} and {len(quantized_ids)} tokens for the same text, which differ from "
+        f"token {first} on. Compare a model with its own quantized version."
     )
 
 
@@ -215,7 +216,7 @@ def _load_model(folder: Path, dtype: torch.dtype | str, device: torch.device) ->
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    # Without a map Transformers needs no accelerate, and the CPU is where it loads anyway.
+    # Transformers loads to the CPU by default; a device map would need accelerate.
     placement = {} if device.type == "cpu" else {"device_map": {"": device}}
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -230,7 +231,7 @@ def _load_model(folder: Path, dtype: torch.dtype | str, device: torch.device) ->
 
 
 def _resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype | str:
-    """Auto is fp32 on a CPU: as fast there as 16 bits, or faster, and free of their rounding."""
+    """Resolve "auto": float32 on a CPU, where it is no slower than 16 bits and more exact."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
@@ -252,7 +253,7 @@ def _token_ids(
         return text
     if subject.tokenizer is None:
         raise ConfigError(
-            f"Cannot tokenise the text for '{subject.name}': it comes without a tokenizer. "
+            f"Cannot tokenize the text for '{subject.name}': it has no tokenizer. "
             "Pass tokenizer=..., or token ids instead of the text."
         )
     return tokenize_text(subject.tokenizer, text, add_bos=add_bos)
@@ -265,8 +266,8 @@ def _check_ids(subject: Subject, ids: Tensor) -> None:
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocabulary:
         raise ConfigError(
-            f"Cannot measure '{subject.name}': the text has token id {low if low < 0 else high}, "
-            f"and the model knows 0..{vocabulary - 1}. The tokenizer belongs to another model."
+            f"Cannot measure '{subject.name}': the text has token id {low if low < 0 else high}; "
+            f"the model's vocabulary is 0..{vocabulary - 1}. Use the model's own tokenizer."
         )
 
 

@@ -1,8 +1,8 @@
-"""Logits to numbers per token: negative log-likelihood and divergence. Tensors in, tensors out.
+"""Negative log-likelihood and KL divergence per token, from logits. Pure tensor functions.
 
-Everything is computed in fp32 a few rows at a time, so that a window of 2048 tokens over 150,000
-words (1.2 GB in fp32, several times that with intermediates) is never copied whole; sums over
-tokens are the caller's, in float64.
+Everything is computed in fp32, a few rows at a time, so that the logits of a window (1.2 GB in fp32
+for 2048 tokens and a vocabulary of 150,000, several times that with intermediates) are never copied
+as a whole. Callers sum over tokens in float64.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch import Tensor
 from halfbyte.errors import ConfigError
 
 CHUNK_VALUES = 2**22
-"""Logits turned to fp32 at once: 16 MB, which also keeps the passes near the CPU's cache."""
+"""Logits converted to fp32 at a time: 16 MB, which stays near the size of the CPU's cache."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenComparison:
-    """Two models' predictions of the same tokens, one value per token, on the CPU."""
+    """Comparison of two models' predictions, one value per token, on the CPU."""
 
     kl_nats: Tensor
     """float32 [tokens]: KL(base || quantized). Unit: nats."""
     agrees: Tensor
-    """bool [tokens]: both rank the same token first."""
+    """bool [tokens]: whether both rank the same token first."""
     base_nll_nats: Tensor
     """float32 [tokens]: negative log-likelihood of the target under the base. Unit: nats."""
     quantized_nll_nats: Tensor
@@ -34,7 +34,7 @@ class TokenComparison:
 
 
 def measure_nll(logits: Tensor, target_ids: Tensor) -> Tensor:
-    """Give the negative log-likelihood of each target token.
+    """Compute the negative log-likelihood of each target token.
 
     Args:
         logits: [tokens, vocabulary], any float dtype and device.
@@ -44,7 +44,7 @@ def measure_nll(logits: Tensor, target_ids: Tensor) -> Tensor:
         float32 [tokens] on the CPU. Unit: nats.
 
     Raises:
-        ConfigError: The shapes do not fit, or an id is outside the vocabulary.
+        ConfigError: The shapes do not match, or an id is outside the vocabulary.
     """
     check_targets(logits, target_ids)
     targets = target_ids.to(logits.device)
@@ -59,7 +59,7 @@ def measure_nll(logits: Tensor, target_ids: Tensor) -> Tensor:
 def compare_logits(
     base_logits: Tensor, quantized_logits: Tensor, target_ids: Tensor
 ) -> TokenComparison:
-    """Compare what two models predict for the same tokens.
+    """Compare two models' predictions of the same tokens.
 
     Args:
         base_logits: [tokens, vocabulary], any float dtype and device.
@@ -70,7 +70,7 @@ def compare_logits(
         Divergence, agreement and both likelihoods per token.
 
     Raises:
-        ConfigError: The shapes do not fit each other, or an id is outside the vocabulary.
+        ConfigError: The shapes do not match, or an id is outside the vocabulary.
     """
     if base_logits.shape != quantized_logits.shape:
         raise ConfigError(
@@ -90,7 +90,7 @@ def compare_logits(
         quantized_nll.append(-q.gather(1, target).squeeze(1).cpu())
         agrees.append((p.argmax(dim=1) == q.argmax(dim=1)).cpu())
         weight = p.exp()
-        # A word of probability zero adds nothing, although log 0 - log 0 is not a number.
+        # A token of probability 0 contributes nothing, although log 0 - log 0 is NaN.
         terms = (p.sub_(q)).mul_(weight).masked_fill_(weight == 0, 0.0)
         kl.append(terms.sum(dim=1).cpu())
     return TokenComparison(
@@ -102,26 +102,26 @@ def compare_logits(
 
 
 def check_targets(logits: Tensor, target_ids: Tensor) -> None:
-    """Refuse logits and target ids that do not belong together.
+    """Reject logits and target ids that do not match.
 
     Args:
         logits: Should be [tokens, vocabulary].
         target_ids: Should be [tokens], each inside the vocabulary.
 
     Raises:
-        ConfigError: They do not fit; says the shapes or the id.
+        ConfigError: They do not match; names the shapes or the id.
     """
     if logits.dim() != 2 or logits.shape[:1] != target_ids.shape:
         raise ConfigError(
             f"Cannot score logits of shape {list(logits.shape)} against target ids of shape "
-            f"{list(target_ids.shape)}: [tokens, vocabulary] and [tokens] are needed."
+            f"{list(target_ids.shape)}: they must be [tokens, vocabulary] and [tokens]."
         )
     if target_ids.numel():
         low, high = int(target_ids.min()), int(target_ids.max())
         if low < 0 or high >= logits.shape[1]:
             raise ConfigError(
-                f"Cannot score token id {low if low < 0 else high}: the model knows ids "
-                f"0..{logits.shape[1] - 1}. The tokenizer belongs to another model."
+                f"Cannot score token id {low if low < 0 else high}: the model's vocabulary "
+                f"is 0..{logits.shape[1] - 1}. Use the model's own tokenizer."
             )
 
 

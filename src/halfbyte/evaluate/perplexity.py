@@ -1,7 +1,6 @@
-"""Perplexity: how surprised a model is by a text, per token.
+"""Perplexity of a model on a text.
 
-``PerplexityAccumulator`` takes logits window by window from whoever runs the model;
-:func:`perplexity` runs it on a text.
+``PerplexityAccumulator`` takes logits window by window; :func:`perplexity` runs the model itself.
 """
 
 from __future__ import annotations
@@ -21,45 +20,45 @@ from halfbyte.evaluate.logits import measure_nll
 from halfbyte.evaluate.window_mean import WindowMean
 
 Progress = Callable[[int, int], None]
-"""Called after each step with (windows done, windows in all)."""
+"""Called after each step with (windows done, total)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PerplexityResult:
-    """Perplexity on a text, with how sure it is."""
+    """Perplexity on a text, with its standard error."""
 
     perplexity: float
-    """e to the mean negative log-likelihood per predicted token."""
+    """Exponential of ``nll_nats``."""
     standard_error: float | None
-    """Of the perplexity, over windows; None where there is only one window."""
+    """Of the perplexity, over windows; None for a single window."""
     nll_nats: float
     """Mean negative log-likelihood per predicted token. Unit: nats."""
     nll_standard_error: float | None
     """Of ``nll_nats``, over windows. Unit: nats."""
     num_tokens: int
-    """Predicted tokens: all but the first of each window."""
+    """Predicted tokens: all except the first of each window."""
     num_windows: int
     window: int
-    """Tokens per window, the first included; the longest where they differ."""
+    """Tokens per window, including the first; of the longest window if they differ."""
     dtype: str | None = None
-    """What the model computed in, where it is known."""
+    """Compute dtype of the model, if known."""
     note: str | None = None
-    """What a reader of the numbers should know, or None."""
+    """A caveat about the numbers, or None."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain values for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
 
 class PerplexityAccumulator:
-    """Collect the perplexity of one model, window by window."""
+    """Accumulates the perplexity of one model, window by window."""
 
     def __init__(self) -> None:
         self._nll = WindowMean()
         self._window = 0
 
     def update(self, logits: Tensor, target_ids: Tensor) -> None:
-        """Add windows that the model was run on.
+        """Add the logits of one or several windows.
 
         Args:
             logits: [tokens, vocabulary] of one window or [windows, tokens, vocabulary] of several:
@@ -67,30 +66,30 @@ class PerplexityAccumulator:
             target_ids: [tokens] or [windows, tokens]: each window without its first token.
 
         Raises:
-            ModelError: A likelihood is not a number; says where.
+            ModelError: A likelihood is NaN; says where.
         """
-        for rows, targets in each_window(logits, target_ids):
+        for rows, targets in split_by_window(logits, target_ids):
             self.add_nll(measure_nll(rows, targets))
 
     def add_nll(self, nll_nats: Tensor) -> None:
-        """Add one window whose negative log-likelihoods per token are known.
+        """Add the negative log-likelihoods of one window.
 
         Args:
             nll_nats: [tokens]. Unit: nats.
 
         Raises:
-            ModelError: A likelihood is not a number; says where.
+            ModelError: A likelihood is NaN; says where.
         """
         check_not_nan(nll_nats, self._nll.num_windows)
         self._nll.add(float(nll_nats.sum(dtype=torch.float64)), len(nll_nats))
         self._window = max(self._window, len(nll_nats) + 1)
 
     def result(self, *, dtype: str | None = None, note: str | None = None) -> PerplexityResult:
-        """Give the perplexity of all windows so far.
+        """Return the perplexity of all windows so far.
 
         Args:
-            dtype: What the model computed in; copied into the result.
-            note: What a reader should know; copied into the result.
+            dtype: Compute dtype of the model; copied into the result.
+            note: A caveat; copied into the result.
 
         Returns:
             The result.
@@ -99,9 +98,11 @@ class PerplexityAccumulator:
             ModelError: No window was added.
         """
         if not self._nll.num_windows:
-            raise ModelError("Cannot give a perplexity: no window was measured. Add one first.")
+            raise ModelError(
+                "Cannot compute a perplexity: no window was measured. Call update first."
+            )
         nll, error = self._nll.mean, self._nll.standard_error
-        perplexity = exponential(nll)
+        perplexity = safe_exp(nll)
         return PerplexityResult(
             perplexity=perplexity,
             standard_error=None if error is None else perplexity * error,
@@ -131,39 +132,39 @@ def perplexity(
     """Measure a model's perplexity on a text, over non-overlapping windows.
 
     Args:
-        model: A loaded Hugging Face causal language model, or the folder of one (of a GPTQ
-            checkpoint too).
+        model: A loaded Hugging Face causal language model, or the folder of one, including GPTQ
+            checkpoints.
         text: The text, or its token ids; None: the evaluation text that ships with halfbyte.
-        tokenizer: Needed with a loaded model and a text; a folder brings its own.
-        window: Tokens per window; None: 2048, or the model's longest where that is less.
+        tokenizer: Needed for a loaded model and a text; a folder has its own.
+        window: Tokens per window; None: 2048, or the model's context length if that is shorter.
         windows: Use at most this many windows, from the start of the text; None: all.
-        batch_size: Windows per forward pass. Changes speed and memory, not the result.
-        add_bos: Put a BOS token before the text. It stands once at its start, not in each window.
-        dtype: What a model from a folder computes in; "auto": float32 on a CPU, as stored
-            elsewhere. A loaded model stays as it is.
+        batch_size: Windows per forward pass. Affects speed and memory, not the result.
+        add_bos: Add a BOS token once at the start of the text, not in each window.
+        dtype: Compute dtype of a model from a folder; "auto": float32 on a CPU, as stored
+            elsewhere. A loaded model is not changed.
         device: Where a model from a folder runs; "auto": the first GPU, or the CPU.
-        progress: Called after each forward pass.
+        progress: Called after each forward pass with (windows done, total).
 
     Returns:
         Perplexity with its standard error over windows.
 
     Raises:
-        ConfigError: A setting, or a text that does not fit the model; nothing was run.
-        ModelError: The model cannot be loaded, or it computes what is not a number.
+        ConfigError: An invalid setting, or a text that the model cannot take.
+        ModelError: The model cannot be loaded, or its logits are NaN.
     """
     subject = open_subject(model, tokenizer=tokenizer, dtype=dtype, device=device)
-    cut = resolve_windows(subject, text, window=window, limit=windows, add_bos=add_bos)
+    split = resolve_windows(subject, text, window=window, limit=windows, add_bos=add_bos)
     accumulator = PerplexityAccumulator()
-    for ids in cut.batches(batch_size):
+    for ids in split.batches(batch_size):
         accumulator.update(run_windows(subject, ids), ids[:, 1:])
         if progress is not None:
-            progress(accumulator.result().num_windows, len(cut.ids))
-    return accumulator.result(dtype=subject.dtype_name, note=cut.note)
+            progress(accumulator.result().num_windows, len(split.ids))
+    return accumulator.result(dtype=subject.dtype_name, note=split.note)
 
 
 @torch.inference_mode()
 def run_windows(subject: Subject, ids: Tensor) -> Tensor:
-    """Run a model on windows and give the logits that predict all but their first tokens.
+    """Run a model on windows and return the logits that predict all tokens except the first.
 
     Args:
         subject: The model.
@@ -176,12 +177,12 @@ def run_windows(subject: Subject, ids: Tensor) -> Tensor:
     return logits[:, :-1]
 
 
-def each_window(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """Split tensors of one or several windows into windows, side by side.
+def split_by_window(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Split tensors of one or several windows into tuples, one per window.
 
     Args:
-        *tensors: Logits first, then whatever goes with them. Logits of three dimensions hold
-            several windows, one per row of every tensor; of two dimensions, one window.
+        *tensors: Logits first, then the tensors that belong to them. If the logits have three
+            dimensions, the first one of every tensor is the window; if two, there is one window.
 
     Returns:
         One tuple per window.
@@ -192,26 +193,26 @@ def each_window(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
 
 
 def check_not_nan(nll_nats: Tensor, window: int) -> None:
-    """Refuse likelihoods that are not a number.
+    """Reject likelihoods that are NaN.
 
     Args:
         nll_nats: [tokens] of one window.
-        window: Its number, for the message.
+        window: Index of the window, for the message.
 
     Raises:
-        ModelError: One is NaN; says which token.
+        ModelError: One is NaN; says at which position.
     """
     bad = torch.isnan(nll_nats).nonzero()
     if len(bad):
         raise ModelError(
-            f"Cannot measure window {window}: the model's logits are not numbers at {len(bad)} of "
+            f"Cannot measure window {window}: the model's logits are NaN at {len(bad)} of "
             f"{len(nll_nats)} positions, first at position {int(bad[0])}. The compute dtype may "
-            "overflow: use float32 or bfloat16."
+            "have overflowed: use float32 or bfloat16."
         )
 
 
-def exponential(nll_nats: float) -> float:
-    """Give e to the power; infinity where a float cannot hold it."""
+def safe_exp(nll_nats: float) -> float:
+    """Return the exponential; infinity on overflow."""
     try:
         return math.exp(nll_nats)
     except OverflowError:

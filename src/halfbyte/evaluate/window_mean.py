@@ -6,11 +6,10 @@ import math
 
 
 class WindowMean:
-    """Collect one total per window; give the mean per token and how far it may be off.
+    """Mean per token and its standard error over windows, from one total per window.
 
-    Tokens inside a window depend on each other (one article, one style), so an error computed over
-    tokens would be several times too small. Windows are the units here. Where their lengths differ,
-    the mean is a ratio of totals and the error is the usual one of a ratio.
+    Tokens of a window are correlated (same article, same style), so a standard error over tokens
+    would be several times too small. If window lengths differ, the mean is a ratio estimate.
 
     Source:
         Cochran 1977, "Sampling Techniques", 3rd edition, section 6.2 (ratio estimate).
@@ -21,18 +20,18 @@ class WindowMean:
         self._counts: list[int] = []
 
     def add(self, total: float, count: int) -> None:
-        """Add a window: the sum over its tokens and how many tokens it has."""
+        """Add a window: the sum over its tokens and its number of tokens."""
         self._totals.append(total)
         self._counts.append(count)
 
     @property
     def num_windows(self) -> int:
-        """How many windows were added."""
+        """Number of windows added."""
         return len(self._counts)
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens the windows have together."""
+        """Number of tokens of all windows."""
         return sum(self._counts)
 
     @property
@@ -42,7 +41,7 @@ class WindowMean:
 
     @property
     def standard_error(self) -> float | None:
-        """Standard error of the mean; None for a single window, which tells nothing about it."""
+        """Standard error of the mean; None for a single window."""
         n = self.num_windows
         if n < 2:
             return None

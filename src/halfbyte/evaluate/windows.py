@@ -1,8 +1,8 @@
-"""Text to windows of token ids: how every measurement here cuts its text.
+"""Splits a text into windows of token ids, the same way for all measurements.
 
-The text is tokenised whole, in one piece and without a BOS token, then cut into non-overlapping
-windows of equal length. An incomplete last window is left out, so that every window weighs the
-same. Inside a window every token but the first is predicted.
+The text is tokenized in one piece, without a BOS token, and split into non-overlapping windows of
+equal length. An incomplete last window is dropped, so that all windows weigh the same. In each
+window every token except the first is predicted.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from torch import Tensor
 from halfbyte.errors import ConfigError
 
 DEFAULT_WINDOW = 2048
-"""Tokens per window where neither the caller nor the model sets a smaller one."""
+"""Tokens per window, unless the caller sets it or the model's context is shorter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Windows:
-    """Windows of token ids, ready to be run."""
+    """Windows of token ids."""
 
     ids: Tensor
     """int64 [windows, tokens], on the CPU."""
     note: str | None = None
-    """What a reader of the numbers should know about the cut, or None."""
+    """A caveat about the split, or None."""
 
     @property
     def length(self) -> int:
-        """Tokens per window, the first included, which is not predicted."""
+        """Tokens per window, including the first, which is not predicted."""
         return self.ids.shape[1]
 
     def batches(self, size: int) -> tuple[Tensor, ...]:
-        """Split the windows into batches for the model.
+        """Group the windows into batches.
 
         Args:
             size: Windows per batch.
@@ -44,7 +44,7 @@ class Windows:
             int64 [up to size, tokens] each.
 
         Raises:
-            ConfigError: A size below 1.
+            ConfigError: The size is below 1.
         """
         if size < 1:
             raise ConfigError(f"batch_size is {size}; it must be 1 or more.")
@@ -52,25 +52,25 @@ class Windows:
 
 
 def tokenize_text(tokenizer: Any, text: str, *, add_bos: bool = False) -> Tensor:
-    """Turn a whole text into token ids, in one piece.
+    """Tokenize a whole text in one piece.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
-        text: Any length.
-        add_bos: Put the tokenizer's BOS token before the text, once.
+        text: Of any length.
+        add_bos: Add the tokenizer's BOS token once at the start.
 
     Returns:
         int64 [tokens].
 
     Raises:
-        ConfigError: A BOS token is asked for and the tokenizer has none.
+        ConfigError: ``add_bos`` is set and the tokenizer has no BOS token.
     """
-    # verbose=False: a text longer than the model's context is what we cut up next.
+    # verbose=False: no warning about a text longer than the context; it is split next.
     ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     if add_bos:
         if tokenizer.bos_token_id is None:
             raise ConfigError(
-                f"Cannot put a BOS token before the text: {type(tokenizer).__name__} has none. "
+                f"Cannot add a BOS token to the text: {type(tokenizer).__name__} has none. "
                 "Leave add_bos off."
             )
         ids.insert(0, tokenizer.bos_token_id)
@@ -80,19 +80,19 @@ def tokenize_text(tokenizer: Any, text: str, *, add_bos: bool = False) -> Tensor
 def split_windows(
     ids: Tensor | Sequence[int], length: int = DEFAULT_WINDOW, *, limit: int | None = None
 ) -> Windows:
-    """Cut token ids into non-overlapping windows of one length.
+    """Split token ids into non-overlapping windows of one length.
 
     Args:
         ids: Token ids of the whole text, one-dimensional.
-        length: Tokens per window. Ids shorter than that become one window of their own length,
-            with a note.
+        length: Tokens per window. A shorter text becomes one window of its own length, with a
+            note.
         limit: Use at most this many windows, from the start; None: all.
 
     Returns:
-        The windows; the incomplete last one is left out.
+        The windows; an incomplete last one is dropped.
 
     Raises:
-        ConfigError: A length or limit that cannot be, or too few ids to predict one token.
+        ConfigError: The length or limit is invalid, or there are too few ids to predict a token.
     """
     if length < 2:
         raise ConfigError(f"window is {length} tokens; it must be 2 or more to predict one token.")
@@ -101,8 +101,8 @@ def split_windows(
     flat = torch.as_tensor(ids, dtype=torch.int64).cpu()
     if flat.dim() != 1:
         raise ConfigError(
-            f"Cannot split token ids of shape {list(flat.shape)} into windows: one dimension is "
-            "needed, the ids of the whole text."
+            f"Cannot split token ids of shape {list(flat.shape)} into windows: they must have one "
+            "dimension, the ids of the whole text."
         )
     if len(flat) < 2:
         raise ConfigError(
@@ -112,12 +112,12 @@ def split_windows(
     if len(flat) < length:
         return Windows(
             ids=flat.unsqueeze(0),
-            note=f"The text has {len(flat)} tokens, less than one window of {length}: measured on "
-            "one shorter window, without a standard error.",
+            note=f"The text has {len(flat)} tokens, less than one window of {length}. It was "
+            "measured as one shorter window, without a standard error.",
         )
     count = len(flat) // length
     note = None
     if limit is not None and limit > count:
-        note = f"The text has {count} windows of {length} tokens; {limit} were asked for."
+        note = f"The text has {count} windows of {length} tokens; {limit} were requested."
     count = count if limit is None else min(count, limit)
     return Windows(ids=flat[: count * length].reshape(count, length), note=note)

@@ -1,1 +1,1 @@
-"""Other people's entry points: transformers, auto_gptq."""
+"""Entry points of other libraries (Transformers, AutoGPTQ), and text generation."""

@@ -1,9 +1,9 @@
-"""Activations in 8 bits: asked for on a loaded model, and what they change.
+"""Switch a loaded model to int8 activations, and measure what that changes.
 
 ::
 
-    model on cpu_native ──round_activations──> its layers on cpu_int8, over the same packed weights
-                        ──measure_rounding──> divergence from the predictions without
+    model on cpu_native ──round_activations──> layers on cpu_int8, with the same packed weights
+                        ──measure_rounding──> divergence from the predictions without rounding
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from halfbyte.nn.linear import QuantLinear
 from halfbyte.run_config import ACTIVATIONS
 
 WINDOW, WINDOWS = 128, 4
-"""What the rounding is measured on, if nothing else is said."""
+"""Tokens per window and number of windows that rounding is measured on by default."""
 
 
 def round_activations(model: PreTrainedModel, activations: str = "int8") -> int:
-    """Let a model's quantized layers round their input, those that can.
+    """Switch a model's quantized layers to int8 activations where supported.
 
     Args:
-        model: Loaded on a CPU, its kernels chosen; changed in place.
-        activations: One of ACTIVATIONS; "float" leaves the model as it is.
+        model: Loaded on a CPU, with its kernels selected; changed in place.
+        activations: One of ACTIVATIONS; "float" changes nothing.
 
     Returns:
-        How many layers do; the others (of 3 bits, say) stay as they were.
+        The number of switched layers; others, such as those of 3 bits, are unchanged.
 
     Raises:
-        ConfigError: None can, and why; or there is no such kind.
+        ConfigError: No layer supports int8 activations, or the value is unknown.
     """
     if activations not in ACTIVATIONS:
         raise ConfigError(
-            f"activations is {activations!r}; allowed are {', '.join(map(repr, ACTIVATIONS))}."
+            f"activations is {activations!r}; allowed: {', '.join(map(repr, ACTIVATIONS))}."
         )
     if activations == "float":
         return 0
@@ -55,8 +55,8 @@ def round_activations(model: PreTrainedModel, activations: str = "int8") -> int:
             reason = f"{name} {mismatch}"
     if not count:
         raise ConfigError(
-            f"Activations in int8 were asked for, and no layer can take them: {reason}. Leave "
-            "activations at 'float'."
+            f"Cannot use int8 activations: no layer supports them: {reason}. Leave activations at "
+            "'float'."
         )
     return count
 
@@ -69,17 +69,17 @@ def measure_rounding(
     window: int = WINDOW,
     windows: int = WINDOWS,
 ) -> DivergenceResult:
-    """Compare a model that rounds its activations with itself without that.
+    """Compare a model with int8 activations to the same model without rounding.
 
     Args:
-        model: As :func:`round_activations` left it.
-        tokenizer: The model's.
-        text: To compare on; None: the built-in prose.
-        window: Tokens that the model sees at a time.
-        windows: At most so many of them.
+        model: Changed by :func:`round_activations`.
+        tokenizer: The model's tokenizer.
+        text: Text to compare on; None: the built-in prose.
+        window: Tokens per window.
+        windows: Maximum number of windows.
 
     Returns:
-        The divergence; its base is the model without rounding.
+        The divergence, with the model without rounding as the base.
     """
     ids = tokenize_text(tokenizer, evaluation_text() if text is None else text)
     found = DivergenceAccumulator()

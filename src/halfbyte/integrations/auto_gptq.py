@@ -1,12 +1,12 @@
-"""The two classes that scripts written for AutoGPTQ import, on top of halfbyte.
+"""AutoGPTQ's two public classes, implemented with halfbyte.
 
 ::
 
     from_pretrained(folder, config) ──quantize(examples)──> temporary folder
                                     ──save_quantized(dir)─> moved there
-    from_quantized(dir) ──> a loaded model; generate, call and everything else go to it
+    from_quantized(dir) ──> a loaded model; generate, calls and attributes go to it
 
-Nothing is loaded to be quantized: halfbyte streams the weights block by block.
+A model is not loaded for quantization: halfbyte streams its weights block by block.
 
 Source:
     AutoGPTQ 0.7 ``modeling/_base.py``, for names, order and defaults of the arguments.
@@ -29,8 +29,8 @@ from halfbyte.errors import ConfigError
 from halfbyte.integrations.auto_gptq_config import (
     IGNORED_FLAGS,
     BaseQuantizeConfig,
-    rename_old,
-    tell_ignored,
+    rename_deprecated,
+    warn_ignored,
 )
 from halfbyte.machine.devices import resolve_device
 from halfbyte.quant_config import CalibrationConfig, ResourceConfig
@@ -47,7 +47,7 @@ COMMIT_MESSAGE = "Upload of a model quantized with halfbyte"
 
 
 class AutoGPTQForCausalLM:
-    """A model to be quantized, or a quantized one; what it lacks it asks the loaded model for."""
+    """A quantized model, or one to be quantized; other attributes are those of the loaded model."""
 
     def __init__(
         self,
@@ -58,14 +58,14 @@ class AutoGPTQForCausalLM:
         quantized: bool = False,
         settings: dict[str, Any] | None = None,
     ) -> None:
-        """Keep what is needed to load or quantize the model later.
+        """Store what is needed to load or quantize the model later.
 
         Args:
-            source: Its folder, or its name on the Hub.
-            quantize_config: How it is, or is to be, quantized.
-            model: The loaded model, where it is loaded.
+            source: A folder, or a name on the Hub.
+            quantize_config: Quantization settings of the model.
+            model: The model, if it is loaded already.
             quantized: Whether ``source`` is quantized.
-            settings: For finding and loading it, in Transformers' words.
+            settings: Settings for finding and loading the model, as in Transformers.
         """
         self.source: str | Path = source
         self.quantize_config = quantize_config
@@ -84,22 +84,22 @@ class AutoGPTQForCausalLM:
         trust_remote_code: bool = False,
         **settings: Any,
     ) -> Self:
-        """Name a model to be quantized; its weights are not loaded.
+        """Select a model to quantize, without loading its weights.
 
         Args:
             pretrained_model_name_or_path: A folder, or a name on the Hub.
-            quantize_config: How to quantize it.
-            max_memory: Not needed: one block is in memory at a time.
-            trust_remote_code: Run the model code that the folder brings.
-            **settings: Which files of it are meant and how to fetch them (``revision`` and the
-                like); others are for loading the model, should that be asked for.
+            quantize_config: Quantization settings.
+            max_memory: No effect: one block is in memory at a time.
+            trust_remote_code: Run model code from the folder.
+            **settings: Settings for downloading the files (such as ``revision``), and for loading
+                the model if it is used before quantization.
 
         Returns:
             The model.
         """
         if max_memory is not None:
-            tell_ignored("from_pretrained", ["max_memory"])
-        settings = {**rename_old(settings), "trust_remote_code": trust_remote_code}
+            warn_ignored("from_pretrained", ["max_memory"])
+        settings = {**rename_deprecated(settings), "trust_remote_code": trust_remote_code}
         return cls(pretrained_model_name_or_path, quantize_config, settings=settings)
 
     @classmethod
@@ -118,15 +118,15 @@ class AutoGPTQForCausalLM:
         """Load a quantized model.
 
         Args:
-            model_name_or_path: Its folder, or its name on the Hub.
-            device_map: As Transformers takes it.
-            max_memory: As Transformers takes it; used with a device map.
-            device: Everything on this one device; by default the first GPU, or the CPU.
-            torch_dtype: To compute in; None: as the model's config says.
-            trust_remote_code: Run the model code that the folder brings.
-            trainable: Leave the model in training mode.
-            **flags: AutoGPTQ's switches for its own kernels and files are taken, and of no effect;
-                others go to :func:`halfbyte.load`.
+            model_name_or_path: A folder, or a name on the Hub.
+            device_map: As in Transformers.
+            max_memory: As in Transformers; used with a device map.
+            device: Device for the whole model; by default the first GPU, or the CPU.
+            torch_dtype: Dtype to compute in; None: that of the model's config.
+            trust_remote_code: Run model code from the folder.
+            trainable: Put the model into training mode.
+            **flags: AutoGPTQ's switches for its kernels and files have no effect; others are
+                passed to :func:`halfbyte.load`.
 
         Returns:
             The loaded model.
@@ -135,9 +135,9 @@ class AutoGPTQForCausalLM:
 
         ignored = [name for name in flags if name in IGNORED_FLAGS]
         if ignored:
-            tell_ignored("from_quantized", ignored)
+            warn_ignored("from_quantized", ignored)
         hub, settings = HubOptions.split(
-            rename_old({name: flags[name] for name in flags if name not in IGNORED_FLAGS})
+            rename_deprecated({name: flags[name] for name in flags if name not in IGNORED_FLAGS})
         )
         folder = find_model(model_name_or_path, hub, with_code=trust_remote_code)
         placement: dict[str, Any] = {"device": None if device_map else _find_device(device)}
@@ -166,24 +166,24 @@ class AutoGPTQForCausalLM:
         """Quantize the model into a temporary folder; ``save_quantized`` moves it.
 
         Args:
-            examples: What the tokenizer returned for each text, or lists of token ids.
-            batch_size: Examples per forward pass, where their lengths allow it.
-            use_triton: Of no effect, as the next three.
-            use_cuda_fp16: Of no effect.
-            autotune_warmup_after_quantized: Of no effect.
-            cache_examples_on_gpu: Of no effect.
+            examples: Outputs of the tokenizer, or lists of token ids.
+            batch_size: Examples per forward pass, if their lengths allow it.
+            use_triton: No effect.
+            use_cuda_fp16: No effect.
+            autotune_warmup_after_quantized: No effect.
+            cache_examples_on_gpu: No effect.
 
         Returns:
-            What the run did and measured.
+            The report of the run.
 
         Raises:
-            ConfigError: The model is quantized already.
+            ConfigError: The model is already quantized.
         """
         from halfbyte.quantize.pipeline import quantize
 
         if self.quantized:
             raise ConfigError(
-                f"Cannot quantize {self.source}: it is quantized already. "
+                f"Cannot quantize {self.source}: it is already quantized. "
                 "Load the base model with from_pretrained."
             )
         given = {
@@ -194,9 +194,9 @@ class AutoGPTQForCausalLM:
         }
         ignored = [name for name, value in given.items() if value is not None]
         if ignored:
-            tell_ignored("quantize", ignored)
+            warn_ignored("quantize", ignored)
         scratch = tempfile.mkdtemp(prefix="halfbyte-")
-        # The folder lives as long as this object does, or until it is saved elsewhere.
+        # The folder is deleted with this object, or when its files are moved by save_quantized.
         self._scratch = weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)
         output = Path(scratch) / "model"
         self.report = quantize(
@@ -226,10 +226,10 @@ class AutoGPTQForCausalLM:
         """Write the quantized model into a folder, in the standard GPTQ format.
 
         Args:
-            save_dir: The folder; made where there is none.
-            use_safetensors: Always done, whatever this says.
-            safetensors_metadata: Of no effect.
-            **options: Of no effect.
+            save_dir: The folder; created if it does not exist.
+            use_safetensors: No effect: safetensors are always used.
+            safetensors_metadata: No effect.
+            **options: No effect.
 
         Raises:
             ConfigError: The model is not quantized yet.
@@ -242,7 +242,7 @@ class AutoGPTQForCausalLM:
         if not use_safetensors:
             ignored.append("use_safetensors=False")
         if ignored:
-            tell_ignored("save_quantized", ignored)
+            warn_ignored("save_quantized", ignored)
         target = Path(save_dir)
         target.mkdir(parents=True, exist_ok=True)
         if self._scratch is not None:
@@ -276,19 +276,19 @@ class AutoGPTQForCausalLM:
         """Save the quantized model and upload it to the Hugging Face Hub.
 
         Args:
-            repo_id: ``user/name``; the repository is made where there is none.
-            save_dir: Where to save it; None: a temporary folder.
+            repo_id: ``user/name``; the repository is created if it does not exist.
+            save_dir: Folder to save to; None: a temporary folder.
             use_safetensors: As in save_quantized.
             safetensors_metadata: As in save_quantized.
-            commit_message: Of the upload.
-            use_auth_token: What ``token`` was called.
+            commit_message: Commit message of the upload.
+            use_auth_token: Deprecated name of ``token``.
             private: Whether a new repository is private.
-            token: Of the Hub; None: the one that is logged in.
+            token: Token for the Hub; None: the one of the current login.
             create_pr: Open a pull request instead of committing.
             **options: As in save_quantized.
 
         Returns:
-            The address of the commit or the pull request.
+            The URL of the commit or the pull request.
         """
         from huggingface_hub import HfApi
 
@@ -297,7 +297,7 @@ class AutoGPTQForCausalLM:
             if save_dir is not None or self._scratch is None:
                 self.save_quantized(folder, use_safetensors, safetensors_metadata, **options)
             else:
-                # Saving would move the only copy into a folder that is about to go.
+                # Saving would move the only copy into a folder that is about to be deleted.
                 folder = Path(self.source)
             api = HfApi(token=use_auth_token if token is None else token)
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -311,33 +311,33 @@ class AutoGPTQForCausalLM:
 
     @property
     def model(self) -> PreTrainedModel:
-        """The Transformers model; loaded when it is first asked for."""
+        """The Transformers model, loaded on first use."""
         if self._model is None:
             self._model = self._load()
         return self._model
 
     @property
     def config(self) -> PretrainedConfig:
-        """The model's config; the model itself is not loaded for it."""
+        """The model's config, read without loading the model."""
         if self._model is not None:
             return self._model.config
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(self._folder(), trust_remote_code=self._trusts)
+        return AutoConfig.from_pretrained(self._folder(), trust_remote_code=self._trust_remote_code)
 
     @property
     def device(self) -> torch.device:
-        """Where the model's inputs go."""
+        """The device for the model's inputs."""
         device: torch.device = self.model.device
         return device
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate as the Transformers model does, without gradients."""
+        """Call ``generate`` of the Transformers model, without gradients."""
         with torch.inference_mode():
             return self.model.generate(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the Transformers model."""
+        """Call the Transformers model."""
         return self.model(*args, **kwargs)
 
     __call__ = forward
@@ -360,11 +360,11 @@ class AutoGPTQForCausalLM:
         return getattr(self.model, name)
 
     @property
-    def _trusts(self) -> bool:
+    def _trust_remote_code(self) -> bool:
         return bool(self._settings.get("trust_remote_code"))
 
     def _folder(self) -> Path:
-        return find_model(self.source, self._hub, with_code=self._trusts)
+        return find_model(self.source, self._hub, with_code=self._trust_remote_code)
 
     def _load(self) -> PreTrainedModel:
         from transformers import AutoModelForCausalLM
@@ -381,7 +381,7 @@ class AutoGPTQForCausalLM:
 
 
 def _find_device(device: str | int | torch.device | None) -> torch.device:
-    """AutoGPTQ takes a GPU's number too."""
+    """Resolve a device, which in AutoGPTQ can also be the number of a GPU."""
     if isinstance(device, int):
         device = f"cuda:{device}"
     return resolve_device("auto" if device is None else device)

@@ -1,4 +1,4 @@
-"""AutoGPTQ's quantization config, and the one line about options that mean nothing here.
+"""AutoGPTQ's quantization config, and its options that have no effect here.
 
 Source:
     AutoGPTQ 0.7 ``quantization/config.py``, for names, order and defaults.
@@ -28,14 +28,14 @@ IGNORED_FLAGS = frozenset(
         *("use_safetensors", "checkpoint_format", "resume_download", "_commit_hash"),
     )
 )
-"""What ``from_quantized`` takes without effect: kernels and files are chosen here."""
+"""Options of ``from_quantized`` without effect: halfbyte chooses kernels and files itself."""
 
 OLD_NAMES = {"torch_dtype": "dtype", "use_auth_token": "token"}
 
 
 @dataclass
 class BaseQuantizeConfig:
-    """How to quantize, in AutoGPTQ's words and order, with its defaults."""
+    """Quantization settings, with AutoGPTQ's names, order and defaults."""
 
     bits: int = 4
     group_size: int = -1
@@ -53,33 +53,33 @@ class BaseQuantizeConfig:
         if (self.quant_method, self.checkpoint_format) != ("gptq", FORMAT_V1):
             raise ConfigError(
                 f"BaseQuantizeConfig has quant_method '{self.quant_method}' and checkpoint_format "
-                f"'{self.checkpoint_format}'; only 'gptq' and '{FORMAT_V1}' are written."
+                f"'{self.checkpoint_format}'; only 'gptq' and '{FORMAT_V1}' are supported."
             )
         if not self.true_sequential:
-            tell_ignored("BaseQuantizeConfig", ["true_sequential"])
+            warn_ignored("BaseQuantizeConfig", ["true_sequential"])
         self.to_quant_config()
 
     def to_quant_config(self) -> QuantConfig:
-        """Say the same in halfbyte's words."""
+        """Convert to a :class:`QuantConfig`."""
         return QuantConfig(
             bits=self.bits,
             group_size=self.group_size,
             symmetric=self.sym,
-            # With static groups the order changes the rounding only, and g_idx stays trivial.
+            # With static groups, act-order only affects the rounding, and g_idx stays trivial.
             desc_act=self.desc_act and not self.static_groups,
             damping=self.damp_percent,
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain values for JSON."""
+        """Return the settings as a JSON-serializable dict."""
         return asdict(self)
 
     def save_pretrained(self, save_dir: str | Path, **options: Any) -> None:
         """Write ``quantize_config.json``.
 
         Args:
-            save_dir: Folder for it.
-            **options: Those of other saves; unused.
+            save_dir: Folder to write to.
+            **options: Unused.
         """
         folder = Path(save_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -92,10 +92,10 @@ class BaseQuantizeConfig:
 
         Args:
             save_dir: The folder of a checkpoint.
-            **options: Those of other loads; unused.
+            **options: Unused.
 
         Returns:
-            The config; what the folder does not say has AutoGPTQ's default.
+            The config, with AutoGPTQ's defaults for missing values.
         """
         labels = read_labels(Path(save_dir))
         damping = labels.raw.get("damp_percent")
@@ -104,35 +104,35 @@ class BaseQuantizeConfig:
             "group_size": labels.group_size,
             "sym": labels.symmetric,
             "desc_act": labels.desc_act,
-            # A note on how it came about: one that nothing could be quantized with harms no load.
+            # Only informative in a checkpoint, so an invalid value must not prevent loading.
             "damp_percent": damping if isinstance(damping, float) and 0 < damping < 1 else None,
             "static_groups": labels.raw.get("static_groups"),
         }
         return cls(**{key: value for key, value in known.items() if value is not None})
 
 
-def tell_ignored(where: str, names: Iterable[str]) -> None:
-    """Say in one line which of AutoGPTQ's options were taken without effect.
+def warn_ignored(where: str, names: Iterable[str]) -> None:
+    """Warn that options of AutoGPTQ have no effect.
 
     Args:
-        where: The call that they were given to.
-        names: The options.
+        where: The call that they were passed to.
+        names: Names of the options.
     """
     logger.warning(
-        "%s: of AutoGPTQ's options, %s have no effect; halfbyte chooses files and kernels itself "
-        "(see: halfbyte doctor).",
+        "%s: these AutoGPTQ options have no effect: %s. halfbyte chooses files and kernels itself "
+        "(see halfbyte doctor).",
         where,
         ", ".join(names),
     )
 
 
-def rename_old(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Say in Transformers 5's words what AutoGPTQ's time called otherwise.
+def rename_deprecated(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Rename deprecated settings to their names in Transformers 5.
 
     Args:
-        settings: For loading a model.
+        settings: Settings for loading a model.
 
     Returns:
-        The same, under today's names.
+        The settings under their current names.
     """
     return {OLD_NAMES.get(name, name): value for name, value in settings.items()}

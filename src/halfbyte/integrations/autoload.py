@@ -1,12 +1,13 @@
-"""Put halfbyte's GPTQ loader into Transformers, at once or when Transformers is first imported.
+"""Register halfbyte's GPTQ loader with Transformers, now or when Transformers is imported.
 
-Importing Transformers takes seconds, so ``import halfbyte`` does not: it leaves a finder that
-notices when Transformers loads the table of its quantizers, and fills the GPTQ entries then.
+Importing Transformers takes seconds, so ``import halfbyte`` does not import it. Instead it installs
+an
+import hook that replaces the GPTQ entries when Transformers loads its table of quantizers.
 
 ::
 
-    import halfbyte ──> install_by_policy ──> install ──┬─ table loaded: fill the entries now
-                                                        └─ not yet: a finder waits for it
+    import halfbyte ──> install_by_policy ──> install ──┬─ table loaded: replace the entries
+                                                        └─ not yet: install an import hook
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from types import ModuleType
 from halfbyte.environment import TRANSFORMERS, read_variable
 
 TABLE = "transformers.quantizers.auto"
-"""The module whose two dicts name the loader and the config class of each method."""
+"""The module with the two dicts of loaders and config classes by quantization method."""
 
 STOCK_PACKAGES = ("optimum", "gptqmodel")
-"""What Transformers' own GPTQ loader needs."""
+"""Packages that Transformers' own GPTQ loader needs."""
 
 
 def install() -> None:
-    """Let Transformers load GPTQ checkpoints through halfbyte from now on."""
+    """Register halfbyte's loader for GPTQ checkpoints with Transformers."""
     if TABLE in sys.modules:
         _fill_table()
     elif not any(isinstance(finder, _TableFinder) for finder in sys.meta_path):
@@ -36,7 +37,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Give Transformers back the loader that it had."""
+    """Restore the loader that Transformers had before."""
     sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, _TableFinder)]
     if TABLE in sys.modules:
         from halfbyte.integrations.transformers import restore_table
@@ -45,7 +46,7 @@ def uninstall() -> None:
 
 
 def is_installed() -> bool:
-    """Whether a GPTQ checkpoint would be loaded through halfbyte."""
+    """Whether Transformers loads GPTQ checkpoints through halfbyte."""
     if TABLE not in sys.modules:
         return any(isinstance(finder, _TableFinder) for finder in sys.meta_path)
     from halfbyte.integrations.transformers import is_in_table
@@ -54,10 +55,10 @@ def is_installed() -> bool:
 
 
 def install_by_policy() -> str:
-    """Install or not, as ``HALFBYTE_TRANSFORMERS`` says.
+    """Install the loader if ``HALFBYTE_TRANSFORMERS`` says so.
 
     Returns:
-        What was decided and why, for ``halfbyte doctor``.
+        The reason for the decision, for ``halfbyte doctor``.
     """
     decision, reason = decide()
     if decision:
@@ -66,7 +67,7 @@ def install_by_policy() -> str:
 
 
 def decide() -> tuple[bool, str]:
-    """Decide whether importing halfbyte should install its loader.
+    """Decide whether importing halfbyte installs its loader.
 
     Returns:
         The decision and its reason.
@@ -84,14 +85,14 @@ def decide() -> tuple[bool, str]:
 
 
 class _TableFinder(importlib.abc.MetaPathFinder):
-    """Finds the table's module as usual, but has the entries filled once it is loaded."""
+    """Import hook that replaces the entries once the module of the table has been loaded."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname != TABLE:
             return None
-        # Out of the way first: the search below would come here again.
+        # Remove this finder first, or the search below would call it again.
         sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
@@ -100,7 +101,7 @@ class _TableFinder(importlib.abc.MetaPathFinder):
 
 
 class _TableLoader(importlib.abc.Loader):
-    """Runs the module as its own loader does, then fills the entries."""
+    """Executes the module with its original loader, then replaces the entries."""
 
     def __init__(self, loader: importlib.abc.Loader) -> None:
         self._loader = loader

@@ -1,10 +1,10 @@
-"""Text out of a model, a token at a time, by the fastest way that this machine has for it.
+"""Generate text one token at a time, by the fastest method that the machine supports.
 
 ::
 
-    prompt ──native decoder (nn/native_decoder.py)──> keys, values, first logits ──> token, token …
-           ├─> recorded steps (graph_steps.py), on an NVIDIA GPU
-           └─> model.forward with its cache, where neither can be; the reasons are kept
+    prompt ─┬─> compiled decoder (nn/native_decoder.py), on a CPU ──> token, token …
+            ├─> CUDA graphs (graph_steps.py), on an NVIDIA GPU
+            └─> model.forward with its cache, if neither can run; the reasons are kept
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from halfbyte.nn.native_decoder import NativeDecoder, cache_of, find_obstacle
 from halfbyte.nn.native_head import NativeHead
 
 ROOM_STEP = 1024
-"""Positions by which the room of recorded steps grows: recording anew takes a second."""
+"""Capacity of CUDA graph steps is a multiple of this, as capturing again takes a second."""
 
-MOST_INCOMPLETE = 3
-"""Bytes of a UTF-8 character that is not complete, and so tokens that may wait for the rest."""
+MAX_INCOMPLETE = 3
+"""Maximum bytes of an incomplete UTF-8 character, and so tokens that may wait for the rest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How the next token is drawn."""
+    """Sampling settings."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
-    """0: always the likeliest token."""
+    """0: greedy decoding."""
     top_p: float = 1.0
-    """Draw among the likeliest tokens that together have this probability."""
+    """Nucleus sampling: draw among the most likely tokens that together have this probability."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; it must be 1 or more.")
+            raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1.")
         if not 0 <= self.temperature < math.inf:
-            raise ConfigError(f"temperature is {self.temperature}; it must be 0 or more.")
+            raise ConfigError(f"temperature is {self.temperature}; it must be at least 0.")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}; it must be above 0 and at most 1.")
         if not -(2**63) <= self.seed < 2**64:
@@ -59,13 +59,13 @@ class Sampling:
 
 @dataclass(slots=True, kw_only=True)
 class Timing:
-    """What one generation took."""
+    """Timing of one generation."""
 
     prompt_tokens: int
     prompt_seconds: float = 0.0
-    """Until the first token."""
+    """Time to the first token."""
     step_seconds: list[float] = field(default_factory=list)
-    """Of each later token."""
+    """Time of each later token."""
 
     @property
     def prompt_rate(self) -> float:
@@ -74,38 +74,38 @@ class Timing:
 
     @property
     def rate(self) -> float:
-        """Generated tokens per second, the first one left out; 0 where there was no other."""
+        """Generated tokens per second after the first token; 0 if there were none."""
         total = sum(self.step_seconds)
         return len(self.step_seconds) / total if total else 0.0
 
 
 class Steps(Protocol):
-    """The way from one token to the next logits."""
+    """A decode step."""
 
     def __call__(self, token: int, position: int) -> Tensor:
-        """Logits [vocabulary] after the token at a position."""
+        """Run the token at a position and return the next logits [vocabulary]."""
 
 
 class Generator:
-    """A model with the way to generate that was chosen for it."""
+    """Generates tokens with a model, by the method chosen for it."""
 
     def __init__(self, model: PreTrainedModel, *, head_bits: int = 16, native: bool = True) -> None:
-        """Choose the way.
+        """Choose the method.
 
         Args:
-            model: Loaded, with its kernels chosen.
-            head_bits: 16: the head as stored; 8 or 4: a rounded copy, which is read faster.
-            native: Whether anything but the model's own forward and cache may be used.
+            model: Loaded, with its kernels selected.
+            head_bits: 16: the head as stored; 8 or 4: a rounded copy, which is faster to read.
+            native: Allow faster methods than the model's forward with its cache.
 
         Raises:
-            ConfigError: A rounded head was asked for where the compiled decoder cannot run.
+            ConfigError: A rounded head was requested but the compiled decoder cannot run.
         """
         self.model = model
-        self.obstacle = find_obstacle(model) if native else "not asked for"
-        """Why the compiled decoder does not run; None where it does."""
-        self.graph_obstacle = graph_steps.find_obstacle(model) if native else "not asked for"
-        """Why steps are not recorded; None where they are."""
-        self._recorded: GraphSteps | None = None
+        self.obstacle = find_obstacle(model) if native else "not requested"
+        """Why the compiled decoder is not used; None if it is."""
+        self.graph_obstacle = graph_steps.find_obstacle(model) if native else "not requested"
+        """Why CUDA graphs are not used; None if they are."""
+        self._graph_steps: GraphSteps | None = None
         self.head: NativeHead | None = None
         if self.obstacle is None:
             self.head = NativeHead(model.get_output_embeddings(), head_bits)
@@ -117,59 +117,58 @@ class Generator:
         ends = model.generation_config.eos_token_id
         self.ends: frozenset[int] = frozenset([ends] if isinstance(ends, int) else ends or [])
         config = model.config.get_text_config(decoder=True)
-        self._longest = max_context_length(config)
+        self._max_positions = max_context_length(config)
 
-    def describe_way(self) -> str:
-        """Say how tokens come about, and why no faster."""
+    def describe_decoding(self) -> str:
+        """Describe the method that generates tokens, and why no faster one is used."""
         if self.obstacle is None:
             return "compiled decoder"
         if self.graph_obstacle is None:
-            recorded = self._recorded
-            reason = recorded.own_forward_because if recorded else None
-            way = "a CUDA graph a token"
-            return f"{way}, of Transformers' own forward: {reason}" if reason else way
-        # On a GPU the compiled decoder is no alternative.
+            reason = self._graph_steps.fallback_reason if self._graph_steps else None
+            suffix = f" of Transformers' forward: {reason}" if reason else ""
+            return f"one CUDA graph per token{suffix}"
+        # On a GPU the compiled decoder is not an alternative.
         on_gpu = self.model.device.type == "cuda"
         other = f"no CUDA graph: {self.graph_obstacle}" if on_gpu else None
-        return f"Transformers' own forward ({other or f'no compiled decoder: {self.obstacle}'})"
+        return f"Transformers' forward ({other or f'no compiled decoder: {self.obstacle}'})"
 
     def stream(
         self, prompt: Sequence[int], sampling: Sampling, timing: Timing | None = None
     ) -> Iterator[int]:
-        """Generate.
+        """Generate tokens.
 
         Args:
             prompt: Token ids; at least one.
-            sampling: How to draw, and how many at the most; the model's last position ends it too.
-            timing: Filled in on the way.
+            sampling: Sampling settings; generation also ends at the model's last position.
+            timing: Filled in during generation.
 
         Yields:
-            Token ids; an end-of-text token is not among them.
+            Token ids, without end-of-text tokens.
 
         Raises:
             ConfigError: The prompt is empty, or has more tokens than the model has positions.
         """
         if not prompt:
-            raise ConfigError("The prompt is empty; generating needs one token at least.")
-        most = sampling.max_new_tokens
-        if self._longest:
-            # The last token that is drawn needs no position: it is not run.
-            most = min(most, self._longest - len(prompt) + 1)
-        if most < 1:
+            raise ConfigError("The prompt is empty; generating needs at least one token.")
+        max_new_tokens = sampling.max_new_tokens
+        if self._max_positions:
+            # The last token needs no position, because it is not run.
+            max_new_tokens = min(max_new_tokens, self._max_positions - len(prompt) + 1)
+        if max_new_tokens < 1:
             raise ConfigError(
-                f"The prompt has {len(prompt)} tokens; the model has {self._longest} positions. "
-                "Shorten it."
+                f"The prompt has {len(prompt)} tokens; the model has {self._max_positions} "
+                "positions. Shorten the prompt."
             )
         timing = timing or Timing(prompt_tokens=len(prompt))
         draw = _make_draw(sampling)
         start = time.perf_counter()
         with torch.inference_mode():
-            logits, step = self._read_prompt(prompt, len(prompt) + most)
+            logits, step = self._prefill(prompt, len(prompt) + max_new_tokens)
             token = draw(logits)
         timing.prompt_seconds = time.perf_counter() - start
-        count = most - 1
+        count = max_new_tokens - 1
         if sampling.temperature == 0 and isinstance(step, GraphSteps):
-            later = step.follow(token, count)
+            later = step.decode_greedily(token, count)
         else:
             later = _draw_each(step, draw, token, range(len(prompt), len(prompt) + count))
         while token not in self.ends:
@@ -181,34 +180,34 @@ class Generator:
             token = following
             timing.step_seconds.append(time.perf_counter() - start)
 
-    def _read_prompt(self, prompt: Sequence[int], capacity: int) -> tuple[Tensor, Steps]:
-        """Run the prompt; give its last logits and the way on."""
+    def _prefill(self, prompt: Sequence[int], capacity: int) -> tuple[Tensor, Steps]:
+        """Run the prompt; return its last logits and the decode step."""
         if self.head is not None:
             head, decoder = self.head, NativeDecoder(self.model, capacity)
-            last = decoder.read(prompt)[-1]
+            last = decoder.prefill(prompt)[-1]
             return head(last), lambda token, position: head(decoder.step(token, position))
         device = self.model.get_input_embeddings().weight.device
         ids = torch.tensor([list(prompt)], device=device)
         if self.graph_obstacle is None:
-            steps = self._find_room(capacity)
-            return steps.read(ids), steps
-        # Only the last position's logits: of a long prompt all of them would be gigabytes.
+            steps = self._find_graph_steps(capacity)
+            return steps.prefill(ids), steps
+        # Only the last position: the logits of a whole long prompt would take gigabytes.
         output = self.model(ids, use_cache=True, logits_to_keep=1)
-        return output.logits[0, -1].float(), _OwnSteps(self.model, cache_of(output))
+        return output.logits[0, -1].float(), _ForwardSteps(self.model, cache_of(output))
 
-    def _find_room(self, capacity: int) -> GraphSteps:
-        if self._recorded is None or self._recorded.capacity < capacity:
-            self._recorded = None  # its cache makes room for the larger one
-            self._recorded = GraphSteps(self.model, -(-capacity // ROOM_STEP) * ROOM_STEP)
-        return self._recorded
+    def _find_graph_steps(self, capacity: int) -> GraphSteps:
+        if self._graph_steps is None or self._graph_steps.capacity < capacity:
+            self._graph_steps = None  # free its cache before allocating a larger one
+            self._graph_steps = GraphSteps(self.model, -(-capacity // ROOM_STEP) * ROOM_STEP)
+        return self._graph_steps
 
 
-class _OwnSteps:
-    """The model's own forward with its own cache."""
+class _ForwardSteps:
+    """Decode steps by the model's forward with its own cache."""
 
     def __init__(self, model: PreTrainedModel, cache: Any) -> None:
         self.model = model
-        # Transformers 5.24 renames the argument and warns of the old name.
+        # Transformers 5.24 renamed the argument and warns about the old name.
         names = inspect.signature(model.forward).parameters
         self.keywords = {"cache" if "cache" in names else "past_key_values": cache}
 
@@ -233,13 +232,13 @@ def _make_draw(sampling: Sampling) -> Callable[[Tensor], int]:
     generator = torch.Generator().manual_seed(sampling.seed)
 
     def draw(logits: Tensor) -> int:
-        # Less the largest first, and wide: a tiny temperature must not overflow.
+        # Subtract the maximum first, in double: a tiny temperature must not overflow.
         logits = logits.cpu()
         scaled = (logits - logits.max()).double() / sampling.temperature
         shares = torch.softmax(scaled.float(), dim=-1)
         if sampling.top_p < 1:
             sorted_shares, order = shares.sort(descending=True)
-            # The token that crosses the line is the last one kept.
+            # Keep tokens up to and including the one that crosses the threshold.
             kept = sorted_shares.cumsum(0) - sorted_shares < sampling.top_p
             shares = torch.zeros_like(shares).index_put_((order[kept],), sorted_shares[kept])
         return int(torch.multinomial(shares, 1, generator=generator))
@@ -248,45 +247,45 @@ def _make_draw(sampling: Sampling) -> Callable[[Tensor], int]:
 
 
 class TextStream:
-    """Token ids in, text out as soon as it is certain."""
+    """Incremental detokenizer: returns text as soon as it is final."""
 
     def __init__(self, tokenizer: Any, *, skip_special: bool = True) -> None:
-        """Start.
+        """Start with no tokens.
 
         Args:
-            tokenizer: The model's.
-            skip_special: Leave out tokens that the tokenizer calls special.
+            tokenizer: The model's tokenizer.
+            skip_special: Leave out special tokens.
         """
         self._decoder = _find_decoder(tokenizer)
         self._skip_special = skip_special
         self._ids: list[int] = []
-        # Ids before `_read` are out; from `_start` on they are decoded again, because what a
-        # tokenizer makes of a token depends on the one before it.
+        # The text of ids before `_read` has been returned; ids from `_start` on are decoded again,
+        # because the text of a token depends on the token before it.
         self._start = self._read = 0
 
     def add(self, *tokens: int) -> str:
-        """Take tokens.
+        """Add tokens.
 
         Args:
             *tokens: Their ids, at least one.
 
         Returns:
-            The text that is new; empty while a character is still incomplete.
+            The new text; empty while a character is still incomplete.
         """
         self._ids += tokens
         text = self._decode(None)
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
-            # A character lacks at most three of its bytes' tokens; what stands before them is
-            # broken for good, and holding it would decode ever more of it.
-            return self._take(len(self._ids) - MOST_INCOMPLETE)
+            # A valid character waits for at most three more bytes, so earlier bytes are invalid for
+            # good; holding them back would decode more and more tokens each time.
+            return self._take(len(self._ids) - MAX_INCOMPLETE)
         return self._take(len(self._ids), text)
 
     def finish(self) -> str:
-        """Give what was still held back, an incomplete character among it."""
+        """Return the text held back so far, including an incomplete character."""
         return self._take(len(self._ids))
 
     def _take(self, stop: int, text: str | None = None) -> str:
-        """Give the text of the ids up to `stop` that are not out yet; `text` is all of them."""
+        """Return the new text of the ids up to `stop`; `text` is that of all ids, if known."""
         if stop <= self._read:
             return ""
         old, new = self._decode(self._read), self._decode(stop) if text is None else text
@@ -299,34 +298,36 @@ class TextStream:
 
 
 def _find_decoder(tokenizer: Any) -> Any:
-    """Give what decodes: the Rust tokenizer itself where Transformers adds nothing to it.
+    """Return the Rust tokenizer itself if Transformers adds nothing to its decoding.
 
-    Its wrapper takes six times as long for two tokens, and text is decoded twice for each one.
+    The wrapper takes six times as long for two tokens, and each token is decoded twice.
     """
-    wraps = isinstance(tokenizer, PreTrainedTokenizerFast)
-    own = PreTrainedTokenizerFast
-    plain = wraps and (type(tokenizer).decode, type(tokenizer)._decode) == (own.decode, own._decode)
+    kind, base = type(tokenizer), PreTrainedTokenizerFast
+    plain = isinstance(tokenizer, base) and (kind.decode, kind._decode) == (
+        base.decode,
+        base._decode,
+    )
     if plain and not tokenizer.clean_up_tokenization_spaces:
         return tokenizer.backend_tokenizer
     return tokenizer
 
 
 def encode_chat(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
-    """Turn a conversation into the prompt for its next answer.
+    """Apply the chat template to a conversation, to get the prompt for the next answer.
 
     Args:
-        tokenizer: With a chat template.
-        messages: Each with "role" and "content".
+        tokenizer: A tokenizer with a chat template.
+        messages: Messages with "role" and "content".
 
     Returns:
         Token ids.
 
     Raises:
-        ConfigError: The tokenizer has no chat template, or that does not take this conversation.
+        ConfigError: The tokenizer has no chat template, or the template rejects the conversation.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError(
-            "The model's tokenizer has no chat template: it was not trained to chat. "
+            "The model's tokenizer has no chat template, so the model was not trained to chat. "
             "Use halfbyte generate."
         )
     try:
@@ -334,9 +335,9 @@ def encode_chat(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]
             list(messages), add_generation_prompt=True, return_dict=True
         )
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-        # A template is a program of the model's maker; it says what it does not take.
+        # A template is code that comes with the model, and raises errors of its own.
         raise ConfigError(
-            f"The model's chat template does not take this conversation: {first_line(error)}. "
-            "Its roles, and their order, must be those that the model was trained with."
+            f"The model's chat template rejects this conversation: {first_line(error)}. "
+            "Use the roles, in the order, that the model was trained with."
         ) from error
     return list(encoded["input_ids"])

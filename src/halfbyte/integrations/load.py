@@ -1,4 +1,4 @@
-"""Load a folder through Transformers, also a GPTQ one that Transformers would not see as such."""
+"""Load a model through Transformers, including old GPTQ checkpoints that it does not recognize."""
 
 from __future__ import annotations
 
@@ -31,37 +31,36 @@ def load(
 ) -> PreTrainedModel:
     """Load a quantized causal language model.
 
-    Beyond what ``AutoModelForCausalLM.from_pretrained`` does after ``import halfbyte``, it takes
-    old checkpoints whose quantization config stands in ``quantize_config.json`` only, and it uses
-    halfbyte's loader whatever ``HALFBYTE_TRANSFORMERS`` says.
+    In addition to what ``AutoModelForCausalLM.from_pretrained`` does after ``import halfbyte``,
+    this loads old checkpoints whose quantization config is only in ``quantize_config.json``, raises
+    an error for missing tensors, and uses halfbyte's loader whatever ``HALFBYTE_TRANSFORMERS`` is.
 
     Args:
         model: A folder, or the name of a repository on the Hub.
-        dtype: To compute in; "auto": as ``config.json`` says.
-        device: Everything on this one device; "auto": the first GPU, or the CPU.
-        device_map: As Transformers takes it; not together with ``device``.
-        activations: "int8": on a CPU, quantized layers round their input to 8 bits, group by
-            group: faster where arithmetic takes the time, and less exact
+        dtype: Dtype to compute in; "auto": that of ``config.json``.
+        device: Device for the whole model; "auto": the first GPU, or the CPU.
+        device_map: As in Transformers; not together with ``device``.
+        activations: "int8": on a CPU, quantized layers round their input to 8 bits per group:
+            faster where arithmetic is the bottleneck, and less exact
             (:mod:`halfbyte.kernels.cpu_int8`).
-        trust_remote_code: Run the model code that the folder brings.
+        trust_remote_code: Run model code from the folder.
         **settings: ``revision``, ``subfolder``, ``cache_dir``, ``token``, ``local_files_only`` and
-            ``force_download`` say which folder is meant; others are passed on to
-            ``from_pretrained``.
+            ``force_download`` select the files; others are passed to ``from_pretrained``.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
-        ModelError: There is no such folder, and it cannot be fetched.
-        CheckpointError: The folder is no GPTQ checkpoint, lacks tensors, or is damaged.
-        ConfigError: There is no such device, or no layer can take such activations.
+        ModelError: There is no such folder, and it cannot be downloaded.
+        CheckpointError: The folder is not a GPTQ checkpoint, lacks tensors, or is damaged.
+        ConfigError: There is no such device, or no layer supports int8 activations.
     """
     install()
     hub, settings = HubOptions.split(settings)
     folder = find_model(model, hub, with_code=trust_remote_code)
     if not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"Cannot load {folder}: it has no config.json, which says what model it is. "
+            f"Cannot load {folder}: it has no config.json, which describes the model. "
             "Copy config.json and the tokenizer files of the base model into it."
         )
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -78,7 +77,7 @@ def load(
         **settings,
     )
     if not Path(model).is_dir():
-        # Adapters note what they belong to: the name, not its place in this machine's cache.
+        # Adapters record their base model: use its name, not a path in this machine's cache.
         loaded.name_or_path = loaded.config.name_or_path = str(model)
     round_activations(loaded, activations)
     return loaded
@@ -87,32 +86,34 @@ def load(
 def load_model(
     folder: Path, *, dtype: str = "auto", device: str = "auto", activations: str = "float"
 ) -> PreTrainedModel:
-    """Load a model to run it, quantized or not.
+    """Load a quantized or ordinary model for inference.
 
     Args:
-        folder: Of the model.
-        dtype: A torch dtype's name; "auto": on a CPU bfloat16 where that is fast, else float32;
-            elsewhere as stored.
-        device: A torch device's name; "auto": the first GPU, or the CPU.
+        folder: Folder of the model.
+        dtype: Name of a torch dtype; "auto": on a CPU bfloat16 if it is fast there, otherwise
+            float32; on other devices as stored.
+        device: Name of a torch device; "auto": the first GPU, or the CPU.
         activations: As in :func:`load`.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
-        ConfigError: There is no such folder or device, or no layer can take such activations.
+        ConfigError: There is no such folder or device, or no layer supports int8 activations.
         CheckpointError: The folder lacks tensors, or is damaged.
     """
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"'{folder}' is no model folder: it has no config.json.")
-    # Its bar for reading a file would come in between.
+        raise ConfigError(
+            f"Cannot load '{folder}': it is not a model folder, as it has no config.json."
+        )
+    # Transformers' progress bar would mix with the command's output.
     logging.disable_progress_bar()
     place = resolve_device(device)
     if dtype == "auto" and place.type == "cpu":
         dtype = "bfloat16" if has_fast_bf16() else "float32"
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     config = AutoConfig.from_pretrained(folder)
-    # Old checkpoints have their quantization config in a file of its own.
+    # Old checkpoints have their quantization config in a separate file.
     labelled = any((folder / name).is_file() for name in CONFIG_FILES)
     if getattr(config, "quantization_config", None) or labelled:
         return load(folder, dtype=kind, device=place, activations=activations)
@@ -122,7 +123,7 @@ def load_model(
 
 
 def _load_complete(folder: Path, **settings: Any) -> PreTrainedModel:
-    """Load, and refuse what Transformers would fill with random numbers."""
+    """Load a model, and raise an error for tensors that Transformers would initialize randomly."""
     loaded: PreTrainedModel
     loaded, found = AutoModelForCausalLM.from_pretrained(
         folder, output_loading_info=True, **settings
@@ -132,7 +133,7 @@ def _load_complete(folder: Path, **settings: Any) -> PreTrainedModel:
         raise CheckpointError(
             f"Checkpoint {folder} is missing {missing[0]}"
             f"{f' and {len(missing) - 1} more tensors' if len(missing) > 1 else ''} of a "
-            f"{type(loaded).__name__}, which would be random. Download it again, or give the "
+            f"{type(loaded).__name__}, which would be random. Download it again, or use the "
             "config.json that belongs to it."
         )
     return loaded

@@ -1,9 +1,8 @@
-"""How fast a model runs here: loading, a prompt, and one token after the other.
+"""Measure how fast a model loads, processes a prompt, and generates tokens on this machine.
 
 ::
 
-    folder ──own process──> load ──> prompt x repeats ──> tokens x repeats ──> SpeedResult
-                                      beside it: how fast this machine reads memory
+    folder ──separate process──> load ──> (prompt, tokens, memory) x repeats ──> SpeedResult
 """
 
 from __future__ import annotations
@@ -26,42 +25,44 @@ from halfbyte.integrations.generation import Generator, Sampling, Timing
 from halfbyte.kernels.native_library import open_library
 from halfbyte.machine.memory import resident_memory_bytes
 from halfbyte.model.context_length import max_context_length
+from halfbyte.model.experts import UnfusedExperts
 from halfbyte.nn.linear import QuantLinear
 
 READ_BYTES = 256 * 2**20
-"""Stretch of memory that is read to see how fast that is; larger than a core's own caches."""
+"""Buffer that is read to measure memory bandwidth; larger than a core's private caches."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeedResult:
-    """One model's speed; medians of the repeats."""
+    """Speed of a model; medians over the repeats."""
 
     load_seconds: float
     memory_bytes: int
-    """Of the process, with the model loaded and run."""
+    """Memory of the process after running the model."""
     prompt_tokens: int
     prompt_rate: float
     """Prompt tokens per second."""
     first_token_seconds: float
-    """From a prompt of that length to the first token."""
+    """Time to the first token, for a prompt of that length."""
     rate: float
     """Generated tokens per second."""
     rates: tuple[float, ...]
-    """Of each repeat."""
+    """Generated tokens per second in each repeat."""
     read_bytes: int
-    """Weights that a generated token reads."""
+    """Bytes of weights read per generated token."""
     memory_rate: float | None
-    """Bytes per second that this machine reads; None where the compiled library is absent."""
+    """Memory bandwidth of this machine in bytes per second; None without the compiled library."""
     compiled_decoder: bool
     why_not: str | None
+    """Why the compiled decoder was not used."""
     threads: int
     dtype: str
     rounding: DivergenceResult | None = None
-    """What activations in int8 change; None where there are none."""
+    """Divergence caused by int8 activations; None if they are not used."""
 
     @property
     def memory_share(self) -> float | None:
-        """Of the speed of memory that generating reaches."""
+        """Fraction of the memory bandwidth that generation achieves."""
         return None if self.memory_rate is None else self.rate * self.read_bytes / self.memory_rate
 
 
@@ -77,12 +78,12 @@ def measure_speed(
     """Measure one model in this process.
 
     Args:
-        load: Loads it.
-        prompt_tokens: Length of the prompt; less where the model's positions end before.
-        new_tokens: Generated after it.
-        repeats: Of both.
+        load: Loads the model.
+        prompt_tokens: Length of the prompt; reduced to fit the model's positions.
+        new_tokens: Tokens generated after it.
+        repeats: Number of repeats.
         head_bits: 16, or the bits of a rounded head.
-        rounding: The tokenizer, where what rounded activations change is to be measured too.
+        rounding: The tokenizer, to also measure the divergence caused by int8 activations.
 
     Returns:
         The result.
@@ -92,31 +93,20 @@ def measure_speed(
     """
     if min(prompt_tokens, repeats) < 1 or new_tokens < 2:
         raise ConfigError(
-            f"Cannot measure {prompt_tokens} prompt tokens, {new_tokens} new ones, {repeats} "
-            "times; 1, 2 and 1 are the least."
+            f"Cannot measure {prompt_tokens} prompt tokens and {new_tokens} new tokens {repeats} "
+            "times; use at least 1, 2 and 1."
         )
     start = time.perf_counter()
     model = load()
     load_seconds = time.perf_counter() - start
     generator = Generator(model, head_bits=head_bits)
-    # Text that ends would end the measurement.
+    # Do not stop at end-of-text tokens.
     generator.ends = frozenset()
     longest = max_context_length(model.config.get_text_config(decoder=True))
     if longest is not None:
         prompt_tokens = max(min(prompt_tokens, longest - new_tokens), 1)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    settings = Sampling(max_new_tokens=new_tokens)
-    timings, memory_rates = [], []
-    for repeat in range(repeats + 1):
-        ids = [(7919 * (i + 1) + repeat) % vocabulary for i in range(prompt_tokens)]
-        timing = Timing(prompt_tokens=prompt_tokens)
-        for _ in generator.stream(ids, settings, timing):
-            pass
-        timings.append(timing)
-        memory_rates.append(measure_memory_rate())
-    timings = timings[1:]  # the first one warms up
+    timings, memory_rates = _time_generations(generator, prompt_tokens, new_tokens, repeats)
     rates = tuple(timing.rate for timing in timings)
-    known = [rate for rate in memory_rates if rate is not None]
     return SpeedResult(
         load_seconds=load_seconds,
         memory_bytes=resident_memory_bytes(),
@@ -126,7 +116,7 @@ def measure_speed(
         rate=statistics.median(rates),
         rates=rates,
         read_bytes=count_read_bytes(model, generator),
-        memory_rate=statistics.median(known) if known else None,
+        memory_rate=statistics.median(memory_rates) if memory_rates else None,
         compiled_decoder=generator.obstacle is None,
         why_not=generator.obstacle,
         threads=torch.get_num_threads(),
@@ -135,18 +125,35 @@ def measure_speed(
     )
 
 
+def _time_generations(
+    generator: Generator, prompt_tokens: int, new_tokens: int, repeats: int
+) -> tuple[list[Timing], list[float]]:
+    """Generate repeatedly after one warm-up run; return the timings and memory bandwidths."""
+    vocabulary = generator.model.get_input_embeddings().weight.shape[0]
+    settings = Sampling(max_new_tokens=new_tokens)
+    timings, memory_rates = [], []
+    for repeat in range(repeats + 1):
+        ids = [(7919 * (i + 1) + repeat) % vocabulary for i in range(prompt_tokens)]
+        timing = Timing(prompt_tokens=prompt_tokens)
+        for _ in generator.stream(ids, settings, timing):
+            pass
+        timings.append(timing)
+        memory_rates.append(measure_memory_rate())
+    return timings[1:], [rate for rate in memory_rates if rate is not None]
+
+
 def measure_apart(measure: Callable[..., SpeedResult], *arguments: Any) -> SpeedResult:
-    """Run a measurement in a process of its own, so that no model's memory counts twice.
+    """Run a measurement in a separate process, so that its memory is measured separately.
 
     Args:
-        measure: A function of a module.
+        measure: A module-level function.
         *arguments: Its arguments.
 
     Returns:
-        What it returned.
+        Its result.
 
     Raises:
-        ModelError: The process was killed, for example for want of memory.
+        ModelError: The process was killed, for example because memory ran out.
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
@@ -154,50 +161,62 @@ def measure_apart(measure: Callable[..., SpeedResult], *arguments: Any) -> Speed
             return pool.submit(measure, *arguments).result()
         except BrokenProcessPool as error:
             raise ModelError(
-                "The measurement ended without a result: its process was killed, as a rule because "
-                "memory ran out. halfbyte plan says what a model takes."
+                "The measurement ended without a result: its process was killed, usually because "
+                "memory ran out. Run halfbyte plan to see how much memory the model needs."
             ) from error
 
 
 def measure_memory_rate() -> float | None:
-    """Bytes per second that torch's threads read from memory; None without the library."""
+    """Measure memory bandwidth with torch's threads, in bytes/s; None without the library."""
     functions = open_library().functions
     if functions is None:
         return None
-    stretch = torch.ones(READ_BYTES // 8, dtype=torch.int64)
+    buffer = torch.ones(READ_BYTES // 8, dtype=torch.int64)
     seconds: Sequence[float] = [
-        _time(functions.hb_read, stretch.data_ptr(), stretch.nbytes, torch.get_num_threads())
+        _time(functions.hb_read, buffer.data_ptr(), buffer.nbytes, torch.get_num_threads())
         for _ in range(3)
     ]
-    return stretch.nbytes / min(seconds)
+    return buffer.nbytes / min(seconds)
 
 
 def count_read_bytes(model: Any, generator: Generator) -> int:
-    """Count the bytes of weights that one generated token reads.
+    """Count the bytes of weights read per generated token.
 
     Args:
         model: The model.
-        generator: What runs it.
+        generator: The generator that runs it.
 
     Returns:
-        Bytes: every weight once but of the embeddings, of which one row is read, unless they are
-        the head too.
+        Bytes of all weights, and of the experts that run per token. Embeddings count only if they
+        are also the head, as a token reads a single row of them.
     """
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     apart = {id(tensor) for part in (head, embeddings) for tensor in part.parameters()}
     inside = {id(buffer) for buffer in head.buffers()}
     total: int = sum(p.nbytes for p in model.parameters() if id(p) not in apart)
-    for module in model.modules():
+    shares = _shares_of_experts(model)
+    for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
-            # A repacked weight holds scales and zeros itself.
+            # A repacked weight includes scales and zeros.
             names = module.weight_names if module.is_repacked else (*module.weight_names, "scales")
-            tensors = [module.get_buffer(name) for name in names]
+            tensors = [module.get_buffer(buffer) for buffer in names]
             tensors += [] if module.offsets is None else [module.offsets]
-            total += sum(tensor.nbytes for tensor in tensors if id(tensor) not in inside)
+            share = next((shares[part] for part in shares if name.startswith(part)), 1)
+            total += int(share * sum(t.nbytes for t in tensors if id(t) not in inside))
     if generator.head is not None:
         return total + generator.head.read_bytes
     dense: int = sum(tensor.nbytes for tensor in [*head.parameters(), *head.buffers()])
     return total + dense
+
+
+def _shares_of_experts(model: Any) -> dict[str, float]:
+    """Return the fraction of experts that run per token, by the prefix of their names."""
+    per_token = getattr(model.config.get_text_config(decoder=True), "num_experts_per_tok", None)
+    return {
+        f"{name}.": per_token / module.num_experts
+        for name, module in model.named_modules()
+        if isinstance(module, UnfusedExperts) and per_token
+    }
 
 
 def _time(function: Callable[..., Any], *arguments: Any) -> float:

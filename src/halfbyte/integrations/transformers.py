@@ -1,15 +1,16 @@
-"""The loader that Transformers calls for ``quant_method: "gptq"``, without gptqmodel or optimum.
+"""The loader for ``quant_method: "gptq"`` in Transformers; needs neither gptqmodel nor optimum.
 
 ::
 
     config.json ──> GPTQConfig (every key kept) ──> GptqQuantizer
-    headers of the files ──> which linears are packed, and how ──> QuantLinear in their place
-    Transformers loads the tensors as they are ──> values checked, kernels chosen
+    headers of the files ──> which linears are packed, in which layout ──> QuantLinear modules
+    Transformers loads the tensors unchanged ──> values checked, kernels selected
 
-What is quantized is read from the files, not from the labels: skipped layers, mixed bits, a
-quantized head and experts need no pattern lists.
+What is quantized is read from the tensor files, not from the config, so skipped layers, mixed bits,
+a quantized head and experts need no lists of patterns.
 
-Only light modules are imported at the top: this one is imported while Transformers itself is.
+Only light modules are imported at the top, because this module is imported during the import of
+Transformers.
 
 Source:
     Transformers 5.24, ``quantizers/auto.py``, ``quantizers/base.py``, ``modeling_utils.py``.
@@ -35,20 +36,20 @@ if TYPE_CHECKING:
 
 
 class GPTQConfig(stock.GPTQConfig):
-    """The quantization config of a checkpoint, with every key that its file has.
+    """The quantization config of a checkpoint, with every key of its file.
 
-    Transformers compares classes by name, so this one must be called as its own is.
+    Transformers compares classes by name, so this one has the same name as the original.
     """
 
     replaced: ClassVar[type | None] = None
-    """What stood in Transformers' table before."""
+    """The entry in Transformers' table before."""
 
     def __init__(self, bits: int | None = None, **settings: Any) -> None:
-        """Take the keys of ``quantization_config`` as they are.
+        """Store the keys of ``quantization_config`` unchanged.
 
         Args:
             bits: Bits per weight; older files call it ``w_bit``.
-            **settings: All other keys; those that Transformers does not know are kept too.
+            **settings: All other keys, including those unknown to Transformers.
         """
         if bits is not None:
             settings = {"bits": bits, **settings}
@@ -63,54 +64,54 @@ class GPTQConfig(stock.GPTQConfig):
         super().__init__(**{k: v for k, v in named.items() if k in known and v is not None})
 
     def post_init(self) -> None:
-        """Check nothing: the checkpoint's reader does, and the stock check asks for optimum."""
+        """Skip Transformers' checks, which need optimum; the checkpoint reader checks instead."""
         if getattr(self, "backend", None) is None:
             self.backend = "auto"
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the keys as they were read."""
+        """Return the keys as they were read."""
         return {"quant_method": self.method, **copy.deepcopy(self.stored)}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Give the keys as they were read."""
+        """Return the keys as they were read."""
         return self.to_dict()
 
 
 class GptqQuantizer(HfQuantizer):
-    """Replaces a model's linears before its weights are loaded, and prepares them after."""
+    """Replaces a model's linears before its weights are loaded, and selects kernels afterwards."""
 
     replaced: ClassVar[type | None] = None
-    """What stood in Transformers' table before."""
+    """The entry in Transformers' table before."""
 
     requires_calibration = False
     disk_names: Mapping[str, str] = MappingProxyType({})
-    """Module in the model -> module on disk, of the packed linears."""
+    """Names of the packed linears on disk, by name in the model."""
     disk_keys: tuple[str, ...] = ()
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters can be trained on top."""
+        """True: adapters can be trained on top."""
         return True
 
     @property
     def is_compileable(self) -> bool:
-        """``torch.compile`` sees one op per linear."""
+        """True: ``torch.compile`` sees one op per linear."""
         return True
 
     def is_serializable(self) -> bool:
-        """``save_pretrained`` writes the standard format."""
+        """Return True: ``save_pretrained`` writes the standard format."""
         return True
 
     def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
-        """Tell Transformers of weights under an older file name.
+        """Set the file name of the weights if it is not one that Transformers looks for.
 
-        This is the one call that has the model's config before its files are looked for.
+        This is the only hook that receives the model's config before its files are resolved.
 
         Args:
-            config: Of the model.
+            config: The model's config.
 
         Returns:
-            The same config, with ``transformers_weights`` set where that is needed.
+            The same config, with ``transformers_weights`` set if needed.
         """
         from halfbyte.nn.model_loading import find_unusual_file
 
@@ -124,7 +125,7 @@ class GptqQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
-        """Read the headers of the files and put quantized linears in the model."""
+        """Read the headers of the files and replace the packed linears of the model."""
         from halfbyte.nn import model_loading
         from halfbyte.nn.replace import replace_linears
 
@@ -139,7 +140,7 @@ class GptqQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
-        """Check the values that were loaded and choose the kernels."""
+        """Check the loaded values and select the kernels."""
         from halfbyte.nn.model_loading import prepare_linears
 
         prepare_linears(model)
@@ -148,31 +149,31 @@ class GptqQuantizer(HfQuantizer):
     def update_weight_conversions(
         self, weight_conversions: list[Any], model: PreTrainedModel
     ) -> list[Any]:
-        """Make sure that Transformers' renamings bring every packed tensor to its place.
+        """Adapt Transformers' renaming rules so that every packed tensor reaches its module.
 
         Args:
-            weight_conversions: Transformers' own, for this model.
-            model: With its linears replaced.
+            weight_conversions: Transformers' rules for this model.
+            model: The model with its linears replaced.
 
         Returns:
-            The rules to load by.
+            The adapted rules.
         """
         from halfbyte.model.renaming import align_renamings
 
         return align_renamings(model, weight_conversions, self.disk_names, self.disk_keys)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> Any:
-        """Turn the model back into one of ordinary linears."""
+        """Convert the model's quantized linears to ordinary ones."""
         from halfbyte.nn.replace import dequantize_linears
 
-        # After save_pretrained the config, which Transformers asks, names it by a word.
+        # Transformers passes the dtype of the config, which is a string after save_pretrained.
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         dequantize_linears(model, wanted or model.dtype)
         return model
 
 
 def fill_table(table: ModuleType) -> None:
-    """Put the GPTQ entries into Transformers' table; a second time does nothing.
+    """Replace the GPTQ entries of Transformers' table; idempotent.
 
     Args:
         table: The module ``transformers.quantizers.auto``.
@@ -183,7 +184,7 @@ def fill_table(table: ModuleType) -> None:
     GPTQConfig.replaced = table.AUTO_QUANTIZATION_CONFIG_MAPPING.get(METHOD)
     table.AUTO_QUANTIZER_MAPPING[METHOD] = GptqQuantizer
     table.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = GPTQConfig
-    # Its config names the quantizer "gptq" like any other.
+    # Its config then selects the quantizer "gptq" as usual.
     table.AUTO_QUANTIZATION_CONFIG_MAPPING[OWN_METHOD] = GPTQConfig
 
 

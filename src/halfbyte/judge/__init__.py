@@ -1,5 +1,5 @@
-"""May this model replace that one? tasks, text -> answers of each -> statistics -> verdict.
+"""Decides whether a candidate may replace its base: items -> answers -> statistics -> verdict.
 
-``compare.py`` is the entry. One model is in memory at a time: the base answers first, its answers
-are kept on disk (``cache.py``), then the candidate answers the same token ids.
+``compare.py`` is the entry point. One model is in memory at a time: the base runs first and its
+answers are cached on disk (``model_cache.py``), then the candidate runs on the same token ids.
 """

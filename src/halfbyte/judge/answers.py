@@ -1,8 +1,8 @@
-"""What a model answered, apart from whether it is right; kept on disk, so that no run is lost.
+"""A model's ungraded answers, cached on disk so that an interrupted run loses none.
 
-An :class:`AnswerFile` is one JSON line per answer, under the digest of the question. Answers of the
-same model to the same question are used again: those of the base by every later candidate, those of
-a candidate by a resumed run. Nothing but this file knows how they are kept.
+An :class:`AnswerFile` holds one JSON line per answer, keyed by a digest of the question. Answers of
+the same model to the same question are reused: the base's by every later candidate, a candidate's
+by a resumed run. Only this module knows the file's format.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from halfbyte.errors import CheckpointError
 from halfbyte.judge.questions import Question
 
 VERSION = 2
-"""Of the answers' form; another one is not read."""
+"""Version of the file format; records of other versions are ignored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,23 +28,23 @@ class Answer:
     choice_nats: tuple[float, ...] = ()
     """Log-likelihood of each choice. Unit: nats."""
     text: str = ""
-    """What it wrote, up to the first stop text."""
+    """Generated text, up to the first stop sequence."""
     ids: tuple[int, ...] = ()
-    """The same as token ids, the end token included; empty for a served model."""
+    """Generated token ids, including the end token; empty for a served model."""
     finite: bool = True
-    """Whether all its logits were numbers."""
+    """Whether all logits were finite."""
     logprobs: tuple[float, ...] = ()
-    """Of the written tokens, the end token left out. Unit: nats. Empty for a served model."""
+    """Of the generated tokens, without the end token. Unit: nats. Empty for a served model."""
     entropies: tuple[float, ...] = ()
-    """Of the distributions that they were drawn from. Unit: nats."""
+    """Of the predicted distribution at each generated token. Unit: nats."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain values for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Undo :meth:`to_dict`."""
+        """Reverse :meth:`to_dict`."""
         plain: dict[str, Any] = {
             name: tuple(v) if isinstance(v, list | tuple) else v for name, v in values.items()
         }
@@ -52,32 +52,32 @@ class Answer:
 
 
 class Respondent(Protocol):
-    """A model that answers questions: in this process, or served elsewhere."""
+    """A model that answers questions, in this process or behind a server."""
 
     name: str
 
     @property
     def takes_padding(self) -> bool:
-        """Whether prompts of unlike length may run as one batch."""
+        """Whether prompts of different lengths may run as one batch."""
 
     def answer_choices(self, questions: list[Question]) -> list[Answer]:
-        """Rate the choices of these questions, as one batch."""
+        """Compute the log-likelihoods of the questions' choices, as one batch."""
 
     def write(
         self, questions: list[Question], *, temperature: float = 0.0, seed: int = 0
     ) -> list[Answer]:
-        """Write on after each of these prompts, as one batch."""
+        """Generate a continuation of each prompt, as one batch."""
 
 
 class AnswerFile:
-    """Answers of one model, on disk as they come."""
+    """Answers of one model, appended to a file as they arrive."""
 
     def __init__(self, path: Path, *, fresh: bool = False) -> None:
-        """Read what is there.
+        """Read the file if it exists.
 
         Args:
-            path: The file; it need not exist.
-            fresh: Forget what is there.
+            path: The file.
+            fresh: Delete earlier answers.
         """
         self.path = path
         self._values: dict[str, Any] = {}
@@ -94,17 +94,17 @@ class AnswerFile:
         return len(self._values)
 
     def get(self, key: str) -> Any:
-        """Give a kept value, or None."""
+        """Return a stored value, or None."""
         return self._values.get(key)
 
-    def keep(self, values: Mapping[str, Any]) -> None:
-        """Write values down; after this a killed process loses none of them.
+    def add(self, values: Mapping[str, Any]) -> None:
+        """Append values to the file and sync it to disk.
 
         Args:
-            values: By what was asked.
+            values: By key.
 
         Raises:
-            CheckpointError: The disk is full or the file cannot be written to.
+            CheckpointError: The disk is full or the file is not writable.
         """
         try:
             with self.path.open("a", encoding="utf-8") as handle:
@@ -115,8 +115,8 @@ class AnswerFile:
                 os.fsync(handle.fileno())
         except OSError as error:
             raise CheckpointError(
-                f"Cannot keep answers in {self.path}: {error.strerror or error}. Free some space "
-                "or name another folder (--cache)."
+                f"Cannot write answers to {self.path}: {error.strerror or error}. Free some space "
+                "or choose another folder with --cache."
             ) from error
         self._values.update(values)
 
@@ -131,6 +131,6 @@ class AnswerFile:
             if isinstance(record, dict) and record.get("v") == VERSION:
                 self._values[record["key"]] = record["value"]
         if rest:
-            # A process was killed while it wrote: what follows must begin on a line of its own.
+            # A process was killed in the middle of a line; remove it, so the next starts a new one.
             with self.path.open("r+b") as handle:
                 handle.truncate(len(whole) + 1 if whole else 0)

@@ -1,6 +1,6 @@
-"""A mean per token with what resampling whole documents says about it.
+"""Bootstrap of a mean per token over whole documents: intervals and p-values.
 
-Numbers in, numbers out, as in :mod:`halfbyte.judge.statistics`.
+Pure computation, as in :mod:`halfbyte.judge.statistics`.
 """
 
 from __future__ import annotations
@@ -10,26 +10,26 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from halfbyte.judge.statistics import FEWEST_DOCUMENTS, Floats, Interval
+from halfbyte.judge.statistics import MIN_DOCUMENTS, Floats, Interval
 
 RESAMPLES = 4000
-"""Of the bootstrap: its own error is then well below that of the data."""
+"""Enough that the Monte Carlo error is well below the standard error of the data."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RatioBootstrap:
-    """A mean per token and what resampling documents says about it."""
+    """A mean per token and its bootstrap distribution over documents."""
 
     mean: float
     standard_error: float
     studentized: Floats
-    """Sorted: (resampled mean - mean) / its own standard error, one per resample."""
+    """Sorted, one per resample: (resampled mean - mean) / standard error of the resample."""
 
     def interval(self, confidence: float) -> Interval:
-        """Give the bootstrap-t interval.
+        """Return the bootstrap-t interval.
 
         Args:
-            confidence: Of the two-sided interval.
+            confidence: Confidence level of the two-sided interval.
 
         Returns:
             The interval of the true mean.
@@ -41,11 +41,11 @@ class RatioBootstrap:
         )
 
     def p_value_above(self, value: float) -> float:
-        """Give the chance of a mean at least this high if the true one were ``value``."""
+        """Return the probability of a mean this high or higher if the true mean were ``value``."""
         return self._share_at_or_above(value)
 
     def p_value_below(self, value: float) -> float:
-        """Give the chance of a mean at most this low if the true one were ``value``."""
+        """Return the probability of a mean this low or lower if the true mean were ``value``."""
         return 1 - self._share_at_or_above(value)
 
     def _share_at_or_above(self, value: float) -> float:
@@ -59,16 +59,16 @@ class RatioBootstrap:
 def bootstrap_ratio(
     totals: Sequence[float], counts: Sequence[int], *, seed: int = 0, resamples: int = RESAMPLES
 ) -> RatioBootstrap | None:
-    """Resample documents with replacement: the mean per token, studentized.
+    """Bootstrap the mean per token by resampling documents with replacement.
 
     Args:
-        totals: One per document: the sum over its tokens of a paired difference.
-        counts: One per document: its tokens.
-        seed: Of the resampling.
-        resamples: How many.
+        totals: Per document, the sum of a quantity over its tokens, such as a paired difference.
+        counts: Per document, its number of tokens.
+        seed: Seed of the resampling.
+        resamples: Number of resamples.
 
     Returns:
-        The bootstrap, or None for fewer documents than ``FEWEST_DOCUMENTS``.
+        The bootstrap; None for fewer documents than ``MIN_DOCUMENTS``.
 
     Source:
         Efron and Tibshirani 1993, "An Introduction to the Bootstrap", section 12.5 (bootstrap-t);
@@ -76,12 +76,12 @@ def bootstrap_ratio(
     """
     t, c = np.asarray(totals, dtype=np.float64), np.asarray(counts, dtype=np.float64)
     n = len(t)
-    if n < FEWEST_DOCUMENTS:
+    if n < MIN_DOCUMENTS:
         return None
     picks = np.random.default_rng(seed).integers(0, n, size=(resamples, n))
     mean, error = _ratio(t[None], c[None])
     means, errors = _ratio(t[picks], c[picks])
-    # A resample of one document many times has no spread of its own.
+    # A resample that consists of one document only has no standard error.
     usable = errors > 1e-12 * max(float(error[0]), 1e-300)
     studentized = np.sort((means[usable] - mean[0]) / errors[usable])
     if float(error[0]) == 0 or not len(studentized):
@@ -92,7 +92,7 @@ def bootstrap_ratio(
 
 
 def _ratio(totals: Floats, counts: Floats) -> tuple[Floats, Floats]:
-    """Give means per token and their standard errors; one row per sample of documents."""
+    """Return means per token and their standard errors; one row per sample of documents."""
     n = totals.shape[1]
     tokens = counts.sum(axis=1)
     mean = totals.sum(axis=1) / tokens

@@ -1,8 +1,8 @@
-"""The tasks that ship with halfbyte: made by rule and by seed, so that there are as many as needed.
+"""Built-in tasks: items generated from templates and a seed, as many as needed.
 
-Five kinds, all original text: arithmetic, copying, JSON writing, simple facts, code reading. They
-are easy on purpose: a small model must get a good part of them right, or there is nothing to lose.
-They say whether a model still works, not whether it does *your* work; for that bring your own.
+Five kinds, all original text: arithmetic, copying, writing JSON, simple facts, reading code. They
+are easy on purpose: a loss can only be measured on items that the base gets right, and small models
+must get many right. They test whether a model still works, not how well it does your own tasks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from halfbyte.judge.tasks import Item
 ITEMS_PER_TASK = 60
 
 Draw = tuple[str, str, Check | tuple[Sequence[str], int]]
-"""Slice within the task, question, and what is right: a check, or choices with the right one."""
+"""Slice, question, and expected answer: a check, or choices with the index of the right one."""
 
 WORDS = """
     amber basil cedar delta ember falcon garnet harbor indigo jasper kettle lantern meadow nickel
@@ -32,18 +32,18 @@ NAMES = ("Ada", "Bo", "Carl", "Dana", "Emil", "Fay", "Gus", "Hana", "Ivan", "Jun
 
 
 def builtin_tasks(per_task: int = ITEMS_PER_TASK, *, seed: int = 0) -> list[Item]:
-    """Make the built-in items.
+    """Generate the built-in items.
 
     Args:
-        per_task: Items of each of the five kinds.
-        seed: Another seed gives other items, but for the facts, of which there are a fixed number.
+        per_task: Number of items of each of the five kinds.
+        seed: Selects the items; the number of different facts is fixed.
 
     Returns:
-        The items; those of facts may be fewer than asked for.
+        The items; there may be fewer facts than requested.
     """
     items = []
     for task, draw in _MAKERS.items():
-        # A str's hash changes from run to run; random seeds a text by its digest.
+        # random.Random seeds a string by its digest; hash() would change from run to run.
         rng = random.Random(f"{task} {seed}")
         seen: set[str] = set()
         attempts = 0
@@ -68,10 +68,10 @@ def _make_item(
     name = f"{task}:{seed}:{number}"
     common: dict[str, Any] = {
         "name": name,
-        "prompt": _SHOTS[task] + question,
+        "prompt": _FEW_SHOT[task] + question,
         "stop": ("\n",),
         "max_new_tokens": 40,
-        # The kinds of facts are too many to have items enough for a test each.
+        # No slices by kind of fact: there are many kinds, each with too few items for a test.
         "slices": {"task": task} | ({} if task == "facts" else {"part": f"{task}, {part}"}),
     }
     if isinstance(right, Check):
@@ -161,7 +161,7 @@ def _draw_code(rng: random.Random) -> Draw:
 
 @cache
 def _fact_tables() -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """Give kind, question and pairs of subject and answer of every table of facts."""
+    """Return kind, question and (subject, answer) pairs of every table of facts."""
     return builtin_facts()
 
 
@@ -172,7 +172,7 @@ _MAKERS: dict[str, Callable[[random.Random], Draw]] = {
     "facts": _draw_fact,
     "code": _draw_code,
 }
-_SHOTS = {
+_FEW_SHOT = {
     "arithmetic": "Q: 7 + 5 =\nA: 12\n\nQ: Which is larger, 31 or 8?\nA: 31\n\n"
     "Q: 20 - 6 =\nA: 14\n\nQ: 3 * 4 =\nA: 12\n\n",
     "copying": "Input: copper silk\nCopy: copper silk\n\nInput: 4 1 7\nCopy: 4 1 7\n\n"

@@ -1,14 +1,14 @@
-"""Is an answer right? Checks as data, and how each is applied to the text of an answer.
+"""Checks that grade an answer by its text.
 
 =============  =======================================================================
-kind           right where the answer
+kind           passes if the answer
 =============  =======================================================================
-``equals``     is this text, or one of these, but for case, space and a full stop at its end
-``contains``   has this text in it, or one of these, whatever the case
-``regex``      has a match of this pattern
-``json``       is JSON (perhaps in a code fence) of this value
-``json_schema``  is JSON that this schema allows (needs the extra ``evaluate``)
-``python``     makes the function of this name true; it comes from a file that the user names
+``equals``     equals this text, or one of these, ignoring case, extra spaces and a final period
+``contains``   contains this text, or one of these, ignoring case
+``regex``      matches this regular expression anywhere
+``json``       is JSON, with or without a code fence, and has this value
+``json_schema``  is JSON that is valid under this schema (needs the extra ``evaluate``)
+``python``     makes the function of this name return true; the user names its file
 =============  =======================================================================
 """
 
@@ -28,12 +28,12 @@ from halfbyte.errors import ConfigError, require_extra
 KINDS = ("equals", "contains", "regex", "json", "json_schema", "python")
 
 PythonCheck = Callable[[str, Mapping[str, Any]], bool]
-"""Called with the answer and the item's line; says whether it is right."""
+"""Called with the answer and the item's line; returns whether the answer is right."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """One way of telling a right answer."""
+    """One check: a kind and its argument."""
 
     kind: str
     value: Any
@@ -41,7 +41,7 @@ class Check:
     def passes(
         self, text: str, line: Mapping[str, Any], functions: Mapping[str, PythonCheck]
     ) -> bool:
-        """Tell whether an answer is right.
+        """Return whether an answer passes.
 
         Args:
             text: The answer.
@@ -49,11 +49,13 @@ class Check:
             functions: Python functions by name.
 
         Returns:
-            Whether it is.
+            True if the answer is right.
         """
         match self.kind:
             case "equals":
-                return tidy(text) in {tidy(str(value)) for value in _as_list(self.value)}
+                return normalize_text(text) in {
+                    normalize_text(str(value)) for value in _as_list(self.value)
+                }
             case "contains":
                 folded = text.casefold()
                 return any(str(value).casefold() in folded for value in _as_list(self.value))
@@ -70,53 +72,56 @@ class Check:
 
 
 def parse_check(value: object, where: str, functions: Mapping[str, PythonCheck]) -> Check:
-    """Read a check as it stands in a task file.
+    """Parse and validate a check from a task file.
 
     Args:
-        value: An object of one key, the kind.
+        value: An object with one key, the kind.
         where: File and line, for messages.
-        functions: Python functions that were loaded.
+        functions: The Python functions that were loaded.
 
     Returns:
         The check.
 
     Raises:
-        ConfigError: The kind is none of these, or its value cannot be used.
+        ConfigError: The kind is unknown or its argument is invalid.
     """
     if not isinstance(value, dict) or len(value) != 1 or next(iter(value)) not in KINDS:
         raise ConfigError(
-            f"{where}: the check is {json.dumps(value)}; write one of {', '.join(KINDS)}, such as "
+            f"{where}: the check is {json.dumps(value)}; it must be an object with one of the keys "
+            f"{', '.join(KINDS)}, such as "
             '{"contains": "Paris"}.'
         )
     kind, argument = next(iter(value.items()))
     values = _as_list(argument)
     if kind in ("equals", "contains") and not all(map(_is_plain, values or [None])):
         raise ConfigError(
-            f"{where}: {kind} is {json.dumps(argument)}, which no answer can be held against. "
-            "Write a text, or a list of texts."
+            f"{where}: {kind} is {json.dumps(argument)}, which cannot be compared with an answer. "
+            "Give a string or a list of strings."
         )
     if kind == "contains" and "" in values:
-        raise ConfigError(f"{where}: contains is an empty text, which every answer has in it.")
+        raise ConfigError(
+            f"{where}: contains is an empty string, which every answer contains. Give a text."
+        )
     if kind == "regex":
         try:
             re.compile(argument)
         except (re.error, TypeError) as error:
             raise ConfigError(
-                f"{where}: the pattern {argument!r} is not valid: {error}."
+                f"{where}: the regular expression {argument!r} is invalid: {error}."
             ) from error
     if kind == "json_schema":
         _load_validator(argument, where)
     if kind == "python" and (not isinstance(argument, str) or argument not in functions):
-        known = ", ".join(sorted(functions)) or "none were loaded"
+        known = ", ".join(sorted(functions)) or "none"
         raise ConfigError(
-            f"{where}: there is no check function {argument!r} ({known}). Name the file that "
-            "defines it with --checks."
+            f"{where}: there is no check function {argument!r}; loaded are: {known}. Give the file "
+            "that defines it with --checks."
         )
     return Check(kind=kind, value=argument)
 
 
 def load_functions(path: Path | None) -> dict[str, PythonCheck]:
-    """Run the user's file of check functions; a task file alone never runs code.
+    """Run the user's file of check functions. A task file alone never runs code.
 
     Args:
         path: A Python file; None: no functions.
@@ -131,16 +136,16 @@ def load_functions(path: Path | None) -> dict[str, PythonCheck]:
         return {}
     spec = importlib.util.spec_from_file_location("halfbyte_user_checks", path)
     if spec is None or spec.loader is None or not path.is_file():
-        raise ConfigError(f"Cannot read the check functions '{path}': it is no Python file.")
+        raise ConfigError(f"Cannot read the check functions '{path}': it is not a Python file.")
     module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their own module up there.
+    # Dataclasses look up their own module there.
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         raise ConfigError(
-            f"Cannot run the check functions '{path}': {error!r}. What is to run only as a program "
-            'stands under if __name__ == "__main__".'
+            f"Cannot import the check functions '{path}': {error!r}. Put code that must not run on "
+            'import under if __name__ == "__main__".'
         ) from error
     return {
         name: value
@@ -150,24 +155,24 @@ def load_functions(path: Path | None) -> dict[str, PythonCheck]:
 
 
 def parse_json(text: str) -> tuple[bool, Any]:
-    """Read an answer as JSON, with or without a code fence around it.
+    """Parse an answer as JSON, with or without a code fence around it.
 
     Args:
         text: The answer.
 
     Returns:
-        Whether it is JSON, and its value.
+        Whether it is valid JSON, and its value.
     """
     fenced = re.search(r"```(?:json)?\s*\n(.*?)```", text, re.DOTALL)
     body = fenced[1] if fenced else text
     try:
-        return True, json.loads(body, parse_constant=_refuse_constant)
+        return True, json.loads(body, parse_constant=_reject_constant)
     except (ValueError, RecursionError):
         return False, None
 
 
-def tidy(text: str) -> str:
-    """Give a text without case, outer space and closing full stop, runs of space as one."""
+def normalize_text(text: str) -> str:
+    """Fold case, collapse whitespace and remove a final period."""
     return " ".join(text.split()).removesuffix(".").casefold()
 
 
@@ -180,7 +185,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _same_json(left: Any, right: Any) -> bool:
-    """Compare as JSON does: true is not 1, but 1 is 1.0."""
+    """Compare two JSON values: true is not 1, but 1 equals 1.0."""
     if isinstance(left, bool) or isinstance(right, bool):
         return left is right
     if isinstance(left, dict) and isinstance(right, dict):
@@ -190,7 +195,7 @@ def _same_json(left: Any, right: Any) -> bool:
     return bool(left == right)
 
 
-def _refuse_constant(name: str) -> None:
+def _reject_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
@@ -201,7 +206,7 @@ def _load_validator(schema: Any, where: str) -> Any:
     try:
         cls.check_schema(schema)
     except jsonschema.SchemaError as error:
-        raise ConfigError(f"{where}: the JSON schema is not valid: {error.message}.") from error
+        raise ConfigError(f"{where}: the JSON schema is invalid: {error.message}.") from error
     return cls(schema)
 
 

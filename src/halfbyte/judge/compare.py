@@ -1,9 +1,9 @@
-"""The entry: compare a candidate with its base, and say whether it may replace it.
+"""Entry point of the comparison: decides whether a candidate may replace its base.
 
 ::
 
-    items, texts, odd inputs -> token ids -> base runs, is kept and dropped -> candidate runs
-      -> grades, flips, divergence, layers -> verdict -> Comparison
+    items, texts, edge cases -> token ids -> run the base, cache, unload -> run the candidate
+      -> grades, flips, divergence, errors by layer -> verdict -> Comparison
 """
 
 from __future__ import annotations
@@ -24,17 +24,15 @@ from halfbyte.judge.builtin_tasks import builtin_tasks
 from halfbyte.judge.checks import PythonCheck
 from halfbyte.judge.comparison import Comparison, Cost
 from halfbyte.judge.conclusion import conclude
-from halfbyte.judge.edge_cases import (
-    EdgeCase,
-    build_edge_cases,
-)
-from halfbyte.judge.fidelity import compare_candidate, predict_base
-from halfbyte.judge.interview import Interview, is_right
-from halfbyte.judge.layers import LayerErrors, keep_base_layers, measure_layers
+from halfbyte.judge.edge_cases import EdgeCase, build_edge_cases
+from halfbyte.judge.fidelity import PassageComparison, compare_candidate, predict_base
+from halfbyte.judge.interview import Interview, is_correct
+from halfbyte.judge.layers import LayerErrors, measure_layers, save_base_layers
 from halfbyte.judge.local_model import LocalModel, unpack_reference_linears
 from halfbyte.judge.memory_meter import MemoryMeter
 from halfbyte.judge.model_cache import ModelCache, subject_key
 from halfbyte.judge.profile import plan_for
+from halfbyte.judge.progress import Progress, StepProgress
 from halfbyte.judge.questions import (
     Passage,
     Question,
@@ -44,7 +42,7 @@ from halfbyte.judge.questions import (
     make_question,
 )
 from halfbyte.judge.remote_model import RemoteModel, is_address
-from halfbyte.judge.setup import CompareConfig, Side, Work
+from halfbyte.judge.setup import CompareConfig, Side, Workload
 from halfbyte.judge.tasks import Item, name_documents
 from halfbyte.machine.cache import cache_folder
 from halfbyte.machine.devices import resolve_device
@@ -53,9 +51,6 @@ from halfbyte.model.context_length import max_context_length
 from halfbyte.plan.shapes import read_shapes
 
 MEMORY_SAMPLE_SECONDS = 0.05
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, and (done, in all)."""
 
 
 def compare(
@@ -70,51 +65,53 @@ def compare(
     resume: bool = False,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Say whether a candidate may replace its base, with statistics over paired answers.
+    """Decide whether a candidate may replace its base, by paired statistics over their answers.
 
-    Both get the same token ids. One model is in memory at a time: the base's answers are kept on
-    disk by its digest, and the next candidate finds them there.
+    Both models get the same token ids, one model in memory at a time. The base's answers are cached
+    on disk under a digest of the model, so the next candidate does not run the base again.
 
     Args:
         base: Folder of the base, or an OpenAI-compatible address up to ``/v1`` (text only).
         candidate: Folder or address of the model to judge.
-        items: Questions with answers; None: the built-in tasks.
+        items: Questions with expected answers; None: the built-in tasks.
         documents: Running text by kind; None: the held-out text that ships with halfbyte; an empty
-            mapping: none.
-        functions: Python functions that checks name.
+            mapping: no running text.
+        functions: Python functions that checks refer to by name.
         config: Margins and sizes.
-        cache: Folder for what is kept; None: the user's cache.
-        resume: Use what an interrupted comparison left of the candidate's answers.
-        progress: Told what is being done.
+        cache: Folder of the cache; None: the user's cache folder.
+        resume: Reuse the candidate's answers of an interrupted comparison.
+        progress: Called with the stage and with (done, total) within it.
 
     Returns:
         The verdict and the evidence.
 
     Raises:
-        ConfigError: A setting, models that do not share a tokenizer, an item or a text that they
-            cannot take, or a check that cannot take an answer.
+        ConfigError: An invalid setting, models with different tokenizers, an item or text that they
+            cannot take, or a check that cannot grade an answer.
         ModelError: A model cannot be loaded or reached.
     """
     config = config or CompareConfig()
-    tell = progress or (lambda what, done, total: None)
+    report = progress or (lambda stage, done, total: None)
     root = Path(cache) if cache is not None else cache_folder() / "judge"
     sides = [
         _open_side(root, str(name), config, fresh=fresh)
         for name, fresh in ((base, is_address(str(base)) and not resume), (candidate, not resume))
     ]
     if sides[0].cache.folder == sides[1].cache.folder:
-        # A model against itself: what it answers now must not be what it answered before.
+        # A model against itself needs a second cache, or its answers would be compared with
+        # themselves.
         sides[1].cache = ModelCache(root, sides[1].cache.folder.name + "-again", fresh=not resume)
     functions = functions or {}
     work = _prepare(sides, items, documents, functions, config)
-    compared: tuple[Any, LayerErrors | None] = (None, None)
+    passages: list[PassageComparison] | None = None
+    layers: LayerErrors | None = None
     device = resolve_device(config.device)
-    for side, against in ((sides[0], None), (sides[1], sides[0])):
+    for side, base_side in ((sides[0], None), (sides[1], sides[0])):
         release_memory(device)
-        with MemoryMeter(device).watch(MEMORY_SAMPLE_SECONDS) as seen:
-            compared = _run_side(side, work, config, tell, against=against)
-        _with_memory(side, work, config, max(seen()))
-    return conclude(sides, work, config, functions, *compared)
+        with MemoryMeter(device).watch(MEMORY_SAMPLE_SECONDS) as sizes:
+            passages, layers = _run_side(side, work, config, report, base=base_side)
+        _add_memory(side, work, config, max(sizes()))
+    return conclude(sides, work, config, functions, passages, layers)
 
 
 def _open_side(root: Path, name: str, config: CompareConfig, *, fresh: bool) -> Side:
@@ -133,62 +130,68 @@ def _prepare(
     documents: Mapping[str, Iterable[str]] | None,
     functions: Mapping[str, PythonCheck],
     config: CompareConfig,
-) -> Work:
-    """Turn everything into token ids, by the base's tokenizer."""
+) -> Workload:
+    """Tokenize everything with the base's tokenizer, and check it before a model is loaded."""
     notes: list[str] = []
     local = [side for side in sides if side.is_local]
+    both_local = len(local) == 2
     tokenizer = load_tokenizer(Path(local[0].name)) if local else None
     if local and tokenizer is None:
-        raise ConfigError(f"'{local[0].name}' has no tokenizer. Copy the original model's into it.")
+        raise ConfigError(
+            f"Cannot compare '{local[0].name}': the folder has no tokenizer. Copy the tokenizer "
+            "files of the original model into it."
+        )
     if items is None:
         items = builtin_tasks(config.builtin_items, seed=config.seed)
-    if len(local) == 2:
+    if both_local:
         _check_tokenizers(tokenizer, local[1], items)
     else:
         skipped = sum(bool(item.choices) for item in items)
         items = [item for item in items if not item.choices]
         notes.append(
-            "One of the two is served: only what it writes is compared, no likelihoods"
-            + (f"; items with choices, left out: {skipped}." if skipped else ".")
+            "At least one model is behind a server: only generated text is compared, no "
+            "log-likelihoods" + (f"; items with choices, left out: {skipped}." if skipped else ".")
         )
     questions = [make_question(tokenizer, item) for item in name_documents(items)]
     for question in questions:
         if question.item.check is not None:
-            # A check that cannot take every answer is found before hours of answers.
-            is_right(question, Answer(), functions)
+            # Finds a check that cannot grade every text now, not after hours of answers.
+            is_correct(question, Answer(), functions)
     passages: list[Passage] = []
-    if len(local) == 2:
+    if both_local:
         texts = builtin_documents() if documents is None else documents
         passages = make_passages(tokenizer, texts, window=config.window, limit=config.windows)
-    context = _context(local)
+    context = _find_context(local)
     _check_lengths(questions, passages, context)
     edges: list[EdgeCase] = []
     if config.edge_cases:
-        longest = _longest(context, config, notes) if len(local) == 2 else None
+        longest = _longest_edge(context, config, notes) if both_local else None
         has_chat = tokenizer is None or bool(getattr(tokenizer, "chat_template", None))
         edges = build_edge_cases(tokenizer, longest, chat=has_chat)
     if not questions and not passages and not edges:
-        raise ConfigError("There is nothing to compare on: no items, no text, no odd inputs.")
-    return Work(
+        raise ConfigError(
+            "There is nothing to compare on: no items, no running text and no edge cases. Give at "
+            "least one of them."
+        )
+    return Workload(
         questions=questions, passages=passages, edges=edges, tokenizer=tokenizer, notes=notes
     )
 
 
 def _check_tokenizers(tokenizer: Any, candidate: Side, items: Sequence[Item]) -> None:
-    theirs = load_tokenizer(Path(candidate.name))
-    if theirs is None:
+    other = load_tokenizer(Path(candidate.name))
+    if other is None:
         return
     for item in items[:: max(1, len(items) // 50)]:
-        ours = make_question(tokenizer, item)
-        if make_question(theirs, item).ids != ours.ids:
+        if make_question(other, item).ids != make_question(tokenizer, item).ids:
             raise ConfigError(
-                f"The tokenizers of base and candidate read item '{item.name}' differently. "
+                f"The tokenizers of base and candidate encode item '{item.name}' differently. "
                 "Compare a model with its own quantized version, with the same tokenizer files."
             )
 
 
-def _context(local: list[Side]) -> int | None:
-    """Give the most tokens that all models' positions allow; None where nothing limits them."""
+def _find_context(local: list[Side]) -> int | None:
+    """Return the shortest context length of the models; None if none of them has a limit."""
     from transformers import AutoConfig
 
     limits = []
@@ -207,16 +210,17 @@ def _context(local: list[Side]) -> int | None:
 def _check_lengths(
     questions: Sequence[Question], passages: Sequence[Passage], context: int | None
 ) -> None:
-    """Refuse what the models' positions do not reach."""
+    """Reject items and windows beyond the models' context length."""
     if context is None:
         return
     for question in questions:
         item = question.item
-        behind = max(map(len, question.choices)) if item.choices else item.max_new_tokens
-        if len(question.ids) + behind > context:
+        answer = max(map(len, question.choices)) if item.choices else item.max_new_tokens
+        if len(question.ids) + answer > context:
             raise ConfigError(
-                f"Item '{item.name}' takes {len(question.ids)} tokens and {behind} for its answer; "
-                f"the models take {context} in all. Shorten it, or lower its max_new_tokens."
+                f"Item '{item.name}' needs {len(question.ids)} tokens for its prompt and {answer} "
+                f"for its answer; the models take {context} together. Shorten the prompt or lower "
+                "max_new_tokens."
             )
     longest = max((len(p.ids) for p in passages), default=0)
     if longest > context:
@@ -226,18 +230,18 @@ def _check_lengths(
         )
 
 
-def _longest(context: int | None, config: CompareConfig, notes: list[str]) -> int:
-    """Give the tokens of the longest odd input."""
+def _longest_edge(context: int | None, config: CompareConfig, notes: list[str]) -> int:
+    """Return the length of the longest edge case in tokens; notes where it is cut."""
     context = config.longest_edge if context is None else context
     if context > config.longest_edge:
         notes.append(
-            f"The longest odd input has {config.longest_edge} tokens, not the {context} that the "
+            f"The longest edge case has {config.longest_edge} tokens, not the {context} that the "
             "model takes; --longest changes that."
         )
     return min(context, config.longest_edge)
 
 
-def _open_model(side: Side, config: CompareConfig, work: Work) -> Respondent:
+def _open_model(side: Side, config: CompareConfig, work: Workload) -> Respondent:
     if not side.is_local:
         return RemoteModel.open(side.name)
     subject = open_subject(
@@ -253,18 +257,21 @@ def _open_model(side: Side, config: CompareConfig, work: Work) -> Respondent:
 
 def _run_side(
     side: Side,
-    work: Work,
+    work: Workload,
     config: CompareConfig,
-    tell: Progress,
+    report: Progress,
     *,
-    against: Side | None,
-) -> tuple[Any, LayerErrors | None]:
-    """Let one model answer everything, then drop it."""
-    role = "base" if against is None else "candidate"
+    base: Side | None,
+) -> tuple[list[PassageComparison] | None, LayerErrors | None]:
+    """Run one model over the whole workload, then unload it.
+
+    Without ``base`` the side is the base itself: its predictions are saved instead of compared.
+    """
+    role = "base" if base is None else "candidate"
 
     @functools.cache
     def load() -> Respondent:
-        tell(f"{role}: loading", 0, 1)
+        report(f"{role}: loading", 0, 1)
         return _open_model(side, config, work)
 
     def load_local() -> LocalModel:
@@ -272,34 +279,31 @@ def _run_side(
         assert isinstance(model, LocalModel)
         return model
 
-    def told(what: str) -> Callable[[int, int], None]:
-        return lambda done, total: tell(f"{role}: {what}", done, total)
+    def stage(name: str) -> StepProgress:
+        return lambda done, total: report(f"{role}: {name}", done, total)
 
     interview = Interview(load, side.cache.answers)
     start = time.monotonic()
-    side.answers = interview.ask(work.questions, config.batch_size, told("tasks"))
+    side.answers = interview.ask(work.questions, config.batch_size, stage("tasks"))
     side.edge_answers = interview.ask_edges(
-        work.edges, config.batch_size, config.seed, told("odd inputs")
+        work.edges, config.batch_size, config.seed, stage("edge cases")
     )
-    compared, layers = None, None
-    if work.passages and against is None:
-        predict_base(load_local, side.cache, work.passages, told("text"))
-        with _aside(work, "Errors by layer were not measured"):
-            keep_base_layers(load_local, side.cache, work.passages)
-    elif work.passages and against is not None:
-        compared = compare_candidate(
-            load_local, side.cache, against.cache, work.passages, told("text")
-        )
-        with _aside(work, "Errors by layer were not measured"):
-            layers = measure_layers(load_local(), against.cache, work.passages)
+    passages, layers = None, None
+    if work.passages:
+        passages, layers = _run_text(side, base, work, load_local, stage)
     if side.is_local:
         predicted = interview.predict_edges(
-            work.edges, side.cache, None if against is None else against.cache
+            work.edges,
+            side.cache,
+            None if base is None else base.cache,
+            stage("predictions of edge cases"),
         )
         side.edge_finite = [finite for finite, _ in predicted]
         side.edge_kl = [kl for _, kl in predicted]
-    if against is None:
-        interview.repeat(work.questions, config.noise_items, config.noise_batch_size)
+    if base is None:
+        interview.repeat(
+            work.questions, config.noise_items, config.noise_batch_size, stage("noise floor")
+        )
     side.cost = Cost(
         name=side.name,
         seconds=time.monotonic() - start,
@@ -307,22 +311,49 @@ def _run_side(
         reused=interview.reused,
     )
     load.cache_clear()
-    for one in (side, *([] if against is None else [against])):
-        one.cache.drop_head()
-    return compared, layers
+    for used in (side, *([] if base is None else [base])):
+        used.cache.release_head()
+    return passages, layers
+
+
+def _run_text(
+    side: Side,
+    base: Side | None,
+    work: Workload,
+    load: Callable[[], LocalModel],
+    stage: Callable[[str], StepProgress],
+) -> tuple[list[PassageComparison] | None, LayerErrors | None]:
+    """Run one model over the running text, and its linears over a part of it."""
+
+    def load_for_layers() -> LocalModel:
+        model = load()
+        stage("layers")(0, 1)
+        return model
+
+    text_progress, failure = stage("running text"), "Errors by layer were not measured"
+    if base is None:
+        predict_base(load, side.cache, work.passages, text_progress)
+        with _optional(work, failure):
+            save_base_layers(load_for_layers, side.cache, work.passages)
+        return None, None
+    passages = compare_candidate(load, side.cache, base.cache, work.passages, text_progress)
+    layers = None
+    with _optional(work, failure):
+        layers = measure_layers(load_for_layers(), base.cache, work.passages)
+    return passages, layers
 
 
 @contextmanager
-def _aside(work: Work, what: str) -> Iterator[None]:
-    """Let something that the verdict can do without fail with a note."""
+def _optional(work: Workload, failure: str) -> Iterator[None]:
+    """Turn an error in a step that the verdict does not need into a note."""
     try:
         yield
     except Exception as error:  # noqa: BLE001 - it is noted, and hours of answers are not lost
-        work.notes.append(f"{what}: {first_line(error)}.")
+        work.notes.append(f"{failure}: {first_line(error)}.")
 
 
-def _with_memory(side: Side, work: Work, config: CompareConfig, peak: int) -> None:
-    """Put the memory of a model's run, and what was planned for it, into its cost."""
+def _add_memory(side: Side, work: Workload, config: CompareConfig, peak: int) -> None:
+    """Add a run's measured and planned memory to its cost."""
     assert side.cost is not None
     if not side.is_local or not side.cost.tokens:
         return
@@ -331,20 +362,20 @@ def _with_memory(side: Side, work: Work, config: CompareConfig, peak: int) -> No
         weight_bytes=sum(p.stat().st_size for p in Path(side.name).glob("*.safetensors")),
         peak_memory_bytes=peak,
     )
-    with _aside(work, f"The memory of {side.name} was not planned"):
+    with _optional(work, f"The memory of {side.name} was not planned"):
         side.cost = replace(side.cost, planned_bytes=_planned_bytes(side, work, config))
 
 
-def _planned_bytes(side: Side, work: Work, config: CompareConfig) -> int:
-    """Say what the plan gives for the largest batch, or the longest text, of a run."""
-    asked = max((len(q.ids) + q.item.max_new_tokens for q in work.questions), default=0)
-    read = max((len(p.ids) for p in work.passages), default=0)
-    odd = max((len(e.question.ids) for e in work.edges), default=0)
-    batch = config.batch_size * asked >= max(read, odd)
+def _planned_bytes(side: Side, work: Workload, config: CompareConfig) -> int:
+    """Return the planned memory of a run's largest batch or longest text."""
+    question = max((len(q.ids) + q.item.max_new_tokens for q in work.questions), default=0)
+    passage = max((len(p.ids) for p in work.passages), default=0)
+    edge = max((len(e.question.ids) for e in work.edges), default=0)
+    is_batch = config.batch_size * question >= max(passage, edge)
     return plan_for(
         read_shapes(side.name),
-        config.batch_size if batch else 1,
-        asked if batch else max(read, odd),
+        config.batch_size if is_batch else 1,
+        question if is_batch else max(passage, edge),
         1,
         work.dtypes.get(side.name, "float32"),
         resolve_device(config.device).type,

@@ -1,4 +1,4 @@
-"""The result of a comparison: everything that the reports show, and nothing that runs."""
+"""The result of a comparison: plain data, from which all reports are written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from halfbyte.judge.verdict import Margins, SliceResult, Verdict
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """One item on which the two models part."""
+    """One item on which the models' answers differ."""
 
     name: str
     kind: str
@@ -25,15 +25,15 @@ class Example:
     base_text: str
     candidate_text: str
     first_difference: int | None
-    """Number of the first generated token that differs, from 0."""
+    """Index of the first generated token that differs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WrittenItem:
-    """One item that both models wrote an answer to: how sure the candidate was, who was right.
+    """One item with generated answers: which model was right, and the candidate's confidence.
 
-    `halfbyte serve` takes from these what answers usually are like, and from what confidence on a
-    larger model should be asked.
+    ``halfbyte serve`` uses these as a reference for drift monitoring and to calibrate the
+    confidence below which it falls back to a larger model.
     """
 
     name: str
@@ -42,23 +42,24 @@ class WrittenItem:
     candidate_right: bool
     candidate_text: str
     candidate_logprobs: tuple[float, ...]
-    """Of the written tokens, in nats; empty for a served candidate."""
+    """Of the generated tokens, in nats; empty for a served candidate."""
     candidate_entropies: tuple[float, ...]
+    """Of the predicted distributions, in nats; empty for a served candidate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """How far both models write the same, over the items that they write answers to."""
+    """How often both models generate the same text, over the items without choices."""
 
     num_items: int
     identical: int
     median_first_difference: float | None
-    """Tokens that are the same before the first other one, over the items that differ."""
+    """Equal tokens before the first difference; median over the items that differ."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NoiseFloor:
-    """The base against itself at another batch size: what is not the candidate's doing."""
+    """The base against itself at another batch size: differences not caused by the candidate."""
 
     num_items: int
     identical_texts: int
@@ -71,26 +72,26 @@ class NoiseFloor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """What running one model took."""
+    """Time and memory of one model's run."""
 
     name: str
     seconds: float
-    """Wall time of its answers and predictions; those found in the cache take none."""
+    """Wall time of its answers and predictions, without those found in the cache."""
     tokens: int
-    """Prompt and text tokens that it ran in that time, each counted once."""
+    """Prompt and text tokens run in that time, each counted once."""
     reused: int
-    """Answers and predictions that were in the cache already."""
+    """Answers taken from the cache."""
     weight_bytes: int | None = None
-    """Of its weight files; None where it was not run in this process."""
+    """Size of its weight files; None if it did not run in this process."""
     peak_memory_bytes: int | None = None
-    """Largest size of this process during its run."""
+    """Peak memory during its run: resident memory of the process, or use of the GPU."""
     planned_bytes: int | None = None
-    """What the plan says for its largest batch, or longest text, in this process."""
+    """Planned memory of its largest batch or longest text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """May the candidate replace the base, and on what evidence."""
+    """The verdict on whether the candidate may replace the base, with all evidence."""
 
     base: str
     candidate: str
@@ -108,19 +109,19 @@ class Comparison:
     examples: tuple[Example, ...]
     costs: tuple[Cost, ...]
     notes: tuple[str, ...]
-    """What was left out or cut short, and why."""
+    """What was left out or shortened, and why."""
     settings: Mapping[str, Any]
     items: tuple[WrittenItem, ...] = ()
-    """Those with written answers; of use to machines, shown in no page."""
+    """Items with generated answers; only in the JSON report, for programs."""
     base_files: Mapping[str, str] = field(default_factory=dict)
-    """sha256 by name of the files that its answers depend on; empty for a served model."""
+    """SHA-256 by name of the files that its answers depend on; empty for a served model."""
     candidate_files: Mapping[str, str] = field(default_factory=dict)
-    """The same: by these a verdict is tied to a version of the store."""
+    """The same for the candidate; ties a verdict to a version in the store."""
     versions: Mapping[str, str] = field(default_factory=dict)
     machine: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain values for JSON; the verdict first."""
+        """Return plain values for JSON, the verdict first."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {
             "outcome": self.verdict.outcome.value,

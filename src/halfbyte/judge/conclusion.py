@@ -1,4 +1,4 @@
-"""From both sides' answers to the result: grades, flips by slice, odd inputs, examples, verdict."""
+"""Computes the result from both models' answers: grades, flips by slice, examples, verdict."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from halfbyte.judge.edge_cases import (
     summarize_kinds,
 )
 from halfbyte.judge.fidelity import PassageComparison, TextFidelity, summarize
-from halfbyte.judge.interview import is_right
+from halfbyte.judge.interview import is_correct
 from halfbyte.judge.layers import LayerErrors
 from halfbyte.judge.questions import Question
-from halfbyte.judge.setup import CompareConfig, Side, Work
+from halfbyte.judge.setup import CompareConfig, Side, Workload
 from halfbyte.judge.statistics import count_flips
 from halfbyte.judge.tasks import Item
 from halfbyte.judge.verdict import Evidence, Margins, SliceResult, decide, measure_slice
 from halfbyte.machine.facts import installed_versions, machine_facts
 
-EXAMPLES_SHOWN = 20
+MAX_EXAMPLES = 20
 
 
 def conclude(
     sides: Sequence[Side],
-    work: Work,
+    work: Workload,
     config: CompareConfig,
     functions: Mapping[str, PythonCheck],
     passages: Sequence[PassageComparison] | None,
     layers: LayerErrors | None,
 ) -> Comparison:
-    """Grade the answers, put them side by side and decide.
+    """Grade and compare the answers, and reach a verdict.
 
     Args:
-        sides: The base and the candidate, both asked.
-        work: What they were asked.
+        sides: The base and the candidate, with their answers.
+        work: Questions, passages and edge cases.
         config: Margins and sizes.
-        functions: Python functions that checks name.
-        passages: Both on running text; None where it was not read.
-        layers: Errors by layer; None where they were not measured.
+        functions: Python functions that checks refer to by name.
+        passages: Comparison on running text; None if there was none.
+        layers: Errors by layer; None if they were not measured.
 
     Returns:
         The result.
@@ -66,14 +66,19 @@ def conclude(
     edges = None
     if outcomes:
         flips = edge_flips(outcomes)
-        clean = sum(not [f for f in o.base_finds if f != "far"] for o in outcomes)
-        edges = measure_slice("odd inputs", flips, clean, config.margins)
+        clean = sum(not o.base_finds for o in outcomes)
+        edges = measure_slice("edge cases without an issue", flips, clean, config.margins)
     noise = _noise_floor(work.questions, base, grades[0], functions, config, text)
-    bad = sum(
+    num_nonfinite = sum(
         base.answers[q.key].finite and not candidate.answers[q.key].finite for q in work.questions
     ) + sum("not numbers" in o.new_finds for o in outcomes)
     evidence = Evidence(
-        overall=overall, slices=slices, edges=edges, text=text, layers=layers, not_numbers=bad
+        overall=overall,
+        slices=slices,
+        edges=edges,
+        text=text,
+        layers=layers,
+        num_nonfinite=num_nonfinite,
     )
     verdict, evidence = decide(evidence, config.margins)
     return Comparison(
@@ -112,13 +117,13 @@ def conclude(
 def _grade(
     questions: list[Question], sides: Sequence[Side], functions: Mapping[str, PythonCheck]
 ) -> list[list[bool]]:
-    return [[is_right(q, side.answers[q.key], functions) for q in questions] for side in sides]
+    return [[is_correct(q, side.answers[q.key], functions) for q in questions] for side in sides]
 
 
 def _slice(
     questions: list[Question], grades: list[list[bool]], margins: Margins
 ) -> tuple[SliceResult | None, tuple[SliceResult, ...]]:
-    """Divide the items by every key of their slices."""
+    """Measure all items together and each slice of them."""
     if not questions:
         return None, ()
 
@@ -133,7 +138,7 @@ def _slice(
         for key, value in question.item.slices.items():
             groups.setdefault((key, value), []).append(row)
     slices = [measure(f"{key} {value}", rows) for (key, value), rows in sorted(groups.items())]
-    # One slice of everything says the same as all items together.
+    # A slice of all items would repeat the overall result.
     slices = [s for s in slices if s.flips.num_items < len(questions)]
     return measure("all items", every), tuple(slices)
 
@@ -143,13 +148,12 @@ def _judge_edges(
 ) -> list[EdgeOutcome]:
     outcomes = []
     for row, case in enumerate(cases):
-        known = bool(candidate.edge_kl)
         outcomes.append(
             judge_edge(
                 case,
                 base.edge_answers[row],
                 candidate.edge_answers[row],
-                kl_nats=candidate.edge_kl[row] if known else None,
+                kl_nats=candidate.edge_kl[row] if candidate.edge_kl else None,
                 usual_kl_nats=None if text is None else text.kl_nats,
                 base_finite=base.edge_finite[row] if base.edge_finite else True,
                 candidate_finite=candidate.edge_finite[row] if candidate.edge_finite else True,
@@ -164,8 +168,8 @@ def _generation(questions: list[Question], base: Side, candidate: Side) -> Gener
     ]
     if not pairs:
         return None
-    places = [first_difference(a.ids, b.ids) for a, b in pairs if a.ids and b.ids]
-    differing = [place for place in places if place is not None]
+    indices = [first_difference(a.ids, b.ids) for a, b in pairs if a.ids and b.ids]
+    differing = [index for index in indices if index is not None]
     return Generation(
         num_items=len(pairs),
         identical=sum(a.text == b.text for a, b in pairs),
@@ -185,7 +189,7 @@ def _noise_floor(
     if not rows:
         return None
     again = [Answer.from_dict(base.cache.answers.get(f"again {questions[r].key}")) for r in rows]
-    right = [is_right(questions[r], a, functions) for r, a in zip(rows, again, strict=True)]
+    correct = [is_correct(questions[r], a, functions) for r, a in zip(rows, again, strict=True)]
     written = [
         (a, base.answers[questions[r].key])
         for r, a in zip(rows, again, strict=True)
@@ -194,7 +198,7 @@ def _noise_floor(
     return NoiseFloor(
         num_items=len(rows),
         identical_texts=sum(a.text == b.text for a, b in written) + len(rows) - len(written),
-        flips=count_flips([grades[row] for row in rows], right),
+        flips=count_flips([grades[row] for row in rows], correct),
         batch_size=config.noise_batch_size,
         kl_nats=None if text is None else text.noise_kl_nats,
         kl_largest=None if text is None else text.noise_kl_largest,
@@ -204,12 +208,15 @@ def _noise_floor(
 def _examples(
     questions: list[Question], base: Side, candidate: Side, grades: list[list[bool]]
 ) -> tuple[Example, ...]:
-    """Show harmful flips first, then beneficial ones, then other differences."""
+    """Return examples of harmful flips, then of beneficial ones, then of other differences."""
     kinds: dict[str, list[Example]] = {"harmful": [], "beneficial": [], "same": []}
-    for question, ours, theirs in zip(questions, *grades, strict=True):
+    for question, base_right, candidate_right in zip(questions, *grades, strict=True):
         a, b = base.answers[question.key], candidate.answers[question.key]
-        kind = "same" if ours == theirs else "harmful" if ours else "beneficial"
-        texts = [_shown(question, answer) for answer in (a, b)]
+        if base_right == candidate_right:
+            kind = "same"
+        else:
+            kind = "harmful" if base_right else "beneficial"
+        texts = [_answer_text(question, answer) for answer in (a, b)]
         if kind == "same" and texts[0] == texts[1]:
             continue
         kinds[kind].append(
@@ -217,21 +224,21 @@ def _examples(
                 name=question.item.name,
                 kind=kind,
                 prompt=question.item.shown_prompt,
-                expected=_expected(question.item),
+                expected=_expected_text(question.item),
                 base_text=texts[0],
                 candidate_text=texts[1],
                 first_difference=first_difference(a.ids, b.ids) if a.ids and b.ids else None,
             )
         )
-    return tuple([*kinds["harmful"], *kinds["beneficial"], *kinds["same"]][:EXAMPLES_SHOWN])
+    return tuple([*kinds["harmful"], *kinds["beneficial"], *kinds["same"]][:MAX_EXAMPLES])
 
 
 def _written_items(
     questions: list[Question], candidate: Side, grades: list[list[bool]]
 ) -> tuple[WrittenItem, ...]:
-    """Keep what each written answer says about the candidate's confidence."""
+    """Collect the candidate's confidence in each generated answer."""
     found = []
-    for question, base_right, right in zip(questions, *grades, strict=True):
+    for question, base_right, candidate_right in zip(questions, *grades, strict=True):
         if question.item.choices:
             continue
         answer = candidate.answers[question.key]
@@ -240,7 +247,7 @@ def _written_items(
                 name=question.item.name,
                 document=question.item.document,
                 base_right=base_right,
-                candidate_right=right,
+                candidate_right=candidate_right,
                 candidate_text=answer.text,
                 candidate_logprobs=answer.logprobs,
                 candidate_entropies=answer.entropies,
@@ -249,14 +256,14 @@ def _written_items(
     return tuple(found)
 
 
-def _shown(question: Question, answer: Answer) -> str:
+def _answer_text(question: Question, answer: Answer) -> str:
     if not question.item.choices:
         return answer.text
     best = max(range(len(answer.choice_nats)), key=lambda i: answer.choice_nats[i])
     return question.item.choices[best]
 
 
-def _expected(item: Item) -> str:
+def _expected_text(item: Item) -> str:
     if item.choices:
         return item.choices[item.right_choice]
     assert item.check is not None

@@ -1,9 +1,10 @@
-"""How near is the candidate to the base on running text: divergence, agreement, perplexity.
+"""Fidelity of the candidate on running text: divergence, top-1 agreement, perplexity.
 
 ::
 
-    base: passages -> predictions on disk      candidate: passages -> logits beside them
-      -> PassageComparison (per token, kept on disk) -> summarize -> TextFidelity (by document)
+    base: passages -> predictions on disk
+    candidate: passages -> logits, compared with the base's
+      -> PassageComparison (per token, cached on disk) -> summarize -> TextFidelity (by document)
 """
 
 from __future__ import annotations
@@ -18,64 +19,66 @@ import torch
 from halfbyte.errors import ConfigError
 from halfbyte.evaluate.divergence import percentiles
 from halfbyte.evaluate.logits import compare_logits
-from halfbyte.evaluate.perplexity import exponential
+from halfbyte.evaluate.perplexity import safe_exp
 from halfbyte.judge.bootstrap import RatioBootstrap, bootstrap_ratio
 from halfbyte.judge.local_model import LocalModel
 from halfbyte.judge.model_cache import ModelCache
+from halfbyte.judge.progress import StepProgress
 from halfbyte.judge.questions import Passage, digest
 from halfbyte.judge.statistics import Interval
 
 WORST_PER_PASSAGE = 3
-WORST_SHOWN = 12
+MAX_WORST = 12
 CONTEXT_TOKENS = 24
-"""Shown before a token on which both models differ most."""
+"""Tokens shown before each of the worst tokens."""
 NOISE_PASSAGES = 4
 HISTOGRAM_EDGES = tuple(10.0**exponent for exponent in (-5, -4, -3, -2, -1, 0, 1))
 """Of the divergence per token, in nats."""
 
-Progress = Callable[[int, int], None]
 Load = Callable[[], LocalModel]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassageComparison:
-    """Both models on one passage, token by token."""
+    """Both models' predictions of one passage, compared token by token."""
 
     kl_nats: tuple[float, ...]
     agrees: int
+    """Tokens that both rank first."""
     base_nll_nats: float
     """Sum over the passage."""
     candidate_nll_nats: float
     worst: tuple[tuple[int, int, int], ...]
-    """(position, what the base ranks first, what the candidate does) where both differ most."""
+    """(position, base's top token, candidate's top token) where the divergence is largest."""
     finite: bool
-    """Whether the candidate's logits are numbers."""
+    """Whether the candidate's logits are finite."""
     base_finite: bool
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Undo ``asdict`` after a way through JSON."""
+        """Reverse ``asdict`` after a round trip through JSON."""
         worst = tuple((int(a), int(b), int(c)) for a, b, c in values["worst"])
         return cls(**{**values, "kl_nats": tuple(values["kl_nats"]), "worst": worst})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorstToken:
-    """A place where both models differ much, in its context."""
+    """A token with a large divergence, in its context."""
 
     kl_nats: float
     document: str
     before: str
     actual: str
-    """What the text goes on with."""
+    """The text's next token."""
     base: str
-    """What the base ranks first."""
+    """The base's top token."""
     candidate: str
+    """The candidate's top token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KindFidelity:
-    """One kind of text."""
+    """Fidelity on one kind of text."""
 
     kind: str
     num_tokens: int
@@ -88,7 +91,7 @@ class KindFidelity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextFidelity:
-    """How near the candidate is to the base on running text."""
+    """Fidelity of the candidate on running text."""
 
     num_tokens: int
     num_documents: int
@@ -97,7 +100,7 @@ class TextFidelity:
     kl_interval: Interval | None
     kl_percentiles: dict[str, float]
     kl_histogram: tuple[int, ...]
-    """Tokens below each of ``HISTOGRAM_EDGES``, and above the last."""
+    """Number of tokens below each of ``HISTOGRAM_EDGES``, and above the last."""
     top1_agreement: float
     top1_interval: Interval | None
     base_perplexity: float
@@ -109,27 +112,27 @@ class TextFidelity:
     by_kind: tuple[KindFidelity, ...]
     worst: tuple[WorstToken, ...]
     noise_kl_nats: float | None
-    """Mean divergence of the base from itself at another batch size."""
+    """Mean divergence of the base from itself at another batch size; None if not measured."""
     noise_kl_largest: float | None
     candidate_finite: bool
-    """Wherever the base's logits are."""
+    """Whether the candidate's logits are finite wherever the base's are."""
     base_finite: bool
 
     @property
     def perplexity_ratio(self) -> float:
-        """Perplexity of the candidate over that of the base, paired."""
-        return exponential(self.nll_increase_nats)
+        """Perplexity of the candidate divided by that of the base, paired."""
+        return safe_exp(self.nll_increase_nats)
 
     @property
     def perplexity_ratio_interval(self) -> Interval | None:
         """Interval of the ratio, over documents."""
-        between = self.nll_increase_interval
-        if between is None:
+        interval = self.nll_increase_interval
+        if interval is None:
             return None
-        return Interval(low=exponential(between.low), high=exponential(between.high))
+        return Interval(low=safe_exp(interval.low), high=safe_exp(interval.high))
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain values for JSON."""
+        """Return plain values for JSON."""
         values = {
             name: getattr(self, name) for name in self.__dataclass_fields__ if name != "bootstrap"
         }
@@ -141,21 +144,21 @@ class TextFidelity:
 
 
 def predict_base(
-    load: Load, cache: ModelCache, passages: Sequence[Passage], progress: Progress
+    load: Load, cache: ModelCache, passages: Sequence[Passage], progress: StepProgress
 ) -> None:
-    """Keep the base's predictions of every passage, and how much they depend on the batch.
+    """Save the base's predictions of every passage, and how much they depend on the batch size.
 
     Args:
-        load: Gives the base; called only where something is missing.
-        cache: Its place.
-        passages: What to predict.
-        progress: Called after each with (done, in all).
+        load: Returns the base; called only if a prediction is missing.
+        cache: Cache of the base.
+        passages: The passages to predict.
+        progress: Called after each passage with (done, total).
     """
     for done, passage in enumerate(passages, start=1):
         if not cache.has_states(passage.key):
             model = load()
-            cache.keep_states(passage.key, model.predict([passage.ids])[0])
-            cache.keep_head(model)
+            cache.save_states(passage.key, model.predict([passage.ids])[0])
+            cache.save_head(model)
         progress(done, len(passages))
     _measure_noise(load, cache, passages)
 
@@ -170,22 +173,22 @@ def _noise_passages(passages: Sequence[Passage]) -> list[Passage]:
 
 
 def _measure_noise(load: Load, cache: ModelCache, passages: Sequence[Passage]) -> None:
-    """Run some passages again as one batch: a model may differ from itself in its last digits."""
-    same = _noise_passages(passages)
-    key = _noise_key(same)
-    if key in cache.answers or not same:
+    """Run some passages again as one batch: batching changes the last digits of a prediction."""
+    repeated = _noise_passages(passages)
+    key = _noise_key(repeated)
+    if key in cache.answers or not repeated:
         return
-    # Three at the least: a batch of one would be the same computation again.
-    batch = [p.ids for p in same]
+    # A single passage runs three times: a batch of one would repeat the same computation.
+    batch = [p.ids for p in repeated]
     predictions = load().predict(batch if len(batch) > 1 else batch * 3)
     kl = []
-    for passage, again in zip(same, predictions, strict=False):
+    for passage, again in zip(repeated, predictions, strict=False):
         first = cache.load_logits(passage.key)
         other = again.logits.to(first.device)
         targets = torch.tensor(passage.ids[1:])
         kl.append(compare_logits(first[:-1], other[:-1], targets).kl_nats)
-    together = torch.cat(kl)
-    cache.answers.keep({key: {"mean": float(together.mean()), "largest": float(together.max())}})
+    all_kl = torch.cat(kl)
+    cache.answers.add({key: {"mean": float(all_kl.mean()), "largest": float(all_kl.max())}})
 
 
 def compare_candidate(
@@ -193,16 +196,16 @@ def compare_candidate(
     cache: ModelCache,
     base: ModelCache,
     passages: Sequence[Passage],
-    progress: Progress,
+    progress: StepProgress,
 ) -> list[PassageComparison]:
-    """Run the candidate over every passage and hold it against the base's predictions.
+    """Run the candidate over every passage and compare it with the base's predictions.
 
     Args:
-        load: Gives the candidate; called only where something is missing.
-        cache: Its place; a resumed run goes on from what is there.
-        base: The base's place, with predictions of every passage.
-        passages: What to predict.
-        progress: Called after each with (done, in all).
+        load: Returns the candidate; called only if a comparison is missing.
+        cache: Cache of the candidate; a resumed run continues from it.
+        base: Cache of the base, with its predictions of every passage.
+        passages: The passages to predict.
+        progress: Called after each passage with (done, total).
 
     Returns:
         One comparison per passage.
@@ -213,12 +216,12 @@ def compare_candidate(
     results = []
     for done, passage in enumerate(passages, start=1):
         key = digest(["against", base.folder.name, passage.key])
-        kept = cache.answers.get(key)
-        if kept is None:
+        cached = cache.answers.get(key)
+        if cached is None:
             compared = _compare_passage(load(), base, passage)
-            cache.answers.keep({key: asdict(compared)})
+            cache.answers.add({key: asdict(compared)})
         else:
-            compared = PassageComparison.from_dict(kept)
+            compared = PassageComparison.from_dict(cached)
         results.append(compared)
         progress(done, len(passages))
     return results
@@ -226,24 +229,26 @@ def compare_candidate(
 
 def _compare_passage(model: LocalModel, base: ModelCache, passage: Passage) -> PassageComparison:
     prediction = model.predict([passage.ids])[0]
-    theirs = base.load_logits(passage.key)
-    ours = prediction.logits
-    if ours.shape != theirs.shape:
+    base_logits = base.load_logits(passage.key)
+    logits = prediction.logits
+    if logits.shape != base_logits.shape:
         raise ConfigError(
-            f"Cannot compare '{model.name}' with its base: it predicts {ours.shape[-1]} token ids, "
-            f"the base {theirs.shape[-1]}. Compare a model with its own quantized version."
+            f"Cannot compare '{model.name}' with its base: its vocabulary has {logits.shape[-1]} "
+            f"tokens, the base's {base_logits.shape[-1]}. Compare a model with its own quantized "
+            "version."
         )
-    tokens = compare_logits(theirs[:-1].to(ours.device), ours[:-1], torch.tensor(passage.ids[1:]))
+    targets = torch.tensor(passage.ids[1:])
+    tokens = compare_logits(base_logits[:-1].to(logits.device), logits[:-1], targets)
     kl = torch.nan_to_num(tokens.kl_nats, nan=math.inf)
-    places = kl.topk(min(WORST_PER_PASSAGE, len(kl))).indices.tolist()
+    worst = kl.topk(min(WORST_PER_PASSAGE, len(kl))).indices.tolist()
     return PassageComparison(
         kl_nats=tuple(float(f"{value:.6g}") for value in kl.tolist()),
         agrees=int(tokens.agrees.sum()),
         base_nll_nats=float(tokens.base_nll_nats.double().sum()),
         candidate_nll_nats=float(tokens.quantized_nll_nats.double().sum()),
-        worst=tuple((p, int(theirs[p].argmax()), int(ours[p].argmax())) for p in places),
+        worst=tuple((p, int(base_logits[p].argmax()), int(logits[p].argmax())) for p in worst),
         finite=prediction.finite,
-        base_finite=bool(torch.isfinite(theirs).all()),
+        base_finite=bool(torch.isfinite(base_logits).all()),
     )
 
 
@@ -255,13 +260,13 @@ def summarize(
     base: ModelCache,
     tokenizer: Any,
 ) -> TextFidelity:
-    """Put the passages together, document by document.
+    """Aggregate the passages by document.
 
     Args:
-        passages: What was predicted.
-        compared: Their comparisons.
-        confidence: Of the intervals.
-        base: For the noise of the base.
+        passages: The predicted passages.
+        compared: Their comparisons, in the same order.
+        confidence: Confidence level of the intervals.
+        base: Cache of the base, which holds its noise floor.
         tokenizer: Decodes the worst tokens.
 
     Returns:
@@ -280,27 +285,27 @@ def summarize(
         sums["base"][at] += one.base_nll_nats
     tokens = sum(counts)
     mean = {name: math.fsum(values) / tokens for name, values in sums.items()}
-    spread = {
+    bootstraps = {
         name: bootstrap_ratio(sums[name], counts) if math.isfinite(mean[name]) else None
         for name in ("kl", "agrees", "increase")
     }
-    between = {n: None if b is None else b.interval(confidence) for n, b in spread.items()}
-    every = torch.tensor([value for one in compared for value in one.kl_nats])
+    intervals = {n: None if b is None else b.interval(confidence) for n, b in bootstraps.items()}
+    all_kl = torch.tensor([value for one in compared for value in one.kl_nats])
     noise = base.answers.get(_noise_key(_noise_passages(passages))) or {}
     return TextFidelity(
         num_tokens=tokens,
         num_documents=len(documents),
         kl_nats=mean["kl"],
-        kl_interval=between["kl"],
-        kl_percentiles=percentiles(every),
-        kl_histogram=_histogram(every),
+        kl_interval=intervals["kl"],
+        kl_percentiles=percentiles(all_kl),
+        kl_histogram=_histogram(all_kl),
         top1_agreement=mean["agrees"],
-        top1_interval=between["agrees"],
-        base_perplexity=exponential(mean["base"]),
-        candidate_perplexity=exponential(mean["base"] + mean["increase"]),
+        top1_interval=intervals["agrees"],
+        base_perplexity=safe_exp(mean["base"]),
+        candidate_perplexity=safe_exp(mean["base"] + mean["increase"]),
         nll_increase_nats=mean["increase"],
-        nll_increase_interval=between["increase"],
-        bootstrap=spread["increase"],
+        nll_increase_interval=intervals["increase"],
+        bootstrap=bootstraps["increase"],
         by_kind=_by_kind(passages, compared),
         worst=_worst_tokens(passages, compared, tokenizer),
         noise_kl_nats=noise.get("mean"),
@@ -311,8 +316,8 @@ def summarize(
 
 
 def _histogram(kl: torch.Tensor) -> tuple[int, ...]:
-    places = torch.bucketize(kl.double(), torch.tensor(HISTOGRAM_EDGES, dtype=torch.float64))
-    return tuple(torch.bincount(places, minlength=len(HISTOGRAM_EDGES) + 1).tolist())
+    buckets = torch.bucketize(kl.double(), torch.tensor(HISTOGRAM_EDGES, dtype=torch.float64))
+    return tuple(torch.bincount(buckets, minlength=len(HISTOGRAM_EDGES) + 1).tolist())
 
 
 def _by_kind(
@@ -320,18 +325,18 @@ def _by_kind(
 ) -> tuple[KindFidelity, ...]:
     kinds = []
     for kind in dict.fromkeys(p.kind for p in passages):
-        own = [(p, c) for p, c in zip(passages, compared, strict=True) if p.kind == kind]
-        tokens = sum(len(c.kl_nats) for _, c in own)
+        members = [(p, c) for p, c in zip(passages, compared, strict=True) if p.kind == kind]
+        tokens = sum(len(c.kl_nats) for _, c in members)
         kinds.append(
             KindFidelity(
                 kind=kind,
                 num_tokens=tokens,
-                num_documents=len({p.document for p, _ in own}),
-                kl_nats=math.fsum(v for _, c in own for v in c.kl_nats) / tokens,
-                top1_agreement=sum(c.agrees for _, c in own) / tokens,
-                base_perplexity=exponential(math.fsum(c.base_nll_nats for _, c in own) / tokens),
-                candidate_perplexity=exponential(
-                    math.fsum(c.candidate_nll_nats for _, c in own) / tokens
+                num_documents=len({p.document for p, _ in members}),
+                kl_nats=math.fsum(v for _, c in members for v in c.kl_nats) / tokens,
+                top1_agreement=sum(c.agrees for _, c in members) / tokens,
+                base_perplexity=safe_exp(math.fsum(c.base_nll_nats for _, c in members) / tokens),
+                candidate_perplexity=safe_exp(
+                    math.fsum(c.candidate_nll_nats for _, c in members) / tokens
                 ),
             )
         )
@@ -342,9 +347,9 @@ def _worst_tokens(
     passages: Sequence[Passage], compared: Sequence[PassageComparison], tokenizer: Any
 ) -> tuple[WorstToken, ...]:
     found = [
-        (one.kl_nats[place], passage, place, theirs, ours)
+        (one.kl_nats[position], passage, position, base_top, candidate_top)
         for passage, one in zip(passages, compared, strict=True)
-        for place, theirs, ours in one.worst
+        for position, base_top, candidate_top in one.worst
     ]
     found.sort(key=lambda entry: -entry[0])
 
@@ -355,10 +360,10 @@ def _worst_tokens(
         WorstToken(
             kl_nats=kl,
             document=passage.document,
-            before=text(passage.ids[max(0, place + 1 - CONTEXT_TOKENS) : place + 1]),
-            actual=text([passage.ids[place + 1]]),
-            base=text([theirs]),
-            candidate=text([ours]),
+            before=text(passage.ids[max(0, position + 1 - CONTEXT_TOKENS) : position + 1]),
+            actual=text([passage.ids[position + 1]]),
+            base=text([base_top]),
+            candidate=text([candidate_top]),
         )
-        for kl, passage, place, theirs, ours in found[:WORST_SHOWN]
+        for kl, passage, position, base_top, candidate_top in found[:MAX_WORST]
     )

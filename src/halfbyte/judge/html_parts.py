@@ -1,4 +1,4 @@
-"""What a report's pages are put together of: tables, remarks, pairs of texts with what differs."""
+"""Building blocks of the HTML report: tables, remarks, two texts with their differences marked."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import re
 from collections.abc import Sequence
 from html import escape
 
-LONGEST_TEXT = 1200
-"""Characters of a prompt or an answer that are shown."""
-LONGEST_PROMPT = 400
+MAX_TEXT_CHARS = 1200
+"""Characters shown of an answer."""
+MAX_PROMPT_CHARS = 400
 
 
 def side_by_side(base: str, candidate: str) -> str:
-    """Put two texts, as HTML, side by side."""
+    """Show two texts, given as HTML, side by side."""
     return (
         f'<div class="pair"><div><h4>base</h4><pre><bdi>{base}</bdi></pre></div>'
         f"<div><h4>candidate</h4><pre><bdi>{candidate}</bdi></pre></div></div>"
@@ -21,14 +21,14 @@ def side_by_side(base: str, candidate: str) -> str:
 
 
 def mark_differences(left: str, right: str) -> tuple[str, str]:
-    """Mark the words in which two texts differ.
+    """Mark the words that differ between two texts.
 
     Args:
         left: One text.
         right: The other.
 
     Returns:
-        Both as HTML, differing words in ``<mark>``.
+        Both texts as HTML, with differing words in ``<mark>``.
     """
     a, b = (re.findall(r"\s+|\w+|[^\w\s]", visible(text)) for text in (left, right))
     sides: tuple[list[str], list[str]] = ([], [])
@@ -41,7 +41,7 @@ def mark_differences(left: str, right: str) -> tuple[str, str]:
 
 
 def visible(text: str) -> str:
-    """Show control characters by their symbols; line ends and tabs stay."""
+    """Replace control characters by their Unicode symbols, except newline and tab."""
     return "".join(
         chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else "\u2421" if c == "\x7f" else c
         for c in text
@@ -49,22 +49,22 @@ def visible(text: str) -> str:
 
 
 def shorten(text: str) -> str:
-    """Give the beginning of a text."""
-    return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " […]"
+    """Return the beginning of a text."""
+    return text if len(text) <= MAX_TEXT_CHARS else text[:MAX_TEXT_CHARS] + " […]"
 
 
 def last_part(text: str) -> str:
-    """Give the end of a prompt: what is asked stands there, examples before it."""
-    return text if len(text) <= LONGEST_PROMPT else "[…] " + text[-LONGEST_PROMPT:]
+    """Return the end of a prompt, where the question is; examples come before it."""
+    return text if len(text) <= MAX_PROMPT_CHARS else "[…] " + text[-MAX_PROMPT_CHARS:]
 
 
 def inline(text: str) -> str:
-    """Show a text within a line."""
+    """Show a text on one line."""
     return f"<bdi>{escape(visible(text).replace(chr(10), '↵'))}</bdi>"
 
 
 def remark(text: str) -> str:
-    """Write a remark."""
+    """Show an explanatory remark."""
     return f'<p class="soft">{escape(text)}</p>'
 
 
@@ -75,13 +75,13 @@ def make_table(
     numbers: Sequence[int] | range = (),
     kind: str = "",
 ) -> str:
-    """Write a table; on a phone each row becomes a card.
+    """Build a table; on a narrow screen each row becomes a card.
 
     Args:
-        heads: Titles of the columns, as text.
+        heads: Column titles, as text.
         rows: Cells, as HTML.
-        numbers: Columns that are set as numbers.
-        kind: A further class of the style sheet.
+        numbers: Indices of the columns that hold numbers.
+        kind: Additional CSS class.
 
     Returns:
         HTML.

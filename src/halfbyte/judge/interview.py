@@ -1,4 +1,4 @@
-"""Ask one model everything, in batches, keeping each answer; and tell right answers from wrong."""
+"""Puts all questions to one model, in batches, and caches every answer; grades answers."""
 
 from __future__ import annotations
 
@@ -15,121 +15,138 @@ from halfbyte.judge.checks import PythonCheck
 from halfbyte.judge.edge_cases import EdgeCase
 from halfbyte.judge.local_model import LocalModel
 from halfbyte.judge.model_cache import ModelCache
+from halfbyte.judge.progress import StepProgress
 from halfbyte.judge.questions import Question, digest
 
 EDGE_LAST_TOKENS = 128
-"""Predictions of an odd input are compared at its last tokens; a long one's need not all stay."""
+"""Predictions of an edge case are compared at its last tokens only, to save disk space."""
 
 LONG_TOKENS = 512
-"""Odd inputs above this run alone: padding the others to their length would cost more."""
-
-Done = Callable[[int, int], None]
+"""Edge cases with longer prompts run one at a time: padding a batch to their length costs more."""
 
 
 class Interview:
-    """One model and the answers that it has given."""
+    """One model and the answers it has given."""
 
     def __init__(self, load: Callable[[], Respondent], answers: AnswerFile) -> None:
-        """Start with what is kept already.
+        """Start from the cached answers.
 
         Args:
-            load: Gives the model; called only where an answer is missing.
-            answers: Where its answers are kept.
+            load: Returns the model; called only if an answer is missing.
+            answers: Cache of the model's answers.
         """
         self._load = load
-        self._kept = answers
+        self._cached = answers
         self.tokens = 0
         """Prompt tokens that were run."""
         self.reused = 0
+        """Answers taken from the cache."""
 
-    def ask(self, questions: Sequence[Question], batch_size: int, done: Done) -> dict[str, Answer]:
-        """Ask questions, those without a kept answer in batches of like length.
+    def ask(
+        self, questions: Sequence[Question], batch_size: int, progress: StepProgress
+    ) -> dict[str, Answer]:
+        """Answer questions; those without a cached answer run in batches of similar length.
 
         Args:
             questions: In any order.
             batch_size: Questions per batch.
-            done: Called with (answered, in all).
+            progress: Called with (answered, total).
 
         Returns:
             Answers by the question's key.
         """
-        return self._ask(questions, batch_size, done, prefix="")
+        return self._ask(questions, batch_size, progress, prefix="")
 
-    def repeat(self, questions: Sequence[Question], count: int, batch_size: int) -> None:
-        """Ask some questions once more, in other batches; keeps the answers beside the first ones.
+    def repeat(
+        self,
+        questions: Sequence[Question],
+        max_count: int,
+        batch_size: int,
+        progress: StepProgress,
+    ) -> None:
+        """Answer some questions again in other batches; both answers are kept.
 
         Args:
-            questions: Of which every so-manieth is taken.
-            count: How many at the most.
-            batch_size: Another one than before.
+            questions: An evenly spaced subset is repeated.
+            max_count: Size of the subset.
+            batch_size: Different from the first run's.
+            progress: Called with (answered, total).
         """
-        step = max(1, len(questions) // max(1, count))
-        self._ask(questions[::step][:count], batch_size, lambda *_: None, prefix="again ")
+        step = max(1, len(questions) // max(1, max_count))
+        self._ask(questions[::step][:max_count], batch_size, progress, prefix="again ")
 
     def _ask(
-        self, questions: Sequence[Question], batch_size: int, done: Done, prefix: str
+        self,
+        questions: Sequence[Question],
+        batch_size: int,
+        progress: StepProgress,
+        prefix: str,
     ) -> dict[str, Answer]:
-        missing = {q.key: q for q in questions if prefix + q.key not in self._kept}
+        missing = {q.key: q for q in questions if prefix + q.key not in self._cached}
         self.reused += 0 if prefix else len(questions) - len(missing)
         answered = len(questions) - len(missing)
+        if missing:
+            self._load()
+        if questions:
+            progress(answered, len(questions))
         for batch in self._batches(list(missing.values()), batch_size):
-            model, choosing = self._load(), bool(batch[0].item.choices)
-            answers = model.answer_choices(batch) if choosing else model.write(batch)
-            self._kept.keep(
+            model, has_choices = self._load(), bool(batch[0].item.choices)
+            answers = model.answer_choices(batch) if has_choices else model.write(batch)
+            self._cached.add(
                 {prefix + q.key: a.to_dict() for q, a in zip(batch, answers, strict=True)}
             )
             self.tokens += sum(len(q.ids) for q in batch)
             answered += len(batch)
-            done(answered, len(questions))
-        return {q.key: Answer.from_dict(self._kept.get(prefix + q.key)) for q in questions}
+            progress(answered, len(questions))
+        return {q.key: Answer.from_dict(self._cached.get(prefix + q.key)) for q in questions}
 
     def _batches(self, questions: list[Question], size: int) -> Iterator[list[Question]]:
-        """Give batches of one way of answering and of like lengths, in a fixed order."""
+        """Yield batches of one answer type and similar prompt length, in a fixed order."""
 
-        def rank(q: Question) -> tuple[bool, bool, int, int, str]:
+        def sort_key(q: Question) -> tuple[bool, bool, int, int, str]:
             single = all(len(choice) == 1 for choice in q.choices)
             return bool(q.choices), single, q.item.max_new_tokens, len(q.ids), q.key
 
-        def together(q: Question) -> tuple[bool, bool, int]:
-            # Models that cannot be told positions take no padding: one length per batch.
-            return (*rank(q)[:2], 0 if padding else len(q.ids))
+        def group_key(q: Question) -> tuple[bool, bool, int]:
+            # A model without position_ids cannot be padded: one prompt length per batch.
+            return (*sort_key(q)[:2], 0 if can_pad else len(q.ids))
 
         if not questions:
             return
-        padding = self._load().takes_padding
+        can_pad = self._load().takes_padding
 
-        for _, group in itertools.groupby(sorted(questions, key=rank), key=together):
-            same = list(group)
-            for start in range(0, len(same), size):
-                yield same[start : start + size]
+        for _, group in itertools.groupby(sorted(questions, key=sort_key), key=group_key):
+            members = list(group)
+            for start in range(0, len(members), size):
+                yield members[start : start + size]
 
     def ask_edges(
-        self, cases: Sequence[EdgeCase], batch_size: int, seed: int, done: Done
+        self, cases: Sequence[EdgeCase], batch_size: int, seed: int, progress: StepProgress
     ) -> list[Answer]:
-        """Ask odd inputs; long ones, and those that are drawn at a temperature, one by one.
+        """Answer edge cases; long ones and sampled ones run one at a time.
 
         Args:
-            cases: The odd inputs.
+            cases: The edge cases.
             batch_size: Of the others.
-            seed: Of the draw.
-            done: Called with (answered, in all).
+            seed: For sampling.
+            progress: Called with (answered, total).
 
         Returns:
             Answers in the order of the cases.
         """
-        apart = [c for c in cases if c.temperature or len(c.question.ids) > LONG_TOKENS]
-        together = [c.question for c in cases if c not in apart]
-        self._ask(together, batch_size, lambda d, _: done(d, len(cases)), prefix="")
-        for number, case in enumerate(apart, start=len(together) + 1):
+        single = [c for c in cases if c.temperature or len(c.question.ids) > LONG_TOKENS]
+        batched = [c.question for c in cases if c not in single]
+        self._ask(batched, batch_size, lambda done, _: progress(done, len(cases)), prefix="")
+        for number, case in enumerate(single, start=len(batched) + 1):
             key = self._edge_key(case, seed)
-            if key in self._kept:
+            if key in self._cached:
                 self.reused += 1
                 continue
             answer = self._load().write([case.question], temperature=case.temperature, seed=seed)[0]
-            self._kept.keep({key: answer.to_dict()})
+            self._cached.add({key: answer.to_dict()})
             self.tokens += len(case.question.ids)
-            done(number, len(cases))
-        return [Answer.from_dict(self._kept.get(self._edge_key(case, seed))) for case in cases]
+            progress(number, len(cases))
+        return [Answer.from_dict(self._cached.get(self._edge_key(case, seed))) for case in cases]
 
     @staticmethod
     def _edge_key(case: EdgeCase, seed: int) -> str:
@@ -137,26 +154,33 @@ class Interview:
         return digest(["drawn", key, case.temperature, seed]) if case.temperature else key
 
     def predict_edges(
-        self, cases: Sequence[EdgeCase], cache: ModelCache, against: ModelCache | None
+        self,
+        cases: Sequence[EdgeCase],
+        cache: ModelCache,
+        base_cache: ModelCache | None,
+        progress: StepProgress,
     ) -> list[tuple[bool, float | None]]:
-        """Predict the last tokens of each odd input.
+        """Predict the last tokens of each edge case's prompt.
 
         Args:
-            cases: The odd inputs.
-            cache: This model's place.
-            against: The base's place; None: this is the base, whose predictions are kept.
+            cases: The edge cases.
+            cache: Cache of this model.
+            base_cache: Cache of the base; None if this model is the base, whose predictions are
+                saved.
+            progress: Called with (done, total).
 
         Returns:
-            Per case whether all logits are numbers, and the mean divergence from the base.
+            Per case whether all logits are finite, and the mean KL divergence from the base.
         """
         results: list[tuple[bool, float | None]] = []
-        for case in cases:
+        for done, case in enumerate(cases, start=1):
             key = digest(["odd", case.question.ids])
-            note = digest(["odd", against.folder.name if against else "", key])
-            if note not in self._kept or (against is None and not cache.has_states(key)):
-                self._kept.keep({note: self._predict_edge(case, key, cache, against)})
-            finite, kl = self._kept.get(note)
+            result_key = digest(["odd", base_cache.folder.name if base_cache else "", key])
+            if result_key not in self._cached or (base_cache is None and not cache.has_states(key)):
+                self._cached.add({result_key: self._predict_edge(case, key, cache, base_cache)})
+            finite, kl = self._cached.get(result_key)
             results.append((bool(finite), kl))
+            progress(done, len(cases))
         return results
 
     def _predict_edge(
@@ -164,41 +188,41 @@ class Interview:
         case: EdgeCase,
         key: str,
         cache: ModelCache,
-        against: ModelCache | None,
+        base_cache: ModelCache | None,
     ) -> tuple[bool, float | None]:
         model, ids = self._load(), case.question.ids
         assert isinstance(model, LocalModel)
         last = min(EDGE_LAST_TOKENS, len(ids))
         prediction = model.predict([ids], last=last)[0]
         self.tokens += len(ids)
-        if against is None:
-            cache.keep_states(key, prediction)
-            cache.keep_head(model)
+        if base_cache is None:
+            cache.save_states(key, prediction)
+            cache.save_head(model)
             return prediction.finite, None
-        if not against.has_states(key):
+        if not base_cache.has_states(key):
             return prediction.finite, None
-        theirs, ours = against.load_logits(key), prediction.logits
-        # The token after the last one is not known; any id will do, as only the divergence is read.
+        base_logits, logits = base_cache.load_logits(key), prediction.logits
+        # No token follows the last one. Any id will do: only the divergence is used.
         targets = torch.tensor([*ids[len(ids) - last + 1 :], 0])
-        kl = compare_logits(theirs.to(ours.device), ours, targets).kl_nats
+        kl = compare_logits(base_logits.to(logits.device), logits, targets).kl_nats
         mean = float(kl.mean())
         return prediction.finite, mean if math.isfinite(mean) else None
 
 
-def is_right(question: Question, answer: Answer, functions: Mapping[str, PythonCheck]) -> bool:
-    """Tell whether an answer is right.
+def is_correct(question: Question, answer: Answer, functions: Mapping[str, PythonCheck]) -> bool:
+    """Check whether an answer is correct.
 
     Args:
-        question: With what is right.
-        answer: A model's.
-        functions: Python functions that checks name.
+        question: The question, with the expected answer.
+        answer: A model's answer.
+        functions: Python functions that checks refer to by name.
 
     Returns:
-        For choices: whether the right one is the likeliest; an answer of logits that are not
-        numbers is wrong.
+        For choices, whether the right one has the highest log-likelihood; otherwise whether the
+        item's check passes. An answer with non-finite logits is wrong.
 
     Raises:
-        ConfigError: The item's check cannot take the answer; names both.
+        ConfigError: The item's check raised an exception on the answer; names both.
     """
     item = question.item
     if not answer.finite:
@@ -212,6 +236,6 @@ def is_right(question: Question, answer: Answer, functions: Mapping[str, PythonC
     except (Exception, SystemExit) as error:
         shown = item.check.value if item.check.kind == "python" else item.check.kind
         raise ConfigError(
-            f"Cannot judge the answer {answer.text[:80]!r} to item '{item.name}': the check "
-            f"'{shown}' raised {error!r}. A check must take every text, the empty one included."
+            f"Cannot grade the answer {answer.text[:80]!r} to item '{item.name}': the check "
+            f"'{shown}' raised {error!r}. A check must accept any text, including an empty one."
         ) from error

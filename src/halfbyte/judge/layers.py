@@ -1,17 +1,17 @@
-"""Where in the model the candidate departs from the base, linear by linear and block by block.
+"""Errors of the candidate by layer: per linear and per block.
 
-Each linear of the candidate gets the very inputs that the base's own linear had. What it makes of
-them differs by rounding alone, so a linear that is wrong in another way (damaged scales, a swapped
-tensor) stands out from its peers, whatever error has come down from the layers before.
+Each linear of the candidate gets the inputs of the base's own linear, so its outputs differ by
+rounding alone, whatever the error of the layers before. A linear that is wrong in another way
+(damaged scales, a swapped tensor) is an outlier among its peers.
 
-*error*: relative distance of the outputs. *gain*: by which factor the base's outputs are found in
-the candidate's; 1 for an error that points nowhere, 1.03 for scales that are 3% too large.
+*error*: relative distance of the outputs. *gain*: projection of the candidate's outputs on the
+base's; 1 if the error is uncorrelated with the outputs, 1.03 if all scales are 3% too large.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,33 +26,33 @@ from halfbyte.judge.questions import Passage, digest
 from halfbyte.model.blocks import find_blocks, quantizable_linears
 
 PROBE_TOKENS = 192
-"""Of running text; their inputs to every linear are kept."""
+"""Tokens of running text whose inputs to every linear are saved."""
 PROBE_PASSAGES = 6
 SUSPECT_SIGMAS = 8.0
-"""A linear is suspect where its gain or error lies this many robust deviations from its peers'."""
+"""A linear is suspect if its gain or error is this many robust standard deviations from the median
+of its peers,"""
 SUSPECT_GAIN_ABOVE = 0.012
-"""... and its gain is above its peers' median by this much: rounding makes outputs smaller, if
-anything,"""
+"""... and its gain is above the median by this much: rounding shrinks outputs, if anything,"""
 SUSPECT_GAIN_BELOW = 0.025
-"""... or below it by this much, which rounding alone hardly ever reaches,"""
+"""... or below it by this much, which rounding alone rarely reaches,"""
 SUSPECT_ERROR = 1.5
-"""... or its error is this many times theirs."""
-LEAST_GAIN = 0.5
-"""Median of a candidate's linears: rounding takes little off it, another basis nearly all."""
+"""... or its error is this many times the median."""
+MIN_MEDIAN_GAIN = 0.5
+"""Over a candidate's linears. Rounding reduces the gain slightly, a rotated basis to about 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearError:
-    """One linear of the candidate on the base's inputs."""
+    """Error of one of the candidate's linears on the base's inputs."""
 
     name: str
     block: int
     kind: str
-    """Its name within the block; linears of a kind are peers."""
+    """Name within the block; linears of the same kind are peers."""
     error: float
     gain: float
     suspect: str = ""
-    """Why it stands out from its peers; empty where it does not."""
+    """Why it is an outlier among its peers; empty if it is not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,18 +61,18 @@ class LayerErrors:
 
     linears: tuple[LinearError, ...]
     block_errors: tuple[float, ...]
-    """Relative distance of the hidden states behind each block, all errors before included."""
+    """Relative distance of the hidden states after each block; errors of earlier blocks add up."""
     missing: int
-    """Linears of the base that the candidate does not have under the same name."""
+    """Linears of the base without a linear of the same name in the candidate."""
 
     @property
     def suspects(self) -> tuple[LinearError, ...]:
-        """Linears that stand out from their peers."""
+        """Linears that are outliers among their peers."""
         return tuple(linear for linear in self.linears if linear.suspect)
 
 
-def probe_ids(passages: Sequence[Passage]) -> list[tuple[int, ...]]:
-    """Give a few short pieces of different documents, of one length."""
+def select_probe_ids(passages: Sequence[Passage]) -> list[tuple[int, ...]]:
+    """Return a few short pieces of different documents, all of one length."""
     length = PROBE_TOKENS // PROBE_PASSAGES
     first = {p.document: p.ids[:length] for p in reversed(passages) if len(p.ids) >= length}
     pieces = list(first.values())
@@ -80,17 +80,17 @@ def probe_ids(passages: Sequence[Passage]) -> list[tuple[int, ...]]:
     return pieces[::step][:PROBE_PASSAGES]
 
 
-def keep_base_layers(
+def save_base_layers(
     load: Callable[[], LocalModel], cache: ModelCache, passages: Sequence[Passage]
 ) -> None:
-    """Write down the inputs and outputs of every linear of the base, and the states of its blocks.
+    """Save the inputs and outputs of every linear of the base, and the outputs of its blocks.
 
     Args:
-        load: Gives the base; called only where it was not probed yet.
-        cache: Its place.
-        passages: Where the tokens come from.
+        load: Returns the base; called only if nothing is saved yet.
+        cache: Cache of the base.
+        passages: Source of the probe tokens.
     """
-    ids = probe_ids(passages)
+    ids = select_probe_ids(passages)
     path = _probe_path(cache, ids)
     if path.is_file() or not ids:
         return
@@ -100,16 +100,17 @@ def keep_base_layers(
     tensors: dict[str, Tensor] = {}
     inputs: dict[tuple[Any, ...], tuple[str, Tensor]] = {}
 
-    def on_linear(name: str, given: Tensor, made: Tensor) -> None:
+    def on_linear(name: str, x: Tensor, y: Tensor) -> None:
         if f"out.{name}" in tensors:
             return
-        # q, k and v read the same tensor: kept once, for as long as it lives at this address.
-        key = (given.data_ptr(), tuple(given.shape))
-        source, _ = inputs.setdefault(key, (name, given))
+        # q, k and v read the same tensor: save it once. `inputs` keeps it alive, so its address is
+        # not reused.
+        key = (x.data_ptr(), tuple(x.shape))
+        source, _ = inputs.setdefault(key, (name, x))
         if source == name:
-            tensors[f"in.{name}"] = given.flatten(0, -2).clone()
+            tensors[f"in.{name}"] = x.flatten(0, -2).clone()
         tensors[f"same.{name}"] = torch.tensor(list(source.encode()), dtype=torch.uint8)
-        tensors[f"out.{name}"] = made.flatten(0, -2).clone()
+        tensors[f"out.{name}"] = y.flatten(0, -2).clone()
 
     hooks = [
         module.register_forward_hook(lambda _, x, y, n=name: on_linear(n, x[0], y))
@@ -132,36 +133,35 @@ def measure_layers(
 
     Args:
         model: The candidate.
-        base: The base's place.
-        passages: The same as those the base was probed on.
+        base: Cache of the base.
+        passages: The same as in :func:`save_base_layers`.
 
     Returns:
-        The errors, suspects marked; None where the base was not probed.
+        The errors, with suspects marked; None if nothing is saved for the base.
 
     Raises:
-        ModelError: The candidate's linears do not take the base's inputs at all.
+        ModelError: The candidate's outputs are unrelated to the base's.
     """
-    ids = probe_ids(passages)
+    ids = select_probe_ids(passages)
     path = _probe_path(base, ids)
     if not path.is_file():
         return None
-    kept = read_tensors(path)
+    saved = read_tensors(path)
     blocks = find_blocks(model.model)
     linears = _linears(model.model, blocks.prefix)
-    names = [name.removeprefix("out.") for name in kept if name.startswith("out.")]
+    names = [name.removeprefix("out.") for name in saved if name.startswith("out.")]
     errors = []
     for name in sorted(set(names) & set(linears), key=names.index):
-        source = bytes(kept[f"same.{name}"].tolist()).decode()
-        linear = linears[name]
-        given = kept[f"in.{source}"].to(model.device, model.model.dtype)
-        made = linear(given).float().cpu()
-        wanted = kept[f"out.{name}"].float()
-        if made.shape != wanted.shape:
+        source = bytes(saved[f"same.{name}"].tolist()).decode()
+        x = saved[f"in.{source}"].to(model.device, model.model.dtype)
+        found = linears[name](x).float().cpu()
+        expected = saved[f"out.{name}"].float()
+        if found.shape != expected.shape:
             continue
         block, _, kind = name.removeprefix(f"{blocks.prefix}.").partition(".")
-        # Token by token of equal weight: a few tokens' outputs are hundreds of times as large.
-        size = wanted.norm(dim=1, keepdim=True).clamp(min=1e-12)
-        a, b = wanted / size, made / size
+        # Normalized per token: the outputs of a few tokens are hundreds of times as large.
+        size = expected.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        a, b = expected / size, found / size
         errors.append(
             LinearError(
                 name=name,
@@ -171,17 +171,17 @@ def measure_layers(
                 gain=float((a * b).sum() / (a * a).sum()),
             )
         )
-    if errors and median(one.gain for one in errors) < LEAST_GAIN:
+    if errors and median(one.gain for one in errors) < MIN_MEDIAN_GAIN:
         raise ModelError(
-            "given the base's inputs, the candidate's linears give outputs that have nothing of "
-            "the base's, as those of a model in another basis do (halfbyte rotate)"
+            "given the base's inputs, the outputs of the candidate's linears are unrelated to the "
+            "base's, as in a model in another basis (halfbyte rotate)"
         )
     states = _block_states(model, blocks.modules, ids)
     distances = []
     for index, state in enumerate(states):
-        wanted = kept[f"block.{index}"].float()
-        size = wanted.norm(dim=1).clamp(min=1e-12)
-        distances.append(float(((state.float().cpu() - wanted).norm(dim=1) / size).mean()))
+        expected = saved[f"block.{index}"].float()
+        size = expected.norm(dim=1).clamp(min=1e-12)
+        distances.append(float(((state.float().cpu() - expected).norm(dim=1) / size).mean()))
     return LayerErrors(
         linears=mark_suspects(errors),
         block_errors=tuple(distances),
@@ -194,13 +194,14 @@ def _probe_path(cache: ModelCache, ids: Sequence[Sequence[int]]) -> Path:
 
 
 def mark_suspects(linears: Sequence[LinearError]) -> tuple[LinearError, ...]:
-    """Mark the linears whose gain or error stands out from those of their peers in other blocks.
+    """Mark the linears whose gain or error is an outlier among their peers in other blocks.
 
     Args:
-        linears: Measured.
+        linears: The measured linears.
 
     Returns:
-        The same, in order, with reasons. Kinds of fewer than four members have no peers.
+        The same linears in order, suspects with a reason. Kinds with fewer than four linears are
+        not tested.
     """
     peers: dict[str, list[LinearError]] = {}
     for linear in linears:
@@ -212,36 +213,29 @@ def _with_reason(linear: LinearError, peers: Sequence[LinearError]) -> LinearErr
     if len(peers) < 4:
         return linear
     reasons = []
-    middle, spread = _robust([p.gain for p in peers])
-    off = linear.gain - middle
-    beyond = off > SUSPECT_GAIN_ABOVE or off < -SUSPECT_GAIN_BELOW
-    if beyond and abs(off) > SUSPECT_SIGMAS * spread:
+    center, spread = _robust_statistics([p.gain for p in peers])
+    deviation = linear.gain - center
+    is_large = deviation > SUSPECT_GAIN_ABOVE or deviation < -SUSPECT_GAIN_BELOW
+    if is_large and abs(deviation) > SUSPECT_SIGMAS * spread:
         reasons.append(
-            f"its outputs are {linear.gain:.3f} times the base's, its peers' {middle:.3f} times"
+            f"its outputs are {linear.gain:.3f} times the base's, its peers' {center:.3f} times"
         )
-    middle, spread = _robust([p.error for p in peers])
-    if linear.error > SUSPECT_ERROR * middle + 1e-3 and (
-        linear.error - middle > SUSPECT_SIGMAS * spread
+    center, spread = _robust_statistics([p.error for p in peers])
+    if linear.error > SUSPECT_ERROR * center + 1e-3 and (
+        linear.error - center > SUSPECT_SIGMAS * spread
     ):
-        reasons.append(f"its error is {linear.error:.3f}, its peers' {middle:.3f}")
-    return LinearError(
-        name=linear.name,
-        block=linear.block,
-        kind=linear.kind,
-        error=linear.error,
-        gain=linear.gain,
-        suspect="; ".join(reasons),
-    )
+        reasons.append(f"its error is {linear.error:.3f}, its peers' {center:.3f}")
+    return replace(linear, suspect="; ".join(reasons))
 
 
-def _robust(values: Sequence[float]) -> tuple[float, float]:
-    """Give median and scaled median deviation, which one outlier does not move."""
-    middle = median(values)
-    return middle, 1.4826 * median(abs(v - middle) for v in values)
+def _robust_statistics(values: Sequence[float]) -> tuple[float, float]:
+    """Return the median and the scaled median absolute deviation, which resist outliers."""
+    center = median(values)
+    return center, 1.4826 * median(abs(v - center) for v in values)
 
 
 def _linears(model: nn.Module, prefix: str) -> Mapping[str, nn.Module]:
-    """Linears within the blocks, quantized or not, by name."""
+    """Return the linears within the blocks, quantized or not, by name."""
     return {
         name: module
         for name, module in quantizable_linears(model).items()
@@ -253,12 +247,12 @@ def _linears(model: nn.Module, prefix: str) -> Mapping[str, nn.Module]:
 def _block_states(
     model: LocalModel, blocks: Sequence[nn.Module], ids: Sequence[Sequence[int]]
 ) -> list[Tensor]:
-    """Give [tokens, hidden] behind each block, the first token of each piece left out."""
+    """Return the [tokens, hidden] output of each block, without the first token of each piece."""
     states: list[Tensor] = []
 
-    def on_block(made: Any) -> None:
-        hidden: Tensor = made if isinstance(made, Tensor) else made[0]
-        # The first token's states are hundreds of times as large and say nothing of the rest.
+    def on_block(output: Any) -> None:
+        hidden: Tensor = output if isinstance(output, Tensor) else output[0]
+        # The first token is an attention sink: its states are hundreds of times as large.
         states.append(hidden[:, 1:].flatten(0, 1).clone())
 
     hooks = [block.register_forward_hook(lambda _, x, y: on_block(y)) for block in blocks]

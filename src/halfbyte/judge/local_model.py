@@ -1,8 +1,8 @@
-"""A model in this process: rates choices, writes greedily, predicts a text token by token.
+"""A model in this process: scores choices, generates greedily, predicts a text token by token.
 
-Predictions leave it as what enters the output layer (hidden states) together with that layer: some
-hundred times smaller than logits over the vocabulary, and the very same after one product. So the
-base's predictions of a whole text can wait on disk for the candidate.
+Predictions are stored as the hidden states before the output layer, plus that layer once. They are
+about a hundred times smaller than logits over the vocabulary, and one matrix product gives the
+same logits. So the base's predictions of a whole text can be cached on disk for the candidate.
 """
 
 from __future__ import annotations
@@ -24,26 +24,27 @@ from halfbyte.judge.questions import Question
 from halfbyte.nn.linear import QuantLinear
 from halfbyte.nn.replace import dequantize_linears
 
-SHARE_FOR_UNPACKED = 0.5
-"""Of the free memory that unpacked weights may take."""
+MAX_DENSE_SHARE = 0.5
+"""Share of the free memory that dequantized weights may take."""
 
 HEAD_CHECK_TOLERANCE = 1e-4
-"""Relative; a model that does more than one product after its hidden states differs by far more."""
+"""Relative. Models that change their logits after the output layer, such as by soft-capping, differ
+by far more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """What a model predicts after each token of a passage."""
+    """A model's predictions after each token of a passage."""
 
     states: Tensor
-    """[tokens, width]: hidden states before the output layer, or the logits themselves."""
+    """[tokens, hidden]: hidden states before the output layer, or the logits themselves."""
     logits: Tensor
     """[tokens, vocabulary]."""
     finite: bool
 
     @property
     def are_logits(self) -> bool:
-        """Whether the model computes its logits in a way that only they themselves tell."""
+        """Whether ``states`` holds the logits, because the output layer does not reproduce them."""
         return self.states is self.logits
 
 
@@ -51,7 +52,7 @@ class LocalModel:
     """A loaded model that answers questions."""
 
     def __init__(self, subject: Subject) -> None:
-        """Look at the model's output layer.
+        """Find the model's output layer.
 
         Args:
             subject: The model and its tokenizer.
@@ -60,49 +61,55 @@ class LocalModel:
         self.name = subject.name
         self.model = subject.model
         self.head: nn.Module | None = self.model.get_output_embeddings()
-        self._head_is_all: bool | None = None
+        self._head_gives_logits: bool | None = None
 
     @property
     def device(self) -> torch.device:
-        """Where token ids must be."""
+        """Device of the token ids."""
         return self.subject.input_device
 
     @torch.inference_mode()
     def predict(self, batch: Sequence[Sequence[int]], *, last: int = 0) -> list[Prediction]:
-        """Predict what follows each token.
+        """Predict the next token at each position.
 
         Args:
             batch: Passages of one length.
-            last: Only after this many last tokens; 0: after all.
+            last: Only at this many last positions; 0: at all.
 
         Returns:
             One prediction per passage, on the model's device.
         """
         ids = torch.tensor([list(p) for p in batch], device=self.device)
-        caught: list[Tensor] = []
+        captured: list[Tensor] = []
         hooks = []
         if isinstance(self.head, nn.Module):
-            hooks.append(self.head.register_forward_pre_hook(lambda _, x: caught.append(x[0])))
+            hooks.append(self.head.register_forward_pre_hook(lambda _, x: captured.append(x[0])))
         try:
-            logits: Tensor = self.model(input_ids=ids, use_cache=False, **self._last(last)).logits
+            logits: Tensor = self.model(
+                input_ids=ids, use_cache=False, **self._keep_last(last)
+            ).logits
         finally:
             for hook in hooks:
                 hook.remove()
         if last:
             logits = logits[:, -last:]
-        states = caught[0][:, -logits.shape[1] :] if caught and caught[0].dim() == 3 else None
-        if self._head_is_all is None:
-            self._head_is_all = states is not None and self._explains(states, logits)
+        states = captured[0][:, -logits.shape[1] :] if captured and captured[0].dim() == 3 else None
+        if self._head_gives_logits is None:
+            self._head_gives_logits = states is not None and self._check_head(states, logits)
         finite = torch.isfinite(logits).flatten(1).all(dim=1).tolist()
-        kept = states if self._head_is_all and states is not None else None
-        predictions = []
-        for row, (own, is_finite) in enumerate(zip(logits, finite, strict=True)):
-            own_states = own if kept is None else kept[row]
-            predictions.append(Prediction(states=own_states, logits=own, finite=is_finite))
-        return predictions
+        if not self._head_gives_logits or states is None:
+            # The very same tensors: Prediction.are_logits tests for identity.
+            return [
+                Prediction(states=x, logits=x, finite=f)
+                for x, f in zip(logits, finite, strict=True)
+            ]
+        return [
+            Prediction(states=state, logits=row, finite=is_finite)
+            for state, row, is_finite in zip(states, logits, finite, strict=True)
+        ]
 
-    def _explains(self, states: Tensor, logits: Tensor) -> bool:
-        """Whether the output layer alone turns these states into these logits."""
+    def _check_head(self, states: Tensor, logits: Tensor) -> bool:
+        """Return whether the output layer alone maps these states to these logits."""
         assert self.head is not None
         expected = self.head(states[0, -4:]).float()
         found = logits[0, -4:].float()
@@ -112,27 +119,27 @@ class LocalModel:
 
     @torch.inference_mode()
     def answer_choices(self, questions: list[Question]) -> list[Answer]:
-        """Rate choices: the prompts run once, as a batch, and the choices behind them.
+        """Compute the log-likelihood of each choice; the prompts run once, as a batch.
 
         Args:
-            questions: With choices; prompts of like length waste least.
+            questions: Questions with choices; prompts of similar length need the least padding.
 
         Returns:
-            The log-likelihood of each choice, by question.
+            One answer per question, with the log-likelihoods of its choices.
         """
         ids, mask = self._pad_left([q.ids for q in questions])
-        places = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         padded = not bool(mask.all())
-        given: dict[str, Any] = {}
+        inputs: dict[str, Any] = {}
         if padded:
-            given = {"attention_mask": mask, "position_ids": places}
-        alone = all(len(choice) == 1 for q in questions for choice in q.choices)
-        output = self.model(input_ids=ids, use_cache=not alone, **self._last(1), **given)
+            inputs = {"attention_mask": mask, "position_ids": positions}
+        all_single = all(len(choice) == 1 for q in questions for choice in q.choices)
+        output = self.model(input_ids=ids, use_cache=not all_single, **self._keep_last(1), **inputs)
         first = output.logits[:, -1].float()
         finite = torch.isfinite(first).all(dim=1)
         first = first.log_softmax(dim=1)
         nats = [[float(first[row, c[0]]) for c in q.choices] for row, q in enumerate(questions)]
-        for index in range(0 if alone else max(len(q.choices) for q in questions)):
+        for index in range(0 if all_single else max(len(q.choices) for q in questions)):
             chosen = [q.choices[index] if index < len(q.choices) else (0,) for q in questions]
             width = max(len(choice) for choice in chosen) - 1
             if width == 0:
@@ -141,24 +148,25 @@ class LocalModel:
             for row, choice in enumerate(chosen):
                 rest[row, : len(choice) - 1] = torch.tensor(choice[:-1])
             rest = rest.to(self.device)
-            given = {}
+            inputs = {}
             if padded:
-                # What pads a choice stands behind it, where nothing that counts looks.
+                # Choices are padded on the right, where causal attention never looks.
                 steps = torch.arange(1, width + 1, device=self.device)
-                given = {
+                inputs = {
                     "attention_mask": torch.cat([mask, torch.ones_like(rest)], dim=1),
-                    "position_ids": places[:, -1:] + steps,
+                    "position_ids": positions[:, -1:] + steps,
                 }
-            # A cache grows as it is used; a copy per choice is exact for every kind of cache.
-            given[self._cache_name] = copy.deepcopy(output[self._cache_name])
-            logits = self.model(input_ids=rest, use_cache=True, **given).logits.float()
+            # A forward pass extends the cache in place; a copy works for every kind of cache.
+            inputs[self._cache_name] = copy.deepcopy(output[self._cache_name])
+            logits = self.model(input_ids=rest, use_cache=True, **inputs).logits.float()
             for row, choice in enumerate(chosen):
                 if len(choice) == 1:
                     continue
-                own = logits[row, : len(choice) - 1]
-                finite[row] &= torch.isfinite(own).all()
-                targets = torch.tensor(choice[1:], device=own.device)
-                nats[row][index] += float(own.log_softmax(dim=1).gather(1, targets[:, None]).sum())
+                scores = logits[row, : len(choice) - 1]
+                finite[row] &= torch.isfinite(scores).all()
+                logprobs = scores.log_softmax(dim=1)
+                targets = torch.tensor(choice[1:], device=scores.device)
+                nats[row][index] += float(logprobs.gather(1, targets[:, None]).sum())
         return [
             Answer(choice_nats=tuple(values), finite=bool(finite[row]))
             for row, values in enumerate(nats)
@@ -166,7 +174,7 @@ class LocalModel:
 
     @property
     def takes_padding(self) -> bool:
-        """Whether prompts of unlike length may run as one batch."""
+        """Whether prompts of different lengths may run as one batch."""
         return "position_ids" in self._parameters
 
     @property
@@ -175,16 +183,16 @@ class LocalModel:
 
     @property
     def _cache_name(self) -> str:
-        """Transformers 5.24 calls it otherwise than those before."""
+        """Name of the KV cache argument; Transformers 5.24 renamed it."""
         return "cache" if "cache" in self._parameters else "past_key_values"
 
-    def _last(self, count: int) -> dict[str, int]:
-        """Ask for the last logits only, where the model can give only these."""
-        able = count and "logits_to_keep" in self._parameters
-        return {"logits_to_keep": count} if able else {}
+    def _keep_last(self, count: int) -> dict[str, int]:
+        """Return the argument that limits the logits to the last ``count``, if the model has it."""
+        supported = count and "logits_to_keep" in self._parameters
+        return {"logits_to_keep": count} if supported else {}
 
     def _pad_left(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Give ids and mask; padding goes before, as what is written must follow the last token."""
+        """Return ids and attention mask, padded on the left: generation must follow the prompt."""
         longest = max(map(len, prompts))
         ids = torch.full((len(prompts), longest), self._pad_id())
         mask = torch.zeros_like(ids)
@@ -197,15 +205,15 @@ class LocalModel:
     def write(
         self, questions: list[Question], *, temperature: float = 0.0, seed: int = 0
     ) -> list[Answer]:
-        """Write on after each prompt: the likeliest tokens, or drawn ones at a temperature.
+        """Generate a continuation of each prompt, greedily or by sampling.
 
         Args:
-            questions: One batch; prompts of like length waste least.
-            temperature: 0: always the likeliest token.
-            seed: Of the draw.
+            questions: One batch; prompts of similar length need the least padding.
+            temperature: 0: greedy.
+            seed: For sampling.
 
         Returns:
-            What was written up to each question's stop text, in order.
+            The text up to each question's stop sequence, in order.
         """
         from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
@@ -219,10 +227,10 @@ class LocalModel:
             eos_token_id=sorted(ends) or None,
             **({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}),
         )
-        watch = _StepWatch(len(questions))
-        stop = _StopTexts(questions, longest, self._decode)
-        own = self.model.generation_config
-        # What the settings above leave open is filled from the model's: its penalties and beams.
+        recorder = _ConfidenceRecorder(len(questions))
+        stop = _StopSequences(questions, longest, self._decode)
+        saved = self.model.generation_config
+        # generate() takes unset settings, such as penalties and beams, from the model's config.
         self.model.generation_config = config
         try:
             with torch.random.fork_rng(devices=_cuda_devices(self.device)):
@@ -231,32 +239,37 @@ class LocalModel:
                     ids,
                     attention_mask=mask,
                     generation_config=config,
-                    logits_processor=LogitsProcessorList([watch]),
+                    logits_processor=LogitsProcessorList([recorder]),
                     stopping_criteria=StoppingCriteriaList([stop]),
                 )
         finally:
-            self.model.generation_config = own
-        watch.note(output[:, -1])
-        written = [
+            self.model.generation_config = saved
+        recorder.add_tokens(output[:, -1])
+        generated = [
             row[:length]
             for row, length in zip(output[:, longest:].tolist(), stop.lengths, strict=True)
         ]
         return [
-            self._finish(question, new, ends, row, watch)
-            for row, (question, new) in enumerate(zip(questions, written, strict=True))
+            self._finish(question, new, ends, row, recorder)
+            for row, (question, new) in enumerate(zip(questions, generated, strict=True))
         ]
 
     def _finish(
-        self, question: Question, new: list[int], ends: set[int], row: int, watch: _StepWatch
+        self,
+        question: Question,
+        new: list[int],
+        ends: set[int],
+        row: int,
+        recorder: _ConfidenceRecorder,
     ) -> Answer:
-        written = next((i for i, token in enumerate(new) if token in ends), len(new))
-        new = new[: written + 1]
+        length = next((i for i, token in enumerate(new) if token in ends), len(new))
+        new = new[: length + 1]
         text = cut_at(self._decode(new), question.item.stop)
-        logprobs, entropies = watch.confidence(row, written)
+        logprobs, entropies = recorder.confidence(row, length)
         return Answer(
             text=text,
             ids=tuple(new),
-            finite=watch.finite[row],
+            finite=recorder.finite[row],
             logprobs=logprobs,
             entropies=entropies,
         )
@@ -283,16 +296,16 @@ class LocalModel:
 
 
 def unpack_reference_linears(model: nn.Module) -> str | None:
-    """Turn linears that only the reference kernel can run into ordinary ones with its weights.
+    """Replace linears that only the reference kernel can run by dense ones of the same weights.
 
-    That kernel unpacks the weights anew for every token; unpacked once they give the same products
-    in a fraction of the time, in the memory that the base needs too.
+    That kernel dequantizes the weights at every forward pass. Dequantized once, they give the same
+    products in a fraction of the time, and take as much memory as the base.
 
     Args:
-        model: Loaded; changed where this is possible.
+        model: Changed in place, unless the dense weights take too much memory.
 
     Returns:
-        What was done, for the report; None where nothing was.
+        A note for the report; None if nothing was changed.
     """
     linears = [m for m in model.modules() if isinstance(m, QuantLinear)]
     slow = [m for m in linears if m.selection and m.selection.kernel.name == "torch_reference"]
@@ -301,26 +314,26 @@ def unpack_reference_linears(model: nn.Module) -> str | None:
     dtype = slow[0].spec.dtype
     size = sum(m.in_features * m.out_features for m in slow) * dtype.itemsize
     device = slow[0].scales.device
-    if device.type != "cpu" or size > psutil.virtual_memory().available * SHARE_FOR_UNPACKED:
+    if device.type != "cpu" or size > psutil.virtual_memory().available * MAX_DENSE_SHARE:
         return None
     dequantize_linears(model, dtype)
     return (
-        f"The weights of {len(slow)} linears were unpacked once, because of the kernels here only "
-        "torch_reference runs them, which unpacks them for every token: the same numbers, faster, "
-        "in the base's memory. Memory and speed of this run are not those of the packed model."
+        f"The weights of {len(slow)} linears were dequantized once, because the only kernel here "
+        "that runs them, torch_reference, dequantizes them at every forward pass. The results are "
+        "the same, but memory and speed of this run are not those of the packed model."
     )
 
 
 def cut_at(text: str, stop: Sequence[str]) -> str:
-    """Give the text before the first of the stop texts."""
-    ends = [place for word in stop if (place := text.find(word)) >= 0]
+    """Return the text before the first of the stop sequences."""
+    ends = [index for sequence in stop if (index := text.find(sequence)) >= 0]
     return text[: min(ends)] if ends else text
 
 
-class _StepWatch:
-    """Notes how sure the model is of each token, and rows whose logits are not numbers.
+class _ConfidenceRecorder:
+    """Records log-probability and entropy of each token, and rows with non-finite logits.
 
-    Those are passed on as finite, so that the rest ends.
+    Non-finite logits are replaced by 0, so that generation of the other rows can finish.
     """
 
     def __init__(self, rows: int) -> None:
@@ -328,10 +341,10 @@ class _StepWatch:
         self._entropies: list[Tensor] = []
         self._logprobs: list[Tensor] = []
         self._last: Tensor | None = None
-        """[rows, vocabulary]: log-probabilities of the token that is not known yet."""
+        """[rows, vocabulary]: log-probabilities of a step whose tokens are not known yet."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.note(input_ids[:, -1])
+        self.add_tokens(input_ids[:, -1])
         bad = ~torch.isfinite(scores).all(dim=1)
         if bool(bad.any()):
             for row in bad.nonzero().flatten().tolist():
@@ -341,13 +354,13 @@ class _StepWatch:
         self._entropies.append(torch.special.entr(self._last.exp()).sum(dim=1))
         return scores
 
-    def note(self, tokens: Tensor) -> None:
-        """Take in which tokens [rows] were drawn in the last step."""
+    def add_tokens(self, tokens: Tensor) -> None:
+        """Record the tokens [rows] chosen in the last step."""
         if self._last is not None:
             self._logprobs.append(self._last.gather(1, tokens[:, None])[:, 0])
 
     def confidence(self, row: int, count: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Give logprobs and entropies of a row's first tokens."""
+        """Return log-probabilities and entropies of a row's first tokens."""
         found = [
             tuple(round(float(step[row]), 4) for step in steps[:count])
             for steps in (self._logprobs, self._entropies)
@@ -355,8 +368,8 @@ class _StepWatch:
         return found[0], found[1]
 
 
-class _StopTexts:
-    """Ends a row at its stop text or its own limit of tokens."""
+class _StopSequences:
+    """Stops a row at its stop sequence or its own token limit."""
 
     def __init__(
         self, questions: list[Question], start: int, decode: Callable[[Sequence[int]], str]
@@ -365,18 +378,18 @@ class _StopTexts:
         self._start = start
         self._decode = decode
         self.lengths = [q.item.max_new_tokens for q in questions]
-        """Tokens up to where each row stopped; what follows there is padding."""
+        """Number of tokens at which each row stopped; tokens after that are ignored."""
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        written = input_ids.shape[1] - self._start
+        length = input_ids.shape[1] - self._start
         for row, question in enumerate(self._questions):
-            if written > self.lengths[row] or not question.item.stop:
+            if length > self.lengths[row] or not question.item.stop:
                 continue
-            # What was written before was looked at before; a stop text may straddle few tokens.
+            # Earlier tokens were checked in earlier steps; a stop sequence may span a few tokens.
             tail = self._decode(input_ids[row, self._start :][-16:].tolist())
-            if any(word in tail for word in question.item.stop):
-                self.lengths[row] = written
-        done = [length <= written for length in self.lengths]
+            if any(sequence in tail for sequence in question.item.stop):
+                self.lengths[row] = length
+        done = [limit <= length for limit in self.lengths]
         return torch.tensor(done, device=input_ids.device)
 
 

@@ -1,4 +1,4 @@
-"""How much memory this process, or the GPU that it computes on, has in use while something runs."""
+"""Samples the memory use of this process, or of the GPU it computes on, while something runs."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import torch
 from halfbyte.machine.memory import resident_memory_bytes
 
 SAMPLE_SECONDS = 0.005
-"""Between two looks."""
+"""Time between two samples."""
 
 
 class MemoryMeter:
-    """Looks at this process's resident memory, or at a GPU's."""
+    """Measures this process's resident memory, or a GPU's memory in use."""
 
     def __init__(self, device: torch.device) -> None:
-        """Say where to look.
+        """Select what is measured.
 
         Args:
-            device: What computes; a GPU that stands idle beside it says nothing of the run.
+            device: The device that computes; another, idle GPU is not measured.
         """
         self._device = device
 
     def now(self) -> int:
-        """Give the present size. Unit: bytes."""
+        """Return the current memory use. Unit: bytes."""
         if self._device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self._device)
             return total - free
@@ -34,26 +34,26 @@ class MemoryMeter:
 
     @contextmanager
     def watch(self, seconds: float = SAMPLE_SECONDS) -> Iterator[Callable[[], list[int]]]:
-        """Look again and again while something runs.
+        """Sample the memory use in a thread.
 
         Args:
-            seconds: Between two looks.
+            seconds: Time between two samples.
 
         Yields:
-            A function that gives all sizes seen so far.
+            A function that returns all samples so far.
         """
-        seen = [self.now()]
+        samples = [self.now()]
         done = threading.Event()
 
-        def look() -> None:
+        def sample() -> None:
             while not done.wait(seconds):
-                seen.append(self.now())
+                samples.append(self.now())
 
-        watcher = threading.Thread(target=look, daemon=True)
+        watcher = threading.Thread(target=sample, daemon=True)
         watcher.start()
         try:
-            yield lambda: seen
+            yield lambda: samples
         finally:
             done.set()
             watcher.join()
-            seen.append(self.now())
+            samples.append(self.now())

@@ -1,14 +1,14 @@
-"""Where one model's answers and predictions wait on disk, by what the model is.
+"""On-disk cache of one model's answers and predictions, keyed by a digest of the model.
 
 ::
 
     CACHE/<digest>-<dtype>-<device>/answers.jsonl          answers, one JSON line each
                                     states/<key>.safetensors   predictions of a passage
-                                    head.safetensors           the output layer behind the states
+                                    head.safetensors           the output layer
                                     layers-<key>.safetensors   inputs and outputs of its linears
 
-The digest is that of the weights, the configuration and the tokenizer, and of what computes with
-them: another model, the same folder with other bytes, or another version, has another place.
+The digest covers the weights, the configuration and the tokenizer, and the software and hardware
+that run them: a changed file in the same folder or another package version gets another entry.
 """
 
 from __future__ import annotations
@@ -35,63 +35,64 @@ from halfbyte.nn.linear import QuantLinear
 
 
 def subject_key(files: Mapping[str, str], dtype: str, device: torch.device) -> str:
-    """Name a model's place by everything that its answers depend on, but the question.
+    """Return the cache key of a model: everything that its answers depend on except the question.
 
     Args:
-        files: As :func:`halfbyte.checkpoint.identity.digest_files` gives them.
-        dtype: What it was asked to compute in.
-        device: Where.
+        files: From :func:`halfbyte.checkpoint.identity.digest_files`.
+        dtype: Requested compute dtype.
+        device: Where it runs.
 
     Returns:
-        A digest of the files, the packages' versions, the processor or GPU and its kernels; behind
-        it, to be read, type and device.
+        A digest of the files, the package versions, the processor or GPU and its kernels, followed
+        by dtype and device in plain text.
     """
     facts = machine_facts()
     chip = facts["gpu" if device.type == "cuda" else "processor"]
     kernels = [entry.name for entry in KERNELS if load_kernel(entry).find_obstacle() is None]
-    asked = [read_variable(variable) for variable in (KERNEL, CPU_ISA)]
-    name = digest([digest_all(files), installed_versions(), chip, kernels, asked])
+    overrides = [read_variable(variable) for variable in (KERNEL, CPU_ISA)]
+    name = digest([digest_all(files), installed_versions(), chip, kernels, overrides])
     return f"{name}-{dtype}-{device.type}"
 
 
 class ModelCache:
-    """One model's place in the cache."""
+    """The cache entry of one model."""
 
     def __init__(self, root: Path, name: str, *, fresh: bool = False) -> None:
-        """Open it, and make it where it is missing.
+        """Open the entry, creating its folder if needed.
 
         Args:
-            root: The cache.
-            name: Digest and whatever else the numbers depend on.
-            fresh: Forget earlier answers.
+            root: Folder of the cache.
+            name: Key of the entry; see :func:`subject_key`.
+            fresh: Delete earlier answers.
 
         Raises:
-            ConfigError: There can be no such folder.
+            ConfigError: The folder cannot be created.
         """
         self.folder = root / name
         try:
             (self.folder / "states").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(
-                f"Cannot keep answers in '{root}': {error.strerror}. Name another folder (--cache)."
+                f"Cannot create a cache in '{root}': {error.strerror}. Choose another folder "
+                "with --cache."
             ) from error
         self.answers = AnswerFile(self.folder / "answers.jsonl", fresh=fresh)
         self._head: dict[str, Tensor] | None = None
 
     def has_states(self, key: str) -> bool:
-        """Tell whether the predictions of a passage are there."""
+        """Return whether the predictions of a passage are cached."""
         return self._states_path(key).is_file()
 
-    def keep_states(self, key: str, prediction: Prediction) -> None:
-        """Write the predictions of a passage down, the last ones only where only they were made."""
+    def save_states(self, key: str, prediction: Prediction) -> None:
+        """Save the predictions of a passage."""
         tensors = {"logits" if prediction.are_logits else "states": prediction.states}
         write_tensors(self._states_path(key), tensors)
 
     def load_logits(self, key: str) -> Tensor:
-        """Give the logits of a passage.
+        """Load the logits of a passage.
 
         Args:
-            key: Under which its predictions were kept.
+            key: The key its predictions were saved under.
 
         Returns:
             [tokens, vocabulary], on the CPU.
@@ -103,12 +104,12 @@ class ModelCache:
             self._head = read_tensors(self.folder / "head.safetensors")
         return functional.linear(tensors["states"], self._head["weight"], self._head.get("bias"))
 
-    def drop_head(self) -> None:
-        """Give the memory of the output layer back."""
+    def release_head(self) -> None:
+        """Free the memory of the output layer."""
         self._head = None
 
-    def keep_head(self, model: LocalModel) -> None:
-        """Write the output layer down, once."""
+    def save_head(self, model: LocalModel) -> None:
+        """Save the model's output layer, if it is not saved yet."""
         path = self.folder / "head.safetensors"
         if path.is_file() or model.head is None:
             return
@@ -118,7 +119,7 @@ class ModelCache:
             if isinstance(tensor := getattr(model.head, name, None), Tensor)
         }
         if isinstance(model.head, QuantLinear):
-            # Its weight only stands for one.
+            # The weight attribute of a QuantLinear is only a placeholder.
             tensors["weight"] = model.head.dequantize()
         write_tensors(path, tensors)
 
@@ -127,13 +128,13 @@ class ModelCache:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors into a file, whole or not at all."""
+    """Write tensors to a file atomically."""
     plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     write_atomically(path, [save(plain)])
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Map the tensors of a file; pages become resident as they are read."""
+    """Memory-map the tensors of a file."""
     with safe_open(path, framework="pt") as handle:
         names = list(handle.keys())
         return {name: torch.as_tensor(handle.get_tensor(name)) for name in names}

@@ -1,7 +1,7 @@
-"""Run a model under a stated peak load and put what it takes in memory beside what was planned.
+"""Measures a model's memory under a peak load and compares it with the plan.
 
-The load is the worst that was asked for: all requests at once, each with the longest prompt, then
-a few tokens written by all. It runs in a process of its own, so that its memory is its own too.
+The load is the worst case: all requests at once, each with the longest prompt, then a few decode
+steps for all of them. It runs in a separate process, so that no other memory is counted.
 """
 
 from __future__ import annotations
@@ -38,20 +38,21 @@ SEED = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """What one run took. Unit: bytes, unless the name says otherwise."""
+class MeasuredLoad:
+    """Measured memory and time of one run. Unit: bytes, unless the name says otherwise."""
 
     program: int
-    """Before the model was loaded: packages, tokenizer, thread pools."""
+    """Before the model is loaded: packages, tokenizer, thread pools."""
     weights: int
-    """By the tensors' own sizes: of files that are mapped only what was touched is resident."""
+    """Sum of tensor sizes; of memory-mapped files only the pages that were read are resident."""
     cache: int
-    """Keys and values at the end, by the tensors' own sizes."""
+    """KV cache at the end; sum of tensor sizes."""
     activations: int
-    """The peak of the run less everything above, with what the memory allocator did not reuse."""
+    """Peak of the run minus everything above, including fragmentation of the allocator."""
     total: int
+    """Peak of the run."""
     load_peak: int
-    """Largest size while the model was being loaded, which may be more than it takes later."""
+    """Peak while the model is being loaded; may exceed ``total``."""
     prefill_seconds: float
     decode_seconds: float
     dtype: str
@@ -67,37 +68,37 @@ class Profile:
     context: int
     new_tokens: int
     planned: MemoryPlan
-    measured: Measured
+    measured: MeasuredLoad
 
     @property
     def ratio(self) -> float:
-        """Planned over measured, in all."""
+        """Planned total divided by measured total."""
         return self.planned.total / self.measured.total
 
     @property
     def prefill_tokens_per_second(self) -> float:
-        """Prompt tokens of all requests."""
+        """Prefill speed, all requests together."""
         tokens = self.requests * (self.context - self.new_tokens)
         return tokens / max(self.measured.prefill_seconds, 1e-9)
 
     @property
     def decode_tokens_per_second(self) -> float:
-        """Written tokens of all requests."""
+        """Decode speed, all requests together."""
         return self.requests * self.new_tokens / max(self.measured.decode_seconds, 1e-9)
 
     def parts(self) -> tuple[tuple[str, int, int], ...]:
-        """Give name, planned and measured bytes of every part, and of all together."""
-        plan, found = self.planned, self.measured
+        """Return name, planned and measured bytes of every part and of the total."""
+        plan, measured = self.planned, self.measured
         return (
-            ("program", plan.program, found.program),
-            ("weights", plan.weights, found.weights),
-            ("keys and values", plan.cache, found.cache),
-            ("activations", plan.activations, found.activations),
-            ("together", plan.total, found.total),
+            ("program", plan.program, measured.program),
+            ("weights", plan.weights, measured.weights),
+            ("KV cache", plan.cache, measured.cache),
+            ("activations", plan.activations, measured.activations),
+            ("total", plan.total, measured.total),
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain values for JSON."""
+        """Return plain values for JSON."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return values | {
             "ratio": self.ratio,
@@ -115,31 +116,34 @@ def profile(
     dtype: str = "auto",
     device: str = "auto",
 ) -> Profile:
-    """Run a model under a peak load in a process of its own.
+    """Measure a model's memory under a peak load, in a separate process.
 
     Args:
-        model: Its folder.
-        requests: At the same time.
-        context: Tokens of each, prompt and answer together.
-        new_tokens: Written by each at the end.
-        dtype: What it computes in; "auto": float32 on a CPU, as stored elsewhere.
+        model: Folder of the model.
+        requests: Number of concurrent requests.
+        context: Tokens of each request, prompt and answer together.
+        new_tokens: Tokens that each request generates.
+        dtype: Compute dtype; "auto": float32 on a CPU, as stored elsewhere.
         device: Where it runs; "auto": the first GPU, or the CPU.
 
     Returns:
         Planned and measured memory, and the speed of the run.
 
     Raises:
-        ConfigError: A load that cannot be, or more tokens than the model's positions.
-        ModelError: The run was killed, for example for want of memory.
+        ConfigError: The load is empty or exceeds the model's context length.
+        ModelError: The run was killed, for example because memory ran out.
     """
     shapes = read_shapes(model)
     if requests < 1 or new_tokens < 1 or context <= new_tokens:
         raise ConfigError(
-            f"Cannot run {requests} requests of {context} tokens, {new_tokens} of them written: "
-            "at least one request, and a context above the tokens written, are needed."
+            f"Cannot run {requests} requests of {context} tokens, {new_tokens} of them generated: "
+            "requests and new tokens must be 1 or more, and the context longer than the new tokens."
         )
     if shapes.context and context > shapes.context:
-        raise ConfigError(f"context is {context} tokens; '{model}' takes at most {shapes.context}.")
+        raise ConfigError(
+            f"context is {context} tokens; '{model}' takes at most {shapes.context}. Use "
+            f"{shapes.context} or less."
+        )
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as pool:
         job = pool.submit(
@@ -150,8 +154,8 @@ def profile(
         except BrokenProcessPool as error:
             planned = plan_for(shapes, requests, context, new_tokens, "float32", "cpu")
             raise ModelError(
-                f"The run of '{model}' was killed, perhaps for want of memory: the plan says "
-                f"{planned.total / 1e9:.1f} GB in float32. Ask for fewer requests or less context."
+                f"The run of '{model}' was killed, probably because memory ran out: the plan is "
+                f"{planned.total / 1e9:.1f} GB in float32. Use fewer requests or a shorter context."
             ) from error
     return Profile(
         model=str(model),
@@ -173,19 +177,19 @@ def plan_for(
     *,
     unpacked: bool = False,
 ) -> MemoryPlan:
-    """Plan for a run of this process's own kind.
+    """Plan the memory of a run through Transformers.
 
     Args:
-        shapes: The model.
-        requests: At the same time.
-        context: Tokens of each.
-        new_tokens: Written by each.
-        dtype: What it computes in.
-        device: "cpu" or another.
-        unpacked: Quantized weights are held as numbers of that type.
+        shapes: Shapes of the model.
+        requests: Number of concurrent requests.
+        context: Tokens of each request.
+        new_tokens: Tokens that each request generates.
+        dtype: Compute dtype.
+        device: "cpu" or another device type.
+        unpacked: Whether quantized weights are dequantized to that dtype.
 
     Returns:
-        The plan; all prompts run at once, as Transformers does.
+        The plan; all prompts are prefilled in one batch.
     """
     itemsize: int = getattr(torch, dtype).itemsize
     return plan_memory(
@@ -212,21 +216,21 @@ def _run(
     dtype: str,
     device: str,
     vocabulary: int,
-) -> Measured:
-    """Load, run and look; called in a fresh process."""
+) -> MeasuredLoad:
+    """Load the model, run the load and measure; called in a fresh process."""
     _warm_up(Path(folder))
     meter = MemoryMeter(resolve_device(device))
     program = meter.now()
     with meter.watch() as loading:
         subject = open_subject(Path(folder), dtype=dtype, device=device)
         release_memory(subject.input_device)
-    weights = sum(t.untyped_storage().nbytes() for t in _weights(subject.model))
+    weights = sum(t.untyped_storage().nbytes() for t in _iterate_weights(subject.model))
     generator = torch.Generator().manual_seed(SEED)
     prompt = torch.randint(0, vocabulary, (requests, context - new_tokens), generator=generator)
     with meter.watch() as running:
-        prefill, decode, cache = _work(subject, prompt, new_tokens)
+        prefill, decode, cache = _run_load(subject, prompt, new_tokens)
     total = max(running())
-    return Measured(
+    return MeasuredLoad(
         program=program,
         weights=weights,
         cache=cache,
@@ -241,7 +245,7 @@ def _run(
 
 
 def _warm_up(folder: Path) -> None:
-    """Bring in what every run needs beside weights: modules, tokenizer, thread pools, buffers."""
+    """Load what every run needs besides weights: modules, tokenizer, thread pools, buffers."""
     load_tokenizer(folder)
     build_skeleton(load_model_config(folder), torch.float32)
     for dtype in (torch.float32, torch.bfloat16):
@@ -250,19 +254,19 @@ def _warm_up(folder: Path) -> None:
     release_memory()
 
 
-def _weights(model: torch.nn.Module) -> Iterator[Tensor]:
-    """Give each stored tensor once; tied ones share their storage."""
+def _iterate_weights(model: torch.nn.Module) -> Iterator[Tensor]:
+    """Yield each stored tensor once; tied weights share their storage."""
     seen = set()
     for tensor in (*model.parameters(), *model.buffers()):
-        place = tensor.untyped_storage().data_ptr()
-        if place not in seen:
-            seen.add(place)
+        address = tensor.untyped_storage().data_ptr()
+        if address not in seen:
+            seen.add(address)
             yield tensor
 
 
 @torch.inference_mode()
-def _work(subject: Subject, prompt: Tensor, new_tokens: int) -> tuple[float, float, int]:
-    """Run the prompts, then write; give the seconds of both and the bytes of the cache."""
+def _run_load(subject: Subject, prompt: Tensor, new_tokens: int) -> tuple[float, float, int]:
+    """Run prefill and decode steps; return the seconds of both and the bytes of the KV cache."""
     start = time.perf_counter()
     output = subject.model(
         input_ids=prompt.to(subject.input_device), use_cache=True, logits_to_keep=1
@@ -275,11 +279,11 @@ def _work(subject: Subject, prompt: Tensor, new_tokens: int) -> tuple[float, flo
         logits = subject.model(input_ids=token, use_cache=True, **{name: cache}).logits
         token = logits[:, -1:].argmax(dim=-1)
     end = time.perf_counter()
-    size = sum(t.numel() * t.element_size() for t in _tensors(cache))
+    size = sum(t.numel() * t.element_size() for t in _cache_tensors(cache))
     return middle - start, end - middle, size
 
 
-def _tensors(cache: Any) -> Iterator[Tensor]:
-    """Find the tensors of a cache, whatever kinds of layer it has."""
+def _cache_tensors(cache: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a KV cache with layers of any type."""
     for layer in getattr(cache, "layers", ()):
         yield from (value for value in vars(layer).values() if isinstance(value, Tensor))

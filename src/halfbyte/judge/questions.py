@@ -1,4 +1,4 @@
-"""Items and texts as token ids, made once by the base's tokenizer: both models get the same.
+"""Tokenized items and texts. The base's tokenizer encodes them once, for both models.
 
 ::
 
@@ -17,26 +17,26 @@ from halfbyte.data import EVALUATION_FILES, PROSE, evaluation_documents
 from halfbyte.errors import ConfigError
 from halfbyte.judge.tasks import Item
 
-SHORTEST_PASSAGE = 16
-"""Tokens; a shorter rest of a document is left out."""
+MIN_PASSAGE_TOKENS = 16
+"""A shorter remainder of a document is left out."""
 STRETCH_TOKENS = 1024
-"""Of one long text that count as a document: what a model loses on a window of 256 tokens tells of
-the next one (a correlation of 0.2 on WikiText-2) and the one behind it (0.1), hardly of others."""
+"""Tokens of one long text that count as a document. The losses of neighboring windows of 256 tokens
+are correlated (on WikiText-2 by 0.2, two windows apart by 0.1), those farther apart hardly."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """One item as the models see it."""
+    """One item as token ids."""
 
     item: Item
     ids: tuple[int, ...]
-    """Of the prompt; empty where no tokenizer is at hand and the text itself is sent."""
+    """Of the prompt; empty if both models are served and get the text itself."""
     choices: tuple[tuple[int, ...], ...] = ()
-    """Token ids of what may follow."""
+    """Token ids of each choice."""
 
     @property
     def key(self) -> str:
-        """A digest of everything that the answer depends on, but the model."""
+        """Digest of everything that the answer depends on, except the model."""
         item = self.item
         return digest(
             [self.ids, self.choices, item.prompt, item.messages, item.max_new_tokens, item.stop]
@@ -45,45 +45,46 @@ class Question:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Passage:
-    """One window of a text."""
+    """One window of a document."""
 
     ids: tuple[int, ...]
     document: str
     kind: str
-    """A slice of the text: "prose", "code", ... or the name of the user's file."""
+    """Kind of text: "prose", "code", ... or the name of the user's file."""
 
     @property
     def key(self) -> str:
-        """A digest of its tokens."""
+        """Digest of its token ids."""
         return digest(self.ids)
 
 
 def digest(value: Any) -> str:
-    """Give 32 hex digits of the SHA-256 of plain values, as JSON."""
+    """Return the first 32 hex digits of the SHA-256 of plain values, as JSON."""
     text = json.dumps(value, separators=(",", ":"), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def make_question(tokenizer: Any, item: Item) -> Question:
-    """Turn an item into token ids.
+    """Tokenize an item.
 
     Args:
-        tokenizer: A Hugging Face tokenizer, or None where both models take text.
+        tokenizer: A Hugging Face tokenizer, or None if both models are served.
         item: The item.
 
     Returns:
         The question.
 
     Raises:
-        ConfigError: A chat, and the tokenizer has no chat template; or a choice adds no token.
+        ConfigError: The item is a chat and the tokenizer has no chat template, or a choice adds no
+            token to the prompt.
     """
     if tokenizer is None:
         return Question(item=item, ids=())
     if item.messages:
         if not getattr(tokenizer, "chat_template", None):
             raise ConfigError(
-                f"Item '{item.name}' is a chat, and the base's tokenizer has no chat template. "
-                "Give 'prompt' instead of 'messages'."
+                f"Cannot encode item '{item.name}': it is a chat, and the base's tokenizer has no "
+                "chat template. Give 'prompt' instead of 'messages'."
             )
         encoded = tokenizer.apply_chat_template(
             [dict(m) for m in item.messages],
@@ -102,31 +103,31 @@ def make_question(tokenizer: Any, item: Item) -> Question:
             for c in item.choices
         ]
     else:
-        # The prompt's last token may change with what follows it: then the split moves back to
-        # what every choice has in common.
+        # The prompt's last token may depend on what follows it. Then the prompt ends before the
+        # first token that is not common to all choices.
         whole = [encode_prompt(tokenizer, item.prompt + c) for c in item.choices]
         shared = min(_common_prefix(ids, w) for w in whole)
         ids, choices = ids[:shared], [w[shared:] for w in whole]
     if not all(choices) or not ids:
         raise ConfigError(
-            f"Item '{item.name}': a choice adds no token of its own to the prompt "
-            f"{item.shown_prompt[-30:]!r}. Move the words that choices share into them."
+            f"Cannot encode item '{item.name}': a choice adds no token of its own to the prompt "
+            f"{item.shown_prompt[-30:]!r}. Move text from the end of the prompt into the choices."
         )
     return Question(item=item, ids=ids, choices=tuple(choices))
 
 
 def encode_prompt(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """Give a prompt's token ids, with the special tokens that the tokenizer puts before a text.
+    """Tokenize a prompt, with the special tokens that the tokenizer adds before a text.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
         text: May be empty.
 
     Returns:
-        At least one id where the tokenizer has a BOS or EOS token: a model cannot run on none.
+        At least one id if the tokenizer has a BOS or EOS token: a model cannot run on no token.
     """
     ids = list(tokenizer(text, verbose=False)["input_ids"])
-    # Some tokenizers also close the text; a prompt is to be continued.
+    # Some tokenizers append EOS; a prompt is to be continued.
     if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and ids[0] == tokenizer.bos_token_id:
         ids.pop()
     if not ids:
@@ -148,23 +149,23 @@ def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
 def make_passages(
     tokenizer: Any, documents: Mapping[str, Iterable[str]], *, window: int, limit: int | None
 ) -> list[Passage]:
-    """Cut documents into windows of tokens.
+    """Split documents into windows of tokens.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
         documents: Texts by kind.
-        window: Tokens per window; a document's shorter rest counts too, from 16 tokens on.
-        limit: At most this many windows of each kind, spread over all of it; None: all.
+        window: Tokens per window; a document's remainder is a window too, from 16 tokens on.
+        limit: At most this many windows of each kind, spread evenly over it; None: all.
 
     Returns:
-        The windows. Those of one document are not independent; of a kind of one long text, such as
-        the prose, each stretch of ``STRETCH_TOKENS`` is taken as a document.
+        The windows. Those of one document are not independent. If a kind is one long text, such as
+        the prose, each stretch of ``STRETCH_TOKENS`` counts as a document.
 
     Raises:
-        ConfigError: A window below 16 tokens, or a text of fewer.
+        ConfigError: The window or a text has fewer than 16 tokens.
     """
-    if window < SHORTEST_PASSAGE:
-        raise ConfigError(f"window is {window} tokens; it must be {SHORTEST_PASSAGE} or more.")
+    if window < MIN_PASSAGE_TOKENS:
+        raise ConfigError(f"window is {window} tokens; it must be {MIN_PASSAGE_TOKENS} or more.")
     passages: list[Passage] = []
     for kind, texts in documents.items():
         found: list[Passage] = []
@@ -173,20 +174,20 @@ def make_passages(
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             for start in range(0, len(ids), window):
                 piece = tuple(ids[start : start + window])
-                if len(piece) < SHORTEST_PASSAGE:
+                if len(piece) < MIN_PASSAGE_TOKENS:
                     continue
                 part = start // STRETCH_TOKENS if len(texts) == 1 else number
                 found.append(Passage(ids=piece, document=f"{kind}:{part}", kind=kind))
         if not found:
             raise ConfigError(
-                f"The text '{kind}' has no piece of {SHORTEST_PASSAGE} tokens or more to read. "
-                "Give a longer one, or leave running text out."
+                f"The text '{kind}' has no document of {MIN_PASSAGE_TOKENS} tokens or more. Give a "
+                "longer one, or leave running text out."
             )
         count = len(found) if limit is None else min(limit, len(found))
-        passages += [found[place * len(found) // count] for place in range(count)]
+        passages += [found[i * len(found) // count] for i in range(count)]
     return passages
 
 
 def builtin_documents() -> dict[str, list[str]]:
-    """Give the held-out text that ships with halfbyte, by kind; the prose first."""
+    """Return the held-out text that ships with halfbyte, by kind; the prose first."""
     return {kind: evaluation_documents(kind) for kind in (PROSE, *EVALUATION_FILES)}

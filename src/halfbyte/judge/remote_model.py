@@ -1,4 +1,4 @@
-"""A model behind an OpenAI-compatible address: what it writes can be judged, its logits cannot."""
+"""A model behind an OpenAI-compatible server: generates text; its logits are not available."""
 
 from __future__ import annotations
 
@@ -16,29 +16,30 @@ from halfbyte.judge.local_model import cut_at
 from halfbyte.judge.questions import Question
 
 KEY_VARIABLE = "OPENAI_API_KEY"
-"""Environment variable of the key, the same as OpenAI's own client reads."""
+"""Environment variable of the API key, the same as for OpenAI's client."""
 TIMEOUT_SECONDS = 120.0
-REQUESTS_AT_ONCE = 8
-STOPS_ALLOWED = 4
-"""More stop texts are refused by OpenAI's servers; the rest is cut here."""
+MAX_CONCURRENT_REQUESTS = 8
+MAX_STOP_SEQUENCES = 4
+"""OpenAI's servers reject more; the others are applied here."""
 
 
 def is_address(name: str) -> bool:
-    """Tell an address from a folder."""
+    """Return whether a model's name is an http address instead of a folder."""
     return name.startswith(("http://", "https://"))
 
 
 class _SameServer(urllib.request.HTTPRedirectHandler):
-    """Follows a redirect within one server only: the key goes along."""
+    """Follows redirects to the same server only, because the request carries the API key."""
 
     def redirect_request(
         self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
     ) -> urllib.request.Request | None:
-        """Refuse another server."""
+        """Reject another server."""
         if urlsplit(newurl)[:2] != urlsplit(req.full_url)[:2]:
             raise ModelError(
-                f"{req.full_url} sends on to another server, {newurl}, which is not asked: it "
-                "would get the key. Give its address instead, if it is the right one."
+                f"{req.full_url} redirects to another server, {newurl}. The redirect is not "
+                "followed, because that server would get the API key. If it is the right server, "
+                "give its address instead."
             )
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
@@ -47,25 +48,25 @@ _OPENER = urllib.request.build_opener(_SameServer)
 
 
 class RemoteModel:
-    """A served model that answers questions by text."""
+    """A served model that answers questions with generated text."""
 
     def __init__(self, address: str, *, model: str | None = None) -> None:
-        """Ask the server which models it has.
+        """Connect to the server and select a model.
 
         Args:
-            address: Up to and with ``/v1``.
-            model: Which of its models; None: the only one.
+            address: Up to and including ``/v1``.
+            model: Name of the model; None: the only one.
 
         Raises:
-            ModelError: The server does not answer as OpenAI's does.
-            ConfigError: It has several models, or not the one that was asked for.
+            ModelError: The server cannot be reached or does not answer as OpenAI's does.
+            ConfigError: It serves several models, or not the requested one.
         """
         self.address = address.rstrip("/")
         served = [entry["id"] for entry in self._call("/models").get("data", [])]
         if model is None and len(served) != 1:
             raise ConfigError(
-                f"{self.address} serves {len(served)} models ({', '.join(served[:5])}). Say which: "
-                f"{self.address}#NAME."
+                f"{self.address} serves {len(served)} models ({', '.join(served[:5])}). Select one "
+                f"by its name: {self.address}#NAME."
             )
         if model is not None and model not in served:
             raise ConfigError(
@@ -76,33 +77,36 @@ class RemoteModel:
 
     @classmethod
     def open(cls, name: str) -> RemoteModel:
-        """Open an address, which may name the model behind a ``#``."""
+        """Open an address, optionally followed by ``#`` and the name of a model."""
         address, _, model = name.partition("#")
         return cls(address, model=model or None)
 
     @property
     def takes_padding(self) -> bool:
-        """The server batches as it likes."""
+        """Always true: the server does its own batching."""
         return True
 
     def answer_choices(self, questions: list[Question]) -> list[Answer]:
-        """Refuse: likelihoods of given texts are not part of what every server gives."""
-        raise ModelError(f"{self.name} is served: it cannot rate choices.")
+        """Not supported: few servers return the log-likelihood of a given text."""
+        raise ModelError(
+            f"{self.name} cannot score choices: servers do not return log-likelihoods. Use items "
+            "without choices."
+        )
 
     def write(
         self, questions: list[Question], *, temperature: float = 0.0, seed: int = 0
     ) -> list[Answer]:
-        """Let the server write on after each prompt, several at a time.
+        """Generate a continuation of each prompt, by concurrent requests.
 
         Args:
-            questions: Sent as text; a chat as its messages.
-            temperature: 0: the likeliest token.
-            seed: Sent along.
+            questions: Sent as text, or as messages for a chat.
+            temperature: 0: greedy.
+            seed: Passed to the server.
 
         Returns:
-            What was written, in order.
+            The generated text, in order.
         """
-        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+        with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
             return list(pool.map(lambda q: self._write_one(q, temperature, seed), questions))
 
     def _write_one(self, question: Question, temperature: float, seed: int) -> Answer:
@@ -114,7 +118,7 @@ class RemoteModel:
             "seed": seed,
         }
         if item.stop:
-            body["stop"] = list(item.stop[:STOPS_ALLOWED])
+            body["stop"] = list(item.stop[:MAX_STOP_SEQUENCES])
         if item.messages:
             reply = self._call(
                 "/chat/completions", body | {"messages": [dict(m) for m in item.messages]}
@@ -126,7 +130,7 @@ class RemoteModel:
             text = choice["message"]["content"] if item.messages else choice["text"]
         except (KeyError, IndexError, TypeError) as error:
             raise ModelError(
-                f"{self.name} answered item '{item.name}' without a choice: "
+                f"{self.name} answered item '{item.name}' without choices[0]: "
                 f"{json.dumps(reply)[:200]}."
             ) from error
         return Answer(text=cut_at(text or "", item.stop))
@@ -143,14 +147,14 @@ class RemoteModel:
         except urllib.error.HTTPError as error:
             text = error.read(500).decode("utf-8", "replace")
             raise ModelError(
-                f"{self.address}{path} answered {error.code}: {text} "
-                f"A key is read from {KEY_VARIABLE}."
+                f"{self.address}{path} answered with HTTP status {error.code}: {text} The API key "
+                f"is read from {KEY_VARIABLE}."
             ) from error
         except (OSError, ValueError) as error:
             raise ModelError(
-                f"Cannot reach {self.address}{path}: {error}. Is the server running, and does the "
-                "address end in /v1?"
+                f"Cannot reach {self.address}{path}: {error}. Check that the server is running and "
+                "that the address ends in /v1."
             ) from error
         if not isinstance(value, dict):
-            raise ModelError(f"{self.address}{path} answered no JSON object.")
+            raise ModelError(f"{self.address}{path} did not answer with a JSON object.")
         return value

@@ -1,4 +1,4 @@
-"""Write a comparison down in every form that somebody reads."""
+"""Writes a comparison in all report formats."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from halfbyte.judge.report_text import write_junit, write_markdown
 
 
 def write_json(comparison: Comparison) -> str:
-    """Write a comparison as JSON, complete.
+    """Write a comparison as JSON, with all its data.
 
     Args:
         comparison: The result.
 
     Returns:
-        Indented JSON; infinity and not-a-number become null.
+        Indented JSON; infinity and NaN become null.
     """
     return json.dumps(plain_values(comparison), indent=2, ensure_ascii=False) + "\n"
 
@@ -32,35 +32,37 @@ FORMATS: Mapping[str, tuple[str, Callable[[Comparison], str]]] = {
     "md": ("report.md", write_markdown),
     "junit": ("junit.xml", write_junit),
 }
-"""Name -> file and writer."""
+"""Format -> file name and writer."""
 
 
-def make_folder(folder: Path) -> None:
-    """Make the folder of a report where it is missing.
+def create_folder(folder: Path) -> None:
+    """Create the folder of a report, unless it exists.
 
     Args:
-        folder: Which.
+        folder: The folder.
 
     Raises:
-        ConfigError: It cannot be made.
+        ConfigError: It cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"Cannot make the folder '{folder}': {error.strerror}.") from error
+        raise ConfigError(
+            f"Cannot create the report folder '{folder}': {error.strerror}. Choose another one."
+        ) from error
 
 
 def write_report(comparison: Comparison, folder: Path) -> list[Path]:
-    """Write all forms of a comparison into a folder.
+    """Write a comparison in all formats into a folder.
 
     Args:
         comparison: The result.
-        folder: Made where it is missing.
+        folder: Created unless it exists.
 
     Returns:
-        The files.
+        Paths of the files.
     """
-    make_folder(folder)
+    create_folder(folder)
     paths = []
     for name, (file, _) in FORMATS.items():
         write_atomically(folder / file, [render(comparison, name).encode()])
@@ -69,14 +71,14 @@ def write_report(comparison: Comparison, folder: Path) -> list[Path]:
 
 
 def render(comparison: Comparison, name: str) -> str:
-    """Write a comparison in one form.
+    """Write a comparison in one format.
 
     Args:
         comparison: The result.
         name: A key of ``FORMATS``.
 
     Returns:
-        Text that every encoding can hold: a lone surrogate, which a model may write, is replaced.
+        The text; a lone surrogate, which a model may generate, is replaced by "?".
     """
     text = FORMATS[name][1](comparison)
     return text.encode("utf-8", "replace").decode()

@@ -1,14 +1,18 @@
-"""A comparison as one HTML file: no script, no network, light and dark, for phone and paper."""
+"""Writes a comparison as one HTML file without scripts or network access.
+
+The page supports light and dark mode, narrow screens and printing.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from html import escape
 from importlib import resources
 
 from halfbyte.judge.charts import histogram_chart, interval_chart, layer_chart, line_chart
 from halfbyte.judge.comparison import Comparison, Example
-from halfbyte.judge.edge_cases import FINDS, EdgeOutcome
-from halfbyte.judge.fidelity import HISTOGRAM_EDGES
+from halfbyte.judge.edge_cases import ISSUES, EdgeOutcome
+from halfbyte.judge.fidelity import HISTOGRAM_EDGES, TextFidelity
 from halfbyte.judge.html_parts import (
     inline,
     last_part,
@@ -20,15 +24,15 @@ from halfbyte.judge.html_parts import (
     visible,
 )
 from halfbyte.judge.statistics import Interval
-from halfbyte.judge.verdict import SliceResult, percent, points
+from halfbyte.judge.verdict import SliceResult, format_percent, format_points
 from halfbyte.units import format_bytes, format_seconds
 
-SUSPECTS_SHOWN = 12
+MAX_SUSPECTS = 12
 WORST_LINEARS = 8
 
 
 def write_html(comparison: Comparison) -> str:
-    """Write a comparison as a page of its own.
+    """Write a comparison as a complete page.
 
     Args:
         comparison: The result.
@@ -37,14 +41,14 @@ def write_html(comparison: Comparison) -> str:
         HTML.
     """
     sections = [
-        ("evidence", "What must hold", _claims(comparison)),
+        ("evidence", "Requirements", _claims(comparison)),
         ("tasks", "Tasks", _tasks(comparison)),
         ("text", "Running text", _text(comparison)),
         ("layers", "Error by layer", _layers(comparison)),
-        ("examples", "Where the answers part", _examples(comparison)),
-        ("edges", "Odd inputs", _edges(comparison)),
+        ("examples", "Different answers", _examples(comparison)),
+        ("edges", "Edge cases", _edges(comparison)),
         ("cost", "Memory and speed", _cost(comparison)),
-        ("run", "How this was measured", _run(comparison)),
+        ("run", "Settings and environment", _run(comparison)),
     ]
     shown = [(key, title, body) for key, title, body in sections if body]
     links = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in shown)
@@ -74,11 +78,12 @@ def _claims(comparison: Comparison) -> str:
         rows.append([escape(claim.name), word, escape(claim.found) + advice])
     margins = comparison.margins
     note = (
-        f"A candidate that truly loses more than a margin passes with a chance of "
-        f"{100 * margins.alpha:g}% at most; one that keeps all margins fails with a chance of "
-        f"{100 * margins.alpha:g}% at most. Intervals are {100 * margins.confidence:g}% intervals."
+        f"A candidate that truly loses more than a margin passes with a probability of at most "
+        f"{100 * margins.alpha:g}%; one that is within all margins fails with a probability of at "
+        f"most {100 * margins.alpha:g}%. Ranges in brackets are {100 * margins.confidence:g}% "
+        "confidence intervals."
     )
-    return make_table(["what must hold", "", "found"], rows, kind="prose") + remark(note)
+    return make_table(["requirement", "outcome", "evidence"], rows, kind="prose") + remark(note)
 
 
 def _tasks(comparison: Comparison) -> str:
@@ -87,26 +92,36 @@ def _tasks(comparison: Comparison) -> str:
         return ""
     flips = overall.flips
     base_right = round(overall.base_accuracy * flips.num_items)
-    both = base_right - flips.harmful
-    neither = flips.num_items - both - flips.harmful - flips.beneficial
+    both_right = base_right - flips.harmful
+    both_wrong = flips.num_items - both_right - flips.harmful - flips.beneficial
     grid = make_table(
         ["", "candidate right", "candidate wrong"],
         [
-            ["base right", f"{both:,}", f"{flips.harmful:,} (harmful flips)"],
-            ["base wrong", f"{flips.beneficial:,} (beneficial flips)", f"{neither:,}"],
+            ["base right", f"{both_right:,}", f"{flips.harmful:,} (harmful flips)"],
+            ["base wrong", f"{flips.beneficial:,} (beneficial flips)", f"{both_wrong:,}"],
         ],
     )
     slices = [overall, *comparison.slices]
     margins = [comparison.margins.accuracy, *[comparison.margins.slices] * len(comparison.slices)]
     table = make_table(
-        ["slice", "items", "base", "candidate", "difference", "flips − / +", "McNemar p", "harm p"],
+        [
+            "slice",
+            "items",
+            "base",
+            "candidate",
+            "difference",
+            "harmful / beneficial flips",
+            "McNemar p",
+            "harm p",
+        ],
         [_slice_row(one) for one in slices],
         numbers=range(1, 8),
     )
     text = (
-        "The dashed line is the margin: an interval wholly to its right shows that the loss is "
-        "smaller, one wholly to its left that it is larger. McNemar p is exact and tests any "
-        "difference; harm p tests a loss beyond the margin, adjusted for all tests (Holm)."
+        "The dashed line is the margin. An interval entirely to its right shows that the loss is "
+        "smaller than the margin, one entirely to its left that it is larger. McNemar p is the "
+        "exact p-value for any difference; harm p is the p-value for a loss beyond the margin, "
+        "adjusted for all tests (Holm)."
     )
     return grid + interval_chart(slices, margins) + table + remark(text) + _generation(comparison)
 
@@ -116,34 +131,36 @@ def _slice_row(one: SliceResult) -> list[str]:
     return [
         escape(one.name),
         f"{one.flips.num_items:,}",
-        percent(one.base_accuracy),
-        percent(one.candidate_accuracy),
-        f"{points(one.flips.difference)} {_between(one.interval)}",
+        format_percent(one.base_accuracy),
+        format_percent(one.candidate_accuracy),
+        f"{format_points(one.flips.difference)} {_format_interval(one.interval)}",
         f"{one.flips.harmful} / {one.flips.beneficial}",
         f"{one.mcnemar_p:.2g}",
         harm,
     ]
 
 
-def _between(interval: Interval) -> str:
+def _format_interval(interval: Interval) -> str:
     return f"[{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
 
 
 def _generation(comparison: Comparison) -> str:
     parts = []
-    made, noise = comparison.generation, comparison.noise
-    if made is not None:
+    generation, noise = comparison.generation, comparison.noise
+    if generation is not None:
         text = (
-            f"{made.identical} of {made.num_items} written answers are the same, letter by letter"
+            f"{generation.identical} of {generation.num_items} generated answers are identical in "
+            "both models"
         )
-        if made.median_first_difference is not None:
-            text += f"; the others part after {made.median_first_difference:g} tokens in the median"
+        median = generation.median_first_difference
+        if median is not None:
+            text += f"; the others differ after a median of {median:g} tokens"
         parts.append(f"<p>{text}.</p>")
     if noise is not None:
         parts.append(
-            f"<p>Noise floor: the base asked again in batches of {noise.batch_size} gives "
-            f"{noise.identical_texts} of {noise.num_items} answers as before, with "
-            f"{noise.flips.harmful + noise.flips.beneficial} flips.</p>"
+            f"<p>Noise floor: when the base repeats {noise.num_items} answers in batches of "
+            f"{noise.batch_size}, {noise.identical_texts} are identical, and "
+            f"{noise.flips.harmful + noise.flips.beneficial} flip between right and wrong.</p>"
         )
     return "".join(parts)
 
@@ -152,60 +169,74 @@ def _text(comparison: Comparison) -> str:
     text = comparison.text
     if text is None:
         return ""
+    note = (
+        f"{text.num_tokens:,} tokens of {text.num_documents} documents; confidence intervals are "
+        "over documents. The KL divergence is shown as a warning sign and does not affect the "
+        "verdict."
+    )
+    return (
+        _fidelity_table(text)
+        + remark(note)
+        + "<h3>KL divergence per token</h3>"
+        + histogram_chart(text.kl_histogram, HISTOGRAM_EDGES)
+        + "<h3>By kind of text</h3>"
+        + _kinds_table(text)
+        + "<h3>Tokens with the largest divergence</h3>"
+        + _worst_table(text)
+    )
+
+
+def _fidelity_table(text: TextFidelity) -> str:
     rows = [
         ["KL(base || candidate), nats per token", _value(text.kl_nats, text.kl_interval, 4)],
-        ["same first choice", _share(text.top1_agreement, text.top1_interval)],
+        ["top-1 agreement", _share(text.top1_agreement, text.top1_interval)],
         ["perplexity of the base", f"{text.base_perplexity:.3f}"],
         ["perplexity of the candidate", f"{text.candidate_perplexity:.3f}"],
-        ["candidate / base", _value(text.perplexity_ratio, text.perplexity_ratio_interval, 4)],
+        [
+            "perplexity, candidate / base",
+            _value(text.perplexity_ratio, text.perplexity_ratio_interval, 4),
+        ],
     ]
     rows += [
-        ["KL, largest" if name == "100" else f"KL, {name}% of tokens are below", f"{value:.3g}"]
+        ["KL, maximum" if name == "100" else f"KL, {name}th percentile", f"{value:.3g}"]
         for name, value in text.kl_percentiles.items()
     ]
     if text.noise_kl_nats is not None and text.noise_kl_largest is not None:
         rows.append(
             [
-                "noise floor: KL of the base against itself in another batch, mean and largest",
+                "noise floor: KL of the base against itself in another batch, mean and maximum",
                 f"{text.noise_kl_nats:.1e}, {text.noise_kl_largest:.1e}",
             ]
         )
-    kinds = make_table(
-        ["kind", "tokens", "documents", "KL", "same first choice", "perplexity"],
+    return make_table(["", "value"], rows, numbers=[1])
+
+
+def _kinds_table(text: TextFidelity) -> str:
+    return make_table(
+        ["kind", "tokens", "documents", "KL", "top-1 agreement", "perplexity"],
         [
             [
                 escape(k.kind),
                 f"{k.num_tokens:,}",
                 str(k.num_documents),
                 f"{k.kl_nats:.4f}",
-                percent(k.top1_agreement),
+                format_percent(k.top1_agreement),
                 f"{k.base_perplexity:.2f} → {k.candidate_perplexity:.2f}",
             ]
             for k in text.by_kind
         ],
         numbers=range(1, 6),
     )
-    worst = make_table(
-        ["KL", "text before", "goes on", "base", "candidate"],
+
+
+def _worst_table(text: TextFidelity) -> str:
+    return make_table(
+        ["KL", "preceding text", "next token", "base", "candidate"],
         [
             [f"{w.kl_nats:.2f}", *(inline(t) for t in (w.before, w.actual, w.base, w.candidate))]
             for w in text.worst
         ],
         numbers=range(1),
-    )
-    note = (
-        f"{text.num_tokens:,} tokens of {text.num_documents} documents; intervals are over "
-        "documents. The divergence is an alarm, not part of the verdict."
-    )
-    return (
-        make_table(["", "value"], rows, numbers=[1])
-        + remark(note)
-        + "<h3>Divergence of single tokens</h3>"
-        + histogram_chart(text.kl_histogram, HISTOGRAM_EDGES)
-        + "<h3>By kind of text</h3>"
-        + kinds
-        + "<h3>Worst tokens</h3>"
-        + worst
     )
 
 
@@ -218,8 +249,10 @@ def _value(value: float, interval: Interval | None, digits: int) -> str:
 
 def _share(value: float, interval: Interval | None) -> str:
     if interval is None:
-        return percent(value)
-    return f"{percent(value)} [{percent(interval.low)}, {percent(interval.high)}]"
+        return format_percent(value)
+    return (
+        f"{format_percent(value)} [{format_percent(interval.low)}, {format_percent(interval.high)}]"
+    )
 
 
 def _layers(comparison: Comparison) -> str:
@@ -227,9 +260,9 @@ def _layers(comparison: Comparison) -> str:
     if layers is None or not layers.linears:
         return ""
     worst = sorted(layers.linears, key=lambda linear: (not linear.suspect, -linear.error))
-    shown = worst[: max(WORST_LINEARS, min(len(layers.suspects), SUSPECTS_SHOWN))]
+    shown = worst[: max(WORST_LINEARS, min(len(layers.suspects), MAX_SUSPECTS))]
     table = make_table(
-        ["linear", "error", "gain", "stands out"],
+        ["linear", "error", "gain", "outlier"],
         [
             [escape(one.name), f"{one.error:.4f}", f"{one.gain:.4f}", escape(one.suspect) or "no"]
             for one in shown
@@ -237,16 +270,17 @@ def _layers(comparison: Comparison) -> str:
         numbers=(1, 2),
     )
     text = (
-        "Each linear of the candidate on the base's own inputs: the relative distance of its "
-        "outputs, darker is more; framed are those that stand out from their peers in other "
-        "blocks. The gain is the size at which the base's outputs are found in the candidate's."
+        "Each linear of the candidate runs on the inputs of the base's own linear. The error is "
+        "the relative distance of its outputs; darker means larger. Outlined linears are outliers "
+        "among the same linears of other blocks. The gain is the scale at which the base's outputs "
+        "appear in the candidate's; without a scaling error it is close to 1."
     )
     return (
         layer_chart(layers)
         + remark(text)
         + "<h3>Largest errors</h3>"
         + table
-        + "<h3>Distance of the hidden states, all errors before included</h3>"
+        + "<h3>Relative distance of the hidden states after each block (errors add up)</h3>"
         + line_chart(layers.block_errors)
     )
 
@@ -258,10 +292,10 @@ def _examples(comparison: Comparison) -> str:
 def _example(example: Example) -> str:
     words = {"harmful": "harmful flip", "beneficial": "beneficial flip", "same": "no flip"}
     base, candidate = mark_differences(shorten(example.base_text), shorten(example.candidate_text))
-    where = example.first_difference
-    place = "" if where is None else f"; first other token: number {where + 1}"
+    index = example.first_difference
+    position = "" if index is None else f"; first different token: number {index + 1}"
     return (
-        f"<h3>{escape(example.name)} <span class='soft'>{words[example.kind]}{place}</span></h3>"
+        f"<h3>{escape(example.name)} <span class='soft'>{words[example.kind]}{position}</span></h3>"
         f"<pre><bdi>{escape(visible(last_part(example.prompt)))}</bdi></pre>"
         f'<p class="soft">expected: <bdi>{escape(visible(shorten(example.expected)))}</bdi></p>'
         f"{side_by_side(base, candidate)}"
@@ -277,31 +311,33 @@ def _edges(comparison: Comparison) -> str:
             [
                 escape(kind.kind),
                 str(kind.num_cases),
-                _finds(kind.base_finds),
-                _finds(kind.candidate_finds),
+                _issues(kind.base_finds),
+                _issues(kind.candidate_finds),
                 str(kind.new),
                 str(kind.mended),
                 "" if kind.kl_nats is None else f"{kind.kl_nats:.3f}",
             ]
         )
     table = make_table(
-        ["kind", "inputs", "finds, base", "finds, candidate", "new", "mended", "KL"],
+        ["kind", "cases", "issues, base", "issues, candidate", "new", "fixed", "KL"],
         rows,
         numbers=(1, 4, 5, 6),
     )
     new = [outcome for outcome in comparison.edge_outcomes if outcome.new_finds]
-    meanings = "; ".join(f"{name}: {meaning}" for name, meaning in FINDS.items())
+    meanings = "; ".join(f"{name}: {meaning}" for name, meaning in ISSUES.items())
     return (
         table
-        + remark(f"new: inputs with a find that only the candidate has. {meanings}.")
-        + ("<h3>New finds</h3>" if new else "")
+        + remark(
+            "new: cases with an issue that only the candidate has. fixed: cases with an issue that "
+            f"only the base has. Issues: {meanings}."
+        )
+        + ("<h3>New issues</h3>" if new else "")
         + "".join(_edge(outcome) for outcome in new)
     )
 
 
-def _finds(finds: object) -> str:
-    assert isinstance(finds, dict)
-    return escape(", ".join(f"{name} {count}" for name, count in finds.items())) or "none"
+def _issues(counts: Mapping[str, int]) -> str:
+    return escape(", ".join(f"{name} {count}" for name, count in counts.items())) or "none"
 
 
 def _edge(outcome: EdgeOutcome) -> str:
@@ -329,12 +365,12 @@ def _cost(comparison: Comparison) -> str:
                 str(cost.reused),
             ]
         )
-    heads = ["model", "weight files", "planned", "measured", "time", "tokens/s", "reused"]
+    heads = ["model", "weight files", "planned", "peak", "time", "tokens/s", "cached"]
     text = (
-        "planned: what the plan says for the largest batch, or longest text, of this run, program "
-        "included. measured: the largest size of this process during it. "
-        "tokens/s: prompt tokens over the whole time, writing included. reused: answers that were "
-        "in the cache. For a stated peak load: halfbyte profile."
+        "planned: planned memory of the run's largest batch or longest text, program included. "
+        "peak: measured peak memory of the run. tokens/s: prompt tokens divided by the whole time, "
+        "generation included. cached: answers that were taken from the cache. To measure a given "
+        "peak load, use halfbyte profile."
     )
     return make_table(heads, rows, numbers=range(1, 7)) + remark(text)
 

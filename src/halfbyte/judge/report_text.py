@@ -1,4 +1,4 @@
-"""A comparison as Markdown for pull requests, and as JUnit XML for CI."""
+"""Writes a comparison as Markdown for pull requests and as JUnit XML for CI."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import re
 from xml.etree import ElementTree
 
 from halfbyte.judge.comparison import Comparison
-from halfbyte.judge.verdict import Claim, Outcome, percent, points
+from halfbyte.judge.verdict import Claim, Outcome, format_percent, format_points
 from halfbyte.units import format_bytes
 
 MARKS = {Outcome.PASS: "✅", Outcome.FAIL: "❌", Outcome.INCONCLUSIVE: "❔"}
-EXAMPLES_SHOWN = 5
-NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+MAX_EXAMPLES = 5
+INVALID_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def write_markdown(comparison: Comparison) -> str:
@@ -21,21 +21,21 @@ def write_markdown(comparison: Comparison) -> str:
         comparison: The result.
 
     Returns:
-        Headings, tables and a folded list of examples.
+        Headings, tables and a collapsed list of examples.
     """
     verdict = comparison.verdict
     lines = [
         f"### {MARKS[verdict.outcome]} {verdict.outcome.capitalize()}: "
-        f"`{comparison.candidate}` in place of `{comparison.base}`",
+        f"`{comparison.candidate}` compared with `{comparison.base}`",
         "",
         verdict.sentence,
         "",
-        "| what must hold | | found |",
+        "| requirement | outcome | evidence |",
         "|---|---|---|",
     ]
     for claim in verdict.claims:
-        found = claim.found + (f" ({claim.advice})" if claim.advice else "")
-        lines.append(f"| {_cell(claim.name)} | {MARKS[claim.outcome]} | {_cell(found)} |")
+        evidence = f"{claim.found}. {claim.advice}" if claim.advice else claim.found
+        lines.append(f"| {_cell(claim.name)} | {MARKS[claim.outcome]} | {_cell(evidence, 1000)} |")
     lines += [*_slice_lines(comparison), *_text_lines(comparison), *_edge_lines(comparison)]
     lines += _example_lines(comparison)
     for cost in comparison.costs:
@@ -50,17 +50,22 @@ def _slice_lines(comparison: Comparison) -> list[str]:
         return []
     lines = [
         "",
-        "| slice | items | base | candidate | difference | flips − / + | harm p |",
+        "| slice | items | base | candidate | difference | harmful / beneficial flips | harm p |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for one in (comparison.overall, *comparison.slices):
         interval = f"[{100 * one.interval.low:+.1f}, {100 * one.interval.high:+.1f}]"
         harm = "–" if one.harm_p is None else f"{one.harm_p:.2g}"
-        lines.append(
-            f"| {_cell(one.name)} | {one.flips.num_items} | {percent(one.base_accuracy)} "
-            f"| {percent(one.candidate_accuracy)} | {points(one.flips.difference)} {interval} "
-            f"| {one.flips.harmful} / {one.flips.beneficial} | {harm} |"
-        )
+        cells = [
+            _cell(one.name),
+            str(one.flips.num_items),
+            format_percent(one.base_accuracy),
+            format_percent(one.candidate_accuracy),
+            f"{format_points(one.flips.difference)} {interval}",
+            f"{one.flips.harmful} / {one.flips.beneficial}",
+            harm,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -71,24 +76,24 @@ def _text_lines(comparison: Comparison) -> list[str]:
     return [
         "",
         f"Running text, {text.num_tokens:,} tokens of {text.num_documents} documents: KL "
-        f"{text.kl_nats:.4f} nats, same first choice {percent(text.top1_agreement)}, perplexity "
-        f"{text.base_perplexity:.2f} → {text.candidate_perplexity:.2f}.",
+        f"{text.kl_nats:.4f} nats, top-1 agreement {format_percent(text.top1_agreement)}, "
+        f"perplexity {text.base_perplexity:.2f} → {text.candidate_perplexity:.2f}.",
     ]
 
 
 def _edge_lines(comparison: Comparison) -> list[str]:
-    told = [kind for kind in comparison.edge_kinds if kind.new or kind.mended]
+    changed = [kind for kind in comparison.edge_kinds if kind.new or kind.mended]
     if not comparison.edge_kinds:
         return []
-    if not told:
-        return ["", "Odd inputs: no find that only one of both has."]
-    lines = ["", "| odd inputs | inputs | new finds | mended |", "|---|---:|---:|---:|"]
-    lines += [f"| {k.kind} | {k.num_cases} | {k.new} | {k.mended} |" for k in told]
+    if not changed:
+        return ["", "Edge cases: no issue that only one of the models has."]
+    lines = ["", "| edge cases | cases | new issues | fixed |", "|---|---:|---:|---:|"]
+    lines += [f"| {k.kind} | {k.num_cases} | {k.new} | {k.mended} |" for k in changed]
     return lines
 
 
 def _example_lines(comparison: Comparison) -> list[str]:
-    harmful = [e for e in comparison.examples if e.kind == "harmful"][:EXAMPLES_SHOWN]
+    harmful = [e for e in comparison.examples if e.kind == "harmful"][:MAX_EXAMPLES]
     if not harmful:
         return []
     lines = ["", "<details><summary>Harmful flips</summary>", ""]
@@ -101,13 +106,13 @@ def _example_lines(comparison: Comparison) -> list[str]:
     return [*lines, "", "</details>"]
 
 
-def _cell(text: str) -> str:
-    short = text if len(text) <= 300 else text[:300] + " …"
+def _cell(text: str, max_chars: int = 300) -> str:
+    short = text if len(text) <= max_chars else text[:max_chars] + " …"
     return " ".join(short.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def write_junit(comparison: Comparison) -> str:
-    """Write the claims as JUnit test cases: fail is a failure, inconclusive is skipped.
+    """Write the claims as JUnit test cases: a fail is a failure, an inconclusive claim is skipped.
 
     Args:
         comparison: The result.
@@ -117,9 +122,9 @@ def write_junit(comparison: Comparison) -> str:
     """
     claims = comparison.verdict.claims
     failed = sum(claim.outcome is Outcome.FAIL for claim in claims)
-    open_ones = sum(claim.outcome is Outcome.INCONCLUSIVE for claim in claims)
-    name = _xml_text(f"{comparison.candidate} in place of {comparison.base}")
-    counts = {"tests": len(claims), "failures": failed, "errors": 0, "skipped": open_ones}
+    skipped = sum(claim.outcome is Outcome.INCONCLUSIVE for claim in claims)
+    name = _xml_text(f"{comparison.candidate} compared with {comparison.base}")
+    counts = {"tests": len(claims), "failures": failed, "errors": 0, "skipped": skipped}
     suite = ElementTree.Element(
         "testsuite", {"name": name, **{key: str(value) for key, value in counts.items()}}
     )
@@ -147,5 +152,5 @@ def _add_case(suite: ElementTree.Element, claim: Claim) -> None:
 
 
 def _xml_text(text: str) -> str:
-    """Leave out what no XML may hold, such as control characters."""
-    return NOT_XML.sub("\ufffd", text)
+    """Replace characters that XML does not allow, such as control characters."""
+    return INVALID_XML.sub("\ufffd", text)

@@ -1,7 +1,7 @@
-"""Paired statistics: what the answers of two models to the same questions allow to be said.
+"""Paired statistics of two models' answers to the same questions.
 
-Numbers in, numbers out; nothing here knows a model. Items that belong to one document are not
-independent, so every method takes documents as its units.
+Pure computation, independent of models. Items of one document are not independent, so every method
+uses documents as its units.
 
 Signs: a *difference* is candidate minus base, so a loss is negative. A *harmful flip* is an item
 that only the base gets right, a *beneficial flip* one that only the candidate gets right.
@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-FEWEST_DOCUMENTS = 16
-"""With fewer nothing is shown to be kept: their spread says too little about that of all texts."""
-LEAST_CORRELATION = 0.1
-"""Of items of one document, where the data show less. The few documents that hold most of a loss
-may be missing from a sample, and then its documents look more alike than they are."""
+MIN_DOCUMENTS = 16
+"""With fewer a candidate cannot pass: they are too few to estimate the variance."""
+MIN_CORRELATION = 0.1
+"""Minimum correlation assumed between items of one document. A sample may miss the few documents
+that hold most of a loss; then it underestimates the correlation."""
 
 _NORMAL = NormalDist()
 
@@ -39,21 +39,21 @@ class Interval:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flips:
-    """How the answers of two models to the same items pair up."""
+    """Counts of the items on which exactly one of two models is right."""
 
     num_items: int
     harmful: int
-    """Right by the base, wrong by the candidate."""
+    """Items that only the base gets right."""
     beneficial: int
-    """Wrong by the base, right by the candidate."""
+    """Items that only the candidate gets right."""
     design_effect: float = 1.0
-    """By how much items of one document repeat each other, as a factor on the variance."""
+    """Factor on the variance, because items of one document are correlated."""
     num_documents: float | None = None
-    """Effective: documents of one size that weigh as much. None: every item stands alone."""
+    """Effective number of documents of equal size; None: every item is independent."""
 
     @property
     def units(self) -> float:
-        """What is independent of each other: documents, or items that stand alone."""
+        """Number of independent units: documents, or independent items."""
         return self.num_items if self.num_documents is None else self.num_documents
 
     @property
@@ -63,19 +63,19 @@ class Flips:
 
     @property
     def rate(self) -> float:
-        """Share of items on which exactly one of both is right."""
+        """Share of items on which exactly one model is right."""
         return (self.beneficial + self.harmful) / self.num_items
 
 
 def count_flips(
     base: Sequence[bool], candidate: Sequence[bool], documents: Sequence[Hashable] | None = None
 ) -> Flips:
-    """Count how two models' answers to the same items pair up.
+    """Count the flips between two models' answers to the same items.
 
     Args:
-        base: Whether the base is right, one value per item.
+        base: Whether the base is right, per item.
         candidate: The same for the candidate, in the same order.
-        documents: What each item belongs to; None: every item stands alone.
+        documents: Document of each item; None: every item is independent.
 
     Returns:
         The flips, with the design effect of the documents.
@@ -99,66 +99,66 @@ def count_flips(
 
 
 def design_effect(values: Floats, documents: NDArray[np.int64]) -> float:
-    """Give the variance of a mean over documents in relation to that over independent items.
+    """Return the design effect: variance of a mean over documents, relative to independent items.
 
     Args:
-        values: One per item.
-        documents: Number of the document that each item belongs to, from 0.
+        values: One value per item.
+        documents: Index of each item's document.
 
     Returns:
-        The ratio, at least that of items of ``LEAST_CORRELATION``.
+        The ratio, at least that of a correlation of ``MIN_CORRELATION``.
 
     Source:
         Rao and Scott 1992, "A simple method for the analysis of clustered binary data",
-        Biometrics 48; the least one is Kish 1965, "Survey Sampling", section 8.2.
+        Biometrics 48; the minimum is Kish 1965, "Survey Sampling", section 8.2.
     """
     sizes = np.bincount(documents)
-    least = 1 + LEAST_CORRELATION * (float((sizes**2).sum()) / len(values) - 1)
+    minimum = 1 + MIN_CORRELATION * (float((sizes**2).sum()) / len(values) - 1)
     deviations = values - values.mean()
-    alone = float((deviations**2).sum())
+    independent = float((deviations**2).sum())
     n = len(sizes)
-    if n < 2 or alone == 0:
-        return least
+    if n < 2 or independent == 0:
+        return minimum
     totals = np.bincount(documents, weights=deviations)
-    return max(least, float((totals**2).sum()) * n / (n - 1) / alone)
+    return max(minimum, float((totals**2).sum()) * n / (n - 1) / independent)
 
 
 def mcnemar_p_value(harmful: int, beneficial: int) -> float:
-    """Give the exact two-sided p-value of McNemar's test.
+    """Return the exact two-sided p-value of McNemar's test.
 
     Args:
-        harmful: Flips against the candidate.
-        beneficial: Flips for it.
+        harmful: Number of harmful flips.
+        beneficial: Number of beneficial flips.
 
     Returns:
-        The chance of flips at least as lopsided if both models were equally good.
+        The probability of flips at least as unequal if both models were equally good.
 
     Source:
         McNemar 1947; the binomial form, Liddell 1983.
     """
     flips = harmful + beneficial
     tail = sum(math.comb(flips, k) for k in range(min(harmful, beneficial) + 1))
-    # Whole numbers to the last step: 2 to the power of thousands is no float.
+    # Integers until the last step: a float overflows at 2**1024.
     return min(1.0, float(Fraction(2 * tail, 1 << flips)))
 
 
 def score_statistic(flips: Flips, difference: float) -> float:
-    """Measure how far the flips are from what a true difference would bring.
+    """Return Tango's score statistic of the flips under a hypothetical true difference.
 
     Args:
-        flips: What was observed.
-        difference: The true difference that is tested, -1..1.
+        flips: The observed flips.
+        difference: The true difference under the null hypothesis, -1..1.
 
     Returns:
-        A standard normal value under that difference; negative where the candidate did worse. A
-        score statistic, because the usual one has no width where nothing flipped. Where documents
-        are fewer than items, their own spread is estimated too, as in Student's t.
+        A standard normal value under the null hypothesis; negative if the candidate did worse.
+        Unlike Wald's, a score statistic has a positive variance even if nothing flipped. With
+        documents, the variance is estimated from few units, so Student's t is used.
 
     Source:
         Tango 1998, "Equivalence test and confidence interval for the difference in proportions
         for the paired-sample design", Statistics in Medicine 17, equations 4 to 8.
     """
-    # By the design effect fewer items count.
+    # The effective number of items.
     n = flips.num_items / flips.design_effect
     gain = flips.beneficial / flips.num_items
     harm = flips.harmful / flips.num_items
@@ -166,19 +166,19 @@ def score_statistic(flips: Flips, difference: float) -> float:
     distance = gain - harm - difference
     if variance <= 0:
         return 0.0 if distance == 0 else math.copysign(math.inf, distance)
-    found = distance * math.sqrt(n / variance)
-    return found if flips.num_documents is None else _as_normal(found, flips.num_documents - 1)
+    score = distance * math.sqrt(n / variance)
+    return score if flips.num_documents is None else _t_to_normal(score, flips.num_documents - 1)
 
 
-def _as_normal(t: float, degrees: float) -> float:
-    """Give the standard normal value that is as unlikely as Student's t.
+def _t_to_normal(t: float, degrees: float) -> float:
+    """Convert a value of Student's t to the standard normal value of the same tail probability.
 
     Args:
         t: A value of Student's t.
-        degrees: Its degrees of freedom; with none, one document alone, it says nothing.
+        degrees: Degrees of freedom; 0 (a single document) gives 0, no evidence.
 
     Returns:
-        The normal value; from two degrees on right to some hundredths.
+        The normal value; accurate to a few hundredths from two degrees of freedom on.
 
     Source:
         Wallace 1959, "Bounds on normal approximations to Student's and the chi-square
@@ -191,12 +191,12 @@ def _as_normal(t: float, degrees: float) -> float:
 
 
 def _variance_under(gain: float, harm: float, difference: float) -> float:
-    """Give the variance of one item's difference by the likeliest flip rates under a hypothesis.
+    """Return the variance of one item's difference at the constrained maximum-likelihood rates.
 
     Args:
         gain: Observed share of beneficial flips.
         harm: Observed share of harmful flips.
-        difference: The true difference that is supposed.
+        difference: The true difference under the null hypothesis.
 
     Returns:
         The variance of a value that is -1, 0 or 1.
@@ -208,24 +208,24 @@ def _variance_under(gain: float, harm: float, difference: float) -> float:
 
 
 def difference_interval(flips: Flips, confidence: float) -> Interval:
-    """Give the interval of the true difference in accuracy.
+    """Return the confidence interval of the true difference in accuracy.
 
     Args:
-        flips: What was observed.
-        confidence: Of the two-sided interval, for example .9.
+        flips: The observed flips.
+        confidence: Confidence level of the two-sided interval, for example 0.9.
 
     Returns:
-        Tango's score interval: the differences that the flips do not contradict.
+        Tango's score interval: all differences that the score test does not reject.
     """
     z = _NORMAL.inv_cdf((1 + confidence) / 2)
     return Interval(
-        low=_crossing(flips, z, -1.0, flips.difference),
-        high=_crossing(flips, -z, flips.difference, 1.0),
+        low=_solve_score(flips, z, -1.0, flips.difference),
+        high=_solve_score(flips, -z, flips.difference, 1.0),
     )
 
 
-def _crossing(flips: Flips, target: float, low: float, high: float) -> float:
-    """Find where the statistic, which falls with the difference, reaches a value."""
+def _solve_score(flips: Flips, target: float, low: float, high: float) -> float:
+    """Find by bisection the difference at which the score, which decreases with it, has a value."""
     for _ in range(60):
         middle = (low + high) / 2
         if score_statistic(flips, middle) > target:
@@ -239,11 +239,11 @@ def harm_p_value(flips: Flips, margin: float) -> float:
     """Test that the candidate loses more than the margin.
 
     Args:
-        flips: What was observed.
-        margin: The loss that is allowed, 0..1.
+        flips: The observed flips.
+        margin: The allowed loss, 0..1.
 
     Returns:
-        The chance of flips at least as bad if the true loss were the margin.
+        The probability of flips at least as bad if the true loss were the margin.
     """
     return _NORMAL.cdf(score_statistic(flips, -margin))
 
@@ -252,26 +252,26 @@ def noninferiority_p_value(flips: Flips, margin: float) -> float:
     """Test that the candidate loses less than the margin.
 
     Args:
-        flips: What was observed.
-        margin: The loss that is allowed, 0..1.
+        flips: The observed flips.
+        margin: The allowed loss, 0..1.
 
     Returns:
-        The chance of flips at least as good if the true loss were the margin; 1 for fewer
-        documents than ``FEWEST_DOCUMENTS``.
+        The probability of flips at least as good if the true loss were the margin; 1 for fewer
+        documents than ``MIN_DOCUMENTS``.
     """
-    if flips.units < FEWEST_DOCUMENTS:
+    if flips.units < MIN_DOCUMENTS:
         return 1.0
     return 1 - _NORMAL.cdf(score_statistic(flips, -margin))
 
 
 def adjust_holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust p-values of several tests, so that any false alarm among them has the stated chance.
+    """Adjust p-values of multiple tests by Holm's method, to control the family-wise error rate.
 
     Args:
         p_values: One per test.
 
     Returns:
-        The adjusted ones in the same order; compare them with alpha.
+        The adjusted p-values in the same order; compare them with alpha.
 
     Source:
         Holm 1979, "A simple sequentially rejective multiple test procedure", Scandinavian Journal
@@ -289,51 +289,52 @@ def adjust_holm(p_values: Sequence[float]) -> list[float]:
 def passing_power(
     num_items: float, flip_rate: float, margin: float, *, alpha: float, difference: float = 0.0
 ) -> float:
-    """Give the chance that a candidate passes.
+    """Return the probability that a candidate passes.
 
     Args:
-        num_items: Independent items.
-        flip_rate: Share of items that flip either way.
-        margin: The loss that is allowed.
-        alpha: Of the one-sided test.
+        num_items: Number of independent items.
+        flip_rate: Share of items that flip in either direction.
+        margin: The allowed loss.
+        alpha: Level of the one-sided test.
         difference: The candidate's true difference; 0: as good as the base.
 
     Returns:
         The power, 0..1, by the normal approximation of the score test.
     """
-    spread, bound_spread = _spreads(flip_rate, margin, difference)
+    deviation, null_deviation = _standard_deviations(flip_rate, margin, difference)
     shift = (margin + difference) * math.sqrt(num_items)
-    return _NORMAL.cdf((shift - _NORMAL.inv_cdf(1 - alpha) * bound_spread) / spread)
+    return _NORMAL.cdf((shift - _NORMAL.inv_cdf(1 - alpha) * null_deviation) / deviation)
 
 
 def items_needed(
     flip_rate: float, margin: float, *, alpha: float, power: float = 0.8, difference: float = 0.0
 ) -> int | None:
-    """Give how many items a verdict takes.
+    """Return the number of items needed for a verdict.
 
     Args:
-        flip_rate: Share of items that flip either way.
-        margin: The loss that is allowed.
-        alpha: Of the one-sided test.
-        power: The chance of a verdict that is asked for.
-        difference: The true difference that is assumed. Above ``-margin`` the answer is for a
-            pass, below it for a fail.
+        flip_rate: Share of items that flip in either direction.
+        margin: The allowed loss.
+        alpha: Level of the one-sided test.
+        power: The required probability of a verdict.
+        difference: The assumed true difference. Above ``-margin`` the verdict is a pass, below it a
+            fail.
 
     Returns:
-        Independent items; None where the difference is the margin itself, which no number decides.
+        Number of independent items; None if the difference equals the margin, where no number of
+        items is enough.
     """
     distance = abs(difference + margin)
     if distance < 1e-9:
         return None
     z_alpha, z_power = _NORMAL.inv_cdf(1 - alpha), _NORMAL.inv_cdf(power)
-    spread, bound_spread = _spreads(flip_rate, margin, difference)
-    return math.ceil(((z_alpha * bound_spread + z_power * spread) / distance) ** 2)
+    deviation, null_deviation = _standard_deviations(flip_rate, margin, difference)
+    return math.ceil(((z_alpha * null_deviation + z_power * deviation) / distance) ** 2)
 
 
-def _spreads(flip_rate: float, margin: float, difference: float) -> tuple[float, float]:
-    """Give one item's standard deviation in truth, and as the test at the margin takes it."""
+def _standard_deviations(flip_rate: float, margin: float, difference: float) -> tuple[float, float]:
+    """Return one item's true standard deviation, and that under the null hypothesis of the test."""
     flip_rate = max(flip_rate, abs(difference))
     gain, harm = (flip_rate + difference) / 2, (flip_rate - difference) / 2
-    truth = flip_rate - difference * difference
-    supposed = _variance_under(gain, harm, -margin)
-    return math.sqrt(max(truth, 1e-12)), math.sqrt(max(supposed, 1e-12))
+    variance = flip_rate - difference * difference
+    null_variance = _variance_under(gain, harm, -margin)
+    return math.sqrt(max(variance, 1e-12)), math.sqrt(max(null_variance, 1e-12))

@@ -1,16 +1,16 @@
-"""From measurements to pass, fail or inconclusive, with stated chances of being wrong.
+"""Decides pass, fail or inconclusive, with bounded error probabilities.
 
-Every *claim* states what must hold, what was found and whether that decides. The candidate
+Every *claim* is one requirement, with the evidence and its own outcome. The candidate
 
-- **passes** where accuracy over all items and perplexity are each shown to lose less than their
-  margin, at level alpha, and nothing else is amiss: a candidate that truly loses more than one of
-  these margins passes with a chance of alpha at most;
-- **fails** where harm beyond a margin is shown for any claim: these tests are adjusted together
-  (Holm), so a candidate that keeps every margin fails with a chance of alpha at most;
-- is **inconclusive** otherwise, with the number of items that would decide.
+- **passes** if accuracy over all items and perplexity are each shown to lose less than their
+  margin, at level alpha, and no other claim fails or is open: a candidate that truly loses more
+  than one of these margins passes with a probability of at most alpha;
+- **fails** if a loss beyond a margin is shown for any claim: these tests are adjusted together
+  (Holm), so a candidate within every margin fails with a probability of at most alpha;
+- is **inconclusive** otherwise, with the number of items that would be enough.
 
-Divergence (KL) is an alarm and gates nothing: between near-equal models it does not tell which one
-loses at tasks (arXiv 2606.19558).
+KL divergence does not affect the verdict: between models that are both close to the base it does
+not predict which one is worse at tasks (arXiv 2606.19558).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from halfbyte.judge.fidelity import TextFidelity
 from halfbyte.judge.layers import LayerErrors
 from halfbyte.judge.questions import STRETCH_TOKENS
 from halfbyte.judge.statistics import (
-    FEWEST_DOCUMENTS,
+    MIN_DOCUMENTS,
     Flips,
     Interval,
     adjust_holm,
@@ -37,12 +37,12 @@ from halfbyte.judge.statistics import (
     passing_power,
 )
 
-FEWEST_ITEMS = 10
-"""A slice of fewer items is shown and not tested."""
+MIN_ITEMS = 10
+"""A slice with fewer items is reported but not tested."""
 
 
 class Outcome(StrEnum):
-    """What can be said."""
+    """Outcome of a verdict or of a single claim."""
 
     PASS = "pass"
     FAIL = "fail"
@@ -54,31 +54,31 @@ EXIT_CODES = {Outcome.PASS: 0, Outcome.FAIL: 1, Outcome.INCONCLUSIVE: 2}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Margins:
-    """What a candidate may lose, and how sure the verdict must be."""
+    """Allowed losses of a candidate, and the level of the tests."""
 
     accuracy: float = 0.02
-    """Of accuracy over all items: 0.02 is two points."""
+    """Loss of accuracy over all items: 0.02 is two points."""
     slices: float = 0.10
-    """Of accuracy within one slice, and of clean answers to odd inputs."""
+    """Loss of accuracy within one slice, and of answers to edge cases without an issue."""
     perplexity: float = 0.10
-    """Of perplexity on running text, relative: 0.10 is ten percent more."""
+    """Relative increase of perplexity on running text: 0.10 is 10%."""
     alpha: float = 0.05
-    """Chance of a wrong pass, and of a wrong fail."""
+    """Upper bound on the probability of a wrong pass, and of a wrong fail."""
 
     def __post_init__(self) -> None:
         for name in ("accuracy", "slices", "perplexity"):
             value = getattr(self, name)
             if not 0 <= value < 1:
                 raise ConfigError(
-                    f"The margin of {name} is {value}; it must be from 0 to below 1. 0.02 is two "
-                    "points."
+                    f"The margin of {name} is {value}; it must be at least 0 and below 1. "
+                    "0.02 is two points."
                 )
         if not 0 < self.alpha < 0.5:
             raise ConfigError(f"alpha is {self.alpha}; it must be between 0 and 0.5, such as 0.05.")
 
     @property
     def confidence(self) -> float:
-        """Of the two-sided intervals whose ends are the bounds of the tests."""
+        """Confidence level of the two-sided intervals whose ends are the bounds of the tests."""
         return 1 - 2 * self.alpha
 
 
@@ -91,33 +91,34 @@ class SliceResult:
     base_accuracy: float
     candidate_accuracy: float
     interval: Interval
-    """Of the difference in accuracy."""
+    """Confidence interval of the difference in accuracy."""
     mcnemar_p: float
-    """That flips this lopsided come about where both are equally good; two-sided, exact."""
+    """Two-sided exact p-value of McNemar's test for any difference."""
     tested: bool
     """Whether the slice has enough items to be tested."""
     harm_p: float | None = None
-    """That harm beyond the margin is chance; adjusted for all tests. None: not tested."""
+    """P-value of a loss beyond the margin, adjusted for all tests. None: not tested."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """Something that must hold for a pass."""
+    """One requirement for a pass, with its outcome."""
 
     name: str
     outcome: Outcome
     found: str
-    """In words, with numbers."""
+    """The evidence, in words and numbers."""
     advice: str = ""
-    """What would decide it; empty where it is decided."""
+    """What to do if the outcome is open; empty if it is decided."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """May the candidate replace the base?"""
+    """Whether the candidate may replace the base."""
 
     outcome: Outcome
     sentence: str
+    """The verdict and its reason in one sentence."""
     claims: tuple[Claim, ...]
 
     @property
@@ -128,28 +129,28 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """What a verdict is made of; what was not measured is None."""
+    """Measurements that a verdict is based on; None if not measured."""
 
     overall: SliceResult | None = None
     slices: tuple[SliceResult, ...] = ()
     edges: SliceResult | None = None
     text: TextFidelity | None = None
     layers: LayerErrors | None = None
-    not_numbers: int = 0
-    """Answers and texts at which only the candidate's logits were not numbers."""
+    num_nonfinite: int = 0
+    """Answers at which only the candidate has non-finite logits."""
 
 
 def measure_slice(name: str, flips: Flips, base_right: int, margins: Margins) -> SliceResult:
     """Describe both models on one slice.
 
     Args:
-        name: Of the slice.
-        flips: What was observed.
-        base_right: Items that the base gets right.
-        margins: For the interval's confidence.
+        name: Name of the slice.
+        flips: The observed flips.
+        base_right: Number of items that the base gets right.
+        margins: Source of the interval's confidence level.
 
     Returns:
-        The slice, its harm not yet adjusted for the other tests.
+        The slice, without ``harm_p``, which :func:`decide` adds.
     """
     return SliceResult(
         name=name,
@@ -158,16 +159,16 @@ def measure_slice(name: str, flips: Flips, base_right: int, margins: Margins) ->
         candidate_accuracy=(base_right - flips.harmful + flips.beneficial) / flips.num_items,
         interval=difference_interval(flips, margins.confidence),
         mcnemar_p=mcnemar_p_value(flips.harmful, flips.beneficial),
-        tested=flips.num_items >= FEWEST_ITEMS,
+        tested=flips.num_items >= MIN_ITEMS,
     )
 
 
 def decide(evidence: Evidence, margins: Margins) -> tuple[Verdict, Evidence]:
-    """Decide, and write the adjusted p-values of harm into the slices.
+    """Reach a verdict, and add the adjusted p-values to the slices.
 
     Args:
-        evidence: What was measured.
-        margins: What may be lost.
+        evidence: The measurements.
+        margins: Allowed losses and level.
 
     Returns:
         The verdict, and the evidence with adjusted p-values.
@@ -185,20 +186,20 @@ def decide(evidence: Evidence, margins: Margins) -> tuple[Verdict, Evidence]:
     claims = [
         *_accuracy_claim(evidence.overall, margins),
         *_text_claim(text, harm.get("text"), margins),
-        *_slices_claim("No slice of the tasks is harmed", evidence.slices, margins),
+        *_slices_claim("No task slice is significantly worse", evidence.slices, margins),
         *(
             []
             if evidence.edges is None
-            else _slices_claim("Odd inputs do no harm", (evidence.edges,), margins)
+            else _slices_claim("Edge cases are not significantly worse", (evidence.edges,), margins)
         ),
-        _numbers_claim(evidence, text),
+        _finite_claim(evidence, text),
         *_layers_claim(evidence.layers),
     ]
     outcomes = {claim.outcome for claim in claims}
-    gated = evidence.overall is not None or text is not None
+    can_pass = evidence.overall is not None or text is not None
     if Outcome.FAIL in outcomes:
         outcome = Outcome.FAIL
-    elif Outcome.INCONCLUSIVE in outcomes or not gated:
+    elif Outcome.INCONCLUSIVE in outcomes or not can_pass:
         outcome = Outcome.INCONCLUSIVE
     else:
         outcome = Outcome.PASS
@@ -222,32 +223,32 @@ def _accuracy_claim(overall: SliceResult | None, margins: Margins) -> list[Claim
         return []
     flips = overall.flips
     found = (
-        f"accuracy {percent(overall.base_accuracy)} → {percent(overall.candidate_accuracy)}, "
-        f"difference {points(flips.difference)} [{points(overall.interval.low)}, "
-        f"{points(overall.interval.high)}]; {flips.harmful} harmful and {flips.beneficial} "
-        f"beneficial flips of {flips.num_items} items"
+        f"accuracy {_accuracies(overall)}, difference {format_points(flips.difference)} "
+        f"[{format_points(overall.interval.low)}, {format_points(overall.interval.high)}]; "
+        f"{flips.harmful} harmful and {flips.beneficial} beneficial flips of {flips.num_items} "
+        "items"
     )
     outcome, advice = Outcome.INCONCLUSIVE, ""
     if overall.harm_p is not None and overall.harm_p < margins.alpha:
         outcome = Outcome.FAIL
     elif overall.base_accuracy <= margins.accuracy:
-        # A loss of the margin is impossible then, and any candidate would keep it.
+        # A loss beyond the margin is impossible, so any candidate would pass.
         advice = (
-            f"the base itself gets {percent(overall.base_accuracy)} right, so nothing beyond the "
-            "margin could be lost: look at its answers, and ask what it can do."
+            f"The base itself gets only {format_percent(overall.base_accuracy)} right, so no loss "
+            "beyond the margin is possible. Check its answers, and use tasks that it can solve."
         )
     elif noninferiority_p_value(flips, margins.accuracy) < margins.alpha:
         outcome = Outcome.PASS
-    elif flips.units < FEWEST_DOCUMENTS:
+    elif flips.units < MIN_DOCUMENTS:
         advice = (
-            f"the items are of {flips.units:.3g} documents; a pass takes {FEWEST_DOCUMENTS} of "
-            "about one size, or more."
+            f"The items are from {flips.units:.3g} documents; a pass needs at least "
+            f"{MIN_DOCUMENTS} of about the same size."
         )
     else:
         advice = _items_advice(flips, margins)
     return [
         Claim(
-            name=f"Accuracy falls by less than {points(margins.accuracy, sign=False)}",
+            name=f"Accuracy falls by less than {format_points(margins.accuracy, sign=False)}",
             outcome=outcome,
             found=found,
             advice=advice,
@@ -256,62 +257,61 @@ def _accuracy_claim(overall: SliceResult | None, margins: Margins) -> list[Claim
 
 
 def _items_advice(flips: Flips, margins: Margins) -> str:
-    """Say how many items would decide, and what these could."""
-    # Half a flip more: a rate of zero in a small sample is not a rate of zero.
+    """Say how likely a verdict is with these items, and how many are needed."""
+    # Half a flip is added: no flip in a small sample does not mean a flip rate of zero.
     rate = (flips.harmful + flips.beneficial + 0.5) / (flips.num_items + 1)
     independent = flips.num_items / flips.design_effect
     power = passing_power(independent, rate, margins.accuracy, alpha=margins.alpha)
     equal = items_needed(rate, margins.accuracy, alpha=margins.alpha)
     needed = items_needed(rate, margins.accuracy, alpha=margins.alpha, difference=flips.difference)
-    words = (
-        f"with {flips.num_items} items and {percent(rate)} of them flipping, a candidate as good "
-        f"as the base passes with a chance of {percent(power)}"
+    advice = (
+        f"With {flips.num_items} items, of which {format_percent(rate)} flip, a candidate as good "
+        f"as the base passes with a probability of {format_percent(power)}"
     )
     if equal is not None:
-        words += f"; {_scaled(equal, flips):,} items give it 80%"
+        advice += f"; with {_scale_items(equal, flips):,} items it is 80%"
     if needed is not None and needed != equal:
         kind = "pass" if flips.difference > -margins.accuracy else "fail"
-        words += (
-            f". If its true difference is the {points(flips.difference)} seen here, "
-            f"{_scaled(needed, flips):,} items lead to a {kind} with a chance of 80%"
+        advice += (
+            f". If the true difference is the observed {format_points(flips.difference)}, "
+            f"{_scale_items(needed, flips):,} items give a {kind} with a probability of 80%"
         )
-    return words + "."
+    return advice + "."
 
 
-def _scaled(items: int, flips: Flips) -> int:
+def _scale_items(items: int, flips: Flips) -> int:
+    """Convert a number of independent items to items of these documents."""
     return math.ceil(items * flips.design_effect)
 
 
 def _text_claim(text: TextFidelity | None, harm: float | None, margins: Margins) -> list[Claim]:
     if text is None:
         return []
-    between, spread = text.perplexity_ratio_interval, text.bootstrap
+    interval, bootstrap = text.perplexity_ratio_interval, text.bootstrap
+    increase = format_percent(text.perplexity_ratio - 1, sign=True)
     found = f"perplexity {text.base_perplexity:.2f} → {text.candidate_perplexity:.2f}, "
     outcome, advice = Outcome.INCONCLUSIVE, ""
-    if spread is None or between is None:
-        found += (
-            f"{percent(text.perplexity_ratio - 1, sign=True)} on {text.num_documents} documents"
-        )
+    if bootstrap is None or interval is None:
+        found += f"{increase} on {text.num_documents} documents"
         advice = (
-            f"{FEWEST_DOCUMENTS} documents or more give an interval; of one long text, "
-            f"{STRETCH_TOKENS:,} tokens count as one."
+            f"Use {MIN_DOCUMENTS} documents or more; of one long text, every {STRETCH_TOKENS:,} "
+            "tokens count as a document."
         )
         if not text.base_finite:
-            advice = "the base's own logits are infinite or not a number: look at the base first."
+            advice = "The base's own logits are infinite or not a number. Check the base first."
         elif not math.isfinite(text.nll_increase_nats):
             outcome, advice = Outcome.FAIL, ""
     else:
         found += (
-            f"{percent(text.perplexity_ratio - 1, sign=True)} "
-            f"[{percent(between.low - 1, sign=True)}, {percent(between.high - 1, sign=True)}] over "
-            f"{text.num_documents} documents"
+            f"{increase} [{format_percent(interval.low - 1, sign=True)}, "
+            f"{format_percent(interval.high - 1, sign=True)}] over {text.num_documents} documents"
         )
         if harm is not None and harm < margins.alpha:
             outcome = Outcome.FAIL
-        elif spread.p_value_below(math.log1p(margins.perplexity)) < margins.alpha:
+        elif bootstrap.p_value_below(math.log1p(margins.perplexity)) < margins.alpha:
             outcome = Outcome.PASS
         else:
-            advice = "more documents narrow the interval."
+            advice = "Use more documents: they narrow the interval."
     return [
         Claim(
             name=f"Perplexity rises by less than {100 * margins.perplexity:g}%",
@@ -329,63 +329,65 @@ def _slices_claim(name: str, slices: Sequence[SliceResult], margins: Margins) ->
     tested = [s for s in slices if s.tested]
     if harmed:
         found = "; ".join(
-            f"{s.name}: {percent(s.base_accuracy)} → {percent(s.candidate_accuracy)} on "
-            f"{s.flips.num_items} items (adjusted p {s.harm_p:.2g})"
+            f"{s.name}: {_accuracies(s)} on {s.flips.num_items} items (adjusted p {s.harm_p:.2g})"
             for s in harmed
         )
         return [Claim(name=name, outcome=Outcome.FAIL, found=found)]
     if not tested:
-        found = f"no slice has the {FEWEST_ITEMS} items that a test needs"
+        found = f"no slice has {MIN_ITEMS} items, the minimum for a test"
         return [Claim(name=name, outcome=Outcome.PASS, found=found)]
     worst = min(tested, key=lambda s: s.flips.difference)
-    together = f"{len(tested)} were tested together, the lowest is " if len(tested) > 1 else ""
+    count = f"worst of {len(tested)}, " if len(tested) > 1 else ""
     found = (
-        f"no loss beyond {points(margins.slices, sign=False)} is shown; {together}{worst.name}: "
-        f"{percent(worst.base_accuracy)} → {percent(worst.candidate_accuracy)} on "
-        f"{worst.flips.num_items} items"
+        f"no significant loss beyond {format_points(margins.slices, sign=False)}; "
+        f"{count}{worst.name}: {_accuracies(worst)} on {worst.flips.num_items} items"
     )
     return [Claim(name=name, outcome=Outcome.PASS, found=found)]
 
 
-def _numbers_claim(evidence: Evidence, text: TextFidelity | None) -> Claim:
-    bad = evidence.not_numbers + (0 if text is None or text.candidate_finite else 1)
+def _finite_claim(evidence: Evidence, text: TextFidelity | None) -> Claim:
+    count = evidence.num_nonfinite + (0 if text is None or text.candidate_finite else 1)
     return Claim(
-        name="Every logit is a number",
-        outcome=Outcome.FAIL if bad else Outcome.PASS,
-        found=f"{bad} answers or texts with infinite or not-a-number logits of the candidate alone",
+        name="All logits are finite",
+        outcome=Outcome.FAIL if count else Outcome.PASS,
+        found=f"{count} answers or texts where only the candidate has infinite or NaN logits",
     )
 
 
 def _layers_claim(layers: LayerErrors | None) -> list[Claim]:
     if layers is None:
         return []
-    name = "No layer stands out from its peers"
+    name = "No layer is an outlier"
     if not layers.suspects:
         return [
             Claim(name=name, outcome=Outcome.PASS, found=f"{len(layers.linears)} linears compared")
         ]
     found = "; ".join(f"{s.name}: {s.suspect}" for s in layers.suspects[:5])
-    advice = "rounding alone seldom does this: check how these layers were written."
+    advice = "Rounding alone rarely does this. Check how these layers were quantized and saved."
     return [Claim(name=name, outcome=Outcome.INCONCLUSIVE, found=found, advice=advice)]
 
 
 def _sentence(outcome: Outcome, claims: Sequence[Claim]) -> str:
     if outcome is Outcome.PASS:
-        return "Pass. What may be lost was set by the margins, and less than that is lost."
+        return "Pass. The candidate loses less than the margins allow."
     deciding = [claim for claim in claims if claim.outcome is outcome]
     if not deciding:
-        return "Inconclusive. Neither tasks nor text decide."
+        return "Inconclusive. Neither tasks nor running text were measured."
     why = "; ".join(f'"{claim.name}" ({claim.found})' for claim in deciding[:3])
     if outcome is Outcome.FAIL:
-        return f"Fail. What must hold does not: {why}."
-    return f"Inconclusive. Not shown either way: {why}."
+        return f"Fail. Not met: {why}."
+    return f"Inconclusive. The evidence does not decide: {why}."
 
 
-def percent(share: float, *, sign: bool = False) -> str:
-    """Write a share as percent with one decimal."""
+def _accuracies(result: SliceResult) -> str:
+    return f"{format_percent(result.base_accuracy)} → {format_percent(result.candidate_accuracy)}"
+
+
+def format_percent(share: float, *, sign: bool = False) -> str:
+    """Format a share as a percentage with one decimal."""
     return f"{100 * share:+.1f}%" if sign else f"{100 * share:.1f}%"
 
 
-def points(difference: float, *, sign: bool = True) -> str:
-    """Write a difference of shares in points."""
+def format_points(difference: float, *, sign: bool = True) -> str:
+    """Format a difference of shares in percentage points."""
     return f"{100 * difference:+.1f} points" if sign else f"{100 * difference:g} points"

@@ -1,1 +1,1 @@
-"""y = x @ dequantize(W).T: op (the contract) -> registry (who runs it, and why) -> kernels."""
+"""Quantized linears, y = x @ dequantize(W).T: op -> registry (selects a kernel) -> kernels."""

@@ -1,11 +1,10 @@
-"""The compiled CPU kernel with activations of 8 bits: faster where there are no matrix units.
+"""The compiled CPU kernel with int8 activations: faster on CPUs without matrix units (AMX).
 
-Each row of x is rounded group by group (the weight's groups) to whole multiples, -127 to 127, of
-its largest number / 127, and multiplied by the codes in integers, exactly. Error: half such a
-multiple for each number of x, so it is relative to the largest number of a group and not to each;
-beside it, what fp32 makes of the sums of groups. An x that is not finite makes its row
-not-a-number.
-Never chosen unless asked for: ``activations="int8"``, or ``HALFBYTE_KERNEL=cpu_int8``.
+Each row of x is quantized symmetrically per group (the weight's groups) to integers -127..127 with
+the scale max|x| / 127, and multiplied by the codes in exact integer arithmetic. Error: half a
+quantization step per element of x, relative to the largest element of its group and not to the
+element itself; plus fp32 sums over groups. A non-finite x makes its whole row NaN.
+Only used on request: ``activations="int8"``, or ``HALFBYTE_KERNEL=cpu_int8``.
 Measured: bench/measure_activations.py.
 """
 
@@ -17,7 +16,7 @@ from halfbyte.kernels.contract import LinearSpec
 from halfbyte.kernels.cpu_native import CpuNative
 
 LARGEST = 127
-"""Of the whole numbers; the library's own."""
+"""Largest absolute value of a quantized activation, as in the library."""
 
 
 class CpuInt8(CpuNative):
@@ -27,14 +26,14 @@ class CpuInt8(CpuNative):
     activation_bits = 8
 
     def find_mismatch(self, spec: LinearSpec) -> str | None:
-        """Say why it cannot run such a layer, or None."""
+        """Return why the kernel cannot run a layer; None if it can."""
         if spec.bits == 3:
             return "needs bits of 2, 4 or 8"
         longest = spec.in_features if spec.num_groups == 1 else spec.group_size
         if longest * LARGEST * 2**spec.bits >= 2**31:
-            return f"a group of {longest} columns leaves 32 bits at {spec.bits} bits"
+            return f"a group of {longest} columns overflows 32 bits at {spec.bits} bits"
         return super().find_mismatch(spec)
 
     def error_bound(self, spec: LinearSpec) -> float:
-        """Infinite: the error goes with the largest number of a group, not with each (above)."""
+        """Infinite: the error depends on the largest element of a group, not on each element."""
         return math.inf

@@ -1,12 +1,12 @@
-"""The compiled CPU kernel: one pass over the packed weights for every eight rows of x.
+"""The compiled CPU kernel: one pass over the packed weights per eight rows of x.
 
-Layout: ``csrc/layout.h``; one tensor of bytes that describes itself and holds codes, scales, zeros
-and column order. Arithmetic: exact codes, fp32 sums within a group, scaled once per group, one
-rounding of the result. Error: fp32 sums and that rounding; an asymmetric zero is folded in through
-the sum of x. bf16 input of two rows and more runs on the processor's matrix units where the
-library knows them (AMX): up to 16 rows with the same error, more with each weight rounded once.
-Elsewhere, from ROWS_LIMIT rows on, tiles of the weight are dequantized into the cache (rounded
-once, as in torch_reference) and multiplied by torch.
+Layout: ``csrc/layout.h``; one self-describing byte tensor with codes, scales, zeros and
+column order. Arithmetic: exact codes, fp32 sums within a group, scaled once per group, one
+rounding of the result. Error: fp32 sums and that rounding; an asymmetric zero is applied through
+the sum of x. bf16 input of two or more rows runs on the CPU's matrix units (AMX) where available:
+up to 16 rows with the same error, more rows with each weight rounded once. Otherwise, from
+ROWS_LIMIT rows on, tiles of the weight are dequantized into the cache (rounded once, as in
+torch_reference) and multiplied by torch.
 Measured: bench/measure_cpu_layers.py.
 """
 
@@ -32,7 +32,7 @@ LANES = 16
 """Output channels of a block."""
 
 SHARED_BYTES = 2**20
-"""Packed weights from which on several threads repack them; less is done before they meet."""
+"""Packed size from which repacking uses several threads; below it, starting them costs more."""
 
 
 class CpuNative:
@@ -41,14 +41,14 @@ class CpuNative:
     name = "cpu_native"
     repacks = True
     activation_bits = 16
-    """8: x is rounded first (cpu_int8.py)."""
+    """8: x is quantized first (cpu_int8.py)."""
 
     def find_obstacle(self) -> str | None:
-        """Say why the library cannot be used here, or None."""
+        """Return why the library cannot be used; None if it can."""
         return open_library().obstacle
 
     def find_mismatch(self, spec: LinearSpec) -> str | None:
-        """Say why it cannot run such a layer, or None."""
+        """Return why the kernel cannot run a layer; None if it can."""
         if spec.device_type != "cpu":
             return f"runs on cpu, not on {spec.device_type}"
         if spec.dtype not in DTYPES:
@@ -61,7 +61,7 @@ class CpuNative:
         return None
 
     def prepare(self, stored: Operands, spec: LinearSpec) -> tuple[Tensor, ...]:
-        """Regroup the words by blocks of output channels, columns sorted by group."""
+        """Repack the words by blocks of output channels, with columns sorted by group."""
         scales = stored.scales
         if scales.dtype not in DTYPES:
             scales = scales.float()
@@ -97,7 +97,7 @@ class CpuNative:
         return (packed,)
 
     def restore(self, operands: Operands, spec: LinearSpec) -> Tensor:
-        """Give back ``qweight``."""
+        """Return ``qweight`` as stored."""
         functions = open_library().functions
         assert functions is not None
         words = (spec.in_features * spec.bits // 32, spec.out_features)
@@ -110,7 +110,7 @@ class CpuNative:
 
     def apply(self, x: Tensor, operands: Operands, bias: Tensor | None, spec: LinearSpec) -> Tensor:
         """Multiply by the packed weight, or by dequantized tiles where x has many rows."""
-        # One row of a small layer is read in 100 µs, and what Python does to it comes on top.
+        # One row of a small layer takes 100 µs, so Python overhead matters here.
         rows = x.numel() // spec.in_features
         functions = open_library().functions
         assert functions is not None
@@ -133,7 +133,7 @@ class CpuNative:
         return result
 
     def dequantize(self, operands: Operands, spec: LinearSpec, dtype: torch.dtype) -> Tensor:
-        """Give the weight [out, in] as numbers."""
+        """Return the dequantized weight [out, in]."""
         return dequantize_weight(
             self.restore(operands, spec),
             operands.qzeros,
@@ -146,7 +146,7 @@ class CpuNative:
         )
 
     def input_gradient(self, gradient: Tensor, operands: Operands, spec: LinearSpec) -> Tensor:
-        """Multiply by the weight itself, a tile of output channels at a time."""
+        """Multiply by the weight, one tile of output channels at a time."""
         rows = gradient.reshape(-1, spec.out_features).to(_tile_dtype(spec))
         total = gradient.new_zeros(rows.shape[0], spec.in_features, dtype=torch.float32)
         for start, stop, tile in _dequantize_tiles(operands, spec):
@@ -156,14 +156,14 @@ class CpuNative:
         return total.to(gradient.dtype).view(*gradient.shape[:-1], spec.in_features)
 
     def error_bound(self, spec: LinearSpec) -> float:
-        """Few rows round the result only, many rows each weight too; zeros fold in through fp32."""
+        """Few rows round only the result, many rows each weight too; zeros are applied in fp32."""
         unit = torch.finfo(spec.dtype).eps / 2
         folded = 1 if spec.symmetric else 2**spec.bits
         sums = torch.finfo(torch.float32).eps * (spec.in_features + folded)
         return 3 * unit + sums
 
     def _takes_many_rows(self, spec: LinearSpec) -> bool:
-        """Say whether the library is the faster way for many rows too."""
+        """Whether the library is faster than dequantized tiles for many rows too."""
         if self.activation_bits < 16:
             return True
         functions = open_library().functions
@@ -173,7 +173,7 @@ class CpuNative:
     def _apply_tiles(
         self, x: Tensor, operands: Operands, bias: Tensor | None, spec: LinearSpec
     ) -> Tensor:
-        """Dequantize a tile of output channels at a time and multiply by it."""
+        """Dequantize one tile of output channels at a time and multiply by it."""
         rows = x.reshape(-1, spec.in_features).to(_tile_dtype(spec))
         if operands.g_idx is not None:
             rows = rows[:, _sorted_columns(operands.g_idx)]
@@ -186,19 +186,19 @@ class CpuNative:
 
 
 def _tile_dtype(spec: LinearSpec) -> torch.dtype:
-    """The library writes no float16 tiles; with fp32 ones the result is rounded once as well."""
+    """fp32 for float16, of which the library writes no tiles; the result is still rounded once."""
     return torch.float32 if spec.dtype == torch.float16 else spec.dtype
 
 
 def _sorted_columns(g_idx: Tensor) -> Tensor:
-    """Column of the weight at each place of a packed row."""
+    """Column of the weight at each position of a packed row."""
     return torch.argsort(g_idx, stable=True)
 
 
 def _dequantize_tiles(operands: Operands, spec: LinearSpec) -> Iterator[tuple[int, int, Tensor]]:
-    """Give the first and last output channel and the weight [in, channels] between, tile by tile.
+    """Yield (start, stop, weight [in, stop - start]) for each tile of output channels.
 
-    The columns come as they are packed, sorted by group; the memory is used again.
+    Columns are in packed order, sorted by group; the buffer is reused for the next tile.
     """
     functions = open_library().functions
     assert functions is not None

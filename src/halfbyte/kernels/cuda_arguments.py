@@ -1,23 +1,17 @@
-"""The parameter that the CUDA kernels share: ``Arguments`` in ``cuda/base.cu``."""
+"""The parameter struct that the CUDA kernels share: ``Arguments`` in ``cuda/base.cu``."""
 
 from __future__ import annotations
 
 import ctypes
-import functools
-from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from halfbyte.kernels.contract import LinearSpec, Operands
 from halfbyte.kernels.fragments import find_zeros
 
-SCALE_KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
-"""``SCALE_KIND`` in ``cuda/base.cu``."""
-
 
 class Arguments(ctypes.Structure):
-    """The kernel's parameter; as ``Arguments`` there."""
+    """The ctypes mirror of ``Arguments`` in ``cuda/base.cu``."""
 
     _fields_ = (
         ("codes", ctypes.c_void_p),
@@ -45,7 +39,7 @@ def fill_arguments(
     partials: Tensor | None,
     arrivals: Tensor,
 ) -> Arguments:
-    """Put the tensors of a launch into the kernel's parameter; they must outlive it."""
+    """Fill in the parameter struct of a launch; the tensors must stay alive until the launch."""
     zeros = find_zeros(operands, spec)
     steps = max(spec.group_size // 64, 1)
     return Arguments(
@@ -63,37 +57,3 @@ def fill_arguments(
         group_steps=steps,
         group_shift=steps.bit_length() - 1 if steps & (steps - 1) == 0 else -1,
     )
-
-
-@functools.lru_cache(maxsize=1024)
-def forget_shape(spec: LinearSpec) -> LinearSpec:
-    """The spec of every layer that the same machine code serves."""
-    group_size = 32 if spec.group_size < 64 else 64
-    return replace(
-        spec, in_features=64, out_features=64, group_size=group_size, act_order=False, zero_offset=0
-    )
-
-
-def define_layer_macros(spec: LinearSpec, scale_dtype: torch.dtype) -> dict[str, int]:
-    """The macros of ``cuda/base.cu``: what kind of layer it is."""
-    return {
-        "BF16": int(spec.dtype == torch.bfloat16),
-        "BITS": spec.bits,
-        "SCALE_KIND": SCALE_KINDS[scale_dtype],
-        "HAS_ZEROS": int(not spec.symmetric),
-        "HALF_GROUPS": int(spec.group_size < 64),
-    }
-
-
-SMALLEST_SPEC = LinearSpec(
-    bits=4,
-    group_size=64,
-    in_features=64,
-    out_features=64,
-    symmetric=True,
-    act_order=False,
-    zero_offset=0,
-    dtype=torch.bfloat16,
-    device_type="cuda",
-)
-"""A layer to try a compiler with."""

@@ -1,12 +1,12 @@
-"""Compile CUDA C++ at run time with torch's own NVRTC, and keep it on disk.
+"""Compile CUDA C++ at run time with torch's NVRTC, and cache the machine code on disk.
 
 ::
 
-    source + definitions ──(disk)── machine code for one architecture
-                         └──NVRTC─┘
+    source + definitions ─┬─disk cache─┬─> machine code for one architecture
+                          └───NVRTC────┘
 
-Torch's wheels for NVIDIA bring NVRTC and need the driver; there is no toolkit to install and no
-version to match. It is called by ctypes.
+Torch's wheels for NVIDIA GPUs include NVRTC, so there is no CUDA toolkit to install and no version
+to match. NVRTC is called through ctypes.
 """
 
 from __future__ import annotations
@@ -37,27 +37,27 @@ _INCLUDE = re.compile(r'^#include "(\w+\.cu)"\n', re.MULTILINE)
 
 
 def read_source(name: str) -> str:
-    """Read a kernel's source that is shipped with the package, and in it what it includes."""
+    """Read the source of a kernel from the package, with its includes expanded."""
     text = (resources.files("halfbyte.kernels") / "cuda" / name).read_text(encoding="utf-8")
     return _INCLUDE.sub(lambda found: read_source(found[1]), text)
 
 
 def compile_source(
-    source: str, definitions: Mapping[str, int], architecture: str, *, anew: bool = False
+    source: str, definitions: Mapping[str, int], architecture: str, *, force: bool = False
 ) -> bytes:
-    """Compile to machine code, or take it from the disk cache.
+    """Compile CUDA C++ to machine code, or read it from the disk cache.
 
     Args:
-        source: CUDA C++ that includes nothing.
+        source: CUDA C++ without includes.
         definitions: Macros.
         architecture: ``sm_90`` and the like.
-        anew: Whatever the cache has.
+        force: Compile even if the cache has the machine code.
 
     Returns:
         A cubin.
 
     Raises:
-        KernelUnavailable: There is no NVRTC, or it refuses the source; says which.
+        KernelUnavailable: NVRTC is not found, or cannot compile the source.
     """
     nvrtc = load_nvrtc()
     options = [
@@ -66,51 +66,51 @@ def compile_source(
         *(f"-D{name}={value}" for name, value in sorted(definitions.items())),
     ]
     key = "\n".join([source, *options, str(find_nvrtc_version(nvrtc))])
-    path = _find_place(key)
-    kept = b"" if anew or path is None else _read(path)
-    if kept:
-        return kept
+    path = _cache_path(key)
+    cached = b"" if force or path is None else _read(path)
+    if cached:
+        return cached
     cubin = _compile(nvrtc, source, options)
     if path is not None:
-        _keep(path, cubin)
+        _write(path, cubin)
     return cubin
 
 
-def _find_place(key: str) -> Path | None:
-    """Where machine code is kept; None: there is no folder for it."""
+def _cache_path(key: str) -> Path | None:
+    """Return the path of cached machine code; None if there is no cache folder."""
     try:
         folder = cache_folder()
     except ConfigError as error:
-        _tell_not_kept(str(error))
+        _warn_not_cached(str(error))
         return None
     return folder / "kernels" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
 
 
 def _read(path: Path) -> bytes:
-    """What was kept; nothing where it is not there, or another user's own."""
+    """Return a file's bytes; empty if it is missing or not readable."""
     try:
         return path.read_bytes()
     except OSError:
         return b""
 
 
-def _keep(path: Path, cubin: bytes) -> None:
-    """Write a file as a whole or not at all; a cache that cannot be written is no error."""
+def _write(path: Path, cubin: bytes) -> None:
+    """Write a file atomically; only warn if the cache is not writable."""
     partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(cubin)
         partial.replace(path)
     except OSError as error:
-        _tell_not_kept(f"{path.parent}: {error.strerror or error}")
+        _warn_not_cached(f"{path.parent}: {error.strerror or error}")
         with contextlib.suppress(OSError):
             partial.unlink()
 
 
 @functools.cache
-def _tell_not_kept(why: str) -> None:
-    """Say once why every process compiles anew."""
-    log.warning("compiled GPU kernels are not kept, which makes each start slower: %s", why)
+def _warn_not_cached(why: str) -> None:
+    """Warn once that compiled kernels cannot be cached."""
+    log.warning("compiled GPU kernels cannot be cached, which makes each start slower: %s", why)
 
 
 @functools.cache
@@ -121,7 +121,7 @@ def load_nvrtc() -> ctypes.CDLL:
         The library.
 
     Raises:
-        KernelUnavailable: There is none among torch's packages or on the library path.
+        KernelUnavailable: It is neither among torch's packages nor on the library path.
     """
     major = (torch.version.cuda or "13").split(".")[0]
     name = f"libnvrtc.so.{major}"
@@ -132,7 +132,7 @@ def load_nvrtc() -> ctypes.CDLL:
     candidates = [str(path) for folder in folders for path in sorted(folder.glob(f"*/lib/{name}"))]
     for candidate in [*candidates, name]:
         try:
-            # It looks for its built-in headers by name only: they must be loaded before.
+            # NVRTC looks up its builtins by name only, so they must be loaded first.
             for builtins in sorted(Path(candidate).parent.glob("libnvrtc-builtins.so.*")):
                 ctypes.CDLL(str(builtins))
             return ctypes.CDLL(candidate)
@@ -145,7 +145,7 @@ def load_nvrtc() -> ctypes.CDLL:
 
 
 def find_nvrtc_version(nvrtc: ctypes.CDLL) -> tuple[int, int]:
-    """Give NVRTC's (major, minor) version."""
+    """Return NVRTC's (major, minor) version."""
     major, minor = ctypes.c_int(), ctypes.c_int()
     nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
     return major.value, minor.value

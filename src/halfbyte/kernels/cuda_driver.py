@@ -1,6 +1,6 @@
-"""Load machine code of :mod:`halfbyte.kernels.cuda_compiler`, and launch it.
+"""Load and launch machine code compiled by :mod:`halfbyte.kernels.cuda_compiler`.
 
-The driver is called by ctypes: the few functions used have kept their form since CUDA 12.
+The CUDA driver is called through ctypes; the few functions used have been stable since CUDA 12.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from halfbyte.errors import KernelUnavailable
 from halfbyte.kernels.cuda_compiler import compile_source, read_source
-from halfbyte.kernels.gpu_device import AS_IT_IS
+from halfbyte.kernels.gpu_device import NULL_CONTEXT
 
 PROGRAMMATIC_LAUNCH = 6
 """CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION."""
@@ -24,7 +24,7 @@ MAX_DYNAMIC_SHARED = 8
 """CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES."""
 
 TENSOR_TYPES = {1: 0, 2: 1, 4: 2, 8: 4}
-"""By bytes of an element: CU_TENSOR_MAP_DATA_TYPE_UINT8, 16, 32 and 64."""
+"""By element size in bytes: CU_TENSOR_MAP_DATA_TYPE_UINT8, 16, 32 and 64."""
 TENSOR_SWIZZLE_128B = 3
 """CU_TENSOR_MAP_SWIZZLE_128B."""
 TENSOR_PROMOTE_L2_256B = 3
@@ -52,10 +52,10 @@ class _LaunchConfig(ctypes.Structure):
 
 
 class Context:
-    """A device's context, which torch uses too; in a ``with`` it is the calling thread's."""
+    """A device's primary context, which torch uses too; a ``with`` block makes it current."""
 
     def __init__(self, device: torch.device) -> None:
-        """Find it; it stays as long as the process does."""
+        """Retain the context until the process ends."""
         self._driver = load_driver()
         handle, self._context = ctypes.c_int(), ctypes.c_void_p()
         _check(self._driver.cuInit(0), "begin")
@@ -64,17 +64,17 @@ class Context:
         _check(status, f"use {device}")
 
     def is_current(self) -> bool:
-        """Whether it is the thread's already."""
+        """Whether this context is already the calling thread's current one."""
         found = ctypes.c_void_p()
         self._driver.cuCtxGetCurrent(ctypes.byref(found))
         return found.value == self._context.value
 
     def __enter__(self) -> None:
-        """Put it before what the thread had."""
+        """Push the context onto the thread's context stack."""
         _check(self._driver.cuCtxPushCurrent_v2(self._context), "change the device")
 
     def __exit__(self, *_: object) -> None:
-        """Give the thread back what it had."""
+        """Pop the context, so that the previous one is current again."""
         self._driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
 
 
@@ -82,36 +82,37 @@ _find_context = functools.cache(Context)
 
 
 def in_context(device: torch.device) -> AbstractContextManager[None]:
-    """Make a device's context the thread's own.
+    """Return a context manager that makes a device's CUDA context current for the thread.
 
-    The driver looks at no tensors: it launches into the thread's context, which is another device's
-    where that is torch's current one, and none where the thread has called nothing of CUDA yet.
+    The driver launches into the calling thread's current context, whatever device the tensors are
+    on. That is another device's context if torch's current device differs, and none at all if the
+    thread has not called CUDA before.
 
     Args:
-        device: Of what is launched.
+        device: Device of the launch.
 
     Returns:
-        For a ``with``, in which it is; nothing is done where it is already.
+        The context manager; a no-op if the context is current already.
     """
     context = _find_context(device)
-    return AS_IT_IS if context.is_current() else context
+    return NULL_CONTEXT if context.is_current() else context
 
 
 class Function:
-    """A kernel in a device's memory, ready to be launched."""
+    """A kernel loaded on a device, ready to launch."""
 
     def __init__(
         self, cubin: bytes, name: str, *, threads: int, shared_bytes: int, early_start: bool
     ) -> None:
-        """Load machine code into the thread's context.
+        """Load machine code into the current context.
 
         Args:
-            cubin: Of :func:`compile_source`.
-            name: The kernel's, declared ``extern "C"``.
-            threads: Of a thread block.
-            shared_bytes: Of dynamic shared memory.
-            early_start: Launch it before the launches ahead of it are over; it must wait for them
-                itself (``griddepcontrol.wait``).
+            cubin: Machine code from :func:`compile_source`.
+            name: Name of the kernel, declared ``extern "C"``.
+            threads: Threads per block.
+            shared_bytes: Dynamic shared memory per block.
+            early_start: Use programmatic dependent launch: the kernel may start before the launches
+                ahead of it have finished, and waits for them itself (``griddepcontrol.wait``).
         """
         self._driver = load_driver()
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
@@ -136,8 +137,8 @@ class Function:
         )
 
     def launch(self, blocks: int, arguments: ctypes.Structure, stream: int) -> None:
-        """Launch on a stream; ``arguments`` is the kernel's one parameter, copied by the call."""
-        # Of this call: other threads launch the same kernel meanwhile.
+        """Launch on a stream; ``arguments`` is the kernel's only parameter, copied by the call."""
+        # A copy per call: other threads may launch the same kernel concurrently.
         config = _LaunchConfig.from_buffer_copy(self._config)
         config.blocks, config.stream = blocks, stream
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
@@ -147,7 +148,7 @@ class Function:
         _check(status, f"launch {self._name}")
 
     def count_resident(self) -> int:
-        """Thread blocks that fit on a multiprocessor together."""
+        """Count the thread blocks that fit on a multiprocessor at a time."""
         count = ctypes.c_int()
         threads = int(self._config.block[0])
         size = ctypes.c_size_t(int(self._config.shared_bytes))
@@ -171,19 +172,19 @@ def load_kernel(
     """Compile and load a kernel.
 
     Args:
-        name: The kernel's, and its source's without ``.cu``.
+        name: Name of the kernel and, without ``.cu``, of its source file.
         definitions: Macros.
         architecture: ``sm_90`` and the like.
-        device: Into whose memory.
-        threads: Of a thread block.
-        shared_bytes: Of dynamic shared memory.
+        device: Device to load it on.
+        threads: Threads per block.
+        shared_bytes: Dynamic shared memory per block.
         early_start: See :class:`Function`.
 
     Returns:
-        The kernel, and how many of its thread blocks fit on a multiprocessor, 1 at least.
+        The kernel, and how many of its thread blocks fit on a multiprocessor, at least 1.
 
     Raises:
-        KernelUnavailable: It cannot be compiled or loaded; says why.
+        KernelUnavailable: The kernel cannot be compiled or loaded.
     """
     source = read_source(f"{name}.cu")
     load = functools.partial(
@@ -194,8 +195,8 @@ def load_kernel(
         try:
             function = load(cubin)
         except KernelUnavailable:
-            # What was kept on disk may be damaged.
-            again = compile_source(source, definitions, architecture, anew=True)
+            # The cached machine code may be damaged.
+            again = compile_source(source, definitions, architecture, force=True)
             if again == cubin:
                 raise
             function = load(again)
@@ -203,7 +204,7 @@ def load_kernel(
 
 
 def find_obstacle_to(load: Callable[[], object]) -> str | None:
-    """Say why a kernel cannot be loaded, or None."""
+    """Return why a kernel cannot be loaded; None if it can."""
     try:
         load()
     except KernelUnavailable as reason:
@@ -213,34 +214,36 @@ def find_obstacle_to(load: Callable[[], object]) -> str | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Boxes:
-    """Boxes of a tensor on the device, which the copy engine of compute capability 9.0 copies."""
+    """A tiling of a device tensor for TMA, the copy engine of compute capability 9.0."""
 
     address: int
-    """Of the tensor; a multiple of 16."""
+    """Address of the tensor; a multiple of 16."""
     element_bytes: int
     """1, 2, 4 or 8."""
     sizes: tuple[int, ...]
-    """Elements of each dimension, the innermost first."""
+    """Elements per dimension, innermost first."""
     strides: tuple[int, ...]
-    """Bytes from one to the next, of all dimensions but the innermost; multiples of 16."""
+    """Stride in bytes of every dimension except the innermost; multiples of 16."""
     box: tuple[int, ...]
-    """Elements of a box, at most 256 of each dimension; beyond the tensor they are 0."""
+    """Elements of a box per dimension, at most 256; those outside the tensor are read as 0."""
     swizzled: bool = False
-    """Whether its rows, of 128 bytes, have their 16-byte pieces swapped about."""
+    """Whether rows of 128 bytes use the 128-byte swizzle."""
 
 
 @functools.lru_cache(maxsize=8192)
 def encode_boxes(boxes: Boxes) -> tuple[int, ...]:
-    """Describe boxes to the copy engine.
+    """Encode boxes as a TMA descriptor.
 
     Args:
-        boxes: Which.
+        boxes: The tiling.
 
     Returns:
         The 16 words of a CUtensorMap.
     """
-    room = (ctypes.c_ulonglong * 24)()
-    start = ctypes.addressof(room) + -ctypes.addressof(room) % 64  # it asks for this alignment
+    buffer = (ctypes.c_ulonglong * 24)()
+    start = (
+        ctypes.addressof(buffer) + -ctypes.addressof(buffer) % 64
+    )  # the driver requires this alignment
     rank = len(boxes.sizes)
     status = load_driver().cuTensorMapEncodeTiled(
         ctypes.c_void_p(start),
@@ -268,13 +271,13 @@ def load_driver() -> ctypes.CDLL:
         The library.
 
     Raises:
-        KernelUnavailable: There is no driver.
+        KernelUnavailable: The driver is not installed.
     """
     try:
         return ctypes.CDLL("libcuda.so.1")
     except OSError as exc:
         raise KernelUnavailable(
-            "Cannot launch CUDA kernels: libcuda.so.1, NVIDIA's driver, is not there."
+            "Cannot launch CUDA kernels: libcuda.so.1 was not found. Install NVIDIA's driver."
         ) from exc
 
 

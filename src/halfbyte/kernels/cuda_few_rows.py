@@ -1,15 +1,21 @@
-"""What the two CUDA kernels for few rows of x have in common; as ``cuda/few_rows.cu``."""
+"""Configuration and work partition shared by the two CUDA kernels for few rows of x.
+
+The device code is ``cuda/few_rows.cu``.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from halfbyte.kernels.contract import LinearSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FewConfig:
-    """How a thread block is made; the names in the kernels' sources, in lower case."""
+    """Tile sizes of a thread block; named as the macros of the kernels, in lower case."""
+
+    architecture_suffix: ClassVar[str] = ""
 
     row_tiles: int
     tiles: int
@@ -20,34 +26,36 @@ class FewConfig:
 
     @property
     def channels(self) -> int:
-        """Output channels of a thread block."""
+        """Output channels per thread block."""
         return 16 * self.tiles * self.warps_out
 
     @property
     def partial_floats(self) -> int:
-        """Floats of the sums of a block of channels."""
+        """Partial sums per block of channels."""
         return self.channels * self.row_tiles * 8
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """How many thread blocks share what."""
+    """The partition of a layer among thread blocks."""
 
     channel_blocks: int
     runs: int
+    """Contiguous ranges of work units, one per thread block (Stream-K)."""
 
 
 def plan_work(config: FewConfig, spec: LinearSpec, resident: int, slack: float = 0.0) -> Work:
-    """Cut a layer into as many runs as thread blocks fit on the device, or fewer.
+    """Split a layer into at most as many runs as thread blocks fit on the device.
 
     Args:
-        config: The thread block.
+        config: Tile sizes of a thread block.
         spec: The layer.
-        resident: Thread blocks that run at a time.
-        slack: How much longer, as a share, runs may be that end where blocks of channels do.
+        resident: Thread blocks that run concurrently.
+        slack: How much longer runs may be, as a fraction, if they then end at block boundaries
+            and need no partial sums.
 
     Returns:
-        Blocks of channels, and runs.
+        The number of channel blocks and of runs.
     """
     channel_blocks = -(-spec.out_features // config.channels)
     chunks = -(-spec.in_features // (64 * config.warps_in))
@@ -56,5 +64,5 @@ def plan_work(config: FewConfig, spec: LinearSpec, resident: int, slack: float =
     whole = -(-channel_blocks // resident)
     if chunks * whole <= (1 + slack) * each and channel_blocks % whole == 0:
         return Work(channel_blocks, channel_blocks // whole)
-    # No more runs than give each a whole number of units where they can be equal.
+    # Use fewer runs where they can then all have the same number of units.
     return Work(channel_blocks, min(-(-units // each), units))

@@ -1,19 +1,20 @@
-"""Products on NVIDIA GPUs by CUDA C++ that is compiled when it is first needed.
+"""The CUDA kernels for NVIDIA GPUs, compiled from C++ at first use.
 
-Layout: :mod:`halfbyte.kernels.fragments`. Kernels: for few rows ``cuda/multiply.cu``, here; on
-compute capability 9.0 :mod:`halfbyte.kernels.cuda_stream` for few and
-:mod:`halfbyte.kernels.cuda_rows` for many. Where none was measured to be the fastest,
-:mod:`halfbyte.kernels.triton_linear` takes over.
-Arithmetic: code - zero is exact, its products with x are summed in fp32 and scaled in fp32 for each
-32 inputs; one rounding of the result. Deterministic.
-Needs compute capability 8.0 (bf16, ``cp.async``); from 9.0 on a launch loads its first weights
-while the one before it still runs.
+Layout: :mod:`halfbyte.kernels.fragments`. Kernels: ``cuda/multiply.cu`` for few rows of x, launched
+here; on compute capability 9.0 also :mod:`halfbyte.kernels.cuda_stream` for few rows and
+:mod:`halfbyte.kernels.cuda_rows` for many. Where none of them was measured to be the fastest,
+:mod:`halfbyte.kernels.triton_linear` is used instead.
+Arithmetic: code - zero is exact, its products with x are summed in fp32 and scaled in fp32 per 32
+inputs; one rounding of the result. Deterministic.
+Needs compute capability 8.0 (bf16, ``cp.async``). From 9.0 on a launch loads its first weights
+while the previous one still runs (programmatic dependent launch).
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,18 +22,9 @@ from torch.nn import functional
 
 from halfbyte.kernels import cuda_rows, cuda_stream
 from halfbyte.kernels.contract import LinearSpec, Operands
-from halfbyte.kernels.cuda_arguments import (
-    SMALLEST_SPEC,
-    define_layer_macros,
-    fill_arguments,
-    forget_shape,
-)
-from halfbyte.kernels.cuda_driver import (
-    Function,
-    find_obstacle_to,
-    in_context,
-    load_kernel,
-)
+from halfbyte.kernels.cuda_arguments import fill_arguments
+from halfbyte.kernels.cuda_config import SMALLEST_SPEC, load_function
+from halfbyte.kernels.cuda_driver import find_obstacle_to, in_context
 from halfbyte.kernels.cuda_few_rows import FewConfig, plan_work
 from halfbyte.kernels.cuda_rows import RowsConfig
 from halfbyte.kernels.cuda_stream import StreamConfig
@@ -47,38 +39,41 @@ from halfbyte.kernels.gpu_device import (
     find_gpu_obstacle,
     is_nvidia,
     name_architecture,
-    starts_early,
 )
 from halfbyte.kernels.gpu_table import load_table
 from halfbyte.kernels.triton_linear import ROWS_LIMIT as TRITON_ROWS
 from halfbyte.kernels.triton_linear import TritonLinear, find_triton_obstacle
 
 ROWS_LIMIT = 64
-"""Rows that a thread block can take."""
-OLDEST = (8, 0)
+"""Maximum rows of x per thread block."""
+MIN_CAPABILITY = (8, 0)
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024}
-"""Bytes of shared memory that a thread block may have, by architecture.
+"""Maximum bytes of shared memory per thread block, by architecture.
 
 Source:
     NVIDIA, "CUDA C++ Programming Guide", technical specifications per compute capability.
 """
-SMALLEST_LIMIT = 99 * 1024
-"""Of any architecture from 8.0 on."""
+MIN_SHARED_LIMIT = 99 * 1024
+"""Available on every architecture from 8.0 on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CudaConfig(FewConfig):
-    """How a thread block of multiply.cu is made."""
+    """Tile sizes of a thread block of multiply.cu."""
+
+    source: ClassVar[str] = "multiply"
+    host_fields: ClassVar[tuple[str, ...]] = ()
 
     @property
     def threads(self) -> int:
-        """Threads of a thread block."""
+        """Threads per block."""
         return 32 * self.warps_out * self.warps_in
 
-    def count_shared_bytes(self, bits: int, scale_size: int, has_zeros: bool, halves: int) -> int:
-        """Bytes of shared memory of a thread block; as in multiply.cu."""
-        grid_bytes = halves * self.tiles * 16 * (scale_size + has_zeros)
-        warp_bytes = self.tiles * 128 * bits + grid_bytes
+    def count_shared_bytes(self, spec: LinearSpec, scale_dtype: torch.dtype) -> int:
+        """Count the shared memory of a thread block in bytes, as multiply.cu does."""
+        halves = 2 if spec.group_size < 64 else 1
+        grid_bytes = halves * self.tiles * 16 * (scale_dtype.itemsize + (not spec.symmetric))
+        warp_bytes = self.tiles * 128 * spec.bits + grid_bytes
         warps = self.warps_out * self.warps_in
         stage = warps * warp_bytes + self.warps_in * self.row_tiles * 1024
         return self.stages * stage + self.warps_in * self.partial_floats * 4 + 16
@@ -90,7 +85,7 @@ PREFERRED = (
     CudaConfig(row_tiles=4, tiles=2, warps_out=4, warps_in=4, stages=3),
     CudaConfig(row_tiles=8, tiles=1, warps_out=4, warps_in=4, stages=3),
 )
-"""By rows of x: those with the best geometric means over the measured shapes of an H100."""
+"""By rows of x: the best geometric means over the shapes measured on an H100."""
 
 BUCKETS = sorted(
     {
@@ -99,49 +94,49 @@ BUCKETS = sorted(
         *cuda_rows.BUCKETS,
     }
 )
-"""Rows of x, up to so many, that are run alike, whichever kernel it is."""
+"""Upper bounds of the ranges of rows that use the same configuration, for all kernels."""
 
-USUAL_ROWS = 16
-"""Up to so many rows it is faster than the Triton program in geometric mean over those shapes."""
+DEFAULT_ROWS = 16
+"""Rows up to which this kernel beats the Triton kernel in geometric mean over those shapes."""
 
 
 def choose_rows(architecture: str, spec: LinearSpec) -> int:
-    """Choose up to how many rows of x a layer runs on this kernel, where Triton may run the rest.
+    """Choose up to how many rows of x a layer runs on this kernel rather than on Triton.
 
     Args:
-        architecture: ``sm_90`` and the like.
+        architecture: Such as ``sm_90``.
         spec: The layer.
 
     Returns:
-        As measured for the layer's shape, else USUAL_ROWS.
+        The measured number for the layer's shape, otherwise DEFAULT_ROWS.
     """
     shape = (spec.in_features, spec.out_features)
-    return load_table(architecture).cuda_rows.get(shape, USUAL_ROWS)
+    return load_table(architecture).cuda_rows.get(shape, DEFAULT_ROWS)
 
 
 def choose_config(
     architecture: str, rows: int, spec: LinearSpec, scale_dtype: torch.dtype
 ) -> CudaConfig:
-    """Choose a thread block for a number of rows of x.
+    """Choose the tile sizes for a number of rows of x.
 
     Args:
-        architecture: ``sm_90`` and the like.
+        architecture: Such as ``sm_90``.
         rows: 1..ROWS_LIMIT.
         spec: The layer.
-        scale_dtype: Of its scales.
+        scale_dtype: Dtype of the scales.
 
     Returns:
-        The fastest one measured for the layer's shape, else the preferred one; with fewer stages
-        and then fewer warps where the memory of a thread block asks for that.
+        The fastest measured configuration for the layer's shape, otherwise the preferred one; with
+        fewer stages, then fewer warps, if shared memory requires it.
     """
     best = next(config for config in PREFERRED if rows <= 8 * config.row_tiles)
     shape = (spec.in_features, spec.out_features)
     measured = load_table(architecture).cuda.get((shape, 8 * best.row_tiles))
     if measured is not None:
         best = CudaConfig(**measured)
-    limit = SHARED_LIMIT.get(architecture, SMALLEST_LIMIT)
+    limit = SHARED_LIMIT.get(architecture, MIN_SHARED_LIMIT)
     config = best
-    while count_shared_bytes(config, spec, scale_dtype) > limit:
+    while config.count_shared_bytes(spec, scale_dtype) > limit:
         if config.stages > 2:
             config = replace(config, stages=config.stages - 1)
         else:
@@ -150,40 +145,28 @@ def choose_config(
     return config
 
 
-def define_macros(config: CudaConfig, spec: LinearSpec, scale_dtype: torch.dtype) -> dict[str, int]:
-    """Give the macros of multiply.cu for a layer."""
-    made = {name.upper(): value for name, value in asdict(config).items()}
-    return made | define_layer_macros(spec, scale_dtype)
-
-
-def count_shared_bytes(config: CudaConfig, spec: LinearSpec, scale_dtype: torch.dtype) -> int:
-    """Give the bytes of shared memory of a thread block for a layer."""
-    halves = 2 if spec.group_size < 64 else 1
-    return config.count_shared_bytes(spec.bits, scale_dtype.itemsize, not spec.symmetric, halves)
-
-
 class CudaLinear(TritonLinear):
-    """The CUDA kernels, and what TritonLinear does where they cannot or need not."""
+    """The CUDA kernels, with TritonLinear as the fallback."""
 
     name = "cuda"
 
     def find_obstacle(self) -> str | None:
-        """Say why nothing can be compiled here, or None."""
+        """Return why no CUDA kernel can be compiled here; None if one can."""
         return find_gpu_obstacle() or _find_obstacle()
 
     def find_mismatch(self, spec: LinearSpec) -> str | None:
-        """Say why the kernel cannot run such a layer, or None."""
+        """Return why the kernel cannot run a layer; None if it can."""
         if spec.device_type != "cuda":
             return f"runs on cuda, not on {spec.device_type}"
         return find_layout_mismatch(spec)
 
-    def describe_division(self, spec: LinearSpec) -> str:
-        """Say up to how many rows what runs."""
+    def describe_row_tiers(self, spec: LinearSpec) -> str:
+        """Describe which code runs up to how many rows."""
         device = torch.device("cuda", torch.cuda.current_device())
         obstacle = find_triton_obstacle()
         last: dict[str, int] = {}
-        most = max(cuda_rows.ROWS_LIMIT, TRITON_ROWS)
-        for rows in range(1, most + 1):
+        max_rows = max(cuda_rows.ROWS_LIMIT, TRITON_ROWS)
+        for rows in range(1, max_rows + 1):
             config = choose_tier(device, rows, spec, torch.float16)
             if isinstance(config, CudaConfig | StreamConfig):
                 last["CUDA"] = rows
@@ -193,31 +176,27 @@ class CudaLinear(TritonLinear):
                 last["Triton"] = rows
         parts = [f"up to {rows} rows {name}" for name, rows in last.items()]
         parts.append("then dequantized first" + (f" ({obstacle})" if obstacle else ""))
-        # Where one of them cannot be compiled, its rows went to the others without a word.
-        parts += [f"without {name} ({why})" for name, why in find_lacking(device).items()]
+        # The rows of a kernel that cannot be compiled fall back to the others: report it here.
+        parts += [f"without {name} ({why})" for name, why in find_missing_kernels(device).items()]
         return ", ".join(parts)
 
     def prepare(self, stored: Operands, spec: LinearSpec) -> tuple[Tensor, ...]:
-        """Repack the weight, and compile for every number of rows: a CUDA graph could not."""
+        """Repack the weight, and compile all kernels now: CUDA graph capture cannot."""
         device, dtype = stored.scales.device, stored.scales.dtype
         for rows in BUCKETS:
             config = choose_tier(device, rows, spec, dtype)
-            if isinstance(config, RowsConfig):
-                cuda_rows.load_for(config, spec, dtype, device)
-            elif isinstance(config, StreamConfig):
-                cuda_stream.load_function(config, forget_shape(spec), dtype, device, True)
-            elif config is not None:
-                load_function(config, forget_shape(spec), dtype, device, True)
+            if config is not None:
+                load_function(config, spec, dtype, device)
         return super().prepare(stored, spec)
 
     def dequantize(self, operands: Operands, spec: LinearSpec, dtype: torch.dtype) -> Tensor:
-        """Give the weight [out, in] as numbers, by Triton where it can run."""
+        """Return the dequantized weight [out, in], computed by Triton if available."""
         if find_triton_obstacle() is None:
             return super().dequantize(operands, spec, dtype)
         return dequantize_in_torch(operands, spec, dtype)
 
     def apply(self, x: Tensor, operands: Operands, bias: Tensor | None, spec: LinearSpec) -> Tensor:
-        """Multiply by the packed codes, or by the dequantized weight where x has many rows."""
+        """Multiply by the packed codes, or by the dequantized weight if x has many rows."""
         rows = x.reshape(-1, spec.in_features)
         count = rows.shape[0]
         config = None
@@ -242,16 +221,16 @@ class CudaLinear(TritonLinear):
 def choose_tier(
     device: torch.device, rows: int, spec: LinearSpec, scale_dtype: torch.dtype
 ) -> CudaConfig | RowsConfig | StreamConfig | None:
-    """Choose the CUDA kernel for a number of rows, and how it is cut.
+    """Choose the CUDA kernel and its tile sizes for a number of rows.
 
     Args:
-        device: Of the layer.
-        rows: Of x, 1 or more.
+        device: Device of the layer.
+        rows: Rows of x, at least 1.
         spec: The layer.
-        scale_dtype: Of its scales.
+        scale_dtype: Dtype of the scales.
 
     Returns:
-        Of a kernel for few rows or of that for many; None: Triton, or dequantized first.
+        The configuration, whose type tells the kernel; None: use Triton or dequantize first.
     """
     architecture = name_architecture(device)
     stream = cuda_stream.choose_config(architecture, rows, spec, scale_dtype)
@@ -264,8 +243,8 @@ def choose_tier(
     return choose_config(architecture, rows, spec, scale_dtype) if rows <= few else None
 
 
-def find_lacking(device: torch.device) -> dict[str, str]:
-    """Give the kernels of compute capability 9.0 that a device should run and cannot, with why."""
+def find_missing_kernels(device: torch.device) -> dict[str, str]:
+    """Return the kernels for compute capability 9.0 that such a device cannot run, with reasons."""
     if name_architecture(device) != cuda_rows.ARCHITECTURE:
         return {}
     reasons = {"CUDA for many": cuda_rows.find_obstacle(device)}
@@ -286,19 +265,19 @@ def multiply(
     """Multiply by packed codes.
 
     Args:
-        rows: [rows, in], contiguous, the inputs in the packed order.
-        operands: As ``prepare`` left them.
+        rows: [rows, in], contiguous, inputs in packed order.
+        operands: As returned by ``prepare``.
         bias: [out] or None.
         spec: The layer.
-        config: The thread block.
-        early_start: Launch before what is ahead in the stream is over.
+        config: Tile sizes.
+        early_start: Use programmatic dependent launch.
 
     Returns:
         [rows, out].
     """
     device = rows.device
     function, resident = load_function(
-        config, forget_shape(spec), operands.scales.dtype, device, early_start
+        config, spec, operands.scales.dtype, device, early_start=early_start
     )
     work = plan_work(config, spec, resident * count_processors(device))
     result = rows.new_empty(rows.shape[0], spec.out_features)
@@ -313,35 +292,15 @@ def multiply(
 
 
 @functools.cache
-def load_function(
-    config: CudaConfig,
-    spec: LinearSpec,
-    scale_dtype: torch.dtype,
-    device: torch.device,
-    early_start: bool,
-) -> tuple[Function, int]:
-    """Compile and load a kernel; also how many of its thread blocks fit on a multiprocessor."""
-    return load_kernel(
-        "multiply",
-        define_macros(config, spec, scale_dtype),
-        name_architecture(device),
-        device,
-        threads=config.threads,
-        shared_bytes=count_shared_bytes(config, spec, scale_dtype),
-        early_start=early_start and starts_early(device),
-    )
-
-
-@functools.cache
 def _find_obstacle() -> str | None:
     device = torch.device("cuda", torch.cuda.current_device())
     if not is_nvidia(device):
         return "needs an NVIDIA GPU"
     capability = torch.cuda.get_device_capability(device)
-    if capability < OLDEST:
-        found, needed = (".".join(map(str, version)) for version in (capability, OLDEST))
+    if capability < MIN_CAPABILITY:
+        found, needed = (".".join(map(str, version)) for version in (capability, MIN_CAPABILITY))
         return f"needs compute capability {needed}; this GPU has {found}"
-    # All the way: a driver older than torch's NVRTC refuses what that compiles.
+    # Load it too: a driver older than torch's NVRTC refuses the machine code.
     return find_obstacle_to(
-        lambda: load_function(PREFERRED[0], SMALLEST_SPEC, torch.float16, device, True)
+        lambda: load_function(PREFERRED[0], SMALLEST_SPEC, torch.float16, device)
     )

@@ -1,7 +1,7 @@
-"""Products of many rows of x on compute capability 9.0, by CUDA C++.
+"""The CUDA kernel for many rows of x on compute capability 9.0.
 
-Layout: :mod:`halfbyte.kernels.fragments`. Kernel: ``cuda/multiply_rows.cu``, whose products are the
-warpgroup's own (``wgmma``, sm_90a).
+Layout: :mod:`halfbyte.kernels.fragments`. Kernel: ``cuda/multiply_rows.cu``, which uses
+warpgroup matrix instructions (``wgmma``, sm_90a).
 Arithmetic: code - zero is exact, its product with the scale is rounded once to the type of x, sums
 are fp32; one rounding of the result. Deterministic.
 """
@@ -10,51 +10,39 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from halfbyte.kernels.contract import LinearSpec, Operands
-from halfbyte.kernels.cuda_arguments import (
-    SMALLEST_SPEC,
-    Arguments,
-    define_layer_macros,
-    fill_arguments,
-    forget_shape,
-)
-from halfbyte.kernels.cuda_driver import (
-    Boxes,
-    Function,
-    encode_boxes,
-    find_obstacle_to,
-    in_context,
-    load_kernel,
-)
+from halfbyte.kernels.cuda_arguments import Arguments, fill_arguments
+from halfbyte.kernels.cuda_config import SMALLEST_SPEC, load_function
+from halfbyte.kernels.cuda_driver import Boxes, encode_boxes, find_obstacle_to, in_context
 from halfbyte.kernels.gpu_device import (
     ARRIVALS,
     count_processors,
     find_arrivals,
-    name_architecture,
 )
 from halfbyte.kernels.gpu_table import load_table
 
 ARCHITECTURE = "sm_90"
-"""The only one that has these instructions."""
+"""The only architecture with these instructions."""
 SHARED_LIMIT = 227 * 1024
-"""Bytes of shared memory that a thread block may have."""
+"""Maximum bytes of shared memory per thread block."""
 ROWS_LIMIT = 1024
-"""From more rows on the weight is dequantized first."""
-FEWEST_STEPS = 4
-"""Steps of 64 inputs of a run that shares its tile."""
-FULL_ENOUGH = 0.9
-"""Of the processors' time: what whole tiles must use, or runs end within tiles."""
+"""Above this number of rows the weight is dequantized first."""
+MIN_STEPS = 4
+"""Minimum steps of 64 inputs per run if runs share a tile."""
+MIN_UTILIZATION = 0.9
+"""Minimum fraction of processor time that whole tiles must use; otherwise runs end within tiles."""
 BUCKETS = (8, 16, 32, 64, 128, 256, 512, ROWS_LIMIT)
-"""Rows of x, up to so many, that are cut alike."""
+"""Upper bounds of the ranges of rows that use the same configuration."""
 
 
 class RowsArguments(ctypes.Structure):
-    """The kernel's parameter; as ``RowsArguments`` in multiply_rows.cu."""
+    """The ctypes mirror of ``RowsArguments`` in multiply_rows.cu."""
 
     _fields_ = (
         ("x_map", ctypes.c_ulonglong * 16),
@@ -65,51 +53,63 @@ class RowsArguments(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowsConfig:
-    """How a product is cut; the names in multiply_rows.cu, in lower case."""
+    """Tile sizes of a product; named as the macros of multiply_rows.cu, in lower case."""
+
+    source: ClassVar[str] = "multiply_rows"
+    architecture_suffix: ClassVar[str] = "a"
+    host_fields: ClassVar[tuple[str, ...]] = ("splits",)
 
     rows: int
     tiles: int
     warpgroups: int
     stages: int
     splits: int = 0
-    """Runs of a tile; 0: as many of all tiles as thread blocks fit on the device."""
+    """Runs per tile (split-K); 0: one run per resident thread block over all tiles (Stream-K)."""
     blocks: int = 1
     cluster: int = 1
-    """Thread blocks side by side that share their rows of x."""
+    """Thread blocks of a cluster, which share their rows of x."""
     turns: int = 0
-    """1: two warpgroups begin their products in turns."""
+    """1: two warpgroups start their products in turns."""
     joined: int = 1
-    """Thread blocks that share a tile in a cluster; if more than 1, ``splits`` is the same."""
+    """Thread blocks of a cluster that share a tile; if more than 1, equal to ``splits``."""
 
     @property
     def channels(self) -> int:
-        """Output channels of a tile."""
+        """Output channels per tile."""
         return 64 * self.tiles * self.warpgroups
 
     @property
     def threads(self) -> int:
-        """Threads of a thread block."""
+        """Threads per block."""
         return 128 * (self.warpgroups + 1)
 
     @property
     def partial_floats(self) -> int:
-        """Floats of the sums of a tile, of all thread blocks of a cluster."""
+        """Partial sums of a tile, for all thread blocks of a cluster."""
         return self.channels * self.rows * self.cluster
 
+    def count_shared_bytes(self, spec: LinearSpec, scale_dtype: torch.dtype) -> int:
+        """Count the shared memory of a thread block in bytes, as multiply_rows.cu does."""
+        halves = 2 if spec.group_size < 64 else 1
+        grid = halves * self.channels * (scale_dtype.itemsize + (not spec.symmetric))
+        stage = self.rows * 128 + self.channels * 8 * spec.bits + grid
+        tail = self.warpgroups * 4 * 512 + 16 * self.stages + 16
+        return self.stages * -(-stage // 1024) * 1024 + tail + 1024
+
     def count_tiles(self, spec: LinearSpec, rows: int) -> int:
-        """Tiles of a product, all of a cluster's as one."""
+        """Count the tiles of a product; those of a cluster count as one."""
         return -(-spec.out_features // (self.channels * self.cluster)) * -(-rows // self.rows)
 
 
 _WIDE = RowsConfig(rows=256, tiles=1, warpgroups=2, stages=5)
-USUAL = {
+DEFAULT_CONFIGS = {
     64: RowsConfig(rows=64, tiles=2, warpgroups=2, stages=13),
     128: RowsConfig(rows=128, tiles=2, warpgroups=2, stages=8),
     256: _WIDE,
     512: _WIDE,
     ROWS_LIMIT: _WIDE,
 }
-"""By bucket: those with the best geometric means over the measured shapes of an H100."""
+"""By bucket: the best geometric means over the shapes measured on an H100."""
 
 
 def choose_config(
@@ -119,18 +119,18 @@ def choose_config(
     spec: LinearSpec,
     scale_dtype: torch.dtype,
 ) -> RowsConfig | None:
-    """Choose how to cut a product.
+    """Choose the tile sizes of a product.
 
     Args:
-        architecture: ``sm_90`` and the like.
+        architecture: Such as ``sm_90``.
         num_processors: Multiprocessors of the device.
-        rows: Of x.
+        rows: Rows of x.
         spec: The layer.
-        scale_dtype: Of its scales.
+        scale_dtype: Dtype of the scales.
 
     Returns:
-        As measured for the layer's shape, else as usual, with fewer stages where the layer asks
-        for more memory; None: run it on another tier, which can do it faster, or at all.
+        The measured configuration for the layer's shape, otherwise the default, with fewer stages
+        if shared memory requires it; None: another kernel is faster, or this one cannot run it.
     """
     bucket = next((size for size in BUCKETS if rows <= size), None)
     if architecture != ARCHITECTURE or bucket is None:
@@ -141,7 +141,7 @@ def choose_config(
         found = measured[key]
         config = None if found is None else RowsConfig(**found)
     else:
-        config = USUAL.get(bucket)
+        config = DEFAULT_CONFIGS.get(bucket)
         if config is not None:
             tiles = config.count_tiles(spec, bucket)
             splits = choose_splits(tiles, spec.in_features // 64, num_processors)
@@ -155,60 +155,45 @@ def choose_splits(tiles: int, steps: int, num_processors: int) -> int:
     """Choose how many runs share a tile.
 
     Args:
-        tiles: Of the product.
-        steps: Of 64 inputs of a tile.
-        num_processors: Of which each takes one run at a time.
+        tiles: Tiles of the product.
+        steps: Steps of 64 inputs per tile.
+        num_processors: Multiprocessors, each of which executes one run at a time.
 
     Returns:
-        As many as there are processors for; with more tiles than processors 1, or 0 where the last
-        round would leave too many of them idle.
+        As many as keep all processors busy; with more tiles than processors 1, or 0 if the last
+        wave would leave too many of them idle.
     """
     if tiles <= num_processors:
-        return max(min(num_processors // tiles, steps // FEWEST_STEPS), 1)
-    rounds = -(-tiles // num_processors)
-    return 1 if tiles >= FULL_ENOUGH * rounds * num_processors else 0
+        return max(min(num_processors // tiles, steps // MIN_STEPS), 1)
+    waves = -(-tiles // num_processors)
+    return 1 if tiles >= MIN_UTILIZATION * waves * num_processors else 0
 
 
 def fit_memory(config: RowsConfig, spec: LinearSpec, scale_dtype: torch.dtype) -> RowsConfig:
-    """Take stages away until a multiprocessor has room for the thread blocks."""
-    room = find_room(config.blocks)
-    while count_shared_bytes(config, spec, scale_dtype) > room:
+    """Reduce the stages until the thread blocks fit on a multiprocessor."""
+    limit = limit_shared_bytes(config.blocks)
+    while config.count_shared_bytes(spec, scale_dtype) > limit:
         config = replace(config, stages=config.stages - 1)
     return config
 
 
-def find_room(blocks: int) -> int:
-    """Give the bytes of shared memory that each of so many thread blocks may ask for."""
-    # A thread block costs 1 KiB more than it asks for; the limit leaves room for one.
+def limit_shared_bytes(blocks: int) -> int:
+    """Return the maximum shared memory per block for a number of blocks per multiprocessor."""
+    # Each thread block occupies 1 KiB more than it requests; the limit accounts for one block.
     return (SHARED_LIMIT + 1024) // blocks - 1024
 
 
-def define_macros(config: RowsConfig, spec: LinearSpec, scale_dtype: torch.dtype) -> dict[str, int]:
-    """Give the macros of multiply_rows.cu for a layer."""
-    made = {name.upper(): value for name, value in asdict(config).items() if name != "splits"}
-    return made | define_layer_macros(spec, scale_dtype)
-
-
-def count_shared_bytes(config: RowsConfig, spec: LinearSpec, scale_dtype: torch.dtype) -> int:
-    """Give the bytes of shared memory of a thread block for a layer; as in multiply_rows.cu."""
-    halves = 2 if spec.group_size < 64 else 1
-    grid = halves * config.channels * (scale_dtype.itemsize + (not spec.symmetric))
-    stage = config.rows * 128 + config.channels * 8 * spec.bits + grid
-    tail = config.warpgroups * 4 * 512 + 16 * config.stages + 16
-    return config.stages * -(-stage // 1024) * 1024 + tail + 1024
-
-
 def count_runs(config: RowsConfig, spec: LinearSpec, rows: int, resident: int) -> int:
-    """Count the runs of a product, each a thread block or a cluster.
+    """Count the runs of a product, each executed by one thread block or cluster.
 
     Args:
-        config: How it is cut.
+        config: Tile sizes.
         spec: The layer.
-        rows: Of x.
-        resident: Thread blocks that run at a time.
+        rows: Rows of x.
+        resident: Thread blocks that run concurrently.
 
     Returns:
-        At most one for each step of 64 inputs of each tile.
+        The count; at most one run per step of 64 inputs of each tile.
     """
     tiles = config.count_tiles(spec, rows)
     runs = tiles * config.splits if config.splits else resident // config.cluster
@@ -216,15 +201,15 @@ def count_runs(config: RowsConfig, spec: LinearSpec, rows: int, resident: int) -
 
 
 def find_mismatch(config: RowsConfig, spec: LinearSpec, rows: int) -> str | None:
-    """Say why a product is too large for the kernel's counters, or None."""
+    """Return why a product is too large for the kernel's counters; None if it is not."""
     tiles = config.count_tiles(spec, rows)
     if tiles * config.warpgroups * config.cluster > ARRIVALS:
         return (
-            f"{tiles} tiles of {config.warpgroups * config.cluster} parts are more than {ARRIVALS}"
+            f"{tiles} tiles x {config.warpgroups * config.cluster} parts exceed {ARRIVALS} counters"
         )
     runs = max(tiles * max(config.splits, 1), 1024)
     if (tiles * (spec.in_features // 64) + 1) * runs >= 2**32:
-        return f"{tiles} tiles of {spec.in_features} inputs are more than 32 bits count"
+        return f"{tiles} tiles of {spec.in_features} inputs overflow a 32-bit counter"
     return None
 
 
@@ -240,19 +225,19 @@ def multiply(
     """Multiply by packed codes.
 
     Args:
-        rows: [rows, in], contiguous, the inputs in the packed order.
-        operands: As ``prepare`` left them.
+        rows: [rows, in], contiguous, inputs in packed order.
+        operands: As returned by ``prepare``.
         bias: [out] or None.
         spec: The layer.
-        config: How to cut it; :func:`find_mismatch` has nothing against it.
-        early_start: Launch before what is ahead in the stream is over.
+        config: Tile sizes for which :func:`find_mismatch` returns None.
+        early_start: Use programmatic dependent launch.
 
     Returns:
         [rows, out].
     """
     device, count = rows.device, rows.shape[0]
     function, resident = load_function(
-        _made_alike(config), forget_shape(spec), operands.scales.dtype, device, early_start
+        config, spec, operands.scales.dtype, device, early_start=early_start
     )
     runs = count_runs(config, spec, count, resident * count_processors(device))
     result = rows.new_empty(count, spec.out_features)
@@ -278,42 +263,8 @@ def multiply(
     return result
 
 
-def load_for(
-    config: RowsConfig, spec: LinearSpec, scale_dtype: torch.dtype, device: torch.device
-) -> None:
-    """Compile and load what a layer's products need, before a CUDA graph is captured."""
-    load_function(_made_alike(config), forget_shape(spec), scale_dtype, device, True)
-
-
 @functools.cache
 def find_obstacle(device: torch.device) -> str | None:
-    """Say why the kernel cannot be compiled for a device of its architecture, or None."""
+    """Return why the kernel cannot be compiled for a device of its architecture; None if it can."""
     config = RowsConfig(rows=64, tiles=1, warpgroups=2, stages=4)
-    return find_obstacle_to(lambda: load_for(config, SMALLEST_SPEC, torch.float16, device))
-
-
-@functools.lru_cache(maxsize=256)
-def _made_alike(config: RowsConfig) -> RowsConfig:
-    """The config that stands for all with the same machine code."""
-    return RowsConfig(**asdict(config) | {"splits": 0})
-
-
-@functools.cache
-def load_function(
-    config: RowsConfig,
-    spec: LinearSpec,
-    scale_dtype: torch.dtype,
-    device: torch.device,
-    early_start: bool,
-) -> tuple[Function, int]:
-    """Compile and load a kernel; also how many of its thread blocks fit on a multiprocessor."""
-    return load_kernel(
-        "multiply_rows",
-        define_macros(config, spec, scale_dtype),
-        # "a": instructions of this architecture and of no other.
-        f"{name_architecture(device)}a",
-        device,
-        threads=config.threads,
-        shared_bytes=count_shared_bytes(config, spec, scale_dtype),
-        early_start=early_start,
-    )
+    return find_obstacle_to(lambda: load_function(config, SMALLEST_SPEC, torch.float16, device))

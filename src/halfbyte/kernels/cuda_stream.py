@@ -1,10 +1,10 @@
-"""Products of few rows of x on compute capability 9.0, by CUDA C++ that copies in bulk.
+"""The CUDA kernel with bulk copies (TMA) for few rows of x on compute capability 9.0.
 
-Layout: :mod:`halfbyte.kernels.fragments`. Kernel: ``cuda/multiply_stream.cu``, which does what
-``cuda/multiply.cu`` does with fewer instructions.
-Arithmetic: sums of code * x and of x are fp32, a scale is applied in fp32 to each 64 inputs (32
-with groups of 32); one rounding of the result. Deterministic.
-It runs where the architecture's table has it as the fastest, and nowhere else.
+Layout: :mod:`halfbyte.kernels.fragments`. Kernel: ``cuda/multiply_stream.cu``, which computes the
+same as ``cuda/multiply.cu`` with fewer instructions.
+Arithmetic: sums of code * x and of x are fp32, a scale is applied in fp32 per 64 inputs (32 with
+groups of 32); one rounding of the result. Deterministic.
+It is used only where the architecture's table lists it as the fastest.
 """
 
 from __future__ import annotations
@@ -13,53 +13,41 @@ import ctypes
 import functools
 import struct
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from halfbyte.kernels.contract import LinearSpec, Operands
-from halfbyte.kernels.cuda_arguments import (
-    SMALLEST_SPEC,
-    Arguments,
-    define_layer_macros,
-    fill_arguments,
-    forget_shape,
-)
-from halfbyte.kernels.cuda_driver import (
-    Boxes,
-    Function,
-    encode_boxes,
-    find_obstacle_to,
-    in_context,
-    load_kernel,
-)
+from halfbyte.kernels.cuda_arguments import Arguments, fill_arguments
+from halfbyte.kernels.cuda_config import SMALLEST_SPEC, load_function
+from halfbyte.kernels.cuda_driver import Boxes, encode_boxes, find_obstacle_to, in_context
 from halfbyte.kernels.cuda_few_rows import FewConfig, plan_work
-from halfbyte.kernels.cuda_rows import find_room
+from halfbyte.kernels.cuda_rows import limit_shared_bytes
 from halfbyte.kernels.fragments import find_zeros
 from halfbyte.kernels.gpu_device import (
     ARRIVALS,
     count_processors,
     find_arrivals,
-    name_architecture,
 )
 from halfbyte.kernels.gpu_table import load_table
 
 Encode = Callable[[Boxes], tuple[int, ...]]
 BOX_LIMIT = 256
-"""Elements of a box in each dimension.
+"""Maximum elements of a box per dimension.
 
 Source:
     NVIDIA, "CUDA Driver API", cuTensorMapEncodeTiled.
 """
-WHOLE_WORTH = 0.04
-"""How much longer, as a share, a run may be that shares no sums with others."""
+WHOLE_BLOCK_SLACK = 0.04
+"""How much longer, as a fraction, a run may be if it then shares no partial sums."""
 BUCKETS = (1, 8, 16)
-"""Rows of x, up to so many, that are cut alike."""
+"""Upper bounds of the ranges of rows that use the same configuration."""
 
 
 class StreamArguments(ctypes.Structure):
-    """The kernel's parameter; as ``StreamArguments`` in multiply_stream.cu."""
+    """The ctypes mirror of ``StreamArguments`` in multiply_stream.cu."""
 
     _fields_ = (
         ("codes_map", ctypes.c_ulonglong * 16),
@@ -74,31 +62,45 @@ class StreamArguments(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamConfig(FewConfig):
-    """How a thread block of multiply_stream.cu is made."""
+    """Tile sizes of a thread block of multiply_stream.cu."""
+
+    source: ClassVar[str] = "multiply_stream"
+    host_fields: ClassVar[tuple[str, ...]] = ("spare",)
 
     spare: int = 0
-    """Of the thread blocks that a multiprocessor has room for: those left to the next launch."""
+    """Thread blocks per multiprocessor that are left free for the next launch."""
 
     @property
     def threads(self) -> int:
-        """Threads of a thread block; of two more warps than multiply."""
+        """Threads per block, including one warp that copies and one that adds partial sums."""
         return 32 * (self.warps_out * self.warps_in + 2)
+
+    def count_shared_bytes(self, spec: LinearSpec, scale_dtype: torch.dtype) -> int:
+        """Count the shared memory of a thread block in bytes, as multiply_stream.cu does."""
+        groups = self.warps_in * (2 if spec.group_size < 64 else 1)
+        x = self.warps_in * self.row_tiles * 1024
+        codes = self.warps_in * self.channels * 8 * spec.bits
+        scales = _round_up(groups * self.channels * scale_dtype.itemsize, 128)
+        zeros = 0 if spec.symmetric else groups * self.channels
+        stage = _round_up(x + codes + scales + zeros, 1024)
+        exchange = self.warps_in * self.partial_floats * 4
+        return self.stages * stage + exchange + 16 * self.stages + 32 + 1024
 
 
 def choose_config(
     architecture: str, rows: int, spec: LinearSpec, scale_dtype: torch.dtype
 ) -> StreamConfig | None:
-    """Choose a thread block for a number of rows of x.
+    """Choose the tile sizes for a number of rows of x.
 
     Args:
-        architecture: ``sm_90`` and the like.
-        rows: Of x.
+        architecture: Such as ``sm_90``.
+        rows: Rows of x.
         spec: The layer.
-        scale_dtype: Of its scales.
+        scale_dtype: Dtype of the scales.
 
     Returns:
-        As measured for the layer's shape, with fewer stages where the layer asks for more memory;
-        None: run it on another kernel, which is faster, or can do it at all.
+        The measured configuration for the layer's shape, with fewer stages if shared memory
+        requires it; None: another kernel is faster, or this one cannot run the layer.
     """
     bucket = next((size for size in BUCKETS if rows <= size), None)
     shape = (spec.in_features, spec.out_features)
@@ -110,23 +112,23 @@ def choose_config(
 
 
 def find_mismatch(config: StreamConfig, spec: LinearSpec) -> str | None:
-    """Say why the kernel cannot run a layer with such a thread block, or None."""
+    """Return why the kernel cannot run a layer with these tile sizes; None if it can."""
     steps = spec.group_size // 64
     unit = config.warps_in
     if steps and spec.num_groups > 1 and unit % steps and steps % unit:
-        return f"groups of {spec.group_size} inputs do not begin where {unit * 64} inputs do"
+        return f"groups of {spec.group_size} inputs do not align with units of {unit * 64} inputs"
     if config.channels > BOX_LIMIT:
         return f"a box has at most {BOX_LIMIT} channels, not {config.channels}"
     if -(-spec.out_features // config.channels) > ARRIVALS:
-        return f"{spec.out_features} channels are more than {ARRIVALS} blocks"
+        return f"{spec.out_features} channels need more than {ARRIVALS} blocks"
     return None
 
 
 def fit_memory(config: StreamConfig, spec: LinearSpec, scale_dtype: torch.dtype) -> StreamConfig:
-    """Take stages away, and then warps, until a multiprocessor has room for the thread blocks."""
-    room = find_room(config.blocks)
+    """Reduce stages, then warps, until the thread blocks fit on a multiprocessor."""
+    limit = limit_shared_bytes(config.blocks)
     smaller = config
-    while count_shared_bytes(smaller, spec, scale_dtype) > room:
+    while smaller.count_shared_bytes(spec, scale_dtype) > limit:
         if smaller.stages > 2:
             smaller = replace(smaller, stages=smaller.stages - 1)
         else:
@@ -135,32 +137,12 @@ def fit_memory(config: StreamConfig, spec: LinearSpec, scale_dtype: torch.dtype)
     return smaller
 
 
-def define_macros(
-    config: StreamConfig, spec: LinearSpec, scale_dtype: torch.dtype
-) -> dict[str, int]:
-    """Give the macros of multiply_stream.cu for a layer."""
-    made = {name.upper(): value for name, value in asdict(config).items() if name != "spare"}
-    return made | define_layer_macros(spec, scale_dtype)
-
-
-def count_shared_bytes(config: StreamConfig, spec: LinearSpec, scale_dtype: torch.dtype) -> int:
-    """Give the bytes of shared memory of a thread block for a layer; as in multiply_stream.cu."""
-    groups = config.warps_in * (2 if spec.group_size < 64 else 1)
-    x = config.warps_in * config.row_tiles * 1024
-    codes = config.warps_in * config.channels * 8 * spec.bits
-    scales = _round_up(groups * config.channels * scale_dtype.itemsize, 128)
-    zeros = 0 if spec.symmetric else groups * config.channels
-    stage = _round_up(x + codes + scales + zeros, 1024)
-    exchange = config.warps_in * config.partial_floats * 4
-    return config.stages * stage + exchange + 16 * config.stages + 32 + 1024
-
-
-def _round_up(size: int, to: int) -> int:
-    return -(-size // to) * to
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
 
 
 def count_group_rows(config: StreamConfig, spec: LinearSpec) -> int:
-    """Count the rows of scales of a unit; :func:`find_mismatch` has nothing against the layer."""
+    """Count the rows of scales per unit of a layer that :func:`find_mismatch` accepts."""
     if spec.group_size < 64:
         return 2 * config.warps_in
     return max(config.warps_in // (spec.group_size // 64), 1)
@@ -178,22 +160,22 @@ def multiply(
     """Multiply by packed codes.
 
     Args:
-        rows: [rows, in], contiguous, the inputs in the packed order.
-        operands: As ``prepare`` left them.
+        rows: [rows, in], contiguous, inputs in packed order.
+        operands: As returned by ``prepare``.
         bias: [out] or None.
         spec: The layer.
-        config: The thread block; :func:`find_mismatch` has nothing against it.
-        early_start: Launch before what is ahead in the stream is over.
+        config: Tile sizes for which :func:`find_mismatch` returns None.
+        early_start: Use programmatic dependent launch.
 
     Returns:
         [rows, out].
     """
     device = rows.device
     function, resident = load_function(
-        config, forget_shape(spec), operands.scales.dtype, device, early_start
+        config, spec, operands.scales.dtype, device, early_start=early_start
     )
     processors = count_processors(device) * max(resident - config.spare, 1)
-    work = plan_work(config, spec, processors, WHOLE_WORTH)
+    work = plan_work(config, spec, processors, WHOLE_BLOCK_SLACK)
     result = rows.new_empty(rows.shape[0], spec.out_features)
     partials = torch.empty(
         2 * work.runs * config.partial_floats, dtype=torch.float32, device=device
@@ -213,15 +195,15 @@ def describe_tensors(
     config: StreamConfig,
     encode: Encode,
 ) -> StreamArguments:
-    """Describe the tensors that a launch copies boxes of.
+    """Add TMA descriptors of the tensors to the common arguments.
 
     Args:
-        common: What all kernels are told.
+        common: The arguments that all kernels have.
         rows: [rows, in].
-        operands: As ``prepare`` left them.
+        operands: As returned by ``prepare``.
         spec: The layer.
-        config: The thread block.
-        encode: Turns boxes into what the copy engine reads.
+        config: Tile sizes.
+        encode: Encodes boxes as a descriptor.
 
     Returns:
         The kernel's parameter.
@@ -262,7 +244,7 @@ def _describe_weight(
     config: StreamConfig,
     encode: Encode,
 ) -> bytes:
-    """The first fields of StreamArguments: a layer's tensors stay where they are."""
+    """Return the first fields of StreamArguments; cached, as a layer's tensors do not move."""
     tile_bytes, tiles = 128 * spec.bits, spec.out_features // 16
     maps = encode(
         Boxes(
@@ -290,28 +272,6 @@ def _describe_weight(
 
 @functools.cache
 def find_obstacle(device: torch.device) -> str | None:
-    """Say why the kernel cannot be compiled for a device of its architecture, or None."""
+    """Return why the kernel cannot be compiled for a device of its architecture; None if it can."""
     config = StreamConfig(row_tiles=1, tiles=1, warps_out=1, warps_in=2, stages=2)
-    return find_obstacle_to(
-        lambda: load_function(config, SMALLEST_SPEC, torch.float16, device, True)
-    )
-
-
-@functools.cache
-def load_function(
-    config: StreamConfig,
-    spec: LinearSpec,
-    scale_dtype: torch.dtype,
-    device: torch.device,
-    early_start: bool,
-) -> tuple[Function, int]:
-    """Compile and load a kernel; also how many of its thread blocks fit on a multiprocessor."""
-    return load_kernel(
-        "multiply_stream",
-        define_macros(config, spec, scale_dtype),
-        name_architecture(device),
-        device,
-        threads=config.threads,
-        shared_bytes=count_shared_bytes(config, spec, scale_dtype),
-        early_start=early_start,
-    )
+    return find_obstacle_to(lambda: load_function(config, SMALLEST_SPEC, torch.float16, device))

@@ -1,4 +1,4 @@
-"""The layout of a weight on GPUs: every lane's codes where a tensor core wants them.
+"""The weight layout on GPUs: codes arranged as tensor core operand fragments.
 
 A tile is 16 output channels by 64 inputs, 32 * bits words, tiles [in / 64, out / 16]. Lane ``4 g +
 t`` of a warp owns the codes of channels ``g + 8 h`` and inputs ``16 s + 8 u + 2 t + p`` (h, u, p in
@@ -14,8 +14,8 @@ one mask give the pair that a 32-bit register holds.
     3 bits   [tile] of two planes: the low 2 bits as above, then [lane] with the high bit at
              8 h + 2 s + u + 16 p
 
-A warp reads a 4-bit tile as 512 bytes in a row, 16 bytes a lane. Where the groups do not lie one
-after another, the inputs are sorted by group first, and the activations are gathered to match.
+A warp reads a 4-bit tile as 512 contiguous bytes, 16 bytes per lane. If groups are not contiguous
+(act-order), the inputs are sorted by group first, and the activations are gathered to match.
 
 Source:
     NVIDIA PTX ISA, "Matrix fragments for mma.m16n8k16" (A operand).
@@ -35,7 +35,7 @@ from halfbyte.packing import pack_codes, unpack_codes, unpack_zeros
 TILE_OUT = 16
 TILE_IN = 64
 PAIRS = 8
-"""Pairs of codes that a lane owns of one channel of a tile."""
+"""Pairs of codes per lane of one channel of a tile."""
 
 
 def pack_fragments(codes: Tensor, bits: int) -> Tensor:
@@ -93,7 +93,7 @@ def unpack_fragments(words: Tensor, bits: int) -> Tensor:
 
 
 def _split(codes: Tensor) -> Tensor:
-    """Codes [in, out] -> int32 [tile in, tile out, s u, h, g, t, p]."""
+    """Reorder codes [in, out] to int32 [tile in, tile out, s u, h, g, t, p]."""
     in_features, out_features = codes.shape
     parts = codes.reshape(in_features // TILE_IN, PAIRS, 4, 2, out_features // TILE_OUT, 2, 8)
     return parts.permute(0, 4, 1, 5, 6, 2, 3).to(torch.int32)
@@ -127,7 +127,7 @@ def _unpack_plane(words: Tensor) -> Tensor:
 
 
 def find_layout_mismatch(spec: LinearSpec) -> str | None:
-    """Say why a layer does not fit the tiles; None where it does."""
+    """Return why the layout does not support a layer; None if it does."""
     if spec.dtype not in (torch.float16, torch.bfloat16):
         return f"computes in float16 and bfloat16, not {str(spec.dtype).removeprefix('torch.')}"
     if spec.in_features % TILE_IN:
@@ -140,15 +140,15 @@ def find_layout_mismatch(spec: LinearSpec) -> str | None:
 
 
 def prepare_fragments(stored: Operands, spec: LinearSpec) -> tuple[Tensor, ...]:
-    """Repack a layer.
+    """Repack a layer into fragments.
 
     Args:
-        stored: As on disk.
-        spec: The layer; :func:`find_layout_mismatch` has nothing against it.
+        stored: The tensors as stored.
+        spec: A layer for which :func:`find_layout_mismatch` returns None.
 
     Returns:
-        The words; where zeros are not all the middle code, uint8 zeros [groups, out]; where the
-        groups do not lie one after another, the sorted order of the inputs, int32 [in].
+        The words; for an asymmetric layer also uint8 zeros [groups, out]; for act-order also the
+        sorted order of the inputs, int32 [in].
     """
     codes = unpack_codes(stored.weight[0], spec.bits)
     parts = []
@@ -163,7 +163,7 @@ def prepare_fragments(stored: Operands, spec: LinearSpec) -> tuple[Tensor, ...]:
 
 
 def restore_fragments(operands: Operands, spec: LinearSpec) -> Tensor:
-    """Give back ``qweight`` as stored, bit for bit."""
+    """Return ``qweight`` as stored, bit for bit."""
     codes = unpack_fragments(operands.weight[0], spec.bits)
     order = find_order(operands, spec)
     if order is not None:
@@ -171,23 +171,22 @@ def restore_fragments(operands: Operands, spec: LinearSpec) -> Tensor:
     return pack_codes(codes, spec.bits)
 
 
-def cut_inputs(spec: LinearSpec, most_weights: int) -> list[tuple[int, int]]:
-    """Cut a repacked layer's inputs, in their packed order, into slices of whole tiles.
+def split_inputs(spec: LinearSpec, max_weights: int) -> list[tuple[int, int]]:
+    """Split a repacked layer's inputs, in packed order, into slices of whole tiles.
 
     Args:
         spec: The layer.
-        most_weights: In a slice, where a slice of one tile is not more already.
+        max_weights: Maximum weights per slice, unless a single tile has more.
 
     Returns:
-        First input, and the one behind the last, of each slice. A slice has whole groups, or is
-        part of one.
+        (start, stop) of each slice, which contains whole groups or is part of one.
     """
-    most = max(most_weights // spec.out_features // TILE_IN, 1) * TILE_IN
+    max_width = max(max_weights // spec.out_features // TILE_IN, 1) * TILE_IN
     size = math.lcm(spec.group_size, TILE_IN)
-    if size <= most:
-        width = most // size * size
+    if size <= max_width:
+        width = max_width // size * size
     else:
-        width = max(w for w in range(TILE_IN, most + 1, TILE_IN) if size % w == 0)
+        width = max(w for w in range(TILE_IN, max_width + 1, TILE_IN) if size % w == 0)
     ends = [*range(width, spec.in_features, width), spec.in_features]
     return list(zip([0, *ends], ends, strict=False))
 
@@ -195,16 +194,16 @@ def cut_inputs(spec: LinearSpec, most_weights: int) -> list[tuple[int, int]]:
 def slice_fragments(
     operands: Operands, spec: LinearSpec, start: int, stop: int
 ) -> tuple[Operands, LinearSpec]:
-    """Give a slice of a repacked layer as a layer of its own, its inputs in their packed order.
+    """Return a slice of a repacked layer's inputs, in packed order, as a separate layer.
 
     Args:
-        operands: The layer's.
+        operands: Operands of the layer.
         spec: The layer.
-        start: From :func:`cut_inputs`.
-        stop: From :func:`cut_inputs`.
+        start: From :func:`split_inputs`.
+        stop: From :func:`split_inputs`.
 
     Returns:
-        Views of its operands, and what it is.
+        Views of the operands, and the spec of the slice.
     """
     groups = slice(start // spec.group_size, -(-stop // spec.group_size))
     zeros = find_zeros(operands, spec)
@@ -220,7 +219,7 @@ def slice_fragments(
 
 
 def dequantize_in_torch(operands: Operands, spec: LinearSpec, dtype: torch.dtype) -> Tensor:
-    """Turn a repacked weight into numbers [out, in] by torch alone, each rounded once."""
+    """Dequantize a repacked weight to [out, in] in plain torch, each value rounded once."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     codes = unpack_fragments(operands.weight[0], spec.bits).to(wide)
     groups = torch.arange(spec.in_features, device=codes.device) // spec.group_size
@@ -231,10 +230,10 @@ def dequantize_in_torch(operands: Operands, spec: LinearSpec, dtype: torch.dtype
 
 
 def find_zeros(operands: Operands, spec: LinearSpec) -> Tensor | None:
-    """The zeros of a repacked layer, uint8 [groups, out]; None where all are the middle code."""
+    """Return the zeros of a repacked layer, uint8 [groups, out]; None if it is symmetric."""
     return None if spec.symmetric else operands.weight[1]
 
 
 def find_order(operands: Operands, spec: LinearSpec) -> Tensor | None:
-    """The order of the inputs of a repacked layer, int32 [in]; None where it is the stored one."""
+    """Return the packed order of the inputs, int32 [in]; None if it is the stored order."""
     return operands.weight[-1] if spec.act_order else None

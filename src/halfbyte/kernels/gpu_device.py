@@ -1,4 +1,4 @@
-"""What the kernels for GPUs ask of a device: its name, its size, and counters that are all 0."""
+"""Device queries and per-stream arrival counters for the GPU kernels."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 ARRIVALS = 16384
-"""Counters of a launch: more blocks of channels than any layer has."""
+"""Counters per launch; more than the channel blocks of any layer."""
 
 STREAMS = 64
-"""Streams that counters are made for at a time; torch has 32 of each priority."""
+"""Streams to allocate counters for at a time; torch has 32 per priority."""
 
-AS_IT_IS = nullcontext()
-"""For a ``with`` that changes nothing."""
+NULL_CONTEXT = nullcontext()
+"""A shared no-op context manager."""
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 _spare: dict[torch.device, list[Tensor]] = {}
@@ -24,31 +24,31 @@ _lock = threading.Lock()
 
 
 def make_arrivals(device: torch.device) -> None:
-    """Make counters for a device's streams: while a CUDA graph is captured none can be made."""
+    """Allocate counters for a device's streams now: CUDA graph capture cannot."""
     with _lock:
         _find_spare(device)
 
 
 def _find_spare(device: torch.device) -> list[Tensor]:
-    """Counters of no stream yet, of one at least."""
+    """Return unassigned counters; allocate more if there are none."""
     spare = _spare.setdefault(device, [])
     if not spare:
         spare += torch.zeros(STREAMS, ARRIVALS, dtype=torch.int32, device=device).unbind()
-        # They are set to 0 on this stream, and counted up on others.
+        # They are zeroed on this stream but used on others.
         torch.get_device_module(device).synchronize(device)
     return spare
 
 
 def find_arrivals(device: torch.device) -> Tensor:
-    """Find the counters of the current stream.
+    """Return the arrival counters of the current stream.
 
-    A kernel whose thread blocks share sums counts them up, and the last one sets its counter to 0
-    again; launches on one stream never run at a time, those on two streams have counters apart.
-    What a CUDA graph recorded keeps the counters of the stream it was recorded on: wherever it is
-    replayed, nothing else of that stream may run meanwhile.
+    Thread blocks that share a sum increment a counter on arrival, and the last one resets it to 0.
+    Launches on one stream never overlap; launches on different streams use different counters. A
+    CUDA graph keeps the counters of the stream it was captured on, so no other work of that stream
+    may run while the graph is replayed.
 
     Args:
-        device: Of the launch.
+        device: Device of the launch.
 
     Returns:
         int32 [ARRIVALS], all 0 between launches.
@@ -63,36 +63,36 @@ def find_arrivals(device: torch.device) -> Tensor:
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Make a device torch's current one: Triton launches on that, wherever its tensors are.
+    """Return a context manager that makes a device torch's current one, which Triton launches on.
 
     Args:
-        device: Of the tensors.
+        device: Device of the tensors.
 
     Returns:
-        For a ``with``, in which it is; nothing is done where it is already, or on a CPU.
+        The context manager; a no-op on a CPU or if the device is current already.
     """
     module = torch.get_device_module(device)
     if device.type == "cpu" or module.current_device() == device.index:
-        return AS_IT_IS
+        return NULL_CONTEXT
     found: AbstractContextManager[object] = module.device(device)
     return found
 
 
 @functools.cache
 def starts_early(device: torch.device) -> bool:
-    """Whether launches on a device may begin while the one before still runs."""
+    """Whether the device supports programmatic dependent launch."""
     return is_nvidia(device) and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @functools.cache
 def is_nvidia(device: torch.device) -> bool:
-    """Whether the device is NVIDIA's."""
+    """Whether the device is an NVIDIA GPU."""
     return device.type == "cuda" and torch.version.hip is None
 
 
 @functools.cache
 def count_processors(device: torch.device) -> int:
-    """Multiprocessors of a device; 64 where torch does not say."""
+    """Count the multiprocessors of a device; 64 if torch does not report it."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).multi_processor_count)
     return 64
@@ -100,7 +100,7 @@ def count_processors(device: torch.device) -> int:
 
 @functools.cache
 def name_architecture(device: torch.device) -> str:
-    """Name a device's architecture: ``sm_90``; another maker's by its device type."""
+    """Return a device's architecture, such as ``sm_90``; its device type for other vendors."""
     if not is_nvidia(device):
         return device.type
     major, minor = torch.cuda.get_device_capability(device)
@@ -108,6 +108,6 @@ def name_architecture(device: torch.device) -> str:
 
 
 def find_gpu_obstacle() -> str | None:
-    """Say that torch finds no GPU, or None."""
+    """Return that torch finds no GPU; None if it finds one."""
     available = torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available())
     return None if available else "needs a GPU; torch finds none"

@@ -1,7 +1,7 @@
-"""What was measured of the kernels for GPUs, by architecture: shipped, never tuned on the way.
+"""Measured GPU kernel configurations by architecture; shipped, so nothing is tuned at run time.
 
-``gpu_table/sm_90.json`` is made by ``bench/keep_gpu.py`` and ``keep_gpu_rows.py`` of what
-``measure_gpu_kernels.py`` and ``measure_gpu_rows.py`` wrote.
+``gpu_table/sm_90.json`` is written by ``bench/keep_gpu.py`` and ``keep_gpu_rows.py`` from the
+results of ``measure_gpu_kernels.py`` and ``measure_gpu_rows.py``.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class GpuTable:
-    """The best configurations of an architecture; empty where none were measured."""
+    """The fastest configurations of an architecture; empty if none were measured."""
 
     triton: Mapping[tuple[Shape, int], Mapping[str, int]] = field(default_factory=dict)
     """By shape and rows bucket: the fields of a TritonConfig."""
     cuda: Mapping[tuple[Shape, int], Mapping[str, int]] = field(default_factory=dict)
     """By shape and rows bucket: the fields of a CudaConfig."""
     cuda_rows: Mapping[Shape, int] = field(default_factory=dict)
-    """By shape: up to so many rows the CUDA kernel for few rows is the fastest."""
+    """By shape: the largest number of rows at which the CUDA kernel for few rows is the fastest."""
     many_rows: Mapping[tuple[Shape, int], Mapping[str, int] | None] = field(default_factory=dict)
-    """By shape and rows bucket: the fields of a RowsConfig; None where another tier is faster."""
+    """By shape and rows bucket: the fields of a RowsConfig; None if another tier is faster."""
     stream: Mapping[tuple[Shape, int], Mapping[str, int]] = field(default_factory=dict)
-    """By shape and rows bucket, where it is the fastest: the fields of a StreamConfig."""
+    """By shape and rows bucket: the fields of a StreamConfig, if that kernel is the fastest."""
 
 
 @functools.cache
 def load_table(architecture: str) -> GpuTable:
-    """Load what was measured on an architecture.
+    """Load the measured configurations of an architecture.
 
     Args:
-        architecture: ``sm_90`` and the like; of another maker, any name.
+        architecture: Such as ``sm_90``; any name for other vendors.
 
     Returns:
-        The table; an empty one where there is none.
+        The table; an empty one if none was measured.
     """
     file = resources.files("halfbyte.kernels") / "gpu_table" / f"{architecture}.json"
     if not file.is_file():
@@ -50,7 +50,7 @@ def load_table(architecture: str) -> GpuTable:
 
 
 def parse_table(table: Mapping[str, Any]) -> GpuTable:
-    """Read a table as it is shipped."""
+    """Parse a table from its JSON form."""
 
     def shape(entry: Mapping[str, Any]) -> Shape:
         return entry["in_features"], entry["out_features"]

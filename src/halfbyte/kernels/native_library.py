@@ -1,6 +1,6 @@
-"""The compiled library of ``csrc/``: found, checked and opened once, or the reason why not.
+"""Load the compiled library of ``csrc/`` once per process, or record why it cannot be loaded.
 
-``csrc/halfbyte_cpu.h`` is its interface. It is plain C, so one build serves every Python and torch.
+Its interface is ``csrc/halfbyte_cpu.h``: plain C, so one build works with every Python and torch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import halfbyte.kernels
 from halfbyte.environment import CPU_ISA, read_variable
 from halfbyte.errors import ConfigError
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 """HB_ABI_VERSION of the header that this code was written against."""
 
 FILE_NAMES = ("libhalfbyte_cpu.so", "libhalfbyte_cpu.dylib")
@@ -27,11 +27,11 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _VOID, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 
 STATUSES = {
-    1: "the sizes or types are none that it can hold",
+    1: "the packed layout does not support these sizes or types",
     2: "the bytes are not a packed weight of this version",
-    3: "there is no memory left",
+    3: "out of memory",
 }
-"""hb_status, as the end of a sentence."""
+"""Meaning of each hb_status."""
 
 
 class LinearShape(ctypes.Structure):
@@ -60,6 +60,7 @@ class Block(ctypes.Structure):
             *("q", "k", "v", "o", "gate", "up", "down"),
             *("q_bias", "k_bias", "v_bias", "o_bias", "gate_bias", "up_bias", "down_bias"),
             *("attention_norm", "mlp_norm", "q_norm", "k_norm", "keys", "values"),
+            *("experts", "router"),
         )
     )
 
@@ -77,6 +78,10 @@ class Decoder(ctypes.Structure):
         ("intermediate", ctypes.c_int32),
         ("dtype", ctypes.c_int32),
         ("activation_bits", ctypes.c_int32),
+        ("experts", ctypes.c_int32),
+        ("expert_width", ctypes.c_int32),
+        ("experts_per_token", ctypes.c_int32),
+        ("normalize_weights", ctypes.c_int32),
         ("pages", ctypes.c_int64),
         ("page_tokens", ctypes.c_int64),
         ("capacity", ctypes.c_int64),
@@ -122,7 +127,7 @@ class Codes(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NativeLibrary:
-    """The opened library, or why there is none."""
+    """The loaded library, or why there is none."""
 
     functions: ctypes.CDLL | None
     obstacle: str | None
@@ -132,13 +137,13 @@ class NativeLibrary:
 
 @functools.cache
 def open_library() -> NativeLibrary:
-    """Open the library, share torch's threads with it, and choose the instruction set.
+    """Load the library, share torch's thread pool with it, and select the instruction set.
 
     Returns:
-        The library; where it cannot be used, the reason.
+        The library; if it cannot be used, the reason.
 
     Raises:
-        ConfigError: ``HALFBYTE_CPU_ISA`` names no instruction set, or one that is not here.
+        ConfigError: ``HALFBYTE_CPU_ISA`` names an instruction set that this CPU cannot use.
     """
     path = _find_file()
     if path is None:
@@ -153,7 +158,7 @@ def open_library() -> NativeLibrary:
         return _absent(f"{path.name} cannot be opened: {error}")
     if found != ABI_VERSION:
         return _absent(
-            f"{path.name} is of another version ({found}, needed {ABI_VERSION}); reinstall halfbyte"
+            f"{path.name} has ABI version {found}, expected {ABI_VERSION}; reinstall halfbyte"
         )
     _declare(functions)
     functions.hb_use_openmp(_find_openmp())
@@ -163,19 +168,19 @@ def open_library() -> NativeLibrary:
 
 
 def check_status(status: int, action: str) -> None:
-    """Raise where a call of the library failed.
+    """Raise an exception if a library call failed.
 
     Args:
-        status: What it returned.
-        action: What was being done, to begin the message with.
+        status: Return value of the call.
+        action: What was being done, the start of the message.
 
     Raises:
-        MemoryError: It ran out of memory.
-        ConfigError: It was given what it cannot run.
+        MemoryError: The library ran out of memory.
+        ConfigError: The library does not support the arguments.
     """
     if status == 0:
         return
-    reason = STATUSES.get(status, f"it gave status {status}")
+    reason = STATUSES.get(status, f"the library returned status {status}")
     if status == 3:
         raise MemoryError(f"{action}: {reason}.")
     raise ConfigError(f"{action}: {reason}.")
@@ -186,7 +191,7 @@ def _absent(obstacle: str) -> NativeLibrary:
 
 
 def _find_file() -> Path | None:
-    # An editable install keeps what was built in another folder of the same package.
+    # An editable install keeps build products in another folder of the same package.
     folders = [Path(folder) for folder in halfbyte.kernels.__path__]
     paths = (folder / "lib" / name for folder in folders for name in FILE_NAMES)
     return next((path for path in paths if path.is_file()), None)
@@ -221,9 +226,9 @@ def _declare(functions: ctypes.CDLL) -> None:
 
 
 def _find_openmp() -> int | None:
-    """Address of ``GOMP_parallel`` in the OpenMP runtime that torch itself uses.
+    """Return the address of ``GOMP_parallel`` in the OpenMP runtime that torch uses.
 
-    Two pools of threads that wait by spinning slow each other down; with torch's own there is one.
+    Two thread pools that wait by spinning slow each other down, so torch's pool is shared.
     """
     folder = Path(torch.__file__).parent / "lib"
     for path in (*folder.glob("libgomp*"), *folder.glob("libomp*"), *folder.glob("libiomp*")):
@@ -241,6 +246,6 @@ def _select_isa(functions: ctypes.CDLL) -> None:
         return
     usable = functions.hb_isas().decode().replace(",", ", ")
     raise ConfigError(
-        f"The environment variable {CPU_ISA.name} is '{wanted}'; this processor can use {usable}. "
-        "Unset it for the last of these."
+        f"The environment variable {CPU_ISA.name} is '{wanted}'; this CPU can use {usable}. "
+        "Unset the variable to use the last of these."
     )

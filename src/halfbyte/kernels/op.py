@@ -1,13 +1,12 @@
-"""The one way to run a quantized linear: checks, the torch op, its gradient.
+"""Run a quantized linear: input checks, the torch custom op and its gradient.
 
 ::
 
     quantized_linear ──(gradient, torch.compile, fake tensors)──> torch.ops.halfbyte.linear ──┐
-                     └─(plain inference: 10 µs less per call)──> Kernel.apply <───────────────┘
+                     └─(plain inference: saves 10 µs per call)─> Kernel.apply <───────────────┘
 
-The gradient with respect to x dequantizes the weight again, a tile at a time where the kernel can;
-no dense copy outlives the call.
-Weights get no gradient: they are integers.
+The gradient with respect to x dequantizes the weight again, one tile at a time if the kernel
+supports that; no dense copy outlives the call. Weights have no gradient: they are integers.
 """
 
 from __future__ import annotations
@@ -34,17 +33,17 @@ def quantized_linear(
     """Compute ``x @ dequantize(weight).T + bias``.
 
     Args:
-        x: [..., in], of the spec's dtype and device.
-        operands: As the kernel's ``prepare`` left them.
-        bias: [out], of the same dtype; or None.
+        x: [..., in], with the dtype and device of the spec.
+        operands: As returned by the kernel's ``prepare``.
+        bias: [out] in the same dtype, or None.
         spec: The layer.
-        kernel: One that can run it.
+        kernel: A kernel that can run the layer.
 
     Returns:
-        [..., out], with a gradient to x and bias where they ask for one.
+        [..., out]; differentiable with respect to x and bias.
 
     Raises:
-        ConfigError: x has another width, dtype or device than the layer.
+        ConfigError: x does not have the width, dtype or device of the layer.
     """
     if x.shape[-1] != spec.in_features or x.dtype != spec.dtype:
         raise ConfigError(
@@ -54,8 +53,8 @@ def quantized_linear(
         )
     if x.device.type != spec.device_type:
         raise ConfigError(
-            f"Cannot run a quantized linear {spec.in_features} -> {spec.out_features} that is on "
-            f"{spec.device_type}: the input is on {x.device}. Move one to the other."
+            f"Cannot run a quantized linear {spec.in_features} -> {spec.out_features} on "
+            f"{spec.device_type}: the input is on {x.device}. Move both to the same device."
         )
     if _needs_op(x, bias):
         result: Tensor = torch.ops.halfbyte.linear(
@@ -75,16 +74,16 @@ def quantized_linear(
 def dequantize(
     operands: Operands, spec: LinearSpec, kernel: Kernel, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Give a layer's weight as numbers.
+    """Return the dequantized weight of a layer.
 
     Args:
-        operands: As the kernel's ``prepare`` left them.
+        operands: As returned by the kernel's ``prepare``.
         spec: The layer.
-        kernel: The one that prepared it.
-        dtype: Of the result; None: the spec's.
+        kernel: The kernel that prepared the operands.
+        dtype: Dtype of the result; None: that of the spec.
 
     Returns:
-        [out, in], in memory of its own.
+        [out, in], a new tensor.
     """
     dtype = spec.dtype if dtype is None else dtype
     if torch.compiler.is_compiling():

@@ -1,7 +1,7 @@
-"""Who runs a layer, and why: the kernels in order of preference, and the choice among them.
+"""The kernels in order of preference, and the selection of one for a layer.
 
-A new kernel is a module with a class that fits :class:`~halfbyte.kernels.contract.Kernel` and one
-line in KERNELS. It is imported when it is first considered.
+To add a kernel, implement :class:`~halfbyte.kernels.contract.Kernel` in a module and add an entry
+to KERNELS. The module is imported when the kernel is first considered.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from halfbyte.kernels.contract import Kernel, LinearSpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelEntry:
-    """A kernel by name, before its module is imported."""
+    """A registered kernel, which is imported lazily."""
 
     name: str
     module: str
@@ -34,74 +34,74 @@ KERNELS = (
         name="cuda",
         module="halfbyte.kernels.cuda_linear",
         class_name="CudaLinear",
-        summary="CUDA C++ compiled at first use by torch's own NVRTC (NVIDIA GPUs)",
+        summary="CUDA C++ compiled at first use by torch's NVRTC (NVIDIA GPUs)",
     ),
     KernelEntry(
         name="triton",
         module="halfbyte.kernels.triton_linear",
         class_name="TritonLinear",
-        summary="Triton programs (GPUs of every maker that Triton compiles for)",
+        summary="Triton kernels (every GPU that Triton supports)",
     ),
     KernelEntry(
         name="cpu_native",
         module="halfbyte.kernels.cpu_native",
         class_name="CpuNative",
-        summary="halfbyte's own compiled kernel on a CPU",
+        summary="halfbyte's compiled kernel on a CPU",
     ),
     KernelEntry(
         name="torch_int4",
         module="halfbyte.kernels.torch_int4",
         class_name="TorchInt4",
-        summary="torch's int4 matrix product on a CPU (bfloat16)",
+        summary="torch's int4 matrix multiplication on a CPU (bfloat16)",
     ),
     KernelEntry(
         name="torch_reference",
         module="halfbyte.kernels.torch_reference",
         class_name="TorchReference",
-        summary="dequantize and multiply in plain torch; runs everything",
+        summary="dequantize and multiply in plain torch; runs every layer",
     ),
 )
-"""Fastest first: the first that can run a layer does."""
+"""Fastest first: the first kernel that can run a layer is used."""
 
 ON_REQUEST = (
     KernelEntry(
         name="cpu_int8",
         module="halfbyte.kernels.cpu_int8",
         class_name="CpuInt8",
-        summary="cpu_native with activations rounded to 8 bits; only where asked for",
+        summary="cpu_native with activations rounded to 8 bits; only on request",
     ),
 )
-"""Never chosen but by name."""
+"""Kernels that are only used when requested by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """The kernel for a layer, why it, and why none before it."""
+    """The kernel selected for a layer, with the reasons."""
 
     kernel: Kernel
     reason: str
     rejected: Mapping[str, str]
-    """Name -> reason, of the kernels that come before it."""
+    """Reason by name, of the kernels preferred to this one."""
 
 
 @functools.cache
 def load_kernel(entry: KernelEntry) -> Kernel:
-    """Import a kernel's module and make the kernel; once per process."""
+    """Import a kernel's module and instantiate the kernel, once per process."""
     return cast(Kernel, getattr(importlib.import_module(entry.module), entry.class_name)())
 
 
 def find_kernel(name: str, kernels: Sequence[KernelEntry] = (*KERNELS, *ON_REQUEST)) -> Kernel:
-    """Give a kernel by name.
+    """Return a kernel by name.
 
     Args:
-        name: As in KERNELS or ON_REQUEST.
-        kernels: Where to look.
+        name: Name in KERNELS or ON_REQUEST.
+        kernels: Entries to search.
 
     Returns:
-        The kernel; it may still be unable to run here.
+        The kernel, which may be unable to run on this machine.
 
     Raises:
-        KernelUnavailable: There is none of that name; lists those that there are.
+        KernelUnavailable: There is no kernel of that name; lists the available ones.
     """
     for entry in kernels:
         if entry.name == name:
@@ -112,11 +112,11 @@ def find_kernel(name: str, kernels: Sequence[KernelEntry] = (*KERNELS, *ON_REQUE
     raise KernelUnavailable(f"There is no kernel '{name}'.{hint} Available: {known}.")
 
 
-def why_not(kernel: Kernel, spec: LinearSpec, *, stored_layout: bool = False) -> str | None:
-    """Say why a kernel cannot run a layer, on this machine or at all; None where it can."""
+def find_rejection(kernel: Kernel, spec: LinearSpec, *, stored_layout: bool = False) -> str | None:
+    """Return why a kernel cannot run a layer on this machine; None if it can."""
     reason = kernel.find_obstacle() or kernel.find_mismatch(spec)
     if reason is None and stored_layout and kernel.repacks:
-        return "repacks the weights, and this layer's are not in memory to be repacked"
+        return "repacks the weights, but those of this layer are offloaded"
     return reason
 
 
@@ -127,34 +127,36 @@ def select(
     forced: str | None = None,
     kernels: Sequence[KernelEntry] = KERNELS,
 ) -> Selection:
-    """Choose the kernel for a layer.
+    """Select the kernel for a layer.
 
     Args:
         spec: The layer.
-        stored_layout: Only kernels that read the weights as stored (for offloaded layers).
-        forced: A kernel's name; None: what ``HALFBYTE_KERNEL`` says, if anything.
-        kernels: To choose from, in order of preference.
+        stored_layout: Allow only kernels that read the weights as stored (for offloaded layers).
+        forced: Name of a kernel; None: the value of ``HALFBYTE_KERNEL``, if set.
+        kernels: Candidates in order of preference.
 
     Returns:
-        The choice, with its reason.
+        The selected kernel, with the reasons.
 
     Raises:
-        KernelUnavailable: None can run it, or the forced one is unknown or cannot; one reason for
-            each kernel.
+        KernelUnavailable: No kernel can run the layer, or the forced one is unknown or cannot run
+            it; gives the reason for each kernel.
     """
     source = "forced by the caller"
     if forced is None:
         forced, source = read_variable(KERNEL), f"forced by {KERNEL.name}"
     if forced is not None:
         kernel = find_kernel(forced, (*kernels, *ON_REQUEST))
-        reason = why_not(kernel, spec, stored_layout=stored_layout)
+        reason = find_rejection(kernel, spec, stored_layout=stored_layout)
         if reason is not None:
-            others = {k.name: why_not(k, spec, stored_layout=stored_layout) for k in _load(kernels)}
+            others = {
+                k.name: find_rejection(k, spec, stored_layout=stored_layout) for k in _load(kernels)
+            }
             raise KernelUnavailable(_explain(f"{source}: {forced}", spec, others))
         return Selection(kernel=kernel, reason=source, rejected={})
     rejected: dict[str, str] = {}
     for kernel in _load(kernels):
-        reason = why_not(kernel, spec, stored_layout=stored_layout)
+        reason = find_rejection(kernel, spec, stored_layout=stored_layout)
         if reason is None:
             return Selection(kernel=kernel, reason="the fastest one that fits", rejected=rejected)
         rejected[kernel.name] = reason
@@ -162,7 +164,7 @@ def select(
 
 
 def describe_spec(spec: LinearSpec) -> str:
-    """Name what decides about kernels: ``bits=4, group_size=128, bfloat16 on cpu``."""
+    """Describe a layer in one line: ``bits=4, group_size=128, …, bfloat16 on cpu``."""
     extras = [
         *(["asymmetric"] if not spec.symmetric else []),
         *(["act-order"] if spec.act_order else []),

@@ -1,14 +1,14 @@
-"""torch's own int4 matrix product on a CPU, for the rows of a decode step.
+"""torch's int4 matrix multiplication on a CPU, for the few rows of a decode step.
 
-Layout: [out / B, in, B / 2] bytes, two output channels in a byte; B is 64, 32 or 16 and the order
-within a block is one of two, by the instruction set that torch runs on. Both are found by packing
-a probe, and a round trip on random codes decides whether the kernel may run at all.
+Layout: [out / B, in, B / 2] bytes, two output channels per byte. B is 64, 32 or 16 and there are
+two orders within a block, depending on the instruction set that torch uses. Both are detected by
+packing random codes; the kernel is only used if unpacking them gives the same codes again.
 Arithmetic: x in bf16, (code - 8) * scale + zero in fp32 from scales and zeros rounded to bf16, fp32
-sums. Error: one bf16 rounding each of scale, zero * scale and the result.
-From ROWS_LIMIT rows on the weight is dequantized (rounded once, as in torch_reference) and
-multiplied by torch's bf16 product instead: the int4 op costs the same again for each row.
-Measured: AMD EPYC with AVX-512, 2 cores (bench/measure_int4_rows.py). In fp16 and fp32 torch's op
-is a plain loop, as slow as dequantizing at one row and slower at more, so those are refused.
+sums. Error: one bf16 rounding each of scale, zero * scale and the result. From ROWS_LIMIT rows on
+the weight is dequantized (rounded once, as in torch_reference) and multiplied in bf16 by torch
+instead, because the cost of the int4 op grows linearly with rows. Measured: AMD EPYC with AVX-512,
+2 cores (bench/measure_int4_rows.py). For fp16 and fp32 torch's op is a plain loop, as slow as
+dequantizing at one row and slower at more, so those are not supported.
 
 Source:
     PyTorch ``aten/src/ATen/native/cpu/int4mm_kernel.cpp``: group sizes, layout, dtypes.
@@ -27,10 +27,10 @@ from halfbyte.kernels.contract import LinearSpec, Operands
 from halfbyte.packing import pack_codes, unpack_codes, unpack_zeros
 
 GROUP_SIZES = (32, 64, 128, 256)
-"""The op takes no others."""
+"""Group sizes that the op supports."""
 
 MIDDLE_CODE = 8
-"""The op subtracts it from every code."""
+"""Code that the op subtracts from every code."""
 
 ROWS_LIMIT = 64
 """Rows of x from which dequantizing first is at least as fast (bench/measure_int4_rows.py)."""
@@ -48,17 +48,17 @@ class TorchInt4:
     repacks = True
 
     def find_obstacle(self) -> str | None:
-        """Say why this torch cannot, or None."""
+        """Return why this torch build cannot run the op; None if it can."""
         return _find_layout()[1]
 
     def find_mismatch(self, spec: LinearSpec) -> str | None:
-        """Say why the op cannot run such a layer, or None."""
+        """Return why the op cannot run a layer; None if it can."""
         if spec.device_type != "cpu":
             return f"runs on cpu, not on {spec.device_type}"
         if spec.bits != 4:
             return f"supports 4 bits, not {spec.bits}"
         if spec.dtype != torch.bfloat16:
-            return f"fast in bfloat16 only; torch runs {_short(spec.dtype)} in a plain loop"
+            return f"fast only in bfloat16; torch runs {_dtype_name(spec.dtype)} in a plain loop"
         if spec.group_size not in GROUP_SIZES:
             allowed = ", ".join(map(str, GROUP_SIZES))
             return f"supports group_size {allowed}, not {spec.group_size}"
@@ -70,7 +70,7 @@ class TorchInt4:
         return None
 
     def prepare(self, stored: Operands, spec: LinearSpec) -> tuple[Tensor, ...]:
-        """Repack the codes; act-order columns are sorted by group, which is exact."""
+        """Repack the codes; act-order columns are sorted by group, which changes no value."""
         codes = unpack_codes(stored.weight[0], spec.bits)
         zeros = unpack_zeros(stored.qzeros, spec.bits, spec.zero_offset).t().float()
         scales = stored.scales.float()
@@ -82,12 +82,12 @@ class TorchInt4:
         return _pack(codes[order].t()), scales_and_zeros, order
 
     def restore(self, operands: Operands, spec: LinearSpec) -> Tensor:
-        """Give back ``qweight``."""
+        """Return ``qweight`` as stored."""
         codes = _unpack(operands.weight[0])
         return pack_codes(self._stored_order(codes, operands, dim=0), spec.bits)
 
     def apply(self, x: Tensor, operands: Operands, bias: Tensor | None, spec: LinearSpec) -> Tensor:
-        """Multiply by the op, or by the dequantized weight where x has many rows."""
+        """Multiply with the op, or with the dequantized weight if x has many rows."""
         rows = x.reshape(-1, spec.in_features)
         if len(operands.weight) > 2:
             rows = rows[:, operands.weight[2]]
@@ -102,7 +102,7 @@ class TorchInt4:
         return result.view(*x.shape[:-1], spec.out_features)
 
     def dequantize(self, operands: Operands, spec: LinearSpec, dtype: torch.dtype) -> Tensor:
-        """Give the weight [out, in] as numbers."""
+        """Return the dequantized weight [out, in]."""
         weight = self._dequantize_sorted(operands, spec, dtype, 0, spec.out_features)
         return self._stored_order(weight, operands, dim=0).t()
 
@@ -137,7 +137,7 @@ class TorchInt4:
         return (2 + 2 * cancellation) * unit + sums
 
     def _apply_dense(self, rows: Tensor, operands: Operands, spec: LinearSpec) -> Tensor:
-        """Dequantize a tile of output channels at a time and multiply by it."""
+        """Dequantize one tile of output channels at a time and multiply by it."""
         block = _block_rows()
         width = max(TILE_WEIGHTS // spec.in_features // block, 1) * block
         result = rows.new_empty(rows.shape[0], spec.out_features)
@@ -150,7 +150,7 @@ class TorchInt4:
     def _dequantize_sorted(
         self, operands: Operands, spec: LinearSpec, dtype: torch.dtype, start: int, stop: int
     ) -> Tensor:
-        """Output channels start..stop as [in, stop - start], columns in the packed order."""
+        """Dequantize output channels start..stop to [in, stop - start], columns in packed order."""
         zeros = None
         if not spec.symmetric:
             zeros = unpack_zeros(operands.qzeros, spec.bits, spec.zero_offset)[start:stop].t()
@@ -167,20 +167,20 @@ class TorchInt4:
 def _to_numbers(
     codes: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, dtype: torch.dtype
 ) -> Tensor:
-    """Codes [in, out], scales and zeros [groups, out] -> the weight [in, out]."""
+    """Dequantize codes [in, out] with scales and zeros [groups, out] to the weight [in, out]."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     grouped = codes.view(-1, group_size, codes.shape[1]).to(wide)
     if zeros is None:
         grouped.sub_(MIDDLE_CODE)
     else:
-        # Contiguous, or the subtraction takes ten times as long.
+        # Contiguous: otherwise the subtraction takes ten times as long.
         grouped.sub_(zeros.to(wide).contiguous()[:, None])
     grouped.mul_(scales[:, None].to(wide))
     return grouped.view(codes.shape).to(dtype)
 
 
 def _pack(codes: Tensor) -> Tensor:
-    """Codes [out, in] -> torch's layout; its second argument matters on GPUs only."""
+    """Pack codes [out, in] into torch's layout; the op's second argument matters only on GPUs."""
     packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
         codes.to(torch.int32).contiguous(), 1
     )
@@ -188,7 +188,7 @@ def _pack(codes: Tensor) -> Tensor:
 
 
 def _unpack(packed: Tensor) -> Tensor:
-    """Codes uint8 [in, out] from torch's layout."""
+    """Unpack torch's layout into uint8 codes [in, out]."""
     block, halves = _find_layout()[0]
     return _unpack_as(packed, block, halves)
 
@@ -197,7 +197,7 @@ def _unpack_as(packed: Tensor, block: int, halves: bool) -> Tensor:
     out_features, row_bytes = packed.shape
     in_features = 2 * row_bytes
     low_high = packed.view(out_features // block, in_features, block // 2)
-    # Transposed while it is narrow: the result's rows are then written in order.
+    # Transpose while packed, so that the rows of the result are written in order.
     low_high = low_high.transpose(0, 1)
     codes = packed.new_empty(in_features, out_features // block, block)
     if halves:
@@ -215,7 +215,10 @@ def _block_rows() -> int:
 
 @functools.cache
 def _find_layout() -> tuple[tuple[int, bool], str | None]:
-    """Find (rows of a block, halves or pairs in a byte) by a round trip, or why it fails."""
+    """Detect (rows per block, whether a byte pairs the halves of a block) by a round trip.
+
+    The second item is why the op cannot be used; None if it can.
+    """
     unknown = (64, True)
     if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
         return unknown, f"torch {torch.__version__} has no _weight_int4pack_mm_for_cpu"
@@ -230,8 +233,8 @@ def _find_layout() -> tuple[tuple[int, bool], str | None]:
         for halves in (True, False):
             if torch.equal(_unpack_as(packed, block, halves).t(), codes.to(torch.uint8)):
                 return (block, halves), None
-    return unknown, f"torch {torch.__version__} packs int4 in a layout that is not known here"
+    return unknown, f"torch {torch.__version__} packs int4 in an unknown layout"
 
 
-def _short(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

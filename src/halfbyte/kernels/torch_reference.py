@@ -1,12 +1,12 @@
-"""The definition of correct: unpack, subtract the zero, scale, round once, multiply.
+"""The reference kernel, which defines correct results: dequantize in plain torch and multiply.
 
-Layout: as stored, nothing is repacked. Arithmetic: code - zero is exact; its product with the
+Layout: as stored, without repacking. Arithmetic: code - zero is exact; its product with the
 scale is formed in fp32 (exact for fp16 and bf16 scales), then rounded once to the dtype of x; the
-matrix product is torch's. Error: that one rounding and the matrix product's own. Runs on every
-device, for every bit width, group size, order of groups and dtype.
+matrix product is torch's. Error: that one rounding and the error of the matrix product. Runs on
+every device and supports every bit width, group size, group order and dtype.
 
 Source:
-    The formula is the format's own: :mod:`halfbyte.checkpoint.layout`.
+    The GPTQ format: :mod:`halfbyte.checkpoint.layout`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from halfbyte.kernels.contract import LinearSpec, Operands
 from halfbyte.packing import unpack_codes, unpack_zeros
 
 TILE_WEIGHTS, DEVICE_TILE_WEIGHTS = 2**20, 2**24
-"""Weights dequantized at a time in products, so that a layer is never dense in memory as a whole.
+"""Weights dequantized at a time, so that a layer is never fully dense: on a CPU; elsewhere.
 
-A quarter of it is up to twice as slow, four times as much a fifth slower (AMD EPYC, 1 thread).
+On a CPU a quarter of it is up to 2x slower, four times as much 20% slower (AMD EPYC, 1 thread).
 """
 
-MOST_STEP = 1024
-"""Tiles of input columns begin where groups do, unless that makes them wider than this."""
+MAX_STEP = 1024
+"""Tiles of input columns start at group boundaries, unless that makes them wider than this."""
 
 TILE_COLUMNS = 32
-"""Tiles begin at multiples of this, where words begin at every bit width, in both directions."""
+"""Tiles start at multiples of this, where a word starts at every bit width."""
 
 
 def dequantize_weight(
@@ -44,24 +44,24 @@ def dequantize_weight(
     group_size: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Turn stored codes into numbers.
+    """Dequantize a weight as stored.
 
     Args:
         qweight: int32 [in * bits / 32, out].
         qzeros: int32 [groups, out * bits / 32].
         scales: Float [groups, out].
-        g_idx: Group of each input column, [in]; None: groups of ``group_size`` in order.
+        g_idx: Group of each input column, [in]; None: contiguous groups of ``group_size``.
         bits: 2, 3, 4 or 8.
         zero_offset: What was subtracted from the zeros before storing: 1 in v1, 0 in v2.
-        group_size: Used where ``g_idx`` is None.
-        dtype: Of the result; each weight is rounded to it once.
+        group_size: Used if ``g_idx`` is None.
+        dtype: Dtype of the result; each weight is rounded to it once.
 
     Returns:
         The weight [out, in]; not contiguous.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     codes = unpack_codes(qweight, bits)
-    # Contiguous, or the subtraction below takes ten times as long.
+    # Contiguous: otherwise the subtraction below takes ten times as long.
     zeros = unpack_zeros(qzeros, bits, zero_offset).t().to(wide).contiguous()
     scales = scales.to(wide)
     in_features, out_features = codes.shape
@@ -77,25 +77,25 @@ def dequantize_weight(
 
 
 class TorchReference:
-    """Dequantizes a tile of output channels at a time and multiplies by it."""
+    """Dequantizes one tile of output channels at a time and multiplies by it."""
 
     name = "torch_reference"
     repacks = False
 
     def find_obstacle(self) -> str | None:
-        """None: it runs wherever torch does."""
+        """Return None: the kernel runs wherever torch does."""
         return None
 
     def find_mismatch(self, spec: LinearSpec) -> str | None:
-        """None: it runs every layer."""
+        """Return None: the kernel runs every layer."""
         return None
 
     def prepare(self, stored: Operands, spec: LinearSpec) -> tuple[Tensor, ...]:
-        """Give back the stored weight."""
+        """Return the stored weight."""
         return stored.weight
 
     def restore(self, operands: Operands, spec: LinearSpec) -> Tensor:
-        """Give back the stored weight."""
+        """Return the stored weight."""
         return operands.weight[0]
 
     def apply(self, x: Tensor, operands: Operands, bias: Tensor | None, spec: LinearSpec) -> Tensor:
@@ -114,10 +114,10 @@ class TorchReference:
         return result
 
     def input_gradient(self, gradient: Tensor, operands: Operands, spec: LinearSpec) -> Tensor:
-        """Multiply by the dequantized weight, a tile of input columns at a time."""
-        # By columns rather than rows: each entry is then one sum, rounded once.
+        """Multiply by the dequantized weight, one tile of input columns at a time."""
+        # Tiles of columns, not rows: each entry is then a single sum, rounded once.
         step = math.lcm(TILE_COLUMNS, spec.group_size)
-        if operands.g_idx is not None or step > MOST_STEP:
+        if operands.g_idx is not None or step > MAX_STEP:
             step = TILE_COLUMNS
         width = max(_tile_weights(spec) // spec.out_features // step, 1) * step
         if spec.in_features <= width:
@@ -130,7 +130,7 @@ class TorchReference:
         return result
 
     def dequantize(self, operands: Operands, spec: LinearSpec, dtype: torch.dtype) -> Tensor:
-        """Give the weight [out, in] as numbers."""
+        """Return the dequantized weight [out, in]."""
         return dequantize_weight(
             operands.weight[0],
             operands.qzeros,
@@ -154,7 +154,7 @@ def _tile_weights(spec: LinearSpec) -> int:
 
 
 def _slice_columns(operands: Operands, bits: int, start: int, stop: int) -> Operands:
-    """Output channels start..stop of a layer; both multiples of TILE_COLUMNS, or the end."""
+    """Slice output channels start..stop; both are multiples of TILE_COLUMNS, or the end."""
     words = slice(start * bits // 32, -(-stop * bits // 32))
     return Operands(
         weight=(operands.weight[0][:, start:stop],),
@@ -165,7 +165,7 @@ def _slice_columns(operands: Operands, bits: int, start: int, stop: int) -> Oper
 
 
 def _slice_inputs(operands: Operands, spec: LinearSpec, start: int, stop: int) -> Operands:
-    """Input columns start..stop of a layer; both multiples of TILE_COLUMNS, or the end."""
+    """Slice input columns start..stop; both are multiples of TILE_COLUMNS, or the end."""
     words = slice(start * spec.bits // 32, stop * spec.bits // 32)
     g_idx = operands.g_idx
     if g_idx is None and start % spec.group_size == 0:

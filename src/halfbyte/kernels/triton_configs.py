@@ -1,4 +1,7 @@
-"""How the Triton programs are cut for a layer on a GPU: measured where measured, else by rule."""
+"""Tile sizes of the Triton kernels for a layer: measured if available, otherwise by rule.
+
+A program is one instance of a kernel, as in Triton's ``tl.program_id``.
+"""
 
 from __future__ import annotations
 
@@ -9,29 +12,29 @@ from halfbyte.kernels.gpu_table import load_table
 
 @dataclass(frozen=True, slots=True)
 class TritonConfig:
-    """One way to cut a product into programs."""
+    """Tile sizes of a product."""
 
     block_out: int
-    """Output channels of a program."""
+    """Output channels per program."""
     block_rows: int
-    """Rows of x of a program; 16 or more, the tensor core's own."""
+    """Rows of x per program; at least 16, as tensor cores require."""
     splits: int
-    """Programs that share the inputs of a channel."""
+    """Programs that split the inputs of a channel (split-K)."""
     warps: int
     stages: int
-    """Depth of the pipeline of loads."""
+    """Depth of the software pipeline of loads."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
-    """The cut with the best geometric mean over the measured shapes of an H100."""
+    """The tile sizes with the best geometric mean over the measured shapes on an H100."""
 
     block_out: int
     block_rows: int
     warps: int
     stages: int
     programs: float
-    """Programs for each multiprocessor, below which the inputs are split further."""
+    """Programs per multiprocessor below which the inputs are split further."""
 
 
 RULES = {
@@ -40,27 +43,27 @@ RULES = {
     64: _Rule(64, 64, 4, 4, 1.9),
     128: _Rule(128, 64, 4, 4, 1.2),
 }
-"""By rows of x, up to so many. It splits as was fastest on 31 of the 32 measured cases."""
+"""By maximum rows of x. The rule picks the fastest split in 31 of the 32 measured cases."""
 
-MOST_SPLITS = 8
-FEWEST_STEPS = 4
-"""Steps of 64 inputs of a program that shares its channels."""
+MAX_SPLITS = 8
+MIN_STEPS = 4
+"""Minimum steps of 64 inputs per program if inputs are split."""
 
 
 def choose_config(
     architecture: str, num_processors: int, in_features: int, out_features: int, rows: int
 ) -> TritonConfig:
-    """Choose how to cut a product.
+    """Choose the tile sizes of a product.
 
     Args:
-        architecture: ``sm_90`` and the like; of another maker, any name.
+        architecture: Such as ``sm_90``; any name for other vendors.
         num_processors: Multiprocessors of the device.
-        in_features: Of the layer.
-        out_features: Of the layer.
-        rows: Of x, 1 to the last of RULES.
+        in_features: Inputs of the layer.
+        out_features: Outputs of the layer.
+        rows: Rows of x, from 1 to the last key of RULES.
 
     Returns:
-        The fastest one measured for the layer's shape, else one by rule.
+        The fastest measured configuration for the layer's shape; otherwise one by rule.
     """
     bucket = next((size for size in RULES if rows <= size), max(RULES))
     measured = load_table(architecture).triton.get(((in_features, out_features), bucket))
@@ -73,21 +76,18 @@ def choose_config(
 
 
 def choose_splits(programs: int, steps: int, wanted: float) -> int:
-    """Choose how many programs share a channel's inputs.
+    """Choose how many programs split a channel's inputs.
 
     Args:
-        programs: Without sharing.
+        programs: Programs without splitting.
         steps: Steps of 64 inputs.
         wanted: Programs that keep the device busy.
 
     Returns:
-        A power of two: as few as give the wanted programs, of at least FEWEST_STEPS steps.
+        The smallest power of two that gives the wanted number of programs, limited to MAX_SPLITS
+        and to MIN_STEPS steps per program.
     """
     splits = 1
-    while (
-        splits < MOST_SPLITS
-        and programs * splits < wanted
-        and steps // (2 * splits) >= FEWEST_STEPS
-    ):
+    while splits < MAX_SPLITS and programs * splits < wanted and steps // (2 * splits) >= MIN_STEPS:
         splits *= 2
     return splits

@@ -1,8 +1,8 @@
-"""What a decode step does between its linears, each one launch: add and norm, attend, gate.
+"""The operations of a decode step between its linears, one launch each: norm, attention, gate.
 
-Programs: :mod:`halfbyte.kernels.triton_decode_kernels`. Rows are one token each of some sequences.
-Arithmetic as in Transformers' Llama-like models: fp32 within, rounded to the model's type where
-they round; turning queries and keys rounds once instead of three times.
+Kernels: :mod:`halfbyte.kernels.triton_decode_kernels`. Each row is one token of a sequence.
+Arithmetic as in Transformers' Llama-like models: fp32 internally, rounded to the model's dtype at
+the same points, except that rotary embedding rounds once instead of three times.
 """
 
 from __future__ import annotations
@@ -21,47 +21,47 @@ from halfbyte.kernels.gpu_device import (
     starts_early,
 )
 
-NARROWEST_DOT = 16
-"""Rows that Triton's products have at the least."""
+MIN_DOT_ROWS = 16
+"""Minimum rows of a ``tl.dot``."""
 BLOCK_POSITIONS = 32
-MOST_SPLITS = 64
+MAX_SPLITS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionShape:
-    """The attention of a block."""
+    """Sizes and constants of a block's attention."""
 
     heads: int
     key_heads: int
     width: int
-    """Of a head."""
+    """Head dimension."""
     scale: float
-    """Of the scores."""
+    """Factor of the attention scores."""
     epsilon: float
-    """Of the norms of queries and keys, where there are any."""
+    """Epsilon of the query and key norms, if any."""
 
 
 def add_norm(
     x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """Add to the residual stream, and norm what comes out.
+    """Add to the residual stream and apply an RMS norm to the sum.
 
     Args:
-        x: [rows, width], the stream.
-        delta: [rows, width], what is added; None: nothing.
-        weight: [width], the norm's.
-        epsilon: The norm's.
+        x: [rows, width], the residual stream.
+        delta: [rows, width] to add, or None.
+        weight: [width], the weight of the norm.
+        epsilon: Epsilon of the norm.
 
     Returns:
-        The stream after it, and its root mean square norm: [rows, width] each, in the type of x.
+        The updated residual stream and its norm: [rows, width] each, in the dtype of x.
     """
-    from halfbyte.kernels.triton_decode_kernels import add_norm_program
+    from halfbyte.kernels.triton_decode_kernels import add_norm_kernel
 
     rows, width = x.shape
     total = x if delta is None else torch.empty_like(x)
     result = torch.empty_like(x)
     with on_device(x.device):
-        add_norm_program[(rows,)](
+        add_norm_kernel[(rows,)](
             x,
             delta,
             weight,
@@ -78,21 +78,21 @@ def add_norm(
 
 
 def gate(gate_up: Tensor) -> Tensor:
-    """Multiply what is up by the silu of what gates it.
+    """Compute silu(gate) * up.
 
     Args:
-        gate_up: [rows, 2 width]; gates first.
+        gate_up: [rows, 2 width]; gate first, then up.
 
     Returns:
         [rows, width].
     """
-    from halfbyte.kernels.triton_decode_kernels import gate_program
+    from halfbyte.kernels.triton_decode_kernels import gate_kernel
 
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     result = gate_up.new_empty(rows, width)
     block = 256
     with on_device(gate_up.device):
-        gate_program[(-(-width // block), rows)](
+        gate_kernel[(-(-width // block), rows)](
             gate_up, result, width, BLOCK=block, num_warps=2, **_early(gate_up.device)
         )
     return result
@@ -107,21 +107,21 @@ def attend(
     cache: tuple[Tensor, Tensor],
     shape: AttentionShape,
 ) -> Tensor:
-    """Turn queries and key to their position, keep key and value, and attend to all so far.
+    """Apply rotary embedding, write key and value to the cache, and attend to all positions so far.
 
     Args:
         qkv: [rows, (heads + 2 key_heads) * width]: queries, key, value of each token.
-        norms: Weights [width] of the norms of queries and key; None: there are none.
-        rotary: Cosines and sines [positions, turned width].
-        positions: int64 [rows], of the tokens; all before them are in the cache.
-        tables: int32 [rows, most pages]: the pages of each row's sequence, in order.
-        cache: Keys and values [pages, key_heads, page tokens, width]; written at the positions.
-        shape: Of the attention.
+        norms: Weights [width] of the query and key norms, or None.
+        rotary: Cosines and sines [positions, rotary width].
+        positions: int64 [rows], positions of the tokens; all earlier ones are in the cache.
+        tables: int32 [rows, max pages], the page table of each row's sequence.
+        cache: Keys and values [pages, key_heads, page tokens, width]; updated in place.
+        shape: Sizes and constants of the attention.
 
     Returns:
         [rows, heads * width].
     """
-    from halfbyte.kernels.triton_decode_kernels import attend_program
+    from halfbyte.kernels.triton_decode_kernels import attend_kernel
 
     keys, values = cache
     assert keys.is_contiguous()
@@ -135,7 +135,7 @@ def attend(
         sizes = qkv.new_empty(splits, rows, shape.heads, 2, dtype=torch.float32)
         arrivals = find_arrivals(qkv.device)
     with on_device(qkv.device):
-        attend_program[(shape.key_heads, splits, rows)](
+        attend_kernel[(shape.key_heads, splits, rows)](
             qkv,
             None if norms is None else norms[0],
             None if norms is None else norms[1],
@@ -157,9 +157,9 @@ def attend(
             WIDTH=shape.width,
             ROTARY=rotary[0].shape[-1],
             HAS_NORMS=norms is not None,
-            ROWS=max(_power_of_two(shape.heads // shape.key_heads), NARROWEST_DOT),
+            ROWS=max(_power_of_two(shape.heads // shape.key_heads), MIN_DOT_ROWS),
             BLOCK=BLOCK_POSITIONS,
-            BLOCK_WIDTH=max(_power_of_two(shape.width), NARROWEST_DOT),
+            BLOCK_WIDTH=max(_power_of_two(shape.width), MIN_DOT_ROWS),
             PAGE=keys.shape[2] if tables.shape[1] > 1 else 0,
             SPLITS=splits,
             num_warps=4,
@@ -171,17 +171,17 @@ def attend(
 
 @functools.cache
 def choose_splits(device: torch.device, programs: int) -> int:
-    """Choose into how many shares positions are split: as many programs as there is room for.
+    """Choose how many programs split the positions of a sequence, to occupy all multiprocessors.
 
     Args:
-        device: Of the launch.
-        programs: Key heads of all rows.
+        device: Device of the launch.
+        programs: Programs without splitting: key heads of all rows.
 
     Returns:
         A power of two.
     """
-    room = min(max(count_processors(device) // programs, 1), MOST_SPLITS)
-    return 1 << (room.bit_length() - 1)
+    splits = min(max(count_processors(device) // programs, 1), MAX_SPLITS)
+    return 1 << (splits.bit_length() - 1)
 
 
 def _early(device: torch.device) -> dict[str, Any]:
@@ -189,5 +189,5 @@ def _early(device: torch.device) -> dict[str, Any]:
 
 
 def _power_of_two(number: int) -> int:
-    """The smallest power of two that is not below a number."""
+    """Return the smallest power of two that is at least a number."""
     return 1 << (number - 1).bit_length()

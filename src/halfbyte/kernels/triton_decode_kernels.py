@@ -1,10 +1,10 @@
-"""The Triton programs of a decode step between its linears: add and norm, attend, gate.
+"""The Triton kernels of a decode step between its linears: add and norm, attention, gate.
 
-One token each of some sequences: the rows. Rounded where Transformers rounds: sums of the residual
-stream, norms and activations are in the model's type, everything within them is fp32.
+Each row is one token of a sequence. Values are rounded where Transformers rounds: the
+residual stream, norms and activations are in the model's dtype, everything inside them is fp32.
 
-EARLY: the launch begins while the one before it still runs, and waits for it where it first reads
-what that wrote (NVIDIA from compute capability 9.0 on).
+EARLY: programmatic dependent launch. The kernel starts while the previous launch still runs, and
+waits for it before first reading its results (NVIDIA from compute capability 9.0 on).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
-# Triton's own sum and max cannot run in the interpreter where Triton was loaded before it.
+# Triton's sum and max do not run in the interpreter if Triton was imported before it.
 @triton.jit
 def _add(a, b):
     return a + b
@@ -26,7 +26,7 @@ def _larger(a, b):
 
 
 @triton.jit
-def add_norm_program(
+def add_norm_kernel(
     x,
     delta,
     weight,
@@ -58,7 +58,7 @@ def add_norm_program(
 
 
 @triton.jit
-def gate_program(gate_up, result, width, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+def gate_kernel(gate_up, result, width, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """Write result [rows, width] = silu(gate) * up, of gate_up [rows, 2 width]."""
     if EARLY:
         gdc_launch_dependents()
@@ -86,14 +86,14 @@ def _load_turned(
     HAS_NORM: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    """Heads [rows, BLOCK_WIDTH] fp32, normed and turned to their position.
+    """Load heads [rows, BLOCK_WIDTH], with norm and rotary embedding applied in fp32.
 
-    ``heads`` are pointers [rows, 1] to their starts, ``inside`` says which there are.
+    ``heads`` are pointers [rows, 1] to the heads, ``inside`` masks the existing ones.
     """
     DTYPE: tl.constexpr = heads.dtype.element_ty
     HALF: tl.constexpr = ROTARY // 2
     d = tl.arange(0, BLOCK_WIDTH)
-    # Turning takes a number and its partner half the turned width away.
+    # The rotation combines each element with its partner, half the rotary width away.
     partner = tl.where(d < HALF, d + HALF, tl.where(d < ROTARY, d - HALF, d))
     whole = inside & (d < WIDTH)[None, :]
     value = tl.load(heads + d[None, :], mask=whole, other=0.0).to(tl.float32)
@@ -111,11 +111,11 @@ def _load_turned(
 
 @triton.jit
 def _take_in(queries, key, value, there, scale, largest, size, total):
-    """Largest score, sum of shares, and sum of values by their shares, with a block more."""
+    """Update the running max, sum of exponentials and weighted sum of values with more keys."""
     scores = tl.dot(queries, tl.trans(key)) * scale
     scores = tl.where(there[None, :], scores, float("-inf"))
     larger = tl.maximum(largest, tl.reduce(scores, 1, _larger))
-    # Nothing so far and nothing here: any number will do as the largest.
+    # No key so far and none in this block: any finite maximum will do.
     base = tl.where(larger == float("-inf"), 0.0, larger)
     shares = tl.exp2(scores - base[:, None])
     fade = tl.exp2(largest - base)
@@ -136,7 +136,7 @@ def _find_places(
     KEY_HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Where the numbers [n, d] of a head lie in keys and values, for n below the end."""
+    """Return the offsets [n, d] of a head's positions in keys and values, for n below the end."""
     if PAGE:
         page = tl.load(table + n // PAGE, mask=n < end, other=0)
         row = (page.to(tl.int64) * KEY_HEADS + head) * PAGE + n % PAGE
@@ -146,7 +146,7 @@ def _find_places(
 
 
 @triton.jit
-def attend_program(
+def attend_kernel(
     qkv,
     q_norm,
     k_norm,
@@ -176,12 +176,13 @@ def attend_program(
     SPLITS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Attend with all query heads of one key head to one share of a row's positions.
+    """Attend with all query heads of one key head to one split of a row's positions.
 
-    Keys and values [pages, KEY_HEADS, page_tokens, WIDTH], of which ``tables`` [rows, table_pages]
-    says which are whose, get the token's own, which the first share adds from ``qkv`` itself:
-    nobody reads what is written here. PAGE is page_tokens, or 0 where a row has one page. The last
-    share to arrive adds up all in order, so the result does not depend on who that is.
+    Keys and values are [pages, KEY_HEADS, page_tokens, WIDTH]; ``tables`` [rows, table_pages] is
+    the page table. The first split writes the token's key and value to the cache and uses them
+    directly from ``qkv``, so no program reads what this launch writes. PAGE is page_tokens, or 0 if
+    a row has one page. The last split to arrive combines all in a fixed order, so the result is
+    deterministic.
     """
     DTYPE: tl.constexpr = qkv.dtype.element_ty
     GROUP: tl.constexpr = HEADS // KEY_HEADS
@@ -198,7 +199,7 @@ def attend_program(
     cosine = tl.load(cosines + row, mask=turned, other=1.0).to(tl.float32)
     sine = tl.load(sines + row, mask=turned, other=0.0).to(tl.float32)
     sine = tl.where(d < ROTARY // 2, -sine, sine)
-    # What earlier steps kept does not depend on the launch before this one.
+    # Cached keys and values do not depend on the previous launch, so load them before waiting.
     each = (here + SPLITS * BLOCK - 1) // (SPLITS * BLOCK) * BLOCK
     begin = split * each
     end = tl.minimum(begin + each, here)
@@ -272,14 +273,14 @@ def attend_program(
     if SPLITS == 1:
         tl.store(out, (total / size[:, None]).to(DTYPE), mask=kept)
     else:
-        # Of all rows.
+        # Heads of all rows.
         whole = tl.num_programs(2) * HEADS
         spot = member[:, None] * WIDTH + d[None, :]
         tl.store(sums + split * whole * WIDTH + spot, total, mask=kept)
-        # [split, head, largest and size]
+        # [split, head, (max, sum of exponentials)]
         tl.store(sizes + (split * whole + member) * 2, largest, mask=g < GROUP)
         tl.store(sizes + (split * whole + member) * 2 + 1, size, mask=g < GROUP)
-        # All threads' sums are written before one of them says so.
+        # All threads must have written their sums before the arrival is counted.
         tl.debug_barrier()
         counter = arrivals + number * KEY_HEADS + head
         arrived = tl.atomic_add(counter, 1, sem="acq_rel")

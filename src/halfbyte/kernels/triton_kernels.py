@@ -1,13 +1,13 @@
-"""The Triton programs over :mod:`halfbyte.kernels.fragments`: multiply, and dequantize.
+"""The Triton kernels over the layout of :mod:`halfbyte.kernels.fragments`: multiply and dequantize.
 
-Tile: BLOCK_OUT channels by BLOCK_ROWS rows of x, 64 inputs a step; the weight is the left operand,
-so the few rows of a decode step are the narrow side of the tensor core. Codes minus zeros are whole
-numbers, exact in fp16 and bf16; sums are fp32, scaled once for each group. Where a channel's inputs
-are split over programs, each writes its sums to a workspace, and the last one to arrive adds them
-in order: the result does not depend on who that is.
+Tile: BLOCK_OUT channels by BLOCK_ROWS rows of x, 64 inputs per step. The weight is the left
+operand, so that the few rows of a decode step are the narrow side of the tensor core. Codes minus
+zeros are integers, exact in fp16 and bf16; sums are fp32, scaled once per group. If a channel's
+inputs are split over programs (split-K), each writes its sums to a workspace, and the last one to
+arrive adds them in a fixed order, so the result is deterministic.
 
-FAST takes 4-bit codes apart by NVIDIA's own instructions, two codes at a time; without it the same
-is written in plain Triton, for other makers' devices and for the interpreter.
+FAST unpacks 4-bit codes with NVIDIA's instructions, two codes at a time; without it the same is
+done in plain Triton, for other vendors' devices and for the interpreter.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# A word holds the codes of four registers of the A operand; (a & b) | c is 0xEA. One word an
-# instruction, never two by ``pack``: which words Triton packs together is up to its layout.
+# A word holds the codes of four registers of the A operand; 0xEA is (a & b) | c. ``pack`` stays 1:
+# which words Triton would pack together depends on its layout.
 _ASM_PAIR = """
 shr.u32 t, $8, SHIFT; lop3.b32 t, t, 0x000f000f, MAGIC, 0xEA;
 fma.rn.KIND t, t, one, $9; mov.b32 {$LOW, $HIGH}, t;
@@ -31,7 +31,7 @@ def _assemble(magic: str, one: str, kind: str) -> str:
     return text.replace("MAGIC", magic).replace("ONE", one).replace("KIND", kind) + "}"
 
 
-# 1024 + code in fp16 and 128 + code in bf16 are exact: the code is the low end of the mantissa.
+# 1024 + code in fp16 and 128 + code in bf16 are exact: the code is the low bits of the mantissa.
 ASM_FP16 = tl.constexpr(_assemble("0x64006400", "0x3C003C00", "f16x2"))
 ASM_BF16 = tl.constexpr(_assemble("0x43004300", "0x3F803F80", "bf16x2"))
 ASM_CONSTRAINTS = tl.constexpr(",".join(["=h"] * 8 + ["r"] * 2))
@@ -42,7 +42,7 @@ NEGATED_BF16 = tl.constexpr(0xC300C300 - 2**32)
 
 @triton.jit
 def _take_apart(words, zeros, DTYPE: tl.constexpr):
-    """Codes minus zeros [out, 64] of 4-bit words [tiles, 8, 4, 2, 2], by inline assembly."""
+    """Unpack 4-bit words [tiles, 8, 4, 2, 2] to codes minus zeros [out, 64] by inline assembly."""
     ASSEMBLY: tl.constexpr = ASM_FP16 if DTYPE == tl.float16 else ASM_BF16  # noqa: SIM300
     NEGATED: tl.constexpr = NEGATED_FP16 if DTYPE == tl.float16 else NEGATED_BF16  # noqa: SIM300
     a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
@@ -71,7 +71,7 @@ def _take_apart(words, zeros, DTYPE: tl.constexpr):
 
 @triton.jit
 def _load_codes(codes, tile, TILES: tl.constexpr, tiles_left, BITS: tl.constexpr):
-    """Codes int32 [16 TILES, 64] of TILES tiles from ``tile`` on, in plain Triton."""
+    """Load codes int32 [16 TILES, 64] of TILES tiles from ``tile`` on, in plain Triton."""
     LOW: tl.constexpr = 2 if BITS == 3 else BITS
     WORDS: tl.constexpr = 32 * LOW
     RUN: tl.constexpr = 1 if LOW == 2 else 2
@@ -123,7 +123,7 @@ def _load_weight(
     FAST: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Codes minus zeros [BLOCK_OUT, 64], whole numbers, at 64 inputs from 64 ``step`` on."""
+    """Load codes minus zeros [BLOCK_OUT, 64] of step ``step``: inputs from 64 * ``step`` on."""
     TILES: tl.constexpr = BLOCK_OUT // 16
     tile = step * (out_features // 16) + first // 16
     tiles_left = (out_features - first) // 16
@@ -132,7 +132,7 @@ def _load_weight(
         words = tl.load(codes + tile * 128 + offsets, mask=offsets // 128 < tiles_left, other=0)
         lanes = tl.reshape(words, (TILES, 8, 4, 2, 2))
         if HAS_ZEROS:
-            # Every lane asks for the zeros of its own two channels.
+            # Every lane loads the zeros of its own two channels.
             channel = (offsets // 128) * 16 + (offsets % 2) * 8 + (offsets // 16) % 8
             row = (step * 64) // GROUP_SIZE * out_features + first
             found = tl.load(zeros + row + channel, mask=channel < out_features - first, other=0)
@@ -153,9 +153,9 @@ def _load_weight(
     return weight
 
 
-# Not by their values: a program for rows = 1 and another for 16 would be compiled.
+# Not specialized by value: otherwise rows = 1 and rows = 16 would be compiled separately.
 @triton.jit(do_not_specialize=["rows", "steps_each"])
-def multiply_program(
+def multiply_kernel(
     x,
     codes,
     zeros,
@@ -232,7 +232,7 @@ def multiply_program(
         _finish(total, bias, result, place, inside, n, out_features, HAS_BIAS)
     else:
         tl.store(workspace + split * rows * out_features + place, total, mask=inside)
-        # All threads' sums are written before one of them says so.
+        # All threads must have written their sums before the arrival is counted.
         tl.debug_barrier()
         counter = arrivals + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
         arrived = tl.atomic_add(counter, 1, sem="acq_rel")
@@ -253,7 +253,7 @@ def _finish(total, bias, result, place, inside, n, out_features, HAS_BIAS: tl.co
 
 
 @triton.jit
-def dequantize_program(
+def dequantize_kernel(
     codes,
     zeros,
     scales,
@@ -267,7 +267,7 @@ def dequantize_program(
     HAS_ORDER: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
 ):
-    """Write result [out, in] = the weight, each rounded once, for BLOCK_OUT channels, 64 inputs."""
+    """Write result [out, in] = the dequantized weight, for BLOCK_OUT channels and 64 inputs."""
     step = tl.program_id(0)
     first = tl.program_id(1) * BLOCK_OUT
     n = first + tl.arange(0, BLOCK_OUT)

@@ -1,11 +1,11 @@
-"""Products on GPUs by Triton, on every device that Triton compiles for.
+"""The Triton kernels, for every GPU that Triton supports.
 
-Layout: :mod:`halfbyte.kernels.fragments`, for few rows and many. Up to ROWS_LIMIT rows
-:mod:`halfbyte.kernels.triton_kernels` multiplies packed codes; more rows are multiplied by the
-weight dequantized into a scratch tensor, which the vendor's library does faster than any kernel
-that has to take codes apart between its products.
-Arithmetic: code - zero is exact, its products with x are summed in fp32 and scaled in fp32 once for
-each group; one rounding of the result. The dequantized weight is rounded once. Deterministic.
+Layout: :mod:`halfbyte.kernels.fragments`. Up to ROWS_LIMIT rows of x
+:mod:`halfbyte.kernels.triton_kernels` multiplies packed codes; for more rows the weight is
+dequantized into a scratch tensor and multiplied by the vendor's library, which is faster than any
+kernel that has to unpack codes between its products.
+Arithmetic: code - zero is exact, its products with x are summed in fp32 and scaled in fp32 once per
+group; one rounding of the result. The dequantized weight is rounded once. Deterministic.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from torch.nn import functional
 
 from halfbyte.kernels.contract import LinearSpec, Operands
 from halfbyte.kernels.fragments import (
-    cut_inputs,
     find_layout_mismatch,
     find_order,
     find_zeros,
     prepare_fragments,
     restore_fragments,
     slice_fragments,
+    split_inputs,
 )
 from halfbyte.kernels.gpu_device import (
     count_processors,
@@ -41,33 +41,33 @@ from halfbyte.kernels.gpu_device import (
 from halfbyte.kernels.triton_configs import TritonConfig, choose_config
 
 ROWS_LIMIT = 128
-"""From more rows on the weight is dequantized first; at 128 that was 1.3 to 2.5 times as slow."""
+"""Above it the weight is dequantized first; at 128 rows that was 1.3 to 2.5 times as slow."""
 
 GRADIENT_WEIGHTS = 2**24
-"""Weights dequantized at a time on the way back: 32 MB in 16 bits, still a large product."""
+"""Weights dequantized at a time in the backward pass: 32 MB in 16 bits, still a large product."""
 
 DEVICES = ("cuda", "xpu")
-"""``cuda`` is AMD's too."""
+"""torch also calls AMD GPUs ``cuda``."""
 
 
 class TritonLinear:
-    """The Triton programs behind the common contract."""
+    """The Triton kernels behind the common contract."""
 
     name = "triton"
     repacks = True
 
     def find_obstacle(self) -> str | None:
-        """Say why Triton cannot run here, or None."""
+        """Return why Triton cannot run here; None if it can."""
         return find_triton_obstacle() or find_gpu_obstacle()
 
     def find_mismatch(self, spec: LinearSpec) -> str | None:
-        """Say why the programs cannot run such a layer, or None."""
+        """Return why the kernels cannot run a layer; None if they can."""
         if spec.device_type not in DEVICES:
             return f"runs on {' and '.join(DEVICES)}, not on {spec.device_type}"
         return find_layout_mismatch(spec)
 
-    def describe_division(self, spec: LinearSpec) -> str:
-        """Say up to how many rows what runs."""
+    def describe_row_tiers(self, spec: LinearSpec) -> str:
+        """Describe which code runs up to how many rows."""
         return f"up to {ROWS_LIMIT} rows Triton, then dequantized first"
 
     def prepare(self, stored: Operands, spec: LinearSpec) -> tuple[Tensor, ...]:
@@ -76,11 +76,11 @@ class TritonLinear:
         return prepare_fragments(stored, spec)
 
     def restore(self, operands: Operands, spec: LinearSpec) -> Tensor:
-        """Give back ``qweight``."""
+        """Return ``qweight`` as stored."""
         return restore_fragments(operands, spec)
 
     def apply(self, x: Tensor, operands: Operands, bias: Tensor | None, spec: LinearSpec) -> Tensor:
-        """Multiply by the packed codes, or by the dequantized weight where x has many rows."""
+        """Multiply by the packed codes, or by the dequantized weight if x has many rows."""
         rows = x.reshape(-1, spec.in_features)
         count = rows.shape[0]
         if count > ROWS_LIMIT:
@@ -96,16 +96,16 @@ class TritonLinear:
         return result.view(*x.shape[:-1], spec.out_features)
 
     def dequantize(self, operands: Operands, spec: LinearSpec, dtype: torch.dtype) -> Tensor:
-        """Give the weight [out, in] as numbers."""
+        """Return the dequantized weight [out, in]."""
         return dequantize_fragments(operands, spec, dtype)
 
     def input_gradient(self, gradient: Tensor, operands: Operands, spec: LinearSpec) -> Tensor:
         """Multiply by the dequantized weight, some tiles of input columns at a time."""
-        # By columns: each entry is then one sum, rounded once.
+        # Slices of columns: each entry is then a single sum, rounded once.
         rows = gradient.reshape(-1, spec.out_features)
         result = gradient.new_empty(rows.shape[0], spec.in_features)
         order = find_order(operands, spec)
-        for start, stop in cut_inputs(spec, GRADIENT_WEIGHTS):
+        for start, stop in split_inputs(spec, GRADIENT_WEIGHTS):
             part, part_spec = slice_fragments(operands, spec, start, stop)
             product = rows @ self.dequantize(part, part_spec, gradient.dtype)
             if order is None:
@@ -115,7 +115,7 @@ class TritonLinear:
         return result.view(*gradient.shape[:-1], spec.in_features)
 
     def error_bound(self, spec: LinearSpec) -> float:
-        """One rounding of the result and fp32 sums; with many rows, one more of each weight."""
+        """One rounding of the result and fp32 sums; with many rows, also one of each weight."""
         unit = torch.finfo(spec.dtype).eps / 2
         sums = torch.finfo(torch.float32).eps * spec.in_features
         return 3 * unit + sums
@@ -134,16 +134,16 @@ def multiply(
 
     Args:
         rows: [rows, in], contiguous.
-        operands: As ``prepare`` left them.
+        operands: As returned by ``prepare``.
         bias: [out] or None.
         spec: The layer.
-        config: How to cut it.
-        fast: Whether NVIDIA's instructions may be used; None: where the device is NVIDIA's.
+        config: Tile sizes.
+        fast: Whether to use NVIDIA's instructions; None: if the device is an NVIDIA GPU.
 
     Returns:
         [rows, out].
     """
-    from halfbyte.kernels.triton_kernels import multiply_program
+    from halfbyte.kernels.triton_kernels import multiply_kernel
 
     count = rows.shape[0]
     result = rows.new_empty(count, spec.out_features)
@@ -160,7 +160,7 @@ def multiply(
         workspace = rows.new_empty(config.splits, count, spec.out_features, dtype=torch.float32)
         arrivals = find_arrivals(rows.device)
     with on_device(rows.device):
-        multiply_program[grid](
+        multiply_kernel[grid](
             rows,
             operands.weight[0],
             zeros,
@@ -191,19 +191,19 @@ def multiply(
 
 
 def dequantize_fragments(operands: Operands, spec: LinearSpec, dtype: torch.dtype) -> Tensor:
-    """Turn a repacked weight into numbers [out, in], each rounded once to ``dtype``."""
-    from halfbyte.kernels.triton_kernels import dequantize_program
+    """Dequantize a repacked weight to [out, in], each value rounded once to ``dtype``."""
+    from halfbyte.kernels.triton_kernels import dequantize_kernel
 
     codes, scales = operands.weight[0], operands.scales
     shape = (spec.out_features, spec.in_features)
     if dtype == torch.float64:
-        # Exact in fp32 for scales of 16 bits: a code has at most 9 bits with its sign.
+        # Exact in fp32 for 16-bit scales: code - zero has at most 9 bits with its sign.
         return dequantize_fragments(operands, spec, torch.float32).double()
     result = torch.empty(shape, dtype=dtype, device=codes.device)
     zeros, order = find_zeros(operands, spec), find_order(operands, spec)
     block_out = 64
     with on_device(codes.device):
-        dequantize_program[(spec.in_features // 64, -(-spec.out_features // block_out))](
+        dequantize_kernel[(spec.in_features // 64, -(-spec.out_features // block_out))](
             codes,
             zeros,
             scales,
@@ -223,7 +223,7 @@ def dequantize_fragments(operands: Operands, spec: LinearSpec, dtype: torch.dtyp
 
 @functools.cache
 def find_triton_obstacle() -> str | None:
-    """Say why Triton cannot compile here, or None."""
+    """Return why Triton cannot compile here; None if it can."""
     if importlib.util.find_spec("triton") is None:
         return "needs Triton, which comes with torch for GPUs: pip install triton"
     if not any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang")):

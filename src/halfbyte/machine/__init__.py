@@ -1,1 +1,1 @@
-"""What the machine is and has: facts for a report, memory, fast types, devices, folders."""
+"""The machine: facts for reports, memory, fast dtypes, devices, cache folder."""

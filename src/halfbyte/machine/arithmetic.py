@@ -1,4 +1,4 @@
-"""What this processor and a device are fast at, and exact in."""
+"""Which matrix products this CPU or a device computes fast, and how exactly."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from halfbyte.errors import first_line
 
 @cache
 def has_fast_bf16() -> bool:
-    """Say whether the CPU multiplies bf16 matrices in hardware (AVX512_BF16, AMX, or Arm's)."""
+    """Return whether the CPU has bf16 matrix instructions (AVX512_BF16, AMX or Arm's)."""
     try:
         words = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
     except OSError:
@@ -23,10 +23,10 @@ def has_fast_bf16() -> bool:
 
 @cache
 def sums_bf16_in_fp32() -> bool:
-    """Say whether bf16 matrix products are fast here and add their addend before they round.
+    """Return whether bf16 ``addmm`` is fast here and rounds only after the addition.
 
-    Tried, not looked up: a library may round the product first, and the difference of two nearly
-    equal numbers would be noise.
+    Determined by a trial: some libraries round the product first, and then the difference of two
+    nearly equal numbers is only noise.
     """
     if not has_fast_bf16():
         return False
@@ -34,22 +34,22 @@ def sums_bf16_in_fp32() -> bool:
     exact = x.double().t() @ x.double()
     rounded = exact.bfloat16()
     error = torch.addmm(rounded, x.t(), x, beta=-1).double() - (exact - rounded.double())
-    # Rounded first, the error would be as large as the difference itself.
+    # If the product is rounded first, the error is as large as the difference itself.
     return float(error.norm()) < 2**-6 * float((exact - rounded.double()).norm())
 
 
 @cache
 def find_fp32_sum_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Say why a device does not multiply 16-bit matrices and give the sums in fp32.
+    """Return why a device cannot multiply 16-bit matrices with fp32 accumulation and output.
 
-    Tried, not looked up: a sum that was rounded on the way would show.
+    Determined by a trial, which also detects sums that are rounded in between.
 
     Args:
-        device: Which one.
-        dtype: Of the factors.
+        device: The device.
+        dtype: Dtype of the factors.
 
     Returns:
-        What ``torch.mm`` with ``out_dtype`` lacks there; None where it does.
+        The reason why ``torch.mm`` with ``out_dtype`` is not usable; None if it is.
     """
     if device.type == "cpu":
         return "torch has no such product for CPUs"
@@ -61,10 +61,10 @@ def find_fp32_sum_obstacle(device: torch.device, dtype: torch.dtype) -> str | No
         return f"{type(error).__name__}: {first_line(error)}"
     if float((found.double() - exact).norm()) < 2**-16 * float(exact.norm()):
         return None
-    return "sums are rounded on the way"
+    return "intermediate sums are rounded"
 
 
 def fast_copy(matrix: torch.Tensor) -> torch.Tensor:
-    """Give a matrix in the type in which this machine multiplies fastest, for rough products."""
-    fast = matrix.device.type != "cpu" or has_fast_bf16()
-    return matrix.bfloat16() if fast else matrix
+    """Cast a matrix to the dtype that multiplies fastest here, for approximate products."""
+    use_bf16 = matrix.device.type != "cpu" or has_fast_bf16()
+    return matrix.bfloat16() if use_bf16 else matrix

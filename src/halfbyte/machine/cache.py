@@ -1,4 +1,4 @@
-"""Where what can be made again is kept."""
+"""The folder for files that can be recreated."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from halfbyte.errors import ConfigError
 
 
 def cache_folder() -> Path:
-    """Give ``halfbyte`` in the user's cache folder; nothing is made.
+    """Return halfbyte's folder in the user's cache folder, without creating it.
 
     Returns:
         The folder.
 
     Raises:
-        ConfigError: The user has no home folder, and none for caches.
+        ConfigError: The user has neither a home folder nor a cache folder.
 
     Source:
-        XDG Base Directory Specification: an empty or relative ``XDG_CACHE_HOME`` does not count.
+        XDG Base Directory Specification: an empty or relative ``XDG_CACHE_HOME`` is ignored.
     """
     root = Path(os.environ.get("XDG_CACHE_HOME", "").strip())
     if not root.is_absolute():
@@ -26,7 +26,7 @@ def cache_folder() -> Path:
             root = Path.home() / ".cache"
         except RuntimeError as exc:
             raise ConfigError(
-                "There is no folder for caches: this user has no home folder. "
-                "Set XDG_CACHE_HOME to a folder that may be written."
+                "Cannot find a cache folder: this user has no home folder. "
+                "Set XDG_CACHE_HOME to a writable folder."
             ) from exc
     return root / "halfbyte"

@@ -1,4 +1,4 @@
-"""Which device to compute on."""
+"""Selects the device to compute on."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from halfbyte.errors import ConfigError, first_line
 
 
 def resolve_device(name: str | torch.device) -> torch.device:
-    """Give a device that is there; tried, not looked up.
+    """Resolve a device name and check by a trial that the device works.
 
     Args:
-        name: Such as "cpu", "cuda" or "cuda:1"; "auto": the first GPU, or the CPU.
+        name: "cpu", "cuda", "cuda:1", ...; "auto": the first GPU, or the CPU.
 
     Returns:
         The device.
@@ -26,7 +26,7 @@ def resolve_device(name: str | torch.device) -> torch.device:
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
-            f"device is '{name}', which this machine or this torch does not have: "
+            f"device is '{name}', which this machine or this build of torch does not have: "
             f"{first_line(error)}. Use auto or cpu."
         ) from error
     return device

@@ -1,4 +1,4 @@
-"""What a run ran on: versions of the packages and facts of the machine, for its report."""
+"""Package versions and machine facts, for reports."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from halfbyte.units import format_bytes
 from halfbyte.version import __version__
 
 PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "numpy", "huggingface_hub")
-"""Packages that can change the numbers."""
+"""Packages that can change results."""
 
 
 def installed_versions() -> dict[str, str]:
-    """Give the versions of halfbyte, Python and the packages that can change the numbers."""
+    """Return the versions of halfbyte, Python and the packages that can change results."""
     versions = {"halfbyte": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -26,8 +26,8 @@ def installed_versions() -> dict[str, str]:
 
 
 def machine_facts() -> dict[str, str]:
-    """Give the system, processor, cores that may be used, torch's threads, memory and GPU."""
-    # Imported here: versions alone must not cost an import of torch.
+    """Return system, processor, usable cores, torch threads, memory and GPU."""
+    # Imported here, so that installed_versions does not need torch.
     import torch
 
     facts = {

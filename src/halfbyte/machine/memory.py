@@ -1,4 +1,4 @@
-"""Memory of this process and of a GPU: how much is in use, how to limit it and give it back."""
+"""Memory of this process and of a GPU: measure it, limit it, release it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import psutil
 import torch
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
-"""Names of glibc's settings, from its malloc.h."""
+"""Parameters of glibc's mallopt, from malloc.h."""
 LARGE_BYTES = 1 << 20
 
 
 def peak_memory_bytes() -> int:
-    """Give the largest resident size that this process has had. Unit: bytes."""
+    """Return the peak resident memory of this process. Unit: bytes."""
     try:
-        # What getrusage says may be of the process that started this one: exec does not reset it.
+        # getrusage may report the peak of the parent process: exec does not reset it.
         status = Path("/proc/self/status").read_text(encoding="ascii")
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
     except (OSError, IndexError):
@@ -32,17 +32,17 @@ def peak_memory_bytes() -> int:
 
 
 def resident_memory_bytes() -> int:
-    """Give the present resident size of this process. Unit: bytes."""
+    """Return the current resident memory of this process. Unit: bytes."""
     return int(psutil.Process().memory_info().rss)
 
 
 def map_large_blocks() -> None:
-    """Let the C library map every large block for itself, for as long as this process lives.
+    """Make malloc use mmap for every large block, for the lifetime of this process.
 
-    glibc takes to keeping blocks of up to 32 MB in its heap once some were freed. Training frees
-    and takes tensors of ever other sizes, and the holes grow: a step of a 1.1B model on 1,024
-    tokens took 3.7 GB where 1.4 are in use (docs/log.md). Mapping costs fresh pages each time.
-    Does nothing where the C library is not glibc.
+    By default glibc raises its mmap threshold to up to 32 MB when blocks are freed, and keeps such
+    blocks in its heap. Training allocates tensors of many sizes, which fragments the heap: a step
+    of a 1.1B model on 1,024 tokens took 3.7 GB with 1.4 GB in use (docs/log.md). The cost is page
+    faults for every block. A no-op if the C library is not glibc.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None:
@@ -52,13 +52,13 @@ def map_large_blocks() -> None:
 
 @contextmanager
 def limit_device_memory(device: torch.device, num_bytes: int | None) -> Iterator[None]:
-    """Let torch take no more of a GPU's memory, freed memory that it keeps in reserve included.
+    """Limit the GPU memory that torch's caching allocator reserves.
 
-    Near the limit it gives its reserve back instead of taking more.
+    Near the limit the allocator releases cached blocks instead of reserving more.
 
     Args:
-        device: Which one; nothing is limited but on CUDA.
-        num_bytes: Beside what torch had taken before; None: no limit.
+        device: The device; without effect unless it is a CUDA device.
+        num_bytes: Limit in addition to the memory already reserved; None: no limit.
 
     Yields:
         Nothing.
@@ -67,8 +67,8 @@ def limit_device_memory(device: torch.device, num_bytes: int | None) -> Iterator
         yield
         return
     total = torch.cuda.get_device_properties(device).total_memory
-    most = torch.cuda.memory_reserved(device) + num_bytes
-    torch.cuda.set_per_process_memory_fraction(min(most / total, 1.0), device)
+    limit = torch.cuda.memory_reserved(device) + num_bytes
+    torch.cuda.set_per_process_memory_fraction(min(limit / total, 1.0), device)
     try:
         yield
     finally:
@@ -76,13 +76,12 @@ def limit_device_memory(device: torch.device, num_bytes: int | None) -> Iterator
 
 
 def release_memory(device: torch.device | None = None) -> None:
-    """Give freed memory back to the system, where the C library would keep it in fragments.
+    """Return freed memory to the operating system, which glibc would keep in its heap.
 
-    Without this the resident size creeps up block by block. Does nothing where the C library is
-    not glibc.
+    Without this the resident memory grows block by block. A no-op if the C library is not glibc.
 
     Args:
-        device: Whose memory is given back too, with what only cycles of objects still hold.
+        device: If given, collects reference cycles first, and on CUDA also empties torch's cache.
     """
     if device is not None:
         gc.collect()

@@ -1,1 +1,1 @@
-"""The quantized linear layer and how it gets into a model: linear -> replace."""
+"""The quantized linear layer, its placement in a model, and fast decode steps built on it."""

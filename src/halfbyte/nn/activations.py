@@ -1,4 +1,4 @@
-"""Layers whose input is rounded to 8 bits, and the same layers without that."""
+"""Switch rounding of activations to 8 bits on and off for quantized linears."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from halfbyte.nn.linear import QuantLinear
 
 
 def round_input(layer: QuantLinear) -> str | None:
-    """Let a layer round its input, if it can.
+    """Switch a layer to int8 activations, if its kernel supports them.
 
     Args:
-        layer: Its kernel is chosen.
+        layer: A layer whose kernel is selected; changed in place.
 
     Returns:
-        Why it cannot; None where it does from now on.
+        Why the layer cannot round its input; None if it does from now on.
     """
     kernel, chosen = CpuInt8(), layer.selection
     if chosen is None or not isinstance(chosen.kernel, CpuNative):
@@ -28,21 +28,21 @@ def round_input(layer: QuantLinear) -> str | None:
     reason = kernel.find_mismatch(layer.spec)
     if reason is None:
         # Both read the same packed weight.
-        layer.selection = Selection(kernel=kernel, reason="asked for", rejected={})
+        layer.selection = Selection(kernel=kernel, reason="requested", rejected={})
     return reason
 
 
 @contextmanager
 def unrounded(model: nn.Module) -> Iterator[None]:
-    """Let no layer round its input for as long as this lasts.
+    """Switch int8 activations off within a ``with`` block.
 
     Args:
-        model: Changed in place, and back.
+        model: Changed in place, and restored afterwards.
 
     Yields:
         Nothing.
     """
-    exact = Selection(kernel=CpuNative(), reason="to compare with", rejected={})
+    exact = Selection(kernel=CpuNative(), reason="reference without rounding", rejected={})
     rounding = [
         (layer, layer.selection)
         for layer in model.modules()

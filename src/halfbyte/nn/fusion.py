@@ -1,13 +1,13 @@
-"""Linears that read the same input, multiplied at once: q, k and v; gate and up.
+"""Fuse linears that share an input into one product: q, k and v; gate and up.
 
 ::
 
-    q_proj, k_proj, v_proj ──fuse_linears──> one packed weight [q + k + v, in]; all stay in place
-    q_proj(x) multiplies for all three ──> k_proj(x) and v_proj(x) take their parts
+    q_proj, k_proj, v_proj ──fuse_linears──> one packed weight [q + k + v, in]; modules stay
+    q_proj(x) computes all three products ──> k_proj(x) and v_proj(x) return their parts
 
-To all that looks at the model each is still a linear of its own: ``state_dict`` gives its stored
-tensors, ``weight`` its numbers. A linear that is called with another input multiplies again, so a
-model that does not share inputs is slower, never wrong.
+Each module still behaves as a separate linear: ``state_dict`` returns its stored tensors and
+``weight`` its dequantized weight. A linear that is called with another input multiplies again, so a
+model that does not share inputs is slower but still correct.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from torch import Tensor, nn
 from halfbyte.nn.linear import PACKED, QuantLinear
 
 FUSED_KERNELS = ("cuda", "triton")
-"""Kernels that are faster on few large products than on many small ones."""
+"""Kernels that are faster with few large products than with many small ones."""
 
 NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Children of one module that Transformers' models call with the same tensor."""
+"""Children of one module that models in Transformers call with the same tensor."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Kept:
-    """A product whose parts have not all been taken."""
+class _Pending:
+    """A computed product with parts that not all members have taken yet."""
 
     x: Tensor
     version: int | None
     with_gradient: bool
     parts: tuple[Tensor, ...]
-    left: frozenset[int]
+    remaining: frozenset[int]
 
 
 class Fusion:
-    """Several linears as one."""
+    """Several linears with one fused weight."""
 
     def __init__(self, members: Sequence[QuantLinear]) -> None:
-        """Join the weights of linears; they are changed in place.
+        """Fuse the weights of linears in place.
 
         Args:
-            members: :func:`find_difference` has nothing against them.
+            members: Linears for which :func:`find_fusion_obstacle` returns None.
         """
         selection = members[0].selection
         assert selection is not None
@@ -56,19 +56,19 @@ class Fusion:
         self.sizes = tuple(member.out_features for member in members)
         self.whole = _join(members)
         self.whole.prepare(kernel=selection.kernel.name)
-        self._kept: _Kept | None = None
+        self._pending: _Pending | None = None
         for member, scales, zeros in zip(
             members, self._split(self.whole.scales), self._split_zeros(), strict=True
         ):
             member.join(self, scales, zeros)
             member.selection = selection
-        # Registered once, for all that counts or looks for a model's tensors.
+        # Registered on one member, so that code that counts a model's tensors sees them once.
         names = [PACKED.format(index) for index in range(len(self.whole.weight_names))]
         for name, packed in zip(names, self.whole.weight_names, strict=True):
             members[0].register_buffer(name, getattr(self.whole, packed), persistent=False)
 
     def multiply(self, member: QuantLinear, x: Tensor) -> Tensor:
-        """Give a member's part of the product.
+        """Return a member's part of the product.
 
         Args:
             member: One of the members.
@@ -77,30 +77,30 @@ class Fusion:
         Returns:
             [..., out of the member].
         """
-        index = next(i for i, other in enumerate(self.members) if other is member)
-        kept = self._kept
-        if kept is None or index not in kept.left or not _is_of(kept, x):
-            everyone = frozenset(range(len(self.members)))
+        index = self._index(member)
+        pending = self._pending
+        if pending is None or index not in pending.remaining or not _is_of(pending, x):
             parts = self.whole(x).split(self.sizes, dim=-1)
-            kept = _Kept(x, _version(x), torch.is_grad_enabled(), parts, everyone)
-        left = kept.left - {index}
-        # In one assignment: another thread sees all of it or nothing.
-        self._kept = replace(kept, left=left) if left else None
-        # Models take views that a linear's own result allows; of a single row this copies nothing.
-        return kept.parts[index].contiguous()
+            indices = frozenset(range(len(self.members)))
+            pending = _Pending(x, _version(x), torch.is_grad_enabled(), parts, indices)
+        remaining = pending.remaining - {index}
+        # A single assignment, so that other threads see a consistent state.
+        self._pending = replace(pending, remaining=remaining) if remaining else None
+        # Models may view the result as only a contiguous tensor allows; one row is not copied.
+        return pending.parts[index].contiguous()
 
     def dequantize(self, member: QuantLinear, dtype: torch.dtype | None) -> Tensor:
-        """Give a member's weight [out, in] as numbers."""
+        """Return a member's dequantized weight [out, in]."""
         return self._part(member, self.whole.dequantize(dtype).t()).t().contiguous()
 
     def restore_qweight(self, member: QuantLinear) -> Tensor:
-        """Give a member's ``qweight`` as stored."""
+        """Return a member's ``qweight`` as stored."""
         return self._part(member, self.whole.stored_qweight()).contiguous()
 
     def undo(self) -> None:
-        """Give every member its own tensors, as stored."""
+        """Undo the fusion: give every member its own tensors, as stored."""
         words = self._split(self.whole.stored_qweight())
-        self._kept = None
+        self._pending = None
         for member, qweight in zip(self.members, words, strict=True):
             member.leave(qweight.contiguous())
 
@@ -112,22 +112,24 @@ class Fusion:
         return torch.split(self.whole.qzeros, words, dim=1)
 
     def _part(self, member: QuantLinear, tensor: Tensor) -> Tensor:
-        index = next(i for i, other in enumerate(self.members) if other is member)
-        return self._split(tensor)[index]
+        return self._split(tensor)[self._index(member)]
+
+    def _index(self, member: QuantLinear) -> int:
+        return next(i for i, other in enumerate(self.members) if other is member)
 
 
 def fuse_linears(model: nn.Module) -> int:
-    """Fuse the linears of a model that share an input, where their kernel gains by it.
+    """Fuse the linears of a model that share an input, if their kernel benefits from it.
 
     Args:
-        model: With its kernels chosen; changed in place.
+        model: A model with its kernels selected; changed in place.
 
     Returns:
-        How many groups were fused.
+        The number of fused groups.
     """
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
-        # Their cross attention takes q from one input, k and v from another.
+        # In cross-attention q has a different input than k and v.
         return 0
     groups = list(_find_groups(model))
     for group in groups:
@@ -135,14 +137,14 @@ def fuse_linears(model: nn.Module) -> int:
     return len(groups)
 
 
-def find_difference(members: Sequence[QuantLinear]) -> str | None:
-    """Say why linears cannot be one.
+def find_fusion_obstacle(members: Sequence[QuantLinear]) -> str | None:
+    """Return why linears cannot be fused.
 
     Args:
-        members: Two or more.
+        members: Two or more linears.
 
     Returns:
-        What differs between them, or what none of them has; None where nothing is in the way.
+        The reason; None if they can be fused.
     """
     first = members[0]
     if any(member.selection is None for member in members):
@@ -150,9 +152,9 @@ def find_difference(members: Sequence[QuantLinear]) -> str | None:
     if any(tensor.is_meta for member in members for tensor in member.buffers()):
         return "not all are in memory"
     if any(member.offsets is not None for member in members):
-        return "one has offsets of its own"
+        return "one has offsets"
     if any(member.fusion is not None for member in members):
-        return "one is part of another group"
+        return "one is already fused"
     properties: dict[str, set[Any]] = {
         "specs": {replace(member.spec, out_features=1) for member in members},
         "kernels": {member.selection.kernel.name for member in members if member.selection},
@@ -177,7 +179,7 @@ def _find_groups(model: nn.Module) -> Iterator[list[QuantLinear]]:
         for names in NAMES:
             found = [getattr(module, name, None) for name in names]
             members = [child for child in found if isinstance(child, QuantLinear)]
-            if len(members) < len(names) or find_difference(members) is not None:
+            if len(members) < len(names) or find_fusion_obstacle(members) is not None:
                 continue
             selection = members[0].selection
             if selection is not None and selection.kernel.name in FUSED_KERNELS:
@@ -185,7 +187,7 @@ def _find_groups(model: nn.Module) -> Iterator[list[QuantLinear]]:
 
 
 def _join(members: Sequence[QuantLinear]) -> QuantLinear:
-    """One linear with the stored tensors of several beside each other."""
+    """Concatenate the stored tensors of several linears to one linear."""
     first = members[0]
     spec = replace(first.spec, out_features=sum(member.out_features for member in members))
     dtypes = {"scales": first.scales.dtype}
@@ -204,14 +206,15 @@ def _join(members: Sequence[QuantLinear]) -> QuantLinear:
     return whole
 
 
-def _is_of(kept: _Kept, x: Tensor) -> bool:
-    if kept.x is not x or kept.with_gradient != torch.is_grad_enabled():
+def _is_of(pending: _Pending, x: Tensor) -> bool:
+    """Whether a pending product was computed from the current value of x."""
+    if pending.x is not x or pending.with_gradient != torch.is_grad_enabled():
         return False
-    return kept.version == _version(x)
+    return pending.version == _version(x)
 
 
 def _version(x: Tensor) -> int | None:
-    """How often x was written to, where torch counts that."""
+    """Return torch's count of in-place writes to x; None if torch does not count them."""
     if torch.compiler.is_compiling() or x.is_inference():
         return None
     return x._version

@@ -1,9 +1,9 @@
-"""A linear layer whose weight is packed codes, and which other code takes for an ``nn.Linear``.
+"""A quantized linear layer that stores packed codes and can be used as an ``nn.Linear``.
 
 ::
 
-    tensors as stored ──prepare──> kernel chosen, weight repacked where it asks for that
-                      <──restore── state_dict, another device or dtype: the stored bits again
+    tensors as stored ──prepare──> kernel selected, weight repacked if the kernel needs it
+                      <──restore── for state_dict and for another device or dtype, bit for bit
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ PACKED = "packed_{}"
 class QuantLinear(nn.Linear):
     """``y = x @ dequantize(weight).T + bias`` with the tensors of the GPTQ format as buffers.
 
-    Integer codes, scales and bias keep the dtypes that they have on disk, whatever the model is
-    cast to; ``spec.dtype`` is what the layer computes in. An input of another dtype is cast, and
-    the output cast back.
+    Integer codes, scales and bias keep the dtypes that they have on disk, even if the model is
+    cast; ``spec.dtype`` is the dtype that the layer computes in. An input of another dtype is cast,
+    and the output is cast back.
     """
 
     def __init__(
@@ -46,15 +46,15 @@ class QuantLinear(nn.Linear):
         stored_dtypes: Mapping[str, torch.dtype],
         device: torch.device | str | None = None,
     ) -> None:
-        """Make the layer with uninitialised tensors, to be loaded.
+        """Create the layer with uninitialized tensors, to be loaded.
 
         Args:
             spec: Sizes, grid and dtype.
-            stored_dtypes: By tensor ("scales", maybe "g_idx", "bias", "offsets"): its dtype on
-                disk; a tensor that is not named does not exist.
-            device: Where to make them.
+            stored_dtypes: Dtype on disk by tensor: "scales" and optionally "g_idx", "bias" and
+                "offsets"; other optional tensors do not exist.
+            device: Device of the tensors.
         """
-        # Not nn.Linear's own: it would make a dense weight.
+        # Skip nn.Linear.__init__, which would allocate a dense weight.
         nn.Module.__init__(self)
         self.spec = replace(spec, device_type=torch.device(device or "cpu").type)
         self.in_features = spec.in_features
@@ -62,7 +62,7 @@ class QuantLinear(nn.Linear):
         self.selection: Selection | None = None
         self.weight_names: tuple[str, ...] = STORED
         self.fusion: Fusion | None = None
-        """The linears that this one is multiplied with, if any (fusion.py)."""
+        """The group of linears that this one is fused with, if any (fusion.py)."""
         words = (spec.in_features * spec.bits // 32, spec.out_features)
         zero_words = (spec.num_groups, spec.out_features * spec.bits // 32)
         optional = {
@@ -88,11 +88,11 @@ class QuantLinear(nn.Linear):
     g_idx: Tensor | None
     bias: Tensor | None  # type: ignore[assignment]
     offsets: Tensor | None
-    """Added to every weight of a group, [groups, out]; None in a plain GPTQ checkpoint."""
+    """Added to every weight of a group, [groups, out]; None in standard GPTQ checkpoints."""
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight [out, in] for code that asks for one; see :class:`QuantizedWeight`."""
+        """The dense weight [out, in], dequantized on use; see :class:`QuantizedWeight`."""
         if torch.compiler.is_compiling():
             return self.dequantize()
         shape = (self.out_features, self.in_features)
@@ -104,13 +104,13 @@ class QuantLinear(nn.Linear):
 
     @property
     def is_repacked(self) -> bool:
-        """Whether a kernel's own layout stands in the place of ``qweight``."""
+        """Whether the weight is in a kernel's layout instead of ``qweight``."""
         return self.weight_names != STORED
 
     @property
     def operands(self) -> Operands:
-        """The tensors as the chosen kernel reads them."""
-        # Straight from the dict: nn.Module's look-up costs as much as a small product.
+        """The tensors in the layout of the selected kernel."""
+        # Read from the dict: nn.Module's attribute lookup costs as much as a small product.
         buffers = self._buffers
         return Operands(
             weight=tuple(buffers[name] for name in self.weight_names),  # type: ignore[misc]
@@ -138,13 +138,13 @@ class QuantLinear(nn.Linear):
         return result.to(dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Give the weight as numbers.
+        """Return the dequantized weight.
 
         Args:
-            dtype: Of the result; None: what the layer computes in.
+            dtype: Dtype of the result; None: the dtype that the layer computes in.
 
         Returns:
-            [out, in], in memory of its own.
+            [out, in], a new tensor.
         """
         if self.fusion is not None:
             return self.fusion.dequantize(self, dtype)
@@ -158,24 +158,24 @@ class QuantLinear(nn.Linear):
         return weight.add_(spread_offsets(self.offsets, *self._groups)).to(dtype)
 
     def prepare(self, *, stored_layout: bool = False, kernel: str | None = None) -> Selection:
-        """Choose the kernel, and repack the weight where it wants that.
+        """Select the kernel, and repack the weight if the kernel needs it.
 
         Args:
-            stored_layout: Only kernels that read the weight as stored.
-            kernel: A kernel's name, instead of the fastest that fits.
+            stored_layout: Allow only kernels that read the weight as stored.
+            kernel: Name of a kernel to use instead of the fastest one.
 
         Returns:
-            The choice.
+            The selected kernel, with the reasons.
         """
         self.restore()
-        # Loaders put tensors on their device without telling the module.
+        # Loaders assign tensors on another device without notifying the module.
         self.spec = replace(self.spec, device_type=self.scales.device.type)
         selection = self._select(stored_layout=stored_layout, kernel=kernel)
         self._repack(selection)
         return selection
 
     def restore(self) -> None:
-        """Undo :meth:`prepare`: the weight is as stored again, and no kernel is chosen."""
+        """Undo :meth:`prepare`: restore the stored layout and deselect the kernel."""
         if self.fusion is not None:
             others = [member for member in self.fusion.members if member is not self]
             self.fusion.undo()
@@ -190,7 +190,7 @@ class QuantLinear(nn.Linear):
         self.selection = None
 
     def stored_qweight(self) -> Tensor:
-        """Give ``qweight`` as stored, whatever layout the weight is in."""
+        """Return ``qweight`` as stored, whatever layout the weight is in."""
         if self.fusion is not None:
             return self.fusion.restore_qweight(self)
         if not self.is_repacked:
@@ -199,12 +199,12 @@ class QuantLinear(nn.Linear):
         return self.selection.kernel.restore(self.operands, self.spec)
 
     def join(self, fusion: Fusion, scales: Tensor, qzeros: Tensor) -> None:
-        """Become part of a fusion, which holds the weight.
+        """Join a fusion, which takes over the weight.
 
         Args:
-            fusion: Multiplies from now on.
-            scales: This layer's part of the fusion's.
-            qzeros: This layer's part of the fusion's.
+            fusion: The fusion that multiplies from now on.
+            scales: This layer's part of the fused scales.
+            qzeros: This layer's part of the fused zeros.
         """
         for name in self.weight_names:
             delattr(self, name)
@@ -212,10 +212,10 @@ class QuantLinear(nn.Linear):
         self.scales, self.qzeros, self.fusion = scales, qzeros, fusion
 
     def leave(self, qweight: Tensor) -> None:
-        """Leave a fusion: the weight is as stored again, and no kernel is chosen.
+        """Leave a fusion: restore the stored layout and deselect the kernel.
 
         Args:
-            qweight: This layer's own.
+            qweight: This layer's weight as stored.
         """
         for name in [name for name in self._buffers if name.startswith(PACKED.format(""))]:
             delattr(self, name)
@@ -225,13 +225,13 @@ class QuantLinear(nn.Linear):
         self.fusion = self.selection = None
 
     def check_finite(self, name: str) -> None:
-        """Refuse scales or a bias that are not numbers.
+        """Check that scales, bias and offsets are finite.
 
         Args:
-            name: The module's, for the message.
+            name: Name of the module, for the message.
 
         Raises:
-            CheckpointError: Some are infinite or not-a-number; names the tensor and counts them.
+            CheckpointError: Some are infinite or NaN; names the tensor and counts them.
         """
         for suffix in ("scales", "bias", "offsets"):
             tensor = getattr(self, suffix)
@@ -239,12 +239,12 @@ class QuantLinear(nn.Linear):
                 continue
             bad = int((~torch.isfinite(tensor)).sum())
             raise CheckpointError(
-                f"{name}.{suffix} has {bad} of {tensor.numel()} values that are infinite or not a "
-                "number. The file is damaged; download or quantize it again."
+                f"{name}.{suffix} has {bad} of {tensor.numel()} values that are infinite or NaN. "
+                "The file is damaged; download or quantize it again."
             )
 
     def extra_repr(self) -> str:
-        """Sizes, grid and kernel, for ``print(model)``."""
+        """Return sizes, grid and kernel, for ``print(model)``."""
         kernel = self.selection.kernel.name if self.selection else "not prepared"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
@@ -253,29 +253,29 @@ class QuantLinear(nn.Linear):
         )
 
     def reset_parameters(self) -> None:
-        """Nothing: there is no random start for packed codes."""
+        """Do nothing: packed codes have no random initialization."""
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As in ``nn.Module``, but refuse a weight."""
+        """Register a parameter as ``nn.Module`` does, but refuse a weight."""
         if name == "weight":
             self._refuse_weight()
         super().register_parameter(name, param)
 
     @property
     def _groups(self) -> tuple[int, int, Tensor | None]:
-        """Columns, columns per group, and the group of each where they are out of order."""
+        """(in_features, group_size, g_idx), where g_idx is None if groups are contiguous."""
         spec = self.spec
         return spec.in_features, spec.group_size, self.g_idx if spec.act_order else None
 
     def _repack(self, selection: Selection) -> None:
-        """Bring the stored weight into the layout of a kernel."""
+        """Convert the stored weight to the layout of a kernel."""
         if selection.kernel.repacks:
             packed = selection.kernel.prepare(self.operands, self.spec)
             names = tuple(PACKED.format(index) for index in range(len(packed)))
             for name, tensor in zip(names, packed, strict=True):
                 self.register_buffer(name, tensor, persistent=False)
             self.weight_names = names
-            # Gone rather than None: PEFT takes its device from ``qweight`` where there is one.
+            # Deleted rather than None: PEFT takes its device from ``qweight`` if there is one.
             del self.qweight
         self.selection = selection
 
@@ -283,21 +283,21 @@ class QuantLinear(nn.Linear):
         return select(self.spec, stored_layout=stored_layout, forced=kernel)
 
     def _spec_on(self, device_type: str) -> LinearSpec:
-        """The spec where the tensors are now: offloading moves them behind the module's back."""
+        """Return the spec for the current device, as offloading moves tensors without notice."""
         if device_type == self.spec.device_type or self.is_repacked:
             return self.spec
         return replace(self.spec, device_type=device_type)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        """Move the tensors but never cast them; repack where the device or dtype changed."""
+        """Move the tensors without casting them; repack if the device or compute dtype changed."""
         probe = fn(torch.empty(0, dtype=self.spec.dtype, device=self.scales.device))
         spec = replace(self.spec, dtype=probe.dtype, device_type=probe.device.type)
-        again = self.selection is not None and spec != self.spec
-        if again:
+        must_repack = self.selection is not None and spec != self.spec
+        if must_repack:
             self.restore()
         super()._apply(lambda tensor: _move(fn, tensor), recurse)  # type: ignore[no-untyped-call]
         self.spec = spec
-        if again and probe.device.type != "meta":
+        if must_repack and probe.device.type != "meta":
             self.prepare()
         return self
 
@@ -308,7 +308,7 @@ class QuantLinear(nn.Linear):
             destination[prefix + "qweight"] = self.stored_qweight()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.fusion is not None:
-            # Parts of shared tensors; files want tensors of their own.
+            # Views of fused tensors; files need separate ones.
             for name in ("scales", "qzeros"):
                 destination[prefix + name] = destination[prefix + name].contiguous()
 
@@ -322,12 +322,12 @@ class QuantLinear(nn.Linear):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        reason = self._find_other_grid(state_dict.get(f"{prefix}qzeros"), "qzeros")
-        reason = reason or self._find_other_grid(state_dict.get(f"{prefix}g_idx"), "g_idx")
+        reason = self._find_grid_mismatch(state_dict.get(f"{prefix}qzeros"), "qzeros")
+        reason = reason or self._find_grid_mismatch(state_dict.get(f"{prefix}g_idx"), "g_idx")
         if reason is not None:
-            # Kernels rely on it: what was loaded would be computed wrong, and nothing would show.
+            # Kernels rely on it: the loaded weights would silently give wrong results.
             error_msgs.append(
-                f"{prefix.removesuffix('.') or 'The linear'} {reason}, but the state dict's is of "
+                f"{prefix.removesuffix('.') or 'The linear'} {reason}, but the state dict is of "
                 "another quantization. Load that checkpoint from its folder."
             )
             return
@@ -345,30 +345,30 @@ class QuantLinear(nn.Linear):
         if selection is not None:
             self._repack(selection)
 
-    def _find_other_grid(self, loaded: Tensor | None, name: str) -> str | None:
-        """Say what this layer was built for that a tensor to be loaded does not keep to."""
+    def _find_grid_mismatch(self, loaded: Tensor | None, name: str) -> str | None:
+        """Return which property of this layer a tensor to be loaded contradicts; None if none."""
         spec = self.spec
-        own = self._buffers[name]
-        if loaded is None or own is None or loaded.is_meta or loaded.shape != own.shape:
-            return None  # nn.Module tells of what is missing and of other sizes
+        current = self._buffers[name]
+        if loaded is None or current is None or loaded.is_meta or loaded.shape != current.shape:
+            return None  # nn.Module reports missing tensors and different sizes
         if name == "qzeros" and spec.symmetric:
             zeros = unpack_zeros(loaded, spec.bits, spec.zero_offset)
             return None if bool((zeros == 2 ** (spec.bits - 1)).all()) else "has symmetric zeros"
         if name == "g_idx" and not spec.act_order:
             plain = torch.arange(spec.in_features, device=loaded.device) // spec.group_size
             in_order = torch.equal(loaded, plain.to(loaded.dtype))
-            return None if in_order else "has its groups in order"
+            return None if in_order else "has contiguous groups"
         return None
 
     def _refuse_weight(self) -> NoReturn:
         raise ModelError(
             f"Cannot assign a weight to a quantized linear {self.in_features} -> "
-            f"{self.out_features}: its weight is packed codes. Replace the module, or turn the "
-            "model back into ordinary linears with model.dequantize()."
+            f"{self.out_features}: its weight is packed codes. Replace the module, or convert the "
+            "model to ordinary linears with model.dequantize()."
         )
 
 
 def _move(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """Apply ``fn`` as far as it moves; a cast of what is stored would lose bits."""
+    """Apply ``fn`` to move a tensor but keep its dtype: casting stored values would lose bits."""
     moved = fn(tensor)
     return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)

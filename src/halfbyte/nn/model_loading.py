@@ -1,9 +1,9 @@
-"""The steps of loading a quantized model, each on a Transformers model that is being built.
+"""The steps of loading a quantized model, on a Transformers model under construction.
 
 ::
 
     files ──> collect_linears (headers, zeros, groups) ──> untie ──> replace (nn) ──> [weights]
-          ──> prepare_linears (values checked, kernels chosen)
+          ──> prepare_linears (values checked, kernels selected)
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ from halfbyte.nn.replace import StoredLinear, quantized_linears
 logger = logging.getLogger("halfbyte")
 
 SMALL_BYTES = 1 << 18
-"""Norms and biases of any model; a head or embeddings would cost more to copy than to keep."""
+"""Larger than the norms and biases of any model; a head or embeddings would cost more to copy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoundLinears:
-    """The packed linears of a checkpoint that a model has a place for, by name in the model."""
+    """The packed linears of a checkpoint that exist in a model, by name in the model."""
 
     stored: Mapping[str, StoredLinear]
     disk_names: Mapping[str, str]
     disk_keys: tuple[str, ...]
-    """Every tensor of the files."""
+    """Names of all tensors in the files."""
 
 
 def find_unusual_file(folder: Path) -> str | None:
-    """Find the weights of a folder that Transformers would not find by itself.
+    """Find the weights of a folder whose file name Transformers does not look for.
 
     Args:
-        folder: A local model folder, or anything else.
+        folder: A local model folder; may not exist.
 
     Returns:
-        The name of the one file or index, where it is not one that Transformers looks for; None
-        where it is, or where there is no such folder.
+        The name of the single file or index; None if Transformers finds the weights itself, or
+        there is no such folder.
     """
     usual = (SINGLE_FILE, f"model{INDEX_SUFFIX}")
     if not folder.is_dir() or any((folder / name).is_file() for name in usual):
@@ -67,19 +67,19 @@ def find_unusual_file(folder: Path) -> str | None:
 
 
 def collect_linears(model: PreTrainedModel, files: Sequence[Path]) -> FoundLinears:
-    """Find which linears of a model the files hold packed, and how.
+    """Find which linears of a model are packed in the files, and in which layout.
 
     Args:
-        model: On the meta device; fused experts of which some are packed are split in place.
+        model: On the meta device; fused experts are split in place if some of them are packed.
         files: The safetensors files that will be loaded.
 
     Returns:
-        The linears. One that the model has no place for (the head, where the model has none) is
-        left out, and stays for Transformers to report.
+        The linears. One that the model does not have (such as the head of a model without one) is
+        left out, for Transformers to report.
 
     Raises:
-        CheckpointError: The files are no safetensors, nothing in them is packed or belongs to
-            this model, or a tensor is missing or damaged.
+        CheckpointError: The files are not safetensors, no packed linear belongs to this model, or
+            a tensor is missing or damaged.
     """
     checkpoint = _open(files)
     names = _model_names(model, checkpoint)
@@ -87,7 +87,7 @@ def collect_linears(model: PreTrainedModel, files: Sequence[Path]) -> FoundLinea
     inside = {name for name in fused if any(_is_inside(m, name) for m in names.values())}
     if inside:
         unfuse_experts(model, inside.__contains__)
-        # With the new modules in place Transformers' prefix rule finds them.
+        # Transformers' prefix rule finds the new modules now.
         names = _model_names(model, checkpoint)
     modules = {name for name, _ in model.named_modules()}
     disk_names = {name: disk_name for disk_name, name in names.items() if name in modules}
@@ -96,7 +96,7 @@ def collect_linears(model: PreTrainedModel, files: Sequence[Path]) -> FoundLinea
     for name, disk_name in disk_names.items():
         keys = {suffix: f"{disk_name}.{suffix}" for suffix in LINEAR_SUFFIXES}
         dtypes = {suffix: infos[key].dtype for suffix, key in keys.items() if key in infos}
-        # Transformers builds models under torch.device("meta"); these tensors are to be read.
+        # Transformers builds models under torch.device("meta"), but these tensors must be read.
         with torch.device("cpu"):
             facts = checkpoint.load_facts(disk_name)
         stored[name] = StoredLinear(facts=facts, dtypes=dtypes)
@@ -104,7 +104,7 @@ def collect_linears(model: PreTrainedModel, files: Sequence[Path]) -> FoundLinea
         raise CheckpointError(
             f"None of the {len(names)} packed linears of {checkpoint.folder} (such as "
             f"{next(iter(names))}) is in a {type(model).__name__}. config.json and the tensors "
-            "belong to different models."
+            "belong to different models; download both again."
         )
     for note in checkpoint.notes:
         logger.warning("%s: %s", checkpoint.folder, note)
@@ -116,7 +116,7 @@ def untie(model: PreTrainedModel, stored: Mapping[str, StoredLinear]) -> None:
     """Stop Transformers from tying a packed head to the embeddings.
 
     Args:
-        model: Its config is changed where the head is packed.
+        model: Its config is changed if the head is packed.
         stored: The packed linears.
     """
     tied = [f"{name}.weight" for name in stored if f"{name}.weight" in model.all_tied_weights_keys]
@@ -129,10 +129,10 @@ def untie(model: PreTrainedModel, stored: Mapping[str, StoredLinear]) -> None:
 
 
 def prepare_linears(model: PreTrainedModel) -> None:
-    """Check the loaded values, choose each linear's kernel, fuse those that gain by it, and say so.
+    """Check the loaded values, select kernels, fuse linears that benefit from it, and log all this.
 
     Args:
-        model: With its weights loaded; linears that are offloaded are left as stored.
+        model: With its weights loaded; offloaded linears stay as stored.
     """
     chosen: Counter[str] = Counter()
     for name, linear in quantized_linears(model):
@@ -145,14 +145,16 @@ def prepare_linears(model: PreTrainedModel) -> None:
     _release_files(model)
     fused = fuse_linears(model)
     if fused:
-        logger.info("%d groups of them (q, k and v; gate and up) are multiplied at once", fused)
+        logger.info(
+            "%d groups of them (q, k and v; gate and up) are fused to one product each", fused
+        )
 
 
 def _release_files(model: PreTrainedModel) -> None:
-    """Copy the small tensors out of the mapped files that they were loaded from.
+    """Copy small tensors out of the memory-mapped files that they were loaded from.
 
-    Packed weights have been repacked by now, but one norm keeps its whole shard mapped, and the
-    pages that repacking has read count as this process's: as much again as the packed weights.
+    Packed weights have been repacked by now, but a single norm keeps its whole shard mapped, and
+    the pages that repacking read count towards this process: as much again as the packed weights.
     """
     for parameter in model.parameters():
         if _is_small(parameter):
@@ -160,7 +162,7 @@ def _release_files(model: PreTrainedModel) -> None:
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             if _is_small(buffer):
-                # A new object: the old one is a view and would hold on to what it views.
+                # A new tensor: the old one is a view and would keep its base alive.
                 module._buffers[name] = buffer.detach().clone()
 
 
@@ -172,22 +174,22 @@ def _open(files: Sequence[Path]) -> Checkpoint:
     if not files:
         raise CheckpointError(
             "Cannot load a GPTQ checkpoint from a state dict: its packed linears are found in the "
-            "headers of the files. Give from_pretrained the folder."
+            "headers of the files. Pass the folder to from_pretrained."
         )
     checkpoint = open_checkpoint(files[0].parent)
-    ours = {file.name for file in checkpoint.files.files}
-    theirs = {file.name for file in files}
-    if ours != theirs:
+    expected = {file.name for file in checkpoint.files.files}
+    found = {file.name for file in files}
+    if expected != found:
         raise CheckpointError(
             f"Cannot load {checkpoint.folder}: Transformers is about to read "
-            f"{', '.join(sorted(theirs))}, but the folder's checkpoint is "
-            f"{', '.join(sorted(ours))}. Keep one checkpoint in the folder."
+            f"{', '.join(sorted(found))}, but the checkpoint in the folder is "
+            f"{', '.join(sorted(expected))}. Keep only one checkpoint in the folder."
         )
     return checkpoint
 
 
 def _model_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
-    """Module on disk -> module in the model, for every packed linear."""
+    """Map module names on disk to names in the model, for every packed linear."""
     keys = module_key_map(model, [f"{name}.qweight" for name in checkpoint.linears])
     return {
         key.removesuffix(".qweight"): name.removesuffix(".qweight") for key, name in keys.items()
@@ -195,7 +197,7 @@ def _model_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, st
 
 
 def _is_inside(module: str, experts: str) -> bool:
-    """Whether ``<experts>.<n>.<projection>``; one of the two may lack the base model's prefix."""
+    """Whether a module is ``<experts>.<n>.<projection>``; either name may lack the base prefix."""
     container = ".".join(module.split(".")[:-2])
     return f".{experts}".endswith(f".{container}") or f".{container}".endswith(f".{experts}")
 

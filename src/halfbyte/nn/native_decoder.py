@@ -1,18 +1,21 @@
-"""A decode step without Python between its layers: one call of the compiled library for all tokens.
+"""The compiled decoder on a CPU: one library call runs tokens through all blocks.
 
 ::
 
     model ──find_obstacle──> None: blocks of norm, attention (q, k, v, o; rotary), norm, gated MLP
-                                   with a silu, every linear on cpu_native
-          ──NativeDecoder(model, capacity)──> read(prompt) ──> step, step …
+                                   with a silu or mixture of such experts, every linear on
+                                   cpu_native
+          ──NativeDecoder(model, capacity)──> prefill(prompt) ──> step, step …
           ──NativeDecoder(model, capacity, pages)──> run(tokens of many sequences), run …
 
-Blocks are known by their parts, not by the model's name, and that is not trusted: a new decoder
-runs a few tokens beside the model's own forward and refuses a model that computes something else.
+Blocks are recognized by their parts, not by the model's name. As that does not prove that they
+compute the same, :func:`find_obstacle` also runs a few tokens through both this decoder and the
+model's forward, and rejects a model whose results differ.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,25 +37,27 @@ from halfbyte.nn.decoder_parts import (
     ATTENTION,
     MLP,
     NORMS,
-    bare_linear,
-    base_of,
-    epsilon_of,
     find_drift,
-    find_moving_angles,
+    find_rotary_mismatch,
     find_structure_mismatch,
+    get_decoder,
+    get_epsilon,
     make_probe_tokens,
+    measure_deviation,
+    unwrap_linear,
 )
+from halfbyte.nn.expert_parts import expert_parts, has_experts
 from halfbyte.nn.linear import QuantLinear
 
 PROBE_TOKENS = 8
-"""Tokens that are run both ways before a model is trusted."""
+"""Tokens that are run both ways to check a model."""
 
-MOST_DEVIATION = 0.05
-"""Of the hidden states, as a share of their length; bf16 alone makes about 0.01."""
+MAX_DEVIATION = 0.05
+"""Maximum relative deviation (L2) of hidden states; bf16 rounding alone causes about 0.01."""
 
 
 class NativeDecoder:
-    """The blocks of a model over a cache in pages, and the step that runs tokens through them."""
+    """The blocks of a model with a paged KV cache, run by the compiled library."""
 
     def __init__(
         self,
@@ -60,27 +65,27 @@ class NativeDecoder:
         capacity: int,
         cache: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
     ) -> None:
-        """Gather the model's parts; its weights are used where they are.
+        """Collect the model's parts; its weights are used in place.
 
         Args:
-            model: One of which :func:`find_obstacle` said None.
-            capacity: Positions that a sequence can have.
-            cache: Keys and values of each layer, [pages, key heads, page tokens, width] in the
-                linears' type; None: one page, for a single sequence.
+            model: A model for which :func:`find_obstacle` returns None.
+            capacity: Maximum number of positions of a sequence.
+            cache: Keys and values of each layer, [pages, key heads, page tokens, head dimension] in
+                the dtype of the linears; None: a single page, for one sequence.
         """
-        base = base_of(model)
+        base = get_decoder(model)
         layers: list[Any] = list(base.layers)
-        attention, mlp = layers[0].self_attn, layers[0].mlp
-        query, key = bare_linear(attention.q_proj), bare_linear(attention.k_proj)
+        attention = layers[0].self_attn
+        query, key = unwrap_linear(attention.q_proj), unwrap_linear(attention.k_proj)
         self.capacity = capacity
         self._base = base
         self._embeddings = model.get_input_embeddings()
-        self._kept: list[Any] = []
+        self._tensors: list[Any] = []
         head_dim = attention.head_dim
         kv_heads = key.out_features // head_dim
         if cache is None:
             shape = (1, kv_heads, capacity, head_dim)
-            # Left as the system gives it: most of a long cache is never touched.
+            # Uninitialized: most of a long cache is never touched.
             keys, values = (
                 [torch.empty(shape, dtype=query.spec.dtype) for _ in layers] for _ in "kv"
             )
@@ -96,13 +101,13 @@ class NativeDecoder:
             kv_heads=kv_heads,
             head_dim=head_dim,
             rotary_dim=cosines.shape[-1],
-            intermediate=bare_linear(mlp.gate_proj).out_features,
+            **_mlp_sizes(layers),
             dtype=DTYPES[self.keys[0].dtype],
             activation_bits=min(map(_activation_bits, layers)),
             pages=self.keys[0].shape[0],
             page_tokens=self.keys[0].shape[2],
             capacity=capacity,
-            epsilon=epsilon_of(layers[0].input_layernorm),
+            epsilon=get_epsilon(layers[0].input_layernorm),
             scale=attention.scaling,
             cosines=self._keep(cosines[0]),
             sines=self._keep(sines[0]),
@@ -110,14 +115,14 @@ class NativeDecoder:
             block=self._blocks,
         )
 
-    def read(self, prompt: Sequence[int]) -> Tensor:
-        """Run a prompt of the sequence on the first page.
+    def prefill(self, prompt: Sequence[int]) -> Tensor:
+        """Run the prompt of the sequence on the first page.
 
         Args:
-            prompt: Ids, from position 0 on.
+            prompt: Token ids, from position 0 on.
 
         Returns:
-            The last hidden states after the last norm, float32 [tokens, hidden].
+            Hidden states after the final norm, float32 [tokens, hidden].
         """
         positions = list(range(len(prompt)))
         return self.run(prompt, positions, [0], [0] * len(prompt), prompt=True)
@@ -126,11 +131,11 @@ class NativeDecoder:
         """Run one token of the sequence on the first page.
 
         Args:
-            token: Its id.
-            position: Its place in the sequence, from 0; all before it must have been run.
+            token: Token id.
+            position: Its position, from 0; all earlier ones must have been run.
 
         Returns:
-            The last hidden state after the last norm, float32 [hidden].
+            Hidden state after the final norm, float32 [hidden].
         """
         return self.run([token], [position], [0], [0])[0]
 
@@ -143,17 +148,17 @@ class NativeDecoder:
         *,
         prompt: bool = False,
     ) -> Tensor:
-        """Run tokens of any sequences; a row's result does not depend on the others.
+        """Run tokens of any sequences; the result of one does not depend on the others.
 
         Args:
-            tokens: Ids; those of one sequence in the order of their positions.
-            positions: Of each; all before them have been run, or stand before them here.
-            tables: Page numbers of one sequence after the other.
-            starts: For each token, where in `tables` its sequence begins.
-            prompt: They may run on matrix units, which is faster and not the same to the last bit.
+            tokens: Token ids; those of one sequence ordered by position.
+            positions: Position of each; all earlier ones have been run, or come earlier here.
+            tables: Concatenated page tables of the sequences.
+            starts: For each token, where in `tables` the page table of its sequence starts.
+            prompt: Allow matrix units, which are faster but not bit-identical.
 
         Returns:
-            The last hidden states after the last norm, float32 [tokens, hidden].
+            Hidden states after the final norm, float32 [tokens, hidden].
         """
         x = self._embeddings(torch.tensor(tokens, dtype=torch.int64)).float()
         out = torch.empty_like(x)
@@ -177,16 +182,24 @@ class NativeDecoder:
         return out
 
     def _make_block(self, index: int, layer: Any) -> Block:
-        linears = {name: bare_linear(getattr(layer.self_attn, name)) for name in ATTENTION}
-        linears |= {name: bare_linear(getattr(layer.mlp, name)) for name in MLP}
-        pointers = {}
-        for name, linear in linears.items():
-            short = name.removesuffix("_proj")
+        pointers: dict[str, Any] = {}
+        addresses: list[int] = []
+        for name, wrapped in _linears(layer).items():
+            linear = unwrap_linear(wrapped)
             packed = linear.operands.weight[0]
             # A layer may be repacked elsewhere; the library must not read what is gone.
-            self._kept.append(packed)
+            self._tensors.append(packed)
+            if name.startswith("experts."):
+                addresses.append(packed.data_ptr())
+                continue
+            short = name.removesuffix("_proj")
             pointers[short] = packed.data_ptr()
             pointers[f"{short}_bias"] = self._keep(linear.bias)
+        if addresses:
+            array = (ctypes.c_void_p * len(addresses))(*addresses)
+            router = expert_parts(layer).router.detach().to(self.keys[0].dtype).contiguous()
+            self._tensors += [array, router]
+            pointers |= {"experts": ctypes.addressof(array), "router": router.data_ptr()}
         norms = [getattr(layer, name).weight for name in NORMS]
         head_norms = [getattr(layer.self_attn, f"{name}_norm", None) for name in "qk"]
         return Block(
@@ -200,95 +213,121 @@ class NativeDecoder:
         )
 
     def _keep(self, tensor: Tensor | None) -> int | None:
-        """Address of the numbers in float32; they live as long as the decoder does."""
+        """Return the address of a float32 copy, which lives as long as the decoder."""
         if tensor is None:
             return None
-        kept = tensor.detach().float().contiguous()
-        self._kept.append(kept)
-        return kept.data_ptr()
+        copy = tensor.detach().float().contiguous()
+        self._tensors.append(copy)
+        return copy.data_ptr()
 
 
 def find_obstacle(model: PreTrainedModel) -> str | None:
-    """Say why a model cannot be decoded this way; None where it can.
+    """Return why the compiled decoder cannot run a model.
 
     Args:
-        model: Loaded and prepared.
+        model: Loaded, with its kernels selected.
 
     Returns:
-        The reason. Without one the model's forward and this one agreed on some tokens, and the
-        model computes the same with those late in a text.
+        The reason; None if it can. Then the decoder has reproduced the model's forward on a few
+        tokens, and the model computes the same at later positions.
     """
     reason = open_library().obstacle or _find_mismatch(model)
     if reason:
         return reason
-    # In activations as they are: rounding them is another matter.
+    # Compare without int8 activations, which deviate on purpose.
     with unrounded(model):
         return _find_deviation(model) or find_drift(model)
 
 
 def _find_mismatch(model: PreTrainedModel) -> str | None:
-    mismatch = find_structure_mismatch(model)
+    mismatch = find_structure_mismatch(model, takes_experts=True)
     if mismatch:
         return mismatch
-    base = base_of(model)
+    base = get_decoder(model)
     reasons = [reason for layer in base.layers if (reason := _layer_mismatch(layer))]
     if reasons:
         return reasons[0]
-    if len({_sizes(layer) for layer in base.layers}) != 1:
+    kinds = [[x for x in base.layers if has_experts(x) is mixture] for mixture in (False, True)]
+    if any(len({_sizes(layer) for layer in layers}) > 1 for layers in kinds):
         return "its blocks differ in size"
-    return find_moving_angles(model)
+    if len({_sizes(layer)[: len(ATTENTION)] for layer in base.layers}) > 1:
+        return "the attention of its blocks differs in size"
+    sizes = {"head_dim": base.layers[0].self_attn.head_dim, **_mlp_sizes(base.layers)}
+    for name in ("head_dim", "intermediate", "expert_width"):
+        if sizes.get(name, 0) % 16:
+            return f"{name} {sizes[name]} is no multiple of 16"
+    return find_rotary_mismatch(model)
 
 
-def _sizes(layer: Any) -> tuple[int, ...]:
-    linears = [getattr(layer.self_attn, name) for name in ATTENTION]
-    linears += [getattr(layer.mlp, name) for name in MLP]
-    return tuple(size for linear in linears for size in (linear.in_features, linear.out_features))
+def _linears(layer: Any) -> dict[str, Any]:
+    """Return all linears of a block by name, adapters included: attention, then MLP or experts."""
+    linears = {name: getattr(layer.self_attn, name) for name in ATTENTION}
+    if has_experts(layer):
+        return linears | dict(expert_parts(layer).linears)
+    return linears | {name: getattr(layer.mlp, name) for name in MLP}
+
+
+def _sizes(layer: Any) -> tuple[tuple[int, int], ...]:
+    """Return in and out features of a block's linears, those of attention first."""
+    linears = _linears(layer).values()
+    return tuple((linear.in_features, linear.out_features) for linear in linears)
+
+
+def _mlp_sizes(layers: Sequence[Any]) -> dict[str, int]:
+    """Return the decoder's settings for MLPs and experts; those left out are 0."""
+    mixtures = [layer for layer in layers if has_experts(layer)]
+    dense = [layer for layer in layers if not has_experts(layer)]
+    sizes = {"intermediate": unwrap_linear(dense[0].mlp.gate_proj).out_features} if dense else {}
+    if mixtures:
+        parts = expert_parts(mixtures[0])
+        sizes |= {
+            "experts": len(parts.router),
+            "expert_width": next(iter(parts.linears.values())).out_features,
+            "experts_per_token": parts.per_token,
+            "normalize_weights": int(parts.normalize),
+        }
+    return sizes
 
 
 def _activation_bits(layer: Any) -> int:
-    """8 where a linear takes such activations; one that cannot is passed over by the library."""
-    linears = [bare_linear(getattr(layer.self_attn, name)) for name in ATTENTION]
-    linears += [bare_linear(getattr(layer.mlp, name)) for name in MLP]
+    """Return 8 if any linear takes 8-bit activations; the library skips those that do not."""
+    linears = map(unwrap_linear, _linears(layer).values())
     kernels = [linear.selection.kernel for linear in linears if linear.selection]
     return min(kernel.activation_bits for kernel in kernels if isinstance(kernel, CpuNative))
 
 
 def _layer_mismatch(layer: Any) -> str | None:
-    for parent, names in ((layer.self_attn, ATTENTION), (layer.mlp, MLP)):
-        for name in names:
-            linear = getattr(parent, name)
-            chosen = linear.selection if isinstance(linear, QuantLinear) else None
-            if chosen is None or not isinstance(chosen.kernel, CpuNative):
-                return f"{name} does not run on {CpuNative.name}"
-            if linear.offsets is not None:
-                return f"{name} has offsets of a merged adapter"
-            if linear.spec.dtype not in (torch.float32, torch.bfloat16):
-                return f"{name} computes in {linear.spec.dtype}, not float32 or bfloat16"
-    if layer.self_attn.head_dim % 16 or layer.mlp.gate_proj.out_features % 16:
-        return f"head_dim {layer.self_attn.head_dim} or the MLP's width is no multiple of 16"
+    for name, linear in _linears(layer).items():
+        chosen = linear.selection if isinstance(linear, QuantLinear) else None
+        if chosen is None or not isinstance(chosen.kernel, CpuNative):
+            return f"{name} does not run on {CpuNative.name}"
+        if linear.offsets is not None:
+            return f"{name} has offsets of a merged adapter"
+        if linear.spec.dtype not in (torch.float32, torch.bfloat16):
+            return f"{name} computes in {linear.spec.dtype}, not float32 or bfloat16"
     return None
 
 
 def _find_deviation(model: PreTrainedModel) -> str | None:
-    """Run some tokens both ways."""
+    """Compare the hidden states of a few tokens with those of the model's forward."""
     tokens = make_probe_tokens(model, PROBE_TOKENS)
     half = PROBE_TOKENS // 2
     with torch.inference_mode():
-        base = base_of(model)
+        base = get_decoder(model)
         expected = base(torch.tensor([tokens]), use_cache=False).last_hidden_state[0, half:]
         decoder = NativeDecoder(model, PROBE_TOKENS)
-        decoder.read(tokens[:half])
+        decoder.prefill(tokens[:half])
         found = torch.stack([decoder.step(tokens[i], i) for i in range(half, PROBE_TOKENS)])
-    deviation = float((found - expected.float()).norm() / expected.float().norm())
-    if deviation <= MOST_DEVIATION:
+    deviation = measure_deviation(model, found, expected.float())
+    if deviation <= MAX_DEVIATION:
         return None
     return (
-        f"a {type(model).__name__} computes something else: hidden states deviate by "
-        f"{deviation:.3f} of their length, allowed are {MOST_DEVIATION}"
+        f"a {type(model).__name__} computes differently: hidden states have a relative deviation "
+        f"of {deviation:.3f}, allowed are {MAX_DEVIATION}"
     )
 
 
 def cache_of(output: Any) -> Any:
-    """The cache in a model's output; Transformers is renaming it."""
+    """Return the KV cache in a model's output, which newer Transformers versions renamed."""
     found = getattr(output, "cache", None)
     return output.past_key_values if found is None else found

@@ -1,6 +1,7 @@
-"""The head of a model for few hidden states at a time: as stored, or rounded to 8 or 4 bits.
+"""The output head on a CPU, for few hidden states at a time: as stored, or rounded to 8 or 4 bits.
 
-In a small model the head is half of what a token reads: 56 of 113 MB in SmolLM2-135M at 4 bits.
+In a small model the head is half of the weights read per token: 56 of 113 MB in SmolLM2-135M at
+4 bits.
 """
 
 from __future__ import annotations
@@ -20,24 +21,24 @@ from halfbyte.packing import pack_weight
 from halfbyte.run_config import HEAD_BITS
 
 GROUP_SIZES = (64, 32, 16, 8)
-"""Of a rounded head: the first that divides the hidden size."""
+"""Candidates for a rounded head: the first that divides the hidden size is used."""
 
 
 class NativeHead:
-    """Logits [..., vocabulary] of hidden states."""
+    """Computes logits [..., vocabulary] from hidden states."""
 
     def __init__(self, head: nn.Module, bits: int = 16) -> None:
-        """Use a head where it is, or round a copy of it.
+        """Use a head in place, or round a copy of it.
 
         Args:
             head: The model's output embeddings.
             bits: One of HEAD_BITS.
 
         Raises:
-            ConfigError: There are no such bits.
+            ConfigError: The bits are not supported.
         """
         if bits not in HEAD_BITS:
-            raise ConfigError(f"The head can have {HEAD_BITS} bits, not {bits}.")
+            raise ConfigError(f"Cannot round the head to {bits} bits; allowed: {HEAD_BITS}.")
         self.head = head
         self.bits = bits
         bias = getattr(head, "bias", None)
@@ -49,7 +50,7 @@ class NativeHead:
             plain = bias is None and head.offsets is None
             if plain and chosen is not None and isinstance(chosen.kernel, CpuNative):
                 self._kernel = chosen.kernel
-                # In float32: what rows of bfloat16 get depends on how many there are.
+                # In float32: bfloat16 results depend on the number of rows.
                 self._rounded = head.operands, replace(head.spec, dtype=torch.float32)
             return
         weight = getattr(head, "weight", None)
@@ -62,7 +63,7 @@ class NativeHead:
 
     @property
     def read_bytes(self) -> int:
-        """Bytes that one call reads."""
+        """Bytes of weights that one call reads."""
         if self._rounded is not None:
             return self._rounded[0].weight[0].nbytes
         tensors = [*self.head.parameters(), *self.head.buffers()]
@@ -72,20 +73,20 @@ class NativeHead:
         """Compute the logits.
 
         Args:
-            hidden: float32 [..., hidden]; what a row gets does not depend on the others where
-                there are fewer than ROWS_LIMIT.
-            out: float32 [..., vocabulary] to write them to, which spares new memory.
+            hidden: float32 [..., hidden]; with fewer than ROWS_LIMIT rows, the result of a row does
+                not depend on the others.
+            out: float32 [..., vocabulary] to write the logits to, instead of a new tensor.
 
         Returns:
             float32 [..., vocabulary].
         """
         if self._rounded is not None:
             operands, spec = self._rounded
-            return _give(self._kernel.apply(hidden, operands, None, spec), out)
+            return _copy_into(self._kernel.apply(hidden, operands, None, spec), out)
         if self._weight is None:
             dtype: Any = getattr(self.head, "spec", None) or self.head.weight
             logits: Tensor = self.head(hidden.to(dtype.dtype))
-            return _give(logits.float(), out)
+            return _copy_into(logits.float(), out)
         functions = open_library().functions
         assert functions is not None
         vocabulary, columns = self._weight.shape
@@ -105,27 +106,30 @@ class NativeHead:
         return logits
 
 
-def _give(logits: Tensor, out: Tensor | None) -> Tensor:
+def _copy_into(logits: Tensor, out: Tensor | None) -> Tensor:
     return logits if out is None else out.copy_(logits)
 
 
 def round_weight(weight: Tensor, bits: int) -> tuple[Operands, LinearSpec]:
-    """Round a dense weight to nearest on a symmetric grid, packed for the CPU kernel.
+    """Quantize a dense weight by round-to-nearest on a symmetric grid, packed for the CPU kernel.
 
     Args:
         weight: [out, in].
         bits: 8 or 4.
 
     Returns:
-        The operands and their spec, in float32.
+        The operands and the spec, which computes in float32.
 
     Raises:
-        ConfigError: No group size divides the width.
+        ConfigError: No group size divides the hidden size.
     """
     out_features, in_features = weight.shape
     group_size = next((size for size in GROUP_SIZES if in_features % size == 0), None)
     if group_size is None:
-        raise ConfigError(f"A head of width {in_features} cannot be rounded; leave it at 16 bits.")
+        raise ConfigError(
+            f"Cannot round a head of width {in_features} to {bits} bits: the width is not a "
+            f"multiple of {min(GROUP_SIZES)}. Leave the head at 16 bits."
+        )
     middle = 2 ** (bits - 1)
     grouped = weight.float().view(out_features, -1, group_size)
     scales = (grouped.abs().amax(-1) / (middle - 1)).clamp(min=1e-8).bfloat16()

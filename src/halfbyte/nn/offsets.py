@@ -1,8 +1,8 @@
-"""What is added to all weights of a group: an adapter that was merged, exactly.
+"""Offsets added to all weights of a group: an adapter that was merged exactly.
 
 ::
 
-    x ──sum over each group──> [..., groups] @ offsets [groups, out] ──> added to codes' product
+    x ──sum over each group──> [..., groups] @ offsets [groups, out] ──> added to x @ codes
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def sum_groups(x: Tensor, group_size: int, g_idx: Tensor | None) -> Tensor:
     Args:
         x: [..., in].
         group_size: Columns per group; the last one may be shorter.
-        g_idx: Group of each column, [in]; None: they lie one after another.
+        g_idx: Group of each column, [in]; None: groups are contiguous.
 
     Returns:
         [..., groups], in x's dtype.
@@ -34,7 +34,7 @@ def sum_groups(x: Tensor, group_size: int, g_idx: Tensor | None) -> Tensor:
 def spread_offsets(
     offsets: Tensor, in_features: int, group_size: int, g_idx: Tensor | None
 ) -> Tensor:
-    """Give what offsets add to a weight.
+    """Expand offsets to what they add to each weight.
 
     Args:
         offsets: [groups, out].

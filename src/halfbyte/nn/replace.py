@@ -1,4 +1,4 @@
-"""Swap named linears of a model for quantized ones, and back.
+"""Replace linears of a model by quantized ones, and back.
 
 ::
 
@@ -23,18 +23,18 @@ from halfbyte.nn.linear import QuantLinear
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredLinear:
-    """One quantized linear of a checkpoint: what it is, and the dtypes of its tensors."""
+    """A quantized linear of a checkpoint: its layout, and the dtypes of its tensors."""
 
     facts: LinearFacts
     dtypes: Mapping[str, torch.dtype]
-    """By suffix: "scales" and, where the file has them, "g_idx" and "bias"."""
+    """By suffix: "scales" and, if present in the file, "g_idx" and "bias"."""
 
     def make_spec(self, dtype: torch.dtype, device_type: str) -> LinearSpec:
-        """Put what kernels ask about together.
+        """Make the spec by which a kernel is selected.
 
         Args:
-            dtype: To compute in.
-            device_type: To compute on.
+            dtype: Dtype to compute in.
+            device_type: Type of the device to compute on.
 
         Returns:
             The spec.
@@ -54,7 +54,7 @@ class StoredLinear:
 
 
 def quantized_linears(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:
-    """Walk over a model's quantized linears, by full name."""
+    """Iterate over a model's quantized linears with their full names."""
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
             yield name, module
@@ -63,16 +63,16 @@ def quantized_linears(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:
 def replace_linears(
     model: nn.Module, stored: Mapping[str, StoredLinear], *, dtype: torch.dtype
 ) -> None:
-    """Put quantized linears, still to be loaded, in the place of ordinary ones.
+    """Replace ordinary linears by quantized ones, with tensors still to be loaded.
 
     Args:
         model: Changed in place.
-        stored: By the module's name in the model.
-        dtype: To compute in.
+        stored: The quantized linears by name in the model.
+        dtype: Dtype to compute in.
 
     Raises:
-        CheckpointError: A module is no linear, or of another size than the packed tensors; names
-            the tensor.
+        CheckpointError: A module is not a linear, or its size differs from the packed tensors;
+            names the tensor.
     """
     for name, linear in stored.items():
         old = model.get_submodule(name)
@@ -85,11 +85,11 @@ def replace_linears(
 
 
 def dequantize_linears(model: nn.Module, dtype: torch.dtype) -> list[str]:
-    """Turn a model's quantized linears into ordinary ones.
+    """Convert a model's quantized linears to ordinary ones.
 
     Args:
         model: Changed in place.
-        dtype: Of the new weights.
+        dtype: Dtype of the new weights.
 
     Returns:
         The names of the linears.

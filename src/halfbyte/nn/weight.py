@@ -1,4 +1,4 @@
-"""What ``QuantLinear.weight`` gives: a dense weight to look at, made only when it is used."""
+"""The tensor behind ``QuantLinear.weight``: a read-only dense weight, dequantized on use."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from halfbyte.errors import ModelError
 
 
 class Dequantizable(Protocol):
-    """A layer that can give its weight as numbers."""
+    """A layer that can dequantize its weight."""
 
     def dequantize(self) -> Tensor:
-        """Give the weight [out, in]."""
+        """Return the weight [out, in]."""
 
 
 class QuantizedWeight(Tensor):
-    """The weight of a quantized linear, as code written for ``nn.Linear`` wants to see it.
+    """The weight of a quantized linear, for code written for ``nn.Linear``.
 
-    Shape, dtype and device are there at once. Any arithmetic on it dequantizes the weight and is
-    right; that is done anew each time, so keep the result. Writing to it is refused: the weight is
-    packed codes, and a write would go to a copy and be lost.
+    Shape, dtype and device are known without dequantizing. Any operation on it dequantizes the
+    whole weight each time, so keep the result. Writing to it raises an error: the weight is packed
+    codes, and the write would go to a temporary copy and be lost.
     """
 
     _layer: Dequantizable
@@ -40,10 +40,10 @@ class QuantizedWeight(Tensor):
         """Make a tensor without storage.
 
         Args:
-            layer: Asked for the numbers when they are needed.
+            layer: The layer that dequantizes its weight when needed.
             shape: [out, in].
-            dtype: Of the numbers.
-            device: Where they will be.
+            dtype: Dtype of the dequantized weight.
+            device: Device of the dequantized weight.
 
         Returns:
             The view.
@@ -52,7 +52,7 @@ class QuantizedWeight(Tensor):
             cls, tuple(shape), dtype=dtype, device=device, requires_grad=False
         )
         view._layer = layer
-        # Transformers' weight initialisation passes over tensors with this mark.
+        # Transformers' weight initialization skips tensors with this mark.
         view._is_hf_initialized = True  # type: ignore[attr-defined]
         return view
 
@@ -66,12 +66,12 @@ class QuantizedWeight(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run an operation on the dequantized weight, or refuse it where it writes.
+        """Run an operation on the dequantized weight; raise an error if it writes to the weight.
 
         Args:
             func: The operation.
             types: Ignored.
-            args: Its arguments, with views among them.
+            args: Its arguments, some of which are such weights.
             kwargs: Its keyword arguments.
 
         Returns:
@@ -90,7 +90,7 @@ class QuantizedWeight(Tensor):
 
     @property
     def data(self) -> Tensor:
-        """The view itself."""
+        """The tensor itself."""
         return self
 
     @data.setter
@@ -98,7 +98,7 @@ class QuantizedWeight(Tensor):
         _refuse_write("data =")
 
     def __setitem__(self, index: Any, value: Any) -> NoReturn:
-        # torch would write to a view of a dequantized copy.
+        # torch would write to a dequantized copy.
         _refuse_write("weight[...] =")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -119,6 +119,6 @@ def _refuse_write(operation: str) -> NoReturn:
     raise ModelError(
         f"Cannot write to the weight of a quantized linear ({operation}): it is packed codes, and "
         "the change would be lost. To merge an adapter: halfbyte merge BASE ADAPTER -o OUT. For "
-        "a copy in numbers: layer.dequantize(); for a model of ordinary linears: "
+        "a dequantized copy: layer.dequantize(); for a model of ordinary linears: "
         "model.dequantize()."
     )

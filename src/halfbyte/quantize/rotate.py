@@ -295,7 +295,7 @@ class _Rotator:
         routed: bool = False,
     ) -> float:
         """Check the outputs of a rotated part; return their relative error."""
-        # Zero embeddings, such as those of padding tokens, must not divide by zero.
+        # Avoid a division by zero for zero embeddings, such as those of padding tokens.
         sizes = expected.float().norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
         errors = (actual.float() - expected.float()).norm(dim=-1) / sizes
         error = float(errors.flatten().quantile(ROUTED_SHARE) if routed else errors.max())

@@ -128,7 +128,7 @@ class Run:
                     return Attempt(task, settings, weights).run()
             except RuntimeError as error:
                 gentler, why = self._find_gentler(error, settings, max(map(len, tokens.sequences)))
-            # Outside the handler, where the exception's traceback still references the tensors.
+            # After the handler, since inside it the traceback still references the tensors.
             weights = None
             release_memory(self.device)
             self._restart_from_journal(settings, gentler, why)

@@ -1,4 +1,4 @@
-"""A quantized model behind an OpenAI-compatible address, with what production asks for around it.
+"""An OpenAI-compatible server for quantized models, with routing, monitoring and rollouts.
 
 ::
 
@@ -9,7 +9,7 @@
                              └─ watch/: monitors of every answer, alerts, request log
     HTTP <──api/── events (Delta, Finish, Usage) <─┘
 
-Everything between the API and a model is one call and one stream of events, whether the model runs
-here, in vLLM or at somebody else's: so fallback, monitors and canary are written once.
-``metrics.py`` and ``dashboard/`` show what happens.
+Between the API and a model there is only one call and one stream of events, whether the model runs
+in this process, in vLLM or on another server, so fallback, monitors and canaries are written once.
+``metrics.py`` and ``dashboard/`` expose the server's state.
 """

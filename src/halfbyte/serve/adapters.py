@@ -1,4 +1,4 @@
-"""Adapters by name, out of one folder; no path ever comes from a client."""
+"""Load and unload adapters by name from one folder; clients never send a path."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
 def check_is_loaded(name: str, loaded: Collection[str]) -> None:
-    """Refuse an adapter that is not loaded.
+    """Check that an adapter is loaded.
 
     Args:
-        name: Of it.
-        loaded: Names of those that are.
+        name: The adapter's name.
+        loaded: Names of the loaded adapters.
 
     Raises:
-        ServeError: 404, with the names that there are.
+        ServeError: 404 if the adapter is not loaded; lists the loaded ones.
     """
     if name not in loaded:
         raise ServeError(
-            f"There is no adapter {name}; loaded are: {', '.join(loaded) or 'none'}.",
+            f"The adapter {name} is not loaded. Loaded adapters: {', '.join(loaded) or 'none'}.",
             status=404,
             code="model_not_found",
             param="model",
@@ -32,88 +32,91 @@ def check_is_loaded(name: str, loaded: Collection[str]) -> None:
 
 
 @runtime_checkable
-class Loads(Protocol):
-    """What takes adapters: a backend over an engine."""
+class AdapterBackend(Protocol):
+    """A backend that can load and unload adapters."""
 
     @property
     def models(self) -> tuple[str, ...]:
-        """Names that are served."""
+        """Names of the models and adapters that are served."""
 
     async def load_adapter(self, name: str, folder: str) -> None:
-        """Serve the adapter of a folder under a name."""
+        """Load the adapter in a folder and serve it under a name."""
 
     async def unload_adapter(self, name: str) -> None:
-        """Take it away."""
+        """Unload an adapter."""
 
 
 class AdapterFolder:
-    """Adapters that may be served."""
+    """The adapters that clients may load, one subfolder each."""
 
     def __init__(self, folder: Path, current: Callable[[], object]) -> None:
-        """Take the folder.
+        """Open the folder.
 
         Args:
-            folder: Holds one folder for each adapter.
-            current: Gives the model that serves them now.
+            folder: Contains one subfolder per adapter.
+            current: Returns the backend that currently serves the model.
 
         Raises:
-            ConfigError: There is no such folder.
+            ConfigError: The folder does not exist.
         """
         if not folder.is_dir():
-            raise ConfigError(f"The folder of adapters '{folder}' does not exist.")
+            raise ConfigError(
+                f"Cannot serve adapters: the folder '{folder}' does not exist. Check --adapters."
+            )
         self._folder = folder.resolve()
         self._current = current
 
     async def load(self, name: str) -> None:
-        """Make an adapter servable.
+        """Load an adapter.
 
         Args:
-            name: Of its folder.
+            name: Name of its subfolder.
 
         Raises:
-            ServeError: 404: there is none; 409: something of that name is served already.
+            ServeError: 404 if it does not exist, 409 if the name is already served.
         """
-        place = self._find(name)
-        backend = self._find_backend()
+        path = self._find(name)
+        backend = self._get_backend()
         if name in backend.models:
             raise ServeError(
-                f"'{name}' is served already. Unload it first.",
+                f"Cannot load '{name}': a model or adapter of that name is already served. Unload "
+                "it first.",
                 status=409,
                 code="already_loaded",
                 param="lora_name",
             )
-        await backend.load_adapter(name, str(place))
+        await backend.load_adapter(name, str(path))
 
     async def unload(self, name: str) -> None:
-        """Take an adapter away.
+        """Unload an adapter.
 
         Args:
-            name: Of a loaded one.
+            name: Name of a loaded adapter.
         """
-        await self._find_backend().unload_adapter(name)
+        await self._get_backend().unload_adapter(name)
 
-    def _find_backend(self) -> Loads:
+    def _get_backend(self) -> AdapterBackend:
         backend = self._current()
-        if not isinstance(backend, Loads):
+        if not isinstance(backend, AdapterBackend):
             raise ServeError(
-                "The model that is served now takes no adapters: it runs behind another server.",
+                "The current model cannot load adapters because it runs on another server.",
                 status=404,
                 code="not_supported",
             )
         return backend
 
     def _find(self, name: str) -> Path:
-        place = (self._folder / name).resolve() if _NAME.fullmatch(name) else None
-        # A link out of the folder would be as good as a path.
+        path = (self._folder / name).resolve() if _NAME.fullmatch(name) else None
+        # resolve() follows symbolic links: one that leads out of the folder is rejected too.
         if (
-            place is None
-            or place.parent != self._folder
-            or not (place / "adapter_config.json").is_file()
+            path is None
+            or path.parent != self._folder
+            or not (path / "adapter_config.json").is_file()
         ):
             raise ServeError(
-                f"There is no adapter '{name[:80]}' among those that may be served.",
+                f"The adapters folder of this server has no adapter '{name[:80]}'.",
                 status=404,
                 code="adapter_not_found",
                 param="lora_name",
             )
-        return place
+        return path

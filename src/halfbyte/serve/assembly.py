@@ -1,4 +1,4 @@
-"""A whole server out of its settings.
+"""Build a server from its configuration.
 
 ::
 
@@ -31,6 +31,7 @@ from halfbyte.serve.quality import Quality, open_quality
 from halfbyte.serve.quality_config import QualityConfig
 from halfbyte.serve.rollout.store_models import (
     StoreBackend,
+    StoreModel,
     is_store_reference,
     resolve_store_model,
 )
@@ -53,33 +54,33 @@ class Service:
     gateway: Gateway
     quality: Quality
     description: str
-    """What runs the model, and how much room it has."""
-    starts: list[Step] = field(default_factory=list)
-    """Done before the first request, in this order."""
+    """What runs the model, and its memory, for people."""
+    startup_steps: list[Step] = field(default_factory=list)
+    """Awaited in this order before the first request."""
 
     async def start(self) -> None:
-        """Begin what runs beside the requests."""
-        for step in self.starts:
+        """Run the startup steps and start the background tasks."""
+        for step in self.startup_steps:
             await step()
         await self.quality.start()
 
     async def stop(self) -> None:
-        """End all of it, and free the model."""
+        """Stop the background tasks and free the model."""
         await self.quality.close()
         await self.gateway.backend.close()
 
 
 def read_keys(config: ServeConfig) -> ApiKeys:
-    """Gather the API keys, and see that there are some where there must be.
+    """Collect the API keys from the configuration, the key file and the environment.
 
     Args:
-        config: Its own keys, and the file's.
+        config: Contains keys and the path of the key file.
 
     Returns:
-        Those of the settings, the file and the environment.
+        All keys.
 
     Raises:
-        ConfigError: Others can reach the server and there is no key.
+        ConfigError: There is no key although other machines can reach the server.
     """
     entries = list(config.api_keys)
     if config.api_key_file is not None:
@@ -88,8 +89,8 @@ def read_keys(config: ServeConfig) -> ApiKeys:
     keys = ApiKeys.parse(entries)
     if not keys and not config.is_loopback:
         raise ConfigError(
-            f"Not listening on {config.host} without an API key: whoever reaches this machine "
-            f"could use the model. Set keys by --api-key-file or {API_KEYS.name}, or listen on "
+            f"Cannot listen on {config.host} without an API key: anyone who can reach this machine "
+            f"could use the model. Set keys with --api-key-file or {API_KEYS.name}, or listen on "
             "127.0.0.1."
         )
     return keys
@@ -102,30 +103,29 @@ def open_service(
     quality: QualityConfig,
     keys: ApiKeys,
 ) -> Service:
-    """Load and connect everything.
+    """Load the model and connect all parts of the server.
 
     Args:
-        model: A folder, or ``store:NAME@ALIAS``; None: others answer.
-        config: Of the server.
-        engine: Of the embedded engine.
-        quality: Of fallback, monitors and rollouts.
-        keys: Of the clients.
+        model: A folder or ``store:NAME@ALIAS``; None to use the upstream servers.
+        config: Configuration of the server.
+        engine: Configuration of the embedded engine.
+        quality: Configuration of fallback, monitors and rollouts.
+        keys: API keys of the clients.
 
     Returns:
-        The service; nothing listens yet.
+        The service; it does not listen yet.
     """
     _check(model, config, keys)
     if model is None:
         return _open_gateway(config, engine, quality, keys)
     if config.engine == "vllm":
         return _open_vllm(model, config, engine, quality, keys)
-    stored = resolve_store_model(model) if is_store_reference(model) else None
-    name = config.served_name or (stored.name if stored else name_folder(model))
+    stored, folder, name = _locate_model(model, config)
 
-    def load(place: str) -> EmbeddedBackend:
-        return open_embedded(Path(place), config, engine, name=name)
+    def load(folder: str) -> EmbeddedBackend:
+        return open_embedded(Path(folder), config, engine, name=name)
 
-    embedded = load(model if stored is None else str(stored.folder))
+    embedded = load(str(folder))
     primary: Backend = embedded
     if stored is not None:
         primary = StoreBackend(stored, embedded, load)
@@ -137,17 +137,29 @@ def open_service(
         cache=info.cache_bytes,
         total=info.planned_bytes,
     )
+    _serve_adapters(service, config)
+    return service
+
+
+def _locate_model(model: str, config: ServeConfig) -> tuple[StoreModel | None, Path, str]:
+    """Return the model's version in the store (None if it is a folder), its folder and its name."""
+    stored = resolve_store_model(model) if is_store_reference(model) else None
+    folder = Path(model) if stored is None else stored.folder
+    name = name_folder(folder) if stored is None else stored.name
+    return stored, folder, config.served_name or name
+
+
+def _serve_adapters(service: Service, config: ServeConfig) -> None:
     if config.adapters is not None:
         service.gateway.adapters = AdapterFolder(config.adapters, lambda: service.gateway.current)
-    return service
 
 
 def _check(model: str | None, config: ServeConfig, keys: ApiKeys) -> None:
     addresses = config.upstream_addresses
     if (model is None) != bool(addresses):
         raise ConfigError(
-            "Either a MODEL is served here or those at --upstream are; "
-            + ("none of them was given." if model is None else "both were given.")
+            "Give either a MODEL to serve or servers with --upstream; "
+            + ("neither was given." if model is None else "both were given.")
         )
     for option, value in (
         ("--adapters", config.adapters),
@@ -156,15 +168,15 @@ def _check(model: str | None, config: ServeConfig, keys: ApiKeys) -> None:
     ):
         if addresses and value is not None:
             raise ConfigError(
-                f"{option} needs a MODEL; servers at --upstream have adapters, names and templates "
-                "of their own."
+                f"{option} needs a MODEL; it has no effect on servers given with --upstream, which "
+                "have their own adapters, names and templates."
             )
     if config.adapters is None:
         return
     if not keys:
         raise ConfigError(
-            "--adapters needs an API key: loading and unloading is not for everybody. Set keys by "
-            f"--api-key-file or {API_KEYS.name}."
+            "--adapters needs an API key, because clients can load and unload adapters. Set keys "
+            f"with --api-key-file or {API_KEYS.name}."
         )
     if config.engine == "embedded":
         with require_extra("peft", "finetune", "--adapters"):
@@ -174,11 +186,11 @@ def _check(model: str | None, config: ServeConfig, keys: ApiKeys) -> None:
 def _open_gateway(
     config: ServeConfig, engine: EngineConfig, quality: QualityConfig, keys: ApiKeys
 ) -> Service:
-    """Connect to servers that run already."""
+    """Use servers that are already running."""
     upstream = _connect_upstream(config.upstream_addresses, config)
     service = _wrap(upstream, config, engine, quality, keys)
     service.description = f"answers come from {', '.join(host.name for host in upstream.hosts)}"
-    service.starts.append(partial(_greet, upstream))
+    service.startup_steps.append(partial(_warn_if_unreachable, upstream))
     return service
 
 
@@ -189,24 +201,22 @@ def _open_vllm(
     quality: QualityConfig,
     keys: ApiKeys,
 ) -> Service:
-    """Let vLLM run the model, beside this process."""
+    """Run the model in vLLM, as a child process."""
     import torch
 
     from halfbyte.serve.vllm import VllmBackend
     from halfbyte.serve.vllm_command import check_for_vllm, make_command
 
-    stored = resolve_store_model(model) if is_store_reference(model) else None
-    folder = Path(model) if stored is None else stored.folder
+    _, folder, name = _locate_model(model, config)
     tokenizer = load_tokenizer(folder)
     check_for_vllm(folder, has_gpu=torch.cuda.is_available())
-    name = config.served_name or (stored.name if stored else name_folder(folder))
     file = config.chat_template
-    own = getattr(tokenizer, "chat_template", None)
+    default_template = getattr(tokenizer, "chat_template", None)
     command = make_command(
         folder,
         executable=config.vllm_command,
         name=name,
-        template=own if file is None else read_template(file),
+        template=default_template if file is None else read_template(file),
         template_file=file,
         context=engine.context,
         dtype=engine.dtype,
@@ -215,10 +225,9 @@ def _open_vllm(
     )
     backend = VllmBackend(command, model=name, limits=config.answer_limits)
     service = _wrap(backend, config, engine, quality, keys)
-    service.description = f"vLLM runs it: {' '.join(command)}"
-    service.starts.append(backend.start)
-    if config.adapters is not None:
-        service.gateway.adapters = AdapterFolder(config.adapters, lambda: service.gateway.current)
+    service.description = f"running in vLLM: {' '.join(command)}"
+    service.startup_steps.append(backend.start)
+    _serve_adapters(service, config)
     return service
 
 
@@ -228,20 +237,20 @@ def open_embedded(
     """Load a model into this process.
 
     Args:
-        folder: Of the model.
-        config: For the limits.
-        engine: How it runs.
-        name: That clients call it by.
+        folder: The model's folder.
+        config: Contains the limits on answers.
+        engine: Configuration of the engine.
+        name: The model's name for clients.
 
     Returns:
-        The backend, ready.
+        The backend, ready to answer.
     """
-    # Torch and Transformers: a gateway before other servers does without their seconds.
+    # These import Torch and Transformers, which takes seconds and a pure gateway does not need.
     from halfbyte.serve.embedded import EmbeddedBackend
     from halfbyte.serve.engine.loading import open_engine
 
     template = config.chat_template
-    # Before the engine, whose plan counts what the process has by then.
+    # Before the engine, whose memory plan counts what the process uses already.
     tokenizer = load_tokenizer(folder)
     return EmbeddedBackend(
         open_engine(folder, engine),
@@ -256,18 +265,21 @@ def load_tokenizer(folder: Path) -> Any:
     """Load a model's tokenizer.
 
     Args:
-        folder: Of the model.
+        folder: The model's folder.
 
     Returns:
         The tokenizer.
 
     Raises:
-        ConfigError: There is no such folder, or no tokenizer in it.
+        ConfigError: The folder is not a model folder, or its tokenizer cannot be loaded.
     """
     from transformers import AutoTokenizer
 
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"'{folder}' is no model folder: it has no config.json.")
+        raise ConfigError(
+            f"Cannot serve '{folder}': it is not a model folder, it has no config.json. Give the "
+            "folder of a model."
+        )
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
@@ -278,13 +290,13 @@ def read_template(path: Path) -> str:
     """Read a chat template.
 
     Args:
-        path: Of a file with Jinja source.
+        path: Path of a file with Jinja source.
 
     Returns:
-        The source.
+        The Jinja source.
 
     Raises:
-        ConfigError: It cannot be read.
+        ConfigError: The file cannot be read.
     """
     try:
         return path.read_text(encoding="utf-8")
@@ -293,10 +305,10 @@ def read_template(path: Path) -> str:
 
 
 def describe_engine(backend: EmbeddedBackend) -> str:
-    """Say in a line what runs a model, and how much room it has.
+    """Describe in one line what runs a model and its memory.
 
     Args:
-        backend: Over its engine.
+        backend: The model's backend.
 
     Returns:
         The line.
@@ -304,8 +316,8 @@ def describe_engine(backend: EmbeddedBackend) -> str:
     info = backend.engine_info
     tokens = info.cache_bytes // info.bytes_per_token if info.bytes_per_token else 0
     return (
-        f"{info.runner}; weights {format_bytes(info.weight_bytes)}, cache "
-        f"{format_bytes(info.cache_bytes)} = {tokens} tokens, {info.context} in one request"
+        f"{info.runner}; weights {format_bytes(info.weight_bytes)}, KV cache "
+        f"{format_bytes(info.cache_bytes)} = {tokens} tokens, at most {info.context} per request"
     )
 
 
@@ -316,14 +328,14 @@ def _wrap(
     quality: QualityConfig,
     keys: ApiKeys,
 ) -> Service:
-    """Put quality and interface around the model that is asked first."""
+    """Add routing, monitoring and the gateway to the primary model."""
     others: list[UpstreamBackend] = []
 
-    def connect(place: str) -> Backend:
-        if place.startswith(("http://", "https://")):
-            others.append(_connect_upstream([place], config))
+    def connect(source: str) -> Backend:
+        if source.startswith(("http://", "https://")):
+            others.append(_connect_upstream([source], config))
             return others[-1]
-        folder = Path(place)
+        folder = Path(source)
         return open_embedded(folder, config, engine, name=name_folder(folder))
 
     watched = open_quality(backend, quality, connect)
@@ -332,15 +344,15 @@ def _wrap(
         config=config,
         keys=keys,
         router=watched.router,
-        primary=partial(_find_current, watched.router),
+        primary=partial(_get_current_primary, watched.router),
         metrics=watched.metrics.render,
-        refused=watched.metrics.count_rejection,
+        on_rejection=watched.metrics.count_rejection,
         routes=dashboard_routes(watched.snapshot),
         open_paths=DASHBOARD_PATHS,
     )
-    # Or nobody would hear of a wrong address before the day when it is needed.
-    greetings: list[Step] = [partial(_greet, other) for other in others]
-    return Service(gateway=gateway, quality=watched, description="", starts=greetings)
+    # A wrong address of a fallback would otherwise show only when the fallback is needed.
+    checks: list[Step] = [partial(_warn_if_unreachable, other) for other in others]
+    return Service(gateway=gateway, quality=watched, description="", startup_steps=checks)
 
 
 def _connect_upstream(addresses: Sequence[str], config: ServeConfig) -> UpstreamBackend:
@@ -349,12 +361,12 @@ def _connect_upstream(addresses: Sequence[str], config: ServeConfig) -> Upstream
     )
 
 
-def _find_current(router: Router) -> Backend:
-    """Give the model that is asked first, as the version that it is now."""
+def _get_current_primary(router: Router) -> Backend:
+    """Return the primary backend; of a model from the store, the version that serves now."""
     backend = router.routes[0].backend
     return backend.current if isinstance(backend, StoreBackend) else backend
 
 
-async def _greet(upstream: UpstreamBackend) -> None:
+async def _warn_if_unreachable(upstream: UpstreamBackend) -> None:
     for reason in await upstream.start():
         logger.warning("%s", reason)

@@ -1,11 +1,11 @@
-"""What passes between the API and a model: a call in, events out; and what a backend is.
+"""The interface between the API and a model: Call in, events out, and the Backend protocol.
 
 ::
 
     Call ──Backend.stream──> Delta* ──> Finish (one per choice) ──> Usage (last, always)
 
-A backend that fails raises ServeError before the first event or between two; closing its iterator
-cancels the work. Nothing here knows HTTP, and nothing but a backend knows tokens.
+A failing backend raises ServeError before the first event or between two events. Closing its
+iterator cancels the work. This module knows nothing of HTTP, and only backends know tokens.
 """
 
 from __future__ import annotations
@@ -18,48 +18,48 @@ from typing import Any, Literal, Protocol, runtime_checkable
 Kind = Literal["chat", "completion"]
 
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
-"""Those that OpenAI's clients know. A cancelled or late answer is an error, not a reason."""
+"""OpenAI's values. A cancelled answer or a timeout is an error, not a finish reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """One request, checked, on its way to a model."""
+    """One validated request."""
 
     kind: Kind
     body: Mapping[str, Any]
-    """The request in OpenAI's own form, checked; what the client left out is left out. `stream` and
-    `stream_options` mean nothing here: a backend always streams."""
+    """The request in OpenAI's format, validated, without fields that the client did not set. A
+    backend ignores `stream` and `stream_options`: it always streams."""
     id: str
-    """Of the answer: `chatcmpl-…` or `cmpl-…`."""
+    """Id of the answer: `chatcmpl-…` or `cmpl-…`."""
     key: str = ""
-    """Name (never the secret) of the API key, for fairness and limits; empty: no keys are set."""
+    """Name (never the secret) of the API key, for fairness and limits; empty if no keys are set."""
     tags: frozenset[str] = frozenset()
     """From the header `X-Halfbyte-Tags` or the body's `metadata`: `critical`, a slice's name."""
     deadline: float | None = None
-    """When the answer is no longer wanted; seconds of :func:`time.monotonic`."""
+    """Time of :func:`time.monotonic` after which the answer is useless."""
 
     @property
     def seconds_left(self) -> float | None:
-        """Until the deadline; None without one. Below 0 it is over."""
+        """Seconds until the deadline, negative after it; None without a deadline."""
         return None if self.deadline is None else self.deadline - time.monotonic()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprob:
-    """How likely a token was, by the model's own distribution."""
+    """A token's log probability under the model's own distribution."""
 
     token: str
     logprob: float
-    """Natural."""
+    """Natural logarithm."""
     bytes: tuple[int, ...] | None
-    """UTF-8 of the token; None where the token is no text of its own."""
+    """UTF-8 bytes of the token; None if unknown."""
     top: tuple[TokenLogprob, ...] = ()
-    """The likeliest in its place, likeliest first."""
+    """The most likely tokens at this position, most likely first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolCall:
-    """A function that the model wants called; whole, not in pieces."""
+    """A complete function call made by the model."""
 
     index: int
     id: str
@@ -70,17 +70,17 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """What the answer took; the last event. Within a Delta: by then."""
+    """Token counts of an answer: the last event, or within a Delta the counts so far."""
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
-    """Of the prompt, found in the cache."""
+    """Prompt tokens found in the prefix cache."""
     reasoning_tokens: int = 0
-    """Of the answer, thought before it was given."""
-    is_told: bool = True
-    """Whether the backend said so. Where it did not, the prompt is unknown, the answer's tokens are
-    its pieces, and clients are told nothing rather than something wrong."""
+    """Answer tokens spent on reasoning."""
+    is_reported: bool = True
+    """Whether the backend reported the counts. If not, the prompt's length is unknown, each piece
+    counts as one answer token, and clients get no usage rather than a wrong one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,20 +90,20 @@ class Delta:
     choice: int = 0
     text: str = ""
     refusal: str = ""
-    """What the model says in place of an answer, where it tells that apart."""
+    """A refusal, if the backend separates it from the answer."""
     reasoning: str = ""
-    """What it thinks before it answers, where it tells that apart."""
+    """Reasoning before the answer, if the backend separates it from the answer."""
     logprobs: tuple[TokenLogprob, ...] | None = None
-    """Of the tokens of this piece; None where they were not asked for."""
+    """One entry per token of this piece; None unless requested."""
     tool_calls: tuple[ToolCall, ...] = ()
     entropies: tuple[float, ...] = ()
-    """Of the distributions that this piece's tokens were drawn from, in nats; empty where the
-    backend cannot tell. For monitors and confidence, never sent to a client."""
+    """Entropy in nats of the distribution that each token of this piece was drawn from; empty if
+    the backend does not provide it. For monitors and confidence, never sent to a client."""
     usage: Usage | None = None
-    """Of all choices by now, where the call asks for it (`continuous_usage_stats`) and the backend
-    can tell."""
+    """Counts so far over all choices, if the call requests them (`continuous_usage_stats`) and the
+    backend provides them."""
     is_last: bool = False
-    """Nothing but the end of the whole answer follows, and that at once."""
+    """Whether only Finish and Usage follow, immediately."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,14 +119,14 @@ Event = Delta | Finish | Usage
 
 @dataclass(slots=True, kw_only=True)
 class Served:
-    """Who answered, and why: filled in on the way, told in the answer's headers."""
+    """Which model answered and why; the router fills it in, the response headers report it."""
 
     model: str = ""
     backend: str = ""
     reason: str = ""
-    """Why it was not the first choice: `critical`, `error`, `timeout`, `check:repetition` …"""
+    """Why the primary model did not answer: `critical`, `error`, `timeout`, `check:repetition` …"""
     version: str = ""
-    """Of the store, where the model comes from one."""
+    """Version in the model store, if the model comes from one."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -138,47 +138,48 @@ class Load:
     waiting: int = 0
     cache_used_bytes: int = 0
     cache_bytes: int = 0
-    """Of keys and values, all in all; 0 where the backend cannot tell."""
+    """Size of the KV cache; 0 if unknown."""
     weight_bytes: int = 0
 
 
 class Backend(Protocol):
-    """A model that can be asked, wherever it runs."""
+    """A model that answers calls, wherever it runs."""
 
     @property
     def name(self) -> str:
-        """For logs and metrics: `embedded`, `vllm`, a host's name. Holds no secret."""
+        """Name in logs and metrics: `embedded`, `vllm`, a host name. Contains no secret."""
 
     @property
     def models(self) -> tuple[str, ...]:
-        """Names that it answers to, its adapters among them."""
+        """Model names that it serves, including its adapters."""
 
     def stream(self, call: Call) -> AsyncGenerator[Event, None]:
-        """Answer.
+        """Answer a call.
 
         Args:
-            call: What is asked.
+            call: The request.
 
         Returns:
-            The events, in the order given above. Closing it cancels the work.
+            The events, in the order given in the module's docstring. Closing the iterator cancels
+            the work.
         """
 
     async def is_ready(self) -> bool:
-        """Tell whether it could answer now."""
+        """Return whether it can answer now."""
 
     def load(self) -> Load:
-        """Tell how busy it is; at once, without asking anybody."""
+        """Return how busy it is, immediately and without I/O."""
 
     async def close(self) -> None:
-        """Finish what runs, take nothing new, free everything."""
+        """Accept no new calls, finish the running ones and free all resources."""
 
 
 @runtime_checkable
 class TextTools(Protocol):
-    """Tells what a text is in a model's token ids; some backends can."""
+    """A backend that also answers /tokenize and /detokenize."""
 
     async def tokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Answer /tokenize: with a prompt or messages, checked."""
+        """Answer /tokenize; the validated body contains a prompt or messages."""
 
     async def detokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Answer /detokenize: with tokens, checked."""
+        """Answer /detokenize; the validated body contains tokens."""

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from halfbyte.errors import ConfigError
 from halfbyte.judge.bootstrap import bootstrap_ratio
-from halfbyte.judge.statistics import FEWEST_DOCUMENTS, Interval
+from halfbyte.judge.statistics import MIN_DOCUMENTS, Interval
 from halfbyte.serve.routing.confidence import Confidence, measure_confidence
 
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
@@ -137,10 +137,10 @@ def read_judged(path: Path, statistic: str, first_tokens: int | None) -> list[Ju
             "`halfbyte compare LARGER SERVED -o FOLDER` of this version."
         ) from error
     documents = len({one.document for one in found})
-    if documents < FEWEST_DOCUMENTS:
+    if documents < MIN_DOCUMENTS:
         raise ConfigError(
             f"'{path}' has {documents} written answers of known confidence; at least "
-            f"{FEWEST_DOCUMENTS} are needed, and hundreds for narrow intervals. Compare on more "
+            f"{MIN_DOCUMENTS} are needed, and hundreds for narrow intervals. Compare on more "
             "items, with the candidate in this machine and not behind an address."
         )
     return found

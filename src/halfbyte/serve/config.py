@@ -1,4 +1,4 @@
-"""What a server is asked to do; the command line is made from the fields."""
+"""Configuration of the server; the command-line options are generated from its fields."""
 
 from __future__ import annotations
 
@@ -14,116 +14,121 @@ ENGINES = ("embedded", "vllm")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerLimits:
-    """How much an answer may have."""
+    """Limits on the length of an answer."""
 
     default_tokens: int | None = None
-    """Of a chat where the client sets no limit."""
-    most_tokens: int | None = None
+    """Limit of a chat's answer if the client sets none."""
+    max_tokens: int | None = None
+    """Highest limit that a client may set."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
-    """Where the server listens, who may ask, and how much."""
+    """Settings of the server, its models and limits."""
 
     host: str = option("127.0.0.1", "address to listen on", metavar="ADDRESS")
-    port: int = option(8000, "port to listen on; 0: any that is free", metavar="N")
+    port: int = option(8000, "port to listen on; 0 selects a free one", metavar="N")
     api_keys: tuple[str, ...] = field(
         default=(),
         repr=False,
         metadata={
-            "help": "a key that clients must give, as NAME:SECRET; may be given again. Others on "
-            "this machine can read command lines: --api-key-file and HALFBYTE_API_KEYS are better",
+            "help": "an API key that clients may use, as NAME:SECRET; repeatable. Other users of "
+            "this machine can read command lines: prefer --api-key-file or HALFBYTE_API_KEYS",
             "flag": "--api-key",
             "metavar": "KEY",
         },
     )
     api_key_file: Path | None = option(
-        None, "a file of keys, one NAME:SECRET a line", metavar="FILE"
+        None, "a file of API keys, one NAME:SECRET per line", metavar="FILE"
     )
-    engine: str = option("embedded", "what runs the model", choices=ENGINES)
+    engine: str = option("embedded", "inference engine that runs the model", choices=ENGINES)
     vllm_command: str = option(
-        "vllm", "with --engine vllm: the program, in an environment of its own", metavar="PATH"
+        "vllm", "with --engine vllm: the vllm program, from its own environment", metavar="PATH"
     )
     vllm_args: tuple[str, ...] = option(
         (),
-        "with --engine vllm: a further argument of `vllm serve`, such as "
-        "--vllm-arg=--tensor-parallel-size=2; may be given again",
+        "with --engine vllm: an extra argument for `vllm serve`, such as "
+        "--vllm-arg=--tensor-parallel-size=2; repeatable",
         flag="--vllm-arg",
         metavar="ARG",
     )
     upstreams: tuple[str, ...] = option(
         (),
-        "an OpenAI-compatible address, up to and with /v1, that answers instead of a model here; "
-        "may be given again, or several with commas: they take turns. Its key is read from "
-        "HALFBYTE_UPSTREAM_KEY",
+        "URL of an OpenAI-compatible server, up to and including /v1, to use instead of a local "
+        "MODEL; repeatable or comma-separated, requests alternate between them. Their API key is "
+        "read from HALFBYTE_UPSTREAM_KEY",
         flag="--upstream",
         metavar="URL",
     )
     served_name: str | None = option(
-        None, "the model's name for clients (default: that of its folder)", metavar="NAME"
+        None, "model name for clients (default: the name of the model's folder)", metavar="NAME"
     )
     adapters: Path | None = option(
         None,
-        "folder of adapters: each of its folders can be loaded under its own name",
+        "folder of adapters; each subfolder can be loaded under its name",
         metavar="FOLDER",
     )
     chat_template: Path | None = option(
-        None, "file with a chat template in place of the model's own", metavar="FILE"
+        None, "file with a chat template to use instead of the model's own", metavar="FILE"
     )
     allowed_hosts: tuple[str, ...] = option(
         (),
-        "a further name under which clients without a key may address this server; may be given "
-        "again",
+        "an additional host name under which a server without API keys may be addressed; "
+        "repeatable",
         flag="--allowed-host",
         metavar="NAME",
     )
     default_tokens: int | None = option(
         None,
-        "tokens of a chat's answer where the client sets no limit (default: 1024 of a model here; "
-        "other servers choose)",
+        "max tokens of a chat answer if the client sets no limit (default: 1024 for a local model; "
+        "other servers use their own)",
         metavar="N",
     )
     most_tokens: int | None = option(
-        None, "most tokens that an answer may have (default: the model's context)", metavar="N"
+        None,
+        "highest token limit that a client may set (default: the model's context)",
+        metavar="N",
     )
-    most_choices: int = option(128, "most choices of one request, prompts times n", metavar="N")
-    body_bytes: int = option(4_000_000, "largest request body", metavar="BYTES")
-    body_seconds: float = option(
-        30.0, "time in which a request body must arrive", metavar="SECONDS"
+    most_choices: int = option(
+        128, "max choices per request: the number of prompts times n", metavar="N"
     )
+    body_bytes: int = option(4_000_000, "max size of a request body", metavar="BYTES")
+    body_seconds: float = option(30.0, "timeout for receiving a request body", metavar="SECONDS")
     request_seconds: float = option(
-        600.0, "time for an answer, waiting included", metavar="SECONDS"
+        600.0, "timeout for an answer, including its time in the queue", metavar="SECONDS"
     )
-    most_requests: int = option(512, "requests at once, waiting ones included", metavar="N")
+    most_requests: int = option(512, "max concurrent requests, including queued ones", metavar="N")
     key_requests: int = option(
-        128, "requests at once of one API key, waiting ones included", metavar="N"
+        128, "max concurrent requests per API key, including queued ones", metavar="N"
     )
     key_tokens: int | None = option(
-        None, "tokens a minute, prompts and answers, of one API key (default: any)", metavar="N"
+        None,
+        "max tokens per minute and API key, prompts and answers together (default: no limit)",
+        metavar="N",
     )
     drain_seconds: float = option(
-        30.0, "time for running answers to finish when the server is stopped", metavar="SECONDS"
+        30.0, "time for running answers to finish when the server shuts down", metavar="SECONDS"
     )
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
-            raise ConfigError(f"port is {self.port}; it must be 0 to 65535.")
+            raise ConfigError(f"port is {self.port}; it must be from 0 to 65535.")
         check_choice(self, "engine", ENGINES)
-        least = {"default_tokens": 1, "most_choices": 1, "most_requests": 1}
-        least |= {"key_requests": 1, "body_bytes": 1024, "most_tokens": 1, "key_tokens": 1}
-        for name, allowed in least.items():
-            check_least(self, name, allowed)
+        minimums = {"default_tokens": 1, "most_choices": 1, "most_requests": 1}
+        minimums |= {"key_requests": 1, "body_bytes": 1024, "most_tokens": 1, "key_tokens": 1}
+        for name, minimum in minimums.items():
+            check_least(self, name, minimum)
         for name in ("body_seconds", "request_seconds", "drain_seconds"):
             check_positive(self, name)
 
     @property
     def answer_limits(self) -> AnswerLimits:
-        """How much an answer may have."""
-        return AnswerLimits(default_tokens=self.default_tokens, most_tokens=self.most_tokens)
+        """The limits on an answer's length."""
+        return AnswerLimits(default_tokens=self.default_tokens, max_tokens=self.most_tokens)
 
     @property
     def upstream_addresses(self) -> tuple[str, ...]:
-        """Each once, whether given with commas or one by one."""
+        """The upstream URLs, with comma-separated values split."""
         return tuple(
             address.strip().rstrip("/")
             for entry in self.upstreams
@@ -138,13 +143,13 @@ class ServeConfig:
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether an address is reached from this machine only.
+    """Return whether an address is reachable from this machine only.
 
     Args:
-        host: A name or an address, without a port.
+        host: A host name or IP address, without a port.
 
     Returns:
-        Whether it is; a name other than localhost counts as one that others reach.
+        True for localhost and loopback addresses; False for any other name.
     """
     if host == "localhost":
         return True

@@ -1,8 +1,8 @@
-"""A backend over an engine in this process: text in, text out.
+"""The backend for a model that runs in this process.
 
 ::
 
-    Call ──text/asked.py──> TokenRequest per choice ──> Engine.generate
+    Call ──text/choice_requests.py──> TokenRequest per choice ──> Engine.generate
     TokenEvent ──text/answer.py──> Delta, Finish; at the end Usage
 """
 
@@ -23,12 +23,12 @@ from halfbyte.serve.text.choice_requests import ChoiceRequest, count_characters,
 from halfbyte.serve.text.prompts import Prompts
 from halfbyte.serve.text.token_text import Spelling
 
-LONG_PROMPT = 20_000
-"""Characters above which a prompt is tokenized beside the event loop: it takes milliseconds."""
+LONG_PROMPT_CHARACTERS = 20_000
+"""Longer prompts are tokenized in a thread, so that they do not block the event loop."""
 
 
 class EmbeddedBackend:
-    """A model of this process."""
+    """Answers calls with a model that runs in this process."""
 
     def __init__(
         self,
@@ -39,14 +39,14 @@ class EmbeddedBackend:
         config: ServeConfig,
         chat_template: str | None = None,
     ) -> None:
-        """Put text around an engine.
+        """Connect an engine and a tokenizer.
 
         Args:
-            engine: Running.
-            tokenizer: The model's.
-            model: The name that clients call it by.
-            config: For the limits.
-            chat_template: In place of the model's own.
+            engine: The running engine.
+            tokenizer: The model's tokenizer.
+            model: The model's name for clients.
+            config: Contains the limits on answers.
+            chat_template: Replaces the model's own.
         """
         self._engine = engine
         self._model = model
@@ -57,12 +57,12 @@ class EmbeddedBackend:
 
     @property
     def name(self) -> str:
-        """For logs and metrics."""
+        """Name in logs and metrics."""
         return "embedded"
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The model, and its loaded adapters."""
+        """Names of the model and its loaded adapters."""
         return (self._model, *self._engine.adapters)
 
     @property
@@ -71,28 +71,34 @@ class EmbeddedBackend:
         return self._engine.info
 
     async def stream(self, call: Call) -> AsyncGenerator[Event, None]:
-        """Answer; closing cancels what the engine still does for it."""
-        asked = await self._read(call)
-        took = [_Took(prompt=choice.prompt, length=len(choice.request.prompt)) for choice in asked]
-        is_alone = len(asked) == 1
-        streams = [self._answer(*both, is_alone) for both in zip(asked, took, strict=True)]
+        """Answer a call; closing the iterator cancels its generation in the engine."""
+        choices = await self._read(call)
+        counts = [
+            _TokenCounts(prompt=choice.prompt, prompt_tokens=len(choice.request.prompt))
+            for choice in choices
+        ]
+        is_only_choice = len(choices) == 1
+        streams = [
+            self._answer(choice, count, is_only_choice)
+            for choice, count in zip(choices, counts, strict=True)
+        ]
         options = call.body.get("stream_options") or {}
-        tells_on_the_way = bool(options.get("continuous_usage_stats"))
-        # One alone without a task and a queue: they would cost each piece as much as its text does.
-        merged = streams[0] if is_alone else _merge(streams)
+        reports_usage = bool(options.get("continuous_usage_stats"))
+        # A single choice needs no task and queue, which would double the cost of each piece.
+        merged = streams[0] if is_only_choice else _merge(streams)
         async with aclosing(merged) as events:
             async for event in events:
-                if tells_on_the_way and isinstance(event, Delta):
-                    event = replace(event, usage=_add_up(took))
+                if reports_usage and isinstance(event, Delta):
+                    event = replace(event, usage=_sum_usage(counts))
                 yield event
-        yield _add_up(took)
+        yield _sum_usage(counts)
 
     async def is_ready(self) -> bool:
-        """Tell whether it takes calls."""
+        """Return whether it accepts calls."""
         return not self._closed
 
     def load(self) -> Load:
-        """Tell how busy it is."""
+        """Return how busy the engine is."""
         load, info = self._engine.load(), self._engine.info
         return Load(
             running=load.running,
@@ -103,7 +109,7 @@ class EmbeddedBackend:
         )
 
     async def close(self) -> None:
-        """Finish what runs, and free the engine."""
+        """Finish the running calls and free the engine."""
         if not self._closed:
             self._closed = True
             await self._engine.close()
@@ -112,12 +118,13 @@ class EmbeddedBackend:
         """Answer /tokenize.
 
         Args:
-            body: Checked; with a prompt or messages.
+            body: Validated; contains a prompt or messages.
 
         Returns:
-            The ids, their number, the model's context, and their texts where asked for.
+            The token ids, their number, the model's context length, and the tokens' texts if
+            requested.
         """
-        # A long text takes long enough to hold up everybody's streams.
+        # A long text would block the event loop and delay all streams.
         return await asyncio.to_thread(self._tokenize, body)
 
     def _tokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,18 +150,18 @@ class EmbeddedBackend:
         """Answer /detokenize.
 
         Args:
-            body: Checked; with token ids.
+            body: Validated; contains token ids.
 
         Returns:
             Their text.
 
         Raises:
-            ServeError: An id is none of the model's.
+            ServeError: An id is outside the model's vocabulary.
         """
         size = self._engine.info.vocabulary
-        if wrong := [token for token in body["tokens"] if not 0 <= token < size]:
+        if invalid := [token for token in body["tokens"] if not 0 <= token < size]:
             raise ServeError(
-                f"The token id {wrong[0]} is none of the model's: they go from 0 to {size - 1}.",
+                f"The token id {invalid[0]} is outside the model's vocabulary of 0 to {size - 1}.",
                 code="invalid_value",
                 param="tokens",
             )
@@ -162,38 +169,38 @@ class EmbeddedBackend:
         return {"prompt": str(text)}
 
     async def load_adapter(self, name: str, folder: str) -> None:
-        """Serve an adapter under its name; the caller has checked the folder's place."""
+        """Load an adapter; the caller has checked that its folder may be loaded."""
         await self._engine.load_adapter(name, folder)
 
     async def unload_adapter(self, name: str) -> None:
-        """Take an adapter away."""
+        """Unload an adapter."""
         await self._engine.unload_adapter(name)
 
     async def _read(self, call: Call) -> list[ChoiceRequest]:
         model = call.body.get("model")
         adapter = None if model == self._model else model
         if adapter is not None and adapter not in self._engine.adapters:
-            # A fallback is called by another model's name.
+            # As a fallback it receives calls with another model's name.
             adapter = None
         arguments = (call, self._prompts, self._engine.info, self._limits)
-        if count_characters(call.body) > LONG_PROMPT:
+        if count_characters(call.body) > LONG_PROMPT_CHARACTERS:
             return await asyncio.to_thread(read_call, *arguments, adapter=adapter)
         return read_call(*arguments, adapter=adapter)
 
     async def _answer(
-        self, asked: ChoiceRequest, took: _Took, is_alone: bool
+        self, choice: ChoiceRequest, counts: _TokenCounts, is_only_choice: bool
     ) -> AsyncGenerator[Event, None]:
-        """Run one choice to its end, and note what it took."""
+        """Generate one choice, and update its token counts."""
         text = AnswerText(
-            asked.choice,
+            choice.choice,
             self._prompts.tokenizer,
             self._spelling,
-            stops=asked.stops,
-            calls=asked.make_call_filter(),
-            logprobs=asked.request.top_logprobs is not None,
+            stops=choice.stops,
+            calls=choice.make_call_filter(),
+            logprobs=choice.request.top_logprobs is not None,
         )
         ended: Ended | None = None
-        async with aclosing(self._engine.generate(asked.request)) as generated:
+        async with aclosing(self._engine.generate(choice.request)) as generated:
             async for events in generated:
                 tokens: list[Generated] = []
                 for event in events:
@@ -202,48 +209,47 @@ class EmbeddedBackend:
                     elif isinstance(event, Ended):
                         ended = event
                     else:
-                        took.cached = event.cached_tokens
-                        if asked.echo is not None:
-                            yield text.begin(event, asked.request.prompt, asked.echo)
+                        counts.cached_tokens = event.cached_tokens
+                        if choice.echo is not None:
+                            yield text.echo_prompt(event, choice.request.prompt, choice.echo)
                 text.add(tokens)
-                took.tokens = text.tokens
+                counts.new_tokens = text.tokens
                 if ended is not None or text.is_complete:
                     break
                 if (delta := text.take()) is not None:
                     yield delta
         delta, finish = text.end(ended)
         if delta is not None:
-            yield replace(delta, is_last=is_alone)
+            yield replace(delta, is_last=is_only_choice)
         yield finish
 
 
 @dataclass(slots=True, kw_only=True)
-class _Took:
-    """What a choice took by now."""
+class _TokenCounts:
+    """Token counts of one choice so far."""
 
     prompt: int
     """Index of its prompt."""
-    length: int
-    """Of the prompt, in tokens."""
-    tokens: int = 0
-    cached: int = 0
+    prompt_tokens: int
+    new_tokens: int = 0
+    cached_tokens: int = 0
 
 
-def _add_up(took: Sequence[_Took]) -> Usage:
-    """Give what all choices took; a prompt that several share counts once."""
-    lengths = {one.prompt: one.length for one in took}
+def _sum_usage(counts: Sequence[_TokenCounts]) -> Usage:
+    """Sum the counts of all choices; a prompt shared by several choices counts once."""
+    lengths = {count.prompt: count.prompt_tokens for count in counts}
     cached: dict[int, int] = {}
-    for one in took:
-        cached[one.prompt] = max(cached.get(one.prompt, 0), one.cached)
+    for count in counts:
+        cached[count.prompt] = max(cached.get(count.prompt, 0), count.cached_tokens)
     return Usage(
         prompt_tokens=sum(lengths.values()),
-        completion_tokens=sum(one.tokens for one in took),
+        completion_tokens=sum(count.new_tokens for count in counts),
         cached_tokens=sum(cached.values()),
     )
 
 
 async def _merge(streams: Sequence[AsyncGenerator[Event, None]]) -> AsyncGenerator[Event, None]:
-    """Give what several streams give, as it comes; closing it closes all of them."""
+    """Merge streams in order of arrival; closing the result closes all of them."""
     arrived: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
 
     async def pump(stream: AsyncGenerator[Event, None]) -> None:

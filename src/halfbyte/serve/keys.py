@@ -1,4 +1,4 @@
-"""API keys: a name and a secret, of which only the hash is kept."""
+"""API keys: a name and the hash of a secret; the secret itself is not kept."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ from pathlib import Path
 
 from halfbyte.errors import ConfigError
 
-LEAST_SECRET = 8
-"""Characters."""
+MIN_SECRET_CHARACTERS = 8
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _HASHED = re.compile(r"sha256:([0-9a-f]{64})", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
 class ApiKeys:
-    """Who may ask."""
+    """The API keys that the server accepts."""
 
     hashes: tuple[tuple[str, bytes], ...] = ()
-    """Names, and SHA-256 of the secrets."""
+    """Name and SHA-256 of the secret, per key."""
 
     @classmethod
     def parse(cls, entries: Iterable[str]) -> ApiKeys:
-        """Read keys.
+        """Parse keys.
 
         Args:
             entries: Each ``NAME:SECRET``, ``NAME:sha256:HEX`` or a secret alone.
@@ -35,28 +34,28 @@ class ApiKeys:
             The keys.
 
         Raises:
-            ConfigError: One is malformed, or two have one name. No message holds a secret.
+            ConfigError: A key is malformed or a name is used twice. No message shows a secret.
         """
         hashes: dict[str, bytes] = {}
         for number, entry in enumerate(entries, 1):
             name, secret = _split(number, entry.strip())
             if name in hashes:
-                raise ConfigError(f"Two API keys are called '{name}'. Give each its own name.")
+                raise ConfigError(f"Two API keys are named '{name}'. Give each a different name.")
             hashes[name] = _hash_entry(name, secret)
         return cls(tuple(hashes.items()))
 
     def __bool__(self) -> bool:
-        """Tell whether there is any."""
+        """Return whether any key is set."""
         return bool(self.hashes)
 
     def find(self, secret: str) -> str | None:
-        """Tell whose secret this is.
+        """Find the key with a secret, in constant time.
 
         Args:
-            secret: As the client gave it.
+            secret: As sent by the client.
 
         Returns:
-            The key's name; None where nobody's. It takes the same time either way.
+            The key's name; None if no key has this secret.
         """
         given = hashlib.sha256(secret.encode("utf-8", "surrogateescape")).digest()
         found = None
@@ -70,13 +69,14 @@ def read_key_file(path: Path) -> list[str]:
     """Read a file of keys.
 
     Args:
-        path: One key a line; empty lines and lines that begin with # say nothing.
+        path: A text file with one key per line; empty lines and lines that start with # are
+            ignored.
 
     Returns:
-        The lines that hold keys.
+        The lines with keys.
 
     Raises:
-        ConfigError: The file cannot be read, or others on this machine may read it.
+        ConfigError: The file cannot be read, or is readable by other users.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -85,7 +85,7 @@ def read_key_file(path: Path) -> list[str]:
         raise ConfigError(f"Cannot read the API keys in '{path}': {error}.") from error
     if mode & 0o004:
         raise ConfigError(
-            f"Everybody on this machine may read the API keys in '{path}' (mode "
+            f"The API key file '{path}' is readable by every user of this machine (mode "
             f"{mode & 0o777:o}). Run: chmod 600 {path}"
         )
     lines = (line.strip() for line in text.splitlines())
@@ -100,8 +100,8 @@ def _split(number: int, entry: str) -> tuple[str, str]:
         return f"key{number}", entry
     if not _NAME.fullmatch(name):
         raise ConfigError(
-            f"The name of API key {number} is not one: it may have up to 64 letters, digits, "
-            "'.', '_' and '-'. A key is given as NAME:SECRET."
+            f"API key {number} has an invalid name: use 1 to 64 letters, digits, '.', '_' or '-'. "
+            "Write a key as NAME:SECRET."
         )
     return name, secret
 
@@ -111,15 +111,18 @@ def _hash_entry(name: str, secret: str) -> bytes:
         return bytes.fromhex(match[1])
     if secret.lower().startswith("sha256:"):
         raise ConfigError(
-            f"The hash of API key '{name}' is none: after sha256: come 64 hexadecimal digits, not "
-            f"{len(secret) - len('sha256:')} characters."
+            f"API key '{name}' has an invalid hash: sha256: must be followed by 64 hexadecimal "
+            f"digits, found {len(secret) - len('sha256:')} characters."
         )
-    if len(secret) < LEAST_SECRET or not secret.isascii() or not secret.isprintable():
+    if len(secret) < MIN_SECRET_CHARACTERS or not secret.isascii() or not secret.isprintable():
         raise ConfigError(
-            f"The secret of API key '{name}' has {len(secret)} characters; it needs {LEAST_SECRET} "
-            "printable ASCII characters at least. A good one: python -c "
+            f"The secret of API key '{name}' has {len(secret)} characters; it must have at least "
+            f"{MIN_SECRET_CHARACTERS}, all printable ASCII. To make one: python -c "
             '"import secrets; print(secrets.token_urlsafe(32))"'
         )
     if " " in secret:
-        raise ConfigError(f"The secret of API key '{name}' holds a space; a header cannot.")
+        raise ConfigError(
+            f"The secret of API key '{name}' contains a space, which an HTTP header cannot carry. "
+            "Use a secret without spaces."
+        )
     return hashlib.sha256(secret.encode()).digest()

@@ -1,7 +1,7 @@
-"""How much clients may ask for at once, all of them and each API key.
+"""Limits on concurrent requests, in total and per API key, and on tokens per minute and key.
 
-Room in the cache is not counted here: the engine hands it out by bytes, to the key that has had
-least, and refuses what would wait in too long a line (engine/scheduler.py).
+Cache space is not limited here: the engine assigns it to the key that has used the least so far,
+and rejects requests when its queue is full (engine/scheduler.py).
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from dataclasses import dataclass, field
 from halfbyte.errors import ServeError
 from halfbyte.serve.backend import Delta, Event, Usage
 
-MOST_RETRY_SECONDS = 60
+MAX_RETRY_SECONDS = 60
 _MINUTE = 60.0
 
 
 @dataclass(slots=True)
 class Tally:
-    """What one request takes, as far as its answer has come."""
+    """Counts the tokens of one request while its answer arrives."""
 
     prompt: int
-    """Tokens of the prompt, roughly; how many they were is told last."""
+    """Estimated tokens of the prompt; the exact number arrives with Usage, the last event."""
     _answer: int = 0
     _usage: Usage | None = None
 
     def note(self, event: Event) -> None:
-        """Take an event in."""
+        """Count an event."""
         if type(event) is Delta:
             self._answer += len(event.entropies) or len(event.logprobs or ()) or 1
         elif type(event) is Usage:
@@ -38,78 +38,81 @@ class Tally:
 
     @property
     def has_begun(self) -> bool:
-        """Whether anything came."""
+        """Whether any event has arrived."""
         return self._usage is not None or self._answer > 0
 
     @property
     def tokens(self) -> int:
-        """By now."""
-        told = self._usage
-        if told is None or not told.is_told:
-            return self.prompt + (self._answer if told is None else told.completion_tokens)
-        return told.prompt_tokens + told.completion_tokens
+        """Tokens of prompt and answer so far."""
+        usage = self._usage
+        if usage is None:
+            return self.prompt + self._answer
+        prompt = usage.prompt_tokens if usage.is_reported else self.prompt
+        return prompt + usage.completion_tokens
 
 
 @dataclass(slots=True, kw_only=True)
 class Limits:
-    """Requests at once, of all and of each key, and each key's tokens a minute."""
+    """Limits concurrent requests, in total and per key, and each key's tokens per minute."""
 
-    most: int
-    most_per_key: int
+    max_requests: int
+    max_requests_per_key: int
     tokens_per_minute: int | None = None
-    refused: Callable[[str], None] = lambda limit: None
-    """Told which limit a request was refused for: "requests", "key_requests" or "key_tokens"."""
+    on_rejection: Callable[[str], None] = lambda limit: None
+    """Called with the exceeded limit: "requests", "key_requests" or "key_tokens"."""
     running: int = 0
-    _of_key: dict[str, int] = field(default_factory=dict)
+    _running_per_key: dict[str, int] = field(default_factory=dict)
     _tokens: dict[str, deque[tuple[float, int]]] = field(default_factory=dict)
 
     @contextmanager
     def enter(self, key: str, *, prompt: int = 0) -> Generator[Tally, None, None]:
-        """Count a request while it lasts, and what it took on its key's account, however it ends.
+        """Count a request as running, and charge its tokens to its key when it ends in any way.
 
         Args:
             key: Name of its API key.
-            prompt: About how many tokens its prompt has, for where nobody tells.
+            prompt: Estimated tokens of its prompt, used if the backend does not report them.
 
         Yields:
-            What is to be told of its answer.
+            The tally to pass the answer's events to.
 
         Raises:
-            ServeError: 429: there are too many.
+            ServeError: 429 if a limit is exceeded.
         """
-        if (refusal := self._find_refusal(key)) is not None:
-            limit, error = refusal
-            self.refused(limit)
+        if (rejection := self._check(key)) is not None:
+            limit, error = rejection
+            self.on_rejection(limit)
             raise error
         self.running += 1
-        self._of_key[key] = self._of_key.get(key, 0) + 1
+        self._running_per_key[key] = self._running_per_key.get(key, 0) + 1
         tally = Tally(prompt)
         try:
             yield tally
         except ServeError:
-            # What was refused took nothing.
+            # A request that failed before its first event is not charged.
             if not tally.has_begun:
                 tally.prompt = 0
             raise
         finally:
-            self._count_tokens(key, tally.tokens)
+            self._charge(key, tally.tokens)
             self.running -= 1
-            self._of_key[key] -= 1
-            if not self._of_key[key]:
-                del self._of_key[key]
+            self._running_per_key[key] -= 1
+            if not self._running_per_key[key]:
+                del self._running_per_key[key]
 
-    def _count_tokens(self, key: str, tokens: int) -> None:
-        """Put an answer on a key's account."""
+    def _charge(self, key: str, tokens: int) -> None:
+        """Count tokens against a key's limit per minute."""
         if self.tokens_per_minute is not None and tokens:
             self._tokens.setdefault(key, deque()).append((time.monotonic(), tokens))
 
-    def _find_refusal(self, key: str) -> tuple[str, ServeError] | None:
-        if self.running >= self.most:
-            told = f"The server has {self.running} requests, the most it takes."
-            return "requests", _too_many(told, 1)
-        if self._of_key.get(key, 0) >= self.most_per_key:
-            told = f"This API key has {self._of_key[key]} requests at once, the most it may have."
-            return "key_requests", _too_many(told, 1)
+    def _check(self, key: str) -> tuple[str, ServeError] | None:
+        """Return the exceeded limit and its error, or None."""
+        if self.running >= self.max_requests:
+            message = f"The server has {self.running} running requests, its maximum."
+            return "requests", _too_many(message, 1)
+        running = self._running_per_key.get(key, 0)
+        if running >= self.max_requests_per_key:
+            message = f"This API key has {running} running requests, its maximum."
+            return "key_requests", _too_many(message, 1)
         if self.tokens_per_minute is None:
             return None
         spent = self._tokens.get(key, deque())
@@ -119,11 +122,11 @@ class Limits:
         total = sum(tokens for _, tokens in spent)
         if total < self.tokens_per_minute:
             return None
-        told = (
-            f"This API key took {total} tokens within the last minute; it may take "
+        message = (
+            f"This API key used {total} tokens within the last minute; its limit is "
             f"{self.tokens_per_minute}."
         )
-        return "key_tokens", _too_many(told, spent[0][0] + _MINUTE - now)
+        return "key_tokens", _too_many(message, spent[0][0] + _MINUTE - now)
 
 
 def _too_many(message: str, seconds: float) -> ServeError:
@@ -132,5 +135,5 @@ def _too_many(message: str, seconds: float) -> ServeError:
         status=429,
         kind="rate_limit_error",
         code="rate_limit_exceeded",
-        retry_after=float(min(max(1, math.ceil(seconds)), MOST_RETRY_SECONDS)),
+        retry_after=float(min(max(1, math.ceil(seconds)), MAX_RETRY_SECONDS)),
     )

@@ -1,9 +1,9 @@
-"""A server from its first connection to its last: it binds, says so, and drains when told to stop.
+"""Run the server: bind the address, serve, and shut down gracefully on a signal.
 
 ::
 
-    SIGTERM, SIGINT or SIGHUP ──> not ready, new requests refused, running ones finish ──> exit 0
-    the same again, or drain_seconds over ──> running ones are cut off ──> exit 0
+    SIGTERM, SIGINT or SIGHUP ──> not ready, new requests rejected, running ones finish ──> exit 0
+    a second signal, or drain_seconds passed ──> running requests are cancelled ──> exit 0
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ from halfbyte.serve.api.gateway import Gateway
 
 logger = logging.getLogger(__name__)
 
-CONNECTIONS_WAITING = 512
+LISTEN_BACKLOG = 512
 KEEP_ALIVE_SECONDS = 30
-CUT_OFF_SECONDS = 2
-"""For cut-off answers to be closed."""
+CANCEL_SECONDS = 2
+"""Time for cancelled requests to clean up."""
 
 
 class DrainingServer(uvicorn.Server):
-    """Stops taking requests long before it stops answering them."""
+    """A uvicorn server that finishes running requests before it exits."""
 
     def __init__(self, config: uvicorn.Config, gateway: Gateway) -> None:
-        """Prepare.
+        """Create the server.
 
         Args:
-            config: Uvicorn's.
-            gateway: Whose requests finish first.
+            config: Uvicorn's configuration.
+            gateway: Counts the running requests.
         """
         super().__init__(config)
         self._gateway = gateway
-        self._cut_off: float | None = None
+        self._drain_deadline: float | None = None
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """Drain too when the terminal is closed, unless that is ignored, as under nohup."""
+        """Handle SIGHUP (a closed terminal) too, unless it is ignored, as under nohup."""
         hangup = getattr(signal, "SIGHUP", None)
         is_main = threading.current_thread() is threading.main_thread()
         with super().capture_signals():
@@ -63,55 +63,59 @@ class DrainingServer(uvicorn.Server):
                 signal.signal(hangup, signal.SIG_DFL)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to drain; the second time, end."""
+        """Start draining; on a second signal, exit."""
         if self._gateway.draining:
             self.should_exit = True
         self.drain()
 
     def drain(self) -> None:
-        """Take no new requests, and end when the running ones are done."""
+        """Reject new requests, and exit when the running ones are done."""
         self._gateway.draining = True
-        self._cut_off = time.monotonic() + self._gateway.config.drain_seconds
+        self._drain_deadline = time.monotonic() + self._gateway.config.drain_seconds
 
     async def on_tick(self, counter: int) -> bool:
-        """Tell uvicorn, ten times a second, whether to end."""
-        if self._cut_off is not None:
+        """Return whether to exit; uvicorn calls this ten times a second."""
+        if self._drain_deadline is not None:
             running = self._gateway.limits.running
             if not running:
                 self.should_exit = True
-            elif time.monotonic() > self._cut_off:
-                logger.warning("%d answers are cut off: they took too long to finish.", running)
+            elif time.monotonic() > self._drain_deadline:
+                logger.warning(
+                    "Cancelling %d answers that did not finish within %g s (--drain-seconds).",
+                    running,
+                    self._gateway.config.drain_seconds,
+                )
                 self.should_exit = True
         return await super().on_tick(counter)
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Take an address before a model is loaded for it.
+    """Bind the server's address; done before the model is loaded, so that errors show early.
 
     Args:
-        host: Name or address.
-        port: 0: any that is free.
+        host: Host name or IP address.
+        port: 0 selects a free port.
 
     Returns:
-        The socket, bound and not listening yet.
+        The socket, bound but not listening yet.
 
     Raises:
-        ConfigError: It is taken, or none of this machine's.
+        ConfigError: The address is in use, or does not belong to this machine.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         with ExitStack() as stack:
-            # With its protocol: asyncio sends small pieces at once only where it knows of TCP.
+            # With the protocol set: asyncio sets TCP_NODELAY only on sockets known to be TCP.
             bound = stack.enter_context(socket.socket(family, kind, protocol))
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             bound.bind(address)
             stack.pop_all()
     except OSError as error:
         raise ConfigError(
-            f"Cannot listen on {host} port {port}: {error.strerror or error}. Choose another with "
-            "--port or --host."
+            f"Cannot listen on {host} port {port}: {error.strerror or error}. Choose another "
+            "address with --port or --host."
         ) from error
     return bound
 
@@ -124,17 +128,17 @@ async def run_server(
     stop: Callable[[], Awaitable[None]] | None = None,
     on_ready: Callable[[DrainingServer], None] | None = None,
 ) -> None:
-    """Serve until a signal says stop.
+    """Serve until a signal requests shutdown.
 
     Args:
-        gateway: What is served.
-        bound: Where.
-        start: Done before the first request.
-        stop: Done after the last one, in any case.
-        on_ready: Called when connections are taken.
+        gateway: The gateway to serve.
+        bound: The socket, bound to the server's address.
+        start: Awaited before the first request.
+        stop: Awaited after the last request, even after an error.
+        on_ready: Called when the server accepts connections.
 
     Raises:
-        ConfigError: Another program has begun to listen there in the meantime.
+        ConfigError: Another program has started to listen on the address in the meantime.
     """
     server = DrainingServer(make_uvicorn_config(gateway), gateway)
     try:
@@ -148,24 +152,27 @@ async def run_server(
         try:
             await serving
         except OSError as error:
-            # To bind is not yet to listen: until then another program may come first.
-            raise ConfigError(f"Cannot listen: {error.strerror or error}.") from error
-        if cut_off := list(server.server_state.tasks):
-            # Uvicorn cancels them and does not wait; they have something to free.
-            await asyncio.wait(cut_off, timeout=CUT_OFF_SECONDS)
+            # Between bind and listen another program may start to listen on the address.
+            raise ConfigError(
+                f"Cannot listen: {error.strerror or error}. Choose another address with --port or "
+                "--host."
+            ) from error
+        if cancelled := list(server.server_state.tasks):
+            # Uvicorn cancels them but does not wait until they have released their resources.
+            await asyncio.wait(cancelled, timeout=CANCEL_SECONDS)
     finally:
         if stop is not None:
             await stop()
 
 
 def make_uvicorn_config(gateway: Gateway) -> uvicorn.Config:
-    """Make uvicorn's settings.
+    """Make uvicorn's configuration.
 
     Args:
-        gateway: What is served.
+        gateway: The gateway to serve.
 
     Returns:
-        The settings; logging is left to whoever starts the server.
+        The configuration; logging is left to the caller.
     """
     return uvicorn.Config(
         build_app(gateway),
@@ -176,7 +183,7 @@ def make_uvicorn_config(gateway: Gateway) -> uvicorn.Config:
         lifespan="off",
         ws="none",
         http=Connection,
-        backlog=CONNECTIONS_WAITING,
+        backlog=LISTEN_BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=CUT_OFF_SECONDS,
+        timeout_graceful_shutdown=CANCEL_SECONDS,
     )

@@ -1,39 +1,39 @@
-"""Server-sent events out of bytes, however the network cut them.
+"""An incremental parser of server-sent events.
 
 Source:
-    https://html.spec.whatwg.org/multipage/server-sent-events.html, section 9.2.6; of the fields
-    only ``data``, which is all that OpenAI's servers send.
+    https://html.spec.whatwg.org/multipage/server-sent-events.html, section 9.2.6. Only the field
+    ``data`` is parsed: OpenAI's servers send no other.
 """
 
 from __future__ import annotations
 
 import re
 
-MOST_BYTES = 8_000_000
-"""Of one event; more is no answer of a language model."""
+MAX_EVENT_BYTES = 8_000_000
+"""Size of one event; no answer of a language model is larger."""
 
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 
 
 class EventParser:
-    """Bytes in, the data of complete events out."""
+    """Parses bytes, split anywhere, into the data of complete events."""
 
     def __init__(self) -> None:
-        """Start."""
+        """Start with an empty buffer."""
         self._rest = b""
         self._data: list[str] = []
 
     def feed(self, received: bytes) -> list[str]:
-        """Take bytes.
+        """Parse the next bytes.
 
         Args:
-            received: What comes next.
+            received: The bytes that follow those of the previous call.
 
         Returns:
-            The data of the events that are complete by now.
+            The data of each event completed by them.
 
         Raises:
-            ValueError: They are no text in UTF-8, or one event has no end.
+            ValueError: The bytes are not UTF-8, or an event is too large.
         """
         events: list[str] = []
         text = self._rest + received
@@ -45,8 +45,8 @@ class EventParser:
             self._take_line(text[start : end.start()].decode("utf-8"), events)
             start = end.end()
         self._rest = text[start:]
-        if len(self._rest) + sum(map(len, self._data)) > MOST_BYTES:
-            raise ValueError(f"an event of more than {MOST_BYTES} bytes")
+        if len(self._rest) + sum(map(len, self._data)) > MAX_EVENT_BYTES:
+            raise ValueError(f"an event of more than {MAX_EVENT_BYTES} bytes")
         return events
 
     def _take_line(self, line: str, events: list[str]) -> None:

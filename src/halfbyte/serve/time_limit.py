@@ -1,4 +1,4 @@
-"""One timer for many waits: to set and unset one for every token costs more than the token does."""
+"""A timeout that reuses one timer for many waits: one timer per token would be too slow."""
 
 from __future__ import annotations
 
@@ -10,72 +10,72 @@ Result = TypeVar("Result")
 
 
 class TimeLimit:
-    """Lets each of many waits, one after the other, last no longer than it may.
+    """Applies a deadline to each of many successive waits.
 
-    As :func:`asyncio.timeout_at`, but the timer stays set from one wait to the next. When it goes
-    off it looks at the wait of that moment, and is set again where that one has time left.
+    Like :func:`asyncio.timeout_at`, but the timer stays set between waits. When it fires, it checks
+    the current wait's deadline, and is rescheduled if that has not passed.
     """
 
     def __init__(self) -> None:
         """Start without a timer."""
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[object] | None = None
-        self._late = float("inf")
-        self.is_over = False
-        """Whether the last wait took too long, rather than that what it waited for raised."""
+        self._deadline = float("inf")
+        self.has_expired = False
+        """Whether the last wait timed out; False if the awaited work itself raised."""
 
-    async def wait(self, work: Awaitable[Result], late: float | None) -> Result:
-        """Wait for something.
+    async def wait(self, work: Awaitable[Result], deadline: float | None) -> Result:
+        """Await something until a deadline.
 
         Args:
-            work: What is waited for; cancelled where it takes too long.
-            late: From when on it is too late, by the event loop's clock; None: never.
+            work: The awaitable; cancelled at the deadline.
+            deadline: Time of the event loop's clock; None for no deadline.
 
         Returns:
-            Its result.
+            The awaitable's result.
 
         Raises:
-            TimeoutError: It took too long.
-            CancelledError: Somebody else has cancelled the task.
+            TimeoutError: The deadline passed.
+            CancelledError: The task was cancelled by someone else.
         """
-        if late is None:
+        if deadline is None:
             return await work
         task = asyncio.current_task()
         assert task is not None
         cancelled_before = task.cancelling()
-        self._task, self._late, self.is_over = task, late, False
-        self._set(late)
+        self._task, self._deadline, self.has_expired = task, deadline, False
+        self._schedule(deadline)
         try:
             return await work
         except asyncio.CancelledError as error:
-            # Somebody else may have cancelled the task as well: that goes on.
-            if self.is_over and task.cancelling() == cancelled_before + 1:
+            # If someone else cancelled the task too, that cancellation must propagate.
+            if self.has_expired and task.cancelling() == cancelled_before + 1:
                 raise TimeoutError from error
             raise
         finally:
             self._task = None
-            if self.is_over:
+            if self.has_expired:
                 task.uncancel()
 
     def close(self) -> None:
-        """Take the timer down; a later wait sets it again."""
+        """Cancel the timer; a later wait sets it again."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _set(self, late: float) -> None:
+    def _schedule(self, deadline: float) -> None:
         if self._timer is not None:
-            if self._timer.when() <= late:
+            if self._timer.when() <= deadline:
                 return
             self._timer.cancel()
-        self._timer = asyncio.get_running_loop().call_at(late, self._look)
+        self._timer = asyncio.get_running_loop().call_at(deadline, self._check_deadline)
 
-    def _look(self) -> None:
+    def _check_deadline(self) -> None:
         self._timer = None
         if self._task is None:
             return
-        if asyncio.get_running_loop().time() < self._late:
-            self._set(self._late)
+        if asyncio.get_running_loop().time() < self._deadline:
+            self._schedule(self._deadline)
             return
-        self.is_over = True
+        self.has_expired = True
         self._task.cancel()

@@ -102,7 +102,9 @@ class ChunkReader:
                 f"it broke off: {len(self._finished)} of {self._num_choices} choices were finished",
             )
             raise failure
-        return self._usage or Usage(prompt_tokens=0, completion_tokens=self._pieces, is_told=False)
+        return self._usage or Usage(
+            prompt_tokens=0, completion_tokens=self._pieces, is_reported=False
+        )
 
     def _read_choice(self, choice: Mapping[str, Any]) -> list[Event]:
         index = int(choice.get("index") or 0)

@@ -10,7 +10,7 @@ from pathlib import Path
 from halfbyte.checkpoint.check import check_consumers
 from halfbyte.checkpoint.read import open_checkpoint
 from halfbyte.errors import CheckpointError, ConfigError
-from halfbyte.serve.text.tool_calls import HERMES, LLAMA, MISTRAL, find_form
+from halfbyte.serve.text.tool_calls import HERMES, LLAMA, MISTRAL, detect_call_format
 
 PARSERS = {HERMES.name: "hermes", MISTRAL.name: "mistral", LLAMA.name: "llama3_json"}
 """Our names of the forms of tool calls -> vLLM's."""
@@ -73,7 +73,7 @@ def make_command(
     if template_file is not None:
         words += ["--chat-template", str(template_file)]
     if template is not None and "tools" in template:
-        parser = PARSERS[find_form(template).name]
+        parser = PARSERS[detect_call_format(template).name]
         words += ["--enable-auto-tool-choice", "--tool-call-parser", parser]
     if adapters is not None:
         words += ["--enable-lora", "--max-lora-rank", str(find_rank(adapters))]

@@ -1,4 +1,4 @@
-"""LoRA adapters that come and go while the engine serves."""
+"""LoRA adapters that are loaded and unloaded while the engine serves."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.serve.helpers_engine import (
 )
 
 from halfbyte.errors import ServeError
-from halfbyte.serve.engine.contract import Generated, Prompted
+from halfbyte.serve.engine.contract import Generated, Prefilled
 
 peft = pytest.importorskip("peft")
 
@@ -85,7 +85,7 @@ def test_rows_of_different_adapters_in_one_batch(folder, adapters, runner):
     assert before == expected[0]
 
 
-def test_the_same_prompt_is_read_anew_for_every_adapter(folder, adapters, runner):
+def test_prefixes_are_not_shared_between_adapters(folder, adapters, runner):
     prompt = list(range(10, 60))
 
     async def run():
@@ -94,7 +94,7 @@ def test_the_same_prompt_is_read_anew_for_every_adapter(folder, adapters, runner
             cached = []
             for name in (None, "red", None, "red"):
                 events = await collect(engine, ask(prompt, 2, adapter=name))
-                assert isinstance(events[0], Prompted)
+                assert isinstance(events[0], Prefilled)
                 cached.append(events[0].cached_tokens)
             await engine.unload_adapter("red")
             # Another adapter under the same name has other keys and values.
@@ -105,11 +105,11 @@ def test_the_same_prompt_is_read_anew_for_every_adapter(folder, adapters, runner
     cached, events = asyncio.run(run())
     assert cached == [0, 0, 48, 48]
     assert events[0].cached_tokens == 0
-    found = [event.rated.token for event in events if isinstance(event, Generated)]
+    found = [event.scored.token for event in events if isinstance(event, Generated)]
     assert found == expect(folder, adapters, "blue", [ask(prompt, 2)])[0]
 
 
-def test_unloading_waits_for_answers_and_takes_no_new_ones(folder, adapters, runner):
+def test_unloading_waits_for_running_answers(folder, adapters, runner):
     async def run():
         async with open_tiny(folder, runner) as engine:
             await engine.load_adapter("red", str(adapters["red"]))
@@ -128,11 +128,11 @@ def test_unloading_waits_for_answers_and_takes_no_new_ones(folder, adapters, run
 
     refused, again, length, left = asyncio.run(run())
     assert (refused.status, again.status) == (404, 404)
-    assert "loaded are: none" in str(refused)
+    assert "Loaded adapters: none" in str(refused)
     assert (length, left) == (60, ())
 
 
-def test_what_is_no_adapter_of_this_model_is_refused(folder, adapters, tmp_path, runner):
+def test_unsuitable_adapters_are_rejected(folder, adapters, tmp_path, runner):
     async def run():
         async with open_tiny(folder, runner) as engine:
             await engine.load_adapter("red", str(adapters["red"]))

@@ -1,4 +1,4 @@
-"""A crowd: good requests, bad ones, some that leave, some too late, and steps that die."""
+"""A mix of valid, invalid, abandoned and late requests, with steps that fail."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from halfbyte.errors import ServeError
 from halfbyte.serve.engine.contract import Generated, Grammar
 
 KILLED = (5, 12, 30, 45)
-"""Steps; never two that follow each other, which would blame whoever ran alone in both."""
+"""Failing steps; never two in a row, which would blame the request that ran alone in both."""
 
 
 @pytest.mark.parametrize("runner", runners())
-def test_every_good_request_is_answered_rightly_whatever_the_others_do(tmp_path, runner, caplog):
+def test_valid_requests_are_unaffected_by_bad_ones_and_failures(tmp_path, runner, caplog):
     caplog.set_level(logging.CRITICAL, logger="halfbyte.serve.engine")
     folder = write_model(tmp_path)
     model = load_float32(folder)
@@ -83,7 +83,7 @@ def test_every_good_request_is_answered_rightly_whatever_the_others_do(tmp_path,
             start = time.monotonic()
             while engine.load().cache_used_bytes and time.monotonic() - start < 5:
                 await asyncio.sleep(0.001)
-            return found, engine.load(), len(engine._addresses), engine._scheduler._turns
+            return found, engine.load(), len(engine._consumers), engine._scheduler._key_queues
 
     found, load, addresses, turns = asyncio.run(run())
     assert found == expected

@@ -1,4 +1,4 @@
-"""The embedded engine as its users see it: real threads, real asyncio, a real (tiny) model."""
+"""The embedded engine through its interface: real threads, real asyncio, a real (tiny) model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def model(folder):
     return load_float32(folder)
 
 
-def test_sixteen_at_once_say_what_generate_says(folder, model, runner):
+def test_sixteen_concurrent_requests_match_generate(folder, model, runner):
     requests = mixed_requests(16)
     expected = [generate_greedily(model, request) for request in requests]
 
@@ -50,7 +50,7 @@ def test_sixteen_at_once_say_what_generate_says(folder, model, runner):
     assert asyncio.run(run()) == expected
 
 
-def test_one_after_the_other_says_the_same_as_all_at_once(folder, runner):
+def test_sequential_and_concurrent_answers_match(folder, runner):
     requests = mixed_requests(8, seed=3, temperature=1.0, top_p=0.9)
     requests = [
         type(request)(**{**_values(request), "seed": i}) for i, request in enumerate(requests)
@@ -70,7 +70,7 @@ def _values(request):
     return {name: getattr(request, name) for name in request.__slots__}
 
 
-def test_a_prompt_that_comes_four_times_at_once_is_read_once(folder, runner):
+def test_concurrent_identical_prompts_are_prefilled_once(folder, runner):
     prompt = list(range(10, 80))
 
     async def run():
@@ -84,7 +84,7 @@ def test_a_prompt_that_comes_four_times_at_once_is_read_once(folder, runner):
     assert (load.prefix_queries, load.prefix_hits) == (280, 192)
 
 
-def test_a_long_prompt_does_not_stop_a_running_answer(folder, runner):
+def test_long_prompt_does_not_stall_a_running_answer(folder, runner):
     async def run():
         async with open_tiny(folder, runner, step_tokens=16, sequences=4) as engine:
             times = {}
@@ -101,7 +101,7 @@ def test_a_long_prompt_does_not_stop_a_running_answer(folder, runner):
                 await asyncio.sleep(0)
             long = asyncio.create_task(note("long", ask(range(3, 203), 4)))
             await asyncio.gather(first, long)
-            read = order.index(("long", "Prompted"))
+            read = order.index(("long", "Prefilled"))
             began = order.index(("short", "Generated"))
             return order[began:read].count(("short", "Generated"))
 
@@ -109,7 +109,7 @@ def test_a_long_prompt_does_not_stop_a_running_answer(folder, runner):
     assert asyncio.run(run()) >= 12
 
 
-def test_the_rating_of_the_prompt_is_the_models_own(folder, model, runner):
+def test_prompt_logprobs_match_the_model(folder, model, runner):
     prompt = list(range(10, 50))
     with torch.inference_mode():
         logits = model(torch.tensor([prompt])).logits[0].float()
@@ -122,19 +122,19 @@ def test_the_rating_of_the_prompt_is_the_models_own(folder, model, runner):
                 engine, ask(prompt, 1, prompt_logprobs=0, top_logprobs=2)
             )
 
-    (prompted, ended), (again, generated, _) = asyncio.run(run())
+    (prefilled, ended), (again, generated, _) = asyncio.run(run())
     assert ended == Ended(reason="length")
-    assert prompted.rated[0] is None
-    assert len(prompted.rated) == len(prompt) == len(again.rated)
-    for place, rated in enumerate(prompted.rated[1:]):
-        assert rated.token == prompt[place + 1]
-        assert math.isclose(rated.logprob, logprobs[place, rated.token], abs_tol=2e-3)
+    assert prefilled.scored_prompt[0] is None
+    assert len(prefilled.scored_prompt) == len(prompt) == len(again.scored_prompt)
+    for place, scored in enumerate(prefilled.scored_prompt[1:]):
+        assert scored.token == prompt[place + 1]
+        assert math.isclose(scored.logprob, logprobs[place, scored.token], abs_tol=2e-3)
         values, ids = logprobs[place].topk(3)
-        assert [token for token, _ in rated.top] == ids.tolist()
-        assert [p for _, p in rated.top] == pytest.approx(values.tolist(), abs=2e-3)
-    assert all(rated.top == () for rated in again.rated[1:])
-    assert generated.rated.logprob == pytest.approx(float(logprobs[-1].max()), abs=2e-3)
-    assert generated.rated.top[0] == (generated.rated.token, generated.rated.logprob)
+        assert [token for token, _ in scored.top] == ids.tolist()
+        assert [p for _, p in scored.top] == pytest.approx(values.tolist(), abs=2e-3)
+    assert all(scored.top == () for scored in again.scored_prompt[1:])
+    assert generated.scored.logprob == pytest.approx(float(logprobs[-1].max()), abs=2e-3)
+    assert generated.scored.top[0] == (generated.scored.token, generated.scored.logprob)
     entropy = float(-(logprobs[-1].exp() * logprobs[-1]).sum())
     assert generated.entropy == pytest.approx(entropy, abs=5e-3)
 
@@ -153,13 +153,13 @@ def test_the_models_end_of_text_and_stop_tokens_end_an_answer(folder, runner):
 
     free, stop, cut, over, on = asyncio.run(run())
     before = free[: free.index(stop)]
-    assert [event.rated.token for event in cut[1:-1]] == before
+    assert [event.scored.token for event in cut[1:-1]] == before
     assert cut[-1] == Ended(reason="stop_token", stop_token=stop)
     assert over[1:] == [Ended(reason="end")]
     assert on == [2, 2, 2]
 
 
-def test_what_does_not_fit_is_refused_by_its_numbers_and_nobody_else_notices(folder, runner):
+def test_invalid_requests_are_rejected_and_others_unaffected(folder, runner):
     async def run():
         async with open_tiny(folder, runner) as engine:
             good = asyncio.create_task(tokens_of(engine, ask([5, 6], 40)))
@@ -182,9 +182,9 @@ def test_what_does_not_fit_is_refused_by_its_numbers_and_nobody_else_notices(fol
     assert len(good) == 40
     assert errors["long"].code == "context_length_exceeded"
     assert "needs 300 tokens (200 of the prompt, 100 of the answer)" in str(errors["long"])
-    assert "the model has 256 positions" in str(errors["long"])
+    assert "the model's context is 256 tokens" in str(errors["long"])
     assert errors["unknown"].param == "prompt"
-    assert "the model knows 0 to 383" in str(errors["unknown"])
+    assert "the model's vocabulary of 0 to 383" in str(errors["unknown"])
     assert errors["bias"].param == "logit_bias"
     assert "temperature is -1.0; it must be from 0 to 100" in str(errors["cold"])
     assert errors["nan"].param == "top_p"
@@ -192,7 +192,7 @@ def test_what_does_not_fit_is_refused_by_its_numbers_and_nobody_else_notices(fol
     assert all(error.status == 400 for name, error in errors.items() if name != "adapter")
 
 
-def test_more_than_the_cache_holds_waits_and_all_are_answered(folder, model, runner):
+def test_requests_wait_for_cache_space(folder, model, runner):
     requests = mixed_requests(24, seed=5)
     expected = [generate_greedily(model, request) for request in requests]
 
@@ -251,7 +251,7 @@ def test_a_deadline_ends_an_answer_with_408(folder, runner):
     assert len(later) == 4
 
 
-def test_a_full_queue_is_refused_with_when_to_come_again(folder, runner):
+def test_full_queue_is_rejected_with_retry_after(folder, runner):
     async def run():
         async with open_tiny(folder, runner, sequences=1, queue=2) as engine:
             tasks = [asyncio.create_task(tokens_of(engine, ask([5], 60))) for _ in range(12)]
@@ -265,7 +265,7 @@ def test_a_full_queue_is_refused_with_when_to_come_again(folder, runner):
     assert all(len(answer) == 60 for answer in found if isinstance(answer, list))
 
 
-def test_closing_the_engine_answers_what_it_has_and_takes_nothing_new(folder, runner):
+def test_closing_finishes_requests_and_rejects_new_ones(folder, runner):
     async def run():
         async with open_tiny(folder, runner) as engine:
             answer = asyncio.create_task(tokens_of(engine, ask([5, 6], 100)))
@@ -283,7 +283,7 @@ def test_closing_the_engine_answers_what_it_has_and_takes_nothing_new(folder, ru
     assert len(answer) == 100
 
 
-def test_closed_engine_refuses_adapters_at_once_and_gives_its_model_back(folder, runner):
+def test_closed_engine_rejects_adapters_and_frees_its_model(folder, runner):
     async def run():
         async with open_tiny(folder, runner) as engine:
             await tokens_of(engine, ask([5, 6], 4))

@@ -1,4 +1,4 @@
-"""Models of many families behind the engine: the same as generate(), or refused with the reason."""
+"""Models of many families in the engine: they match generate(), or are rejected with a reason."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from halfbyte.serve.engine.config import EngineConfig
 from halfbyte.serve.engine.loading import make_engine
 
 REFUSED = {
-    "falcon": r"its logits deviate by 0\.[0-9]+ of their size from the model's own",
-    "deepseek_v2": "its forward does not take other attention",
-    "deepseek_v3": "its forward does not take other attention",
+    "falcon": r"its logits deviate from the model's own by 0\.[0-9]+ of their norm",
+    "deepseek_v2": "its forward does not support custom attention",
+    "deepseek_v3": "its forward does not support custom attention",
 }
-"""Falcon's attention is its own; the others keep a latent state and make keys of all of it."""
+"""Falcon has its own attention; the others cache a latent state and compute keys from all of it."""
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_six_at_once_say_what_generate_says(family, tmp_path):
+def test_six_concurrent_requests_match_generate(family, tmp_path):
     requests = [
         replace(r, prompt=tuple(3 + token % (VOCABULARY - 3) for token in r.prompt))
         for r in mixed_requests(6, seed=4, longest=30)

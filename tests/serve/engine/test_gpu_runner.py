@@ -58,27 +58,27 @@ def begin(runner, prompts=PROMPTS):
     return torch.cat(found)
 
 
-def test_answers_have_the_logits_of_transformers_forward(load, monkeypatch):
+def test_decode_logits_match_transformers_forward(load, monkeypatch):
     model = load()
     expected = begin(TransformersRunner(model, Pages(sample_layers(model), PAGE)))
     model = load()
     runner = GpuRunner(model, Pages(sample_layers(model), PAGE))
     assert runner.obstacle is None
     assert runner.description.startswith("recorded steps on cpu")
-    plain = runner._plain._run_alike
+    plain = runner._plain._run_group
 
     def only_prompts(pieces):
         assert all(piece.is_prompt for piece in pieces), "an answer was not run by a step"
         return plain(pieces)
 
-    monkeypatch.setattr(runner._plain, "_run_alike", only_prompts)
+    monkeypatch.setattr(runner._plain, "_run_group", only_prompts)
     torch.testing.assert_close(begin(runner), expected, rtol=1e-2, atol=1e-2)
     # Three sequences are run as four; the row that nobody needs writes to no page of the pool.
     assert list(runner._recorded) == [4]
     assert not bool(runner.pages.keys[0][7].any())
 
 
-def test_a_model_that_computes_something_else_is_run_by_transformers(load, monkeypatch):
+def test_deviating_model_falls_back_to_transformers(load, monkeypatch):
     model = load()
     plain = model.model.layers[1].mlp.forward
     monkeypatch.setattr(model.model.layers[1].mlp, "forward", lambda x: plain(x) * 3)
@@ -89,7 +89,7 @@ def test_a_model_that_computes_something_else_is_run_by_transformers(load, monke
     assert runner._recorded == {}
 
 
-def test_it_is_chosen_where_it_can_run(load, monkeypatch):
+def test_gpu_runner_is_chosen_if_supported(load, monkeypatch):
     monkeypatch.setenv("HALFBYTE_KERNEL", "torch_reference")  # none for the compiled decoder
     assert isinstance(choose_runner(load(), EngineConfig()), GpuRunner)
     plain = choose_runner(load(), EngineConfig(runner="transformers"))

@@ -1,4 +1,4 @@
-"""Answers held to grammars, by a model of random weights, which would never keep to one itself."""
+"""Constrained answers of a model with random weights, which would never match a grammar itself."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def answer(folder, grammar, runner="transformers", **settings):
             return await collect(engine, ask([20, 21], 120, grammar=grammar, **settings))
 
     events = asyncio.run(run())
-    ids = [event.rated.token for event in events if isinstance(event, Generated)]
+    ids = [event.scored.token for event in events if isinstance(event, Generated)]
     return AutoTokenizer.from_pretrained(folder).decode(ids), events[-1]
 
 
 @pytest.mark.parametrize("runner", runners())
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_an_answer_by_a_regular_expression_matches_it(folder, runner, temperature):
+def test_answer_matches_a_regular_expression(folder, runner, temperature):
     pattern = r"[a-f]{3}-[0-9]{2}"
     grammar = Grammar(kind="regex", text=pattern)
     text, ended = answer(folder, grammar, runner, temperature=temperature)
@@ -54,7 +54,7 @@ def test_an_answer_by_a_regular_expression_matches_it(folder, runner, temperatur
     assert ended == Ended(reason="grammar")
 
 
-def test_an_answer_by_a_schema_is_such_an_object(folder):
+def test_answer_matches_a_json_schema(folder):
     # Bytes of random weights seldom are UTF-8: letters are made likelier.
     bias = dict.fromkeys([*range(68, 94), 4, 14], 6.0)
     text, _ = answer(folder, Grammar(kind="json_schema", text=SCHEMA), logit_bias=bias)
@@ -64,7 +64,7 @@ def test_an_answer_by_a_schema_is_such_an_object(folder):
     assert isinstance(found["age"], int)
 
 
-def test_an_answer_by_choices_is_one_of_them(folder):
+def test_answer_is_one_of_the_choices(folder):
     choices = ['say "yes"', "no\n", "vielleicht"]
     grammar = Grammar(kind="choice", text=json.dumps(choices))
     found = {answer(folder, grammar, seed=seed)[0] for seed in range(6)}
@@ -72,12 +72,12 @@ def test_an_answer_by_choices_is_one_of_them(folder):
     assert len(found) > 1
 
 
-def test_an_answer_by_a_grammar_of_lark_is_its_sentence(folder):
+def test_answer_matches_a_lark_grammar(folder):
     text, _ = answer(folder, Grammar(kind="lark", text=LARK))
     assert re.fullmatch(r"(hello|good day) [a-z]{2,4}", text)
 
 
-def test_json_object_begins_as_one(folder):
+def test_json_object_starts_as_an_object(folder):
     text, _ = answer(folder, Grammar(kind="json_object"))
     assert text.lstrip().startswith("{")
 
@@ -89,12 +89,12 @@ def test_json_object_begins_as_one(folder):
         (Grammar(kind="json_schema", text="{"), "this json_schema"),
         (Grammar(kind="json_schema", text='{"type": "nothing"}'), "nothing"),
         (Grammar(kind="choice", text="[]"), "a JSON list of at least one string"),
-        (Grammar(kind="choice", text='["a", 1]'), "every choice must be a string"),
+        (Grammar(kind="choice", text='["a", 1]'), "every choice must be a non-empty string"),
         (Grammar(kind="lark", text="start: missing"), "missing"),
-        (Grammar(kind="regex", text="a" * 100_001), "100001 characters, 100000 are allowed"),
+        (Grammar(kind="regex", text="a" * 100_001), "100001 characters, at most 100000 are"),
     ],
 )
-def test_what_is_no_grammar_is_refused_and_named(folder, grammar, words):
+def test_invalid_grammars_are_rejected(folder, grammar, words):
     with pytest.raises(ServeError) as caught:
         answer(folder, grammar)
     assert (caught.value.status, caught.value.code) == (400, "invalid_grammar")

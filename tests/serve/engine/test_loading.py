@@ -1,4 +1,4 @@
-"""An engine out of a folder."""
+"""Loading an engine from a folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from halfbyte.serve.engine.config import EngineConfig
 
 
 def test_a_model_is_loaded_in_a_thread_that_ends(tmp_path, monkeypatch):
-    """Or OpenMP has more threads than there are processors, and they sleep between layers."""
+    """Otherwise OpenMP has more threads than processors, and they sleep between layers."""
     used = []
     load = loading.load_model
 
@@ -31,7 +31,7 @@ def test_a_model_is_loaded_in_a_thread_that_ends(tmp_path, monkeypatch):
     asyncio.run(engine.close())
 
 
-def test_what_is_wrong_reaches_whoever_opens(tmp_path):
+def test_loading_errors_are_raised_in_the_caller(tmp_path):
     config = EngineConfig(cache_gb=0.05, context=10**6)
-    with pytest.raises(ConfigError, match="context is 1000000; the model has"):
+    with pytest.raises(ConfigError, match="context is 1000000; the model supports at most"):
         loading.open_engine(write_model(tmp_path), config)

@@ -1,4 +1,4 @@
-"""What the engine takes is what it said before that it would take."""
+"""The engine's memory matches its plan."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ asyncio.run(main(sys.argv[1]))
 """
 
 
-def test_the_peak_of_a_process_is_within_a_tenth_of_the_plan(tmp_path: Path):
+def test_peak_memory_is_within_ten_percent_of_the_plan(tmp_path: Path):
     folder = write_model(tmp_path)
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(folder)], capture_output=True, text=True, check=True

@@ -1,4 +1,4 @@
-"""The compiled decoder under the engine says what it says by itself, to the last bit."""
+"""The compiled decoder gives the same results in the engine as by itself, bit by bit."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("head_bits", [16, 8])
-def test_sixteen_at_once_say_what_generate_says_in_bfloat16(folder, head_bits):
+def test_sixteen_concurrent_requests_match_generate_in_bfloat16(folder, head_bits):
     requests = mixed_requests(16, seed=11, longest=60)
     generator = Generator(halfbyte.load(folder, dtype=torch.bfloat16), head_bits=head_bits)
     generator.ends = frozenset()
@@ -54,7 +54,7 @@ def test_sixteen_at_once_say_what_generate_says_in_bfloat16(folder, head_bits):
     assert asyncio.run(run()) == expected
 
 
-def test_neither_the_cache_nor_neighbours_nor_failures_change_a_bit(folder):
+def test_results_are_bitwise_independent_of_cache_batch_and_failures(folder):
     shared = list(range(20, 75))
     requests = [ask([*shared, 100 + i], 12, top_logprobs=5) for i in range(6)]
 
@@ -86,12 +86,12 @@ def test_neither_the_cache_nor_neighbours_nor_failures_change_a_bit(folder):
     assert restarts == 2
 
 
-def test_what_cannot_run_is_refused_with_the_reason(folder, monkeypatch):
+def test_unsupported_settings_are_rejected_with_the_reason(folder, monkeypatch):
     monkeypatch.setenv("HALFBYTE_KERNEL", "torch_reference")
     model = load_float32(folder)
     for settings, words in (
-        ({"runner": "native"}, "The compiled decoder was asked for and cannot run here: q_proj"),
-        ({"head_bits": 8}, "A rounded head was asked for and cannot run here: q_proj does not run"),
+        ({"runner": "native"}, "Cannot use the compiled decoder with this model: q_proj"),
+        ({"head_bits": 8}, "Cannot use a rounded head with this model: q_proj does not run"),
     ):
         with pytest.raises(ConfigError, match=words):
             make_engine(model, folder, EngineConfig(cache_gb=0.002, **settings))

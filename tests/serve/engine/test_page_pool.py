@@ -10,11 +10,11 @@ TEXT = list(range(100, 130))
 
 def compute(pool, tokens, room, **keywords):
     reservation = pool.reserve(tokens, room, **keywords)
-    pool.note_computed(reservation, tokens, len(tokens))
+    pool.register_computed(reservation, tokens, len(tokens))
     return reservation
 
 
-def test_what_a_prompt_begins_with_is_found_again():
+def test_cached_prefix_is_found():
     pool = PagePool(20, 4)
     first = compute(pool, TEXT, 40)
     assert (first.cached_tokens, len(first.pages)) == (0, 10)
@@ -25,23 +25,23 @@ def test_what_a_prompt_begins_with_is_found_again():
     assert (pool.queries, pool.hits) == (42, 8)
 
 
-def test_the_last_token_is_always_left_to_compute():
+def test_last_token_is_never_taken_from_the_cache():
     pool = PagePool(20, 4)
     pool.release(compute(pool, TEXT[:8], 8))
     assert pool.reserve(TEXT[:8], 8).cached_tokens == 4
     assert pool.reserve(TEXT[:9], 9).cached_tokens == 8
 
 
-def test_pages_of_another_family_or_of_another_beginning_are_not_shared():
+def test_pages_are_shared_only_within_a_namespace_and_prefix():
     pool = PagePool(20, 4)
-    pool.release(compute(pool, TEXT[:12], 12, family="adapter"))
+    pool.release(compute(pool, TEXT[:12], 12, namespace="adapter"))
     assert pool.reserve(TEXT[:12], 12).cached_tokens == 0
     # The same page of tokens after another one.
-    assert pool.reserve([1, 2, 3, 4, *TEXT[4:12]], 12, family="adapter").cached_tokens == 0
-    assert pool.reserve(TEXT[:12], 12, family="adapter").cached_tokens == 8
+    assert pool.reserve([1, 2, 3, 4, *TEXT[4:12]], 12, namespace="adapter").cached_tokens == 0
+    assert pool.reserve(TEXT[:12], 12, namespace="adapter").cached_tokens == 8
 
 
-def test_what_does_not_fit_takes_nothing():
+def test_failed_reservation_takes_no_pages():
     pool = PagePool(4, 4)
     held = pool.reserve(TEXT[:5], 9)
     assert pool.used == 3
@@ -51,7 +51,7 @@ def test_what_does_not_fit_takes_nothing():
     assert pool.used == 0
 
 
-def test_the_longest_unused_page_goes_first_and_ends_of_texts_before_beginnings():
+def test_eviction_is_lru_and_from_the_end_of_prefixes():
     pool = PagePool(6, 4)
     pool.release(compute(pool, TEXT[:12], 12))
     pool.release(compute(pool, TEXT[20:28], 8))
@@ -60,12 +60,12 @@ def test_the_longest_unused_page_goes_first_and_ends_of_texts_before_beginnings(
     assert pool.reserve(TEXT[:12], 12).cached_tokens == 4
 
 
-def test_forgetting_shares_nothing_and_loses_no_page():
+def test_forget_invalidates_the_cache_and_loses_no_page():
     pool = PagePool(6, 4)
     pool.release(compute(pool, TEXT[:12], 12))
-    pool.release(compute(pool, TEXT[:12], 12, family="a"))
+    pool.release(compute(pool, TEXT[:12], 12, namespace="a"))
     pool.forget("a")
-    assert pool.reserve(TEXT[:12], 4, family="a").cached_tokens == 0
+    assert pool.reserve(TEXT[:12], 4, namespace="a").cached_tokens == 0
     pool.forget()
     assert pool.reserve(TEXT[:12], 12).cached_tokens == 0
     assert pool.reserve([], 8) is not None
@@ -73,7 +73,7 @@ def test_forgetting_shares_nothing_and_loses_no_page():
 
 @settings(max_examples=150, deadline=None)
 @given(st.data())
-def test_no_page_is_ever_written_by_two_or_lost(data):
+def test_no_page_is_owned_twice_or_lost(data):
     pool = PagePool(12, 2)
     held = []
     contents = {}
@@ -95,7 +95,7 @@ def test_no_page_is_ever_written_by_two_or_lost(data):
         assert not written & {page for other, _ in held for page in other.pages}
         for index, page in enumerate(reservation.pages[shared:], shared):
             contents[page] = tokens[: 2 * index + 2]
-        pool.note_computed(reservation, tokens, len(tokens))
+        pool.register_computed(reservation, tokens, len(tokens))
         held.append((reservation, tokens))
         used = {page for other, _ in held for page in other.pages}
         assert pool.used == len(used)

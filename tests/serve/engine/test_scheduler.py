@@ -1,4 +1,4 @@
-"""Turns and pieces, without a model."""
+"""Fair queueing and batching, without a model."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def add(scheduler, key="", prompt=4, answer=4):
 
 
 def run_step(scheduler):
-    """What a step does to the books."""
+    """Update the scheduler as a step does."""
     scheduler.admit()
     work = scheduler.plan()
     for job, piece in work:
-        scheduler.note_computed(job, len(piece.tokens))
-        if job.computed == len(job.tokens):
+        scheduler.mark_computed(job, len(piece.tokens))
+        if job.num_computed == len(job.tokens):
             job.tokens.append(0)
-            if len(job.tokens) == job.room:
+            if len(job.tokens) == job.max_tokens:
                 scheduler.remove(job)
     return work
 
 
-def test_keys_get_the_same_number_of_tokens_however_many_requests_each_has():
+def test_keys_get_equal_tokens_whatever_their_number_of_requests():
     scheduler = make(sequences=2)
     for _ in range(60):
         add(scheduler, "many", prompt=4, answer=4)
@@ -51,7 +51,7 @@ def test_keys_get_the_same_number_of_tokens_however_many_requests_each_has():
     assert abs(tokens["many"] - tokens["few"]) <= 0.15 * tokens["few"]
 
 
-def test_who_comes_late_gets_its_turn_and_no_more():
+def test_new_key_gets_no_credit_for_the_past():
     scheduler = make(sequences=1)
     for _ in range(50):
         add(scheduler, "old")
@@ -77,7 +77,7 @@ def test_within_a_key_first_come_first_served():
     assert order == jobs
 
 
-def test_a_large_one_is_waited_for_and_not_overtaken_for_ever():
+def test_large_request_is_not_starved():
     scheduler = make(pages=10, sequences=8)
     small = [add(scheduler, prompt=4, answer=12) for _ in range(2)]
     scheduler.admit()
@@ -91,7 +91,7 @@ def test_a_large_one_is_waited_for_and_not_overtaken_for_ever():
     assert scheduler.running == [large, late]
 
 
-def test_running_answers_go_before_prompts_and_prompts_come_in_pieces():
+def test_decode_has_priority_and_prefill_is_chunked():
     scheduler = make(step_tokens=10)
     answer = add(scheduler, prompt=2)
     run_step(scheduler)
@@ -102,7 +102,7 @@ def test_running_answers_go_before_prompts_and_prompts_come_in_pieces():
     assert sizes[2] == [(answer, 1), (first, 7), (second, 2)]
 
 
-def test_only_the_newest_token_has_logits_unless_the_prompt_is_rated():
+def test_only_the_newest_token_has_logits_unless_the_prompt_is_scored():
     scheduler = make(step_tokens=10)
     add(scheduler, prompt=12)
     request = replace(ask(range(12), 4), prompt_logprobs=0)
@@ -120,8 +120,8 @@ def test_after_a_failure_suspects_run_alone_and_before_all_others():
     run_step(scheduler)
     for job in jobs[:2]:
         job.is_suspect = True
-    for job in scheduler.repeat_all():
-        job.begin_again()
+    for job in scheduler.requeue_running():
+        job.restart()
     assert scheduler.pool.used == 0
     add(scheduler)
     scheduler.admit()
@@ -129,7 +129,7 @@ def test_after_a_failure_suspects_run_alone_and_before_all_others():
     assert [job for job, _ in scheduler.plan()] == [jobs[0]]
     (_, piece), *_ = scheduler.plan()
     assert (piece.is_prompt, len(piece.tokens), piece.logits) == (True, 4, 0)
-    scheduler.note_computed(jobs[0], 4)
+    scheduler.mark_computed(jobs[0], 4)
     # What it had answered already is run as an answer.
     (_, piece), *_ = scheduler.plan()
     assert (piece.is_prompt, len(piece.tokens), piece.logits) == (False, 1, 1)
@@ -139,7 +139,7 @@ def test_after_a_failure_suspects_run_alone_and_before_all_others():
     assert len(scheduler.plan()) == 4
 
 
-def test_removing_gives_back_pages_and_forgets_keys():
+def test_removing_frees_pages_and_idle_keys():
     scheduler = make(sequences=1)
     running, waiting = add(scheduler, "a"), add(scheduler, "b")
     scheduler.admit()
@@ -147,4 +147,4 @@ def test_removing_gives_back_pages_and_forgets_keys():
     scheduler.remove(waiting)
     scheduler.remove(running)
     assert (scheduler.pool.used, scheduler.waiting, scheduler.is_idle) == (0, 0, True)
-    assert not scheduler._turns
+    assert not scheduler._key_queues

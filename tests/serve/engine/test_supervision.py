@@ -1,4 +1,4 @@
-"""The engine while its steps are killed: nobody innocent is lost, whoever is to blame is told."""
+"""Failing steps: only the request that causes them gets an error, no other is lost."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _quiet(caplog):
 
 
 def break_steps(engine, should_fail, *, after=False):
-    """Let steps fail, before or after they have written into the cache."""
+    """Make steps fail, before or after they write to the cache."""
     run = engine._runner.run
 
     def broken(pieces):
@@ -56,7 +56,7 @@ def break_steps(engine, should_fail, *, after=False):
 
 
 @pytest.mark.parametrize("after", [False, True])
-def test_steps_that_die_at_random_change_no_answer(folder, runner, after):
+def test_random_step_failures_change_no_answer(folder, runner, after):
     requests = mixed_requests(12, seed=2)
     model = load_float32(folder)
     expected = [generate_greedily(model, request) for request in requests]
@@ -77,7 +77,7 @@ def test_steps_that_die_at_random_change_no_answer(folder, runner, after):
     assert (load.running, load.waiting, load.cache_used_bytes) == (0, 0, 0)
 
 
-def test_drawn_answers_go_on_where_they_were(folder, runner):
+def test_sampled_answers_continue_after_failures(folder, runner):
     async def run(kills):
         async with open_tiny(folder, runner) as engine:
             steps = iter(range(10**6))
@@ -91,7 +91,7 @@ def test_drawn_answers_go_on_where_they_were(folder, runner):
     assert found == expected
 
 
-def test_whoever_fails_alone_is_to_blame_and_the_others_are_answered(folder, runner):
+def test_request_that_fails_alone_gets_the_error(folder, runner):
     requests = mixed_requests(6, seed=8)
     requests = [ask([t if t != POISON else 5 for t in r.prompt], 20) for r in requests]
 
@@ -113,7 +113,7 @@ def test_whoever_fails_alone_is_to_blame_and_the_others_are_answered(folder, run
     assert load.cache_used_bytes == 0
 
 
-def test_nobody_is_to_blame_for_an_engine_that_fails_for_a_while(folder, runner):
+def test_temporary_engine_failure_is_attributed_to_no_request(folder, runner):
     requests = mixed_requests(4, seed=9)
 
     async def run(failing):
@@ -132,7 +132,7 @@ def test_nobody_is_to_blame_for_an_engine_that_fails_for_a_while(folder, runner)
     assert load.cache_used_bytes == 0
 
 
-def test_the_guilty_one_is_found_while_the_engine_fails_for_a_while_too(folder, runner):
+def test_faulty_request_is_found_during_a_temporary_engine_failure(folder, runner):
     requests = [ask([20 + i, 6, 7], 12) for i in range(3)]
 
     async def run():
@@ -156,7 +156,7 @@ def test_the_guilty_one_is_found_while_the_engine_fails_for_a_while_too(folder, 
     assert found == healthy
 
 
-def test_logits_that_are_no_numbers_are_the_error_of_their_request(folder, runner):
+def test_non_finite_logits_fail_only_their_request(folder, runner):
     async def run():
         async with open_tiny(folder, runner) as engine:
             run_pieces = engine._runner.run
@@ -184,7 +184,7 @@ def test_logits_that_are_no_numbers_are_the_error_of_their_request(folder, runne
     assert load.restarts == 0
 
 
-def test_a_runner_that_never_works_again_fails_everybody_and_the_engine_closes(folder, runner):
+def test_permanent_runner_failure_fails_all_requests(folder, runner):
     async def run():
         async with open_tiny(folder, runner) as engine:
             break_steps(engine, lambda _: True)

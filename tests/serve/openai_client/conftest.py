@@ -1,4 +1,4 @@
-"""A gateway on a real port; the engine under it says fixed things."""
+"""A gateway on a real port, with an engine of scripted answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chats, completions, streams and logprobs, as OpenAI's own client reads them."""
+"""Chats, completions, streams and logprobs, read by OpenAI's own client."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_stream_without_usage_has_none_and_ends_with_done(server):
     assert all("logprobs" in chunk["choices"][0] for chunk in chunks)
 
 
-def test_headers_tell_who_answered(server):
+def test_headers_name_the_answering_model(server):
     body = {"model": "tiny", "messages": HELLO}
     reply = httpx2.post(f"{server.v1}/chat/completions", json=body)
     assert reply.headers["x-halfbyte-model"] == "tiny"
@@ -84,7 +84,7 @@ def test_answer_without_text_is_an_empty_string(client):
     assert chunks[-1].choices[0].finish_reason == "stop"
 
 
-def test_length_limit_is_told(client):
+def test_length_limit_is_the_finish_reason(client):
     answer = ask(client, max_completion_tokens=5)
     assert answer.choices[0].finish_reason == "length"
     assert answer.usage.completion_tokens == 5
@@ -104,7 +104,7 @@ def test_stop_string_across_tokens_never_shows(client, stream):
     assert (text, finish) == ("Hello! This is an ans", "stop")
 
 
-def test_stop_string_ends_the_engines_work(client, engine):
+def test_stop_string_stops_the_engine(client, engine):
     before = engine.closed_early
     ask(client, "long", stop="word")
     assert engine.closed_early == before + 1
@@ -201,7 +201,7 @@ def test_completions_take_text_ids_and_lists(client, engine):
     assert answer.usage.completion_tokens == 16
 
 
-def test_echo_repeats_and_rates_the_prompt(client, engine):
+def test_echo_returns_and_scores_the_prompt(client, engine):
     answer = client.completions.create(
         model="tiny", prompt="Once upon", echo=True, logprobs=2, max_tokens=1
     )

@@ -1,4 +1,4 @@
-"""Tools and formats of answers, as OpenAI's own client asks for them."""
+"""Tools and response formats, through OpenAI's own client."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_answer_and_tool_result_go_back_as_the_client_keeps_them(client, engine)
 @pytest.mark.parametrize(
     "choice", ["required", {"type": "function", "function": {"name": "get_weather"}}]
 )
-def test_forced_call_is_held_to_a_grammar(client, engine, choice):
+def test_forced_call_is_constrained_by_a_grammar(client, engine, choice):
     answer = ask(client, "forced", tools=[WEATHER], tool_choice=choice)
     call = answer.choices[0].message.tool_calls[0]
     assert json.loads(call.function.arguments) == {"place": "Rome"}

@@ -1,8 +1,7 @@
-// Instructions of compute capability 9.0 and later: barriers in shared memory, and copies in bulk that
-// arrive at them. Not included where a kernel is emulated: tests/kernels/barrier_emulator.h stands in
-// for it.
+// Instructions of compute capability 9.0 and later: mbarriers in shared memory, and bulk copies
+// that complete on them. In emulated kernels tests/kernels/barrier_emulator.h replaces this file.
 
-typedef u32 Shared;  // an address of shared memory
+typedef u32 Shared;  // an address in shared memory
 
 DEVICE Shared share(const u8* pointer) { return shared_address(pointer); }
 
@@ -11,8 +10,9 @@ DEVICE void barrier_begin(Shared barrier, u32 arrivals) {
                : "memory");
 }
 
-// Barriers that were begun may be used by copies of this thread after this, and by other threads after a
-// __syncthreads too. Of shared memory: for all memory this fence is one of the whole GPU, and takes longer.
+// After this fence, initialized barriers may be used by copies of this thread, and after
+// __syncthreads by other threads. Limited to shared memory: a fence for all memory is GPU-wide and
+// slower.
 DEVICE void publish_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -22,14 +22,14 @@ DEVICE void barrier_arrive(Shared barrier) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Arrives, and lets the barrier's phase wait for so many bytes of bulk copies too.
+// Arrives, and makes the barrier's phase also wait for a number of bytes from bulk copies.
 DEVICE void barrier_expect(Shared barrier, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier),
                "r"(bytes)
                : "memory");
 }
 
-// Waits for the end of the barrier's current phase of this parity.
+// Waits until the barrier's phase of this parity completes.
 DEVICE void barrier_wait(Shared barrier, u32 parity) {
   asm volatile(
       "{ .reg .pred done;\n"
@@ -39,7 +39,7 @@ DEVICE void barrier_wait(Shared barrier, u32 parity) {
       : "memory");
 }
 
-// Copies bytes in a row, a multiple of 16.
+// Copies contiguous bytes, a multiple of 16.
 DEVICE void copy_bulk(Shared to, const u8* from, u32 bytes, Shared barrier) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(

@@ -1,12 +1,13 @@
-// What the kernels over halfbyte/kernels/fragments.py share: the parameter, how codes become numbers,
-// how the work is walked through. halfbyte/kernels/cuda_driver.py puts it where it is included.
+// Shared by the kernels over the layout of halfbyte/kernels/fragments.py: the parameter struct,
+// decoding of codes, and the partition of work. halfbyte/kernels/cuda_compiler.py expands includes
+// of this file.
 //
 //   BF16         1: x is bf16; 0: fp16
 //   BITS         2, 3, 4 or 8
 //   SCALE_KIND   0: scales are fp16; 1: bf16; 2: fp32
 //   HAS_ZEROS    1: zeros are stored; 0: all are the middle code
 //   HALF_GROUPS  1: groups of 32 inputs; 0: of a multiple of 64
-//   FOLDED       1: take_apart leaves OFFSET + code, and whoever sums takes the rest off; by default 0
+//   FOLDED       1: take_apart returns OFFSET + code, and the caller corrects the sums; default 0
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -25,8 +26,8 @@ struct Arguments {
   u32 rows;
   u32 in_features;
   u32 out_features;
-  u32 group_steps;       // 64-input steps of a group; unused with HALF_GROUPS
-  int group_shift;       // its logarithm; -1 where it is no power of two
+  u32 group_steps;       // 64-input steps per group; unused with HALF_GROUPS
+  int group_shift;       // log2 of group_steps; -1 if it is not a power of two
 };
 
 constexpr u32 GROUPS_IN_STEP = HALF_GROUPS ? 2 : 1;
@@ -39,7 +40,7 @@ constexpr u32 TILE_BYTES = 128 * BITS;
 static_assert(!FOLDED || BITS <= 4, "eight bits beside the offset do not fit a bf16");
 
 #ifndef EMULATED
-// ---------------------------------------------------------------- instructions of the device
+// ---------------------------------------------------------------- device instructions
 
 #define DEVICE __device__ __forceinline__
 
@@ -53,7 +54,7 @@ DEVICE u32 mask_and_set(u32 word) {
   return found;
 }
 
-// Adds two numbers to two, in the type of x.
+// Adds two pairs, in the type of x.
 DEVICE u32 add_pair(u32 left, u32 right) {
   u32 found;
 #if BF16
@@ -64,7 +65,7 @@ DEVICE u32 add_pair(u32 left, u32 right) {
   return found;
 }
 
-// Two floats to a pair in the type of x; `low` in the low half.
+// Converts two floats to a pair in the type of x; `low` in the low half.
 DEVICE u32 narrow_pair(float low, float high) {
   u32 found;
 #if BF16
@@ -92,14 +93,14 @@ DEVICE float4 read_beyond_l1(const float4* from) {
   return found;
 }
 
-// What the launches before this one wrote may be read from here on.
+// Waits until the results of earlier launches may be read.
 DEVICE void wait_for_inputs() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-// The next launch may begin to load its weights.
+// Allows the next launch to start and load its weights.
 DEVICE void let_next_begin() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -108,7 +109,7 @@ DEVICE void let_next_begin() {
 
 #endif
 
-// ---------------------------------------------------------------- codes to numbers
+// ---------------------------------------------------------------- decoding of codes
 
 DEVICE float read_scale(const u8* scales, u32 index) {
 #if SCALE_KIND == 0
@@ -120,7 +121,7 @@ DEVICE float read_scale(const u8* scales, u32 index) {
 #endif
 }
 
-// The bits of take_apart read as a pair of OFFSET + code.
+// Bits that make a pair of codes a pair of OFFSET + code.
 #if BF16
 constexpr u32 MAGIC = 0x43004300;
 constexpr u32 OFFSET = 128;
@@ -129,12 +130,12 @@ constexpr u32 MAGIC = 0x64006400;
 constexpr u32 OFFSET = 1024;
 #endif
 
-// The pair of -(OFFSET + zero).
+// Returns the pair of -(OFFSET + zero).
 DEVICE u32 negate_zero(u32 zero) { return zero * 0x00010001u | MAGIC | 0x80008000u; }
 
 DEVICE u32 take_zero(u32 pair, u32 negated) { return FOLDED ? pair : add_pair(pair, negated); }
 
-// The registers of the A operand of one channel over 32 inputs: pairs (s, u) of code - zero, or of
+// Decodes the A operand registers of one channel over 32 inputs: pairs (s, u) of code - zero, or of
 // OFFSET + code.
 DEVICE void take_apart(u32 (&pairs)[4], const u32* words, int h, int half, u32 zero) {
 #if BITS == 4
@@ -168,7 +169,7 @@ DEVICE void take_apart(u32 (&pairs)[4], const u32* words, int h, int half, u32 z
   for (int i = 0; i < 4; i++) {
     u32 word = words[4 * half + 2 * (i / 2) + h] >> 8 * (i % 2);
 #if BF16
-    // 2^23 + code is exact in fp32; 128 + code would not be in bf16.
+    // 2^23 + code is exact in fp32; 128 + code would not be exact in bf16.
     float offset = 8388608.0f + (float)zero;
     float low = bits_to_float((word & 0xFF) | 0x4B000000) - offset;
     float high = bits_to_float((word >> 16 & 0xFF) | 0x4B000000) - offset;
@@ -180,7 +181,7 @@ DEVICE void take_apart(u32 (&pairs)[4], const u32* words, int h, int half, u32 z
 #endif
 }
 
-// The words of a lane of one tile, in the order that take_apart reads.
+// Loads the words of a lane of one tile, in the order that take_apart expects.
 DEVICE void read_words(u32 (&words)[BITS], const u8* tile, u32 lane) {
 #if BITS == 4
   *(uint4*)words = ((const uint4*)tile)[lane];
@@ -197,24 +198,25 @@ DEVICE void read_words(u32 (&words)[BITS], const u8* tile, u32 lane) {
 #endif
 }
 
-// ---------------------------------------------------------------- the walk over the units
+// ---------------------------------------------------------------- partition of work units
 
 struct Walk {
-  u32 chunks;  // of a block of channels, WARPS_IN * 64 inputs each
+  u32 chunks;  // per block of channels, WARPS_IN * 64 inputs each
   u32 units;
   u32 runs;
 
-  // units * runs fits 32 bits: whoever launches sees to it.
+  // units * runs fits 32 bits, as the launcher guarantees.
   DEVICE u32 begin(u32 run) const { return units * run / runs; }
   DEVICE u32 run_of(u32 unit) const { return ((unit + 1) * runs - 1) / units; }
 };
 
-// The group of the inputs of a step; `half`: of its second 32 inputs.
+// The group of a step's inputs; `half`: of its second 32 inputs.
 DEVICE u32 find_group(const Arguments& a, u32 step, u32 half) {
   return HALF_GROUPS          ? 2 * step + half
          : a.group_shift >= 0 ? step >> a.group_shift
                               : step / a.group_steps;
 }
 
-// Row m's 16-byte pieces are swapped about by m, or reading a column of pieces would meet in a bank.
+// Swizzles the 16-byte pieces of row m by m, to avoid bank conflicts when reading a column of
+// pieces.
 DEVICE u32 x_place(u32 m, u32 piece) { return m * 128 + ((piece ^ (m & 7)) << 4); }

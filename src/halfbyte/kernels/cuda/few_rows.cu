@@ -1,8 +1,8 @@
-// What the kernels for few rows of x share: the products of a warp, and where their sums go.
+// Shared by the kernels for few rows of x: the products of a warp, and the storage of their sums.
 //
-//   ROW_TILES    rows of x that fit, in eights
-//   TILES        of 16 channels by 64 inputs that a warp takes at a time
-//   WARPS_OUT    warps side by side along the channels
+//   ROW_TILES    maximum rows of x, in units of 8
+//   TILES        tiles of 16 channels by 64 inputs per warp and step
+//   WARPS_OUT    warps along the channels
 
 #ifndef EMULATED
 DEVICE void load_matrices(u32 (&found)[4], const u8* row) {

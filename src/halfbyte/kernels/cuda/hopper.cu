@@ -1,10 +1,10 @@
-// Instructions of compute capability 9.0 (sm_90a): clusters, copies of boxes, and the product of a
-// warpgroup, whose A operand is in registers and whose B operand in shared memory.
-// Not included where the kernel is emulated: tests/kernels/hopper_emulator.h stands in for it.
+// Instructions of compute capability 9.0 (sm_90a): clusters, TMA copies of boxes, and warpgroup
+// products (wgmma) with the A operand in registers and the B operand in shared memory. In emulated
+// kernels tests/kernels/hopper_emulator.h replaces this file.
 
 #include "barriers.cu"
 
-// Arrives at the barrier at the same place in a thread block of the cluster.
+// Arrives at the barrier at the same address in another thread block of the cluster.
 DEVICE void barrier_arrive_at(Shared barrier, u32 rank) {
   asm volatile(
       "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
@@ -13,7 +13,7 @@ DEVICE void barrier_arrive_at(Shared barrier, u32 rank) {
       : "memory");
 }
 
-// The threads of a cluster meet.
+// Synchronizes the threads of a cluster.
 DEVICE void meet_cluster() {
 #if CLUSTER * JOINED > 1
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
@@ -23,8 +23,8 @@ DEVICE void meet_cluster() {
 #endif
 }
 
-// Copies 64 inputs of ROWS / CLUSTER rows of x to the same place in all thread blocks of the cluster,
-// swapped about as by x_place; zeros where there are no rows.
+// Copies 64 inputs of ROWS / CLUSTER rows of x to the same address in all thread blocks of the
+// cluster, swizzled as in x_place; missing rows are 0.
 DEVICE void copy_box(Shared to, const RowsArguments& a, u32 input, u32 row, Shared barrier) {
 #if CLUSTER > 1
   asm volatile(
@@ -41,7 +41,7 @@ DEVICE void copy_box(Shared to, const RowsArguments& a, u32 input, u32 row, Shar
 #endif
 }
 
-// Before products whose registers were written since the last ones.
+// Must precede products whose registers were written since the previous ones.
 DEVICE void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 DEVICE void close_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -51,7 +51,8 @@ DEVICE void wait_for_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(OPEN) : "memory");
 }
 
-// The operand B at 16 inputs of a box: rows of 128 bytes, eight of them 1024 bytes apart, swizzled.
+// Descriptor of the B operand at 16 inputs of a box: swizzled rows of 128 bytes, groups of eight
+// 1024 bytes apart.
 DEVICE u64 describe_box(Shared box, u32 sixteenth) {
   return (u64)(1u << 30 | 64) << 32 | ((box >> 4 | 1u << 16) + 2 * sixteenth);
 }
@@ -66,8 +67,8 @@ DEVICE u64 describe_box(Shared box, u32 sixteenth) {
 #define SUMS_OF_16(i) SUMS_OF_4(i), SUMS_OF_4(i + 4), SUMS_OF_4(i + 8), SUMS_OF_4(i + 12)
 #define OPERANDS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(describe_box(box, sixteenth))
 
-// sums [64 channels, ROWS] += a [64, 16] x the box's rows at these 16 inputs. It goes on while the
-// thread does: neither `a`, `sums` nor the box may be touched before wait_for_products.
+// sums [64 channels, ROWS] += a [64, 16] x the box's rows at these 16 inputs. Asynchronous: `a`,
+// `sums` and the box must not be accessed before wait_for_products.
 DEVICE void multiply_box(float (&sums)[ROWS / 8][4], const u32 (&a)[4], Shared box,
                          u32 sixteenth) {
 #if ROWS == 8
@@ -128,7 +129,8 @@ DEVICE void multiply_box(float (&sums)[ROWS / 8][4], const u32 (&a)[4], Shared b
 #endif
 }
 
-// Stores four 8 by 8 matrices of pairs transposed; lane 8 i + j names where column j of matrix i goes.
+// Stores four 8 by 8 matrices of pairs transposed; lane 8 i + j names where column j of matrix i
+// goes.
 DEVICE void store_transposed(u8* column, u32 m0, u32 m1, u32 m2, u32 m3) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(
                    shared_address(column)),
@@ -136,7 +138,7 @@ DEVICE void store_transposed(u8* column, u32 m0, u32 m1, u32 m2, u32 m3) {
                : "memory");
 }
 
-// Reads the same place in the shared memory of a thread block of the cluster.
+// Reads the same address in the shared memory of another thread block of the cluster.
 DEVICE float4 read_elsewhere(Shared place, u32 rank) {
   float4 found;
   asm volatile(
@@ -148,12 +150,12 @@ DEVICE float4 read_elsewhere(Shared place, u32 rank) {
   return found;
 }
 
-// The threads of all warpgroups that multiply meet.
+// Synchronizes the threads of all consumer warpgroups.
 DEVICE void meet_consumers() {
   asm volatile("bar.sync 15, %0;" ::"n"(128 * WARPGROUPS) : "memory");
 }
 
-// Of two warpgroups, one waits until the other has given it the turn.
+// Waits until the other of two warpgroups passes the turn.
 DEVICE void wait_for_turn(u32 warpgroup) {
   asm volatile("bar.sync %0, 256;" ::"r"(8 + warpgroup) : "memory");
 }
@@ -162,7 +164,7 @@ DEVICE void give_turn(u32 warpgroup) {
   asm volatile("bar.arrive %0, 256;" ::"r"(8 + warpgroup) : "memory");
 }
 
-// The threads of a warpgroup meet.
+// Synchronizes the threads of a warpgroup.
 DEVICE void meet_warpgroup(u32 warpgroup) {
   asm volatile("bar.sync %0, 128;" ::"r"(1 + warpgroup) : "memory");
 }

@@ -1,18 +1,20 @@
 // result [rows, out] = x [rows, in] @ weight.T + bias, from packed codes, for few rows of x.
 //
-// Weight: the fragments of halfbyte/kernels/fragments.py. It is the A operand of mma.m16n8k16, so
-// the few rows of x are the narrow side. code - zero is exact, sums are fp32 and scaled in fp32.
+// Weight: the fragments of halfbyte/kernels/fragments.py, which are the A operand of mma.m16n8k16,
+// so that the few rows of x are the narrow side. code - zero is exact, sums are fp32 and scaled in
+// fp32.
 //
-// Work: the (channel block, chunk of inputs) units, chunks within a block first, are cut into as
-// many equal runs as there are thread blocks. In a thread block, WARPS_IN warps take 64 inputs of a
-// chunk each and WARPS_OUT warps TILES * 16 channels each; their loads run STAGES ahead through
-// shared memory. Where a run ends within a channel block, its sums go to `partials`, and the thread
-// block that arrives last adds all runs' sums in order: the result does not depend on who that is.
+// Work (Stream-K): the (channel block, chunk of inputs) units, chunks within a block first, are
+// split into as many equal runs as there are thread blocks. In a thread block, WARPS_IN warps
+// process 64 inputs of a chunk each and WARPS_OUT warps TILES * 16 channels each; loads run STAGES
+// ahead through shared memory. If a run ends within a channel block, its sums go to `partials`, and
+// the last thread block to arrive adds the sums of all runs in a fixed order, so the result is
+// deterministic.
 //
-// Compiled by halfbyte/kernels/cuda_driver.py for one layer kind and row count at a time:
-//   ROW_TILES    rows of x that fit, in eights
+// Compiled by halfbyte/kernels/cuda_compiler.py for each kind of layer and number of rows:
+//   ROW_TILES    maximum rows of x, in units of 8
 //   TILES, WARPS_OUT, WARPS_IN, STAGES   as above
-//   BLOCKS       thread blocks that a multiprocessor must have room for
+//   BLOCKS       minimum thread blocks per multiprocessor
 
 #include "base.cu"
 #include "few_rows.cu"
@@ -28,7 +30,7 @@ constexpr u32 STAGE_BYTES = WARPS * WARP_BYTES + WARPS_IN * X_BYTES;
 constexpr u32 FRAGMENTS = WARPS_OUT * TILES * ROW_TILES;
 
 #ifndef EMULATED
-// ---------------------------------------------------------------- instructions of the device
+// ---------------------------------------------------------------- device instructions
 
 DEVICE void copy_ahead(u8* to, const u8* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
@@ -45,15 +47,15 @@ DEVICE void wait_for_copies() {
 extern __shared__ uint4 shared_memory[];
 #endif
 
-// ---------------------------------------------------------------- the walk over the units
+// ---------------------------------------------------------------- loads
 
-// Where a warp's next copies come from. Pointers move on by a constant from unit to unit: working
-// every address out anew would cost as much as the products.
+// Source of a warp's next copies. Pointers advance by a constant from unit to unit, because
+// computing every address again would cost as much as the products.
 struct Source {
   u32 lane, warp_in, warp_out;
   u32 chunk, block, step;
-  u32 tiles_left;   // of the weight, from the warp's first on
-  u32 channel;      // the warp's first
+  u32 tiles_left;   // tiles of the weight from the warp's first on
+  u32 channel;      // the warp's first channel
   const u8* codes;  // this lane's first piece
   const u8* x;
 
@@ -111,7 +113,7 @@ struct Source {
     }
   }
 
-  // Copies the inputs of the step; the warps of the same inputs share the work.
+  // Copies the inputs of the step; warps with the same inputs share the work.
   template <bool AHEAD>
   DEVICE void copy_x(const Arguments& a, u8* to) const {
     constexpr u32 EACH = 4 * WARPS_OUT;  // rows at a time
@@ -178,7 +180,8 @@ DEVICE void add_step(float (&sums)[TILES][ROW_TILES][4], const u8* weight, const
   }
 }
 
-// Adds the sums of the warps, and of the other runs where this one has not all inputs of the block.
+// Adds the sums of the warps, and those of other runs if this run does not have all inputs of the
+// block.
 DEVICE void finish_block(const Arguments& a, const Walk& walk, u32 block, u32 run, u32 thread,
                          float (&sums)[TILES][ROW_TILES][4], float4* exchange, u32* last) {
   u32 lane = thread % 32, warp = thread / 32;
@@ -196,7 +199,7 @@ DEVICE void finish_block(const Arguments& a, const Walk& walk, u32 block, u32 ru
   u32 first_unit = block * walk.chunks, end_unit = first_unit + walk.chunks;
   u32 first_run = walk.run_of(first_unit), last_run = walk.run_of(end_unit - 1);
   bool whole = first_run == last_run;
-  // A run has at most two blocks that are not whole: its first and its last.
+  // A run has at most two incomplete blocks: its first and its last.
   u32 slot = 2 * run + (walk.begin(run) < first_unit);
   for (u32 index = thread; index < FRAGMENTS * 32; index += THREADS) {
     float4 sum = exchange[index];
@@ -214,7 +217,7 @@ DEVICE void finish_block(const Arguments& a, const Walk& walk, u32 block, u32 ru
       a.partials[(u64)slot * FRAGMENTS * 32 + index] = sum;
   }
   if (whole) {
-    __syncthreads();  // before `exchange` is written again
+    __syncthreads();  // before `exchange` is overwritten
     return;
   }
   __threadfence();
@@ -267,7 +270,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) multiply(Arguments
     close_copies();
     source.advance(a, walk);
   }
-  // Weights never change: they were asked for before the launches that make x were over.
+  // Weights never change, so their loads were started before the launches that compute x ended.
   wait_for_inputs();
   Source early = {lane, warp_in, warp_out};
   early.begin(a, walk, begin);
@@ -290,7 +293,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) multiply(Arguments
   u32 slot = 0, slot_ahead = (STAGES - 1) * STAGE_BYTES;
   for (u32 unit = 0; unit < count; unit++) {
     wait_for_copies<STAGES - 2>();
-    meet();  // the copies are there for all, and all have read the slot that is filled next
+    meet();  // all copies have arrived, and all threads have read the slot that is filled next
     if (unit + STAGES - 1 < count && source.step < steps) {
       source.copy_weight(a, weight_part + slot_ahead);
       source.copy_x<true>(a, x_part + slot_ahead);

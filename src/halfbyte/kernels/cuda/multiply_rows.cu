@@ -1,30 +1,30 @@
 // result [rows, out] = x [rows, in] @ weight.T + bias, from packed codes, for many rows of x, on
 // compute capability 9.0.
 //
-// Weight: the fragments of halfbyte/kernels/fragments.py, which are the A operand of wgmma in
-// registers too; the rows of x are its B operand in shared memory. A code minus its zero is exact,
-// its product with the scale is rounded once to the type of x; sums are fp32.
+// Weight: the fragments of halfbyte/kernels/fragments.py, which are also the register A operand of
+// wgmma; the rows of x are its B operand in shared memory. code - zero is exact, its product with
+// the scale is rounded once to the type of x; sums are fp32.
 //
-// Work: a tile is CHANNELS channels by ROWS rows. The (tile, step of 64 inputs) units, steps within
-// a tile first, are cut into as many equal runs as there are thread blocks. One warp copies codes,
-// scales and x STAGES steps ahead into shared memory; WARPGROUPS warpgroups of TILES * 64 channels
-// each turn codes into numbers while the tensor cores multiply those before. Where a run ends within
-// a tile, its sums go to `partials`, and the warpgroup that arrives last adds all runs' sums in
-// order: the result does not depend on who that is.
+// Work (Stream-K): a tile is CHANNELS channels by ROWS rows. The (tile, step of 64 inputs) units,
+// steps within a tile first, are split into as many equal runs as there are thread blocks. A
+// producer warp copies codes, scales and x STAGES steps ahead into shared memory; WARPGROUPS
+// consumer warpgroups of TILES * 64 channels each decode codes while the tensor cores multiply the
+// previous ones. If a run ends within a tile, its sums go to `partials`, and the last warpgroup to
+// arrive adds the sums of all runs in a fixed order, so the result is deterministic.
 //
-//   ROWS         of a tile: 8, 16, 32, 64, 128 or 256
+//   ROWS         per tile: 8, 16, 32, 64, 128 or 256
 //   TILES, WARPGROUPS, STAGES   as above
-//   BLOCKS       thread blocks that a multiprocessor must have room for
-//   TURNS        1: the two warpgroups begin the products of a step in turns, so that one takes codes
-//                apart while the other's products run; 0: as it comes
-//   CLUSTER      thread blocks side by side that share the rows of x: each copies its part to all
+//   BLOCKS       minimum thread blocks per multiprocessor
+//   TURNS        1: the two warpgroups start the products of a step in turns, so that one decodes
+//                codes while the other's products run; 0: no order
+//   CLUSTER      thread blocks per cluster, which share the rows of x: each copies its part to all
 //   JOINED       thread blocks of a cluster that share a tile, each with a part of its steps: their
-//                sums meet in shared memory, and `partials` is not needed; 1: none
+//                sums are added in shared memory, without `partials`; 1: none
 
 #include "base.cu"
 
 struct RowsArguments {
-  alignas(64) u64 x_map[16];  // a CUtensorMap of x: boxes of 64 inputs by ROWS rows, swizzled
+  alignas(64) u64 x_map[16];  // CUtensorMap of x: boxes of 64 inputs by ROWS rows, swizzled
   Arguments a;
 };
 
@@ -36,23 +36,23 @@ constexpr u32 SCALE_ROW = CHANNELS * SCALE_SIZE;
 constexpr u32 ZERO_ROW = HAS_ZEROS ? CHANNELS : 0;
 constexpr u32 GRID_AT = X_BYTES + CODE_BYTES;
 constexpr u32 STAGE_BYTES = (GRID_AT + GROUPS_IN_STEP * (SCALE_ROW + ZERO_ROW) + 1023) / 1024 * 1024;
-constexpr u32 TURN_BYTES = 512;  // of a warp, where 16 channels by 16 rows are transposed
+constexpr u32 TURN_BYTES = 512;  // per warp, to transpose 16 channels by 16 rows
 constexpr u32 TAIL_BYTES = WARPGROUPS * 4 * TURN_BYTES + 16 * STAGES + 16;
-constexpr u32 SHARED_BYTES = STAGES * STAGE_BYTES + TAIL_BYTES + 1024;  // to begin at a multiple
-// Sixteen inputs at a time are a product; so many products a tile are begun together.
+constexpr u32 SHARED_BYTES = STAGES * STAGE_BYTES + TAIL_BYTES + 1024;  // to start at a multiple
+// A product covers 16 inputs; this many products per tile are started together.
 constexpr u32 TOGETHER = TURNS ? 4 : TILES > 2 ? 1 : 2;
 static_assert(!TURNS || WARPGROUPS == 2, "two take turns");
-constexpr u32 FRAGMENTS = TILES * ROWS / 8;  // float4 of sums of a thread
+constexpr u32 FRAGMENTS = TILES * ROWS / 8;  // float4 of sums per thread
 static_assert(JOINED == 1 || WARPGROUPS * FRAGMENTS * 2048 <= STAGES * STAGE_BYTES,
               "the sums of a tile meet where the slots were");
 
-// Registers that a launch gives a thread, and those that its two kinds of warps need.
+// Registers per thread at launch, and those that the two kinds of warps need.
 constexpr u32 GIVEN = 65536 / BLOCKS / THREADS / 8 * 8;
 constexpr u32 COPY_REGISTERS = 40;
 constexpr u32 SHARE = (GIVEN * THREADS - COPY_REGISTERS * 128) / (WARPGROUPS * 128) / 8 * 8;
 constexpr u32 PRODUCT_REGISTERS = SHARE > 240 ? 240 : SHARE;
 
-// The scale is not of x's type: it is taken as two numbers of that type.
+// If the scale is not of x's type, it is represented as two numbers of that type.
 #define TWO_SCALES (SCALE_KIND != BF16)
 
 #ifndef EMULATED
@@ -81,7 +81,7 @@ DEVICE u32 multiply_add_pair(u32 left, u32 right, u32 sum) {
 extern __shared__ uint4 shared_memory[];
 #endif
 
-// The low number of a pair as a float.
+// Converts the low half of a pair to float.
 DEVICE float widen_low(u32 pair) {
 #if BF16
   return bits_to_float(pair << 16);
@@ -93,7 +93,7 @@ DEVICE float widen_low(u32 pair) {
 struct Scale {
   u32 high;  // twice
 #if TWO_SCALES
-  u32 low;  // what `high` lacks, twice
+  u32 low;  // the remainder of `high`, twice
 #endif
 
   DEVICE void read(const u8* scales, u32 index) {
@@ -116,17 +116,17 @@ struct Scale {
   }
 };
 
-// The work of this thread block: a run of units, in which it has every CLUSTERth block of channels.
+// The work of this thread block: a run of units, with every CLUSTERth block of channels.
 struct Run {
   Walk walk;
   u32 row_tiles, number, rank;
   u32 begin, end;
 };
 
-// One tile's place, and the steps of it that a run has.
+// A tile's position, and its steps in a run.
 struct Part {
-  u32 tile, step, end;  // of the run's units of this tile: the first step, and behind the last
-  u32 block, row;       // of channels; the tile's first
+  u32 tile, step, end;  // first step of the run in this tile, and one past the last
+  u32 block, row;       // of channels; first row of the tile
 
   DEVICE void begin(const Run& run, u32 unit) {
     tile = unit / run.walk.chunks;
@@ -139,9 +139,9 @@ struct Part {
 
 #include "ring.cu"
 
-// ---------------------------------------------------------------- the warp that copies
+// ---------------------------------------------------------------- the producer warp
 
-// The copies of a step of a tile, by one thread.
+// Starts the copies of a step of a tile, from one thread.
 DEVICE void copy_weight(const Arguments& a, Shared to, u32 block, u32 step, Shared barrier) {
   u32 tiles = a.out_features / 16, first = block * (CHANNELS / 16);
   u32 left = tiles > first ? tiles - first : 0;
@@ -164,7 +164,7 @@ DEVICE void copy_weight(const Arguments& a, Shared to, u32 block, u32 step, Shar
 }
 
 DEVICE void copy_all(const RowsArguments& a, const Run& run, Ring ring, u32 lane) {
-  // Weights never change: the first are asked for before the launches that make x are over.
+  // Weights never change, so the first loads start before the launches that compute x end.
   u32 early = run.end - run.begin < STAGES ? run.end - run.begin : STAGES;
   if (lane == 0)
     for (u32 i = 0; i < early; i++) {
@@ -193,9 +193,9 @@ DEVICE void copy_all(const RowsArguments& a, const Run& run, Ring ring, u32 lane
   }
 }
 
-// ---------------------------------------------------------------- the warps that multiply
+// ---------------------------------------------------------------- the consumer warps
 
-// Says to all thread blocks of the cluster that this warp needs a slot no longer.
+// Tells all thread blocks of the cluster that this warp has released a slot.
 DEVICE void give_back(Shared taken, u32 lane) {
 #if CLUSTER > 1
   if (lane < CLUSTER) barrier_arrive_at(taken, lane);
@@ -217,7 +217,7 @@ DEVICE void multiply_all(const Arguments& a, const Run& run, Ring ring, u8* memo
                         warp * 16 + lane / 4;
 #endif
   Sums sums;
-  u32 numbers[2][TOGETHER][TILES][4];  // of the products that run, and of those that are next
+  u32 numbers[2][TOGETHER][TILES][4];  // of the running products, and of the next ones
   u32 steps_left = run.end - run.begin;
   if (TURNS && warpgroup == 1) give_turn(0);
   for (u32 unit = run.begin; unit < run.end;) {
@@ -230,7 +230,7 @@ DEVICE void multiply_all(const Arguments& a, const Run& run, Ring ring, u8* memo
       for (u32 r = 0; r < ROWS / 8; r++)
 #pragma unroll
         for (u32 i = 0; i < 4; i++) sums[t][r][i] = 0.0f;
-    Shared taken = ring.taken();  // of the step before, whose products may still run
+    Shared taken = ring.taken();  // of the previous step, whose products may still run
     for (u32 step = own.step; step < own.end; step++) {
       barrier_wait(ring.filled(), ring.parity);
       Shared x = ring.place();
@@ -242,7 +242,7 @@ DEVICE void multiply_all(const Arguments& a, const Run& run, Ring ring, u8* memo
       u32 zeros[TILES][2];
 #pragma unroll
       for (u32 part = 0; part < 4 / TOGETHER; part++) {
-        // All products but those begun last are over: their registers may be written.
+        // All products except the last group have finished, so their registers may be overwritten.
         wait_for_products<TURNS ? 0 : 1>();
         if (part == (TURNS ? 0 : 1) && step > own.step) give_back(taken, lane);
 #pragma unroll
@@ -338,7 +338,8 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, BLOCKS)
     multiply_all(a.a, run, ring, memory, warpgroup, thread % 128, turn + warpgroup * 4 * TURN_BYTES,
                  last);
   }
-  // None may end while others of its cluster still copy to it, arrive at its barriers or read it.
+  // No thread block may exit while others of its cluster copy to it, arrive at its barriers or read
+  // it.
   __syncwarp();
   if (CLUSTER * JOINED > 1) meet_cluster();
 }

@@ -1,19 +1,19 @@
-// result [rows, out] = x [rows, in] @ weight.T + bias, from packed codes, for few rows of x, on compute
-// capability 9.0 and later.
+// result [rows, out] = x [rows, in] @ weight.T + bias, from packed codes, for few rows of x, on
+// compute capability 9.0 and later.
 //
-// Weight, units and runs: as in multiply.cu. The warps of a thread block have a task each. One copies
-// whole units in bulk, STAGES ahead. WARPS_IN * WARPS_OUT multiply, with as few instructions as they
-// can: at one row it is these that take the time, not the memory. One adds what they found of a block
-// of channels and stores it, while they are at the next.
+// Weight, units and runs: as in multiply.cu. The warps of a thread block are specialized. One
+// copies whole units in bulk, STAGES ahead. WARPS_IN * WARPS_OUT warps multiply with as few
+// instructions as possible, because at one row instructions, not memory, are the bottleneck. One
+// warp adds and stores the sums of a block of channels while the others process the next.
 //
-// With bf16 the OFFSET of a code stays in: out += scale * (sum((OFFSET + code) * x) - (OFFSET + zero) *
-// sum(x)), both sums in fp32, where a product with a tile of ones gives sum(x). With fp16, whose offset
-// is eight times as large, it would cost precision.
+// With bf16 the OFFSET of codes is not subtracted: out += scale * (sum((OFFSET + code) * x) -
+// (OFFSET + zero) * sum(x)), both sums in fp32, where a product with a tile of ones gives sum(x).
+// With fp16, whose offset is eight times as large, it would cost precision.
 //
-//   ROW_TILES    rows of x that fit, in eights
+//   ROW_TILES    maximum rows of x, in units of 8
 //   TILES, WARPS_OUT, WARPS_IN, STAGES, BLOCKS   as in multiply.cu
 //
-// A unit has whole groups of inputs, or is part of one.
+// A unit contains whole groups of inputs, or is part of one.
 
 #define FOLDED (BF16 && BITS <= 4)
 #include "base.cu"
@@ -27,7 +27,7 @@ struct StreamArguments {
   alignas(64) u64 zeros_map[16];
   alignas(64) u64 x_map[16];
   Arguments a;
-  u32 group_rows;  // of scales of a unit
+  u32 group_rows;  // rows of scales per unit
 };
 
 constexpr u32 WARPS = WARPS_OUT * WARPS_IN;
@@ -44,21 +44,21 @@ constexpr u32 ZEROS_AT = SCALES_AT + (MOST_GROUPS * SCALE_ROW + 127) / 128 * 128
 constexpr u32 STAGE_BYTES = (ZEROS_AT + HAS_ZEROS * MOST_GROUPS * ZERO_ROW + 1023) / 1024 * 1024;
 constexpr u32 FRAGMENTS = BLOCK_TILES * ROW_TILES;
 constexpr u32 EXCHANGE_BYTES = WARPS_IN * FRAGMENTS * 512;
-// 1024 more: the slots begin at a multiple of it.
+// 1024 more, because the slots start at a multiple of it.
 constexpr u32 SHARED_BYTES = STAGES * STAGE_BYTES + EXCHANGE_BYTES + 16 * STAGES + 32 + 1024;
 
 #ifndef EMULATED
 #include "barriers.cu"
 
-// Keeps a number in a register: compilers like to work addresses out anew in every step.
+// Keeps a value in a register: compilers tend to recompute addresses in every step.
 DEVICE void keep(u32& number) { asm volatile("" : "+r"(number)); }
 
-// Reads a map before the first copy needs it.
+// Prefetches a map before the first copy needs it.
 DEVICE void prefetch_map(const u64* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// Copies a box of a tensor of three dimensions; zeros where it reaches beyond.
+// Copies a box of a three-dimensional tensor; elements outside the tensor are 0.
 DEVICE void copy_box(Shared to, const u64* map, u32 first, u32 second, u32 third, Shared barrier) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
@@ -72,20 +72,20 @@ extern __shared__ uint4 shared_memory[];
 
 #include "ring.cu"
 
-// What the warps of a thread block share.
+// State shared by the warps of a thread block.
 struct Shop {
   u8* memory;             // slots
   float4* exchange;       // [WARPS_IN, FRAGMENTS, 32]: the sums of a block of channels
   u32* last;
-  Ring ring;              // as it is at first
-  Shared given, taken;    // the exchange is full; it may be written again
+  Ring ring;              // in its initial state
+  Shared given, taken;    // barriers: the exchange is full; it may be overwritten
   Walk walk;
   u32 run, begin, count;  // of units
 };
 
-// ---------------------------------------------------------------- the warp that copies
+// ---------------------------------------------------------------- the producer warp
 
-// The codes, scales and zeros of a unit, by one thread.
+// Starts the copies of a unit's codes, scales and zeros, from one thread.
 DEVICE void copy_weight(const StreamArguments& a, Shared to, u32 block, u32 chunk, Shared barrier) {
   barrier_expect(barrier, WARPS_IN * STEP_BYTES + WARPS_IN * a.a.rows * 128 +
                               a.group_rows * (SCALE_ROW + HAS_ZEROS * ZERO_ROW));
@@ -113,13 +113,13 @@ DEVICE void copy_units(const StreamArguments& a, const Shop& shop, u32 early) {
   }
 }
 
-// ---------------------------------------------------------------- the warps that multiply
+// ---------------------------------------------------------------- the multiplying warps
 
 typedef float Sums[TILES][ROW_TILES][4];
 
 constexpr u32 ONES = 0x3F803F80;  // a pair in bf16
 
-// Where a lane's parts of a step are in a slot.
+// Offsets of a lane's parts of a step in a slot.
 struct Lane {
   u32 codes, scales, zeros;
   u32 x[ROW_TILES][2];  // by halves of 32 inputs
@@ -127,7 +127,7 @@ struct Lane {
   DEVICE Lane(const Arguments& a, u32 warp, u32 lane) {
     u32 warp_in = warp / WARPS_OUT, warp_out = warp % WARPS_OUT;
     u32 channel = warp_out * TILES * 16 + lane / 4;
-    // Groups begin where units do, or a unit lies within one.
+    // Groups start at unit boundaries, or a unit is inside one group.
     u32 group = HALF_GROUPS ? 2 * warp_in : warp_in / a.group_steps;
     codes = CODES_AT + warp_in * STEP_BYTES + warp_out * TILES * TILE_BYTES;
     scales = SCALES_AT + group * SCALE_ROW + channel * SCALE_SIZE;
@@ -137,7 +137,7 @@ struct Lane {
     if (HAS_ZEROS) keep(zeros);
 #pragma unroll
     for (u32 r = 0; r < ROW_TILES; r++) {
-      // Rows that there are not give sums that nobody stores: any other will do.
+      // Sums of missing rows are never stored, so any row will do.
       u32 m = r * 8 + lane % 8, row = warp_in * a.rows + (m < a.rows ? m : 0);
 #pragma unroll
       for (u32 half = 0; half < 2; half++) {
@@ -148,7 +148,7 @@ struct Lane {
   }
 };
 
-// What a warp multiplies in a step.
+// The operands of a warp in a step.
 struct Step {
   alignas(16) u32 words[TILES][BITS];
   u32 x[2][ROW_TILES][4];  // of 32 inputs each
@@ -252,16 +252,16 @@ DEVICE void multiply_units(const Arguments& a, const Shop& shop, u32 warp, u32 l
   }
 }
 
-// ---------------------------------------------------------------- the warp that adds
+// ---------------------------------------------------------------- the adding warp
 
 DEVICE float4 add(float4 left, float4 right) {
   return make_float4(left.x + right.x, left.y + right.y, left.z + right.z, left.w + right.w);
 }
 
-// Adds the sums of all runs of a block in their order, and stores them.
+// Adds the sums of all runs of a block in order, and stores them.
 DEVICE void join_runs(const Arguments& a, const Walk& walk, u32 block, u32 first_run, u32 last_run,
                       u32 lane) {
-  // Of two runs at a time, so many fragments: a read takes as long as a hundred additions.
+  // Fragments of two runs at a time, because a read takes as long as a hundred additions.
   constexpr u32 AT_ONCE = FRAGMENTS < 4 ? FRAGMENTS : 4;
   u32 first_unit = block * walk.chunks;
 #pragma unroll 1
@@ -299,7 +299,7 @@ DEVICE void add_units(const Arguments& a, const Shop& shop, u32 lane) {
   for (u32 unit = shop.begin, hand_overs = 0; unit < end; block++, hand_overs++) {
     u32 first_unit = block * walk.chunks, end_unit = first_unit + walk.chunks;
     bool whole = shop.begin <= first_unit && end_unit <= end;
-    // A run has at most two blocks that are not whole: its first and its last.
+    // A run has at most two incomplete blocks: its first and its last.
     u32 slot = 2 * shop.run + (shop.begin < first_unit);
     barrier_wait(shop.given, hand_overs & 1);
 #pragma unroll 1
@@ -362,7 +362,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     barrier_begin(shop.given, WARPS);
     barrier_begin(shop.taken, 1);
     publish_barriers();
-    // Weights never change: the first are asked for before the launches that make x are over.
+    // Weights never change, so the first loads start before the launches that compute x end.
     for (u32 i = 0; i < early; i++) {
       u32 unit = shop.begin + i;
       copy_weight(a, shop.ring.memory + i * STAGE_BYTES, unit / shop.walk.chunks,
@@ -376,7 +376,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   } else if (warp == WARPS) {
     if (lane == 0) copy_units(a, shop, early);
   } else {
-    wait_for_inputs();  // the results and the counters are an earlier launch's until then
+    wait_for_inputs();  // until then, earlier launches may use the results and the counters
     add_units(a.a, shop, lane);
   }
 }

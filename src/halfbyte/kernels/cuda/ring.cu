@@ -1,7 +1,8 @@
-// Slots of STAGE_BYTES in shared memory that one warp fills and others read, STAGES of them.
+// A ring buffer of STAGES slots of STAGE_BYTES in shared memory, filled by one warp and read by
+// others.
 
 struct Ring {
-  Shared memory, full, empty;  // slots; barriers: a slot is full, a slot may be filled again
+  Shared memory, full, empty;  // slots; barriers: slot full, slot free
   u32 slot, parity, offset;
 
   DEVICE Shared place() const { return memory + offset; }

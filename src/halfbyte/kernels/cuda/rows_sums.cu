@@ -1,6 +1,6 @@
-// What becomes of the sums of a tile in multiply_rows.cu: they are stored, where one run has all steps of
-// the tile; else added up first, through the L2 by the run that arrives last, or in a cluster's shared
-// memory. Always in the order of the runs.
+// Storage of a tile's sums in multiply_rows.cu: directly if one run has all steps of the tile;
+// otherwise after adding the sums of all runs, through L2 by the last run to arrive, or in the
+// shared memory of a cluster. Sums are always added in the order of the runs.
 
 typedef float Sums[TILES][ROWS / 8][4];
 
@@ -24,7 +24,7 @@ DEVICE void store_pair(const Arguments& a, const float (&low)[4], const float (&
   __syncwarp();
 }
 
-// The other eight rows of a pair; where a tile has no more than eight, the same.
+// The other eight rows of a pair; the same rows if a tile has only eight.
 constexpr u32 NEXT = ROWS > 8 ? 1 : 0;
 
 DEVICE void store_sums(const Arguments& a, Sums& sums, const Part& own, u32 warpgroup, u32 warp,
@@ -47,7 +47,7 @@ DEVICE void join_sums(const Arguments& a, Sums& sums, const Part& own, Shared me
   constexpr u32 PAIRS = (ROWS / 8 + 1) / 2;
   u32 lane = thread % 32, warp = thread / 32, rank = blockIdx.x % JOINED;
   u32 first = (warpgroup * FRAGMENTS * 128 + thread) * 16;
-  meet_consumers();  // all products are over, and with them the use of the slots
+  meet_consumers();  // all products have finished, so the slots are free
 #pragma unroll
   for (u32 t = 0; t < TILES; t++)
 #pragma unroll
@@ -85,14 +85,14 @@ DEVICE void join_sums(const Arguments& a, Sums& sums, const Part& own, Shared me
 }
 #endif
 
-// Gives this run's sums of a tile to the runs that have the rest; true: it is the last, and has all.
+// Shares this run's sums of a tile with the other runs; returns true if it is the last and has all.
 DEVICE bool share_sums(const Arguments& a, const Run& run, Sums& sums, u32 tile, u32 warpgroup,
                        u32 thread, u32* last) {
   const Walk& walk = run.walk;
   u32 first_unit = tile * walk.chunks;
   u32 first_run = walk.run_of(first_unit), last_run = walk.run_of(first_unit + walk.chunks - 1);
   if (first_run == last_run) return true;
-  // A run has at most two tiles that are not whole: its first and its last.
+  // A run has at most two incomplete tiles: its first and its last.
   u32 slot = 2 * run.number + (run.begin < first_unit);
   u32 part = run.rank * WARPGROUPS + warpgroup;
   float4* own = a.partials + (u64)(slot * CLUSTER * WARPGROUPS + part) * (FRAGMENTS * 128) + thread;

@@ -1,12 +1,12 @@
-"""OpenAI's interface over HTTP.
+"""OpenAI's HTTP API.
 
 ::
 
-    bytes ──connection.py──> HTTP ──access_control.py──> host and key checked
-          ──app.py──> its handler
-          ──request_body.py──> body within limits, JSON ──request_schemas.py──> checked fields
+    bytes ──connection.py──> HTTP ──access_control.py──> host and API key checked
+          ──app.py──> handler
+          ──request_body.py──> size-limited JSON ──request_schemas.py──> validated fields
           ──gateway.py──> Call ──Router──> events
-    events ──answers.py──> one JSON object, or chunks ──streaming.py──> bytes, until the client goes
+    events ──answers.py──> one JSON object, or chunks ──streaming.py──> bytes
 
-app.py puts it together as well; every refusal leaves by error_responses.py in OpenAI's form.
+app.py builds the application; error_responses.py formats every error as OpenAI does.
 """

@@ -1,7 +1,7 @@
-"""Before anything else: is it addressed to us, and may this client ask?
+"""ASGI middleware that checks the Host header and the API key of every request.
 
-Without keys the server is for this machine alone, so a request must be addressed to this machine by
-name: a page in a browser here could otherwise reach it under a name of its own (DNS rebinding).
+Without API keys the server is meant for this machine only, so the Host header must name this
+machine: otherwise a web page in a local browser could reach the server by DNS rebinding.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from halfbyte.serve.config import is_loopback
 from halfbyte.serve.keys import ApiKeys
 
 
-class Guard:
-    """Lets through what may pass, with the key's name in the request's state."""
+class AccessControl:
+    """Passes on authorized requests, with the key's name in the request's state."""
 
     def __init__(
         self,
@@ -28,13 +28,13 @@ class Guard:
         open_paths: Collection[str],
         hosts: Collection[str],
     ) -> None:
-        """Stand before an app.
+        """Wrap an application.
 
         Args:
-            app: To be guarded.
-            keys: Of those who may ask; none: everybody on this machine.
-            open_paths: What everybody may ask.
-            hosts: Names, beside those of loopback, under which it may be addressed without keys.
+            app: The application to protect.
+            keys: The accepted API keys; if empty, every client on this machine has access.
+            open_paths: Paths that need no key.
+            hosts: Allowed Host names, besides loopback ones, of a server without keys.
         """
         self._app = app
         self._keys = keys
@@ -42,7 +42,7 @@ class Guard:
         self._hosts = frozenset(host.lower() for host in hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Look at a connection."""
+        """Check a request and pass it on, or answer with an error."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
@@ -51,14 +51,15 @@ class Guard:
             return
         headers = Headers(scope=scope)
         try:
-            name = self._admit(scope["path"], headers)
+            name = self._authorize(scope["path"], headers)
         except ServeError as error:
             await error_response(error)(scope, receive, send)
             return
         scope.setdefault("state", {})["key"] = name
         await self._app(scope, receive, send)
 
-    def _admit(self, path: str, headers: Headers) -> str:
+    def _authorize(self, path: str, headers: Headers) -> str:
+        """Return the name of the request's key, empty if none is needed."""
         if not self._keys:
             self._check_host(headers.get("host", ""))
             return ""
@@ -79,8 +80,8 @@ class Guard:
         name = name.strip("[]").lower()
         if not (is_loopback(name) or name in self._hosts):
             raise ServeError(
-                f"This server has no API keys and answers only to names of this machine, not to "
-                f"'{name[:80]}'. Start it with --api-key, or with --allowed-host.",
+                "This server has no API keys, so it accepts only requests addressed to this "
+                f"machine, not to '{name[:80]}'. Start it with --api-key or --allowed-host.",
                 status=421,
                 code="wrong_host",
             )

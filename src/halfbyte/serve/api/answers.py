@@ -1,4 +1,4 @@
-"""Events as OpenAI's JSON: one object for a whole answer, or a chunk for each piece."""
+"""Format events as OpenAI's JSON: one object for a complete answer, or a chunk per event."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _OBJECTS: dict[tuple[Kind, bool], str] = {
 }
 _Utf8 = codecs.getincrementaldecoder("utf-8")
 _TEXT = "\0"
-"""In place of a text; in no model's name."""
-LEAST_LOGPROB = -9999.0
-"""In place of minus infinity, which JSON does not know; OpenAI's."""
+"""Placeholder for a chunk's text; occurs in no model's name."""
+MIN_LOGPROB = -9999.0
+"""OpenAI's value for minus infinity, which JSON cannot represent."""
 
 
 @dataclass(slots=True)
 class Choice:
-    """One choice, gathered."""
+    """One complete choice."""
 
     pieces: list[str] = field(default_factory=list)
     refusal: str = ""
@@ -50,29 +50,29 @@ class Choice:
 
     @property
     def text(self) -> str:
-        """All of it."""
+        """The choice's text."""
         return "".join(self.pieces)
 
 
-async def gather(
-    events: AsyncIterator[Event], note: Callable[[Event], None] = lambda event: None
+async def collect_answer(
+    events: AsyncIterator[Event], on_event: Callable[[Event], None] = lambda event: None
 ) -> tuple[dict[int, Choice], Usage]:
-    """Wait for a whole answer.
+    """Collect the events of a complete answer.
 
     Args:
-        events: Of one call.
-        note: Told of each.
+        events: The events of one call.
+        on_event: Called with each event.
 
     Returns:
-        Its choices by index, and what it took.
+        The choices by index, and the token counts.
 
     Raises:
-        ServeError: 502: the answer broke off.
+        ServeError: 502 if the answer is incomplete.
     """
     choices: dict[int, Choice] = {}
     usage: Usage | None = None
     async for event in events:
-        note(event)
+        on_event(event)
         if isinstance(event, Usage):
             usage = event
             continue
@@ -88,7 +88,7 @@ async def gather(
             choice.logprobs = (choice.logprobs or []) + list(event.logprobs)
     if usage is None or not all(choice.finish for choice in choices.values()):
         raise ServeError(
-            "The answer broke off before its end.",
+            "The backend's answer ended before it was complete. Try again.",
             status=502,
             kind="server_error",
             code="incomplete_answer",
@@ -96,81 +96,82 @@ async def gather(
     return choices, usage
 
 
-class AnswerForm:
-    """The JSON of one call's answer."""
+class AnswerFormatter:
+    """Formats the answer of one call as JSON."""
 
     def __init__(self, call: Call, model: str) -> None:
-        """Start.
+        """Prepare the fields that all chunks share.
 
         Args:
-            call: That is answered.
-            model: The name that is told.
+            call: The answered call.
+            model: The model name to report.
         """
         self._call = call
         self._is_chat = call.kind == "chat"
         self._head = {"id": call.id, "created": int(time.time()), "model": model}
+        # Choices of a chat whose first chunk, with the role, was sent.
         self._opened: set[int] = set()
         opening = {
             **self._head,
             "object": _OBJECTS[call.kind, True],
             "system_fingerprint": FINGERPRINT,
         }
-        # What all chunks of a stream begin with is written once.
+        # The beginning of every chunk, encoded once.
         self._chunk_start = f"{write_json(opening)[:-1]},"
-        # Of each choice: what stands before and after the text of a piece that is text alone.
-        self._around: dict[int, tuple[bytes, bytes]] = {}
-        # Of each completion's choice: characters so far, from which token offsets count.
+        # Per choice: the encoded bytes before and after the text of a text-only chunk.
+        self._text_frames: dict[int, tuple[bytes, bytes]] = {}
+        # Per choice of a completion: characters so far, for text_offset.
         self._lengths: dict[int, int] = {}
         self._decoders: dict[int, codecs.IncrementalDecoder] = {}
         options = call.body.get("stream_options") or {}
         self.with_usage = bool(options.get("include_usage"))
 
-    def whole(self, choices: dict[int, Choice], usage: Usage) -> dict[str, Any]:
-        """Give the whole answer.
+    def format_answer(self, choices: dict[int, Choice], usage: Usage) -> dict[str, Any]:
+        """Format a complete answer.
 
         Args:
-            choices: By index.
-            usage: What it took.
+            choices: The choices by index.
+            usage: The token counts.
 
         Returns:
-            The body.
+            The response body.
         """
-        tell = self._whole_chat if self._is_chat else self._whole_completion
+        format_choice = self._chat_choice if self._is_chat else self._completion_choice
         body = {
             **self._head,
             "object": _OBJECTS[self._call.kind, False],
             "system_fingerprint": FINGERPRINT,
-            "choices": [tell(index, choice) for index, choice in sorted(choices.items())],
+            "choices": [format_choice(index, choice) for index, choice in sorted(choices.items())],
         }
-        return body | {"usage": tell_usage(usage)} if usage.is_told else body
+        return body | {"usage": format_usage(usage)} if usage.is_reported else body
 
-    def chunks(self, event: Event) -> list[bytes]:
-        """Give what a client is sent for an event.
+    def format_chunks(self, event: Event) -> list[bytes]:
+        """Format an event as chunks of a stream.
 
         Args:
-            event: The next one.
+            event: The next event.
 
         Returns:
-            Chunks as server-sent events; none for usage that was not asked for, or not told.
+            Chunks as server-sent events; none for usage that was not requested or not reported.
         """
         if isinstance(event, Usage):
-            tells = self.with_usage and event.is_told
-            return [self._chunk([], tell_usage(event))] if tells else []
-        if type(event) is Delta and self._is_plain(event):
-            return [self._plain_chunk(event)]
-        so_far = None
+            is_sent = self.with_usage and event.is_reported
+            return [self._chunk([], format_usage(event))] if is_sent else []
+        if type(event) is Delta and self._is_text_only(event):
+            return [self._text_chunk(event)]
+        usage = None
         if self.with_usage and isinstance(event, Delta) and event.usage is not None:
-            so_far = tell_usage(event.usage)
+            usage = format_usage(event.usage)
         if not self._is_chat:
-            return [self._chunk([self._completion_piece(event)], so_far)]
-        found = []
+            return [self._chunk([self._completion_chunk(event)], usage)]
+        chunks = []
         if event.choice not in self._opened:
             self._opened.add(event.choice)
             opening = {"role": "assistant", "content": "", "refusal": None}
-            found.append(self._chunk([_chat_piece(event.choice, opening)]))
+            chunks.append(self._chunk([_chat_chunk(event.choice, opening)]))
         if isinstance(event, Finish):
-            found.append(self._chunk([_chat_piece(event.choice, {}, finish=event.reason)]))
-            return found
+            chunks.append(self._chunk([_chat_chunk(event.choice, {}, finish=event.reason)]))
+            return chunks
         delta: dict[str, Any] = {}
         if event.reasoning:
             delta["reasoning_content"] = event.reasoning
@@ -180,28 +181,28 @@ class AnswerForm:
             delta["content"] = event.text
         if event.tool_calls:
             delta["tool_calls"] = [
-                {"index": call.index, **_tell_call(call)} for call in event.tool_calls
+                {"index": call.index, **_format_call(call)} for call in event.tool_calls
             ]
-        found.append(self._chunk([_chat_piece(event.choice, delta, event.logprobs)], so_far))
-        return found
+        chunks.append(self._chunk([_chat_chunk(event.choice, delta, event.logprobs)], usage))
+        return chunks
 
-    def _is_plain(self, event: Delta) -> bool:
-        is_more = event.tool_calls or event.refusal or event.reasoning
-        is_text = event.logprobs is None and not is_more and not self.with_usage
+    def _is_text_only(self, event: Delta) -> bool:
+        has_more = event.tool_calls or event.refusal or event.reasoning
+        is_text = event.logprobs is None and not has_more and not self.with_usage
         return is_text and (event.choice in self._opened or not self._is_chat)
 
-    def _plain_chunk(self, event: Delta) -> bytes:
-        """Write a piece that differs from the one before in its text only."""
-        around = self._around.get(event.choice)
-        if around is None:
-            piece = (
-                _chat_piece(event.choice, {"content": _TEXT})
+    def _text_chunk(self, event: Delta) -> bytes:
+        """Format a chunk that differs from its choice's other text-only chunks in the text only."""
+        frame = self._text_frames.get(event.choice)
+        if frame is None:
+            chunk = (
+                _chat_chunk(event.choice, {"content": _TEXT})
                 if self._is_chat
-                else self._completion_piece(replace(event, text=_TEXT))
+                else self._completion_chunk(replace(event, text=_TEXT))
             )
-            before, _, after = self._chunk([piece]).partition(write_json(_TEXT).encode())
-            around = self._around[event.choice] = (before, after)
-        return write_json(event.text).encode("utf-8", "replace").join(around)
+            before, _, after = self._chunk([chunk]).partition(write_json(_TEXT).encode())
+            frame = self._text_frames[event.choice] = (before, after)
+        return write_json(event.text).encode("utf-8", "replace").join(frame)
 
     def _chunk(self, choices: list[Any], usage: dict[str, Any] | None = None) -> bytes:
         rest: dict[str, Any] = {"choices": choices}
@@ -209,7 +210,7 @@ class AnswerForm:
             rest["usage"] = usage
         return write_event(self._chunk_start + write_json(rest)[1:])
 
-    def _whole_chat(self, index: int, choice: Choice) -> dict[str, Any]:
+    def _chat_choice(self, index: int, choice: Choice) -> dict[str, Any]:
         content = choice.text
         message: dict[str, Any] = {
             "role": "assistant",
@@ -220,7 +221,7 @@ class AnswerForm:
         if reasoning := "".join(choice.reasoning):
             message["reasoning_content"] = reasoning
         if choice.calls:
-            message["tool_calls"] = [_tell_call(call) for call in choice.calls]
+            message["tool_calls"] = [_format_call(call) for call in choice.calls]
         return {
             "index": index,
             "message": message,
@@ -228,7 +229,7 @@ class AnswerForm:
             "finish_reason": choice.finish,
         }
 
-    def _whole_completion(self, index: int, choice: Choice) -> dict[str, Any]:
+    def _completion_choice(self, index: int, choice: Choice) -> dict[str, Any]:
         return {
             "index": index,
             "text": choice.text,
@@ -236,7 +237,7 @@ class AnswerForm:
             "finish_reason": _completion_finish(choice.finish),
         }
 
-    def _completion_piece(self, event: Delta | Finish) -> dict[str, Any]:
+    def _completion_chunk(self, event: Delta | Finish) -> dict[str, Any]:
         if isinstance(event, Finish):
             return {
                 "index": event.choice,
@@ -260,24 +261,24 @@ class AnswerForm:
         offsets = []
         for token in tokens:
             offsets.append(self._lengths.get(index, 0))
-            self._lengths[index] = offsets[-1] + self._measure(index, token)
+            self._lengths[index] = offsets[-1] + self._count_characters(index, token)
         return {
             "tokens": [token.token for token in tokens],
-            "token_logprobs": [_number(token.logprob) for token in tokens],
-            "top_logprobs": [_top_of(token) for token in tokens],
+            "token_logprobs": [_format_logprob(token.logprob) for token in tokens],
+            "top_logprobs": [_format_top(token) for token in tokens],
             "text_offset": offsets,
         }
 
-    def _measure(self, index: int, token: TokenLogprob) -> int:
-        """Count the characters that a token ends: it may be a part of one, spelled with escapes."""
+    def _count_characters(self, index: int, token: TokenLogprob) -> int:
+        """Count the characters that a token completes; it may end within a character."""
         if token.bytes is None:
             return len(token.token)
         decoder = self._decoders.setdefault(index, _Utf8("replace"))
         return len(decoder.decode(bytes(token.bytes)))
 
 
-def tell_usage(usage: Usage) -> dict[str, Any]:
-    """Write what an answer took."""
+def format_usage(usage: Usage) -> dict[str, Any]:
+    """Format token counts as OpenAI does."""
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
@@ -292,7 +293,7 @@ def tell_usage(usage: Usage) -> dict[str, Any]:
     }
 
 
-def _chat_piece(
+def _chat_chunk(
     index: int,
     delta: dict[str, Any],
     logprobs: Iterable[TokenLogprob] | None = None,
@@ -310,35 +311,35 @@ def _chat_logprobs(logprobs: Iterable[TokenLogprob] | None) -> dict[str, Any] | 
     if logprobs is None:
         return None
     content = [
-        {**_tell_token(token), "top_logprobs": [_tell_token(other) for other in token.top]}
+        {**_format_token(token), "top_logprobs": [_format_token(other) for other in token.top]}
         for token in logprobs
     ]
     return {"content": content, "refusal": None}
 
 
-def _tell_token(token: TokenLogprob) -> dict[str, Any]:
+def _format_token(token: TokenLogprob) -> dict[str, Any]:
     return {
         "token": token.token,
-        "logprob": _number(token.logprob),
+        "logprob": _format_logprob(token.logprob),
         "bytes": None if token.bytes is None else list(token.bytes),
     }
 
 
-def _top_of(token: TokenLogprob) -> dict[str, float | None] | None:
-    """Give the likeliest and the token itself, as OpenAI does; none where nothing came before."""
+def _format_top(token: TokenLogprob) -> dict[str, float | None] | None:
+    """Format the top tokens and the token itself, as OpenAI does; None for the first token."""
     if math.isnan(token.logprob):
         return None
-    top = {other.token: _number(other.logprob) for other in reversed(token.top)}
-    top.setdefault(token.token, _number(token.logprob))
+    top = {other.token: _format_logprob(other.logprob) for other in reversed(token.top)}
+    top.setdefault(token.token, _format_logprob(token.logprob))
     return top
 
 
-def _number(logprob: float) -> float | None:
-    # Neither what is no number nor what is without end is JSON.
-    return max(logprob, LEAST_LOGPROB) if logprob < math.inf else None
+def _format_logprob(logprob: float) -> float | None:
+    # JSON has neither NaN nor infinities; NaN compares as false.
+    return max(logprob, MIN_LOGPROB) if logprob < math.inf else None
 
 
-def _tell_call(call: ToolCall) -> dict[str, Any]:
+def _format_call(call: ToolCall) -> dict[str, Any]:
     return {
         "id": call.id,
         "type": "function",
@@ -347,5 +348,5 @@ def _tell_call(call: ToolCall) -> dict[str, Any]:
 
 
 def _completion_finish(reason: str) -> str:
-    """Completions know no tools."""
+    """Map the finish reason: completions have no tool calls."""
     return "stop" if reason == "tool_calls" else reason

@@ -1,4 +1,4 @@
-"""Refusals in OpenAI's form: ``{"error": {"message", "type", "param", "code"}}``."""
+"""Errors in OpenAI's format: ``{"error": {"message", "type", "param", "code"}}``."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from starlette.responses import JSONResponse
 
 from halfbyte.errors import ServeError
 
-MOST_SHOWN = 60
-"""Characters of a wrong value that a message repeats."""
+MAX_SHOWN_CHARACTERS = 60
+"""Length of an invalid value in an error message."""
 
 _CODES = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
 
 
 def error_body(error: ServeError) -> dict[str, Any]:
-    """Write an error as OpenAI's clients read it.
+    """Format an error as OpenAI does.
 
     Args:
-        error: Any.
+        error: The error.
 
     Returns:
-        The body; the same goes into a stream that has begun.
+        The response body, which is also sent as an event of a stream that has already begun.
     """
     return {
         "error": {
@@ -37,14 +37,14 @@ def error_body(error: ServeError) -> dict[str, Any]:
 
 
 def error_response(error: ServeError, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """Answer with an error.
+    """Make the response for an error.
 
     Args:
-        error: Any.
-        headers: To send along.
+        error: The error.
+        headers: Additional response headers.
 
     Returns:
-        The answer.
+        The response.
     """
     sent = dict(headers or {})
     if error.retry_after is not None:
@@ -52,33 +52,33 @@ def error_response(error: ServeError, headers: Mapping[str, str] | None = None) 
     if error.status == 401:
         sent["WWW-Authenticate"] = "Bearer"
     if error.status in (408, 413):
-        # The rest of the body is not waited for.
+        # The rest of the body is not read.
         sent["Connection"] = "close"
     return JSONResponse(error_body(error), status_code=error.status, headers=sent)
 
 
 def internal_error() -> ServeError:
-    """Build the error that tells nothing of what happened inside; the log does."""
+    """Make an error that reveals no internals; those are in the log."""
     return ServeError(
-        "The server failed at this request. Its log says why.",
+        "Internal server error. See the server's log for the cause.",
         status=500,
         kind="server_error",
         code="internal_error",
     )
 
 
-def explain(error: ValidationError, body: Any) -> ServeError:
-    """Say which field is wrong, what it holds and what it may hold.
+def describe_validation_error(error: ValidationError, body: Any) -> ServeError:
+    """Describe which field is invalid, its value and the allowed values.
 
     Args:
-        error: Of a body.
-        body: As it was sent.
+        error: Pydantic's error.
+        body: The request body as sent.
 
     Returns:
-        The refusal.
+        The error to send.
     """
-    found = [(_real_path(entry["loc"], body, entry["type"]), entry) for entry in error.errors()]
-    # Of the alternatives of a field, the one that got deepest is the one that was meant.
+    found = [(_field_path(entry["loc"], body, entry["type"]), entry) for entry in error.errors()]
+    # Of a union's alternatives, the one whose error is deepest is the one that was meant.
     path, first = max(found, key=lambda item: len(item[0]))
     same = [entry for other, entry in found if other == path]
     param = ".".join(map(str, path)) or None
@@ -87,11 +87,11 @@ def explain(error: ValidationError, body: Any) -> ServeError:
     if code is None:
         code = "invalid_type" if kind.endswith("_type") else "invalid_value"
     if kind == "extra_forbidden":
-        message = f"Unrecognized request argument: '{param}'. Leave it out."
+        message = f"Unrecognized request argument: '{param}'. Remove it."
     elif kind == "missing":
-        message = f"'{param}' is missing; it is required."
+        message = f"The required field '{param}' is missing."
     elif param is None:
-        message = f"The request is wrong: {_reason(first)}."
+        message = f"The request is invalid: {_reason(first)}."
     else:
         reasons = "; or: ".join(dict.fromkeys(_reason(entry) for entry in same))
         message = f"'{param}' is {_show(first['input'])}. {reasons}."
@@ -102,26 +102,26 @@ def _reason(entry: Mapping[str, Any]) -> str:
     return str(entry["msg"]).removeprefix("Value error, ")
 
 
-def _real_path(location: Sequence[Any], body: Any, kind: str) -> tuple[Any, ...]:
-    """Leave out of a location what pydantic adds: the names of a union's alternatives."""
+def _field_path(location: Sequence[Any], body: Any, kind: str) -> tuple[Any, ...]:
+    """Remove the tags of union alternatives, which pydantic adds, from a location."""
     path: list[Any] = []
-    here = body
-    for place, step in enumerate(location):
-        last = place == len(location) - 1
-        if _has(here, step):
-            here = here[step]
-        elif not (last and kind == "missing"):
+    value = body
+    for position, step in enumerate(location):
+        is_last = position == len(location) - 1
+        if _contains(value, step):
+            value = value[step]
+        elif not (is_last and kind == "missing"):
             continue
         path.append(step)
     return tuple(path)
 
 
-def _has(here: Any, step: Any) -> bool:
-    if isinstance(here, dict):
-        return step in here
-    return isinstance(here, list) and isinstance(step, int) and step < len(here)
+def _contains(value: Any, step: Any) -> bool:
+    if isinstance(value, dict):
+        return step in value
+    return isinstance(value, list) and isinstance(step, int) and step < len(value)
 
 
 def _show(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= MOST_SHOWN else text[:MOST_SHOWN] + "…"
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else text[:MAX_SHOWN_CHARACTERS] + "…"

@@ -1,4 +1,4 @@
-"""What the interface stands on, and a request's way through it."""
+"""The gateway: turns a validated request into a call, routes it and sends the answer."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from starlette.routing import BaseRoute
 from starlette.types import ASGIApp
 
 from halfbyte.errors import ServeError
-from halfbyte.serve.api.answers import AnswerForm, gather
+from halfbyte.serve.api.answers import AnswerFormatter, collect_answer
 from halfbyte.serve.api.error_responses import error_body, internal_error
 from halfbyte.serve.api.streaming import (
-    ClientLeft,
+    CancelOnDisconnect,
+    ClientDisconnected,
     EventStream,
-    WhileConnected,
     write_event,
     write_json,
 )
@@ -35,66 +35,66 @@ from halfbyte.serve.time_limit import TimeLimit
 
 logger = logging.getLogger(__name__)
 
-CLIENT_LEFT = 499
-"""Status in the log of a request whose client did not wait; nobody reads it."""
+CLIENT_CLOSED_REQUEST = 499
+"""Status of a request whose client has disconnected; it only appears in logs."""
 CHARACTERS_PER_TOKEN = 4
-"""Of a prompt whose tokens nobody has told."""
+"""Estimate for prompts whose number of tokens is not known."""
 GRACE_SECONDS = 5.0
-"""After a deadline, for a backend to notice it by itself."""
+"""Time after a deadline in which a backend should notice it by itself."""
 _PREFIXES: dict[Kind, str] = {"chat": "chatcmpl", "completion": "cmpl"}
 
 
 class Router(Protocol):
-    """Chooses who answers a call."""
+    """Selects the backend that answers a call."""
 
     def stream(self, call: Call, served: Served) -> AsyncGenerator[Event, None]:
-        """Answer, within the call's time; `served` is filled in before the first event."""
+        """Answer before the call's deadline; fills in `served` before the first event."""
 
 
 class AdapterControl(Protocol):
-    """Loads and unloads adapters by their names."""
+    """Loads and unloads adapters by name."""
 
     async def load(self, name: str) -> None:
-        """Make one servable."""
+        """Load an adapter."""
 
     async def unload(self, name: str) -> None:
-        """Take one away."""
+        """Unload an adapter."""
 
 
 class DirectRouter:
-    """Always the one backend."""
+    """Sends every call to the same backend."""
 
     def __init__(self, backend: Backend) -> None:
-        """Take it."""
+        """Set the backend."""
         self._backend = backend
 
     async def stream(self, call: Call, served: Served) -> AsyncGenerator[Event, None]:
         """Pass the call on.
 
         Args:
-            call: What is asked.
+            call: The call.
             served: Filled in before the first event.
 
         Yields:
             The backend's events.
 
         Raises:
-            ServeError: The backend failed, or goes on long after the deadline.
+            ServeError: The backend failed, or did not stop at the deadline.
         """
         served.backend, served.model = self._backend.name, str(call.body.get("model", ""))
         left = call.seconds_left
         loop = asyncio.get_running_loop()
-        late = None if left is None else loop.time() + left + GRACE_SECONDS
+        deadline = None if left is None else loop.time() + left + GRACE_SECONDS
         limit = TimeLimit()
         async with aclosing(self._backend.stream(call)) as events:
             try:
                 while True:
-                    yield await limit.wait(anext(events), late)
+                    yield await limit.wait(anext(events), deadline)
             except StopAsyncIteration:
                 return
             except TimeoutError as error:
                 raise ServeError(
-                    "The answer was not done in the time that it may take. Ask for fewer tokens or "
+                    "The answer was not complete before its deadline. Request fewer tokens or "
                     "allow more time.",
                     status=408,
                     kind="timeout_error",
@@ -106,111 +106,115 @@ class DirectRouter:
 
 @dataclass(kw_only=True)
 class Gateway:
-    """What the interface is made of."""
+    """Answers chats and completions, within the server's limits."""
 
     backend: Backend
-    """That is asked first, and closed in the end."""
+    """The primary backend, closed at shutdown."""
     config: ServeConfig
     keys: ApiKeys = field(default_factory=ApiKeys)
     router: Router | None = None
-    """None: the backend itself."""
+    """None sends every call to the primary backend."""
     primary: Callable[[], Backend] | None = None
-    """Gives the backend that has taken its place since; None: none does."""
+    """Returns the backend that currently replaces `backend`; None if it is never replaced."""
     adapters: AdapterControl | None = None
     metrics: Callable[[], str | bytes] | None = None
-    """Gives Prometheus' text form."""
-    refused: Callable[[str], None] = lambda limit: None
-    """Told of every request that is over a limit, before any model sees it."""
+    """Returns the metrics in Prometheus' text format."""
+    on_rejection: Callable[[str], None] = lambda limit: None
+    """Called with the name of the limit for every request that exceeds one."""
     routes: Sequence[BaseRoute] = ()
-    """More pages, such as a dashboard."""
+    """Additional pages, such as a dashboard."""
     open_paths: Sequence[str] = ()
-    """Of those pages the ones that need no key."""
+    """Paths of those pages that need no key."""
     draining: bool = False
-    """New requests are refused, running ones finish."""
+    """Whether new requests are rejected while running ones finish."""
 
     def __post_init__(self) -> None:
         self.limits = Limits(
-            most=self.config.most_requests,
-            most_per_key=self.config.key_requests,
+            max_requests=self.config.most_requests,
+            max_requests_per_key=self.config.key_requests,
             tokens_per_minute=self.config.key_tokens,
-            refused=self.refused,
+            on_rejection=self.on_rejection,
         )
         self.started = int(time.time())
 
     @property
     def models(self) -> tuple[str, ...]:
-        """Names that clients may ask for; a replaced model goes on to be known by its own."""
+        """Model names that clients may use; a replaced model keeps its name."""
         return tuple(dict.fromkeys((*self.backend.models[:1], *self.current.models)))
 
     @property
     def current(self) -> Backend:
-        """The model that is asked first now, itself: after a swap or a promotion another one."""
+        """The primary backend now, which a swap or a promotion may have replaced."""
         return self.backend if self.primary is None else self.primary()
 
     @property
     def text_tools(self) -> TextTools | None:
-        """Tells texts in that model's token ids; None where it cannot."""
+        """The current backend if it answers /tokenize and /detokenize; else None."""
         current = self.current
         return current if isinstance(current, TextTools) else None
 
     async def is_ready(self) -> bool:
-        """Tell whether new requests would be answered."""
+        """Return whether new requests would be answered."""
         return not self.draining and await self.current.is_ready()
 
     async def answer(self, request: Request, kind: Kind, body: Mapping[str, Any]) -> ASGIApp:
         """Answer a chat or a completion.
 
         Args:
-            request: Whose body has been read.
-            kind: Which.
-            body: Checked.
+            request: The HTTP request; its body has been read.
+            kind: Whether it is a chat or a completion.
+            body: The validated body.
 
         Returns:
-            JSON, a stream, or an error.
+            A JSON response or a stream.
         """
         call = self._make_call(request, kind, body)
         served = Served()
         self._check(call)
-        form = AnswerForm(call, str(body["model"]))
+        formatter = AnswerFormatter(call, str(body["model"]))
         router = self.router or DirectRouter(self.backend)
         try:
             async with AsyncExitStack() as stack:
                 prompt = count_characters(body) // CHARACTERS_PER_TOKEN
                 tally = stack.enter_context(self.limits.enter(call.key, prompt=prompt))
                 events = await stack.enter_async_context(aclosing(router.stream(call, served)))
-                await stack.enter_async_context(WhileConnected(request.receive))
+                await stack.enter_async_context(CancelOnDisconnect(request.receive))
                 if not body.get("stream"):
-                    choices, usage = await gather(events, tally.note)
-                    told = form.whole(choices, usage)
-                    return JSONResponse(told, headers=self._headers(call, served))
-                # Until the first event an error can still be told by its status.
+                    choices, usage = await collect_answer(events, tally.note)
+                    answer = formatter.format_answer(choices, usage)
+                    return JSONResponse(answer, headers=self._headers(call, served))
+                # An error before the first event can still be reported by the HTTP status.
                 first = await anext(events)
-                pieces = self._tell_events(form, tally, first, events)
+                pieces = self._write_events(formatter, tally, first, events)
                 await stack.enter_async_context(aclosing(pieces))
                 return EventStream(pieces, self._headers(call, served), stack.pop_all())
-        except ClientLeft:
-            return Response(status_code=CLIENT_LEFT)
+        except ClientDisconnected:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
 
-    async def _tell_events(
-        self, form: AnswerForm, tally: Tally, first: Event, events: AsyncGenerator[Event, None]
+    async def _write_events(
+        self,
+        formatter: AnswerFormatter,
+        tally: Tally,
+        first: Event,
+        events: AsyncGenerator[Event, None],
     ) -> AsyncGenerator[bytes, None]:
-        """Write a stream; an error within it is its last event.
+        """Write a stream; an error after its start becomes its last event.
 
-        What no token follows goes out in one piece with the end: every piece costs a system call,
-        and wakes the client. Usage is the end: whoever watches the answer looks at it when the
-        client has it.
+        Everything after the last token is sent as one piece, because each piece costs a system call
+        and wakes the client. Usage completes the piece: the router runs its monitors when the next
+        event is requested, which is after the client has received the answer.
         """
         parts: list[bytes] = []
         event: Event | None = first
         try:
             while event is not None:
                 tally.note(event)
-                parts += form.chunks(event)
-                goes_out = type(event) is Delta and not event.is_last
+                parts += formatter.format_chunks(event)
+                is_complete = type(event) is Delta and not event.is_last
                 if type(event) is Usage:
                     parts.append(write_event("[DONE]"))
-                    goes_out = True
-                if goes_out:
+                    is_complete = True
+                if is_complete:
                     yield b"".join(parts)
                     parts.clear()
                 event = await anext(events, None)
@@ -235,16 +239,16 @@ class Gateway:
         )
 
     def _read_seconds(self, request: Request) -> float:
-        """Give the time for an answer: the server's, or the client's where it is shorter."""
-        asked = request.headers.get("x-halfbyte-timeout")
+        """Return the timeout: the server's, or the client's if that is shorter."""
+        timeout = request.headers.get("x-halfbyte-timeout")
         try:
-            seconds = self.config.request_seconds if asked is None else float(asked)
+            seconds = self.config.request_seconds if timeout is None else float(timeout)
         except ValueError:
             seconds = -1.0
         if not 0 < seconds < float("inf"):
             raise ServeError(
-                f"The header X-Halfbyte-Timeout is '{str(asked)[:40]}'; it must be seconds above "
-                "0.",
+                f"The header X-Halfbyte-Timeout is '{str(timeout)[:40]}'; it must be a number of "
+                "seconds above 0.",
                 code="invalid_value",
             )
         return min(seconds, self.config.request_seconds)
@@ -252,7 +256,7 @@ class Gateway:
     def _check(self, call: Call) -> None:
         if self.draining:
             raise ServeError(
-                "The server is being stopped and takes no new requests.",
+                "The server is shutting down and accepts no new requests.",
                 status=503,
                 kind="server_error",
                 code="shutting_down",
@@ -260,20 +264,20 @@ class Gateway:
             )
         model = call.body["model"]
         models = self.models
-        # Another server that nobody has reached yet has told none: only asking it changes that.
+        # The models of an upstream server are unknown until it was first reached.
         if models and model not in models:
             raise ServeError(
-                f"The model '{str(model)[:80]}' does not exist here. There is: "
+                f"The model '{str(model)[:80]}' does not exist on this server. Available: "
                 f"{', '.join(models[:20])}.",
                 status=404,
                 code="model_not_found",
                 param="model",
             )
         param, wanted = read_limit(call)
-        most = self.config.most_tokens
-        if most is not None and wanted is not None and wanted > most:
+        max_tokens = self.config.most_tokens
+        if max_tokens is not None and wanted is not None and wanted > max_tokens:
             raise ServeError(
-                f"{param} is {wanted}; this server gives {most} at most.",
+                f"{param} is {wanted}; this server allows at most {max_tokens}.",
                 code="invalid_value",
                 param=param,
             )
@@ -281,23 +285,23 @@ class Gateway:
         if choices > self.config.most_choices:
             prompts = choices // call.body.get("n", 1)
             raise ServeError(
-                f"The request asks for {choices} choices ({prompts} prompts); "
-                f"{self.config.most_choices} are allowed.",
+                f"The request asks for {choices} choices ({prompts} prompts); this server allows "
+                f"at most {self.config.most_choices}.",
                 code="invalid_value",
                 param="n" if prompts == 1 else "prompt",
             )
 
     def _headers(self, call: Call, served: Served) -> dict[str, str]:
-        told = {
+        headers = {
             "X-Request-Id": call.id,
             "X-Halfbyte-Model": served.model,
             "X-Halfbyte-Backend": served.backend,
             "X-Halfbyte-Reason": served.reason,
             "X-Halfbyte-Version": served.version,
         }
-        return {name: _header_text(value) for name, value in told.items() if value}
+        return {name: _sanitize_header(value) for name, value in headers.items() if value}
 
 
-def _header_text(value: str) -> str:
-    """Leave what a header can hold."""
+def _sanitize_header(value: str) -> str:
+    """Replace characters that a header cannot contain, and truncate to 200 characters."""
     return "".join(c if c.isascii() and c.isprintable() else "?" for c in value)[:200]

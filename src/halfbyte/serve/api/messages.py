@@ -1,4 +1,4 @@
-"""What a conversation may hold, in OpenAI's form."""
+"""Pydantic schemas of chat messages, in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Object = dict[str, Any]
 
 
 class Body(BaseModel):
-    """Strict: no conversions, no unknown fields, no infinities."""
+    """Strict base model: no type conversions, no unknown fields, no infinities."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
@@ -19,20 +19,20 @@ class Body(BaseModel):
 
 
 def choose_by(field: str, tags: Mapping[str, str]) -> Discriminator:
-    """Choose an alternative by a field's value.
+    """Select an alternative of a union by a field's value.
 
     Args:
-        field: That tells.
-        tags: Its values -> tags of the alternatives. A tag gets into the path of an error, so it is
-            one that no field is called.
+        field: The field that decides.
+        tags: Maps its values to the tags of the alternatives. A tag becomes part of the path of an
+            error, so it must not be the name of a field.
 
     Returns:
-        The rule, for pydantic.
+        Pydantic's discriminator.
     """
 
-    def choose(value: Any) -> str | None:
-        found = value.get(field) if isinstance(value, dict) else None
-        return tags.get(found) if isinstance(found, str) else None
+    def choose(body: Any) -> str | None:
+        value = body.get(field) if isinstance(body, dict) else None
+        return tags.get(value) if isinstance(value, str) else None
 
     message = f"'{field}' should be {', '.join(tags)}"
     return Discriminator(
@@ -41,21 +41,21 @@ def choose_by(field: str, tags: Mapping[str, str]) -> Discriminator:
 
 
 class TextPart(Body):
-    """A piece of text."""
+    """A text part of a message."""
 
     type: Literal["text"]
     text: str
 
 
 class RefusalPart(Body):
-    """What a model said instead of an answer."""
+    """A refusal by the model, as part of a message."""
 
     type: Literal["refusal"]
     refusal: str
 
 
 class MediaPart(Body):
-    """Anything but text; not every backend takes it."""
+    """An image, audio or file; not every backend accepts them."""
 
     type: Literal["image_url", "input_audio", "file"]
     image_url: Object | None = None
@@ -82,7 +82,7 @@ Content = str | Annotated[list[Part], Field(min_length=1)]
 
 
 class SystemMessage(Body):
-    """What the model is told first."""
+    """A system or developer message."""
 
     role: Literal["system", "developer"]
     content: Content
@@ -90,36 +90,36 @@ class SystemMessage(Body):
 
 
 class UserMessage(Body):
-    """What the user says."""
+    """A user message."""
 
     role: Literal["user"]
     content: Content
     name: str | None = None
 
 
-class CalledFunction(Body):
-    """A call's function and arguments, as JSON."""
+class FunctionCall(Body):
+    """Name and JSON arguments of a called function."""
 
     name: str
     arguments: str
 
 
-class MadeCall(Body):
-    """A call that the model made."""
+class MessageToolCall(Body):
+    """A tool call made by the model."""
 
     id: str
     type: Literal["function"] = "function"
-    function: CalledFunction
+    function: FunctionCall
 
 
 class AssistantMessage(Body):
-    """What the model said, as an answer of this interface may be sent back."""
+    """A message of the model, with all fields of a response so that it can be sent back."""
 
     role: Literal["assistant"]
     content: Content | None = None
     name: str | None = None
     refusal: str | None = None
-    tool_calls: list[MadeCall] | None = None
+    tool_calls: list[MessageToolCall] | None = None
     annotations: list[Any] | None = None
     audio: None = None
     function_call: None = None
@@ -127,7 +127,7 @@ class AssistantMessage(Body):
 
 
 class ToolMessage(Body):
-    """What a tool answered."""
+    """A tool's result."""
 
     role: Literal["tool"]
     content: Content
@@ -136,7 +136,7 @@ class ToolMessage(Body):
 
 
 class FunctionMessage(Body):
-    """The same in OpenAI's older form."""
+    """A function's result, in OpenAI's older format."""
 
     role: Literal["function"]
     content: str | None

@@ -1,4 +1,4 @@
-"""Read a request body within its limits, and check it against ``request_schemas.py``."""
+"""Read a request body within its limits, and validate it against ``request_schemas.py``."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from pydantic_core import from_json
 from starlette.requests import Request
 
 from halfbyte.errors import ServeError
-from halfbyte.serve.api.error_responses import explain
+from halfbyte.serve.api.error_responses import describe_validation_error
 from halfbyte.serve.api.messages import Body
 from halfbyte.serve.config import ServeConfig
 
 
-async def read_body(request: Request, kind: type[Body], config: ServeConfig) -> dict[str, Any]:
-    """Read, limit, parse and check.
+async def read_body(request: Request, schema: type[Body], config: ServeConfig) -> dict[str, Any]:
+    """Read, parse and validate a request's body.
 
     Args:
-        request: Its body not read yet.
-        kind: What the body has to be.
-        config: For the limits.
+        request: The request, its body not read yet.
+        schema: The schema of the body.
+        config: Contains the limits on size and time.
 
     Returns:
-        The body as it was sent, without the fields that are null: those are left out.
+        The body as it was sent, without fields that are null.
 
     Raises:
-        ServeError: 400, 408, 413 or 415: what is wrong, and where.
+        ServeError: 400, 408, 413 or 415; names the invalid field.
     """
-    # Without this a page in a browser could post here: only JSON makes it ask first.
+    # Protects against cross-site requests: browsers send JSON only after a CORS preflight.
     media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media != "application/json":
         raise ServeError(
@@ -43,31 +43,31 @@ async def read_body(request: Request, kind: type[Body], config: ServeConfig) -> 
         body = from_json(raw, allow_inf_nan=False)
     except ValueError as error:
         raise ServeError(
-            f"The body is no JSON: {str(error)[:200]}.", code="invalid_json"
+            f"The body is not valid JSON: {str(error)[:200]}.", code="invalid_json"
         ) from error
     _check_numbers(body)
     try:
-        kind.model_validate(body)
+        schema.model_validate(body)
     except ValidationError as error:
-        refusal = explain(error, body)
-        raise refusal from error
+        rejection = describe_validation_error(error, body)
+        raise rejection from error
     return {key: value for key, value in body.items() if value is not None}
 
 
 def _check_numbers(body: Any) -> None:
-    """Refuse numbers such as 1e999, which can be read and not passed on, wherever they are."""
+    """Reject numbers such as 1e999, which parse as infinity and cannot be written as JSON again."""
     try:
         json.dumps(body, allow_nan=False)
     except ValueError as error:
         raise ServeError(
-            "The body holds a number that is too large, such as 1e999. Numbers go up to 1.8e308.",
+            "The body contains a number above 1.8e308, such as 1e999. Use smaller numbers.",
             code="invalid_json",
         ) from error
 
 
 async def _receive(request: Request, config: ServeConfig) -> bytes:
     too_large = ServeError(
-        f"The body has more than {config.body_bytes} bytes, the most that is taken.",
+        f"The body has more than {config.body_bytes} bytes, the server's maximum.",
         status=413,
         code="request_too_large",
     )
@@ -77,15 +77,17 @@ async def _receive(request: Request, config: ServeConfig) -> bytes:
     parts = bytearray()
     try:
         async with asyncio.timeout(config.body_seconds):
-            goes_on = True
-            while goes_on:
+            has_more = True
+            while has_more:
                 message = await request.receive()
                 if message["type"] == "http.disconnect":
-                    raise ServeError("The client left.", status=499, code="client_disconnected")
+                    raise ServeError(
+                        "The client has disconnected.", status=499, code="client_disconnected"
+                    )
                 parts += message.get("body", b"")
                 if len(parts) > config.body_bytes:
                     raise too_large
-                goes_on = message.get("more_body", False)
+                has_more = message.get("more_body", False)
     except TimeoutError as error:
         raise ServeError(
             f"The body did not arrive within {config.body_seconds:g} s.",

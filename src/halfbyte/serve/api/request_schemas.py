@@ -1,7 +1,7 @@
-"""What a request may say: OpenAI's fields and those that vLLM's clients know, nothing else.
+"""Pydantic schemas of requests: OpenAI's fields and vLLM's extensions.
 
-Types are strict and unknown fields are refused by name. A field that OpenAI knows and a model
-cannot serve passes here: the backend refuses it, or another backend serves it.
+Types are strict and unknown fields are rejected by name. A field of OpenAI's that a model does not
+support is valid here: its backend rejects it, or another backend supports it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from pydantic import Field, StringConstraints, Tag, model_validator
 
 from halfbyte.serve.api.messages import Body, Message, Object, choose_by
 
-MOST_STOPS = 16
-MOST_LOGPROBS = 20
+MAX_STOPS = 16
+MAX_LOGPROBS = 20
 INT64 = 2**63
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
@@ -35,7 +35,7 @@ Metadata = Annotated[
 
 
 class FunctionObject(Body):
-    """A function that may be called."""
+    """Name, description and parameters of a function."""
 
     name: Name
     description: str | None = None
@@ -44,27 +44,27 @@ class FunctionObject(Body):
 
 
 class Tool(Body):
-    """A function that may be called."""
+    """A tool that the model may call."""
 
     type: Literal["function"]
     function: FunctionObject
 
 
 class NamedFunction(Body):
-    """Its name."""
+    """The name of a function."""
 
     name: str
 
 
 class NamedTool(Body):
-    """The function that must be called."""
+    """The tool that the model must call."""
 
     type: Literal["function"]
     function: NamedFunction
 
 
 class JsonSchema(Body):
-    """A schema with its name."""
+    """A named JSON schema."""
 
     name: Name
     description: str | None = None
@@ -73,19 +73,19 @@ class JsonSchema(Body):
 
 
 class TextFormat(Body):
-    """Any text."""
+    """An answer in any format."""
 
     type: Literal["text"]
 
 
 class JsonFormat(Body):
-    """Any JSON object."""
+    """An answer that is any JSON object."""
 
     type: Literal["json_object"]
 
 
 class SchemaFormat(Body):
-    """JSON by a schema."""
+    """An answer that matches a JSON schema."""
 
     type: Literal["json_schema"]
     json_schema: JsonSchema
@@ -100,7 +100,7 @@ Format = Annotated[
 
 
 class StructuredOutputs(Body):
-    """What an answer must be, in the form of vLLM's clients; exactly one."""
+    """A constraint on the answer, in vLLM's format; exactly one field must be set."""
 
     json_: Object | str | None = Field(default=None, alias="json")
     regex: str | None = None
@@ -116,19 +116,19 @@ class StructuredOutputs(Body):
 
 
 class StreamOptions(Body):
-    """How an answer is streamed."""
+    """Options of a streamed answer."""
 
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
     continuous_usage_stats: bool | None = None
-    """vLLM's: usage so far in every chunk, beside ``include_usage``."""
+    """An extension of vLLM's: with ``include_usage``, every chunk has the usage so far."""
 
 
 # Requests
 
 
 class Request(Body):
-    """What both kinds of request share."""
+    """Fields common to chats and completions."""
 
     model: str
     frequency_penalty: Penalty | None = None
@@ -136,14 +136,14 @@ class Request(Body):
     logit_bias: Bias | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     seed: Seed | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     user: str | None = None
 
-    # vLLM's
+    # vLLM's extensions
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
@@ -154,7 +154,7 @@ class Request(Body):
     @model_validator(mode="after")
     def _check_stream_options(self) -> Request:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options may be given only where stream is true")
+            raise ValueError("stream_options requires stream to be true")
         return self
 
 
@@ -165,7 +165,7 @@ class ChatRequest(Request):
     max_tokens: Tokens | None = None
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     response_format: Format | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
@@ -175,7 +175,7 @@ class ChatRequest(Request):
     prompt_cache_key: str | None = None
     chat_template_kwargs: Object | None = None
 
-    # OpenAI's that a backend may refuse
+    # OpenAI's fields that a backend may reject
     audio: Object | None = None
     function_call: Any = None
     functions: list[Object] | None = None
@@ -193,14 +193,14 @@ class ChatRequest(Request):
     @model_validator(mode="after")
     def _check(self) -> ChatRequest:
         if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise ValueError("max_tokens and max_completion_tokens may not both be given")
+            raise ValueError("max_tokens and max_completion_tokens must not both be given")
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs may be given only where logprobs is true")
+            raise ValueError("top_logprobs requires logprobs to be true")
         names = [tool.function.name for tool in self.tools or ()]
         if self.tool_choice not in (None, "none") and not names:
-            raise ValueError("tool_choice may be given only with tools")
+            raise ValueError("tool_choice requires tools")
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
-            raise ValueError(f"tool_choice names '{self.tool_choice.function.name}', no tool given")
+            raise ValueError(f"tool_choice names '{self.tool_choice.function.name}', not in tools")
         return self
 
 
@@ -217,7 +217,7 @@ class CompletionRequest(Request):
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     best_of: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     suffix: str | None = None
 
 

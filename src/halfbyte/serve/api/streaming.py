@@ -1,8 +1,7 @@
-"""Work for a client as long as the client is there.
+"""Stream an answer, and cancel its generation when the client disconnects.
 
-What every piece of a stream goes through costs the model time: beside it, both want the same cores
-and caches. So the work is done in the request's own task, and the pieces go to the connection
-directly.
+The code that runs for every piece of a stream competes with the model for cores and caches. So the
+work is done in the request's own task, and the pieces go directly to the connection.
 """
 
 from __future__ import annotations
@@ -24,25 +23,25 @@ _STREAM_HEADERS = (
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-class ClientLeft(Exception):
-    """Nobody waits for the answer any more."""
+class ClientDisconnected(Exception):
+    """The client no longer waits for the answer."""
 
 
-class WhileConnected:
-    """Cancels what is done within it when the client leaves; ClientLeft comes out of it then.
+class CancelOnDisconnect:
+    """A context manager that cancels its block when the client disconnects.
 
-    As :func:`asyncio.timeout` does when the time is over. It must be left before the answer's last
-    message is sent: to who listens, a finished connection looks like one that was left.
+    It then raises ClientDisconnected, as :func:`asyncio.timeout` raises TimeoutError. The block
+    must end before the answer's last message is sent: after that, ASGI reports a disconnect too.
     """
 
     def __init__(self, receive: Receive) -> None:
-        """Prepare.
+        """Prepare to watch a connection.
 
         Args:
-            receive: Of the connection; the request's body has been read.
+            receive: The connection's ASGI receive; the request's body has been read.
         """
         self._receive = receive
-        self._has_left = False
+        self._is_disconnected = False
 
     async def __aenter__(self) -> None:
         task = asyncio.current_task()
@@ -57,52 +56,52 @@ class WhileConnected:
         trace: TracebackType | None,
     ) -> None:
         self._watcher.cancel()
-        if not self._has_left:
+        if not self._is_disconnected:
             return
-        # Somebody else may have cancelled the task as well: that goes on.
-        others = self._task.uncancel() > self._cancelled_before
-        if isinstance(error, asyncio.CancelledError) and not others:
-            raise ClientLeft from error
+        # If someone else cancelled the task too, that cancellation must propagate.
+        is_cancelled_by_others = self._task.uncancel() > self._cancelled_before
+        if isinstance(error, asyncio.CancelledError) and not is_cancelled_by_others:
+            raise ClientDisconnected from error
 
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        self._has_left = True
+        self._is_disconnected = True
         self._task.cancel()
 
 
 class EventStream:
-    """Server-sent events, for as long as the client listens."""
+    """An ASGI response that streams server-sent events until the client disconnects."""
 
     def __init__(
         self,
         pieces: AsyncGenerator[bytes, None],
         headers: Mapping[str, str],
-        held: AsyncExitStack,
+        resources: AsyncExitStack,
     ) -> None:
-        """Take what is to be sent.
+        """Prepare the stream.
 
         Args:
-            pieces: Of the stream.
-            headers: To send along.
-            held: Left when the stream is over, however it ends; with a WhileConnected in it.
+            pieces: The bytes to send.
+            headers: Additional response headers.
+            resources: Closed when the stream ends in any way; contains a CancelOnDisconnect.
         """
         self._headers = [
             *_STREAM_HEADERS,
             *((name.lower().encode(), value.encode()) for name, value in headers.items()),
         ]
         self._pieces = pieces
-        self._held = held
+        self._resources = resources
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send everything, or stop where the client leaves."""
+        """Send all pieces, or stop when the client disconnects."""
         start: Message = {
             "type": "http.response.start",
             "status": 200,
             "headers": self._headers,
         }
-        with suppress(ClientLeft):
-            async with self._held:
+        with suppress(ClientDisconnected):
+            async with self._resources:
                 await send(start)
                 async for piece in self._pieces:
                     body = {"type": "http.response.body", "body": piece, "more_body": True}
@@ -111,11 +110,11 @@ class EventStream:
 
 
 def write_json(value: Any) -> str:
-    """Write a value as JSON without spaces."""
+    """Encode a value as JSON without spaces."""
     return _ENCODER.encode(value)
 
 
 def write_event(data: str) -> bytes:
-    """Write a server-sent event of one line."""
-    # A lone surrogate is no UTF-8; a client could not read it either.
+    """Encode a server-sent event with one data line."""
+    # A lone surrogate cannot be encoded as UTF-8.
     return f"data: {data}\n\n".encode("utf-8", "replace")

@@ -1,10 +1,10 @@
-"""Token ids in, token ids out: many requests through one model at the same time.
+"""The inference engine: continuous batching of many requests, on token ids.
 
 ::
 
-    TokenRequest ──> scheduler: cache for prompt + max_new_tokens reserved, or it waits
-                 ──> runner: prompt in pieces, then one step for all running sequences
+    TokenRequest ──> scheduler: reserves KV cache for prompt + max_new_tokens, or queues
+                 ──> runner: chunked prefill, then one decode step for all running sequences
                  ──> sampler: penalties, grammar, temperature, draw ──> TokenEvent
 
-contract.py is what the rest of `serve` sees of it.
+contract.py is its interface to the rest of `serve`.
 """

@@ -1,4 +1,4 @@
-"""How the embedded engine runs a model; the command line is made from the fields."""
+"""Configuration of the embedded engine; the command-line options are generated from its fields."""
 
 from __future__ import annotations
 
@@ -13,56 +13,57 @@ RUNNERS = ("auto", "native", "transformers")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """How the embedded engine runs the model."""
+    """Settings of the embedded engine."""
 
     runner: str = option(
         "auto",
-        "what computes: the compiled decoder (native), or the model's own forward (transformers); "
-        "auto: native where it can",
+        "native: the compiled decoder; transformers: the model's own forward; auto: native if it "
+        "supports the model",
         choices=RUNNERS,
     )
-    device: str = option("auto", "where to compute: cpu or cuda", metavar="NAME")
-    dtype: str = option("auto", "type in which the model computes", choices=DTYPES)
+    device: str = option("auto", "device to compute on: cpu or cuda", metavar="NAME")
+    dtype: str = option("auto", "data type to compute in", choices=DTYPES)
     head_bits: int = option(
-        16, "of the output layer; 8 or 4: a rounded copy, which is read faster", choices=HEAD_BITS
+        16,
+        "bits of the output layer; 8 or 4 use a rounded copy, which is read faster",
+        choices=HEAD_BITS,
     )
     activations: str = option(
         "float",
-        "on a CPU: int8 rounds the input of quantized layers, which is less exact, and faster "
-        "where there are no matrix units",
+        "on a CPU: int8 rounds the inputs of quantized layers, which is less accurate but faster "
+        "on CPUs without matrix units",
         choices=ACTIVATIONS,
     )
     context: int | None = option(
         None,
-        "tokens that a request may have, prompt and answer together (default: as many as the model "
-        "has positions)",
+        "max tokens per request, prompt and answer together (default: the model's maximum)",
         metavar="N",
     )
     cache_gb: float | None = option(
         None,
-        "memory for keys and values (default: what the requests at the same time need, but at most "
-        "half of what is free)",
+        "size of the KV cache (default: enough for all concurrent requests, but at most half of "
+        "the free memory)",
         metavar="GB",
     )
-    sequences: int = option(16, "requests that run at the same time, at most", metavar="N")
+    sequences: int = option(16, "max requests in a batch", metavar="N")
     step_tokens: int = option(
         128,
-        "tokens that go through the model at once: of long prompts a piece, so that running "
-        "answers do not wait for them",
+        "max tokens per step; longer prompts are prefilled in chunks, so that running answers do "
+        "not stall",
         metavar="N",
     )
-    queue: int = option(256, "requests that may wait; more are refused with 429", metavar="N")
+    queue: int = option(256, "max queued requests; further ones are rejected with 429", metavar="N")
     piece_seconds: float = option(
         0.04,
-        "between two pieces of an answer, at least: tokens that come faster are sent together, "
-        "since each piece takes time from the model; 0: a piece for each token",
+        "min time between two pieces of a streamed answer: faster tokens are sent together, "
+        "because each piece slows the model down; 0 sends each token separately",
         metavar="SECONDS",
     )
     share_prefixes: bool = option(
-        True, "keep what prompts begin with, and do not read it again", both=True
+        True, "cache the keys and values of prompt prefixes and reuse them", both=True
     )
     page_tokens: int = 16
-    """Tokens whose keys and values are kept, shared and given back together."""
+    """Tokens per page of the KV cache."""
 
     def __post_init__(self) -> None:
         for name in ("sequences", "step_tokens", "page_tokens"):
@@ -72,14 +73,14 @@ class EngineConfig:
         check_positive(self, "cache_gb")
         if not 0 <= self.piece_seconds <= 10:
             raise ConfigError(
-                f"piece_seconds is {self.piece_seconds!r}; it must be 0 to 10 seconds."
+                f"piece_seconds is {self.piece_seconds!r}; it must be from 0 to 10 seconds."
             )
         if self.page_tokens % 16:
             raise ConfigError(f"page_tokens is {self.page_tokens}; it must be a multiple of 16.")
         if self.step_tokens < self.sequences:
             raise ConfigError(
-                f"step_tokens is {self.step_tokens}; it must be as many as sequences "
-                f"({self.sequences}) or more, since each of them takes one."
+                f"step_tokens is {self.step_tokens}; it must be at least sequences "
+                f"({self.sequences}), because each running sequence needs one token per step."
             )
         for name, allowed in (
             ("runner", RUNNERS),

@@ -1,4 +1,4 @@
-"""What an engine takes and gives: token ids, no text and no HTTP."""
+"""The engine's interface: requests and events on token ids, without text or HTTP."""
 
 from __future__ import annotations
 
@@ -11,79 +11,79 @@ GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "lark"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grammar:
-    """What the answer must be a sentence of."""
+    """A constraint on the answer."""
 
     kind: GrammarKind
     text: str = ""
-    """A JSON schema, a regular expression, a JSON list of choices, a Lark grammar; empty for
+    """A JSON schema, a regular expression, a JSON list of choices or a Lark grammar; empty for
     json_object."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenRequest:
-    """What is to be generated, and how."""
+    """A prompt and sampling parameters."""
 
     prompt: tuple[int, ...]
     """At least one token."""
     max_new_tokens: int
-    """0: only the prompt is rated."""
+    """0 only scores the prompt."""
     temperature: float = 1.0
-    """0: always the likeliest."""
+    """0 is greedy decoding."""
     top_p: float = 1.0
     top_k: int = 0
-    """0: all."""
+    """0 for no limit."""
     min_p: float = 0.0
     seed: int | None = None
-    """The same seed draws the same tokens, whatever else runs; None: a new one."""
+    """The same seed gives the same tokens, whatever else is in the batch; None for a random one."""
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     stop_tokens: frozenset[int] = frozenset()
-    """Beside the model's own end-of-text tokens."""
+    """In addition to the model's end-of-text tokens."""
     ignore_end: bool = False
-    """Go on past the model's own end-of-text tokens."""
+    """Whether to continue after the model's end-of-text tokens."""
     top_logprobs: int | None = None
-    """None: no logprobs; 0: of the drawn token; k: of the k likeliest as well."""
+    """None for no logprobs, 0 for that of the drawn token, k to add the k most likely tokens."""
     prompt_logprobs: int | None = None
     """The same for the prompt's tokens."""
     grammar: Grammar | None = None
     adapter: str | None = None
-    """Name of a loaded one; None: the base model."""
+    """Name of a loaded adapter; None for the base model."""
     key: str = ""
-    """Requests of one key share their turn."""
+    """The client's key; scheduling is fair between keys."""
     deadline: float | None = None
-    """Seconds of :func:`time.monotonic`."""
+    """Time of :func:`time.monotonic`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rated:
-    """A token with its likelihood."""
+class ScoredToken:
+    """A token with its log probability."""
 
     token: int
     logprob: float
+    """NaN if not requested."""
     top: tuple[tuple[int, float], ...] = ()
-    """The likeliest (token, logprob) in its place, likeliest first."""
+    """The most likely (token, logprob) at this position, most likely first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prompted:
-    """The prompt has been read; the first event."""
+class Prefilled:
+    """The first event: the prompt has been processed."""
 
     cached_tokens: int = 0
-    """Of the prompt, found in the cache."""
-    rated: tuple[Rated | None, ...] | None = None
-    """The prompt's tokens, the first one None; None where it was not asked for."""
+    """Prompt tokens found in the prefix cache."""
+    scored_prompt: tuple[ScoredToken | None, ...] | None = None
+    """The prompt's tokens, None for the first; None as a whole unless requested."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generated:
-    """One more token."""
+    """A generated token."""
 
-    rated: Rated
-    """Its logprob is NaN where none was asked for."""
+    scored: ScoredToken
     entropy: float
-    """Of the distribution before penalties and temperature, in nats."""
+    """Entropy in nats of the distribution before penalties and temperature."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,75 +91,76 @@ class Ended:
     """The last event."""
 
     reason: Literal["end", "stop_token", "length", "grammar"]
-    """`end`: the model's own end-of-text token, which is not among the generated ones."""
+    """`end` is the model's end-of-text token, which is not among the generated tokens."""
     stop_token: int | None = None
 
 
-TokenEvent = Prompted | Generated | Ended
+TokenEvent = Prefilled | Generated | Ended
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
-    """What does not change while an engine lives."""
+    """Constant properties of an engine."""
 
     context: int
-    """Tokens that a request may have, prompt and answer together."""
+    """Max tokens of a request, prompt and answer together."""
     vocabulary: int
     bytes_per_token: int
-    """Of keys and values."""
+    """Size of a token's keys and values."""
     cache_bytes: int
     weight_bytes: int
     runner: str
-    """Which way the model is computed, and why."""
+    """How the model is computed and why, for people."""
     planned_bytes: int = 0
-    """Of the whole process, or on the GPU: weights, cache, activations and the program itself."""
+    """Memory of the whole process, or on the GPU: weights, KV cache, activations and program."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLoad:
-    """How busy it is, and what it has done."""
+    """Current load and counters of an engine."""
 
     running: int
     waiting: int
     cache_used_bytes: int
     prefix_queries: int
-    """Prompt tokens looked up in the cache."""
+    """Prompt tokens looked up in the prefix cache."""
     prefix_hits: int
+    """Prompt tokens found there."""
     restarts: int
-    """Of the loop, after a failure."""
+    """Recoveries from failed steps."""
 
 
 class Engine(Protocol):
-    """Many requests through one model."""
+    """Generates tokens for many concurrent requests with one model."""
 
     @property
     def info(self) -> EngineInfo:
-        """Its limits."""
+        """The engine's limits."""
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """Names of those that are loaded."""
+        """Names of the loaded adapters."""
 
     def generate(self, request: TokenRequest) -> AsyncGenerator[Sequence[TokenEvent], None]:
-        """Generate. Closing the iterator cancels and frees the cache.
+        """Generate. Closing the iterator cancels the request and frees its cache.
 
         Args:
-            request: Checked against :attr:`info` before anything is queued.
+            request: Validated against :attr:`info` before it is queued.
 
         Returns:
-            Prompted, then Generated for each token, then Ended; each time as many of them as have
-            come since. It raises ServeError: 400 for what the request is to blame for, 408 past its
-            deadline, 503 where the engine failed.
+            Batches of the events that have arrived since the last batch: Prefilled, then Generated
+            for each token, then Ended. Iteration raises ServeError: 400 for an invalid request, 408
+            after its deadline, 503 if the engine failed.
         """
 
     def load(self) -> EngineLoad:
-        """Tell how busy it is."""
+        """Return how busy it is."""
 
     async def load_adapter(self, name: str, folder: str) -> None:
-        """Make a PEFT adapter servable under a name. The caller has checked the folder's place."""
+        """Load a PEFT adapter; the caller has checked that the folder may be loaded."""
 
     async def unload_adapter(self, name: str) -> None:
-        """Take it away; requests that use it finish first."""
+        """Unload an adapter after the requests that use it have finished."""
 
     async def close(self) -> None:
-        """Drain and free."""
+        """Finish the running requests and free all memory."""

@@ -1,13 +1,12 @@
-"""The embedded engine: one thread that owns the model, and asyncio around it.
+"""The embedded engine: a worker thread that owns the model, with an asyncio interface.
 
 ::
 
-    generate() ──checked──> inbox ──> worker: Steps.step ─> outboxes ─> mail ──> generate()
-    mail goes out when the next step has been planned, or there is none; to each answer not more
-    often than every piece_seconds
-    closing the iterator ──> inbox: cancelled, its pages free before the next step
+    generate() ──validated──> commands ──> worker: Steps.step ─> outboxes ─> queue ──> generate()
+    closing the iterator ──> commands: removed, its pages freed before the next step
 
-The worker alone touches steps, pages and scheduler, so none of them needs a lock.
+Outboxes are delivered once the next step is planned, or if there is none; to each answer at most
+every piece_seconds. Only the worker touches steps, pages and scheduler, so they need no locks.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from halfbyte.serve.engine.contract import (
     TokenEvent,
     TokenRequest,
 )
-from halfbyte.serve.engine.failures import late
+from halfbyte.serve.engine.failures import deadline_error
 from halfbyte.serve.engine.grammar import Grammars
 from halfbyte.serve.engine.job import Job
 from halfbyte.serve.engine.page_pool import PagePool
@@ -46,45 +45,47 @@ from halfbyte.serve.engine.steps import Steps
 
 log = logging.getLogger(__name__)
 
-Letter = Sequence[TokenEvent] | HalfbyteError
+Batch = Sequence[TokenEvent] | HalfbyteError
 
 
-class _Mail:
-    """Letters on their way to the one task that waits for them; used in its event loop alone.
+class _EventQueue:
+    """A minimal queue with one consumer task; used only within its event loop.
 
-    Less than an :class:`asyncio.Queue`, because each piece of each answer passes through it.
+    It does less than :class:`asyncio.Queue`, because each piece of each answer passes through it.
     """
 
-    __slots__ = ("_letters", "_waiter")
+    __slots__ = ("_batches", "_waiter")
 
     def __init__(self) -> None:
-        self._letters: deque[Letter] = deque()
+        self._batches: deque[Batch] = deque()
         self._waiter: asyncio.Future[None] | None = None
 
-    def put(self, letter: Letter) -> None:
-        """Put a letter in."""
-        self._letters.append(letter)
+    def put(self, batch: Batch) -> None:
+        """Append a batch of events or an error."""
+        self._batches.append(batch)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    async def get(self) -> Letter:
-        """Take the oldest letter; wait for one."""
-        while not self._letters:
+    async def get(self) -> Batch:
+        """Wait for the oldest batch and remove it."""
+        while not self._batches:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
-        return self._letters.popleft()
+        return self._batches.popleft()
 
 
 @dataclass(slots=True)
-class _Address:
+class _Consumer:
+    """Where a job's events are delivered."""
+
     loop: asyncio.AbstractEventLoop
-    mail: _Mail
-    due: float = 0.0
-    """From when on the next piece may go there; seconds of :func:`time.monotonic`."""
+    queue: _EventQueue
+    next_delivery: float = 0.0
+    """Earliest time of the next piece, by :func:`time.monotonic`."""
 
 
 class EmbeddedEngine:
-    """Many requests through one model in this process; behind contract.Engine."""
+    """Generates with a model in this process; implements contract.Engine."""
 
     def __init__(
         self,
@@ -99,37 +100,38 @@ class EmbeddedEngine:
         queue: int,
         piece_seconds: float = 0.0,
     ) -> None:
-        """Start the worker.
+        """Start the worker thread.
 
         Args:
-            runner: Its pages are made.
-            pool: As many pages as the runner has.
-            info: What is told of it.
+            runner: Computes the model; its pages are allocated.
+            pool: Manages the runner's pages.
+            info: The engine's constant properties.
             ends: The model's end-of-text tokens.
-            grammars: Compiles them for the model's tokenizer.
-            sequences: Requests that run at the same time, at most.
-            step_tokens: Tokens that go through the model at once, at most.
-            queue: Requests that may wait.
-            piece_seconds: Between two pieces of an answer, at least; tokens that come faster are
-                given together.
+            grammars: Compiles grammars for the model's tokenizer.
+            sequences: Max number of running requests.
+            step_tokens: Max tokens per step.
+            queue: Max number of queued requests.
+            piece_seconds: Min time between two pieces of an answer; faster tokens are delivered
+                together.
         """
         self.info = info
         self._runner = runner
         self._pool = pool
         self._grammars = grammars
-        self._queue = queue
+        self._max_waiting = queue
         self._piece_seconds = piece_seconds
         self._scheduler = Scheduler(pool, sequences=sequences, step_tokens=step_tokens)
         self._page_bytes = pool.page_tokens * info.bytes_per_token
-        self._addresses: dict[Job, _Address] = {}
+        self._consumers: dict[Job, _Consumer] = {}
         self._adapters: tuple[str, ...] = ()
-        self._leaving: dict[str, Future[None]] = {}
+        self._unloading: dict[str, Future[None]] = {}
         self._changed = threading.Condition()
-        self._inbox: list[Callable[[], None]] = []
-        self._arriving = 0
+        self._commands: list[Callable[[], None]] = []
+        self._num_submitted = 0
+        """Jobs among the commands."""
         self._closing = False
         self._steps = Steps(
-            runner, pool, self._scheduler, ends=ends, before_run=lambda: self._post()
+            runner, pool, self._scheduler, ends=ends, before_run=lambda: self._deliver_due()
         )
         self._load = self._measure_load()
         self._worker = threading.Thread(target=self._run, name="halfbyte-engine", daemon=True)
@@ -137,24 +139,24 @@ class EmbeddedEngine:
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """Names of those that are loaded."""
+        """Names of the loaded adapters."""
         return self._adapters
 
     def load(self) -> EngineLoad:
-        """Tell how busy it is."""
+        """Return how busy it is."""
         return self._load
 
     async def generate(self, request: TokenRequest) -> AsyncGenerator[Sequence[TokenEvent], None]:
         """Generate; see contract.Engine.
 
         Args:
-            request: What is wanted.
+            request: The prompt and sampling parameters.
 
         Yields:
-            What there is: Prompted, Generated for each token, Ended.
+            Batches of events: Prefilled, Generated for each token, Ended.
 
         Raises:
-            ServeError: As the contract says.
+            ServeError: See contract.Engine.
         """
         self._check_open()
         check_request(request, self.info, self._adapters, self._pool)
@@ -163,65 +165,65 @@ class EmbeddedEngine:
             matcher = await asyncio.to_thread(self._grammars.compile, request.grammar)
         job = Job(request, Sampler(request, matcher))
         loop = asyncio.get_running_loop()
-        mail = _Mail()
+        queue = _EventQueue()
         timer = None
         if request.deadline is not None:
             left = max(request.deadline - time.monotonic(), 0)
-            timer = loop.call_later(left, mail.put, late(request))
-        self._submit(job, _Address(loop, mail))
+            timer = loop.call_later(left, queue.put, deadline_error(request))
+        self._submit(job, _Consumer(loop, queue))
         try:
             while True:
-                found = await mail.get()
-                if isinstance(found, HalfbyteError):
-                    raise found
-                yield found
-                if isinstance(found[-1], Ended):
+                batch = await queue.get()
+                if isinstance(batch, HalfbyteError):
+                    raise batch
+                yield batch
+                if isinstance(batch[-1], Ended):
                     return
         finally:
             if timer is not None:
                 timer.cancel()
-            if not job.is_over:
+            if not job.is_finished:
                 with self._changed:
                     self._send(lambda: self._drop(job))
 
     async def load_adapter(self, name: str, folder: str) -> None:
-        """Make a PEFT adapter servable under a name.
+        """Load a PEFT adapter.
 
         Args:
-            name: Of it.
-            folder: Of it; the caller has checked its place.
+            name: The adapter's name.
+            folder: The adapter's folder; the caller has checked that it may be loaded.
         """
 
-        def do() -> None:
+        def load() -> None:
             self._runner.load_adapter(name, folder)
             self._adapters = (*self._adapters, name)
 
-        await self._ask(do)
+        await self._run_on_worker(load)
 
     async def unload_adapter(self, name: str) -> None:
-        """Take an adapter away; requests that use it finish first.
+        """Unload an adapter after the requests that use it have finished.
 
         Args:
-            name: Of it; a ServeError of 404 where there is none of that name.
+            name: The adapter's name; a ServeError of status 404 is raised if it is not loaded.
         """
         check_is_loaded(name, self._adapters)
         done: Future[None] = Future()
         with self._changed:
             self._check_open()
-            # Nobody new from now on.
+            # New requests can no longer use it.
             self._adapters = tuple(other for other in self._adapters if other != name)
-            self._send(lambda: self._leaving.update({name: done}))
+            self._send(lambda: self._unloading.update({name: done}))
         await asyncio.wrap_future(done)
 
     async def close(self) -> None:
-        """Take nothing new, finish what runs and waits, and free everything."""
+        """Accept no new requests, finish all others and free the memory."""
         with self._changed:
             was_closing, self._closing = self._closing, True
             self._changed.notify()
         await asyncio.to_thread(self._worker.join)
         if not was_closing:
-            # Whoever still knows this engine must not keep the model and its pages in memory, nor
-            # must the circle of references that the two are part of.
+            # Remaining references to this engine must not keep the model and its pages in memory,
+            # nor must the reference cycle that the two are part of.
             del self._runner, self._pool, self._scheduler, self._steps
             await asyncio.to_thread(gc.collect)
 
@@ -235,36 +237,36 @@ class EmbeddedEngine:
                 retry_after=5,
             )
 
-    def _submit(self, job: Job, address: _Address) -> None:
-        """Hand a request to the worker."""
+    def _submit(self, job: Job, consumer: _Consumer) -> None:
+        """Pass a request to the worker."""
         with self._changed:
             self._check_open()
-            waiting = self._load.waiting + self._arriving
-            if waiting > self._queue:
+            waiting = self._load.waiting + self._num_submitted
+            if waiting > self._max_waiting:
                 raise ServeError(
-                    f"The server is full: {waiting} requests wait, {self._queue} are allowed. Try "
-                    "again later.",
+                    f"The server is full: {waiting} requests are queued, at most "
+                    f"{self._max_waiting} are allowed. Try again later.",
                     status=429,
                     kind="rate_limit_error",
                     code="queue_full",
                     retry_after=self._estimate_wait(),
                 )
-            self._arriving += 1
-            self._send(lambda: self._take(job, address))
+            self._num_submitted += 1
+            self._send(lambda: self._add(job, consumer))
 
     def _send(self, command: Callable[[], None]) -> None:
-        """Let the worker do something before its next step; the caller holds the lock."""
-        self._inbox.append(command)
+        """Queue a command for the worker's next iteration; the caller holds the lock."""
+        self._commands.append(command)
         self._changed.notify()
 
-    async def _ask(self, command: Callable[[], None]) -> None:
-        """Let the worker do something, and wait for it."""
+    async def _run_on_worker(self, command: Callable[[], None]) -> None:
+        """Run a command on the worker and wait for it."""
         done: Future[None] = Future()
 
         def run() -> None:
             try:
                 command()
-            except Exception as error:  # noqa: BLE001 - it reaches whoever asked
+            except Exception as error:  # noqa: BLE001 - raised again in the waiting task
                 done.set_exception(error)
             else:
                 done.set_result(None)
@@ -275,11 +277,11 @@ class EmbeddedEngine:
         await asyncio.wrap_future(done)
 
     def _estimate_wait(self) -> float:
-        """Give the seconds until what is here now may be done, between 1 and 60."""
+        """Estimate the seconds until the current requests are done, between 1 and 60."""
         reserved = self._load.cache_used_bytes / max(self.info.bytes_per_token, 1)
         return min(max(reserved / max(self._steps.tokens_per_second, 1.0), 1.0), 60.0)
 
-    # What follows runs on the worker.
+    # All methods below run on the worker thread.
 
     def _run(self) -> None:
         with torch.inference_mode():
@@ -288,45 +290,45 @@ class EmbeddedEngine:
     def _work(self) -> None:
         while True:
             if self._scheduler.is_idle:
-                self._post()
+                self._deliver_due()
             with self._changed:
-                while not self._inbox and self._scheduler.is_idle and not self._leaving:
+                while not self._commands and self._scheduler.is_idle and not self._unloading:
                     if self._closing:
                         return
                     self._changed.wait()
-                inbox, self._inbox, self._arriving = self._inbox, [], 0
+                commands, self._commands, self._num_submitted = self._commands, [], 0
             self._steps.forget_step()
             try:
-                for command in inbox:
+                for command in commands:
                     command()
                 self._steps.step()
             except Exception:
-                log.exception("A step of the engine failed; it goes on with what it was doing")
+                log.exception("A step of the engine failed; restarting the running requests")
                 self._steps.recover()
             self._load = self._measure_load()
-            self._let_leave()
+            self._unload_unused()
 
-    def _take(self, job: Job, address: _Address) -> None:
-        self._addresses[job] = address
+    def _add(self, job: Job, consumer: _Consumer) -> None:
+        self._consumers[job] = consumer
         self._scheduler.add(job)
 
     def _drop(self, job: Job) -> None:
-        """Forget a request that nobody waits for any more."""
+        """Remove a request whose consumer no longer waits."""
         self._scheduler.remove(job)
-        self._addresses.pop(job, None)
-        job.is_over = True
+        self._consumers.pop(job, None)
+        job.is_finished = True
 
-    def _let_leave(self) -> None:
-        """Unload adapters that nobody uses any more."""
-        if not self._leaving:
+    def _unload_unused(self) -> None:
+        """Unload the adapters to unload that no request uses any more."""
+        if not self._unloading:
             return
         used = {job.request.adapter for job in self._scheduler.jobs()}
-        for name in [name for name in self._leaving if name not in used]:
-            done = self._leaving.pop(name)
+        for name in [name for name in self._unloading if name not in used]:
+            done = self._unloading.pop(name)
             try:
                 self._runner.unload_adapter(name)
                 self._pool.forget(name)
-            except Exception as error:  # noqa: BLE001 - it reaches whoever asked
+            except Exception as error:  # noqa: BLE001 - raised again in the waiting task
                 done.set_exception(error)
             else:
                 done.set_result(None)
@@ -341,34 +343,35 @@ class EmbeddedEngine:
             restarts=self._steps.restarts,
         )
 
-    def _post(self) -> None:
-        """Send what is due for each event loop, in one call."""
-        batches: dict[asyncio.AbstractEventLoop, list[tuple[_Mail, list[Any]]]] = defaultdict(list)
+    def _deliver_due(self) -> None:
+        """Deliver the outboxes that are due, with one call per event loop."""
+        due: dict[asyncio.AbstractEventLoop, list[tuple[_EventQueue, list[Any]]]]
+        due = defaultdict(list)
         now = time.monotonic()
-        for job in [job for job in self._addresses if job.outbox]:
-            address = self._addresses[job]
-            if not job.is_over and now < address.due:
+        for job in [job for job in self._consumers if job.outbox]:
+            consumer = self._consumers[job]
+            if not job.is_finished and now < consumer.next_delivery:
                 continue
-            batches[address.loop].append((address.mail, job.outbox))
-            address.due = now + self._piece_seconds
+            due[consumer.loop].append((consumer.queue, job.outbox))
+            consumer.next_delivery = now + self._piece_seconds
             job.outbox = []
-            if job.is_over:
-                del self._addresses[job]
-        for loop, batch in batches.items():
+            if job.is_finished:
+                del self._consumers[job]
+        for loop, outboxes in due.items():
             try:
-                loop.call_soon_threadsafe(_deliver, batch)
+                loop.call_soon_threadsafe(_deliver, outboxes)
             except RuntimeError:
-                # The loop is closed, and so is everybody who waited in it.
-                for job in [j for j, a in self._addresses.items() if a.loop is loop]:
+                # The loop is closed, so none of its consumers waits any more.
+                for job in [j for j, c in self._consumers.items() if c.loop is loop]:
                     self._drop(job)
 
 
-def _deliver(batch: Sequence[tuple[_Mail, list[Any]]]) -> None:
-    for mail, events in batch:
+def _deliver(outboxes: Sequence[tuple[_EventQueue, list[Any]]]) -> None:
+    for queue, events in outboxes:
         if isinstance(events[-1], HalfbyteError):
             error = events.pop()
             if events:
-                mail.put(events)
-            mail.put(error)
+                queue.put(events)
+            queue.put(error)
         else:
-            mail.put(events)
+            queue.put(events)

@@ -1,12 +1,12 @@
-"""Answers on a GPU by recorded steps; prompts and adapters by Transformers' forward.
+"""Runs decode steps on a GPU as CUDA graphs; prefill and adapters by Transformers' forward.
 
 ::
 
     pieces ──prompts, adapters──> TransformersRunner ──> pages, logits
-           └─answers, a token each──> the recorded step for so many rows, or the next power of two
+           └─decode, one token each──> the CUDA graph of the batch size, rounded to a power of two
 
-Both share the pages. A step of few launches (:mod:`halfbyte.nn.gpu_step`) is recorded once for each
-number of rows; rows that nobody needs write to a page of their own.
+Both share the pages. The step (:mod:`halfbyte.nn.gpu_step`) is recorded once per batch size, which
+is rounded up; padding rows write to a page of their own.
 """
 
 from __future__ import annotations
@@ -23,98 +23,100 @@ from halfbyte.serve.engine.runner import Pages, Piece
 from halfbyte.serve.engine.transformers_runner import TransformersRunner
 
 PROBE_TOKENS = 8
-"""Tokens that are run both ways before a model is trusted."""
+"""Tokens with which both paths are compared when a model is loaded."""
 
 
 class GpuRunner:
-    """Runs answers by recorded steps."""
+    """Runs decode steps as CUDA graphs."""
 
     def __init__(self, model: PreTrainedModel, pages: Pages) -> None:
-        """Take a model over.
+        """Prepare a model.
 
         Args:
-            model: One of which find_mismatch said None.
-            pages: The cache.
+            model: A model for which find_mismatch returns None.
+            pages: The KV cache.
         """
         self.model = model
         self.pages = pages
         self.device = model.get_input_embeddings().weight.device
-        # Before the model is taken over: after that it runs pieces only.
+        # Before TransformersRunner replaces the attention: after that the model only runs pieces.
         obstacle = find_mismatch(model) or find_drift(model)
         self._plain = TransformersRunner(model, pages, reason="prompts")
         self.obstacle = obstacle or self._find_deviation()
-        """Why no steps are recorded; None where they are."""
+        """Why steps are not recorded; None if they are."""
         self._context = 0
         self._step: GpuStep | None = None
-        self._recorded: dict[int, _Recorded] = {}
+        self._recorded: dict[int, _RecordedStep] = {}
 
     @property
     def description(self) -> str:
-        """Which way, and why."""
+        """How the model is computed, and why."""
         if self.obstacle is None:
             return f"recorded steps on {self.device.type}; prompts by Transformers' forward"
         return f"{self._plain.description}; no recorded steps: {self.obstacle}"
 
     @property
     def bytes_per_token(self) -> int:
-        """Of keys and values."""
+        """Size of a token's keys and values."""
         return self.pages.bytes_per_token
 
     def make_pages(self, pages: int, context: int) -> None:
-        """Set the cache's memory up, with a page for rows that nobody needs."""
+        """Allocate the KV cache, with an additional page for padding rows."""
         self.pages.allocate(pages + 1)
         self._context = context
         self._gather_weights()
 
     def run(self, pieces: Sequence[Piece]) -> list[Tensor]:
-        """Run pieces: answers of a token each by a recorded step, all others as they are."""
-        quick = [index for index, piece in enumerate(pieces) if self._is_quick(piece)]
-        others = [index for index in range(len(pieces)) if index not in set(quick)]
+        """Run pieces: decode steps as a CUDA graph, all others by Transformers' forward."""
+        decode = [index for index, piece in enumerate(pieces) if self._can_use_graph(piece)]
+        others = [index for index in range(len(pieces)) if index not in set(decode)]
         results: dict[int, Tensor] = {}
         if others:
             found = self._plain.run([pieces[index] for index in others])
             results.update(zip(others, found, strict=True))
-        if quick:
-            found = self._run_quickly([pieces[index] for index in quick])
-            results.update(zip(quick, found, strict=True))
+        if decode:
+            found = self._run_graph([pieces[index] for index in decode])
+            results.update(zip(decode, found, strict=True))
         return [results[index] for index in range(len(pieces))]
 
     def load_adapter(self, name: str, folder: str) -> None:
         """Load a PEFT adapter."""
         self._plain.load_adapter(name, folder)
-        # PEFT loads by load_state_dict, which packs the base's weights anew.
+        # PEFT uses load_state_dict, which packs the base model's weights anew.
         self._gather_weights()
 
     def unload_adapter(self, name: str) -> None:
-        """Take an adapter away."""
+        """Unload an adapter."""
         self._plain.unload_adapter(name)
 
-    def _is_quick(self, piece: Piece) -> bool:
-        alone = len(piece.tokens) == 1 and not piece.is_prompt and piece.adapter is None
-        return alone and self._step is not None
+    def _can_use_graph(self, piece: Piece) -> bool:
+        is_decode = len(piece.tokens) == 1 and not piece.is_prompt
+        return is_decode and piece.adapter is None and self._step is not None
 
     def _gather_weights(self) -> None:
         self._recorded.clear()
         if self.obstacle is None:
             self._step = _make_step(self.model, self.pages, self._context)
 
-    def _run_quickly(self, pieces: Sequence[Piece]) -> list[Tensor]:
+    def _run_graph(self, pieces: Sequence[Piece]) -> list[Tensor]:
         assert self._step is not None
-        count = 1 << (len(pieces) - 1).bit_length()
-        if count not in self._recorded:
-            most = -(-self._context // self.pages.page_tokens)
-            spare = self.pages.keys[0].shape[0] - 1
-            self._recorded[count] = _Recorded(self._step, count, most, spare, self.device)
-        logits = self._recorded[count].run(pieces)
+        rows = 1 << (len(pieces) - 1).bit_length()
+        if rows not in self._recorded:
+            max_pages = -(-self._context // self.pages.page_tokens)
+            padding_page = self.pages.keys[0].shape[0] - 1
+            self._recorded[rows] = _RecordedStep(
+                self._step, rows, max_pages, padding_page, self.device
+            )
+        logits = self._recorded[rows].run(pieces)
         return [logits[row, None][: piece.logits] for row, piece in enumerate(pieces)]
 
     def _find_deviation(self) -> str | None:
-        """Run a token both ways, and by Transformers' forward in other pieces too."""
+        """Compare the step with Transformers' forward; a second chunking gives the tolerance."""
         pages = self.pages
         size = pages.page_tokens
         count = -(-(PROBE_TOKENS + 1) // size)
-        own = pages.make_own(count)
-        self._plain.pages = own
+        probe_pages = pages.allocate_another(count)
+        self._plain.pages = probe_pages
         tokens = make_probe_tokens(self.model, PROBE_TOKENS + 1)
 
         def run(first: int, last: int) -> Tensor:
@@ -132,7 +134,7 @@ class GpuRunner:
         expected = run(PROBE_TOKENS, PROBE_TOKENS + 1)
         self._plain.pages = pages
         with torch.inference_mode():
-            found = _make_step(self.model, own, count * size)(
+            found = _make_step(self.model, probe_pages, count * size)(
                 torch.tensor(tokens[-1:], device=self.device),
                 torch.tensor([PROBE_TOKENS], device=self.device),
                 torch.arange(count, dtype=torch.int32, device=self.device)[None],
@@ -142,40 +144,41 @@ class GpuRunner:
         return deviation and f"a {name} computes something else: {deviation}"
 
 
-class _Recorded:
-    """A step of so many rows, with the tensors that it reads."""
+class _RecordedStep:
+    """A step recorded for one batch size, with its input tensors."""
 
     def __init__(
-        self, step: GpuStep, rows: int, most_pages: int, spare: int, device: torch.device
+        self, step: GpuStep, rows: int, max_pages: int, padding_page: int, device: torch.device
     ) -> None:
         self._step = step
         self._rows = rows
-        self._spare = spare
-        self._places = torch.zeros(2, rows, dtype=torch.int64, device=device)
-        self._tables = torch.full((rows, most_pages), spare, dtype=torch.int32, device=device)
+        self._padding_page = padding_page
+        # Token ids and positions.
+        self._inputs = torch.zeros(2, rows, dtype=torch.int64, device=device)
+        self._tables = torch.full((rows, max_pages), padding_page, dtype=torch.int32, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":
             self._graph, self._logits = record(self._compute, device)
 
     def run(self, pieces: Sequence[Piece]) -> Tensor:
-        """Logits [rows, vocabulary], float32; those of rows that nobody needs among them."""
-        left = self._rows - len(pieces)
-        tokens = [piece.tokens[0] for piece in pieces] + [0] * left
-        positions = [piece.start for piece in pieces] + [0] * left
-        tables = torch.full(self._tables.shape, self._spare, dtype=torch.int32)
+        """Return logits [rows, vocabulary], float32, including those of padding rows."""
+        padding = self._rows - len(pieces)
+        tokens = [piece.tokens[0] for piece in pieces] + [0] * padding
+        positions = [piece.start for piece in pieces] + [0] * padding
+        tables = torch.full(self._tables.shape, self._padding_page, dtype=torch.int32)
         for row, piece in enumerate(pieces):
             tables[row, : len(piece.pages)] = torch.tensor(list(piece.pages), dtype=torch.int32)
         with torch.inference_mode():
-            self._places.copy_(torch.tensor([tokens, positions]))
+            self._inputs.copy_(torch.tensor([tokens, positions]))
             self._tables.copy_(tables)
             if self._graph is None:
                 return self._compute()
             self._graph.replay()
-            # The next step of these rows writes to the same place.
+            # The next replay overwrites the same tensor.
             return self._logits.clone()
 
     def _compute(self) -> Tensor:
-        return self._step(self._places[0], self._places[1], self._tables).float()
+        return self._step(self._inputs[0], self._inputs[1], self._tables).float()
 
 
 def _make_step(model: PreTrainedModel, pages: Pages, context: int) -> GpuStep:

@@ -1,4 +1,4 @@
-"""Answers held to a grammar: which tokens may come next, by llguidance."""
+"""Constrained decoding: token masks from grammars, computed by llguidance."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from torch import Tensor
 from halfbyte.errors import ServeError, require_extra
 from halfbyte.serve.engine.contract import Grammar
 
-LONGEST_GRAMMAR = 100_000
-"""Characters; what a grammar takes to compile grows with it."""
+MAX_GRAMMAR_CHARACTERS = 100_000
+"""Limits the time to compile a grammar, which grows with its length."""
 
 
 class Matcher:
-    """One answer on its way through its grammar."""
+    """Follows one answer through its grammar."""
 
     def __init__(self, matcher: Any, vocabulary: int) -> None:
-        """Start.
+        """Start at the beginning of the grammar.
 
         Args:
-            matcher: llguidance's.
-            vocabulary: Tokens that the model knows; the tokenizer may know fewer.
+            matcher: llguidance's matcher.
+            vocabulary: Size of the model's vocabulary; the tokenizer's may be smaller.
         """
         self._matcher = matcher
         self._words = np.zeros((vocabulary + 31) // 32, dtype=np.int32)
         self._vocabulary = vocabulary
 
     def allowed(self) -> Tensor:
-        """Tell which tokens may come next.
+        """Return which tokens are allowed next.
 
         Returns:
             bool [vocabulary].
 
         Raises:
-            ServeError: The grammar became too large to follow.
+            ServeError: The grammar exceeds llguidance's limits.
         """
         self._matcher.unsafe_compute_mask_ptr(self._words.ctypes.data, self._words.nbytes)
         self._check()
@@ -48,16 +48,16 @@ class Matcher:
         return torch.from_numpy(bits[: self._vocabulary]).bool()
 
     def accept(self, token: int) -> bool:
-        """Take a token; tell whether the sentence is complete and nothing may follow.
+        """Accept a token, and return whether the answer is complete.
 
         Args:
-            token: One of the allowed ones.
+            token: An allowed token.
 
         Returns:
-            Whether it is over.
+            Whether no further token is allowed.
 
         Raises:
-            ServeError: The grammar became too large to follow.
+            ServeError: The grammar exceeds llguidance's limits.
         """
         self._matcher.consume_token(token)
         self._check()
@@ -66,8 +66,8 @@ class Matcher:
     def _check(self) -> None:
         if self._matcher.is_error():
             raise ServeError(
-                f"Cannot follow the grammar any further: {_first_line(self._matcher.get_error())}. "
-                "Make it simpler.",
+                "Cannot continue an answer with this grammar: "
+                f"{_first_line(self._matcher.get_error())}. Simplify the grammar.",
                 param="response_format",
                 code="invalid_grammar",
             )
@@ -77,12 +77,12 @@ class Grammars:
     """Compiles grammars for one model's tokenizer."""
 
     def __init__(self, folder: str | Path, vocabulary: int, ends: Iterable[int]) -> None:
-        """Note where the tokenizer is; it is read when the first grammar comes.
+        """Prepare; the tokenizer is loaded with the first grammar.
 
         Args:
-            folder: Of the model.
-            vocabulary: Tokens that the model knows.
-            ends: Its end-of-text tokens.
+            folder: The model's folder.
+            vocabulary: Size of the model's vocabulary.
+            ends: The model's end-of-text tokens.
         """
         self._folder = folder
         self._vocabulary = vocabulary
@@ -91,34 +91,36 @@ class Grammars:
         self._lock = threading.Lock()
 
     def compile(self, grammar: Grammar) -> Matcher:
-        """Compile a grammar; takes up to some seconds, from any thread.
+        """Compile a grammar; thread-safe, and may take a few seconds.
 
         Args:
-            grammar: As the request has it.
+            grammar: The request's grammar.
 
         Returns:
-            Its start.
+            A matcher at the beginning of the grammar.
 
         Raises:
-            ServeError: 400: it is none; says where.
+            ServeError: 400 if the grammar is invalid; says why.
             MissingExtraError: llguidance is not installed.
         """
         with require_extra("llguidance", "serve", f"An answer by {grammar.kind}"):
             from llguidance import LLMatcher
-        if len(grammar.text) > LONGEST_GRAMMAR:
-            _refuse(
-                grammar, f"it has {len(grammar.text)} characters, {LONGEST_GRAMMAR} are allowed"
+        if len(grammar.text) > MAX_GRAMMAR_CHARACTERS:
+            _reject(
+                grammar,
+                f"it has {len(grammar.text)} characters, at most {MAX_GRAMMAR_CHARACTERS} are "
+                "allowed",
             )
         try:
-            source = _write(grammar, LLMatcher)
+            source = _convert(grammar, LLMatcher)
         except ValueError as error:
-            _refuse(grammar, _first_line(str(error)))
-        matcher = LLMatcher(self._open_tokenizer(), source)
+            _reject(grammar, _first_line(str(error)))
+        matcher = LLMatcher(self._load_tokenizer(), source)
         if matcher.is_error():
-            _refuse(grammar, _first_line(matcher.get_error()))
+            _reject(grammar, _first_line(matcher.get_error()))
         return Matcher(matcher, self._vocabulary)
 
-    def _open_tokenizer(self) -> Any:
+    def _load_tokenizer(self) -> Any:
         with self._lock:
             if self._tokenizer is None:
                 from llguidance.hf import from_tokenizer
@@ -127,7 +129,7 @@ class Grammars:
                 tokenizer = AutoTokenizer.from_pretrained(self._folder)
                 if not isinstance(tokenizer, PreTrainedTokenizerFast):
                     raise ServeError(
-                        "This model's answers cannot be held to a grammar: its tokenizer has no "
+                        "This model does not support grammars: its tokenizer has no "
                         "tokenizer.json.",
                         param="response_format",
                     )
@@ -137,8 +139,8 @@ class Grammars:
             return self._tokenizer
 
 
-def _write(grammar: Grammar, matcher: Any) -> str:
-    """Give llguidance's own form."""
+def _convert(grammar: Grammar, matcher: Any) -> str:
+    """Convert a grammar to llguidance's format."""
     if grammar.kind == "json_object":
         return str(matcher.grammar_from_json_schema('{"type": "object"}'))
     if grammar.kind == "json_schema":
@@ -149,17 +151,17 @@ def _write(grammar: Grammar, matcher: Any) -> str:
     if grammar.kind == "choice":
         choices = json.loads(grammar.text)
         if not isinstance(choices, list) or not choices:
-            raise ValueError("choices are a JSON list of at least one string")
+            raise ValueError("choices must be a JSON list of at least one string")
         if not all(isinstance(choice, str) and choice for choice in choices):
-            raise ValueError("every choice must be a string of one character or more")
+            raise ValueError("every choice must be a non-empty string")
         words = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
         return str(matcher.grammar_from_lark(f"start: {words}"))
     return str(matcher.grammar_from_lark(grammar.text))
 
 
-def _refuse(grammar: Grammar, reason: str) -> NoReturn:
+def _reject(grammar: Grammar, reason: str) -> NoReturn:
     raise ServeError(
-        f"Cannot hold an answer to this {grammar.kind}: {reason}. Correct it.",
+        f"Cannot constrain the answer by this {grammar.kind}: {reason}. Correct it.",
         param="response_format",
         code="invalid_grammar",
     )

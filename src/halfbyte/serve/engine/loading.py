@@ -1,4 +1,4 @@
-"""An engine from a model's folder: how it runs and what memory it takes, with the reasons."""
+"""Load a model into an engine: choose the runner and plan the memory."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ from halfbyte.serve.engine.transformers_runner import TransformersRunner
 
 
 def open_engine(folder: str | Path, config: EngineConfig | None = None) -> EmbeddedEngine:
-    """Load a model and make it ready to serve.
+    """Load a model and start an engine with it.
 
     Args:
-        folder: Of the model, GPTQ or not.
-        config: How to run it.
+        folder: Folder of a model, quantized or not.
+        config: Configuration of the engine.
 
     Returns:
-        The engine, running.
+        The running engine.
 
     Raises:
-        ConfigError: The memory does not suffice, or the folder is none.
+        ConfigError: There is not enough memory, or the folder is not a model folder.
     """
     opened: Future[EmbeddedEngine] = Future()
 
     def work() -> None:
         try:
             opened.set_result(_open(Path(folder), config or EngineConfig()))
-        except BaseException as error:  # noqa: BLE001 - it reaches whoever waits
+        except BaseException as error:  # noqa: BLE001 - raised again by the caller's result()
             opened.set_exception(error)
 
-    # In a thread that ends: OpenMP gives each thread helpers of its own, and once there are more of
-    # them than processors, those of the engine's go to sleep between any two layers.
+    # In a thread that ends: OpenMP gives each thread its own pool, and with more pool threads than
+    # processors, the engine's pool would go to sleep between any two layers.
     threading.Thread(target=work, name="halfbyte-open", daemon=True).start()
     return opened.result()
 
@@ -68,19 +68,19 @@ def make_engine(
     *,
     before_bytes: int = 0,
 ) -> EmbeddedEngine:
-    """Make an engine of a loaded model.
+    """Start an engine with a loaded model.
 
     Args:
-        model: Nobody else may run it from now on.
-        folder: Where its tokenizer is, for grammars.
-        config: How to run it.
-        before_bytes: What the process took without the model.
+        model: The model; only the engine may run it from now on.
+        folder: Folder of its tokenizer, for grammars.
+        config: Configuration of the engine.
+        before_bytes: Memory of the process before the model was loaded.
 
     Returns:
-        The engine, running.
+        The running engine.
 
     Raises:
-        ConfigError: The memory does not suffice.
+        ConfigError: There is not enough memory.
     """
     model.eval()
     runner = choose_runner(model, config)
@@ -88,7 +88,7 @@ def make_engine(
     plan = plan_engine(
         model, folder, runner.bytes_per_token, context, config, before_bytes=before_bytes
     )
-    # No request is longer than the cache.
+    # No request can be longer than the cache.
     context = min(context, plan.pages * config.page_tokens)
     runner.make_pages(plan.pages, context)
     pool = PagePool(plan.pages, config.page_tokens, share=config.share_prefixes)
@@ -99,9 +99,9 @@ def make_engine(
         context=context,
         vocabulary=vocabulary,
         bytes_per_token=runner.bytes_per_token,
-        cache_bytes=plan.cache,
-        weight_bytes=plan.weights,
-        planned_bytes=plan.total,
+        cache_bytes=plan.cache_bytes,
+        weight_bytes=plan.weight_bytes,
+        planned_bytes=plan.total_bytes,
         runner=runner.description,
     )
     return EmbeddedEngine(
@@ -118,20 +118,20 @@ def make_engine(
 
 
 def choose_runner(model: PreTrainedModel, config: EngineConfig) -> Runner:
-    """Choose what computes.
+    """Choose the runner.
 
     Args:
-        model: Loaded.
-        config: What was asked for.
+        model: The loaded model.
+        config: Configuration of the engine.
 
     Returns:
-        The runner; its description holds the reason.
+        The runner; its description contains the reason.
 
     Raises:
-        ConfigError: The compiled decoder was asked for and cannot run.
+        ConfigError: The compiled decoder or a rounded head was requested but cannot be used.
     """
     pages = Pages(sample_layers(model), config.page_tokens)
-    obstacle: str | None = "not asked for"
+    obstacle: str | None = "not requested"
     if config.runner != "transformers":
         obstacle = find_obstacle(model)
         if obstacle is None:
@@ -139,10 +139,10 @@ def choose_runner(model: PreTrainedModel, config: EngineConfig) -> Runner:
         if find_mismatch(model) is None and config.head_bits == 16 and config.runner == "auto":
             return GpuRunner(model, pages)
     if config.runner == "native" or config.head_bits != 16:
-        wanted = "The compiled decoder" if config.runner == "native" else "A rounded head"
+        requested = "the compiled decoder" if config.runner == "native" else "a rounded head"
         raise ConfigError(
-            f"{wanted} was asked for and cannot run here: {obstacle}. Leave --runner and "
-            "--head-bits at their defaults."
+            f"Cannot use {requested} with this model: {obstacle}. Leave --runner and --head-bits "
+            "at their defaults."
         )
     return TransformersRunner(model, pages, reason=f"no compiled decoder: {obstacle}")
 
@@ -152,6 +152,7 @@ def _find_context(model: PreTrainedModel, config: EngineConfig) -> int:
     longest = max_context_length(settings) or 32768
     if config.context is not None and config.context > longest:
         raise ConfigError(
-            f"context is {config.context}; the model has {longest} positions. Give no more."
+            f"context is {config.context}; the model supports at most {longest} tokens. Lower "
+            "--context."
         )
     return config.context or longest

@@ -1,4 +1,4 @@
-"""What an engine takes in memory, worked out before it takes it."""
+"""Plan the memory of an engine before it is allocated."""
 
 from __future__ import annotations
 
@@ -17,40 +17,46 @@ from halfbyte.serve.engine.config import EngineConfig
 from halfbyte.units import format_bytes
 
 FREE_SHARE = 0.5
-"""Of the free memory that the cache takes at most, unless told otherwise."""
+"""Max share of the free memory for the KV cache, if no size is set."""
 
 USUAL_CONTEXT = 4096
-"""Tokens of a request for which the cache has room `sequences` times, where the memory is there."""
+"""Without a configured size, the KV cache holds `sequences` requests of this length, memory
+permitting."""
 
 
 LOGITS_COPIES = 5
-"""That are kept, in float32: of answers and of prompts, and three in which they are rated."""
+"""float32 copies of the logits: of answers, of prompts, and three while they are scored."""
 
 GRAMMAR_BYTES = 12_000_000
 GRAMMAR_TOKEN_BYTES = 700
-"""llguidance's table, as measured on vocabularies of 8,192 and 49,152 tokens: 14.7 and 43.0 MB with
-the library, and 2.6 MB for a mask."""
+"""Size of llguidance's tables, as measured on vocabularies of 8,192 and 49,152 tokens: 14.7 and
+43.0 MB with the library, and 2.6 MB for a mask."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnginePlan:
-    """How much of what. Values in bytes but the first."""
+    """Memory of an engine."""
 
     pages: int
-    cache: int
-    weights: int
-    activations: int
-    """Of one step, and the logits of all that run."""
-    program: int
-    """Of the process beside its weights, as measured with the model loaded; on a GPU of the device.
-    """
-    grammars: int
-    """What holding answers to grammars takes, from the first one on."""
+    cache_bytes: int
+    weight_bytes: int
+    activation_bytes: int
+    """Activations of one step, and the logits of all running requests."""
+    program_bytes: int
+    """The process without weights, measured after loading the model; on a GPU, CUDA's overhead."""
+    grammar_bytes: int
+    """Memory for constrained answers, used from the first one on."""
 
     @property
-    def total(self) -> int:
-        """Of the process, or on the GPU of the device."""
-        return self.cache + self.weights + self.activations + self.program + self.grammars
+    def total_bytes(self) -> int:
+        """Memory of the process, or on a GPU of the device."""
+        return (
+            self.cache_bytes
+            + self.weight_bytes
+            + self.activation_bytes
+            + self.program_bytes
+            + self.grammar_bytes
+        )
 
 
 def plan_engine(
@@ -62,15 +68,15 @@ def plan_engine(
     *,
     before_bytes: int = 0,
 ) -> EnginePlan:
-    """Decide how large the cache is, and say what the engine takes with it.
+    """Decide the size of the KV cache, and estimate the engine's memory.
 
     Args:
-        model: Loaded: what is free now is free beside it.
-        folder: With its config.json.
-        bytes_per_token: Of keys and values.
-        context: Tokens of the longest request.
-        config: May say how much memory.
-        before_bytes: The process without the model.
+        model: The loaded model; memory that is free now remains free beside it.
+        folder: Folder with its config.json.
+        bytes_per_token: Size of a token's keys and values.
+        context: Max tokens of a request.
+        config: May set the size of the cache.
+        before_bytes: Memory of the process before the model was loaded.
 
     Returns:
         The plan.
@@ -78,44 +84,43 @@ def plan_engine(
     Raises:
         ConfigError: Not even one page fits.
     """
-    device = model.get_input_embeddings().weight.device
-    on_gpu = device.type == "cuda"
-    activations = _count_activations(model, folder, config)
-    weights = weight_bytes(model)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    embeddings = model.get_input_embeddings().weight
+    on_gpu = embeddings.device.type == "cuda"
+    activations = _estimate_activations(model, folder, config)
+    weights = count_weight_bytes(model)
     page_bytes = config.page_tokens * bytes_per_token
     if config.cache_gb is not None:
-        available = wanted = int(config.cache_gb * 1e9)
+        available = requested = int(config.cache_gb * 1e9)
     else:
-        free = torch.cuda.mem_get_info(device)[0] if on_gpu else this_machine().bytes
+        free = torch.cuda.mem_get_info(embeddings.device)[0] if on_gpu else this_machine().bytes
         available = int((free - activations) * FREE_SHARE)
-        wanted = config.sequences * min(context, USUAL_CONTEXT) * bytes_per_token
-    pages = min(wanted, available) // page_bytes
+        requested = config.sequences * min(context, USUAL_CONTEXT) * bytes_per_token
+    pages = min(requested, available) // page_bytes
     program = max(before_bytes, resident_memory_bytes() - weights)
     if pages < 1:
         raise ConfigError(
-            f"The cache of keys and values may have {format_bytes(max(available, 0))}; one page of "
-            f"{config.page_tokens} tokens takes {format_bytes(page_bytes)}. Give it more with "
-            "--cache-gb, or free memory."
+            f"The KV cache may use {format_bytes(max(available, 0))}, but one page of "
+            f"{config.page_tokens} tokens takes {format_bytes(page_bytes)}. Increase --cache-gb or "
+            "free some memory."
         )
     return EnginePlan(
         pages=pages,
-        cache=pages * page_bytes,
-        weights=weights,
-        activations=activations,
-        program=GPU_PROGRAM_BYTES if on_gpu else program,
-        grammars=0 if on_gpu else GRAMMAR_BYTES + GRAMMAR_TOKEN_BYTES * vocabulary,
+        cache_bytes=pages * page_bytes,
+        weight_bytes=weights,
+        activation_bytes=activations,
+        program_bytes=GPU_PROGRAM_BYTES if on_gpu else program,
+        grammar_bytes=0 if on_gpu else GRAMMAR_BYTES + GRAMMAR_TOKEN_BYTES * embeddings.shape[0],
     )
 
 
-def weight_bytes(model: torch.nn.Module) -> int:
-    """Count the bytes of a model's tensors, shared ones once."""
+def count_weight_bytes(model: torch.nn.Module) -> int:
+    """Sum the bytes of a model's tensors, counting shared ones once."""
     storages = [t.untyped_storage() for t in (*model.parameters(), *model.buffers())]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def _count_activations(model: PreTrainedModel, folder: str | Path, config: EngineConfig) -> int:
-    """Count what one step needs beside weights and cache; 0 where the config does not say."""
+def _estimate_activations(model: PreTrainedModel, folder: str | Path, config: EngineConfig) -> int:
+    """Estimate the memory of one step beside weights and cache; 0 if its shapes are unknown."""
     try:
         shapes = read_shapes(folder)
     except ConfigError:

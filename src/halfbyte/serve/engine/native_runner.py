@@ -1,10 +1,10 @@
-"""The compiled decoder over our pages: all rows of all sequences in one call of the library.
+"""Runs pieces with the compiled decoder: all rows of all sequences in one call of the library.
 
-All is float32 between the layers, and what a row computes does not depend on the others to the last
-bit: neither on who else runs, nor on how a prompt was cut into pieces, nor on what of it came from
-the cache. Prompts run on matrix units where there are some, answers never do. Pieces of an adapter
-are run by Transformers' forward over the same pages: a product of two thin factors for some of the
-rows of every linear would need kernels of its own.
+Activations between layers are float32, and a row's result is independent of all others, bit by bit:
+of the rest of the batch, of how the prompt was split into pieces, and of what came from the cache.
+Prefill uses matrix units if the CPU has them, decode steps never do. Pieces with an adapter are run
+by Transformers' forward over the same pages, because low-rank products for some rows of every
+linear would need their own kernels.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from halfbyte.serve.engine.runner import Pages, Piece
 from halfbyte.serve.engine.transformers_runner import TransformersRunner
 
 HEAD_ROWS = 16
-"""Rows of logits at a time: more would go another way through a rounded head."""
+"""Rows of logits per call: a rounded head would compute more rows by another path."""
 
 
 class NativeRunner:
-    """Runs pieces by NativeDecoder."""
+    """Runs pieces with NativeDecoder."""
 
     def __init__(self, model: PreTrainedModel, pages: Pages, head_bits: int = 16) -> None:
-        """Take a model over.
+        """Prepare a model.
 
         Args:
-            model: One of which find_obstacle said None.
-            pages: The cache.
+            model: A model for which find_obstacle returns None.
+            pages: The KV cache.
             head_bits: 16, or the bits of a rounded head.
         """
         self.model = model
@@ -46,22 +46,22 @@ class NativeRunner:
 
     @property
     def description(self) -> str:
-        """Which way, and why."""
+        """How the model is computed, and why."""
         return f"compiled decoder ({open_library().isa}), head of {self._head.bits} bits"
 
     @property
     def bytes_per_token(self) -> int:
-        """Of keys and values."""
+        """Size of a token's keys and values."""
         return self.pages.bytes_per_token
 
     def make_pages(self, pages: int, context: int) -> None:
-        """Set the cache's memory up."""
+        """Allocate the KV cache."""
         self.pages.allocate(pages)
         self._context = context
         self._gather_weights()
 
     def run(self, pieces: Sequence[Piece]) -> list[Tensor]:
-        """Run pieces: answers, prompts, and by Transformers' forward those of adapters."""
+        """Run pieces: decode steps, prompts, and those with adapters by Transformers' forward."""
         groups: dict[str, list[int]] = {"answer": [], "prompt": [], "adapter": []}
         for index, piece in enumerate(pieces):
             kind = "prompt" if piece.is_prompt else "answer"
@@ -84,11 +84,11 @@ class NativeRunner:
         if self._adapted is None:
             self._adapted = TransformersRunner(self.model, self.pages, reason="adapters")
         self._adapted.load_adapter(name, folder)
-        # PEFT loads by load_state_dict, which packs the base's weights anew.
+        # PEFT uses load_state_dict, which packs the base model's weights anew.
         self._gather_weights()
 
     def unload_adapter(self, name: str) -> None:
-        """Take an adapter away."""
+        """Unload an adapter."""
         assert self._adapted is not None
         self._adapted.unload_adapter(name)
 
@@ -102,21 +102,21 @@ class NativeRunner:
         positions: list[int] = []
         tables: list[int] = []
         starts: list[int] = []
-        wanted: list[int] = []
+        logit_rows: list[int] = []
         for piece in pieces:
             count = len(piece.tokens)
             starts += [len(tables)] * count
             tables += piece.pages
             tokens += piece.tokens
             positions += range(piece.start, piece.start + count)
-            wanted += range(len(tokens) - piece.logits, len(tokens))
+            logit_rows += range(len(tokens) - piece.logits, len(tokens))
         with torch.inference_mode():
             hidden = self._decoder.run(tokens, positions, tables, starts, prompt=prompt)
-            logits = self._multiply_head(hidden[wanted], prompt=prompt)
+            logits = self._multiply_head(hidden[logit_rows], prompt=prompt)
         return list(torch.split(logits, [piece.logits for piece in pieces]))
 
     def _multiply_head(self, hidden: Tensor, *, prompt: bool) -> Tensor:
-        """Logits of hidden states, in memory that is kept for the few rows of a usual step."""
+        """Compute logits, in a reused buffer if there are few rows."""
         if hidden.shape[0] > HEAD_ROWS:
             parts = torch.split(hidden, HEAD_ROWS)
             return torch.cat([self._head(part) for part in parts])

@@ -1,14 +1,15 @@
-"""Which page of the cache holds whose tokens: reserved ahead, shared by prefix, reused when full.
+"""Allocation of KV-cache pages: reserved up front, shared by prefix, evicted in LRU order.
 
 ::
 
-    reserve(tokens, room) ──> Reservation: pages for all that the request may ever need, the first
-                              of them with contents already where its beginning is known
-    note_computed ──> a full page may be shared from now on
-    release ──> pages that are known stay until somebody needs the room, longest unused first
+    reserve(tokens, max_tokens) ──> Reservation: all pages that the request can need, the first of
+                                    them already filled if its prefix is cached
+    register_computed ──> a full page can be shared from now on
+    release ──> cached pages are kept until their memory is needed, least recently used first
 
-A page is known by its tokens and by all tokens before it, compared exactly: a hash could be made to
-collide, and one user would read another's conversation. Numbers only; the tensors are elsewhere.
+A cached page is identified by its tokens and all tokens before it, compared exactly: with hashes a
+user could construct a collision and read another user's conversation. This module only manages page
+numbers; the tensors are in runner.py.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 Key = tuple[int, tuple[int, ...]]
-"""Node of what comes before, and the page's own tokens."""
+"""Node of the preceding page in the prefix tree, and the page's tokens."""
 
 
 @dataclass(slots=True)
@@ -27,17 +28,17 @@ class Reservation:
 
     pages: list[int]
     cached_tokens: int
-    """Positions whose keys and values are there already."""
+    """Positions whose keys and values were in the cache."""
     node: int
-    """Of the last page that is known, or of the root."""
-    noted: int
-    """Pages that have been looked at by note_computed."""
-    shares: bool
+    """Node of the last registered page, or the root."""
+    num_registered: int
+    """Pages that register_computed has processed."""
+    is_shared: bool
 
 
 @dataclass(slots=True)
 class PagePool:
-    """All pages of one cache."""
+    """All pages of one KV cache."""
 
     pages: int
     page_tokens: int
@@ -45,143 +46,150 @@ class PagePool:
     queries: int = 0
     """Prompt tokens that were looked up."""
     hits: int = 0
-    """Those of them that were found."""
-    _empty: list[int] = field(default_factory=list)
-    _idle: OrderedDict[int, None] = field(default_factory=OrderedDict)
-    """Known pages that nobody uses, longest unused first."""
-    _users: list[int] = field(default_factory=list)
-    _known: dict[Key, int] = field(default_factory=dict)
+    """Prompt tokens that were found."""
+    _free: list[int] = field(default_factory=list)
+    _unused: OrderedDict[int, None] = field(default_factory=OrderedDict)
+    """Cached pages that no request uses, least recently used first."""
+    _num_users: list[int] = field(default_factory=list)
+    _cached: dict[Key, int] = field(default_factory=dict)
     _keys: dict[int, Key] = field(default_factory=dict)
     _nodes: dict[int, int] = field(default_factory=dict)
-    """Page -> its node; a number is never used twice, so that nothing hangs on a page's past."""
+    """Page -> its node. Node numbers are never reused, so evicted prefixes cannot be found."""
     _roots: dict[str, int] = field(default_factory=dict)
     _last_node: int = 0
 
     def __post_init__(self) -> None:
-        self._empty = list(range(self.pages - 1, -1, -1))
-        self._users = [0] * self.pages
+        self._free = list(range(self.pages - 1, -1, -1))
+        self._num_users = [0] * self.pages
 
     @property
     def used(self) -> int:
-        """Pages that somebody has reserved."""
-        return self.pages - len(self._empty) - len(self._idle)
+        """Number of pages that requests have reserved."""
+        return self.pages - len(self._free) - len(self._unused)
 
     def count_pages(self, tokens: int) -> int:
-        """Give the pages that so many tokens fill."""
+        """Return the number of pages for a number of tokens."""
         return -(-tokens // self.page_tokens)
 
     def reserve(
-        self, tokens: Sequence[int], room: int, *, family: str = "", share: bool = True
+        self, tokens: Sequence[int], max_tokens: int, *, namespace: str = "", share: bool = True
     ) -> Reservation | None:
-        """Reserve pages for a request as a whole.
+        """Reserve all pages of a request.
 
         Args:
-            tokens: Those that are known; looked up.
-            room: Tokens that it may have in the end.
-            family: Only pages of the same one are shared: the adapter.
-            share: Whether to look at all.
+            tokens: The request's current tokens, whose prefix is looked up.
+            max_tokens: Max tokens of the request.
+            namespace: Pages are shared only within a namespace, which is the adapter's name.
+            share: Whether to look up the prefix.
 
         Returns:
-            The pages; None where there is no room now. At least the last token of `tokens` is never
-            taken from the cache, because somebody wants its logits.
+            The pages; None if there are not enough now. The last token of `tokens` is never taken
+            from the cache, because its logits are needed.
         """
         share = share and self.share
         found: list[int] = []
-        node = self._root(family)
+        node = self._get_root(namespace)
         if share:
             for start in range(0, len(tokens) - self.page_tokens, self.page_tokens):
                 key = (node, tuple(tokens[start : start + self.page_tokens]))
-                page = self._known.get(key)
+                page = self._cached.get(key)
                 if page is None:
                     break
                 found.append(page)
                 node = self._nodes[page]
-        fresh = self.count_pages(room) - len(found)
-        idle = sum(page in self._idle for page in found)
-        if fresh > len(self._empty) + len(self._idle) - idle:
+        num_new = self.count_pages(max_tokens) - len(found)
+        num_unused = sum(page in self._unused for page in found)
+        if num_new > len(self._free) + len(self._unused) - num_unused:
             return None
         for page in found:
-            self._idle.pop(page, None)
-            self._users[page] += 1
-        taken = [self._take() for _ in range(fresh)]
+            self._unused.pop(page, None)
+            self._num_users[page] += 1
+        new = [self._take() for _ in range(num_new)]
         cached = len(found) * self.page_tokens
         if share:
             self.queries += len(tokens)
             self.hits += cached
         return Reservation(
-            pages=found + taken, cached_tokens=cached, node=node, noted=len(found), shares=share
+            pages=found + new,
+            cached_tokens=cached,
+            node=node,
+            num_registered=len(found),
+            is_shared=share,
         )
 
-    def note_computed(self, reservation: Reservation, tokens: Sequence[int], computed: int) -> None:
-        """Make full pages known.
+    def register_computed(
+        self, reservation: Reservation, tokens: Sequence[int], num_computed: int
+    ) -> None:
+        """Make full pages available for sharing.
 
         Args:
-            reservation: Of the request.
-            tokens: All of the request's.
-            computed: Positions whose keys and values are in the pages.
+            reservation: The request's pages.
+            tokens: All tokens of the request.
+            num_computed: Positions whose keys and values are in the pages.
         """
-        if not reservation.shares:
+        if not reservation.is_shared:
             return
-        while (reservation.noted + 1) * self.page_tokens <= computed:
-            start = reservation.noted * self.page_tokens
-            page = reservation.pages[reservation.noted]
+        while (reservation.num_registered + 1) * self.page_tokens <= num_computed:
+            start = reservation.num_registered * self.page_tokens
+            page = reservation.pages[reservation.num_registered]
             key = (reservation.node, tuple(tokens[start : start + self.page_tokens]))
-            # Two may compute the same at the same time; the second keeps its copy to itself.
-            holder = self._known.setdefault(key, page)
-            if holder == page:
+            # If two requests compute the same page, the second one's copy is not shared.
+            cached = self._cached.setdefault(key, page)
+            if cached == page:
                 self._keys[page] = key
-                self._nodes[page] = self._new_node()
-            reservation.node = self._nodes[holder]
-            reservation.noted += 1
+                self._nodes[page] = self._make_node()
+            reservation.node = self._nodes[cached]
+            reservation.num_registered += 1
 
     def release(self, reservation: Reservation) -> None:
-        """Give pages back.
+        """Release a request's pages.
 
         Args:
-            reservation: Not to be used any more.
+            reservation: The pages; not to be used any more.
         """
-        # Backwards: the end of a text goes before its beginning.
+        # In reverse order, so that the end of a prefix is evicted before its beginning.
         for page in reversed(reservation.pages):
-            self._users[page] -= 1
-            if self._users[page]:
+            self._num_users[page] -= 1
+            if self._num_users[page]:
                 continue
             if page in self._keys:
-                self._idle[page] = None
+                self._unused[page] = None
             else:
-                self._empty.append(page)
+                self._free.append(page)
         reservation.pages = []
 
-    def forget(self, family: str | None = None) -> None:
-        """Share nothing of what was computed until now.
+    def forget(self, namespace: str | None = None) -> None:
+        """Invalidate the prefix cache.
 
         Args:
-            family: Only of this one; None: of all.
+            namespace: Invalidates only this namespace; None for all.
         """
-        if family is not None:
-            # Its root gets another number; what hung on the old one is never found again.
-            self._roots.pop(family, None)
+        if namespace is not None:
+            # It gets a new root, from which the old pages cannot be reached.
+            self._roots.pop(namespace, None)
             return
         self._roots.clear()
-        self._known.clear()
+        self._cached.clear()
         self._keys.clear()
         self._nodes.clear()
-        self._empty.extend(self._idle)
-        self._idle.clear()
+        self._free.extend(self._unused)
+        self._unused.clear()
 
     def _take(self) -> int:
-        if self._empty:
-            page = self._empty.pop()
+        """Take a free page, or evict a cached one."""
+        if self._free:
+            page = self._free.pop()
         else:
-            page, _ = self._idle.popitem(last=False)
-            del self._known[self._keys.pop(page)], self._nodes[page]
-        self._users[page] = 1
+            page, _ = self._unused.popitem(last=False)
+            del self._cached[self._keys.pop(page)], self._nodes[page]
+        self._num_users[page] = 1
         return page
 
-    def _root(self, family: str) -> int:
-        if family not in self._roots:
-            self._roots[family] = self._new_node()
-        return self._roots[family]
+    def _get_root(self, namespace: str) -> int:
+        if namespace not in self._roots:
+            self._roots[namespace] = self._make_node()
+        return self._roots[namespace]
 
-    def _new_node(self) -> int:
+    def _make_node(self) -> int:
         self._last_node += 1
         return self._last_node

@@ -1,4 +1,4 @@
-"""What computes logits from tokens, over pages of keys and values."""
+"""The interface of runners, which compute logits over a paged KV cache, and the cache itself."""
 
 from __future__ import annotations
 
@@ -16,100 +16,100 @@ from halfbyte.nn.native_decoder import cache_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """Tokens of one sequence that follow each other; all before them have been run."""
+    """Consecutive tokens of one sequence; all tokens before them have been run."""
 
     tokens: Sequence[int]
     start: int
-    """Position of the first."""
+    """Position of the first token."""
     pages: Sequence[int]
-    """Of the whole sequence, in the order of its positions."""
+    """Pages of the whole sequence, in the order of its positions."""
     logits: int
-    """Of so many of the last tokens they are wanted; 0: of none."""
+    """Number of last tokens to compute logits for; may be 0."""
     is_prompt: bool
-    """Whether they are the prompt's: a token is always run the same way, however a prompt was cut
-    and whatever failed in between."""
+    """Whether the tokens are part of the prompt. A token is always computed by the same path,
+    however the prompt is split and also when it is recomputed after a failure."""
     adapter: str | None = None
 
 
 class Runner(Protocol):
-    """A model, ready to run pieces of many sequences at once."""
+    """Runs pieces of many sequences through a model at once."""
 
     @property
     def description(self) -> str:
-        """Which way, and why, for people."""
+        """How the model is computed and why, for people."""
 
     @property
     def bytes_per_token(self) -> int:
-        """Of keys and values."""
+        """Size of a token's keys and values."""
 
     def make_pages(self, pages: int, context: int) -> None:
-        """Set the cache's memory up.
+        """Allocate the KV cache.
 
         Args:
-            pages: How many.
-            context: Positions that a sequence can have.
+            pages: Number of pages.
+            context: Max tokens of a sequence.
         """
 
     def run(self, pieces: Sequence[Piece]) -> list[Tensor]:
         """Run pieces, and write their keys and values into their pages.
 
         Args:
-            pieces: Of different sequences.
+            pieces: Pieces of different sequences.
 
         Returns:
-            For each, float32 [piece.logits, vocabulary].
+            Logits of each piece, float32 [piece.logits, vocabulary].
         """
 
     def load_adapter(self, name: str, folder: str) -> None:
-        """Make an adapter usable under a name."""
+        """Load an adapter."""
 
     def unload_adapter(self, name: str) -> None:
-        """Take an adapter away; no piece uses it any more."""
+        """Unload an adapter, which no piece uses any more."""
 
 
 class Pages:
-    """Keys and values of all layers, in pages that belong to nobody for good."""
+    """The paged KV cache: keys and values of all layers."""
 
     def __init__(self, layers: Sequence[tuple[Tensor, Tensor]], page_tokens: int) -> None:
-        """Keep what one token of each layer looks like.
+        """Set the shapes; nothing is allocated yet.
 
         Args:
-            layers: Keys and values of a single token, [1, heads, 1, width].
-            page_tokens: Tokens to a page.
+            layers: Keys and values of a single token per layer, [1, heads, 1, width].
+            page_tokens: Tokens per page.
         """
         self.page_tokens = page_tokens
         self._samples = tuple(layers)
         self.keys: tuple[Tensor, ...] = ()
-        """Of each layer, [pages, heads, page_tokens, width]."""
+        """Per layer, [pages, heads, page_tokens, width]."""
         self.values: tuple[Tensor, ...] = ()
 
     @property
     def bytes_per_token(self) -> int:
-        """Of all layers together."""
+        """Size of a token's keys and values in all layers."""
         return sum(keys.nbytes + values.nbytes for keys, values in self._samples)
 
     @property
     def device(self) -> torch.device:
-        """Where they are."""
+        """The device of the cache."""
         return self._samples[0][0].device
 
     def allocate(self, pages: int) -> None:
-        """Take the memory, and touch it: what is planned is there from the start.
+        """Allocate the memory and write to it, so that it is all committed from the start.
 
         Args:
-            pages: How many.
+            pages: Number of pages.
         """
         self.keys = tuple(self._make(pages, keys) for keys, _ in self._samples)
         self.values = tuple(self._make(pages, values) for _, values in self._samples)
 
-    def make_own(self, pages: int) -> Pages:
-        """Make another cache for the same model.
+    def allocate_another(self, pages: int) -> Pages:
+        """Allocate a second cache for the same model.
 
         Args:
-            pages: How many.
+            pages: Number of pages.
 
         Returns:
-            It, with its memory.
+            The new cache.
         """
         made = Pages(self._samples, self.page_tokens)
         made.allocate(pages)
@@ -122,16 +122,16 @@ class Pages:
 
 
 def sample_layers(model: PreTrainedModel) -> list[tuple[Tensor, Tensor]]:
-    """Find out what a model keeps of a token, by running one.
+    """Run one token to see what a model caches per layer.
 
     Args:
-        model: With its own attention.
+        model: The model, with its original attention.
 
     Returns:
-        Keys and values of each layer.
+        Keys and values of the token in each layer.
 
     Raises:
-        ModelError: It keeps something else than keys and values of each token.
+        ModelError: The model caches something other than keys and values per token.
     """
     name = type(model).__name__
     device = model.get_input_embeddings().weight.device
@@ -143,14 +143,14 @@ def sample_layers(model: PreTrainedModel) -> list[tuple[Tensor, Tensor]]:
         shapes = [tuple(t.shape) for t in (keys, values) if isinstance(t, Tensor)]
         if keys is None or values is None or any(len(s) != 4 or s[2] != 1 for s in shapes):
             raise ModelError(
-                f"Cannot serve a {name} by the embedded engine: layer {index} keeps no keys and "
-                f"values per token (found {shapes or type(layer).__name__}). Serve it with "
-                "--engine vllm."
+                f"Cannot serve a {name} with the embedded engine: layer {index} does not cache "
+                f"keys and values per token (found {shapes or type(layer).__name__}). Use --engine "
+                "vllm."
             )
         found.append((keys, values))
     if not found:
         raise ModelError(
-            f"Cannot serve a {name} by the embedded engine: it keeps no cache of keys and values. "
-            "Serve it with --engine vllm."
+            f"Cannot serve a {name} with the embedded engine: it has no KV cache. Use --engine "
+            "vllm."
         )
     return found

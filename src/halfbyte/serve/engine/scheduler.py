@@ -1,13 +1,13 @@
-"""Who runs next: reservations, turns between keys, and which tokens go through the model at once.
+"""Schedule requests: fair queueing between keys, admission by cache space, batching of tokens.
 
 ::
 
     waiting (a queue per key) ──admit: all its pages reserved──> running ──plan──> pieces
 
-A request is admitted only with the pages for prompt and answer reserved, so nothing that runs is
-ever short of memory, or thrown out for somebody else. The key that has had least is next; within a
-key, first come, first served. Whoever is next and does not fit is waited for: if smaller ones went
-past, a large one might wait for ever.
+A request is admitted only when pages for its whole prompt and answer are reserved, so a running
+request never runs out of memory and is never preempted. The key that has used the fewest tokens is
+next; within a key, requests run in order of arrival. If the next request does not fit, no other is
+admitted before it: otherwise smaller requests could starve a large one.
 """
 
 from __future__ import annotations
@@ -22,154 +22,153 @@ from halfbyte.serve.engine.runner import Piece
 
 
 @dataclass(slots=True)
-class _Turn:
-    """What one key waits for, and what it has had."""
+class _KeyQueue:
+    """The waiting requests of one key, and what it has used."""
 
     waiting: deque[Job] = field(default_factory=deque)
-    had: float = 0.0
-    """Tokens, by the virtual time of fair queueing: who comes late starts at the least of the
-    others', not at 0."""
+    used_tokens: float = 0.0
+    """Virtual time of fair queueing, in tokens: a new key starts at the minimum of the others, not
+    at 0."""
 
 
 class Scheduler:
-    """All requests of one engine; used by its worker alone."""
+    """Schedules the requests of one engine; used only by its worker thread."""
 
     def __init__(self, pool: PagePool, *, sequences: int, step_tokens: int) -> None:
-        """Start with nothing to do.
+        """Start without requests.
 
         Args:
-            pool: Pages of the cache.
-            sequences: That run at the same time, at most.
-            step_tokens: That go through the model at once, at most.
+            pool: Pages of the KV cache.
+            sequences: Max number of running requests.
+            step_tokens: Max tokens per step.
         """
         self.pool = pool
         self.running: list[Job] = []
-        self._sequences = sequences
+        self._max_running = sequences
         self._step_tokens = step_tokens
-        self._turns: dict[str, _Turn] = {}
-        self._again: deque[Job] = deque()
+        self._key_queues: dict[str, _KeyQueue] = {}
+        self._requeued: deque[Job] = deque()
 
     @property
     def waiting(self) -> int:
-        """Requests that are not admitted yet."""
-        return len(self._again) + sum(len(turn.waiting) for turn in self._turns.values())
+        """Number of requests that are not admitted yet."""
+        return len(self._requeued) + sum(len(queue.waiting) for queue in self._key_queues.values())
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is nothing to do."""
+        """Whether there are no requests."""
         return not self.running and not self.waiting
 
     def jobs(self) -> Iterator[Job]:
-        """All of them, running or waiting."""
+        """Iterate over all requests, running or waiting."""
         yield from self.running
-        yield from self._again
-        for turn in self._turns.values():
-            yield from turn.waiting
+        yield from self._requeued
+        for queue in self._key_queues.values():
+            yield from queue.waiting
 
     def add(self, job: Job) -> None:
-        """Take a request in."""
-        turn = self._turns.get(job.request.key)
-        if turn is None:
-            least = min((other.had for other in self._turns.values()), default=0.0)
-            turn = self._turns[job.request.key] = _Turn(had=least)
-        turn.waiting.append(job)
+        """Queue a request."""
+        queue = self._key_queues.get(job.request.key)
+        if queue is None:
+            start = min((other.used_tokens for other in self._key_queues.values()), default=0.0)
+            queue = self._key_queues[job.request.key] = _KeyQueue(used_tokens=start)
+        queue.waiting.append(job)
 
     def remove(self, job: Job) -> None:
-        """Take a request out, wherever it is; its pages are free at once."""
+        """Remove a request, running or waiting, and free its pages."""
+        queue = self._key_queues.get(job.request.key)
         if job in self.running:
             self.running.remove(job)
             self._release(job)
-            turn = self._turns.get(job.request.key)
-            if turn is not None:
-                # It was charged for an answer of full length.
-                turn.had -= job.room - len(job.tokens)
-        elif job in self._again:
-            self._again.remove(job)
-        else:
-            turn = self._turns.get(job.request.key)
-            if turn is not None and job in turn.waiting:
-                turn.waiting.remove(job)
-        self._drop_turns()
+            if queue is not None:
+                # It was charged for an answer of maximum length.
+                queue.used_tokens -= job.max_tokens - len(job.tokens)
+        elif job in self._requeued:
+            self._requeued.remove(job)
+        elif queue is not None and job in queue.waiting:
+            queue.waiting.remove(job)
+        self._drop_idle_keys()
 
-    def repeat_all(self) -> list[Job]:
-        """Take back everything that runs, after a failure; nothing computed is trusted any more.
+    def requeue_running(self) -> list[Job]:
+        """Requeue all running requests after a failure, and invalidate everything computed.
 
         Returns:
-            Those that will run again, before all that wait.
+            The requeued requests; they will run before all that wait.
         """
         jobs = self.running
         for job in jobs:
             self._release(job)
         self.pool.forget()
-        self._again.extendleft(reversed(jobs))
+        self._requeued.extendleft(reversed(jobs))
         self.running = []
         return jobs
 
     def admit(self) -> None:
-        """Let in who is next, as long as there is room."""
-        while len(self.running) < self._sequences:
-            queue, turn = self._next()
-            if queue is None:
+        """Admit requests in order while there is space."""
+        while len(self.running) < self._max_running:
+            waiting, queue = self._find_next()
+            if waiting is None:
                 return
-            job = queue[0]
-            if any(self._is_reading_for(other, job) for other in self.running):
+            job = waiting[0]
+            if any(self._is_computing_prefix(other, job) for other in self.running):
                 return
             reservation = self.pool.reserve(
-                job.tokens, job.room, family=job.request.adapter or "", share=job.shares
+                job.tokens, job.max_tokens, namespace=job.request.adapter or "", share=job.can_share
             )
             if reservation is None:
                 return
-            queue.popleft()
+            waiting.popleft()
             job.reservation = reservation
-            job.computed = reservation.cached_tokens
+            job.num_computed = reservation.cached_tokens
             if job.cached_tokens is None:
                 job.cached_tokens = reservation.cached_tokens
-            if turn is not None:
-                turn.had += job.room - reservation.cached_tokens
+            if queue is not None:
+                queue.used_tokens += job.max_tokens - reservation.cached_tokens
             self.running.append(job)
 
     def plan(self) -> list[tuple[Job, Piece]]:
-        """Choose what the next step runs.
+        """Choose the pieces of the next step.
 
         Returns:
-            Every answer's newest token, then pieces of prompts, first come, first served. After a
-            failure those under suspicion run alone, one after the other.
+            The newest token of every answer, then pieces of prompts in order of arrival. After a
+            failure, each suspect request runs alone.
         """
         suspects = [job for job in self.running if job.is_suspect]
         if suspects:
             return [(suspects[0], suspects[0].next_piece(self._step_tokens))]
-        # Of whom only the newest token is missing stands before all prompts.
-        order = sorted(self.running, key=lambda job: len(job.tokens) - job.computed > 1)
-        room = self._step_tokens
+        # Decode steps, which miss only their newest token, come before prompts.
+        order = sorted(self.running, key=lambda job: len(job.tokens) - job.num_computed > 1)
+        remaining = self._step_tokens
         pieces = []
         for job in order:
-            if room == 0:
+            if remaining == 0:
                 break
-            piece = job.next_piece(room)
-            room -= len(piece.tokens)
+            piece = job.next_piece(remaining)
+            remaining -= len(piece.tokens)
             pieces.append((job, piece))
         return pieces
 
-    def note_computed(self, job: Job, count: int) -> None:
-        """Note that tokens of a request have been run; the prompt's full pages can be shared.
+    def mark_computed(self, job: Job, count: int) -> None:
+        """Mark tokens of a request as computed, and share the full pages of its prompt.
 
-        Not the answer's: read as part of a prompt, the same tokens may give other last bits, and an
-        answer must not depend on what somebody else asked before.
+        Pages of the answer are not shared: prefill may compute the same tokens with different last
+        bits, and an answer must not depend on earlier requests of others.
         """
-        job.computed += count
+        job.num_computed += count
         assert job.reservation is not None
-        shared = min(job.computed, len(job.request.prompt))
-        self.pool.note_computed(job.reservation, job.tokens, shared)
+        num_shared = min(job.num_computed, len(job.request.prompt))
+        self.pool.register_computed(job.reservation, job.tokens, num_shared)
 
-    def _is_reading_for(self, other: Job, job: Job) -> bool:
-        """Tell whether another is about to read what this one begins with: so it is read once.
+    def _is_computing_prefix(self, other: Job, job: Job) -> bool:
+        """Return whether a running request is about to compute a prefix of this one.
 
-        The choices of one request, and all that have the same system prompt, come at the same time.
+        The choices of one request, or requests with the same system prompt, often arrive together;
+        waiting for the first one computes their prefix only once.
         """
-        if not (job.shares and other.shares and self.pool.share):
+        if not (job.can_share and other.can_share and self.pool.share):
             return False
-        # Up to the end of the page that is being read.
-        end = (other.computed // self.pool.page_tokens + 1) * self.pool.page_tokens
+        # The end of the page that is being computed.
+        end = (other.num_computed // self.pool.page_tokens + 1) * self.pool.page_tokens
         return (
             end <= len(other.request.prompt)
             and end < len(job.tokens)
@@ -177,22 +176,23 @@ class Scheduler:
             and other.tokens[:end] == job.tokens[:end]
         )
 
-    def _next(self) -> tuple[deque[Job] | None, _Turn | None]:
-        if self._again:
-            return self._again, None
-        turns = [turn for turn in self._turns.values() if turn.waiting]
-        if not turns:
+    def _find_next(self) -> tuple[deque[Job] | None, _KeyQueue | None]:
+        """Return the requests to admit from, and the key's queue to charge."""
+        if self._requeued:
+            return self._requeued, None
+        queues = [queue for queue in self._key_queues.values() if queue.waiting]
+        if not queues:
             return None, None
-        turn = min(turns, key=lambda turn: turn.had)
-        return turn.waiting, turn
+        queue = min(queues, key=lambda queue: queue.used_tokens)
+        return queue.waiting, queue
 
     def _release(self, job: Job) -> None:
         if job.reservation is not None:
             self.pool.release(job.reservation)
             job.reservation = None
 
-    def _drop_turns(self) -> None:
-        """Forget keys that have nothing here; there may be many over the years."""
+    def _drop_idle_keys(self) -> None:
+        """Remove keys without requests, so that their number does not grow without limit."""
         busy = {job.request.key for job in self.jobs()}
-        for key in [key for key in self._turns if key not in busy]:
-            del self._turns[key]
+        for key in [key for key in self._key_queues if key not in busy]:
+            del self._key_queues[key]

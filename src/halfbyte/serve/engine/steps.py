@@ -1,12 +1,12 @@
-"""One step of the engine after the other: what runs, what is drawn of it, who is to blame.
+"""Run the engine's steps, and find the request that makes a step fail.
 
 ::
 
-    admit ─> plan ─> run ─> rate prompts, draw tokens ─> each job's outbox
-    a step fails ──> all that ran is read again from its tokens, those of that step one at a time;
-                     who fails alone, where nobody's token does not, is to blame
+    admit ─> plan ─> run ─> score prompts, draw tokens ─> each job's outbox
+    a step fails ──> all running requests are recomputed, those of that step one at a time;
+                     a request that fails alone, while a probe token runs, is the cause
 
-No thread and no event loop is known here; whoever owns the steps calls them one after the other.
+This module knows no threads and no event loops; its owner calls it sequentially.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from functools import partial
 from torch import Tensor
 
 from halfbyte.errors import HalfbyteError
-from halfbyte.serve.engine.contract import Ended, Generated, Prompted
-from halfbyte.serve.engine.failures import engine_failed, not_finite
-from halfbyte.serve.engine.job import MOST_FAILURES, Job
+from halfbyte.serve.engine.contract import Ended, Generated, Prefilled
+from halfbyte.serve.engine.failures import engine_error, non_finite_error
+from halfbyte.serve.engine.job import MAX_FAILURES, Job
 from halfbyte.serve.engine.page_pool import PagePool
 from halfbyte.serve.engine.runner import Piece, Runner
 from halfbyte.serve.engine.scheduler import Scheduler
-from halfbyte.serve.engine.token_logprobs import Rater, Rating
+from halfbyte.serve.engine.token_logprobs import LogitScorer, ScoredLogits
 
 log = logging.getLogger(__name__)
 
-RATED_ROWS = 16
-"""Of a prompt, at a time."""
+SCORED_ROWS = 16
+"""Rows of a prompt that are scored at a time."""
 
-MOST_CONTROLS = 6
-"""Times in a row that nothing runs at all, until those that wait are told so: 1.5 seconds."""
-FIRST_PAUSE = 0.05
-"""Seconds after the first of them; then twice as long each time."""
+MAX_PROBE_FAILURES = 6
+"""Consecutive failures of the probe, within 1.5 seconds, before requests get an error."""
+FIRST_PAUSE_SECONDS = 0.05
+"""Pause after the first failure of the probe; it doubles with each further one."""
 
-RATE_MEMORY = 0.9
-"""How much of the measured speed each step leaves."""
+RATE_DECAY = 0.9
+"""Weight of the previous average in the moving average of the speed."""
 
 
 class Steps:
-    """Model, pages and scheduler of one engine, a step at a time."""
+    """Runs one engine's model, step by step."""
 
     def __init__(
         self,
@@ -53,95 +53,97 @@ class Steps:
         ends: frozenset[int],
         before_run: Callable[[], None],
     ) -> None:
-        """Start with nothing to do.
+        """Start without requests.
 
         Args:
-            runner: Its pages are made.
-            pool: As many pages as the runner has.
-            scheduler: Over that pool.
+            runner: Computes the model; its pages are allocated.
+            pool: Manages the runner's pages.
+            scheduler: Schedules requests over that pool.
             ends: The model's end-of-text tokens.
-            before_run: Called when a step has been planned, before the model runs.
+            before_run: Called after a step is planned, before the model runs.
         """
         self.scheduler = scheduler
         self.restarts = 0
-        """Steps that failed."""
+        """Number of failed steps."""
         self.tokens_per_second = 0.0
         self._runner = runner
         self._pool = pool
         self._ends = ends
         self._before_run = before_run
-        self._rater = Rater()
+        self._scorer = LogitScorer()
         self._in_step: list[Job] = []
-        self._failed_controls = 0
-        """In a row; see _judge."""
+        self._probe_failures = 0
+        """Consecutive failures of the probe; see _handle_lone_failure."""
 
     def forget_step(self) -> None:
-        """Note that what fails from now on is not the last step's fault."""
+        """Do not attribute further failures to the jobs of the last step."""
         self._in_step = []
 
     def step(self) -> None:
-        """Run what is next, once, and draw a token for every answer in it."""
+        """Run one step, and draw a token for every answer in it."""
         self.scheduler.admit()
         work = self.scheduler.plan()
-        # Only now, with the model about to run outside of Python: both threads share Python's lock,
-        # and the next step would wait for what becomes of the last one's tokens.
+        # Only now, when the model is about to run without the GIL: delivering the last step's
+        # tokens earlier would wake the event loop's thread, which would delay this step.
         self._before_run()
         if not work:
             return
         self._in_step = [job for job, _ in work]
         start = time.perf_counter()
         results = self._runner.run([piece for _, piece in work])
-        self._failed_controls = 0
+        self._probe_failures = 0
         newest = []
         for (job, piece), logits in zip(work, results, strict=True):
-            self.scheduler.note_computed(job, len(piece.tokens))
-            if job.rates_prompt:
-                self._guard(job, partial(self._note_prompt, job, piece, logits))
-            if job.computed == len(job.tokens) and not job.is_over:
-                self._finish_prompt(job)
-                if not job.is_over:
+            self.scheduler.mark_computed(job, len(piece.tokens))
+            if job.scores_prompt:
+                self._guard(job, partial(self._score_prompt, job, piece, logits))
+            if job.num_computed == len(job.tokens) and not job.is_finished:
+                self._finish_prefill(job)
+                if not job.is_finished:
                     newest.append((job, logits[-1]))
         if newest:
             self._sample(newest)
         self._measure_rate(len(newest), time.perf_counter() - start)
 
-    def _finish_prompt(self, job: Job) -> None:
+    def _finish_prefill(self, job: Job) -> None:
         job.is_suspect = False
-        if job.is_prompted:
+        if job.is_prefilled:
             return
-        rated = tuple(job.rated) if job.request.prompt_logprobs is not None else None
-        job.is_prompted = True
-        job.outbox.append(Prompted(cached_tokens=job.cached_tokens or 0, rated=rated))
+        scored = tuple(job.scored_prompt) if job.request.prompt_logprobs is not None else None
+        job.is_prefilled = True
+        job.outbox.append(Prefilled(cached_tokens=job.cached_tokens or 0, scored_prompt=scored))
         if job.request.max_new_tokens == 0:
             self._end(job, Ended(reason="length"))
 
-    def _note_prompt(self, job: Job, piece: Piece, logits: Tensor) -> None:
-        """Rate the prompt's tokens that a piece's logits foretell."""
-        known = job.tokens[piece.start + 1 : piece.start + len(piece.tokens) + 1]
-        for first in range(0, len(known), RATED_ROWS):
-            tokens = known[first : first + RATED_ROWS]
-            rating = self._rater.rate(list(logits[first : first + len(tokens)]))
-            if not all(rating.is_finite):
-                raise not_finite(job)
-            count = job.request.prompt_logprobs
-            job.rated += [rating.rate_token(row, token, count) for row, token in enumerate(tokens)]
+    def _score_prompt(self, job: Job, piece: Piece, logits: Tensor) -> None:
+        """Score the prompt tokens that follow each token of a piece."""
+        targets = job.tokens[piece.start + 1 : piece.start + len(piece.tokens) + 1]
+        count = job.request.prompt_logprobs
+        for first in range(0, len(targets), SCORED_ROWS):
+            tokens = targets[first : first + SCORED_ROWS]
+            scored = self._scorer.score(list(logits[first : first + len(tokens)]))
+            if not all(scored.is_finite):
+                raise non_finite_error(job)
+            job.scored_prompt += [
+                scored.score_token(row, token, count) for row, token in enumerate(tokens)
+            ]
 
     def _sample(self, newest: Sequence[tuple[Job, Tensor]]) -> None:
-        """Draw a token for each of them."""
-        rating = self._rater.rate([row for _, row in newest])
+        """Draw a token for each job from its newest logits."""
+        scored = self._scorer.score([row for _, row in newest])
         for row, (job, _) in enumerate(newest):
-            if rating.is_finite[row]:
-                self._guard(job, partial(self._draw, job, rating, row))
+            if scored.is_finite[row]:
+                self._guard(job, partial(self._draw, job, scored, row))
             else:
-                self._fail(job, not_finite(job))
+                self._end(job, non_finite_error(job))
 
-    def _draw(self, job: Job, rating: Rating, row: int) -> None:
-        token = rating.likeliest[row]
+    def _draw(self, job: Job, scored: ScoredLogits, row: int) -> None:
+        token = scored.argmax[row]
         if not job.sampler.is_greedy:
-            token = job.sampler.draw(rating.logits[row], job.tokens)
-        self._note_token(job, token, rating, row)
+            token = job.sampler.draw(scored.logits[row], job.tokens)
+        self._add_token(job, token, scored, row)
 
-    def _note_token(self, job: Job, token: int, rating: Rating, row: int) -> None:
+    def _add_token(self, job: Job, token: int, scored: ScoredLogits, row: int) -> None:
         request = job.request
         job.failures = 0
         if token in self._ends and not request.ignore_end:
@@ -149,67 +151,64 @@ class Steps:
         if token in request.stop_tokens:
             return self._end(job, Ended(reason="stop_token", stop_token=token))
         job.tokens.append(token)
-        job.sampler.note(token)
-        rated = rating.rate_token(row, token, request.top_logprobs)
-        job.outbox.append(Generated(rated=rated, entropy=rating.entropies[row]))
+        job.sampler.add(token)
+        scored_token = scored.score_token(row, token, request.top_logprobs)
+        job.outbox.append(Generated(scored=scored_token, entropy=scored.entropies[row]))
         if job.sampler.matcher is not None and job.sampler.matcher.accept(token):
             return self._end(job, Ended(reason="grammar"))
-        if job.new_tokens >= request.max_new_tokens:
+        if job.num_new_tokens >= request.max_new_tokens:
             self._end(job, Ended(reason="length"))
         return None
 
     def _guard(self, job: Job, action: Callable[[], None]) -> None:
-        """Do something for one request; what goes wrong is its own failure."""
+        """Run an action for one request; an error ends only this request."""
         try:
             action()
         except HalfbyteError as error:
-            self._fail(job, error)
+            self._end(job, error)
         except Exception:
             log.exception("A request of %d tokens failed", len(job.tokens))
-            self._fail(job, engine_failed("its next token could not be chosen", status=500))
+            self._end(job, engine_error("its next token could not be drawn", status=500))
 
     def _end(self, job: Job, event: Ended | HalfbyteError) -> None:
         self.scheduler.remove(job)
         job.outbox.append(event)
-        job.is_over = True
-
-    def _fail(self, job: Job, error: HalfbyteError) -> None:
-        self._end(job, error)
+        job.is_finished = True
 
     def recover(self) -> None:
-        """Begin again with everything that ran; find out who is to blame, one at a time."""
+        """Restart all running requests after a failed step; those of the step become suspects."""
         self.restarts += 1
         for job in self._in_step:
             job.is_suspect = True
-        for job in self.scheduler.repeat_all():
-            job.begin_again()
-        if len(self._in_step) == 1 and not self._in_step[0].is_over:
-            self._judge(self._in_step[0])
+        for job in self.scheduler.requeue_running():
+            job.restart()
+        if len(self._in_step) == 1 and not self._in_step[0].is_finished:
+            self._handle_lone_failure(self._in_step[0])
 
-    def _judge(self, job: Job) -> None:
-        """Refuse a request that failed alone again and again, unless the engine is to blame."""
-        if self._runs_without():
-            self._failed_controls = 0
+    def _handle_lone_failure(self, job: Job) -> None:
+        """End a request that failed alone repeatedly, unless the engine itself does not work."""
+        if self._can_run_probe():
+            self._probe_failures = 0
             job.failures += 1
-            if job.failures >= MOST_FAILURES:
-                self._fail(job, engine_failed(f"it failed {job.failures} times alone"))
+            if job.failures >= MAX_FAILURES:
+                self._end(job, engine_error(f"it failed {job.failures} times alone"))
             return
-        self._failed_controls += 1
-        if self._failed_controls < MOST_CONTROLS:
-            # What is short for a moment, such as memory, is there again in another.
-            time.sleep(FIRST_PAUSE * 2 ** (self._failed_controls - 1))
+        self._probe_failures += 1
+        if self._probe_failures < MAX_PROBE_FAILURES:
+            # A temporary shortage, such as of memory, may pass.
+            time.sleep(FIRST_PAUSE_SECONDS * 2 ** (self._probe_failures - 1))
         else:
-            self._fail(job, engine_failed("nothing runs at the moment"))
+            self._end(job, engine_error("the engine cannot run any request at the moment"))
 
-    def _runs_without(self) -> bool:
-        """Run a token that is nobody's; tell whether the model still can."""
+    def _can_run_probe(self) -> bool:
+        """Return whether the model can run a token that belongs to no request."""
         reservation = self._pool.reserve([0], 1, share=False)
         assert reservation is not None  # after a failure nothing else is reserved
         piece = Piece(tokens=[0], start=0, pages=reservation.pages, logits=1, is_prompt=True)
         try:
             self._runner.run([piece])
         except Exception:
-            log.exception("The engine fails without any request as well")
+            log.exception("The engine fails without any request too")
             return False
         finally:
             self._pool.release(reservation)
@@ -217,5 +216,5 @@ class Steps:
 
     def _measure_rate(self, tokens: int, seconds: float) -> None:
         if tokens:
-            now = tokens / max(seconds, 1e-6)
-            self.tokens_per_second += (1 - RATE_MEMORY) * (now - self.tokens_per_second)
+            rate = tokens / max(seconds, 1e-6)
+            self.tokens_per_second += (1 - RATE_DECAY) * (rate - self.tokens_per_second)

@@ -1,15 +1,14 @@
-"""The model's own forward over our pages: any causal language model, on any device.
+"""Runs pieces with Transformers' forward: any causal language model, on any device.
 
 ::
 
-    pieces ──> one row of tokens [1, all], their positions ──> model.forward
-    its attention ──> keys and values into the pages; each piece attends to its own sequence
+    pieces ──> tokens [1, all], their positions ──> model.forward
+    its attention ──> writes keys and values to the pages; each piece attends to its own sequence
 
-Linears, norms and the head see the tokens of all sequences at once, so weights are read once for
-all of them. Attention goes sequence by sequence with torch's own: padding all to the longest, or
-one mask over everybody's keys, costs more on a CPU the more sequences there are, and both make a
-row's result depend on its neighbours' lengths. Pieces of different adapters are run one adapter
-after the other: the linears are then PEFT's own.
+Linears, norms and the head process the tokens of all sequences together, so weights are read once.
+Attention runs torch's SDPA per sequence: padding to the longest sequence, or one mask over all
+keys, becomes slower on a CPU with every sequence, and would make a row's result depend on the
+lengths of others. Pieces with adapters are run adapter by adapter, through PEFT's linears.
 """
 
 from __future__ import annotations
@@ -30,36 +29,36 @@ from halfbyte.nn.decoder_parts import make_probe_tokens
 from halfbyte.serve.engine.runner import Pages, Piece
 
 ATTENTION = "halfbyte_pages"
-"""Name under which Transformers knows our attention."""
+"""Name under which our attention is registered with Transformers."""
 
 STEP = "halfbyte_step"
-"""The keyword that brings the pieces through the model to it."""
+"""Keyword argument that passes the step through the model to our attention."""
 
 PROBE_TOKENS = 12
-"""Tokens that are run both ways before a model is trusted."""
+"""Tokens with which both attentions are compared when a model is loaded."""
 
-MOST_DEVIATION = 0.05
-"""Of the logits, as a share of their spread; bf16 alone makes about 0.02."""
+MAX_DEVIATION = 0.05
+"""Norm of the logits' deviation relative to their own; bf16 rounding gives about 0.02."""
 
 
 class TransformersRunner:
     """Runs pieces through ``model.forward``."""
 
     def __init__(self, model: PreTrainedModel, pages: Pages, *, reason: str = "") -> None:
-        """Take a model over; its attention becomes ours.
+        """Replace a model's attention and check the result.
 
         Args:
-            model: Loaded; nobody else runs it from now on.
-            pages: The cache; another runner may compute with it as well.
-            reason: Why this runner, for the description.
+            model: The loaded model; only this runner may run it from now on.
+            pages: The KV cache; it may be shared with another runner.
+            reason: Why this runner was chosen, for the description.
         """
         self.model = model
         self.device = model.get_input_embeddings().weight.device
         self.reason = reason
         names = inspect.signature(model.forward).parameters
-        # Transformers 5.24 renames the argument and warns of the old name.
+        # Transformers 5.24 renames the argument and warns about the old name.
         self._cache_name = "cache" if "cache" in names else "past_key_values"
-        self._keeps = "logits_to_keep" in names
+        self._has_logits_to_keep = "logits_to_keep" in names
         with torch.inference_mode():
             tokens = torch.tensor([make_probe_tokens(model, PROBE_TOKENS)])
             expected = model(tokens.to(self.device), use_cache=False).logits[0].float()
@@ -68,52 +67,52 @@ class TransformersRunner:
         model.set_attn_implementation(ATTENTION)
         self._active: str | None = None
         self._adapters: set[str] = set()
-        self._wrapped: Any = None
-        """By PEFT, once there was an adapter."""
+        self._peft_model: Any = None
+        """Set when the first adapter is loaded."""
         self._check(tokens[0].tolist(), expected)
 
     @property
     def description(self) -> str:
-        """Which way, and why."""
+        """How the model is computed, and why."""
         reason = f": {self.reason}" if self.reason else ""
         return f"Transformers' forward on {self.device.type}{reason}"
 
     @property
     def bytes_per_token(self) -> int:
-        """Of keys and values."""
+        """Size of a token's keys and values."""
         return self.pages.bytes_per_token
 
     def make_pages(self, pages: int, context: int) -> None:
-        """Set the cache's memory up."""
-        del context  # its own tables are long enough
+        """Allocate the KV cache."""
+        del context  # the model's own tables are long enough
         self.pages.allocate(pages)
 
     def run(self, pieces: Sequence[Piece]) -> list[Tensor]:
-        """Run pieces, those of each adapter together."""
+        """Run pieces, grouped by adapter."""
         groups: dict[str | None, list[int]] = defaultdict(list)
         for index, piece in enumerate(pieces):
             groups[piece.adapter].append(index)
         results: dict[int, Tensor] = {}
         for adapter, indices in groups.items():
             self._switch(adapter)
-            found = self._run_alike([pieces[index] for index in indices])
+            found = self._run_group([pieces[index] for index in indices])
             results.update(zip(indices, found, strict=True))
         return [results[index] for index in range(len(pieces))]
 
     def load_adapter(self, name: str, folder: str) -> None:
-        """Load a PEFT adapter of safetensors.
+        """Load a PEFT adapter in safetensors format.
 
         Args:
-            name: Of the adapter from now on.
-            folder: Where it is.
+            name: Name of the adapter.
+            folder: Folder of the adapter.
 
         Raises:
-            ServeError: The name is taken, or the folder holds no adapter for this model.
+            ServeError: The name is in use, or the folder has no adapter for this model.
             MissingExtraError: PEFT is not installed.
         """
         if name in self._adapters:
             raise ServeError(
-                f"Cannot load {name}: an adapter of that name is loaded. Unload it first.",
+                f"Cannot load {name}: an adapter of that name is already loaded. Unload it first.",
                 status=409,
                 code="adapter_exists",
             )
@@ -127,14 +126,15 @@ class TransformersRunner:
         with require_extra("peft", "finetune", f"Loading the adapter {name}"):
             from peft import PeftModel
         try:
-            if self._wrapped is None:
-                # Its layers go into our model, which stays the one that is run.
-                self._wrapped = PeftModel.from_pretrained(self.model, folder, adapter_name=name)
+            if self._peft_model is None:
+                # PEFT inserts its layers into self.model, which is still the one to run.
+                self._peft_model = PeftModel.from_pretrained(self.model, folder, adapter_name=name)
             else:
-                self._wrapped.load_adapter(folder, adapter_name=name)
+                self._peft_model.load_adapter(folder, adapter_name=name)
         except (ValueError, RuntimeError, KeyError, TypeError, OSError) as error:
             raise ServeError(
-                f"Cannot load {name}: it does not fit this model: {error}", code="invalid_adapter"
+                f"Cannot load {name}: the adapter does not fit this model: {error}",
+                code="invalid_adapter",
             ) from error
         self._adapters.add(name)
         self.model.eval()
@@ -142,35 +142,37 @@ class TransformersRunner:
         self._switch(None)
 
     def unload_adapter(self, name: str) -> None:
-        """Take an adapter away."""
+        """Unload an adapter."""
         self._switch(None)
-        self._wrapped.delete_adapter(name)
+        self._peft_model.delete_adapter(name)
         self._adapters.discard(name)
 
     def _switch(self, adapter: str | None) -> None:
         if adapter == self._active:
             return
-        layers = self._wrapped.base_model
+        layers = self._peft_model.base_model
         if adapter is None:
             layers.disable_adapter_layers()
         else:
             layers.enable_adapter_layers()
-            self._wrapped.set_adapter(adapter)
+            self._peft_model.set_adapter(adapter)
         self._active = adapter
 
-    def _run_alike(self, pieces: Sequence[Piece]) -> list[Tensor]:
-        tokens = [token for piece in pieces for token in piece.tokens]
-        places = [range(piece.start, piece.start + len(piece.tokens)) for piece in pieces]
-        positions = [position for place in places for position in place]
-        ends = torch.tensor([len(piece.tokens) for piece in pieces]).cumsum(0).tolist()
-        rows = [range(end - piece.logits, end) for end, piece in zip(ends, pieces, strict=True)]
-        wanted = [row for part in rows for row in part]
-        index = torch.tensor(wanted, dtype=torch.long, device=self.device)
+    def _run_group(self, pieces: Sequence[Piece]) -> list[Tensor]:
+        """Run pieces that use the same adapter."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        rows: list[int] = []
+        for piece in pieces:
+            tokens += piece.tokens
+            positions += range(piece.start, piece.start + len(piece.tokens))
+            rows += range(len(tokens) - piece.logits, len(tokens))
+        index = torch.tensor(rows, dtype=torch.long, device=self.device)
         keywords: dict[str, Any] = {
             self._cache_name: _PagedCache(),
             STEP: _Step(self.pages, pieces),
         }
-        if self._keeps:
+        if self._has_logits_to_keep:
             keywords["logits_to_keep"] = index
         with torch.inference_mode():
             logits: Tensor = self.model(
@@ -179,15 +181,15 @@ class TransformersRunner:
                 use_cache=True,
                 **keywords,
             ).logits[0]
-            if not self._keeps:
+            if not self._has_logits_to_keep:
                 logits = logits[index]
         return list(torch.split(logits.float(), [piece.logits for piece in pieces]))
 
     def _check(self, tokens: list[int], expected: Tensor) -> None:
-        """Run some tokens both ways: two sequences, the first one in two pieces."""
+        """Compare logits with the original attention's, for a sequence in two pieces and whole."""
         pages, size = self.pages, self.pages.page_tokens
         count = -(-len(tokens) // size)
-        self.pages = pages.make_own(2 * count)
+        self.pages = pages.allocate_another(2 * count)
         tables = [range(count), range(count, 2 * count)]
         half = len(tokens) // 2
         parts = [(tokens[:half], 0, 0), (tokens[half:], half, 0), (tokens, 0, 1)]
@@ -196,52 +198,54 @@ class TransformersRunner:
             for part, start, i in parts
         )
         try:
-            begun = self.run([first])[0]
-            ended, other = self.run([rest, whole])
+            start = self.run([first])[0]
+            end, other = self.run([rest, whole])
         except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
             raise ModelError(
-                f"Cannot serve a {type(self.model).__name__} by the embedded engine: its forward "
-                f"does not take other attention ({error}). Serve it with --engine vllm."
+                f"Cannot serve a {type(self.model).__name__} with the embedded engine: its forward "
+                f"does not support custom attention ({error}). Use --engine vllm."
             ) from error
         self.pages = pages
-        for found in (torch.cat([begun, ended]), other):
+        for found in (torch.cat([start, end]), other):
             deviation = float((found - expected).norm() / expected.norm())
-            if not deviation <= MOST_DEVIATION:
+            if not deviation <= MAX_DEVIATION:
                 raise ModelError(
-                    f"Cannot serve a {type(self.model).__name__} by the embedded engine: its "
-                    f"logits deviate by {deviation:.3f} of their size from the model's own, "
-                    f"allowed are {MOST_DEVIATION}. Serve it with --engine vllm."
+                    f"Cannot serve a {type(self.model).__name__} with the embedded engine: its "
+                    f"logits deviate from the model's own by {deviation:.3f} of their norm, at "
+                    f"most {MAX_DEVIATION} is allowed. Use --engine vllm."
                 )
 
 
 class _Step:
-    """The pieces of one forward, and where their keys and values go."""
+    """The pieces of one forward pass, and where their keys and values are stored."""
 
     def __init__(self, pages: Pages, pieces: Sequence[Piece]) -> None:
         self.pages = pages
         device = pages.device
         size = pages.page_tokens
         self.parts = []
-        tables, places = [], []
+        tables, offsets = [], []
         row = 0
         for piece in pieces:
             length = piece.start + len(piece.tokens)
             table = torch.tensor(list(piece.pages[: -(-length // size)]), device=device)
             self.parts.append((row, row + len(piece.tokens), length, table))
-            spots = torch.arange(piece.start, length, device=device)
-            tables.append(table[spots // size])
-            places.append(spots % size)
+            positions = torch.arange(piece.start, length, device=device)
+            tables.append(table[positions // size])
+            offsets.append(positions % size)
             row += len(piece.tokens)
-        self._tables, self._places = torch.cat(tables), torch.cat(places)
+        # Page of each row, and offset within the page.
+        self._row_pages, self._row_offsets = torch.cat(tables), torch.cat(offsets)
 
     def store(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Put rows [1, heads, rows, width] into their pages."""
-        self.pages.keys[layer][self._tables, :, self._places] = keys[0].transpose(0, 1)
-        self.pages.values[layer][self._tables, :, self._places] = values[0].transpose(0, 1)
+        """Write rows [1, heads, rows, width] to their pages."""
+        pages, offsets = self._row_pages, self._row_offsets
+        self.pages.keys[layer][pages, :, offsets] = keys[0].transpose(0, 1)
+        self.pages.values[layer][pages, :, offsets] = values[0].transpose(0, 1)
 
 
 class _PagedCache(Cache):  # type: ignore[misc]
-    """Gives a layer's new keys and values back as they are: the attention stores them."""
+    """A no-op cache that returns new keys and values unchanged: the attention stores them."""
 
     def __init__(self) -> None:
         super().__init__(layers=[])
@@ -267,49 +271,58 @@ def attend(
     softcap: float | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
-    """Attend, each piece to its own sequence; the signature is Transformers'.
+    """Compute attention, each piece over its own sequence; the signature is Transformers'.
 
     Args:
         module: The attention layer, for its index.
         query: [1, heads, rows, width].
-        key: Of the same rows, [1, key heads, rows, width].
-        value: As key.
-        attention_mask: None; what may be seen follows from the pieces.
-        scaling: Of the scores.
-        sliding_window: Tokens back, at most.
-        softcap: Scores are bent to less than this.
-        **keywords: With the step among them.
+        key: Keys of the same rows, [1, key heads, rows, width].
+        value: Values, shaped as the keys.
+        attention_mask: Ignored; masks follow from the pieces.
+        scaling: Factor of the scores.
+        sliding_window: Max number of positions to attend to, including the token's own.
+        softcap: Bound of the scores, applied with tanh.
+        **keywords: Contains the step.
 
     Returns:
-        [1, rows, heads, width], and no weights.
+        Output [1, rows, heads, width], and None for the attention weights.
 
     Raises:
-        ConfigError: The model was called by somebody else.
+        ConfigError: The model was not called by its runner.
     """
     step: _Step | None = keywords.get(STEP)
     if step is None:
-        raise ConfigError("This model belongs to a serving engine; load another one to run it.")
+        raise ConfigError(
+            "This model belongs to a serving engine and cannot be run directly. Load it again."
+        )
     layer: int = module.layer_idx  # type: ignore[assignment]
     step.store(layer, key, value)
     outputs = []
     for first, last, length, table in step.parts:
         keys = _gather(step.pages.keys[layer], table, length)
         values = _gather(step.pages.values[layer], table, length)
-        rows = last - first
-        mask = None
-        if rows > 1 or (sliding_window is not None and length > sliding_window):
-            at = torch.arange(length - rows, length, device=query.device)[:, None]
-            seen = torch.arange(length, device=query.device)[None]
-            mask = seen <= at
-            if sliding_window is not None:
-                mask &= seen > at - sliding_window
+        mask = _make_mask(last - first, length, sliding_window, query.device)
         part = query[:, :, first:last]
         outputs.append(_attend_one(part, keys, values, mask, scaling, softcap))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
+def _make_mask(
+    rows: int, length: int, sliding_window: int | None, device: torch.device
+) -> Tensor | None:
+    """Make the causal mask [rows, length] of a sequence's last rows; None if all is visible."""
+    if rows == 1 and (sliding_window is None or length <= sliding_window):
+        return None
+    queries = torch.arange(length - rows, length, device=device)[:, None]
+    keys = torch.arange(length, device=device)[None]
+    mask = keys <= queries
+    if sliding_window is not None:
+        mask &= keys > queries - sliding_window
+    return mask
+
+
 def _gather(pages: Tensor, table: Tensor, length: int) -> Tensor:
-    """Give a sequence's [1, heads, length, width]."""
+    """Gather the keys or values of a sequence, [1, heads, length, width]."""
     found = pages[table].transpose(0, 1)
     return found.reshape(1, found.shape[0], -1, found.shape[-1])[:, :, :length]
 

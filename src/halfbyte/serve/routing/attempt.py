@@ -201,7 +201,7 @@ class Attempt:
         except ServeError:
             raise
         except TimeoutError as error:
-            if not self._time.is_over:
+            if not self._time.has_expired:
                 raise self._failed(error) from error
             raise self._late(limit, what) from error
         except Exception as error:

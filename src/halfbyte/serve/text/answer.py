@@ -1,11 +1,11 @@
-"""What an engine says of one choice as the pieces that a client reads.
+"""Convert the engine's events of one choice into deltas.
 
 ::
 
     token ──TextStream──> text ──StopFilter──> ──ToolCallFilter──> Delta
 
-A token's logprobs come out with its text: not before, and not at all where a stop string swallowed
-it whole.
+A token's logprobs are released together with its text, and dropped if the whole token belongs to a
+stop string.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 
 from halfbyte.integrations.generation import TextStream
 from halfbyte.serve.backend import Delta, Finish, FinishReason, TokenLogprob, ToolCall
-from halfbyte.serve.engine.contract import Ended, Generated, Prompted, Rated
+from halfbyte.serve.engine.contract import Ended, Generated, Prefilled, ScoredToken
 from halfbyte.serve.text.stops import StopFilter
 from halfbyte.serve.text.token_text import Spelling
 from halfbyte.serve.text.tool_calls import ToolCallFilter
 
 
 class AnswerText:
-    """Puts one choice's tokens into words."""
+    """Decodes one choice's tokens into deltas."""
 
     def __init__(
         self,
@@ -36,178 +36,180 @@ class AnswerText:
         calls: ToolCallFilter | None = None,
         logprobs: bool = False,
     ) -> None:
-        """Start.
+        """Prepare the filters.
 
         Args:
-            choice: Its index.
-            tokenizer: The model's.
-            spelling: Of its tokens.
+            choice: The choice's index.
+            tokenizer: The model's tokenizer.
+            spelling: Texts and bytes of its tokens.
             stops: Stop strings.
-            calls: Finds tool calls; None: none may come.
-            logprobs: Whether the client wants them.
+            calls: Finds tool calls; None if none are expected.
+            logprobs: Whether the client requested logprobs.
         """
         self.choice = choice
-        # The marks of tool calls are special tokens to some tokenizers.
+        # In some tokenizers the tool call markers are special tokens.
         self._stream = TextStream(tokenizer, skip_special=calls is None)
         self._stops = StopFilter(stops)
         self._calls = calls
         self._spelling = spelling
         self._logprobs = logprobs
-        # Otherwise it matters which text is of which token.
-        self._all_at_once = not (stops or calls or logprobs)
-        # Where a token's text begins among all text, and what is told of it.
-        self._rated: deque[tuple[int, TokenLogprob]] = deque()
+        # With stops, calls or logprobs, tokens are decoded one by one.
+        self._can_decode_together = not (stops or calls or logprobs)
+        # Per token: the offset of its text in the whole text, and its logprob.
+        self._pending_logprobs: deque[tuple[int, TokenLogprob]] = deque()
         self._entropies: list[float] = []
-        self._fed = self._released = 0
-        # Of the next piece.
+        self._decoded_length = self._released_length = 0
+        # Content and tool calls of the next delta.
         self._content = ""
-        self._found: tuple[ToolCall, ...] = ()
+        self._new_calls: tuple[ToolCall, ...] = ()
         self.tokens = 0
-        """Of the answer, as far as it was looked at."""
-        self._called = False
+        """Tokens of the answer so far, not counting those after its end."""
+        self._has_calls = False
 
     @property
     def is_complete(self) -> bool:
-        """Nothing that comes after is wanted."""
-        return self._stops.hit or (self._calls is not None and self._calls.full)
+        """Whether the answer is complete and further tokens are not needed."""
+        return self._stops.hit or (self._calls is not None and self._calls.is_full)
 
-    def begin(self, event: Prompted, prompt: Sequence[int], text: str) -> Delta:
-        """Repeat the prompt.
+    def echo_prompt(self, event: Prefilled, prompt: Sequence[int], text: str) -> Delta:
+        """Return the prompt as the first delta, for ``echo``.
 
         Args:
-            event: With the prompt's likelihoods, where they were asked for.
-            prompt: Its token ids.
-            text: The prompt's.
+            event: Contains the prompt's logprobs, if requested.
+            prompt: The prompt's token ids.
+            text: The prompt's text.
 
         Returns:
-            The prompt as a piece of the answer.
+            The delta.
         """
-        rated = None
-        if event.rated is not None and self._logprobs:
-            rated = tuple(
-                tell_unrated(token, self._spelling)
-                if rating is None
-                else tell_logprob(rating, self._spelling)
-                for token, rating in zip(prompt, event.rated, strict=True)
+        logprobs = None
+        if event.scored_prompt is not None and self._logprobs:
+            logprobs = tuple(
+                make_unscored_logprob(token, self._spelling)
+                if scored is None
+                else make_token_logprob(scored, self._spelling)
+                for token, scored in zip(prompt, event.scored_prompt, strict=True)
             )
-        return Delta(choice=self.choice, text=text, logprobs=rated)
+        return Delta(choice=self.choice, text=text, logprobs=logprobs)
 
     def add(self, events: Sequence[Generated]) -> None:
-        """Take tokens; those after the answer's end are not looked at.
+        """Decode tokens; those after the answer's end are ignored.
 
         Args:
-            events: They, with their likelihoods.
+            events: The generated tokens.
         """
-        if self._all_at_once and events:
+        if self._can_decode_together and events:
             self.tokens += len(events)
-            self._note_entropies(events)
-            self._accept(self._stream.add(*[event.rated.token for event in events]))
+            self._add_entropies(events)
+            self._accept(self._stream.add(*[event.scored.token for event in events]))
             return
         for event in events:
             self.tokens += 1
-            self._note_entropies((event,))
+            self._add_entropies((event,))
             if self._logprobs:
-                self._rated.append((self._fed, tell_logprob(event.rated, self._spelling)))
-            text = self._stream.add(event.rated.token)
-            self._fed += len(text)
+                logprob = make_token_logprob(event.scored, self._spelling)
+                self._pending_logprobs.append((self._decoded_length, logprob))
+            text = self._stream.add(event.scored.token)
+            self._decoded_length += len(text)
             self._accept(self._stops.feed(text))
             if self.is_complete:
                 return
 
     def take(self) -> Delta | None:
-        """Give what is certain by now.
+        """Return what is certain to belong to the answer so far.
 
         Returns:
-            The next piece; None where nothing is new.
+            The next delta; None if there is nothing new.
         """
         return self._release(end=False)
 
     def end(self, event: Ended | None) -> tuple[Delta | None, Finish]:
-        """Close the choice.
+        """Finish the choice.
 
         Args:
-            event: How the engine ended; None where the text was complete before.
+            event: The engine's last event; None if the text was complete before it.
 
         Returns:
-            What was not taken yet, and the finish.
+            The last delta, if any, and the finish event.
         """
         text = ""
         if not self.is_complete:
             text = self._stops.feed(self._stream.finish()) + self._stops.finish()
         self._accept(text)
         if self._calls is not None:
-            self._keep(*self._calls.finish())
+            self._collect(*self._calls.finish())
         delta = self._release(end=True)
         reason: FinishReason = "stop"
         if event is not None and event.reason == "length" and not self.is_complete:
             reason = "length"
-        elif self._called:
+        elif self._has_calls:
             reason = "tool_calls"
         return delta, Finish(choice=self.choice, reason=reason)
 
-    def _note_entropies(self, events: Sequence[Generated]) -> None:
+    def _add_entropies(self, events: Sequence[Generated]) -> None:
         self._entropies += [event.entropy for event in events if not math.isnan(event.entropy)]
 
     def _accept(self, text: str) -> None:
-        """Take text that no stop string is in."""
-        self._released += len(text)
-        self._keep(*((text, ()) if self._calls is None else self._calls.feed(text)))
+        """Pass on text that has passed the stop filter."""
+        self._released_length += len(text)
+        self._collect(*((text, ()) if self._calls is None else self._calls.feed(text)))
 
-    def _keep(self, content: str, calls: tuple[ToolCall, ...]) -> None:
-        """Put text and calls into the next piece."""
+    def _collect(self, content: str, calls: tuple[ToolCall, ...]) -> None:
+        """Add content and tool calls to the next delta."""
         self._content += content
-        self._found += calls
-        self._called = self._called or bool(calls)
+        self._new_calls += calls
+        self._has_calls = self._has_calls or bool(calls)
 
     def _release(self, *, end: bool) -> Delta | None:
-        rated = self._take_rated(all_of_them=end and not self._stops.hit)
-        if not (self._content or self._found or rated or (end and self._entropies)):
+        logprobs = self._take_logprobs(take_all=end and not self._stops.hit)
+        if not (self._content or self._new_calls or logprobs or (end and self._entropies)):
             return None
         content, self._content = self._content, ""
-        calls, self._found = self._found, ()
+        calls, self._new_calls = self._new_calls, ()
         entropies, self._entropies = tuple(self._entropies), []
         return Delta(
             choice=self.choice,
             text=content,
-            logprobs=rated if self._logprobs else None,
+            logprobs=logprobs if self._logprobs else None,
             tool_calls=calls,
             entropies=entropies,
         )
 
-    def _take_rated(self, *, all_of_them: bool) -> tuple[TokenLogprob, ...]:
+    def _take_logprobs(self, *, take_all: bool) -> tuple[TokenLogprob, ...]:
         taken = []
-        while self._rated and (all_of_them or self._rated[0][0] < self._released):
-            taken.append(self._rated.popleft()[1])
+        pending = self._pending_logprobs
+        while pending and (take_all or pending[0][0] < self._released_length):
+            taken.append(pending.popleft()[1])
         return tuple(taken)
 
 
-def tell_logprob(rated: Rated, spelling: Spelling) -> TokenLogprob:
-    """Write a rated token as clients read it.
+def make_token_logprob(scored: ScoredToken, spelling: Spelling) -> TokenLogprob:
+    """Add text and bytes to a token scored by the engine.
 
     Args:
-        rated: By the engine.
-        spelling: Of the model's tokens.
+        scored: The scored token.
+        spelling: Texts and bytes of the model's tokens.
 
     Returns:
-        The token with its text and bytes.
+        The token and its top alternatives with text and bytes.
     """
-    text, raw = spelling.spell(rated.token)
+    text, raw = spelling.spell(scored.token)
     top = []
-    for token, logprob in rated.top:
+    for token, logprob in scored.top:
         other, other_raw = spelling.spell(token)
         top.append(TokenLogprob(token=other, logprob=logprob, bytes=tuple(other_raw)))
-    return TokenLogprob(token=text, logprob=rated.logprob, bytes=tuple(raw), top=tuple(top))
+    return TokenLogprob(token=text, logprob=scored.logprob, bytes=tuple(raw), top=tuple(top))
 
 
-def tell_unrated(token: int, spelling: Spelling) -> TokenLogprob:
-    """Write a token that has no likelihood, because nothing stands before it.
+def make_unscored_logprob(token: int, spelling: Spelling) -> TokenLogprob:
+    """Make the entry of a prompt's first token, which has no log probability.
 
     Args:
-        token: Its id.
-        spelling: Of the model's tokens.
+        token: The token's id.
+        spelling: Texts and bytes of the model's tokens.
 
     Returns:
-        The token; its logprob is not a number.
+        The token; its logprob is NaN.
     """
     text, raw = spelling.spell(token)
     return TokenLogprob(token=text, logprob=math.nan, bytes=tuple(raw))

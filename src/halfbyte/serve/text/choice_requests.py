@@ -1,4 +1,4 @@
-"""A checked call as requests for token ids: one for each choice."""
+"""Convert a validated call into one token request per choice."""
 
 from __future__ import annotations
 
@@ -14,134 +14,133 @@ from halfbyte.serve.engine.contract import EngineInfo, Grammar, GrammarKind, Tok
 from halfbyte.serve.text.prompts import Prompts
 from halfbyte.serve.text.tool_calls import (
     FORCED,
-    CallForm,
+    CallFormat,
     ToolCallFilter,
-    find_form,
-    forced_schema,
+    detect_call_format,
+    make_call_schema,
 )
 
 DEFAULT_CHAT_TOKENS = 1024
-"""Of a chat's answer; not the whole context."""
+"""Length limit of a chat's answer if the client sets none."""
 DEFAULT_COMPLETION_TOKENS = 16
-"""OpenAI's for /v1/completions."""
+"""OpenAI's default for /v1/completions."""
 
-SEEDS = 2**63
-"""Seeds that there are; clients may give negative ones."""
+NUM_SEEDS = 2**63
+"""Clients' seeds, which may be negative, are taken modulo this."""
 
-_REFUSED = {
+_UNSUPPORTED = {
     "audio": "it writes text only",
-    "function_call": "tool_choice has taken its place",
-    "functions": "tools have taken their place",
-    "moderation": "nothing is moderated here",
+    "function_call": "it was replaced by tool_choice",
+    "functions": "it was replaced by tools",
+    "moderation": "this server has no moderation",
     "prediction": "it has no predicted outputs",
     "prompt_cache_options": "its cache has no options",
-    "prompt_cache_retention": "its cache keeps what it has room for",
-    "suffix": "it only goes on from a prompt",
-    "verbosity": "it was not trained to it",
-    "web_search_options": "it does not search the web",
+    "prompt_cache_retention": "its cache is limited only by memory",
+    "suffix": "it can only continue a prompt",
+    "verbosity": "it was not trained for it",
+    "web_search_options": "it cannot search the web",
 }
-_REFUSED_VALUES: dict[str, tuple[Any, ...]] = {
+_SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "service_tier": ("auto", "default"),
     "store": (False,),
 }
-"""Fields of which these values alone ask for nothing special."""
+"""The only supported values of some fields: those that request nothing special."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChoiceRequest:
-    """One choice: what the engine is to do, and what becomes of its tokens."""
+    """One choice: the request to the engine, and how to process its tokens."""
 
     choice: int
     prompt: int
     """Index of its prompt; several choices may share one."""
     request: TokenRequest
     echo: str | None
-    """The prompt's text, where it is to be repeated."""
+    """The prompt's text if it is to be echoed, else None."""
     stops: tuple[str, ...]
-    form: CallForm | None
-    """How tool calls are written; None where none may come."""
+    call_format: CallFormat | None
+    """How the model writes tool calls; None if none are expected."""
     tools: Mapping[str, Mapping[str, Any]]
-    """Names that may be called, with the schemas of their parameters."""
-    most_calls: int | None
+    """Names of the allowed tools, with the schemas of their parameters."""
+    max_calls: int | None
 
     def make_call_filter(self) -> ToolCallFilter | None:
-        """Make what finds this choice's tool calls."""
-        if self.form is None:
+        """Make the filter that finds this choice's tool calls; None if none are expected."""
+        if self.call_format is None:
             return None
-        return ToolCallFilter(self.form, self.tools, most=self.most_calls)
+        return ToolCallFilter(self.call_format, self.tools, max_calls=self.max_calls)
 
 
 def read_call(
     call: Call, prompts: Prompts, info: EngineInfo, limits: AnswerLimits, *, adapter: str | None
 ) -> list[ChoiceRequest]:
-    """Turn a call into what the engine is asked.
+    """Convert a call into requests to the engine.
 
     Args:
-        call: Checked in form.
-        prompts: The model's.
+        call: The call; its fields are validated.
+        prompts: The model's tokenizer and chat template.
         info: The engine's limits.
-        limits: The server's.
-        adapter: Name of the adapter that answers; None: the base model.
+        limits: The server's limits on answers.
+        adapter: Name of the adapter to use; None for the base model.
 
     Returns:
-        One entry per choice, in order.
+        One request per choice, in order.
 
     Raises:
-        ServeError: 400: it asks for something that this model cannot do, by name.
+        ServeError: 400 if the call requests something unsupported; names the field.
     """
     body = call.body
-    _refuse(body, prompts)
+    _check_supported(body, prompts)
     tools = _read_tools(body, prompts)
     grammar = _read_grammar(body)
     if tools.forced:
-        grammar = Grammar(kind="json_schema", text=forced_schema(tools.forced, most=tools.most))
-    elif grammar is not None and tools.form is not None:
+        schema = make_call_schema(tools.forced, max_calls=tools.max_calls)
+        grammar = Grammar(kind="json_schema", text=schema)
+    elif grammar is not None and tools.call_format is not None:
         raise ServeError(
-            "response_format and tools cannot be had together: the format would keep the model "
-            "from calling. Leave one out, or set tool_choice to 'none'.",
+            "response_format and tools cannot be used together: the format would prevent the model "
+            "from calling tools. Remove one of them, or set tool_choice to 'none'.",
             code="unsupported_parameter",
             param="response_format",
         )
-    asked: list[ChoiceRequest] = []
+    choices: list[ChoiceRequest] = []
     for number, (ids, text) in enumerate(_read_prompts(call, prompts, info, tools.shown)):
         request = _make_request(call, ids, info, limits, grammar, adapter)
         for copy in range(body.get("n", 1)):
-            asked.append(
+            choices.append(
                 ChoiceRequest(
-                    choice=len(asked),
+                    choice=len(choices),
                     prompt=number,
                     request=_reseed(request, copy),
                     echo=text if body.get("echo") else None,
                     stops=_read_stops(body),
-                    form=tools.form,
-                    tools={
-                        tool["function"]["name"]: tool["function"].get("parameters") or {}
-                        for tool in tools.shown
-                    },
-                    most_calls=tools.most,
+                    call_format=tools.call_format,
+                    tools=tools.schemas,
+                    max_calls=tools.max_calls,
                 )
             )
-    return asked
+    return choices
 
 
-def _refuse(body: Mapping[str, Any], prompts: Prompts) -> None:
-    """Refuse by name what this model cannot do, rather than leave it out silently."""
-    for name, reason in _REFUSED.items():
+def _check_supported(body: Mapping[str, Any], prompts: Prompts) -> None:
+    """Reject unsupported fields by name instead of ignoring them silently."""
+    for name, reason in _UNSUPPORTED.items():
         if name in body:
             raise _unsupported(name, reason)
-    for name, harmless in _REFUSED_VALUES.items():
-        if name in body and body[name] not in harmless:
-            raise _unsupported(name, f"{json.dumps(body[name])} is more than it can do")
+    for name, supported in _SUPPORTED_VALUES.items():
+        if name in body and body[name] not in supported:
+            allowed = " or ".join(map(json.dumps, supported))
+            raise _unsupported(name, f"the value is {json.dumps(body[name])}, not {allowed}")
     if body.get("best_of", 1) > body.get("n", 1):
-        raise _unsupported("best_of", "it gives all choices that it makes; set n instead")
+        raise _unsupported("best_of", "it returns all choices that it generates; set n instead")
     if "reasoning_effort" in body and "reasoning_effort" not in prompts.template(with_tools=False):
-        raise _unsupported("reasoning_effort", "its chat template knows no such thing")
+        raise _unsupported("reasoning_effort", "its chat template does not use it")
 
 
 def _unsupported(name: str, reason: str) -> ServeError:
     return ServeError(
-        f"'{name}' is not supported by this model: {reason}. Leave it out.",
+        f"'{name}' is not supported by this model: {reason}. Remove it.",
         code="unsupported_parameter",
         param=name,
     )
@@ -149,16 +148,22 @@ def _unsupported(name: str, reason: str) -> ServeError:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Tools:
-    """What a request says of tools."""
+    """The tools of a request."""
 
     shown: Sequence[Mapping[str, Any]] = ()
-    """To the model, in the prompt."""
-    form: CallForm | None = None
-    """How calls are written; None where none may come."""
+    """Tools described in the prompt."""
+    call_format: CallFormat | None = None
+    """How the model writes calls; None if none are expected."""
     forced: Sequence[Mapping[str, Any]] = ()
-    """One of these must be called; empty: none must."""
-    most: int | None = None
-    """Calls that may come; None: any number."""
+    """Tools of which one must be called; empty if calls are optional."""
+    max_calls: int | None = None
+    """Maximum number of calls; None for no limit."""
+
+    @property
+    def schemas(self) -> dict[str, Mapping[str, Any]]:
+        """Schemas of the tools' parameters, by name."""
+        functions = [tool["function"] for tool in self.shown]
+        return {function["name"]: function.get("parameters") or {} for function in functions}
 
 
 def _read_tools(body: Mapping[str, Any], prompts: Prompts) -> _Tools:
@@ -166,37 +171,37 @@ def _read_tools(body: Mapping[str, Any], prompts: Prompts) -> _Tools:
     choice = body.get("tool_choice", "auto")
     if not tools or choice == "none":
         return _Tools()
-    if not prompts.takes_tools():
+    if not prompts.supports_tools():
         raise ServeError(
-            "The model's chat template knows no tools. Leave them out, use another model, or start "
-            "the server with --chat-template.",
+            "The model's chat template does not support tools. Remove them, use another model, or "
+            "start the server with --chat-template.",
             code="unsupported_parameter",
             param="tools",
         )
-    most = 1 if body.get("parallel_tool_calls") is False else None
+    max_calls = 1 if body.get("parallel_tool_calls") is False else None
     if choice == "auto":
-        form = find_form(prompts.template(with_tools=True))
-        return _Tools(shown=tools, form=form, most=most)
+        call_format = detect_call_format(prompts.template(with_tools=True))
+        return _Tools(shown=tools, call_format=call_format, max_calls=max_calls)
     if choice == "required":
-        return _Tools(shown=tools, form=FORCED, forced=tools, most=most)
+        return _Tools(shown=tools, call_format=FORCED, forced=tools, max_calls=max_calls)
     name = choice["function"]["name"]
     named = [tool for tool in tools if tool["function"]["name"] == name]
-    return _Tools(shown=tools, form=FORCED, forced=named, most=1)
+    return _Tools(shown=tools, call_format=FORCED, forced=named, max_calls=1)
 
 
 def _read_grammar(body: Mapping[str, Any]) -> Grammar | None:
-    wanted = body.get("response_format") or {"type": "text"}
+    response_format = body.get("response_format") or {"type": "text"}
     structured = body.get("structured_outputs") or {}
-    if structured and wanted["type"] != "text":
+    if structured and response_format["type"] != "text":
         raise ServeError(
-            "response_format and structured_outputs say the same thing twice. Leave one out.",
+            "response_format and structured_outputs cannot be used together. Remove one of them.",
             code="invalid_value",
             param="structured_outputs",
         )
-    if wanted["type"] == "json_object":
+    if response_format["type"] == "json_object":
         return Grammar(kind="json_object")
-    if wanted["type"] == "json_schema":
-        schema = wanted["json_schema"].get("schema") or {}
+    if response_format["type"] == "json_schema":
+        schema = response_format["json_schema"].get("schema") or {}
         return Grammar(kind="json_schema", text=json.dumps(schema))
     for name, value in structured.items():
         kinds: dict[str, GrammarKind] = {"json": "json_schema", "grammar": "lark"}
@@ -209,7 +214,7 @@ def _read_grammar(body: Mapping[str, Any]) -> Grammar | None:
 def _read_prompts(
     call: Call, prompts: Prompts, info: EngineInfo, tools: Sequence[Mapping[str, Any]]
 ) -> list[tuple[list[int], str]]:
-    """Give each prompt's token ids, and its text where it is to be repeated."""
+    """Tokenize the prompts; return token ids and, for ``echo``, the text of each."""
     body = call.body
     if call.kind == "chat":
         keywords = dict(body.get("chat_template_kwargs") or {})
@@ -217,16 +222,16 @@ def _read_prompts(
             keywords["reasoning_effort"] = body["reasoning_effort"]
         return [(prompts.encode_chat(body["messages"], tools=tools, keywords=keywords), "")]
     found = []
-    for place, prompt in enumerate(split_prompts(body.get("prompt"))):
+    for index, prompt in enumerate(split_prompts(body.get("prompt"))):
         if isinstance(prompt, str):
             ids, text = prompts.encode_text(prompt), prompt
         else:
             ids = list(prompt)
-            bad = next((token for token in ids if not 0 <= token < info.vocabulary), None)
-            if bad is not None:
+            invalid = next((token for token in ids if not 0 <= token < info.vocabulary), None)
+            if invalid is not None:
                 raise ServeError(
-                    f"Prompt {place} holds the token id {bad}; the model's ids go from 0 to "
-                    f"{info.vocabulary - 1}.",
+                    f"Prompt {index} contains the token id {invalid}, which is outside the "
+                    f"model's vocabulary of 0 to {info.vocabulary - 1}.",
                     code="invalid_value",
                     param="prompt",
                 )
@@ -236,13 +241,13 @@ def _read_prompts(
 
 
 def split_prompts(prompt: Any) -> list[Any]:
-    """Give the prompts of a completion one by one.
+    """Split a completion's prompt field into single prompts.
 
     Args:
-        prompt: A text, token ids, a list of either, or None for an empty one.
+        prompt: A text, token ids, a list of either, or None for an empty prompt.
 
     Returns:
-        Texts or lists of ids.
+        One text or list of token ids per prompt.
     """
     if prompt is None:
         return [""]
@@ -252,12 +257,12 @@ def split_prompts(prompt: Any) -> list[Any]:
 
 
 def count_choices(call: Call) -> int:
-    """Count the choices that a call asks for: so many for each of its prompts."""
+    """Count the requested choices: the number of prompts times n."""
     return len(split_prompts(call.body.get("prompt"))) * int(call.body.get("n") or 1)
 
 
 def count_characters(body: Mapping[str, Any]) -> int:
-    """Count the characters that there are to tokenize, at once and roughly."""
+    """Estimate the number of characters to tokenize, without rendering the chat template."""
     prompt = body.get("prompt")
     if prompt is not None:
         return len(prompt) if isinstance(prompt, str) else sum(map(len, map(str, prompt)))
@@ -281,12 +286,12 @@ def _make_request(
     return TokenRequest(
         prompt=tuple(ids),
         max_new_tokens=_read_max_tokens(call, len(ids), info, limits),
-        # No share of the likeliest tokens at all: the likeliest one.
+        # top_p = 0 means greedy decoding.
         temperature=float(temperature) if top_p > 0 else 0.0,
         top_p=float(top_p) or 1.0,
         top_k=max(0, body.get("top_k", 0)),
         min_p=float(body.get("min_p", 0.0)),
-        seed=None if (seed := body.get("seed")) is None else seed % SEEDS,
+        seed=None if (seed := body.get("seed")) is None else seed % NUM_SEEDS,
         frequency_penalty=float(body.get("frequency_penalty", 0.0)),
         presence_penalty=float(body.get("presence_penalty", 0.0)),
         repetition_penalty=float(body.get("repetition_penalty", 1.0)),
@@ -303,54 +308,57 @@ def _make_request(
 
 
 def read_limit(call: Call) -> tuple[str, int | None]:
-    """Give the field in which a call limits its answer, and the tokens that it allows."""
+    """Return the name and value of the call's field that limits the answer's tokens."""
     param = "max_completion_tokens" if "max_completion_tokens" in call.body else "max_tokens"
     return param, call.body.get(param)
 
 
 def add_limit(call: Call, limits: AnswerLimits) -> dict[str, int]:
-    """Say to another server what a model here would keep to by itself.
+    """Return the limit to add to a call for another server, as the embedded engine would apply it.
 
     Args:
-        call: What is asked.
-        limits: The server's.
+        call: The call.
+        limits: The server's limits on answers.
 
     Returns:
-        The field to add; none where the call has it, or nothing is limited.
+        The field to add; empty if the call sets a limit or no limit applies.
     """
     if read_limit(call)[1] is not None:
         return {}
-    usual = DEFAULT_COMPLETION_TOKENS if limits.most_tokens else None
-    tokens = [limits.default_tokens if call.kind == "chat" else usual, limits.most_tokens]
-    found = [count for count in tokens if count is not None]
+    default = limits.default_tokens
+    if call.kind != "chat":
+        default = DEFAULT_COMPLETION_TOKENS if limits.max_tokens else None
+    found = [count for count in (default, limits.max_tokens) if count is not None]
     return {"max_tokens": min(found)} if found else {}
 
 
 def _read_max_tokens(call: Call, prompt: int, info: EngineInfo, limits: AnswerLimits) -> int:
-    wanted = read_limit(call)[1]
+    """Return the limit of the answer's tokens, for a prompt of so many tokens."""
+    max_tokens = read_limit(call)[1]
     room = info.context - prompt
-    if wanted is None:
-        usual = limits.default_tokens or DEFAULT_CHAT_TOKENS
-        wanted = usual if call.kind == "chat" else DEFAULT_COMPLETION_TOKENS
+    if max_tokens is None:
+        max_tokens = DEFAULT_COMPLETION_TOKENS
+        if call.kind == "chat":
+            max_tokens = limits.default_tokens or DEFAULT_CHAT_TOKENS
         fits = info.cache_bytes // info.bytes_per_token - prompt if info.bytes_per_token else room
-        wanted = max(1, min(wanted, room, fits, limits.most_tokens or room))
-    if wanted > room:
+        max_tokens = max(1, min(max_tokens, room, fits, limits.max_tokens or room))
+    if max_tokens > room:
         raise ServeError(
             f"This model's maximum context length is {info.context} tokens. The prompt has "
-            f"{prompt} and the answer may have {wanted}, {prompt + wanted} together. Shorten the "
-            f"prompt or ask for fewer tokens.",
+            f"{prompt} and the answer may have {max_tokens}, {prompt + max_tokens} together. "
+            "Shorten the prompt or request fewer tokens.",
             code="context_length_exceeded",
             param="messages" if call.kind == "chat" else "prompt",
         )
-    return wanted
+    return max_tokens
 
 
 def _read_bias(body: Mapping[str, Any], info: EngineInfo) -> dict[int, float]:
     bias = {int(token): float(value) for token, value in (body.get("logit_bias") or {}).items()}
-    if wrong := [token for token in bias if token >= info.vocabulary]:
+    if invalid := [token for token in bias if token >= info.vocabulary]:
         raise ServeError(
-            f"logit_bias names the token id {wrong[0]}; the model's ids go from 0 to "
-            f"{info.vocabulary - 1}.",
+            f"logit_bias contains the token id {invalid[0]}, which is outside the model's "
+            f"vocabulary of 0 to {info.vocabulary - 1}.",
             code="invalid_value",
             param="logit_bias",
         )
@@ -363,7 +371,7 @@ def _read_stops(body: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _reseed(request: TokenRequest, copy: int) -> TokenRequest:
-    """Give each further choice of one prompt a seed of its own, or all would be the same."""
+    """Give each further choice of a prompt a different seed; otherwise all would be equal."""
     if request.seed is None or not copy:
         return request
-    return replace(request, seed=(request.seed + copy) % SEEDS)
+    return replace(request, seed=(request.seed + copy) % NUM_SEEDS)

@@ -1,4 +1,4 @@
-"""A conversation or a text as the token ids that the model goes on from."""
+"""Tokenize conversations, by the model's chat template, and plain prompts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 
 from halfbyte.errors import ServeError
 
-_NOT_TAKEN = (
+_TEMPLATE_ERRORS = (
     TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError,
 )  # fmt: skip
 
@@ -21,47 +21,50 @@ class Prompts:
     """A tokenizer with its chat template."""
 
     def __init__(self, tokenizer: Any, *, template: str | None = None) -> None:
-        """Take the model's.
+        """Take a model's tokenizer and chat template.
 
         Args:
-            tokenizer: With or without a chat template.
-            template: Jinja source that takes the place of the model's own.
+            tokenizer: The model's tokenizer, with or without a chat template.
+            template: Jinja source that replaces the model's own template.
         """
         self.tokenizer = tokenizer
-        own = getattr(tokenizer, "chat_template", None)
-        self._own: str | dict[str, str] | None = template or own
+        self._template: str | dict[str, str] | None = template or getattr(
+            tokenizer, "chat_template", None
+        )
         self._encoder = _find_encoder(tokenizer)
         parameters = inspect.signature(tokenizer.apply_chat_template).parameters
-        self._taken = {"messages", "tools", *parameters}
-        """Names that are not the template's to know."""
+        self._reserved_names = {"messages", "tools", *parameters}
+        """Parameters of the tokenizer, which chat_template_kwargs must not override."""
 
     def template(self, *, with_tools: bool) -> str:
-        """Give the template's source.
+        """Return the chat template.
 
         Args:
-            with_tools: Whether tools are given with the conversation.
+            with_tools: Whether the request contains tools, for which a model may have a separate
+                template.
 
         Returns:
-            Jinja source. A model may have one of its own for tools.
+            Jinja source.
 
         Raises:
-            ServeError: The model has none.
+            ServeError: The model has no chat template.
         """
-        own = self._own
-        if isinstance(own, dict):
-            own = own.get("tool_use" if with_tools else "default") or own.get("default")
-        if not own:
+        template = self._template
+        if isinstance(template, dict):
+            name = "tool_use" if with_tools else "default"
+            template = template.get(name) or template.get("default")
+        if not template:
             raise ServeError(
-                "The model has no chat template: it was not trained to chat. Use /v1/completions, "
+                "The model has no chat template, so it cannot answer chats. Use /v1/completions, "
                 "or start the server with --chat-template.",
                 code="no_chat_template",
                 param="messages",
             )
-        return own
+        return template
 
-    def takes_tools(self) -> bool:
-        """Tell whether the chat template knows what to do with tools."""
-        return self._own is not None and "tools" in self.template(with_tools=True)
+    def supports_tools(self) -> bool:
+        """Return whether the chat template uses tools."""
+        return self._template is not None and "tools" in self.template(with_tools=True)
 
     def encode_chat(
         self,
@@ -70,30 +73,31 @@ class Prompts:
         tools: Sequence[Mapping[str, Any]] = (),
         keywords: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Turn a conversation into token ids.
+        """Tokenize a conversation.
 
         Args:
-            messages: In OpenAI's form, checked.
-            tools: In OpenAI's form.
-            keywords: More variables for the template, such as ``enable_thinking``.
+            messages: Validated messages in OpenAI's format.
+            tools: Tools in OpenAI's format.
+            keywords: Additional variables for the template, such as ``enable_thinking``.
 
         Returns:
-            Token ids, up to where the answer begins.
+            Token ids, up to and including the generation prompt.
 
         Raises:
-            ServeError: The model has no template, or the template does not take these messages.
+            ServeError: The model has no chat template, or the template rejects the messages.
         """
         template = self.template(with_tools=bool(tools))
-        if taken := sorted(set(keywords or ()) & self._taken):
-            # Or a client could bring a template of its own.
+        if reserved := sorted(set(keywords or ()) & self._reserved_names):
+            # Otherwise a client could pass its own template.
             raise ServeError(
-                f"chat_template_kwargs may not hold '{taken[0]}': it is not the template's.",
+                f"chat_template_kwargs must not contain '{reserved[0]}': the name is reserved. "
+                "Remove it.",
                 code="invalid_value",
-                param=f"chat_template_kwargs.{taken[0]}",
+                param=f"chat_template_kwargs.{reserved[0]}",
             )
         try:
             text = self.tokenizer.apply_chat_template(
-                [_plain_message(place, message) for place, message in enumerate(messages)],
+                [_normalize_message(index, message) for index, message in enumerate(messages)],
                 tools=[dict(tool) for tool in tools] or None,
                 chat_template=template,
                 add_generation_prompt=True,
@@ -103,21 +107,21 @@ class Prompts:
             return self.encode_text(text, add_special=False)
         except ServeError:
             raise
-        except _NOT_TAKEN as error:
-            # A template is a program of the model's maker; it says what it does not take. What it
-            # made of the messages may be no text: half a character of a tool call's arguments.
+        except _TEMPLATE_ERRORS as error:
+            # Templates raise errors for messages that they do not support. The rendered text may
+            # also fail to encode: a lone surrogate in a tool call's arguments.
             raise ServeError(
-                f"The model's chat template does not take these messages: {str(error)[:300]}.",
+                f"The model's chat template does not accept these messages: {str(error)[:300]}.",
                 code="chat_template_error",
                 param="messages",
             ) from error
 
     def encode_text(self, text: str, *, add_special: bool = True) -> list[int]:
-        """Turn a text into token ids.
+        """Tokenize a text.
 
         Args:
-            text: Any.
-            add_special: Begin with what the model expects at the beginning of a text.
+            text: The text.
+            add_special: Add the tokenizer's special tokens, such as BOS.
 
         Returns:
             Token ids.
@@ -127,7 +131,7 @@ class Prompts:
         return list(self.tokenizer(text, add_special_tokens=add_special)["input_ids"])
 
     def first_token(self) -> int:
-        """Give the token that stands for an empty text."""
+        """Return the token that starts an empty prompt: BOS, else EOS, else 0."""
         for name in ("bos_token_id", "eos_token_id"):
             if (token := getattr(self.tokenizer, name, None)) is not None:
                 return int(token)
@@ -135,40 +139,40 @@ class Prompts:
 
 
 def _find_encoder(tokenizer: Any) -> Any:
-    """Give the Rust tokenizer itself where Transformers adds nothing to it; else None.
+    """Return the Rust tokenizer if Transformers' wrapper adds nothing to it; else None.
 
-    Its wrapper hands every single text to a pool of threads, and waits for them: a millisecond and
-    more where the model has all cores.
+    The wrapper tokenizes every text in a thread pool, which takes a millisecond or more while the
+    model uses all cores.
     """
-    # A gateway before other servers does without its seconds.
+    # Importing it takes seconds, which a pure gateway does not need.
     from transformers import PreTrainedTokenizerFast
 
-    own = PreTrainedTokenizerFast
-    if not isinstance(tokenizer, own) or tokenizer.split_special_tokens:
+    base = PreTrainedTokenizerFast
+    if not isinstance(tokenizer, base) or tokenizer.split_special_tokens:
         return None
     methods = ("__call__", "_encode_plus")
-    if any(getattr(type(tokenizer), name) != getattr(own, name) for name in methods):
+    if any(getattr(type(tokenizer), name) != getattr(base, name) for name in methods):
         return None
     encoder = tokenizer.backend_tokenizer
-    # As the wrapper does: what a checkpoint's file says of either is meant for training.
+    # As the wrapper does: these settings in a checkpoint's file are meant for training.
     encoder.no_truncation()
     encoder.no_padding()
     return encoder
 
 
-def _plain_message(place: int, message: Mapping[str, Any]) -> dict[str, Any]:
-    """Write a message as chat templates expect it: text as text, arguments as an object."""
-    plain = {key: value for key, value in message.items() if value is not None}
-    plain["content"] = _plain_text(place, message.get("content"))
-    plain["role"] = {"developer": "system", "function": "tool"}.get(
+def _normalize_message(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert a message to what chat templates expect: content as text, arguments as an object."""
+    normalized = {key: value for key, value in message.items() if value is not None}
+    normalized["content"] = _join_text(index, message.get("content"))
+    normalized["role"] = {"developer": "system", "function": "tool"}.get(
         message["role"], message["role"]
     )
     if calls := message.get("tool_calls"):
-        plain["tool_calls"] = [_plain_call(call) for call in calls]
-    return plain
+        normalized["tool_calls"] = [_parse_arguments(call) for call in calls]
+    return normalized
 
 
-def _plain_text(place: int, content: Any) -> str:
+def _join_text(index: int, content: Any) -> str:
     if content is None:
         return ""
     if isinstance(content, str):
@@ -176,17 +180,17 @@ def _plain_text(place: int, content: Any) -> str:
     for number, part in enumerate(content):
         if part["type"] not in ("text", "refusal"):
             raise ServeError(
-                f"A content part of type '{part['type']}' cannot be served: this model reads text "
-                "only.",
+                f"A content part of type '{part['type']}' is not supported: this model accepts "
+                "only text.",
                 code="unsupported_content",
-                param=f"messages.{place}.content.{number}",
+                param=f"messages.{index}.content.{number}",
             )
     return "".join(part.get("text", part.get("refusal", "")) for part in content)
 
 
-def _plain_call(call: Mapping[str, Any]) -> dict[str, Any]:
+def _parse_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
     function = dict(call["function"])
     with contextlib.suppress(ValueError, RecursionError):
-        # Templates write arguments by `tojson`, which would quote a string once more.
+        # Templates apply `tojson` to the arguments, which would quote a string twice.
         function["arguments"] = json.loads(function["arguments"])
     return {**call, "function": function}

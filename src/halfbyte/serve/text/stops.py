@@ -1,4 +1,4 @@
-"""Stop strings, also where tokens cut them in two; no part of one is let out."""
+"""Stop strings, also across token boundaries; no part of a stop string is released."""
 
 from __future__ import annotations
 
@@ -6,59 +6,59 @@ from collections.abc import Sequence
 
 
 class StopFilter:
-    """Text in, text before the first stop string out."""
+    """Passes on streamed text up to the first stop string."""
 
     def __init__(self, stops: Sequence[str]) -> None:
-        """Start.
+        """Set the stop strings.
 
         Args:
-            stops: None of them empty; none at all lets everything through at once.
+            stops: Non-empty strings; without any, all text passes at once.
         """
         self._stops = tuple(stops)
-        self._held = ""
+        self._buffer = ""
         self.hit = False
-        """A stop string has come; nothing comes out any more."""
+        """Whether a stop string was found; all further text is dropped."""
 
     def feed(self, text: str) -> str:
-        """Take text.
+        """Process the next text.
 
         Args:
-            text: What comes next.
+            text: The text.
 
         Returns:
-            What is certain not to belong to a stop string.
+            The text that is certain not to belong to a stop string.
         """
         if self.hit:
             return ""
-        held = self._held + text
-        found = [place for stop in self._stops if (place := held.find(stop)) >= 0]
+        buffer = self._buffer + text
+        found = [index for stop in self._stops if (index := buffer.find(stop)) >= 0]
         if found:
             self.hit = True
-            self._held = ""
-            return held[: min(found)]
-        keep = longest_start(held, self._stops)
-        self._held = held[len(held) - keep :]
-        return held[: len(held) - keep]
+            self._buffer = ""
+            return buffer[: min(found)]
+        end = len(buffer) - count_partial_match(buffer, self._stops)
+        self._buffer = buffer[end:]
+        return buffer[:end]
 
     def finish(self) -> str:
-        """Give what was held back: no stop string came of it."""
-        held, self._held = self._held, ""
-        return held
+        """Return the buffered text: it did not become a stop string."""
+        buffer, self._buffer = self._buffer, ""
+        return buffer
 
 
-def longest_start(text: str, words: Sequence[str]) -> int:
-    """Measure how much of a text's end could be the start of a word.
+def count_partial_match(text: str, words: Sequence[str]) -> int:
+    """Count the characters at the end of a text that could be the beginning of a word.
 
     Args:
-        text: Any.
-        words: None of them stands in the text whole.
+        text: The text.
+        words: Words that the text does not contain.
 
     Returns:
-        Characters at the end of the text that a word starts with; 0 where none does.
+        Length of the longest suffix of the text that is a prefix of a word.
     """
     longest = max(map(len, words), default=0)
     for length in range(min(longest - 1, len(text)), 0, -1):
-        end = text[-length:]
-        if any(word.startswith(end) for word in words):
+        suffix = text[-length:]
+        if any(word.startswith(suffix) for word in words):
             return length
     return 0

@@ -1,17 +1,17 @@
-"""Tool calls out of what a model writes, in the forms that open models were trained to write.
+"""Parse tool calls from generated text, in the formats of open models.
 
 hermes (Qwen, Hermes)
-    ``<tool_call>{"name": …, "arguments": {…}}</tool_call>``, again and again; within the same marks
-    Qwen3-Coder's ``<function=…><parameter=…>``
+    ``<tool_call>{"name": …, "arguments": {…}}</tool_call>``, any number of times; between the same
+    markers also Qwen3-Coder's ``<function=…><parameter=…>``
 mistral
     ``[TOOL_CALLS][{"name": …, "arguments": {…}}]`` or ``[TOOL_CALLS]name[ARGS]{…}``
 llama
-    ``{"name": …, "parameters": {…}}`` as the whole answer, perhaps after ``<|python_tag|>``
+    ``{"name": …, "parameters": {…}}`` as the whole answer, optionally after ``<|python_tag|>``
 forced
-    a JSON list of calls and nothing else, where a grammar holds the model to it
+    only a JSON list of calls, enforced by a grammar
 
-What looks like a call and names no tool of the request, or does not parse, is given as text:
-nothing that a model wrote is lost.
+Text that looks like a call but does not parse, or does not name a tool of the request, is returned
+as content, so that no output is lost.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from halfbyte.serve.backend import ToolCall
-from halfbyte.serve.text.stops import longest_start
+from halfbyte.serve.text.stops import count_partial_match
 
 _FUNCTION = re.compile(r"<function=([^>\n]+)>(.*?)(?:</function>|\Z)", re.DOTALL)
 _PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
@@ -38,150 +38,157 @@ _NO_TOOLS: Mapping[str, Schema] = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CallForm:
-    """How a family of models writes its calls."""
+class CallFormat:
+    """How a family of models writes tool calls."""
 
     name: str
     opening: str = ""
-    """What comes before a call; empty: nothing does."""
+    """Marker before a call; empty if there is none."""
     closing: str = ""
-    """What comes after; empty: a call lasts to the end of the answer."""
+    """Marker after a call; if empty, a call extends to the end of the answer."""
     bare: bool = False
-    """JSON at the very start of an answer is a call."""
+    """Whether JSON at the very start of an answer is a call."""
 
 
-HERMES = CallForm(name="hermes", opening="<tool_call>", closing="</tool_call>")
-MISTRAL = CallForm(name="mistral", opening="[TOOL_CALLS]")
-LLAMA = CallForm(name="llama", opening="<|python_tag|>", bare=True)
-FORCED = CallForm(name="forced", bare=True)
+HERMES = CallFormat(name="hermes", opening="<tool_call>", closing="</tool_call>")
+MISTRAL = CallFormat(name="mistral", opening="[TOOL_CALLS]")
+LLAMA = CallFormat(name="llama", opening="<|python_tag|>", bare=True)
+FORCED = CallFormat(name="forced", bare=True)
 
 
-def find_form(template: str) -> CallForm:
-    """Tell by a chat template how its model writes calls.
+def detect_call_format(template: str) -> CallFormat:
+    """Detect from a chat template how its model writes tool calls.
 
     Args:
         template: Jinja source.
 
     Returns:
-        The form; Llama's, which takes bare JSON, where the template shows none.
+        The format; Llama's, which accepts bare JSON, if the template contains no other's marker.
     """
-    for form in (HERMES, MISTRAL):
-        if form.opening in template:
-            return form
+    for call_format in (HERMES, MISTRAL):
+        if call_format.opening in template:
+            return call_format
     return LLAMA
 
 
 class ToolCallFilter:
-    """Text in; content and calls out."""
+    """Separates streamed text into content and tool calls."""
 
     def __init__(
-        self, form: CallForm, tools: Mapping[str, Schema], *, most: int | None = None
+        self, call_format: CallFormat, tools: Mapping[str, Schema], *, max_calls: int | None = None
     ) -> None:
-        """Start.
+        """Set the expected calls.
 
         Args:
-            form: How the model writes calls.
-            tools: Names that may be called, with the schemas of their parameters.
-            most: Calls that may come; None: any number.
+            call_format: How the model writes calls.
+            tools: Names of the allowed tools, with the schemas of their parameters.
+            max_calls: Maximum number of calls; None for no limit.
         """
-        self._form = form
+        self._format = call_format
         self._tools = tools
-        self._most = most
-        self._held = ""
-        self._inside = False
-        self._started = False
+        self._max_calls = max_calls
+        self._buffer = ""
+        self._is_in_call = False
+        self._has_started = False
         self.num_calls = 0
 
     @property
-    def full(self) -> bool:
-        """As many calls have come as may; the rest of the answer is not wanted."""
-        return self._most is not None and self.num_calls >= self._most
+    def is_full(self) -> bool:
+        """Whether the maximum number of calls is reached; all further text is dropped."""
+        return self._max_calls is not None and self.num_calls >= self._max_calls
 
     def feed(self, text: str) -> tuple[str, tuple[ToolCall, ...]]:
-        """Take text.
+        """Process the next text.
 
         Args:
-            text: What comes next.
+            text: The text.
 
         Returns:
-            What is certain to be content, and the calls that are complete.
+            The text that is certain to be content, and the calls that are complete.
         """
-        self._held += text
+        self._buffer += text
         content: list[str] = []
         calls: list[ToolCall] = []
-        while not self.full and self._step(content, calls):
+        while not self.is_full and self._step(content, calls):
             pass
         return "".join(content), tuple(calls)
 
     def finish(self) -> tuple[str, tuple[ToolCall, ...]]:
-        """Give what is left: a call without its closing mark, or text."""
-        held, self._held = self._held, ""
-        if not self._inside or self.full:
-            return ("" if self.full or (self.num_calls and not held.strip()) else held), ()
-        calls = self._read(held.removeprefix(self._form.opening))
-        return ("", calls) if calls else (held, ())
+        """Return the rest: calls without a closing marker, or content."""
+        rest, self._buffer = self._buffer, ""
+        if not self._is_in_call or self.is_full:
+            return ("" if self.is_full or (self.num_calls and not rest.strip()) else rest), ()
+        calls = self._parse(rest.removeprefix(self._format.opening))
+        return ("", calls) if calls else (rest, ())
 
     def _step(self, content: list[str], calls: list[ToolCall]) -> bool:
-        """Move on by one mark; False where more text is needed."""
-        form = self._form
-        if self._inside:
-            end = self._held.find(form.closing) if form.closing else -1
-            if end < 0:
-                return False
-            whole = self._held[: end + len(form.closing)]
-            self._held = self._held[len(whole) :]
-            self._inside = False
-            found = self._read(whole.removeprefix(form.opening).removesuffix(form.closing))
-            calls.extend(found)
-            if not found:
-                content.append(whole)
-            return True
-        if form.bare and not self._started:
-            start = self._held.lstrip()
+        """Process the buffer up to the next marker; return False if more text is needed."""
+        if self._is_in_call:
+            return self._end_call(content, calls)
+        if self._format.bare and not self._has_started:
+            start = self._buffer.lstrip()
             if not start:
                 return False
-            self._started = True
-            self._inside = start.startswith(("{", "["))
-            if self._inside:
+            self._has_started = True
+            self._is_in_call = start.startswith(("{", "["))
+            if self._is_in_call:
                 return True
-        place = self._held.find(form.opening) if form.opening else -1
-        # White space before a call means nothing, so it waits for what comes after it.
-        if place >= 0:
-            before, self._held, self._inside = self._held[:place].rstrip(), self._held[place:], True
+        opening = self._format.opening
+        end = self._buffer.find(opening) if opening else -1
+        # Whitespace before a call is dropped, so it is held back until more text follows.
+        if end >= 0:
+            before, self._buffer = self._buffer[:end].rstrip(), self._buffer[end:]
+            self._is_in_call = True
         else:
-            keep = longest_start(self._held, (form.opening,)) if form.opening else 0
-            before = self._held[: len(self._held) - keep].rstrip()
-            self._held = self._held[len(before) :]
+            held = count_partial_match(self._buffer, (opening,)) if opening else 0
+            before = self._buffer[: len(self._buffer) - held].rstrip()
+            self._buffer = self._buffer[len(before) :]
         content.append(before)
-        return place >= 0
+        return end >= 0
 
-    def _read(self, text: str) -> tuple[ToolCall, ...]:
-        found = read_calls(text, self._tools)
+    def _end_call(self, content: list[str], calls: list[ToolCall]) -> bool:
+        """Parse the call at the start of the buffer; return False if it is incomplete."""
+        opening, closing = self._format.opening, self._format.closing
+        end = self._buffer.find(closing) if closing else -1
+        if end < 0:
+            return False
+        text = self._buffer[: end + len(closing)]
+        self._buffer = self._buffer[len(text) :]
+        self._is_in_call = False
+        found = self._parse(text.removeprefix(opening).removesuffix(closing))
+        calls.extend(found)
+        if not found:
+            content.append(text)
+        return True
+
+    def _parse(self, text: str) -> tuple[ToolCall, ...]:
+        found = parse_calls(text, self._tools)
         if not found or any(name not in self._tools for name, _ in found):
             return ()
-        if self._most is not None:
-            found = found[: self._most - self.num_calls]
+        if self._max_calls is not None:
+            found = found[: self._max_calls - self.num_calls]
         first = self.num_calls
         self.num_calls += len(found)
         return tuple(
-            ToolCall(index=first + i, id=make_call_id(self._form), name=name, arguments=arguments)
+            ToolCall(index=first + i, id=make_call_id(self._format), name=name, arguments=arguments)
             for i, (name, arguments) in enumerate(found)
         )
 
 
-def read_calls(text: str, tools: Mapping[str, Schema] = _NO_TOOLS) -> list[tuple[str, str]]:
-    """Read the calls between a form's marks.
+def parse_calls(text: str, tools: Mapping[str, Schema] = _NO_TOOLS) -> list[tuple[str, str]]:
+    """Parse the text between a format's markers.
 
     Args:
-        text: JSON of a call, of a list of calls, of several one after the other, ``name{…}``, or
+        text: JSON of a call, of a list of calls, of several calls in sequence, ``name{…}``, or
             Qwen3-Coder's tags.
-        tools: The schemas of their parameters, for tags, which do not tell a text from a number.
+        tools: Schemas of the tools' parameters, by name; needed for tags, which do not
+            distinguish strings from numbers.
 
     Returns:
-        Names and arguments as JSON; nothing where a part of the text is no call.
+        Name and JSON arguments of each call; empty if any part of the text is not a call.
     """
     if functions := _FUNCTION.findall(text):
-        return [(n.strip(), _tagged_arguments(b, tools.get(n.strip(), {}))) for n, b in functions]
+        return [(n.strip(), _parse_tags(b, tools.get(n.strip(), {}))) for n, b in functions]
     decoder = json.JSONDecoder()
     calls: list[tuple[str, str]] = []
     rest = text.strip()
@@ -194,7 +201,7 @@ def read_calls(text: str, tools: Mapping[str, Schema] = _NO_TOOLS) -> list[tuple
         if named:
             value = {"name": named[1], "arguments": value}
         for entry in value if isinstance(value, list) else [value]:
-            call = _read_entry(entry)
+            call = _parse_entry(entry)
             if call is None:
                 return []
             calls.append(call)
@@ -202,7 +209,7 @@ def read_calls(text: str, tools: Mapping[str, Schema] = _NO_TOOLS) -> list[tuple
     return calls
 
 
-def _read_entry(entry: Any) -> tuple[str, str] | None:
+def _parse_entry(entry: Any) -> tuple[str, str] | None:
     if not isinstance(entry, Mapping):
         return None
     inner = entry.get("function")
@@ -216,43 +223,43 @@ def _read_entry(entry: Any) -> tuple[str, str] | None:
         return name, arguments
     if not isinstance(arguments, Mapping):
         return None
-    return name, _write(arguments)
+    return name, _dump_json(arguments)
 
 
-def _tagged_arguments(body: str, schema: Schema) -> str:
+def _parse_tags(body: str, schema: Schema) -> str:
     arguments: dict[str, Any] = {}
     properties = schema.get("properties")
     for tag, text in _PARAMETER.findall(body):
         name = tag.strip()
-        wanted = properties.get(name) if isinstance(properties, Mapping) else None
+        parameter = properties.get(name) if isinstance(properties, Mapping) else None
         arguments[name] = text
-        if not isinstance(wanted, Mapping) or wanted.get("type") != "string":
+        if not isinstance(parameter, Mapping) or parameter.get("type") != "string":
             with contextlib.suppress(ValueError, RecursionError):
                 arguments[name] = json.loads(text)
-    return _write(arguments)
+    return _dump_json(arguments)
 
 
-def _write(arguments: Mapping[str, Any]) -> str:
-    # A model may write half a character, which no client could read.
+def _dump_json(arguments: Mapping[str, Any]) -> str:
+    # A model may write a lone surrogate, which cannot be encoded as UTF-8.
     return json.dumps(arguments, ensure_ascii=False).encode("utf-8", "replace").decode()
 
 
-def make_call_id(form: CallForm) -> str:
-    """Make an id; Mistral's chat templates take none but nine letters and digits."""
-    if form is MISTRAL:
+def make_call_id(call_format: CallFormat) -> str:
+    """Make a call's id; Mistral's chat templates accept only nine letters and digits."""
+    if call_format is MISTRAL:
         return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
     return f"call_{secrets.token_hex(12)}"
 
 
-def forced_schema(tools: Sequence[Mapping[str, Any]], *, most: int | None) -> str:
-    """Write the JSON schema of an answer that consists of calls.
+def make_call_schema(tools: Sequence[Mapping[str, Any]], *, max_calls: int | None) -> str:
+    """Make the JSON schema of an answer that is a list of calls.
 
     Args:
-        tools: In OpenAI's form.
-        most: Calls at most; None: any number.
+        tools: The allowed tools, in OpenAI's format.
+        max_calls: Maximum number of calls; None for no limit.
 
     Returns:
-        The schema, as JSON, of a list of calls.
+        The schema as JSON.
     """
     entries = [
         {
@@ -267,8 +274,8 @@ def forced_schema(tools: Sequence[Mapping[str, Any]], *, most: int | None) -> st
         for tool in tools
     ]
     schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": entries}}
-    # llguidance's: nobody sees this JSON, and a weak model may fill its answer with spaces.
+    # An option of llguidance: without it a weak model may fill its answer with spaces.
     schema["x-guidance"] = {"whitespace_flexible": False}
-    if most is not None:
-        schema["maxItems"] = most
+    if max_calls is not None:
+        schema["maxItems"] = max_calls
     return json.dumps(schema)

@@ -146,7 +146,7 @@ class RequestLog:
     def _row(self, seen: Observation) -> Row:
         """Give what is written, but for redaction, which the thread does."""
         answer = seen.answer or (seen.attempts[-1] if seen.attempts else None)
-        usage = answer.usage if answer and answer.usage and answer.usage.is_told else None
+        usage = answer.usage if answer and answer.usage and answer.usage.is_reported else None
         ended = seen.ended if seen.ended is not None else seen.started
         attempts = [
             {"backend": a.backend, "role": a.role, "cause": a.cause, "checks": a.failures}
