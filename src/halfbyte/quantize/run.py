@@ -127,12 +127,12 @@ class Run:
                 with limit_device_memory(self.device, settings.limit_bytes):
                     return Attempt(task, settings, weights).run()
             except RuntimeError as error:
-                smaller, why = self._find_smaller(error, settings, max(map(len, tokens.sequences)))
+                reduced, why = self._reduce_memory(error, settings, max(map(len, tokens.sequences)))
             # After the handler, since inside it the traceback still references the tensors.
             weights = None
             release_memory(self.device)
-            self._restart_from_journal(settings, smaller, why)
-            settings = smaller
+            self._restart_from_journal(settings, reduced, why)
+            settings = reduced
 
     def recall(
         self, finished: QuantizationReport, text: CalibrationSource, *, quality: bool
@@ -214,7 +214,7 @@ class Run:
         device, dtype = self.weights.device, settings.torch_dtype
         self.notes += find_device_fallbacks(device, dtype, symmetric=self.config.symmetric)
 
-    def _find_smaller(
+    def _reduce_memory(
         self, error: RuntimeError, settings: RunSettings, longest: int
     ) -> tuple[RunSettings, str]:
         """Choose settings that need less memory; re-raise any error but out of memory."""
@@ -231,14 +231,14 @@ class Run:
             raise build_out_of_memory_error(settings, where, longest) from error
         return found[0], f"out of memory {where}: {found[1]} from there on"
 
-    def _restart_from_journal(self, settings: RunSettings, smaller: RunSettings, why: str) -> None:
+    def _restart_from_journal(self, settings: RunSettings, reduced: RunSettings, why: str) -> None:
         """Prepare to continue from the last saved block, as a resumed run does."""
         self.notes.append(why)
         self.progress.phase(why)
-        if smaller.batch_size != settings.batch_size:
+        if reduced.batch_size != settings.batch_size:
             # They are stored by portions of the text, whose bounds depend on the batches.
             shutil.rmtree(self.journal.folder / WEIGHTS_FOLDER, ignore_errors=True)
-        self.journal.change_settings(smaller.to_dict())
+        self.journal.change_settings(reduced.to_dict())
 
 
 def _describe_probe(probe: Probe) -> dict[str, Any]:
