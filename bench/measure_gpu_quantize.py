@@ -40,7 +40,7 @@ from halfbyte.machine.memory import peak_memory_bytes
 from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
 from halfbyte.quantize import run as run_module
 from halfbyte.quantize.block_work import Meter
-from halfbyte.quantize.columns import find_program_obstacle
+from halfbyte.quantize.columns import find_kernel_obstacle
 from halfbyte.quantize.progress import SilentProgress
 from record import Provenance, save_result
 
@@ -320,7 +320,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "bf16": measure_rate(torch.bfloat16, device),
             "fp32": measure_rate(torch.float32, device),
         }
-        results["column_program"] = device.type != "cpu" and find_program_obstacle(device) is None
+        results["column_program"] = device.type != "cpu" and find_kernel_obstacle(device) is None
         results["sums_in_fp32"] = find_fp32_sum_obstacle(device, torch.bfloat16) is None
         print({k: results[k] for k in list(results)[4:]}, flush=True)
         for memory in options.memory:

@@ -1,8 +1,8 @@
-"""Fields of the config dataclasses that command lines are made from, and the checks they share.
+"""Define the fields of config dataclasses, and shared checks of their values.
 
-Each option lives once: its name, type, default, range and help text are the dataclass field, and
-the command line is made from the fields (see :mod:`halfbyte.cli.options`). Where None is a field's
-default it passes every check: nothing is asked for.
+Each option is defined once: the dataclass field holds its name, type, default and help text, and
+the command line is generated from the fields (see :mod:`halfbyte.cli.options`). Fields with the
+default None pass every check as None, which means that the option is not set.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "str": (str,),
     "tuple": (tuple,),
 }
-"""What a field's annotation allows, whatever is in its brackets; True is no int here."""
+"""Types of values by a field's annotation, without its brackets; a bool is not accepted as int."""
 
 
 def option(default: Any, help: str, **extra: Any) -> Any:
-    """Make a field that becomes an option.
+    """Create a dataclass field that becomes a command-line option.
 
     Args:
-        default: Its default.
-        help: For the command line.
-        **extra: Further metadata, which :mod:`halfbyte.cli.options` reads.
+        default: Default value.
+        help: Help text for the command line.
+        **extra: Further metadata for :mod:`halfbyte.cli.options`.
 
     Returns:
         The field.
@@ -40,14 +40,14 @@ def option(default: Any, help: str, **extra: Any) -> Any:
 
 
 def check_keys(cls: Any, values: Mapping[str, Any]) -> None:
-    """Refuse a key that is no field, with the one that was probably meant.
+    """Check that all keys are fields of a config dataclass.
 
     Args:
         cls: A config dataclass.
-        values: By field.
+        values: Values by field name.
 
     Raises:
-        ConfigError: There is such a key.
+        ConfigError: A key is not a field; suggests the most similar one.
     """
     allowed = [entry.name for entry in fields(cls)]
     for key in values:
@@ -60,13 +60,13 @@ def check_keys(cls: Any, values: Mapping[str, Any]) -> None:
 
 
 def check_types(config: Any) -> None:
-    """Refuse a value of another type than its field's, as JSON may give one.
+    """Check that every value has the type of its field, which is not certain for values from JSON.
 
     Args:
-        config: A config dataclass.
+        config: An instance of a config dataclass.
 
     Raises:
-        ConfigError: There is such a value.
+        ConfigError: A value has another type.
     """
     for entry in fields(config):
         value = getattr(config, entry.name)
@@ -79,65 +79,65 @@ def check_types(config: Any) -> None:
             )
 
 
-def check_least(config: Any, name: str, least: int) -> None:
-    """Refuse anything but a whole number from ``least`` on, with a ConfigError."""
+def check_least(config: Any, name: str, minimum: int) -> None:
+    """Raise a ConfigError unless the value is an integer of at least ``minimum``."""
     value = getattr(config, name)
-    if value is not None and (type(value) is not int or value < least):
-        raise ConfigError(f"{name} is {value!r}; it must be a whole number, {least} or more.")
+    if value is not None and (type(value) is not int or value < minimum):
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number, {minimum} or more.")
 
 
-def check_range(config: Any, name: str, least: float, most: float, advice: str) -> None:
-    """Refuse a number outside a range, both ends allowed, with a ConfigError that gives advice."""
+def check_range(config: Any, name: str, low: float, high: float, advice: str) -> None:
+    """Raise a ConfigError with advice unless the value is in [low, high]."""
     value = getattr(config, name)
-    if not least <= value <= most:
-        raise ConfigError(f"{name} is {value}; allowed is {least} to {most}. {advice}")
+    if not low <= value <= high:
+        raise ConfigError(f"{name} is {value}; allowed is {low} to {high}. {advice}")
 
 
 def check_positive(config: Any, name: str) -> None:
-    """Refuse anything but a finite number above 0, with a ConfigError."""
+    """Raise a ConfigError unless the value is a finite number above 0."""
     value = getattr(config, name)
     if value is not None and not (type(value) in (int, float) and 0 < value < float("inf")):
         raise ConfigError(f"{name} is {value!r}; it must be a number above 0.")
 
 
 def check_share(config: Any, name: str, *, above_0: bool = False, below_1: bool = False) -> None:
-    """Refuse anything but a share.
+    """Check that a value is a share, a number from 0 to 1.
 
     Args:
-        config: A config dataclass.
-        name: Of the field.
-        above_0: Whether 0 is none.
-        below_1: Whether 1 is none.
+        config: An instance of a config dataclass.
+        name: Name of the field.
+        above_0: Whether 0 is excluded.
+        below_1: Whether 1 is excluded.
 
     Raises:
-        ConfigError: It is no such number.
+        ConfigError: The value is not in that range.
     """
     value = getattr(config, name)
     if value is None:
         return
     is_share = type(value) in (int, float) and 0 <= value <= 1
     if not is_share or (above_0 and value == 0) or (below_1 and value == 1):
-        least = "above 0" if above_0 else "0 or more"
-        most = "less than 1" if below_1 else "at most 1"
-        raise ConfigError(f"{name} is {value!r}; it must be a share, {least} and {most}.")
+        low = "above 0" if above_0 else "0 or more"
+        high = "less than 1" if below_1 else "at most 1"
+        raise ConfigError(f"{name} is {value!r}; it must be a share, {low} and {high}.")
 
 
 def check_choice(config: Any, name: str, allowed: Collection[Any]) -> None:
-    """Refuse anything that is not among ``allowed``, with a ConfigError."""
+    """Raise a ConfigError unless the value is in ``allowed``."""
     value = getattr(config, name)
     if value not in allowed:
         raise ConfigError(f"{name} is {value!r}; allowed are {', '.join(map(str, allowed))}.")
 
 
 def as_sequence(name: str, value: Any) -> list[Any] | tuple[Any, ...]:
-    """Give a list or tuple as it is; anything else is a ConfigError."""
+    """Return a list or tuple unchanged; raise a ConfigError for anything else."""
     if not isinstance(value, list | tuple):
         raise ConfigError(f"{name} is {value!r}; a list is needed. Put it in square brackets.")
     return value
 
 
 def check_pattern(kind: str, pattern: str) -> None:
-    """Refuse what is no regular expression, with a ConfigError."""
+    """Raise a ConfigError unless the pattern is a regular expression."""
     try:
         re.compile(pattern)
     except re.error as error:

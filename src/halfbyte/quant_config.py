@@ -1,4 +1,4 @@
-"""What a quantization run is asked to do: frozen dataclasses that the CLI and Python share."""
+"""Settings of a quantization run: frozen dataclasses, shared by the CLI and the Python API."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from halfbyte.run_config import DTYPES
 from halfbyte.units import parse_size
 
 SUPPORTED_BITS = (2, 3, 4, 8)
-"""Bit widths that have one agreed layout on disk."""
+"""Bit widths with a standard layout on disk."""
 
 PER_CHANNEL = -1
-"""``group_size`` that means one scale per output row."""
+"""The ``group_size`` for one scale per output row."""
 
-MOST_POLISH = 20
-MOST_SEED = 2**32 - 1
-MOST_BITS = 9
-"""8 bits with scales and zeros of groups of 32."""
+MAX_POLISH = 20
+MAX_SEED = 2**32 - 1
+MAX_TARGET_BITS = 9
+"""8 bits plus the scales and zeros of groups of 32."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {},
@@ -43,7 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "end_to_end_steps": 120,
     },
 }
-"""Settings of :class:`QuantConfig` by what they are for: little time, or more quality."""
+"""Named settings of :class:`QuantConfig`, from least time to best quality."""
 
 DEFAULT_SHRINKAGE = 0.4
 """Measured: docs/concepts/quality.md."""
@@ -53,7 +53,7 @@ OVERRIDE_KEYS = ("bits", "group_size", "symmetric")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scheme:
-    """How one linear is rounded: its bits, its groups, its kind of grid."""
+    """How one linear is rounded: bits, group size and symmetry."""
 
     bits: int
     group_size: int
@@ -79,16 +79,16 @@ class Override:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read ``PATTERN=KEY:VALUE,KEY:VALUE``, for example ``mlp.down_proj=bits:8,group_size:32``.
+        """Parse ``PATTERN=KEY:VALUE,KEY:VALUE``, such as ``mlp.down_proj=bits:8,group_size:32``.
 
         Args:
-            text: The command line's form.
+            text: An override as given on the command line.
 
         Returns:
             The override.
 
         Raises:
-            ConfigError: The text is not of that form; says which part.
+            ConfigError: The text does not have that form; says which part.
         """
         pattern, equals, rest = text.rpartition("=")
         if not equals or not pattern or not rest:
@@ -109,7 +109,7 @@ class Override:
 
     @classmethod
     def from_dict(cls, values: Any) -> Self:
-        """Read plain values; an unknown or missing key is a ConfigError."""
+        """Create an override from plain values; an unknown or missing key is a ConfigError."""
         if not isinstance(values, dict) or "pattern" not in values:
             raise ConfigError(
                 f"Cannot read override {values!r}: it has no pattern. "
@@ -132,21 +132,21 @@ def _parse_override_value(key: str, value: str, text: str) -> int | bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantConfig:
-    """How weights are rounded. Every combination that passes the checks can be written and read."""
+    """Quantization settings. Every combination that passes validation can be written and read."""
 
     bits: int = option(4, "bits per weight", choices=SUPPORTED_BITS)
     group_size: int = option(
         128, "input columns that share a scale; -1: one scale per output row", metavar="N"
     )
     symmetric: bool = option(
-        True, "one zero point per group instead of the fixed middle code", flag="--asymmetric"
+        True, "use one zero point per group instead of the fixed middle code", flag="--asymmetric"
     )
     desc_act: bool = option(
-        False, "form groups in order of falling activation (slower to run; writes g_idx)"
+        False, "form groups in order of decreasing activation (slower to run; writes g_idx)"
     )
     act_order: bool = option(
         True,
-        "round columns in their stored order, not by falling activation",
+        "round columns in stored order instead of by decreasing activation",
         flag="--no-act-order",
     )
     damping: float = option(
@@ -154,48 +154,50 @@ class QuantConfig:
     )
     shrinkage: float = option(
         DEFAULT_SHRINKAGE,
-        "share taken off the products of different inputs in the Hessian: more stays nearer to "
-        "plain rounding and serves other kinds of text",
+        "fraction by which the off-diagonal entries of the Hessian are reduced: a larger one is "
+        "closer to round-to-nearest and better for other kinds of text",
         metavar="X",
     )
     match_base: bool = option(
         False,
-        "aim at the outputs of the unquantized model, which runs beside (twice the forward passes)",
+        "match the outputs of the base model, which runs alongside (twice the forward passes)",
         both=True,
     )
     weigh_tokens: bool = option(
         False,
-        "let each calibration token count by how much the predictions hang on it (the text goes "
-        "through the unquantized model and back first)",
+        "weight each calibration token by its effect on the predictions (first takes a forward and "
+        "backward pass through the base model)",
         both=True,
     )
     polish: int = option(
-        0, "rounds of moving codes and scales once more after the sweep", metavar="ROUNDS"
+        0, "rounds of improving codes and scales after the sweep", metavar="ROUNDS"
     )
     tune_steps: int = option(
         0,
-        "steps of training the codes of each block on its outputs; needs --match-base",
+        "training steps for codes and scales per block, on the block's outputs; needs --match-base",
         metavar="STEPS",
     )
     end_to_end_steps: int = option(
         0,
-        "steps of training all scales and norm gains on the base model's predictions, at most; "
+        "maximum training steps for all scales and norm gains, on the base model's predictions; "
         "needs --match-base",
         metavar="STEPS",
     )
     ragged_groups: bool = option(
-        False, "where the group size does not divide a layer's width, write a shorter last group"
+        False, "if the group size does not divide a layer's width, make the last group shorter"
     )
     target_bits: float | None = option(
         None,
-        "choose bits for each module by what they measurably cost, up to this mean of bits per "
-        "weight, scales and zeros included",
+        "choose the bits of each module by its measured sensitivity, for at most this mean number "
+        "of bits per weight, scales and zeros included",
         metavar="X",
     )
     target_size: str | None = option(
-        None, "the same, up to this size of the whole checkpoint, such as 4GB", metavar="SIZE"
+        None,
+        "like --target-bits, but a maximum size of the checkpoint, such as 4GB",
+        metavar="SIZE",
     )
-    skip: tuple[str, ...] = option((), "leave matching modules in 16 bits", metavar="PATTERN")
+    skip: tuple[str, ...] = option((), "keep matching modules in 16 bits", metavar="PATTERN")
     overrides: tuple[Override, ...] = option(
         (),
         "other settings for matching modules",
@@ -214,38 +216,41 @@ class QuantConfig:
             )
         advice = f"Use {DEFAULT_SHRINKAGE}, or 0 for GPTQ as published."
         check_range(self, "shrinkage", 0, 1, advice)
-        check_range(self, "polish", 0, MOST_POLISH, "Use 1, or 0 to leave it.")
+        check_range(self, "polish", 0, MAX_POLISH, "Use 1, or 0 for no polishing.")
         for name in ("tune_steps", "end_to_end_steps"):
             steps = getattr(self, name)
             if steps < 0 or (steps and not self.match_base):
                 raise ConfigError(
-                    f"{name} is {steps} and match_base {self.match_base}: what is trained, 1 step "
-                    "or more, is trained on what the unquantized model computes. Add match_base, "
-                    "or use 0 steps."
+                    f"{name} is {steps} and match_base is {self.match_base}: training takes 1 step "
+                    "or more and needs the outputs of the unquantized model. Set match_base, or "
+                    "use 0 steps."
                 )
-        if self.target_bits is not None and self.target_size is not None:
-            raise ConfigError(
-                f"target_bits is {self.target_bits:g} and target_size {self.target_size}: one of "
-                "them decides. Leave the other out."
-            )
-        if self.target_bits is not None and not SUPPORTED_BITS[0] < self.target_bits <= MOST_BITS:
-            raise ConfigError(
-                f"target_bits is {self.target_bits:g}; allowed is more than {SUPPORTED_BITS[0]}, "
-                f"and {MOST_BITS} at most. Use 3.5, or 4.25 to spend what 4 bits in groups of 64 "
-                "take."
-            )
-        if self.target_size is not None:
-            parse_size(self.target_size, "target_size")
+        self._check_target()
         for pattern in self.skip:
             check_pattern("skip", pattern)
 
+    def _check_target(self) -> None:
+        if self.target_bits is not None and self.target_size is not None:
+            raise ConfigError(
+                f"target_bits is {self.target_bits:g} and target_size is {self.target_size}: only "
+                "one of them can be set. Remove the other."
+            )
+        lowest = SUPPORTED_BITS[0]
+        if self.target_bits is not None and not lowest < self.target_bits <= MAX_TARGET_BITS:
+            raise ConfigError(
+                f"target_bits is {self.target_bits:g}; allowed is more than {lowest}, and "
+                f"{MAX_TARGET_BITS} at most. Use 3.5, or 4.25 for 4 bits in groups of 64."
+            )
+        if self.target_size is not None:
+            parse_size(self.target_size, "target_size")
+
     @classmethod
     def from_preset(cls, name: str, **settings: Any) -> Self:
-        """Take the settings of a preset where no others are given.
+        """Create a config from a preset.
 
         Args:
             name: One of ``PRESETS``.
-            **settings: Fields of this class.
+            **settings: Fields of this class, which take precedence over the preset.
 
         Returns:
             The config.
@@ -259,26 +264,26 @@ class QuantConfig:
 
     @property
     def needs_check(self) -> bool:
-        """Whether part of the text must be kept apart to confirm what the rest proposes."""
+        """Whether the statistics need a held-out part of the text."""
         return self.match_base or self.polish > 0
 
     @property
     def chooses_bits(self) -> bool:
-        """Whether bits are chosen by what they cost."""
+        """Whether the bits of each module are chosen by its sensitivity."""
         return self.target_bits is not None or self.target_size is not None
 
     def fixes_bits(self, module_name: str) -> bool:
-        """Say whether an override gives a module's bits, so that they are not to be chosen."""
+        """Return whether an override sets the bits of a module."""
         return any(o.bits is not None and re.search(o.pattern, module_name) for o in self.overrides)
 
     def with_bits(self, bits: Mapping[str, int]) -> Self:
-        """Give the same config with other bits for modules whose bits no override gives.
+        """Return a copy with bits for single modules; existing overrides take precedence.
 
         Args:
-            bits: By full name.
+            bits: Bits by full module name.
 
         Returns:
-            The config.
+            The new config.
         """
         chosen = tuple(
             Override(pattern=f"^{re.escape(name)}$", bits=number) for name, number in bits.items()
@@ -286,13 +291,13 @@ class QuantConfig:
         return replace(self, overrides=(*chosen, *self.overrides))
 
     def scheme_for(self, module_name: str) -> Scheme | None:
-        """Say how a module is to be rounded.
+        """Return how a module is rounded.
 
         Args:
-            module_name: Full dotted name. A pattern matches anywhere in it, as ``re.search`` does.
+            module_name: Full dotted name. A pattern matches anywhere in it, as with ``re.search``.
 
         Returns:
-            The scheme, or None where a skip pattern matches. The last matching override wins.
+            The scheme, or None if a skip pattern matches. The last matching override wins.
         """
         if any(re.search(pattern, module_name) for pattern in self.skip):
             return None
@@ -305,24 +310,24 @@ class QuantConfig:
         return Scheme(bits=bits, group_size=group_size, symmetric=symmetric)
 
     def unmatched_patterns(self, module_names: Collection[str]) -> list[str]:
-        """Say which patterns were given in vain.
+        """Find the skip and override patterns that match no module.
 
         Args:
-            module_names: Every linear of the model.
+            module_names: Names of all linears of the model.
 
         Returns:
-            One sentence per skip or override pattern that matches none of them.
+            One note per pattern.
         """
-        given = [("skip", pattern) for pattern in self.skip]
-        given += [("override", override.pattern) for override in self.overrides]
+        patterns = [("skip", pattern) for pattern in self.skip]
+        patterns += [("override", override.pattern) for override in self.overrides]
         return [
             f"the {kind} pattern '{pattern}' matches no module"
-            for kind, pattern in given
+            for kind, pattern in patterns
             if not any(re.search(pattern, name) for name in module_names)
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain values for JSON."""
+        """Return plain values for JSON."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod
@@ -342,23 +347,23 @@ class QuantConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationConfig:
-    """Which text the Hessians are measured on, and in what portions."""
+    """Calibration settings, such as the number and length of sequences."""
 
-    samples: int = option(128, "calibration sequences", metavar="N")
+    samples: int = option(128, "number of calibration sequences", metavar="N")
     length: int = option(2048, "tokens per sequence", metavar="N")
     batch_size: int | None = option(
-        None, "sequences per forward pass (default: by the memory plan)", metavar="N"
+        None, "sequences per forward pass (default: chosen by the memory plan)", metavar="N"
     )
-    seed: int = option(0, "chooses the sequences where the text has more than needed", metavar="N")
+    seed: int = option(0, "0: take the first sequences; else: choose them at random", metavar="N")
 
     def __post_init__(self) -> None:
         check_types(self)
         for name in ("samples", "length", "batch_size"):
             check_least(self, name, 1)
-        check_range(self, "seed", 0, MOST_SEED, "Use 0, or 1 for another choice.")
+        check_range(self, "seed", 0, MAX_SEED, "Use 0, or 1 for another choice.")
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain values for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
     @classmethod
@@ -370,16 +375,15 @@ class CalibrationConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResourceConfig:
-    """What a run may use of the machine."""
+    """Resource settings, such as the memory limit and the device."""
 
     memory: str | None = option(
         None,
-        "memory that the run may take, such as 8GB, with --device cuda the GPU's (default: 60% of "
-        "what is free)",
+        "memory limit, such as 8GB; of the GPU with --device cuda (default: 60% of free memory)",
         metavar="SIZE",
     )
     device: str = option("cpu", "where to compute: cpu or cuda", metavar="NAME")
-    dtype: str = option("auto", "type in which the model computes", choices=DTYPES)
+    dtype: str = option("auto", "data type to compute in", choices=DTYPES)
 
     def __post_init__(self) -> None:
         check_types(self)

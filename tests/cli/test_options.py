@@ -90,8 +90,8 @@ def test_help_shows_defaults_metavars_and_choices():
     assert "--group-size N" in text
     assert "(default: 0.01)" in text
     assert "--override PATTERN=KEY:VALUE,..." in text
-    assert "--asymmetric one zero point per group" in text
-    assert "how weights are rounded:" in text
+    assert "--asymmetric use one zero point per group" in text
+    assert "quantization settings:" in text
 
 
 def test_help_text_may_hold_a_percent_sign_and_undocumented_fields_stay_out():

@@ -221,7 +221,7 @@ def test_a_run_that_fills_the_gpu_goes_on_with_less(tmp_path):
         del others
         torch.cuda.empty_cache()
     told = [note for note in report.notes if "out of memory" in note]
-    assert any("sequences a batch" in note for note in told), report.notes
+    assert any("sequences per batch" in note for note in told), report.notes
 
 
 @pytest.mark.parametrize("preset", ["fast", "balanced"])

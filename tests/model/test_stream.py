@@ -186,20 +186,20 @@ def test_forward_passes_pause_at_every_stage_without_changing_the_result(
     stream, stages, ids = paused(tmp_path, family)
     with stream.at(0, stages):
         plain = [stream.run(part, None) for part in torch.split(ids, 2)]
-        passages = ForwardPasses(
+        passes = ForwardPasses(
             stream, 2, lambda b: (torch.split(ids, 2)[b], None), keep_paused=keep
         )
         for number, stage in enumerate(stages):
             for batch in range(2):
-                inputs = passages.reach(batch, number)
+                inputs = passes.reach(batch, number)
                 assert inputs is not None
                 assert len(inputs) == len(stage.groups)
                 tokens = sum(get().reshape(-1, get().shape[-1]).shape[0] for get in inputs)
                 routed = 2 if stage.experts else 1
                 assert tokens == 2 * 12 * routed
-                passages.release(batch)
+                passes.release(batch)
         for batch in range(2):
-            assert torch.equal(passages.finish(batch), plain[batch])
+            assert torch.equal(passes.finish(batch), plain[batch])
 
 
 @torch.no_grad()
@@ -207,12 +207,12 @@ def test_weights_replaced_at_a_stage_affect_later_stages(tmp_path: Path) -> None
     stream, stages, ids = paused(tmp_path, "llama")
     block = stream.blocks.modules[0]
     with stream.at(0, stages):
-        passages = ForwardPasses(stream, 1, lambda _: (ids, None), keep_paused=True)
+        passes = ForwardPasses(stream, 1, lambda _: (ids, None), keep_paused=True)
         for number, stage in enumerate(stages):
-            assert passages.reach(0, number) is not None
+            assert passes.reach(0, number) is not None
             for name in stage.groups[0].linears:
                 block.get_submodule(name).weight.mul_(0.5)
-        found = passages.finish(0)
+        found = passes.finish(0)
         assert torch.equal(found, stream.run(ids, None))
 
 
@@ -220,12 +220,12 @@ def test_weights_replaced_at_a_stage_affect_later_stages(tmp_path: Path) -> None
 def test_closed_forward_passes_do_not_continue(tmp_path: Path) -> None:
     stream, stages, ids = paused(tmp_path, "llama")
     with stream.at(0, stages):
-        passages = ForwardPasses(stream, 1, lambda _: (ids, None), keep_paused=True)
-        assert passages.reach(0, 0) is not None
-        passages.close()
+        passes = ForwardPasses(stream, 1, lambda _: (ids, None), keep_paused=True)
+        assert passes.reach(0, 0) is not None
+        passes.close()
         last = stream.blocks.modules[0].mlp.down_proj
         runs = []
         handle = last.register_forward_hook(lambda *_: runs.append(1))
-        assert passages.reach(0, len(stages) - 1) is not None, "a new passage starts over"
+        assert passes.reach(0, len(stages) - 1) is not None, "a new pass starts over"
         assert not runs
         handle.remove()

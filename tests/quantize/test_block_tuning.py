@@ -1,4 +1,4 @@
-"""Training a block's codes: gradients by definition, judged on other text, nothing left behind."""
+"""Block tuning: correct gradients, a held-out check, and no traces left on the block."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WIDTH, HIDDEN = 32, 48
 
 
 class Block(nn.Module):
-    """Two linears with something between them that no Hessian of one of them sees."""
+    """Two linears with a nonlinearity between them, which no Hessian of one of them includes."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -61,13 +61,13 @@ def data(block: Block, num_batches: int = 8) -> TuningData:
     exact = Block(0)
     return TuningData(
         run=lambda batch: block(x[batch]),
-        wanted=lambda batch: exact(x[batch]),
+        target=lambda batch: exact(x[batch]),
         num_batches=num_batches,
     )
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_held_out_error_falls_and_is_what_the_result_gives(bits: int) -> None:
+def test_held_out_error_decreases_and_matches_the_tuned_weights(bits: int) -> None:
     block, linears = rounded_block(bits)
     before = {name: block.get_submodule(name).weight for name in linears}
     text = data(block)
@@ -82,7 +82,7 @@ def test_held_out_error_falls_and_is_what_the_result_gives(bits: int) -> None:
         assert bool((tuned.codes != linears[name][1]).any())
         weight = tuned.grid.dequantize(tuned.codes)
         block.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
-    assert text.held_out() == pytest.approx(found.after, rel=1e-4)
+    assert text.measure_held_out_error() == pytest.approx(found.after, rel=1e-4)
 
 
 def test_codes_move_by_one_at_most() -> None:
@@ -104,19 +104,19 @@ def test_same_seed_same_result() -> None:
         assert torch.equal(first.grid.scales, second.grid.scales)
 
 
-def test_nothing_better_on_other_text_changes_nothing() -> None:
+def test_without_improvement_on_held_out_text_nothing_changes() -> None:
     block, linears = rounded_block(8)
     text = data(block)
-    wanted = text.wanted
-    # The text to judge by wants what the block gives already.
-    start = {batch: text.run(batch).clone() for batch in text.check}
-    text.wanted = lambda batch: start.get(batch, wanted(batch))
+    target = text.target
+    # On held-out text the block's present output is the target.
+    start = {batch: text.run(batch).clone() for batch in text.held_out}
+    text.target = lambda batch: start.get(batch, target(batch))
     found = tune_block(block, linears, text, steps=10, seed=0)
     assert not found.linears
     assert found.after == found.before
 
 
-def test_gradients_pass_the_rounding_and_stop_at_the_range() -> None:
+def test_gradients_are_straight_through_inside_the_code_range() -> None:
     latent = torch.tensor([[0.4, -2.2, 9.0, -9.0]], requires_grad=True)
     scales = torch.tensor([[0.5, -2.0]], requires_grad=True)
     lowest, highest = torch.full((1, 4), -8.0), torch.full((1, 4), 7.0)
@@ -158,10 +158,10 @@ def test_a_run_tries_to_tune_every_block(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
-def test_what_is_found_is_written_and_computed_with(
+def test_tuned_codes_are_written_and_used_in_the_run(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Codes turned round stand for a search that found something; the run's own reload agrees."""
+    """Inverted codes stand in for a successful tuning; the run's reload check must agree."""
 
     def turn(block: nn.Module, linears: dict[str, tuple], data: object, **_: object) -> BlockTuning:
         tuned = {
@@ -174,7 +174,7 @@ def test_what_is_found_is_written_and_computed_with(
     quantize(tmp_path / "base", tmp_path / "plain")
     monkeypatch.setattr(block_tuning, "tune_block", turn)
     report = quantize(tmp_path / "base", tmp_path / "out")
-    assert all("became 50.0% of what" in " ".join(m.notes) for m in report.modules)
+    assert all("held-out error 50.0% of that before" in " ".join(m.notes) for m in report.modules)
     plain, turned = (halfbyte.open_checkpoint(tmp_path / name) for name in ("plain", "out"))
     first = next(name for name in turned.linears if ".0." in name)
     assert set(turned.linears) == set(plain.linears)
@@ -182,6 +182,6 @@ def test_what_is_found_is_written_and_computed_with(
     assert not torch.equal(turned.dequantize(first), plain.dequantize(first))
 
 
-def test_tuning_needs_the_base_beside() -> None:
-    with pytest.raises(ConfigError, match="Add match_base"):
+def test_tuning_needs_match_base() -> None:
+    with pytest.raises(ConfigError, match="Set match_base"):
         QuantConfig(tune_steps=10)

@@ -1,4 +1,4 @@
-"""Calibration data of every kind becomes token sequences; what cannot be used is refused."""
+"""Loading calibration data of every kind, and rejecting unusable data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from halfbyte.quant_config import CalibrationConfig
 from halfbyte.quantize.calibration import (
     BUILT_IN,
     CalibrationTokens,
-    _shares,
+    _count_by_kind,
     check_ids,
     load_calibration,
 )
@@ -99,13 +99,13 @@ def test_tokenizer_without_an_end_of_text_token() -> None:
     assert lists(load(["abcd", "efgh"], tokenizer=tokenizer, samples=1)) == [ids_of("abcdefgh")]
 
 
-def test_no_more_of_a_long_text_is_tokenised_than_is_needed() -> None:
+def test_only_the_needed_part_of_a_long_text_is_tokenized() -> None:
     class Counting(LetterTokenizer):
         seen = 0
 
         def __call__(self, text: str, **keywords: Any) -> dict[str, list[int]]:
             self.seen += len(text)
-            # The tokens at the end of a text are others than in its middle.
+            # The tokens at the end of a text differ from those in its middle.
             ids = super().__call__(text, **keywords)["input_ids"]
             return {"input_ids": [*ids[:-3], 1, 1, 1][: len(ids)]}
 
@@ -120,7 +120,7 @@ def test_no_more_of_a_long_text_is_tokenised_than_is_needed() -> None:
         assert lists(everything) != lists(found)
 
 
-def test_long_items_are_tokenised_until_there_is_enough() -> None:
+def test_long_items_are_tokenized_until_there_are_enough_tokens() -> None:
     items = ["abc", "de" * 500, "fg" * 3000, "never looked at"]
     joined = [*ids_of(items[0]), END, *ids_of(items[1]), END, *ids_of(items[2])]
     found = load(items, samples=20, length=100)
@@ -203,7 +203,7 @@ def test_padding_is_left_out_by_the_mask() -> None:
 
 
 def test_rows_of_a_table_are_sequences_of_their_own() -> None:
-    """Joined, the end of one example would be taken for the context of the next."""
+    """If joined, the end of one example would become context of the next."""
     ragged = {"input_ids": [[1, 2], [3, 4, 5]], "attention_mask": [[1, 1], [1, 1, 1]]}
     assert lists(load([ragged], tokenizer=None)) == [[1, 2], [3, 4, 5]]
     assert lists(load(torch.tensor([[1, 2], [3, 4]]), tokenizer=None)) == [[1, 2], [3, 4]]
@@ -219,7 +219,7 @@ def test_first_sequences_are_taken_with_seed_0() -> None:
 
 
 @pytest.mark.parametrize("source", [LONG, ["abcdefghijklmnopqrstuvwxyz" * 4]], ids=["ids", "text"])
-def test_other_seeds_choose_others_in_the_texts_order(source: Any) -> None:
+def test_other_seeds_choose_randomly_in_the_original_order(source: Any) -> None:
     first = lists(load(source, length=4, samples=6))
     chosen = lists(load(source, length=4, samples=6, seed=3))
     assert chosen != first
@@ -244,17 +244,17 @@ def test_text_shorter_than_a_sequence_is_one_short_sequence() -> None:
     assert tokens.notes == ("1 sequence instead of 4: the text holds no more",)
 
 
-def test_length_is_limited_to_what_the_model_takes() -> None:
+def test_length_is_limited_to_what_the_model_supports() -> None:
     tokens = load(["abcdefgh" * 4], length=100, longest=16, samples=2)
     assert [len(sequence) for sequence in tokens.sequences] == [16, 16]
-    assert tokens.notes == ("sequences of 16 tokens instead of 100: the model takes no more",)
+    assert tokens.notes == ("sequences of 16 tokens instead of 100: the model supports no more",)
 
 
-def test_ids_cut_and_left_out_are_noted() -> None:
+def test_truncated_and_dropped_rows_are_noted() -> None:
     tokens = load([list(range(12)), [1], [], [5, 6]], samples=2, tokenizer=None)
     assert lists(tokens) == [[0, 1, 2, 3, 4, 5, 6, 7], [5, 6]]
     assert tokens.notes == (
-        "1 of 4 sequences cut to 8 tokens",
+        "1 of 4 sequences truncated to 8 tokens",
         "2 of 4 sequences left out: fewer than 2 tokens",
     )
 
@@ -275,12 +275,12 @@ def digest(*sequences: list[int]) -> str:
 
 
 def test_digest_is_the_same_everywhere() -> None:
-    """Checkpoints carry it: it must not change with versions or machines."""
+    """Checkpoints store it, so it must not depend on versions or machines."""
     data = struct.pack("<Q3q", 3, 1, 2, 3) + struct.pack("<Q2q", 2, 4, 5)
     assert digest([1, 2, 3], [4, 5]) == hashlib.sha256(data).hexdigest()
 
 
-def test_digest_tells_lengths_order_and_ids_apart() -> None:
+def test_digest_depends_on_lengths_order_and_ids() -> None:
     different = {
         digest([1, 2, 3], [4, 5]),
         digest([1, 2], [3, 4, 5]),
@@ -301,15 +301,15 @@ def test_digest_tells_lengths_order_and_ids_apart() -> None:
         ([[1]], "a list given in Python holds no sequence of 2 tokens or more"),
         (["a"], "holds no sequence of 2 tokens or more"),
         ([""], "holds no sequence of 2 tokens or more"),
-        ([[1, 2], "text"], "mixes 1 token id lists with 1 texts. Give one kind"),
-        ([["a", "b"]], "an item of type list that is neither text"),
-        ([None], "an item of type NoneType that is neither text"),
-        (5, "an item of type int that is neither text"),
-        ([{"input_ids": "abc"}], "'abc', which are no token ids"),
+        ([[1, 2], "text"], "mixes 1 token id lists with 1 texts. Use one kind"),
+        ([["a", "b"]], "an item of type list, which is neither text"),
+        ([None], "an item of type NoneType, which is neither text"),
+        (5, "an item of type int, which is neither text"),
+        ([{"input_ids": "abc"}], "'abc', which are not token ids"),
         ([{"input_ids": None}], "neither text, nor chat messages, nor token ids"),
-        ([[1, 2.5]], r"'\[1, 2.5\]', which are no token ids. Give lists of whole numbers"),
-        ([torch.tensor([0.25, 0.5, 0.75, 1.0])], "'tensor.*', which are no token ids"),
-        ([torch.zeros(2, 2, 2, dtype=torch.int64)], "which are no token ids"),
+        ([[1, 2.5]], r"'\[1, 2.5\]', which are not token ids. Give lists of integers"),
+        ([torch.tensor([0.25, 0.5, 0.75, 1.0])], "'tensor.*', which are not token ids"),
+        ([torch.zeros(2, 2, 2, dtype=torch.int64)], "which are not token ids"),
         (
             [{"input_ids": [1, 2, 3], "attention_mask": [1, 1]}],
             "holds 3 token ids with an attention mask of 2",
@@ -327,13 +327,13 @@ def test_unusable_data_is_refused(source: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.txt", " \n", r"Calibration file .*a\.txt is empty. Give a text of some pages"),
+        ("a.txt", " \n", r"Calibration file .*a\.txt is empty. Use a text of several pages"),
         ("a.jsonl", "\n\n", r"Calibration file .*a\.jsonl is empty. Give one object per line"),
         ("a.jsonl", '{"text": "x"}\n{"text"', r"a\.jsonl, line 2 is not JSON"),
         ("a.jsonl", '{"prompt": "x"}', r"a\.jsonl, line 1 has none of 'text', 'messages'"),
         ("a.jsonl", "[1, 2]", r"a\.jsonl, line 1 holds '\[1, 2\]'"),
         ("a.jsonl", '{"text": null}', r"a\.jsonl, line 1 has none of 'text', 'messages'"),
-        ("a.ndjson", '{"text": "x"}', r"a\.ndjson ends in \.ndjson: name a file of JSON lines"),
+        ("a.ndjson", '{"text": "x"}', r"a\.ndjson has the unknown extension \.ndjson. Use \.jsonl"),
         ("a.jsonl", '{"input_ids": [1, 2]}\n{"text": "x"}', "mixes 1 token id lists with 1 texts"),
     ],
 )
@@ -354,7 +354,7 @@ def test_missing_and_unreadable_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_text_without_a_tokenizer_is_refused() -> None:
-    with pytest.raises(CalibrationError, match="is text, and the model folder has no tokenizer"):
+    with pytest.raises(CalibrationError, match="is text, but the model folder has no tokenizer"):
         load(["some text"], tokenizer=None)
 
 
@@ -380,7 +380,7 @@ class Letters:
         return {"input_ids": [ord(letter) for letter in text]}
 
 
-def test_built_in_text_is_a_mix_in_any_stretch_of_it() -> None:
+def test_any_stretch_of_the_built_in_text_is_a_mix() -> None:
     def kind_of(sequence: torch.Tensor) -> str:
         text = "".join(map(chr, sequence.tolist())).split("\0")[0]
         return next(
@@ -408,13 +408,13 @@ def test_built_in_text_is_a_mix_in_any_stretch_of_it() -> None:
     assert load_calibration(None, config, Letters(), None).digest == found.digest
 
 
-def test_kinds_that_run_out_are_made_up_for_by_the_others() -> None:
-    assert _shares({"prose": 100, "code": 2, "dialogue": 50}, 60) == {
+def test_other_kinds_fill_up_for_exhausted_ones() -> None:
+    assert _count_by_kind({"prose": 100, "code": 2, "dialogue": 50}, 60) == {
         "prose": 33,
         "code": 2,
         "dialogue": 25,
     }
-    assert _shares({"prose": 3, "code": 2}, 60) == {"prose": 3, "code": 2}
+    assert _count_by_kind({"prose": 3, "code": 2}, 60) == {"prose": 3, "code": 2}
 
 
 def test_built_in_text_that_holds_less_is_noted() -> None:
@@ -424,7 +424,7 @@ def test_built_in_text_that_holds_less_is_noted() -> None:
     )
 
 
-def test_labels_say_whose_predictions_count() -> None:
+def test_labels_select_the_predictions_that_count() -> None:
     rows = [
         {"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]},
         {"input_ids": [5, 6, 7, 8]},
@@ -434,13 +434,13 @@ def test_labels_say_whose_predictions_count() -> None:
     assert lists(tokens) == [[1, 2, 3, 4], [5, 6, 7, 8], [10, 11]]
     weights = tokens.weight_batches(2)
     assert weights is not None
-    # A label counts where it is predicted, one token before it; three labels weigh as much as the
-    # four tokens that have none.
+    # A label counts where it is predicted, one token earlier; the three labels together weigh as
+    # much as the four tokens without labels.
     assert [w.tolist() for w in weights] == [[[0, 1, 1, 0], [0.75] * 4], [[1, 0]]]
     assert [b.shape for b in tokens.batches(2)] == [w.shape for w in weights]
     assert tokens.digest != load([{"input_ids": row} for row in lists(tokens)]).digest
     assert load([[1, 2, 3]]).weight_batches(2) is None
-    # What is cut and left out takes its labels along.
+    # Truncated and dropped tokens lose their labels too.
     cut = load([{"input_ids": [1], "labels": [1]}, *rows], length=3)
     assert cut.counted[0] is not None
     assert cut.counted[0].tolist() == [False, False, True]

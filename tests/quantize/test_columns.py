@@ -1,4 +1,4 @@
-"""The column program in Triton's interpreter, against the plain loops."""
+"""The column kernel in Triton's interpreter, compared with the plain loops."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAME = "halfbyte.quantize.column_kernel"
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The program, made anew while Triton interprets."""
+    """The kernel, re-imported while Triton interprets."""
     interpret(monkeypatch, NAME)
 
 
@@ -38,16 +38,14 @@ def problem(
 
 
 @pytest.mark.parametrize(("width", "rows", "bits"), [(64, 9, 4), (33, 7, 3), (1, 8, 2)])
-def test_program_rounds_as_the_loop_does(
-    width: int, rows: int, bits: int, interpreted: None
-) -> None:
+def test_kernel_rounds_like_the_loop(width: int, rows: int, bits: int, interpreted: None) -> None:
     wanted, hessian, steps, groups = problem(width, rows, bits)
     feedback = (hessian / hessian.diagonal()).tril(-1)
     target = wanted.clone()
     expected, errors = round_columns(target, wanted, feedback, steps, groups)
     values, codes, off = wanted.clone(), torch.empty_like(wanted), torch.empty_like(wanted)
-    columns._run_program(values, wanted, codes, off, feedback, wanted, steps, groups, polish=False)
-    # Sums are taken in another order: a code may differ where the other is as near.
+    columns._run_kernel(values, wanted, codes, off, feedback, wanted, steps, groups, polish=False)
+    # Sums have another order, so codes may differ at ties.
     same = (codes == expected).all(0)
     assert float(same.float().mean()) > 0.7
     torch.testing.assert_close(off[:, same], errors[:, same], rtol=1e-4, atol=1e-5)
@@ -55,9 +53,7 @@ def test_program_rounds_as_the_loop_does(
 
 
 @pytest.mark.parametrize(("width", "rows", "bits"), [(64, 9, 4), (33, 7, 2)])
-def test_program_moves_as_the_loop_does(
-    width: int, rows: int, bits: int, interpreted: None
-) -> None:
+def test_kernel_moves_like_the_loop(width: int, rows: int, bits: int, interpreted: None) -> None:
     wanted, hessian, steps, groups = problem(width, rows, bits)
     index = torch.tensor(groups)
     codes = torch.round(wanted / steps.scales[index])
@@ -68,7 +64,7 @@ def test_program_moves_as_the_loop_does(
     moved = move_columns(gradient, codes, diagonal, hessian, steps, groups)
     assert not torch.equal(codes, start)
     found, off = start.clone(), torch.zeros_like(moved)
-    columns._run_program(
+    columns._run_kernel(
         gradient.clone(), gradient, found, off, -hessian, diagonal, steps, groups, polish=True
     )
     same = (found == codes).all(0)
@@ -76,39 +72,41 @@ def test_program_moves_as_the_loop_does(
     torch.testing.assert_close(off[:, same], moved[:, same], rtol=1e-4, atol=1e-5)
 
 
-def test_it_is_tried_before_it_is_trusted(
-    interpreted: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    columns.find_program_obstacle.cache_clear()
-    assert columns.find_program_obstacle(torch.device("cpu")) is None
-    real = columns._run_program
+def test_kernel_is_checked_before_use(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    columns.find_kernel_obstacle.cache_clear()
+    assert columns.find_kernel_obstacle(torch.device("cpu")) is None
+    real = columns._run_kernel
 
     def broken(values, plain, codes, *rest, **keywords):
         real(values, plain, codes, *rest, **keywords)
         codes += 1
 
-    columns.find_program_obstacle.cache_clear()
-    monkeypatch.setattr(columns, "_run_program", broken)
-    assert "others than the loop" in columns.find_program_obstacle(torch.device("cpu"))
-    columns.find_program_obstacle.cache_clear()
+    columns.find_kernel_obstacle.cache_clear()
+    monkeypatch.setattr(columns, "_run_kernel", broken)
+    assert "differ from the loop" in columns.find_kernel_obstacle(torch.device("cpu"))
+    columns.find_kernel_obstacle.cache_clear()
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("polish", [False, True])
-def test_compiled_for_gpus_the_block_stays_in_registers(
+def test_block_stays_in_registers_when_compiled_for_gpus(
     architecture: str, polish: bool, tmp_path: Path
 ) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from halfbyte.quantize.column_kernel import column_program
+    from halfbyte.quantize.column_kernel import column_kernel
 
-    names = [parameter.name for parameter in column_program.params]
+    names = [parameter.name for parameter in column_kernel.params]
     kinds = dict.fromkeys(names[:9], "*fp32") | {"groups": "*i32", "num_columns": "i32"}
     kinds |= {"num_rows": "i32", "POLISH": "constexpr", "COLUMNS": "constexpr", "ROWS": "constexpr"}
-    constants = {"POLISH": polish, "COLUMNS": columns.WIDEST_BLOCK, "ROWS": columns.PROGRAM_ROWS}
-    source = ASTSource(fn=column_program, signature=kinds, constexprs=constants)
+    constants = {
+        "POLISH": polish,
+        "COLUMNS": columns.MAX_BLOCK_COLUMNS,
+        "ROWS": columns.PROGRAM_ROWS,
+    }
+    source = ASTSource(fn=column_kernel, signature=kinds, constexprs=constants)
     target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
     compiled = triton.compile(source, target=target, options={"num_warps": 1})
     found = disassemble(compiled.asm["cubin"], tmp_path)

@@ -1,4 +1,4 @@
-"""Training the whole model: true gradients, a lower KL, nothing lost to a kill or an interrupt."""
+"""End-to-end training: correct gradients, a lower KL, and resuming after a kill or interrupt."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from halfbyte.model.stream import BlockStream
 from halfbyte.model.weights import ModelWeights
 from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
 from halfbyte.quantize import end_to_end, end_to_end_stage
-from halfbyte.quantize.end_to_end import EndToEndTuning, WholeData
+from halfbyte.quantize.end_to_end import EndToEndData, EndToEndTuning
 from halfbyte.quantize.progress import SilentProgress
 from halfbyte.quantize.report import QuantizationReport, load_report
 from halfbyte.quantize.student import Student, TrainableTensor
@@ -36,25 +36,25 @@ TEXT: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiny random models move little: larger steps, and a look after every fourth."""
+    """Larger steps and a check after every fourth, because tiny random models change little."""
     monkeypatch.setattr(end_to_end, "RATE", 0.006)
     monkeypatch.setattr(end_to_end, "CHECK_STEPS", 4)
 
 
 class Watching(SilentProgress):
-    """Calls something at every look."""
+    """Calls a function at every check."""
 
-    def __init__(self, on_look: Callable[[int], None]) -> None:
-        self.on_look = on_look
+    def __init__(self, on_check: Callable[[int], None]) -> None:
+        self.on_check = on_check
 
     def tuned(self, step: int, steps: int, kl: float, best: float) -> None:
         assert 0 < best <= kl or best == pytest.approx(kl)
-        self.on_look(step)
+        self.on_check(step)
 
 
 def write_base(folder: Path, family: str = "llama") -> Path:
     model = build_family(family, num_hidden_layers=2)
-    # A fresh head gives every token nearly the same chance; then there is nothing to learn.
+    # A random head gives all tokens nearly the same probability, and there is nothing to learn.
     model.get_output_embeddings().weight.data.mul_(20)
     model.save_pretrained(folder)
     return folder
@@ -68,7 +68,7 @@ def tune(tmp_path: Path, name: str, config: QuantConfig = CONFIG, **keywords: An
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_gradients_are_those_of_the_whole_model_at_once(tmp_path: Path, weighted: bool) -> None:
+def test_gradients_equal_those_of_the_whole_model(tmp_path: Path, weighted: bool) -> None:
     base = write_base(tmp_path / "base")
     folder = tmp_path / "out"
     report = quantize(base, folder, QuantConfig(bits=3, group_size=32, match_base=True), **TEXT)
@@ -88,7 +88,7 @@ def test_gradients_are_those_of_the_whole_model_at_once(tmp_path: Path, weighted
     if weighted:
         weights_of_tokens = torch.rand(ids.shape, generator=torch.Generator().manual_seed(1))
         weights_of_tokens[weights_of_tokens < 0.5] = 0.0
-    data = WholeData(
+    data = EndToEndData(
         ids=lambda _: ids,
         base=lambda _: hidden[0].detach(),
         num_batches=4,
@@ -116,9 +116,9 @@ def test_gradients_are_those_of_the_whole_model_at_once(tmp_path: Path, weighted
     found = functional_call(whole, parameters, (ids,)).logits.log_softmax(-1)
     each = functional.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
     expected = (each * weights_of_tokens).sum() / weights_of_tokens.sum()
-    # The first batch weighs half of what the three to train on weigh in the mean, so it moves half.
+    # The first batch has half the mean weight of the three training batches, so half the gradient.
     (expected / 2 if weighted else expected).backward()
-    assert tuning.held_out() == pytest.approx(float(expected.detach()), rel=1e-4)
+    assert tuning.measure_held_out_kl() == pytest.approx(float(expected.detach()), rel=1e-4)
     assert float(expected.detach()) > 1e-3
     for name, leaf in leaves.items():
         change = student.trainable[name].change.grad
@@ -129,7 +129,7 @@ def test_gradients_are_those_of_the_whole_model_at_once(tmp_path: Path, weighted
         )
 
 
-def test_held_out_kl_falls_and_the_checkpoint_holds_what_was_kept(tmp_path: Path) -> None:
+def test_held_out_kl_decreases_and_the_checkpoint_holds_the_best_step(tmp_path: Path) -> None:
     looks: list[int] = []
     report = tune(tmp_path, "tuned", progress=Watching(looks.append))
     tuning = report.end_to_end
@@ -140,7 +140,7 @@ def test_held_out_kl_falls_and_the_checkpoint_holds_what_was_kept(tmp_path: Path
         dict(tuning.looks)[tuning.kept_step] == tuning.kl_after == min(k for _, k in tuning.looks)
     )
     assert load_report(tmp_path / "tuned") == report
-    assert all("trained with the whole model" in " ".join(m.notes) for m in report.modules)
+    assert all("scales were trained end to end" in " ".join(m.notes) for m in report.modules)
     plain = tune(tmp_path, "plain", QuantConfig(bits=2, group_size=32, match_base=True))
     assert plain.end_to_end is None
     ids = torch.tensor(token_lists(8, 24, seed=9))
@@ -160,7 +160,7 @@ def test_held_out_kl_falls_and_the_checkpoint_holds_what_was_kept(tmp_path: Path
         assert not torch.equal(one.scales, two.scales)
 
 
-def test_a_rate_that_is_too_high_is_lowered_and_the_best_kept(
+def test_too_high_a_rate_is_reduced_and_the_best_step_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(end_to_end, "RATE", 0.15)
@@ -172,14 +172,14 @@ def test_a_rate_that_is_too_high_is_lowered_and_the_best_kept(
     assert report.end_to_end.kl_after < 0.97 * looks[0], "and smaller ones from the start help"
 
 
-def test_where_nothing_helps_nothing_is_changed(
+def test_without_improvement_nothing_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(end_to_end, "RATE", 0.0)
     report = tune(tmp_path, "tuned")
     assert report.end_to_end is not None
     assert report.end_to_end.kept_step == 0
-    assert any("training end to end did not help" in note for note in report.notes)
+    assert any("end-to-end training did not help" in note for note in report.notes)
     assert report.end_to_end.steps == end_to_end.PATIENCE * 4, "it gave up early"
     tune(tmp_path, "plain", QuantConfig(bits=2, group_size=32, match_base=True))
     assert bytes_of(tmp_path / "tuned") == bytes_of(tmp_path / "plain")
@@ -200,25 +200,25 @@ def test_other_families_and_a_rounded_head(family: str, tmp_path: Path) -> None:
     assert report.modules[-1].block is None, "the head"
 
 
-@pytest.mark.parametrize("look", [0, 4, 12])
-def test_interrupted_it_keeps_the_best_so_far(look: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("check", [0, 4, 12])
+def test_interrupt_keeps_the_best_step(check: int, tmp_path: Path) -> None:
     def interrupt(step: int) -> None:
-        if step == look:
+        if step == check:
             raise KeyboardInterrupt
 
     report = tune(tmp_path, "out", progress=Watching(interrupt))
     assert report.end_to_end is not None
     assert report.end_to_end.stopped
-    assert report.end_to_end.steps == look
-    assert (report.end_to_end.kept_step > 0) == (look > 0)
+    assert report.end_to_end.steps == check
+    assert (report.end_to_end.kept_step > 0) == (check > 0)
 
 
-def test_stopped_anywhere_it_goes_on_to_the_same_bytes(
+def test_killed_anywhere_it_resumes_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tune(tmp_path, "whole")
 
-    def fail_at(look: int) -> Watching:
+    def fail_at(check: int) -> Watching:
         def fail(step: int) -> None:
             if step == look:
                 raise InterruptedError
@@ -228,7 +228,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(
     for look in (0, 8):
         with pytest.raises(InterruptedError):
             tune(tmp_path, "killed", resume=True, progress=fail_at(look))
-    # Then while the shards are written again.
+    # Then while the shards are rewritten.
     real = end_to_end_stage.rewrite_block
     calls: list[int] = []
 
@@ -247,7 +247,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(
     assert report.end_to_end == load_report(tmp_path / "whole").end_to_end
 
 
-def test_blocks_read_again_give_the_same_bytes_as_blocks_kept(
+def test_rereading_blocks_gives_the_same_bytes_as_keeping_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tune(tmp_path, "kept", resources=ResourceConfig(memory="8GB"))
@@ -265,14 +265,14 @@ def test_blocks_read_again_give_the_same_bytes_as_blocks_kept(
     assert bytes_of(tmp_path / "read") == bytes_of(tmp_path / "kept")
 
 
-def test_too_little_text_to_judge_by(tmp_path: Path) -> None:
+def test_too_little_text_to_hold_some_out(tmp_path: Path) -> None:
     few = {"calibration": CalibrationConfig(samples=2, length=24, batch_size=1)}
     report = tune(tmp_path, "out", **{**few, "text": token_lists(2, 24)})
     assert report.end_to_end is None
-    assert "not trained end to end: too little text to confirm it" in report.notes
+    assert "not trained end to end: too little text to hold some out" in report.notes
 
 
-def test_numbers_are_judged_as_they_will_be_stored() -> None:
+def test_numbers_are_evaluated_as_stored() -> None:
     scales = TrainableTensor.of_scales(torch.tensor([[0.01, -0.02]]))
     with torch.no_grad():
         scales.change.fill_(1e-3)
@@ -289,6 +289,6 @@ def test_numbers_are_judged_as_they_will_be_stored() -> None:
     assert torch.equal(value, value.bfloat16().float())
 
 
-def test_steps_without_a_base_to_match_are_refused() -> None:
-    with pytest.raises(ConfigError, match="end_to_end_steps is 5 and match_base False"):
+def test_steps_without_match_base_are_refused() -> None:
+    with pytest.raises(ConfigError, match="end_to_end_steps is 5 and match_base is False"):
         QuantConfig(end_to_end_steps=5)

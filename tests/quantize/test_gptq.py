@@ -1,4 +1,4 @@
-"""The solver equals a plain loop, moves each error once, and never loses to nearest."""
+"""The solver equals a plain loop, moves each error once, and is never worse than rounding."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_error_of_each_column_reaches_each_later_column_once() -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("seed", range(4))
 def test_loss_is_never_above_round_to_nearest(bits: int, symmetric: bool, seed: int) -> None:
-    # Few tokens: the damped Hessian that the sweep sees is far from the one that is measured on.
+    # With few tokens, the damped Hessian of the sweep is far from the undamped one of the loss.
     w, hessian = layer(32, 64, seed=seed, tokens=8)
     factor = factorize(hessian, damping=0.3, act_order=True)
     g_idx = assign_groups(64, 32)
@@ -125,7 +125,7 @@ def test_loss_is_never_above_round_to_nearest(bits: int, symmetric: bool, seed: 
     torch.testing.assert_close(solution.size.double(), size, rtol=0.02, atol=1e-7)
 
 
-def test_losses_that_fall_out_of_the_sweep_are_those_of_its_codes() -> None:
+def test_losses_of_the_sweep_are_those_of_its_codes() -> None:
     w, hessian = layer(24, 96)
     factor = factorize(hessian, damping=0.05, act_order=True)
     grid = search_grid(w, factor.curvature, assign_groups(96, 32), bits=4, symmetric=True)
@@ -148,8 +148,8 @@ def test_sweep_beats_round_to_nearest_clearly_on_correlated_inputs() -> None:
     assert float(solution.loss.sum()) < 0.7 * float(solution.round_to_nearest_loss.sum())
 
 
-def test_shrinking_serves_inputs_that_are_as_large_but_go_together_otherwise() -> None:
-    """The inputs that calibrate and the others have one diagonal and different correlations."""
+def test_shrinkage_helps_on_inputs_with_other_correlations() -> None:
+    """Calibration and other inputs have the same diagonal and different correlations."""
     w, hessian = layer(64, 128)
     size = hessian.diagonal().sqrt()
     other = layer(1, 128, seed=7)[1]
@@ -166,5 +166,5 @@ def test_shrinking_serves_inputs_that_are_as_large_but_go_together_otherwise() -
         if share == 1:
             assert torch.equal(codes, grid.round_to_nearest(w))
     assert losses[0.2][1] < 0.9 * losses[0.0][1]
-    # And most of what the sweep brings on the inputs that it knows is kept.
+    # Most of the improvement on the calibration inputs is kept.
     assert losses[0.2][0] - losses[0.0][0] < 0.4 * (losses[1.0][0] - losses[0.0][0])

@@ -1,4 +1,4 @@
-"""Scales and zeros: what is searched, what may be stored."""
+"""Search of scales and zeros, and what can be stored."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_search_matches_trying_every_share_by_hand() -> None:
     assert bool((found <= best * 1.05).all())
 
 
-def test_negative_scale_gives_the_long_side_to_the_positive_extreme() -> None:
+def test_negative_scale_extends_the_positive_range() -> None:
     w = torch.zeros(1, 32)
     w[0, 0], w[0, 1] = 8.0, -7.0
     grid = search_grid(w, torch.ones(32), assign_groups(32, 32), bits=4, symmetric=True)

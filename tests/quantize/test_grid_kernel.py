@@ -1,4 +1,4 @@
-"""The search for grids in Triton's interpreter, against the plain one."""
+"""The grid kernel in Triton's interpreter, compared with the plain search."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAME = "halfbyte.quantize.grid_kernel"
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The program, made anew while Triton interprets."""
+    """The kernel, re-imported while Triton interprets."""
     interpret(monkeypatch, NAME)
     module = sys.modules[NAME]
     from triton.runtime.interpreter import ReduceOps
@@ -46,7 +46,7 @@ def losses(weight: torch.Tensor, curvature: torch.Tensor, grid: Grid) -> torch.T
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_it_finds_the_grids_that_the_plain_search_finds(
+def test_kernel_finds_the_same_grids_as_the_plain_search(
     bits: int, symmetric: bool, interpreted: None
 ) -> None:
     torch.manual_seed(bits)
@@ -58,47 +58,45 @@ def test_it_finds_the_grids_that_the_plain_search_finds(
     g_idx = torch.arange(200) // 64  # the last group is shorter
     g_idx = g_idx[torch.randperm(200)]
     expected = search_grid(weight, curvature, g_idx, bits=bits, symmetric=symmetric)
-    grouped, weights, _ = grids._into_groups(weight, curvature, g_idx)
-    scales, zeros = grids._run_program(grouped, weights, bits, symmetric)
+    grouped, weights = grids._group_columns(weight, curvature, g_idx)
+    scales, zeros = grids._run_kernel(grouped, weights, bits, symmetric)
     found = Grid(bits=bits, scales=scales, zeros=zeros, g_idx=g_idx)
     assert torch.equal(scales, scales.half().float()), "scales are those that are stored"
-    # Sums are taken in another order: of two grids that are as good the other may win.
+    # Sums have another order, so of two equally good grids either may be chosen.
     assert float((scales == expected.scales).double().mean()) > 0.97
     worse = losses(weight, curvature, found) / losses(weight, curvature, expected).clamp(min=1e-30)
     assert float(worse.max()) < 1 + 1e-5
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_it_is_tried_before_it_is_trusted(
+def test_kernel_is_checked_before_use(
     symmetric: bool, interpreted: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grids.find_program_obstacle.cache_clear()
-    assert grids.find_program_obstacle(torch.device("cpu"), symmetric) is None
-    real = grids._run_program
+    grids.find_kernel_obstacle.cache_clear()
+    assert grids.find_kernel_obstacle(torch.device("cpu"), symmetric) is None
+    real = grids._run_kernel
 
     def broken(*arguments):
         scales, zeros = real(*arguments)
         return scales * 1.1, zeros
 
-    grids.find_program_obstacle.cache_clear()
-    monkeypatch.setattr(grids, "_run_program", broken)
-    assert "times as much as the plain" in grids.find_program_obstacle(
-        torch.device("cpu"), symmetric
-    )
-    grids.find_program_obstacle.cache_clear()
+    grids.find_kernel_obstacle.cache_clear()
+    monkeypatch.setattr(grids, "_run_kernel", broken)
+    assert "times that of the plain" in grids.find_kernel_obstacle(torch.device("cpu"), symmetric)
+    grids.find_kernel_obstacle.cache_clear()
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("size", [128, grids.WIDEST_GROUP])
-def test_compiled_for_gpus_groups_stay_in_registers(
+@pytest.mark.parametrize("size", [128, grids.MAX_GROUP_SIZE])
+def test_groups_stay_in_registers_when_compiled_for_gpus(
     architecture: str, symmetric: bool, size: int, tmp_path: Path
 ) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from halfbyte.quantize.grid_kernel import grid_program
+    from halfbyte.quantize.grid_kernel import grid_kernel
 
     constants = {
         "COARSE": 36 if symmetric else 17,
@@ -110,10 +108,10 @@ def test_compiled_for_gpus_groups_stay_in_registers(
         "ROWS": grids.PROGRAM_ROWS,
         "SIZE": size,
     }
-    names = [parameter.name for parameter in grid_program.params]
+    names = [parameter.name for parameter in grid_kernel.params]
     kinds = dict.fromkeys(names[:6], "*fp32") | dict.fromkeys(names[6:9], "i32")
     kinds |= dict.fromkeys(constants, "constexpr")
-    source = ASTSource(fn=grid_program, signature=kinds, constexprs=constants)
+    source = ASTSource(fn=grid_kernel, signature=kinds, constexprs=constants)
     target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
     compiled = triton.compile(source, target=target, options={"num_warps": 4})
     found = disassemble(compiled.asm["cubin"], tmp_path)

@@ -1,4 +1,4 @@
-"""The output head: quantized where that was asked for; else as it was, with the reason."""
+"""The output head: quantized if configured, otherwise unchanged with a reason."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_head_is_quantized_and_untied(tied: bool, family: str, tmp_path: Path) -
     assert "lm_head" in checkpoint.linears
     assert report.modules[-1].name == "lm_head"
     assert report.modules[-1].num_tokens == 6 * 32
-    note = "the head was untied from the embeddings, which stay as they are"
+    note = "the head was untied from the embeddings, which stay unchanged"
     assert (note in report.notes) == tied
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["tie_word_embeddings"] is False
@@ -37,7 +37,7 @@ def test_head_is_quantized_and_untied(tied: bool, family: str, tmp_path: Path) -
     assert_loads_and_computes(model, checkpoint)
 
 
-def test_head_that_was_not_asked_for_stays_tied(tmp_path: Path) -> None:
+def test_head_stays_tied_by_default(tmp_path: Path) -> None:
     changes = {**SMALL, "tie_word_embeddings": True}
     model, _, checkpoint = run(tmp_path, QuantConfig(group_size=32), changes=changes)
     assert "lm_head" not in checkpoint.linears
@@ -61,7 +61,7 @@ def test_head_that_cannot_be_quantized_says_why(
         changes={**SMALL, **changes},
         text=[[5, 6, 7, 8] * 8, [9, 8, 7, 6] * 8],
     )
-    assert f"the head stays as it is: {reason}" in report.notes
+    assert f"the head was not quantized: {reason}" in report.notes
     assert not any("matches no module" in note for note in report.notes)
     assert "lm_head" not in checkpoint.linears
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""The Hessian, its damping and its factor, against plain float64."""
+"""The Hessian, its damping and its factor, compared with plain float64."""
 
 from __future__ import annotations
 
@@ -43,24 +43,24 @@ def test_accumulated_sum_is_the_float64_sum(width: int) -> None:
 
 
 @pytest.mark.parametrize("width", [1, 33, 256, 700])
-def test_bf16_sum_rounds_only_what_a_batch_adds_to_expectation(width: int) -> None:
-    """Entry by entry: the first batch to 2⁻¹⁷, every later one to 2⁻⁸ of its surprise."""
+def test_bf16_sum_rounds_only_the_difference_to_the_estimate(width: int) -> None:
+    """Entry by entry: the first batch to 2⁻¹⁷, later ones to 2⁻⁸ of the difference."""
     generator = torch.Generator().manual_seed(width)
     tilt = torch.logspace(-2, 2, width)
     batches = [(torch.randn(2, 20, width, generator=generator) * tilt).bfloat16() for _ in range(5)]
     expected = exact_sum(batches)
     sizes = expected.diagonal().sqrt()
-    # The last term is that of any sum in fp32.
+    # The last term is the rounding of any fp32 sum.
     allowed = 2**-17 * exact_sum(batches[:1]).abs() + 1e-6 * torch.outer(sizes, sizes)
     for number in range(1, len(batches)):
         before = exact_sum(batches[:number]) / number
         surprise = (exact_sum(batches[number : number + 1]) - before).abs()
-        # The expectation itself is rounded to bf16 before it is subtracted.
+        # The estimate is rounded to bf16 before it is subtracted.
         allowed += 2**-8 * (surprise + 2**-8 * before.abs())
     assert bool(((accumulate(batches) - expected).abs() <= allowed).all())
 
 
-def test_a_batch_larger_than_all_before_it_is_not_measured_against_them() -> None:
+def test_a_batch_larger_than_all_before_it_uses_no_estimate_from_them() -> None:
     generator = torch.Generator().manual_seed(0)
     small, large = torch.randn(1, 48), torch.randn(64, 48, generator=generator)
     batches = [(small * 100).bfloat16(), large.bfloat16()]
@@ -108,12 +108,12 @@ def test_factor_is_upper_and_gives_the_damped_hessian_back(act_order: bool) -> N
     assert (factor.damping, factor.notes) == (0.01, ())
 
 
-def test_act_order_goes_by_falling_diagonal() -> None:
+def test_act_order_is_by_decreasing_diagonal() -> None:
     factor = factorize(torch.diag(torch.tensor([1.0, 3.0, 2.0])), damping=0.01, act_order=True)
     assert factor.order.tolist() == [1, 2, 0]
 
 
-def test_curvature_is_the_loss_left_when_later_columns_answer() -> None:
+def test_curvature_is_the_loss_after_later_columns_compensate() -> None:
     """Against the definition: minimise over the later columns by solving for them."""
     factor = factorize(spd(6), damping=1e-3, act_order=False)
     hessian = spd(6).double()
@@ -137,7 +137,7 @@ def test_dead_columns_keep_a_mean_diagonal_and_are_noted() -> None:
     assert float(factor.curvature[3]) == pytest.approx(float(mean) * 1.01, rel=1e-4)
 
 
-def test_no_signal_at_all_becomes_round_to_nearest() -> None:
+def test_no_signal_becomes_round_to_nearest() -> None:
     factor = factorize(torch.zeros(5, 5), damping=0.01, act_order=True)
     assert torch.allclose(factor.upper, torch.eye(5) * 1.01**0.5)
     assert "no input signal" in factor.notes[0]
@@ -151,17 +151,17 @@ def test_indefinite_hessian_escalates_damping_and_says_so() -> None:
     assert factor.notes == ("damping raised from 0.01 to 0.1",)
 
 
-def test_hopeless_hessian_has_its_eigenvalues_lifted() -> None:
+def test_strongly_indefinite_hessian_has_its_eigenvalues_raised() -> None:
     hessian = torch.eye(4)
     hessian[0, 1] = hessian[1, 0] = 30.0
     factor = factorize(hessian, damping=0.01, act_order=False)
-    assert factor.notes == ("negative eigenvalues lifted",)
+    assert factor.notes == ("small and negative eigenvalues raised",)
     assert torch.isfinite(factor.upper).all()
     assert bool((factor.upper.diagonal() > 0).all())
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_shrinking_takes_a_share_off_all_but_the_diagonal(share: float) -> None:
+def test_shrinkage_scales_all_but_the_diagonal(share: float) -> None:
     hessian = spd(40)
     expected = (1 - share) * hessian.double() + share * torch.diag(hessian.double().diagonal())
     shrink_to_diagonal(hessian, share)
@@ -208,7 +208,7 @@ def test_on_a_gpu_the_sum_is_the_float64_sum(device_accumulator: HessianAccumula
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-def test_what_is_not_finite_shows_in_an_unchecked_sum(
+def test_non_finite_inputs_show_in_an_unchecked_sum(
     value: float, device_accumulator: HessianAccumulator
 ) -> None:
     batch = torch.randn(20, 100).bfloat16()

@@ -1,4 +1,4 @@
-"""Bits chosen by what they cost: the measure is true, the choice is good, the budget holds."""
+"""Choosing bits by sensitivity: correct losses, a near-optimal choice, a respected budget."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def random_units(seed: int, number: int = 5) -> list[Unit]:
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_allocation_is_the_best_for_the_storage_that_it_takes(seed: int) -> None:
+def test_allocation_is_optimal_for_the_storage_that_it_uses(seed: int) -> None:
     units = random_units(seed)
     total = sum(unit.num_weights for unit in units)
     for target in (2.0, 2.7, 3.5, 5.0, 8.0):
@@ -72,12 +72,12 @@ def test_allocation_is_the_best_for_the_storage_that_it_takes(seed: int) -> None
             assert found.predicted_kl == pytest.approx(min(loss for _, loss in every))
 
 
-def test_budgets_that_cannot_be_met_are_refused_by_number() -> None:
+def test_impossible_budgets_are_refused_with_the_minimum() -> None:
     units = random_units(0)
-    with pytest.raises(ConfigError, match=r"target_bits is 1.9; .* 2\.000 bits per weight is the"):
+    with pytest.raises(ConfigError, match=r"target_bits is 1.9; .* is 2\.000 bits per weight"):
         budget_for_bits(1.9, units)
     total = sum(unit.num_weights for unit in units)
-    with pytest.raises(ConfigError, match=rf"not rounded takes 1\.0 kB .* least {total // 4} B"):
+    with pytest.raises(ConfigError, match=rf"not quantized take 1\.0 kB.* least {total // 4} B"):
         budget_for_size(1000, 1000, units)
     assert budget_for_size(1000 + total, 1000, units) == 8 * total
 
@@ -244,7 +244,7 @@ def test_a_killed_run_keeps_its_choice(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"target_bits": 3.0, "target_size": "4GB"}, "target_bits is 3 and target_size 4GB"),
+        ({"target_bits": 3.0, "target_size": "4GB"}, "target_bits is 3 and target_size is 4GB"),
         ({"target_size": "4"}, "target_size is '4'; write a number and a unit"),
         ({"target_bits": 2.0}, "target_bits is 2; allowed is more than 2, and 9 at most"),
     ],

@@ -1,4 +1,4 @@
-"""A run that runs out of memory goes on with less; one that cannot says what to do."""
+"""A run that runs out of memory continues with reduced settings, or says what to do."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
 from halfbyte.quantize import run as running
 from halfbyte.quantize import run_states, token_gradients
 from halfbyte.quantize.attempt import WEIGHTS_FOLDER
-from halfbyte.quantize.memory_fallback import CPU_ALLOCATOR, find_gentler, is_out_of_memory
+from halfbyte.quantize.memory_fallback import CPU_ALLOCATOR, is_out_of_memory, reduce_memory
 from halfbyte.quantize.resources import SMALLEST_HESSIAN_BYTES, RunSettings
 
 CONFIG = QuantConfig(group_size=32)
@@ -35,7 +35,7 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def device(monkeypatch) -> Callable[..., None]:
-    """Makes forwards of more sequences than fit run out of memory, once so many blocks are done."""
+    """Makes forward passes of too many sequences run out of memory after some blocks."""
     run = _ForwardPass.run
 
     def hold(
@@ -68,13 +68,13 @@ def quantize(base: Path, output: Path, *, batch_size: int = 8, **given):
 
 
 @pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, match_base=True, polish=2)], ids=str)
-def test_less_from_the_first_block_on_is_a_run_with_less(base, tmp_path, device, config):
+def test_reduced_from_the_first_block_equals_a_run_with_less_memory(base, tmp_path, device, config):
     device(2)
     report = quantize(base, tmp_path / "out", config=config)
     assert [note for note in report.notes if "out of memory" in note] == [
         "out of memory in block 1 of 3: each block runs once per stage from there on",
-        "out of memory in block 1 of 3: 4 sequences a batch instead of 8 from there on",
-        "out of memory in block 1 of 3: 2 sequences a batch instead of 4 from there on",
+        "out of memory in block 1 of 3: 4 sequences per batch instead of 8 from there on",
+        "out of memory in block 1 of 3: 2 sequences per batch instead of 4 from there on",
     ]
     assert not (tmp_path / "out" / ".halfbyte").exists()
     device()
@@ -88,13 +88,13 @@ def test_less_from_the_first_block_on_is_a_run_with_less(base, tmp_path, device,
     assert weight_digests(tmp_path / "out") == weight_digests(tmp_path / "small")
 
 
-def test_blocks_that_are_done_are_not_done_again(base, tmp_path, device):
+def test_finished_blocks_are_kept(base, tmp_path, device):
     quantize(base, tmp_path / "whole")
     device(4, behind=2, of=tmp_path / "out")
     report = quantize(base, tmp_path / "out")
     assert [note for note in report.notes if "out of memory" in note] == [
         "out of memory in block 3 of 3: each block runs once per stage from there on",
-        "out of memory in block 3 of 3: 4 sequences a batch instead of 8 from there on",
+        "out of memory in block 3 of 3: 4 sequences per batch instead of 8 from there on",
     ]
     one, other = (weight_digests(tmp_path / name) for name in ("whole", "out"))
     for number in (1, 2):
@@ -102,7 +102,7 @@ def test_blocks_that_are_done_are_not_done_again(base, tmp_path, device):
         assert one[name] == other[name]
 
 
-def test_states_that_were_held_on_the_device_go_through_files(base, tmp_path, device, monkeypatch):
+def test_states_held_on_the_device_move_to_files(base, tmp_path, device, monkeypatch):
     resolve = running.resolve_resources
 
     def hold(*arguments):
@@ -114,16 +114,16 @@ def test_states_that_were_held_on_the_device_go_through_files(base, tmp_path, de
     device(4, behind=2, of=tmp_path / "out")
     report = quantize(base, tmp_path / "out")
     told = [note for note in report.notes if "out of memory" in note]
-    assert "hidden states go through files" in told[1]
-    assert "4 sequences a batch" in told[2]
+    assert "hidden states are kept in files" in told[1]
+    assert "4 sequences per batch" in told[2]
     device()
     once_per_stage = ResourceConfig(memory="1MB")
     quantize(base, tmp_path / "small", batch_size=4, resources=once_per_stage)
-    # Nothing had been saved: all three blocks were done again, with less.
+    # Nothing had been saved: all three blocks were redone with reduced settings.
     assert weight_digests(tmp_path / "out") == weight_digests(tmp_path / "small")
 
 
-def test_a_killed_run_goes_on_with_what_it_was_left_with(base, tmp_path, device, monkeypatch):
+def test_a_killed_run_resumes_with_the_reduced_settings(base, tmp_path, device, monkeypatch):
     device(2)
     quantize(base, tmp_path / "whole")
 
@@ -150,13 +150,13 @@ def test_a_killed_run_goes_on_with_what_it_was_left_with(base, tmp_path, device,
     assert weight_digests(out) == weight_digests(tmp_path / "whole")
 
 
-def test_what_has_no_way_out_is_told_and_loses_nothing(base, tmp_path, device):
+def test_without_further_reduction_the_error_advises_and_nothing_is_lost(base, tmp_path, device):
     quantize(base, tmp_path / "whole", batch_size=1)
     device(0, behind=1, of=tmp_path / "out")
     with pytest.raises(
         ConfigError,
-        match=r"cpu ran out of memory in block 2 of 3, with 1 of the sequences of up to 40 tokens "
-        r"at a time\. Free memory on it and go on with --resume, or .* \(--length\)",
+        match=r"cpu ran out of memory in block 2 of 3, with a batch size of 1 and sequences of up "
+        r"to 40 tokens\. Free memory on it and continue with --resume, or .* \(--length\)",
     ):
         quantize(base, tmp_path / "out", batch_size=1)
     device()
@@ -164,21 +164,21 @@ def test_what_has_no_way_out_is_told_and_loses_nothing(base, tmp_path, device):
     assert weight_digests(tmp_path / "out") == weight_digests(tmp_path / "whole")
 
 
-def test_bits_are_chosen_once_and_told_once(base, tmp_path, device):
+def test_bits_are_chosen_and_noted_once(base, tmp_path, device):
     device(4, behind=1, of=tmp_path / "out")
     report = quantize(base, tmp_path / "out", config=replace(CONFIG, target_bits=3.5))
-    assert any("4 sequences a batch" in note for note in report.notes)
+    assert any("4 sequences per batch" in note for note in report.notes)
     assert len(report.notes) == len(set(report.notes))
     assert {module.bits for module in report.modules} > {3}
 
 
-def test_tokens_are_weighed_again_by_other_batches(base, tmp_path, device, monkeypatch):
-    # All eight sequences are one part of the text, by fours they are two.
+def test_token_weights_are_remeasured_for_another_batch_size(base, tmp_path, device, monkeypatch):
+    # Eight sequences are one part of the text; in batches of four they are two.
     monkeypatch.setattr(token_gradients, "BACKWARD_TOKENS", 160)
     config = replace(CONFIG, weigh_tokens=True)
     device(4, behind=1, of=tmp_path / "out" / ".halfbyte" / WEIGHTS_FOLDER)
     report = quantize(base, tmp_path / "out", config=config)
-    assert any("4 sequences a batch" in note for note in report.notes)
+    assert any("4 sequences per batch" in note for note in report.notes)
     device()
     once_per_stage = ResourceConfig(memory="1MB")
     quantize(base, tmp_path / "small", config=config, batch_size=4, resources=once_per_stage)
@@ -193,7 +193,9 @@ def test_training_end_to_end_keeps_its_batches(base, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("halfbyte.quantize.end_to_end.EndToEndTuning._gradient", run_out)
-        with pytest.raises(ConfigError, match=r"out of memory after the last block, with 2 of"):
+        with pytest.raises(
+            ConfigError, match=r"out of memory after the last block, with a batch size of 2"
+        ):
             quantize(base, tmp_path / "out", config=config, batch_size=2)
     quantize(base, tmp_path / "out", config=config, batch_size=2, resume=True)
     quantize(base, tmp_path / "whole", config=config, batch_size=2)
@@ -201,25 +203,25 @@ def test_training_end_to_end_keeps_its_batches(base, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), ValueError("no")], ids=repr)
-def test_other_errors_are_raised_as_they_are(base, tmp_path, device, error):
+def test_other_errors_are_raised_unchanged(base, tmp_path, device, error):
     device(0, error=error)
     with pytest.raises(type(error), match=str(error)):
         quantize(base, tmp_path / "out")
 
 
-def test_the_allocator_of_the_cpu_counts_too():
+def test_cpu_allocator_errors_count_as_out_of_memory():
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert is_out_of_memory(RuntimeError(f"[enforce fail at alloc_cpu.cpp:121] . {CPU_ALLOCATOR}"))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
-def test_torch_says_what_is_looked_for():
+def test_torch_raises_the_expected_message():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**62, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
 
 
-def test_everything_is_given_up_in_turn():
+def test_settings_are_reduced_step_by_step():
     settings = RunSettings(
         dtype="bfloat16",
         device="cuda",
@@ -231,14 +233,14 @@ def test_everything_is_given_up_in_turn():
         keep_codes=True,
     )
     told = []
-    while (found := find_gentler(settings)) is not None:
+    while (found := reduce_memory(settings)) is not None:
         assert found[0] != settings
         settings, why = found
         told.append(why)
     assert told == [
         "each block runs once per stage",
-        "hidden states go through files",
-        "1 sequence a batch instead of 3",
+        "hidden states are kept in files",
+        "1 sequence per batch instead of 3",
         "fewer Hessians at a time",
         "fewer Hessians at a time",
     ]

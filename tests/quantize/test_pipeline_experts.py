@@ -53,7 +53,7 @@ def test_routers_stay_in_16_bits_with_a_reason(tmp_path: Path) -> None:
     assert all(m.reason == "it routes tokens to experts" for m in gates)
 
 
-def test_starved_experts_are_helped_and_say_so(tmp_path: Path) -> None:
+def test_experts_with_few_tokens_use_the_pool_and_note_it(tmp_path: Path) -> None:
     # About 192 tokens for each expert: too few for a width of 64, enough for one of 32.
     _, report, _ = run(
         tmp_path,
@@ -63,7 +63,7 @@ def test_starved_experts_are_helped_and_say_so(tmp_path: Path) -> None:
         text=token_lists(12, 32),
     )
     experts = [m for m in report.modules if ".experts." in m.name]
-    helped = [m for m in experts if any("all experts'" in note for note in m.notes)]
+    helped = [m for m in experts if any("that of all experts" in note for note in m.notes)]
     assert 0 < len(helped) < len(experts)
     for module in experts:
         width = 64 if "down_proj" not in module.name else 32
@@ -71,7 +71,7 @@ def test_starved_experts_are_helped_and_say_so(tmp_path: Path) -> None:
     for module in helped:
         width = 64 if "down_proj" not in module.name else 32
         share = 4 * width / (4 * width + module.num_tokens)
-        assert f"{module.num_tokens} tokens only: {share:.0%} of its Hessian" in module.notes[0]
+        assert f"only {module.num_tokens} tokens: {share:.0%} of its Hessian" in module.notes[0]
     coverage = report.expert_coverage()
     assert [block.block for block in coverage] == [0, 1]
     for block in coverage:

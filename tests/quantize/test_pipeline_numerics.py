@@ -52,7 +52,7 @@ def test_dead_columns_are_noted_and_keep_their_weights(tmp_path: Path) -> None:
     assert_loads_and_computes(model, checkpoint)
 
 
-def test_no_signal_at_all_is_round_to_nearest(tmp_path: Path) -> None:
+def test_no_signal_is_round_to_nearest(tmp_path: Path) -> None:
     def kill(model: PreTrainedModel) -> None:
         model.model.layers[1].post_attention_layernorm.weight.data.zero_()
 
@@ -81,7 +81,7 @@ def test_weight_that_is_not_finite_is_named(value: float, tmp_path: Path) -> Non
         run(tmp_path, QuantConfig(group_size=32), prepare=set_weight(name, value))
 
 
-def test_inputs_that_are_not_finite_name_the_module_behind_them(tmp_path: Path) -> None:
+def test_non_finite_inputs_name_the_module_that_reads_them(tmp_path: Path) -> None:
     prepare = set_weight("model.layers.1.post_attention_layernorm", float("inf"))
     with pytest.raises(
         CalibrationError,
@@ -91,12 +91,12 @@ def test_inputs_that_are_not_finite_name_the_module_behind_them(tmp_path: Path) 
         run(tmp_path, QuantConfig(group_size=32), prepare=prepare)
 
 
-@pytest.mark.parametrize("sums_first", [False, True], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("checks_afterwards", [False, True], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("memory", ["64GB", "1MB"], ids=["paused", "again"])
 def test_batches_dropped_in_part_are_noted_by_module(
-    sums_first: bool, memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checks_afterwards: bool, memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(InputCollector, "_sums_first", sums_first)
+    monkeypatch.setattr(InputCollector, "_checks_afterwards", checks_afterwards)
 
     def spoil(model: PreTrainedModel) -> None:
         model.model.embed_tokens.weight.data[7] = float("inf")
@@ -156,7 +156,7 @@ def test_solver_gets_the_exact_weights_whatever_the_model_computes_in(
         resources=ResourceConfig(dtype=computing),
     )
     assert f"computes in {computing}, as requested" in report.notes
-    # The first column is rounded before any error has reached it.
+    # The first column is rounded before it gets any feedback.
     exact = model.get_submodule(name).weight.detach().float()[:, 0]
     scale = checkpoint.load_linear(name).scales[0].float()
     found = torch.round(checkpoint.dequantize(name)[:, 0] / scale)

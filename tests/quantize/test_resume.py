@@ -1,4 +1,4 @@
-"""A run killed anywhere goes on and writes the same bytes."""
+"""A run killed anywhere resumes and writes the same bytes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CONFIG = QuantConfig(group_size=32)
 
 
 def work(job: dict[str, Any]) -> None:
-    """Quantize, in a process of its own."""
+    """Quantize in a separate process."""
     if "save_every" in job:
         run_states.SAVE_EVERY_SECONDS = job["save_every"]
         resolve = running.resolve_resources
@@ -48,7 +48,7 @@ def work(job: dict[str, Any]) -> None:
 
 
 def weight_digests(folder: Path) -> dict[str, str]:
-    """Digest everything but the report's files, which hold times."""
+    """Hash everything but the report files, which contain times."""
     told = ("quantization_report.json", "README.md", "quantization_error.png")
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
@@ -127,7 +127,7 @@ def test_killed_at_random_points_the_run_ends_with_the_same_bytes(
     assert weight_digests(tmp_path / "killed") == weight_digests(tmp_path / "whole")
 
 
-def test_killed_where_the_device_holds_the_states_it_ends_with_the_same_bytes(
+def test_killed_with_states_on_the_device_the_run_ends_with_the_same_bytes(
     tmp_path: Path,
 ) -> None:
     """As on a GPU: states in memory, saved now and then; the last block written by a thread."""
@@ -189,7 +189,7 @@ def unfinished(tmp_path: Path) -> tuple[Path, Path]:
     return base, output
 
 
-def test_unfinished_run_is_not_overwritten_unasked(unfinished: tuple[Path, Path]) -> None:
+def test_unfinished_run_is_not_overwritten_without_resume(unfinished: tuple[Path, Path]) -> None:
     base, output = unfinished
     with pytest.raises(JournalError, match=r"holds an unfinished run\. Add --resume"):
         quantize(base, output)
@@ -221,7 +221,7 @@ def test_other_weights_are_refused(unfinished: tuple[Path, Path]) -> None:
         quantize(base, output, resume=True)
 
 
-def test_damaged_hidden_states_are_recognised(unfinished: tuple[Path, Path]) -> None:
+def test_damaged_hidden_states_are_detected(unfinished: tuple[Path, Path]) -> None:
     base, output = unfinished
     for path in (output / ".halfbyte").glob("calibration-*.bin"):
         data = bytearray(path.read_bytes())
@@ -231,7 +231,7 @@ def test_damaged_hidden_states_are_recognised(unfinished: tuple[Path, Path]) -> 
         quantize(base, output, resume=True)
 
 
-def test_blocks_whose_states_were_not_saved_are_done_again(unfinished: tuple[Path, Path]) -> None:
+def test_blocks_without_saved_states_are_redone(unfinished: tuple[Path, Path]) -> None:
     _, output = unfinished
     journal = output / ".halfbyte" / "journal.jsonl"
     lines = journal.read_text(encoding="utf-8").splitlines()
@@ -244,19 +244,19 @@ def test_blocks_whose_states_were_not_saved_are_done_again(unfinished: tuple[Pat
     assert len(journal.read_text(encoding="utf-8").splitlines()) == 2
 
 
-def test_torn_last_line_is_as_if_it_had_never_been_written(unfinished: tuple[Path, Path]) -> None:
+def test_incomplete_last_line_is_ignored(unfinished: tuple[Path, Path]) -> None:
     base, output = unfinished
     journal = output / ".halfbyte" / "journal.jsonl"
     whole = journal.read_bytes()
     lines = whole.splitlines(keepends=True)
     assert len(lines) == 3
-    # The last finished block's line cut short; its states were overwritten by nobody since.
+    # Half a line after the last block's, as left by a process killed while writing it.
     journal.write_bytes(b"".join(lines) + lines[-1][: len(lines[-1]) // 2])
     resumed = quantize(base, output, resume=True)
     assert [m.block for m in resumed.modules][-1] == 2
 
 
-def test_journal_damaged_in_its_middle_is_refused(unfinished: tuple[Path, Path]) -> None:
+def test_journal_damaged_before_its_last_line_is_refused(unfinished: tuple[Path, Path]) -> None:
     base, output = unfinished
     journal = output / ".halfbyte" / "journal.jsonl"
     lines = journal.read_bytes().splitlines(keepends=True)
@@ -265,7 +265,7 @@ def test_journal_damaged_in_its_middle_is_refused(unfinished: tuple[Path, Path])
         quantize(base, output, resume=True)
 
 
-def test_finished_run_is_given_back_and_not_overwritten(tmp_path: Path) -> None:
+def test_finished_run_returns_its_report_and_is_not_overwritten(tmp_path: Path) -> None:
     write_family(tmp_path / "base", "llama")
     report = quantize(tmp_path / "base", tmp_path / "out")
     digests = weight_digests(tmp_path / "out")
@@ -285,8 +285,8 @@ def test_second_process_on_the_same_output_is_refused(tmp_path: Path) -> None:
         raise AssertionError("both hold the lock")
 
 
-def test_both_ways_of_running_write_the_same_bytes(tmp_path: Path) -> None:
-    """ForwardPasses that wait and passages that start again: the fast way against the plain one."""
+def test_pausing_and_restarting_batches_write_the_same_bytes(tmp_path: Path) -> None:
+    """Forward passes that pause between stages, compared with passes that restart."""
     for family in ("llama", "qwen3_moe", "gpt_neox"):
         write_family(tmp_path / family, family)
         for name, memory in (("fast", "64GB"), ("plain", "1MB")):

@@ -1,8 +1,8 @@
-"""One attempt at a run, with settings that stay: everything that its journal has not.
+"""One attempt at a quantization run, with fixed settings.
 
-::
+An attempt does whatever the journal does not record as finished::
 
-    [block: load, round, write shard, pass hidden states on, journal] x n
+    [block: load, round, write shard, save hidden states, journal] x n
         -> head, embeddings, norms -> index, configs, tokenizer -> reload and compare -> report
 """
 
@@ -26,11 +26,11 @@ from halfbyte.quantize.block_walk import BlockWalk
 from halfbyte.quantize.block_work import BlockWork
 from halfbyte.quantize.block_writer import BlockWriter
 from halfbyte.quantize.calibration import CalibrationTokens
-from halfbyte.quantize.end_to_end_stage import WholeTuning, tune_whole
+from halfbyte.quantize.end_to_end_stage import EndToEndResult, tune_end_to_end
 from halfbyte.quantize.finish import (
-    RoundedModules,
-    collect_modules,
+    ModuleSummary,
     save_report,
+    summarize_modules,
     write_descriptions,
     write_outside,
 )
@@ -62,10 +62,10 @@ WEIGHTS_FOLDER = "token-weights"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunTask:
-    """What all attempts at a run have in common."""
+    """Inputs that all attempts of a run share."""
 
     name: str
-    """What the user called the model."""
+    """The model's name as the user gave it."""
     journal: Journal
     config: QuantConfig
     seed: int
@@ -74,21 +74,21 @@ class RunTask:
     progress: Progress
     meter: Meter
     notes: list[str]
-    """For the report; grows on the way."""
+    """For the report; appended to during the run."""
     start: float
-    """``time.monotonic`` when the run began."""
+    """``time.monotonic()`` when the run began."""
 
 
 class Attempt:
-    """One attempt, and where it stands."""
+    """One attempt at a run and its state."""
 
     def __init__(self, task: RunTask, settings: RunSettings, weights: ModelWeights) -> None:
-        """Cut the text into batches; nothing is loaded yet.
+        """Split the text into batches; no weights are loaded yet.
 
         Args:
-            task: The run's.
-            settings: What it decided.
-            weights: The model, nothing of it loaded.
+            task: Inputs of the run.
+            settings: Resource settings of this attempt.
+            weights: The model, with no weights loaded.
         """
         self.task = task
         self.journal, self.config, self.progress = task.journal, task.config, task.progress
@@ -104,11 +104,11 @@ class Attempt:
             self.stream.output_sizes[index] = entry["output_size"]
         self._base_logits: list[Tensor] = []
 
-    def go_through(self) -> QuantizationReport:
-        """Do everything that is not done yet.
+    def run(self) -> QuantizationReport:
+        """Do everything that is not finished yet.
 
         Returns:
-            The report, which also stands in the output folder.
+            The report, which is also saved in the output folder.
         """
         with self.meter.timed("load"):
             self.weights.load_outside()
@@ -136,19 +136,19 @@ class Attempt:
                 settings=self.settings,
                 seed=self.task.seed,
             )
-            with BlockWriter(self.journal, beside=self.settings.hold_states) as writer:
+            with BlockWriter(self.journal, in_background=self.settings.hold_states) as writer:
                 outside = None
                 if not (self.config.lm_head or self.config.end_to_end_steps):
-                    outside = writer.begin(self._write_outside)
+                    outside = writer.start(self._write_outside)
                 for index in range(len(self.journal.blocks), self.num_blocks):
                     self.progress.block_started(index, self.num_blocks)
-                    walk.do_block(index, writer)
+                    walk.quantize_block(index, writer)
                     if index == 0:
                         first_window = self.probe.ids[:1].to(self.weights.device)
                         self.stream.check_block_order(first_window)
                 with self.meter.timed("write"):
                     writer.wait()
-                tuning = self._tune_whole(states)
+                tuning = self._tune_end_to_end(states)
                 return self._finish(walk, tuning, outside)
 
     def _write_outside(
@@ -157,7 +157,7 @@ class Attempt:
         return write_outside(self.weights, self.journal.output, head, changed or {})
 
     def _choose_bits(self, work: BlockWork) -> None:
-        """Give every module its bits, once for a run."""
+        """Choose the bits of every module, once per run."""
         with self.meter.timed("survey"):
             work.config, notes = choose_bits(
                 self.weights,
@@ -172,7 +172,7 @@ class Attempt:
         self.notes += notes
 
     def _weigh_tokens(self, work: BlockWork) -> None:
-        """Learn what each calibration token counts, once for a run."""
+        """Measure the weight of each calibration token, once per run."""
         with self.meter.timed("token weights"):
             work.token_weights = measure_token_weights(
                 work,
@@ -202,21 +202,21 @@ class Attempt:
             return ()
         return (PROBE, CALIBRATION) if self.config.lm_head else (PROBE,)
 
-    def _tune_whole(self, states: RunStates) -> WholeTuning:
-        """Train scales and gains of the whole model, where that was asked for."""
+    def _tune_end_to_end(self, states: RunStates) -> EndToEndResult:
+        """Train scales and norm gains of the whole model, if the config says so."""
         if not self.config.end_to_end_steps:
-            return WholeTuning()
+            return EndToEndResult()
         with self.meter.timed("end to end"):
-            # Before training, since that changes what is behind the last block, too.
+            # Before training, which also changes the norm and head behind the last block.
             if states.has_base:
                 self._base_logits = self._logits(states, BASE_PROBE)
-            return tune_whole(
+            return tune_end_to_end(
                 self.weights,
                 self.stream,
                 states,
                 journal=self.journal,
                 batches=self.batches,
-                weights_of_tokens=self.tokens.weight_batches(self.settings.batch_size),
+                token_weights=self.tokens.weight_batches(self.settings.batch_size),
                 probe=self.probe,
                 settings=self.settings,
                 steps=self.config.end_to_end_steps,
@@ -226,9 +226,9 @@ class Attempt:
             )
 
     def _finish(
-        self, walk: BlockWalk, tuning: WholeTuning, outside: Callable[[], ShardDigest] | None
+        self, walk: BlockWalk, tuning: EndToEndResult, outside: Callable[[], ShardDigest] | None
     ) -> QuantizationReport:
-        """Judge, write what belongs to the whole, check what was written, and report."""
+        """Measure quality, write the remaining files, verify the checkpoint, and report."""
         quantized = {PROBE: PROBE, CALIBRATION: CALIBRATION} | (TUNED if tuning.changed else {})
         base_logits = self._base_logits
         if walk.states.has_base and not base_logits:
@@ -238,9 +238,9 @@ class Attempt:
             self.progress.phase("quantizing the head")
             head, notes = round_head(walk, quantized[CALIBRATION])
             self.notes += notes
-        found = collect_modules(self.journal.blocks, head)
-        own = head_name(self.weights.model)
-        names = found.names if own is None else found.names | {own}
+        summary = summarize_modules(self.journal.blocks, head)
+        head_module = head_name(self.weights.model)
+        names = summary.names if head_module is None else summary.names | {head_module}
         self.notes += [*tuning.notes, *self.config.unmatched_patterns(names)]
         self.progress.phase("measuring quality")
         logits = self._logits(walk.states, quantized[PROBE])
@@ -250,10 +250,10 @@ class Attempt:
         kept_logits = logits[0][-KEPT_LOGITS:].clone()
         del base_logits, logits
         shards = self._write_rest(
-            found, head, outside or partial(self._write_outside, head, tuning.outside)
+            summary, head, outside or partial(self._write_outside, head, tuning.outside)
         )
         self._check(walk.states.trace, head, kept_logits)
-        report = self._make_report(found, quality, sum(s.num_bytes for s in shards))
+        report = self._make_report(summary, quality, sum(s.num_bytes for s in shards))
         report = replace(report, end_to_end=tuning.report)
         save_report(report, self.weights.folder, self.journal.output)
         self.journal.remove()
@@ -261,23 +261,23 @@ class Attempt:
 
     def _write_rest(
         self,
-        found: RoundedModules,
+        summary: ModuleSummary,
         head: Sequence[RoundedLinear],
         outside: Callable[[], ShardDigest],
     ) -> list[ShardDigest]:
-        """Write what no block did."""
-        self.progress.phase("writing what is outside the blocks")
+        """Write everything outside the blocks: remaining tensors, configs, index, tokenizer."""
+        self.progress.phase("writing the tensors outside the blocks")
         blocks, output = self.journal.blocks, self.journal.output
         with self.meter.timed("write"):
             shards = [ShardDigest(**entry["shard"]) for entry in blocks]
             shards.append(outside())
             write_descriptions(
-                self.weights, output, self.config, shards, blocks, found, head=bool(head)
+                self.weights, output, self.config, shards, blocks, summary, head=bool(head)
             )
         return shards
 
     def _check(self, trace: ProbeTrace, head: Sequence[RoundedLinear], kept_logits: Tensor) -> None:
-        """Load what was written again and compare it with what was computed."""
+        """Reload the checkpoint and compare it with the weights and logits computed here."""
         self.progress.phase("reloading and comparing")
         output, device, dtype = self.journal.output, self.weights.device, self.settings.torch_dtype
         with self.meter.timed("reload"):
@@ -288,14 +288,14 @@ class Attempt:
             check_outputs(output, self.probe, trace, kept_logits, dtype, device)
 
     def _logits(self, states: RunStates, stream: str) -> list[Tensor]:
-        """What a model makes of the probe: logits [tokens, vocabulary] per window."""
-        behind, device = states.at(stream, self.num_blocks), self.weights.device
-        keep = self.settings.hold_states
+        """Compute a model's logits on the probe text: [tokens, vocabulary] per window."""
+        hidden, device = states.at(stream, self.num_blocks), self.weights.device
+        held = self.settings.hold_states
         with self.meter.timed("quality"):
-            return compute_logits(self.stream, self.probe, behind, device, keep_on_device=keep)
+            return compute_logits(self.stream, self.probe, hidden, device, keep_on_device=held)
 
     def _make_report(
-        self, found: RoundedModules, quality: QualityReport | None, checkpoint_bytes: int
+        self, summary: ModuleSummary, quality: QualityReport | None, checkpoint_bytes: int
     ) -> QuantizationReport:
         return QuantizationReport(
             model=self.task.name,
@@ -308,17 +308,17 @@ class Attempt:
                 length=max(len(s) for s in self.tokens.sequences),
                 tokens=self.tokens.num_tokens,
             ),
-            modules=found.modules,
-            skipped=found.skipped,
+            modules=summary.modules,
+            skipped=summary.skipped,
             quality=quality,
             seconds=time.monotonic() - self.task.start,
             seconds_by_phase=dict(self.meter.seconds),
             peak_memory_bytes=peak_memory_bytes(),
             checkpoint_bytes=checkpoint_bytes,
-            bits_per_weight=found.bits_per_weight,
+            bits_per_weight=summary.bits_per_weight,
             versions=installed_versions(),
             machine=machine_facts(),
-            # Each once: an attempt tells again what the one before it told.
+            # Without duplicates: a second attempt repeats the notes of the first.
             notes=tuple(dict.fromkeys((*self.settings.reasons, *self.tokens.notes, *self.notes))),
             flops=dict(self.meter.flops),
             inputs=self.journal.header["inputs"],

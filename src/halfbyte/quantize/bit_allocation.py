@@ -1,12 +1,12 @@
-"""Measured losses by module and bits, and a budget -> bits for every module.
+"""Choose the bits of every module from measured losses and a storage budget.
 
-What readers fuse must have the same bits: the linears that share an input (q/k/v, gate/up), and all
-experts of a layer. Such a unit gets bits as one.
+Linears that runtimes fuse must have the same bits: those that share an input (q/k/v, gate/up), and
+all experts of a layer. Each such set is a unit, which gets its bits as a whole.
 
-Every unit starts at the fewest bits. Then, again and again, the step up that saves the most loss
-per bit of storage is taken, as long as the budget allows. Along the lower convex hull of every
-unit's losses this is the optimum for the storage that it ends at; what is lost to the optimum for
-the budget itself is at most one step.
+The allocation is greedy: every unit starts at its fewest bits, then the upgrade that reduces the
+loss most per bit of storage is taken, as long as the budget allows. On the lower convex hull of
+each unit's losses the result is optimal for the storage that it uses; it misses the optimum for
+the full budget by one upgrade at most.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from halfbyte.units import format_bytes
 
 SCALE_BITS = 16
 HEADER_BYTES = 160
-"""At most, of one tensor's entry in a file's header."""
+"""Upper bound on one tensor's entry in a file's header."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,9 +30,9 @@ class Choice:
 
     bits: int
     stored_bits: int
-    """What its linears take on disk: codes, scales, zeros."""
+    """Storage of its linears on disk: codes, scales, zeros."""
     loss: float
-    """Predicted rise of the KL to the base model, nats per token."""
+    """Predicted increase of the KL to the base model, nats per token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,34 +40,34 @@ class Unit:
     """Linears that must have the same bits."""
 
     linears: tuple[str, ...]
-    """Names on disk; none where overrides fix the bits, which take storage all the same."""
+    """Names on disk; empty where overrides fix the bits, although the storage still counts."""
     num_weights: int
     choices: tuple[Choice, ...]
-    """By rising bits; at least one."""
+    """In order of increasing bits; at least one."""
     other_bits: int = 0
-    """What g_idx and the tensors' names take on disk, whatever the choice; not counted in bits per
+    """Storage of g_idx and the tensors' names, the same for all choices; not counted in bits per
     weight."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Allocation:
-    """Bits for every module that has none of its own."""
+    """The chosen bits of every module whose bits no override fixes."""
 
     bits: Mapping[str, int]
-    """Of those that were chosen for, by name on disk."""
+    """By name on disk."""
     bits_per_weight: float
-    """As stored: codes, scales and zeros."""
+    """Including scales and zeros."""
     predicted_kl: float
     """Sum of the units' losses, nats per token."""
 
 
 def stored_bits(scheme: Scheme, out_features: int, in_features: int) -> int:
-    """Count what a linear takes on disk for its weights.
+    """Count the bits of storage that a linear's weights take on disk.
 
     Args:
         scheme: How it is rounded.
-        out_features: Its outputs.
-        in_features: Its inputs.
+        out_features: Rows of the weight.
+        in_features: Columns of the weight.
 
     Returns:
         Bits of codes, scales and zeros.
@@ -78,90 +78,90 @@ def stored_bits(scheme: Scheme, out_features: int, in_features: int) -> int:
 
 
 def budget_for_bits(target: float, units: Sequence[Unit]) -> int:
-    """Give the storage that a mean of bits per weight allows, scales and zeros included.
+    """Return the storage budget for a mean number of bits per weight, scales and zeros included.
 
     Args:
         target: Bits per weight.
         units: All units.
 
     Returns:
-        Bits in all.
+        Total bits of storage.
 
     Raises:
-        ConfigError: Even the fewest bits everywhere need more; says how much.
+        ConfigError: Even the fewest bits for every unit exceed the budget; says the minimum.
     """
     num_weights = sum(unit.num_weights for unit in units)
-    least = sum(unit.choices[0].stored_bits for unit in units)
+    minimum = sum(unit.choices[0].stored_bits for unit in units)
     budget = int(target * num_weights)
-    if budget < least:
+    if budget < minimum:
         raise ConfigError(
-            f"target_bits is {target:g}; with scales and zeros, {least / num_weights:.3f} bits per "
-            "weight is the least for this model and group size. Give at least that, or a larger "
-            "group size."
+            f"target_bits is {target:g}; the minimum for this model and group size is "
+            f"{minimum / num_weights:.3f} bits per weight, including scales and zeros. Use at "
+            "least that, or a larger group size."
         )
     return budget
 
 
 def budget_for_size(target_bytes: int, dense_bytes: int, units: Sequence[Unit]) -> int:
-    """Give the storage that a checkpoint's size leaves for quantized linears.
+    """Return the storage that a checkpoint size leaves for the quantized linears.
 
     Args:
-        target_bytes: Of the whole checkpoint.
-        dense_bytes: Of what stays in 16 bits.
+        target_bytes: Size of the whole checkpoint.
+        dense_bytes: Size of the tensors that stay in 16 bits.
         units: All units.
 
     Returns:
-        Bits in all.
+        Total bits of storage.
 
     Raises:
-        ConfigError: Even the fewest bits everywhere need more; says how much.
+        ConfigError: Even the fewest bits for every unit exceed the budget; says the minimum.
     """
-    least = sum(unit.choices[0].stored_bits for unit in units)
+    minimum = sum(unit.choices[0].stored_bits for unit in units)
     fixed_bytes = dense_bytes + sum(unit.other_bits for unit in units) // 8
     budget = 8 * (target_bytes - fixed_bytes)
-    if budget < least:
+    if budget < minimum:
         raise ConfigError(
-            f"target_size is {format_bytes(target_bytes)}; what is not rounded takes "
-            f"{format_bytes(fixed_bytes)} and the rest at least {format_bytes(least / 8)}. Give at "
-            f"least {format_bytes(fixed_bytes + least / 8)}, or a larger group size."
+            f"target_size is {format_bytes(target_bytes)}; the tensors that are not quantized take "
+            f"{format_bytes(fixed_bytes)}, and the quantized ones at least "
+            f"{format_bytes(minimum / 8)}. Use at least "
+            f"{format_bytes(fixed_bytes + minimum / 8)}, or a larger group size."
         )
     return budget
 
 
 def allocate(units: Sequence[Unit], budget: int) -> Allocation:
-    """Choose bits for every unit.
+    """Choose the bits of every unit within a budget.
 
     Args:
         units: With their measured losses.
-        budget: Bits of storage, at least what the fewest bits everywhere need.
+        budget: Bits of storage; enough for the fewest bits of every unit.
 
     Returns:
-        The choice.
+        The allocation.
     """
     hulls = [_lower_hull(unit.choices) for unit in units]
     chosen = [0] * len(units)
     used = sum(hull[0].stored_bits for hull in hulls)
-    waiting: list[tuple[float, int]] = []
+    upgrades: list[tuple[float, int]] = []
 
-    def offer(index: int) -> None:
-        hull, place = hulls[index], chosen[index]
-        if place + 1 < len(hull):
-            here, there = hull[place], hull[place + 1]
-            gain = (here.loss - there.loss) / (there.stored_bits - here.stored_bits)
-            heapq.heappush(waiting, (-gain, index))
+    def push_upgrade(index: int) -> None:
+        hull, position = hulls[index], chosen[index]
+        if position + 1 < len(hull):
+            gain = _slope(hull[position], hull[position + 1])
+            heapq.heappush(upgrades, (-gain, index))
 
     for index in range(len(units)):
-        offer(index)
-    while waiting:
-        _, index = heapq.heappop(waiting)
-        hull, place = hulls[index], chosen[index]
-        cost = hull[place + 1].stored_bits - hull[place].stored_bits
-        # One that does not fit is dropped with all its later steps; a smaller unit may still fit.
+        push_upgrade(index)
+    while upgrades:
+        _, index = heapq.heappop(upgrades)
+        hull, position = hulls[index], chosen[index]
+        cost = hull[position + 1].stored_bits - hull[position].stored_bits
+        # A unit whose upgrade does not fit is done; the upgrade of a smaller one may still fit.
         if used + cost <= budget:
             used += cost
             chosen[index] += 1
-            offer(index)
-    final = [hull[place] for hull, place in zip(hulls, chosen, strict=True)]
+            push_upgrade(index)
+    final = [hull[position] for hull, position in zip(hulls, chosen, strict=True)]
     return Allocation(
         bits={
             name: choice.bits
@@ -174,7 +174,7 @@ def allocate(units: Sequence[Unit], budget: int) -> Allocation:
 
 
 def _lower_hull(choices: Sequence[Choice]) -> list[Choice]:
-    """Keep the choices between which loss falls ever more slowly as storage grows."""
+    """Return the choices on the lower convex hull of loss over storage."""
     hull: list[Choice] = []
     for choice in choices:
         if hull and choice.loss >= hull[-1].loss:
@@ -185,6 +185,6 @@ def _lower_hull(choices: Sequence[Choice]) -> list[Choice]:
     return hull
 
 
-def _slope(one: Choice, two: Choice) -> float:
-    """Loss saved per bit."""
-    return (one.loss - two.loss) / (two.stored_bits - one.stored_bits)
+def _slope(small: Choice, large: Choice) -> float:
+    """Return the loss saved per additional bit of storage."""
+    return (small.loss - large.loss) / (large.stored_bits - small.stored_bits)

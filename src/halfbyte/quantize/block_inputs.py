@@ -1,9 +1,9 @@
-"""What reaches the linears of a stage, over all batches -> the statistics that round them.
+"""Collect the input statistics of a stage's linears over all calibration batches.
 
 ::
 
-    passages, and the base model's beside -> Hessian or moments of each group's input
-        -> where few tokens reached an expert, also a pool of all experts' -> means, with notes
+    passes, and those of the base model -> Hessian or moments of each group's input
+        -> mixed with a pool over all experts, where few tokens reached one -> means and notes
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from halfbyte.quantize.target import MomentAccumulator
 from halfbyte.quantize.token_weights import TokenWeights
 
 FEW_TOKENS_PER_INPUT = 4
-"""An expert that saw fewer than this times its width is helped by its siblings' statistics."""
+"""An expert with fewer tokens than this times its input width also uses its siblings' inputs."""
 
 Accumulator = HessianAccumulator | MomentAccumulator
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupTasks:
-    """What is to be rounded of the linears that share one of a stage's inputs."""
+    """The linears to be rounded that share one of a stage's inputs."""
 
     index: int
-    """Of the group in its stage."""
+    """Position of the group in its stage."""
     tasks: tuple[LinearTask, ...]
 
     @property
@@ -44,193 +44,198 @@ class GroupTasks:
 
 
 class InputCollector:
-    """Takes all batches to a stage of a block and sums what reaches its groups there."""
+    """Runs all batches up to a stage of a block and sums the statistics of its groups' inputs."""
 
     def __init__(
         self,
         config: QuantConfig,
         device: torch.device,
-        passages: ForwardPasses,
-        base_passages: ForwardPasses | None,
+        passes: ForwardPasses,
+        base_passes: ForwardPasses | None,
         base_weights: Callable[[], AbstractContextManager[None]],
         token_weights: TokenWeights | None,
     ) -> None:
-        """Take what all stages of a block share.
+        """Set up collection for all stages of a block.
 
         Args:
-            config: What the rounding will ask for.
+            config: Decides which statistics are needed.
             device: Where to sum.
-            passages: The batches, on their way through the block.
-            base_passages: The same batches as the base model sees them; None: it runs not beside.
-            base_weights: Puts the base model's weights into the block for a while.
-            token_weights: What the tokens count; None: all alike.
+            passes: The batches, on their way through the block.
+            base_passes: The same batches in the base model; None if it does not run alongside.
+            base_weights: Context manager that puts the base model's weights into the block.
+            token_weights: Weights of the tokens; None: all equal.
         """
         self.config = config
         self.device = device
-        self.passages = passages
-        self.base_passages = base_passages
+        self.passes = passes
+        self.base_passes = base_passes
         self.base_weights = base_weights
         self.token_weights = token_weights
 
     def collect(
         self, stage: int, groups: Sequence[GroupTasks], *, routed: bool
     ) -> Sequence[Accumulator]:
-        """Sum over all batches; on a GPU unchecked at first, for nearly always all is finite.
+        """Sum the statistics of some groups over all batches.
+
+        On a GPU the batches are first summed without a check for NaN and infinity, which would
+        wait for each of them; only if the sum is not finite are they summed again with it.
 
         Args:
-            stage: Which stage.
-            groups: Which of its groups.
-            routed: Whether tokens are routed to the groups: then nobody knows which they are, in
-                the base model or among the weights.
+            stage: Index of the stage.
+            groups: Groups of that stage.
+            routed: Whether tokens are routed to the groups (experts). Then the tokens cannot be
+                matched with those of the base model or with the token weights.
 
         Returns:
             One accumulator per group.
         """
-        base_passages = None if routed else self.base_passages
-        roots = [None if routed else self._roots(group) for group in groups]
-        found: Sequence[Accumulator] = ()
-        for checked in (False, True) if self._sums_first else (True,):
-            del found
-            found = self._sum_batches(stage, groups, base_passages, roots, checked=checked)
-            if all(isinstance(a, MomentAccumulator) or a.is_finite for a in found):
+        base_passes = None if routed else self.base_passes
+        sqrt_weights = [None if routed else self._sqrt_weights(group) for group in groups]
+        sums: Sequence[Accumulator] = ()
+        for checked in (False, True) if self._checks_afterwards else (True,):
+            del sums
+            sums = self._sum_batches(stage, groups, base_passes, sqrt_weights, checked=checked)
+            if all(isinstance(a, MomentAccumulator) or a.is_finite for a in sums):
                 break
-        return found
+        return sums
 
     def pool(self, stage: int, num_groups: int, width: int) -> HessianAccumulator:
-        """Sum the inputs of all experts of a stage in one Hessian.
+        """Sum one Hessian over the inputs of all experts of a stage.
 
         Args:
-            stage: Which stage.
-            num_groups: How many experts it has.
-            width: Of their inputs.
+            stage: Index of the stage.
+            num_groups: Number of experts.
+            width: Width of their inputs.
 
         Returns:
             The sum.
         """
         pool = HessianAccumulator(width, self.device)
-        for batch in range(self.passages.num_batches):
-            inputs = self.passages.reach(batch, stage)
+        for batch in range(self.passes.num_batches):
+            inputs = self.passes.reach(batch, stage)
             for index in range(num_groups if inputs is not None else 0):
                 pool.update(inputs[index]())  # type: ignore[index]
             del inputs
-            self.passages.release(batch)
+            self.passes.release(batch)
         return pool
 
-    def _roots(self, group: GroupTasks) -> list[Tensor] | None:
+    @property
+    def _checks_afterwards(self) -> bool:
+        return self.device.type != "cpu"
+
+    def _sqrt_weights(self, group: GroupTasks) -> list[Tensor] | None:
+        """Return the square roots of the token weights of a group, by batch."""
         if self.token_weights is None:
             return None
         return self.token_weights.roots([task.name for task in group.tasks], self.device)
-
-    @property
-    def _sums_first(self) -> bool:
-        return self.device.type != "cpu"
 
     def _sum_batches(
         self,
         stage: int,
         groups: Sequence[GroupTasks],
-        base_passages: ForwardPasses | None,
-        roots: Sequence[list[Tensor] | None],
+        base_passes: ForwardPasses | None,
+        sqrt_weights: Sequence[list[Tensor] | None],
         *,
         checked: bool,
     ) -> Sequence[Accumulator]:
-        found: list[Accumulator] = []
+        sums: list[Accumulator] = []
         for group in groups:
             if self.config.needs_check:
-                drift = base_passages is not None
-                found.append(MomentAccumulator(group.width, self.device, drift=drift))
+                drift = base_passes is not None
+                sums.append(MomentAccumulator(group.width, self.device, drift=drift))
             else:
-                found.append(HessianAccumulator(group.width, self.device, checked=checked))
-        for batch in range(self.passages.num_batches):
+                sums.append(HessianAccumulator(group.width, self.device, checked=checked))
+        for batch in range(self.passes.num_batches):
             base_inputs = None
-            if base_passages is not None:
+            if base_passes is not None:
                 with self.base_weights():
-                    base_inputs = base_passages.reach(batch, stage)
-            inputs = self.passages.reach(batch, stage)
+                    base_inputs = base_passes.reach(batch, stage)
+            inputs = self.passes.reach(batch, stage)
             if inputs is not None:
-                for group, accumulator, of_group in zip(groups, found, roots, strict=True):
+                for group, accumulator, by_batch in zip(groups, sums, sqrt_weights, strict=True):
                     index = group.index
-                    here = None if of_group is None else of_group[batch]
+                    weights = None if by_batch is None else by_batch[batch]
                     if isinstance(accumulator, MomentAccumulator):
                         base = None if base_inputs is None else base_inputs[index]()
-                        accumulator.update(batch, inputs[index](), base, here)
+                        accumulator.update(batch, inputs[index](), base, weights)
                     else:
-                        accumulator.update(inputs[index](), here)
+                        accumulator.update(inputs[index](), weights)
             del inputs, base_inputs
-            self.passages.release(batch)
-            if base_passages is not None:
-                base_passages.release(batch)
-        return found
+            self.passes.release(batch)
+            if base_passes is not None:
+                base_passes.release(batch)
+        return sums
 
 
-def cut_portions(
+def split_by_memory(
     groups: Sequence[GroupTasks], config: QuantConfig, limit_bytes: int
 ) -> Iterator[list[GroupTasks]]:
-    """Split a stage's groups so that what is summed for each portion fits the memory for it.
+    """Split a stage's groups into chunks whose statistics fit in memory.
 
     Args:
         groups: The groups.
-        config: Says how many matrices are summed for each.
-        limit_bytes: For the matrices of a portion; one group may exceed it.
+        config: Decides how many matrices are summed per group.
+        limit_bytes: Memory for the matrices of a chunk; a single group may exceed it.
 
     Yields:
-        The portions, in order.
+        The chunks, in order.
     """
-    # Hessians and drifts, in two parts.
+    # Hessians, and drifts with match_base, each for two halves of the text.
     matrices = (4 if config.match_base else 2) if config.needs_check else 1
-    portion: list[GroupTasks] = []
-    used = 0
+    chunk: list[GroupTasks] = []
+    used_bytes = 0
     for group in groups:
-        size = 4 * group.width**2 * matrices
-        if portion and used + size > limit_bytes:
-            yield portion
-            portion, used = [], 0
-        portion.append(group)
-        used += size
-    if portion:
-        yield portion
+        size_bytes = 4 * group.width**2 * matrices
+        if chunk and used_bytes + size_bytes > limit_bytes:
+            yield chunk
+            chunk, used_bytes = [], 0
+        chunk.append(group)
+        used_bytes += size_bytes
+    if chunk:
+        yield chunk
 
 
 def is_starved(accumulator: Accumulator) -> bool:
-    """Whether too few tokens came for a Hessian of its own."""
+    """Return whether an input has too few tokens for a Hessian of its own."""
     return accumulator.num_tokens < FEW_TOKENS_PER_INPUT * accumulator.in_features
 
 
 def finish_statistics(
-    name: str, own: Accumulator, pool: HessianAccumulator | None, *, shrinkage: float = 0.0
+    name: str, sums: Accumulator, pool: HessianAccumulator | None, *, shrinkage: float = 0.0
 ) -> InputStatistics:
-    """Turn sums into means, mixed with the pool's where few tokens came.
+    """Turn sums into means, mixed with the pool where an expert got few tokens.
 
     Args:
-        name: Of a linear with this input, for messages.
-        own: The sums; not to be used any more.
-        pool: Those of all experts of the stage, where one is starved.
-        shrinkage: Share taken off the products of different inputs; the halves stay as they are.
+        name: A linear with this input, for messages.
+        sums: The sums over all batches; consumed, not usable afterwards.
+        pool: The Hessian over all experts of the stage, where one has too few tokens.
+        shrinkage: Fraction by which the Hessian's off-diagonal entries are reduced; the halves stay
+            unchanged.
 
     Returns:
-        What the rounding asks for.
+        The statistics that rounding needs.
 
     Raises:
-        CalibrationError: No token's inputs were finite; names the linear.
+        CalibrationError: No token had finite inputs; names the linear.
     """
     notes = []
-    if own.dropped_tokens:
-        seen = own.num_tokens + own.dropped_tokens
-        if own.num_tokens == 0:
+    if sums.dropped_tokens:
+        seen = sums.num_tokens + sums.dropped_tokens
+        if sums.num_tokens == 0:
             raise CalibrationError(
                 f"Cannot quantize {name}: its inputs are not finite in any of {seen} calibration "
-                "tokens. Compute in float32 (--dtype float32), or look for damaged weights in the "
-                "blocks before it."
+                "tokens. Compute in float32 (--dtype float32), or check the blocks before it for "
+                "damaged weights."
             )
-        notes.append(f"{own.dropped_tokens} of {seen} tokens dropped: their inputs are not finite")
-    total, num_tokens = own.total(), own.num_tokens
-    halves = own.moments() if isinstance(own, MomentAccumulator) else None
-    if pool is not None and is_starved(own) and pool.num_tokens:
+        notes.append(f"{sums.dropped_tokens} of {seen} tokens dropped: their inputs are not finite")
+    total, num_tokens = sums.total(), sums.num_tokens
+    halves = sums.moments() if isinstance(sums, MomentAccumulator) else None
+    if pool is not None and is_starved(sums) and pool.num_tokens:
         halves = None
         hessian, share = shrink_to_pool(total, num_tokens, pool.total(), pool.num_tokens)
-        notes.append(f"{num_tokens} tokens only: {share:.0%} of its Hessian is all experts'")
+        notes.append(f"only {num_tokens} tokens: {share:.0%} of its Hessian is that of all experts")
     else:
-        # In place: nobody asks the accumulator again, and a matrix this large counts.
+        # In place: the sum is not needed again, and a second matrix of this size is expensive.
         hessian = total.div_(max(num_tokens, 1))
     shrink_to_diagonal(hessian, shrinkage)
     return InputStatistics(

@@ -1,4 +1,4 @@
-"""A block's linears -> how each is rounded, or why it is not."""
+"""Plan how each linear of a block is rounded, or why it is skipped."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def plan_tasks(
     config: QuantConfig,
     disk_name: Callable[[str], str],
 ) -> tuple[list[LinearTask], list[SkippedModule]]:
-    """Decide for every linear how it is rounded, or why it is not.
+    """Decide for every linear how it is rounded, or why it is skipped.
 
     Args:
-        prefix: Name of the block in the model, with its dot.
+        prefix: Name of the block in the model, with a trailing dot.
         root: The block.
-        exact: What its linears hold, in the stored type, by their names within it.
-        config: What was asked for.
-        disk_name: Says what a module of the model is called on disk.
+        exact: Weight and bias of its linears in the stored dtype, by name within the block.
+        config: How to quantize.
+        disk_name: Maps a module's name in the model to its name on disk.
 
     Returns:
-        The tasks, and what is skipped.
+        The linears to round, and the skipped modules.
 
     Raises:
         CheckpointError: A weight to be rounded is not finite; names the module.
@@ -44,9 +44,9 @@ def plan_tasks(
     routers = _routers(root)
     for module, (weight, bias) in exact.items():
         name = disk_name(prefix + module)
-        scheme, told = _choose_scheme(name, weight, config, routers.get(module))
+        scheme, reason = _choose_scheme(name, weight, config, routers.get(module))
         if scheme is None:
-            skipped.append(SkippedModule(name=name, reason=told))
+            skipped.append(SkippedModule(name=name, reason=reason))
             continue
         _check_finite(name, weight)
         tasks.append(
@@ -56,7 +56,7 @@ def plan_tasks(
                 weight=weight,
                 bias=bias,
                 scheme=scheme,
-                notes=(told,) if told else (),
+                notes=(reason,) if reason else (),
             )
         )
     for module in _fused_matrices(root):
@@ -68,7 +68,7 @@ def plan_tasks(
 def _choose_scheme(
     name: str, weight: Tensor, config: QuantConfig, router: str | None
 ) -> tuple[Scheme | None, str]:
-    """The scheme that fits a linear, with a note on how it departs; or None, with the reason."""
+    """Return a linear's scheme and a note on what was adjusted, or None and why it is skipped."""
     scheme = config.scheme_for(name)
     if scheme is None:
         return None, "a skip pattern matches its name"
@@ -81,13 +81,13 @@ def _choose_scheme(
 def fit_scheme(
     scheme: Scheme, in_features: int, out_features: int, *, ragged_groups: bool
 ) -> tuple[Scheme | None, str]:
-    """Fit a scheme to the sizes of a linear.
+    """Adjust a scheme's group size to the shape of a linear.
 
     Args:
-        scheme: What was asked for.
-        in_features: The linear's.
-        out_features: The linear's.
-        ragged_groups: Whether a group may be shorter than the others.
+        scheme: The requested scheme.
+        in_features: Columns of the weight.
+        out_features: Rows of the weight.
+        ragged_groups: Whether the last group may be shorter than the others.
 
     Returns:
         The scheme and what was changed in it; or None and why none fits.
@@ -112,13 +112,13 @@ def _check_finite(name: str, weight: Tensor) -> None:
     if not bool(finite.all()):
         raise CheckpointError(
             f"Cannot quantize {name}: {int((~finite).sum())} of its {weight.numel()} weights are "
-            "not finite. The model's files are damaged; download them again, or leave the module "
-            "as it is with --skip."
+            "not finite. The model's files are damaged; download them again, or leave this module "
+            "unquantized with --skip."
         )
 
 
 def _fused_matrices(root: nn.Module) -> list[str]:
-    """Name the modules that still hold matrices in 3-D parameters, declared as experts or not."""
+    """Return the names of modules that still hold matrices in 3-D parameters."""
     found = set(find_fused_experts(root))
     for name, module in root.named_modules():
         parameters = module.parameters(recurse=False)
@@ -128,7 +128,7 @@ def _fused_matrices(root: nn.Module) -> list[str]:
 
 
 def _routers(block: nn.Module) -> dict[str, str]:
-    """Find linears that score the experts beside them: small, and every error misroutes."""
+    """Find the routers of experts, which stay unquantized: small, and their errors misroute."""
     routers = {}
     for name, experts in block.named_modules():
         if not isinstance(experts, UnfusedExperts):

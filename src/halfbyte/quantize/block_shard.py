@@ -1,4 +1,4 @@
-"""What a finished block leaves behind: its shard on disk, and what the journal says of it."""
+"""Write a finished block: its shard on disk and its entry in the journal."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from halfbyte.quantize.rounding import RoundedLinear, weight_checksum
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockShard:
-    """A finished block on its way to the disk; the model is not needed any more."""
+    """A finished block that is ready to be written, independent of the model."""
 
     path: Path
     tensors: Mapping[str, Tensor]
-    """On the CPU, or on their way there."""
+    """On the CPU, or being copied to it."""
     copied: torch.cuda.Event | None
-    """Happens when they are there."""
+    """Recorded after the copies; None where nothing is copied from a GPU."""
     modules: Sequence[ModuleReport]
     checksums: Mapping[str, int]
     packed_bits: tuple[int, int]
@@ -36,7 +36,7 @@ class BlockShard:
         """Write the shard.
 
         Returns:
-            The journal's entry about it.
+            The block's entry for the journal.
         """
         if self.copied is not None:
             self.copied.synchronize()
@@ -57,15 +57,15 @@ def gather_block(
     exact: Mapping[str, LinearTensors],
     split_experts: Sequence[str],
 ) -> BlockShard:
-    """Gather what one block's shard will hold.
+    """Collect the tensors of one block's shard.
 
     Args:
         weights: The base model, with the block loaded.
         output: The checkpoint's folder.
-        index: Which block.
+        index: Index of the block.
         rounded: Its rounded linears.
-        exact: What all its linears held before rounding, by name within the block.
-        split_experts: Names of its experts modules that were split.
+        exact: Weight and bias of all its linears before rounding, by name within the block.
+        split_experts: Names of its fused experts modules that were split into linears.
 
     Returns:
         The shard.
@@ -87,20 +87,20 @@ def gather_block(
 def _copy_to_host(
     tensors: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
-    """Begin to copy what lies on a GPU; nobody waits for it."""
+    """Start copying GPU tensors to the host, without waiting for the copies."""
     device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
     if device is None:
         return dict(tensors), None
-    found = {}
+    host_tensors = {}
     for name, tensor in tensors.items():
         if tensor.is_cuda:
             host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            found[name] = host.copy_(tensor, non_blocking=True)
+            host_tensors[name] = host.copy_(tensor, non_blocking=True)
         else:
-            found[name] = tensor
+            host_tensors[name] = tensor
     copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
     copied.record(torch.cuda.current_stream(device))
-    return found, copied
+    return host_tensors, copied
 
 
 def rewrite_block(
@@ -110,17 +110,17 @@ def rewrite_block(
     weights: Mapping[str, Tensor],
     note: str,
 ) -> dict[str, Any]:
-    """Write a finished block's shard again, with other scales and gains.
+    """Write a finished block's shard again with changed scales and gains.
 
     Args:
         output: The checkpoint's folder.
-        entry: What the journal says of the block.
-        changed: Tensors that take the place of those of the same name.
+        entry: The block's entry in the journal.
+        changed: Tensors that replace those of the same name.
         weights: The linears' dequantized weights, fp32 [out, in], by name on disk.
-        note: For every linear's report.
+        note: Added to the report of every linear.
 
     Returns:
-        The journal's new entry.
+        The block's new entry for the journal.
     """
     path = output / entry["shard"]["file_name"]
     digest = write_shard(path, {**read_shard(path), **changed})
@@ -138,10 +138,10 @@ def _dense_tensors(
     exact: Mapping[str, LinearTensors],
     split_experts: Sequence[str],
 ) -> dict[str, Tensor]:
-    """Take a block's other tensors as they are.
+    """Return the tensors of a block that are not quantized.
 
-    A linear left dense goes out on its own where what holds it on disk does not: an expert of a
-    fused tensor, or k beside a rounded q that were one tensor.
+    They are copied as they are on disk. Where a tensor on disk holds several linears of which some
+    are quantized (fused experts, fused q/k/v), the unquantized ones are stored separately.
     """
     prefix = weights.blocks.name(index)
     names = {r.module for r in rounded}
@@ -150,14 +150,14 @@ def _dense_tensors(
     without = [f"{prefix}.{name}" for name in (*names, *split)]
     kept = weights.block_keys(index, without)
     dense = weights.files.load(kept)
-    gone = set(weights.block_keys(index)) - set(kept)
-    lost = {name for key in gone for name in weights.parameters_of(key)}
+    dropped = set(weights.block_keys(index)) - set(kept)
+    missing = {name for key in dropped for name in weights.parameters_of(key)}
     for name, tensors in exact.items():
         if name in names:
             continue
         disk_name = weights.disk_name(f"{prefix}.{name}")
         for suffix, tensor in tensors._asdict().items():
-            is_lost = f"{prefix}.{name}.{suffix}" in lost or name.startswith(inside)
-            if is_lost and tensor is not None:
+            is_missing = f"{prefix}.{name}.{suffix}" in missing or name.startswith(inside)
+            if is_missing and tensor is not None:
                 dense[f"{disk_name}.{suffix}"] = tensor
     return dense

@@ -1,4 +1,4 @@
-"""How large a model's blocks are, for plans: bytes, and multiply-adds."""
+"""Measure the sizes of a model's blocks for the memory and time plan."""
 
 from __future__ import annotations
 
@@ -12,43 +12,44 @@ from halfbyte.model.weights import ModelWeights
 from halfbyte.quantize.rounding import rows_at_a_time
 
 SOLVER_COPIES = 8
-"""Matrices of a weight's size in fp32 that the solver holds at its peak, as measured."""
+"""fp32 matrices of a weight's size that the solver holds at its peak, as measured."""
 HESSIAN_COPIES = 5
-"""Matrices of a Hessian's size in fp32 that factoring holds at its peak."""
+"""fp32 matrices of a Hessian's size that the factorization holds at its peak."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """Sizes of the widest block, which is what memory depends on."""
+    """Sizes of the largest block, which determine memory, and of all blocks together."""
 
     hidden: int
     block_bytes: int
-    """As stored."""
+    """In the stored dtype."""
     block_numbers: int
+    """Parameters of the largest block."""
     widest_input: int
     solver_bytes: int
-    """That rounding takes at its peak."""
+    """Peak memory of rounding."""
     routed: int
-    """Experts that a token goes through; 1 without experts."""
+    """Experts that a token is routed to; 1 without experts."""
     numbers: int
-    """Weights of all linears in all blocks that a token goes through."""
+    """Weights of all linears in all blocks that are active for a token."""
     linears: int
-    """In all blocks, but for fused experts."""
+    """Number of linears in all blocks, without fused experts."""
     hessian_macs: int
-    """in² over all inputs: multiply-adds per token for the Hessians."""
+    """in² summed over all inputs: multiply-adds per token for the Hessians."""
     solve_macs: int
     """Multiply-adds of one sweep over all weights."""
 
 
 def measure_sizes(weights: ModelWeights, *, matrices: int) -> Sizes:
-    """Measure the shapes of a model of which nothing is loaded.
+    """Measure the block sizes of a model that is not loaded.
 
     Args:
         weights: The model.
-        matrices: Of a Hessian's size that are held beside those of factoring.
+        matrices: Matrices of a Hessian's size held in addition to those of the factorization.
 
     Returns:
-        Its sizes.
+        The sizes.
     """
     config = weights.config.get_text_config()
     widest = routed = 1

@@ -1,16 +1,16 @@
-"""Codes and scales of one block -> better ones, trained on what the block as a whole computes.
+"""Train the codes and scales of one block against the base model's output of that block.
 
-The sweep settles one linear at a time on a quadratic model of its own error. Here all linears of a
-block are trained together, through the block's own forward, to give the base model's hidden states
-behind it. Each weight is a latent number that is rounded to its code; the gradient passes the
-rounding as if it were not there. A latent starts inside its code, on the side of the exact weight,
-and moves by half a code at most, far only where its gradients agree. What comes of it is kept
-where it is better on text that was not trained on.
+The sweep rounds one linear at a time on a quadratic model of its own error. Here all linears of a
+block are trained together, through the block's forward pass, to reproduce the base model's hidden
+states behind the block. Each weight is a latent number that is rounded to its code, with a
+straight-through gradient. A latent starts within the interval of its code, shifted towards the
+exact weight, and moves by half a code at most; only consistent gradients move it far. The result
+is kept if it is better on held-out text.
 
 Source:
     Learned rounding: Cheng et al. 2023 (AutoRound), https://arxiv.org/abs/2309.05516, which starts
-    from plain rounding and follows the gradient's sign. From GPTQ's codes that undoes more than it
-    gains (docs/log.md): Adam's mean gradient over its size, and a start away from the edge, do not.
+    from plain rounding and uses sign gradient descent. Started from GPTQ's codes, that loses more
+    than it gains (docs/log.md); Adam and a start away from the interval's edge avoid this.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from halfbyte.quantize.rounding import RoundedLinear, pack_rounded
 from halfbyte.quantize.target import CHECK_EVERY
 
 CHECKS = 4
-"""How often the held-out error is looked at."""
-FURTHEST = 0.3
-"""How far from the middle of its code a latent may start; the edge is at 0.5."""
+"""How many times the held-out error is measured during training."""
+MAX_START_OFFSET = 0.3
+"""Largest initial distance of a latent from the middle of its code; the edge is at 0.5."""
 MEAN_DECAY, SQUARE_DECAY = 0.9, 0.99
-"""Adam's."""
+"""Adam's decay rates of the first and second moment."""
 SCALE_RATE = 0.1
-"""Relative step of a scale per step of a latent."""
+"""Relative step of a scale, as a multiple of a latent's learning rate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,51 +49,51 @@ class TunedLinear:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockTuning:
-    """What tuning one block gave."""
+    """The result of tuning one block."""
 
     linears: Mapping[str, TunedLinear]
-    """By name within the block; empty where nothing was better."""
+    """By name within the block; empty if no step improved the held-out error."""
     before: float
-    """Squared distance to the base model's hidden states over their squared size, mean over
-    held-out tokens."""
+    """Held-out error before tuning: squared distance to the base model's hidden states relative to
+    their squared norm, mean over tokens."""
     after: float
 
 
 class TuningData:
-    """Inputs and wanted outputs of one block, batch by batch."""
+    """Outputs of one block and their targets, batch by batch."""
 
     def __init__(
         self,
         run: Callable[[int], Tensor],
-        wanted: Callable[[int], Tensor],
+        target: Callable[[int], Tensor],
         num_batches: int,
     ) -> None:
-        """Take what gives the batches.
+        """Split the batches into training and held-out ones.
 
         Args:
-            run: Runs the block on a batch, with gradients where they are on.
-            wanted: The base model's hidden states behind the block for that batch.
-            num_batches: How many there are; every fourth is not trained on but judges.
+            run: Runs the block on a batch; supports autograd.
+            target: Returns the base model's hidden states behind the block for that batch.
+            num_batches: Number of batches; every fourth is held out.
         """
         self.run = run
-        self.wanted = wanted
-        self.check = list(range(CHECK_EVERY - 1, num_batches, CHECK_EVERY))
-        self.fit = [batch for batch in range(num_batches) if batch not in self.check]
+        self.target = target
+        self.held_out = list(range(CHECK_EVERY - 1, num_batches, CHECK_EVERY))
+        self.training = [batch for batch in range(num_batches) if batch not in self.held_out]
 
-    def distance(self, batch: int) -> Tensor:
-        """Give the squared distance over the squared size of what is wanted, mean over tokens.
+    def compute_error(self, batch: int) -> Tensor:
+        """Compute the squared distance to the target over its squared norm, mean over tokens.
 
-        Token by token, because the next block normalises each, and because a first token may be
-        hundreds of times as large as all others.
+        Relative to each token, because the next block normalizes each of them, and because the
+        first token may be hundreds of times as large as all others.
         """
-        wanted = self.wanted(batch).float()
-        error = (self.run(batch).float() - wanted).square().sum(-1)
-        return (error / wanted.square().sum(-1)).mean()
+        target = self.target(batch).float()
+        error = (self.run(batch).float() - target).square().sum(-1)
+        return (error / target.square().sum(-1)).mean()
 
     @torch.no_grad()
-    def held_out(self) -> float:
-        """Give the mean distance on the batches to judge by."""
-        return sum(float(self.distance(batch)) for batch in self.check) / len(self.check)
+    def measure_held_out_error(self) -> float:
+        """Return the mean error on the held-out batches."""
+        return sum(float(self.compute_error(batch)) for batch in self.held_out) / len(self.held_out)
 
 
 def tune_rounded(
@@ -105,35 +105,35 @@ def tune_rounded(
     steps: int,
     seed: int,
 ) -> list[RoundedLinear]:
-    """Tune the linears that were rounded in a block, where that helps, and note what came of it.
+    """Tune the rounded linears of a block if that reduces the held-out error; note the outcome.
 
     Args:
-        block: The block; its linears get the weights of what is given back.
-        rounded: What the sweep gave.
-        exact: What the linears held before rounding, by name within the block.
-        data: The text.
+        block: The block; its linears are set to the returned weights.
+        rounded: Results of the sweep.
+        exact: Weight and bias of the linears before rounding, by name within the block.
+        data: The block's outputs and targets.
         steps: Training steps.
-        seed: Orders the batches.
+        seed: Shuffles the batches.
 
     Returns:
-        The results, in the same order.
+        The linears, tuned or as they were, in the same order.
     """
-    if not data.check:
-        return [_noted(r, "not tuned: too little text to confirm it") for r in rounded]
-    found = tune_block(
+    if not data.held_out:
+        return [_add_note(r, "not tuned: too little text to hold some out") for r in rounded]
+    tuning = tune_block(
         block,
         {r.module: (r.grid, r.codes, exact[r.module].weight) for r in rounded},
         data,
         steps=steps,
         seed=seed,
     )
-    if not found.linears:
-        return [_noted(r, "not tuned: nothing better was found on held-out text") for r in rounded]
-    share = found.after / found.before
-    note = f"tuned with its block, whose held-out error became {share:.1%} of what it was"
+    if not tuning.linears:
+        return [_add_note(r, "not tuned: no improvement on held-out text") for r in rounded]
+    share = tuning.after / tuning.before
+    note = f"tuned together with its block: held-out error {share:.1%} of that before"
     results = []
     for linear in rounded:
-        tuned = found.linears[linear.module]
+        tuned = tuning.linears[linear.module]
         module = block.get_submodule(linear.module)
         result = pack_rounded(
             linear.module,
@@ -143,11 +143,11 @@ def tune_rounded(
             report=linear.report,
         )
         set_linear_weight(module, result.weight)
-        results.append(_noted(result, note))
+        results.append(_add_note(result, note))
     return results
 
 
-def _noted(linear: RoundedLinear, note: str) -> RoundedLinear:
+def _add_note(linear: RoundedLinear, note: str) -> RoundedLinear:
     report = replace(linear.report, notes=(*linear.report.notes, note))
     return replace(linear, report=report)
 
@@ -163,72 +163,72 @@ def tune_block(
     """Train the codes and scales of a block's linears.
 
     Args:
-        block: The block; on return its linears hold what they held before.
+        block: The block; on return its linears have their previous weights again.
         linears: Grid, codes [out, in] and exact weight [out, in], by name within the block.
-        data: The text.
+        data: The block's outputs and targets.
         steps: Training steps, one batch each.
-        seed: Orders the batches.
+        seed: Shuffles the batches.
 
     Returns:
-        The best that was found.
+        The best codes and scales found, and the held-out error before and after.
     """
     modules = {name: block.get_submodule(name) for name in linears}
     latents = {
         name: _Latent(*linear, dtype=linear_weight(modules[name]).dtype)
         for name, linear in linears.items()
     }
-    kept = {name: module._parameters.pop("weight") for name, module in modules.items()}
-    dice = torch.Generator().manual_seed(seed)
+    original = {name: module._parameters.pop("weight") for name, module in modules.items()}
+    generator = torch.Generator().manual_seed(seed)
     queue: list[int] = []
     try:
         with torch.enable_grad():
-            _put(modules, latents)
-            before = best = data.held_out()
-            found: dict[str, TunedLinear] = {}
+            _set_weights(modules, latents)
+            before = best_error = data.measure_held_out_error()
+            best: dict[str, TunedLinear] = {}
             for step in range(steps):
                 if not queue:
-                    order = torch.randperm(len(data.fit), generator=dice).tolist()
-                    queue = [data.fit[i] for i in order]
-                _put(modules, latents)
-                data.distance(queue.pop()).backward()  # type: ignore[no-untyped-call]
+                    order = torch.randperm(len(data.training), generator=generator).tolist()
+                    queue = [data.training[i] for i in order]
+                _set_weights(modules, latents)
+                data.compute_error(queue.pop()).backward()  # type: ignore[no-untyped-call]
                 rate = (1 - step / steps) / steps
                 for latent in latents.values():
-                    latent.follow(rate)
+                    latent.step(rate)
                 if (step + 1) % max(1, steps // CHECKS) == 0 or step == steps - 1:
                     for latent in latents.values():
                         latent.round_scales()
-                    _put(modules, latents)
-                    distance = data.held_out()
-                    if distance < best:
-                        best = distance
-                        found = {name: latent.settle() for name, latent in latents.items()}
+                    _set_weights(modules, latents)
+                    error = data.measure_held_out_error()
+                    if error < best_error:
+                        best_error = error
+                        best = {name: latent.quantize() for name, latent in latents.items()}
     finally:
         for name, module in modules.items():
             module.__dict__.pop("weight", None)
-            module._parameters["weight"] = kept[name]
-    return BlockTuning(linears=found, before=before, after=best)
+            module._parameters["weight"] = original[name]
+    return BlockTuning(linears=best, before=before, after=best_error)
 
 
-def _put(modules: Mapping[str, nn.Module], latents: Mapping[str, _Latent]) -> None:
-    """Let every linear compute with what its latents round to now."""
+def _set_weights(modules: Mapping[str, nn.Module], latents: Mapping[str, _Latent]) -> None:
+    """Set every linear's weight to its rounded latents, as part of the autograd graph."""
     for name, module in modules.items():
         weight = latents[name].weight()
-        # A plain attribute: a Parameter would cut the gradient's way to the latents.
+        # A plain attribute: a Parameter would cut the gradient off from the latents.
         module.__dict__["weight"] = weight.t() if isinstance(module, Conv1D) else weight
 
 
 class _Latent:
-    """The trained numbers of one linear."""
+    """The trainable latents and scales of one linear, with their Adam state."""
 
     def __init__(self, grid: Grid, codes: Tensor, exact: Tensor, *, dtype: torch.dtype) -> None:
         self.grid = grid
         self.dtype = dtype
         rounded = codes.float() - grid.column_zeros()
-        wanted = exact.float() / grid.column_scales()
-        start = torch.clamp(wanted, rounded - FURTHEST, rounded + FURTHEST)
+        unrounded = exact.float() / grid.column_scales()
+        start = torch.clamp(unrounded, rounded - MAX_START_OFFSET, rounded + MAX_START_OFFSET)
         self.values = start.requires_grad_()
-        self.mean, self.square = torch.zeros_like(wanted), torch.zeros_like(wanted)
-        self.steps = 0
+        self.mean, self.square = torch.zeros_like(unrounded), torch.zeros_like(unrounded)
+        self.num_steps = 0
         self.scales = grid.scales.clone().requires_grad_()
         self.lowest = -grid.column_zeros()
         self.highest = self.lowest + float(2**grid.bits - 1)
@@ -239,26 +239,29 @@ class _Latent:
         )
 
     @torch.no_grad()
-    def follow(self, rate: float) -> None:
-        """Step against the gradient; a scale against its sign, for it has hundreds of weights."""
+    def step(self, rate: float) -> None:
+        """Take an Adam step on the latents and a sign step on the scales.
+
+        Each scale sums the gradients of hundreds of weights, so its sign is reliable.
+        """
         gradient = self.values.grad
         assert gradient is not None
         assert self.scales.grad is not None
-        self.steps += 1
+        self.num_steps += 1
         self.mean.lerp_(gradient, 1 - MEAN_DECAY)
         self.square.mul_(SQUARE_DECAY).addcmul_(gradient, gradient, value=1 - SQUARE_DECAY)
-        size = (self.square / (1 - SQUARE_DECAY**self.steps)).sqrt_().add_(1e-20)
-        self.values.addcdiv_(self.mean, size, value=-rate / (1 - MEAN_DECAY**self.steps))
+        size = (self.square / (1 - SQUARE_DECAY**self.num_steps)).sqrt_().add_(1e-20)
+        self.values.addcdiv_(self.mean, size, value=-rate / (1 - MEAN_DECAY**self.num_steps))
         self.scales.mul_(1 - SCALE_RATE * rate * (self.scales.grad * self.scales).sign())
         self.values.grad = self.scales.grad = None
 
     @torch.no_grad()
     def round_scales(self) -> None:
-        """Judge with what will be stored."""
+        """Round the scales to their stored precision, before the held-out error is measured."""
         self.scales.copy_(round_to_stored(self.scales))
 
     @torch.no_grad()
-    def settle(self) -> TunedLinear:
+    def quantize(self) -> TunedLinear:
         codes = self.values.round().clamp_(self.lowest, self.highest).sub_(self.lowest)
         grid = Grid(
             bits=self.grid.bits,
@@ -270,7 +273,7 @@ class _Latent:
 
 
 class _RoundedWeight(torch.autograd.Function):
-    """scale * clamp(round(latent)), whose gradient takes the rounding for the identity."""
+    """scale * clamp(round(latent)) with a straight-through gradient for the rounding."""
 
     @staticmethod
     def forward(

@@ -1,9 +1,9 @@
-"""All streams of a run through one block: states in front of it -> its shard and those behind it.
+"""Run the calibration and probe text through one block while it is quantized and written.
 
 ::
 
-    load -> base model's probe -> round, the calibration text passing through -> tune
-         -> states behind the block -> quantized model's probe -> shard and journal
+    load -> base model on the probe -> round, with the calibration text -> tune
+         -> hidden states behind the block -> quantized model on the probe -> shard and journal
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from halfbyte.quantize.run_states import BASE_CALIBRATION, BASE_PROBE, CALIBRATI
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockWalk:
-    """What takes a run's text through its model, a block at a time."""
+    """Takes a run's text through its model, one block at a time."""
 
     work: BlockWork
     states: RunStates
@@ -41,14 +41,14 @@ class BlockWalk:
     """Calibration ids, [sequences, tokens] each."""
     settings: RunSettings
     seed: int
-    """Orders the batches of a block's tuning, with the block's number."""
+    """Plus the block's index: the seed that shuffles the batches of block tuning."""
 
-    def do_block(self, index: int, writer: BlockWriter) -> None:
-        """Round a block, write it, and leave the states behind it.
+    def quantize_block(self, index: int, writer: BlockWriter) -> None:
+        """Round and write a block, and save the hidden states behind it.
 
         Args:
-            index: The next block that is not done.
-            writer: Gets what is to be written.
+            index: The first block that is not finished.
+            writer: Writes the block's shard and journal entry.
         """
         work, weights, stream = self.work, self.work.weights, self.work.stream
         probe_ids = self.probe.ids.to(weights.device)
@@ -67,21 +67,21 @@ class BlockWalk:
             self.states.run_probe(PROBE, index, stream, probe_ids)
         with work.meter.timed("write"):
             self._write(index, rounded, exact, skipped, writer)
-        # What is freed here is what release_memory gives back.
+        # release_memory can only return what is no longer referenced.
         del block, exact, tasks, rounded
         weights.drop_block(index)
         release_memory()
 
     def loader(self, stream: str, position: int) -> LoadBatch:
-        """Give what reads a batch as a stream has it in front of a block.
+        """Return a function that loads a batch's input to a block.
 
         Args:
-            stream: Of the calibration text; see :mod:`halfbyte.quantize.run_states`.
-            position: The block; behind the last one at their number.
+            stream: A stream of the calibration text; see :mod:`halfbyte.quantize.run_states`.
+            position: Index of the block; the number of blocks for the states behind the last one.
 
         Returns:
-            Gives input ids, and hidden states but in front of the first block, by the batch's
-            number.
+            Maps a batch's index to its input ids and hidden states (None in front of the first
+            block).
         """
         device = self.work.weights.device
         states = self.states.at(stream, position)
@@ -92,16 +92,16 @@ class BlockWalk:
 
         return load
 
-    def passages(self, stream: str, position: int, *, keep_paused: bool) -> ForwardPasses:
-        """Send a stream's batches on their way from in front of a block.
+    def passes(self, stream: str, position: int, *, keep_paused: bool) -> ForwardPasses:
+        """Create the passes of a stream's batches through a block.
 
         Args:
-            stream: Of the calibration text.
-            position: The block.
+            stream: A stream of the calibration text.
+            position: Index of the block.
             keep_paused: See :class:`halfbyte.model.stream.ForwardPasses`.
 
         Returns:
-            The passages, none of which has begun.
+            The passes, not started yet.
         """
         load = self.loader(stream, position)
         return ForwardPasses(self.work.stream, len(self.batches), load, keep_paused=keep_paused)
@@ -113,30 +113,31 @@ class BlockWalk:
         tasks: Sequence[LinearTask],
         exact: Mapping[str, LinearTensors],
     ) -> list[RoundedLinear]:
-        """Round, tune, and pass the calibration text on to the next block."""
+        """Round and tune a block, and save the calibration text's hidden states behind it."""
         work, stream, keep = self.work, self.work.stream, self.settings.keep_paused
         with stream.at(index, work.stages):
-            passages = self.passages(CALIBRATION, index, keep_paused=keep)
-            base_passages = None
+            passes = self.passes(CALIBRATION, index, keep_paused=keep)
+            base_passes = None
             if work.config.match_base:
-                base_passages = self.passages(BASE_CALIBRATION, index, keep_paused=keep)
-            rounded = work.round_block(block, tasks, passages, base_passages)
-            if base_passages is not None:
+                base_passes = self.passes(BASE_CALIBRATION, index, keep_paused=keep)
+            rounded = work.round_block(block, tasks, passes, base_passes)
+            if base_passes is not None:
                 with work.meter.timed("forward and Hessians"), work.base_weights(block):
-                    self._pass_on(BASE_CALIBRATION, index, base_passages)
+                    self._save_states(BASE_CALIBRATION, index, base_passes)
             if work.config.tune_steps and rounded:
-                # They went through the block as it was before.
-                passages.close()
+                # Tuning changes weights that the paused batches have already used.
+                passes.close()
                 with work.meter.timed("tune"):
                     rounded = self._tune(index, block, rounded, exact)
             with work.meter.timed("forward and Hessians"):
-                self._pass_on(CALIBRATION, index, passages)
+                self._save_states(CALIBRATION, index, passes)
         return rounded
 
-    def _pass_on(self, stream: str, index: int, passages: ForwardPasses) -> None:
-        behind = self.states.at(stream, index + 1)
+    def _save_states(self, stream: str, index: int, passes: ForwardPasses) -> None:
+        """Finish all batches of a stream and save their hidden states behind the block."""
+        states = self.states.at(stream, index + 1)
         for batch in range(len(self.batches)):
-            behind.write(batch, passages.finish(batch))
+            states.write(batch, passes.finish(batch))
 
     def _tune(
         self,
@@ -146,10 +147,11 @@ class BlockWalk:
         exact: Mapping[str, LinearTensors],
     ) -> list[RoundedLinear]:
         work = self.work
-        load, wanted = self.loader(CALIBRATION, index), self.states.at(BASE_CALIBRATION, index + 1)
+        load = self.loader(CALIBRATION, index)
+        base_states = self.states.at(BASE_CALIBRATION, index + 1)
         data = TuningData(
             run=lambda batch: work.stream.run(*load(batch)),
-            wanted=lambda batch: wanted.read(batch).to(work.weights.device),
+            target=lambda batch: base_states.read(batch).to(work.weights.device),
             num_batches=len(self.batches),
         )
         steps, seed = work.config.tune_steps, self.seed + index
@@ -171,12 +173,13 @@ class BlockWalk:
             exact=exact,
             split_experts=self.work.split_experts,
         )
-        # Saving states takes the place of older ones, which a line not yet there may need.
+        # Saving states overwrites older ones; until the previous block's journal entry is written,
+        # resuming would need those.
         writer.wait()
-        facts = {
+        details = {
             "skipped": [[s.name, s.reason] for s in skipped],
             "stages": [[list(g.linears) for g in stage.groups] for stage in self.work.stages],
             "output_size": self.work.stream.output_sizes[index],
             "states": self.states.save(index + 1),
         }
-        writer.submit(lambda: {**shard.write(), **facts})
+        writer.submit(lambda: {**shard.write(), **details})

@@ -1,4 +1,4 @@
-"""One block: its weights -> statistics stage by stage -> rounded linears, with the model running.
+"""Round the linears of one block, stage by stage.
 
 ::
 
@@ -31,9 +31,9 @@ from halfbyte.quantize.block_inputs import (
     Accumulator,
     GroupTasks,
     InputCollector,
-    cut_portions,
     finish_statistics,
     is_starved,
+    split_by_memory,
 )
 from halfbyte.quantize.hessian import HessianAccumulator
 from halfbyte.quantize.meter import Meter
@@ -46,7 +46,7 @@ LoadBatch = Callable[[int], tuple[Tensor, Tensor | None]]
 
 
 class BlockWork:
-    """Rounds the linears of one block after the other."""
+    """Loads and rounds blocks, one at a time."""
 
     def __init__(
         self,
@@ -58,15 +58,15 @@ class BlockWork:
         on_linear: Callable[[RoundedLinear], None],
         meter: Meter,
     ) -> None:
-        """Take what all blocks share.
+        """Set up rounding for all blocks.
 
         Args:
             weights: The model's files.
             stream: Runs blocks.
             config: How to round.
-            hessian_bytes: For Hessians that are collected at the same time.
-            on_linear: Told of every rounded linear.
-            meter: Collects times and operations.
+            hessian_bytes: Memory for Hessians that are collected at the same time.
+            on_linear: Called with every rounded linear.
+            meter: Collects times and operation counts.
         """
         self.weights = weights
         self.stream = stream
@@ -76,20 +76,20 @@ class BlockWork:
         self.meter = meter
         self.stages: list[Stage] = []
         self.split_experts: list[str] = []
-        """Names of the current block's experts modules that were split."""
+        """Names of the current block's fused experts modules that were split into linears."""
         self.token_weights: TokenWeights | None = None
-        """What the calibration tokens count; None: all alike."""
+        """Weights of the calibration tokens; None: all equal."""
         self._base_weights: dict[str, nn.Parameter] = {}
-        """Of the linears that are rounded already, where the base model runs beside."""
+        """Original weights of the linears rounded so far; empty without ``match_base``."""
 
     def load(self, index: int) -> tuple[nn.Module, dict[str, LinearTensors]]:
-        """Load a block, split its experts, and bring it into the computing type.
+        """Load a block, split its fused experts, and cast it to the compute dtype.
 
         Args:
-            index: Which block.
+            index: Index of the block.
 
         Returns:
-            The block, and what its linears hold by name, in the stored type.
+            The block, and weight and bias of its linears by name, in the stored dtype.
         """
         block = self.weights.load_block(index)
         self.split_experts = split_experts(self.weights, index)
@@ -97,15 +97,15 @@ class BlockWork:
         cast_block(block, self.weights.dtype, self.stream.dtype)
         return block, exact
 
-    def find_stages(self, index: int, block: nn.Module, batch: LoadBatch) -> None:
+    def find_stages(self, index: int, block: nn.Module, load_batch: LoadBatch) -> None:
         """Find the stages of a block by running it on a few tokens.
 
         Args:
-            index: Which block.
+            index: Index of the block.
             block: The loaded block.
-            batch: Gives input ids and hidden states of a batch.
+            load_batch: Returns input ids and hidden states of a batch.
         """
-        ids, hidden = batch(0)
+        ids, hidden = load_batch(0)
         ids = ids[:1, :DISCOVERY_TOKENS]
         hidden = None if hidden is None else hidden[:1, :DISCOVERY_TOKENS]
 
@@ -120,33 +120,33 @@ class BlockWork:
         self,
         root: nn.Module,
         tasks: Iterable[LinearTask],
-        passages: ForwardPasses,
-        base_passages: ForwardPasses | None = None,
+        passes: ForwardPasses,
+        base_passes: ForwardPasses | None = None,
     ) -> list[RoundedLinear]:
         """Round all linears of a block, stage by stage, and put the results in place.
 
         Args:
             root: The block.
-            tasks: What to round.
-            passages: The batches, on their way through the block.
-            base_passages: The same batches as the base model sees them.
+            tasks: The linears to round.
+            passes: The batches, on their way through the block.
+            base_passes: The same batches in the base model.
 
         Returns:
-            The results, in the order of their rounding.
+            The rounded linears, in the order of rounding.
         """
         self._base_weights = {}
         collector = InputCollector(
             self.config,
             self.weights.device,
-            passages,
-            base_passages,
+            passes,
+            base_passes,
             lambda: self.base_weights(root),
             self.token_weights,
         )
-        waiting = {task.module: task for task in tasks}
+        pending = {task.module: task for task in tasks}
         rounded: list[RoundedLinear] = []
         for number, stage in enumerate(self.stages):
-            rounded += self._round_stage(number, stage, root, waiting, collector)
+            rounded += self._round_stage(number, stage, root, pending, collector)
         return rounded
 
     def _round_stage(
@@ -154,33 +154,33 @@ class BlockWork:
         number: int,
         stage: Stage,
         root: nn.Module,
-        waiting: dict[str, LinearTask],
+        pending: dict[str, LinearTask],
         collector: InputCollector,
     ) -> list[RoundedLinear]:
         rounded: list[RoundedLinear] = []
         groups = [
-            GroupTasks(index=index, tasks=tuple(waiting.pop(name) for name in here))
+            GroupTasks(index=index, tasks=tuple(pending.pop(name) for name in names))
             for index, group in enumerate(stage.groups)
-            if (here := [name for name in group.linears if name in waiting])
+            if (names := [name for name in group.linears if name in pending])
         ]
         pool: HessianAccumulator | None = None
-        for portion in cut_portions(groups, self.config, self.hessian_bytes):
+        for chunk in split_by_memory(groups, self.config, self.hessian_bytes):
             with self.meter.timed("forward and Hessians"):
-                found = collector.collect(number, portion, routed=stage.experts is not None)
-                if pool is None and len(stage.groups) > 1 and any(map(is_starved, found)):
-                    pool = collector.pool(number, len(stage.groups), portion[0].width)
-            self.meter.flops["Hessians"] += sum(a.num_tokens * a.in_features**2.0 for a in found)
-            # The solver's large matrices come on top of whatever the forward left in pieces.
+                sums = collector.collect(number, chunk, routed=stage.experts is not None)
+                if pool is None and len(stage.groups) > 1 and any(map(is_starved, sums)):
+                    pool = collector.pool(number, len(stage.groups), chunk[0].width)
+            self.meter.flops["Hessians"] += sum(a.num_tokens * a.in_features**2.0 for a in sums)
+            # The solver needs large matrices, and the forward pass left memory fragmented.
             release_memory()
-            for group, accumulator in zip(portion, found, strict=True):
+            for group, accumulator in zip(chunk, sums, strict=True):
                 rounded += self._round(root, group, accumulator, pool)
-            # The next portion's matrices are to have the memory of these.
-            del found, accumulator
+            # Freed before the next chunk's matrices are allocated.
+            del sums, accumulator
         return rounded
 
     @contextmanager
     def base_weights(self, root: nn.Module) -> Iterator[None]:
-        """Put the base model's weights in the place of the rounded ones for a while."""
+        """Put the base model's weights in place of the rounded ones inside a ``with`` block."""
         self._swap(root)
         try:
             yield
@@ -219,14 +219,14 @@ class BlockWork:
 
 
 def split_experts(weights: ModelWeights, index: int) -> list[str]:
-    """Split the fused experts of a block into linears, where they can be.
+    """Split the fused experts of a block into linears, where possible.
 
     Args:
-        weights: The model; the block may be empty.
-        index: Which block.
+        weights: The model; the block need not be loaded.
+        index: Index of the block.
 
     Returns:
-        Names of the split experts modules, within the block; also of those split before.
+        Names of all split experts modules within the block, including those split before.
     """
     prefix = weights.blocks.name(index)
     unfuse_experts(
@@ -240,12 +240,12 @@ def split_experts(weights: ModelWeights, index: int) -> list[str]:
     return [name for name, module in block.named_modules() if isinstance(module, UnfusedExperts)]
 
 
-def cast_block(block: nn.Module, stored: torch.dtype, computing: torch.dtype) -> None:
-    """Bring a block's parameters of the stored type into the computing type."""
-    if stored == computing:
+def cast_block(block: nn.Module, stored: torch.dtype, compute: torch.dtype) -> None:
+    """Cast a block's parameters of the stored dtype to the compute dtype, in place."""
+    if stored == compute:
         return
     for module in block.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.dtype == stored:
-                cast = parameter.data.to(computing)
+                cast = parameter.data.to(compute)
                 setattr(module, name, nn.Parameter(cast, requires_grad=False))

@@ -1,7 +1,6 @@
-"""Writes finished blocks, one after another; beside the computation where that leaves the CPU free.
+"""Write finished blocks in order, in a background thread if the computation runs on a GPU.
 
-Each block's shard comes before its line in the journal, and the lines come in the order of the
-blocks, whoever writes them.
+Each block's shard is written before its journal entry, and the entries are in block order.
 """
 
 from __future__ import annotations
@@ -16,33 +15,33 @@ Result = TypeVar("Result")
 
 
 class BlockWriter:
-    """Takes over what is to be written of a block."""
+    """Writes the shards and journal entries of blocks."""
 
-    def __init__(self, journal: Journal, *, beside: bool) -> None:
-        """Get ready.
+    def __init__(self, journal: Journal, *, in_background: bool) -> None:
+        """Start the background threads, if any.
 
         Args:
-            journal: Gets a line for every block.
-            beside: Whether to write while the next block is computed.
+            journal: Gets an entry for every block.
+            in_background: Whether to write while the next block is computed.
         """
         self._journal = journal
-        self._pool = ThreadPoolExecutor(2) if beside else None
+        self._pool = ThreadPoolExecutor(2) if in_background else None
         self._running: Future[None] | None = None
 
     def __enter__(self) -> Self:
-        """Do nothing."""
+        """Return the writer."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let what was begun end; an error in it is told by :meth:`wait` only."""
+        """Wait for running writes; their errors are raised by :meth:`wait` only."""
         if self._pool is not None:
             self._pool.shutdown(wait=True)
 
     def submit(self, write: Callable[[], Mapping[str, Any]]) -> None:
-        """Write a block as soon as the one before it is written.
+        """Write a block after the one before it.
 
         Args:
-            write: Writes the shard and gives the journal's entry.
+            write: Writes the shard and returns the journal entry.
         """
         self.wait()
         if self._pool is None:
@@ -50,19 +49,19 @@ class BlockWriter:
         else:
             self._running = self._pool.submit(self._write, write)
 
-    def begin(self, work: Callable[[], Result]) -> Callable[[], Result]:
-        """Do what no block depends on: at once beside them, or when the result is asked for.
+    def start(self, work: Callable[[], Result]) -> Callable[[], Result]:
+        """Start work that no block depends on; without a background it runs when called.
 
         Args:
-            work: Writes something else.
+            work: Writes something other than a block.
 
         Returns:
-            Gives the result, or raises what went wrong.
+            Returns the result of the work, or raises its error.
         """
         return work if self._pool is None else self._pool.submit(work).result
 
     def wait(self) -> None:
-        """Wait until all that was submitted is written; what went wrong there is raised here."""
+        """Wait until the submitted block is written, and raise its error if there was one."""
         running, self._running = self._running, None
         if running is not None:
             running.result()

@@ -1,12 +1,12 @@
-"""Text -> token sequences -> batches of one length each. Nothing is padded.
+"""Turn calibration data into token sequences and batches, without padding.
 
-A text is tokenised whole, without special tokens, and cut into sequences of equal length; several
-texts are joined by the end-of-text token first. Sequences of token ids are taken as they are. The
-built-in text is of five kinds, of which each sequence holds one and any stretch of them a mix.
-Batches hold sequences of one length only, so no padding can enter a Hessian.
+Texts are joined with the end-of-text token, tokenized without special tokens, and split into
+sequences of equal length. Sequences of token ids are used as they are. The built-in text has five
+kinds; each sequence holds one kind, and any stretch of the sequences a mix of them. A batch holds
+sequences of one length only, so no padding can enter a Hessian.
 
-Token ids may come with labels, as Transformers and PEFT train on them: then it is the labelled
-tokens whose predictions count where a whole model is trained (end_to_end.py).
+Token ids may come with labels, as in training data of Transformers and PEFT. End-to-end training
+(end_to_end.py) then counts the predictions of the labeled tokens.
 """
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ from halfbyte.quantize.calibration_source import (
 
 BUILT_IN = "built-in (prose, code, dialogue, languages, technical)"
 SHARE_OF_PROSE = 0.4
-"""Of the built-in sequences, where there are enough; the other kinds share the rest evenly."""
-FEWEST_TOKENS = 2
+"""Fraction of prose in the built-in sequences; the other kinds share the rest evenly."""
+MIN_TOKENS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationTokens:
-    """Token sequences to calibrate on."""
+    """The token sequences to calibrate on."""
 
     sequences: tuple[Tensor, ...]
     """int64 [tokens] each."""
     source: str
     notes: tuple[str, ...] = ()
     counted: tuple[Tensor | None, ...] = ()
-    """bool [tokens] each, of the tokens that have a label; None: the sequence has none. Empty
-    where no sequence has."""
+    """bool [tokens] each: which tokens have a label; None for a sequence without labels. Empty if
+    no sequence has any."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in all sequences."""
+        """Number of tokens in all sequences."""
         return sum(len(sequence) for sequence in self.sequences)
 
     @property
     def digest(self) -> str:
-        """SHA-256 over lengths and ids: the same digest is the same calibration."""
+        """SHA-256 over lengths, ids and labels; it identifies the calibration data."""
         digest = hashlib.sha256()
         for sequence in self.sequences:
             digest.update(len(sequence).to_bytes(8, "little"))
@@ -68,7 +68,7 @@ class CalibrationTokens:
         """Stack sequences of equal length.
 
         Args:
-            batch_size: Sequences per batch, at most.
+            batch_size: Maximum number of sequences per batch.
 
         Returns:
             int64 [sequences, tokens] each; lengths in order of first appearance.
@@ -76,17 +76,17 @@ class CalibrationTokens:
         return _stack_equal(self.sequences, batch_size)
 
     def weight_batches(self, batch_size: int) -> list[Tensor] | None:
-        """Say how much the prediction behind each token counts, batch by batch.
+        """Return the weight of the prediction made at each token, batch by batch.
 
-        Where a sequence has labels, the predictions of its labelled tokens count alike and the
-        others not at all. All tokens of all sequences without labels together count as much as
-        all labelled ones together: neither drowns the other.
+        In a sequence with labels, the predictions of labeled tokens have weight 1 and the others
+        0. All tokens of the sequences without labels together weigh as much as all labeled ones
+        together, so that neither kind dominates.
 
         Args:
             batch_size: As for :meth:`batches`.
 
         Returns:
-            fp32 [sequences, tokens] each; None where no sequence has labels, so all count alike.
+            fp32 [sequences, tokens] each; None if no sequence has labels: all weights are equal.
         """
         if not self.counted:
             return None
@@ -95,24 +95,27 @@ class CalibrationTokens:
         for mask in masks:
             if mask is not None:
                 mask[-1] = 0.0
-        labelled = sum(float(mask.sum()) for mask in masks if mask is not None)
+        num_labeled = sum(float(mask.sum()) for mask in masks if mask is not None)
         pairs = list(zip(self.sequences, masks, strict=True))
-        plain = sum(len(ids) for ids, mask in pairs if mask is None)
-        share = labelled / max(plain, 1)
-        weights = [torch.full((len(i),), share) if m is None else m for i, m in pairs]
+        num_unlabeled = sum(len(ids) for ids, mask in pairs if mask is None)
+        weight = num_labeled / max(num_unlabeled, 1)
+        weights = [torch.full((len(i),), weight) if m is None else m for i, m in pairs]
         return _stack_equal(weights, batch_size)
 
 
 def load_calibration(
-    source: CalibrationSource, config: CalibrationConfig, tokenizer: Any | None, longest: int | None
+    source: CalibrationSource,
+    config: CalibrationConfig,
+    tokenizer: Any | None,
+    max_length: int | None,
 ) -> CalibrationTokens:
-    """Read, tokenise and cut the calibration data.
+    """Read, tokenize and split the calibration data.
 
     Args:
         source: See :data:`CalibrationSource`.
-        config: How many sequences of what length.
-        tokenizer: The model's; None where it has none, which token ids do not need.
-        longest: Longest sequence that the model takes, or None.
+        config: Number and length of the sequences.
+        tokenizer: The model's tokenizer; None if it has none, which only token ids allow.
+        max_length: Longest sequence that the model supports; None: no limit.
 
     Returns:
         At most ``config.samples`` sequences.
@@ -122,35 +125,24 @@ def load_calibration(
     """
     notes: list[str] = []
     length = config.length
-    if longest is not None and length > longest:
-        notes.append(f"sequences of {longest} tokens instead of {length}: the model takes no more")
-        length = longest
+    if max_length is not None and length > max_length:
+        notes.append(
+            f"sequences of {max_length} tokens instead of {length}: the model supports no more"
+        )
+        length = max_length
     if source is None:
-        mixed, notes_of_mix = _mix(config, length, tokenizer)
+        sequences, mix_notes = _mix_built_in(config, length, tokenizer)
         return CalibrationTokens(
-            sequences=tuple(mixed), source=BUILT_IN, notes=(*notes, *notes_of_mix)
+            sequences=tuple(sequences), source=BUILT_IN, notes=(*notes, *mix_notes)
         )
     name, items = read_source(source)
-    given = [found for item in items if (found := as_ids(name, item)) is not None]
-    if given and len(given) != len(items):
-        raise CalibrationError(
-            f"Calibration data {name} mixes {len(given)} token id lists with "
-            f"{len(items) - len(given)} texts. Give one kind."
-        )
-    if given:
-        rows, cut = _trim([row for found in given for row in found], length)
-        notes += cut
-    else:
-        # Only a random choice needs to know all of the text.
-        enough = None if config.seed else config.samples * length
-        ids = tokenize(name, items, tokenizer, enough)
-        rows = [CalibrationRow(sequence) for sequence in _cut(ids, length)]
-    rows, chosen = _choose(rows, config)
-    notes += chosen
+    rows, row_notes = _make_rows(name, items, config, length, tokenizer)
+    rows, choice_notes = _choose(rows, config)
+    notes += [*row_notes, *choice_notes]
     if not rows:
         raise CalibrationError(
-            f"Calibration data {name} holds no sequence of {FEWEST_TOKENS} tokens or more. "
-            "Give a longer text; 128 sequences of 512 to 2048 tokens are usual."
+            f"Calibration data {name} holds no sequence of {MIN_TOKENS} tokens or more. "
+            "Use a longer text; 128 sequences of 512 to 2048 tokens are usual."
         )
     masks = tuple(row.counted for row in rows)
     return CalibrationTokens(
@@ -161,12 +153,30 @@ def load_calibration(
     )
 
 
+def _make_rows(
+    name: str, items: list[Any], config: CalibrationConfig, length: int, tokenizer: Any | None
+) -> tuple[list[CalibrationRow], list[str]]:
+    """Turn the items of a source into rows of at most ``length`` tokens, with notes."""
+    tables = [table for item in items if (table := as_ids(name, item)) is not None]
+    if tables and len(tables) != len(items):
+        raise CalibrationError(
+            f"Calibration data {name} mixes {len(tables)} token id lists with "
+            f"{len(items) - len(tables)} texts. Use one kind only."
+        )
+    if tables:
+        return _trim([row for table in tables for row in table], length)
+    # Only a random choice needs the whole text.
+    min_tokens = None if config.seed else config.samples * length
+    ids = tokenize(name, items, tokenizer, min_tokens)
+    return [CalibrationRow(sequence) for sequence in _split(ids, length)], []
+
+
 def check_ids(tokens: CalibrationTokens, vocabulary: int) -> None:
-    """Refuse ids that the model has no embedding for.
+    """Check that the model has an embedding for every token id.
 
     Args:
-        tokens: The calibration.
-        vocabulary: Rows of the embedding.
+        tokens: The calibration data.
+        vocabulary: Number of rows of the embedding.
 
     Raises:
         CalibrationError: An id is negative or too large.
@@ -176,27 +186,28 @@ def check_ids(tokens: CalibrationTokens, vocabulary: int) -> None:
     if smallest < 0 or largest >= vocabulary:
         raise CalibrationError(
             f"Calibration data {tokens.source} holds token ids {smallest}..{largest}; the model's "
-            f"embedding has {vocabulary} rows. Tokenise it with the model's own tokenizer."
+            f"embedding has {vocabulary} rows. Tokenize it with the model's own tokenizer."
         )
 
 
-def _mix(
+def _mix_built_in(
     config: CalibrationConfig, length: int, tokenizer: Any | None
 ) -> tuple[list[Tensor], list[str]]:
-    """Take sequences of every built-in kind, as many as its share, evenly spread."""
+    """Take sequences of every built-in kind, each evenly spread over the result; with notes."""
     kinds = {
-        kind: _cut(tokenize(BUILT_IN, calibration_documents(kind), tokenizer), length)
+        kind: _split(tokenize(BUILT_IN, calibration_documents(kind), tokenizer), length)
         for kind in CALIBRATION_FILES
     }
-    dice = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
     placed: list[tuple[float, Tensor]] = []
-    for kind, count in _shares({k: len(s) for k, s in kinds.items()}, config.samples).items():
+    counts = _count_by_kind({k: len(s) for k, s in kinds.items()}, config.samples)
+    for kind, count in counts.items():
         sequences = kinds[kind]
         chosen = range(count)
         if config.seed:
-            order = torch.randperm(len(sequences), generator=dice)[:count]
+            order = torch.randperm(len(sequences), generator=generator)[:count]
             chosen = sorted(order.tolist())  # type: ignore[assignment]
-        placed += [((place + 0.5) / count, sequences[i]) for place, i in enumerate(chosen)]
+        placed += [((rank + 0.5) / count, sequences[i]) for rank, i in enumerate(chosen)]
     mixed = [sequence for _, sequence in sorted(placed, key=lambda pair: pair[0])]
     if len(mixed) < config.samples:
         note = f"{len(mixed)} sequences instead of {config.samples}: the text holds no more"
@@ -204,46 +215,46 @@ def _mix(
     return mixed, []
 
 
-def _shares(available: Mapping[str, int], wanted: int) -> dict[str, int]:
-    """Divide sequences among kinds by their shares; what one lacks the others give."""
+def _count_by_kind(available: Mapping[str, int], samples: int) -> dict[str, int]:
+    """Divide sequences among kinds by their shares; where one has too few, others fill up."""
     other = (1 - SHARE_OF_PROSE) / (len(available) - 1)
     shares = {kind: SHARE_OF_PROSE if kind == PROSE else other for kind in available}
     counts = dict.fromkeys(available, 0)
-    for _ in range(min(wanted, sum(available.values()))):
-        open_kinds = [kind for kind in available if counts[kind] < available[kind]]
-        # The one that is furthest behind its share.
-        behind = min(open_kinds, key=lambda kind: (counts[kind] + 1) / shares[kind])
-        counts[behind] += 1
+    for _ in range(min(samples, sum(available.values()))):
+        unexhausted = [kind for kind in available if counts[kind] < available[kind]]
+        # The kind that is furthest below its share.
+        lowest = min(unexhausted, key=lambda kind: (counts[kind] + 1) / shares[kind])
+        counts[lowest] += 1
     return counts
 
 
-def _cut(ids: Tensor, length: int) -> list[Tensor]:
+def _split(ids: Tensor, length: int) -> list[Tensor]:
     if len(ids) < length:
-        return [ids] if len(ids) >= FEWEST_TOKENS else []
+        return [ids] if len(ids) >= MIN_TOKENS else []
     return list(torch.split(ids[: len(ids) // length * length], length))
 
 
 def _trim(rows: list[CalibrationRow], length: int) -> tuple[list[CalibrationRow], list[str]]:
-    """Shorten what is too long and leave out what is too short; both are noted."""
+    """Truncate rows that are too long and drop those that are too short, with notes on both."""
     notes = []
-    longer = sum(len(row.ids) > length for row in rows)
-    if longer:
-        notes.append(f"{longer} of {len(rows)} sequences cut to {length} tokens")
-    shorter = sum(len(row.ids) < FEWEST_TOKENS for row in rows)
-    if shorter:
+    num_long = sum(len(row.ids) > length for row in rows)
+    if num_long:
+        notes.append(f"{num_long} of {len(rows)} sequences truncated to {length} tokens")
+    num_short = sum(len(row.ids) < MIN_TOKENS for row in rows)
+    if num_short:
         notes.append(
-            f"{shorter} of {len(rows)} sequences left out: fewer than {FEWEST_TOKENS} tokens"
+            f"{num_short} of {len(rows)} sequences left out: fewer than {MIN_TOKENS} tokens"
         )
-    return [row.head(length) for row in rows if len(row.ids) >= FEWEST_TOKENS], notes
+    return [row.head(length) for row in rows if len(row.ids) >= MIN_TOKENS], notes
 
 
 def _choose(
     rows: list[CalibrationRow], config: CalibrationConfig
 ) -> tuple[list[CalibrationRow], list[str]]:
-    """Take the first ones, or with a seed other than 0 a random choice, in the text's order."""
+    """Take the first rows, or with a nonzero seed a random choice in their original order."""
     if len(rows) < config.samples:
-        found = f"{len(rows)} sequence{'' if len(rows) == 1 else 's'}"
-        return rows, [f"{found} instead of {config.samples}: the text holds no more"]
+        count = f"{len(rows)} sequence{'' if len(rows) == 1 else 's'}"
+        return rows, [f"{count} instead of {config.samples}: the text holds no more"]
     if config.seed == 0:
         return rows[: config.samples], []
     generator = torch.Generator().manual_seed(config.seed)
@@ -252,7 +263,7 @@ def _choose(
 
 
 def _stack_equal(rows: Sequence[Tensor], batch_size: int) -> list[Tensor]:
-    """Stack rows of equal length, at most so many; lengths in order of first appearance."""
+    """Stack rows of equal length into batches; lengths in order of first appearance."""
     by_length: dict[int, list[Tensor]] = {}
     for row in rows:
         by_length.setdefault(len(row), []).append(row)

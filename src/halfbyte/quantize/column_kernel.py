@@ -1,8 +1,8 @@
-"""The inner loops of the sweep and of polishing, as one Triton program each.
+"""The inner loops of the sweep and of polishing as one Triton kernel.
 
-Both walk through a block of columns one by one, and each column takes the errors of those before.
-As separate operations that is some six launches a column. Here a program takes a few output rows
-through the whole block: the block stays in registers, and rows do not depend on each other.
+Both loops go through a block of columns one by one, adding to each column the errors of those
+before it. As separate torch operations that takes about six launches per column. Here one program
+processes a few output rows for the whole block, which stays in registers; rows are independent.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Adding and taking this off leaves the nearest whole number, halves to even, as torch rounds; codes
-# are far smaller.
+# Adding and subtracting this rounds to the nearest integer, halves to even, like torch.round, for
+# numbers far smaller than it, as codes are.
 MAGIC = tl.constexpr(1.5 * 2**23)
 
 
@@ -21,7 +21,7 @@ def _add(a, b):
 
 
 @triton.jit
-def column_program(
+def column_kernel(
     values,
     plain,
     steps,
@@ -38,13 +38,13 @@ def column_program(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Settle one block of columns for ROWS output rows; see ``columns.py`` for what it computes."""
+    """Round or polish one block of columns for ROWS output rows, as ``columns.py`` defines it."""
     # All matrices are fp32, [columns, rows] and contiguous; scales, lowest and highest are [groups,
-    # rows]; feedback is [columns, columns]: what an error of column j adds to column k, at [j, k].
-    # Without POLISH: values are what each column is to come near to, plain the same before any
-    # feedback; steps gets codes less zeros, errors the difference of plain to what they stand for.
-    # With it: values are gradients, divisors curvatures, steps holds the codes and gets the moved
-    # ones, errors gets how far the weights moved. values are left as each column found them.
+    # rows]; feedback is [columns, columns]: the effect of an error in column j on column k, at
+    # [j, k]. Without POLISH: values are the targets, plain the targets before any feedback; steps
+    # receives code - zero, errors receives plain - scale * step. With it: values are gradients,
+    # divisors curvatures; steps holds code - zero and is updated; errors receives the moves.
+    # In both, values receives each column with the feedback of the columns before it.
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < num_rows
     column = tl.arange(0, COLUMNS)

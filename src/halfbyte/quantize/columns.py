@@ -1,8 +1,8 @@
-"""A block of columns, one after the other: each takes the errors of those before it.
+"""The innermost loops of the sweep and of polishing, over the columns of one block.
 
-The innermost loops of the sweep and of polishing. Everything is turned round, [columns, rows], so
-that one column of the weight is contiguous. On the CPU a column is five operations of torch; on a
-GPU, where a launch costs more than the arithmetic, one Triton program walks through the block.
+All matrices are transposed, [columns, rows], so that one column of the weight is contiguous. On the
+CPU each column takes five torch operations; on a GPU, where a launch costs more than the
+arithmetic, one Triton kernel processes the whole block.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from halfbyte.kernels.gpu_device import on_device
 from halfbyte.kernels.triton_linear import find_triton_obstacle
 
 PROGRAM_ROWS = 8
-"""Output rows of one program: few, so that there are programs for every multiprocessor."""
-WIDEST_BLOCK = 128
+"""Output rows per Triton program: few, so that every multiprocessor has programs to run."""
+MAX_BLOCK_COLUMNS = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Steps:
-    """Where codes may lie, counted from the zero: code - zero."""
+    """The allowed range of ``code - zero`` and its scale, per group."""
 
     scales: Tensor
     """fp32 [groups, rows]."""
@@ -38,22 +38,21 @@ class Steps:
 def round_columns(
     target: Tensor, plain: Tensor, feedback: Tensor, steps: Steps, groups: Sequence[int] | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Round each column to its grid, after it took over the errors of those before it.
+    """Round each column to its grid, after adding the feedback of the columns before it.
 
     Args:
-        target: What each column is to come near to, fp32 [columns, rows]; on return with the
-            feedback that it took.
-        plain: The same before any feedback.
-        feedback: fp32 [columns, columns]: what an error of column j adds to column k, at [k, j].
+        target: Values to round, fp32 [columns, rows]; the feedback is added in place.
+        plain: The values before any feedback.
+        feedback: fp32 [columns, columns]: the effect of an error in column j on column k at [k, j].
         steps: The grid.
         groups: The group of each column.
 
     Returns:
-        Codes less zeros, and ``plain`` less what they stand for: fp32 [columns, rows] each.
+        ``code - zero``, and the errors ``plain - scale * (code - zero)``: fp32 [columns, rows].
     """
     rounded, errors = torch.empty_like(target), torch.empty_like(target)
-    if _by_program(target):
-        _run_program(target, plain, rounded, errors, feedback, plain, steps, groups, polish=False)
+    if _uses_kernel(target):
+        _run_kernel(target, plain, rounded, errors, feedback, plain, steps, groups, polish=False)
         return rounded, errors
     scales, lowest, highest = (t.unbind(0) for t in (steps.scales, steps.lowest, steps.highest))
     earlier = errors.t()
@@ -75,12 +74,12 @@ def move_columns(
     steps: Steps,
     groups: Sequence[int],
 ) -> Tensor:
-    """Move each column's codes to their best values, after those before it moved.
+    """Move each column's codes to their best values, given the moves of the columns before it.
 
     Args:
-        gradient: Of half the loss by how far weights fall short, fp32 [columns, rows].
-        codes: Codes less zeros, fp32 [columns, rows]; moved in place.
-        curvature: fp32 [columns], above 0.
+        gradient: Half the gradient of the loss by ``exact - rounded`` weight, fp32 [columns, rows].
+        codes: ``code - zero``, fp32 [columns, rows]; updated in place.
+        curvature: fp32 [columns], positive.
         hessian: fp32 [columns, columns].
         steps: The grid.
         groups: The group of each column.
@@ -89,9 +88,9 @@ def move_columns(
         How far the weights moved, fp32 [columns, rows].
     """
     moved = torch.zeros_like(gradient)
-    if _by_program(gradient):
+    if _uses_kernel(gradient):
         values = gradient.clone()
-        _run_program(values, values, codes, moved, -hessian, curvature, steps, groups, polish=True)
+        _run_kernel(values, values, codes, moved, -hessian, curvature, steps, groups, polish=True)
         return moved
     scales, lowest, highest = (t.unbind(0) for t in (steps.scales, steps.lowest, steps.highest))
     earlier = moved.t()
@@ -100,59 +99,60 @@ def move_columns(
         if k:
             slope = torch.addmv(slope, earlier[:, :k], hessian[k, :k], alpha=-1)
         code = codes[k]
-        wanted = (slope / curvature[k]).div_(scales[group]).add_(code).round_()
-        wanted.clamp_(lowest[group], highest[group])
-        torch.mul(wanted - code, scales[group], out=moved[k])
-        code.copy_(wanted)
+        best = (slope / curvature[k]).div_(scales[group]).add_(code).round_()
+        best.clamp_(lowest[group], highest[group])
+        torch.mul(best - code, scales[group], out=moved[k])
+        code.copy_(best)
     return moved
 
 
-def _by_program(block: Tensor) -> bool:
+def _uses_kernel(block: Tensor) -> bool:
     return (
         block.device.type != "cpu"
-        and block.shape[0] <= WIDEST_BLOCK
-        and find_program_obstacle(block.device) is None
+        and block.shape[0] <= MAX_BLOCK_COLUMNS
+        and find_kernel_obstacle(block.device) is None
     )
 
 
 @functools.cache
-def find_program_obstacle(device: torch.device) -> str | None:
-    """Try the program on a device once, against the plain loops, before weights depend on it.
+def find_kernel_obstacle(device: torch.device) -> str | None:
+    """Compare the Triton kernel on a device with the plain loop, once per process.
 
     Args:
-        device: Where it is to run.
+        device: The device.
 
     Returns:
-        Why it is not used there; None: it runs and gives the same codes, but for ties.
+        Why the kernel is not used there; None: it runs and gives the same codes, except at ties.
     """
     obstacle = find_triton_obstacle()
     if obstacle is not None:
         return obstacle
-    dice = torch.Generator().manual_seed(0)
-    # Multiples of 16, as in a model: Triton compiles other numbers apart.
+    generator = torch.Generator().manual_seed(0)
+    # Multiples of 16, as in a model: Triton compiles a separate kernel for other sizes.
     columns, rows = 32, 16
-    target = torch.randn(columns, rows, generator=dice)
-    feedback = torch.randn(columns, columns, generator=dice).tril(-1) / columns
-    scales = torch.rand(columns // 8, rows, generator=dice) / 4 + 0.05
+    target = torch.randn(columns, rows, generator=generator)
+    feedback = torch.randn(columns, columns, generator=generator).tril(-1) / columns
+    scales = torch.rand(columns // 8, rows, generator=generator) / 4 + 0.05
     steps = Steps(scales=scales, lowest=-8 - 0 * scales, highest=7 + 0 * scales)
     groups = [column // 8 for column in range(columns)]
     expected, _ = round_columns(target.clone(), target, feedback, steps, groups)
-    there = Steps(
+    device_steps = Steps(
         scales=scales.to(device), lowest=steps.lowest.to(device), highest=steps.highest.to(device)
     )
     found, errors = torch.empty_like(target).to(device), torch.empty_like(target).to(device)
     start = target.to(device)
+    feedback = feedback.to(device)
     try:
-        _run_program(
-            start.clone(), start, found, errors, feedback.to(device), start, there, groups, False
+        _run_kernel(
+            start.clone(), start, found, errors, feedback, start, device_steps, groups, False
         )
-    except Exception as error:  # noqa: BLE001 - what stops Triton must not stop a run without it
+    except Exception as error:  # noqa: BLE001 - a run must not fail because Triton does
         return f"{type(error).__name__}: {first_line(error)}"
     differing = float((found.cpu() != expected).float().mean())
-    return None if differing < 0.01 else f"{differing:.0%} of its codes are others than the loop's"
+    return None if differing < 0.01 else f"{differing:.0%} of its codes differ from the loop's"
 
 
-def _run_program(
+def _run_kernel(
     values: Tensor,
     plain: Tensor,
     codes: Tensor,
@@ -163,13 +163,13 @@ def _run_program(
     groups: Sequence[int] | Tensor,
     polish: bool,
 ) -> None:
-    from halfbyte.quantize.column_kernel import column_program
+    from halfbyte.quantize.column_kernel import column_kernel
 
     columns, rows = values.shape
     for tensor in (values, plain, codes, errors):
         assert tensor.is_contiguous()
     with on_device(values.device):
-        column_program[(-(-rows // PROGRAM_ROWS),)](
+        column_kernel[(-(-rows // PROGRAM_ROWS),)](
             values,
             plain,
             codes,
@@ -183,7 +183,7 @@ def _run_program(
             columns,
             rows,
             POLISH=polish,
-            COLUMNS=WIDEST_BLOCK,
+            COLUMNS=MAX_BLOCK_COLUMNS,
             ROWS=PROGRAM_ROWS,
             num_warps=1,
         )

@@ -1,4 +1,4 @@
-"""What a device does not do the fast way, for the report: a slower way is taken, never silently."""
+"""Find the slower fallbacks that a run uses on a device, so that the report can list them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from halfbyte.machine.arithmetic import find_fp32_sum_obstacle
 from halfbyte.quantize import columns, grid
 
 
-def find_slow_ways(device: torch.device, dtype: torch.dtype, *, symmetric: bool) -> list[str]:
-    """Say which parts of a run take a slower way on a device, and why.
+def find_device_fallbacks(
+    device: torch.device, dtype: torch.dtype, *, symmetric: bool
+) -> list[str]:
+    """List the parts of a run that use a slower fallback on a device, and why.
 
     Args:
-        device: Where a run computes; a CPU has no other ways than its own.
-        dtype: In which the model computes.
-        symmetric: The kind of grids.
+        device: The device of the run; a CPU has no fallbacks.
+        dtype: The model's compute dtype.
+        symmetric: Whether grids are symmetric.
 
     Returns:
-        A note for each part; none where all is as fast as it can be.
+        One note per fallback; empty if there are none.
     """
     if device.type == "cpu":
         return []
@@ -25,11 +27,11 @@ def find_slow_ways(device: torch.device, dtype: torch.dtype, *, symmetric: bool)
         "Hessians are summed without tensor cores": (
             None if dtype == torch.float32 else find_fp32_sum_obstacle(device, dtype)
         ),
-        "columns are rounded by single operations": columns.find_program_obstacle(device),
-        "grids are searched by single operations": grid.find_program_obstacle(device, symmetric),
+        "columns are rounded without a Triton kernel": columns.find_kernel_obstacle(device),
+        "grids are searched without a Triton kernel": grid.find_kernel_obstacle(device, symmetric),
     }
     return [
-        f"{part} on {device.type}, which is slower: {obstacle}"
-        for part, obstacle in obstacles.items()
+        f"{fallback} on {device.type}, which is slower: {obstacle}"
+        for fallback, obstacle in obstacles.items()
         if obstacle is not None
     ]

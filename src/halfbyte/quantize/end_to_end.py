@@ -1,16 +1,16 @@
-"""Scales and norm gains of a whole model -> better ones, trained on what the base model predicts.
+"""End-to-end training of all scales and norm gains on the base model's predictions.
 
-Everything before this compares hidden states, block by block. What users see is the distribution
-of the next token; here the scales of all linears and the gains of all norms move together to bring
-that nearer to the base model's, while the codes stay. Whole batches of the calibration text are
-kept apart: their divergence decides which step is kept, and when to stop. A step that is right for
-one model is too large for another that is nearer to its base, where gradients are mostly noise: so
-a look that finds no better model goes back to the best one, and on with smaller steps.
+The earlier steps compare hidden states, block by block. This one trains the scales of all linears
+and the gains of all norms together, with fixed codes, to bring the next-token distribution closer
+to that of the base model. Whole batches of the calibration text are held out; their KL decides
+which step is kept and when to stop. A learning rate that suits one model is too large for another
+that is already closer to its base, where gradients are mostly noise. So a check that finds no
+improvement restores the best step and reduces the learning rate.
 
 Source:
     Training only the scales, end to end: Chen et al. 2024, "EfficientQAT" (E2E-QP),
-    https://arxiv.org/abs/2407.11062, there on the text itself, here on the base model's
-    distribution.
+    https://arxiv.org/abs/2407.11062. They train on the text itself, this module on the base
+    model's distribution.
 """
 
 from __future__ import annotations
@@ -34,106 +34,103 @@ from halfbyte.quantize.student import Student
 from halfbyte.quantize.target import CHECK_EVERY
 
 RATE = 1e-3
-"""Largest step, as a fraction of a scale or of a norm's mean gain."""
+"""Initial learning rate, relative to a scale or to a norm's mean gain."""
 BETAS = (0.9, 0.95)
 CHECK_STEPS = 10
-"""Training steps between two looks at the held-out text."""
-MOST_CHECKED = 8
-"""Batches that judge; more would cost more than the steps between two looks."""
+"""Training steps between two checks on the held-out text."""
+MAX_HELD_OUT = 8
+"""Held-out batches at most; with more, a check would cost more than the steps between checks."""
 PATIENCE = 3
-"""Looks without a better one before it stops."""
-RETREAT = 0.25
-"""What the rate is multiplied by where a look has found nothing better."""
-LEAST_GAIN = 1e-3
-"""A look counts as better where it is by this fraction."""
+"""Checks without improvement before training stops."""
+RATE_DECAY = 0.25
+"""Factor on the learning rate after a check without improvement."""
+MIN_IMPROVEMENT = 1e-3
+"""Relative decrease of the held-out KL that counts as an improvement."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WholeData:
-    """Calibration text with what the base model's last block gives for it."""
+class EndToEndData:
+    """Calibration text with the base model's hidden states behind its last block."""
 
     ids: Callable[[int], Tensor]
     """Token ids of a batch, [sequences, tokens], on the device."""
     base: Callable[[int], Tensor]
-    """The base model's hidden states behind its last block, [sequences, tokens, hidden]."""
+    """Base model's hidden states behind its last block, [sequences, tokens, hidden], of a batch."""
     num_batches: int
     weights: Callable[[int], Tensor] | None = None
-    """How much the prediction behind each token counts, [sequences, tokens]; None: all alike."""
+    """Weight of the prediction at each token, [sequences, tokens], of a batch; None: all equal."""
 
     def weights_of(self, batch: int, ids: Tensor) -> Tensor:
-        """Give a batch's weights, on the device of its ids."""
+        """Return a batch's weights, on the device of its ids."""
         if self.weights is None:
             return torch.ones(ids.shape, device=ids.device)
         return self.weights(batch).to(ids.device)
 
     @property
-    def check(self) -> list[int]:
-        """Batches that judge."""
-        found = list(range(CHECK_EVERY - 1, self.num_batches, CHECK_EVERY))
-        return found[:: -(-len(found) // MOST_CHECKED) or 1]
+    def held_out(self) -> list[int]:
+        """Indices of the held-out batches."""
+        batches = list(range(CHECK_EVERY - 1, self.num_batches, CHECK_EVERY))
+        return batches[:: -(-len(batches) // MAX_HELD_OUT) or 1]
 
     @property
-    def fit(self) -> list[int]:
-        """Batches that are trained on."""
-        check = set(self.check)
-        return [batch for batch in range(self.num_batches) if batch not in check]
+    def training(self) -> list[int]:
+        """Indices of the batches to train on."""
+        held_out = set(self.held_out)
+        return [batch for batch in range(self.num_batches) if batch not in held_out]
 
 
 @dataclass(slots=True)
 class TuningState:
-    """Where training stands; kept on disk, so that a killed run goes on with the same numbers."""
+    """Progress of the training, saved to disk so that a killed run resumes with the same result."""
 
     step: int = 0
     best_step: int = 0
     rate: float = 0.0
-    """Largest step from here on."""
-    looks: list[tuple[int, float]] = field(default_factory=list)
-    """Step, and held-out KL in nats per token, of every look; the first is before training."""
+    """Learning rate before the cosine schedule."""
+    checks: list[tuple[int, float]] = field(default_factory=list)
+    """Step and held-out KL, in nats per token, of every check; the first is before training."""
     is_finished: bool = False
     stopped: bool = False
-    """Whether the user stopped it."""
+    """Whether the user stopped the training."""
 
     @property
     def best(self) -> float:
-        """The lowest held-out KL."""
-        return dict(self.looks)[self.best_step]
+        """The held-out KL of the best step."""
+        return dict(self.checks)[self.best_step]
 
 
 class EndToEndTuning:
-    """Trains a student against its base model."""
+    """Trains a student's scales and gains against its base model."""
 
     def __init__(
         self,
         chain: BlockChain,
         student: Student,
-        data: WholeData,
+        data: EndToEndData,
         path: Path,
         *,
         steps: int,
         seed: int,
     ) -> None:
-        """Take up an earlier process's state, where there is one.
+        """Set up training, or resume it from an earlier process's state.
 
         Args:
             chain: Runs the student's blocks.
             student: The quantized model.
-            data: The text.
-            path: Where the state is kept.
-            steps: Training steps at most, one batch each.
-            seed: Orders the batches.
+            data: The text and the base model's hidden states.
+            path: File of the saved state.
+            steps: Maximum number of training steps, one batch each.
+            seed: Shuffles the batches.
         """
         self.chain, self.student, self.data = chain, student, data
         self.path = path
         self.steps, self.seed = steps, seed
         self.changes = {name: number.change for name, number in student.trainable.items()}
         self.best = {name: torch.zeros_like(change) for name, change in self.changes.items()}
-        fit = [data.ids(batch) for batch in data.fit]
-        weights = [
-            float(data.weights_of(b, ids).sum()) for b, ids in zip(data.fit, fit, strict=True)
-        ]
-        self.usual_weight = sum(weights) / len(weights)
-        """Of a batch's tokens. A batch that weighs more moves more, so that what is trained is
-        what is judged: the mean over all tokens, not over batches."""
+        weights = [float(data.weights_of(batch, data.ids(batch)).sum()) for batch in data.training]
+        self.mean_weight = sum(weights) / len(weights)
+        """Mean total token weight of a batch. Gradients are relative to it, so that heavier batches
+        count more: as in the held-out KL, the loss is a mean over tokens, not over batches."""
         self.state = TuningState(rate=RATE)
         self.optimizer = torch.optim.Adam(
             self.changes.values(), lr=self.state.rate, betas=BETAS, eps=1e-12
@@ -141,54 +138,58 @@ class EndToEndTuning:
         if path.exists():
             self._load()
 
-    def run(self, on_look: Callable[[TuningState], None]) -> TuningState:
-        """Train until the steps are done, nothing helps any more, or the user interrupts.
+    def run(self, on_check: Callable[[TuningState], None]) -> TuningState:
+        """Train until all steps are done, nothing improves any more, or the user interrupts.
 
         Args:
-            on_look: Told after every look at the held-out text.
+            on_check: Called after every check on the held-out text.
 
         Returns:
-            What came of it; the student holds the best that was found.
+            The final state; the student holds the best step.
 
         Raises:
-            KeyboardInterrupt: The user interrupts before the first look.
+            KeyboardInterrupt: The user interrupted before the first check.
         """
         state = self.state
         try:
-            if not state.looks:
-                self._look(on_look)
+            if not state.checks:
+                self._check(on_check)
             while not state.is_finished:
                 self._step()
                 if state.step % CHECK_STEPS == 0 or state.step == self.steps:
-                    self._look(on_look)
+                    self._check(on_check)
         except KeyboardInterrupt:
             state.stopped = state.is_finished = True
-            if not state.looks:
+            if not state.checks:
                 raise  # nothing to keep yet
-        self._go_back()
+        self._restore_best()
         self._save()
         return state
 
     @torch.no_grad()
-    def held_out(self) -> float:
-        """Give the weighted mean KL per token on the text to judge by, in nats."""
-        total, counted = 0.0, 0.0
-        for batch in self.data.check:
+    def measure_held_out_kl(self) -> float:
+        """Return the weighted mean KL per token on the held-out text, in nats."""
+        total_kl, total_weight = 0.0, 0.0
+        for batch in self.data.held_out:
             ids = self.data.ids(batch)
             (hidden,) = self.chain.forward([ids])[-1]
             weights = self.data.weights_of(batch, ids)
-            for row, wanted, own in self._logits(batch, ids, hidden):
-                found, wanted = own.log_softmax(-1), wanted.log_softmax(-1)
-                each = functional.kl_div(found, wanted, reduction="none", log_target=True)
-                total += float(each.sum(-1).mul(weights[row]).sum())
-            counted += float(weights.sum())
-        return total / counted
+            for row, base, quantized in self._logits(batch, ids, hidden):
+                kl = functional.kl_div(
+                    quantized.log_softmax(-1),
+                    base.log_softmax(-1),
+                    reduction="none",
+                    log_target=True,
+                )
+                total_kl += float(kl.sum(-1).mul(weights[row]).sum())
+            total_weight += float(weights.sum())
+        return total_kl / total_weight
 
     def _step(self) -> None:
-        state, fit = self.state, self.data.fit
-        epoch, place = divmod(state.step, len(fit))
-        dice = torch.Generator().manual_seed(self.seed + epoch)
-        batch = fit[int(torch.randperm(len(fit), generator=dice)[place])]
+        state, training = self.state, self.data.training
+        epoch, position = divmod(state.step, len(training))
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        batch = training[int(torch.randperm(len(training), generator=generator)[position])]
         ids = self.data.ids(batch)
         states = self.chain.forward([ids])
         self.optimizer.zero_grad()
@@ -204,54 +205,56 @@ class EndToEndTuning:
         return self.state.rate * (1 + math.cos(math.pi * step / self.steps)) / 2
 
     def _gradient(self, batch: int, ids: Tensor, hidden: Tensor) -> Tensor:
-        """Give the gradient of the weighted sum of the KL over the usual weight, by hidden states.
+        """Compute the gradient of the batch's loss by the hidden states behind the last block.
 
-        By the own logits it is what the own probabilities have more than the wanted ones.
+        The loss is the weighted sum of the KL over the mean weight of a batch. Its gradient by the
+        quantized model's logits is the difference of the two models' probabilities, weighted.
         """
-        weights = self.data.weights_of(batch, ids) / self.usual_weight
-        own = hidden.detach().requires_grad_()
+        weights = self.data.weights_of(batch, ids) / self.mean_weight
+        leaf = hidden.detach().requires_grad_()
         with torch.enable_grad():
-            for row, wanted, found in self._logits(batch, ids, own):
-                by_logits = found.detach().softmax(-1).sub_(wanted.softmax(-1))
+            for row, base, quantized in self._logits(batch, ids, leaf):
+                by_logits = quantized.detach().softmax(-1).sub_(base.softmax(-1))
                 by_logits.mul_(weights[row, :, None])
-                found.backward(by_logits)  # type: ignore[no-untyped-call]
-        assert own.grad is not None
-        return own.grad
+                quantized.backward(by_logits)  # type: ignore[no-untyped-call]
+        assert leaf.grad is not None
+        return leaf.grad
 
     def _logits(
         self, batch: int, ids: Tensor, hidden: Tensor
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Give each row's number, and the base's and the own logits, fp32 [tokens, vocabulary]."""
-        stream, base = self.chain.stream, self.data.base(batch)
+        """Yield per row: its index, and base and quantized logits, fp32 [tokens, vocabulary]."""
+        stream, base_hidden = self.chain.stream, self.data.base(batch)
         with stream.at(self.chain.num_blocks):
             for row in range(len(ids)):
                 part = slice(row, row + 1)
                 with torch.no_grad():
-                    wanted = run_tail(stream, ids[part], base[part])[0].float()
+                    base = run_tail(stream, ids[part], base_hidden[part])[0].float()
                 with self.student.enter_outside():
-                    own = run_tail(stream, ids[part], hidden[part])[0].float()
-                yield row, wanted, own
+                    quantized = run_tail(stream, ids[part], hidden[part])[0].float()
+                yield row, base, quantized
 
-    def _look(self, on_look: Callable[[TuningState], None]) -> None:
+    def _check(self, on_check: Callable[[TuningState], None]) -> None:
+        """Measure the held-out KL; keep the current step if it improved, else back off."""
         state = self.state
-        found = self.held_out()
-        state.looks.append((state.step, found))
-        first = len(state.looks) == 1
-        if not first and found < state.best * (1 - LEAST_GAIN):
+        kl = self.measure_held_out_kl()
+        state.checks.append((state.step, kl))
+        is_first = len(state.checks) == 1
+        if not is_first and kl < state.best * (1 - MIN_IMPROVEMENT):
             state.best_step = state.step
             self.best = {name: c.detach().clone() for name, c in self.changes.items()}
-        elif not first:
-            state.rate *= RETREAT
-            self._go_back()
-            # What it had seen on the way to a worse model would lead there again.
+        elif not is_first:
+            state.rate *= RATE_DECAY
+            self._restore_best()
+            # Adam's moments come from steps that led to a worse model.
             self.optimizer.state.clear()
-        since = sum(step > state.best_step for step, _ in state.looks)
-        state.is_finished = state.step >= self.steps or since >= PATIENCE
+        checks_since_best = sum(step > state.best_step for step, _ in state.checks)
+        state.is_finished = state.step >= self.steps or checks_since_best >= PATIENCE
         self._save()
-        on_look(state)
+        on_check(state)
 
     @torch.no_grad()
-    def _go_back(self) -> None:
+    def _restore_best(self) -> None:
         for name, change in self.changes.items():
             change.copy_(self.best[name])
 
@@ -260,26 +263,26 @@ class EndToEndTuning:
         for name, change in self.changes.items():
             tensors[f"now.{name}"] = change.detach()
             tensors[f"best.{name}"] = self.best[name]
-            # The shards may hold trained scales by the time that this is read.
+            # By the time this is loaded, the shards may already hold trained scales.
             tensors[f"start.{name}"] = self.student.trainable[name].start
             for key, value in self.optimizer.state.get(change, {}).items():
                 tensors[f"{key}.{name}"] = value
         state = self.state
-        told = {
+        values = {
             "step": state.step,
             "best_step": state.best_step,
             "rate": state.rate,
-            "looks": state.looks,
+            "looks": state.checks,
             "is_finished": state.is_finished,
             "stopped": state.stopped,
         }
-        write_shard(self.path, tensors, {"state": json.dumps(told)})
+        write_shard(self.path, tensors, {"state": json.dumps(values)})
 
     def _load(self) -> None:
         tensors = read_shard(self.path)
-        told = json.loads(read_metadata(self.path)["state"])
-        told["looks"] = [(int(step), float(kl)) for step, kl in told["looks"]]
-        self.state = TuningState(**told)
+        values = json.loads(read_metadata(self.path)["state"])
+        checks = [(int(step), float(kl)) for step, kl in values.pop("looks")]
+        self.state = TuningState(checks=checks, **values)
         with torch.no_grad():
             for name, change in self.changes.items():
                 change.copy_(tensors[f"now.{name}"])

@@ -1,8 +1,8 @@
-"""The last step before a checkpoint is described: train the whole model, write its shards again.
+"""End-to-end training as a stage of a run, after all blocks are written.
 
 ::
 
-    finished shards -> student -> end_to_end.py -> better scales and gains
+    finished shards -> student -> end_to_end.py -> trained scales and gains
                     -> [rewrite shard, journal, run the probe through the block] x n
 """
 
@@ -18,7 +18,7 @@ from halfbyte.model.blockwise_backward import BlockChain
 from halfbyte.model.stream import BlockStream
 from halfbyte.model.weights import ModelWeights
 from halfbyte.quantize.block_shard import rewrite_block
-from halfbyte.quantize.end_to_end import EndToEndTuning, TuningState, WholeData
+from halfbyte.quantize.end_to_end import EndToEndData, EndToEndTuning, TuningState
 from halfbyte.quantize.journal import Journal
 from halfbyte.quantize.probe import Probe
 from halfbyte.quantize.progress import Progress
@@ -28,12 +28,12 @@ from halfbyte.quantize.run_states import BASE_CALIBRATION, CALIBRATION, PROBE, T
 from halfbyte.quantize.student import Student
 
 STATE_FILE = "end-to-end.safetensors"
-NOTE = "its scales were trained with the whole model's"
+NOTE = "its scales were trained end to end"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WholeTuning:
-    """What came of training the whole model."""
+class EndToEndResult:
+    """The result of end-to-end training."""
 
     report: EndToEndReport | None = None
     outside: dict[str, Tensor] = field(default_factory=dict)
@@ -46,49 +46,49 @@ class WholeTuning:
         return self.report is not None and self.report.kept_step > 0
 
 
-def tune_whole(
+def tune_end_to_end(
     weights: ModelWeights,
     stream: BlockStream,
     states: RunStates,
     *,
     journal: Journal,
     batches: Sequence[Tensor],
-    weights_of_tokens: Sequence[Tensor] | None,
+    token_weights: Sequence[Tensor] | None,
     probe: Probe,
     settings: RunSettings,
     steps: int,
     seed: int,
     with_calibration: bool,
     progress: Progress,
-) -> WholeTuning:
-    """Train scales and norm gains, and write again what that changed.
+) -> EndToEndResult:
+    """Train scales and norm gains, and rewrite the shards with them.
 
     Args:
         weights: The base model; all blocks are finished and none is loaded.
         stream: Runs blocks.
-        states: Of the run, behind the last block.
+        states: Hidden states of the run, behind the last block.
         journal: Gets the blocks' new entries.
         batches: Calibration ids.
-        weights_of_tokens: How much the prediction behind each of them counts; None: all alike.
-        probe: Goes through the blocks once more.
-        settings: Of the run.
-        steps: Training steps at most.
-        seed: Orders the batches.
-        with_calibration: Whether the calibration text goes through the blocks once more, too.
-        progress: Told the held-out KL.
+        token_weights: Weight of the prediction at each token, by batch; None: all equal.
+        probe: Run through the trained blocks, to measure quality afterwards.
+        settings: Resource settings of the run.
+        steps: Maximum number of training steps.
+        seed: Shuffles the batches.
+        with_calibration: Whether to run the calibration text through the trained blocks too.
+        progress: Shows the held-out KL.
 
     Returns:
-        What came of it.
+        The result.
     """
     device, end = weights.device, len(weights.blocks.modules)
-    data = WholeData(
+    data = EndToEndData(
         ids=lambda batch: batches[batch].to(device),
         base=lambda batch: states.at(BASE_CALIBRATION, end).read(batch).to(device),
         num_batches=len(batches),
-        weights=None if weights_of_tokens is None else weights_of_tokens.__getitem__,
+        weights=None if token_weights is None else token_weights.__getitem__,
     )
-    if not data.check:
-        return WholeTuning(notes=("not trained end to end: too little text to confirm it",))
+    if not data.held_out:
+        return EndToEndResult(notes=("not trained end to end: too little text to hold some out",))
     progress.phase("training scales and gains of the whole model")
     student = Student(
         weights,
@@ -107,42 +107,48 @@ def tune_whole(
             seed=seed,
         )
 
-        def on_look(state: TuningState) -> None:
-            progress.tuned(state.step, steps, state.looks[-1][1], state.best)
+        def on_check(state: TuningState) -> None:
+            progress.tuned(state.step, steps, state.checks[-1][1], state.best)
 
-        state = tuning.run(on_look)
-        report = EndToEndReport(
-            steps=state.step,
-            kept_step=state.best_step,
-            kl_before=state.looks[0][1],
-            kl_after=state.best,
-            looks=tuple(state.looks),
-            stopped=state.stopped,
-        )
+        state = tuning.run(on_check)
+        report = _make_report(state)
         if not state.best_step:
-            told = f"training end to end did not help: held-out KL stayed at {state.best:.4f}"
-            return WholeTuning(report=report, notes=(told,))
+            note = f"end-to-end training did not help: held-out KL stayed at {state.best:.4f}"
+            return EndToEndResult(report=report, notes=(note,))
         progress.phase("writing the trained scales")
+        probe_ids = probe.ids.to(device)
         for index in range(end):
             changed, dequantized = student.export_block(index)
             entry = rewrite_block(journal.output, journal.blocks[index], changed, dequantized, NOTE)
             journal.replace_block(index, entry)
             with torch.no_grad(), student.enter(index), stream.at(index):
-                states.run_probe(TUNED[PROBE], index, stream, probe.ids.to(device))
+                states.run_probe(TUNED[PROBE], index, stream, probe_ids)
                 if with_calibration:
-                    _pass_on(states, index, stream, batches, device)
-        return WholeTuning(report=report, outside=student.export_outside())
+                    _run_calibration(states, index, stream, batches, device)
+        return EndToEndResult(report=report, outside=student.export_outside())
     finally:
         student.close()
 
 
-def _pass_on(
+def _make_report(state: TuningState) -> EndToEndReport:
+    return EndToEndReport(
+        steps=state.step,
+        kept_step=state.best_step,
+        kl_before=state.checks[0][1],
+        kl_after=state.best,
+        looks=tuple(state.checks),
+        stopped=state.stopped,
+    )
+
+
+def _run_calibration(
     states: RunStates,
     index: int,
     stream: BlockStream,
     batches: Sequence[Tensor],
     device: torch.device,
 ) -> None:
+    """Run the calibration text through a trained block."""
     before, behind = (states.at(TUNED[CALIBRATION], index + k) for k in (0, 1))
     for batch, ids in enumerate(batches):
         hidden = before.read(batch).to(device) if index else None

@@ -1,4 +1,4 @@
-"""Recognise a model's files without reading all of them."""
+"""Fingerprint a model folder without reading its weight files completely."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ SAMPLE_BYTES = 4096
 
 
 def fingerprint_model(files: TensorFiles) -> str:
-    """Digest a model folder: its configuration, and of each weight file the size and 64 samples.
+    """Hash a model folder: its configuration, and the size and 64 samples of each weight file.
 
     Args:
         files: The open folder.
 
     Returns:
-        SHA-256 in hex. It does not depend on where the folder is.
+        SHA-256 in hex, independent of the folder's location.
     """
     digest = hashlib.sha256((files.folder / "config.json").read_bytes())
     for path in files.files:

@@ -1,4 +1,4 @@
-"""The last steps: what is outside the blocks, index and configs, a reload, the report."""
+"""Write what belongs to the whole checkpoint: remaining tensors, index, configs, and the report."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def write_outside(
     head: Sequence[RoundedLinear],
     changed: Mapping[str, Tensor],
 ) -> ShardDigest:
-    """Write the last shard: embeddings, norms and head, as they are or, the head, packed.
+    """Write the last shard: embeddings, norms and head; the head packed if it was rounded.
 
     Args:
         weights: The base model.
         output: The checkpoint's folder.
-        head: The rounded head, or nothing.
-        changed: Tensors that training changed, by name on disk.
+        head: The rounded head; empty if it stays as it is.
+        changed: Tensors changed by end-to-end training, by name on disk.
 
     Returns:
         The shard's digest.
@@ -59,32 +59,29 @@ def write_descriptions(
     config: QuantConfig,
     shards: Sequence[ShardDigest],
     blocks: Sequence[Mapping[str, Any]],
-    found: RoundedModules,
+    summary: ModuleSummary,
     *,
     head: bool,
-) -> dict[str, Any]:
-    """Write everything that says what the shards are, and copy the tokenizer.
+) -> None:
+    """Write index, checksums and configs, and copy the tokenizer and other companion files.
 
     Args:
         weights: The base model.
         output: The checkpoint's folder.
-        config: What was asked for.
+        config: The quantization settings.
         shards: Digests of all shards.
         blocks: The journal's entries.
-        found: What is in them.
+        summary: Summary of the modules in them.
         head: Whether the head was rounded too.
-
-    Returns:
-        The quantization config as written.
     """
     quantized = {
         m.name: Scheme(bits=m.bits, group_size=m.group_size, symmetric=m.symmetric)
-        for m in found.modules
+        for m in summary.modules
     }
     labels = build_quantization_config(
         config,
         quantized=quantized,
-        skipped={s.name: s.reason for s in found.skipped},
+        skipped={s.name: s.reason for s in summary.skipped},
         module_groups=_module_groups(blocks),
         version=__version__,
     )
@@ -99,52 +96,47 @@ def write_descriptions(
     write_checksums(output, shards, labels)
     copy_companions(weights.folder, output)
     write_configs(output, model_config, labels)
-    return labels
 
 
-def save_report(report: QuantizationReport, base: Path, output: Path) -> QuantizationReport:
-    """Write the report, the model card and the picture.
+def save_report(report: QuantizationReport, base: Path, output: Path) -> None:
+    """Write the report, the model card and the plot.
 
     Args:
-        report: The run.
-        base: The base model's folder, whose licence the card carries on.
+        report: Report of the run.
+        base: The base model's folder, whose license the card repeats.
         output: The checkpoint's folder.
-
-    Returns:
-        The report as saved.
     """
     save_plot(report, output)
     save_model_card(report, base, output)
     report.save(output)
-    return report
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RoundedModules:
-    """What all blocks and the head came to."""
+class ModuleSummary:
+    """Summary of the modules in all blocks and the head."""
 
     modules: tuple[ModuleReport, ...]
     skipped: tuple[SkippedModule, ...]
     bits_per_weight: float
-    """Codes, scales and zeros over the weights they stand for."""
+    """Storage of codes, scales and zeros per quantized weight."""
 
     @property
     def names(self) -> set[str]:
-        """Every linear that was looked at, by its name on disk."""
+        """Names on disk of all rounded and skipped modules."""
         return {m.name for m in self.modules} | {s.name for s in self.skipped}
 
 
-def collect_modules(
+def summarize_modules(
     blocks: Sequence[Mapping[str, Any]], head: Sequence[RoundedLinear]
-) -> RoundedModules:
-    """Put together what the journal says of the blocks and what came of the head.
+) -> ModuleSummary:
+    """Summarize the modules in the journal's entries and the head.
 
     Args:
         blocks: The journal's entries.
-        head: The rounded head, or nothing.
+        head: The rounded head; empty if it stays as it is.
 
     Returns:
-        Modules in the order of their rounding.
+        The summary, with modules in the order of rounding.
     """
     modules = [
         ModuleReport(**{**values, "notes": tuple(values["notes"])})
@@ -153,7 +145,7 @@ def collect_modules(
     ]
     counts = [tuple(entry["packed_bits"]) for entry in blocks]
     counts += [count_packed_bits(r.tensors) for r in head]
-    return RoundedModules(
+    return ModuleSummary(
         modules=(*modules, *(r.report for r in head)),
         skipped=tuple(SkippedModule(name=n, reason=r) for e in blocks for n, r in e["skipped"]),
         bits_per_weight=sum(b for b, _ in counts) / max(sum(n for _, n in counts), 1),
@@ -161,13 +153,13 @@ def collect_modules(
 
 
 def count_packed_bits(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Count what a packed linear takes on disk for its weights.
+    """Count the bits of storage and the weights of a packed linear.
 
     Args:
-        tensors: By suffix.
+        tensors: Its tensors by suffix.
 
     Returns:
-        Bits of codes, scales and zeros; and weights.
+        Bits of codes, scales and zeros; number of weights.
     """
     parts = ("qweight", "scales", "qzeros")
     bits = 8 * sum(tensors[s].numel() * tensors[s].element_size() for s in parts)
@@ -175,7 +167,7 @@ def count_packed_bits(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
 
 
 def _module_groups(blocks: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Collect groups of linears that share an input over all blocks, in execution order."""
+    """Collect the groups of linears that share an input from all blocks, in execution order."""
     groups: list[list[str]] = []
     seen: set[str] = set()
     for entry in blocks:

@@ -1,9 +1,10 @@
-"""Weight, Hessian factor, grid -> codes. Tensors in, tensors out.
+"""The GPTQ solver: weight, Hessian factor and grid to codes. Tensors in, tensors out.
 
-Columns are rounded one after the other, each after the errors of all columns before it were moved
-onto it. Left-looking and blocked: a block of columns first takes over all earlier errors in one
-matrix product, then settles its own. On a GPU, where a block is too narrow a product to fill it, a
-stretch of blocks takes over what lies before the stretch.
+Columns are rounded one by one, each after the errors of all earlier columns were added to it. The
+implementation is left-looking and blocked: the errors of all earlier blocks are added to a block of
+columns in one matrix product, then its own columns are rounded in a loop. On a GPU, where the
+product for one block is too narrow to be efficient, the errors from before a stretch of several
+blocks are added to the whole stretch at once.
 
 Source:
     Frantar et al. 2023, "GPTQ", Algorithm 1, https://arxiv.org/abs/2210.17323, in the form that
@@ -23,38 +24,39 @@ from halfbyte.quantize.grid import Grid, min_max_grid
 from halfbyte.quantize.hessian import Factor
 
 BLOCK_COLUMNS = 128
-DEVICE_STRETCH = 1024
-CLOSE = 1.1
-"""Rows whose two losses are nearer than this are compared exactly; bf16 products are within 1%."""
+DEVICE_STRETCH_COLUMNS = 1024
+CLOSE_RATIO = 1.1
+"""Losses within this ratio are computed exactly before they are compared: the error of products in
+bf16 is up to 1%."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solution:
-    """A rounded weight and what it cost on the calibration Hessian."""
+    """A rounded weight and its loss on the calibration Hessian."""
 
     grid: Grid
     codes: Tensor
     """uint8 [out, in], columns in stored order."""
     loss: Tensor
-    """Squared output error per output row, mean over tokens: tr(E H Eᵀ) by rows. [out]"""
+    """Squared output error per output row, mean over tokens: the diagonal of E H Eᵀ. [out]"""
     round_to_nearest_loss: Tensor
-    """The same for plain round to nearest on the min-max grid. [out]"""
+    """The loss of round-to-nearest on the min-max grid. [out]"""
     size: Tensor
-    """Mean squared output per row, to which a loss is relative. [out]"""
+    """Mean squared output per row, for relative losses. [out]"""
     kept_nearest: Tensor
-    """bool [out]: rows where rounding to nearest was better and was kept."""
+    """bool [out]: rows that use round-to-nearest because its loss is smaller."""
     polished: Tensor
-    """bool [out]: rows that were improved after the sweep."""
+    """bool [out]: rows that polishing improved after the sweep."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
-    """What a sweep over the columns gives."""
+    """The result of a sweep over the columns."""
 
     codes: Tensor
     """uint8 [out, in], columns in stored order."""
     damped_loss: Tensor
-    """e (H + damping) eᵀ of every row's error e; it falls out of the sweep. [out]"""
+    """e (H + damping) eᵀ for every row's error e, a by-product of the sweep. [out]"""
     squared_error: Tensor
     """e eᵀ of every row. [out]"""
 
@@ -71,25 +73,25 @@ def sweep(
 
     Args:
         weight: fp32 [out, in]; left unchanged.
-        factor: Of the layer's Hessian.
+        factor: Factor of the layer's Hessian.
         grid: Scale and zero per group, fixed before rounding.
-        block_columns: Columns settled together. Changes speed, not the result.
-        stretch_columns: Columns that take over the errors before them together, a multiple of
-            ``block_columns``; None: what suits the device.
+        block_columns: Columns per block. Changes speed, not the result.
+        stretch_columns: Columns per stretch, a multiple of ``block_columns``; None: chosen by
+            device.
 
     Returns:
-        The codes, and what they cost.
+        The codes and their loss.
     """
     if stretch_columns is None:
-        stretch_columns = block_columns if weight.device.type == "cpu" else DEVICE_STRETCH
+        stretch_columns = block_columns if weight.device.type == "cpu" else DEVICE_STRETCH_COLUMNS
     order, upper = factor.order, factor.upper
     in_features = upper.shape[0]
-    # Columns become rows, so that every step below works on contiguous memory.
-    wanted = weight.t()[order].contiguous()
+    # Transposed, so that every step below works on contiguous memory.
+    exact = weight.t()[order].contiguous()
     groups = grid.g_idx[order].int()
     if weight.device.type == "cpu":
         groups = groups.tolist()  # type: ignore[assignment]
-    # Codes count from the zero while they are rounded: q = code - zero, in [-zero, top - zero].
+    # Rounding works on steps from the zero, code - zero, in [-zero, 2**bits - 1 - zero].
     steps = Steps(
         scales=grid.scales.t().contiguous(),
         lowest=(-grid.zeros.t()).contiguous(),
@@ -97,28 +99,28 @@ def sweep(
     )
     roots = upper.diagonal()
     feedback = upper / roots
-    errors = torch.empty_like(wanted)
-    codes = torch.empty(wanted.shape, dtype=torch.uint8, device=weight.device)
-    loss = torch.zeros_like(wanted[0])
+    errors = torch.empty_like(exact)
+    codes = torch.empty(exact.shape, dtype=torch.uint8, device=weight.device)
+    loss = torch.zeros_like(exact[0])
     for start in range(0, in_features, block_columns):
         end = min(start + block_columns, in_features)
         first = start // stretch_columns * stretch_columns
         if start == first:
             last = min(first + stretch_columns, in_features)
-            stretch = wanted[first:last].clone()
+            stretch = exact[first:last].clone()
             if first:
                 stretch.addmm_(feedback[:first, first:last].t(), errors[:first])
         target = stretch[start - first : end - first]
         if start > first:
             target.addmm_(feedback[first:start, start:end].t(), errors[first:start])
         inner = feedback[start:end, start:end].t().contiguous()
-        rounded, own = round_columns(target, wanted[start:end], inner, steps, groups[start:end])
-        errors[start:end] = own
+        rounded, error = round_columns(target, exact[start:end], inner, steps, groups[start:end])
+        errors[start:end] = error
         zeros = grid.zeros.t()[grid.g_idx[order[start:end]]]
         codes[start:end] = rounded.add_(zeros)
-        # What is left of each column's target: its error, less what earlier columns made it take.
-        left = target.sub_(wanted[start:end]).add_(own)
-        loss += left.mul_(roots[start:end, None]).square_().sum(0)
+        # The distance of each column's rounded value to its target, feedback included.
+        residual = target.sub_(exact[start:end]).add_(error)
+        loss += residual.mul_(roots[start:end, None]).square_().sum(0)
     result = torch.empty_like(codes)
     result[order] = codes
     return Sweep(
@@ -127,34 +129,36 @@ def sweep(
 
 
 def solve(weight: Tensor, hessian: Tensor, factor: Factor, grid: Grid, symmetric: bool) -> Solution:
-    """Sweep, then keep plain round to nearest for the rows where it is better after all.
+    """Sweep, but use round-to-nearest for the rows where its loss is smaller.
 
     Args:
         weight: fp32 [out, in].
-        hessian: Mean of x xᵀ, undamped, [in, in]; losses are measured on it.
+        hessian: Mean of x xᵀ, undamped, [in, in]; losses are computed with it.
         factor: Its damped factor.
         grid: The searched grid.
-        symmetric: The kind of grid, for the plain one that is compared with.
+        symmetric: Whether grids are symmetric, for the min-max grid of round-to-nearest.
 
     Returns:
-        The better of both, row by row: never above round to nearest's loss.
+        The better of both for each row, so that no row's loss exceeds that of round-to-nearest.
     """
     swept = sweep(weight, factor, grid)
     loss = (swept.damped_loss - factor.added * swept.squared_error).clamp_(min=0)
     plain = min_max_grid(weight, grid.g_idx, bits=grid.bits, symmetric=symmetric)
     plain_codes = plain.round_to_nearest(weight)
-    rough = fast_copy(hessian)
-    plain_loss = output_loss(weight - plain.dequantize(plain_codes), rough)
-    close = torch.nonzero(plain_loss < CLOSE * loss).flatten()
+    fast_hessian = fast_copy(hessian)
+    plain_loss = output_loss(weight - plain.dequantize(plain_codes), fast_hessian)
+    close = torch.nonzero(plain_loss < CLOSE_RATIO * loss).flatten()
     better = torch.zeros_like(loss, dtype=torch.bool)
     if close.numel():
-        # The rough product, and the damping taken off again, cannot decide these rows.
-        wanted = weight[close]
-        for codes, found, into in (
+        # For these rows both losses are too inexact to compare: one is a product in low precision,
+        # the other had the damping subtracted.
+        exact = weight[close]
+        for codes, used_grid, losses in (
             (plain_codes, plain, plain_loss),
             (swept.codes, grid, loss),
         ):
-            into[close] = output_loss(wanted - found.rows(close).dequantize(codes[close]), hessian)
+            error = exact - used_grid.rows(close).dequantize(codes[close])
+            losses[close] = output_loss(error, hessian)
         better[close] = plain_loss[close] < loss[close]
     return Solution(
         grid=Grid(
@@ -165,7 +169,7 @@ def solve(weight: Tensor, hessian: Tensor, factor: Factor, grid: Grid, symmetric
         ),
         codes=torch.where(better[:, None], plain_codes, swept.codes),
         loss=torch.where(better, plain_loss, loss),
-        size=output_loss(weight, rough),
+        size=output_loss(weight, fast_hessian),
         round_to_nearest_loss=plain_loss,
         kept_nearest=better,
         polished=torch.zeros_like(better),
@@ -177,7 +181,7 @@ def output_loss(error: Tensor, hessian: Tensor) -> Tensor:
 
     Args:
         error: fp32 [out, in].
-        hessian: [in, in]; the product is taken in its type.
+        hessian: [in, in]; its dtype is that of the product.
 
     Returns:
         fp32 [out].

@@ -1,10 +1,10 @@
-"""Weight and curvature -> scale and zero per group, frozen before the sweep.
+"""Search the scale and zero of every group, before the sweep.
 
-For every group the scale (and zero) is searched that minimises the curvature-weighted squared
-rounding error. Scales are judged as they will be stored, rounded to fp16.
+The search minimizes the squared rounding error of each group, weighted with the curvature of its
+columns. Scales are evaluated as they are stored, in fp16.
 
-Symmetric scales may be negative: the middle code is fixed, codes reach one step further down than
-up, and the sign chooses which end of the group gets that step.
+Symmetric scales may be negative: with the zero at the middle code, codes reach one step further
+down than up, and the sign of the scale decides which end of the group gets that step.
 
 Source:
     Weighted scale search: Lin et al. 2025, "NeUQI"; negative scales: AutoRound's full-range
@@ -29,31 +29,31 @@ SMALLEST_SCALE = 1e-5
 COARSE_STEPS = 16
 FINE_STEPS = 8
 LOW, HIGH = 0.25, 1.05
-"""Scales tried, as fractions of the one that just spans the group."""
-CHUNK_NUMBERS = 1 << 20
-"""Weights searched at a time: few enough for the cache, enough to outweigh the cost of a call."""
-DEVICE_CHUNK_NUMBERS = 1 << 25
-"""The same on a GPU, where a call costs as much as a million numbers."""
+"""Range of the scales tried, as fractions of the scale that spans the whole group."""
+CHUNK_WEIGHTS = 1 << 20
+"""Weights searched together: few enough for the cache, many enough to amortize a torch call."""
+DEVICE_CHUNK_WEIGHTS = 1 << 25
+"""The same on a GPU, where a call costs as much as a million weights."""
 PROGRAM_ROWS = 16
 """Output rows of one Triton program."""
-WIDEST_GROUP = 256
-"""A program holds its groups in registers; wider ones are searched in plain torch."""
+MAX_GROUP_SIZE = 256
+"""The Triton kernel holds groups in registers; larger ones are searched with torch operations."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """Where a weight may be rounded to: ``scale * (code - zero)``, codes 0..2**bits-1."""
+    """The values that weights are rounded to: ``scale * (code - zero)``, codes 0..2**bits-1."""
 
     bits: int
     scales: Tensor
     """fp32 [out, groups]; every value is exact in fp16."""
     zeros: Tensor
-    """fp32 [out, groups], whole numbers."""
+    """fp32 [out, groups], integers."""
     g_idx: Tensor
     """int64 [in]: the group of each column."""
 
     def rows(self, chosen: Tensor | slice) -> Grid:
-        """Give the grid of some output rows."""
+        """Return the grid of some output rows."""
         return Grid(
             bits=self.bits,
             scales=self.scales[chosen],
@@ -62,30 +62,30 @@ class Grid:
         )
 
     def column_scales(self) -> Tensor:
-        """Spread the scales over the columns: [out, in]."""
+        """Return the scale of every weight: [out, in]."""
         return self.scales[:, self.g_idx]
 
     def column_zeros(self) -> Tensor:
-        """Spread the zeros over the columns: [out, in]."""
+        """Return the zero of every weight: [out, in]."""
         return self.zeros[:, self.g_idx]
 
     def round_to_nearest(self, weight: Tensor) -> Tensor:
-        """Give the nearest code of every weight: uint8 [out, in]."""
+        """Return the nearest code of every weight: uint8 [out, in]."""
         codes = torch.round(weight / self.column_scales()).add_(self.column_zeros())
         return codes.clamp_(0, 2**self.bits - 1).to(torch.uint8)
 
     def dequantize(self, codes: Tensor) -> Tensor:
-        """Give the weights that codes stand for: fp32 [out, in]."""
+        """Return the weights of codes: fp32 [out, in]."""
         return (codes.float() - self.column_zeros()).mul_(self.column_scales())
 
 
 def assign_groups(in_features: int, group_size: int, order: Tensor | None = None) -> Tensor:
-    """Give every column its group.
+    """Assign every column to a group.
 
     Args:
-        in_features: Columns.
+        in_features: Number of columns.
         group_size: Columns per group, -1 for one group; the last group may be shorter.
-        order: Where given, groups are formed along this order of the columns (``desc_act``).
+        order: Order of the columns in which to form groups (``desc_act``); None: stored order.
 
     Returns:
         int64 [in].
@@ -101,7 +101,7 @@ def assign_groups(in_features: int, group_size: int, order: Tensor | None = None
 
 
 def min_max_grid(weight: Tensor, g_idx: Tensor, *, bits: int, symmetric: bool) -> Grid:
-    """Span each group from its smallest to its largest weight: the plain round-to-nearest grid.
+    """Compute the min-max grid, which spans each group from its smallest to its largest weight.
 
     Args:
         weight: [out, in].
@@ -112,7 +112,7 @@ def min_max_grid(weight: Tensor, g_idx: Tensor, *, bits: int, symmetric: bool) -
     Returns:
         The grid.
     """
-    grouped, _, _ = _into_groups(weight, torch.ones_like(weight[0]), g_idx)
+    grouped, _ = _group_columns(weight, torch.ones_like(weight[0]), g_idx)
     top = 2**bits - 1
     if symmetric:
         scales = round_to_stored(grouped.abs().amax(-1) / (top // 2))
@@ -130,22 +130,22 @@ def search_grid(
     """Search the scale and zero of every group.
 
     Args:
-        weight: What is to be rounded, fp32 [out, in].
+        weight: The weights to be rounded, fp32 [out, in].
         curvature: Loss of a unit rounding error per column, [in].
         g_idx: Group of each column, int64 [in].
         bits: Bits per code.
-        symmetric: Fix the zero at the middle code (and allow negative scales). Otherwise zeros are
-            1..2**bits-1: the v1 dialect stores zero - 1.
+        symmetric: Fix the zero at the middle code and allow negative scales. Otherwise zeros are in
+            1..2**bits-1, because the v1 dialect stores zero - 1.
 
     Returns:
         The grid.
     """
-    grouped, weights, present = _into_groups(weight, curvature, g_idx)
+    grouped, weights = _group_columns(weight, curvature, g_idx)
     rows, groups, size = grouped.shape
-    if _by_program(grouped, symmetric):
-        scales, zeros = _run_program(grouped, weights, bits, symmetric)
+    if _uses_kernel(grouped, symmetric):
+        scales, zeros = _run_kernel(grouped, weights, bits, symmetric)
         return Grid(bits=bits, scales=scales, zeros=zeros, g_idx=g_idx)
-    chunk = CHUNK_NUMBERS if weight.device.type == "cpu" else DEVICE_CHUNK_NUMBERS
+    chunk = CHUNK_WEIGHTS if weight.device.type == "cpu" else DEVICE_CHUNK_WEIGHTS
     step = max(1, chunk // (groups * size))
     scales = torch.empty(rows, groups, device=weight.device)
     zeros = torch.full_like(scales, 2 ** (bits - 1))
@@ -154,8 +154,8 @@ def search_grid(
         if symmetric:
             scales[start : start + step] = _search_symmetric(part, weights, bits)
         else:
-            found = _search_asymmetric(part, weights, present, bits)
-            scales[start : start + step], zeros[start : start + step] = found
+            best = _search_asymmetric(part, weights, bits)
+            scales[start : start + step], zeros[start : start + step] = best
     return Grid(bits=bits, scales=scales, zeros=zeros, g_idx=g_idx)
 
 
@@ -165,15 +165,13 @@ def _search_symmetric(grouped: Tensor, weights: Tensor, bits: int) -> Tensor:
     search = _Search(grouped, weights, -half, half - 1)
     for share in _signed_shares(bits):
         search.try_scales(span * share, None, share)
-    centre = search.best_share.clone()
+    center = search.best_share.clone()
     for offset in _fine_offsets():
-        search.try_scales(span * (centre + offset), None, centre + offset)
+        search.try_scales(span * (center + offset), None, center + offset)
     return search.best_scales
 
 
-def _search_asymmetric(
-    grouped: Tensor, weights: Tensor, present: Tensor, bits: int
-) -> tuple[Tensor, Tensor]:
+def _search_asymmetric(grouped: Tensor, weights: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     top = 2**bits - 1
     low, high = _range(grouped)
     span = (high - low) / top
@@ -183,15 +181,15 @@ def _search_asymmetric(
     for share in (*_coarse_shares(), 1.0):
         for zero in zeros:
             search.try_scales(span * share, zero, share)
-    centre = search.best_share.clone()
+    center = search.best_share.clone()
     for offset in _fine_offsets():
         for zero in zeros:
-            search.try_scales(span * (centre + offset), zero, centre + offset)
+            search.try_scales(span * (center + offset), zero, center + offset)
     return search.best_scales, search.best_zeros
 
 
 class _Search:
-    """Keeps, per group, the best grid tried so far."""
+    """Keeps the best grid tried so far of every group."""
 
     def __init__(self, grouped: Tensor, weights: Tensor, lowest: int, highest: int) -> None:
         self.grouped, self.weights = grouped, weights
@@ -209,7 +207,7 @@ class _Search:
         if zeros is None:
             rounded.clamp_(self.lowest, self.highest)
         else:
-            # code = nearest + zero must stay in range, so nearest is clamped around the zero
+            # The code, nearest + zero, must stay in range.
             shift = zeros.unsqueeze(-1)
             rounded.add_(shift).clamp_(self.lowest, self.highest).sub_(shift)
         error = torch.addcmul(self.grouped, rounded, column, value=-1)
@@ -223,20 +221,20 @@ class _Search:
         self.best_share = torch.where(better, shares, self.best_share)
 
 
-def _into_groups(weight: Tensor, curvature: Tensor, g_idx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gather columns by group: weights [out, groups, size], curvature [groups, size], present."""
+def _group_columns(weight: Tensor, curvature: Tensor, g_idx: Tensor) -> tuple[Tensor, Tensor]:
+    """Gather columns by group: weights [out, groups, size] and curvature [groups, size].
+
+    Shorter groups are padded with weights and curvatures of 0.
+    """
     order = torch.argsort(g_idx, stable=True)
     sizes = torch.bincount(g_idx)
     groups, size = sizes.numel(), int(sizes.max())
-    place = g_idx[order] * size + _rank_in_group(g_idx[order], sizes)
+    positions = g_idx[order] * size + _rank_in_group(g_idx[order], sizes)
     grouped = weight.new_zeros(weight.shape[0], groups * size, dtype=torch.float32)
-    grouped[:, place] = weight[:, order].float()
+    grouped[:, positions] = weight[:, order].float()
     weights = torch.zeros(groups * size, device=weight.device)
-    weights[place] = curvature[order].float()
-    present = torch.zeros(groups * size, dtype=torch.bool, device=weight.device)
-    present[place] = True
-    shape = (groups, size)
-    return grouped.reshape(-1, *shape), weights.reshape(shape), present.reshape(shape)
+    weights[positions] = curvature[order].float()
+    return grouped.reshape(-1, groups, size), weights.reshape(groups, size)
 
 
 def _rank_in_group(sorted_groups: Tensor, sizes: Tensor) -> Tensor:
@@ -268,7 +266,7 @@ def sum_groups(values: Tensor, g_idx: Tensor, num_groups: int) -> Tensor:
 
 
 def round_to_stored(scales: Tensor) -> Tensor:
-    """Round scales to fp16, away from zero where they would vanish; all-zero groups get 1."""
+    """Round scales to fp16, at least SMALLEST_SCALE in absolute value; scales of 0 become 1."""
     sign = torch.where(scales < 0, -1.0, 1.0)
     size = scales.abs().clamp(min=SMALLEST_SCALE, max=torch.finfo(torch.float16).max)
     size = torch.where(scales == 0, torch.ones_like(size), size)
@@ -277,7 +275,7 @@ def round_to_stored(scales: Tensor) -> Tensor:
 
 def _signed_shares(bits: int) -> list[float]:
     half = 2 ** (bits - 1)
-    # The plain grid, which reaches the largest weight from either side, is always a candidate.
+    # The min-max grid, which reaches the largest weight of either sign, is always a candidate.
     shares = (*_coarse_shares(), 1.0, half / (half - 1))
     return [sign * share for sign in (1.0, -1.0) for share in shares]
 
@@ -293,39 +291,39 @@ def _fine_offsets() -> list[float]:
     return [step * i / (half + 1) for i in range(-half, half + 1) if i]
 
 
-def _by_program(grouped: Tensor, symmetric: bool) -> bool:
+def _uses_kernel(grouped: Tensor, symmetric: bool) -> bool:
     return (
         grouped.device.type != "cpu"
-        and grouped.shape[-1] <= WIDEST_GROUP
-        and find_program_obstacle(grouped.device, symmetric) is None
+        and grouped.shape[-1] <= MAX_GROUP_SIZE
+        and find_kernel_obstacle(grouped.device, symmetric) is None
     )
 
 
 @functools.cache
-def find_program_obstacle(device: torch.device, symmetric: bool) -> str | None:
-    """Try the Triton program on a device once, against the plain search.
+def find_kernel_obstacle(device: torch.device, symmetric: bool) -> str | None:
+    """Compare the Triton kernel on a device with the plain search, once per process.
 
     Args:
-        device: Where it is to run.
-        symmetric: The kind of grid.
+        device: The device.
+        symmetric: Whether grids are symmetric.
 
     Returns:
-        Why it is not used there; None: it runs and finds grids that are as good.
+        Why the kernel is not used there; None: it runs and its grids are as good.
     """
     obstacle = find_triton_obstacle()
     if obstacle is not None:
         return obstacle
-    dice = torch.Generator().manual_seed(0)
-    # The sizes of a model's groups: Triton compiles others apart.
+    generator = torch.Generator().manual_seed(0)
+    # Typical sizes of a model: Triton compiles a separate kernel for others.
     rows, groups, size = 16, 16, 128
-    weight = torch.randn(rows, groups * size, generator=dice)
-    curvature = torch.rand(groups * size, generator=dice) + 0.1
+    weight = torch.randn(rows, groups * size, generator=generator)
+    curvature = torch.rand(groups * size, generator=generator) + 0.1
     g_idx = assign_groups(groups * size, size)
-    grouped, weights, _ = _into_groups(weight, curvature, g_idx)
+    grouped, weights = _group_columns(weight, curvature, g_idx)
     expected = search_grid(weight, curvature, g_idx, bits=4, symmetric=symmetric)
     try:
-        scales, zeros = _run_program(grouped.to(device), weights.to(device), 4, symmetric)
-    except Exception as problem:  # noqa: BLE001 - what stops Triton must not stop a run without it
+        scales, zeros = _run_kernel(grouped.to(device), weights.to(device), 4, symmetric)
+    except Exception as problem:  # noqa: BLE001 - a run must not fail because Triton does
         return f"{type(problem).__name__}: {first_line(problem)}"
     found = Grid(bits=4, scales=scales.cpu(), zeros=zeros.cpu(), g_idx=g_idx)
     losses = []
@@ -334,13 +332,13 @@ def find_program_obstacle(device: torch.device, symmetric: bool) -> str | None:
         losses.append(float((error.square() * curvature).sum()))
     if losses[0] <= 1.0001 * losses[1]:
         return None
-    return f"its grids lose {losses[0] / losses[1]:.3f} times as much as the plain search's"
+    return f"the loss of its grids is {losses[0] / losses[1]:.3f} times that of the plain search"
 
 
-def _run_program(
+def _run_kernel(
     grouped: Tensor, weights: Tensor, bits: int, symmetric: bool
 ) -> tuple[Tensor, Tensor]:
-    from halfbyte.quantize.grid_kernel import grid_program
+    from halfbyte.quantize.grid_kernel import grid_kernel
 
     rows, groups, size = grouped.shape
     assert grouped.is_contiguous()
@@ -349,7 +347,7 @@ def _run_program(
     scales = torch.empty(rows, groups, device=grouped.device)
     zeros = torch.empty_like(scales)
     with on_device(grouped.device):
-        grid_program[(groups, -(-rows // PROGRAM_ROWS))](
+        grid_kernel[(groups, -(-rows // PROGRAM_ROWS))](
             grouped,
             weights.contiguous(),
             torch.tensor(shares, device=grouped.device),

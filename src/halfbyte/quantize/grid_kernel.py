@@ -1,7 +1,7 @@
-"""The search for scales and zeros, as a Triton program.
+"""The search for scales and zeros as a Triton kernel.
 
-Every group of a weight is tried with some forty grids. As separate operations that reads and writes
-the weight some three hundred times; here a group stays in registers through all trials.
+Every group is tried with about forty grids. As separate torch operations, that reads and writes the
+weight about three hundred times; here a group stays in registers.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Adding and taking this off leaves the nearest whole number, halves to even, as torch rounds.
+# Adding and subtracting this rounds to the nearest integer, halves to even, like torch.round, for
+# numbers far smaller than it.
 MAGIC = tl.constexpr(1.5 * 2**23)
 
 
@@ -33,9 +34,9 @@ def _stored(scales, SMALLEST: tl.constexpr, LARGEST: tl.constexpr):
 
 @triton.jit
 def _loss(x, weights, scales, lowest, highest):
-    """Weighted squared error of rounding groups [rows, size] to grids [rows]."""
+    """Return the weighted squared error of rounding groups [rows, size] to grids [rows]."""
     quotient = x * (1.0 / scales)[:, None]
-    # Clamped first: the trick above holds for small numbers.
+    # Clamped first, because rounding with MAGIC needs small numbers.
     nearest = tl.minimum(tl.maximum(quotient, lowest[:, None] - 1), highest[:, None] + 1)
     code = tl.minimum(tl.maximum((nearest + MAGIC) - MAGIC, lowest[:, None]), highest[:, None])
     error = x - code * scales[:, None]
@@ -43,7 +44,7 @@ def _loss(x, weights, scales, lowest, highest):
 
 
 @triton.jit
-def grid_program(
+def grid_kernel(
     grouped,
     curvature,
     coarse,
@@ -62,9 +63,9 @@ def grid_program(
     ROWS: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """Search the grid of one group in ROWS output rows; see ``grid.py`` for what it computes."""
+    """Search the grid of one group in ROWS output rows, as ``grid.py`` defines it."""
     # grouped is fp32 [rows, groups, size], curvature [groups, size], zero where a group is shorter;
-    # coarse and fine are fp32 shares; scales and zeros are [rows, groups].
+    # coarse and fine are fp32 fractions of the span; scales and zeros are [rows, groups].
     group = tl.program_id(0)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     lane = tl.arange(0, SIZE)
@@ -89,15 +90,15 @@ def grid_program(
             best_loss = tl.where(better, loss, best_loss)
             best_scales = tl.where(better, tried, best_scales)
             best_share = tl.where(better, share, best_share)
-        centre = best_share
+        center = best_share
         for i in range(FINE):
-            tried = _stored(span * (centre + tl.load(fine + i)), SMALLEST, LARGEST)
+            tried = _stored(span * (center + tl.load(fine + i)), SMALLEST, LARGEST)
             loss = _loss(x, weights, tried, lowest, highest)
             better = loss < best_loss
             best_loss = tl.where(better, loss, best_loss)
             best_scales = tl.where(better, tried, best_scales)
     else:
-        # A padded or missing row is all zeros, which the range includes anyway.
+        # Padding and missing rows are zeros, which the range includes anyway.
         low = -tl.maximum(tl.reduce(-x, 1, _larger), 0.0)
         high = tl.maximum(tl.reduce(x, 1, _larger), 0.0)
         span = (high - low) / TOP
@@ -115,10 +116,10 @@ def grid_program(
             best_scales = tl.where(better, tried, best_scales)
             best_zeros = tl.where(better, zero, best_zeros)
             best_share = tl.where(better, share, best_share)
-        centre = best_share
+        center = best_share
         for i in range(2 * FINE):
             zero = tl.where(i % 2 == 0, down, up)
-            tried = _stored(span * (centre + tl.load(fine + i // 2)), SMALLEST, LARGEST)
+            tried = _stored(span * (center + tl.load(fine + i // 2)), SMALLEST, LARGEST)
             loss = _loss(x, weights, tried, -zero, TOP - zero)
             better = loss < best_loss
             best_loss = tl.where(better, loss, best_loss)

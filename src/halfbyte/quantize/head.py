@@ -1,4 +1,4 @@
-"""The output head, rounded on what reaches it behind the last block."""
+"""Round the output head on the hidden states behind the last block."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from halfbyte.quantize.run_states import BASE_CALIBRATION
 
 
 def round_head(walk: BlockWalk, stream: str) -> tuple[list[RoundedLinear], list[str]]:
-    """Round the output head, where the model has one that can be.
+    """Round the output head, if the model has one that can be quantized.
 
     Args:
-        walk: All blocks are done.
-        stream: Of the calibration text, through the blocks as they are in the end.
+        walk: The walk of the run, after the last block.
+        stream: Stream of the calibration text through the final blocks.
 
     Returns:
-        The rounded head, or nothing; and what is to be told of it.
+        The rounded head, or an empty list; and notes for the report.
     """
     work, end = walk.work, len(walk.work.weights.blocks.modules)
     model = work.weights.model
     head = model.get_output_embeddings()
     name = head_name(model)
     if name is None:
-        return [], ["the head stays as it is: the model has none of its own"]
+        return [], ["the head was not quantized: the model has no separate head"]
     tied = head.weight is model.get_input_embeddings().weight
     work.stages = [Stage(groups=(InputGroup(linears=(name,)),))]
     exact = {name: linear_tensors(head)}
     tasks, skipped = plan_tasks("", model, exact, work.config, work.weights.disk_name)
     if not tasks:
-        return [], [f"the head stays as it is: {skipped[0].reason}"]
+        return [], [f"the head was not quantized: {skipped[0].reason}"]
     with work.stream.at(end, work.stages):
-        passages = walk.passages(stream, end, keep_paused=False)
-        base_passages = None
+        passes = walk.passes(stream, end, keep_paused=False)
+        base_passes = None
         if work.config.match_base:
-            base_passages = walk.passages(BASE_CALIBRATION, end, keep_paused=False)
-        rounded = work.round_block(model, tasks, passages, base_passages)
-    note = "the head was untied from the embeddings, which stay as they are"
+            base_passes = walk.passes(BASE_CALIBRATION, end, keep_paused=False)
+        rounded = work.round_block(model, tasks, passes, base_passes)
+    note = "the head was untied from the embeddings, which stay unchanged"
     return rounded, [note] if tied else []
 
 
 def head_name(model: nn.Module) -> str | None:
-    """Give the head's name within a model; None where it has none of its own."""
+    """Return the name of a model's output head; None if it has no separate one."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     return next((n for n, m in model.named_modules() if m is head and n), None)

@@ -1,11 +1,11 @@
-"""Layer inputs -> Hessian -> its triangular factor.
+"""Sum Hessians over layer inputs and factor them for the solver.
 
 For one linear with weight W and inputs x, the squared output error of a rounded weight W - E is
 tr(E H Eᵀ) with H the mean of x xᵀ. The solver needs H only through its upper factor R, H = R Rᵀ:
-R[k, k]² is the loss of rounding column k by one unit when all later columns may still answer.
+R[k, k]² is the loss of a unit error in column k after all later columns have compensated for it.
 
 Source:
-    Frantar et al. 2023, "GPTQ", https://arxiv.org/abs/2210.17323. The factor form, which needs no
+    Frantar et al. 2023, "GPTQ", https://arxiv.org/abs/2210.17323. The form used here needs no
     inverse: R⁻¹ is the Cholesky factor that the paper computes from H⁻¹.
 """
 
@@ -21,11 +21,11 @@ from torch import Tensor
 from halfbyte.machine.arithmetic import find_fp32_sum_obstacle, sums_bf16_in_fp32
 
 DEAD_RATIO = 1e-10
-"""A column whose mean square is below this fraction of the largest never carried a signal."""
+"""A column whose mean square is at most this fraction of the largest counts as without signal."""
 GRAM_TILE = 256
 """Columns per tile of XᵀX; only tiles on and left of the diagonal are computed."""
 DEVICE_TILE = 2048
-"""The same on a GPU, whose products want to be large."""
+"""The same on a GPU, which needs larger products to be efficient."""
 MAX_DAMPING = 1.0
 EIGENVALUE_FLOOR = 1e-6
 
@@ -34,13 +34,13 @@ class HessianAccumulator:
     """Sums x xᵀ over calibration tokens, tile by tile, into fp32."""
 
     def __init__(self, in_features: int, device: torch.device, *, checked: bool = True) -> None:
-        """Start at zero.
+        """Start with a sum of zero.
 
         Args:
             in_features: Width of the inputs.
             device: Where to sum.
-            checked: Whether every batch is looked at before it is added. On a GPU that means to
-                wait for it each time; without, :attr:`is_finite` tells in the end.
+            checked: Whether every batch is checked for NaN and infinity before it is added. On a
+                GPU each check waits for the batch; without them, use :attr:`is_finite` at the end.
         """
         self.in_features = in_features
         self.num_tokens = 0
@@ -52,15 +52,15 @@ class HessianAccumulator:
 
     @property
     def is_finite(self) -> bool:
-        """Whether the sum holds no NaN or infinity; one in a batch shows on the diagonal."""
+        """Whether the sum holds no NaN or infinity; any in a batch reaches the diagonal."""
         return bool(torch.isfinite(self._sum.diagonal()).all())
 
-    def update(self, inputs: Tensor, roots: Tensor | None = None) -> bool:
-        """Add a batch of inputs [..., in]; one with a non-finite number is counted, not added.
+    def update(self, inputs: Tensor, sqrt_weights: Tensor | None = None) -> bool:
+        """Add a batch of inputs [..., in]; a batch with non-finite values is counted, not added.
 
         Args:
             inputs: The batch.
-            roots: Square roots of what its tokens count, [tokens]; None: all alike.
+            sqrt_weights: Square roots of the token weights, [tokens]; None: all equal.
 
         Returns:
             Whether it was added.
@@ -68,15 +68,15 @@ class HessianAccumulator:
         rows = inputs.reshape(-1, inputs.shape[-1])
         if rows.shape[0] == 0:
             return False
-        # A sum is one pass without a copy, and no NaN or infinity in it can cancel.
+        # A sum takes one pass without a copy, and NaN and infinity cannot cancel in it.
         if self._checked and not math.isfinite(float(rows.sum(dtype=torch.float32))):
             self.dropped_tokens += rows.shape[0]
             return False
-        if roots is not None:
-            rows = rows * roots[:, None].to(rows.dtype)
+        if sqrt_weights is not None:
+            rows = rows * sqrt_weights[:, None].to(rows.dtype)
         if rows.dtype == torch.bfloat16 and rows.device.type == "cpu" and sums_bf16_in_fp32():
-            known = self.num_tokens >= rows.shape[0]
-            ratio = rows.shape[0] / self.num_tokens if known else None
+            has_estimate = self.num_tokens >= rows.shape[0]
+            ratio = rows.shape[0] / self.num_tokens if has_estimate else None
             add_bf16_gram(self._sum, rows, ratio)
         else:
             add_gram(self._sum, rows, self._tile)
@@ -84,7 +84,7 @@ class HessianAccumulator:
         return True
 
     def total(self) -> Tensor:
-        """Give the sum over tokens, both halves filled in: [in, in], valid until the next batch."""
+        """Return the complete symmetric sum over tokens: [in, in], valid until the next batch."""
         for start, end in _tiles(self.in_features, self._tile):
             self._sum[:start, start:end] = self._sum[start:end, :start].t()
             tile = self._sum[start:end, start:end]
@@ -95,11 +95,11 @@ class HessianAccumulator:
 def add_gram(total: Tensor, rows: Tensor, tile: int = GRAM_TILE) -> None:
     """Add rowsᵀ rows to the lower tiles of a matrix, summed in fp32.
 
-    A GPU's tensor cores multiply 16-bit numbers exactly and sum in fp32, so there the rows stay as
-    they are; elsewhere they become fp32 first.
+    A GPU's tensor cores multiply 16-bit numbers exactly and sum in fp32, so there the rows keep
+    their dtype; elsewhere they are cast to fp32 first.
 
     Args:
-        total: fp32 [in, in]; entries right of the diagonal tiles are left as they are.
+        total: fp32 [in, in]; entries right of the diagonal tiles are unchanged.
         rows: [tokens, in].
         tile: Columns per tile.
     """
@@ -112,30 +112,30 @@ def add_gram(total: Tensor, rows: Tensor, tile: int = GRAM_TILE) -> None:
 
 
 def add_bf16_gram(total: Tensor, rows: Tensor, ratio: float | None) -> None:
-    """Add rowsᵀ rows to the lower tiles of a matrix, on units that multiply in bf16.
+    """Add rowsᵀ rows to the lower tiles of a matrix, on CPU units that multiply bf16.
 
-    Such units sum in fp32 but give the sum back in bf16. So they are made to subtract what is
-    expected before they round: the error is then a bf16 rounding of the *surprise*. Where the sum
-    so far is the expectation, that is 1/500 of the amount by which batches of text differ from each
-    other, and so 1/500 of the noise that is in any Hessian of sampled text. Where nothing is known
-    yet, a first product is the expectation, and the error is a rounding of a rounding, 2⁻¹⁸.
+    Such units sum in fp32 but return the sum in bf16. To keep precision, an estimate of the result
+    is subtracted inside the product, so that only the difference is rounded to bf16. If the
+    estimate is the scaled sum so far, the error is 1/500 of the amount by which batches of text
+    differ from each other, and so 1/500 of the sampling noise of any Hessian. Without a sum so far,
+    a first product is the estimate, and the relative error is two successive roundings, 2⁻¹⁸.
 
     Args:
-        total: fp32 [in, in]; entries right of the diagonal tiles are left as they are.
+        total: fp32 [in, in]; entries right of the diagonal tiles are unchanged.
         rows: bf16 [tokens, in].
-        ratio: Tokens of this batch over tokens of the sum so far; None: expect nothing.
+        ratio: Tokens of this batch over tokens of the sum so far; None: use no estimate from it.
     """
     for start, end in _tiles(rows.shape[1], GRAM_TILE):
         left, right, tile = rows[:, start:end].t(), rows[:, :end], total[start:end, :end]
-        expected = left @ right if ratio is None else (tile * ratio).bfloat16()
-        surprise = torch.addmm(expected, left, right, beta=-1)
-        tile += expected
-        tile += surprise
+        estimate = left @ right if ratio is None else (tile * ratio).bfloat16()
+        difference = torch.addmm(estimate, left, right, beta=-1)
+        tile += estimate
+        tile += difference
 
 
-def _tiles(width: int, largest: int) -> Iterator[tuple[int, int]]:
-    """Cut columns into equal tiles."""
-    size = -(-width // -(-width // largest))
+def _tiles(width: int, max_size: int) -> Iterator[tuple[int, int]]:
+    """Split columns into equal tiles; yields start and end of each."""
+    size = -(-width // -(-width // max_size))
     for start in range(0, width, size):
         yield start, min(start + size, width)
 
@@ -143,16 +143,16 @@ def _tiles(width: int, largest: int) -> Iterator[tuple[int, int]]:
 def shrink_to_pool(
     total: Tensor, num_tokens: int, pooled: Tensor, pooled_tokens: int
 ) -> tuple[Tensor, float]:
-    """Mix the Hessian of a rarely routed expert with that of all experts of its stage.
+    """Shrink the Hessian of an expert with few tokens towards that of all experts of its stage.
 
     Args:
-        total: Sum over the expert's own tokens, [in, in].
-        num_tokens: How many those are.
+        total: Sum over the expert's tokens, [in, in].
+        num_tokens: Number of those tokens.
         pooled: Sum over the tokens of all experts.
-        pooled_tokens: How many those are.
+        pooled_tokens: Number of those tokens.
 
     Returns:
-        The mean Hessian, and the share of the pool in it, 0 to 1.
+        The mean Hessian, and the weight of the pool in it, 0 to 1.
     """
     prior = 4 * total.shape[0]
     mixed = total + pooled * (prior / max(pooled_tokens, 1))
@@ -160,12 +160,12 @@ def shrink_to_pool(
 
 
 def shrink_to_diagonal(hessian: Tensor, share: float) -> None:
-    """Take a share off all products of different inputs, in place.
+    """Shrink a Hessian towards its diagonal, in place: scale off-diagonal entries by 1 - share.
 
-    Which inputs are large hardly depends on the text; which are large together does. The solver
-    lets one column answer for another's error by what is large together, and the more it trusts
-    that, the worse is what it makes for other text. At 1, nothing answers: every column is rounded
-    to the nearest code.
+    Which inputs are large hardly depends on the text; how they correlate does. The solver uses the
+    correlations to let one column compensate for another's error, and the more it relies on those
+    of the calibration text, the worse the result on other text. At 1 there is no compensation:
+    every column is rounded to the nearest code.
 
     Args:
         hessian: fp32 [in, in].
@@ -173,8 +173,8 @@ def shrink_to_diagonal(hessian: Tensor, share: float) -> None:
 
     Source:
         Shrinkage of a covariance towards its diagonal: Schäfer and Strimmer 2005,
-        https://doi.org/10.2202/1544-6115.1175, target D. There the share answers for the noise of
-        few samples; here for text of other kinds, so it is not computed from the samples.
+        https://doi.org/10.2202/1544-6115.1175, target D. They compute the share from the samples,
+        to correct for sampling noise; here it is a setting, to correct for other kinds of text.
     """
     if share == 0:
         return
@@ -184,34 +184,34 @@ def shrink_to_diagonal(hessian: Tensor, share: float) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Factor:
-    """A Hessian ready for the solver."""
+    """A Hessian, damped and factored for the solver."""
 
     order: Tensor
     """int64 [in]: the column that is rounded k-th."""
     upper: Tensor
     """fp32 [in, in], upper triangular, in rounding order: H + damping = upper @ upperᵀ."""
     damping: float
-    """Fraction of the mean diagonal that was added in the end."""
+    """Damping that was used, as a fraction of the mean diagonal."""
     added: float
-    """What that came to: ``upper @ upper.T`` exceeds the Hessian by this on its diagonal."""
+    """The same in absolute terms: ``upper @ upper.T`` exceeds H by this on its diagonal."""
     notes: tuple[str, ...]
-    """Every departure from the plain computation."""
+    """One note per fallback that was used."""
 
     @property
     def curvature(self) -> Tensor:
-        """Loss of a unit rounding error per column, after feedback: [in], in stored order."""
+        """Loss of a unit error per column after feedback: [in], in stored order."""
         curvature = torch.empty_like(self.upper[0])
         curvature[self.order] = self.upper.diagonal().square()
         return curvature
 
 
 def factorize(hessian: Tensor, *, damping: float, act_order: bool) -> Factor:
-    """Order, damp and factor a Hessian; whatever it takes is noted.
+    """Order, damp and factor a Hessian, with fallbacks that are noted.
 
     Args:
         hessian: Mean of x xᵀ, [in, in], fp32.
         damping: Added to the diagonal, as a fraction of its mean.
-        act_order: Round columns by falling diagonal instead of in stored order.
+        act_order: Round columns by decreasing diagonal instead of in stored order.
 
     Returns:
         The factor.
@@ -225,9 +225,9 @@ def factorize(hessian: Tensor, *, damping: float, act_order: bool) -> Factor:
         diagonal = hessian.diagonal()
     if largest <= 0:
         hessian.fill_diagonal_(1.0)
-        notes.append("no input signal at all: every column rounded to nearest")
+        notes.append("no input signal: every column rounded to nearest")
     elif bool(dead.any()):
-        # The weights stay and are rounded normally: other inputs may well use these columns.
+        # Their weights are kept and rounded normally: other text may use these columns.
         hessian[dead] = 0
         hessian[:, dead] = 0
         diagonal[dead] = diagonal[~dead].mean()
@@ -236,18 +236,21 @@ def factorize(hessian: Tensor, *, damping: float, act_order: bool) -> Factor:
     if act_order:
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
         hessian = hessian[order][:, order]
-    upper, used, how = _factor(hessian, damping)
+    upper, used, fallbacks = _factor(hessian, damping)
     return Factor(
         order=order,
         upper=upper,
         damping=used,
         added=used * float(hessian.diagonal().mean()),
-        notes=(*notes, *how),
+        notes=(*notes, *fallbacks),
     )
 
 
 def _factor(hessian: Tensor, damping: float) -> tuple[Tensor, float, list[str]]:
-    """Cholesky; else more damping; else fp64; else lifted eigenvalues; else the diagonal alone."""
+    """Factor a Hessian by Cholesky; returns the factor, the damping used, and notes.
+
+    Fallbacks, in order: more damping, fp64, raised eigenvalues, the diagonal alone.
+    """
     mean = float(hessian.diagonal().mean())
     level = damping
     while level <= MAX_DAMPING:
@@ -263,20 +266,20 @@ def _factor(hessian: Tensor, damping: float) -> tuple[Tensor, float, list[str]]:
     if bool(torch.isfinite(double).all()):
         values, vectors = torch.linalg.eigh((double + double.t()) / 2)
         floor = EIGENVALUE_FLOOR * float(values.max()) + damping * mean
-        lifted = (vectors * values.clamp(min=floor)) @ vectors.t()
-        upper = _upper_cholesky(lifted, 0.0)
+        raised = (vectors * values.clamp(min=floor)) @ vectors.t()
+        upper = _upper_cholesky(raised, 0.0)
         if upper is not None:
-            return upper.float(), damping, ["negative eigenvalues lifted"]
+            return upper.float(), damping, ["small and negative eigenvalues raised"]
     roots = hessian.diagonal().nan_to_num(mean).clamp(min=mean * DEAD_RATIO).sqrt()
-    return torch.diag(roots), damping, ["could not be factored: weighted round to nearest"]
+    return torch.diag(roots), damping, ["could not be factored: weighted round-to-nearest"]
 
 
 def _upper_cholesky(matrix: Tensor, damping: float) -> Tensor | None:
-    """R with R Rᵀ = matrix + damping, R upper triangular; None where that is not positive."""
-    turned = matrix.flip(0, 1)
-    turned.diagonal().add_(damping)
-    lower, info = torch.linalg.cholesky_ex(turned)
-    del turned
+    """Return the upper triangular R with R Rᵀ = matrix + damping; None if not positive definite."""
+    flipped = matrix.flip(0, 1)
+    flipped.diagonal().add_(damping)
+    lower, info = torch.linalg.cholesky_ex(flipped)
+    del flipped
     if int(info) != 0 or not bool(torch.isfinite(lower.diagonal()).all()):
         return None
     upper: Tensor = lower.flip(0, 1)

@@ -1,13 +1,13 @@
-"""How far is a calibration text from the text that the model will see?
+"""Compare a calibration text with the workload, the text that the model will see.
 
 ::
 
     two texts -> tokens -> one run of the model over each -> token coverage, perplexity,
-              size of every linear's inputs by channel -> a verdict
+              energy of every linear's inputs by channel -> a verdict
 
-Each distance is held against the same distance between two halves of the workload: what chance
-alone makes of texts of one kind. A text is as good as any other of its kind where it is no further
-away than a few times that.
+Each distance is compared with the same distance between two halves of the workload, which is the
+variation between texts of the same kind. A calibration text is suitable if its distance is at most
+a few times that.
 """
 
 from __future__ import annotations
@@ -33,26 +33,28 @@ from halfbyte.quantize.calibration_source import CalibrationSource
 
 CLOSE, APART, FAR = "close", "apart", "far"
 CLOSE_RATIO, FAR_RATIO = 2.0, 4.0
-"""Median distance of the layers over that between halves of the workload (docs/log.md)."""
+"""Thresholds of the verdict on :attr:`Inspection.ratio`; measured in docs/log.md."""
 COVERAGE_LOSS = 0.05
-"""Share of the workload's tokens that the calibration lacks, beyond what one half of it lacks."""
-FEWEST_SEQUENCES = 4
+"""Tolerated loss of coverage, compared with the coverage of one half of the workload by the
+other."""
+MIN_SEQUENCES = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerDistance:
-    """How differently the two texts excite one linear's inputs."""
+    """Distance between the inputs of one linear on the two texts."""
 
     name: str
     distance: float
-    """Mean of |ln(calibration's mean square / workload's)| over channels, weighted by size."""
+    """Mean over channels of |ln(calibration's share of energy / workload's share)|, weighted by
+    energy."""
     floor: float
     """The same between two halves of the workload."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
-    """A calibration text held against a workload."""
+    """The comparison of a calibration text with a workload."""
 
     calibration: str
     workload: str
@@ -68,15 +70,15 @@ class Inspection:
     verdict: str
     """CLOSE, APART or FAR."""
     reasons: tuple[str, ...]
-    """Why, in words."""
+    """Explanation of the verdict."""
 
     @property
     def ratio(self) -> float:
-        """Median over layers of distance over floor; 1 is another text of the same kind."""
+        """Median over layers of distance over floor; about 1 for another text of the same kind."""
         return _ratio(self.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain values for JSON."""
+        """Return plain values for JSON."""
         return {**asdict(self), "ratio": self.ratio}
 
 
@@ -88,13 +90,13 @@ def inspect_calibration(
     config: CalibrationConfig | None = None,
     tokenizer: Any = None,
 ) -> Inspection:
-    """Hold a calibration text against the text that the model will see.
+    """Compare a calibration text with text that the model will see.
 
     Args:
         model: A loaded model, or its folder.
-        calibration: Text in any form that quantizing takes; None: the built-in mix.
-        workload: The same, of the kind that the model will see.
-        config: How many sequences of what length to look at; default: 32 of 512 tokens.
+        calibration: Text in any form that quantization accepts; None: the built-in mix.
+        workload: Text of the kind that the model will see, in the same forms.
+        config: Number and length of the sequences to use; default: 32 of 512 tokens.
         tokenizer: Needed with a loaded model and text.
 
     Returns:
@@ -103,7 +105,7 @@ def inspect_calibration(
     Raises:
         CalibrationError: A text cannot be read, or the workload is too short to be split, or its
             halves are the same.
-        ModelError: The model cannot be loaded, or has no linears to look at.
+        ModelError: The model cannot be loaded, or none of its linears was run.
     """
     config = config or CalibrationConfig(samples=32, length=512)
     subject = open_subject(model, tokenizer=tokenizer)
@@ -111,60 +113,62 @@ def inspect_calibration(
         load_calibration(source, config, subject.tokenizer, subject.longest)
         for source in (calibration, workload)
     ]
-    seen = texts[1].sequences
-    if len(seen) < FEWEST_SEQUENCES:
+    workload_sequences = texts[1].sequences
+    if len(workload_sequences) < MIN_SEQUENCES:
         raise CalibrationError(
-            f"The workload {texts[1].source} holds {len(seen)} sequences of {config.length} "
-            f"tokens; {FEWEST_SEQUENCES} are needed to see how it differs from itself. Give more "
+            f"The workload {texts[1].source} holds {len(workload_sequences)} sequences of "
+            f"{config.length} tokens; {MIN_SEQUENCES} are needed to compare its halves. Give more "
             "text, or a smaller --length."
         )
-    # Not every other sequence: neighbours come from one document.
-    middle = len(seen) // 2
-    halves = [seen[:middle], seen[middle:]]
-    parts = [_run(subject, part) for part in (texts[0].sequences, *halves)]
+    # Not alternating sequences: neighbors come from the same document.
+    middle = len(workload_sequences) // 2
+    halves = [workload_sequences[:middle], workload_sequences[middle:]]
+    runs = [_run(subject, sequences) for sequences in (texts[0].sequences, *halves)]
+    calibration_energy, first, second = (run.energy for run in runs)
     layers = tuple(
         LayerDistance(
             name=name,
-            distance=_distance(parts[0].sizes[name], parts[1].sizes[name] + parts[2].sizes[name]),
-            floor=_distance(parts[1].sizes[name], parts[2].sizes[name]),
+            distance=_distance(calibration_energy[name], first[name] + second[name]),
+            floor=_distance(first[name], second[name]),
         )
-        for name in parts[0].sizes
-        if name in parts[1].sizes and name in parts[2].sizes
+        for name in calibration_energy
+        if name in first and name in second
     )
     if not layers:
         raise ModelError(f"Cannot inspect with {subject.name}: none of its linears was run.")
     if not all(layer.floor > 0 for layer in layers):
         raise CalibrationError(
             f"The two halves of the workload {texts[1].source} are the same to the model, so there "
-            "is nothing to hold a distance against. Give text that does not repeat itself."
+            "is no distance to compare with. Give text that does not repeat itself."
         )
-    return _judge(texts, halves, parts, layers)
+    return _evaluate(texts, halves, runs, layers)
 
 
 @dataclass(slots=True)
-class _Part:
-    """What a run over some sequences left."""
+class _TextRun:
+    """Statistics of a run of the model over some sequences."""
 
-    sizes: dict[str, Tensor]
+    energy: dict[str, Tensor]
     """Sum of squares by input channel, per linear."""
     nll: float
-    predicted: int
+    num_predictions: int
 
 
 @torch.inference_mode()
-def _run(subject: Subject, sequences: Sequence[Tensor]) -> _Part:
-    part = _Part(sizes={}, nll=0.0, predicted=0)
-    with _watch(subject.model, part.sizes):
+def _run(subject: Subject, sequences: Sequence[Tensor]) -> _TextRun:
+    run = _TextRun(energy={}, nll=0.0, num_predictions=0)
+    with _record_energy(subject.model, run.energy):
         for ids in sequences:
             row = ids[None].to(subject.input_device)
             logits = subject.model(input_ids=row, use_cache=False).logits[0, :-1]
-            part.nll += float(measure_nll(logits, row[0, 1:]).sum(dtype=torch.float64))
-            part.predicted += len(ids) - 1
-    return part
+            run.nll += float(measure_nll(logits, row[0, 1:]).sum(dtype=torch.float64))
+            run.num_predictions += len(ids) - 1
+    return run
 
 
 @contextmanager
-def _watch(model: nn.Module, sizes: dict[str, Tensor]) -> Iterator[None]:
+def _record_energy(model: nn.Module, energy: dict[str, Tensor]) -> Iterator[None]:
+    """Sum the squares of every linear's inputs, by channel, while the context is open."""
     blocks = find_blocks(model)
     handles = []
     for index, block in enumerate(blocks.modules):
@@ -174,7 +178,7 @@ def _watch(model: nn.Module, sizes: dict[str, Tensor]) -> Iterator[None]:
             def add(_module: nn.Module, inputs: tuple[Tensor, ...], full: str = full) -> None:
                 rows = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
                 total = rows.square().sum(0).double()
-                sizes[full] = sizes[full] + total if full in sizes else total
+                energy[full] = energy[full] + total if full in energy else total
 
             handles.append(linear.register_forward_pre_hook(add))
     try:
@@ -185,35 +189,35 @@ def _watch(model: nn.Module, sizes: dict[str, Tensor]) -> Iterator[None]:
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
-    """Compare how two texts share out their signal among channels."""
+    """Return the distance between two distributions of energy over channels."""
     first, second = one / one.sum(), other / other.sum()
     both = (first > 0) & (second > 0)
     weight = (first + second)[both] / 2
     return float(((first[both] / second[both]).log().abs() * weight).sum() / weight.sum())
 
 
-def _judge(
+def _evaluate(
     texts: Sequence[CalibrationTokens],
     halves: Sequence[Sequence[Tensor]],
-    parts: Sequence[_Part],
+    runs: Sequence[_TextRun],
     layers: tuple[LayerDistance, ...],
 ) -> Inspection:
     coverage = _coverage(texts[0].sequences, texts[1].sequences)
     coverage_floor = _coverage(halves[0], halves[1])
     ratio = _ratio(layers)
     reasons = [
-        f"layers see inputs {ratio:.1f} times as far from the workload's as two halves of the "
-        "workload are from each other"
+        f"the inputs of the layers are {ratio:.1f} times as far from the workload's as those of "
+        "two halves of the workload from each other"
     ]
     verdict = CLOSE if ratio <= CLOSE_RATIO else APART if ratio <= FAR_RATIO else FAR
-    missing = coverage_floor - coverage
-    if missing > COVERAGE_LOSS:
+    if coverage_floor - coverage > COVERAGE_LOSS:
         reasons.append(
-            f"{1 - coverage:.0%} of the workload's tokens never occur in the calibration "
-            f"({1 - coverage_floor:.0%} of one half of it do not occur in the other)"
+            f"{1 - coverage:.0%} of the workload's tokens do not occur in the calibration text "
+            f"({1 - coverage_floor:.0%} of those in one half of it do not occur in the other)"
         )
         verdict = APART if verdict == CLOSE else verdict
-    workload_nll = (parts[1].nll + parts[2].nll) / (parts[1].predicted + parts[2].predicted)
+    calibration, first, second = runs
+    workload_nll = (first.nll + second.nll) / (first.num_predictions + second.num_predictions)
     return Inspection(
         calibration=texts[0].source,
         workload=texts[1].source,
@@ -221,7 +225,7 @@ def _judge(
         workload_tokens=texts[1].num_tokens,
         coverage=coverage,
         coverage_floor=coverage_floor,
-        calibration_perplexity=math.exp(parts[0].nll / parts[0].predicted),
+        calibration_perplexity=math.exp(calibration.nll / calibration.num_predictions),
         workload_perplexity=math.exp(workload_nll),
         layers=layers,
         verdict=verdict,
@@ -234,38 +238,38 @@ def _ratio(layers: Sequence[LayerDistance]) -> float:
 
 
 def _coverage(known: Sequence[Tensor], seen: Sequence[Tensor]) -> float:
-    """Share of tokens of one text that occur in another."""
+    """Return the fraction of a text's tokens that occur in a known one."""
     vocabulary = torch.unique(torch.cat(list(known)))
     tokens = torch.cat(list(seen))
     return float(torch.isin(tokens, vocabulary).double().mean())
 
 
 def save_inspection_plot(inspection: Inspection, path: Path) -> Path:
-    """Draw the distance of every linear beside its floor.
+    """Plot the distance and the floor of every linear.
 
     Args:
-        inspection: What to draw.
-        path: A PNG.
+        inspection: The comparison.
+        path: The PNG file to write.
 
     Returns:
-        The file.
+        The path.
     """
-    # Imported here: it costs half a second, and most commands draw nothing.
+    # Imported here: it takes half a second, and most commands draw nothing.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
-    places = range(len(inspection.layers))
-    axes.plot(places, [layer.distance for layer in inspection.layers], label="calibration")
+    positions = range(len(inspection.layers))
+    axes.plot(positions, [layer.distance for layer in inspection.layers], label="calibration text")
     axes.plot(
-        places, [layer.floor for layer in inspection.layers], label="the workload's other half"
+        positions, [layer.floor for layer in inspection.layers], label="other half of the workload"
     )
-    axes.set_xlabel("linears, in the order of the model")
-    axes.set_ylabel("distance of the inputs")
+    axes.set_xlabel("linears, in model order")
+    axes.set_ylabel("distance of the inputs from the workload")
     axes.set_ylim(bottom=0)
     axes.set_title(
         f"{inspection.calibration} against {inspection.workload}: {inspection.verdict} "
-        f"({inspection.ratio:.1f} times)"
+        f"(ratio {inspection.ratio:.1f})"
     )
     axes.legend()
     figure.savefig(path, dpi=120)

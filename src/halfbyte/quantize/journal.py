@@ -1,9 +1,9 @@
-"""What is done, so that a killed run goes on where it stopped and gives the same bytes.
+"""The journal of finished blocks, so that a killed run can resume and produce the same bytes.
 
-The output folder holds a work folder until the run is complete. In it stands the journal: a header
-that says which inputs and options it belongs to, then one line per finished block. A line is
-written, and brought to the disk, after everything that it speaks of; a torn last line is as if it
-had never been written. So are blocks behind the last one whose hidden states were saved.
+The output folder holds a work folder until the run is complete. It contains the journal: a header
+with the inputs and options of the run, then one line per finished block. A line is written and
+synced to disk after everything that it refers to. When the journal is read, an incomplete last line
+is ignored, and so are blocks after the last one whose hidden states were saved.
 """
 
 from __future__ import annotations
@@ -22,24 +22,20 @@ WORK_FOLDER = ".halfbyte"
 JOURNAL_FILE = "journal.jsonl"
 LOCK_FILE = "lock"
 KEPT_PREFIX = "input-"
-"""Begins the names of files that a new run in the same folder may use again."""
+"""Prefix of files in the work folder that a new run may reuse."""
 REPLACES = "replaces"
-"""Key of a line that takes the place of an earlier block's."""
-
-
+"""Key of a line that replaces an earlier block's entry; its value is the block's index."""
 SETTINGS = "settings"
-"""Key of the header, and of a line that replaces it: from there on the run decided otherwise."""
-
-
+"""Key of the run's settings in the header, and of a line that replaces them."""
 STATES = "states"
-"""Key of a block's line that tells the hidden states behind it; None: they were not saved."""
+"""Key of the hidden states behind a block in its line; None: they were not saved."""
 
 
 class Journal:
-    """The journal of one output folder, held by one process at a time."""
+    """The journal of one output folder, locked by one process at a time."""
 
     def __init__(self, output: Path) -> None:
-        """Name the folders; nothing is touched.
+        """Set the paths; nothing is read or written yet.
 
         Args:
             output: The checkpoint's folder.
@@ -52,13 +48,13 @@ class Journal:
         self._lock: Any = None
 
     def __enter__(self) -> Self:
-        """Make the work folder and lock it against other processes.
+        """Create the work folder and lock it.
 
         Returns:
             The journal.
 
         Raises:
-            JournalError: Another process works on this output.
+            JournalError: Another process holds the lock.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self.folder / LOCK_FILE).open("w")
@@ -78,18 +74,18 @@ class Journal:
 
     @property
     def exists(self) -> bool:
-        """Whether an unfinished run stands here."""
+        """Whether there is an unfinished run."""
         return self.path.is_file()
 
     def load(self) -> None:
-        """Read header and finished blocks; a torn last line is cut off.
+        """Read header and finished blocks, and truncate the file after the last resumable one.
 
         Raises:
-            JournalError: The journal is damaged in its middle.
+            JournalError: A line other than the last is damaged.
         """
         lines = self.path.read_bytes().split(b"\n")
         entries: list[dict[str, Any]] = []
-        read_bytes = sound_bytes = sound = 0
+        read_bytes = valid_bytes = num_valid = 0
         for number, line in enumerate(lines):
             try:
                 entry = json.loads(line)
@@ -100,23 +96,23 @@ class Journal:
                     f"The journal {self.path} is damaged in line {number + 1}. Remove "
                     f"{self.folder} and start again without --resume."
                 ) from error
-            # Without its line end, an entry may be cut short and still be JSON.
+            # Without its newline, an entry may be incomplete although it is valid JSON.
             if number == len(lines) - 1:
                 break
             entries.append(entry)
             read_bytes += len(line) + 1
             if entry.get(STATES, True) is not None:
-                sound, sound_bytes = len(entries), read_bytes
-        del entries[sound:]
+                num_valid, valid_bytes = len(entries), read_bytes
+        del entries[num_valid:]
         with self.path.open("r+b") as file:
-            file.truncate(sound_bytes)
+            file.truncate(valid_bytes)
         self.header = entries[0] if entries else {}
         self.blocks = []
         for entry in entries[1:]:
-            self._take(entry)
+            self._apply(entry)
 
     def start(self, header: Mapping[str, Any]) -> None:
-        """Begin a new journal; what an earlier run left in the work folder is removed."""
+        """Start a new journal and remove the files of an earlier run, except reusable inputs."""
         for path in self.folder.iterdir():
             if path.name != LOCK_FILE and not path.name.startswith(KEPT_PREFIX):
                 path.unlink()
@@ -129,27 +125,27 @@ class Journal:
         self._append(entry)
 
     def replace_block(self, index: int, entry: Mapping[str, Any]) -> None:
-        """Record that a finished block was written again."""
+        """Record that a finished block was rewritten."""
         line = {**entry, REPLACES: index}
-        self._take(dict(line))
+        self._apply(dict(line))
         self._append(line)
 
     def change_settings(self, settings: Mapping[str, Any]) -> None:
-        """Record that the run goes on with other settings, behind its last saved block.
+        """Record that the run continues after its last saved block with other settings.
 
         Args:
-            settings: In the form of the header's.
+            settings: The settings, in the form of the header's.
         """
-        self.load()  # cuts off what the saved states do not follow
+        self.load()  # drops blocks without saved hidden states
         line = {SETTINGS: dict(settings)}
-        self._take(dict(line))
+        self._apply(dict(line))
         self._append(line)
 
     def check_same(self, inputs: Mapping[str, Any]) -> None:
-        """Refuse to go on with other inputs or options.
+        """Check that a run is resumed with the same inputs and options.
 
         Args:
-            inputs: What this run was given, in the form of the header's ``inputs``.
+            inputs: Inputs of this run, in the form of the header's ``inputs``.
 
         Raises:
             JournalError: Something differs; names each difference with both values.
@@ -158,16 +154,17 @@ class Journal:
         if differences:
             raise JournalError(
                 f"The unfinished run in {self.output} was started with other inputs or options "
-                f"({differences}). Give the same ones to go on, or choose another output folder."
+                f"({differences}). Use the same ones to resume it, or choose another output folder."
             )
 
     def remove(self) -> None:
-        """Remove the work folder: the checkpoint is complete."""
-        # The journal first: a kill in the middle then leaves a folder without an unfinished run.
+        """Remove the work folder, once the checkpoint is complete."""
+        # The journal first: if the process is killed in between, no unfinished run remains.
         self.path.unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _take(self, entry: dict[str, Any]) -> None:
+    def _apply(self, entry: dict[str, Any]) -> None:
+        """Update header or blocks with a journal line."""
         if SETTINGS in entry:
             self.header |= entry
             return
@@ -185,14 +182,14 @@ class Journal:
 
 
 def describe_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Name the settings that differ, with both values.
+    """Describe the settings that differ, with both values.
 
     Args:
-        then: As read from JSON.
-        now: Plain values.
+        then: Values as read from JSON.
+        now: Plain values, not yet through JSON.
 
     Returns:
-        One clause per setting, five at most; "" where all are the same.
+        One clause per setting, five at most; "" if all are the same.
     """
     before, after = _flatten(then), _flatten(json.loads(json.dumps(now)))
     names = sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n))

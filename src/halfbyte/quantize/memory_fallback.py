@@ -1,11 +1,11 @@
-"""When memory runs out on the way: what a run gives up of speed before it gives up.
+"""Settings that use less memory, for a run that ran out of it.
 
 ::
 
-    out of memory -> gentler settings -> the journal -> the run goes on behind its last saved block
+    out of memory -> reduced settings -> journal -> resume after the last saved block
 
-A plan is an estimate, and others may take memory of the same device meanwhile. So a run that runs
-out of it goes on as one that was killed would, with settings that take less.
+The memory plan is an estimate, and other processes may use the same device. So a run that runs out
+of memory resumes like a killed one, with settings that trade speed for memory.
 """
 
 from __future__ import annotations
@@ -18,52 +18,52 @@ from halfbyte.errors import ConfigError
 from halfbyte.quantize.resources import SMALLEST_HESSIAN_BYTES, RunSettings
 
 CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
-"""In the message of a plain RuntimeError: torch has no error of its own for it."""
+"""Part of the message of a plain RuntimeError; torch has no specific error for the CPU."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device's memory, or the process's, did not do."""
+    """Return whether an error means that memory of a device or of the process ran out."""
     return isinstance(error, torch.OutOfMemoryError) or CPU_ALLOCATOR in str(error)
 
 
-def find_gentler(settings: RunSettings) -> tuple[RunSettings, str] | None:
-    """Choose what to give up: what takes the most memory for the least time comes first.
+def reduce_memory(settings: RunSettings) -> tuple[RunSettings, str] | None:
+    """Choose settings that use less memory; the best ratio of memory saved to time comes first.
 
     Args:
-        settings: With which memory ran out.
+        settings: The settings with which memory ran out.
 
     Returns:
-        Settings that take less, and what is different in words; None: there are none.
+        The reduced settings and a description of the change; None if nothing can be reduced.
     """
-    hessians = max(settings.hessian_bytes // 2, SMALLEST_HESSIAN_BYTES)
-    less = replace(settings, hessian_bytes=hessians, keep_codes=False)
+    hessian_bytes = max(settings.hessian_bytes // 2, SMALLEST_HESSIAN_BYTES)
+    reduced = replace(settings, hessian_bytes=hessian_bytes, keep_codes=False)
     if settings.keep_paused:
-        return replace(less, keep_paused=False), "each block runs once per stage"
+        return replace(reduced, keep_paused=False), "each block runs once per stage"
     if settings.hold_states:
-        return replace(less, hold_states=False), "hidden states go through files"
+        return replace(reduced, hold_states=False), "hidden states are kept in files"
     if settings.batch_size > 1:
         size = settings.batch_size // 2
         sequences = "1 sequence" if size == 1 else f"{size} sequences"
-        told = f"{sequences} a batch instead of {settings.batch_size}"
-        return replace(less, batch_size=size), told
-    if less != settings:
-        return less, "fewer Hessians at a time"
+        change = f"{sequences} per batch instead of {settings.batch_size}"
+        return replace(reduced, batch_size=size), change
+    if reduced != settings:
+        return reduced, "fewer Hessians at a time"
     return None
 
 
-def explain_no_way(settings: RunSettings, where: str, tokens: int) -> ConfigError:
-    """Say what the user can do where nothing gentler is left.
+def build_out_of_memory_error(settings: RunSettings, where: str, tokens: int) -> ConfigError:
+    """Build the error for a run that is out of memory with the most reduced settings.
 
     Args:
-        settings: The gentlest.
-        where: In the run, in words.
-        tokens: Of the longest sequence.
+        settings: The most reduced settings.
+        where: Where in the run, such as "in block 3 of 12".
+        tokens: Length of the longest sequence.
 
     Returns:
-        The error.
+        The error, with advice.
     """
     return ConfigError(
-        f"{settings.device} ran out of memory {where}, with {settings.batch_size} of the sequences "
-        f"of up to {tokens} tokens at a time. Free memory on it and go on with --resume, or begin "
-        "anew with shorter sequences (--length) or on another device (--device)."
+        f"{settings.device} ran out of memory {where}, with a batch size of {settings.batch_size} "
+        f"and sequences of up to {tokens} tokens. Free memory on it and continue with --resume, or "
+        "start again with shorter sequences (--length) or on another device (--device)."
     )

@@ -22,11 +22,15 @@ from halfbyte.quant_config import CalibrationConfig, QuantConfig, ResourceConfig
 from halfbyte.quantize.attempt import WEIGHTS_FOLDER, Attempt, RunTask
 from halfbyte.quantize.calibration import CalibrationTokens
 from halfbyte.quantize.calibration_source import CalibrationSource
-from halfbyte.quantize.device_fallbacks import find_slow_ways
+from halfbyte.quantize.device_fallbacks import find_device_fallbacks
 from halfbyte.quantize.end_to_end_stage import STATE_FILE
 from halfbyte.quantize.fingerprint import fingerprint_model
 from halfbyte.quantize.journal import Journal
-from halfbyte.quantize.memory_fallback import explain_no_way, find_gentler, is_out_of_memory
+from halfbyte.quantize.memory_fallback import (
+    build_out_of_memory_error,
+    is_out_of_memory,
+    reduce_memory,
+)
 from halfbyte.quantize.meter import Meter
 from halfbyte.quantize.probe import Probe
 from halfbyte.quantize.progress import Progress
@@ -121,14 +125,14 @@ class Run:
             try:
                 weights = weights or ModelWeights(self.source, self.device)
                 with limit_device_memory(self.device, settings.limit_bytes):
-                    return Attempt(task, settings, weights).go_through()
+                    return Attempt(task, settings, weights).run()
             except RuntimeError as error:
-                gentler, why = self._find_gentler(error, settings, max(map(len, tokens.sequences)))
+                reduced, why = self._reduce_memory(error, settings, max(map(len, tokens.sequences)))
             # After the handler, since inside it the traceback still references the tensors.
             weights = None
             release_memory(self.device)
-            self._restart_from_journal(settings, gentler, why)
-            settings = gentler
+            self._restart_from_journal(settings, reduced, why)
+            settings = reduced
 
     def recall(
         self, finished: QuantizationReport, text: CalibrationSource, *, quality: bool
@@ -208,9 +212,9 @@ class Run:
 
     def _note_fallbacks(self, settings: RunSettings) -> None:
         device, dtype = self.weights.device, settings.torch_dtype
-        self.notes += find_slow_ways(device, dtype, symmetric=self.config.symmetric)
+        self.notes += find_device_fallbacks(device, dtype, symmetric=self.config.symmetric)
 
-    def _find_gentler(
+    def _reduce_memory(
         self, error: RuntimeError, settings: RunSettings, longest: int
     ) -> tuple[RunSettings, str]:
         """Choose settings that need less memory; re-raise any error but out of memory."""
@@ -222,19 +226,19 @@ class Run:
             where = "after the last block"
         # End-to-end training evaluates whole batches, so their size must not change midway.
         trained = (self.journal.folder / STATE_FILE).exists()
-        found = None if trained else find_gentler(settings)
+        found = None if trained else reduce_memory(settings)
         if found is None:
-            raise explain_no_way(settings, where, longest) from error
+            raise build_out_of_memory_error(settings, where, longest) from error
         return found[0], f"out of memory {where}: {found[1]} from there on"
 
-    def _restart_from_journal(self, settings: RunSettings, gentler: RunSettings, why: str) -> None:
+    def _restart_from_journal(self, settings: RunSettings, reduced: RunSettings, why: str) -> None:
         """Prepare to continue from the last saved block, as a resumed run does."""
         self.notes.append(why)
         self.progress.phase(why)
-        if gentler.batch_size != settings.batch_size:
+        if reduced.batch_size != settings.batch_size:
             # They are stored by portions of the text, whose bounds depend on the batches.
             shutil.rmtree(self.journal.folder / WEIGHTS_FOLDER, ignore_errors=True)
-        self.journal.change_settings(gentler.to_dict())
+        self.journal.change_settings(reduced.to_dict())
 
 
 def _describe_probe(probe: Probe) -> dict[str, Any]:
