@@ -59,20 +59,20 @@ def main() -> None:
                 rates[name].append(rate)
     manager.stop(block=True)
     asyncio.run(engine.close())
-    beside, later = count_survivors(model)
+    together, later = count_survivors(model)
     save_result(
         "continuous-batching",
         columns=["engine, requests at the same time", "tokens/s, all together"],
         rows=[[name, statistics.median(found)] for name, found in rates.items()],
         note=f"Greedy, {PROMPT_TOKENS} prompt tokens and {arguments.tokens} generated each, prompt "
         f"and all; medians of {arguments.rounds} rounds, arms in turn. Beside one request that "
-        f"does not fit the cache, continuous batching answered {beside} of {GOOD} good ones, and "
+        f"does not fit the cache, continuous batching answered {together} of {GOOD} good ones, and "
         f"{later} of {GOOD} that came after it.",
-        data={"rates": rates, "beside": beside, "later": later},
+        data={"rates": rates, "beside": together, "later": later},
     )
     for name, found in rates.items():
         print(name, [round(rate, 1) for rate in found])
-    print(f"of {GOOD} valid requests answered: {beside} beside an invalid one, {later} after it")
+    print(f"of {GOOD} valid requests answered: {together} with an invalid one, {later} after it")
 
 
 def make_prompt(index: int, turn: int) -> list[int]:
@@ -141,12 +141,12 @@ def count_survivors(model: torch.nn.Module) -> tuple[int, int]:
             result.error is None and len(result.generated_tokens) == 40 for result in answers
         )
 
-    beside = [ask(index) for index in range(GOOD)]
+    ids = [ask(index) for index in range(GOOD)]
     manager.add_request(make_prompt(9, 0) * 20, max_new_tokens=4)
-    first = count(beside)
+    together = count(ids)
     later = count([ask(index) for index in range(GOOD)])
     manager.stop(block=True)
-    return first, later
+    return together, later
 
 
 if __name__ == "__main__":

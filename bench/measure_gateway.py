@@ -42,6 +42,17 @@ TEXT = "The old lighthouse keeper climbed the stairs every evening, and while he
 """Continued in plain letters: a character of several tokens is sent only with its last token."""
 TAIL_QUANTILE = 0.99
 ARMS = ("engine", "fixed bytes", "gateway", "each token", "whole")
+COMPARISONS = (
+    (0, "first token", "engine", "gateway"),
+    (1, "whole answer, streamed", "engine", "gateway"),
+    (1, "whole answer, not streamed", "engine", "whole"),
+    (1, "whole answer, a piece for each token", "engine", "each token"),
+    (0, "first token", "engine", "fixed bytes"),
+    (1, "whole answer", "engine", "fixed bytes"),
+    (0, "first token", "fixed bytes", "gateway"),
+    (1, "whole answer, streamed", "fixed bytes", "gateway"),
+)
+"""Column of the times (0: first token, 1: last token), event, base arm and compared arm."""
 WARM_UP = 10
 """Rounds that are not recorded."""
 CHUNK = b"data: " + b"." * 220 + b"\n\n"
@@ -243,21 +254,13 @@ def read_whole(connection: socket.socket, start: float) -> tuple[float, float, i
 
 def save(arguments: argparse.Namespace, times: dict[str, list[tuple[float, ...]]]) -> None:
     """Save the table: milliseconds of each pair of arms, and their difference."""
+    medians = {
+        arm: [statistics.median(column) for column in zip(*found, strict=True)]
+        for arm, found in times.items()
+    }
     rows, data = [], {}
-    pieces, used, woken = (
-        {arm: statistics.median(found[column] for found in times[arm]) for arm in ARMS}
-        for column in (2, 3, 4)
-    )
-    for column, event, base, arm in (
-        (0, "first token", "engine", "gateway"),
-        (1, "whole answer, streamed", "engine", "gateway"),
-        (1, "whole answer, not streamed", "engine", "whole"),
-        (1, "whole answer, a piece for each token", "engine", "each token"),
-        (0, "first token", "engine", "fixed bytes"),
-        (1, "whole answer", "engine", "fixed bytes"),
-        (0, "first token", "fixed bytes", "gateway"),
-        (1, "whole answer, streamed", "fixed bytes", "gateway"),
-    ):
+    for column, event, base, arm in COMPARISONS:
+        name = f"{event}: {arm} over {base}"
         found = {one: sorted(1000 * t[column] for t in times[one]) for one in (base, arm)}
         quantiles = [
             (statistics.median(values), values[int(TAIL_QUANTILE * (len(values) - 1))])
@@ -267,19 +270,21 @@ def save(arguments: argparse.Namespace, times: dict[str, list[tuple[float, ...]]
         paired = [
             1000 * (b[column] - a[column]) for a, b in zip(times[base], times[arm], strict=True)
         ]
+        _, _, _, base_cpu, base_wake_ups = medians[base]
+        _, _, chunks, cpu, wake_ups = medians[arm]
         rows.append(
             [
-                f"{event}: {arm} over {base}",
+                name,
                 *quantiles[0],
                 *quantiles[1],
                 *added,
                 round(statistics.median(paired), 2),
-                pieces[arm],
-                round(1000 * (used[arm] - used[base]), 2),
-                woken[arm] - woken[base],
+                chunks,
+                round(1000 * (cpu - base_cpu), 2),
+                wake_ups - base_wake_ups,
             ]
         )
-        data[f"{event}: {arm} over {base}"] = found
+        data[name] = found
     save_result(
         "gateway",
         columns=[

@@ -346,7 +346,7 @@ def list_arms(session: Session, name: str, layer: Layer, rows: int) -> dict[str,
 
 
 def make_peers(
-    session: Session, layer: Layer, folder: Path, wanted: Sequence[str]
+    session: Session, layer: Layer, folder: Path, peer_names: Sequence[str]
 ) -> dict[str, Run]:
     """Make the arms of other tools' kernels; record why one is missing."""
     reasons = session.results.setdefault("peers left out", {})
@@ -358,7 +358,7 @@ def make_peers(
     }
     runs = {}
     for peer, make in makers.items():
-        if peer in reasons or peer not in wanted:
+        if peer in reasons or peer not in peer_names:
             continue
         try:
             if peer in ("marlin", "machete"):
@@ -377,13 +377,13 @@ def compare(
     *,
     key: str,
     rows_list: Sequence[int],
-    wanted: Sequence[str],
+    peer_names: Sequence[str],
 ) -> None:
     """Time all arms in turn on every shape and number of rows, and compare their results."""
     table: dict[str, Any] = {}
     agreement: dict[str, Any] = {}
     for name, layer in layers.items():
-        peers = make_peers(session, layer, folder, wanted)
+        peers = make_peers(session, layer, folder, peer_names)
         for rows in rows_list:
             if session.remaining_seconds() < 5:
                 return
@@ -414,8 +414,8 @@ def find_distance(run: Run, x: Tensor, exact: Tensor) -> float | str:
     return round(float((found - exact).norm() / exact.norm()), 6)
 
 
-def main() -> None:
-    """Run all parts, most important first."""
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("gpu-kernels.json"))
     parser.add_argument("--seconds", type=float, default=240)
@@ -430,7 +430,12 @@ def main() -> None:
     parser.add_argument(
         "--skip", nargs="*", default=[], help="parts to skip: check, bandwidth, sweep, compare"
     )
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run all parts, most important first."""
+    options = parse_arguments()
     if not torch.cuda.is_available():
         print("Nothing measured: this needs a GPU.")
         return
@@ -454,7 +459,7 @@ def main() -> None:
                 options.peers,
                 key="microseconds",
                 rows_list=ROWS,
-                wanted=("tinygemm", "marlin", "machete"),
+                peer_names=("tinygemm", "marlin", "machete"),
             ),
         )
     if options.humming:
@@ -467,7 +472,7 @@ def main() -> None:
                 options.peers,
                 key="microseconds beside humming",
                 rows_list=(1, 16, 64),
-                wanted=("humming",),
+                peer_names=("humming",),
             ),
         )
 

@@ -97,13 +97,11 @@ def _is_alive() -> bool:
     return True
 
 
-def collect(
-    connection: Connection, outcomes: list[dict[str, Any]], wanted: int, end: float
-) -> None:
+def collect(connection: Connection, outcomes: list[dict[str, Any]], count: int, end: float) -> None:
     """Receive outcomes from a process until it ends or hangs, or there are enough."""
     timeout = START_SECONDS
     try:
-        while len(outcomes) < wanted and time.monotonic() < end and not find_stop(outcomes):
+        while len(outcomes) < count and time.monotonic() < end and not find_stop(outcomes):
             if not connection.poll(timeout):
                 outcomes.append({"problem": "hangs"})
                 return
@@ -268,9 +266,10 @@ def main() -> None:
         print("Nothing timed: no candidate passed its checks.")
         return
     layers = {name: gpu_arms.make_layer(*SHAPES[name], DTYPE) for name in options.shapes}
-    wanted = PEERS if options.humming else PEERS[:-1]
+    peer_names = PEERS if options.humming else PEERS[:-1]
     peers = {
-        name: make_peers(session, layer, options.peers, wanted) for name, layer in layers.items()
+        name: make_peers(session, layer, options.peers, peer_names)
+        for name, layer in layers.items()
     }
     session.run("measure", lambda: measure(session, kernel, layers, correct, peers))
 

@@ -71,23 +71,7 @@ def main() -> None:
         variants["alone"] = ("the same with `--no-match-base`", {"match_base": False})
     for key, (name, settings) in variants.items():
         folder = work / f"merged-{key}"
-        report_file = work / f"merged-{key}.json"
-        if not report_file.exists():
-            report = merge_and_quantize(
-                base,
-                adapter,
-                folder,
-                data=data,
-                config=merging_config(base, **settings),
-                progress=make_progress(err_console),
-            )
-            report_file.write_text(json.dumps(report.to_dict()))
-        quantized, merged = load_report(folder), json.loads(report_file.read_text())
-        more = {
-            "scores": merged["scores"],
-            "minutes": quantized.seconds / 60,
-            "quality": None if quantized.quality is None else quantized.quality.kl_nats_mean,
-        }
+        more = _requantize(base, adapter, folder, data, settings)
         add(name, key, folder, **more, verdict=answers.compare(key, dense, folder))
     if args.exact:
         _exact(base, work, data, add)
@@ -101,6 +85,29 @@ def main() -> None:
         ),
         data=found,
     )
+
+
+def _requantize(
+    base: Path, adapter: Path, folder: Path, data: Path, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Merge and quantize, unless done before; return scores, minutes and quality."""
+    report_file = folder.with_name(f"{folder.name}.json")
+    if not report_file.exists():
+        report = merge_and_quantize(
+            base,
+            adapter,
+            folder,
+            data=data,
+            config=merging_config(base, **settings),
+            progress=make_progress(err_console),
+        )
+        report_file.write_text(json.dumps(report.to_dict()))
+    quantized, merged = load_report(folder), json.loads(report_file.read_text())
+    return {
+        "scores": merged["scores"],
+        "minutes": quantized.seconds / 60,
+        "quality": None if quantized.quality is None else quantized.quality.kl_nats_mean,
+    }
 
 
 def _exact(base: Path, work: Path, data: Path, add: Any) -> None:

@@ -2,8 +2,9 @@
 
     python bench/measure_plan.py MODEL... [--shape-1b] [--requests 4] [--context 1024]
 
-Each model is run by ``halfbyte profile``'s own function, in a process of its own. ``--shape-1b``
-adds a random model of the shape of Llama 3.2 1B, written to a temporary folder (2.5 GB).
+Each model is measured by the function behind ``halfbyte profile``, in a separate process.
+``--shape-1b`` adds a random model of the shape of Llama 3.2 1B, written to a temporary folder (2.5
+GB).
 """
 
 from __future__ import annotations

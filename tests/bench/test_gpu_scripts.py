@@ -292,7 +292,7 @@ def collect(script, monkeypatch):
     monkeypatch.setattr(rows_script, "START_SECONDS", 0.2)
     monkeypatch.setattr(rows_script, "HANG_SECONDS", 0.05)
 
-    def run(*sent, ends=True, wanted=9, before=()):
+    def run(*sent, ends=True, count=9, before=()):
         ours, theirs = multiprocessing.Pipe()
         for outcome in sent:
             theirs.send(outcome)
@@ -300,7 +300,7 @@ def collect(script, monkeypatch):
             theirs.close()
         outcomes = list(before)
         begin = time.monotonic()
-        rows_script.collect(ours, outcomes, wanted, begin + 60)
+        rows_script.collect(ours, outcomes, count, begin + 60)
         return [o["problem"] for o in outcomes], time.monotonic() - begin
 
     return run
@@ -317,7 +317,7 @@ def test_hang_after_cuda_has_started_is_detected_soon(collect):
 
 def test_only_a_process_that_cannot_continue_is_ended(collect):
     bad = GOOD | {"problem": "KernelUnavailable: The CUDA driver cannot describe boxes"}
-    assert len(collect(None, bad, GOOD, GOOD, wanted=3)[0]) == 3
+    assert len(collect(None, bad, GOOD, GOOD, count=3)[0]) == 3
     assert len(collect(None, GOOD, bad | {"ends": True}, GOOD)[0]) == 2
     assert collect(None, GOOD)[0] == [None, "its process died"]
 

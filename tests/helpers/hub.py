@@ -93,10 +93,12 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         hub, body = self.state, self._body()
         if self.path == "/api/repos/create":
-            wanted = json.loads(body)
-            name = "/".join(filter(None, [wanted.get("organization") or "me", wanted["name"]]))
+            requested = json.loads(body)
+            name = "/".join(
+                filter(None, [requested.get("organization") or "me", requested["name"]])
+            )
             hub.repositories.setdefault(name, {})
-            hub.private[name] = wanted.get("visibility") == "private" or wanted.get(
+            hub.private[name] = requested.get("visibility") == "private" or requested.get(
                 "private", False
             )
             hub.commits.setdefault(name, ["0" * 40])
@@ -117,10 +119,12 @@ class _Handler(BaseHTTPRequestHandler):
         elif match := re.fullmatch(r"/(.+)\.git/info/lfs/objects/batch", self.path):
             objects = [
                 {
-                    **wanted,
-                    "actions": {"upload": {"href": f"{hub.url}/lfs/{wanted['oid']}", "header": {}}},
+                    **requested,
+                    "actions": {
+                        "upload": {"href": f"{hub.url}/lfs/{requested['oid']}", "header": {}}
+                    },
                 }
-                for wanted in json.loads(body)["objects"]
+                for requested in json.loads(body)["objects"]
             ]
             self._json({"transfer": "basic", "objects": objects})
         elif match := re.fullmatch(r"/api/models/(.+)/commit/main.*", self.path):
