@@ -1,4 +1,4 @@
-"""AdapterBackend the adapters of the model in use into the one that replaces it."""
+"""Load the adapters of the model in use into the one that replaces it."""
 
 from __future__ import annotations
 
