@@ -186,7 +186,7 @@ def test_command_reports_what_it_wrote(tmp_path, capsys):
     assert main(["rotate", str(tmp_path / "base"), "-o", str(tmp_path / "out")]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "3 blocks" in said
-    assert "the head was tied to the embeddings and is not any more" in said
+    assert "the head is no longer tied to the embeddings" in said
     assert main(["rotate", str(tmp_path / "base"), "-o", str(tmp_path / "o2"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["width"] == 64
 
