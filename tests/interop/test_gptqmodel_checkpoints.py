@@ -102,7 +102,8 @@ def check_same_weights_and_logits(tiny, folder, decoded):
     assert not left_over.unexpected_keys
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     expected, found = plain(IDS[:2]).logits, loaded(IDS[:2]).logits
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    # The weights are equal bit for bit. Sums of fp32 in another order differ by up to 1.2e-5.
+    torch.testing.assert_close(found, expected, rtol=0, atol=3e-5 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("name", THEIRS)
