@@ -10,7 +10,6 @@ and kernels; they run in turn, each in its own process.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 from dataclasses import asdict
@@ -23,9 +22,9 @@ from transformers import Qwen3MoeConfig
 from halfbyte.integrations import generation
 from halfbyte.integrations.load import load_model
 from halfbyte.integrations.speed import SpeedResult, measure_apart, measure_speed
+from measure_cpu_models import NEW, PROMPT, VOCABULARY, make_random_linear, write_config
 from record import save_result
 
-GROUP, VOCABULARY = 128, 32000
 SHAPE = {
     "hidden_size": 2048,
     "num_attention_heads": 32,
@@ -39,7 +38,6 @@ SHAPE = {
     "max_position_embeddings": 4096,
     "tie_word_embeddings": False,
 }
-PROMPT, NEW = 512, 64
 ARMS = {"compiled decoder": True, "Transformers' forward": False}
 
 
@@ -117,13 +115,7 @@ def write_model(folder: Path, blocks: int) -> Path:
     for layer in range(blocks):
         prefix = f"model.layers.{layer}"
         for name, (columns, rows) in linears.items():
-            words = torch.randint(-(2**31), 2**31, (columns // 8, rows), generator=generator)
-            tensors[f"{prefix}.{name}.qweight"] = words.to(torch.int32)
-            groups = columns // GROUP
-            zeros = torch.full((groups, rows // 8), 0x77777777, dtype=torch.int32)
-            tensors[f"{prefix}.{name}.qzeros"] = zeros
-            scales = torch.full((groups, rows), 0.2 / columns**0.5).half()
-            tensors[f"{prefix}.{name}.scales"] = scales
+            tensors |= make_random_linear(f"{prefix}.{name}", columns, rows, generator)
         router = torch.randn(config.num_experts, hidden, generator=generator) * 0.1
         tensors[f"{prefix}.mlp.gate.weight"] = router.bfloat16()
         for norm in ("input_layernorm", "post_attention_layernorm"):
@@ -134,11 +126,7 @@ def write_model(folder: Path, blocks: int) -> Path:
         dense = torch.randn(VOCABULARY, hidden, generator=generator)
         tensors[name] = dense.mul(0.02).bfloat16()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    labels = {"bits": 4, "group_size": GROUP, "sym": True, "desc_act": False}
-    values = config.to_dict()
-    values["quantization_config"] = labels | {"quant_method": "gptq", "checkpoint_format": "gptq"}
-    values |= {"architectures": ["Qwen3MoeForCausalLM"], "dtype": "bfloat16"}
-    (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    write_config(folder, config, "Qwen3MoeForCausalLM")
     return folder
 
 

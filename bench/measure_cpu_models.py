@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PretrainedConfig
 
 from halfbyte.integrations.load import load_model
 from halfbyte.integrations.speed import SpeedResult, measure_apart, measure_speed
@@ -133,13 +133,7 @@ def write_gptq(folder: Path) -> Path:
     for layer in range(LAYERS):
         prefix = f"model.layers.{layer}"
         for name, (_, columns, rows) in LINEARS.items():
-            shape, groups = (columns // 8, rows), columns // GROUP
-            words = torch.randint(-(2**31), 2**31, shape, generator=generator)
-            tensors[f"{prefix}.{name}.qweight"] = words.to(torch.int32)
-            zeros = torch.full((groups, rows // 8), 0x77777777, dtype=torch.int32)
-            tensors[f"{prefix}.{name}.qzeros"] = zeros
-            scales = torch.full((groups, rows), 0.2 / columns**0.5).half()
-            tensors[f"{prefix}.{name}.scales"] = scales
+            tensors |= make_random_linear(f"{prefix}.{name}", columns, rows, generator)
         for norm in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{prefix}.{norm}.weight"] = torch.ones(HIDDEN, dtype=torch.bfloat16)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -155,12 +149,31 @@ def write_gptq(folder: Path) -> Path:
         vocab_size=VOCABULARY,
         max_position_embeddings=4096,
         tie_word_embeddings=False,
-    ).to_dict()
-    labels = {"bits": 4, "group_size": GROUP, "sym": True, "desc_act": False}
-    config["quantization_config"] = labels | {"quant_method": "gptq", "checkpoint_format": "gptq"}
-    config |= {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    )
+    write_config(folder, config, "LlamaForCausalLM")
     return folder
+
+
+def make_random_linear(
+    name: str, columns: int, rows: int, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """Make a linear of random 4-bit codes: its tensors in the GPTQ format, by name."""
+    groups = columns // GROUP
+    words = torch.randint(-(2**31), 2**31, (columns // 8, rows), generator=generator)
+    return {
+        f"{name}.qweight": words.to(torch.int32),
+        f"{name}.qzeros": torch.full((groups, rows // 8), 0x77777777, dtype=torch.int32),
+        f"{name}.scales": torch.full((groups, rows), 0.2 / columns**0.5).half(),
+    }
+
+
+def write_config(folder: Path, config: PretrainedConfig, architecture: str) -> None:
+    """Write config.json with the quantization config of such linears."""
+    labels = {"bits": 4, "group_size": GROUP, "sym": True, "desc_act": False}
+    labels |= {"quant_method": "gptq", "checkpoint_format": "gptq"}
+    values = config.to_dict() | {"architectures": [architecture], "dtype": "bfloat16"}
+    values["quantization_config"] = labels
+    (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
 
 
 def write_gguf(folder: Path) -> Path:

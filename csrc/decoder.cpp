@@ -4,6 +4,7 @@
 #include <math.h>
 
 #include <atomic>
+#include <new>
 
 #include "experts.h"
 #include "isa.h"
@@ -268,6 +269,10 @@ extern "C" int hb_decode(const hb_decoder* decoder, const hb_rows* rows, int thr
   if (d.expert_width % LANES || d.experts_per_token > d.experts) return HB_BAD_ARGUMENT;
   if (d.activation_bits != 16 && d.activation_bits != 8) return HB_BAD_ARGUMENT;
   if (d.page_tokens < 1) return HB_BAD_ARGUMENT;
+  for (int i = 0; i < d.blocks; i++) {
+    if (!d.block[i].experts) continue;
+    if (d.experts_per_token < 1 || !d.block[i].router) return HB_BAD_ARGUMENT;
+  }
   if (rows->rows <= 0) return HB_OK;
   for (int64_t r = 0; r < rows->rows; r++) {
     const int64_t position = rows->positions[r];
@@ -290,8 +295,12 @@ extern "C" int hb_decode(const hb_decoder* decoder, const hb_rows* rows, int thr
                            rows->tables,
                            rows->starts + first,
                            rows->out + first * d.hidden};
-    const int status = decode_chunk(d, isa, chunk, threads);
-    if (status != HB_OK) return status;
+    try {
+      const int status = decode_chunk(d, isa, chunk, threads);
+      if (status != HB_OK) return status;
+    } catch (const std::bad_alloc&) {
+      return HB_NO_MEMORY;
+    }
   }
   return HB_OK;
 }

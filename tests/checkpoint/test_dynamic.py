@@ -134,7 +134,7 @@ def test_pattern_that_is_not_a_regular_expression_is_refused():
 
 
 def test_pattern_that_backtracks_endlessly_is_refused(monkeypatch):
-    monkeypatch.setattr("halfbyte.checkpoint.dynamic.MAX_MATCH_SECONDS", 0.1)
+    monkeypatch.setattr("halfbyte.checkpoint.foreign_patterns.MAX_MATCH_SECONDS", 0.1)
     pattern = r"(\w|\w\w|\.)+$"
     with pytest.raises(CheckpointError, match=r"takes more than 0.1 s to match model.layers.0"):
         resolve_dynamic({pattern: {}}, "model.layers.0.self_attn.q_proj.of.a.longer.name!")
@@ -164,7 +164,7 @@ def test_pattern_that_runs_out_of_memory_is_refused(monkeypatch):
     def run_out(*_, **__):
         raise MemoryError
 
-    monkeypatch.setattr("halfbyte.checkpoint.dynamic.regex.match", run_out)
+    monkeypatch.setattr("halfbyte.checkpoint.foreign_patterns.regex.match", run_out)
     with pytest.raises(CheckpointError, match=r"'-:\(\?R\)' takes too much memory to match a.b"):
         resolve_dynamic({"-:(?R)": {}}, "a.b")
 

@@ -82,18 +82,21 @@ def test_bfloat16_deviates_by_its_rounding_only(tmp_path, isa):
     assert float((found - expected).norm() / expected.norm()) < 0.02
 
 
+def prompt_deviations(folder, model, length):
+    """Relative deviation of each row, so that a wrong key among hundreds counts."""
+    tokens = torch.randint(3, 128, (length,), generator=torch.Generator().manual_seed(4))
+    with torch.inference_mode():
+        found = NativeDecoder(model, length).prefill(tokens.tolist())
+        exact = halfbyte.load(folder, dtype=torch.float32)
+        expected = exact.model(tokens[None], use_cache=False).last_hidden_state[0]
+    return (found - expected).norm(dim=1) / expected.norm(dim=1)
+
+
 @pytest.mark.parametrize("name", ["llama", "all heads", "norms of heads"])
 def test_a_long_prompt_is_read_as_by_the_models_own_forward(tmp_path, name, isa):
     model = load(tmp_path, name, torch.bfloat16)
     # More rows than go through the blocks at a time, and several blocks of keys.
-    tokens = torch.randint(3, 128, (700,), generator=torch.Generator().manual_seed(4))
-    with torch.inference_mode():
-        found = NativeDecoder(model, 700).prefill(tokens.tolist())
-        exact = halfbyte.load(tmp_path, dtype=torch.float32)
-        expected = exact.model(tokens[None], use_cache=False).last_hidden_state[0]
-    # Of each row, so that a wrong key among hundreds counts.
-    deviations = (found - expected).norm(dim=1) / expected.norm(dim=1)
-    assert float(deviations.max()) < 0.04
+    assert float(prompt_deviations(tmp_path, model, 700).max()) < 0.04
 
 
 @pytest.mark.parametrize("name", ["experts", "mixtral"])
@@ -102,12 +105,7 @@ def test_a_long_prompt_takes_the_models_own_experts(tmp_path, name, dtype, isa):
     model = load(tmp_path, name, dtype)
     assert find_obstacle(model) is None
     # More rows than go through the blocks at a time, some of them to one expert only.
-    tokens = torch.randint(3, 128, (300,), generator=torch.Generator().manual_seed(4))
-    with torch.inference_mode():
-        found = NativeDecoder(model, 300).prefill(tokens.tolist())
-        exact = halfbyte.load(tmp_path, dtype=torch.float32)
-        expected = exact.model(tokens[None], use_cache=False).last_hidden_state[0]
-    deviations = (found - expected).norm(dim=1) / expected.norm(dim=1)
+    deviations = prompt_deviations(tmp_path, model, 300)
     if dtype == torch.float32:
         assert float(deviations.max()) < 5e-4
     else:  # whose rounding sends some tokens to other experts
@@ -245,6 +243,13 @@ def test_experts_of_other_kinds_are_left_to_transformers(tmp_path):
     assert find_obstacle(model) == (
         "the router of its experts has weight, correction, not just a weight"
     )
+
+
+def test_experts_without_a_router_are_refused(tmp_path):
+    decoder = NativeDecoder(load(tmp_path, "experts"), 8)
+    decoder._blocks[1].router = None
+    with pytest.raises(ConfigError, match="does not support these sizes or types"):
+        decoder.step(3, 0)
 
 
 def test_missing_parts_are_named(tmp_path):

@@ -16,20 +16,16 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import regex
-
+from halfbyte.checkpoint.foreign_patterns import (
+    PatternError,
+    check_expanded_chars,
+    count_expanded_chars,
+    match_pattern,
+)
 from halfbyte.errors import CheckpointError
 
 SKIP = "-:"
 OVERRIDE = "+:"
-MAX_MATCH_SECONDS = 1
-"""Time limit for matching one pattern against one name: backtracking can take years."""
-MAX_EXPANDED_CHARS = 200_000
-"""Total length of the patterns with counted repeats (``a{3}``) written out (``aaa``).
-
-`regex` compiles a repeat by copying its operand as often as its minimum count says, at about 300
-bytes per character: ``((a{1000}){1000}){1000}`` would exhaust memory before any time limit.
-"""
 
 FUSED_LINEARS: Mapping[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -50,9 +46,6 @@ Rule = tuple[tuple[str, Any], ...] | None
 
 _ANY_EXPERT = ".*"
 """Suffix of a parent name that stands for all experts of a layer."""
-
-_REPEAT_COUNT = re.compile(r"\{([0-9\s]*)(#?)")
-"""Minimum count of a repeat; in verbose mode, it may contain spaces and comments."""
 
 _EXPERTS = re.compile(r"(?P<container>.+\.experts)\.\d+\.(?P<leaf>[^.]+)")
 
@@ -76,51 +69,18 @@ def resolve_dynamic(
     expanded_chars = 0
     for key, overrides in dynamic.items():
         pattern = key.removeprefix(SKIP).removeprefix(OVERRIDE)
-        expanded_chars += _count_expanded_chars(pattern)
-        if expanded_chars > MAX_EXPANDED_CHARS:
-            finding = (
-                "has too many counted repeats: written out, it and the patterns before it have "
-                f"at least {expanded_chars} characters; {MAX_EXPANDED_CHARS} are allowed"
-            )
-            raise CheckpointError(_describe_bad_rule(key, finding))
+        expanded_chars += count_expanded_chars(pattern)
         try:
-            # vLLM uses `regex` too; `re` has no timeout.
-            matched = regex.match(pattern, module, timeout=MAX_MATCH_SECONDS)
-        except TimeoutError as error:
-            finding = f"takes more than {MAX_MATCH_SECONDS} s to match {module[:80]}"
-            raise CheckpointError(_describe_bad_rule(key, finding)) from error
-        except MemoryError as error:
-            finding = f"takes too much memory to match {module[:80]}"
-            raise CheckpointError(_describe_bad_rule(key, finding)) from error
-        except (regex.error, OverflowError, RecursionError, ValueError) as error:
-            finding = f"is not a regular expression: {error}"
-            raise CheckpointError(_describe_bad_rule(key, finding)) from error
+            check_expanded_chars(expanded_chars)
+            matched = match_pattern(pattern, module)
+        except PatternError as error:
+            raise CheckpointError(
+                f"Cannot use dynamic of the quantization config: '{key[:80]}' {error}. "
+                "Correct the config, or remove the entry."
+            ) from error
         if matched:
             return None if key.startswith(SKIP) else overrides
     return {}
-
-
-def _count_expanded_chars(pattern: str) -> int:
-    """Bound the length of a pattern with its repeats written out; 0 if it has none.
-
-    All minimum counts are multiplied, as if every repeat contained the others: what contains what
-    depends on inline flags, and the patterns of real configs have few counts.
-    """
-    factor = 1
-    for count, comment in _REPEAT_COUNT.findall(pattern):
-        # The first ten digits are enough to exceed the limit. A comment may hide more of them.
-        digits = "".join(count.split()).lstrip("0")[:10]
-        factor *= MAX_EXPANDED_CHARS if comment else int(digits or 1)
-        if factor > MAX_EXPANDED_CHARS:
-            break
-    return 0 if factor == 1 else factor * len(pattern)
-
-
-def _describe_bad_rule(key: str, finding: str) -> str:
-    return (
-        f"Cannot use dynamic of the quantization config: '{key[:80]}' {finding}. "
-        "Correct the config, or remove the entry."
-    )
 
 
 def build_dynamic(rules: Mapping[str, Rule], base: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -15,7 +15,6 @@ Source:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halfbyte.checkpoint.foreign_patterns import PatternError, match_pattern
 from halfbyte.checkpoint.labels import CONFIG_SECTION
 from halfbyte.checkpoint.shards import TensorFiles
 from halfbyte.checkpoint.write import TensorSpec
@@ -185,11 +185,11 @@ def _matches_target(target: str, name: str) -> bool:
     if not target.startswith("re:"):
         return target == name
     try:
-        return re.match(target.removeprefix("re:"), name) is not None
-    except (re.error, OverflowError, RecursionError) as error:
+        return match_pattern(target.removeprefix("re:"), name)
+    except PatternError as error:
         raise CheckpointError(
-            f"Cannot use the target '{target[:80]}': it is not a regular expression: {error}. "
-            "Correct the config, or download it again."
+            f"Cannot use the target '{target[:80]}': it {error}. Correct the config, or download "
+            "it again."
         ) from error
 
 
